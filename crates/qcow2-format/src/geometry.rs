@@ -1,0 +1,207 @@
+//! The three numbers an image's arithmetic rests on, and every conversion between units.
+//!
+//! This is the only file that shifts by cluster bits.
+
+use crate::error::{FormatError, FormatErrorKind};
+use crate::refcount::RefcountWidth;
+use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset, L1Index, L2Index};
+use alloc::format;
+
+/// The smallest `cluster_bits` (512 bytes). Origin: the specification.
+pub const MIN_CLUSTER_BITS: u32 = 9;
+/// The largest `cluster_bits` (2 MiB). Origin: QEMU; the specification leaves it open.
+pub const MAX_CLUSTER_BITS: u32 = 21;
+/// The smallest `cluster_bits` with extended L2 entries: subclusters are at least 512 bytes.
+pub const MIN_CLUSTER_BITS_EXTENDED: u32 = 14;
+/// How many subclusters a cluster has with extended L2 entries.
+pub const SUBCLUSTERS: u32 = 32;
+
+/// The header fields that a [`Geometry`] is made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GeometryFields {
+    /// log2 of the cluster size in bytes, 9..=21.
+    pub cluster_bits: u32,
+    /// log2 of the refcount width in bits, 0..=6.
+    pub refcount_order: u32,
+    /// Whether L2 entries are 16 bytes with 32 subclusters; needs `cluster_bits` of at least 14.
+    pub extended_l2: bool,
+}
+
+/// Cluster size, refcount width and L2 entry size of one image. Spec: "General", "Host cluster management".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    cluster_bits: u32,
+    refcount_width: RefcountWidth,
+    extended_l2: bool,
+}
+
+impl Geometry {
+    /// Checks the fields against their limits. Errors: `ClusterBits`, `RefcountOrder`.
+    pub fn new(fields: GeometryFields) -> Result<Self, FormatError> {
+        let min = if fields.extended_l2 { MIN_CLUSTER_BITS_EXTENDED } else { MIN_CLUSTER_BITS };
+        let bits = fields.cluster_bits;
+        if bits < min || bits > MAX_CLUSTER_BITS {
+            return Err(FormatError::new(
+                FormatErrorKind::ClusterBits(bits),
+                format!("header: cluster_bits is {bits}, allowed are {min} to {MAX_CLUSTER_BITS}"),
+            ));
+        }
+        let refcount_width = RefcountWidth::from_order(fields.refcount_order)?;
+        Ok(Self { cluster_bits: bits, refcount_width, extended_l2: fields.extended_l2 })
+    }
+
+    /// log2 of the cluster size.
+    pub const fn cluster_bits(&self) -> u32 {
+        self.cluster_bits
+    }
+
+    /// Bytes in a cluster: a power of two from 512 to 2 MiB.
+    pub const fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// How wide one refcount is.
+    pub const fn refcount_width(&self) -> RefcountWidth {
+        self.refcount_width
+    }
+
+    /// Whether L2 entries are 16 bytes with a subcluster bitmap.
+    pub const fn extended_l2(&self) -> bool {
+        self.extended_l2
+    }
+
+    /// Bytes in an L2 entry: 8 or 16.
+    pub const fn l2_entry_size(&self) -> u64 {
+        if self.extended_l2 { 16 } else { 8 }
+    }
+
+    /// Entries in an L2 table, which is one cluster.
+    pub const fn l2_entries(&self) -> u64 {
+        1 << self.l2_bits()
+    }
+
+    const fn l2_bits(&self) -> u32 {
+        self.cluster_bits - if self.extended_l2 { 4 } else { 3 }
+    }
+
+    /// Subclusters in a cluster: 32 with extended L2 entries, else 1 (the cluster itself).
+    pub const fn subclusters(&self) -> u32 {
+        if self.extended_l2 { SUBCLUSTERS } else { 1 }
+    }
+
+    /// Bytes in a subcluster: the unit of allocation state and of copy on write.
+    pub const fn subcluster_size(&self) -> u64 {
+        if self.extended_l2 { self.cluster_size() >> 5 } else { self.cluster_size() }
+    }
+
+    /// The subcluster within its cluster that holds `offset`: 0..[`subclusters`](Self::subclusters).
+    pub const fn subcluster_index(&self, offset: GuestOffset) -> u32 {
+        (self.in_cluster(offset.value()) / self.subcluster_size()) as u32
+    }
+
+    /// The guest cluster that holds `offset`.
+    pub const fn guest_cluster(&self, offset: GuestOffset) -> GuestCluster {
+        GuestCluster::new(offset.value() >> self.cluster_bits)
+    }
+
+    /// The first byte of a guest cluster; wraps only for cluster numbers that no guest offset has.
+    pub const fn guest_offset(&self, cluster: GuestCluster) -> GuestOffset {
+        GuestOffset::new(cluster.value() << self.cluster_bits)
+    }
+
+    /// The host cluster that holds `offset`.
+    pub const fn host_cluster(&self, offset: HostOffset) -> HostCluster {
+        HostCluster::new(offset.value() >> self.cluster_bits)
+    }
+
+    /// The first byte of a host cluster, or `None` past 2^64 - 1.
+    pub const fn host_offset(&self, cluster: HostCluster) -> Option<HostOffset> {
+        if cluster.value() > u64::MAX >> self.cluster_bits {
+            return None;
+        }
+        Some(HostOffset::new(cluster.value() << self.cluster_bits))
+    }
+
+    /// `value` modulo the cluster size.
+    pub const fn in_cluster(&self, value: u64) -> u64 {
+        value & (self.cluster_size() - 1)
+    }
+
+    /// Whether `value` is a multiple of the cluster size.
+    pub const fn is_aligned(&self, value: u64) -> bool {
+        self.in_cluster(value) == 0
+    }
+
+    /// `value` rounded down to a multiple of the cluster size.
+    pub const fn align_down(&self, value: u64) -> u64 {
+        value & !(self.cluster_size() - 1)
+    }
+
+    /// `value` rounded up to a multiple of the cluster size, or `None` past 2^64 - 1.
+    pub const fn align_up(&self, value: u64) -> Option<u64> {
+        match value.checked_add(self.cluster_size() - 1) {
+            Some(v) => Some(self.align_down(v)),
+            None => None,
+        }
+    }
+
+    /// How many clusters `len` bytes need.
+    pub const fn clusters_for(&self, len: u64) -> u64 {
+        (len >> self.cluster_bits) + if self.in_cluster(len) == 0 { 0 } else { 1 }
+    }
+
+    /// The L1 entry that leads to `offset`.
+    pub const fn l1_index(&self, offset: GuestOffset) -> L1Index {
+        L1Index::new(offset.value() >> (self.cluster_bits + self.l2_bits()))
+    }
+
+    /// The entry within its L2 table that maps `offset`.
+    pub const fn l2_index(&self, offset: GuestOffset) -> L2Index {
+        L2Index::new((offset.value() >> self.cluster_bits) & (self.l2_entries() - 1))
+    }
+
+    /// Guest bytes that one L1 entry (one L2 table) covers.
+    pub const fn l2_coverage(&self) -> u64 {
+        1 << (self.cluster_bits + self.l2_bits())
+    }
+
+    /// The first guest byte that an L1 entry covers, or `None` past 2^64 - 1.
+    pub const fn l1_start(&self, index: L1Index) -> Option<GuestOffset> {
+        match index.value().checked_mul(self.l2_coverage()) {
+            Some(v) => Some(GuestOffset::new(v)),
+            None => None,
+        }
+    }
+
+    /// How many L1 entries a disk of `size` bytes needs.
+    pub const fn l1_entries_for(&self, size: u64) -> u64 {
+        size.div_ceil(self.l2_coverage())
+    }
+
+    /// Refcounts in one refcount block, which is one cluster.
+    pub const fn refcount_block_entries(&self) -> u64 {
+        1 << self.refcount_block_bits()
+    }
+
+    const fn refcount_block_bits(&self) -> u32 {
+        self.cluster_bits + 3 - self.refcount_width.order()
+    }
+
+    /// The refcount table entry whose block counts `cluster`.
+    pub const fn refcount_table_index(&self, cluster: HostCluster) -> u64 {
+        cluster.value() >> self.refcount_block_bits()
+    }
+
+    /// The slot within its refcount block that counts `cluster`.
+    pub const fn refcount_block_slot(&self, cluster: HostCluster) -> u64 {
+        cluster.value() & (self.refcount_block_entries() - 1)
+    }
+
+    /// The first cluster that refcount table entry `table_index` counts, or `None` past 2^64 - 1.
+    pub const fn refcount_block_first(&self, table_index: u64) -> Option<HostCluster> {
+        match table_index.checked_mul(self.refcount_block_entries()) {
+            Some(v) => Some(HostCluster::new(v)),
+            None => None,
+        }
+    }
+}

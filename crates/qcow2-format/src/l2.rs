@@ -1,0 +1,205 @@
+//! L2 table entries, compressed cluster descriptors and subcluster bitmaps. Spec: "Cluster mapping", "Standard
+//! Cluster Descriptor", "Compressed Clusters Descriptor", "Extended L2 Entries".
+//!
+//! | bits of the first word | standard | compressed |
+//! |---|---|---|
+//! | 63 | copied | 0 |
+//! | 62 | 0 | 1 |
+//! | 0 | reads as zeroes (version 3, not extended) | byte-exact host offset in bits 0..x, |
+//! | 9-55 | host offset, cluster aligned | further 512-byte sectors in bits x..62, |
+//! | others | reserved, 0 | x = 62 - (cluster_bits - 8) |
+//!
+//! With extended L2 entries a second word holds the subcluster bitmap: bits 0-31 allocated, bits 32-63 reads as
+//! zeroes. A standard entry is treated as one subcluster the size of the cluster, so that the engine has one case.
+
+use crate::error::{FormatError, FormatErrorKind};
+use crate::geometry::Geometry;
+use crate::units::HostOffset;
+use alloc::format;
+
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+const ZERO: u64 = 1;
+const RESERVED: u64 = 0x3f00_0000_0000_01fe;
+const MAX_HOST_OFFSET: u64 = (1 << 56) - 1;
+
+/// How the L2 entries of one image are to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct L2Format {
+    /// The image's geometry.
+    pub geometry: Geometry,
+    /// Whether the zero flag exists (version 3 and later).
+    pub zero_flag: bool,
+    /// Whether data lives in an external data file, where host offset 0 is a place like any other.
+    pub external_data: bool,
+}
+
+/// What one L2 entry says about its guest cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum L2Entry {
+    /// Not compressed: unallocated, zero, data, or a mix of these with subclusters.
+    Standard(ClusterEntry),
+    /// The whole cluster is one compressed stream.
+    Compressed(CompressedCluster),
+}
+
+/// A cluster that is not compressed. Bit `i` of `allocated` and `zero` belongs to subcluster `i`; without
+/// extended L2 entries only bit 0 is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClusterEntry {
+    /// Where the cluster's bytes are; `None` where no host cluster is assigned.
+    pub host: Option<HostOffset>,
+    /// Whether the host cluster's refcount is exactly one, so that it may be written in place.
+    pub copied: bool,
+    /// Subclusters whose bytes are in the host cluster. Never set without `host`, never together with `zero`.
+    pub allocated: u32,
+    /// Subclusters that read as zeroes.
+    pub zero: u32,
+}
+
+/// What a reader finds in one subcluster (the whole cluster without extended L2 entries).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SubclusterState {
+    /// The bytes come from the backing file, or are zeroes without one.
+    Unallocated,
+    /// The bytes are zeroes.
+    Zero,
+    /// The bytes are in the host cluster.
+    Data,
+}
+
+/// A compressed stream somewhere in the image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompressedCluster {
+    /// The first byte of the stream; any alignment.
+    pub host: HostOffset,
+    /// How many bytes may be read from `host`: up to the end of a 512-byte sector; the stream may be shorter.
+    pub len: u64,
+}
+
+impl ClusterEntry {
+    /// No host cluster, and every subcluster comes from the backing file.
+    pub const UNALLOCATED: Self = Self { host: None, copied: false, allocated: 0, zero: 0 };
+
+    /// The state of subcluster `index`, below [`Geometry::subclusters`].
+    pub const fn state(&self, index: u32) -> SubclusterState {
+        if self.zero >> index & 1 == 1 {
+            SubclusterState::Zero
+        } else if self.allocated >> index & 1 == 1 {
+            SubclusterState::Data
+        } else {
+            SubclusterState::Unallocated
+        }
+    }
+}
+
+impl L2Format {
+    /// All subclusters of a cluster as a mask: 1, or 32 bits with extended L2 entries.
+    pub const fn all_subclusters(&self) -> u32 {
+        if self.geometry.extended_l2() { u32::MAX } else { 1 }
+    }
+
+    /// Reads an entry. `raw`: its first word; `bitmap`: its second word with extended L2 entries, else ignored.
+    /// Reserved bits are ignored (see [`reserved_bits`](Self::reserved_bits)).
+    ///
+    /// Errors: `Misaligned`, `ZeroFlagInVersion2`, `SubclusterBitmap`, `CompressedWithBitmap`, `CompressedOffset`.
+    pub fn decode(&self, raw: u64, bitmap: u64) -> Result<L2Entry, FormatError> {
+        if raw & COMPRESSED != 0 {
+            return self.decode_compressed(raw, bitmap).map(L2Entry::Compressed);
+        }
+        let offset = raw & OFFSET_MASK;
+        let copied = raw & COPIED != 0;
+        if !self.geometry.is_aligned(offset) {
+            return Err(FormatError::new(
+                FormatErrorKind::Misaligned(offset),
+                format!("cluster offset {offset:#x} is not a multiple of {}", self.geometry.cluster_size()),
+            ));
+        }
+        let assigned = offset != 0 || (self.external_data && copied);
+        let host = assigned.then_some(HostOffset::new(offset));
+        let (allocated, zero) = if self.geometry.extended_l2() {
+            (bitmap as u32, (bitmap >> 32) as u32)
+        } else if raw & ZERO != 0 {
+            (0, 1)
+        } else {
+            (u32::from(assigned), 0)
+        };
+        if zero != 0 && !self.zero_flag {
+            return Err(FormatError::new(
+                FormatErrorKind::ZeroFlagInVersion2,
+                format!("zero cluster entry {raw:#x} in a version 2 image"),
+            ));
+        }
+        if allocated & zero != 0 || (allocated != 0 && host.is_none()) {
+            return Err(FormatError::new(
+                FormatErrorKind::SubclusterBitmap(bitmap),
+                format!("subcluster bitmap {bitmap:#018x} contradicts itself or entry {raw:#x}"),
+            ));
+        }
+        Ok(L2Entry::Standard(ClusterEntry { host, copied: copied && assigned, allocated, zero }))
+    }
+
+    fn decode_compressed(&self, raw: u64, bitmap: u64) -> Result<CompressedCluster, FormatError> {
+        if self.geometry.extended_l2() && bitmap != 0 {
+            return Err(FormatError::new(
+                FormatErrorKind::CompressedWithBitmap(bitmap),
+                format!("compressed cluster has subcluster bitmap {bitmap:#018x}, allowed is 0"),
+            ));
+        }
+        let shift = self.compressed_shift();
+        let offset = raw & ((1 << shift) - 1);
+        if offset > MAX_HOST_OFFSET {
+            return Err(FormatError::new(
+                FormatErrorKind::CompressedOffset(offset),
+                format!("compressed cluster offset {offset:#x} is past {MAX_HOST_OFFSET:#x}"),
+            ));
+        }
+        let sectors = (raw & !(COPIED | COMPRESSED)) >> shift;
+        Ok(CompressedCluster { host: HostOffset::new(offset), len: (sectors + 1) * 512 - offset % 512 })
+    }
+
+    const fn compressed_shift(&self) -> u32 {
+        62 - (self.geometry.cluster_bits() - 8)
+    }
+
+    /// The words of an entry: the second is 0 without extended L2 entries.
+    ///
+    /// A compressed stream's `len` is rounded up to the end of its last sector. `None` where the stream cannot be
+    /// described: it starts past the offset bits or is longer than the sector bits allow.
+    pub fn encode(&self, entry: &L2Entry) -> Option<(u64, u64)> {
+        match entry {
+            L2Entry::Standard(entry) => Some(self.encode_standard(entry)),
+            L2Entry::Compressed(stream) => self.encode_compressed(stream).map(|raw| (raw, 0)),
+        }
+    }
+
+    fn encode_standard(&self, entry: &ClusterEntry) -> (u64, u64) {
+        let host = entry.host.map_or(0, HostOffset::value);
+        let raw = host | if entry.copied { COPIED } else { 0 };
+        if self.geometry.extended_l2() {
+            (raw, u64::from(entry.allocated) | u64::from(entry.zero) << 32)
+        } else {
+            (raw | if entry.zero != 0 { ZERO } else { 0 }, 0)
+        }
+    }
+
+    fn encode_compressed(&self, stream: &CompressedCluster) -> Option<u64> {
+        let shift = self.compressed_shift();
+        let first = stream.host.value();
+        let last = first.checked_add(stream.len.checked_sub(1)?)?;
+        let sectors = last / 512 - first / 512;
+        let fits = first >> shift == 0 && first <= MAX_HOST_OFFSET && sectors >> (62 - shift) == 0;
+        fits.then_some(COMPRESSED | sectors << shift | first)
+    }
+
+    /// The reserved bits that are set in the first word of a raw entry; 0 in a valid image.
+    pub const fn reserved_bits(&self, raw: u64) -> u64 {
+        if raw & COMPRESSED != 0 { 0 } else { raw & RESERVED }
+    }
+
+    /// Whether a raw first word has the copied flag; for checks, which look at flags of broken entries too.
+    pub const fn has_copied_flag(raw: u64) -> bool {
+        raw & COPIED != 0
+    }
+}
