@@ -1,0 +1,99 @@
+//! One error for the procedures: a small kind, which step on which disk, and the cause.
+
+use std::fmt;
+
+/// The result of a procedure.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What a procedure was doing when it failed; enough to choose an exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// Opening an image, or learning what it is.
+    Open,
+    /// Making a new image.
+    Create,
+    /// Asking which ranges are allocated, zero or data.
+    Extents,
+    /// Reading guest bytes.
+    Read,
+    /// Writing, zeroing or flushing.
+    Write,
+    /// Reading or understanding metadata.
+    Metadata,
+    /// An option's value is not allowed, or not together with another.
+    InvalidOption,
+    /// This kind of disk cannot do what was asked.
+    Unsupported,
+    /// [`Progress::should_stop`](crate::Progress::should_stop) said so.
+    Stopped,
+}
+
+/// A failed procedure. `Display` prints this layer only; follow `source()` for the rest.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    context: String,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl Error {
+    /// An error of `kind`; `context` is lower case and says which step failed, on which disk, and where.
+    pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
+        Self { kind, context: context.into(), source: None }
+    }
+
+    /// Adds the underlying error.
+    pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        self.source = Some(Box::new(source));
+        self
+    }
+
+    /// What the procedure was doing.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The step and the place, as `Display` prints them.
+    pub fn context(&self) -> &str {
+        &self.context
+    }
+
+    /// The engine's error underneath, where there is one.
+    pub fn core_error(&self) -> Option<&qcow2_core::Error> {
+        let mut at: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(self);
+        while let Some(error) = at {
+            if let Some(found) = error.downcast_ref::<qcow2_core::Error>() {
+                return Some(found);
+            }
+            at = error.source();
+        }
+        None
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.context)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|s| &**s as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_engine_error_below() {
+        let below = qcow2_core::Error::new(qcow2_core::ErrorKind::Corrupt, "l2 entry 3 is damaged");
+        let error = Error::new(ErrorKind::Read, "reading at byte 512").with_source(below);
+        assert_eq!(error.to_string(), "reading at byte 512");
+        assert_eq!(error.core_error().map(|e| e.kind()), Some(qcow2_core::ErrorKind::Corrupt));
+        assert!(Error::new(ErrorKind::Stopped, "stopped").core_error().is_none());
+    }
+}
