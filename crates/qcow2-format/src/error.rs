@@ -1,16 +1,168 @@
 //! What was wrong with the bytes: which field, where, what was seen and what is allowed.
 
 use alloc::string::String;
+use alloc::vec::Vec;
 use core::fmt;
 
+/// A table that a header field points to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Table {
+    /// The refcount table; QEMU calls it "Reference count table".
+    Refcount,
+    /// The snapshot table; "Snapshot table".
+    Snapshots,
+    /// The L1 table of the active state; "Active L1 table".
+    ActiveL1,
+    /// The L1 table of a snapshot; "Snapshot L1 table".
+    SnapshotL1,
+}
+
+impl Table {
+    /// What the specification calls it, in lower case.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Refcount => "refcount table",
+            Self::Snapshots => "snapshot table",
+            Self::ActiveL1 => "active l1 table",
+            Self::SnapshotL1 => "snapshot l1 table",
+        }
+    }
+}
+
 /// What kind of trouble the bytes hold. Carries the numbers a caller needs to word its own message.
+///
+/// What QEMU prints for the troubles that stop an open, `N` being the number in the variant:
+///
+/// | variant | QEMU's words |
+/// |---|---|
+/// | `NotQcow2` | Image is not in qcow2 format |
+/// | `Version` | Unsupported qcow2 version N |
+/// | `ClusterBits` | Unsupported cluster size: 2^N |
+/// | `HeaderTooShort` | qcow2 header too short |
+/// | `HeaderExceedsCluster` | qcow2 header exceeds cluster size |
+/// | `BackingOffset` | Invalid backing file offset |
+/// | `CompressionType` | qcow2: unknown compression type: N |
+/// | `CompressionBitMissing` | qcow2: Compression type incompatible feature bit must be set |
+/// | `CompressionBitSet` | qcow2: Compression type incompatible feature bit must not be set |
+/// | `UnknownIncompatible` | Unsupported qcow2 feature(s): NAME, NAME, Unknown incompatible feature: HEX |
+/// | `SubclusterSize` | Unsupported subcluster size: N |
+/// | `RefcountOrder` | Reference count entry width too large; may not exceed 64 bits |
+/// | `NoRefcountTable` | Image does not contain a reference count table |
+/// | `TableTooLarge` | TABLE too large |
+/// | `TableOffset` | TABLE offset invalid |
+/// | `ImageTooBig` | Image is too big |
+/// | `L1TooSmall` | L1 table is too small |
+/// | `CryptMethod` | Unsupported encryption method N |
+/// | `ExtensionTooLarge` | Header extension too large |
+/// | `BackingFormatTooLong` | ERROR: ext_backing_format: len=N too large (>=16) |
+/// | `CryptoExtensionWithoutLuks` | CRYPTO header extension only expected with LUKS encryption method |
+/// | `CryptoExtensionLength` | CRYPTO header extension size N, but expected size 16 |
+/// | `CryptoOffset` | Encryption header offset 'N' is not a multiple of cluster size 'CLUSTER' |
+/// | `BitmapsExtensionLength` | bitmaps_ext: Invalid extension length |
+/// | `BitmapsReserved` | bitmaps_ext: Reserved field is not zero |
+/// | `BitmapsCount` | bitmaps_ext: Image has N bitmaps, exceeding the QEMU supported maximum of 65535; for 0: found bitmaps extension with zero bitmaps |
+/// | `BitmapDirectoryOffset` | bitmaps_ext: invalid bitmap directory offset |
+/// | `BitmapDirectorySize` | bitmaps_ext: bitmap directory size (N) exceeds the maximum supported size (67107840); for 0: Requested bitmap directory size is zero |
+/// | `MissingCryptoHeader` | Missing CRYPTO header for crypt method N |
+/// | `BackingNameTooLong` | Backing file name too long |
+/// | `HeaderFull` | (when writing) ENOSPC: No space left on device |
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FormatErrorKind {
-    /// The cluster size exponent is outside 9..=21 (or below 14 with extended L2 entries).
+    /// The magic number is not that of qcow2.
+    NotQcow2,
+    /// The version is neither 2 nor 3.
+    Version(u32),
+    /// The cluster size exponent is outside 9..=21.
     ClusterBits(u32),
+    /// A version 3 header is shorter than 104 bytes.
+    HeaderTooShort(u32),
+    /// The header is longer than a cluster.
+    HeaderExceedsCluster(u32),
+    /// The backing file name starts past the first cluster.
+    BackingOffset(u64),
+    /// The compression type is neither 0 (deflate) nor 1 (zstd).
+    CompressionType(u8),
+    /// The compression type is not deflate and its incompatible feature bit is clear.
+    CompressionBitMissing,
+    /// The compression type is deflate and its incompatible feature bit is set.
+    CompressionBitSet,
+    /// Incompatible feature bits that this crate does not know are set.
+    UnknownIncompatible {
+        /// What the image's own feature name table calls them, in the table's order.
+        names: Vec<String>,
+        /// The bits that the table does not name.
+        unnamed: u64,
+    },
+    /// Subclusters are below 512 bytes: extended L2 entries need `cluster_bits` of at least 14.
+    SubclusterSize(u64),
     /// The refcount width exponent is above 6.
     RefcountOrder(u32),
+    /// The refcount table has no cluster.
+    NoRefcountTable,
+    /// A table has more entries than the limit.
+    TableTooLarge(Table),
+    /// A table is not cluster aligned, or ends past 2^63 - 1.
+    TableOffset(Table),
+    /// The virtual size needs more than 2^31 - 1 L1 entries.
+    ImageTooBig(u64),
+    /// The active L1 table does not cover the virtual size.
+    L1TooSmall {
+        /// How many entries it has.
+        entries: u32,
+        /// How many the virtual size needs.
+        needed: u64,
+    },
+    /// The encryption method is none of 0, 1 (AES) and 2 (LUKS).
+    CryptMethod(u32),
+    /// A header extension passes the end of the extension area.
+    ExtensionTooLarge {
+        /// Its type.
+        kind: u32,
+        /// Its length in bytes as given.
+        len: u32,
+    },
+    /// The backing format name is longer than 15 bytes.
+    BackingFormatTooLong(u32),
+    /// There is a LUKS pointer, but the encryption method is not LUKS.
+    CryptoExtensionWithoutLuks,
+    /// The LUKS pointer is not 16 bytes long.
+    CryptoExtensionLength(u32),
+    /// The LUKS area is not cluster aligned.
+    CryptoOffset {
+        /// Its host offset as given.
+        offset: u64,
+        /// Bytes in a cluster.
+        cluster_size: u64,
+    },
+    /// The bitmaps extension is not 24 bytes long.
+    BitmapsExtensionLength(u32),
+    /// The reserved word of the bitmaps extension is not zero.
+    BitmapsReserved(u32),
+    /// The bitmaps extension counts no bitmap, or more than 65535.
+    BitmapsCount(u32),
+    /// The bitmap directory is not cluster aligned.
+    BitmapDirectoryOffset(u64),
+    /// The bitmap directory is empty or larger than the limit.
+    BitmapDirectorySize(u64),
+    /// The encryption method (here 2) needs a LUKS pointer and there is none.
+    MissingCryptoHeader(u32),
+    /// The backing file name is longer than 1023 bytes or passes the end of the first cluster.
+    BackingNameTooLong(u32),
+    /// The header with all its extensions and the backing file name does not fit into one cluster.
+    HeaderFull {
+        /// How many bytes it needs.
+        needed: u64,
+        /// How many there are.
+        cluster_size: u64,
+    },
+    /// A version 2 header cannot hold the value of a field that only version 3 has.
+    NeedsVersion3,
+    /// A field is longer than its length field can say.
+    TooLong(u64),
+    /// The bytes end before the structure does.
+    Truncated,
     /// An offset that must be cluster aligned is not.
     Misaligned(u64),
     /// A standard L2 entry has its zero flag set in a version 2 image.

@@ -3,16 +3,11 @@
 //! This is the only file that shifts by cluster bits.
 
 use crate::error::{FormatError, FormatErrorKind};
+use crate::limit::{MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, MIN_SUBCLUSTER_SIZE};
 use crate::refcount::RefcountWidth;
 use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset, L1Index, L2Index};
 use alloc::format;
 
-/// The smallest `cluster_bits` (512 bytes). Origin: the specification.
-pub const MIN_CLUSTER_BITS: u32 = 9;
-/// The largest `cluster_bits` (2 MiB). Origin: QEMU; the specification leaves it open.
-pub const MAX_CLUSTER_BITS: u32 = 21;
-/// The smallest `cluster_bits` with extended L2 entries: subclusters are at least 512 bytes.
-pub const MIN_CLUSTER_BITS_EXTENDED: u32 = 14;
 /// How many subclusters a cluster has with extended L2 entries.
 pub const SUBCLUSTERS: u32 = 32;
 
@@ -36,14 +31,24 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// Checks the fields against their limits. Errors: `ClusterBits`, `RefcountOrder`.
+    /// Checks the fields against their limits. Errors: `ClusterBits`, `SubclusterSize`, `RefcountOrder`.
     pub fn new(fields: GeometryFields) -> Result<Self, FormatError> {
-        let min = if fields.extended_l2 { MIN_CLUSTER_BITS_EXTENDED } else { MIN_CLUSTER_BITS };
         let bits = fields.cluster_bits;
-        if bits < min || bits > MAX_CLUSTER_BITS {
+        if !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&bits) {
             return Err(FormatError::new(
                 FormatErrorKind::ClusterBits(bits),
-                format!("header: cluster_bits is {bits}, allowed are {min} to {MAX_CLUSTER_BITS}"),
+                format!(
+                    "header: cluster_bits is {bits}, allowed are {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS}"
+                ),
+            ));
+        }
+        let subcluster_size = (1u64 << bits) / u64::from(SUBCLUSTERS);
+        if fields.extended_l2 && subcluster_size < MIN_SUBCLUSTER_SIZE {
+            return Err(FormatError::new(
+                FormatErrorKind::SubclusterSize(subcluster_size),
+                format!(
+                    "header: subclusters of {subcluster_size} bytes, allowed are {MIN_SUBCLUSTER_SIZE} and more"
+                ),
             ));
         }
         let refcount_width = RefcountWidth::from_order(fields.refcount_order)?;

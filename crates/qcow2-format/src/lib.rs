@@ -5,24 +5,36 @@
 //!
 //! | spec section | module |
 //! |---|---|
+//! | Header | [`header`] |
+//! | Header extensions | [`extension`] |
+//! | Feature bits and their names | [`feature`] |
 //! | Cluster and refcount arithmetic | [`geometry`], [`units`] |
 //! | L1 table entries | [`l1`] |
 //! | L2 table entries, compressed descriptors, extended L2 entries | [`l2`] |
 //! | Refcount tables and blocks | [`refcount`] |
+//! | (every limit) | [`limit`] |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
 
+pub mod bytes;
 pub mod error;
+pub mod extension;
+pub mod feature;
 pub mod geometry;
+pub mod header;
 pub mod l1;
 pub mod l2;
+pub mod limit;
 pub mod refcount;
 pub mod units;
 
-pub use error::{FormatError, FormatErrorKind};
+pub use error::{FormatError, FormatErrorKind, Table};
+pub use extension::{BitmapsExtension, Extensions, LuksPointer, UnknownExtension};
+pub use feature::{AutoclearFeatures, CompatibleFeatures, FeatureName, IncompatibleFeatures};
 pub use geometry::{Geometry, GeometryFields};
+pub use header::{CompressionType, CryptMethod, Header, Version};
 pub use units::{
     ClusterCount, GuestCluster, GuestOffset, GuestRange, HostCluster, HostOffset, L1Index, L2Index,
 };

@@ -1,0 +1,119 @@
+//! Checked big-endian reading and writing. Every multi-byte number of the format is big-endian.
+//!
+//! Nothing here panics: a position outside the buffer gives `None`.
+
+/// `N` bytes from position `at` on, or `None` where they are not all inside `bytes`.
+fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at.checked_add(N)?)?.try_into().ok()
+}
+
+/// The 16-bit number at byte `at`.
+pub fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
+    array(bytes, at).map(u16::from_be_bytes)
+}
+
+/// The 32-bit number at byte `at`.
+pub fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
+    array(bytes, at).map(u32::from_be_bytes)
+}
+
+/// The 64-bit number at byte `at`.
+pub fn read_u64(bytes: &[u8], at: usize) -> Option<u64> {
+    array(bytes, at).map(u64::from_be_bytes)
+}
+
+/// The numbers of a table of 8-byte entries, in order; bytes after the last whole entry are ignored.
+pub fn words(bytes: &[u8]) -> impl ExactSizeIterator<Item = u64> + '_ {
+    bytes.chunks_exact(8).map(|chunk| read_u64(chunk, 0).unwrap_or_default())
+}
+
+/// Puts `value` at byte `at`; `None`, and no change, where it does not fit.
+pub fn write_u64(bytes: &mut [u8], at: usize, value: u64) -> Option<()> {
+    bytes.get_mut(at..at.checked_add(8)?)?.copy_from_slice(&value.to_be_bytes());
+    Some(())
+}
+
+/// Reads fields one after the other.
+#[derive(Clone, Debug)]
+pub struct Reader<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Reader<'a> {
+    /// Starts at byte `at` of `bytes`.
+    pub fn new(bytes: &'a [u8], at: usize) -> Self {
+        Self { bytes, at }
+    }
+
+    /// The position of the next field.
+    pub fn position(&self) -> usize {
+        self.at
+    }
+
+    /// The next `len` bytes, or `None` (and no move) where fewer are left.
+    pub fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+        let end = self.at.checked_add(len)?;
+        let taken = self.bytes.get(self.at..end)?;
+        self.at = end;
+        Some(taken)
+    }
+
+    /// The next byte.
+    pub fn u8(&mut self) -> Option<u8> {
+        self.take(1).map(|b| b[0])
+    }
+
+    /// The next 16-bit number.
+    pub fn u16(&mut self) -> Option<u16> {
+        self.take(2).and_then(|b| read_u16(b, 0))
+    }
+
+    /// The next 32-bit number.
+    pub fn u32(&mut self) -> Option<u32> {
+        self.take(4).and_then(|b| read_u32(b, 0))
+    }
+
+    /// The next 64-bit number.
+    pub fn u64(&mut self) -> Option<u64> {
+        self.take(8).and_then(|b| read_u64(b, 0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_big_endian_and_stops_at_the_end() {
+        let bytes = [1, 2, 3, 4, 5, 6, 7, 8, 9];
+        assert_eq!(read_u16(&bytes, 7), Some(0x0809));
+        assert_eq!(read_u16(&bytes, 8), None);
+        assert_eq!(read_u32(&bytes, 1), Some(0x0203_0405));
+        assert_eq!(read_u64(&bytes, 1), Some(0x0203_0405_0607_0809));
+        assert_eq!(read_u64(&bytes, 2), None);
+        assert_eq!(read_u64(&bytes, usize::MAX), None);
+        assert_eq!(words(&bytes).collect::<Vec<_>>(), [0x0102_0304_0506_0708]);
+    }
+
+    #[test]
+    fn a_reader_does_not_move_past_the_end() {
+        let bytes = [0, 0, 0, 7, 0xaa];
+        let mut reader = Reader::new(&bytes, 0);
+        assert_eq!(reader.u32(), Some(7));
+        assert_eq!(reader.u16(), None);
+        assert_eq!(reader.position(), 4);
+        assert_eq!(reader.u8(), Some(0xaa));
+        assert_eq!(reader.take(usize::MAX), None);
+        assert_eq!(Reader::new(&bytes, 9).u8(), None);
+    }
+
+    #[test]
+    fn writes_only_what_fits() {
+        let mut bytes = [0u8; 9];
+        assert_eq!(write_u64(&mut bytes, 1, 0x0102_0304_0506_0708), Some(()));
+        assert_eq!(bytes, [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(write_u64(&mut bytes, 2, 0), None);
+        assert_eq!(bytes[8], 8);
+    }
+}

@@ -1,0 +1,281 @@
+//! The image header, both versions. Spec: "Header", "Version 3 additional fields".
+//!
+//! | offset | size | field |
+//! |---|---|---|
+//! | 0 | 4 | magic, `QFI` and 0xfb |
+//! | 4 | 4 | version, 2 or 3 |
+//! | 8, 16 | 8, 4 | backing file name: offset, length |
+//! | 20 | 4 | `cluster_bits` |
+//! | 24 | 8 | virtual size in bytes |
+//! | 32 | 4 | encryption method |
+//! | 36, 40 | 4, 8 | L1 table: entries, offset |
+//! | 48, 56 | 8, 4 | refcount table: offset, clusters |
+//! | 60, 64 | 4, 8 | snapshot table: entries, offset |
+//! | 72, 80, 88 | 8 each | version 3: incompatible, compatible, autoclear features |
+//! | 96 | 4 | version 3: log2 of the refcount width in bits |
+//! | 100 | 4 | version 3: header length in bytes |
+//! | 104 | 1 | compression type, where the header is longer than 104 bytes |
+//! | 105 | 7 | zeroes |
+//!
+//! Then come fields of some later version (kept as they are), the extensions and the backing file name, all inside
+//! the first cluster.
+
+use crate::error::{FormatError, FormatErrorKind};
+use crate::extension::Extensions;
+use crate::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
+use crate::geometry::{Geometry, GeometryFields};
+use crate::l2::L2Format;
+use crate::limit;
+use crate::units::HostOffset;
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+mod decode;
+
+/// The first four bytes of an image.
+pub const MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// The version of the format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Version {
+    /// Version 2: no feature words, no zero flag, 16-bit refcounts. QEMU's `compat=0.10`.
+    V2,
+    /// Version 3. QEMU's `compat=1.1`.
+    V3,
+}
+
+/// How guest data is encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CryptMethod {
+    /// Not at all.
+    None,
+    /// AES-CBC with the password as key; obsolete.
+    Aes,
+    /// LUKS, whose header an extension points to.
+    Luks,
+}
+
+/// How compressed clusters are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CompressionType {
+    /// Raw deflate; QEMU calls it "zlib".
+    Deflate,
+    /// Zstandard.
+    Zstd,
+}
+
+/// What the header says. Every field is public: any combination can be written down, and
+/// [`encode`](Self::encode) or [`geometry`](Self::geometry) say what is impossible.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The version of the format.
+    pub version: Version,
+    /// The backing file's name as bytes, at most 1023; `None` without one. Where it lies is up to
+    /// [`encode`](Self::encode).
+    pub backing_file: Option<Vec<u8>>,
+    /// log2 of the cluster size in bytes, 9..=21.
+    pub cluster_bits: u32,
+    /// Virtual size in bytes as stored; see [`disk_size`](Self::disk_size).
+    pub size: u64,
+    /// How guest data is encrypted.
+    pub crypt_method: CryptMethod,
+    /// How many entries the active L1 table has.
+    pub l1_size: u32,
+    /// Where the active L1 table is.
+    pub l1_table_offset: HostOffset,
+    /// Where the refcount table is.
+    pub refcount_table_offset: HostOffset,
+    /// How many clusters the refcount table takes.
+    pub refcount_table_clusters: u32,
+    /// How many internal snapshots there are.
+    pub nb_snapshots: u32,
+    /// Where the snapshot table is.
+    pub snapshots_offset: HostOffset,
+    /// Features a reader must know. Empty in version 2.
+    pub incompatible_features: IncompatibleFeatures,
+    /// Features that may be ignored. Empty in version 2.
+    pub compatible_features: CompatibleFeatures,
+    /// Features that a writer who does not know them clears. Empty in version 2.
+    pub autoclear_features: AutoclearFeatures,
+    /// log2 of the refcount width in bits, 0..=6. 4 in version 2.
+    pub refcount_order: u32,
+    /// How compressed clusters are compressed. Deflate in version 2.
+    pub compression_type: CompressionType,
+    /// Header bytes from 112 on, fields of some later version. Empty in version 2; [`encode`](Self::encode) pads
+    /// them with zeroes to a multiple of 8, which means the same.
+    pub unknown_fields: Vec<u8>,
+    /// The extensions.
+    pub extensions: Extensions,
+}
+
+impl Header {
+    /// An empty disk's header: no tables yet, nothing optional, 16-bit refcounts, no feature name table.
+    pub fn new(version: Version, cluster_bits: u32) -> Self {
+        Self {
+            version,
+            backing_file: None,
+            cluster_bits,
+            size: 0,
+            crypt_method: CryptMethod::None,
+            l1_size: 0,
+            l1_table_offset: HostOffset::default(),
+            refcount_table_offset: HostOffset::default(),
+            refcount_table_clusters: 0,
+            nb_snapshots: 0,
+            snapshots_offset: HostOffset::default(),
+            incompatible_features: IncompatibleFeatures::NONE,
+            compatible_features: CompatibleFeatures::NONE,
+            autoclear_features: AutoclearFeatures::NONE,
+            refcount_order: 4,
+            compression_type: CompressionType::Deflate,
+            unknown_fields: Vec::new(),
+            extensions: Extensions::default(),
+        }
+    }
+
+    /// The image's geometry. Errors: `ClusterBits`, `SubclusterSize`, `RefcountOrder`.
+    pub fn geometry(&self) -> Result<Geometry, FormatError> {
+        Geometry::new(GeometryFields {
+            cluster_bits: self.cluster_bits,
+            refcount_order: self.refcount_order,
+            extended_l2: self.incompatible_features.contains(IncompatibleFeatures::EXTENDED_L2),
+        })
+    }
+
+    /// How the image's L2 entries are to be read. Errors: as [`geometry`](Self::geometry).
+    pub fn l2_format(&self) -> Result<L2Format, FormatError> {
+        Ok(L2Format {
+            geometry: self.geometry()?,
+            zero_flag: self.version >= Version::V3,
+            external_data: self.incompatible_features.contains(IncompatibleFeatures::DATA_FILE),
+        })
+    }
+
+    /// Bytes of the disk that the machine sees: the stored size down to a multiple of 512, as QEMU has it.
+    pub const fn disk_size(&self) -> u64 {
+        self.size & !511
+    }
+
+    /// Whether refcounts may be stale.
+    pub const fn is_dirty(&self) -> bool {
+        self.incompatible_features.contains(IncompatibleFeatures::DIRTY)
+    }
+
+    /// Whether the image is marked as damaged.
+    pub const fn is_corrupt(&self) -> bool {
+        self.incompatible_features.contains(IncompatibleFeatures::CORRUPT)
+    }
+
+    /// Whether guest data lives in another file.
+    pub const fn has_data_file(&self) -> bool {
+        self.incompatible_features.contains(IncompatibleFeatures::DATA_FILE)
+    }
+
+    /// The bitmaps extension, where there is one and its autoclear bit says that it can be trusted.
+    pub fn trusted_bitmaps(&self) -> Option<&crate::extension::BitmapsExtension> {
+        let trusted = self.autoclear_features.contains(AutoclearFeatures::BITMAPS);
+        self.extensions.bitmaps.as_ref().filter(|_| trusted)
+    }
+
+    /// The backing file's name as text; broken UTF-8 is replaced.
+    pub fn backing_file_name(&self) -> Option<String> {
+        self.backing_file.as_deref().map(|name| String::from_utf8_lossy(name).into_owned())
+    }
+
+    /// The bytes of the first cluster up to the last one that is not padding; the rest of the cluster is zeroes
+    /// (see [`encode_cluster`](Self::encode_cluster)). The backing file name follows the extensions. A version 3
+    /// header is 112 bytes and the unknown fields. For the same values, the bytes are those QEMU writes.
+    ///
+    /// Errors: `HeaderFull` where it does not fit into a cluster, `BackingNameTooLong`, `BackingFormatTooLong`,
+    /// `NeedsVersion3`, and those of [`geometry`](Self::geometry).
+    pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
+        let geometry = self.geometry()?;
+        self.check_version_2()?;
+        let mut out = self.encode_fields();
+        self.extensions.encode(&mut out)?;
+        if let Some(name) = &self.backing_file {
+            let len = u32::try_from(name.len()).unwrap_or(u32::MAX);
+            if len > limit::MAX_BACKING_NAME {
+                return Err(FormatError::new(
+                    FormatErrorKind::BackingNameTooLong(len),
+                    format!("backing file name of {len} bytes, allowed are {}", limit::MAX_BACKING_NAME),
+                ));
+            }
+            let offset = out.len() as u64;
+            out[8..16].copy_from_slice(&offset.to_be_bytes());
+            out[16..20].copy_from_slice(&len.to_be_bytes());
+            out.extend_from_slice(name);
+        }
+        let (needed, cluster_size) = (out.len() as u64, geometry.cluster_size());
+        if needed > cluster_size {
+            return Err(FormatError::new(
+                FormatErrorKind::HeaderFull { needed, cluster_size },
+                format!(
+                    "header, extensions and backing file name need {needed} bytes, a cluster has {cluster_size}"
+                ),
+            ));
+        }
+        Ok(out)
+    }
+
+    /// The whole first cluster: [`encode`](Self::encode), then zeroes. Errors: the same.
+    pub fn encode_cluster(&self) -> Result<Vec<u8>, FormatError> {
+        let mut out = self.encode()?;
+        out.resize(1 << self.cluster_bits, 0);
+        Ok(out)
+    }
+
+    fn check_version_2(&self) -> Result<(), FormatError> {
+        let plain = self.incompatible_features.is_empty()
+            && self.compatible_features.is_empty()
+            && self.autoclear_features.is_empty()
+            && self.refcount_order == 4
+            && self.compression_type == CompressionType::Deflate
+            && self.unknown_fields.is_empty();
+        if plain || self.version >= Version::V3 {
+            return Ok(());
+        }
+        Err(FormatError::new(
+            FormatErrorKind::NeedsVersion3,
+            "header: features, refcount width and compression type can only be written in version 3",
+        ))
+    }
+
+    fn encode_fields(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend_from_slice(&MAGIC);
+        put32(&mut out, if self.version == Version::V2 { 2 } else { 3 });
+        out.extend_from_slice(&[0; 12]); // the backing file name, placed later
+        put32(&mut out, self.cluster_bits);
+        put64(&mut out, self.size);
+        put32(&mut out, self.crypt_method as u32);
+        put32(&mut out, self.l1_size);
+        put64(&mut out, self.l1_table_offset.value());
+        put64(&mut out, self.refcount_table_offset.value());
+        put32(&mut out, self.refcount_table_clusters);
+        put32(&mut out, self.nb_snapshots);
+        put64(&mut out, self.snapshots_offset.value());
+        if self.version >= Version::V3 {
+            put64(&mut out, self.incompatible_features.bits());
+            put64(&mut out, self.compatible_features.bits());
+            put64(&mut out, self.autoclear_features.bits());
+            put32(&mut out, self.refcount_order);
+            let header_len = (limit::HEADER_LEN_V3 + self.unknown_fields.len()).next_multiple_of(8);
+            put32(&mut out, header_len as u32);
+            out.push(self.compression_type as u8);
+            out.resize(limit::HEADER_LEN_V3, 0);
+            out.extend_from_slice(&self.unknown_fields);
+            out.resize(header_len, 0);
+        }
+        out
+    }
+}
+
+fn put32(out: &mut Vec<u8>, value: u32) {
+    out.extend_from_slice(&value.to_be_bytes());
+}
+
+fn put64(out: &mut Vec<u8>, value: u64) {
+    out.extend_from_slice(&value.to_be_bytes());
+}
