@@ -1,1 +1,50 @@
-fn main() {}
+//! The workspace's own tools: `cargo xtask ci` is what CI runs; every check of it is a subcommand too.
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a tool for the terminal")]
+
+mod ci;
+mod deps;
+mod finding;
+mod lex;
+mod map;
+mod purity;
+mod source;
+mod tidy;
+mod tree;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("xtask: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &[String]) -> Result<(), String> {
+    let root = tree::root();
+    let [name] = args else { return Err(usage()) };
+    if name == "ci" {
+        return ci::all(&root);
+    }
+    let step = ci::STEPS.iter().find(|step| step.name == name).ok_or_else(usage)?;
+    (step.run)(&root)
+}
+
+fn usage() -> String {
+    let mut text = "usage: cargo xtask COMMAND\n  ci        every check below, as CI runs it".to_owned();
+    for step in ci::STEPS {
+        text.push_str(&format!("\n  {:<9} {}", step.name, step.about));
+    }
+    text
+}
+
+/// The cargo that runs this tool.
+fn cargo() -> OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}

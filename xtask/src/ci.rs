@@ -1,0 +1,114 @@
+//! What CI runs, step by step.
+
+use crate::finding::Finding;
+use crate::source::Source;
+use crate::{cargo, deps, map, purity, tidy, tree};
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+/// One step: its name, what it looks after, and how it runs.
+pub(crate) struct Step {
+    pub(crate) name: &'static str,
+    pub(crate) about: &'static str,
+    pub(crate) run: fn(&Path) -> Result<(), String>,
+}
+
+/// Every step in the order of `ci`: the quick ones first, the tests last.
+pub(crate) const STEPS: &[Step] = &[
+    Step { name: "tidy", about: "lengths, banned calls, stray text", run: |r| report(tidy_findings(r)) },
+    Step {
+        name: "purity",
+        about: "no std, no world, no unsafe where it does not belong",
+        run: |r| report(purity_findings(r)),
+    },
+    Step { name: "deps", about: "the allowed arrows between crates", run: |r| report(deps::check(r)) },
+    Step { name: "map", about: "what the root pages name exists", run: |r| report(map::check(r)) },
+    Step { name: "fmt", about: "cargo fmt --check", run: |r| command(r, &["fmt", "--all", "--check"], &[]) },
+    Step { name: "clippy", about: "clippy, warnings denied", run: clippy },
+    Step { name: "doc", about: "rustdoc, warnings denied", run: doc },
+    Step { name: "doctest", about: "the examples in the documentation", run: doctest },
+    Step { name: "test", about: "every test (cargo-nextest where installed)", run: test },
+];
+
+/// Runs every step, goes on after a failure, and sums up.
+pub(crate) fn all(root: &Path) -> Result<(), String> {
+    let started = Instant::now();
+    let mut failed = Vec::new();
+    let mut seconds = Vec::new();
+    for step in STEPS {
+        println!("== {}: {}", step.name, step.about);
+        let step_started = Instant::now();
+        if let Err(error) = (step.run)(root) {
+            eprintln!("{}: {error}", step.name);
+            failed.push(step.name);
+        }
+        seconds.push(format!("{} {:.0} s", step.name, step_started.elapsed().as_secs_f64()));
+    }
+    println!(
+        "== ci: {} of {} steps passed in {:.0} s ({})",
+        STEPS.len() - failed.len(),
+        STEPS.len(),
+        started.elapsed().as_secs_f64(),
+        seconds.join(", ")
+    );
+    if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", "))) }
+}
+
+fn clippy(root: &Path) -> Result<(), String> {
+    command(root, &["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"], &[])
+}
+
+fn doc(root: &Path) -> Result<(), String> {
+    command(root, &["doc", "--workspace", "--no-deps", "--locked"], &[("RUSTDOCFLAGS", "-D warnings")])
+}
+
+fn doctest(root: &Path) -> Result<(), String> {
+    command(root, &["test", "--workspace", "--locked", "--doc", "--quiet"], &[])
+}
+
+fn test(root: &Path) -> Result<(), String> {
+    let probe = Command::new(cargo()).args(["nextest", "--version"]).output();
+    if probe.is_ok_and(|o| o.status.success()) {
+        command(
+            root,
+            &["nextest", "run", "--workspace", "--locked", "--no-fail-fast", "--no-tests", "pass"],
+            &[],
+        )
+    } else {
+        command(root, &["test", "--workspace", "--locked", "--no-fail-fast", "--all-targets"], &[])
+    }
+}
+
+fn tidy_findings(root: &Path) -> Result<Vec<Finding>, String> {
+    Ok(tidy::check(&files(root)?))
+}
+
+fn purity_findings(root: &Path) -> Result<Vec<Finding>, String> {
+    let mut findings = Vec::new();
+    for file in files(root)?.iter().filter(|file| file.path.ends_with(".rs")) {
+        purity::check(&Source::new(&file.path, &file.text), &mut findings);
+    }
+    Ok(findings)
+}
+
+fn files(root: &Path) -> Result<Vec<tree::File>, String> {
+    tree::text_files(root).map_err(|e| format!("cannot read the workspace: {e}"))
+}
+
+/// Prints the findings; any is a failure.
+fn report(findings: Result<Vec<Finding>, String>) -> Result<(), String> {
+    let findings = findings?;
+    for finding in &findings {
+        println!("{finding}");
+    }
+    if findings.is_empty() { Ok(()) } else { Err(format!("{} findings", findings.len())) }
+}
+
+fn command(root: &Path, args: &[&str], variables: &[(&str, &str)]) -> Result<(), String> {
+    let shown = format!("cargo {}", args.join(" "));
+    let mut command = Command::new(cargo());
+    command.args(args).current_dir(root).envs(variables.iter().copied());
+    let status = command.status().map_err(|e| format!("cannot run {shown}: {e}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{shown}: {status}")) }
+}

@@ -1,0 +1,200 @@
+//! Which crate may use which: the arrows of ARCHITECTURE.md as a table, compared with what cargo says.
+//!
+//! Only a normal or build dependency is an arrow. Tests and examples may use more (dev-dependencies), but not a crate
+//! that points back at the engine from outside the table of [`DEV_EDGES`].
+
+use crate::finding::Finding;
+use serde_json::Value;
+use std::path::Path;
+use std::process::Command;
+
+/// A crate of ours and the crates of ours that its shipped code may use.
+const EDGES: &[(&str, &[&str])] = &[
+    ("qcow2-format", &[]),
+    ("qcow2-core", &["qcow2-format"]),
+    ("qcow2-ops", &["qcow2-core", "qcow2-format"]),
+    ("qcow2-io", &["qcow2-core"]),
+    ("qcow2-codec", &["qcow2-core"]),
+    ("qcow2-testkit", &["qcow2-core", "qcow2-format"]),
+    ("qcow2-cli", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-codec"]),
+    ("xtask", &[]),
+    ("qcow2-tests", ANY),
+];
+
+/// What tests, examples and benches of every crate may use besides: drivers to run the engine on, and the test world.
+const DEV_EDGES: &[&str] =
+    &["qcow2-format", "qcow2-core", "qcow2-ops", "qcow2-io", "qcow2-codec", "qcow2-testkit"];
+
+/// Crates of others, and the only crates whose shipped code may use them. One that is not listed may be used nowhere.
+const OUTSIDE: &[(&str, &[&str])] = &[
+    ("bytes", ANY),
+    ("clap", &["qcow2-cli"]),
+    ("crc32fast", ANY),
+    ("flate2", &["qcow2-codec"]),
+    ("indicatif", &["qcow2-cli"]),
+    ("proptest", &["qcow2-testkit", "qcow2-tests"]),
+    ("rustix", &["qcow2-io", "qcow2-cli"]),
+    ("serde", &["qcow2-cli"]),
+    ("serde_json", &["qcow2-cli", "qcow2-tests", "xtask"]),
+    ("tempfile", &["qcow2-cli", "qcow2-testkit", "qcow2-tests"]),
+    ("zstd", &["qcow2-codec"]),
+];
+
+/// Crates that only tests and benches may use, whoever they belong to.
+const DEV_ONLY: &[&str] =
+    &["criterion", "proptest", "serde_json", "tempfile", "crc32fast", "bytes", "flate2", "zstd"];
+
+const ANY: &[&str] = &["*"];
+
+/// One dependency as the manifest states it.
+#[derive(Clone, Debug)]
+struct Arrow {
+    from: String,
+    to: String,
+    dev: bool,
+}
+
+/// Compares the manifests under `root` with the tables.
+pub(crate) fn check(root: &Path) -> Result<Vec<Finding>, String> {
+    let output = Command::new(crate::cargo())
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
+        .current_dir(root)
+        .output()
+        .map_err(|e| format!("cannot run cargo metadata: {e}"))?;
+    if !output.status.success() {
+        return Err(format!("cargo metadata: {}", String::from_utf8_lossy(&output.stderr)));
+    }
+    let metadata =
+        serde_json::from_slice(&output.stdout).map_err(|e| format!("cargo metadata is no JSON: {e}"))?;
+    let (ours, arrows) = read_metadata(&metadata).ok_or("cargo metadata has an unknown shape")?;
+    Ok(judge(&ours, &arrows))
+}
+
+fn read_metadata(metadata: &Value) -> Option<(Vec<String>, Vec<Arrow>)> {
+    let mut ours = Vec::new();
+    let mut arrows = Vec::new();
+    for package in metadata["packages"].as_array()? {
+        let from = package["name"].as_str()?;
+        ours.push(from.to_owned());
+        for dependency in package["dependencies"].as_array()? {
+            arrows.push(Arrow {
+                from: from.to_owned(),
+                to: dependency["name"].as_str()?.to_owned(),
+                dev: dependency["kind"].as_str() == Some("dev"),
+            });
+        }
+    }
+    Some((ours, arrows))
+}
+
+fn judge(ours: &[String], arrows: &[Arrow]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for name in ours {
+        if !EDGES.iter().any(|(from, _)| from == name) {
+            findings.push(Finding::new(
+                "edge",
+                name.as_str(),
+                0,
+                "a crate without a row in the table of allowed edges",
+                "a row in xtask/src/deps.rs and a paragraph in ARCHITECTURE.md",
+            ));
+        }
+    }
+    findings.extend(arrows.iter().filter_map(|arrow| {
+        let allowed = if ours.contains(&arrow.to) { inside(arrow) } else { outside(arrow) };
+        allowed.map(|allowed| {
+            let kind = if arrow.dev { "dev-dependency" } else { "dependency" };
+            Finding::new("edge", arrow.from.as_str(), 0, format!("{kind} on {}", arrow.to), allowed)
+        })
+    }));
+    findings
+}
+
+/// What is allowed instead of an arrow between two of ours; `None` where the arrow is fine.
+fn inside(arrow: &Arrow) -> Option<String> {
+    let allowed = EDGES.iter().find(|(from, _)| *from == arrow.from).map_or(&[][..], |(_, to)| to);
+    let listed = |list: &[&str]| list == ANY || list.contains(&arrow.to.as_str());
+    if listed(allowed) || (arrow.dev && listed(DEV_EDGES)) {
+        return None;
+    }
+    if arrow.to == "qcow2-testkit" {
+        return Some("the testkit as a dev-dependency only".to_owned());
+    }
+    Some(format!("[{}]", allowed.join(", ")))
+}
+
+/// The same for an arrow to a crate of others.
+fn outside(arrow: &Arrow) -> Option<String> {
+    let users = OUTSIDE.iter().find(|(name, _)| *name == arrow.to).map_or(&[][..], |(_, users)| users);
+    if users == ANY || users.contains(&arrow.from.as_str()) {
+        return None;
+    }
+    if arrow.dev && DEV_ONLY.contains(&arrow.to.as_str()) {
+        return None;
+    }
+    if users.is_empty() {
+        return Some("only the crates listed in xtask/src/deps.rs".to_owned());
+    }
+    Some(format!("{} in [{}] only", arrow.to, users.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(from: &str, to: &str, dev: bool, fine: bool) {
+        let ours: Vec<String> = EDGES.iter().map(|(name, _)| (*name).to_owned()).collect();
+        let arrow = Arrow { from: from.to_owned(), to: to.to_owned(), dev };
+        let findings = judge(&ours, &[arrow]);
+        assert_eq!(findings.is_empty(), fine, "{from} -> {to} (dev: {dev}): {findings:?}");
+    }
+
+    #[test]
+    fn arrows_point_inwards() {
+        check("qcow2-core", "qcow2-format", false, true);
+        check("qcow2-format", "qcow2-core", false, false);
+        check("qcow2-core", "qcow2-io", false, false);
+        check("qcow2-ops", "qcow2-io", false, false);
+        check("qcow2-io", "qcow2-codec", false, false);
+        check("qcow2-io", "qcow2-ops", false, false);
+        check("qcow2-ops", "qcow2-cli", false, false);
+        check("qcow2-cli", "qcow2-io", false, true);
+    }
+
+    #[test]
+    fn the_test_world_stays_in_tests() {
+        check("qcow2-core", "qcow2-testkit", true, true);
+        check("qcow2-core", "qcow2-io", true, true);
+        check("qcow2-core", "qcow2-testkit", false, false);
+        check("qcow2-cli", "qcow2-testkit", false, false);
+        check("qcow2-core", "qcow2-cli", true, false);
+        check("qcow2-tests", "qcow2-testkit", false, true);
+        check("qcow2-tests", "qcow2-cli", false, true);
+    }
+
+    #[test]
+    fn crates_of_others_stay_where_they_belong() {
+        check("qcow2-cli", "serde_json", false, true);
+        check("qcow2-ops", "serde", false, false);
+        check("qcow2-core", "flate2", false, false);
+        check("qcow2-core", "proptest", true, true);
+        check("qcow2-core", "proptest", false, false);
+        check("qcow2-io", "libc", false, false);
+        check("qcow2-cli", "never-heard-of", true, false);
+    }
+
+    #[test]
+    fn a_new_crate_needs_a_row() {
+        let findings = judge(&["qcow2-new".to_owned()], &[]);
+        assert_eq!(findings.len(), 1, "{findings:?}");
+    }
+
+    #[test]
+    fn metadata_is_read_by_kind() {
+        let metadata = serde_json::json!({"packages": [{"name": "a", "dependencies": [
+            {"name": "b", "kind": null}, {"name": "c", "kind": "dev"}, {"name": "d", "kind": "build"}]}]});
+        let (ours, arrows) = read_metadata(&metadata).unwrap();
+        assert_eq!(ours, ["a"]);
+        assert_eq!(arrows.iter().map(|a| a.dev).collect::<Vec<_>>(), [false, true, false]);
+    }
+}

@@ -1,0 +1,50 @@
+//! The files of the workspace.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What is no source: build output, and git's own (a folder, or a file in a second working tree).
+const SKIPPED: &[&str] = &[".git", "target", "fuzz/target", "fuzz/corpus", "fuzz/artifacts", "fuzz/coverage"];
+/// Disk images among the fixtures are no text, even where their bytes happen to be.
+const IMAGES: &[&str] = &["qcow2", "raw", "img"];
+
+/// The workspace root: the folder above this package.
+pub(crate) fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_path_buf()
+}
+
+/// A file's path relative to the root, with forward slashes, and its content.
+pub(crate) struct File {
+    pub(crate) path: String,
+    pub(crate) text: String,
+}
+
+/// Every file under `root` that is UTF-8 text, in order of path; build output and `.git` are left out.
+pub(crate) fn text_files(root: &Path) -> io::Result<Vec<File>> {
+    let mut files = Vec::new();
+    collect(root, root, &mut files)?;
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(files)
+}
+
+fn collect(root: &Path, folder: &Path, files: &mut Vec<File>) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let path = entry.path();
+        let kind = entry.file_type()?;
+        if SKIPPED.iter().any(|skip| path == root.join(skip)) {
+            continue;
+        }
+        if kind.is_dir() {
+            collect(root, &path, files)?;
+        } else if kind.is_file() && !IMAGES.iter().any(|ext| path.extension().is_some_and(|e| e == *ext)) {
+            let Ok(text) = String::from_utf8(fs::read(&path)?) else { continue };
+            let relative = path.strip_prefix(root).unwrap_or(&path);
+            let path = relative.to_string_lossy().replace('\\', "/");
+            files.push(File { path, text });
+        }
+    }
+    Ok(())
+}
