@@ -1,0 +1,305 @@
+//! A storage that fails on purpose: at the n-th call, of a kind, once or from then on.
+
+use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The calls of a storage that may fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// `read_at`.
+    Read,
+    /// `write_at`, `write_vectored_at` (once, not for each buffer).
+    Write,
+    /// `write_zeroes`.
+    WriteZeroes,
+    /// `discard`.
+    Discard,
+    /// `allocate`.
+    Allocate,
+    /// `set_len`.
+    SetLen,
+    /// `flush`.
+    Flush,
+}
+
+/// Every kind of call.
+pub const ALL_CALLS: [Call; 7] =
+    [Call::Read, Call::Write, Call::WriteZeroes, Call::Discard, Call::Allocate, Call::SetLen, Call::Flush];
+
+/// Every kind of call that changes something or makes it durable.
+pub const CHANGING_CALLS: [Call; 6] =
+    [Call::Write, Call::WriteZeroes, Call::Discard, Call::Allocate, Call::SetLen, Call::Flush];
+
+/// How a call goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing happens; the error is `Io` (EIO).
+    Io,
+    /// Nothing happens; the error is `NoSpace` (ENOSPC).
+    NoSpace,
+    /// The first `bytes` of a write land, then the error is `NoSpace`. Other calls: nothing happens.
+    Short {
+        /// How many bytes land, at most.
+        bytes: u64,
+    },
+    /// Everything happens, and then the error is `Io` all the same.
+    LateIo,
+    /// The first `bytes` of a write land, and the call says that all did. Other calls do nothing and say they did.
+    Torn {
+        /// How many bytes land, at most.
+        bytes: u64,
+    },
+    /// A write lands `by` bytes further on, and the call says that all is well. Other calls are made as asked.
+    Misdirected {
+        /// How far beside its place the write lands.
+        by: u64,
+    },
+}
+
+impl Fault {
+    /// Whether the caller is told that something went wrong.
+    pub fn is_reported(self) -> bool {
+        !matches!(self, Self::Torn { .. } | Self::Misdirected { .. })
+    }
+}
+
+/// Which call fails, and how.
+#[derive(Clone, Debug)]
+pub struct FaultPlan {
+    /// The kinds that count and may fail.
+    pub calls: Vec<Call>,
+    /// The call of these kinds that fails, counted from 0 since the plan was set.
+    pub nth: u64,
+    /// Whether every later call of these kinds fails too.
+    pub sticky: bool,
+    /// How it fails.
+    pub fault: Fault,
+}
+
+#[derive(Debug, Default)]
+struct FaultState {
+    plan: Option<FaultPlan>,
+    counted: u64,
+    fired: u64,
+}
+
+/// A wrapper that passes every call on until its plan says otherwise.
+pub struct FaultStorage {
+    inner: Arc<dyn Storage>,
+    state: Mutex<FaultState>,
+}
+
+impl FaultStorage {
+    /// Wraps `inner`; without a plan nothing fails.
+    pub fn new(inner: Arc<dyn Storage>) -> Self {
+        Self { inner, state: Mutex::default() }
+    }
+
+    /// Starts counting anew, with this plan.
+    pub fn set_plan(&self, plan: Option<FaultPlan>) {
+        *self.locked() = FaultState { plan, counted: 0, fired: 0 };
+    }
+
+    /// How many calls of the plan's kinds were made since it was set.
+    pub fn counted(&self) -> u64 {
+        self.locked().counted
+    }
+
+    /// How many of them failed.
+    pub fn fired(&self) -> u64 {
+        self.locked().fired
+    }
+
+    fn locked(&self) -> MutexGuard<'_, FaultState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a call and says how it fails, if it does.
+    fn count(&self, call: Call) -> Option<Fault> {
+        let mut state = self.locked();
+        let plan = state.plan.clone().filter(|plan| plan.calls.contains(&call))?;
+        let number = state.counted;
+        state.counted += 1;
+        let hit = number == plan.nth || plan.sticky && number > plan.nth;
+        if !hit {
+            return None;
+        }
+        state.fired += 1;
+        Some(plan.fault)
+    }
+
+    /// Makes a call that is not a write, as its fault says.
+    fn run<R>(
+        &self,
+        call: Call,
+        nothing: R,
+        make: impl FnOnce() -> Result<R, StorageError>,
+    ) -> Result<R, StorageError> {
+        match self.count(call) {
+            None | Some(Fault::Misdirected { .. }) => make(),
+            Some(Fault::Torn { .. }) => Ok(nothing),
+            Some(Fault::LateIo) => make().and_then(|_| Err(error(Fault::LateIo, call))),
+            Some(fault) => Err(error(fault, call)),
+        }
+    }
+}
+
+fn error(fault: Fault, call: Call) -> StorageError {
+    match fault {
+        Fault::NoSpace | Fault::Short { .. } => {
+            StorageError::new(StorageErrorKind::NoSpace, format!("injected: no space in {call:?}"))
+                .with_os_code(28)
+        }
+        _ => StorageError::new(StorageErrorKind::Io, format!("injected: {call:?} failed")).with_os_code(5),
+    }
+}
+
+impl Storage for FaultStorage {
+    fn len(&self) -> Result<u64, StorageError> {
+        self.inner.len()
+    }
+
+    fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
+        match self.count(Call::Read) {
+            // A read cannot be torn without telling: it is made.
+            None | Some(Fault::Torn { .. } | Fault::Misdirected { .. }) => self.inner.read_at(offset, buf),
+            Some(fault) => Err(error(fault, Call::Read)),
+        }
+    }
+
+    fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
+        let front = |bytes: u64| &buf[..bytes.min(buf.len() as u64) as usize];
+        match self.count(Call::Write) {
+            None => self.inner.write_at(offset, buf),
+            Some(Fault::Misdirected { by }) => {
+                self.inner.write_at(HostOffset::new(offset.value().wrapping_add(by)), buf)
+            }
+            Some(Fault::Torn { bytes }) => self.inner.write_at(offset, front(bytes)),
+            Some(fault) => {
+                match fault {
+                    Fault::Short { bytes } => self.inner.write_at(offset, front(bytes))?,
+                    Fault::LateIo => self.inner.write_at(offset, buf)?,
+                    _ => {}
+                }
+                Err(error(fault, Call::Write))
+            }
+        }
+    }
+
+    fn write_vectored_at(&self, offset: HostOffset, bufs: &[&[u8]]) -> Result<(), StorageError> {
+        self.write_at(offset, &bufs.concat())
+    }
+
+    fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError> {
+        self.run(Call::WriteZeroes, (), || self.inner.write_zeroes(offset, len, mode))
+    }
+
+    fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        self.run(Call::Discard, (), || self.inner.discard(offset, len))
+    }
+
+    fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        self.run(Call::Allocate, (), || self.inner.allocate(offset, len))
+    }
+
+    fn set_len(&self, len: u64) -> Result<(), StorageError> {
+        self.run(Call::SetLen, (), || self.inner.set_len(len))
+    }
+
+    fn flush(&self) -> Result<(), StorageError> {
+        self.run(Call::Flush, (), || self.inner.flush())
+    }
+
+    fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
+        self.inner.extent_at(offset, len)
+    }
+
+    fn limits(&self) -> Limits {
+        self.inner.limits()
+    }
+
+    fn used_bytes(&self) -> Result<Option<u64>, StorageError> {
+        self.inner.used_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::PageBytes;
+    use crate::storage::PageStorage;
+
+    fn storage(plan: FaultPlan) -> FaultStorage {
+        let storage = FaultStorage::new(Arc::new(PageStorage::new(PageBytes::from_bytes(&[b'.'; 8]))));
+        storage.set_plan(Some(plan));
+        storage
+    }
+
+    fn text(storage: &FaultStorage) -> String {
+        storage.set_plan(None);
+        let mut buf = [0; 32];
+        let n = storage.read_at(HostOffset::new(0), &mut buf).unwrap();
+        String::from_utf8_lossy(&buf[..n]).replace('\0', "0")
+    }
+
+    /// One write of "ab" at 1 with `fault`: what is said, and what landed.
+    fn check(fault: Fault, said: Result<(), StorageErrorKind>, landed: &str) {
+        let storage = storage(FaultPlan { calls: ALL_CALLS.to_vec(), nth: 0, sticky: false, fault });
+        let result = storage.write_vectored_at(HostOffset::new(1), &[b"a", b"b"]);
+        assert_eq!(result.map_err(|e| e.kind()), said, "{fault:?}");
+        assert_eq!((storage.counted(), storage.fired()), (1, 1));
+        assert_eq!(said.is_err(), fault.is_reported());
+        assert_eq!(text(&storage), landed, "{fault:?}");
+    }
+
+    #[test]
+    fn every_fault_does_what_it_says() {
+        check(Fault::Io, Err(StorageErrorKind::Io), "........");
+        check(Fault::NoSpace, Err(StorageErrorKind::NoSpace), "........");
+        check(Fault::Short { bytes: 1 }, Err(StorageErrorKind::NoSpace), ".a......");
+        check(Fault::LateIo, Err(StorageErrorKind::Io), ".ab.....");
+        check(Fault::Torn { bytes: 1 }, Ok(()), ".a......");
+        check(Fault::Misdirected { by: 3 }, Ok(()), "....ab..");
+    }
+
+    fn ok_pattern(nth: u64, sticky: bool, calls: &[Call]) -> String {
+        let storage = storage(FaultPlan { calls: calls.to_vec(), nth, sticky, fault: Fault::Io });
+        let mut pattern = String::new();
+        for _ in 0..3 {
+            for ok in [
+                storage.write_at(HostOffset::new(0), b"x").is_ok(),
+                storage.read_at(HostOffset::new(0), &mut [0]).is_ok(),
+                storage.flush().is_ok(),
+            ] {
+                pattern.push(if ok { 'o' } else { 'X' });
+            }
+        }
+        pattern
+    }
+
+    #[test]
+    fn the_nth_call_of_the_kinds_fails() {
+        assert_eq!(ok_pattern(4, false, &ALL_CALLS), "ooooXoooo");
+        assert_eq!(ok_pattern(4, true, &ALL_CALLS), "ooooXXXXX");
+        assert_eq!(ok_pattern(1, false, &[Call::Flush]), "oooooXooo");
+        assert_eq!(ok_pattern(1, true, &[Call::Write]), "oooXooXoo");
+        assert_eq!(ok_pattern(9, true, &ALL_CALLS), "ooooooooo");
+    }
+
+    #[test]
+    fn calls_that_are_not_writes_fail_too() {
+        for call in [Call::WriteZeroes, Call::Discard, Call::Allocate, Call::SetLen, Call::Flush] {
+            let storage =
+                storage(FaultPlan { calls: vec![call], nth: 0, sticky: true, fault: Fault::NoSpace });
+            let results = [
+                storage.write_zeroes(HostOffset::new(0), 4, ZeroMode::MayUnmap).is_err(),
+                storage.discard(HostOffset::new(4), 2).is_err(),
+                storage.allocate(HostOffset::new(0), 9).is_err(),
+                storage.set_len(10).is_err(),
+                storage.flush().is_err(),
+            ];
+            assert_eq!(results.iter().filter(|&&failed| failed).count(), 1, "{call:?}");
+            assert_eq!(storage.fired(), 1);
+        }
+    }
+}
