@@ -1,0 +1,316 @@
+//! Geometries and operations as values: drawn by proptest, or from a seed for long runs.
+
+use crate::pattern;
+use crate::rng::Rng;
+use proptest::prelude::*;
+use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Result, ZeroMode};
+
+/// What lies below an overlay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackingShape {
+    /// Bytes of the backing disk, a multiple of 512; shorter and longer than the overlay are both fair.
+    pub size: u64,
+    /// Whether it is a qcow2 image; a raw file otherwise.
+    pub qcow2: bool,
+}
+
+/// The guest data's own file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataFileShape {
+    /// Whether the file is byte for byte the guest disk.
+    pub raw: bool,
+}
+
+/// Everything that makes one kind of image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Version 3 (`compat=1.1`) or 2 (`compat=0.10`).
+    pub version3: bool,
+    /// log2 of the cluster size, 9 to 21.
+    pub cluster_bits: u32,
+    /// log2 of the refcount width in bits, 0 to 6.
+    pub refcount_order: u32,
+    /// Whether clusters have 32 subclusters.
+    pub extended_l2: bool,
+    /// Whether refcounts may be written late.
+    pub lazy_refcounts: bool,
+    /// Zstandard instead of deflate.
+    pub zstd: bool,
+    /// An external data file.
+    pub data_file: Option<DataFileShape>,
+    /// A backing file.
+    pub backing: Option<BackingShape>,
+    /// Bytes of the disk, a multiple of 512.
+    pub size: u64,
+}
+
+impl Shape {
+    /// The plain image of QEMU's defaults with `size` bytes.
+    pub fn plain(size: u64) -> Self {
+        Self {
+            version3: true,
+            cluster_bits: 16,
+            refcount_order: 4,
+            extended_l2: false,
+            lazy_refcounts: false,
+            zstd: false,
+            data_file: None,
+            backing: None,
+            size,
+        }
+    }
+
+    /// Bytes in a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// The nearest shape that the format allows: version 2 knows no options, extended L2 needs clusters of 16 KiB, a
+    /// raw data file excludes a backing file.
+    pub fn legalized(mut self) -> Self {
+        if !self.version3 {
+            let (size, cluster_bits, backing) = (self.size, self.cluster_bits, self.backing);
+            self = Self { version3: false, cluster_bits, backing, ..Self::plain(size) };
+        }
+        if self.extended_l2 {
+            self.cluster_bits = self.cluster_bits.max(14);
+        }
+        if self.data_file.is_some_and(|file| file.raw) {
+            self.backing = None;
+        }
+        self.size = self.size.max(512) & !511;
+        self
+    }
+
+    /// A legal shape; disks are small enough for a byte-array model (up to about 4 MiB) and, with small clusters,
+    /// long enough for several L2 tables.
+    pub fn random(rng: &mut Rng) -> Self {
+        let cluster_bits = rng.pick(CLUSTER_BITS);
+        let size = random_size(rng, cluster_bits);
+        let backing_size = if rng.one_in(2) { size } else { random_size(rng, cluster_bits) };
+        let shape = Self {
+            version3: !rng.one_in(5),
+            cluster_bits,
+            refcount_order: rng.between(0, 6) as u32,
+            extended_l2: rng.one_in(3),
+            lazy_refcounts: rng.one_in(4),
+            zstd: rng.one_in(3),
+            data_file: rng.one_in(4).then(|| DataFileShape { raw: rng.one_in(2) }),
+            backing: rng.one_in(2).then(|| BackingShape { size: backing_size, qcow2: rng.one_in(2) }),
+            size,
+        };
+        shape.legalized()
+    }
+}
+
+/// Small clusters are drawn more often: they have more tables on a small disk.
+const CLUSTER_BITS: &[u32] = &[9, 9, 9, 10, 12, 12, 14, 14, 16, 16, 18, 21];
+
+fn random_size(rng: &mut Rng, cluster_bits: u32) -> u64 {
+    size_from(cluster_bits, rng.between(1, 400), rng.below(8) * 512)
+}
+
+fn size_from(cluster_bits: u32, clusters: u64, odd: u64) -> u64 {
+    let size = (clusters << cluster_bits).min(4 << 20);
+    (size - odd.min(size - 512)) & !511
+}
+
+/// Legal shapes for proptest; see [`Shape::random`] for their range.
+pub fn shapes() -> impl Strategy<Value = Shape> {
+    let cluster_bits = proptest::sample::select(CLUSTER_BITS);
+    let switches = (proptest::bool::weighted(0.8), any::<bool>(), any::<bool>(), any::<bool>());
+    let files = (proptest::option::of(any::<bool>()), proptest::option::of((any::<bool>(), 1..400u64)));
+    (cluster_bits, 0..=6u32, switches, files, 1..400u64, 0..8u64).prop_map(
+        |(
+            cluster_bits,
+            refcount_order,
+            (version3, extended_l2, lazy_refcounts, zstd),
+            files,
+            clusters,
+            odd,
+        )| {
+            let (data_file, backing) = files;
+            let size_of = |clusters| size_from(cluster_bits, clusters, odd * 512);
+            let shape = Shape {
+                version3,
+                cluster_bits,
+                refcount_order,
+                extended_l2,
+                lazy_refcounts,
+                zstd,
+                data_file: data_file.map(|raw| DataFileShape { raw }),
+                backing: backing.map(|(qcow2, clusters)| BackingShape { size: size_of(clusters), qcow2 }),
+                size: size_of(clusters),
+            };
+            shape.legalized()
+        },
+    )
+}
+
+/// One thing done to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Reads and compares.
+    Read(GuestRange),
+    /// Writes the [`pattern`] of `seed`.
+    Write {
+        /// Where.
+        range: GuestRange,
+        /// Which content.
+        seed: u64,
+    },
+    /// Writes zeroes.
+    Zero {
+        /// Where.
+        range: GuestRange,
+        /// Whether space may be given back.
+        mode: ZeroMode,
+    },
+    /// Discards.
+    Discard(GuestRange),
+    /// Makes everything durable.
+    Flush,
+    /// Closes the disk and opens it again; a disk alone cannot, so whoever runs the operations does.
+    Reopen,
+}
+
+impl Operation {
+    /// An operation on a disk of `size` bytes whose clusters have `cluster_size`.
+    pub fn random(rng: &mut Rng, size: u64, cluster_size: u64) -> Self {
+        let range = random_range(rng, size, cluster_size);
+        let may_unmap = rng.one_in(2);
+        Self::draw(rng.below(100) as u32, range, rng.below(64), may_unmap)
+    }
+
+    /// `kind` is a number below 100, `content` any number.
+    fn draw(kind: u32, range: GuestRange, content: u64, may_unmap: bool) -> Self {
+        match kind {
+            0..20 => Self::Read(range),
+            20..65 => Self::Write { range, seed: content },
+            65..78 => {
+                let mode = if may_unmap { ZeroMode::MayUnmap } else { ZeroMode::KeepAllocated };
+                Self::Zero { range, mode }
+            }
+            78..90 => Self::Discard(range),
+            90..96 => Self::Flush,
+            _ => Self::Reopen,
+        }
+    }
+
+    /// The bytes it touches; empty for `Flush` and `Reopen`.
+    pub fn range(&self) -> GuestRange {
+        match *self {
+            Self::Read(range) | Self::Discard(range) => range,
+            Self::Write { range, .. } | Self::Zero { range, .. } => range,
+            Self::Flush | Self::Reopen => GuestRange::between(GuestOffset::new(0), GuestOffset::new(0)),
+        }
+    }
+
+    /// Runs it on `disk` and returns what was read, if it reads. `Reopen` only flushes.
+    pub fn run(&self, disk: &dyn GuestDisk) -> Result<Option<Vec<u8>>> {
+        match *self {
+            Self::Read(range) => {
+                let mut buf = vec![0; range.len() as usize];
+                disk.read_at(range.start(), &mut buf)?;
+                return Ok(Some(buf));
+            }
+            Self::Write { range, seed } => {
+                let buf = pattern::bytes(seed, range.start().value(), range.len() as usize);
+                disk.write_at(range.start(), &buf)?;
+            }
+            Self::Zero { range, mode } => disk.write_zeroes(range, mode)?,
+            Self::Discard(range) => disk.discard(range)?,
+            Self::Flush | Self::Reopen => disk.flush()?,
+        }
+        Ok(None)
+    }
+}
+
+/// Ranges start and end at, just beside, or far from cluster borders, and are short more often than long.
+fn random_range(rng: &mut Rng, size: u64, cluster_size: u64) -> GuestRange {
+    let near = |rng: &mut Rng| rng.pick(&[0, 0, 0, 1, 511, 512, 513, cluster_size / 2, cluster_size - 1]);
+    let start = rng.below(size / cluster_size + 1) * cluster_size + near(rng);
+    let longest = rng.pick(&[1, 2, 2, 5, 40]) * cluster_size;
+    let len = if rng.one_in(2) { rng.between(1, 4) * cluster_size } else { rng.between(1, longest) };
+    clamp(start, len, size)
+}
+
+fn clamp(start: u64, len: u64, size: u64) -> GuestRange {
+    let start = start.min(size.saturating_sub(1));
+    let end = start.saturating_add(len.max(1)).min(size);
+    GuestRange::between(GuestOffset::new(start), GuestOffset::new(end))
+}
+
+/// Up to `most` operations for proptest; see [`Operation::random`] for their range.
+pub fn operations(size: u64, cluster_size: u64, most: usize) -> impl Strategy<Value = Vec<Operation>> {
+    let start = prop_oneof![
+        (0..=size / cluster_size).prop_map(move |cluster| cluster * cluster_size),
+        0..size.max(1),
+        (0..=size / cluster_size).prop_map(move |cluster| (cluster * cluster_size + 512).min(size)),
+    ];
+    let len = prop_oneof![
+        1..=cluster_size,
+        (1..=4u64).prop_map(move |clusters| clusters * cluster_size),
+        1..=cluster_size * 40,
+    ];
+    let one = (0..100u32, start, len, 0..64u64, any::<bool>()).prop_map(
+        move |(kind, start, len, content, may_unmap)| {
+            Operation::draw(kind, clamp(start, len, size), content, may_unmap)
+        },
+    );
+    proptest::collection::vec(one, 1..=most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    fn check(shape: Shape) {
+        assert_eq!(shape, shape.legalized(), "a drawn shape is legal");
+        assert!(shape.size >= 512 && shape.size % 512 == 0 && shape.size <= 4 << 20, "{shape:?}");
+        assert!(shape.version3 || (shape.refcount_order == 4 && shape.data_file.is_none()), "{shape:?}");
+        assert!(!shape.extended_l2 || shape.cluster_bits >= 14, "{shape:?}");
+    }
+
+    #[test]
+    fn seeds_draw_legal_shapes_and_reach_every_corner() {
+        let mut rng = Rng::new(1);
+        let mut seen = BTreeSet::new();
+        for _ in 0..3000 {
+            let shape = Shape::random(&mut rng);
+            check(shape);
+            seen.insert((
+                shape.version3,
+                shape.extended_l2,
+                shape.data_file.is_some(),
+                shape.backing.is_some(),
+            ));
+        }
+        assert_eq!(seen.len(), 8 + 2, "every mix of features that is legal: {seen:?}");
+    }
+
+    #[test]
+    fn seeds_draw_ranges_inside_the_disk() {
+        let mut rng = Rng::new(2);
+        for _ in 0..5000 {
+            let shape = Shape::random(&mut rng);
+            let range = Operation::random(&mut rng, shape.size, shape.cluster_size()).range();
+            assert!(range.end().value() <= shape.size, "{range:?} in {shape:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn proptest_draws_legal_shapes(shape in shapes()) {
+            check(shape);
+        }
+
+        #[test]
+        fn proptest_draws_ranges_inside_the_disk(list in operations(66_048, 4096, 50)) {
+            for operation in list {
+                prop_assert!(operation.range().end().value() <= 66_048);
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Programs of others to compare with: QEMU's tools, e2fsprogs, 7-Zip. A missing one is a printed skip, or a failure
+//! where [`REQUIRE`] says so.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The environment variable that turns a missing program into a failure, when set to anything but `0`.
+pub const REQUIRE: &str = "QCOW2_REQUIRE_TOOLS";
+
+/// How long a program may run before it is stopped and the test fails; QEMU's tools spin for ever on some images.
+pub const TIME_LIMIT: Duration = Duration::from_secs(120);
+
+/// A program that was found on this machine.
+#[derive(Clone, Debug)]
+pub struct Tool {
+    program: PathBuf,
+}
+
+impl Tool {
+    /// Looks `name` up on the search path. Where it is missing, prints `skipped: NAME not found` and returns `None`;
+    /// the caller's test then returns. Panics instead where [`REQUIRE`] is set.
+    pub fn find(name: &str) -> Option<Self> {
+        let found = search(name).map(|program| Self { program });
+        if found.is_none() {
+            skip(&format!("{name} not found"));
+        }
+        found
+    }
+
+    /// The same for programs known by several names.
+    pub fn find_any(names: &[&str]) -> Option<Self> {
+        let found = names.iter().find_map(|name| search(name)).map(|program| Self { program });
+        if found.is_none() {
+            skip(&format!("{} not found", names.join(" or ")));
+        }
+        found
+    }
+
+    /// A program at a known place, such as one that cargo built.
+    pub fn at(program: impl Into<PathBuf>) -> Self {
+        Self { program: program.into() }
+    }
+
+    /// Where the program is.
+    pub fn path(&self) -> &Path {
+        &self.program
+    }
+
+    /// Runs the program in `folder` with `args` and waits for its end. Panics where it cannot be started or runs
+    /// longer than [`TIME_LIMIT`].
+    pub fn run_in<A: AsRef<OsStr>>(&self, folder: &Path, args: &[A]) -> Outcome {
+        let mut command = Command::new(&self.program);
+        command.args(args).current_dir(folder).stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).env("LC_ALL", "C");
+        let shown: Vec<_> = args.iter().map(|arg| arg.as_ref().to_string_lossy().into_owned()).collect();
+        let shown = format!("{} {}", self.program.display(), shown.join(" "));
+        let child = command.spawn().unwrap_or_else(|e| panic!("cannot start {shown}: {e}"));
+        wait(child, shown, TIME_LIMIT)
+    }
+}
+
+/// QEMU's image tools.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    /// `qemu-img`.
+    pub img: Tool,
+    /// `qemu-io`.
+    pub io: Tool,
+}
+
+impl Qemu {
+    /// Both tools, or a printed skip; see [`Tool::find`].
+    pub fn find() -> Option<Self> {
+        Some(Self { img: Tool::find("qemu-img")?, io: Tool::find("qemu-io")? })
+    }
+}
+
+/// Says that a test did not run because of `reason`; panics where [`REQUIRE`] is set.
+#[allow(clippy::print_stdout, reason = "a skip must be seen")]
+pub fn skip(reason: &str) {
+    assert!(!required(), "{reason}, but {REQUIRE} is set");
+    println!("skipped: {reason}");
+}
+
+/// Whether a missing program is a failure.
+pub fn required() -> bool {
+    std::env::var_os(REQUIRE).is_some_and(|value| value != "0" && !value.is_empty())
+}
+
+/// What a program did.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The command, for messages.
+    pub command: String,
+    /// The exit code; `None` where a signal ended it.
+    pub code: Option<i32>,
+    /// What it wrote to standard output, broken UTF-8 replaced.
+    pub stdout: String,
+    /// What it wrote to standard error, broken UTF-8 replaced.
+    pub stderr: String,
+    /// How long it ran.
+    pub elapsed: Duration,
+}
+
+impl Outcome {
+    /// The outcome itself where the exit code is `code`; panics with everything it said otherwise.
+    pub fn expect_code(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "{self}");
+        self
+    }
+
+    /// [`expect_code`](Self::expect_code) 0.
+    pub fn success(self) -> Self {
+        self.expect_code(0)
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}\nexit code: {:?}\nstdout:\n{}\nstderr:\n{}",
+            self.command, self.code, self.stdout, self.stderr
+        )
+    }
+}
+
+fn search(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // mke2fs and e2fsck live where only administrators look.
+    let extra = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path).chain(extra).map(|folder| folder.join(name)).find(|file| file.is_file())
+}
+
+fn wait(mut child: Child, command: String, limit: Duration) -> Outcome {
+    let started = Instant::now();
+    let stdout = child.stdout.take().map(|pipe| thread::spawn(move || drain(pipe)));
+    let stderr = child.stderr.take().map(|pipe| thread::spawn(move || drain(pipe)));
+    let mut pause = Duration::from_micros(200);
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if started.elapsed() < limit => thread::sleep(pause),
+            outcome => {
+                let _ = child.kill();
+                let _ = child.wait();
+                panic!("{command}: no end after {limit:?} ({outcome:?})");
+            }
+        }
+        pause = (pause * 2).min(Duration::from_millis(10));
+    };
+    let text =
+        |reader: Option<thread::JoinHandle<String>>| reader.and_then(|r| r.join().ok()).unwrap_or_default();
+    let elapsed = started.elapsed();
+    Outcome { command, code: status.code(), stdout: text(stdout), stderr: text(stderr), elapsed }
+}
+
+fn drain(mut pipe: impl Read) -> String {
+    let mut bytes = Vec::new();
+    let _ = pipe.read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_found_and_heard() {
+        let sh = Tool::find("sh").unwrap();
+        let outcome = sh.run_in(Path::new("/"), &["-c", "echo out; echo err >&2; exit 3"]).expect_code(3);
+        assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("out\n", "err\n"));
+    }
+
+    #[test]
+    fn much_output_does_not_block() {
+        let sh = Tool::find("sh").unwrap();
+        let outcome = sh.run_in(
+            Path::new("/"),
+            &["-c", "i=0; while [ $i -lt 20000 ]; do echo 0123456789; i=$((i+1)); done"],
+        );
+        assert_eq!(outcome.success().stdout.len(), 20_000 * 11);
+    }
+
+    #[test]
+    #[should_panic(expected = "no end after")]
+    fn an_endless_program_is_stopped() {
+        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        wait(child, "sleep 60".to_owned(), Duration::from_millis(50));
+    }
+
+    #[test]
+    #[should_panic(expected = "exit code: Some(1)")]
+    fn an_unexpected_code_fails() {
+        Tool::find("false").unwrap().run_in::<&str>(Path::new("/"), &[]).success();
+    }
+}
