@@ -66,6 +66,11 @@ impl Table {
 /// | `BitmapDirectorySize` | bitmaps_ext: bitmap directory size (N) exceeds the maximum supported size (67107840); for 0: Requested bitmap directory size is zero |
 /// | `MissingCryptoHeader` | Missing CRYPTO header for crypt method N |
 /// | `BackingNameTooLong` | Backing file name too long |
+/// | `SnapshotExtra` | Too much extra metadata in snapshot table entry INDEX |
+/// | `BitmapDirectoryBroken` | Broken bitmap directory |
+/// | `BitmapDirectoryCount` | More bitmaps found than specified in header extension; or: Less bitmaps found ... |
+/// | `BitmapExtra` | Bitmap extra data is not supported |
+/// | `BitmapConstraints` | Bitmap 'NAME' doesn't satisfy the constraints |
 /// | `HeaderFull` | (when writing) ENOSPC: No space left on device |
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -161,6 +166,31 @@ pub enum FormatErrorKind {
     NeedsVersion3,
     /// A field is longer than its length field can say.
     TooLong(u64),
+    /// A snapshot table entry has more than 1024 bytes of extra data.
+    SnapshotExtra(u32),
+    /// The bitmap directory ends inside an entry.
+    BitmapDirectoryBroken,
+    /// The bitmap directory does not hold as many bitmaps as the extension says.
+    BitmapDirectoryCount {
+        /// How many it holds; one more than expected stands for any larger number.
+        found: u32,
+        /// How many the extension says.
+        expected: u32,
+    },
+    /// A bitmap has extra data.
+    BitmapExtra(u32),
+    /// A bitmap's directory entry breaks a rule; its name.
+    BitmapConstraints(String),
+    /// A bitmap table entry has reserved bits set or an impossible offset.
+    BitmapTableEntry(u64),
+    /// The LUKS area does not start with a LUKS header.
+    NotLuks,
+    /// The LUKS version is not 1.
+    LuksVersion(u16),
+    /// A text in the LUKS header does not end, or is not text.
+    LuksName(&'static str),
+    /// A LUKS key slot is neither enabled nor disabled.
+    LuksSlotState(u32),
     /// The bytes end before the structure does.
     Truncated,
     /// An offset that must be cluster aligned is not.

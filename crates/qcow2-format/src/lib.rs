@@ -12,13 +12,18 @@
 //! | L1 table entries | [`l1`] |
 //! | L2 table entries, compressed descriptors, extended L2 entries | [`l2`] |
 //! | Refcount tables and blocks | [`refcount`] |
+//! | Snapshots | [`snapshot`] |
+//! | Bitmaps | [`bitmap`] |
+//! | Encryption | [`crypt`] |
 //! | (every limit) | [`limit`] |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
 
+pub mod bitmap;
 pub mod bytes;
+pub mod crypt;
 pub mod error;
 pub mod extension;
 pub mod feature;
@@ -28,13 +33,16 @@ pub mod l1;
 pub mod l2;
 pub mod limit;
 pub mod refcount;
+pub mod snapshot;
 pub mod units;
 
+pub use bitmap::{Bitmap, BitmapTableEntry};
 pub use error::{FormatError, FormatErrorKind, Table};
 pub use extension::{BitmapsExtension, Extensions, LuksPointer, UnknownExtension};
 pub use feature::{AutoclearFeatures, CompatibleFeatures, FeatureName, IncompatibleFeatures};
 pub use geometry::{Geometry, GeometryFields};
 pub use header::{CompressionType, CryptMethod, Header, Version};
+pub use snapshot::Snapshot;
 pub use units::{
     ClusterCount, GuestCluster, GuestOffset, GuestRange, HostCluster, HostOffset, L1Index, L2Index,
 };

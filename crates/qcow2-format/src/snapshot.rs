@@ -1,0 +1,323 @@
+//! Snapshot table entries. Spec: "Snapshots".
+//!
+//! | offset | size | field |
+//! |---|---|---|
+//! | 0 | 8 | offset of the snapshot's L1 table, cluster aligned |
+//! | 8 | 4 | entries in that table |
+//! | 12, 14 | 2, 2 | length of the id, of the name |
+//! | 16, 20 | 4, 4 | when it was taken: seconds since 1970, nanoseconds |
+//! | 24 | 8 | how long the guest had run, in nanoseconds |
+//! | 32 | 4 | bytes of machine state, or 0 where the extra data has the number |
+//! | 36 | 4 | E, the length of the extra data |
+//! | 40 | E | extra data: bytes of machine state (8), virtual size (8), instruction count (8), unknown |
+//! | 40 + E | | id, name, zeroes up to a multiple of 8 |
+
+use crate::bytes::{Reader, read_u64};
+use crate::error::{FormatError, FormatErrorKind};
+use crate::limit;
+use crate::units::HostOffset;
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+/// Bytes of an entry before its extra data.
+const FIXED_LEN: usize = 40;
+/// Bytes of the extra data that this crate knows.
+const KNOWN_EXTRA: usize = 24;
+/// The extra data a version 3 image must have: machine state and virtual size.
+pub const MIN_EXTRA_V3: u32 = 16;
+/// The instruction count that means "not recorded".
+const NO_ICOUNT: u64 = u64::MAX;
+
+/// The most bytes an entry can take that [`Snapshot::parse`] accepts.
+pub const MAX_ENTRY_LEN: usize = FIXED_LEN + limit::MAX_SNAPSHOT_EXTRA as usize + 2 * u16::MAX as usize + 8;
+
+/// One internal snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Where its L1 table is.
+    pub l1_table_offset: HostOffset,
+    /// How many entries that table has.
+    pub l1_size: u32,
+    /// Its id, a decimal number as text, unique in the table; at most 65535 bytes.
+    pub id: Vec<u8>,
+    /// Its name, any bytes, may be empty and need not be unique; at most 65535 bytes.
+    pub name: Vec<u8>,
+    /// When it was taken, in seconds since 1970.
+    pub date_seconds: u32,
+    /// The fraction of that second, in nanoseconds.
+    pub date_nanoseconds: u32,
+    /// How long the guest had run, in nanoseconds.
+    pub vm_clock_nanoseconds: u64,
+    /// Bytes of machine state, stored behind the end of the disk.
+    pub vm_state_size: u64,
+    /// Bytes of the disk when the snapshot was taken.
+    pub disk_size: u64,
+    /// How many instructions the guest had executed, where that was recorded.
+    pub icount: Option<u64>,
+    /// Extra data of some later version, kept as it was.
+    pub unknown_extra: Vec<u8>,
+}
+
+/// A snapshot as it was found in a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParsedSnapshot {
+    /// What the entry says.
+    pub snapshot: Snapshot,
+    /// How many bytes it takes: the next entry starts there.
+    pub len: usize,
+    /// How long its extra data is; below [`MIN_EXTRA_V3`] in a version 3 image means it is incomplete.
+    pub extra_len: u32,
+}
+
+impl Snapshot {
+    /// Reads the entry at the start of `bytes`. `current_size`: bytes of the image's disk, for an entry that does not
+    /// record its own.
+    ///
+    /// Errors: `Truncated` where `bytes` ends before the entry and its padding do; `SnapshotExtra` for more than
+    /// 1024 bytes of extra data.
+    pub fn parse(bytes: &[u8], current_size: u64) -> Result<ParsedSnapshot, FormatError> {
+        let mut reader = Reader::new(bytes, 0);
+        let fixed = Fixed::read(&mut reader).ok_or_else(truncated)?;
+        if fixed.extra_len > limit::MAX_SNAPSHOT_EXTRA {
+            return Err(FormatError::new(
+                FormatErrorKind::SnapshotExtra(fixed.extra_len),
+                format!(
+                    "snapshot table entry: {} bytes of extra data, allowed are {}",
+                    fixed.extra_len,
+                    limit::MAX_SNAPSHOT_EXTRA
+                ),
+            ));
+        }
+        let mut take = |len: usize| reader.take(len).ok_or_else(truncated);
+        let extra = take(fixed.extra_len as usize)?;
+        let id = take(fixed.id_len.into())?.to_vec();
+        let name = take(fixed.name_len.into())?.to_vec();
+        let len = reader.position().next_multiple_of(8);
+        if len > bytes.len() {
+            return Err(truncated());
+        }
+        let snapshot = Self {
+            l1_table_offset: HostOffset::new(fixed.l1_table_offset),
+            l1_size: fixed.l1_size,
+            id,
+            name,
+            date_seconds: fixed.date_seconds,
+            date_nanoseconds: fixed.date_nanoseconds,
+            vm_clock_nanoseconds: fixed.vm_clock_nanoseconds,
+            vm_state_size: read_u64(extra, 0).unwrap_or(fixed.vm_state_size.into()),
+            disk_size: read_u64(extra, 8).unwrap_or(current_size),
+            icount: read_u64(extra, 16).filter(|&n| n != NO_ICOUNT),
+            unknown_extra: extra.get(KNOWN_EXTRA..).unwrap_or_default().to_vec(),
+        };
+        Ok(ParsedSnapshot { snapshot, len, extra_len: fixed.extra_len })
+    }
+
+    /// Appends the entry and its padding to `out`, the length of which must be a multiple of 8 since the table began.
+    /// Writes all extra data that this crate knows and then the unknown rest, as QEMU does in both versions.
+    ///
+    /// Errors: `TooLong` for an id or name above 65535 bytes; `SnapshotExtra` for unknown extra data above 1000.
+    pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), FormatError> {
+        let (id_len, name_len) = (text_len("id", &self.id)?, text_len("name", &self.name)?);
+        let extra_len = u32::try_from(KNOWN_EXTRA + self.unknown_extra.len()).unwrap_or(u32::MAX);
+        if extra_len > limit::MAX_SNAPSHOT_EXTRA {
+            return Err(FormatError::new(
+                FormatErrorKind::SnapshotExtra(extra_len),
+                format!(
+                    "snapshot: {extra_len} bytes of extra data, allowed are {}",
+                    limit::MAX_SNAPSHOT_EXTRA
+                ),
+            ));
+        }
+        let start = out.len();
+        out.extend_from_slice(&self.l1_table_offset.value().to_be_bytes());
+        out.extend_from_slice(&self.l1_size.to_be_bytes());
+        out.extend_from_slice(&id_len.to_be_bytes());
+        out.extend_from_slice(&name_len.to_be_bytes());
+        out.extend_from_slice(&self.date_seconds.to_be_bytes());
+        out.extend_from_slice(&self.date_nanoseconds.to_be_bytes());
+        out.extend_from_slice(&self.vm_clock_nanoseconds.to_be_bytes());
+        out.extend_from_slice(&u32::try_from(self.vm_state_size).unwrap_or(0).to_be_bytes());
+        out.extend_from_slice(&extra_len.to_be_bytes());
+        out.extend_from_slice(&self.vm_state_size.to_be_bytes());
+        out.extend_from_slice(&self.disk_size.to_be_bytes());
+        out.extend_from_slice(&self.icount.unwrap_or(NO_ICOUNT).to_be_bytes());
+        out.extend_from_slice(&self.unknown_extra);
+        out.extend_from_slice(&self.id);
+        out.extend_from_slice(&self.name);
+        let len = out.len() - start;
+        out.resize(start + len.next_multiple_of(8), 0);
+        Ok(())
+    }
+
+    /// The id as text; broken UTF-8 is replaced.
+    pub fn id_text(&self) -> String {
+        String::from_utf8_lossy(&self.id).into_owned()
+    }
+
+    /// The name as text; broken UTF-8 is replaced. May hold control characters: escape it before printing.
+    pub fn name_text(&self) -> String {
+        String::from_utf8_lossy(&self.name).into_owned()
+    }
+}
+
+/// The part of an entry that has a fixed place.
+struct Fixed {
+    l1_table_offset: u64,
+    l1_size: u32,
+    id_len: u16,
+    name_len: u16,
+    date_seconds: u32,
+    date_nanoseconds: u32,
+    vm_clock_nanoseconds: u64,
+    vm_state_size: u32,
+    extra_len: u32,
+}
+
+impl Fixed {
+    fn read(reader: &mut Reader<'_>) -> Option<Self> {
+        Some(Self {
+            l1_table_offset: reader.u64()?,
+            l1_size: reader.u32()?,
+            id_len: reader.u16()?,
+            name_len: reader.u16()?,
+            date_seconds: reader.u32()?,
+            date_nanoseconds: reader.u32()?,
+            vm_clock_nanoseconds: reader.u64()?,
+            vm_state_size: reader.u32()?,
+            extra_len: reader.u32()?,
+        })
+    }
+}
+
+fn text_len(what: &str, text: &[u8]) -> Result<u16, FormatError> {
+    u16::try_from(text.len()).map_err(|_| {
+        let len = text.len();
+        FormatError::new(
+            FormatErrorKind::TooLong(len as u64),
+            format!("snapshot: {what} of {len} bytes, allowed are {}", u16::MAX),
+        )
+    })
+}
+
+fn truncated() -> FormatError {
+    FormatError::new(FormatErrorKind::Truncated, "snapshot table ends inside an entry")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The two entries that `qemu-img snapshot -c s0`, `-c s1` wrote into an image of 1 MiB.
+    fn real_table() -> Vec<u8> {
+        let hex = "0000000000060000 00000001 0001 0002 6b035734 0fb64ef0 0000000000000000 00000000 00000018 \
+                   0000000000000000 0000000000100000 0000000000000000 3173300000000000 \
+                   0000000000080000 00000001 0001 0002 6b035734 10b1aa98 0000000000000000 00000000 00000018 \
+                   0000000000000000 0000000000100000 0000000000000000 3273310000000000";
+        let digits: Vec<u8> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
+        digits.chunks(2).map(|d| u8::from_str_radix(core::str::from_utf8(d).unwrap(), 16).unwrap()).collect()
+    }
+
+    #[test]
+    fn reads_and_writes_what_qemu_wrote() {
+        let table = real_table();
+        let first = Snapshot::parse(&table, 0).unwrap();
+        assert_eq!((first.len, first.extra_len), (72, 24));
+        assert_eq!(first.snapshot.l1_table_offset, HostOffset::new(0x60000));
+        assert_eq!((first.snapshot.id_text(), first.snapshot.name_text()), ("1".into(), "s0".into()));
+        assert_eq!((first.snapshot.disk_size, first.snapshot.icount), (1 << 20, Some(0)));
+        let second = Snapshot::parse(&table[first.len..], 0).unwrap();
+        assert_eq!(second.snapshot.l1_table_offset, HostOffset::new(0x80000));
+
+        let mut written = Vec::new();
+        first.snapshot.encode(&mut written).unwrap();
+        second.snapshot.encode(&mut written).unwrap();
+        assert_eq!(written, table);
+    }
+
+    #[test]
+    fn short_extra_data_falls_back() {
+        let mut entry = [0u8; 56];
+        entry[32..36].copy_from_slice(&77u32.to_be_bytes());
+        let parsed = Snapshot::parse(&entry, 4096).unwrap();
+        let snapshot = &parsed.snapshot;
+        assert_eq!((snapshot.vm_state_size, snapshot.disk_size, snapshot.icount), (77, 4096, None));
+        assert_eq!((parsed.len, parsed.extra_len), (40, 0));
+
+        entry[39] = 8;
+        entry[47] = 5;
+        let snapshot = Snapshot::parse(&entry, 4096).unwrap().snapshot;
+        assert_eq!((snapshot.vm_state_size, snapshot.disk_size), (5, 4096), "the 64-bit number wins");
+        entry[39] = 15;
+        assert_eq!(
+            Snapshot::parse(&entry, 4096).unwrap().snapshot.disk_size,
+            4096,
+            "half a field is no field"
+        );
+    }
+
+    #[test]
+    fn limits_are_named() {
+        let mut entry = [0u8; 4096];
+        entry[36..40].copy_from_slice(&1025u32.to_be_bytes());
+        assert_eq!(Snapshot::parse(&entry, 0).unwrap_err().kind(), &FormatErrorKind::SnapshotExtra(1025));
+        entry[36..40].copy_from_slice(&1024u32.to_be_bytes());
+        assert_eq!(Snapshot::parse(&entry, 0).unwrap().len, 40 + 1024);
+        entry[12] = 0xff;
+        assert_eq!(Snapshot::parse(&entry, 0).unwrap_err().kind(), &FormatErrorKind::Truncated);
+        assert_eq!(Snapshot::parse(&entry[..39], 0).unwrap_err().kind(), &FormatErrorKind::Truncated);
+
+        let mut snapshot = Snapshot::parse(&[0; 40], 0).unwrap().snapshot;
+        snapshot.name = vec![b'n'; 65536];
+        assert_eq!(snapshot.encode(&mut Vec::new()).unwrap_err().kind(), &FormatErrorKind::TooLong(65536));
+    }
+
+    #[test]
+    fn a_state_above_4_gib_is_only_in_the_extra_data() {
+        let mut snapshot = Snapshot::parse(&[0; 40], 0).unwrap().snapshot;
+        snapshot.vm_state_size = 1 << 32;
+        let mut out = Vec::new();
+        snapshot.encode(&mut out).unwrap();
+        assert_eq!(out[32..36], [0; 4]);
+        assert_eq!(Snapshot::parse(&out, 0).unwrap().snapshot, snapshot);
+    }
+
+    fn any_snapshot() -> impl Strategy<Value = Snapshot> {
+        let bytes = |max| proptest::collection::vec(any::<u8>(), 0..max);
+        let numbers = (any::<u64>(), any::<u32>(), any::<u32>(), any::<u32>(), any::<u64>());
+        let extra = (any::<u64>(), any::<u64>(), proptest::option::of(0..u64::MAX), bytes(1000));
+        (numbers, extra, bytes(300), bytes(300)).prop_map(|(n, e, id, name)| Snapshot {
+            l1_table_offset: HostOffset::new(n.0),
+            l1_size: n.1,
+            id,
+            name,
+            date_seconds: n.2,
+            date_nanoseconds: n.3,
+            vm_clock_nanoseconds: n.4,
+            vm_state_size: e.0,
+            disk_size: e.1,
+            icount: e.2,
+            unknown_extra: e.3,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(snapshot in any_snapshot()) {
+            let mut out = Vec::new();
+            snapshot.encode(&mut out).unwrap();
+            let parsed = Snapshot::parse(&out, 1).unwrap();
+            prop_assert_eq!(parsed.len, out.len());
+            prop_assert!(parsed.len <= MAX_ENTRY_LEN);
+            prop_assert_eq!(parsed.snapshot, snapshot);
+        }
+
+        #[test]
+        fn any_bytes_are_judged(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            if let Ok(parsed) = Snapshot::parse(&bytes, 0) {
+                prop_assert!(parsed.len <= bytes.len());
+            }
+        }
+    }
+}
