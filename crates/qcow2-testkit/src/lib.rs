@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod arbitrary;
+pub mod audit;
 pub mod crash;
 pub mod cut;
 pub mod fault;
