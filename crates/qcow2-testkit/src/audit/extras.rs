@@ -28,7 +28,8 @@ impl Walk<'_> {
         let mut at = start;
         for index in 0..self.header.snapshot_count {
             if at >= self.image.len() {
-                self.audit.problem(ProblemKind::Broken, format!("snapshot {index}: past the end of the file"));
+                self.audit
+                    .problem(ProblemKind::Broken, format!("snapshot {index}: past the end of the file"));
                 return;
             }
             let entry = self.bytes(at, 40);

@@ -186,7 +186,8 @@ impl Walk<'_> {
         }
         let geometry = self.format().geometry;
         if !geometry.is_aligned(offset) {
-            self.audit.problem(ProblemKind::Broken, format!("l1 table at {offset:#x} is not cluster aligned"));
+            self.audit
+                .problem(ProblemKind::Broken, format!("l1 table at {offset:#x} is not cluster aligned"));
             return;
         }
         let owner = if active { Owner::ActiveL1 } else { Owner::InactiveL1 };
@@ -195,7 +196,8 @@ impl Walk<'_> {
         }
         for (index, raw) in self.words(offset, entries).into_iter().enumerate() {
             if l1::reserved_bits(raw) != 0 {
-                self.audit.problem(ProblemKind::Broken, format!("l1 entry {index}: reserved bits in {raw:#x}"));
+                self.audit
+                    .problem(ProblemKind::Broken, format!("l1 entry {index}: reserved bits in {raw:#x}"));
             }
             match L1Entry::decode(raw, &geometry) {
                 Ok(entry) => {
