@@ -268,7 +268,7 @@ mod tests {
 
     fn check(shape: Shape) {
         assert_eq!(shape, shape.legalized(), "a drawn shape is legal");
-        assert!(shape.size >= 512 && shape.size % 512 == 0 && shape.size <= 4 << 20, "{shape:?}");
+        assert!(shape.size >= 512 && shape.size.is_multiple_of(512) && shape.size <= 4 << 20, "{shape:?}");
         assert!(shape.version3 || (shape.refcount_order == 4 && shape.data_file.is_none()), "{shape:?}");
         assert!(!shape.extended_l2 || shape.cluster_bits >= 14, "{shape:?}");
     }

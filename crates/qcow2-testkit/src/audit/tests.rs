@@ -21,9 +21,9 @@ fn small() -> PageBytes {
     for cluster in 0..7 {
         set_count(&mut image, cluster, 1);
     }
-    put64(&mut image, 3 * 512, 4 * 512 | COPIED);
-    put64(&mut image, 4 * 512, 5 * 512 | COPIED);
-    put64(&mut image, 4 * 512 + 8, 6 * 512 | COPIED);
+    put64(&mut image, 3 * 512, (4 * 512) | COPIED);
+    put64(&mut image, 4 * 512, (5 * 512) | COPIED);
+    put64(&mut image, 4 * 512 + 8, (6 * 512) | COPIED);
     image.set_len(7 * 512);
     image
 }
@@ -75,7 +75,7 @@ fn the_dirty_bit_excuses_counts_but_not_sharing() {
     assert!(audit.is_sound() && audit.dirty && audit.low_counts == 1, "{audit:?}");
     finds(ProblemKind::Shared, |image| {
         dirty(image);
-        put64(image, 4 * 512 + 8, 5 * 512 | COPIED);
+        put64(image, 4 * 512 + 8, (5 * 512) | COPIED);
     });
 }
 
@@ -88,9 +88,9 @@ fn sharing_is_a_problem_whatever_the_count() {
     });
     for metadata in 0..5 {
         finds(ProblemKind::Shared, |image| {
-            put64(image, 4 * 512, metadata * 512 | COPIED);
+            put64(image, 4 * 512, (metadata * 512) | COPIED);
             if metadata == 0 {
-                put64(image, 4 * 512, 4 * 512 | COPIED);
+                put64(image, 4 * 512, (4 * 512) | COPIED);
             }
             set_count(image, metadata, 2);
         });
@@ -110,9 +110,9 @@ fn copied_flags_are_compared() {
         image.set_len(9 * 512);
         image.write(60, &1u32.to_be_bytes());
         put64(image, 64, 8 * 512);
-        put64(image, 3 * 512, 4 * 512 | copied);
-        put64(image, 4 * 512, 5 * 512 | copied);
-        put64(image, 4 * 512 + 8, 6 * 512 | copied);
+        put64(image, 3 * 512, (4 * 512) | copied);
+        put64(image, 4 * 512, (5 * 512) | copied);
+        put64(image, 4 * 512 + 8, (6 * 512) | copied);
         (4..7).for_each(|cluster| set_count(image, cluster, count));
         (7..9).for_each(|cluster| set_count(image, cluster, 1));
     };
@@ -125,9 +125,9 @@ fn copied_flags_are_compared() {
 fn broken_places_are_found() {
     finds(ProblemKind::Header, |image| image.write(0, b"x"));
     finds(ProblemKind::Header, |image| image.write(36, &[0; 4]));
-    finds(ProblemKind::Broken, |image| put64(image, 3 * 512, 4 * 512 + 1 | COPIED));
-    finds(ProblemKind::Broken, |image| put64(image, 4 * 512, 5 * 512 + 2 | COPIED));
-    finds(ProblemKind::Broken, |image| put64(image, 4 * 512, 99 * 512 | COPIED));
+    finds(ProblemKind::Broken, |image| put64(image, 3 * 512, (4 * 512 + 1) | COPIED));
+    finds(ProblemKind::Broken, |image| put64(image, 4 * 512, (5 * 512 + 2) | COPIED));
+    finds(ProblemKind::Broken, |image| put64(image, 4 * 512, (99 * 512) | COPIED));
     finds(ProblemKind::Broken, |image| put64(image, 512, 99 * 512));
     finds(ProblemKind::Broken, |image| image.set_len(6 * 512));
     // The last cluster may be cut short.
