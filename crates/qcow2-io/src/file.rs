@@ -1,0 +1,333 @@
+//! Regular files and block devices as a storage.
+//!
+//! Every call is positional, so any number of threads may use one file. The length is kept here, so that asking for it
+//! costs no system call; no other writer is expected (see the image locks). What the file system cannot do is found
+//! out once and then done the slower way.
+
+use crate::error::{Call, MAX_LEN};
+use crate::open::{FileKind, file_kind};
+use crate::sys::{self, Run};
+use qcow2_core::{
+    HostOffset, Limits, SourceId, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
+};
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock};
+
+/// Bytes of zeroes written at a time where nothing faster exists.
+const ZERO_BUFFER_LEN: usize = 1024 * 1024;
+
+/// A regular file or a block device as a [`Storage`]; made by [`OpenFile`](crate::OpenFile).
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    writable: bool,
+    /// Whether this is a regular file, whose length can change.
+    regular: bool,
+    len: AtomicU64,
+    /// Held shared by every change, exclusively by whatever sets the length: a cut never meets a write half-way.
+    resize: RwLock<()>,
+    missing: Missing,
+}
+
+/// What the file system turned out not to do; each is tried until it fails once.
+#[derive(Debug, Default)]
+struct Missing {
+    punch: AtomicBool,
+    zero_range: AtomicBool,
+    reserve: AtomicBool,
+    seek_data: AtomicBool,
+}
+
+impl FileStorage {
+    /// Takes over an open file. `writable` says whether it was opened for writing. Errors: whatever the system says
+    /// when asked for kind and length.
+    pub fn from_file(file: File, writable: bool) -> io::Result<Self> {
+        let regular = file_kind(&file)? != FileKind::BlockDevice;
+        let len = if regular { file.metadata()?.len() } else { sys::device_len(&file)? };
+        Ok(Self {
+            file,
+            writable,
+            regular,
+            len: AtomicU64::new(len),
+            resize: RwLock::new(()),
+            missing: Missing::default(),
+        })
+    }
+
+    /// What makes two openings the same file, where the system tells.
+    pub fn id(&self) -> Option<SourceId> {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::{FileTypeExt, MetadataExt};
+            let data = self.file.metadata().ok()?;
+            // Two names of one device are different files but the same source.
+            let is_device = data.file_type().is_block_device();
+            Some(SourceId {
+                device: if is_device { u64::MAX } else { data.dev() },
+                file: if is_device { data.rdev() } else { data.ino() },
+            })
+        }
+        #[cfg(not(unix))]
+        None
+    }
+
+    /// Whether the file was opened for writing.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Whether this is a regular file (otherwise a block device).
+    pub fn is_regular(&self) -> bool {
+        self.regular
+    }
+
+    fn length(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    /// Checks a change and returns the end of its range.
+    fn change(&self, call: Call) -> Result<u64, StorageError> {
+        let end = call.end()?;
+        if !self.writable {
+            return Err(call.read_only());
+        }
+        if !self.regular && end > self.length() {
+            return Err(call.past_end(self.length()));
+        }
+        Ok(end)
+    }
+
+    fn grown_to(&self, end: u64) {
+        self.len.fetch_max(end, Ordering::AcqRel);
+    }
+
+    /// Does `what` unless it is known to be missing; `false` where the file system cannot.
+    fn attempt(&self, missing: &AtomicBool, what: impl FnOnce() -> io::Result<()>) -> io::Result<bool> {
+        if missing.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        match what() {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                // A device refuses single ranges for their alignment; a file system refuses the operation.
+                missing.store(self.regular, Ordering::Relaxed);
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn punch(&self, start: u64, end: u64) -> io::Result<bool> {
+        self.attempt(&self.missing.punch, || sys::punch_hole(&self.file, start, end - start))
+    }
+
+    fn zero_keeping_space(&self, start: u64, end: u64) -> io::Result<bool> {
+        self.attempt(&self.missing.zero_range, || sys::zero_range(&self.file, start, end - start))
+    }
+
+    fn reserve(&self, start: u64, end: u64) -> io::Result<bool> {
+        self.attempt(&self.missing.reserve, || sys::reserve(&self.file, start, end - start))
+    }
+
+    fn write_zero_bytes(&self, start: u64, end: u64) -> io::Result<()> {
+        let zeroes = vec![0; ZERO_BUFFER_LEN.min((end - start) as usize)];
+        let mut at = start;
+        while at < end {
+            let count = (end - at).min(zeroes.len() as u64);
+            sys::write_full(&self.file, at, &zeroes[..count as usize])?;
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// Zeroes that stay backed by space: one range call, or a hole that is filled with space again, or plain writes.
+    fn zero_allocated(&self, start: u64, end: u64) -> io::Result<()> {
+        if self.zero_keeping_space(start, end)? {
+            return Ok(());
+        }
+        let inside = end.min(self.length());
+        if self.regular && (start >= inside || self.punch(start, inside)?) && self.reserve(start, end)? {
+            return Ok(());
+        }
+        self.write_zero_bytes(start, end)
+    }
+
+    /// Zeroes in the existing part of the file, which may become a hole.
+    fn zero_unmapped(&self, start: u64, end: u64) -> io::Result<()> {
+        if self.punch(start, end)? || self.zero_keeping_space(start, end)? {
+            return Ok(());
+        }
+        self.write_zero_bytes(start, end)
+    }
+
+    /// Makes the file at least `len` bytes, the new ones a hole.
+    fn grow(&self, len: u64) -> io::Result<()> {
+        let _guard = self.resize.write().unwrap_or_else(PoisonError::into_inner);
+        if self.length() < len {
+            self.file.set_len(len)?;
+            self.grown_to(len);
+        }
+        Ok(())
+    }
+}
+
+impl Storage for FileStorage {
+    fn len(&self) -> Result<u64, StorageError> {
+        Ok(self.length())
+    }
+
+    fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
+        if offset.value() > MAX_LEN {
+            return Ok(0);
+        }
+        let call = Call::new("read", offset, buf.len() as u64);
+        sys::read_full(&self.file, offset.value(), buf).map_err(|error| call.failed(error))
+    }
+
+    fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
+        let call = Call::new("write", offset, buf.len() as u64);
+        let end = self.change(call)?;
+        if buf.is_empty() {
+            return Ok(());
+        }
+        let _guard = self.resize.read().unwrap_or_else(PoisonError::into_inner);
+        sys::write_full(&self.file, offset.value(), buf).map_err(|error| call.failed(error))?;
+        self.grown_to(end);
+        Ok(())
+    }
+
+    fn write_vectored_at(&self, offset: HostOffset, bufs: &[&[u8]]) -> Result<(), StorageError> {
+        let len = bufs.iter().fold(0u64, |sum, buf| sum.saturating_add(buf.len() as u64));
+        let call = Call::new("write", offset, len);
+        let end = self.change(call)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let _guard = self.resize.read().unwrap_or_else(PoisonError::into_inner);
+        sys::write_vectored_full(&self.file, offset.value(), bufs).map_err(|error| call.failed(error))?;
+        self.grown_to(end);
+        Ok(())
+    }
+
+    fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError> {
+        let call = Call::new("zero", offset, len);
+        let end = self.change(call)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let start = offset.value();
+        let guard = self.resize.read().unwrap_or_else(PoisonError::into_inner);
+        let result = match mode {
+            ZeroMode::KeepAllocated => self.zero_allocated(start, end).map(|()| self.grown_to(end)),
+            ZeroMode::MayUnmap => match end.min(self.length()) {
+                inside if inside > start => self.zero_unmapped(start, inside),
+                _ => Ok(()),
+            },
+        };
+        drop(guard);
+        result.and_then(|()| self.grow(end)).map_err(|error| call.failed(error))
+    }
+
+    fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        let call = Call::new("discard", offset, len);
+        if !self.writable {
+            return Err(call.read_only());
+        }
+        let end = call.end()?.min(self.length());
+        if offset.value() >= end {
+            return Ok(());
+        }
+        let _guard = self.resize.read().unwrap_or_else(PoisonError::into_inner);
+        self.punch(offset.value(), end).map(|_| ()).map_err(|error| call.failed(error))
+    }
+
+    fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        let call = Call::new("allocate", offset, len);
+        let end = self.change(call)?;
+        if len == 0 || !self.regular {
+            return Ok(());
+        }
+        let _guard = self.resize.read().unwrap_or_else(PoisonError::into_inner);
+        let done = match self.reserve(offset.value(), end) {
+            // Bytes past the end have no content to keep: writing zeroes reserves their space too.
+            Ok(false) if offset.value() >= self.length() => {
+                self.write_zero_bytes(offset.value(), end).map(|()| true)
+            }
+            other => other,
+        };
+        match done.map_err(|error| call.failed(error))? {
+            true => self.grown_to(end),
+            false => return Err(call.failed(io::ErrorKind::Unsupported.into())),
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> Result<(), StorageError> {
+        let call = Call::new("resize", HostOffset::new(0), len);
+        call.end()?;
+        if !self.writable {
+            return Err(call.read_only());
+        }
+        if !self.regular {
+            return match len == self.length() {
+                true => Ok(()),
+                false => Err(StorageError::new(
+                    StorageErrorKind::Unsupported,
+                    format!("resize to {len} bytes: the device has {} and cannot change", self.length()),
+                )),
+            };
+        }
+        let _guard = self.resize.write().unwrap_or_else(PoisonError::into_inner);
+        self.file.set_len(len).map_err(|error| call.failed(error))?;
+        self.len.store(len, Ordering::Release);
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), StorageError> {
+        if !self.writable {
+            return Ok(());
+        }
+        let call = Call::new("flush", HostOffset::new(0), self.length());
+        sys::sync(&self.file).map_err(|error| call.failed(error))
+    }
+
+    fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
+        let call = Call::new("map", offset, len);
+        let end = call.end()?;
+        if self.missing.seek_data.load(Ordering::Relaxed) {
+            return Ok(StorageExtent { len, data: true });
+        }
+        let (stop, data) = match sys::run_at(&self.file, offset.value()) {
+            Ok(Run::DataUntil(stop)) => (stop, true),
+            Ok(Run::HoleUntil(stop)) => (stop, false),
+            Ok(Run::HoleToEnd) => (end, false),
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                self.missing.seek_data.store(true, Ordering::Relaxed);
+                (end, true)
+            }
+            Err(error) => return Err(call.failed(error)),
+        };
+        Ok(StorageExtent { len: stop.min(end) - offset.value(), data })
+    }
+
+    fn limits(&self) -> Limits {
+        let mut limits = Limits::default();
+        limits.growable = self.regular;
+        limits.fast_zeroes = !self.missing.zero_range.load(Ordering::Relaxed);
+        limits
+    }
+
+    fn used_bytes(&self) -> Result<Option<u64>, StorageError> {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            let call = Call::new("stat", HostOffset::new(0), self.length());
+            let data = self.file.metadata().map_err(|error| call.failed(error))?;
+            Ok(Some(data.blocks() * 512))
+        }
+        #[cfg(not(unix))]
+        Ok(None)
+    }
+}

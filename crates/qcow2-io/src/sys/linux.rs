@@ -1,0 +1,113 @@
+//! Linux: positional and vectored I/O, holes, punching, zeroing, space, sync.
+
+use super::Run;
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fdatasync, seek};
+use rustix::io::Errno;
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+
+/// Reads what one call gives.
+pub(super) fn read_some(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+    file.read_at(buf, offset)
+}
+
+/// Writes what one call takes.
+pub(super) fn write_some(file: &File, offset: u64, buf: &[u8]) -> io::Result<usize> {
+    file.write_at(buf, offset)
+}
+
+/// The most buffers one vectored call takes (`IOV_MAX`).
+const MAX_VECTOR_COUNT: usize = 1024;
+
+/// Writes the buffers one after the other from `offset` on.
+pub(crate) fn write_vectored_full(file: &File, offset: u64, bufs: &[&[u8]]) -> io::Result<()> {
+    let mut slices: Vec<IoSlice<'_>> = bufs.iter().map(|buf| IoSlice::new(buf)).collect();
+    let mut rest = &mut slices[..];
+    let mut at = offset;
+    IoSlice::advance_slices(&mut rest, 0);
+    while !rest.is_empty() {
+        let count = rest.len().min(MAX_VECTOR_COUNT);
+        match rustix::io::pwritev(file, &rest[..count], at) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                at += written as u64;
+                IoSlice::advance_slices(&mut rest, written);
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Gives the space of a range back; it then reads as zeroes. The length stays.
+pub(crate) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    change_space(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+}
+
+/// Makes a range read as zeroes and keeps space for it, growing the file where the range passes its end.
+pub(crate) fn zero_range(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    change_space(file, FallocateFlags::ZERO_RANGE, offset, len)
+}
+
+/// Reserves space for a range, growing the file where the range passes its end.
+pub(crate) fn reserve(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    change_space(file, FallocateFlags::empty(), offset, len)
+}
+
+/// One `fallocate`. All the ways to say "cannot" become `Unsupported`: file systems answer `EOPNOTSUPP`, block devices
+/// `EINVAL` or `ENODEV` for modes or alignments they do not know, old kernels `ENOSYS`.
+fn change_space(file: &File, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+    loop {
+        return match fallocate(file, mode, offset, len) {
+            Ok(()) => Ok(()),
+            Err(Errno::INTR) => continue,
+            Err(Errno::INVAL | Errno::NODEV | Errno::NOSYS | Errno::NOTTY) => Err(Errno::OPNOTSUPP.into()),
+            Err(error) => Err(error.into()),
+        };
+    }
+}
+
+/// What the file holds from `offset` (which lies before the end) on.
+pub(crate) fn run_at(file: &File, offset: u64) -> io::Result<Run> {
+    match seek(file, SeekFrom::Data(offset)) {
+        Ok(data) if data > offset => return Ok(Run::HoleUntil(data)),
+        Ok(_) => {}
+        Err(Errno::NXIO) => return Ok(Run::HoleToEnd),
+        Err(error) => return Err(cannot_seek(error)),
+    }
+    match seek(file, SeekFrom::Hole(offset)) {
+        // A hole that was punched between the two calls.
+        Ok(hole) if hole <= offset => Ok(Run::DataUntil(offset + 1)),
+        Ok(hole) => Ok(Run::DataUntil(hole)),
+        Err(error) => Err(cannot_seek(error)),
+    }
+}
+
+fn cannot_seek(error: Errno) -> io::Error {
+    match error {
+        Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS | Errno::SPIPE => Errno::OPNOTSUPP.into(),
+        other => other.into(),
+    }
+}
+
+/// Makes content and length durable.
+pub(crate) fn sync(file: &File) -> io::Result<()> {
+    loop {
+        match fdatasync(file) {
+            Err(Errno::INTR) => {}
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// The length of a block device in bytes.
+pub(crate) fn device_len(file: &File) -> io::Result<u64> {
+    Ok(seek(file, SeekFrom::End(0))?)
+}
+
+/// Makes opening a pipe return at once, so that it can be looked at and refused. Regular files do not care.
+pub(crate) fn open_without_waiting(options: &mut OpenOptions) {
+    options.custom_flags(OFlags::NONBLOCK.bits() as i32);
+}

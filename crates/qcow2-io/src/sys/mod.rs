@@ -1,0 +1,56 @@
+//! What differs between operating systems, each in its own room with the same function names.
+//!
+//! Every function here does one thing and reports the system's own error. `Unsupported` (as an error kind) means that
+//! the file system or device cannot do it; whoever calls then takes a slower way.
+
+#[cfg(target_os = "linux")]
+mod linux;
+#[cfg(not(target_os = "linux"))]
+mod other;
+
+#[cfg(target_os = "linux")]
+pub(crate) use linux::*;
+#[cfg(not(target_os = "linux"))]
+pub(crate) use other::*;
+
+use std::fs::File;
+use std::io;
+
+/// What a run of a file holds, as the file system tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Run {
+    /// Data from the asked offset up to this one (past the offset).
+    DataUntil(u64),
+    /// A hole from the asked offset up to this one (past the offset).
+    HoleUntil(u64),
+    /// A hole from the asked offset to the end of the file.
+    HoleToEnd,
+}
+
+/// Reads until `buf` is full or the file ends; returns the bytes read.
+pub(crate) fn read_full(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        match read_some(file, offset + done as u64, &mut buf[done..]) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+/// Writes all of `buf`, however often the system stops short.
+pub(crate) fn write_full(file: &File, offset: u64, buf: &[u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < buf.len() {
+        match write_some(file, offset + done as u64, &buf[done..]) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
