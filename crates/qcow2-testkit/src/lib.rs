@@ -4,6 +4,7 @@
 
 pub mod arbitrary;
 pub mod audit;
+pub mod builder;
 pub mod crash;
 pub mod cut;
 pub mod fault;
