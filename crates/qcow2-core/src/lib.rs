@@ -8,11 +8,25 @@
 
 extern crate alloc;
 
+pub mod chain;
+pub mod create;
 pub mod error;
+pub mod image;
+mod inflight;
+mod meta;
+pub mod open;
 pub mod port;
+pub mod raw;
+mod read;
+pub mod rules;
 mod sync;
+mod write;
 
+pub use chain::open_disk;
+pub use create::{BackingName, CreateOptions, DataFileName, Preallocation, create};
 pub use error::{Error, ErrorKind, Result};
+pub use image::Image;
+pub use open::{Codecs, Layers, OpenOptions};
 pub use port::codec::{ClusterCodec, CodecError};
 pub use port::disk::{DiskExtent, ExtentState, GuestDisk};
 pub use port::resolver::{
@@ -21,3 +35,5 @@ pub use port::resolver::{
 pub use port::storage::{Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
 pub use qcow2_format as format;
 pub use qcow2_format::{Geometry, GuestOffset, GuestRange, HostOffset};
+pub use raw::RawDisk;
+pub use rules::OrderingRule;

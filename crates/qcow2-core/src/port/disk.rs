@@ -78,6 +78,11 @@ pub trait GuestDisk: Send + Sync {
         512
     }
 
+    /// This disk as a qcow2 image, where it is one.
+    fn as_image(&self) -> Option<&crate::image::Image> {
+        None
+    }
+
     /// Makes the disk `size` bytes. Errors: `Unsupported` where this kind of disk cannot.
     fn resize(&self, size: u64) -> Result<()>;
 }

@@ -1,0 +1,124 @@
+//! The chain of backing files: opened without recursion, loops and depth bounded.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::open::{Layers, OpenOptions};
+use crate::port::disk::{ExtentState, GuestDisk};
+use crate::port::resolver::{ImageFormat, Reference, ResolvedSource, SourceId};
+use crate::raw::RawDisk;
+use ::alloc::collections::BTreeSet;
+use ::alloc::format;
+use ::alloc::string::ToString;
+use ::alloc::sync::Arc;
+use ::alloc::vec::Vec;
+use qcow2_format::{GuestOffset, GuestRange};
+
+/// The longest chain that is followed. Origin: ours; QEMU has no limit.
+pub const MAX_CHAIN_LEN: usize = 1024;
+
+/// Opens a disk and every layer below it. `source`: the top layer; its resolver opens what it names. Layers below the top
+/// are opened for reading. Disk: reads headers and L1 tables.
+///
+/// Errors: `Format`, `Unsupported`, `Encrypted`, `Corrupt`, `Resolve` where a layer cannot be opened, `Chain` for a loop
+/// or more than [`MAX_CHAIN_LEN`] layers.
+pub fn open_disk(source: ResolvedSource, options: &OpenOptions) -> Result<Arc<dyn GuestDisk>> {
+    match source.format {
+        ImageFormat::Raw => Ok(Arc::new(RawDisk::new(source.storage, options.writable)?)),
+        ImageFormat::Qcow2 => Ok(Image::open(source, options)?),
+        ImageFormat::Other(name) => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("unknown driver '{name}': allowed are qcow2 and raw"),
+        )),
+    }
+}
+
+/// Opens the layers below `top`, whose header names `first` as its backing file.
+pub(crate) fn open_backing(
+    top: &ResolvedSource,
+    first: (&str, Option<&str>),
+    options: &OpenOptions,
+) -> Result<Arc<dyn GuestDisk>> {
+    let below = OpenOptions { writable: false, layers: Layers::Follow, ..options.clone() };
+    let mut seen: BTreeSet<SourceId> = top.id.into_iter().collect();
+    let mut opened: Vec<Layer> = Vec::new();
+    let mut resolver = Arc::clone(&top.resolver);
+    let mut next = Some((first.0.to_string(), first.1.map(ToString::to_string)));
+    while let Some((name, format)) = next {
+        if opened.len() + 1 >= MAX_CHAIN_LEN {
+            let message = format!("backing chain has more than {MAX_CHAIN_LEN} layers");
+            return Err(Error::new(ErrorKind::Chain, message));
+        }
+        let source =
+            resolver.resolve(Reference::Backing { name: &name, format: format.as_deref() }, false)?;
+        if source.id.is_some_and(|id| !seen.insert(id)) {
+            let message = format!("backing file '{}' creates an infinite loop", source.name);
+            return Err(Error::new(ErrorKind::Chain, message));
+        }
+        resolver = Arc::clone(&source.resolver);
+        let layer = Layer::open(source, &below)?;
+        next = layer.backing_name();
+        opened.push(layer);
+    }
+    let mut disk: Option<Arc<dyn GuestDisk>> = None;
+    while let Some(layer) = opened.pop() {
+        disk = Some(layer.stand_on(disk));
+    }
+    disk.ok_or_else(|| Error::new(ErrorKind::Chain, "backing chain is empty"))
+}
+
+enum Layer {
+    Raw(RawDisk),
+    Image(Image),
+}
+
+impl Layer {
+    fn open(source: ResolvedSource, options: &OpenOptions) -> Result<Self> {
+        match &source.format {
+            ImageFormat::Raw => Ok(Self::Raw(RawDisk::new(source.storage, false)?)),
+            ImageFormat::Qcow2 => Ok(Self::Image(Image::open_layer(&source, options)?)),
+            ImageFormat::Other(name) => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("'{}': unknown driver '{name}', allowed are qcow2 and raw", source.name),
+            )),
+        }
+    }
+
+    fn backing_name(&self) -> Option<(::alloc::string::String, Option<::alloc::string::String>)> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Image(image) => image.backing_reference(),
+        }
+    }
+
+    fn stand_on(self, below: Option<Arc<dyn GuestDisk>>) -> Arc<dyn GuestDisk> {
+        match self {
+            Self::Raw(disk) => Arc::new(disk),
+            Self::Image(image) => Arc::new(image.with_backing(below)),
+        }
+    }
+}
+
+/// Whether `range`, inside `disk`, is known to read as zeroes without looking at data.
+pub(crate) fn reads_zero(disk: &dyn GuestDisk, range: GuestRange) -> Result<bool> {
+    let (mut at, end) = (range.start().value(), range.end().value());
+    while at < end {
+        let here = GuestRange::between(GuestOffset::new(at), GuestOffset::new(end));
+        let extent = disk.extent_at(here)?;
+        let zero = match extent.state {
+            ExtentState::Zero { .. } => true,
+            ExtentState::Data { .. } | ExtentState::Compressed => false,
+            ExtentState::Unallocated => match disk.backing() {
+                None => true,
+                Some(below) => {
+                    let end = below.size().min(at + extent.len);
+                    reads_zero(&**below, GuestRange::between(here.start(), GuestOffset::new(end)))?
+                }
+            },
+        };
+        if !zero {
+            return Ok(false);
+        }
+        at += extent.len;
+    }
+    Ok(true)
+}

@@ -1,0 +1,262 @@
+//! An open qcow2 image: what a machine asks of it, each as a list of steps.
+//!
+//! All calls take `&self`; any number of threads may make them at once.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::meta::Meta;
+use crate::meta::header::Field;
+use crate::port::codec::ClusterCodec;
+use crate::port::disk::{DiskExtent, ExtentState, GuestDisk};
+use crate::port::storage::{Storage, ZeroMode};
+use crate::read::expanded::Scratch;
+use crate::read::resolve::Place;
+use crate::sync::{RwLock, read, write};
+use crate::write::plan::ZeroKind;
+use ::alloc::format;
+use ::alloc::string::String;
+use ::alloc::sync::Arc;
+use core::sync::atomic::{AtomicU64, Ordering};
+use qcow2_format::feature::{AutoclearFeatures, IncompatibleFeatures};
+use qcow2_format::{Geometry, GuestOffset, GuestRange, Header, Version};
+
+/// An open qcow2 image and the layers below it.
+pub struct Image {
+    pub(crate) meta: Meta,
+    pub(crate) size: AtomicU64,
+    pub(crate) backing: Option<Arc<dyn GuestDisk>>,
+    /// The image names a backing file that was not opened.
+    pub(crate) backing_unopened: bool,
+    pub(crate) codec: Option<Arc<dyn ClusterCodec>>,
+    pub(crate) scratch: Scratch,
+    /// Taken for reading by every guest request, for writing by what must be alone (close, snapshots, resize).
+    pub(crate) structure: RwLock<()>,
+    /// The external data file is the guest disk byte for byte, so zeroes are written there too.
+    pub(crate) raw_data_file: bool,
+}
+
+impl Image {
+    /// The header as it is now.
+    pub fn header(&self) -> Header {
+        self.meta.header()
+    }
+
+    /// The image's geometry.
+    pub fn geometry(&self) -> Geometry {
+        self.meta.geometry
+    }
+
+    /// The image file.
+    pub fn storage(&self) -> &Arc<dyn Storage> {
+        &self.meta.storage
+    }
+
+    /// Where guest data lives: the image file or the external data file; `None` where that was not opened.
+    pub fn data_storage(&self) -> Option<&Arc<dyn Storage>> {
+        self.meta.data.as_ref()
+    }
+
+    /// The codec of this image's compression type. Errors: `Unsupported` where none was given on opening.
+    pub fn codec(&self) -> Result<&Arc<dyn ClusterCodec>> {
+        self.codec.as_ref().ok_or_else(|| {
+            let kind = self.header().compression_type;
+            Error::new(ErrorKind::Unsupported, format!("no codec at hand for compression type {kind:?}"))
+        })
+    }
+
+    /// The backing file's name and format as the header has them.
+    pub fn backing_reference(&self) -> Option<(String, Option<String>)> {
+        let header = self.header();
+        let name = header.backing_file_name().filter(|name| !name.is_empty())?;
+        Some((name, header.extensions.backing_format_name()))
+    }
+
+    pub(crate) fn with_backing(mut self, backing: Option<Arc<dyn GuestDisk>>) -> Self {
+        if backing.is_some() || self.backing_reference().is_none() {
+            self.backing_unopened = false;
+        }
+        self.backing = backing;
+        self
+    }
+
+    /// Ends the image's use: everything durable, every refcount exact, warning bits cleared. The image takes no changes
+    /// afterwards. Call it before the last reference is dropped; without it nothing is lost that was flushed, but
+    /// clusters may be left leaked. Errors: `Storage`, `Poisoned`.
+    pub fn close(&self) -> Result<()> {
+        let _alone = write(&self.structure);
+        if !self.meta.writable {
+            return Ok(());
+        }
+        self.meta.check_writable()?;
+        self.meta.settle()?;
+        self.meta.retract_warnings()?;
+        self.meta.poisoned.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn check_range(&self, start: GuestOffset, len: u64) -> Result<GuestRange> {
+        let size = self.size();
+        GuestRange::new(start, len).filter(|range| range.end().value() <= size).ok_or_else(|| {
+            Error::new(
+                ErrorKind::OutOfRange,
+                format!("{len} bytes at guest offset {start} pass the end of the disk at {size:#x}"),
+            )
+        })
+    }
+
+    fn change(
+        &self,
+        start: GuestOffset,
+        len: u64,
+        make: impl FnOnce(GuestRange) -> Result<()>,
+    ) -> Result<()> {
+        let range = self.check_range(start, len)?;
+        self.meta.check_writable()?;
+        {
+            let _structure = read(&self.structure);
+            let _operation = self.meta.operations.enter();
+            self.meta.warn_of_change()?;
+            make(range)?;
+        }
+        self.meta.flush_if_pressed()
+    }
+
+    /// Writes one whole cluster compressed; a cluster that does not get smaller is stored plain, the end of a disk that
+    /// is no multiple of the cluster size counts as whole. `offset`: cluster aligned. `cluster`: a cluster's bytes, at
+    /// the end of the disk as many as are left. Disk: as [`write_compressed_stream`](Self::write_compressed_stream).
+    ///
+    /// Errors: `Unsupported` with an external data file or where the cluster is allocated already, `OutOfRange`.
+    pub fn write_compressed(&self, offset: GuestOffset, cluster: &[u8]) -> Result<()> {
+        let size = self.meta.geometry.cluster_size() as usize;
+        let whole = cluster.len() == size
+            || offset.checked_add(cluster.len() as u64) == Some(GuestOffset::new(self.size()));
+        if !self.meta.geometry.is_aligned(offset.value()) || !whole || cluster.len() > size {
+            let message = format!(
+                "compressed write of {} bytes at {offset}: allowed are whole clusters",
+                cluster.len()
+            );
+            return Err(Error::new(ErrorKind::InvalidOption, message));
+        }
+        let mut plain = self.scratch.take(size);
+        plain[..cluster.len()].copy_from_slice(cluster);
+        plain[cluster.len()..size].fill(0);
+        let mut out = self.scratch.take(size);
+        let stream = self.codec()?.compress(&plain[..size], &mut out[..size - 1])?;
+        let result = match stream {
+            Some(len) => self.write_compressed_stream(offset, &out[..len]),
+            None => self.write_at(offset, cluster),
+        };
+        self.scratch.give(plain);
+        self.scratch.give(out);
+        result
+    }
+
+    /// Stores a cluster that is compressed already. `offset`: cluster aligned; `stream`: what [`codec`](Self::codec)
+    /// made of the cluster's bytes, shorter than a cluster. The cluster must be unallocated or plain zero. Disk: the
+    /// stream is written behind the last one; mapping and refcounts follow at the next flush.
+    pub fn write_compressed_stream(&self, offset: GuestOffset, stream: &[u8]) -> Result<()> {
+        let len = self.size().saturating_sub(offset.value()).min(self.meta.geometry.cluster_size());
+        self.change(offset, len, |range| self.pack_stream(range.start(), stream))
+    }
+}
+
+impl GuestDisk for Image {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
+        self.check_range(offset, buf.len() as u64)?;
+        let _structure = read(&self.structure);
+        let _operation = self.meta.operations.enter();
+        self.read_range(offset, buf)
+    }
+
+    fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
+        self.change(offset, buf.len() as u64, |range| self.write_range(range.start(), buf))
+    }
+
+    fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
+        let kind = match mode {
+            ZeroMode::KeepAllocated => ZeroKind::Keep,
+            ZeroMode::MayUnmap => ZeroKind::Unmap,
+        };
+        self.change(range.start(), range.len(), |range| self.zero_range(range, kind))
+    }
+
+    fn discard(&self, range: GuestRange) -> Result<()> {
+        self.change(range.start(), range.len(), |range| self.zero_range(range, ZeroKind::Discard))
+    }
+
+    fn flush(&self) -> Result<()> {
+        if !self.meta.writable {
+            return Ok(());
+        }
+        let _structure = read(&self.structure);
+        self.meta.check_writable()?;
+        self.meta.flush()
+    }
+
+    fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
+        self.check_range(range.start(), range.len())?;
+        let _structure = read(&self.structure);
+        let _operation = self.meta.operations.enter();
+        let run = self.meta.lookup(range.start(), range.len())?;
+        let state = match run.place {
+            Place::Unallocated => ExtentState::Unallocated,
+            Place::Zero { host } => ExtentState::Zero { host },
+            Place::Data { host, .. } => ExtentState::Data { host: Some(host) },
+            Place::Compressed(_) => ExtentState::Compressed,
+        };
+        Ok(DiskExtent { len: run.len, state })
+    }
+
+    fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
+        self.backing.as_ref()
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.meta.geometry.cluster_size()
+    }
+
+    fn zero_granularity(&self) -> u64 {
+        self.meta.geometry.subcluster_size()
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        if size == self.size() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Unsupported, "changing the size of a qcow2 image is not supported yet"))
+    }
+
+    fn as_image(&self) -> Option<&Image> {
+        Some(self)
+    }
+}
+
+impl Meta {
+    /// Puts the header's warnings on disk before the first change: bitmaps that this engine does not keep up to date are
+    /// no longer trusted.
+    pub(crate) fn warn_of_change(&self) -> Result<()> {
+        if self.changing.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let features = self.header().autoclear_features;
+        if features.contains(AutoclearFeatures::BITMAPS) {
+            let without = features.with(AutoclearFeatures::BITMAPS, false);
+            self.update_header(&[Field::Autoclear(without.bits())])?;
+        }
+        self.changing.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Takes back the dirty bit once everything is durable.
+    pub(crate) fn retract_warnings(&self) -> Result<()> {
+        let header = self.header();
+        if header.version < Version::V3 || !header.is_dirty() {
+            return Ok(());
+        }
+        let clean = header.incompatible_features.with(IncompatibleFeatures::DIRTY, false);
+        self.update_header(&[Field::Incompatible(clean.bits())])
+    }
+}

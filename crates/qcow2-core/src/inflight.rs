@@ -1,0 +1,99 @@
+//! Who is in the middle of something: operations that may hold an old mapping, and guest clusters whose mapping is
+//! being changed.
+//!
+//! Invariant I3: a cluster that was unlinked in epoch `e` is handed out again only in epoch `e + 2` or later, and the
+//! epoch moves on only when no operation of the one before is left.
+
+use crate::sync::{Condvar, Mutex, lock, wait};
+use ::alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+/// Counts running operations by epoch.
+#[derive(Debug, Default)]
+pub(crate) struct Operations {
+    epoch: AtomicU64,
+    active: [AtomicUsize; 2],
+}
+
+/// A running operation; the mappings it has looked up stay valid until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Operation<'a> {
+    active: &'a AtomicUsize,
+}
+
+impl Drop for Operation<'_> {
+    fn drop(&mut self) {
+        self.active.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Operations {
+    /// Starts an operation.
+    pub(crate) fn enter(&self) -> Operation<'_> {
+        loop {
+            let epoch = self.epoch.load(Ordering::SeqCst);
+            let active = &self.active[(epoch & 1) as usize];
+            active.fetch_add(1, Ordering::SeqCst);
+            if self.epoch.load(Ordering::SeqCst) == epoch {
+                return Operation { active };
+            }
+            active.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    /// The current epoch: what is unlinked now is tagged with it.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::SeqCst)
+    }
+
+    /// Moves the epoch on as far as running operations allow, at most two steps. The caller holds the flush lock, so
+    /// that nobody else moves it.
+    pub(crate) fn advance(&self) -> u64 {
+        for _ in 0..2 {
+            let epoch = self.epoch.load(Ordering::SeqCst);
+            if self.active[((epoch + 1) & 1) as usize].load(Ordering::SeqCst) != 0 {
+                break;
+            }
+            self.epoch.store(epoch + 1, Ordering::SeqCst);
+        }
+        self.epoch.load(Ordering::SeqCst)
+    }
+}
+
+/// Guest clusters whose mapping somebody is changing.
+#[derive(Debug, Default)]
+pub(crate) struct Claims {
+    ranges: Mutex<Vec<(u64, u64)>>,
+    released: Condvar,
+}
+
+/// The right to change the mapping of guest clusters `start..end`.
+#[derive(Debug)]
+pub(crate) struct Claim<'a> {
+    claims: &'a Claims,
+    range: (u64, u64),
+}
+
+impl Claims {
+    /// Waits until nobody else changes one of the clusters `start..end`, then claims them. A thread must not claim
+    /// while it holds another claim.
+    pub(crate) fn claim(&self, start: u64, end: u64) -> Claim<'_> {
+        let mut ranges = lock(&self.ranges);
+        while ranges.iter().any(|&(s, e)| s < end && start < e) {
+            ranges = wait(&self.released, ranges);
+        }
+        ranges.push((start, end));
+        Claim { claims: self, range: (start, end) }
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let mut ranges = lock(&self.claims.ranges);
+        if let Some(at) = ranges.iter().position(|&r| r == self.range) {
+            ranges.swap_remove(at);
+        }
+        drop(ranges);
+        self.claims.released.notify_all();
+    }
+}

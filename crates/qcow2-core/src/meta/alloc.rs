@@ -1,0 +1,284 @@
+//! Finding, reserving and freeing host clusters.
+//!
+//! Invariant I1: a refcount goes up in memory before anything refers to the cluster, and down only after nothing on
+//! disk does. A cluster counts as free only if its refcount is zero and no metadata is known to live there.
+
+use super::Meta;
+use super::page::Page;
+use super::pending::Unlinked;
+use crate::error::{Error, ErrorKind, Result};
+use crate::port::storage::ZeroMode;
+use crate::sync::{lock, read, write};
+use ::alloc::collections::BTreeSet;
+use ::alloc::format;
+use ::alloc::sync::Arc;
+use ::alloc::vec::Vec;
+use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
+use qcow2_format::{HostCluster, HostOffset};
+
+/// The largest host offset that a table entry can hold. Spec: "Cluster mapping".
+const MAX_HOST_END: u64 = 1 << 56;
+
+/// The refcount table and where to look for free clusters.
+pub(crate) struct Refcounts {
+    pub(crate) table: Vec<u64>,
+    pub(crate) table_offset: HostOffset,
+    pub(crate) table_clusters: u64,
+    /// Sectors of the table that differ from the disk.
+    pub(crate) dirty_sectors: BTreeSet<u64>,
+    /// No cluster below this one is free.
+    pub(crate) first_free: u64,
+    /// Where the next compressed stream goes: host bytes `start..end` of a cluster that others share.
+    pub(crate) pack: Option<(u64, u64)>,
+}
+
+/// Host clusters that were just reserved: their refcount is one and nothing refers to them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reserved {
+    pub(crate) offset: HostOffset,
+    pub(crate) first: u64,
+    pub(crate) count: u64,
+    /// The clusters lie past the end of the file: they read as zeroes once the file is longer.
+    pub(crate) fresh: bool,
+}
+
+struct Slot {
+    page: Arc<Page>,
+    /// Clusters from `base` to `end` have their counts in `page`; slot numbers within it start at 0.
+    base: u64,
+    end: u64,
+}
+
+impl Meta {
+    /// Reserves up to `want` clusters that follow each other; fewer where the free run is shorter.
+    pub(crate) fn allocate(&self, want: u64) -> Result<Reserved> {
+        self.reserve(want, false)
+    }
+
+    /// Reserves exactly `count` clusters in a row for metadata.
+    pub(crate) fn allocate_metadata(&self, count: u64) -> Result<Reserved> {
+        let reserved = self.reserve(count, true)?;
+        self.note_metadata(reserved.first, count);
+        Ok(reserved)
+    }
+
+    fn reserve(&self, want: u64, exact: bool) -> Result<Reserved> {
+        let mut refcounts = lock(&self.refcounts);
+        let (first, count) = self.find_free(&mut refcounts, want.max(1), exact)?;
+        if first + count > MAX_HOST_END >> self.geometry.cluster_bits() {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "image file has reached its largest size of 2^56 bytes",
+            ));
+        }
+        if let Some(hit) = read(&self.metadata_clusters).first_in(first, count) {
+            return Err(Error::corrupt(format!("host cluster {hit} holds metadata but its refcount is 0")));
+        }
+        let offset = HostOffset::new(first << self.geometry.cluster_bits());
+        let fresh = self.storage.len()? <= offset.value();
+        for cluster in first..first + count {
+            self.set_refcount(&refcounts, cluster, 1)?;
+        }
+        if first <= refcounts.first_free {
+            refcounts.first_free = first + count;
+        }
+        Ok(Reserved { offset, first, count, fresh })
+    }
+
+    /// Reserves `cluster` if it is free and its refcount block exists.
+    pub(crate) fn reserve_at(&self, cluster: u64) -> Result<bool> {
+        let mut refcounts = lock(&self.refcounts);
+        let counted = self.slot(&refcounts, cluster)?.is_some();
+        if !counted
+            || self.refcount_of(&refcounts, cluster)? != 0
+            || read(&self.metadata_clusters).contains(cluster)
+        {
+            return Ok(false);
+        }
+        self.set_refcount(&refcounts, cluster, 1)?;
+        if refcounts.first_free == cluster {
+            refcounts.first_free += 1;
+        }
+        Ok(true)
+    }
+
+    /// The first free run: exactly `want` clusters, or (not `exact`) the first free cluster and up to `want - 1` after it.
+    fn find_free(&self, refcounts: &mut Refcounts, want: u64, exact: bool) -> Result<(u64, u64)> {
+        let width = self.geometry.refcount_width();
+        let mut at = refcounts.first_free;
+        let (mut first, mut count) = (at, 0);
+        loop {
+            let Some(slot) = self.slot(refcounts, at)? else {
+                if count > 0 && !exact {
+                    break;
+                }
+                if self.add_block(refcounts, at)? == at {
+                    (at, first, count) = (at + 1, at + 1, 0);
+                }
+                continue;
+            };
+            while at < slot.end && count < want {
+                let number = at - slot.base;
+                if width.extract(slot.page.word(width.word_index(number)), number) == 0 {
+                    if count == 0 {
+                        first = at;
+                    }
+                    count += 1;
+                } else if count > 0 && !exact {
+                    break;
+                } else {
+                    count = 0;
+                }
+                at += 1;
+            }
+            if count == want || (count > 0 && !exact && at < slot.end) {
+                break;
+            }
+        }
+        Ok((first, count))
+    }
+
+    /// The page that counts `cluster`, or `None` where there is no refcount block.
+    fn slot(&self, refcounts: &Refcounts, cluster: u64) -> Result<Option<Slot>> {
+        let host = HostCluster::new(cluster);
+        let index = self.geometry.refcount_table_index(host);
+        let raw = refcounts.table.get(index as usize).copied().unwrap_or(0);
+        let block = decode_table_entry(raw, &self.geometry)
+            .map_err(|e| Error::corrupt(format!("refcount table entry {index} is damaged")).with_source(e))?;
+        let Some(block) = block else { return Ok(None) };
+        let number = self.geometry.refcount_block_slot(host);
+        let width = self.geometry.refcount_width();
+        let word = width.word_index(number) as u64;
+        let at = block
+            .checked_add(word * 8)
+            .ok_or_else(|| Error::corrupt(format!("refcount block at {block} passes 2^64")))?;
+        let (start, _) = self.refcount_cache.locate(at);
+        let page = self.refcount_cache.load(&*self.storage, start)?;
+        let per_page = self.refcount_cache.page_size() * 8 / u64::from(width.bits());
+        let base = cluster - number % per_page;
+        Ok(Some(Slot { page, base, end: base + per_page }))
+    }
+
+    fn set_refcount(&self, refcounts: &Refcounts, cluster: u64, count: u64) -> Result<()> {
+        let slot = self
+            .slot(refcounts, cluster)?
+            .ok_or_else(|| Error::corrupt(format!("host cluster {cluster} has no refcount block")))?;
+        let (width, number) = (self.geometry.refcount_width(), cluster - slot.base);
+        let index = width.word_index(number);
+        slot.page.set_word(index, width.insert(slot.page.word(index), number, count));
+        self.refcount_cache.note_dirty(&slot.page);
+        Ok(())
+    }
+
+    pub(crate) fn refcount_of(&self, refcounts: &Refcounts, cluster: u64) -> Result<u64> {
+        let width = self.geometry.refcount_width();
+        Ok(self.slot(refcounts, cluster)?.map_or(0, |slot| {
+            let number = cluster - slot.base;
+            width.extract(slot.page.word(width.word_index(number)), number)
+        }))
+    }
+
+    /// The refcount of a host cluster as it is in memory.
+    pub(crate) fn refcount(&self, cluster: u64) -> Result<u64> {
+        self.refcount_of(&lock(&self.refcounts), cluster)
+    }
+
+    /// Gives a refcount block to the clusters around `cluster`. The block takes `cluster` itself, whose count it then
+    /// holds; returns the cluster it took.
+    fn add_block(&self, refcounts: &mut Refcounts, cluster: u64) -> Result<u64> {
+        let index = self.geometry.refcount_table_index(HostCluster::new(cluster));
+        if index >= refcounts.table.len() as u64 {
+            self.grow_refcount_table(refcounts, index)?;
+            return Ok(u64::MAX);
+        }
+        if let Some(hit) = read(&self.metadata_clusters).first_in(cluster, 1) {
+            return Err(Error::corrupt(format!(
+                "host cluster {hit} holds metadata but has no refcount block"
+            )));
+        }
+        let size = self.geometry.cluster_size();
+        let offset = HostOffset::new(cluster << self.geometry.cluster_bits());
+        self.refcount_cache.forget(offset, size);
+        if self.storage.len()? > offset.value() {
+            self.storage.write_zeroes(offset, size, ZeroMode::KeepAllocated)?;
+        }
+        refcounts.table[index as usize] = encode_table_entry(Some(offset));
+        refcounts.dirty_sectors.insert(index * 8 / super::page::SECTOR_SIZE);
+        write(&self.metadata_clusters).insert(cluster, 1);
+        self.set_refcount(refcounts, cluster, 1)?;
+        Ok(cluster)
+    }
+
+    /// Adds one reference to each of `count` clusters from `first` on. Errors: `NoSpace` where the refcount is at its
+    /// largest value; clusters before it keep the raise.
+    pub(crate) fn raise(&self, refcounts: &Refcounts, first: u64, count: u64) -> Result<()> {
+        for cluster in first..first + count {
+            let old = self.refcount_of(refcounts, cluster)?;
+            if old >= self.geometry.refcount_width().max() {
+                return Err(Error::new(
+                    ErrorKind::NoSpace,
+                    format!("host cluster {cluster}: refcount {old} is the largest that fits"),
+                ));
+            }
+            self.set_refcount(refcounts, cluster, old + 1)?;
+        }
+        Ok(())
+    }
+
+    /// Drops one reference from each of `count` clusters from `first` on. Nothing on disk may hold it any more.
+    pub(crate) fn release(&self, first: u64, count: u64) -> Result<()> {
+        self.lower_in(&mut lock(&self.refcounts), first, count)
+    }
+
+    /// [`release`](Self::release) for a caller that holds the refcounts.
+    pub(crate) fn lower_in(&self, refcounts: &mut Refcounts, first: u64, count: u64) -> Result<()> {
+        for cluster in first..first.saturating_add(count) {
+            let old = self.refcount_of(refcounts, cluster)?;
+            let Some(new) = old.checked_sub(1) else {
+                return Err(Error::corrupt(format!(
+                    "host cluster {cluster} is in use but its refcount is 0"
+                )));
+            };
+            if new == 0 {
+                self.forget_cluster(refcounts, cluster);
+            }
+            self.set_refcount(refcounts, cluster, new)?;
+        }
+        Ok(())
+    }
+
+    fn forget_cluster(&self, refcounts: &mut Refcounts, cluster: u64) {
+        refcounts.first_free = refcounts.first_free.min(cluster);
+        if let Some((start, _)) = refcounts.pack
+            && start >> self.geometry.cluster_bits() == cluster
+        {
+            refcounts.pack = None;
+        }
+        write(&self.metadata_clusters).remove(cluster, 1);
+    }
+
+    /// Frees what nobody can see any more, giving the space back to the storage first where that is wanted.
+    pub(crate) fn free_reusable(&self, runs: &[Unlinked]) -> Result<()> {
+        if !runs.is_empty() {
+            self.expanded.clear();
+        }
+        for run in runs {
+            if self.discard_freed {
+                self.discard_unshared(*run)?;
+            }
+            self.release(run.first, run.count)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the space of those clusters back whose last reference this is. A failed discard loses nothing.
+    fn discard_unshared(&self, run: Unlinked) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        for cluster in run.first..run.first + run.count {
+            if self.refcount(cluster)? == 1 {
+                let _ = self.storage.discard(HostOffset::new(cluster * size), size);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,183 @@
+//! Cached table pages. A hit takes one set's read lock, which never waits for I/O.
+//!
+//! Invariant: a page leaves the cache only when nobody holds it and it is clean, and a page is read from disk only
+//! while no other copy of it can exist. So there is at most one copy of a table page, and no change is lost.
+
+use super::page::{DirtyRun, Page};
+use crate::error::Result;
+use crate::port::storage::Storage;
+use crate::sync::{Mutex, RwLock, lock, read, write};
+use ::alloc::boxed::Box;
+use ::alloc::sync::Arc;
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use core::sync::atomic::{AtomicUsize, Ordering};
+use qcow2_format::HostOffset;
+
+const WAYS: usize = 8;
+const MAX_SETS: u64 = 1 << 16;
+
+struct Set {
+    pages: RwLock<Vec<Arc<Page>>>,
+    loading: Mutex<()>,
+}
+
+/// Pages of one kind of table, by host offset.
+pub(crate) struct PageCache {
+    sets: Box<[Set]>,
+    page_size: u64,
+    set_bits: u32,
+    ways: usize,
+    dirty: Mutex<Vec<Arc<Page>>>,
+    dirty_count: AtomicUsize,
+    dirty_limit: usize,
+}
+
+impl PageCache {
+    /// A cache of about `bytes` bytes in pages of `page_size`, a power of two of at least 512.
+    pub(crate) fn new(page_size: u64, bytes: u64) -> Self {
+        let pages = (bytes / page_size).max(WAYS as u64);
+        let set_count = (pages / WAYS as u64).clamp(1, MAX_SETS).next_power_of_two();
+        let ways = pages.div_ceil(set_count).max(4) as usize;
+        let set = || Set { pages: RwLock::new(Vec::new()), loading: Mutex::new(()) };
+        Self {
+            sets: (0..set_count).map(|_| set()).collect(),
+            page_size,
+            set_bits: set_count.trailing_zeros(),
+            ways,
+            dirty: Mutex::new(Vec::new()),
+            dirty_count: AtomicUsize::new(0),
+            dirty_limit: (pages as usize / 2).max(4),
+        }
+    }
+
+    /// Bytes in a page.
+    pub(crate) fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// Where the page that holds `offset` starts, and the word within it.
+    pub(crate) fn locate(&self, offset: HostOffset) -> (HostOffset, usize) {
+        let inside = offset.value() & (self.page_size - 1);
+        (HostOffset::new(offset.value() - inside), (inside / 8) as usize)
+    }
+
+    fn set(&self, page: HostOffset) -> &Set {
+        let number = page.value() / self.page_size;
+        let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let index = if self.set_bits == 0 { 0 } else { (hash >> (64 - self.set_bits)) as usize };
+        &self.sets[index]
+    }
+
+    /// The cached page that starts at `page`, if there is one. Disk: untouched.
+    pub(crate) fn cached(&self, page: HostOffset) -> Option<Arc<Page>> {
+        let pages = read(&self.set(page).pages);
+        let found = pages.iter().find(|p| p.offset() == page)?;
+        found.touch();
+        Some(Arc::clone(found))
+    }
+
+    /// The page that starts at `page`, read from `storage` if need be; bytes past the end read as zeroes.
+    pub(crate) fn load(&self, storage: &dyn Storage, page: HostOffset) -> Result<Arc<Page>> {
+        if let Some(found) = self.cached(page) {
+            return Ok(found);
+        }
+        let set = self.set(page);
+        let _loading = lock(&set.loading);
+        if let Some(found) = self.cached(page) {
+            return Ok(found);
+        }
+        let mut bytes = vec![0; self.page_size as usize];
+        storage.read_padded(page, &mut bytes)?;
+        let loaded = Arc::new(Page::from_bytes(page, &bytes));
+        self.insert(set, Arc::clone(&loaded));
+        Ok(loaded)
+    }
+
+    fn insert(&self, set: &Set, page: Arc<Page>) {
+        let mut pages = write(&set.pages);
+        let mut tries = pages.len() * 2;
+        let mut at = 0;
+        while pages.len() >= self.ways && tries > 0 {
+            tries -= 1;
+            at %= pages.len();
+            let victim = &pages[at];
+            if Arc::strong_count(victim) == 1 && !victim.is_dirty() && !victim.take_used() {
+                pages.swap_remove(at);
+            } else {
+                at += 1;
+            }
+        }
+        pages.push(page);
+    }
+
+    /// Drops every cached page of the table of `len` bytes at `table`, changes included: the table has left the
+    /// image, or its place is about to be filled anew.
+    pub(crate) fn forget(&self, table: HostOffset, len: u64) {
+        let mut at = table.value();
+        while at < table.value() + len {
+            let set = self.set(HostOffset::new(at));
+            let _loading = lock(&set.loading);
+            write(&set.pages).retain(|page| {
+                let keep = page.offset().value() != at;
+                if !keep {
+                    page.forget_changes();
+                }
+                keep
+            });
+            at += self.page_size;
+        }
+    }
+
+    /// Drops every page, changes included.
+    pub(crate) fn forget_all(&self) {
+        for set in &self.sets {
+            let _loading = lock(&set.loading);
+            for page in write(&set.pages).drain(..) {
+                page.forget_changes();
+            }
+        }
+        lock(&self.dirty).clear();
+        self.dirty_count.store(0, Ordering::Relaxed);
+    }
+
+    /// Puts a changed page on the list for write-back. The caller keeps the commit gate open.
+    pub(crate) fn note_dirty(&self, page: &Arc<Page>) {
+        if page.queue() {
+            lock(&self.dirty).push(Arc::clone(page));
+            self.dirty_count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether so many pages wait for write-back that it should happen now.
+    pub(crate) fn is_pressed(&self) -> bool {
+        self.dirty_count.load(Ordering::Relaxed) >= self.dirty_limit
+    }
+
+    /// Takes all changes out for write-back, in host order. The caller has closed the commit gate and keeps the
+    /// pages until they are written, so that none is read from disk in between.
+    pub(crate) fn take_dirty(&self) -> (Vec<Arc<Page>>, Vec<DirtyRun>) {
+        let mut pages = core::mem::take(&mut *lock(&self.dirty));
+        self.dirty_count.store(0, Ordering::Relaxed);
+        pages.sort_by_key(|p| p.offset());
+        let mut runs = Vec::new();
+        for page in &pages {
+            page.take_dirty(&mut runs);
+        }
+        (pages, join_runs(runs))
+    }
+}
+
+/// Joins runs that continue each other, so that neighbouring tables go out in one write.
+pub(crate) fn join_runs(runs: Vec<DirtyRun>) -> Vec<DirtyRun> {
+    let mut joined: Vec<DirtyRun> = Vec::with_capacity(runs.len());
+    for run in runs {
+        match joined.last_mut() {
+            Some(last) if last.offset.value() + last.bytes.len() as u64 == run.offset.value() => {
+                last.bytes.extend_from_slice(&run.bytes);
+            }
+            _ => joined.push(run),
+        }
+    }
+    joined
+}

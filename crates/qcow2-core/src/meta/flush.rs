@@ -1,0 +1,150 @@
+//! Writing changes back, in the order that makes a crash harmless.
+//!
+//! One round, whatever its size, is:
+//! 1. close the gate, copy the changed mapping sectors, open the gate;
+//! 2. write the refcount blocks that changed up to now (and behind a barrier, the refcount table entries of new ones);
+//! 3. barrier: refcounts, new tables and guest data are durable;
+//! 4. write the copied mapping sectors; barrier: the links and unlinks are durable;
+//! 5. what was unlinked before step 1 may be freed once nobody can see it.
+//!
+//! So no barrier is spent per write, and at every moment the disk has no more references than refcounts (I1), no link
+//! to bytes that are not there (I2), and no freed cluster that a link on disk still leads to (I3).
+
+use super::Meta;
+use super::cache::join_runs;
+use super::page::{DirtyRun, SECTOR_SIZE};
+use super::pending::Unlinked;
+use crate::error::Result;
+use crate::rules::OrderingRule;
+use crate::sync::{lock, write};
+use ::alloc::vec::Vec;
+use core::sync::atomic::Ordering;
+use qcow2_format::HostOffset;
+
+/// How many unlinked runs may wait before a write-back is due.
+const MAX_UNLINKED_RUNS: usize = 1 << 14;
+
+/// What one round writes after the barrier.
+struct Links {
+    runs: Vec<DirtyRun>,
+    unlinked: Vec<Unlinked>,
+    /// Keeps the pages in the cache until their sectors are written.
+    _pages: Vec<::alloc::sync::Arc<super::page::Page>>,
+}
+
+impl Meta {
+    /// Makes every change durable whose call returned before this one. Errors: `Storage`, `NoSpace`; a failure poisons
+    /// the image.
+    pub(crate) fn flush(&self) -> Result<()> {
+        let seen = self.flush_rounds.load(Ordering::SeqCst);
+        let _flushing = lock(&self.flushing);
+        if self.flush_rounds.load(Ordering::SeqCst) > seen {
+            // Somebody began a round after this call did, and has ended it: it covered this caller too.
+            return self.check_writable();
+        }
+        self.flush_rounds.fetch_add(1, Ordering::SeqCst);
+        let result = self.flush_round();
+        self.poison_on_error(result)
+    }
+
+    /// A flush where many changes wait already, so that memory stays bounded.
+    pub(crate) fn flush_if_pressed(&self) -> Result<()> {
+        let pressed = self.l2_cache.is_pressed()
+            || self.refcount_cache.is_pressed()
+            || lock(&self.pending).fresh_count() >= MAX_UNLINKED_RUNS;
+        if pressed { self.flush() } else { Ok(()) }
+    }
+
+    /// Flushes until every refcount on disk is exact; for the end of an image's use.
+    pub(crate) fn settle(&self) -> Result<()> {
+        self.flush()?;
+        self.flush()
+    }
+
+    fn flush_round(&self) -> Result<()> {
+        let links = self.take_links();
+        if !self.rules.keep(OrderingRule::UnlinkBeforeFree) {
+            self.free_reusable(&links.unlinked)?;
+        }
+        self.write_refcounts()?;
+        self.barrier(!links.runs.is_empty())?;
+        if !links.runs.is_empty() {
+            self.write_runs(&links.runs)?;
+            if self.rules.keep(OrderingRule::LinksBeforeFlushReturns) {
+                self.storage.flush()?;
+            }
+        }
+        if self.rules.keep(OrderingRule::UnlinkBeforeFree) {
+            self.free_unlinked(links.unlinked)?;
+        }
+        Ok(())
+    }
+
+    /// Step 1: the mapping as it is at one moment.
+    fn take_links(&self) -> Links {
+        let _closed = write(&self.gate);
+        let (pages, mut runs) = self.l2_cache.take_dirty();
+        self.l1.take_dirty(&mut runs);
+        Links { runs, unlinked: lock(&self.pending).take_fresh(), _pages: pages }
+    }
+
+    /// Step 2: refcount blocks, then the table entries that lead to new ones.
+    fn write_refcounts(&self) -> Result<()> {
+        let mut refcounts = lock(&self.refcounts);
+        let (_pages, blocks) = self.refcount_cache.take_dirty();
+        let mut entries = Vec::new();
+        for sector in core::mem::take(&mut refcounts.dirty_sectors) {
+            entries.push(self.table_sector(&refcounts.table, refcounts.table_offset, sector));
+        }
+        let _writing = lock(&self.refcount_io);
+        drop(refcounts);
+        self.write_runs(&blocks)?;
+        if !entries.is_empty() {
+            if self.rules.keep(OrderingRule::BlockBeforeTableEntry) {
+                self.storage.flush()?;
+            }
+            self.write_runs(&join_runs(entries))?;
+        }
+        Ok(())
+    }
+
+    fn table_sector(&self, table: &[u64], offset: HostOffset, sector: u64) -> DirtyRun {
+        let per_sector = (SECTOR_SIZE / 8) as usize;
+        let first = sector as usize * per_sector;
+        let words = &table[first..table.len().min(first + per_sector)];
+        let bytes = words.iter().flat_map(|w| w.to_be_bytes()).collect();
+        DirtyRun { offset: HostOffset::new(offset.value() + sector * SECTOR_SIZE), bytes }
+    }
+
+    /// Step 3: everything written so far is durable, guest data included.
+    fn barrier(&self, links_follow: bool) -> Result<()> {
+        if let Some(data) = self.data.as_ref().filter(|_| self.has_data_file()) {
+            data.flush()?;
+        }
+        if !links_follow || self.rules.keep(OrderingRule::RefcountsBeforeLinks) {
+            self.storage.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Step 5: lowers the refcounts of what no running operation can see.
+    fn free_unlinked(&self, unlinked: Vec<Unlinked>) -> Result<()> {
+        let reusable = {
+            let mut pending = lock(&self.pending);
+            pending.made_durable(self.operations.epoch(), unlinked);
+            if pending.is_empty() {
+                return Ok(());
+            }
+            pending.take_reusable(self.operations.advance())
+        };
+        self.free_reusable(&reusable)
+    }
+
+    /// Writes sectors to the image file.
+    pub(crate) fn write_runs(&self, runs: &[DirtyRun]) -> Result<()> {
+        for run in runs {
+            self.storage.write_at(run.offset, &run.bytes)?;
+        }
+        Ok(())
+    }
+}

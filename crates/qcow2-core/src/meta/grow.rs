@@ -1,0 +1,108 @@
+//! Moving the refcount table to a larger place.
+//!
+//! Order on disk: changed refcount blocks, the new blocks, the new table; barrier; the header; barrier. Only then is
+//! the old table free.
+
+use super::Meta;
+use super::alloc::Refcounts;
+use super::header::Field;
+use crate::error::{Error, ErrorKind, Result};
+use crate::rules::OrderingRule;
+use crate::sync::{lock, write};
+use ::alloc::format;
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use qcow2_format::HostOffset;
+use qcow2_format::refcount::{RefcountWidth, encode_table_entry};
+
+/// The largest refcount table in bytes. Origin: QEMU.
+const MAX_TABLE_BYTES: u64 = 8 << 20;
+
+/// Where the new structures go: blocks first, the table right after them.
+struct Layout {
+    first: u64,
+    blocks: u64,
+    table_clusters: u64,
+}
+
+impl Meta {
+    /// Makes the refcount table long enough for entry `index` and gives the new places refcounts. The new structures lie
+    /// where no block of the old table reaches, so that they count themselves.
+    pub(crate) fn grow_refcount_table(&self, refcounts: &mut Refcounts, index: u64) -> Result<()> {
+        let layout = self.plan_growth(refcounts, index)?;
+        let result = self.write_growth(refcounts, &layout);
+        self.poison_on_error(result)
+    }
+
+    fn plan_growth(&self, refcounts: &Refcounts, index: u64) -> Result<Layout> {
+        let geometry = &self.geometry;
+        let (cluster_size, per_block) = (geometry.cluster_size(), geometry.refcount_block_entries());
+        let old_entries = refcounts.table.len() as u64;
+        let first = old_entries * per_block;
+        let wanted = (index + 1).max(old_entries + old_entries / 2);
+        let (mut blocks, mut table_clusters) = (1u64, 1u64);
+        loop {
+            let new_blocks = (blocks + table_clusters).div_ceil(per_block);
+            let entries = wanted.max(old_entries + new_blocks);
+            let new_clusters = (entries * 8).div_ceil(cluster_size);
+            if (new_blocks, new_clusters) == (blocks, table_clusters) {
+                break;
+            }
+            (blocks, table_clusters) = (new_blocks.max(blocks), new_clusters.max(table_clusters));
+        }
+        if table_clusters * cluster_size > MAX_TABLE_BYTES.max(cluster_size) {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!(
+                    "refcount table would need {} bytes, allowed are {MAX_TABLE_BYTES}",
+                    table_clusters * cluster_size
+                ),
+            ));
+        }
+        Ok(Layout { first, blocks, table_clusters })
+    }
+
+    fn write_growth(&self, refcounts: &mut Refcounts, layout: &Layout) -> Result<()> {
+        let _writing = lock(&self.refcount_io);
+        let geometry = &self.geometry;
+        let size = geometry.cluster_size();
+        let used = layout.blocks + layout.table_clusters;
+        let old_entries = refcounts.table.len();
+        let mut table = refcounts.table.clone();
+        table.resize((layout.table_clusters * size / 8) as usize, 0);
+        for block in 0..layout.blocks {
+            table[old_entries + block as usize] =
+                encode_table_entry(Some(HostOffset::new((layout.first + block) * size)));
+        }
+        let (pages, runs) = self.refcount_cache.take_dirty();
+        self.write_runs(&runs)?;
+        drop(pages);
+        let place = HostOffset::new(layout.first * size);
+        self.refcount_cache.forget(place, used * size);
+        let mut bytes = self_counting_blocks(geometry.refcount_width(), layout.blocks * size, used);
+        bytes.extend(table.iter().flat_map(|entry| entry.to_be_bytes()));
+        self.storage.write_at(place, &bytes)?;
+        if self.rules.keep(OrderingRule::TableBeforeHeader) {
+            self.storage.flush()?;
+        }
+        let offset = HostOffset::new((layout.first + layout.blocks) * size);
+        self.update_header(&[Field::RefcountTable { offset, clusters: layout.table_clusters as u32 }])?;
+        write(&self.metadata_clusters).insert(layout.first, used);
+        let old = (refcounts.table_offset.value() / size, refcounts.table_clusters);
+        refcounts.table = table;
+        refcounts.table_offset = offset;
+        refcounts.table_clusters = layout.table_clusters;
+        refcounts.dirty_sectors.clear();
+        self.lower_in(refcounts, old.0, old.1)
+    }
+}
+
+/// Refcount blocks of `len` bytes in all, whose first `used` counts are one.
+fn self_counting_blocks(width: RefcountWidth, len: u64, used: u64) -> Vec<u8> {
+    let mut words = vec![0u64; (len / 8) as usize];
+    for slot in 0..used {
+        let word = &mut words[width.word_index(slot)];
+        *word = width.insert(*word, slot, 1);
+    }
+    words.iter().flat_map(|word| word.to_be_bytes()).collect()
+}

@@ -1,0 +1,74 @@
+//! The active L1 table, kept whole in memory.
+
+use super::page::{DirtyRun, SECTOR_SIZE};
+use crate::sync::{Mutex, RwLock, lock, read, write};
+use ::alloc::collections::BTreeSet;
+use ::alloc::vec::Vec;
+use qcow2_format::{HostOffset, L1Index};
+
+/// The active L1 table and which of its sectors differ from the disk.
+pub(crate) struct L1Table {
+    offset: RwLock<HostOffset>,
+    entries: RwLock<Vec<u64>>,
+    dirty: Mutex<BTreeSet<u64>>,
+}
+
+impl L1Table {
+    /// The table at `offset` with these raw entries.
+    pub(crate) fn new(offset: HostOffset, entries: Vec<u64>) -> Self {
+        Self {
+            offset: RwLock::new(offset),
+            entries: RwLock::new(entries),
+            dirty: Mutex::new(BTreeSet::new()),
+        }
+    }
+
+    /// The raw entry at `index`; 0 past the end.
+    pub(crate) fn entry(&self, index: L1Index) -> u64 {
+        read(&self.entries).get(index.value() as usize).copied().unwrap_or(0)
+    }
+
+    /// How many entries the table has.
+    pub(crate) fn len(&self) -> u64 {
+        read(&self.entries).len() as u64
+    }
+
+    /// Where the table is.
+    pub(crate) fn offset(&self) -> HostOffset {
+        *read(&self.offset)
+    }
+
+    /// Changes an entry; the caller keeps the commit gate open. `index` must be below [`len`](Self::len).
+    pub(crate) fn set(&self, index: L1Index, raw: u64) {
+        write(&self.entries)[index.value() as usize] = raw;
+        lock(&self.dirty).insert(index.value() * 8 / SECTOR_SIZE);
+    }
+
+    /// A copy of all raw entries.
+    pub(crate) fn entries(&self) -> Vec<u64> {
+        read(&self.entries).clone()
+    }
+
+    /// Replaces table and place; everything in it is on disk already.
+    pub(crate) fn replace(&self, offset: HostOffset, entries: Vec<u64>) {
+        *write(&self.offset) = offset;
+        *write(&self.entries) = entries;
+        lock(&self.dirty).clear();
+    }
+
+    /// Takes the changed sectors for write-back. The caller has closed the commit gate.
+    pub(crate) fn take_dirty(&self, runs: &mut Vec<DirtyRun>) {
+        let dirty = core::mem::take(&mut *lock(&self.dirty));
+        if dirty.is_empty() {
+            return;
+        }
+        let (entries, base) = (read(&self.entries), self.offset().value());
+        let per_sector = (SECTOR_SIZE / 8) as usize;
+        for sector in dirty {
+            let first = sector as usize * per_sector;
+            let words = &entries[first..entries.len().min(first + per_sector)];
+            let bytes = words.iter().flat_map(|w| w.to_be_bytes()).collect();
+            runs.push(DirtyRun { offset: HostOffset::new(base + sector * SECTOR_SIZE), bytes });
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! L1 and L2 lookups, and the one way an L2 entry changes.
+//!
+//! Invariant I2: an entry changes only after everything it leads to has been written.
+
+use super::Meta;
+use super::page::Page;
+use super::pending::Unlinked;
+use crate::error::{Error, ErrorKind, Result};
+use crate::port::storage::ZeroMode;
+use crate::read::resolve::{Place, Run, resolve_run};
+use crate::rules::OrderingRule;
+use crate::sync::{lock, read, write};
+use ::alloc::format;
+use ::alloc::sync::Arc;
+use ::alloc::vec;
+use qcow2_format::l1::L1Entry;
+use qcow2_format::l2::L2Entry;
+use qcow2_format::{FormatError, GuestOffset, HostOffset, L1Index};
+
+/// A cached piece of an L2 table and the entry in it that maps a guest offset.
+#[derive(Clone)]
+pub(crate) struct L2Place {
+    page: Arc<Page>,
+    word: usize,
+    words_per_entry: usize,
+}
+
+impl L2Place {
+    /// How many entries this page holds from the found one on.
+    pub(crate) fn entries(&self) -> u64 {
+        ((self.page.len() - self.word) / self.words_per_entry) as u64
+    }
+
+    fn raw(&self, index: u64) -> (u64, u64) {
+        let at = self.word + index as usize * self.words_per_entry;
+        if self.words_per_entry == 2 { self.page.pair(at) } else { (self.page.word(at), 0) }
+    }
+}
+
+impl Meta {
+    /// Where the bytes from `offset` on live: one run of at most `max_len` bytes. Disk: may read an L2 table.
+    /// Errors: `Corrupt` for a broken entry, `Storage`.
+    pub(crate) fn lookup(&self, offset: GuestOffset, max_len: u64) -> Result<Run> {
+        let Some(place) = self.l2_place(offset)? else {
+            return Ok(Run { len: self.unmapped_len(offset, max_len), place: Place::Unallocated });
+        };
+        let entry = |i| {
+            let (raw, bitmap) = place.raw(i);
+            self.l2_format.decode(raw, bitmap)
+        };
+        let run = resolve_run(&self.l2_format, offset, max_len, place.entries(), entry)
+            .map_err(|e| self.entry_error(offset, e))?;
+        if let Place::Data { host, .. } = run.place
+            && self.has_data_file()
+            && host.value() != offset.value()
+        {
+            return Err(Error::corrupt(format!(
+                "l2 entry of guest offset {offset}: host offset {host} in the data file, allowed is {offset}"
+            )));
+        }
+        Ok(run)
+    }
+
+    fn entry_error(&self, offset: GuestOffset, error: FormatError) -> Error {
+        Error::corrupt(format!("l2 entry of guest offset {offset} is damaged")).with_source(error)
+    }
+
+    /// How far L1 entries without a table reach from `offset` on, at most `max_len`.
+    fn unmapped_len(&self, offset: GuestOffset, max_len: u64) -> u64 {
+        let (coverage, start) = (self.geometry.l2_coverage(), offset.value());
+        let limit = start.saturating_add(max_len);
+        let mut end = (start - start % coverage).saturating_add(coverage);
+        while end < limit && self.l1.entry(self.geometry.l1_index(GuestOffset::new(end))) == 0 {
+            end = end.saturating_add(coverage);
+        }
+        end.min(limit) - start
+    }
+
+    fn l1_entry(&self, index: L1Index) -> Result<L1Entry> {
+        let raw = self.l1.entry(index);
+        L1Entry::decode(raw, &self.geometry)
+            .map_err(|e| Error::corrupt(format!("l1 entry {index} is damaged")).with_source(e))
+    }
+
+    /// The L2 entry that maps `offset`, or `None` where there is no table.
+    fn l2_place(&self, offset: GuestOffset) -> Result<Option<L2Place>> {
+        match self.l1_entry(self.geometry.l1_index(offset))?.l2_table {
+            Some(table) => self.place_in_table(table, offset).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn place_in_table(&self, table: HostOffset, offset: GuestOffset) -> Result<L2Place> {
+        let entry_size = self.geometry.l2_entry_size();
+        let byte = self.geometry.l2_index(offset).value() * entry_size;
+        let at = table
+            .checked_add(byte)
+            .ok_or_else(|| Error::corrupt(format!("l2 table at {table} passes 2^64")))?;
+        let (start, word) = self.l2_cache.locate(at);
+        let page = self.l2_cache.load(&*self.storage, start)?;
+        Ok(L2Place { page, word, words_per_entry: (entry_size / 8) as usize })
+    }
+
+    /// The `index`-th entry counted from the one at `place`. `offset` names it in errors.
+    pub(crate) fn entry(&self, place: &L2Place, index: u64, offset: GuestOffset) -> Result<L2Entry> {
+        let (raw, bitmap) = place.raw(index);
+        self.l2_format.decode(raw, bitmap).map_err(|e| self.entry_error(offset, e))
+    }
+
+    /// The L2 entry of `offset` in a table that may be changed: a missing table is made, a shared one copied. The
+    /// caller has claimed the cluster. Disk: the new table's content; its L1 entry waits for the next write-back.
+    pub(crate) fn writable_place(&self, offset: GuestOffset) -> Result<L2Place> {
+        let index = self.geometry.l1_index(offset);
+        let entry = self.l1_entry(index)?;
+        if let (Some(table), true) = (entry.l2_table, entry.copied) {
+            return self.place_in_table(table, offset);
+        }
+        let _making = lock(&self.table_lock);
+        let entry = self.l1_entry(index)?;
+        let table = match entry.l2_table {
+            Some(table) if entry.copied => table,
+            old => self.make_l2_table(index, old)?,
+        };
+        self.place_in_table(table, offset)
+    }
+
+    fn make_l2_table(&self, index: L1Index, old: Option<HostOffset>) -> Result<HostOffset> {
+        if index.value() >= self.l1.len() {
+            return Err(Error::corrupt(format!(
+                "l1 table has {} entries, entry {index} is needed",
+                self.l1.len()
+            )));
+        }
+        let cluster = self.allocate_metadata(1)?;
+        let table = cluster.offset;
+        if let Err(error) = self.fill_l2_table(table, old, cluster.fresh) {
+            self.release(cluster.first, cluster.count)?;
+            return Err(error);
+        }
+        let _open = read(&self.gate);
+        self.l1.set(index, L1Entry { l2_table: Some(table), copied: true }.encode());
+        if let Some(old) = old {
+            let first = self.geometry.host_cluster(old).value();
+            lock(&self.pending).push(Unlinked { first, count: 1 });
+        }
+        Ok(table)
+    }
+
+    fn fill_l2_table(&self, table: HostOffset, old: Option<HostOffset>, fresh: bool) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        self.l2_cache.forget(table, size);
+        if !self.rules.keep(OrderingRule::TableBeforeEntry) {
+            return Ok(());
+        }
+        match old {
+            Some(old) => {
+                let mut bytes = vec![0; size as usize];
+                self.storage.read_padded(old, &mut bytes)?;
+                self.storage.write_at(table, &bytes)?;
+            }
+            None if fresh => {}
+            None => self.storage.write_zeroes(table, size, ZeroMode::KeepAllocated)?,
+        }
+        Ok(())
+    }
+
+    /// Sets the entries from `place` on, `entry(i)` giving the `i`-th of `count`. The caller has claimed their clusters,
+    /// and everything the new entries lead to has been written. `unlinked` are the references the old ones held.
+    pub(crate) fn commit(
+        &self,
+        place: &L2Place,
+        count: u64,
+        unlinked: &[Unlinked],
+        entry: impl Fn(u64) -> L2Entry,
+    ) -> Result<()> {
+        let _open = read(&self.gate);
+        for i in 0..count {
+            let (raw, bitmap) = self
+                .l2_format
+                .encode(&entry(i))
+                .ok_or_else(|| Error::new(ErrorKind::NoSpace, "host offset is too large for an l2 entry"))?;
+            let at = place.word + i as usize * place.words_per_entry;
+            if place.words_per_entry == 2 {
+                place.page.set_pair(at, raw, bitmap);
+            } else {
+                place.page.set_word(at, raw);
+            }
+        }
+        self.l2_cache.note_dirty(&place.page);
+        if !unlinked.is_empty() && !self.has_data_file() {
+            let mut pending = lock(&self.pending);
+            for &run in unlinked {
+                pending.push(run);
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes that `count` clusters from `first` on hold metadata from now on.
+    pub(crate) fn note_metadata(&self, first: u64, count: u64) {
+        write(&self.metadata_clusters).insert(first, count);
+    }
+}

@@ -1,0 +1,95 @@
+//! The tables that say what is where: cached, changed, and written back in an order that survives a crash.
+
+pub(crate) mod alloc;
+pub(crate) mod cache;
+pub(crate) mod flush;
+pub(crate) mod grow;
+pub(crate) mod header;
+pub(crate) mod l1;
+pub(crate) mod mapping;
+pub(crate) mod overlap;
+pub(crate) mod page;
+pub(crate) mod pending;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::inflight::{Claims, Operations};
+use crate::port::storage::Storage;
+use crate::read::expanded::ExpandedClusters;
+use crate::rules::Rules;
+use crate::sync::{Mutex, RwLock};
+use ::alloc::sync::Arc;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use qcow2_format::Geometry;
+use qcow2_format::l2::L2Format;
+
+/// Everything that is known about an open image's metadata.
+pub(crate) struct Meta {
+    pub(crate) geometry: Geometry,
+    pub(crate) l2_format: L2Format,
+    pub(crate) storage: Arc<dyn Storage>,
+    /// Where guest data lives: the image file itself, or the external data file; `None` where that was not opened.
+    pub(crate) data: Option<Arc<dyn Storage>>,
+    pub(crate) header: Mutex<header::HeaderState>,
+    pub(crate) l1: l1::L1Table,
+    pub(crate) l2_cache: cache::PageCache,
+    pub(crate) refcount_cache: cache::PageCache,
+    pub(crate) refcounts: Mutex<alloc::Refcounts>,
+    /// Held while refcount pages or the refcount table are being written.
+    pub(crate) refcount_io: Mutex<()>,
+    pub(crate) metadata_clusters: RwLock<overlap::ClusterSet>,
+    pub(crate) pending: Mutex<pending::PendingFrees>,
+    /// Open (read) while mapping words change, closed (write) while a write-back copies them.
+    pub(crate) gate: RwLock<()>,
+    /// Held while an L1 entry gets a new L2 table.
+    pub(crate) table_lock: Mutex<()>,
+    /// Held for a flush round.
+    pub(crate) flushing: Mutex<()>,
+    /// How many flush rounds have begun.
+    pub(crate) flush_rounds: AtomicU64,
+    pub(crate) expanded: ExpandedClusters,
+    pub(crate) operations: Operations,
+    pub(crate) claims: Claims,
+    pub(crate) poisoned: AtomicBool,
+    /// Whether the header's warnings for a changing image are on disk.
+    pub(crate) changing: AtomicBool,
+    pub(crate) writable: bool,
+    /// Whether freed host clusters are given back to the storage.
+    pub(crate) discard_freed: bool,
+    pub(crate) rules: Rules,
+}
+
+impl Meta {
+    /// Refuses changes to an image that was opened for reading or whose metadata could not be written.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if !self.writable {
+            return Err(Error::new(ErrorKind::ReadOnly, "image is opened for reading only"));
+        }
+        if self.poisoned.load(Ordering::Acquire) {
+            return Err(Error::new(
+                ErrorKind::Poisoned,
+                "an earlier metadata write failed; the image takes no changes until it is reopened",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Passes a metadata result through; a failure poisons the image.
+    pub(crate) fn poison_on_error<T>(&self, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            self.poisoned.store(true, Ordering::Release);
+        }
+        result
+    }
+
+    /// Where guest data lives. Errors: `Resolve` where the data file was not opened.
+    pub(crate) fn data(&self) -> Result<&Arc<dyn Storage>> {
+        self.data
+            .as_ref()
+            .ok_or_else(|| Error::new(ErrorKind::Resolve, "the external data file was not opened"))
+    }
+
+    /// Whether guest data lives outside the image file.
+    pub(crate) fn has_data_file(&self) -> bool {
+        self.l2_format.external_data
+    }
+}

@@ -1,0 +1,160 @@
+//! One cached piece of a metadata table: words that any thread reads without a lock, and which of its 512-byte
+//! sectors differ from the disk.
+//!
+//! Invariant: a change and its dirty mark are never separated by a write-back, because words change only while the
+//! commit gate is open and write-back copies them with the gate closed.
+
+use crate::sync::{Mutex, lock};
+use ::alloc::boxed::Box;
+use ::alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use qcow2_format::HostOffset;
+
+/// Bytes that reach the disk whole or not at all.
+pub(crate) const SECTOR_SIZE: u64 = 512;
+const SECTOR_WORDS: usize = 64;
+
+/// A page of big-endian 64-bit words, kept in native order.
+#[derive(Debug)]
+pub(crate) struct Page {
+    offset: HostOffset,
+    words: Box<[AtomicU64]>,
+    dirty: Box<[AtomicU64]>,
+    queued: AtomicBool,
+    used: AtomicBool,
+    /// Odd while a pair of words is being changed; lets readers of pairs see both words of one moment.
+    version: AtomicU64,
+    pair_writer: Mutex<()>,
+}
+
+/// A run of changed sectors as it goes to the disk.
+pub(crate) struct DirtyRun {
+    pub(crate) offset: HostOffset,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Page {
+    /// A page at `offset` from the bytes on disk; `bytes` is a multiple of 512 long.
+    pub(crate) fn from_bytes(offset: HostOffset, bytes: &[u8]) -> Self {
+        let words = bytes.chunks_exact(8).map(|c| AtomicU64::new(be_word(c))).collect::<Box<[_]>>();
+        let sectors = words.len().div_ceil(SECTOR_WORDS);
+        let dirty = (0..sectors.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Self {
+            offset,
+            words,
+            dirty,
+            queued: AtomicBool::new(false),
+            used: AtomicBool::new(true),
+            version: AtomicU64::new(0),
+            pair_writer: Mutex::new(()),
+        }
+    }
+
+    /// Where the page starts in the image file.
+    pub(crate) fn offset(&self) -> HostOffset {
+        self.offset
+    }
+
+    /// How many words the page has.
+    pub(crate) fn len(&self) -> usize {
+        self.words.len()
+    }
+
+    /// The word at `index`, which must be below [`len`](Self::len).
+    pub(crate) fn word(&self, index: usize) -> u64 {
+        self.words[index].load(Ordering::Acquire)
+    }
+
+    /// Changes a word and marks its sector. The caller keeps the commit gate open and then queues the page.
+    pub(crate) fn set_word(&self, index: usize, value: u64) {
+        self.words[index].store(value, Ordering::SeqCst);
+        let sector = index / SECTOR_WORDS;
+        self.dirty[sector / 64].fetch_or(1 << (sector % 64), Ordering::AcqRel);
+    }
+
+    /// The words at `index` and after it, as they were at one moment.
+    pub(crate) fn pair(&self, index: usize) -> (u64, u64) {
+        loop {
+            let before = self.version.load(Ordering::SeqCst);
+            if before & 1 == 0 {
+                let first = self.words[index].load(Ordering::SeqCst);
+                let second = self.words[index + 1].load(Ordering::SeqCst);
+                if self.version.load(Ordering::SeqCst) == before {
+                    return (first, second);
+                }
+            }
+            core::hint::spin_loop();
+        }
+    }
+
+    /// Changes the words at `index` and after it together; otherwise like [`set_word`](Self::set_word).
+    pub(crate) fn set_pair(&self, index: usize, first: u64, second: u64) {
+        let _writer = lock(&self.pair_writer);
+        self.version.fetch_add(1, Ordering::SeqCst);
+        self.set_word(index, first);
+        self.set_word(index + 1, second);
+        self.version.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Marks the page as waiting for write-back; true the first time since the last write-back took it.
+    pub(crate) fn queue(&self) -> bool {
+        !self.queued.swap(true, Ordering::AcqRel)
+    }
+
+    /// Notes a use, for eviction.
+    pub(crate) fn touch(&self) {
+        if !self.used.load(Ordering::Relaxed) {
+            self.used.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the page was used since this was last asked.
+    pub(crate) fn take_used(&self) -> bool {
+        self.used.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether a sector differs from the disk.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.queued.load(Ordering::Acquire) || self.dirty.iter().any(|d| d.load(Ordering::Acquire) != 0)
+    }
+
+    /// Forgets all changes: the table is no longer part of the image.
+    pub(crate) fn forget_changes(&self) {
+        for mask in &self.dirty {
+            mask.store(0, Ordering::Release);
+        }
+    }
+
+    /// Copies the changed sectors out as runs and calls them clean. The caller has closed the commit gate.
+    pub(crate) fn take_dirty(&self, runs: &mut Vec<DirtyRun>) {
+        self.queued.store(false, Ordering::Release);
+        let sectors = self.words.len().div_ceil(SECTOR_WORDS);
+        let masks: Vec<u64> = self.dirty.iter().map(|d| d.swap(0, Ordering::AcqRel)).collect();
+        let is_dirty = |s: usize| masks[s / 64] >> (s % 64) & 1 == 1;
+        let mut sector = 0;
+        while sector < sectors {
+            if !is_dirty(sector) {
+                sector += 1;
+                continue;
+            }
+            let end = (sector..sectors).find(|&s| !is_dirty(s)).unwrap_or(sectors);
+            runs.push(self.copy_sectors(sector, end));
+            sector = end;
+        }
+    }
+
+    fn copy_sectors(&self, first: usize, end: usize) -> DirtyRun {
+        let words = &self.words[first * SECTOR_WORDS..(end * SECTOR_WORDS).min(self.words.len())];
+        let mut bytes = Vec::with_capacity(words.len() * 8);
+        for word in words {
+            bytes.extend_from_slice(&word.load(Ordering::Acquire).to_be_bytes());
+        }
+        let offset = HostOffset::new(self.offset.value() + first as u64 * SECTOR_SIZE);
+        DirtyRun { offset, bytes }
+    }
+}
+
+/// Eight big-endian bytes as a word; fewer count as the low end.
+pub(crate) fn be_word(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |word, &b| word << 8 | u64::from(b))
+}

@@ -1,0 +1,67 @@
+//! Clusters that were unlinked and wait to be freed.
+//!
+//! Invariant I3: their refcounts go down only after the unlink is on disk and no operation can still see them.
+
+use ::alloc::vec::Vec;
+
+/// References to drop: one from each of `count` host clusters from `first` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Unlinked {
+    pub(crate) first: u64,
+    pub(crate) count: u64,
+}
+
+/// Unlinked clusters by how far they have come.
+#[derive(Debug, Default)]
+pub(crate) struct PendingFrees {
+    fresh: Vec<Unlinked>,
+    durable: Vec<(u64, Vec<Unlinked>)>,
+}
+
+impl PendingFrees {
+    /// Adds a run whose unlink was just made in memory.
+    pub(crate) fn push(&mut self, run: Unlinked) {
+        if let Some(last) = self.fresh.last_mut()
+            && last.first + last.count == run.first
+        {
+            last.count += run.count;
+            return;
+        }
+        self.fresh.push(run);
+    }
+
+    /// How many runs wait for their unlink to be written.
+    pub(crate) fn fresh_count(&self) -> usize {
+        self.fresh.len()
+    }
+
+    /// Takes the runs whose unlinks are about to be written.
+    pub(crate) fn take_fresh(&mut self) -> Vec<Unlinked> {
+        core::mem::take(&mut self.fresh)
+    }
+
+    /// Gives runs back whose unlinks are now on disk; `epoch` is the current one.
+    pub(crate) fn made_durable(&mut self, epoch: u64, runs: Vec<Unlinked>) {
+        if !runs.is_empty() {
+            self.durable.push((epoch, runs));
+        }
+    }
+
+    /// Takes the runs that nobody can see any more in epoch `now`.
+    pub(crate) fn take_reusable(&mut self, now: u64) -> Vec<Unlinked> {
+        let mut reusable = Vec::new();
+        self.durable.retain_mut(|(epoch, runs)| {
+            let keep = *epoch + 2 > now;
+            if !keep {
+                reusable.append(runs);
+            }
+            keep
+        });
+        reusable
+    }
+
+    /// Whether nothing waits at all.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.fresh.is_empty() && self.durable.is_empty()
+    }
+}

@@ -1,0 +1,339 @@
+//! From a header to a usable image: which images are opened, and how.
+//!
+//! Invariants I6 and I7: unknown incompatible bits stop the open; unknown autoclear bits are cleared before the first
+//! write; opening for reading writes nothing.
+
+use crate::chain;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::inflight::{Claims, Operations};
+use crate::meta::Meta;
+use crate::meta::alloc::Refcounts;
+use crate::meta::cache::PageCache;
+use crate::meta::header::{Field, HeaderState};
+use crate::meta::l1::L1Table;
+use crate::meta::overlap::ClusterSet;
+use crate::meta::page::{SECTOR_SIZE, be_word};
+use crate::port::codec::ClusterCodec;
+use crate::port::resolver::{Reference, ResolvedSource};
+use crate::port::storage::Storage;
+use crate::read::expanded::{ExpandedClusters, Scratch};
+#[cfg(feature = "mutants")]
+use crate::rules::OrderingRule;
+use crate::rules::Rules;
+use crate::sync::{Mutex, RwLock};
+use ::alloc::sync::Arc;
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU64};
+use qcow2_format::feature::AutoclearFeatures;
+use qcow2_format::header::{CompressionType, CryptMethod};
+use qcow2_format::l1::L1Entry;
+use qcow2_format::refcount::decode_table_entry;
+use qcow2_format::{Geometry, Header, HostOffset};
+
+/// Bytes of L2 tables kept in memory at most, by default. Origin: QEMU on Linux.
+pub const DEFAULT_L2_CACHE: u64 = 32 << 20;
+/// Bytes of refcount blocks kept in memory at most, by default.
+pub const DEFAULT_REFCOUNT_CACHE: u64 = 4 << 20;
+/// The largest cached piece of a table.
+const MAX_PAGE: u64 = 64 << 10;
+/// The cached piece of a table on disks that the cache does not cover.
+const SMALL_PAGE: u64 = 4 << 10;
+
+/// The compression methods that an image may ask for.
+#[derive(Clone, Default)]
+#[non_exhaustive]
+pub struct Codecs {
+    /// Raw deflate, compression type 0.
+    pub deflate: Option<Arc<dyn ClusterCodec>>,
+    /// Zstandard, compression type 1.
+    pub zstd: Option<Arc<dyn ClusterCodec>>,
+}
+
+impl Codecs {
+    /// Both methods.
+    pub fn new(deflate: Arc<dyn ClusterCodec>, zstd: Arc<dyn ClusterCodec>) -> Self {
+        Self { deflate: Some(deflate), zstd: Some(zstd) }
+    }
+}
+
+/// Which files are opened besides the image itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Layers {
+    /// The data file and the whole backing chain, as the source's resolver allows.
+    Follow,
+    /// The data file, but no backing file: bytes that this layer does not have cannot be read.
+    NoBacking,
+    /// Nothing: for looking at metadata. Data in an external file cannot be read.
+    TopOnly,
+}
+
+/// How an image is opened.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct OpenOptions {
+    /// Whether changes will be made.
+    pub writable: bool,
+    /// Which other files are opened.
+    pub layers: Layers,
+    /// The compression methods at hand; without the one an image uses, its compressed clusters cannot be read.
+    pub codecs: Codecs,
+    /// Bytes of L2 tables to keep in memory; `None`: as much as covers the disk, at most [`DEFAULT_L2_CACHE`].
+    pub l2_cache_size: Option<u64>,
+    /// Bytes of refcount blocks to keep in memory; `None`: [`DEFAULT_REFCOUNT_CACHE`] at most.
+    pub refcount_cache_size: Option<u64>,
+    /// Whether host clusters that become free are given back to the storage (QEMU's `pass-discard-request`).
+    pub discard_freed: bool,
+    /// Opens damaged and uncleanly closed images for writing too; for repair.
+    pub for_repair: bool,
+    /// Opens encrypted images although there is no key: metadata can be seen, data can not.
+    pub metadata_only: bool,
+    /// Switches one ordering rule off; for tests that must see the crash simulation fail.
+    #[cfg(feature = "mutants")]
+    pub broken_rule: Option<OrderingRule>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            writable: false,
+            layers: Layers::Follow,
+            codecs: Codecs::default(),
+            l2_cache_size: None,
+            refcount_cache_size: None,
+            discard_freed: false,
+            for_repair: false,
+            metadata_only: false,
+            #[cfg(feature = "mutants")]
+            broken_rule: None,
+        }
+    }
+}
+
+impl Image {
+    /// Opens an image and, as `options` say, what it names. Disk: reads header and tables; opened for writing, clears
+    /// unknown autoclear bits. Errors: `Format` for bytes that are no such image, `Unsupported` for unknown features,
+    /// `Corrupt` for an image marked so that is to be written, `Encrypted`, `Resolve`, `Chain`, `Storage`.
+    ///
+    /// Spec: "Header", "Header extensions".
+    pub fn open(source: ResolvedSource, options: &OpenOptions) -> Result<Arc<Self>> {
+        let image = Self::open_layer(&source, options)?;
+        let backing = match image.backing_reference() {
+            Some((name, format)) if options.layers == Layers::Follow => {
+                Some(chain::open_backing(&source, (&name, format.as_deref()), options)?)
+            }
+            _ => None,
+        };
+        Ok(Arc::new(image.with_backing(backing)))
+    }
+
+    /// Opens one layer without what is below it.
+    pub(crate) fn open_layer(source: &ResolvedSource, options: &OpenOptions) -> Result<Self> {
+        let (header, sector) = read_header(&*source.storage)?;
+        check_usable(&header, options)?;
+        let data = open_data(source, &header, options)?;
+        let meta = build_meta(source, header, sector, data, options)?;
+        if options.writable {
+            clear_autoclear(&meta)?;
+        }
+        let header = meta.header();
+        let codec = match header.compression_type {
+            CompressionType::Zstd => options.codecs.zstd.clone(),
+            _ => options.codecs.deflate.clone(),
+        };
+        Ok(Self {
+            size: AtomicU64::new(header.disk_size()),
+            meta,
+            backing: None,
+            backing_unopened: header.backing_file.is_some(),
+            codec,
+            scratch: Scratch::default(),
+            structure: RwLock::new(()),
+            raw_data_file: header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE),
+        })
+    }
+}
+
+/// Reads and parses the header: the first cluster, at most 2 MiB.
+pub(crate) fn read_header(storage: &dyn Storage) -> Result<(Header, Vec<u8>)> {
+    let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
+    let mut start = vec![0; SECTOR_SIZE as usize];
+    let n = storage.read_at(HostOffset::new(0), &mut start)?;
+    let wanted = Header::probe_len(&start[..n]).map_err(bad)?;
+    let mut bytes = vec![0; wanted];
+    let n = storage.read_at(HostOffset::new(0), &mut bytes)?;
+    bytes.truncate(n);
+    let header = Header::parse(&bytes).map_err(bad)?;
+    bytes.resize(SECTOR_SIZE as usize, 0);
+    Ok((header, bytes))
+}
+
+fn check_usable(header: &Header, options: &OpenOptions) -> Result<()> {
+    if header.crypt_method != CryptMethod::None && !options.metadata_only {
+        return Err(Error::new(
+            ErrorKind::Encrypted,
+            "image is encrypted: reading its data is not supported",
+        ));
+    }
+    if options.writable && !options.for_repair {
+        if header.is_corrupt() {
+            return Err(Error::corrupt(
+                "image is marked corrupt; it can be opened for reading or repair only",
+            ));
+        }
+        if header.is_dirty() {
+            return Err(Error::corrupt(
+                "image was not closed cleanly; its refcounts need repair before it is written",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn open_data(
+    source: &ResolvedSource,
+    header: &Header,
+    options: &OpenOptions,
+) -> Result<Option<Arc<dyn Storage>>> {
+    if !header.has_data_file() {
+        return Ok(Some(Arc::clone(&source.storage)));
+    }
+    if options.layers == Layers::TopOnly {
+        return Ok(None);
+    }
+    let Some(name) = header.extensions.data_file_name() else {
+        return Err(Error::new(ErrorKind::Resolve, "image needs an external data file but names none"));
+    };
+    let opened = source.resolver.resolve(Reference::DataFile { name: &name }, options.writable)?;
+    Ok(Some(opened.storage))
+}
+
+fn build_meta(
+    source: &ResolvedSource,
+    header: Header,
+    sector: Vec<u8>,
+    data: Option<Arc<dyn Storage>>,
+    options: &OpenOptions,
+) -> Result<Meta> {
+    let storage = Arc::clone(&source.storage);
+    let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
+    let (geometry, l2_format) = (header.geometry().map_err(bad)?, header.l2_format().map_err(bad)?);
+    let l1 = read_words(&*storage, header.l1_table_offset, u64::from(header.l1_size))?;
+    let refcounts =
+        if options.writable { load_refcounts(&*storage, &header, &geometry)? } else { empty_refcounts() };
+    let metadata = if options.writable {
+        known_metadata(&header, &geometry, &l1, &refcounts)
+    } else {
+        ClusterSet::default()
+    };
+    let l2_bytes = header.size.div_ceil(geometry.cluster_size()).saturating_mul(geometry.l2_entry_size());
+    let l2_cache = options.l2_cache_size.unwrap_or(DEFAULT_L2_CACHE.min(l2_bytes));
+    let page = if l2_cache >= l2_bytes { MAX_PAGE } else { SMALL_PAGE }.min(geometry.cluster_size());
+    let refcount_cache = options.refcount_cache_size.unwrap_or(DEFAULT_REFCOUNT_CACHE);
+    Ok(Meta {
+        l1: L1Table::new(header.l1_table_offset, l1),
+        geometry,
+        l2_format,
+        storage,
+        data,
+        header: Mutex::new(HeaderState { header, sector }),
+        l2_cache: PageCache::new(page, l2_cache),
+        refcount_cache: PageCache::new(geometry.cluster_size().min(MAX_PAGE), refcount_cache),
+        refcounts: Mutex::new(refcounts),
+        refcount_io: Mutex::new(()),
+        metadata_clusters: RwLock::new(metadata),
+        pending: Mutex::default(),
+        gate: RwLock::new(()),
+        table_lock: Mutex::new(()),
+        flushing: Mutex::new(()),
+        flush_rounds: AtomicU64::new(0),
+        expanded: ExpandedClusters::default(),
+        operations: Operations::default(),
+        claims: Claims::default(),
+        poisoned: AtomicBool::new(false),
+        changing: AtomicBool::new(false),
+        writable: options.writable,
+        discard_freed: options.discard_freed,
+        rules: rules(options),
+    })
+}
+
+#[cfg(feature = "mutants")]
+fn rules(options: &OpenOptions) -> Rules {
+    Rules { broken: options.broken_rule }
+}
+
+#[cfg(not(feature = "mutants"))]
+fn rules(_options: &OpenOptions) -> Rules {
+    Rules::default()
+}
+
+/// `count` big-endian words at `offset`; past the end of the file they are zero. `count` was checked against a limit.
+pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) -> Result<Vec<u64>> {
+    let mut bytes = vec![0; count as usize * 8];
+    storage.read_padded(offset, &mut bytes)?;
+    Ok(bytes.chunks_exact(8).map(be_word).collect())
+}
+
+fn empty_refcounts() -> Refcounts {
+    Refcounts {
+        table: Vec::new(),
+        table_offset: HostOffset::new(0),
+        table_clusters: 0,
+        dirty_sectors: Default::default(),
+        first_free: 0,
+        pack: None,
+    }
+}
+
+fn load_refcounts(storage: &dyn Storage, header: &Header, geometry: &Geometry) -> Result<Refcounts> {
+    let clusters = u64::from(header.refcount_table_clusters);
+    let table = read_words(storage, header.refcount_table_offset, clusters * geometry.cluster_size() / 8)?;
+    Ok(Refcounts {
+        table,
+        table_offset: header.refcount_table_offset,
+        table_clusters: clusters,
+        ..empty_refcounts()
+    })
+}
+
+/// The clusters that header and tables say hold metadata.
+fn known_metadata(header: &Header, geometry: &Geometry, l1: &[u64], refcounts: &Refcounts) -> ClusterSet {
+    let mut set = ClusterSet::default();
+    let mut add = |offset: HostOffset, bytes: u64| {
+        set.insert(geometry.host_cluster(offset).value(), geometry.clusters_for(bytes));
+    };
+    let size = geometry.cluster_size();
+    add(HostOffset::new(0), size);
+    add(header.l1_table_offset, u64::from(header.l1_size) * 8);
+    add(header.refcount_table_offset, refcounts.table_clusters * size);
+    for &raw in refcounts.table.iter().filter(|&&raw| raw != 0) {
+        if let Ok(Some(block)) = decode_table_entry(raw, geometry) {
+            add(block, size);
+        }
+    }
+    for &raw in l1.iter().filter(|&&raw| raw != 0) {
+        if let Ok(L1Entry { l2_table: Some(table), .. }) = L1Entry::decode(raw, geometry) {
+            add(table, size);
+        }
+    }
+    if let Some(luks) = header.extensions.luks {
+        add(luks.offset, luks.len.min(geometry.cluster_size() << 20));
+    }
+    if header.nb_snapshots > 0 {
+        add(header.snapshots_offset, 1);
+    }
+    set
+}
+
+/// Clears the autoclear bits that this engine does not keep up to date.
+fn clear_autoclear(meta: &Meta) -> Result<()> {
+    let features = meta.header().autoclear_features;
+    let known = features.bits() & !features.unknown().bits();
+    if known != features.bits() {
+        meta.update_header(&[Field::Autoclear(known)])?;
+    }
+    Ok(())
+}

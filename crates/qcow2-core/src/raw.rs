@@ -1,0 +1,99 @@
+//! A storage seen as a guest disk: every byte is itself.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::port::disk::{DiskExtent, ExtentState, GuestDisk};
+use crate::port::storage::{Storage, ZeroMode};
+use ::alloc::format;
+use ::alloc::sync::Arc;
+use core::sync::atomic::{AtomicU64, Ordering};
+use qcow2_format::{GuestOffset, GuestRange, HostOffset};
+
+/// A raw disk: guest offset and host offset are the same number, the size is the storage's length to the byte.
+pub struct RawDisk {
+    storage: Arc<dyn Storage>,
+    size: AtomicU64,
+    writable: bool,
+}
+
+impl RawDisk {
+    /// A disk of the storage's present length. Disk: asks for the length only. Errors: `Storage`.
+    pub fn new(storage: Arc<dyn Storage>, writable: bool) -> Result<Self> {
+        let size = AtomicU64::new(storage.len()?);
+        Ok(Self { storage, size, writable })
+    }
+
+    /// The bytes underneath.
+    pub fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    fn check(&self, range: Option<GuestRange>) -> Result<GuestRange> {
+        let size = self.size();
+        range.filter(|r| r.end().value() <= size).ok_or_else(|| {
+            Error::new(ErrorKind::OutOfRange, format!("range passes the end of the disk at {size:#x}"))
+        })
+    }
+
+    fn check_change(&self, range: Option<GuestRange>) -> Result<GuestRange> {
+        if !self.writable {
+            return Err(Error::new(ErrorKind::ReadOnly, "disk is opened for reading only"));
+        }
+        self.check(range)
+    }
+}
+
+fn host(offset: GuestOffset) -> HostOffset {
+    HostOffset::new(offset.value())
+}
+
+impl GuestDisk for RawDisk {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
+        self.check(GuestRange::new(offset, buf.len() as u64))?;
+        Ok(self.storage.read_padded(host(offset), buf)?)
+    }
+
+    fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
+        self.check_change(GuestRange::new(offset, buf.len() as u64))?;
+        Ok(self.storage.write_at(host(offset), buf)?)
+    }
+
+    fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
+        self.check_change(Some(range))?;
+        Ok(self.storage.write_zeroes(host(range.start()), range.len(), mode)?)
+    }
+
+    fn discard(&self, range: GuestRange) -> Result<()> {
+        self.check_change(Some(range))?;
+        Ok(self.storage.discard(host(range.start()), range.len())?)
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(self.storage.flush()?)
+    }
+
+    fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
+        self.check(Some(range))?;
+        let stored = self.storage.len()?.saturating_sub(range.start().value());
+        if stored == 0 {
+            return Ok(DiskExtent {
+                len: range.len(),
+                state: ExtentState::Zero { host: Some(host(range.start())) },
+            });
+        }
+        let extent = self.storage.extent_at(host(range.start()), range.len().min(stored))?;
+        let host = Some(host(range.start()));
+        let state = if extent.data { ExtentState::Data { host } } else { ExtentState::Zero { host } };
+        Ok(DiskExtent { len: extent.len, state })
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.check_change(GuestRange::new(GuestOffset::new(0), 0))?;
+        self.storage.set_len(size)?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+}

@@ -1,0 +1,74 @@
+//! A few expanded clusters, so that small reads of one compressed cluster expand it once.
+//!
+//! Invariant: a stream's bytes are forgotten before its place in the file can be used again.
+
+use crate::sync::{Mutex, lock};
+use ::alloc::sync::Arc;
+use ::alloc::vec::Vec;
+use qcow2_format::l2::CompressedCluster;
+
+const SHARDS: usize = 8;
+const PER_SHARD: usize = 4;
+
+type Kept = (CompressedCluster, Arc<Vec<u8>>);
+
+/// Expanded clusters by the stream they came from; at most 32 of them.
+#[derive(Debug, Default)]
+pub(crate) struct ExpandedClusters {
+    shards: [Mutex<Vec<Kept>>; SHARDS],
+}
+
+impl ExpandedClusters {
+    fn shard(&self, stream: CompressedCluster) -> &Mutex<Vec<Kept>> {
+        let hash = stream.host.value().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 61;
+        &self.shards[hash as usize % SHARDS]
+    }
+
+    /// The expanded bytes of `stream`, if they are kept.
+    pub(crate) fn find(&self, stream: CompressedCluster) -> Option<Arc<Vec<u8>>> {
+        let kept = lock(self.shard(stream));
+        kept.iter().find(|(s, _)| *s == stream).map(|(_, bytes)| Arc::clone(bytes))
+    }
+
+    /// Keeps `bytes` as what `stream` expands to.
+    pub(crate) fn keep(&self, stream: CompressedCluster, bytes: Vec<u8>) {
+        let mut kept = lock(self.shard(stream));
+        kept.retain(|(s, _)| *s != stream);
+        if kept.len() == PER_SHARD {
+            kept.remove(0);
+        }
+        kept.push((stream, Arc::new(bytes)));
+    }
+
+    /// Forgets everything: places in the file are about to be used again.
+    pub(crate) fn clear(&self) {
+        for shard in &self.shards {
+            lock(shard).clear();
+        }
+    }
+}
+
+/// Byte buffers that are used again and again.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    buffers: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Scratch {
+    /// A buffer of at least `len` bytes of any content.
+    pub(crate) fn take(&self, len: usize) -> Vec<u8> {
+        let mut buffer = lock(&self.buffers).pop().unwrap_or_default();
+        if buffer.len() < len {
+            buffer.resize(len, 0);
+        }
+        buffer
+    }
+
+    /// Gives a buffer back.
+    pub(crate) fn give(&self, buffer: Vec<u8>) {
+        let mut buffers = lock(&self.buffers);
+        if buffers.len() < 64 {
+            buffers.push(buffer);
+        }
+    }
+}

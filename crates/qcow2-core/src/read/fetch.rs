@@ -1,0 +1,109 @@
+//! Extents to bytes, through the ports.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::meta::page::SECTOR_SIZE;
+use crate::read::resolve::Place;
+use ::alloc::format;
+use ::alloc::vec;
+use qcow2_format::l2::CompressedCluster;
+use qcow2_format::{GuestOffset, GuestRange};
+
+impl Image {
+    /// Fills `buf` with guest bytes from `offset` on, through this layer and those below. The caller has checked the
+    /// range and runs inside an operation.
+    pub(crate) fn read_range(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
+        let (mut at, mut rest) = (offset.value(), buf);
+        while !rest.is_empty() {
+            let here = GuestOffset::new(at);
+            let run = self.meta.lookup(here, rest.len() as u64)?;
+            let (part, next) = rest.split_at_mut(run.len as usize);
+            match run.place {
+                Place::Zero { .. } => part.fill(0),
+                Place::Unallocated => self.read_backing(here, part)?,
+                Place::Data { host, .. } => self.meta.data()?.read_padded(host, part)?,
+                Place::Compressed(stream) => self.read_compressed(here, stream, part)?,
+            }
+            at += run.len;
+            rest = next;
+        }
+        Ok(())
+    }
+
+    /// Bytes that this layer does not have: from the backing file as far as it goes, then zeroes.
+    fn read_backing(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
+        let Some(backing) = &self.backing else {
+            if self.backing_unopened {
+                return Err(Error::new(ErrorKind::Resolve, "the backing file was not opened"));
+            }
+            buf.fill(0);
+            return Ok(());
+        };
+        let there = backing.size().saturating_sub(offset.value()).min(buf.len() as u64);
+        let (part, past) = buf.split_at_mut(there as usize);
+        past.fill(0);
+        if part.is_empty() { Ok(()) } else { backing.read_at(offset, part) }
+    }
+
+    fn read_compressed(&self, offset: GuestOffset, stream: CompressedCluster, buf: &mut [u8]) -> Result<()> {
+        let geometry = &self.meta.geometry;
+        let inside = geometry.in_cluster(offset.value()) as usize;
+        let cluster_size = geometry.cluster_size() as usize;
+        if let Some(cluster) = self.meta.expanded.find(stream) {
+            buf.copy_from_slice(&cluster[inside..inside + buf.len()]);
+            return Ok(());
+        }
+        if buf.len() == cluster_size {
+            return self.expand(offset, stream, buf);
+        }
+        let mut cluster = vec![0; cluster_size];
+        self.expand(offset, stream, &mut cluster)?;
+        buf.copy_from_slice(&cluster[inside..inside + buf.len()]);
+        self.meta.expanded.keep(stream, cluster);
+        Ok(())
+    }
+
+    fn expand(&self, offset: GuestOffset, stream: CompressedCluster, cluster: &mut [u8]) -> Result<()> {
+        let codec = self.codec()?;
+        // A stream never needs more than its cluster and a sector; what the entry claims beyond is not read.
+        let limit = 2 * self.meta.geometry.cluster_size() + SECTOR_SIZE;
+        let len = stream.len.min(limit) as usize;
+        let mut bytes = self.scratch.take(len);
+        self.meta.storage.read_padded(stream.host, &mut bytes[..len])?;
+        let result = codec.expand(&bytes[..len], cluster).map_err(|e| {
+            Error::corrupt(format!(
+                "compressed cluster of guest offset {offset} at host offset {} does not expand",
+                stream.host
+            ))
+            .with_source(e)
+        });
+        self.scratch.give(bytes);
+        result
+    }
+
+    /// Whether `range` is known to read as zeroes without looking at data.
+    pub(crate) fn reads_zero(&self, range: GuestRange) -> Result<bool> {
+        let (mut at, end) = (range.start().value(), range.end().value());
+        while at < end {
+            let run = self.meta.lookup(GuestOffset::new(at), end - at)?;
+            let zero = match run.place {
+                Place::Zero { .. } => true,
+                Place::Unallocated => self.backing_reads_zero(at, run.len)?,
+                Place::Data { .. } | Place::Compressed(_) => false,
+            };
+            if !zero {
+                return Ok(false);
+            }
+            at += run.len;
+        }
+        Ok(true)
+    }
+
+    /// Whether the layer below has nothing to say about `len` bytes from `offset` on.
+    pub(crate) fn backing_reads_zero(&self, offset: u64, len: u64) -> Result<bool> {
+        let Some(backing) = &self.backing else { return Ok(!self.backing_unopened) };
+        let end = backing.size().min(offset.saturating_add(len));
+        let range = GuestRange::between(GuestOffset::new(offset), GuestOffset::new(end));
+        crate::chain::reads_zero(&**backing, range)
+    }
+}

@@ -1,0 +1,42 @@
+//! The ordering rules by name, so that a test can switch one off and see the crash simulation notice.
+
+/// One rule of the order on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OrderingRule {
+    /// Refcounts and data are durable before the mapping entries that need them are written.
+    RefcountsBeforeLinks,
+    /// Mapping entries are durable when a flush returns.
+    LinksBeforeFlushReturns,
+    /// A refcount block is durable before the refcount table entry that leads to it.
+    BlockBeforeTableEntry,
+    /// An unlink is durable before the cluster's refcount goes down.
+    UnlinkBeforeFree,
+    /// A new L2 table is zeroed (or copied) on disk before its L1 entry is written.
+    TableBeforeEntry,
+    /// A moved refcount table is durable before the header points to it.
+    TableBeforeHeader,
+    /// The header's warning bits are durable before the change they warn of.
+    WarningBeforeChange,
+}
+
+/// Which rules hold: all of them, unless a test says otherwise.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Rules {
+    #[cfg(feature = "mutants")]
+    pub(crate) broken: Option<OrderingRule>,
+}
+
+impl Rules {
+    /// Whether `rule` is to be kept.
+    #[cfg(feature = "mutants")]
+    pub(crate) fn keep(&self, rule: OrderingRule) -> bool {
+        self.broken != Some(rule)
+    }
+
+    /// Whether `rule` is to be kept: always.
+    #[cfg(not(feature = "mutants"))]
+    pub(crate) const fn keep(&self, _rule: OrderingRule) -> bool {
+        true
+    }
+}

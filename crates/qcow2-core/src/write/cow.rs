@@ -1,0 +1,45 @@
+//! Which bytes around a partial write must be copied. Pure.
+//!
+//! Invariant I2: when a new place becomes visible, every byte of it that counts as data has been written.
+
+use super::plan::mask;
+use ::alloc::vec::Vec;
+use qcow2_format::l2::L2Format;
+use qcow2_format::{GuestOffset, GuestRange};
+
+/// One cluster of a write: where the write's bytes are in it and what has to be in place besides.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ClusterEdges {
+    /// The first byte of the cluster.
+    pub(crate) cluster: GuestOffset,
+    /// The write's bytes within the cluster: from `start` up to `end`.
+    pub(crate) start: u64,
+    /// See `start`.
+    pub(crate) end: u64,
+    /// Subclusters that must hold their bytes afterwards, whether the write covers them or not.
+    pub(crate) needed: u32,
+}
+
+/// The guest ranges that are needed but not covered by the write, in order.
+pub(crate) fn ranges_to_copy(format: &L2Format, edges: &ClusterEdges) -> Vec<GuestRange> {
+    let size = format.geometry.subcluster_size();
+    let count = u64::from(format.geometry.subclusters());
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    let mut add = |start: u64, end: u64| {
+        if start < end {
+            match ranges.last_mut() {
+                Some(last) if last.1 == start => last.1 = end,
+                _ => ranges.push((start, end)),
+            }
+        }
+    };
+    for index in (0..count).filter(|&i| edges.needed & mask(i, i + 1) != 0) {
+        let (start, end) = (index * size, (index + 1) * size);
+        add(start, end.min(edges.start.max(start)));
+        add(start.max(edges.end.min(end)), end);
+    }
+    let base = edges.cluster.value();
+    let range =
+        |(start, end)| GuestRange::between(GuestOffset::new(base + start), GuestOffset::new(base + end));
+    ranges.into_iter().map(range).collect()
+}

@@ -1,0 +1,7 @@
+//! Where guest writes go: decided in [`plan`], carried out in [`apply`].
+
+pub(crate) mod apply;
+pub(crate) mod cow;
+pub(crate) mod pack;
+pub(crate) mod plan;
+pub(crate) mod zero;

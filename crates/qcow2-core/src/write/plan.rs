@@ -1,0 +1,191 @@
+//! What a write to a guest range does, decided from its L2 entries alone. Holds no port.
+//!
+//! Invariant: a host cluster is written in place only if this image alone refers to it (its copied flag is set).
+
+use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
+use qcow2_format::{GuestOffset, HostOffset};
+
+/// How the clusters of a run are written. Every case of a guest write is one arm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WriteKind {
+    /// The bytes go where they are; no entry changes.
+    InPlace {
+        /// Where the first cluster of the run is.
+        host: HostOffset,
+    },
+    /// The bytes go into the host cluster that is already assigned; touched subclusters become data.
+    Fill {
+        /// Where the first cluster of the run is.
+        host: HostOffset,
+    },
+    /// New host clusters are needed; the old ones, if any, lose a reference.
+    Allocate,
+}
+
+/// A run of guest clusters that are written the same way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WritePlan {
+    pub(crate) kind: WriteKind,
+    /// How many clusters, at least 1.
+    pub(crate) clusters: u64,
+    /// How many bytes of the request fall into them.
+    pub(crate) len: u64,
+}
+
+/// Plans the write of `len` bytes at `offset`. `entry(i)` is the L2 entry of the `i`-th cluster from the one that
+/// holds `offset`; at most `entries` are asked for.
+pub(crate) fn plan_write<E>(
+    format: &L2Format,
+    offset: GuestOffset,
+    len: u64,
+    entries: u64,
+    mut entry: impl FnMut(u64) -> Result<L2Entry, E>,
+) -> Result<WritePlan, E> {
+    let geometry = &format.geometry;
+    let size = geometry.cluster_size();
+    let inside = geometry.in_cluster(offset.value());
+    let first = kind_of(format, offset, &entry(0)?, touched(format, inside, len));
+    let (mut clusters, mut covered) = (1, size - inside);
+    while covered < len && clusters < entries {
+        let guest = GuestOffset::new(offset.value() + covered);
+        let kind = kind_of(format, guest, &entry(clusters)?, touched(format, 0, len - covered));
+        if !follows(first, kind, clusters * size) {
+            break;
+        }
+        clusters += 1;
+        covered += size;
+    }
+    Ok(WritePlan { kind: first, clusters, len: covered.min(len) })
+}
+
+fn kind_of(format: &L2Format, guest: GuestOffset, entry: &L2Entry, touched: u32) -> WriteKind {
+    let L2Entry::Standard(cluster) = entry else { return WriteKind::Allocate };
+    match cluster.host {
+        Some(host) if cluster.copied && cluster.allocated & touched == touched => WriteKind::InPlace { host },
+        Some(host) if cluster.copied => WriteKind::Fill { host },
+        // With a data file the place of a cluster is its guest offset, whatever the entry says.
+        _ if format.external_data => {
+            WriteKind::Fill { host: HostOffset::new(format.geometry.align_down(guest.value())) }
+        }
+        _ => WriteKind::Allocate,
+    }
+}
+
+fn follows(first: WriteKind, next: WriteKind, distance: u64) -> bool {
+    match (first, next) {
+        (WriteKind::Allocate, WriteKind::Allocate) => true,
+        (WriteKind::InPlace { host: a }, WriteKind::InPlace { host: b })
+        | (WriteKind::Fill { host: a }, WriteKind::Fill { host: b }) => a.checked_add(distance) == Some(b),
+        _ => false,
+    }
+}
+
+/// The subclusters that `len` bytes from byte `inside` of a cluster on touch, as a mask.
+pub(crate) fn touched(format: &L2Format, inside: u64, len: u64) -> u32 {
+    let size = format.geometry.subcluster_size();
+    let end = inside.saturating_add(len).min(format.geometry.cluster_size());
+    mask(inside / size, end.div_ceil(size))
+}
+
+/// Bits `first..end`.
+pub(crate) fn mask(first: u64, end: u64) -> u32 {
+    (((1u64 << end) - 1) & !((1u64 << first) - 1)) as u32
+}
+
+/// The entry of a cluster after `touched` of its subclusters were written to the host cluster at `host`, together with
+/// the subclusters `kept` that were copied there.
+pub(crate) fn written_entry(old: &L2Entry, host: HostOffset, touched: u32, kept: u32) -> L2Entry {
+    let data = touched | kept;
+    let zero = match old {
+        L2Entry::Standard(cluster) => cluster.zero & !data,
+        L2Entry::Compressed(_) => 0,
+    };
+    L2Entry::Standard(ClusterEntry { host: Some(host), copied: true, allocated: data, zero })
+}
+
+/// The subclusters whose bytes must move along when `old` is replaced by a new host cluster.
+pub(crate) fn kept_subclusters(format: &L2Format, old: &L2Entry) -> u32 {
+    match old {
+        L2Entry::Standard(cluster) => cluster.allocated,
+        L2Entry::Compressed(_) => format.all_subclusters(),
+    }
+}
+
+/// Why subclusters are to read as zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ZeroKind {
+    /// They shall; their space stays assigned.
+    Keep,
+    /// They shall; their space may go.
+    Unmap,
+    /// Their content no longer matters; whole clusters only.
+    Discard,
+}
+
+/// What zeroing does to one cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ZeroPlan {
+    /// Nothing: it is so already, or it cannot be recorded and need not.
+    Nothing,
+    /// The entry changes; with `free`, what the old one led to loses a reference.
+    Change {
+        /// The new entry.
+        entry: L2Entry,
+        /// Whether the old entry's place is given up.
+        free: bool,
+    },
+    /// It can only be said by writing zeroes.
+    WriteData,
+}
+
+/// Plans the zeroing of `subclusters` of one cluster. `backing`: whether an unallocated cluster may show bytes of a
+/// layer below. Spec: "Cluster mapping", "Extended L2 Entries".
+pub(crate) fn plan_zero(
+    format: &L2Format,
+    old: &L2Entry,
+    subclusters: u32,
+    kind: ZeroKind,
+    backing: bool,
+) -> ZeroPlan {
+    let whole = subclusters == format.all_subclusters();
+    let blank = |zero| L2Entry::Standard(ClusterEntry { zero, ..ClusterEntry::UNALLOCATED });
+    let cluster = match old {
+        L2Entry::Standard(cluster) => *cluster,
+        L2Entry::Compressed(_) if whole && (format.zero_flag || !backing) => {
+            let zero = if format.zero_flag { format.all_subclusters() } else { 0 };
+            return ZeroPlan::Change { entry: blank(zero), free: true };
+        }
+        L2Entry::Compressed(_) => return without_flag(kind),
+    };
+    if !format.zero_flag {
+        return match (backing, cluster.host) {
+            (true, _) => without_flag(kind),
+            (false, None) => ZeroPlan::Nothing,
+            (false, Some(_)) => ZeroPlan::Change { entry: blank(0), free: true },
+        };
+    }
+    let untouched = cluster.host.is_none() && cluster.zero == 0;
+    if kind == ZeroKind::Discard && untouched && !backing {
+        return ZeroPlan::Nothing;
+    }
+    let keep_host = cluster.host.is_some() && !(whole && (kind != ZeroKind::Keep || !cluster.copied));
+    let entry = if keep_host {
+        ClusterEntry {
+            allocated: cluster.allocated & !subclusters,
+            zero: cluster.zero | subclusters,
+            ..cluster
+        }
+    } else {
+        ClusterEntry { zero: cluster.zero | subclusters, ..ClusterEntry::UNALLOCATED }
+    };
+    let new = L2Entry::Standard(entry);
+    if new == *old {
+        return ZeroPlan::Nothing;
+    }
+    ZeroPlan::Change { entry: new, free: cluster.host.is_some() && !keep_host }
+}
+
+/// Without a zero flag a discard changes nothing, and zeroes must be written.
+fn without_flag(kind: ZeroKind) -> ZeroPlan {
+    if kind == ZeroKind::Discard { ZeroPlan::Nothing } else { ZeroPlan::WriteData }
+}

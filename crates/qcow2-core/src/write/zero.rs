@@ -1,0 +1,153 @@
+//! Write zeroes and discard: mapping changes where whole (sub)clusters are concerned, written zeroes elsewhere.
+
+use super::plan::{ZeroKind, ZeroPlan, mask, plan_zero};
+use crate::error::Result;
+use crate::image::Image;
+use crate::meta::pending::Unlinked;
+use crate::port::disk::GuestDisk;
+use crate::port::storage::ZeroMode;
+use ::alloc::vec::Vec;
+use qcow2_format::l2::L2Entry;
+use qcow2_format::{GuestOffset, GuestRange, HostOffset};
+
+/// The most clusters that are changed under one claim.
+const MAX_CLUSTERS: u64 = 1 << 12;
+static ZEROES: [u8; 16 << 10] = [0; 16 << 10];
+
+impl Image {
+    /// Makes `range` read as zeroes (or forgets it). The caller has checked the range and runs inside an operation.
+    pub(crate) fn zero_range(&self, range: GuestRange, kind: ZeroKind) -> Result<()> {
+        let unit = match kind {
+            ZeroKind::Discard => self.meta.geometry.cluster_size(),
+            ZeroKind::Keep | ZeroKind::Unmap => self.meta.geometry.subcluster_size(),
+        };
+        let (start, end) = (range.start().value(), range.end().value());
+        // The last unit of the disk counts as whole although the disk ends inside it.
+        let whole_end = if end == self.size() { end.next_multiple_of(unit) } else { end - end % unit };
+        let whole_start = start.next_multiple_of(unit);
+        if whole_start >= whole_end {
+            return self.zero_part(range, kind);
+        }
+        self.zero_part(between(start, whole_start), kind)?;
+        self.zero_whole(whole_start, whole_end, kind)?;
+        self.zero_part(between(whole_end, end), kind)
+    }
+
+    /// Bytes that do not fill a (sub)cluster: written, unless they read as zeroes already. A discard leaves them.
+    fn zero_part(&self, range: GuestRange, kind: ZeroKind) -> Result<()> {
+        if kind == ZeroKind::Discard || range.is_empty() || self.reads_zero(range)? {
+            return Ok(());
+        }
+        self.write_zero_bytes(range)
+    }
+
+    fn write_zero_bytes(&self, range: GuestRange) -> Result<()> {
+        let (mut at, end) = (range.start().value(), range.end().value().min(self.size()));
+        while at < end {
+            let len = (end - at).min(ZEROES.len() as u64);
+            self.write_range(GuestOffset::new(at), &ZEROES[..len as usize])?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Whole (sub)clusters from guest byte `start` to `end`.
+    fn zero_whole(&self, start: u64, end: u64, kind: ZeroKind) -> Result<()> {
+        let mut at = start;
+        while at < end {
+            let here = GuestOffset::new(at);
+            let skip = self.skip_untouched(here, end - at, kind)?;
+            at += if skip > 0 { skip } else { self.zero_clusters(here, end - at, kind)? };
+        }
+        Ok(())
+    }
+
+    /// How many bytes from `offset` on need no change: a discard of what was never written.
+    fn skip_untouched(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
+        if kind != ZeroKind::Discard || self.backing.is_some() || self.backing_unopened {
+            return Ok(0);
+        }
+        let run = self.meta.lookup(offset, len)?;
+        let untouched = matches!(
+            run.place,
+            crate::read::resolve::Place::Unallocated | crate::read::resolve::Place::Zero { host: None }
+        );
+        Ok(if untouched { run.len } else { 0 })
+    }
+
+    /// Zeroes a first part of `len` bytes from `offset` on, within one piece of an L2 table; returns its length.
+    fn zero_clusters(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
+        let format = &self.meta.l2_format;
+        let (geometry, size) = (&format.geometry, format.geometry.cluster_size());
+        let inside = geometry.in_cluster(offset.value());
+        let first = geometry.guest_cluster(offset).value();
+        let wanted = geometry.clusters_for(inside + len).min(MAX_CLUSTERS);
+        let claim = self.meta.claims.claim(first, first + wanted);
+        let place = self.meta.writable_place(offset)?;
+        let count = wanted.min(place.entries());
+        let backing = self.backing.is_some() || self.backing_unopened;
+        let (mut entries, mut unlinked, mut by_data) = (Vec::new(), Vec::new(), Vec::new());
+        for i in 0..count {
+            let old = self.meta.entry(&place, i, offset)?;
+            let start = if i == 0 { inside } else { 0 };
+            let end = (inside + len - i * size).min(size);
+            let unit = geometry.subcluster_size();
+            let plan = plan_zero(format, &old, mask(start / unit, end.div_ceil(unit)), kind, backing);
+            entries.push(match plan {
+                ZeroPlan::Change { entry, free } => {
+                    if free {
+                        unlinked.extend(self.unlinked(&old));
+                    }
+                    entry
+                }
+                ZeroPlan::Nothing => old,
+                ZeroPlan::WriteData => {
+                    by_data.push((i * size + start, i * size + end));
+                    old
+                }
+            });
+        }
+        let done = (count * size - inside).min(len);
+        self.commit_zero(&place, &entries, &unlinked)?;
+        self.zero_data_file(offset, done, kind)?;
+        drop(claim);
+        let base = offset.value() - inside;
+        for (start, end) in by_data {
+            self.write_zero_bytes(between(base + start, base + end))?;
+        }
+        Ok(done)
+    }
+
+    fn commit_zero(
+        &self,
+        place: &crate::meta::mapping::L2Place,
+        entries: &[L2Entry],
+        unlinked: &[Unlinked],
+    ) -> Result<()> {
+        self.meta.commit(place, entries.len() as u64, unlinked, |i| entries[i as usize])
+    }
+
+    /// An external data file follows: a raw one must read as the guest disk does, another may give space back.
+    fn zero_data_file(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<()> {
+        if !self.meta.has_data_file() {
+            return Ok(());
+        }
+        let data = self.meta.data()?;
+        let host = HostOffset::new(offset.value());
+        let len = len.min(self.size().saturating_sub(offset.value()));
+        if self.raw_data_file {
+            let mode = if kind == ZeroKind::Keep { ZeroMode::KeepAllocated } else { ZeroMode::MayUnmap };
+            data.write_zeroes(host, len, mode)?;
+        } else if kind != ZeroKind::Keep {
+            let stored = data.len()?.saturating_sub(host.value()).min(len);
+            if stored > 0 {
+                data.discard(host, stored)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn between(start: u64, end: u64) -> GuestRange {
+    GuestRange::between(GuestOffset::new(start), GuestOffset::new(end))
+}
