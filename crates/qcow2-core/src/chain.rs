@@ -6,6 +6,7 @@ use crate::open::{Layers, OpenOptions};
 use crate::port::disk::{ExtentState, GuestDisk};
 use crate::port::resolver::{ImageFormat, Reference, ResolvedSource, SourceId};
 use crate::raw::RawDisk;
+use ::alloc::boxed::Box;
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;
 use ::alloc::string::ToString;
@@ -68,14 +69,14 @@ pub(crate) fn open_backing(
 
 enum Layer {
     Raw(RawDisk),
-    Image(Image),
+    Image(Box<Image>),
 }
 
 impl Layer {
     fn open(source: ResolvedSource, options: &OpenOptions) -> Result<Self> {
         match &source.format {
             ImageFormat::Raw => Ok(Self::Raw(RawDisk::new(source.storage, false)?)),
-            ImageFormat::Qcow2 => Ok(Self::Image(Image::open_layer(&source, options)?)),
+            ImageFormat::Qcow2 => Ok(Self::Image(Box::new(Image::open_layer(&source, options)?))),
             ImageFormat::Other(name) => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("'{}': unknown driver '{name}', allowed are qcow2 and raw", source.name),

@@ -129,18 +129,6 @@ impl PageCache {
         }
     }
 
-    /// Drops every page, changes included.
-    pub(crate) fn forget_all(&self) {
-        for set in &self.sets {
-            let _loading = lock(&set.loading);
-            for page in write(&set.pages).drain(..) {
-                page.forget_changes();
-            }
-        }
-        lock(&self.dirty).clear();
-        self.dirty_count.store(0, Ordering::Relaxed);
-    }
-
     /// Puts a changed page on the list for write-back. The caller keeps the commit gate open.
     pub(crate) fn note_dirty(&self, page: &Arc<Page>) {
         if page.queue() {

@@ -8,7 +8,7 @@ use qcow2_format::{HostOffset, L1Index};
 
 /// The active L1 table and which of its sectors differ from the disk.
 pub(crate) struct L1Table {
-    offset: RwLock<HostOffset>,
+    offset: HostOffset,
     entries: RwLock<Vec<u64>>,
     dirty: Mutex<BTreeSet<u64>>,
 }
@@ -33,27 +33,10 @@ impl L1Table {
         read(&self.entries).len() as u64
     }
 
-    /// Where the table is.
-    pub(crate) fn offset(&self) -> HostOffset {
-        *read(&self.offset)
-    }
-
     /// Changes an entry; the caller keeps the commit gate open. `index` must be below [`len`](Self::len).
     pub(crate) fn set(&self, index: L1Index, raw: u64) {
         write(&self.entries)[index.value() as usize] = raw;
         lock(&self.dirty).insert(index.value() * 8 / SECTOR_SIZE);
-    }
-
-    /// A copy of all raw entries.
-    pub(crate) fn entries(&self) -> Vec<u64> {
-        read(&self.entries).clone()
-    }
-
-    /// Replaces table and place; everything in it is on disk already.
-    pub(crate) fn replace(&self, offset: HostOffset, entries: Vec<u64>) {
-        *write(&self.offset) = offset;
-        *write(&self.entries) = entries;
-        lock(&self.dirty).clear();
     }
 
     /// Takes the changed sectors for write-back. The caller has closed the commit gate.
@@ -62,7 +45,7 @@ impl L1Table {
         if dirty.is_empty() {
             return;
         }
-        let (entries, base) = (read(&self.entries), self.offset().value());
+        let (entries, base) = (read(&self.entries), self.offset.value());
         let per_sector = (SECTOR_SIZE / 8) as usize;
         for sector in dirty {
             let first = sector as usize * per_sector;
