@@ -16,11 +16,7 @@ pub(crate) struct L1Table {
 impl L1Table {
     /// The table at `offset` with these raw entries.
     pub(crate) fn new(offset: HostOffset, entries: Vec<u64>) -> Self {
-        Self {
-            offset: RwLock::new(offset),
-            entries: RwLock::new(entries),
-            dirty: Mutex::new(BTreeSet::new()),
-        }
+        Self { offset, entries: RwLock::new(entries), dirty: Mutex::new(BTreeSet::new()) }
     }
 
     /// The raw entry at `index`; 0 past the end.
