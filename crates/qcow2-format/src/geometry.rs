@@ -22,7 +22,18 @@ pub struct GeometryFields {
     pub extended_l2: bool,
 }
 
-/// Cluster size, refcount width and L2 entry size of one image. Spec: "General", "Host cluster management".
+/// Cluster size, refcount width and L2 entry size of one image.
+///
+/// ```
+/// use qcow2_format::{Geometry, GeometryFields, GuestOffset};
+///
+/// let geometry = Geometry::new(GeometryFields { cluster_bits: 16, refcount_order: 4, extended_l2: false })?;
+/// let offset = GuestOffset::new((512 << 20) + 3 * 65536 + 5);
+/// assert_eq!((geometry.l1_index(offset).value(), geometry.l2_index(offset).value()), (1, 3));
+/// # Ok::<(), qcow2_format::FormatError>(())
+/// ```
+///
+/// Spec: "General", "Host cluster management".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     cluster_bits: u32,
@@ -210,3 +221,6 @@ impl Geometry {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -67,6 +67,25 @@ pub enum CompressionType {
 
 /// What the header says. Every field is public: any combination can be written down, and
 /// [`encode`](Self::encode) or [`geometry`](Self::geometry) say what is impossible.
+///
+/// ```
+/// use qcow2_format::{Header, HostOffset, Version};
+///
+/// let mut header = Header::new(Version::V3, 16);
+/// header.size = 1 << 30;
+/// header.l1_size = 2;
+/// header.l1_table_offset = HostOffset::new(0x30000);
+/// header.refcount_table_offset = HostOffset::new(0x10000);
+/// header.refcount_table_clusters = 1;
+/// let bytes = header.encode()?;
+/// assert_eq!(bytes.len(), 120); // the fields and an end marker
+///
+/// assert_eq!(Header::probe_len(&bytes)?, 65536);
+/// let read = Header::parse(&bytes)?;
+/// assert_eq!(read, header);
+/// assert_eq!(read.geometry()?.l2_entries(), 8192);
+/// # Ok::<(), qcow2_format::FormatError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
     /// The version of the format.
@@ -279,3 +298,6 @@ fn put32(out: &mut Vec<u8>, value: u32) {
 fn put64(out: &mut Vec<u8>, value: u64) {
     out.extend_from_slice(&value.to_be_bytes());
 }
+
+#[cfg(test)]
+mod tests;

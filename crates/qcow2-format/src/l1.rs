@@ -21,7 +21,7 @@ const RESERVED: u64 = 0x7f00_0000_0000_01ff;
 pub struct L1Entry {
     /// The L2 table's host offset; `None` where the whole range is unallocated.
     pub l2_table: Option<HostOffset>,
-    /// Whether the L2 table's refcount is exactly one, so that it may be changed in place.
+    /// Whether the L2 table's refcount is exactly one, so that it may be changed in place. `false` without a table.
     pub copied: bool,
 }
 
@@ -39,7 +39,7 @@ impl L1Entry {
             ));
         }
         let l2_table = (offset != 0).then_some(HostOffset::new(offset));
-        Ok(Self { l2_table, copied: raw & COPIED != 0 })
+        Ok(Self { l2_table, copied: l2_table.is_some() && raw & COPIED != 0 })
     }
 
     /// The entry's 64 bits.
@@ -51,4 +51,46 @@ impl L1Entry {
 /// The reserved bits that are set in a raw L1 entry; 0 in a valid image.
 pub const fn reserved_bits(raw: u64) -> u64 {
     raw & RESERVED
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::GeometryFields;
+    use proptest::prelude::*;
+
+    fn geometry(cluster_bits: u32) -> Geometry {
+        Geometry::new(GeometryFields { cluster_bits, refcount_order: 4, extended_l2: false }).unwrap()
+    }
+
+    #[test]
+    fn an_entry_of_qemu() {
+        let entry = L1Entry::decode(0x8000_0000_0004_0000, &geometry(16)).unwrap();
+        assert_eq!(entry, L1Entry { l2_table: Some(HostOffset::new(0x40000)), copied: true });
+        assert_eq!(
+            L1Entry::decode(COPIED, &geometry(16)),
+            Ok(L1Entry::UNALLOCATED),
+            "no table, nothing copied"
+        );
+    }
+
+    #[test]
+    fn an_unaligned_table_is_refused_and_reserved_bits_are_not() {
+        let error = L1Entry::decode(0x40200, &geometry(16)).unwrap_err();
+        assert_eq!(error.kind(), &FormatErrorKind::Misaligned(0x40200));
+        let raw = 0x4000_0000_0004_0001;
+        assert_eq!(L1Entry::decode(raw, &geometry(16)).unwrap().l2_table, Some(HostOffset::new(0x40000)));
+        assert_eq!(reserved_bits(raw), 0x4000_0000_0000_0001);
+    }
+
+    proptest! {
+        #[test]
+        fn any_entry_is_judged(raw in any::<u64>(), cluster_bits in 9..=21u32) {
+            if let Ok(entry) = L1Entry::decode(raw, &geometry(cluster_bits)) {
+                prop_assert_eq!(L1Entry::decode(entry.encode(), &geometry(cluster_bits)), Ok(entry));
+                let flag = if entry.l2_table.is_none() { COPIED } else { 0 };
+                prop_assert_eq!(entry.encode(), raw & !reserved_bits(raw) & !flag);
+            }
+        }
+    }
 }

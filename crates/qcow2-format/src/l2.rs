@@ -10,7 +10,8 @@
 //! | others | reserved, 0 | x = 62 - (cluster_bits - 8) |
 //!
 //! With extended L2 entries a second word holds the subcluster bitmap: bits 0-31 allocated, bits 32-63 reads as
-//! zeroes. A standard entry is treated as one subcluster the size of the cluster, so that the engine has one case.
+//! zeroes. In an external data file offset 0 is a place like any other where the copied flag is set and the zero flag
+//! is not. A standard entry is treated as one subcluster the size of the cluster, so that the engine has one case.
 
 use crate::error::{FormatError, FormatErrorKind};
 use crate::geometry::Geometry;
@@ -25,6 +26,17 @@ const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 const MAX_HOST_OFFSET: u64 = (1 << 56) - 1;
 
 /// How the L2 entries of one image are to be read.
+///
+/// ```
+/// use qcow2_format::l2::{L2Entry, L2Format};
+/// use qcow2_format::{Geometry, GeometryFields};
+///
+/// let fields = GeometryFields { cluster_bits: 16, refcount_order: 4, extended_l2: false };
+/// let format = L2Format { geometry: Geometry::new(fields)?, zero_flag: true, external_data: false };
+/// let L2Entry::Compressed(stream) = format.decode(0x4000_0000_0005_004f, 0)? else { panic!() };
+/// assert_eq!((stream.host.value(), stream.len), (0x5004f, 512 - 0x4f));
+/// # Ok::<(), qcow2_format::FormatError>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct L2Format {
     /// The image's geometry.
@@ -116,11 +128,12 @@ impl L2Format {
                 format!("cluster offset {offset:#x} is not a multiple of {}", self.geometry.cluster_size()),
             ));
         }
-        let assigned = offset != 0 || (self.external_data && copied);
+        let zero_flag_set = raw & ZERO != 0 && !self.geometry.extended_l2();
+        let assigned = offset != 0 || (self.external_data && copied && !zero_flag_set);
         let host = assigned.then_some(HostOffset::new(offset));
         let (allocated, zero) = if self.geometry.extended_l2() {
             (bitmap as u32, (bitmap >> 32) as u32)
-        } else if raw & ZERO != 0 {
+        } else if zero_flag_set {
             (0, 1)
         } else {
             (u32::from(assigned), 0)
@@ -203,3 +216,6 @@ impl L2Format {
         raw & COPIED != 0
     }
 }
+
+#[cfg(test)]
+mod tests;
