@@ -1,1 +1,30 @@
-//! placeholder
+//! Cluster codecs for the engine's [`ClusterCodec`](qcow2_core::ClusterCodec) port: [`Deflate`] (compression type 0,
+//! "zlib" in option names) and [`Zstd`] (type 1).
+//!
+//! A codec holds its contexts in a pool, one for each thread that used it at the same time, and allocates nothing for
+//! a cluster once the pool has grown to that. The same cluster gives the same stream, whichever context compresses it.
+//!
+//! ```
+//! use qcow2_codec::Deflate;
+//! use qcow2_core::ClusterCodec;
+//!
+//! let codec = Deflate::default();
+//! let cluster = [7u8; 65536];
+//! // A stream as long as the cluster saves nothing, so the room offered is one byte less.
+//! let mut stream = vec![0; cluster.len() - 1];
+//! let len = codec.compress(&cluster, &mut stream)?.expect("a run of one byte shrinks");
+//! assert!(len < 200);
+//!
+//! let mut back = [0; 65536];
+//! codec.expand(&stream[..len], &mut back)?;
+//! assert_eq!(back, cluster);
+//! # Ok::<(), qcow2_core::CodecError>(())
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod deflate;
+mod pool;
+pub mod zstd;
+
+pub use deflate::{Deflate, DeflateOptions};
+pub use zstd::Zstd;

@@ -1,0 +1,314 @@
+//! Deflate, compression type 0: a raw stream (RFC 1951, no zlib or gzip wrapper) for each cluster.
+//!
+//! QEMU writes with a window of 4 KiB and so does this codec by default: every known reader takes such a stream. Streams
+//! with the full 32 KiB window are read as well. Spec: "Compressed Clusters".
+
+use crate::pool::Pool;
+use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
+use qcow2_core::{ClusterCodec, CodecError};
+
+/// The highest compression level: the smallest streams.
+pub const MAX_LEVEL: u32 = 9;
+/// The lowest compression level: the quickest. Level 0 would only store, and a cluster that does not shrink is better
+/// off plain.
+pub const MIN_LEVEL: u32 = 1;
+/// The window that every reader accepts: matches reach back at most 4 KiB.
+pub const DEFAULT_WINDOW_BITS: u32 = 12;
+/// The widest window: 32 KiB. Readers that inflate a cluster in pieces with a 4 KiB window reject such streams.
+pub const MAX_WINDOW_BITS: u32 = 15;
+/// The narrowest window: 512 bytes.
+pub const MIN_WINDOW_BITS: u32 = 9;
+/// How clusters are compressed; it does not matter for expanding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeflateOptions {
+    /// 1 (quickest) to 9 (smallest); 6 by default.
+    pub level: u32,
+    /// log2 of how far back a match may reach, 9..=15; 12 by default.
+    pub window_bits: u32,
+}
+
+impl Default for DeflateOptions {
+    fn default() -> Self {
+        Self { level: 6, window_bits: DEFAULT_WINDOW_BITS }
+    }
+}
+
+impl DeflateOptions {
+    /// These options with another level.
+    pub fn level(self, level: u32) -> Self {
+        Self { level, ..self }
+    }
+
+    /// These options with another window.
+    pub fn window_bits(self, window_bits: u32) -> Self {
+        Self { window_bits, ..self }
+    }
+}
+
+/// A compressor with room for any stream: zlib-rs 0.6 panics at some levels where the output runs full, so it never
+/// does, and the few bytes of a stream that fits are copied.
+struct Writer {
+    deflate: Compress,
+    room: Vec<u8>,
+}
+
+/// The deflate codec.
+pub struct Deflate {
+    level: Compression,
+    window_bits: u8,
+    writers: Pool<Writer>,
+    readers: Pool<Decompress>,
+}
+
+impl Deflate {
+    /// A codec with these options. Errors: a level or window that is not allowed.
+    pub fn new(options: DeflateOptions) -> Result<Self, CodecError> {
+        let DeflateOptions { level, window_bits } = options;
+        if !(MIN_LEVEL..=MAX_LEVEL).contains(&level) {
+            let allowed = format!("allowed are {MIN_LEVEL} to {MAX_LEVEL}");
+            return Err(CodecError::new(format!("deflate level is {level}, {allowed}")));
+        }
+        if !(MIN_WINDOW_BITS..=MAX_WINDOW_BITS).contains(&window_bits) {
+            return Err(CodecError::new(format!(
+                "deflate window bits are {window_bits}, allowed are {MIN_WINDOW_BITS} to {MAX_WINDOW_BITS}"
+            )));
+        }
+        Ok(Self::with_checked(options))
+    }
+
+    fn with_checked(options: DeflateOptions) -> Self {
+        Self {
+            level: Compression::new(options.level),
+            window_bits: options.window_bits as u8,
+            writers: Pool::new(),
+            readers: Pool::new(),
+        }
+    }
+}
+
+impl Default for Deflate {
+    fn default() -> Self {
+        Self::with_checked(DeflateOptions::default())
+    }
+}
+
+impl ClusterCodec for Deflate {
+    fn compress(&self, plain: &[u8], out: &mut [u8]) -> Result<Option<usize>, CodecError> {
+        let make = || {
+            let deflate = Compress::new_with_window_bits(self.level, false, self.window_bits);
+            Ok(Writer { deflate, room: Vec::new() })
+        };
+        self.writers.with(make, |writer| writer.compress(plain, out))
+    }
+
+    fn expand(&self, stream: &[u8], out: &mut [u8]) -> Result<(), CodecError> {
+        self.readers.with(|| Ok(Decompress::new(false)), |reader| inflate(reader, stream, out))
+    }
+}
+
+impl Writer {
+    fn compress(&mut self, plain: &[u8], out: &mut [u8]) -> Result<Option<usize>, CodecError> {
+        // The quickest level codes a literal in at most nine bits; the others fall back to stored blocks.
+        self.room.resize(plain.len() + plain.len() / 4 + 64, 0);
+        self.deflate.reset();
+        let status = self
+            .deflate
+            .compress(plain, &mut self.room, FlushCompress::Finish)
+            .map_err(|e| CodecError::new(format!("deflate failed: {e}")))?;
+        let len = self.deflate.total_out() as usize;
+        if status != Status::StreamEnd || len > out.len() {
+            return Ok(None);
+        }
+        out[..len].copy_from_slice(&self.room[..len]);
+        Ok(Some(len))
+    }
+}
+
+fn inflate(reader: &mut Decompress, stream: &[u8], out: &mut [u8]) -> Result<(), CodecError> {
+    reader.reset(false);
+    let status = reader
+        .decompress(stream, out, FlushDecompress::Finish)
+        .map_err(|e| CodecError::new(format!("deflate stream of at most {} bytes: {e}", stream.len())))?;
+    let (read, filled) = (reader.total_in() as usize, reader.total_out() as usize);
+    if filled < out.len() {
+        return Err(CodecError::new(format!(
+            "deflate stream ends after {filled} bytes, a cluster has {}",
+            out.len()
+        )));
+    }
+    if status == Status::StreamEnd || goes_on(reader, &stream[read..]) {
+        return Ok(());
+    }
+    Err(CodecError::new(format!("deflate stream has no end within its {} bytes", stream.len())))
+}
+
+/// Whether the stream, read up to a full output, either ends now or would give more output. Without this look ahead a
+/// cut-off stream whose cluster happens to be complete would pass.
+fn goes_on(reader: &mut Decompress, rest: &[u8]) -> bool {
+    let full = reader.total_out();
+    match reader.decompress(rest, &mut [0], FlushDecompress::Finish) {
+        Ok(status) => status == Status::StreamEnd || reader.total_out() > full,
+        Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(len: usize, seed: u64) -> Vec<u8> {
+        let mut x = seed | 1;
+        let mut step = move || {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            x as u8
+        };
+        (0..len).map(|_| step()).collect()
+    }
+
+    fn packed(codec: &Deflate, plain: &[u8]) -> Vec<u8> {
+        let mut out = vec![0; plain.len() * 2 + 64];
+        let len = codec.compress(plain, &mut out).unwrap().unwrap();
+        out.truncate(len);
+        out
+    }
+
+    #[track_caller]
+    fn check_error(stream: &[u8], cluster: usize, says: &str) {
+        let error = Deflate::default().expand(stream, &mut vec![0; cluster]).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+
+    #[test]
+    fn every_level_and_window_comes_back() {
+        let mut plain = noise(3000, 9);
+        plain.extend_from_within(..);
+        plain.extend(vec![0; 2192]);
+        for level in 1..=9 {
+            for window_bits in 9..=15 {
+                let codec =
+                    Deflate::new(DeflateOptions::default().level(level).window_bits(window_bits)).unwrap();
+                let mut back = vec![1; plain.len()];
+                codec.expand(&packed(&codec, &plain), &mut back).unwrap();
+                assert_eq!(back, plain, "level {level} window {window_bits}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_known_stream_expands() {
+        // Fixed codes: the literal 'a' and a match of distance 1, made by hand from RFC 1951.
+        let mut out = [0; 4];
+        Deflate::default().expand(&[0x4b, 0x04, 0x02, 0x00], &mut out).unwrap();
+        assert_eq!(&out, b"aaaa");
+        // A stored block.
+        Deflate::default().expand(&[1, 4, 0, 0xfb, 0xff, b'd', b'i', b's', b'k'], &mut out).unwrap();
+        assert_eq!(&out, b"disk");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_none() {
+        let plain = noise(65536, 3);
+        for len in [1, 511, 512, 65535, 2 << 20] {
+            let noise = noise(len, 7);
+            for level in 1..=9 {
+                // There is room for any stream, so the worst input gives one.
+                let codec = Deflate::new(DeflateOptions::default().level(level)).unwrap();
+                assert!(packed(&codec, &noise).len() > len, "level {level} len {len}");
+            }
+        }
+        for level in 1..=9 {
+            let codec = Deflate::new(DeflateOptions::default().level(level)).unwrap();
+            for room in [0, 1, 2, 100, 65535] {
+                assert_eq!(codec.compress(&plain, &mut vec![0; room]), Ok(None), "level {level} room {room}");
+            }
+            let mixed = [&plain[..1500], &[0; 1000], &plain[..1500]].concat();
+            let len = packed(&codec, &mixed).len();
+            for room in (0..len).step_by(3).chain([len - 1]) {
+                assert_eq!(codec.compress(&mixed, &mut vec![0; room]), Ok(None), "level {level} room {room}");
+            }
+            assert_eq!(codec.compress(&mixed, &mut vec![0; len]), Ok(Some(len)), "level {level}");
+            // The context works again afterwards.
+            let mut back = vec![0; plain.len()];
+            codec.expand(&packed(&codec, &plain), &mut back).unwrap();
+            assert!(back == plain);
+        }
+    }
+
+    #[test]
+    fn bytes_after_the_end_are_ignored() {
+        let codec = Deflate::default();
+        let plain = [5; 4096];
+        for tail in [&[0u8; 512][..], &[0xff; 512], &noise(512, 1)] {
+            let mut stream = packed(&codec, &plain);
+            stream.extend_from_slice(tail);
+            let mut back = [0; 4096];
+            codec.expand(&stream, &mut back).unwrap();
+            assert_eq!(back, plain);
+        }
+    }
+
+    #[test]
+    fn output_after_a_full_cluster_is_ignored() {
+        let codec = Deflate::default();
+        let plain = noise(1000, 4);
+        let mut back = vec![0; 512];
+        codec.expand(&packed(&codec, &plain), &mut back).unwrap();
+        assert_eq!(back, plain[..512]);
+    }
+
+    #[test]
+    fn short_streams_are_refused() {
+        let codec = Deflate::default();
+        let stream = packed(&codec, &[9; 4095]);
+        check_error(&stream, 4096, "ends after 4095 bytes, a cluster has 4096");
+        check_error(&[], 512, "ends after 0 bytes");
+        let whole = packed(&codec, &noise(4096, 5));
+        for cut in 0..whole.len() {
+            assert!(codec.expand(&whole[..cut], &mut [0; 4096]).is_err(), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn a_stream_without_an_end_is_refused() {
+        // A stored block that is not the last one holds the whole cluster; then nothing, or zeroes.
+        let mut stream = vec![0, 0, 2, 0xff, 0xfd];
+        stream.extend([7; 512]);
+        check_error(&stream, 512, "no end");
+        stream.extend([0; 64]);
+        assert!(Deflate::default().expand(&stream, &mut [0; 512]).is_err());
+    }
+
+    #[test]
+    fn damage_and_wrappers_are_refused() {
+        check_error(&[0x78, 0x9c, 0x4b, 0x04, 0x02, 0x00], 4, "deflate stream");
+        check_error(&[0x06, 0, 0, 0], 4, "deflate stream");
+        let codec = Deflate::default();
+        for seed in 0..2000 {
+            // Whatever it says, it may neither panic nor write outside the cluster.
+            let _ = codec.expand(&noise(600, seed * 77 + 1), &mut [0; 512]);
+        }
+    }
+
+    #[test]
+    fn options_are_checked() {
+        assert!(Deflate::new(DeflateOptions::default().level(0)).is_err());
+        assert!(Deflate::new(DeflateOptions::default().level(10)).is_err());
+        assert!(Deflate::new(DeflateOptions::default().window_bits(8)).is_err());
+        assert!(Deflate::new(DeflateOptions::default().window_bits(16)).is_err());
+    }
+
+    #[test]
+    fn a_used_context_gives_the_same_stream() {
+        for level in 1..=9 {
+            let options = DeflateOptions::default().level(level);
+            let (used, plain) = (Deflate::new(options).unwrap(), noise(2048, 8).repeat(4));
+            for seed in 1..20 {
+                let _ = used.compress(&noise(8192, seed), &mut [0; 700]);
+            }
+            assert!(packed(&used, &plain) == packed(&Deflate::new(options).unwrap(), &plain));
+        }
+    }
+}
