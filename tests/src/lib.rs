@@ -1,1 +1,4 @@
-//! Cross-crate suites; see `tests/`.
+//! Suites across the crates stand in `tests/`; here is what they share.
+#![forbid(unsafe_code)]
+
+pub mod fixtures;

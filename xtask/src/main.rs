@@ -5,6 +5,7 @@
 mod ci;
 mod deps;
 mod finding;
+mod fixtures;
 mod lex;
 mod map;
 mod purity;
@@ -29,8 +30,10 @@ fn main() -> ExitCode {
 fn run(args: &[String]) -> Result<(), String> {
     let root = tree::root();
     let [name] = args else { return Err(usage()) };
-    if name == "ci" {
-        return ci::all(&root);
+    match name.as_str() {
+        "ci" => return ci::all(&root),
+        "fixtures" => return fixtures::make(&root),
+        _ => {}
     }
     let step = ci::STEPS.iter().find(|step| step.name == name).ok_or_else(usage)?;
     (step.run)(&root)
@@ -41,6 +44,7 @@ fn usage() -> String {
     for step in ci::STEPS {
         text.push_str(&format!("\n  {:<9} {}", step.name, step.about));
     }
+    text.push_str("\n\n  fixtures  make tests/data anew with QEMU's tools");
     text
 }
 

@@ -198,6 +198,11 @@ fn open_data(
     options: &OpenOptions,
 ) -> Result<Option<Arc<dyn Storage>>> {
     if !header.has_data_file() {
+        let raw = header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE);
+        if raw && options.layers != Layers::TopOnly {
+            let message = "image promises a raw external data file (autoclear bit 1), but has no data file";
+            return Err(Error::new(ErrorKind::Format, message));
+        }
         return Ok(Some(Arc::clone(&source.storage)));
     }
     if options.layers == Layers::TopOnly {
