@@ -93,7 +93,7 @@ impl Image {
         Ok(())
     }
 
-    fn check_range(&self, start: GuestOffset, len: u64) -> Result<GuestRange> {
+    pub(crate) fn check_range(&self, start: GuestOffset, len: u64) -> Result<GuestRange> {
         let size = self.size();
         GuestRange::new(start, len).filter(|range| range.end().value() <= size).ok_or_else(|| {
             Error::new(
@@ -103,14 +103,32 @@ impl Image {
         })
     }
 
+    /// Checks that a change of `len` bytes at `start` is possible now.
+    pub(crate) fn check_change(&self, start: GuestOffset, len: u64) -> Result<GuestRange> {
+        let range = self.check_range(start, len)?;
+        self.meta.check_writable()?;
+        Ok(range)
+    }
+
+    /// What this layer says from `range.start()` on. The caller runs inside an operation.
+    pub(crate) fn extent_of(&self, range: GuestRange) -> Result<DiskExtent> {
+        let run = self.meta.lookup(range.start(), range.len())?;
+        let state = match run.place {
+            Place::Unallocated => ExtentState::Unallocated,
+            Place::Zero { host } => ExtentState::Zero { host },
+            Place::Data { host, .. } => ExtentState::Data { host: Some(host) },
+            Place::Compressed(_) => ExtentState::Compressed,
+        };
+        Ok(DiskExtent { len: run.len, state })
+    }
+
     fn change(
         &self,
         start: GuestOffset,
         len: u64,
         make: impl FnOnce(GuestRange) -> Result<()>,
     ) -> Result<()> {
-        let range = self.check_range(start, len)?;
-        self.meta.check_writable()?;
+        let range = self.check_change(start, len)?;
         {
             let _structure = read(&self.structure);
             let _operation = self.meta.operations.enter();
@@ -200,14 +218,7 @@ impl GuestDisk for Image {
         self.check_range(range.start(), range.len())?;
         let _structure = read(&self.structure);
         let _operation = self.meta.operations.enter();
-        let run = self.meta.lookup(range.start(), range.len())?;
-        let state = match run.place {
-            Place::Unallocated => ExtentState::Unallocated,
-            Place::Zero { host } => ExtentState::Zero { host },
-            Place::Data { host, .. } => ExtentState::Data { host: Some(host) },
-            Place::Compressed(_) => ExtentState::Compressed,
-        };
-        Ok(DiskExtent { len: run.len, state })
+        self.extent_of(range)
     }
 
     fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {

@@ -97,3 +97,37 @@ impl Drop for Claim<'_> {
         self.claims.released.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+
+    #[test]
+    fn the_epoch_waits_for_running_operations() {
+        let operations = Operations::default();
+        assert_eq!(operations.advance(), 2);
+        let running = operations.enter();
+        assert_eq!(operations.advance(), 3);
+        assert_eq!(operations.advance(), 3, "the operation began in epoch 2");
+        drop(running);
+        assert_eq!(operations.advance(), 5);
+    }
+
+    #[test]
+    fn overlapping_claims_wait_and_others_do_not() {
+        let claims = Claims::default();
+        let released = AtomicBool::new(false);
+        let first = claims.claim(10, 20);
+        drop(claims.claim(20, 30));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _second = claims.claim(15, 25);
+                assert!(released.load(Ordering::SeqCst));
+            });
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            released.store(true, Ordering::SeqCst);
+            drop(first);
+        });
+    }
+}

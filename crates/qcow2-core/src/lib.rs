@@ -37,3 +37,4 @@ pub use qcow2_format as format;
 pub use qcow2_format::{Geometry, GuestOffset, GuestRange, HostOffset};
 pub use raw::RawDisk;
 pub use rules::OrderingRule;
+pub use write::drive::{Piece, Pin, WriteTicket};

@@ -3,6 +3,7 @@
 //! A lock whose holder panicked is taken all the same: no data under these locks is left half-changed by a panic,
 //! and a second panic would help nobody.
 
+#[cfg_attr(test, allow(unused_extern_crates))]
 extern crate std;
 
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};

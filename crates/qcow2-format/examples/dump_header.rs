@@ -1,5 +1,5 @@
 //! Prints what the header of an image says: `cargo run -p qcow2-format --example dump_header -- disk.qcow2`.
-#![allow(clippy::print_stdout, reason = "an example shows what it does")]
+#![allow(clippy::print_stdout, reason = "showing the header is what it does")]
 
 use qcow2_format::Header;
 use std::fs::File;

@@ -4,19 +4,21 @@
 //! costs no system call; no other writer is expected (see the image locks). What the file system cannot do is found
 //! out once and then done the slower way.
 
+use crate::direct::{AlignedBuffer, DirectIo};
 use crate::error::{Call, MAX_LEN};
 use crate::open::{FileKind, file_kind};
+use crate::space::Space;
 use crate::sys::{self, Run};
 use qcow2_core::{
     HostOffset, Limits, SourceId, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
 };
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Bytes of zeroes written at a time where nothing faster exists.
-const ZERO_BUFFER_LEN: usize = 1024 * 1024;
+/// Bytes of zeroes written at a time where nothing faster exists; a multiple of every block.
+const ZERO_BUFFER_LEN: u64 = 1024 * 1024;
 
 /// A regular file or a block device as a [`Storage`]; made by [`OpenFile`](crate::OpenFile).
 #[derive(Debug)]
@@ -26,24 +28,30 @@ pub struct FileStorage {
     /// Whether this is a regular file, whose length can change.
     regular: bool,
     len: AtomicU64,
-    /// Held shared by every change, exclusively by whatever sets the length: a cut never meets a write half-way.
-    resize: RwLock<()>,
-    missing: Missing,
+    /// Held shared by every change, exclusively by whatever sets the length or rewrites parts of a block: neither may
+    /// meet another change half-way.
+    changes: RwLock<()>,
+    space: Space,
+    /// Present where the file is read and written around the page cache.
+    direct: Option<DirectIo>,
 }
 
-/// What the file system turned out not to do; each is tried until it fails once.
-#[derive(Debug, Default)]
-struct Missing {
-    punch: AtomicBool,
-    zero_range: AtomicBool,
-    reserve: AtomicBool,
-    seek_data: AtomicBool,
+/// The right to change the file.
+#[expect(dead_code, reason = "the guards are held, not looked at")]
+enum ChangeGuard<'a> {
+    Shared(RwLockReadGuard<'a, ()>),
+    Exclusive(RwLockWriteGuard<'a, ()>),
 }
 
 impl FileStorage {
     /// Takes over an open file. `writable` says whether it was opened for writing. Errors: whatever the system says
     /// when asked for kind and length.
     pub fn from_file(file: File, writable: bool) -> io::Result<Self> {
+        Self::with_direct(file, writable, None)
+    }
+
+    /// Takes over an open file; `direct` where it was opened to bypass the page cache.
+    pub(crate) fn with_direct(file: File, writable: bool, direct: Option<DirectIo>) -> io::Result<Self> {
         let regular = file_kind(&file)? != FileKind::BlockDevice;
         let len = if regular { file.metadata()?.len() } else { sys::device_len(&file)? };
         Ok(Self {
@@ -51,8 +59,9 @@ impl FileStorage {
             writable,
             regular,
             len: AtomicU64::new(len),
-            resize: RwLock::new(()),
-            missing: Missing::default(),
+            changes: RwLock::new(()),
+            space: Space::new(!regular),
+            direct,
         })
     }
 
@@ -87,8 +96,12 @@ impl FileStorage {
         self.len.load(Ordering::Acquire)
     }
 
+    fn grown_to(&self, end: u64) {
+        self.len.fetch_max(end, Ordering::AcqRel);
+    }
+
     /// Checks a change and returns the end of its range.
-    fn change(&self, call: Call) -> Result<u64, StorageError> {
+    fn check(&self, call: Call) -> Result<u64, StorageError> {
         let end = call.end()?;
         if !self.writable {
             return Err(call.read_only());
@@ -99,44 +112,43 @@ impl FileStorage {
         Ok(end)
     }
 
-    fn grown_to(&self, end: u64) {
-        self.len.fetch_max(end, Ordering::AcqRel);
+    /// The right to change `start..end`: shared, unless parts of a block have to be rewritten.
+    fn guard(&self, start: u64, end: u64) -> ChangeGuard<'_> {
+        match &self.direct {
+            Some(direct) if !direct.is_whole_blocks(start, (end - start) as usize) => self.exclusive(),
+            _ => ChangeGuard::Shared(self.changes.read().unwrap_or_else(PoisonError::into_inner)),
+        }
     }
 
-    /// Does `what` unless it is known to be missing; `false` where the file system cannot.
-    fn attempt(&self, missing: &AtomicBool, what: impl FnOnce() -> io::Result<()>) -> io::Result<bool> {
-        if missing.load(Ordering::Relaxed) {
-            return Ok(false);
-        }
-        match what() {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                // A device refuses single ranges for their alignment; a file system refuses the operation.
-                missing.store(self.regular, Ordering::Relaxed);
-                Ok(false)
+    fn exclusive(&self) -> ChangeGuard<'_> {
+        ChangeGuard::Exclusive(self.changes.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Writes under a guard for (at least) this range.
+    fn put(&self, start: u64, buf: &[u8]) -> io::Result<()> {
+        let end = start + buf.len() as u64;
+        match &self.direct {
+            None => sys::write_full(&self.file, start, buf)?,
+            Some(direct) => {
+                direct.write(&self.file, start, buf)?;
+                let len = end.max(self.length());
+                if self.regular && end.next_multiple_of(direct.block() as u64) > len {
+                    // Whole blocks were written; the file ends inside the last one.
+                    self.file.set_len(len)?;
+                }
             }
-            Err(error) => Err(error),
         }
+        self.grown_to(end);
+        Ok(())
     }
 
-    fn punch(&self, start: u64, end: u64) -> io::Result<bool> {
-        self.attempt(&self.missing.punch, || sys::punch_hole(&self.file, start, end - start))
-    }
-
-    fn zero_keeping_space(&self, start: u64, end: u64) -> io::Result<bool> {
-        self.attempt(&self.missing.zero_range, || sys::zero_range(&self.file, start, end - start))
-    }
-
-    fn reserve(&self, start: u64, end: u64) -> io::Result<bool> {
-        self.attempt(&self.missing.reserve, || sys::reserve(&self.file, start, end - start))
-    }
-
-    fn write_zero_bytes(&self, start: u64, end: u64) -> io::Result<()> {
-        let zeroes = vec![0; ZERO_BUFFER_LEN.min((end - start) as usize)];
+    fn put_zeroes(&self, start: u64, end: u64) -> io::Result<()> {
+        let alignment = self.direct.as_ref().map_or(1, DirectIo::block);
+        let zeroes = AlignedBuffer::new(ZERO_BUFFER_LEN.min(end - start) as usize, alignment);
         let mut at = start;
         while at < end {
-            let count = (end - at).min(zeroes.len() as u64);
-            sys::write_full(&self.file, at, &zeroes[..count as usize])?;
+            let count = (end - at).min(ZERO_BUFFER_LEN);
+            self.put(at, &zeroes.bytes()[..count as usize])?;
             at += count;
         }
         Ok(())
@@ -144,27 +156,31 @@ impl FileStorage {
 
     /// Zeroes that stay backed by space: one range call, or a hole that is filled with space again, or plain writes.
     fn zero_allocated(&self, start: u64, end: u64) -> io::Result<()> {
-        if self.zero_keeping_space(start, end)? {
+        if self.space.zero(&self.file, start, end)? {
             return Ok(());
         }
         let inside = end.min(self.length());
-        if self.regular && (start >= inside || self.punch(start, inside)?) && self.reserve(start, end)? {
+        let punched = start >= inside || self.space.punch(&self.file, start, inside)?;
+        if self.regular && punched && self.space.reserve(&self.file, start, end)? {
             return Ok(());
         }
-        self.write_zero_bytes(start, end)
+        self.put_zeroes(start, end)
     }
 
     /// Zeroes in the existing part of the file, which may become a hole.
     fn zero_unmapped(&self, start: u64, end: u64) -> io::Result<()> {
-        if self.punch(start, end)? || self.zero_keeping_space(start, end)? {
+        if self.space.punch(&self.file, start, end)? || self.space.zero(&self.file, start, end)? {
             return Ok(());
         }
-        self.write_zero_bytes(start, end)
+        self.put_zeroes(start, end)
     }
 
     /// Makes the file at least `len` bytes, the new ones a hole.
     fn grow(&self, len: u64) -> io::Result<()> {
-        let _guard = self.resize.write().unwrap_or_else(PoisonError::into_inner);
+        if self.length() >= len {
+            return Ok(());
+        }
+        let _guard = self.exclusive();
         if self.length() < len {
             self.file.set_len(len)?;
             self.grown_to(len);
@@ -183,29 +199,38 @@ impl Storage for FileStorage {
             return Ok(0);
         }
         let call = Call::new("read", offset, buf.len() as u64);
-        sys::read_full(&self.file, offset.value(), buf).map_err(|error| call.failed(error))
+        let count = match &self.direct {
+            None => sys::read_full(&self.file, offset.value(), buf),
+            Some(direct) => {
+                // While the last block is rewritten the file is longer than it says.
+                let inside = self.length().saturating_sub(offset.value()).min(buf.len() as u64);
+                direct.read(&self.file, offset.value(), &mut buf[..inside as usize])
+            }
+        };
+        count.map_err(|error| call.failed(error))
     }
 
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
         let call = Call::new("write", offset, buf.len() as u64);
-        let end = self.change(call)?;
+        let end = self.check(call)?;
         if buf.is_empty() {
             return Ok(());
         }
-        let _guard = self.resize.read().unwrap_or_else(PoisonError::into_inner);
-        sys::write_full(&self.file, offset.value(), buf).map_err(|error| call.failed(error))?;
-        self.grown_to(end);
-        Ok(())
+        let _guard = self.guard(offset.value(), end);
+        self.put(offset.value(), buf).map_err(|error| call.failed(error))
     }
 
     fn write_vectored_at(&self, offset: HostOffset, bufs: &[&[u8]]) -> Result<(), StorageError> {
         let len = bufs.iter().fold(0u64, |sum, buf| sum.saturating_add(buf.len() as u64));
         let call = Call::new("write", offset, len);
-        let end = self.change(call)?;
+        let end = self.check(call)?;
         if len == 0 {
             return Ok(());
         }
-        let _guard = self.resize.read().unwrap_or_else(PoisonError::into_inner);
+        let _guard = self.guard(offset.value(), end);
+        if self.direct.is_some() {
+            return self.put(offset.value(), &bufs.concat()).map_err(|error| call.failed(error));
+        }
         sys::write_vectored_full(&self.file, offset.value(), bufs).map_err(|error| call.failed(error))?;
         self.grown_to(end);
         Ok(())
@@ -213,12 +238,12 @@ impl Storage for FileStorage {
 
     fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError> {
         let call = Call::new("zero", offset, len);
-        let end = self.change(call)?;
+        let end = self.check(call)?;
         if len == 0 {
             return Ok(());
         }
         let start = offset.value();
-        let guard = self.resize.read().unwrap_or_else(PoisonError::into_inner);
+        let guard = self.guard(start, end);
         let result = match mode {
             ZeroMode::KeepAllocated => self.zero_allocated(start, end).map(|()| self.grown_to(end)),
             ZeroMode::MayUnmap => match end.min(self.length()) {
@@ -239,21 +264,21 @@ impl Storage for FileStorage {
         if offset.value() >= end {
             return Ok(());
         }
-        let _guard = self.resize.read().unwrap_or_else(PoisonError::into_inner);
-        self.punch(offset.value(), end).map(|_| ()).map_err(|error| call.failed(error))
+        let _guard = self.guard(offset.value(), end);
+        self.space.punch(&self.file, offset.value(), end).map(|_| ()).map_err(|error| call.failed(error))
     }
 
     fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
         let call = Call::new("allocate", offset, len);
-        let end = self.change(call)?;
+        let end = self.check(call)?;
         if len == 0 || !self.regular {
             return Ok(());
         }
-        let _guard = self.resize.read().unwrap_or_else(PoisonError::into_inner);
-        let done = match self.reserve(offset.value(), end) {
+        let _guard = self.guard(offset.value(), end);
+        let done = match self.space.reserve(&self.file, offset.value(), end) {
             // Bytes past the end have no content to keep: writing zeroes reserves their space too.
             Ok(false) if offset.value() >= self.length() => {
-                self.write_zero_bytes(offset.value(), end).map(|()| true)
+                self.put_zeroes(offset.value(), end).map(|()| true)
             }
             other => other,
         };
@@ -279,7 +304,7 @@ impl Storage for FileStorage {
                 )),
             };
         }
-        let _guard = self.resize.write().unwrap_or_else(PoisonError::into_inner);
+        let _guard = self.exclusive();
         self.file.set_len(len).map_err(|error| call.failed(error))?;
         self.len.store(len, Ordering::Release);
         Ok(())
@@ -296,17 +321,11 @@ impl Storage for FileStorage {
     fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
         let call = Call::new("map", offset, len);
         let end = call.end()?;
-        if self.missing.seek_data.load(Ordering::Relaxed) {
-            return Ok(StorageExtent { len, data: true });
-        }
-        let (stop, data) = match sys::run_at(&self.file, offset.value()) {
-            Ok(Run::DataUntil(stop)) => (stop, true),
-            Ok(Run::HoleUntil(stop)) => (stop, false),
-            Ok(Run::HoleToEnd) => (end, false),
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                self.missing.seek_data.store(true, Ordering::Relaxed);
-                (end, true)
-            }
+        let (stop, data) = match self.space.run_at(&self.file, offset.value()) {
+            Ok(Some(Run::DataUntil(stop))) => (stop, true),
+            Ok(Some(Run::HoleUntil(stop))) => (stop, false),
+            Ok(Some(Run::HoleToEnd)) => (end, false),
+            Ok(None) => (end, true),
             Err(error) => return Err(call.failed(error)),
         };
         Ok(StorageExtent { len: stop.min(end) - offset.value(), data })
@@ -315,7 +334,8 @@ impl Storage for FileStorage {
     fn limits(&self) -> Limits {
         let mut limits = Limits::default();
         limits.growable = self.regular;
-        limits.fast_zeroes = !self.missing.zero_range.load(Ordering::Relaxed);
+        limits.fast_zeroes = self.space.has_fast_zeroes();
+        limits.alignment = self.direct.as_ref().map_or(1, |direct| direct.block() as u32);
         limits
     }
 

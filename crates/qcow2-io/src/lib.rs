@@ -4,15 +4,27 @@
 //! |---|---|
 //! | an image in a file or on a block device | [`OpenFile`], which makes a [`FileStorage`] |
 //! | an image in memory, for tests and tools | [`MemoryStorage`] |
+//! | fewer or more flushes than the caller asks for | [`CacheMode`], [`NoFlush`], [`FlushEachWrite`] |
+//! | to know which calls reach a storage | [`TraceStorage`] |
+//! | a full disk to order | [`LimitStorage`] |
+//! | to test an adapter of your own | `conformance` (a feature) |
 #![deny(unsafe_code)]
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
+mod direct;
 mod error;
 mod file;
+mod layer;
 mod memory;
 mod open;
+mod space;
 mod sys;
 
 pub use error::{OsError, os_error_text};
 pub use file::FileStorage;
+pub use layer::{
+    CacheMode, FlushEachWrite, LimitStorage, NoFlush, StorageCall, StorageCounts, StorageEvent, TraceStorage,
+};
 pub use memory::MemoryStorage;
 pub use open::{Create, OpenError, OpenErrorKind, OpenFile};

@@ -1,7 +1,10 @@
 //! How to open a file as a storage: for reading or writing, new or not, through the page cache or around it.
 
+use crate::direct::DirectIo;
 use crate::error::OsError;
 use crate::file::FileStorage;
+use crate::layer::CacheMode;
+use crate::sys;
 use qcow2_core::Storage;
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -48,6 +51,8 @@ pub struct OpenFile {
     pub create: Create,
     /// Whether block devices may be opened besides regular files. Pipes, sockets and character devices never are.
     pub allow_devices: bool,
+    /// Whether the page cache is used, and when changes are made durable.
+    pub cache: CacheMode,
 }
 
 impl OpenFile {
@@ -68,12 +73,20 @@ impl OpenFile {
         self
     }
 
-    /// Opens `path`. Never waits for another program: a pipe is refused, not opened.
-    pub fn open(&self, path: &Path) -> Result<Arc<dyn Storage>, OpenError> {
-        Ok(Arc::new(self.open_file(path)?))
+    /// These options with another cache mode.
+    #[must_use]
+    pub fn with_cache(mut self, cache: CacheMode) -> Self {
+        self.cache = cache;
+        self
     }
 
-    /// Opens `path` as the file adapter itself, for callers that need its identity.
+    /// Opens `path`. Never waits for another program: a pipe is refused, not opened.
+    pub fn open(&self, path: &Path) -> Result<Arc<dyn Storage>, OpenError> {
+        Ok(self.cache.wrap(Arc::new(self.open_file(path)?)))
+    }
+
+    /// Opens `path` as the file adapter itself, for callers that need its identity. It bypasses the page cache where
+    /// the cache mode says so; the mode's way to flush is left to [`CacheMode::wrap`].
     pub fn open_file(&self, path: &Path) -> Result<FileStorage, OpenError> {
         let fail = |error| OpenError::system(path, error);
         let file = self.options().open(path).map_err(fail)?;
@@ -83,7 +96,11 @@ impl OpenFile {
             FileKind::BlockDevice if self.allow_devices => {}
             _ => return Err(OpenError::new(OpenErrorKind::NotRegular, path)),
         }
-        let storage = FileStorage::from_file(file, self.writable).map_err(fail)?;
+        let direct = match self.cache.is_direct() {
+            true => Some(DirectIo::new(sys::direct_alignment(&file).map_err(fail)?)),
+            false => None,
+        };
+        let storage = FileStorage::with_direct(file, self.writable, direct).map_err(fail)?;
         if self.create == Create::Truncate && kind == FileKind::Regular {
             storage.set_len(0).map_err(|error| OpenError::system(path, os_io(error.os_code())))?;
         }
@@ -104,7 +121,7 @@ impl OpenFile {
                 }
             }
         }
-        crate::sys::open_without_waiting(&mut options);
+        sys::set_open_flags(&mut options, self.cache.is_direct());
         options
     }
 }

@@ -6,10 +6,16 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod create;
 pub mod error;
 pub mod executor;
+pub mod info;
+pub mod map;
 pub mod progress;
 
+pub use create::{Qcow2Request, RawRequest, create, create_raw};
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Executor, Inline};
+pub use info::{InfoReport, info};
+pub use map::{MapExtent, MapOptions, map};
 pub use progress::{Progress, Silent};

@@ -8,6 +8,7 @@ pub mod builder;
 pub mod crash;
 pub mod cut;
 pub mod fault;
+pub mod fuzz;
 pub mod model;
 pub mod oracle;
 pub mod pages;

@@ -71,8 +71,9 @@ impl Meta {
                 "image file has reached its largest size of 2^56 bytes",
             ));
         }
-        if let Some(hit) = read(&self.metadata_clusters).first_in(first, count) {
-            return Err(Error::corrupt(format!("host cluster {hit} holds metadata but its refcount is 0")));
+        let hit = read(&self.metadata_clusters).first_in(first, count);
+        if let Some(hit) = hit {
+            return Err(self.mark_corrupt(format!("host cluster {hit} holds metadata but its refcount is 0")));
         }
         let offset = HostOffset::new(first << self.geometry.cluster_bits());
         let fresh = self.storage.len()? <= offset.value();
@@ -191,7 +192,8 @@ impl Meta {
             self.grow_refcount_table(refcounts, index)?;
             return Ok(u64::MAX);
         }
-        if let Some(hit) = read(&self.metadata_clusters).first_in(cluster, 1) {
+        let hit = read(&self.metadata_clusters).first_in(cluster, 1);
+        if let Some(hit) = hit {
             return Err(Error::corrupt(format!(
                 "host cluster {hit} holds metadata but has no refcount block"
             )));

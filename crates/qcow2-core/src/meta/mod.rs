@@ -17,10 +17,12 @@ use crate::port::storage::Storage;
 use crate::read::expanded::ExpandedClusters;
 use crate::rules::Rules;
 use crate::sync::{Mutex, RwLock};
+use ::alloc::string::String;
 use ::alloc::sync::Arc;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use qcow2_format::Geometry;
+use qcow2_format::feature::IncompatibleFeatures;
 use qcow2_format::l2::L2Format;
+use qcow2_format::{Geometry, Version};
 
 /// Everything that is known about an open image's metadata.
 pub(crate) struct Meta {
@@ -79,6 +81,18 @@ impl Meta {
             self.poisoned.store(true, Ordering::Release);
         }
         result
+    }
+
+    /// Sets the header's corrupt bit and refuses every further change; returns the error to report. Where the bit cannot
+    /// be written (version 2, a failing storage) the refusal alone remains.
+    pub(crate) fn mark_corrupt(&self, message: String) -> Error {
+        let header = self.header();
+        if self.writable && header.version >= Version::V3 && !header.is_corrupt() {
+            let marked = header.incompatible_features.with(IncompatibleFeatures::CORRUPT, true);
+            let _ = self.update_header(&[header::Field::Incompatible(marked.bits())]);
+        }
+        self.poisoned.store(true, Ordering::Release);
+        Error::corrupt(message)
     }
 
     /// Where guest data lives. Errors: `Resolve` where the data file was not opened.

@@ -49,3 +49,21 @@ impl ClusterSet {
         ((inside / 64) as usize, inside % 64)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_of_runs() {
+        let mut set = ClusterSet::default();
+        set.insert(4090, 20);
+        set.insert(1 << 40, 1);
+        assert!(!set.contains(4089) && set.contains(4090) && set.contains(4109) && !set.contains(4110));
+        assert_eq!(set.first_in(4000, 1000), Some(4090));
+        set.remove(4090, 10);
+        assert_eq!(set.first_in(4000, 1000), Some(4100));
+        assert_eq!(set.first_in((1 << 40) - 5, 5), None);
+        assert_eq!(set.first_in((1 << 40) - 5, 6), Some(1 << 40));
+    }
+}

@@ -158,3 +158,22 @@ impl Page {
 pub(crate) fn be_word(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |word, &b| word << 8 | u64::from(b))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_changed_sectors_are_written_back() {
+        let page = Page::from_bytes(HostOffset::new(0x10000), &[0; 4096]);
+        page.set_word(0, 1);
+        page.set_word(65, 2);
+        page.set_word(64 * 7, 3);
+        let mut runs = Vec::new();
+        page.take_dirty(&mut runs);
+        let places: Vec<_> = runs.iter().map(|r| (r.offset.value(), r.bytes.len())).collect();
+        assert_eq!(places, [(0x10000, 1024), (0x10e00, 512)]);
+        assert_eq!(runs[0].bytes[..8], [0, 0, 0, 0, 0, 0, 0, 1]);
+        assert!(!page.is_dirty());
+    }
+}

@@ -65,3 +65,21 @@ impl PendingFrees {
         self.fresh.is_empty() && self.durable.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_freed_two_epochs_after_they_are_durable() {
+        let mut pending = PendingFrees::default();
+        pending.push(Unlinked { first: 5, count: 1 });
+        pending.push(Unlinked { first: 6, count: 2 });
+        let fresh = pending.take_fresh();
+        assert_eq!(fresh, [Unlinked { first: 5, count: 3 }]);
+        pending.made_durable(7, fresh);
+        assert!(pending.take_reusable(8).is_empty() && !pending.is_empty());
+        assert_eq!(pending.take_reusable(9), [Unlinked { first: 5, count: 3 }]);
+        assert!(pending.is_empty());
+    }
+}

@@ -64,6 +64,13 @@ impl Scratch {
         buffer
     }
 
+    /// A buffer of exactly `len` bytes of any content.
+    pub(crate) fn take_exact(&self, len: usize) -> Vec<u8> {
+        let mut buffer = self.take(len);
+        buffer.truncate(len);
+        buffer
+    }
+
     /// Gives a buffer back.
     pub(crate) fn give(&self, buffer: Vec<u8>) {
         let mut buffers = lock(&self.buffers);

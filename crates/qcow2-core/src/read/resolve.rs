@@ -84,3 +84,88 @@ fn continues(run: Place, next: Place, len: u64) -> bool {
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qcow2_format::{Geometry, GeometryFields};
+
+    fn format(cluster_bits: u32, extended_l2: bool) -> L2Format {
+        let geometry =
+            Geometry::new(GeometryFields { cluster_bits, refcount_order: 4, extended_l2 }).unwrap();
+        L2Format { geometry, zero_flag: true, external_data: false }
+    }
+
+    fn check(format: &L2Format, offset: u64, max_len: u64, words: &[(u64, u64)], wanted: Run) {
+        let entry = |i: u64| {
+            let (raw, bitmap) = words[i as usize];
+            format.decode(raw, bitmap)
+        };
+        let run = resolve_run(format, GuestOffset::new(offset), max_len, words.len() as u64, entry);
+        assert_eq!(run, Ok(wanted));
+    }
+
+    fn data(host: u64, copied: bool) -> Place {
+        Place::Data { host: HostOffset::new(host), copied }
+    }
+
+    const COPIED: u64 = 1 << 63;
+
+    #[test]
+    fn neighbours_that_continue_on_the_host_are_joined() {
+        let format = format(16, false);
+        let words = [(COPIED | 0x50000, 0), (COPIED | 0x60000, 0), (COPIED | 0x90000, 0)];
+        check(&format, 0x10, 1 << 20, &words, Run { len: 0x1fff0, place: data(0x50010, true) });
+        check(&format, 0x10, 0x20, &words, Run { len: 0x20, place: data(0x50010, true) });
+    }
+
+    #[test]
+    fn a_shared_cluster_ends_a_run_that_may_be_written_in_place() {
+        let words = [(COPIED | 0x50000, 0), (0x60000, 0)];
+        check(&format(16, false), 0, 1 << 20, &words, Run { len: 0x10000, place: data(0x50000, true) });
+    }
+
+    #[test]
+    fn zero_and_unallocated_are_told_apart() {
+        let format = format(16, false);
+        check(
+            &format,
+            0,
+            1 << 20,
+            &[(1, 0), (1, 0), (0, 0)],
+            Run { len: 0x20000, place: Place::Zero { host: None } },
+        );
+        check(&format, 0, 1 << 20, &[(0, 0), (1, 0)], Run { len: 0x10000, place: Place::Unallocated });
+    }
+
+    #[test]
+    fn subclusters_split_a_cluster() {
+        let format = format(16, true);
+        let words = [(COPIED | 0x50000, 0b0110 | 1 << 35), (COPIED | 0x60000, u64::from(u32::MAX))];
+        check(&format, 0, 1 << 20, &words, Run { len: 2048, place: Place::Unallocated });
+        check(&format, 2048, 1 << 20, &words, Run { len: 4096, place: data(0x50800, true) });
+        check(
+            &format,
+            6144,
+            1 << 20,
+            &words,
+            Run { len: 2048, place: Place::Zero { host: Some(HostOffset::new(0x51800)) } },
+        );
+    }
+
+    #[test]
+    fn a_compressed_run_stays_in_its_cluster() {
+        let words = [(1 << 62 | 0x5004f, 0), (1 << 62 | 0x60000, 0)];
+        let place = Place::Compressed(CompressedCluster { host: HostOffset::new(0x5004f), len: 512 - 0x4f });
+        check(&format(16, false), 0x100, 1 << 20, &words, Run { len: 0xff00, place });
+    }
+
+    #[test]
+    fn a_broken_entry_is_an_error_only_where_it_begins_the_run() {
+        let format = format(16, false);
+        let entry = |i| format.decode(if i == 0 { COPIED | 0x50000 } else { 0x1234 << 9 | 0x200 }, 0);
+        let run = resolve_run(&format, GuestOffset::new(0), 1 << 20, 2, entry).unwrap();
+        assert_eq!(run.len, 0x10000);
+        assert!(resolve_run(&format, GuestOffset::new(0), 1, 1, |_| format.decode(0x200, 0)).is_err());
+    }
+}

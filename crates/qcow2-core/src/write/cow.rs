@@ -43,3 +43,37 @@ pub(crate) fn ranges_to_copy(format: &L2Format, edges: &ClusterEdges) -> Vec<Gue
         |(start, end)| GuestRange::between(GuestOffset::new(base + start), GuestOffset::new(base + end));
     ranges.into_iter().map(range).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qcow2_format::{Geometry, GeometryFields};
+
+    fn check(extended_l2: bool, edges: (u64, u64, u32), wanted: &[(u64, u64)]) {
+        let geometry =
+            Geometry::new(GeometryFields { cluster_bits: 16, refcount_order: 4, extended_l2 }).unwrap();
+        let format = L2Format { geometry, zero_flag: true, external_data: false };
+        let cluster = GuestOffset::new(0x30000);
+        let edges = ClusterEdges { cluster, start: edges.0, end: edges.1, needed: edges.2 };
+        let seen: Vec<_> = ranges_to_copy(&format, &edges)
+            .iter()
+            .map(|r| (r.start().value() - 0x30000, r.end().value() - 0x30000))
+            .collect();
+        assert_eq!(seen, wanted);
+    }
+
+    #[test]
+    fn the_rest_of_a_cluster_is_copied() {
+        check(false, (0x100, 0x200, 1), &[(0, 0x100), (0x200, 0x10000)]);
+        check(false, (0, 0x10000, 1), &[]);
+        check(false, (0, 0x200, 1), &[(0x200, 0x10000)]);
+    }
+
+    #[test]
+    fn only_needed_subclusters_are_copied() {
+        check(true, (2100, 2200, 0b10), &[(2048, 2100), (2200, 4096)]);
+        check(true, (2100, 2200, 0b1010), &[(2048, 2100), (2200, 4096), (6144, 8192)]);
+        check(true, (2100, 2200, 0b1000), &[(6144, 8192)]);
+        check(true, (2048, 4096, 0b111), &[(0, 2048), (4096, 6144)]);
+    }
+}

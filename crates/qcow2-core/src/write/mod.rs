@@ -2,6 +2,8 @@
 
 pub(crate) mod apply;
 pub(crate) mod cow;
+pub(crate) mod drive;
 pub(crate) mod pack;
 pub(crate) mod plan;
+pub(crate) mod prepare;
 pub(crate) mod zero;

@@ -189,3 +189,91 @@ pub(crate) fn plan_zero(
 fn without_flag(kind: ZeroKind) -> ZeroPlan {
     if kind == ZeroKind::Discard { ZeroPlan::Nothing } else { ZeroPlan::WriteData }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::convert::Infallible;
+    use qcow2_format::{Geometry, GeometryFields};
+
+    fn format(extended_l2: bool, zero_flag: bool) -> L2Format {
+        let geometry =
+            Geometry::new(GeometryFields { cluster_bits: 16, refcount_order: 4, extended_l2 }).unwrap();
+        L2Format { geometry, zero_flag, external_data: false }
+    }
+
+    fn cluster(host: u64, copied: bool, allocated: u32, zero: u32) -> L2Entry {
+        let host = (host != 0).then_some(HostOffset::new(host));
+        L2Entry::Standard(ClusterEntry { host, copied, allocated, zero })
+    }
+
+    fn plan(format: &L2Format, offset: u64, len: u64, entries: &[L2Entry]) -> WritePlan {
+        let entry = |i: u64| Ok::<_, Infallible>(entries[i as usize]);
+        plan_write(format, GuestOffset::new(offset), len, entries.len() as u64, entry).unwrap()
+    }
+
+    #[test]
+    fn a_cluster_is_written_in_place_only_if_it_is_ours_alone() {
+        let format = format(false, true);
+        let ours = plan(&format, 0x100, 16, &[cluster(0x50000, true, 1, 0)]);
+        assert_eq!(ours.kind, WriteKind::InPlace { host: HostOffset::new(0x50000) });
+        let shared = plan(&format, 0x100, 16, &[cluster(0x50000, false, 1, 0)]);
+        assert_eq!(shared.kind, WriteKind::Allocate);
+    }
+
+    #[test]
+    fn runs_end_where_the_kind_or_the_place_changes() {
+        let format = format(false, true);
+        let entries = [cluster(0, false, 0, 0), cluster(0, false, 0, 1), cluster(0x50000, true, 1, 0)];
+        let run = plan(&format, 0x8000, 1 << 20, &entries);
+        assert_eq!((run.kind, run.clusters, run.len), (WriteKind::Allocate, 2, 0x18000));
+        let apart = [cluster(0x50000, true, 1, 0), cluster(0x70000, true, 1, 0)];
+        assert_eq!(plan(&format, 0, 1 << 20, &apart).clusters, 1);
+    }
+
+    #[test]
+    fn untouched_subclusters_do_not_matter_for_writing_in_place() {
+        let format = format(true, true);
+        let entry = cluster(0x50000, true, 0b10, 0);
+        assert_eq!(
+            plan(&format, 2048, 2048, &[entry]).kind,
+            WriteKind::InPlace { host: HostOffset::new(0x50000) }
+        );
+        assert_eq!(plan(&format, 2047, 2, &[entry]).kind, WriteKind::Fill { host: HostOffset::new(0x50000) });
+    }
+
+    #[test]
+    fn zeroing_follows_the_table() {
+        let format3 = format(false, true);
+        let data = cluster(0x50000, true, 1, 0);
+        let keep = plan_zero(&format3, &data, 1, ZeroKind::Keep, false);
+        assert_eq!(keep, ZeroPlan::Change { entry: cluster(0x50000, true, 0, 1), free: false });
+        let unmap = plan_zero(&format3, &data, 1, ZeroKind::Unmap, false);
+        assert_eq!(unmap, ZeroPlan::Change { entry: cluster(0, false, 0, 1), free: true });
+        let shared = plan_zero(&format3, &cluster(0x50000, false, 1, 0), 1, ZeroKind::Keep, false);
+        assert_eq!(shared, ZeroPlan::Change { entry: cluster(0, false, 0, 1), free: true });
+        let nothing = cluster(0, false, 0, 0);
+        assert_eq!(plan_zero(&format3, &nothing, 1, ZeroKind::Discard, false), ZeroPlan::Nothing);
+        let hidden = ZeroPlan::Change { entry: cluster(0, false, 0, 1), free: false };
+        assert_eq!(plan_zero(&format3, &nothing, 1, ZeroKind::Discard, true), hidden);
+    }
+
+    #[test]
+    fn version_2_never_uncovers_the_backing_file() {
+        let format2 = format(false, false);
+        let data = cluster(0x50000, true, 1, 0);
+        assert_eq!(plan_zero(&format2, &data, 1, ZeroKind::Unmap, true), ZeroPlan::WriteData);
+        assert_eq!(plan_zero(&format2, &data, 1, ZeroKind::Discard, true), ZeroPlan::Nothing);
+        let cleared = ZeroPlan::Change { entry: cluster(0, false, 0, 0), free: true };
+        assert_eq!(plan_zero(&format2, &data, 1, ZeroKind::Discard, false), cleared);
+    }
+
+    #[test]
+    fn a_partly_zeroed_cluster_keeps_its_place() {
+        let format = format(true, true);
+        let old = cluster(0x50000, true, 0xff, 0);
+        let wanted = ZeroPlan::Change { entry: cluster(0x50000, true, 0xf0, 0x0f), free: false };
+        assert_eq!(plan_zero(&format, &old, 0x0f, ZeroKind::Unmap, true), wanted);
+        assert_eq!(plan_zero(&format, &old, 0x0f, ZeroKind::Keep, true), wanted);
+    }
+}

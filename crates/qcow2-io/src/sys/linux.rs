@@ -1,19 +1,22 @@
 //! Linux: positional and vectored I/O, holes, punching, zeroing, space, sync.
 
 use super::Run;
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fdatasync, seek};
+use crate::direct::Alignment;
+use rustix::fs::{
+    AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags, fallocate, fdatasync, ioctl_blksszget, seek, statx,
+};
 use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 /// Reads what one call gives.
-pub(super) fn read_some(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+pub(crate) fn read_some(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
     file.read_at(buf, offset)
 }
 
 /// Writes what one call takes.
-pub(super) fn write_some(file: &File, offset: u64, buf: &[u8]) -> io::Result<usize> {
+pub(crate) fn write_some(file: &File, offset: u64, buf: &[u8]) -> io::Result<usize> {
     file.write_at(buf, offset)
 }
 
@@ -107,7 +110,32 @@ pub(crate) fn device_len(file: &File) -> io::Result<u64> {
     Ok(seek(file, SeekFrom::End(0))?)
 }
 
-/// Makes opening a pipe return at once, so that it can be looked at and refused. Regular files do not care.
-pub(crate) fn open_without_waiting(options: &mut OpenOptions) {
-    options.custom_flags(OFlags::NONBLOCK.bits() as i32);
+/// Makes opening a pipe return at once, so that it can be looked at and refused (regular files do not care), and
+/// bypasses the page cache where wanted.
+pub(crate) fn set_open_flags(options: &mut OpenOptions, direct: bool) {
+    let flags = if direct { OFlags::NONBLOCK | OFlags::DIRECT } else { OFlags::NONBLOCK };
+    options.custom_flags(flags.bits() as i32);
+}
+
+/// What a file that bypasses the page cache wants: what the kernel says (6.1 and later), else a device's logical
+/// block, else 4096 bytes, which satisfies every disk in use.
+pub(crate) fn direct_alignment(file: &File) -> io::Result<Alignment> {
+    const SAFE: usize = 4096;
+    const LARGEST: usize = 64 * 1024;
+    let told = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
+    if let Some(told) = told.filter(|told| told.stx_mask & StatxFlags::DIOALIGN.bits() != 0) {
+        let block = told.stx_dio_offset_align as usize;
+        let memory = told.stx_dio_mem_align as usize;
+        if block == 0 {
+            return Err(Errno::INVAL.into());
+        }
+        if block.is_power_of_two() && memory.is_power_of_two() && block.max(memory) <= LARGEST {
+            return Ok(Alignment { block: block.max(512), memory: memory.max(512) });
+        }
+    }
+    let block = match ioctl_blksszget(file) {
+        Ok(block) if block.is_power_of_two() && block as usize <= LARGEST => block as usize,
+        _ => SAFE,
+    };
+    Ok(Alignment { block: block.max(512), memory: SAFE })
 }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Seek};
 
 /// Reads what one call gives.
-pub(super) fn read_some(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+pub(crate) fn read_some(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
     #[cfg(unix)]
     return std::os::unix::fs::FileExt::read_at(file, buf, offset);
     #[cfg(windows)]
@@ -13,7 +13,7 @@ pub(super) fn read_some(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<
 }
 
 /// Writes what one call takes.
-pub(super) fn write_some(file: &File, offset: u64, buf: &[u8]) -> io::Result<usize> {
+pub(crate) fn write_some(file: &File, offset: u64, buf: &[u8]) -> io::Result<usize> {
     #[cfg(unix)]
     return std::os::unix::fs::FileExt::write_at(file, buf, offset);
     #[cfg(windows)]
@@ -62,4 +62,9 @@ pub(crate) fn device_len(file: &File) -> io::Result<u64> {
 }
 
 /// Not known here: a pipe makes the caller wait.
-pub(crate) fn open_without_waiting(_options: &mut std::fs::OpenOptions) {}
+pub(crate) fn set_open_flags(_options: &mut std::fs::OpenOptions, _direct: bool) {}
+
+/// The page cache cannot be bypassed here.
+pub(crate) fn direct_alignment(_file: &File) -> io::Result<crate::direct::Alignment> {
+    Err(io::ErrorKind::Unsupported.into())
+}

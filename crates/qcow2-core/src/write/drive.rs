@@ -1,0 +1,117 @@
+//! Prepare, move, commit for callers that move the bytes themselves: an io_uring loop, a VMM.
+//!
+//! The engine says where bytes are and where they go; it never sees them. The pieces of a prepared write may be written
+//! in any order and at the same time; `commit` comes after the last one has been written.
+
+use super::prepare::{Edge, Prepared};
+use crate::error::Result;
+use crate::image::Image;
+use crate::inflight::Operation;
+use crate::port::disk::DiskExtent;
+use crate::sync::{RwLockReadGuard, read};
+use qcow2_format::{GuestOffset, GuestRange, HostOffset};
+
+/// Keeps every mapping that was looked up through it valid: no cluster that an extent named is used for anything else
+/// before the pin is dropped. Drop it as soon as the bytes are read; freed space waits for it.
+pub struct Pin<'a> {
+    image: &'a Image,
+    _structure: RwLockReadGuard<'a, ()>,
+    _operation: Operation<'a>,
+}
+
+/// A place for a first part of a guest write. Dropped without [`commit`](Self::commit), nothing has happened.
+pub struct WriteTicket<'a> {
+    image: &'a Image,
+    range: GuestRange,
+    prepared: Prepared<'a>,
+    _structure: RwLockReadGuard<'a, ()>,
+    _operation: Operation<'a>,
+}
+
+/// Something to be written before the commit, at a place in the [data storage](Image::data_storage).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Piece<'a> {
+    /// The caller's own bytes, the whole of [`WriteTicket::range`].
+    Guest {
+        /// Where they go.
+        host: HostOffset,
+    },
+    /// Bytes that have to stand beside the caller's (copied from where they were).
+    Bytes {
+        /// Where they go.
+        host: HostOffset,
+        /// What they are.
+        bytes: &'a [u8],
+    },
+    /// Zeroes.
+    Zeroes {
+        /// Where they go.
+        host: HostOffset,
+        /// How many bytes.
+        len: u64,
+    },
+}
+
+impl Image {
+    /// Starts reading the data plane directly. Not to be held while the same thread asks the image for anything else.
+    pub fn pin(&self) -> Pin<'_> {
+        Pin { image: self, _structure: read(&self.structure), _operation: self.meta.operations.enter() }
+    }
+
+    /// Finds a place for a first part of a write to `range` (not empty, inside the disk). Disk: may read L2 tables and the
+    /// bytes around the write; a new L2 table may be written. Waits while somebody else changes the mapping of the same
+    /// clusters: a thread must not prepare overlapping writes without committing or dropping the first.
+    ///
+    /// Errors: as [`GuestDisk::write_at`](crate::GuestDisk::write_at).
+    pub fn prepare_write(&self, range: GuestRange) -> Result<WriteTicket<'_>> {
+        let range = self.check_change(range.start(), range.len())?;
+        let structure = read(&self.structure);
+        let operation = self.meta.operations.enter();
+        self.meta.warn_of_change()?;
+        let prepared = self.prepare(range.start(), range.len())?;
+        let range =
+            GuestRange::between(range.start(), GuestOffset::new(range.start().value() + prepared.len));
+        Ok(WriteTicket { image: self, range, prepared, _structure: structure, _operation: operation })
+    }
+}
+
+impl Pin<'_> {
+    /// Where the bytes from `range.start()` on are in this layer; see [`GuestDisk::extent_at`](crate::GuestDisk::extent_at). Host offsets are places
+    /// in the [data storage](Image::data_storage).
+    pub fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
+        self.image.check_range(range.start(), range.len())?;
+        self.image.extent_of(range)
+    }
+}
+
+impl WriteTicket<'_> {
+    /// The part of the request that this ticket is for: it begins where the request did.
+    pub fn range(&self) -> GuestRange {
+        self.range
+    }
+
+    /// Everything that must be written before the commit.
+    pub fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
+        let own = core::iter::once(Piece::Guest { host: self.prepared.host });
+        own.chain(self.prepared.edges.iter().map(|edge| match edge {
+            Edge::Bytes { host, bytes } => Piece::Bytes { host: *host, bytes },
+            Edge::Zeroes { host, len } => Piece::Zeroes { host: *host, len: *len },
+        }))
+    }
+
+    /// Whether the commit changes the mapping. If not, the bytes go where they already are.
+    pub fn changes_mapping(&self) -> bool {
+        self.prepared.changes_mapping()
+    }
+
+    /// Makes the written bytes visible. Durable after the next [`flush`](crate::GuestDisk::flush), which makes the data storage
+    /// durable first: all pieces must have reached it.
+    pub fn commit(self) -> Result<()> {
+        let Self { image, prepared, _structure, _operation, .. } = self;
+        prepared.commit()?;
+        drop(_operation);
+        drop(_structure);
+        image.meta.flush_if_pressed()
+    }
+}

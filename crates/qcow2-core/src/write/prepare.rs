@@ -1,0 +1,287 @@
+//! The first half of a write: a place for its bytes, and the bytes that must stand beside them.
+//!
+//! Invariant: between prepare and commit the clusters are claimed, so that nobody else changes their mapping; readers go
+//! on seeing the old one. What was reserved and is not committed is given back, exactly once.
+
+use super::cow::{ClusterEdges, ranges_to_copy};
+use super::plan::{WriteKind, WritePlan, kept_subclusters, plan_write, touched, written_entry};
+use crate::error::Result;
+use crate::image::Image;
+use crate::inflight::Claim;
+use crate::meta::mapping::L2Place;
+use crate::meta::pending::Unlinked;
+use crate::port::disk::GuestDisk;
+use crate::read::resolve::Place;
+use crate::sync::read;
+use ::alloc::format;
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use qcow2_format::l2::L2Entry;
+use qcow2_format::{GuestOffset, GuestRange, HostOffset};
+
+/// The most bytes that are prepared as one run: long enough for large writes, short enough not to hold others back.
+const MAX_RUN: u64 = 4 << 20;
+/// Zeroes up to this length come as bytes, so that they go out in one piece with their neighbours.
+const SHORT_ZEROES: u64 = 32 << 10;
+
+/// Bytes that a write needs beside its own.
+#[derive(Debug)]
+pub(crate) enum Edge {
+    /// These bytes at `host`.
+    Bytes { host: HostOffset, bytes: Vec<u8> },
+    /// `len` zeroes at `host`.
+    Zeroes { host: HostOffset, len: u64 },
+}
+
+/// A place for a first part of a write.
+pub(crate) struct Prepared<'a> {
+    image: &'a Image,
+    /// How many bytes of the request were prepared.
+    pub(crate) len: u64,
+    /// Where they go.
+    pub(crate) host: HostOffset,
+    /// What must be written besides, before the commit; in host order.
+    pub(crate) edges: Vec<Edge>,
+    change: Option<Change<'a>>,
+}
+
+/// What the commit changes.
+struct Change<'a> {
+    offset: GuestOffset,
+    plan: WritePlan,
+    place: L2Place,
+    old: Vec<L2Entry>,
+    /// Where the first cluster of the run goes.
+    base: HostOffset,
+    /// The clusters were reserved for this write.
+    reserved: Option<(u64, u64)>,
+    /// The place reads as zeroes already.
+    fresh: bool,
+    _claim: Claim<'a>,
+}
+
+impl Image {
+    /// Prepares a first part of a write of `len` bytes at `offset`. The caller has checked the range and runs inside an
+    /// operation. Disk: may read L2 tables and the bytes around the write, may write a new L2 table.
+    pub(crate) fn prepare(&self, offset: GuestOffset, len: u64) -> Result<Prepared<'_>> {
+        let run = self.meta.lookup(offset, len)?;
+        if let Place::Data { host, copied: true } = run.place {
+            return self.prepare_in_place(host, run.len);
+        }
+        let geometry = &self.meta.geometry;
+        let len = len.min(MAX_RUN - geometry.in_cluster(offset.value()));
+        let first = geometry.guest_cluster(offset).value();
+        let last = geometry.guest_cluster(GuestOffset::new(offset.value() + len - 1)).value();
+        let claim = self.meta.claims.claim(first, last + 1);
+        let place = self.meta.writable_place(offset)?;
+        let entry = |i| self.meta.entry(&place, i, offset);
+        let plan = plan_write(&self.meta.l2_format, offset, len, place.entries(), entry)?;
+        if let WriteKind::InPlace { host } = plan.kind {
+            let host = HostOffset::new(host.value() + geometry.in_cluster(offset.value()));
+            return self.prepare_in_place(host, plan.len);
+        }
+        let mut change = self.reserve_place(offset, plan, place, claim)?;
+        match self.edges(&mut change) {
+            Ok(edges) => {
+                let host = HostOffset::new(change.base.value() + geometry.in_cluster(offset.value()));
+                Ok(Prepared { image: self, len: change.plan.len, host, edges, change: Some(change) })
+            }
+            Err(error) => {
+                self.give_back(&change)?;
+                Err(error)
+            }
+        }
+    }
+
+    fn prepare_in_place(&self, host: HostOffset, len: u64) -> Result<Prepared<'_>> {
+        self.check_overlap(host, len)?;
+        Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None })
+    }
+
+    /// Refuses to write guest data over metadata: an entry that leads there is damaged.
+    fn check_overlap(&self, host: HostOffset, len: u64) -> Result<()> {
+        if self.meta.has_data_file() {
+            return Ok(());
+        }
+        let geometry = &self.meta.geometry;
+        let first = geometry.host_cluster(host).value();
+        let count = geometry.clusters_for(geometry.in_cluster(host.value()) + len);
+        let hit = read(&self.meta.metadata_clusters).first_in(first, count);
+        match hit {
+            None => Ok(()),
+            Some(cluster) => Err(self.meta.mark_corrupt(format!(
+                "guest data is mapped to host cluster {cluster}, which holds metadata"
+            ))),
+        }
+    }
+
+    /// Finds the place; a run that does not fit into one piece of the file is cut shorter.
+    fn reserve_place<'a>(
+        &'a self,
+        offset: GuestOffset,
+        mut plan: WritePlan,
+        place: L2Place,
+        claim: Claim<'a>,
+    ) -> Result<Change<'a>> {
+        let geometry = &self.meta.geometry;
+        let (base, reserved, fresh) = match plan.kind {
+            WriteKind::InPlace { host } | WriteKind::Fill { host } => {
+                self.check_overlap(host, plan.clusters * geometry.cluster_size())?;
+                let fresh = self.meta.has_data_file() && self.meta.data()?.len()? <= host.value();
+                (host, None, fresh)
+            }
+            WriteKind::Allocate => {
+                let reserved = self.meta.allocate(plan.clusters)?;
+                plan.clusters = reserved.count;
+                let room = reserved.count * geometry.cluster_size() - geometry.in_cluster(offset.value());
+                plan.len = plan.len.min(room);
+                (reserved.offset, Some((reserved.first, reserved.count)), reserved.fresh)
+            }
+        };
+        let old = (0..plan.clusters).map(|i| self.meta.entry(&place, i, offset)).collect::<Result<_>>();
+        let change = Change { offset, plan, place, old: Vec::new(), base, reserved, fresh, _claim: claim };
+        match old {
+            Ok(old) => Ok(Change { old, ..change }),
+            Err(error) => {
+                self.give_back(&change)?;
+                Err(error)
+            }
+        }
+    }
+
+    fn give_back(&self, change: &Change<'_>) -> Result<()> {
+        change.reserved.map_or(Ok(()), |(first, count)| self.meta.release(first, count))
+    }
+
+    /// The bytes around the write that its clusters need.
+    fn edges(&self, change: &mut Change<'_>) -> Result<Vec<Edge>> {
+        let mut ranges = Vec::new();
+        let last = change.plan.clusters - 1;
+        for index in [0, last].into_iter().take(if last == 0 { 1 } else { 2 }) {
+            ranges.extend(ranges_to_copy(&self.meta.l2_format, &change.cluster_edges(self, index)));
+        }
+        let mut edges = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            edges.extend(self.edge(range, change)?);
+        }
+        Ok(edges)
+    }
+
+    /// One run of guest bytes as it reads now, for its new place. Bytes past the end of the disk are zeroes.
+    fn edge(&self, range: GuestRange, change: &Change<'_>) -> Result<Option<Edge>> {
+        let base = self.meta.geometry.align_down(change.offset.value());
+        let host = HostOffset::new(change.base.value() + (range.start().value() - base));
+        let inside =
+            GuestRange::between(range.start(), GuestOffset::new(range.end().value().min(self.size())));
+        if self.has_nothing(inside)? {
+            return Ok(match (change.fresh, range.len() > SHORT_ZEROES) {
+                (true, _) => None,
+                (false, true) => Some(Edge::Zeroes { host, len: range.len() }),
+                (false, false) => Some(Edge::Bytes { host, bytes: vec![0; range.len() as usize] }),
+            });
+        }
+        let mut bytes = self.scratch.take_exact(range.len() as usize);
+        let (part, past) = bytes.split_at_mut(inside.len() as usize);
+        past.fill(0);
+        self.read_range(range.start(), part)?;
+        Ok(Some(Edge::Bytes { host, bytes }))
+    }
+
+    /// Whether neither this layer nor a backing file has bytes in `range`, told from tables alone.
+    fn has_nothing(&self, range: GuestRange) -> Result<bool> {
+        let (mut at, end) = (range.start().value(), range.end().value());
+        let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size());
+        while at < end {
+            let run = self.meta.lookup(GuestOffset::new(at), end - at)?;
+            let nothing = match run.place {
+                Place::Zero { .. } => true,
+                Place::Unallocated => at >= backing_end && !self.backing_unopened,
+                Place::Data { .. } | Place::Compressed(_) => false,
+            };
+            if !nothing {
+                return Ok(false);
+            }
+            at += run.len;
+        }
+        Ok(true)
+    }
+
+    /// The references that an entry holds.
+    pub(crate) fn unlinked(&self, entry: &L2Entry) -> Option<Unlinked> {
+        let geometry = &self.meta.geometry;
+        let (start, len) = match entry {
+            L2Entry::Standard(cluster) => (cluster.host?, geometry.cluster_size()),
+            L2Entry::Compressed(stream) => (stream.host, stream.len),
+        };
+        let first = geometry.host_cluster(start).value();
+        let last = geometry.host_cluster(HostOffset::new(start.value() + len.max(1) - 1)).value();
+        Some(Unlinked { first, count: last - first + 1 })
+    }
+}
+
+impl Change<'_> {
+    /// What the `index`-th cluster of the run needs.
+    fn cluster_edges(&self, image: &Image, index: u64) -> ClusterEdges {
+        let format = &image.meta.l2_format;
+        let size = format.geometry.cluster_size();
+        let inside = format.geometry.in_cluster(self.offset.value());
+        let start = if index == 0 { inside } else { 0 };
+        let end = (inside + self.plan.len - index * size).min(size);
+        let written = touched(format, start, end - start);
+        let old = &self.old[index as usize];
+        let needed = match self.plan.kind {
+            WriteKind::Allocate => written | kept_subclusters(format, old),
+            WriteKind::Fill { .. } | WriteKind::InPlace { .. } => match old {
+                L2Entry::Standard(cluster) if cluster.host.is_some() => written & !cluster.allocated,
+                _ => written,
+            },
+        };
+        let cluster = GuestOffset::new(format.geometry.align_down(self.offset.value()) + index * size);
+        ClusterEdges { cluster, start, end, needed }
+    }
+}
+
+impl Prepared<'_> {
+    /// Whether the mapping changes at the commit; otherwise the bytes go where they are.
+    pub(crate) fn changes_mapping(&self) -> bool {
+        self.change.is_some()
+    }
+
+    /// Makes the written clusters visible. Everything has been written.
+    pub(crate) fn commit(mut self) -> Result<()> {
+        let image = self.image;
+        for edge in self.edges.drain(..) {
+            if let Edge::Bytes { bytes, .. } = edge {
+                image.scratch.give(bytes);
+            }
+        }
+        let Some(change) = self.change.as_ref() else { return Ok(()) };
+        let format = &image.meta.l2_format;
+        let size = format.geometry.cluster_size();
+        let mut unlinked = Vec::new();
+        if change.plan.kind == WriteKind::Allocate {
+            for old in &change.old {
+                unlinked.extend(image.unlinked(old));
+            }
+        }
+        let entry = |i: u64| {
+            let edges = change.cluster_edges(image, i);
+            let old = &change.old[i as usize];
+            let written = touched(format, edges.start, edges.end - edges.start);
+            let host = HostOffset::new(change.base.value() + i * size);
+            written_entry(old, host, written, kept_subclusters(format, old))
+        };
+        image.meta.commit(&change.place, change.plan.clusters, &unlinked, entry)?;
+        self.change = None;
+        Ok(())
+    }
+}
+
+impl Drop for Prepared<'_> {
+    fn drop(&mut self) {
+        if let Some(change) = self.change.take() {
+            // A count that cannot be lowered stays too high: a leak, which harms nothing.
+            let _ = self.image.give_back(&change);
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! Wrappers around a storage that are a storage themselves.
+
+mod cache_mode;
+mod limit;
+mod trace;
+
+pub use cache_mode::{CacheMode, FlushEachWrite, NoFlush};
+pub use limit::LimitStorage;
+pub use trace::{StorageCall, StorageCounts, StorageEvent, TraceStorage};
+
+/// Writes the `Storage` methods named, each handing over to the field `inner`.
+macro_rules! forward {
+    ($($method:ident)*) => { $(forward!(@ $method);)* };
+    (@ len) => {
+        fn len(&self) -> Result<u64, StorageError> {
+            self.inner.len()
+        }
+    };
+    (@ read_at) => {
+        fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
+            self.inner.read_at(offset, buf)
+        }
+    };
+    (@ write_at) => {
+        fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
+            self.inner.write_at(offset, buf)
+        }
+    };
+    (@ write_vectored_at) => {
+        fn write_vectored_at(&self, offset: HostOffset, bufs: &[&[u8]]) -> Result<(), StorageError> {
+            self.inner.write_vectored_at(offset, bufs)
+        }
+    };
+    (@ write_zeroes) => {
+        fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError> {
+            self.inner.write_zeroes(offset, len, mode)
+        }
+    };
+    (@ discard) => {
+        fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+            self.inner.discard(offset, len)
+        }
+    };
+    (@ allocate) => {
+        fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+            self.inner.allocate(offset, len)
+        }
+    };
+    (@ set_len) => {
+        fn set_len(&self, len: u64) -> Result<(), StorageError> {
+            self.inner.set_len(len)
+        }
+    };
+    (@ flush) => {
+        fn flush(&self) -> Result<(), StorageError> {
+            self.inner.flush()
+        }
+    };
+    (@ extent_at) => {
+        fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
+            self.inner.extent_at(offset, len)
+        }
+    };
+    (@ limits) => {
+        fn limits(&self) -> Limits {
+            self.inner.limits()
+        }
+    };
+    (@ used_bytes) => {
+        fn used_bytes(&self) -> Result<Option<u64>, StorageError> {
+            self.inner.used_bytes()
+        }
+    };
+}
+use forward;

@@ -1,0 +1,57 @@
+//! Every storage of this crate passes the suite.
+
+use qcow2_core::Storage;
+use qcow2_io::{CacheMode, Create, LimitStorage, MemoryStorage, OpenFile, TraceStorage, conformance};
+use std::cell::Cell;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Runs the suite on files in `dir`, opened in `mode`.
+fn check_files(name: &str, dir: &Path, mode: CacheMode) {
+    let count = Cell::new(0);
+    conformance::check(name, &|| {
+        count.set(count.get() + 1);
+        let path = dir.join(format!("disk-{}", count.get()));
+        OpenFile::writable().with_create(Create::New).with_cache(mode).open(&path).unwrap()
+    });
+}
+
+#[test]
+fn memory() {
+    conformance::check("memory", &|| Arc::new(MemoryStorage::new()));
+}
+
+#[test]
+fn files_in_every_cache_mode() {
+    for mode in [CacheMode::Writeback, CacheMode::None, CacheMode::Unsafe] {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        check_files(&format!("file, {mode:?}"), dir.path(), mode);
+    }
+}
+
+#[test]
+fn files_that_flush_each_write() {
+    // Real flushes take long: a memory file system keeps the number of them, not their price.
+    let place = Path::new("/dev/shm");
+    let dir = if place.is_dir() { tempfile::tempdir_in(place) } else { tempfile::tempdir() }.unwrap();
+    check_files("file, Writethrough", dir.path(), CacheMode::Writethrough);
+}
+
+#[test]
+fn files_in_memory_file_systems() {
+    let place = Path::new("/dev/shm");
+    if !place.is_dir() {
+        println!("skipped: no /dev/shm");
+        return;
+    }
+    let dir = tempfile::tempdir_in(place).unwrap();
+    check_files("file on tmpfs", dir.path(), CacheMode::Writeback);
+}
+
+#[test]
+fn wrappers() {
+    conformance::check("trace", &|| Arc::new(TraceStorage::with_log(Arc::new(MemoryStorage::new()), 10)));
+    conformance::check("limit", &|| {
+        Arc::new(LimitStorage::new(Arc::new(MemoryStorage::new()), 1 << 30)) as Arc<dyn Storage>
+    });
+}

@@ -1,0 +1,398 @@
+//! Where the content of a disk is: every run of the whole chain, with the layer that has it.
+
+use crate::error::{Error, ErrorKind, Result};
+use qcow2_core::format::refcount::{RefcountWidth, decode_table_entry};
+use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, Storage};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+/// What to map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MapOptions {
+    /// The first byte; may lie past the end of the disk.
+    pub start: u64,
+    /// How many bytes at most; `None`: up to the end of the disk.
+    pub len: Option<u64>,
+}
+
+impl MapOptions {
+    /// The whole disk.
+    pub fn new() -> Self {
+        Self { start: 0, len: None }
+    }
+}
+
+impl Default for MapOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A run of guest bytes with the same answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MapExtent {
+    /// The first byte.
+    pub start: u64,
+    /// Bytes in the run.
+    pub len: u64,
+    /// The layer that the answers are about, 0 for the top. Bytes that no layer has belong to the deepest layer that
+    /// is long enough to have them.
+    pub depth: u32,
+    /// Whether a layer has the bytes.
+    pub present: bool,
+    /// Whether the bytes are known to be zeroes.
+    pub zero: bool,
+    /// Whether the bytes are stored in a file.
+    pub data: bool,
+    /// Whether they are stored compressed.
+    pub compressed: bool,
+    /// Where they are stored, or would be.
+    pub host: Option<HostOffset>,
+}
+
+impl MapExtent {
+    /// Whether `next` says the same and goes on where this one ends.
+    fn continues_in(&self, next: &Self) -> bool {
+        let same = |e: &Self| (e.depth, e.present, e.zero, e.data, e.compressed);
+        let host = match (self.host, next.host) {
+            (None, None) => true,
+            (Some(a), Some(b)) => a.checked_add(self.len) == Some(b),
+            _ => false,
+        };
+        same(self) == same(next) && host
+    }
+}
+
+/// Walks over a disk and its chain, calling `visit` with each run in guest order, neighbours joined. Bytes up to the
+/// next multiple of 512 after the end of a raw disk count as zeroes, as QEMU has it. A range without bytes gives one
+/// empty run. `visit` may end the walk. Disk: reads tables, never data; asks files for their holes.
+///
+/// Errors: `Extents`, with the engine's error below.
+pub fn map(
+    disk: &Arc<dyn GuestDisk>,
+    options: &MapOptions,
+    visit: &mut dyn FnMut(&MapExtent) -> ControlFlow<()>,
+) -> Result<()> {
+    let layers = Layers::new(disk)?;
+    let size = disk.size().checked_next_multiple_of(512).unwrap_or(disk.size());
+    let end = options.len.map_or(size, |len| options.start.saturating_add(len).min(size));
+    let mut current = MapExtent { start: options.start, ..MapExtent::default() };
+    let mut at = options.start;
+    while at < end {
+        let next = layers.extent_at(at, end - at).map_err(|e| {
+            Error::new(ErrorKind::Extents, format!("asking what is at byte {at}")).with_source(e)
+        })?;
+        at += next.len;
+        if current.len > 0 && current.continues_in(&next) {
+            current.len += next.len;
+            continue;
+        }
+        if current.len > 0 && visit(&current).is_break() {
+            return Ok(());
+        }
+        current = next;
+    }
+    let _ended = visit(&current);
+    Ok(())
+}
+
+/// The chain, top first.
+struct Layers {
+    layers: Vec<Layer>,
+}
+
+struct Layer {
+    disk: Arc<dyn GuestDisk>,
+    /// Where holes in the file below count: an image whose data area was reserved without being written.
+    sparse_storage: Option<Arc<dyn Storage>>,
+}
+
+impl Layers {
+    fn new(top: &Arc<dyn GuestDisk>) -> Result<Self> {
+        let mut layers = Vec::new();
+        let mut next = Some(top);
+        while let Some(disk) = next {
+            let sparse_storage = disk.as_image().map(find_sparse_storage).transpose();
+            let sparse_storage = sparse_storage.map_err(|e| {
+                Error::new(ErrorKind::Extents, "comparing refcounts with the space in use").with_source(e)
+            })?;
+            layers.push(Layer { disk: Arc::clone(disk), sparse_storage: sparse_storage.flatten() });
+            next = disk.backing();
+        }
+        Ok(Self { layers })
+    }
+
+    /// The run at `at`, at most `len` bytes, before joining.
+    fn extent_at(&self, at: u64, len: u64) -> qcow2_core::Result<MapExtent> {
+        let mut extent = MapExtent { start: at, len, zero: true, ..MapExtent::default() };
+        for (depth, layer) in (0..).zip(&self.layers) {
+            let size = layer.disk.size();
+            let rounded = size.checked_next_multiple_of(512).unwrap_or(size);
+            if at >= rounded {
+                break;
+            }
+            if at >= size {
+                // The rest of the last sector of a raw disk.
+                let (len, host) = (extent.len.min(rounded - at), Some(HostOffset::new(at)));
+                extent = MapExtent { depth, len, present: true, host, ..extent };
+                break;
+            }
+            let range =
+                GuestRange::between(GuestOffset::new(at), GuestOffset::new(at + extent.len.min(size - at)));
+            let answer = layer.disk.extent_at(range)?;
+            extent = MapExtent { len: answer.len, depth, ..extent };
+            extent = match answer.state {
+                ExtentState::Unallocated => continue,
+                ExtentState::Zero { host } => MapExtent { present: true, host, ..extent },
+                ExtentState::Compressed => {
+                    MapExtent { present: true, zero: false, data: true, compressed: true, ..extent }
+                }
+                ExtentState::Data { host } => {
+                    let stored = MapExtent { present: true, zero: false, data: true, host, ..extent };
+                    layer.with_holes(stored)?
+                }
+            };
+            break;
+        }
+        Ok(extent)
+    }
+}
+
+impl Layer {
+    /// Cuts a stored run where a hole of the file begins or ends, and says which of both it is.
+    fn with_holes(&self, extent: MapExtent) -> qcow2_core::Result<MapExtent> {
+        let (Some(storage), Some(host)) = (&self.sparse_storage, extent.host) else {
+            return Ok(extent);
+        };
+        let left = storage.len()?.saturating_sub(host.value());
+        if left == 0 {
+            return Ok(MapExtent { zero: true, ..extent });
+        }
+        let part = storage.extent_at(host, extent.len.min(left))?;
+        Ok(MapExtent { len: part.len, zero: !part.data, ..extent })
+    }
+}
+
+/// The image file, if far more clusters are counted as used than space is in use: then data clusters may be holes.
+/// The rule is QEMU's, so that both show the same.
+fn find_sparse_storage(image: &Image) -> qcow2_core::Result<Option<Arc<dyn Storage>>> {
+    let storage = image.storage();
+    let Some(used_bytes) = storage.used_bytes()? else {
+        return Ok(None);
+    };
+    if image.header().has_data_file() {
+        return Ok(None);
+    }
+    let cluster_size = image.geometry().cluster_size();
+    let real = used_bytes / cluster_size;
+    let threshold = (real.saturating_mul(10) / 9).max(real + 2);
+    let clusters = storage.len()?.div_ceil(cluster_size);
+    let sparse = clusters >= threshold && count_used_clusters(image, clusters, threshold)? >= threshold;
+    Ok(sparse.then(|| Arc::clone(storage)))
+}
+
+/// How many of the first `clusters` have a refcount; stops counting at `enough`. Reads no more refcount blocks than the
+/// space in use can hold, so that a small file cannot ask for much.
+fn count_used_clusters(image: &Image, clusters: u64, enough: u64) -> qcow2_core::Result<u64> {
+    let (header, geometry, storage) = (image.header(), image.geometry(), image.storage());
+    let per_block = geometry.refcount_block_entries();
+    let table_entries = u64::from(header.refcount_table_clusters) * geometry.cluster_size() / 8;
+    let mut blocks_left = storage.used_bytes()?.unwrap_or(0) / SMALLEST_SPACE + SPARE_BLOCKS;
+    let mut block = vec![0; usize::try_from(geometry.cluster_size()).unwrap_or(0)];
+    let mut count = 0;
+    for index in 0..clusters.div_ceil(per_block).min(table_entries) {
+        let Some(entry) = header.refcount_table_offset.checked_add(index * 8) else { break };
+        let mut raw = [0; 8];
+        storage.read_padded(entry, &mut raw)?;
+        // A misplaced block is for a check to complain about.
+        let Ok(Some(offset)) = decode_table_entry(u64::from_be_bytes(raw), &geometry) else { continue };
+        if count >= enough || blocks_left == 0 {
+            break;
+        }
+        blocks_left -= 1;
+        storage.read_padded(offset, &mut block)?;
+        let slots = per_block.min(clusters - index * per_block);
+        count += count_refcounts(&block, geometry.refcount_width(), slots);
+    }
+    Ok(count)
+}
+
+/// How many of the first `slots` counts in a refcount block are not zero.
+fn count_refcounts(block: &[u8], width: RefcountWidth, slots: u64) -> u64 {
+    let mut count = 0;
+    let per_word = u64::from(64 / width.bits());
+    for (index, bytes) in (0..).zip(block.chunks_exact(8)) {
+        let mut word = [0; 8];
+        word.copy_from_slice(bytes);
+        let (word, first) = (u64::from_be_bytes(word), index * per_word);
+        if word != 0 {
+            let used = (0..per_word).filter(|&slot| first + slot < slots && width.extract(word, slot) != 0);
+            count += used.count() as u64;
+        }
+    }
+    count
+}
+
+/// The least space that a file system gives to a file, as a rule.
+const SMALLEST_SPACE: u64 = 4096;
+/// How many refcount blocks may be read in any case.
+const SPARE_BLOCKS: u64 = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qcow2_core::{DiskExtent, Error as CoreError, Result as CoreResult, ZeroMode};
+
+    /// A layer of given runs.
+    struct Runs {
+        size: u64,
+        runs: Vec<(u64, ExtentState)>,
+        backing: Option<Arc<dyn GuestDisk>>,
+    }
+
+    impl GuestDisk for Runs {
+        fn size(&self) -> u64 {
+            self.size
+        }
+        fn extent_at(&self, range: GuestRange) -> CoreResult<DiskExtent> {
+            let at = range.start().value();
+            assert!(!range.is_empty() && range.end().value() <= self.size);
+            let mut start = 0;
+            for &(len, state) in &self.runs {
+                if at < start + len {
+                    let skipped = at - start;
+                    let moved = |host: Option<HostOffset>| host.and_then(|h| h.checked_add(skipped));
+                    let state = match state {
+                        ExtentState::Data { host } => ExtentState::Data { host: moved(host) },
+                        ExtentState::Zero { host } => ExtentState::Zero { host: moved(host) },
+                        other => other,
+                    };
+                    return Ok(DiskExtent { len: range.len().min(len - skipped), state });
+                }
+                start += len;
+            }
+            Ok(DiskExtent { len: range.len(), state: ExtentState::Unallocated })
+        }
+        fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
+            self.backing.as_ref()
+        }
+        fn read_at(&self, _: GuestOffset, _: &mut [u8]) -> CoreResult<()> {
+            Err(unused())
+        }
+        fn write_at(&self, _: GuestOffset, _: &[u8]) -> CoreResult<()> {
+            Err(unused())
+        }
+        fn write_zeroes(&self, _: GuestRange, _: ZeroMode) -> CoreResult<()> {
+            Err(unused())
+        }
+        fn discard(&self, _: GuestRange) -> CoreResult<()> {
+            Err(unused())
+        }
+        fn flush(&self) -> CoreResult<()> {
+            Err(unused())
+        }
+        fn resize(&self, _: u64) -> CoreResult<()> {
+            Err(unused())
+        }
+    }
+
+    fn unused() -> CoreError {
+        CoreError::new(qcow2_core::ErrorKind::Unsupported, "a map asks for extents only")
+    }
+
+    fn data(host: u64) -> ExtentState {
+        ExtentState::Data { host: Some(HostOffset::new(host)) }
+    }
+
+    fn layer(
+        size: u64,
+        runs: &[(u64, ExtentState)],
+        backing: Option<Arc<dyn GuestDisk>>,
+    ) -> Arc<dyn GuestDisk> {
+        Arc::new(Runs { size, runs: runs.to_vec(), backing })
+    }
+
+    /// Runs as `start+len depth flags @host`, flags being the first letters of present, zero, data, compressed.
+    fn lines(disk: &Arc<dyn GuestDisk>, options: MapOptions) -> Vec<String> {
+        let mut lines = Vec::new();
+        let mut visit = |e: &MapExtent| {
+            let flags: String = [(e.present, 'p'), (e.zero, 'z'), (e.data, 'd'), (e.compressed, 'c')]
+                .iter()
+                .filter(|(set, _)| *set)
+                .map(|(_, letter)| letter)
+                .collect();
+            let host = e.host.map(|h| format!(" @{}", h.value())).unwrap_or_default();
+            lines.push(format!("{}+{} {} {flags}{host}", e.start, e.len, e.depth));
+            ControlFlow::Continue(())
+        };
+        map(disk, &options, &mut visit).unwrap();
+        lines
+    }
+
+    #[test]
+    fn joins_what_goes_on() {
+        let runs = [(512, data(4096)), (512, data(4608)), (512, data(4096)), (512, ExtentState::Compressed)];
+        let disk = layer(4096, &runs, None);
+        let expected = ["0+1024 0 pd @4096", "1024+512 0 pd @4096", "1536+512 0 pdc", "2048+2048 0 z"];
+        assert_eq!(lines(&disk, MapOptions::new()), expected);
+    }
+
+    #[test]
+    fn shorter_layers_below() {
+        let raw = layer(
+            1000,
+            &[(512, data(0)), (488, ExtentState::Zero { host: Some(HostOffset::new(512)) })],
+            None,
+        );
+        let middle = layer(
+            2048,
+            &[(256, ExtentState::Unallocated), (128, ExtentState::Zero { host: None })],
+            Some(raw),
+        );
+        let top = layer(4096, &[], Some(middle));
+        let expected = [
+            "0+256 2 pd @0",
+            "256+128 1 pz",
+            "384+128 2 pd @384",
+            "512+512 2 pz @512",
+            "1024+1024 1 z",
+            "2048+2048 0 z",
+        ];
+        assert_eq!(lines(&top, MapOptions::new()), expected);
+    }
+
+    #[test]
+    fn parts_and_ends() {
+        let raw = layer(3, &[(3, data(0))], None);
+        assert_eq!(lines(&raw, MapOptions::new()), ["0+3 0 pd @0", "3+509 0 pz @3"]);
+        let part = |start, len| lines(&raw, MapOptions { start, len });
+        assert_eq!(part(1, Some(1)), ["1+1 0 pd @1"]);
+        assert_eq!(part(1, Some(0)), ["1+0 0 "]);
+        assert_eq!(part(512, None), ["512+0 0 "]);
+        assert_eq!(part(9999, Some(u64::MAX)), ["9999+0 0 "]);
+        assert_eq!(lines(&layer(0, &[], None), MapOptions::new()), ["0+0 0 "]);
+    }
+
+    #[test]
+    fn the_visitor_may_stop() {
+        let disk = layer(2048, &[(512, data(0)), (512, ExtentState::Compressed)], None);
+        let mut seen = 0;
+        let mut visit = |_: &MapExtent| {
+            seen += 1;
+            ControlFlow::Break(())
+        };
+        map(&disk, &MapOptions::new(), &mut visit).unwrap();
+        assert_eq!(seen, 1);
+    }
+
+    #[test]
+    fn counts_refcounts_of_any_width() {
+        let width = |order| RefcountWidth::from_order(order).unwrap();
+        let block = [0x00, 0x01, 0x00, 0x00, 0x00, 0x00, 0x00, 0x02, 0xff, 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(count_refcounts(&block, width(4), 8), 3);
+        assert_eq!(count_refcounts(&block, width(4), 4), 2);
+        assert_eq!(count_refcounts(&block, width(0), 128), 10);
+        assert_eq!(count_refcounts(&block, width(6), 2), 2);
+    }
+}

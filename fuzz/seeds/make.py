@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Writes the seeds of the parsing targets, from images that qemu-img makes. Usage: fuzz/seeds/make.py"""
+
+import pathlib
+import struct
+import subprocess
+import tempfile
+
+HERE = pathlib.Path(__file__).parent
+OPTIONS = {
+    "plain": "",
+    "v2": "-o compat=0.10",
+    "cluster512": "-o cluster_size=512",
+    "extended": "-o extended_l2=on",
+    "zstd": "-o compression_type=zstd",
+    "lazy": "-o lazy_refcounts=on,refcount_bits=1",
+    "backing": "-b base.raw -F raw",
+    "data_file": "-o data_file=data.raw,data_file_raw=on",
+    "luks": "--object secret,id=s,data=abc -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+}
+
+
+def run(folder, command):
+    subprocess.run(command, shell=True, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+def word(image, at):
+    return struct.unpack_from(">Q", image, at)[0]
+
+
+def save(target, name, data):
+    folder = HERE / target
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(data)
+
+
+def tables(image, name):
+    """The tables of an image, each behind the two bytes that choose a geometry."""
+    bits = struct.unpack_from(">I", image, 20)[0]
+    extended = word(image, 72) >> 4 & 1 if image[7] == 3 else 0
+    order = struct.unpack_from(">I", image, 96)[0] if image[7] == 3 else 4
+    shape = bytes([bits - 9, extended | order << 5])
+    l1 = word(image, 40)
+    l2 = word(image, l1) & 0xFFFFFFFFFFFE00
+    save("parse_tables", name + "_l1", shape + image[l1 : l1 + 8])
+    save("parse_tables", name + "_l2", shape + image[l2 : l2 + 128])
+    block = word(image, word(image, 48))
+    save("parse_tables", name + "_refcounts", shape + image[block : block + 32])
+    return shape
+
+
+with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "i.qcow2"
+    run(folder, "qemu-img create -q -f raw base.raw 1M")
+    for name, options in OPTIONS.items():
+        path.unlink(missing_ok=True)
+        run(folder, f"qemu-img create -q -f qcow2 {options} i.qcow2 1M")
+        save("parse_header", name, path.read_bytes()[:4096].rstrip(b"\0")[:600])
+        if name == "luks":
+            image = path.read_bytes()
+            area = image.index(b"LUKS\xba\xbe")
+            save("parse_tables", "luks", bytes([7, 0x80]) + image[area : area + 592])
+        if name in ("plain", "extended", "cluster512"):
+            run(folder, "qemu-io -c 'write 0 64k' -c 'write -z 128k 64k' -c 'write 196k 2k' i.qcow2")
+            run(folder, "qemu-io -c 'write -c 256k 64k' i.qcow2")
+            tables(path.read_bytes(), name)
+        if name == "plain":
+            run(folder, "qemu-img snapshot -c first i.qcow2")
+            run(folder, "qemu-img snapshot -c second i.qcow2")
+            run(folder, "qemu-img bitmap --add i.qcow2 b0")
+            run(folder, "qemu-img bitmap --add -g 512 i.qcow2 b1")
+            image = path.read_bytes()
+            save("parse_header", "bitmaps", image[:600])
+            at = word(image, 64)
+            save("parse_tables", "snapshots", bytes([7, 0x80]) + image[at : at + 152])
+            at = image.index(struct.pack(">I", 0x23852875)) + 8
+            size, at = word(image, at + 8), word(image, at + 16)
+            save("parse_tables", "bitmaps", bytes([7, 0x80]) + image[at : at + size])
