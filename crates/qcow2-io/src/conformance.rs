@@ -20,7 +20,10 @@ pub type Make<'a> = &'a dyn Fn() -> Arc<dyn Storage>;
 /// What a case found wrong.
 type Case = Result<(), String>;
 
-const CASES: &[(&str, fn(&dyn Storage) -> Case)] = &[
+/// What a case shows, and how.
+type NamedCase = (&'static str, fn(&dyn Storage) -> Case);
+
+const CASES: &[NamedCase] = &[
     ("an empty storage has no bytes", empty),
     ("reads stop at the end", reads_stop_at_the_end),
     ("gaps read as zeroes", gaps_read_as_zeroes),
@@ -367,10 +370,7 @@ fn concurrent_zeroes(storage: &dyn Storage) -> Case {
 fn run_threads(worker: &(dyn Fn(usize) -> Case + Sync)) -> Case {
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..THREAD_COUNT).map(|thread| scope.spawn(move || worker(thread))).collect();
-        threads
-            .into_iter()
-            .map(|t| t.join().unwrap_or_else(|_| Err("a thread panicked".to_owned())))
-            .collect()
+        threads.into_iter().try_for_each(|t| t.join().unwrap_or_else(|_| Err("a thread panicked".to_owned())))
     })
 }
 

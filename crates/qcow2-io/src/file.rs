@@ -52,8 +52,9 @@ impl FileStorage {
 
     /// Takes over an open file; `direct` where it was opened to bypass the page cache.
     pub(crate) fn with_direct(file: File, writable: bool, direct: Option<DirectIo>) -> io::Result<Self> {
-        let regular = file_kind(&file)? != FileKind::BlockDevice;
-        let len = if regular { file.metadata()?.len() } else { sys::device_len(&file)? };
+        let data = file.metadata()?;
+        let regular = file_kind(&data) != FileKind::BlockDevice;
+        let len = if regular { data.len() } else { sys::device_len(&file)? };
         Ok(Self {
             file,
             writable,
@@ -90,6 +91,10 @@ impl FileStorage {
     /// Whether this is a regular file (otherwise a block device).
     pub fn is_regular(&self) -> bool {
         self.regular
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     fn length(&self) -> u64 {

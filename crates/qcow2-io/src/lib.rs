@@ -3,6 +3,8 @@
 //! | need | adapter |
 //! |---|---|
 //! | an image in a file or on a block device | [`OpenFile`], which makes a [`FileStorage`] |
+//! | the file a user named, its format, and a way to the files it names | [`open_source`] |
+//! | the files an image names, within a policy | [`FileResolver`] |
 //! | an image in memory, for tests and tools | [`MemoryStorage`] |
 //! | fewer or more flushes than the caller asks for | [`CacheMode`], [`NoFlush`], [`FlushEachWrite`] |
 //! | to know which calls reach a storage | [`TraceStorage`] |
@@ -16,8 +18,11 @@ mod direct;
 mod error;
 mod file;
 mod layer;
+mod lock;
 mod memory;
 mod open;
+mod probe;
+mod resolve;
 mod space;
 mod sys;
 
@@ -26,5 +31,8 @@ pub use file::FileStorage;
 pub use layer::{
     CacheMode, FlushEachWrite, LimitStorage, NoFlush, StorageCall, StorageCounts, StorageEvent, TraceStorage,
 };
+pub use lock::{LockConflict, Locking, Permission};
 pub use memory::MemoryStorage;
 pub use open::{Create, OpenError, OpenErrorKind, OpenFile};
+pub use probe::{format_from_name, probe_format};
+pub use resolve::{FileResolver, Policy, SourceError, SourceOptions, open_source};

@@ -4,10 +4,11 @@ use crate::direct::DirectIo;
 use crate::error::OsError;
 use crate::file::FileStorage;
 use crate::layer::CacheMode;
+use crate::lock::{LockConflict, LockError, Locking, lock_image};
 use crate::sys;
 use qcow2_core::Storage;
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,7 +43,7 @@ pub enum Create {
 /// # std::fs::remove_file(&path)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct OpenFile {
     /// Open for writing too.
@@ -53,6 +54,23 @@ pub struct OpenFile {
     pub allow_devices: bool,
     /// Whether the page cache is used, and when changes are made durable.
     pub cache: CacheMode,
+    /// Whether other programs are kept from changing the image meanwhile.
+    pub locking: Locking,
+    /// Whether a symbolic link is followed where the name ends (Linux; elsewhere links always are).
+    pub follow_links: bool,
+}
+
+impl Default for OpenFile {
+    fn default() -> Self {
+        Self {
+            writable: false,
+            create: Create::Never,
+            allow_devices: false,
+            cache: CacheMode::default(),
+            locking: Locking::default(),
+            follow_links: true,
+        }
+    }
 }
 
 impl OpenFile {
@@ -80,6 +98,13 @@ impl OpenFile {
         self
     }
 
+    /// These options with another way to lock.
+    #[must_use]
+    pub fn with_locking(mut self, locking: Locking) -> Self {
+        self.locking = locking;
+        self
+    }
+
     /// Opens `path`. Never waits for another program: a pipe is refused, not opened.
     pub fn open(&self, path: &Path) -> Result<Arc<dyn Storage>, OpenError> {
         Ok(self.cache.wrap(Arc::new(self.open_file(path)?)))
@@ -88,14 +113,20 @@ impl OpenFile {
     /// Opens `path` as the file adapter itself, for callers that need its identity. It bypasses the page cache where
     /// the cache mode says so; the mode's way to flush is left to [`CacheMode::wrap`].
     pub fn open_file(&self, path: &Path) -> Result<FileStorage, OpenError> {
-        let fail = |error| OpenError::system(path, error);
-        let file = self.options().open(path).map_err(fail)?;
-        let kind = file_kind(&file).map_err(fail)?;
-        match kind {
-            FileKind::Regular => {}
-            FileKind::BlockDevice if self.allow_devices => {}
-            _ => return Err(OpenError::new(OpenErrorKind::NotRegular, path)),
+        let fail = |error: io::Error| {
+            if !self.follow_links && sys::is_link_refusal(&error) {
+                return OpenError::new(OpenErrorKind::NotRegular, path);
+            }
+            OpenError::system(path, error)
+        };
+        // Opening alone may do something to a device, so look before, and again at what was really opened.
+        let seen = if self.follow_links { path.metadata() } else { path.symlink_metadata() };
+        if let Ok(data) = seen {
+            self.allow(&data, path)?;
         }
+        let file = self.options().open(path).map_err(fail)?;
+        let kind = self.allow(&file.metadata().map_err(fail)?, path)?;
+        lock(&file, path, self)?;
         let direct = match self.cache.is_direct() {
             true => Some(DirectIo::new(sys::direct_alignment(&file).map_err(fail)?)),
             false => None,
@@ -105,6 +136,22 @@ impl OpenFile {
             storage.set_len(0).map_err(|error| OpenError::system(path, os_io(error.os_code())))?;
         }
         Ok(storage)
+    }
+
+    /// What kind of thing `data` is about, unless that kind is refused.
+    fn allow(&self, data: &Metadata, path: &Path) -> Result<FileKind, OpenError> {
+        match file_kind(data) {
+            FileKind::Other => Err(OpenError::new(OpenErrorKind::NotRegular, path)),
+            FileKind::BlockDevice if !self.allow_devices => {
+                Err(OpenError::new(OpenErrorKind::NotRegular, path))
+            }
+            kind => Ok(kind),
+        }
+    }
+
+    /// Locks a file that was opened without locks, as these options say.
+    pub(crate) fn lock_file(&self, storage: &FileStorage, path: &Path) -> Result<(), OpenError> {
+        lock(storage.file(), path, self)
     }
 
     fn options(&self) -> OpenOptions {
@@ -121,9 +168,21 @@ impl OpenFile {
                 }
             }
         }
-        sys::set_open_flags(&mut options, self.cache.is_direct());
+        sys::set_open_flags(&mut options, self.cache.is_direct(), self.follow_links);
         options
     }
+}
+
+/// Locks `file` as `options` say.
+fn lock(file: &File, path: &Path, options: &OpenFile) -> Result<(), OpenError> {
+    lock_image(file, options.locking, options.writable).map_err(|error| match error {
+        LockError::System(error) => OpenError::system(path, error),
+        LockError::Conflict(conflict) => OpenError {
+            kind: OpenErrorKind::Locked,
+            path: path.to_owned(),
+            cause: Some(Cause::Lock(conflict)),
+        },
+    })
 }
 
 fn os_io(code: Option<i32>) -> io::Error {
@@ -138,13 +197,12 @@ pub(crate) enum FileKind {
     Other,
 }
 
-pub(crate) fn file_kind(file: &File) -> io::Result<FileKind> {
-    let file_type = file.metadata()?.file_type();
+pub(crate) fn file_kind(data: &Metadata) -> FileKind {
     #[cfg(unix)]
-    if std::os::unix::fs::FileTypeExt::is_block_device(&file_type) {
-        return Ok(FileKind::BlockDevice);
+    if std::os::unix::fs::FileTypeExt::is_block_device(&data.file_type()) {
+        return FileKind::BlockDevice;
     }
-    Ok(if file_type.is_file() { FileKind::Regular } else { FileKind::Other })
+    if data.is_file() { FileKind::Regular } else { FileKind::Other }
 }
 
 /// Why a file was not opened.
@@ -159,6 +217,8 @@ pub enum OpenErrorKind {
     Denied,
     /// Neither a regular file nor an allowed device: a directory, a pipe, a socket.
     NotRegular,
+    /// Another program uses the image.
+    Locked,
     /// Any other answer of the system.
     System,
 }
@@ -168,12 +228,18 @@ pub enum OpenErrorKind {
 pub struct OpenError {
     kind: OpenErrorKind,
     path: PathBuf,
-    source: Option<OsError>,
+    cause: Option<Cause>,
+}
+
+#[derive(Debug)]
+enum Cause {
+    System(OsError),
+    Lock(LockConflict),
 }
 
 impl OpenError {
     pub(crate) fn new(kind: OpenErrorKind, path: &Path) -> Self {
-        Self { kind, path: path.to_owned(), source: None }
+        Self { kind, path: path.to_owned(), cause: None }
     }
 
     pub(crate) fn system(path: &Path, error: io::Error) -> Self {
@@ -183,7 +249,7 @@ impl OpenError {
             io::ErrorKind::PermissionDenied => OpenErrorKind::Denied,
             _ => OpenErrorKind::System,
         };
-        Self { kind, path: path.to_owned(), source: Some(OsError::new(error)) }
+        Self { kind, path: path.to_owned(), cause: Some(Cause::System(OsError::new(error))) }
     }
 
     /// What kind of trouble it was.
@@ -198,24 +264,54 @@ impl OpenError {
 
     /// The operating system's error number, where there was one.
     pub fn os_code(&self) -> Option<i32> {
-        self.source.as_ref().and_then(OsError::code)
+        match &self.cause {
+            Some(Cause::System(error)) => error.code(),
+            _ => None,
+        }
+    }
+
+    /// Which lock was not to be had, for [`OpenErrorKind::Locked`].
+    pub fn lock_conflict(&self) -> Option<LockConflict> {
+        match self.cause {
+            Some(Cause::Lock(conflict)) => Some(conflict),
+            _ => None,
+        }
     }
 
     /// The reason alone, for example "No such file or directory".
     pub fn reason(&self) -> String {
-        match (&self.source, self.kind) {
-            (Some(source), _) => source.to_string(),
-            (None, OpenErrorKind::NotRegular) => {
-                format!("'file' driver requires '{}' to be a regular file", self.path.display())
+        match &self.cause {
+            Some(Cause::System(error)) => error.to_string(),
+            Some(Cause::Lock(conflict)) => conflict.to_string(),
+            None => format!("'file' driver requires '{}' to be a regular file", self.path.display()),
+        }
+    }
+
+    /// The whole in QEMU's words, for programs that stand in for its tools: two lines for a lock, one for the rest.
+    ///
+    /// ```
+    /// use qcow2_io::OpenFile;
+    /// use std::path::Path;
+    ///
+    /// let error = OpenFile::read_only().open(Path::new("nofile")).err().ok_or("it exists")?;
+    /// assert_eq!(error.qemu_message(), "Could not open 'nofile': No such file or directory");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn qemu_message(&self) -> String {
+        let path = self.path.display();
+        match &self.cause {
+            Some(Cause::System(error)) => format!("Could not open '{path}': {error}"),
+            Some(Cause::Lock(conflict)) => {
+                format!("{conflict}\nIs another process using the image [{path}]?")
             }
-            (None, _) => "unknown".to_owned(),
+            None => self.reason(),
         }
     }
 }
 
 impl fmt::Display for OpenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.source {
+        match self.cause {
             Some(_) => write!(f, "could not open '{}'", self.path.display()),
             None => f.write_str(&self.reason()),
         }
@@ -224,7 +320,10 @@ impl fmt::Display for OpenError {
 
 impl std::error::Error for OpenError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source.as_ref().map(|source| source as _)
+        self.cause.as_ref().map(|cause| match cause {
+            Cause::System(error) => error as _,
+            Cause::Lock(conflict) => conflict as _,
+        })
     }
 }
 

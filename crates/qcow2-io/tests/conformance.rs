@@ -1,4 +1,5 @@
 //! Every storage of this crate passes the suite.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use qcow2_core::Storage;
 use qcow2_io::{CacheMode, Create, LimitStorage, MemoryStorage, OpenFile, TraceStorage, conformance};

@@ -110,11 +110,18 @@ pub(crate) fn device_len(file: &File) -> io::Result<u64> {
     Ok(seek(file, SeekFrom::End(0))?)
 }
 
-/// Makes opening a pipe return at once, so that it can be looked at and refused (regular files do not care), and
-/// bypasses the page cache where wanted.
-pub(crate) fn set_open_flags(options: &mut OpenOptions, direct: bool) {
-    let flags = if direct { OFlags::NONBLOCK | OFlags::DIRECT } else { OFlags::NONBLOCK };
+/// Makes opening a pipe return at once, so that it can be looked at and refused (regular files do not care); bypasses
+/// the page cache and refuses a symbolic link where wanted.
+pub(crate) fn set_open_flags(options: &mut OpenOptions, direct: bool, follow_links: bool) {
+    let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    flags.set(OFlags::DIRECT, direct);
+    flags.set(OFlags::NOFOLLOW, !follow_links);
     options.custom_flags(flags.bits() as i32);
+}
+
+/// Whether opening failed because the name is a symbolic link that was not to be followed.
+pub(crate) fn is_link_refusal(error: &io::Error) -> bool {
+    Errno::from_io_error(error) == Some(Errno::LOOP)
 }
 
 /// What a file that bypasses the page cache wants: what the kernel says (6.1 and later), else a device's logical
@@ -138,4 +145,50 @@ pub(crate) fn direct_alignment(file: &File) -> io::Result<Alignment> {
         _ => SAFE,
     };
     Ok(Alignment { block: block.max(512), memory: SAFE })
+}
+
+/// Takes a shared lock on one byte, held until every copy of this opening is closed. Shared locks never wait for each
+/// other, and nobody takes exclusive ones.
+pub(crate) fn lock_byte(file: &File, byte: u64) -> io::Result<()> {
+    let mut lock = lock_request(libc::F_RDLCK, byte);
+    byte_lock_call(file, libc::F_OFD_SETLK, &mut lock)
+}
+
+/// Whether another opening holds a lock on this byte.
+pub(crate) fn is_byte_locked(file: &File, byte: u64) -> io::Result<bool> {
+    let mut lock = lock_request(libc::F_WRLCK, byte);
+    byte_lock_call(file, libc::F_OFD_GETLK, &mut lock)?;
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+fn lock_request(kind: libc::c_int, byte: u64) -> libc::flock64 {
+    libc::flock64 {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte as libc::off64_t,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+/// One lock call on the open file description. The 64-bit structure is what `F_OFD_*` takes on every architecture.
+#[allow(unsafe_code)]
+fn byte_lock_call(file: &File, command: libc::c_int, lock: &mut libc::flock64) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    loop {
+        // SAFETY: the descriptor is open for as long as `file` is borrowed; `lock` is a valid, exclusively borrowed
+        // structure of the type that both commands read and F_OFD_GETLK writes.
+        let result = unsafe { libc::fcntl(file.as_raw_fd(), command, lock as *mut libc::flock64) };
+        if result != -1 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::EINTR) => {}
+            Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP) => {
+                return Err(Errno::OPNOTSUPP.into());
+            }
+            _ => return Err(error),
+        }
+    }
 }

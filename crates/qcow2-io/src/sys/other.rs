@@ -62,9 +62,24 @@ pub(crate) fn device_len(file: &File) -> io::Result<u64> {
 }
 
 /// Not known here: a pipe makes the caller wait.
-pub(crate) fn set_open_flags(_options: &mut std::fs::OpenOptions, _direct: bool) {}
+pub(crate) fn set_open_flags(_options: &mut std::fs::OpenOptions, _direct: bool, _follow_links: bool) {}
+
+/// Links are followed here.
+pub(crate) fn is_link_refusal(_error: &io::Error) -> bool {
+    false
+}
 
 /// The page cache cannot be bypassed here.
 pub(crate) fn direct_alignment(_file: &File) -> io::Result<crate::direct::Alignment> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Not known here.
+pub(crate) fn lock_byte(_file: &File, _byte: u64) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Not known here.
+pub(crate) fn is_byte_locked(_file: &File, _byte: u64) -> io::Result<bool> {
     Err(io::ErrorKind::Unsupported.into())
 }

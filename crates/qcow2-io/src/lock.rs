@@ -1,0 +1,187 @@
+//! Image locks that QEMU's programs respect and that respect theirs.
+//!
+//! Each program holds one-byte locks on the image file: byte 100 + p says "I use permission p", byte 200 + p says "I do
+//! not let others use permission p". All of them are held shared, so that any number of programs can hold the same
+//! byte; who wants permission p looks whether anybody holds byte 200 + p, and who does not want to share p looks
+//! whether anybody holds byte 100 + p. The locks belong to the open file (Linux open file description locks), so two
+//! openings in one process keep out each other too, and closing lets go.
+//!
+//! | opened | uses | does not share |
+//! |---|---|---|
+//! | for reading | consistent read | write, resize |
+//! | for writing | consistent read, write, resize | write, resize |
+//! | for reading, [`Locking::Shared`] | consistent read | nothing |
+//! | for writing, [`Locking::Shared`] | consistent read, write | nothing |
+//!
+//! Systems and file systems without such locks go without, as QEMU does.
+
+use crate::sys;
+use std::fmt;
+use std::fs::File;
+use std::io;
+
+/// Whether an image is locked while it is open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Locking {
+    /// As QEMU's tools do for what a user names: raw disks are [`Shared`](Self::Shared), all other images have
+    /// [`NoOtherWriters`](Self::NoOtherWriters). Where the format is not known that means no other writers.
+    #[default]
+    Auto,
+    /// Nobody else writes while it is open: readers share with readers, a writer is the only one.
+    NoOtherWriters,
+    /// Says what is used and keeps nobody out: for raw disks, whose users arrange themselves, and for a look at an image
+    /// that another program may be writing to (`-U`), which may be inconsistent.
+    Shared,
+    /// No locks at all: for files that are no images, or whose lock is held elsewhere in the program.
+    Off,
+}
+
+/// What a program may want to do with an image; the number is the byte's distance from 100 or 200.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Permission {
+    /// Reads that see a consistent image.
+    ConsistentRead = 0,
+    /// Writes.
+    Write = 1,
+    /// Writes that do not change what is read.
+    WriteUnchanged = 2,
+    /// Changes of the length.
+    Resize = 3,
+}
+
+impl Permission {
+    const ALL: [Self; 4] = [Self::ConsistentRead, Self::Write, Self::WriteUnchanged, Self::Resize];
+
+    /// QEMU's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ConsistentRead => "consistent read",
+            Self::Write => "write",
+            Self::WriteUnchanged => "write unchanged",
+            Self::Resize => "resize",
+        }
+    }
+
+    fn used_byte(self) -> u64 {
+        100 + self as u64
+    }
+
+    fn unshared_byte(self) -> u64 {
+        200 + self as u64
+    }
+}
+
+/// Another program is in the way. `Display` is QEMU's text: `Failed to get "write" lock`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LockConflict {
+    permission: Permission,
+    shared: bool,
+}
+
+impl LockConflict {
+    /// What was wanted, or was to be kept from others.
+    pub fn permission(&self) -> Permission {
+        self.permission
+    }
+
+    /// `false`: another program does not share the permission wanted here. `true`: another program uses a permission
+    /// that is not to be shared here.
+    pub fn is_shared(&self) -> bool {
+        self.shared
+    }
+}
+
+impl fmt::Display for LockConflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shared = if self.shared { "shared " } else { "" };
+        write!(f, "Failed to get {shared}\"{}\" lock", self.permission.name())
+    }
+}
+
+impl std::error::Error for LockConflict {}
+
+/// Why no lock was taken.
+#[derive(Debug)]
+pub(crate) enum LockError {
+    Conflict(LockConflict),
+    System(io::Error),
+}
+
+/// Locks `file` as `locking` says, until it is closed. On failure some bytes may stay locked: close the file.
+pub(crate) fn lock_image(file: &File, locking: Locking, writable: bool) -> Result<(), LockError> {
+    use Permission::{ConsistentRead, Resize, Write};
+    let (uses, unshared): (&[Permission], &[Permission]) = match (locking, writable) {
+        (Locking::Off, _) => return Ok(()),
+        (Locking::Shared, false) => (&[ConsistentRead], &[]),
+        (Locking::Shared, true) => (&[ConsistentRead, Write], &[]),
+        (Locking::Auto | Locking::NoOtherWriters, false) => (&[ConsistentRead], &[Write, Resize]),
+        (Locking::Auto | Locking::NoOtherWriters, true) => {
+            (&[ConsistentRead, Write, Resize], &[Write, Resize])
+        }
+    };
+    match take(file, uses, unshared) {
+        Err(LockError::System(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+        other => other,
+    }
+}
+
+/// Takes all bytes first and looks second: of two programs that start at once, at least one sees the other.
+fn take(file: &File, uses: &[Permission], unshared: &[Permission]) -> Result<(), LockError> {
+    let bytes = uses.iter().map(|p| p.used_byte()).chain(unshared.iter().map(|p| p.unshared_byte()));
+    for byte in bytes {
+        sys::lock_byte(file, byte).map_err(LockError::System)?;
+    }
+    for permission in Permission::ALL {
+        let held = |byte| sys::is_byte_locked(file, byte).map_err(LockError::System);
+        if uses.contains(&permission) && held(permission.unshared_byte())? {
+            return Err(LockError::Conflict(LockConflict { permission, shared: false }));
+        }
+        if unshared.contains(&permission) && held(permission.used_byte())? {
+            return Err(LockError::Conflict(LockConflict { permission, shared: true }));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+mod tests {
+    use super::*;
+
+    /// What the second opener is told, if anything, while the first is there.
+    fn second(first: (Locking, bool), second: (Locking, bool)) -> Option<String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let one = file.reopen().unwrap();
+        lock_image(&one, first.0, first.1).unwrap();
+        let result = lock_image(&file.reopen().unwrap(), second.0, second.1);
+        let text = match result {
+            Ok(()) => None,
+            Err(LockError::Conflict(conflict)) => Some(conflict.to_string()),
+            Err(LockError::System(error)) => panic!("{error}"),
+        };
+        drop(one);
+        lock_image(&file.reopen().unwrap(), Locking::Auto, true).unwrap();
+        text
+    }
+
+    const READ: (Locking, bool) = (Locking::Auto, false);
+    const WRITE: (Locking, bool) = (Locking::Auto, true);
+    const FORCE: (Locking, bool) = (Locking::Shared, false);
+    const WRITE_RAW: (Locking, bool) = (Locking::Shared, true);
+
+    #[test]
+    fn readers_share_and_writers_are_alone() {
+        assert_eq!(second(READ, READ), None);
+        assert_eq!(second(WRITE, FORCE), None);
+        assert_eq!(second(FORCE, WRITE), None);
+        assert_eq!(second(WRITE_RAW, WRITE_RAW), None);
+        assert_eq!(second(READ, WRITE_RAW).as_deref(), Some("Failed to get \"write\" lock"));
+        assert_eq!(second(WRITE_RAW, READ).as_deref(), Some("Failed to get shared \"write\" lock"));
+        assert_eq!(second(WRITE, (Locking::Off, true)), None);
+        assert_eq!(second(WRITE, WRITE).as_deref(), Some("Failed to get \"write\" lock"));
+        assert_eq!(second(READ, WRITE).as_deref(), Some("Failed to get \"write\" lock"));
+        assert_eq!(second(WRITE, READ).as_deref(), Some("Failed to get shared \"write\" lock"));
+    }
+}

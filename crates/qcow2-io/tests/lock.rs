@@ -1,0 +1,188 @@
+//! The image locks, with qemu-io as the other program.
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use qcow2_core::ImageFormat;
+use qcow2_io::{Create, Locking, OpenError, OpenErrorKind, OpenFile, SourceOptions, open_source};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// One test at a time: a process that another test is just starting holds a copy of every open file for a moment, and
+/// its locks.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An empty qcow2 image; `None`, with a word on why, where there is no qemu-io.
+fn image() -> Option<(tempfile::TempDir, PathBuf)> {
+    if Command::new("qemu-io").arg("-V").output().is_err() {
+        println!("skipped: qemu-io not found");
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.qcow2");
+    let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&path).arg("1M").status();
+    assert!(made.unwrap().success());
+    Some((dir, path))
+}
+
+/// What qemu-io says when it opens the image, with all its options.
+fn qemu_io(path: &Path, options: &[&str]) -> Result<(), String> {
+    let output =
+        Command::new("qemu-io").args(["-c", "read -q 0 512"]).args(options).arg(path).output().unwrap();
+    if output.status.success() { Ok(()) } else { Err(String::from_utf8(output.stderr).unwrap()) }
+}
+
+/// A qemu-io that has the image open until it is dropped.
+struct Holder(Child);
+
+impl Holder {
+    fn new(path: &Path, options: &[&str]) -> Self {
+        let mut child = Command::new("qemu-io")
+            .args(options)
+            .arg(path)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
+        // It answers once the image is open, and keeps it open until its input ends.
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert!(line.contains("iB"), "{line}");
+        Self(child)
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+fn refused(options: &OpenFile, path: &Path) -> OpenError {
+    let error = options.open(path).map(|_| ()).unwrap_err();
+    assert_eq!(error.kind(), OpenErrorKind::Locked);
+    error
+}
+
+/// The text that the tools print after "can't open device NAME: ", from ours and from theirs.
+fn expected(path: &Path, lock: &str) -> String {
+    format!("Failed to get {lock} lock\nIs another process using the image [{}]?", path.display())
+}
+
+#[test]
+fn qemu_respects_our_locks() {
+    let _alone = alone();
+    let Some((_dir, path)) = image() else { return };
+    let writer = OpenFile::writable().open(&path).unwrap();
+    let device = path.display();
+    let theirs = |lock| Err(format!("qemu-io: can't open device {device}: {}\n", expected(&path, lock)));
+    assert_eq!(qemu_io(&path, &[]), theirs("\"write\""));
+    assert_eq!(qemu_io(&path, &["-r"]), theirs("shared \"write\""));
+    assert_eq!(qemu_io(&path, &["-r", "-U"]), Ok(()));
+    drop(writer);
+    assert_eq!(qemu_io(&path, &[]), Ok(()));
+
+    let reader = OpenFile::read_only().open(&path).unwrap();
+    assert_eq!(qemu_io(&path, &[]), theirs("\"write\""));
+    assert_eq!(qemu_io(&path, &["-r"]), Ok(()));
+    drop(reader);
+
+    let forced = OpenFile::read_only().with_locking(Locking::Shared).open(&path).unwrap();
+    assert_eq!(qemu_io(&path, &[]), Ok(()));
+    drop(forced);
+    let unlocked = OpenFile::writable().with_locking(Locking::Off).open(&path).unwrap();
+    assert_eq!(qemu_io(&path, &[]), Ok(()));
+    drop(unlocked);
+}
+
+#[test]
+fn we_respect_the_locks_of_qemu() {
+    let _alone = alone();
+    let Some((_dir, path)) = image() else { return };
+    let holder = Holder::new(&path, &[]);
+    let error = refused(&OpenFile::writable(), &path);
+    assert_eq!(error.qemu_message(), expected(&path, "\"write\""));
+    let error = refused(&OpenFile::read_only(), &path);
+    assert_eq!(error.qemu_message(), expected(&path, "shared \"write\""));
+    OpenFile::read_only().with_locking(Locking::Shared).open(&path).unwrap();
+    OpenFile::writable().with_locking(Locking::Off).open(&path).unwrap();
+    drop(holder);
+    OpenFile::writable().open(&path).unwrap();
+
+    let holder = Holder::new(&path, &["-r"]);
+    let error = refused(&OpenFile::writable(), &path);
+    assert_eq!(error.qemu_message(), expected(&path, "\"write\""));
+    OpenFile::read_only().open(&path).unwrap();
+    drop(holder);
+
+    let holder = Holder::new(&path, &["-r", "-U"]);
+    OpenFile::writable().open(&path).unwrap();
+    drop(holder);
+}
+
+#[test]
+fn a_locked_file_is_not_emptied() {
+    let _alone = alone();
+    let Some((_dir, path)) = image() else { return };
+    let holder = Holder::new(&path, &[]);
+    let len = std::fs::metadata(&path).unwrap().len();
+    assert!(len > 0);
+    refused(&OpenFile::writable().with_create(Create::Truncate), &path);
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), len);
+    drop(holder);
+}
+
+/// The bytes of `path` that anybody has locked.
+fn locked_bytes(path: &Path) -> Vec<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let inode = format!(":{}", std::fs::metadata(path).unwrap().ino());
+    let mut bytes = Vec::new();
+    for line in std::fs::read_to_string("/proc/locks").unwrap().lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if words[1] == "OFDLCK" && words[5].ends_with(&inode) {
+            let (start, end): (u64, u64) = (words[6].parse().unwrap(), words[7].parse().unwrap());
+            bytes.extend(start..=end);
+        }
+    }
+    bytes.sort_unstable();
+    bytes
+}
+
+#[test]
+fn our_lock_bytes_are_those_of_qemu() {
+    let _alone = alone();
+    let Some((_dir, path)) = image() else { return };
+    let writable = OpenFile::writable;
+    let read_only = OpenFile::read_only;
+    let shared = || read_only().with_locking(Locking::Shared);
+    // Each: our options, theirs, and whether the image is taken as raw bytes.
+    let cases: [(OpenFile, &[&str], bool); 6] = [
+        (writable(), &[], false),
+        (read_only(), &["-r"], false),
+        (shared(), &["-r", "-U"], false),
+        (writable(), &["-f", "raw"], true),
+        (read_only(), &["-f", "raw", "-r"], true),
+        (shared(), &["-f", "raw", "-r", "-U"], true),
+    ];
+    for (file, theirs, raw) in cases {
+        let holder = Holder::new(&path, theirs);
+        let expected = locked_bytes(&path);
+        drop(holder);
+        assert!(!expected.is_empty());
+        let mut options = SourceOptions::new(file);
+        if raw {
+            options = options.with_format(ImageFormat::Raw);
+        }
+        let ours = open_source(&path, &options).unwrap();
+        assert_eq!(locked_bytes(&path), expected, "{theirs:?}");
+        drop(ours);
+        assert!(locked_bytes(&path).is_empty());
+    }
+}
