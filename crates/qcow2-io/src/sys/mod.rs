@@ -18,6 +18,7 @@ use std::io;
 
 /// What a run of a file holds, as the file system tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
 pub(crate) enum Run {
     /// Data from the asked offset up to this one (past the offset).
     DataUntil(u64),

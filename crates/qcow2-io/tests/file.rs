@@ -1,0 +1,206 @@
+//! What is particular to files: lengths on disk, holes, full file systems, block devices, flushes.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use qcow2_core::{HostOffset, Storage, StorageErrorKind, ZeroMode};
+use qcow2_io::{CacheMode, Create, OpenFile};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn at(offset: u64) -> HostOffset {
+    HostOffset::new(offset)
+}
+
+/// A directory on a real disk (not in memory).
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+fn create(path: &Path, mode: CacheMode) -> qcow2_io::FileStorage {
+    OpenFile::writable().with_create(Create::Truncate).with_cache(mode).open_file(path).unwrap()
+}
+
+#[test]
+fn the_length_on_disk_is_the_length_told() {
+    for mode in [CacheMode::Writeback, CacheMode::None] {
+        let dir = scratch();
+        let path = dir.path().join("disk");
+        let storage = create(&path, mode);
+        let told = |expected: u64| {
+            assert_eq!(storage.len().unwrap(), expected);
+            assert_eq!(std::fs::metadata(&path).unwrap().len(), expected, "{mode:?}");
+        };
+        storage.write_at(at(0), &[1; 1000]).unwrap();
+        told(1000);
+        storage.write_at(at(5000), &[2; 3]).unwrap();
+        told(5003);
+        storage.write_vectored_at(at(5003), &[&[3; 10], &[4; 100]]).unwrap();
+        told(5113);
+        storage.write_zeroes(at(5000), 1001, ZeroMode::KeepAllocated).unwrap();
+        told(6001);
+        storage.write_zeroes(at(9000), 1, ZeroMode::MayUnmap).unwrap();
+        told(9001);
+        storage.write_at(at(10), &[9; 1]).unwrap();
+        told(9001);
+        storage.set_len(77).unwrap();
+        told(77);
+    }
+}
+
+#[test]
+fn a_direct_file_says_what_it_wants() {
+    let dir = scratch();
+    let storage = create(&dir.path().join("disk"), CacheMode::None);
+    let alignment = storage.limits().alignment;
+    assert!((512..=65_536).contains(&alignment), "{alignment}");
+    assert_eq!(create(&dir.path().join("other"), CacheMode::Writeback).limits().alignment, 1);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn holes_cost_no_space_and_kept_zeroes_do() {
+    const MIB: u64 = 1 << 20;
+    let dir = scratch();
+    let storage = create(&dir.path().join("disk"), CacheMode::Writeback);
+    storage.set_len(64 * MIB).unwrap();
+    let used = || {
+        storage.flush().unwrap();
+        storage.used_bytes().unwrap().unwrap()
+    };
+    assert!(used() < MIB);
+    storage.write_zeroes(at(0), 8 * MIB, ZeroMode::MayUnmap).unwrap();
+    assert!(used() < MIB);
+    storage.write_zeroes(at(0), 8 * MIB, ZeroMode::KeepAllocated).unwrap();
+    assert!((8 * MIB..9 * MIB).contains(&used()));
+    storage.allocate(at(8 * MIB), 8 * MIB).unwrap();
+    assert!((16 * MIB..17 * MIB).contains(&used()));
+    storage.discard(at(0), 16 * MIB).unwrap();
+    assert!(used() < MIB);
+
+    storage.write_at(at(4 * MIB), &[1; 4096]).unwrap();
+    let first = storage.extent_at(at(0), 64 * MIB).unwrap();
+    assert_eq!((first.len, first.data), (4 * MIB, false));
+    let second = storage.extent_at(at(4 * MIB), 60 * MIB).unwrap();
+    assert!(second.data && second.len < MIB);
+    let last = storage.extent_at(at(32 * MIB), 32 * MIB).unwrap();
+    assert_eq!((last.len, last.data), (32 * MIB, false));
+}
+
+#[test]
+fn a_file_opened_for_reading_refuses_changes() {
+    let dir = scratch();
+    let path = dir.path().join("disk");
+    std::fs::write(&path, [1; 100]).unwrap();
+    let storage = OpenFile::read_only().open(&path).unwrap();
+    let results = [
+        storage.write_at(at(0), &[1]),
+        storage.write_vectored_at(at(0), &[&[1]]),
+        storage.write_zeroes(at(0), 1, ZeroMode::MayUnmap),
+        storage.discard(at(0), 1),
+        storage.allocate(at(0), 1),
+        storage.set_len(5),
+    ];
+    for result in results {
+        assert_eq!(result.unwrap_err().kind(), StorageErrorKind::ReadOnly);
+    }
+    storage.flush().unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), [1; 100]);
+}
+
+/// Runs a program; `false` where it is missing or fails (not root, no such module).
+fn run(program: &str, args: &[&str]) -> bool {
+    Command::new(program).args(args).output().is_ok_and(|output| output.status.success())
+}
+
+/// A small memory file system, unmounted at the end.
+struct Tmpfs(tempfile::TempDir);
+
+impl Tmpfs {
+    fn new(size: &str) -> Option<Self> {
+        let dir = scratch();
+        let place = dir.path().to_str().unwrap().to_owned();
+        let options = format!("size={size}");
+        run("mount", &["-t", "tmpfs", "-o", &options, "none", &place]).then_some(Self(dir))
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        run("umount", &[self.0.path().to_str().unwrap()]);
+    }
+}
+
+#[test]
+fn a_full_file_system_is_told_from_a_broken_one() {
+    let Some(tmpfs) = Tmpfs::new("1m") else {
+        println!("skipped: cannot mount a tmpfs");
+        return;
+    };
+    let storage = create(&tmpfs.0.path().join("disk"), CacheMode::Writeback);
+    let error = storage.write_at(at(0), &vec![1; 2 << 20]).unwrap_err();
+    assert_eq!((error.kind(), error.os_code()), (StorageErrorKind::NoSpace, Some(28)));
+    storage.discard(at(0), 2 << 20).unwrap();
+    let error = storage.allocate(at(0), 2 << 20).unwrap_err();
+    assert_eq!(error.kind(), StorageErrorKind::NoSpace);
+    let error = storage.write_zeroes(at(0), 2 << 20, ZeroMode::KeepAllocated).unwrap_err();
+    assert_eq!(error.kind(), StorageErrorKind::NoSpace);
+    storage.write_zeroes(at(0), 2 << 20, ZeroMode::MayUnmap).unwrap();
+    storage.write_at(at(0), &[1; 4096]).unwrap();
+}
+
+/// A loop device over a file, let go at the end.
+struct LoopDevice {
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl LoopDevice {
+    fn new(len: u64) -> Option<Self> {
+        let dir = scratch();
+        let file = dir.path().join("backing");
+        std::fs::write(&file, vec![0xAA; len as usize]).unwrap();
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(&file).output().ok()?;
+        let path = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
+        (output.status.success() && path.exists()).then_some(Self { path, _dir: dir })
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        run("losetup", &["-d", self.path.to_str().unwrap()]);
+    }
+}
+
+#[test]
+fn a_block_device_has_a_fixed_length() {
+    const LEN: u64 = 4 << 20;
+    let Some(device) = LoopDevice::new(LEN) else {
+        println!("skipped: cannot make a loop device");
+        return;
+    };
+    for mode in [CacheMode::Writeback, CacheMode::None] {
+        let storage = OpenFile::writable().with_cache(mode).open_file(&device.path).unwrap();
+        assert!(!storage.is_regular() && !storage.limits().growable);
+        assert_eq!(storage.len().unwrap(), LEN);
+        for (start, count) in [(0, 4096), (513, 1), (LEN - 100, 100), (65_536, 1 << 20), (1000, 100_000)] {
+            storage.write_at(at(0), &vec![7; LEN as usize]).unwrap();
+            for zero in [ZeroMode::KeepAllocated, ZeroMode::MayUnmap] {
+                storage.write_zeroes(at(start), count, zero).unwrap();
+                let mut back = vec![1; LEN as usize];
+                storage.read_at(at(0), &mut back).unwrap();
+                let wrong = back.iter().enumerate().find(|(i, byte)| {
+                    let inside = (start..start + count).contains(&(*i as u64));
+                    **byte != if inside { 0 } else { 7 }
+                });
+                assert_eq!(wrong, None, "{count} bytes at {start}, {zero:?}, {mode:?}");
+            }
+        }
+        assert_eq!(storage.write_at(at(LEN - 1), &[1, 2]).unwrap_err().kind(), StorageErrorKind::OutOfRange);
+        assert_eq!(storage.set_len(LEN / 2).unwrap_err().kind(), StorageErrorKind::Unsupported);
+        storage.set_len(LEN).unwrap();
+        storage.allocate(at(0), LEN).unwrap();
+        storage.discard(at(0), LEN * 2).unwrap();
+        storage.flush().unwrap();
+        let extent = storage.extent_at(at(0), LEN).unwrap();
+        assert_eq!(extent.len, LEN);
+    }
+}
