@@ -64,7 +64,7 @@ impl Meta {
 
     fn reserve(&self, want: u64, exact: bool) -> Result<Reserved> {
         let mut refcounts = lock(&self.refcounts);
-        let (first, count) = self.find_free(&mut refcounts, want.max(1), exact)?;
+        let (first, count, lowest) = self.find_free(&mut refcounts, want.max(1), exact)?;
         if first + count > MAX_HOST_END >> self.geometry.cluster_bits() {
             return Err(Error::new(
                 ErrorKind::NoSpace,
@@ -80,9 +80,7 @@ impl Meta {
         for cluster in first..first + count {
             self.set_refcount(&refcounts, cluster, 1)?;
         }
-        if first <= refcounts.first_free {
-            refcounts.first_free = first + count;
-        }
+        refcounts.first_free = if first == lowest { first + count } else { lowest };
         Ok(Reserved { offset, first, count, fresh })
     }
 
@@ -103,11 +101,11 @@ impl Meta {
         Ok(true)
     }
 
-    /// The first free run: exactly `want` clusters, or (not `exact`) the first free cluster and up to `want - 1` after it.
-    fn find_free(&self, refcounts: &mut Refcounts, want: u64, exact: bool) -> Result<(u64, u64)> {
+    /// The first free run and the first free cluster of all: exactly `want` clusters, or (not `exact`) the first free cluster and up to `want - 1` after it.
+    fn find_free(&self, refcounts: &mut Refcounts, want: u64, exact: bool) -> Result<(u64, u64, u64)> {
         let width = self.geometry.refcount_width();
         let mut at = refcounts.first_free;
-        let (mut first, mut count) = (at, 0);
+        let (mut first, mut count, mut lowest) = (at, 0, u64::MAX);
         loop {
             let Some(slot) = self.slot(refcounts, at)? else {
                 if count > 0 && !exact {
@@ -124,6 +122,7 @@ impl Meta {
                     if count == 0 {
                         first = at;
                     }
+                    lowest = lowest.min(at);
                     count += 1;
                 } else if count > 0 && !exact {
                     break;
@@ -136,7 +135,7 @@ impl Meta {
                 break;
             }
         }
-        Ok((first, count))
+        Ok((first, count, lowest))
     }
 
     /// The page that counts `cluster`, or `None` where there is no refcount block.

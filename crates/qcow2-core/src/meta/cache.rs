@@ -34,8 +34,9 @@ pub(crate) struct PageCache {
 }
 
 impl PageCache {
-    /// A cache of about `bytes` bytes in pages of `page_size`, a power of two of at least 512.
-    pub(crate) fn new(page_size: u64, bytes: u64) -> Self {
+    /// A cache of about `bytes` bytes in pages of `page_size`, a power of two of at least 512. `needed`: bytes of all
+    /// tables there can be; where they fit, changed pages need not be written to make room.
+    pub(crate) fn new(page_size: u64, bytes: u64, needed: u64) -> Self {
         let pages = (bytes / page_size).max(WAYS as u64);
         let set_count = (pages / WAYS as u64).clamp(1, MAX_SETS).next_power_of_two();
         let ways = pages.div_ceil(set_count).max(4) as usize;
@@ -47,7 +48,7 @@ impl PageCache {
             ways,
             dirty: Mutex::new(Vec::new()),
             dirty_count: AtomicUsize::new(0),
-            dirty_limit: (pages as usize / 2).max(4),
+            dirty_limit: if bytes >= needed { usize::MAX } else { (pages as usize * 3 / 4).max(4) },
         }
     }
 
