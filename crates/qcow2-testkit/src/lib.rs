@@ -15,3 +15,4 @@ pub mod pages;
 pub mod pattern;
 pub mod rng;
 pub mod storage;
+pub mod world;

@@ -34,7 +34,7 @@ pub(super) fn check(source: &Source<'_>, findings: &mut Vec<Finding>) {
             found("unwrap", token.line, "unwrap outside tests".to_owned(), allowed);
         } else if token.is("#") && source.matches(at + 1, &["[", "ignore"]) {
             found("ignore", token.line, "an ignored test".to_owned(), "a test that runs, or a printed skip");
-        } else if token.is("#") && is_silent_allow(source, at + 1) {
+        } else if token.is("#") && !source.path.contains(EXAMPLES) && is_silent_allow(source, at + 1) {
             found("allow", token.line, "a lint switched off without a reason".to_owned(), "reason = \"...\"");
         }
     }
