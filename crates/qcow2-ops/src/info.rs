@@ -97,7 +97,10 @@ pub fn info(storage: &dyn Storage, format: &ImageFormat) -> Result<InfoReport> {
         ImageFormat::Raw => None,
         ImageFormat::Qcow2 => Some(read_header(storage)?),
         other => {
-            return Err(Error::new(ErrorKind::Unsupported, format!("format {other:?} is known by name only")));
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("format {other:?} is known by name only"),
+            ));
         }
     };
     let virtual_size = header.as_ref().map_or(storage_len, Header::disk_size);

@@ -6,13 +6,22 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod convert;
+pub mod copy;
 pub mod create;
 pub mod error;
 pub mod executor;
 pub mod info;
 pub mod map;
+mod pipeline;
 pub mod progress;
+mod source;
+#[cfg(test)]
+mod testing;
+mod zeroes;
 
+pub use convert::{ConvertOptions, convert, converted_size};
+pub use copy::CopyReport;
 pub use create::{Qcow2Request, RawRequest, create, create_raw};
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Executor, Inline};

@@ -98,7 +98,7 @@ pub fn map(
 }
 
 /// The chain, top first.
-struct Layers {
+pub(crate) struct Layers {
     layers: Vec<Layer>,
 }
 
@@ -109,7 +109,7 @@ struct Layer {
 }
 
 impl Layers {
-    fn new(top: &Arc<dyn GuestDisk>) -> Result<Self> {
+    pub(crate) fn new(top: &Arc<dyn GuestDisk>) -> Result<Self> {
         let mut layers = Vec::new();
         let mut next = Some(top);
         while let Some(disk) = next {
@@ -124,7 +124,7 @@ impl Layers {
     }
 
     /// The run at `at`, at most `len` bytes, before joining.
-    fn extent_at(&self, at: u64, len: u64) -> qcow2_core::Result<MapExtent> {
+    pub(crate) fn extent_at(&self, at: u64, len: u64) -> qcow2_core::Result<MapExtent> {
         let mut extent = MapExtent { start: at, len, zero: true, ..MapExtent::default() };
         for (depth, layer) in (0..).zip(&self.layers) {
             let size = layer.disk.size();

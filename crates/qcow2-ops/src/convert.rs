@@ -1,0 +1,356 @@
+//! Any source to a target: holes skipped, zeroes left out, clusters compressed, on several workers.
+
+use crate::copy::{CopyPlan, CopyReport, copy};
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::Executor;
+use crate::pipeline::Order;
+use crate::progress::Progress;
+use crate::source::Source;
+use qcow2_core::{ClusterCodec, GuestDisk, Image};
+use std::sync::Arc;
+
+/// The largest [`ConvertOptions::sparse_size`]. Origin: qemu-img.
+pub const MAX_SPARSE_SIZE: u64 = 16 << 20;
+
+/// How to convert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ConvertOptions {
+    /// Zeroes between data are left out where they are at least so many bytes: a multiple of 512, at most 16 MiB, 4,096
+    /// by default. 0 writes everything, zeroes too. What is left out is whole clusters of a qcow2 target (subclusters
+    /// where it has them), pages of 4 KiB of a raw one.
+    pub sparse_size: u64,
+    /// The target has just been made, or is promised to read as zeroes, but for what its backing file shows. Otherwise
+    /// zeroes of the source are made zero in the target.
+    pub target_is_zero: bool,
+    /// What the top layer of the (single) source says nothing about is not written, so that the target's backing file
+    /// shows there.
+    pub keep_backing: bool,
+    /// Clusters are stored compressed where that makes them smaller.
+    pub compress: bool,
+    /// Clusters may land in the target in any order, which is faster with many workers. Without it the target's bytes
+    /// are the same whatever the number of workers.
+    pub out_of_order: bool,
+    /// Sectors that cannot be read become zeroes and are reported.
+    pub salvage: bool,
+}
+
+impl Default for ConvertOptions {
+    fn default() -> Self {
+        Self {
+            sparse_size: 4096,
+            target_is_zero: false,
+            keep_backing: false,
+            compress: false,
+            out_of_order: false,
+            salvage: false,
+        }
+    }
+}
+
+/// Bytes of the sources together, each rounded up to a multiple of 512: what the target needs. Errors: `InvalidOption`
+/// past 2^64 - 1.
+pub fn converted_size(sources: &[Arc<dyn GuestDisk>]) -> Result<u64> {
+    Ok(Source::new(sources)?.size())
+}
+
+/// Writes what the sources hold, one after the other, into `target`, which must be at least as large; what it has past
+/// that is left alone. Nothing is flushed: that is for the caller to decide, who also closes the target, and removes it
+/// after an error if it was new.
+///
+/// Disk: source tables are read first, then only data; each range of the target is written at most once. Memory: at
+/// most four chunks for each worker, a chunk being 1 MiB or a cluster where that is more.
+///
+/// Errors: `InvalidOption` for a target that is too small, a sparse size that is not allowed, a kept backing file with
+/// several sources; `Unsupported` for a target that cannot be compressed; `Extents`, `Read`, `Write` with the first
+/// byte of the failed range; `Stopped`.
+pub fn convert(
+    sources: &[Arc<dyn GuestDisk>],
+    target: &dyn GuestDisk,
+    options: &ConvertOptions,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<CopyReport> {
+    check_sparse_size(options.sparse_size)?;
+    if options.keep_backing && sources.len() != 1 {
+        let message = "a target with a backing file takes a single source";
+        return Err(Error::new(ErrorKind::InvalidOption, message));
+    }
+    let source = Source::new(sources)?;
+    if target.size() < source.size() {
+        let message = format!(
+            "output file is smaller than input file: {} bytes, needed are {}",
+            target.size(),
+            source.size()
+        );
+        return Err(Error::new(ErrorKind::InvalidOption, message));
+    }
+    let backing_end = target.backing().map_or(0, |backing| backing.size());
+    let plan = CopyPlan {
+        source: &source,
+        target,
+        sparse_size: options.sparse_size,
+        zero_from: options.target_is_zero.then_some(backing_end),
+        top_only: options.keep_backing,
+        compress: if options.compress { Some(compressed(target)?) } else { None },
+        // A raw target looks the same whatever was written first.
+        order: if options.out_of_order || target.cluster_size() == 0 { Order::Any } else { Order::Claimed },
+        salvage: options.salvage,
+    };
+    copy(&plan, executor, progress)
+}
+
+fn check_sparse_size(size: u64) -> Result<()> {
+    if size.is_multiple_of(512) && size <= MAX_SPARSE_SIZE {
+        return Ok(());
+    }
+    let message = format!("sparse size is {size}, allowed are multiples of 512 up to {MAX_SPARSE_SIZE}");
+    Err(Error::new(ErrorKind::InvalidOption, message))
+}
+
+fn compressed(target: &dyn GuestDisk) -> Result<(&Image, &dyn ClusterCodec)> {
+    let unsupported = || Error::new(ErrorKind::Unsupported, "compression not supported for this file format");
+    let image = target.as_image().ok_or_else(unsupported)?;
+    if image.header().has_data_file() {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "compressed clusters are not possible with an external data file",
+        ));
+    }
+    let codec = image.codec().map_err(|e| unsupported().with_source(e))?;
+    Ok((image, &**codec))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executor::Inline;
+    use crate::progress::Silent;
+    use crate::testing::{Change, TestDisk, Threads};
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    const MIB: u64 = 1 << 20;
+
+    fn options() -> ConvertOptions {
+        ConvertOptions { target_is_zero: true, ..ConvertOptions::default() }
+    }
+
+    fn source(disk: TestDisk) -> Arc<dyn GuestDisk> {
+        Arc::new(disk)
+    }
+
+    fn run(from: &Arc<dyn GuestDisk>, to: &TestDisk, options: &ConvertOptions) -> Result<CopyReport> {
+        convert(std::slice::from_ref(from), to, options, &Threads(3), &Silent)
+    }
+
+    fn content(disk: &Arc<dyn GuestDisk>, size: u64) -> Vec<u8> {
+        let mut bytes = vec![0; size as usize];
+        disk.read_at(qcow2_core::GuestOffset::new(0), &mut bytes[..disk.size() as usize]).unwrap();
+        bytes
+    }
+
+    /// A target of `size` bytes, all of them something else than zero.
+    fn used(size: u64, cluster_size: u64) -> TestDisk {
+        TestDisk {
+            cluster_size,
+            granularity: cluster_size.max(512),
+            ..TestDisk::data(vec![0xa5; size as usize])
+        }
+    }
+
+    #[test]
+    fn odd_disks_arrive_whole() {
+        let sizes = [0, 1, 511, 512, 513, 4097, 65_537, 3 * MIB - 7, 5 * MIB + 513];
+        for (seed, size) in (0..).zip(sizes) {
+            let from = source(TestDisk::mixed(size, 300_000, seed));
+            let rounded = size.next_multiple_of(512);
+            for cluster_size in [0, 512, 65_536, 2 * MIB] {
+                for sparse_size in [0, 512, 4096, 65_536] {
+                    let clean = TestDisk::empty(rounded, cluster_size);
+                    let wanted = ConvertOptions { sparse_size, ..options() };
+                    run(&from, &clean, &wanted).unwrap();
+                    assert!(clean.content() == content(&from, rounded), "{size} to {cluster_size}");
+                    let dirty = used(rounded + 512, cluster_size);
+                    let wanted = ConvertOptions { target_is_zero: false, ..wanted };
+                    run(&from, &dirty, &wanted).unwrap();
+                    let mut expected = content(&from, rounded);
+                    expected.extend([0xa5; 512]);
+                    assert!(dirty.content() == expected, "{size} over {cluster_size}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn any_number_of_workers_writes_the_same_in_the_same_order() {
+        let from = source(TestDisk::mixed(9 * MIB + 1000, 700_000, 5));
+        let changes = |workers| {
+            let to = TestDisk::empty(10 * MIB, 65_536);
+            convert(std::slice::from_ref(&from), &to, &options(), &Threads(workers), &Silent).unwrap();
+            to.changes.into_inner().unwrap()
+        };
+        let alone = changes(1);
+        let start = |change: &Change| match change {
+            Change::Write(range) | Change::Zeroes(range) => range.start,
+        };
+        assert!(alone.is_sorted_by_key(start));
+        for workers in [2, 3, 8] {
+            assert_eq!(changes(workers), alone, "{workers} workers");
+        }
+    }
+
+    #[test]
+    fn out_of_order_gives_the_same_content() {
+        let from = source(TestDisk::mixed(9 * MIB, 700_000, 6));
+        let to = TestDisk::empty(9 * MIB, 65_536);
+        run(&from, &to, &ConvertOptions { out_of_order: true, ..options() }).unwrap();
+        assert!(to.content() == content(&from, 9 * MIB));
+    }
+
+    #[test]
+    fn holes_and_zeroes_are_left_out_or_written_as_asked() {
+        let mut bytes = vec![0; 8 * MIB as usize];
+        bytes[5 * MIB as usize + 70_000] = 1;
+        let from = source(TestDisk::data(bytes));
+        let to = TestDisk::empty(8 * MIB, 65_536);
+        let report = run(&from, &to, &options()).unwrap();
+        let cluster = 5 * MIB + 65_536;
+        assert_eq!(*to.changes.lock().unwrap(), [Change::Write(cluster..cluster + 65_536)]);
+        assert_eq!((report.data_bytes, report.zeroed_bytes), (65_536, 0));
+
+        let raw = TestDisk::empty(8 * MIB, 0);
+        run(&from, &raw, &options()).unwrap();
+        let page = 5 * MIB + 69_632;
+        assert_eq!(*raw.changes.lock().unwrap(), [Change::Write(page..page + 4096)]);
+
+        let all = TestDisk::empty(8 * MIB, 65_536);
+        let everything = ConvertOptions { sparse_size: 0, ..options() };
+        assert_eq!(run(&from, &all, &everything).unwrap().data_bytes, 8 * MIB);
+        let hole = source(TestDisk::empty(3 * MIB, 65_536));
+        assert_eq!(run(&hole, &all, &everything).unwrap().data_bytes, 3 * MIB);
+        assert_eq!(run(&hole, &all, &options()).unwrap(), CopyReport::default());
+
+        let wiped = run(&hole, &used(8 * MIB, 65_536), &ConvertOptions::default()).unwrap();
+        assert_eq!((wiped.data_bytes, wiped.zeroed_bytes), (0, 3 * MIB));
+    }
+
+    #[test]
+    fn short_gaps_are_written_along() {
+        let mut bytes = vec![1; 2 * MIB as usize];
+        bytes[100_000..868_432].fill(0);
+        let from = source(TestDisk::data(bytes));
+        let wanted = ConvertOptions { sparse_size: MIB, ..options() };
+        assert_eq!(run(&from, &TestDisk::empty(2 * MIB, 0), &wanted).unwrap().data_bytes, 2 * MIB);
+        let report = run(&from, &TestDisk::empty(2 * MIB, 0), &options()).unwrap();
+        assert_eq!(report.data_bytes, 2 * MIB - (868_352 - 102_400));
+    }
+
+    #[test]
+    fn what_the_top_layer_does_not_have_stays_below() {
+        let base = Arc::new(TestDisk::data(vec![7; 3 * MIB as usize / 2]));
+        let top = TestDisk { cluster_size: 512, ..TestDisk::empty(4 * MIB, 512) }.with_backing(&base);
+        let states = ["-", "d", "z", "-", "d", "-", "-", "z"].map(|s| s.repeat(1024)).concat();
+        top.set_states(&states);
+        top.bytes.lock().unwrap().fill(9);
+        let expected = top.content();
+        let from = source(top);
+        let to = TestDisk::empty(4 * MIB, 512).with_backing(&base);
+        let wanted = ConvertOptions { keep_backing: true, ..options() };
+        let report = run(&from, &to, &wanted).unwrap();
+        assert!(to.content() == expected);
+        // Zeroes are written where the backing file shows through, and only there.
+        assert_eq!((report.data_bytes, report.zeroed_bytes), (MIB, MIB / 2));
+        assert_eq!(to.states.lock().unwrap()[..1024], [b'-'; 1024]);
+        let error = convert(&[from.clone(), from], &to, &wanted, &Inline, &Silent).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidOption);
+    }
+
+    #[test]
+    fn several_sources_become_one() {
+        let parts: Vec<_> = (0..5).map(|i| source(TestDisk::mixed(700_001 * i + 1, 90_000, i))).collect();
+        let size = converted_size(&parts).unwrap();
+        let to = TestDisk::empty(size, 65_536);
+        convert(&parts, &to, &options(), &Threads(3), &Silent).unwrap();
+        let expected: Vec<u8> =
+            parts.iter().flat_map(|part| content(part, part.size().next_multiple_of(512))).collect();
+        assert!(to.content() == expected);
+    }
+
+    #[test]
+    fn errors_name_the_step_and_the_place() {
+        let bad = |disk: TestDisk, to: TestDisk| {
+            let error = run(&source(disk), &to, &options()).unwrap_err();
+            assert!(error.core_error().is_some(), "{error}");
+            (error.kind(), error.to_string())
+        };
+        let data = || TestDisk::data(vec![1; 8 * MIB as usize]);
+        let to = || TestDisk::empty(8 * MIB, 65_536);
+        let unreadable = TestDisk { unreadable: Some(5 * MIB + 100..5 * MIB + 101), ..data() };
+        let read = (ErrorKind::Read, format!("error while reading at byte {}", 5 * MIB));
+        assert_eq!(bad(unreadable, to()), read);
+        let unwritable = TestDisk { unwritable: Some(3 * MIB..3 * MIB + 1), ..to() };
+        let written = (ErrorKind::Write, format!("error while writing at byte {}", 3 * MIB));
+        assert_eq!(bad(data(), unwritable), written);
+        let unknown = TestDisk { unknown: Some(2 * MIB..2 * MIB + 1), ..data() };
+        assert_eq!(bad(unknown, to()).0, ErrorKind::Extents);
+    }
+
+    #[test]
+    fn salvage_keeps_what_can_be_read() {
+        let lost = 5 * MIB + 600..5 * MIB + 2000;
+        let disk = TestDisk { unreadable: Some(lost), ..TestDisk::data(vec![1; 8 * MIB as usize]) };
+        let to = TestDisk::empty(8 * MIB, 0);
+        let wanted = ConvertOptions { salvage: true, ..options() };
+        let report = run(&source(disk), &to, &wanted).unwrap();
+        let mut expected = vec![1; 8 * MIB as usize];
+        expected[5 * MIB as usize + 512..][..1536].fill(0);
+        assert!(to.content() == expected);
+        assert_eq!(report.unreadable_sectors, 3);
+        assert_eq!((report.unreadable[0].offset, report.unreadable[0].len), (5 * MIB + 512, 1536));
+        assert!(report.unreadable[0].reason.contains("are bad"));
+    }
+
+    #[test]
+    fn requests_that_make_no_sense_are_refused() {
+        let from = source(TestDisk::data(vec![1; 1000]));
+        let refused = |to: &TestDisk, options: &ConvertOptions| run(&from, to, options).unwrap_err().kind();
+        assert_eq!(refused(&TestDisk::empty(1000, 0), &options()), ErrorKind::InvalidOption);
+        let to = TestDisk::empty(1024, 0);
+        for sparse_size in [1, 513, MAX_SPARSE_SIZE + 512] {
+            assert_eq!(refused(&to, &ConvertOptions { sparse_size, ..options() }), ErrorKind::InvalidOption);
+        }
+        assert_eq!(refused(&to, &ConvertOptions { compress: true, ..options() }), ErrorKind::Unsupported);
+        assert!(to.changes.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn progress_adds_up_and_can_stop() {
+        #[derive(Default)]
+        struct Counter {
+            total: AtomicU64,
+            done: AtomicU64,
+            stop_at: Option<u64>,
+        }
+        impl Progress for Counter {
+            fn set_total(&self, bytes: u64) {
+                self.total.store(bytes, Ordering::SeqCst);
+            }
+            fn advance(&self, bytes: u64) {
+                self.done.fetch_add(bytes, Ordering::SeqCst);
+            }
+            fn should_stop(&self) -> bool {
+                self.stop_at.is_some_and(|at| self.done.load(Ordering::SeqCst) >= at)
+            }
+        }
+        let from = source(TestDisk::mixed(20 * MIB, 4 * MIB, 3));
+        let counter = Counter::default();
+        let to = TestDisk::empty(20 * MIB, 65_536);
+        convert(std::slice::from_ref(&from), &to, &options(), &Threads(3), &counter).unwrap();
+        assert_eq!(counter.total.load(Ordering::SeqCst), 20 * MIB);
+        assert_eq!(counter.done.load(Ordering::SeqCst), 20 * MIB);
+        let counter = Counter { stop_at: Some(5 * MIB), ..Counter::default() };
+        let error = convert(&[from], &to, &options(), &Threads(3), &counter).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Stopped);
+        assert!(counter.done.load(Ordering::SeqCst) < 20 * MIB);
+    }
+}

@@ -1,0 +1,191 @@
+//! What is copied, compared or summed: one disk, or several as if they were one.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::map::{Layers, MapExtent};
+use qcow2_core::{GuestDisk, GuestOffset};
+use std::sync::Arc;
+
+/// The disks one after the other; each counts as long as the next multiple of 512, the rest being zeroes.
+pub(crate) struct Source {
+    parts: Vec<Part>,
+    size: u64,
+}
+
+struct Part {
+    disk: Arc<dyn GuestDisk>,
+    layers: Layers,
+    start: u64,
+    /// Rounded up.
+    len: u64,
+}
+
+/// What a run of bytes holds, as far as tables and holes tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// Anything.
+    Data,
+    /// Zeroes.
+    Zero,
+    /// What the backing file of the top layer has; only where one asks for the top layer alone.
+    Backing,
+}
+
+/// A run of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    pub(crate) content: Content,
+}
+
+impl Run {
+    pub(crate) fn end(&self) -> u64 {
+        self.start + self.len
+    }
+}
+
+impl Source {
+    pub(crate) fn new(disks: &[Arc<dyn GuestDisk>]) -> Result<Self> {
+        let (mut parts, mut size) = (Vec::with_capacity(disks.len()), 0u64);
+        for disk in disks {
+            let len = disk.size().checked_next_multiple_of(SECTOR);
+            let end = len.and_then(|len| size.checked_add(len)).ok_or_else(|| {
+                Error::new(ErrorKind::InvalidOption, "the sources together pass 2^64 - 1 bytes")
+            })?;
+            let layers = Layers::new(disk)?;
+            parts.push(Part { disk: Arc::clone(disk), layers, start: size, len: end - size });
+            size = end;
+        }
+        Ok(Self { parts, size })
+    }
+
+    /// Bytes of all disks together, a multiple of 512.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The largest cluster of any layer; 0 where there are none.
+    pub(crate) fn cluster_size(&self) -> u64 {
+        let mut largest = 0;
+        for part in &self.parts {
+            let mut layer = Some(&part.disk);
+            while let Some(disk) = layer {
+                largest = largest.max(disk.cluster_size());
+                layer = disk.backing();
+            }
+        }
+        largest
+    }
+
+    fn part_at(&self, at: u64) -> &Part {
+        let after = self.parts.partition_point(|part| part.start <= at);
+        &self.parts[after - 1]
+    }
+
+    /// The run at `at`, cut at `len` bytes, in the words of a map. `at` must lie inside.
+    pub(crate) fn extent_at(&self, at: u64, len: u64) -> Result<MapExtent> {
+        let part = self.part_at(at);
+        let inside = at - part.start;
+        let extent = part.layers.extent_at(inside, len.min(part.len - inside)).map_err(|e| {
+            Error::new(ErrorKind::Extents, format!("error while reading block status at offset {at}"))
+                .with_source(e)
+        })?;
+        Ok(MapExtent { start: at, ..extent })
+    }
+
+    /// What the run at `at` holds, cut at `len` bytes. `top_only`: what the top layer says nothing about is `Backing`
+    /// rather than looked up below. `at` must lie inside.
+    pub(crate) fn content_at(&self, at: u64, len: u64, top_only: bool) -> Result<Run> {
+        let extent = self.extent_at(at, len)?;
+        let content = match extent {
+            MapExtent { depth: 1.., .. } if top_only => Content::Backing,
+            MapExtent { zero: true, .. } => Content::Zero,
+            _ => Content::Data,
+        };
+        Ok(Run { start: at, len: extent.len, content })
+    }
+
+    /// Fills `buf` from `at` on; may pass from one disk to the next. All of it must lie inside.
+    pub(crate) fn read_at(&self, at: u64, buf: &mut [u8]) -> qcow2_core::Result<()> {
+        let (mut at, mut rest) = (at, buf);
+        while !rest.is_empty() {
+            let part = self.part_at(at);
+            let inside = at - part.start;
+            let len = (part.len - inside).min(rest.len() as u64) as usize;
+            let (now, later) = rest.split_at_mut(len);
+            let stored = part.disk.size().saturating_sub(inside).min(len as u64) as usize;
+            if stored > 0 {
+                part.disk.read_at(GuestOffset::new(inside), &mut now[..stored])?;
+            }
+            now[stored..].fill(0);
+            at += len as u64;
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) const SECTOR: u64 = 512;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestDisk;
+
+    fn disk(disk: TestDisk) -> Arc<dyn GuestDisk> {
+        Arc::new(disk)
+    }
+
+    #[test]
+    fn disks_of_any_size_follow_each_other() {
+        let sizes = [1, 511, 0, 512, 513, 4096];
+        let disks: Vec<_> =
+            (1u8..).zip(sizes).map(|(byte, size)| disk(TestDisk::data(vec![byte; size]))).collect();
+        let source = Source::new(&disks).unwrap();
+        let mut expected = Vec::new();
+        for (byte, size) in (1u8..).zip(sizes) {
+            expected.extend(vec![byte; size]);
+            expected.resize(expected.len().next_multiple_of(512), 0);
+        }
+        assert_eq!(source.size(), expected.len() as u64);
+        for start in [0, 1, 500, 512, 1023, 1500, 2048] {
+            for len in [0, 1, 512, 2000] {
+                let mut buf = vec![9; len];
+                source.read_at(start as u64, &mut buf).unwrap();
+                assert_eq!(buf, expected[start..start + len], "{start}+{len}");
+            }
+        }
+    }
+
+    #[test]
+    fn content_of_a_chain_and_of_its_top() {
+        let base = Arc::new(TestDisk::empty(1536, 512));
+        base.set_states("dz-");
+        let mut top = TestDisk::empty(2560, 512).with_backing(&base);
+        top.cluster_size = 512;
+        top.set_states("---z-");
+        let source = Source::new(&[disk(top)]).unwrap();
+        let runs = |top_only| {
+            let (mut at, mut text) = (0, String::new());
+            while at < source.size() {
+                let run = source.content_at(at, source.size() - at, top_only).unwrap();
+                assert_eq!(run.start, at);
+                text += &format!("{:?}{} ", run.content, run.len);
+                at = run.end();
+            }
+            text
+        };
+        assert_eq!(runs(false), "Data512 Zero512 Zero512 Zero512 Zero512 ");
+        assert_eq!(runs(true), "Backing512 Backing512 Backing512 Zero512 Zero512 ");
+    }
+
+    #[test]
+    fn an_unknown_state_is_an_error_of_its_kind() {
+        let bad = TestDisk { unknown: Some(512..1024), ..TestDisk::data(vec![1; 2048]) };
+        let source = Source::new(&[disk(TestDisk::data(vec![1; 512])), disk(bad)]).unwrap();
+        assert_eq!(source.content_at(0, 99, false).unwrap().len, 99);
+        let error = source.content_at(1024, 512, false).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Extents);
+        assert!(error.to_string().contains("offset 1024"), "{error}");
+    }
+}

@@ -1,0 +1,116 @@
+//! Finding zeroes in data: which runs are worth leaving out.
+
+/// Where zeroes may be left out.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ZeroGrid {
+    /// Zeroes are looked for in units of so many bytes, aligned on the disk; a power of two.
+    pub(crate) unit: u64,
+    /// Zeroes between data that make a run shorter than this count as data: a small gap costs more than it saves.
+    pub(crate) shortest_run: u64,
+}
+
+impl ZeroGrid {
+    /// Cuts `bytes`, which are at `start` on the disk, into runs of data and of zeroes, and calls `emit` with each one's
+    /// start, length and whether it is zero, in order, without gaps. Runs at either end count whatever their length,
+    /// because they may go on outside.
+    pub(crate) fn split(&self, start: u64, bytes: &[u8], emit: &mut dyn FnMut(u64, u64, bool)) {
+        let end = start + bytes.len() as u64;
+        let (mut data_start, mut zero_start) = (None, None);
+        let mut at = start;
+        while at < end {
+            let next = end.min(at - at % self.unit + self.unit);
+            if is_zero(&bytes[(at - start) as usize..(next - start) as usize]) {
+                zero_start.get_or_insert(at);
+            } else if let Some(zeroes) = zero_start.take() {
+                match data_start {
+                    Some(_) if at - zeroes < self.shortest_run => {}
+                    _ => {
+                        emit_data(data_start, zeroes, emit);
+                        emit(zeroes, at - zeroes, true);
+                        data_start = Some(at);
+                    }
+                }
+            } else {
+                data_start.get_or_insert(at);
+            }
+            at = next;
+        }
+        emit_data(data_start, zero_start.unwrap_or(end), emit);
+        if let Some(zeroes) = zero_start {
+            emit(zeroes, end - zeroes, true);
+        }
+    }
+}
+
+fn emit_data(start: Option<u64>, end: u64, emit: &mut dyn FnMut(u64, u64, bool)) {
+    if let Some(start) = start {
+        emit(start, end - start, false);
+    }
+}
+
+/// Whether all bytes are zero.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    // Blocks without an early exit inside are what a compiler turns into wide instructions.
+    let mut blocks = bytes.chunks_exact(BLOCK_LEN);
+    let all_zero = blocks.by_ref().all(|block| block.iter().fold(0, |any, byte| any | byte) == 0);
+    all_zero && blocks.remainder().iter().all(|&byte| byte == 0)
+}
+
+const BLOCK_LEN: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_place_of_a_byte_is_seen() {
+        for len in [0, 1, 7, 255, 256, 257, 1000, 4096] {
+            let mut bytes = vec![0; len];
+            assert!(is_zero(&bytes), "{len}");
+            for at in 0..len {
+                bytes[at] = 1 << (at % 8);
+                assert!(!is_zero(&bytes), "{at} of {len}");
+                bytes[at] = 0;
+            }
+        }
+    }
+
+    /// Units of 4 bytes: `.` is a zero, anything else data. Lower case in the answer stands for zero runs.
+    #[track_caller]
+    fn check(start: u64, shortest_run: u64, text: &str, expected: &str) {
+        let bytes: Vec<u8> = text.bytes().map(|b| if b == b'.' { 0 } else { b }).collect();
+        let mut runs = Vec::new();
+        let mut at = start;
+        ZeroGrid { unit: 4, shortest_run }.split(start, &bytes, &mut |start, len, zero| {
+            assert_eq!(start, at, "gap");
+            at += len;
+            runs.push(format!("{}{len}", if zero { "z" } else { "D" }));
+        });
+        assert_eq!(at, start + bytes.len() as u64);
+        assert_eq!(runs.join(" "), expected, "{text}");
+    }
+
+    #[test]
+    fn runs_follow_the_grid() {
+        check(0, 4, "", "");
+        check(0, 4, "........", "z8");
+        check(0, 4, "xxxxxxxx", "D8");
+        check(0, 4, "...x....", "D4 z4");
+        check(0, 4, "....xxxx....xxxx", "z4 D4 z4 D4");
+        check(0, 4, "xx....xx", "D8");
+        check(4, 4, "xxxx....x", "D4 z4 D1");
+        // The grid lies on the disk, not on the buffer.
+        check(2, 4, "xx....xx", "D2 z4 D2");
+        check(3, 4, ".xxxx.", "z1 D4 z1");
+        check(3, 4, ".xxxx..x", "z1 D7");
+        check(3, 4, ".xxxx", "z1 D4");
+    }
+
+    #[test]
+    fn short_gaps_are_data_but_ends_are_not() {
+        check(0, 8, "....xxxx....xxxx....", "z4 D12 z4");
+        check(0, 8, "xxxx........xxxx", "D4 z8 D4");
+        check(0, 9, "xxxx........xxxx", "D16");
+        check(0, 8, "xxxx....xxxx........xxxx....", "D12 z8 D4 z4");
+    }
+}
