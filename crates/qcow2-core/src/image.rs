@@ -234,10 +234,7 @@ impl GuestDisk for Image {
     }
 
     fn resize(&self, size: u64) -> Result<()> {
-        if size == self.size() {
-            return Ok(());
-        }
-        Err(Error::new(ErrorKind::Unsupported, "changing the size of a qcow2 image is not supported yet"))
+        self.change_size(size)
     }
 
     fn as_image(&self) -> Option<&Image> {

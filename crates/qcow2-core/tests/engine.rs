@@ -38,11 +38,12 @@ fn history(options: &CreateOptions, seed: u64) {
     let mut rng = Rng(seed * 7919 + 1);
     let mut image = open(&storage);
     for step in 0..400 {
-        let len = (1 + rng.below(200_000)).min(options.size);
-        let at = rng.below(options.size - len + 1);
+        let size = model.len() as u64;
+        let len = (1 + rng.below(200_000)).min(size);
+        let at = rng.below(size - len + 1);
         let (guest, range) = (GuestOffset::new(at), at as usize..(at + len) as usize);
         let guest_range = GuestRange::new(guest, len).unwrap();
-        match rng.below(8) {
+        match rng.below(9) {
             0..=3 => {
                 let fill = rng.below(255) as u8 + 1;
                 model[range.clone()].fill(fill);
@@ -58,13 +59,19 @@ fn history(options: &CreateOptions, seed: u64) {
                 image.read_at(guest, &mut model[range]).unwrap();
             }
             6 => image.flush().unwrap(),
+            7 => {
+                let size = 512 * (1 + rng.below(2 * options.size / 512));
+                image.resize(size).unwrap();
+                model.resize(size as usize, 0);
+            }
             _ => {
                 image.close().unwrap();
                 drop(image);
                 image = open(&storage);
             }
         }
-        let mut seen = vec![0; options.size as usize];
+        assert_eq!(image.size(), model.len() as u64);
+        let mut seen = vec![0; model.len()];
         image.read_at(GuestOffset::new(0), &mut seen).unwrap();
         assert!(seen == model, "seed {seed} step {step}");
     }

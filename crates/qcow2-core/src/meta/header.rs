@@ -20,6 +20,8 @@ pub(crate) struct HeaderState {
 /// Header fields with their places. Spec: "Header".
 #[derive(Clone, Copy)]
 pub(crate) enum Field {
+    Size(u64),
+    L1 { entries: u32, offset: HostOffset },
     RefcountTable { offset: HostOffset, clusters: u32 },
     Incompatible(u64),
     Autoclear(u64),
@@ -32,6 +34,16 @@ impl HeaderState {
 
     fn apply(&mut self, field: Field) {
         match field {
+            Field::Size(size) => {
+                self.header.size = size;
+                self.put(24, &size.to_be_bytes());
+            }
+            Field::L1 { entries, offset } => {
+                self.header.l1_size = entries;
+                self.header.l1_table_offset = offset;
+                self.put(36, &entries.to_be_bytes());
+                self.put(40, &offset.value().to_be_bytes());
+            }
             Field::RefcountTable { offset, clusters } => {
                 self.header.refcount_table_offset = offset;
                 self.header.refcount_table_clusters = clusters;

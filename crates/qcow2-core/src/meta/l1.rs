@@ -8,30 +8,40 @@ use qcow2_format::{HostOffset, L1Index};
 
 /// The active L1 table and which of its sectors differ from the disk.
 pub(crate) struct L1Table {
-    offset: HostOffset,
-    entries: RwLock<Vec<u64>>,
+    table: RwLock<(HostOffset, Vec<u64>)>,
     dirty: Mutex<BTreeSet<u64>>,
 }
 
 impl L1Table {
     /// The table at `offset` with these raw entries.
     pub(crate) fn new(offset: HostOffset, entries: Vec<u64>) -> Self {
-        Self { offset, entries: RwLock::new(entries), dirty: Mutex::new(BTreeSet::new()) }
+        Self { table: RwLock::new((offset, entries)), dirty: Mutex::new(BTreeSet::new()) }
     }
 
     /// The raw entry at `index`; 0 past the end.
     pub(crate) fn entry(&self, index: L1Index) -> u64 {
-        read(&self.entries).get(index.value() as usize).copied().unwrap_or(0)
+        read(&self.table).1.get(index.value() as usize).copied().unwrap_or(0)
     }
 
     /// How many entries the table has.
     pub(crate) fn len(&self) -> u64 {
-        read(&self.entries).len() as u64
+        read(&self.table).1.len() as u64
+    }
+
+    /// Where the table is, and a copy of its raw entries.
+    pub(crate) fn contents(&self) -> (HostOffset, Vec<u64>) {
+        read(&self.table).clone()
+    }
+
+    /// Replaces table and place; everything in it is on disk already.
+    pub(crate) fn replace(&self, offset: HostOffset, entries: Vec<u64>) {
+        *write(&self.table) = (offset, entries);
+        lock(&self.dirty).clear();
     }
 
     /// Changes an entry; the caller keeps the commit gate open. `index` must be below [`len`](Self::len).
     pub(crate) fn set(&self, index: L1Index, raw: u64) {
-        write(&self.entries)[index.value() as usize] = raw;
+        write(&self.table).1[index.value() as usize] = raw;
         lock(&self.dirty).insert(index.value() * 8 / SECTOR_SIZE);
     }
 
@@ -41,7 +51,8 @@ impl L1Table {
         if dirty.is_empty() {
             return;
         }
-        let (entries, base) = (read(&self.entries), self.offset.value());
+        let table = read(&self.table);
+        let (base, entries) = (table.0.value(), &table.1);
         let per_sector = (SECTOR_SIZE / 8) as usize;
         for sector in dirty {
             let first = sector as usize * per_sector;

@@ -120,6 +120,8 @@ pub(crate) enum ZeroKind {
     Unmap,
     /// Their content no longer matters; whole clusters only.
     Discard,
+    /// The layer shall say nothing about them any more; whole clusters only.
+    Forget,
 }
 
 /// What zeroing does to one cluster.
@@ -149,6 +151,13 @@ pub(crate) fn plan_zero(
 ) -> ZeroPlan {
     let whole = subclusters == format.all_subclusters();
     let blank = |zero| L2Entry::Standard(ClusterEntry { zero, ..ClusterEntry::UNALLOCATED });
+    if kind == ZeroKind::Forget {
+        return match old {
+            L2Entry::Standard(ClusterEntry { host: None, zero: 0, .. }) => ZeroPlan::Nothing,
+            L2Entry::Standard(cluster) => ZeroPlan::Change { entry: blank(0), free: cluster.host.is_some() },
+            L2Entry::Compressed(_) => ZeroPlan::Change { entry: blank(0), free: true },
+        };
+    }
     let cluster = match old {
         L2Entry::Standard(cluster) => *cluster,
         L2Entry::Compressed(_) if whole && (format.zero_flag || !backing) => {

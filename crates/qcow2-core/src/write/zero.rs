@@ -6,6 +6,7 @@ use crate::image::Image;
 use crate::meta::pending::Unlinked;
 use crate::port::disk::GuestDisk;
 use crate::port::storage::ZeroMode;
+use crate::read::resolve::Place;
 use ::alloc::vec::Vec;
 use qcow2_format::l2::L2Entry;
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
@@ -18,7 +19,7 @@ impl Image {
     /// Makes `range` read as zeroes (or forgets it). The caller has checked the range and runs inside an operation.
     pub(crate) fn zero_range(&self, range: GuestRange, kind: ZeroKind) -> Result<()> {
         let unit = match kind {
-            ZeroKind::Discard => self.meta.geometry.cluster_size(),
+            ZeroKind::Discard | ZeroKind::Forget => self.meta.geometry.cluster_size(),
             ZeroKind::Keep | ZeroKind::Unmap => self.meta.geometry.subcluster_size(),
         };
         let (start, end) = (range.start().value(), range.end().value());
@@ -62,16 +63,21 @@ impl Image {
         Ok(())
     }
 
+    /// Makes whole clusters unallocated, so that what they held no longer shows; `range` begins at a cluster.
+    pub(crate) fn forget_clusters(&self, range: GuestRange) -> Result<()> {
+        self.zero_whole(range.start().value(), range.end().value(), ZeroKind::Forget)
+    }
+
     /// How many bytes from `offset` on need no change: a discard of what was never written.
     fn skip_untouched(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
-        if kind != ZeroKind::Discard || self.backing.is_some() || self.backing_unopened {
-            return Ok(0);
-        }
-        let run = self.meta.lookup(offset, len)?;
-        let untouched = matches!(
-            run.place,
-            crate::read::resolve::Place::Unallocated | crate::read::resolve::Place::Zero { host: None }
-        );
+        let shows_below = self.backing.is_some() || self.backing_unopened;
+        let run = match kind {
+            ZeroKind::Discard if !shows_below => self.meta.lookup(offset, len)?,
+            ZeroKind::Forget => self.meta.lookup(offset, len)?,
+            _ => return Ok(0),
+        };
+        let untouched = matches!(run.place, Place::Unallocated | Place::Zero { host: None })
+            && !(kind == ZeroKind::Forget && run.place != Place::Unallocated);
         Ok(if untouched { run.len } else { 0 })
     }
 

@@ -1,0 +1,117 @@
+//! Changing the size of the disk.
+//!
+//! Order on disk: a larger L1 table and its refcounts, barrier, the header's pointer to it, barrier; what is to read as
+//! zeroes in the new area, barrier; the size last. Shrinking forgets clusters before the size changes. A crash leaves the
+//! old size or the new one, and new bytes read as zeroes either way.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::meta::header::Field;
+use crate::meta::pending::Unlinked;
+use crate::port::disk::GuestDisk;
+use crate::sync::{lock, write};
+use crate::write::plan::ZeroKind;
+use ::alloc::format;
+use core::sync::atomic::Ordering;
+use qcow2_format::limit::MAX_L1_TABLE_SIZE;
+use qcow2_format::{GuestOffset, GuestRange};
+
+impl Image {
+    /// Makes the disk `size` bytes: a multiple of 512. Bytes that are new read as zeroes, also where a backing file is
+    /// longer and where an earlier, longer disk had something else.
+    ///
+    /// Disk: see the order above; an external data file is cut or made longer to the byte. Errors: `InvalidOption` for a
+    /// size that is no multiple of 512 or needs a larger L1 table than allowed; `Unsupported` for a version 2 image with
+    /// snapshots; `NoSpace`, `Storage`. Spec: "Header", "Cluster mapping".
+    pub(crate) fn change_size(&self, size: u64) -> Result<()> {
+        let _alone = write(&self.structure);
+        self.meta.check_writable()?;
+        let old = self.size();
+        if !size.is_multiple_of(512) {
+            return Err(invalid(format!("new size {size} is not a multiple of 512")));
+        }
+        let header = self.header();
+        if header.nb_snapshots > 0 && !self.meta.l2_format.zero_flag {
+            let message = "a version 2 image with snapshots cannot be resized";
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
+        self.meta.warn_of_change()?;
+        if size > old {
+            self.grow(old, size)?;
+        } else if size < old {
+            self.shrink(old, size)?;
+        }
+        self.meta.update_header(&[Field::Size(size)])?;
+        if let (true, Some(data)) = (self.meta.has_data_file(), &self.meta.data) {
+            data.set_len(size)?;
+        }
+        Ok(())
+    }
+
+    fn grow(&self, old: u64, size: u64) -> Result<()> {
+        let needed = self.meta.geometry.l1_entries_for(size);
+        if needed * 8 > MAX_L1_TABLE_SIZE {
+            return Err(invalid(format!(
+                "size {size} needs {needed} l1 entries, allowed are {}",
+                MAX_L1_TABLE_SIZE / 8
+            )));
+        }
+        if needed > self.meta.l1.len() {
+            self.move_l1(needed)?;
+        }
+        self.size.store(size, Ordering::Release);
+        let result = self.zero_new_area(old, size).and_then(|()| self.meta.flush());
+        if result.is_err() {
+            self.size.store(old, Ordering::Release);
+        }
+        result
+    }
+
+    /// What lies behind the old end must not show: the rest of its last cluster, and a longer backing file.
+    fn zero_new_area(&self, old: u64, size: u64) -> Result<()> {
+        let geometry = &self.meta.geometry;
+        let cluster_end = geometry.align_up(old).unwrap_or(old).min(size);
+        let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size());
+        let end = if self.backing_unopened { size } else { cluster_end.max(backing_end.min(size)) };
+        self.zero_range(between(old, end), ZeroKind::Unmap)
+    }
+
+    /// Puts the L1 table elsewhere with `entries` entries.
+    fn move_l1(&self, entries: u64) -> Result<()> {
+        let meta = &self.meta;
+        meta.flush()?;
+        let (old_offset, mut table) = meta.l1.contents();
+        let old_clusters = meta.geometry.clusters_for(table.len() as u64 * 8);
+        table.resize(entries as usize, 0);
+        let place = meta.allocate_metadata(meta.geometry.clusters_for(entries * 8))?;
+        let bytes: ::alloc::vec::Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        meta.storage.write_at(place.offset, &bytes)?;
+        meta.flush()?;
+        meta.update_header(&[Field::L1 { entries: entries as u32, offset: place.offset }])?;
+        meta.l1.replace(place.offset, table);
+        let first = meta.geometry.host_cluster(old_offset).value();
+        if old_clusters > 0 {
+            lock(&meta.pending).push(Unlinked { first, count: old_clusters });
+        }
+        Ok(())
+    }
+
+    /// Forgets what lies behind the new end; a backing file must not show there should the disk grow again, which
+    /// growing sees to.
+    fn shrink(&self, old: u64, size: u64) -> Result<()> {
+        let start = self.meta.geometry.align_up(size).unwrap_or(old);
+        if start < old {
+            self.forget_clusters(between(start, old))?;
+        }
+        self.size.store(size, Ordering::Release);
+        self.meta.settle()
+    }
+}
+
+fn invalid(message: ::alloc::string::String) -> Error {
+    Error::new(ErrorKind::InvalidOption, message)
+}
+
+fn between(start: u64, end: u64) -> GuestRange {
+    GuestRange::between(GuestOffset::new(start), GuestOffset::new(end))
+}
