@@ -1,1 +1,74 @@
-//! placeholder
+//! The command line of the qcow2 tools: qemu-img's verbs, options, texts and exit codes.
+//!
+//! [`main_with`] is the whole program; it behaves as qemu-img itself where it is called by that name. A verb parses its
+//! arguments, opens images, calls one procedure of `qcow2-ops`, renders the report, and returns an exit code.
+#![forbid(unsafe_code)]
+#![allow(dead_code, reason = "compare and check are on their way")]
+
+mod args;
+mod command;
+mod exit;
+mod failure;
+mod imagename;
+mod imageopts;
+mod interrupt;
+mod newfile;
+mod newimage;
+mod open;
+mod optlist;
+mod progress;
+mod render;
+mod session;
+mod size;
+mod threads;
+
+use args::{Arguments, Getopt, Opt};
+use failure::Failure;
+use session::Session;
+use std::ffi::OsString;
+
+/// Runs the program. `args`: the name it was called by, then its arguments. Returns the exit code; everything else it
+/// has to say has gone to standard output and standard error.
+pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
+    let mut args = args.into_iter();
+    let session = Session::new(&args.next().unwrap_or_default().to_string_lossy());
+    let result = utf8(args).and_then(|args| dispatch(&session, args));
+    result.unwrap_or_else(|failure| {
+        for line in failure.lines(session.program()) {
+            session.complain(&line);
+        }
+        failure.code()
+    })
+}
+
+/// Names in images are UTF-8 here, and so are arguments.
+fn utf8(args: impl Iterator<Item = OsString>) -> Result<Vec<String>, Failure> {
+    args.map(|arg| {
+        arg.into_string()
+            .map_err(|arg| Failure::new(format!("argument is not valid UTF-8: '{}'", arg.display())))
+    })
+    .collect()
+}
+
+fn dispatch(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
+    let mut getopt = Getopt::new(args::GENERAL, args, false);
+    while let Some(given) = getopt.next().map_err(|text| Failure::syntax(None, text))? {
+        match given.opt {
+            Opt::Help => return args::print_general_help(session).map(|()| exit::SUCCESS),
+            Opt::Version => return args::print_version(session).map(|()| exit::SUCCESS),
+            _ => {}
+        }
+    }
+    let mut operands = getopt.into_operands().into_iter();
+    let name = operands.next().ok_or_else(|| Failure::general_usage("Not enough arguments"))?;
+    match args::find_verb(&name) {
+        Some(verb) => {
+            let permute = std::env::var_os("POSIXLY_CORRECT").is_none();
+            (verb.run)(session, Arguments::new(verb, operands.collect(), permute))
+        }
+        None if args::known_but_missing(&name) => {
+            Err(Failure::general_usage(format!("Command not supported yet: {name}")))
+        }
+        None => Err(Failure::general_usage(format!("Command not found: {name}"))),
+    }
+}

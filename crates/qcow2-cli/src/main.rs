@@ -1,2 +1,7 @@
 //! The `qcow2` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(qcow2_cli::main_with(std::env::args_os()))
+}

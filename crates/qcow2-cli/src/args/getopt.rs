@@ -1,0 +1,204 @@
+//! Options in the manner of GNU `getopt_long`: short clusters, long names that may be abbreviated, options after
+//! operands. Its error texts are part of what scripts see, so they are kept to the letter.
+
+use super::Opt;
+
+/// One spelling of an option.
+#[derive(Debug)]
+pub(crate) struct OptionSpec {
+    /// What it means; several specs may mean the same.
+    pub(crate) opt: Opt,
+    /// `f` of `-f`.
+    pub(crate) short: Option<char>,
+    /// `format` of `--format`.
+    pub(crate) long: Option<&'static str>,
+    /// Whether `long` must be spelled out and stays out of lists of possibilities: for spellings that the help of
+    /// the original names though it does not know them.
+    pub(crate) exact: bool,
+    /// The name of its value in the help, if it takes one.
+    pub(crate) value: Option<&'static str>,
+    /// What the help says; empty for a second spelling.
+    pub(crate) help: &'static str,
+}
+
+/// An option as given.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Given {
+    /// What it means.
+    pub(crate) opt: Opt,
+    /// Its value; empty for options that take none.
+    pub(crate) value: String,
+}
+
+/// Walks over arguments, giving options one by one and keeping operands for the end.
+pub(crate) struct Getopt<'a> {
+    specs: &'a [OptionSpec],
+    args: std::vec::IntoIter<String>,
+    /// What is left of a cluster of short options.
+    cluster: String,
+    operands: Vec<String>,
+    permute: bool,
+}
+
+impl<'a> Getopt<'a> {
+    /// `permute`: whether options may follow operands; otherwise the first operand ends the options.
+    pub(crate) fn new(specs: &'a [OptionSpec], args: Vec<String>, permute: bool) -> Self {
+        Self { specs, args: args.into_iter(), cluster: String::new(), operands: Vec::new(), permute }
+    }
+
+    /// The next option, or `None` when only operands are left. Errors: the text that getopt would print.
+    pub(crate) fn next(&mut self) -> Result<Option<Given>, String> {
+        if let Some(letter) = self.cluster.chars().next() {
+            self.cluster.remove(0);
+            return self.short(letter).map(Some);
+        }
+        while let Some(arg) = self.args.next() {
+            if arg == "--" {
+                self.operands.extend(self.args.by_ref());
+            } else if let Some(long) = arg.strip_prefix("--") {
+                return self.long(long).map(Some);
+            } else if let Some(letter) = arg.strip_prefix('-').and_then(|rest| rest.chars().next()) {
+                self.cluster = arg[1 + letter.len_utf8()..].to_owned();
+                return self.short(letter).map(Some);
+            } else {
+                self.operands.push(arg);
+                if !self.permute {
+                    self.operands.extend(self.args.by_ref());
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// What is not an option, in order; complete once [`next`](Self::next) has given `None`.
+    pub(crate) fn into_operands(self) -> Vec<String> {
+        self.operands
+    }
+
+    fn short(&mut self, letter: char) -> Result<Given, String> {
+        let spec = self.specs.iter().find(|s| s.short == Some(letter));
+        let spec = spec.ok_or_else(|| format!("invalid option -- '{letter}'"))?;
+        if spec.value.is_none() {
+            return Ok(Given { opt: spec.opt, value: String::new() });
+        }
+        let value = match std::mem::take(&mut self.cluster) {
+            rest if !rest.is_empty() => rest,
+            _ => self.args.next().ok_or_else(|| format!("option requires an argument -- '{letter}'"))?,
+        };
+        Ok(Given { opt: spec.opt, value })
+    }
+
+    fn long(&mut self, text: &str) -> Result<Given, String> {
+        let (name, value) = match text.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (text, None),
+        };
+        let spec = self.find_long(name).map_err(|possible| ambiguous_or_unknown(text, &possible))?;
+        let long = spec.long.unwrap_or(name);
+        let value = match (spec.value, value) {
+            (None, Some(_)) => return Err(format!("option '--{long}' doesn't allow an argument")),
+            (None, None) => String::new(),
+            (Some(_), Some(value)) => value,
+            (Some(_), None) => {
+                self.args.next().ok_or_else(|| format!("option '--{long}' requires an argument"))?
+            }
+        };
+        Ok(Given { opt: spec.opt, value })
+    }
+
+    /// The option whose long name is `name`, or the only one that starts so; else the names that do.
+    fn find_long(&self, name: &str) -> Result<&'a OptionSpec, Vec<&'static str>> {
+        let named = |s: &&OptionSpec| s.long == Some(name);
+        if let Some(spec) = self.specs.iter().find(named) {
+            return Ok(spec);
+        }
+        let starts = |s: &&OptionSpec| !s.exact && s.long.is_some_and(|l| l.starts_with(name));
+        let possible: Vec<&OptionSpec> = self.specs.iter().filter(starts).collect();
+        match possible[..] {
+            [only] => Ok(only),
+            _ => Err(possible.iter().filter_map(|s| s.long).collect()),
+        }
+    }
+}
+
+fn ambiguous_or_unknown(text: &str, possible: &[&str]) -> String {
+    if possible.is_empty() {
+        return format!("unrecognized option '--{text}'");
+    }
+    let names: Vec<String> = possible.iter().map(|name| format!("'--{name}'")).collect();
+    format!("option '--{text}' is ambiguous; possibilities: {}", names.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn spec(
+        opt: Opt,
+        short: Option<char>,
+        long: &'static str,
+        value: Option<&'static str>,
+    ) -> OptionSpec {
+        OptionSpec { opt, short, long: Some(long), exact: false, value, help: "" }
+    }
+
+    static SPECS: [OptionSpec; 5] = [
+        spec(Opt::Help, Some('h'), "help", None),
+        spec(Opt::Format, Some('f'), "format", Some("FMT")),
+        spec(Opt::ForceShare, Some('U'), "force-share", None),
+        spec(Opt::Output, None, "output", Some("FORM")),
+        OptionSpec { exact: true, ..spec(Opt::Object, None, "ob", Some("X")) },
+    ];
+
+    /// Options as `format=value`, joined with the operands, or the error.
+    fn run(args: &[&str], permute: bool) -> Result<String, String> {
+        let mut getopt = Getopt::new(&SPECS, args.iter().map(|a| (*a).to_owned()).collect(), permute);
+        let mut seen = Vec::new();
+        while let Some(given) = getopt.next()? {
+            seen.push(format!("{:?}={}", given.opt, given.value));
+        }
+        seen.extend(getopt.into_operands());
+        Ok(seen.join(" "))
+    }
+
+    #[track_caller]
+    fn check(args: &[&str], expected: &str) {
+        assert_eq!(run(args, true).unwrap(), expected);
+    }
+
+    #[track_caller]
+    fn check_error(args: &[&str], expected: &str) {
+        assert_eq!(run(args, true).unwrap_err(), expected);
+    }
+
+    #[test]
+    fn short_and_long_forms() {
+        check(&["-f", "raw", "x"], "Format=raw x");
+        check(&["-fraw", "x"], "Format=raw x");
+        check(&["-Uf", "raw", "x"], "ForceShare= Format=raw x");
+        check(&["-UfU", "x"], "ForceShare= Format=U x");
+        check(&["--format=raw", "--format", "qcow2"], "Format=raw Format=qcow2");
+        check(&["--format=", "--out=json"], "Format= Output=json");
+        check(&["--forc", "--form", "x"], "ForceShare= Format=x");
+        check(&["--ob", "v"], "Object=v");
+    }
+
+    #[test]
+    fn operands_anywhere_until_two_dashes() {
+        check(&["a", "-U", "b", "--", "-f", "--", "c"], "ForceShare= a b -f -- c");
+        check(&["-", "x"], "- x");
+        assert_eq!(run(&["-U", "a", "-U"], false).unwrap(), "ForceShare= a -U");
+    }
+
+    #[test]
+    fn errors_to_the_letter() {
+        check_error(&["-z"], "invalid option -- 'z'");
+        check_error(&["-Uz"], "invalid option -- 'z'");
+        check_error(&["-f"], "option requires an argument -- 'f'");
+        check_error(&["--format"], "option '--format' requires an argument");
+        check_error(&["--limits=3"], "unrecognized option '--limits=3'");
+        check_error(&["--force-share=3"], "option '--force-share' doesn't allow an argument");
+        check_error(&["--for=q"], "option '--for=q' is ambiguous; possibilities: '--format' '--force-share'");
+        check_error(&["--o"], "option '--output' requires an argument");
+    }
+}

@@ -1,0 +1,164 @@
+//! Verbs, their options and how they are read: qemu-img's names throughout.
+
+mod getopt;
+mod help;
+mod object;
+mod table;
+
+pub(crate) use getopt::{Getopt, Given, OptionSpec};
+pub(crate) use help::{print_general_help, print_verb_help, print_version};
+pub(crate) use object::Objects;
+pub(crate) use table::{GENERAL, VERBS, find_verb, known_but_missing};
+
+use crate::failure::Failure;
+use crate::session::Session;
+use qcow2_io::CacheMode;
+
+/// What an option means, whatever verb it belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Opt {
+    Help,
+    Version,
+    Trace,
+    Quiet,
+    Progress,
+    Format,
+    FormatOfSecond,
+    ImageOpts,
+    Object,
+    ForceShare,
+    Output,
+    Options,
+    Backing,
+    BackingFormat,
+    BackingUnsafe,
+    BackingChain,
+    Snapshot,
+    Cache,
+    TargetFormat,
+    TargetImageOpts,
+    TargetCache,
+    Compress,
+    NoCreate,
+    TargetIsZero,
+    SparseSize,
+    Bitmaps,
+    SkipBrokenBitmaps,
+    Rate,
+    Parallel,
+    CopyRange,
+    Salvage,
+    OutOfOrder,
+    Strict,
+    StartOffset,
+    MaxLength,
+    Repair,
+}
+
+/// One verb of the command line.
+#[derive(Debug)]
+pub(crate) struct Verb {
+    /// As typed.
+    pub(crate) name: &'static str,
+    /// One line for the list of verbs.
+    pub(crate) summary: &'static str,
+    /// What follows the verb, for the help.
+    pub(crate) synopsis: &'static str,
+    /// In the order in which lists of possibilities name them.
+    pub(crate) options: &'static [OptionSpec],
+    /// Operands and what they are.
+    pub(crate) operands: &'static [(&'static str, &'static str)],
+    /// Runs it. The code is for the caller of the program.
+    pub(crate) run: fn(&Session, Arguments) -> Result<u8, Failure>,
+}
+
+/// The arguments of one verb while they are read.
+pub(crate) struct Arguments {
+    verb: &'static Verb,
+    getopt: Getopt<'static>,
+}
+
+impl Arguments {
+    /// `args`: what follows the verb.
+    pub(crate) fn new(verb: &'static Verb, args: Vec<String>, permute: bool) -> Self {
+        Self { verb, getopt: Getopt::new(verb.options, args, permute) }
+    }
+
+    /// The next option. Asking for help prints it and ends the command.
+    pub(crate) fn next(&mut self, session: &Session) -> Result<Option<Given>, Failure> {
+        match self.getopt.next() {
+            Ok(Some(given)) if given.opt == Opt::Help => {
+                print_verb_help(session, self.verb)?;
+                Err(Failure::silent(crate::exit::SUCCESS))
+            }
+            Ok(given) => Ok(given),
+            Err(text) => Err(Failure::syntax(Some(self.verb), text)),
+        }
+    }
+
+    /// The operands; only complete when there are no more options.
+    pub(crate) fn into_operands(self) -> Vec<String> {
+        self.getopt.into_operands()
+    }
+
+    /// The only operand; `expected` is the complaint about fewer or more.
+    pub(crate) fn into_one_operand(self, expected: &str) -> Result<String, Failure> {
+        let verb = self.verb;
+        match <[String; 1]>::try_from(self.into_operands()) {
+            Ok([operand]) => Ok(operand),
+            Err(_) => Err(Failure::usage(verb, expected)),
+        }
+    }
+
+    /// The verb they belong to.
+    pub(crate) fn verb(&self) -> &'static Verb {
+        self.verb
+    }
+}
+
+/// Reads the name of a cache mode; `what` names the option in the error ("cache", "source cache").
+pub(crate) fn parse_cache(what: &str, text: &str) -> Result<CacheMode, Failure> {
+    CacheMode::parse(text).ok_or_else(|| Failure::new(format!("Invalid {what} option: {text}")))
+}
+
+/// How results are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum OutputFormat {
+    /// For people.
+    #[default]
+    Human,
+    /// For programs.
+    Json,
+}
+
+impl OutputFormat {
+    /// Reads the value of `--output`.
+    pub(crate) fn parse(verb: &'static Verb, text: &str) -> Result<Self, Failure> {
+        match text {
+            "human" => Ok(Self::Human),
+            "json" => Ok(Self::Json),
+            _ => Err(Failure::usage(verb, format!("--output expects 'human' or 'json' not '{text}'"))),
+        }
+    }
+}
+
+/// How image names on the command line are meant: the options `-f`, `--image-opts` and `-U`.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ImageArgs {
+    /// The format, where it is given; otherwise it is probed.
+    pub(crate) format: Option<String>,
+    /// Whether names are option strings.
+    pub(crate) image_opts: bool,
+    /// Whether images are opened without locks.
+    pub(crate) force_share: bool,
+}
+
+impl ImageArgs {
+    /// Refuses a format beside an option string, which brings its own.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        if self.image_opts && self.format.is_some() {
+            return Err(Failure::new("--image-opts and --format are mutually exclusive"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,250 @@
+//! Every verb and every option, in one place.
+
+use super::{Opt, OptionSpec, Verb};
+use crate::command;
+
+/// The verbs, in the order of the help.
+pub(crate) static VERBS: &[Verb] = &[
+    Verb {
+        name: "check",
+        summary: "Check the references and refcounts of an image",
+        synopsis: "[-f FMT | --image-opts] [-T CACHE] [-U] [--output human|json] [-r leaks|all] FILENAME",
+        options: &[
+            HELP,
+            QUIET,
+            FORMAT,
+            CACHE,
+            option(Opt::Repair, Some('r'), "repair", Some("leaks|all"), "what to repair"),
+            OUTPUT,
+            OBJECT,
+            IMAGE_OPTS,
+            FORCE_SHARE,
+        ],
+        operands: &[FILENAME],
+        run: command::check::run,
+    },
+    Verb {
+        name: "compare",
+        summary: "Compare the content of two images",
+        synopsis: "[-f FMT] [-F FMT] [--image-opts] [-T CACHE] [-s] [-p] [-q] [-U] FILENAME1 FILENAME2",
+        options: &[
+            HELP,
+            QUIET,
+            OBJECT,
+            CACHE,
+            IMAGE_OPTS,
+            option(Opt::Format, Some('f'), "a-format", Some("FMT"), "format of FILENAME1"),
+            option(Opt::Format, None, "left-format", Some("FMT"), ""),
+            option(Opt::FormatOfSecond, Some('F'), "b-format", Some("FMT"), "format of FILENAME2"),
+            option(Opt::FormatOfSecond, None, "right-format", Some("FMT"), ""),
+            FORCE_SHARE,
+            option(Opt::Strict, Some('s'), "strict", None, "sizes and allocation must be equal too"),
+            option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+        ],
+        operands: &[("FILENAME1", "an image"), ("FILENAME2", "the image to compare it with")],
+        run: command::compare::run,
+    },
+    Verb {
+        name: "convert",
+        summary: "Copy images into a new image, of the same or another format",
+        synopsis: "[-f FMT] [-O FMT] [-o OPTIONS] [-c] [-B FILE -F FMT] [-n] [...] SOURCE [SOURCE...] TARGET",
+        options: CONVERT,
+        operands: &[
+            ("SOURCE", "image to copy; several are put one after the other"),
+            ("TARGET", "image to make"),
+        ],
+        run: command::convert::run,
+    },
+    Verb {
+        name: "create",
+        summary: "Make a new image",
+        synopsis: "[-f FMT] [-o OPTIONS] [-b FILE -F FMT] [-u] [-q] FILENAME [SIZE]",
+        options: &[
+            HELP,
+            QUIET,
+            OBJECT,
+            option(Opt::Format, Some('f'), "format", Some("FMT"), "format of the new image (raw)"),
+            BACKING,
+            BACKING_FORMAT,
+            option(Opt::BackingUnsafe, Some('u'), "backing-unsafe", None, "do not open the backing file"),
+            option(
+                Opt::Options,
+                Some('o'),
+                "options",
+                Some("OPTIONS"),
+                "key=value,... ('-o help' lists them)",
+            ),
+        ],
+        operands: &[
+            ("FILENAME", "image to make; an existing file is overwritten"),
+            ("SIZE", "bytes, or with b k M G T P E; not needed beside a backing file"),
+        ],
+        run: command::create::run,
+    },
+    Verb {
+        name: "info",
+        summary: "Show what an image says of itself",
+        synopsis: "[-f FMT | --image-opts] [-b] [-U] [--output human|json] FILENAME",
+        options: &[
+            HELP,
+            FORMAT,
+            OUTPUT,
+            option(Opt::BackingChain, Some('b'), "backing-chain", None, "show the backing files too"),
+            OBJECT,
+            IMAGE_OPTS,
+            FORCE_SHARE,
+        ],
+        operands: &[FILENAME],
+        run: command::info::run,
+    },
+    Verb {
+        name: "map",
+        summary: "Show where the content of an image is stored",
+        synopsis: "[-f FMT | --image-opts] [-s OFFSET] [-l LENGTH] [-U] [--output human|json] FILENAME",
+        options: &[
+            HELP,
+            FORMAT,
+            OUTPUT,
+            OBJECT,
+            IMAGE_OPTS,
+            FORCE_SHARE,
+            option(Opt::StartOffset, Some('s'), "start-offset", Some("OFFSET"), "first byte to show"),
+            option(Opt::MaxLength, Some('l'), "max-length", Some("LENGTH"), "how many bytes to show"),
+        ],
+        operands: &[FILENAME],
+        run: command::map::run,
+    },
+];
+
+/// Options before the verb.
+pub(crate) static GENERAL: &[OptionSpec] = &[
+    HELP,
+    option(Opt::Version, Some('V'), "version", None, "show the version and exit"),
+    option(Opt::Trace, Some('T'), "trace", Some("TRACE"), "accepted and ignored"),
+];
+
+/// The verb called `name`.
+pub(crate) fn find_verb(name: &str) -> Option<&'static Verb> {
+    VERBS.iter().find(|verb| verb.name == name)
+}
+
+/// Whether qemu-img has a verb `name` that this program lacks.
+pub(crate) fn known_but_missing(name: &str) -> bool {
+    const MISSING: [&str; 9] =
+        ["amend", "bench", "bitmap", "commit", "dd", "measure", "rebase", "resize", "snapshot"];
+    MISSING.contains(&name)
+}
+
+static CONVERT: &[OptionSpec] = &[
+    HELP,
+    QUIET,
+    OBJECT,
+    IMAGE_OPTS,
+    option(Opt::ImageOpts, None, "source-image-opts", None, ""),
+    option(Opt::Format, Some('f'), "source-format", Some("FMT"), "format of the sources"),
+    option(Opt::Cache, Some('T'), "source-cache", Some("CACHE"), "cache mode of the sources (writeback)"),
+    option(Opt::Snapshot, Some('l'), "snapshot", Some("SNAPSHOT"), "read this snapshot of the source"),
+    option(
+        Opt::SparseSize,
+        Some('S'),
+        "sparse-size",
+        Some("SIZE"),
+        "zeroes from this length on become holes (4k)",
+    ),
+    option(Opt::TargetFormat, Some('O'), "output-format", Some("FMT"), "format of the target (raw)"),
+    option(Opt::Options, Some('o'), "options", Some("OPTIONS"), "key=value,... ('-o help' lists them)"),
+    option(Opt::TargetCache, Some('t'), "output-cache", Some("CACHE"), "cache mode of the target (unsafe)"),
+    option(Opt::Backing, Some('B'), "backing", Some("FILE"), "backing file of the target"),
+    BACKING_FORMAT,
+    FORCE_SHARE,
+    option(Opt::TargetImageOpts, None, "target-image-opts", None, "TARGET is an option string"),
+    option(Opt::Salvage, None, "salvage", None, "take unreadable parts for zeroes"),
+    option(Opt::TargetIsZero, None, "target-is-zero", None, "the existing target reads as zeroes (with -n)"),
+    option(Opt::Bitmaps, None, "bitmaps", None, "copy persistent bitmaps too"),
+    option(Opt::SkipBrokenBitmaps, None, "skip-broken-bitmaps", None, "leave out damaged bitmaps"),
+    option(Opt::Rate, Some('r'), "rate", Some("RATE"), "bytes a second at most"),
+    option(Opt::Parallel, Some('m'), "parallel", Some("COUNT"), "workers, 1 to 16"),
+    option(Opt::OutOfOrder, Some('W'), "oob-writes", None, "write in any order"),
+    option(Opt::CopyRange, Some('C'), "copy-range-offloading", None, "let the system copy where it can"),
+    short(Opt::Compress, 'c', "compress"),
+    short(Opt::NoCreate, 'n', "write into an existing target"),
+    short(Opt::Progress, 'p', "show progress"),
+    // Names that the help of qemu-img gives, though it does not know them.
+    advertised(Opt::Progress, "progress", None),
+    advertised(Opt::Compress, "compress", None),
+    advertised(Opt::NoCreate, "no-create", None),
+    advertised(Opt::Snapshot, "source-snapshot", Some("SNAPSHOT")),
+    advertised(Opt::TargetFormat, "target-format", Some("FMT")),
+    advertised(Opt::Options, "target-options", Some("OPTIONS")),
+    advertised(Opt::TargetCache, "target-cache", Some("CACHE")),
+];
+
+const FILENAME: (&str, &str) = ("FILENAME", "the image, or an option string with --image-opts");
+
+const HELP: OptionSpec = option(Opt::Help, Some('h'), "help", None, "show this help and exit");
+const QUIET: OptionSpec = option(Opt::Quiet, Some('q'), "quiet", None, "print errors only");
+const FORMAT: OptionSpec = option(Opt::Format, Some('f'), "format", Some("FMT"), "format of the image");
+const CACHE: OptionSpec = option(Opt::Cache, Some('T'), "cache", Some("CACHE"), "cache mode (writeback)");
+const OUTPUT: OptionSpec =
+    option(Opt::Output, None, "output", Some("human|json"), "form of the output (human)");
+const OBJECT: OptionSpec =
+    option(Opt::Object, None, "object", Some("OBJECT"), "define an object, such as a secret");
+const IMAGE_OPTS: OptionSpec = option(
+    Opt::ImageOpts,
+    None,
+    "image-opts",
+    None,
+    "names are option strings (driver=qcow2,file.filename=...)",
+);
+const FORCE_SHARE: OptionSpec =
+    option(Opt::ForceShare, Some('U'), "force-share", None, "open without locks, even if it is in use");
+const BACKING: OptionSpec =
+    option(Opt::Backing, Some('b'), "backing", Some("FILE"), "backing file of the new image");
+const BACKING_FORMAT: OptionSpec =
+    option(Opt::BackingFormat, Some('F'), "backing-format", Some("FMT"), "format of the backing file");
+
+const fn option(
+    opt: Opt,
+    short: Option<char>,
+    long: &'static str,
+    value: Option<&'static str>,
+    help: &'static str,
+) -> OptionSpec {
+    OptionSpec { opt, short, long: Some(long), exact: false, value, help }
+}
+
+const fn short(opt: Opt, letter: char, help: &'static str) -> OptionSpec {
+    OptionSpec { opt, short: Some(letter), long: None, exact: false, value: None, help }
+}
+
+const fn advertised(opt: Opt, long: &'static str, value: Option<&'static str>) -> OptionSpec {
+    OptionSpec { opt, short: None, long: Some(long), exact: true, value, help: "" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_spelling_means_two_things() {
+        for verb in VERBS {
+            for (i, a) in verb.options.iter().enumerate() {
+                for b in &verb.options[i + 1..] {
+                    assert!(a.short.is_none() || a.short != b.short, "{}: {:?}", verb.name, a.short);
+                    assert!(a.long.is_none() || a.long != b.long, "{}: {:?}", verb.name, a.long);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn spellings_of_one_option_agree_on_a_value() {
+        for verb in VERBS {
+            for a in verb.options {
+                for b in verb.options.iter().filter(|b| b.opt == a.opt) {
+                    assert_eq!(a.value.is_some(), b.value.is_some(), "{}: {:?}", verb.name, a.opt);
+                }
+            }
+        }
+    }
+}

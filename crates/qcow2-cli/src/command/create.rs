@@ -1,0 +1,160 @@
+//! `create`: a new image.
+
+use crate::args::{Arguments, ImageArgs, Objects, Opt};
+use crate::exit;
+use crate::failure::Failure;
+use crate::imagename::{ImageName, file_path};
+use crate::imageopts::{ImageOptions, TargetFormat, print_options};
+use crate::interrupt::Interrupts;
+use crate::newimage;
+use crate::open::{OpenAs, open_image};
+use crate::optlist::OptList;
+use crate::session::Session;
+use crate::size::{SIGNED, parse_argument};
+use qcow2_core::{ImageFormat, Reference};
+use qcow2_io::{FileResolver, Policy};
+
+/// Runs the verb.
+pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
+    let Some(request) = parse(session, args)? else {
+        return Ok(exit::SUCCESS);
+    };
+    let about = |failure: Failure| failure.about(&request.filename);
+    let options = settle(&request).map_err(about)?;
+    let path = file_path(&request.filename);
+    if let Err(reason) = path.as_ref().map(|_| ()).map_err(String::clone)
+        && !request.filename.is_empty()
+    {
+        return Err(about(Failure::new(reason)));
+    }
+    if !request.quiet {
+        session.print(&format!("{}\n", options.announcement(&request.filename)))?;
+    }
+    let interrupts = Interrupts::install();
+    let made = newimage::make(&path.unwrap_or_default(), &options, &interrupts);
+    match made {
+        Ok(()) => interrupts.finish_files(),
+        Err(failure) => {
+            interrupts.discard_files();
+            return Err(about(failure));
+        }
+    }
+    Ok(exit::SUCCESS)
+}
+
+struct Request {
+    quiet: bool,
+    format: String,
+    filename: String,
+    size: Option<u64>,
+    list: OptList,
+    backing: Option<String>,
+    backing_format: Option<String>,
+    open_backing: bool,
+}
+
+/// `None`: help was asked for and given.
+fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Failure> {
+    let (mut quiet, mut open_backing, mut format) = (false, true, "raw".to_owned());
+    let (mut backing, mut backing_format, mut texts) = (None, None, Vec::new());
+    let mut objects = Objects::default();
+    let verb = args.verb();
+    while let Some(given) = args.next(session)? {
+        match given.opt {
+            Opt::Quiet => quiet = true,
+            Opt::Format => format = given.value,
+            Opt::Backing => backing = Some(given.value),
+            Opt::BackingFormat => backing_format = Some(given.value),
+            Opt::BackingUnsafe => open_backing = false,
+            Opt::Options => texts.push(OptList::checked(given.value)?),
+            Opt::Object => objects.add(&given.value)?,
+            _ => {}
+        }
+    }
+    let list = OptList::parse_image_options(&texts);
+    let mut operands = args.into_operands().into_iter();
+    let filename = operands.next();
+    if list.asks_help() {
+        print_options(session, TargetFormat::parse(&format)?, filename.is_some())?;
+        return Ok(None);
+    }
+    let filename = filename.ok_or_else(|| Failure::usage(verb, "Expecting image file name"))?;
+    let size = operands.next().map(|text| parse_argument("image size", &text, SIGNED)).transpose()?;
+    if let Some(extra) = operands.next() {
+        return Err(Failure::usage(verb, format!("Unexpected argument: {extra}")));
+    }
+    Ok(Some(Request { quiet, format, filename, size, list, backing, backing_format, open_backing }))
+}
+
+/// The options with everything that comes from elsewhere: the size operand, `-b`, `-F`, the backing file's size.
+fn settle(request: &Request) -> Result<ImageOptions, Failure> {
+    let format = TargetFormat::parse(&request.format)?;
+    let mut options = ImageOptions::parse(format, &request.list)?;
+    match (request.size, options.number("size")) {
+        (Some(_), Some(_)) => return Err(Failure::new("The image size must be specified only once")),
+        (Some(size), None) => options.set_number("size", size),
+        _ => {}
+    }
+    let layered = |what: &str, value: &Option<String>| match value {
+        Some(_) if !format.is_layered() => {
+            Err(Failure::new(format!("Backing {what} not supported for file format '{}'", format.name())))
+        }
+        _ => Ok(()),
+    };
+    layered("file", &request.backing)?;
+    layered("file format", &request.backing_format)?;
+    if let Some(backing) = &request.backing {
+        options.set_text("backing_file", backing);
+    }
+    if let Some(backing_format) = &request.backing_format {
+        options.set_text("backing_fmt", backing_format);
+    }
+    if let Some(backing) = options.text("backing_file") {
+        let found = look_at_backing(request, backing, options.text("backing_fmt"))?;
+        if let Some(size) = found.filter(|_| options.number("size").is_none()) {
+            options.set_number("size", size);
+        }
+    }
+    match options.number("size") {
+        Some(_) => Ok(options),
+        None => Err(Failure::new("Image creation needs a size parameter")),
+    }
+}
+
+/// Opens the backing file with its chain and returns its size; `None` where it is not to be opened.
+fn look_at_backing(request: &Request, name: &str, format: Option<&str>) -> Result<Option<u64>, Failure> {
+    if name.is_empty() {
+        return Err(Failure::new("Expected backing file name, got empty string"));
+    }
+    if name == request.filename {
+        let text = "Error: Trying to create an image with the same filename as the backing file";
+        return Err(Failure::new(text));
+    }
+    let without_format = || Failure::new("Backing file specified without backing format");
+    if !request.open_backing {
+        return if format.is_some() { Ok(None) } else { Err(without_format()) };
+    }
+    let opened = open_backing(request, name, format)
+        .map_err(|failure| failure.without_name().hint("Could not open backing image."))?;
+    if format.is_none() {
+        let detected = if opened.format == ImageFormat::Raw { "raw" } else { "qcow2" };
+        return Err(without_format().hint(format!("Detected format of {detected}.")));
+    }
+    Ok(opened.disk.size().checked_next_multiple_of(512))
+}
+
+fn open_backing(
+    request: &Request,
+    name: &str,
+    format: Option<&str>,
+) -> Result<crate::open::OpenedDisk, Failure> {
+    let args = ImageArgs { format: format.map(str::to_owned), ..ImageArgs::default() };
+    // Names are relative to the new image, as they will be for whoever opens it.
+    let located = match name.split_once(':') {
+        Some((protocol, _)) if !protocol.contains('/') => name.to_owned(),
+        _ => FileResolver::new(&request.filename, Policy::Allow)
+            .locate(Reference::Backing { name, format })
+            .map_or_else(|_| name.to_owned(), |path| path.to_string_lossy().into_owned()),
+    };
+    open_image(&ImageName::parse(&located, &args)?, &args, OpenAs::READ)
+}

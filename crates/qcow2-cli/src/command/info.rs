@@ -1,0 +1,93 @@
+//! `info`: what an image says of itself. Opens no file but the one named, unless the backing chain is asked for.
+
+use crate::args::{Arguments, ImageArgs, Objects, Opt, OutputFormat};
+use crate::exit;
+use crate::failure::Failure;
+use crate::imagename::ImageName;
+use crate::open::{OpenAs, open_file};
+use crate::render::info::{NamedInfo, to_json, to_text};
+use crate::render::{json, qemu_text};
+use crate::session::Session;
+use qcow2_core::{Reference, SourceId};
+use qcow2_io::{FileResolver, Policy};
+use serde_json::Value;
+use std::collections::BTreeSet;
+
+/// Runs the verb.
+pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
+    let request = parse(session, args)?;
+    request.image.check()?;
+    let infos = look(&request)?;
+    let text = match (request.output, request.chain) {
+        (OutputFormat::Human, _) => infos.iter().map(to_text).collect::<Vec<_>>().join("\n"),
+        (OutputFormat::Json, true) => json::pretty(&infos.iter().map(to_json).collect::<Value>()),
+        (OutputFormat::Json, false) => infos.iter().map(|info| json::pretty(&to_json(info))).collect(),
+    };
+    session.print(&text).map(|()| exit::SUCCESS)
+}
+
+struct Request {
+    image: ImageArgs,
+    output: OutputFormat,
+    chain: bool,
+    filename: String,
+}
+
+fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
+    let (mut image, mut output, mut chain) = (ImageArgs::default(), OutputFormat::Human, false);
+    let mut objects = Objects::default();
+    let verb = args.verb();
+    while let Some(given) = args.next(session)? {
+        match given.opt {
+            Opt::Format => image.format = Some(given.value),
+            Opt::ImageOpts => image.image_opts = true,
+            Opt::ForceShare => image.force_share = true,
+            Opt::BackingChain => chain = true,
+            Opt::Output => output = OutputFormat::parse(verb, &given.value)?,
+            Opt::Object => objects.add(&given.value)?,
+            _ => {}
+        }
+    }
+    let filename = args.into_one_operand("Expecting one image file name")?;
+    Ok(Request { image, output, chain, filename })
+}
+
+/// The image, and with `-b` the files below it, each opened as one that nobody vouches for.
+fn look(request: &Request) -> Result<Vec<NamedInfo>, Failure> {
+    let mut infos = Vec::new();
+    let mut seen: BTreeSet<SourceId> = BTreeSet::new();
+    let mut args = request.image.clone();
+    let mut next = Some(ImageName::parse(&request.filename, &args)?);
+    while let Some(name) = next.take() {
+        let source = open_file(&name, &args, OpenAs::LOOK)?;
+        if source.id.is_some_and(|id| !seen.insert(id)) {
+            let message = format!("Backing file '{}' creates an infinite loop.", name.typed);
+            return Err(Failure::new(message));
+        }
+        let report =
+            qcow2_ops::info(&*source.storage, &source.format).map_err(|error| match error.core_error() {
+                Some(engine) => qemu_text::open_failure(&name.typed, "", engine),
+                None => {
+                    Failure::new(format!("Could not open '{}': {}", name.typed, qemu_text::chain(&error)))
+                }
+            })?;
+        let backing = report.qcow2.as_ref().and_then(|qcow2| qcow2.backing.clone());
+        let full_backing = backing.as_ref().map(|b| full_name(&name.path, &b.name));
+        if let Some((backing, full)) = backing.zip(full_backing.clone()).filter(|_| request.chain) {
+            args = ImageArgs { format: backing.format, image_opts: false, ..args };
+            next = Some(ImageName::parse(&full, &args)?);
+        }
+        infos.push(NamedInfo { filename: name.path, full_backing, report });
+    }
+    Ok(infos)
+}
+
+/// Where the backing file `name` of the image at `path` leads; names of other kinds than files stay as they are.
+fn full_name(path: &str, name: &str) -> String {
+    let has_protocol = name.split_once(':').is_some_and(|(protocol, _)| !protocol.contains('/'));
+    if has_protocol {
+        return name.to_owned();
+    }
+    let located = FileResolver::new(path, Policy::Deny).locate(Reference::Backing { name, format: None });
+    located.map_or_else(|_| name.to_owned(), |full| full.to_string_lossy().into_owned())
+}

@@ -1,0 +1,8 @@
+//! One file a verb: parse, open, call one procedure, render, exit.
+
+pub(crate) mod check;
+pub(crate) mod compare;
+pub(crate) mod convert;
+pub(crate) mod create;
+pub(crate) mod info;
+pub(crate) mod map;

@@ -1,0 +1,18 @@
+//! The exit codes, in one place.
+
+/// Done; `check`: no errors; `compare`: the same content.
+pub(crate) const SUCCESS: u8 = 0;
+/// Failed; `compare`: the content differs.
+pub(crate) const FAILURE: u8 = 1;
+/// `check`: the image is damaged.
+pub(crate) const CHECK_CORRUPT: u8 = 2;
+/// `check`: clusters are leaked, nothing else.
+pub(crate) const CHECK_LEAKS: u8 = 3;
+/// `check`: the format has no check.
+pub(crate) const CHECK_UNSUPPORTED: u8 = 63;
+/// `compare`: an image could not be opened.
+pub(crate) const COMPARE_OPEN: u8 = 2;
+/// `compare`: an image could not say what is allocated.
+pub(crate) const COMPARE_EXTENTS: u8 = 3;
+/// `compare`: an image could not be read.
+pub(crate) const COMPARE_READ: u8 = 4;

@@ -1,0 +1,126 @@
+//! What ends a command early: the text for the user and the exit code.
+
+use crate::args::Verb;
+use crate::exit;
+use std::fmt;
+
+/// A command that did not do what was asked. `Display` gives the message without the program's name.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    kind: Kind,
+    message: String,
+    /// The message without the image that it is about.
+    reason: Option<String>,
+    hints: Vec<String>,
+    code: u8,
+}
+
+/// How a failure is put to the user.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// `program: message`.
+    Plain,
+    /// `program: message` and a line that points at the help of the verb.
+    Usage(Option<&'static Verb>),
+    /// `program verb: message` and a line that points at the help: the form of option syntax errors.
+    Syntax(Option<&'static Verb>),
+    /// Nothing: all was said already.
+    Silent,
+}
+
+impl Failure {
+    /// A failure with exit code 1.
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self {
+            kind: Kind::Plain,
+            message: message.into(),
+            reason: None,
+            hints: Vec::new(),
+            code: exit::FAILURE,
+        }
+    }
+
+    /// Operands or option values that make no sense to `verb`.
+    pub(crate) fn usage(verb: &'static Verb, message: impl Into<String>) -> Self {
+        Self { kind: Kind::Usage(Some(verb)), ..Self::new(message) }
+    }
+
+    /// No verb, or one that is not known.
+    pub(crate) fn general_usage(message: impl Into<String>) -> Self {
+        Self { kind: Kind::Usage(None), ..Self::new(message) }
+    }
+
+    /// Options that cannot be understood; `verb` is `None` before one is known.
+    pub(crate) fn syntax(verb: Option<&'static Verb>, message: impl Into<String>) -> Self {
+        Self { kind: Kind::Syntax(verb), ..Self::new(message) }
+    }
+
+    /// An image that could not be opened.
+    pub(crate) fn could_not_open(name: &str, reason: &str) -> Self {
+        let message = format!("Could not open '{name}': {reason}");
+        Self { reason: Some(reason.to_owned()), ..Self::new(message) }
+    }
+
+    /// A failure that prints nothing more.
+    pub(crate) fn silent(code: u8) -> Self {
+        Self { kind: Kind::Silent, code, ..Self::new("") }
+    }
+
+    /// Adds a line that follows the message, without the program's name.
+    pub(crate) fn hint(mut self, line: impl Into<String>) -> Self {
+        self.hints.push(line.into());
+        self
+    }
+
+    /// Puts `name: ` before the message, as creating an image does.
+    pub(crate) fn about(mut self, name: &str) -> Self {
+        self.message = format!("{name}: {}", self.message);
+        self
+    }
+
+    /// Leaves out the image that the message is about.
+    pub(crate) fn without_name(mut self) -> Self {
+        self.message = self.reason.take().unwrap_or(self.message);
+        self
+    }
+
+    /// Gives another exit code than 1.
+    pub(crate) fn with_code(mut self, code: u8) -> Self {
+        self.code = code;
+        self
+    }
+
+    /// The exit code.
+    pub(crate) fn code(&self) -> u8 {
+        self.code
+    }
+
+    /// Every line for standard error, for a program called `program`.
+    pub(crate) fn lines(&self, program: &str) -> Vec<String> {
+        let (first, verb) = match self.kind {
+            Kind::Silent => return Vec::new(),
+            Kind::Plain => (format!("{program}: {}", self.message), None),
+            Kind::Usage(verb) => (format!("{program}: {}", self.message), Some(verb)),
+            Kind::Syntax(None) => (format!("{program}: {}", self.message), Some(None)),
+            Kind::Syntax(Some(verb)) => {
+                (format!("{program} {}: {}", verb.name, self.message), Some(Some(verb)))
+            }
+        };
+        let mut lines = vec![first];
+        lines.extend(self.hints.iter().cloned());
+        match verb {
+            Some(Some(verb)) => lines.push(format!("Try '{program} {} --help' for more info", verb.name)),
+            Some(None) => lines.push(format!("Try '{program} --help' for more info")),
+            None => {}
+        }
+        lines
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}

@@ -1,0 +1,375 @@
+//! The options of new images (`-o`): which there are, of what type, and in which order they are shown.
+
+use crate::failure::Failure;
+use crate::optlist::{OptList, Pair, escape_commas};
+use crate::session::Session;
+use crate::size::{SizeError, parse_size};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+/// The format of a new image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TargetFormat {
+    /// Plain bytes.
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
+}
+
+impl TargetFormat {
+    /// The format called `name`.
+    pub(crate) fn parse(name: &str) -> Result<Self, Failure> {
+        match name {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            _ => Err(Failure::new(format!("Unknown file format '{name}'"))),
+        }
+    }
+
+    /// Its name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+
+    /// Whether it knows backing files, compression and bitmaps.
+    pub(crate) fn is_layered(self) -> bool {
+        self == Self::Qcow2
+    }
+
+    /// Its options in the order in which "Formatting" shows them, those of files included.
+    fn options(self) -> &'static [ImageOption] {
+        match self {
+            Self::Raw => RAW,
+            Self::Qcow2 => QCOW2,
+        }
+    }
+}
+
+/// The options of a new image, each of its type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ImageOptions {
+    format: TargetFormat,
+    values: BTreeMap<&'static str, Value>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Value {
+    Text(String),
+    /// What it means, and how it was written.
+    Switch(bool, String),
+    Number(u64),
+}
+
+impl ImageOptions {
+    /// Reads `list` by the table of `format`, the defaults of the format in place. Errors: the first option that is
+    /// not known or not of its type, in QEMU's words.
+    pub(crate) fn parse(format: TargetFormat, list: &OptList) -> Result<Self, Failure> {
+        let mut options = Self { format, values: BTreeMap::new() };
+        for option in format.options().iter().filter(|option| !option.default.is_empty()) {
+            options.values.insert(option.name, option.read(option.default)?);
+        }
+        for Pair { key, value } in list.pairs().iter().filter(|pair| pair.key != "id") {
+            let option = format.options().iter().find(|option| option.name == key);
+            let option = option.ok_or_else(|| Failure::new(format!("Invalid parameter '{key}'")))?;
+            options.values.insert(option.name, option.read(value)?);
+        }
+        Ok(options)
+    }
+
+    /// The text of option `name`, if it was given or has a default.
+    pub(crate) fn text(&self, name: &str) -> Option<&str> {
+        match self.values.get(name) {
+            Some(Value::Text(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The number of option `name`, if it was given or has a default.
+    pub(crate) fn number(&self, name: &str) -> Option<u64> {
+        match self.values.get(name) {
+            Some(&Value::Number(number)) => Some(number),
+            _ => None,
+        }
+    }
+
+    /// Whether switch `name` is on.
+    pub(crate) fn switch(&self, name: &str) -> bool {
+        matches!(self.values.get(name), Some(Value::Switch(true, _)))
+    }
+
+    /// Sets a text option.
+    pub(crate) fn set_text(&mut self, name: &'static str, text: &str) {
+        self.values.insert(name, Value::Text(text.to_owned()));
+    }
+
+    /// Sets a number option.
+    pub(crate) fn set_number(&mut self, name: &'static str, number: u64) {
+        self.values.insert(name, Value::Number(number));
+    }
+
+    /// The format they belong to.
+    pub(crate) fn format(&self) -> TargetFormat {
+        self.format
+    }
+
+    /// The line that announces a new image, without its end.
+    pub(crate) fn announcement(&self, file: &str) -> String {
+        let mut line = format!("Formatting '{file}', fmt={}", self.format.name());
+        for option in self.format.options() {
+            let _ = match self.values.get(option.name) {
+                Some(Value::Text(text) | Value::Switch(_, text)) => {
+                    write!(line, " {}={}", option.name, escape_commas(text))
+                }
+                // Numbers are shown as signed ones.
+                Some(&Value::Number(number)) => write!(line, " {}={}", option.name, number.cast_signed()),
+                None => Ok(()),
+            };
+        }
+        line
+    }
+}
+
+/// Prints what `-o` takes. `with_file`: whether the target is known to be a file, whose options then count too.
+pub(crate) fn print_options(session: &Session, format: TargetFormat, with_file: bool) -> Result<(), Failure> {
+    let mut text = match with_file {
+        true => "Supported options:\n".to_owned(),
+        false => format!("Supported {} options:\n", format.name()),
+    };
+    let mut shown: Vec<&ImageOption> =
+        format.options().iter().filter(|option| with_file || !option.of_file).collect();
+    shown.sort_by_key(|option| option.name);
+    for option in shown {
+        let name = format!("{}=<{}>", option.name, option.kind.name());
+        let _ = writeln!(text, "  {name:<22} - {}", option.help);
+    }
+    if !with_file {
+        text.push_str("\nA target that is a file takes more; give its name to see them.\n");
+    }
+    session.print(&text)
+}
+
+#[derive(Debug)]
+struct ImageOption {
+    name: &'static str,
+    kind: Kind,
+    /// Empty: none.
+    default: &'static str,
+    /// Whether files take it, not the format.
+    of_file: bool,
+    help: &'static str,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Text,
+    Switch,
+    Size,
+    Number,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Text => "str",
+            Self::Switch => "bool (on/off)",
+            Self::Size => "size",
+            Self::Number => "num",
+        }
+    }
+}
+
+impl ImageOption {
+    fn read(&self, text: &str) -> Result<Value, Failure> {
+        let name = self.name;
+        match self.kind {
+            Kind::Text => Ok(Value::Text(text.to_owned())),
+            Kind::Switch => match parse_switch(text) {
+                Some(on) => Ok(Value::Switch(on, text.to_owned())),
+                None => Err(Failure::new(format!("Parameter '{name}' expects 'on' or 'off'"))),
+            },
+            Kind::Size => parse_size(text).map(Value::Number).map_err(|error| match error {
+                SizeError::Range => {
+                    Failure::new(format!("Value '{text}' is out of range for parameter '{name}'"))
+                }
+                SizeError::Syntax => {
+                    Failure::new(format!("Parameter '{name}' expects a non-negative number below 2^64"))
+                        .hint("Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-")
+                        .hint("and exabytes, respectively.")
+                }
+            }),
+            Kind::Number => parse_number(text).map(Value::Number).map_err(|error| match error {
+                SizeError::Range => {
+                    Failure::new(format!("Value '{text}' is too large for parameter '{name}'"))
+                }
+                SizeError::Syntax => Failure::new(format!("Parameter '{name}' expects a number")),
+            }),
+        }
+    }
+}
+
+/// The value of an on/off switch.
+pub(crate) fn parse_switch(text: &str) -> Option<bool> {
+    match text {
+        "on" | "yes" | "true" | "y" => Some(true),
+        "off" | "no" | "false" | "n" => Some(false),
+        _ => None,
+    }
+}
+
+/// A number as C reads it: blanks, a sign, then decimal, `0` octal or `0x` hexadecimal digits; negative ones wrap.
+fn parse_number(text: &str) -> Result<u64, SizeError> {
+    let body = text.trim_start();
+    let (negative, body) = match body.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, body.strip_prefix('+').unwrap_or(body)),
+    };
+    let (digits, radix) = match body.strip_prefix("0x").or_else(|| body.strip_prefix("0X")) {
+        Some(rest) => (rest, 16),
+        None if body.len() > 1 && body.starts_with('0') => (&body[1..], 8),
+        None => (body, 10),
+    };
+    if digits.is_empty() || !digits.chars().all(|c| c.is_digit(radix)) {
+        return Err(SizeError::Syntax);
+    }
+    let value = u64::from_str_radix(digits, radix).map_err(|_| SizeError::Range)?;
+    Ok(if negative { value.wrapping_neg() } else { value })
+}
+
+const fn text(name: &'static str, help: &'static str) -> ImageOption {
+    ImageOption { name, kind: Kind::Text, default: "", of_file: false, help }
+}
+
+const fn switch(name: &'static str, help: &'static str) -> ImageOption {
+    ImageOption { kind: Kind::Switch, ..text(name, help) }
+}
+
+const fn size(name: &'static str, help: &'static str) -> ImageOption {
+    ImageOption { kind: Kind::Size, ..text(name, help) }
+}
+
+const fn number(name: &'static str, help: &'static str) -> ImageOption {
+    ImageOption { kind: Kind::Number, ..text(name, help) }
+}
+
+const fn or(default: &'static str, option: ImageOption) -> ImageOption {
+    ImageOption { default, ..option }
+}
+
+const fn of_file(option: ImageOption) -> ImageOption {
+    ImageOption { of_file: true, ..option }
+}
+
+const SIZE: ImageOption = size("size", "bytes that the guest sees");
+const NOCOW: ImageOption = of_file(switch("nocow", "no copy-on-write for the file (btrfs)"));
+const EXTENT_SIZE_HINT: ImageOption =
+    of_file(size("extent_size_hint", "extent size hint of the file (XFS), 0 for none"));
+
+const QCOW2: &[ImageOption] = &[
+    switch("encryption", "old spelling of encrypt.format=aes"),
+    text("encrypt.format", "encryption: aes, luks"),
+    text("encrypt.key-secret", "identifier of the secret with the password"),
+    text("encrypt.cipher-alg", "cipher"),
+    text("encrypt.cipher-mode", "cipher mode"),
+    text("encrypt.ivgen-alg", "how initialization vectors are made"),
+    text("encrypt.ivgen-hash-alg", "hash for initialization vectors"),
+    text("encrypt.hash-alg", "hash for key derivation"),
+    number("encrypt.iter-time", "milliseconds that key derivation takes"),
+    or("65536", size("cluster_size", "bytes in a cluster, a power of two from 512 to 2M")),
+    or("off", switch("extended_l2", "32 subclusters in each cluster")),
+    text("preallocation", "space reserved at once: off, metadata, falloc, full"),
+    or("zlib", text("compression_type", "method for compressed clusters: zlib, zstd")),
+    SIZE,
+    text("compat", "version of the format: v2 (0.10) or v3 (1.1)"),
+    text("backing_file", "name of the backing file"),
+    text("backing_fmt", "format of the backing file"),
+    text("data_file", "name of a file that holds the guest's data"),
+    switch("data_file_raw", "the data file can be read as a raw image at any time"),
+    or("off", switch("lazy_refcounts", "refcounts may be brought up to date later")),
+    or("16", number("refcount_bits", "bits in a refcount, a power of two up to 64")),
+    NOCOW,
+    EXTENT_SIZE_HINT,
+];
+
+const RAW: &[ImageOption] = &[
+    SIZE,
+    NOCOW,
+    of_file(text("preallocation", "space reserved at once: off, falloc, full")),
+    EXTENT_SIZE_HINT,
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(format: TargetFormat, text: &str) -> Result<ImageOptions, Failure> {
+        let texts = if text.is_empty() { Vec::new() } else { vec![text.to_owned()] };
+        ImageOptions::parse(format, &OptList::parse_image_options(&texts))
+    }
+
+    #[track_caller]
+    fn check(format: TargetFormat, text: &str, announcement: &str) {
+        assert_eq!(parse(format, text).unwrap().announcement("x"), announcement);
+    }
+
+    #[track_caller]
+    fn check_error(text: &str, lines: &[&str]) {
+        assert_eq!(parse(TargetFormat::Qcow2, text).unwrap_err().lines("p"), lines);
+    }
+
+    #[test]
+    fn announcements() {
+        check(
+            TargetFormat::Qcow2,
+            "size=1M",
+            "Formatting 'x', fmt=qcow2 cluster_size=65536 extended_l2=off compression_type=zlib size=1048576 \
+             lazy_refcounts=off refcount_bits=16",
+        );
+        check(
+            TargetFormat::Qcow2,
+            "nocow=on,backing_file=a,,b,lazy_refcounts=yes,refcount_bits=-1,size=1.5k,compat=v3,id=q",
+            "Formatting 'x', fmt=qcow2 cluster_size=65536 extended_l2=off compression_type=zlib size=1536 compat=v3 \
+             backing_file=a,,b lazy_refcounts=yes refcount_bits=-1 nocow=on",
+        );
+        check(
+            TargetFormat::Raw,
+            "extent_size_hint=1M,preallocation=off,nocow=on,size=1M",
+            "Formatting 'x', fmt=raw size=1048576 nocow=on preallocation=off extent_size_hint=1048576",
+        );
+    }
+
+    #[test]
+    fn errors() {
+        check_error("nope=1,size=q", &["p: Invalid parameter 'nope'"]);
+        check_error("lazy_refcounts=ON", &["p: Parameter 'lazy_refcounts' expects 'on' or 'off'"]);
+        check_error("refcount_bits=16k", &["p: Parameter 'refcount_bits' expects a number"]);
+        check_error("refcount_bits=on", &["p: Parameter 'refcount_bits' expects a number"]);
+        check_error(
+            "refcount_bits=99999999999999999999",
+            &["p: Value '99999999999999999999' is too large for parameter 'refcount_bits'"],
+        );
+        check_error("size=-1", &["p: Value '-1' is out of range for parameter 'size'"]);
+        check_error(
+            "size=1X",
+            &[
+                "p: Parameter 'size' expects a non-negative number below 2^64",
+                "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-",
+                "and exabytes, respectively.",
+            ],
+        );
+    }
+
+    #[test]
+    fn numbers_as_in_c() {
+        for (text, number) in
+            [("16", 16), ("0x10", 16), ("010", 8), (" 16", 16), ("+16", 16), ("0", 0), ("-1", u64::MAX)]
+        {
+            assert_eq!(parse_number(text), Ok(number), "{text}");
+        }
+        for text in ["", "16 ", "0x", "09", "16.0", "--1", "x"] {
+            assert_eq!(parse_number(text), Err(SizeError::Syntax), "{text}");
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Ctrl-C and its kin: work stops at the next good place, what is half made is taken away, and the program dies of the
+//! signal, so that its caller sees what happened.
+
+use crate::newfile::NewFile;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What signals ask for, and what must go when one ends the program.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Interrupts {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// The signal that asked to stop; 0: none.
+    signal: AtomicI32,
+    /// Whether someone looks at `signal` and stops by itself.
+    watched: AtomicBool,
+    /// Whether progress was asked for.
+    progress: AtomicBool,
+    /// Files that are not whole yet.
+    unfinished: Mutex<Vec<NewFile>>,
+}
+
+impl Interrupts {
+    /// Takes the signals over. Where the system refuses, they keep their usual effect.
+    pub(crate) fn install() -> Self {
+        let interrupts = Self::default();
+        system::listen(&interrupts.shared);
+        interrupts
+    }
+
+    /// Whether to stop. Asking promises to go on asking and to stop when told so.
+    pub(crate) fn should_stop(&self) -> bool {
+        self.shared.watched.store(true, Ordering::Relaxed);
+        self.shared.signal.load(Ordering::Relaxed) != 0
+    }
+
+    /// From now on nobody asks: a signal ends the program at once.
+    pub(crate) fn stop_watching(&self) {
+        self.shared.watched.store(false, Ordering::Relaxed);
+        self.die_if_asked();
+    }
+
+    /// Whether progress was asked for since the last call.
+    pub(crate) fn take_progress_request(&self) -> bool {
+        self.shared.progress.swap(false, Ordering::Relaxed)
+    }
+
+    /// Has `file` taken away if the program ends before [`finish_files`](Self::finish_files).
+    pub(crate) fn add_file(&self, file: NewFile) {
+        self.shared.files().push(file);
+    }
+
+    /// The files are whole: they stay.
+    pub(crate) fn finish_files(&self) {
+        self.shared.files().clear();
+    }
+
+    /// Takes away what is not whole.
+    pub(crate) fn discard_files(&self) {
+        self.shared.discard_files();
+    }
+
+    /// Dies of the signal that asked to stop, if one did.
+    pub(crate) fn die_if_asked(&self) {
+        self.shared.die_if_asked();
+    }
+}
+
+impl Shared {
+    fn take(&self, signal: i32) {
+        let again = self.signal.swap(signal, Ordering::Relaxed) != 0;
+        if again || !self.watched.load(Ordering::Relaxed) {
+            self.die_if_asked();
+        }
+    }
+
+    fn die_if_asked(&self) {
+        let signal = self.signal.load(Ordering::Relaxed);
+        if signal != 0 {
+            self.discard_files();
+            system::die(signal);
+        }
+    }
+
+    fn discard_files(&self) {
+        for file in self.files().drain(..) {
+            file.discard();
+        }
+    }
+
+    fn files(&self) -> MutexGuard<'_, Vec<NewFile>> {
+        self.unfinished.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(unix)]
+mod system {
+    use super::{Arc, Ordering, Shared};
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+    use signal_hook::iterator::Signals;
+    use std::thread;
+
+    pub(super) fn listen(shared: &Arc<Shared>) {
+        let Ok(mut signals) = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]) else {
+            return;
+        };
+        let shared = Arc::clone(shared);
+        thread::spawn(move || {
+            for signal in signals.forever() {
+                match signal {
+                    SIGUSR1 => shared.progress.store(true, Ordering::Relaxed),
+                    _ => shared.take(signal),
+                }
+            }
+        });
+    }
+
+    pub(super) fn die(signal: i32) {
+        let _ = signal_hook::low_level::emulate_default_handler(signal);
+    }
+}
+
+#[cfg(not(unix))]
+mod system {
+    use super::{Arc, Shared};
+
+    pub(super) fn listen(_shared: &Arc<Shared>) {}
+
+    pub(super) fn die(_signal: i32) {}
+}

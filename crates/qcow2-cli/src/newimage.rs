@@ -1,0 +1,205 @@
+//! Making a new image from options: shared by `create` and `convert`.
+//!
+//! Nothing that was there before is touched until the options are known to be possible; what was made for an image
+//! that fails is taken away.
+
+use crate::failure::Failure;
+use crate::imageopts::{ImageOptions, TargetFormat};
+use crate::interrupt::Interrupts;
+use crate::newfile::NewFile;
+use crate::render::qemu_text;
+use qcow2_core::format::{CompressionType, FormatErrorKind, Version};
+use qcow2_core::{Preallocation, Storage, StorageError};
+use qcow2_io::{Create, OpenFile, SourceError, os_error_text};
+use qcow2_ops::create::{Qcow2Request, RawRequest, Refusal, plan, plan_raw};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Makes the image `path` as `options` say. The files are noted with `interrupts` until they are finished there.
+/// Errors: in QEMU's words, without the file's name.
+pub(crate) fn make(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Result<(), Failure> {
+    match options.format() {
+        TargetFormat::Raw => make_raw(path, options, interrupts),
+        TargetFormat::Qcow2 => make_qcow2(path, options, interrupts),
+    }
+}
+
+fn make_raw(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Result<(), Failure> {
+    let size = options.number("size").unwrap_or(0);
+    let preallocation =
+        preallocation(options).map_err(|text| Failure::new(format!("invalid parameter value: {text}")))?;
+    let request = RawRequest { size, preallocation };
+    let file = prepare(path)?;
+    if let Err(refusal) = plan_raw(&request) {
+        file.undo();
+        return Err(Failure::new(qemu_text::refusal(&refusal)));
+    }
+    let storage = open_empty(path, file, interrupts)?;
+    qcow2_ops::create_raw(&storage, &request).map_err(|error| failed(&error, &request_words(size)))
+}
+
+fn make_qcow2(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Result<(), Failure> {
+    let file = prepare(path)?;
+    let data_path = options.text("data_file").map(|name| name.strip_prefix("file:").unwrap_or(name));
+    let data_file = match data_path.map(prepare).transpose() {
+        Ok(data_file) => data_file,
+        Err(failure) => {
+            file.undo();
+            return Err(failure);
+        }
+    };
+    let request = qcow2_request(options).and_then(|request| {
+        plan(&request).map_err(|refusal| Failure::new(qemu_text::refusal(&refusal)))?;
+        Ok(request)
+    });
+    let request = match request {
+        Ok(request) => request,
+        Err(failure) => {
+            file.undo();
+            data_file.into_iter().for_each(NewFile::undo);
+            return Err(failure);
+        }
+    };
+    let storage = open_empty(path, file, interrupts)?;
+    let data = match data_path.zip(data_file) {
+        Some((path, file)) => Some(open_empty(path, file, interrupts)?),
+        None => None,
+    };
+    qcow2_ops::create(&storage, data.as_ref(), &request)
+        .map_err(|error| failed(&error, &backing_words(&request)))
+}
+
+/// Reads the options that name one of several choices, in QEMU's order.
+fn qcow2_request(options: &ImageOptions) -> Result<Qcow2Request, Failure> {
+    let no_such =
+        |name: &str, value: &str| Failure::new(format!("Parameter '{name}' does not accept value '{value}'"));
+    let mut request = Qcow2Request::new(options.number("size").unwrap_or(0));
+    request.version = match options.text("compat") {
+        None | Some("1.1" | "v3") => Version::V3,
+        Some("0.10" | "v2") => Version::V2,
+        Some(other) => return Err(no_such("version", other)),
+    };
+    request.backing_file = options.text("backing_file").map(str::to_owned);
+    request.backing_format = options.text("backing_fmt").map(str::to_owned);
+    if let Some(other) = request.backing_format.as_ref().filter(|name| !DRIVERS.contains(&&***name)) {
+        return Err(no_such("backing-fmt", other));
+    }
+    match options.text("encrypt.format") {
+        Some("luks" | "aes") => return Err(Failure::new("Encrypted images are not supported yet")),
+        Some(other) => return Err(no_such("format", other)),
+        None if options.switch("encryption") => {
+            return Err(Failure::new("Encrypted images are not supported yet"));
+        }
+        None => {}
+    }
+    request.cluster_size = options.number("cluster_size").unwrap_or(request.cluster_size);
+    request.preallocation = preallocation(options).map_err(|text| no_such("preallocation", &text))?;
+    request.lazy_refcounts = options.switch("lazy_refcounts");
+    request.refcount_bits = options.number("refcount_bits").unwrap_or(request.refcount_bits);
+    request.extended_l2 = options.switch("extended_l2");
+    request.compression_type = match options.text("compression_type") {
+        None | Some("zlib") => CompressionType::Deflate,
+        Some("zstd") => CompressionType::Zstd,
+        Some(other) => return Err(no_such("compression-type", other)),
+    };
+    let data_file = options.text("data_file");
+    request.data_file = data_file.map(|name| name.strip_prefix("file:").unwrap_or(name).to_owned());
+    request.data_file_raw = options.switch("data_file_raw");
+    Ok(request)
+}
+
+fn preallocation(options: &ImageOptions) -> Result<Preallocation, String> {
+    match options.text("preallocation") {
+        None | Some("off") => Ok(Preallocation::Off),
+        Some("metadata") => Ok(Preallocation::Metadata),
+        Some("falloc") => Ok(Preallocation::Falloc),
+        Some("full") => Ok(Preallocation::Full),
+        Some(other) => Err(other.to_owned()),
+    }
+}
+
+fn prepare(path: &str) -> Result<NewFile, Failure> {
+    NewFile::prepare(Path::new(path)).map_err(|error| {
+        let reason = error.raw_os_error().map_or_else(|| error.to_string(), os_error_text);
+        Failure::new(format!("Could not create '{path}': {reason}"))
+    })
+}
+
+/// Opens `path` for writing and empties it; from here on a failure takes it away.
+fn open_empty(path: &str, file: NewFile, interrupts: &Interrupts) -> Result<Arc<dyn Storage>, Failure> {
+    match OpenFile::writable().with_create(Create::Truncate).open(Path::new(path)) {
+        Ok(storage) => {
+            interrupts.add_file(file);
+            Ok(storage)
+        }
+        Err(error) => {
+            file.undo();
+            let (reason, hint) = qemu_text::source_reason(&SourceError::Open(error), path);
+            Err(hint.into_iter().fold(Failure::new(reason), Failure::hint))
+        }
+    }
+}
+
+/// A procedure that failed: a refused option, a name that does not fit, or a storage that does not take it.
+fn failed(error: &qcow2_ops::Error, naming: &str) -> Failure {
+    if let Some(refusal) = qemu_text::find::<Refusal>(error) {
+        return Failure::new(qemu_text::refusal(refusal));
+    }
+    match error.core_error().and_then(|error| error.format_error()).map(|error| error.kind()) {
+        Some(FormatErrorKind::HeaderFull { .. }) => {
+            Failure::new(format!("{naming}: No space left on device"))
+        }
+        Some(FormatErrorKind::BackingNameTooLong(_)) => Failure::new(format!("{naming}: Invalid argument")),
+        _ => match qemu_text::find::<StorageError>(error) {
+            Some(storage) => {
+                Failure::new(format!("Could not write the image: {}", qemu_text::storage(storage)))
+            }
+            None => Failure::new(qemu_text::chain(error)),
+        },
+    }
+}
+
+fn backing_words(request: &Qcow2Request) -> String {
+    match (&request.backing_file, &request.backing_format) {
+        (Some(name), Some(format)) => {
+            format!("Could not assign backing file '{name}' with format '{format}'")
+        }
+        _ => "Could not write the image header".to_owned(),
+    }
+}
+
+fn request_words(size: u64) -> String {
+    format!("Could not make an image of {size} bytes")
+}
+
+/// Formats that may be recorded for a backing file: those that QEMU knows and that a backing file can have.
+const DRIVERS: [&str; 28] = [
+    "blkdebug",
+    "blkverify",
+    "bochs",
+    "cloop",
+    "compress",
+    "copy-on-read",
+    "dmg",
+    "file",
+    "ftp",
+    "ftps",
+    "host_cdrom",
+    "host_device",
+    "http",
+    "https",
+    "luks",
+    "nbd",
+    "parallels",
+    "qcow",
+    "qcow2",
+    "qed",
+    "quorum",
+    "raw",
+    "rbd",
+    "ssh",
+    "vdi",
+    "vhdx",
+    "vmdk",
+    "vpc",
+];

@@ -1,0 +1,145 @@
+//! From names and options to opened images: the one place where adapters are chosen.
+
+use crate::args::ImageArgs;
+use crate::failure::Failure;
+use crate::imagename::ImageName;
+use crate::render::qemu_text;
+use qcow2_codec::{Deflate, Zstd};
+use qcow2_core::{
+    Codecs, GuestDisk, ImageFormat, Layers, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver,
+};
+use qcow2_io::{CacheMode, Locking, OpenFile, Policy, SourceOptions, format_from_name, open_source};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// An open disk and the names of the files it is made of.
+pub(crate) struct OpenedDisk {
+    /// The disk with its chain.
+    pub(crate) disk: Arc<dyn GuestDisk>,
+    /// Its own format.
+    pub(crate) format: ImageFormat,
+    /// The files, top layer first.
+    pub(crate) files: Vec<LayerFiles>,
+}
+
+/// The files of one layer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct LayerFiles {
+    /// The image file.
+    pub(crate) image: String,
+    /// The external data file.
+    pub(crate) data: Option<String>,
+}
+
+impl LayerFiles {
+    /// The file that holds the guest's bytes.
+    pub(crate) fn data_file(&self) -> &str {
+        self.data.as_deref().unwrap_or(&self.image)
+    }
+}
+
+/// How an image is opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OpenAs {
+    /// Whether it is changed.
+    pub(crate) writable: bool,
+    /// How changes reach the medium.
+    pub(crate) cache: CacheMode,
+    /// Which of the files that it names are opened.
+    pub(crate) layers: Layers,
+}
+
+impl OpenAs {
+    /// For reading, with all that it names.
+    pub(crate) const READ: Self =
+        Self { writable: false, cache: CacheMode::Writeback, layers: Layers::Follow };
+    /// For looking at it, and at nothing that it names.
+    pub(crate) const LOOK: Self = Self { layers: Layers::TopOnly, ..Self::READ };
+}
+
+/// Opens the file that `name` leads to and learns its format; opens no image yet.
+pub(crate) fn open_file(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Result<ResolvedSource, Failure> {
+    if name.path.is_empty() {
+        return Err(Failure::could_not_open(&name.typed, "The 'file' block driver requires a file name"));
+    }
+    if let Some(other) =
+        name.format.as_ref().filter(|format| matches!(format_from_name(format), ImageFormat::Other(_)))
+    {
+        return Err(Failure::could_not_open(&name.typed, &format!("Unknown driver '{other}'")));
+    }
+    let locking = if args.force_share { Locking::Shared } else { Locking::Auto };
+    let file = if how.writable { OpenFile::writable() } else { OpenFile::read_only() };
+    let policy = if how.layers == Layers::TopOnly { Policy::Deny } else { Policy::Allow };
+    let mut options =
+        SourceOptions::new(file.with_cache(how.cache).with_locking(locking)).with_policy(policy);
+    if let Some(format) = &name.format {
+        options = options.with_format(format_from_name(format));
+    }
+    let source = open_source(Path::new(&name.path), &options).map_err(|error| {
+        let (reason, hint) = qemu_text::source_reason(&error, &name.path);
+        let failure = Failure::could_not_open(&name.typed, &reason);
+        hint.into_iter().fold(failure, Failure::hint)
+    })?;
+    if let ImageFormat::Other(other) = &source.format {
+        let reason = format!("format '{other}' is not supported, only qcow2 and raw are");
+        return Err(Failure::could_not_open(&name.typed, &reason));
+    }
+    Ok(source)
+}
+
+/// Opens the image that `name` leads to, with the files that it names as `how` says.
+pub(crate) fn open_image(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Result<OpenedDisk, Failure> {
+    let mut source = open_file(name, args, how)?;
+    let format = source.format.clone();
+    let files = Arc::new(Mutex::new(vec![LayerFiles { image: source.name.clone(), data: None }]));
+    source.resolver = Arc::new(Recorder { inner: source.resolver, files: Arc::clone(&files) });
+    let mut options = OpenOptions::default();
+    options.writable = how.writable;
+    options.layers = how.layers;
+    options.codecs = codecs();
+    let opened = qcow2_core::open_disk(source, &options);
+    let files = files.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    match opened {
+        Ok(disk) => Ok(OpenedDisk { disk, format, files }),
+        Err(error) => {
+            let backing = "Could not open backing file: ".repeat(files.len() - 1);
+            Err(qemu_text::open_failure(&name.typed, &backing, &error))
+        }
+    }
+}
+
+/// Every compression method.
+pub(crate) fn codecs() -> Codecs {
+    Codecs::new(Arc::new(Deflate::default()), Arc::new(Zstd::default()))
+}
+
+/// Notes which files a chain is made of while it is opened.
+struct Recorder {
+    inner: Arc<dyn Resolver>,
+    files: Arc<Mutex<Vec<LayerFiles>>>,
+}
+
+impl Resolver for Recorder {
+    fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError> {
+        let is_backing = matches!(reference, Reference::Backing { .. });
+        if is_backing {
+            // Noted before it is opened: a failure is then this layer's.
+            self.lock().push(LayerFiles::default());
+        }
+        let mut source = self.inner.resolve(reference, writable)?;
+        if let Some(layer) = self.lock().last_mut() {
+            match is_backing {
+                true => layer.image = source.name.clone(),
+                false => layer.data = Some(source.name.clone()),
+            }
+        }
+        source.resolver = Arc::new(Self { inner: source.resolver, files: Arc::clone(&self.files) });
+        Ok(source)
+    }
+}
+
+impl Recorder {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<LayerFiles>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

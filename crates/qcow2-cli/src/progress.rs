@@ -1,0 +1,136 @@
+//! Progress on the command line: qemu-img's percentages, or a bar for a person at a terminal.
+
+use crate::interrupt::Interrupts;
+use crate::session::Session;
+use indicatif::{ProgressBar, ProgressStyle};
+use qcow2_ops::Progress;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Shows how far a procedure is, and tells it to stop when a signal asks.
+#[derive(Debug)]
+pub(crate) struct Meter {
+    interrupts: Interrupts,
+    shape: Shape,
+    total: AtomicU64,
+    done: AtomicU64,
+    /// The share shown last, in hundredths of a percent.
+    shown: AtomicU64,
+    /// How much must be new to be shown, in hundredths of a percent.
+    step: u64,
+}
+
+#[derive(Debug)]
+enum Shape {
+    /// Shown on SIGUSR1 only.
+    OnRequest,
+    /// `    (12.34/100%)` and a carriage return, on standard output.
+    Percent,
+    Bar(ProgressBar),
+}
+
+impl Meter {
+    /// `wanted`: whether `-p` was given (and not `-q`). `step`: hundredths of a percent between two outputs.
+    pub(crate) fn new(session: &Session, interrupts: &Interrupts, wanted: bool, step: u64) -> Self {
+        let shape = match wanted {
+            false => Shape::OnRequest,
+            true if session.draws() => Shape::Bar(bar()),
+            true => Shape::Percent,
+        };
+        let (total, done, shown) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        let meter = Self { interrupts: interrupts.clone(), shape, total, done, shown, step };
+        meter.show(0);
+        meter
+    }
+
+    /// Shows that all is done.
+    pub(crate) fn complete(&self) {
+        match &self.shape {
+            Shape::Bar(bar) => bar.set_position(bar.length().unwrap_or(0)),
+            _ => self.show(ALL),
+        }
+    }
+
+    /// Ends the line, whether or not all is done.
+    pub(crate) fn end(&self) {
+        match &self.shape {
+            Shape::OnRequest => {}
+            Shape::Percent => write_out("\n"),
+            Shape::Bar(bar) => bar.abandon(),
+        }
+    }
+
+    fn show(&self, share: u64) {
+        if matches!(self.shape, Shape::Percent) {
+            write_out(&percent(share));
+        }
+    }
+}
+
+impl Progress for Meter {
+    fn set_total(&self, bytes: u64) {
+        self.total.store(bytes, Ordering::Relaxed);
+        if let Shape::Bar(bar) = &self.shape {
+            bar.set_length(bytes);
+        }
+    }
+
+    fn advance(&self, bytes: u64) {
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        if let Shape::Bar(bar) = &self.shape {
+            bar.set_position(done);
+        }
+        let total = self.total.load(Ordering::Relaxed).max(1);
+        let share =
+            u64::try_from(u128::from(done) * u128::from(ALL) / u128::from(total)).unwrap_or(ALL).min(ALL);
+        if self.interrupts.take_progress_request() {
+            write_out(&percent(share));
+        }
+        let shown = self.shown.load(Ordering::Relaxed);
+        let due = share >= shown + self.step || (share == ALL && shown < ALL);
+        let first =
+            |()| self.shown.compare_exchange(shown, share, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        if due && first(()) {
+            self.show(share);
+        }
+    }
+
+    fn should_stop(&self) -> bool {
+        self.interrupts.should_stop()
+    }
+}
+
+fn percent(share: u64) -> String {
+    format!("    ({}.{:02}/100%)\r", share / 100, share % 100)
+}
+
+/// A reader that has gone away does not stop the work.
+fn write_out(text: &str) {
+    let mut out = io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+fn bar() -> ProgressBar {
+    let bar = ProgressBar::new(0);
+    let template =
+        "{wide_bar} {percent:>3}% {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
+    match ProgressStyle::with_template(template) {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}
+
+/// Everything, in hundredths of a percent.
+const ALL: u64 = 10_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentages() {
+        assert_eq!(percent(0), "    (0.00/100%)\r");
+        assert_eq!(percent(1234), "    (12.34/100%)\r");
+        assert_eq!(percent(ALL), "    (100.00/100%)\r");
+    }
+}

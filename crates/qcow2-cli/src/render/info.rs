@@ -1,0 +1,257 @@
+//! What `info` shows, as JSON and for people.
+
+use super::human;
+use qcow2_core::format::bitmap::Bitmap;
+use qcow2_core::format::crypt::{LuksHeader, LuksSlot};
+use qcow2_core::format::snapshot::Snapshot;
+use qcow2_core::format::{CompressionType, Version};
+use qcow2_ops::info::{Encryption, InfoReport, Qcow2Info};
+use serde_json::{Map, Value, json};
+use std::fmt::Write;
+
+/// A report with the names that go with it.
+#[derive(Debug)]
+pub(crate) struct NamedInfo {
+    /// The image's name as it was opened.
+    pub(crate) filename: String,
+    /// Where the backing file's name leads, if there is one.
+    pub(crate) full_backing: Option<String>,
+    /// What was learned.
+    pub(crate) report: InfoReport,
+}
+
+/// The report as qemu-img's JSON object, keys in its order.
+pub(crate) fn to_json(info: &NamedInfo) -> Value {
+    let report = &info.report;
+    let qcow2 = report.qcow2.as_ref();
+    let backing = qcow2.and_then(|q| q.backing.as_ref());
+    let snapshots = qcow2.map(|q| &q.snapshots).filter(|snapshots| !snapshots.is_empty());
+    let encrypted = qcow2.is_some_and(|q| q.encryption.is_some());
+    Fields::default()
+        .put("children", json!([{"name": "file", "info": file_json(info)}]))
+        .put_some("snapshots", snapshots.map(|s| s.iter().map(snapshot_json).collect::<Value>()))
+        .put_some("backing-filename-format", backing.and_then(|b| b.format.as_deref()))
+        .put("virtual-size", sectors(report.virtual_size))
+        .put("filename", &*info.filename)
+        .put_some("cluster-size", qcow2.map(|q| q.cluster_size))
+        .put("format", format_name(report))
+        .put_some("actual-size", report.used_bytes)
+        .put_some("format-specific", qcow2.map(|q| json!({"type": "qcow2", "data": specific_json(q)})))
+        .put_some("full-backing-filename", info.full_backing.as_deref().filter(|_| backing.is_some()))
+        .put_some("encrypted", encrypted.then_some(true))
+        .put_some("backing-filename", backing.map(|b| &*b.name))
+        .put("dirty-flag", qcow2.is_some_and(|q| q.dirty))
+        .into_value()
+}
+
+/// The report for people.
+pub(crate) fn to_text(info: &NamedInfo) -> String {
+    let report = &info.report;
+    let disk_size = report.used_bytes.map_or_else(|| "unavailable".to_owned(), human::size);
+    let filename = human::escaped(&info.filename);
+    let mut out = String::new();
+    let _ = writeln!(out, "image: {filename}");
+    let _ = writeln!(out, "file format: {}", format_name(report));
+    let _ = writeln!(out, "virtual size: {}", size_and_bytes(report.virtual_size));
+    let _ = writeln!(out, "disk size: {disk_size}");
+    if let Some(qcow2) = &report.qcow2 {
+        push_qcow2(&mut out, qcow2, info.full_backing.as_deref());
+    }
+    out.push_str("Child node '/file':\n");
+    let _ = writeln!(out, "    filename: {filename}");
+    out.push_str("    protocol type: file\n");
+    let _ = writeln!(out, "    file length: {}", size_and_bytes(report.storage_len));
+    let _ = writeln!(out, "    disk size: {disk_size}");
+    out
+}
+
+/// The heading and one line a snapshot.
+pub(crate) fn snapshot_table(snapshots: &[Snapshot]) -> String {
+    let mut out =
+        String::from("ID      TAG               VM_SIZE                DATE        VM_CLOCK     ICOUNT\n");
+    for snapshot in snapshots {
+        let icount = snapshot.icount.map_or_else(|| "--".to_owned(), |n| n.to_string());
+        let _ = writeln!(
+            out,
+            "{} {} {:>8} {:>19} {:>15} {:>10}",
+            padded(&human::escaped(&snapshot.id_text()), 7),
+            padded(&human::escaped(&snapshot.name_text()), 16),
+            human::size(snapshot.vm_state_size),
+            local_time(snapshot.date_seconds),
+            vm_clock(snapshot.vm_clock_nanoseconds),
+            icount
+        );
+    }
+    out
+}
+
+fn push_qcow2(out: &mut String, qcow2: &Qcow2Info, full_backing: Option<&str>) {
+    if qcow2.encryption.is_some() {
+        out.push_str("encrypted: yes\n");
+    }
+    let _ = writeln!(out, "cluster_size: {}", qcow2.cluster_size);
+    if qcow2.dirty {
+        out.push_str("cleanly shut down: no\n");
+    }
+    if let Some(backing) = &qcow2.backing {
+        let _ = write!(out, "backing file: {}", human::escaped(&backing.name));
+        if let Some(full) = full_backing.filter(|full| *full != backing.name) {
+            let _ = write!(out, " (actual path: {})", human::escaped(full));
+        }
+        out.push('\n');
+        if let Some(format) = &backing.format {
+            let _ = writeln!(out, "backing file format: {}", human::escaped(format));
+        }
+    }
+    if !qcow2.snapshots.is_empty() {
+        let _ = write!(out, "Snapshot list:\n{}", snapshot_table(&qcow2.snapshots));
+    }
+    out.push_str("Format specific information:\n");
+    out.push_str(&human::tree(&specific_json(qcow2), 1));
+}
+
+fn file_json(info: &NamedInfo) -> Value {
+    Fields::default()
+        .put("children", json!([]))
+        .put("virtual-size", sectors(info.report.storage_len))
+        .put("filename", &*info.filename)
+        .put("format", "file")
+        .put_some("actual-size", info.report.used_bytes)
+        .put("format-specific", json!({"type": "file", "data": {}}))
+        .put("dirty-flag", false)
+        .into_value()
+}
+
+fn specific_json(qcow2: &Qcow2Info) -> Value {
+    let v3 = qcow2.version >= Version::V3;
+    let compression = match qcow2.compression_type {
+        CompressionType::Deflate => "zlib",
+        CompressionType::Zstd => "zstd",
+    };
+    let bitmaps =
+        (!qcow2.bitmaps.is_empty()).then(|| qcow2.bitmaps.iter().map(bitmap_json).collect::<Value>());
+    let encrypt = qcow2.encryption.as_ref().map(|encryption| match encryption {
+        Encryption::Aes => json!({"format": "aes"}),
+        Encryption::Luks(luks) => luks_json(luks),
+    });
+    let data_file = qcow2.data_file.as_ref();
+    Fields::default()
+        .put("compat", if v3 { "1.1" } else { "0.10" })
+        .put("compression-type", compression)
+        .put_some("lazy-refcounts", v3.then_some(qcow2.lazy_refcounts))
+        .put_some("bitmaps", bitmaps)
+        .put("refcount-bits", qcow2.refcount_bits)
+        .put_some("encrypt", encrypt)
+        .put_some("data-file", data_file.and_then(|d| d.name.as_deref()))
+        .put_some("data-file-raw", data_file.map(|d| d.raw))
+        .put_some("corrupt", v3.then_some(qcow2.corrupt))
+        .put_some("extended-l2", v3.then_some(qcow2.extended_l2))
+        .into_value()
+}
+
+fn bitmap_json(bitmap: &Bitmap) -> Value {
+    let flags = [(bitmap.in_use, "in-use"), (bitmap.auto, "auto")];
+    let flags: Vec<&str> = flags.iter().filter(|(set, _)| *set).map(|(_, name)| *name).collect();
+    Fields::default()
+        .put("flags", flags)
+        .put("name", String::from_utf8_lossy(&bitmap.name))
+        .put("granularity", 1u64.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0))
+        .into_value()
+}
+
+fn luks_json(luks: &LuksHeader) -> Value {
+    let (mode, ivgen) = luks.mode.split_once('-').unwrap_or((&luks.mode, ""));
+    let (ivgen, ivgen_hash) = ivgen.split_once(':').map_or((ivgen, None), |(alg, hash)| (alg, Some(hash)));
+    // XTS takes two keys.
+    let key_bits = u64::from(luks.key_bytes) * 8 / if mode == "xts" { 2 } else { 1 };
+    Fields::default()
+        .put("ivgen-alg", ivgen)
+        .put("detached-header", false)
+        .put("hash-alg", &*luks.hash)
+        .put("cipher-alg", format!("{}-{key_bits}", luks.cipher))
+        .put("uuid", &*luks.uuid)
+        .put_some("ivgen-hash-alg", ivgen_hash.filter(|_| ivgen == "essiv"))
+        .put("format", "luks")
+        .put("cipher-mode", mode)
+        .put("slots", luks.slots.iter().map(slot_json).collect::<Value>())
+        .put("payload-offset", u64::from(luks.payload_offset_sectors) * 512)
+        .put("master-key-iters", luks.digest_iterations)
+        .into_value()
+}
+
+fn slot_json(slot: &LuksSlot) -> Value {
+    Fields::default()
+        .put("active", slot.enabled)
+        .put_some("iters", slot.enabled.then_some(slot.iterations))
+        .put("key-offset", u64::from(slot.material_offset_sectors) * 512)
+        .put_some("stripes", slot.enabled.then_some(slot.stripes))
+        .into_value()
+}
+
+fn snapshot_json(snapshot: &Snapshot) -> Value {
+    Fields::default()
+        .put_some("icount", snapshot.icount)
+        .put("vm-clock-nsec", snapshot.vm_clock_nanoseconds % NANOSECONDS)
+        .put("name", snapshot.name_text())
+        .put("date-sec", snapshot.date_seconds)
+        .put("date-nsec", snapshot.date_nanoseconds)
+        .put("vm-clock-sec", snapshot.vm_clock_nanoseconds / NANOSECONDS)
+        .put("id", snapshot.id_text())
+        .put("vm-state-size", snapshot.vm_state_size)
+        .into_value()
+}
+
+/// An object in the making; keys stay in the order they came.
+#[derive(Default)]
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    fn put(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.0.insert(key.to_owned(), value.into());
+        self
+    }
+
+    fn put_some(self, key: &str, value: Option<impl Into<Value>>) -> Self {
+        match value {
+            Some(value) => self.put(key, value),
+            None => self,
+        }
+    }
+
+    fn into_value(self) -> Value {
+        Value::Object(self.0)
+    }
+}
+
+fn format_name(report: &InfoReport) -> &'static str {
+    if report.qcow2.is_some() { "qcow2" } else { "raw" }
+}
+
+/// Sizes are shown in whole sectors, as qemu-img's block layer has them.
+fn sectors(bytes: u64) -> u64 {
+    bytes.checked_next_multiple_of(512).unwrap_or(bytes)
+}
+
+fn size_and_bytes(bytes: u64) -> String {
+    let bytes = sectors(bytes);
+    format!("{} ({bytes} bytes)", human::size(bytes))
+}
+
+/// `text` and spaces up to `width` bytes, which is how C counts.
+fn padded(text: &str, width: usize) -> String {
+    format!("{text}{}", " ".repeat(width.saturating_sub(text.len())))
+}
+
+fn vm_clock(nanoseconds: u64) -> String {
+    let (seconds, millis) = (nanoseconds / NANOSECONDS, nanoseconds % NANOSECONDS / 1_000_000);
+    format!("{:04}:{:02}:{:02}.{millis:03}", seconds / 3600, seconds / 60 % 60, seconds % 60)
+}
+
+fn local_time(seconds: u32) -> String {
+    match jiff::Timestamp::from_second(seconds.into()) {
+        Ok(time) => time.to_zoned(jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S").to_string(),
+        Err(_) => seconds.to_string(),
+    }
+}
+
+const NANOSECONDS: u64 = 1_000_000_000;

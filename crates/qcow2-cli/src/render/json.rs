@@ -1,0 +1,111 @@
+//! JSON as qemu-img lays it out: four spaces, one item a line, empty lists and objects on two lines, ASCII only.
+
+use serde_json::Value;
+use std::fmt::Write;
+
+/// `value`, pretty, with a newline at the end.
+pub(crate) fn pretty(value: &Value) -> String {
+    let mut text = String::new();
+    push_value(&mut text, value, 0);
+    text.push('\n');
+    text
+}
+
+fn push_value(out: &mut String, value: &Value, depth: usize) {
+    match value {
+        Value::String(text) => push_string(out, text),
+        Value::Array(items) => {
+            push_block(out, ['[', ']'], items, depth, |out, item| push_value(out, item, depth + 1));
+        }
+        Value::Object(fields) => {
+            push_block(out, ['{', '}'], fields, depth, |out, (key, item)| {
+                push_string(out, key);
+                out.push_str(": ");
+                push_value(out, item, depth + 1);
+            });
+        }
+        scalar => {
+            let _ = write!(out, "{scalar}");
+        }
+    }
+}
+
+fn push_block<T>(
+    out: &mut String,
+    [open, close]: [char; 2],
+    items: impl IntoIterator<Item = T>,
+    depth: usize,
+    mut push: impl FnMut(&mut String, T),
+) {
+    out.push(open);
+    for (index, item) in items.into_iter().enumerate() {
+        out.push_str(if index > 0 { ",\n" } else { "\n" });
+        indent(out, depth + 1);
+        push(out, item);
+    }
+    out.push('\n');
+    indent(out, depth);
+    out.push(close);
+}
+
+fn indent(out: &mut String, depth: usize) {
+    for _ in 0..depth {
+        out.push_str("    ");
+    }
+}
+
+fn push_string(out: &mut String, text: &str) {
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\u{8}' => out.push_str("\\b"),
+            '\u{c}' => out.push_str("\\f"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            ' '..='~' => out.push(c),
+            _ => {
+                for unit in c.encode_utf16(&mut [0; 2]) {
+                    let _ = write!(out, "\\u{unit:04X}");
+                }
+            }
+        }
+    }
+    out.push('"');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn layout() {
+        let value = json!({"b": [], "a": {"x": 1, "y": [true, "z"]}, "e": {}});
+        let lines = [
+            "{",
+            "    \"b\": [",
+            "    ],",
+            "    \"a\": {",
+            "        \"x\": 1,",
+            "        \"y\": [",
+            "            true,",
+            "            \"z\"",
+            "        ]",
+            "    },",
+            "    \"e\": {",
+            "    }",
+            "}",
+            "",
+        ];
+        assert_eq!(pretty(&value), lines.join("\n"));
+    }
+
+    #[test]
+    fn strings_are_ascii() {
+        let text = pretty(&json!("s\"\n1é\u{1b}\\\u{7f}😀\t"));
+        assert_eq!(text, concat!(r#""s\"\n1\u00E9\u001B\\\u007F\uD83D\uDE00\t""#, "\n"));
+    }
+}

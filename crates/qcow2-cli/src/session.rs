@@ -1,0 +1,85 @@
+//! Who is running: the program's name and the way to its output.
+
+use crate::exit;
+use crate::failure::Failure;
+use std::io::{self, IsTerminal, Write};
+
+/// One run of the program.
+#[derive(Debug)]
+pub(crate) struct Session {
+    program: String,
+    drop_in: bool,
+}
+
+impl Session {
+    /// `argv0`: how the program was called. Under the name `qemu-img` it behaves as that tool in every word.
+    pub(crate) fn new(argv0: &str) -> Self {
+        let name = argv0.rsplit(['/', '\\']).next().unwrap_or_default();
+        let name = name.strip_suffix(".exe").unwrap_or(name);
+        let drop_in = name == QEMU_IMG;
+        Self { program: if drop_in { QEMU_IMG } else { OWN_NAME }.to_owned(), drop_in }
+    }
+
+    /// The name that stands before messages.
+    pub(crate) fn program(&self) -> &str {
+        &self.program
+    }
+
+    /// Whether the program stands in for qemu-img.
+    pub(crate) fn is_drop_in(&self) -> bool {
+        self.drop_in
+    }
+
+    /// Whether progress may be drawn for a person: both a terminal, and not in place of qemu-img.
+    pub(crate) fn draws(&self) -> bool {
+        !self.drop_in && io::stderr().is_terminal()
+    }
+
+    /// Writes `text` to standard output at once. A reader that has gone away ends the command as a success.
+    pub(crate) fn print(&self, text: &str) -> Result<(), Failure> {
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|error| output_failure(&error))
+    }
+
+    /// Writes a line to standard error.
+    pub(crate) fn complain(&self, line: &str) {
+        // Nobody is left to hear that complaining failed.
+        let _ = writeln!(io::stderr().lock(), "{line}");
+    }
+
+    /// Writes a warning to standard error.
+    pub(crate) fn warn(&self, text: &str) {
+        self.complain(&format!("{}: warning: {text}", self.program));
+    }
+}
+
+/// The failure that `error` of standard output means.
+pub(crate) fn output_failure(error: &io::Error) -> Failure {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => Failure::silent(exit::SUCCESS),
+        _ => Failure::new(format!("cannot write to standard output: {error}")),
+    }
+}
+
+const OWN_NAME: &str = "qcow2";
+const QEMU_IMG: &str = "qemu-img";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_it_is_called_by_decides() {
+        for (argv0, program, drop_in) in [
+            ("qcow2", "qcow2", false),
+            ("/usr/bin/qemu-img", "qemu-img", true),
+            ("./qemu-img", "qemu-img", true),
+            ("C:\\bin\\qemu-img.exe", "qemu-img", true),
+            ("/tmp/other", "qcow2", false),
+            ("", "qcow2", false),
+        ] {
+            let session = Session::new(argv0);
+            assert_eq!((session.program(), session.is_drop_in()), (program, drop_in), "{argv0}");
+        }
+    }
+}
