@@ -14,5 +14,6 @@ pub mod oracle;
 pub mod pages;
 pub mod pattern;
 pub mod rng;
+pub mod sim;
 pub mod storage;
 pub mod world;

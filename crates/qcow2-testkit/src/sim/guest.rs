@@ -1,0 +1,232 @@
+//! What each guest sector may hold after a power cut: its content at the last flush, or anything written since.
+
+use crate::crash::SECTOR;
+use qcow2_core::GuestRange;
+use std::sync::Arc;
+
+/// The content of one sector.
+pub(super) type Content = Arc<[u8; SECTOR as usize]>;
+
+/// The contents a sector may have.
+#[derive(Clone, Debug)]
+struct Sector {
+    /// Oldest first: what the last flush made durable, then everything written since.
+    allowed: Vec<Content>,
+    /// How many of them belong to finished operations; a flush that starts now makes the last of these durable.
+    finished: usize,
+    /// `finished` as it was when the flush that is under way began.
+    flushing: usize,
+    /// Contents that a flush has outdated, for messages.
+    outdated: Vec<Content>,
+}
+
+/// The guest disk as a reader after a power cut may see it.
+#[derive(Clone, Debug)]
+pub(super) struct Guest {
+    sectors: Vec<Sector>,
+}
+
+impl Guest {
+    /// A disk that durably holds `bytes`, a multiple of 512.
+    pub(super) fn new(bytes: &[u8]) -> Self {
+        let sector = |content: &[u8; SECTOR as usize]| Sector {
+            allowed: vec![Arc::new(*content)],
+            finished: 1,
+            flushing: 1,
+            outdated: Vec::new(),
+        };
+        Self { sectors: bytes.as_chunks().0.iter().map(sector).collect() }
+    }
+
+    /// Bytes of the disk.
+    pub(super) fn size(&self) -> u64 {
+        self.sectors.len() as u64 * SECTOR
+    }
+
+    /// The sectors of `range` as they read now.
+    pub(super) fn current_at(&self, range: GuestRange) -> Vec<u8> {
+        let sectors = (range.start().value() / SECTOR) as usize..(range.end().value() / SECTOR) as usize;
+        self.sectors[sectors].iter().flat_map(|sector| **sector.latest()).collect()
+    }
+
+    /// Notes that `bytes` are about to be written at byte `offset`.
+    pub(super) fn start_write(&mut self, offset: u64, bytes: &[u8]) {
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = offset + done as u64;
+            let from = (at % SECTOR) as usize;
+            let n = (SECTOR as usize - from).min(bytes.len() - done);
+            let sector = &mut self.sectors[(at / SECTOR) as usize];
+            let mut content = **sector.latest();
+            content[from..from + n].copy_from_slice(&bytes[done..done + n]);
+            sector.allowed.push(Arc::new(content));
+            done += n;
+        }
+    }
+
+    /// Notes that the operation on the `len` bytes at `offset` has returned and that `seen` reads back now.
+    pub(super) fn finish(&mut self, offset: u64, seen: &[u8]) {
+        let first = offset / SECTOR;
+        for (index, content) in (first..).zip(seen.as_chunks().0) {
+            let sector = &mut self.sectors[index as usize];
+            if **sector.latest() != *content {
+                sector.allowed.push(Arc::new(*content));
+            }
+            sector.finished = sector.allowed.len();
+        }
+    }
+
+    /// Whether sector contents read back after an operation are among the allowed ones, as [`judge`](Self::judge).
+    pub(super) fn judge_at(&self, offset: u64, seen: &[u8]) -> Result<(), String> {
+        let first = (offset / SECTOR) as usize;
+        for (index, content) in (first..).zip(seen.as_chunks().0) {
+            self.sectors[index].judge(content).map_err(|what| self.describe(index, content, what))?;
+        }
+        Ok(())
+    }
+
+    /// Whether `seen`, read from a crash image, holds in every sector a content that it may have.
+    pub(super) fn judge(&self, seen: &[u8]) -> Result<(), String> {
+        if seen.len() as u64 != self.size() {
+            return Err(format!("disk has {} bytes, expected {}", seen.len(), self.size()));
+        }
+        self.judge_at(0, seen)
+    }
+
+    /// Notes that a flush starts.
+    pub(super) fn start_flush(&mut self) {
+        for sector in &mut self.sectors {
+            sector.flushing = sector.finished;
+        }
+    }
+
+    /// Notes that the flush has returned: what it covered is the oldest that may be left.
+    pub(super) fn finish_flush(&mut self) {
+        for sector in &mut self.sectors {
+            let old = sector.flushing - 1;
+            sector.outdated.extend(sector.allowed.drain(..old));
+            let len = sector.outdated.len();
+            sector.outdated.drain(..len.saturating_sub(MOST_OUTDATED));
+            sector.finished -= old;
+            sector.flushing = 1;
+        }
+    }
+
+    fn describe(&self, index: usize, content: &[u8], what: &str) -> String {
+        let elsewhere = self.sectors.iter().position(|other| other.allowed.iter().any(|c| c[..] == *content));
+        let origin = match elsewhere {
+            Some(other) if content.iter().any(|&b| b != 0) => format!("; it belongs to sector {other}"),
+            _ => String::new(),
+        };
+        let wanted: Vec<String> = self.sectors[index].allowed.iter().map(|c| against(&c[..], content)).collect();
+        format!(
+            "guest sector {index} (offset {:#x}) holds {what} {}{origin}; allowed {wanted:?}",
+            index as u64 * SECTOR,
+            head(content)
+        )
+    }
+}
+
+/// So many outdated contents of a sector are remembered.
+const MOST_OUTDATED: usize = 4;
+
+impl Sector {
+    fn latest(&self) -> &Content {
+        self.allowed.last().unwrap_or_else(|| unreachable!("a sector always has a content"))
+    }
+
+    fn judge(&self, content: &[u8; SECTOR as usize]) -> Result<(), &'static str> {
+        if self.allowed.iter().rev().any(|allowed| **allowed == *content) {
+            Ok(())
+        } else if self.outdated.iter().any(|outdated| **outdated == *content) {
+            Err("what a flush had outdated,")
+        } else if content.iter().all(|&byte| byte == 0) {
+            Err("zeroes,")
+        } else {
+            Err("something that was never written there,")
+        }
+    }
+}
+
+/// An allowed content, and from where to where the seen one differs from it.
+fn against(allowed: &[u8], seen: &[u8]) -> String {
+    let differs = |index: &usize| allowed[*index] != seen[*index];
+    let (first, last) = ((0..seen.len()).find(differs), (0..seen.len()).rfind(differs));
+    format!("{} (bytes {}..={} differ)", head(allowed), first.unwrap_or(0), last.unwrap_or(0))
+}
+
+/// The first bytes of a content.
+fn head(content: &[u8]) -> String {
+    content.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: usize = SECTOR as usize;
+
+    fn disk(sectors: &[u8]) -> Vec<u8> {
+        sectors.iter().flat_map(|&byte| [byte; S]).collect()
+    }
+
+    fn check(guest: &Guest, sectors: &[u8], problem: Option<&str>) {
+        let result = guest.judge(&disk(sectors));
+        match problem {
+            None => assert_eq!(result, Ok(()), "{sectors:?}"),
+            Some(part) => assert!(result.as_ref().is_err_and(|e| e.contains(part)), "{sectors:?}: {result:?}"),
+        }
+    }
+
+    #[test]
+    fn unflushed_sectors_are_old_or_new() {
+        let mut guest = Guest::new(&disk(&[1, 2, 3]));
+        guest.start_write(512, &disk(&[7, 8]));
+        for fine in [[1, 2, 3], [1, 7, 8], [1, 2, 8], [1, 7, 3]] {
+            check(&guest, &fine, None);
+        }
+        check(&guest, &[1, 0, 3], Some("sector 1 (offset 0x200) holds zeroes"));
+        check(&guest, &[1, 8, 3], Some("never written there, 0808080808080808; it belongs to sector 2"));
+        check(&guest, &[1, 2], Some("expected 1536"));
+    }
+
+    #[test]
+    fn a_flush_leaves_only_what_was_finished_before_it() {
+        let mut guest = Guest::new(&disk(&[1, 2]));
+        guest.start_write(0, &disk(&[5]));
+        guest.finish(0, &disk(&[5]));
+        guest.start_write(512, &disk(&[6]));
+        guest.start_flush();
+        guest.start_write(0, &disk(&[9]));
+        check(&guest, &[1, 2], None);
+        guest.finish_flush();
+        for fine in [[5, 2], [5, 6], [9, 2]] {
+            check(&guest, &fine, None);
+        }
+        check(&guest, &[1, 2], Some("a flush had outdated"));
+    }
+
+    #[test]
+    fn parts_of_sectors_keep_the_rest() {
+        let mut guest = Guest::new(&disk(&[1, 2]));
+        guest.start_write(500, &[9; 20]);
+        let mut new = disk(&[1, 2]);
+        new[500..520].fill(9);
+        let all = GuestRange::new(qcow2_core::GuestOffset::new(0), 1024).unwrap();
+        assert_eq!(guest.current_at(all), new);
+        assert_eq!(guest.judge(&new), Ok(()));
+        new[500] = 1;
+        assert!(guest.judge(&new).is_err());
+    }
+
+    #[test]
+    fn an_operation_with_several_outcomes_settles_on_what_is_seen() {
+        let mut guest = Guest::new(&disk(&[1, 2]));
+        guest.start_write(0, &disk(&[0, 0]));
+        guest.finish(0, &disk(&[1, 0]));
+        guest.start_flush();
+        guest.finish_flush();
+        check(&guest, &[1, 0], None);
+        check(&guest, &[0, 0], Some("a flush had outdated"));
+    }
+}

@@ -1,0 +1,121 @@
+//! Is a crash image harmless? Sound by an independent audit, readable, and without a byte that the guest did not ask
+//! for; and can work go on from it?
+
+use super::guest::Guest;
+use super::start::Start;
+use super::work::{Work, draw_work};
+use super::{SimOptions, codecs};
+use crate::audit::{Audit, audit};
+use crate::cut::CrashImage;
+use crate::model::chain;
+use crate::pages::PageBytes;
+use crate::rng::Rng;
+use crate::storage::PageStorage;
+use qcow2_core::{GuestDisk, GuestOffset, Image, OpenOptions, Storage};
+use std::sync::{Arc, Mutex};
+
+/// How many operations follow when work goes on from a crash image.
+const RECOVERY_STEPS: usize = 12;
+
+/// Judges the images of one simulation.
+pub(super) struct Judge {
+    start: Arc<Start>,
+    options: SimOptions,
+    buf: Vec<u8>,
+    /// How many images were worked on after the crash.
+    pub(super) continued: u64,
+}
+
+/// One image's files as storages that nothing else sees.
+struct Files {
+    image: Arc<PageStorage>,
+    data: Option<Arc<PageStorage>>,
+}
+
+impl Files {
+    fn of(image: &CrashImage) -> Self {
+        Self { image: image.storage(0), data: (image.disks.len() > 1).then(|| image.storage(1)) }
+    }
+
+    fn audit(&self) -> Audit {
+        let data_len = self.data.as_ref().map(|data| data.bytes().len());
+        audit(&self.image.bytes(), data_len)
+    }
+
+    fn open(&self, start: &Start, options: &OpenOptions) -> Result<Arc<Image>, String> {
+        let data = self.data.clone().map(|data| data as Arc<dyn Storage>);
+        let source = start.source(Arc::clone(&self.image) as Arc<dyn Storage>, data);
+        Image::open(source, options).map_err(|error| format!("image does not open: {}", chain(&error)))
+    }
+}
+
+impl Judge {
+    pub(super) fn new(start: Arc<Start>, options: SimOptions) -> Self {
+        Self { start, options, buf: Vec::new(), continued: 0 }
+    }
+
+    /// Judges `image`, in which every sector must hold what `guest` allows.
+    pub(super) fn judge(&mut self, image: &CrashImage, guest: &Guest, rng: &mut Rng) -> Result<(), String> {
+        let files = Files::of(image);
+        let audit = files.audit();
+        sound(&audit)?;
+        if audit.dirty && !self.start.shape.lazy_refcounts {
+            return Err("dirty bit without lazy refcounts".to_owned());
+        }
+        let mut options = OpenOptions::default();
+        options.codecs = codecs();
+        let disk = files.open(&self.start, &options)?;
+        let mut seen = std::mem::take(&mut self.buf);
+        seen.resize(disk.size() as usize, 0);
+        let read = disk.read_at(GuestOffset::new(0), &mut seen);
+        read.map_err(|error| format!("image does not read: {}", chain(&error)))?;
+        guest.judge(&seen)?;
+        self.judge_raw_data(image, guest)?;
+        if let Some(check) = &self.options.check
+            && rng.one_in(self.options.check_one_in)
+        {
+            check(&(Arc::clone(&files.image) as Arc<dyn Storage>))?;
+        }
+        if rng.one_in(self.options.continue_one_in) {
+            self.continued += 1;
+            self.go_on(&files, &seen, rng).map_err(|what| format!("going on after the crash: {what}"))?;
+        }
+        self.buf = seen;
+        Ok(())
+    }
+
+    /// A raw data file is the guest disk byte for byte, at every moment.
+    fn judge_raw_data(&self, image: &CrashImage, guest: &Guest) -> Result<(), String> {
+        if !self.start.shape.data_file.is_some_and(|file| file.raw) {
+            return Ok(());
+        }
+        let mut bytes: PageBytes = image.disks[1].clone();
+        bytes.set_len(guest.size());
+        guest.judge(&bytes.to_vec()).map_err(|what| format!("raw data file: {what}"))
+    }
+
+    /// Opens the image for writing, works on, closes: it must then be as if there had been no crash, but for leaks.
+    fn go_on(&self, files: &Files, seen: &[u8], rng: &mut Rng) -> Result<(), String> {
+        let open = Box::new(|options: &OpenOptions| files.open(&self.start, options));
+        let guest = Arc::new(Mutex::new(Guest::new(seen)));
+        let mut work = Work::start(self.start.shape, guest, open, &self.options.configure)?;
+        for step in draw_work(rng, &self.start.shape, RECOVERY_STEPS) {
+            work.step(&step)?;
+        }
+        work.close()?;
+        let audit = files.audit();
+        sound(&audit)?;
+        if audit.dirty {
+            return Err("dirty bit after close".to_owned());
+        }
+        Ok(())
+    }
+}
+
+fn sound(audit: &Audit) -> Result<(), String> {
+    if audit.is_sound() {
+        return Ok(());
+    }
+    let problems: Vec<_> = audit.problems.iter().take(5).collect();
+    Err(format!("{} problems: {problems:?}", audit.problems.len()))
+}

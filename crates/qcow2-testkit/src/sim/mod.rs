@@ -1,0 +1,319 @@
+//! The crash simulation: random work on an image of random shape, the power cut at every moment in between, and every
+//! image that is left judged.
+//!
+//! A seed gives one run: its shape, start image, steps, cuts and choices. A violation carries the seed and all of
+//! these, and [`minimize`] leaves out the steps that it does not need.
+
+mod codec;
+mod guest;
+mod judge;
+mod start;
+mod work;
+
+pub use codec::RunCodec;
+pub use work::Step;
+
+use crate::crash::{CrashWorld, Event};
+use crate::cut::Cut;
+use crate::rng::Rng;
+use guest::Guest;
+use judge::Judge;
+use qcow2_core::{Codecs, Image, OpenOptions, Storage};
+use start::Start;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use work::{Opener, Work, draw_work};
+
+/// Changes how the image under test is opened.
+pub type Configure = Arc<dyn Fn(&mut OpenOptions) + Send + Sync>;
+
+/// A further judge of an image file: an error says what is wrong.
+pub type Check = Arc<dyn Fn(&Arc<dyn Storage>) -> Result<(), String> + Send + Sync>;
+
+/// How a simulation is run.
+#[derive(Clone)]
+pub struct SimOptions {
+    /// Steps of a workload, at most.
+    pub steps: u64,
+    /// Images drawn before every change of a storage, at most.
+    pub images_per_change: u64,
+    /// Images drawn before every flush of a storage, at most.
+    pub images_per_flush: u64,
+    /// In one of so many images, work goes on after the crash.
+    pub continue_one_in: u64,
+    /// Changes how the image under test is opened (not how crash images are read).
+    pub configure: Configure,
+    /// A further judge.
+    pub check: Option<Check>,
+    /// In one of so many images, the further judge is asked.
+    pub check_one_in: u64,
+}
+
+impl Default for SimOptions {
+    fn default() -> Self {
+        Self {
+            steps: 40,
+            images_per_change: 2,
+            images_per_flush: 12,
+            continue_one_in: 16,
+            configure: Arc::new(|_| ()),
+            check: None,
+            check_one_in: 16,
+        }
+    }
+}
+
+/// What was simulated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SimReport {
+    /// Runs.
+    pub seeds: u64,
+    /// Steps of their workloads.
+    pub steps: u64,
+    /// Moments at which the power was cut.
+    pub cuts: u64,
+    /// Images judged.
+    pub images: u64,
+    /// Images that work went on from.
+    pub continued: u64,
+}
+
+impl SimReport {
+    /// Adds another report's numbers.
+    pub fn add(&mut self, other: &Self) {
+        self.seeds += other.seeds;
+        self.steps += other.steps;
+        self.cuts += other.cuts;
+        self.images += other.images;
+        self.continued += other.continued;
+    }
+}
+
+/// A run that went wrong.
+#[derive(Clone, Debug)]
+pub struct Violation {
+    /// The run's seed.
+    pub seed: u64,
+    /// What was wrong.
+    pub what: String,
+    /// The shape of the image.
+    pub shape: String,
+    /// The steps made, the last one under way.
+    pub steps: Vec<Step>,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "seed {}: {}", self.seed, self.what)?;
+        writeln!(f, "  {}", self.shape)?;
+        self.steps.iter().enumerate().try_for_each(|(index, step)| writeln!(f, "  step {index}: {step:?}"))
+    }
+}
+
+/// Runs one seed. The error is what went wrong; boxed, because it carries the whole story.
+pub fn run_seed(seed: u64, options: &SimOptions) -> Result<SimReport, Box<Violation>> {
+    let mut rng = Rng::new(seed);
+    let start = Arc::new(Start::draw(&mut rng));
+    let count = rng.between(1, options.steps.max(1));
+    let steps = draw_work(&mut rng, &start.shape, count as usize);
+    run(seed, rng.next_u64(), &start, &steps, options)
+}
+
+/// The same violation with as few steps as can be found: leaves steps out while some choice of images still shows it.
+pub fn minimize(violation: &Violation, options: &SimOptions) -> Violation {
+    let start = Arc::new(Start::draw(&mut Rng::new(violation.seed)));
+    let mut best = violation.clone();
+    let mut index = 0;
+    while index < best.steps.len() {
+        let mut fewer = best.steps.clone();
+        fewer.remove(index);
+        let found = (0..20).find_map(|choice| run(best.seed, choice, &start, &fewer, options).err());
+        match found {
+            Some(found) => best = *found,
+            None => index += 1,
+        }
+    }
+    best
+}
+
+/// What ends a [`run_many`].
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// The first seed; the next ones follow.
+    pub first_seed: u64,
+    /// How many seeds, at most.
+    pub seeds: u64,
+    /// For how long new seeds are begun.
+    pub time: Duration,
+    /// How many threads take seeds.
+    pub threads: usize,
+    /// Stop at so many violations.
+    pub violations: usize,
+}
+
+/// Runs seed after seed until the budget is used up.
+pub fn run_many(budget: &Budget, options: &SimOptions) -> (SimReport, Vec<Violation>) {
+    let next = AtomicU64::new(0);
+    let stop = AtomicBool::new(false);
+    let total = Mutex::new((SimReport::default(), Vec::new()));
+    let started = Instant::now();
+    let worker = || {
+        while !stop.load(Ordering::Relaxed) && started.elapsed() < budget.time {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= budget.seeds {
+                break;
+            }
+            let result = run_seed(budget.first_seed.wrapping_add(number), options);
+            let mut total = locked(&total);
+            match result {
+                Ok(report) => total.0.add(&report),
+                Err(violation) => total.1.push(*violation),
+            }
+            stop.fetch_or(total.1.len() >= budget.violations, Ordering::Relaxed);
+        }
+    };
+    std::thread::scope(|scope| {
+        (0..budget.threads.max(1)).for_each(|_| drop(scope.spawn(worker)));
+    });
+    total.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The codecs of simulated images.
+fn codecs() -> Codecs {
+    Codecs::new(Arc::new(RunCodec), Arc::new(RunCodec))
+}
+
+/// Draws and judges crash images whenever the world lets it look.
+struct Explorer {
+    guest: Arc<Mutex<Guest>>,
+    judge: Judge,
+    rng: Rng,
+    options: SimOptions,
+    report: SimReport,
+    violation: Option<String>,
+}
+
+impl Explorer {
+    fn look(&mut self, event: Event, cut: &Cut<'_>) {
+        if self.violation.is_some() {
+            return;
+        }
+        let (wanted, combinations) = match (event, cut.combinations()) {
+            // Nothing changed since the flush before.
+            (Event::BeforeChange | Event::BeforeFlush, 1) => return,
+            (Event::BeforeChange, n) => (self.options.images_per_change, n),
+            (Event::BeforeFlush, n) => (self.options.images_per_flush, n),
+            (Event::AfterFlush, n) => (1, n),
+        };
+        self.report.cuts += 1;
+        let guest = Arc::clone(&self.guest);
+        let guest = locked(&guest);
+        for number in 0..wanted.min(combinations) {
+            let image = if combinations <= wanted { cut.image(number) } else { cut.sample(&mut self.rng) };
+            self.report.images += 1;
+            if let Err(what) = self.judge.judge(&image, &guest, &mut self.rng) {
+                self.violation = Some(format!("{event:?}, change {}: {what}", cut.change()));
+                return;
+            }
+        }
+    }
+}
+
+fn run(
+    seed: u64,
+    choice: u64,
+    start: &Arc<Start>,
+    steps: &[Step],
+    options: &SimOptions,
+) -> Result<SimReport, Box<Violation>> {
+    let guest = Arc::new(Mutex::new(Guest::new(&start.guest)));
+    let explorer = Arc::new(Mutex::new(Explorer {
+        guest: Arc::clone(&guest),
+        judge: Judge::new(Arc::clone(start), options.clone()),
+        rng: Rng::new(choice),
+        options: options.clone(),
+        report: SimReport::default(),
+        violation: None,
+    }));
+    let made = AtomicU64::new(0);
+    let work = AssertUnwindSafe(|| drive(start, steps, &guest, &explorer, options, &made));
+    let result = catch_unwind(work).unwrap_or_else(|panic| Err(format!("panic: {}", panic_text(&*panic))));
+    let made = made.into_inner() as usize;
+    let mut explorer = locked(&explorer);
+    // What the explorer saw came first; the workload may have stumbled over it afterwards.
+    match explorer.violation.take().map_or(result, Err) {
+        Ok(()) => {
+            let continued = explorer.judge.continued;
+            Ok(SimReport { seeds: 1, steps: made as u64, continued, ..explorer.report })
+        }
+        Err(what) => {
+            let steps = steps[..steps.len().min(made + 1)].to_vec();
+            Err(Box::new(Violation { seed, what, shape: format!("{:?}", start.shape), steps }))
+        }
+    }
+}
+
+/// Makes the steps in a world whose every moment the explorer looks at.
+fn drive(
+    start: &Start,
+    steps: &[Step],
+    guest: &Arc<Mutex<Guest>>,
+    explorer: &Arc<Mutex<Explorer>>,
+    options: &SimOptions,
+    made: &AtomicU64,
+) -> Result<(), String> {
+    let world = CrashWorld::new();
+    let image = world.add(start.image.clone());
+    let data = start.data.as_ref().map(|bytes| world.add(bytes.clone()));
+    let hook = Arc::clone(explorer);
+    world.set_hook(Some(Arc::new(move |event, cut: &Cut<'_>| locked(&hook).look(event, cut))));
+    let open: Opener<'_> = Box::new(|open_options: &OpenOptions| {
+        let data = data.clone().map(|data| data as Arc<dyn Storage>);
+        let source = start.source(Arc::clone(&image) as Arc<dyn Storage>, data);
+        Image::open(source, open_options).map_err(|error| crate::model::chain(&error))
+    });
+    let mut work = Work::start(start.shape, Arc::clone(guest), open, &options.configure)?;
+    for step in steps {
+        work.step(step)?;
+        if let Some(what) = locked(explorer).violation.clone() {
+            return Err(what);
+        }
+        // Once more now that the step's promise (a flush!) holds.
+        if matches!(step, Step::Plain(crate::arbitrary::Operation::Flush)) {
+            world.cut(|cut| locked(explorer).look(Event::AfterFlush, cut));
+        }
+        made.fetch_add(1, Ordering::Relaxed);
+    }
+    work.close()?;
+    world.cut(|cut| locked(explorer).look(Event::AfterFlush, cut));
+    Ok(())
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("of an unknown kind").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seeds_run_clean() {
+        let budget = Budget { first_seed: 0, seeds: 400, time: Duration::from_secs(20), threads: 1, violations: 3 };
+        let (report, violations) = run_many(&budget, &SimOptions::default());
+        for violation in &violations {
+            println!("{}", minimize(violation, &SimOptions::default()));
+        }
+        assert!(violations.is_empty());
+        assert!(report.images > 1000, "{report:?}");
+        println!("{report:?}");
+    }
+}

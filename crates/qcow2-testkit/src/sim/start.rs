@@ -1,0 +1,252 @@
+//! The image a simulation starts from: a drawn shape with every kind of cluster in it, built without the engine.
+
+use super::codec::RunCodec;
+use crate::arbitrary::{BackingShape, DataFileShape, Shape};
+use crate::builder::{Builder, Built, Cluster};
+use crate::pages::PageBytes;
+use crate::pattern;
+use crate::rng::Rng;
+use crate::storage::PageStorage;
+use qcow2_core::{
+    ClusterCodec, ImageFormat, NoResolver, Reference, ResolveError, ResolvedSource, Resolver, Storage,
+};
+use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
+use qcow2_format::header::{CompressionType, Header, Version};
+use std::sync::Arc;
+
+/// Where a simulation starts.
+#[derive(Clone, Debug)]
+pub(super) struct Start {
+    pub(super) shape: Shape,
+    pub(super) image: PageBytes,
+    /// The data file, with a shape that has one.
+    pub(super) data: Option<PageBytes>,
+    backing: Option<PageBytes>,
+    /// What the guest sees.
+    pub(super) guest: Vec<u8>,
+}
+
+impl Start {
+    /// Draws a shape and its content.
+    pub(super) fn draw(rng: &mut Rng) -> Self {
+        let shape = draw_shape(rng);
+        let mut guest = vec![0; shape.size as usize];
+        let backing = shape.backing.map(|backing| pattern::bytes(BACKING_SEED, 0, backing.size as usize));
+        if let Some(bytes) = &backing {
+            let n = bytes.len().min(guest.len());
+            guest[..n].copy_from_slice(&bytes[..n]);
+        }
+        let mut builder = Builder::with_header(header(&shape));
+        let chance = rng.pick(&[0, 4, 12, 15]);
+        for index in 0..shape.size.div_ceil(shape.cluster_size()) {
+            if rng.below(16) < chance {
+                builder = builder.cluster(index, draw_cluster(rng, &shape, index, &mut guest));
+            }
+        }
+        let mut built = builder.build();
+        if shape.cluster_bits == 9 && shape.refcount_order >= 5 && rng.one_in(4) {
+            crowd(rng, &shape, &mut built);
+        }
+        let image = PageBytes::from_bytes(&built.bytes);
+        let data = shape.data_file.map(|_| data_file(&shape, &built, &guest));
+        Self { shape, image, data, backing: backing.map(|bytes| PageBytes::from_bytes(&bytes)), guest }
+    }
+
+    /// The image on `storage`, with `data` as its data file, as the engine wants to be given it.
+    pub(super) fn source(&self, storage: Arc<dyn Storage>, data: Option<Arc<dyn Storage>>) -> ResolvedSource {
+        let backing = self.backing.clone().map(|bytes| Arc::new(PageStorage::new(bytes)) as Arc<dyn Storage>);
+        ResolvedSource {
+            storage,
+            format: ImageFormat::Qcow2,
+            name: "image".to_owned(),
+            id: None,
+            resolver: Arc::new(Neighbours { backing, data }),
+        }
+    }
+}
+
+/// Opens the two names that a simulated image may give.
+struct Neighbours {
+    backing: Option<Arc<dyn Storage>>,
+    data: Option<Arc<dyn Storage>>,
+}
+
+impl Resolver for Neighbours {
+    fn resolve(&self, reference: Reference<'_>, _writable: bool) -> Result<ResolvedSource, ResolveError> {
+        let storage = match reference {
+            Reference::Backing { .. } => self.backing.clone(),
+            Reference::DataFile { .. } => self.data.clone(),
+            _ => None,
+        };
+        Ok(ResolvedSource {
+            storage: storage.ok_or_else(|| ResolveError::failed("no such file in the simulation"))?,
+            format: ImageFormat::Raw,
+            name: "neighbour".to_owned(),
+            id: None,
+            resolver: Arc::new(NoResolver),
+        })
+    }
+}
+
+/// The pattern of the backing file; workloads write others.
+const BACKING_SEED: u64 = 1;
+/// Bytes that no reader may see.
+const HIDDEN_SEED: u64 = 3;
+
+/// A small disk, so that one crash image costs little: tens of clusters, most of them small.
+fn draw_shape(rng: &mut Rng) -> Shape {
+    let extended_l2 = rng.one_in(6);
+    let cluster_bits = if extended_l2 { 14 } else { rng.pick(&[9, 9, 9, 9, 9, 9, 10, 10, 12, 16]) };
+    let most = match cluster_bits {
+        9 => 150,
+        10 => 60,
+        12 => 20,
+        14 => 8,
+        _ => 3,
+    };
+    let cluster_size = 1u64 << cluster_bits;
+    let size = (rng.between(2, most) << cluster_bits) - rng.pick(&[0, 0, 512, cluster_size / 2 & !511]);
+    let backing_size = rng.pick(&[size, size / 2 & !511, size + cluster_size]);
+    let data_file = rng.one_in(6).then(|| DataFileShape { raw: rng.one_in(2) });
+    let shape = Shape {
+        version3: !rng.one_in(6),
+        cluster_bits,
+        refcount_order: rng.between(0, 6) as u32,
+        extended_l2,
+        lazy_refcounts: rng.one_in(4),
+        zstd: false,
+        data_file,
+        backing: rng.one_in(2).then_some(BackingShape { size: backing_size.max(512), qcow2: false }),
+        size,
+    };
+    shape.legalized()
+}
+
+fn header(shape: &Shape) -> Header {
+    let version = if shape.version3 { Version::V3 } else { Version::V2 };
+    let mut header = Header::new(version, shape.cluster_bits);
+    header.size = shape.size;
+    header.refcount_order = shape.refcount_order;
+    header.compression_type = CompressionType::Deflate;
+    header.compatible_features.set(CompatibleFeatures::LAZY_REFCOUNTS, shape.lazy_refcounts);
+    header.incompatible_features.set(IncompatibleFeatures::EXTENDED_L2, shape.extended_l2);
+    header.incompatible_features.set(IncompatibleFeatures::DATA_FILE, shape.data_file.is_some());
+    if let Some(file) = shape.data_file {
+        header.extensions.data_file = Some(b"data".to_vec());
+        header.autoclear_features.set(AutoclearFeatures::RAW_DATA_FILE, file.raw);
+    }
+    if shape.backing.is_some() {
+        header.backing_file = Some(b"backing".to_vec());
+        header.extensions.backing_format = Some(b"raw".to_vec());
+    }
+    header
+}
+
+/// Draws what guest cluster `index` holds, and shows it to `guest`.
+fn draw_cluster(rng: &mut Rng, shape: &Shape, index: u64, guest: &mut [u8]) -> Cluster {
+    let (size, start) = (shape.cluster_size(), index * shape.cluster_size());
+    let end = (start + size).min(shape.size);
+    let plain = pattern::bytes(rng.pick(&[4, 5]), start, size as usize);
+    let hidden = pattern::bytes(HIDDEN_SEED, start, size as usize);
+    let shown = &mut guest[start as usize..end as usize];
+    let len = shown.len();
+    match rng.below(6) {
+        0 if shape.version3 => {
+            shown.fill(0);
+            Cluster::Zero
+        }
+        1 if shape.version3 => {
+            shown.fill(0);
+            Cluster::ZeroAllocated(hidden)
+        }
+        2 if shape.extended_l2 => {
+            let allocated = rng.next_u64() as u32;
+            let zero = rng.next_u64() as u32 & !allocated;
+            for (at, byte) in shown.iter_mut().enumerate() {
+                let subcluster = at as u64 / (size / 32);
+                if allocated >> subcluster & 1 == 1 {
+                    *byte = plain[at];
+                } else if zero >> subcluster & 1 == 1 {
+                    *byte = 0;
+                }
+            }
+            Cluster::Subclusters { allocated, zero, data: plain }
+        }
+        3 | 4 if shape.data_file.is_none() && compressible(shape) => {
+            let plain = pattern::bytes(4, start, size as usize);
+            let mut stream = vec![0; size as usize - 1];
+            let Ok(Some(len)) = RunCodec.compress(&plain, &mut stream) else {
+                unreachable!("the pattern of seed 4 compresses")
+            };
+            stream.truncate(len);
+            shown.copy_from_slice(&plain[..shown.len()]);
+            Cluster::Compressed(stream)
+        }
+        _ => {
+            shown.copy_from_slice(&plain[..len]);
+            Cluster::Data(plain)
+        }
+    }
+}
+
+/// Streams share host clusters, up to about six in one: the refcounts must have room for them.
+fn compressible(shape: &Shape) -> bool {
+    shape.refcount_order >= 3
+}
+
+/// The data file: as built, or with the raw flag byte for byte the guest disk.
+fn data_file(shape: &Shape, built: &Built, guest: &[u8]) -> PageBytes {
+    if shape.data_file.is_some_and(|file| file.raw) {
+        return PageBytes::from_bytes(guest);
+    }
+    let mut bytes = PageBytes::from_bytes(&built.data_file);
+    bytes.set_len(bytes.len().max(shape.size));
+    bytes
+}
+
+/// Uses up (leaks) nearly every cluster that the first cluster of the refcount table can count, so that the table
+/// must move soon.
+fn crowd(rng: &mut Rng, shape: &Shape, built: &mut Built) {
+    let size = shape.cluster_size();
+    let counted = size * 8 >> shape.refcount_order;
+    let blocks = size / 8;
+    let used = (built.bytes.len() as u64).div_ceil(size);
+    let spare = rng.between(3, 30);
+    let end = blocks * counted - spare;
+    let existing = used.div_ceil(counted);
+    for cluster in used..existing * counted {
+        built.set_refcount(cluster, 1);
+    }
+    let width = 1u64 << shape.refcount_order >> 3;
+    for block in existing..blocks {
+        let at = block * counted * size;
+        built.patch_u64(built.refcount_table + block * 8, at);
+        for cluster in block * counted..end.min((block + 1) * counted) {
+            let low_byte = at + (cluster - block * counted + 1) * width - 1;
+            built.patch(low_byte, &[1]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::audit;
+
+    #[test]
+    fn starts_are_sound_and_varied() {
+        let mut kinds = [0u32; 5];
+        for seed in 0..600 {
+            let start = Start::draw(&mut Rng::new(seed));
+            let data_len = start.data.as_ref().map(PageBytes::len);
+            let audit = audit(&start.image, data_len);
+            assert!(audit.is_sound(), "seed {seed}: {:?} {audit:?}", start.shape);
+            kinds[0] += u32::from(audit.leaks > 1000);
+            kinds[1] += u32::from(start.data.is_some());
+            kinds[2] += u32::from(start.backing.is_some());
+            kinds[3] += u32::from(start.shape.extended_l2);
+            kinds[4] += u32::from(!start.shape.version3);
+        }
+        assert!(kinds.iter().all(|&n| n > 5), "{kinds:?}");
+    }
+}

@@ -1,0 +1,191 @@
+//! The workload: what is done to the image, with every step's effect noted for the judge before it begins.
+
+use super::guest::Guest;
+use super::{Configure, codecs};
+use crate::arbitrary::{Operation, Shape};
+use crate::crash::SECTOR;
+use crate::model::chain;
+use crate::pattern;
+use crate::rng::Rng;
+use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, Image, OpenOptions};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// One step of a workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// An operation every disk knows. `Reopen` closes the image and opens it again.
+    Plain(Operation),
+    /// A compressed write of the whole guest cluster at `offset` with the pattern of `seed`, if it is unallocated.
+    Compressed {
+        /// Cluster aligned.
+        offset: u64,
+        /// Which content.
+        seed: u64,
+    },
+}
+
+/// Draws `count` steps. Every write has content of its own, so that no byte can be taken for another's.
+pub(super) fn draw_work(rng: &mut Rng, shape: &Shape, count: usize) -> Vec<Step> {
+    // Seeds divisible by 4 compress; small ones belong to the start image.
+    let base = rng.next_u64() << 12 | 1 << 11;
+    let draw = |index| {
+        let seed = base + 4 * index as u64 + u64::from(!rng.one_in(3));
+        if rng.one_in(8) {
+            return Step::Plain(Operation::Flush);
+        }
+        match Operation::random(rng, shape.size, shape.cluster_size()) {
+            Operation::Write { range, .. } if rng.one_in(6) => {
+                let offset = range.start().value() & !(shape.cluster_size() - 1);
+                Step::Compressed { offset, seed: seed & !3 }
+            }
+            Operation::Write { range, .. } => Step::Plain(Operation::Write { range, seed }),
+            other => Step::Plain(other),
+        }
+    };
+    (0..count).map(draw).collect()
+}
+
+/// Opens the image under test with these options.
+pub(super) type Opener<'a> = Box<dyn Fn(&OpenOptions) -> Result<Arc<Image>, String> + 'a>;
+
+/// An image being worked on.
+pub(super) struct Work<'a> {
+    open: Opener<'a>,
+    options: OpenOptions,
+    disk: Arc<Image>,
+    guest: Arc<Mutex<Guest>>,
+    shape: Shape,
+}
+
+impl<'a> Work<'a> {
+    /// Opens the image for writing; it must read as `guest` says.
+    pub(super) fn start(
+        shape: Shape,
+        guest: Arc<Mutex<Guest>>,
+        open: Opener<'a>,
+        configure: &Configure,
+    ) -> Result<Self, String> {
+        let mut options = OpenOptions::default();
+        options.writable = true;
+        options.codecs = codecs();
+        configure(&mut options);
+        let disk = open(&options)?;
+        let work = Self { open, options, disk, guest, shape };
+        work.check_all()?;
+        Ok(work)
+    }
+
+    /// Makes one step and checks that the image then reads as it should.
+    pub(super) fn step(&mut self, step: &Step) -> Result<(), String> {
+        match *step {
+            Step::Plain(Operation::Read(range)) => self.expect(range),
+            Step::Plain(operation @ Operation::Write { range, seed }) => {
+                let bytes = pattern::bytes(seed, range.start().value(), range.len() as usize);
+                self.change(range, &bytes, |disk| operation.run(disk).map(drop))
+            }
+            Step::Plain(operation @ Operation::Zero { range, .. }) => {
+                self.change(range, &vec![0; range.len() as usize], |disk| operation.run(disk).map(drop))
+            }
+            Step::Plain(Operation::Discard(range)) => self.discard(range),
+            Step::Plain(Operation::Flush) => self.durably(|disk| disk.flush()),
+            Step::Plain(Operation::Reopen) => self.reopen(),
+            Step::Compressed { offset, seed } => self.compressed(offset, seed),
+        }
+    }
+
+    /// Ends the work; everything must then be durable.
+    pub(super) fn close(&self) -> Result<(), String> {
+        self.check_all()?;
+        self.durably(Image::close)
+    }
+
+    fn guest(&self) -> MutexGuard<'_, Guest> {
+        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(
+        &self,
+        range: GuestRange,
+        bytes: &[u8],
+        make: impl FnOnce(&Image) -> qcow2_core::Result<()>,
+    ) -> Result<(), String> {
+        self.guest().start_write(range.start().value(), bytes);
+        make(&self.disk).map_err(|error| chain(&error))?;
+        self.expect(range)?;
+        let around = sectors_around(range);
+        let mut guest = self.guest();
+        let now = guest.current_at(around);
+        guest.finish(around.start().value(), &now);
+        Ok(())
+    }
+
+    /// A discarded sector may read as zeroes or as before.
+    fn discard(&self, range: GuestRange) -> Result<(), String> {
+        let start = range.start().value().next_multiple_of(SECTOR);
+        let end = range.end().value() / SECTOR * SECTOR;
+        let inner = GuestRange::between(GuestOffset::new(start), GuestOffset::new(end));
+        let old = self.guest().current_at(inner);
+        self.guest().start_write(start, &vec![0; inner.len() as usize]);
+        self.disk.discard(range).map_err(|error| chain(&error))?;
+        let seen = self.read(inner)?;
+        for (index, (seen, old)) in seen.chunks(SECTOR as usize).zip(old.chunks(SECTOR as usize)).enumerate() {
+            if seen != old && seen.iter().any(|&byte| byte != 0) {
+                return Err(format!("discarded sector {index} of {inner:?} is neither zero nor as before"));
+            }
+        }
+        self.guest().finish(start, &seen);
+        Ok(())
+    }
+
+    fn compressed(&self, offset: u64, seed: u64) -> Result<(), String> {
+        let end = (offset + self.shape.cluster_size()).min(self.shape.size);
+        let range = GuestRange::between(GuestOffset::new(offset), GuestOffset::new(end));
+        let extent = self.disk.extent_at(range).map_err(|error| chain(&error))?;
+        let unused = matches!(extent.state, ExtentState::Unallocated | ExtentState::Zero { host: None });
+        if self.shape.data_file.is_some() || !unused || extent.len < range.len() {
+            return Ok(());
+        }
+        let bytes = pattern::bytes(seed, offset, range.len() as usize);
+        self.change(range, &bytes, |disk| disk.write_compressed(range.start(), &bytes))
+    }
+
+    fn durably(&self, make: impl FnOnce(&Image) -> qcow2_core::Result<()>) -> Result<(), String> {
+        self.guest().start_flush();
+        make(&self.disk).map_err(|error| chain(&error))?;
+        self.guest().finish_flush();
+        Ok(())
+    }
+
+    fn reopen(&mut self) -> Result<(), String> {
+        self.close()?;
+        self.disk = (self.open)(&self.options)?;
+        self.check_all()
+    }
+
+    fn check_all(&self) -> Result<(), String> {
+        self.expect(GuestRange::between(GuestOffset::new(0), GuestOffset::new(self.shape.size)))
+    }
+
+    /// The range must read as the last operation on every sector left it.
+    fn expect(&self, range: GuestRange) -> Result<(), String> {
+        let around = sectors_around(range);
+        let seen = self.read(around)?;
+        let guest = self.guest();
+        if seen == guest.current_at(around) {
+            return Ok(());
+        }
+        guest.judge_at(around.start().value(), &seen)?;
+        Err(format!("{around:?} reads as it did before the last change"))
+    }
+
+    fn read(&self, range: GuestRange) -> Result<Vec<u8>, String> {
+        let mut seen = vec![0; range.len() as usize];
+        self.disk.read_at(range.start(), &mut seen).map_err(|error| chain(&error))?;
+        Ok(seen)
+    }
+}
+
+fn sectors_around(range: GuestRange) -> GuestRange {
+    let start = range.start().value() / SECTOR * SECTOR;
+    GuestRange::between(GuestOffset::new(start), GuestOffset::new(range.end().value().next_multiple_of(SECTOR)))
+}
