@@ -13,6 +13,7 @@ use crate::sync::{lock, read, write};
 use ::alloc::format;
 use ::alloc::sync::Arc;
 use ::alloc::vec;
+use core::sync::atomic::Ordering;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::L2Entry;
 use qcow2_format::{FormatError, GuestOffset, HostOffset, L1Index};
@@ -158,7 +159,10 @@ impl Meta {
                 self.storage.read_padded(old, &mut bytes)?;
                 self.storage.write_at(table, &bytes)?;
             }
-            None if fresh => {}
+            // The place reads as zeroes already, but the file must reach so far before anything refers to it.
+            None if fresh => {
+                self.fresh_tables_end.fetch_max(table.value() + size, Ordering::SeqCst);
+            }
             None => self.storage.write_zeroes(table, size, ZeroMode::KeepAllocated)?,
         }
         Ok(())

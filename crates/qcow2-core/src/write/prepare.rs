@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::image::Image;
 use crate::inflight::Claim;
 use crate::meta::mapping::L2Place;
+use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
 use crate::port::disk::GuestDisk;
 use crate::read::resolve::Place;
@@ -168,23 +169,19 @@ impl Image {
     }
 
     /// One run of guest bytes as it reads now, for its new place. Bytes past the end of the disk are zeroes.
-    fn edge(&self, range: GuestRange, change: &Change<'_>) -> Result<Option<Edge>> {
+    fn edge(&self, range: GuestRange, change: &Change<'_>) -> Result<Vec<Edge>> {
         let base = self.meta.geometry.align_down(change.offset.value());
         let host = HostOffset::new(change.base.value() + (range.start().value() - base));
         let inside =
             GuestRange::between(range.start(), GuestOffset::new(range.end().value().min(self.size())));
         if self.has_nothing(inside)? {
-            return Ok(match (change.fresh, range.len() > SHORT_ZEROES) {
-                (true, _) => None,
-                (false, true) => Some(Edge::Zeroes { host, len: range.len() }),
-                (false, false) => Some(Edge::Bytes { host, bytes: vec![0; range.len() as usize] }),
-            });
+            return Ok(zero_edges(host, range.len(), change.fresh));
         }
         let mut bytes = self.scratch.take_exact(range.len() as usize);
         let (part, past) = bytes.split_at_mut(inside.len() as usize);
         past.fill(0);
         self.read_range(range.start(), part)?;
-        Ok(Some(Edge::Bytes { host, bytes }))
+        Ok(vec![Edge::Bytes { host, bytes }])
     }
 
     /// Whether neither this layer nor a backing file has bytes in `range`, told from tables alone.
@@ -217,6 +214,29 @@ impl Image {
         let last = geometry.host_cluster(HostOffset::new(start.value() + len.max(1) - 1)).value();
         Some(Unlinked { first, count: last - first + 1 })
     }
+}
+
+/// `len` zeroes at `host`. Parts of sectors come as bytes, because they share a sector with the write's own bytes and a
+/// sector is written once; so does everything short. `fresh`: the whole sectors read as zeroes already.
+fn zero_edges(host: HostOffset, len: u64, fresh: bool) -> Vec<Edge> {
+    let bytes = |host: u64, len: u64| Edge::Bytes { host: HostOffset::new(host), bytes: vec![0; len as usize] };
+    let (start, end) = (host.value(), host.value() + len);
+    let first = start.next_multiple_of(SECTOR_SIZE).min(end);
+    let last = (end - end % SECTOR_SIZE).max(first);
+    if !fresh && len <= SHORT_ZEROES {
+        return vec![bytes(start, len)];
+    }
+    let mut edges = Vec::new();
+    if start < first {
+        edges.push(bytes(start, first - start));
+    }
+    if !fresh && first < last {
+        edges.push(Edge::Zeroes { host: HostOffset::new(first), len: last - first });
+    }
+    if last < end {
+        edges.push(bytes(last, end - last));
+    }
+    edges
 }
 
 impl Change<'_> {

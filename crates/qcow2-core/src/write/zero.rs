@@ -3,6 +3,7 @@
 use super::plan::{ZeroKind, ZeroPlan, mask, plan_zero};
 use crate::error::Result;
 use crate::image::Image;
+use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
 use crate::port::disk::GuestDisk;
 use crate::port::storage::ZeroMode;
@@ -45,7 +46,8 @@ impl Image {
     fn write_zero_bytes(&self, range: GuestRange) -> Result<()> {
         let (mut at, end) = (range.start().value(), range.end().value().min(self.size()));
         while at < end {
-            let len = (end - at).min(ZEROES.len() as u64);
+            // Pieces end with a sector, so that no sector is written in two halves.
+            let len = (end - at).min(ZEROES.len() as u64 - at % SECTOR_SIZE);
             self.write_range(GuestOffset::new(at), &ZEROES[..len as usize])?;
             at += len;
         }

@@ -1,0 +1,68 @@
+//! No power cut does harm; and with any one ordering rule switched off, the simulation says so.
+
+use qcow2_core::{OpenOptions, OrderingRule};
+use qcow2_testkit::sim::{Budget, SimOptions, minimize, run_many};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Runs the seeds of `budget`, and prints the shortest story of every violation.
+fn violations(budget: &Budget, options: &SimOptions) -> usize {
+    let (report, violations) = run_many(budget, options);
+    for violation in &violations {
+        println!("{}", minimize(violation, options));
+    }
+    println!("{report:?}");
+    assert!(report.images > 0 || !violations.is_empty(), "nothing was simulated");
+    violations.len()
+}
+
+fn seeds(first_seed: u64, seeds: u64) -> Budget {
+    Budget { first_seed, seeds, time: Duration::from_secs(30), threads: 2, violations: 1 }
+}
+
+#[test]
+fn no_power_cut_does_harm() {
+    assert_eq!(violations(&seeds(1, 600), &SimOptions::default()), 0);
+}
+
+/// With `rule` switched off, some seed must go wrong.
+fn finds(rule: OrderingRule) {
+    let configure = move |options: &mut OpenOptions| options.broken_rule = Some(rule);
+    let options = SimOptions { configure: Arc::new(configure), ..SimOptions::default() };
+    assert_eq!(violations(&seeds(1, 4000), &options), 1, "{rule:?} is switched off and nobody notices");
+}
+
+#[test]
+fn finds_links_before_refcounts() {
+    finds(OrderingRule::RefcountsBeforeLinks);
+}
+
+#[test]
+fn finds_a_flush_that_returns_before_its_links_are_durable() {
+    finds(OrderingRule::LinksBeforeFlushReturns);
+}
+
+#[test]
+fn finds_a_table_entry_before_its_refcount_block() {
+    finds(OrderingRule::BlockBeforeTableEntry);
+}
+
+#[test]
+fn finds_a_free_before_the_unlink() {
+    finds(OrderingRule::UnlinkBeforeFree);
+}
+
+#[test]
+fn finds_an_entry_before_its_l2_table() {
+    finds(OrderingRule::TableBeforeEntry);
+}
+
+#[test]
+fn finds_a_header_before_the_moved_refcount_table() {
+    finds(OrderingRule::TableBeforeHeader);
+}
+
+#[test]
+fn finds_a_change_before_its_warning() {
+    finds(OrderingRule::WarningBeforeChange);
+}
