@@ -29,7 +29,7 @@ fn no_power_cut_does_harm() {
 fn finds(rule: OrderingRule) {
     let configure = move |options: &mut OpenOptions| options.broken_rule = Some(rule);
     let options = SimOptions { configure: Arc::new(configure), ..SimOptions::default() };
-    assert_eq!(violations(&seeds(1, 4000), &options), 1, "{rule:?} is switched off and nobody notices");
+    assert!(violations(&seeds(1, 4000), &options) > 0, "{rule:?} is switched off and nobody notices");
 }
 
 #[test]

@@ -252,7 +252,7 @@ impl Meta {
         let features = self.header().autoclear_features;
         if features.contains(AutoclearFeatures::BITMAPS) {
             let without = features.with(AutoclearFeatures::BITMAPS, false);
-            self.update_header(&[Field::Autoclear(without.bits())])?;
+            self.warn_in_header(Field::Autoclear(without.bits()))?;
         }
         self.changing.store(true, Ordering::Release);
         Ok(())

@@ -5,7 +5,8 @@ use qcow2_testkit::sim::{Budget, SimOptions, minimize, run_many};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-const USAGE: &str = "usage: cargo xtask crash [--seconds N] [--seed N] [--seeds N] [--threads N] [--violations N]
+const USAGE: &str =
+    "usage: cargo xtask crash [--seconds N] [--seed N] [--seeds N] [--threads N] [--violations N]
   --seed N with --seeds 1 runs that seed alone and shows its steps, as few as still go wrong";
 
 fn main() -> ExitCode {

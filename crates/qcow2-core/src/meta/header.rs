@@ -6,6 +6,7 @@
 use super::Meta;
 use super::page::SECTOR_SIZE;
 use crate::error::Result;
+use crate::rules::OrderingRule;
 use crate::sync::lock;
 use ::alloc::vec::Vec;
 use qcow2_format::feature::{AutoclearFeatures, IncompatibleFeatures};
@@ -71,12 +72,23 @@ impl Meta {
     /// Changes header fields with one sector write and waits until it is durable. The feature words exist in version
     /// 3 only: the caller asks for them there only.
     pub(crate) fn update_header(&self, fields: &[Field]) -> Result<()> {
+        self.write_header(fields, true)
+    }
+
+    /// Puts a warning on disk before the change it warns of.
+    pub(crate) fn warn_in_header(&self, field: Field) -> Result<()> {
+        self.write_header(&[field], self.rules.keep(OrderingRule::WarningBeforeChange))
+    }
+
+    fn write_header(&self, fields: &[Field], durable: bool) -> Result<()> {
         let mut state = lock(&self.header);
         for &field in fields {
             state.apply(field);
         }
         debug_assert_eq!(state.sector.len() as u64, SECTOR_SIZE);
         let written = self.storage.write_at(HostOffset::new(0), &state.sector);
-        self.poison_on_error(written.and_then(|()| self.storage.flush()).map_err(Into::into))
+        self.poison_on_error(
+            written.and_then(|()| if durable { self.storage.flush() } else { Ok(()) }).map_err(Into::into),
+        )
     }
 }

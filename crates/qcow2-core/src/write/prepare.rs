@@ -12,6 +12,7 @@ use crate::meta::mapping::L2Place;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
 use crate::port::disk::GuestDisk;
+use crate::port::storage::StorageErrorKind;
 use crate::read::resolve::Place;
 use crate::sync::read;
 use ::alloc::format;
@@ -96,7 +97,22 @@ impl Image {
 
     fn prepare_in_place(&self, host: HostOffset, len: u64) -> Result<Prepared<'_>> {
         self.check_overlap(host, len)?;
+        self.cover_sector(host.value() + len)?;
         Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None })
+    }
+
+    /// Keeps the end of the file on a sector: a write that ends inside one at `end` must not be what makes the file
+    /// longer, because length and bytes reach the disk apart and could leave half a sector.
+    fn cover_sector(&self, end: u64) -> Result<()> {
+        let sector_end = end.next_multiple_of(SECTOR_SIZE);
+        let data = self.meta.data()?;
+        if end == sector_end || data.len()? >= sector_end {
+            return Ok(());
+        }
+        match data.allocate(HostOffset::new(end), sector_end - end) {
+            Err(error) if error.kind() != StorageErrorKind::Unsupported => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     /// Refuses to write guest data over metadata: an entry that leads there is damaged.
@@ -219,7 +235,8 @@ impl Image {
 /// `len` zeroes at `host`. Parts of sectors come as bytes, because they share a sector with the write's own bytes and a
 /// sector is written once; so does everything short. `fresh`: the whole sectors read as zeroes already.
 fn zero_edges(host: HostOffset, len: u64, fresh: bool) -> Vec<Edge> {
-    let bytes = |host: u64, len: u64| Edge::Bytes { host: HostOffset::new(host), bytes: vec![0; len as usize] };
+    let bytes =
+        |host: u64, len: u64| Edge::Bytes { host: HostOffset::new(host), bytes: vec![0; len as usize] };
     let (start, end) = (host.value(), host.value() + len);
     let first = start.next_multiple_of(SECTOR_SIZE).min(end);
     let last = (end - end % SECTOR_SIZE).max(first);

@@ -48,6 +48,8 @@ pub struct Audit {
     pub dirty: bool,
     /// Whether the corrupt bit is set.
     pub corrupt: bool,
+    /// Whether there are persistent bitmaps that say they are up to date.
+    pub bitmaps: bool,
     /// Clusters whose refcount is above their references.
     pub leaks: u64,
     /// Clusters whose refcount is below their references, problem or not.
@@ -89,6 +91,7 @@ pub fn audit(image: &PageBytes, data_len: Option<u64>) -> Audit {
     };
     audit.dirty = header.dirty;
     audit.corrupt = header.corrupt;
+    audit.bitmaps = header.bitmaps.is_some();
     let clusters = header.l2.geometry.clusters_for(image.len()) as usize;
     let mut walk = Walk { image, header: &header, data_len, audit, owners: vec![Owned::default(); clusters] };
     walk.own(0, 1, Owner::Header);

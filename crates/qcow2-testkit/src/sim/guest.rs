@@ -118,7 +118,8 @@ impl Guest {
             Some(other) if content.iter().any(|&b| b != 0) => format!("; it belongs to sector {other}"),
             _ => String::new(),
         };
-        let wanted: Vec<String> = self.sectors[index].allowed.iter().map(|c| against(&c[..], content)).collect();
+        let wanted: Vec<String> =
+            self.sectors[index].allowed.iter().map(|c| against(&c[..], content)).collect();
         format!(
             "guest sector {index} (offset {:#x}) holds {what} {}{origin}; allowed {wanted:?}",
             index as u64 * SECTOR,
@@ -174,7 +175,9 @@ mod tests {
         let result = guest.judge(&disk(sectors));
         match problem {
             None => assert_eq!(result, Ok(()), "{sectors:?}"),
-            Some(part) => assert!(result.as_ref().is_err_and(|e| e.contains(part)), "{sectors:?}: {result:?}"),
+            Some(part) => {
+                assert!(result.as_ref().is_err_and(|e| e.contains(part)), "{sectors:?}: {result:?}")
+            }
         }
     }
 

@@ -59,6 +59,9 @@ impl Judge {
         let files = Files::of(image);
         let audit = files.audit();
         sound(&audit)?;
+        if audit.corrupt {
+            return Err("corrupt bit".to_owned());
+        }
         if audit.dirty && !self.start.shape.lazy_refcounts {
             return Err("dirty bit without lazy refcounts".to_owned());
         }
@@ -70,6 +73,11 @@ impl Judge {
         let read = disk.read_at(GuestOffset::new(0), &mut seen);
         read.map_err(|error| format!("image does not read: {}", chain(&error)))?;
         guest.judge(&seen)?;
+        if audit.bitmaps && seen != self.start.guest {
+            return Err(
+                "a bitmap without dirty bits says it is up to date, but the disk has changed".to_owned()
+            );
+        }
         self.judge_raw_data(image, guest)?;
         if let Some(check) = &self.options.check
             && rng.one_in(self.options.check_one_in)

@@ -307,7 +307,8 @@ mod tests {
 
     #[test]
     fn seeds_run_clean() {
-        let budget = Budget { first_seed: 0, seeds: 400, time: Duration::from_secs(20), threads: 1, violations: 3 };
+        let budget =
+            Budget { first_seed: 0, seeds: 400, time: Duration::from_secs(20), threads: 1, violations: 3 };
         let (report, violations) = run_many(&budget, &SimOptions::default());
         for violation in &violations {
             println!("{}", minimize(violation, &SimOptions::default()));

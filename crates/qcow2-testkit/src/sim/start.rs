@@ -10,6 +10,8 @@ use crate::storage::PageStorage;
 use qcow2_core::{
     ClusterCodec, ImageFormat, NoResolver, Reference, ResolveError, ResolvedSource, Resolver, Storage,
 };
+use qcow2_format::HostOffset;
+use qcow2_format::extension::BitmapsExtension;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 use qcow2_format::header::{CompressionType, Header, Version};
 use std::sync::Arc;
@@ -43,7 +45,8 @@ impl Start {
                 builder = builder.cluster(index, draw_cluster(rng, &shape, index, &mut guest));
             }
         }
-        let mut built = builder.build();
+        let bitmap = shape.version3 && rng.one_in(6);
+        let mut built = if bitmap { with_bitmap(builder) } else { builder.build() };
         if shape.cluster_bits == 9 && shape.refcount_order >= 5 && rng.one_in(4) {
             crowd(rng, &shape, &mut built);
         }
@@ -228,6 +231,35 @@ fn crowd(rng: &mut Rng, shape: &Shape, built: &mut Built) {
     }
 }
 
+/// The image with a persistent bitmap that has no bit set: a directory and a table, each in a cluster at the end.
+/// Without one where the refcount blocks have no room for them.
+fn with_bitmap(mut builder: Builder) -> Built {
+    let built = builder.clone().build();
+    let size = built.cluster_size();
+    let first = (built.bytes.len() as u64).div_ceil(size);
+    if first + 2 > (built.l1 - built.refcount_blocks) * 8 >> builder.header_mut().refcount_order {
+        return built;
+    }
+    let header = builder.header_mut();
+    header.autoclear_features.set(AutoclearFeatures::BITMAPS, true);
+    header.extensions.bitmaps = Some(BitmapsExtension {
+        count: 1,
+        reserved: 0,
+        directory_size: 32,
+        directory_offset: HostOffset::new(first * size),
+    });
+    let mut built = builder.build();
+    built.set_refcount(first, 1).set_refcount(first + 1, 1);
+    built.patch_u64(first * size, (first + 1) * size);
+    // One table entry, enabled; a dirty bitmap of 64 KiB granules called "b".
+    built.patch(
+        first * size + 8,
+        &[0, 0, 0, 1, 0, 0, 0, 2, 1, 16, 0, 1, 0, 0, 0, 0, b'b', 0, 0, 0, 0, 0, 0, 0],
+    );
+    built.patch((first + 2) * size - 1, &[0]);
+    built
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,7 +267,7 @@ mod tests {
 
     #[test]
     fn starts_are_sound_and_varied() {
-        let mut kinds = [0u32; 5];
+        let mut kinds = [0u32; 6];
         for seed in 0..600 {
             let start = Start::draw(&mut Rng::new(seed));
             let data_len = start.data.as_ref().map(PageBytes::len);
@@ -246,6 +278,7 @@ mod tests {
             kinds[2] += u32::from(start.backing.is_some());
             kinds[3] += u32::from(start.shape.extended_l2);
             kinds[4] += u32::from(!start.shape.version3);
+            kinds[5] += u32::from(audit.bitmaps);
         }
         assert!(kinds.iter().all(|&n| n > 5), "{kinds:?}");
     }

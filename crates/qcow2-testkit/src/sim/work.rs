@@ -128,7 +128,8 @@ impl<'a> Work<'a> {
         self.guest().start_write(start, &vec![0; inner.len() as usize]);
         self.disk.discard(range).map_err(|error| chain(&error))?;
         let seen = self.read(inner)?;
-        for (index, (seen, old)) in seen.chunks(SECTOR as usize).zip(old.chunks(SECTOR as usize)).enumerate() {
+        for (index, (seen, old)) in seen.chunks(SECTOR as usize).zip(old.chunks(SECTOR as usize)).enumerate()
+        {
             if seen != old && seen.iter().any(|&byte| byte != 0) {
                 return Err(format!("discarded sector {index} of {inner:?} is neither zero nor as before"));
             }
@@ -187,5 +188,8 @@ impl<'a> Work<'a> {
 
 fn sectors_around(range: GuestRange) -> GuestRange {
     let start = range.start().value() / SECTOR * SECTOR;
-    GuestRange::between(GuestOffset::new(start), GuestOffset::new(range.end().value().next_multiple_of(SECTOR)))
+    GuestRange::between(
+        GuestOffset::new(start),
+        GuestOffset::new(range.end().value().next_multiple_of(SECTOR)),
+    )
 }
