@@ -1,4 +1,5 @@
 //! No power cut does harm; and with any one ordering rule switched off, the simulation says so.
+#![allow(clippy::print_stdout, reason = "the story of a violation must be seen")]
 
 use qcow2_core::{OpenOptions, OrderingRule};
 use qcow2_testkit::sim::{Budget, SimOptions, minimize, run_many};

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a tool for the terminal")]
 
 mod ci;
+mod crash;
 mod deps;
 mod finding;
 mod fixtures;
@@ -29,6 +30,11 @@ fn main() -> ExitCode {
 
 fn run(args: &[String]) -> Result<(), String> {
     let root = tree::root();
+    if let [name, rest @ ..] = args
+        && name == "crash"
+    {
+        return crash::run(&root, rest);
+    }
     let [name] = args else { return Err(usage()) };
     match name.as_str() {
         "ci" => return ci::all(&root),
@@ -44,7 +50,8 @@ fn usage() -> String {
     for step in ci::STEPS {
         text.push_str(&format!("\n  {:<9} {}", step.name, step.about));
     }
-    text.push_str("\n\n  fixtures  make tests/data anew with QEMU's tools");
+    text.push_str("\n\n  crash     cut the power at every moment of random work: --seconds N, --seed N");
+    text.push_str("\n  fixtures  make tests/data anew with QEMU's tools");
     text
 }
 

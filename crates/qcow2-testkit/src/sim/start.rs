@@ -108,8 +108,8 @@ fn draw_shape(rng: &mut Rng) -> Shape {
         _ => 3,
     };
     let cluster_size = 1u64 << cluster_bits;
-    let size = (rng.between(2, most) << cluster_bits) - rng.pick(&[0, 0, 512, cluster_size / 2 & !511]);
-    let backing_size = rng.pick(&[size, size / 2 & !511, size + cluster_size]);
+    let size = (rng.between(2, most) << cluster_bits) - rng.pick(&[0, 0, 512, (cluster_size / 2) & !511]);
+    let backing_size = rng.pick(&[size, (size / 2) & !511, size + cluster_size]);
     let data_file = rng.one_in(6).then(|| DataFileShape { raw: rng.one_in(2) });
     let shape = Shape {
         version3: !rng.one_in(6),
@@ -211,7 +211,7 @@ fn data_file(shape: &Shape, built: &Built, guest: &[u8]) -> PageBytes {
 /// must move soon.
 fn crowd(rng: &mut Rng, shape: &Shape, built: &mut Built) {
     let size = shape.cluster_size();
-    let counted = size * 8 >> shape.refcount_order;
+    let counted = (size * 8) >> shape.refcount_order;
     let blocks = size / 8;
     let used = (built.bytes.len() as u64).div_ceil(size);
     let spare = rng.between(3, 30);
@@ -237,7 +237,7 @@ fn with_bitmap(mut builder: Builder) -> Built {
     let built = builder.clone().build();
     let size = built.cluster_size();
     let first = (built.bytes.len() as u64).div_ceil(size);
-    if first + 2 > (built.l1 - built.refcount_blocks) * 8 >> builder.header_mut().refcount_order {
+    if first + 2 > ((built.l1 - built.refcount_blocks) * 8) >> builder.header_mut().refcount_order {
         return built;
     }
     let header = builder.header_mut();
