@@ -11,6 +11,8 @@ pub(crate) struct Failure {
     message: String,
     /// The message without the image that it is about.
     reason: Option<String>,
+    /// A message that comes first, with the program's name too.
+    before: Option<String>,
     hints: Vec<String>,
     code: u8,
 }
@@ -35,6 +37,7 @@ impl Failure {
             kind: Kind::Plain,
             message: message.into(),
             reason: None,
+            before: None,
             hints: Vec::new(),
             code: exit::FAILURE,
         }
@@ -64,6 +67,12 @@ impl Failure {
     /// A failure that prints nothing more.
     pub(crate) fn silent(code: u8) -> Self {
         Self { kind: Kind::Silent, code, ..Self::new("") }
+    }
+
+    /// Puts another message before this one.
+    pub(crate) fn after(mut self, message: impl Into<String>) -> Self {
+        self.before = Some(message.into());
+        self
     }
 
     /// Adds a line that follows the message, without the program's name.
@@ -106,7 +115,8 @@ impl Failure {
                 (format!("{program} {}: {}", verb.name, self.message), Some(Some(verb)))
             }
         };
-        let mut lines = vec![first];
+        let mut lines: Vec<String> = self.before.iter().map(|text| format!("{program}: {text}")).collect();
+        lines.push(first);
         lines.extend(self.hints.iter().cloned());
         match verb {
             Some(Some(verb)) => lines.push(format!("Try '{program} {} --help' for more info", verb.name)),

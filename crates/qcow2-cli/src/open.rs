@@ -9,6 +9,7 @@ use qcow2_core::{
     Codecs, GuestDisk, ImageFormat, Layers, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver,
 };
 use qcow2_io::{CacheMode, Locking, OpenFile, Policy, SourceOptions, format_from_name, open_source};
+use qcow2_ops::snapshot::{SnapshotName, at_snapshot};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -89,7 +90,34 @@ pub(crate) fn open_file(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Resu
 
 /// Opens the image that `name` leads to, with the files that it names as `how` says.
 pub(crate) fn open_image(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Result<OpenedDisk, Failure> {
-    let mut source = open_file(name, args, how)?;
+    open_layers(name, open_file(name, args, how)?, how)
+}
+
+/// Opens the image that `name` leads to as it was when a snapshot was taken.
+pub(crate) fn open_snapshot(
+    name: &ImageName,
+    args: &ImageArgs,
+    how: OpenAs,
+    snapshot: &SnapshotName,
+) -> Result<OpenedDisk, Failure> {
+    let failed = |text: &str| Failure::new(format!("Failed to load snapshot: {text}"));
+    let source = open_file(name, args, how)?;
+    if source.format != ImageFormat::Qcow2 {
+        return Err(failed(
+            "Block format 'raw' used by device '' does not support temporarily loading internal snapshots",
+        ));
+    }
+    match at_snapshot(source, snapshot) {
+        Ok(Some(source)) => open_layers(name, source, how),
+        Ok(None) => Err(failed("Can't find snapshot")),
+        Err(error) => match error.core_error() {
+            Some(engine) => Err(qemu_text::open_failure(&name.typed, "", engine)),
+            None => Err(failed(&qemu_text::chain(&error))),
+        },
+    }
+}
+
+fn open_layers(name: &ImageName, mut source: ResolvedSource, how: OpenAs) -> Result<OpenedDisk, Failure> {
     let format = source.format.clone();
     let files = Arc::new(Mutex::new(vec![LayerFiles { image: source.name.clone(), data: None }]));
     source.resolver = Arc::new(Recorder { inner: source.resolver, files: Arc::clone(&files) });

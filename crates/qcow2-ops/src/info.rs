@@ -133,7 +133,7 @@ fn describe(storage: &dyn Storage, header: &Header) -> Result<Qcow2Info> {
 }
 
 /// Reads and judges the header: the first cluster, at most 2 MiB.
-fn read_header(storage: &dyn Storage) -> Result<Header> {
+pub(crate) fn read_header(storage: &dyn Storage) -> Result<Header> {
     let judge = |e| {
         let kind = qcow2_core::ErrorKind::Format;
         opening("opening the image", qcow2_core::Error::new(kind, "not a usable qcow2 image").with_source(e))
@@ -159,7 +159,7 @@ fn read_encryption(storage: &dyn Storage, header: &Header) -> Result<Option<Encr
 }
 
 /// Reads the snapshot table piece by piece, so that memory follows what is really there.
-fn read_snapshots(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
+pub(crate) fn read_snapshots(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
     let damaged = |message: String| Error::new(ErrorKind::Metadata, message);
     let mut snapshots = Vec::new();
     let (mut piece, mut used, mut passed) = (Vec::new(), 0, 0u64);

@@ -15,6 +15,7 @@ pub mod info;
 pub mod map;
 mod pipeline;
 pub mod progress;
+pub mod snapshot;
 mod source;
 #[cfg(test)]
 mod testing;

@@ -1,10 +1,108 @@
-//! `convert`.
+//! `convert`: sources, one after the other, into a new image or an existing one.
+
+mod request;
+mod target;
 
 use crate::args::Arguments;
+use crate::exit;
 use crate::failure::Failure;
+use crate::imagename::ImageName;
+use crate::interrupt::Interrupts;
+use crate::open::{OpenAs, OpenedDisk, open_image, open_snapshot};
+use crate::progress::Meter;
+use crate::render::qemu_text;
 use crate::session::Session;
+use crate::threads::Threads;
+use qcow2_core::GuestDisk;
+use qcow2_ops::{CopyReport, ErrorKind, converted_size};
+use request::Request;
+use std::sync::Arc;
 
 /// Runs the verb.
-pub(crate) fn run(_session: &Session, _args: Arguments) -> Result<u8, Failure> {
-    Err(Failure::new("not supported yet"))
+pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
+    let Some(request) = Request::parse(session, args)? else {
+        return Ok(exit::SUCCESS);
+    };
+    let interrupts = Interrupts::install();
+    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
+    let converted = convert(session, &request, &interrupts, &meter);
+    match &converted {
+        Ok(()) => {
+            interrupts.finish_files();
+            meter.complete();
+        }
+        Err(_) => interrupts.discard_files(),
+    }
+    meter.end();
+    interrupts.die_if_asked();
+    converted.map(|()| exit::SUCCESS)
 }
+
+fn convert(
+    session: &Session,
+    request: &Request,
+    interrupts: &Interrupts,
+    meter: &Meter,
+) -> Result<(), Failure> {
+    let sources = open_sources(request)?;
+    let disks: Vec<Arc<dyn GuestDisk>> = sources.iter().map(|source| Arc::clone(&source.disk)).collect();
+    let size = converted_size(&disks).map_err(|error| Failure::new(qemu_text::chain(&error)))?;
+    let target = target::open(request, &sources, size, interrupts)?;
+    if target.size() < size {
+        return Err(Failure::new("output file is smaller than input file"));
+    }
+    let options = request.options(target.backing().is_some())?;
+    let workers = request.workers.map_or_else(Threads::per_core, Threads::new);
+    let report = qcow2_ops::convert(&disks, &*target, &options, &workers, meter).map_err(|e| failure(&e))?;
+    warn_of_losses(session, request, &report);
+    finish(&*target)
+}
+
+fn open_sources(request: &Request) -> Result<Vec<OpenedDisk>, Failure> {
+    request.source.check()?;
+    let how = OpenAs { cache: request.source_cache, ..OpenAs::READ };
+    let open = |typed: &String| {
+        let name = ImageName::parse(typed, &request.source)?;
+        match &request.snapshot {
+            Some(snapshot) => open_snapshot(&name, &request.source, how, snapshot),
+            None => open_image(&name, &request.source, how),
+        }
+    };
+    request.sources.iter().map(open).collect()
+}
+
+/// Makes all durable, as far as the cache mode wants it, and leaves the target clean.
+fn finish(target: &dyn GuestDisk) -> Result<(), Failure> {
+    let done = target.flush().and_then(|()| target.as_image().map_or(Ok(()), |image| image.close()));
+    done.map_err(|error| {
+        Failure::new(format!("error while closing the target: {}", qemu_text::cause(&error)))
+    })
+}
+
+fn failure(error: &qcow2_ops::Error) -> Failure {
+    if error.kind() == ErrorKind::Stopped {
+        return Failure::silent(exit::FAILURE);
+    }
+    match error.core_error() {
+        Some(engine) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
+        None => Failure::new(qemu_text::chain(error)),
+    }
+}
+
+fn warn_of_losses(session: &Session, request: &Request, report: &CopyReport) {
+    if request.quiet {
+        return;
+    }
+    for lost in &report.unreadable {
+        session.warn(&format!(
+            "error while reading at byte {} ({} bytes): {}",
+            lost.offset, lost.len, lost.reason
+        ));
+    }
+    if report.unreadable_sectors > 0 {
+        session.warn(&format!("{} sectors could not be read and are zeroes now", report.unreadable_sectors));
+    }
+}
+
+/// Hundredths of a percent between two outputs.
+const PROGRESS_STEP: u64 = 100;

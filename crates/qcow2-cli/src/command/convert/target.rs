@@ -1,0 +1,113 @@
+//! The target of `convert`: made anew, or there already.
+
+use super::request::Request;
+use crate::args::ImageArgs;
+use crate::failure::Failure;
+use crate::imagename::{ImageName, file_path};
+use crate::imageopts::{ImageOptions, TargetFormat};
+use crate::interrupt::Interrupts;
+use crate::newimage;
+use crate::open::{OpenAs, OpenedDisk, open_image};
+use crate::render::qemu_text;
+use qcow2_core::{GuestDisk, ImageFormat, Layers};
+use std::sync::Arc;
+
+/// Makes the target of `size` bytes, unless it is to exist, and opens it for writing.
+pub(super) fn open(
+    request: &Request,
+    sources: &[OpenedDisk],
+    size: u64,
+    interrupts: &Interrupts,
+) -> Result<Arc<dyn GuestDisk>, Failure> {
+    let mut args = ImageArgs { format: request.target_format.clone(), ..ImageArgs::default() };
+    let name = if request.create {
+        let options = settle(request, sources, size)?;
+        let path = file_path(&request.target);
+        let path = match path {
+            Err(reason) if !request.target.is_empty() => return Err(Failure::new(reason)),
+            path => path.unwrap_or_default(),
+        };
+        let format = options.format().name();
+        newimage::make(&path, &options, interrupts).map_err(|failure| {
+            failure.about(&format!("error while converting {format}")).about(&request.target)
+        })?;
+        ImageName { typed: request.target.clone(), path, format: Some(format.to_owned()) }
+    } else {
+        args.image_opts = request.target_image_opts;
+        args.check()?;
+        if !args.image_opts && args.format.is_none() {
+            args.format = Some("raw".to_owned());
+        }
+        check_bitmaps(request, sources)?;
+        ImageName::parse(&request.target, &args)?
+    };
+    let how = OpenAs { writable: true, cache: request.target_cache, layers: Layers::Follow };
+    Ok(open_image(&name, &args, how)?.disk)
+}
+
+/// The options of the new image, checked against each other and against the sources.
+fn settle(request: &Request, sources: &[OpenedDisk], size: u64) -> Result<ImageOptions, Failure> {
+    let format = TargetFormat::parse(request.target_format.as_deref().unwrap_or("raw"))?;
+    let mut options = ImageOptions::parse(format, &request.list)?;
+    if (request.backing.is_some() || request.backing_format.is_some()) && !format.is_layered() {
+        let what = if request.backing.is_some() { "file" } else { "file format" };
+        return Err(Failure::new(format!(
+            "Backing {what} not supported for file format '{}'",
+            format.name()
+        )));
+    }
+    if let Some(backing) = &request.backing {
+        options.set_text("backing_file", backing);
+    }
+    if let Some(backing_format) = &request.backing_format {
+        options.set_text("backing_fmt", backing_format);
+    }
+    options.set_number("size", size);
+    let has_backing = options.text("backing_file").is_some();
+    if has_backing && sources.len() > 1 {
+        return Err(Failure::new(
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        ));
+    }
+    if options.text("backing_file") == Some("") {
+        return Err(Failure::new("Expected backing file name, got empty string"));
+    }
+    if has_backing && options.text("backing_fmt").is_none() {
+        return Err(Failure::new("Use of backing file requires explicit backing format"));
+    }
+    if request.compress {
+        check_compression(&options)?;
+    }
+    check_bitmaps(request, sources)?;
+    Ok(options)
+}
+
+fn check_compression(options: &ImageOptions) -> Result<(), Failure> {
+    let encrypted = options.switch("encryption") || options.text("encrypt.format").is_some();
+    let preallocated = options.text("preallocation").is_some_and(|mode| mode != "off");
+    let text = match options.format() {
+        TargetFormat::Raw => "Compression not supported for this file format",
+        TargetFormat::Qcow2 if encrypted => "Compression and encryption not supported at the same time",
+        TargetFormat::Qcow2 if preallocated => "Compression and preallocation not supported at the same time",
+        TargetFormat::Qcow2 => return Ok(()),
+    };
+    Err(Failure::new(text))
+}
+
+fn check_bitmaps(request: &Request, sources: &[OpenedDisk]) -> Result<(), Failure> {
+    let Some(source) = sources.first().filter(|_| request.bitmaps) else {
+        return Ok(());
+    };
+    if source.format != ImageFormat::Qcow2 {
+        return Err(Failure::new("Source lacks bitmap support"));
+    }
+    if request.target_format.as_deref().unwrap_or("raw") == "raw" && !request.target_image_opts {
+        return Err(Failure::new("Format driver 'raw' does not support bitmaps"));
+    }
+    let bitmaps = source.disk.as_image().map(|image| qcow2_ops::info(&**image.storage(), &source.format));
+    let report = bitmaps.transpose().map_err(|error| Failure::new(qemu_text::chain(&error)))?;
+    match report.and_then(|report| report.qcow2).is_some_and(|qcow2| !qcow2.bitmaps.is_empty()) {
+        true => Err(Failure::new("Copying bitmaps is not supported yet")),
+        false => Ok(()),
+    }
+}
