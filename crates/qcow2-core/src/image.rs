@@ -10,12 +10,12 @@ use crate::port::disk::{DiskExtent, ExtentState, GuestDisk};
 use crate::port::storage::{Storage, ZeroMode};
 use crate::read::expanded::Scratch;
 use crate::read::resolve::Place;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{RwLock, read, write};
 use crate::write::plan::ZeroKind;
 use ::alloc::format;
 use ::alloc::string::String;
 use ::alloc::sync::Arc;
-use core::sync::atomic::{AtomicU64, Ordering};
 use qcow2_format::feature::{AutoclearFeatures, IncompatibleFeatures};
 use qcow2_format::{Geometry, GuestOffset, GuestRange, Header, Version};
 

@@ -4,9 +4,9 @@
 //! Invariant I3: a cluster that was unlinked in epoch `e` is handed out again only in epoch `e + 2` or later, and the
 //! epoch moves on only when no operation of the one before is left.
 
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, lock, wait};
 use ::alloc::vec::Vec;
-use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Counts running operations by epoch.
 #[derive(Debug, Default)]

@@ -21,11 +21,11 @@ use crate::read::expanded::{ExpandedClusters, Scratch};
 #[cfg(feature = "mutants")]
 use crate::rules::OrderingRule;
 use crate::rules::Rules;
+use crate::sync::atomic::{AtomicBool, AtomicU64};
 use crate::sync::{Mutex, RwLock};
 use ::alloc::sync::Arc;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU64};
 use qcow2_format::feature::AutoclearFeatures;
 use qcow2_format::header::{CompressionType, CryptMethod};
 use qcow2_format::l1::L1Entry;

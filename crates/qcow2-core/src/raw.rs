@@ -3,9 +3,9 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::disk::{DiskExtent, ExtentState, GuestDisk};
 use crate::port::storage::{Storage, ZeroMode};
+use crate::sync::atomic::{AtomicU64, Ordering};
 use ::alloc::format;
 use ::alloc::sync::Arc;
-use core::sync::atomic::{AtomicU64, Ordering};
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
 /// A raw disk: guest offset and host offset are the same number, the size is the storage's length to the byte.

@@ -9,10 +9,10 @@ use crate::image::Image;
 use crate::meta::header::Field;
 use crate::meta::pending::Unlinked;
 use crate::port::disk::GuestDisk;
+use crate::sync::atomic::Ordering;
 use crate::sync::{lock, write};
 use crate::write::plan::ZeroKind;
 use ::alloc::format;
-use core::sync::atomic::Ordering;
 use qcow2_format::limit::MAX_L1_TABLE_SIZE;
 use qcow2_format::{GuestOffset, GuestRange};
 

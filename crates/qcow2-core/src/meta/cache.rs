@@ -6,12 +6,12 @@
 use super::page::{DirtyRun, Page};
 use crate::error::Result;
 use crate::port::storage::Storage;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Mutex, RwLock, lock, read, write};
 use ::alloc::boxed::Box;
 use ::alloc::sync::Arc;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
-use core::sync::atomic::{AtomicUsize, Ordering};
 use qcow2_format::HostOffset;
 
 const WAYS: usize = 8;

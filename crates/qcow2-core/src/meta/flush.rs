@@ -17,9 +17,9 @@ use super::page::{DirtyRun, SECTOR_SIZE};
 use super::pending::Unlinked;
 use crate::error::Result;
 use crate::rules::OrderingRule;
+use crate::sync::atomic::Ordering;
 use crate::sync::{lock, write};
 use ::alloc::vec::Vec;
-use core::sync::atomic::Ordering;
 use qcow2_format::HostOffset;
 
 /// How many unlinked runs may wait before a write-back is due.

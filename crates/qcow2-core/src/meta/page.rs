@@ -4,10 +4,10 @@
 //! Invariant: a change and its dirty mark are never separated by a write-back, because words change only while the
 //! commit gate is open and write-back copies them with the gate closed.
 
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Mutex, lock};
 use ::alloc::boxed::Box;
 use ::alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use qcow2_format::HostOffset;
 
 /// Bytes that reach the disk whole or not at all.
@@ -83,7 +83,7 @@ impl Page {
                     return (first, second);
                 }
             }
-            core::hint::spin_loop();
+            crate::sync::spin();
         }
     }
 

@@ -1,0 +1,179 @@
+//! The engine under a scheduler that tries orders of execution: allocator, cache, claims, flush and delayed reuse
+//! together, on an image so small that everything collides.
+#![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
+
+use qcow2_core::StorageError;
+use qcow2_core::{
+    CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, NoResolver,
+    OpenOptions, ResolvedSource, Storage, ZeroMode, create,
+};
+use qcow2_io::MemoryStorage;
+use shuttle::rand::Rng;
+use std::sync::Arc;
+
+const CLUSTER: u64 = 512;
+const THREADS: u64 = 3;
+const DISK: u64 = CLUSTER * 12;
+
+fn open(storage: &Arc<dyn Storage>) -> Arc<Image> {
+    let (format, resolver) = (ImageFormat::Qcow2, Arc::new(NoResolver));
+    let source =
+        ResolvedSource { storage: Arc::clone(storage), format, name: "memory".into(), id: None, resolver };
+    let mut options = OpenOptions::default();
+    options.writable = true;
+    options.discard_freed = true;
+    Image::open(source, &options).unwrap()
+}
+
+/// Memory whose every call first lets others run.
+struct Yielding(MemoryStorage);
+
+impl Storage for Yielding {
+    fn len(&self) -> Result<u64, StorageError> {
+        self.0.len()
+    }
+    /// Slow, so that a cluster can be freed and used again before its old bytes are fetched.
+    fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
+        for _ in 0..100 {
+            shuttle::thread::yield_now();
+        }
+        self.0.read_at(offset, buf)
+    }
+    fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
+        shuttle::thread::yield_now();
+        self.0.write_at(offset, buf)
+    }
+    fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError> {
+        shuttle::thread::yield_now();
+        self.0.write_zeroes(offset, len, mode)
+    }
+    fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        shuttle::thread::yield_now();
+        self.0.discard(offset, len)
+    }
+    fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        self.0.allocate(offset, len)
+    }
+    fn set_len(&self, len: u64) -> Result<(), StorageError> {
+        self.0.set_len(len)
+    }
+    fn flush(&self) -> Result<(), StorageError> {
+        shuttle::thread::yield_now();
+        self.0.flush()
+    }
+}
+
+/// Every thread owns every third sector-sized piece of each cluster's neighbourhood: pieces of different threads lie in
+/// the same clusters, but only their owner knows what they hold.
+fn work(image: &Image, me: u64) -> Vec<u8> {
+    let piece = CLUSTER / 4;
+    let mut known = vec![0u8; DISK as usize];
+    let mut rng = shuttle::rand::thread_rng();
+    for step in 1..8u8 {
+        let cluster = rng.gen_range(0..DISK / CLUSTER);
+        let at = cluster * CLUSTER + me * piece;
+        let fill = me as u8 * 60 + step;
+        match rng.gen_range(0..8) {
+            0..=2 => {
+                image.write_at(GuestOffset::new(at), &vec![fill; piece as usize]).unwrap();
+                known[at as usize..(at + piece) as usize].fill(fill);
+            }
+            3 => {
+                let range = GuestRange::new(GuestOffset::new(at), piece).unwrap();
+                image.write_zeroes(range, ZeroMode::MayUnmap).unwrap();
+                known[at as usize..(at + piece) as usize].fill(0);
+            }
+            4 => image.flush().unwrap(),
+            5 | 6 => look_at_churn(image, rng.gen_range(0..4)),
+            _ => {
+                let mut seen = vec![0; piece as usize];
+                image.read_at(GuestOffset::new(at), &mut seen).unwrap();
+                assert_eq!(
+                    seen,
+                    known[at as usize..(at + piece) as usize],
+                    "thread {me} step {step} at {at:#x}"
+                );
+            }
+        }
+    }
+    known
+}
+
+/// A cluster that is freed and reused all the time holds what was written to it or zeroes, never what its old place was
+/// used for next.
+fn look_at_churn(image: &Image, cluster: u64) {
+    let mut seen = [0; CLUSTER as usize];
+    image.read_at(GuestOffset::new(DISK + cluster * CLUSTER), &mut seen).unwrap();
+    let own = 200 + cluster as u8;
+    assert!(
+        seen.iter().all(|&b| b == 0 || b == own),
+        "cluster {cluster} shows bytes of another: {}",
+        seen[0]
+    );
+}
+
+/// One thread writes and discards whole clusters behind the others' part, so that clusters are freed and used again; in
+/// the end all are discarded.
+fn churn(image: &Image) {
+    let mut rng = shuttle::rand::thread_rng();
+    for step in 0..24 {
+        let cluster = rng.gen_range(0..4);
+        let at = GuestOffset::new(DISK + cluster * CLUSTER);
+        match rng.gen_range(0..4) {
+            0 | 1 => image.write_at(at, &[200 + cluster as u8; CLUSTER as usize]).unwrap(),
+            2 => image.discard(GuestRange::new(at, CLUSTER).unwrap()).unwrap(),
+            _ => image.flush().unwrap(),
+        }
+        if step == 23 {
+            image.discard(GuestRange::new(GuestOffset::new(DISK), 4 * CLUSTER).unwrap()).unwrap();
+        }
+    }
+}
+
+fn scenario() {
+    let storage: Arc<dyn Storage> = Arc::new(Yielding(MemoryStorage::new()));
+    let mut options = CreateOptions::new(DISK + 4 * CLUSTER);
+    options.cluster_size = CLUSTER;
+    create(&storage, None, &options).unwrap();
+    let image = open(&storage);
+    let workers: Vec<_> = (0..THREADS)
+        .map(|me| {
+            let image = Arc::clone(&image);
+            shuttle::thread::spawn(move || work(&image, me))
+        })
+        .collect();
+    let churner = {
+        let image = Arc::clone(&image);
+        shuttle::thread::spawn(move || churn(&image))
+    };
+    let known: Vec<Vec<u8>> = workers.into_iter().map(|w| w.join().unwrap()).collect();
+    churner.join().unwrap();
+    image.close().unwrap();
+    drop(image);
+    let image = open(&storage);
+    let mut seen = vec![0; DISK as usize];
+    image.read_at(GuestOffset::new(0), &mut seen).unwrap();
+    for (at, &byte) in seen.iter().enumerate() {
+        let owner = at as u64 % CLUSTER / (CLUSTER / 4);
+        let wanted = known.get(owner as usize).map_or(0, |k| k[at]);
+        assert_eq!(byte, wanted, "byte {at:#x}");
+    }
+    let mut end = vec![0; 4 * CLUSTER as usize];
+    image.read_at(GuestOffset::new(DISK), &mut end).unwrap();
+    assert!(end.iter().all(|&b| b == 0), "a discarded cluster reads as zeroes");
+}
+
+/// How many schedules to try; more with `SHUTTLE_SCHEDULES`.
+fn schedules() -> usize {
+    std::env::var("SHUTTLE_SCHEDULES").ok().and_then(|n| n.parse().ok()).unwrap_or(300)
+}
+
+#[test]
+fn threads_on_the_same_clusters_lose_nothing() {
+    shuttle::check_random(scenario, schedules());
+}
+
+#[test]
+fn rare_preemptions_lose_nothing() {
+    shuttle::check_pct(scenario, schedules(), 3);
+}
