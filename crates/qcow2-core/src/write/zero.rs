@@ -116,8 +116,9 @@ impl Image {
             });
         }
         let done = (count * size - inside).min(len);
-        self.commit_zero(&place, &entries, &unlinked)?;
+        // The file first: where that fails, guest and raw data file must not differ.
         self.zero_data_file(offset, done, kind)?;
+        self.commit_zero(&place, &entries, &unlinked)?;
         drop(claim);
         let base = offset.value() - inside;
         for (start, end) in by_data {

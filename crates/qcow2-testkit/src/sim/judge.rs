@@ -22,6 +22,9 @@ pub(super) struct Judge {
     start: Arc<Start>,
     options: SimOptions,
     buf: Vec<u8>,
+    /// Whether a raw data file is judged too. After a failed write the guest may read what was before and the raw file
+    /// hold what should have been.
+    pub(super) raw: bool,
     /// How many images were worked on after the crash.
     pub(super) continued: u64,
 }
@@ -51,7 +54,7 @@ impl Files {
 
 impl Judge {
     pub(super) fn new(start: Arc<Start>, options: SimOptions) -> Self {
-        Self { start, options, buf: Vec::new(), continued: 0 }
+        Self { start, options, buf: Vec::new(), raw: true, continued: 0 }
     }
 
     /// Judges `image`, in which every sector must hold what `guest` allows.
@@ -94,7 +97,7 @@ impl Judge {
 
     /// A raw data file is the guest disk byte for byte, at every moment.
     fn judge_raw_data(&self, image: &CrashImage, guest: &Guest) -> Result<(), String> {
-        if !self.start.shape.data_file.is_some_and(|file| file.raw) {
+        if !self.raw || !self.start.shape.data_file.is_some_and(|file| file.raw) {
             return Ok(());
         }
         let mut bytes: PageBytes = image.disks[1].clone();

@@ -5,12 +5,14 @@
 //! these, and [`minimize`] leaves out the steps that it does not need.
 
 mod codec;
+mod faults;
 mod guest;
 mod judge;
 mod start;
 mod work;
 
 pub use codec::RunCodec;
+pub use faults::{FaultReport, fault_seed};
 pub use work::Step;
 
 use crate::crash::{CrashWorld, Event};
@@ -243,8 +245,7 @@ fn run(
         violation: None,
     }));
     let made = AtomicU64::new(0);
-    let work = AssertUnwindSafe(|| drive(start, steps, &guest, &explorer, options, &made));
-    let result = catch_unwind(work).unwrap_or_else(|panic| Err(format!("panic: {}", panic_text(&*panic))));
+    let result = catch(|| drive(start, steps, &guest, &explorer, options, &made));
     let made = made.into_inner() as usize;
     let mut explorer = locked(&explorer);
     // What the explorer saw came first; the workload may have stumbled over it afterwards.
@@ -296,9 +297,13 @@ fn drive(
     Ok(())
 }
 
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("of an unknown kind").to_owned()
+/// Runs `work`; a panic is an error like any other.
+fn catch<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(format!("panic: {}", text.unwrap_or("of an unknown kind")))
+    })
 }
 
 #[cfg(test)]

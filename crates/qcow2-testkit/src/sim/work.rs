@@ -186,7 +186,8 @@ impl<'a> Work<'a> {
     }
 }
 
-fn sectors_around(range: GuestRange) -> GuestRange {
+/// The whole sectors that hold `range`.
+pub(super) fn sectors_around(range: GuestRange) -> GuestRange {
     let start = range.start().value() / SECTOR * SECTOR;
     GuestRange::between(
         GuestOffset::new(start),
