@@ -204,9 +204,13 @@ impl Meta {
             self.storage.write_zeroes(offset, size, ZeroMode::KeepAllocated)?;
         }
         refcounts.table[index as usize] = encode_table_entry(Some(offset));
+        if let Err(error) = self.set_refcount(refcounts, cluster, 1) {
+            // A block that does not count itself must not stay.
+            refcounts.table[index as usize] = encode_table_entry(None);
+            return Err(error);
+        }
         refcounts.dirty_sectors.insert(index * 8 / super::page::SECTOR_SIZE);
         write(&self.metadata_clusters).insert(cluster, 1);
-        self.set_refcount(refcounts, cluster, 1)?;
         Ok(cluster)
     }
 

@@ -42,7 +42,8 @@ pub fn fault_seed(seed: u64) -> Result<FaultReport, Box<Violation>> {
     let steps: Vec<Step> = draw_work(&mut rng, &start.shape, STEPS).into_iter().map(aligned).collect();
     let mut report = FaultReport::default();
     let targets = if start.data.is_some() { 2 } else { 1 };
-    for (target, (fault, calls, sticky)) in (0..targets).flat_map(|t| ways().into_iter().map(move |w| (t, w))) {
+    for (target, (fault, calls, sticky)) in (0..targets).flat_map(|t| ways().into_iter().map(move |w| (t, w)))
+    {
         for nth in 0.. {
             let plan = FaultPlan { calls: calls.to_vec(), nth, sticky, fault };
             let run = Run { start: &start, steps: &steps, target, plan: &plan };
@@ -150,7 +151,9 @@ impl Run<'_> {
 
     fn step(&self, disk: &Image, step: &Step, guest: &mut Guest) -> qcow2_core::Result<()> {
         match *step {
-            Step::Plain(Operation::Read(range)) => disk.read_at(range.start(), &mut vec![0; range.len() as usize]),
+            Step::Plain(Operation::Read(range)) => {
+                disk.read_at(range.start(), &mut vec![0; range.len() as usize])
+            }
             Step::Plain(operation @ Operation::Write { range, seed }) => {
                 let bytes = pattern::bytes(seed, range.start().value(), range.len() as usize);
                 self.change(disk, range, &bytes, guest, |disk| operation.run(disk).map(drop))
@@ -219,7 +222,8 @@ impl Run<'_> {
         report: &mut FaultReport,
     ) -> Result<(), String> {
         let mut rng = Rng::new(self.plan.nth);
-        let mut judge = Judge::new(Arc::clone(self.start), SimOptions { continue_one_in: 4, ..SimOptions::default() });
+        let mut judge =
+            Judge::new(Arc::clone(self.start), SimOptions { continue_one_in: 4, ..SimOptions::default() });
         judge.raw = !failed;
         let mut images = vec![world.cut(|cut| cut.everything())];
         images.extend((0..CUTS).map(|_| world.cut(|cut| cut.sample(&mut rng))));
