@@ -18,6 +18,7 @@ pub mod open;
 pub mod port;
 pub mod raw;
 mod read;
+mod recover;
 mod resize;
 pub mod rules;
 mod sync;

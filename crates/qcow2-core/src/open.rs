@@ -114,12 +114,15 @@ impl Default for OpenOptions {
 
 impl Image {
     /// Opens an image and, as `options` say, what it names. Disk: reads header and tables; opened for writing, clears
-    /// unknown autoclear bits. Errors: `Format` for bytes that are no such image, `Unsupported` for unknown features,
+    /// unknown autoclear bits and, where the image was not closed cleanly, counts its refcounts anew. Errors: `Format` for bytes that are no such image, `Unsupported` for unknown features,
     /// `Corrupt` for an image marked so that is to be written, `Encrypted`, `Resolve`, `Chain`, `Storage`.
     ///
     /// Spec: "Header", "Header extensions".
     pub fn open(source: ResolvedSource, options: &OpenOptions) -> Result<Arc<Self>> {
         let image = Self::open_layer(&source, options)?;
+        if options.writable && !options.for_repair && image.header().is_dirty() {
+            image.recover()?;
+        }
         let backing = match image.backing_reference() {
             Some((name, format)) if options.layers == Layers::Follow => {
                 Some(chain::open_backing(&source, (&name, format.as_deref()), options)?)
@@ -177,17 +180,8 @@ fn check_usable(header: &Header, options: &OpenOptions) -> Result<()> {
             "image is encrypted: reading its data is not supported",
         ));
     }
-    if options.writable && !options.for_repair {
-        if header.is_corrupt() {
-            return Err(Error::corrupt(
-                "image is marked corrupt; it can be opened for reading or repair only",
-            ));
-        }
-        if header.is_dirty() {
-            return Err(Error::corrupt(
-                "image was not closed cleanly; its refcounts need repair before it is written",
-            ));
-        }
+    if options.writable && !options.for_repair && header.is_corrupt() {
+        return Err(Error::corrupt("image is marked corrupt; it can be opened for reading or repair only"));
     }
     Ok(())
 }
@@ -306,7 +300,12 @@ fn load_refcounts(storage: &dyn Storage, header: &Header, geometry: &Geometry) -
 }
 
 /// The clusters that header and tables say hold metadata.
-fn known_metadata(header: &Header, geometry: &Geometry, l1: &[u64], refcounts: &Refcounts) -> ClusterSet {
+pub(crate) fn known_metadata(
+    header: &Header,
+    geometry: &Geometry,
+    l1: &[u64],
+    refcounts: &Refcounts,
+) -> ClusterSet {
     let mut set = ClusterSet::default();
     let mut add = |offset: HostOffset, bytes: u64| {
         set.insert(geometry.host_cluster(offset).value(), geometry.clusters_for(bytes));

@@ -159,7 +159,7 @@ impl Meta {
         Ok(Some(Slot { page, base, end: base + per_page }))
     }
 
-    fn set_refcount(&self, refcounts: &Refcounts, cluster: u64, count: u64) -> Result<()> {
+    pub(crate) fn set_refcount(&self, refcounts: &Refcounts, cluster: u64, count: u64) -> Result<()> {
         let slot = self
             .slot(refcounts, cluster)?
             .ok_or_else(|| Error::corrupt(format!("host cluster {cluster} has no refcount block")))?;
@@ -212,6 +212,19 @@ impl Meta {
         refcounts.dirty_sectors.insert(index * 8 / super::page::SECTOR_SIZE);
         write(&self.metadata_clusters).insert(cluster, 1);
         Ok(cluster)
+    }
+
+    /// Goes on with another refcount table, whose blocks are all on disk and not yet in the cache.
+    pub(crate) fn adopt_table(&self, table: Vec<u64>, table_offset: HostOffset, table_clusters: u64) {
+        let mut refcounts = lock(&self.refcounts);
+        for &raw in &table {
+            if let Ok(Some(block)) = decode_table_entry(raw, &self.geometry) {
+                self.refcount_cache.forget(block, self.geometry.cluster_size());
+            }
+        }
+        let dirty_sectors = BTreeSet::new();
+        *refcounts =
+            Refcounts { table, table_offset, table_clusters, dirty_sectors, first_free: 0, pack: None };
     }
 
     /// Adds one reference to each of `count` clusters from `first` on. Errors: `NoSpace` where the refcount is at its

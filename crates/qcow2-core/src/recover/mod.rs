@@ -1,0 +1,143 @@
+//! Recovery of an image that was not closed cleanly: its refcounts are counted anew.
+//!
+//! Order on disk: corrected refcount blocks, or a new refcount structure behind everything in use and the header's switch
+//! to it; barrier; only then the dirty bit is cleared. A crash in between leaves the bit set, and the next open begins
+//! again. Spec: "Header" (dirty bit).
+
+mod count;
+
+use crate::error::Result;
+use crate::image::Image;
+use crate::meta::Meta;
+use crate::meta::header::Field;
+use crate::open::known_metadata;
+use crate::sync::{lock, write};
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use count::ReferenceCounts;
+use qcow2_format::HostOffset;
+use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
+
+impl Image {
+    /// Makes every refcount exact and clears the dirty bit. The image was opened for writing and nobody uses it yet.
+    /// Errors: `Corrupt` where tables are damaged: such an image needs a repair that may lose data, not a recount.
+    pub(crate) fn recover(&self) -> Result<()> {
+        let counts = self.meta.count_references()?;
+        if !self.meta.correct_blocks(&counts)? {
+            self.meta.rebuild_refcounts(&counts)?;
+        }
+        self.meta.settle()?;
+        self.meta.retract_warnings()
+    }
+}
+
+impl Meta {
+    /// Corrects the counts in the blocks that there are. `false` where a cluster in use has no block to count it, or the
+    /// refcount structures themselves are damaged.
+    fn correct_blocks(&self, counts: &ReferenceCounts) -> Result<bool> {
+        let table = lock(&self.refcounts).table.clone();
+        let Some(own) = self.own_clusters(&table)? else { return Ok(false) };
+        let per_block = self.geometry.refcount_block_entries();
+        let has_block = |cluster: u64| table.get((cluster / per_block) as usize).is_some_and(|&raw| raw != 0);
+        if !counts.used().chain(own.used()).all(|(cluster, _)| has_block(cluster)) {
+            return Ok(false);
+        }
+        for (index, _) in table.iter().enumerate().filter(|&(_, &raw)| raw != 0) {
+            let first = index as u64 * per_block;
+            for cluster in first..first + per_block {
+                self.correct(cluster, counts.of(cluster) + own.of(cluster))?;
+            }
+            self.flush_if_pressed()?;
+        }
+        Ok(true)
+    }
+
+    fn correct(&self, cluster: u64, count: u64) -> Result<()> {
+        let refcounts = lock(&self.refcounts);
+        if self.refcount_of(&refcounts, cluster)? != count {
+            self.check_fits(count)?;
+            self.set_refcount(&refcounts, cluster, count)?;
+        }
+        Ok(())
+    }
+
+    fn check_fits(&self, count: u64) -> Result<()> {
+        let max = self.geometry.refcount_width().max();
+        if count > max {
+            let message =
+                ::alloc::format!("a cluster has {count} references, its refcount holds at most {max}");
+            return Err(crate::error::Error::corrupt(message));
+        }
+        Ok(())
+    }
+
+    /// The clusters of the refcount structures, or `None` where the table is damaged.
+    fn own_clusters(&self, table: &[u64]) -> Result<Option<ReferenceCounts>> {
+        let mut own = ReferenceCounts::default();
+        let (first, count) = {
+            let refcounts = lock(&self.refcounts);
+            (self.geometry.host_cluster(refcounts.table_offset).value(), refcounts.table_clusters)
+        };
+        own.add(first, count)?;
+        for &raw in table.iter().filter(|&&raw| raw != 0) {
+            match decode_table_entry(raw, &self.geometry) {
+                Ok(Some(block)) => own.add(self.geometry.host_cluster(block).value(), 1)?,
+                Ok(None) => {}
+                Err(_) => return Ok(None),
+            }
+        }
+        Ok(Some(own))
+    }
+
+    /// Writes a new refcount structure behind the last cluster in use and switches to it.
+    fn rebuild_refcounts(&self, counts: &ReferenceCounts) -> Result<()> {
+        let (size, per_block) = (self.geometry.cluster_size(), self.geometry.refcount_block_entries());
+        let file_end = self.geometry.clusters_for(self.storage.len()?);
+        let first = counts.used().last().map_or(0, |(cluster, _)| cluster + 1).max(file_end);
+        let (mut blocks, mut table) = (1u64, 1u64);
+        while (blocks, table) != self.needed(first + blocks + table) {
+            let needed = self.needed(first + blocks + table);
+            (blocks, table) = (needed.0.max(blocks), needed.1.max(table));
+        }
+        let place = HostOffset::new(first * size);
+        let table_offset = HostOffset::new((first + blocks) * size);
+        let width = self.geometry.refcount_width();
+        for block in 0..blocks {
+            let mut words = vec![0u64; (size / 8) as usize];
+            for slot in 0..per_block {
+                let cluster = block * per_block + slot;
+                let own = (first..first + blocks + table).contains(&cluster);
+                let count = counts.of(cluster) + u64::from(own);
+                self.check_fits(count)?;
+                if count > 0 {
+                    let word = &mut words[width.word_index(slot)];
+                    *word = width.insert(*word, slot, count);
+                }
+            }
+            self.write_words(HostOffset::new(place.value() + block * size), &words)?;
+        }
+        let mut entries = vec![0u64; (table * size / 8) as usize];
+        for (block, entry) in (0..blocks).zip(&mut entries) {
+            *entry = encode_table_entry(Some(HostOffset::new(place.value() + block * size)));
+        }
+        self.write_words(table_offset, &entries)?;
+        self.storage.flush()?;
+        self.update_header(&[Field::RefcountTable { offset: table_offset, clusters: table as u32 }])?;
+        self.adopt_table(entries, table_offset, table);
+        let known =
+            known_metadata(&self.header(), &self.geometry, &self.l1.contents().1, &lock(&self.refcounts));
+        *write(&self.metadata_clusters) = known;
+        Ok(())
+    }
+
+    /// How many blocks and table clusters count `clusters` clusters.
+    fn needed(&self, clusters: u64) -> (u64, u64) {
+        let blocks = clusters.div_ceil(self.geometry.refcount_block_entries());
+        (blocks, self.geometry.clusters_for(blocks * 8))
+    }
+
+    fn write_words(&self, at: HostOffset, words: &[u64]) -> Result<()> {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+        Ok(self.storage.write_at(at, &bytes)?)
+    }
+}

@@ -1,0 +1,93 @@
+//! Images that were not closed cleanly: opened for writing, their refcounts are exact again.
+#![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
+
+use qcow2_core::{
+    CreateOptions, GuestDisk, GuestOffset, HostOffset, Image, ImageFormat, NoResolver, OpenOptions,
+    ResolvedSource, Storage, create,
+};
+use qcow2_testkit::audit::audit;
+use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::storage::PageStorage;
+use std::sync::Arc;
+
+fn open(storage: &Arc<PageStorage>, writable: bool) -> Arc<Image> {
+    let source = ResolvedSource {
+        storage: Arc::clone(storage) as Arc<dyn Storage>,
+        format: ImageFormat::Qcow2,
+        name: "pages".into(),
+        id: None,
+        resolver: Arc::new(NoResolver),
+    };
+    let mut options = OpenOptions::default();
+    options.writable = writable;
+    Image::open(source, &options).unwrap()
+}
+
+/// An image with data whose dirty bit is set and whose refcount structures `spoil` has been at.
+fn spoilt(cluster_size: u64, refcount_bits: u32, spoil: impl Fn(&PageStorage, &qcow2_core::format::Header)) {
+    let storage = Arc::new(PageStorage::new(PageBytes::new()));
+    let mut options = CreateOptions::new(4 << 20);
+    options.cluster_size = cluster_size;
+    options.refcount_bits = refcount_bits;
+    create(&(Arc::clone(&storage) as Arc<dyn Storage>), None, &options).unwrap();
+    let image = open(&storage, true);
+    let data: Vec<u8> = (0..1_000_000u32).map(|i| (i % 251) as u8 + 1).collect();
+    image.write_at(GuestOffset::new(12_345), &data).unwrap();
+    image.close().unwrap();
+    let header = image.header();
+    storage.write_at(HostOffset::new(72), &1u64.to_be_bytes()).unwrap();
+    spoil(&storage, &header);
+
+    let reader = open(&storage, false);
+    assert!(reader.header().is_dirty(), "opening for reading changes nothing");
+    let image = open(&storage, true);
+    assert!(!image.header().is_dirty());
+    let mut seen = vec![0; data.len()];
+    image.read_at(GuestOffset::new(12_345), &mut seen).unwrap();
+    assert!(seen == data);
+    image.write_at(GuestOffset::new(2_000_000), &data).unwrap();
+    image.close().unwrap();
+    let audit = audit(&storage.bytes(), None);
+    assert!(
+        audit.is_sound() && audit.leaks == 0 && !audit.dirty,
+        "{cluster_size} {refcount_bits}: {audit:?}"
+    );
+}
+
+fn block(storage: &PageStorage, header: &qcow2_core::format::Header, index: u64) -> HostOffset {
+    let mut raw = [0; 8];
+    storage.read_at(HostOffset::new(header.refcount_table_offset.value() + index * 8), &mut raw).unwrap();
+    HostOffset::new(u64::from_be_bytes(raw))
+}
+
+const SHAPES: [(u64, u32); 4] = [(512, 16), (4096, 1), (65536, 16), (65536, 64)];
+
+#[test]
+fn counts_that_are_too_low_or_too_high_are_corrected() {
+    for (cluster_size, refcount_bits) in SHAPES {
+        for byte in [0, 0xff] {
+            spoilt(cluster_size, refcount_bits, |storage, header| {
+                let at = block(storage, header, 0);
+                storage.write_at(at, &vec![byte; cluster_size as usize]).unwrap();
+            });
+        }
+    }
+}
+
+#[test]
+fn missing_blocks_lead_to_a_new_structure() {
+    for (cluster_size, refcount_bits) in SHAPES {
+        spoilt(cluster_size, refcount_bits, |storage, header| {
+            storage.write_at(header.refcount_table_offset, &vec![0; cluster_size as usize]).unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_damaged_table_leads_to_a_new_structure() {
+    for (cluster_size, refcount_bits) in SHAPES {
+        spoilt(cluster_size, refcount_bits, |storage, header| {
+            storage.write_at(header.refcount_table_offset, &[0x12; 8]).unwrap();
+        });
+    }
+}
