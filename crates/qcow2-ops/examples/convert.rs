@@ -5,7 +5,12 @@
 //! cargo run -p qcow2-ops --example convert -- disk.raw disk.qcow2   # or yours; the target's name says its format
 //! cargo run -p qcow2-ops --example convert -- -c disk.raw disk.qcow2
 //! ```
-#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::print_stdout)]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    clippy::print_stdout,
+    reason = "a program chooses its own files, threads and clock"
+)]
 
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::format::header::CompressionType;

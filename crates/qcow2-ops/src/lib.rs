@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod checksum;
+pub mod compare;
 pub mod convert;
 pub mod copy;
 pub mod create;
@@ -17,10 +19,11 @@ mod pipeline;
 pub mod progress;
 pub mod snapshot;
 mod source;
-#[cfg(test)]
 mod testing;
 mod zeroes;
 
+pub use checksum::{Checksum, checksum};
+pub use compare::{CompareOptions, CompareReport, Comparison, compare};
 pub use convert::{ConvertOptions, convert, converted_size};
 pub use copy::CopyReport;
 pub use create::{Qcow2Request, RawRequest, create, create_raw};

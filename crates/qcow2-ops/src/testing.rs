@@ -1,4 +1,5 @@
 //! What the tests of this crate share: threads, and a disk in memory that can misbehave.
+#![cfg(test)]
 #![allow(clippy::disallowed_methods, reason = "tests bring real threads")]
 
 use crate::executor::Executor;

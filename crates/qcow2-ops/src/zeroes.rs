@@ -56,6 +56,13 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     all_zero && blocks.remainder().iter().all(|&byte| byte == 0)
 }
 
+/// The first byte that is not zero.
+pub(crate) fn first_nonzero(bytes: &[u8]) -> Option<usize> {
+    let block = bytes.chunks(BLOCK_LEN).position(|block| !is_zero(block))?;
+    let from = block * BLOCK_LEN;
+    bytes[from..].iter().position(|&byte| byte != 0).map(|inside| from + inside)
+}
+
 const BLOCK_LEN: usize = 256;
 
 #[cfg(test)]
@@ -67,9 +74,11 @@ mod tests {
         for len in [0, 1, 7, 255, 256, 257, 1000, 4096] {
             let mut bytes = vec![0; len];
             assert!(is_zero(&bytes), "{len}");
+            assert_eq!(first_nonzero(&bytes), None);
             for at in 0..len {
                 bytes[at] = 1 << (at % 8);
                 assert!(!is_zero(&bytes), "{at} of {len}");
+                assert_eq!(first_nonzero(&bytes), Some(at));
                 bytes[at] = 0;
             }
         }

@@ -1,0 +1,409 @@
+//! Do two disks hold the same bytes?
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::Executor;
+use crate::map::MapExtent;
+use crate::pipeline::{Order, Stages, run};
+use crate::progress::Progress;
+use crate::source::{SECTOR, Source};
+use crate::zeroes::first_nonzero;
+use qcow2_core::GuestDisk;
+use std::ops::{ControlFlow, Range};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Bytes that are read of each disk at a time, unless a cluster has more.
+const CHUNK: u64 = 1 << 20;
+
+/// How to compare.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CompareOptions {
+    /// Sizes must be equal too, and so must what tables and holes say: a zero that is stored differs from one that is
+    /// not allocated.
+    pub strict: bool,
+    /// What errors call the disks.
+    pub names: [String; 2],
+}
+
+impl Default for CompareOptions {
+    fn default() -> Self {
+        Self { strict: false, names: ["the first disk".into(), "the second disk".into()] }
+    }
+}
+
+/// What a comparison came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Comparison {
+    /// No difference.
+    Identical,
+    /// The bytes differ.
+    Content {
+        /// The first byte of the first 512-byte sector that differs; a sector that the end of an odd raw disk cuts counts
+        /// as two.
+        offset: u64,
+    },
+    /// Strict: the sizes differ; nothing else was looked at.
+    Size,
+    /// Strict: the bytes before `offset` are the same, but there one is allocated, zero, compressed, or reaches to the
+    /// end in one run, and the other is not.
+    State {
+        /// The first byte whose state differs.
+        offset: u64,
+    },
+}
+
+/// The answer, and what a person should hear beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CompareReport {
+    /// The answer.
+    pub result: Comparison,
+    /// Not strict: one disk is longer, and what it has more was compared with zeroes.
+    pub sizes_differ: bool,
+}
+
+/// Compares two disks; sizes count as rounded up to a multiple of 512. Without `strict` a shorter disk is as good as one
+/// that ends in zeroes, and it does not matter how zeroes are stored. Ranges that are known to be zeroes on both sides
+/// are not read. The answer does not depend on the number of workers.
+///
+/// Memory: at most four pieces for each worker, a piece being 1 MiB or a cluster where that is more. Errors: `Extents` and `Read`, naming the disk and the place;
+/// `Stopped`.
+pub fn compare(
+    disks: [&Arc<dyn GuestDisk>; 2],
+    options: &CompareOptions,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<CompareReport> {
+    let [a, b] = disks.map(|disk| Source::new(std::slice::from_ref(disk)));
+    let sides = [a.map_err(|e| named(e, &options.names[0]))?, b.map_err(|e| named(e, &options.names[1]))?];
+    let sizes = [sides[0].size(), sides[1].size()];
+    let (shorter, longer) = (sizes[0].min(sizes[1]), sizes[0].max(sizes[1]));
+    if options.strict && shorter != longer {
+        return Ok(CompareReport { result: Comparison::Size, sizes_differ: false });
+    }
+    let chunk = CHUNK.max(sides[0].cluster_size()).max(sides[1].cluster_size());
+    let (names, found) = (&options.names, Mutex::new(None));
+    let comparing = Comparing { sides, names, end: longer, chunk, progress, found };
+    let state_differs = if options.strict { comparing.first_state_difference()? } else { None };
+    let comparing = Comparing { end: state_differs.unwrap_or(longer), ..comparing };
+    progress.set_total(comparing.end);
+    run(&comparing, 0, Order::Claimed, executor)?;
+    let found = comparing.found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let result = match (found, state_differs) {
+        (Some(offset), _) => Comparison::Content { offset },
+        (None, Some(offset)) => Comparison::State { offset },
+        (None, None) => Comparison::Identical,
+    };
+    let looked_past = found.is_none_or(|offset| offset >= shorter);
+    Ok(CompareReport { result, sizes_differ: shorter != longer && looked_past })
+}
+
+fn named(error: Error, name: &str) -> Error {
+    let context = format!("{} of {name}", error.context());
+    Error::new(error.kind(), context).with_source(error)
+}
+
+struct Comparing<'a> {
+    sides: [Source; 2],
+    names: &'a [String; 2],
+    end: u64,
+    chunk: u64,
+    progress: &'a dyn Progress,
+    found: Mutex<Option<u64>>,
+}
+
+/// A piece of both disks.
+#[derive(Default)]
+struct Slot {
+    range: Range<u64>,
+    bytes: [Vec<u8>; 2],
+    differs: Option<u64>,
+}
+
+/// What both disks say about a run.
+struct Pair {
+    len: u64,
+    zero: [bool; 2],
+}
+
+impl Comparing<'_> {
+    /// The run at `at` on one side, cut at `len` bytes; zeroes past the end.
+    fn extent_at(&self, side: usize, at: u64, len: u64) -> Result<MapExtent> {
+        let source = &self.sides[side];
+        if at >= source.size() {
+            return Ok(MapExtent { start: at, len, zero: true, ..MapExtent::default() });
+        }
+        source.extent_at(at, len.min(source.size() - at)).map_err(|e| named(e, &self.names[side]))
+    }
+
+    fn pair_at(&self, at: u64, len: u64) -> Result<Pair> {
+        let (a, b) = (self.extent_at(0, at, len)?, self.extent_at(1, at, len)?);
+        Ok(Pair { len: a.len.min(b.len), zero: [a.zero, b.zero] })
+    }
+
+    /// Where the disks first differ in more than their bytes. Both have the same size.
+    fn first_state_difference(&self) -> Result<Option<u64>> {
+        let mut runs = [self.joined(0, 0)?, self.joined(1, 0)?];
+        let mut at = 0;
+        while at < self.end {
+            let states = runs.each_ref().map(|run| state(run, self.end));
+            if states[0] != states[1] {
+                return Ok(Some(at));
+            }
+            at = (runs[0].start + runs[0].len).min(runs[1].start + runs[1].len);
+            for (side, run) in runs.iter_mut().enumerate() {
+                if run.start + run.len == at && at < self.end {
+                    *run = self.joined(side, at)?;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The run at `at` on one side with everything after it that has the same state.
+    fn joined(&self, side: usize, at: u64) -> Result<MapExtent> {
+        if at >= self.end {
+            return Ok(MapExtent { start: at, ..MapExtent::default() });
+        }
+        let mut run = self.extent_at(side, at, self.end - at)?;
+        while run.start + run.len < self.end {
+            if self.progress.should_stop() {
+                return Err(stopped(at));
+            }
+            let next = self.extent_at(side, run.start + run.len, self.end - run.start - run.len)?;
+            if flags(&next) != flags(&run) {
+                break;
+            }
+            run.len += next.len;
+        }
+        Ok(run)
+    }
+
+    fn read(&self, side: usize, at: u64, buf: &mut [u8]) -> Result<()> {
+        let source = &self.sides[side];
+        let stored = source.size().saturating_sub(at).min(buf.len() as u64) as usize;
+        buf[stored..].fill(0);
+        source.read_at(at, &mut buf[..stored]).map_err(|e| {
+            let context = format!("error while reading offset {at} of {}", self.names[side]);
+            Error::new(ErrorKind::Read, context).with_source(e)
+        })
+    }
+
+    /// The first sector that differs in a run, told from the sides that are not known to be zeroes.
+    fn difference(&self, at: u64, pair: &Pair, bytes: &mut [Vec<u8>; 2]) -> Result<Option<u64>> {
+        let [a, b] = bytes;
+        for (side, buf) in [&mut *a, &mut *b].into_iter().enumerate() {
+            if !pair.zero[side] {
+                buf.resize(pair.len as usize, 0);
+                self.read(side, at, buf)?;
+            }
+        }
+        let first = match pair.zero {
+            [true, true] => None,
+            [true, false] => first_nonzero(b),
+            [false, true] => first_nonzero(a),
+            [false, false] => first_difference(a, b),
+        };
+        // Sectors count from where the run begins, as the reference has it: that is inside a sector only where a raw disk
+        // ends there.
+        Ok(first.map(|index| at + index as u64 / SECTOR * SECTOR))
+    }
+}
+
+fn flags(run: &MapExtent) -> (bool, bool, bool, bool, bool) {
+    (run.present, run.zero, run.data, run.compressed, run.host.is_some())
+}
+
+fn state(run: &MapExtent, end: u64) -> ((bool, bool, bool, bool, bool), bool) {
+    (flags(run), run.start + run.len == end)
+}
+
+fn stopped(at: u64) -> Error {
+    Error::new(ErrorKind::Stopped, format!("stopped at byte {at}"))
+}
+
+fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
+    let block = a.chunks(BLOCK_LEN).zip(b.chunks(BLOCK_LEN)).position(|(a, b)| a != b)?;
+    let from = block * BLOCK_LEN;
+    let inside = a[from..].iter().zip(&b[from..]).position(|(a, b)| a != b)?;
+    Some(from + inside)
+}
+
+const BLOCK_LEN: usize = 4096;
+
+impl Stages for Comparing<'_> {
+    type Cursor = u64;
+    type Slot = Slot;
+
+    fn slot(&self) -> Slot {
+        Slot::default()
+    }
+
+    fn claim(&self, cursor: &mut u64, slot: &mut Slot) -> Result<bool> {
+        while *cursor < self.end {
+            let start = *cursor;
+            if self.progress.should_stop() {
+                return Err(stopped(start));
+            }
+            let pair = self.pair_at(start, self.end - start)?;
+            if pair.zero == [true, true] {
+                *cursor += pair.len;
+                self.progress.advance(pair.len);
+                continue;
+            }
+            *cursor = (start - start % self.chunk).saturating_add(self.chunk).min(self.end);
+            slot.range = start..*cursor;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    fn prepare(&self, slot: &mut Slot) -> Result<()> {
+        let mut at = slot.range.start;
+        slot.differs = None;
+        while at < slot.range.end && slot.differs.is_none() {
+            let pair = self.pair_at(at, slot.range.end - at)?;
+            slot.differs = self.difference(at, &pair, &mut slot.bytes)?;
+            at += pair.len;
+        }
+        Ok(())
+    }
+
+    fn finish(&self, slot: &mut Slot) -> Result<ControlFlow<()>> {
+        self.progress.advance(slot.range.end - slot.range.start);
+        let Some(at) = slot.differs else { return Ok(ControlFlow::Continue(())) };
+        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
+        Ok(ControlFlow::Break(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executor::Inline;
+    use crate::progress::Silent;
+    use crate::testing::{TestDisk, Threads, random};
+
+    const MIB: usize = 1 << 20;
+
+    fn disk(disk: TestDisk) -> Arc<dyn GuestDisk> {
+        Arc::new(disk)
+    }
+
+    fn strict() -> CompareOptions {
+        CompareOptions { strict: true, ..CompareOptions::default() }
+    }
+
+    #[track_caller]
+    fn check(
+        a: &Arc<dyn GuestDisk>,
+        b: &Arc<dyn GuestDisk>,
+        options: &CompareOptions,
+        result: Comparison,
+        sizes_differ: bool,
+    ) {
+        for (a, b) in [(a, b), (b, a)] {
+            for workers in [1, 4] {
+                let report = compare([a, b], options, &Threads(workers), &Silent).unwrap();
+                assert_eq!(report, CompareReport { result, sizes_differ });
+            }
+        }
+    }
+
+    #[test]
+    fn the_lowest_differing_sector_is_found() {
+        let mut next = random(3);
+        let bytes: Vec<u8> = (0..6 * MIB + 100).map(|_| next() as u8).collect();
+        let whole = disk(TestDisk::data(bytes.clone()));
+        check(&whole, &whole, &CompareOptions::default(), Comparison::Identical, false);
+        for first in [0, 1, 511, 512, MIB - 1, MIB, 3 * MIB + 513, 6 * MIB + 99] {
+            let mut other = bytes.clone();
+            for at in [first, first + 5000, first + 2 * MIB] {
+                if let Some(byte) = other.get_mut(at) {
+                    *byte ^= 0x40;
+                }
+            }
+            let offset = (first / 512 * 512) as u64;
+            let other = disk(TestDisk::data(other));
+            check(&whole, &other, &CompareOptions::default(), Comparison::Content { offset }, false);
+        }
+    }
+
+    #[test]
+    fn zeroes_are_zeroes_however_they_are_stored() {
+        for seed in 0..8 {
+            let mixed = TestDisk::mixed(3 * MIB as u64 + 77, 400_000, seed);
+            let same = TestDisk::data(mixed.content());
+            let mut other = mixed.content();
+            let place = 1_500_000 + seed as usize * 1000;
+            other[place] ^= 1;
+            let mixed = disk(mixed);
+            check(&mixed, &disk(same), &CompareOptions::default(), Comparison::Identical, false);
+            let expected = Comparison::Content { offset: (place / 512 * 512) as u64 };
+            check(&mixed, &disk(TestDisk::data(other)), &CompareOptions::default(), expected, false);
+        }
+    }
+
+    #[test]
+    fn a_longer_disk_must_end_in_zeroes() {
+        let with = |tail: &[u8]| disk(TestDisk::data([&[b'a'; 1000], tail].concat()));
+        let (s1, s2, s3) = (with(&[]), with(&[0; 24]), with(&[0; 3000]));
+        let s4 = with(&[&[0; 3000][..], b"x"].concat());
+        let plain = CompareOptions::default();
+        check(&s1, &s2, &plain, Comparison::Identical, false);
+        check(&s1, &s3, &plain, Comparison::Identical, true);
+        check(&s1, &s4, &plain, Comparison::Content { offset: 3584 }, true);
+        check(&s1, &s3, &strict(), Comparison::Size, false);
+        let other = disk(TestDisk::data(vec![b'b'; 5000]));
+        check(&s1, &other, &plain, Comparison::Content { offset: 0 }, false);
+        let empty = disk(TestDisk::data(Vec::new()));
+        check(&empty, &empty, &strict(), Comparison::Identical, false);
+        check(&empty, &s3, &plain, Comparison::Content { offset: 0 }, true);
+    }
+
+    #[test]
+    fn strict_looks_at_states_too() {
+        let with = |states: &str| {
+            let made = TestDisk { cluster_size: 512, ..TestDisk::data(vec![0; 2048]) };
+            made.set_states(states);
+            disk(made)
+        };
+        let state = |offset| Comparison::State { offset };
+        check(&with("dzd-"), &with("dzd-"), &strict(), Comparison::Identical, false);
+        check(&with("dzd-"), &with("dzdd"), &strict(), state(1024), false);
+        check(&with("dzdz"), &with("dzd-"), &strict(), state(1536), false);
+        check(&with("dz-d"), &with("dd-d"), &strict(), state(512), false);
+        check(&with("z-dd"), &with("--dd"), &strict(), state(0), false);
+        check(&with("dzdz"), &with("dzd-"), &CompareOptions::default(), Comparison::Identical, false);
+        // A run that reaches the end is another state, as the reference has it.
+        check(&with("zzdd"), &with("zzdz"), &strict(), state(1024), false);
+        // Bytes that differ before that count more.
+        let different = TestDisk { cluster_size: 512, ..TestDisk::data(vec![1; 2048]) };
+        different.set_states("ddz-");
+        check(&with("ddzz"), &disk(different), &strict(), Comparison::Content { offset: 0 }, false);
+    }
+
+    #[test]
+    fn errors_name_the_disk_and_the_place() {
+        let good = disk(TestDisk::data(vec![1; 4 * MIB]));
+        let unreadable = TestDisk { unreadable: Some(0..0), ..TestDisk::data(vec![1; 4 * MIB]) };
+        let broken =
+            disk(TestDisk { unreadable: Some(2 * MIB as u64 + 5..2 * MIB as u64 + 6), ..unreadable });
+        let names = ["good.img".into(), "bad.img".into()];
+        let options = CompareOptions { names, ..CompareOptions::default() };
+        let error = compare([&good, &broken], &options, &Threads(3), &Silent).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Read);
+        assert_eq!(error.to_string(), format!("error while reading offset {} of bad.img", 2 * MIB));
+        let unknown = disk(TestDisk { unknown: Some(0..1), ..TestDisk::data(vec![1; 4 * MIB]) });
+        let error = compare([&unknown, &good], &options, &Inline, &Silent).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Extents);
+        assert!(error.to_string().ends_with("of good.img"), "{error}");
+        // A difference before the bad place is the answer all the same.
+        let mut bytes = vec![1; 4 * MIB];
+        bytes[MIB] = 2;
+        let report =
+            compare([&disk(TestDisk::data(bytes)), &broken], &options, &Threads(3), &Silent).unwrap();
+        assert_eq!(report.result, Comparison::Content { offset: MIB as u64 });
+    }
+}
