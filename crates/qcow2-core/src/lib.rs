@@ -22,6 +22,7 @@ mod recover;
 mod resize;
 pub mod rules;
 mod sync;
+pub mod walk;
 mod write;
 
 pub use chain::open_disk;

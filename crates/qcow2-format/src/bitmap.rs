@@ -132,14 +132,19 @@ impl Bitmap {
             bitmaps.push(bitmap);
             rest = rest.get(len..).unwrap_or_default();
         }
-        if bitmaps.len() != count as usize {
-            let found = bitmaps.len() as u32;
-            return Err(FormatError::new(
-                FormatErrorKind::BitmapDirectoryCount { found, expected: count },
-                format!("bitmap directory has {found} bitmaps or more, the header says {count}"),
-            ));
+        match bitmaps.len() as u32 {
+            found if found == count => Ok(bitmaps),
+            found => Err(Self::wrong_count(found, count)),
         }
-        Ok(bitmaps)
+    }
+
+    /// The error of a directory that holds `found` bitmaps (one more than expected stands for any larger number) where
+    /// the header says `expected`.
+    pub fn wrong_count(found: u32, expected: u32) -> FormatError {
+        FormatError::new(
+            FormatErrorKind::BitmapDirectoryCount { found, expected },
+            format!("bitmap directory has {found} bitmaps or more, the header says {expected}"),
+        )
     }
 
     /// Appends the entry and its padding to `out`. Errors: `TooLong` for a name above 65535 bytes or extra data of

@@ -15,15 +15,20 @@
 
 use crate::error::{FormatError, FormatErrorKind};
 use crate::geometry::Geometry;
+use crate::limit::MAX_HOST_OFFSET;
 use crate::units::HostOffset;
 use alloc::format;
+
+mod scan;
+
+pub use scan::{L2Fault, L2Item};
 
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
-const MAX_HOST_OFFSET: u64 = (1 << 56) - 1;
+const SECTOR: u64 = 512;
 
 /// How the L2 entries of one image are to be read.
 ///
@@ -169,7 +174,7 @@ impl L2Format {
             ));
         }
         let sectors = (raw & !(COPIED | COMPRESSED)) >> shift;
-        Ok(CompressedCluster { host: HostOffset::new(offset), len: (sectors + 1) * 512 - offset % 512 })
+        Ok(CompressedCluster { host: HostOffset::new(offset), len: (sectors + 1) * SECTOR - offset % SECTOR })
     }
 
     const fn compressed_shift(&self) -> u32 {
@@ -201,7 +206,7 @@ impl L2Format {
         let shift = self.compressed_shift();
         let first = stream.host.value();
         let last = first.checked_add(stream.len.checked_sub(1)?)?;
-        let sectors = last / 512 - first / 512;
+        let sectors = last / SECTOR - first / SECTOR;
         let fits = first >> shift == 0 && first <= MAX_HOST_OFFSET && sectors >> (62 - shift) == 0;
         fits.then_some(COMPRESSED | sectors << shift | first)
     }

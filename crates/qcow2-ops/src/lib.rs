@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod check;
 pub mod checksum;
 pub mod compare;
 pub mod convert;
@@ -22,6 +23,7 @@ mod source;
 mod testing;
 mod zeroes;
 
+pub use check::{CheckOptions, CheckReport, check};
 pub use checksum::{Checksum, checksum};
 pub use compare::{CompareOptions, CompareReport, Comparison, compare};
 pub use convert::{ConvertOptions, convert, converted_size};

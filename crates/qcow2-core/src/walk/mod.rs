@@ -1,0 +1,167 @@
+//! Visits every reference in an image: which tables there are, what they point to, and what is wrong with them.
+//!
+//! Nothing here changes anything or believes anything: offsets may point anywhere, tables may overlap, and the same
+//! table may be named four million times. Memory stays below the named limits, and a table's bytes are visited once,
+//! however often it is named ([`overlay`]).
+//!
+//! A walk reads the storage itself, so what an open image still holds in memory must be flushed first.
+
+mod overlay;
+mod records;
+mod tables;
+
+pub use overlay::{Segment, TablePlace, overlay};
+pub use records::{BitmapFault, SnapshotFault, SnapshotTable};
+pub use tables::Pieces;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::port::storage::Storage;
+use ::alloc::vec;
+use qcow2_format::l2::L2Format;
+use qcow2_format::{Geometry, Header, HostOffset};
+
+/// The largest piece that a table is read in, but never less than a cluster.
+pub const PIECE_SIZE: u64 = 1 << 20;
+
+/// Who a reference belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Owner {
+    /// The header.
+    Header,
+    /// The L1 table of the active state.
+    ActiveL1,
+    /// The L1 table of a snapshot.
+    SnapshotL1,
+    /// An L2 table.
+    L2Table,
+    /// A cluster of guest data, or one assigned to it.
+    Data,
+    /// A compressed cluster of guest data.
+    Compressed,
+    /// The snapshot table.
+    SnapshotTable,
+    /// The refcount table.
+    RefcountTable,
+    /// A refcount block.
+    RefcountBlock,
+    /// The LUKS header area.
+    Luks,
+    /// The bitmap directory.
+    BitmapDirectory,
+    /// A bitmap's table.
+    BitmapTable,
+    /// A cluster of a bitmap's bits.
+    BitmapData,
+}
+
+/// A stretch of the image file that something refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reference {
+    /// Who refers to it.
+    pub owner: Owner,
+    /// Its first byte; any alignment, may be past the end of the file.
+    pub offset: HostOffset,
+    /// Its bytes, at least 1.
+    pub len: u64,
+    /// How often it is referred to: several L1 entries may lead to one L2 table.
+    pub times: u64,
+}
+
+/// Reads the header of an image that is to be checked: what only a check may see passes, see
+/// [`Header::parse_for_check`]. Errors: `Format`, `Storage`.
+pub fn read_header(storage: &dyn Storage) -> Result<Header> {
+    let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
+    let mut start = [0; Header::PROBE_LEN];
+    let n = storage.read_at(HostOffset::new(0), &mut start)?;
+    let wanted = Header::probe_len(start.get(..n).unwrap_or_default()).map_err(bad)?;
+    let mut cluster = vec![0; wanted];
+    storage.read_padded(HostOffset::new(0), &mut cluster)?;
+    Header::parse_for_check(&cluster).map_err(bad)
+}
+
+/// One image, for looking at its references.
+pub struct Walk<'a> {
+    storage: &'a dyn Storage,
+    header: &'a Header,
+    format: L2Format,
+    file_len: u64,
+}
+
+impl<'a> Walk<'a> {
+    /// `header`: what the storage starts with, possibly accepted for a check only. Errors: `Format` for an impossible
+    /// geometry, `Storage`.
+    pub fn new(storage: &'a dyn Storage, header: &'a Header) -> Result<Self> {
+        let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
+        let format = header.l2_format().map_err(bad)?;
+        Ok(Self { storage, header, format, file_len: storage.len()? })
+    }
+
+    /// The header.
+    pub fn header(&self) -> &'a Header {
+        self.header
+    }
+
+    /// The image's geometry.
+    pub fn geometry(&self) -> &Geometry {
+        &self.format.geometry
+    }
+
+    /// How L2 entries are to be read.
+    pub fn l2_format(&self) -> &L2Format {
+        &self.format
+    }
+
+    /// Bytes of the image file.
+    pub fn file_len(&self) -> u64 {
+        self.file_len
+    }
+
+    /// The references that the header itself makes: its own cluster, the active L1 table, the refcount table, the LUKS
+    /// area and the bitmap directory. Tables without entries refer to nothing.
+    pub fn header_references(&self) -> impl Iterator<Item = Reference> + use<> {
+        let header = self.header;
+        let size = self.geometry().cluster_size();
+        let luks = header.extensions.luks;
+        let directory = header.trusted_bitmaps();
+        let all = [
+            (Owner::Header, HostOffset::new(0), size),
+            (Owner::ActiveL1, header.l1_table_offset, u64::from(header.l1_size) * 8),
+            (
+                Owner::RefcountTable,
+                header.refcount_table_offset,
+                u64::from(header.refcount_table_clusters) * size,
+            ),
+            (Owner::Luks, luks.map_or(HostOffset::new(0), |l| l.offset), luks.map_or(0, |l| l.len)),
+            (
+                Owner::BitmapDirectory,
+                directory.map_or(HostOffset::new(0), |d| d.directory_offset),
+                directory.map_or(0, |d| d.directory_size),
+            ),
+        ];
+        let used = all.into_iter().filter(|&(_, _, len)| len > 0);
+        used.map(|(owner, offset, len)| Reference { owner, offset, len, times: 1 })
+    }
+
+    /// The place of the active L1 table.
+    pub fn active_l1(&self) -> TablePlace {
+        TablePlace { offset: self.header.l1_table_offset, entries: self.header.l1_size.into() }
+    }
+
+    /// The refcount table's entries, at most 8 MiB of them. Bytes past the end of the file count as zeroes.
+    pub fn refcount_table(&self) -> Result<::alloc::vec::Vec<u64>> {
+        let len = u64::from(self.header.refcount_table_clusters) * self.geometry().cluster_size();
+        let mut bytes = vec![0; len as usize];
+        self.storage.read_padded(self.header.refcount_table_offset, &mut bytes)?;
+        Ok(qcow2_format::bytes::words(&bytes).collect())
+    }
+
+    /// Fills `buf` from `offset` on; bytes past the end of the file are zeroes.
+    pub fn read(&self, offset: HostOffset, buf: &mut [u8]) -> Result<()> {
+        if offset.value() >= self.file_len {
+            buf.fill(0);
+            return Ok(());
+        }
+        Ok(self.storage.read_padded(offset, buf)?)
+    }
+}

@@ -1,0 +1,71 @@
+//! Reading tables in large sequential pieces, passing over holes.
+
+use super::{PIECE_SIZE, Walk};
+use crate::error::Result;
+use ::alloc::vec::Vec;
+use qcow2_format::HostOffset;
+
+/// Reads a stretch of 8-byte entries piece by piece. What is not delivered is zeroes: holes of the storage and what
+/// lies past its end.
+pub struct Pieces<'a> {
+    walk: &'a Walk<'a>,
+    at: u64,
+    end: u64,
+    /// Up to here the storage said that there is data.
+    data_end: u64,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Walk<'a> {
+    /// Starts reading `len` bytes from `offset` on, both multiples of 8.
+    pub fn pieces(&'a self, offset: HostOffset, len: u64) -> Pieces<'a> {
+        let mut pieces = Pieces { walk: self, at: 0, end: 0, data_end: 0, buffer: Vec::new() };
+        pieces.restart(offset, len);
+        pieces
+    }
+}
+
+impl Pieces<'_> {
+    /// Starts again elsewhere, with the same buffer.
+    pub fn restart(&mut self, offset: HostOffset, len: u64) {
+        self.at = offset.value();
+        self.end = self.at.saturating_add(len);
+        self.data_end = self.at;
+    }
+
+    /// The next piece that may hold something else than zeroes: its offset and its bytes, a multiple of 8 of them.
+    /// `None` after the last one. Errors: `Storage`.
+    pub fn read_next(&mut self) -> Result<Option<(HostOffset, &[u8])>> {
+        let file_end = self.walk.file_len.next_multiple_of(8).min(self.end);
+        while self.at < file_end {
+            if self.at >= self.data_end && !self.find_data()? {
+                continue;
+            }
+            let len = (self.data_end.min(file_end) - self.at).min(PIECE_SIZE).next_multiple_of(8);
+            let offset = HostOffset::new(self.at);
+            self.buffer.resize(len as usize, 0);
+            self.walk.read(offset, &mut self.buffer)?;
+            self.at += len;
+            return Ok(Some((offset, &self.buffer)));
+        }
+        Ok(None)
+    }
+
+    /// Asks the storage what is at `at`. False where it is a hole, which has been passed then.
+    fn find_data(&mut self) -> Result<bool> {
+        let left = self.walk.file_len.min(self.end).saturating_sub(self.at);
+        if left == 0 {
+            self.at = self.end;
+            return Ok(false);
+        }
+        let extent = self.walk.storage.extent_at(HostOffset::new(self.at), left)?;
+        let whole_entries = extent.len / 8 * 8;
+        if extent.data || whole_entries == 0 {
+            self.data_end = self.at.saturating_add(extent.len.max(8));
+            return Ok(true);
+        }
+        self.at += whole_entries;
+        self.data_end = self.at;
+        Ok(false)
+    }
+}

@@ -1,0 +1,384 @@
+//! Checks an image: every reference against the refcounts, every copied flag, every entry's form. Reports only.
+//!
+//! The counts, the statistics and the order of the findings are those of `qemu-img check`; the findings are values, so
+//! that a caller can print its words. What is different: an L1 entry or an L2 table that makes no sense is not followed,
+//! and damaged bitmaps are findings (QEMU refuses to open the image).
+//!
+//! Memory is bounded by named limits, whatever the tables say: counts for a window of the file at a time
+//! ([`MAX_COUNTERS_SIZE`]), one batch of L1 entries, a piece of a table for each worker, and the findings asked for.
+
+mod collect;
+mod counters;
+mod finding;
+mod mapping;
+mod refcounts;
+mod shared;
+
+pub use finding::{Class, Finding, Found};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::Executor;
+use crate::progress::Progress;
+use collect::{Collected, Collector, Key, Phase};
+use counters::Counters;
+use mapping::{Statistics, touched};
+use qcow2_core::Storage;
+use qcow2_core::walk::{self, Owner, Reference, Segment, TablePlace, Walk, overlay};
+use qcow2_format::bitmap::BitmapTableEntry;
+use qcow2_format::refcount::{self, decode_table_entry};
+use qcow2_format::{FormatErrorKind, HostOffset, bytes};
+use refcounts::Stored;
+use shared::Shared;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes of memory for counting references. A larger file is checked window by window: 4 TiB at a time with clusters of
+/// 64 KiB and 16-bit refcounts.
+pub const MAX_COUNTERS_SIZE: u64 = 128 << 20;
+
+/// The most clusters that a file may have to be checked. Origin: QEMU.
+pub const MAX_CLUSTERS: u64 = i32::MAX as u64;
+
+/// How an image is checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CheckOptions {
+    /// How many findings the report lists; all are counted.
+    pub max_findings: usize,
+    /// Bytes of memory for counting references, at most [`MAX_COUNTERS_SIZE`]; less means more passes over the tables.
+    /// Rounded down to whole megabytes, but never below 32.
+    pub counters_size: u64,
+}
+
+impl Default for CheckOptions {
+    fn default() -> Self {
+        Self { max_findings: 10_000, counters_size: MAX_COUNTERS_SIZE }
+    }
+}
+
+/// What a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CheckReport {
+    /// Findings that mean damage.
+    pub corruptions: u64,
+    /// Clusters whose refcount is above their references.
+    pub leaks: u64,
+    /// Things that could not be checked.
+    pub check_errors: u64,
+    /// The first findings, in QEMU's order.
+    pub findings: Vec<Found>,
+    /// How many findings are not listed.
+    pub omitted: u64,
+    /// Whether refcount table and blocks cannot be repaired in place.
+    pub needs_rebuild: bool,
+    /// Whether references could not be counted, because nobody knows what the snapshots refer to: then leaks and
+    /// refcounts were not looked at, and the numbers below are 0.
+    pub incomplete: bool,
+    /// Clusters of the guest disk.
+    pub total_clusters: u64,
+    /// Guest clusters that have a place in the file, be it compressed or preallocated.
+    pub allocated_clusters: u64,
+    /// Those of them that do not follow the one before, and all compressed ones.
+    pub fragmented_clusters: u64,
+    /// Those of them that are compressed.
+    pub compressed_clusters: u64,
+    /// The end of the last cluster in use, in bytes; may be past the end of the file.
+    pub image_end_offset: u64,
+    /// Whether the dirty bit is set: refcounts may be stale then, and that is no damage.
+    pub dirty: bool,
+    /// Whether the corrupt bit is set.
+    pub corrupt: bool,
+}
+
+/// Checks the image in `storage`, which nobody changes meanwhile: what an open image holds in memory must be flushed.
+/// External data and backing files are not looked at. `executor` runs the workers, `progress` counts bytes of tables.
+///
+/// Disk: reads all tables, some of them twice; never writes. Errors: `Metadata` where the header is not accepted or the
+/// storage fails, `Unsupported` for files of more than [`MAX_CLUSTERS`] clusters, `Stopped`.
+///
+/// Spec: "Cluster mapping", "Host cluster management", "Snapshots", "Bitmaps".
+pub fn check(
+    storage: &dyn Storage,
+    options: &CheckOptions,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<CheckReport> {
+    let header = walk::read_header(storage).map_err(metadata_error)?;
+    let walk = Walk::new(storage, &header).map_err(metadata_error)?;
+    let shared = Shared { executor, progress, collector: Collector::new(options.max_findings) };
+    let mut report =
+        CheckReport { dirty: header.is_dirty(), corrupt: header.is_corrupt(), ..Default::default() };
+    let clusters = walk.geometry().clusters_for(walk.file_len());
+    if clusters > MAX_CLUSTERS {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("checking a file of {clusters} clusters, allowed are {MAX_CLUSTERS}"),
+        ));
+    }
+    match Tables::read(&walk, &shared)? {
+        None => report.incomplete = true,
+        Some(tables) => references(&walk, &shared, &tables, options, &mut report)?,
+    }
+    let Collected { corruptions, leaks, check_errors, needs_rebuild, findings, omitted } =
+        shared.collector.finish();
+    Ok(CheckReport { corruptions, leaks, check_errors, needs_rebuild, findings, omitted, ..report })
+}
+
+fn references(
+    walk: &Walk<'_>,
+    shared: &Shared<'_>,
+    tables: &Tables,
+    options: &CheckOptions,
+    report: &mut CheckReport,
+) -> Result<()> {
+    let clusters = walk.geometry().clusters_for(walk.file_len());
+    let width = walk.geometry().refcount_width();
+    // Whole megabytes of counts: windows start where a refcount block of any size starts.
+    let counters_size = (options.counters_size.min(MAX_COUNTERS_SIZE) >> 20).max(32) << 20;
+    let window = (counters_size / Counters::bytes_per_cluster(width)) & !(MAX_BLOCK_ENTRIES - 1);
+    let (statistics, expected) = (Statistics::default(), AtomicU64::new(0));
+    let mut used_end = 0;
+    let mut start = 0;
+    // A reference may reach into the cluster behind the last one.
+    while start <= clusters {
+        let range = start..(clusters + 1).min(start + window.max(MAX_BLOCK_ENTRIES));
+        let pass = Pass {
+            walk,
+            shared,
+            stored: Stored::new(walk, &tables.refcounts, range.clone()),
+            counters: Counters::new(range.clone(), width),
+            statistics: &statistics,
+            first: start == 0,
+            clusters,
+            expected: &expected,
+        };
+        used_end = used_end.max(pass.run(tables)?);
+        start = range.end;
+    }
+    report.total_clusters = walk.geometry().clusters_for(walk.header().disk_size());
+    report.allocated_clusters = statistics.allocated.into_inner();
+    report.fragmented_clusters = statistics.fragmented.into_inner();
+    report.compressed_clusters = statistics.compressed.into_inner();
+    report.image_end_offset = used_end.max(1) << walk.geometry().cluster_bits();
+    Ok(())
+}
+
+/// The most refcounts in a block: 2 MiB of 1-bit counts.
+const MAX_BLOCK_ENTRIES: u64 = 1 << 24;
+
+fn metadata_error(error: qcow2_core::Error) -> Error {
+    Error::new(ErrorKind::Metadata, "checking the image").with_source(error)
+}
+
+/// The tables that are small or can be laid over each other, read once.
+struct Tables {
+    refcounts: Vec<u64>,
+    snapshot_table_len: u64,
+    snapshots: Vec<TablePlace>,
+    bitmaps: Vec<TablePlace>,
+}
+
+impl Tables {
+    /// Reads them and notes what is wrong. `None` where the snapshot table cannot be read.
+    fn read(walk: &Walk<'_>, shared: &Shared<'_>) -> Result<Option<Self>> {
+        let header = walk.header();
+        let mut order = 0;
+        let mut note = |phase, finding| {
+            order += 1;
+            shared.found(Key(phase, order, 0), finding, 1);
+        };
+        let snapshots = walk.snapshots(&mut |fault| {
+            use walk::SnapshotFault::{L1Misaligned, L1TooLarge};
+            let phase = match fault {
+                L1Misaligned { .. } | L1TooLarge { .. } => Phase::Snapshots,
+                _ => Phase::SnapshotTable,
+            };
+            note(phase, Finding::Snapshot(fault));
+        });
+        let Some(snapshots) = snapshots.map_err(metadata_error)? else { return Ok(None) };
+        if header.has_data_file() && header.nb_snapshots > 0 {
+            note(Phase::Snapshots, Finding::SnapshotsWithDataFile { count: header.nb_snapshots });
+        }
+        let (bitmaps, fault) = walk.bitmaps().map_err(metadata_error)?;
+        if let Some(fault) = fault {
+            note(Phase::Bitmaps, Finding::Bitmap(fault));
+        }
+        Ok(Some(Self {
+            refcounts: walk.refcount_table().map_err(metadata_error)?,
+            snapshot_table_len: snapshots.len,
+            snapshots: snapshots.l1_tables,
+            bitmaps,
+        }))
+    }
+}
+
+/// One pass over all tables, for a window of the file.
+struct Pass<'a> {
+    walk: &'a Walk<'a>,
+    shared: &'a Shared<'a>,
+    stored: Stored<'a>,
+    counters: Counters,
+    statistics: &'a Statistics,
+    /// Whether this is the first pass: the only one that looks at the form of entries and at what is outside the file.
+    first: bool,
+    /// Clusters of the file.
+    clusters: u64,
+    /// Bytes of tables that the check is known to read so far.
+    expected: &'a AtomicU64,
+}
+
+impl Pass<'_> {
+    /// Returns one more than the highest cluster of the window that is used.
+    fn run(&self, tables: &Tables) -> Result<u64> {
+        let window = self.counters.window();
+        let width = self.walk.geometry().refcount_width();
+        self.expect_bytes((window.end - window.start) * u64::from(width.bits()) / 8 * 2);
+        self.stored.load(self.shared)?;
+        for reference in self.walk.header_references() {
+            self.refer(reference, Key(Phase::Header, 0, 0));
+        }
+        self.mapping(&overlay(&tables.snapshots))?;
+        self.snapshot_references(tables);
+        self.bitmap_references(tables)?;
+        self.refcount_blocks(tables);
+        self.stored.compare(self.shared, &self.counters, self.clusters)
+    }
+
+    /// Tells the progress about more bytes of tables.
+    fn expect_bytes(&self, bytes: u64) {
+        let total = self.expected.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        self.shared.progress.set_total(total);
+    }
+
+    /// Notes a finding about an entry's form: in the first pass only.
+    fn fault(&self, key: Key, finding: Finding, times: u64) {
+        if self.first {
+            self.shared.found(key, finding, times);
+        }
+    }
+
+    /// Whether this pass is the one to judge what refers to `cluster`: one of the window, or in the first pass one
+    /// outside the file.
+    fn judges(&self, cluster: u64) -> bool {
+        self.counters.window().contains(&cluster) || (self.first && cluster > self.clusters)
+    }
+
+    /// Counts a reference.
+    fn refer(&self, reference: Reference, key: Key) {
+        self.refer_run(reference, 1, key);
+    }
+
+    /// Counts `count` references that follow each other from `reference` on; more than one only of whole clusters.
+    fn refer_run(&self, reference: Reference, count: u64, key: Key) {
+        let geometry = self.walk.geometry();
+        let Reference { owner, offset, len, times } = reference;
+        let fits = |n: u64| {
+            let end = len.checked_mul(n).and_then(|len| offset.checked_add(len));
+            end.is_some_and(|end| end.value().saturating_sub(self.walk.file_len()) < geometry.cluster_size())
+        };
+        let inside = if fits(count) { count } else { (1..count).take_while(|&n| fits(n)).count() as u64 };
+        if inside > 0 {
+            self.count(touched(geometry.cluster_bits(), offset, len * inside), times, key);
+        }
+        for n in inside..count {
+            let offset = HostOffset::new(offset.value().wrapping_add(len.wrapping_mul(n)));
+            self.fault(Key(key.0, key.1, key.2 + n), Finding::PastEnd { owner, offset, len }, times);
+        }
+    }
+
+    /// Adds to the counts of `clusters`.
+    fn count(&self, clusters: Range<u64>, times: u64, key: Key) {
+        self.counters.add(clusters, times, |cluster, excess| {
+            let offset = HostOffset::new(cluster << self.walk.geometry().cluster_bits());
+            self.shared.found(key, Finding::Overflow { offset }, excess);
+        });
+    }
+
+    fn snapshot_references(&self, tables: &Tables) {
+        self.table_references(Owner::SnapshotL1, &tables.snapshots, Phase::Snapshots);
+        if tables.snapshot_table_len > 0 {
+            let (offset, len) = (self.walk.header().snapshots_offset, tables.snapshot_table_len);
+            let reference = Reference { owner: Owner::SnapshotTable, offset, len, times: 1 };
+            self.refer(reference, Key(Phase::Tables, 0, 0));
+        }
+    }
+
+    /// Counts tables that may be the same or overlap: clusters are counted once with how many tables touch them.
+    fn table_references(&self, owner: Owner, tables: &[TablePlace], phase: Phase) {
+        let cluster_size = self.walk.geometry().cluster_size();
+        let mut rounded = Vec::with_capacity(tables.len());
+        for table in tables.iter().filter(|table| !table.is_empty()) {
+            let (offset, len) = (table.offset, table.len());
+            let end = offset.checked_add(len).map(HostOffset::value);
+            if end.is_some_and(|end| end.saturating_sub(self.walk.file_len()) < cluster_size) {
+                rounded.push(TablePlace { offset, entries: len.next_multiple_of(cluster_size) / 8 });
+            } else {
+                self.fault(Key(phase, offset.value(), 0), Finding::PastEnd { owner, offset, len }, 1);
+            }
+        }
+        for Segment { offset, len, times } in overlay(&rounded) {
+            let clusters = touched(self.walk.geometry().cluster_bits(), offset, len);
+            self.count(clusters, times, Key(phase, offset.value(), 0));
+        }
+    }
+
+    fn bitmap_references(&self, tables: &Tables) -> Result<()> {
+        self.table_references(Owner::BitmapTable, &tables.bitmaps, Phase::Bitmaps);
+        let geometry = self.walk.geometry();
+        for Segment { offset, len, times } in overlay(&tables.bitmaps) {
+            let key = Key(Phase::Bitmaps, offset.value(), 1);
+            let mut pieces = self.walk.pieces(offset, len);
+            while let Some((_, piece)) = pieces.read_next().map_err(metadata_error)? {
+                for raw in bytes::words(piece).filter(|&raw| raw != 0) {
+                    match BitmapTableEntry::decode(raw, geometry) {
+                        Ok(BitmapTableEntry::Data(offset)) => {
+                            let len = geometry.cluster_size();
+                            self.refer(Reference { owner: Owner::BitmapData, offset, len, times }, key);
+                        }
+                        Ok(_) => {}
+                        Err(_) => self.fault(key, Finding::BitmapTableEntry { entry: raw }, times),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Judges the refcount table's entries and counts the blocks. Comes last: a block must be the only owner of its
+    /// cluster.
+    fn refcount_blocks(&self, tables: &Tables) {
+        let geometry = self.walk.geometry();
+        let file_end = if self.counters.count(self.clusters) > 0 { self.clusters + 1 } else { self.clusters };
+        for (index, &raw) in (0..).zip(&tables.refcounts) {
+            if raw == 0 {
+                continue;
+            }
+            let key = Key(Phase::RefcountBlocks, index, 0);
+            if refcount::reserved_bits(raw) != 0 {
+                self.fault(key, Finding::RefcountTableReserved { index }, 1);
+                continue;
+            }
+            let offset = match decode_table_entry(raw, geometry) {
+                Ok(Some(offset)) => offset,
+                Ok(None) => continue,
+                Err(error) => {
+                    debug_assert!(matches!(error.kind(), FormatErrorKind::Misaligned(_)));
+                    self.fault(key, Finding::RefcountBlockMisaligned { index }, 1);
+                    continue;
+                }
+            };
+            let cluster = geometry.host_cluster(offset).value();
+            if cluster >= file_end {
+                self.fault(key, Finding::RefcountBlockOutside { index }, 1);
+                continue;
+            }
+            let len = geometry.cluster_size();
+            self.refer(Reference { owner: Owner::RefcountBlock, offset, len, times: 1 }, key);
+            let references = self.counters.count(cluster);
+            if self.counters.window().contains(&cluster) && references != 1 {
+                self.shared.found(key, Finding::RefcountBlockShared { index, references }, 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Images made to cost time or memory.
