@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::pipeline::Order;
 use crate::progress::Progress;
-use crate::source::Source;
+use crate::source::{Source, total_size};
 use qcow2_core::{ClusterCodec, GuestDisk, Image};
 use std::sync::Arc;
 
@@ -51,7 +51,7 @@ impl Default for ConvertOptions {
 /// Bytes of the sources together, each rounded up to a multiple of 512: what the target needs. Errors: `InvalidOption`
 /// past 2^64 - 1.
 pub fn converted_size(sources: &[Arc<dyn GuestDisk>]) -> Result<u64> {
-    Ok(Source::new(sources)?.size())
+    total_size(sources)
 }
 
 /// Writes what the sources hold, one after the other, into `target`, which must be at least as large; what it has past
@@ -97,7 +97,25 @@ pub fn convert(
         order: if options.out_of_order || target.cluster_size() == 0 { Order::Any } else { Order::Claimed },
         salvage: options.salvage,
     };
-    copy(&plan, executor, progress)
+    let report = copy(&plan, executor, progress)?;
+    if let Some((image, _)) = plan.compress {
+        end_on_a_sector(image)?;
+    }
+    Ok(report)
+}
+
+/// Makes the file a multiple of 512 bytes: the last stream may end anywhere, and some readers (7-Zip) call a file cut off
+/// that ends inside the sectors its tables name.
+fn end_on_a_sector(image: &Image) -> Result<()> {
+    let storage = image.storage();
+    let pad = || {
+        let len = storage.len()?;
+        match len.checked_next_multiple_of(512) {
+            Some(end) if end != len => storage.set_len(end),
+            _ => Ok(()),
+        }
+    };
+    pad().map_err(|e| Error::new(ErrorKind::Write, "error while writing the end of the file").with_source(e))
 }
 
 fn check_sparse_size(size: u64) -> Result<()> {

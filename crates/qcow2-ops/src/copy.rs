@@ -1,8 +1,8 @@
 //! The loop that convert and its relatives share: claim a chunk, see what is in it, read it, find its zeroes, perhaps
 //! compress it, and write it in guest order.
 //!
-//! Memory: each of the [`SLOTS_PER_WORKER`](crate::pipeline::SLOTS_PER_WORKER) slots of a worker holds one chunk, which is
-//! 1 MiB or a cluster where that is more, and a second one for streams where the target is compressed.
+//! Memory: each worker has two slots, and a slot holds one chunk, which is 1 MiB or a cluster where that is more; where
+//! the target is compressed, a second one for streams.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;

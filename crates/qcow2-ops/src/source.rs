@@ -44,17 +44,23 @@ impl Run {
     }
 }
 
+/// Bytes of all disks together, each rounded up to a multiple of 512.
+pub(crate) fn total_size(disks: &[Arc<dyn GuestDisk>]) -> Result<u64> {
+    let sizes = disks.iter().map(|disk| disk.size().checked_next_multiple_of(SECTOR));
+    sizes
+        .into_iter()
+        .try_fold(0u64, |total, size| total.checked_add(size?))
+        .ok_or_else(|| Error::new(ErrorKind::InvalidOption, "the sources together pass 2^64 - 1 bytes"))
+}
+
 impl Source {
     pub(crate) fn new(disks: &[Arc<dyn GuestDisk>]) -> Result<Self> {
-        let (mut parts, mut size) = (Vec::with_capacity(disks.len()), 0u64);
+        let size = total_size(disks)?;
+        let (mut parts, mut start) = (Vec::with_capacity(disks.len()), 0);
         for disk in disks {
-            let len = disk.size().checked_next_multiple_of(SECTOR);
-            let end = len.and_then(|len| size.checked_add(len)).ok_or_else(|| {
-                Error::new(ErrorKind::InvalidOption, "the sources together pass 2^64 - 1 bytes")
-            })?;
-            let layers = Layers::new(disk)?;
-            parts.push(Part { disk: Arc::clone(disk), layers, start: size, len: end - size });
-            size = end;
+            let len = disk.size().next_multiple_of(SECTOR);
+            parts.push(Part { disk: Arc::clone(disk), layers: Layers::new(disk)?, start, len });
+            start += len;
         }
         Ok(Self { parts, size })
     }

@@ -190,6 +190,7 @@ fn images_of_every_shape_hold_what_the_source_held() {
             let alone = converted(&bytes, &create_options, &options, 1);
             assert!(content(&*alone.image()) == bytes, "{name}");
             assert_eq!(alone.report.compressed_clusters > 0, options.compress, "{name}");
+            assert!(alone.file.to_vec().len().is_multiple_of(512), "{name}");
             alone.check_with_reference(&bytes, &name);
             for workers in [2, 5] {
                 let together = converted(&bytes, &create_options, &options, workers);
