@@ -78,8 +78,8 @@ impl Image {
         self
     }
 
-    /// Ends the image's use: everything durable, every refcount exact, warning bits cleared. The image takes no changes
-    /// afterwards. Call it before the last reference is dropped; without it nothing is lost that was flushed, but
+    /// Ends the image's use: everything durable, every refcount exact, warning bits cleared, the file's end where
+    /// other readers expect it. The image takes no changes afterwards. Call it before the last reference is dropped; without it nothing is lost that was flushed, but
     /// clusters may be left leaked. Errors: `Storage`, `Poisoned`.
     pub fn close(&self) -> Result<()> {
         let _alone = write(&self.structure);
@@ -87,6 +87,7 @@ impl Image {
             return Ok(());
         }
         self.meta.check_writable()?;
+        self.meta.pad_end()?;
         self.meta.settle()?;
         self.meta.retract_warnings()?;
         self.meta.poisoned.store(true, Ordering::Release);

@@ -62,6 +62,23 @@ impl Meta {
         self.flush()
     }
 
+    /// Ends a changed file where other readers expect an end: with a whole cluster, or with a whole sector where the last
+    /// cluster holds compressed streams. The bytes in between were never written, and some readers take no short read.
+    pub(crate) fn pad_end(&self) -> Result<()> {
+        if !self.changing.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let len = self.storage.len()?;
+        let streams = lock(&self.refcounts).pack;
+        let packed = streams
+            .is_some_and(|(start, _)| self.geometry.align_down(start) == self.geometry.align_down(len));
+        let unit = if packed { SECTOR_SIZE } else { self.geometry.cluster_size() };
+        if !len.is_multiple_of(unit) && self.storage.limits().growable {
+            self.storage.set_len(len.next_multiple_of(unit))?;
+        }
+        Ok(())
+    }
+
     fn flush_round(&self) -> Result<()> {
         let links = self.take_links();
         if !self.rules.keep(OrderingRule::UnlinkBeforeFree) {
