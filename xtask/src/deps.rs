@@ -30,12 +30,14 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("bytes", ANY),
     ("crc32fast", ANY),
     ("flate2", &["qcow2-codec"]),
+    ("libc", &["qcow2-io"]),
     ("indicatif", &["qcow2-cli"]),
     ("jiff", &["qcow2-cli"]),
     ("proptest", &["qcow2-testkit", "qcow2-tests"]),
     ("rustix", &["qcow2-io", "qcow2-cli"]),
     ("serde_json", &["qcow2-cli", "qcow2-tests", "xtask"]),
     ("signal-hook", &["qcow2-cli"]),
+    ("shuttle", &["qcow2-core"]),
     ("tempfile", &["qcow2-cli", "qcow2-testkit", "qcow2-tests"]),
     ("zstd", &["qcow2-codec"]),
 ];
@@ -43,6 +45,9 @@ const OUTSIDE: &[(&str, &[&str])] = &[
 /// Crates that only tests and benches may use, whoever they belong to.
 const DEV_ONLY: &[&str] =
     &["criterion", "proptest", "serde_json", "tempfile", "crc32fast", "bytes", "flate2", "zstd"];
+
+/// Crates that shipped code may use behind a feature only.
+const OPTIONAL_ONLY: &[&str] = &["shuttle"];
 
 const ANY: &[&str] = &["*"];
 
@@ -52,6 +57,7 @@ struct Arrow {
     from: String,
     to: String,
     dev: bool,
+    optional: bool,
 }
 
 /// Compares the manifests under `root` with the tables.
@@ -81,6 +87,7 @@ fn read_metadata(metadata: &Value) -> Option<(Vec<String>, Vec<Arrow>)> {
                 from: from.to_owned(),
                 to: dependency["name"].as_str()?.to_owned(),
                 dev: dependency["kind"].as_str() == Some("dev"),
+                optional: dependency["optional"].as_bool() == Some(true),
             });
         }
     }
@@ -127,7 +134,8 @@ fn inside(arrow: &Arrow) -> Option<String> {
 fn outside(arrow: &Arrow) -> Option<String> {
     let users = OUTSIDE.iter().find(|(name, _)| *name == arrow.to).map_or(&[][..], |(_, users)| users);
     if users == ANY || users.contains(&arrow.from.as_str()) {
-        return None;
+        let must_be_optional = OPTIONAL_ONLY.contains(&arrow.to.as_str()) && !arrow.optional && !arrow.dev;
+        return must_be_optional.then(|| format!("{} behind a feature", arrow.to));
     }
     if arrow.dev && DEV_ONLY.contains(&arrow.to.as_str()) {
         return None;
@@ -144,7 +152,7 @@ mod tests {
 
     fn check(from: &str, to: &str, dev: bool, fine: bool) {
         let ours: Vec<String> = EDGES.iter().map(|(name, _)| (*name).to_owned()).collect();
-        let arrow = Arrow { from: from.to_owned(), to: to.to_owned(), dev };
+        let arrow = Arrow { from: from.to_owned(), to: to.to_owned(), dev, optional: false };
         let findings = judge(&ours, &[arrow]);
         assert_eq!(findings.is_empty(), fine, "{from} -> {to} (dev: {dev}): {findings:?}");
     }
@@ -179,7 +187,9 @@ mod tests {
         check("qcow2-core", "flate2", false, false);
         check("qcow2-core", "proptest", true, true);
         check("qcow2-core", "proptest", false, false);
-        check("qcow2-io", "libc", false, false);
+        check("qcow2-io", "libc", false, true);
+        check("qcow2-core", "libc", false, false);
+        check("qcow2-core", "shuttle", false, false);
         check("qcow2-cli", "never-heard-of", true, false);
     }
 

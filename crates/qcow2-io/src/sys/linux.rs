@@ -172,7 +172,7 @@ fn lock_request(kind: libc::c_int, byte: u64) -> libc::flock64 {
 }
 
 /// One lock call on the open file description. The 64-bit structure is what `F_OFD_*` takes on every architecture.
-#[allow(unsafe_code)]
+#[allow(unsafe_code, reason = "the one system call that rustix does not have")]
 fn byte_lock_call(file: &File, command: libc::c_int, lock: &mut libc::flock64) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     loop {
