@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::progress::Progress;
 use collect::{Collected, Collector, Key, Phase};
-use counters::Counters;
+use counters::{CHUNK, Counters};
 use mapping::{Statistics, touched};
 use qcow2_core::Storage;
 use qcow2_core::walk::{self, Owner, Reference, Segment, TablePlace, Walk, overlay};
@@ -46,7 +46,7 @@ pub struct CheckOptions {
     /// How many findings the report lists; all are counted.
     pub max_findings: usize,
     /// Bytes of memory for counting references, at most [`MAX_COUNTERS_SIZE`]; less means more passes over the tables.
-    /// Rounded down to whole megabytes, but never below 32.
+    /// Never less than what one refcount block counts, which is 128 KiB by default.
     pub counters_size: u64,
 }
 
@@ -134,15 +134,16 @@ fn references(
 ) -> Result<()> {
     let clusters = walk.geometry().clusters_for(walk.file_len());
     let width = walk.geometry().refcount_width();
-    // Whole megabytes of counts: windows start where a refcount block of any size starts.
-    let counters_size = (options.counters_size.min(MAX_COUNTERS_SIZE) >> 20).max(32) << 20;
-    let window = (counters_size / Counters::bytes_per_cluster(width)) & !(MAX_BLOCK_ENTRIES - 1);
+    // A window starts where a chunk of counters and a refcount block start; both are powers of two.
+    let unit = walk.geometry().refcount_block_entries().max(CHUNK);
+    let counters_size = options.counters_size.min(MAX_COUNTERS_SIZE);
+    let window = (counters_size / Counters::bytes_per_cluster(width) / unit).max(1) * unit;
     let (statistics, expected) = (Statistics::default(), AtomicU64::new(0));
     let mut used_end = 0;
     let mut start = 0;
     // A reference may reach into the cluster behind the last one.
     while start <= clusters {
-        let range = start..(clusters + 1).min(start + window.max(MAX_BLOCK_ENTRIES));
+        let range = start..(clusters + 1).min(start + window);
         let pass = Pass {
             walk,
             shared,
@@ -163,9 +164,6 @@ fn references(
     report.image_end_offset = used_end.max(1) << walk.geometry().cluster_bits();
     Ok(())
 }
-
-/// The most refcounts in a block: 2 MiB of 1-bit counts.
-const MAX_BLOCK_ENTRIES: u64 = 1 << 24;
 
 fn metadata_error(error: qcow2_core::Error) -> Error {
     Error::new(ErrorKind::Metadata, "checking the image").with_source(error)

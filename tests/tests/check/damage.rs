@@ -10,17 +10,17 @@ const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 
 /// An image's bytes and where its first tables are.
-struct Image {
-    bytes: Vec<u8>,
-    l1: u64,
-    l2: u64,
-    refcount_table: u64,
-    refcount_block: u64,
+pub(crate) struct Image {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) l1: u64,
+    pub(crate) l2: u64,
+    pub(crate) refcount_table: u64,
+    pub(crate) refcount_block: u64,
     snapshots: u64,
 }
 
 impl Image {
-    fn read(path: &Path) -> Self {
+    pub(crate) fn read(path: &Path) -> Self {
         let bytes = fs::read(path).expect("the image can be read");
         let mut image = Self { bytes, l1: 0, l2: 0, refcount_table: 0, refcount_block: 0, snapshots: 0 };
         image.l1 = image.word(40);
@@ -31,20 +31,20 @@ impl Image {
         image
     }
 
-    fn word(&self, at: u64) -> u64 {
+    pub(crate) fn word(&self, at: u64) -> u64 {
         let word = &self.bytes[at as usize..at as usize + 8];
         u64::from_be_bytes(word.try_into().expect("eight bytes"))
     }
 
-    fn put(&mut self, at: u64, bytes: &[u8]) {
+    pub(crate) fn put(&mut self, at: u64, bytes: &[u8]) {
         self.bytes[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
     }
 
-    fn set(&mut self, at: u64, word: u64) {
+    pub(crate) fn set(&mut self, at: u64, word: u64) {
         self.put(at, &word.to_be_bytes());
     }
 
-    fn change(&mut self, at: u64, change: impl FnOnce(u64) -> u64) {
+    pub(crate) fn change(&mut self, at: u64, change: impl FnOnce(u64) -> u64) {
         self.set(at, change(self.word(at)));
     }
 
@@ -56,10 +56,10 @@ impl Image {
 
 /// How an image comes to be: `qemu-img create` options, size, then `qemu-io` commands; `snapshot` takes one.
 #[derive(Clone, Copy)]
-struct Base<'a> {
-    options: &'a str,
-    size: &'a str,
-    commands: &'a [&'a str],
+pub(crate) struct Base<'a> {
+    pub(crate) options: &'a str,
+    pub(crate) size: &'a str,
+    pub(crate) commands: &'a [&'a str],
 }
 
 const PLAIN: Base<'_> = Base { options: "", size: "4M", commands: &["write 0 256k"] };
@@ -70,18 +70,18 @@ const COMPRESSED_BASE: Base<'_> =
     Base { commands: &["write -c 0 64k", "write -c 64k 64k", "write 128k 64k"], ..PLAIN };
 const SNAPSHOTS: Base<'_> = Base { commands: &["write 0 64k", "snapshot s0", "snapshot s1"], ..PLAIN };
 
-struct Bench {
-    qemu: Qemu,
-    folder: tempfile::TempDir,
+pub(crate) struct Bench {
+    pub(crate) qemu: Qemu,
+    pub(crate) folder: tempfile::TempDir,
 }
 
 impl Bench {
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         let folder = tempfile::tempdir().expect("a temporary folder");
         Some(Self { qemu: Qemu::find()?, folder })
     }
 
-    fn make(&self, base: Base<'_>) -> PathBuf {
+    pub(crate) fn make(&self, base: Base<'_>) -> PathBuf {
         let path = self.folder.path().join("image.qcow2");
         let _ = fs::remove_file(&path);
         let mut create = vec!["create", "-q", "-f", "qcow2"];
@@ -101,7 +101,7 @@ impl Bench {
     }
 
     /// Damages an image and compares our report with QEMU's: exit code, lines, counts and statistics.
-    fn case(&self, name: &str, base: Base<'_>, damage: impl FnOnce(&mut Image)) {
+    pub(crate) fn case(&self, name: &str, base: Base<'_>, damage: impl FnOnce(&mut Image)) {
         self.compare(name, base, damage, true);
     }
 
@@ -111,7 +111,7 @@ impl Bench {
         self.compare(name, base, damage, false);
     }
 
-    fn compare(&self, name: &str, base: Base<'_>, damage: impl FnOnce(&mut Image), whole: bool) {
+    pub(crate) fn compare(&self, name: &str, base: Base<'_>, damage: impl FnOnce(&mut Image), whole: bool) {
         let path = self.make(base);
         let mut image = Image::read(&path);
         damage(&mut image);

@@ -1,8 +1,8 @@
 //! Checks of damaged images against `qemu-img check`: the same exit class, counts, statistics, and lines.
 
 mod damage;
-mod hostile;
-mod scale;
+mod random;
+mod windows;
 mod words;
 
 use qcow2_io::OpenFile;

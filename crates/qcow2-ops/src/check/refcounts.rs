@@ -44,7 +44,7 @@ pub(super) enum Ones {
 }
 
 impl<'a> Stored<'a> {
-    /// Nothing is known yet about `window`, which starts at a multiple of the largest number of refcounts in a block.
+    /// Nothing is known yet about `window`, which starts at a multiple of the refcounts in a block.
     pub(super) fn new(walk: &'a Walk<'a>, table: &'a [u64], window: Range<u64>) -> Self {
         let words = (window.end - window.start).div_ceil(64);
         Self { walk, table, window, ones: (0..words).map(|_| AtomicU64::new(0)).collect() }

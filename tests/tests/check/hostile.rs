@@ -1,1 +1,0 @@
-//! Images made to cost time or memory.
