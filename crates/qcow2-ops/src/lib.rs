@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod bench;
 pub mod check;
 pub mod checksum;
 pub mod compare;
@@ -23,6 +24,7 @@ mod source;
 mod testing;
 mod zeroes;
 
+pub use bench::{BenchOptions, bench};
 pub use check::{CheckOptions, CheckReport, check};
 pub use checksum::{Checksum, checksum};
 pub use compare::{CompareOptions, CompareReport, Comparison, compare};

@@ -53,6 +53,17 @@ pub(crate) enum Opt {
     StartOffset,
     MaxLength,
     Repair,
+    RequestCount,
+    Depth,
+    BufferSize,
+    StepSize,
+    Pattern,
+    FlushInterval,
+    NoDrain,
+    Write,
+    Native,
+    Aio,
+    Threads,
 }
 
 /// One verb of the command line.

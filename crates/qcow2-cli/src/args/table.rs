@@ -6,6 +6,14 @@ use crate::command;
 /// The verbs, in the order of the help.
 pub(crate) static VERBS: &[Verb] = &[
     Verb {
+        name: "bench",
+        summary: "Send requests to an image and measure how long they take",
+        synopsis: "[-f FMT | --image-opts] [-c COUNT] [-d DEPTH] [-s SIZE] [-S STEP] [-o OFFSET] [-w] [...] FILENAME",
+        options: BENCH,
+        operands: &[FILENAME],
+        run: command::bench::run,
+    },
+    Verb {
         name: "check",
         summary: "Check the references and refcounts of an image",
         synopsis: "[-f FMT | --image-opts] [-T CACHE] [-U] [--output human|json] [-r leaks|all] FILENAME",
@@ -130,8 +138,7 @@ pub(crate) fn find_verb(name: &str) -> Option<&'static Verb> {
 
 /// Whether qemu-img has a verb `name` that this program lacks.
 pub(crate) fn known_but_missing(name: &str) -> bool {
-    const MISSING: [&str; 9] =
-        ["amend", "bench", "bitmap", "commit", "dd", "measure", "rebase", "resize", "snapshot"];
+    const MISSING: [&str; 8] = ["amend", "bitmap", "commit", "dd", "measure", "rebase", "resize", "snapshot"];
     MISSING.contains(&name)
 }
 
@@ -177,6 +184,34 @@ static CONVERT: &[OptionSpec] = &[
     advertised(Opt::TargetFormat, "target-format", Some("FMT")),
     advertised(Opt::Options, "target-options", Some("OPTIONS")),
     advertised(Opt::TargetCache, "target-cache", Some("CACHE")),
+];
+
+static BENCH: &[OptionSpec] = &[
+    HELP,
+    QUIET,
+    FORMAT,
+    IMAGE_OPTS,
+    OBJECT,
+    FORCE_SHARE,
+    option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode (writeback)"),
+    option(Opt::RequestCount, Some('c'), "count", Some("COUNT"), "how many requests (75000)"),
+    option(Opt::Depth, Some('d'), "depth", Some("DEPTH"), "how many requests at a time (64)"),
+    option(Opt::StartOffset, Some('o'), "offset", Some("OFFSET"), "where the first request is (0)"),
+    option(Opt::BufferSize, Some('s'), "buffer-size", Some("SIZE"), "bytes of a request (4k)"),
+    option(Opt::StepSize, Some('S'), "step-size", Some("STEP"), "bytes from one request to the next (SIZE)"),
+    option(Opt::Write, Some('w'), "write", None, "write instead of reading"),
+    option(Opt::Pattern, None, "pattern", Some("BYTE"), "the byte to write (0)"),
+    option(Opt::FlushInterval, None, "flush-interval", Some("COUNT"), "flush after every COUNT writes"),
+    option(Opt::NoDrain, None, "no-drain", None, "flush while requests are running"),
+    option(Opt::Aio, Some('i'), "aio", Some("AIO"), "accepted: threads, native, io_uring"),
+    option(Opt::Native, Some('n'), "native", None, "past the page cache"),
+    option(
+        Opt::Threads,
+        None,
+        "threads",
+        Some("COUNT"),
+        "threads that send requests (one a core, at most DEPTH)",
+    ),
 ];
 
 const FILENAME: (&str, &str) = ("FILENAME", "the image, or an option string with --image-opts");

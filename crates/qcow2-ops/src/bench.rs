@@ -1,0 +1,155 @@
+//! Requests one after the other at equal steps, to see how many a disk serves. The clock is the caller's.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::Executor;
+use crate::progress::Progress;
+use qcow2_core::{GuestDisk, GuestOffset};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
+
+/// What to ask of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BenchOptions {
+    /// How many requests.
+    pub count: u64,
+    /// Bytes of a request, at least 1.
+    pub buffer_size: u64,
+    /// Bytes from the start of one request to the start of the next; offsets go round at the end of the disk.
+    pub step: u64,
+    /// Where the first request is.
+    pub start: u64,
+    /// The byte to write; `None` reads.
+    pub pattern: Option<u8>,
+    /// A flush follows every so many requests; `None`: no flush.
+    pub flush_interval: Option<u64>,
+    /// Whether a flush waits until no request is running, as one that cares for their order would.
+    pub drain: bool,
+}
+
+impl BenchOptions {
+    /// 75000 reads of 4096 bytes each, one behind the other.
+    pub fn new() -> Self {
+        Self {
+            count: 75_000,
+            buffer_size: 4096,
+            step: 4096,
+            start: 0,
+            pattern: None,
+            flush_interval: None,
+            drain: true,
+        }
+    }
+}
+
+impl Default for BenchOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+struct Run<'a> {
+    disk: &'a dyn GuestDisk,
+    options: &'a BenchOptions,
+    progress: &'a dyn Progress,
+    next: AtomicU64,
+    /// Held for reading by a request, for writing by a flush that drains.
+    requests: RwLock<()>,
+    failed: Mutex<Option<Error>>,
+}
+
+/// Sends the requests; as many run at the same time as `executor` has workers. Disk: reads or overwrites guest bytes; what
+/// was written is flushed only where the options say so. Errors: `Read`, `Write` of the first request that failed.
+pub fn bench(
+    disk: &dyn GuestDisk,
+    options: &BenchOptions,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let (next, requests, failed) = (AtomicU64::new(0), RwLock::new(()), Mutex::new(None));
+    let run = Run { disk, options, progress, next, requests, failed };
+    executor.run(&|_| run.work());
+    match run.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+impl Run<'_> {
+    fn work(&self) {
+        let mut buffer = vec![self.options.pattern.unwrap_or(0); self.options.buffer_size as usize];
+        while !self.progress.should_stop() {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= self.options.count {
+                return;
+            }
+            if let Err(error) = self.request(index, &mut buffer) {
+                self.next.store(self.options.count, Ordering::Relaxed);
+                self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                return;
+            }
+        }
+    }
+
+    fn request(&self, index: u64, buffer: &mut [u8]) -> Result<()> {
+        let offset = self.offset(index);
+        {
+            let _running = self.requests.read().unwrap_or_else(PoisonError::into_inner);
+            let (done, kind) = match self.options.pattern {
+                Some(_) => (self.disk.write_at(offset, buffer), ErrorKind::Write),
+                None => (self.disk.read_at(offset, buffer), ErrorKind::Read),
+            };
+            done.map_err(|e| {
+                Error::new(kind, format!("request at guest offset {offset} failed")).with_source(e)
+            })?;
+        }
+        match self.options.flush_interval {
+            Some(interval) if (index + 1).is_multiple_of(interval) => self.flush(),
+            _ => Ok(()),
+        }
+    }
+
+    fn flush(&self) -> Result<()> {
+        let _alone =
+            self.options.drain.then(|| self.requests.write().unwrap_or_else(PoisonError::into_inner));
+        self.disk.flush().map_err(|e| Error::new(ErrorKind::Write, "flush failed").with_source(e))
+    }
+
+    /// Where request `index` is. Only the first one may lie past the end, which is then an error.
+    fn offset(&self, index: u64) -> GuestOffset {
+        let size = self.disk.size();
+        let at = u128::from(self.options.start) + u128::from(index) * u128::from(self.options.step);
+        if index == 0 || size == 0 {
+            return GuestOffset::new(self.options.start);
+        }
+        let at = (at % u128::from(size)) as u64;
+        let fits = at.checked_add(self.options.buffer_size).is_some_and(|end| end <= size);
+        GuestOffset::new(if fits { at } else { size.saturating_sub(self.options.buffer_size) })
+    }
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executor::Inline;
+    use crate::progress::Silent;
+    use crate::testing::{TestDisk, Threads};
+
+    #[test]
+    fn requests_go_round_at_the_end() {
+        for workers in [1, 3] {
+            let disk = TestDisk::data(vec![0; 10_000]);
+            let options =
+                BenchOptions { count: 5, pattern: Some(7), flush_interval: Some(2), ..BenchOptions::new() };
+            bench(&disk, &options, &Threads(workers), &Silent).unwrap();
+            let bytes = disk.bytes.lock().unwrap();
+            assert!(bytes.iter().all(|&b| b == 7), "the requests at 8192 and 6384 reach the end");
+        }
+    }
+
+    #[test]
+    fn a_start_past_the_end_fails() {
+        let options = BenchOptions { start: 20_000, ..BenchOptions::new() };
+        let error = bench(&TestDisk::data(vec![0; 10_000]), &options, &Inline, &Silent).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Read);
+    }
+}
