@@ -2,3 +2,4 @@
 #![forbid(unsafe_code)]
 
 pub mod fixtures;
+pub mod side_by_side;

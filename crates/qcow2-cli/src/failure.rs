@@ -104,23 +104,22 @@ impl Failure {
         self.code
     }
 
-    /// Every line for standard error, for a program called `program`.
-    pub(crate) fn lines(&self, program: &str) -> Vec<String> {
-        let (first, verb) = match self.kind {
+    /// Every line for standard error. `program`: the name before messages; `called`: how it was called, which is the
+    /// name in option syntax errors and pointers to help.
+    pub(crate) fn lines(&self, program: &str, called: &str) -> Vec<String> {
+        let (name, verb) = match self.kind {
             Kind::Silent => return Vec::new(),
-            Kind::Plain => (format!("{program}: {}", self.message), None),
-            Kind::Usage(verb) => (format!("{program}: {}", self.message), Some(verb)),
-            Kind::Syntax(None) => (format!("{program}: {}", self.message), Some(None)),
-            Kind::Syntax(Some(verb)) => {
-                (format!("{program} {}: {}", verb.name, self.message), Some(Some(verb)))
-            }
+            Kind::Plain => (program.to_owned(), None),
+            Kind::Usage(verb) => (program.to_owned(), Some(verb)),
+            Kind::Syntax(None) => (called.to_owned(), Some(None)),
+            Kind::Syntax(Some(verb)) => (format!("{called} {}", verb.name), Some(Some(verb))),
         };
         let mut lines: Vec<String> = self.before.iter().map(|text| format!("{program}: {text}")).collect();
-        lines.push(first);
+        lines.push(format!("{name}: {}", self.message));
         lines.extend(self.hints.iter().cloned());
         match verb {
-            Some(Some(verb)) => lines.push(format!("Try '{program} {} --help' for more info", verb.name)),
-            Some(None) => lines.push(format!("Try '{program} --help' for more info")),
+            Some(Some(verb)) => lines.push(format!("Try '{called} {} --help' for more info", verb.name)),
+            Some(None) => lines.push(format!("Try '{called} --help' for more info")),
             None => {}
         }
         lines
@@ -134,3 +133,31 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::find_verb;
+
+    #[track_caller]
+    fn check(failure: Failure, lines: &[&str]) {
+        assert_eq!(failure.lines("qemu-img", "bin/qemu-img"), lines);
+    }
+
+    #[test]
+    fn how_failures_are_put() {
+        let info = find_verb("info").unwrap();
+        check(Failure::new("no").hint("perhaps"), &["qemu-img: no", "perhaps"]);
+        check(Failure::new("no").about("x"), &["qemu-img: x: no"]);
+        check(Failure::new("no").after("first"), &["qemu-img: first", "qemu-img: no"]);
+        check(Failure::could_not_open("x", "why"), &["qemu-img: Could not open 'x': why"]);
+        check(Failure::could_not_open("x", "why").without_name(), &["qemu-img: why"]);
+        check(Failure::silent(0), &[]);
+        let help = "Try 'bin/qemu-img info --help' for more info";
+        check(Failure::usage(info, "no"), &["qemu-img: no", help]);
+        check(Failure::syntax(Some(info), "no"), &["bin/qemu-img info: no", help]);
+        let help = "Try 'bin/qemu-img --help' for more info";
+        check(Failure::syntax(None, "no"), &["bin/qemu-img: no", help]);
+        check(Failure::general_usage("no"), &["qemu-img: no", help]);
+    }
+}

@@ -96,6 +96,9 @@ fn from_options(options: &BTreeMap<String, String>) -> Understood {
         return Err(format!("Cannot find device='{node}' nor node-name='{node}'"));
     }
     let (driver, file_driver) = (get("driver"), get("file.driver"));
+    if driver.is_none() && !options.keys().any(|key| key.starts_with("file.")) {
+        return Err("Must specify either driver or file".to_owned());
+    }
     if let Some(other) = file_driver.filter(|driver| !FILE_DRIVERS.contains(driver)) {
         return Err(format!("Unknown driver '{other}'"));
     }
@@ -109,10 +112,9 @@ fn from_options(options: &BTreeMap<String, String>) -> Understood {
             return Err(format!("Block format '{driver}' does not support the option '{key}'"));
         }
     }
-    match (get("file.filename"), driver) {
-        (Some(path), _) => Ok((path.to_owned(), driver.map(str::to_owned))),
-        (None, Some(_)) => Err("A block device must be specified for \"file\"".to_owned()),
-        (None, None) => Err("Must specify either driver or file".to_owned()),
+    match get("file.filename") {
+        Some(path) => Ok((path.to_owned(), driver.map(str::to_owned))),
+        None => Err("A block device must be specified for \"file\"".to_owned()),
     }
 }
 

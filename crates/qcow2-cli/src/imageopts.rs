@@ -316,7 +316,7 @@ mod tests {
 
     #[track_caller]
     fn check_error(text: &str, lines: &[&str]) {
-        assert_eq!(parse(TargetFormat::Qcow2, text).unwrap_err().lines("p"), lines);
+        assert_eq!(parse(TargetFormat::Qcow2, text).unwrap_err().lines("p", "p"), lines);
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
     let session = Session::new(&args.next().unwrap_or_default().to_string_lossy());
     let result = utf8(args).and_then(|args| dispatch(&session, args));
     result.unwrap_or_else(|failure| {
-        for line in failure.lines(session.program()) {
+        for line in failure.lines(session.program(), session.called()) {
             session.complain(&line);
         }
         failure.code()

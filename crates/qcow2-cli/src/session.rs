@@ -7,7 +7,8 @@ use std::io::{self, IsTerminal, Write};
 /// One run of the program.
 #[derive(Debug)]
 pub(crate) struct Session {
-    program: String,
+    program: &'static str,
+    called: String,
     drop_in: bool,
 }
 
@@ -17,12 +18,19 @@ impl Session {
         let name = argv0.rsplit(['/', '\\']).next().unwrap_or_default();
         let name = name.strip_suffix(".exe").unwrap_or(name);
         let drop_in = name == QEMU_IMG;
-        Self { program: if drop_in { QEMU_IMG } else { OWN_NAME }.to_owned(), drop_in }
+        let program = if drop_in { QEMU_IMG } else { OWN_NAME };
+        let called = if argv0.is_empty() { program } else { argv0 }.to_owned();
+        Self { program, called, drop_in }
     }
 
     /// The name that stands before messages.
     pub(crate) fn program(&self) -> &str {
-        &self.program
+        self.program
+    }
+
+    /// How the program was called, with the path.
+    pub(crate) fn called(&self) -> &str {
+        &self.called
     }
 
     /// Whether the program stands in for qemu-img.

@@ -1,10 +1,13 @@
 //! Where the content of a disk is: every run of the whole chain, with the layer that has it.
 
+mod assigned;
+mod sparse;
+
 use crate::error::{Error, ErrorKind, Result};
-use qcow2_core::format::refcount::{RefcountWidth, decode_table_entry};
-use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, Storage};
+use assigned::AssignedPlaces;
+use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, Storage};
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What to map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +109,8 @@ struct Layer {
     disk: Arc<dyn GuestDisk>,
     /// Where holes in the file below count: an image whose data area was reserved without being written.
     sparse_storage: Option<Arc<dyn Storage>>,
+    /// Finds places that are assigned but not used yet, which only subclusters can have.
+    assigned: Option<Mutex<AssignedPlaces>>,
 }
 
 impl Layers {
@@ -113,11 +118,15 @@ impl Layers {
         let mut layers = Vec::new();
         let mut next = Some(top);
         while let Some(disk) = next {
-            let sparse_storage = disk.as_image().map(find_sparse_storage).transpose();
+            let sparse_storage = disk.as_image().map(sparse::find_sparse_storage).transpose();
             let sparse_storage = sparse_storage.map_err(|e| {
                 Error::new(ErrorKind::Extents, "comparing refcounts with the space in use").with_source(e)
             })?;
-            layers.push(Layer { disk: Arc::clone(disk), sparse_storage: sparse_storage.flatten() });
+            layers.push(Layer {
+                disk: Arc::clone(disk),
+                sparse_storage: sparse_storage.flatten(),
+                assigned: disk.as_image().and_then(AssignedPlaces::new).map(Mutex::new),
+            });
             next = disk.backing();
         }
         Ok(Self { layers })
@@ -142,8 +151,12 @@ impl Layers {
                 GuestRange::between(GuestOffset::new(at), GuestOffset::new(at + extent.len.min(size - at)));
             let answer = layer.disk.extent_at(range)?;
             extent = MapExtent { len: answer.len, depth, ..extent };
+            extent.host = None;
             extent = match answer.state {
-                ExtentState::Unallocated => continue,
+                ExtentState::Unallocated => {
+                    extent = layer.with_assigned_place(extent)?;
+                    continue;
+                }
                 ExtentState::Zero { host } => MapExtent { present: true, host, ..extent },
                 ExtentState::Compressed => {
                     MapExtent { present: true, zero: false, data: true, compressed: true, ..extent }
@@ -160,6 +173,14 @@ impl Layers {
 }
 
 impl Layer {
+    /// Notes the place that is assigned to an unallocated run, and cuts the run where that place ends.
+    fn with_assigned_place(&self, extent: MapExtent) -> qcow2_core::Result<MapExtent> {
+        let Some(assigned) = &self.assigned else { return Ok(extent) };
+        let mut assigned = assigned.lock().unwrap_or_else(PoisonError::into_inner);
+        let (len, host) = assigned.at(GuestOffset::new(extent.start), extent.len)?;
+        Ok(MapExtent { len, host, ..extent })
+    }
+
     /// Cuts a stored run where a hole of the file begins or ends, and says which of both it is.
     fn with_holes(&self, extent: MapExtent) -> qcow2_core::Result<MapExtent> {
         let (Some(storage), Some(host)) = (&self.sparse_storage, extent.host) else {
@@ -173,71 +194,6 @@ impl Layer {
         Ok(MapExtent { len: part.len, zero: !part.data, ..extent })
     }
 }
-
-/// The image file, if far more clusters are counted as used than space is in use: then data clusters may be holes.
-/// The rule is QEMU's, so that both show the same.
-fn find_sparse_storage(image: &Image) -> qcow2_core::Result<Option<Arc<dyn Storage>>> {
-    let storage = image.storage();
-    let Some(used_bytes) = storage.used_bytes()? else {
-        return Ok(None);
-    };
-    if image.header().has_data_file() {
-        return Ok(None);
-    }
-    let cluster_size = image.geometry().cluster_size();
-    let real = used_bytes / cluster_size;
-    let threshold = (real.saturating_mul(10) / 9).max(real + 2);
-    let clusters = storage.len()?.div_ceil(cluster_size);
-    let sparse = clusters >= threshold && count_used_clusters(image, clusters, threshold)? >= threshold;
-    Ok(sparse.then(|| Arc::clone(storage)))
-}
-
-/// How many of the first `clusters` have a refcount; stops counting at `enough`. Reads no more refcount blocks than the
-/// space in use can hold, so that a small file cannot ask for much.
-fn count_used_clusters(image: &Image, clusters: u64, enough: u64) -> qcow2_core::Result<u64> {
-    let (header, geometry, storage) = (image.header(), image.geometry(), image.storage());
-    let per_block = geometry.refcount_block_entries();
-    let table_entries = u64::from(header.refcount_table_clusters) * geometry.cluster_size() / 8;
-    let mut blocks_left = storage.used_bytes()?.unwrap_or(0) / SMALLEST_SPACE + SPARE_BLOCKS;
-    let mut block = vec![0; usize::try_from(geometry.cluster_size()).unwrap_or(0)];
-    let mut count = 0;
-    for index in 0..clusters.div_ceil(per_block).min(table_entries) {
-        let Some(entry) = header.refcount_table_offset.checked_add(index * 8) else { break };
-        let mut raw = [0; 8];
-        storage.read_padded(entry, &mut raw)?;
-        // A misplaced block is for a check to complain about.
-        let Ok(Some(offset)) = decode_table_entry(u64::from_be_bytes(raw), &geometry) else { continue };
-        if count >= enough || blocks_left == 0 {
-            break;
-        }
-        blocks_left -= 1;
-        storage.read_padded(offset, &mut block)?;
-        let slots = per_block.min(clusters - index * per_block);
-        count += count_refcounts(&block, geometry.refcount_width(), slots);
-    }
-    Ok(count)
-}
-
-/// How many of the first `slots` counts in a refcount block are not zero.
-fn count_refcounts(block: &[u8], width: RefcountWidth, slots: u64) -> u64 {
-    let mut count = 0;
-    let per_word = u64::from(64 / width.bits());
-    for (index, bytes) in (0..).zip(block.chunks_exact(8)) {
-        let mut word = [0; 8];
-        word.copy_from_slice(bytes);
-        let (word, first) = (u64::from_be_bytes(word), index * per_word);
-        if word != 0 {
-            let used = (0..per_word).filter(|&slot| first + slot < slots && width.extract(word, slot) != 0);
-            count += used.count() as u64;
-        }
-    }
-    count
-}
-
-/// The least space that a file system gives to a file, as a rule.
-const SMALLEST_SPACE: u64 = 4096;
-/// How many refcount blocks may be read in any case.
-const SPARE_BLOCKS: u64 = 64;
 
 #[cfg(test)]
 mod tests {
@@ -384,15 +340,5 @@ mod tests {
         };
         map(&disk, &MapOptions::new(), &mut visit).unwrap();
         assert_eq!(seen, 1);
-    }
-
-    #[test]
-    fn counts_refcounts_of_any_width() {
-        let width = |order| RefcountWidth::from_order(order).unwrap();
-        let block = [0x00, 0x01, 0x00, 0x00, 0x00, 0x00, 0x00, 0x02, 0xff, 0, 0, 0, 0, 0, 0, 0];
-        assert_eq!(count_refcounts(&block, width(4), 8), 3);
-        assert_eq!(count_refcounts(&block, width(4), 4), 2);
-        assert_eq!(count_refcounts(&block, width(0), 128), 10);
-        assert_eq!(count_refcounts(&block, width(6), 2), 2);
     }
 }

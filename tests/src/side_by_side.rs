@@ -1,0 +1,181 @@
+//! The same command line given to qemu-img and to our own program, each in its own copy of the same folder.
+
+use qcow2_testkit::oracle::{Outcome, Tool};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Both programs, and the folder that each run starts from.
+pub struct SideBySide {
+    reference: Tool,
+    ours: Tool,
+    root: PathBuf,
+}
+
+/// What one command line did in both folders.
+pub struct Comparison {
+    /// The command line.
+    pub line: String,
+    /// What qemu-img said.
+    pub reference: Outcome,
+    /// What we said.
+    pub ours: Outcome,
+    /// How the two differ; empty: not at all.
+    pub differences: String,
+}
+
+/// What holds the content of a folder together: name to bytes.
+type Files = BTreeMap<String, Vec<u8>>;
+
+impl SideBySide {
+    /// `ours`: our program, which will be called as `qemu-img`. `root`: an empty folder, in which `make` makes the
+    /// folder that each run starts from. Prints a skip and returns `None` where qemu-img is missing.
+    pub fn new(ours: &Path, root: &Path, make: impl FnOnce(&Tool, &Path)) -> Option<Self> {
+        let reference = Tool::find("qemu-img")?;
+        let (bin, start) = (root.join("bin"), root.join("start"));
+        fs::create_dir(&bin).expect("a new folder for the program");
+        fs::create_dir(&start).expect("a new folder to start from");
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(ours, bin.join("qemu-img")).expect("a link to the program");
+        make(&reference, &start);
+        Some(Self { reference, ours: Tool::at(bin.join("qemu-img")), root: root.to_owned() })
+    }
+
+    /// Our program, called as `qemu-img`.
+    pub fn ours(&self) -> &Tool {
+        &self.ours
+    }
+
+    /// qemu-img.
+    pub fn reference(&self) -> &Tool {
+        &self.reference
+    }
+
+    /// The folder that each run starts from.
+    pub fn start(&self) -> PathBuf {
+        self.root.join("start")
+    }
+
+    /// Gives `line` to both, each in a new copy of the folder named after `id`, and compares exit code, output, and the
+    /// files that are there afterwards: changed files by what a guest sees in them, and ours must pass a check.
+    pub fn run(&self, id: usize, line: &str) -> Comparison {
+        let args = words(line);
+        let folders = ["reference", "ours"].map(|who| self.root.join(format!("{id}-{who}")));
+        for folder in &folders {
+            copy_folder(&self.start(), folder);
+        }
+        let reference = self.reference.run_in(&folders[0], &args);
+        let ours = self.ours.run_in(&folders[1], &args);
+        let mut differences = said_differently(&reference, &ours, &self.ours, &self.reference);
+        self.compare_files(&folders, &mut differences);
+        for folder in &folders {
+            fs::remove_dir_all(folder).expect("a folder of this run");
+        }
+        Comparison { line: line.to_owned(), reference, ours, differences }
+    }
+
+    fn compare_files(&self, [reference, ours]: &[PathBuf; 2], differences: &mut String) {
+        let before = files(&self.start());
+        let (theirs, own) = (files(reference), files(ours));
+        let names: BTreeSet<&String> = theirs.keys().chain(own.keys()).collect();
+        for name in names {
+            match (theirs.get(name), own.get(name)) {
+                (Some(_), None) => differences.push_str(&format!("file {name}: only qemu-img left it\n")),
+                (None, Some(_)) => differences.push_str(&format!("file {name}: only ours left it\n")),
+                (Some(a), Some(b)) if a != b => {
+                    let changed = before.get(name) != Some(a) || before.get(name) != Some(b);
+                    if changed {
+                        self.compare_images(&reference.join(name), &ours.join(name), differences);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Two images that are not the same bytes must at least be the same disk.
+    fn compare_images(&self, theirs: &Path, own: &Path, differences: &mut String) {
+        let args = ["compare".as_ref(), theirs.as_os_str(), own.as_os_str()];
+        let compared = self.reference.run_in(&self.root, &args);
+        if compared.code != Some(0) {
+            let _ = writeln!(differences, "content differs: {compared}");
+        }
+        let checked = self.reference.run_in(&self.root, &["check".as_ref(), own.as_os_str()]);
+        if !matches!(checked.code, Some(0 | 63)) {
+            let _ = writeln!(differences, "our image is not clean: {checked}");
+        }
+    }
+}
+
+/// A command line as words: blanks part them, single quotes keep them together.
+pub fn words(line: &str) -> Vec<String> {
+    let (mut words, mut word, mut quoted, mut begun) = (Vec::new(), String::new(), false, false);
+    for c in line.chars() {
+        match c {
+            '\'' => (quoted, begun) = (!quoted, true),
+            ' ' if !quoted => {
+                if begun {
+                    words.push(std::mem::take(&mut word));
+                }
+                begun = false;
+            }
+            c => {
+                word.push(c);
+                begun = true;
+            }
+        }
+    }
+    if begun {
+        words.push(word);
+    }
+    words
+}
+
+fn said_differently(reference: &Outcome, ours: &Outcome, our_tool: &Tool, their_tool: &Tool) -> String {
+    let mut differences = String::new();
+    if reference.code != ours.code {
+        let _ = writeln!(differences, "exit code: {:?}, ours {:?}", reference.code, ours.code);
+    }
+    // Some messages begin with the program's own path.
+    let plain = |text: &str, tool: &Tool| text.replace(&tool.path().display().to_string(), "qemu-img");
+    for (what, theirs, own) in
+        [("stdout", &reference.stdout, &ours.stdout), ("stderr", &reference.stderr, &ours.stderr)]
+    {
+        let (theirs, own) = (plain(theirs, their_tool), plain(own, our_tool));
+        if theirs != own {
+            let _ = writeln!(differences, "{what}:\n{theirs}\n-- ours:\n{own}");
+        }
+    }
+    differences
+}
+
+fn files(folder: &Path) -> Files {
+    let mut files = Files::new();
+    for entry in fs::read_dir(folder).expect("a folder of the test") {
+        let entry = entry.expect("an entry of the test's folder");
+        if entry.path().is_file() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            files.insert(name, fs::read(entry.path()).expect("a file of the test"));
+        }
+    }
+    files
+}
+
+/// Copies a folder of files; holes stay holes, which images in it may be about.
+fn copy_folder(from: &Path, to: &Path) {
+    let args = ["-a".as_ref(), "--sparse=always".as_ref(), from.as_os_str(), to.as_os_str()];
+    Tool::find("cp").expect("cp").run_in(Path::new("."), &args).success();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_and_quotes() {
+        assert_eq!(words("create -o 'a b' x ''"), ["create", "-o", "a b", "x", ""]);
+        assert_eq!(words(" -o'a'b  c "), ["-oab", "c"]);
+        assert!(words("").is_empty());
+    }
+}

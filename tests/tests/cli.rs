@@ -1,0 +1,86 @@
+//! The command against qemu-img: the same exit code, the same words on both streams, and images with the same content.
+//!
+//! `cli/lines.txt` has the command lines, `cli/different.txt` those where we differ on purpose, with the reason.
+
+use qcow2_testkit::oracle::Tool;
+use qcow2_testkit::rng::Rng;
+use qcow2_tests::side_by_side::{SideBySide, words};
+use std::fs;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+const LINES: &str = include_str!("cli/lines.txt");
+const DIFFERENT: &str = include_str!("cli/different.txt");
+
+/// Every line that should be the same is, and every line that is listed as different still is.
+#[test]
+fn same_words_same_codes_same_content() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make_start) else { return };
+    let different: Vec<&str> = entries(DIFFERENT).collect();
+    let lines: Vec<&str> = entries(LINES).chain(different.iter().copied()).collect();
+    let (next, wrong) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let worker = || loop {
+        let id = next.fetch_add(1, Ordering::Relaxed);
+        let Some(line) = lines.get(id) else { return };
+        let compared = both.run(id, line);
+        let problem = match (different.contains(line), compared.differences.is_empty()) {
+            (false, false) => format!("{line}\n{}", compared.differences),
+            (true, true) => format!("{line}\nis the same now: take it off the list of differences\n"),
+            _ => continue,
+        };
+        wrong.lock().unwrap().push(problem);
+    };
+    thread::scope(|scope| {
+        scope.spawn(worker);
+        worker();
+    });
+    let wrong = wrong.into_inner().unwrap();
+    assert!(wrong.is_empty(), "{} of {} lines:\n\n{}", wrong.len(), lines.len(), wrong.join("\n"));
+}
+
+/// The lines of a list; blank ones and those that begin with `#` are for people.
+fn entries(list: &'static str) -> impl Iterator<Item = &'static str> {
+    list.lines().filter(|line| !line.is_empty() && !line.starts_with('#'))
+}
+
+/// The folder that every command line starts from.
+fn make_start(qemu_img: &Tool, folder: &Path) {
+    let qemu_io = Tool::find("qemu-io").expect("qemu-io beside qemu-img");
+    let img = |line: &str| qemu_img.run_in(folder, &words(line)).success();
+    let io = |line: &str| qemu_io.run_in(folder, &words(line)).success();
+    let sparse = |name: &str, len: u64| fs::File::create(folder.join(name)).unwrap().set_len(len).unwrap();
+    img("create -q -f qcow2 t.qcow2 1M");
+    img("create -q -f qcow2 base.qcow2 1500k");
+    img("create -q -f qcow2 x8 8M");
+    img("create -q -f qcow2 s.qcow2 4M");
+    io("-c 'write -P 5 1M 64k' -c 'write -z 2M 64k' s.qcow2");
+    img("snapshot -c sn s.qcow2");
+    io("-c 'write -P 8 1M 4k' s.qcow2");
+    img("create -q -f qcow2 -b s.qcow2 -F qcow2 o.qcow2");
+    io("-c 'write -P 6 1536k 64k' o.qcow2");
+    img("create -q -f qcow2 -u -b gone -F raw orphan.qcow2 1M");
+    img("convert -c -O qcow2 s.qcow2 comp.qcow2");
+    img("create -q -f qcow2 -o extended_l2=on ext.qcow2 4M");
+    io("-c 'write -P 7 3k 5k' ext.qcow2");
+    img("create -q -f qcow2 -o data_file=df.raw df.qcow2 2M");
+    io("-c 'write -P 7 3k 5k' df.qcow2");
+    for (name, len) in [("r.raw", MIB), ("base.raw", MIB), ("h.raw", 4 * MIB), ("odd.raw", 4 * MIB + 1)] {
+        sparse(name, len);
+    }
+    for (name, len) in [("odd2.raw", 1_500_000), ("zero", 0), ("tiny0", 3)] {
+        sparse(name, len);
+    }
+    io("-f raw -c 'write -P 5 1M 100k' h.raw");
+    fs::write(folder.join("tiny"), "abc").unwrap();
+    let mut random = [0; 1000];
+    Rng::new(7).fill(&mut random);
+    fs::write(folder.join("rnd"), random).unwrap();
+    let whole = fs::read(folder.join("s.qcow2")).unwrap();
+    fs::write(folder.join("trunc.qcow2"), &whole[..102_400]).unwrap();
+}
+
+const MIB: u64 = 1 << 20;
+const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
