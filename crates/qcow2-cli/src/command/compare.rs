@@ -1,10 +1,121 @@
-//! `compare`.
+//! `compare`: do two images hold the same bytes?
 
-use crate::args::Arguments;
+use crate::args::{Arguments, ImageArgs, Objects, Opt, parse_cache};
+use crate::exit;
 use crate::failure::Failure;
+use crate::imagename::ImageName;
+use crate::interrupt::Interrupts;
+use crate::open::{OpenAs, OpenedDisk, open_image};
+use crate::progress::Meter;
+use crate::render::qemu_text;
 use crate::session::Session;
+use crate::threads::Threads;
+use qcow2_ops::compare::{CompareOptions, CompareReport, Comparison};
+use qcow2_ops::{Error, ErrorKind};
 
 /// Runs the verb.
-pub(crate) fn run(_session: &Session, _args: Arguments) -> Result<u8, Failure> {
-    Err(Failure::new("not supported yet"))
+pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
+    let request = Request::parse(session, args)?;
+    let [a, b] = request.open().map_err(|failure| failure.with_code(exit::COMPARE_OPEN))?;
+    let interrupts = Interrupts::install();
+    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
+    let mut options = CompareOptions::default();
+    options.strict = request.strict;
+    options.names = request.filenames.clone();
+    let compared = qcow2_ops::compare([&a.disk, &b.disk], &options, &Threads::per_core(), &meter);
+    if let Ok(CompareReport { result: Comparison::Identical, .. }) = &compared {
+        meter.complete();
+    }
+    let done = compared.map_err(|error| failure(&error)).and_then(|report| {
+        let (text, code) = verdict(&report);
+        if !request.quiet {
+            session.print(&text)?;
+        }
+        Ok(code)
+    });
+    meter.end();
+    interrupts.die_if_asked();
+    done
 }
+
+#[derive(Debug, Default)]
+struct Request {
+    format: Option<String>,
+    second_format: Option<String>,
+    image_opts: bool,
+    force_share: bool,
+    cache: Option<String>,
+    strict: bool,
+    progress: bool,
+    quiet: bool,
+    filenames: [String; 2],
+}
+
+impl Request {
+    fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
+        let mut request = Self::default();
+        let mut objects = Objects::default();
+        let verb = args.verb();
+        while let Some(given) = args.next(session)? {
+            match given.opt {
+                Opt::Format => request.format = Some(given.value),
+                Opt::FormatOfSecond => request.second_format = Some(given.value),
+                Opt::ImageOpts => request.image_opts = true,
+                Opt::ForceShare => request.force_share = true,
+                Opt::Cache => request.cache = Some(given.value),
+                Opt::Strict => request.strict = true,
+                Opt::Progress => request.progress = true,
+                Opt::Quiet => request.quiet = true,
+                Opt::Object => objects.add(&given.value).map_err(|f| f.with_code(exit::COMPARE_OPEN))?,
+                _ => {}
+            }
+        }
+        let filenames = <[String; 2]>::try_from(args.into_operands());
+        request.filenames = filenames.map_err(|_| Failure::usage(verb, "Expecting two image file names"))?;
+        Ok(request)
+    }
+
+    fn open(&self) -> Result<[OpenedDisk; 2], Failure> {
+        let cache = self.cache.as_ref().map(|text| parse_cache("source cache", text)).transpose()?;
+        let how = OpenAs { cache: cache.unwrap_or_default(), ..OpenAs::READ };
+        let open = |filename: &str, format: &Option<String>| {
+            let (image_opts, force_share) = (self.image_opts, self.force_share);
+            let args = ImageArgs { format: format.clone(), image_opts, force_share };
+            args.check()?;
+            open_image(&ImageName::parse(filename, &args)?, &args, how)
+        };
+        Ok([open(&self.filenames[0], &self.format)?, open(&self.filenames[1], &self.second_format)?])
+    }
+}
+
+/// What is printed, and the exit code.
+fn verdict(report: &CompareReport) -> (String, u8) {
+    let warning = if report.sizes_differ { "Warning: Image size mismatch!\n" } else { "" };
+    let (text, code) = match report.result {
+        Comparison::Identical => ("Images are identical.".to_owned(), exit::SUCCESS),
+        Comparison::Content { offset } => (format!("Content mismatch at offset {offset}!"), exit::FAILURE),
+        Comparison::Size => ("Strict mode: Image size mismatch!".to_owned(), exit::FAILURE),
+        Comparison::State { offset } => {
+            (format!("Strict mode: Offset {offset} block status mismatch!"), exit::FAILURE)
+        }
+        other => (format!("{other:?}"), exit::FAILURE),
+    };
+    (format!("{warning}{text}\n"), code)
+}
+
+fn failure(error: &Error) -> Failure {
+    let code = match error.kind() {
+        ErrorKind::Stopped => return Failure::silent(exit::FAILURE),
+        ErrorKind::Extents => exit::COMPARE_EXTENTS,
+        ErrorKind::Read => exit::COMPARE_READ,
+        _ => exit::COMPARE_OPEN,
+    };
+    let text = match error.core_error() {
+        Some(engine) => format!("{error}: {}", qemu_text::cause(engine)),
+        None => qemu_text::chain(error),
+    };
+    Failure::new(text).with_code(code)
+}
+
+/// Hundredths of a percent between two outputs.
+const PROGRESS_STEP: u64 = 200;
