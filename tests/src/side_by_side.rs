@@ -57,19 +57,26 @@ impl SideBySide {
         self.root.join("start")
     }
 
-    /// Gives `line` to both, each in a new copy of the folder named after `id`, and compares exit code, output, and the
-    /// files that are there afterwards: changed files by what a guest sees in them, and ours must pass a check.
+    /// Gives `line` to both and compares exit code and output. Verbs that make images get a new copy of the folder each,
+    /// named after `id`, and the files that are there afterwards are compared too: changed ones by what a guest sees in
+    /// them, and ours must pass a check.
     pub fn run(&self, id: usize, line: &str) -> Comparison {
         let args = words(line);
-        let folders = ["reference", "ours"].map(|who| self.root.join(format!("{id}-{who}")));
-        for folder in &folders {
+        let makes = args.first().is_some_and(|verb| MAKING.contains(&verb.as_str()));
+        let folders = match makes {
+            true => ["reference", "ours"].map(|who| self.root.join(format!("{id}-{who}"))),
+            false => [self.start(), self.start()],
+        };
+        for folder in folders.iter().filter(|_| makes) {
             copy_folder(&self.start(), folder);
         }
         let reference = self.reference.run_in(&folders[0], &args);
         let ours = self.ours.run_in(&folders[1], &args);
         let mut differences = said_differently(&reference, &ours, &self.ours, &self.reference);
-        self.compare_files(&folders, &mut differences);
-        for folder in &folders {
+        if makes {
+            self.compare_files(&folders, &mut differences);
+        }
+        for folder in folders.iter().filter(|_| makes) {
             fs::remove_dir_all(folder).expect("a folder of this run");
         }
         Comparison { line: line.to_owned(), reference, ours, differences }
@@ -81,8 +88,12 @@ impl SideBySide {
         let names: BTreeSet<&String> = theirs.keys().chain(own.keys()).collect();
         for name in names {
             match (theirs.get(name), own.get(name)) {
-                (Some(_), None) => differences.push_str(&format!("file {name}: only qemu-img left it\n")),
-                (None, Some(_)) => differences.push_str(&format!("file {name}: only ours left it\n")),
+                (Some(_), None) => {
+                    let _ = writeln!(differences, "file {name}: only qemu-img left it");
+                }
+                (None, Some(_)) => {
+                    let _ = writeln!(differences, "file {name}: only ours left it");
+                }
                 (Some(a), Some(b)) if a != b => {
                     let changed = before.get(name) != Some(a) || before.get(name) != Some(b);
                     if changed {
@@ -107,6 +118,9 @@ impl SideBySide {
         }
     }
 }
+
+/// Verbs that make or change files.
+const MAKING: [&str; 2] = ["convert", "create"];
 
 /// A command line as words: blanks part them, single quotes keep them together.
 pub fn words(line: &str) -> Vec<String> {
@@ -138,7 +152,9 @@ fn said_differently(reference: &Outcome, ours: &Outcome, our_tool: &Tool, their_
         let _ = writeln!(differences, "exit code: {:?}, ours {:?}", reference.code, ours.code);
     }
     // Some messages begin with the program's own path.
-    let plain = |text: &str, tool: &Tool| text.replace(&tool.path().display().to_string(), "qemu-img");
+    let plain = |text: &str, tool: &Tool| {
+        without_progress(&text.replace(&tool.path().display().to_string(), "qemu-img"))
+    };
     for (what, theirs, own) in
         [("stdout", &reference.stdout, &ours.stdout), ("stderr", &reference.stderr, &ours.stderr)]
     {
@@ -148,6 +164,20 @@ fn said_differently(reference: &Outcome, ours: &Outcome, our_tool: &Tool, their_
         }
     }
     differences
+}
+
+/// Takes away `    (12.34/100%)` and carriage return: how often progress is shown is a matter of time.
+fn without_progress(text: &str) -> String {
+    let shown = |piece: &&str| piece.starts_with("    (") && piece.ends_with("/100%)");
+    let (mut rest, mut out) = (text, String::new());
+    while let Some((piece, after)) = rest.split_once('\r') {
+        if !shown(&piece) {
+            out.push_str(piece);
+            out.push('\r');
+        }
+        rest = after;
+    }
+    out + rest
 }
 
 fn files(folder: &Path) -> Files {
@@ -171,6 +201,12 @@ fn copy_folder(from: &Path, to: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn progress_is_taken_away() {
+        assert_eq!(without_progress("    (0.00/100%)\r    (100.00/100%)\rdone\n"), "done\n");
+        assert_eq!(without_progress("a\rb"), "a\rb");
+    }
 
     #[test]
     fn words_and_quotes() {

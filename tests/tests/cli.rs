@@ -2,6 +2,8 @@
 //!
 //! `cli/lines.txt` has the command lines, `cli/different.txt` those where we differ on purpose, with the reason.
 
+#![allow(clippy::unwrap_used, reason = "helpers of a test")]
+
 use qcow2_testkit::oracle::Tool;
 use qcow2_testkit::rng::Rng;
 use qcow2_tests::side_by_side::{SideBySide, words};

@@ -3,7 +3,6 @@
 //! [`main_with`] is the whole program; it behaves as qemu-img itself where it is called by that name. A verb parses its
 //! arguments, opens images, calls one procedure of `qcow2-ops`, renders the report, and returns an exit code.
 #![forbid(unsafe_code)]
-#![allow(dead_code, reason = "check is on its way")]
 
 mod args;
 mod command;

@@ -90,7 +90,7 @@ pub(crate) fn open_file(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Resu
 
 /// Opens the image that `name` leads to, with the files that it names as `how` says.
 pub(crate) fn open_image(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Result<OpenedDisk, Failure> {
-    open_layers(name, open_file(name, args, how)?, how)
+    open_layers(name, open_file(name, args, how)?, how, "")
 }
 
 /// Opens the image that `name` leads to as it was when a snapshot was taken.
@@ -108,7 +108,7 @@ pub(crate) fn open_snapshot(
         ));
     }
     match at_snapshot(source, snapshot) {
-        Ok(Some(source)) => open_layers(name, source, how),
+        Ok(Some(source)) => open_layers(name, source, how, ""),
         Ok(None) => Err(failed("Can't find snapshot")),
         Err(error) => match error.core_error() {
             Some(engine) => Err(qemu_text::open_failure(&name.typed, "", engine)),
@@ -117,7 +117,13 @@ pub(crate) fn open_snapshot(
     }
 }
 
-fn open_layers(name: &ImageName, mut source: ResolvedSource, how: OpenAs) -> Result<OpenedDisk, Failure> {
+/// `context`: what is said before the reason of a failure.
+fn open_layers(
+    name: &ImageName,
+    mut source: ResolvedSource,
+    how: OpenAs,
+    context: &str,
+) -> Result<OpenedDisk, Failure> {
     let format = source.format.clone();
     let files = Arc::new(Mutex::new(vec![LayerFiles { image: source.name.clone(), data: None }]));
     source.resolver = Arc::new(Recorder { inner: source.resolver, files: Arc::clone(&files) });
@@ -130,10 +136,28 @@ fn open_layers(name: &ImageName, mut source: ResolvedSource, how: OpenAs) -> Res
     match opened {
         Ok(disk) => Ok(OpenedDisk { disk, format, files }),
         Err(error) => {
-            let backing = "Could not open backing file: ".repeat(files.len() - 1);
-            Err(qemu_text::open_failure(&name.typed, &backing, &error))
+            let context = format!("{context}{}", BACKING.repeat(files.len() - 1));
+            Err(qemu_text::open_failure(&name.typed, &context, &error))
         }
     }
+}
+
+/// Opens, and closes again, the files that a qcow2 image names, for verbs that need them to be there.
+pub(crate) fn open_below(name: &ImageName, source: &ResolvedSource, how: OpenAs) -> Result<(), Failure> {
+    let header = qcow2_core::walk::read_header(&*source.storage)
+        .map_err(|error| qemu_text::open_failure(&name.typed, "", &error))?;
+    if let Some(data) = header.extensions.data_file_name().filter(|_| header.has_data_file()) {
+        let opened = source.resolver.resolve(Reference::DataFile { name: &data }, false);
+        opened.map_err(|error| qemu_text::open_failure(&name.typed, "", &error.into()))?;
+    }
+    let Some(backing) = header.backing_file_name() else { return Ok(()) };
+    let format = header.extensions.backing_format_name();
+    let reference = Reference::Backing { name: &backing, format: format.as_deref() };
+    let below = source
+        .resolver
+        .resolve(reference, false)
+        .map_err(|error| qemu_text::open_failure(&name.typed, BACKING, &error.into()))?;
+    open_layers(name, below, how, BACKING).map(|_| ())
 }
 
 /// Every compression method.
@@ -171,3 +195,5 @@ impl Recorder {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+const BACKING: &str = "Could not open backing file: ";

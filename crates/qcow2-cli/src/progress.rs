@@ -43,8 +43,15 @@ impl Meter {
         meter
     }
 
-    /// Shows that all is done.
+    /// Shows that all is done, if that is not shown already.
     pub(crate) fn complete(&self) {
+        if self.shown.swap(ALL, Ordering::Relaxed) < ALL {
+            self.complete_again();
+        }
+    }
+
+    /// Shows that all is done.
+    pub(crate) fn complete_again(&self) {
         match &self.shape {
             Shape::Bar(bar) => bar.set_position(bar.length().unwrap_or(0)),
             _ => self.show(ALL),

@@ -29,7 +29,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     match &converted {
         Ok(()) => {
             interrupts.finish_files();
-            meter.complete();
+            meter.complete_again();
         }
         Err(_) => interrupts.discard_files(),
     }
@@ -54,6 +54,7 @@ fn convert(
     let options = request.options(target.backing().is_some())?;
     let workers = request.workers.map_or_else(Threads::per_core, Threads::new);
     let report = qcow2_ops::convert(&disks, &*target, &options, &workers, meter).map_err(|e| failure(&e))?;
+    interrupts.stop_watching();
     warn_of_losses(session, request, &report);
     finish(&*target)
 }

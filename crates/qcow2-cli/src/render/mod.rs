@@ -1,5 +1,6 @@
 //! Reports to text. The only place with serial forms.
 
+pub(crate) mod check;
 pub(crate) mod human;
 pub(crate) mod info;
 pub(crate) mod json;
