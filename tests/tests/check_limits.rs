@@ -1,6 +1,7 @@
 //! Images made to cost a check time or memory: the time stays below seconds and the memory below a named limit.
 //!
 //! One test in a process of its own, so that its memory can be told from that of others.
+#![allow(clippy::print_stdout, reason = "a test says what it measured")]
 
 use qcow2_format::bitmap::Bitmap;
 use qcow2_format::feature::AutoclearFeatures;
@@ -107,8 +108,8 @@ fn one_tib_mapped() {
         8 * CLUSTER,
         (0..blocks * 8192).map(|w| (0..4).fold(0, |word, n| word << 16 | count(w * 4 + n))),
     );
-    image.words(4 * CLUSTER, (0..tables).map(|n| COPIED | (first_l2 + n) * CLUSTER));
-    image.words(first_l2 * CLUSTER, (0..clusters).map(|n| COPIED | (first_data + n) * CLUSTER));
+    image.words(4 * CLUSTER, (0..tables).map(|n| COPIED | ((first_l2 + n) * CLUSTER)));
+    image.words(first_l2 * CLUSTER, (0..clusters).map(|n| COPIED | ((first_data + n) * CLUSTER)));
     image.len(counted * CLUSTER);
     let report = image.check("1 TiB, all mapped");
     assert_eq!((report.corruptions, report.leaks, report.allocated_clusters), (0, 0, clusters), "{report:?}");

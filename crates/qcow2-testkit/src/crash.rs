@@ -2,7 +2,7 @@
 //!
 //! The medium is assumed to write one 512-byte sector whole and nothing more. Until a flush returns, every sector
 //! that was changed may hold any version it had since the last flush, or the durable one, independently of all
-//! others; the length may be any length since the last flush. Images are drawn from a [`Cut`](crate::cut::Cut).
+//! others; the length may be any length since the last flush. Images are drawn from a [`Cut`].
 //!
 //! Several storages (an image and its data file) belong to one [`CrashWorld`]: each has its own flushes, but power
 //! goes at the same moment for all.

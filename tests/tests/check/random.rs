@@ -29,7 +29,7 @@ fn damage(image: &mut Image, rng: &mut Rng, cluster_bits: u32, extended: bool) {
         1 => image.change(l2, |entry| entry ^ 1 << 63),
         2 => image.change(l2, |entry| entry ^ 1 << rng.between(56, 61)),
         3 | 4 => image.set(l2, flags | place),
-        5 => image.set(l2, flags | place | 512 * rng.below(1 << (cluster_bits - 9))),
+        5 => image.set(l2, flags | place | (512 * rng.below(1 << (cluster_bits - 9)))),
         6 => image.set(l2, 1 << 62 | place | rng.below(1 << cluster_bits)),
         7 if extended => image.set(l2 + 8, rng.next_u64()),
         7 => image.set(l2, 0),
