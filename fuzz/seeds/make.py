@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Writes the seeds of the parsing targets, from images that qemu-img makes. Usage: fuzz/seeds/make.py"""
+"""Writes the seeds, from images that qemu-img makes. Usage: fuzz/seeds/make.py"""
 
 import pathlib
 import struct
 import subprocess
 import tempfile
+import zlib
 
 HERE = pathlib.Path(__file__).parent
 OPTIONS = {
@@ -49,7 +50,53 @@ def tables(image, name):
     return shape
 
 
+IMAGES = {
+    "plain": ("", []),
+    "v2": ("compat=0.10", []),
+    "zstd": ("compression_type=zstd", []),
+    "one_bit": ("refcount_bits=1", None),
+    "wide": ("refcount_bits=64,lazy_refcounts=on", []),
+    "snapshots": ("", ["snapshot -c a"]),
+    "bitmaps": ("", ["bitmap --add -g 512 i.qcow2 b"]),
+    "extended": ("extended_l2=on", []),
+}
+
+
+def whole_images(folder):
+    """Small images as wholes: data, zeroes, compressed clusters."""
+    for name, (options, commands) in IMAGES.items():
+        size = "cluster_size=16k" if name == "extended" else "cluster_size=512"
+        (folder / "i.qcow2").unlink(missing_ok=True)
+        run(folder, f"qemu-img create -q -f qcow2 -o {size} {'-o ' + options if options else ''} i.qcow2 60k")
+        unit = 16 if name == "extended" else 0.5
+        at = lambda n: f"{int(n * unit * 1024)} {int(unit * 1024)}"
+        io = [f"write -P 1 {at(0)}", f"write -c -P 2 {at(1)}", f"write -z {at(2)}"]
+        run(folder, "qemu-io " + " ".join(f"-c '{c}'" for c in io) + " i.qcow2")
+        for command in commands or []:
+            run(folder, f"qemu-img {command}" + ("" if "i.qcow2" in command else " i.qcow2"))
+        if name == "snapshots":
+            run(folder, f"qemu-io -c 'write -P 3 {at(0)}' i.qcow2")
+        data = (folder / "i.qcow2").read_bytes()
+        save("images", name, data)
+
+
+def streams():
+    """Compressed clusters, behind the byte that chooses codec and cluster size."""
+    for shape in (0, 2, 6):
+        cluster = bytes(i // 5 % 11 + i % 3 for i in range(512 << (shape >> 1)))
+        pack = zlib.compressobj(6, zlib.DEFLATED, -12)
+        save("expand", f"deflate{shape}", bytes([shape]) + pack.compress(cluster) + pack.flush())
+    pack = zlib.compressobj(0, zlib.DEFLATED, -12)
+    save("expand", "deflate_stored", bytes([0]) + pack.compress(bytes(512)) + pack.flush())
+    # A zstd frame of one run: single segment, 256 + 256 bytes.
+    save("expand", "zstd_run", bytes.fromhex("01 28b52ffd 60 0001 03 10 00 5a".replace(" ", "")))
+    raw = (1 | 512 << 3).to_bytes(3, "little")
+    save("expand", "zstd_raw", bytes.fromhex("0128b52ffd600001") + raw + bytes(range(256)) * 2)
+
+
 with tempfile.TemporaryDirectory() as folder:
+    whole_images(pathlib.Path(folder))
+    streams()
     path = pathlib.Path(folder) / "i.qcow2"
     run(folder, "qemu-img create -q -f raw base.raw 1M")
     for name, options in OPTIONS.items():

@@ -2,4 +2,5 @@
 #![forbid(unsafe_code)]
 
 pub mod fixtures;
+pub mod fuzz;
 pub mod side_by_side;

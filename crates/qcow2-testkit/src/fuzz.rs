@@ -13,16 +13,18 @@ use qcow2_format::{Extensions, Geometry, GeometryFields, Header};
 /// One fuzz target.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
-    /// The name of its binary, and of the folder with its seeds.
+    /// The name of its binary.
     pub name: &'static str,
+    /// The folder with its seeds.
+    pub seeds: &'static str,
     /// What it does with the bytes.
     pub body: fn(&[u8]),
 }
 
 /// All targets of this file.
 pub const TARGETS: &[Target] = &[
-    Target { name: "parse_header", body: parse_header },
-    Target { name: "parse_tables", body: parse_tables },
+    Target { name: "parse_header", seeds: "parse_header", body: parse_header },
+    Target { name: "parse_tables", seeds: "parse_tables", body: parse_tables },
 ];
 
 /// The start of an image as a header: judged, never a panic; what is accepted can be written again, and reads as the

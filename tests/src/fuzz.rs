@@ -1,0 +1,156 @@
+//! Bodies of the fuzz targets that need several crates; those of the parsers stand in `qcow2_testkit::fuzz`.
+//!
+//! Any bytes are an image. Nothing may panic, hang or take much memory, whatever they say.
+
+use qcow2_codec::{Deflate, Zstd};
+use qcow2_core::{
+    ClusterCodec, Codecs, ErrorKind, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat,
+    Layers, NoResolver, OpenOptions, ResolvedSource, Storage, ZeroMode,
+};
+use qcow2_format::Version;
+use qcow2_io::MemoryStorage;
+use qcow2_ops::{CheckOptions, CheckReport, Inline, Silent, check};
+use qcow2_testkit::fuzz::Target;
+use std::sync::{Arc, LazyLock};
+
+/// All targets of this file.
+pub const TARGETS: &[Target] = &[
+    Target { name: "expand", seeds: "expand", body: expand },
+    Target { name: "open_read", seeds: "images", body: open_read },
+    Target { name: "open_write", seeds: "images", body: open_write },
+    Target { name: "check_then_read", seeds: "images", body: check_then_read },
+];
+
+/// The most extents that are asked for, and the most bytes that are read at each.
+const MAX_EXTENTS: usize = 200;
+const READ_SIZE: u64 = 16 << 10;
+
+static CODECS: LazyLock<Codecs> =
+    LazyLock::new(|| Codecs::new(Arc::new(Deflate::default()), Arc::new(Zstd::default())));
+
+/// Bytes as a compressed stream. The first chooses the codec and the size of a cluster.
+pub fn expand(data: &[u8]) {
+    let Some((&shape, stream)) = data.split_first() else { return };
+    let codec = if shape & 1 == 0 { &CODECS.deflate } else { &CODECS.zstd };
+    let Some(codec) = codec else { return };
+    let mut cluster = vec![0x5a; 512 << (shape >> 1 & 7)];
+    if codec.expand(stream, &mut cluster).is_err() {
+        return;
+    }
+    let mut again = vec![0xa5; cluster.len()];
+    codec.expand(stream, &mut again).expect("the same stream expands again");
+    assert_eq!(cluster, again, "every byte of the cluster is written");
+    round_trip(&**codec, &cluster);
+}
+
+fn round_trip(codec: &dyn ClusterCodec, cluster: &[u8]) {
+    let mut stream = vec![0; cluster.len() - 1];
+    let Some(len) = codec.compress(cluster, &mut stream).expect("a cluster can be compressed") else {
+        return;
+    };
+    let mut back = vec![0; cluster.len()];
+    codec.expand(&stream[..len], &mut back).expect("our own stream expands");
+    assert_eq!(back, cluster);
+}
+
+fn storage(data: &[u8]) -> Arc<MemoryStorage> {
+    let storage = MemoryStorage::new();
+    storage.write_at(HostOffset::new(0), data).expect("memory takes the bytes");
+    Arc::new(storage)
+}
+
+fn open(storage: Arc<dyn Storage>, writable: bool) -> Option<Arc<Image>> {
+    let source = ResolvedSource {
+        storage,
+        format: ImageFormat::Qcow2,
+        name: "image".to_owned(),
+        id: None,
+        resolver: Arc::new(NoResolver),
+    };
+    let mut options = OpenOptions::default();
+    options.writable = writable;
+    options.layers = Layers::TopOnly;
+    options.codecs = CODECS.clone();
+    Image::open(source, &options).ok()
+}
+
+/// Calls `visit` for the extents from `start` on, until there are enough or one cannot be told.
+fn extents(disk: &dyn GuestDisk, start: u64, mut visit: impl FnMut(GuestRange)) -> Result<(), ErrorKind> {
+    let mut at = start;
+    for _ in 0..MAX_EXTENTS {
+        let left = GuestRange::between(GuestOffset::new(at), GuestOffset::new(disk.size()));
+        if left.is_empty() {
+            break;
+        }
+        let extent = disk.extent_at(left).map_err(|error| error.kind())?;
+        assert!((1..=left.len()).contains(&extent.len), "{extent:?} of {left:?}");
+        visit(GuestRange::between(left.start(), GuestOffset::new(at + extent.len)));
+        at += extent.len;
+    }
+    Ok(())
+}
+
+/// Reads the front of each extent.
+fn read_all(image: &Image) {
+    let mut buf = Vec::new();
+    let _ = extents(image, 0, |range| {
+        buf.resize(range.len().min(READ_SIZE) as usize, 0);
+        let _ = image.read_at(range.start(), &mut buf);
+    });
+}
+
+/// Opens the image for reading and reads where it says there is something.
+pub fn open_read(data: &[u8]) {
+    let storage = storage(data);
+    let Some(image) = open(Arc::clone(&storage) as _, false) else { return };
+    read_all(&image);
+    drop(image);
+    assert_eq!(storage.to_vec(), data, "reading never writes");
+}
+
+/// Opens the image for writing, if it lets itself be opened so, and changes it a little.
+pub fn open_write(data: &[u8]) {
+    let Some(image) = open(storage(data), true) else { return };
+    let size = image.size();
+    let cluster = image.cluster_size();
+    let last = size.saturating_sub(700);
+    for start in [0, cluster, cluster * 3 + 100, last] {
+        let Some(range) = GuestRange::new(GuestOffset::new(start), 700).filter(|r| r.end().value() <= size)
+        else {
+            continue;
+        };
+        let written = image.write_at(range.start(), &[0x77; 700]).is_ok();
+        let mut buf = [0; 700];
+        if image.read_at(range.start(), &mut buf).is_ok() && written {
+            assert_eq!(buf, [0x77; 700], "at {start:#x}");
+        }
+    }
+    let _ = image.write_zeroes(
+        GuestRange::between(GuestOffset::new(0), GuestOffset::new(size.min(cluster))),
+        ZeroMode::MayUnmap,
+    );
+    let _ = image.discard(GuestRange::between(GuestOffset::new(0), GuestOffset::new(size.min(cluster * 2))));
+    let _ = image.flush();
+    read_all(&image);
+    let _ = image.close();
+}
+
+/// Checks the image, twice with different means; where the check finds nothing, every extent can be told.
+pub fn check_then_read(data: &[u8]) {
+    let storage = storage(data);
+    let Some(report) = report(&*storage, u64::MAX) else { return };
+    assert_eq!(self::report(&*storage, 0).as_ref(), Some(&report), "the windows' size changes nothing");
+    let clean = report.corruptions == 0 && report.check_errors == 0;
+    let Some(image) = open(storage, false) else { return };
+    let header = image.header();
+    if clean && header.version >= Version::V3 && !header.has_data_file() {
+        assert_eq!(extents(&*image, 0, |_| ()), Ok(()), "{report:?}");
+    }
+}
+
+fn report(storage: &dyn Storage, counters_size: u64) -> Option<CheckReport> {
+    let mut options = CheckOptions::default();
+    options.counters_size = counters_size;
+    options.max_findings = 50;
+    check(storage, &options, &Inline, &Silent).ok()
+}
