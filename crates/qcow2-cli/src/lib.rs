@@ -50,6 +50,9 @@ fn utf8(args: impl Iterator<Item = OsString>) -> Result<Vec<String>, Failure> {
 }
 
 fn dispatch(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
+    if let Some(verb) = args::find_verb("io").filter(|_| session.is_qemu_io()) {
+        return command::io::run_as_tool(session, verb, args);
+    }
     let mut getopt = Getopt::new(args::GENERAL, args, false);
     while let Some(given) = getopt.next().map_err(|text| Failure::syntax(None, text))? {
         match given.opt {
@@ -60,7 +63,7 @@ fn dispatch(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
     }
     let mut operands = getopt.into_operands().into_iter();
     let name = operands.next().ok_or_else(|| Failure::general_usage("Not enough arguments"))?;
-    match args::find_verb(&name) {
+    match args::find_verb(&name).filter(|verb| !verb.is_foreign(session)) {
         Some(verb) => {
             let permute = std::env::var_os("POSIXLY_CORRECT").is_none();
             (verb.run)(session, Arguments::new(verb, operands.collect(), permute))

@@ -18,7 +18,11 @@ impl Session {
         let name = argv0.rsplit(['/', '\\']).next().unwrap_or_default();
         let name = name.strip_suffix(".exe").unwrap_or(name);
         let drop_in = name == QEMU_IMG;
-        let program = if drop_in { QEMU_IMG } else { OWN_NAME };
+        let program = match name {
+            QEMU_IMG => QEMU_IMG,
+            QEMU_IO => QEMU_IO,
+            _ => OWN_NAME,
+        };
         let called = if argv0.is_empty() { program } else { argv0 }.to_owned();
         Self { program, called, drop_in }
     }
@@ -36,6 +40,11 @@ impl Session {
     /// Whether the program stands in for qemu-img.
     pub(crate) fn is_drop_in(&self) -> bool {
         self.drop_in
+    }
+
+    /// Whether the program stands in for qemu-io.
+    pub(crate) fn is_qemu_io(&self) -> bool {
+        self.program == QEMU_IO
     }
 
     /// Whether progress may be drawn for a person: both a terminal, and not in place of qemu-img.
@@ -71,6 +80,7 @@ pub(crate) fn output_failure(error: &io::Error) -> Failure {
 
 const OWN_NAME: &str = "qcow2";
 const QEMU_IMG: &str = "qemu-img";
+const QEMU_IO: &str = "qemu-io";
 
 #[cfg(test)]
 mod tests {
@@ -82,6 +92,7 @@ mod tests {
             ("qcow2", "qcow2", false),
             ("/usr/bin/qemu-img", "qemu-img", true),
             ("./qemu-img", "qemu-img", true),
+            ("/usr/bin/qemu-io", "qemu-io", false),
             ("C:\\bin\\qemu-img.exe", "qemu-img", true),
             ("/tmp/other", "qcow2", false),
             ("", "qcow2", false),

@@ -12,7 +12,7 @@ pub(crate) fn print_general_help(session: &Session) -> Result<(), Failure> {
     let _ = write!(text, "\nUsage:\n  {program} [OPTIONS] VERB [--help | VERB OPTIONS]\n\nOptions:\n");
     push_options(&mut text, GENERAL);
     text.push_str("\nVerbs:\n");
-    for verb in VERBS {
+    for verb in VERBS.iter().filter(|verb| !verb.is_foreign(session)) {
         let _ = writeln!(text, "  {:<10}{}", verb.name, verb.summary);
     }
     text.push_str("\nImage formats: qcow2 raw\n");
@@ -22,14 +22,11 @@ pub(crate) fn print_general_help(session: &Session) -> Result<(), Failure> {
 /// Prints what one verb takes.
 pub(crate) fn print_verb_help(session: &Session, verb: &Verb) -> Result<(), Failure> {
     let mut text = String::new();
-    let _ = write!(
-        text,
-        "{}.\n\nUsage:\n  {} {} {}\n\n",
-        verb.summary,
-        session.program(),
-        verb.name,
-        verb.synopsis
-    );
+    let _ = write!(text, "{}.\n\nUsage:\n  {}", verb.summary, session.program());
+    if !session.is_qemu_io() {
+        let _ = write!(text, " {}", verb.name);
+    }
+    let _ = write!(text, " {}\n\n", verb.synopsis);
     text.push_str("Options:\n");
     push_options(&mut text, verb.options);
     if !verb.operands.is_empty() {
@@ -48,8 +45,8 @@ pub(crate) fn print_version(session: &Session) -> Result<(), Failure> {
 
 fn version_line(session: &Session) -> String {
     let own = env!("CARGO_PKG_VERSION");
-    match session.is_drop_in() {
-        true => format!("qemu-img version {QEMU_VERSION} (qcow2 {own})\n"),
+    match session.is_drop_in() || session.is_qemu_io() {
+        true => format!("{} version {QEMU_VERSION} (qcow2 {own})\n", session.program()),
         false => format!("qcow2 {own} (command line of qemu-img {QEMU_VERSION})\n"),
     }
 }

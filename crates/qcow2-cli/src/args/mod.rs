@@ -64,6 +64,14 @@ pub(crate) enum Opt {
     Native,
     Aio,
     Threads,
+    Command,
+    ReadOnly,
+    Scratch,
+    NoCache,
+    CopyOnRead,
+    Misalign,
+    NativeAio,
+    Discard,
 }
 
 /// One verb of the command line.
@@ -81,6 +89,13 @@ pub(crate) struct Verb {
     pub(crate) operands: &'static [(&'static str, &'static str)],
     /// Runs it. The code is for the caller of the program.
     pub(crate) run: fn(&Session, Arguments) -> Result<u8, Failure>,
+}
+
+impl Verb {
+    /// Whether the tool that is stood in for has no such verb.
+    pub(crate) fn is_foreign(&self, session: &Session) -> bool {
+        session.is_drop_in() && self.name == "io"
+    }
 }
 
 /// The arguments of one verb while they are read.

@@ -106,6 +106,14 @@ pub(crate) static VERBS: &[Verb] = &[
         run: command::info::run,
     },
     Verb {
+        name: "io",
+        summary: "Read, write and look at a disk by commands, as qemu-io does",
+        synopsis: "[-c COMMAND]... [-f FMT | --image-opts] [-r] [-s] [-n | -t CACHE] [...] [FILENAME]",
+        options: IO,
+        operands: &[FILENAME],
+        run: command::io::run,
+    },
+    Verb {
         name: "map",
         summary: "Show where the content of an image is stored",
         synopsis: "[-f FMT | --image-opts] [-s OFFSET] [-l LENGTH] [-U] [--output human|json] FILENAME",
@@ -141,6 +149,27 @@ pub(crate) fn known_but_missing(name: &str) -> bool {
     const MISSING: [&str; 8] = ["amend", "bitmap", "commit", "dd", "measure", "rebase", "resize", "snapshot"];
     MISSING.contains(&name)
 }
+
+/// In the order of qemu-io's table, which shows in its complaints about abbreviations.
+static IO: &[OptionSpec] = &[
+    HELP,
+    option(Opt::Version, Some('V'), "version", None, "show the version and exit"),
+    option(Opt::Command, Some('c'), "cmd", Some("COMMAND"), "run this command ('help' lists them)"),
+    FORMAT,
+    option(Opt::ReadOnly, Some('r'), "read-only", None, "for reading only"),
+    option(Opt::Scratch, Some('s'), "snapshot", None, "changes go to a temporary overlay"),
+    option(Opt::NoCache, Some('n'), "nocache", None, "around the page cache, as -t none"),
+    option(Opt::CopyOnRead, Some('C'), "copy-on-read", None, "copy to the image what is read from below it"),
+    option(Opt::Misalign, Some('m'), "misalign", None, "accepted; buffers are aligned where it matters"),
+    option(Opt::NativeAio, Some('k'), "native-aio", None, "as -i native"),
+    option(Opt::Aio, Some('i'), "aio", Some("MODE"), "threads, native or io_uring; all work alike"),
+    option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode (writethrough)"),
+    option(Opt::Discard, Some('d'), "discard", Some("MODE"), "discards: ignore or unmap (unmap)"),
+    option(Opt::Trace, Some('T'), "trace", Some("TRACE"), "accepted and ignored"),
+    FORCE_SHARE,
+    OBJECT,
+    IMAGE_OPTS,
+];
 
 static CONVERT: &[OptionSpec] = &[
     HELP,

@@ -6,4 +6,5 @@ pub(crate) mod compare;
 pub(crate) mod convert;
 pub(crate) mod create;
 pub(crate) mod info;
+pub(crate) mod io;
 pub(crate) mod map;

@@ -106,8 +106,12 @@ fn push_qcow2(out: &mut String, qcow2: &Qcow2Info, full_backing: Option<&str>) {
     if !qcow2.snapshots.is_empty() {
         let _ = write!(out, "Snapshot list:\n{}", snapshot_table(&qcow2.snapshots));
     }
-    out.push_str("Format specific information:\n");
-    out.push_str(&human::tree(&specific_json(qcow2), 1));
+    out.push_str(&specific_text(qcow2));
+}
+
+/// What only this format has, for people.
+pub(crate) fn specific_text(qcow2: &Qcow2Info) -> String {
+    format!("Format specific information:\n{}", human::tree(&specific_json(qcow2), 1))
 }
 
 fn file_json(info: &NamedInfo) -> Value {

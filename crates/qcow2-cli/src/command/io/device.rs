@@ -1,0 +1,222 @@
+//! Opens what the exerciser asks for: files with their chains, scratch overlays, copies to the top layer.
+
+use super::copy_on_read::CopyOnRead;
+use super::exerciser::{OpenedFile, Opener};
+use super::guarded_raw::GuardedRaw;
+use super::report::size;
+use super::request::OpenRequest;
+use super::target::{Target, reason};
+use crate::args::ImageArgs;
+use crate::failure::Failure;
+use crate::imagename::ImageName;
+use crate::open::{OpenAs, codecs, open_file, open_image};
+use crate::optlist::{OptList, escape_commas};
+use crate::render::{human, info::specific_text, qemu_text};
+use qcow2_core::{
+    BackingName, CreateOptions, GuestDisk, Image, ImageFormat, Layers, OpenOptions, Reference, ResolveError,
+    ResolvedSource, Resolver, Storage,
+};
+use qcow2_io::{CacheMode, FileStorage, NoFlush};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Opens files.
+pub(super) struct Files;
+
+impl Opener for Files {
+    fn open(&self, request: &OpenRequest) -> Result<OpenedFile, Vec<String>> {
+        let request = understood(request).map_err(|text| vec![text])?;
+        open(&request).map_err(|failure| {
+            let mut lines = failure.without_name().lines("", "");
+            if let Some(first) = lines.first_mut() {
+                *first = first.trim_start_matches(": ").to_owned();
+            }
+            lines
+        })
+    }
+}
+
+/// The request with the options that are about opening taken out of its option strings. Errors: the reason.
+fn understood(request: &OpenRequest) -> Result<OpenRequest, String> {
+    let mut request = request.clone();
+    let list = match request.options.is_empty() {
+        true => OptList::default(),
+        false => OptList::parse_pairs(&request.options.join(","), None)?,
+    };
+    let mut rest = Vec::new();
+    let (mut direct, mut no_flush) = (None, None);
+    for pair in list.pairs() {
+        let on = || match &*pair.value {
+            "on" => Ok(true),
+            "off" => Ok(false),
+            _ => Err(format!("Parameter '{}' expects 'on' or 'off'", pair.key)),
+        };
+        match &*pair.key {
+            "read-only" => request.read_only = on()?,
+            "force-share" => request.force_share = on()?,
+            "cache.direct" => direct = Some(on()?),
+            "cache.no-flush" => no_flush = Some(on()?),
+            "discard" => request.set_discard(Some(&pair.value))?,
+            _ => rest.push(format!("{}={}", pair.key, escape_commas(&pair.value))),
+        }
+    }
+    request.options = rest;
+    request.cache = with_flags(request.cache, direct, no_flush);
+    if request.force_share && !request.read_only {
+        return Err("force-share=on can only be used with read-only images".to_owned());
+    }
+    if request.native_aio && !request.cache.is_direct() {
+        return Err(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.".to_owned()
+        );
+    }
+    Ok(request)
+}
+
+/// A cache mode with single properties changed; whether writes are durable at once stays as it is.
+fn with_flags(mode: CacheMode, direct: Option<bool>, no_flush: Option<bool>) -> CacheMode {
+    let direct = direct.unwrap_or_else(|| mode.is_direct());
+    let no_flush = no_flush.unwrap_or(mode == CacheMode::Unsafe);
+    match (direct, no_flush, mode.is_writethrough()) {
+        (_, true, _) => CacheMode::Unsafe,
+        (true, false, true) => CacheMode::Directsync,
+        (true, false, false) => CacheMode::None,
+        (false, false, true) => CacheMode::Writethrough,
+        (false, false, false) => CacheMode::Writeback,
+    }
+}
+
+fn open(request: &OpenRequest) -> Result<OpenedFile, Failure> {
+    let (typed, args) = name_and_args(request);
+    let name = ImageName::parse(&typed, &args)?;
+    // Durable writes are made by flushing after each, above the image; its own tables need no flush each.
+    let cache = match request.cache {
+        CacheMode::None | CacheMode::Directsync => CacheMode::None,
+        CacheMode::Unsafe => CacheMode::Unsafe,
+        _ => CacheMode::Writeback,
+    };
+    let guessed = name.format.is_none();
+    let scratch = request.snapshot && !request.read_only;
+    let writable = !request.read_only;
+    let how = OpenAs { writable: writable && !scratch, cache, layers: Layers::Follow };
+    let opened = open_image(&name, &args, how)?;
+    let (mut disk, format) = match scratch {
+        true => {
+            let size = opened.disk.size();
+            drop(opened);
+            (scratch_overlay(open_file(&name, &args, how)?, size)?, ImageFormat::Qcow2)
+        }
+        false => (opened.disk, opened.format),
+    };
+    let mut warnings = Vec::new();
+    if guessed && writable && format == ImageFormat::Raw {
+        disk = Arc::new(GuardedRaw::new(disk));
+        warnings = guess_warning(&name.typed);
+    }
+    let info = info_of(Arc::clone(&disk), format);
+    if request.copy_on_read && writable {
+        disk = Arc::new(CopyOnRead::new(disk));
+    }
+    let target = Target {
+        disk,
+        durable_writes: request.cache.is_writethrough() && writable,
+        discards: request.discards,
+    };
+    Ok(OpenedFile { target, writable, info, warnings })
+}
+
+/// What is said where a disk that is to be written was taken for raw by its looks.
+fn guess_warning(name: &str) -> Vec<String> {
+    vec![
+        format!("WARNING: Image format was not specified for '{name}' and probing guessed raw."),
+        "         Automatically detecting the format is dangerous for raw images, \
+         write operations on block 0 will be restricted."
+            .to_owned(),
+        "         Specify the 'raw' format explicitly to remove the restrictions.".to_owned(),
+    ]
+}
+
+/// What the request's name is, and how it is meant: options turn it into an option string.
+fn name_and_args(request: &OpenRequest) -> (String, ImageArgs) {
+    let mut args = ImageArgs {
+        format: request.format.clone(),
+        image_opts: request.image_opts,
+        force_share: request.force_share,
+    };
+    let path = request.path.clone().unwrap_or_default();
+    if request.options.is_empty() {
+        return (path, args);
+    }
+    let mut parts = Vec::new();
+    match &request.path {
+        Some(path) if request.image_opts => parts.push(path.clone()),
+        Some(path) => parts.push(format!("file.filename={}", escape_commas(path))),
+        None => {}
+    }
+    parts.extend(args.format.take().map(|format| format!("driver={format}")));
+    parts.extend(request.options.iter().cloned());
+    args.image_opts = true;
+    (parts.join(","), args)
+}
+
+/// A new overlay on `base` in a file without a name, which goes away with the program.
+fn scratch_overlay(base: ResolvedSource, size: u64) -> Result<Arc<dyn GuestDisk>, Failure> {
+    let failed =
+        |error: &dyn std::fmt::Display| Failure::new(format!("Could not make a temporary overlay: {error}"));
+    let file = tempfile::tempfile().and_then(|file| FileStorage::from_file(file, true));
+    let file = file.map_err(|error| failed(&error))?;
+    let storage: Arc<dyn Storage> = Arc::new(NoFlush::new(Arc::new(file)));
+    let mut options = CreateOptions::new(size);
+    options.backing = Some(BackingName { name: base.name.clone(), format: None });
+    qcow2_core::create(&storage, None, &options).map_err(|error| failed(&error))?;
+    let source = ResolvedSource {
+        storage,
+        format: ImageFormat::Qcow2,
+        name: "temporary overlay".to_owned(),
+        id: None,
+        resolver: Arc::new(Handover(Mutex::new(Some(base)))),
+    };
+    let mut options = OpenOptions::default();
+    options.writable = true;
+    options.codecs = codecs();
+    qcow2_core::open_disk(source, &options).map_err(|error| qemu_text::open_failure("", "", &error))
+}
+
+/// Resolves the one name of a scratch overlay to the source that is open already.
+struct Handover(Mutex<Option<ResolvedSource>>);
+
+impl Resolver for Handover {
+    fn resolve(&self, _: Reference<'_>, _: bool) -> Result<ResolvedSource, ResolveError> {
+        let source = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        source.ok_or_else(|| ResolveError::failed("the base of the temporary overlay was taken already"))
+    }
+}
+
+fn info_of(disk: Arc<dyn GuestDisk>, format: ImageFormat) -> Box<dyn Fn() -> Result<String, String>> {
+    Box::new(move || {
+        let Some(image) = disk.as_image() else {
+            return Ok(format!(
+                "format name: raw\ncluster size: {}\nvm state offset: {}\n",
+                size(0),
+                size(0)
+            ));
+        };
+        let head = format!(
+            "format name: qcow2\ncluster size: {}\nvm state offset: {}\n",
+            size(image.cluster_size()),
+            size(vm_state_offset(image))
+        );
+        let report =
+            qcow2_ops::info(&**image.storage(), &format).map_err(|error| match error.core_error() {
+                Some(error) => reason(error),
+                None => human::escaped(&qemu_text::chain(&error)),
+            })?;
+        let specific = report.qcow2.as_ref().map(specific_text).unwrap_or_default();
+        Ok(format!("{head}{specific}"))
+    })
+}
+
+/// Where the machine's state begins: behind the last L2 table that the disk needs.
+fn vm_state_offset(image: &Image) -> u64 {
+    let covered = image.geometry().l2_coverage();
+    image.size().div_ceil(covered.max(1)).saturating_mul(covered)
+}
