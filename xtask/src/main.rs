@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a tool for the terminal")]
 
+mod bench;
 mod ci;
 mod crash;
 mod deps;
@@ -30,10 +31,10 @@ fn main() -> ExitCode {
 
 fn run(args: &[String]) -> Result<(), String> {
     let root = tree::root();
-    if let [name, rest @ ..] = args
-        && name == "crash"
-    {
-        return crash::run(&root, rest);
+    match args {
+        [name, rest @ ..] if name == "crash" => return crash::run(&root, rest),
+        [name, rest @ ..] if name == "bench" => return bench::run(&root, rest),
+        _ => {}
     }
     let [name] = args else { return Err(usage()) };
     match name.as_str() {
@@ -51,6 +52,7 @@ fn usage() -> String {
         text.push_str(&format!("\n  {:<9} {}", step.name, step.about));
     }
     text.push_str("\n\n  crash     cut the power at every moment of random work: --seconds N, --seed N");
+    text.push_str("\n  bench     time ours against qemu-img in pairs: --group io|convert|compress, --pairs N, --files DIR");
     text.push_str("\n  fixtures  make tests/data anew with QEMU's tools");
     text
 }

@@ -1,0 +1,305 @@
+//! Times this tool against qemu-img, command against command, in pairs within one run, and prints a table for
+//! BENCHMARKS.md: the median of the pairwise ratios is what counts, absolute times say little.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+/// How many pairs, unless asked otherwise.
+const PAIRS: usize = 5;
+const GIB: u64 = 1 << 30;
+
+/// One comparison: what is prepared before each run, and the arguments both tools get. `{}` is the scratch folder.
+struct Row {
+    name: &'static str,
+    group: &'static str,
+    /// Commands of qemu-img or qemu-io that make the files anew.
+    prepare: &'static [&'static str],
+    args: &'static str,
+    /// Arguments that only qemu-img gets, to have it at its best.
+    theirs: &'static str,
+}
+
+/// A step that visits clusters far apart, each once: 0.382 of 4 GiB.
+macro_rules! step {
+    () => {
+        "1640628224"
+    };
+}
+
+const ROWS: &[Row] = &[
+    Row {
+        name: "4 KiB random reads, one at a time",
+        group: "io",
+        prepare: &[],
+        args: concat!("bench -f qcow2 -c 300000 -d 1 -S ", step!(), " {}/full.qcow2"),
+        theirs: "",
+    },
+    Row {
+        name: "4 KiB random reads, 32 at a time",
+        group: "io",
+        prepare: &[],
+        args: concat!("bench -f qcow2 -c 300000 -d 32 -S ", step!(), " {}/full.qcow2"),
+        theirs: "",
+    },
+    Row {
+        name: "4 KiB random writes that allocate, one at a time",
+        group: "io",
+        prepare: &["create -q -f qcow2 {}/new.qcow2 4G"],
+        args: concat!("bench -f qcow2 -w -c 50000 -d 1 -S ", step!(), " {}/new.qcow2"),
+        theirs: "",
+    },
+    Row {
+        name: "4 KiB random writes that allocate, 32 at a time",
+        group: "io",
+        prepare: &["create -q -f qcow2 {}/new.qcow2 4G"],
+        args: concat!("bench -f qcow2 -w -c 50000 -d 32 -S ", step!(), " {}/new.qcow2"),
+        theirs: "",
+    },
+    Row {
+        name: "4 KiB random writes to an overlay (copy on write), one at a time",
+        group: "io",
+        prepare: &["create -q -f qcow2 -b full.qcow2 -F qcow2 {}/over.qcow2"],
+        args: concat!("bench -f qcow2 -w -c 15000 -d 1 -S ", step!(), " {}/over.qcow2"),
+        theirs: "",
+    },
+    Row {
+        name: "4 KiB random writes to an overlay (copy on write), 32 at a time",
+        group: "io",
+        prepare: &["create -q -f qcow2 -b full.qcow2 -F qcow2 {}/over.qcow2"],
+        args: concat!("bench -f qcow2 -w -c 15000 -d 32 -S ", step!(), " {}/over.qcow2"),
+        theirs: "",
+    },
+    Row {
+        name: "convert raw to qcow2",
+        group: "convert",
+        prepare: &[],
+        args: "convert -f raw -O qcow2 {}/real.raw {}/out.qcow2",
+        theirs: "-W -m 8",
+    },
+    Row {
+        name: "convert qcow2 to raw",
+        group: "convert",
+        prepare: &[],
+        args: "convert -f qcow2 -O raw {}/real.qcow2 {}/out.raw",
+        theirs: "-W -m 8",
+    },
+    Row {
+        name: "compare, equal content",
+        group: "convert",
+        prepare: &[],
+        args: "compare -f raw -F qcow2 {}/real.raw {}/real.qcow2",
+        theirs: "",
+    },
+    Row {
+        name: "write zlib",
+        group: "compress",
+        prepare: &[],
+        args: "convert -c -f raw -O qcow2 {}/real.raw {}/zlib.qcow2",
+        theirs: "-W -m 8",
+    },
+    Row {
+        name: "write zstd",
+        group: "compress",
+        prepare: &[],
+        args: "convert -c -o compression_type=zstd -f raw -O qcow2 {}/real.raw {}/zstd.qcow2",
+        theirs: "-W -m 8",
+    },
+    Row {
+        name: "read zlib to raw",
+        group: "compress",
+        prepare: &[],
+        args: "convert -f qcow2 -O raw {}/real-zlib.qcow2 {}/out.raw",
+        theirs: "-W -m 8",
+    },
+    Row {
+        name: "read zstd to raw",
+        group: "compress",
+        prepare: &[],
+        args: "convert -f qcow2 -O raw {}/real-zstd.qcow2 {}/out.raw",
+        theirs: "-W -m 8",
+    },
+];
+
+/// What one run took.
+#[derive(Clone, Copy)]
+struct Taken {
+    wall: f64,
+    cpu: f64,
+    peak_mib: f64,
+}
+
+struct Bench {
+    scratch: PathBuf,
+    ours: PathBuf,
+    pairs: usize,
+}
+
+/// Runs the rows. `args`: `--group io|convert|compress`, `--pairs N`, `--files DIR` (real files to make a disk from,
+/// /usr by default), `--scratch DIR`.
+pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
+    let (mut group, mut pairs, mut files, mut scratch) =
+        (None, PAIRS, "/usr".to_owned(), std::env::temp_dir());
+    let mut rest = args.iter();
+    while let Some(name) = rest.next() {
+        let value = rest.next().ok_or_else(|| format!("{name} needs a value"))?;
+        match name.as_str() {
+            "--group" => group = Some(value.clone()),
+            "--pairs" => pairs = value.parse().map_err(|_| format!("--pairs {value}: not a number"))?,
+            "--files" => files = value.clone(),
+            "--scratch" => scratch = value.into(),
+            _ => return Err(format!("unknown option {name}")),
+        }
+    }
+    let rows: Vec<&Row> = ROWS.iter().filter(|row| group.as_ref().is_none_or(|g| g == row.group)).collect();
+    build(root)?;
+    let bench =
+        Bench { scratch: scratch.join("qcow2-bench"), ours: root.join("target/release/qcow2"), pairs };
+    fs::create_dir_all(&bench.scratch).map_err(|e| format!("{}: {e}", bench.scratch.display()))?;
+    let result = bench.setup(&rows, &files).and_then(|()| bench.table(&rows));
+    let _ = fs::remove_dir_all(&bench.scratch);
+    result
+}
+
+fn build(root: &Path) -> Result<(), String> {
+    let mut cargo = Command::new(crate::cargo());
+    cargo.args(["build", "--quiet", "--release", "--package", "qcow2-cli"]).current_dir(root);
+    check(&mut cargo)
+}
+
+fn check(command: &mut Command) -> Result<(), String> {
+    let output = command.output().map_err(|e| format!("{command:?}: {e}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr)))
+}
+
+impl Bench {
+    fn words(&self, text: &str) -> Vec<String> {
+        text.split_whitespace().map(|word| word.replace("{}", &self.scratch.display().to_string())).collect()
+    }
+
+    fn qemu(&self, text: &str) -> Result<(), String> {
+        check(Command::new("qemu-img").args(self.words(text)))
+    }
+
+    /// Makes the files that the rows read.
+    fn setup(&self, rows: &[&Row], files: &str) -> Result<(), String> {
+        if rows.iter().any(|row| row.group == "io") {
+            self.qemu("create -q -f qcow2 {}/full.qcow2 4G")?;
+            let fill = format!("write -q -P 7 0 {}", GIB);
+            for quarter in 0..4 {
+                let command = fill.replacen(" 0 ", &format!(" {} ", quarter * GIB), 1);
+                let image = self.words("{}/full.qcow2");
+                check(Command::new("qemu-io").args(["-t", "unsafe", "-c", &command]).args(image))?;
+            }
+        }
+        if rows.iter().any(|row| row.group != "io") {
+            let raw = self.scratch.join("real.raw");
+            let mut disk = Command::new("mke2fs");
+            disk.args(["-q", "-t", "ext4", "-d", files]).arg(&raw).arg("6G");
+            check(&mut disk)?;
+            self.qemu("convert -W -m 8 -f raw -O qcow2 {}/real.raw {}/real.qcow2")?;
+        }
+        if rows.iter().any(|row| row.group == "compress") {
+            self.qemu("convert -W -m 8 -c -f raw -O qcow2 {}/real.raw {}/real-zlib.qcow2")?;
+            self.qemu(
+                "convert -W -m 8 -c -o compression_type=zstd -f raw -O qcow2 {}/real.raw {}/real-zstd.qcow2",
+            )?;
+        }
+        Ok(())
+    }
+
+    fn table(&self, rows: &[&Row]) -> Result<(), String> {
+        println!(
+            "| row | qemu-img wall s | ours wall s | faster (median of {} pairs) | min - max |",
+            self.pairs
+        );
+        println!("|---|---|---|---|---|");
+        for row in rows {
+            self.row(row)?;
+        }
+        Ok(())
+    }
+
+    fn row(&self, row: &Row) -> Result<(), String> {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let mut sizes = (0, 0);
+        for pair in 0..=self.pairs {
+            let mut args = self.words(row.args);
+            self.prepare(row)?;
+            let mine = self.time(&self.ours, &args)?;
+            sizes.0 = self.output_size(&args);
+            args.splice(1..1, self.words(row.theirs));
+            self.prepare(row)?;
+            let other = self.time(Path::new("qemu-img"), &args)?;
+            sizes.1 = self.output_size(&args);
+            // The first pair warms the page cache up and is not counted.
+            if pair > 0 {
+                ours.push(mine);
+                theirs.push(other);
+            }
+        }
+        let mut ratios: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| b.wall / a.wall).collect();
+        ratios.sort_by(f64::total_cmp);
+        let wall = |runs: &[Taken]| median(runs.iter().map(|t| t.wall));
+        println!(
+            "| {} | {:.2} | {:.2} | {:.2}x | {:.2} - {:.2} |",
+            row.name,
+            wall(&theirs),
+            wall(&ours),
+            ratios[ratios.len() / 2],
+            ratios[0],
+            ratios[ratios.len() - 1],
+        );
+        if row.group != "io" {
+            let cpu = |runs: &[Taken]| median(runs.iter().map(|t| t.cpu));
+            let peak = |runs: &[Taken]| median(runs.iter().map(|t| t.peak_mib));
+            println!(
+                "| - cpu s, peak MiB, output bytes | {:.2}, {:.0}, {} | {:.2}, {:.0}, {} | size {:.4} | |",
+                cpu(&theirs),
+                peak(&theirs),
+                sizes.1,
+                cpu(&ours),
+                peak(&ours),
+                sizes.0,
+                sizes.0 as f64 / sizes.1.max(1) as f64,
+            );
+        }
+        Ok(())
+    }
+
+    fn prepare(&self, row: &Row) -> Result<(), String> {
+        for out in ["out.qcow2", "out.raw", "zlib.qcow2", "zstd.qcow2", "new.qcow2", "over.qcow2"] {
+            let _ = fs::remove_file(self.scratch.join(out));
+        }
+        row.prepare.iter().try_for_each(|command| self.qemu(command))
+    }
+
+    fn output_size(&self, args: &[String]) -> u64 {
+        args.last().and_then(|name| fs::metadata(name).ok()).map_or(0, |m| m.len())
+    }
+
+    /// One run under `/usr/bin/time`, which knows the CPU seconds and the peak of memory.
+    fn time(&self, program: &Path, args: &[String]) -> Result<Taken, String> {
+        let report = self.scratch.join("time");
+        let mut command = Command::new("/usr/bin/time");
+        command.args(["-f", "%U %S %M", "-o"]).arg(&report).arg(program).args(args);
+        command.stdout(Stdio::null());
+        let began = Instant::now();
+        check(&mut command)?;
+        let wall = began.elapsed().as_secs_f64();
+        let text = fs::read_to_string(&report).map_err(|e| format!("{}: {e}", report.display()))?;
+        let figures: Vec<f64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        let [user, system, peak] = figures[..] else { return Err(format!("time wrote '{text}'")) };
+        Ok(Taken { wall, cpu: user + system, peak_mib: peak / 1024.0 })
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
+}
