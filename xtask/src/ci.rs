@@ -28,6 +28,7 @@ pub(crate) const STEPS: &[Step] = &[
     Step { name: "clippy", about: "clippy, warnings denied", run: clippy },
     Step { name: "doc", about: "rustdoc, warnings denied", run: doc },
     Step { name: "doctest", about: "the examples in the documentation", run: doctest },
+    Step { name: "shuttle", about: "the engine under explored thread schedules", run: shuttle },
     Step { name: "test", about: "every test (cargo-nextest where installed)", run: test },
 ];
 
@@ -65,6 +66,11 @@ fn doc(root: &Path) -> Result<(), String> {
 
 fn doctest(root: &Path) -> Result<(), String> {
     command(root, &["test", "--workspace", "--locked", "--doc", "--quiet"], &[])
+}
+
+fn shuttle(root: &Path) -> Result<(), String> {
+    let features = ["--features", "shuttle", "--test", "shuttle"];
+    command(root, &[&["test", "--package", "qcow2-core", "--locked", "--quiet"], &features[..]].concat(), &[])
 }
 
 fn test(root: &Path) -> Result<(), String> {
