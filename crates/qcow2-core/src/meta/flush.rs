@@ -62,8 +62,8 @@ impl Meta {
         self.flush()
     }
 
-    /// Ends a changed file where other readers expect an end: with a whole cluster, or with a whole sector where the last
-    /// cluster holds compressed streams. The bytes in between were never written, and some readers take no short read.
+    /// Ends a changed file where other readers expect an end: with a whole (sub)cluster, or with a whole sector where the
+    /// last cluster holds compressed streams. The bytes in between were never written, and some readers take no short read.
     pub(crate) fn pad_end(&self) -> Result<()> {
         if !self.changing.load(Ordering::Acquire) {
             return Ok(());
@@ -72,7 +72,7 @@ impl Meta {
         let streams = lock(&self.refcounts).pack;
         let packed = streams
             .is_some_and(|(start, _)| self.geometry.align_down(start) == self.geometry.align_down(len));
-        let unit = if packed { SECTOR_SIZE } else { self.geometry.cluster_size() };
+        let unit = if packed { SECTOR_SIZE } else { self.geometry.subcluster_size() };
         if !len.is_multiple_of(unit) && self.storage.limits().growable {
             self.storage.set_len(len.next_multiple_of(unit))?;
         }
