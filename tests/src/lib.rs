@@ -3,4 +3,5 @@
 
 pub mod fixtures;
 pub mod fuzz;
+pub mod jitter;
 pub mod side_by_side;

@@ -9,6 +9,7 @@ pub mod crash;
 pub mod cut;
 pub mod fault;
 pub mod fuzz;
+pub mod history;
 pub mod model;
 pub mod oracle;
 pub mod pages;

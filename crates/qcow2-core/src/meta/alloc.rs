@@ -32,6 +32,15 @@ pub(crate) struct Refcounts {
     pub(crate) pack: Option<(u64, u64)>,
 }
 
+impl Refcounts {
+    /// Puts no further compressed stream into host cluster `cluster`.
+    fn leave_pack(&mut self, cluster: u64, cluster_bits: u32) {
+        if self.pack.is_some_and(|(start, _)| start >> cluster_bits == cluster) {
+            self.pack = None;
+        }
+    }
+}
+
 /// Host clusters that were just reserved: their refcount is one and nothing refers to them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reserved {
@@ -178,11 +187,6 @@ impl Meta {
         }))
     }
 
-    /// The refcount of a host cluster as it is in memory.
-    pub(crate) fn refcount(&self, cluster: u64) -> Result<u64> {
-        self.refcount_of(&lock(&self.refcounts), cluster)
-    }
-
     /// Gives a refcount block to the clusters around `cluster`. The block takes `cluster` itself, whose count it then
     /// holds; returns the cluster it took.
     fn add_block(&self, refcounts: &mut Refcounts, cluster: u64) -> Result<u64> {
@@ -267,11 +271,7 @@ impl Meta {
 
     fn forget_cluster(&self, refcounts: &mut Refcounts, cluster: u64) {
         refcounts.first_free = refcounts.first_free.min(cluster);
-        if let Some((start, _)) = refcounts.pack
-            && start >> self.geometry.cluster_bits() == cluster
-        {
-            refcounts.pack = None;
-        }
+        refcounts.leave_pack(cluster, self.geometry.cluster_bits());
         write(&self.metadata_clusters).remove(cluster, 1);
     }
 
@@ -289,11 +289,21 @@ impl Meta {
         Ok(())
     }
 
+    /// Whether `cluster` has one reference, and from now on no compressed stream will add another.
+    fn is_last_reference(&self, cluster: u64) -> Result<bool> {
+        let mut refcounts = lock(&self.refcounts);
+        let last = self.refcount_of(&refcounts, cluster)? == 1;
+        if last {
+            refcounts.leave_pack(cluster, self.geometry.cluster_bits());
+        }
+        Ok(last)
+    }
+
     /// Gives the space of those clusters back whose last reference this is. A failed discard loses nothing.
     fn discard_unshared(&self, run: Unlinked) -> Result<()> {
         let size = self.geometry.cluster_size();
         for cluster in run.first..run.first + run.count {
-            if self.refcount(cluster)? == 1 {
+            if self.is_last_reference(cluster)? {
                 let _ = self.storage.discard(HostOffset::new(cluster * size), size);
             }
         }

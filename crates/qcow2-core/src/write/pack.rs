@@ -57,8 +57,7 @@ impl Meta {
     /// next one can be had, else at the start of a new cluster.
     fn reserve_packed(&self, len: u64) -> Result<HostOffset> {
         let size = self.geometry.cluster_size();
-        let shared = lock(&self.refcounts).pack.take();
-        if let Some((start, end)) = shared
+        if let Some((start, end)) = self.join_pack()?
             && let Some(host) = self.extend_packed(start, end, len)?
         {
             return Ok(host);
@@ -69,20 +68,26 @@ impl Meta {
         Ok(reserved.offset)
     }
 
+    /// Takes the place behind the last stream and adds a reference to its host cluster: in one step, because the cluster
+    /// may be freed, and used for something else, as soon as nobody holds one.
+    fn join_pack(&self) -> Result<Option<(u64, u64)>> {
+        let mut refcounts = lock(&self.refcounts);
+        let Some((start, end)) = refcounts.pack.take() else { return Ok(None) };
+        let first = start >> self.geometry.cluster_bits();
+        if start >= end || self.refcount_of(&refcounts, first)? == 0 {
+            return Ok(None);
+        }
+        match self.raise(&refcounts, first, 1) {
+            Ok(()) => Ok(Some((start, end))),
+            Err(error) if error.kind() == ErrorKind::NoSpace => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A place for `len` bytes from `start` on, in a cluster that ends at `end` and has been joined.
     fn extend_packed(&self, start: u64, end: u64, len: u64) -> Result<Option<HostOffset>> {
         let size = self.geometry.cluster_size();
         let first = start >> self.geometry.cluster_bits();
-        {
-            let refcounts = lock(&self.refcounts);
-            if start >= end || self.refcount_of(&refcounts, first)? == 0 {
-                return Ok(None);
-            }
-            match self.raise(&refcounts, first, 1) {
-                Ok(()) => {}
-                Err(error) if error.kind() == ErrorKind::NoSpace => return Ok(None),
-                Err(error) => return Err(error),
-            }
-        }
         if len <= end - start {
             self.set_pack(start + len, end);
             return Ok(Some(HostOffset::new(start)));

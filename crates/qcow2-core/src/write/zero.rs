@@ -37,10 +37,18 @@ impl Image {
 
     /// Bytes that do not fill a (sub)cluster: written, unless they read as zeroes already. A discard leaves them.
     fn zero_part(&self, range: GuestRange, kind: ZeroKind) -> Result<()> {
-        if kind == ZeroKind::Discard || range.is_empty() || self.reads_zero(range)? {
+        if kind == ZeroKind::Discard || range.is_empty() || self.stays_zero(range)? {
             return Ok(());
         }
         self.write_zero_bytes(range)
+    }
+
+    /// Whether `range`, within one cluster, reads as zeroes with nobody about to change that: a write beside it that is
+    /// under way may be about to uncover bytes which an earlier write left in the same host cluster.
+    fn stays_zero(&self, range: GuestRange) -> Result<bool> {
+        let cluster = self.meta.geometry.guest_cluster(range.start()).value();
+        let _claim = self.meta.claims.claim(cluster, cluster + 1);
+        self.reads_zero(range)
     }
 
     fn write_zero_bytes(&self, range: GuestRange) -> Result<()> {

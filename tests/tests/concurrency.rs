@@ -1,0 +1,343 @@
+//! Sixteen threads on one image: overlapping and neighbouring reads, writes, zeroes, discards, compressed writes and
+//! flushes. Every read must show what its sectors may hold at that time; afterwards the file is judged.
+#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "figures of a run; setting up cannot fail")]
+
+use qcow2_core::{
+    ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions, Reference,
+    ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
+};
+use qcow2_io::MemoryStorage;
+use qcow2_testkit::arbitrary::{BackingShape, DataFileShape, Shape};
+use qcow2_testkit::audit::audit;
+use qcow2_testkit::history::{self, History, ZEROES};
+use qcow2_testkit::model::chain;
+use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::rng::Rng;
+use qcow2_testkit::world::create_options;
+use qcow2_tests::fixtures::codecs;
+use qcow2_tests::jitter::JitterStorage;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+const THREADS: u64 = 16;
+const SECTOR: u64 = 512;
+/// The content of a backing file.
+const BACKING: u64 = 1;
+/// Longer than any run takes by far: a deadlock is a failure, not a test that never ends.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// What is done by how many.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    seed: u64,
+    rounds: u64,
+    /// Operations of each thread in each round.
+    operations: u64,
+    /// Everything is written and read once before the threads start.
+    warm: bool,
+    /// Bytes of L2 tables in memory; small ones are evicted all the time.
+    l2_cache: Option<u64>,
+    /// Compressed writes in a hundred operations.
+    compressed: u64,
+    /// Whether freed clusters are given back to the storage.
+    discard_freed: bool,
+}
+
+const PLAN: Plan = Plan {
+    seed: 1,
+    rounds: 3,
+    operations: 150,
+    warm: false,
+    l2_cache: None,
+    compressed: 4,
+    discard_freed: false,
+};
+
+/// Opens the two names that an image under test may give.
+struct Neighbours {
+    backing: Option<Arc<dyn Storage>>,
+    data: Option<Arc<dyn Storage>>,
+}
+
+impl Resolver for Neighbours {
+    fn resolve(&self, reference: Reference<'_>, _writable: bool) -> Result<ResolvedSource, ResolveError> {
+        let storage = match reference {
+            Reference::DataFile { .. } => self.data.clone(),
+            _ => self.backing.clone(),
+        };
+        let storage = storage.ok_or_else(|| ResolveError::failed("no such file"))?;
+        Ok(source(storage, ImageFormat::Raw, Arc::new(NoResolver)))
+    }
+}
+
+fn source(storage: Arc<dyn Storage>, format: ImageFormat, resolver: Arc<dyn Resolver>) -> ResolvedSource {
+    ResolvedSource { storage, format, name: "memory".into(), id: None, resolver }
+}
+
+/// The image under test and what it may hold.
+struct Bench {
+    shape: Shape,
+    plan: Plan,
+    file: Arc<MemoryStorage>,
+    data: Option<Arc<MemoryStorage>>,
+    image: Arc<Image>,
+    history: History,
+    next_content: AtomicU64,
+}
+
+impl Bench {
+    fn new(shape: Shape, plan: Plan) -> Self {
+        let file = Arc::new(MemoryStorage::new());
+        let data = shape.data_file.map(|_| Arc::new(MemoryStorage::new()));
+        let jitter = |inner: Arc<MemoryStorage>| Arc::new(JitterStorage::new(inner)) as Arc<dyn Storage>;
+        let backing = shape.backing.map(|backing| {
+            let mut bytes = vec![0; backing.size as usize];
+            history::fill(BACKING, 0, &mut bytes);
+            let storage = Arc::new(MemoryStorage::new());
+            storage.write_at(qcow2_core::HostOffset::new(0), &bytes).unwrap();
+            jitter(storage)
+        });
+        let data_storage = data.clone().map(jitter);
+        let storage = jitter(Arc::clone(&file));
+        create(&storage, data_storage.as_ref(), &create_options(&shape)).unwrap();
+        let resolver = Arc::new(Neighbours { backing, data: data_storage });
+        let mut options = OpenOptions::default();
+        options.writable = true;
+        options.codecs = codecs();
+        options.l2_cache_size = plan.l2_cache;
+        options.refcount_cache_size = plan.l2_cache;
+        options.discard_freed = plan.discard_freed;
+        let image = Image::open(source(storage, ImageFormat::Qcow2, resolver), &options).unwrap();
+        let backed = shape.backing.map_or(0, |backing| backing.size / SECTOR);
+        let history =
+            History::new(shape.size / SECTOR, |sector| if sector < backed { BACKING } else { ZEROES });
+        Self { shape, plan, file, data, image, history, next_content: AtomicU64::new(4) }
+    }
+
+    /// All threads, round after round; between rounds nobody moves and everything must be in order.
+    fn run(&self) -> Result<u64, String> {
+        if self.plan.warm {
+            self.write(0..self.history.sectors())?;
+            self.look()?;
+        }
+        for round in 0..self.plan.rounds {
+            let results: Vec<Result<(), String>> = std::thread::scope(|scope| {
+                let threads: Vec<_> =
+                    (0..THREADS).map(|thread| scope.spawn(move || self.thread(round, thread))).collect();
+                threads.into_iter().map(|thread| thread.join().map_err(|_| "panic".to_owned())?).collect()
+            });
+            results.into_iter().collect::<Result<(), String>>().map_err(|e| format!("round {round}: {e}"))?;
+            self.look().map_err(|e| format!("after round {round}: {e}"))?;
+        }
+        self.finish()?;
+        Ok(self.plan.rounds * self.plan.operations * THREADS)
+    }
+
+    fn thread(&self, round: u64, thread: u64) -> Result<(), String> {
+        let mut rng = Rng::new(self.plan.seed << 20 | round << 10 | thread);
+        for number in 0..self.plan.operations {
+            let sectors = self.draw_range(&mut rng);
+            let kind = rng.below(100);
+            let result = match kind {
+                _ if rng.below(100) < self.plan.compressed => self.compress(&sectors),
+                0..30 => self.read(sectors.clone()),
+                30..70 => self.write(sectors.clone()),
+                70..78 => self.zero(sectors.clone(), ZeroMode::MayUnmap),
+                78..84 => self.zero(sectors.clone(), ZeroMode::KeepAllocated),
+                84..94 => self.discard(sectors.clone()),
+                _ => self.image.flush().map_err(|e| chain(&e)),
+            };
+            result
+                .map_err(|e| format!("thread {thread}, operation {number} ({kind}) on {sectors:?}: {e}"))?;
+        }
+        Ok(())
+    }
+
+    /// Mostly within a few hot clusters, so that threads meet; some long, some anywhere.
+    fn draw_range(&self, rng: &mut Rng) -> Range<u64> {
+        let sectors = self.history.sectors();
+        let per_cluster = self.shape.cluster_size() / SECTOR;
+        let clusters = sectors.div_ceil(per_cluster);
+        let hot = (self.plan.seed % 7 * 13) % clusters;
+        let cluster = if rng.one_in(3) { rng.below(clusters) } else { (hot + rng.below(6)) % clusters };
+        let start =
+            (cluster * per_cluster + rng.pick(&[0, 0, per_cluster / 3, per_cluster / 2])).min(sectors - 1);
+        let longest = rng.pick(&[1, 2, per_cluster, per_cluster, 3 * per_cluster]);
+        let end = (start + rng.between(1, longest.max(1))).min(sectors);
+        start..end
+    }
+
+    fn read(&self, sectors: Range<u64>) -> Result<(), String> {
+        let begun = self.history.now();
+        let mut seen = vec![0; (sectors.end - sectors.start) as usize * SECTOR as usize];
+        self.image.read_at(GuestOffset::new(sectors.start * SECTOR), &mut seen).map_err(|e| chain(&e))?;
+        self.history.check(sectors.start, &seen, begun)
+    }
+
+    fn write(&self, sectors: Range<u64>) -> Result<(), String> {
+        let content = self.next_content.fetch_add(1, Ordering::Relaxed);
+        let mut bytes = vec![0; (sectors.end - sectors.start) as usize * SECTOR as usize];
+        history::fill(content, sectors.start, &mut bytes);
+        let begun = self.history.begin(sectors.clone(), content, false);
+        let result = self.image.write_at(GuestOffset::new(sectors.start * SECTOR), &bytes);
+        self.history.end(begun);
+        result.map_err(|e| chain(&e))
+    }
+
+    fn zero(&self, sectors: Range<u64>, mode: ZeroMode) -> Result<(), String> {
+        let begun = self.history.begin(sectors.clone(), ZEROES, false);
+        let result = self.image.write_zeroes(guest_range(&sectors), mode);
+        self.history.end(begun);
+        result.map_err(|e| chain(&e))
+    }
+
+    fn discard(&self, sectors: Range<u64>) -> Result<(), String> {
+        let begun = self.history.begin(sectors.clone(), ZEROES, true);
+        let result = self.image.discard(guest_range(&sectors));
+        self.history.end(begun);
+        result.map_err(|e| chain(&e))
+    }
+
+    /// A compressed write of the cluster in which the range begins; the engine takes it only if it is unallocated.
+    fn compress(&self, sectors: &Range<u64>) -> Result<(), String> {
+        let per_cluster = self.shape.cluster_size() / SECTOR;
+        let start = sectors.start / per_cluster * per_cluster;
+        let sectors = start..(start + per_cluster).min(self.history.sectors());
+        let content = self.next_content.fetch_add(1, Ordering::Relaxed);
+        let mut bytes = vec![0; (sectors.end - sectors.start) as usize * SECTOR as usize];
+        history::fill(content, sectors.start, &mut bytes);
+        let begun = self.history.begin(sectors.clone(), content, false);
+        match self.image.write_compressed(GuestOffset::new(sectors.start * SECTOR), &bytes) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => self.history.cancel(begun),
+            Err(error) => return Err(chain(&error)),
+            Ok(()) => self.history.end(begun),
+        }
+        Ok(())
+    }
+
+    /// With nobody else about: the disk holds an allowed content, and a flush leaves a sound file.
+    fn look(&self) -> Result<(), String> {
+        let mut seen = vec![0; self.shape.size as usize];
+        self.image.read_at(GuestOffset::new(0), &mut seen).map_err(|e| chain(&e))?;
+        self.history.settle(&seen)?;
+        self.image.flush().map_err(|e| chain(&e))?;
+        let found = self.audit();
+        if found.is_sound() { Ok(()) } else { Err(format!("{found:?}")) }
+    }
+
+    /// After a close nothing may be leaked.
+    fn finish(&self) -> Result<(), String> {
+        self.image.close().map_err(|e| chain(&e))?;
+        let found = self.audit();
+        let fine = found.is_sound() && found.leaks == 0 && !found.dirty;
+        if fine { Ok(()) } else { Err(format!("after close: {found:?}")) }
+    }
+
+    fn audit(&self) -> qcow2_testkit::audit::Audit {
+        let data_len = self.data.as_ref().map(|data| data.len().unwrap());
+        audit(&PageBytes::from_bytes(&self.file.to_vec()), data_len)
+    }
+}
+
+fn guest_range(sectors: &Range<u64>) -> GuestRange {
+    GuestRange::between(GuestOffset::new(sectors.start * SECTOR), GuestOffset::new(sectors.end * SECTOR))
+}
+
+/// Runs plans with seeds 1 to `seeds` on `shape`; `QCOW2_CONCURRENCY_SEEDS` asks for more.
+fn check(shape: Shape, plan: Plan, seeds: u64) {
+    let asked = std::env::var("QCOW2_CONCURRENCY_SEEDS").ok().and_then(|text| text.parse().ok());
+    let seeds = asked.unwrap_or(seeds);
+    let started = Instant::now();
+    let mut operations = 0;
+    for seed in 1..=seeds {
+        let (sender, receiver) = mpsc::channel();
+        let plan = Plan { seed, ..plan };
+        std::thread::spawn(move || sender.send(Bench::new(shape.legalized(), plan).run()));
+        match receiver.recv_timeout(PATIENCE) {
+            Ok(Ok(count)) => operations += count,
+            Ok(Err(what)) => panic!("{plan:?} {shape:?}: {what}"),
+            Err(_) => panic!("{plan:?} {shape:?}: no end after {PATIENCE:?}, or a panic"),
+        }
+    }
+    println!("{operations} operations of {THREADS} threads in {:?}", started.elapsed());
+}
+
+fn overlay(size: u64) -> Option<BackingShape> {
+    Some(BackingShape { size, qcow2: false })
+}
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn fresh_image_of_small_clusters() {
+    let shape = Shape { cluster_bits: 9, ..Shape::plain(MIB / 4) };
+    check(shape, PLAN, 3);
+}
+
+#[test]
+fn fresh_image_of_default_clusters() {
+    check(Shape::plain(2 * MIB - 512), PLAN, 3);
+}
+
+#[test]
+fn cold_overlay() {
+    let shape = Shape { cluster_bits: 12, backing: overlay(MIB), ..Shape::plain(MIB) };
+    check(shape, PLAN, 3);
+}
+
+#[test]
+fn warm_overlay() {
+    let shape = Shape { backing: overlay(2 * MIB), ..Shape::plain(2 * MIB) };
+    check(shape, Plan { warm: true, ..PLAN }, 2);
+}
+
+#[test]
+fn warm_overlay_with_a_tiny_cache() {
+    let shape =
+        Shape { cluster_bits: 9, refcount_order: 6, backing: overlay(MIB / 2), ..Shape::plain(MIB / 2) };
+    check(shape, Plan { warm: true, l2_cache: Some(2048), ..PLAN }, 3);
+}
+
+#[test]
+fn subclusters_over_a_backing_file() {
+    let shape =
+        Shape { cluster_bits: 14, extended_l2: true, backing: overlay(MIB / 2), ..Shape::plain(MIB / 2) };
+    check(shape, PLAN, 3);
+}
+
+#[test]
+fn freed_clusters_given_back() {
+    let shape = Shape { cluster_bits: 10, ..Shape::plain(MIB / 8) };
+    check(shape, Plan { discard_freed: true, ..PLAN }, 4);
+}
+
+#[test]
+fn compressed_streams_share_clusters() {
+    let shape = Shape { cluster_bits: 12, ..Shape::plain(MIB / 4) };
+    check(shape, Plan { compressed: 40, ..PLAN }, 4);
+    check(shape, Plan { compressed: 40, discard_freed: true, ..PLAN }, 4);
+}
+
+#[test]
+fn narrow_refcounts() {
+    let shape = Shape { cluster_bits: 12, refcount_order: 1, ..Shape::plain(MIB / 2) };
+    check(shape, PLAN, 2);
+}
+
+#[test]
+fn external_data_file() {
+    for raw in [false, true] {
+        let shape =
+            Shape { cluster_bits: 12, data_file: Some(DataFileShape { raw }), ..Shape::plain(MIB / 2) };
+        check(shape, PLAN, 2);
+    }
+}
+
+#[test]
+fn version_2_overlay() {
+    let shape =
+        Shape { version3: false, cluster_bits: 12, backing: overlay(MIB / 4), ..Shape::plain(MIB / 2) };
+    check(shape, PLAN, 2);
+}
