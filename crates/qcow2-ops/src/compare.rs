@@ -134,7 +134,7 @@ impl Comparing<'_> {
         if at >= source.size() {
             return Ok(MapExtent { start: at, len, zero: true, ..MapExtent::default() });
         }
-        source.extent_at(at, len.min(source.size() - at)).map_err(|e| named(e, &self.names[side]))
+        source.state_at(at, len.min(source.size() - at)).map_err(|e| named(e, &self.names[side]))
     }
 
     fn pair_at(&self, at: u64, len: u64) -> Result<Pair> {

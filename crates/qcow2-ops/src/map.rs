@@ -132,6 +132,12 @@ impl Layers {
         Ok(Self { layers })
     }
 
+    /// Whether an unallocated run is so only because the layers that could have it are too short: `extent` is what
+    /// [`extent_at`](Self::extent_at) gave.
+    pub(crate) fn is_past_a_layer(&self, extent: &MapExtent) -> bool {
+        !extent.present && (extent.depth as usize) + 1 < self.layers.len()
+    }
+
     /// The run at `at`, at most `len` bytes, before joining.
     pub(crate) fn extent_at(&self, at: u64, len: u64) -> qcow2_core::Result<MapExtent> {
         let mut extent = MapExtent { start: at, len, zero: true, ..MapExtent::default() };

@@ -99,6 +99,13 @@ impl Source {
         Ok(MapExtent { start: at, ..extent })
     }
 
+    /// The same, where what lies past the end of a short backing file counts as zeroes that are there.
+    pub(crate) fn state_at(&self, at: u64, len: u64) -> Result<MapExtent> {
+        let extent = self.extent_at(at, len)?;
+        let past_a_layer = self.part_at(at).layers.is_past_a_layer(&extent);
+        Ok(MapExtent { present: extent.present || past_a_layer, ..extent })
+    }
+
     /// What the run at `at` holds, cut at `len` bytes. `top_only`: what the top layer says nothing about is `Backing`
     /// rather than looked up below. `at` must lie inside.
     pub(crate) fn content_at(&self, at: u64, len: u64, top_only: bool) -> Result<Run> {
