@@ -36,6 +36,8 @@ use qcow2_format::{Geometry, Header, HostOffset};
 pub const DEFAULT_L2_CACHE: u64 = 32 << 20;
 /// Bytes of refcount blocks kept in memory at most, by default.
 pub const DEFAULT_REFCOUNT_CACHE: u64 = 4 << 20;
+/// Bytes of a table read at once when it is read whole.
+const TABLE_PIECE: u64 = 1 << 20;
 /// The largest cached piece of a table.
 const MAX_PAGE: u64 = 64 << 10;
 /// The cached piece of a table on disks that the cache does not cover.
@@ -272,9 +274,16 @@ fn rules(_options: &OpenOptions) -> Rules {
 
 /// `count` big-endian words at `offset`; past the end of the file they are zero. `count` was checked against a limit.
 pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) -> Result<Vec<u64>> {
-    let mut bytes = vec![0; count as usize * 8];
-    storage.read_padded(offset, &mut bytes)?;
-    Ok(bytes.chunks_exact(8).map(be_word).collect())
+    // Piece by piece: a table may have 32 MiB, and need not be in memory twice.
+    let mut words = Vec::with_capacity(count as usize);
+    let mut piece = vec![0; (count * 8).min(TABLE_PIECE) as usize];
+    while (words.len() as u64) < count {
+        let done = words.len() as u64 * 8;
+        let bytes = &mut piece[..(count * 8 - done).min(TABLE_PIECE) as usize];
+        storage.read_padded(HostOffset::new(offset.value() + done), bytes)?;
+        words.extend(bytes.chunks_exact(8).map(be_word));
+    }
+    Ok(words)
 }
 
 fn empty_refcounts() -> Refcounts {

@@ -14,21 +14,14 @@ use qcow2_core::ImageFormat;
 use qcow2_core::walk::SnapshotFault;
 use qcow2_io::CacheMode;
 use qcow2_ops::ErrorKind;
-use qcow2_ops::check::{CheckOptions, CheckReport, Finding};
+use qcow2_ops::check::{CheckOptions, CheckReport, Finding, Found};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let report = check(session, &request)?;
     let wrong = report.corruptions + report.leaks + report.check_errors;
-    for found in &report.findings {
-        for _ in 0..found.times {
-            session.complain(&render::finding(&found.finding, session.program()));
-        }
-    }
-    if report.omitted > 0 {
-        session.complain(&format!("... and {} more", report.omitted));
-    }
+    complain(session, &report);
     if report.incomplete {
         return Err(Failure::new(format!("Check failed: {}", why_incomplete(&report))));
     }
@@ -47,6 +40,19 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         (0, 0, _) => Ok(exit::CHECK_LEAKS),
         (0, _, _) => Ok(exit::CHECK_CORRUPT),
         _ => Err(Failure::new("Check failed")),
+    }
+}
+
+/// Prints the findings, one a line; a damaged image may have any number of them.
+fn complain(session: &Session, report: &CheckReport) {
+    let times = |found: &Found| usize::try_from(found.times).unwrap_or(usize::MAX);
+    let lines = report.findings.iter().flat_map(|found| std::iter::repeat_n(found, times(found)));
+    for found in lines.take(MAX_LINES) {
+        session.complain(&render::finding(&found.finding, session.program()));
+    }
+    let all = report.findings.iter().map(|found| found.times).fold(report.omitted, u64::saturating_add);
+    if all > MAX_LINES as u64 {
+        session.complain(&format!("... and {} more", all - MAX_LINES as u64));
     }
 }
 
@@ -124,3 +130,6 @@ fn why_incomplete(report: &CheckReport) -> &'static str {
         false => "File too large",
     }
 }
+
+/// How many findings are printed.
+const MAX_LINES: usize = 10_000;
