@@ -110,7 +110,6 @@ impl<'a> Exerciser<'a> {
     fn refuse(&mut self, spec: &Spec, typed: &str, complaint: Complaint) -> Result<Flow, Failed> {
         match complaint {
             Complaint::Out(text) => self.console.out(&format!("{text}\n")),
-            Complaint::Err(text) => self.console.err(&text),
             Complaint::Named(text) => self.console.named(&text),
             Complaint::Usage(text) => {
                 if let Some(text) = text {

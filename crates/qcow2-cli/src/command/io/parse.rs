@@ -9,8 +9,6 @@ use super::words::{Arguments, MAX_REQUEST, c_integer, number, pattern, request_l
 pub(super) enum Complaint {
     /// On standard output.
     Out(String),
-    /// On standard error.
-    Err(String),
     /// On standard error after the program's name.
     Named(String),
     /// The usage line on standard output, after what getopt has to say.
