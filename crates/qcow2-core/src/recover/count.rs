@@ -21,12 +21,20 @@ const CHUNK: usize = 1 << CHUNK_BITS;
 const MAX_CHUNKS: usize = 1 << 18;
 
 /// A count per host cluster; clusters that nobody refers to take no room.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct ReferenceCounts {
     chunks: BTreeMap<u64, Box<[u64; CHUNK]>>,
+    /// The first cluster that nothing may refer to.
+    end: u64,
 }
 
 impl ReferenceCounts {
+    /// No references yet, to a file of `clusters` clusters. One more may be referred to: the file need not end with a
+    /// whole cluster.
+    pub(crate) fn new(clusters: u64) -> Self {
+        Self { chunks: BTreeMap::new(), end: clusters.saturating_add(1) }
+    }
+
     /// How many references `cluster` has.
     pub(crate) fn of(&self, cluster: u64) -> u64 {
         self.chunks.get(&(cluster >> CHUNK_BITS)).map_or(0, |c| c[cluster as usize % CHUNK])
@@ -40,8 +48,16 @@ impl ReferenceCounts {
         })
     }
 
+    /// Counts a reference to each of `count` clusters. Errors: `Corrupt` where they pass the end of the file: counting
+    /// them would take a refcount structure as large as the tables please.
     pub(crate) fn add(&mut self, first: u64, count: u64) -> Result<()> {
-        for cluster in first..first.saturating_add(count) {
+        let end = first.saturating_add(count);
+        if end > self.end {
+            return Err(Error::corrupt(format!(
+                "clusters {first} to {end} are in use and past the end of the file"
+            )));
+        }
+        for cluster in first..end {
             let chunk = cluster >> CHUNK_BITS;
             if !self.chunks.contains_key(&chunk) && self.chunks.len() == MAX_CHUNKS {
                 return Err(Error::corrupt("image uses too many clusters to recount its refcounts"));
@@ -62,7 +78,7 @@ impl Meta {
     /// every table. Errors: `Corrupt` where a table is damaged, so that nothing may be concluded from it.
     pub(crate) fn count_references(&self) -> Result<ReferenceCounts> {
         let header = self.header();
-        let mut counts = ReferenceCounts::default();
+        let mut counts = ReferenceCounts::new(self.geometry.clusters_for(self.storage.len()?));
         counts.add(0, 1)?;
         self.count_tree(&mut counts, header.l1_table_offset, u64::from(header.l1_size))?;
         if let Some(luks) = header.extensions.luks {

@@ -73,17 +73,19 @@ impl Meta {
 
     /// The clusters of the refcount structures, or `None` where the table is damaged.
     fn own_clusters(&self, table: &[u64]) -> Result<Option<ReferenceCounts>> {
-        let mut own = ReferenceCounts::default();
+        let mut own = ReferenceCounts::new(self.geometry.clusters_for(self.storage.len()?));
         let (first, count) = {
             let refcounts = lock(&self.refcounts);
             (self.geometry.host_cluster(refcounts.table_offset).value(), refcounts.table_clusters)
         };
-        own.add(first, count)?;
+        if own.add(first, count).is_err() {
+            return Ok(None);
+        }
         for &raw in table.iter().filter(|&&raw| raw != 0) {
             match decode_table_entry(raw, &self.geometry) {
-                Ok(Some(block)) => own.add(self.geometry.host_cluster(block).value(), 1)?,
                 Ok(None) => {}
-                Err(_) => return Ok(None),
+                Ok(Some(block)) if own.add(self.geometry.host_cluster(block).value(), 1).is_ok() => {}
+                _ => return Ok(None),
             }
         }
         Ok(Some(own))
