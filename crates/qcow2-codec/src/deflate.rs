@@ -2,8 +2,15 @@
 //!
 //! QEMU writes with a window of 4 KiB and so does this codec by default: every known reader takes such a stream. Streams
 //! with the full 32 KiB window are read as well. Spec: "Compressed Clusters".
+//!
+//! With the default window a writer of this crate's own does it, made for whole clusters: about twice as fast as zlib-rs
+//! at the same size of stream. Other windows, and all reading, are flate2's.
+//!
+//! Memory: about 150 KiB for each thread that compresses at the same time, whatever the cluster size; with another
+//! window about 300 KiB and 1.25 clusters. About 45 KiB for each thread that expands.
 
 use crate::pool::Pool;
+use crate::squeeze::{Effort, Squeezer};
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 use qcow2_core::{ClusterCodec, CodecError};
 
@@ -46,17 +53,37 @@ impl DeflateOptions {
     }
 }
 
+/// How hard level 1, 2, ... searches.
+const EFFORTS: [Effort; MAX_LEVEL as usize] = [
+    Effort { depth: 1, nice: 8, lazy: 0 },
+    Effort { depth: 2, nice: 12, lazy: 0 },
+    Effort { depth: 2, nice: 16, lazy: 1 },
+    Effort { depth: 4, nice: 24, lazy: 1 },
+    Effort { depth: 6, nice: 32, lazy: 1 },
+    Effort { depth: 8, nice: 32, lazy: 1 },
+    Effort { depth: 16, nice: 64, lazy: 1 },
+    Effort { depth: 48, nice: 128, lazy: 2 },
+    Effort { depth: 200, nice: 258, lazy: 2 },
+];
+
 /// A compressor with room for any stream: zlib-rs 0.6 panics at some levels where the output runs full, so it never
 /// does, and the few bytes of a stream that fits are copied.
-struct Writer {
+struct WideWriter {
     deflate: Compress,
     room: Vec<u8>,
 }
 
+/// What compresses a cluster.
+enum Writer {
+    /// A window of 4 KiB.
+    Own(Box<Squeezer>),
+    /// Any other.
+    Wide(WideWriter),
+}
+
 /// The deflate codec.
 pub struct Deflate {
-    level: Compression,
-    window_bits: u8,
+    options: DeflateOptions,
     writers: Pool<Writer>,
     readers: Pool<Decompress>,
 }
@@ -78,12 +105,7 @@ impl Deflate {
     }
 
     fn with_checked(options: DeflateOptions) -> Self {
-        Self {
-            level: Compression::new(options.level),
-            window_bits: options.window_bits as u8,
-            writers: Pool::new(),
-            readers: Pool::new(),
-        }
+        Self { options, writers: Pool::new(), readers: Pool::new() }
     }
 }
 
@@ -95,11 +117,13 @@ impl Default for Deflate {
 
 impl ClusterCodec for Deflate {
     fn compress(&self, plain: &[u8], out: &mut [u8]) -> Result<Option<usize>, CodecError> {
-        let make = || {
-            let deflate = Compress::new_with_window_bits(self.level, false, self.window_bits);
-            Ok(Writer { deflate, room: Vec::new() })
-        };
-        self.writers.with(make, |writer| writer.compress(plain, out))
+        self.writers.with(
+            || Ok(Writer::new(self.options)),
+            |writer| match writer {
+                Writer::Own(squeezer) => Ok(squeezer.compress(plain, out)),
+                Writer::Wide(writer) => writer.compress(plain, out),
+            },
+        )
     }
 
     fn expand(&self, stream: &[u8], out: &mut [u8]) -> Result<(), CodecError> {
@@ -108,6 +132,19 @@ impl ClusterCodec for Deflate {
 }
 
 impl Writer {
+    /// A writer for options that were checked.
+    fn new(options: DeflateOptions) -> Self {
+        let effort = EFFORTS.get(options.level as usize - 1);
+        if let (DEFAULT_WINDOW_BITS, Some(&effort)) = (options.window_bits, effort) {
+            return Self::Own(Box::new(Squeezer::new(effort)));
+        }
+        let level = Compression::new(options.level);
+        let deflate = Compress::new_with_window_bits(level, false, options.window_bits as u8);
+        Self::Wide(WideWriter { deflate, room: Vec::new() })
+    }
+}
+
+impl WideWriter {
     fn compress(&mut self, plain: &[u8], out: &mut [u8]) -> Result<Option<usize>, CodecError> {
         // The quickest level codes a literal in at most nine bits; the others fall back to stored blocks.
         self.room.resize(plain.len() + plain.len() / 4 + 64, 0);

@@ -24,6 +24,7 @@
 
 pub mod deflate;
 mod pool;
+mod squeeze;
 pub mod zstd;
 
 pub use deflate::{Deflate, DeflateOptions};
