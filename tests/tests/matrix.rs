@@ -1,0 +1,117 @@
+//! Random operations on real files of every geometry, with and without a backing file; at the end qemu-img checks the
+//! image and compares it with a flat array.
+//!
+//! `QCOW2_MATRIX_OPS` sets how many operations each image gets (10000 for a campaign), `QCOW2_SEED` which ones.
+#![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
+
+use qcow2_core::{
+    BackingName, CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions,
+    ZeroMode, create,
+};
+use qcow2_io::{Create, OpenFile, Policy, SourceOptions, open_source};
+use qcow2_testkit::oracle::Tool;
+use qcow2_testkit::rng::Rng;
+use std::path::Path;
+use std::sync::Arc;
+
+const SIZE: u64 = (24 << 20) + 512 * 7;
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+fn open(path: &Path) -> Arc<Image> {
+    let options =
+        SourceOptions::new(OpenFile::writable()).with_format(ImageFormat::Qcow2).with_policy(Policy::Allow);
+    let mut open = OpenOptions::default();
+    open.writable = true;
+    open.discard_freed = true;
+    Image::open(open_source(path, &options).unwrap(), &open).unwrap()
+}
+
+/// One random operation on image and model.
+fn step(image: &Image, model: &mut [u8], rng: &mut Rng) {
+    let longest = if rng.one_in(20) { 2 << 20 } else { 40_000 };
+    let len = 1 + rng.below(longest);
+    let at = rng.below(SIZE - len + 1);
+    let (guest, place) = (GuestOffset::new(at), at as usize..(at + len) as usize);
+    let range = GuestRange::new(guest, len).unwrap();
+    match rng.below(10) {
+        0..=4 => {
+            rng.fill(&mut model[place.clone()]);
+            image.write_at(guest, &model[place]).unwrap();
+        }
+        5 => {
+            let mode = if rng.one_in(2) { ZeroMode::KeepAllocated } else { ZeroMode::MayUnmap };
+            image.write_zeroes(range, mode).unwrap();
+            model[place].fill(0);
+        }
+        6 => {
+            image.discard(range).unwrap();
+            let mut seen = vec![0; len as usize];
+            image.read_at(guest, &mut seen).unwrap();
+            let fine =
+                seen.iter().zip(&model[place.clone()]).all(|(&now, &before)| now == 0 || now == before);
+            assert!(fine, "a discarded byte is what it was, or zero");
+            model[place].copy_from_slice(&seen);
+        }
+        7 => image.flush().unwrap(),
+        _ => {
+            let mut seen = vec![0; len as usize];
+            image.read_at(guest, &mut seen).unwrap();
+            assert!(seen == model[place], "{len} bytes at {at:#x}");
+        }
+    }
+}
+
+fn check(folder: &Path, qemu: &Tool, options: &CreateOptions, seed: u64, count: u64) {
+    let mut rng = Rng::new(seed);
+    let mut model = vec![0; SIZE as usize];
+    if options.backing.is_some() {
+        // Shorter than the disk, and no multiple of a cluster.
+        let len = SIZE as usize / 4 * 3 / 512 * 512 + 512;
+        rng.fill(&mut model[..len]);
+        std::fs::write(folder.join("base.raw"), &model[..len]).unwrap();
+    }
+    let path = folder.join("image.qcow2");
+    let _ = std::fs::remove_file(&path);
+    let storage = OpenFile::writable().with_create(Create::New).open(&path).unwrap();
+    create(&storage, None, options).unwrap();
+    drop(storage);
+    let mut image = open(&path);
+    for _ in 0..count {
+        step(&image, &mut model, &mut rng);
+        if rng.one_in(500) {
+            image.close().unwrap();
+            drop(image);
+            image = open(&path);
+        }
+    }
+    image.close().unwrap();
+    drop(image);
+    std::fs::write(folder.join("model.raw"), &model).unwrap();
+    qemu.run_in(folder, &["check", "image.qcow2"]).success();
+    qemu.run_in(folder, &["compare", "-f", "qcow2", "-F", "raw", "image.qcow2", "model.raw"]).success();
+}
+
+#[test]
+fn qemu_agrees_after_random_operations_on_every_geometry() {
+    let Some(qemu) = Tool::find("qemu-img") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let (seed, count) = (number("QCOW2_SEED", 1), number("QCOW2_MATRIX_OPS", 120));
+    for (cluster_size, extended_l2) in
+        [(512, false), (4096, false), (65536, false), (65536, true), (2 << 20, false), (2 << 20, true)]
+    {
+        for refcount_bits in [1, 16, 64] {
+            for backed in [false, true] {
+                let mut options = CreateOptions::new(SIZE);
+                options.cluster_size = cluster_size;
+                options.extended_l2 = extended_l2;
+                options.refcount_bits = refcount_bits;
+                let format = Some("raw".to_owned());
+                options.backing = backed.then(|| BackingName { name: "base.raw".to_owned(), format });
+                check(folder.path(), &qemu, &options, seed, count);
+            }
+        }
+    }
+}
