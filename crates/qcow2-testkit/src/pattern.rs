@@ -10,9 +10,14 @@ pub fn fill(seed: u64, offset: u64, buf: &mut [u8]) {
     if seed == ZEROES {
         return buf.fill(0);
     }
-    for (at, byte) in buf.iter_mut().enumerate() {
-        let offset = offset.wrapping_add(at as u64);
-        *byte = word(seed, offset / 8).to_le_bytes()[(offset % 8) as usize];
+    let mut at = offset;
+    let mut rest = buf;
+    while !rest.is_empty() {
+        let from = (at % 8) as usize;
+        let (part, next) = rest.split_at_mut(rest.len().min(8 - from));
+        part.copy_from_slice(&word(seed, at / 8).to_le_bytes()[from..from + part.len()]);
+        at = at.wrapping_add(part.len() as u64);
+        rest = next;
     }
 }
 
