@@ -1,10 +1,11 @@
 //! Regular files and block devices as a storage.
 //!
 //! Every call is positional, so any number of threads may use one file. The length is kept here, so that asking for it
-//! costs no system call; no other writer is expected (see the image locks). What the file system cannot do is found
-//! out once and then done the slower way.
+//! costs no system call; no other writer is expected (see the image locks). A flush without a change before it costs
+//! none either. What the file system cannot do is found out once and then done the slower way.
 
 use crate::direct::{AlignedBuffer, DirectIo};
+use crate::dirty::Dirty;
 use crate::error::{Call, MAX_LEN};
 use crate::open::{FileKind, file_kind};
 use crate::space::Space;
@@ -20,6 +21,9 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 /// Bytes of zeroes written at a time where nothing faster exists; a multiple of every block.
 const ZERO_BUFFER_LEN: u64 = 1024 * 1024;
 
+/// The error number of failed input or output.
+const IO_ERROR: i32 = 5;
+
 /// A regular file or a block device as a [`Storage`]; made by [`OpenFile`](crate::OpenFile).
 #[derive(Debug)]
 pub struct FileStorage {
@@ -31,16 +35,28 @@ pub struct FileStorage {
     /// Held shared by every change, exclusively by whatever sets the length or rewrites parts of a block: neither may
     /// meet another change half-way.
     changes: RwLock<()>,
+    dirty: Dirty,
     space: Space,
     /// Present where the file is read and written around the page cache.
     direct: Option<DirectIo>,
 }
 
-/// The right to change the file.
+/// The right to change the file; giving it up counts a change.
+struct ChangeGuard<'a> {
+    _lock: ChangeLock<'a>,
+    dirty: &'a Dirty,
+}
+
 #[expect(dead_code, reason = "the guards are held, not looked at")]
-enum ChangeGuard<'a> {
+enum ChangeLock<'a> {
     Shared(RwLockReadGuard<'a, ()>),
     Exclusive(RwLockWriteGuard<'a, ()>),
+}
+
+impl Drop for ChangeGuard<'_> {
+    fn drop(&mut self) {
+        self.dirty.changed();
+    }
 }
 
 impl FileStorage {
@@ -61,6 +77,7 @@ impl FileStorage {
             regular,
             len: AtomicU64::new(len),
             changes: RwLock::new(()),
+            dirty: Dirty::default(),
             space: Space::new(!regular),
             direct,
         })
@@ -121,12 +138,16 @@ impl FileStorage {
     fn guard(&self, start: u64, end: u64) -> ChangeGuard<'_> {
         match &self.direct {
             Some(direct) if !direct.is_whole_blocks(start, (end - start) as usize) => self.exclusive(),
-            _ => ChangeGuard::Shared(self.changes.read().unwrap_or_else(PoisonError::into_inner)),
+            _ => {
+                let lock = self.changes.read().unwrap_or_else(PoisonError::into_inner);
+                ChangeGuard { _lock: ChangeLock::Shared(lock), dirty: &self.dirty }
+            }
         }
     }
 
     fn exclusive(&self) -> ChangeGuard<'_> {
-        ChangeGuard::Exclusive(self.changes.write().unwrap_or_else(PoisonError::into_inner))
+        let lock = self.changes.write().unwrap_or_else(PoisonError::into_inner);
+        ChangeGuard { _lock: ChangeLock::Exclusive(lock), dirty: &self.dirty }
     }
 
     /// Writes under a guard for (at least) this range.
@@ -315,12 +336,23 @@ impl Storage for FileStorage {
         Ok(())
     }
 
+    /// Without a change since the last one this costs no system call. Once it has failed it always fails: what the page
+    /// cache has lost does not come back.
     fn flush(&self) -> Result<(), StorageError> {
-        if !self.writable {
-            return Ok(());
-        }
         let call = Call::new("flush", HostOffset::new(0), self.length());
-        sys::sync(&self.file).map_err(|error| call.failed(error))
+        let pending = self.dirty.pending().map_err(|code| call.failed(io::Error::from_raw_os_error(code)))?;
+        let Some(changes) = pending else {
+            return Ok(());
+        };
+        sys::sync(&self.file).map_err(|error| {
+            // Around the page cache nothing is lost by failing: the next try says the truth again.
+            if self.direct.is_none() {
+                self.dirty.broke(error.raw_os_error().unwrap_or(IO_ERROR));
+            }
+            call.failed(error)
+        })?;
+        self.dirty.made_durable(changes);
+        Ok(())
     }
 
     fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {

@@ -15,6 +15,7 @@
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod direct;
+mod dirty;
 mod error;
 mod file;
 mod layer;
