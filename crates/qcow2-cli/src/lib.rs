@@ -20,6 +20,7 @@ mod render;
 mod session;
 mod size;
 mod threads;
+mod throttle;
 
 use args::{Arguments, Getopt, Opt};
 use failure::Failure;

@@ -4,6 +4,7 @@ use crate::args::ImageArgs;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::render::qemu_text;
+use crate::throttle::Throttle;
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::{
     Codecs, GuestDisk, ImageFormat, Layers, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver,
@@ -48,12 +49,14 @@ pub(crate) struct OpenAs {
     pub(crate) cache: CacheMode,
     /// Which of the files that it names are opened.
     pub(crate) layers: Layers,
+    /// How many bytes a second are written at most.
+    pub(crate) bytes_per_second: Option<u64>,
 }
 
 impl OpenAs {
     /// For reading, with all that it names.
     pub(crate) const READ: Self =
-        Self { writable: false, cache: CacheMode::Writeback, layers: Layers::Follow };
+        Self { writable: false, cache: CacheMode::Writeback, layers: Layers::Follow, bytes_per_second: None };
     /// For looking at it, and at nothing that it names.
     pub(crate) const LOOK: Self = Self { layers: Layers::TopOnly, ..Self::READ };
 }
@@ -76,7 +79,7 @@ pub(crate) fn open_file(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Resu
     if let Some(format) = &name.format {
         options = options.with_format(format_from_name(format));
     }
-    let source = open_source(Path::new(&name.path), &options).map_err(|error| {
+    let mut source = open_source(Path::new(&name.path), &options).map_err(|error| {
         let (reason, hint) = qemu_text::source_reason(&error, &name.path);
         let failure = Failure::could_not_open(&name.typed, &reason);
         hint.into_iter().fold(failure, Failure::hint)
@@ -84,6 +87,9 @@ pub(crate) fn open_file(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Resu
     if let ImageFormat::Other(other) = &source.format {
         let reason = format!("format '{other}' is not supported, only qcow2 and raw are");
         return Err(Failure::could_not_open(&name.typed, &reason));
+    }
+    if let Some(rate) = how.bytes_per_second {
+        source.storage = Arc::new(Throttle::new(source.storage, rate));
     }
     Ok(source)
 }

@@ -31,6 +31,7 @@ pub(super) struct Request {
     pub(super) quiet: bool,
     pub(super) progress: bool,
     pub(super) workers: Option<usize>,
+    pub(super) bytes_per_second: Option<u64>,
     sparse_size: Option<u64>,
     target_is_zero: bool,
     out_of_order: bool,
@@ -84,6 +85,7 @@ impl Request {
             quiet: raw.quiet,
             progress: raw.progress,
             workers: raw.workers,
+            bytes_per_second: raw.bytes_per_second,
             sparse_size: raw.sparse_size,
             target_is_zero: raw.target_is_zero,
             out_of_order: raw.out_of_order,
@@ -127,6 +129,7 @@ struct Raw {
     bitmaps: bool,
     skip_broken_bitmaps: bool,
     workers: Option<usize>,
+    bytes_per_second: Option<u64>,
     copy_range: bool,
     salvage: bool,
     out_of_order: bool,
@@ -158,7 +161,8 @@ impl Raw {
             Opt::Bitmaps => self.bitmaps = true,
             Opt::SkipBrokenBitmaps => self.skip_broken_bitmaps = true,
             Opt::Rate => {
-                parse_argument("rate limit", &value, SIGNED)?;
+                let rate = parse_argument("rate limit", &value, SIGNED)?;
+                self.bytes_per_second = Some(rate).filter(|&rate| rate > 0);
             }
             Opt::Parallel => {
                 let workers = parse_argument("number of coroutines", &value, 1..=16)?;

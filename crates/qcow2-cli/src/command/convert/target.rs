@@ -9,7 +9,7 @@ use crate::interrupt::Interrupts;
 use crate::newimage;
 use crate::open::{OpenAs, OpenedDisk, open_image};
 use crate::render::qemu_text;
-use qcow2_core::{GuestDisk, ImageFormat, Layers};
+use qcow2_core::{GuestDisk, ImageFormat};
 use std::sync::Arc;
 
 /// Makes the target of `size` bytes, unless it is to exist, and opens it for writing.
@@ -41,7 +41,8 @@ pub(super) fn open(
         check_bitmaps(request, sources)?;
         ImageName::parse(&request.target, &args)?
     };
-    let how = OpenAs { writable: true, cache: request.target_cache, layers: Layers::Follow };
+    let bytes_per_second = request.bytes_per_second;
+    let how = OpenAs { writable: true, cache: request.target_cache, bytes_per_second, ..OpenAs::READ };
     Ok(open_image(&name, &args, how)?.disk)
 }
 

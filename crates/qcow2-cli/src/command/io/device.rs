@@ -13,7 +13,7 @@ use crate::open::{OpenAs, codecs, open_file, open_image};
 use crate::optlist::{OptList, escape_commas};
 use crate::render::{human, info::specific_text, qemu_text};
 use qcow2_core::{
-    BackingName, CreateOptions, GuestDisk, Image, ImageFormat, Layers, OpenOptions, Reference, ResolveError,
+    BackingName, CreateOptions, GuestDisk, Image, ImageFormat, OpenOptions, Reference, ResolveError,
     ResolvedSource, Resolver, Storage,
 };
 use qcow2_io::{CacheMode, FileStorage, NoFlush};
@@ -97,7 +97,7 @@ fn open(request: &OpenRequest) -> Result<OpenedFile, Failure> {
     let guessed = name.format.is_none();
     let scratch = request.snapshot && !request.read_only;
     let writable = !request.read_only;
-    let how = OpenAs { writable: writable && !scratch, cache, layers: Layers::Follow };
+    let how = OpenAs { writable: writable && !scratch, cache, ..OpenAs::READ };
     let opened = open_image(&name, &args, how)?;
     let (mut disk, format) = match scratch {
         true => {

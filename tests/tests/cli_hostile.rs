@@ -1,0 +1,316 @@
+//! The command where things go wrong: images that lie, disks that are full, users who press Ctrl-C, readers that go away.
+#![allow(clippy::unwrap_used, reason = "helpers of a test")]
+
+use qcow2_core::format::{AutoclearFeatures, BitmapsExtension, Header, HostOffset, Version};
+use qcow2_testkit::oracle::{Outcome, Tool};
+use qcow2_testkit::rng::Rng;
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
+
+/// Kilobytes of memory that a run may take: 64 MiB, as the limit of the data segment.
+const MEMORY: u32 = 64 << 10;
+
+/// How long a run may take. One second is what it should take on a machine of its own.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Runs the command in `folder` under the limits.
+fn run(folder: &Path, line: &str) -> Outcome {
+    let shell = Tool::find("bash").expect("bash");
+    let started = Instant::now();
+    let script = format!("ulimit -d {MEMORY}; exec {OURS} {line}");
+    let outcome = shell.run_in(folder, &["-c", &script]);
+    assert!(started.elapsed() < PATIENCE, "took {:?}: {outcome}", started.elapsed());
+    outcome
+}
+
+/// One line on standard error, nothing else, and the exit code.
+#[track_caller]
+fn check_refused(folder: &Path, line: &str, code: i32) -> String {
+    let outcome = run(folder, line).expect_code(code);
+    assert_eq!(outcome.stdout, "", "{outcome}");
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+    assert!(outcome.stderr.starts_with("qcow2: "), "{outcome}");
+    outcome.stderr.trim_end().to_owned()
+}
+
+fn header(change: impl FnOnce(&mut Header)) -> Vec<u8> {
+    let mut header = Header::new(Version::V3, 16);
+    header.size = 1 << 30;
+    header.l1_size = 2;
+    header.l1_table_offset = HostOffset::new(0x30000);
+    header.refcount_table_offset = HostOffset::new(0x10000);
+    header.refcount_table_clusters = 1;
+    change(&mut header);
+    header.encode_cluster().unwrap()
+}
+
+fn with_bytes(mut image: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
+    image[at..at + bytes.len()].copy_from_slice(bytes);
+    image
+}
+
+#[test]
+fn images_that_are_none_are_refused_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut random = vec![0; 100_000];
+    Rng::new(3).fill(&mut random);
+    let sound = header(|_| {});
+    let images: &[(&str, Vec<u8>, &str)] = &[
+        ("zero-length", Vec::new(), "Image is not in qcow2 format"),
+        ("random", random, "Image is not in qcow2 format"),
+        ("truncated", sound[..30].to_vec(), "qcow2 header too short"),
+        ("version-9", with_bytes(sound.clone(), 7, &[9]), "Unsupported qcow2 version 9"),
+        ("version-0", with_bytes(sound.clone(), 7, &[0]), "Unsupported qcow2 version 0"),
+        ("clusters-2^63", with_bytes(sound.clone(), 23, &[63]), "Unsupported cluster size: 2^63"),
+        ("header-length", with_bytes(sound.clone(), 100, &[255; 4]), "qcow2 header exceeds cluster size"),
+        (
+            "features",
+            with_bytes(sound.clone(), 72, &[255]),
+            "Unsupported qcow2 feature(s): Unknown incompatible feature: ff00000000000000",
+        ),
+        ("l1-gigabytes", header(|h| h.l1_size = u32::MAX), "Active L1 table too large"),
+        (
+            "refcounts-gigabytes",
+            header(|h| h.refcount_table_clusters = i32::MAX as u32),
+            "Reference count table too large",
+        ),
+        ("backing-offset", with_bytes(sound.clone(), 8, &[255; 8]), "Invalid backing file offset"),
+        (
+            "backing-length",
+            with_bytes(sound, 8, &[0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 255, 0]),
+            "Backing file name too long",
+        ),
+    ];
+    fs::write(folder.path().join("other"), "").unwrap();
+    for (name, bytes, reason) in images {
+        fs::write(folder.path().join(name), bytes).unwrap();
+        let expected = format!("qcow2: Could not open '{name}': {reason}");
+        for line in ["info -f qcow2", "info --output=json -f qcow2", "map -f qcow2", "check -f qcow2"] {
+            assert_eq!(check_refused(folder.path(), &format!("{line} {name}"), 1), expected);
+        }
+        assert_eq!(check_refused(folder.path(), &format!("compare -f qcow2 {name} other"), 2), expected);
+        assert_eq!(check_refused(folder.path(), &format!("convert -f qcow2 {name} target"), 1), expected);
+        assert!(!folder.path().join("target").exists());
+    }
+}
+
+/// Tables as large as the limits allow, in small files: the right answer, or one line, in little memory.
+#[test]
+fn images_that_claim_much_cost_little() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, bytes: &[u8]| fs::write(folder.path().join(name), bytes).unwrap();
+    write("l1", &header(|h| (h.l1_size, h.size) = (4 << 20, 2 << 50)));
+    write("refcounts", &header(|h| h.refcount_table_clusters = 128));
+    let snapshots = HostOffset::new(0x40000);
+    write("snapshots", &header(|h| (h.nb_snapshots, h.snapshots_offset) = (65_536, snapshots)));
+    let bitmaps = BitmapsExtension {
+        count: 65_535,
+        reserved: 0,
+        directory_size: 67_107_840,
+        directory_offset: snapshots,
+    };
+    let many_bitmaps = header(|h| {
+        h.extensions.bitmaps = Some(bitmaps);
+        h.autoclear_features = AutoclearFeatures::BITMAPS;
+    });
+    write("bitmaps", &many_bitmaps);
+    write("other", b"");
+    for name in ["l1", "refcounts"] {
+        run(folder.path(), &format!("info {name}")).success();
+    }
+    assert!(check_refused(folder.path(), "info snapshots", 1).contains("snapshot 0 is damaged"));
+    assert!(check_refused(folder.path(), "info bitmaps", 1).contains("bitmap directory passes the end"));
+    for name in ["l1", "refcounts", "snapshots", "bitmaps"] {
+        run(folder.path(), &format!("map {name}")).success();
+        run(folder.path(), &format!("compare {name} other")).success();
+        let checked = run(folder.path(), &format!("check {name}")).expect_code(2);
+        assert!(checked.stderr.lines().count() <= 10_001, "{}", checked.stderr.len());
+    }
+}
+
+#[test]
+fn chains() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |name: &str, backing: Option<String>| {
+        let image = header(|h| {
+            h.backing_file = backing.map(String::into_bytes);
+            h.extensions.backing_format = h.backing_file.as_ref().map(|_| b"qcow2".to_vec());
+            h.cluster_bits = 9;
+            (h.size, h.l1_size) = (1 << 20, 32);
+        });
+        fs::write(folder.path().join(name), image).unwrap();
+    };
+    make("a", Some("b".into()));
+    make("b", Some("a".into()));
+    make("self", Some("./self".into()));
+    assert_eq!(
+        check_refused(folder.path(), "info --backing-chain a", 1),
+        "qcow2: Backing file 'a' creates an infinite loop."
+    );
+    for line in ["map a", "check a", "map self", "check self", "convert a target", "convert self target"] {
+        assert!(check_refused(folder.path(), line, 1).contains("creates an infinite loop"));
+    }
+    assert!(check_refused(folder.path(), "compare a self", 2).contains("creates an infinite loop"));
+    for name in ["a", "self"] {
+        run(folder.path(), &format!("info {name}")).success();
+    }
+    make("c0", None);
+    for i in 1..=1100 {
+        make(&format!("c{i}"), Some(format!("c{}", i - 1)));
+    }
+    run(folder.path(), "map c1000").success();
+    run(folder.path(), "convert -O qcow2 c1000 target").success();
+    assert!(check_refused(folder.path(), "map c1100", 1).contains("more than 1024 layers"));
+}
+
+/// `info` opens no file but the one it is given, whatever that one says.
+#[test]
+fn info_opens_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    // Not every machine lets programs be traced, so this is a skip even where tools are required.
+    let traces = Command::new("strace").args(["-o", "/dev/null", "true"]).status();
+    if !traces.is_ok_and(|status| status.success()) {
+        println!("skipped: strace not found, or not allowed");
+        return;
+    }
+    let strace = Tool::find("strace").unwrap();
+    let image = header(|h| {
+        h.backing_file = Some(b"secret".to_vec());
+        h.extensions.backing_format = Some(b"raw".to_vec());
+        h.incompatible_features.set(qcow2_core::format::IncompatibleFeatures::DATA_FILE, true);
+        h.extensions.data_file = Some(b"secret".to_vec());
+    });
+    fs::write(folder.path().join("image"), image).unwrap();
+    fs::write(folder.path().join("secret"), "secret").unwrap();
+    let args = ["-f", "-e", "trace=openat,open,stat,statx,readlink", "-o", "trace", OURS, "info", "image"];
+    strace.run_in(folder.path(), &args).success();
+    let trace = fs::read_to_string(folder.path().join("trace")).unwrap();
+    assert!(trace.contains("\"image\"") && !trace.contains("secret"), "{trace}");
+}
+
+#[test]
+fn names_for_a_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = header(|h| {
+        h.backing_file = Some("\x1b[31mred\n\u{202e}\r".as_bytes().to_vec());
+        h.extensions.backing_format = Some(b"raw\x07".to_vec());
+    });
+    fs::write(folder.path().join("image"), image).unwrap();
+    let told = run(folder.path(), "info image").success().stdout;
+    assert!(told.contains("backing file: \\x1b[31mred\\n\\u{202e}\\r\n"), "{told}");
+    assert!(told.contains("backing file format: raw\\x07\n"), "{told}");
+    assert!(!told.contains('\x1b') && !told.contains('\x07'));
+}
+
+/// Whatever fails, a file that was there before is not taken away, and nothing half made is left.
+#[test]
+fn targets_that_fail() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("precious"), "precious").unwrap();
+    for line in [
+        "create -f qcow2 -o cluster_size=3 precious 1M",
+        "create -f qcow2 -o preallocation=nonsense precious 1M",
+        "create -f qcow2 -o data_file=missing/x precious 1M",
+        "create -f qcow2 -o data_file=precious,compat=v2 new 1M",
+        "create -f raw -o preallocation=metadata precious 1M",
+        "create -f qcow2 precious 1000P",
+        "convert -O qcow2 -o compression_type=none precious new",
+    ] {
+        run(folder.path(), line).expect_code(1);
+        assert_eq!(fs::read(at("precious")).unwrap(), b"precious", "{line}");
+        assert!(!at("new").exists(), "{line}");
+    }
+    // An image of which a compressed cluster is damaged: reading fails when much is written already.
+    run(folder.path(), "create -q -f raw source 8M").success();
+    fs::write(at("source"), vec![7; 8 << 20]).unwrap();
+    run(folder.path(), "convert -c -O qcow2 source damaged").success();
+    let mut bytes = fs::read(at("damaged")).unwrap();
+    let len = bytes.len();
+    bytes[len - 700..].fill(0xff);
+    fs::write(at("damaged"), bytes).unwrap();
+    fs::write(at("old"), "old").unwrap();
+    let told = check_refused(folder.path(), "convert -O qcow2 damaged new", 1);
+    assert!(told.contains("error while reading at byte"), "{told}");
+    check_refused(folder.path(), "convert -O raw damaged old", 1);
+    assert!(!at("new").exists());
+    assert_eq!(fs::read(at("old")).unwrap(), b"", "what is left does not look finished");
+}
+
+/// A disk that takes no more, here because the file may not grow further.
+#[test]
+fn no_room() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("source"), vec![7; 4 << 20]).unwrap();
+    let shell = Tool::find("bash").expect("bash");
+    for line in [
+        "convert -O qcow2 source new",
+        "convert -O raw source new",
+        "convert -O qcow2 -c -o cluster_size=512 source new",
+        "create -q -f qcow2 -o preallocation=full new 4M",
+        "create -q -f qcow2 -o preallocation=falloc new 4M",
+        "create -q -f raw -o preallocation=full new 4M",
+    ] {
+        // In units of 1 KiB; the signal that goes with it would end the program before it could say why.
+        let script = format!("trap '' XFSZ; ulimit -f 100; exec {OURS} {line}");
+        let outcome = shell.run_in(folder.path(), &["-c", &script]).expect_code(1);
+        assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+        assert!(outcome.stderr.contains("File too large"), "{outcome}");
+        assert!(!at("new").exists(), "{line}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn interrupted() {
+    use std::os::unix::process::ExitStatusExt;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("source"), vec![7; 8 << 20]).unwrap();
+    for (target, before) in [("new", None), ("old", Some("old"))] {
+        if let Some(text) = before {
+            fs::write(at(target), text).unwrap();
+        }
+        let mut command = Command::new(OURS);
+        command.args(["convert", "-r", "1M", "-f", "raw", "-O", "qcow2", "source", target]);
+        let mut child = command.current_dir(folder.path()).stdin(Stdio::null()).spawn().unwrap();
+        let started = Instant::now();
+        while fs::metadata(at(target)).map_or(0, |m| m.len()) < 1 << 20 {
+            assert!(started.elapsed() < PATIENCE, "nothing was written");
+            thread::sleep(Duration::from_millis(20));
+        }
+        let kill = Tool::find("kill").expect("kill");
+        kill.run_in(folder.path(), &["-INT", &child.id().to_string()]).success();
+        let status = child.wait().unwrap();
+        assert_eq!(status.signal(), Some(2), "{status:?}");
+        assert!(started.elapsed() < PATIENCE);
+        match before {
+            None => assert!(!at(target).exists()),
+            Some(_) => assert_eq!(fs::read(at(target)).unwrap(), b""),
+        }
+    }
+}
+
+/// A reader that goes away is no error.
+#[test]
+fn broken_pipe() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut bytes = vec![0; 4 << 20];
+    bytes.chunks_mut(8192).for_each(|chunk| chunk[0] = 1);
+    fs::write(folder.path().join("source"), bytes).unwrap();
+    run(folder.path(), "convert -O qcow2 -o cluster_size=512 source image").success();
+    let mut command = Command::new(OURS);
+    command.args(["map", "--output=json", "image"]).current_dir(folder.path());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut some = [0; 10];
+    child.stdout.take().unwrap().read_exact(&mut some).unwrap();
+    let outcome = child.wait_with_output().unwrap();
+    assert_eq!((outcome.status.code(), outcome.stderr.len()), (Some(0), 0), "{outcome:?}");
+}
