@@ -13,6 +13,7 @@ mod map;
 mod purity;
 mod source;
 mod tidy;
+mod tour;
 mod tree;
 
 use std::ffi::OsString;
@@ -40,6 +41,7 @@ fn run(args: &[String]) -> Result<(), String> {
     match name.as_str() {
         "ci" => return ci::all(&root),
         "fixtures" => return fixtures::make(&root),
+        "tour" => return tour::run(&root),
         _ => {}
     }
     let step = ci::STEPS.iter().find(|step| step.name == name).ok_or_else(usage)?;
@@ -51,7 +53,8 @@ fn usage() -> String {
     for step in ci::STEPS {
         text.push_str(&format!("\n  {:<9} {}", step.name, step.about));
     }
-    text.push_str("\n\n  crash     cut the power at every moment of random work: --seconds N, --seed N");
+    text.push_str("\n\n  tour      the main job on a sample disk, command by command");
+    text.push_str("\n  crash     cut the power at every moment of random work: --seconds N, --seed N");
     text.push_str("\n  bench     time ours against qemu-img in pairs: --group io|convert|compress, --pairs N, --files DIR");
     text.push_str("\n  fixtures  make tests/data anew with QEMU's tools");
     text
