@@ -5,3 +5,8 @@ pub mod fixtures;
 pub mod fuzz;
 pub mod jitter;
 pub mod side_by_side;
+
+/// The example in the README compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;
