@@ -51,12 +51,28 @@ pub(crate) struct OpenAs {
     pub(crate) layers: Layers,
     /// How many bytes a second are written at most.
     pub(crate) bytes_per_second: Option<u64>,
+    /// Bytes of tables kept in memory.
+    pub(crate) tables: TableCaches,
+}
+
+/// Bytes of tables kept in memory; `None`: as much as the engine finds right.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TableCaches {
+    /// L2 tables.
+    pub(crate) l2: Option<u64>,
+    /// Refcount blocks.
+    pub(crate) refcounts: Option<u64>,
 }
 
 impl OpenAs {
     /// For reading, with all that it names.
-    pub(crate) const READ: Self =
-        Self { writable: false, cache: CacheMode::Writeback, layers: Layers::Follow, bytes_per_second: None };
+    pub(crate) const READ: Self = Self {
+        writable: false,
+        cache: CacheMode::Writeback,
+        layers: Layers::Follow,
+        bytes_per_second: None,
+        tables: TableCaches { l2: None, refcounts: None },
+    };
     /// For looking at it, and at nothing that it names.
     pub(crate) const LOOK: Self = Self { layers: Layers::TopOnly, ..Self::READ };
 }
@@ -137,6 +153,8 @@ fn open_layers(
     options.writable = how.writable;
     options.layers = how.layers;
     options.codecs = codecs();
+    options.l2_cache_size = how.tables.l2;
+    options.refcount_cache_size = how.tables.refcounts;
     let opened = qcow2_core::open_disk(source, &options);
     let files = files.lock().unwrap_or_else(PoisonError::into_inner).clone();
     match opened {
