@@ -2,7 +2,7 @@
 
 use crate::finding::Finding;
 use crate::source::Source;
-use crate::{cargo, deps, map, purity, tidy, tree};
+use crate::{cargo, deps, examples, map, purity, tidy, tree};
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
@@ -27,6 +27,7 @@ pub(crate) const STEPS: &[Step] = &[
     Step { name: "fmt", about: "cargo fmt --check", run: |r| command(r, &["fmt", "--all", "--check"], &[]) },
     Step { name: "clippy", about: "clippy, warnings denied", run: clippy },
     Step { name: "doc", about: "rustdoc, warnings denied", run: doc },
+    Step { name: "examples", about: "the example of every library crate runs", run: examples::run },
     Step { name: "doctest", about: "the examples in the documentation", run: doctest },
     Step { name: "shuttle", about: "the engine under explored thread schedules", run: shuttle },
     Step { name: "test", about: "every test (cargo-nextest where installed)", run: test },

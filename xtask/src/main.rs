@@ -6,6 +6,7 @@ mod bench;
 mod ci;
 mod crash;
 mod deps;
+mod examples;
 mod finding;
 mod fixtures;
 mod lex;

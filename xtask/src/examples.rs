@@ -1,0 +1,73 @@
+//! Runs the example of every library crate.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// Crate, example, arguments.
+const EXAMPLES: &[(&str, &str, &[&str])] = &[
+    ("qcow2-format", "dump_header", &[IMAGE]),
+    ("qcow2-core", "own_io", &[]),
+    ("qcow2-io", "storage", &[]),
+    ("qcow2-codec", "cluster", &[]),
+    ("qcow2-ops", "check", &[IMAGE]),
+    ("qcow2-ops", "convert", &[]),
+    ("qcow2-testkit", "damage", &[]),
+];
+
+const IMAGE: &str = "tests/data/images/v3-512.qcow2";
+
+/// Runs each, quietly where all is well; an example that is not listed here is a failure.
+pub(crate) fn run(root: &Path) -> Result<(), String> {
+    let missing = unlisted(root, EXAMPLES)?;
+    if !missing.is_empty() {
+        return Err(format!("not in the list of xtask/src/examples.rs: {}", missing.join(", ")));
+    }
+    for (package, example, args) in EXAMPLES {
+        let mut command = Command::new(crate::cargo());
+        command
+            .args(["run", "--quiet", "--locked", "--package", package, "--example", example, "--"])
+            .args(*args);
+        let output = command.current_dir(root).output().map_err(|e| format!("cannot run {example}: {e}"))?;
+        if !output.status.success() || output.stdout.is_empty() {
+            let text = String::from_utf8_lossy(&output.stderr);
+            return Err(format!("example {example} of {package}: {}, {text}", output.status));
+        }
+    }
+    println!("{} examples ran", EXAMPLES.len());
+    Ok(())
+}
+
+/// Examples on disk that `listed` does not have, and crates with a library but without an example.
+fn unlisted(root: &Path, listed: &[(&str, &str, &[&str])]) -> Result<Vec<String>, String> {
+    let crates = root.join("crates");
+    let entries = fs::read_dir(&crates).map_err(|e| format!("{}: {e}", crates.display()))?;
+    let mut missing = Vec::new();
+    for entry in entries.flatten() {
+        let package = entry.file_name().to_string_lossy().into_owned();
+        if package != "qcow2-cli" && !listed.iter().any(|(name, ..)| *name == package) {
+            missing.push(format!("{package} (no example)"));
+        }
+        for file in fs::read_dir(entry.path().join("examples")).into_iter().flatten().flatten() {
+            let path = file.path();
+            let Some(name) = path.file_stem().map(|s| s.to_string_lossy().into_owned()) else { continue };
+            if !listed.iter().any(|(of, example, _)| *of == package && *example == name) {
+                missing.push(format!("{package}/{name}"));
+            }
+        }
+    }
+    missing.sort();
+    Ok(missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_example_that_is_not_listed_is_found() {
+        let root = crate::tree::root();
+        let without: Vec<_> = EXAMPLES.iter().copied().filter(|e| e.0 != "qcow2-io").collect();
+        assert_eq!(unlisted(&root, &without).unwrap(), ["qcow2-io (no example)", "qcow2-io/storage"]);
+    }
+}
