@@ -50,7 +50,7 @@ impl Tour {
 
     /// A file system with this workspace's sources in it, or plain bytes where `mke2fs` is missing.
     fn make_sample(&self) -> Result<(), String> {
-        let Some(mke2fs) = find("mke2fs") else {
+        let Some(mke2fs) = crate::find_program("mke2fs") else {
             say("mke2fs was not found: the sample is a plain file.");
             return self.write(&sample_bytes(PLAIN_SAMPLE_LEN));
         };
@@ -83,7 +83,9 @@ impl Tour {
             return Err("back.raw differs from disk.raw".to_owned());
         }
         println!("disk.raw and back.raw are equal, byte for byte.");
-        if let Some(e2fsck) = find("e2fsck").filter(|_| find("mke2fs").is_some()) {
+        if let Some(e2fsck) =
+            crate::find_program("e2fsck").filter(|_| crate::find_program("mke2fs").is_some())
+        {
             println!("$ e2fsck -fn back.raw");
             succeed(Command::new(e2fsck).args(["-fn", "back.raw"]).current_dir(&self.folder), "e2fsck")?;
         }
@@ -129,13 +131,6 @@ fn sample_bytes(len: usize) -> Vec<u8> {
         };
     }
     bytes
-}
-
-/// Programs for administrators are often not on the search path of others.
-fn find(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
-    folders.map(|folder| folder.join(name)).find(|file| file.is_file())
 }
 
 fn succeed(command: &mut Command, name: &str) -> Result<(), String> {

@@ -4,6 +4,7 @@
 
 use qcow2_core::ImageFormat;
 use qcow2_io::{Create, Locking, OpenError, OpenErrorKind, OpenFile, SourceOptions, open_source};
+use qcow2_testkit::oracle::Qemu;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,10 +20,7 @@ fn alone() -> MutexGuard<'static, ()> {
 
 /// An empty qcow2 image; `None`, with a word on why, where there is no qemu-io.
 fn image() -> Option<(tempfile::TempDir, PathBuf)> {
-    if Command::new("qemu-io").arg("-V").output().is_err() {
-        println!("skipped: qemu-io not found");
-        return None;
-    }
+    Qemu::find()?;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.qcow2");
     let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&path).arg("1M").status();
