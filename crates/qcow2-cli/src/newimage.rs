@@ -7,6 +7,7 @@ use crate::failure::Failure;
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::newfile::NewFile;
+use crate::open::is_block_device;
 use crate::render::qemu_text;
 use qcow2_core::format::{CompressionType, FormatErrorKind, Version};
 use qcow2_core::{Preallocation, Storage, StorageError};
@@ -35,7 +36,19 @@ fn make_raw(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Resu
         return Err(Failure::new(qemu_text::refusal(&refusal)));
     }
     let storage = open_empty(path, file, interrupts)?;
+    if is_block_device(path) {
+        return fit_device(&*storage, size);
+    }
     qcow2_ops::create_raw(&storage, &request).map_err(|error| failed(&error, &request_words(size)))
+}
+
+/// A raw image on a device is the device as it is, if that is large enough.
+fn fit_device(device: &dyn Storage, size: u64) -> Result<(), Failure> {
+    match device.len() {
+        Ok(len) if len >= size => Ok(()),
+        Ok(_) => Err(Failure::new("Cannot grow device files")),
+        Err(error) => Err(Failure::new(qemu_text::storage(&error))),
+    }
 }
 
 fn make_qcow2(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Result<(), Failure> {

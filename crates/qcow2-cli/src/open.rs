@@ -184,6 +184,20 @@ pub(crate) fn open_below(name: &ImageName, source: &ResolvedSource, how: OpenAs)
     open_layers(name, below, how, BACKING).map(|_| ())
 }
 
+/// Whether `path` leads to a block device, which has a size of its own and a content from before.
+pub(crate) fn is_block_device(path: &str) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = path;
+        false
+    }
+}
+
 /// Every compression method.
 pub(crate) fn codecs() -> Codecs {
     Codecs::new(Arc::new(Deflate::default()), Arc::new(Zstd::default()))

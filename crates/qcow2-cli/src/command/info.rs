@@ -4,7 +4,7 @@ use crate::args::{Arguments, ImageArgs, Objects, Opt, OutputFormat};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
-use crate::open::{OpenAs, open_file};
+use crate::open::{OpenAs, is_block_device, open_file};
 use crate::render::info::{NamedInfo, to_json, to_text};
 use crate::render::{json, qemu_text};
 use crate::session::Session;
@@ -77,7 +77,8 @@ fn look(request: &Request) -> Result<Vec<NamedInfo>, Failure> {
             args = ImageArgs { format: backing.format, image_opts: false, ..args };
             next = Some(ImageName::parse(&full, &args)?);
         }
-        infos.push(NamedInfo { filename: name.path, full_backing, report });
+        let device = is_block_device(&name.path);
+        infos.push(NamedInfo { filename: name.path, full_backing, device, report });
     }
     Ok(infos)
 }

@@ -16,6 +16,8 @@ pub(crate) struct NamedInfo {
     pub(crate) filename: String,
     /// Where the backing file's name leads, if there is one.
     pub(crate) full_backing: Option<String>,
+    /// Whether it is a block device.
+    pub(crate) device: bool,
     /// What was learned.
     pub(crate) report: InfoReport,
 }
@@ -59,7 +61,7 @@ pub(crate) fn to_text(info: &NamedInfo) -> String {
     }
     out.push_str("Child node '/file':\n");
     let _ = writeln!(out, "    filename: {filename}");
-    out.push_str("    protocol type: file\n");
+    let _ = writeln!(out, "    protocol type: {}", protocol(info));
     let _ = writeln!(out, "    file length: {}", size_and_bytes(report.storage_len));
     let _ = writeln!(out, "    disk size: {disk_size}");
     out
@@ -119,7 +121,7 @@ fn file_json(info: &NamedInfo) -> Value {
         .put("children", json!([]))
         .put("virtual-size", sectors(info.report.storage_len))
         .put("filename", &*info.filename)
-        .put("format", "file")
+        .put("format", protocol(info))
         .put_some("actual-size", info.report.used_bytes)
         .put("format-specific", json!({"type": "file", "data": {}}))
         .put("dirty-flag", false)
@@ -225,6 +227,10 @@ impl Fields {
     fn into_value(self) -> Value {
         Value::Object(self.0)
     }
+}
+
+fn protocol(info: &NamedInfo) -> &'static str {
+    if info.device { "host_device" } else { "file" }
 }
 
 fn format_name(report: &InfoReport) -> &'static str {

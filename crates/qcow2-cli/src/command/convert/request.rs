@@ -3,6 +3,7 @@
 use crate::args::{Arguments, ImageArgs, Objects, Opt, parse_cache};
 use crate::failure::Failure;
 use crate::imageopts::{TargetFormat, print_options};
+use crate::open::is_block_device;
 use crate::optlist::OptList;
 use crate::session::Session;
 use crate::size::{SIGNED, parse_argument};
@@ -95,13 +96,15 @@ impl Request {
 
     /// How to copy. `has_backing`: whether the target stands on another image.
     pub(super) fn options(&self, has_backing: bool) -> Result<ConvertOptions, Failure> {
+        let raw = self.target_format.as_deref().is_none_or(|format| format == "raw");
+        let used_before = raw && is_block_device(&self.target);
         if self.target_is_zero && has_backing {
             let text = "Cannot use --target-is-zero when the destination image has a backing file";
             return Err(Failure::new(text));
         }
         let mut options = ConvertOptions::default();
         options.sparse_size = self.sparse_size.unwrap_or(options.sparse_size);
-        options.target_is_zero = self.create || self.target_is_zero;
+        options.target_is_zero = (self.create && !used_before) || self.target_is_zero;
         options.keep_backing = has_backing && (self.backing.is_some() || self.create);
         options.compress = self.compress;
         options.out_of_order = self.out_of_order;
