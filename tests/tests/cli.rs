@@ -9,9 +9,11 @@ use qcow2_testkit::rng::Rng;
 use qcow2_tests::side_by_side::{SideBySide, words};
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 const LINES: &str = include_str!("cli/lines.txt");
 const DIFFERENT: &str = include_str!("cli/different.txt");
@@ -41,6 +43,49 @@ fn same_words_same_codes_same_content() {
     });
     let wrong = wrong.into_inner().unwrap();
     assert!(wrong.is_empty(), "{} of {} lines:\n\n{}", wrong.len(), lines.len(), wrong.join("\n"));
+}
+
+/// An image that another program writes to: who may look, who may not, and in which words.
+#[test]
+fn images_in_use() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make_start) else { return };
+    let image = both.start().join("s.qcow2");
+    let image = image.display();
+    let mut writer = Command::new("qemu-io");
+    writer.args(["-c", "sleep 60000"]).arg(both.start().join("s.qcow2")).stdout(Stdio::null());
+    let mut writer = writer.stdin(Stdio::null()).spawn().unwrap();
+    let is_locked = || both.reference().run_in(root.path(), &["info", &image.to_string()]).code == Some(1);
+    let started = Instant::now();
+    while !is_locked() {
+        assert!(started.elapsed() < Duration::from_secs(30), "the writer did not start");
+        thread::sleep(Duration::from_millis(20));
+    }
+    let lines = [
+        format!("info {image}"),
+        format!("info -U {image}"),
+        format!("map {image}"),
+        format!("map -U --output=json {image}"),
+        format!("check {image}"),
+        format!("check -U {image}"),
+        format!("compare {image} o.qcow2"),
+        format!("compare -U {image} {image}"),
+        format!("convert {image} x"),
+        format!("convert -U -O qcow2 {image} x"),
+        format!("convert -O qcow2 t.qcow2 {image}"),
+        format!("convert -n -O qcow2 t.qcow2 {image}"),
+        format!("create -f qcow2 {image} 1M"),
+        format!("create -f qcow2 -b {image} -F qcow2 x"),
+        format!("create -f raw {image} 1M"),
+    ];
+    let runs = lines.iter().enumerate().map(|(id, line)| both.run(id, line));
+    let wrong: Vec<String> = runs
+        .filter(|run| !run.differences.is_empty())
+        .map(|run| format!("{}\n{}", run.line, run.differences))
+        .collect();
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 /// The lines of a list; blank ones and those that begin with `#` are for people.

@@ -148,7 +148,8 @@ fn open_backing(
     name: &str,
     format: Option<&str>,
 ) -> Result<crate::open::OpenedDisk, Failure> {
-    let args = ImageArgs { format: format.map(str::to_owned), ..ImageArgs::default() };
+    // Only the size is asked for, which another program may well be using.
+    let args = ImageArgs { format: format.map(str::to_owned), force_share: true, ..ImageArgs::default() };
     // Names are relative to the new image, as they will be for whoever opens it.
     let located = match name.split_once(':') {
         Some((protocol, _)) if !protocol.contains('/') => name.to_owned(),
