@@ -9,7 +9,7 @@ use qcow2_testkit::rng::Rng;
 use qcow2_tests::side_by_side::{SideBySide, words};
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -52,15 +52,7 @@ fn images_in_use() {
     let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make_start) else { return };
     let image = both.start().join("s.qcow2");
     let image = image.display();
-    let mut writer = Command::new("qemu-io");
-    writer.args(["-c", "sleep 60000"]).arg(both.start().join("s.qcow2")).stdout(Stdio::null());
-    let mut writer = writer.stdin(Stdio::null()).spawn().unwrap();
-    let is_locked = || both.reference().run_in(root.path(), &["info", &image.to_string()]).code == Some(1);
-    let started = Instant::now();
-    while !is_locked() {
-        assert!(started.elapsed() < Duration::from_secs(30), "the writer did not start");
-        thread::sleep(Duration::from_millis(20));
-    }
+    let mut writer = start_writer(&both);
     let lines = [
         format!("info {image}"),
         format!("info -U {image}"),
@@ -86,6 +78,27 @@ fn images_in_use() {
     writer.kill().unwrap();
     writer.wait().unwrap();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// A qemu-io that has `s.qcow2` open for writing, and sleeps.
+fn start_writer(both: &SideBySide) -> Child {
+    let image = both.start().join("s.qcow2");
+    let started = Instant::now();
+    loop {
+        let mut writer = Command::new("qemu-io");
+        writer.args(["-c", "sleep 60000"]).arg(&image).stdin(Stdio::null()).stdout(Stdio::null());
+        let mut writer = writer.stderr(Stdio::null()).spawn().unwrap();
+        // To look whether it has the image open is to open the image: leave it time to be first, or begin again.
+        thread::sleep(Duration::from_millis(500));
+        let args = ["info".as_ref(), image.as_os_str()];
+        let is_locked = both.reference().run_in(&both.start(), &args).code == Some(1);
+        if is_locked && writer.try_wait().unwrap().is_none() {
+            return writer;
+        }
+        writer.kill().unwrap();
+        writer.wait().unwrap();
+        assert!(started.elapsed() < Duration::from_secs(30), "the writer does not start");
+    }
 }
 
 /// The lines of a list; blank ones and those that begin with `#` are for people.
