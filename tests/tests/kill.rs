@@ -68,7 +68,7 @@ fn killed_writers_leave_no_corruption() {
     let (kills, seed) = (number("QCOW2_KILLS", 12), number("QCOW2_SEED", 1));
     let mut rng = Rng::new(seed);
     let source: Vec<u8> =
-        (0..48u64 << 20).map(|i| if i >> 16 & 3 == 0 { 0 } else { (i * i >> 9) as u8 }).collect();
+        (0..48u64 << 20).map(|i| if i >> 16 & 3 == 0 { 0 } else { ((i * i) >> 9) as u8 }).collect();
     std::fs::write(folder.join("source.raw"), source).unwrap();
     let qemu = Tool::find("qemu-img");
     for round in 0..kills {

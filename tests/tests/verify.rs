@@ -29,7 +29,7 @@ fn number(name: &str, default: u64) -> u64 {
 
 /// What block `block` holds after it was written for the `version`-th time; version 0 is the backing file's.
 fn content(block: u64, version: u32, out: &mut [u8]) {
-    let mut word = (block << 20 ^ u64::from(version)).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut word = ((block << 20) ^ u64::from(version)).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     for chunk in out.chunks_exact_mut(8) {
         word ^= word << 13;
         word ^= word >> 7;
