@@ -31,7 +31,7 @@ fn every_shape() -> Vec<Shape> {
         let size = (9u64 << cluster_bits).clamp(200 << 10, 6 << 20) - 512;
         let backings = [
             None,
-            Some(BackingShape { size: size / 2 & !511, qcow2: false }),
+            Some(BackingShape { size: (size / 2) & !511, qcow2: false }),
             Some(BackingShape { size: size + 4096, qcow2: true }),
         ];
         for mix in 0..2 * 3 * 2 * 3 * 2 * 3 {
@@ -67,7 +67,7 @@ fn shapes_of_run(salt: usize) -> Vec<Shape> {
     }
     all.into_iter()
         .enumerate()
-        .filter(|(index, _)| (index + salt) % SAMPLE == 0)
+        .filter(|(index, _)| (index + salt).is_multiple_of(SAMPLE))
         .map(|(_, shape)| shape)
         .collect()
 }
@@ -261,7 +261,7 @@ fn long_histories_are_clean() {
         for (refcount_order, extended_l2, backed) in [0, 4, 6].into_iter().flat_map(|order| {
             [(order, false, false), (order, false, true), (order, true, false), (order, true, true)]
         }) {
-            let backing = backed.then_some(BackingShape { size: size / 2 & !511, qcow2: images % 4 == 1 });
+            let backing = backed.then_some(BackingShape { size: (size / 2) & !511, qcow2: images % 4 == 1 });
             let shape = Shape { cluster_bits, refcount_order, extended_l2, backing, ..Shape::plain(size) };
             if shape == shape.legalized() {
                 images += 1;
