@@ -5,11 +5,8 @@
 //! names another tree, `QCOW2_REAL_DISK_SIZE` another size (default `1G`).
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may stop, and says what it measured")]
 
-use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Image, OpenOptions, ZeroMode};
-use qcow2_io::{OpenFile, Policy, SourceOptions, open_source};
 use qcow2_testkit::oracle::{Outcome, Qemu, Tool};
 use qcow2_testkit::pattern;
-use qcow2_tests::fixtures::codecs;
 use std::env;
 use std::fs::{self, File};
 use std::io::Read;
@@ -164,7 +161,7 @@ fn check_size(bench: &Bench, options: &str) {
     );
 }
 
-/// One change of an overlay: what qemu-io is told, and what happens to the bytes.
+/// One change of an overlay, in qemu-io's words and as bytes.
 #[derive(Clone, Copy, Debug)]
 enum Change {
     Write { offset: u64, len: u64, byte: u8 },
@@ -183,22 +180,10 @@ const CHANGES: &[Change] = &[
 ];
 
 impl Change {
-    fn for_qemu_io(&self) -> String {
+    fn words(&self) -> String {
         match self {
             Self::Write { offset, len, byte } => format!("write -P {byte} {offset} {len}"),
             Self::Zero { offset, len } => format!("write -z {offset} {len}"),
-        }
-    }
-
-    fn apply_to_disk(&self, disk: &dyn GuestDisk) {
-        match *self {
-            Self::Write { offset, len, byte } => {
-                disk.write_at(GuestOffset::new(offset), &vec![byte; len as usize]).unwrap();
-            }
-            Self::Zero { offset, len } => {
-                let range = GuestRange::new(GuestOffset::new(offset), len).unwrap();
-                disk.write_zeroes(range, ZeroMode::KeepAllocated).unwrap();
-            }
         }
     }
 
@@ -211,20 +196,12 @@ impl Change {
     }
 }
 
-fn write_through_us(path: &Path) {
-    let source = SourceOptions::new(OpenFile::writable()).with_policy(Policy::Allow);
-    let mut options = OpenOptions::default();
-    options.writable = true;
-    options.codecs = codecs();
-    let image = Image::open(open_source(path, &source).unwrap(), &options).unwrap();
-    CHANGES.iter().for_each(|change| change.apply_to_disk(&*image));
-    image.close().unwrap();
-}
-
-fn write_through_qemu(bench: &Bench, name: &str) {
-    let mut args: Vec<String> = CHANGES.iter().flat_map(|c| ["-c".to_owned(), c.for_qemu_io()]).collect();
-    args.extend(["-f", "qcow2", name].map(str::to_owned));
-    bench.qemu.io.run_in(bench.folder.path(), &args).success();
+/// All changes in one run of qemu-io, or of our `io` with the same words.
+fn write_through(bench: &Bench, tool: &Tool, verb: Option<&str>, overlay: &str) {
+    let commands = CHANGES.iter().flat_map(|change| ["-c".to_owned(), change.words()]);
+    let end = ["-f", "qcow2", overlay].map(str::to_owned);
+    let args: Vec<String> = verb.map(str::to_owned).into_iter().chain(commands).chain(end).collect();
+    tool.run_in(bench.folder.path(), &args).success();
 }
 
 #[test]
@@ -237,9 +214,9 @@ fn an_overlay_is_written_by_either_and_read_by_both() {
     CHANGES.iter().for_each(|change| change.apply_to_file(&expected));
     let before = checksum(&bench.path("base.qcow2"));
     bench.ours("create -q -f qcow2 -b base.qcow2 -F qcow2 ours.qcow2");
-    write_through_us(&bench.path("ours.qcow2"));
+    write_through(&bench, &bench.ours, Some("io"), "ours.qcow2");
     bench.qemu_img("create -q -f qcow2 -b base.qcow2 -F qcow2 theirs.qcow2");
-    write_through_qemu(&bench, "theirs.qcow2");
+    write_through(&bench, &bench.qemu.io, None, "theirs.qcow2");
     for overlay in ["ours.qcow2", "theirs.qcow2"] {
         bench.qemu_img(&format!("check -q -f qcow2 {overlay}"));
         bench.ours(&format!("check -q -f qcow2 {overlay}"));
