@@ -7,14 +7,14 @@ use super::guest::Guest;
 use super::judge::Judge;
 use super::start::Start;
 use super::work::{draw_work, sectors_around};
-use super::{SimOptions, Step, Violation, catch, codecs};
+use super::{SimOptions, Step, Violation, catch};
 use crate::arbitrary::Operation;
 use crate::crash::CrashWorld;
 use crate::fault::{CHANGING_CALLS, Call, Fault, FaultPlan, FaultStorage};
 use crate::model::chain;
 use crate::pattern;
 use crate::rng::Rng;
-use qcow2_core::{ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, OpenOptions, Storage};
+use qcow2_core::{ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, Storage};
 use std::sync::Arc;
 
 /// Steps of a workload.
@@ -136,12 +136,9 @@ impl Run<'_> {
         storages: &[Arc<FaultStorage>],
         outcome: &mut Outcome,
     ) -> Result<Option<Arc<Image>>, String> {
-        let mut options = OpenOptions::default();
-        options.writable = true;
-        options.codecs = codecs();
         let storage = |index: usize| storages.get(index).cloned().map(|s| s as Arc<dyn Storage>);
         let Some(image) = storage(0) else { return Ok(None) };
-        let opened = Image::open(self.start.source(image, storage(1)), &options);
+        let opened = Image::open(self.start.source(image, storage(1)), &self.start.open_options());
         let fired = storages[self.target].fired() > 0;
         match opened {
             Ok(image) => Ok(Some(image)),
@@ -150,7 +147,14 @@ impl Run<'_> {
     }
 
     fn step(&self, disk: &Image, step: &Step, guest: &mut Guest) -> qcow2_core::Result<()> {
-        match *step {
+        let Some(step) = step.clipped(disk.size()) else { return Ok(()) };
+        match step {
+            Step::Resize(size) => {
+                guest.start_resize(size, self.start.backing());
+                let result = disk.resize(size);
+                guest.finish_resize(disk.size());
+                result
+            }
             Step::Plain(Operation::Read(range)) => {
                 disk.read_at(range.start(), &mut vec![0; range.len() as usize])
             }
@@ -165,7 +169,7 @@ impl Run<'_> {
             Step::Plain(Operation::Flush) => self.durably(disk, guest, |disk| disk.flush()),
             Step::Plain(Operation::Reopen) => self.durably(disk, guest, Image::close),
             Step::Compressed { offset, seed } => {
-                let end = (offset + self.start.shape.cluster_size()).min(self.start.shape.size);
+                let end = (offset + self.start.shape.cluster_size()).min(disk.size());
                 let range = GuestRange::between(GuestOffset::new(offset), GuestOffset::new(end));
                 let bytes = pattern::bytes(seed, offset, range.len() as usize);
                 let write = |disk: &Image| match disk.write_compressed(range.start(), &bytes) {

@@ -7,40 +7,92 @@ use std::sync::Arc;
 /// The content of one sector.
 pub(super) type Content = Arc<[u8; SECTOR as usize]>;
 
-/// The contents a sector may have.
+/// Something whose value may be that of the last flush or any since: a sector's content, the disk's size.
 #[derive(Clone, Debug)]
-struct Sector {
-    /// Oldest first: what the last flush made durable, then everything written since.
-    allowed: Vec<Content>,
+struct Register<T> {
+    /// Oldest first: what the last flush made durable, then everything since.
+    allowed: Vec<T>,
     /// How many of them belong to finished operations; a flush that starts now makes the last of these durable.
     finished: usize,
     /// `finished` as it was when the flush that is under way began.
     flushing: usize,
-    /// Contents that a flush has outdated, for messages.
-    outdated: Vec<Content>,
+    /// Values that a flush has outdated, for messages.
+    outdated: Vec<T>,
+}
+
+impl<T: PartialEq> Register<T> {
+    fn new(value: T) -> Self {
+        Self { allowed: vec![value], finished: 1, flushing: 1, outdated: Vec::new() }
+    }
+
+    fn latest(&self) -> &T {
+        self.allowed.last().unwrap_or_else(|| unreachable!("there is always a value"))
+    }
+
+    /// The operation has returned, and `value` is what it left.
+    fn finish(&mut self, value: T) {
+        if *self.latest() != value {
+            self.allowed.push(value);
+        }
+        self.finished = self.allowed.len();
+    }
+
+    fn finish_flush(&mut self) {
+        let old = self.flushing - 1;
+        self.outdated.extend(self.allowed.drain(..old));
+        let len = self.outdated.len();
+        self.outdated.drain(..len.saturating_sub(MOST_OUTDATED));
+        self.finished -= old;
+        self.flushing = 1;
+    }
 }
 
 /// The guest disk as a reader after a power cut may see it.
 #[derive(Clone, Debug)]
 pub(super) struct Guest {
-    sectors: Vec<Sector>,
+    /// Never fewer than the disk had at any time; those past its end are waiting for it to grow again.
+    sectors: Vec<Register<Content>>,
+    size: Register<u64>,
 }
 
 impl Guest {
     /// A disk that durably holds `bytes`, a multiple of 512.
     pub(super) fn new(bytes: &[u8]) -> Self {
-        let sector = |content: &[u8; SECTOR as usize]| Sector {
-            allowed: vec![Arc::new(*content)],
-            finished: 1,
-            flushing: 1,
-            outdated: Vec::new(),
-        };
-        Self { sectors: bytes.as_chunks().0.iter().map(sector).collect() }
+        let sectors = bytes.as_chunks().0.iter().map(|content| Register::new(Arc::new(*content)));
+        Self { sectors: sectors.collect(), size: Register::new(bytes.len() as u64) }
     }
 
-    /// Bytes of the disk.
+    /// Bytes of the disk as it is now.
     pub(super) fn size(&self) -> u64 {
-        self.sectors.len() as u64 * SECTOR
+        *self.size.latest()
+    }
+
+    /// Notes that the disk is about to become `size` bytes, a multiple of 512. What is cut off may also read as zeroes or
+    /// as `backing` does, should the old size come back; what is added is zeroes.
+    pub(super) fn start_resize(&mut self, size: u64, backing: &[u8]) {
+        let zeroes = Arc::new([0; SECTOR as usize]);
+        let old = self.size();
+        self.size.allowed.push(size);
+        for index in size / SECTOR..old / SECTOR {
+            let sector = &mut self.sectors[index as usize];
+            let mut below = [0; SECTOR as usize];
+            if let Some(bytes) = backing.get((index * SECTOR) as usize..) {
+                let n = bytes.len().min(SECTOR as usize);
+                below[..n].copy_from_slice(&bytes[..n]);
+            }
+            sector.allowed.extend([Arc::new(below), Arc::clone(&zeroes)]);
+        }
+        if self.sectors.len() < (size / SECTOR) as usize {
+            self.sectors.resize((size / SECTOR) as usize, Register::new(zeroes));
+        }
+    }
+
+    /// Notes that the resize has returned and left `size`.
+    pub(super) fn finish_resize(&mut self, size: u64) {
+        self.size.finish(size);
+        for sector in self.sectors.iter_mut().skip((size / SECTOR) as usize) {
+            sector.finished = sector.allowed.len();
+        }
     }
 
     /// The sectors of `range` as they read now.
@@ -69,10 +121,7 @@ impl Guest {
         let first = offset / SECTOR;
         for (index, content) in (first..).zip(seen.as_chunks().0) {
             let sector = &mut self.sectors[index as usize];
-            if **sector.latest() != *content {
-                sector.allowed.push(Arc::new(*content));
-            }
-            sector.finished = sector.allowed.len();
+            sector.finish(Arc::new(*content));
         }
     }
 
@@ -87,8 +136,8 @@ impl Guest {
 
     /// Whether `seen`, read from a crash image, holds in every sector a content that it may have.
     pub(super) fn judge(&self, seen: &[u8]) -> Result<(), String> {
-        if seen.len() as u64 != self.size() {
-            return Err(format!("disk has {} bytes, expected {}", seen.len(), self.size()));
+        if !self.size.allowed.contains(&(seen.len() as u64)) {
+            return Err(format!("disk has {} bytes, allowed {:?}", seen.len(), self.size.allowed));
         }
         self.judge_at(0, seen)
     }
@@ -98,18 +147,15 @@ impl Guest {
         for sector in &mut self.sectors {
             sector.flushing = sector.finished;
         }
+        self.size.flushing = self.size.finished;
     }
 
     /// Notes that the flush has returned: what it covered is the oldest that may be left.
     pub(super) fn finish_flush(&mut self) {
         for sector in &mut self.sectors {
-            let old = sector.flushing - 1;
-            sector.outdated.extend(sector.allowed.drain(..old));
-            let len = sector.outdated.len();
-            sector.outdated.drain(..len.saturating_sub(MOST_OUTDATED));
-            sector.finished -= old;
-            sector.flushing = 1;
+            sector.finish_flush();
         }
+        self.size.finish_flush();
     }
 
     fn describe(&self, index: usize, content: &[u8], what: &str) -> String {
@@ -131,11 +177,7 @@ impl Guest {
 /// So many outdated contents of a sector are remembered.
 const MOST_OUTDATED: usize = 4;
 
-impl Sector {
-    fn latest(&self) -> &Content {
-        self.allowed.last().unwrap_or_else(|| unreachable!("a sector always has a content"))
-    }
-
+impl Register<Content> {
     fn judge(&self, content: &[u8; SECTOR as usize]) -> Result<(), &'static str> {
         if self.allowed.iter().rev().any(|allowed| **allowed == *content) {
             Ok(())
@@ -190,7 +232,7 @@ mod tests {
         }
         check(&guest, &[1, 0, 3], Some("sector 1 (offset 0x200) holds zeroes"));
         check(&guest, &[1, 8, 3], Some("never written there, 0808080808080808; it belongs to sector 2"));
-        check(&guest, &[1, 2], Some("expected 1536"));
+        check(&guest, &[1, 2], Some("disk has 1024 bytes, allowed [1536]"));
     }
 
     #[test]
@@ -207,6 +249,25 @@ mod tests {
             check(&guest, &fine, None);
         }
         check(&guest, &[1, 2], Some("a flush had outdated"));
+    }
+
+    #[test]
+    fn a_resize_is_old_or_new_and_shows_nothing_old() {
+        let mut guest = Guest::new(&disk(&[1, 2, 3]));
+        guest.start_resize(512, &[7; 1024]);
+        for fine in [&[1, 2, 3][..], &[1], &[1, 0, 0], &[1, 7, 3]] {
+            check(&guest, fine, None);
+        }
+        check(&guest, &[1, 2], Some("disk has 1024 bytes"));
+        check(&guest, &[1, 9, 3], Some("never written there"));
+        guest.finish_resize(512);
+        guest.start_flush();
+        guest.finish_flush();
+        check(&guest, &[1], None);
+        check(&guest, &[1, 2, 3], Some("disk has 1536 bytes, allowed [512]"));
+        guest.start_resize(2048, &[]);
+        check(&guest, &[1, 0, 0, 0], None);
+        check(&guest, &[1, 2, 0, 0], Some("a flush had outdated"));
     }
 
     #[test]

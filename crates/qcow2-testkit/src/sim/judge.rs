@@ -81,7 +81,7 @@ impl Judge {
                 "a bitmap without dirty bits says it is up to date, but the disk has changed".to_owned()
             );
         }
-        self.judge_raw_data(image, guest)?;
+        self.judge_raw_data(image, guest, disk.size())?;
         if let Some(check) = &self.options.check
             && rng.one_in(self.options.check_one_in)
         {
@@ -96,12 +96,12 @@ impl Judge {
     }
 
     /// A raw data file is the guest disk byte for byte, at every moment.
-    fn judge_raw_data(&self, image: &CrashImage, guest: &Guest) -> Result<(), String> {
+    fn judge_raw_data(&self, image: &CrashImage, guest: &Guest, size: u64) -> Result<(), String> {
         if !self.raw || !self.start.shape.data_file.is_some_and(|file| file.raw) {
             return Ok(());
         }
         let mut bytes: PageBytes = image.disks[1].clone();
-        bytes.set_len(guest.size());
+        bytes.set_len(size);
         guest.judge(&bytes.to_vec()).map_err(|what| format!("raw data file: {what}"))
     }
 
@@ -109,7 +109,7 @@ impl Judge {
     fn go_on(&self, files: &Files, seen: &[u8], rng: &mut Rng) -> Result<(), String> {
         let open = Box::new(|options: &OpenOptions| files.open(&self.start, options));
         let guest = Arc::new(Mutex::new(Guest::new(seen)));
-        let mut work = Work::start(self.start.shape, guest, open, &self.options.configure)?;
+        let mut work = Work::start(&self.start, guest, open, &self.options.configure)?;
         for step in draw_work(rng, &self.start.shape, RECOVERY_STEPS) {
             work.step(&step)?;
         }

@@ -15,6 +15,7 @@ pub use codec::RunCodec;
 pub use faults::{FaultReport, fault_seed};
 pub use work::Step;
 
+use crate::audit::audit;
 use crate::crash::{CrashWorld, Event};
 use crate::cut::Cut;
 use crate::rng::Rng;
@@ -280,7 +281,7 @@ fn drive(
         let source = start.source(Arc::clone(&image) as Arc<dyn Storage>, data);
         Image::open(source, open_options).map_err(|error| crate::model::chain(&error))
     });
-    let mut work = Work::start(start.shape, Arc::clone(guest), open, &options.configure)?;
+    let mut work = Work::start(start, Arc::clone(guest), open, &options.configure)?;
     for step in steps {
         work.step(step)?;
         if let Some(what) = locked(explorer).violation.clone() {
@@ -294,7 +295,11 @@ fn drive(
     }
     work.close()?;
     world.cut(|cut| locked(explorer).look(Event::AfterFlush, cut));
-    Ok(())
+    let (before, after) = (audit(&start.image, None), audit(&image.live(), None));
+    // A bitmap that is no longer trusted leaves its directory and its table behind.
+    let allowed = before.leaks + if before.bitmaps { 2 } else { 0 };
+    let leaked = after.leaks.saturating_sub(allowed);
+    if leaked > 0 { Err(format!("{leaked} clusters leaked without a crash")) } else { Ok(()) }
 }
 
 /// Runs `work`; a panic is an error like any other.

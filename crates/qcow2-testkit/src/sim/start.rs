@@ -1,6 +1,7 @@
 //! The image a simulation starts from: a drawn shape with every kind of cluster in it, built without the engine.
 
 use super::codec::RunCodec;
+use super::codecs;
 use crate::arbitrary::{BackingShape, DataFileShape, Shape};
 use crate::builder::{Builder, Built, Cluster};
 use crate::pages::PageBytes;
@@ -8,7 +9,8 @@ use crate::pattern;
 use crate::rng::Rng;
 use crate::storage::PageStorage;
 use qcow2_core::{
-    ClusterCodec, ImageFormat, NoResolver, Reference, ResolveError, ResolvedSource, Resolver, Storage,
+    ClusterCodec, ImageFormat, NoResolver, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver,
+    Storage,
 };
 use qcow2_format::HostOffset;
 use qcow2_format::extension::BitmapsExtension;
@@ -23,7 +25,12 @@ pub(super) struct Start {
     pub(super) image: PageBytes,
     /// The data file, with a shape that has one.
     pub(super) data: Option<PageBytes>,
-    backing: Option<PageBytes>,
+    backing_file: Option<PageBytes>,
+    backing: Vec<u8>,
+    /// Whether freed clusters are given back to the storage.
+    discard_freed: bool,
+    /// Bytes of tables in memory.
+    cache: Option<u64>,
     /// What the guest sees.
     pub(super) guest: Vec<u8>,
 }
@@ -33,11 +40,10 @@ impl Start {
     pub(super) fn draw(rng: &mut Rng) -> Self {
         let shape = draw_shape(rng);
         let mut guest = vec![0; shape.size as usize];
-        let backing = shape.backing.map(|backing| pattern::bytes(BACKING_SEED, 0, backing.size as usize));
-        if let Some(bytes) = &backing {
-            let n = bytes.len().min(guest.len());
-            guest[..n].copy_from_slice(&bytes[..n]);
-        }
+        let backing = shape.backing.map_or(0, |backing| backing.size as usize);
+        let backing = pattern::bytes(BACKING_SEED, 0, backing);
+        let n = backing.len().min(guest.len());
+        guest[..n].copy_from_slice(&backing[..n]);
         let mut builder = Builder::with_header(header(&shape));
         let chance = rng.pick(&[0, 4, 12, 15]);
         for index in 0..shape.size.div_ceil(shape.cluster_size()) {
@@ -52,12 +58,31 @@ impl Start {
         }
         let image = PageBytes::from_bytes(&built.bytes);
         let data = shape.data_file.map(|_| data_file(&shape, &built, &guest));
-        Self { shape, image, data, backing: backing.map(|bytes| PageBytes::from_bytes(&bytes)), guest }
+        let backing_file = shape.backing.map(|_| PageBytes::from_bytes(&backing));
+        let (discard_freed, cache) = (rng.one_in(3), rng.pick(&[None, Some(0), Some(4096)]));
+        Self { shape, image, data, backing_file, backing, discard_freed, cache, guest }
+    }
+
+    /// How the image is opened for writing.
+    pub(super) fn open_options(&self) -> OpenOptions {
+        let mut options = OpenOptions::default();
+        options.writable = true;
+        options.codecs = codecs();
+        options.discard_freed = self.discard_freed;
+        options.l2_cache_size = self.cache;
+        options.refcount_cache_size = self.cache;
+        options
+    }
+
+    /// The bytes of the backing file; none without one.
+    pub(super) fn backing(&self) -> &[u8] {
+        &self.backing
     }
 
     /// The image on `storage`, with `data` as its data file, as the engine wants to be given it.
     pub(super) fn source(&self, storage: Arc<dyn Storage>, data: Option<Arc<dyn Storage>>) -> ResolvedSource {
-        let backing = self.backing.clone().map(|bytes| Arc::new(PageStorage::new(bytes)) as Arc<dyn Storage>);
+        let backing =
+            self.backing_file.clone().map(|bytes| Arc::new(PageStorage::new(bytes)) as Arc<dyn Storage>);
         ResolvedSource {
             storage,
             format: ImageFormat::Qcow2,
@@ -275,7 +300,7 @@ mod tests {
             assert!(audit.is_sound(), "seed {seed}: {:?} {audit:?}", start.shape);
             kinds[0] += u32::from(audit.leaks > 1000);
             kinds[1] += u32::from(start.data.is_some());
-            kinds[2] += u32::from(start.backing.is_some());
+            kinds[2] += u32::from(start.backing_file.is_some());
             kinds[3] += u32::from(start.shape.extended_l2);
             kinds[4] += u32::from(!start.shape.version3);
             kinds[5] += u32::from(audit.bitmaps);

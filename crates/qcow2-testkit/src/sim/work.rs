@@ -1,13 +1,14 @@
 //! The workload: what is done to the image, with every step's effect noted for the judge before it begins.
 
+use super::Configure;
 use super::guest::Guest;
-use super::{Configure, codecs};
+use super::start::Start;
 use crate::arbitrary::{Operation, Shape};
 use crate::crash::SECTOR;
 use crate::model::chain;
 use crate::pattern;
 use crate::rng::Rng;
-use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, Image, OpenOptions};
+use qcow2_core::{ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, OpenOptions};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// One step of a workload.
@@ -15,13 +16,37 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub enum Step {
     /// An operation every disk knows. `Reopen` closes the image and opens it again.
     Plain(Operation),
-    /// A compressed write of the whole guest cluster at `offset` with the pattern of `seed`, if it is unallocated.
+    /// Makes the disk so many bytes.
+    Resize(u64),
+    /// A compressed write of the whole guest cluster at `offset` with the pattern of `seed`, if the engine takes it.
     Compressed {
         /// Cluster aligned.
         offset: u64,
         /// Which content.
         seed: u64,
     },
+}
+
+impl Step {
+    /// The step on a disk of `size` bytes: cut at its end, `None` where nothing is left.
+    pub(super) fn clipped(self, size: u64) -> Option<Self> {
+        let clip = |range: GuestRange| {
+            let end = GuestOffset::new(range.end().value().min(size));
+            Some(GuestRange::between(range.start(), end)).filter(|range| !range.is_empty())
+        };
+        Some(match self {
+            Self::Plain(Operation::Read(range)) => Self::Plain(Operation::Read(clip(range)?)),
+            Self::Plain(Operation::Discard(range)) => Self::Plain(Operation::Discard(clip(range)?)),
+            Self::Plain(Operation::Write { range, seed }) => {
+                Self::Plain(Operation::Write { range: clip(range)?, seed })
+            }
+            Self::Plain(Operation::Zero { range, mode }) => {
+                Self::Plain(Operation::Zero { range: clip(range)?, mode })
+            }
+            Self::Compressed { offset, .. } if offset >= size => return None,
+            other => other,
+        })
+    }
 }
 
 /// Draws `count` steps. Every write has content of its own, so that no byte can be taken for another's.
@@ -32,6 +57,9 @@ pub(super) fn draw_work(rng: &mut Rng, shape: &Shape, count: usize) -> Vec<Step>
         let seed = base + 4 * index as u64 + u64::from(!rng.one_in(3));
         if rng.one_in(8) {
             return Step::Plain(Operation::Flush);
+        }
+        if rng.one_in(24) {
+            return Step::Resize(SECTOR * rng.between(1, shape.size * 3 / 2 / SECTOR));
         }
         match Operation::random(rng, shape.size, shape.cluster_size()) {
             Operation::Write { range, .. } if rng.one_in(6) => {
@@ -55,29 +83,29 @@ pub(super) struct Work<'a> {
     disk: Arc<Image>,
     guest: Arc<Mutex<Guest>>,
     shape: Shape,
+    backing: &'a [u8],
 }
 
 impl<'a> Work<'a> {
     /// Opens the image for writing; it must read as `guest` says.
     pub(super) fn start(
-        shape: Shape,
+        start: &'a Start,
         guest: Arc<Mutex<Guest>>,
         open: Opener<'a>,
         configure: &Configure,
     ) -> Result<Self, String> {
-        let mut options = OpenOptions::default();
-        options.writable = true;
-        options.codecs = codecs();
+        let mut options = start.open_options();
         configure(&mut options);
         let disk = open(&options)?;
-        let work = Self { open, options, disk, guest, shape };
+        let work = Self { open, options, disk, guest, shape: start.shape, backing: start.backing() };
         work.check_all()?;
         Ok(work)
     }
 
-    /// Makes one step and checks that the image then reads as it should.
+    /// Makes one step, as far as it lies inside the disk, and checks that the image then reads as it should.
     pub(super) fn step(&mut self, step: &Step) -> Result<(), String> {
-        match *step {
+        let Some(step) = step.clipped(self.guest().size()) else { return Ok(()) };
+        match step {
             Step::Plain(Operation::Read(range)) => self.expect(range),
             Step::Plain(operation @ Operation::Write { range, seed }) => {
                 let bytes = pattern::bytes(seed, range.start().value(), range.len() as usize);
@@ -89,8 +117,16 @@ impl<'a> Work<'a> {
             Step::Plain(Operation::Discard(range)) => self.discard(range),
             Step::Plain(Operation::Flush) => self.durably(|disk| disk.flush()),
             Step::Plain(Operation::Reopen) => self.reopen(),
+            Step::Resize(size) => self.resize(size),
             Step::Compressed { offset, seed } => self.compressed(offset, seed),
         }
+    }
+
+    fn resize(&self, size: u64) -> Result<(), String> {
+        self.guest().start_resize(size, self.backing);
+        self.disk.resize(size).map_err(|error| chain(&error))?;
+        self.guest().finish_resize(self.disk.size());
+        self.check_all()
     }
 
     /// Ends the work; everything must then be durable.
@@ -139,15 +175,18 @@ impl<'a> Work<'a> {
     }
 
     fn compressed(&self, offset: u64, seed: u64) -> Result<(), String> {
-        let end = (offset + self.shape.cluster_size()).min(self.shape.size);
+        let end = (offset + self.shape.cluster_size()).min(self.disk.size());
         let range = GuestRange::between(GuestOffset::new(offset), GuestOffset::new(end));
-        let extent = self.disk.extent_at(range).map_err(|error| chain(&error))?;
-        let unused = matches!(extent.state, ExtentState::Unallocated | ExtentState::Zero { host: None });
-        if self.shape.data_file.is_some() || !unused || extent.len < range.len() {
-            return Ok(());
-        }
         let bytes = pattern::bytes(seed, offset, range.len() as usize);
-        self.change(range, &bytes, |disk| disk.write_compressed(range.start(), &bytes))
+        let old = self.guest().current_at(range);
+        self.guest().start_write(offset, &bytes);
+        match self.disk.write_compressed(range.start(), &bytes) {
+            Ok(()) => self.guest().finish(offset, &bytes),
+            // The cluster is in use, or lives in a data file: nothing has happened.
+            Err(error) if error.kind() == ErrorKind::Unsupported => self.guest().finish(offset, &old),
+            Err(error) => return Err(chain(&error)),
+        }
+        self.expect(range)
     }
 
     fn durably(&self, make: impl FnOnce(&Image) -> qcow2_core::Result<()>) -> Result<(), String> {
@@ -164,7 +203,11 @@ impl<'a> Work<'a> {
     }
 
     fn check_all(&self) -> Result<(), String> {
-        self.expect(GuestRange::between(GuestOffset::new(0), GuestOffset::new(self.shape.size)))
+        let size = self.guest().size();
+        if self.disk.size() != size {
+            return Err(format!("disk has {} bytes, expected {size}", self.disk.size()));
+        }
+        self.expect(GuestRange::between(GuestOffset::new(0), GuestOffset::new(size)))
     }
 
     /// The range must read as the last operation on every sector left it.
