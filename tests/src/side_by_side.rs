@@ -120,7 +120,7 @@ impl SideBySide {
 }
 
 /// Verbs that make or change files.
-const MAKING: [&str; 2] = ["convert", "create"];
+const MAKING: [&str; 3] = ["convert", "create", "snapshot"];
 
 /// A command line as words: blanks part them, single quotes keep them together.
 pub fn words(line: &str) -> Vec<String> {

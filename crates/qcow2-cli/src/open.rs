@@ -7,10 +7,11 @@ use crate::render::qemu_text;
 use crate::throttle::Throttle;
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::{
-    Codecs, GuestDisk, ImageFormat, Layers, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver,
+    Codecs, ErrorKind, GuestDisk, Image, ImageFormat, Layers, OpenOptions, Reference, ResolveError,
+    ResolvedSource, Resolver,
 };
 use qcow2_io::{CacheMode, Locking, OpenFile, Policy, SourceOptions, format_from_name, open_source};
-use qcow2_ops::snapshot::{SnapshotName, at_snapshot};
+use qcow2_ops::snapshot::SnapshotName;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -120,7 +121,7 @@ pub(crate) fn open_snapshot(
     name: &ImageName,
     args: &ImageArgs,
     how: OpenAs,
-    snapshot: &SnapshotName,
+    wanted: &SnapshotName,
 ) -> Result<OpenedDisk, Failure> {
     let failed = |text: &str| Failure::new(format!("Failed to load snapshot: {text}"));
     let source = open_file(name, args, how)?;
@@ -129,22 +130,32 @@ pub(crate) fn open_snapshot(
             "Block format 'raw' used by device '' does not support temporarily loading internal snapshots",
         ));
     }
-    match at_snapshot(source, snapshot) {
-        Ok(Some(source)) => open_layers(name, source, how, ""),
-        Ok(None) => Err(failed("Can't find snapshot")),
-        Err(error) => match error.core_error() {
-            Some(engine) => Err(qemu_text::open_failure(&name.typed, "", engine)),
-            None => Err(failed(&qemu_text::chain(&error))),
-        },
-    }
+    let mut missing = false;
+    let opened = open_layers_by(name, source, how, "", |source, options| {
+        let opened = Image::open_snapshot(source, options, |snapshots| wanted.position(snapshots));
+        missing = opened.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound);
+        Ok(opened?)
+    });
+    if missing { Err(failed("Can't find snapshot")) } else { opened }
 }
 
 /// `context`: what is said before the reason of a failure.
 fn open_layers(
     name: &ImageName,
+    source: ResolvedSource,
+    how: OpenAs,
+    context: &str,
+) -> Result<OpenedDisk, Failure> {
+    open_layers_by(name, source, how, context, qcow2_core::open_disk)
+}
+
+/// The same, the top layer being opened by `open`.
+fn open_layers_by(
+    name: &ImageName,
     mut source: ResolvedSource,
     how: OpenAs,
     context: &str,
+    open: impl FnOnce(ResolvedSource, &OpenOptions) -> qcow2_core::Result<Arc<dyn GuestDisk>>,
 ) -> Result<OpenedDisk, Failure> {
     let format = source.format.clone();
     let files = Arc::new(Mutex::new(vec![LayerFiles { image: source.name.clone(), data: None }]));
@@ -155,7 +166,7 @@ fn open_layers(
     options.codecs = codecs();
     options.l2_cache_size = how.tables.l2;
     options.refcount_cache_size = how.tables.refcounts;
-    let opened = qcow2_core::open_disk(source, &options);
+    let opened = open(source, &options);
     let files = files.lock().unwrap_or_else(PoisonError::into_inner).clone();
     match opened {
         Ok(disk) => Ok(OpenedDisk { disk, format, files }),

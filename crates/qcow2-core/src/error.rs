@@ -27,6 +27,8 @@ pub enum ErrorKind {
     Unsupported,
     /// An option's value is not allowed.
     InvalidOption,
+    /// There is no snapshot or bitmap of that name.
+    NotFound,
     /// The range passes the end of the disk.
     OutOfRange,
     /// The image was opened for reading only.

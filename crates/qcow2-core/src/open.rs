@@ -15,6 +15,7 @@ use crate::meta::l1::L1Table;
 use crate::meta::overlap::ClusterSet;
 use crate::meta::page::{SECTOR_SIZE, be_word};
 use crate::port::codec::ClusterCodec;
+use crate::port::disk::GuestDisk;
 use crate::port::resolver::{Reference, ResolvedSource};
 use crate::port::storage::Storage;
 use crate::read::expanded::{ExpandedClusters, Scratch};
@@ -125,13 +126,22 @@ impl Image {
         if options.writable && !options.for_repair && image.header().is_dirty() {
             image.recover()?;
         }
-        let backing = match image.backing_reference() {
-            Some((name, format)) if options.layers == Layers::Follow => {
-                Some(chain::open_backing(&source, (&name, format.as_deref()), options)?)
-            }
-            _ => None,
-        };
+        let backing = image.open_below(&source, options)?;
         Ok(Arc::new(image.with_backing(backing)))
+    }
+
+    /// Opens the chain below this layer, as far as `options` want it.
+    pub(crate) fn open_below(
+        &self,
+        source: &ResolvedSource,
+        options: &OpenOptions,
+    ) -> Result<Option<Arc<dyn GuestDisk>>> {
+        match self.backing_reference() {
+            Some((name, format)) if options.layers == Layers::Follow => {
+                chain::open_backing(source, (&name, format.as_deref()), options).map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Opens one layer without what is below it.

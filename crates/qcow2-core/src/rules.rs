@@ -16,6 +16,10 @@ pub enum OrderingRule {
     TableBeforeEntry,
     /// A moved refcount table is durable before the header points to it.
     TableBeforeHeader,
+    /// A snapshot's tables and refcounts are durable before the header leads to them.
+    SnapshotBeforeHeader,
+    /// The copied flags of the active tables are cleared before a snapshot shares what they lead to.
+    CopiedClearedBeforeSnapshot,
     /// The header's warning bits are durable before the change they warn of.
     WarningBeforeChange,
 }

@@ -21,6 +21,8 @@ pub enum ErrorKind {
     Write,
     /// Reading or understanding metadata.
     Metadata,
+    /// There is no snapshot or bitmap of that name.
+    NotFound,
     /// An option's value is not allowed, or not together with another.
     InvalidOption,
     /// This kind of disk cannot do what was asked.

@@ -7,8 +7,8 @@ use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::format::bitmap::Bitmap;
 use qcow2_core::format::crypt::LuksHeader;
 use qcow2_core::format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
-use qcow2_core::format::snapshot::{MAX_ENTRY_LEN, Snapshot};
-use qcow2_core::format::{CompressionType, CryptMethod, Header, HostOffset, Version, limit};
+use qcow2_core::format::snapshot::Snapshot;
+use qcow2_core::format::{CompressionType, CryptMethod, Header, HostOffset, Version};
 use qcow2_core::{ImageFormat, Storage};
 
 /// What was learned about one image.
@@ -133,7 +133,7 @@ fn describe(storage: &dyn Storage, header: &Header) -> Result<Qcow2Info> {
 }
 
 /// Reads and judges the header: the first cluster, at most 2 MiB.
-pub(crate) fn read_header(storage: &dyn Storage) -> Result<Header> {
+fn read_header(storage: &dyn Storage) -> Result<Header> {
     let judge = |e| {
         let kind = qcow2_core::ErrorKind::Format;
         opening("opening the image", qcow2_core::Error::new(kind, "not a usable qcow2 image").with_source(e))
@@ -158,30 +158,12 @@ fn read_encryption(storage: &dyn Storage, header: &Header) -> Result<Option<Encr
     Ok(Some(Encryption::Luks(Box::new(luks))))
 }
 
-/// Reads the snapshot table piece by piece, so that memory follows what is really there.
-pub(crate) fn read_snapshots(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
-    let damaged = |message: String| Error::new(ErrorKind::Metadata, message);
-    let mut snapshots = Vec::new();
-    let (mut piece, mut used, mut passed) = (Vec::new(), 0, 0u64);
-    for index in 0..header.nb_snapshots {
-        if piece.len() - used < MAX_ENTRY_LEN {
-            passed += used as u64;
-            let offset = header.snapshots_offset.checked_add(passed);
-            let offset = offset.ok_or_else(|| damaged("snapshot table passes 2^64 - 1".to_owned()))?;
-            (piece, used) = (read_up_to(storage, offset, SNAPSHOT_READ)?, 0);
-            // A file may end right after the last entry, without its padding.
-            piece.resize(piece.len().next_multiple_of(8), 0);
-        }
-        let parsed = Snapshot::parse(&piece[used..], header.disk_size())
-            .map_err(|e| damaged(format!("snapshot {index} is damaged")).with_source(e))?;
-        used += parsed.len;
-        if passed + used as u64 > limit::MAX_SNAPSHOT_TABLE_SIZE {
-            let max = limit::MAX_SNAPSHOT_TABLE_SIZE;
-            return Err(damaged(format!("snapshot table has more than {max} bytes")));
-        }
-        snapshots.push(parsed.snapshot);
-    }
-    Ok(snapshots)
+fn read_snapshots(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
+    qcow2_core::snapshot::read_snapshots(storage, header).map_err(|error| match error.format_error() {
+        Some(cause) => Error::new(ErrorKind::Metadata, error.to_string()).with_source(cause.clone()),
+        None if error.storage_error().is_none() => Error::new(ErrorKind::Metadata, error.to_string()),
+        None => opening("reading the snapshot table", error),
+    })
 }
 
 fn read_bitmaps(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap>> {
@@ -215,5 +197,3 @@ fn opening(step: &str, error: qcow2_core::Error) -> Error {
 
 /// Bytes of a LUKS header that say something.
 const LUKS_READ: usize = 592;
-/// Bytes of the snapshot table read at once.
-const SNAPSHOT_READ: usize = 8 * MAX_ENTRY_LEN;

@@ -1,15 +1,8 @@
-//! Internal snapshots: choosing one, and seeing the disk as it was then.
-//!
-//! A snapshot is an L1 table and a size of its own; everything below is shared. So an image whose header is replaced,
-//! on the way from the storage, by one that names those, is the disk of the snapshot. Spec: "Snapshots".
+//! Internal snapshots: choosing one by id or name, and what can be done with it.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::info::{read_header, read_snapshots};
 use qcow2_core::format::snapshot::Snapshot;
-use qcow2_core::{
-    HostOffset, Limits, ResolvedSource, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
-};
-use std::sync::Arc;
+use qcow2_core::{ErrorKind as CoreErrorKind, Image, NewSnapshot};
 
 /// How a snapshot is named.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,16 +19,16 @@ pub enum SnapshotName {
 }
 
 impl SnapshotName {
-    /// The first snapshot of that name.
-    pub fn find<'a>(&self, snapshots: &'a [Snapshot]) -> Option<&'a Snapshot> {
+    /// The place of the first snapshot of that name.
+    pub fn position(&self, snapshots: &[Snapshot]) -> Option<usize> {
         let is = |field: &[u8], text: &str| field == text.as_bytes();
         match self {
             Self::Any(text) => {
-                let by_id = snapshots.iter().find(|s| is(&s.id, text));
-                by_id.or_else(|| snapshots.iter().find(|s| is(&s.name, text)))
+                let by_id = snapshots.iter().position(|s| is(&s.id, text));
+                by_id.or_else(|| snapshots.iter().position(|s| is(&s.name, text)))
             }
             Self::Exact { id: None, name: None } => None,
-            Self::Exact { id, name } => snapshots.iter().find(|s| {
+            Self::Exact { id, name } => snapshots.iter().position(|s| {
                 id.as_ref().is_none_or(|text| is(&s.id, text))
                     && name.as_ref().is_none_or(|text| is(&s.name, text))
             }),
@@ -43,97 +36,44 @@ impl SnapshotName {
     }
 }
 
-/// `source`, a qcow2 image, as it was when the snapshot was taken; `None` where there is no such snapshot. For reading
-/// only. Disk: reads the header and the snapshot table.
-///
-/// Errors: `Open` and `Metadata` as [`info`](crate::info()) has them.
-pub fn at_snapshot(source: ResolvedSource, name: &SnapshotName) -> Result<Option<ResolvedSource>> {
-    let mut header = read_header(&*source.storage)?;
-    let snapshots = read_snapshots(&*source.storage, &header)?;
-    let Some(snapshot) = name.find(&snapshots) else {
-        return Ok(None);
+/// Takes a snapshot. Disk: as [`Image::create_snapshot`]. Errors: `Unsupported` where the image cannot have snapshots,
+/// `Metadata` otherwise; the engine's error is below.
+pub fn create(image: &Image, new: &NewSnapshot) -> Result<Snapshot> {
+    image.create_snapshot(new).map_err(|error| failed("taking the snapshot", error))
+}
+
+/// Makes the disk what it was when the snapshot was taken. Disk: as [`Image::apply_snapshot`]. Errors: `NotFound`;
+/// `Unsupported` where the image cannot go back; `Metadata` otherwise; the engine's error is below.
+pub fn apply(image: &Image, name: &SnapshotName) -> Result<()> {
+    let snapshot = find(image, name)?;
+    image.apply_snapshot(&snapshot).map_err(|error| failed("applying the snapshot", error))
+}
+
+/// Deletes a snapshot. Disk: as [`Image::delete_snapshot`]. Errors: as [`apply`].
+pub fn delete(image: &Image, name: &SnapshotName) -> Result<()> {
+    let snapshot = find(image, name)?;
+    image.delete_snapshot(&snapshot).map_err(|error| failed("deleting the snapshot", error))
+}
+
+fn find(image: &Image, name: &SnapshotName) -> Result<Snapshot> {
+    let snapshots = image.snapshots().map_err(|error| failed("reading the snapshot table", error))?;
+    let found = name.position(&snapshots).map(|index| snapshots[index].clone());
+    found.ok_or_else(|| Error::new(ErrorKind::NotFound, "no such snapshot"))
+}
+
+fn failed(step: &str, error: qcow2_core::Error) -> Error {
+    let kind = match error.kind() {
+        CoreErrorKind::Unsupported => ErrorKind::Unsupported,
+        CoreErrorKind::NotFound => ErrorKind::NotFound,
+        _ => ErrorKind::Metadata,
     };
-    header.size = snapshot.disk_size;
-    header.l1_size = snapshot.l1_size;
-    header.l1_table_offset = snapshot.l1_table_offset;
-    let first_cluster = header
-        .encode_cluster()
-        .map_err(|e| Error::new(ErrorKind::Metadata, "header of the snapshot").with_source(e))?;
-    let storage: Arc<dyn Storage> = Arc::new(Patched { first_cluster, inner: source.storage });
-    Ok(Some(ResolvedSource { storage, ..source }))
-}
-
-/// A storage whose first bytes are others; for reading only.
-struct Patched {
-    first_cluster: Vec<u8>,
-    inner: Arc<dyn Storage>,
-}
-
-impl Storage for Patched {
-    fn len(&self) -> Result<u64, StorageError> {
-        Ok(self.inner.len()?.max(self.first_cluster.len() as u64))
-    }
-
-    fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
-        let start = usize::try_from(offset.value()).unwrap_or(usize::MAX);
-        let patch = self.first_cluster.get(start..).unwrap_or_default();
-        let n = patch.len().min(buf.len());
-        let (patched, rest) = buf.split_at_mut(n);
-        patched.copy_from_slice(&patch[..n]);
-        match offset.checked_add(n as u64) {
-            Some(at) if !rest.is_empty() => Ok(n + self.inner.read_at(at, rest)?),
-            _ => Ok(n),
-        }
-    }
-
-    fn write_at(&self, _offset: HostOffset, _buf: &[u8]) -> Result<(), StorageError> {
-        Err(read_only())
-    }
-
-    fn write_zeroes(&self, _offset: HostOffset, _len: u64, _mode: ZeroMode) -> Result<(), StorageError> {
-        Err(read_only())
-    }
-
-    fn discard(&self, _offset: HostOffset, _len: u64) -> Result<(), StorageError> {
-        Err(read_only())
-    }
-
-    fn allocate(&self, _offset: HostOffset, _len: u64) -> Result<(), StorageError> {
-        Err(read_only())
-    }
-
-    fn set_len(&self, _len: u64) -> Result<(), StorageError> {
-        Err(read_only())
-    }
-
-    fn flush(&self) -> Result<(), StorageError> {
-        Ok(())
-    }
-
-    fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
-        let patch = (self.first_cluster.len() as u64).saturating_sub(offset.value());
-        match patch {
-            0 => self.inner.extent_at(offset, len),
-            _ => Ok(StorageExtent { len: len.min(patch), data: true }),
-        }
-    }
-
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
-
-    fn used_bytes(&self) -> Result<Option<u64>, StorageError> {
-        self.inner.used_bytes()
-    }
-}
-
-fn read_only() -> StorageError {
-    StorageError::new(StorageErrorKind::ReadOnly, "a snapshot is for reading only")
+    Error::new(kind, step).with_source(error)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use qcow2_core::HostOffset;
 
     fn snapshot(id: &str, name: &str) -> Snapshot {
         Snapshot {
@@ -154,7 +94,7 @@ mod tests {
     #[test]
     fn by_id_first_and_then_by_name() {
         let snapshots = [snapshot("1", "2"), snapshot("2", "a"), snapshot("3", "a")];
-        let found = |name: SnapshotName| name.find(&snapshots).map(Snapshot::id_text);
+        let found = |name: SnapshotName| name.position(&snapshots).map(|index| snapshots[index].id_text());
         let any = |text: &str| found(SnapshotName::Any(text.into()));
         let exact = |id: Option<&str>, name: Option<&str>| {
             found(SnapshotName::Exact { id: id.map(Into::into), name: name.map(Into::into) })

@@ -130,6 +130,31 @@ pub(crate) static VERBS: &[Verb] = &[
         operands: &[FILENAME],
         run: command::map::run,
     },
+    Verb {
+        name: "snapshot",
+        summary: "List, take, apply and delete the snapshots inside an image",
+        synopsis: "[-f FMT | --image-opts] [-l | -a|-c|-d SNAPSHOT] [-U] [-q] FILENAME",
+        options: &[
+            HELP,
+            QUIET,
+            FORMAT,
+            IMAGE_OPTS,
+            FORCE_SHARE,
+            OBJECT,
+            option(Opt::ListSnapshots, Some('l'), "list", None, "list the snapshots (the default)"),
+            option(
+                Opt::CreateSnapshot,
+                Some('c'),
+                "create",
+                Some("SNAPSHOT"),
+                "take a snapshot of that name",
+            ),
+            option(Opt::ApplySnapshot, Some('a'), "apply", Some("SNAPSHOT"), "go back to that snapshot"),
+            option(Opt::DeleteSnapshot, Some('d'), "delete", Some("SNAPSHOT"), "delete that snapshot"),
+        ],
+        operands: &[FILENAME],
+        run: command::snapshot::run,
+    },
 ];
 
 /// Options before the verb.
@@ -146,7 +171,7 @@ pub(crate) fn find_verb(name: &str) -> Option<&'static Verb> {
 
 /// Whether qemu-img has a verb `name` that this program lacks.
 pub(crate) fn known_but_missing(name: &str) -> bool {
-    const MISSING: [&str; 8] = ["amend", "bitmap", "commit", "dd", "measure", "rebase", "resize", "snapshot"];
+    const MISSING: [&str; 7] = ["amend", "bitmap", "commit", "dd", "measure", "rebase", "resize"];
     MISSING.contains(&name)
 }
 

@@ -8,3 +8,4 @@ pub(crate) mod create;
 pub(crate) mod info;
 pub(crate) mod io;
 pub(crate) mod map;
+pub(crate) mod snapshot;

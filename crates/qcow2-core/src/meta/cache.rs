@@ -130,6 +130,14 @@ impl PageCache {
         }
     }
 
+    /// Drops every cached page. Nothing is changed that was not written, and nobody uses the image meanwhile.
+    pub(crate) fn clear(&self) {
+        for set in &self.sets {
+            let _loading = lock(&set.loading);
+            write(&set.pages).clear();
+        }
+    }
+
     /// Puts a changed page on the list for write-back. The caller keeps the commit gate open.
     pub(crate) fn note_dirty(&self, page: &Arc<Page>) {
         if page.queue() {

@@ -65,9 +65,11 @@ impl Meta {
     /// Ends a changed file where other readers expect an end: with a whole (sub)cluster, or with a whole sector where the
     /// last cluster holds compressed streams. The bytes in between were never written, and some readers take no short read.
     pub(crate) fn pad_end(&self) -> Result<()> {
-        if !self.changing.load(Ordering::Acquire) {
-            return Ok(());
-        }
+        if self.changing.load(Ordering::Acquire) { self.pad_file() } else { Ok(()) }
+    }
+
+    /// [`pad_end`](Self::pad_end), whatever was changed.
+    pub(crate) fn pad_file(&self) -> Result<()> {
         let len = self.storage.len()?;
         let streams = lock(&self.refcounts).pack;
         let packed = streams

@@ -24,6 +24,7 @@ pub(crate) enum Field {
     Size(u64),
     L1 { entries: u32, offset: HostOffset },
     RefcountTable { offset: HostOffset, clusters: u32 },
+    Snapshots { count: u32, offset: HostOffset },
     Incompatible(u64),
     Autoclear(u64),
 }
@@ -50,6 +51,12 @@ impl HeaderState {
                 self.header.refcount_table_clusters = clusters;
                 self.put(48, &offset.value().to_be_bytes());
                 self.put(56, &clusters.to_be_bytes());
+            }
+            Field::Snapshots { count, offset } => {
+                self.header.nb_snapshots = count;
+                self.header.snapshots_offset = offset;
+                self.put(60, &count.to_be_bytes());
+                self.put(64, &offset.value().to_be_bytes());
             }
             Field::Incompatible(bits) => {
                 self.header.incompatible_features = IncompatibleFeatures::from_bits(bits);

@@ -1,6 +1,7 @@
 //! The tables that say what is where: cached, changed, and written back in an order that survives a crash.
 
 pub(crate) mod alloc;
+pub(crate) mod bulk;
 pub(crate) mod cache;
 pub(crate) mod flush;
 pub(crate) mod grow;

@@ -6,7 +6,7 @@
 use super::guest::Guest;
 use super::judge::Judge;
 use super::start::Start;
-use super::work::{draw_work, sectors_around};
+use super::work::{SnapshotChange, draw_work, sectors_around};
 use super::{SimOptions, Step, Violation, catch};
 use crate::arbitrary::Operation;
 use crate::crash::CrashWorld;
@@ -149,6 +149,9 @@ impl Run<'_> {
     fn step(&self, disk: &Image, step: &Step, guest: &mut Guest) -> qcow2_core::Result<()> {
         let Some(step) = step.clipped(disk.size()) else { return Ok(()) };
         match step {
+            Step::Resize(_) if !self.start.shape.version3 && !guest.seen_snapshots().now().is_empty() => {
+                Ok(())
+            }
             Step::Resize(size) => {
                 guest.start_resize(size, self.start.backing());
                 let result = disk.resize(size);
@@ -168,6 +171,9 @@ impl Run<'_> {
             }
             Step::Plain(Operation::Flush) => self.durably(disk, guest, |disk| disk.flush()),
             Step::Plain(Operation::Reopen) => self.durably(disk, guest, Image::close),
+            Step::TakeSnapshot(_) | Step::ApplySnapshot(_) | Step::DeleteSnapshot(_) => {
+                self.snapshot(disk, step, guest)
+            }
             Step::Compressed { offset, seed } => {
                 let end = (offset + self.start.shape.cluster_size()).min(disk.size());
                 let range = GuestRange::between(GuestOffset::new(offset), GuestOffset::new(end));
@@ -201,6 +207,30 @@ impl Run<'_> {
                 panic!("after {result:?}: {what}");
             }
             guest.finish(around.start().value(), &seen);
+        }
+        result
+    }
+
+    /// A change of snapshots that may fail: then it may have happened or not.
+    fn snapshot(&self, disk: &Image, step: Step, guest: &mut Guest) -> qcow2_core::Result<()> {
+        // After a step that failed it is not known what a snapshot will hold until one looks.
+        let mut seen = vec![0; disk.size() as usize];
+        disk.read_at(GuestOffset::new(0), &mut seen)?;
+        if let Err(what) = guest.judge(&seen) {
+            panic!("before {step:?}: {what}");
+        }
+        guest.finish(0, &seen);
+        let Some(change) = SnapshotChange::start(step, guest) else { return Ok(()) };
+        let result = change.make(disk);
+        match &result {
+            Ok(()) => change.finish(guest),
+            Err(error) if change.is_refusal(error) => {
+                change.undo(guest);
+                return Ok(());
+            }
+            // Later steps go on from what the image says, unless it refuses to go on.
+            Err(_) if disk.flush().is_ok() => change.settle(disk, guest),
+            Err(_) => {}
         }
         result
     }

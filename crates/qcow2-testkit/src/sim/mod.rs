@@ -8,6 +8,7 @@ mod codec;
 mod faults;
 mod guest;
 mod judge;
+mod snapshots;
 mod start;
 mod work;
 

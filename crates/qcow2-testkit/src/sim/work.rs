@@ -2,13 +2,14 @@
 
 use super::Configure;
 use super::guest::Guest;
+use super::snapshots::Taken;
 use super::start::Start;
 use crate::arbitrary::{Operation, Shape};
 use crate::crash::SECTOR;
 use crate::model::chain;
 use crate::pattern;
 use crate::rng::Rng;
-use qcow2_core::{ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, OpenOptions};
+use qcow2_core::{ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, NewSnapshot, OpenOptions};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// One step of a workload.
@@ -25,6 +26,12 @@ pub enum Step {
         /// Which content.
         seed: u64,
     },
+    /// Takes a snapshot with this number as its name.
+    TakeSnapshot(u64),
+    /// Goes back to one of the snapshots, where there are any.
+    ApplySnapshot(u64),
+    /// Deletes one of the snapshots, where there are any.
+    DeleteSnapshot(u64),
 }
 
 impl Step {
@@ -57,6 +64,13 @@ pub(super) fn draw_work(rng: &mut Rng, shape: &Shape, count: usize) -> Vec<Step>
         let seed = base + 4 * index as u64 + u64::from(!rng.one_in(3));
         if rng.one_in(8) {
             return Step::Plain(Operation::Flush);
+        }
+        if rng.one_in(14) {
+            return match rng.below(4) {
+                0 => Step::ApplySnapshot(rng.below(8)),
+                1 => Step::DeleteSnapshot(rng.below(8)),
+                _ => Step::TakeSnapshot(seed),
+            };
         }
         if rng.one_in(24) {
             return Step::Resize(SECTOR * rng.between(1, shape.size * 3 / 2 / SECTOR));
@@ -119,10 +133,25 @@ impl<'a> Work<'a> {
             Step::Plain(Operation::Reopen) => self.reopen(),
             Step::Resize(size) => self.resize(size),
             Step::Compressed { offset, seed } => self.compressed(offset, seed),
+            Step::TakeSnapshot(_) | Step::ApplySnapshot(_) | Step::DeleteSnapshot(_) => self.snapshot(step),
         }
     }
 
+    fn snapshot(&self, step: Step) -> Result<(), String> {
+        let Some(change) = SnapshotChange::start(step, &mut self.guest()) else { return Ok(()) };
+        match change.make(&self.disk) {
+            Ok(()) => change.finish(&mut self.guest()),
+            Err(error) if change.is_refusal(&error) => change.undo(&mut self.guest()),
+            Err(error) => return Err(chain(&error)),
+        }
+        self.check_all()
+    }
+
     fn resize(&self, size: u64) -> Result<(), String> {
+        if !self.shape.version3 && !self.guest().seen_snapshots().now().is_empty() {
+            let refused = self.disk.resize(size).is_err_and(|error| error.kind() == ErrorKind::Unsupported);
+            return if refused { Ok(()) } else { Err("version 2 is resized under snapshots".to_owned()) };
+        }
         self.guest().start_resize(size, self.backing);
         self.disk.resize(size).map_err(|error| chain(&error))?;
         self.guest().finish_resize(self.disk.size());
@@ -226,6 +255,105 @@ impl<'a> Work<'a> {
         let mut seen = vec![0; range.len() as usize];
         self.disk.read_at(range.start(), &mut seen).map_err(|error| chain(&error))?;
         Ok(seen)
+    }
+}
+
+/// A step that changes snapshots, and what there was before it.
+pub(super) struct SnapshotChange {
+    step: Step,
+    before: Vec<Taken>,
+    after: Vec<Taken>,
+    /// The snapshot that it is about.
+    index: usize,
+}
+
+impl SnapshotChange {
+    /// Notes that the step begins; `None` where there is no snapshot that it could be about.
+    pub(super) fn start(step: Step, guest: &mut Guest) -> Option<Self> {
+        let before = guest.seen_snapshots().now().to_vec();
+        let mut after = before.clone();
+        let index = |number: u64| number.checked_rem(before.len() as u64).map(|index| index as usize);
+        let index = match step {
+            Step::TakeSnapshot(number) => {
+                let content = Arc::new(guest.current());
+                after.push(Taken { name: number.to_string().into_bytes(), content });
+                0
+            }
+            Step::ApplySnapshot(number) => {
+                let index = index(number)?;
+                guest.snapshots().going_back = Some(Arc::clone(&before[index].content));
+                index
+            }
+            Step::DeleteSnapshot(number) => {
+                let index = index(number)?;
+                after.remove(index);
+                index
+            }
+            _ => return None,
+        };
+        guest.start_flush();
+        guest.snapshots().start(after.clone());
+        Some(Self { step, before, after, index })
+    }
+
+    pub(super) fn make(&self, disk: &Image) -> qcow2_core::Result<()> {
+        let snapshots = disk.snapshots()?;
+        // An image that refuses changes may not know the snapshot, and says first that it refuses.
+        let missing = || qcow2_core::Error::new(ErrorKind::NotFound, "the simulation's snapshot is gone");
+        let chosen = || match (snapshots.get(self.index), disk.flush()) {
+            (_, Err(error)) => Err(error),
+            (found, Ok(())) => found.ok_or_else(missing),
+        };
+        match self.step {
+            Step::TakeSnapshot(number) => {
+                let mut new = NewSnapshot::default();
+                new.name = number.to_string().into_bytes();
+                disk.create_snapshot(&new).map(drop)
+            }
+            Step::ApplySnapshot(_) => disk.apply_snapshot(chosen()?),
+            _ => disk.delete_snapshot(chosen()?),
+        }
+    }
+
+    /// The step was made: everything is durable.
+    pub(super) fn finish(&self, guest: &mut Guest) {
+        guest.finish_flush();
+        guest.snapshots().finish(self.after.clone());
+        if let Step::ApplySnapshot(_) = self.step {
+            guest.finish_apply(&self.before[self.index].content);
+        }
+    }
+
+    /// The image cannot do that: nothing has happened.
+    pub(super) fn is_refusal(&self, error: &qcow2_core::Error) -> bool {
+        let at_limit = error.kind() == ErrorKind::NoSpace && error.storage_error().is_none();
+        at_limit || error.kind() == ErrorKind::Unsupported
+    }
+
+    /// The step failed and the image goes on: takes what it says now.
+    pub(super) fn settle(&self, disk: &Image, guest: &mut Guest) {
+        let names: Vec<Vec<u8>> =
+            disk.snapshots().unwrap_or_default().into_iter().map(|snapshot| snapshot.name).collect();
+        let same = |list: &[Taken]| list.iter().map(|taken| &taken.name).eq(&names);
+        let went_back = matches!(self.step, Step::ApplySnapshot(_)) && self.reads_as_applied(disk);
+        if went_back || (!same(&self.before) && same(&self.after)) {
+            self.finish(guest);
+        } else {
+            self.undo(guest);
+        }
+        guest.snapshots().careful = true;
+    }
+
+    fn reads_as_applied(&self, disk: &Image) -> bool {
+        let mut seen = vec![0; disk.size() as usize];
+        let read = disk.read_at(GuestOffset::new(0), &mut seen);
+        read.is_ok() && seen == *self.before[self.index].content
+    }
+
+    /// Notes that nothing has happened.
+    pub(super) fn undo(&self, guest: &mut Guest) {
+        guest.snapshots().going_back = None;
+        guest.snapshots().finish(self.before.clone());
     }
 }
 

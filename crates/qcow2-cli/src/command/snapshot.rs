@@ -1,0 +1,176 @@
+//! `snapshot`: the snapshots inside an image.
+
+use crate::args::{Arguments, ImageArgs, Objects, Opt};
+use crate::exit;
+use crate::failure::Failure;
+use crate::imagename::ImageName;
+use crate::open::{OpenAs, open_image};
+use crate::render::info::snapshot_table;
+use crate::render::qemu_text;
+use crate::session::Session;
+use qcow2_core::{ErrorKind, Image, NewSnapshot};
+use qcow2_ops::snapshot::{self, SnapshotName};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Runs the verb.
+pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
+    let request = Request::parse(session, args)?;
+    let name = ImageName::parse(&request.filename, &request.image)?;
+    let writable = !matches!(request.action, Action::List);
+    if writable && request.image.force_share {
+        let reason = "force-share=on can only be used with read-only images";
+        return Err(Failure::could_not_open(&name.typed, reason));
+    }
+    let opened = open_image(&name, &request.image, OpenAs { writable, ..OpenAs::READ })?;
+    let Some(image) = opened.disk.as_image() else {
+        return request.action.without_snapshots().map(|()| exit::SUCCESS);
+    };
+    match &request.action {
+        Action::List => list(session, image)?,
+        action => change(image, action)?,
+    }
+    Ok(exit::SUCCESS)
+}
+
+/// What is to be done.
+#[derive(Debug)]
+enum Action {
+    List,
+    Create(String),
+    Apply(String),
+    Delete(String),
+}
+
+#[derive(Debug)]
+struct Request {
+    image: ImageArgs,
+    action: Action,
+    filename: String,
+}
+
+impl Request {
+    fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
+        let (mut image, mut objects, mut action) = (ImageArgs::default(), Objects::default(), None);
+        let verb = args.verb();
+        while let Some(given) = args.next(session)? {
+            let wanted = match given.opt {
+                Opt::Format => {
+                    image.format = Some(given.value);
+                    continue;
+                }
+                Opt::ImageOpts => {
+                    image.image_opts = true;
+                    continue;
+                }
+                Opt::ForceShare => {
+                    image.force_share = true;
+                    continue;
+                }
+                Opt::Object => {
+                    objects.add(&given.value)?;
+                    continue;
+                }
+                Opt::ListSnapshots => Action::List,
+                Opt::CreateSnapshot => Action::Create(given.value),
+                Opt::ApplySnapshot => Action::Apply(given.value),
+                Opt::DeleteSnapshot => Action::Delete(given.value),
+                _ => continue,
+            };
+            if action.replace(wanted).is_some() {
+                return Err(Failure::usage(verb, "Cannot mix '-l', '-a', '-c', '-d'"));
+            }
+        }
+        let filename = args.into_one_operand("Expecting one image file name")?;
+        image.check()?;
+        Ok(Self { image, action: action.unwrap_or(Action::List), filename })
+    }
+}
+
+impl Action {
+    /// What is said of a disk that cannot have snapshots.
+    fn without_snapshots(&self) -> Result<(), Failure> {
+        match self {
+            Self::List => Ok(()),
+            Self::Create(_) => Err(self.failure(NOT_SUPPORTED)),
+            Self::Apply(_) => Err(self.failure("Block driver does not support snapshots")),
+            Self::Delete(_) => Err(self.failure("snapshot not found")),
+        }
+    }
+
+    fn failure(&self, reason: &str) -> Failure {
+        let (verb, name) = match self {
+            Self::List => return Failure::new(reason),
+            Self::Create(name) => ("create", name),
+            Self::Apply(name) => ("apply", name),
+            Self::Delete(name) => ("delete", name),
+        };
+        Failure::new(format!("Could not {verb} snapshot '{name}': {reason}"))
+    }
+
+    /// The failure that an error of the procedure is.
+    fn refused(&self, error: &qcow2_ops::Error) -> Failure {
+        let reason = match (self, error.kind(), error.core_error()) {
+            (Self::Apply(_), qcow2_ops::ErrorKind::NotFound, _) => {
+                "Failed to load snapshot: No such file or directory".to_owned()
+            }
+            (_, qcow2_ops::ErrorKind::NotFound, _) => "snapshot not found".to_owned(),
+            (_, _, Some(engine)) if engine.storage_error().is_none() => match engine.kind() {
+                ErrorKind::Unsupported => NOT_SUPPORTED.to_owned(),
+                // A refcount or a table at its limit, not a full disk.
+                ErrorKind::NoSpace => "Invalid argument".to_owned(),
+                _ => qemu_text::cause(engine),
+            },
+            (_, _, Some(engine)) => qemu_text::cause(engine),
+            _ => qemu_text::chain(error),
+        };
+        match self {
+            Self::Apply(_) if reason == NOT_SUPPORTED => {
+                self.failure(&format!("Failed to load snapshot: {reason}"))
+            }
+            _ => self.failure(&reason),
+        }
+    }
+}
+
+fn list(session: &Session, image: &Image) -> Result<(), Failure> {
+    let snapshots = image.snapshots().map_err(|error| Failure::new(qemu_text::chain(&error)))?;
+    if snapshots.is_empty() {
+        return Ok(());
+    }
+    session.print(&format!("Snapshot list:\n{}", snapshot_table(&snapshots)))
+}
+
+fn change(image: &Image, action: &Action) -> Result<(), Failure> {
+    let done = match action {
+        Action::List => Ok(()),
+        Action::Create(name) => snapshot::create(image, &new_snapshot(name)).map(drop),
+        Action::Apply(_) if image.header().has_data_file() => {
+            return Err(action.failure(&format!("Failed to load snapshot: {NOT_SUPPORTED}")));
+        }
+        Action::Apply(_) if image.header().trusted_bitmaps().is_some() => {
+            return Err(action.failure("Device has active dirty bitmaps"));
+        }
+        Action::Apply(name) => snapshot::apply(image, &SnapshotName::Any(name.clone())),
+        Action::Delete(name) => {
+            // As qemu-img: by name only.
+            snapshot::delete(image, &SnapshotName::Exact { id: None, name: Some(name.clone()) })
+        }
+    };
+    done.map_err(|error| action.refused(&error))?;
+    image.close().map_err(|error| action.failure(&qemu_text::cause(&error)))
+}
+
+/// Now, with the name as far as it goes: 255 bytes.
+fn new_snapshot(name: &str) -> NewSnapshot {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut new = NewSnapshot::default();
+    new.name = name.as_bytes()[..name.len().min(MAX_NAME)].to_vec();
+    new.date_seconds = now.as_secs() as u32;
+    new.date_nanoseconds = now.subsec_micros() * 1000;
+    new.icount = Some(0);
+    new
+}
+
+const NOT_SUPPORTED: &str = "Operation not supported";
+/// Bytes of a name that qemu-img takes.
+const MAX_NAME: usize = 255;

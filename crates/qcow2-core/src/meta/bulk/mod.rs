@@ -1,0 +1,137 @@
+//! Refcounts of whole trees: changed in memory, written once.
+//!
+//! A snapshot is a second L1 table above the same clusters, so taking, applying and deleting one adds a reference to
+//! everything below a table, or drops one. That is two passes over the tables and one over the refcount blocks; nothing
+//! is looked up by cluster. Refcount blocks are held in windows of bounded size, so that memory is too.
+//!
+//! The caller is alone (nobody reads or writes guest data), and everything that was changed before is on disk: the passes
+//! go to the storage itself, and the caches are empty afterwards.
+
+mod tree;
+mod window;
+
+pub(crate) use tree::{Tree, table_bytes};
+
+use super::Meta;
+use super::alloc::Refcounts;
+use crate::error::{Error, Result};
+use crate::sync::{MutexGuard, lock, write};
+use ::alloc::collections::BTreeSet;
+use ::alloc::vec::Vec;
+use qcow2_format::HostOffset;
+use window::{Spans, Window};
+
+/// The refcounts while a bulk change goes on: nobody else touches them, in memory or on disk.
+struct Held<'a> {
+    refcounts: MutexGuard<'a, Refcounts>,
+    _writing: MutexGuard<'a, ()>,
+    _flushing: MutexGuard<'a, ()>,
+}
+
+impl Meta {
+    fn hold_refcounts(&self) -> Held<'_> {
+        let flushing = lock(&self.flushing);
+        let refcounts = lock(&self.refcounts);
+        Held { refcounts, _writing: lock(&self.refcount_io), _flushing: flushing }
+    }
+
+    /// Adds one reference to every L2 table of `tree`, and to everything that they refer to. Disk: reads the tables,
+    /// then writes the refcount blocks; no barrier. Errors: `NoSpace` where a refcount is at its largest value, `Corrupt`
+    /// for a damaged table or a cluster that is not counted; nothing was written then. After an error of the storage
+    /// some counts may be too high.
+    pub(crate) fn raise_tree(&self, tree: &Tree) -> Result<()> {
+        let held = self.hold_refcounts();
+        let spans = Spans::new(&self.geometry, held.refcounts.table.len() as u64);
+        let touched = self.touched(tree, &spans, &held.refcounts)?;
+        if touched.len() > 1 {
+            // All must fit before anything is written.
+            for &span in &touched {
+                self.raised(tree, spans.window(self, &held.refcounts, span))?;
+            }
+        }
+        for &span in &touched {
+            let window = self.raised(tree, spans.window(self, &held.refcounts, span))?;
+            self.poison_on_error(window.store())?;
+        }
+        self.forget_tables();
+        Ok(())
+    }
+
+    fn raised<'a>(&self, tree: &Tree, mut window: Window<'a>) -> Result<Window<'a>> {
+        self.for_each_run(tree, &mut |first, count, times| window.raise(first, count, times))?;
+        Ok(window)
+    }
+
+    /// Drops one reference from every L2 table of `tree`, and from everything that they refer to. Nothing on disk leads
+    /// there any more. What nobody refers to then is free and given back to the storage. With `active`, the raw entries of
+    /// the active L1 table, the copied flags below and in it are made to agree with the refcounts; the caller writes the
+    /// entries.
+    ///
+    /// Disk: reads the tables, writes the refcount blocks and L2 tables whose flags change, barrier; then discards.
+    /// Errors: `Corrupt` for a damaged table or a count that is too low already; counts may be left too high.
+    pub(crate) fn lower_tree(&self, tree: &Tree, mut active: Option<&mut [u64]>) -> Result<()> {
+        let mut held = self.hold_refcounts();
+        let spans = Spans::new(&self.geometry, held.refcounts.table.len() as u64);
+        let mut touched = self.touched(tree, &spans, &held.refcounts)?;
+        let active_tree = active.as_deref().map(|entries| Tree::new(entries, &self.geometry)).transpose()?;
+        if let Some(active) = &active_tree {
+            touched.extend(self.touched(active, &spans, &held.refcounts)?);
+        }
+        let mut freed = Vec::new();
+        for &span in &touched {
+            let mut window = spans.window(self, &held.refcounts, span);
+            self.for_each_run(tree, &mut |first, count, times| window.lower(first, count, times))?;
+            if let (Some(tree), Some(entries)) = (&active_tree, active.as_deref_mut()) {
+                self.mark_copied(tree, entries, &mut window)?;
+            }
+            window.store()?;
+            self.storage.flush()?;
+            window.for_each_freed(&mut |first, count| self.give_back_freed(first, count, &mut freed));
+        }
+        self.forget_tables();
+        self.expanded.clear();
+        held.refcounts.pack = None;
+        if let Some(&lowest) = freed.iter().min() {
+            held.refcounts.first_free = held.refcounts.first_free.min(lowest);
+        }
+        Ok(())
+    }
+
+    /// A freed run: no longer metadata, and the storage may have its space. A failed discard loses nothing.
+    fn give_back_freed(&self, first: u64, count: u64, lowest: &mut Vec<u64>) {
+        if lowest.first().is_none_or(|&so_far| first < so_far) {
+            *lowest = ::alloc::vec![first];
+        }
+        write(&self.metadata_clusters).remove(first, count);
+        let size = self.geometry.cluster_size();
+        let _ = self.storage.discard(HostOffset::new(first * size), count * size);
+    }
+
+    /// Which windows `tree` has references in.
+    fn touched(&self, tree: &Tree, spans: &Spans, refcounts: &Refcounts) -> Result<BTreeSet<u64>> {
+        if spans.count() <= 1 {
+            return Ok(BTreeSet::from([0]));
+        }
+        let mut touched = BTreeSet::new();
+        let per_block = self.geometry.refcount_block_entries();
+        self.for_each_run(tree, &mut |first, count, _| {
+            let last = first + count - 1;
+            if last / per_block >= refcounts.table.len() as u64 {
+                return Err(uncounted(last));
+            }
+            touched.extend(spans.of(first)..=spans.of(last));
+            Ok(())
+        })?;
+        Ok(touched)
+    }
+
+    /// Drops all cached tables: the disk has others now.
+    pub(crate) fn forget_tables(&self) {
+        self.l2_cache.clear();
+        self.refcount_cache.clear();
+    }
+}
+
+fn uncounted(cluster: u64) -> Error {
+    Error::corrupt(::alloc::format!("host cluster {cluster} is in use but its refcount is 0"))
+}

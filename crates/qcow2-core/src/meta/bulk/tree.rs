@@ -1,0 +1,199 @@
+//! Passes over all L2 tables of an L1 table, each read once however often it is named.
+
+use super::window::Window;
+use crate::error::{Error, Result};
+use crate::meta::Meta;
+use ::alloc::format;
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use qcow2_format::l1::L1Entry;
+use qcow2_format::l2::{L2Fault, L2Item};
+use qcow2_format::{Geometry, HostOffset};
+
+/// Bytes of neighbouring L2 tables that are read or written at once, but never less than one table.
+const PIECE: u64 = 1 << 20;
+/// The byte of an entry that the two flags of its first word are in, and the flags in it.
+const COPIED: u8 = 0x80;
+const COMPRESSED: u8 = 0x40;
+
+/// The L2 tables below an L1 table, in host order, and how many entries name each.
+pub(crate) struct Tree {
+    tables: Vec<(HostOffset, u64)>,
+}
+
+impl Tree {
+    /// The tables that these raw L1 entries name. Errors: `Corrupt` for a misaligned one.
+    pub(crate) fn new(entries: &[u64], geometry: &Geometry) -> Result<Self> {
+        let mut offsets = Vec::new();
+        for (index, &raw) in entries.iter().enumerate().filter(|(_, raw)| **raw != 0) {
+            let entry = L1Entry::decode(raw, geometry)
+                .map_err(|e| Error::corrupt(format!("l1 entry {index} is damaged")).with_source(e))?;
+            offsets.extend(entry.l2_table);
+        }
+        offsets.sort_unstable();
+        let mut tables: Vec<(HostOffset, u64)> = Vec::new();
+        for offset in offsets {
+            match tables.last_mut() {
+                Some((last, times)) if *last == offset => *times += 1,
+                _ => tables.push((offset, 1)),
+            }
+        }
+        Ok(Self { tables })
+    }
+
+    /// The tables' places.
+    pub(crate) fn offsets(&self) -> impl Iterator<Item = HostOffset> + '_ {
+        self.tables.iter().map(|&(offset, _)| offset)
+    }
+}
+
+impl Meta {
+    /// Visits every run of host clusters that is referred to from `tree`, the L2 tables themselves included: first
+    /// cluster, how many, and how often each. Errors: `Corrupt` for a damaged entry.
+    pub(super) fn for_each_run(
+        &self,
+        tree: &Tree,
+        visit: &mut dyn FnMut(u64, u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        let geometry = self.geometry;
+        for &(offset, times) in &tree.tables {
+            visit(geometry.host_cluster(offset).value(), 1, times)?;
+        }
+        self.for_each_table(tree, &mut |table, times, bytes| {
+            let mut result = Ok(());
+            self.l2_format.scan(bytes, |item| {
+                if result.is_ok() {
+                    result = self.visit_item(table, item, &mut |first, count| visit(first, count, times));
+                }
+            });
+            result.map(|()| false)
+        })
+    }
+
+    fn visit_item(
+        &self,
+        table: HostOffset,
+        item: L2Item,
+        visit: &mut dyn FnMut(u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        let geometry = &self.geometry;
+        match item {
+            L2Item::Clusters { host, count, .. } => visit(geometry.host_cluster(host).value(), count),
+            L2Item::Compressed { stream, .. } => {
+                let first = geometry.host_cluster(stream.host).value();
+                let last = stream.host.checked_add(stream.len.max(1) - 1);
+                let last = last.ok_or_else(|| Error::corrupt("a compressed stream passes 2^64"))?;
+                visit(first, geometry.host_cluster(last).value() - first + 1)
+            }
+            L2Item::Fault { fault: L2Fault::ReservedBits | L2Fault::CompressedCopied, .. } => Ok(()),
+            L2Item::Fault { index, fault, raw } => {
+                Err(Error::corrupt(format!("l2 entry {index} of table at {table}: {fault:?} in {raw:#018x}")))
+            }
+        }
+    }
+
+    /// Clears the copied flag in every L2 table of `tree`: everything below has several references from now on, or may
+    /// be treated so. Disk: writes the tables that had one set; no barrier.
+    pub(crate) fn clear_copied(&self, tree: &Tree) -> Result<()> {
+        let step = self.geometry.l2_entry_size() as usize;
+        self.for_each_table(tree, &mut |_, _, bytes| {
+            let mut changed = false;
+            for entry in bytes.chunks_exact_mut(step) {
+                if entry[0] & (COPIED | COMPRESSED) == COPIED {
+                    entry[0] &= !COPIED;
+                    changed = true;
+                }
+            }
+            Ok(changed)
+        })?;
+        self.l2_cache.clear();
+        Ok(())
+    }
+
+    /// Makes the copied flags of those clusters that `window` counts say whether the count is one: in the L2 tables of
+    /// `tree`, on disk, and in `entries`, the L1 entries that it was made of.
+    pub(super) fn mark_copied(
+        &self,
+        tree: &Tree,
+        entries: &mut [u64],
+        window: &mut Window<'_>,
+    ) -> Result<()> {
+        let geometry = self.geometry;
+        for raw in entries.iter_mut().filter(|raw| **raw != 0) {
+            let Ok(L1Entry { l2_table: Some(table), .. }) = L1Entry::decode(*raw, &geometry) else {
+                continue;
+            };
+            let cluster = geometry.host_cluster(table).value();
+            if window.holds(cluster) {
+                let copied = window.count(cluster)? == 1;
+                *raw = L1Entry { l2_table: Some(table), copied }.encode();
+            }
+        }
+        let step = geometry.l2_entry_size() as usize;
+        let mut wrong: Vec<usize> = Vec::new();
+        self.for_each_table(tree, &mut |_, _, bytes| {
+            wrong.clear();
+            let mut result = Ok(());
+            self.l2_format.scan(bytes, |item| {
+                if let (true, L2Item::Clusters { index, host, count, copied }) = (result.is_ok(), item) {
+                    let first = geometry.host_cluster(host).value();
+                    result = window.mismatches(first, count, copied, &mut |at| {
+                        wrong.push((index.value() + at) as usize);
+                    });
+                }
+            });
+            wrong.iter().for_each(|&index| bytes[index * step] ^= COPIED);
+            result.map(|()| !wrong.is_empty())
+        })
+    }
+
+    /// Reads the tables in pieces and gives each to `visit` with its place and how often it is named; those that it says
+    /// it has changed are written back. Tables in holes of the storage are passed over.
+    fn for_each_table(
+        &self,
+        tree: &Tree,
+        visit: &mut dyn FnMut(HostOffset, u64, &mut [u8]) -> Result<bool>,
+    ) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        let mut buffer = Vec::new();
+        let mut rest = &tree.tables[..];
+        while let Some(&(start, _)) = rest.first() {
+            let most = (PIECE / size).max(1) as usize;
+            let follows = |(index, (offset, _)): (usize, &(HostOffset, u64))| {
+                start.checked_add(index as u64 * size) == Some(*offset)
+            };
+            let count = rest.iter().enumerate().take(most).take_while(|&next| follows(next)).count();
+            let (piece, later) = rest.split_at(count.max(1));
+            rest = later;
+            let len = piece.len() as u64 * size;
+            let extent = self.storage.extent_at(start, len)?;
+            if !extent.data && extent.len >= len {
+                continue;
+            }
+            buffer.resize(len as usize, 0);
+            self.storage.read_padded(start, &mut buffer)?;
+            let mut changed: Option<(usize, usize)> = None;
+            for (index, (&(offset, times), bytes)) in
+                piece.iter().zip(buffer.chunks_exact_mut(size as usize)).enumerate()
+            {
+                if visit(offset, times, bytes)? {
+                    changed = Some((changed.map_or(index, |(first, _)| first), index + 1));
+                }
+            }
+            if let Some((first, end)) = changed {
+                let at = HostOffset::new(start.value() + first as u64 * size);
+                self.storage.write_at(at, &buffer[first * size as usize..end * size as usize])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An L1 table's bytes.
+pub(crate) fn table_bytes(entries: &[u64]) -> Vec<u8> {
+    let mut bytes = vec![0; entries.len() * 8];
+    for (chunk, entry) in bytes.chunks_exact_mut(8).zip(entries) {
+        chunk.copy_from_slice(&entry.to_be_bytes());
+    }
+    bytes
+}

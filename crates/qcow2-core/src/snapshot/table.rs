@@ -1,0 +1,118 @@
+//! The snapshot table: read piece by piece, and replaced as a whole.
+//!
+//! Order on disk: the new table elsewhere; barrier; the header's count and pointer in one sector; barrier; only then is
+//! the old table free. Spec: "Snapshots".
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::meta::Meta;
+use crate::meta::header::Field;
+use crate::meta::pending::Unlinked;
+use crate::port::storage::Storage;
+use crate::rules::OrderingRule;
+use crate::sync::lock;
+use ::alloc::format;
+use ::alloc::vec::Vec;
+use qcow2_format::snapshot::{MAX_ENTRY_LEN, Snapshot};
+use qcow2_format::{FormatError, Header, HostOffset, limit};
+
+/// Bytes of the table read at once.
+const PIECE: usize = 8 * MAX_ENTRY_LEN;
+
+/// The snapshot table as it is on disk.
+#[derive(Debug)]
+pub(super) struct Table {
+    pub(super) snapshots: Vec<Snapshot>,
+    /// Bytes of all entries.
+    pub(super) len: u64,
+}
+
+/// Reads the snapshots that `header` counts, in the order of the table. Memory follows what is really there. Errors:
+/// `Corrupt` for an entry that cannot be read or a table above 64 MiB, `Storage`.
+pub fn read_snapshots(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
+    Table::read(storage, header).map(|table| table.snapshots)
+}
+
+impl Table {
+    pub(super) fn read(storage: &dyn Storage, header: &Header) -> Result<Self> {
+        let mut snapshots = Vec::new();
+        let (mut piece, mut used, mut passed) = (Vec::new(), 0, 0u64);
+        for index in 0..header.nb_snapshots {
+            if piece.len() - used < MAX_ENTRY_LEN {
+                passed += used as u64;
+                let offset = header.snapshots_offset.checked_add(passed);
+                let offset = offset.ok_or_else(|| Error::corrupt("snapshot table passes 2^64 - 1"))?;
+                piece.resize(PIECE, 0);
+                let n = storage.read_at(offset, &mut piece)?;
+                // A file may end right after the last entry, without its padding.
+                piece[n..].fill(0);
+                piece.truncate(n.next_multiple_of(8));
+                used = 0;
+            }
+            let parsed = Snapshot::parse(&piece[used..], header.disk_size())
+                .map_err(|e| Error::corrupt(format!("snapshot {index} is damaged")).with_source(e))?;
+            used += parsed.len;
+            if passed + used as u64 > limit::MAX_SNAPSHOT_TABLE_SIZE {
+                let max = limit::MAX_SNAPSHOT_TABLE_SIZE;
+                return Err(Error::corrupt(format!("snapshot table has more than {max} bytes")));
+            }
+            snapshots.push(parsed.snapshot);
+        }
+        Ok(Self { snapshots, len: passed + used as u64 })
+    }
+}
+
+impl Meta {
+    /// Finds room for a table of `snapshots`. Disk: refcounts only. An empty table is nowhere.
+    pub(super) fn reserve_snapshot_table(&self, snapshots: &[Snapshot]) -> Result<NewTable> {
+        let bad =
+            |e: FormatError| Error::new(ErrorKind::InvalidOption, "snapshot cannot be stored").with_source(e);
+        let mut bytes = Vec::new();
+        for snapshot in snapshots {
+            snapshot.encode(&mut bytes).map_err(bad)?;
+        }
+        let len = bytes.len() as u64;
+        if snapshots.len() as u64 > u64::from(limit::MAX_SNAPSHOTS) || len > limit::MAX_SNAPSHOT_TABLE_SIZE {
+            let message = format!("{} snapshots in {len} bytes are more than allowed", snapshots.len());
+            return Err(Error::new(ErrorKind::NoSpace, message));
+        }
+        let offset = match self.geometry.clusters_for(len) {
+            0 => HostOffset::new(0),
+            clusters => self.allocate_metadata(clusters)?.offset,
+        };
+        Ok(NewTable { offset, bytes, count: snapshots.len() as u32 })
+    }
+
+    /// Writes `table` and makes the header name it, durably. What the caller wrote before is durable before that.
+    pub(super) fn switch_snapshot_table(&self, table: &NewTable) -> Result<()> {
+        let (count, offset) = (table.count, table.offset);
+        if count > 0 {
+            self.storage.write_at(offset, &table.bytes)?;
+        }
+        if self.rules.keep(OrderingRule::SnapshotBeforeHeader) {
+            self.storage.flush()?;
+        }
+        self.update_header(&[Field::Snapshots { count, offset }])
+    }
+
+    /// Gives a table's clusters up that the header does not name any more.
+    pub(super) fn unlink_table(&self, offset: HostOffset, len: u64) {
+        let (first, count) = (self.geometry.host_cluster(offset).value(), self.geometry.clusters_for(len));
+        if count > 0 {
+            lock(&self.pending).push(Unlinked { first, count });
+        }
+    }
+}
+
+/// A snapshot table that has room but is not written yet.
+pub(super) struct NewTable {
+    offset: HostOffset,
+    bytes: Vec<u8>,
+    count: u32,
+}
+
+impl NewTable {
+    /// Where it will be, and its bytes.
+    pub(super) fn place(&self) -> (HostOffset, u64) {
+        (self.offset, self.bytes.len() as u64)
+    }
+}

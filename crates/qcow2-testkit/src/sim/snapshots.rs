@@ -1,0 +1,92 @@
+//! What snapshots there may be after a power cut: those before the change that is under way, or those after it, each with
+//! the content that the disk had when it was taken.
+
+use super::start::Start;
+use crate::model::chain;
+use qcow2_core::{GuestDisk, GuestOffset, Image, OpenOptions, Storage};
+use std::sync::Arc;
+
+/// A snapshot as it must be found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Taken {
+    /// Its name, which no other has.
+    pub(super) name: Vec<u8>,
+    /// The disk when it was taken.
+    pub(super) content: Arc<Vec<u8>>,
+}
+
+/// The snapshots of a simulated image.
+#[derive(Clone, Debug)]
+pub(super) struct Snapshots {
+    /// Lists that may be found; the last one is what there is now.
+    allowed: Vec<Vec<Taken>>,
+    /// What the disk is being made to hold.
+    pub(super) going_back: Option<Arc<Vec<u8>>>,
+    /// A change is under way or has failed: copied flags may say less than they could.
+    pub(super) careful: bool,
+}
+
+impl Default for Snapshots {
+    fn default() -> Self {
+        Self { allowed: vec![Vec::new()], going_back: None, careful: false }
+    }
+}
+
+impl Snapshots {
+    /// The snapshots as they are now.
+    pub(super) fn now(&self) -> &[Taken] {
+        self.allowed.last().map_or(&[], |list| list)
+    }
+
+    /// Notes that `list` is about to be what there is.
+    pub(super) fn start(&mut self, list: Vec<Taken>) {
+        self.careful = true;
+        self.allowed.push(list);
+    }
+
+    /// Notes that the change has returned and `list` is what there is.
+    pub(super) fn finish(&mut self, list: Vec<Taken>) {
+        self.careful = false;
+        self.allowed = vec![list];
+    }
+
+    /// Whether what a crash image holds is one of the lists.
+    pub(super) fn judge(&self, seen: &[Taken]) -> Result<(), String> {
+        if self.allowed.iter().any(|list| list == seen) {
+            return Ok(());
+        }
+        let names = |list: &[Taken]| {
+            list.iter().map(|s| String::from_utf8_lossy(&s.name).into_owned()).collect::<Vec<_>>()
+        };
+        let allowed: Vec<_> = self.allowed.iter().map(|list| names(list)).collect();
+        let wrong = seen.iter().find(|s| {
+            self.allowed.iter().flatten().any(|other| other.name == s.name && other.content != s.content)
+        });
+        let content = wrong.map_or_else(String::new, |s| {
+            format!("; {} has another content", String::from_utf8_lossy(&s.name))
+        });
+        Err(format!("snapshots {:?}, allowed {allowed:?}{content}", names(seen)))
+    }
+}
+
+/// Reads every snapshot of the image on `storage`.
+pub(super) fn read_all(
+    start: &Start,
+    image: &Image,
+    storage: &Arc<dyn Storage>,
+    options: &OpenOptions,
+) -> Result<Vec<Taken>, String> {
+    let snapshots = image.snapshots().map_err(|error| format!("snapshots do not read: {}", chain(&error)))?;
+    let mut all = Vec::new();
+    for (index, snapshot) in snapshots.into_iter().enumerate() {
+        let source = start.source(Arc::clone(storage), None);
+        let disk = Image::open_snapshot(source, options, |_| Some(index));
+        let read = disk.and_then(|disk| {
+            let mut content = vec![0; disk.size() as usize];
+            disk.read_at(GuestOffset::new(0), &mut content).map(|()| content)
+        });
+        let content = read.map_err(|error| format!("snapshot {index} does not read: {}", chain(&error)))?;
+        all.push(Taken { name: snapshot.name, content: Arc::new(content) });
+    }
+    Ok(all)
+}
