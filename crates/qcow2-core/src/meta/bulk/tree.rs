@@ -16,6 +16,9 @@ const PIECE: u64 = 1 << 20;
 const COPIED: u8 = 0x80;
 const COMPRESSED: u8 = 0x40;
 
+/// Sees an L2 table's place, how often it is named, and its bytes; says whether it has changed them.
+type VisitTable<'a> = dyn FnMut(HostOffset, u64, &mut [u8]) -> Result<bool> + 'a;
+
 /// The L2 tables below an L1 table, in host order, and how many entries name each.
 pub(crate) struct Tree {
     tables: Vec<(HostOffset, u64)>,
@@ -149,11 +152,7 @@ impl Meta {
 
     /// Reads the tables in pieces and gives each to `visit` with its place and how often it is named; those that it says
     /// it has changed are written back. Tables in holes of the storage are passed over.
-    fn for_each_table(
-        &self,
-        tree: &Tree,
-        visit: &mut dyn FnMut(HostOffset, u64, &mut [u8]) -> Result<bool>,
-    ) -> Result<()> {
+    fn for_each_table(&self, tree: &Tree, visit: &mut VisitTable<'_>) -> Result<()> {
         let size = self.geometry.cluster_size();
         let mut buffer = Vec::new();
         let mut rest = &tree.tables[..];
