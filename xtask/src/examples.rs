@@ -10,6 +10,7 @@ const EXAMPLES: &[(&str, &str, &[&str])] = &[
     ("qcow2-core", "own_io", &[]),
     ("qcow2-io", "storage", &[]),
     ("qcow2-codec", "cluster", &[]),
+    ("qcow2-crypt", "unlock", &[]),
     ("qcow2-ops", "check", &[IMAGE]),
     ("qcow2-ops", "convert", &[]),
     ("qcow2-testkit", "damage", &[]),

@@ -31,6 +31,7 @@ pub use create::{BackingName, CreateOptions, DataFileName, Preallocation, create
 pub use error::{Error, ErrorKind, Result};
 pub use image::Image;
 pub use open::{Codecs, Layers, OpenOptions};
+pub use port::cipher::{CIPHER_SECTOR, ClusterCipher, EncryptedLayer, Keyring, SectorNumbering, UnlockError};
 pub use port::codec::{ClusterCodec, CodecError};
 pub use port::disk::{DiskExtent, ExtentState, GuestDisk};
 pub use port::resolver::{

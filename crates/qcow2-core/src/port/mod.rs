@@ -1,5 +1,6 @@
 //! The ports: what the engine asks of the world, and what it offers to it.
 
+pub mod cipher;
 pub mod codec;
 pub mod disk;
 pub mod resolver;
