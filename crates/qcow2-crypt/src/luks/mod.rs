@@ -6,7 +6,7 @@
 //! | from sector 8 | key material of slot 0, then of slots 1 to 7, each at a multiple of 4096 bytes |
 //! | payload offset | a container's data; not used inside qcow2, where the area ends here |
 //!
-//! A slot holds the volume's key, spread over 4000 stripes ([`split`]) and encrypted under a key that is derived from a
+//! A slot holds the volume's key, spread over 4000 stripes (`split`) and encrypted under a key that is derived from a
 //! password. Spec: LUKS On-Disk Format Specification 1.2.
 
 mod create;
