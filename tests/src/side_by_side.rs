@@ -62,7 +62,9 @@ impl SideBySide {
     /// them, and ours must pass a check.
     pub fn run(&self, id: usize, line: &str) -> Comparison {
         let args = words(line);
-        let makes = args.first().is_some_and(|verb| MAKING.contains(&verb.as_str()));
+        let repairs = args.iter().any(|arg| arg == "-r" || arg.starts_with("--repair"));
+        let makes = args.first().is_some_and(|verb| MAKING.contains(&verb.as_str()))
+            || (repairs && args.first().is_some_and(|verb| verb == "check"));
         let folders = match makes {
             true => ["reference", "ours"].map(|who| self.root.join(format!("{id}-{who}"))),
             false => [self.start(), self.start()],
@@ -119,8 +121,8 @@ impl SideBySide {
     }
 }
 
-/// Verbs that make or change files.
-const MAKING: [&str; 3] = ["convert", "create", "snapshot"];
+/// Verbs that make or change files; `check` does when it repairs.
+const MAKING: [&str; 8] = ["amend", "commit", "convert", "create", "dd", "rebase", "resize", "snapshot"];
 
 /// A command line as words: blanks part them, single quotes keep them together.
 pub fn words(line: &str) -> Vec<String> {

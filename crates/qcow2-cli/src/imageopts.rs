@@ -190,16 +190,7 @@ impl ImageOption {
                 Some(on) => Ok(Value::Switch(on, text.to_owned())),
                 None => Err(Failure::new(format!("Parameter '{name}' expects 'on' or 'off'"))),
             },
-            Kind::Size => parse_size(text).map(Value::Number).map_err(|error| match error {
-                SizeError::Range => {
-                    Failure::new(format!("Value '{text}' is out of range for parameter '{name}'"))
-                }
-                SizeError::Syntax => {
-                    Failure::new(format!("Parameter '{name}' expects a non-negative number below 2^64"))
-                        .hint("Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-")
-                        .hint("and exabytes, respectively.")
-                }
-            }),
+            Kind::Size => read_size(name, text).map(Value::Number),
             Kind::Number => parse_number(text).map(Value::Number).map_err(|error| match error {
                 SizeError::Range => {
                     Failure::new(format!("Value '{text}' is too large for parameter '{name}'"))
@@ -208,6 +199,18 @@ impl ImageOption {
             }),
         }
     }
+}
+
+/// Reads the size `text` of option `name`.
+pub(crate) fn read_size(name: &str, text: &str) -> Result<u64, Failure> {
+    parse_size(text).map_err(|error| match error {
+        SizeError::Range => Failure::new(format!("Value '{text}' is out of range for parameter '{name}'")),
+        SizeError::Syntax => {
+            Failure::new(format!("Parameter '{name}' expects a non-negative number below 2^64"))
+                .hint("Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-")
+                .hint("and exabytes, respectively.")
+        }
+    })
 }
 
 /// The value of an on/off switch.

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod chain;
 mod command;
 mod exit;
 mod failure;

@@ -4,6 +4,7 @@ use crate::args::ImageArgs;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::render::qemu_text;
+use crate::session::Session;
 use crate::throttle::Throttle;
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::{
@@ -116,6 +117,31 @@ pub(crate) fn open_image(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Res
     open_layers(name, open_file(name, args, how)?, how, "")
 }
 
+/// Opens the image that `name` leads to for changes; says so on standard error where it was taken for raw by its looks.
+pub(crate) fn open_to_change(
+    session: &Session,
+    name: &ImageName,
+    args: &ImageArgs,
+    how: OpenAs,
+) -> Result<OpenedDisk, Failure> {
+    let opened = open_image(name, args, OpenAs { writable: true, ..how })?;
+    complain_of_guess(session, name, &opened.format);
+    Ok(opened)
+}
+
+/// Says on standard error where a disk that is to be written was taken for raw by its looks.
+pub(crate) fn complain_of_guess(session: &Session, name: &ImageName, format: &ImageFormat) {
+    if name.format.is_none() && *format == ImageFormat::Raw {
+        guess_warning(&name.typed).iter().for_each(|line| session.complain(line));
+    }
+}
+
+/// Makes all durable, as far as the cache mode wants it, and leaves a changed image clean. Errors: the system's text.
+pub(crate) fn close(disk: &dyn GuestDisk) -> Result<(), String> {
+    let done = disk.flush().and_then(|()| disk.as_image().map_or(Ok(()), |image| image.close()));
+    done.map_err(|error| qemu_text::cause(&error))
+}
+
 /// Opens the image that `name` leads to as it was when a snapshot was taken.
 pub(crate) fn open_snapshot(
     name: &ImageName,
@@ -139,8 +165,9 @@ pub(crate) fn open_snapshot(
     if missing { Err(failed("Can't find snapshot")) } else { opened }
 }
 
-/// `context`: what is said before the reason of a failure.
-fn open_layers(
+/// Opens the image in `source`, with the files that it names as `how` says. `context`: what is said before the reason of a
+/// failure.
+pub(crate) fn open_layers(
     name: &ImageName,
     source: ResolvedSource,
     how: OpenAs,
@@ -209,6 +236,17 @@ pub(crate) fn is_block_device(path: &str) -> bool {
     }
 }
 
+/// What is said where a disk that is to be written was taken for raw by its looks.
+pub(crate) fn guess_warning(name: &str) -> Vec<String> {
+    vec![
+        format!("WARNING: Image format was not specified for '{name}' and probing guessed raw."),
+        "         Automatically detecting the format is dangerous for raw images, \
+         write operations on block 0 will be restricted."
+            .to_owned(),
+        "         Specify the 'raw' format explicitly to remove the restrictions.".to_owned(),
+    ]
+}
+
 /// Every compression method.
 pub(crate) fn codecs() -> Codecs {
     Codecs::new(Arc::new(Deflate::default()), Arc::new(Zstd::default()))
@@ -245,4 +283,4 @@ impl Recorder {
     }
 }
 
-const BACKING: &str = "Could not open backing file: ";
+pub(crate) const BACKING: &str = "Could not open backing file: ";

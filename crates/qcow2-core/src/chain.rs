@@ -99,8 +99,9 @@ impl Layer {
     }
 }
 
-/// Whether `range`, inside `disk`, is known to read as zeroes without looking at data.
-pub(crate) fn reads_zero(disk: &dyn GuestDisk, range: GuestRange) -> Result<bool> {
+/// Whether `range`, inside `disk`, is known to read as zeroes without looking at data. Disk: may read tables. Errors: as
+/// [`GuestDisk::extent_at`].
+pub fn reads_zero(disk: &dyn GuestDisk, range: GuestRange) -> Result<bool> {
     let (mut at, end) = (range.start().value(), range.end().value());
     while at < end {
         let here = GuestRange::between(GuestOffset::new(at), GuestOffset::new(end));

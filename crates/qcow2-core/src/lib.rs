@@ -10,6 +10,7 @@ extern crate alloc;
 
 pub mod chain;
 pub mod create;
+mod empty;
 pub mod error;
 pub mod image;
 mod inflight;

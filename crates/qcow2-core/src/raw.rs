@@ -90,6 +90,10 @@ impl GuestDisk for RawDisk {
         Ok(DiskExtent { len: extent.len, state })
     }
 
+    fn as_raw(&self) -> Option<&RawDisk> {
+        Some(self)
+    }
+
     fn resize(&self, size: u64) -> Result<()> {
         self.check_change(GuestRange::new(GuestOffset::new(0), 0))?;
         self.storage.set_len(size)?;

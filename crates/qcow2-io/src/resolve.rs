@@ -237,7 +237,7 @@ impl Resolver for FileResolver {
             _ => return Err(ResolveError::failed("a kind of name that is not known here")),
         };
         let mut file = self.permit(&path, name)?;
-        file.writable = writable && matches!(reference, Reference::DataFile { .. });
+        file.writable = writable;
         let options = SourceOptions { file, format, policy: self.policy };
         open_source(&path, &options).map_err(|error| {
             let message = format!("could not open '{}'", path.display());

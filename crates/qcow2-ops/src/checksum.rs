@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::pipeline::{Order, Stages, run};
 use crate::progress::Progress;
-use crate::source::{Content, Source};
+use crate::source::{Below, Content, Source};
 use crc32fast::Hasher;
 use qcow2_core::GuestDisk;
 use std::ops::{ControlFlow, Range};
@@ -77,7 +77,7 @@ impl Stages for Summing<'_> {
         if self.progress.should_stop() {
             return Err(Error::new(ErrorKind::Stopped, format!("stopped at byte {start} of {}", self.size)));
         }
-        let run = self.source.content_at(start, self.size - start, false)?;
+        let run = self.source.content_at(start, self.size - start, Below::Nothing)?;
         let chunk_end = (start - start % self.chunk).saturating_add(self.chunk).min(self.size);
         slot.zero = run.content == Content::Zero && run.end() >= chunk_end;
         *cursor = if slot.zero { run.end() } else { chunk_end };
@@ -93,7 +93,7 @@ impl Stages for Summing<'_> {
         }
         let mut at = slot.range.start;
         while at < slot.range.end {
-            let run = self.source.content_at(at, slot.range.end - at, false)?;
+            let run = self.source.content_at(at, slot.range.end - at, Below::Nothing)?;
             if run.content == Content::Zero {
                 add_zeroes(&mut slot.sum, run.len);
             } else {

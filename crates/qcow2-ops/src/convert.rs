@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::pipeline::Order;
 use crate::progress::Progress;
-use crate::source::{Source, total_size};
+use crate::source::{Below, Source, total_size};
 use qcow2_core::{ClusterCodec, GuestDisk, Image};
 use std::sync::Arc;
 
@@ -91,7 +91,8 @@ pub fn convert(
         target,
         sparse_size: options.sparse_size,
         zero_from: options.target_is_zero.then_some(backing_end),
-        top_only: options.keep_backing,
+        below: if options.keep_backing { Below::OtherLayers } else { Below::Nothing },
+        target_layers: None,
         compress: if options.compress { Some(compressed(target)?) } else { None },
         // A raw target looks the same whatever was written first.
         order: if options.out_of_order || target.cluster_size() == 0 { Order::Any } else { Order::Claimed },

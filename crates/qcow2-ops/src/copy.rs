@@ -6,9 +6,10 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
+use crate::map::Layers;
 use crate::pipeline::{Order, Stages, run};
 use crate::progress::Progress;
-use crate::source::{Content, Run, SECTOR, Source};
+use crate::source::{Below, Content, Run, SECTOR, Source};
 use crate::zeroes::{ZeroGrid, is_zero};
 use qcow2_core::{ClusterCodec, GuestDisk, GuestOffset, GuestRange, Image, ZeroMode};
 use std::ops::{ControlFlow, Range};
@@ -30,8 +31,10 @@ pub(crate) struct CopyPlan<'a> {
     pub(crate) sparse_size: u64,
     /// From this byte on the target reads as zeroes where nothing is written.
     pub(crate) zero_from: Option<u64>,
-    /// What the source's top layer says nothing about is not written.
-    pub(crate) top_only: bool,
+    /// What of the source is not written.
+    pub(crate) below: Below,
+    /// The target's layers, where it is asked which zeroes it has already.
+    pub(crate) target_layers: Option<&'a Layers>,
     /// The target as an image that takes compressed clusters, and its codec.
     pub(crate) compress: Option<(&'a Image, &'a dyn ClusterCodec)>,
     pub(crate) order: Order,
@@ -165,8 +168,7 @@ impl Stages for Copying<'_> {
         slot.unreadable.clear();
         slot.unreadable_sectors = 0;
         if slot.all_zero {
-            self.add_zeroes(slot.range.clone(), &mut slot.steps);
-            return Ok(());
+            return self.add_zeroes(slot.range.clone(), &mut slot.steps);
         }
         self.find_runs(slot)?;
         let len = (slot.range.end - slot.range.start) as usize;
@@ -178,10 +180,7 @@ impl Stages for Copying<'_> {
         self.read_runs(slot)?;
         match self.plan.compress {
             Some((_, codec)) => self.compress(codec, slot),
-            None => {
-                self.find_zeroes(slot);
-                Ok(())
-            }
+            None => self.find_zeroes(slot),
         }
     }
 
@@ -212,7 +211,7 @@ impl Copying<'_> {
     /// A run of whole chunks from `start` on that need not be read, if there is one.
     fn hole_at(&self, start: u64) -> Result<Option<Run>> {
         let end = self.plan.source.size();
-        let run = self.plan.source.content_at(start, end - start, self.plan.top_only)?;
+        let run = self.plan.source.content_at(start, end - start, self.plan.below)?;
         let written_anyway = self.plan.sparse_size == 0 && run.content == Content::Zero;
         if run.content == Content::Data || written_anyway || run.end() < self.chunk_end(start) {
             return Ok(None);
@@ -245,7 +244,7 @@ impl Copying<'_> {
         slot.runs.clear();
         let mut at = slot.range.start;
         while at < slot.range.end {
-            let run = self.plan.source.content_at(at, slot.range.end - at, self.plan.top_only)?;
+            let run = self.plan.source.content_at(at, slot.range.end - at, self.plan.below)?;
             at = run.end();
             match slot.runs.last_mut() {
                 Some(last) if last.content == run.content => last.len += run.len,
@@ -320,41 +319,60 @@ impl Copying<'_> {
     }
 
     /// Cuts the chunk into what is written and what is left out.
-    fn find_zeroes(&self, slot: &mut Slot) {
+    fn find_zeroes(&self, slot: &mut Slot) -> Result<()> {
         let mut i = 0;
         while i < slot.runs.len() {
             // Data and zeroes next to each other are one stretch: both are in the buffer.
             let stretch = slot.runs[i..].iter().take_while(|run| run.content != Content::Backing).count();
             let runs = &slot.runs[i..i + stretch];
             if let (Some(first), Some(last)) = (runs.first(), runs.last()) {
-                self.cut(first.start..last.end(), slot.range.start, &slot.plain, &mut slot.steps);
+                self.cut(first.start..last.end(), slot.range.start, &slot.plain, &mut slot.steps)?;
             }
             i += stretch + 1;
         }
+        Ok(())
     }
 
-    fn cut(&self, range: Range<u64>, buffer_start: u64, plain: &[u8], steps: &mut Vec<Step>) {
+    fn cut(&self, range: Range<u64>, buffer_start: u64, plain: &[u8], steps: &mut Vec<Step>) -> Result<()> {
         if self.plan.sparse_size == 0 {
             steps.push(Step::Data(range));
-            return;
+            return Ok(());
         }
         let bytes = &plain[(range.start - buffer_start) as usize..(range.end - buffer_start) as usize];
-        self.grid.split(range.start, bytes, &mut |at, len, zero| {
-            if zero {
-                self.add_zeroes(at..at + len, steps);
-            } else {
-                steps.push(Step::Data(at..at + len));
-            }
+        let mut done = Ok(());
+        self.grid.split(range.start, bytes, &mut |at, len, zero| match zero {
+            true if done.is_ok() => done = self.add_zeroes(at..at + len, steps),
+            true => {}
+            false => steps.push(Step::Data(at..at + len)),
         });
+        done
     }
 
     /// Writes zeroes as far as the target may hold something else, in whole units.
-    fn add_zeroes(&self, range: Range<u64>, steps: &mut Vec<Step>) {
+    fn add_zeroes(&self, range: Range<u64>, steps: &mut Vec<Step>) -> Result<()> {
         let units = |bytes: u64| bytes.checked_next_multiple_of(self.grid.unit).unwrap_or(u64::MAX);
         let end = self.plan.zero_from.map_or(range.end, |from| range.end.min(units(from)));
-        if range.start < end {
-            steps.push(Step::Zeroes(range.start..end));
+        let Some(target) = self.plan.target_layers.filter(|_| range.start < end) else {
+            if range.start < end {
+                steps.push(Step::Zeroes(range.start..end));
+            }
+            return Ok(());
+        };
+        let mut at = range.start;
+        while at < end {
+            let there = target.extent_at(at, end - at).map_err(|e| {
+                let context = format!("error while reading block status of the target at offset {at}");
+                Error::new(ErrorKind::Extents, context).with_source(e)
+            })?;
+            let next = at + there.len;
+            match steps.last_mut() {
+                _ if there.zero => {}
+                Some(Step::Zeroes(last)) if last.end == at => last.end = next,
+                _ => steps.push(Step::Zeroes(at..next)),
+            }
+            at = next;
         }
+        Ok(())
     }
 
     /// Makes a stream of each cluster that has something else than zeroes; what does not shrink stays plain.
@@ -372,7 +390,7 @@ impl Copying<'_> {
             let plain = &slot.plain[from..from + cluster as usize];
             if backing {
             } else if self.plan.sparse_size > 0 && is_zero(plain) {
-                self.add_zeroes(at..end, &mut slot.steps);
+                self.add_zeroes(at..end, &mut slot.steps)?;
             } else if end - at < cluster && end < self.plan.target.size() {
                 // The source ends within a cluster of a larger target.
                 slot.steps.push(Step::Data(at..end));

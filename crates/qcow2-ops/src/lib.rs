@@ -6,9 +6,11 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod above;
 pub mod bench;
 pub mod check;
 pub mod checksum;
+pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod copy;
@@ -19,6 +21,7 @@ pub mod info;
 pub mod map;
 mod pipeline;
 pub mod progress;
+pub mod resize;
 pub mod snapshot;
 mod source;
 mod testing;
@@ -27,6 +30,7 @@ mod zeroes;
 pub use bench::{BenchOptions, bench};
 pub use check::{CheckOptions, CheckReport, check};
 pub use checksum::{Checksum, checksum};
+pub use commit::{CommitOptions, commit};
 pub use compare::{CompareOptions, CompareReport, Comparison, compare};
 pub use convert::{ConvertOptions, convert, converted_size};
 pub use copy::CopyReport;
@@ -36,3 +40,4 @@ pub use executor::{Executor, Inline};
 pub use info::{InfoReport, info};
 pub use map::{MapExtent, MapOptions, map};
 pub use progress::{Progress, Silent};
+pub use resize::{NewSize, ResizeOptions, resize};

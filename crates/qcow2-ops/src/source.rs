@@ -26,8 +26,19 @@ pub(crate) enum Content {
     Data,
     /// Zeroes.
     Zero,
-    /// What the backing file of the top layer has; only where one asks for the top layer alone.
+    /// What lies below has the say; only where one asks for less than all layers.
     Backing,
+}
+
+/// Which bytes of a source are left to what lies below the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Below {
+    /// None: every byte of the source counts.
+    Nothing,
+    /// Those that the top layer says nothing about but a layer below it may.
+    OtherLayers,
+    /// Those that no layer says anything about.
+    Unallocated,
 }
 
 /// A run of bytes.
@@ -106,12 +117,12 @@ impl Source {
         Ok(MapExtent { present: extent.present || past_a_layer, ..extent })
     }
 
-    /// What the run at `at` holds, cut at `len` bytes. `top_only`: what the top layer says nothing about is `Backing`
-    /// rather than looked up below. `at` must lie inside.
-    pub(crate) fn content_at(&self, at: u64, len: u64, top_only: bool) -> Result<Run> {
+    /// What the run at `at` holds, cut at `len` bytes; `below` says what is `Backing`. `at` must lie inside.
+    pub(crate) fn content_at(&self, at: u64, len: u64, below: Below) -> Result<Run> {
         let extent = self.extent_at(at, len)?;
         let content = match extent {
-            MapExtent { depth: 1.., .. } if top_only => Content::Backing,
+            MapExtent { depth: 1.., .. } if below == Below::OtherLayers => Content::Backing,
+            MapExtent { present: false, .. } if below == Below::Unallocated => Content::Backing,
             MapExtent { zero: true, .. } => Content::Zero,
             _ => Content::Data,
         };
@@ -178,26 +189,27 @@ mod tests {
         top.cluster_size = 512;
         top.set_states("---z-");
         let source = Source::new(&[disk(top)]).unwrap();
-        let runs = |top_only| {
+        let runs = |below| {
             let (mut at, mut text) = (0, String::new());
             while at < source.size() {
-                let run = source.content_at(at, source.size() - at, top_only).unwrap();
+                let run = source.content_at(at, source.size() - at, below).unwrap();
                 assert_eq!(run.start, at);
                 text += &format!("{:?}{} ", run.content, run.len);
                 at = run.end();
             }
             text
         };
-        assert_eq!(runs(false), "Data512 Zero512 Zero512 Zero512 Zero512 ");
-        assert_eq!(runs(true), "Backing512 Backing512 Backing512 Zero512 Zero512 ");
+        assert_eq!(runs(Below::Nothing), "Data512 Zero512 Zero512 Zero512 Zero512 ");
+        assert_eq!(runs(Below::OtherLayers), "Backing512 Backing512 Backing512 Zero512 Zero512 ");
+        assert_eq!(runs(Below::Unallocated), "Data512 Zero512 Backing512 Zero512 Backing512 ");
     }
 
     #[test]
     fn an_unknown_state_is_an_error_of_its_kind() {
         let bad = TestDisk { unknown: Some(512..1024), ..TestDisk::data(vec![1; 2048]) };
         let source = Source::new(&[disk(TestDisk::data(vec![1; 512])), disk(bad)]).unwrap();
-        assert_eq!(source.content_at(0, 99, false).unwrap().len, 99);
-        let error = source.content_at(1024, 512, false).unwrap_err();
+        assert_eq!(source.content_at(0, 99, Below::Nothing).unwrap().len, 99);
+        let error = source.content_at(1024, 512, Below::Nothing).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Extents);
         assert!(error.to_string().contains("offset 1024"), "{error}");
     }

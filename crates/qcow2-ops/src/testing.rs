@@ -227,7 +227,9 @@ impl GuestDisk for TestDisk {
         self.granularity
     }
 
-    fn resize(&self, _size: u64) -> Result<()> {
-        Err(Error::new(ErrorKind::Unsupported, "no resize in these tests"))
+    fn resize(&self, size: u64) -> Result<()> {
+        self.bytes.lock().unwrap().resize(size as usize, 0);
+        self.states.lock().unwrap().resize(size.div_ceil(512) as usize, b'z');
+        Ok(())
     }
 }

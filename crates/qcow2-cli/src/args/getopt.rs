@@ -38,12 +38,26 @@ pub(crate) struct Getopt<'a> {
     cluster: String,
     operands: Vec<String>,
     permute: bool,
+    number_follows: bool,
 }
 
 impl<'a> Getopt<'a> {
     /// `permute`: whether options may follow operands; otherwise the first operand ends the options.
     pub(crate) fn new(specs: &'a [OptionSpec], args: Vec<String>, permute: bool) -> Self {
-        Self { specs, args: args.into_iter(), cluster: String::new(), operands: Vec::new(), permute }
+        Self {
+            specs,
+            args: args.into_iter(),
+            cluster: String::new(),
+            operands: Vec::new(),
+            permute,
+            number_follows: false,
+        }
+    }
+
+    /// Takes `-` and digits right after the first operand for an operand too.
+    pub(crate) fn with_signed_number(mut self) -> Self {
+        self.number_follows = true;
+        self
     }
 
     /// The next option, or `None` when only operands are left. Errors: the text that getopt would print.
@@ -62,6 +76,15 @@ impl<'a> Getopt<'a> {
                 return self.short(letter).map(Some);
             } else {
                 self.operands.push(arg);
+                let signed = |next: &&String| {
+                    next.strip_prefix('-').is_some_and(|n| n.starts_with(|c: char| c.is_ascii_digit()))
+                };
+                if self.number_follows
+                    && self.operands.len() == 1
+                    && self.args.as_slice().first().as_ref().is_some_and(signed)
+                {
+                    self.operands.extend(self.args.next());
+                }
                 if !self.permute {
                     self.operands.extend(self.args.by_ref());
                 }
@@ -188,6 +211,20 @@ mod tests {
         check(&["a", "-U", "b", "--", "-f", "--", "c"], "ForceShare= a b -f -- c");
         check(&["-", "x"], "- x");
         assert_eq!(run(&["-U", "a", "-U"], false).unwrap(), "ForceShare= a -U");
+    }
+
+    #[test]
+    fn a_signed_number_after_the_first_operand() {
+        let run = |args: &[&str]| {
+            let args = args.iter().map(|a| (*a).to_owned()).collect();
+            let mut getopt = Getopt::new(&SPECS, args, true).with_signed_number();
+            while getopt.next()?.is_some() {}
+            Ok::<_, String>(getopt.into_operands().join(" "))
+        };
+        assert_eq!(run(&["a", "-1M", "-U"]).unwrap(), "a -1M");
+        assert_eq!(run(&["-1M", "a"]).unwrap_err(), "invalid option -- '1'");
+        assert_eq!(run(&["a", "b", "-1M"]).unwrap_err(), "invalid option -- '1'");
+        assert_eq!(run(&["a", "-U", "-1M"]).unwrap_err(), "invalid option -- '1'");
     }
 
     #[test]

@@ -76,6 +76,9 @@ pub(crate) enum Opt {
     Misalign,
     NativeAio,
     Discard,
+    Preallocation,
+    Shrink,
+    Drop,
 }
 
 /// One verb of the command line.
@@ -112,6 +115,11 @@ impl Arguments {
     /// `args`: what follows the verb.
     pub(crate) fn new(verb: &'static Verb, args: Vec<String>, permute: bool) -> Self {
         Self { verb, getopt: Getopt::new(verb.options, args, permute) }
+    }
+
+    /// Takes `-` and digits right after the first operand for an operand too.
+    pub(crate) fn with_signed_number(self) -> Self {
+        Self { getopt: self.getopt.with_signed_number(), ..self }
     }
 
     /// The next option. Asking for help prints it and ends the command.

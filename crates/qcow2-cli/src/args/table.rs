@@ -32,6 +32,31 @@ pub(crate) static VERBS: &[Verb] = &[
         run: command::check::run,
     },
     Verb {
+        name: "commit",
+        summary: "Write what an image holds into its backing file",
+        synopsis: "[-f FMT | --image-opts] [-t CACHE] [-b BASE] [-d] [-r RATE] [-p] [-q] FILENAME",
+        options: &[
+            HELP,
+            QUIET,
+            option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+            FORMAT,
+            IMAGE_OPTS,
+            option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode (writeback)"),
+            option(Opt::Drop, Some('d'), "drop", None, "leave FILENAME as it is instead of emptying it"),
+            option(
+                Opt::Backing,
+                Some('b'),
+                "base",
+                Some("BASE"),
+                "the backing file to write to (the next one)",
+            ),
+            option(Opt::Rate, Some('r'), "rate", Some("RATE"), "bytes a second at most"),
+            OBJECT,
+        ],
+        operands: &[FILENAME],
+        run: command::commit::run,
+    },
+    Verb {
         name: "compare",
         summary: "Compare the content of two images",
         synopsis: "[-f FMT] [-F FMT] [--image-opts] [-T CACHE] [-s] [-p] [-q] [-U] FILENAME1 FILENAME2",
@@ -131,6 +156,28 @@ pub(crate) static VERBS: &[Verb] = &[
         run: command::map::run,
     },
     Verb {
+        name: "resize",
+        summary: "Make an image longer or shorter",
+        synopsis: "[-f FMT | --image-opts] [--preallocation MODE] [--shrink] [-q] FILENAME [+|-]SIZE",
+        options: &[
+            HELP,
+            QUIET,
+            FORMAT,
+            IMAGE_OPTS,
+            option(
+                Opt::Preallocation,
+                None,
+                "preallocation",
+                Some("MODE"),
+                "space for what is new: off, metadata, falloc, full",
+            ),
+            option(Opt::Shrink, None, "shrink", None, "the image may get shorter, which loses data"),
+            OBJECT,
+        ],
+        operands: &[FILENAME, ("SIZE", "the new size; with + or - the change")],
+        run: command::resize::run,
+    },
+    Verb {
         name: "snapshot",
         summary: "List, take, apply and delete the snapshots inside an image",
         synopsis: "[-f FMT | --image-opts] [-l | -a|-c|-d SNAPSHOT] [-U] [-q] FILENAME",
@@ -171,7 +218,7 @@ pub(crate) fn find_verb(name: &str) -> Option<&'static Verb> {
 
 /// Whether qemu-img has a verb `name` that this program lacks.
 pub(crate) fn known_but_missing(name: &str) -> bool {
-    const MISSING: [&str; 7] = ["amend", "bitmap", "commit", "dd", "measure", "rebase", "resize"];
+    const MISSING: [&str; 5] = ["amend", "bitmap", "dd", "measure", "rebase"];
     MISSING.contains(&name)
 }
 

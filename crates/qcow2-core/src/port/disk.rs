@@ -83,6 +83,11 @@ pub trait GuestDisk: Send + Sync {
         None
     }
 
+    /// This disk as a raw one, where it is one.
+    fn as_raw(&self) -> Option<&crate::raw::RawDisk> {
+        None
+    }
+
     /// Makes the disk `size` bytes. Errors: `Unsupported` where this kind of disk cannot.
     fn resize(&self, size: u64) -> Result<()>;
 }

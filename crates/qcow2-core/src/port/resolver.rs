@@ -112,7 +112,7 @@ impl core::error::Error for ResolveError {
 /// Opens names found inside an image. The engine never opens one itself.
 pub trait Resolver: Send + Sync {
     /// Opens what `reference` names, relative to the image this resolver belongs to. `writable`: whether changes will
-    /// be made (only ever for data files).
+    /// be made (the engine asks so for data files only; who commits to a backing file, for that one too).
     fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError>;
 }
 

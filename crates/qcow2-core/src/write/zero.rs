@@ -144,7 +144,8 @@ impl Image {
         self.meta.commit(place, entries.len() as u64, unlinked, |i| entries[i as usize])
     }
 
-    /// An external data file follows: a raw one must read as the guest disk does, another may give space back.
+    /// An external data file follows: a raw one must read as the guest disk does, another may give space back, but not
+    /// while entries on disk still lead to bytes that a lower layer has otherwise.
     fn zero_data_file(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<()> {
         if !self.meta.has_data_file() {
             return Ok(());
@@ -155,7 +156,7 @@ impl Image {
         if self.raw_data_file {
             let mode = if kind == ZeroKind::Keep { ZeroMode::KeepAllocated } else { ZeroMode::MayUnmap };
             data.write_zeroes(host, len, mode)?;
-        } else if kind != ZeroKind::Keep {
+        } else if matches!(kind, ZeroKind::Unmap | ZeroKind::Discard) {
             let stored = data.len()?.saturating_sub(host.value()).min(len);
             if stored > 0 {
                 data.discard(host, stored)?;

@@ -158,6 +158,12 @@ impl Run<'_> {
                 guest.finish_resize(disk.size());
                 result
             }
+            Step::MakeEmpty => {
+                let mut below = self.start.backing().to_vec();
+                below.resize(disk.size() as usize, 0);
+                let all = GuestRange::between(GuestOffset::new(0), GuestOffset::new(disk.size()));
+                self.change(disk, all, &below, guest, Image::make_empty)
+            }
             Step::Plain(Operation::Read(range)) => {
                 disk.read_at(range.start(), &mut vec![0; range.len() as usize])
             }

@@ -19,6 +19,8 @@ pub enum Step {
     Plain(Operation),
     /// Makes the disk so many bytes.
     Resize(u64),
+    /// Makes the layer say nothing.
+    MakeEmpty,
     /// A compressed write of the whole guest cluster at `offset` with the pattern of `seed`, if the engine takes it.
     Compressed {
         /// Cluster aligned.
@@ -73,7 +75,8 @@ pub(super) fn draw_work(rng: &mut Rng, shape: &Shape, count: usize) -> Vec<Step>
             };
         }
         if rng.one_in(24) {
-            return Step::Resize(SECTOR * rng.between(1, shape.size * 3 / 2 / SECTOR));
+            let sectors = rng.between(1, shape.size * 3 / 2 / SECTOR);
+            return if sectors.is_multiple_of(3) { Step::MakeEmpty } else { Step::Resize(SECTOR * sectors) };
         }
         match Operation::random(rng, shape.size, shape.cluster_size()) {
             Operation::Write { range, .. } if rng.one_in(6) => {
@@ -132,6 +135,7 @@ impl<'a> Work<'a> {
             Step::Plain(Operation::Flush) => self.durably(|disk| disk.flush()),
             Step::Plain(Operation::Reopen) => self.reopen(),
             Step::Resize(size) => self.resize(size),
+            Step::MakeEmpty => self.make_empty(),
             Step::Compressed { offset, seed } => self.compressed(offset, seed),
             Step::TakeSnapshot(_) | Step::ApplySnapshot(_) | Step::DeleteSnapshot(_) => self.snapshot(step),
         }
@@ -155,6 +159,16 @@ impl<'a> Work<'a> {
         self.guest().start_resize(size, self.backing);
         self.disk.resize(size).map_err(|error| chain(&error))?;
         self.guest().finish_resize(self.disk.size());
+        self.check_all()
+    }
+
+    /// Afterwards the disk is what lies below; until then every sector may be that or as before.
+    fn make_empty(&self) -> Result<(), String> {
+        let mut below = self.backing.to_vec();
+        below.resize(self.disk.size() as usize, 0);
+        self.guest().start_write(0, &below);
+        self.disk.make_empty().map_err(|error| chain(&error))?;
+        self.guest().finish(0, &below);
         self.check_all()
     }
 

@@ -9,7 +9,7 @@ use super::target::{Target, reason};
 use crate::args::ImageArgs;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
-use crate::open::{OpenAs, TableCaches, codecs, open_file, open_image};
+use crate::open::{OpenAs, TableCaches, codecs, guess_warning, open_file, open_image};
 use crate::optlist::{OptList, escape_commas};
 use crate::render::{human, info::specific_text, qemu_text};
 use crate::size::parse_size;
@@ -156,17 +156,6 @@ fn open(request: &OpenRequest, tables: TableCaches) -> Result<OpenedFile, Failur
         discards: request.discards,
     };
     Ok(OpenedFile { target, writable, info, warnings })
-}
-
-/// What is said where a disk that is to be written was taken for raw by its looks.
-fn guess_warning(name: &str) -> Vec<String> {
-    vec![
-        format!("WARNING: Image format was not specified for '{name}' and probing guessed raw."),
-        "         Automatically detecting the format is dangerous for raw images, \
-         write operations on block 0 will be restricted."
-            .to_owned(),
-        "         Specify the 'raw' format explicitly to remove the restrictions.".to_owned(),
-    ]
 }
 
 /// What the request's name is, and how it is meant: options turn it into an option string.

@@ -1,0 +1,99 @@
+//! A chain whose layers are opened one by one, so that one below the top can be changed.
+
+use crate::args::ImageArgs;
+use crate::failure::Failure;
+use crate::imagename::ImageName;
+use crate::open::{BACKING, OpenAs, complain_of_guess, open_file, open_layers};
+use crate::render::qemu_text;
+use crate::session::Session;
+use crate::throttle::Throttle;
+use qcow2_core::{GuestDisk, ImageFormat, Layers, Reference, ResolvedSource};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The layers of a chain down to one that takes changes.
+pub(crate) struct OpenedChain {
+    /// The layers over the base, top first, each without what is below it.
+    pub(crate) above: Vec<Arc<dyn GuestDisk>>,
+    /// The base with its own chain, writable.
+    pub(crate) base: Arc<dyn GuestDisk>,
+}
+
+/// Opens the image that `name` leads to for changes, and below it every layer down to `base`, that one for changes too.
+/// `base`: as the user names it; `None` is the backing file of the top. Errors: what cannot be opened, in QEMU's words; no
+/// such base.
+pub(crate) fn open_down_to(
+    session: &Session,
+    name: &ImageName,
+    args: &ImageArgs,
+    how: OpenAs,
+    base: Option<&str>,
+) -> Result<OpenedChain, Failure> {
+    let writable = OpenAs { writable: true, bytes_per_second: None, ..how };
+    let mut source = open_file(name, args, writable)?;
+    complain_of_guess(session, name, &source.format);
+    let (mut above, mut context) = (Vec::new(), String::new());
+    loop {
+        let below = backing_of(name, &source, &context)?;
+        let layer = OpenAs { layers: Layers::NoBacking, writable: above.is_empty(), ..writable };
+        let Some(below) = below else { return Err(no_base(&name.typed, base)) };
+        let is_base = base.is_none_or(|base| is_same(&source.name, base, &below.path));
+        let reference = Reference::Backing { name: &below.name, format: below.format.as_deref() };
+        let next = source.resolver.resolve(reference, is_base).map_err(|error| {
+            qemu_text::open_failure(&name.typed, &format!("{context}{BACKING}"), &error.into())
+        })?;
+        above.push(open_layers(name, source, layer, &context)?.disk);
+        context.push_str(BACKING);
+        source = next;
+        if is_base {
+            break;
+        }
+    }
+    if let Some(rate) = how.bytes_per_second {
+        source.storage = Arc::new(Throttle::new(source.storage, rate));
+    }
+    let base = open_layers(name, source, writable, &context)?.disk;
+    Ok(OpenedChain { above, base })
+}
+
+/// What an image says of its backing file.
+struct Backing {
+    name: String,
+    format: Option<String>,
+    /// Where the name leads.
+    path: PathBuf,
+}
+
+fn backing_of(name: &ImageName, source: &ResolvedSource, context: &str) -> Result<Option<Backing>, Failure> {
+    if source.format != ImageFormat::Qcow2 {
+        return Ok(None);
+    }
+    let header = qcow2_core::walk::read_header(&*source.storage)
+        .map_err(|error| qemu_text::open_failure(&name.typed, context, &error))?;
+    let format = header.extensions.backing_format_name();
+    Ok(header.backing_file_name().filter(|name| !name.is_empty()).map(|backing| {
+        let path = beside(&source.name, &backing);
+        Backing { name: backing, format, path }
+    }))
+}
+
+/// `name` as an image at `image` means it.
+fn beside(image: &str, name: &str) -> PathBuf {
+    Path::new(image).parent().unwrap_or(Path::new("")).join(name.strip_prefix("file:").unwrap_or(name))
+}
+
+/// Whether `base`, taken from where the image at `image` is, leads to the file at `path`.
+fn is_same(image: &str, base: &str, path: &Path) -> bool {
+    let named = Path::new(image).parent().unwrap_or(Path::new("")).join(base);
+    match (named.canonicalize(), path.canonicalize()) {
+        (Ok(named), Ok(path)) => !base.is_empty() && named == path,
+        _ => false,
+    }
+}
+
+fn no_base(name: &str, base: Option<&str>) -> Failure {
+    Failure::new(match base {
+        Some(base) => format!("Did not find '{base}' in the backing chain of '{name}'"),
+        None => "Image does not have a backing file".to_owned(),
+    })
+}

@@ -1,0 +1,111 @@
+//! `resize`: a longer or a shorter disk.
+
+use crate::args::{Arguments, ImageArgs, Objects, Opt};
+use crate::exit;
+use crate::failure::Failure;
+use crate::imagename::ImageName;
+use crate::imageopts::read_size;
+use crate::open::{OpenAs, close, open_to_change};
+use crate::render::qemu_text;
+use crate::session::Session;
+use qcow2_core::Preallocation;
+use qcow2_ops::resize::{MAX_DISK_SIZE, NewSize, Refusal, ResizeOptions};
+
+/// Runs the verb.
+pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
+    let request = Request::parse(session, args)?;
+    let name = ImageName::parse(&request.filename, &request.image)?;
+    let disk = open_to_change(session, &name, &request.image, OpenAs::READ)?.disk;
+    qcow2_ops::resize(&*disk, &request.options).map_err(|error| failure(session, &error))?;
+    close(&*disk).map_err(|error| Failure::new(format!("Could not resize image: {error}")))?;
+    if !request.quiet {
+        session.print("Image resized.\n")?;
+    }
+    Ok(exit::SUCCESS)
+}
+
+struct Request {
+    quiet: bool,
+    image: ImageArgs,
+    options: ResizeOptions,
+    filename: String,
+}
+
+impl Request {
+    fn parse(session: &Session, args: Arguments) -> Result<Self, Failure> {
+        let mut args = args.with_signed_number();
+        let (mut image, mut quiet, mut shrink) = (ImageArgs::default(), false, false);
+        let (mut preallocation, mut objects) = (Preallocation::Off, Objects::default());
+        let verb = args.verb();
+        while let Some(given) = args.next(session)? {
+            match given.opt {
+                Opt::Quiet => quiet = true,
+                Opt::Format => image.format = Some(given.value),
+                Opt::ImageOpts => image.image_opts = true,
+                Opt::Object => objects.add(&given.value)?,
+                Opt::Shrink => shrink = true,
+                Opt::Preallocation => preallocation = parse_preallocation(&given.value)?,
+                _ => {}
+            }
+        }
+        let operands = args.into_operands();
+        let [filename, size] = match <[String; 2]>::try_from(operands) {
+            Ok(operands) => operands,
+            Err(operands) if operands.len() > 2 => {
+                return Err(Failure::usage(verb, "Extra argument(s) in command line"));
+            }
+            Err(_) => return Err(Failure::usage(verb, "Expecting image file name and size")),
+        };
+        let mut options = ResizeOptions::new(parse_size(&size)?);
+        options.shrink = shrink;
+        options.preallocation = preallocation;
+        image.check()?;
+        Ok(Self { quiet, image, options, filename })
+    }
+}
+
+fn parse_preallocation(text: &str) -> Result<Preallocation, Failure> {
+    match text {
+        "off" => Ok(Preallocation::Off),
+        "metadata" => Ok(Preallocation::Metadata),
+        "falloc" => Ok(Preallocation::Falloc),
+        "full" => Ok(Preallocation::Full),
+        _ => Err(Failure::new(format!("Invalid preallocation mode '{text}'"))),
+    }
+}
+
+fn parse_size(text: &str) -> Result<NewSize, Failure> {
+    let read = |text: &str| read_size("size", text);
+    match text.strip_prefix('+') {
+        Some(change) => read(change).map(NewSize::Plus),
+        None => match text.strip_prefix('-') {
+            Some(change) => read(change).map(NewSize::Minus),
+            None => read(text).map(NewSize::Exactly),
+        },
+    }
+}
+
+fn failure(session: &Session, error: &qcow2_ops::Error) -> Failure {
+    let Some(refusal) = qemu_text::find::<Refusal>(error) else {
+        let reason = error.core_error().map_or_else(|| qemu_text::chain(error), |e| qemu_text::cause(e));
+        return Failure::new(format!("Could not resize file: {reason}"));
+    };
+    Failure::new(match refusal {
+        Refusal::NotPositive => "New image size must be positive".to_owned(),
+        Refusal::NothingToPreallocate => "Preallocation can only be used for growing images".to_owned(),
+        Refusal::TooLarge(size) => format!("offset({size}) exceeds maximum({MAX_DISK_SIZE})"),
+        Refusal::NotSectors(_) => "The new size must be a multiple of 512".to_owned(),
+        Refusal::Version2Snapshots => "Can't resize a v2 image which has snapshots".to_owned(),
+        Refusal::L1TooLarge => "Failed to grow the L1 table: File too large".to_owned(),
+        Refusal::RawMetadata => "Unsupported preallocation mode: metadata".to_owned(),
+        Refusal::WouldShrink => {
+            let failure = Failure::new("Use the --shrink option to perform a shrink operation.");
+            return failure.hint(format!("{}: warning: {LOSS}", session.program()));
+        }
+        other => other.to_string(),
+    })
+}
+
+/// What a script may wait for; a person should read it.
+const LOSS: &str = "Shrinking an image will delete all data beyond the shrunken image's end. Before performing such an \
+                    operation, make sure there is no important data there.";

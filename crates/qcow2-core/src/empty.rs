@@ -1,0 +1,158 @@
+//! Making a layer say nothing: every byte then comes from below.
+//!
+//! Order on disk: the emptied L1 table; barrier; then nothing but header, L1 table and refcount structure is in use, and
+//! counts only go down: refcount table entries of blocks that are not needed; barrier; the blocks that stay; barrier; the
+//! file's end. A crash leaves some clusters of the layer in place, or leaks.
+
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::meta::Meta;
+use crate::open::known_metadata;
+use crate::port::disk::GuestDisk;
+use crate::port::storage::StorageErrorKind;
+use crate::sync::{lock, write};
+use ::alloc::collections::{BTreeMap, BTreeSet};
+use ::alloc::format;
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
+use qcow2_format::{GuestOffset, GuestRange, HostOffset};
+
+impl Image {
+    /// Forgets every cluster of this layer, so that all of the disk comes from the backing file. Internal snapshots keep
+    /// theirs. An image without anything else in it gets as short as a new one.
+    ///
+    /// Disk: see the order above; with snapshots, bitmaps, encryption or a data file cluster by cluster, as a discard does.
+    /// Errors: `Storage`, `Corrupt`, `ReadOnly`, `Poisoned`.
+    pub fn make_empty(&self) -> Result<()> {
+        let _alone = write(&self.structure);
+        self.meta.check_writable()?;
+        self.meta.warn_of_change()?;
+        let header = self.header();
+        let others = header.nb_snapshots > 0
+            || header.extensions.luks.is_some()
+            || header.extensions.bitmaps.is_some()
+            || self.meta.has_data_file();
+        if others {
+            let end = self.meta.geometry.align_up(self.size()).unwrap_or(self.size());
+            self.forget_clusters(GuestRange::between(GuestOffset::new(0), GuestOffset::new(end)))?;
+            self.meta.settle()?;
+            return self.give_back_data_file();
+        }
+        self.meta.settle()?;
+        let result = self.meta.drop_all_clusters();
+        self.meta.poison_on_error(result)
+    }
+}
+
+impl Image {
+    /// Nothing leads to the bytes of the external data file any more.
+    fn give_back_data_file(&self) -> Result<()> {
+        let Some(data) = self.meta.data.as_ref().filter(|_| self.meta.has_data_file()) else { return Ok(()) };
+        let len = data.len()?;
+        if len > 0 {
+            data.discard(HostOffset::new(0), len)?;
+        }
+        Ok(())
+    }
+}
+
+/// Refcount blocks that stay: index in the refcount table to place.
+type Blocks = BTreeMap<u64, HostOffset>;
+
+impl Meta {
+    /// The fast way, for an image in which every cluster belongs to the active disk.
+    fn drop_all_clusters(&self) -> Result<()> {
+        let (l1_offset, l1) = self.l1.contents();
+        self.write_zero_words(l1_offset, l1.len() as u64)?;
+        self.storage.flush()?;
+        self.l1.replace(l1_offset, vec![0; l1.len()]);
+        self.expanded.clear();
+        let (mut table, table_offset, table_clusters) = {
+            let refcounts = lock(&self.refcounts);
+            (refcounts.table.clone(), refcounts.table_offset, refcounts.table_clusters)
+        };
+        let mut used: BTreeSet<u64> = [0].into();
+        for (start, clusters) in
+            [(l1_offset, self.geometry.clusters_for(l1.len() as u64 * 8)), (table_offset, table_clusters)]
+        {
+            let first = self.geometry.host_cluster(start).value();
+            used.extend(first..first + clusters);
+        }
+        let blocks = self.blocks_for(&mut used, &table)?;
+        let mut changed = false;
+        for (index, entry) in table.iter_mut().enumerate().filter(|(_, entry)| **entry != 0) {
+            if !blocks.contains_key(&(index as u64)) {
+                (*entry, changed) = (encode_table_entry(None), true);
+            }
+        }
+        if changed {
+            self.write_table(table_offset, &table)?;
+            self.storage.flush()?;
+        }
+        self.write_blocks(&blocks, &used)?;
+        self.storage.flush()?;
+        self.adopt_table(table, table_offset, table_clusters);
+        let known =
+            known_metadata(&self.header(), &self.geometry, &self.l1.contents().1, &lock(&self.refcounts));
+        *write(&self.metadata_clusters) = known;
+        self.cut_after(used.last().map_or(1, |last| last + 1))
+    }
+
+    /// The blocks that count the clusters in `used`, and each other; their clusters join `used`.
+    fn blocks_for(&self, used: &mut BTreeSet<u64>, table: &[u64]) -> Result<Blocks> {
+        let per_block = self.geometry.refcount_block_entries();
+        let (mut blocks, mut open) = (Blocks::new(), used.iter().copied().collect::<Vec<_>>());
+        while let Some(cluster) = open.pop() {
+            let index = cluster / per_block;
+            if blocks.contains_key(&index) {
+                continue;
+            }
+            let raw = table.get(index as usize).copied().unwrap_or(0);
+            let block = decode_table_entry(raw, &self.geometry).ok().flatten().ok_or_else(|| {
+                Error::corrupt(format!("host cluster {cluster} is in use and has no refcount block"))
+            })?;
+            blocks.insert(index, block);
+            let cluster = self.geometry.host_cluster(block).value();
+            used.insert(cluster);
+            open.push(cluster);
+        }
+        Ok(blocks)
+    }
+
+    /// Writes the blocks anew: a count of one for the clusters in `used`.
+    fn write_blocks(&self, blocks: &Blocks, used: &BTreeSet<u64>) -> Result<()> {
+        let (per_block, width) = (self.geometry.refcount_block_entries(), self.geometry.refcount_width());
+        for (index, &block) in blocks {
+            let mut words = vec![0u64; (self.geometry.cluster_size() / 8) as usize];
+            for cluster in used.range(index * per_block..(index + 1) * per_block) {
+                let word = &mut words[width.word_index(cluster % per_block)];
+                *word = width.insert(*word, cluster % per_block, 1);
+            }
+            self.write_table(block, &words)?;
+        }
+        Ok(())
+    }
+
+    fn write_table(&self, at: HostOffset, words: &[u64]) -> Result<()> {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+        Ok(self.storage.write_at(at, &bytes)?)
+    }
+
+    /// Zeroes that are written rather than punched: a table's place stays assigned.
+    fn write_zero_words(&self, at: HostOffset, count: u64) -> Result<()> {
+        self.write_table(at, &vec![0; count as usize])
+    }
+
+    /// Cuts the file after its first `clusters` clusters, where it can be cut.
+    fn cut_after(&self, clusters: u64) -> Result<()> {
+        let end = clusters * self.geometry.cluster_size();
+        if self.storage.len()? <= end {
+            return Ok(());
+        }
+        match self.storage.set_len(end) {
+            Err(error) if error.kind() != StorageErrorKind::Unsupported => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! Makes a disk longer or shorter.
+
+use crate::error::{Error, ErrorKind, Result};
+use qcow2_core::format::Version;
+use qcow2_core::format::limit::MAX_L1_ENTRIES;
+use qcow2_core::{
+    GuestDisk, GuestOffset, GuestRange, HostOffset, Image, Piece, Preallocation, Storage, ZeroMode,
+};
+use std::fmt;
+
+/// The largest disk. Origin: QEMU's block layer.
+pub const MAX_DISK_SIZE: u64 = i64::MAX as u64 & !((1 << 30) - 1);
+
+/// The size that is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NewSize {
+    /// So many bytes.
+    Exactly(u64),
+    /// So many bytes more than now.
+    Plus(u64),
+    /// So many bytes less than now.
+    Minus(u64),
+}
+
+/// How to resize.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ResizeOptions {
+    /// The new size; of a qcow2 image a multiple of 512.
+    pub size: NewSize,
+    /// Whether the disk may get shorter, which loses what lies behind the new end.
+    pub shrink: bool,
+    /// How much of what is new gets its space at once.
+    pub preallocation: Preallocation,
+}
+
+impl ResizeOptions {
+    /// To `size`, not shorter, without preallocation.
+    pub fn new(size: NewSize) -> Self {
+        Self { size, shrink: false, preallocation: Preallocation::Off }
+    }
+}
+
+/// Why a disk cannot be resized as asked; the disk is as before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// Nothing would be left.
+    NotPositive,
+    /// Preallocation was asked for, and there is nothing new.
+    NothingToPreallocate,
+    /// The disk would get shorter, which was not allowed.
+    WouldShrink,
+    /// The size, which is larger than [`MAX_DISK_SIZE`].
+    TooLarge(u64),
+    /// The size, which is no multiple of 512.
+    NotSectors(u64),
+    /// A version 2 image with snapshots, which do not know their own size.
+    Version2Snapshots,
+    /// The L1 table would pass its limit.
+    L1TooLarge,
+    /// A raw disk has no metadata to preallocate.
+    RawMetadata,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotPositive => f.write_str("the new size is not positive"),
+            Self::NothingToPreallocate => f.write_str("preallocation is for disks that get longer"),
+            Self::WouldShrink => f.write_str("the disk would get shorter, which was not asked for"),
+            Self::TooLarge(size) => write!(f, "size {size} is past the largest one, {MAX_DISK_SIZE}"),
+            Self::NotSectors(size) => write!(f, "size {size} is not a multiple of 512"),
+            Self::Version2Snapshots => f.write_str("a version 2 image with snapshots cannot be resized"),
+            Self::L1TooLarge => write!(f, "the l1 table would have more than {MAX_L1_ENTRIES} entries"),
+            Self::RawMetadata => f.write_str("a raw disk has no metadata to preallocate"),
+        }
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// Resizes `disk`, which is open for writing. New bytes read as zeroes, whatever a longer backing file or an earlier,
+/// longer disk had there. Disk: of a qcow2 image the tables, then the size, then what is preallocated; the caller closes
+/// it. A crash leaves the old size or the new one.
+///
+/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Write` with the engine's error.
+pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<()> {
+    let old = disk.size();
+    let size = plan(disk, options)
+        .map_err(|refusal| Error::new(ErrorKind::InvalidOption, "resizing").with_source(refusal))?;
+    let failed = |e| Error::new(ErrorKind::Write, "could not resize the disk").with_source(e);
+    disk.resize(size).map_err(failed)?;
+    if options.preallocation != Preallocation::Off {
+        let new = GuestRange::between(GuestOffset::new(old), GuestOffset::new(size));
+        match (disk.as_image(), disk.as_raw()) {
+            (Some(image), _) => preallocate(image, new, options.preallocation),
+            (_, Some(raw)) => {
+                reserve(&**raw.storage(), HostOffset::new(old), new.len(), options.preallocation)
+            }
+            _ => Ok(()),
+        }
+        .map_err(failed)?;
+    }
+    disk.flush().map_err(failed)
+}
+
+/// The new size in bytes, if it is possible.
+fn plan(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<u64, Refusal> {
+    let old = disk.size();
+    let size = match options.size {
+        NewSize::Exactly(size) => Some(size),
+        NewSize::Plus(bytes) => old.checked_add(bytes),
+        NewSize::Minus(bytes) => old.checked_sub(bytes),
+    };
+    let size = size.filter(|&size| size > 0 && i64::try_from(size).is_ok()).ok_or(Refusal::NotPositive)?;
+    if size <= old && options.preallocation != Preallocation::Off {
+        return Err(Refusal::NothingToPreallocate);
+    }
+    if size < old && !options.shrink {
+        return Err(Refusal::WouldShrink);
+    }
+    if size > MAX_DISK_SIZE {
+        return Err(Refusal::TooLarge(size));
+    }
+    let Some(image) = disk.as_image() else {
+        return match options.preallocation {
+            Preallocation::Metadata => Err(Refusal::RawMetadata),
+            _ => Ok(size),
+        };
+    };
+    let header = image.header();
+    if !size.is_multiple_of(512) {
+        return Err(Refusal::NotSectors(size));
+    }
+    if header.version < Version::V3 && header.nb_snapshots > 0 {
+        return Err(Refusal::Version2Snapshots);
+    }
+    if image.geometry().l1_entries_for(size) > MAX_L1_ENTRIES {
+        return Err(Refusal::L1TooLarge);
+    }
+    Ok(size)
+}
+
+/// Gives every cluster of `range`, which reads as zeroes, a place.
+fn preallocate(image: &Image, range: GuestRange, mode: Preallocation) -> qcow2_core::Result<()> {
+    let Some(storage) = image.data_storage() else { return Ok(()) };
+    let mut at = range.start();
+    while at < range.end() {
+        let ticket = image.prepare_write(GuestRange::between(at, range.end()))?;
+        for piece in ticket.pieces() {
+            match piece {
+                Piece::Guest { host } => reserve(&**storage, host, ticket.range().len(), mode)?,
+                Piece::Bytes { host, bytes } => storage.write_at(host, bytes)?,
+                Piece::Zeroes { host, len } => storage.write_zeroes(host, len, ZeroMode::MayUnmap)?,
+                _ => {}
+            }
+        }
+        at = ticket.range().end();
+        ticket.commit()?;
+    }
+    Ok(())
+}
+
+/// Makes `len` bytes of a storage read as zeroes, with as much space behind them as `mode` says.
+fn reserve(
+    storage: &dyn Storage,
+    start: HostOffset,
+    len: u64,
+    mode: Preallocation,
+) -> qcow2_core::Result<()> {
+    match mode {
+        Preallocation::Falloc => {
+            storage.write_zeroes(start, len, ZeroMode::KeepAllocated)?;
+            storage.allocate(start, len)?;
+        }
+        Preallocation::Full => {
+            let zeroes = vec![0; usize::try_from(len.min(PIECE)).unwrap_or(0)];
+            let mut done = 0;
+            while done < len {
+                let piece = (len - done).min(PIECE);
+                storage.write_at(
+                    HostOffset::new(start.value() + done),
+                    &zeroes[..usize::try_from(piece).unwrap_or(0)],
+                )?;
+                done += piece;
+            }
+        }
+        _ => storage.write_zeroes(start, len, ZeroMode::MayUnmap)?,
+    }
+    Ok(())
+}
+
+/// Bytes of zeroes written at once.
+const PIECE: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestDisk;
+
+    #[track_caller]
+    fn check(size: NewSize, change: impl FnOnce(&mut ResizeOptions), expected: Result<u64, Refusal>) {
+        let mut options = ResizeOptions::new(size);
+        change(&mut options);
+        assert_eq!(plan(&TestDisk::empty(1 << 20, 0), &options), expected);
+    }
+
+    #[test]
+    fn sizes_and_refusals() {
+        use NewSize::*;
+        check(Exactly(5), |o| o.shrink = true, Ok(5));
+        check(Exactly(5), |_| {}, Err(Refusal::WouldShrink));
+        check(Exactly(1 << 20), |_| {}, Ok(1 << 20));
+        check(Plus(1), |_| {}, Ok((1 << 20) + 1));
+        check(Minus(1 << 20), |o| o.shrink = true, Err(Refusal::NotPositive));
+        check(Minus(u64::MAX), |o| o.shrink = true, Err(Refusal::NotPositive));
+        check(Plus(i64::MAX as u64), |_| {}, Err(Refusal::NotPositive));
+        check(Plus(u64::MAX), |_| {}, Err(Refusal::NotPositive));
+        check(Exactly(1 << 63), |_| {}, Err(Refusal::NotPositive));
+        check(Exactly(i64::MAX as u64), |_| {}, Err(Refusal::TooLarge(i64::MAX as u64)));
+        check(Exactly(MAX_DISK_SIZE), |_| {}, Ok(MAX_DISK_SIZE));
+        let full = |o: &mut ResizeOptions| (o.preallocation, o.shrink) = (Preallocation::Full, true);
+        check(Exactly(1 << 20), full, Err(Refusal::NothingToPreallocate));
+        check(Exactly(5), full, Err(Refusal::NothingToPreallocate));
+        check(Plus(5), |o| o.preallocation = Preallocation::Metadata, Err(Refusal::RawMetadata));
+    }
+}
