@@ -3,6 +3,7 @@
 //! CRC-32 (the one of zip and gzip): digests of neighbours can be joined, so all workers take part, and a run of zeroes
 //! costs as many steps as its length has bits.
 
+use crate::buffer::PageBuffer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::pipeline::{Order, Stages, run};
@@ -57,7 +58,7 @@ struct Summing<'a> {
 struct Slot {
     range: Range<u64>,
     zero: bool,
-    bytes: Vec<u8>,
+    bytes: PageBuffer,
     sum: Hasher,
 }
 
@@ -97,7 +98,7 @@ impl Stages for Summing<'_> {
             if run.content == Content::Zero {
                 add_zeroes(&mut slot.sum, run.len);
             } else {
-                slot.bytes.resize(run.len as usize, 0);
+                slot.bytes.set_len(run.len as usize);
                 self.source.read_at(at, &mut slot.bytes).map_err(|e| {
                     Error::new(ErrorKind::Read, format!("error while reading at byte {at}")).with_source(e)
                 })?;

@@ -1,5 +1,6 @@
 //! Do two disks hold the same bytes?
 
+use crate::buffer::PageBuffer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::map::MapExtent;
@@ -117,7 +118,7 @@ struct Comparing<'a> {
 #[derive(Default)]
 struct Slot {
     range: Range<u64>,
-    bytes: [Vec<u8>; 2],
+    bytes: [PageBuffer; 2],
     differs: Option<u64>,
 }
 
@@ -191,11 +192,11 @@ impl Comparing<'_> {
     }
 
     /// The first sector that differs in a run, told from the sides that are not known to be zeroes.
-    fn difference(&self, at: u64, pair: &Pair, bytes: &mut [Vec<u8>; 2]) -> Result<Option<u64>> {
+    fn difference(&self, at: u64, pair: &Pair, bytes: &mut [PageBuffer; 2]) -> Result<Option<u64>> {
         let [a, b] = bytes;
         for (side, buf) in [&mut *a, &mut *b].into_iter().enumerate() {
             if !pair.zero[side] {
-                buf.resize(pair.len as usize, 0);
+                buf.set_len(pair.len as usize);
                 self.read(side, at, buf)?;
             }
         }

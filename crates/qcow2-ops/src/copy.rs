@@ -4,6 +4,7 @@
 //! Memory: each worker has two slots, and a slot holds one chunk, which is 1 MiB or a cluster where that is more; where
 //! the target is compressed, a second one for streams.
 
+use crate::buffer::PageBuffer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::map::Layers;
@@ -118,8 +119,8 @@ pub(crate) struct Slot {
     /// All of it is zeroes that have to be written.
     all_zero: bool,
     runs: Vec<Run>,
-    plain: Vec<u8>,
-    packed: Vec<u8>,
+    plain: PageBuffer,
+    packed: PageBuffer,
     steps: Vec<Step>,
     unreadable: Vec<Unreadable>,
     unreadable_sectors: u64,
@@ -175,7 +176,7 @@ impl Stages for Copying<'_> {
         // The end of the disk is padded to a whole cluster for the codec.
         let room =
             if self.plan.compress.is_some() { len.next_multiple_of(self.grid.unit as usize) } else { len };
-        slot.plain.resize(room.max(slot.plain.len()), 0);
+        slot.plain.set_len(room);
         slot.plain[len..room].fill(0);
         self.read_runs(slot)?;
         match self.plan.compress {
@@ -379,7 +380,7 @@ impl Copying<'_> {
     fn compress(&self, codec: &dyn ClusterCodec, slot: &mut Slot) -> Result<()> {
         let cluster = self.grid.unit;
         let mut packed = 0;
-        slot.packed.resize(slot.plain.len(), 0);
+        slot.packed.set_len(slot.plain.len());
         let mut runs = slot.runs.iter().filter(|run| run.content == Content::Backing).peekable();
         let mut at = slot.range.start;
         while at < slot.range.end {

@@ -8,6 +8,7 @@
 
 mod above;
 pub mod bench;
+mod buffer;
 pub mod check;
 pub mod checksum;
 pub mod commit;
