@@ -23,6 +23,7 @@
 #![forbid(unsafe_code)]
 
 pub mod deflate;
+mod inflate;
 mod pool;
 mod squeeze;
 pub mod zstd;
