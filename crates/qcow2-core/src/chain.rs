@@ -1,5 +1,6 @@
 //! The chain of backing files: opened without recursion, loops and depth bounded.
 
+use crate::container::ContainerDisk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::open::{Layers, OpenOptions};
@@ -26,6 +27,9 @@ pub fn open_disk(source: ResolvedSource, options: &OpenOptions) -> Result<Arc<dy
     match source.format {
         ImageFormat::Raw => Ok(Arc::new(RawDisk::new(source.storage, options.writable)?)),
         ImageFormat::Qcow2 => Ok(Image::open(source, options)?),
+        ImageFormat::Luks => {
+            Ok(Arc::new(ContainerDisk::open(&source, options.keys.as_deref(), options.writable, 0)?))
+        }
         ImageFormat::Other(name) => Err(Error::new(
             ErrorKind::Unsupported,
             format!("unknown driver '{name}': allowed are qcow2 and raw"),
@@ -56,7 +60,7 @@ pub(crate) fn open_backing(
             return Err(Error::new(ErrorKind::Chain, message));
         }
         resolver = Arc::clone(&source.resolver);
-        let layer = Layer::open(source, &below)?;
+        let layer = Layer::open(source, &below, opened.len() + 1)?;
         next = layer.backing_name();
         opened.push(layer);
     }
@@ -69,14 +73,19 @@ pub(crate) fn open_backing(
 
 enum Layer {
     Raw(RawDisk),
+    Container(ContainerDisk),
     Image(Box<Image>),
 }
 
 impl Layer {
-    fn open(source: ResolvedSource, options: &OpenOptions) -> Result<Self> {
+    fn open(source: ResolvedSource, options: &OpenOptions, depth: usize) -> Result<Self> {
         match &source.format {
             ImageFormat::Raw => Ok(Self::Raw(RawDisk::new(source.storage, false)?)),
-            ImageFormat::Qcow2 => Ok(Self::Image(Box::new(Image::open_layer(&source, options)?))),
+            ImageFormat::Qcow2 => Ok(Self::Image(Box::new(Image::open_layer(&source, options, depth)?))),
+            ImageFormat::Luks => {
+                let keys = options.keys.as_deref();
+                Ok(Self::Container(ContainerDisk::open(&source, keys, false, depth)?))
+            }
             ImageFormat::Other(name) => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("'{}': unknown driver '{name}', allowed are qcow2 and raw", source.name),
@@ -86,7 +95,7 @@ impl Layer {
 
     fn backing_name(&self) -> Option<(::alloc::string::String, Option<::alloc::string::String>)> {
         match self {
-            Self::Raw(_) => None,
+            Self::Raw(_) | Self::Container(_) => None,
             Self::Image(image) => image.backing_reference(),
         }
     }
@@ -94,6 +103,7 @@ impl Layer {
     fn stand_on(self, below: Option<Arc<dyn GuestDisk>>) -> Arc<dyn GuestDisk> {
         match self {
             Self::Raw(disk) => Arc::new(disk),
+            Self::Container(disk) => Arc::new(disk),
             Self::Image(image) => Arc::new(image.with_backing(below)),
         }
     }

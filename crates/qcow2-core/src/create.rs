@@ -10,13 +10,14 @@ use ::alloc::string::String;
 use ::alloc::sync::Arc;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
+use core::fmt;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, FeatureName, IncompatibleFeatures};
-use qcow2_format::header::CompressionType;
+use qcow2_format::header::{CompressionType, CryptMethod};
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
 use qcow2_format::limit::{MAX_L1_TABLE_SIZE, MAX_REFCOUNT_TABLE_SIZE};
 use qcow2_format::refcount::encode_table_entry;
-use qcow2_format::{Geometry, Header, HostOffset, Version};
+use qcow2_format::{Geometry, Header, HostOffset, LuksPointer, Version};
 
 /// Bytes of a table that are written at a time.
 const BATCH: u64 = 1 << 20;
@@ -53,6 +54,25 @@ pub struct DataFileName {
     pub raw: bool,
 }
 
+/// How the guest data of a new image is encrypted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NewEncryption {
+    /// By the old AES method, which records nothing but its name.
+    Aes,
+    /// By LUKS.
+    Luks(LuksArea),
+}
+
+/// The encryption header of a new image: everything from the LUKS header to the last key slot, as it will be stored.
+#[derive(Clone, PartialEq, Eq)]
+pub struct LuksArea(pub Arc<[u8]>);
+
+impl fmt::Debug for LuksArea {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LuksArea({} bytes)", self.0.len())
+    }
+}
+
 /// What a new image is to be. Start from [`CreateOptions::new`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -77,6 +97,8 @@ pub struct CreateOptions {
     pub backing: Option<BackingName>,
     /// The external data file, if any.
     pub data_file: Option<DataFileName>,
+    /// How guest data is encrypted, if it is.
+    pub encryption: Option<NewEncryption>,
 }
 
 impl CreateOptions {
@@ -93,6 +115,7 @@ impl CreateOptions {
             preallocation: Preallocation::Off,
             backing: None,
             data_file: None,
+            encryption: None,
         }
     }
 }
@@ -103,6 +126,7 @@ struct Layout {
     blocks: u64,
     l1: u64,
     l1_entries: u64,
+    luks: u64,
     l2_tables: u64,
     data: u64,
 }
@@ -117,8 +141,11 @@ impl Layout {
     fn l1_start(&self) -> u64 {
         self.blocks_start() + self.blocks
     }
-    fn l2_start(&self) -> u64 {
+    fn luks_start(&self) -> u64 {
         self.l1_start() + self.l1
+    }
+    fn l2_start(&self) -> u64 {
+        self.luks_start() + self.luks
     }
     fn data_start(&self) -> u64 {
         self.l2_start() + self.l2_tables
@@ -146,8 +173,15 @@ pub fn create(
     header.refcount_table_clusters = layout.table as u32;
     header.l1_table_offset = at(layout.l1_start());
     header.l1_size = layout.l1_entries as u32;
+    if let Some(NewEncryption::Luks(area)) = &options.encryption {
+        let (offset, len) = (at(layout.luks_start()), area.0.len() as u64);
+        header.extensions.luks = Some(LuksPointer { offset, len });
+    }
     let first = header.encode().map_err(invalid)?;
     write_refcounts(&**storage, &geometry, &layout)?;
+    if let Some(NewEncryption::Luks(area)) = &options.encryption {
+        storage.write_at(at(layout.luks_start()), &area.0)?;
+    }
     write_mapping(&**storage, &format, &layout, options)?;
     preallocate_data(&**storage, data, &geometry, &layout, options)?;
     if let Some(data) = data {
@@ -196,6 +230,16 @@ fn header_for(options: &CreateOptions) -> Result<Header> {
         header.autoclear_features.set(AutoclearFeatures::RAW_DATA_FILE, data.raw);
         header.extensions.data_file = Some(data.name.clone().into_bytes());
     }
+    header.crypt_method = match &options.encryption {
+        None => CryptMethod::None,
+        Some(NewEncryption::Aes) => CryptMethod::Aes,
+        Some(NewEncryption::Luks(_)) => CryptMethod::Luks,
+    };
+    if options.encryption.is_some() && options.version < Version::V3 && preallocates(options) {
+        return Err(option_error(
+            "preallocated clusters of an encrypted version 2 image would read as noise",
+        ));
+    }
     if let Some(backing) = &options.backing {
         if options.preallocation != Preallocation::Off && !options.extended_l2 {
             return Err(option_error("a backing file and preallocation need extended l2 entries"));
@@ -229,6 +273,10 @@ fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
         blocks: 1,
         l1: geometry.clusters_for(l1_entries * 8),
         l1_entries,
+        luks: match &options.encryption {
+            Some(NewEncryption::Luks(area)) => geometry.clusters_for(area.0.len() as u64),
+            _ => 0,
+        },
         l2_tables: if filled { guest.div_ceil(geometry.l2_entries()) } else { 0 },
         data: if filled && options.data_file.is_none() { guest } else { 0 },
     };
@@ -288,7 +336,12 @@ fn write_mapping(
     }
     let guest = format.geometry.clusters_for(options.size.next_multiple_of(512));
     let first = if options.data_file.is_some() { 0 } else { layout.data_start() };
-    let allocated = if options.extended_l2 { 0 } else { 1 };
+    // Unwritten clusters of an encrypted image would read as noise: they are marked as zeroes that have a place.
+    let (allocated, zero) = match &options.encryption {
+        _ if options.extended_l2 => (0, 0),
+        Some(_) => (0, 1),
+        None => (1, 0),
+    };
     let words_per_entry = format.geometry.l2_entry_size() / 8;
     write_words(storage, table(0), layout.l2_tables * size / 8, |i| {
         let cluster = i / words_per_entry;
@@ -296,7 +349,7 @@ fn write_mapping(
             return 0;
         }
         let host = Some(HostOffset::new((first + cluster) * size));
-        let entry = L2Entry::Standard(ClusterEntry { host, copied: true, allocated, zero: 0 });
+        let entry = L2Entry::Standard(ClusterEntry { host, copied: true, allocated, zero });
         format.encode(&entry).map_or(0, |(raw, _)| raw)
     })
 }

@@ -2,6 +2,7 @@
 //!
 //! All calls take `&self`; any number of threads may make them at once.
 
+use crate::crypt::Crypt;
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
 use crate::meta::header::Field;
@@ -28,6 +29,7 @@ pub struct Image {
     pub(crate) backing_unopened: bool,
     pub(crate) codec: Option<Arc<dyn ClusterCodec>>,
     pub(crate) scratch: Scratch,
+    pub(crate) crypt: Crypt,
     /// Taken for reading by every guest request, for writing by what must be alone (close, snapshots, resize).
     pub(crate) structure: RwLock<()>,
     /// The external data file is the guest disk byte for byte, so zeroes are written there too.
@@ -114,10 +116,11 @@ impl Image {
     /// What this layer says from `range.start()` on. The caller runs inside an operation.
     pub(crate) fn extent_of(&self, range: GuestRange) -> Result<DiskExtent> {
         let run = self.meta.lookup(range.start(), range.len())?;
+        let plain = self.crypt.is_plain();
         let state = match run.place {
             Place::Unallocated => ExtentState::Unallocated,
-            Place::Zero { host } => ExtentState::Zero { host },
-            Place::Data { host, .. } => ExtentState::Data { host: Some(host) },
+            Place::Zero { host } => ExtentState::Zero { host: host.filter(|_| plain) },
+            Place::Data { host, .. } => ExtentState::Data { host: plain.then_some(host) },
             Place::Compressed(_) => ExtentState::Compressed,
         };
         Ok(DiskExtent { len: run.len, state })
@@ -133,6 +136,7 @@ impl Image {
         {
             let _structure = read(&self.structure);
             let _operation = self.meta.operations.enter();
+            let _sectors = self.crypt.hold(range);
             self.meta.warn_of_change()?;
             make(range)?;
         }

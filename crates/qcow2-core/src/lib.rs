@@ -9,7 +9,9 @@
 extern crate alloc;
 
 pub mod chain;
+pub mod container;
 pub mod create;
+mod crypt;
 mod empty;
 pub mod error;
 pub mod image;
@@ -28,7 +30,8 @@ pub mod walk;
 mod write;
 
 pub use chain::open_disk;
-pub use create::{BackingName, CreateOptions, DataFileName, Preallocation, create};
+pub use container::ContainerDisk;
+pub use create::{BackingName, CreateOptions, DataFileName, LuksArea, NewEncryption, Preallocation, create};
 pub use error::{Error, ErrorKind, Result};
 pub use image::Image;
 pub use open::{Codecs, Layers, OpenOptions};

@@ -4,6 +4,7 @@
 //! write; opening for reading writes nothing.
 
 use crate::chain;
+use crate::crypt::Crypt;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::inflight::{Claims, Operations};
@@ -14,6 +15,7 @@ use crate::meta::header::{Field, HeaderState};
 use crate::meta::l1::L1Table;
 use crate::meta::overlap::ClusterSet;
 use crate::meta::page::{SECTOR_SIZE, be_word};
+use crate::port::cipher::Keyring;
 use crate::port::codec::ClusterCodec;
 use crate::port::disk::GuestDisk;
 use crate::port::resolver::{Reference, ResolvedSource};
@@ -28,7 +30,7 @@ use ::alloc::sync::Arc;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
 use qcow2_format::feature::AutoclearFeatures;
-use qcow2_format::header::{CompressionType, CryptMethod};
+use qcow2_format::header::CompressionType;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::refcount::decode_table_entry;
 use qcow2_format::{Geometry, Header, HostOffset};
@@ -93,6 +95,8 @@ pub struct OpenOptions {
     pub for_repair: bool,
     /// Opens encrypted images although there is no key: metadata can be seen, data can not.
     pub metadata_only: bool,
+    /// Has the keys of encrypted layers.
+    pub keys: Option<Arc<dyn Keyring>>,
     /// Switches one ordering rule off; for tests that must see the crash simulation fail.
     #[cfg(feature = "mutants")]
     pub broken_rule: Option<OrderingRule>,
@@ -109,6 +113,7 @@ impl Default for OpenOptions {
             discard_freed: false,
             for_repair: false,
             metadata_only: false,
+            keys: None,
             #[cfg(feature = "mutants")]
             broken_rule: None,
         }
@@ -122,7 +127,7 @@ impl Image {
     ///
     /// Spec: "Header", "Header extensions".
     pub fn open(source: ResolvedSource, options: &OpenOptions) -> Result<Arc<Self>> {
-        let image = Self::open_layer(&source, options)?;
+        let image = Self::open_layer(&source, options, 0)?;
         if options.writable && !options.for_repair && image.header().is_dirty() {
             image.recover()?;
         }
@@ -144,10 +149,11 @@ impl Image {
         }
     }
 
-    /// Opens one layer without what is below it.
-    pub(crate) fn open_layer(source: &ResolvedSource, options: &OpenOptions) -> Result<Self> {
+    /// Opens one layer without what is below it. `depth`: how many layers stand on it.
+    pub(crate) fn open_layer(source: &ResolvedSource, options: &OpenOptions, depth: usize) -> Result<Self> {
         let (header, sector) = read_header(&*source.storage)?;
         check_usable(&header, options)?;
+        let crypt = Crypt::unlock(source, &header, options, depth)?;
         let data = open_data(source, &header, options)?;
         let meta = build_meta(source, header, sector, data, options)?;
         if options.writable {
@@ -165,6 +171,7 @@ impl Image {
             backing_unopened: header.backing_file.is_some(),
             codec,
             scratch: Scratch::default(),
+            crypt,
             structure: RwLock::new(()),
             raw_data_file: header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE),
         })
@@ -186,12 +193,6 @@ pub(crate) fn read_header(storage: &dyn Storage) -> Result<(Header, Vec<u8>)> {
 }
 
 fn check_usable(header: &Header, options: &OpenOptions) -> Result<()> {
-    if header.crypt_method != CryptMethod::None && !options.metadata_only {
-        return Err(Error::new(
-            ErrorKind::Encrypted,
-            "image is encrypted: reading its data is not supported",
-        ));
-    }
     if options.writable && !options.for_repair && header.is_corrupt() {
         return Err(Error::corrupt("image is marked corrupt; it can be opened for reading or repair only"));
     }

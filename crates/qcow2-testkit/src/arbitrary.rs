@@ -3,7 +3,7 @@
 use crate::pattern;
 use crate::rng::Rng;
 use proptest::prelude::*;
-use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Result, ZeroMode};
+use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Result, SectorNumbering, ZeroMode};
 
 /// What lies below an overlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +40,8 @@ pub struct Shape {
     pub data_file: Option<DataFileShape>,
     /// A backing file.
     pub backing: Option<BackingShape>,
+    /// Guest data is encrypted (by a [toy](crate::toy)), with sectors numbered so.
+    pub encryption: Option<SectorNumbering>,
     /// Bytes of the disk, a multiple of 512.
     pub size: u64,
 }
@@ -56,6 +58,7 @@ impl Shape {
             zstd: false,
             data_file: None,
             backing: None,
+            encryption: None,
             size,
         }
     }
@@ -66,14 +69,17 @@ impl Shape {
     }
 
     /// The nearest shape that the format allows: version 2 knows no options, extended L2 needs clusters of 16 KiB, a
-    /// raw data file excludes a backing file.
+    /// raw data file excludes a backing file and encryption.
     pub fn legalized(mut self) -> Self {
         if !self.version3 {
-            let (size, cluster_bits, backing) = (self.size, self.cluster_bits, self.backing);
-            self = Self { version3: false, cluster_bits, backing, ..Self::plain(size) };
+            let Self { size, cluster_bits, backing, encryption, .. } = self;
+            self = Self { version3: false, cluster_bits, backing, encryption, ..Self::plain(size) };
         }
         if self.extended_l2 {
             self.cluster_bits = self.cluster_bits.max(14);
+        }
+        if let Some(file) = self.data_file.as_mut().filter(|_| self.encryption.is_some()) {
+            file.raw = false;
         }
         if self.data_file.is_some_and(|file| file.raw) {
             self.backing = None;
@@ -97,11 +103,16 @@ impl Shape {
             zstd: rng.one_in(3),
             data_file: rng.one_in(4).then(|| DataFileShape { raw: rng.one_in(2) }),
             backing: rng.one_in(2).then(|| BackingShape { size: backing_size, qcow2: rng.one_in(2) }),
+            encryption: rng.pick(ENCRYPTIONS),
             size,
         };
         shape.legalized()
     }
 }
+
+/// Most images are not encrypted.
+pub(crate) const ENCRYPTIONS: &[Option<SectorNumbering>] =
+    &[None, None, None, None, Some(SectorNumbering::Guest), Some(SectorNumbering::Host)];
 
 /// Small clusters are drawn more often: they have more tables on a small disk.
 const CLUSTER_BITS: &[u32] = &[9, 9, 9, 10, 12, 12, 14, 14, 16, 16, 18, 21];
@@ -120,14 +131,16 @@ pub fn shapes() -> impl Strategy<Value = Shape> {
     let cluster_bits = proptest::sample::select(CLUSTER_BITS);
     let switches = (proptest::bool::weighted(0.8), any::<bool>(), any::<bool>(), any::<bool>());
     let files = (proptest::option::of(any::<bool>()), proptest::option::of((any::<bool>(), 1..400u64)));
-    (cluster_bits, 0..=6u32, switches, files, 1..400u64, 0..8u64).prop_map(
+    let encryption = proptest::sample::select(ENCRYPTIONS);
+    let sizes = (1..400u64, 0..8u64);
+    (cluster_bits, 0..=6u32, switches, files, encryption, sizes).prop_map(
         |(
             cluster_bits,
             refcount_order,
             (version3, extended_l2, lazy_refcounts, zstd),
             files,
-            clusters,
-            odd,
+            encryption,
+            (clusters, odd),
         )| {
             let (data_file, backing) = files;
             let size_of = |clusters| size_from(cluster_bits, clusters, odd * 512);
@@ -140,6 +153,7 @@ pub fn shapes() -> impl Strategy<Value = Shape> {
                 zstd,
                 data_file: data_file.map(|raw| DataFileShape { raw }),
                 backing: backing.map(|(qcow2, clusters)| BackingShape { size: size_of(clusters), qcow2 }),
+                encryption,
                 size: size_of(clusters),
             };
             shape.legalized()

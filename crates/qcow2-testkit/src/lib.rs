@@ -17,4 +17,5 @@ pub mod pattern;
 pub mod rng;
 pub mod sim;
 pub mod storage;
+pub mod toy;
 pub mod world;

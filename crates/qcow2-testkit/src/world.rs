@@ -7,9 +7,11 @@ use crate::pages::PageBytes;
 use crate::pattern;
 use crate::rng::Rng;
 use crate::storage::PageStorage;
+use crate::toy::ToyKeyring;
 use qcow2_core::{
-    BackingName, Codecs, CreateOptions, DataFileName, ErrorKind, GuestOffset, Image, ImageFormat,
-    OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, SourceId, Storage, create,
+    BackingName, Codecs, CreateOptions, DataFileName, ErrorKind, GuestOffset, Image, ImageFormat, Keyring,
+    LuksArea, NewEncryption, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, SectorNumbering,
+    SourceId, Storage, create,
 };
 use qcow2_format::header::{CompressionType, Version};
 use std::collections::BTreeMap;
@@ -91,6 +93,12 @@ pub fn create_options(shape: &Shape) -> CreateOptions {
         let format = if backing.qcow2 { "qcow2" } else { "raw" };
         BackingName { name: format!("base.{format}"), format: Some(format.to_owned()) }
     });
+    // Two clusters and a bit, so that its end is not a cluster's.
+    let area = || LuksArea(vec![0xa5; 2 * shape.cluster_size() as usize + 700].into());
+    options.encryption = shape.encryption.map(|numbering| match numbering {
+        SectorNumbering::Guest => NewEncryption::Aes,
+        SectorNumbering::Host => NewEncryption::Luks(area()),
+    });
     options.data_file = shape.data_file.map(|file| DataFileName { name: DATA.to_owned(), raw: file.raw });
     options
 }
@@ -121,7 +129,7 @@ impl World {
         } else {
             DiscardRule::Ignored
         };
-        let image = open(&shelf, &codecs)?;
+        let image = open(&shelf, &codecs, &shape)?;
         Ok(Self { shape, shelf, codecs, image, model: Model::new(content, rule) })
     }
 
@@ -146,7 +154,7 @@ impl World {
             Operation::Reopen => {
                 self.model.apply(operation);
                 self.close()?;
-                self.image = open(&self.shelf, &self.codecs)?;
+                self.image = open(&self.shelf, &self.codecs, &self.shape)?;
                 self.model.check_disk(&*self.image)
             }
             _ => self.model.step(&*self.image, operation),
@@ -195,11 +203,17 @@ impl World {
     }
 }
 
-fn open(shelf: &Shelf, codecs: &Codecs) -> Result<Arc<Image>, String> {
+fn open(shelf: &Shelf, codecs: &Codecs, shape: &Shape) -> Result<Arc<Image>, String> {
     let mut options = OpenOptions::default();
     options.writable = true;
     options.codecs = codecs.clone();
+    options.keys = keys(shape);
     Image::open(shelf.source(TOP, ImageFormat::Qcow2), &options).map_err(|e| format!("open: {}", chain(&e)))
+}
+
+/// The keys of an image of `shape`, where it is encrypted.
+pub fn keys(shape: &Shape) -> Option<Arc<dyn Keyring>> {
+    shape.encryption.map(|numbering| Arc::new(ToyKeyring(numbering)) as Arc<dyn Keyring>)
 }
 
 /// Makes the disk below, a raw file or an image of other geometry, and returns its content.

@@ -14,6 +14,8 @@ pub enum ImageFormat {
     Raw,
     /// A qcow2 image.
     Qcow2,
+    /// A LUKS container.
+    Luks,
     /// Something that this toolkit knows by name only.
     Other(String),
 }

@@ -21,7 +21,10 @@ impl Image {
             match run.place {
                 Place::Zero { .. } => part.fill(0),
                 Place::Unallocated => self.read_backing(here, part)?,
-                Place::Data { host, .. } => self.meta.data()?.read_padded(host, part)?,
+                Place::Data { host, .. } if self.crypt.is_plain() => {
+                    self.meta.data()?.read_padded(host, part)?;
+                }
+                Place::Data { host, .. } => self.read_encrypted(here, host, part)?,
                 Place::Compressed(stream) => self.read_compressed(here, stream, part)?,
             }
             at += run.len;

@@ -22,7 +22,7 @@ impl Image {
         choose: impl FnOnce(&[Snapshot]) -> Option<usize>,
     ) -> Result<Arc<Self>> {
         let options = OpenOptions { writable: false, ..options.clone() };
-        let mut image = Self::open_layer(&source, &options)?;
+        let mut image = Self::open_layer(&source, &options, 0)?;
         let snapshots = read_snapshots(&*source.storage, &image.header())?;
         let snapshot = choose(&snapshots).and_then(|index| snapshots.get(index));
         let snapshot =

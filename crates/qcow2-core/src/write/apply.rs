@@ -12,6 +12,9 @@ use qcow2_format::{GuestOffset, HostOffset};
 impl Image {
     /// Writes `buf` at `offset`. The caller has checked the range and runs inside an operation.
     pub(crate) fn write_range(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
+        if !self.crypt.is_plain() {
+            return self.write_encrypted(offset, buf);
+        }
         let (mut at, mut rest) = (offset.value(), buf);
         while !rest.is_empty() {
             let prepared = self.prepare(GuestOffset::new(at), rest.len() as u64)?;
@@ -26,7 +29,7 @@ impl Image {
 }
 
 /// Puts the write's bytes and those it needs around them into the prepared place, neighbours in one call.
-fn move_data(data: &dyn Storage, prepared: &Prepared<'_>, buf: &[u8]) -> Result<()> {
+pub(crate) fn move_data(data: &dyn Storage, prepared: &Prepared<'_>, buf: &[u8]) -> Result<()> {
     if prepared.edges.is_empty() {
         return Ok(data.write_at(prepared.host, buf)?);
     }

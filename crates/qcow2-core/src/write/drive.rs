@@ -66,6 +66,7 @@ impl Image {
     /// Errors: as [`GuestDisk::write_at`](crate::GuestDisk::write_at).
     pub fn prepare_write(&self, range: GuestRange) -> Result<WriteTicket<'_>> {
         let range = self.check_change(range.start(), range.len())?;
+        self.crypt.check_plain("bytes of an encrypted image cannot be moved by the caller")?;
         let structure = read(&self.structure);
         let operation = self.meta.operations.enter();
         self.meta.warn_of_change()?;

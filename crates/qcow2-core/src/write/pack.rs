@@ -14,6 +14,10 @@ impl Image {
     /// Stores `stream` as the cluster at `offset`. The caller has checked that the cluster is inside the disk.
     pub(crate) fn pack_stream(&self, offset: GuestOffset, stream: &[u8]) -> Result<()> {
         let geometry = &self.meta.geometry;
+        if !self.crypt.is_plain() {
+            let message = "compressed clusters are not possible with encryption";
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
         if self.meta.has_data_file() {
             let message = "compressed clusters are not possible with an external data file";
             return Err(Error::new(ErrorKind::Unsupported, message));

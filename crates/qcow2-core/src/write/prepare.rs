@@ -190,13 +190,14 @@ impl Image {
         let host = HostOffset::new(change.base.value() + (range.start().value() - base));
         let inside =
             GuestRange::between(range.start(), GuestOffset::new(range.end().value().min(self.size())));
-        if self.has_nothing(inside)? {
+        if self.crypt.is_plain() && self.has_nothing(inside)? {
             return Ok(zero_edges(host, range.len(), change.fresh));
         }
         let mut bytes = self.scratch.take_exact(range.len() as usize);
         let (part, past) = bytes.split_at_mut(inside.len() as usize);
         past.fill(0);
         self.read_range(range.start(), part)?;
+        self.seal(range.start(), host, &mut bytes)?;
         Ok(vec![Edge::Bytes { host, bytes }])
     }
 

@@ -147,7 +147,8 @@ impl Image {
     /// An external data file follows: a raw one must read as the guest disk does, another may give space back, but not
     /// while entries on disk still lead to bytes that a lower layer has otherwise.
     fn zero_data_file(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<()> {
-        if !self.meta.has_data_file() {
+        // Zeroes there are noise to the guest while a mapping on disk still leads to them, so encrypted bytes stay.
+        if !self.meta.has_data_file() || !self.crypt.is_plain() {
             return Ok(());
         }
         let data = self.meta.data()?;

@@ -12,6 +12,7 @@ use crate::model::chain;
 use crate::pages::PageBytes;
 use crate::rng::Rng;
 use crate::storage::PageStorage;
+use crate::world::keys;
 use qcow2_core::{GuestDisk, GuestOffset, Image, OpenOptions, Storage};
 use std::sync::{Arc, Mutex};
 
@@ -51,6 +52,7 @@ impl Files {
     fn snapshots(&self, start: &Start, disk: &Image) -> Result<Vec<Taken>, String> {
         let mut options = OpenOptions::default();
         options.codecs = codecs();
+        options.keys = keys(&start.shape);
         read_all(start, disk, &(Arc::clone(&self.image) as Arc<dyn Storage>), &options)
     }
 
@@ -80,6 +82,7 @@ impl Judge {
         }
         let mut options = OpenOptions::default();
         options.codecs = codecs();
+        options.keys = keys(&self.start.shape);
         let disk = files.open(&self.start, &options)?;
         let mut seen = std::mem::take(&mut self.buf);
         seen.resize(disk.size() as usize, 0);
@@ -139,6 +142,7 @@ impl Judge {
         let open = Box::new(|options: &OpenOptions| files.open(&self.start, options));
         let mut options = OpenOptions::default();
         options.codecs = codecs();
+        options.keys = keys(&self.start.shape);
         let disk = files.open(&self.start, &options)?;
         let mut guest = Guest::new(seen);
         guest.snapshots().finish(files.snapshots(&self.start, &disk)?);

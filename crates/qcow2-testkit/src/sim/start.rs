@@ -2,12 +2,13 @@
 
 use super::codec::RunCodec;
 use super::codecs;
-use crate::arbitrary::{BackingShape, DataFileShape, Shape};
+use crate::arbitrary::{BackingShape, DataFileShape, ENCRYPTIONS, Shape};
 use crate::builder::{Builder, Built, Cluster};
 use crate::pages::PageBytes;
 use crate::pattern;
 use crate::rng::Rng;
 use crate::storage::PageStorage;
+use crate::world::keys;
 use qcow2_core::{
     ClusterCodec, ImageFormat, NoResolver, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver,
     Storage,
@@ -15,7 +16,7 @@ use qcow2_core::{
 use qcow2_format::HostOffset;
 use qcow2_format::extension::BitmapsExtension;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
-use qcow2_format::header::{CompressionType, Header, Version};
+use qcow2_format::header::{CompressionType, CryptMethod, Header, Version};
 use std::sync::Arc;
 
 /// Where a simulation starts.
@@ -46,6 +47,8 @@ impl Start {
         guest[..n].copy_from_slice(&backing[..n]);
         let mut builder = Builder::with_header(header(&shape));
         let chance = rng.pick(&[0, 4, 12, 15]);
+        // What is built is not encrypted: such images start empty.
+        let chance = if shape.encryption.is_some() { 0 } else { chance };
         for index in 0..shape.size.div_ceil(shape.cluster_size()) {
             if rng.below(16) < chance {
                 builder = builder.cluster(index, draw_cluster(rng, &shape, index, &mut guest));
@@ -68,6 +71,7 @@ impl Start {
         let mut options = OpenOptions::default();
         options.writable = true;
         options.codecs = codecs();
+        options.keys = keys(&self.shape);
         options.discard_freed = self.discard_freed;
         options.l2_cache_size = self.cache;
         options.refcount_cache_size = self.cache;
@@ -145,6 +149,7 @@ fn draw_shape(rng: &mut Rng) -> Shape {
         zstd: false,
         data_file,
         backing: rng.one_in(2).then_some(BackingShape { size: backing_size.max(512), qcow2: false }),
+        encryption: rng.pick(ENCRYPTIONS),
         size,
     };
     shape.legalized()
@@ -156,6 +161,9 @@ fn header(shape: &Shape) -> Header {
     header.size = shape.size;
     header.refcount_order = shape.refcount_order;
     header.compression_type = CompressionType::Deflate;
+    if shape.encryption.is_some() {
+        header.crypt_method = CryptMethod::Aes;
+    }
     header.compatible_features.set(CompatibleFeatures::LAZY_REFCOUNTS, shape.lazy_refcounts);
     header.incompatible_features.set(IncompatibleFeatures::EXTENDED_L2, shape.extended_l2);
     header.incompatible_features.set(IncompatibleFeatures::DATA_FILE, shape.data_file.is_some());

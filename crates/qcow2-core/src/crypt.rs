@@ -1,0 +1,294 @@
+//! Encrypted guest data: decrypted behind every read, encrypted before every write, in whole 512-byte sectors.
+//!
+//! Invariant: no plain byte of the guest reaches the storage of an encrypted image, and the caller's buffer is never
+//! changed. Zeroes on the storage are not zeroes for the guest here. Spec: "Data encryption".
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::open::OpenOptions;
+use crate::port::cipher::{CIPHER_SECTOR, ClusterCipher, EncryptedLayer, SectorNumbering};
+use crate::port::disk::GuestDisk;
+use crate::port::resolver::ResolvedSource;
+use crate::port::storage::Storage;
+use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, read, write};
+use crate::write::apply::move_data;
+use ::alloc::sync::Arc;
+use qcow2_format::header::CryptMethod;
+use qcow2_format::{GuestOffset, GuestRange, Header, HostOffset};
+
+/// The most bytes that are encrypted at once: the largest cluster, so that no cluster is written in two halves.
+const PIECE: u64 = 2 << 20;
+
+/// How an image's guest data is stored.
+pub(crate) enum Crypt {
+    /// As it is.
+    Plain,
+    /// Encrypted, and nobody has the key.
+    Locked,
+    /// Encrypted.
+    Cipher(SectorLock),
+}
+
+/// A cipher, and who may change parts of sectors.
+pub(crate) struct SectorLock {
+    pub(crate) cipher: Arc<dyn ClusterCipher>,
+    /// A change of a part of a sector reads the rest first: it is alone, changes of whole sectors are not.
+    partial: RwLock<()>,
+}
+
+impl SectorLock {
+    pub(crate) fn new(cipher: Arc<dyn ClusterCipher>) -> Self {
+        Self { cipher, partial: RwLock::new(()) }
+    }
+
+    /// What a change of `range` holds while it is made.
+    pub(crate) fn hold(&self, range: GuestRange) -> Hold<'_> {
+        let whole = |offset: GuestOffset| offset.value().is_multiple_of(CIPHER_SECTOR);
+        if whole(range.start()) && whole(range.end()) {
+            Hold::Shared(read(&self.partial))
+        } else {
+            Hold::Alone(write(&self.partial))
+        }
+    }
+}
+
+/// See [`SectorLock::hold`].
+pub(crate) enum Hold<'a> {
+    Shared(#[expect(dead_code, reason = "held, not looked at")] RwLockReadGuard<'a, ()>),
+    Alone(#[expect(dead_code, reason = "held, not looked at")] RwLockWriteGuard<'a, ()>),
+}
+
+impl Crypt {
+    /// The cipher of the layer in `source`, as far as `options` have the key. Disk: the keyring may read the encryption
+    /// header. Errors: `Encrypted`.
+    pub(crate) fn unlock(
+        source: &ResolvedSource,
+        header: &Header,
+        options: &OpenOptions,
+        depth: usize,
+    ) -> Result<Self> {
+        if header.crypt_method == CryptMethod::None {
+            return Ok(Self::Plain);
+        }
+        let keys = match &options.keys {
+            Some(keys) if !options.metadata_only => keys,
+            _ if options.metadata_only => return Ok(Self::Locked),
+            _ => return Err(Error::new(ErrorKind::Encrypted, "image is encrypted and no key is given")),
+        };
+        let name = (depth, &*source.name);
+        let storage = &*source.storage;
+        let layer = EncryptedLayer::new(name, header.crypt_method, header.extensions.luks, storage);
+        let cipher = keys.unlock(&layer).map_err(locked)?;
+        Ok(Self::Cipher(SectorLock::new(cipher)))
+    }
+
+    /// Whether guest bytes are stored as they are.
+    pub(crate) fn is_plain(&self) -> bool {
+        matches!(self, Self::Plain)
+    }
+
+    /// Refuses what only works where guest bytes are stored as they are.
+    pub(crate) fn check_plain(&self, what: &str) -> Result<()> {
+        if self.is_plain() { Ok(()) } else { Err(Error::new(ErrorKind::Encrypted, what)) }
+    }
+
+    /// The cipher; only for encrypted images. Errors: `Encrypted` without a key.
+    fn cipher(&self) -> Result<&dyn ClusterCipher> {
+        match self {
+            Self::Cipher(lock) => Ok(&*lock.cipher),
+            _ => Err(Error::new(ErrorKind::Encrypted, "image is encrypted and was opened without its key")),
+        }
+    }
+
+    pub(crate) fn hold(&self, range: GuestRange) -> Option<Hold<'_>> {
+        match self {
+            Self::Cipher(lock) => Some(lock.hold(range)),
+            _ => None,
+        }
+    }
+}
+
+pub(crate) fn locked(error: crate::port::cipher::UnlockError) -> Error {
+    Error::new(ErrorKind::Encrypted, "image cannot be unlocked").with_source(error)
+}
+
+impl Image {
+    /// Reads stored guest bytes: those of guest byte `guest` and after it are at `host` and after it.
+    pub(crate) fn read_encrypted(&self, guest: GuestOffset, host: HostOffset, buf: &mut [u8]) -> Result<()> {
+        let cipher = self.crypt.cipher()?;
+        let data = self.meta.data()?;
+        // Host and guest place of a sector are equally far from its start.
+        read_sectors(guest.value(), buf, |at, sectors| {
+            let host = HostOffset::new(host.value() + at - guest.value());
+            read_sealed(&**data, cipher, (GuestOffset::new(at), host), sectors)
+        })
+    }
+
+    /// Writes `buf` at `offset`: the rest of sectors that it covers in part is read first, and nobody else changes parts
+    /// of sectors meanwhile.
+    pub(crate) fn write_encrypted(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
+        self.crypt.cipher()?;
+        let read = |at: u64, sector: &mut [u8]| {
+            let inside = self.size().saturating_sub(at).min(sector.len() as u64) as usize;
+            sector[inside..].fill(0);
+            self.read_range(GuestOffset::new(at), &mut sector[..inside])
+        };
+        write_sectors(offset.value(), buf, read, |at, sectors| self.write_whole_sectors(at, sectors))
+    }
+
+    fn write_whole_sectors(&self, offset: u64, sectors: &[u8]) -> Result<()> {
+        let (mut at, mut rest) = (offset, sectors);
+        while !rest.is_empty() {
+            let wanted = (rest.len() as u64).min(PIECE - at % PIECE);
+            let prepared = self.prepare(GuestOffset::new(at), wanted)?;
+            let (part, next) = rest.split_at(prepared.len as usize);
+            let mut sealed = self.scratch.take_exact(part.len());
+            sealed.copy_from_slice(part);
+            self.seal(GuestOffset::new(at), prepared.host, &mut sealed)?;
+            let moved = move_data(&**self.meta.data()?, &prepared, &sealed);
+            self.scratch.give(sealed);
+            moved?;
+            prepared.commit()?;
+            at += part.len() as u64;
+            rest = next;
+        }
+        Ok(())
+    }
+
+    /// Encrypts whole sectors of guest bytes for their place; does nothing where the image is not encrypted.
+    pub(crate) fn seal(&self, guest: GuestOffset, host: HostOffset, sectors: &mut [u8]) -> Result<()> {
+        if !self.crypt.is_plain() {
+            let cipher = self.crypt.cipher()?;
+            cipher.encrypt(number(cipher, guest, host), sectors);
+        }
+        Ok(())
+    }
+}
+
+/// Reads and decrypts whole sectors.
+fn read_sealed(
+    data: &dyn Storage,
+    cipher: &dyn ClusterCipher,
+    (guest, host): (GuestOffset, HostOffset),
+    sectors: &mut [u8],
+) -> Result<()> {
+    data.read_padded(host, sectors)?;
+    cipher.decrypt(number(cipher, guest, host), sectors);
+    Ok(())
+}
+
+fn number(cipher: &dyn ClusterCipher, guest: GuestOffset, host: HostOffset) -> u64 {
+    match cipher.numbering() {
+        SectorNumbering::Guest => guest.value() / CIPHER_SECTOR,
+        SectorNumbering::Host => host.value() / CIPHER_SECTOR,
+    }
+}
+
+/// Fills `buf` with bytes from `offset` on through `read`, which reads whole sectors only.
+pub(crate) fn read_sectors(
+    offset: u64,
+    buf: &mut [u8],
+    mut read: impl FnMut(u64, &mut [u8]) -> Result<()>,
+) -> Result<()> {
+    let (mut at, mut rest) = (offset, buf);
+    while !rest.is_empty() {
+        let inside = (at % CIPHER_SECTOR) as usize;
+        let len = piece_len(at, rest.len());
+        let (part, next) = rest.split_at_mut(len);
+        if len.is_multiple_of(CIPHER_SECTOR as usize) {
+            read(at, part)?;
+        } else {
+            let mut sector = [0; CIPHER_SECTOR as usize];
+            read(at - inside as u64, &mut sector)?;
+            part.copy_from_slice(&sector[inside..inside + len]);
+        }
+        at += len as u64;
+        rest = next;
+    }
+    Ok(())
+}
+
+/// Writes `buf` at `offset` through `write`, which takes whole sectors only; `read` gives what a sector holds now.
+pub(crate) fn write_sectors(
+    offset: u64,
+    buf: &[u8],
+    mut read: impl FnMut(u64, &mut [u8]) -> Result<()>,
+    mut write: impl FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let (mut at, mut rest) = (offset, buf);
+    while !rest.is_empty() {
+        let inside = (at % CIPHER_SECTOR) as usize;
+        let len = piece_len(at, rest.len());
+        let (part, next) = rest.split_at(len);
+        if len.is_multiple_of(CIPHER_SECTOR as usize) {
+            write(at, part)?;
+        } else {
+            let mut sector = [0; CIPHER_SECTOR as usize];
+            read(at - inside as u64, &mut sector)?;
+            sector[inside..inside + len].copy_from_slice(part);
+            write(at - inside as u64, &sector)?;
+        }
+        at += len as u64;
+        rest = next;
+    }
+    Ok(())
+}
+
+/// Bytes from `at` on that are whole sectors, or else lie within one.
+fn piece_len(at: u64, len: usize) -> usize {
+    let size = CIPHER_SECTOR as usize;
+    let inside = (at % CIPHER_SECTOR) as usize;
+    match inside {
+        0 if len >= size => len - len % size,
+        _ => len.min(size - inside),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ::alloc::vec;
+    use ::alloc::vec::Vec;
+
+    fn check(offset: u64, len: usize) {
+        let mut disk: Vec<u8> = (0..4096u32).map(|i| (i * 7 / 5) as u8).collect();
+        let at = offset as usize;
+        let whole = |at: u64, len: usize| assert!(at.is_multiple_of(512) && len.is_multiple_of(512));
+        let mut buf = vec![0; len];
+        read_sectors(offset, &mut buf, |at, sectors| {
+            whole(at, sectors.len());
+            sectors.copy_from_slice(&disk[at as usize..at as usize + sectors.len()]);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(buf, disk[at..at + len]);
+        let mut wanted = disk.clone();
+        wanted[at..at + len].fill(0xee);
+        let new = vec![0xee; len];
+        let before = disk.clone();
+        write_sectors(
+            offset,
+            &new,
+            |at, sector| {
+                sector.copy_from_slice(&before[at as usize..at as usize + sector.len()]);
+                Ok(())
+            },
+            |at, sectors| {
+                whole(at, sectors.len());
+                disk[at as usize..at as usize + sectors.len()].copy_from_slice(sectors);
+                Ok(())
+            },
+        )
+        .unwrap();
+        assert!(disk == wanted, "{offset} {len}");
+    }
+
+    #[test]
+    fn parts_of_sectors() {
+        for offset in [0, 1, 511, 512, 700, 1024, 1535] {
+            for len in [0, 1, 2, 511, 512, 513, 1024, 1500, 2048] {
+                check(offset, len);
+            }
+        }
+    }
+}
