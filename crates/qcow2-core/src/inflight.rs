@@ -63,8 +63,15 @@ impl Operations {
 /// Guest clusters whose mapping somebody is changing.
 #[derive(Debug, Default)]
 pub(crate) struct Claims {
-    ranges: Mutex<Vec<(u64, u64)>>,
+    held: Mutex<Held>,
     released: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    ranges: Vec<(u64, u64)>,
+    /// How many threads wait; where none does, letting go costs no system call.
+    waiting: usize,
 }
 
 /// The right to change the mapping of guest clusters `start..end`.
@@ -78,23 +85,28 @@ impl Claims {
     /// Waits until nobody else changes one of the clusters `start..end`, then claims them. A thread must not claim
     /// while it holds another claim.
     pub(crate) fn claim(&self, start: u64, end: u64) -> Claim<'_> {
-        let mut ranges = lock(&self.ranges);
-        while ranges.iter().any(|&(s, e)| s < end && start < e) {
-            ranges = wait(&self.released, ranges);
+        let mut held = lock(&self.held);
+        while held.ranges.iter().any(|&(s, e)| s < end && start < e) {
+            held.waiting += 1;
+            held = wait(&self.released, held);
+            held.waiting -= 1;
         }
-        ranges.push((start, end));
+        held.ranges.push((start, end));
         Claim { claims: self, range: (start, end) }
     }
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        let mut ranges = lock(&self.claims.ranges);
-        if let Some(at) = ranges.iter().position(|&r| r == self.range) {
-            ranges.swap_remove(at);
+        let mut held = lock(&self.claims.held);
+        if let Some(at) = held.ranges.iter().position(|&r| r == self.range) {
+            held.ranges.swap_remove(at);
         }
-        drop(ranges);
-        self.claims.released.notify_all();
+        let awaited = held.waiting > 0;
+        drop(held);
+        if awaited {
+            self.claims.released.notify_all();
+        }
     }
 }
 

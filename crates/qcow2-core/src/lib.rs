@@ -26,6 +26,7 @@ mod resize;
 pub mod rules;
 pub mod snapshot;
 mod sync;
+mod vmstate;
 pub mod walk;
 mod write;
 
@@ -34,6 +35,7 @@ pub use container::ContainerDisk;
 pub use create::{BackingName, CreateOptions, DataFileName, LuksArea, NewEncryption, Preallocation, create};
 pub use error::{Error, ErrorKind, Result};
 pub use image::Image;
+pub use meta::overlap::OverlapChecks;
 pub use open::{Codecs, Layers, OpenOptions};
 pub use port::cipher::{CIPHER_SECTOR, ClusterCipher, EncryptedLayer, Keyring, SectorNumbering, UnlockError};
 pub use port::codec::{ClusterCodec, CodecError};

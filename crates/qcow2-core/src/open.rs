@@ -12,8 +12,9 @@ use crate::meta::Meta;
 use crate::meta::alloc::Refcounts;
 use crate::meta::cache::PageCache;
 use crate::meta::header::{Field, HeaderState};
+use crate::meta::known::known_metadata;
 use crate::meta::l1::L1Table;
-use crate::meta::overlap::ClusterSet;
+use crate::meta::overlap::{ClusterSet, OverlapChecks};
 use crate::meta::page::{SECTOR_SIZE, be_word};
 use crate::port::cipher::Keyring;
 use crate::port::codec::ClusterCodec;
@@ -31,9 +32,7 @@ use ::alloc::vec;
 use ::alloc::vec::Vec;
 use qcow2_format::feature::AutoclearFeatures;
 use qcow2_format::header::CompressionType;
-use qcow2_format::l1::L1Entry;
-use qcow2_format::refcount::decode_table_entry;
-use qcow2_format::{Geometry, Header, HostOffset};
+use qcow2_format::{Geometry, Header, HostOffset, Version};
 
 /// Bytes of L2 tables kept in memory at most, by default. Origin: QEMU on Linux.
 pub const DEFAULT_L2_CACHE: u64 = 32 << 20;
@@ -91,6 +90,11 @@ pub struct OpenOptions {
     pub refcount_cache_size: Option<u64>,
     /// Whether host clusters that become free are given back to the storage (QEMU's `pass-discard-request`).
     pub discard_freed: bool,
+    /// Whether a discarded or zeroed cluster keeps its host cluster, so that writing it again takes no other place
+    /// (QEMU's `discard-no-unref`). Version 3 only.
+    pub discard_no_unref: bool,
+    /// What guest data may not be written over.
+    pub overlap_checks: OverlapChecks,
     /// Opens damaged and uncleanly closed images for writing too; for repair.
     pub for_repair: bool,
     /// Opens encrypted images although there is no key: metadata can be seen, data can not.
@@ -111,6 +115,8 @@ impl Default for OpenOptions {
             l2_cache_size: None,
             refcount_cache_size: None,
             discard_freed: false,
+            discard_no_unref: false,
+            overlap_checks: OverlapChecks::CACHED,
             for_repair: false,
             metadata_only: false,
             keys: None,
@@ -193,6 +199,10 @@ pub(crate) fn read_header(storage: &dyn Storage) -> Result<(Header, Vec<u8>)> {
 }
 
 fn check_usable(header: &Header, options: &OpenOptions) -> Result<()> {
+    if options.discard_no_unref && header.version < Version::V3 {
+        let message = "discard-no-unref is only supported since qcow2 version 3";
+        return Err(Error::new(ErrorKind::InvalidOption, message));
+    }
     if options.writable && !options.for_repair && header.is_corrupt() {
         return Err(Error::corrupt("image is marked corrupt; it can be opened for reading or repair only"));
     }
@@ -236,7 +246,7 @@ fn build_meta(
     let refcounts =
         if options.writable { load_refcounts(&*storage, &header, &geometry)? } else { empty_refcounts() };
     let metadata = if options.writable {
-        known_metadata(&header, &geometry, &l1, &refcounts)
+        known_metadata(&*storage, &header, (&l1, &refcounts), options.overlap_checks)?
     } else {
         ClusterSet::default()
     };
@@ -268,7 +278,10 @@ fn build_meta(
         poisoned: AtomicBool::new(false),
         changing: AtomicBool::new(false),
         writable: options.writable,
+        for_repair: options.for_repair,
         discard_freed: options.discard_freed,
+        discard_no_unref: options.discard_no_unref,
+        overlap_checks: options.overlap_checks,
         rules: rules(options),
     })
 }
@@ -317,40 +330,6 @@ fn load_refcounts(storage: &dyn Storage, header: &Header, geometry: &Geometry) -
         table_clusters: clusters,
         ..empty_refcounts()
     })
-}
-
-/// The clusters that header and tables say hold metadata.
-pub(crate) fn known_metadata(
-    header: &Header,
-    geometry: &Geometry,
-    l1: &[u64],
-    refcounts: &Refcounts,
-) -> ClusterSet {
-    let mut set = ClusterSet::default();
-    let mut add = |offset: HostOffset, bytes: u64| {
-        set.insert(geometry.host_cluster(offset).value(), geometry.clusters_for(bytes));
-    };
-    let size = geometry.cluster_size();
-    add(HostOffset::new(0), size);
-    add(header.l1_table_offset, u64::from(header.l1_size) * 8);
-    add(header.refcount_table_offset, refcounts.table_clusters * size);
-    for &raw in refcounts.table.iter().filter(|&&raw| raw != 0) {
-        if let Ok(Some(block)) = decode_table_entry(raw, geometry) {
-            add(block, size);
-        }
-    }
-    for &raw in l1.iter().filter(|&&raw| raw != 0) {
-        if let Ok(L1Entry { l2_table: Some(table), .. }) = L1Entry::decode(raw, geometry) {
-            add(table, size);
-        }
-    }
-    if let Some(luks) = header.extensions.luks {
-        add(luks.offset, luks.len.min(geometry.cluster_size() << 20));
-    }
-    if header.nb_snapshots > 0 {
-        add(header.snapshots_offset, 1);
-    }
-    set
 }
 
 /// Clears the autoclear bits that this engine does not keep up to date.

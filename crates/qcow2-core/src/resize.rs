@@ -49,16 +49,7 @@ impl Image {
     }
 
     fn grow(&self, old: u64, size: u64) -> Result<()> {
-        let needed = self.meta.geometry.l1_entries_for(size);
-        if needed * 8 > MAX_L1_TABLE_SIZE {
-            return Err(invalid(format!(
-                "size {size} needs {needed} l1 entries, allowed are {}",
-                MAX_L1_TABLE_SIZE / 8
-            )));
-        }
-        if needed > self.meta.l1.len() {
-            self.move_l1(needed)?;
-        }
+        self.cover_with_l1(size)?;
         self.size.store(size, Ordering::Release);
         let result = self.zero_new_area(old, size).and_then(|()| self.meta.flush());
         if result.is_err() {
@@ -67,13 +58,30 @@ impl Image {
         result
     }
 
-    /// What lies behind the old end must not show: the rest of its last cluster, and a longer backing file.
+    /// What lies behind the old end must not show: the rest of its last cluster, a longer backing file, and what a
+    /// machine's state left there.
     fn zero_new_area(&self, old: u64, size: u64) -> Result<()> {
         let geometry = &self.meta.geometry;
         let cluster_end = geometry.align_up(old).unwrap_or(old).min(size);
         let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size());
-        let end = if self.backing_unopened { size } else { cluster_end.max(backing_end.min(size)) };
+        let first = geometry.l1_entries_for(old);
+        let left_over = (first..geometry.l1_entries_for(size)).rev().find(|&i| self.meta.l1.is_mapped(i));
+        let left_end = left_over.map_or(0, |index| (index + 1).saturating_mul(geometry.l2_coverage()));
+        let end =
+            if self.backing_unopened { size } else { cluster_end.max(backing_end).max(left_end).min(size) };
         self.zero_range(between(old, end), ZeroKind::Unmap)
+    }
+
+    /// Makes the L1 table long enough for `size` guest bytes. The caller is alone with the image.
+    pub(crate) fn cover_with_l1(&self, size: u64) -> Result<()> {
+        let needed = self.meta.geometry.l1_entries_for(size);
+        if needed > MAX_L1_TABLE_SIZE / 8 {
+            return Err(invalid(format!(
+                "size {size} needs {needed} l1 entries, allowed are {}",
+                MAX_L1_TABLE_SIZE / 8
+            )));
+        }
+        if needed > self.meta.l1.len() { self.move_l1(needed) } else { Ok(()) }
     }
 
     /// Puts the L1 table elsewhere with `entries` entries.

@@ -2,13 +2,14 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
-    CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions,
-    ResolvedSource, Storage, ZeroMode, create,
+    CreateOptions, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver,
+    OpenOptions, OverlapChecks, ResolvedSource, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
 use std::sync::Arc;
 
-fn open(storage: &Arc<dyn Storage>) -> Arc<Image> {
+/// Opens for writing in one of several manners, by `seed`.
+fn open_as(storage: &Arc<dyn Storage>, seed: u64) -> Arc<Image> {
     let source = ResolvedSource {
         storage: Arc::clone(storage),
         format: ImageFormat::Qcow2,
@@ -18,6 +19,9 @@ fn open(storage: &Arc<dyn Storage>) -> Arc<Image> {
     };
     let mut options = OpenOptions::default();
     options.writable = true;
+    options.discard_no_unref = seed & 1 == 1;
+    options.discard_freed = seed & 2 == 2;
+    options.overlap_checks = if seed & 4 == 4 { OverlapChecks::ALL } else { OverlapChecks::CACHED };
     Image::open(source, &options).unwrap()
 }
 
@@ -36,7 +40,7 @@ fn history(options: &CreateOptions, seed: u64) {
     create(&storage, None, options).unwrap();
     let mut model = vec![0u8; options.size as usize];
     let mut rng = Rng(seed * 7919 + 1);
-    let mut image = open(&storage);
+    let mut image = open_as(&storage, seed);
     for step in 0..400 {
         let size = model.len() as u64;
         let len = (1 + rng.below(200_000)).min(size);
@@ -67,7 +71,7 @@ fn history(options: &CreateOptions, seed: u64) {
             _ => {
                 image.close().unwrap();
                 drop(image);
-                image = open(&storage);
+                image = open_as(&storage, seed);
             }
         }
         assert_eq!(image.size(), model.len() as u64);
@@ -97,5 +101,75 @@ fn random_histories_read_back() {
             options.extended_l2 = extended;
             history(&options, seed);
         }
+    }
+}
+
+/// The place of the cluster at `offset`, and whether it reads as zeroes.
+fn place_of(image: &Image, offset: u64) -> (Option<u64>, bool) {
+    let range = GuestRange::new(GuestOffset::new(offset), 1).unwrap();
+    match image.extent_at(range).unwrap().state {
+        ExtentState::Data { host } => (host.map(|host| host.value()), false),
+        ExtentState::Zero { host } => (host.map(|host| host.value()), true),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_discarded_cluster_keeps_its_place_where_that_is_asked_for() {
+    for keep in [false, true] {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        create(&storage, None, &CreateOptions::new(1 << 20)).unwrap();
+        let image = open_as(&storage, u64::from(keep) | 2);
+        image.write_at(GuestOffset::new(0), &[7; 3 << 16]).unwrap();
+        let before: Vec<_> = (0..3).map(|i| place_of(&image, i << 16).0.unwrap()).collect();
+        image.discard(GuestRange::new(GuestOffset::new(0), 2 << 16).unwrap()).unwrap();
+        let zeroed = GuestRange::new(GuestOffset::new(2 << 16), 1 << 16).unwrap();
+        image.write_zeroes(zeroed, ZeroMode::MayUnmap).unwrap();
+        for i in 0..3 {
+            let wanted = if keep { Some(before[i]) } else { None };
+            assert_eq!(place_of(&image, (i as u64) << 16), (wanted, true));
+        }
+        image.write_at(GuestOffset::new(1 << 16), &[9; 512]).unwrap();
+        if keep {
+            assert_eq!(place_of(&image, 1 << 16), (Some(before[1]), false));
+        }
+        let mut seen = [1; 1024];
+        image.read_at(GuestOffset::new(1 << 16), &mut seen).unwrap();
+        assert!(seen[..512] == [9; 512] && seen[512..] == [0; 512]);
+        image.close().unwrap();
+    }
+}
+
+#[test]
+fn a_machines_state_lies_behind_the_disk() {
+    for extended in [false, true] {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let mut options = CreateOptions::new((1 << 20) + 512);
+        options.extended_l2 = extended;
+        create(&storage, None, &options).unwrap();
+        let image = open_as(&storage, 0);
+        let state: Vec<u8> = (0..200_000u32).map(|i| (i % 250) as u8 + 1).collect();
+        let far = image.geometry().l2_coverage() * 3 + 4096;
+        for offset in [512, far] {
+            image.write_vm_state(offset, &state).unwrap();
+            image.write_vm_state(offset + 70_000, &state[70_000..70_512]).unwrap();
+        }
+        image.close().unwrap();
+        let image = open_as(&storage, 0);
+        let mut seen = vec![9; 200_512];
+        for offset in [512, far] {
+            image.read_vm_state(offset - 512, &mut seen).unwrap();
+            assert!(seen[..512] == [0; 512] && seen[512..] == state[..], "{extended} {offset}");
+        }
+        let mut disk = vec![9; image.size() as usize];
+        image.read_at(GuestOffset::new(0), &mut disk).unwrap();
+        assert!(disk.iter().all(|&byte| byte == 0));
+        // A disk that grows over the state does not show it.
+        image.resize(image.geometry().l2_coverage() * 2).unwrap();
+        let mut shown = vec![9; 1 << 20];
+        image.read_at(GuestOffset::new(image.geometry().l2_coverage()), &mut shown).unwrap();
+        assert!(shown.iter().all(|&byte| byte == 0));
+        assert!(image.write_vm_state(1 << 62, &state).is_err());
+        image.close().unwrap();
     }
 }

@@ -91,3 +91,32 @@ fn a_damaged_table_leads_to_a_new_structure() {
         });
     }
 }
+
+/// Two million L1 entries that all lead to one full L2 table: read once for each, that would be 128 GiB.
+#[test]
+fn a_table_that_is_named_often_is_read_once() {
+    const TABLES: u64 = 2 << 20;
+    let storage = Arc::new(PageStorage::new(PageBytes::new()));
+    let mut options = CreateOptions::new(TABLES << 29);
+    options.refcount_bits = 64;
+    create(&(Arc::clone(&storage) as Arc<dyn Storage>), None, &options).unwrap();
+    let image = open(&storage, true);
+    image.write_at(GuestOffset::new(0), &[7; 65536]).unwrap();
+    image.close().unwrap();
+    let l1 = image.header().l1_table_offset;
+    let mut entry = [0; 8];
+    storage.read_at(l1, &mut entry).unwrap();
+    storage.write_at(l1, &entry.repeat(TABLES as usize)).unwrap();
+    let table = HostOffset::new(u64::from_be_bytes(entry) & 0x00ff_ffff_ffff_fe00);
+    storage.read_at(table, &mut entry).unwrap();
+    storage.write_at(table, &entry.repeat(8192)).unwrap();
+    storage.write_at(HostOffset::new(72), &1u64.to_be_bytes()).unwrap();
+
+    let image = open(&storage, true);
+    assert!(!image.header().is_dirty());
+    let mut counts = [0; 8];
+    let data = u64::from_be_bytes(entry) & 0x00ff_ffff_ffff_fe00;
+    let at = block(&storage, &image.header(), 0).value() + data / 65536 * 8;
+    storage.read_at(HostOffset::new(at), &mut counts).unwrap();
+    assert_eq!(u64::from_be_bytes(counts), TABLES * 8192);
+}

@@ -214,7 +214,7 @@ impl Meta {
             return Err(error);
         }
         refcounts.dirty_sectors.insert(index * 8 / super::page::SECTOR_SIZE);
-        write(&self.metadata_clusters).insert(cluster, 1);
+        self.note_metadata(cluster, 1);
         Ok(cluster)
     }
 

@@ -8,7 +8,7 @@ use super::alloc::Refcounts;
 use super::header::Field;
 use crate::error::{Error, ErrorKind, Result};
 use crate::rules::OrderingRule;
-use crate::sync::{lock, write};
+use crate::sync::lock;
 use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
@@ -87,7 +87,7 @@ impl Meta {
         }
         let offset = HostOffset::new((layout.first + layout.blocks) * size);
         self.update_header(&[Field::RefcountTable { offset, clusters: layout.table_clusters as u32 }])?;
-        write(&self.metadata_clusters).insert(layout.first, used);
+        self.note_metadata(layout.first, used);
         let old = (refcounts.table_offset.value() / size, refcounts.table_clusters);
         refcounts.table = table;
         refcounts.table_offset = offset;

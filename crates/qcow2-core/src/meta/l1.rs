@@ -23,6 +23,11 @@ impl L1Table {
         read(&self.table).1.get(index.value() as usize).copied().unwrap_or(0)
     }
 
+    /// Whether the entry at `index` leads anywhere.
+    pub(crate) fn is_mapped(&self, index: u64) -> bool {
+        read(&self.table).1.get(index as usize).is_some_and(|&raw| raw != 0)
+    }
+
     /// How many entries the table has.
     pub(crate) fn len(&self) -> u64 {
         read(&self.table).1.len() as u64

@@ -3,6 +3,7 @@
 //! Invariant I2: an entry changes only after everything it leads to has been written.
 
 use super::Meta;
+use super::overlap::OverlapChecks;
 use super::page::Page;
 use super::pending::Unlinked;
 use crate::error::{Error, ErrorKind, Result};
@@ -55,15 +56,16 @@ impl Meta {
             && self.has_data_file()
             && host.value() != offset.value()
         {
-            return Err(Error::corrupt(format!(
+            return Err(self.mark_corrupt(format!(
                 "l2 entry of guest offset {offset}: host offset {host} in the data file, allowed is {offset}"
             )));
         }
         Ok(run)
     }
 
+    /// An entry that cannot be right: an image open for writing is marked, so that nothing is built on it.
     fn entry_error(&self, offset: GuestOffset, error: FormatError) -> Error {
-        Error::corrupt(format!("l2 entry of guest offset {offset} is damaged")).with_source(error)
+        self.mark_corrupt(format!("l2 entry of guest offset {offset} is damaged")).with_source(error)
     }
 
     /// How far L1 entries without a table reach from `offset` on, at most `max_len`.
@@ -80,7 +82,7 @@ impl Meta {
     fn l1_entry(&self, index: L1Index) -> Result<L1Entry> {
         let raw = self.l1.entry(index);
         L1Entry::decode(raw, &self.geometry)
-            .map_err(|e| Error::corrupt(format!("l1 entry {index} is damaged")).with_source(e))
+            .map_err(|e| self.mark_corrupt(format!("l1 entry {index} is damaged")).with_source(e))
     }
 
     /// The L2 entry that maps `offset`, or `None` where there is no table.
@@ -202,6 +204,8 @@ impl Meta {
 
     /// Notes that `count` clusters from `first` on hold metadata from now on.
     pub(crate) fn note_metadata(&self, first: u64, count: u64) {
-        write(&self.metadata_clusters).insert(first, count);
+        if self.overlap_checks != OverlapChecks::NONE {
+            write(&self.metadata_clusters).insert(first, count);
+        }
     }
 }

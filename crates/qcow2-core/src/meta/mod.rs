@@ -6,6 +6,7 @@ pub(crate) mod cache;
 pub(crate) mod flush;
 pub(crate) mod grow;
 pub(crate) mod header;
+pub(crate) mod known;
 pub(crate) mod l1;
 pub(crate) mod mapping;
 pub(crate) mod overlap;
@@ -58,8 +59,13 @@ pub(crate) struct Meta {
     /// Whether the header's warnings for a changing image are on disk.
     pub(crate) changing: AtomicBool,
     pub(crate) writable: bool,
+    /// Opened to be repaired: damage is expected.
+    pub(crate) for_repair: bool,
     /// Whether freed host clusters are given back to the storage.
     pub(crate) discard_freed: bool,
+    /// Whether discarded and zeroed clusters keep their host clusters.
+    pub(crate) discard_no_unref: bool,
+    pub(crate) overlap_checks: overlap::OverlapChecks,
     pub(crate) rules: Rules,
 }
 
@@ -87,14 +93,16 @@ impl Meta {
     }
 
     /// Sets the header's corrupt bit and refuses every further change; returns the error to report. Where the bit cannot
-    /// be written (version 2, a failing storage) the refusal alone remains.
+    /// be written (version 2, a failing storage) the refusal alone remains. Whoever repairs knows already.
     pub(crate) fn mark_corrupt(&self, message: String) -> Error {
         let header = self.header();
-        if self.writable && header.version >= Version::V3 && !header.is_corrupt() {
+        if self.writable && !self.for_repair && header.version >= Version::V3 && !header.is_corrupt() {
             let marked = header.incompatible_features.with(IncompatibleFeatures::CORRUPT, true);
             let _ = self.update_header(&[header::Field::Incompatible(marked.bits())]);
         }
-        self.poisoned.store(true, Ordering::Release);
+        if !self.for_repair {
+            self.poisoned.store(true, Ordering::Release);
+        }
         Error::corrupt(message)
     }
 

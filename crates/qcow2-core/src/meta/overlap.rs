@@ -4,6 +4,66 @@
 
 use ::alloc::collections::BTreeMap;
 
+/// Which kinds of metadata guest data may not be written over. A write that would land there is refused and marks the
+/// image corrupt. What an image holds when it is opened is looked at kind by kind; tables that the engine itself places
+/// later are protected unless nothing is. The names are QEMU's (`overlap-check`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OverlapChecks(u16);
+
+impl OverlapChecks {
+    /// No check at all.
+    pub const NONE: Self = Self(0);
+    /// The header's cluster.
+    pub const MAIN_HEADER: Self = Self(1);
+    /// The active L1 table.
+    pub const ACTIVE_L1: Self = Self(1 << 1);
+    /// L2 tables of the active state.
+    pub const ACTIVE_L2: Self = Self(1 << 2);
+    /// The refcount table.
+    pub const REFCOUNT_TABLE: Self = Self(1 << 3);
+    /// Refcount blocks.
+    pub const REFCOUNT_BLOCK: Self = Self(1 << 4);
+    /// The snapshot table.
+    pub const SNAPSHOT_TABLE: Self = Self(1 << 5);
+    /// L1 tables of snapshots.
+    pub const INACTIVE_L1: Self = Self(1 << 6);
+    /// L2 tables of snapshots: opening the image reads all their L1 tables.
+    pub const INACTIVE_L2: Self = Self(1 << 7);
+    /// The bitmap directory.
+    pub const BITMAP_DIRECTORY: Self = Self(1 << 8);
+    /// What the header tells without reading anything.
+    pub const CONSTANT: Self = Self::MAIN_HEADER
+        .with(Self::ACTIVE_L1)
+        .with(Self::REFCOUNT_TABLE)
+        .with(Self::SNAPSHOT_TABLE)
+        .with(Self::BITMAP_DIRECTORY);
+    /// What is in memory anyway; the default.
+    pub const CACHED: Self =
+        Self::CONSTANT.with(Self::ACTIVE_L2).with(Self::REFCOUNT_BLOCK).with(Self::INACTIVE_L1);
+    /// Everything.
+    pub const ALL: Self = Self::CACHED.with(Self::INACTIVE_L2);
+
+    /// These kinds and those of `more`.
+    pub const fn with(self, more: Self) -> Self {
+        Self(self.0 | more.0)
+    }
+
+    /// These kinds without those of `less`.
+    pub const fn without(self, less: Self) -> Self {
+        Self(self.0 & !less.0)
+    }
+
+    /// Whether all kinds of `kinds` are among these.
+    pub const fn contains(self, kinds: Self) -> bool {
+        self.0 & kinds.0 == kinds.0
+    }
+
+    /// Whether any of `kinds` is among these.
+    pub(crate) const fn any_of(self, kinds: Self) -> bool {
+        self.0 & kinds.0 != 0
+    }
+}
+
 const CHUNK_BITS: u32 = 12;
 const CHUNK_WORDS: usize = 1 << (CHUNK_BITS - 6);
 

@@ -3,22 +3,22 @@
 use crate::error::{Error, Result};
 use crate::meta::Meta;
 use crate::open::read_words;
+use crate::walk::{Owner, Reference, Segment, SnapshotFault, TablePlace, Walk, overlay};
 use ::alloc::boxed::Box;
 use ::alloc::collections::BTreeMap;
 use ::alloc::format;
-use ::alloc::vec;
 use ::alloc::vec::Vec;
-use qcow2_format::bitmap::{Bitmap, BitmapTableEntry};
+use qcow2_format::bitmap::BitmapTableEntry;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::L2Entry;
-use qcow2_format::limit::{MAX_L1_ENTRIES, MAX_SNAPSHOT_TABLE_SIZE};
-use qcow2_format::snapshot::Snapshot;
 use qcow2_format::{FormatError, HostOffset};
 
 const CHUNK_BITS: u32 = 9;
 const CHUNK: usize = 1 << CHUNK_BITS;
 /// The most chunks that are kept: counts for 2^27 clusters, 1 GiB.
 const MAX_CHUNKS: usize = 1 << 18;
+/// The most L2 tables that are counted.
+const MAX_L2_TABLES: usize = 1 << 24;
 
 /// A count per host cluster; clusters that nobody refers to take no room.
 #[derive(Debug)]
@@ -48,9 +48,9 @@ impl ReferenceCounts {
         })
     }
 
-    /// Counts a reference to each of `count` clusters. Errors: `Corrupt` where they pass the end of the file: counting
-    /// them would take a refcount structure as large as the tables please.
-    pub(crate) fn add(&mut self, first: u64, count: u64) -> Result<()> {
+    /// Counts `times` references to each of `count` clusters. Errors: `Corrupt` where they pass the end of the file:
+    /// counting them would take a refcount structure as large as the tables please.
+    pub(crate) fn add(&mut self, first: u64, count: u64, times: u64) -> Result<()> {
         let end = first.saturating_add(count);
         if end > self.end {
             return Err(Error::corrupt(format!(
@@ -63,7 +63,8 @@ impl ReferenceCounts {
                 return Err(Error::corrupt("image uses too many clusters to recount its refcounts"));
             }
             let counts = self.chunks.entry(chunk).or_insert_with(|| Box::new([0; CHUNK]));
-            counts[cluster as usize % CHUNK] += 1;
+            let count = &mut counts[cluster as usize % CHUNK];
+            *count = count.saturating_add(times);
         }
         Ok(())
     }
@@ -75,60 +76,110 @@ fn damaged(what: &'static str) -> impl Fn(FormatError) -> Error {
 
 impl Meta {
     /// The references that header, tables and snapshots hold, but for the refcount structures themselves. Disk: reads
-    /// every table. Errors: `Corrupt` where a table is damaged, so that nothing may be concluded from it.
+    /// every table once, however often it is named. Errors: `Corrupt` where a table is damaged, so that nothing may be
+    /// concluded from it.
     pub(crate) fn count_references(&self) -> Result<ReferenceCounts> {
         let header = self.header();
-        let mut counts = ReferenceCounts::new(self.geometry.clusters_for(self.storage.len()?));
-        counts.add(0, 1)?;
-        self.count_tree(&mut counts, header.l1_table_offset, u64::from(header.l1_size))?;
-        if let Some(luks) = header.extensions.luks {
-            self.count_bytes(&mut counts, luks.offset, luks.len)?;
+        let walk = Walk::new(&*self.storage, &header)?;
+        let mut counts = ReferenceCounts::new(self.geometry.clusters_for(walk.file_len()));
+        let own = [Owner::RefcountTable, Owner::ActiveL1];
+        for Reference { offset, len, .. } in walk.header_references().filter(|r| !own.contains(&r.owner)) {
+            self.count_bytes(&mut counts, offset, len, 1)?;
         }
-        self.count_snapshots(&mut counts)?;
-        if let Some(bitmaps) = header.trusted_bitmaps() {
-            let mut directory = vec![0; bitmaps.directory_size as usize];
-            self.storage.read_padded(bitmaps.directory_offset, &mut directory)?;
-            self.count_bytes(&mut counts, bitmaps.directory_offset, bitmaps.directory_size)?;
-            for bitmap in
-                Bitmap::parse_directory(&directory, bitmaps.count).map_err(damaged("bitmap directory"))?
-            {
-                self.count_bitmap(&mut counts, &bitmap)?;
+        let mut l1_tables = ::alloc::vec![walk.active_l1()];
+        if header.nb_snapshots > 0 {
+            let mut lost = false;
+            // Entries that lack later fields still say where their tables are.
+            let table =
+                walk.snapshots(&mut |fault| lost |= !matches!(fault, SnapshotFault::Incomplete { .. }))?;
+            let (Some(table), false) = (table, lost) else {
+                return Err(Error::corrupt("snapshot table is damaged: refcounts cannot be recounted"));
+            };
+            self.count_bytes(&mut counts, header.snapshots_offset, table.len, 1)?;
+            l1_tables.extend(table.l1_tables);
+        }
+        let l2_tables = self.count_l1(&mut counts, &walk, &l1_tables)?;
+        for (table, times) in l2_tables {
+            self.count_l2(&mut counts, HostOffset::new(table), times)?;
+        }
+        if header.trusted_bitmaps().is_some() {
+            let (tables, fault) = walk.bitmaps()?;
+            if let Some(fault) = fault {
+                return Err(damaged("bitmap directory")(fault.error));
             }
+            self.count_bitmaps(&mut counts, &walk, &tables)?;
         }
         Ok(counts)
     }
 
-    fn count_bytes(&self, counts: &mut ReferenceCounts, start: HostOffset, len: u64) -> Result<()> {
+    fn count_bytes(
+        &self,
+        counts: &mut ReferenceCounts,
+        start: HostOffset,
+        len: u64,
+        times: u64,
+    ) -> Result<()> {
         if len == 0 {
             return Ok(());
         }
         let first = self.geometry.host_cluster(start).value();
         let last = start.value().checked_add(len - 1).ok_or_else(|| Error::corrupt("a table passes 2^64"))?;
-        counts.add(first, self.geometry.host_cluster(HostOffset::new(last)).value() - first + 1)
+        counts.add(first, self.geometry.host_cluster(HostOffset::new(last)).value() - first + 1, times)
     }
 
-    fn count_tree(&self, counts: &mut ReferenceCounts, l1: HostOffset, entries: u64) -> Result<()> {
-        self.count_bytes(counts, l1, entries * 8)?;
-        let size = self.geometry.cluster_size();
-        for raw in read_words(&*self.storage, l1, entries.min(MAX_L1_ENTRIES))? {
-            let entry = L1Entry::decode(raw, &self.geometry).map_err(damaged("l1 table"))?;
-            let Some(table) = entry.l2_table else { continue };
-            self.count_bytes(counts, table, size)?;
-            self.count_l2(counts, table)?;
+    /// Counts the clusters that tables occupy, a reference for each table; returns their entries, each part once.
+    fn count_places(&self, counts: &mut ReferenceCounts, tables: &[TablePlace]) -> Result<Vec<Segment>> {
+        let per_cluster = self.geometry.cluster_size() / 8;
+        let whole: Vec<TablePlace> = tables
+            .iter()
+            .map(|table| TablePlace { entries: table.entries.next_multiple_of(per_cluster), ..*table })
+            .collect();
+        for segment in overlay(&whole) {
+            self.count_bytes(counts, segment.offset, segment.len, segment.times)?;
         }
-        Ok(())
+        Ok(overlay(tables))
     }
 
-    fn count_l2(&self, counts: &mut ReferenceCounts, table: HostOffset) -> Result<()> {
+    /// Every L2 table with the number of L1 entries that lead to it.
+    fn count_l1(
+        &self,
+        counts: &mut ReferenceCounts,
+        walk: &Walk<'_>,
+        tables: &[TablePlace],
+    ) -> Result<BTreeMap<u64, u64>> {
+        let mut l2_tables = BTreeMap::new();
+        for segment in self.count_places(counts, tables)? {
+            let mut pieces = walk.pieces(segment.offset, segment.len);
+            while let Some((_, bytes)) = pieces.read_next()? {
+                for raw in qcow2_format::bytes::words(bytes).filter(|&raw| raw != 0) {
+                    let entry = L1Entry::decode(raw, &self.geometry).map_err(damaged("l1 table"))?;
+                    let Some(table) = entry.l2_table else { continue };
+                    let times = l2_tables.entry(table.value()).or_insert(0u64);
+                    *times = times.saturating_add(segment.times);
+                }
+                if l2_tables.len() > MAX_L2_TABLES {
+                    return Err(Error::corrupt("image has too many l2 tables to recount its refcounts"));
+                }
+            }
+        }
+        Ok(l2_tables)
+    }
+
+    fn count_l2(&self, counts: &mut ReferenceCounts, table: HostOffset, times: u64) -> Result<()> {
         let size = self.geometry.cluster_size();
+        self.count_bytes(counts, table, size, times)?;
+        let extent = self.storage.extent_at(table, size)?;
+        if !extent.data && extent.len >= size {
+            return Ok(());
+        }
         let words = read_words(&*self.storage, table, size / 8)?;
         for entry in words.chunks_exact((self.geometry.l2_entry_size() / 8) as usize) {
             let bitmap = entry.get(1).copied().unwrap_or(0);
             match self.l2_format.decode(entry[0], bitmap).map_err(damaged("l2 table"))? {
-                L2Entry::Compressed(stream) => self.count_bytes(counts, stream.host, stream.len)?,
+                L2Entry::Compressed(stream) => self.count_bytes(counts, stream.host, stream.len, times)?,
                 L2Entry::Standard(cluster) => {
                     if let (Some(host), false) = (cluster.host, self.has_data_file()) {
-                        self.count_bytes(counts, host, size)?;
+                        self.count_bytes(counts, host, size, times)?;
                     }
                 }
             }
@@ -136,41 +187,22 @@ impl Meta {
         Ok(())
     }
 
-    fn count_snapshots(&self, counts: &mut ReferenceCounts) -> Result<()> {
-        let header = self.header();
-        let mut at = header.snapshots_offset;
-        let mut bytes = vec![0; qcow2_format::snapshot::MAX_ENTRY_LEN];
-        let mut len = 0;
-        for _ in 0..header.nb_snapshots {
-            self.storage.read_padded(at, &mut bytes)?;
-            let parsed = Snapshot::parse(&bytes, header.size).map_err(damaged("snapshot table"))?;
-            self.count_tree(counts, parsed.snapshot.l1_table_offset, u64::from(parsed.snapshot.l1_size))?;
-            len += parsed.len as u64;
-            at = at
-                .checked_add(parsed.len as u64)
-                .ok_or_else(|| Error::corrupt("snapshot table passes 2^64"))?;
-            if len > MAX_SNAPSHOT_TABLE_SIZE {
-                return Err(Error::corrupt(format!(
-                    "snapshot table is longer than {MAX_SNAPSHOT_TABLE_SIZE} bytes"
-                )));
-            }
-        }
-        self.count_bytes(counts, header.snapshots_offset, len)
-    }
-
-    fn count_bitmap(&self, counts: &mut ReferenceCounts, bitmap: &Bitmap) -> Result<()> {
-        let entries = u64::from(bitmap.table_entries);
-        if entries * 8 > self.storage.len()?.max(self.geometry.cluster_size()) {
-            return Err(Error::corrupt(format!(
-                "bitmap table of {entries} entries is longer than the image file"
-            )));
-        }
-        self.count_bytes(counts, bitmap.table_offset, entries * 8)?;
-        let words: Vec<u64> = read_words(&*self.storage, bitmap.table_offset, entries)?;
-        for raw in words {
-            let entry = BitmapTableEntry::decode(raw, &self.geometry).map_err(damaged("bitmap table"))?;
-            if let BitmapTableEntry::Data(host) = entry {
-                self.count_bytes(counts, host, self.geometry.cluster_size())?;
+    fn count_bitmaps(
+        &self,
+        counts: &mut ReferenceCounts,
+        walk: &Walk<'_>,
+        tables: &[TablePlace],
+    ) -> Result<()> {
+        for segment in self.count_places(counts, tables)? {
+            let mut pieces = walk.pieces(segment.offset, segment.len);
+            while let Some((_, bytes)) = pieces.read_next()? {
+                for raw in qcow2_format::bytes::words(bytes) {
+                    let entry =
+                        BitmapTableEntry::decode(raw, &self.geometry).map_err(damaged("bitmap table"))?;
+                    if let BitmapTableEntry::Data(host) = entry {
+                        self.count_bytes(counts, host, self.geometry.cluster_size(), segment.times)?;
+                    }
+                }
             }
         }
         Ok(())

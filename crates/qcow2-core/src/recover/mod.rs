@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::image::Image;
 use crate::meta::Meta;
 use crate::meta::header::Field;
-use crate::open::known_metadata;
+use crate::meta::known::known_metadata;
 use crate::sync::{lock, write};
 use ::alloc::vec;
 use ::alloc::vec::Vec;
@@ -78,13 +78,13 @@ impl Meta {
             let refcounts = lock(&self.refcounts);
             (self.geometry.host_cluster(refcounts.table_offset).value(), refcounts.table_clusters)
         };
-        if own.add(first, count).is_err() {
+        if own.add(first, count, 1).is_err() {
             return Ok(None);
         }
         for &raw in table.iter().filter(|&&raw| raw != 0) {
             match decode_table_entry(raw, &self.geometry) {
                 Ok(None) => {}
-                Ok(Some(block)) if own.add(self.geometry.host_cluster(block).value(), 1).is_ok() => {}
+                Ok(Some(block)) if own.add(self.geometry.host_cluster(block).value(), 1, 1).is_ok() => {}
                 _ => return Ok(None),
             }
         }
@@ -126,8 +126,8 @@ impl Meta {
         self.storage.flush()?;
         self.update_header(&[Field::RefcountTable { offset: table_offset, clusters: table as u32 }])?;
         self.adopt_table(entries, table_offset, table);
-        let known =
-            known_metadata(&self.header(), &self.geometry, &self.l1.contents().1, &lock(&self.refcounts));
+        let tables = (&self.l1.contents().1[..], &*lock(&self.refcounts));
+        let known = known_metadata(&*self.storage, &self.header(), tables, self.overlap_checks)?;
         *write(&self.metadata_clusters) = known;
         Ok(())
     }

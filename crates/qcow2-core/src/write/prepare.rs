@@ -188,8 +188,9 @@ impl Image {
     fn edge(&self, range: GuestRange, change: &Change<'_>) -> Result<Vec<Edge>> {
         let base = self.meta.geometry.align_down(change.offset.value());
         let host = HostOffset::new(change.base.value() + (range.start().value() - base));
-        let inside =
-            GuestRange::between(range.start(), GuestOffset::new(range.end().value().min(self.size())));
+        // Behind the disk there is a machine's state, and its clusters are whole.
+        let limit = if range.start().value() < self.vm_state_offset() { self.size() } else { u64::MAX };
+        let inside = GuestRange::between(range.start(), GuestOffset::new(range.end().value().min(limit)));
         if self.crypt.is_plain() && self.has_nothing(inside)? {
             return Ok(zero_edges(host, range.len(), change.fresh));
         }

@@ -9,7 +9,7 @@ use crate::port::disk::GuestDisk;
 use crate::port::storage::ZeroMode;
 use crate::read::resolve::Place;
 use ::alloc::vec::Vec;
-use qcow2_format::l2::L2Entry;
+use qcow2_format::l2::{ClusterEntry, L2Entry};
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
 /// The most clusters that are changed under one claim.
@@ -102,17 +102,21 @@ impl Image {
         let place = self.meta.writable_place(offset)?;
         let count = wanted.min(place.entries());
         let backing = self.backing.is_some() || self.backing_unopened;
-        let (mut entries, mut unlinked, mut by_data) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut entries, mut by_data) = (Vec::new(), Vec::new());
+        let (mut unlinked, mut emptied) = (Vec::new(), Vec::new());
         for i in 0..count {
             let old = self.meta.entry(&place, i, offset)?;
             let start = if i == 0 { inside } else { 0 };
             let end = (inside + len - i * size).min(size);
             let unit = geometry.subcluster_size();
-            let plan = plan_zero(format, &old, mask(start / unit, end.div_ceil(unit)), kind, backing);
+            let plan_kind = self.kind_with_places_kept(kind, &old);
+            let plan = plan_zero(format, &old, mask(start / unit, end.div_ceil(unit)), plan_kind, backing);
             entries.push(match plan {
                 ZeroPlan::Change { entry, free } => {
-                    if free {
-                        unlinked.extend(self.unlinked(&old));
+                    match self.unlinked(&old) {
+                        Some(run) if free => unlinked.push(run),
+                        Some(run) if plan_kind != kind && end - start == size => emptied.push(run),
+                        _ => {}
                     }
                     entry
                 }
@@ -127,12 +131,38 @@ impl Image {
         // The file first: where that fails, guest and raw data file must not differ.
         self.zero_data_file(offset, done, kind)?;
         self.commit_zero(&place, &entries, &unlinked)?;
+        self.discard_emptied(&emptied);
         drop(claim);
         let base = offset.value() - inside;
         for (start, end) in by_data {
             self.write_zero_bytes(between(base + start, base + end))?;
         }
         Ok(done)
+    }
+
+    /// `kind` as far as one cluster is concerned: where places are to be kept, nothing is given up that can be written
+    /// again in place.
+    fn kind_with_places_kept(&self, kind: ZeroKind, old: &L2Entry) -> ZeroKind {
+        match (kind, old) {
+            (ZeroKind::Unmap | ZeroKind::Discard, L2Entry::Standard(ClusterEntry { host: Some(_), .. }))
+                if self.meta.discard_no_unref =>
+            {
+                ZeroKind::Keep
+            }
+            _ => kind,
+        }
+    }
+
+    /// Gives the space of clusters back that keep their place. The caller still claims them, so that no new bytes are in
+    /// there yet; a failed discard loses nothing.
+    fn discard_emptied(&self, emptied: &[Unlinked]) {
+        if !self.meta.discard_freed || self.meta.has_data_file() {
+            return;
+        }
+        let size = self.meta.geometry.cluster_size();
+        for run in emptied {
+            let _ = self.meta.storage.discard(HostOffset::new(run.first * size), run.count * size);
+        }
     }
 
     fn commit_zero(

@@ -30,6 +30,8 @@ pub(super) struct Start {
     backing: Vec<u8>,
     /// Whether freed clusters are given back to the storage.
     discard_freed: bool,
+    /// Whether discarded clusters keep their places.
+    discard_no_unref: bool,
     /// Bytes of tables in memory.
     cache: Option<u64>,
     /// What the guest sees.
@@ -63,7 +65,8 @@ impl Start {
         let data = shape.data_file.map(|_| data_file(&shape, &built, &guest));
         let backing_file = shape.backing.map(|_| PageBytes::from_bytes(&backing));
         let (discard_freed, cache) = (rng.one_in(3), rng.pick(&[None, Some(0), Some(4096)]));
-        Self { shape, image, data, backing_file, backing, discard_freed, cache, guest }
+        let discard_no_unref = shape.version3 && rng.one_in(3);
+        Self { shape, image, data, backing_file, backing, discard_freed, discard_no_unref, cache, guest }
     }
 
     /// How the image is opened for writing.
@@ -73,6 +76,7 @@ impl Start {
         options.codecs = codecs();
         options.keys = keys(&self.shape);
         options.discard_freed = self.discard_freed;
+        options.discard_no_unref = self.discard_no_unref;
         options.l2_cache_size = self.cache;
         options.refcount_cache_size = self.cache;
         options

@@ -18,6 +18,7 @@ mod table;
 mod target;
 #[cfg(test)]
 mod tests;
+mod vmstate;
 mod words;
 
 use crate::args::{Arguments, Getopt, Objects, Opt, Verb, print_verb_help, print_version};

@@ -31,10 +31,10 @@ pub(super) struct Outcome {
 }
 
 /// Why a request failed: the system's text for it.
-type Reason = String;
+pub(super) type Reason = String;
 
 /// Bytes that are moved at once where a request may go in pieces.
-const PIECE_LEN: u64 = 32 << 20;
+pub(super) const PIECE_LEN: u64 = 32 << 20;
 /// What a buffer holds before it is read into.
 const FRESH_BYTE: u8 = 0xab;
 
@@ -56,11 +56,11 @@ impl Target {
         while done < request.range.len || (done == 0 && request.range.len == 0) {
             let len = piece_len.min(request.range.len - done);
             let started = Instant::now();
-            let result = match request.vm_state {
-                true => Err(not_supported()),
-                false => fresh_buffer(&mut bytes, len)
-                    .and_then(|()| self.fill(request.range.offset + done, &mut bytes)),
-            };
+            let offset = request.range.offset + done;
+            let result = fresh_buffer(&mut bytes, len).and_then(|()| match request.vm_state {
+                true => self.read_vm_state(offset, &mut bytes),
+                false => self.fill(offset, &mut bytes),
+            });
             elapsed += started.elapsed();
             if let Err(reason) = result {
                 return Outcome::failure(format!("{name} failed: {reason}\n"));
@@ -106,7 +106,7 @@ impl Target {
         };
         let started = Instant::now();
         let result = match (&request.content, request.place) {
-            (_, Place::VmState) => Err(not_supported()),
+            (_, Place::VmState) => self.write_vm_state(request.range, &mut source),
             // As in the original, zeroes stay zeroes where compressed ones are asked for.
             (Content::Zeroes { may_unmap, only_fast }, _) => self.zero(request.range, *may_unmap, *only_fast),
             (_, Place::Compressed) => self.write_compressed(request.range, &mut source),
@@ -383,7 +383,7 @@ pub(super) fn reason(error: &Error) -> Reason {
     })
 }
 
-fn not_supported() -> Reason {
+pub(super) fn not_supported() -> Reason {
     os_error_text(NOT_SUPPORTED)
 }
 

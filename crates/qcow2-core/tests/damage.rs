@@ -1,0 +1,159 @@
+//! Damage that is met while an image is in use: refused, and the image marked.
+#![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
+
+use qcow2_core::{
+    CreateOptions, ErrorKind, GuestDisk, GuestOffset, HostOffset, Image, ImageFormat, NoResolver,
+    OpenOptions, OverlapChecks, ResolvedSource, Storage, create,
+};
+use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::storage::PageStorage;
+use std::sync::Arc;
+
+const CLUSTER: u64 = 65536;
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+const COPIED: u64 = 1 << 63;
+
+fn open(storage: &Arc<PageStorage>, options: &OpenOptions) -> qcow2_core::Result<Arc<Image>> {
+    let source = ResolvedSource {
+        storage: Arc::clone(storage) as Arc<dyn Storage>,
+        format: ImageFormat::Qcow2,
+        name: "pages".into(),
+        id: None,
+        resolver: Arc::new(NoResolver),
+    };
+    Image::open(source, options)
+}
+
+fn writable(checks: OverlapChecks) -> OpenOptions {
+    let mut options = OpenOptions::default();
+    options.writable = true;
+    options.overlap_checks = checks;
+    options
+}
+
+/// An image with four clusters of data, and where its L2 table is.
+fn image(version2: bool) -> (Arc<PageStorage>, u64) {
+    let storage = Arc::new(PageStorage::new(PageBytes::new()));
+    let mut options = CreateOptions::new(64 << 20);
+    if version2 {
+        options.version = qcow2_core::format::Version::V2;
+    }
+    create(&(Arc::clone(&storage) as Arc<dyn Storage>), None, &options).unwrap();
+    let image = open(&storage, &writable(OverlapChecks::CACHED)).unwrap();
+    image.write_at(GuestOffset::new(0), &[7; 4 * CLUSTER as usize]).unwrap();
+    image.close().unwrap();
+    let l1 = image.header().l1_table_offset.value();
+    (Arc::clone(&storage), word(&storage, l1) & OFFSET_MASK)
+}
+
+fn word(storage: &PageStorage, at: u64) -> u64 {
+    let mut bytes = [0; 8];
+    storage.read_at(HostOffset::new(at), &mut bytes).unwrap();
+    u64::from_be_bytes(bytes)
+}
+
+fn set_word(storage: &PageStorage, at: u64, value: u64) {
+    storage.write_at(HostOffset::new(at), &value.to_be_bytes()).unwrap();
+}
+
+fn all_bytes(storage: &PageStorage) -> Vec<u8> {
+    let mut bytes = vec![0; storage.len().unwrap() as usize];
+    storage.read_at(HostOffset::new(0), &mut bytes).unwrap();
+    bytes
+}
+
+fn is_marked(storage: &Arc<PageStorage>) -> bool {
+    open(storage, &OpenOptions::default()).unwrap().header().is_corrupt()
+}
+
+#[test]
+fn a_damaged_entry_marks_an_image_that_is_open_for_writing() {
+    for (version2, for_writing) in [(false, true), (true, true), (false, false)] {
+        let (storage, l2) = image(version2);
+        set_word(&storage, l2 + 8, COPIED | 0x51200);
+        let mut options = writable(OverlapChecks::CACHED);
+        options.writable = for_writing;
+        let opened = open(&storage, &options).unwrap();
+        let before = all_bytes(&storage);
+        let mut sector = [0; 512];
+        let error = opened.read_at(GuestOffset::new(CLUSTER), &mut sector).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        opened.read_at(GuestOffset::new(0), &mut sector).unwrap();
+        assert_eq!(sector, [7; 512], "other data is still read");
+        assert_eq!(is_marked(&storage), for_writing && !version2);
+        if !for_writing {
+            assert!(all_bytes(&storage) == before, "reading writes nothing");
+            continue;
+        }
+        let error = opened.write_at(GuestOffset::new(0), &[8; 512]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Poisoned);
+        let again = open(&storage, &writable(OverlapChecks::CACHED)).map(|_| ());
+        let kind = again.map_err(|error| error.kind());
+        assert_eq!(kind, if version2 { Ok(()) } else { Err(ErrorKind::Corrupt) });
+    }
+}
+
+/// Gives the image a snapshot whose tables lie behind everything else; returns their places: table, L1, L2.
+fn add_snapshot(storage: &PageStorage) -> [u64; 3] {
+    let end = storage.len().unwrap().next_multiple_of(CLUSTER);
+    let (table, l1, l2) = (end, end + CLUSTER, end + 2 * CLUSTER);
+    let snapshot = qcow2_core::format::snapshot::Snapshot {
+        l1_table_offset: HostOffset::new(l1),
+        l1_size: 1,
+        id: b"1".to_vec(),
+        name: b"one".to_vec(),
+        date_seconds: 0,
+        date_nanoseconds: 0,
+        vm_clock_nanoseconds: 0,
+        vm_state_size: 0,
+        disk_size: 64 << 20,
+        icount: None,
+        unknown_extra: Vec::new(),
+    };
+    let mut bytes = Vec::new();
+    snapshot.encode(&mut bytes).unwrap();
+    storage.write_at(HostOffset::new(table), &bytes).unwrap();
+    set_word(storage, l1, l2);
+    storage.write_at(HostOffset::new(l2), &[0; CLUSTER as usize]).unwrap();
+    storage.write_at(HostOffset::new(60), &1u32.to_be_bytes()).unwrap();
+    set_word(storage, 64, table);
+    [table, l1, l2]
+}
+
+/// Data mapped to `place`, written under `checks`: whether the write happened.
+fn is_overwritten(storage: &Arc<PageStorage>, l2: u64, place: u64, checks: OverlapChecks) -> bool {
+    let storage = Arc::new(PageStorage::new(storage.bytes()));
+    set_word(&storage, l2 + 16, COPIED | place);
+    let before = word(&storage, place + 4096);
+    let image = open(&storage, &writable(checks)).unwrap();
+    let result = image.write_at(GuestOffset::new(2 * CLUSTER + 4096), &[0xee; 512]);
+    let overwritten = word(&storage, place + 4096) != before;
+    assert_eq!(result.is_ok(), overwritten);
+    assert_eq!(is_marked(&storage), !overwritten);
+    overwritten
+}
+
+#[test]
+fn guest_data_is_not_written_over_metadata() {
+    let (storage, l2) = image(false);
+    let [table, snapshot_l1, snapshot_l2] = add_snapshot(&storage);
+    let header = open(&storage, &OpenOptions::default()).unwrap().header();
+    let refcount_table = header.refcount_table_offset.value();
+    let block = word(&storage, refcount_table);
+    for (place, kind) in [
+        (header.l1_table_offset.value(), OverlapChecks::ACTIVE_L1),
+        (l2, OverlapChecks::ACTIVE_L2),
+        (refcount_table, OverlapChecks::REFCOUNT_TABLE),
+        (block, OverlapChecks::REFCOUNT_BLOCK),
+        (table, OverlapChecks::SNAPSHOT_TABLE),
+        (snapshot_l1, OverlapChecks::INACTIVE_L1),
+        (snapshot_l2, OverlapChecks::INACTIVE_L2),
+    ] {
+        assert!(!is_overwritten(&storage, l2, place, OverlapChecks::ALL), "{kind:?}");
+        assert!(!is_overwritten(&storage, l2, place, kind), "{kind:?} alone");
+        let by_default = is_overwritten(&storage, l2, place, OverlapChecks::CACHED);
+        assert_eq!(by_default, kind == OverlapChecks::INACTIVE_L2, "{kind:?}");
+        assert!(is_overwritten(&storage, l2, place, OverlapChecks::ALL.without(kind)), "not {kind:?}");
+        assert!(is_overwritten(&storage, l2, place, OverlapChecks::NONE), "{kind:?}");
+    }
+}
