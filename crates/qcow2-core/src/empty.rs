@@ -7,7 +7,7 @@
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::meta::Meta;
-use crate::open::known_metadata;
+use crate::meta::known::known_metadata;
 use crate::port::disk::GuestDisk;
 use crate::port::storage::StorageErrorKind;
 use crate::sync::{lock, write};
@@ -93,8 +93,8 @@ impl Meta {
         self.write_blocks(&blocks, &used)?;
         self.storage.flush()?;
         self.adopt_table(table, table_offset, table_clusters);
-        let known =
-            known_metadata(&self.header(), &self.geometry, &self.l1.contents().1, &lock(&self.refcounts));
+        let tables = (&self.l1.contents().1[..], &*lock(&self.refcounts));
+        let known = known_metadata(&*self.storage, &self.header(), tables, self.overlap_checks)?;
         *write(&self.metadata_clusters) = known;
         self.cut_after(used.last().map_or(1, |last| last + 1))
     }
