@@ -154,9 +154,9 @@ impl Image {
     }
 
     /// Gives the space of clusters back that keep their place. The caller still claims them, so that no new bytes are in
-    /// there yet; a failed discard loses nothing.
+    /// there yet; a failed discard loses nothing. Encrypted bytes stay, see [`zero_data_file`](Self::zero_data_file).
     fn discard_emptied(&self, emptied: &[Unlinked]) {
-        if !self.meta.discard_freed || self.meta.has_data_file() {
+        if !self.meta.discard_freed || self.meta.has_data_file() || !self.crypt.is_plain() {
             return;
         }
         let size = self.meta.geometry.cluster_size();
