@@ -125,9 +125,8 @@ fn a_discarded_cluster_keeps_its_place_where_that_is_asked_for() {
         image.discard(GuestRange::new(GuestOffset::new(0), 2 << 16).unwrap()).unwrap();
         let zeroed = GuestRange::new(GuestOffset::new(2 << 16), 1 << 16).unwrap();
         image.write_zeroes(zeroed, ZeroMode::MayUnmap).unwrap();
-        for i in 0..3 {
-            let wanted = if keep { Some(before[i]) } else { None };
-            assert_eq!(place_of(&image, (i as u64) << 16), (wanted, true));
+        for (i, place) in before.iter().enumerate() {
+            assert_eq!(place_of(&image, (i as u64) << 16), (keep.then_some(*place), true));
         }
         image.write_at(GuestOffset::new(1 << 16), &[9; 512]).unwrap();
         if keep {
