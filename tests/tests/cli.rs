@@ -1,6 +1,6 @@
 //! The command against qemu-img: the same exit code, the same words on both streams, and images with the same content.
 //!
-//! `cli/lines.txt` has the command lines, `cli/different.txt` those where we differ on purpose, with the reason.
+//! `cli/lines.txt` and `cli/names.txt` have the command lines, `cli/different.txt` those where we differ on purpose, with the reason.
 //! `QCOW2_LINES=resize` runs those that begin so.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
@@ -17,6 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const LINES: &str = include_str!("cli/lines.txt");
+const NAMES: &str = include_str!("cli/names.txt");
 const DIFFERENT: &str = include_str!("cli/different.txt");
 
 /// Every line that should be the same is, and every line that is listed as different still is.
@@ -26,7 +27,7 @@ fn same_words_same_codes_same_content() {
     let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make_start) else { return };
     let different: Vec<&str> = entries(DIFFERENT).collect();
     let wanted = std::env::var("QCOW2_LINES").unwrap_or_default();
-    let lines = entries(LINES).chain(different.iter().copied());
+    let lines = entries(LINES).chain(entries(NAMES)).chain(different.iter().copied());
     let lines: Vec<&str> = lines.filter(|line| line.starts_with(&wanted)).collect();
     let (next, wrong) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let worker = || loop {

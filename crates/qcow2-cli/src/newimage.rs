@@ -4,10 +4,11 @@
 //! that fails is taken away.
 
 use crate::failure::Failure;
+use crate::imagename::{NewTarget, Node};
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::newfile::NewFile;
-use crate::open::is_block_device;
+use crate::open::{is_block_device, open_existing};
 use crate::render::qemu_text;
 use qcow2_core::format::{CompressionType, FormatErrorKind, Version};
 use qcow2_core::{Preallocation, Storage, StorageError};
@@ -18,7 +19,15 @@ use std::sync::Arc;
 
 /// Makes the image `path` as `options` say. The files are noted with `interrupts` until they are finished there.
 /// Errors: in QEMU's words, without the file's name.
-pub(crate) fn make(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Result<(), Failure> {
+pub(crate) fn make(
+    target: &NewTarget,
+    options: &ImageOptions,
+    interrupts: &Interrupts,
+) -> Result<(), Failure> {
+    let path = match target {
+        NewTarget::File(path) => path,
+        NewTarget::Existing(node) => return make_in_existing(node, options),
+    };
     match options.format() {
         TargetFormat::Raw => make_raw(path, options, interrupts),
         TargetFormat::Qcow2 => make_qcow2(path, options, interrupts),
@@ -37,16 +46,41 @@ fn make_raw(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Resu
     }
     let storage = open_empty(path, file, interrupts)?;
     if is_block_device(path) {
-        return fit_device(&*storage, size);
+        return fit_device(&*storage, size, "device files");
     }
     qcow2_ops::create_raw(&storage, &request).map_err(|error| failed(&error, &request_words(size)))
 }
 
+/// A server's disk is there already: it must be large enough, and loses the beginning that an older image may have.
+fn make_in_existing(node: &Node, options: &ImageOptions) -> Result<(), Failure> {
+    let size = options.number("size").unwrap_or(0);
+    let storage = open_existing(node).map_err(|failure| {
+        Failure::new(format!(
+            "Protocol driver '{}' does not support creating new images, so an existing image must be selected as \
+             the target; however, opening the given target as an existing image failed: {}",
+            node.driver().name(),
+            failure.without_name()
+        ))
+    })?;
+    match options.format() {
+        TargetFormat::Raw => fit_device(&*storage, size, "NBD nodes"),
+        TargetFormat::Qcow2 => {
+            if options.text("data_file").is_some() {
+                return Err(Failure::new("A data file is a file beside the image, which is none here"));
+            }
+            let request = qcow2_request(options)?;
+            plan(&request).map_err(|refusal| Failure::new(qemu_text::refusal(&refusal)))?;
+            qcow2_ops::create(&storage, None, &request)
+                .map_err(|error| failed(&error, &backing_words(&request)))
+        }
+    }
+}
+
 /// A raw image on a device is the device as it is, if that is large enough.
-fn fit_device(device: &dyn Storage, size: u64) -> Result<(), Failure> {
+fn fit_device(device: &dyn Storage, size: u64, what: &str) -> Result<(), Failure> {
     match device.len() {
         Ok(len) if len >= size => Ok(()),
-        Ok(_) => Err(Failure::new("Cannot grow device files")),
+        Ok(_) => Err(Failure::new(format!("Cannot grow {what}"))),
         Err(error) => Err(Failure::new(qemu_text::storage(&error))),
     }
 }

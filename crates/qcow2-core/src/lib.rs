@@ -40,6 +40,7 @@ pub use open::{Codecs, Layers, OpenOptions};
 pub use port::cipher::{CIPHER_SECTOR, ClusterCipher, EncryptedLayer, Keyring, SectorNumbering, UnlockError};
 pub use port::codec::{ClusterCodec, CodecError};
 pub use port::disk::{DiskExtent, ExtentState, GuestDisk};
+pub use port::event::{Event, Events};
 pub use port::resolver::{
     ImageFormat, NoResolver, Reference, ResolveError, ResolvedSource, Resolver, SourceId,
 };

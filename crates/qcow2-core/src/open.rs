@@ -283,6 +283,7 @@ fn build_meta(
         discard_no_unref: options.discard_no_unref,
         overlap_checks: options.overlap_checks,
         rules: rules(options),
+        events: source.storage.events(),
     })
 }
 

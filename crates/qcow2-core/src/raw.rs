@@ -2,6 +2,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::disk::{DiskExtent, ExtentState, GuestDisk};
+use crate::port::event::{Event, Events};
 use crate::port::storage::{Storage, ZeroMode};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use ::alloc::format;
@@ -13,18 +14,26 @@ pub struct RawDisk {
     storage: Arc<dyn Storage>,
     size: AtomicU64,
     writable: bool,
+    events: Option<Arc<dyn Events>>,
 }
 
 impl RawDisk {
     /// A disk of the storage's present length. Disk: asks for the length only. Errors: `Storage`.
     pub fn new(storage: Arc<dyn Storage>, writable: bool) -> Result<Self> {
         let size = AtomicU64::new(storage.len()?);
-        Ok(Self { storage, size, writable })
+        let events = storage.events();
+        Ok(Self { storage, size, writable, events })
     }
 
     /// The bytes underneath.
     pub fn storage(&self) -> &Arc<dyn Storage> {
         &self.storage
+    }
+
+    fn event(&self, event: Event) {
+        if let Some(events) = &self.events {
+            events.event(event);
+        }
     }
 
     fn check(&self, range: Option<GuestRange>) -> Result<GuestRange> {
@@ -53,11 +62,13 @@ impl GuestDisk for RawDisk {
 
     fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
         self.check(GuestRange::new(offset, buf.len() as u64))?;
+        self.event(Event::ReadAio);
         Ok(self.storage.read_padded(host(offset), buf)?)
     }
 
     fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
         self.check_change(GuestRange::new(offset, buf.len() as u64))?;
+        self.event(Event::WriteAio);
         Ok(self.storage.write_at(host(offset), buf)?)
     }
 
@@ -72,6 +83,7 @@ impl GuestDisk for RawDisk {
     }
 
     fn flush(&self) -> Result<()> {
+        self.event(Event::FlushToDisk);
         Ok(self.storage.flush()?)
     }
 

@@ -9,6 +9,7 @@ use crate::image::Image;
 use crate::meta::header::Field;
 use crate::meta::pending::Unlinked;
 use crate::port::disk::GuestDisk;
+use crate::port::event::Event;
 use crate::sync::atomic::Ordering;
 use crate::sync::{lock, write};
 use crate::write::plan::ZeroKind;
@@ -93,8 +94,10 @@ impl Image {
         table.resize(entries as usize, 0);
         let place = meta.allocate_metadata(meta.geometry.clusters_for(entries * 8))?;
         let bytes: ::alloc::vec::Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        meta.event(Event::L1GrowWriteTable);
         meta.storage.write_at(place.offset, &bytes)?;
         meta.flush()?;
+        meta.event(Event::L1GrowActivateTable);
         meta.update_header(&[Field::L1 { entries: entries as u32, offset: place.offset }])?;
         meta.l1.replace(place.offset, table);
         let first = meta.geometry.host_cluster(old_offset).value();

@@ -9,6 +9,10 @@
 //! | fewer or more flushes than the caller asks for | [`CacheMode`], [`NoFlush`], [`FlushEachWrite`] |
 //! | to know which calls reach a storage | [`TraceStorage`] |
 //! | a full disk to order | [`LimitStorage`] |
+//! | calls that fail at chosen steps of the engine | [`BlkdebugStorage`] |
+//! | a part of a storage | [`WindowStorage`] |
+//! | a disk that a server shows (NBD) | [`NbdStorage`] |
+//! | a disk of nothing | [`NullStorage`] |
 //! | to test an adapter of your own | `conformance` (a feature) |
 #![deny(unsafe_code)]
 
@@ -21,6 +25,8 @@ mod file;
 mod layer;
 mod lock;
 mod memory;
+mod nbd;
+mod null;
 mod open;
 mod probe;
 mod resolve;
@@ -30,10 +36,13 @@ mod sys;
 pub use error::{OsError, os_error_text};
 pub use file::FileStorage;
 pub use layer::{
-    CacheMode, FlushEachWrite, LimitStorage, NoFlush, StorageCall, StorageCounts, StorageEvent, TraceStorage,
+    BlkdebugStorage, CacheMode, DebugAction, DebugCall, DebugRule, Debugger, FlushEachWrite, Injection,
+    LimitStorage, NoFlush, StopNews, StorageCall, StorageCounts, StorageEvent, TraceStorage, WindowStorage,
 };
 pub use lock::{LockConflict, Locking, Permission};
 pub use memory::MemoryStorage;
+pub use nbd::{NbdAddress, NbdError, NbdStorage};
+pub use null::NullStorage;
 pub use open::{Create, OpenError, OpenErrorKind, OpenFile};
 pub use probe::{format_from_name, probe_format};
 pub use resolve::{FileResolver, Policy, SourceError, SourceOptions, open_source};

@@ -111,7 +111,14 @@ fn failure(error: &Error) -> Failure {
         _ => exit::COMPARE_OPEN,
     };
     let text = match error.core_error() {
-        Some(engine) => format!("{error}: {}", qemu_text::cause(engine)),
+        Some(_) if error.kind() == ErrorKind::Extents => {
+            let text = error.to_string();
+            let name = text.split_once(" of ").map_or("", |(_, name)| name);
+            format!("Sector allocation test failed for {name}")
+        }
+        Some(engine) => {
+            format!("{}: {}", qemu_text::capitalized(&error.to_string()), qemu_text::cause(engine))
+        }
         None => qemu_text::chain(error),
     };
     Failure::new(text).with_code(code)

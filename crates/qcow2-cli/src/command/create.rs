@@ -3,7 +3,7 @@
 use crate::args::{Arguments, ImageArgs, Objects, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::{ImageName, file_path};
+use crate::imagename::{ImageName, NewTarget, new_target};
 use crate::imageopts::{ImageOptions, TargetFormat, print_options};
 use crate::interrupt::Interrupts;
 use crate::newimage;
@@ -21,17 +21,15 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     };
     let about = |failure: Failure| failure.about(&request.filename);
     let options = settle(&request).map_err(about)?;
-    let path = file_path(&request.filename);
-    if let Err(reason) = path.as_ref().map(|_| ()).map_err(String::clone)
-        && !request.filename.is_empty()
-    {
-        return Err(about(Failure::new(reason)));
-    }
+    let target = match new_target(&request.filename) {
+        Err(reason) if !request.filename.is_empty() => return Err(about(Failure::new(reason))),
+        target => target.unwrap_or(NewTarget::File(String::new())),
+    };
     if !request.quiet {
         session.print(&format!("{}\n", options.announcement(&request.filename)))?;
     }
     let interrupts = Interrupts::install();
-    let made = newimage::make(&path.unwrap_or_default(), &options, &interrupts);
+    let made = newimage::make(&target, &options, &interrupts);
     match made {
         Ok(()) => interrupts.finish_files(),
         Err(failure) => {

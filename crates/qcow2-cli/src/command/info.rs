@@ -4,7 +4,7 @@ use crate::args::{Arguments, ImageArgs, Objects, Opt, OutputFormat};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
-use crate::open::{OpenAs, is_block_device, open_file};
+use crate::open::{OpenAs, OpenedFile, open_nodes};
 use crate::render::info::{NamedInfo, to_json, to_text};
 use crate::render::{json, qemu_text};
 use crate::session::Session;
@@ -59,7 +59,7 @@ fn look(request: &Request) -> Result<Vec<NamedInfo>, Failure> {
     let mut args = request.image.clone();
     let mut next = Some(ImageName::parse(&request.filename, &args)?);
     while let Some(name) = next.take() {
-        let source = open_file(&name, &args, OpenAs::LOOK)?;
+        let OpenedFile { source, mut nodes, .. } = open_nodes(&name, &args, OpenAs::LOOK)?;
         if source.id.is_some_and(|id| !seen.insert(id)) {
             let message = format!("Backing file '{}' creates an infinite loop.", name.typed);
             return Err(Failure::new(message));
@@ -72,13 +72,17 @@ fn look(request: &Request) -> Result<Vec<NamedInfo>, Failure> {
                 }
             })?;
         let backing = report.qcow2.as_ref().and_then(|qcow2| qcow2.backing.clone());
-        let full_backing = backing.as_ref().map(|b| full_name(&name.path, &b.name));
+        let full_backing = backing.as_ref().map(|b| full_name(name.path().unwrap_or_default(), &b.name));
         if let Some((backing, full)) = backing.zip(full_backing.clone()).filter(|_| request.chain) {
             args = ImageArgs { format: backing.format, image_opts: false, ..args };
             next = Some(ImageName::parse(&full, &args)?);
         }
-        let device = is_block_device(&name.path);
-        infos.push(NamedInfo { filename: name.path, full_backing, device, report });
+        let format = match name.node.driver().is_protocol() {
+            true => nodes.remove(0).driver,
+            false if report.qcow2.is_some() => "qcow2",
+            false => "raw",
+        };
+        infos.push(NamedInfo { filename: source.name, format, full_backing, nodes, report });
     }
     Ok(infos)
 }

@@ -68,7 +68,8 @@ fn walk(
 ) -> Result<(), Failure> {
     let (mut pending, mut failed) = (String::new(), None);
     let mut visit = |extent: &MapExtent| {
-        let done = row(extent).and_then(|text| {
+        let host = extent.host.and_then(|host| host.checked_add(opened.host_start));
+        let done = row(&MapExtent { host, ..*extent }).and_then(|text| {
             pending.push_str(&text);
             if pending.len() < PIECE { Ok(()) } else { session.print(&std::mem::take(&mut pending)) }
         });

@@ -1,6 +1,7 @@
 //! What `info` shows, as JSON and for people.
 
 use super::human;
+use crate::open::NodeFacts;
 use qcow2_core::format::bitmap::Bitmap;
 use qcow2_core::format::crypt::{LuksHeader, LuksSlot};
 use qcow2_core::format::snapshot::Snapshot;
@@ -16,8 +17,10 @@ pub(crate) struct NamedInfo {
     pub(crate) filename: String,
     /// Where the backing file's name leads, if there is one.
     pub(crate) full_backing: Option<String>,
-    /// Whether it is a block device.
-    pub(crate) device: bool,
+    /// The name of its format.
+    pub(crate) format: &'static str,
+    /// What the format stands on, from the top.
+    pub(crate) nodes: Vec<NodeFacts>,
     /// What was learned.
     pub(crate) report: InfoReport,
 }
@@ -28,21 +31,22 @@ pub(crate) fn to_json(info: &NamedInfo) -> Value {
     let qcow2 = report.qcow2.as_ref();
     let backing = qcow2.and_then(|q| q.backing.as_ref());
     let snapshots = qcow2.map(|q| &q.snapshots).filter(|snapshots| !snapshots.is_empty());
+    let flag = qcow2.is_some() || info.format == "file" || is_on_file(&info.nodes);
     let encrypted = qcow2.is_some_and(|q| q.encryption.is_some());
     Fields::default()
-        .put("children", json!([{"name": "file", "info": file_json(info)}]))
+        .put("children", children_json(&info.nodes))
         .put_some("snapshots", snapshots.map(|s| s.iter().map(snapshot_json).collect::<Value>()))
         .put_some("backing-filename-format", backing.and_then(|b| b.format.as_deref()))
         .put("virtual-size", sectors(report.virtual_size))
         .put("filename", &*info.filename)
         .put_some("cluster-size", qcow2.map(|q| q.cluster_size))
-        .put("format", format_name(report))
+        .put("format", info.format)
         .put_some("actual-size", report.used_bytes)
         .put_some("format-specific", qcow2.map(|q| json!({"type": "qcow2", "data": specific_json(q)})))
         .put_some("full-backing-filename", info.full_backing.as_deref().filter(|_| backing.is_some()))
         .put_some("encrypted", encrypted.then_some(true))
         .put_some("backing-filename", backing.map(|b| &*b.name))
-        .put("dirty-flag", qcow2.is_some_and(|q| q.dirty))
+        .put_some("dirty-flag", flag.then(|| qcow2.is_some_and(|q| q.dirty)))
         .into_value()
 }
 
@@ -53,17 +57,13 @@ pub(crate) fn to_text(info: &NamedInfo) -> String {
     let filename = human::escaped(&info.filename);
     let mut out = String::new();
     let _ = writeln!(out, "image: {filename}");
-    let _ = writeln!(out, "file format: {}", format_name(report));
+    let _ = writeln!(out, "file format: {}", info.format);
     let _ = writeln!(out, "virtual size: {}", size_and_bytes(report.virtual_size));
     let _ = writeln!(out, "disk size: {disk_size}");
     if let Some(qcow2) = &report.qcow2 {
         push_qcow2(&mut out, qcow2, info.full_backing.as_deref());
     }
-    out.push_str("Child node '/file':\n");
-    let _ = writeln!(out, "    filename: {filename}");
-    let _ = writeln!(out, "    protocol type: {}", protocol(info));
-    let _ = writeln!(out, "    file length: {}", size_and_bytes(report.storage_len));
-    let _ = writeln!(out, "    disk size: {disk_size}");
+    push_nodes(&mut out, &info.nodes);
     out
 }
 
@@ -116,16 +116,42 @@ pub(crate) fn specific_text(qcow2: &Qcow2Info) -> String {
     format!("Format specific information:\n{}", human::tree(&specific_json(qcow2), 1))
 }
 
-fn file_json(info: &NamedInfo) -> Value {
-    Fields::default()
-        .put("children", json!([]))
-        .put("virtual-size", sectors(info.report.storage_len))
-        .put("filename", &*info.filename)
-        .put("format", protocol(info))
-        .put_some("actual-size", info.report.used_bytes)
-        .put("format-specific", json!({"type": "file", "data": {}}))
-        .put("dirty-flag", false)
-        .into_value()
+/// Each node below a heading of its own, the later ones further in.
+fn push_nodes(out: &mut String, nodes: &[NodeFacts]) {
+    let mut path = String::new();
+    for (depth, node) in nodes.iter().enumerate() {
+        let indent = " ".repeat(4 * depth);
+        let _ = write!(path, "/{}", node.role);
+        let _ = writeln!(out, "{indent}Child node '{path}':");
+        let disk_size = node.used.map_or_else(|| "unavailable".to_owned(), human::size);
+        let labels = match depth + 1 == nodes.len() {
+            true => ["filename", "protocol type", "file length"],
+            false => ["image", "file format", "virtual size"],
+        };
+        let values = [human::escaped(&node.filename), node.driver.to_owned(), size_and_bytes(node.len)];
+        for (label, value) in labels.iter().zip(values) {
+            let _ = writeln!(out, "{indent}    {label}: {value}");
+        }
+        let _ = writeln!(out, "{indent}    disk size: {disk_size}");
+    }
+}
+
+fn children_json(nodes: &[NodeFacts]) -> Value {
+    let Some((node, below)) = nodes.split_first() else { return json!([]) };
+    let info = Fields::default()
+        .put("children", children_json(below))
+        .put("virtual-size", sectors(node.len))
+        .put("filename", &*node.filename)
+        .put("format", node.driver)
+        .put_some("actual-size", node.used)
+        .put_some("format-specific", node.is_file.then(|| json!({"type": "file", "data": {}})))
+        .put_some("dirty-flag", is_on_file(nodes).then_some(false))
+        .into_value();
+    json!([{"name": node.role, "info": info}])
+}
+
+fn is_on_file(nodes: &[NodeFacts]) -> bool {
+    nodes.last().is_some_and(|node| node.is_file)
 }
 
 fn specific_json(qcow2: &Qcow2Info) -> Value {
@@ -227,14 +253,6 @@ impl Fields {
     fn into_value(self) -> Value {
         Value::Object(self.0)
     }
-}
-
-fn protocol(info: &NamedInfo) -> &'static str {
-    if info.device { "host_device" } else { "file" }
-}
-
-fn format_name(report: &InfoReport) -> &'static str {
-    if report.qcow2.is_some() { "qcow2" } else { "raw" }
 }
 
 /// Sizes are shown in whole sectors, as qemu-img's block layer has them.

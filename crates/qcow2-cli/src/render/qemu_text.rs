@@ -200,7 +200,8 @@ fn table_name(table: Table) -> &'static str {
     }
 }
 
-fn capitalized(text: &str) -> String {
+/// With a large first letter.
+pub(crate) fn capitalized(text: &str) -> String {
     let mut chars = text.chars();
     chars.next().map_or_else(String::new, |first| first.to_uppercase().chain(chars).collect())
 }

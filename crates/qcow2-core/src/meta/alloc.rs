@@ -7,6 +7,7 @@ use super::Meta;
 use super::page::Page;
 use super::pending::Unlinked;
 use crate::error::{Error, ErrorKind, Result};
+use crate::port::event::Event;
 use crate::port::storage::ZeroMode;
 use crate::sync::{lock, read, write};
 use ::alloc::collections::BTreeSet;
@@ -72,6 +73,7 @@ impl Meta {
     }
 
     fn reserve(&self, want: u64, exact: bool) -> Result<Reserved> {
+        self.event(Event::ClusterAlloc);
         let mut refcounts = lock(&self.refcounts);
         let (first, count, lowest) = self.find_free(&mut refcounts, want.max(1), exact)?;
         if first + count > MAX_HOST_END >> self.geometry.cluster_bits() {
@@ -162,6 +164,9 @@ impl Meta {
             .checked_add(word * 8)
             .ok_or_else(|| Error::corrupt(format!("refcount block at {block} passes 2^64")))?;
         let (start, _) = self.refcount_cache.locate(at);
+        if self.events.is_some() && self.refcount_cache.cached(start).is_none() {
+            self.event(Event::RefblockLoad);
+        }
         let page = self.refcount_cache.load(&*self.storage, start)?;
         let per_page = self.refcount_cache.page_size() * 8 / u64::from(width.bits());
         let base = cluster - number % per_page;
@@ -207,6 +212,7 @@ impl Meta {
         if self.storage.len()? > offset.value() {
             self.storage.write_zeroes(offset, size, ZeroMode::KeepAllocated)?;
         }
+        self.event(Event::RefblockAlloc);
         refcounts.table[index as usize] = encode_table_entry(Some(offset));
         if let Err(error) = self.set_refcount(refcounts, cluster, 1) {
             // A block that does not count itself must not stay.
@@ -278,6 +284,7 @@ impl Meta {
     /// Frees what nobody can see any more, giving the space back to the storage first where that is wanted.
     pub(crate) fn free_reusable(&self, runs: &[Unlinked]) -> Result<()> {
         if !runs.is_empty() {
+            self.event(Event::ClusterFree);
             self.expanded.clear();
         }
         for run in runs {

@@ -16,6 +16,7 @@ use super::cache::join_runs;
 use super::page::{DirtyRun, SECTOR_SIZE};
 use super::pending::Unlinked;
 use crate::error::Result;
+use crate::port::event::Event;
 use crate::rules::OrderingRule;
 use crate::sync::atomic::Ordering;
 use crate::sync::{lock, write};
@@ -82,6 +83,7 @@ impl Meta {
     }
 
     fn flush_round(&self) -> Result<()> {
+        self.event(Event::FlushToOs);
         let links = self.take_links();
         if !self.rules.keep(OrderingRule::UnlinkBeforeFree) {
             self.free_reusable(&links.unlinked)?;
@@ -90,8 +92,9 @@ impl Meta {
         self.cover_fresh_tables()?;
         self.barrier(!links.runs.is_empty())?;
         if !links.runs.is_empty() {
-            self.write_runs(&links.runs)?;
+            self.write_links(&links)?;
             if self.rules.keep(OrderingRule::LinksBeforeFlushReturns) {
+                self.event(Event::FlushToDisk);
                 self.storage.flush()?;
             }
         }
@@ -119,11 +122,15 @@ impl Meta {
         }
         let _writing = lock(&self.refcount_io);
         drop(refcounts);
+        if !blocks.is_empty() {
+            self.event(Event::RefblockUpdatePart);
+        }
         self.write_runs(&blocks)?;
         if !entries.is_empty() {
             if self.rules.keep(OrderingRule::BlockBeforeTableEntry) {
                 self.storage.flush()?;
             }
+            self.event(Event::ReftableUpdate);
             self.write_runs(&join_runs(entries))?;
         }
         Ok(())
@@ -154,6 +161,7 @@ impl Meta {
             data.flush()?;
         }
         if !links_follow || self.rules.keep(OrderingRule::RefcountsBeforeLinks) {
+            self.event(Event::FlushToDisk);
             self.storage.flush()?;
         }
         Ok(())
@@ -170,6 +178,23 @@ impl Meta {
             pending.take_reusable(self.operations.advance())
         };
         self.free_reusable(&reusable)
+    }
+
+    /// Step 4's writes: L2 entries, then L1 entries.
+    fn write_links(&self, links: &Links) -> Result<()> {
+        if self.events.is_some() {
+            let l1 = self.l1.range();
+            let (l1_runs, l2_runs): (Vec<&DirtyRun>, Vec<&DirtyRun>) =
+                links.runs.iter().partition(|run| l1.contains(&run.offset));
+            for (runs, event) in [(l2_runs, Event::L2Update), (l1_runs, Event::L1Update)] {
+                for run in runs {
+                    self.event(event);
+                    self.write_runs(core::slice::from_ref(run))?;
+                }
+            }
+            return Ok(());
+        }
+        self.write_runs(&links.runs)
     }
 
     /// Writes sectors to the image file.

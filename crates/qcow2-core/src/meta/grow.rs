@@ -7,6 +7,7 @@ use super::Meta;
 use super::alloc::Refcounts;
 use super::header::Field;
 use crate::error::{Error, ErrorKind, Result};
+use crate::port::event::Event;
 use crate::rules::OrderingRule;
 use crate::sync::lock;
 use ::alloc::format;
@@ -81,11 +82,13 @@ impl Meta {
         self.refcount_cache.forget(place, used * size);
         let mut bytes = self_counting_blocks(geometry.refcount_width(), layout.blocks * size, used);
         bytes.extend(table.iter().flat_map(|entry| entry.to_be_bytes()));
+        self.event(Event::RefblockAllocWriteTable);
         self.storage.write_at(place, &bytes)?;
         if self.rules.keep(OrderingRule::TableBeforeHeader) {
             self.storage.flush()?;
         }
         let offset = HostOffset::new((layout.first + layout.blocks) * size);
+        self.event(Event::RefblockAllocSwitchTable);
         self.update_header(&[Field::RefcountTable { offset, clusters: layout.table_clusters as u32 }])?;
         self.note_metadata(layout.first, used);
         let old = (refcounts.table_offset.value() / size, refcounts.table_clusters);

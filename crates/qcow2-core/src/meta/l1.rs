@@ -33,6 +33,12 @@ impl L1Table {
         read(&self.table).1.len() as u64
     }
 
+    /// The host bytes that the table takes.
+    pub(crate) fn range(&self) -> core::ops::Range<HostOffset> {
+        let table = read(&self.table);
+        table.0..HostOffset::new(table.0.value().saturating_add(table.1.len() as u64 * 8))
+    }
+
     /// Where the table is, and a copy of its raw entries.
     pub(crate) fn contents(&self) -> (HostOffset, Vec<u64>) {
         read(&self.table).clone()

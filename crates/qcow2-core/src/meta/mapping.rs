@@ -7,6 +7,7 @@ use super::overlap::OverlapChecks;
 use super::page::Page;
 use super::pending::Unlinked;
 use crate::error::{Error, ErrorKind, Result};
+use crate::port::event::Event;
 use crate::port::storage::ZeroMode;
 use crate::read::resolve::{Place, Run, resolve_run};
 use crate::rules::OrderingRule;
@@ -100,6 +101,9 @@ impl Meta {
             .checked_add(byte)
             .ok_or_else(|| Error::corrupt(format!("l2 table at {table} passes 2^64")))?;
         let (start, word) = self.l2_cache.locate(at);
+        if self.events.is_some() && self.l2_cache.cached(start).is_none() {
+            self.event(Event::L2Load);
+        }
         let page = self.l2_cache.load(&*self.storage, start)?;
         Ok(L2Place { page, word, words_per_entry: (entry_size / 8) as usize })
     }
@@ -158,14 +162,19 @@ impl Meta {
         match old {
             Some(old) => {
                 let mut bytes = vec![0; size as usize];
+                self.event(Event::L2AllocCowRead);
                 self.storage.read_padded(old, &mut bytes)?;
+                self.event(Event::L2AllocWrite);
                 self.storage.write_at(table, &bytes)?;
             }
             // The place reads as zeroes already, but the file must reach so far before anything refers to it.
             None if fresh => {
                 self.fresh_tables_end.fetch_max(table.value() + size, Ordering::SeqCst);
             }
-            None => self.storage.write_zeroes(table, size, ZeroMode::KeepAllocated)?,
+            None => {
+                self.event(Event::L2AllocWrite);
+                self.storage.write_zeroes(table, size, ZeroMode::KeepAllocated)?;
+            }
         }
         Ok(())
     }

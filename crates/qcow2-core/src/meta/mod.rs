@@ -15,6 +15,7 @@ pub(crate) mod pending;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::inflight::{Claims, Operations};
+use crate::port::event::{Event, Events};
 use crate::port::storage::Storage;
 use crate::read::expanded::ExpandedClusters;
 use crate::rules::Rules;
@@ -67,6 +68,8 @@ pub(crate) struct Meta {
     pub(crate) discard_no_unref: bool,
     pub(crate) overlap_checks: overlap::OverlapChecks,
     pub(crate) rules: Rules,
+    /// Who is told of the steps, if anybody is.
+    pub(crate) events: Option<Arc<dyn Events>>,
 }
 
 impl Meta {
@@ -82,6 +85,13 @@ impl Meta {
             ));
         }
         Ok(())
+    }
+
+    /// Tells of a step right before its storage call.
+    pub(crate) fn event(&self, event: Event) {
+        if let Some(events) = &self.events {
+            events.event(event);
+        }
     }
 
     /// Passes a metadata result through; a failure poisons the image.

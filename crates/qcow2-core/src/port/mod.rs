@@ -3,5 +3,6 @@
 pub mod cipher;
 pub mod codec;
 pub mod disk;
+pub mod event;
 pub mod resolver;
 pub mod storage;

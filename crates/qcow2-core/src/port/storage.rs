@@ -1,7 +1,9 @@
 //! The bytes an image lives in.
 
+use super::event::Events;
 use alloc::boxed::Box;
 use alloc::string::String;
+use alloc::sync::Arc;
 use core::fmt;
 use qcow2_format::HostOffset;
 
@@ -173,6 +175,11 @@ pub trait Storage: Send + Sync {
     /// Bytes of real space used ("disk size"), where that is known.
     fn used_bytes(&self) -> Result<Option<u64>, StorageError> {
         Ok(None)
+    }
+
+    /// Who wants to be told of the engine's steps on this storage, if anybody does. The default: nobody.
+    fn events(&self) -> Option<Arc<dyn Events>> {
+        None
     }
 
     /// Fills `buf` like [`read_at`](Self::read_at); bytes past the end become zeroes.

@@ -3,6 +3,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::page::SECTOR_SIZE;
+use crate::port::event::Event;
 use crate::read::resolve::Place;
 use ::alloc::format;
 use ::alloc::vec;
@@ -22,9 +23,13 @@ impl Image {
                 Place::Zero { .. } => part.fill(0),
                 Place::Unallocated => self.read_backing(here, part)?,
                 Place::Data { host, .. } if self.crypt.is_plain() => {
+                    self.meta.event(Event::ReadAio);
                     self.meta.data()?.read_padded(host, part)?;
                 }
-                Place::Data { host, .. } => self.read_encrypted(here, host, part)?,
+                Place::Data { host, .. } => {
+                    self.meta.event(Event::ReadAio);
+                    self.read_encrypted(here, host, part)?;
+                }
                 Place::Compressed(stream) => self.read_compressed(here, stream, part)?,
             }
             at += run.len;
@@ -45,7 +50,11 @@ impl Image {
         let there = backing.size().saturating_sub(offset.value()).min(buf.len() as u64);
         let (part, past) = buf.split_at_mut(there as usize);
         past.fill(0);
-        if part.is_empty() { Ok(()) } else { backing.read_at(offset, part) }
+        if part.is_empty() {
+            return Ok(());
+        }
+        self.meta.event(Event::ReadBackingAio);
+        backing.read_at(offset, part)
     }
 
     fn read_compressed(&self, offset: GuestOffset, stream: CompressedCluster, buf: &mut [u8]) -> Result<()> {
@@ -72,6 +81,7 @@ impl Image {
         let limit = 2 * self.meta.geometry.cluster_size() + SECTOR_SIZE;
         let len = stream.len.min(limit) as usize;
         let mut bytes = self.scratch.take(len);
+        self.meta.event(Event::ReadCompressed);
         self.meta.storage.read_padded(stream.host, &mut bytes[..len])?;
         let result = codec.expand(&bytes[..len], cluster).map_err(|e| {
             Error::corrupt(format!(

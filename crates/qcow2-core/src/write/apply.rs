@@ -5,6 +5,7 @@
 use super::prepare::{Edge, Prepared};
 use crate::error::Result;
 use crate::image::Image;
+use crate::port::event::Event;
 use crate::port::storage::{Storage, ZeroMode};
 use ::alloc::vec::Vec;
 use qcow2_format::{GuestOffset, HostOffset};
@@ -19,6 +20,8 @@ impl Image {
         while !rest.is_empty() {
             let prepared = self.prepare(GuestOffset::new(at), rest.len() as u64)?;
             let (part, next) = rest.split_at(prepared.len as usize);
+            let cow = !prepared.edges.is_empty();
+            self.meta.event(if cow { Event::CowWrite } else { Event::WriteAio });
             move_data(&**self.meta.data()?, &prepared, part)?;
             prepared.commit()?;
             at += part.len() as u64;

@@ -5,6 +5,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::Meta;
+use crate::port::event::Event;
 use crate::sync::lock;
 use ::alloc::format;
 use qcow2_format::l2::{ClusterEntry, CompressedCluster, L2Entry};
@@ -40,6 +41,7 @@ impl Image {
         }
         let host = self.meta.reserve_packed(stream.len() as u64)?;
         let descriptor = CompressedCluster { host, len: stream.len() as u64 };
+        self.meta.event(Event::WriteCompressed);
         let written = self.meta.storage.write_at(host, stream).map_err(Error::from);
         let result =
             written.and_then(|()| self.meta.commit(&place, 1, &[], |_| L2Entry::Compressed(descriptor)));

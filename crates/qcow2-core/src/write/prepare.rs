@@ -12,6 +12,7 @@ use crate::meta::mapping::L2Place;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
 use crate::port::disk::GuestDisk;
+use crate::port::event::Event;
 use crate::port::storage::StorageErrorKind;
 use crate::read::resolve::Place;
 use crate::sync::read;
@@ -197,6 +198,7 @@ impl Image {
         let mut bytes = self.scratch.take_exact(range.len() as usize);
         let (part, past) = bytes.split_at_mut(inside.len() as usize);
         past.fill(0);
+        self.meta.event(Event::CowRead);
         self.read_range(range.start(), part)?;
         self.seal(range.start(), host, &mut bytes)?;
         Ok(vec![Edge::Bytes { host, bytes }])

@@ -82,7 +82,7 @@ impl NoFlush {
 }
 
 impl Storage for NoFlush {
-    forward!(len read_at write_at write_vectored_at write_zeroes discard allocate set_len extent_at limits used_bytes);
+    forward!(len read_at write_at write_vectored_at write_zeroes discard allocate set_len extent_at limits used_bytes events);
 
     fn flush(&self) -> Result<(), StorageError> {
         Ok(())
@@ -106,7 +106,7 @@ impl FlushEachWrite {
 }
 
 impl Storage for FlushEachWrite {
-    forward!(len read_at discard flush extent_at limits used_bytes);
+    forward!(len read_at discard flush extent_at limits used_bytes events);
 
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
         self.durable(self.inner.write_at(offset, buf))

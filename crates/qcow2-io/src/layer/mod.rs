@@ -1,12 +1,16 @@
 //! Wrappers around a storage that are a storage themselves.
 
+mod blkdebug;
 mod cache_mode;
 mod limit;
 mod trace;
+mod window;
 
+pub use blkdebug::{BlkdebugStorage, DebugAction, DebugCall, DebugRule, Debugger, Injection, StopNews};
 pub use cache_mode::{CacheMode, FlushEachWrite, NoFlush};
 pub use limit::LimitStorage;
 pub use trace::{StorageCall, StorageCounts, StorageEvent, TraceStorage};
+pub use window::WindowStorage;
 
 /// Writes the `Storage` methods named, each handing over to the field `inner`.
 macro_rules! forward {
@@ -64,6 +68,11 @@ macro_rules! forward {
     (@ limits) => {
         fn limits(&self) -> Limits {
             self.inner.limits()
+        }
+    };
+    (@ events) => {
+        fn events(&self) -> Option<std::sync::Arc<dyn qcow2_core::Events>> {
+            self.inner.events()
         }
     };
     (@ used_bytes) => {

@@ -3,7 +3,7 @@
 use super::request::Request;
 use crate::args::ImageArgs;
 use crate::failure::Failure;
-use crate::imagename::{ImageName, file_path};
+use crate::imagename::{Driver, ImageName, NewTarget, new_target};
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::newimage;
@@ -22,16 +22,19 @@ pub(super) fn open(
     let mut args = ImageArgs { format: request.target_format.clone(), ..ImageArgs::default() };
     let name = if request.create {
         let options = settle(request, sources, size)?;
-        let path = file_path(&request.target);
-        let path = match path {
+        let made = match new_target(&request.target) {
             Err(reason) if !request.target.is_empty() => return Err(Failure::new(reason)),
-            path => path.unwrap_or_default(),
+            target => target.unwrap_or(NewTarget::File(String::new())),
         };
         let format = options.format().name();
-        newimage::make(&path, &options, interrupts).map_err(|failure| {
+        newimage::make(&made, &options, interrupts).map_err(|failure| {
             failure.about(&format!("error while converting {format}")).about(&request.target)
         })?;
-        ImageName { typed: request.target.clone(), path, format: Some(format.to_owned()) }
+        let driver = match options.format() {
+            TargetFormat::Raw => Driver::Raw,
+            TargetFormat::Qcow2 => Driver::Qcow2,
+        };
+        ImageName::on(&request.target, made, driver)
     } else {
         args.image_opts = request.target_image_opts;
         args.check()?;

@@ -33,10 +33,31 @@ pub(super) enum Command {
         command: Option<String>,
     },
     Quit,
+    Break(Break),
     /// A request that is said to be impossible, and counted, without being made.
     Inject(&'static str),
     /// Something that no disk here can do; the text says so.
     Impossible(String),
+}
+
+/// Stops at steps of the engine, where the disk has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Break {
+    /// The next request that reaches this step stops there.
+    Set {
+        event: String,
+        tag: String,
+    },
+    Remove {
+        tag: String,
+    },
+    Resume {
+        tag: String,
+    },
+    /// Waits until a request has stopped.
+    Wait {
+        tag: String,
+    },
 }
 
 /// Bytes of the disk.

@@ -128,11 +128,12 @@ fn open(request: &OpenRequest, tables: TableCaches) -> Result<OpenedFile, Failur
         CacheMode::Unsafe => CacheMode::Unsafe,
         _ => CacheMode::Writeback,
     };
-    let guessed = name.format.is_none();
+    let guessed = name.node.is_probed();
     let scratch = request.snapshot && !request.read_only;
     let writable = !request.read_only;
     let how = OpenAs { writable: writable && !scratch, cache, tables, ..OpenAs::READ };
     let opened = open_image(&name, &args, how)?;
+    let debugger = opened.debugger.clone();
     let (mut disk, format) = match scratch {
         true => {
             let size = opened.disk.size();
@@ -155,7 +156,7 @@ fn open(request: &OpenRequest, tables: TableCaches) -> Result<OpenedFile, Failur
         durable_writes: request.cache.is_writethrough() && writable,
         discards: request.discards,
     };
-    Ok(OpenedFile { target, writable, info, warnings })
+    Ok(OpenedFile { target, writable, info, warnings, debugger })
 }
 
 /// What the request's name is, and how it is meant: options turn it into an option string.

@@ -1,7 +1,7 @@
 //! Runs commands one after the other on the disk that is open.
 
 use super::background::Background;
-use super::command::{Command, Manner, Open, Range, Read, Reopen, Write};
+use super::command::{Break, Command, Manner, Open, Range, Read, Reopen, Write};
 use super::console::Console;
 use super::help;
 use super::parse::{Complaint, parse};
@@ -10,6 +10,9 @@ use super::request::{OpenRequest, changed, request_of};
 use super::table::{Spec, find};
 use super::target::{Outcome, Target};
 use super::words::split;
+use qcow2_core::Event;
+use qcow2_io::{Debugger, StopNews, os_error_text};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// An open disk.
@@ -22,6 +25,8 @@ pub(super) struct OpenedFile {
     pub(super) info: Box<dyn Fn() -> Result<String, String>>,
     /// Lines for standard error.
     pub(super) warnings: Vec<String>,
+    /// The way to breakpoints, where there is one.
+    pub(super) debugger: Option<Arc<Debugger>>,
 }
 
 /// Opens disks. Errors: the lines for standard error, the first without the program's name.
@@ -154,6 +159,7 @@ impl<'a> Exerciser<'a> {
             Command::Raise { signal } => self.raise(signal),
             Command::Help { command } => self.help(command.as_deref()),
             Command::Quit => Ok(()),
+            Command::Break(command) => self.breakpoint(command),
             Command::Inject(text) => {
                 self.console.out(&format!("{text}\n"));
                 Ok(())
@@ -290,6 +296,53 @@ impl<'a> Exerciser<'a> {
             },
         }
         Ok(())
+    }
+
+    fn breakpoint(&mut self, command: Break) -> Result<(), Failed> {
+        const NOT_FOUND: i32 = 2;
+        const NOT_SUPPORTED: i32 = 95;
+        let debugger = self.file.as_ref().and_then(|(file, _)| file.debugger.clone());
+        let Some(debugger) = debugger else {
+            return self.no_breakpoint(&command, NOT_SUPPORTED);
+        };
+        let done = match &command {
+            Break::Set { event, tag } => match Event::parse(event) {
+                Some(event) => {
+                    debugger.set_breakpoint(event, tag);
+                    true
+                }
+                None => false,
+            },
+            Break::Remove { tag } => debugger.remove_breakpoint(tag),
+            Break::Resume { tag } => debugger.resume(tag),
+            Break::Wait { tag } => {
+                debugger.wait_stopped(tag);
+                true
+            }
+        };
+        self.tell_of_stops(&debugger);
+        if done { Ok(()) } else { self.no_breakpoint(&command, NOT_FOUND) }
+    }
+
+    fn no_breakpoint(&mut self, command: &Break, code: i32) -> Result<(), Failed> {
+        let why = os_error_text(code);
+        let text = match command {
+            Break::Set { .. } => format!("Could not set breakpoint: {why}"),
+            Break::Remove { tag } => format!("Could not remove breakpoint {tag}: {why}"),
+            Break::Resume { .. } => format!("Could not resume request: {why}"),
+            Break::Wait { .. } => format!("Could not wait for a request: {why}"),
+        };
+        self.console.out(&format!("{text}\n"));
+        Err(Failed)
+    }
+
+    fn tell_of_stops(&mut self, debugger: &Debugger) {
+        for news in debugger.take_news() {
+            self.console.out(&match news {
+                StopNews::Stopped(tag) => format!("blkdebug: Suspended request '{tag}'\n"),
+                StopNews::Resumed(tag) => format!("blkdebug: Resuming request '{tag}'\n"),
+            });
+        }
     }
 
     fn open_command(&mut self, open: Open) -> Result<(), Failed> {

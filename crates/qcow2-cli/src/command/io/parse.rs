@@ -1,6 +1,8 @@
 //! From words to a command: which options it takes, what they mean, which of them exclude each other. Pure.
 
-use super::command::{Check, Command, Content, Manner, Open, Place, Range, Read, Reopen, Style, Write};
+use super::command::{
+    Break, Check, Command, Content, Manner, Open, Place, Range, Read, Reopen, Style, Write,
+};
 use super::table::Spec;
 use super::words::{Arguments, MAX_REQUEST, c_integer, number, pattern, request_len, request_lens};
 
@@ -85,12 +87,10 @@ fn without_options(name: &str, words: &[&str]) -> Parsed {
         "sigraise" => raise(text(0))?,
         "help" => Command::Help { command: words.first().map(|&word| word.to_owned()) },
         "quit" => Command::Quit,
-        "break" => Command::Impossible(format!("Could not set breakpoint: {NOT_SUPPORTED}")),
-        "remove_break" => {
-            Command::Impossible(format!("Could not remove breakpoint {}: {NOT_SUPPORTED}", text(0)))
-        }
-        "resume" => Command::Impossible(format!("Could not resume request: {NOT_SUPPORTED}")),
-        "wait_break" => Command::Impossible(format!("Could not wait for a request: {NOT_SUPPORTED}")),
+        "break" => Command::Break(Break::Set { event: text(0).to_owned(), tag: text(1).to_owned() }),
+        "remove_break" => Command::Break(Break::Remove { tag: text(0).to_owned() }),
+        "resume" => Command::Break(Break::Resume { tag: text(0).to_owned() }),
+        "wait_break" => Command::Break(Break::Wait { tag: text(0).to_owned() }),
         zone => {
             number(text(0))?;
             number(text(1))?;

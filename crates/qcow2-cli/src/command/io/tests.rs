@@ -113,6 +113,7 @@ impl Opener for Memory {
             writable,
             info: Box::new(|| Ok("a disk\n".to_owned())),
             warnings: Vec::new(),
+            debugger: None,
         })
     }
 }

@@ -1,19 +1,24 @@
 //! From names and options to opened images: the one place where adapters are chosen.
 
+mod disk_storage;
+mod node;
+
+pub(crate) use node::NodeFacts;
+
 use crate::args::ImageArgs;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
+use crate::imagename::{Backing, Driver, ImageName, Node, filename};
 use crate::render::qemu_text;
 use crate::session::Session;
 use crate::throttle::Throttle;
+use node::{Opening, OtherBacking};
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::{
     Codecs, ErrorKind, GuestDisk, Image, ImageFormat, Layers, OpenOptions, Reference, ResolveError,
-    ResolvedSource, Resolver,
+    ResolvedSource, Resolver, Storage,
 };
-use qcow2_io::{CacheMode, Locking, OpenFile, Policy, SourceOptions, format_from_name, open_source};
+use qcow2_io::{CacheMode, Debugger};
 use qcow2_ops::snapshot::SnapshotName;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// An open disk and the names of the files it is made of.
@@ -24,6 +29,10 @@ pub(crate) struct OpenedDisk {
     pub(crate) format: ImageFormat,
     /// The files, top layer first.
     pub(crate) files: Vec<LayerFiles>,
+    /// What has to be added to the places of raw bytes.
+    pub(crate) host_start: u64,
+    /// The way to breakpoints, where there is one.
+    pub(crate) debugger: Option<Arc<Debugger>>,
 }
 
 /// The files of one layer.
@@ -79,29 +88,26 @@ impl OpenAs {
     pub(crate) const LOOK: Self = Self { layers: Layers::TopOnly, ..Self::READ };
 }
 
+/// The bytes of an image, and what is known of the nodes below it.
+pub(crate) struct OpenedFile {
+    /// The bytes and their format.
+    pub(crate) source: ResolvedSource,
+    /// The nodes that the format stands on, from the top; the protocol itself first, where there is no format.
+    pub(crate) nodes: Vec<NodeFacts>,
+    debugger: Option<Arc<Debugger>>,
+}
+
 /// Opens the file that `name` leads to and learns its format; opens no image yet.
 pub(crate) fn open_file(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Result<ResolvedSource, Failure> {
-    if name.path.is_empty() {
-        return Err(Failure::could_not_open(&name.typed, "The 'file' block driver requires a file name"));
-    }
-    if let Some(other) =
-        name.format.as_ref().filter(|format| matches!(format_from_name(format), ImageFormat::Other(_)))
-    {
-        return Err(Failure::could_not_open(&name.typed, &format!("Unknown driver '{other}'")));
-    }
-    let locking = if args.force_share { Locking::Shared } else { Locking::Auto };
-    let file = if how.writable { OpenFile::writable() } else { OpenFile::read_only() };
-    let policy = if how.layers == Layers::TopOnly { Policy::Deny } else { Policy::Allow };
-    let mut options =
-        SourceOptions::new(file.with_cache(how.cache).with_locking(locking)).with_policy(policy);
-    if let Some(format) = &name.format {
-        options = options.with_format(format_from_name(format));
-    }
-    let mut source = open_source(Path::new(&name.path), &options).map_err(|error| {
-        let (reason, hint) = qemu_text::source_reason(&error, &name.path);
-        let failure = Failure::could_not_open(&name.typed, &reason);
-        hint.into_iter().fold(failure, Failure::hint)
-    })?;
+    open_nodes(name, args, how).map(|opened| opened.source)
+}
+
+/// The same, with what is known of each node.
+pub(crate) fn open_nodes(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Result<OpenedFile, Failure> {
+    let format = format_of(&name.node);
+    let opening = Opening { args, how, format: format.as_ref() };
+    let opened = opening.open(&name.node).map_err(|trouble| trouble.about(&name.typed))?;
+    let (mut source, nodes, debugger) = opened;
     if let ImageFormat::Other(other) = &source.format {
         let reason = format!("format '{other}' is not supported, only qcow2 and raw are");
         return Err(Failure::could_not_open(&name.typed, &reason));
@@ -109,12 +115,48 @@ pub(crate) fn open_file(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Resu
     if let Some(rate) = how.bytes_per_second {
         source.storage = Arc::new(Throttle::new(source.storage, rate));
     }
-    Ok(source)
+    Ok(OpenedFile { source, nodes, debugger })
+}
+
+/// Opens bytes that are there already, for writing. Errors: "Could not open".
+pub(crate) fn open_existing(node: &Node) -> Result<Arc<dyn Storage>, Failure> {
+    let (args, how) = (ImageArgs::default(), OpenAs { writable: true, ..OpenAs::READ });
+    let opening = Opening { args: &args, how, format: Some(&ImageFormat::Raw) };
+    let opened = opening.open(node).map_err(|trouble| trouble.about(&filename(node, "raw")))?;
+    Ok(opened.0.storage)
+}
+
+/// The format that a name gives.
+fn format_of(node: &Node) -> Option<ImageFormat> {
+    match node.driver() {
+        _ if node.is_probed() => None,
+        Driver::Qcow2 => Some(ImageFormat::Qcow2),
+        Driver::Raw => Some(ImageFormat::Raw),
+        _ => None,
+    }
 }
 
 /// Opens the image that `name` leads to, with the files that it names as `how` says.
 pub(crate) fn open_image(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Result<OpenedDisk, Failure> {
-    open_layers(name, open_file(name, args, how)?, how, "")
+    let OpenedFile { mut source, debugger, nodes } = open_nodes(name, args, how)?;
+    let other = match &name.node.backing {
+        Backing::AsNamed => None,
+        Backing::Nothing => Some(None),
+        Backing::Node(node) => Some(Some((**node).clone())),
+    };
+    if let Some(node) = other {
+        let inner = source.resolver;
+        source.resolver = Arc::new(OtherBacking { inner, node, args: args.clone(), how });
+    }
+    let mut opened = OpenedDisk { debugger, ..open_layers(name, source, how, "")? };
+    if opened.format == ImageFormat::Raw
+        && let (Some(bottom), Some(top)) = (nodes.last(), opened.files.first_mut())
+    {
+        // The place of a raw byte is known down to the bottom.
+        top.image = bottom.filename.clone();
+        opened.host_start = name.node.raw_start();
+    }
+    Ok(opened)
 }
 
 /// Opens the image that `name` leads to for changes; says so on standard error where it was taken for raw by its looks.
@@ -131,7 +173,7 @@ pub(crate) fn open_to_change(
 
 /// Says on standard error where a disk that is to be written was taken for raw by its looks.
 pub(crate) fn complain_of_guess(session: &Session, name: &ImageName, format: &ImageFormat) {
-    if name.format.is_none() && *format == ImageFormat::Raw {
+    if name.node.is_probed() && *format == ImageFormat::Raw {
         guess_warning(&name.typed).iter().for_each(|line| session.complain(line));
     }
 }
@@ -196,7 +238,7 @@ fn open_layers_by(
     let opened = open(source, &options);
     let files = files.lock().unwrap_or_else(PoisonError::into_inner).clone();
     match opened {
-        Ok(disk) => Ok(OpenedDisk { disk, format, files }),
+        Ok(disk) => Ok(OpenedDisk { disk, format, files, debugger: None, host_start: 0 }),
         Err(error) => {
             let context = format!("{context}{}", BACKING.repeat(files.len() - 1));
             Err(qemu_text::open_failure(&name.typed, &context, &error))

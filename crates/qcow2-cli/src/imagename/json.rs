@@ -1,0 +1,94 @@
+//! JSON as QEMU reads and writes it in names.
+
+use serde_json::Value;
+use std::fmt::Write;
+
+/// Reads one JSON value. Errors: QEMU's words for the usual mistakes.
+pub(super) fn parse(text: &str) -> Result<Value, String> {
+    let trimmed = text.trim();
+    if trimmed.is_empty() {
+        return Err("Expecting a JSON value".to_owned());
+    }
+    serde_json::from_str(trimmed).map_err(|error| {
+        let rest = rest_at(trimmed, &error);
+        let word: String = rest.chars().take_while(|c| c.is_ascii_alphabetic()).collect();
+        let text = error.to_string();
+        if error.is_eof() {
+            "JSON parse error, premature EOI".to_owned()
+        } else if text.starts_with("trailing characters") {
+            "Expecting at most one JSON value".to_owned()
+        } else if text.starts_with("expected ident") && !word.is_empty() {
+            format!("JSON parse error, invalid keyword '{word}'")
+        } else if text.starts_with("expected value") {
+            "JSON parse error, expecting value".to_owned()
+        } else {
+            format!("JSON parse error, {error}")
+        }
+    })
+}
+
+/// The text from the word on in which the error is.
+fn rest_at<'a>(text: &'a str, error: &serde_json::Error) -> &'a str {
+    let before: usize = text.lines().take(error.line().saturating_sub(1)).map(|line| line.len() + 1).sum();
+    let at = (before + error.column().saturating_sub(1)).min(text.len());
+    let word = text.bytes().take(at).rev().take_while(u8::is_ascii_alphabetic).count();
+    text.get(at - word..).unwrap_or("")
+}
+
+/// Writes an object on one line. The keys come in the order in which QEMU's dictionaries have them, which is that of a
+/// hash: scripts compare such names as text.
+pub(super) fn object(mut fields: Vec<(String, String)>) -> String {
+    // Of two keys in one place the later one comes first.
+    fields.reverse();
+    fields.sort_by_key(|(key, _)| bucket(key));
+    let mut out = String::from("{");
+    for (index, (key, value)) in fields.iter().enumerate() {
+        let comma = if index > 0 { ", " } else { "" };
+        let _ = write!(out, "{comma}{}: {value}", scalar(&Value::String(key.clone())));
+    }
+    out.push('}');
+    out
+}
+
+/// Writes a text, a number or a switch.
+pub(super) fn scalar(value: &Value) -> String {
+    crate::render::json::pretty(value).trim_end().to_owned()
+}
+
+/// Where QEMU's dictionary puts `key`: the hash of the database library that it comes from, modulo 512.
+fn bucket(key: &str) -> u32 {
+    let start = 0x238f_13af_u32.wrapping_mul(key.len() as u32);
+    let sum = key
+        .bytes()
+        .enumerate()
+        .fold(start, |sum, (index, byte)| sum.wrapping_add(u32::from(byte) << (index * 5 % 24)));
+    1_103_515_243_u32.wrapping_mul(sum).wrapping_add(12345) % 512
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_in_the_order_of_a_dictionary() {
+        let fields = |keys: &[&str]| keys.iter().map(|key| ((*key).to_owned(), "1".to_owned())).collect();
+        assert_eq!(
+            object(fields(&["driver", "file", "size", "offset"])),
+            r#"{"offset": 1, "driver": 1, "size": 1, "file": 1}"#
+        );
+        assert_eq!(object(fields(&["filename", "driver"])), r#"{"driver": 1, "filename": 1}"#);
+    }
+
+    #[test]
+    fn mistakes_in_qemus_words() {
+        for (text, why) in [
+            ("", "Expecting a JSON value"),
+            ("{", "JSON parse error, premature EOI"),
+            ("nope", "JSON parse error, invalid keyword 'nope'"),
+            ("{\"a\":}", "JSON parse error, expecting value"),
+            ("{} x", "Expecting at most one JSON value"),
+        ] {
+            assert_eq!(parse(text).unwrap_err(), why, "{text}");
+        }
+    }
+}

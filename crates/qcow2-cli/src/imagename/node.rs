@@ -1,0 +1,395 @@
+//! What an image is made of: a format on a protocol, perhaps with filters between them.
+
+use super::nbd;
+use super::options::Options;
+use crate::size::parse_size;
+use serde_json::Value;
+
+/// One driver with its options, and what it stands on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Node {
+    /// `None`: a format that is to be probed.
+    driver: Option<Driver>,
+    /// Its own options.
+    pub(crate) options: Options,
+    /// What it stands on.
+    pub(crate) below: Below,
+    /// What is opened instead of the backing file that the image names.
+    pub(crate) backing: Backing,
+}
+
+/// What a node stands on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Below {
+    /// Nothing of ours.
+    Nothing,
+    /// Another node.
+    Node(Box<Node>),
+}
+
+/// The backing file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// The one that the image names.
+    AsNamed,
+    /// None, whatever the image names.
+    Nothing,
+    /// This one.
+    Node(Box<Node>),
+}
+
+/// The drivers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Driver {
+    Qcow2,
+    Raw,
+    File,
+    HostDevice,
+    NullCo,
+    NullAio,
+    Blkdebug,
+    Nbd,
+}
+
+impl Driver {
+    /// The driver called `name`. Errors: the message.
+    pub(crate) fn parse(name: &str) -> Result<Self, String> {
+        Ok(match name {
+            "qcow2" => Self::Qcow2,
+            "raw" => Self::Raw,
+            "file" => Self::File,
+            "host_device" => Self::HostDevice,
+            "null-co" => Self::NullCo,
+            "null-aio" => Self::NullAio,
+            "blkdebug" => Self::Blkdebug,
+            "nbd" => Self::Nbd,
+            _ => return Err(format!("Unknown driver '{name}'")),
+        })
+    }
+
+    /// Its name.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+            Self::File => "file",
+            Self::HostDevice => "host_device",
+            Self::NullCo => "null-co",
+            Self::NullAio => "null-aio",
+            Self::Blkdebug => "blkdebug",
+            Self::Nbd => "nbd",
+        }
+    }
+
+    /// Whether it is about where bytes are, not about what they mean.
+    pub(crate) fn is_protocol(&self) -> bool {
+        !matches!(self, Self::Qcow2 | Self::Raw)
+    }
+
+    /// What it calls the node that it stands on.
+    pub(crate) fn child(&self) -> Option<&'static str> {
+        match self {
+            Self::Qcow2 | Self::Raw => Some("file"),
+            Self::Blkdebug => Some("image"),
+            _ => None,
+        }
+    }
+
+    /// Options that change what is read, and so belong to the name.
+    pub(super) fn is_strong(&self, key: &str) -> bool {
+        match self {
+            Self::Qcow2 => key.starts_with("encrypt."),
+            Self::Raw => matches!(key, "offset" | "size"),
+            Self::File | Self::HostDevice => key == "filename",
+            Self::NullCo | Self::NullAio => matches!(key, "size" | "read-zeroes"),
+            Self::Blkdebug => {
+                key == "config" || key.starts_with("inject-error.") || key.starts_with("set-state.")
+            }
+            Self::Nbd => !GENERAL.contains(&key),
+        }
+    }
+
+    /// Whether it knows option `key`, which begins none of its children's.
+    fn knows(&self, key: &str) -> bool {
+        let own: &[&str] = match self {
+            Self::Qcow2 => &QCOW2,
+            Self::Raw => &["offset", "size"],
+            Self::File | Self::HostDevice => &FILE,
+            Self::NullCo | Self::NullAio => &["size", "read-zeroes", "latency-ns"],
+            Self::Blkdebug => &BLKDEBUG,
+            Self::Nbd => &NBD,
+        };
+        GENERAL.contains(&key)
+            || own.contains(&key)
+            || (*self != Self::Raw && self.is_strong(key) && *self != Self::Nbd)
+            || (*self == Self::Nbd && key.starts_with("server."))
+            || (*self == Self::Qcow2 && (key.starts_with("overlap-check.") || key.starts_with("data-file")))
+            || (*self == Self::Blkdebug && key.contains("-child-perms."))
+    }
+}
+
+impl Node {
+    /// A node on nothing, without options.
+    pub(crate) fn new(driver: Option<Driver>) -> Self {
+        Self { driver, options: Options::default(), below: Below::Nothing, backing: Backing::AsNamed }
+    }
+
+    /// A file.
+    pub(crate) fn file(path: &str) -> Self {
+        let mut node = Self::new(Some(Driver::File));
+        node.options.set("filename", Value::String(path.to_owned()));
+        node
+    }
+
+    /// A node on another one.
+    pub(super) fn on(driver: Option<Driver>, below: Self) -> Self {
+        Self { below: Below::Node(Box::new(below)), ..Self::new(driver) }
+    }
+
+    /// Its driver; raw where that is to be probed.
+    pub(crate) fn driver(&self) -> &Driver {
+        self.driver.as_ref().unwrap_or(&Driver::Raw)
+    }
+
+    /// Whether the format is to be probed.
+    pub(crate) fn is_probed(&self) -> bool {
+        self.driver.is_none()
+    }
+
+    /// The node below.
+    pub(crate) fn child(&self) -> Option<&Self> {
+        match &self.below {
+            Below::Nothing => None,
+            Below::Node(node) => Some(node),
+        }
+    }
+
+    /// The file at the bottom, if there is one.
+    pub(crate) fn path(&self) -> Option<&str> {
+        match (self.child(), self.driver()) {
+            (Some(child), _) => child.path(),
+            (None, Driver::File | Driver::HostDevice) => {
+                self.options.iter().find(|(key, _)| *key == "filename").and_then(|(_, value)| value.as_str())
+            }
+            _ => None,
+        }
+    }
+
+    /// Where the first byte of a raw node is, in what is at the bottom of nothing but raw nodes and filters.
+    pub(crate) fn raw_start(&self) -> u64 {
+        let own = match self.driver() {
+            Driver::Raw => self.options.text("offset").and_then(|text| parse_size(&text).ok()).unwrap_or(0),
+            Driver::Blkdebug => 0,
+            _ => return 0,
+        };
+        self.child().map_or(own, |child| own.saturating_add(child.raw_start()))
+    }
+
+    /// Options that change what is read.
+    pub(super) fn strong(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.options.iter().filter(|(key, _)| self.driver().is_strong(key))
+    }
+
+    /// The complaint about an option that the driver does not have.
+    pub(crate) fn unknown_option(&self) -> Option<String> {
+        let driver = self.driver();
+        // A probed format is the one that knows more.
+        let knows = |key: &str| driver.knows(key) || (self.is_probed() && Driver::Qcow2.knows(key));
+        let key = self.options.iter().map(|(key, _)| key).find(|key| !knows(key))?;
+        let name = if self.is_probed() { "qcow2" } else { driver.name() };
+        Some(match driver.is_protocol() {
+            true => format!("Block protocol '{name}' doesn't support the option '{key}'"),
+            false => format!("Block format '{name}' does not support the option '{key}'"),
+        })
+    }
+}
+
+/// Understands a plain name. `format`: that of the image, where it is given. Errors: the reason.
+pub(super) fn from_name(name: &str, format: Option<&str>) -> Result<Node, String> {
+    let format = format.map(Driver::parse).transpose()?;
+    if let Some(text) = name.strip_prefix("json:") {
+        let mut options = Options::from_json(text)?;
+        if let Some(format) = format {
+            options.set("driver", Value::String(format.name().to_owned()));
+        }
+        return from_options(options, false);
+    }
+    match format {
+        Some(driver) if driver.is_protocol() => protocol(driver, name),
+        format => Ok(Node::on(format, protocol_from_name(name)?)),
+    }
+}
+
+/// Understands an option string. Errors: the reason.
+pub(super) fn from_option_string(text: &str) -> Result<Node, String> {
+    if text.is_empty() {
+        return from_options(Options::default(), false);
+    }
+    if !text.contains('=') {
+        return Err(format!("Cannot find device='{text}' nor node-name='{text}'"));
+    }
+    from_options(Options::from_string(text)?, false)
+}
+
+/// Understands the name of bytes, whatever they mean. Errors: the reason.
+pub(super) fn protocol_from_name(name: &str) -> Result<Node, String> {
+    if name.is_empty() {
+        return Err(NO_NAME.to_owned());
+    }
+    match name.split_once(':') {
+        Some((prefix, _)) if !prefix.contains('/') => {
+            let driver = match prefix {
+                "nbd+tcp" | "nbd+unix" => Driver::Nbd,
+                "raw" | "qcow2" => return Err(format!("Unknown protocol '{prefix}'")),
+                _ => Driver::parse(prefix).map_err(|_| format!("Unknown protocol '{prefix}'"))?,
+            };
+            protocol(driver, name)
+        }
+        _ => protocol(Driver::File, name),
+    }
+}
+
+/// The node of protocol `driver` that `name` means.
+fn protocol(driver: Driver, name: &str) -> Result<Node, String> {
+    let mut node = Node::new(Some(driver.clone()));
+    let own = name.strip_prefix(driver.name()).and_then(|rest| rest.strip_prefix(':'));
+    match driver {
+        Driver::File | Driver::HostDevice => {
+            let path = own.unwrap_or(name);
+            if path.is_empty() {
+                return Err(NO_NAME.to_owned());
+            }
+            node.options.set("filename", Value::String(path.to_owned()));
+        }
+        Driver::NullCo | Driver::NullAio if own == Some("//") => {}
+        Driver::NullCo | Driver::NullAio => {
+            let scheme = driver.name();
+            return Err(format!("The only allowed filename for this driver is '{scheme}://'"));
+        }
+        Driver::Blkdebug => {
+            let image = match own.map(|rest| rest.split_once(':')) {
+                None => name,
+                Some(None) => return Err("blkdebug requires both config file and image path".to_owned()),
+                Some(Some((config, image))) => {
+                    if !config.is_empty() {
+                        node.options.set("config", Value::String(config.to_owned()));
+                    }
+                    image
+                }
+            };
+            node.below = Below::Node(Box::new(protocol_from_name(image)?));
+        }
+        Driver::Nbd => node.options = nbd::from_name(name)?,
+        Driver::Raw | Driver::Qcow2 => return Err(format!("Unknown protocol '{}'", driver.name())),
+    }
+    Ok(node)
+}
+
+/// Makes the tree of an image's options. `inner`: it is what another node stands on.
+fn from_options(mut options: Options, inner: bool) -> Result<Node, String> {
+    let driver = match options.take_text("driver") {
+        Some(name) => Some(Driver::parse(&name)?),
+        None if inner => match options.text("filename") {
+            Some(path) if crate::open::is_block_device(&path) => Some(Driver::HostDevice),
+            Some(_) => Some(Driver::File),
+            None => return Err(NO_DRIVER.to_owned()),
+        },
+        None if options.iter().any(|(key, _)| key == "file" || key.starts_with("file.")) => None,
+        None => return Err(NO_DRIVER.to_owned()),
+    };
+    let mut node = Node::new(driver);
+    if let Some(role) = node.driver().child() {
+        node.below = Below::Node(Box::new(child(&mut options, role)?));
+    }
+    if *node.driver() == Driver::Qcow2 || node.is_probed() {
+        node.backing = backing(&mut options)?;
+    }
+    let needs_name = matches!(node.driver(), Driver::File | Driver::HostDevice);
+    if needs_name && options.text("filename").is_none_or(|path| path.is_empty()) {
+        return Err(NO_NAME.to_owned());
+    }
+    node.options = options;
+    Ok(node)
+}
+
+/// The node that `role` names: `role` alone is the name of a node, of which there are none.
+fn child(options: &mut Options, role: &str) -> Result<Node, String> {
+    if let Some(name) = options.take_text(role) {
+        return Err(no_such_node(&name));
+    }
+    if role == "image"
+        && let Some(name) = options.take_text("x-image")
+    {
+        return protocol_from_name(&name);
+    }
+    let inner = options.take_group(role);
+    match inner.is_empty() {
+        true => Err(format!("A block device must be specified for \"{role}\"")),
+        false => from_options(inner, true),
+    }
+}
+
+fn backing(options: &mut Options) -> Result<Backing, String> {
+    match options.take("backing") {
+        Some(Value::Null) => return Ok(Backing::Nothing),
+        Some(Value::String(name)) if name.is_empty() => return Ok(Backing::Nothing),
+        Some(Value::String(name)) => return Err(no_such_node(&name)),
+        _ => {}
+    }
+    let inner = options.take_group("backing");
+    match inner.is_empty() {
+        true => Ok(Backing::AsNamed),
+        false => Ok(Backing::Node(Box::new(from_options(inner, false)?))),
+    }
+}
+
+fn no_such_node(name: &str) -> String {
+    format!("Cannot find device='{name}' nor node-name='{name}'")
+}
+
+const NO_NAME: &str = "The 'file' block driver requires a file name";
+const NO_DRIVER: &str = "Must specify either driver or file";
+
+/// What every driver takes.
+const GENERAL: [&str; 9] = [
+    "node-name",
+    "read-only",
+    "auto-read-only",
+    "discard",
+    "detect-zeroes",
+    "force-share",
+    "cache.direct",
+    "cache.no-flush",
+    "cache.writeback",
+];
+/// What a file takes; none of it but the name changes what is read.
+const FILE: [&str; 7] =
+    ["filename", "locking", "aio", "aio-max-batch", "drop-cache", "pr-manager", "x-check-cache-dropped"];
+/// What a qcow2 image takes; none of it changes what is read.
+const QCOW2: [&str; 12] = [
+    "lazy-refcounts",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "pass-discard-other",
+    "discard-no-unref",
+    "overlap-check",
+    "cache-size",
+    "l2-cache-size",
+    "l2-cache-entry-size",
+    "refcount-cache-size",
+    "cache-clean-interval",
+    "data-file",
+];
+const BLKDEBUG: [&str; 7] =
+    ["config", "align", "max-transfer", "opt-write-zero", "max-write-zero", "opt-discard", "max-discard"];
+const NBD: [&str; 9] = [
+    "host",
+    "port",
+    "path",
+    "export",
+    "tls-creds",
+    "tls-hostname",
+    "x-dirty-bitmap",
+    "reconnect-delay",
+    "open-timeout",
+];

@@ -1,0 +1,317 @@
+//! From a tree of drivers to bytes: the one place where storages are chosen and stacked.
+
+use super::disk_storage::DiskStorage;
+use super::{OpenAs, codecs, is_block_device};
+use crate::args::ImageArgs;
+use crate::failure::Failure;
+use crate::imagename::{Driver, Node, debug_rules, filename, nbd_server};
+use crate::render::qemu_text;
+use crate::size::{SizeError, parse_size};
+use qcow2_core::{ImageFormat, Layers, NoResolver, OpenOptions, ResolvedSource, Resolver, SourceId, Storage};
+use qcow2_io::{
+    BlkdebugStorage, Debugger, Locking, MemoryStorage, NbdStorage, NullStorage, OpenFile, Policy,
+    SourceOptions, WindowStorage, open_source, probe_format,
+};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Bytes, and what is known of them.
+pub(super) struct Bytes {
+    pub(super) storage: Arc<dyn Storage>,
+    pub(super) id: Option<SourceId>,
+    resolver: Arc<dyn Resolver>,
+    /// The format, where opening has found it out.
+    format: Option<ImageFormat>,
+    /// From the outermost node to the bottom.
+    pub(super) nodes: Vec<NodeFacts>,
+    pub(super) debugger: Option<Arc<Debugger>>,
+}
+
+/// What is told of one node.
+#[derive(Clone, Debug)]
+pub(crate) struct NodeFacts {
+    /// The driver's name.
+    pub(crate) driver: &'static str,
+    /// What the node above calls it.
+    pub(crate) role: &'static str,
+    /// Its name.
+    pub(crate) filename: String,
+    /// Its bytes.
+    pub(crate) len: u64,
+    /// Bytes of real space, where that is known.
+    pub(crate) used: Option<u64>,
+    /// Whether it is a file.
+    pub(crate) is_file: bool,
+}
+
+/// A failure that does not know yet which image it is about.
+pub(super) struct Trouble {
+    reason: String,
+    hints: Vec<String>,
+}
+
+impl Trouble {
+    pub(super) fn about(self, typed: &str) -> Failure {
+        self.hints.into_iter().fold(Failure::could_not_open(typed, &self.reason), Failure::hint)
+    }
+}
+
+impl From<String> for Trouble {
+    fn from(reason: String) -> Self {
+        Self { reason, hints: Vec::new() }
+    }
+}
+
+type Opened<T> = Result<T, Trouble>;
+
+/// How the bytes below a format are opened.
+#[derive(Clone, Copy)]
+pub(super) struct Opening<'a> {
+    pub(super) args: &'a ImageArgs,
+    pub(super) how: OpenAs,
+    /// The format that stands on them, where it is known.
+    pub(super) format: Option<&'a ImageFormat>,
+}
+
+impl Opening<'_> {
+    fn file(&self) -> OpenFile {
+        let file = if self.how.writable { OpenFile::writable() } else { OpenFile::read_only() };
+        let locking = if self.args.force_share { Locking::Shared } else { Locking::Auto };
+        file.with_cache(self.how.cache).with_locking(locking)
+    }
+
+    fn policy(&self) -> Policy {
+        if self.how.layers == Layers::TopOnly { Policy::Deny } else { Policy::Allow }
+    }
+
+    /// Opens the whole tree. The format on top is probed where it is not given.
+    pub(super) fn open(&self, top: &Node) -> Opened<(ResolvedSource, Vec<NodeFacts>, Option<Arc<Debugger>>)> {
+        let mut bytes = match (top.driver().is_protocol(), top.child()) {
+            (false, Some(child)) => self.bytes(child, "file")?,
+            _ => self.bytes(top, "")?,
+        };
+        let format = match (self.format, bytes.format.take()) {
+            (Some(format), _) => format.clone(),
+            (None, _) if top.driver().is_protocol() => ImageFormat::Raw,
+            (None, Some(format)) => format,
+            (None, None) => probe_format(&*bytes.storage).map_err(|error| {
+                format!("Could not read image for determining its format: {}", qemu_text::storage(&error))
+            })?,
+        };
+        if !top.driver().is_protocol() {
+            bytes.storage = window(top, bytes.storage)?;
+            check_options(top)?;
+        }
+        let probed = if format == ImageFormat::Qcow2 { "qcow2" } else { "raw" };
+        let Bytes { storage, id, resolver, nodes, debugger, .. } = bytes;
+        Ok((ResolvedSource { storage, format, name: filename(top, probed), id, resolver }, nodes, debugger))
+    }
+
+    /// Opens a node that gives bytes.
+    fn bytes(&self, node: &Node, role: &'static str) -> Opened<Bytes> {
+        let mut bytes = match node.driver() {
+            Driver::File | Driver::HostDevice => self.file_bytes(node)?,
+            Driver::NullCo | Driver::NullAio => Bytes::of(Arc::new(null(node)?)),
+            Driver::Nbd => Bytes::of(self.nbd(node)?),
+            Driver::Blkdebug => {
+                let mut bytes = self.bytes(below(node)?, "image")?;
+                let debug = BlkdebugStorage::new(bytes.storage, debug_rules(&node.options)?);
+                bytes.debugger = Some(Arc::clone(debug.debugger()));
+                bytes.storage = Arc::new(debug);
+                bytes
+            }
+            Driver::Raw => {
+                let mut bytes = self.bytes(below(node)?, "file")?;
+                bytes.storage = window(node, bytes.storage)?;
+                bytes
+            }
+            Driver::Qcow2 => self.image_bytes(node)?,
+        };
+        check_options(node)?;
+        let failed = |error| Trouble::from(qemu_text::storage(&error));
+        let is_file = matches!(node.driver(), Driver::File | Driver::HostDevice);
+        let path = node.path().filter(|_| is_file);
+        let facts = NodeFacts {
+            driver: if path.is_some_and(is_block_device) { "host_device" } else { node.driver().name() },
+            role,
+            filename: filename(node, "raw"),
+            len: bytes.storage.len().map_err(failed)?,
+            used: bytes.storage.used_bytes().map_err(failed)?,
+            is_file,
+        };
+        bytes.nodes.insert(0, facts);
+        Ok(bytes)
+    }
+
+    fn file_bytes(&self, node: &Node) -> Opened<Bytes> {
+        let path = node.path().unwrap_or_default();
+        let file_text = node.options.text("locking");
+        let mut file = self.file();
+        if file_text.as_deref() == Some("off") {
+            file = file.with_locking(Locking::Off);
+        }
+        if *node.driver() == Driver::HostDevice && !is_block_device(path) {
+            let what = "to be either a character or block device";
+            return Err(format!("'host_device' driver requires '{path}' {what}").into());
+        }
+        let mut options = SourceOptions::new(file).with_policy(self.policy());
+        if let Some(format) = self.format {
+            options = options.with_format(format.clone());
+        }
+        let source = open_source(Path::new(path), &options).map_err(|error| {
+            let (reason, hint) = qemu_text::source_reason(&error, path);
+            Trouble { reason, hints: hint.into_iter().collect() }
+        })?;
+        let mut bytes = Bytes::of(source.storage);
+        (bytes.id, bytes.resolver, bytes.format) = (source.id, source.resolver, Some(source.format));
+        Ok(bytes)
+    }
+
+    fn nbd(&self, node: &Node) -> Opened<Arc<dyn Storage>> {
+        let (address, export) = nbd_server(&node.options)?;
+        let storage = NbdStorage::connect(&address, &export, self.how.writable).map_err(|error| {
+            let server = error.server_message().map(|text| format!("server reported: {text}"));
+            Trouble { reason: error.to_string(), hints: server.into_iter().collect() }
+        })?;
+        Ok(self.how.cache.wrap(Arc::new(storage)))
+    }
+
+    /// An image's guest disk as the bytes of what stands on it.
+    fn image_bytes(&self, node: &Node) -> Opened<Bytes> {
+        let inner = Opening { format: Some(&ImageFormat::Qcow2), ..*self };
+        let mut bytes = inner.bytes(below(node)?, "file")?;
+        let source = ResolvedSource {
+            storage: bytes.storage,
+            format: ImageFormat::Qcow2,
+            name: filename(node, "qcow2"),
+            id: bytes.id,
+            resolver: Arc::clone(&bytes.resolver),
+        };
+        let mut options = OpenOptions::default();
+        options.writable = self.how.writable;
+        options.codecs = codecs();
+        let disk = qcow2_core::open_disk(source, &options).map_err(|error| {
+            let (reason, hint) = qemu_text::engine_reason(&error);
+            Trouble { reason, hints: hint.into_iter().collect() }
+        })?;
+        bytes.storage = Arc::new(DiskStorage::new(disk));
+        bytes.format = None;
+        Ok(bytes)
+    }
+}
+
+impl Bytes {
+    fn of(storage: Arc<dyn Storage>) -> Self {
+        let resolver = Arc::new(NoResolver);
+        Self { storage, id: None, resolver, format: None, nodes: Vec::new(), debugger: None }
+    }
+}
+
+fn below(node: &Node) -> Opened<&Node> {
+    let role = node.driver().child().unwrap_or("file");
+    node.child().ok_or_else(|| format!("A block device must be specified for \"{role}\"").into())
+}
+
+fn check_options(node: &Node) -> Opened<()> {
+    node.unknown_option().map_or(Ok(()), |text| Err(text.into()))
+}
+
+/// The part of `storage` that a raw node's options choose.
+fn window(node: &Node, storage: Arc<dyn Storage>) -> Opened<Arc<dyn Storage>> {
+    if *node.driver() != Driver::Raw
+        || (node.options.text("offset").is_none() && node.options.text("size").is_none())
+    {
+        return Ok(storage);
+    }
+    let (offset, size) = (size_option(node, "offset")?.unwrap_or(0), size_option(node, "size")?);
+    let len = storage.len().map_err(|error| qemu_text::storage(&error))?;
+    if offset > len {
+        let what = format!("Offset ({offset}) cannot be greater than size of the containing file ({len})");
+        return Err(what.into());
+    }
+    if let Some(size) = size {
+        if size > len - offset {
+            return Err(format!(
+                "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of \
+                 the containing file ({len})"
+            )
+            .into());
+        }
+        if !size.is_multiple_of(512) {
+            return Err("Specified size is not multiple of 512".to_owned().into());
+        }
+    }
+    let window = WindowStorage::new(storage, offset, size).map_err(|error| qemu_text::storage(&error))?;
+    Ok(Arc::new(window))
+}
+
+fn null(node: &Node) -> Opened<NullStorage> {
+    let mut storage = NullStorage::new(size_option(node, "size")?.unwrap_or(DEFAULT_NULL_SIZE));
+    storage.latency = match node.options.text("latency-ns").map(|text| text.parse()) {
+        None => Duration::ZERO,
+        Some(Ok(nanoseconds)) => Duration::from_nanos(nanoseconds),
+        Some(Err(_)) => return Err("Parameter 'latency-ns' expects a number".to_owned().into()),
+    };
+    storage.promises_zeroes =
+        match node.options.text("read-zeroes").as_deref().map(crate::imageopts::parse_switch) {
+            None => false,
+            Some(Some(on)) => on,
+            Some(None) => return Err("Parameter 'read-zeroes' expects 'on' or 'off'".to_owned().into()),
+        };
+    Ok(storage)
+}
+
+fn size_option(node: &Node, key: &str) -> Opened<Option<u64>> {
+    let Some(text) = node.options.text(key) else { return Ok(None) };
+    match parse_size(&text) {
+        Ok(size) => Ok(Some(size)),
+        Err(SizeError::Range) => Err(format!("Value '{text}' is out of range for parameter '{key}'").into()),
+        Err(SizeError::Syntax) => Err(Trouble {
+            reason: format!("Parameter '{key}' expects a non-negative number below 2^64"),
+            hints: vec![
+                "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-".to_owned(),
+                "and exabytes, respectively.".to_owned(),
+            ],
+        }),
+    }
+}
+
+/// Resolves what an image names, but for the backing file, which the user has named.
+pub(super) struct OtherBacking {
+    pub(super) inner: Arc<dyn Resolver>,
+    /// `None`: none at all.
+    pub(super) node: Option<Node>,
+    pub(super) args: ImageArgs,
+    pub(super) how: OpenAs,
+}
+
+impl Resolver for OtherBacking {
+    fn resolve(
+        &self,
+        reference: qcow2_core::Reference<'_>,
+        writable: bool,
+    ) -> Result<ResolvedSource, qcow2_core::ResolveError> {
+        if !matches!(reference, qcow2_core::Reference::Backing { .. }) {
+            return self.inner.resolve(reference, writable);
+        }
+        let Some(node) = &self.node else {
+            // A backing file without a byte hides nothing and shows nothing.
+            return Ok(ResolvedSource {
+                storage: Arc::new(MemoryStorage::new()),
+                format: ImageFormat::Raw,
+                name: String::new(),
+                id: None,
+                resolver: Arc::new(NoResolver),
+            });
+        };
+        let format = super::format_of(node);
+        let how = OpenAs { writable: false, ..self.how };
+        let opening = Opening { args: &self.args, how, format: format.as_ref() };
+        let opened = opening.open(node).map(|(source, ..)| source);
+        opened.map_err(|trouble| qcow2_core::ResolveError::failed(trouble.reason))
+    }
+}
+
+/// Bytes of a disk of nothing whose size is not given.
+const DEFAULT_NULL_SIZE: u64 = 1 << 30;

@@ -1,0 +1,144 @@
+//! A part of a storage as a storage of its own.
+
+use super::forward;
+use crate::error::Call;
+use qcow2_core::{
+    Events, HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
+};
+use std::sync::Arc;
+
+/// The bytes of a storage from an offset on, so many of them; byte 0 of the window is that offset.
+pub struct WindowStorage {
+    inner: Arc<dyn Storage>,
+    start: u64,
+    /// `None`: up to the end of the storage, which may grow.
+    len: Option<u64>,
+}
+
+impl WindowStorage {
+    /// The window of `inner` from byte `start` on. `len`: its bytes; `None`: all up to the end. Errors: `OutOfRange`
+    /// where the window passes the storage's end.
+    pub fn new(inner: Arc<dyn Storage>, start: u64, len: Option<u64>) -> Result<Self, StorageError> {
+        let end = start.checked_add(len.unwrap_or(0));
+        if end.is_none_or(|end| end > i64::MAX as u64) || end > Some(inner.len()?) {
+            let message = format!("a window of {len:?} bytes at {start} passes the end of the storage");
+            return Err(StorageError::new(StorageErrorKind::OutOfRange, message));
+        }
+        Ok(Self { inner, start, len })
+    }
+
+    /// The place of `call` underneath.
+    fn place(&self, call: Call) -> Result<HostOffset, StorageError> {
+        let end = call.end()?;
+        if let Some(len) = self.len.filter(|&len| end > len) {
+            return Err(call.past_end(len));
+        }
+        let place = call.offset.value().checked_add(self.start);
+        let place =
+            place.filter(|place| place.checked_add(call.len).is_some_and(|end| end <= i64::MAX as u64));
+        Ok(HostOffset::new(place.ok_or_else(|| call.past_end(i64::MAX as u64))?))
+    }
+
+    fn visible(&self, inner: u64) -> u64 {
+        let rest = inner.saturating_sub(self.start);
+        self.len.map_or(rest, |len| len.min(rest))
+    }
+}
+
+impl Storage for WindowStorage {
+    forward!(flush used_bytes);
+
+    fn len(&self) -> Result<u64, StorageError> {
+        Ok(self.visible(self.inner.len()?))
+    }
+
+    fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
+        let inside = self.len()?.saturating_sub(offset.value()).min(buf.len() as u64);
+        if inside == 0 {
+            return Ok(0);
+        }
+        let place = self.place(Call::new("read", offset, inside))?;
+        self.inner.read_at(place, &mut buf[..inside as usize])
+    }
+
+    fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
+        self.inner.write_at(self.place(Call::new("write", offset, buf.len() as u64))?, buf)
+    }
+
+    fn write_vectored_at(&self, offset: HostOffset, bufs: &[&[u8]]) -> Result<(), StorageError> {
+        let len = bufs.iter().fold(0u64, |sum, buf| sum.saturating_add(buf.len() as u64));
+        self.inner.write_vectored_at(self.place(Call::new("write", offset, len))?, bufs)
+    }
+
+    fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError> {
+        self.inner.write_zeroes(self.place(Call::new("zero", offset, len))?, len, mode)
+    }
+
+    fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        let inside = self.len()?.saturating_sub(offset.value()).min(len);
+        if inside == 0 {
+            return Ok(());
+        }
+        self.inner.discard(self.place(Call::new("discard", offset, inside))?, inside)
+    }
+
+    fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        self.inner.allocate(self.place(Call::new("allocate", offset, len))?, len)
+    }
+
+    /// A window of a given length has that length; one up to the end moves the end.
+    fn set_len(&self, len: u64) -> Result<(), StorageError> {
+        let call = Call::new("resize", HostOffset::new(0), len);
+        match self.len {
+            Some(own) if own == len => Ok(()),
+            Some(own) => Err(StorageError::new(
+                StorageErrorKind::Unsupported,
+                format!("resize to {len} bytes: the window has {own} and cannot change"),
+            )),
+            None => self.inner.set_len(self.place(call)?.value() + len),
+        }
+    }
+
+    fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
+        self.inner.extent_at(self.place(Call::new("map", offset, len))?, len)
+    }
+
+    fn limits(&self) -> Limits {
+        let mut limits = self.inner.limits();
+        limits.growable &= self.len.is_none();
+        // What is aligned here need not be aligned there.
+        if !self.start.is_multiple_of(u64::from(limits.alignment.max(1))) {
+            limits.alignment = 1;
+        }
+        limits
+    }
+
+    fn events(&self) -> Option<Arc<dyn Events>> {
+        self.inner.events()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::MemoryStorage;
+
+    #[test]
+    fn a_window_shows_its_part_and_no_more() {
+        let inner = Arc::new(MemoryStorage::from((0..100).collect::<Vec<u8>>()));
+        let window = WindowStorage::new(inner.clone(), 10, Some(20)).unwrap();
+        let mut buf = [0; 30];
+        assert_eq!(window.read_at(HostOffset::new(5), &mut buf).unwrap(), 15);
+        assert_eq!(buf[..15], (15..30).collect::<Vec<u8>>());
+        window.write_at(HostOffset::new(0), &[99]).unwrap();
+        inner.read_at(HostOffset::new(9), &mut buf[..3]).unwrap();
+        assert_eq!(buf[..3], [9, 99, 11]);
+        assert_eq!(
+            window.write_at(HostOffset::new(19), &[1, 2]).unwrap_err().kind(),
+            StorageErrorKind::OutOfRange
+        );
+        assert_eq!(window.set_len(19).unwrap_err().kind(), StorageErrorKind::Unsupported);
+        assert!(WindowStorage::new(inner.clone(), 90, Some(11)).is_err());
+        assert!(WindowStorage::new(inner, 101, None).is_err());
+    }
+}

@@ -1,0 +1,215 @@
+//! A disk that a server shows over the network block device protocol.
+//!
+//! One connection, one request at a time. Where the server can say which parts are zeroes, it is asked
+//! (`base:allocation`). Encryption of the connection is not known here.
+
+mod handshake;
+mod wire;
+
+pub use handshake::{NbdAddress, NbdError};
+
+use crate::error::Call;
+use handshake::{Agreed, Stream};
+use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use wire::{Command, Reply, Request, flag};
+
+/// A disk that a server shows.
+pub struct NbdStorage {
+    agreed: Agreed,
+    writable: bool,
+    /// `None` after a failure that leaves the two sides at different places of the conversation.
+    line: Mutex<Option<Line>>,
+}
+
+struct Line {
+    stream: Stream,
+    next_cookie: u64,
+}
+
+impl NbdStorage {
+    /// Connects to the server at `address` and asks for `export`. `writable`: whether it will be changed. Errors: no
+    /// connection, a server that speaks otherwise, an export that is not there or not to be written.
+    pub fn connect(address: &NbdAddress, export: &str, writable: bool) -> Result<Self, NbdError> {
+        let mut stream = address.connect()?;
+        let agreed = handshake::agree(&mut stream, export)?;
+        if writable && agreed.flags & flag::READ_ONLY != 0 {
+            return Err(NbdError::new("Could not open image: Permission denied").with_code(13));
+        }
+        Ok(Self { agreed, writable, line: Mutex::new(Some(Line { stream, next_cookie: 1 })) })
+    }
+
+    /// Sends one request and takes its reply. Errors: those of the server leave the connection usable, all others end it.
+    fn request(&self, request: &Request<'_>, reply: &mut Reply<'_>) -> io::Result<()> {
+        let mut line = self.line();
+        let Some(open) = line.as_mut() else {
+            return Err(io::Error::from_raw_os_error(BROKEN));
+        };
+        let cookie = open.next_cookie;
+        open.next_cookie += 1;
+        let answered = wire::send(&mut open.stream, request, cookie)
+            .and_then(|()| wire::receive(&mut open.stream, request, cookie, self.agreed.structured, reply));
+        match answered {
+            Ok(0) => Ok(()),
+            Ok(code) => Err(io::Error::from_raw_os_error(code)),
+            Err(error) => {
+                *line = None;
+                Err(error)
+            }
+        }
+    }
+
+    fn line(&self) -> MutexGuard<'_, Option<Line>> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has(&self, flag: u16) -> bool {
+        self.agreed.flags & flag != 0
+    }
+
+    /// Cuts `len` bytes at `offset` into requests of at most `max` bytes.
+    fn each(
+        call: Call,
+        max: u64,
+        mut request: impl FnMut(u64, u64) -> io::Result<()>,
+    ) -> Result<(), StorageError> {
+        let (mut at, end) = (call.offset.value(), call.end()?);
+        while at < end {
+            let len = max.min(end - at);
+            request(at, len).map_err(|error| call.failed(error))?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    fn check_change(&self, call: Call) -> Result<(), StorageError> {
+        if !self.writable {
+            return Err(call.read_only());
+        }
+        if call.end()? > self.agreed.size {
+            return Err(call.past_end(self.agreed.size));
+        }
+        Ok(())
+    }
+}
+
+impl Storage for NbdStorage {
+    fn len(&self) -> Result<u64, StorageError> {
+        Ok(self.agreed.size)
+    }
+
+    fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
+        let inside = self.agreed.size.saturating_sub(offset.value()).min(buf.len() as u64);
+        let call = Call::new("read", offset, inside);
+        Self::each(call, MAX_PAYLOAD, |at, len| {
+            let from = (at - offset.value()) as usize;
+            let part = &mut buf[from..from + len as usize];
+            self.request(&Request::new(Command::Read, at, len), &mut Reply::Data(part))
+        })?;
+        Ok(inside as usize)
+    }
+
+    fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
+        let call = Call::new("write", offset, buf.len() as u64);
+        self.check_change(call)?;
+        Self::each(call, MAX_PAYLOAD, |at, len| {
+            let from = (at - offset.value()) as usize;
+            let mut request = Request::new(Command::Write, at, len);
+            request.payload = &buf[from..from + len as usize];
+            self.request(&request, &mut Reply::Nothing)
+        })
+    }
+
+    fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError> {
+        let call = Call::new("zero", offset, len);
+        self.check_change(call)?;
+        if !self.has(flag::SEND_WRITE_ZEROES) {
+            let zeroes = vec![0; len.min(ZERO_BUFFER) as usize];
+            return Self::each(call, ZERO_BUFFER, |at, len| {
+                let mut request = Request::new(Command::Write, at, len);
+                request.payload = &zeroes[..len as usize];
+                self.request(&request, &mut Reply::Nothing)
+            });
+        }
+        Self::each(call, MAX_RANGE, |at, len| {
+            let mut request = Request::new(Command::WriteZeroes, at, len);
+            request.no_hole = mode == ZeroMode::KeepAllocated;
+            self.request(&request, &mut Reply::Nothing)
+        })
+    }
+
+    fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        let inside = self.agreed.size.saturating_sub(offset.value()).min(len);
+        let call = Call::new("discard", offset, inside);
+        if !self.writable {
+            return Err(call.read_only());
+        }
+        if !self.has(flag::SEND_TRIM) {
+            return Ok(());
+        }
+        Self::each(call, MAX_RANGE, |at, len| {
+            self.request(&Request::new(Command::Trim, at, len), &mut Reply::Nothing)
+        })
+    }
+
+    fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        let call = Call::new("allocate", offset, len);
+        self.check_change(call)?;
+        Err(call.failed(io::ErrorKind::Unsupported.into()))
+    }
+
+    fn set_len(&self, len: u64) -> Result<(), StorageError> {
+        if len == self.agreed.size {
+            return Ok(());
+        }
+        let message =
+            format!("resize to {len} bytes: the server's disk has {} and cannot change", self.agreed.size);
+        Err(StorageError::new(StorageErrorKind::Unsupported, message))
+    }
+
+    fn flush(&self) -> Result<(), StorageError> {
+        if !self.writable || !self.has(flag::SEND_FLUSH) {
+            return Ok(());
+        }
+        let call = Call::new("flush", HostOffset::new(0), 0);
+        self.request(&Request::new(Command::Flush, 0, 0), &mut Reply::Nothing)
+            .map_err(|error| call.failed(error))
+    }
+
+    fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
+        let Some(context) = self.agreed.allocation else {
+            return Ok(StorageExtent { len, data: true });
+        };
+        let call = Call::new("map", offset, len);
+        let asked = len.min(MAX_RANGE);
+        let mut extents = Vec::new();
+        self.request(
+            &Request::new(Command::BlockStatus, offset.value(), asked),
+            &mut Reply::Status { context, extents: &mut extents },
+        )
+        .map_err(|error| call.failed(error))?;
+        let mut runs = extents.iter().map(|&(len, flags)| (u64::from(len), flags & wire::STATE_ZERO == 0));
+        let Some((mut joined, data)) = runs.next().filter(|(len, _)| *len > 0) else {
+            return Ok(StorageExtent { len, data: true });
+        };
+        joined += runs.take_while(|(_, other)| *other == data).map(|(len, _)| len).sum::<u64>();
+        Ok(StorageExtent { len: joined.min(len), data })
+    }
+
+    fn limits(&self) -> Limits {
+        let mut limits = Limits::default();
+        limits.growable = false;
+        limits.fast_zeroes = self.has(flag::SEND_WRITE_ZEROES);
+        limits
+    }
+}
+
+/// The most bytes that a request carries. Spec: what every server takes.
+const MAX_PAYLOAD: u64 = 32 << 20;
+/// The most bytes that a request without payload is about.
+const MAX_RANGE: u64 = 1 << 30;
+/// Zeroes written at once where the server has no request for them.
+const ZERO_BUFFER: u64 = 1 << 20;
+/// "Broken pipe": what a connection gives that has failed before.
+const BROKEN: i32 = 32;

@@ -1,0 +1,275 @@
+//! Requests and replies of the transmission phase. All numbers are big-endian.
+//!
+//! | request | bytes | | structured reply chunk | bytes |
+//! |---|---|---|---|---|
+//! | magic 0x25609513 | 4 | | magic 0x668e33ef | 4 |
+//! | flags | 2 | | flags (bit 0: last one) | 2 |
+//! | command | 2 | | type | 2 |
+//! | cookie | 8 | | cookie | 8 |
+//! | offset | 8 | | payload length | 4 |
+//! | length | 4 | | payload | |
+//!
+//! A simple reply is magic 0x67446698, error (4), cookie (8), and the data of a read.
+
+use std::io::{self, Read, Write};
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Command {
+    Read = 0,
+    Write = 1,
+    Flush = 3,
+    Trim = 4,
+    WriteZeroes = 6,
+    BlockStatus = 7,
+}
+
+/// One request.
+pub(super) struct Request<'a> {
+    command: Command,
+    offset: u64,
+    len: u64,
+    /// Zeroes that stay backed by space.
+    pub(super) no_hole: bool,
+    pub(super) payload: &'a [u8],
+}
+
+impl Request<'_> {
+    /// `len`: below 2^32.
+    pub(super) fn new(command: Command, offset: u64, len: u64) -> Self {
+        Self { command, offset, len, no_hole: false, payload: &[] }
+    }
+}
+
+/// Where a reply goes.
+pub(super) enum Reply<'a> {
+    Nothing,
+    /// As many bytes as were asked for.
+    Data(&'a mut [u8]),
+    /// Length and flags of each run, of the context with this number.
+    Status {
+        context: u32,
+        extents: &'a mut Vec<(u32, u32)>,
+    },
+}
+
+/// What the server can do.
+pub(super) mod flag {
+    pub(crate) const READ_ONLY: u16 = 1 << 1;
+    pub(crate) const SEND_FLUSH: u16 = 1 << 2;
+    pub(crate) const SEND_TRIM: u16 = 1 << 5;
+    pub(crate) const SEND_WRITE_ZEROES: u16 = 1 << 6;
+}
+
+/// Of a run: it reads as zeroes.
+pub(super) const STATE_ZERO: u32 = 2;
+
+pub(super) fn send(out: &mut impl Write, request: &Request<'_>, cookie: u64) -> io::Result<()> {
+    let flags: u16 = if request.no_hole { NO_HOLE } else { 0 };
+    let mut head = Vec::with_capacity(28);
+    head.extend(REQUEST.to_be_bytes());
+    head.extend(flags.to_be_bytes());
+    head.extend((request.command as u16).to_be_bytes());
+    head.extend(cookie.to_be_bytes());
+    head.extend(request.offset.to_be_bytes());
+    head.extend(u32::try_from(request.len).map_err(|_| io::ErrorKind::InvalidInput)?.to_be_bytes());
+    out.write_all(&head)?;
+    out.write_all(request.payload)?;
+    out.flush()
+}
+
+/// Takes the whole reply; returns the server's error, 0 for none. `Err`: the connection is of no use any more.
+pub(super) fn receive(
+    from: &mut impl Read,
+    request: &Request<'_>,
+    cookie: u64,
+    structured: bool,
+    reply: &mut Reply<'_>,
+) -> io::Result<i32> {
+    let (mut code, mut covered) = (0, 0);
+    loop {
+        match word(from)? {
+            SIMPLE => {
+                let error = word(from)?;
+                expect_cookie(from, cookie)?;
+                if let (Reply::Data(buf), 0) = (&mut *reply, error) {
+                    if structured {
+                        return Err(nonsense("an unstructured reply to a read"));
+                    }
+                    from.read_exact(buf)?;
+                }
+                return Ok(os_code(error));
+            }
+            CHUNK if structured => {
+                let head = word(from)?;
+                let (flags, kind) = ((head >> 16) as u16, head as u16);
+                expect_cookie(from, cookie)?;
+                let len = word(from)?;
+                let chunk = Chunk { kind, len, start: request.offset };
+                match take_chunk(from, &chunk, reply, &mut covered)? {
+                    0 => {}
+                    error if code == 0 => code = error,
+                    _ => {}
+                }
+                if flags & DONE != 0 {
+                    break;
+                }
+            }
+            _ => return Err(nonsense("a reply that is none")),
+        }
+    }
+    if let Reply::Data(buf) = reply
+        && code == 0
+        && covered != buf.len()
+    {
+        return Err(nonsense("a read with gaps"));
+    }
+    Ok(code)
+}
+
+struct Chunk {
+    kind: u16,
+    len: u32,
+    start: u64,
+}
+
+/// Takes a chunk's payload; returns the error it tells of. `covered` counts the bytes of a read.
+fn take_chunk(
+    from: &mut impl Read,
+    chunk: &Chunk,
+    reply: &mut Reply<'_>,
+    covered: &mut usize,
+) -> io::Result<i32> {
+    match (chunk.kind, reply) {
+        (0, _) if chunk.len == 0 => Ok(0),
+        (OFFSET_DATA, Reply::Data(buf)) if chunk.len > 8 => {
+            let offset = long(from)?;
+            let part = part_of(buf, offset.checked_sub(chunk.start), chunk.len - 8)?;
+            *covered += part.len();
+            from.read_exact(part).map(|()| 0)
+        }
+        (OFFSET_HOLE, Reply::Data(buf)) if chunk.len == 12 => {
+            let offset = long(from)?;
+            let part = part_of(buf, offset.checked_sub(chunk.start), word(from)?)?;
+            *covered += part.len();
+            part.fill(0);
+            Ok(0)
+        }
+        (BLOCK_STATUS, Reply::Status { context, extents })
+            if chunk.len >= 12 && chunk.len % 8 == 4 && chunk.len <= MAX_STATUS =>
+        {
+            let wanted = word(from)? == *context;
+            for _ in 0..chunk.len / 8 {
+                let extent = (word(from)?, word(from)?);
+                if wanted {
+                    extents.push(extent);
+                }
+            }
+            Ok(0)
+        }
+        (kind, _) if kind & ERROR_BIT != 0 && (6..=MAX_ERROR).contains(&chunk.len) => {
+            let error = word(from)?;
+            io::copy(&mut from.take(u64::from(chunk.len) - 4), &mut io::sink())?;
+            Ok(os_code(error.max(1)))
+        }
+        _ => Err(nonsense("a chunk that does not belong there")),
+    }
+}
+
+fn part_of(buf: &mut [u8], start: Option<u64>, len: u32) -> io::Result<&mut [u8]> {
+    let start = start.and_then(|start| usize::try_from(start).ok());
+    let range = start.and_then(|start| Some(start..start.checked_add(len as usize)?));
+    range.and_then(|range| buf.get_mut(range)).ok_or_else(|| nonsense("bytes that were not asked for"))
+}
+
+fn expect_cookie(from: &mut impl Read, cookie: u64) -> io::Result<()> {
+    if long(from)? == cookie { Ok(()) } else { Err(nonsense("a reply to nothing that was asked")) }
+}
+
+pub(super) fn word(from: &mut impl Read) -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    from.read_exact(&mut bytes)?;
+    Ok(u32::from_be_bytes(bytes))
+}
+
+pub(super) fn long(from: &mut impl Read) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    from.read_exact(&mut bytes)?;
+    Ok(u64::from_be_bytes(bytes))
+}
+
+/// The protocol's error numbers are Linux's, but for a few.
+fn os_code(error: u32) -> i32 {
+    match error {
+        0 => 0,
+        1 | 5 | 12 | 22 | 28 | 75 | 95 | 108 => error as i32,
+        _ => 22,
+    }
+}
+
+pub(super) fn nonsense(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("the server sent {what}"))
+}
+
+const REQUEST: u32 = 0x2560_9513;
+const SIMPLE: u32 = 0x6744_6698;
+const CHUNK: u32 = 0x668e_33ef;
+const NO_HOLE: u16 = 1 << 1;
+const DONE: u16 = 1;
+const OFFSET_DATA: u16 = 1;
+const OFFSET_HOLE: u16 = 2;
+const BLOCK_STATUS: u16 = 5;
+const ERROR_BIT: u16 = 1 << 15;
+/// The longest error chunk that is taken: a message of 4,096 bytes.
+const MAX_ERROR: u32 = 4096 + 6 + 8;
+/// The longest list of runs that is taken. Origin: the protocol's advice, 2^20 runs.
+const MAX_STATUS: u32 = (1 << 23) + 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chunk(flags: u16, kind: u16, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = CHUNK.to_be_bytes().to_vec();
+        bytes.extend(flags.to_be_bytes());
+        bytes.extend(kind.to_be_bytes());
+        bytes.extend(9u64.to_be_bytes());
+        bytes.extend((payload.len() as u32).to_be_bytes());
+        bytes.extend(payload);
+        bytes
+    }
+
+    fn read(bytes: &[u8]) -> Result<(i32, Vec<u8>), String> {
+        let (request, mut buf) = (Request::new(Command::Read, 100, 4), vec![9; 4]);
+        let code = receive(&mut &bytes[..], &request, 9, true, &mut Reply::Data(&mut buf));
+        code.map(|code| (code, buf)).map_err(|error| error.to_string())
+    }
+
+    fn data(offset: u64, bytes: &[u8]) -> Vec<u8> {
+        [&offset.to_be_bytes()[..], bytes].concat()
+    }
+
+    #[test]
+    fn reads_in_chunks_of_any_order() {
+        let hole = [&data(100, &[])[..], &2u32.to_be_bytes()].concat();
+        let bytes = [chunk(0, OFFSET_DATA, &data(102, &[1, 2])), chunk(DONE, OFFSET_HOLE, &hole)].concat();
+        assert_eq!(read(&bytes), Ok((0, vec![0, 0, 1, 2])));
+        let error = [&5u32.to_be_bytes()[..], &[0, 2], b"no"].concat();
+        assert_eq!(read(&chunk(DONE, 0x8001, &error)), Ok((5, vec![9; 4])));
+    }
+
+    #[test]
+    fn servers_that_lie_are_caught() {
+        for bytes in [
+            chunk(DONE, OFFSET_DATA, &data(102, &[1, 2])),
+            chunk(DONE, OFFSET_DATA, &data(99, &[1, 2, 3, 4])),
+            chunk(DONE, OFFSET_DATA, &data(102, &[1, 2, 3, 4])),
+            chunk(DONE, OFFSET_DATA, &data(u64::MAX, &[1])),
+            chunk(DONE, BLOCK_STATUS, &[0; 12]),
+            vec![0; 40],
+            Vec::new(),
+        ] {
+            assert!(read(&bytes).is_err(), "{bytes:?}");
+        }
+    }
+}

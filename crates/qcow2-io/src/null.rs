@@ -1,0 +1,110 @@
+//! A disk of nothing: reads give zeroes or whatever was in the buffer, writes go nowhere.
+
+use crate::error::Call;
+use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+use std::thread;
+use std::time::Duration;
+
+/// A storage of a fixed length that keeps nothing. What is read is zeroes, unless it was asked not to promise that.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct NullStorage {
+    /// Its bytes.
+    pub len: u64,
+    /// Whether it says of itself that it holds zeroes; otherwise everything counts as data.
+    pub promises_zeroes: bool,
+    /// How long each request takes.
+    pub latency: Duration,
+}
+
+impl NullStorage {
+    /// `len` bytes.
+    pub fn new(len: u64) -> Self {
+        Self { len, promises_zeroes: false, latency: Duration::ZERO }
+    }
+
+    fn request(&self, call: Call) -> Result<(), StorageError> {
+        if call.end()? > self.len {
+            return Err(call.past_end(self.len));
+        }
+        if !self.latency.is_zero() {
+            thread::sleep(self.latency);
+        }
+        Ok(())
+    }
+}
+
+impl Storage for NullStorage {
+    fn len(&self) -> Result<u64, StorageError> {
+        Ok(self.len)
+    }
+
+    fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
+        let inside = self.len.saturating_sub(offset.value()).min(buf.len() as u64);
+        if inside > 0 {
+            self.request(Call::new("read", offset, inside))?;
+        }
+        // Bytes from somebody else's memory are nobody's business, promised or not.
+        buf[..inside as usize].fill(0);
+        Ok(inside as usize)
+    }
+
+    fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
+        self.request(Call::new("write", offset, buf.len() as u64))
+    }
+
+    fn write_zeroes(&self, offset: HostOffset, len: u64, _mode: ZeroMode) -> Result<(), StorageError> {
+        self.request(Call::new("zero", offset, len))
+    }
+
+    fn discard(&self, _offset: HostOffset, _len: u64) -> Result<(), StorageError> {
+        Ok(())
+    }
+
+    fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        self.request(Call::new("allocate", offset, len))
+    }
+
+    fn set_len(&self, len: u64) -> Result<(), StorageError> {
+        if len == self.len {
+            return Ok(());
+        }
+        let message = format!("resize to {len} bytes: a disk of nothing has {} and cannot change", self.len);
+        Err(StorageError::new(StorageErrorKind::Unsupported, message))
+    }
+
+    fn flush(&self) -> Result<(), StorageError> {
+        self.request(Call::new("flush", HostOffset::new(0), 0))
+    }
+
+    fn extent_at(&self, _offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
+        Ok(StorageExtent { len, data: !self.promises_zeroes })
+    }
+
+    fn limits(&self) -> Limits {
+        let mut limits = Limits::default();
+        limits.growable = false;
+        limits.fast_zeroes = true;
+        limits
+    }
+
+    fn used_bytes(&self) -> Result<Option<u64>, StorageError> {
+        Ok(Some(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_kept_and_nothing_grows() {
+        let disk = NullStorage::new(1000);
+        disk.write_at(HostOffset::new(990), &[1; 10]).unwrap();
+        let mut buf = [7; 20];
+        assert_eq!(disk.read_at(HostOffset::new(990), &mut buf).unwrap(), 10);
+        assert_eq!(buf[..11], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7]);
+        assert!(disk.write_at(HostOffset::new(991), &[1; 10]).is_err());
+        assert!(disk.set_len(1).is_err());
+    }
+}
