@@ -113,6 +113,29 @@ fn names_of_images() {
     ]);
 }
 
+/// What is discarded takes no space in the file any more, unless that is asked for.
+#[test]
+fn discarded_space_is_given_back() {
+    let Some(world) = World::new() else { return };
+    let used = |options: &str, program: &Path, name: &str| {
+        let folder = world.copy("written", name);
+        let image = format!("driver=qcow2,file.filename=x{options}");
+        let commands = ["-c", "write -q -P 1 0 8M", "-c", "flush", "-c", "discard -q 0 8M", "--image-opts"];
+        let run = Command::new(program).args(commands).arg(image).current_dir(&folder).output().unwrap();
+        assert!(run.status.success(), "{run:?}");
+        let data = fs::metadata(folder.join("x")).unwrap();
+        std::os::unix::fs::MetadataExt::blocks(&data) * 512
+    };
+    for (id, options) in
+        ["", ",discard-no-unref=on", ",pass-discard-request=off", ",discard=ignore"].iter().enumerate()
+    {
+        let theirs = used(options, world.qemu.io.path(), &format!("given-{id}-theirs"));
+        let ours = used(options, &world.ours, &format!("given-{id}-ours"));
+        let kept = options.contains("off") || options.contains("ignore");
+        assert_eq!((ours > 8 << 20, theirs > 8 << 20), (kept, kept), "{options}: {ours} {theirs}");
+    }
+}
+
 /// While another program writes to an image, both are told the same.
 #[test]
 fn images_in_use() {

@@ -87,6 +87,12 @@ impl Failure {
         self
     }
 
+    /// Makes it the reason why the image called `name` could not be opened.
+    pub(crate) fn on_opening(self, name: &str) -> Self {
+        let Self { message, hints, .. } = self;
+        Self { hints, ..Self::could_not_open(name, &message) }
+    }
+
     /// Leaves out the image that the message is about.
     pub(crate) fn without_name(mut self) -> Self {
         self.message = self.reason.take().unwrap_or(self.message);

@@ -183,25 +183,21 @@ impl Kind {
 
 impl ImageOption {
     fn read(&self, text: &str) -> Result<Value, Failure> {
-        let name = self.name;
         match self.kind {
             Kind::Text => Ok(Value::Text(text.to_owned())),
-            Kind::Switch => match parse_switch(text) {
-                Some(on) => Ok(Value::Switch(on, text.to_owned())),
-                None => Err(Failure::new(format!("Parameter '{name}' expects 'on' or 'off'"))),
-            },
-            Kind::Size => read_size(name, text).map(Value::Number),
-            Kind::Number => parse_number(text).map(Value::Number).map_err(|error| match error {
-                SizeError::Range => {
-                    Failure::new(format!("Value '{text}' is too large for parameter '{name}'"))
-                }
-                SizeError::Syntax => Failure::new(format!("Parameter '{name}' expects a number")),
-            }),
+            Kind::Switch => read_switch(self.name, text).map(|on| Value::Switch(on, text.to_owned())),
+            Kind::Size => read_size(self.name, text).map(Value::Number),
+            Kind::Number => read_number(self.name, text).map(Value::Number),
         }
     }
 }
 
-/// Reads the size `text` of option `name`.
+/// The value of switch `name`. Errors: QEMU's words.
+pub(crate) fn read_switch(name: &str, text: &str) -> Result<bool, Failure> {
+    parse_switch(text).ok_or_else(|| Failure::new(format!("Parameter '{name}' expects 'on' or 'off'")))
+}
+
+/// The value of size `name`. Errors: QEMU's words.
 pub(crate) fn read_size(name: &str, text: &str) -> Result<u64, Failure> {
     parse_size(text).map_err(|error| match error {
         SizeError::Range => Failure::new(format!("Value '{text}' is out of range for parameter '{name}'")),
@@ -210,6 +206,14 @@ pub(crate) fn read_size(name: &str, text: &str) -> Result<u64, Failure> {
                 .hint("Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-")
                 .hint("and exabytes, respectively.")
         }
+    })
+}
+
+/// The value of number `name`. Errors: QEMU's words.
+pub(crate) fn read_number(name: &str, text: &str) -> Result<u64, Failure> {
+    parse_number(text).map_err(|error| match error {
+        SizeError::Range => Failure::new(format!("Value '{text}' is too large for parameter '{name}'")),
+        SizeError::Syntax => Failure::new(format!("Parameter '{name}' expects a number")),
     })
 }
 

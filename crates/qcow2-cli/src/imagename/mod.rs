@@ -14,6 +14,7 @@ pub(crate) use blkdebug::rules as debug_rules;
 pub(crate) use display::filename;
 pub(crate) use nbd::server as nbd_server;
 pub(crate) use node::{Backing, Driver, Node};
+pub(crate) use options::Options;
 
 use crate::args::ImageArgs;
 use crate::failure::Failure;

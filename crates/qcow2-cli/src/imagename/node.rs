@@ -123,7 +123,7 @@ impl Driver {
             || own.contains(&key)
             || (*self != Self::Raw && self.is_strong(key) && *self != Self::Nbd)
             || (*self == Self::Nbd && key.starts_with("server."))
-            || (*self == Self::Qcow2 && (key.starts_with("overlap-check.") || key.starts_with("data-file")))
+            || (*self == Self::Qcow2 && key.starts_with("data-file"))
             || (*self == Self::Blkdebug && key.contains("-child-perms."))
     }
 }
@@ -366,13 +366,23 @@ const GENERAL: [&str; 9] = [
 const FILE: [&str; 7] =
     ["filename", "locking", "aio", "aio-max-batch", "drop-cache", "pr-manager", "x-check-cache-dropped"];
 /// What a qcow2 image takes; none of it changes what is read.
-const QCOW2: [&str; 12] = [
+const QCOW2: [&str; 22] = [
     "lazy-refcounts",
     "pass-discard-request",
     "pass-discard-snapshot",
     "pass-discard-other",
     "discard-no-unref",
     "overlap-check",
+    "overlap-check.template",
+    "overlap-check.main-header",
+    "overlap-check.active-l1",
+    "overlap-check.active-l2",
+    "overlap-check.refcount-table",
+    "overlap-check.refcount-block",
+    "overlap-check.snapshot-table",
+    "overlap-check.inactive-l1",
+    "overlap-check.inactive-l2",
+    "overlap-check.bitmap-directory",
     "cache-size",
     "l2-cache-size",
     "l2-cache-entry-size",

@@ -2,6 +2,7 @@
 
 mod disk_storage;
 mod node;
+mod tuning;
 
 pub(crate) use node::NodeFacts;
 
@@ -62,17 +63,6 @@ pub(crate) struct OpenAs {
     pub(crate) layers: Layers,
     /// How many bytes a second are written at most.
     pub(crate) bytes_per_second: Option<u64>,
-    /// Bytes of tables kept in memory.
-    pub(crate) tables: TableCaches,
-}
-
-/// Bytes of tables kept in memory; `None`: as much as the engine finds right.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct TableCaches {
-    /// L2 tables.
-    pub(crate) l2: Option<u64>,
-    /// Refcount blocks.
-    pub(crate) refcounts: Option<u64>,
 }
 
 impl OpenAs {
@@ -82,7 +72,6 @@ impl OpenAs {
         cache: CacheMode::Writeback,
         layers: Layers::Follow,
         bytes_per_second: None,
-        tables: TableCaches { l2: None, refcounts: None },
     };
     /// For looking at it, and at nothing that it names.
     pub(crate) const LOOK: Self = Self { layers: Layers::TopOnly, ..Self::READ };
@@ -233,8 +222,12 @@ fn open_layers_by(
     options.writable = how.writable;
     options.layers = how.layers;
     options.codecs = codecs();
-    options.l2_cache_size = how.tables.l2;
-    options.refcount_cache_size = how.tables.refcounts;
+    options.discard_freed = how.writable;
+    if format == ImageFormat::Qcow2 && !name.node.options.is_empty() {
+        let header = qcow2_core::walk::read_header(&*source.storage)
+            .map_err(|error| qemu_text::open_failure(&name.typed, context, &error))?;
+        tuning::tune(&mut options, &name.node.options, &header).map_err(|failure| failure.on_opening(&name.typed))?;
+    }
     let opened = open(source, &options);
     let files = files.lock().unwrap_or_else(PoisonError::into_inner).clone();
     match opened {

@@ -309,10 +309,16 @@ impl Meta {
     /// Gives the space of those clusters back whose last reference this is. A failed discard loses nothing.
     fn discard_unshared(&self, run: Unlinked) -> Result<()> {
         let size = self.geometry.cluster_size();
-        for cluster in run.first..run.first + run.count {
-            if self.is_last_reference(cluster)? {
-                let _ = self.storage.discard(HostOffset::new(cluster * size), size);
+        let (mut first, end) = (run.first, run.first + run.count);
+        while first < end {
+            let mut after = first;
+            while after < end && self.is_last_reference(after)? {
+                after += 1;
             }
+            if after > first {
+                let _ = self.storage.discard(HostOffset::new(first * size), (after - first) * size);
+            }
+            first = after + 1;
         }
         Ok(())
     }

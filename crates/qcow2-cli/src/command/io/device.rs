@@ -9,10 +9,9 @@ use super::target::{Target, reason};
 use crate::args::ImageArgs;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
-use crate::open::{OpenAs, TableCaches, codecs, guess_warning, open_file, open_image};
+use crate::open::{OpenAs, codecs, guess_warning, open_file, open_image};
 use crate::optlist::{OptList, escape_commas};
 use crate::render::{human, info::specific_text, qemu_text};
-use crate::size::parse_size;
 use qcow2_core::{
     BackingName, CreateOptions, GuestDisk, Image, ImageFormat, OpenOptions, Reference, ResolveError,
     ResolvedSource, Resolver, Storage,
@@ -25,8 +24,8 @@ pub(super) struct Files;
 
 impl Opener for Files {
     fn open(&self, request: &OpenRequest) -> Result<OpenedFile, Vec<String>> {
-        let (request, tables) = understood(request).map_err(|text| vec![text])?;
-        open(&request, tables).map_err(|failure| {
+        let request = understood(request).map_err(|text| vec![text])?;
+        open(&request).map_err(|failure| {
             let mut lines = failure.without_name().lines("", "");
             if let Some(first) = lines.first_mut() {
                 *first = first.trim_start_matches(": ").to_owned();
@@ -36,9 +35,8 @@ impl Opener for Files {
     }
 }
 
-/// The request with the options that are about opening taken out of its option strings, and those about the tables in
-/// memory. Errors: the reason.
-fn understood(request: &OpenRequest) -> Result<(OpenRequest, TableCaches), String> {
+/// The request with the options that are about opening taken out of its option strings. Errors: the reason.
+fn understood(request: &OpenRequest) -> Result<OpenRequest, String> {
     let mut request = request.clone();
     let list = match request.options.is_empty() {
         true => OptList::default(),
@@ -46,7 +44,6 @@ fn understood(request: &OpenRequest) -> Result<(OpenRequest, TableCaches), Strin
     };
     let mut rest = Vec::new();
     let (mut direct, mut no_flush) = (None, None);
-    let mut caches = [None; 3];
     for pair in list.pairs() {
         let on = || match &*pair.value {
             "on" => Ok(true),
@@ -58,12 +55,6 @@ fn understood(request: &OpenRequest) -> Result<(OpenRequest, TableCaches), Strin
             "force-share" => request.force_share = on()?,
             "cache.direct" => direct = Some(on()?),
             "cache.no-flush" => no_flush = Some(on()?),
-            "cache-size" | "l2-cache-size" | "refcount-cache-size" => {
-                let place = CACHE_SIZES.iter().position(|key| *key == pair.key).unwrap_or_default();
-                let size = parse_size(&pair.value);
-                caches[place] =
-                    Some(size.map_err(|_| format!("Parameter '{}' expects a size value", pair.key))?);
-            }
             "discard" => request.set_discard(Some(&pair.value))?,
             _ => rest.push(format!("{}={}", pair.key, escape_commas(&pair.value))),
         }
@@ -78,32 +69,7 @@ fn understood(request: &OpenRequest) -> Result<(OpenRequest, TableCaches), Strin
             "aio=native was specified, but it requires cache.direct=on, which was not specified.".to_owned()
         );
     }
-    Ok((request, table_caches(caches)?))
-}
-
-/// The options about tables in memory: for all, for L2 tables, for refcount blocks.
-const CACHE_SIZES: [&str; 3] = ["cache-size", "l2-cache-size", "refcount-cache-size"];
-
-/// What the three sizes mean together: the first one is the sum of the others.
-fn table_caches([all, l2, refcounts]: [Option<u64>; 3]) -> Result<TableCaches, String> {
-    let part = |of: u64, part: u64, key: &str| {
-        of.checked_sub(part).ok_or_else(|| format!("{key} may not exceed cache-size"))
-    };
-    Ok(match (all, l2, refcounts) {
-        (Some(_), Some(_), Some(_)) => {
-            return Err("cache-size, l2-cache-size and refcount-cache-size may not be set at the same time"
-                .to_owned());
-        }
-        (Some(all), Some(l2), None) => {
-            TableCaches { l2: Some(l2), refcounts: Some(part(all, l2, CACHE_SIZES[1])?) }
-        }
-        (Some(all), None, Some(refcounts)) => {
-            TableCaches { l2: Some(part(all, refcounts, CACHE_SIZES[2])?), refcounts: Some(refcounts) }
-        }
-        // Lookups profit more from L2 tables, so these get most of it.
-        (Some(all), None, None) => TableCaches { l2: Some(all - all / 8), refcounts: Some(all / 8) },
-        (None, l2, refcounts) => TableCaches { l2, refcounts },
-    })
+    Ok(request)
 }
 
 /// A cache mode with single properties changed; whether writes are durable at once stays as it is.
@@ -119,7 +85,7 @@ fn with_flags(mode: CacheMode, direct: Option<bool>, no_flush: Option<bool>) -> 
     }
 }
 
-fn open(request: &OpenRequest, tables: TableCaches) -> Result<OpenedFile, Failure> {
+fn open(request: &OpenRequest) -> Result<OpenedFile, Failure> {
     let (typed, args) = name_and_args(request);
     let name = ImageName::parse(&typed, &args)?;
     // Durable writes are made by flushing after each, above the image; its own tables need no flush each.
@@ -131,7 +97,7 @@ fn open(request: &OpenRequest, tables: TableCaches) -> Result<OpenedFile, Failur
     let guessed = name.node.is_probed();
     let scratch = request.snapshot && !request.read_only;
     let writable = !request.read_only;
-    let how = OpenAs { writable: writable && !scratch, cache, tables, ..OpenAs::READ };
+    let how = OpenAs { writable: writable && !scratch, cache, ..OpenAs::READ };
     let opened = open_image(&name, &args, how)?;
     let debugger = opened.debugger.clone();
     let (mut disk, format) = match scratch {
@@ -154,7 +120,10 @@ fn open(request: &OpenRequest, tables: TableCaches) -> Result<OpenedFile, Failur
     let target = Target {
         disk,
         durable_writes: request.cache.is_writethrough() && writable,
-        discards: request.discards,
+        discards: match name.node.options.text("discard").as_deref() {
+            Some(mode) => matches!(mode, "unmap" | "on"),
+            None => request.discards,
+        },
     };
     Ok(OpenedFile { target, writable, info, warnings, debugger })
 }
@@ -249,7 +218,7 @@ fn vm_state_offset(image: &Image) -> u64 {
 mod tests {
     use super::*;
 
-    fn with_options(options: &str) -> Result<(OpenRequest, TableCaches), String> {
+    fn with_options(options: &str) -> Result<OpenRequest, String> {
         understood(&OpenRequest {
             path: Some("disk".to_owned()),
             options: vec![options.to_owned()],
@@ -259,33 +228,17 @@ mod tests {
 
     #[test]
     fn options_about_opening_are_taken_out() {
-        let (request, _) =
+        let request =
             with_options("read-only=on,cache.direct=on,driver=qcow2,discard=ignore,a=b,,c").unwrap();
         assert!(request.read_only && !request.discards);
         assert_eq!(request.cache, CacheMode::Directsync);
         assert_eq!(request.options, ["driver=qcow2", "a=b,,c"]);
         let (typed, args) = name_and_args(&request);
         assert_eq!((&*typed, args.image_opts), ("file.filename=disk,driver=qcow2,a=b,,c", true));
-        let (request, _) = with_options("cache.no-flush=on").unwrap();
+        let request = with_options("cache.no-flush=on").unwrap();
         assert_eq!(request.cache, CacheMode::Unsafe);
         let refused = |options| with_options(options).map(|_| ()).unwrap_err();
         assert_eq!(refused("force-share=on"), "force-share=on can only be used with read-only images");
         assert_eq!(refused("read-only=maybe"), "Parameter 'read-only' expects 'on' or 'off'");
-    }
-
-    #[test]
-    fn table_cache_sizes() {
-        let sizes = |options| with_options(options).map(|(_, caches)| (caches.l2, caches.refcounts));
-        assert_eq!(sizes("driver=qcow2"), Ok((None, None)));
-        assert_eq!(sizes("l2-cache-size=1M"), Ok((Some(1 << 20), None)));
-        assert_eq!(sizes("cache-size=1M,l2-cache-size=768k"), Ok((Some(768 << 10), Some(256 << 10))));
-        assert_eq!(sizes("cache-size=1M,refcount-cache-size=256k"), Ok((Some(768 << 10), Some(256 << 10))));
-        assert_eq!(sizes("cache-size=8k"), Ok((Some(7 << 10), Some(1 << 10))));
-        assert_eq!(
-            sizes("cache-size=1k,l2-cache-size=2k").unwrap_err(),
-            "l2-cache-size may not exceed cache-size"
-        );
-        assert_eq!(sizes("l2-cache-size=x").unwrap_err(), "Parameter 'l2-cache-size' expects a size value");
-        assert!(sizes("cache-size=1,l2-cache-size=1,refcount-cache-size=0").is_err());
     }
 }

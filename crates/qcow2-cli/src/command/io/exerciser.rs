@@ -358,6 +358,11 @@ impl<'a> Exerciser<'a> {
     }
 
     fn open(&mut self, request: OpenRequest) -> Result<(), Failed> {
+        self.open_as(request, false)
+    }
+
+    /// Opens a disk; `reopened`: one that was open a moment ago.
+    fn open_as(&mut self, request: OpenRequest, reopened: bool) -> Result<(), Failed> {
         if self.file.is_some() {
             return self.complain_named("file open already, try 'help close'").map(|_| ());
         }
@@ -371,11 +376,14 @@ impl<'a> Exerciser<'a> {
             }
             Err(lines) => {
                 let device = request.path.as_ref().filter(|_| !request.image_opts);
-                let what = device
-                    .map_or_else(|| "can't open".to_owned(), |path| format!("can't open device {path}"));
+                let what = match (reopened, device) {
+                    (true, _) => String::new(),
+                    (false, Some(path)) => format!("can't open device {path}: "),
+                    (false, None) => "can't open: ".to_owned(),
+                };
                 let mut lines = lines.iter();
                 let first = lines.next().map_or("", String::as_str);
-                self.console.named(&format!("{what}: {first}"));
+                self.console.named(&format!("{what}{first}"));
                 for line in lines {
                     self.console.err(line);
                 }
@@ -413,7 +421,7 @@ impl<'a> Exerciser<'a> {
             Err(text) => return self.complain_named(&text).map(|_| ()),
         };
         self.close()?;
-        self.open(new).map_err(|Failed| {
+        self.open_as(new, true).map_err(|Failed| {
             let _ = self.open(old);
             Failed
         })
