@@ -1,10 +1,11 @@
 //! Sixteen threads on one image: overlapping and neighbouring reads, writes, zeroes, discards, compressed writes and
 //! flushes. Every read must show what its sectors may hold at that time; afterwards the file is judged.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "figures of a run; setting up cannot fail")]
+#![allow(clippy::field_reassign_with_default, reason = "option structs may grow")]
 
 use qcow2_core::{
-    ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions, Reference,
-    ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
+    ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NewSnapshot, NoResolver, OpenOptions,
+    Reference, ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::arbitrary::{BackingShape, DataFileShape, Shape};
@@ -18,7 +19,7 @@ use qcow2_tests::fixtures::codecs;
 use qcow2_tests::jitter::JitterStorage;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 const THREADS: u64 = 16;
@@ -43,6 +44,10 @@ struct Plan {
     compressed: u64,
     /// Whether freed clusters are given back to the storage.
     discard_freed: bool,
+    /// Whether discarded clusters keep their places.
+    keep_places: bool,
+    /// Whether snapshots come and go meanwhile.
+    snapshots: bool,
 }
 
 const PLAN: Plan = Plan {
@@ -53,6 +58,8 @@ const PLAN: Plan = Plan {
     l2_cache: None,
     compressed: 4,
     discard_freed: false,
+    keep_places: false,
+    snapshots: false,
 };
 
 /// Opens the two names that an image under test may give.
@@ -85,6 +92,9 @@ struct Bench {
     image: Arc<Image>,
     history: History,
     next_content: AtomicU64,
+    resolver: Arc<Neighbours>,
+    /// Snapshots that stay, with the disk's content when they were taken.
+    kept: Mutex<Vec<(Vec<u8>, Vec<u8>)>>,
 }
 
 impl Bench {
@@ -109,11 +119,13 @@ impl Bench {
         options.l2_cache_size = plan.l2_cache;
         options.refcount_cache_size = plan.l2_cache;
         options.discard_freed = plan.discard_freed;
-        let image = Image::open(source(storage, ImageFormat::Qcow2, resolver), &options).unwrap();
+        options.discard_no_unref = plan.keep_places;
+        let image = Image::open(source(storage, ImageFormat::Qcow2, resolver.clone()), &options).unwrap();
         let backed = shape.backing.map_or(0, |backing| backing.size / SECTOR);
         let history =
             History::new(shape.size / SECTOR, |sector| if sector < backed { BACKING } else { ZEROES });
-        Self { shape, plan, file, data, image, history, next_content: AtomicU64::new(4) }
+        let (next_content, kept) = (AtomicU64::new(4), Mutex::default());
+        Self { shape, plan, file, data, image, history, next_content, resolver, kept }
     }
 
     /// All threads, round after round; between rounds nobody moves and everything must be in order.
@@ -142,6 +154,7 @@ impl Bench {
             let kind = rng.below(100);
             let result = match kind {
                 _ if rng.below(100) < self.plan.compressed => self.compress(&sectors),
+                _ if self.plan.snapshots && rng.one_in(150) => self.change_snapshots(&mut rng),
                 0..30 => self.read(sectors.clone()),
                 30..70 => self.write(sectors.clone()),
                 70..78 => self.zero(sectors.clone(), ZeroMode::MayUnmap),
@@ -217,12 +230,56 @@ impl Bench {
         Ok(())
     }
 
+    /// Takes a snapshot, or deletes one of those that may go, while others read and write.
+    fn change_snapshots(&self, rng: &mut Rng) -> Result<(), String> {
+        let there = self.image.snapshots().map_err(|e| chain(&e))?;
+        let going: Vec<_> = there.iter().filter(|snapshot| snapshot.name == b"going").collect();
+        if going.len() < 3 {
+            return self.take_snapshot(b"going").map(|_| ());
+        }
+        match self.image.delete_snapshot(going[rng.below(going.len() as u64) as usize]) {
+            // Another thread was faster.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            result => result.map_err(|e| chain(&e)),
+        }
+    }
+
+    fn take_snapshot(&self, name: &[u8]) -> Result<Vec<u8>, String> {
+        let mut new = NewSnapshot::default();
+        new.name = name.to_vec();
+        self.image.create_snapshot(&new).map(|snapshot| snapshot.id).map_err(|e| chain(&e))
+    }
+
+    /// What was kept reads as it did.
+    fn check_kept(&self) -> Result<(), String> {
+        let kept = self.kept.lock().unwrap();
+        for (id, content) in kept.iter() {
+            let file = Arc::clone(&self.file) as Arc<dyn Storage>;
+            let source = source(file, ImageFormat::Qcow2, self.resolver.clone());
+            let mut options = OpenOptions::default();
+            options.codecs = codecs();
+            let disk = Image::open_snapshot(source, &options, |all| all.iter().position(|s| s.id == *id))
+                .map_err(|e| chain(&e))?;
+            let mut seen = vec![0; content.len()];
+            disk.read_at(GuestOffset::new(0), &mut seen).map_err(|e| chain(&e))?;
+            if seen != *content {
+                return Err(format!("snapshot {:?} has changed", String::from_utf8_lossy(id)));
+            }
+        }
+        Ok(())
+    }
+
     /// With nobody else about: the disk holds an allowed content, and a flush leaves a sound file.
     fn look(&self) -> Result<(), String> {
         let mut seen = vec![0; self.shape.size as usize];
         self.image.read_at(GuestOffset::new(0), &mut seen).map_err(|e| chain(&e))?;
         self.history.settle(&seen)?;
         self.image.flush().map_err(|e| chain(&e))?;
+        if self.plan.snapshots {
+            self.check_kept()?;
+            let id = self.take_snapshot(b"kept")?;
+            self.kept.lock().unwrap().push((id, seen));
+        }
         let found = self.audit();
         if found.is_sound() { Ok(()) } else { Err(format!("{found:?}")) }
     }
@@ -230,6 +287,7 @@ impl Bench {
     /// After a close nothing may be leaked.
     fn finish(&self) -> Result<(), String> {
         self.image.close().map_err(|e| chain(&e))?;
+        self.check_kept()?;
         let found = self.audit();
         let fine = found.is_sound() && found.leaks == 0 && !found.dirty;
         if fine { Ok(()) } else { Err(format!("after close: {found:?}")) }
@@ -311,6 +369,23 @@ fn subclusters_over_a_backing_file() {
 fn freed_clusters_given_back() {
     let shape = Shape { cluster_bits: 10, ..Shape::plain(MIB / 8) };
     check(shape, Plan { discard_freed: true, ..PLAN }, 4);
+}
+
+#[test]
+fn discarded_clusters_keep_their_places() {
+    let shape = Shape { cluster_bits: 10, backing: overlay(MIB / 16), ..Shape::plain(MIB / 8) };
+    check(shape, Plan { discard_freed: true, keep_places: true, ..PLAN }, 3);
+}
+
+#[test]
+fn snapshots_come_and_go() {
+    let shape = Shape { cluster_bits: 10, ..Shape::plain(MIB / 4) };
+    check(shape, Plan { snapshots: true, discard_freed: true, ..PLAN }, 3);
+    let shape = Shape { backing: overlay(MIB), ..Shape::plain(MIB) };
+    check(shape, Plan { snapshots: true, warm: true, ..PLAN }, 2);
+    let shape =
+        Shape { cluster_bits: 14, extended_l2: true, backing: overlay(MIB / 2), ..Shape::plain(MIB / 2) };
+    check(shape, Plan { snapshots: true, l2_cache: Some(2048), ..PLAN }, 2);
 }
 
 #[test]

@@ -67,12 +67,8 @@ pub(crate) struct OpenAs {
 
 impl OpenAs {
     /// For reading, with all that it names.
-    pub(crate) const READ: Self = Self {
-        writable: false,
-        cache: CacheMode::Writeback,
-        layers: Layers::Follow,
-        bytes_per_second: None,
-    };
+    pub(crate) const READ: Self =
+        Self { writable: false, cache: CacheMode::Writeback, layers: Layers::Follow, bytes_per_second: None };
     /// For looking at it, and at nothing that it names.
     pub(crate) const LOOK: Self = Self { layers: Layers::TopOnly, ..Self::READ };
 }
@@ -226,7 +222,8 @@ fn open_layers_by(
     if format == ImageFormat::Qcow2 && !name.node.options.is_empty() {
         let header = qcow2_core::walk::read_header(&*source.storage)
             .map_err(|error| qemu_text::open_failure(&name.typed, context, &error))?;
-        tuning::tune(&mut options, &name.node.options, &header).map_err(|failure| failure.on_opening(&name.typed))?;
+        tuning::tune(&mut options, &name.node.options, &header)
+            .map_err(|failure| failure.on_opening(&name.typed))?;
     }
     let opened = open(source, &options);
     let files = files.lock().unwrap_or_else(PoisonError::into_inner).clone();

@@ -46,7 +46,8 @@ fn set_caches(options: &mut OpenOptions, node: &Options) -> Result<(), Failure> 
     let part = |of: u64, part: u64, key: &str| {
         of.checked_sub(part).ok_or_else(|| Failure::new(format!("{key} may not exceed cache-size")))
     };
-    let (all, l2, refcounts) = (size(node, "cache-size")?, size(node, "l2-cache-size")?, size(node, "refcount-cache-size")?);
+    let (all, l2, refcounts) =
+        (size(node, "cache-size")?, size(node, "l2-cache-size")?, size(node, "refcount-cache-size")?);
     let (l2, refcounts) = match (all, l2, refcounts) {
         (Some(_), Some(_), Some(_)) => {
             return Err(Failure::new(
