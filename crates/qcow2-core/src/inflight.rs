@@ -60,7 +60,10 @@ impl Operations {
     }
 }
 
-/// Guest clusters whose mapping somebody is changing.
+/// Guest clusters whose mapping somebody is changing, or writes through.
+///
+/// A write in place shares its clusters with others of its kind and keeps out whoever changes the mapping: zeroes would
+/// otherwise be recorded while its bytes are still on their way, and a later write beside them would uncover those.
 #[derive(Debug, Default)]
 pub(crate) struct Claims {
     held: Mutex<Held>,
@@ -69,30 +72,49 @@ pub(crate) struct Claims {
 
 #[derive(Debug, Default)]
 struct Held {
-    ranges: Vec<(u64, u64)>,
+    ranges: Vec<ClaimedRange>,
     /// How many threads wait; where none does, letting go costs no system call.
     waiting: usize,
 }
 
-/// The right to change the mapping of guest clusters `start..end`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct ClaimedRange {
+    start: u64,
+    end: u64,
+    shared: bool,
+}
+
+/// The right to change the mapping of guest clusters, or (shared) to write through it.
 #[derive(Debug)]
 pub(crate) struct Claim<'a> {
     claims: &'a Claims,
-    range: (u64, u64),
+    range: ClaimedRange,
 }
 
 impl Claims {
-    /// Waits until nobody else changes one of the clusters `start..end`, then claims them. A thread must not claim
-    /// while it holds another claim.
+    /// Waits until nobody else changes or writes through one of the clusters `start..end`, then claims them. A thread
+    /// must not claim while it holds another claim.
     pub(crate) fn claim(&self, start: u64, end: u64) -> Claim<'_> {
+        self.enter(ClaimedRange { start, end, shared: false })
+    }
+
+    /// Waits until nobody changes the mapping of one of the clusters `start..end`, and keeps it from being changed.
+    pub(crate) fn share(&self, start: u64, end: u64) -> Claim<'_> {
+        self.enter(ClaimedRange { start, end, shared: true })
+    }
+
+    fn enter(&self, range: ClaimedRange) -> Claim<'_> {
+        let meets = |other: &ClaimedRange| {
+            other.start < range.end && range.start < other.end && !(other.shared && range.shared)
+        };
         let mut held = lock(&self.held);
-        while held.ranges.iter().any(|&(s, e)| s < end && start < e) {
+        while held.ranges.iter().any(meets) {
             held.waiting += 1;
             held = wait(&self.released, held);
             held.waiting -= 1;
         }
-        held.ranges.push((start, end));
-        Claim { claims: self, range: (start, end) }
+        held.ranges.push(range);
+        Claim { claims: self, range }
     }
 }
 
@@ -124,6 +146,24 @@ mod tests {
         assert_eq!(operations.advance(), 3, "the operation began in epoch 2");
         drop(running);
         assert_eq!(operations.advance(), 5);
+    }
+
+    #[test]
+    fn shared_claims_keep_changes_out_and_nothing_else() {
+        let claims = Claims::default();
+        let released = AtomicBool::new(false);
+        let (first, _second) = (claims.share(10, 20), claims.share(25, 30));
+        drop(claims.share(15, 25));
+        drop(claims.claim(20, 25));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _change = claims.claim(5, 15);
+                assert!(released.load(Ordering::SeqCst));
+            });
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            released.store(true, Ordering::SeqCst);
+            drop(first);
+        });
     }
 
     #[test]

@@ -46,6 +46,8 @@ pub(crate) struct Prepared<'a> {
     /// What must be written besides, before the commit; in host order.
     pub(crate) edges: Vec<Edge>,
     change: Option<Change<'a>>,
+    /// Keeps the mapping as it is while bytes go where they are.
+    _in_place: Option<Claim<'a>>,
 }
 
 /// What the commit changes.
@@ -67,27 +69,34 @@ impl Image {
     /// Prepares a first part of a write of `len` bytes at `offset`. The caller has checked the range and runs inside an
     /// operation. Disk: may read L2 tables and the bytes around the write, may write a new L2 table.
     pub(crate) fn prepare(&self, offset: GuestOffset, len: u64) -> Result<Prepared<'_>> {
-        let run = self.meta.lookup(offset, len)?;
-        if let Place::Data { host, copied: true } = run.place {
-            return self.prepare_in_place(host, run.len);
-        }
         let geometry = &self.meta.geometry;
         let len = len.min(MAX_RUN - geometry.in_cluster(offset.value()));
-        let first = geometry.guest_cluster(offset).value();
-        let last = geometry.guest_cluster(GuestOffset::new(offset.value() + len - 1)).value();
+        let cluster_of = |at: u64| geometry.guest_cluster(GuestOffset::new(at)).value();
+        let first = cluster_of(offset.value());
+        let run = self.meta.lookup(offset, len)?;
+        if let Place::Data { copied: true, .. } = run.place {
+            let claim = self.meta.claims.share(first, cluster_of(offset.value() + run.len - 1) + 1);
+            // Asked again, now that the answer cannot change any more.
+            let run = self.meta.lookup(offset, run.len)?;
+            if let Place::Data { host, copied: true } = run.place {
+                return self.prepare_in_place(host, run.len, claim);
+            }
+        }
+        let last = cluster_of(offset.value() + len - 1);
         let claim = self.meta.claims.claim(first, last + 1);
         let place = self.meta.writable_place(offset)?;
         let entry = |i| self.meta.entry(&place, i, offset);
         let plan = plan_write(&self.meta.l2_format, offset, len, place.entries(), entry)?;
         if let WriteKind::InPlace { host } = plan.kind {
             let host = HostOffset::new(host.value() + geometry.in_cluster(offset.value()));
-            return self.prepare_in_place(host, plan.len);
+            return self.prepare_in_place(host, plan.len, claim);
         }
         let mut change = self.reserve_place(offset, plan, place, claim)?;
         match self.edges(&mut change) {
             Ok(edges) => {
                 let host = HostOffset::new(change.base.value() + geometry.in_cluster(offset.value()));
-                Ok(Prepared { image: self, len: change.plan.len, host, edges, change: Some(change) })
+                let (len, change) = (change.plan.len, Some(change));
+                Ok(Prepared { image: self, len, host, edges, change, _in_place: None })
             }
             Err(error) => {
                 self.give_back(&change)?;
@@ -96,10 +105,10 @@ impl Image {
         }
     }
 
-    fn prepare_in_place(&self, host: HostOffset, len: u64) -> Result<Prepared<'_>> {
+    fn prepare_in_place<'a>(&'a self, host: HostOffset, len: u64, claim: Claim<'a>) -> Result<Prepared<'a>> {
         self.check_overlap(host, len)?;
         self.cover_sector(host.value() + len)?;
-        Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None })
+        Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None, _in_place: Some(claim) })
     }
 
     /// Keeps the end of the file on a sector: a write that ends inside one at `end` must not be what makes the file
