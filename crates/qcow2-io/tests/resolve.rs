@@ -148,12 +148,12 @@ fn pipes_and_devices_are_not_opened() {
 }
 
 #[test]
-fn data_files_are_writable_where_the_image_is_and_backing_files_never() {
+fn files_are_writable_where_that_is_asked_for() {
     let world = world();
     let resolver = resolver(&world, Policy::Allow);
     let data = resolver.resolve(Reference::DataFile { name: "base" }, true).unwrap();
     data.storage.write_at(HostOffset::new(0), b"x").unwrap();
-    let base = resolver.resolve(backing("sub/base", None), true).unwrap();
+    let base = resolver.resolve(backing("sub/base", None), false).unwrap();
     base.storage.write_at(HostOffset::new(0), b"x").unwrap_err();
     drop(data);
     let data = resolver.resolve(Reference::DataFile { name: "base" }, false).unwrap();
