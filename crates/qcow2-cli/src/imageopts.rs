@@ -1,5 +1,6 @@
 //! The options of new images (`-o`): which there are, of what type, and in which order they are shown.
 
+use crate::args::Objects;
 use crate::failure::Failure;
 use crate::optlist::{OptList, Pair, escape_commas};
 use crate::session::Session;
@@ -14,6 +15,8 @@ pub(crate) enum TargetFormat {
     Raw,
     /// A qcow2 image.
     Qcow2,
+    /// A LUKS container.
+    Luks,
 }
 
 impl TargetFormat {
@@ -22,6 +25,7 @@ impl TargetFormat {
         match name {
             "raw" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
+            "luks" => Ok(Self::Luks),
             _ => Err(Failure::new(format!("Unknown file format '{name}'"))),
         }
     }
@@ -31,6 +35,7 @@ impl TargetFormat {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Luks => "luks",
         }
     }
 
@@ -44,6 +49,7 @@ impl TargetFormat {
         match self {
             Self::Raw => RAW,
             Self::Qcow2 => QCOW2,
+            Self::Luks => LUKS,
         }
     }
 }
@@ -53,6 +59,7 @@ impl TargetFormat {
 pub(crate) struct ImageOptions {
     format: TargetFormat,
     values: BTreeMap<&'static str, Value>,
+    objects: Objects,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,7 +74,7 @@ impl ImageOptions {
     /// Reads `list` by the table of `format`, the defaults of the format in place. Errors: the first option that is
     /// not known or not of its type, in QEMU's words.
     pub(crate) fn parse(format: TargetFormat, list: &OptList) -> Result<Self, Failure> {
-        let mut options = Self { format, values: BTreeMap::new() };
+        let mut options = Self { format, values: BTreeMap::new(), objects: Objects::default() };
         for option in format.options().iter().filter(|option| !option.default.is_empty()) {
             options.values.insert(option.name, option.read(option.default)?);
         }
@@ -95,6 +102,11 @@ impl ImageOptions {
         }
     }
 
+    /// Whether option `name` was given or has a default.
+    pub(crate) fn given(&self, name: &str) -> bool {
+        self.values.contains_key(name)
+    }
+
     /// Whether switch `name` is on.
     pub(crate) fn switch(&self, name: &str) -> bool {
         matches!(self.values.get(name), Some(Value::Switch(true, _)))
@@ -108,6 +120,16 @@ impl ImageOptions {
     /// Sets a number option.
     pub(crate) fn set_number(&mut self, name: &'static str, number: u64) {
         self.values.insert(name, Value::Number(number));
+    }
+
+    /// Sets the objects that options may speak of.
+    pub(crate) fn set_objects(&mut self, objects: &Objects) {
+        self.objects = objects.clone();
+    }
+
+    /// The objects that options may speak of.
+    pub(crate) fn objects(&self) -> &Objects {
+        &self.objects
     }
 
     /// The format they belong to.
@@ -297,6 +319,20 @@ const QCOW2: &[ImageOption] = &[
     or("off", switch("lazy_refcounts", "refcounts may be brought up to date later")),
     or("16", number("refcount_bits", "bits in a refcount, a power of two up to 64")),
     NOCOW,
+    EXTENT_SIZE_HINT,
+];
+
+const LUKS: &[ImageOption] = &[
+    SIZE,
+    text("key-secret", "identifier of the secret with the password"),
+    text("cipher-alg", "cipher"),
+    text("cipher-mode", "cipher mode"),
+    text("ivgen-alg", "how initialization vectors are made"),
+    text("ivgen-hash-alg", "hash for initialization vectors"),
+    text("hash-alg", "hash for key derivation"),
+    number("iter-time", "milliseconds that key derivation takes"),
+    NOCOW,
+    of_file(text("preallocation", "space reserved at once: off, falloc, full")),
     EXTENT_SIZE_HINT,
 ];
 

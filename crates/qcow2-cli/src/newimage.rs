@@ -3,6 +3,7 @@
 //! Nothing that was there before is touched until the options are known to be possible; what was made for an image
 //! that fails is taken away.
 
+use crate::crypt::{LUKS_NAMES, NewCrypt, QCOW2_NAMES, read_options};
 use crate::failure::Failure;
 use crate::imagename::{NewTarget, Node};
 use crate::imageopts::{ImageOptions, TargetFormat};
@@ -11,7 +12,7 @@ use crate::newfile::NewFile;
 use crate::open::{is_block_device, open_existing};
 use crate::render::qemu_text;
 use qcow2_core::format::{CompressionType, FormatErrorKind, Version};
-use qcow2_core::{Preallocation, Storage, StorageError};
+use qcow2_core::{NewEncryption, Preallocation, Storage, StorageError};
 use qcow2_io::{Create, OpenFile, SourceError, os_error_text};
 use qcow2_ops::create::{Qcow2Request, RawRequest, Refusal, plan, plan_raw};
 use std::path::Path;
@@ -31,7 +32,68 @@ pub(crate) fn make(
     match options.format() {
         TargetFormat::Raw => make_raw(path, options, interrupts),
         TargetFormat::Qcow2 => make_qcow2(path, options, interrupts),
+        TargetFormat::Luks => make_luks(path, options, interrupts),
     }
+}
+
+/// A container: the header, and behind it as much as the disk has.
+fn make_luks(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Result<(), Failure> {
+    let file = prepare(path)?;
+    let planned = luks_request(options).and_then(|(request, crypt)| match plan_raw(&request) {
+        Err(refusal) => Err(Failure::new(qemu_text::refusal(&refusal))),
+        Ok(()) => Ok((request, crypt.make()?)),
+    });
+    let (request, encryption) = match planned {
+        Ok(planned) => planned,
+        Err(failure) => {
+            file.undo();
+            return Err(failure);
+        }
+    };
+    let storage = open_empty(path, file, interrupts)?;
+    if is_block_device(path) {
+        fit_device(&*storage, request.size, "device files")?;
+    }
+    make_container(&storage, &request, &encryption)
+}
+
+/// The whole container as a file, and its encryption.
+fn luks_request(options: &ImageOptions) -> Result<(RawRequest, NewCrypt), Failure> {
+    let crypt = read_options(options, "luks", &LUKS_NAMES, options.objects())?;
+    let preallocation =
+        preallocation(options).map_err(|text| Failure::new(format!("invalid parameter value: {text}")))?;
+    let size = options.number("size").unwrap_or(0).saturating_add(crypt.area_len());
+    Ok((RawRequest { size, preallocation }, crypt))
+}
+
+fn make_container(
+    storage: &Arc<dyn Storage>,
+    request: &RawRequest,
+    encryption: &NewEncryption,
+) -> Result<(), Failure> {
+    let NewEncryption::Luks(area) = encryption else { return Ok(()) };
+    qcow2_ops::create::create_container(storage, request, area)
+        .map_err(|error| failed(&error, &request_words(request.size)))
+}
+
+/// How the new image is to be encrypted, if it is. Errors: in QEMU's words, nothing having been made.
+fn new_crypt(options: &ImageOptions) -> Result<Option<NewCrypt>, Failure> {
+    let format = match options.text("encrypt.format") {
+        Some(_) if options.given("encryption") => {
+            let text = "'encrypt.format' and its alias 'encryption' can't be used at the same time";
+            return Err(Failure::new(text));
+        }
+        Some(format @ ("luks" | "aes")) => format,
+        Some(other) => {
+            return Err(Failure::new(format!("Parameter 'format' does not accept value '{other}'")));
+        }
+        None if options.switch("encryption") => "aes",
+        None if QCOW2_NAMES.iter().any(|name| options.given(name)) => {
+            return Err(Failure::new("Parameter 'encrypt.format' is missing"));
+        }
+        None => return Ok(None),
+    };
+    read_options(options, format, &QCOW2_NAMES, options.objects()).map(Some)
 }
 
 fn make_raw(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Result<(), Failure> {
@@ -64,12 +126,16 @@ fn make_in_existing(node: &Node, options: &ImageOptions) -> Result<(), Failure> 
     })?;
     match options.format() {
         TargetFormat::Raw => fit_device(&*storage, size, "NBD nodes"),
+        TargetFormat::Luks => {
+            let (request, crypt) = luks_request(options)?;
+            fit_device(&*storage, request.size, "NBD nodes")?;
+            make_container(&storage, &RawRequest { size: 0, ..request }, &crypt.make()?)
+        }
         TargetFormat::Qcow2 => {
             if options.text("data_file").is_some() {
                 return Err(Failure::new("A data file is a file beside the image, which is none here"));
             }
-            let request = qcow2_request(options)?;
-            plan(&request).map_err(|refusal| Failure::new(qemu_text::refusal(&refusal)))?;
+            let request = planned(options)?;
             qcow2_ops::create(&storage, None, &request)
                 .map_err(|error| failed(&error, &backing_words(&request)))
         }
@@ -95,11 +161,7 @@ fn make_qcow2(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Re
             return Err(failure);
         }
     };
-    let request = qcow2_request(options).and_then(|request| {
-        plan(&request).map_err(|refusal| Failure::new(qemu_text::refusal(&refusal)))?;
-        Ok(request)
-    });
-    let request = match request {
+    let request = match planned(options) {
         Ok(request) => request,
         Err(failure) => {
             file.undo();
@@ -114,6 +176,16 @@ fn make_qcow2(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Re
     };
     qcow2_ops::create(&storage, data.as_ref(), &request)
         .map_err(|error| failed(&error, &backing_words(&request)))
+}
+
+/// Everything that is known to be possible, the encryption header included, which takes its time.
+fn planned(options: &ImageOptions) -> Result<Qcow2Request, Failure> {
+    let mut request = qcow2_request(options)?;
+    let crypt = new_crypt(options)?;
+    request.encrypted = crypt.is_some();
+    plan(&request).map_err(|refusal| Failure::new(qemu_text::refusal(&refusal)))?;
+    request.encryption = crypt.map(|crypt| crypt.make()).transpose()?;
+    Ok(request)
 }
 
 /// Reads the options that name one of several choices, in QEMU's order.
@@ -131,14 +203,7 @@ fn qcow2_request(options: &ImageOptions) -> Result<Qcow2Request, Failure> {
     if let Some(other) = request.backing_format.as_ref().filter(|name| !DRIVERS.contains(&&***name)) {
         return Err(no_such("backing-fmt", other));
     }
-    match options.text("encrypt.format") {
-        Some("luks" | "aes") => return Err(Failure::new("Encrypted images are not supported yet")),
-        Some(other) => return Err(no_such("format", other)),
-        None if options.switch("encryption") => {
-            return Err(Failure::new("Encrypted images are not supported yet"));
-        }
-        None => {}
-    }
+    new_crypt(options)?;
     request.cluster_size = options.number("cluster_size").unwrap_or(request.cluster_size);
     request.preallocation = preallocation(options).map_err(|text| no_such("preallocation", &text))?;
     request.lazy_refcounts = options.switch("lazy_refcounts");

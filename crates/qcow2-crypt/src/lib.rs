@@ -11,6 +11,7 @@
 //! | how sectors are encrypted | [`sector`] |
 //! | opening, making and changing LUKS headers | [`luks`] |
 //! | the old method | [`legacy`] |
+//! | secrets that are encrypted themselves | [`wrap`] |
 #![forbid(unsafe_code)]
 
 mod cipher;
@@ -22,6 +23,7 @@ pub mod random;
 pub mod secret;
 pub mod sector;
 pub mod spec;
+pub mod wrap;
 
 pub use error::{CryptError, CryptErrorKind};
 pub use random::{Random, Stopwatch};

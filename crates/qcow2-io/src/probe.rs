@@ -48,7 +48,7 @@ fn format_of(head: &[u8; PROBE_LEN]) -> ImageFormat {
         }
     }
     let found = SIGNATURES.iter().find(|(at, bytes, _)| head[*at..].starts_with(bytes));
-    found.map_or(ImageFormat::Raw, |(_, _, name)| ImageFormat::Other((*name).to_owned()))
+    found.map_or(ImageFormat::Raw, |(_, _, name)| format_from_name(name))
 }
 
 /// The format that an image or a user calls `name`.
@@ -62,6 +62,7 @@ pub fn format_from_name(name: &str) -> ImageFormat {
     match name {
         "raw" => ImageFormat::Raw,
         "qcow2" => ImageFormat::Qcow2,
+        "luks" => ImageFormat::Luks,
         other => ImageFormat::Other(other.to_owned()),
     }
 }

@@ -6,7 +6,7 @@ use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::format::geometry::{Geometry, GeometryFields};
 use qcow2_core::format::{CompressionType, Version, limit};
 use qcow2_core::{
-    BackingName, CreateOptions, DataFileName, HostOffset, Preallocation, Storage, StorageError,
+    BackingName, CreateOptions, DataFileName, HostOffset, NewEncryption, Preallocation, Storage, StorageError,
 };
 use std::fmt;
 use std::sync::Arc;
@@ -40,6 +40,10 @@ pub struct Qcow2Request {
     pub data_file: Option<String>,
     /// Whether the data file is to be the guest disk byte for byte.
     pub data_file_raw: bool,
+    /// Whether guest data is to be encrypted: what [`plan`] asks, before there is a header.
+    pub encrypted: bool,
+    /// How guest data is encrypted, with the encryption header.
+    pub encryption: Option<NewEncryption>,
 }
 
 impl Qcow2Request {
@@ -58,6 +62,8 @@ impl Qcow2Request {
             backing_format: None,
             data_file: None,
             data_file_raw: false,
+            encrypted: false,
+            encryption: None,
         }
     }
 }
@@ -103,6 +109,8 @@ pub enum Refusal {
     SizeTooLarge(u64),
     /// Metadata preallocation of a raw image.
     RawMetadataPreallocation,
+    /// Preallocation of an encrypted version 2 image, whose clusters would read as noise.
+    EncryptedPreallocationNeedsVersion3,
 }
 
 impl fmt::Display for Refusal {
@@ -130,6 +138,9 @@ impl fmt::Display for Refusal {
             Self::CompressionTypeNeedsVersion3 => f.write_str("a compression type needs version 3"),
             Self::SizeTooLarge(n) => write!(f, "size {n} needs too large an l1 table; larger clusters help"),
             Self::RawMetadataPreallocation => f.write_str("a raw image has no metadata to preallocate"),
+            Self::EncryptedPreallocationNeedsVersion3 => {
+                f.write_str("preallocation of an encrypted image needs version 3")
+            }
         }
     }
 }
@@ -154,6 +165,7 @@ pub fn plan(request: &Qcow2Request) -> Result<CreateOptions, Refusal> {
         .backing_file
         .as_ref()
         .map(|name| BackingName { name: name.clone(), format: request.backing_format.clone() });
+    options.encryption = request.encryption.clone();
     options.data_file = request
         .data_file
         .as_ref()
@@ -207,6 +219,25 @@ pub fn create_raw(storage: &Arc<dyn Storage>, request: &RawRequest) -> Result<()
     })
 }
 
+/// Makes a LUKS container. `storage`: empty, unless it is a device; `request`: the whole container, header included (a
+/// `size` of 0 leaves the length as it is); `area`: its header. Disk: the length, or reserves or writes zeroes, a barrier,
+/// then the header and a barrier.
+///
+/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Create` with the engine's error.
+pub fn create_container(
+    storage: &Arc<dyn Storage>,
+    request: &RawRequest,
+    area: &qcow2_core::LuksArea,
+) -> Result<()> {
+    if request.size > 0 {
+        create_raw(storage, request)?;
+    }
+    let written = storage.write_at(HostOffset::default(), &area.0).and_then(|()| storage.flush());
+    written.map_err(|e| {
+        Error::new(ErrorKind::Create, "making the container").with_source(qcow2_core::Error::from(e))
+    })
+}
+
 fn check_geometry(request: &Qcow2Request) -> Result<(), Refusal> {
     let size = request.cluster_size;
     if request.extended_l2 && request.version < Version::V3 {
@@ -238,6 +269,10 @@ fn check_features(request: &Qcow2Request) -> Result<(), Refusal> {
         (request.data_file_raw && request.data_file.is_none(), Refusal::DataFileRawWithoutFile),
         (request.data_file_raw && backed, Refusal::BackingAndDataFileRaw),
         (v2 && request.data_file.is_some(), Refusal::DataFileNeedsVersion3),
+        (
+            v2 && request.encrypted && request.preallocation != Preallocation::Off,
+            Refusal::EncryptedPreallocationNeedsVersion3,
+        ),
         (v2 && request.compression_type != CompressionType::Deflate, Refusal::CompressionTypeNeedsVersion3),
     ];
     broken.into_iter().find(|(broken, _)| *broken).map_or(Ok(()), |(_, refusal)| Err(refusal))

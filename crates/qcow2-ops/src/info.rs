@@ -21,8 +21,10 @@ pub struct InfoReport {
     pub used_bytes: Option<u64>,
     /// Bytes in the storage.
     pub storage_len: u64,
-    /// What only a qcow2 image has; `None` for a raw one.
+    /// What only a qcow2 image has.
     pub qcow2: Option<Qcow2Info>,
+    /// The header of a LUKS container.
+    pub luks: Option<Box<LuksHeader>>,
 }
 
 /// What a qcow2 image says of itself.
@@ -95,6 +97,11 @@ pub fn info(storage: &dyn Storage, format: &ImageFormat) -> Result<InfoReport> {
     let used_bytes = storage.used_bytes().map_err(failed)?;
     let header = match format {
         ImageFormat::Raw => None,
+        ImageFormat::Luks => {
+            let luks = Box::new(read_luks(storage, HostOffset::default(), LUKS_READ)?);
+            let virtual_size = storage_len.saturating_sub(u64::from(luks.payload_offset_sectors) * 512);
+            return Ok(InfoReport { virtual_size, used_bytes, storage_len, qcow2: None, luks: Some(luks) });
+        }
         ImageFormat::Qcow2 => Some(read_header(storage)?),
         other => {
             return Err(Error::new(
@@ -105,7 +112,7 @@ pub fn info(storage: &dyn Storage, format: &ImageFormat) -> Result<InfoReport> {
     };
     let virtual_size = header.as_ref().map_or(storage_len, Header::disk_size);
     let qcow2 = header.map(|header| describe(storage, &header)).transpose()?;
-    Ok(InfoReport { virtual_size, used_bytes, storage_len, qcow2 })
+    Ok(InfoReport { virtual_size, used_bytes, storage_len, qcow2, luks: None })
 }
 
 fn describe(storage: &dyn Storage, header: &Header) -> Result<Qcow2Info> {
@@ -152,10 +159,13 @@ fn read_encryption(storage: &dyn Storage, header: &Header) -> Result<Option<Encr
         (_, Some(luks)) => luks,
     };
     let wanted = usize::try_from(luks.len).unwrap_or(usize::MAX).min(LUKS_READ);
-    let bytes = read_up_to(storage, luks.offset, wanted)?;
-    let luks = LuksHeader::parse(&bytes)
-        .map_err(|e| Error::new(ErrorKind::Metadata, "encryption header is damaged").with_source(e))?;
-    Ok(Some(Encryption::Luks(Box::new(luks))))
+    Ok(Some(Encryption::Luks(Box::new(read_luks(storage, luks.offset, wanted)?))))
+}
+
+fn read_luks(storage: &dyn Storage, at: HostOffset, len: usize) -> Result<LuksHeader> {
+    let bytes = read_up_to(storage, at, len)?;
+    LuksHeader::parse(&bytes)
+        .map_err(|e| Error::new(ErrorKind::Metadata, "encryption header is damaged").with_source(e))
 }
 
 fn read_snapshots(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {

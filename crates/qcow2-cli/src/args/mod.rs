@@ -189,6 +189,8 @@ pub(crate) struct ImageArgs {
     pub(crate) image_opts: bool,
     /// Whether images are opened without locks.
     pub(crate) force_share: bool,
+    /// The objects that names may speak of.
+    pub(crate) objects: Objects,
 }
 
 impl ImageArgs {

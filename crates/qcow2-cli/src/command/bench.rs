@@ -1,6 +1,6 @@
 //! `bench`: requests at equal steps, and how long they took.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt, parse_cache};
+use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
@@ -88,14 +88,13 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
         threads: None,
         filename: String::new(),
     };
-    let mut objects = Objects::default();
     while let Some(given) = args.next(session)? {
         let number = |what: &str, range| parse_argument(what, &given.value, range);
         match given.opt {
             Opt::Format => request.image.format = Some(given.value),
             Opt::ImageOpts => request.image.image_opts = true,
             Opt::ForceShare => request.image.force_share = true,
-            Opt::Object => objects.add(&given.value)?,
+            Opt::Object => request.image.objects.add(&given.value)?,
             Opt::Cache => {
                 request.cache =
                     CacheMode::parse(&given.value).ok_or_else(|| Failure::new("Invalid cache mode"))?;

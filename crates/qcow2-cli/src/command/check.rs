@@ -1,6 +1,6 @@
 //! `check`: references against refcounts. Reports only.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt, OutputFormat, parse_cache};
+use crate::args::{Arguments, ImageArgs, Opt, OutputFormat, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
@@ -69,7 +69,7 @@ struct Request {
 impl Request {
     fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
         let mut request = Self::default();
-        let (mut objects, mut cache) = (Objects::default(), None);
+        let mut cache = None;
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             match given.opt {
@@ -84,7 +84,7 @@ impl Request {
                     let text = format!("--repair (-r) expects 'leaks' or 'all' not '{}'", given.value);
                     return Err(Failure::usage(verb, text));
                 }
-                Opt::Object => objects.add(&given.value)?,
+                Opt::Object => request.image.objects.add(&given.value)?,
                 _ => {}
             }
         }

@@ -1,6 +1,6 @@
 //! `commit`: what an image holds goes into its backing file, or into one further down.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt, parse_cache};
+use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::chain::open_down_to;
 use crate::exit;
 use crate::failure::Failure;
@@ -46,7 +46,7 @@ struct Request {
 
 impl Request {
     fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
-        let (mut request, mut objects) = (Self::default(), Objects::default());
+        let mut request = Self::default();
         while let Some(given) = args.next(session)? {
             match given.opt {
                 Opt::Format => request.image.format = Some(given.value),
@@ -60,7 +60,7 @@ impl Request {
                 }
                 Opt::Progress => request.progress = true,
                 Opt::Quiet => request.quiet = true,
-                Opt::Object => objects.add(&given.value)?,
+                Opt::Object => request.image.objects.add(&given.value)?,
                 _ => {}
             }
         }

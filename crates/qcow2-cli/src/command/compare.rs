@@ -43,6 +43,7 @@ struct Request {
     format: Option<String>,
     second_format: Option<String>,
     image_opts: bool,
+    objects: Objects,
     force_share: bool,
     cache: Option<String>,
     strict: bool,
@@ -54,7 +55,6 @@ struct Request {
 impl Request {
     fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
         let mut request = Self::default();
-        let mut objects = Objects::default();
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             match given.opt {
@@ -66,7 +66,9 @@ impl Request {
                 Opt::Strict => request.strict = true,
                 Opt::Progress => request.progress = true,
                 Opt::Quiet => request.quiet = true,
-                Opt::Object => objects.add(&given.value).map_err(|f| f.with_code(exit::COMPARE_OPEN))?,
+                Opt::Object => {
+                    request.objects.add(&given.value).map_err(|f| f.with_code(exit::COMPARE_OPEN))?;
+                }
                 _ => {}
             }
         }
@@ -80,7 +82,8 @@ impl Request {
         let how = OpenAs { cache: cache.unwrap_or_default(), ..OpenAs::READ };
         let open = |filename: &str, format: &Option<String>| {
             let (image_opts, force_share) = (self.image_opts, self.force_share);
-            let args = ImageArgs { format: format.clone(), image_opts, force_share };
+            let objects = self.objects.clone();
+            let args = ImageArgs { format: format.clone(), image_opts, force_share, objects };
             args.check()?;
             open_image(&ImageName::parse(filename, &args)?, &args, how)
         };

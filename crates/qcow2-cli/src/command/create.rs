@@ -49,6 +49,7 @@ struct Request {
     backing: Option<String>,
     backing_format: Option<String>,
     open_backing: bool,
+    objects: Objects,
 }
 
 /// `None`: help was asked for and given.
@@ -81,13 +82,14 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
     if let Some(extra) = operands.next() {
         return Err(Failure::usage(verb, format!("Unexpected argument: {extra}")));
     }
-    Ok(Some(Request { quiet, format, filename, size, list, backing, backing_format, open_backing }))
+    Ok(Some(Request { quiet, format, filename, size, list, backing, backing_format, open_backing, objects }))
 }
 
 /// The options with everything that comes from elsewhere: the size operand, `-b`, `-F`, the backing file's size.
 fn settle(request: &Request) -> Result<ImageOptions, Failure> {
     let format = TargetFormat::parse(&request.format)?;
     let mut options = ImageOptions::parse(format, &request.list)?;
+    options.set_objects(&request.objects);
     match (request.size, options.number("size")) {
         (Some(_), Some(_)) => return Err(Failure::new("The image size must be specified only once")),
         (Some(size), None) => options.set_number("size", size),
@@ -135,7 +137,11 @@ fn look_at_backing(request: &Request, name: &str, format: Option<&str>) -> Resul
     let opened = open_backing(request, name, format)
         .map_err(|failure| failure.without_name().hint("Could not open backing image."))?;
     if format.is_none() {
-        let detected = if opened.format == ImageFormat::Raw { "raw" } else { "qcow2" };
+        let detected = match opened.format {
+            ImageFormat::Qcow2 => "qcow2",
+            ImageFormat::Luks => "luks",
+            _ => "raw",
+        };
         return Err(without_format().hint(format!("Detected format of {detected}.")));
     }
     Ok(opened.disk.size().checked_next_multiple_of(512))
@@ -147,7 +153,12 @@ fn open_backing(
     format: Option<&str>,
 ) -> Result<crate::open::OpenedDisk, Failure> {
     // Only the size is asked for, which another program may well be using.
-    let args = ImageArgs { format: format.map(str::to_owned), force_share: true, ..ImageArgs::default() };
+    let args = ImageArgs {
+        format: format.map(str::to_owned),
+        force_share: true,
+        objects: request.objects.clone(),
+        ..ImageArgs::default()
+    };
     // Names are relative to the new image, as they will be for whoever opens it.
     let located = match name.split_once(':') {
         Some((protocol, _)) if !protocol.contains('/') => name.to_owned(),

@@ -1,6 +1,6 @@
 //! `info`: what an image says of itself. Opens no file but the one named, unless the backing chain is asked for.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt, OutputFormat};
+use crate::args::{Arguments, ImageArgs, Opt, OutputFormat};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
@@ -35,7 +35,6 @@ struct Request {
 
 fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
     let (mut image, mut output, mut chain) = (ImageArgs::default(), OutputFormat::Human, false);
-    let mut objects = Objects::default();
     let verb = args.verb();
     while let Some(given) = args.next(session)? {
         match given.opt {
@@ -44,7 +43,7 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
             Opt::ForceShare => image.force_share = true,
             Opt::BackingChain => chain = true,
             Opt::Output => output = OutputFormat::parse(verb, &given.value)?,
-            Opt::Object => objects.add(&given.value)?,
+            Opt::Object => image.objects.add(&given.value)?,
             _ => {}
         }
     }
@@ -80,6 +79,7 @@ fn look(request: &Request) -> Result<Vec<NamedInfo>, Failure> {
         let format = match name.node.driver().is_protocol() {
             true => nodes.remove(0).driver,
             false if report.qcow2.is_some() => "qcow2",
+            false if report.luks.is_some() => "luks",
             false => "raw",
         };
         infos.push(NamedInfo { filename: source.name, format, full_backing, nodes, report });

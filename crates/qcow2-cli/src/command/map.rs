@@ -1,6 +1,6 @@
 //! `map`: where the content of an image is stored.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt, OutputFormat};
+use crate::args::{Arguments, ImageArgs, Opt, OutputFormat};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
@@ -41,7 +41,6 @@ struct Request {
 
 fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
     let (mut image, mut output, mut options) = (ImageArgs::default(), OutputFormat::Human, MapOptions::new());
-    let mut objects = Objects::default();
     let verb = args.verb();
     while let Some(given) = args.next(session)? {
         match given.opt {
@@ -51,7 +50,7 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
             Opt::Output => output = OutputFormat::parse(verb, &given.value)?,
             Opt::StartOffset => options.start = parse_argument("start offset", &given.value, SIGNED)?,
             Opt::MaxLength => options.len = Some(parse_argument("max length", &given.value, SIGNED)?),
-            Opt::Object => objects.add(&given.value)?,
+            Opt::Object => image.objects.add(&given.value)?,
             _ => {}
         }
     }

@@ -1,6 +1,6 @@
 //! `resize`: a longer or a shorter disk.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt};
+use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
@@ -35,14 +35,14 @@ impl Request {
     fn parse(session: &Session, args: Arguments) -> Result<Self, Failure> {
         let mut args = args.with_signed_number();
         let (mut image, mut quiet, mut shrink) = (ImageArgs::default(), false, false);
-        let (mut preallocation, mut objects) = (Preallocation::Off, Objects::default());
+        let mut preallocation = Preallocation::Off;
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             match given.opt {
                 Opt::Quiet => quiet = true,
                 Opt::Format => image.format = Some(given.value),
                 Opt::ImageOpts => image.image_opts = true,
-                Opt::Object => objects.add(&given.value)?,
+                Opt::Object => image.objects.add(&given.value)?,
                 Opt::Shrink => shrink = true,
                 Opt::Preallocation => preallocation = parse_preallocation(&given.value)?,
                 _ => {}

@@ -1,6 +1,6 @@
 //! `snapshot`: the snapshots inside an image.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt};
+use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
@@ -50,7 +50,7 @@ struct Request {
 
 impl Request {
     fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
-        let (mut image, mut objects, mut action) = (ImageArgs::default(), Objects::default(), None);
+        let (mut image, mut action) = (ImageArgs::default(), None);
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             let wanted = match given.opt {
@@ -67,7 +67,7 @@ impl Request {
                     continue;
                 }
                 Opt::Object => {
-                    objects.add(&given.value)?;
+                    image.objects.add(&given.value)?;
                     continue;
                 }
                 Opt::ListSnapshots => Action::List,

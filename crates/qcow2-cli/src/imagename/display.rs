@@ -24,7 +24,7 @@ fn short(node: &Node) -> Option<String> {
             let image = node.child().and_then(short).filter(|_| only_config)?;
             Some(format!("blkdebug:{config}:{image}"))
         }
-        Driver::Raw | Driver::Qcow2 => {
+        Driver::Raw | Driver::Qcow2 | Driver::Luks => {
             let child = node.child().filter(|child| child.driver().is_protocol())?;
             short(child).filter(|_| node.strong().next().is_none())
         }

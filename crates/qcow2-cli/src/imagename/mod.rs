@@ -16,8 +16,10 @@ pub(crate) use nbd::server as nbd_server;
 pub(crate) use node::{Backing, Driver, Node};
 pub(crate) use options::Options;
 
-use crate::args::ImageArgs;
+use crate::args::{ImageArgs, Objects};
+use crate::crypt::Keys;
 use crate::failure::Failure;
+use serde_json::Value;
 
 /// An image as the user named it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +28,8 @@ pub(crate) struct ImageName {
     pub(crate) typed: String,
     /// What it is made of.
     pub(crate) node: Node,
+    /// The secrets of its layers.
+    pub(crate) keys: Keys,
 }
 
 impl ImageName {
@@ -36,16 +40,28 @@ impl ImageName {
             false => node::from_name(typed, args.format.as_deref()),
         };
         let node = understood.map_err(|reason| Failure::could_not_open(typed, &reason))?;
-        Ok(Self { typed: typed.to_owned(), node })
+        let keys = Keys::new(node.layer_keys(), &args.objects);
+        Ok(Self { typed: typed.to_owned(), node, keys })
     }
 
-    /// What was made at `target`, typed so, in a format.
-    pub(crate) fn on(typed: &str, target: NewTarget, format: Driver) -> Self {
+    /// What was made at `target`, typed so, in a format. `secret`: the option that names its secret, and what it names.
+    pub(crate) fn on(
+        typed: &str,
+        target: NewTarget,
+        format: Driver,
+        secret: Option<(&str, &str)>,
+        objects: &Objects,
+    ) -> Self {
         let below = match target {
             NewTarget::File(path) => Node::file(&path),
             NewTarget::Existing(node) => node,
         };
-        Self { typed: typed.to_owned(), node: Node::on(Some(format), below) }
+        let mut node = Node::on(Some(format), below);
+        if let Some((key, id)) = secret {
+            node.options.set(key, Value::String(id.to_owned()));
+        }
+        let keys = Keys::new(node.layer_keys(), objects);
+        Self { typed: typed.to_owned(), node, keys }
     }
 
     /// The file that is at the bottom of it, if one is.

@@ -2,6 +2,7 @@
 
 use super::nbd;
 use super::options::Options;
+use crate::crypt::{KEY_OPTIONS, LayerKey};
 use crate::size::parse_size;
 use serde_json::Value;
 
@@ -36,6 +37,8 @@ pub(crate) enum Backing {
     Nothing,
     /// This one.
     Node(Box<Node>),
+    /// The one that the image names, with these options for its secrets.
+    Keys(Box<Node>),
 }
 
 /// The drivers.
@@ -43,6 +46,7 @@ pub(crate) enum Backing {
 pub(crate) enum Driver {
     Qcow2,
     Raw,
+    Luks,
     File,
     HostDevice,
     NullCo,
@@ -57,6 +61,7 @@ impl Driver {
         Ok(match name {
             "qcow2" => Self::Qcow2,
             "raw" => Self::Raw,
+            "luks" => Self::Luks,
             "file" => Self::File,
             "host_device" => Self::HostDevice,
             "null-co" => Self::NullCo,
@@ -72,6 +77,7 @@ impl Driver {
         match self {
             Self::Qcow2 => "qcow2",
             Self::Raw => "raw",
+            Self::Luks => "luks",
             Self::File => "file",
             Self::HostDevice => "host_device",
             Self::NullCo => "null-co",
@@ -83,13 +89,13 @@ impl Driver {
 
     /// Whether it is about where bytes are, not about what they mean.
     pub(crate) fn is_protocol(&self) -> bool {
-        !matches!(self, Self::Qcow2 | Self::Raw)
+        !matches!(self, Self::Qcow2 | Self::Raw | Self::Luks)
     }
 
     /// What it calls the node that it stands on.
     pub(crate) fn child(&self) -> Option<&'static str> {
         match self {
-            Self::Qcow2 | Self::Raw => Some("file"),
+            Self::Qcow2 | Self::Raw | Self::Luks => Some("file"),
             Self::Blkdebug => Some("image"),
             _ => None,
         }
@@ -100,6 +106,7 @@ impl Driver {
         match self {
             Self::Qcow2 => key.starts_with("encrypt."),
             Self::Raw => matches!(key, "offset" | "size"),
+            Self::Luks => KEY_OPTIONS.contains(&key),
             Self::File | Self::HostDevice => key == "filename",
             Self::NullCo | Self::NullAio => matches!(key, "size" | "read-zeroes"),
             Self::Blkdebug => {
@@ -114,6 +121,7 @@ impl Driver {
         let own: &[&str] = match self {
             Self::Qcow2 => &QCOW2,
             Self::Raw => &["offset", "size"],
+            Self::Luks => &[],
             Self::File | Self::HostDevice => &FILE,
             Self::NullCo | Self::NullAio => &["size", "read-zeroes", "latency-ns"],
             Self::Blkdebug => &BLKDEBUG,
@@ -154,6 +162,29 @@ impl Node {
     /// Whether the format is to be probed.
     pub(crate) fn is_probed(&self) -> bool {
         self.driver.is_none()
+    }
+
+    /// What the options say of the secrets of this layer and of those below it.
+    pub(crate) fn layer_keys(&self) -> Vec<LayerKey> {
+        let (mut keys, mut next) = (Vec::new(), Some(self));
+        while let Some(node) = next {
+            let option =
+                |key: &str| node.options.text(&format!("encrypt.{key}")).or_else(|| node.options.text(key));
+            keys.push(LayerKey { secret: option(KEY_OPTIONS[0]), max_iterations: option(KEY_OPTIONS[1]) });
+            next = match &node.backing {
+                Backing::Node(below) | Backing::Keys(below) => Some(below),
+                Backing::AsNamed | Backing::Nothing => None,
+            };
+        }
+        keys
+    }
+
+    /// The complaint about an option that one of the layers below does not have.
+    pub(crate) fn unknown_below(&self) -> Option<String> {
+        match &self.backing {
+            Backing::Keys(below) => below.unknown_option().or_else(|| below.unknown_below()),
+            _ => None,
+        }
     }
 
     /// The node below.
@@ -240,7 +271,7 @@ pub(super) fn protocol_from_name(name: &str) -> Result<Node, String> {
         Some((prefix, _)) if !prefix.contains('/') => {
             let driver = match prefix {
                 "nbd+tcp" | "nbd+unix" => Driver::Nbd,
-                "raw" | "qcow2" => return Err(format!("Unknown protocol '{prefix}'")),
+                "raw" | "qcow2" | "luks" => return Err(format!("Unknown protocol '{prefix}'")),
                 _ => Driver::parse(prefix).map_err(|_| format!("Unknown protocol '{prefix}'"))?,
             };
             protocol(driver, name)
@@ -280,7 +311,9 @@ fn protocol(driver: Driver, name: &str) -> Result<Node, String> {
             node.below = Below::Node(Box::new(protocol_from_name(image)?));
         }
         Driver::Nbd => node.options = nbd::from_name(name)?,
-        Driver::Raw | Driver::Qcow2 => return Err(format!("Unknown protocol '{}'", driver.name())),
+        Driver::Raw | Driver::Qcow2 | Driver::Luks => {
+            return Err(format!("Unknown protocol '{}'", driver.name()));
+        }
     }
     Ok(node)
 }
@@ -336,9 +369,16 @@ fn backing(options: &mut Options) -> Result<Backing, String> {
         Some(Value::String(name)) => return Err(no_such_node(&name)),
         _ => {}
     }
-    let inner = options.take_group("backing");
+    let mut inner = options.take_group("backing");
+    let names = |key: &str| key == "driver" || key == "file" || key.starts_with("file.");
     match inner.is_empty() {
         true => Ok(Backing::AsNamed),
+        false if !inner.iter().any(|(key, _)| names(key)) => {
+            let mut node = Node::new(None);
+            node.backing = backing(&mut inner)?;
+            node.options = inner;
+            Ok(Backing::Keys(Box::new(node)))
+        }
         false => Ok(Backing::Node(Box::new(from_options(inner, false)?))),
     }
 }

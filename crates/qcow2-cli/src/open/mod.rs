@@ -94,7 +94,7 @@ pub(crate) fn open_nodes(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Res
     let opened = opening.open(&name.node).map_err(|trouble| trouble.about(&name.typed))?;
     let (mut source, nodes, debugger) = opened;
     if let ImageFormat::Other(other) = &source.format {
-        let reason = format!("format '{other}' is not supported, only qcow2 and raw are");
+        let reason = format!("format '{other}' is not supported, only qcow2, raw and luks are");
         return Err(Failure::could_not_open(&name.typed, &reason));
     }
     if let Some(rate) = how.bytes_per_second {
@@ -116,6 +116,7 @@ fn format_of(node: &Node) -> Option<ImageFormat> {
     match node.driver() {
         _ if node.is_probed() => None,
         Driver::Qcow2 => Some(ImageFormat::Qcow2),
+        Driver::Luks => Some(ImageFormat::Luks),
         Driver::Raw => Some(ImageFormat::Raw),
         _ => None,
     }
@@ -124,8 +125,11 @@ fn format_of(node: &Node) -> Option<ImageFormat> {
 /// Opens the image that `name` leads to, with the files that it names as `how` says.
 pub(crate) fn open_image(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Result<OpenedDisk, Failure> {
     let OpenedFile { mut source, debugger, nodes } = open_nodes(name, args, how)?;
+    if let Some(text) = name.node.unknown_below() {
+        return Err(Failure::could_not_open(&name.typed, &text));
+    }
     let other = match &name.node.backing {
-        Backing::AsNamed => None,
+        Backing::AsNamed | Backing::Keys(_) => None,
         Backing::Nothing => Some(None),
         Backing::Node(node) => Some(Some((**node).clone())),
     };
@@ -218,6 +222,7 @@ fn open_layers_by(
     options.writable = how.writable;
     options.layers = how.layers;
     options.codecs = codecs();
+    options.keys = Some(Arc::new(name.keys.clone()));
     options.discard_freed = how.writable;
     if format == ImageFormat::Qcow2 && !name.node.options.is_empty() {
         let header = qcow2_core::walk::read_header(&*source.storage)
@@ -251,6 +256,7 @@ pub(crate) fn open_below(name: &ImageName, source: &ResolvedSource, how: OpenAs)
         .resolver
         .resolve(reference, false)
         .map_err(|error| qemu_text::open_failure(&name.typed, BACKING, &error.into()))?;
+    let name = &ImageName { keys: name.keys.below(), ..name.clone() };
     open_layers(name, below, how, BACKING).map(|_| ())
 }
 

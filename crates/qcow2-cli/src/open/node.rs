@@ -3,6 +3,7 @@
 use super::disk_storage::DiskStorage;
 use super::{OpenAs, codecs, is_block_device};
 use crate::args::ImageArgs;
+use crate::crypt::Keys;
 use crate::failure::Failure;
 use crate::imagename::{Driver, Node, debug_rules, filename, nbd_server};
 use crate::render::qemu_text;
@@ -103,7 +104,11 @@ impl Opening<'_> {
             bytes.storage = window(top, bytes.storage)?;
             check_options(top)?;
         }
-        let probed = if format == ImageFormat::Qcow2 { "qcow2" } else { "raw" };
+        let probed = match format {
+            ImageFormat::Qcow2 => "qcow2",
+            ImageFormat::Luks => "luks",
+            _ => "raw",
+        };
         let Bytes { storage, id, resolver, nodes, debugger, .. } = bytes;
         Ok((ResolvedSource { storage, format, name: filename(top, probed), id, resolver }, nodes, debugger))
     }
@@ -126,7 +131,8 @@ impl Opening<'_> {
                 bytes.storage = window(node, bytes.storage)?;
                 bytes
             }
-            Driver::Qcow2 => self.image_bytes(node)?,
+            Driver::Qcow2 => self.image_bytes(node, ImageFormat::Qcow2)?,
+            Driver::Luks => self.image_bytes(node, ImageFormat::Luks)?,
         };
         check_options(node)?;
         let failed = |error| Trouble::from(qemu_text::storage(&error));
@@ -178,19 +184,20 @@ impl Opening<'_> {
     }
 
     /// An image's guest disk as the bytes of what stands on it.
-    fn image_bytes(&self, node: &Node) -> Opened<Bytes> {
-        let inner = Opening { format: Some(&ImageFormat::Qcow2), ..*self };
+    fn image_bytes(&self, node: &Node, format: ImageFormat) -> Opened<Bytes> {
+        let inner = Opening { format: Some(&format), ..*self };
         let mut bytes = inner.bytes(below(node)?, "file")?;
         let source = ResolvedSource {
             storage: bytes.storage,
-            format: ImageFormat::Qcow2,
-            name: filename(node, "qcow2"),
+            format: format.clone(),
+            name: filename(node, node.driver().name()),
             id: bytes.id,
             resolver: Arc::clone(&bytes.resolver),
         };
         let mut options = OpenOptions::default();
         options.writable = self.how.writable;
         options.codecs = codecs();
+        options.keys = Some(Arc::new(Keys::new(node.layer_keys(), &self.args.objects)));
         let disk = qcow2_core::open_disk(source, &options).map_err(|error| {
             let (reason, hint) = qemu_text::engine_reason(&error);
             Trouble { reason, hints: hint.into_iter().collect() }

@@ -32,7 +32,11 @@ pub(crate) fn to_json(info: &NamedInfo) -> Value {
     let backing = qcow2.and_then(|q| q.backing.as_ref());
     let snapshots = qcow2.map(|q| &q.snapshots).filter(|snapshots| !snapshots.is_empty());
     let flag = qcow2.is_some() || info.format == "file" || is_on_file(&info.nodes);
-    let encrypted = qcow2.is_some_and(|q| q.encryption.is_some());
+    let encrypted = report.luks.is_some() || qcow2.is_some_and(|q| q.encryption.is_some());
+    let specific = match &report.luks {
+        Some(luks) => Some(json!({"type": "luks", "data": luks_json(luks, None)})),
+        None => qcow2.map(|q| json!({"type": "qcow2", "data": specific_json(q)})),
+    };
     Fields::default()
         .put("children", children_json(&info.nodes))
         .put_some("snapshots", snapshots.map(|s| s.iter().map(snapshot_json).collect::<Value>()))
@@ -42,7 +46,7 @@ pub(crate) fn to_json(info: &NamedInfo) -> Value {
         .put_some("cluster-size", qcow2.map(|q| q.cluster_size))
         .put("format", info.format)
         .put_some("actual-size", report.used_bytes)
-        .put_some("format-specific", qcow2.map(|q| json!({"type": "qcow2", "data": specific_json(q)})))
+        .put_some("format-specific", specific)
         .put_some("full-backing-filename", info.full_backing.as_deref().filter(|_| backing.is_some()))
         .put_some("encrypted", encrypted.then_some(true))
         .put_some("backing-filename", backing.map(|b| &*b.name))
@@ -62,6 +66,10 @@ pub(crate) fn to_text(info: &NamedInfo) -> String {
     let _ = writeln!(out, "disk size: {disk_size}");
     if let Some(qcow2) = &report.qcow2 {
         push_qcow2(&mut out, qcow2, info.full_backing.as_deref());
+    }
+    if let Some(luks) = &report.luks {
+        let tree = human::tree(&luks_json(luks, None), 1);
+        let _ = write!(out, "encrypted: yes\nFormat specific information:\n{tree}");
     }
     push_nodes(&mut out, &info.nodes);
     out
@@ -164,7 +172,7 @@ fn specific_json(qcow2: &Qcow2Info) -> Value {
         (!qcow2.bitmaps.is_empty()).then(|| qcow2.bitmaps.iter().map(bitmap_json).collect::<Value>());
     let encrypt = qcow2.encryption.as_ref().map(|encryption| match encryption {
         Encryption::Aes => json!({"format": "aes"}),
-        Encryption::Luks(luks) => luks_json(luks),
+        Encryption::Luks(luks) => luks_json(luks, Some("luks")),
     });
     let data_file = qcow2.data_file.as_ref();
     Fields::default()
@@ -191,7 +199,8 @@ fn bitmap_json(bitmap: &Bitmap) -> Value {
         .into_value()
 }
 
-fn luks_json(luks: &LuksHeader) -> Value {
+/// `format`: told where an image could have another kind of encryption.
+fn luks_json(luks: &LuksHeader, format: Option<&str>) -> Value {
     let (mode, ivgen) = luks.mode.split_once('-').unwrap_or((&luks.mode, ""));
     let (ivgen, ivgen_hash) = ivgen.split_once(':').map_or((ivgen, None), |(alg, hash)| (alg, Some(hash)));
     // XTS takes two keys.
@@ -203,7 +212,7 @@ fn luks_json(luks: &LuksHeader) -> Value {
         .put("cipher-alg", format!("{}-{key_bits}", luks.cipher))
         .put("uuid", &*luks.uuid)
         .put_some("ivgen-hash-alg", ivgen_hash.filter(|_| ivgen == "essiv"))
-        .put("format", "luks")
+        .put_some("format", format)
         .put("cipher-mode", mode)
         .put("slots", luks.slots.iter().map(slot_json).collect::<Value>())
         .put("payload-offset", u64::from(luks.payload_offset_sectors) * 512)

@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use qcow2_core::format::{FormatError, FormatErrorKind as Kind, Table};
-use qcow2_core::{Error, ErrorKind, ResolveError, StorageError};
+use qcow2_core::{Error, ErrorKind, ResolveError, StorageError, UnlockError};
 use qcow2_io::{OpenError, OpenErrorKind, SourceError, os_error_text};
 use qcow2_ops::create::Refusal;
 use std::error::Error as StdError;
@@ -32,6 +32,9 @@ pub(crate) fn engine_reason(error: &Error) -> (String, Option<String>) {
             Some(open) => open_reason(open, &open.path().to_string_lossy()),
             None => (capitalized(&below.to_string()), None),
         };
+    }
+    if let Some(locked) = find::<UnlockError>(error) {
+        return (locked.to_string(), None);
     }
     let reason = match (error.format_error(), error.storage_error()) {
         (Some(format), _) => format_reason(format),

@@ -1,6 +1,6 @@
 //! What `convert` is asked to do.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt, parse_cache};
+use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::failure::Failure;
 use crate::imageopts::{TargetFormat, print_options};
 use crate::open::is_block_device;
@@ -104,7 +104,9 @@ impl Request {
         }
         let mut options = ConvertOptions::default();
         options.sparse_size = self.sparse_size.unwrap_or(options.sparse_size);
-        options.target_is_zero = (self.create && !used_before) || self.target_is_zero;
+        // What nobody wrote to a container reads as noise.
+        let noise = self.target_format.as_deref() == Some("luks");
+        options.target_is_zero = (self.create && !used_before && !noise) || self.target_is_zero;
         options.keep_backing = has_backing && (self.backing.is_some() || self.create);
         options.compress = self.compress;
         options.out_of_order = self.out_of_order;
@@ -138,7 +140,6 @@ struct Raw {
     out_of_order: bool,
     quiet: bool,
     progress: bool,
-    objects: Objects,
 }
 
 impl Raw {
@@ -146,7 +147,7 @@ impl Raw {
         match opt {
             Opt::Quiet => self.quiet = true,
             Opt::Progress => self.progress = true,
-            Opt::Object => self.objects.add(&value)?,
+            Opt::Object => self.source.objects.add(&value)?,
             Opt::ImageOpts => self.source.image_opts = true,
             Opt::Format => self.source.format = Some(value),
             Opt::ForceShare => self.source.force_share = true,

@@ -19,7 +19,8 @@ pub(super) fn open(
     size: u64,
     interrupts: &Interrupts,
 ) -> Result<Arc<dyn GuestDisk>, Failure> {
-    let mut args = ImageArgs { format: request.target_format.clone(), ..ImageArgs::default() };
+    let objects = request.source.objects.clone();
+    let mut args = ImageArgs { format: request.target_format.clone(), objects, ..ImageArgs::default() };
     let name = if request.create {
         let options = settle(request, sources, size)?;
         let made = match new_target(&request.target) {
@@ -33,8 +34,11 @@ pub(super) fn open(
         let driver = match options.format() {
             TargetFormat::Raw => Driver::Raw,
             TargetFormat::Qcow2 => Driver::Qcow2,
+            TargetFormat::Luks => Driver::Luks,
         };
-        ImageName::on(&request.target, made, driver)
+        let key = if driver == Driver::Luks { "key-secret" } else { "encrypt.key-secret" };
+        let secret = options.text(key).map(|id| (key, id));
+        ImageName::on(&request.target, made, driver, secret, &args.objects)
     } else {
         args.image_opts = request.target_image_opts;
         args.check()?;
@@ -53,6 +57,7 @@ pub(super) fn open(
 fn settle(request: &Request, sources: &[OpenedDisk], size: u64) -> Result<ImageOptions, Failure> {
     let format = TargetFormat::parse(request.target_format.as_deref().unwrap_or("raw"))?;
     let mut options = ImageOptions::parse(format, &request.list)?;
+    options.set_objects(&request.source.objects);
     if (request.backing.is_some() || request.backing_format.is_some()) && !format.is_layered() {
         let what = if request.backing.is_some() { "file" } else { "file format" };
         return Err(Failure::new(format!(
@@ -90,7 +95,7 @@ fn check_compression(options: &ImageOptions) -> Result<(), Failure> {
     let encrypted = options.switch("encryption") || options.text("encrypt.format").is_some();
     let preallocated = options.text("preallocation").is_some_and(|mode| mode != "off");
     let text = match options.format() {
-        TargetFormat::Raw => "Compression not supported for this file format",
+        TargetFormat::Raw | TargetFormat::Luks => "Compression not supported for this file format",
         TargetFormat::Qcow2 if encrypted => "Compression and encryption not supported at the same time",
         TargetFormat::Qcow2 if preallocated => "Compression and preallocation not supported at the same time",
         TargetFormat::Qcow2 => return Ok(()),

@@ -6,7 +6,8 @@ use super::guarded_raw::GuardedRaw;
 use super::report::size;
 use super::request::OpenRequest;
 use super::target::{Target, reason};
-use crate::args::ImageArgs;
+use crate::args::{ImageArgs, Objects};
+use crate::crypt::Keys;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::open::{OpenAs, codecs, guess_warning, open_file, open_image};
@@ -20,12 +21,15 @@ use qcow2_io::{CacheMode, FileStorage, NoFlush};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Opens files.
-pub(super) struct Files;
+pub(super) struct Files {
+    /// What names may speak of.
+    pub(super) objects: Objects,
+}
 
 impl Opener for Files {
     fn open(&self, request: &OpenRequest) -> Result<OpenedFile, Vec<String>> {
         let request = understood(request).map_err(|text| vec![text])?;
-        open(&request).map_err(|failure| {
+        open(&request, &self.objects).map_err(|failure| {
             let mut lines = failure.without_name().lines("", "");
             if let Some(first) = lines.first_mut() {
                 *first = first.trim_start_matches(": ").to_owned();
@@ -85,8 +89,8 @@ fn with_flags(mode: CacheMode, direct: Option<bool>, no_flush: Option<bool>) -> 
     }
 }
 
-fn open(request: &OpenRequest) -> Result<OpenedFile, Failure> {
-    let (typed, args) = name_and_args(request);
+fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedFile, Failure> {
+    let (typed, args) = name_and_args(request, objects);
     let name = ImageName::parse(&typed, &args)?;
     // Durable writes are made by flushing after each, above the image; its own tables need no flush each.
     let cache = match request.cache {
@@ -104,7 +108,7 @@ fn open(request: &OpenRequest) -> Result<OpenedFile, Failure> {
         true => {
             let size = opened.disk.size();
             drop(opened);
-            (scratch_overlay(open_file(&name, &args, how)?, size)?, ImageFormat::Qcow2)
+            (scratch_overlay(open_file(&name, &args, how)?, size, name.keys.above())?, ImageFormat::Qcow2)
         }
         false => (opened.disk, opened.format),
     };
@@ -129,11 +133,12 @@ fn open(request: &OpenRequest) -> Result<OpenedFile, Failure> {
 }
 
 /// What the request's name is, and how it is meant: options turn it into an option string.
-fn name_and_args(request: &OpenRequest) -> (String, ImageArgs) {
+fn name_and_args(request: &OpenRequest, objects: &Objects) -> (String, ImageArgs) {
     let mut args = ImageArgs {
         format: request.format.clone(),
         image_opts: request.image_opts,
         force_share: request.force_share,
+        objects: objects.clone(),
     };
     let path = request.path.clone().unwrap_or_default();
     if request.options.is_empty() {
@@ -152,7 +157,7 @@ fn name_and_args(request: &OpenRequest) -> (String, ImageArgs) {
 }
 
 /// A new overlay on `base` in a file without a name, which goes away with the program.
-fn scratch_overlay(base: ResolvedSource, size: u64) -> Result<Arc<dyn GuestDisk>, Failure> {
+fn scratch_overlay(base: ResolvedSource, size: u64, keys: Keys) -> Result<Arc<dyn GuestDisk>, Failure> {
     let failed =
         |error: &dyn std::fmt::Display| Failure::new(format!("Could not make a temporary overlay: {error}"));
     let file = tempfile::tempfile().and_then(|file| FileStorage::from_file(file, true));
@@ -171,6 +176,7 @@ fn scratch_overlay(base: ResolvedSource, size: u64) -> Result<Arc<dyn GuestDisk>
     let mut options = OpenOptions::default();
     options.writable = true;
     options.codecs = codecs();
+    options.keys = Some(Arc::new(keys));
     qcow2_core::open_disk(source, &options).map_err(|error| qemu_text::open_failure("", "", &error))
 }
 
@@ -233,7 +239,7 @@ mod tests {
         assert!(request.read_only && !request.discards);
         assert_eq!(request.cache, CacheMode::Directsync);
         assert_eq!(request.options, ["driver=qcow2", "a=b,,c"]);
-        let (typed, args) = name_and_args(&request);
+        let (typed, args) = name_and_args(&request, &Objects::default());
         assert_eq!((&*typed, args.image_opts), ("file.filename=disk,driver=qcow2,a=b,,c", true));
         let request = with_options("cache.no-flush=on").unwrap();
         assert_eq!(request.cache, CacheMode::Unsafe);

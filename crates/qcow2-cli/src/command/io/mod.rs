@@ -109,7 +109,7 @@ fn exercise(session: &Session, mut request: Request, path: Option<String>) -> Re
     if request.open.image_opts && request.open.format.is_some() {
         return Err(Failure::new("--image-opts and -f are mutually exclusive"));
     }
-    let opener = Files;
+    let opener = Files { objects: request.objects };
     let mut exerciser = Exerciser::new(Console::standard(session.program()), &opener);
     if let Some(path) = path {
         request.open.path = Some(path);

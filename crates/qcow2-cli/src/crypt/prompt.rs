@@ -1,0 +1,49 @@
+//! Asking for a password on a terminal.
+
+use qcow2_crypt::Secret;
+use std::io::{self, BufRead, IsTerminal, Write};
+
+/// Asks for the password of `name`; `None` where nobody can be asked, or in place of qemu-img, which never asks.
+pub(super) fn ask(name: &str) -> Option<Secret> {
+    let stands_in = std::env::args_os().next().is_some_and(|called| {
+        std::path::Path::new(&called)
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("qemu-"))
+    });
+    if stands_in || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+        return None;
+    }
+    let _ = write!(io::stderr().lock(), "Password for '{}': ", crate::render::human::escaped(name));
+    let line = without_echo(|| {
+        let mut line = Vec::with_capacity(LONGEST_LINE);
+        io::stdin().lock().read_until(b'\n', &mut line).ok().map(|_| line)
+    });
+    let _ = writeln!(io::stderr().lock());
+    let mut line = line?;
+    if line.last() == Some(&b'\n') {
+        line.pop();
+    }
+    Some(Secret::new(line))
+}
+
+/// Runs `read` while the terminal does not show what is typed.
+#[cfg(unix)]
+fn without_echo<T>(read: impl FnOnce() -> T) -> T {
+    use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+    let input = io::stdin();
+    let Ok(shown) = tcgetattr(&input) else { return read() };
+    let mut hidden = shown.clone();
+    hidden.local_modes.remove(LocalModes::ECHO);
+    let _ = tcsetattr(&input, OptionalActions::Flush, &hidden);
+    let result = read();
+    let _ = tcsetattr(&input, OptionalActions::Now, &shown);
+    result
+}
+
+#[cfg(not(unix))]
+fn without_echo<T>(read: impl FnOnce() -> T) -> T {
+    read()
+}
+
+/// Room for a line, so that growing does not leave parts of a password in memory.
+const LONGEST_LINE: usize = 4096;
