@@ -1,6 +1,6 @@
 //! Encrypted images and LUKS containers, both ways with QEMU's tools and with cryptsetup, and what is refused.
 //!
-//! QEMU takes seconds to make one image, so by default it makes a few; `QCOW2_CRYPT_MATRIX=1` lets it make all that it can.
+//! QEMU takes seconds to make one image, so by default few combinations are tried; `QCOW2_CRYPT_MATRIX=1` tries all.
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
 use qcow2_testkit::oracle::{Outcome, Qemu, Tool};
@@ -10,7 +10,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
-const SECRETS: [&str; 4] = ["--object", "secret,id=s,data=word", "--object", "secret,id=w,data=wrong"];
+const SECRETS: [&str; 4] = ["--object", "secret,id=s,data=xyzzy", "--object", "secret,id=w,data=plugh"];
 /// Fewest milliseconds of key derivation.
 const FAST: &str = "iter-time=1";
 
@@ -63,6 +63,11 @@ fn specs() -> Vec<(String, bool)> {
     specs
 }
 
+/// Whether there is time for everything.
+fn all() -> bool {
+    std::env::var_os("QCOW2_CRYPT_MATRIX").is_some()
+}
+
 /// `options` as those of a qcow2 image.
 fn in_qcow2(options: &str) -> String {
     let inner: Vec<_> = options.split(',').map(|option| format!("encrypt.{option}")).collect();
@@ -84,7 +89,8 @@ fn qemu_opens_what_we_make() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = world();
     let folder = folder.path();
-    for (spec, qemu_can) in specs() {
+    let one_in = if all() { 1 } else { 5 };
+    for (spec, qemu_can) in specs().into_iter().step_by(one_in) {
         let options = format!("key-secret=s,{FAST},{spec}");
         ours(folder, &format!("convert -O qcow2 -o {} d.raw a.qcow2", in_qcow2(&options))).expect_code(0);
         ours(folder, &format!("convert -O luks -o {options} d.raw a.luks")).expect_code(0);
@@ -105,12 +111,8 @@ fn we_open_what_qemu_makes() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = world();
     let folder = folder.path();
-    let all = std::env::var_os("QCOW2_CRYPT_MATRIX").is_some();
-    let few = [
-        "cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64",
-        "cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv",
-    ];
-    for (spec, _) in specs().iter().filter(|(spec, can)| *can && (all || few.contains(&&**spec))) {
+    let few = ["cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv"];
+    for (spec, _) in specs().iter().filter(|(spec, can)| *can && (all() || few.contains(&&**spec))) {
         let options = format!("key-secret=s,{FAST},{spec}");
         let line = format!("convert -O qcow2 -o {} d.raw a.qcow2", in_qcow2(&options));
         run(&qemu.img, folder, &line).expect_code(0);
@@ -181,7 +183,10 @@ fn check_refused(folder: &Path, name: &str, file: &str, text: &str) {
         let outcome = outcome.expect_code(1);
         assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
         assert!(outcome.stderr.contains(text), "{outcome}");
-        assert!(!outcome.stderr.contains("word"), "a secret is shown: {outcome}");
+        assert!(
+            !outcome.stderr.contains("xyzzy") && !outcome.stderr.contains("plugh"),
+            "a secret is shown: {outcome}"
+        );
     }
     assert!(!folder.join("out.raw").exists(), "{name}: something was written");
     assert!(before == fs::read(folder.join(file)).unwrap(), "{name}: the image has changed");
@@ -206,7 +211,7 @@ fn what_does_not_open() {
         (0, &b"XXXX"[..], "not in LUKS format"),
         (7, &[2][..], "LUKS version 2 is not supported"),
         (8, b"rot13\0", "'rot13' with a key of 64 bytes"),
-        (72, b"crc\0", "hash 'crc' is not known"),
+        (72, b"crc\0", "'crc' is not known"),
         (108, &[0, 0, 1, 0], "LUKS key has 256 bytes"),
         (208, &[1, 2, 3, 4], "LUKS header is damaged"),
         (212, &[0xff; 4], "rounds of key derivation, the limit is"),
@@ -242,7 +247,7 @@ fn new_space_reads_as_zeroes() {
         };
         io(&["-c", "read -P 0 0 1M", "-c", "write -P 1 700 90000"]);
         io(&["-c", "read -P 0 0 700", "-c", "read -P 1 700 90000", "-c", "read -P 0 90700 900k"]);
-        io(&["-c", "discard 0 64k", "-c", "read -P 0 0 64k", "-c", "read -P 1 64k 25k"]);
+        io(&["-c", "discard 0 64k", "-c", "read -P 0 0 64k", "-c", "read -P 1 64k 25000"]);
     }
 }
 
@@ -251,8 +256,8 @@ fn cryptsetup_opens_our_containers() {
     let Some(cryptsetup) = Tool::find_any(&["cryptsetup", "/usr/sbin/cryptsetup"]) else { return };
     let folder = world();
     let folder = folder.path();
-    fs::write(folder.join("word"), "word").unwrap();
-    fs::write(folder.join("wrong"), "wrong").unwrap();
+    fs::write(folder.join("word"), "xyzzy").unwrap();
+    fs::write(folder.join("wrong"), "plugh").unwrap();
     for spec in
         ["", ",hash-alg=sha512", ",cipher-alg=aes-192,cipher-mode=cbc,ivgen-alg=essiv", ",cipher-alg=aes-128"]
     {
