@@ -2,7 +2,7 @@
 
 use super::matcher::{Match, Search, Tables, WINDOW};
 use super::ring::Ring;
-use super::split::Split;
+use super::split::{Split, WATCH};
 use super::token::{MAX_MATCH, MIN_MATCH, Tokens};
 
 /// How hard to search.
@@ -15,6 +15,11 @@ pub(crate) struct Effort {
     /// How many positions ahead a better match is looked for: 0, 1 or 2.
     pub(crate) lazy: u32,
 }
+
+/// After so many literals in a row one position is passed over for each that is searched, after twice as many two.
+const HOPELESS: usize = 80;
+/// The most that are passed over.
+const MAX_PASSED: usize = 7;
 
 /// The ring is filled again when fewer bytes than this are ahead.
 const AHEAD: usize = MAX_MATCH + 16;
@@ -46,9 +51,8 @@ impl Parser {
                 self.ring.fill(plain, at.saturating_sub(WINDOW));
             }
             let stop = if self.ring.filled() < end { self.ring.filled() - AHEAD } else { end };
-            let full;
-            (at, full) = self.run(Piece { start, at, stop, end }, &mut split, tokens);
-            if full || at >= end {
+            at = self.run(Piece { at, stop: stop.min(at + WATCH), end }, tokens);
+            if at >= end || tokens.is_full() || split.is_due(tokens, at - start, end - at) {
                 return at;
             }
         }
@@ -57,26 +61,27 @@ impl Parser {
 
 /// A part of a block.
 struct Piece {
-    start: usize,
     at: usize,
     stop: usize,
     end: usize,
 }
 
 impl Parser {
-    /// Adds to `tokens` up to `stop`; returns how far it got, and whether the block ends there.
-    fn run(&mut self, piece: Piece, split: &mut Split, tokens: &mut Tokens) -> (usize, bool) {
-        let Piece { start, mut at, stop, end } = piece;
+    /// Adds to `tokens` up to `stop`; returns how far it got.
+    fn run(&mut self, piece: Piece, tokens: &mut Tokens) -> usize {
+        let Piece { mut at, stop, end } = piece;
         let Self { effort, ring, tables } = self;
         let Effort { depth, nice, lazy } = *effort;
         while at < stop {
             let left = end - at;
             let mut found = tables.find(ring, Search { at, left, floor: MIN_MATCH - 1, depth, nice });
             if found.distance == 0 {
-                let byte = ring.byte(at as u16);
-                tokens.literal(byte);
-                split.literal(byte);
-                at += 1;
+                // Where nothing has been found for long, some positions are not even looked at.
+                let passed = at + 1 + (tokens.rest() / HOPELESS).min(MAX_PASSED);
+                for at in at..passed.min(stop) {
+                    tokens.literal(ring.byte(at as u16));
+                }
+                at = passed.min(stop);
             } else {
                 let mut tries = lazy;
                 let mut entered = 1;
@@ -90,22 +95,17 @@ impl Parser {
                     }
                     let byte = ring.byte(at as u16);
                     tokens.literal(byte);
-                    split.literal(byte);
                     at += 1;
                     found = next;
                     tries = lazy;
                 }
                 tokens.matched(found.len, found.distance);
-                split.matched(found.len);
                 let next = at + found.len;
                 tables.enter(ring, at + entered, next);
                 at = next;
             }
-            if tokens.is_full() || split.is_due(at - start, end - at) {
-                return (at, true);
-            }
         }
-        (at, false)
+        at
     }
 }
 

@@ -1,57 +1,51 @@
 //! Notices that the kind of content changes, where a new block with codes of its own pays.
 
+use super::token::Tokens;
+
 /// Literals by their top bits and lowest bit, short and long matches.
 const KINDS: usize = 10;
-/// How often the recent tokens are compared with those before.
-const WATCH: u32 = 512;
+/// After how many bytes the tokens since the last look are compared with those before.
+pub(super) const WATCH: usize = 2048;
 /// The shortest block, in bytes.
 const MIN_BLOCK: usize = 5000;
+/// Fewer tokens say too little; they count as recent the next time too.
+const LEAST_RECENT: u64 = 300;
+/// Length symbols of up to 8 bytes.
+const SHORT_LENGTHS: usize = 6;
 
+/// The tokens of a block by kind, as they were when last looked at.
 #[derive(Default)]
 pub(super) struct Split {
-    total: [u32; 16],
-    recent: [u32; 16],
-    total_count: u32,
-    recent_count: u32,
+    total: [u32; KINDS],
 }
 
 impl Split {
-    #[inline(always)]
-    pub(super) fn literal(&mut self, byte: u8) {
-        self.recent[usize::from(byte >> 5 & 6 | byte & 1)] += 1;
-        self.recent_count += 1;
-    }
-
-    #[inline(always)]
-    pub(super) fn matched(&mut self, len: usize) {
-        self.recent[8 + usize::from(len >= 9)] += 1;
-        self.recent_count += 1;
-    }
-
     /// Whether the block, `len` bytes so far, should end here, `left` bytes before the end of the cluster.
-    #[inline(always)]
-    pub(super) fn is_due(&mut self, len: usize, left: usize) -> bool {
-        self.recent_count >= WATCH && self.compare(len, left)
-    }
-
-    fn compare(&mut self, len: usize, left: usize) -> bool {
-        let mut due = false;
-        if self.total_count > 0 {
-            let (total, recent) = (u64::from(self.total_count), u64::from(self.recent_count));
-            let mut distance = 0;
-            for (&t, &r) in self.total.iter().zip(&self.recent).take(KINDS) {
-                distance += (u64::from(t) * recent).abs_diff(u64::from(r) * total);
+    pub(super) fn is_due(&mut self, tokens: &Tokens, len: usize, left: usize) -> bool {
+        let mut now = [0; KINDS];
+        for (kind, counts) in tokens.literals.chunks_exact(64).enumerate() {
+            for pair in counts.chunks_exact(2) {
+                now[2 * kind] += pair[0];
+                now[2 * kind + 1] += pair[1];
             }
-            // The difference of the two distributions, in parts of the recent one, against a price for a new header.
-            let cutoff = total * recent * 200 / 512;
-            due = len >= MIN_BLOCK && left >= MIN_BLOCK && distance + len as u64 / 4096 * total >= cutoff;
         }
-        for (t, r) in self.total.iter_mut().zip(&mut self.recent) {
-            *t += *r;
-            *r = 0;
+        now[8] = tokens.lengths[..SHORT_LENGTHS].iter().sum();
+        now[9] = tokens.lengths[SHORT_LENGTHS..].iter().sum();
+        let count = |kinds: &[u32; KINDS]| u64::from(kinds.iter().sum::<u32>());
+        let total = count(&self.total);
+        let recent = count(&now) - total;
+        if recent < LEAST_RECENT {
+            return false;
         }
-        self.total_count += self.recent_count;
-        self.recent_count = 0;
-        due
+        let before = std::mem::replace(&mut self.total, now);
+        if total == 0 || len < MIN_BLOCK || left < MIN_BLOCK {
+            return false;
+        }
+        let mut distance = 0;
+        for (&t, &n) in before.iter().zip(&now) {
+            distance += (u64::from(t) * recent).abs_diff(u64::from(n - t) * total);
+        }
+        // The difference of the two distributions, in parts of the recent one, against a price for a new header.
+        distance + len as u64 / 4096 * total >= total * recent * 200 / 512
     }
 }

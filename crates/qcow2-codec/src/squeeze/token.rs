@@ -12,6 +12,8 @@ pub(super) const MAX_MATCH: usize = 258;
 
 /// A block has at most so many matches.
 const MAX_MATCHES: usize = 8 << 10;
+/// The most matches between two looks at whether the block is full.
+const STRETCH_MATCHES: usize = super::split::WATCH / MIN_MATCH + 1;
 /// A block ends after so many literals in a row.
 const MAX_RUN: u32 = 0xf000;
 
@@ -145,10 +147,10 @@ impl Tokens {
         self.distances.fill(0);
     }
 
-    /// Whether the block has to end, because there is no room for another match.
+    /// Whether the block has to end, because there might be no room for the matches of another stretch.
     #[inline(always)]
     pub(super) fn is_full(&self) -> bool {
-        self.count >= MAX_MATCHES - 2 || self.run >= MAX_RUN
+        self.count + STRETCH_MATCHES >= MAX_MATCHES || self.run >= MAX_RUN
     }
 
     #[inline(always)]
