@@ -177,8 +177,16 @@ impl Image {
     /// made of the cluster's bytes, shorter than a cluster. The cluster must be unallocated or plain zero. Disk: the
     /// stream is written behind the last one; mapping and refcounts follow at the next flush.
     pub fn write_compressed_stream(&self, offset: GuestOffset, stream: &[u8]) -> Result<()> {
-        let len = self.size().saturating_sub(offset.value()).min(self.meta.geometry.cluster_size());
-        self.change(offset, len, |range| self.pack_stream(range.start(), stream))
+        self.write_compressed_streams(&[(offset, stream)])
+    }
+
+    /// Stores several clusters that are compressed already, in ascending order of their offsets: as
+    /// [`write_compressed_stream`](Self::write_compressed_stream) one by one, with fewer and longer writes. After an
+    /// error a first part of them may be stored.
+    pub fn write_compressed_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
+        let (Some(&(first, _)), Some(&(last, _))) = (streams.first(), streams.last()) else { return Ok(()) };
+        let end = last.value().saturating_add(self.meta.geometry.cluster_size()).min(self.size());
+        self.change(first, end.saturating_sub(first.value()), |_| self.pack_streams(streams))
     }
 }
 

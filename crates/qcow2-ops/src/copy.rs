@@ -187,8 +187,9 @@ impl Stages for Copying<'_> {
 
     fn finish(&self, slot: &mut Slot) -> Result<ControlFlow<()>> {
         let mut done = CopyReport { unreadable_sectors: slot.unreadable_sectors, ..CopyReport::default() };
-        for step in &slot.steps {
-            self.write(slot, step, &mut done).map_err(|(at, e)| {
+        let together = |a: &Step, b: &Step| matches!((a, b), (Step::Stream(..), Step::Stream(..)));
+        for steps in slot.steps.chunk_by(together) {
+            self.write(slot, steps, &mut done).map_err(|(at, e)| {
                 Error::new(ErrorKind::Write, format!("error while writing at byte {at}")).with_source(e)
             })?;
         }
@@ -406,7 +407,10 @@ impl Copying<'_> {
                         slot.steps.push(Step::Stream(at..end, packed..packed + len));
                         packed += len;
                     }
-                    None => slot.steps.push(Step::Data(at..end)),
+                    None => match slot.steps.last_mut() {
+                        Some(Step::Data(before)) if before.end == at => before.end = end,
+                        _ => slot.steps.push(Step::Data(at..end)),
+                    },
                 }
             }
             at = end;
@@ -414,28 +418,38 @@ impl Copying<'_> {
         Ok(())
     }
 
-    fn write(&self, slot: &Slot, step: &Step, done: &mut CopyReport) -> Result<(), (u64, qcow2_core::Error)> {
+    /// Writes a single step, or streams that follow each other. An error comes with the first byte of what failed.
+    fn write(
+        &self,
+        slot: &Slot,
+        steps: &[Step],
+        done: &mut CopyReport,
+    ) -> Result<(), (u64, qcow2_core::Error)> {
         let target = self.plan.target;
-        match step {
-            Step::Data(range) => {
+        match steps {
+            [Step::Data(range), ..] => {
                 let from = (range.start - slot.range.start) as usize;
                 let bytes = &slot.plain[from..from + (range.end - range.start) as usize];
                 done.data_bytes += bytes.len() as u64;
                 target.write_at(GuestOffset::new(range.start), bytes).map_err(|e| (range.start, e))
             }
-            Step::Zeroes(range) => {
+            [Step::Zeroes(range), ..] => {
                 done.zeroed_bytes += range.end - range.start;
                 let range = GuestRange::between(GuestOffset::new(range.start), GuestOffset::new(range.end));
                 target.write_zeroes(range, ZeroMode::MayUnmap).map_err(|e| (range.start().value(), e))
             }
-            Step::Stream(range, part) => {
-                done.compressed_clusters += 1;
+            [Step::Stream(first, _), ..] => {
+                done.compressed_clusters += steps.len() as u64;
                 let Some((image, _)) = self.plan.compress else { return Ok(()) };
-                let stream = &slot.packed[part.clone()];
-                image
-                    .write_compressed_stream(GuestOffset::new(range.start), stream)
-                    .map_err(|e| (range.start, e))
+                let mut streams = Vec::with_capacity(steps.len());
+                for step in steps {
+                    if let Step::Stream(range, part) = step {
+                        streams.push((GuestOffset::new(range.start), &slot.packed[part.clone()]));
+                    }
+                }
+                image.write_compressed_streams(&streams).map_err(|e| (first.start, e))
             }
+            [] => Ok(()),
         }
     }
 }

@@ -5,52 +5,124 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::Meta;
+use crate::meta::mapping::L2Place;
 use crate::port::event::Event;
 use crate::sync::lock;
 use ::alloc::format;
+use ::alloc::vec::Vec;
 use qcow2_format::l2::{ClusterEntry, CompressedCluster, L2Entry};
 use qcow2_format::{GuestOffset, HostOffset};
 
+/// A stream with a place of its own, not linked yet.
+struct Packed<'a> {
+    place: L2Place,
+    descriptor: CompressedCluster,
+    stream: &'a [u8],
+}
+
 impl Image {
-    /// Stores `stream` as the cluster at `offset`. The caller has checked that the cluster is inside the disk.
-    pub(crate) fn pack_stream(&self, offset: GuestOffset, stream: &[u8]) -> Result<()> {
+    /// Stores each stream as the cluster at its offset: those that come to lie one behind the other in one write. The
+    /// caller has checked that the clusters are inside the disk. After an error a first part of them may be stored.
+    pub(crate) fn pack_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
+        self.check_streams(streams)?;
+        let (Some((first, _)), Some((last, _))) = (streams.first(), streams.last()) else { return Ok(()) };
+        let cluster = |offset: &GuestOffset| self.meta.geometry.guest_cluster(*offset).value();
+        let _claim = self.meta.claims.claim(cluster(first), cluster(last) + 1);
+        let mut packed = Vec::with_capacity(streams.len());
+        let reserved =
+            streams.iter().try_for_each(|&(offset, stream)| self.reserve_stream(offset, stream, &mut packed));
+        // What has its place is stored even if the next has none: as if the streams had come one by one.
+        let mut rest = &packed[..];
+        while let Some(first) = rest.first() {
+            let start = first.descriptor.host;
+            let mut end = start.value();
+            let run = rest.iter().take_while(|p| {
+                let joins = p.descriptor.host.value() == end;
+                end += p.descriptor.len;
+                joins
+            });
+            let count = run.count();
+            let (run, later) = rest.split_at(count);
+            let (linked, result) = self.store_run(start, run);
+            if result.is_err() {
+                for lost in run[linked..].iter().chain(later) {
+                    self.release_stream(lost)?;
+                }
+                return result;
+            }
+            rest = later;
+        }
+        reserved
+    }
+
+    fn check_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
         let geometry = &self.meta.geometry;
-        if !self.crypt.is_plain() {
-            let message = "compressed clusters are not possible with encryption";
+        let impossible_with = if !self.crypt.is_plain() {
+            "encryption"
+        } else if self.meta.has_data_file() {
+            "an external data file"
+        } else {
+            ""
+        };
+        if !impossible_with.is_empty() {
+            let message = format!("compressed clusters are not possible with {impossible_with}");
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        if self.meta.has_data_file() {
-            let message = "compressed clusters are not possible with an external data file";
-            return Err(Error::new(ErrorKind::Unsupported, message));
+        let mut next = 0;
+        for (offset, stream) in streams {
+            let len = stream.len() as u64;
+            if !geometry.is_aligned(offset.value()) || len == 0 || len >= geometry.cluster_size() {
+                let message = format!("compressed stream of {len} bytes at {offset}: not a smaller cluster");
+                return Err(Error::new(ErrorKind::InvalidOption, message));
+            }
+            if offset.value() < next {
+                let message = format!("compressed stream at {offset}: not behind the one before");
+                return Err(Error::new(ErrorKind::InvalidOption, message));
+            }
+            next = offset.value() + 1;
         }
-        if !geometry.is_aligned(offset.value())
-            || stream.is_empty()
-            || stream.len() as u64 >= geometry.cluster_size()
-        {
-            let message =
-                format!("compressed stream of {} bytes at {offset}: not a smaller cluster", stream.len());
-            return Err(Error::new(ErrorKind::InvalidOption, message));
-        }
-        let first = geometry.guest_cluster(offset).value();
-        let _claim = self.meta.claims.claim(first, first + 1);
+        Ok(())
+    }
+
+    fn reserve_stream<'a>(
+        &self,
+        offset: GuestOffset,
+        stream: &'a [u8],
+        packed: &mut Vec<Packed<'a>>,
+    ) -> Result<()> {
         let place = self.meta.writable_place(offset)?;
         if !is_free(&self.meta.entry(&place, 0, offset)?) {
             let message =
                 format!("guest offset {offset} is allocated: a compressed write needs an unused cluster");
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        let host = self.meta.reserve_packed(stream.len() as u64)?;
-        let descriptor = CompressedCluster { host, len: stream.len() as u64 };
-        self.meta.event(Event::WriteCompressed);
-        let written = self.meta.storage.write_at(host, stream).map_err(Error::from);
-        let result =
-            written.and_then(|()| self.meta.commit(&place, 1, &[], |_| L2Entry::Compressed(descriptor)));
-        if result.is_err()
-            && let Some(run) = self.unlinked(&L2Entry::Compressed(descriptor))
-        {
-            self.meta.release(run.first, run.count)?;
+        let len = stream.len() as u64;
+        let descriptor = CompressedCluster { host: self.meta.reserve_packed(len)?, len };
+        packed.push(Packed { place, descriptor, stream });
+        Ok(())
+    }
+
+    /// Writes streams that follow each other from `start` on, then links them; says how many are linked.
+    fn store_run(&self, start: HostOffset, run: &[Packed<'_>]) -> (usize, Result<()>) {
+        run.iter().for_each(|_| self.meta.event(Event::WriteCompressed));
+        let bytes: Vec<&[u8]> = run.iter().map(|p| p.stream).collect();
+        if let Err(error) = self.meta.storage.write_vectored_at(start, &bytes) {
+            return (0, Err(error.into()));
         }
-        result
+        for (index, Packed { place, descriptor, .. }) in run.iter().enumerate() {
+            let linked = self.meta.commit(place, 1, &[], |_| L2Entry::Compressed(*descriptor));
+            if linked.is_err() {
+                return (index, linked);
+            }
+        }
+        (run.len(), Ok(()))
+    }
+
+    fn release_stream(&self, packed: &Packed<'_>) -> Result<()> {
+        match self.unlinked(&L2Entry::Compressed(packed.descriptor)) {
+            Some(run) => self.meta.release(run.first, run.count),
+            None => Ok(()),
+        }
     }
 }
 
