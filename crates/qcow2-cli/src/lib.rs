@@ -7,6 +7,7 @@
 mod args;
 mod chain;
 mod command;
+mod compression;
 mod crypt;
 mod exit;
 mod failure;

@@ -83,6 +83,13 @@ impl OptList {
         self.pairs.iter().rev().find(|pair| pair.key == key).map(|pair| pair.value.as_str())
     }
 
+    /// Takes every pair of `key` out; the value that counted for it.
+    pub(crate) fn take(&mut self, key: &str) -> Option<String> {
+        let taken = self.last(key).map(str::to_owned);
+        self.pairs.retain(|pair| pair.key != key);
+        taken
+    }
+
     fn push(&mut self, key: &str, value: &str) {
         self.pairs.push(Pair { key: key.to_owned(), value: value.to_owned() });
     }

@@ -7,6 +7,7 @@ mod tuning;
 pub(crate) use node::NodeFacts;
 
 use crate::args::ImageArgs;
+use crate::compression::Compression;
 use crate::failure::Failure;
 use crate::imagename::{Backing, Driver, ImageName, Node, filename};
 use crate::render::qemu_text;
@@ -63,12 +64,19 @@ pub(crate) struct OpenAs {
     pub(crate) layers: Layers,
     /// How many bytes a second are written at most.
     pub(crate) bytes_per_second: Option<u64>,
+    /// How clusters are compressed.
+    pub(crate) compression: Compression,
 }
 
 impl OpenAs {
     /// For reading, with all that it names.
-    pub(crate) const READ: Self =
-        Self { writable: false, cache: CacheMode::Writeback, layers: Layers::Follow, bytes_per_second: None };
+    pub(crate) const READ: Self = Self {
+        writable: false,
+        cache: CacheMode::Writeback,
+        layers: Layers::Follow,
+        bytes_per_second: None,
+        compression: Compression::DEFAULT,
+    };
     /// For looking at it, and at nothing that it names.
     pub(crate) const LOOK: Self = Self { layers: Layers::TopOnly, ..Self::READ };
 }
@@ -221,7 +229,7 @@ fn open_layers_by(
     let mut options = OpenOptions::default();
     options.writable = how.writable;
     options.layers = how.layers;
-    options.codecs = codecs();
+    options.codecs = how.compression.codecs()?;
     options.keys = Some(Arc::new(name.keys.clone()));
     options.discard_freed = how.writable;
     if format == ImageFormat::Qcow2 && !name.node.options.is_empty() {

@@ -125,6 +125,59 @@ fn damage_is_judged_as_zlib_does() {
     assert!(taken > 500 && refused > 500, "{taken} taken, {refused} refused");
 }
 
+/// A header with these lengths for literals from 0 on, for the end of the block and for distances, and some symbols.
+fn header(literals: &[u8], end: u8, distances: &[u8]) -> Vec<u8> {
+    let mut bits: Vec<bool> = Vec::new();
+    let mut put = |value: usize, count: usize| bits.extend((0..count).map(|bit| value >> bit & 1 == 1));
+    put(1 | 2 << 1, 3);
+    put(0, 5);
+    put(distances.len() - 1, 5);
+    put(19 - 4, 4);
+    // Code lengths are sent with four bits each: sixteen of the nineteen have codes, in the order of RFC 1951.
+    for symbol in [16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15] {
+        put(if symbol < 16 { 4 } else { 0 }, 3);
+    }
+    let mut lengths = literals.to_vec();
+    lengths.resize(256, 0);
+    lengths.push(end);
+    lengths.extend(distances);
+    for length in lengths {
+        put(usize::from(length.reverse_bits() >> 4), 4);
+    }
+    put(0b0110_1001_0110, 12);
+    bits.resize(bits.len().next_multiple_of(8) + 64, false);
+    bits.chunks(8).map(|byte| byte.iter().rev().fold(0, |sum, &bit| sum << 1 | u8::from(bit))).collect()
+}
+
+#[test]
+fn headers_are_judged_as_zlib_does() {
+    let mut reader = Inflater::new();
+    let cases: [(&[u8], u8, &[u8]); 12] = [
+        (&[1], 1, &[1]),
+        (&[1], 1, &[0]),
+        (&[1], 1, &[1, 1]),
+        (&[2, 2], 1, &[0, 0, 1]),
+        (&[1, 2, 3], 3, &[1, 2, 2]),
+        (&[], 1, &[0]),
+        // No end of the block; too few codes; too many; the same for distances.
+        (&[1, 1], 0, &[1]),
+        (&[2], 1, &[1]),
+        (&[1, 1], 1, &[1]),
+        (&[1], 1, &[2]),
+        (&[1], 1, &[1, 1, 1]),
+        (&[1], 1, &[2, 2, 2]),
+    ];
+    for (number, (literals, end, distances)) in cases.into_iter().enumerate() {
+        let stream = header(literals, end, distances);
+        for room in [0, 1, 2, 300] {
+            let taken = check_same(&mut reader, &stream, room);
+            assert!(!taken || number < 6, "header {number}");
+        }
+    }
+    let stream = header(&[1], 1, &[1]);
+    assert!(check_same(&mut reader, &stream, 1), "the first of them is a good one");
+}
+
 #[test]
 fn noise_is_judged_as_zlib_does() {
     let (mut reader, mut rng) = (Inflater::new(), Rng(77));

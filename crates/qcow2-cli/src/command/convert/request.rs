@@ -1,6 +1,7 @@
 //! What `convert` is asked to do.
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
+use crate::compression::{self, Compression};
 use crate::failure::Failure;
 use crate::imageopts::{TargetFormat, print_options};
 use crate::open::is_block_device;
@@ -24,6 +25,7 @@ pub(super) struct Request {
     pub(super) target_image_opts: bool,
     pub(super) target_cache: CacheMode,
     pub(super) list: OptList,
+    pub(super) compression: Compression,
     pub(super) backing: Option<String>,
     pub(super) backing_format: Option<String>,
     pub(super) create: bool,
@@ -47,11 +49,20 @@ impl Request {
             raw.take(given.opt, given.value)?;
         }
         raw.check_together()?;
-        let list = OptList::parse_image_options(&raw.option_texts);
+        let mut list = OptList::parse_image_options(&raw.option_texts);
         if list.asks_help() {
             let format = TargetFormat::parse(raw.target_format.as_deref().unwrap_or("raw"))?;
             print_options(session, format, !args.into_operands().is_empty())?;
+            if format.is_layered() && !session.is_drop_in() {
+                session.print(compression::HELP)?;
+            }
             return Ok(None);
+        }
+        // In place of qemu-img they are unknown, as there.
+        let compression =
+            if session.is_drop_in() { Compression::DEFAULT } else { Compression::take(&mut list)? };
+        if compression.is_given() && !raw.compress {
+            return Err(Failure::new("A compression level or window is for compressed clusters: use -c"));
         }
         let mut sources = args.into_operands();
         let target = sources.pop().filter(|_| !sources.is_empty());
@@ -78,6 +89,7 @@ impl Request {
             target_image_opts: raw.target_image_opts,
             target_cache,
             list,
+            compression,
             backing: raw.backing,
             backing_format: raw.backing_format,
             create: !raw.no_create,

@@ -49,7 +49,13 @@ pub(super) fn open(
         ImageName::parse(&request.target, &args)?
     };
     let bytes_per_second = request.bytes_per_second;
-    let how = OpenAs { writable: true, cache: request.target_cache, bytes_per_second, ..OpenAs::READ };
+    let how = OpenAs {
+        writable: true,
+        cache: request.target_cache,
+        bytes_per_second,
+        compression: request.compression,
+        ..OpenAs::READ
+    };
     Ok(open_image(&name, &args, how)?.disk)
 }
 
