@@ -107,7 +107,7 @@ fn overlays_take_only_what_is_theirs() {
     bench.qemu_img("create -q -f qcow2 -b below.raw -F raw over.qcow2");
     let text = bench.bytes("disk.raw");
     // The overlay makes the difference good, cluster by cluster, from a file that holds it.
-    for (start, end) in [(0, 131_072), (len / 2 & !0xffff, (len / 2 + 200_000).next_multiple_of(65_536))] {
+    for (start, end) in [(0, 131_072), ((len / 2) & !0xffff, (len / 2 + 200_000).next_multiple_of(65_536))] {
         let end = end.min(len);
         fs::write(bench.folder.path().join("part"), &text[start..end]).unwrap();
         let write = format!("write -q -s part {start} {}", end - start);

@@ -136,13 +136,17 @@ struct Bench {
     scratch: PathBuf,
     ours: PathBuf,
     pairs: usize,
+    /// Whether the files that the rows read stay for another run.
+    keep: bool,
 }
 
 /// Runs the rows. `args`: `--group io|convert|compress`, `--pairs N`, `--files DIR` (real files to make a disk from,
-/// /usr by default), `--scratch DIR`.
+/// /usr by default), `--scratch DIR`, `--row TEXT` (only rows whose name has it), `--keep yes` (the files made for the rows
+/// stay, and are taken as they are by the next run).
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
     let (mut group, mut pairs, mut files, mut scratch) =
         (None, PAIRS, "/usr".to_owned(), std::env::temp_dir());
+    let (mut wanted, mut keep) = (String::new(), false);
     let mut rest = args.iter();
     while let Some(name) = rest.next() {
         let value = rest.next().ok_or_else(|| format!("{name} needs a value"))?;
@@ -151,16 +155,21 @@ pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
             "--pairs" => pairs = value.parse().map_err(|_| format!("--pairs {value}: not a number"))?,
             "--files" => files = value.clone(),
             "--scratch" => scratch = value.into(),
+            "--row" => wanted = value.clone(),
+            "--keep" => keep = value == "yes",
             _ => return Err(format!("unknown option {name}")),
         }
     }
-    let rows: Vec<&Row> = ROWS.iter().filter(|row| group.as_ref().is_none_or(|g| g == row.group)).collect();
+    let is_wanted = |row: &&Row| group.as_ref().is_none_or(|g| g == row.group) && row.name.contains(&wanted);
+    let rows: Vec<&Row> = ROWS.iter().filter(is_wanted).collect();
     build(root)?;
     let bench =
-        Bench { scratch: scratch.join("qcow2-bench"), ours: root.join("target/release/qcow2"), pairs };
+        Bench { scratch: scratch.join("qcow2-bench"), ours: root.join("target/release/qcow2"), pairs, keep };
     fs::create_dir_all(&bench.scratch).map_err(|e| format!("{}: {e}", bench.scratch.display()))?;
     let result = bench.setup(&rows, &files).and_then(|()| bench.table(&rows));
-    let _ = fs::remove_dir_all(&bench.scratch);
+    if !bench.keep {
+        let _ = fs::remove_dir_all(&bench.scratch);
+    }
     result
 }
 
@@ -190,6 +199,12 @@ impl Bench {
         text.split_whitespace().map(|word| word.replace("{}", &self.scratch.display().to_string())).collect()
     }
 
+    /// Runs a command of qemu-img that makes a file, unless an earlier run left it.
+    fn make(&self, text: &str) -> Result<(), String> {
+        let made = self.words(text).pop().is_some_and(|name| Path::new(&name).exists());
+        if made { Ok(()) } else { self.qemu(text) }
+    }
+
     fn qemu(&self, text: &str) -> Result<(), String> {
         check(Command::new("qemu-img").args(self.words(text))).map(|_| ())
     }
@@ -207,14 +222,20 @@ impl Bench {
         }
         if rows.iter().any(|row| row.group != "io") {
             let raw = self.scratch.join("real.raw");
-            let mut disk = Command::new("mke2fs");
-            disk.args(["-q", "-t", "ext4", "-d", files]).arg(&raw).arg("6G");
-            check(&mut disk)?;
-            self.qemu("convert -W -m 8 -f raw -O qcow2 {}/real.raw {}/real.qcow2")?;
+            if !raw.exists() {
+                let mut disk = Command::new("mke2fs");
+                disk.args(["-q", "-t", "ext4", "-d", files]).arg(&raw).arg("6G");
+                check(&mut disk)?;
+            }
         }
-        if rows.iter().any(|row| row.group == "compress") {
-            self.qemu("convert -W -m 8 -c -f raw -O qcow2 {}/real.raw {}/real-zlib.qcow2")?;
-            self.qemu(
+        if rows.iter().any(|row| row.group == "convert") {
+            self.make("convert -W -m 8 -f raw -O qcow2 {}/real.raw {}/real.qcow2")?;
+        }
+        if rows.iter().any(|row| row.args.contains("real-zlib")) {
+            self.make("convert -W -m 8 -c -f raw -O qcow2 {}/real.raw {}/real-zlib.qcow2")?;
+        }
+        if rows.iter().any(|row| row.args.contains("real-zstd")) {
+            self.make(
                 "convert -W -m 8 -c -o compression_type=zstd -f raw -O qcow2 {}/real.raw {}/real-zstd.qcow2",
             )?;
         }
