@@ -99,6 +99,12 @@ impl Failure {
         self
     }
 
+    /// Puts `words` before the message.
+    pub(crate) fn after_words(mut self, words: &str) -> Self {
+        self.message = format!("{words}{}", self.message);
+        self
+    }
+
     /// Gives another exit code than 1.
     pub(crate) fn with_code(mut self, code: u8) -> Self {
         self.code = code;

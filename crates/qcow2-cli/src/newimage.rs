@@ -284,6 +284,11 @@ fn request_words(size: u64) -> String {
     format!("Could not make an image of {size} bytes")
 }
 
+/// Whether there is such a format, here or in QEMU.
+pub(crate) fn is_known_format(name: &str) -> bool {
+    DRIVERS.contains(&name)
+}
+
 /// Formats that may be recorded for a backing file: those that QEMU knows and that a backing file can have.
 const DRIVERS: [&str; 28] = [
     "blkdebug",

@@ -8,6 +8,7 @@
 
 extern crate alloc;
 
+mod backing;
 pub mod chain;
 pub mod container;
 pub mod create;

@@ -238,6 +238,18 @@ impl Header {
         Ok(out)
     }
 
+    /// The header and its extensions alone, saying that the backing file name is at `name_at`, where the caller puts it. Errors:
+    /// as [`encode`](Self::encode).
+    pub fn encode_with_name_at(&self, name_at: u64) -> Result<Vec<u8>, FormatError> {
+        let name_len = self.backing_file.as_ref().map_or(0, Vec::len);
+        let mut out = self.encode()?;
+        out.truncate(out.len() - name_len);
+        if name_len > 0 {
+            out[8..16].copy_from_slice(&name_at.to_be_bytes());
+        }
+        Ok(out)
+    }
+
     /// The whole first cluster: [`encode`](Self::encode), then zeroes. Errors: the same.
     pub fn encode_cluster(&self) -> Result<Vec<u8>, FormatError> {
         let mut out = self.encode()?;

@@ -79,6 +79,8 @@ pub(crate) enum Opt {
     Preallocation,
     Shrink,
     Drop,
+    BackingCache,
+    Size,
 }
 
 /// One verb of the command line.

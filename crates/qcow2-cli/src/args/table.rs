@@ -115,6 +115,27 @@ pub(crate) static VERBS: &[Verb] = &[
         run: command::create::run,
     },
     Verb {
+        name: "dd",
+        summary: "Copy a part of an image into a new image",
+        synopsis: "[-f FMT | --image-opts] [-O FMT] [-U] [bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=INPUT of=OUTPUT",
+        options: &[
+            HELP,
+            FORMAT,
+            IMAGE_OPTS,
+            option(Opt::TargetFormat, Some('O'), "output-format", Some("FMT"), "format of OUTPUT (raw)"),
+            FORCE_SHARE,
+            OBJECT,
+        ],
+        operands: &[
+            ("bs=SIZE", "bytes of a block (512)"),
+            ("count=BLOCKS", "the part ends after so many blocks of INPUT"),
+            ("skip=BLOCKS", "the part begins after so many blocks of INPUT"),
+            ("if=INPUT", "the image to read"),
+            ("of=OUTPUT", "the image to make"),
+        ],
+        run: command::dd::run,
+    },
+    Verb {
         name: "info",
         summary: "Show what an image says of itself",
         synopsis: "[-f FMT | --image-opts] [-b] [-U] [--output human|json] FILENAME",
@@ -154,6 +175,59 @@ pub(crate) static VERBS: &[Verb] = &[
         ],
         operands: &[FILENAME],
         run: command::map::run,
+    },
+    Verb {
+        name: "measure",
+        summary: "Tell how large the file of a new image would be",
+        synopsis: "[-f FMT | --image-opts] [-O FMT] [-o OPTIONS] [-l SNAPSHOT] [--output human|json] (--size SIZE | FILENAME)",
+        options: &[
+            HELP,
+            option(
+                Opt::TargetFormat,
+                Some('O'),
+                "target-format",
+                Some("FMT"),
+                "format of the new image (raw)",
+            ),
+            option(Opt::Format, Some('f'), "format", Some("FMT"), "format of FILENAME"),
+            option(Opt::Options, Some('o'), "options", Some("OPTIONS"), "key=value,... of the new image"),
+            option(Opt::Snapshot, Some('l'), "snapshot", Some("SNAPSHOT"), "read this snapshot of FILENAME"),
+            OBJECT,
+            IMAGE_OPTS,
+            OUTPUT,
+            option(Opt::Size, None, "size", Some("SIZE"), "an empty disk of SIZE bytes"),
+            FORCE_SHARE,
+        ],
+        operands: &[("FILENAME", "what the new image would hold")],
+        run: command::measure::run,
+    },
+    Verb {
+        name: "rebase",
+        summary: "Give an image another backing file",
+        synopsis: "[-f FMT | --image-opts] [-b FILE [-F FMT]] [-u] [-c] [-t CACHE] [-T CACHE] [-p] [-q] [-U] FILENAME",
+        options: &[
+            HELP,
+            QUIET,
+            option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+            FORMAT,
+            IMAGE_OPTS,
+            option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode of FILENAME (writeback)"),
+            option(Opt::Backing, Some('b'), "backing", Some("FILE"), "the new backing file; \"\" for none"),
+            BACKING_FORMAT,
+            option(
+                Opt::BackingCache,
+                Some('T'),
+                "backing-cache",
+                Some("CACHE"),
+                "cache mode of the new backing file (writeback)",
+            ),
+            option(Opt::BackingUnsafe, Some('u'), "backing-unsafe", None, "change the name only"),
+            option(Opt::Compress, Some('c'), "compress", None, "compress what is copied"),
+            FORCE_SHARE,
+            OBJECT,
+        ],
+        operands: &[FILENAME],
+        run: command::rebase::run,
     },
     Verb {
         name: "resize",
@@ -218,7 +292,7 @@ pub(crate) fn find_verb(name: &str) -> Option<&'static Verb> {
 
 /// Whether qemu-img has a verb `name` that this program lacks.
 pub(crate) fn known_but_missing(name: &str) -> bool {
-    const MISSING: [&str; 5] = ["amend", "bitmap", "dd", "measure", "rebase"];
+    const MISSING: [&str; 2] = ["amend", "bitmap"];
     MISSING.contains(&name)
 }
 

@@ -16,6 +16,7 @@ use crate::threads::Threads;
 use qcow2_core::GuestDisk;
 use qcow2_ops::{CopyReport, ErrorKind, converted_size};
 use request::Request;
+pub(crate) use request::parse_snapshot;
 use std::sync::Arc;
 
 /// Runs the verb.

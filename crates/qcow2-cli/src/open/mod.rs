@@ -44,6 +44,8 @@ pub(crate) struct LayerFiles {
     pub(crate) image: String,
     /// The external data file.
     pub(crate) data: Option<String>,
+    /// Whether the image file is a raw disk.
+    pub(crate) raw: bool,
 }
 
 impl LayerFiles {
@@ -224,7 +226,11 @@ fn open_layers_by(
     open: impl FnOnce(ResolvedSource, &OpenOptions) -> qcow2_core::Result<Arc<dyn GuestDisk>>,
 ) -> Result<OpenedDisk, Failure> {
     let format = source.format.clone();
-    let files = Arc::new(Mutex::new(vec![LayerFiles { image: source.name.clone(), data: None }]));
+    let files = Arc::new(Mutex::new(vec![LayerFiles {
+        image: source.name.clone(),
+        raw: format == ImageFormat::Raw,
+        ..LayerFiles::default()
+    }]));
     source.resolver = Arc::new(Recorder { inner: source.resolver, files: Arc::clone(&files) });
     let mut options = OpenOptions::default();
     options.writable = how.writable;
@@ -314,7 +320,9 @@ impl Resolver for Recorder {
         let mut source = self.inner.resolve(reference, writable)?;
         if let Some(layer) = self.lock().last_mut() {
             match is_backing {
-                true => layer.image = source.name.clone(),
+                true => {
+                    (layer.image, layer.raw) = (source.name.clone(), source.format == ImageFormat::Raw);
+                }
                 false => layer.data = Some(source.name.clone()),
             }
         }

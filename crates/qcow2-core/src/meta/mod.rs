@@ -6,6 +6,7 @@ pub(crate) mod cache;
 pub(crate) mod flush;
 pub(crate) mod grow;
 pub(crate) mod header;
+pub(crate) mod header_switch;
 pub(crate) mod known;
 pub(crate) mod l1;
 pub(crate) mod mapping;

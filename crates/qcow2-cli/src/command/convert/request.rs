@@ -223,7 +223,7 @@ fn parse_sparse_size(text: &str) -> Result<u64, Failure> {
 }
 
 /// `snapshot.id=ID,snapshot.name=NAME`, or an id or a name alone.
-fn parse_snapshot(text: &str) -> Result<SnapshotName, Failure> {
+pub(crate) fn parse_snapshot(text: &str) -> Result<SnapshotName, Failure> {
     if !text.starts_with("snapshot.") {
         return Ok(SnapshotName::Any(text.to_owned()));
     }

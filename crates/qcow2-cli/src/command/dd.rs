@@ -1,0 +1,117 @@
+//! `dd`: a part of an image as a new image.
+
+use crate::args::{Arguments, ImageArgs, Objects, Opt};
+use crate::exit;
+use crate::failure::Failure;
+use crate::imagename::{ImageName, file_path};
+use crate::imageopts::{ImageOptions, TargetFormat};
+use crate::interrupt::Interrupts;
+use crate::newimage;
+use crate::open::{OpenAs, close, open_image};
+use crate::optlist::OptList;
+use crate::progress::Meter;
+use crate::render::qemu_text;
+use crate::session::Session;
+use crate::size::{SIGNED, parse_argument};
+use crate::threads::Threads;
+use qcow2_ops::ErrorKind;
+use qcow2_ops::dd::{DdOptions, dd, dd_range};
+
+/// Runs the verb.
+pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
+    let request = Request::parse(session, args)?;
+    let interrupts = Interrupts::install();
+    let copied = copy(session, &request, &interrupts);
+    match &copied {
+        Ok(()) => interrupts.finish_files(),
+        Err(_) => interrupts.discard_files(),
+    }
+    interrupts.die_if_asked();
+    copied.map(|()| exit::SUCCESS)
+}
+
+#[derive(Debug)]
+struct Request {
+    image: ImageArgs,
+    target_format: String,
+    options: DdOptions,
+    input: String,
+    output: String,
+}
+
+impl Request {
+    fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
+        let (mut image, mut objects) = (ImageArgs::default(), Objects::default());
+        let mut target_format = "raw".to_owned();
+        while let Some(given) = args.next(session)? {
+            match given.opt {
+                Opt::Format => image.format = Some(given.value),
+                Opt::ImageOpts => image.image_opts = true,
+                Opt::ForceShare => image.force_share = true,
+                Opt::TargetFormat => target_format = given.value,
+                Opt::Object => objects.add(&given.value)?,
+                _ => {}
+            }
+        }
+        let (mut input, mut output, mut options) = (None, None, DdOptions::default());
+        for operand in args.into_operands() {
+            let (key, value) = match operand.split_once('=') {
+                Some((key, value)) => (key, value),
+                None => (&*operand, ""),
+            };
+            match key {
+                "bs" => options.block_size = parse_argument("bs", value, 1..=i32::MAX as u64)?,
+                "count" => options.count = Some(parse_argument("count", value, SIGNED)?),
+                "skip" => options.skip = parse_argument("skip", value, SIGNED)?,
+                "if" => input = Some(value.to_owned()),
+                "of" => output = Some(value.to_owned()),
+                _ => return Err(Failure::new(format!("unrecognized operand {key}"))),
+            }
+        }
+        match (input, output) {
+            (Some(input), Some(output)) => {
+                image.check()?;
+                Ok(Self { image, target_format, options, input, output })
+            }
+            _ => Err(Failure::new("Must specify both input and output files")),
+        }
+    }
+}
+
+fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result<(), Failure> {
+    let name = ImageName::parse(&request.input, &request.image)?;
+    let source = open_image(&name, &request.image, OpenAs::READ)?.disk;
+    let format =
+        TargetFormat::parse(&request.target_format).map_err(|_| Failure::new("Unknown file format"))?;
+    let range = dd_range(source.size(), &request.options).unwrap_or_else(|| {
+        let text = format!("{}: {}: cannot skip to specified offset", session.program(), request.input);
+        session.complain(&text);
+        0..0
+    });
+    let mut options = ImageOptions::parse(format, &OptList::default())?;
+    options.set_number("size", range.end - range.start);
+    let about = |failure: Failure| failure.about("error while creating output image").about(&request.output);
+    let path = file_path(&request.output);
+    let path = match path {
+        Err(reason) if !request.output.is_empty() => return Err(about(Failure::new(reason))),
+        path => path.unwrap_or_default(),
+    };
+    newimage::make(&path, &options, interrupts).map_err(about)?;
+    let args = ImageArgs { format: Some(format.name().to_owned()), ..ImageArgs::default() };
+    let target = ImageName { typed: request.output.clone(), path, format: args.format.clone() };
+    let target = open_image(&target, &args, OpenAs { writable: true, ..OpenAs::READ })?.disk;
+    let meter = Meter::new(session, interrupts, false, 0);
+    dd(&source, range, &*target, &Threads::per_core(), &meter).map_err(|error| failure(&error))?;
+    interrupts.stop_watching();
+    close(&*target).map_err(|reason| Failure::new(format!("error while closing the target: {reason}")))
+}
+
+fn failure(error: &qcow2_ops::Error) -> Failure {
+    if error.kind() == ErrorKind::Stopped {
+        return Failure::silent(exit::FAILURE);
+    }
+    match error.core_error() {
+        Some(engine) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
+        None => Failure::new(qemu_text::chain(error)),
+    }
+}

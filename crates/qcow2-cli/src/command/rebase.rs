@@ -1,0 +1,180 @@
+//! `rebase`: another backing file, and the same disk all the same; or, unsafe, another name for it.
+
+use crate::args::{Arguments, ImageArgs, Objects, Opt, parse_cache};
+use crate::exit;
+use crate::failure::Failure;
+use crate::imagename::ImageName;
+use crate::interrupt::Interrupts;
+use crate::newimage::is_known_format;
+use crate::open::{LayerFiles, OpenAs, OpenedDisk, close, open_image, open_to_change};
+use crate::progress::Meter;
+use crate::render::qemu_text;
+use crate::session::Session;
+use crate::threads::Threads;
+use qcow2_core::format::FormatErrorKind;
+use qcow2_core::{BackingName, Layers, Reference};
+use qcow2_io::{CacheMode, FileResolver, Policy};
+use qcow2_ops::{ErrorKind, RebaseOptions};
+use std::path::PathBuf;
+
+/// Runs the verb.
+pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
+    let request = Request::parse(session, args)?;
+    let interrupts = Interrupts::install();
+    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
+    let rebased = rebase(session, &request, &meter);
+    if rebased.is_ok() {
+        meter.complete_again();
+    }
+    meter.end();
+    interrupts.die_if_asked();
+    rebased.map(|()| exit::SUCCESS)
+}
+
+#[derive(Debug, Default)]
+struct Request {
+    image: ImageArgs,
+    cache: CacheMode,
+    backing_cache: CacheMode,
+    /// Empty: none.
+    backing: Option<String>,
+    backing_format: Option<String>,
+    unsafe_mode: bool,
+    compress: bool,
+    progress: bool,
+    quiet: bool,
+    filename: String,
+}
+
+impl Request {
+    fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
+        let (mut request, mut objects) = (Self::default(), Objects::default());
+        let (mut cache, mut backing_cache) = (None, None);
+        let verb = args.verb();
+        while let Some(given) = args.next(session)? {
+            match given.opt {
+                Opt::Format => request.image.format = Some(given.value),
+                Opt::ImageOpts => request.image.image_opts = true,
+                Opt::ForceShare => request.image.force_share = true,
+                Opt::Cache => cache = Some(given.value),
+                Opt::BackingCache => backing_cache = Some(given.value),
+                Opt::Backing => request.backing = Some(given.value),
+                Opt::BackingFormat => request.backing_format = Some(given.value),
+                Opt::BackingUnsafe => request.unsafe_mode = true,
+                Opt::Compress => request.compress = true,
+                Opt::Progress => request.progress = true,
+                Opt::Quiet => request.quiet = true,
+                Opt::Object => objects.add(&given.value)?,
+                _ => {}
+            }
+        }
+        request.filename = args.into_one_operand("Expecting one image file name")?;
+        if request.backing.is_none() && !request.unsafe_mode {
+            return Err(Failure::usage(verb, "Must specify backing file (-b) or use unsafe mode (-u)"));
+        }
+        let read =
+            |what, text: Option<String>| text.map_or(Ok(CacheMode::default()), |t| parse_cache(what, &t));
+        request.cache = read("cache", cache)?;
+        request.backing_cache = read("source cache", backing_cache)?;
+        request.image.check()?;
+        Ok(request)
+    }
+
+    /// The new backing file, if there is to be one.
+    fn new_backing(&self) -> Option<&str> {
+        self.backing.as_deref().filter(|name| !name.is_empty())
+    }
+}
+
+fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
+    let name = ImageName::parse(&request.filename, &request.image)?;
+    let layers = if request.unsafe_mode { Layers::NoBacking } else { Layers::Follow };
+    let how = OpenAs { cache: request.cache, layers, ..OpenAs::READ };
+    let top = open_to_change(session, &name, &request.image, how)?;
+    if let Some(format) = request.backing_format.as_deref().filter(|format| !is_known_format(format)) {
+        return Err(Failure::new(format!("Invalid format name: '{format}'")));
+    }
+    let new = match request.new_backing().filter(|_| !request.unsafe_mode) {
+        Some(backing) => Some(open_new(request, &name, backing)?),
+        None => None,
+    };
+    let Some(image) = top.disk.as_image() else {
+        return Err(not_changed(request, "Operation not supported"));
+    };
+    if request.new_backing().is_some() && request.backing_format.is_none() {
+        return Err(not_changed(request, "backing format must be specified"));
+    }
+    if !request.unsafe_mode {
+        let mut options = RebaseOptions::default();
+        options.compress = request.compress;
+        options.shared = new.as_ref().and_then(|new| shared_layer(&top.files[1..], &new.files));
+        let new = new.as_ref().map(|new| &new.disk);
+        let copied = qcow2_ops::rebase(image, new, &options, &Threads::per_core(), meter);
+        if let Err(error) = copied {
+            // What was copied is right with the old backing file too.
+            let _ = close(&*top.disk);
+            return Err(failure(&error));
+        }
+    }
+    let backing = request
+        .new_backing()
+        .map(|name| BackingName { name: name.to_owned(), format: request.backing_format.clone() });
+    image.change_backing(backing.as_ref()).map_err(|error| {
+        let reason = match error.format_error().map(|error| error.kind()) {
+            Some(FormatErrorKind::HeaderFull { .. }) => "No space left in the file header".to_owned(),
+            Some(FormatErrorKind::BackingNameTooLong(_)) => "Invalid argument".to_owned(),
+            _ => qemu_text::cause(&error),
+        };
+        not_changed(request, &reason)
+    })?;
+    close(&*top.disk).map_err(|reason| Failure::new(format!("Could not rebase the image: {reason}")))
+}
+
+/// Opens the new backing file with its chain; its name is relative to the image's place.
+fn open_new(request: &Request, name: &ImageName, backing: &str) -> Result<OpenedDisk, Failure> {
+    let format = request.backing_format.as_deref();
+    let force_share = request.image.force_share;
+    let args = ImageArgs { format: format.map(str::to_owned), force_share, ..ImageArgs::default() };
+    let located = match backing.split_once(':') {
+        Some((protocol, _)) if !protocol.contains('/') => backing.to_owned(),
+        _ => FileResolver::new(&name.path, Policy::Allow)
+            .locate(Reference::Backing { name: backing, format })
+            .map_or_else(|_| backing.to_owned(), |path| path.to_string_lossy().into_owned()),
+    };
+    let how = OpenAs { cache: request.backing_cache, ..OpenAs::READ };
+    let opened = ImageName::parse(&located, &args).and_then(|name| open_image(&name, &args, how));
+    opened.map_err(|failure| {
+        failure.without_name().after_words(&format!("Could not open new backing file '{backing}': "))
+    })
+}
+
+/// The first layer of the old chain that the new one has too, by its number in both.
+fn shared_layer(old: &[LayerFiles], new: &[LayerFiles]) -> Option<(u32, u32)> {
+    let place = |layer: &LayerFiles| -> Option<(PathBuf, bool)> {
+        Some((PathBuf::from(&layer.image).canonicalize().ok()?, layer.raw))
+    };
+    let new: Vec<_> = new.iter().map(place).collect();
+    (0..).zip(old).find_map(|(depth, layer)| {
+        let wanted = Some(place(layer)?);
+        let at = new.iter().position(|place| *place == wanted)?;
+        Some((depth, u32::try_from(at).ok()?))
+    })
+}
+
+fn not_changed(request: &Request, reason: &str) -> Failure {
+    let name = request.backing.as_deref().unwrap_or("(null)");
+    Failure::new(format!("Could not change the backing file to '{name}': {reason}"))
+}
+
+fn failure(error: &qcow2_ops::Error) -> Failure {
+    if error.kind() == ErrorKind::Stopped {
+        return Failure::silent(exit::FAILURE);
+    }
+    match error.core_error() {
+        Some(engine) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
+        None => Failure::new(qemu_text::chain(error)),
+    }
+}
+
+/// Hundredths of a percent between two outputs.
+const PROGRESS_STEP: u64 = 100;

@@ -1,0 +1,170 @@
+//! A part of a disk, from one byte to another, as a disk of its own.
+
+use crate::copy::{CopyPlan, CopyReport, copy};
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::Executor;
+use crate::pipeline::Order;
+use crate::progress::Progress;
+use crate::source::{Below, Content, SECTOR, Source};
+use qcow2_core::{
+    DiskExtent, Error as CoreError, ErrorKind as CoreErrorKind, ExtentState, GuestDisk, GuestOffset,
+    GuestRange, ZeroMode,
+};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Which part, in blocks as `dd` counts them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DdOptions {
+    /// Bytes of a block, at least 1.
+    pub block_size: u64,
+    /// The part ends after so many blocks of the disk, those that are left out counted too; `None`: with the disk.
+    pub count: Option<u64>,
+    /// So many blocks are left out at the start.
+    pub skip: u64,
+}
+
+impl Default for DdOptions {
+    fn default() -> Self {
+        Self { block_size: 512, count: None, skip: 0 }
+    }
+}
+
+/// The bytes of a disk of `size` bytes that `options` name. `None` where the part would begin past the end of the disk. The
+/// disk counts as long as the next multiple of 512.
+pub fn dd_range(size: u64, options: &DdOptions) -> Option<Range<u64>> {
+    let size = size.checked_next_multiple_of(SECTOR)?;
+    let start = options.skip.saturating_mul(options.block_size);
+    let end = options.count.map_or(size, |count| count.saturating_mul(options.block_size).min(size));
+    if start > size {
+        return None;
+    }
+    Some(start.min(end)..end)
+}
+
+/// Writes `range` of `source` ([`dd_range`]) to the start of `target`, which is new and at least as long. What is known to be
+/// zeroes is not written. Disk and memory: as [`convert`](crate::convert()). Errors: `Extents`, `Read`, `Write`, `Stopped`.
+pub fn dd(
+    source: &Arc<dyn GuestDisk>,
+    range: Range<u64>,
+    target: &dyn GuestDisk,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<CopyReport> {
+    if range.end - range.start > target.size() {
+        let message = format!("{} bytes do not fit into {}", range.end - range.start, target.size());
+        return Err(Error::new(ErrorKind::InvalidOption, message));
+    }
+    let inner = Source::new(std::slice::from_ref(source))?;
+    let part: Arc<dyn GuestDisk> = Arc::new(Part { inner, range });
+    let source = Source::new(std::slice::from_ref(&part))?;
+    let plan = CopyPlan {
+        source: &source,
+        target,
+        sparse_size: 4096,
+        zero_from: Some(0),
+        below: Below::Nothing,
+        target_layers: None,
+        compress: None,
+        order: if target.cluster_size() == 0 { Order::Any } else { Order::Claimed },
+        salvage: false,
+    };
+    copy(&plan, executor, progress)
+}
+
+/// A part of a disk, for reading.
+struct Part {
+    inner: Source,
+    range: Range<u64>,
+}
+
+impl GuestDisk for Part {
+    fn size(&self) -> u64 {
+        self.range.end - self.range.start
+    }
+
+    fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> qcow2_core::Result<()> {
+        self.inner.read_at(self.range.start + offset.value(), buf)
+    }
+
+    fn extent_at(&self, range: GuestRange) -> qcow2_core::Result<DiskExtent> {
+        let at = self.range.start + range.start().value();
+        let run = self.inner.content_at(at, range.len(), Below::Nothing).map_err(|error| {
+            CoreError::new(CoreErrorKind::Storage, "asking for the state of a part").with_source(error)
+        })?;
+        let state = match run.content {
+            Content::Data => ExtentState::Data { host: None },
+            Content::Zero | Content::Backing => ExtentState::Zero { host: None },
+        };
+        Ok(DiskExtent { len: run.len, state })
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.inner.cluster_size()
+    }
+
+    fn write_at(&self, _offset: GuestOffset, _buf: &[u8]) -> qcow2_core::Result<()> {
+        Err(read_only())
+    }
+
+    fn write_zeroes(&self, _range: GuestRange, _mode: ZeroMode) -> qcow2_core::Result<()> {
+        Err(read_only())
+    }
+
+    fn discard(&self, _range: GuestRange) -> qcow2_core::Result<()> {
+        Err(read_only())
+    }
+
+    fn flush(&self) -> qcow2_core::Result<()> {
+        Ok(())
+    }
+
+    fn resize(&self, _size: u64) -> qcow2_core::Result<()> {
+        Err(read_only())
+    }
+}
+
+fn read_only() -> CoreError {
+    CoreError::new(CoreErrorKind::ReadOnly, "a part of a disk is for reading only")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::Silent;
+    use crate::testing::{TestDisk, Threads};
+
+    #[test]
+    fn parts_as_the_reference_counts_them() {
+        let range = |size, block_size, count, skip| dd_range(size, &DdOptions { block_size, count, skip });
+        assert_eq!(range(1000, 512, None, 0), Some(0..1024));
+        assert_eq!(range(10_000, 4096, Some(2), 1), Some(4096..8192));
+        assert_eq!(range(10_000, 4096, Some(1), 2), Some(4096..4096));
+        assert_eq!(range(10_000, 1000, None, 10), Some(10_000..10_240));
+        assert_eq!(range(10_000, 1024, None, 10), Some(10_240..10_240));
+        assert_eq!(range(10_000, 1024, None, 11), None);
+        assert_eq!(range(10_000, 1 << 20, Some(u64::MAX), u64::MAX), None);
+    }
+
+    #[test]
+    fn the_part_arrives() {
+        let disk = TestDisk::mixed((3 << 20) + 5, 300_000, 11);
+        let mut content = disk.content();
+        content.resize(content.len().next_multiple_of(512), 0);
+        let disk: Arc<dyn GuestDisk> = Arc::new(disk);
+        for (block_size, count, skip) in
+            [(512, None, 0), (999, Some(2000), 17), (4096, None, 300), (65536, Some(9), 9)]
+        {
+            let range = dd_range(disk.size(), &DdOptions { block_size, count, skip }).unwrap();
+            let len = range.end - range.start;
+            for cluster_size in [0, 65536] {
+                let target = TestDisk::empty(len.next_multiple_of(512), cluster_size);
+                dd(&disk, range.clone(), &target, &Threads(3), &Silent).unwrap();
+                assert!(
+                    target.content()[..len as usize] == content[range.start as usize..range.end as usize]
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! How large would the file of a new image be?
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::source::{Below, Content, Source};
+use qcow2_core::format::bitmap::Bitmap;
+use qcow2_core::format::limit::MAX_L1_ENTRIES;
+use qcow2_core::format::{Geometry, GeometryFields};
+use qcow2_core::{GuestDisk, Preallocation};
+use std::sync::Arc;
+
+/// The qcow2 image that is asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MeasureOptions {
+    /// Bytes of a cluster, a power of two from 512 to 2 MiB.
+    pub cluster_size: u64,
+    /// Bits of a refcount, a power of two up to 64.
+    pub refcount_bits: u64,
+    /// Whether clusters have subclusters.
+    pub extended_l2: bool,
+    /// How much is there from the start.
+    pub preallocation: Preallocation,
+    /// Whether it stands on a backing file: then any cluster may become allocated, and is taken for it.
+    pub has_backing: bool,
+}
+
+impl Default for MeasureOptions {
+    fn default() -> Self {
+        Self {
+            cluster_size: 65536,
+            refcount_bits: 16,
+            extended_l2: false,
+            preallocation: Preallocation::Off,
+            has_backing: false,
+        }
+    }
+}
+
+/// Bytes of the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Measure {
+    /// With what the source holds.
+    pub required: u64,
+    /// With every cluster in use.
+    pub fully_allocated: u64,
+}
+
+/// What is measured.
+#[derive(Clone, Copy)]
+pub enum Measured<'a> {
+    /// An empty disk of so many bytes.
+    Size(u64),
+    /// What a disk holds.
+    Disk(&'a Arc<dyn GuestDisk>),
+}
+
+/// Measures a raw image. Errors: `InvalidOption` past 2^64 - 1.
+pub fn measure_raw(what: Measured<'_>) -> Result<Measure> {
+    let size = size_of(what)?;
+    Ok(Measure { required: size, fully_allocated: size })
+}
+
+/// Measures a qcow2 image: all tables that its size can need, and the clusters in which the source has something else than
+/// zeroes as far as tables and holes tell. Disk: reads tables, no data. Errors: `InvalidOption` for an impossible cluster size
+/// or refcount width, or for a size that would need too large an L1 table; `Extents`.
+pub fn measure_qcow2(what: Measured<'_>, options: &MeasureOptions) -> Result<Measure> {
+    let size = size_of(what)?;
+    let tables = table_bytes(size, options)?;
+    let too_large = || Error::new(ErrorKind::InvalidOption, "the image size is too large");
+    let data = size.checked_next_multiple_of(options.cluster_size).ok_or_else(too_large)?;
+    let fully_allocated = tables.checked_add(data).ok_or_else(too_large)?;
+    let all =
+        options.has_backing || matches!(options.preallocation, Preallocation::Falloc | Preallocation::Full);
+    let used = match what {
+        _ if all => data,
+        Measured::Size(_) => 0,
+        Measured::Disk(disk) => used_clusters(disk, options.cluster_size)? * options.cluster_size,
+    };
+    Ok(Measure { required: tables + used, fully_allocated })
+}
+
+/// Bytes that the persistent bitmaps of a disk of `disk_size` bytes take in an image with such clusters: their tables, their
+/// clusters, and the directory.
+pub fn measure_bitmaps(bitmaps: &[Bitmap], disk_size: u64, cluster_size: u64) -> u64 {
+    let clusters = |bytes: u64| bytes.div_ceil(cluster_size);
+    let mut directory = 0;
+    let each: u64 = bitmaps
+        .iter()
+        .map(|bitmap| {
+            let data = clusters(disk_size.div_ceil(1 << bitmap.granularity_bits.min(63)).div_ceil(8));
+            directory += (BITMAP_ENTRY_LEN + bitmap.name.len() as u64).next_multiple_of(8);
+            data + clusters(data * 8)
+        })
+        .sum();
+    (each + clusters(directory)) * cluster_size
+}
+
+fn size_of(what: Measured<'_>) -> Result<u64> {
+    let size = match what {
+        Measured::Size(size) => size,
+        Measured::Disk(disk) => disk.size(),
+    };
+    let too_large = || Error::new(ErrorKind::InvalidOption, "the size passes 2^64 - 1 bytes");
+    size.checked_next_multiple_of(512).ok_or_else(too_large)
+}
+
+/// Header, L1 table, L2 tables, refcount table and blocks of an image that is full.
+fn table_bytes(size: u64, options: &MeasureOptions) -> Result<u64> {
+    let invalid = |text: String| Error::new(ErrorKind::InvalidOption, text);
+    let fields = GeometryFields {
+        cluster_bits: options.cluster_size.trailing_zeros(),
+        refcount_order: options.refcount_bits.trailing_zeros(),
+        extended_l2: options.extended_l2,
+    };
+    let geometry = Geometry::new(fields).map_err(|e| {
+        invalid("this cluster size or refcount width is not possible".to_owned()).with_source(e)
+    })?;
+    let l1_entries = geometry.l1_entries_for(size);
+    if l1_entries > MAX_L1_ENTRIES {
+        return Err(invalid(format!(
+            "size {size} needs {l1_entries} l1 entries, allowed are {MAX_L1_ENTRIES}"
+        )));
+    }
+    let guest_clusters = size.div_ceil(options.cluster_size);
+    let counted = 1 + geometry.clusters_for(l1_entries * 8) + l1_entries + guest_clusters;
+    let (mut blocks, mut table) = (0, 0);
+    loop {
+        let needed = (counted + blocks + table).div_ceil(geometry.refcount_block_entries());
+        let entries = needed.div_ceil(options.cluster_size / 8);
+        if (needed, entries) == (blocks, table) {
+            break;
+        }
+        (blocks, table) = (needed, entries);
+    }
+    Ok((counted - guest_clusters + blocks + table) * options.cluster_size)
+}
+
+/// How many clusters of the target would hold data.
+fn used_clusters(disk: &Arc<dyn GuestDisk>, cluster_size: u64) -> Result<u64> {
+    let source = Source::new(std::slice::from_ref(disk))?;
+    let (mut at, mut clusters) = (0, 0);
+    while at < source.size() {
+        let run = source.content_at(at, source.size() - at, Below::Nothing)?;
+        at = run.end();
+        if run.content == Content::Data {
+            let end = at.next_multiple_of(cluster_size);
+            clusters += (end - run.start / cluster_size * cluster_size) / cluster_size;
+            at = end.min(source.size());
+        }
+    }
+    Ok(clusters)
+}
+
+/// Bytes of a bitmap directory entry before the name. Spec: "Bitmap directory".
+const BITMAP_ENTRY_LEN: u64 = 24;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestDisk;
+
+    #[track_caller]
+    fn check(size: u64, change: impl FnOnce(&mut MeasureOptions), required: u64, full: u64) {
+        let mut options = MeasureOptions::default();
+        change(&mut options);
+        let seen = measure_qcow2(Measured::Size(size), &options).unwrap();
+        assert_eq!((seen.required, seen.fully_allocated), (required, full), "{size}");
+    }
+
+    /// Figures of the reference.
+    #[test]
+    fn sizes() {
+        check(0, |_| {}, 196_608, 196_608);
+        check(513, |_| {}, 327_680, 393_216);
+        check(1 << 30, |_| {}, 393_216, 1_074_135_040);
+        check(1 << 20, |o| o.extended_l2 = true, 327_680, 1_376_256);
+        check(1 << 40, |o| o.cluster_size = 2 << 20, 12_582_912, 1_099_524_210_688);
+        check(1 << 30, |o| o.cluster_size = 512, 21_385_216, 1_095_127_040);
+        check(1 << 30, |o| o.refcount_bits = 64, 524_288, 1_074_266_112);
+        check(1 << 30, |o| o.preallocation = Preallocation::Full, 1_074_135_040, 1_074_135_040);
+        check(1 << 30, |o| o.has_backing = true, 1_074_135_040, 1_074_135_040);
+        let huge = measure_qcow2(Measured::Size(4 << 60), &MeasureOptions::default());
+        assert_eq!(huge.unwrap_err().kind(), ErrorKind::InvalidOption);
+        let raw = measure_raw(Measured::Size(i64::MAX as u64)).unwrap();
+        assert_eq!(raw.required, 1 << 63);
+    }
+
+    #[test]
+    fn clusters_with_data_count_once() {
+        let disk = TestDisk::data(vec![1; 8 * 512]);
+        disk.set_states("dz-dz--d");
+        let disk: Arc<dyn GuestDisk> = Arc::new(disk);
+        assert_eq!(used_clusters(&disk, 512).unwrap(), 3);
+        assert_eq!(used_clusters(&disk, 1024).unwrap(), 3);
+        assert_eq!(used_clusters(&disk, 2048).unwrap(), 2);
+        assert_eq!(used_clusters(&disk, 65536).unwrap(), 1);
+    }
+}

@@ -1,0 +1,337 @@
+//! Another backing file for an overlay, and the same disk all the same.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::Executor;
+use crate::pipeline::{Order, Stages, run};
+use crate::progress::Progress;
+use crate::source::Source;
+use crate::zeroes::is_zero;
+use qcow2_core::format::Version;
+use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ZeroMode};
+use std::ops::{ControlFlow, Range};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// How to rebase.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RebaseOptions {
+    /// The first layer that both chains share: its number in the old one and in the new one, 0 being the backing file.
+    /// What neither chain has above it is the same in both and not looked at.
+    pub shared: Option<(u32, u32)>,
+    /// Clusters are stored compressed where that makes them smaller.
+    pub compress: bool,
+}
+
+/// What rebasing did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RebaseReport {
+    /// Bytes that were copied into the overlay.
+    pub data_bytes: u64,
+    /// Bytes that are recorded as zeroes in the overlay.
+    pub zeroed_bytes: u64,
+}
+
+/// Copies into `top` what it has from its backing file and what `new` (`None`: nothing at all) would show otherwise. Then
+/// `new` may become its backing file ([`Image::change_backing`]). `top`: open for writing, with its chain.
+///
+/// Disk: bytes of both chains are read unless tables, holes or a shared layer tell that they are equal; everything is durable
+/// in the end. The disk reads the same at every moment. Memory: at most four chunks of both chains for each worker, a chunk
+/// being 1 MiB or a cluster where that is more. Errors: `Extents`, `Read`, `Write` with the first byte of the failed range;
+/// `Unsupported` for a compressed rebase of an image without a codec; `Stopped`.
+pub fn rebase(
+    top: &Image,
+    new: Option<&Arc<dyn GuestDisk>>,
+    options: &RebaseOptions,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<RebaseReport> {
+    if options.compress {
+        top.codec().map_err(|e| {
+            Error::new(ErrorKind::Unsupported, "compression not supported for this image").with_source(e)
+        })?;
+    }
+    let sides = [Side::new(top.backing())?, Side::new(new)?];
+    let largest = sides.iter().map(Side::cluster_size).max().unwrap_or(0);
+    let rebasing = Rebasing {
+        top,
+        size: top.size(),
+        unit: if options.compress { top.cluster_size() } else { top.zero_granularity() },
+        chunk: CHUNK.max(top.cluster_size()).max(largest),
+        zero_flag: top.header().version >= Version::V3,
+        sides,
+        options: *options,
+        progress,
+        report: Mutex::default(),
+    };
+    progress.set_total(rebasing.size);
+    let done = run(&rebasing, 0, Order::Any, executor);
+    let flushed =
+        top.flush().map_err(|e| Error::new(ErrorKind::Write, "making the overlay durable").with_source(e));
+    done.and(flushed)?;
+    Ok(rebasing.report.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Bytes of a chunk, unless a cluster has more.
+const CHUNK: u64 = 1 << 20;
+
+/// A chain below the overlay; past its end, or without one, there are zeroes.
+struct Side {
+    source: Option<Source>,
+}
+
+/// What a side says of a run.
+struct Known {
+    len: u64,
+    zero: bool,
+    /// The layer that has the say.
+    depth: u32,
+}
+
+impl Side {
+    fn new(disk: Option<&Arc<dyn GuestDisk>>) -> Result<Self> {
+        Ok(Self { source: disk.map(|disk| Source::new(std::slice::from_ref(disk))).transpose()? })
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.source.as_ref().map_or(0, Source::cluster_size)
+    }
+
+    fn known_at(&self, at: u64, len: u64) -> Result<Known> {
+        match &self.source {
+            Some(source) if at < source.size() => {
+                let extent = source.extent_at(at, len.min(source.size() - at))?;
+                Ok(Known { len: extent.len, zero: extent.zero, depth: extent.depth })
+            }
+            _ => Ok(Known { len, zero: true, depth: 0 }),
+        }
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let size = self.source.as_ref().map_or(0, Source::size);
+        let stored = size.saturating_sub(at).min(buf.len() as u64) as usize;
+        buf[stored..].fill(0);
+        let Some(source) = self.source.as_ref().filter(|_| stored > 0) else { return Ok(()) };
+        source.read_at(at, &mut buf[..stored]).map_err(|e| {
+            Error::new(ErrorKind::Read, format!("error while reading offset {at} of a backing file"))
+                .with_source(e)
+        })
+    }
+}
+
+struct Rebasing<'a> {
+    top: &'a Image,
+    size: u64,
+    /// What is copied as a whole: a subcluster, or a cluster that is compressed.
+    unit: u64,
+    chunk: u64,
+    /// Whether zeroes can be recorded without being written.
+    zero_flag: bool,
+    sides: [Side; 2],
+    options: RebaseOptions,
+    progress: &'a dyn Progress,
+    report: Mutex<RebaseReport>,
+}
+
+/// A piece of the disk.
+#[derive(Default)]
+struct Slot {
+    range: Range<u64>,
+    bytes: [Vec<u8>; 2],
+    steps: Vec<Step>,
+}
+
+/// Something to write into the overlay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Step {
+    /// These bytes, from the old side's buffer.
+    Data(Range<u64>),
+    Zeroes(Range<u64>),
+}
+
+impl Rebasing<'_> {
+    /// Whether the overlay says nothing about the bytes at `at`, and for how many.
+    fn shows_below(&self, at: u64, end: u64) -> Result<(u64, bool)> {
+        let range = GuestRange::between(GuestOffset::new(at), GuestOffset::new(end));
+        let own = self.top.extent_at(range).map_err(|e| {
+            Error::new(ErrorKind::Extents, format!("error while reading block status at offset {at}"))
+                .with_source(e)
+        })?;
+        Ok((own.len, own.state == ExtentState::Unallocated))
+    }
+
+    /// Whether both chains are known to show the same at `at`, and for how many bytes.
+    fn known_same(&self, at: u64, end: u64) -> Result<(u64, bool)> {
+        let old = self.sides[0].known_at(at, end - at)?;
+        let new = self.sides[1].known_at(at, old.len)?;
+        let shared = self.options.shared.is_some_and(|(a, b)| old.depth >= a && new.depth >= b);
+        Ok((new.len, shared || (old.zero && new.zero)))
+    }
+
+    /// The whole units of `region`, which the overlay says nothing about, that are not known to be the same.
+    fn doubtful(&self, region: Range<u64>) -> Result<Vec<Range<u64>>> {
+        let (mut at, mut found): (u64, Vec<Range<u64>>) = (region.start, Vec::new());
+        while at < region.end {
+            let (len, same) = self.known_same(at, region.end)?;
+            let end = at + len;
+            if !same {
+                let start = (at - at % self.unit).max(region.start);
+                let end = end.next_multiple_of(self.unit).min(region.end);
+                match found.last_mut() {
+                    Some(last) if start <= last.end => last.end = end.max(last.end),
+                    _ => found.push(start..end),
+                }
+            }
+            at = end;
+        }
+        Ok(found)
+    }
+
+    /// Reads `range` of both sides into the buffers.
+    fn read_both(&self, range: &Range<u64>, slot: &mut Slot) -> Result<()> {
+        for (side, bytes) in self.sides.iter().zip(&mut slot.bytes) {
+            let mut at = range.start;
+            while at < range.end {
+                let known = side.known_at(at, range.end - at)?;
+                let from = (at - slot.range.start) as usize;
+                let buf = &mut bytes[from..from + known.len as usize];
+                match known.zero {
+                    true => buf.fill(0),
+                    false => side.read_at(at, buf)?,
+                }
+                at += known.len;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lists what differs among `range`, of which both buffers hold the bytes.
+    fn list(&self, range: Range<u64>, slot: &mut Slot) {
+        let mut at = range.start;
+        while at < range.end {
+            let end = (at - at % self.unit + self.unit).min(range.end);
+            let place = (at - slot.range.start) as usize..(end - slot.range.start) as usize;
+            let (old, new) = (&slot.bytes[0][place.clone()], &slot.bytes[1][place]);
+            if old != new {
+                let zero = is_zero(old);
+                match slot.steps.last_mut() {
+                    Some(Step::Zeroes(last)) if zero && last.end == at => last.end = end,
+                    Some(Step::Data(last)) if !zero && last.end == at && !self.options.compress => {
+                        last.end = end;
+                    }
+                    _ if zero => slot.steps.push(Step::Zeroes(at..end)),
+                    _ => slot.steps.push(Step::Data(at..end)),
+                }
+            }
+            at = end;
+        }
+    }
+
+    fn write(&self, step: &Step, slot: &Slot) -> qcow2_core::Result<()> {
+        let (Step::Data(range) | Step::Zeroes(range)) = step;
+        let start = GuestOffset::new(range.start);
+        let from = (range.start - slot.range.start) as usize;
+        let bytes = &slot.bytes[0][from..from + (range.end - range.start) as usize];
+        match step {
+            Step::Zeroes(_) if self.zero_flag => {
+                let range = GuestRange::between(start, GuestOffset::new(range.end));
+                self.top.write_zeroes(range, ZeroMode::MayUnmap)
+            }
+            Step::Data(_) if self.options.compress && self.is_whole(range)? => {
+                self.top.write_compressed(start, bytes)
+            }
+            _ => self.top.write_at(start, bytes),
+        }
+    }
+
+    /// Whether `range` is a cluster of which nothing is allocated: only such a one can be stored compressed.
+    fn is_whole(&self, range: &Range<u64>) -> qcow2_core::Result<bool> {
+        let whole = range.end - range.start == self.unit || range.end == self.size;
+        if !whole || !range.start.is_multiple_of(self.unit) || self.top.header().has_data_file() {
+            return Ok(false);
+        }
+        let range = GuestRange::between(GuestOffset::new(range.start), GuestOffset::new(range.end));
+        let extent = self.top.extent_at(range)?;
+        Ok(extent.state == ExtentState::Unallocated && extent.len == range.len())
+    }
+}
+
+impl Stages for Rebasing<'_> {
+    type Cursor = u64;
+    type Slot = Slot;
+
+    fn slot(&self) -> Slot {
+        Slot::default()
+    }
+
+    /// Passes over runs that need no look; a piece begins where one does, and ends with its chunk.
+    fn claim(&self, cursor: &mut u64, slot: &mut Slot) -> Result<bool> {
+        while *cursor < self.size {
+            if self.progress.should_stop() {
+                return Err(Error::new(ErrorKind::Stopped, format!("stopped at byte {cursor}")));
+            }
+            let start = *cursor;
+            let (len, below) = self.shows_below(start, self.size)?;
+            let (len, same) = if below { self.known_same(start, start + len)? } else { (len, true) };
+            if same {
+                *cursor += len;
+                self.progress.advance(len);
+                continue;
+            }
+            // Chunks end with a cluster, so that no two workers write the same one.
+            *cursor = (start - start % self.chunk).saturating_add(self.chunk).min(self.size);
+            slot.range = start - start % self.unit..*cursor;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    fn prepare(&self, slot: &mut Slot) -> Result<()> {
+        slot.steps.clear();
+        let len = (slot.range.end - slot.range.start) as usize;
+        slot.bytes.iter_mut().for_each(|bytes| bytes.resize(len.max(bytes.len()), 0));
+        let mut at = slot.range.start;
+        while at < slot.range.end {
+            let (len, below) = self.shows_below(at, slot.range.end)?;
+            let mut region = at..at + len;
+            at = region.end;
+            if !below {
+                continue;
+            }
+            // What the overlay says nothing about may come in several answers.
+            while at < slot.range.end {
+                let (len, below) = self.shows_below(at, slot.range.end)?;
+                if !below {
+                    break;
+                }
+                at += len;
+                region.end = at;
+            }
+            for range in self.doubtful(region)? {
+                self.read_both(&range, slot)?;
+                self.list(range, slot);
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&self, slot: &mut Slot) -> Result<ControlFlow<()>> {
+        let mut done = RebaseReport::default();
+        for step in &slot.steps {
+            self.write(step, slot).map_err(|e| {
+                let (Step::Data(range) | Step::Zeroes(range)) = step;
+                let context = format!("error while writing at byte {}", range.start);
+                Error::new(ErrorKind::Write, context).with_source(e)
+            })?;
+            match step {
+                Step::Data(range) => done.data_bytes += range.end - range.start,
+                Step::Zeroes(range) => done.zeroed_bytes += range.end - range.start,
+            }
+        }
+        self.progress.advance(slot.range.end - slot.range.start);
+        let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
+        report.data_bytes += done.data_bytes;
+        report.zeroed_bytes += done.zeroed_bytes;
+        Ok(ControlFlow::Continue(()))
+    }
+}
