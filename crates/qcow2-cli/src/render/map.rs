@@ -86,7 +86,7 @@ mod tests {
 
     #[test]
     fn text_rows() {
-        let files = [LayerFiles { image: "a\n.qcow2".into(), data: None }];
+        let files = [LayerFiles { image: "a\n.qcow2".into(), ..LayerFiles::default() }];
         let mut rows = TextRows::new(&files);
         let row = rows.row(&stored(0, 0x10000, 0x50000)).unwrap();
         assert_eq!(row, "0               0x10000         0x50000         a\\n.qcow2\n");
