@@ -3,7 +3,7 @@
 use crate::args::{Arguments, ImageArgs, Objects, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::{ImageName, file_path};
+use crate::imagename::{Driver, ImageName, NewTarget, new_target};
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::newimage;
@@ -91,14 +91,17 @@ fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result
     let mut options = ImageOptions::parse(format, &OptList::default())?;
     options.set_number("size", range.end - range.start);
     let about = |failure: Failure| failure.about("error while creating output image").about(&request.output);
-    let path = file_path(&request.output);
-    let path = match path {
+    let made = match new_target(&request.output) {
         Err(reason) if !request.output.is_empty() => return Err(about(Failure::new(reason))),
-        path => path.unwrap_or_default(),
+        target => target.unwrap_or(NewTarget::File(String::new())),
     };
-    newimage::make(&path, &options, interrupts).map_err(about)?;
+    newimage::make(&made, &options, interrupts).map_err(about)?;
     let args = ImageArgs { format: Some(format.name().to_owned()), ..ImageArgs::default() };
-    let target = ImageName { typed: request.output.clone(), path, format: args.format.clone() };
+    let driver = match format {
+        TargetFormat::Raw => Driver::Raw,
+        TargetFormat::Qcow2 => Driver::Qcow2,
+    };
+    let target = ImageName::on(&request.output, made, driver);
     let target = open_image(&target, &args, OpenAs { writable: true, ..OpenAs::READ })?.disk;
     let meter = Meter::new(session, interrupts, false, 0);
     dd(&source, range, &*target, &Threads::per_core(), &meter).map_err(|error| failure(&error))?;

@@ -137,7 +137,7 @@ fn open_new(request: &Request, name: &ImageName, backing: &str) -> Result<Opened
     let args = ImageArgs { format: format.map(str::to_owned), force_share, ..ImageArgs::default() };
     let located = match backing.split_once(':') {
         Some((protocol, _)) if !protocol.contains('/') => backing.to_owned(),
-        _ => FileResolver::new(&name.path, Policy::Allow)
+        _ => FileResolver::new(name.path().unwrap_or_default(), Policy::Allow)
             .locate(Reference::Backing { name: backing, format })
             .map_or_else(|_| backing.to_owned(), |path| path.to_string_lossy().into_owned()),
     };
