@@ -1,6 +1,6 @@
 //! `dd`: a part of an image as a new image.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt};
+use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::{Driver, ImageName, NewTarget, new_target};
@@ -41,7 +41,7 @@ struct Request {
 
 impl Request {
     fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
-        let (mut image, mut objects) = (ImageArgs::default(), Objects::default());
+        let mut image = ImageArgs::default();
         let mut target_format = "raw".to_owned();
         while let Some(given) = args.next(session)? {
             match given.opt {
@@ -49,7 +49,7 @@ impl Request {
                 Opt::ImageOpts => image.image_opts = true,
                 Opt::ForceShare => image.force_share = true,
                 Opt::TargetFormat => target_format = given.value,
-                Opt::Object => objects.add(&given.value)?,
+                Opt::Object => image.objects.add(&given.value)?,
                 _ => {}
             }
         }
@@ -100,8 +100,9 @@ fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result
     let driver = match format {
         TargetFormat::Raw => Driver::Raw,
         TargetFormat::Qcow2 => Driver::Qcow2,
+        TargetFormat::Luks => Driver::Luks,
     };
-    let target = ImageName::on(&request.output, made, driver);
+    let target = ImageName::on(&request.output, made, driver, None, &args.objects);
     let target = open_image(&target, &args, OpenAs { writable: true, ..OpenAs::READ })?.disk;
     let meter = Meter::new(session, interrupts, false, 0);
     dd(&source, range, &*target, &Threads::per_core(), &meter).map_err(|error| failure(&error))?;

@@ -1,6 +1,6 @@
 //! `measure`: how large the file of a new image would be.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt, OutputFormat};
+use crate::args::{Arguments, ImageArgs, Opt, OutputFormat};
 use crate::command::convert::parse_snapshot;
 use crate::exit;
 use crate::failure::Failure;
@@ -30,6 +30,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     };
     let (measured, bitmaps) = match format {
         TargetFormat::Raw => (measure_raw(what), None),
+        TargetFormat::Luks => return Err(Failure::new("Measuring luks targets is not supported yet")),
         TargetFormat::Qcow2 => {
             let wanted = qcow2_options(&options)?;
             let bitmaps = source.as_ref().filter(|_| keeps_bitmaps(&options));
@@ -59,7 +60,6 @@ struct Request {
 impl Request {
     fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
         let mut request = Self { target_format: "raw".to_owned(), ..Self::default() };
-        let mut objects = Objects::default();
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             match given.opt {
@@ -71,7 +71,7 @@ impl Request {
                 Opt::Options => request.option_texts.push(OptList::checked(given.value)?),
                 Opt::Snapshot => request.snapshot = Some(parse_snapshot(&given.value)?),
                 Opt::Size => request.size = Some(parse_argument("image size", &given.value, SIGNED)?),
-                Opt::Object => objects.add(&given.value)?,
+                Opt::Object => request.image.objects.add(&given.value)?,
                 _ => {}
             }
         }

@@ -1,6 +1,6 @@
 //! `rebase`: another backing file, and the same disk all the same; or, unsafe, another name for it.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt, parse_cache};
+use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
@@ -48,7 +48,7 @@ struct Request {
 
 impl Request {
     fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
-        let (mut request, mut objects) = (Self::default(), Objects::default());
+        let mut request = Self::default();
         let (mut cache, mut backing_cache) = (None, None);
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
@@ -64,7 +64,7 @@ impl Request {
                 Opt::Compress => request.compress = true,
                 Opt::Progress => request.progress = true,
                 Opt::Quiet => request.quiet = true,
-                Opt::Object => objects.add(&given.value)?,
+                Opt::Object => request.image.objects.add(&given.value)?,
                 _ => {}
             }
         }
@@ -133,8 +133,8 @@ fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fai
 /// Opens the new backing file with its chain; its name is relative to the image's place.
 fn open_new(request: &Request, name: &ImageName, backing: &str) -> Result<OpenedDisk, Failure> {
     let format = request.backing_format.as_deref();
-    let force_share = request.image.force_share;
-    let args = ImageArgs { format: format.map(str::to_owned), force_share, ..ImageArgs::default() };
+    let image_opts = false;
+    let args = ImageArgs { format: format.map(str::to_owned), image_opts, ..request.image.clone() };
     let located = match backing.split_once(':') {
         Some((protocol, _)) if !protocol.contains('/') => backing.to_owned(),
         _ => FileResolver::new(name.path().unwrap_or_default(), Policy::Allow)
