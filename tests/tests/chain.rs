@@ -6,7 +6,8 @@ use qcow2_core::{
     BackingName, CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, Layers, OpenOptions,
     Reference, ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
 };
-use qcow2_ops::{CommitOptions, Inline, RebaseOptions, Silent};
+use qcow2_format::Version;
+use qcow2_ops::{AmendOptions, Amended, CommitOptions, Inline, RebaseOptions, Silent, amend};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::{CrashWorld, Event};
 use qcow2_testkit::cut::CrashImage;
@@ -57,6 +58,10 @@ enum Act {
     Commit,
     CommitDeep,
     Rebase(Option<usize>),
+    /// Another refcount width.
+    Width(u64),
+    /// To version 2 and back.
+    Versions,
 }
 
 /// A chain, and what the top reads as.
@@ -132,6 +137,12 @@ fn act(files: &Files, act: Act) -> Result<(), String> {
             base.close().map_err(|e| failed(&e))?;
             above[0].as_image().unwrap().close().map_err(|e| failed(&e))
         }
+        Act::Width(bits) => amend_top(files, |options| options.refcount_bits = Some(bits)),
+        Act::Versions => {
+            amend_top(files, |options| options.refcount_bits = Some(16))?;
+            amend_top(files, |options| options.version = Some(Version::V2))?;
+            amend_top(files, |options| options.version = Some(Version::V3))
+        }
         Act::Rebase(to) => {
             let top = open(files, 0, true, Layers::Follow).map_err(|e| failed(&e))?;
             let new =
@@ -151,6 +162,19 @@ fn act(files: &Files, act: Act) -> Result<(), String> {
     }
 }
 
+/// Amends the top until it is as asked for.
+fn amend_top(files: &Files, change: impl Fn(&mut AmendOptions)) -> Result<(), String> {
+    let mut options = AmendOptions::default();
+    change(&mut options);
+    loop {
+        let top = open(files, 0, true, Layers::Follow).map_err(|error| error.to_string())?;
+        match amend(&top, &options, &Silent).map_err(|error| error.to_string())? {
+            Amended::Again => {}
+            Amended::Done => return top.close().map_err(|error| error.to_string()),
+        }
+    }
+}
+
 fn draw(seed: u64) -> (Start, Act, Rng) {
     let mut rng = Rng::new(seed);
     let start = Start::draw(&mut rng);
@@ -160,6 +184,9 @@ fn draw(seed: u64) -> (Start, Act, Rng) {
         Act::Rebase(None),
         Act::Rebase(Some(2)),
         Act::Rebase(Some(3)),
+        Act::Width(8),
+        Act::Width(64),
+        Act::Versions,
     ]);
     (start, act, rng)
 }

@@ -132,6 +132,7 @@ fn make_start(qemu_img: &Tool, folder: &Path) {
     img("create -q -f qcow2 -o data_file=df.raw df.qcow2 2M");
     io("-c 'write -P 7 3k 5k' df.qcow2");
     make_chains(&img, &io);
+    make_damaged(&img, &io, folder);
     for (name, len) in [("r.raw", MIB), ("base.raw", MIB), ("h.raw", 4 * MIB), ("odd.raw", 4 * MIB + 1)] {
         sparse(name, len);
     }
@@ -145,6 +146,34 @@ fn make_start(qemu_img: &Tool, folder: &Path) {
     fs::write(folder.join("rnd"), random).unwrap();
     let whole = fs::read(folder.join("s.qcow2")).unwrap();
     fs::write(folder.join("trunc.qcow2"), &whole[..102_400]).unwrap();
+}
+
+/// Images that want a repair: clusters in order are header, refcount table, refcount block, L1 table, L2 table, data, data.
+fn make_damaged(img: &dyn Fn(&str), io: &dyn Fn(&str), folder: &Path) {
+    img("create -q -f qcow2 whole.qcow2 4M");
+    io("-c 'write -P 7 0 128k' whole.qcow2");
+    let whole = fs::read(folder.join("whole.qcow2")).unwrap();
+    let make = |name: &str, changes: &[(usize, &[u8])]| {
+        let mut bytes = whole.clone();
+        for (at, new) in changes {
+            bytes.resize(bytes.len().max(at + new.len()), 0);
+            bytes[*at..at + new.len()].copy_from_slice(new);
+        }
+        fs::write(folder.join(name), bytes).unwrap();
+    };
+    let (count, l1, l2) = (|cluster: usize| 0x20000 + 2 * cluster, 0x30000, 0x40000);
+    let end: (usize, &[u8]) = (10 * 65536 - 1, &[0]);
+    make("leak.qcow2", &[end, (count(8), &[0, 1])]);
+    make("low.qcow2", &[(l2 + 8, &whole[l2..l2 + 8])]);
+    make("high.qcow2", &[(count(5), &[0, 2])]);
+    make("mixed.qcow2", &[end, (count(8), &[0, 1]), (count(5), &[0, 2])]);
+    make("free.qcow2", &[(count(5), &[0, 0])]);
+    make("flag.qcow2", &[(l2, &[0])]);
+    make("l1flag.qcow2", &[(l1, &[0])]);
+    make("reserved.qcow2", &[(l2, &[0x81])]);
+    make("marked.qcow2", &[(79, &[2])]);
+    make("dirty.qcow2", &[(79, &[1])]);
+    make("dirtyleak.qcow2", &[(79, &[1]), end, (count(8), &[0, 1])]);
 }
 
 /// What verbs that change images in place are given.
@@ -168,6 +197,10 @@ fn make_chains(img: &dyn Fn(&str), io: &dyn Fn(&str)) {
     io("-c 'write -z 1M 64k' -c 'write -P 6 3M 1k' v2o.qcow2");
     img("create -q -f qcow2 -o extended_l2=on -b b2.raw -F raw exto.qcow2 2M");
     io("-c 'write -P 6 1M 3k' -c 'write -z 10k 20k' exto.qcow2");
+    img("create -q -f qcow2 shared.qcow2 1M");
+    io("-c 'write -P 9 0 64k' shared.qcow2");
+    img("snapshot -c a shared.qcow2");
+    img("snapshot -c b shared.qcow2");
     img("create -q -f qcow2 shrunk.qcow2 2M");
     io("-c 'write -P 9 0 2M' shrunk.qcow2");
     img("resize -q --shrink shrunk.qcow2 100k");

@@ -173,6 +173,45 @@ pub(crate) fn print_options(session: &Session, format: TargetFormat, with_file: 
     session.print(&text)
 }
 
+/// The value of an option of `amend`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum AmendOption {
+    Text(String),
+    Switch(bool),
+    Number(u64),
+}
+
+/// Reads `list` by the table of what can be amended. Errors: the first option that is not known, can only be given for a new
+/// image, or is not of its type.
+pub(crate) fn read_amend_options(list: &OptList) -> Result<Vec<(&'static str, AmendOption)>, Failure> {
+    let read = |Pair { key, value }: &Pair| {
+        let Some(option) = AMEND.iter().find(|option| option.name == key) else {
+            let failure = Failure::new(format!("Invalid parameter '{key}'"));
+            return Err(match QCOW2.iter().any(|option| option.name == key && !option.of_file) {
+                true => failure.hint("This option is only supported for image creation"),
+                false => failure,
+            });
+        };
+        let value = match option.read(value)? {
+            Value::Text(text) => AmendOption::Text(text),
+            Value::Switch(on, _) => AmendOption::Switch(on),
+            Value::Number(number) => AmendOption::Number(number),
+        };
+        Ok((option.name, value))
+    };
+    list.pairs().iter().map(read).collect()
+}
+
+/// Prints what `amend -o` takes.
+pub(crate) fn print_amend_options(session: &Session) -> Result<(), Failure> {
+    let mut text = "Amend options for 'qcow2':\n".to_owned();
+    for option in AMEND {
+        let name = format!("{}=<{}>", option.name, option.kind.name());
+        let _ = writeln!(text, "  {name:<22} - {}", option.help);
+    }
+    session.print(&text)
+}
+
 #[derive(Debug)]
 struct ImageOption {
     name: &'static str,
@@ -334,6 +373,23 @@ const LUKS: &[ImageOption] = &[
     NOCOW,
     of_file(text("preallocation", "space reserved at once: off, falloc, full")),
     EXTENT_SIZE_HINT,
+];
+
+/// In the order of their names.
+const AMEND: &[ImageOption] = &[
+    text("backing_file", "name of the backing file; as it is"),
+    text("backing_fmt", "format of the backing file; as it is"),
+    text("compat", "version of the format: v2 (0.10) or v3 (1.1)"),
+    text("data_file", "name of the file that holds the guest's data"),
+    switch("data_file_raw", "the data file can be read as a raw image at any time; only off"),
+    number("encrypt.iter-time", "milliseconds that key derivation takes"),
+    number("encrypt.keyslot", "the key slot to change"),
+    text("encrypt.new-secret", "secret for the key slots; empty to erase them"),
+    text("encrypt.old-secret", "the key slots that this secret opens"),
+    text("encrypt.state", "what the key slots become: active, inactive"),
+    switch("lazy_refcounts", "refcounts may be brought up to date later"),
+    number("refcount_bits", "bits in a refcount, a power of two up to 64"),
+    SIZE,
 ];
 
 const RAW: &[ImageOption] = &[

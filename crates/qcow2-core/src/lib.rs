@@ -8,6 +8,7 @@
 
 extern crate alloc;
 
+mod amend;
 mod backing;
 pub mod chain;
 pub mod container;
@@ -23,6 +24,7 @@ pub mod port;
 pub mod raw;
 mod read;
 mod recover;
+mod repair;
 mod resize;
 pub mod rules;
 pub mod snapshot;
@@ -31,6 +33,7 @@ mod vmstate;
 pub mod walk;
 mod write;
 
+pub use amend::HeaderChange;
 pub use chain::open_disk;
 pub use container::ContainerDisk;
 pub use create::{BackingName, CreateOptions, DataFileName, LuksArea, NewEncryption, Preallocation, create};

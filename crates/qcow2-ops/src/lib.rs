@@ -7,6 +7,7 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 mod above;
+pub mod amend;
 pub mod bench;
 mod buffer;
 pub mod check;
@@ -25,12 +26,14 @@ pub mod measure;
 mod pipeline;
 pub mod progress;
 pub mod rebase;
+pub mod repair;
 pub mod resize;
 pub mod snapshot;
 mod source;
 mod testing;
 mod zeroes;
 
+pub use amend::{AmendOptions, Amended, amend};
 pub use bench::{BenchOptions, bench};
 pub use check::{CheckOptions, CheckReport, check};
 pub use checksum::{Checksum, checksum};

@@ -106,7 +106,7 @@ pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<()> {
 }
 
 /// The new size in bytes, if it is possible.
-fn plan(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<u64, Refusal> {
+pub(crate) fn plan(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<u64, Refusal> {
     let old = disk.size();
     let size = match options.size {
         NewSize::Exactly(size) => Some(size),

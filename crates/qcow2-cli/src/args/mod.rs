@@ -80,6 +80,7 @@ pub(crate) enum Opt {
     Shrink,
     Drop,
     BackingCache,
+    Force,
     Size,
 }
 

@@ -6,6 +6,30 @@ use crate::command;
 /// The verbs, in the order of the help.
 pub(crate) static VERBS: &[Verb] = &[
     Verb {
+        name: "amend",
+        summary: "Change what an image is: its version, its features, its size",
+        synopsis: "[-f FMT | --image-opts] [-t CACHE] [--force] [-p] [-q] -o OPTIONS FILENAME",
+        options: &[
+            HELP,
+            option(
+                Opt::Options,
+                Some('o'),
+                "options",
+                Some("OPTIONS"),
+                "key=value,... ('-o help' lists them)",
+            ),
+            QUIET,
+            option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+            FORMAT,
+            IMAGE_OPTS,
+            option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode (writeback)"),
+            option(Opt::Force, None, "force", None, "also what may lose the key to the data"),
+            OBJECT,
+        ],
+        operands: &[FILENAME],
+        run: command::amend::run,
+    },
+    Verb {
         name: "bench",
         summary: "Send requests to an image and measure how long they take",
         synopsis: "[-f FMT | --image-opts] [-c COUNT] [-d DEPTH] [-s SIZE] [-S STEP] [-o OFFSET] [-w] [...] FILENAME",
@@ -292,7 +316,7 @@ pub(crate) fn find_verb(name: &str) -> Option<&'static Verb> {
 
 /// Whether qemu-img has a verb `name` that this program lacks.
 pub(crate) fn known_but_missing(name: &str) -> bool {
-    const MISSING: [&str; 2] = ["amend", "bitmap"];
+    const MISSING: [&str; 1] = ["bitmap"];
     MISSING.contains(&name)
 }
 

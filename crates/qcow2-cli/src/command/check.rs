@@ -1,41 +1,48 @@
-//! `check`: references against refcounts. Reports only.
+//! `check`: references against refcounts; repairs on request.
 
 use crate::args::{Arguments, ImageArgs, Opt, OutputFormat, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, open_below, open_file};
+use crate::open::{OpenAs, close, open_below, open_file, open_layers};
 use crate::progress::Meter;
+use crate::render::check::Fixed;
 use crate::render::{check as render, json, qemu_text};
 use crate::session::Session;
 use crate::threads::Threads;
-use qcow2_core::ImageFormat;
 use qcow2_core::walk::SnapshotFault;
+use qcow2_core::{ImageFormat, Layers};
 use qcow2_io::CacheMode;
 use qcow2_ops::ErrorKind;
 use qcow2_ops::check::{CheckOptions, CheckReport, Finding, Found};
+use qcow2_ops::repair::{RepairMode, Repaired, is_copied_flag, is_refcount, needs_all, repair};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
-    let report = check(session, &request)?;
-    let wrong = report.corruptions + report.leaks + report.check_errors;
-    complain(session, &report);
+    let (report, repaired) = check(session, &request)?;
     if report.incomplete {
+        complain(session, &report, &|_| true);
         return Err(Failure::new(format!("Check failed: {}", why_incomplete(&report))));
     }
+    let fixed = match &repaired {
+        Some(repaired) => tell(session, &request, &report, repaired)?,
+        None => {
+            complain(session, &report, &|_| true);
+            Fixed::default()
+        }
+    };
+    let after = repaired.and_then(|repaired| repaired.after).unwrap_or(report);
     match request.output {
         _ if request.quiet && request.output == OutputFormat::Human => {}
-        OutputFormat::Human => session.print(&render::to_text(&report))?,
+        OutputFormat::Human => session.print(&render::to_text(&after))?,
         OutputFormat::Json => {
-            session.print(&json::pretty(&render::to_json(&report, &request.filename, "qcow2")))?;
+            let value = render::to_json(&after, &fixed, &request.filename, "qcow2");
+            session.print(&json::pretty(&value))?;
         }
     }
-    if request.repair && wrong > 0 {
-        return Err(Failure::new("Repairing images is not supported yet; nothing was changed"));
-    }
-    match (report.check_errors, report.corruptions, report.leaks) {
+    match (after.check_errors, after.corruptions, after.leaks) {
         (0, 0, 0) => Ok(exit::SUCCESS),
         (0, 0, _) => Ok(exit::CHECK_LEAKS),
         (0, _, _) => Ok(exit::CHECK_CORRUPT),
@@ -43,10 +50,56 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     }
 }
 
+/// Says what was found, what became of it, and what is found then.
+fn tell(
+    session: &Session,
+    request: &Request,
+    report: &CheckReport,
+    repaired: &Repaired,
+) -> Result<Fixed, Failure> {
+    let touched = repaired.after.is_some() || !repaired.copied.is_empty();
+    complain(session, report, &|finding| !touched || !is_copied_flag(finding));
+    if !touched {
+        return Ok(Fixed::default());
+    }
+    for found in report.findings.iter().filter(|found| is_refcount(&found.finding)) {
+        let fixed = match found.finding {
+            Finding::Refcount { stored, references, .. } => {
+                stored > references || request.repair == Some(RepairMode::All)
+            }
+            _ => false,
+        };
+        say(session, found, fixed);
+    }
+    repaired.copied.iter().for_each(|found| say(session, found, repaired.copied_fixed));
+    let (leaks, corruptions) = (repaired.leaks_fixed, repaired.corruptions_fixed);
+    if let Some(after) = &repaired.after {
+        if request.output == OutputFormat::Human && !request.quiet {
+            session.print(&format!(
+                "The following inconsistencies were found and repaired:\n\n    {leaks} leaked clusters\n    \
+                 {corruptions} corruptions\n\nDouble checking the fixed image now...\n"
+            ))?;
+        }
+        complain(session, after, &|_| true);
+    }
+    Ok(Fixed { leaks, corruptions })
+}
+
+/// Prints a finding, as repaired or not.
+fn say(session: &Session, found: &Found, fixed: bool) {
+    let line = render::finding(&found.finding, session.program());
+    let line = match line.strip_prefix("Leaked ").or_else(|| line.strip_prefix("ERROR ")) {
+        Some(rest) if fixed => format!("Repairing {rest}"),
+        _ => line,
+    };
+    (0..found.times.min(MAX_LINES as u64)).for_each(|_| session.complain(&line));
+}
+
 /// Prints the findings, one a line; a damaged image may have any number of them.
-fn complain(session: &Session, report: &CheckReport) {
+fn complain(session: &Session, report: &CheckReport, wanted: &dyn Fn(&Finding) -> bool) {
     let times = |found: &Found| usize::try_from(found.times).unwrap_or(usize::MAX);
-    let lines = report.findings.iter().flat_map(|found| std::iter::repeat_n(found, times(found)));
+    let findings = report.findings.iter().filter(|found| wanted(&found.finding));
+    let lines = findings.flat_map(|found| std::iter::repeat_n(found, times(found)));
     for found in lines.take(MAX_LINES) {
         session.complain(&render::finding(&found.finding, session.program()));
     }
@@ -61,7 +114,7 @@ struct Request {
     image: ImageArgs,
     output: OutputFormat,
     cache: CacheMode,
-    repair: bool,
+    repair: Option<RepairMode>,
     quiet: bool,
     filename: String,
 }
@@ -79,7 +132,8 @@ impl Request {
                 Opt::Output => request.output = OutputFormat::parse(verb, &given.value)?,
                 Opt::Quiet => request.quiet = true,
                 Opt::Cache => cache = Some(given.value),
-                Opt::Repair if given.value == "leaks" || given.value == "all" => request.repair = true,
+                Opt::Repair if given.value == "leaks" => request.repair = Some(RepairMode::Leaks),
+                Opt::Repair if given.value == "all" => request.repair = Some(RepairMode::All),
                 Opt::Repair => {
                     let text = format!("--repair (-r) expects 'leaks' or 'all' not '{}'", given.value);
                     return Err(Failure::usage(verb, text));
@@ -97,29 +151,39 @@ impl Request {
     }
 }
 
-fn check(session: &Session, request: &Request) -> Result<CheckReport, Failure> {
+fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Repaired>), Failure> {
     let name = ImageName::parse(&request.filename, &request.image)?;
-    if request.repair && request.image.force_share {
+    if request.repair.is_some() && request.image.force_share {
         let reason = "force-share=on can only be used with read-only images";
         return Err(Failure::could_not_open(&name.typed, reason));
     }
-    let how = OpenAs { cache: request.cache, ..OpenAs::READ };
+    let how = OpenAs { cache: request.cache, writable: request.repair.is_some(), ..OpenAs::READ };
     let source = open_file(&name, &request.image, how)?;
     if source.format != ImageFormat::Qcow2 {
         let failure = Failure::new("This image format does not support checks");
         return Err(failure.with_code(exit::CHECK_UNSUPPORTED));
     }
-    open_below(&name, &source, how)?;
+    open_below(&name, &source, OpenAs { writable: false, ..how })?;
     let interrupts = Interrupts::default();
     let meter = Meter::new(session, &interrupts, false, 0);
-    let options = CheckOptions::default();
-    qcow2_ops::check::check(&*source.storage, &options, &Threads::per_core(), &meter).map_err(|error| match (
-        error.kind(),
-        error.core_error(),
-    ) {
+    let (options, workers) = (CheckOptions::default(), Threads::per_core());
+    let failed = |error: qcow2_ops::Error| match (error.kind(), error.core_error()) {
         (ErrorKind::Metadata, Some(engine)) => qemu_text::open_failure(&name.typed, "", engine),
         _ => Failure::new(format!("Check failed: {}", qemu_text::chain(&error))),
-    })
+    };
+    let report = qcow2_ops::check::check(&*source.storage, &options, &workers, &meter).map_err(failed)?;
+    let Some(mode) = request.repair.filter(|_| !report.incomplete) else { return Ok((report, None)) };
+    if mode == RepairMode::Leaks && needs_all(&report) {
+        complain(session, &report, &|finding| !is_copied_flag(finding));
+        session.complain("ERROR need to rebuild refcount structures");
+        return Err(Failure::new("Check failed: Input/output error"));
+    }
+    let how = OpenAs { layers: Layers::TopOnly, for_repair: true, ..how };
+    let opened = open_layers(&name, source, how, "")?;
+    let Some(image) = opened.disk.as_image() else { return Ok((report, None)) };
+    let repaired = repair(image, &report, mode, &workers, &meter).map_err(failed)?;
+    close(&*opened.disk).map_err(|reason| Failure::new(format!("Check failed: {reason}")))?;
+    Ok((report, Some(repaired)))
 }
 
 /// The system's text that QEMU has for a snapshot table that cannot be read.

@@ -1,5 +1,6 @@
 //! One file a verb: parse, open, call one procedure, render, exit.
 
+pub(crate) mod amend;
 pub(crate) mod bench;
 pub(crate) mod check;
 pub(crate) mod commit;

@@ -90,6 +90,11 @@ fn failure(session: &Session, error: &qcow2_ops::Error) -> Failure {
         let reason = error.core_error().map_or_else(|| qemu_text::chain(error), |e| qemu_text::cause(e));
         return Failure::new(format!("Could not resize file: {reason}"));
     };
+    refusal_text(session, refusal)
+}
+
+/// Why a disk is not resized, in QEMU's words.
+pub(super) fn refusal_text(session: &Session, refusal: &Refusal) -> Failure {
     Failure::new(match refusal {
         Refusal::NotPositive => "New image size must be positive".to_owned(),
         Refusal::NothingToPreallocate => "Preallocation can only be used for growing images".to_owned(),

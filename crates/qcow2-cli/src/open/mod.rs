@@ -68,6 +68,8 @@ pub(crate) struct OpenAs {
     pub(crate) bytes_per_second: Option<u64>,
     /// How clusters are compressed.
     pub(crate) compression: Compression,
+    /// Whether damaged images are opened for writing too.
+    pub(crate) for_repair: bool,
 }
 
 impl OpenAs {
@@ -78,6 +80,7 @@ impl OpenAs {
         layers: Layers::Follow,
         bytes_per_second: None,
         compression: Compression::DEFAULT,
+        for_repair: false,
     };
     /// For looking at it, and at nothing that it names.
     pub(crate) const LOOK: Self = Self { layers: Layers::TopOnly, ..Self::READ };
@@ -234,6 +237,7 @@ fn open_layers_by(
     source.resolver = Arc::new(Recorder { inner: source.resolver, files: Arc::clone(&files) });
     let mut options = OpenOptions::default();
     options.writable = how.writable;
+    options.for_repair = how.for_repair;
     options.layers = how.layers;
     options.codecs = how.compression.codecs()?;
     options.keys = Some(Arc::new(name.keys.clone()));

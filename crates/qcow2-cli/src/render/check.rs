@@ -147,8 +147,17 @@ pub(crate) fn to_text(report: &CheckReport) -> String {
     out
 }
 
+/// What a repair changed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Fixed {
+    /// Refcounts that were too high.
+    pub(crate) leaks: u64,
+    /// Everything else.
+    pub(crate) corruptions: u64,
+}
+
 /// The counts as qemu-img's JSON object, keys in its order.
-pub(crate) fn to_json(report: &CheckReport, filename: &str, format: &str) -> Value {
+pub(crate) fn to_json(report: &CheckReport, fixed: &Fixed, filename: &str, format: &str) -> Value {
     let mut out = Map::new();
     let mut put = |key: &str, number: u64| {
         if number > 0 || key == "check-errors" {
@@ -159,8 +168,10 @@ pub(crate) fn to_json(report: &CheckReport, filename: &str, format: &str) -> Val
     put("compressed-clusters", report.compressed_clusters);
     put("total-clusters", report.total_clusters);
     put("corruptions", report.corruptions);
+    put("corruptions-fixed", fixed.corruptions);
     put("check-errors", report.check_errors);
     put("leaks", report.leaks);
+    put("leaks-fixed", fixed.leaks);
     put("allocated-clusters", report.allocated_clusters);
     out.insert("filename".to_owned(), json!(filename));
     out.insert("format".to_owned(), json!(format));

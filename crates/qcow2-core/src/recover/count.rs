@@ -112,6 +112,22 @@ impl Meta {
         Ok(counts)
     }
 
+    /// The references that trusted bitmaps hold, their directory included. Errors: as
+    /// [`count_references`](Self::count_references).
+    pub(crate) fn count_trusted_bitmaps(&self) -> Result<ReferenceCounts> {
+        let header = self.header();
+        let walk = Walk::new(&*self.storage, &header)?;
+        let mut counts = ReferenceCounts::new(self.geometry.clusters_for(walk.file_len()));
+        let Some(directory) = header.trusted_bitmaps() else { return Ok(counts) };
+        self.count_bytes(&mut counts, directory.directory_offset, directory.directory_size, 1)?;
+        let (tables, fault) = walk.bitmaps()?;
+        if let Some(fault) = fault {
+            return Err(damaged("bitmap directory")(fault.error));
+        }
+        self.count_bitmaps(&mut counts, &walk, &tables)?;
+        Ok(counts)
+    }
+
     fn count_bytes(
         &self,
         counts: &mut ReferenceCounts,

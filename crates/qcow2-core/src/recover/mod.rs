@@ -4,7 +4,7 @@
 //! to it; barrier; only then the dirty bit is cleared. A crash in between leaves the bit set, and the next open begins
 //! again. Spec: "Header" (dirty bit).
 
-mod count;
+pub(crate) mod count;
 
 use crate::error::Result;
 use crate::image::Image;
@@ -23,7 +23,7 @@ impl Image {
     /// Errors: `Corrupt` where tables are damaged: such an image needs a repair that may lose data, not a recount.
     pub(crate) fn recover(&self) -> Result<()> {
         let counts = self.meta.count_references()?;
-        if !self.meta.correct_blocks(&counts)? {
+        if !self.meta.correct_blocks(&counts, false)? {
             self.meta.rebuild_refcounts(&counts)?;
         }
         self.meta.settle()?;
@@ -32,9 +32,9 @@ impl Image {
 }
 
 impl Meta {
-    /// Corrects the counts in the blocks that there are. `false` where a cluster in use has no block to count it, or the
+    /// Corrects the counts in the blocks that there are, or only those that are too high. `false` where a cluster in use has no block to count it, or the
     /// refcount structures themselves are damaged.
-    fn correct_blocks(&self, counts: &ReferenceCounts) -> Result<bool> {
+    pub(crate) fn correct_blocks(&self, counts: &ReferenceCounts, only_lower: bool) -> Result<bool> {
         let table = lock(&self.refcounts).table.clone();
         let Some(own) = self.own_clusters(&table)? else { return Ok(false) };
         let per_block = self.geometry.refcount_block_entries();
@@ -45,16 +45,17 @@ impl Meta {
         for (index, _) in table.iter().enumerate().filter(|&(_, &raw)| raw != 0) {
             let first = index as u64 * per_block;
             for cluster in first..first + per_block {
-                self.correct(cluster, counts.of(cluster) + own.of(cluster))?;
+                self.correct(cluster, counts.of(cluster) + own.of(cluster), only_lower)?;
             }
             self.flush_if_pressed()?;
         }
         Ok(true)
     }
 
-    fn correct(&self, cluster: u64, count: u64) -> Result<()> {
+    fn correct(&self, cluster: u64, count: u64, only_lower: bool) -> Result<()> {
         let refcounts = lock(&self.refcounts);
-        if self.refcount_of(&refcounts, cluster)? != count {
+        let old = self.refcount_of(&refcounts, cluster)?;
+        if old != count && (old > count || !only_lower) {
             self.check_fits(count)?;
             self.set_refcount(&refcounts, cluster, count)?;
         }
@@ -92,7 +93,7 @@ impl Meta {
     }
 
     /// Writes a new refcount structure behind the last cluster in use and switches to it.
-    fn rebuild_refcounts(&self, counts: &ReferenceCounts) -> Result<()> {
+    pub(crate) fn rebuild_refcounts(&self, counts: &ReferenceCounts) -> Result<()> {
         let (size, per_block) = (self.geometry.cluster_size(), self.geometry.refcount_block_entries());
         let file_end = self.geometry.clusters_for(self.storage.len()?);
         let first = counts.used().last().map_or(0, |(cluster, _)| cluster + 1).max(file_end);
@@ -138,7 +139,7 @@ impl Meta {
         (blocks, self.geometry.clusters_for(blocks * 8))
     }
 
-    fn write_words(&self, at: HostOffset, words: &[u64]) -> Result<()> {
+    pub(crate) fn write_words(&self, at: HostOffset, words: &[u64]) -> Result<()> {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
         Ok(self.storage.write_at(at, &bytes)?)
     }

@@ -215,6 +215,17 @@ impl Image {
         self.finish()
     }
 
+    /// Writes the snapshot table anew, with everything in each entry that version 3 wants.
+    pub(crate) fn rewrite_snapshot_table(&self) -> Result<()> {
+        let table = self.begin_snapshot_change()?;
+        let (meta, old_offset) = (&self.meta, self.header().snapshots_offset);
+        let new_table = meta.reserve_snapshot_table(&table.snapshots)?;
+        meta.flush()?;
+        meta.poison_on_error(meta.switch_snapshot_table(&new_table))?;
+        meta.unlink_table(old_offset, table.len);
+        self.finish()
+    }
+
     /// What every change begins with: all tables on disk, nothing waiting to be freed, the snapshot table known.
     fn begin_snapshot_change(&self) -> Result<Table> {
         self.meta.check_writable()?;

@@ -1,0 +1,178 @@
+//! `amend`: another version, other features, another size.
+
+use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
+use crate::command::resize::refusal_text;
+use crate::exit;
+use crate::failure::Failure;
+use crate::imagename::ImageName;
+use crate::imageopts::{AmendOption, print_amend_options, read_amend_options};
+use crate::interrupt::Interrupts;
+use crate::open::{OpenAs, OpenedDisk, close, open_to_change};
+use crate::optlist::OptList;
+use crate::progress::Meter;
+use crate::render::qemu_text;
+use crate::session::Session;
+use qcow2_core::ErrorKind;
+use qcow2_core::format::Version;
+use qcow2_io::CacheMode;
+use qcow2_ops::amend::{AmendOptions, Amended, Refusal, amend};
+use qcow2_ops::resize;
+
+/// Runs the verb.
+pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
+    let Some(request) = Request::parse(session, args)? else { return Ok(exit::SUCCESS) };
+    let interrupts = Interrupts::install();
+    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
+    let amended = amend_image(session, &request, &meter);
+    if amended.is_ok() {
+        meter.complete_again();
+    }
+    meter.end();
+    amended.map(|()| exit::SUCCESS)
+}
+
+#[derive(Debug, Default)]
+struct Request {
+    image: ImageArgs,
+    cache: CacheMode,
+    list: OptList,
+    progress: bool,
+    quiet: bool,
+    filename: String,
+}
+
+impl Request {
+    /// `None`: help was asked for and given.
+    fn parse(session: &Session, mut args: Arguments) -> Result<Option<Self>, Failure> {
+        let mut request = Self::default();
+        let (mut cache, mut texts) = (None, Vec::new());
+        let verb = args.verb();
+        while let Some(given) = args.next(session)? {
+            match given.opt {
+                Opt::Format => request.image.format = Some(given.value),
+                Opt::ImageOpts => request.image.image_opts = true,
+                Opt::Cache => cache = Some(given.value),
+                Opt::Options => texts.push(OptList::checked(given.value)?),
+                Opt::Progress => request.progress = true,
+                Opt::Quiet => request.quiet = true,
+                Opt::Object => request.image.objects.add(&given.value)?,
+                _ => {}
+            }
+        }
+        if texts.is_empty() {
+            return Err(Failure::usage(verb, "Must specify options (-o)"));
+        }
+        request.list = OptList::parse_image_options(&texts);
+        let raw = request.image.format.as_deref() == Some("raw");
+        if request.list.asks_help() && request.image.format.is_some() {
+            return match raw {
+                true => Err(Failure::new("Format driver 'raw' does not support option amendment")),
+                false => print_amend_options(session).map(|()| None),
+            };
+        }
+        let operands = <[String; 1]>::try_from(args.into_operands());
+        let [filename] = operands.map_err(|_| Failure::new("Expecting one image file name"))?;
+        request.filename = filename;
+        request.cache = cache.map_or(Ok(CacheMode::default()), |text| parse_cache("cache", &text))?;
+        request.image.check()?;
+        Ok(Some(request))
+    }
+}
+
+fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
+    let name = ImageName::parse(&request.filename, &request.image)?;
+    let how = OpenAs { cache: request.cache, ..OpenAs::READ };
+    let open = || open_to_change(session, &name, &request.image, how);
+    let mut opened: OpenedDisk = open()?;
+    if opened.disk.as_image().is_none() {
+        return Err(Failure::new("Format driver 'raw' does not support option amendment"));
+    }
+    if request.list.asks_help() {
+        return print_amend_options(session);
+    }
+    let options = settle(&request.list)?;
+    loop {
+        let Some(image) = opened.disk.as_image() else { return Ok(()) };
+        match amend(image, &options, meter) {
+            Ok(Amended::Again) => {
+                // Its lock must go before the next one comes.
+                drop(opened);
+                opened = open()?;
+            }
+            Ok(Amended::Done) => {
+                return close(&*opened.disk)
+                    .map_err(|reason| Failure::new(format!("Could not amend the image: {reason}")));
+            }
+            Err(error) => {
+                let _ = close(&*opened.disk);
+                return Err(failure(session, &error, &options));
+            }
+        }
+    }
+}
+
+/// The options by name.
+fn settle(list: &OptList) -> Result<AmendOptions, Failure> {
+    let mut options = AmendOptions::default();
+    for (name, option) in read_amend_options(list)? {
+        match (name, option) {
+            ("compat", AmendOption::Text(level)) => {
+                options.version = Some(match level.as_str() {
+                    "0.10" | "v2" => Version::V2,
+                    "1.1" | "v3" => Version::V3,
+                    _ => return Err(Failure::new(format!("Unknown compatibility level {level}"))),
+                });
+            }
+            ("backing_file", AmendOption::Text(name)) => options.backing_file = Some(name),
+            ("backing_fmt", AmendOption::Text(name)) => options.backing_format = Some(name),
+            ("data_file", AmendOption::Text(name)) => options.data_file = Some(name),
+            ("data_file_raw", AmendOption::Switch(on)) => options.data_file_raw = Some(on),
+            ("lazy_refcounts", AmendOption::Switch(on)) => options.lazy_refcounts = Some(on),
+            ("refcount_bits", AmendOption::Number(bits)) => options.refcount_bits = Some(bits),
+            // As in QEMU, a disk is not made empty so.
+            ("size", AmendOption::Number(size)) => options.size = Some(size).filter(|&size| size > 0),
+            _ => return Err(Failure::new("Can't amend encryption options - encryption not present")),
+        }
+    }
+    Ok(options)
+}
+
+fn failure(session: &Session, error: &qcow2_ops::Error, options: &AmendOptions) -> Failure {
+    if let Some(refusal) = qemu_text::find::<resize::Refusal>(error) {
+        return refusal_text(session, refusal);
+    }
+    let Some(refusal) = qemu_text::find::<Refusal>(error) else {
+        if let (Some(engine), Some(bits)) = (error.core_error(), options.refcount_bits)
+            && engine.kind() == ErrorKind::OutOfRange
+        {
+            let reason = qemu_text::capitalized(&engine.to_string());
+            return Failure::new(format!("Cannot decrease refcount entry width to {bits} bits: {reason}"));
+        }
+        let reason = error.core_error().map_or_else(|| qemu_text::chain(error), |e| qemu_text::cause(e));
+        return Failure::new(format!("Could not amend the image: {reason}"));
+    };
+    let needs = "compatibility level 1.1 and above (use compat=1.1 or greater)";
+    Failure::new(match refusal {
+        Refusal::RefcountBits(_) => "Refcount width must be a power of two and may not exceed 64 bits".to_owned(),
+        Refusal::RefcountBitsNeedVersion3 => {
+            "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)"
+                .to_owned()
+        }
+        Refusal::NoDataFile => "data-file can only be set for images that use an external data file".to_owned(),
+        Refusal::DataFileRaw => "data-file-raw cannot be set on existing images".to_owned(),
+        Refusal::BackingFile => {
+            return Failure::new("Cannot amend the backing file").hint("You can use 'qemu-img rebase' instead.");
+        }
+        Refusal::LazyRefcountsNeedVersion3 => format!("Lazy refcounts only supported with {needs}"),
+        Refusal::DowngradeDataFile => "Cannot downgrade an image with a data file".to_owned(),
+        Refusal::DowngradeFeatures(bits) => {
+            format!("Cannot downgrade an image with incompatible features 0x{bits:x} set")
+        }
+        Refusal::DowngradeRefcountBits => "compat=0.10 requires refcount_bits=16".to_owned(),
+        Refusal::DowngradeSnapshots => "Internal snapshots prevent downgrade of image".to_owned(),
+        other => other.to_string(),
+    })
+}
+
+/// Hundredths of a percent between two outputs.
+const PROGRESS_STEP: u64 = 100;

@@ -1,0 +1,207 @@
+//! Version 2 again: no zero flag, no features, no bitmaps.
+//!
+//! Order on disk: in every L2 table, snapshots' included, each zero cluster becomes what version 2 can say: unallocated
+//! without a backing file, zeroes that are written otherwise; their refcounts and bytes, barrier, the table, barrier. Then the
+//! header. Then what only bitmaps used is free. Until the header changes, the image is a version 3 image with the same disk.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::meta::Meta;
+use crate::meta::pending::Unlinked;
+use crate::open::read_words;
+use crate::port::disk::GuestDisk;
+use crate::sync::{lock, write};
+use ::alloc::collections::BTreeSet;
+use ::alloc::format;
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
+use qcow2_format::l1::L1Entry;
+use qcow2_format::l2::{ClusterEntry, L2Entry};
+use qcow2_format::limit::MAX_L1_ENTRIES;
+use qcow2_format::{CompressionType, HostOffset, Version};
+
+impl Image {
+    /// Makes a version 3 image a version 2 one, and ends its use. Persistent bitmaps go, and their clusters are free. Errors:
+    /// `Unsupported` for what version 2 cannot have: another refcount width than 16 bits, incompatible features, snapshots of
+    /// another size or with 4 GiB of machine state; nothing has changed then. `Corrupt`, `ReadOnly`, `Poisoned`, `Storage`.
+    /// Spec: "Header".
+    pub fn downgrade(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+        self.flush()?;
+        let _alone = write(&self.structure);
+        self.meta.check_writable()?;
+        let header = self.header();
+        if header.version < Version::V3 {
+            return Ok(());
+        }
+        self.check_fits_version_2()?;
+        self.meta.settle()?;
+        let bitmaps = self.meta.count_trusted_bitmaps()?;
+        let expanded = self.expand_zero_clusters(progress);
+        self.meta.poison_on_error(expanded)?;
+        let mut header = self.header();
+        header.version = Version::V2;
+        header.incompatible_features = IncompatibleFeatures::NONE;
+        header.compatible_features = CompatibleFeatures::NONE;
+        header.autoclear_features = AutoclearFeatures::NONE;
+        header.compression_type = CompressionType::Deflate;
+        header.unknown_fields.clear();
+        header.extensions.bitmaps = None;
+        self.meta.switch_header(header)?;
+        for (cluster, count) in bitmaps.used() {
+            for _ in 0..count {
+                lock(&self.meta.pending).push(Unlinked { first: cluster, count: 1 });
+            }
+        }
+        self.meta.settle()?;
+        self.end_use();
+        Ok(())
+    }
+
+    fn check_fits_version_2(&self) -> Result<()> {
+        let header = self.header();
+        let unsupported = |message: ::alloc::string::String| Err(Error::new(ErrorKind::Unsupported, message));
+        if self.meta.geometry.refcount_width().bits() != 16 {
+            return unsupported(format!(
+                "refcounts of version 2 have 16 bits, these have {}",
+                self.meta.geometry.refcount_width().bits()
+            ));
+        }
+        // The compression type may go where nothing is compressed.
+        let may_go = IncompatibleFeatures::DIRTY.bits() | IncompatibleFeatures::COMPRESSION_TYPE.bits();
+        let features = header.incompatible_features.bits() & !may_go;
+        if features != 0 {
+            return unsupported(format!("version 2 has no incompatible features, these are {features:#x}"));
+        }
+        if header.compression_type != CompressionType::Deflate && self.has_compressed_clusters()? {
+            return unsupported("version 2 has no other compression than deflate".into());
+        }
+        for snapshot in crate::snapshot::read_snapshots(&*self.meta.storage, &header)? {
+            if snapshot.disk_size != header.disk_size() || snapshot.vm_state_size > u64::from(u32::MAX) {
+                return unsupported(format!(
+                    "snapshot '{}' has a disk of another size or too large a machine state for version 2",
+                    snapshot.id_text().escape_debug()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn has_compressed_clusters(&self) -> Result<bool> {
+        let meta = &self.meta;
+        for table in self.all_l2_tables()? {
+            for raw in read_words(&*meta.storage, table, meta.geometry.cluster_size() / 8)? {
+                let entry = meta.l2_format.decode(raw, 0);
+                if matches!(entry, Ok(L2Entry::Compressed(_))) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Every L2 table once, whoever refers to it.
+    fn all_l2_tables(&self) -> Result<BTreeSet<HostOffset>> {
+        let meta = &self.meta;
+        let mut tables = BTreeSet::new();
+        meta.l2_tables_of(&meta.l1.contents().1, &mut tables)?;
+        for snapshot in crate::snapshot::read_snapshots(&*meta.storage, &self.header())? {
+            let entries = u64::from(snapshot.l1_size).min(MAX_L1_ENTRIES);
+            let words = read_words(&*meta.storage, snapshot.l1_table_offset, entries)?;
+            meta.l2_tables_of(&words, &mut tables)?;
+        }
+        Ok(tables)
+    }
+
+    fn expand_zero_clusters(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+        let (meta, tables) = (&self.meta, self.all_l2_tables()?);
+        let backing = self.backing.is_some() || self.backing_unopened;
+        for (done, &table) in (1..).zip(&tables) {
+            meta.expand_table(table, backing)?;
+            progress(done, tables.len() as u64);
+        }
+        Ok(())
+    }
+}
+
+impl Meta {
+    fn l2_tables_of(&self, l1: &[u64], tables: &mut BTreeSet<HostOffset>) -> Result<()> {
+        for &raw in l1 {
+            let entry = L1Entry::decode(raw, &self.geometry)
+                .map_err(|e| Error::corrupt("an l1 table is damaged").with_source(e))?;
+            tables.extend(entry.l2_table);
+        }
+        Ok(())
+    }
+
+    /// Rewrites one L2 table without zero flags. Subclusters do not occur: they are a feature.
+    fn expand_table(&self, table: HostOffset, backing: bool) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        let mut words = read_words(&*self.storage, table, size / 8)?;
+        let references = self.refcount_at(table)?;
+        let (mut changed, mut unlinked) = (false, Vec::new());
+        for word in &mut words {
+            let entry = self
+                .l2_format
+                .decode(*word, 0)
+                .map_err(|e| Error::corrupt(format!("l2 table at {table} is damaged")).with_source(e))?;
+            let L2Entry::Standard(cluster) = entry else { continue };
+            if cluster.zero == 0 {
+                continue;
+            }
+            let own = match cluster.host {
+                Some(host) => self.refcount_at(host)? == references,
+                None => false,
+            };
+            if let Some(host) = cluster.host.filter(|_| !own) {
+                // Somebody else has other bytes there.
+                let first = self.geometry.host_cluster(host).value();
+                unlinked.extend((0..references).map(|_| Unlinked { first, count: 1 }));
+            }
+            let new = match cluster.host.filter(|_| own) {
+                Some(host) => {
+                    self.write_zero_cluster(host)?;
+                    ClusterEntry { allocated: 1, zero: 0, ..cluster }
+                }
+                None if backing => {
+                    let host = self.allocate_shared(references)?;
+                    self.write_zero_cluster(host)?;
+                    ClusterEntry { host: Some(host), copied: references == 1, allocated: 1, zero: 0 }
+                }
+                None => ClusterEntry::UNALLOCATED,
+            };
+            let encoded = self.l2_format.encode(&L2Entry::Standard(new));
+            *word = encoded.ok_or_else(|| Error::new(ErrorKind::NoSpace, "host offset is too large"))?.0;
+            changed = true;
+        }
+        if !changed {
+            return Ok(());
+        }
+        self.flush()?;
+        self.storage.flush()?;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+        self.storage.write_at(table, &bytes)?;
+        self.storage.flush()?;
+        self.l2_cache.forget(table, size);
+        unlinked.into_iter().for_each(|run| lock(&self.pending).push(run));
+        Ok(())
+    }
+
+    fn refcount_at(&self, host: HostOffset) -> Result<u64> {
+        let refcounts = lock(&self.refcounts);
+        self.refcount_of(&refcounts, self.geometry.host_cluster(host).value())
+    }
+
+    /// A cluster with so many references.
+    fn allocate_shared(&self, references: u64) -> Result<HostOffset> {
+        let reserved = self.allocate(1)?;
+        let refcounts = lock(&self.refcounts);
+        self.set_refcount(&refcounts, reserved.first, references)?;
+        Ok(reserved.offset)
+    }
+
+    fn write_zero_cluster(&self, host: HostOffset) -> Result<()> {
+        let zeroes = vec![0; self.geometry.cluster_size() as usize];
+        Ok(self.storage.write_at(host, &zeroes)?)
+    }
+}

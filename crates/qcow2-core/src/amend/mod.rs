@@ -1,0 +1,87 @@
+//! Changing what an image is: version, features, names in the header.
+//!
+//! Each change is prepared on disk, made durable, and then comes true with one sector of the header; a crash leaves the image
+//! before it or after it. What the open image knows of itself (the width of refcounts, whether there is a zero flag) may be
+//! of the past afterwards: such a call ends the use of the image, and whoever goes on opens it anew.
+
+mod downgrade;
+mod width;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::port::disk::GuestDisk;
+use crate::sync::atomic::Ordering;
+use crate::sync::write;
+use ::alloc::string::String;
+use qcow2_format::Version;
+use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures};
+
+/// Changes that take place in the header alone; `None` leaves a thing as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HeaderChange {
+    /// Whether refcounts may be brought up to date later. Version 3 only.
+    pub lazy_refcounts: Option<bool>,
+    /// The external data file's name; empty: none is recorded. Only where there is such a file.
+    pub data_file: Option<String>,
+    /// The external data file need not be the guest disk byte for byte any more.
+    pub forget_raw_data_file: bool,
+}
+
+impl Image {
+    /// Makes `change` durable. The open image goes on with the data file it has. Errors: `Unsupported` for what the version or
+    /// the image does not have; `Format` where the header gets too long; `ReadOnly`, `Poisoned`, `Storage`.
+    pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
+        self.flush()?;
+        let _alone = write(&self.structure);
+        self.meta.check_writable()?;
+        let mut header = self.header();
+        if let Some(lazy) = change.lazy_refcounts {
+            if lazy && header.version < Version::V3 {
+                let message = "lazy refcounts are for version 3";
+                return Err(Error::new(ErrorKind::Unsupported, message));
+            }
+            header.compatible_features =
+                header.compatible_features.with(CompatibleFeatures::LAZY_REFCOUNTS, lazy);
+        }
+        if let Some(name) = &change.data_file {
+            if !header.has_data_file() {
+                return Err(Error::new(ErrorKind::Unsupported, "image has no external data file"));
+            }
+            header.extensions.data_file = Some(name.clone().into_bytes()).filter(|name| !name.is_empty());
+        }
+        if change.forget_raw_data_file {
+            header.autoclear_features =
+                header.autoclear_features.with(AutoclearFeatures::RAW_DATA_FILE, false);
+        }
+        if header == self.header() {
+            return Ok(());
+        }
+        self.meta.switch_header(header)
+    }
+
+    /// Makes a version 2 image a version 3 one, and ends its use. Disk: a snapshot table whose entries say all that version 3
+    /// wants, then the header. Errors: `Corrupt` for a damaged snapshot table; `ReadOnly`, `Poisoned`, `Storage`.
+    pub fn upgrade(&self) -> Result<()> {
+        self.flush()?;
+        let _alone = write(&self.structure);
+        self.meta.check_writable()?;
+        if self.header().version >= Version::V3 {
+            return Ok(());
+        }
+        if self.header().nb_snapshots > 0 {
+            self.rewrite_snapshot_table()?;
+        }
+        self.meta.settle()?;
+        let mut header = self.header();
+        header.version = Version::V3;
+        self.meta.switch_header(header)?;
+        self.end_use();
+        Ok(())
+    }
+
+    /// Nothing is changed through this image any more: it is not what it was.
+    fn end_use(&self) {
+        self.meta.poisoned.store(true, Ordering::Release);
+    }
+}

@@ -1,0 +1,107 @@
+//! Repairs what a check found: refcounts, copied flags, and the marks of an unclean end and of damage.
+
+use crate::check::{CheckOptions, CheckReport, Finding, Found, check};
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::Executor;
+use crate::progress::Progress;
+use qcow2_core::Image;
+
+/// What is repaired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RepairMode {
+    /// Clusters whose refcount is too high; and copied flags, where all refcounts are right then.
+    Leaks,
+    /// All refcounts and copied flags.
+    All,
+}
+
+/// What a repair did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Repaired {
+    /// Refcounts that were too high and are right now.
+    pub leaks_fixed: u64,
+    /// Refcounts that were too low, and copied flags, that are right now.
+    pub corruptions_fixed: u64,
+    /// The copied flags that were wrong once the refcounts had been seen to.
+    pub copied: Vec<Found>,
+    /// Whether they were repaired.
+    pub copied_fixed: bool,
+    /// What a check then finds; `None` where nothing changed that it would see.
+    pub after: Option<CheckReport>,
+}
+
+/// Whether `finding` is a refcount that is not what the references say.
+pub fn is_refcount(finding: &Finding) -> bool {
+    matches!(finding, Finding::Refcount { .. })
+}
+
+/// Whether `finding` is a wrong copied flag.
+pub fn is_copied_flag(finding: &Finding) -> bool {
+    matches!(finding, Finding::L1Copied { .. } | Finding::L2Copied { .. })
+}
+
+/// Whether leaks alone cannot be repaired: a cluster in use counts as free.
+pub fn needs_all(report: &CheckReport) -> bool {
+    let is = |finding: &Finding| matches!(finding, Finding::Refcount { stored: 0, references: 1.., .. });
+    report.needs_rebuild || report.findings.iter().any(|found| is(&found.finding))
+}
+
+/// Repairs `image`, which was opened for repair and in which a check found `report`. Where tables are damaged nothing may be
+/// concluded from them, and nothing is changed. The marks of damage go once no error is left. Disk: see
+/// [`Image::repair_refcounts`], [`Image::repair_copied_flags`], [`Image::clear_damage_marks`]; all tables are read again.
+///
+/// Errors: `Unsupported` for leaks where [`needs_all`]; `Write` with the engine's error; as [`check`].
+pub fn repair(
+    image: &Image,
+    report: &CheckReport,
+    mode: RepairMode,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<Repaired> {
+    let mut done = Repaired {
+        leaks_fixed: 0,
+        corruptions_fixed: 0,
+        copied: Vec::new(),
+        copied_fixed: false,
+        after: None,
+    };
+    let others = |found: &Found| !is_refcount(&found.finding) && !is_copied_flag(&found.finding);
+    if report.check_errors > 0
+        || report.incomplete
+        || report.findings.iter().any(others)
+        || report.omitted > 0
+    {
+        return Ok(done);
+    }
+    if mode == RepairMode::Leaks && needs_all(report) {
+        let message = "a cluster in use counts as free, which repairing leaks does not change";
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    let failed = |e| Error::new(ErrorKind::Write, "repairing the image").with_source(e);
+    let again = || check(&**image.storage(), &CheckOptions::default(), executor, progress);
+    let count = |report: &CheckReport, wanted: &dyn Fn(&Finding) -> bool| -> u64 {
+        report.findings.iter().filter(|found| wanted(&found.finding)).map(|found| found.times).sum()
+    };
+    let low = |finding: &Finding| matches!(finding, Finding::Refcount { stored, references, .. } if stored < references);
+    let mut now = report.clone();
+    if count(report, &is_refcount) > 0 {
+        image.repair_refcounts(mode == RepairMode::Leaks).map_err(failed)?;
+        now = again()?;
+        done.leaks_fixed = report.leaks.saturating_sub(now.leaks);
+        done.corruptions_fixed = count(report, &low).saturating_sub(count(&now, &low));
+    }
+    done.copied = now.findings.iter().filter(|found| is_copied_flag(&found.finding)).cloned().collect();
+    let exact = count(&now, &is_refcount) == 0;
+    if exact && !done.copied.is_empty() {
+        image.repair_copied_flags().map_err(failed)?;
+        (done.copied_fixed, done.corruptions_fixed) =
+            (true, done.corruptions_fixed + count(&now, &is_copied_flag));
+        now = again()?;
+    }
+    if now.corruptions == 0 && now.check_errors == 0 {
+        image.clear_damage_marks().map_err(failed)?;
+    }
+    done.after = (done.leaks_fixed + done.corruptions_fixed > 0).then_some(now);
+    Ok(done)
+}
