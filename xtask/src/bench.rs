@@ -14,7 +14,7 @@ const GIB: u64 = 1 << 30;
 struct Row {
     name: &'static str,
     group: &'static str,
-    /// Commands of qemu-img or qemu-io that make the files anew.
+    /// Commands of qemu-img, or copies, that make the files anew.
     prepare: &'static [&'static str],
     args: &'static str,
     /// Arguments that only qemu-img gets, to have it at its best.
@@ -93,6 +93,41 @@ const ROWS: &[Row] = &[
         theirs: "",
     },
     Row {
+        name: "commit, 100,000 scattered clusters of 4 KiB",
+        group: "chain",
+        prepare: &["cp {}/empty.qcow2 {}/base.qcow2", "cp {}/layer.qcow2 {}/over.qcow2"],
+        args: "commit -q -f qcow2 {}/over.qcow2",
+        theirs: "",
+    },
+    Row {
+        name: "rebase past a layer of 100,000 scattered clusters of 4 KiB",
+        group: "chain",
+        prepare: &[
+            "cp {}/empty.qcow2 {}/base.qcow2",
+            "create -q -f qcow2 -o cluster_size=4k -b layer.qcow2 -F qcow2 {}/over.qcow2",
+        ],
+        args: "rebase -q -f qcow2 -b base.qcow2 -F qcow2 {}/over.qcow2",
+        theirs: "",
+    },
+    Row {
+        name: "rebase onto a copy of the backing file, all equal",
+        group: "chain",
+        prepare: &[
+            "cp {}/empty.qcow2 {}/base.qcow2",
+            "cp {}/layer.qcow2 {}/copy.qcow2",
+            "create -q -f qcow2 -b layer.qcow2 -F qcow2 {}/over.qcow2",
+        ],
+        args: "rebase -q -f qcow2 -b copy.qcow2 -F qcow2 {}/over.qcow2",
+        theirs: "",
+    },
+    Row {
+        name: "compare with a copy, 100,000 scattered clusters of 4 KiB",
+        group: "chain",
+        prepare: &["cp {}/empty.qcow2 {}/base.qcow2", "cp {}/layer.qcow2 {}/copy.qcow2"],
+        args: "compare -q -f qcow2 -F qcow2 {}/layer.qcow2 {}/copy.qcow2",
+        theirs: "",
+    },
+    Row {
         name: "write zlib",
         group: "compress",
         prepare: &[],
@@ -140,7 +175,7 @@ struct Bench {
     keep: bool,
 }
 
-/// Runs the rows. `args`: `--group io|convert|compress`, `--pairs N`, `--files DIR` (real files to make a disk from,
+/// Runs the rows. `args`: `--group io|convert|compress|chain`, `--pairs N`, `--files DIR` (real files to make a disk from,
 /// /usr by default), `--scratch DIR`, `--row TEXT` (only rows whose name has it), `--keep yes` (the files made for the rows
 /// stay, and are taken as they are by the next run).
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
@@ -209,6 +244,14 @@ impl Bench {
         check(Command::new("qemu-img").args(self.words(text))).map(|_| ())
     }
 
+    /// A command of qemu-img, or `cp`.
+    fn command(&self, text: &str) -> Result<(), String> {
+        match text.strip_prefix("cp ") {
+            Some(names) => check(Command::new("cp").args(self.words(names))).map(|_| ()),
+            None => self.qemu(text),
+        }
+    }
+
     /// Makes the files that the rows read.
     fn setup(&self, rows: &[&Row], files: &str) -> Result<(), String> {
         if rows.iter().any(|row| row.group == "io") {
@@ -220,7 +263,16 @@ impl Bench {
                 check(Command::new("qemu-io").args(["-t", "unsafe", "-c", &command]).args(image))?;
             }
         }
-        if rows.iter().any(|row| row.group != "io") {
+        if rows.iter().any(|row| row.group == "chain") {
+            self.qemu("create -q -f qcow2 -o cluster_size=4k {}/empty.qcow2 4G")?;
+            self.qemu("create -q -u -f qcow2 -o cluster_size=4k -b base.qcow2 -F qcow2 {}/layer.qcow2 4G")?;
+            self.command("cp {}/empty.qcow2 {}/base.qcow2")?;
+            // An odd number of clusters from one to the next: no cluster twice.
+            self.qemu(
+                "bench -t unsafe -w --pattern 7 -c 100000 -d 32 -S 1640632320 -f qcow2 {}/layer.qcow2",
+            )?;
+        }
+        if rows.iter().any(|row| !["io", "chain"].contains(&row.group)) {
             let raw = self.scratch.join("real.raw");
             if !raw.exists() {
                 let mut disk = Command::new("mke2fs");
@@ -317,7 +369,7 @@ impl Bench {
         for out in ["out.qcow2", "out.raw", "zlib.qcow2", "zstd.qcow2", "new.qcow2", "over.qcow2"] {
             let _ = fs::remove_file(self.scratch.join(out));
         }
-        row.prepare.iter().try_for_each(|command| self.qemu(command))
+        row.prepare.iter().try_for_each(|command| self.command(command))
     }
 
     fn output_size(&self, args: &[String]) -> u64 {
