@@ -5,7 +5,7 @@
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::{
     ClusterCodec, Codecs, ErrorKind, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat,
-    Layers, NoResolver, OpenOptions, ResolvedSource, Storage, ZeroMode,
+    Layers, NewSnapshot, NoResolver, OpenOptions, ResolvedSource, Storage, ZeroMode,
 };
 use qcow2_format::Version;
 use qcow2_io::MemoryStorage;
@@ -18,6 +18,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "expand", seeds: "expand", body: expand },
     Target { name: "open_read", seeds: "images", body: open_read },
     Target { name: "open_write", seeds: "images", body: open_write },
+    Target { name: "open_change", seeds: "images", body: open_change },
     Target { name: "check_then_read", seeds: "images", body: check_then_read },
 ];
 
@@ -124,6 +125,61 @@ pub fn open_write(data: &[u8]) {
     if was_sound && complete && closed {
         assert!(sound(&*storage), "{:#?}", report(&*storage, u64::MAX));
     }
+}
+
+/// Opens the image for writing and works on its snapshots and bitmaps. An image in which a check finds no damage holds
+/// what it held, and is still without damage afterwards.
+pub fn open_change(data: &[u8]) {
+    let storage = storage(data);
+    let sound = |storage: &dyn Storage| {
+        report(storage, u64::MAX).is_some_and(|r| r.corruptions == 0 && r.check_errors == 0)
+    };
+    let was_sound = sound(&*storage);
+    let Some(image) = open(Arc::clone(&storage) as _, true) else { return };
+    let complete = change_snapshots(&image).is_ok() & change_bitmaps(&image).is_ok();
+    read_all(&image);
+    let closed = image.close().is_ok();
+    drop(image);
+    if was_sound && complete && closed {
+        assert!(sound(&*storage), "{:#?}", report(&*storage, u64::MAX));
+    }
+}
+
+/// Goes back to the first snapshot, takes one, and deletes the first and the last.
+fn change_snapshots(image: &Image) -> qcow2_core::Result<()> {
+    let snapshots = image.snapshots()?;
+    let went_back = snapshots.first().map_or(Ok(()), |first| image.apply_snapshot(first));
+    let taken = image.create_snapshot(&NewSnapshot::default())?;
+    let before = first_bytes(image);
+    let _ = image.write_at(GuestOffset::new(0), &[0x77; 700]);
+    image.apply_snapshot(&taken)?;
+    assert_eq!(first_bytes(image), before, "a snapshot keeps what it was taken of");
+    for snapshot in snapshots.first().into_iter().chain([&taken]) {
+        image.delete_snapshot(snapshot)?;
+    }
+    went_back
+}
+
+fn first_bytes(image: &Image) -> Option<[u8; 700]> {
+    let mut bytes = [0; 700];
+    image.read_at(GuestOffset::new(0), &mut bytes).is_ok().then_some(bytes)
+}
+
+/// Adds, merges, clears and removes bitmaps, and writes in between.
+fn change_bitmaps(image: &Image) -> qcow2_core::Result<()> {
+    let bitmaps = image.bitmaps()?;
+    image.add_bitmap(b"fuzz", 12)?;
+    let _ = image.write_at(GuestOffset::new(0), &[0x78; 700]);
+    for bitmap in &bitmaps {
+        let bits = image.bitmap_bits(&bitmap.name);
+        let _ = bits.and_then(|bits| image.merge_bitmap(b"fuzz", &bits));
+    }
+    if let Some(first) = bitmaps.first() {
+        let _ = image.clear_bitmap(&first.name);
+        let _ = image.enable_bitmap(&first.name, !first.auto);
+        image.remove_bitmap(&first.name)?;
+    }
+    image.resize((image.size() / 2).next_multiple_of(512))
 }
 
 /// Writes here and there. Returns whether all of it worked.

@@ -127,6 +127,13 @@ fn make_start(qemu_img: &Tool, folder: &Path) {
     io("-c 'write -P 6 1536k 64k' o.qcow2");
     img("create -q -f qcow2 -u -b gone -F raw orphan.qcow2 1M");
     img("convert -c -O qcow2 s.qcow2 comp.qcow2");
+    for name in ["bm.qcow2", "used.qcow2"] {
+        img(&format!("create -q -f qcow2 {name} 4M"));
+        img(&format!("bitmap --add {name} b0"));
+        img(&format!("bitmap --add --disable -g 4k {name} b1"));
+        io(&format!("-c 'write -P 5 1M 64k' {name}"));
+    }
+    set_in_use(&folder.join("used.qcow2"));
     img("create -q -f qcow2 -o extended_l2=on ext.qcow2 4M");
     io("-c 'write -P 7 3k 5k' ext.qcow2");
     img("create -q -f qcow2 -o data_file=df.raw df.qcow2 2M");
@@ -204,6 +211,15 @@ fn make_chains(img: &dyn Fn(&str), io: &dyn Fn(&str)) {
     img("create -q -f qcow2 shrunk.qcow2 2M");
     io("-c 'write -P 9 0 2M' shrunk.qcow2");
     img("resize -q --shrink shrunk.qcow2 100k");
+}
+
+/// Leaves the first bitmap of the image at `path` as a crash would.
+fn set_in_use(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    // The extension begins at byte 504; it ends with the place of the directory.
+    let directory = u64::from_be_bytes(bytes[528..536].try_into().unwrap()) as usize;
+    bytes[directory + 15] |= 1;
+    fs::write(path, bytes).unwrap();
 }
 
 const MIB: u64 = 1 << 20;

@@ -82,6 +82,11 @@ fn finds_a_snapshot_whose_clusters_may_be_written_in_place() {
 }
 
 #[test]
+fn finds_a_header_before_the_bitmaps_that_it_leads_to() {
+    finds(OrderingRule::BitmapsBeforeHeader);
+}
+
+#[test]
 fn finds_a_change_before_its_warning() {
     finds(OrderingRule::WarningBeforeChange);
 }

@@ -155,6 +155,35 @@ const ROWS: &[Row] = &[
         args: "convert -f qcow2 -O raw {}/real-zstd.qcow2 {}/out.raw",
         theirs: "-W -m 8",
     },
+    Row {
+        name: "create, preallocation=metadata",
+        group: "tables",
+        prepare: &[],
+        args: "create -q -f qcow2 -o preallocation=metadata {}/new.qcow2 1T",
+        theirs: "",
+    },
+    Row { name: "check", group: "tables", prepare: &[], args: "check {}/tables.qcow2", theirs: "" },
+    Row {
+        name: "map --output=json",
+        group: "tables",
+        prepare: &[],
+        args: "map --output=json {}/tables.qcow2",
+        theirs: "",
+    },
+    Row {
+        name: "snapshot create",
+        group: "tables",
+        prepare: &["cp --sparse=always {}/tables.qcow2 {}/new.qcow2", "sync {}/new.qcow2"],
+        args: "snapshot -c s {}/new.qcow2",
+        theirs: "",
+    },
+    Row {
+        name: "snapshot delete",
+        group: "tables",
+        prepare: &["cp --sparse=always {}/snapshot.qcow2 {}/new.qcow2", "sync {}/new.qcow2"],
+        args: "snapshot -d s {}/new.qcow2",
+        theirs: "",
+    },
 ];
 
 /// What one run took.
@@ -175,7 +204,7 @@ struct Bench {
     keep: bool,
 }
 
-/// Runs the rows. `args`: `--group io|convert|compress|chain`, `--pairs N`, `--files DIR` (real files to make a disk from,
+/// Runs the rows. `args`: `--group io|convert|compress|chain|tables`, `--pairs N`, `--files DIR` (real files for a disk,
 /// /usr by default), `--scratch DIR`, `--row TEXT` (only rows whose name has it), `--keep yes` (the files made for the rows
 /// stay, and are taken as they are by the next run).
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
@@ -240,16 +269,19 @@ impl Bench {
         if made { Ok(()) } else { self.qemu(text) }
     }
 
-    fn qemu(&self, text: &str) -> Result<(), String> {
-        check(Command::new("qemu-img").args(self.words(text))).map(|_| ())
+    /// A command of `cp` or `sync`, otherwise of qemu-img.
+    fn command(&self, text: &str) -> Result<(), String> {
+        let words = self.words(text);
+        match words.split_first() {
+            Some((program, args)) if program == "cp" || program == "sync" => {
+                check(Command::new(program).args(args)).map(drop)
+            }
+            _ => self.qemu(text),
+        }
     }
 
-    /// A command of qemu-img, or `cp`.
-    fn command(&self, text: &str) -> Result<(), String> {
-        match text.strip_prefix("cp ") {
-            Some(names) => check(Command::new("cp").args(self.words(names))).map(|_| ()),
-            None => self.qemu(text),
-        }
+    fn qemu(&self, text: &str) -> Result<(), String> {
+        check(Command::new("qemu-img").args(self.words(text))).map(|_| ())
     }
 
     /// Makes the files that the rows read.
@@ -272,7 +304,12 @@ impl Bench {
                 "bench -t unsafe -w --pattern 7 -c 100000 -d 32 -S 1640632320 -f qcow2 {}/layer.qcow2",
             )?;
         }
-        if rows.iter().any(|row| !["io", "chain"].contains(&row.group)) {
+        if rows.iter().any(|row| row.group == "tables") {
+            self.qemu("create -q -f qcow2 -o preallocation=metadata {}/tables.qcow2 1T")?;
+            self.command("cp --sparse=always {}/tables.qcow2 {}/snapshot.qcow2")?;
+            check(Command::new(&self.ours).args(self.words("snapshot -c s {}/snapshot.qcow2")))?;
+        }
+        if rows.iter().any(|row| ["convert", "compress"].contains(&row.group)) {
             let raw = self.scratch.join("real.raw");
             if !raw.exists() {
                 let mut disk = Command::new("mke2fs");

@@ -27,7 +27,8 @@ impl Image {
     pub fn make_empty(&self) -> Result<()> {
         let _alone = write(&self.structure);
         self.meta.check_writable()?;
-        self.meta.warn_of_change()?;
+        self.begin_change()?;
+        self.bitmaps.mark(GuestRange::between(GuestOffset::new(0), GuestOffset::new(self.size())));
         let header = self.header();
         let others = header.nb_snapshots > 0
             || header.extensions.luks.is_some()

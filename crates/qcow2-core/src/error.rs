@@ -29,6 +29,10 @@ pub enum ErrorKind {
     InvalidOption,
     /// There is no snapshot or bitmap of that name.
     NotFound,
+    /// There is a bitmap of that name already.
+    Exists,
+    /// A bitmap was in use when the image was last closed: its bits mean nothing.
+    Inconsistent,
     /// The range passes the end of the disk.
     OutOfRange,
     /// The image was opened for reading only.

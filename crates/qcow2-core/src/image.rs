@@ -2,6 +2,7 @@
 //!
 //! All calls take `&self`; any number of threads may make them at once.
 
+use crate::bitmap::Bitmaps;
 use crate::crypt::Crypt;
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
@@ -32,6 +33,7 @@ pub struct Image {
     pub(crate) crypt: Crypt,
     /// Taken for reading by every guest request, for writing by what must be alone (close, snapshots, resize).
     pub(crate) structure: RwLock<()>,
+    pub(crate) bitmaps: Bitmaps,
     /// The external data file is the guest disk byte for byte, so zeroes are written there too.
     pub(crate) raw_data_file: bool,
 }
@@ -91,6 +93,7 @@ impl Image {
         self.meta.check_writable()?;
         self.meta.pad_end()?;
         self.meta.settle()?;
+        self.store_bitmaps()?;
         self.meta.retract_warnings()?;
         self.meta.poisoned.store(true, Ordering::Release);
         Ok(())
@@ -137,7 +140,8 @@ impl Image {
             let _structure = read(&self.structure);
             let _operation = self.meta.operations.enter();
             let _sectors = self.crypt.hold(range);
-            self.meta.warn_of_change()?;
+            self.begin_change()?;
+            self.bitmaps.mark(range);
             make(range)?;
         }
         self.meta.flush_if_pressed()
@@ -256,18 +260,13 @@ impl GuestDisk for Image {
 }
 
 impl Meta {
-    /// Puts the header's warnings on disk before the first change: bitmaps that this engine does not keep up to date are
-    /// no longer trusted.
-    pub(crate) fn warn_of_change(&self) -> Result<()> {
-        if self.changing.load(Ordering::Acquire) {
-            return Ok(());
-        }
+    /// Takes back what the image says of its bitmaps.
+    pub(crate) fn distrust_bitmaps(&self) -> Result<()> {
         let features = self.header().autoclear_features;
         if features.contains(AutoclearFeatures::BITMAPS) {
             let without = features.with(AutoclearFeatures::BITMAPS, false);
             self.warn_in_header(Field::Autoclear(without.bits()))?;
         }
-        self.changing.store(true, Ordering::Release);
         Ok(())
     }
 

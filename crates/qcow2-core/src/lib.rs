@@ -10,6 +10,7 @@ extern crate alloc;
 
 mod amend;
 mod backing;
+pub mod bitmap;
 pub mod chain;
 pub mod container;
 pub mod create;

@@ -3,6 +3,7 @@
 //! Invariants I6 and I7: unknown incompatible bits stop the open; unknown autoclear bits are cleared before the first
 //! write; opening for reading writes nothing.
 
+use crate::bitmap::Bitmaps;
 use crate::chain;
 use crate::crypt::Crypt;
 use crate::error::{Error, ErrorKind, Result};
@@ -179,6 +180,7 @@ impl Image {
             scratch: Scratch::default(),
             crypt,
             structure: RwLock::new(()),
+            bitmaps: Bitmaps::default(),
             raw_data_file: header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE),
         })
     }

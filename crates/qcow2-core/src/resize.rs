@@ -36,7 +36,8 @@ impl Image {
             let message = "a version 2 image with snapshots cannot be resized";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        self.meta.warn_of_change()?;
+        self.begin_resize_of_bitmaps()?;
+        self.begin_change()?;
         if size > old {
             self.grow(old, size)?;
         } else if size < old {
@@ -46,7 +47,7 @@ impl Image {
         if let (true, Some(data)) = (self.meta.has_data_file(), &self.meta.data) {
             data.set_len(size)?;
         }
-        Ok(())
+        self.resize_bitmaps(size)
     }
 
     fn grow(&self, old: u64, size: u64) -> Result<()> {

@@ -20,6 +20,8 @@ pub enum OrderingRule {
     SnapshotBeforeHeader,
     /// The copied flags of the active tables are cleared before a snapshot shares what they lead to.
     CopiedClearedBeforeSnapshot,
+    /// Bitmaps are durable before the header leads to them.
+    BitmapsBeforeHeader,
     /// The header's warning bits are durable before the change they warn of.
     WarningBeforeChange,
 }

@@ -46,13 +46,13 @@ impl Image {
         self.meta.check_writable()?;
         if self.meta.geometry.l1_entries_for(end) > self.meta.l1.len() {
             let _alone = write(&self.structure);
-            self.meta.warn_of_change()?;
+            self.begin_change()?;
             self.cover_with_l1(end)?;
         }
         {
             let _structure = read(&self.structure);
             let _operation = self.meta.operations.enter();
-            self.meta.warn_of_change()?;
+            self.begin_change()?;
             self.write_range(GuestOffset::new(start), buf)?;
         }
         self.meta.flush_if_pressed()

@@ -9,6 +9,7 @@
 mod above;
 pub mod amend;
 pub mod bench;
+pub mod bitmap;
 mod buffer;
 pub mod check;
 pub mod checksum;

@@ -38,6 +38,14 @@ pub(crate) static VERBS: &[Verb] = &[
         run: command::bench::run,
     },
     Verb {
+        name: "bitmap",
+        summary: "Change the bitmaps that record what was written to an image",
+        synopsis: "(--add | --remove | --clear | --enable | --disable | --merge SOURCE)... [-g SIZE] [-b FILE [-F FMT]] [-f FMT | --image-opts] FILENAME BITMAP",
+        options: BITMAP,
+        operands: &[FILENAME, ("BITMAP", "the name of the bitmap")],
+        run: command::bitmap::run,
+    },
+    Verb {
         name: "check",
         summary: "Check the references and refcounts of an image",
         synopsis: "[-f FMT | --image-opts] [-T CACHE] [-U] [--output human|json] [-r leaks|all] FILENAME",
@@ -278,7 +286,7 @@ pub(crate) static VERBS: &[Verb] = &[
     Verb {
         name: "snapshot",
         summary: "List, take, apply and delete the snapshots inside an image",
-        synopsis: "[-f FMT | --image-opts] [-l | -a|-c|-d SNAPSHOT] [-U] [-q] FILENAME",
+        synopsis: "[-f FMT | --image-opts] [-l | -a|-c|-d SNAPSHOT | --external NEW] [-U] [-q] FILENAME",
         options: &[
             HELP,
             QUIET,
@@ -296,6 +304,13 @@ pub(crate) static VERBS: &[Verb] = &[
             ),
             option(Opt::ApplySnapshot, Some('a'), "apply", Some("SNAPSHOT"), "go back to that snapshot"),
             option(Opt::DeleteSnapshot, Some('d'), "delete", Some("SNAPSHOT"), "delete that snapshot"),
+            option(
+                Opt::ExternalSnapshot,
+                None,
+                "external",
+                Some("NEW"),
+                "leave the image as it is and make NEW, an image on top of it that takes all changes",
+            ),
         ],
         operands: &[FILENAME],
         run: command::snapshot::run,
@@ -316,7 +331,7 @@ pub(crate) fn find_verb(name: &str) -> Option<&'static Verb> {
 
 /// Whether qemu-img has a verb `name` that this program lacks.
 pub(crate) fn known_but_missing(name: &str) -> bool {
-    const MISSING: [&str; 1] = ["bitmap"];
+    const MISSING: [&str; 0] = [];
     MISSING.contains(&name)
 }
 
@@ -383,6 +398,22 @@ static CONVERT: &[OptionSpec] = &[
     advertised(Opt::TargetFormat, "target-format", Some("FMT")),
     advertised(Opt::Options, "target-options", Some("OPTIONS")),
     advertised(Opt::TargetCache, "target-cache", Some("CACHE")),
+];
+
+static BITMAP: &[OptionSpec] = &[
+    HELP,
+    FORMAT,
+    IMAGE_OPTS,
+    option(Opt::AddBitmap, None, "add", None, "make the bitmap, recording"),
+    option(Opt::Granularity, Some('g'), "granularity", Some("SIZE"), "bytes a bit stands for (with --add)"),
+    option(Opt::RemoveBitmap, None, "remove", None, "delete the bitmap"),
+    option(Opt::ClearBitmap, None, "clear", None, "forget what it has recorded"),
+    option(Opt::EnableBitmap, None, "enable", None, "record from now on"),
+    option(Opt::DisableBitmap, None, "disable", None, "record no more"),
+    option(Opt::MergeBitmap, None, "merge", Some("SOURCE"), "take in what the bitmap SOURCE has recorded"),
+    option(Opt::Backing, Some('b'), "source-file", Some("FILE"), "the image that SOURCE is in"),
+    option(Opt::BackingFormat, Some('F'), "source-format", Some("FMT"), "format of that image"),
+    OBJECT,
 ];
 
 static BENCH: &[OptionSpec] = &[

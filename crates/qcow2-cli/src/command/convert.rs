@@ -14,6 +14,7 @@ use crate::render::qemu_text;
 use crate::session::Session;
 use crate::threads::Threads;
 use qcow2_core::GuestDisk;
+use qcow2_core::format::Version;
 use qcow2_ops::{CopyReport, ErrorKind, converted_size};
 use request::Request;
 pub(crate) use request::parse_snapshot;
@@ -57,6 +58,7 @@ fn convert(
     let report = qcow2_ops::convert(&disks, &*target, &options, &workers, meter).map_err(|e| failure(&e))?;
     interrupts.stop_watching();
     warn_of_losses(session, request, &report);
+    copy_bitmaps(session, request, &disks, &*target)?;
     finish(&*target)
 }
 
@@ -79,6 +81,28 @@ fn finish(target: &dyn GuestDisk) -> Result<(), Failure> {
     done.map_err(|error| {
         Failure::new(format!("error while closing the target: {}", qemu_text::cause(&error)))
     })
+}
+
+/// The bitmaps of the one source go along, where that is wanted.
+fn copy_bitmaps(
+    session: &Session,
+    request: &Request,
+    sources: &[Arc<dyn GuestDisk>],
+    target: &dyn GuestDisk,
+) -> Result<(), Failure> {
+    let source = sources.first().and_then(|source| source.as_image()).filter(|_| request.bitmaps);
+    let Some(source) = source else { return Ok(()) };
+    let target = target.as_image().filter(|image| image.header().version >= Version::V3);
+    let target = target.ok_or_else(|| Failure::new("Format driver 'qcow2' does not support bitmaps"))?;
+    let skipped = qcow2_ops::bitmap::copy_bitmaps(source, target, request.skip_broken_bitmaps);
+    let skipped = skipped.map_err(|error| match error.core_error() {
+        Some(engine) => {
+            Failure::new(format!("{error}: {}", qemu_text::capitalized(&qemu_text::cause(engine))))
+        }
+        None => Failure::new(qemu_text::chain(&error)),
+    })?;
+    skipped.iter().for_each(|name| session.warn(&format!("Skipping inconsistent bitmap '{name}'")));
+    Ok(())
 }
 
 fn failure(error: &qcow2_ops::Error) -> Failure {

@@ -8,7 +8,7 @@ use crate::imageopts::read_size;
 use crate::open::{OpenAs, close, open_to_change};
 use crate::render::qemu_text;
 use crate::session::Session;
-use qcow2_core::Preallocation;
+use qcow2_core::{ErrorKind, Preallocation};
 use qcow2_ops::resize::{MAX_DISK_SIZE, NewSize, Refusal, ResizeOptions};
 
 /// Runs the verb.
@@ -87,6 +87,10 @@ fn parse_size(text: &str) -> Result<NewSize, Failure> {
 
 fn failure(session: &Session, error: &qcow2_ops::Error) -> Failure {
     let Some(refusal) = qemu_text::find::<Refusal>(error) else {
+        if let Some(engine) = error.core_error().filter(|engine| engine.kind() == ErrorKind::Inconsistent) {
+            return Failure::new(qemu_text::capitalized(&engine.to_string()))
+                .hint(qemu_text::INCONSISTENT_HINT);
+        }
         let reason = error.core_error().map_or_else(|| qemu_text::chain(error), |e| qemu_text::cause(e));
         return Failure::new(format!("Could not resize file: {reason}"));
     };

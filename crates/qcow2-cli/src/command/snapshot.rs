@@ -3,19 +3,27 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
+use crate::imagename::{ImageName, NewTarget, new_target};
+use crate::imageopts::{ImageOptions, TargetFormat};
+use crate::interrupt::Interrupts;
+use crate::newimage;
 use crate::open::{OpenAs, open_image};
+use crate::optlist::OptList;
 use crate::render::info::snapshot_table;
 use crate::render::qemu_text;
 use crate::session::Session;
-use qcow2_core::{ErrorKind, Image, NewSnapshot};
+use qcow2_core::{ErrorKind, Image, ImageFormat, NewSnapshot};
 use qcow2_ops::snapshot::{self, SnapshotName};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let name = ImageName::parse(&request.filename, &request.image)?;
+    if let Action::External(new) = &request.action {
+        return external(&name, &request.image, new).map(|()| exit::SUCCESS);
+    }
     let writable = !matches!(request.action, Action::List);
     if writable && request.image.force_share {
         let reason = "force-share=on can only be used with read-only images";
@@ -39,6 +47,7 @@ enum Action {
     Create(String),
     Apply(String),
     Delete(String),
+    External(String),
 }
 
 #[derive(Debug)]
@@ -74,6 +83,7 @@ impl Request {
                 Opt::CreateSnapshot => Action::Create(given.value),
                 Opt::ApplySnapshot => Action::Apply(given.value),
                 Opt::DeleteSnapshot => Action::Delete(given.value),
+                Opt::ExternalSnapshot => Action::External(given.value),
                 _ => continue,
             };
             if action.replace(wanted).is_some() {
@@ -90,7 +100,7 @@ impl Action {
     /// What is said of a disk that cannot have snapshots.
     fn without_snapshots(&self) -> Result<(), Failure> {
         match self {
-            Self::List => Ok(()),
+            Self::List | Self::External(_) => Ok(()),
             Self::Create(_) => Err(self.failure(NOT_SUPPORTED)),
             Self::Apply(_) => Err(self.failure("Block driver does not support snapshots")),
             Self::Delete(_) => Err(self.failure("snapshot not found")),
@@ -99,7 +109,7 @@ impl Action {
 
     fn failure(&self, reason: &str) -> Failure {
         let (verb, name) = match self {
-            Self::List => return Failure::new(reason),
+            Self::List | Self::External(_) => return Failure::new(reason),
             Self::Create(name) => ("create", name),
             Self::Apply(name) => ("apply", name),
             Self::Delete(name) => ("delete", name),
@@ -142,7 +152,7 @@ fn list(session: &Session, image: &Image) -> Result<(), Failure> {
 
 fn change(image: &Image, action: &Action) -> Result<(), Failure> {
     let done = match action {
-        Action::List => Ok(()),
+        Action::List | Action::External(_) => Ok(()),
         Action::Create(name) => snapshot::create(image, &new_snapshot(name)).map(drop),
         Action::Apply(_) if image.header().has_data_file() => {
             return Err(action.failure(&format!("Failed to load snapshot: {NOT_SUPPORTED}")));
@@ -158,6 +168,49 @@ fn change(image: &Image, action: &Action) -> Result<(), Failure> {
     };
     done.map_err(|error| action.refused(&error))?;
     image.close().map_err(|error| action.failure(&qemu_text::cause(&error)))
+}
+
+/// A new image on top of the one that `name` leads to, which nobody may be changing and which stays as it is.
+fn external(name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure> {
+    let about = |failure: Failure| failure.about(new);
+    let opened = open_image(name, args, OpenAs::READ)?;
+    if opened.format == ImageFormat::Raw && args.format.is_none() && !args.image_opts {
+        let failure = Failure::new("The format of the image must be given (-f), for it was guessed");
+        return Err(about(failure.hint("Detected format of raw.")));
+    }
+    let target = new_target(new).map_err(Failure::new)?;
+    let (Some(old), NewTarget::File(path)) = (name.path(), &target) else {
+        return Err(about(Failure::new("both images must be files")));
+    };
+    if Path::new(path).exists() {
+        return Err(about(Failure::new("the file exists already")));
+    }
+    let backing = backing_name(old, path)
+        .map_err(|error| about(Failure::new(format!("cannot say where '{old}' is: {error}"))))?;
+    let mut options = ImageOptions::parse(TargetFormat::Qcow2, &OptList::parse_image_options(&[]))?;
+    options.set_text("backing_file", &backing);
+    options.set_text("backing_fmt", if opened.format == ImageFormat::Raw { "raw" } else { "qcow2" });
+    options.set_number("size", opened.disk.size().next_multiple_of(512));
+    let interrupts = Interrupts::install();
+    let made = newimage::make(&target, &options, &interrupts);
+    match &made {
+        Ok(()) => interrupts.finish_files(),
+        Err(_) => interrupts.discard_files(),
+    }
+    made.map_err(about)
+}
+
+/// What the image `new` calls the file `old`: its bare name in the same folder, else the whole path.
+fn backing_name(old: &str, new: &str) -> std::io::Result<String> {
+    let old = Path::new(old).canonicalize()?;
+    let folder = Path::new(new).parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new(".")).canonicalize()?;
+    let name = match (old.parent(), old.file_name()) {
+        (Some(parent), Some(name)) if parent == folder => Path::new("./").join(name),
+        _ => old,
+    };
+    let text = name.to_string_lossy();
+    Ok(text.strip_prefix("./").filter(|rest| !rest.contains(':')).unwrap_or(&text).to_owned())
 }
 
 /// Now, with the name as far as it goes: 255 bytes.

@@ -68,6 +68,9 @@ pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
     text
 }
 
+/// What follows the complaint about a bitmap that was in use.
+pub(crate) const INCONSISTENT_HINT: &str = "Try block-dirty-bitmap-remove to delete this bitmap from disk";
+
 /// Options of a new image that are not possible.
 pub(crate) fn refusal(refusal: &Refusal) -> String {
     let needs_v3 = "compatibility level 1.1 and above (use version=v3 or greater)";

@@ -3,6 +3,7 @@
 pub(crate) mod alloc;
 pub(crate) mod bulk;
 pub(crate) mod cache;
+pub(crate) mod extension;
 pub(crate) mod flush;
 pub(crate) mod grow;
 pub(crate) mod header;

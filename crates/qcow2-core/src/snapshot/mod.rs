@@ -133,7 +133,7 @@ impl Image {
         meta.check_writable()?;
         self.check_applicable(snapshot, size)?;
         find(&self.begin_snapshot_change()?, snapshot)?;
-        meta.warn_of_change()?;
+        self.begin_change()?;
         let mut entries = self.snapshot_l1(snapshot)?;
         let tree = Tree::new(&entries, &meta.geometry)?;
         let (old_offset, old_entries) = meta.l1.contents();

@@ -95,7 +95,7 @@ impl Meta {
     }
 
     /// Gives a table's clusters up that the header does not name any more.
-    pub(super) fn unlink_table(&self, offset: HostOffset, len: u64) {
+    pub(crate) fn unlink_table(&self, offset: HostOffset, len: u64) {
         let (first, count) = (self.geometry.host_cluster(offset).value(), self.geometry.clusters_for(len));
         if count > 0 {
             lock(&self.pending).push(Unlinked { first, count });

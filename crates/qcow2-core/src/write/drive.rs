@@ -70,7 +70,8 @@ impl Image {
         self.crypt.check_plain("bytes of an encrypted image cannot be moved by the caller")?;
         let structure = read(&self.structure);
         let operation = self.meta.operations.enter();
-        self.meta.warn_of_change()?;
+        self.begin_change()?;
+        self.bitmaps.mark(range);
         let prepared = self.prepare(range.start(), range.len())?;
         let range =
             GuestRange::between(range.start(), GuestOffset::new(range.start().value() + prepared.len));

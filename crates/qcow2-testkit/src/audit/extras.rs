@@ -55,6 +55,7 @@ impl Walk<'_> {
         let mut at = 0;
         while at + 24 <= directory.len() {
             let entry = &directory[at..];
+            self.audit.bitmaps_in_use += u64::from(entry[15] & 1);
             self.bitmap_table(number(&entry[..8]), number(&entry[8..12]));
             let (name, extra) = (number(&entry[18..20]), number(&entry[20..24]));
             at += (24 + name + extra).next_multiple_of(8) as usize;

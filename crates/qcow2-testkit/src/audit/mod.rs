@@ -50,6 +50,8 @@ pub struct Audit {
     pub corrupt: bool,
     /// Whether there are persistent bitmaps that say they are up to date.
     pub bitmaps: bool,
+    /// How many bitmaps say that they were in use.
+    pub bitmaps_in_use: u64,
     /// Clusters whose refcount is above their references.
     pub leaks: u64,
     /// Clusters whose refcount is below their references, problem or not.

@@ -6,7 +6,7 @@
 use super::guest::Guest;
 use super::judge::Judge;
 use super::start::Start;
-use super::work::{SnapshotChange, draw_work, sectors_around};
+use super::work::{SnapshotChange, draw_work, refuses_resize, sectors_around};
 use super::{SimOptions, Step, Violation, catch};
 use crate::arbitrary::Operation;
 use crate::crash::CrashWorld;
@@ -149,9 +149,7 @@ impl Run<'_> {
     fn step(&self, disk: &Image, step: &Step, guest: &mut Guest) -> qcow2_core::Result<()> {
         let Some(step) = step.clipped(disk.size()) else { return Ok(()) };
         match step {
-            Step::Resize(_) if !self.start.shape.version3 && !guest.seen_snapshots().now().is_empty() => {
-                Ok(())
-            }
+            Step::Resize(_) if refuses_resize(disk) => Ok(()),
             Step::Resize(size) => {
                 guest.start_resize(size, self.start.backing());
                 let result = disk.resize(size);

@@ -54,6 +54,8 @@ pub(super) struct Guest {
     /// Never fewer than the disk had at any time; those past its end are waiting for it to grow again.
     sectors: Vec<Register<Content>>,
     size: Register<u64>,
+    /// The fewest bytes that the disk ever had, or was to have.
+    smallest: u64,
     snapshots: Snapshots,
 }
 
@@ -64,8 +66,14 @@ impl Guest {
         Self {
             sectors: sectors.collect(),
             size: Register::new(bytes.len() as u64),
+            smallest: bytes.len() as u64,
             snapshots: Snapshots::default(),
         }
+    }
+
+    /// The fewest bytes that the disk ever had, or was to have.
+    pub(super) fn smallest_size(&self) -> u64 {
+        self.smallest
     }
 
     /// The snapshots.
@@ -101,6 +109,7 @@ impl Guest {
     pub(super) fn start_resize(&mut self, size: u64, backing: &[u8]) {
         let zeroes = Arc::new([0; SECTOR as usize]);
         let old = self.size();
+        self.smallest = self.smallest.min(size);
         self.size.allowed.push(size);
         for index in size / SECTOR..old / SECTOR {
             let sector = &mut self.sectors[index as usize];

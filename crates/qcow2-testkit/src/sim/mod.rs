@@ -297,9 +297,10 @@ fn drive(
     work.close()?;
     world.cut(|cut| locked(explorer).look(Event::AfterFlush, cut));
     let (before, after) = (audit(&start.image, None), audit(&image.live(), None));
-    // A bitmap that is no longer trusted leaves its directory and its table behind.
-    let allowed = before.leaks + if before.bitmaps { 2 } else { 0 };
-    let leaked = after.leaks.saturating_sub(allowed);
+    if before.bitmaps && (!after.bitmaps || after.bitmaps_in_use > 0) {
+        return Err("a bitmap was lost without a crash".to_owned());
+    }
+    let leaked = after.leaks.saturating_sub(before.leaks);
     if leaked > 0 { Err(format!("{leaked} clusters leaked without a crash")) } else { Ok(()) }
 }
 

@@ -56,7 +56,7 @@ impl Start {
                 builder = builder.cluster(index, draw_cluster(rng, &shape, index, &mut guest));
             }
         }
-        let bitmap = shape.version3 && rng.one_in(6);
+        let bitmap = shape.version3 && rng.one_in(4);
         let mut built = if bitmap { with_bitmap(builder) } else { builder.build() };
         if shape.cluster_bits == 9 && shape.refcount_order >= 5 && rng.one_in(4) {
             crowd(rng, &shape, &mut built);
@@ -288,10 +288,10 @@ fn with_bitmap(mut builder: Builder) -> Built {
     let mut built = builder.build();
     built.set_refcount(first, 1).set_refcount(first + 1, 1);
     built.patch_u64(first * size, (first + 1) * size);
-    // One table entry, enabled; a dirty bitmap of 64 KiB granules called "b".
+    // One table entry, enabled; a dirty bitmap of 512-byte granules called "b".
     built.patch(
         first * size + 8,
-        &[0, 0, 0, 1, 0, 0, 0, 2, 1, 16, 0, 1, 0, 0, 0, 0, b'b', 0, 0, 0, 0, 0, 0, 0],
+        &[0, 0, 0, 1, 0, 0, 0, 2, 1, 9, 0, 1, 0, 0, 0, 0, b'b', 0, 0, 0, 0, 0, 0, 0],
     );
     built.patch((first + 2) * size - 1, &[0]);
     built

@@ -10,6 +10,7 @@ use crate::model::chain;
 use crate::pattern;
 use crate::rng::Rng;
 use qcow2_core::{ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, NewSnapshot, OpenOptions};
+use qcow2_format::Version;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// One step of a workload.
@@ -154,9 +155,10 @@ impl<'a> Work<'a> {
     }
 
     fn resize(&self, size: u64) -> Result<(), String> {
-        if !self.shape.version3 && !self.guest().seen_snapshots().now().is_empty() {
-            let refused = self.disk.resize(size).is_err_and(|error| error.kind() == ErrorKind::Unsupported);
-            return if refused { Ok(()) } else { Err("version 2 is resized under snapshots".to_owned()) };
+        if refuses_resize(&self.disk) {
+            let refusals = [ErrorKind::Unsupported, ErrorKind::Inconsistent];
+            let refused = self.disk.resize(size).is_err_and(|error| refusals.contains(&error.kind()));
+            return if refused { Ok(()) } else { Err("resized in spite of snapshots or bitmaps".to_owned()) };
         }
         self.guest().start_resize(size, self.backing);
         self.disk.resize(size).map_err(|error| chain(&error))?;
@@ -411,6 +413,13 @@ impl SnapshotChange {
         guest.snapshots().going_back = None;
         guest.snapshots().finish(self.before.clone());
     }
+}
+
+/// Whether an image must not be resized: version 2 under snapshots, or with bitmaps that nobody can trust.
+pub(super) fn refuses_resize(disk: &Image) -> bool {
+    let header = disk.header();
+    (header.version == Version::V2 && header.nb_snapshots > 0)
+        || disk.bitmaps().is_ok_and(|bitmaps| bitmaps.iter().any(|bitmap| bitmap.in_use))
 }
 
 /// The whole sectors that hold `range`.

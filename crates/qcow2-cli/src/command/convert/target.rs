@@ -9,7 +9,7 @@ use crate::interrupt::Interrupts;
 use crate::newimage;
 use crate::open::{OpenAs, OpenedDisk, open_image};
 use crate::render::qemu_text;
-use qcow2_core::{GuestDisk, ImageFormat};
+use qcow2_core::GuestDisk;
 use std::sync::Arc;
 
 /// Makes the target of `size` bytes, unless it is to exist, and opens it for writing.
@@ -113,16 +113,18 @@ fn check_bitmaps(request: &Request, sources: &[OpenedDisk]) -> Result<(), Failur
     let Some(source) = sources.first().filter(|_| request.bitmaps) else {
         return Ok(());
     };
-    if source.format != ImageFormat::Qcow2 {
+    let Some(image) = source.disk.as_image() else {
         return Err(Failure::new("Source lacks bitmap support"));
+    };
+    let bitmaps = image.bitmaps().map_err(|error| Failure::new(qemu_text::chain(&error)))?;
+    let broken = bitmaps.iter().find(|bitmap| bitmap.in_use && !request.skip_broken_bitmaps);
+    if let Some(bitmap) = broken {
+        let name = bitmap.name_text();
+        return Err(Failure::new(format!("Cannot copy inconsistent bitmap '{name}'"))
+            .hint("Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"));
     }
     if request.target_format.as_deref().unwrap_or("raw") == "raw" && !request.target_image_opts {
         return Err(Failure::new("Format driver 'raw' does not support bitmaps"));
     }
-    let bitmaps = source.disk.as_image().map(|image| qcow2_ops::info(&**image.storage(), &source.format));
-    let report = bitmaps.transpose().map_err(|error| Failure::new(qemu_text::chain(&error)))?;
-    match report.and_then(|report| report.qcow2).is_some_and(|qcow2| !qcow2.bitmaps.is_empty()) {
-        true => Err(Failure::new("Copying bitmaps is not supported yet")),
-        false => Ok(()),
-    }
+    Ok(())
 }

@@ -1,0 +1,258 @@
+//! Bitmaps on disk: the directory, tables and bits, read and stored.
+//!
+//! Order on disk when they are stored: refcounts of all that is new; barrier; bits, tables and a new directory elsewhere;
+//! barrier; the header's extension; barrier; only then is the old directory, with what it alone had, free. Marking
+//! bitmaps as in use changes their entries in place: each is one bit in one sector.
+
+use super::{Bits, Live, State};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::meta::bulk::table_bytes;
+use crate::meta::page::SECTOR_SIZE;
+use crate::open::read_words;
+use crate::port::disk::GuestDisk;
+use crate::port::storage::Storage;
+use crate::rules::OrderingRule;
+use crate::sync::atomic::Ordering;
+use crate::sync::write;
+use ::alloc::format;
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use qcow2_format::bitmap::{Bitmap, BitmapTableEntry};
+use qcow2_format::extension::BitmapsExtension;
+use qcow2_format::{FormatError, Geometry, Header, HostOffset};
+
+/// Where a directory entry has its flags, and the one that says it is in use.
+const FLAGS_END: u64 = 15;
+const IN_USE: u8 = 1;
+/// Bytes of an entry before its extra data and name.
+const FIXED_LEN: u64 = 24;
+
+/// Reads the bitmaps that the image vouches for, in the order of the directory; none where it does not. Errors:
+/// `Corrupt` for a directory that cannot be, `Storage`.
+pub fn read_bitmaps(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap>> {
+    let Some(extension) = header.trusted_bitmaps() else { return Ok(Vec::new()) };
+    let directory = read_directory(storage, extension)?;
+    let bitmaps = Bitmap::parse_directory(&directory, extension.count)
+        .map_err(damaged("bitmap directory is damaged"))?;
+    let geometry = header.geometry().map_err(damaged("header is damaged"))?;
+    for bitmap in &bitmaps {
+        bitmap.validate(&geometry, header.disk_size()).map_err(damaged("bitmap directory is damaged"))?;
+    }
+    Ok(bitmaps)
+}
+
+fn read_directory(storage: &dyn Storage, extension: &BitmapsExtension) -> Result<Vec<u8>> {
+    let (offset, size) = (extension.directory_offset, extension.directory_size);
+    if offset.checked_add(size).is_none_or(|end| end.value() > storage.len().unwrap_or(0)) {
+        return Err(Error::corrupt("bitmap directory passes the end of the image"));
+    }
+    let mut directory = vec![0; size as usize];
+    storage.read_padded(offset, &mut directory)?;
+    Ok(directory)
+}
+
+fn damaged(what: &'static str) -> impl Fn(FormatError) -> Error {
+    move |error| Error::corrupt(what).with_source(error)
+}
+
+impl Image {
+    /// Reads the bits of `bitmap` from disk.
+    pub(super) fn read_bits(&self, bitmap: &Bitmap) -> Result<Bits> {
+        let geometry = &self.meta.geometry;
+        let bits = Bits::new(bitmap.granularity_bits, self.size())?;
+        let entries = geometry.clusters_for(bits.stored_len());
+        if u64::from(bitmap.table_entries) != entries {
+            return Err(Error::corrupt(format!(
+                "bitmap '{}' has {} table entries, its disk needs {entries}",
+                bitmap.name_text().escape_debug(),
+                bitmap.table_entries
+            )));
+        }
+        let size = geometry.cluster_size();
+        let mut cluster = vec![0; size as usize];
+        for (index, raw) in
+            (0u64..).zip(read_words(&*self.meta.storage, bitmap.table_offset, bitmap.table_entries.into())?)
+        {
+            match BitmapTableEntry::decode(raw, geometry).map_err(damaged("bitmap table is damaged"))? {
+                BitmapTableEntry::Zeroes => continue,
+                BitmapTableEntry::Ones => cluster.fill(0xff),
+                BitmapTableEntry::Data(host) => self.meta.storage.read_padded(host, &mut cluster)?,
+            }
+            bits.load(index * size, &cluster);
+        }
+        Ok(bits)
+    }
+
+    /// Sets the in-use flag, on disk, of the bitmaps that `pick` takes and of those on disk that are no longer among ours.
+    pub(super) fn mark_in_use(&self, state: &mut State, pick: impl Fn(&Live) -> bool) -> Result<()> {
+        let header = self.header();
+        let Some(extension) = header.trusted_bitmaps() else { return Ok(()) };
+        let mut directory = read_directory(&*self.meta.storage, extension)?;
+        let entries = Bitmap::parse_directory(&directory, extension.count)
+            .map_err(damaged("bitmap directory is damaged"))?;
+        let mut at = 0;
+        let mut sectors: Vec<u64> = Vec::new();
+        for entry in entries {
+            let ours = state.live.iter_mut().find(|live| live.entry.table_offset == entry.table_offset);
+            let stale = match ours {
+                Some(live) if pick(live) => {
+                    live.marked = true;
+                    true
+                }
+                Some(_) => false,
+                None => true,
+            };
+            let flags = at + FLAGS_END;
+            if stale && !entry.in_use {
+                directory[flags as usize] |= IN_USE;
+                sectors.push(flags / SECTOR_SIZE);
+            }
+            at += (FIXED_LEN + (entry.name.len() + entry.extra.len()) as u64).next_multiple_of(8);
+        }
+        sectors.dedup();
+        for sector in &sectors {
+            let start = (sector * SECTOR_SIZE) as usize;
+            let bytes = &directory[start..directory.len().min(start + SECTOR_SIZE as usize)];
+            let place = HostOffset::new(extension.directory_offset.value() + sector * SECTOR_SIZE);
+            self.meta.poison_on_error(self.meta.storage.write_at(place, bytes).map_err(Error::from))?;
+        }
+        if !sectors.is_empty() && self.meta.rules.keep(OrderingRule::WarningBeforeChange) {
+            self.meta.poison_on_error(self.meta.storage.flush().map_err(Error::from))?;
+        }
+        Ok(())
+    }
+
+    /// Stores what changed, for the end of the image's use. Everything else is on disk.
+    pub(crate) fn store_bitmaps(&self) -> Result<()> {
+        let mut state = write(&self.bitmaps.state);
+        if !state.changed && !state.live.iter().any(|live| live.changed || live.marked) {
+            return Ok(());
+        }
+        let header = self.header();
+        let old = read_bitmaps(&*self.meta.storage, &header)?;
+        let mut new = Stored::default();
+        if let Err(error) = self.reserve_bitmaps(&mut state, &mut new) {
+            new.places.iter().for_each(|&(offset, len)| self.meta.unlink_table(offset, len));
+            self.meta.settle()?;
+            return Err(error);
+        }
+        self.meta.flush()?;
+        self.meta.poison_on_error(self.write_bitmaps(&state, &new))?;
+        self.meta.set_bitmaps_extension(new.extension)?;
+        // Should the image be changed once more, they are in use again first.
+        self.meta.changing.store(false, Ordering::Release);
+        self.free_bitmaps(&header, &old, &state)?;
+        state.live.iter_mut().for_each(|live| (live.changed, live.marked) = (false, false));
+        state.changed = false;
+        self.meta.settle()?;
+        self.meta.pad_file()
+    }
+
+    /// Finds room for the bits and tables of all bitmaps that changed, and for a directory of all.
+    fn reserve_bitmaps(&self, state: &mut State, new: &mut Stored) -> Result<()> {
+        let geometry = self.meta.geometry;
+        for (index, live) in state.live.iter_mut().enumerate() {
+            let bits = match &live.bits {
+                Some(bits) if live.changed => bits,
+                _ => continue,
+            };
+            let table = self.reserve_bits(bits, new)?;
+            let offset = self.reserve_area(table.len() as u64 * 8, new)?;
+            live.entry.table_offset = offset;
+            live.entry.table_entries = table.len() as u32;
+            new.tables.push((index, table));
+        }
+        for live in &state.live {
+            live.entry.encode(&mut new.directory).map_err(damaged("bitmap cannot be stored"))?;
+        }
+        let size = new.directory.len() as u64;
+        if size > qcow2_format::limit::MAX_BITMAP_DIRECTORY_SIZE {
+            return Err(Error::new(ErrorKind::NoSpace, "bitmap directory would be larger than allowed"));
+        }
+        if size > 0 {
+            let directory_offset = self.reserve_area(size, new)?;
+            let count = state.live.len() as u32;
+            new.extension =
+                Some(BitmapsExtension { count, reserved: 0, directory_size: size, directory_offset });
+        }
+        debug_assert!(new.places.iter().all(|(offset, _)| geometry.is_aligned(offset.value())));
+        Ok(())
+    }
+
+    /// The table entries of `bits`, with a new cluster wherever a bit is set.
+    fn reserve_bits(&self, bits: &Bits, new: &mut Stored) -> Result<Vec<u64>> {
+        let size = self.meta.geometry.cluster_size();
+        let clusters = self.meta.geometry.clusters_for(bits.stored_len()).max(1);
+        let mut table = Vec::with_capacity(clusters as usize);
+        for index in 0..clusters {
+            let used = bits.stored(index * size, size).iter().any(|&byte| byte != 0);
+            let entry = match used {
+                true => BitmapTableEntry::Data(self.reserve_area(size, new)?),
+                false => BitmapTableEntry::Zeroes,
+            };
+            table.push(entry.encode());
+        }
+        Ok(table)
+    }
+
+    fn reserve_area(&self, len: u64, new: &mut Stored) -> Result<HostOffset> {
+        let offset = self.meta.allocate_metadata(self.meta.geometry.clusters_for(len))?.offset;
+        new.places.push((offset, len));
+        Ok(offset)
+    }
+
+    fn write_bitmaps(&self, state: &State, new: &Stored) -> Result<()> {
+        let meta = &self.meta;
+        let size = meta.geometry.cluster_size();
+        for (index, table) in &new.tables {
+            let live = &state.live[*index];
+            let Some(bits) = &live.bits else { continue };
+            for (index, &raw) in (0u64..).zip(table).filter(|(_, raw)| **raw != 0) {
+                let mut bytes = bits.stored(index * size, size);
+                bytes.resize(size as usize, 0);
+                meta.storage.write_at(HostOffset::new(raw), &bytes)?;
+            }
+            meta.storage.write_at(live.entry.table_offset, &table_bytes(table))?;
+        }
+        if let Some(extension) = new.extension {
+            meta.storage.write_at(extension.directory_offset, &new.directory)?;
+        }
+        if meta.rules.keep(OrderingRule::BitmapsBeforeHeader) {
+            meta.storage.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Gives up the old directory and the tables and bits that the new one does not have.
+    fn free_bitmaps(&self, header: &Header, old: &[Bitmap], state: &State) -> Result<()> {
+        let geometry: Geometry = self.meta.geometry;
+        for bitmap in old {
+            if state.live.iter().any(|live| live.entry.table_offset == bitmap.table_offset) {
+                continue;
+            }
+            let entries = u64::from(bitmap.table_entries);
+            for raw in read_words(&*self.meta.storage, bitmap.table_offset, entries)? {
+                if let Ok(BitmapTableEntry::Data(host)) = BitmapTableEntry::decode(raw, &geometry) {
+                    self.meta.unlink_table(host, geometry.cluster_size());
+                }
+            }
+            self.meta.unlink_table(bitmap.table_offset, entries * 8);
+        }
+        if let Some(extension) = header.trusted_bitmaps() {
+            self.meta.unlink_table(extension.directory_offset, extension.directory_size);
+        }
+        Ok(())
+    }
+}
+
+/// What is about to be written.
+#[derive(Default)]
+struct Stored {
+    /// All that was reserved: place and bytes.
+    places: Vec<(HostOffset, u64)>,
+    /// The table of each bitmap that changed, by its index.
+    tables: Vec<(usize, Vec<u64>)>,
+    directory: Vec<u8>,
+    extension: Option<BitmapsExtension>,
+}

@@ -1,0 +1,212 @@
+//! The header's bitmaps extension: put in, changed, taken out.
+//!
+//! The header has one place, so its sectors are changed in an order in which each step alone is a whole header: what an
+//! older header does not look at is written first, the sector that makes it count last. Only a list of extensions by
+//! others that has to move across sectors is not changed in one step; bitmaps are not trusted meanwhile.
+//! Spec: "Header extensions", "Bitmaps extension".
+
+use super::Meta;
+use super::header::HeaderState;
+use super::page::SECTOR_SIZE;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::lock;
+use ::alloc::format;
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use core::ops::Range;
+use qcow2_format::bytes::{read_u32, read_u64};
+use qcow2_format::extension::BitmapsExtension;
+use qcow2_format::feature::AutoclearFeatures;
+use qcow2_format::{Header, HostOffset, Version};
+
+const BITMAPS: u32 = 0x2385_2875;
+/// Bytes of the extension, its type and length included.
+const RECORD: usize = 32;
+/// Bytes of an end marker, and of an extension's type and length.
+const MARKER: usize = 8;
+const SECTOR: usize = SECTOR_SIZE as usize;
+const AUTOCLEAR: usize = 88;
+
+/// The header's cluster, and which of its sectors are to be written.
+struct Draft<'a> {
+    meta: &'a Meta,
+    bytes: Vec<u8>,
+    /// As they are on disk.
+    before: Vec<u8>,
+}
+
+/// Where the extensions are.
+struct List {
+    /// The bitmaps extension.
+    bitmaps: Option<usize>,
+    /// The end marker.
+    end: usize,
+}
+
+impl Meta {
+    /// Makes the header name this bitmap directory, or none, and vouch for it. Durable when it returns. Errors: `NoSpace`
+    /// where the first cluster has no room; `Unsupported` in version 2; `Storage`, which poisons the image.
+    pub(crate) fn set_bitmaps_extension(&self, extension: Option<BitmapsExtension>) -> Result<()> {
+        let mut state = lock(&self.header);
+        if state.header.version < Version::V3 {
+            return Err(Error::new(ErrorKind::Unsupported, "a version 2 image cannot store bitmaps"));
+        }
+        let mut draft = Draft::new(self, &state)?;
+        let list = draft.list()?;
+        let done = match (extension, list.bitmaps) {
+            (Some(extension), Some(at)) => draft.change(at, &extension),
+            (Some(extension), None) => draft.insert(&list, &extension),
+            (None, Some(at)) => draft.remove(at, &list),
+            (None, None) => draft.trust(false),
+        };
+        // What was written is what counts from now on, whole or not.
+        let adopted = draft.adopt(&mut state);
+        self.poison_on_error(done.and(adopted))
+    }
+}
+
+impl<'a> Draft<'a> {
+    fn new(meta: &'a Meta, state: &HeaderState) -> Result<Self> {
+        let mut bytes = vec![0; meta.geometry.cluster_size() as usize];
+        meta.storage.read_padded(HostOffset::new(0), &mut bytes)?;
+        bytes[..SECTOR].copy_from_slice(&state.sector);
+        Ok(Self { meta, before: bytes.clone(), bytes })
+    }
+
+    fn word(&self, at: usize) -> Result<u32> {
+        read_u32(&self.bytes, at).ok_or_else(|| Error::corrupt("header extensions pass the first cluster"))
+    }
+
+    fn backing_offset(&self) -> usize {
+        read_u64(&self.bytes, 8).unwrap_or(0) as usize
+    }
+
+    fn list(&self) -> Result<List> {
+        let limit = match self.backing_offset() {
+            0 => self.bytes.len(),
+            offset => offset,
+        };
+        let mut at = self.word(100)? as usize;
+        let mut bitmaps = None;
+        while at + MARKER <= limit {
+            let (kind, len) = (self.word(at)?, self.word(at + 4)? as usize);
+            match kind {
+                0 => return Ok(List { bitmaps, end: at }),
+                BITMAPS => bitmaps = Some(at),
+                _ => {}
+            }
+            at += MARKER + len.next_multiple_of(8);
+        }
+        Ok(List { bitmaps, end: at })
+    }
+
+    /// Writes the sectors in `range` that differ from the disk, the last one first unless `forward`, and waits.
+    fn write(&mut self, range: Range<usize>, forward: bool) -> Result<()> {
+        let mut sectors: Vec<usize> = (range.start / SECTOR..range.end.div_ceil(SECTOR)).collect();
+        if !forward {
+            sectors.reverse();
+        }
+        for sector in sectors {
+            let place = sector * SECTOR..(sector + 1) * SECTOR;
+            if self.bytes[place.clone()] != self.before[place.clone()] {
+                let at = HostOffset::new(place.start as u64);
+                self.meta.storage.write_at(at, &self.bytes[place.clone()])?;
+                self.meta.storage.flush()?;
+                self.before[place.clone()].copy_from_slice(&self.bytes[place]);
+            }
+        }
+        Ok(())
+    }
+
+    fn set_trust(&mut self, trusted: bool) {
+        let bits = AutoclearFeatures::from_bits(read_u64(&self.bytes, AUTOCLEAR).unwrap_or(0));
+        let bits = bits.with(AutoclearFeatures::BITMAPS, trusted).bits();
+        self.bytes[AUTOCLEAR..AUTOCLEAR + 8].copy_from_slice(&bits.to_be_bytes());
+    }
+
+    fn trust(&mut self, trusted: bool) -> Result<()> {
+        self.set_trust(trusted);
+        self.write(0..SECTOR, true)
+    }
+
+    fn is_trusted(&self) -> bool {
+        let bits = AutoclearFeatures::from_bits(read_u64(&self.bytes, AUTOCLEAR).unwrap_or(0));
+        bits.contains(AutoclearFeatures::BITMAPS)
+    }
+
+    /// Another directory in the extension at `at`: one sector makes the change.
+    fn change(&mut self, at: usize, extension: &BitmapsExtension) -> Result<()> {
+        let data = at + MARKER..at + RECORD;
+        let one_sector = data.start / SECTOR == (data.end - 1) / SECTOR;
+        if !one_sector && self.is_trusted() {
+            self.trust(false)?;
+        }
+        self.bytes[data.clone()].copy_from_slice(&record(extension)[MARKER..]);
+        self.write(data, false)?;
+        self.trust(true)
+    }
+
+    /// The extension at the end of the list: first what lies behind the old end marker, then the marker's sector.
+    fn insert(&mut self, list: &List, extension: &BitmapsExtension) -> Result<()> {
+        let end = list.end + RECORD + MARKER;
+        if self.is_trusted() {
+            self.trust(false)?;
+        }
+        if self.backing_offset() != 0 && self.backing_offset() < end {
+            self.move_backing_name(end)?;
+        }
+        if end > self.bytes.len() {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!("header has no room for bitmaps in {} bytes", self.bytes.len()),
+            ));
+        }
+        self.bytes[list.end..list.end + RECORD].copy_from_slice(&record(extension));
+        self.bytes[list.end + RECORD..end].fill(0);
+        self.write(list.end..end, false)?;
+        self.trust(true)
+    }
+
+    /// The backing file's name from byte `end` of the header on: a copy, then the pointer to it.
+    fn move_backing_name(&mut self, end: usize) -> Result<()> {
+        let (old, len) = (self.backing_offset(), self.word(16)? as usize);
+        let new = end.max(old + len).next_multiple_of(8);
+        if new + len > self.bytes.len() {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!("header has no room for bitmaps beside a backing file name of {len} bytes"),
+            ));
+        }
+        self.bytes.copy_within(old..old + len, new);
+        self.write(new..new + len, true)?;
+        self.bytes[8..16].copy_from_slice(&(new as u64).to_be_bytes());
+        self.write(0..SECTOR, true)
+    }
+
+    /// Without the extension at `at`: those behind it move up.
+    fn remove(&mut self, at: usize, list: &List) -> Result<()> {
+        self.trust(false)?;
+        let end = (list.end + MARKER).min(self.bytes.len());
+        self.bytes.copy_within(at + RECORD..end, at);
+        self.bytes[end - RECORD..end].fill(0);
+        self.write(at..end, true)
+    }
+
+    /// The header is what was written.
+    fn adopt(&self, state: &mut HeaderState) -> Result<()> {
+        state.sector.copy_from_slice(&self.before[..SECTOR]);
+        let bad = |e| Error::corrupt("header is damaged").with_source(e);
+        state.header = Header::parse(&self.before).map_err(bad)?;
+        Ok(())
+    }
+}
+
+fn record(extension: &BitmapsExtension) -> [u8; RECORD] {
+    let mut bytes = [0; RECORD];
+    bytes[..4].copy_from_slice(&BITMAPS.to_be_bytes());
+    bytes[4..8].copy_from_slice(&24u32.to_be_bytes());
+    bytes[8..12].copy_from_slice(&extension.count.to_be_bytes());
+    bytes[16..24].copy_from_slice(&extension.directory_size.to_be_bytes());
+    bytes[24..32].copy_from_slice(&extension.directory_offset.value().to_be_bytes());
+    bytes
+}
