@@ -30,6 +30,7 @@ const DEV_EDGES: &[&str] =
 const OUTSIDE: &[(&str, &[&str])] = &[
     ("aes", &["qcow2-crypt"]),
     ("base64", &["qcow2-cli"]),
+    ("blake3", &["qcow2-ops"]),
     ("bytes", ANY),
     ("cast5", &["qcow2-crypt"]),
     ("cipher", &["qcow2-crypt"]),

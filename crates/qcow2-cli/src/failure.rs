@@ -14,6 +14,8 @@ pub(crate) struct Failure {
     /// A message that comes first, with the program's name too.
     before: Option<String>,
     hints: Vec<String>,
+    /// Lines that the tool does not have that is stood in for.
+    advice: Vec<String>,
     code: u8,
 }
 
@@ -39,6 +41,7 @@ impl Failure {
             reason: None,
             before: None,
             hints: Vec::new(),
+            advice: Vec::new(),
             code: exit::FAILURE,
         }
     }
@@ -79,6 +82,17 @@ impl Failure {
     pub(crate) fn hint(mut self, line: impl Into<String>) -> Self {
         self.hints.push(line.into());
         self
+    }
+
+    /// Adds a line that helps, and that the tool which is stood in for does not have.
+    pub(crate) fn advise(mut self, line: impl Into<String>) -> Self {
+        self.advice.push(line.into());
+        self
+    }
+
+    /// Lines that are for people who did not ask for another tool's words.
+    pub(crate) fn advice(&self) -> &[String] {
+        &self.advice
     }
 
     /// Puts `name: ` before the message, as creating an image does.

@@ -40,6 +40,9 @@ pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
         for line in failure.lines(session.program(), session.called()) {
             session.complain(&line);
         }
+        for line in failure.advice().iter().filter(|_| !session.is_drop_in()) {
+            session.complain(line);
+        }
         failure.code()
     })
 }
@@ -58,9 +61,15 @@ fn dispatch(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
         return command::io::run_as_tool(session, verb, args);
     }
     let mut getopt = Getopt::new(args::GENERAL, args, false);
+    if session.is_drop_in() {
+        getopt = getopt.without_own();
+    }
     while let Some(given) = getopt.next().map_err(|text| Failure::syntax(None, text))? {
         match given.opt {
             Opt::Help => return args::print_general_help(session).map(|()| exit::SUCCESS),
+            Opt::Describe if !session.is_drop_in() => {
+                return args::print_description(session).map(|()| exit::SUCCESS);
+            }
             Opt::Version => return args::print_version(session).map(|()| exit::SUCCESS),
             _ => {}
         }
@@ -70,7 +79,7 @@ fn dispatch(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
     match args::find_verb(&name).filter(|verb| !verb.is_foreign(session)) {
         Some(verb) => {
             let permute = std::env::var_os("POSIXLY_CORRECT").is_none();
-            (verb.run)(session, Arguments::new(verb, operands.collect(), permute))
+            (verb.run)(session, Arguments::new(session, verb, operands.collect(), permute))
         }
         None if args::known_but_missing(&name) => {
             Err(Failure::general_usage(format!("Command not supported yet: {name}")))

@@ -24,6 +24,10 @@ pub(crate) struct Meter {
 enum Shape {
     /// Shown on SIGUSR1 only.
     OnRequest,
+    /// Never shown: standard output is for data.
+    Silent,
+    /// A line of JSON on standard error, for programs.
+    Json,
     /// `    (12.34/100%)` and a carriage return, on standard output.
     Percent,
     Bar(ProgressBar),
@@ -41,6 +45,17 @@ impl Meter {
         let meter = Self { interrupts: interrupts.clone(), shape, total, done, shown, step };
         meter.show(0);
         meter
+    }
+
+    /// For verbs that have data for standard output, where progress must not go. `json`: lines for programs are wanted.
+    pub(crate) fn beside_data(session: &Session, interrupts: &Interrupts, wanted: bool, json: bool) -> Self {
+        let shape = match (json, wanted && session.draws()) {
+            (true, _) => Shape::Json,
+            (false, true) => Shape::Bar(bar()),
+            (false, false) => Shape::Silent,
+        };
+        let (total, done, shown) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        Self { interrupts: interrupts.clone(), shape, total, done, shown, step: JSON_STEP }
     }
 
     /// Shows that all is done, if that is not shown already.
@@ -61,15 +76,22 @@ impl Meter {
     /// Ends the line, whether or not all is done.
     pub(crate) fn end(&self) {
         match &self.shape {
-            Shape::OnRequest => {}
+            Shape::OnRequest | Shape::Silent | Shape::Json => {}
             Shape::Percent => write_out("\n"),
             Shape::Bar(bar) => bar.abandon(),
         }
     }
 
     fn show(&self, share: u64) {
-        if matches!(self.shape, Shape::Percent) {
-            write_out(&percent(share));
+        match self.shape {
+            Shape::Percent => write_out(&percent(share)),
+            Shape::Json => {
+                let (total, done) = (self.total.load(Ordering::Relaxed), self.done.load(Ordering::Relaxed));
+                let done = if share == ALL { total } else { done.min(total) };
+                // Nobody is left to hear of it where this fails.
+                let _ = writeln!(io::stderr().lock(), "{{\"done\": {done}, \"total\": {total}}}");
+            }
+            _ => {}
         }
     }
 }
@@ -90,7 +112,7 @@ impl Progress for Meter {
         let total = self.total.load(Ordering::Relaxed).max(1);
         let share =
             u64::try_from(u128::from(done) * u128::from(ALL) / u128::from(total)).unwrap_or(ALL).min(ALL);
-        if self.interrupts.take_progress_request() {
+        if self.interrupts.take_progress_request() && !matches!(self.shape, Shape::Silent | Shape::Json) {
             write_out(&percent(share));
         }
         let shown = self.shown.load(Ordering::Relaxed);
@@ -127,6 +149,8 @@ fn bar() -> ProgressBar {
     }
 }
 
+/// Hundredths of a percent between two lines for programs.
+const JSON_STEP: u64 = 100;
 /// Everything, in hundredths of a percent.
 const ALL: u64 = 10_000;
 

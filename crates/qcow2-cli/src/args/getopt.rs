@@ -15,6 +15,8 @@ pub(crate) struct OptionSpec {
     /// Whether `long` must be spelled out and stays out of lists of possibilities: for spellings that the help of
     /// the original names though it does not know them.
     pub(crate) exact: bool,
+    /// Whether the tool that is stood in for has no such option.
+    pub(crate) own: bool,
     /// The name of its value in the help, if it takes one.
     pub(crate) value: Option<&'static str>,
     /// What the help says; empty for a second spelling.
@@ -39,6 +41,7 @@ pub(crate) struct Getopt<'a> {
     operands: Vec<String>,
     permute: bool,
     number_follows: bool,
+    without_own: bool,
 }
 
 impl<'a> Getopt<'a> {
@@ -51,7 +54,19 @@ impl<'a> Getopt<'a> {
             operands: Vec::new(),
             permute,
             number_follows: false,
+            without_own: false,
         }
+    }
+
+    /// Knows only the options that the tool has that is stood in for.
+    pub(crate) fn without_own(mut self) -> Self {
+        self.without_own = true;
+        self
+    }
+
+    fn specs(&self) -> impl Iterator<Item = &'a OptionSpec> + use<'a> {
+        let without_own = self.without_own;
+        self.specs.iter().filter(move |spec| !(spec.own && without_own))
     }
 
     /// Takes `-` and digits right after the first operand for an operand too.
@@ -99,7 +114,7 @@ impl<'a> Getopt<'a> {
     }
 
     fn short(&mut self, letter: char) -> Result<Given, String> {
-        let spec = self.specs.iter().find(|s| s.short == Some(letter));
+        let spec = self.specs().find(|s| s.short == Some(letter));
         let spec = spec.ok_or_else(|| format!("invalid option -- '{letter}'"))?;
         if spec.value.is_none() {
             return Ok(Given { opt: spec.opt, value: String::new() });
@@ -132,11 +147,11 @@ impl<'a> Getopt<'a> {
     /// The option whose long name is `name`, or the only one that starts so; else the names that do.
     fn find_long(&self, name: &str) -> Result<&'a OptionSpec, Vec<&'static str>> {
         let named = |s: &&OptionSpec| s.long == Some(name);
-        if let Some(spec) = self.specs.iter().find(named) {
+        if let Some(spec) = self.specs().find(named) {
             return Ok(spec);
         }
         let starts = |s: &&OptionSpec| !s.exact && s.long.is_some_and(|l| l.starts_with(name));
-        let possible: Vec<&OptionSpec> = self.specs.iter().filter(starts).collect();
+        let possible: Vec<&OptionSpec> = self.specs().filter(starts).collect();
         match possible[..] {
             [only] => Ok(only),
             _ => Err(possible.iter().filter_map(|s| s.long).collect()),
@@ -162,7 +177,7 @@ mod tests {
         long: &'static str,
         value: Option<&'static str>,
     ) -> OptionSpec {
-        OptionSpec { opt, short, long: Some(long), exact: false, value, help: "" }
+        OptionSpec { opt, short, long: Some(long), exact: false, own: false, value, help: "" }
     }
 
     static SPECS: [OptionSpec; 5] = [

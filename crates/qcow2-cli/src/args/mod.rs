@@ -1,10 +1,12 @@
 //! Verbs, their options and how they are read: qemu-img's names throughout.
 
+mod describe;
 mod getopt;
 mod help;
 mod object;
 mod table;
 
+pub(crate) use describe::print_description;
 pub(crate) use getopt::{Getopt, Given, OptionSpec};
 pub(crate) use help::{print_general_help, print_verb_help, print_version};
 pub(crate) use object::Objects;
@@ -90,6 +92,9 @@ pub(crate) enum Opt {
     BackingCache,
     Force,
     Size,
+    Blake3,
+    JsonProgress,
+    Describe,
 }
 
 /// One verb of the command line.
@@ -112,7 +117,7 @@ pub(crate) struct Verb {
 impl Verb {
     /// Whether the tool that is stood in for has no such verb.
     pub(crate) fn is_foreign(&self, session: &Session) -> bool {
-        session.is_drop_in() && self.name == "io"
+        session.is_drop_in() && matches!(self.name, "io" | "checksum")
     }
 }
 
@@ -124,8 +129,9 @@ pub(crate) struct Arguments {
 
 impl Arguments {
     /// `args`: what follows the verb.
-    pub(crate) fn new(verb: &'static Verb, args: Vec<String>, permute: bool) -> Self {
-        Self { verb, getopt: Getopt::new(verb.options, args, permute) }
+    pub(crate) fn new(session: &Session, verb: &'static Verb, args: Vec<String>, permute: bool) -> Self {
+        let getopt = Getopt::new(verb.options, args, permute);
+        Self { verb, getopt: if session.is_drop_in() { getopt.without_own() } else { getopt } }
     }
 
     /// Takes `-` and digits right after the first operand for an operand too.

@@ -64,6 +64,25 @@ pub(crate) static VERBS: &[Verb] = &[
         run: command::check::run,
     },
     Verb {
+        name: "checksum",
+        summary: "Digest what a machine sees: the same for every image of the same disk",
+        synopsis: "[-f FMT | --image-opts] [-T CACHE] [-U] [-p] [--json] [--blake3] [--output human|json] FILENAME",
+        options: &[
+            HELP,
+            FORMAT,
+            CACHE,
+            OUTPUT,
+            OBJECT,
+            IMAGE_OPTS,
+            FORCE_SHARE,
+            option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+            JSON_PROGRESS,
+            option(Opt::Blake3, None, "blake3", None, "BLAKE3 instead of CRC-32"),
+        ],
+        operands: &[FILENAME],
+        run: command::checksum::run,
+    },
+    Verb {
         name: "commit",
         summary: "Write what an image holds into its backing file",
         synopsis: "[-f FMT | --image-opts] [-t CACHE] [-b BASE] [-d] [-r RATE] [-p] [-q] FILENAME",
@@ -105,6 +124,7 @@ pub(crate) static VERBS: &[Verb] = &[
             FORCE_SHARE,
             option(Opt::Strict, Some('s'), "strict", None, "sizes and allocation must be equal too"),
             option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+            JSON_PROGRESS,
         ],
         operands: &[("FILENAME1", "an image"), ("FILENAME2", "the image to compare it with")],
         run: command::compare::run,
@@ -115,8 +135,8 @@ pub(crate) static VERBS: &[Verb] = &[
         synopsis: "[-f FMT] [-O FMT] [-o OPTIONS] [-c] [-B FILE -F FMT] [-n] [...] SOURCE [SOURCE...] TARGET",
         options: CONVERT,
         operands: &[
-            ("SOURCE", "image to copy; several are put one after the other"),
-            ("TARGET", "image to make"),
+            ("SOURCE", "image to copy, or - for standard input; several are put one after the other"),
+            ("TARGET", "image to make, or - for standard output"),
         ],
         run: command::convert::run,
     },
@@ -322,6 +342,7 @@ pub(crate) static GENERAL: &[OptionSpec] = &[
     HELP,
     option(Opt::Version, Some('V'), "version", None, "show the version and exit"),
     option(Opt::Trace, Some('T'), "trace", Some("TRACE"), "accepted and ignored"),
+    own(Opt::Describe, "describe", "print every verb and option as JSON and exit"),
 ];
 
 /// The verb called `name`.
@@ -361,7 +382,7 @@ static CONVERT: &[OptionSpec] = &[
     QUIET,
     OBJECT,
     IMAGE_OPTS,
-    option(Opt::ImageOpts, None, "source-image-opts", None, ""),
+    option(Opt::ImageOpts, None, "source-image-opts", None, "as --image-opts"),
     option(Opt::Format, Some('f'), "source-format", Some("FMT"), "format of the sources"),
     option(Opt::Cache, Some('T'), "source-cache", Some("CACHE"), "cache mode of the sources (writeback)"),
     option(Opt::Snapshot, Some('l'), "snapshot", Some("SNAPSHOT"), "read this snapshot of the source"),
@@ -390,14 +411,15 @@ static CONVERT: &[OptionSpec] = &[
     short(Opt::Compress, 'c', "compress"),
     short(Opt::NoCreate, 'n', "write into an existing target"),
     short(Opt::Progress, 'p', "show progress"),
+    JSON_PROGRESS,
     // Names that the help of qemu-img gives, though it does not know them.
-    advertised(Opt::Progress, "progress", None),
-    advertised(Opt::Compress, "compress", None),
-    advertised(Opt::NoCreate, "no-create", None),
-    advertised(Opt::Snapshot, "source-snapshot", Some("SNAPSHOT")),
-    advertised(Opt::TargetFormat, "target-format", Some("FMT")),
-    advertised(Opt::Options, "target-options", Some("OPTIONS")),
-    advertised(Opt::TargetCache, "target-cache", Some("CACHE")),
+    advertised(Opt::Progress, "progress", None, "as -p"),
+    advertised(Opt::Compress, "compress", None, "as -c"),
+    advertised(Opt::NoCreate, "no-create", None, "as -n"),
+    advertised(Opt::Snapshot, "source-snapshot", Some("SNAPSHOT"), "as -l"),
+    advertised(Opt::TargetFormat, "target-format", Some("FMT"), "as -O"),
+    advertised(Opt::Options, "target-options", Some("OPTIONS"), "as -o"),
+    advertised(Opt::TargetCache, "target-cache", Some("CACHE"), "as -t"),
 ];
 
 static BITMAP: &[OptionSpec] = &[
@@ -463,6 +485,8 @@ const IMAGE_OPTS: OptionSpec = option(
 );
 const FORCE_SHARE: OptionSpec =
     option(Opt::ForceShare, Some('U'), "force-share", None, "open without locks, even if it is in use");
+const JSON_PROGRESS: OptionSpec =
+    own(Opt::JsonProgress, "json", "show progress as lines of JSON on standard error");
 const BACKING: OptionSpec =
     option(Opt::Backing, Some('b'), "backing", Some("FILE"), "backing file of the new image");
 const BACKING_FORMAT: OptionSpec =
@@ -475,15 +499,24 @@ const fn option(
     value: Option<&'static str>,
     help: &'static str,
 ) -> OptionSpec {
-    OptionSpec { opt, short, long: Some(long), exact: false, value, help }
+    OptionSpec { opt, short, long: Some(long), exact: false, own: false, value, help }
+}
+
+const fn own(opt: Opt, long: &'static str, help: &'static str) -> OptionSpec {
+    OptionSpec { own: true, ..option(opt, None, long, None, help) }
 }
 
 const fn short(opt: Opt, letter: char, help: &'static str) -> OptionSpec {
-    OptionSpec { opt, short: Some(letter), long: None, exact: false, value: None, help }
+    OptionSpec { opt, short: Some(letter), long: None, exact: false, own: false, value: None, help }
 }
 
-const fn advertised(opt: Opt, long: &'static str, value: Option<&'static str>) -> OptionSpec {
-    OptionSpec { opt, short: None, long: Some(long), exact: true, value, help: "" }
+const fn advertised(
+    opt: Opt,
+    long: &'static str,
+    value: Option<&'static str>,
+    help: &'static str,
+) -> OptionSpec {
+    OptionSpec { opt, short: None, long: Some(long), exact: true, own: false, value, help }
 }
 
 #[cfg(test)]

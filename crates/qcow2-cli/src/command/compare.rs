@@ -18,7 +18,11 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let [a, b] = request.open().map_err(|failure| failure.with_code(exit::COMPARE_OPEN))?;
     let interrupts = Interrupts::install();
-    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
+    let wanted = request.progress && !request.quiet;
+    let meter = match request.json_progress {
+        true => Meter::beside_data(session, &interrupts, wanted, true),
+        false => Meter::new(session, &interrupts, wanted, PROGRESS_STEP),
+    };
     let mut options = CompareOptions::default();
     options.strict = request.strict;
     options.names = request.filenames.clone();
@@ -48,6 +52,7 @@ struct Request {
     cache: Option<String>,
     strict: bool,
     progress: bool,
+    json_progress: bool,
     quiet: bool,
     filenames: [String; 2],
 }
@@ -65,6 +70,7 @@ impl Request {
                 Opt::Cache => request.cache = Some(given.value),
                 Opt::Strict => request.strict = true,
                 Opt::Progress => request.progress = true,
+                Opt::JsonProgress => request.json_progress = true,
                 Opt::Quiet => request.quiet = true,
                 Opt::Object => {
                     request.objects.add(&given.value).map_err(|f| f.with_code(exit::COMPARE_OPEN))?;

@@ -1,6 +1,7 @@
 //! `convert`: sources, one after the other, into a new image or an existing one.
 
 mod request;
+mod stream;
 mod target;
 
 use crate::args::Arguments;
@@ -25,8 +26,15 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let Some(request) = Request::parse(session, args)? else {
         return Ok(exit::SUCCESS);
     };
+    if stream::is_asked_for(session, &request) {
+        return stream::run(session, &request);
+    }
     let interrupts = Interrupts::install();
-    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
+    let wanted = request.progress && !request.quiet;
+    let meter = match request.json_progress {
+        true => Meter::beside_data(session, &interrupts, wanted, true),
+        false => Meter::new(session, &interrupts, wanted, PROGRESS_STEP),
+    };
     let converted = convert(session, &request, &interrupts, &meter);
     match &converted {
         Ok(()) => {

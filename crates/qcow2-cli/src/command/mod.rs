@@ -4,6 +4,7 @@ pub(crate) mod amend;
 pub(crate) mod bench;
 pub(crate) mod bitmap;
 pub(crate) mod check;
+pub(crate) mod checksum;
 pub(crate) mod commit;
 pub(crate) mod compare;
 pub(crate) mod convert;

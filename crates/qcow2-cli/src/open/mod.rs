@@ -19,7 +19,7 @@ use qcow2_core::{
     Codecs, ErrorKind, GuestDisk, Image, ImageFormat, Layers, OpenOptions, Reference, ResolveError,
     ResolvedSource, Resolver, Storage,
 };
-use qcow2_io::{CacheMode, Debugger};
+use qcow2_io::{CacheMode, Debugger, OpenError, OpenErrorKind};
 use qcow2_ops::snapshot::SnapshotName;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -46,6 +46,8 @@ pub(crate) struct LayerFiles {
     pub(crate) data: Option<String>,
     /// Whether the image file is a raw disk.
     pub(crate) raw: bool,
+    /// The name by which the layer above calls it.
+    pub(crate) recorded: String,
 }
 
 impl LayerFiles {
@@ -254,9 +256,21 @@ fn open_layers_by(
         Ok(disk) => Ok(OpenedDisk { disk, format, files, debugger: None, host_start: 0 }),
         Err(error) => {
             let context = format!("{context}{}", BACKING.repeat(files.len() - 1));
-            Err(qemu_text::open_failure(&name.typed, &context, &error))
+            let failure = qemu_text::open_failure(&name.typed, &context, &error);
+            Err(match (missing_backing(&error), &files[..]) {
+                (true, [.., above, missing]) => failure.advise(format!(
+                    "backing file '{}' not found; it was recorded relative to '{}'",
+                    missing.recorded, above.image
+                )),
+                _ => failure,
+            })
         }
     }
+}
+
+/// Whether `error` is about a backing file that is not there.
+fn missing_backing(error: &qcow2_core::Error) -> bool {
+    qemu_text::find::<OpenError>(error).is_some_and(|error| error.kind() == OpenErrorKind::NotFound)
 }
 
 /// Opens, and closes again, the files that a qcow2 image names, for verbs that need them to be there.
@@ -319,7 +333,11 @@ impl Resolver for Recorder {
         let is_backing = matches!(reference, Reference::Backing { .. });
         if is_backing {
             // Noted before it is opened: a failure is then this layer's.
-            self.lock().push(LayerFiles::default());
+            let recorded = match reference {
+                Reference::Backing { name, .. } => name.to_owned(),
+                _ => String::new(),
+            };
+            self.lock().push(LayerFiles { recorded, ..LayerFiles::default() });
         }
         let mut source = self.inner.resolve(reference, writable)?;
         if let Some(layer) = self.lock().last_mut() {

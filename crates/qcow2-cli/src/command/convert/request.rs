@@ -34,6 +34,7 @@ pub(super) struct Request {
     pub(super) skip_broken_bitmaps: bool,
     pub(super) quiet: bool,
     pub(super) progress: bool,
+    pub(super) json_progress: bool,
     pub(super) workers: Option<usize>,
     pub(super) bytes_per_second: Option<u64>,
     sparse_size: Option<u64>,
@@ -99,6 +100,7 @@ impl Request {
             skip_broken_bitmaps: raw.skip_broken_bitmaps,
             quiet: raw.quiet,
             progress: raw.progress,
+            json_progress: raw.json_progress,
             workers: raw.workers,
             bytes_per_second: raw.bytes_per_second,
             sparse_size: raw.sparse_size,
@@ -154,6 +156,7 @@ struct Raw {
     out_of_order: bool,
     quiet: bool,
     progress: bool,
+    json_progress: bool,
 }
 
 impl Raw {
@@ -161,6 +164,7 @@ impl Raw {
         match opt {
             Opt::Quiet => self.quiet = true,
             Opt::Progress => self.progress = true,
+            Opt::JsonProgress => self.json_progress = true,
             Opt::Object => self.source.objects.add(&value)?,
             Opt::ImageOpts => self.source.image_opts = true,
             Opt::Format => self.source.format = Some(value),

@@ -1,0 +1,42 @@
+//! `--describe`: every verb and option as JSON, for programs that make manual pages and completions of them.
+
+use super::{GENERAL, OptionSpec, VERBS};
+use crate::failure::Failure;
+use crate::render::json::pretty;
+use crate::session::Session;
+use serde_json::{Value, json};
+
+/// Prints the tables.
+pub(crate) fn print_description(session: &Session) -> Result<(), Failure> {
+    let verbs: Vec<Value> = VERBS
+        .iter()
+        .map(|verb| {
+            let operands: Vec<Value> =
+                verb.operands.iter().map(|(name, help)| json!({"name": name, "help": help})).collect();
+            json!({
+                "name": verb.name,
+                "summary": verb.summary,
+                "synopsis": verb.synopsis,
+                "options": options(verb.options),
+                "operands": operands,
+            })
+        })
+        .collect();
+    let version = env!("CARGO_PKG_VERSION");
+    session.print(&pretty(&json!({"version": version, "options": options(GENERAL), "verbs": verbs})))
+}
+
+/// Those that the help shows.
+fn options(specs: &[OptionSpec]) -> Vec<Value> {
+    let shown = specs.iter().filter(|spec| !spec.help.is_empty());
+    shown
+        .map(|spec| {
+            json!({
+                "short": spec.short.map(String::from),
+                "long": spec.long,
+                "value": spec.value,
+                "help": spec.help,
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,118 @@
+//! Images through pipes: `-` as the target is standard output, `-` as the source standard input.
+
+use super::request::Request;
+use super::{failure, finish, open_sources, target};
+use crate::exit;
+use crate::failure::Failure;
+use crate::imageopts::{ImageOptions, TargetFormat};
+use crate::interrupt::Interrupts;
+use crate::open::codecs;
+use crate::progress::Meter;
+use crate::session::{Session, output_failure};
+use qcow2_core::GuestDisk;
+use qcow2_core::format::CompressionType;
+use qcow2_ops::{StreamOptions, StreamedImage, stream_qcow2, stream_raw, stream_raw_in};
+use std::io::{self, IsTerminal, Read};
+use std::sync::Arc;
+
+/// Whether the request is about a pipe. The tool that is stood in for knows none: there `-` is a file.
+pub(super) fn is_asked_for(session: &Session, request: &Request) -> bool {
+    !session.is_drop_in() && (request.target == PIPE || request.sources.iter().any(|source| source == PIPE))
+}
+
+/// Runs the request.
+pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
+    let from_pipe = request.sources.iter().any(|source| source == PIPE);
+    let rules = [
+        (from_pipe && request.target == PIPE, "source and target are both '-': one of them must be a file"),
+        (from_pipe && request.sources.len() > 1, "standard input can only be the only source"),
+        (request.compress, "compressed clusters cannot be streamed: their places are not known beforehand"),
+        (!request.create, "'-' and -n exclude each other"),
+        (request.bitmaps, "bitmaps cannot be streamed"),
+        (from_pipe && request.snapshot.is_some(), "a snapshot cannot be read from a stream"),
+        (request.backing.is_some(), "a streamed image has no backing file"),
+    ];
+    if let Some((_, text)) = rules.iter().find(|(broken, _)| *broken) {
+        return Err(Failure::new(*text));
+    }
+    let interrupts = Interrupts::install();
+    let wanted = request.progress && !request.quiet;
+    let meter = Meter::beside_data(session, &interrupts, wanted, request.json_progress);
+    let done = match from_pipe {
+        true => read(request, &interrupts, &meter),
+        false => write(request, &meter),
+    };
+    match &done {
+        Ok(()) => {
+            interrupts.finish_files();
+            meter.complete();
+        }
+        Err(_) => interrupts.discard_files(),
+    }
+    meter.end();
+    interrupts.die_if_asked();
+    done.map(|()| exit::SUCCESS)
+}
+
+fn write(request: &Request, meter: &Meter) -> Result<(), Failure> {
+    if io::stdout().is_terminal() {
+        return Err(Failure::new("standard output is a terminal; send it to a file or another program"));
+    }
+    let format = TargetFormat::parse(request.target_format.as_deref().unwrap_or("raw"))?;
+    let given = ImageOptions::parse(format, &request.list)?;
+    if let Some(pair) = request.list.pairs().iter().find(|pair| pair.key != "cluster_size") {
+        return Err(Failure::new(format!("option '{}' is not possible when streaming", pair.key)));
+    }
+    let sources = open_sources(request)?;
+    let disks: Vec<Arc<dyn GuestDisk>> = sources.iter().map(|source| Arc::clone(&source.disk)).collect();
+    let mut out = io::stdout().lock();
+    let written = match format {
+        TargetFormat::Qcow2 => {
+            let mut options = StreamOptions::default();
+            options.cluster_size = given.number("cluster_size").unwrap_or(options.cluster_size);
+            stream_qcow2(&disks, &options, &mut out, meter)
+        }
+        _ => stream_raw(&disks, &mut out, meter),
+    };
+    written.map(|_| ()).map_err(|error| match crate::render::qemu_text::find::<io::Error>(&error) {
+        Some(broken) => output_failure(broken),
+        None => failure(&error),
+    })
+}
+
+fn read(request: &Request, interrupts: &Interrupts, meter: &Meter) -> Result<(), Failure> {
+    let mut input = io::stdin().lock();
+    let mut start = Vec::new();
+    let probed = (&mut input).take(MAGIC.len() as u64).read_to_end(&mut start);
+    probed.map_err(|error| Failure::new(format!("error while reading standard input: {error}")))?;
+    let mut input = io::Cursor::new(start.clone()).chain(input);
+    let qcow2 = match request.source.format.as_deref() {
+        None => start == MAGIC,
+        Some("raw") => false,
+        Some("qcow2") => true,
+        Some(other) => return Err(Failure::new(format!("format '{other}' cannot be read from a stream"))),
+    };
+    let target = match qcow2 {
+        false => {
+            let target = target::open(request, &[], 0, interrupts)?;
+            stream_raw_in(&mut input, &*target, meter).map_err(|error| failure(&error))?;
+            target
+        }
+        true => {
+            let image = StreamedImage::open(&mut input).map_err(|error| failure(&error))?;
+            let codecs = codecs();
+            let codec = match image.header().compression_type {
+                CompressionType::Zstd => codecs.zstd,
+                _ => codecs.deflate,
+            };
+            let target = target::open(request, &[], image.size(), interrupts)?;
+            image.copy_to(&*target, codec.as_ref(), meter).map_err(|error| failure(&error))?;
+            target
+        }
+    };
+    interrupts.stop_watching();
+    finish(&*target)
+}
+
+const PIPE: &str = "-";
+const MAGIC: &[u8] = b"QFI\xfb";

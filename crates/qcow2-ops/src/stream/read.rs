@@ -1,0 +1,535 @@
+//! A disk from a stream of bytes.
+//!
+//! A qcow2 image can be read front to back where each cluster comes after the table that says what it is, or not long
+//! before: clusters of which nothing is known yet are held in memory, up to a limit.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::progress::Progress;
+use crate::zeroes::is_zero;
+use qcow2_core::format::l1::L1Entry;
+use qcow2_core::format::l2::{CompressedCluster, L2Entry, L2Format, SubclusterState};
+use qcow2_core::format::refcount::decode_table_entry;
+use qcow2_core::format::{CryptMethod, Geometry, GuestOffset, Header};
+use qcow2_core::{ClusterCodec, GuestDisk};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::sync::Arc;
+
+/// The most bytes of clusters and tables that are held until it is known what they are. Origin: ours; an image that was
+/// written front to back needs a few megabytes.
+pub const MAX_HELD: u64 = 256 << 20;
+
+/// Copies plain bytes to their end into `target`, which is made as long as they are. Zeroes are left out: the target must
+/// be new. Returns the bytes there were. Errors: `Read`, `Write`, `Stopped`.
+pub fn stream_raw_in(input: &mut dyn Read, target: &dyn GuestDisk, progress: &dyn Progress) -> Result<u64> {
+    let mut buf = vec![0; PIECE as usize];
+    let (mut at, mut room) = (0u64, target.size());
+    loop {
+        let len = fill(input, &mut buf)?;
+        if progress.should_stop() {
+            return Err(Error::new(ErrorKind::Stopped, format!("stopped at byte {at}")));
+        }
+        let end = at + len as u64;
+        if end > room {
+            // In steps that grow: each step may move a table.
+            room = end.max(room.saturating_mul(2)).next_multiple_of(SECTOR);
+            target.resize(room).map_err(|e| writing(at, e))?;
+        }
+        for (index, part) in buf[..len].chunks(GRAIN).enumerate().filter(|(_, part)| !is_zero(part)) {
+            let offset = at + (index * GRAIN) as u64;
+            target.write_at(GuestOffset::new(offset), part).map_err(|e| writing(offset, e))?;
+        }
+        at = end;
+        progress.advance(len as u64);
+        if len < buf.len() {
+            let size = at.next_multiple_of(SECTOR);
+            if size != room {
+                target.resize(size).map_err(|e| writing(at, e))?;
+            }
+            return Ok(at);
+        }
+    }
+}
+
+/// A qcow2 image whose first cluster was read from a stream.
+pub struct StreamedImage<'a> {
+    input: &'a mut dyn Read,
+    header: Header,
+    first: Vec<u8>,
+}
+
+impl<'a> StreamedImage<'a> {
+    /// Reads the header. Errors: `Read`; `Open` for bytes that are no such image; `Unsupported` for images whose bytes
+    /// are not all in the stream (a backing file, a data file), and for encrypted ones.
+    pub fn open(input: &'a mut dyn Read) -> Result<Self> {
+        let bad = |e| Error::new(ErrorKind::Open, "the stream is no usable qcow2 image").with_source(e);
+        let mut first = vec![0; Header::PROBE_LEN];
+        let len = fill(input, &mut first)?;
+        let wanted = Header::probe_len(&first[..len]).map_err(bad)?;
+        let cluster = wanted.max(len).next_power_of_two();
+        first.resize(cluster, 0);
+        let more = fill(input, &mut first[len..])?;
+        let header = Header::parse(&first[..len + more]).map_err(bad)?;
+        let cluster_size = 1usize << header.cluster_bits;
+        if first.len() < cluster_size {
+            let len = first.len();
+            first.resize(cluster_size, 0);
+            fill(input, &mut first[len..])?;
+        }
+        let refused = [
+            (header.backing_file.is_some(), "a backing file"),
+            (header.has_data_file(), "an external data file"),
+            (header.crypt_method != CryptMethod::None, "encryption"),
+        ];
+        if let Some((_, what)) = refused.iter().find(|(refused, _)| *refused) {
+            let message = format!("an image with {what} cannot be read from a stream");
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
+        Ok(Self { input, header, first })
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.header.disk_size()
+    }
+
+    /// The header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Copies the disk into `target`, which must be new and at least as large. `codec`: for compressed clusters. Memory:
+    /// [`MAX_HELD`] and the target's. Errors: `Read`, also for a stream that ends too early; `Metadata` for damaged
+    /// tables; `Unsupported` where the bytes come in an order that needs more memory; `Write`, `Stopped`.
+    pub fn copy_to(
+        self,
+        target: &dyn GuestDisk,
+        codec: Option<&Arc<dyn ClusterCodec>>,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let format = self.header.l2_format().map_err(|e| damaged("header").with_source(e))?;
+        let mut reader = Reader::new(&self.header, format, target, codec);
+        let size = format.geometry.cluster_size() as usize;
+        let mut number = 0;
+        let mut first = self.first;
+        for piece in first.chunks_mut(size) {
+            reader.arrived(number, piece.to_vec())?;
+            number += 1;
+        }
+        loop {
+            if progress.should_stop() {
+                return Err(Error::new(ErrorKind::Stopped, format!("stopped at host cluster {number}")));
+            }
+            let mut cluster = vec![0; size];
+            let len = fill(self.input, &mut cluster)?;
+            if len > 0 {
+                reader.arrived(number, cluster)?;
+                number += 1;
+                progress.advance(len as u64);
+            }
+            if len < size {
+                return reader.ended(number);
+            }
+        }
+    }
+}
+
+/// What is known so far.
+struct Reader<'a> {
+    format: L2Format,
+    geometry: Geometry,
+    size: u64,
+    target: &'a dyn GuestDisk,
+    codec: Option<&'a Arc<dyn ClusterCodec>>,
+    /// Clusters of the L1 table and of the refcount table that have not come yet.
+    l1: Table,
+    refcounts: Table,
+    /// Whether the L1 table is known.
+    mapped: bool,
+    /// L2 tables that have not come yet: host cluster to L1 index.
+    tables: BTreeMap<u64, u64>,
+    /// Clusters that hold nothing of the guest's.
+    ignored: BTreeSet<u64>,
+    /// Guest clusters by the host cluster that they wait for, in runs.
+    places: BTreeMap<u64, Run>,
+    /// Streams by the last host cluster that they touch.
+    streams: BTreeMap<u64, Vec<(u64, CompressedCluster)>>,
+    /// How many waiting streams begin in a host cluster.
+    begins: BTreeMap<u64, u64>,
+    /// How far from its beginning a held cluster is full of streams that have been expanded.
+    covered: BTreeMap<u64, u64>,
+    held: BTreeMap<u64, Vec<u8>>,
+}
+
+/// A table that comes in pieces.
+struct Table {
+    first: u64,
+    bytes: Vec<u8>,
+    missing: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Run {
+    guest: u64,
+    count: u64,
+    /// Subclusters that are data.
+    data: u32,
+}
+
+impl Table {
+    fn new(first: u64, clusters: u64) -> Self {
+        Self { first, bytes: Vec::new(), missing: clusters }
+    }
+
+    /// Takes cluster `number`, which is part of the table or not; `true` once all is there.
+    fn take(&mut self, number: u64, bytes: &[u8]) -> bool {
+        if self.missing == 0 || number < self.first {
+            return false;
+        }
+        self.bytes.extend_from_slice(bytes);
+        self.first = number + 1;
+        self.missing -= 1;
+        self.missing == 0
+    }
+
+    fn words(&mut self) -> Vec<u64> {
+        let word = |bytes: &[u8]| bytes.iter().fold(0, |word, &byte| word << 8 | u64::from(byte));
+        std::mem::take(&mut self.bytes).chunks_exact(8).map(word).collect()
+    }
+}
+
+impl<'a> Reader<'a> {
+    fn new(
+        header: &Header,
+        format: L2Format,
+        target: &'a dyn GuestDisk,
+        codec: Option<&'a Arc<dyn ClusterCodec>>,
+    ) -> Self {
+        let geometry = format.geometry;
+        let l1_clusters = geometry.clusters_for(u64::from(header.l1_size) * 8);
+        let mut reader = Self {
+            format,
+            geometry,
+            size: header.disk_size(),
+            target,
+            codec,
+            l1: Table::new(geometry.host_cluster(header.l1_table_offset).value(), l1_clusters),
+            refcounts: Table::new(
+                geometry.host_cluster(header.refcount_table_offset).value(),
+                u64::from(header.refcount_table_clusters),
+            ),
+            mapped: l1_clusters == 0,
+            tables: BTreeMap::new(),
+            ignored: BTreeSet::from([0]),
+            places: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            begins: BTreeMap::new(),
+            covered: BTreeMap::new(),
+            held: BTreeMap::new(),
+        };
+        if header.l1_size == 0 {
+            reader.mapped = true;
+        }
+        reader
+    }
+
+    /// The next cluster of the stream.
+    fn arrived(&mut self, number: u64, bytes: Vec<u8>) -> Result<()> {
+        if self.refcounts.missing > 0 && number >= self.refcounts.first {
+            if self.refcounts.take(number, &bytes) {
+                let geometry = self.geometry;
+                let block = |raw: u64| decode_table_entry(raw, &geometry).ok().flatten();
+                let blocks: Vec<u64> = self
+                    .refcounts
+                    .words()
+                    .into_iter()
+                    .filter_map(block)
+                    .map(|block| geometry.host_cluster(block).value())
+                    .collect();
+                for block in blocks {
+                    self.held.remove(&block);
+                    self.ignored.insert(block);
+                }
+            }
+            return Ok(());
+        }
+        if self.l1.missing > 0 && number >= self.l1.first {
+            if self.l1.take(number, &bytes) {
+                self.take_l1()?;
+            }
+            return Ok(());
+        }
+        if self.ignored.remove(&number) {
+            return Ok(());
+        }
+        self.held.insert(number, bytes);
+        self.settle(number)?;
+        self.check_memory()
+    }
+
+    fn take_l1(&mut self) -> Result<()> {
+        self.mapped = true;
+        let entries = self.geometry.l1_entries_for(self.size);
+        for (index, raw) in (0..entries).zip(self.l1.words()) {
+            let entry =
+                L1Entry::decode(raw, &self.geometry).map_err(|e| damaged("l1 entry").with_source(e))?;
+            let Some(table) = entry.l2_table else { continue };
+            if self.tables.insert(self.geometry.host_cluster(table).value(), index).is_some() {
+                return Err(damaged("two l1 entries with one table"));
+            }
+        }
+        let here: Vec<u64> = self.held.keys().copied().filter(|c| self.tables.contains_key(c)).collect();
+        here.into_iter().try_for_each(|cluster| self.settle(cluster))?;
+        self.forget_strangers();
+        Ok(())
+    }
+
+    /// Does what can be done now that host cluster `number` is there.
+    fn settle(&mut self, number: u64) -> Result<()> {
+        if let Some(index) = self.tables.remove(&number) {
+            let bytes = self.held.remove(&number).unwrap_or_default();
+            self.take_l2(index, &bytes)?;
+            if self.tables.is_empty() {
+                self.forget_strangers();
+            }
+            return Ok(());
+        }
+        if let Some(run) = self.take_place(number) {
+            let bytes = self.held.remove(&number).unwrap_or_default();
+            return self.place(&run, &bytes);
+        }
+        for (guest, stream) in self.streams.remove(&number).unwrap_or_default() {
+            self.expand(guest, stream)?;
+        }
+        if self.mapped && self.tables.is_empty() {
+            self.forget_strangers();
+        }
+        Ok(())
+    }
+
+    /// The guest cluster that waits for host cluster `number`, taken out of its run.
+    fn take_place(&mut self, number: u64) -> Option<Run> {
+        let (&first, &run) = self.places.range(..=number).next_back()?;
+        let into = number - first;
+        if into >= run.count {
+            return None;
+        }
+        self.places.remove(&first);
+        if into > 0 {
+            self.places.insert(first, Run { count: into, ..run });
+        }
+        if into + 1 < run.count {
+            let rest = Run { guest: run.guest + into + 1, count: run.count - into - 1, ..run };
+            self.places.insert(number + 1, rest);
+        }
+        Some(Run { guest: run.guest + into, count: 1, ..run })
+    }
+
+    fn take_l2(&mut self, index: u64, bytes: &[u8]) -> Result<()> {
+        let entry_size = self.geometry.l2_entry_size() as usize;
+        let word = |bytes: &[u8]| bytes.iter().fold(0, |word, &byte| word << 8 | u64::from(byte));
+        let first = index * self.geometry.l2_entries();
+        let mut here = BTreeSet::new();
+        for (guest, entry) in (first..).zip(bytes.chunks_exact(entry_size)) {
+            if guest >= self.geometry.clusters_for(self.size) {
+                break;
+            }
+            let (raw, bitmap) = (word(&entry[..8]), entry.get(8..).map_or(0, word));
+            match self.format.decode(raw, bitmap).map_err(|e| damaged("l2 entry").with_source(e))? {
+                L2Entry::Compressed(stream) => {
+                    let (start, end) = self.clusters_of(&stream);
+                    self.streams.entry(end).or_default().push((guest, stream));
+                    *self.begins.entry(start).or_default() += 1;
+                    if self.held.contains_key(&end) {
+                        here.insert(end);
+                    }
+                }
+                L2Entry::Standard(entry) => {
+                    let data = (0..self.geometry.subclusters())
+                        .filter(|&i| entry.state(i) == SubclusterState::Data)
+                        .fold(0, |mask, i| mask | 1 << i);
+                    let Some(host) = entry.host.filter(|_| data != 0) else { continue };
+                    let host = self.geometry.host_cluster(host).value();
+                    self.add_place(host, Run { guest, count: 1, data })?;
+                    if self.held.contains_key(&host) {
+                        here.insert(host);
+                    }
+                }
+            }
+        }
+        here.into_iter().try_for_each(|cluster| self.settle(cluster))
+    }
+
+    fn add_place(&mut self, host: u64, run: Run) -> Result<()> {
+        if let Some((&first, last)) = self.places.range_mut(..=host).next_back() {
+            if first + last.count > host {
+                return Err(damaged("a host cluster that is used twice"));
+            }
+            if first + last.count == host && last.guest + last.count == run.guest && last.data == run.data {
+                last.count += 1;
+                return Ok(());
+            }
+        }
+        self.places.insert(host, run);
+        Ok(())
+    }
+
+    /// The first and the last host cluster of a stream.
+    fn clusters_of(&self, stream: &CompressedCluster) -> (u64, u64) {
+        let last = stream.host.value().saturating_add(stream.len.saturating_sub(1));
+        let start = self.geometry.host_cluster(stream.host).value();
+        (start, last >> self.geometry.cluster_bits())
+    }
+
+    fn place(&self, run: &Run, bytes: &[u8]) -> Result<()> {
+        let size = self.geometry.subcluster_size();
+        let start = run.guest << self.geometry.cluster_bits();
+        let mut index = 0;
+        while index < self.geometry.subclusters() {
+            let count =
+                (index..self.geometry.subclusters()).take_while(|&i| run.data >> i & 1 == 1).count() as u32;
+            if count > 0 {
+                let from = u64::from(index) * size;
+                self.put(start + from, &bytes[from as usize..(u64::from(index + count) * size) as usize])?;
+            }
+            index += count.max(1);
+        }
+        Ok(())
+    }
+
+    /// Writes guest bytes as far as the disk goes, zeroes left out.
+    fn put(&self, start: u64, bytes: &[u8]) -> Result<()> {
+        let inside = self.size.saturating_sub(start).min(bytes.len() as u64) as usize;
+        if inside == 0 || is_zero(&bytes[..inside]) {
+            return Ok(());
+        }
+        self.target.write_at(GuestOffset::new(start), &bytes[..inside]).map_err(|e| writing(start, e))
+    }
+
+    fn expand(&mut self, guest: u64, stream: CompressedCluster) -> Result<()> {
+        let codec = self.codec.ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, "no codec at hand for the stream's compressed clusters")
+        })?;
+        let (start, end) = self.clusters_of(&stream);
+        let size = self.geometry.cluster_size();
+        if end - start > 2 {
+            return Err(damaged("a compressed cluster that is longer than its bytes"));
+        }
+        let mut packed = Vec::with_capacity(stream.len as usize);
+        for number in start..=end {
+            let bytes =
+                self.held.get(&number).ok_or_else(|| damaged("a compressed cluster without its bytes"))?;
+            let base = number * size;
+            let from = stream.host.value().max(base) - base;
+            let to = (stream.host.value() + stream.len).min(base + size) - base;
+            packed.extend_from_slice(&bytes[from as usize..to as usize]);
+            let covered = self.covered.entry(number).or_default();
+            if from <= *covered {
+                *covered = (*covered).max(to);
+            }
+        }
+        let mut plain = vec![0; size as usize];
+        codec.expand(&packed, &mut plain).map_err(|e| {
+            let message = format!("compressed cluster at guest byte {} does not expand", guest * size);
+            Error::new(ErrorKind::Read, message).with_source(e)
+        })?;
+        self.put(guest * size, &plain)?;
+        if let Some(count) = self.begins.get_mut(&start) {
+            *count -= 1;
+            if *count == 0 {
+                self.begins.remove(&start);
+            }
+        }
+        // Lengths are rounded up to sectors, so the last bytes of a full cluster may still be another stream's; not so
+        // where the next one is full too.
+        for number in start.saturating_sub(1)..=end {
+            let full = |number| self.covered.get(&number).is_some_and(|covered| *covered >= size);
+            if full(number) && full(number + 1) && !self.is_awaited(number) {
+                self.held.remove(&number);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a stream that is known, and not expanded yet, begins in host cluster `number`, or in one of the two
+    /// before, from which it may reach into it.
+    fn is_awaited(&self, number: u64) -> bool {
+        self.begins.range(number.saturating_sub(2)..=number).next().is_some()
+    }
+
+    /// Lets go of what nobody will ask for: all tables are known.
+    fn forget_strangers(&mut self) {
+        if !self.mapped || !self.tables.is_empty() {
+            return;
+        }
+        let begins = &self.begins;
+        self.held.retain(|&number, _| begins.range(number.saturating_sub(2)..=number).next().is_some());
+        let first = self.held.keys().next().copied().unwrap_or(u64::MAX);
+        self.covered = self.covered.split_off(&first);
+    }
+
+    fn check_memory(&self) -> Result<()> {
+        let clusters = self.held.len() as u64 * self.geometry.cluster_size();
+        let entries =
+            (self.places.len() + self.streams.len() + self.begins.len() + self.covered.len()) as u64 * ENTRY;
+        if clusters.saturating_add(entries) <= MAX_HELD {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "the stream's tables come too late: more than {MAX_HELD} bytes would have to be held in memory"
+            ),
+        ))
+    }
+
+    /// The stream has ended after `clusters` clusters.
+    fn ended(&mut self, clusters: u64) -> Result<()> {
+        // The last streams may claim bytes up to the end of a sector that the file does not have.
+        if let Some(last) = self.streams.remove(&clusters) {
+            self.held.insert(clusters, vec![0; self.geometry.cluster_size() as usize]);
+            for (guest, stream) in last {
+                self.expand(guest, stream)?;
+            }
+        }
+        let complete =
+            self.mapped && self.tables.is_empty() && self.places.is_empty() && self.streams.is_empty();
+        if complete {
+            return Ok(());
+        }
+        let message = format!("the stream ends too early, after {clusters} clusters");
+        Err(Error::new(ErrorKind::Read, message))
+    }
+}
+
+/// Reads until the buffer is full or the stream ends.
+fn fill(input: &mut dyn Read, buf: &mut [u8]) -> Result<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        match input.read(&mut buf[done..]) {
+            Ok(0) => break,
+            Ok(len) => done += len,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                return Err(Error::new(ErrorKind::Read, "error while reading the stream").with_source(error));
+            }
+        }
+    }
+    Ok(done)
+}
+
+fn damaged(what: &str) -> Error {
+    Error::new(ErrorKind::Metadata, format!("damaged: {what}"))
+}
+
+fn writing(at: u64, error: qcow2_core::Error) -> Error {
+    Error::new(ErrorKind::Write, format!("error while writing at byte {at}")).with_source(error)
+}
+
+const SECTOR: u64 = 512;
+/// Bytes of plain input read at once.
+const PIECE: u64 = 1 << 20;
+/// Bytes of plain input that are left out where they are zeroes.
+const GRAIN: usize = 64 << 10;
+/// About what a waiting guest cluster costs in memory.
+const ENTRY: u64 = 64;

@@ -1,0 +1,23 @@
+//! libvirt's storage driver with our program as its qemu-img.
+
+use std::path::Path;
+use std::process::Command;
+
+/// Builds the command and runs the script, which says what it needs.
+pub(crate) fn run(root: &Path) -> Result<(), String> {
+    let build = Command::new(crate::cargo())
+        .args(["build", "--locked", "-p", "qcow2-cli"])
+        .current_dir(root)
+        .status();
+    if !build.is_ok_and(|status| status.success()) {
+        return Err("the command does not build".to_owned());
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), Into::into);
+    let script = root.join("tests/clients/libvirt.sh");
+    let status = Command::new("bash").arg(&script).arg(target.join("debug/qcow2")).status();
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("tests/clients/libvirt.sh: {status}")),
+        Err(error) => Err(format!("cannot run bash: {error}")),
+    }
+}
