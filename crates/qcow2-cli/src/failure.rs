@@ -13,10 +13,16 @@ pub(crate) struct Failure {
     reason: Option<String>,
     /// A message that comes first, with the program's name too.
     before: Option<String>,
-    hints: Vec<String>,
-    /// Lines that the tool does not have that is stood in for.
-    advice: Vec<String>,
+    hints: Vec<Hint>,
     code: u8,
+}
+
+/// A line that follows the message.
+#[derive(Debug)]
+struct Hint {
+    line: String,
+    /// Whether the tool that is stood in for has no such line.
+    own: bool,
 }
 
 /// How a failure is put to the user.
@@ -41,7 +47,6 @@ impl Failure {
             reason: None,
             before: None,
             hints: Vec::new(),
-            advice: Vec::new(),
             code: exit::FAILURE,
         }
     }
@@ -80,19 +85,19 @@ impl Failure {
 
     /// Adds a line that follows the message, without the program's name.
     pub(crate) fn hint(mut self, line: impl Into<String>) -> Self {
-        self.hints.push(line.into());
+        self.hints.push(Hint { line: line.into(), own: false });
         self
     }
 
     /// Adds a line that helps, and that the tool which is stood in for does not have.
     pub(crate) fn advise(mut self, line: impl Into<String>) -> Self {
-        self.advice.push(line.into());
+        self.hints.push(Hint { line: line.into(), own: true });
         self
     }
 
     /// Lines that are for people who did not ask for another tool's words.
-    pub(crate) fn advice(&self) -> &[String] {
-        &self.advice
+    pub(crate) fn advice(&self) -> impl Iterator<Item = &str> {
+        self.hints.iter().filter(|hint| hint.own).map(|hint| &*hint.line)
     }
 
     /// Puts `name: ` before the message, as creating an image does.
@@ -142,7 +147,7 @@ impl Failure {
         };
         let mut lines: Vec<String> = self.before.iter().map(|text| format!("{program}: {text}")).collect();
         lines.push(format!("{name}: {}", self.message));
-        lines.extend(self.hints.iter().cloned());
+        lines.extend(self.hints.iter().filter(|hint| !hint.own).map(|hint| hint.line.clone()));
         match verb {
             Some(Some(verb)) => lines.push(format!("Try '{called} {} --help' for more info", verb.name)),
             Some(None) => lines.push(format!("Try '{called} --help' for more info")),
@@ -178,6 +183,9 @@ mod tests {
         check(Failure::new("no").after("first"), &["qemu-img: first", "qemu-img: no"]);
         check(Failure::could_not_open("x", "why"), &["qemu-img: Could not open 'x': why"]);
         check(Failure::could_not_open("x", "why").without_name(), &["qemu-img: why"]);
+        let advised = Failure::new("no").advise("look there");
+        assert_eq!(advised.advice().collect::<Vec<_>>(), ["look there"]);
+        check(advised, &["qemu-img: no"]);
         check(Failure::silent(0), &[]);
         let help = "Try 'bin/qemu-img info --help' for more info";
         check(Failure::usage(info, "no"), &["qemu-img: no", help]);

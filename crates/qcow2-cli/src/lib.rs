@@ -40,7 +40,7 @@ pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
         for line in failure.lines(session.program(), session.called()) {
             session.complain(&line);
         }
-        for line in failure.advice().iter().filter(|_| !session.is_drop_in()) {
+        for line in failure.advice().filter(|_| !session.is_drop_in()) {
             session.complain(line);
         }
         failure.code()
