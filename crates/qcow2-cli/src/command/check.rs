@@ -5,7 +5,7 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, close, open_below, open_file, open_layers};
+use crate::open::{OpenAs, close, complain_of_guess, open_below, open_file, open_layers};
 use crate::progress::Meter;
 use crate::render::check::Fixed;
 use crate::render::{check as render, json, qemu_text};
@@ -159,6 +159,9 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
     }
     let how = OpenAs { cache: request.cache, writable: request.repair.is_some(), ..OpenAs::READ };
     let source = open_file(&name, &request.image, how)?;
+    if request.repair.is_some() {
+        complain_of_guess(session, &name, &source.format);
+    }
     if source.format != ImageFormat::Qcow2 {
         let failure = Failure::new("This image format does not support checks");
         return Err(failure.with_code(exit::CHECK_UNSUPPORTED));
