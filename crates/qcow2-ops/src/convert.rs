@@ -94,8 +94,8 @@ pub fn convert(
         below: if options.keep_backing { Below::OtherLayers } else { Below::Nothing },
         target_layers: None,
         compress: if options.compress { Some(compressed(target)?) } else { None },
-        // A raw target looks the same whatever was written first.
-        order: if options.out_of_order || target.cluster_size() == 0 { Order::Any } else { Order::Claimed },
+        // One worker writes at a time: more would spin for the lock of the file instead of reading and expanding.
+        order: if options.out_of_order { Order::Any } else { Order::Claimed },
         salvage: options.salvage,
     };
     let report = copy(&plan, executor, progress)?;

@@ -3,8 +3,12 @@
 use super::command::{Check, Content, Manner, Place, Range, Read, Style, Write};
 use super::report::{Finished, dump};
 use super::source::{Source, out_of_memory};
-use qcow2_core::{Error, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ZeroMode};
+use crate::render::qemu_text;
+use qcow2_core::{
+    Error, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Preallocation, ZeroMode,
+};
 use qcow2_io::os_error_text;
+use qcow2_ops::{NewSize, ResizeOptions};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -256,7 +260,8 @@ impl Target {
         Ok((extent.len, extent.state != ExtentState::Unallocated))
     }
 
-    /// Changes the size of the disk; `full`: new bytes are written. Errors: the text after the program's name.
+    /// Changes the size of the disk; what is new gets its space as `preallocation` says. Errors: the text after the
+    /// program's name.
     pub(super) fn resize(&self, size: u64, preallocation: Option<&str>) -> Result<(), String> {
         if self.disk.as_image().is_some() && !size.is_multiple_of(512) {
             return Err("The new size must be a multiple of 512".to_owned());
@@ -264,18 +269,20 @@ impl Target {
         if self.disk.as_image().is_none() && preallocation == Some("metadata") {
             return Err("Unsupported preallocation mode: metadata".to_owned());
         }
-        let old = self.disk.size();
-        if let Some(mode) = preallocation.filter(|mode| *mode != "full" && size > old) {
-            return Err(format!("Preallocation mode '{mode}' is not supported here"));
+        let mode = match preallocation {
+            Some("metadata") => Preallocation::Metadata,
+            Some("falloc") => Preallocation::Falloc,
+            Some(_) => Preallocation::Full,
+            None => Preallocation::Off,
+        };
+        let failed = |reason: String| format!("Could not resize: {reason}");
+        if mode == Preallocation::Off || size <= self.disk.size() {
+            return self.disk.resize(size).map_err(|error| failed(reason(&error)));
         }
-        self.disk.resize(size).map_err(|error| format!("Could not resize: {}", reason(&error)))?;
-        let new = Range { offset: old, len: size.saturating_sub(old) };
-        match preallocation {
-            Some(_) => self
-                .write_data(new, &mut Source::byte(0))
-                .map_err(|reason| format!("Could not write zeroes for preallocation: {reason}")),
-            None => Ok(()),
-        }
+        let mut options = ResizeOptions::new(NewSize::Exactly(size));
+        options.preallocation = mode;
+        qcow2_ops::resize(&*self.disk, &options)
+            .map_err(|error| failed(error.core_error().map_or_else(|| qemu_text::chain(&error), reason)))
     }
 
     /// Requests past the end are failures of the device.
