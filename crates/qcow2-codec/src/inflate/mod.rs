@@ -113,6 +113,11 @@ impl Inflater {
     /// Symbols as long as eight bytes of input and four of room are there.
     fn quick(&self, from: &mut Bits<'_>, out: &mut [u8], reached: &mut usize) -> Result<Stop, Fault> {
         let (mut bits, mut at) = (*from, *reached);
+        if !bits.refill() {
+            return Ok(Stop::Near);
+        }
+        // Always looked up before the last match is copied, and its first literal written: neither waits for the other.
+        let mut entry = self.codes.litlen.first(bits.peek());
         let stop = loop {
             let before = (bits, at);
             if !bits.refill() {
@@ -122,7 +127,6 @@ impl Inflater {
                 break Stop::Near;
             };
             // Three short codes and a long one are at most 48 of 56 bits.
-            let mut entry = self.codes.litlen.first(bits.peek());
             if entry.is_literal() {
                 bits.skip(entry.bits());
                 room[0] = entry.byte();
@@ -137,6 +141,7 @@ impl Inflater {
                         bits.skip(entry.bits());
                         room[2] = entry.byte();
                         at += 1;
+                        entry = self.codes.litlen.first(bits.peek());
                         continue;
                     }
                 }
@@ -148,6 +153,7 @@ impl Inflater {
                     bits.skip(entry.bits());
                     out[at] = entry.byte();
                     at += 1;
+                    entry = self.codes.litlen.first(bits.peek());
                     continue;
                 }
             }
@@ -162,6 +168,7 @@ impl Inflater {
             if distance > at {
                 return Err(Fault::Distance);
             }
+            entry = self.codes.litlen.first(bits.peek());
             let copied = copy_match(out, at, distance, len);
             at += copied;
             if copied < len {
