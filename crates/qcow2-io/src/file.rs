@@ -13,6 +13,7 @@ use crate::sys::{self, Run};
 use qcow2_core::{
     HostOffset, Limits, SourceId, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
 };
+use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -366,6 +367,33 @@ impl Storage for FileStorage {
             Err(error) => return Err(call.failed(error)),
         };
         Ok(StorageExtent { len: stop.min(end) - offset.value(), data })
+    }
+
+    /// Between two files of this adapter that both use the page cache: around it, the kernel's copy would not see what
+    /// the blocks of this program do.
+    fn copy_from(
+        &self,
+        source: &dyn Storage,
+        from: HostOffset,
+        offset: HostOffset,
+        len: u64,
+    ) -> Result<(), StorageError> {
+        let call = Call::new("copy", offset, len);
+        let end = self.check(call)?;
+        let source = source.copy_source().and_then(|source| source.downcast_ref::<Self>());
+        let source = source.filter(|source| source.direct.is_none() && self.direct.is_none());
+        let Some(source) = source else {
+            return Err(call.failed(io::ErrorKind::Unsupported.into()));
+        };
+        let _guard = self.guard(offset.value(), end);
+        sys::copy_range(&source.file, from.value(), &self.file, offset.value(), len)
+            .map_err(|error| call.failed(error))?;
+        self.grown_to(end);
+        Ok(())
+    }
+
+    fn copy_source(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 
     fn limits(&self) -> Limits {

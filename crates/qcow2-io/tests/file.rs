@@ -55,6 +55,49 @@ fn a_direct_file_says_what_it_wants() {
     assert_eq!(create(&dir.path().join("other"), CacheMode::Writeback).limits().alignment, 1);
 }
 
+/// The kernel copies between files that both use the page cache, whatever stands around them; anything else is refused,
+/// and never by writing something else.
+#[cfg(target_os = "linux")]
+#[test]
+fn files_copy_from_files() {
+    use std::sync::Arc;
+    let dir = scratch();
+    let source = create(&dir.path().join("source"), CacheMode::Writeback);
+    source.write_at(at(1000), &[7; 5000]).unwrap();
+    let target = create(&dir.path().join("target"), CacheMode::Writeback);
+    target.copy_from(&source, at(500), at(10_003), 5500).unwrap();
+    assert_eq!(target.len().unwrap(), 15_503);
+    let mut seen = vec![1; 15_503];
+    target.read_at(at(0), &mut seen).unwrap();
+    assert!(seen[..10_503].iter().all(|byte| *byte == 0) && seen[10_503..].iter().all(|byte| *byte == 7));
+
+    let wrapped: Arc<dyn Storage> = Arc::new(create(&dir.path().join("wrapped"), CacheMode::Writeback));
+    for mode in [CacheMode::Unsafe, CacheMode::Writethrough] {
+        let wrapped = mode.wrap(Arc::clone(&wrapped));
+        wrapped.copy_from(&*wrapped, at(0), at(0), 0).unwrap();
+        wrapped.copy_from(&source, at(1000), at(0), 5000).unwrap();
+        let mut seen = vec![0; 5000];
+        wrapped.read_at(at(0), &mut seen).unwrap();
+        assert!(seen.iter().all(|byte| *byte == 7), "{mode:?}");
+    }
+
+    let refused = |target: &dyn Storage, source: &dyn Storage, from, len| {
+        target.copy_from(source, at(from), at(0), len).unwrap_err().kind()
+    };
+    let direct = create(&dir.path().join("direct"), CacheMode::None);
+    let memory = qcow2_io::MemoryStorage::new();
+    assert_eq!(refused(&direct, &source, 0, 4096), StorageErrorKind::Unsupported);
+    assert_eq!(refused(&target, &direct, 0, 4096), StorageErrorKind::Unsupported);
+    assert_eq!(refused(&target, &memory, 0, 1), StorageErrorKind::Unsupported);
+    assert_eq!(refused(&memory, &target, 0, 1), StorageErrorKind::Unsupported);
+    // Past the end of the source, and onto itself.
+    assert_eq!(refused(&target, &source, 5999, 2), StorageErrorKind::Unsupported);
+    assert_eq!(refused(&target, &target, 1, 4096), StorageErrorKind::Unsupported);
+    drop(target);
+    let reader = OpenFile::read_only().open_file(&dir.path().join("target")).unwrap();
+    assert_eq!(refused(&reader, &source, 0, 1), StorageErrorKind::ReadOnly);
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn holes_cost_no_space_and_kept_zeroes_do() {

@@ -160,6 +160,30 @@ fn files_are_writable_where_that_is_asked_for() {
     data.storage.write_at(HostOffset::new(0), b"x").unwrap_err();
 }
 
+/// What commit asks for: a backing file of either format that takes changes, while its own names stay read-only.
+#[test]
+fn backing_files_are_writable_where_that_is_asked_for() {
+    let world = world();
+    let resolver = resolver(&world, Policy::Allow);
+    let base = resolver.resolve(backing("sub/base", Some("raw")), true).unwrap();
+    base.storage.write_at(HostOffset::new(0), b"changed").unwrap();
+    base.storage.flush().unwrap();
+    assert_eq!(base.format, ImageFormat::Raw);
+    // QEMU's locks: while somebody writes, nobody else may open it.
+    refusal(resolver.resolve(backing("sub/base", Some("raw")), false));
+    refusal(resolver.resolve(backing("sub/base", Some("raw")), true));
+    drop(base);
+    let base = resolver.resolve(backing("sub/base", Some("raw")), false).unwrap();
+    let mut seen = [0; 7];
+    base.storage.read_at(HostOffset::new(0), &mut seen).unwrap();
+    assert_eq!(&seen, b"changed");
+    drop(base);
+    // A policy that denies, denies a writer too.
+    let denied = FileResolver::new(world.path().join("images/top"), Policy::Deny)
+        .resolve(backing("sub/base", Some("raw")), true);
+    assert!(refusal(denied).is_denied());
+}
+
 #[test]
 fn a_named_format_is_not_probed() {
     let world = world();

@@ -55,6 +55,7 @@ pub fn commit(
         below: Below::Unallocated,
         target_layers: Some(&layers),
         compress: None,
+        offload: false,
         order: Order::Any,
         salvage: false,
     };

@@ -33,6 +33,10 @@ pub struct ConvertOptions {
     pub out_of_order: bool,
     /// Sectors that cannot be read become zeroes and are reported.
     pub salvage: bool,
+    /// Data go from storage to storage without passing through the program where these can do that
+    /// (`Storage::copy_from`): plain clusters and raw disks, to either. Zeroes are then not looked for in data. Once a
+    /// storage refuses, the rest is copied the usual way. Not together with `compress`, `salvage` or a `sparse_size` of 0.
+    pub offload: bool,
 }
 
 impl Default for ConvertOptions {
@@ -44,6 +48,7 @@ impl Default for ConvertOptions {
             compress: false,
             out_of_order: false,
             salvage: false,
+            offload: false,
         }
     }
 }
@@ -58,11 +63,12 @@ pub fn converted_size(sources: &[Arc<dyn GuestDisk>]) -> Result<u64> {
 /// that is left alone. Nothing is flushed: that is for the caller to decide, who also closes the target, and removes it
 /// after an error if it was new.
 ///
-/// Disk: source tables are read first, then only data; each range of the target is written at most once. Memory: at
+/// Disk: source tables are read first, then only data; each range of the target is written at most once (twice where
+/// a storage gives up copying by itself). Memory: at
 /// most four chunks for each worker, a chunk being 1 MiB or a cluster where that is more.
 ///
 /// Errors: `InvalidOption` for a target that is too small, a sparse size that is not allowed, a kept backing file with
-/// several sources; `Unsupported` for a target that cannot be compressed; `Extents`, `Read`, `Write` with the first
+/// several sources, copying by the storages together with what excludes it; `Unsupported` for a target that cannot be compressed; `Extents`, `Read`, `Write` with the first
 /// byte of the failed range; `Stopped`.
 pub fn convert(
     sources: &[Arc<dyn GuestDisk>],
@@ -74,6 +80,10 @@ pub fn convert(
     check_sparse_size(options.sparse_size)?;
     if options.keep_backing && sources.len() != 1 {
         let message = "a target with a backing file takes a single source";
+        return Err(Error::new(ErrorKind::InvalidOption, message));
+    }
+    if options.offload && (options.compress || options.salvage || options.sparse_size == 0) {
+        let message = "storages copy neither compressed nor unreadable data nor known zeroes by themselves";
         return Err(Error::new(ErrorKind::InvalidOption, message));
     }
     let source = Source::new(sources)?;
@@ -94,6 +104,7 @@ pub fn convert(
         below: if options.keep_backing { Below::OtherLayers } else { Below::Nothing },
         target_layers: None,
         compress: if options.compress { Some(compressed(target)?) } else { None },
+        offload: options.offload,
         // One worker writes at a time: more would spin for the lock of the file instead of reading and expanding.
         order: if options.out_of_order { Order::Any } else { Order::Claimed },
         salvage: options.salvage,

@@ -8,6 +8,7 @@ use crate::buffer::PageBuffer;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::map::Layers;
+use crate::offload::{Moved, Offload};
 use crate::pipeline::{Order, Stages, run};
 use crate::progress::Progress;
 use crate::source::{Below, Content, Run, SECTOR, Source};
@@ -38,6 +39,8 @@ pub(crate) struct CopyPlan<'a> {
     pub(crate) target_layers: Option<&'a Layers>,
     /// The target as an image that takes compressed clusters, and its codec.
     pub(crate) compress: Option<(&'a Image, &'a dyn ClusterCodec)>,
+    /// Whether the storages are asked to copy by themselves.
+    pub(crate) offload: bool,
     pub(crate) order: Order,
     /// Unreadable sectors become zeroes.
     pub(crate) salvage: bool,
@@ -49,6 +52,8 @@ pub(crate) struct CopyPlan<'a> {
 pub struct CopyReport {
     /// Bytes written as data, as a machine sees them.
     pub data_bytes: u64,
+    /// Those of them that the storages copied by themselves.
+    pub offloaded_bytes: u64,
     /// Bytes that were made zero because the target might have held something else.
     pub zeroed_bytes: u64,
     /// Clusters that were stored compressed; their bytes are not in `data_bytes`.
@@ -87,6 +92,7 @@ pub(crate) fn copy(
         plan,
         grid: ZeroGrid { unit: floor_power(target_unit), shortest_run: plan.sparse_size },
         chunk: CHUNK.max(plan.target.cluster_size()).max(plan.source.cluster_size()),
+        offload: if plan.offload { Offload::new(plan.target) } else { None },
         progress,
         report: Mutex::default(),
     };
@@ -108,6 +114,7 @@ struct Copying<'a> {
     plan: &'a CopyPlan<'a>,
     grid: ZeroGrid,
     chunk: u64,
+    offload: Option<Offload<'a>>,
     progress: &'a dyn Progress,
     report: Mutex<CopyReport>,
 }
@@ -131,6 +138,8 @@ pub(crate) struct Slot {
 enum Step {
     /// These guest bytes, from the slot's plain bytes.
     Data(Range<u64>),
+    /// These guest bytes, from where this layer of the source has them.
+    Copy(Range<u64>, u32),
     /// Zeroes.
     Zeroes(Range<u64>),
     /// A cluster as this part of the slot's packed bytes.
@@ -171,6 +180,37 @@ impl Stages for Copying<'_> {
         if slot.all_zero {
             return self.add_zeroes(slot.range.clone(), &mut slot.steps);
         }
+        if self.offload.as_ref().is_some_and(Offload::is_possible) && self.plan_copies(slot)? {
+            return Ok(());
+        }
+        self.fill(slot)
+    }
+
+    fn finish(&self, slot: &mut Slot) -> Result<ControlFlow<()>> {
+        let mut done = self.write_steps(slot)?;
+        if done.is_none() {
+            // The storages do not copy by themselves: all of the chunk takes the way through the program.
+            slot.steps.clear();
+            self.fill(slot)?;
+            done = self.write_steps(slot)?;
+        }
+        self.progress.advance(slot.range.end - slot.range.start);
+        let done = done.unwrap_or_default();
+        let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
+        report.data_bytes += done.data_bytes;
+        report.offloaded_bytes += done.offloaded_bytes;
+        report.zeroed_bytes += done.zeroed_bytes;
+        report.compressed_clusters += done.compressed_clusters;
+        report.unreadable_sectors += slot.unreadable_sectors;
+        let named = MAX_NAMED - report.unreadable.len();
+        report.unreadable.extend(slot.unreadable.drain(..).take(named));
+        Ok(ControlFlow::Continue(()))
+    }
+}
+
+impl Copying<'_> {
+    /// Reads the chunk and says what is to be written of it.
+    fn fill(&self, slot: &mut Slot) -> Result<()> {
         self.find_runs(slot)?;
         let len = (slot.range.end - slot.range.start) as usize;
         // The end of the disk is padded to a whole cluster for the codec.
@@ -185,27 +225,45 @@ impl Stages for Copying<'_> {
         }
     }
 
-    fn finish(&self, slot: &mut Slot) -> Result<ControlFlow<()>> {
-        let mut done = CopyReport { unreadable_sectors: slot.unreadable_sectors, ..CopyReport::default() };
+    /// Lists what the storages can copy by themselves; `false` if there is data that they cannot.
+    fn plan_copies(&self, slot: &mut Slot) -> Result<bool> {
+        let mut at = slot.range.start;
+        while at < slot.range.end {
+            let (run, stored) = self.plan.source.stored_at(at, slot.range.end - at, self.plan.below)?;
+            at = run.end();
+            match (run.content, stored) {
+                (Content::Backing, _) => {}
+                (Content::Zero, _) => self.add_zeroes(run.start..at, &mut slot.steps)?,
+                (Content::Data, Some(depth)) => match slot.steps.last_mut() {
+                    Some(Step::Copy(last, layer)) if last.end == run.start && *layer == depth => {
+                        last.end = at
+                    }
+                    _ => slot.steps.push(Step::Copy(run.start..at, depth)),
+                },
+                (Content::Data, None) => {
+                    slot.steps.clear();
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Writes what was prepared; `None` if a storage was to copy by itself and did not.
+    fn write_steps(&self, slot: &Slot) -> Result<Option<CopyReport>> {
+        let mut done = CopyReport::default();
         let together = |a: &Step, b: &Step| matches!((a, b), (Step::Stream(..), Step::Stream(..)));
         for steps in slot.steps.chunk_by(together) {
-            self.write(slot, steps, &mut done).map_err(|(at, e)| {
+            let written = self.write(slot, steps, &mut done).map_err(|(at, e)| {
                 Error::new(ErrorKind::Write, format!("error while writing at byte {at}")).with_source(e)
             })?;
+            if written == Moved::Refused {
+                return Ok(None);
+            }
         }
-        self.progress.advance(slot.range.end - slot.range.start);
-        let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
-        report.data_bytes += done.data_bytes;
-        report.zeroed_bytes += done.zeroed_bytes;
-        report.compressed_clusters += done.compressed_clusters;
-        report.unreadable_sectors += done.unreadable_sectors;
-        let named = MAX_NAMED - report.unreadable.len();
-        report.unreadable.extend(slot.unreadable.drain(..).take(named));
-        Ok(ControlFlow::Continue(()))
+        Ok(Some(done))
     }
-}
 
-impl Copying<'_> {
     fn chunk_end(&self, at: u64) -> u64 {
         (at - at % self.chunk).saturating_add(self.chunk).min(self.plan.source.size())
     }
@@ -424,33 +482,41 @@ impl Copying<'_> {
         slot: &Slot,
         steps: &[Step],
         done: &mut CopyReport,
-    ) -> Result<(), (u64, qcow2_core::Error)> {
+    ) -> Result<Moved, (u64, qcow2_core::Error)> {
         let target = self.plan.target;
         match steps {
+            [Step::Copy(range, depth), ..] => {
+                let Some(offload) = &self.offload else { return Ok(Moved::Refused) };
+                let len = range.end - range.start;
+                done.data_bytes += len;
+                done.offloaded_bytes += len;
+                return offload.copy(self.plan.source, range.clone(), *depth).map_err(|e| (range.start, e));
+            }
             [Step::Data(range), ..] => {
                 let from = (range.start - slot.range.start) as usize;
                 let bytes = &slot.plain[from..from + (range.end - range.start) as usize];
                 done.data_bytes += bytes.len() as u64;
-                target.write_at(GuestOffset::new(range.start), bytes).map_err(|e| (range.start, e))
+                target.write_at(GuestOffset::new(range.start), bytes).map_err(|e| (range.start, e))?;
             }
             [Step::Zeroes(range), ..] => {
                 done.zeroed_bytes += range.end - range.start;
                 let range = GuestRange::between(GuestOffset::new(range.start), GuestOffset::new(range.end));
-                target.write_zeroes(range, ZeroMode::MayUnmap).map_err(|e| (range.start().value(), e))
+                target.write_zeroes(range, ZeroMode::MayUnmap).map_err(|e| (range.start().value(), e))?;
             }
             [Step::Stream(first, _), ..] => {
                 done.compressed_clusters += steps.len() as u64;
-                let Some((image, _)) = self.plan.compress else { return Ok(()) };
+                let Some((image, _)) = self.plan.compress else { return Ok(Moved::All) };
                 let mut streams = Vec::with_capacity(steps.len());
                 for step in steps {
                     if let Step::Stream(range, part) = step {
                         streams.push((GuestOffset::new(range.start), &slot.packed[part.clone()]));
                     }
                 }
-                image.write_compressed_streams(&streams).map_err(|e| (first.start, e))
+                image.write_compressed_streams(&streams).map_err(|e| (first.start, e))?;
             }
-            [] => Ok(()),
+            [] => {}
         }
+        Ok(Moved::All)
     }
 }
 

@@ -67,6 +67,7 @@ pub fn dd(
         below: Below::Nothing,
         target_layers: None,
         compress: None,
+        offload: false,
         order: if target.cluster_size() == 0 { Order::Any } else { Order::Claimed },
         salvage: false,
     };

@@ -132,6 +132,11 @@ impl Layers {
         Ok(Self { layers })
     }
 
+    /// The disk of one layer alone.
+    pub(crate) fn disk(&self, depth: u32) -> Option<&Arc<dyn GuestDisk>> {
+        self.layers.get(depth as usize).map(|layer| &layer.disk)
+    }
+
     /// Whether an unallocated run is so only because the layers that could have it are too short: `extent` is what
     /// [`extent_at`](Self::extent_at) gave.
     pub(crate) fn is_past_a_layer(&self, extent: &MapExtent) -> bool {

@@ -119,6 +119,11 @@ impl Source {
 
     /// What the run at `at` holds, cut at `len` bytes; `below` says what is `Backing`. `at` must lie inside.
     pub(crate) fn content_at(&self, at: u64, len: u64, below: Below) -> Result<Run> {
+        Ok(self.stored_at(at, len, below)?.0)
+    }
+
+    /// The same, and the depth of the layer that has the bytes as they are in a place of their own, where one does.
+    pub(crate) fn stored_at(&self, at: u64, len: u64, below: Below) -> Result<(Run, Option<u32>)> {
         let extent = self.extent_at(at, len)?;
         let content = match extent {
             MapExtent { depth: 1.., .. } if below == Below::OtherLayers => Content::Backing,
@@ -126,7 +131,15 @@ impl Source {
             MapExtent { zero: true, .. } => Content::Zero,
             _ => Content::Data,
         };
-        Ok(Run { start: at, len: extent.len, content })
+        let stored = (content == Content::Data && extent.host.is_some()).then_some(extent.depth);
+        Ok((Run { start: at, len: extent.len, content }, stored))
+    }
+
+    /// The layer `depth` of the disk at `at`, the byte of it that is meant, and how many bytes the disk has from there.
+    pub(crate) fn layer_at(&self, at: u64, depth: u32) -> Option<(&Arc<dyn GuestDisk>, u64, u64)> {
+        let part = self.part_at(at);
+        let inside = at - part.start;
+        Some((part.layers.disk(depth)?, inside, part.disk.size().checked_sub(inside)?))
     }
 
     /// Fills `buf` from `at` on; may pass from one disk to the next. All of it must lie inside.

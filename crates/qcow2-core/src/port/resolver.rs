@@ -50,7 +50,7 @@ pub struct SourceId {
 
 /// An opened source.
 pub struct ResolvedSource {
-    /// Its bytes, opened for reading (data files: as the image itself is opened).
+    /// Its bytes, opened for reading, or for writing too where that was asked for.
     pub storage: Arc<dyn Storage>,
     /// How to understand them.
     pub format: ImageFormat,
@@ -114,7 +114,8 @@ impl core::error::Error for ResolveError {
 /// Opens names found inside an image. The engine never opens one itself.
 pub trait Resolver: Send + Sync {
     /// Opens what `reference` names, relative to the image this resolver belongs to. `writable`: whether changes will
-    /// be made (the engine asks so for data files only; who commits to a backing file, for that one too).
+    /// be made. The engine itself asks so for data files of images open for writing only; commit asks so for the backing
+    /// file that it writes to, and for no other.
     fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError>;
 }
 

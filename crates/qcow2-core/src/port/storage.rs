@@ -4,6 +4,7 @@ use super::event::Events;
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
+use core::any::Any;
 use core::fmt;
 use qcow2_format::HostOffset;
 
@@ -179,6 +180,28 @@ pub trait Storage: Send + Sync {
 
     /// Who wants to be told of the engine's steps on this storage, if anybody does. The default: nobody.
     fn events(&self) -> Option<Arc<dyn Events>> {
+        None
+    }
+
+    /// Copies `len` bytes from `from` of `source` to `offset` without their passing through the program: the system does
+    /// it, or makes both files share the space. All of the source's range must lie before its end; a growable storage
+    /// grows. After an error the range may hold anything, and nothing was lost but time: whoever asked reads and writes
+    /// instead, and learns which of both fails. Errors: `Unsupported` where these two storages cannot (the default);
+    /// `ReadOnly`; the system's own.
+    fn copy_from(
+        &self,
+        source: &dyn Storage,
+        from: HostOffset,
+        offset: HostOffset,
+        len: u64,
+    ) -> Result<(), StorageError> {
+        let _ = (source, from, offset, len);
+        Err(StorageError::new(StorageErrorKind::Unsupported, "this storage copies nothing by itself"))
+    }
+
+    /// What an adapter of the same kind looks for in the source of [`copy_from`](Self::copy_from): its own type. `None`
+    /// (the default) where every byte has to be read through this storage.
+    fn copy_source(&self) -> Option<&dyn Any> {
         None
     }
 

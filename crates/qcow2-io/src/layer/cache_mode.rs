@@ -82,7 +82,8 @@ impl NoFlush {
 }
 
 impl Storage for NoFlush {
-    forward!(len read_at write_at write_vectored_at write_zeroes discard allocate set_len extent_at limits used_bytes events);
+    forward!(len read_at write_at write_vectored_at write_zeroes discard allocate set_len extent_at limits used_bytes events
+        copy_from copy_source);
 
     fn flush(&self) -> Result<(), StorageError> {
         Ok(())
@@ -106,7 +107,7 @@ impl FlushEachWrite {
 }
 
 impl Storage for FlushEachWrite {
-    forward!(len read_at discard flush extent_at limits used_bytes events);
+    forward!(len read_at discard flush extent_at limits used_bytes events copy_source);
 
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
         self.durable(self.inner.write_at(offset, buf))
@@ -118,6 +119,16 @@ impl Storage for FlushEachWrite {
 
     fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError> {
         self.durable(self.inner.write_zeroes(offset, len, mode))
+    }
+
+    fn copy_from(
+        &self,
+        source: &dyn Storage,
+        from: HostOffset,
+        offset: HostOffset,
+        len: u64,
+    ) -> Result<(), StorageError> {
+        self.durable(self.inner.copy_from(source, from, offset, len))
     }
 
     fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {

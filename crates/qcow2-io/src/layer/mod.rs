@@ -75,6 +75,22 @@ macro_rules! forward {
             self.inner.events()
         }
     };
+    (@ copy_from) => {
+        fn copy_from(
+            &self,
+            source: &dyn Storage,
+            from: HostOffset,
+            offset: HostOffset,
+            len: u64,
+        ) -> Result<(), StorageError> {
+            self.inner.copy_from(source, from, offset, len)
+        }
+    };
+    (@ copy_source) => {
+        fn copy_source(&self) -> Option<&dyn std::any::Any> {
+            self.inner.copy_source()
+        }
+    };
     (@ used_bytes) => {
         fn used_bytes(&self) -> Result<Option<u64>, StorageError> {
             self.inner.used_bytes()

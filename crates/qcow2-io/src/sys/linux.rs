@@ -3,7 +3,8 @@
 use super::Run;
 use crate::direct::Alignment;
 use rustix::fs::{
-    AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags, fallocate, fdatasync, ioctl_blksszget, seek, statx,
+    AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags, copy_file_range, fallocate, fdatasync,
+    ioctl_blksszget, seek, statx,
 };
 use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
@@ -93,6 +94,38 @@ fn cannot_seek(error: Errno) -> io::Error {
         Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS | Errno::SPIPE => Errno::OPNOTSUPP.into(),
         other => other.into(),
     }
+}
+
+/// Lets the kernel copy a range from one file to another; file systems that can share space do. Whatever says "not these
+/// files, not here" becomes `Unsupported`, and so does a source that ends early.
+pub(crate) fn copy_range(
+    source: &File,
+    mut from: u64,
+    target: &File,
+    mut offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    let mut left = len;
+    while left > 0 {
+        // Some kernels turn down counts near 2^63; 1 GiB is one call all the same.
+        let count = left.min(1 << 30) as usize;
+        match copy_file_range(source, Some(&mut from), target, Some(&mut offset), count) {
+            Ok(0) => return Err(Errno::OPNOTSUPP.into()),
+            Ok(copied) => left = left.saturating_sub(copied as u64),
+            Err(Errno::INTR) => {}
+            Err(
+                Errno::XDEV
+                | Errno::INVAL
+                | Errno::NOSYS
+                | Errno::PERM
+                | Errno::BADF
+                | Errno::TXTBSY
+                | Errno::ISDIR,
+            ) => return Err(Errno::OPNOTSUPP.into()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Makes content and length durable.

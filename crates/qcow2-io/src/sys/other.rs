@@ -50,6 +50,17 @@ pub(crate) fn run_at(_file: &File, _offset: u64) -> io::Result<Run> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
+/// Not known here.
+pub(crate) fn copy_range(
+    _source: &File,
+    _from: u64,
+    _target: &File,
+    _offset: u64,
+    _len: u64,
+) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 /// Makes content and length durable. The standard library asks macOS for a full flush to the medium.
 pub(crate) fn sync(file: &File) -> io::Result<()> {
     file.sync_data()

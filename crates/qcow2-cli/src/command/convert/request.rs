@@ -41,6 +41,7 @@ pub(super) struct Request {
     target_is_zero: bool,
     out_of_order: bool,
     salvage: bool,
+    offload: bool,
 }
 
 impl Request {
@@ -107,6 +108,7 @@ impl Request {
             target_is_zero: raw.target_is_zero,
             out_of_order: raw.out_of_order,
             salvage: raw.salvage,
+            offload: raw.copy_range,
         }))
     }
 
@@ -127,6 +129,7 @@ impl Request {
         options.compress = self.compress;
         options.out_of_order = self.out_of_order;
         options.salvage = self.salvage;
+        options.offload = self.offload;
         Ok(options)
     }
 }
