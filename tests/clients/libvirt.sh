@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # libvirt's storage driver with our program first on its path as qemu-img: volumes are made, cloned, resized, put on each
-# other and deleted; every call must reach our program, and every image must pass qemu-img's check.
+# other, filled, read, wiped and deleted; every call must reach our program and succeed, and every image must pass
+# qemu-img's check. Each call and its exit code is printed. (Internal snapshots are not the storage driver's: libvirt takes
+# them of domains only.)
 #   tests/clients/libvirt.sh PROGRAM
 # Needs root, libvirtd and virsh (Debian: libvirt-daemon, libvirt-clients), and the user libvirt-qemu that the daemon wants.
 set -euo pipefail
@@ -9,7 +11,13 @@ reference=$(command -v qemu-img)
 work=$(mktemp -d)
 mkdir "$work/bin" "$work/real" "$work/pool"
 ln -s "$program" "$work/real/qemu-img"
-printf '#!/bin/sh\necho "$@" >> "%s/calls"\nexec "%s/real/qemu-img" "$@"\n' "$work" "$work" > "$work/bin/qemu-img"
+cat > "$work/bin/qemu-img" <<END
+#!/bin/sh
+"$work/real/qemu-img" "\$@"
+code=\$?
+echo "\$code \$*" >> "$work/calls"
+exit \$code
+END
 chmod +x "$work/bin/qemu-img"
 printf 'unix_sock_dir = "%s"\nauth_unix_rw = "none"\nlog_outputs = "3:file:%s/log"\n' "$work" "$work" > "$work/conf"
 
@@ -31,9 +39,31 @@ v vol-resize clone.qcow2 1G --delta --pool $pool
 v vol-dumpxml over.qcow2 --pool $pool | grep "<path>$work/pool/a.qcow2</path>" > /dev/null
 v vol-info a.qcow2 --pool $pool | grep "Capacity: *2.00 GiB" > /dev/null
 v vol-info clone.qcow2 --pool $pool | grep "Capacity: *2.00 GiB" > /dev/null
-v vol-delete b.raw --pool $pool
-for image in a over pre clone; do "$reference" check -q "$work/pool/$image.qcow2"; done
-grep -q '^create .*over.qcow2' "$work/calls"
-grep -q '^convert .*clone.qcow2' "$work/calls"
-grep -q '^resize .*a.qcow2' "$work/calls"
+head -c 3000000 /dev/urandom > "$work/disk"
+v vol-upload b.raw "$work/disk" --pool $pool
+v vol-clone b.raw copy.raw --pool $pool
+v vol-download copy.raw "$work/back" --pool $pool --length 3000000
+cmp "$work/disk" "$work/back"
+"$work/real/qemu-img" convert -O qcow2 "$work/disk" "$work/disk.qcow2"
+v vol-create-as $pool up.qcow2 3000320 --format qcow2
+v vol-upload up.qcow2 "$work/disk.qcow2" --pool $pool
+v vol-clone up.qcow2 up2.qcow2 --pool $pool
+v vol-create-as $pool old.qcow2 3000320 --format qcow2 --backing-vol up2.qcow2 --backing-vol-format qcow2
+v vol-clone old.qcow2 flat.qcow2 --pool $pool
+v pool-refresh $pool
+"$reference" compare -q -f raw -F qcow2 "$work/disk" "$work/pool/flat.qcow2"
+v vol-create-from $pool /dev/stdin --vol flat.qcow2 --inputpool $pool <<END
+<volume><name>flat.raw</name><capacity>3000320</capacity><target><format type='raw'/></target></volume>
+END
+"$reference" compare -q -f raw -F raw "$work/disk" "$work/pool/flat.raw"
+v vol-resize flat.raw 4M --pool $pool
+v vol-resize clone.qcow2 1G --shrink --pool $pool
+v vol-wipe copy.raw --pool $pool
+for volume in b.raw copy.raw old.qcow2 flat.raw; do v vol-delete $volume --pool $pool; done
+for image in a over pre clone up up2 flat; do "$reference" check -q "$work/pool/$image.qcow2"; done
+grep -q '^0 create .*over.qcow2' "$work/calls"
+grep -q '^0 convert .*clone.qcow2' "$work/calls"
+grep -q '^0 resize .*a.qcow2' "$work/calls"
+sed "s|$work/||g" "$work/calls"
+! grep -v '^0 ' "$work/calls"
 echo "libvirt: $(wc -l < "$work/calls") calls of qemu-img, $(v vol-list $pool | wc -l) volumes, all clean"

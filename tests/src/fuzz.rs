@@ -136,7 +136,7 @@ pub fn open_change(data: &[u8]) {
     };
     let was_sound = sound(&*storage);
     let Some(image) = open(Arc::clone(&storage) as _, true) else { return };
-    let complete = change_snapshots(&image).is_ok() & change_bitmaps(&image).is_ok();
+    let complete = change_snapshots(&image, was_sound).is_ok() & change_bitmaps(&image).is_ok();
     read_all(&image);
     let closed = image.close().is_ok();
     drop(image);
@@ -145,15 +145,18 @@ pub fn open_change(data: &[u8]) {
     }
 }
 
-/// Goes back to the first snapshot, takes one, and deletes the first and the last.
-fn change_snapshots(image: &Image) -> qcow2_core::Result<()> {
+/// Goes back to the first snapshot, takes one, and deletes the first and the last. What a damaged image shows may be its own
+/// tables, which change.
+fn change_snapshots(image: &Image, sound: bool) -> qcow2_core::Result<()> {
     let snapshots = image.snapshots()?;
     let went_back = snapshots.first().map_or(Ok(()), |first| image.apply_snapshot(first));
     let taken = image.create_snapshot(&NewSnapshot::default())?;
     let before = first_bytes(image);
     let _ = image.write_at(GuestOffset::new(0), &[0x77; 700]);
     image.apply_snapshot(&taken)?;
-    assert_eq!(first_bytes(image), before, "a snapshot keeps what it was taken of");
+    if sound {
+        assert_eq!(first_bytes(image), before, "a snapshot keeps what it was taken of");
+    }
     for snapshot in snapshots.first().into_iter().chain([&taken]) {
         image.delete_snapshot(snapshot)?;
     }

@@ -33,21 +33,42 @@ fn oslo_utils() {
         "create -q -f qcow2 -b base.raw -F raw overlay.qcow2",
         "create -q -f qcow2 -o cluster_size=4k,compat=0.10 -b overlay.qcow2 -F qcow2 old.qcow2",
         "convert -O qcow2 -c overlay.qcow2 packed.qcow2",
+        "create -q -f qcow2 -o data_file=outside.raw,data_file_raw=on external.qcow2 5M",
+        "create -q -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 --object secret,id=s,data=w \
+         locked.qcow2 5M",
+        "create -q -f luks -o key-secret=s,iter-time=10 --object secret,id=s,data=w locked.luks 5M",
     ];
     for line in lines {
         ours.run_in(root.path(), &words(line)).success();
     }
     qemu_img.run_in(root.path(), &words("snapshot -c first plain.qcow2")).success();
     let path = std::env::var("PATH").unwrap_or_default();
+    let images = [
+        "base.raw",
+        "plain.qcow2",
+        "overlay.qcow2",
+        "old.qcow2",
+        "packed.qcow2",
+        "external.qcow2",
+        "locked.qcow2",
+        "locked.luks",
+    ];
     let told = |path: String| {
         let mut command = Command::new(python.path());
         command.arg(tests.join("clients/oslo.py")).env("PATH", path).current_dir(root.path());
-        let images = ["base.raw", "plain.qcow2", "overlay.qcow2", "old.qcow2", "packed.qcow2"];
         let output = command.args(images).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
     let (with_ours, with_theirs) = (told(format!("{}:{path}", bin.display())), told(path.clone()));
-    assert_eq!(with_ours.lines().count(), 5, "{with_ours}");
+    assert_eq!(with_ours.lines().count(), images.len() * 2, "{with_ours}");
+    for (name, told) in [
+        ("locked.qcow2", "'encrypt': {"),
+        ("external.qcow2", "'data-file': 'outside.raw'"),
+        ("plain.qcow2", "first"),
+    ] {
+        let json = with_ours.lines().find(|line| line.starts_with(&format!("{name} json")));
+        assert!(json.is_some_and(|line| line.contains(told)), "{name}: {with_ours}");
+    }
     assert_eq!(with_ours, with_theirs);
 }
