@@ -158,7 +158,8 @@ fn said_differently(reference: &Outcome, ours: &Outcome, our_tool: &Tool, their_
     }
     // Some messages begin with the program's own path.
     let plain = |text: &str, tool: &Tool| {
-        without_progress(&text.replace(&tool.path().display().to_string(), "qemu-img"))
+        let text = without_progress(&text.replace(&tool.path().display().to_string(), "qemu-img"));
+        without_node_numbers(&text)
     };
     for (what, theirs, own) in
         [("stdout", &reference.stdout, &ours.stdout), ("stderr", &reference.stderr, &ours.stderr)]
@@ -184,6 +185,18 @@ fn without_progress(text: &str) -> String {
     }
     out + rest
 }
+
+/// Takes the number away from `#block123`, which is another one at each run.
+fn without_node_numbers(text: &str) -> String {
+    let (before, rest) = text.split_once(NODE).unwrap_or((text, ""));
+    let after = rest.split(NODE).map(|piece| piece.trim_start_matches(|c: char| c.is_ascii_digit()));
+    match rest.is_empty() {
+        true => text.to_owned(),
+        false => after.fold(before.to_owned(), |out, piece| out + NODE + piece),
+    }
+}
+
+const NODE: &str = "#block";
 
 fn files(folder: &Path) -> Files {
     let mut files = Files::new();
@@ -211,6 +224,12 @@ mod tests {
     fn progress_is_taken_away() {
         assert_eq!(without_progress("    (0.00/100%)\r    (100.00/100%)\rdone\n"), "done\n");
         assert_eq!(without_progress("a\rb"), "a\rb");
+    }
+
+    #[test]
+    fn numbers_of_nodes_are_taken_away() {
+        assert_eq!(without_node_numbers("a #block12, '#block7'."), "a #block, '#block'.");
+        assert_eq!(without_node_numbers("a b 12"), "a b 12");
     }
 
     #[test]

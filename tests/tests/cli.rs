@@ -140,6 +140,9 @@ fn make_start(qemu_img: &Tool, folder: &Path) {
     io("-c 'write -P 7 3k 5k' df.qcow2");
     make_chains(&img, &io);
     make_damaged(&img, &io, folder);
+    fs::create_dir(folder.join("dir")).unwrap();
+    img("create -q -f qcow2 -u -b nbd://127.0.0.1:1/x -F raw nbdback.qcow2 1M");
+    img("create -q -f qcow2 -u -b foo:bar -F raw fooback.qcow2 1M");
     for (name, len) in [("r.raw", MIB), ("base.raw", MIB), ("h.raw", 4 * MIB), ("odd.raw", 4 * MIB + 1)] {
         sparse(name, len);
     }
@@ -147,6 +150,9 @@ fn make_start(qemu_img: &Tool, folder: &Path) {
         sparse(name, len);
     }
     io("-f raw -c 'write -P 5 1M 100k' h.raw");
+    let name = r#"'json:{"driver":"raw","file":{"driver":"file","filename":"h.raw"}}'"#;
+    img(&format!("create -q -f qcow2 -u -b {name} -F raw jsback.qcow2 4M"));
+    io("-c 'write -P 3 512k 64k' jsback.qcow2");
     fs::write(folder.join("tiny"), "abc").unwrap();
     let mut random = [0; 1000];
     Rng::new(7).fill(&mut random);
@@ -208,6 +214,13 @@ fn make_chains(img: &dyn Fn(&str), io: &dyn Fn(&str)) {
     io("-c 'write -P 9 0 64k' shared.qcow2");
     img("snapshot -c a shared.qcow2");
     img("snapshot -c b shared.qcow2");
+    img("create -q -f qcow2 sz.qcow2 1M");
+    io("-c 'write -P 3 0 1M' sz.qcow2");
+    img("snapshot -c small sz.qcow2");
+    img("resize -q sz.qcow2 3M");
+    io("-c 'write -P 4 1M 2M' sz.qcow2");
+    img("snapshot -c big sz.qcow2");
+    img("resize -q --shrink sz.qcow2 2M");
     img("create -q -f qcow2 shrunk.qcow2 2M");
     io("-c 'write -P 9 0 2M' shrunk.qcow2");
     img("resize -q --shrink shrunk.qcow2 100k");

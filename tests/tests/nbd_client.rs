@@ -155,3 +155,53 @@ fn a_server_that_goes_away() {
     assert_eq!(text.matches("read failed: ").count(), 2, "{text}");
     assert_eq!(fs::metadata(root.path().join("r.raw")).unwrap().len(), 8 << 20);
 }
+
+/// A server on a TCP port as what is read, written, and named as a backing file inside an image.
+#[test]
+fn servers_over_tcp_and_as_backing_files() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
+    let Some(tool) = Tool::find("qemu-nbd") else { return };
+    let start = both.start();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut command = Command::new(tool.path());
+    command.current_dir(&start).args(["-b", "127.0.0.1", "-p", &port.to_string()]);
+    command.args(words("-t -e 8 -x one -f qcow2 s.qcow2")).stdin(Stdio::null());
+    let _server = Server(command.spawn().unwrap());
+    let started = Instant::now();
+    while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(started.elapsed() < Duration::from_secs(20), "qemu-nbd does not listen");
+        thread::sleep(Duration::from_millis(20));
+    }
+    let url = format!("nbd://127.0.0.1:{port}/one");
+    let server = format!(r#"{{"type":"inet","host":"127.0.0.1","port":"{port}"}}"#);
+    let file = format!(r#"{{"driver":"nbd","server":{server},"export":"one"}}"#);
+    let json = format!(r#"json:{{"driver":"raw","file":{file}}}"#);
+    let img = |line: &str| both.reference().run_in(&start, &words(line)).success();
+    img(&format!("create -q -f qcow2 -F raw -b {url} byurl.qcow2"));
+    img(&format!("create -q -f qcow2 -F raw -b '{json}' byjson.qcow2"));
+    img("create -q -f qcow2 -F qcow2 -b byurl.qcow2 top.qcow2");
+    let mut lines = vec![
+        format!("info {url}"),
+        format!("map {url}"),
+        format!("info nbd:127.0.0.1:{port}:exportname=one"),
+        format!("info nbd://127.0.0.1:{port}/other"),
+        format!("compare {url} copy.qcow2"),
+        format!("convert -O qcow2 {url} x"),
+        format!("convert -O qcow2 '{json}' x"),
+        format!("create -f qcow2 -F raw -b {url} x"),
+        format!("convert -O qcow2 -B {url} -F raw s.qcow2 x"),
+        "rebase -b r.raw -F raw byurl.qcow2".to_owned(),
+        "commit top.qcow2".to_owned(),
+    ];
+    for image in ["byurl.qcow2", "byjson.qcow2", "top.qcow2"] {
+        lines.extend(
+            ["info", "info --backing-chain", "map", "map --output=json", "check", "measure -O qcow2"]
+                .map(|verb| format!("{verb} {image}")),
+        );
+        lines.push(format!("compare {image} copy.qcow2"));
+        lines.push(format!("convert {image} x"));
+        lines.push(format!("rebase -b '' {image}"));
+    }
+    check(&both, &lines);
+}

@@ -1,4 +1,5 @@
-//! The options of new images (`-o`): which there are, of what type, and in which order they are shown.
+//! The options of new images (`-o`): which there are, of what type, and in which order they are shown. Scripts read the table that
+//! `-o help` prints, so it is QEMU's.
 
 use crate::args::Objects;
 use crate::failure::Failure;
@@ -168,7 +169,10 @@ pub(crate) fn print_options(session: &Session, format: TargetFormat, with_file: 
         let _ = writeln!(text, "  {name:<22} - {}", option.help);
     }
     if !with_file {
-        text.push_str("\nA target that is a file takes more; give its name to see them.\n");
+        text.push_str(
+            "\nThe protocol level may support further options.\n\
+             Specify the target filename to include those options.\n",
+        );
     }
     session.print(&text)
 }
@@ -330,72 +334,72 @@ const fn of_file(option: ImageOption) -> ImageOption {
     ImageOption { of_file: true, ..option }
 }
 
-const SIZE: ImageOption = size("size", "bytes that the guest sees");
-const NOCOW: ImageOption = of_file(switch("nocow", "no copy-on-write for the file (btrfs)"));
+const SIZE: ImageOption = size("size", "Virtual disk size");
+const NOCOW: ImageOption = of_file(switch("nocow", "Turn off copy-on-write (valid only on btrfs)"));
 const EXTENT_SIZE_HINT: ImageOption =
-    of_file(size("extent_size_hint", "extent size hint of the file (XFS), 0 for none"));
+    of_file(size("extent_size_hint", "Extent size hint for the image file, 0 to disable"));
 
 const QCOW2: &[ImageOption] = &[
-    switch("encryption", "old spelling of encrypt.format=aes"),
-    text("encrypt.format", "encryption: aes, luks"),
-    text("encrypt.key-secret", "identifier of the secret with the password"),
-    text("encrypt.cipher-alg", "cipher"),
-    text("encrypt.cipher-mode", "cipher mode"),
-    text("encrypt.ivgen-alg", "how initialization vectors are made"),
-    text("encrypt.ivgen-hash-alg", "hash for initialization vectors"),
-    text("encrypt.hash-alg", "hash for key derivation"),
-    number("encrypt.iter-time", "milliseconds that key derivation takes"),
-    or("65536", size("cluster_size", "bytes in a cluster, a power of two from 512 to 2M")),
-    or("off", switch("extended_l2", "32 subclusters in each cluster")),
-    text("preallocation", "space reserved at once: off, metadata, falloc, full"),
-    or("zlib", text("compression_type", "method for compressed clusters: zlib, zstd")),
+    switch("encryption", "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)"),
+    text("encrypt.format", "Encrypt the image, format choices: 'aes', 'luks'"),
+    text("encrypt.key-secret", "ID of secret providing qcow AES key or LUKS passphrase"),
+    text("encrypt.cipher-alg", "Name of encryption cipher algorithm"),
+    text("encrypt.cipher-mode", "Name of encryption cipher mode"),
+    text("encrypt.ivgen-alg", "Name of IV generator algorithm"),
+    text("encrypt.ivgen-hash-alg", "Name of IV generator hash algorithm"),
+    text("encrypt.hash-alg", "Name of encryption hash algorithm"),
+    number("encrypt.iter-time", "Time to spend in PBKDF in milliseconds"),
+    or("65536", size("cluster_size", "qcow2 cluster size")),
+    or("off", switch("extended_l2", "Extended L2 tables")),
+    text("preallocation", "Preallocation mode (allowed values: off, metadata, falloc, full)"),
+    or("zlib", text("compression_type", "Compression method used for image cluster compression")),
     SIZE,
-    text("compat", "version of the format: v2 (0.10) or v3 (1.1)"),
-    text("backing_file", "name of the backing file"),
-    text("backing_fmt", "format of the backing file"),
-    text("data_file", "name of a file that holds the guest's data"),
-    switch("data_file_raw", "the data file can be read as a raw image at any time"),
-    or("off", switch("lazy_refcounts", "refcounts may be brought up to date later")),
-    or("16", number("refcount_bits", "bits in a refcount, a power of two up to 64")),
+    text("compat", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    text("backing_file", "File name of a base image"),
+    text("backing_fmt", "Image format of the base image"),
+    text("data_file", "File name of an external data file"),
+    switch("data_file_raw", "The external data file must stay valid as a raw image"),
+    or("off", switch("lazy_refcounts", "Postpone refcount updates")),
+    or("16", number("refcount_bits", "Width of a reference count entry in bits")),
     NOCOW,
     EXTENT_SIZE_HINT,
 ];
 
 const LUKS: &[ImageOption] = &[
     SIZE,
-    text("key-secret", "identifier of the secret with the password"),
-    text("cipher-alg", "cipher"),
-    text("cipher-mode", "cipher mode"),
-    text("ivgen-alg", "how initialization vectors are made"),
-    text("ivgen-hash-alg", "hash for initialization vectors"),
-    text("hash-alg", "hash for key derivation"),
-    number("iter-time", "milliseconds that key derivation takes"),
+    text("key-secret", "ID of the secret that provides the keyslot passphrase"),
+    text("cipher-alg", "Name of encryption cipher algorithm"),
+    text("cipher-mode", "Name of encryption cipher mode"),
+    text("ivgen-alg", "Name of IV generator algorithm"),
+    text("ivgen-hash-alg", "Name of IV generator hash algorithm"),
+    text("hash-alg", "Name of encryption hash algorithm"),
+    number("iter-time", "Time to spend in PBKDF in milliseconds"),
     NOCOW,
-    of_file(text("preallocation", "space reserved at once: off, falloc, full")),
+    of_file(text("preallocation", "Preallocation mode (allowed values: off, falloc, full)")),
     EXTENT_SIZE_HINT,
 ];
 
 /// In the order of their names.
 const AMEND: &[ImageOption] = &[
-    text("backing_file", "name of the backing file; as it is"),
-    text("backing_fmt", "format of the backing file; as it is"),
-    text("compat", "version of the format: v2 (0.10) or v3 (1.1)"),
-    text("data_file", "name of the file that holds the guest's data"),
-    switch("data_file_raw", "the data file can be read as a raw image at any time; only off"),
-    number("encrypt.iter-time", "milliseconds that key derivation takes"),
-    number("encrypt.keyslot", "the key slot to change"),
-    text("encrypt.new-secret", "secret for the key slots; empty to erase them"),
-    text("encrypt.old-secret", "the key slots that this secret opens"),
-    text("encrypt.state", "what the key slots become: active, inactive"),
-    switch("lazy_refcounts", "refcounts may be brought up to date later"),
-    number("refcount_bits", "bits in a refcount, a power of two up to 64"),
+    text("backing_file", "File name of a base image"),
+    text("backing_fmt", "Image format of the base image"),
+    text("compat", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    text("data_file", "File name of an external data file"),
+    switch("data_file_raw", "The external data file must stay valid as a raw image"),
+    number("encrypt.iter-time", "Time to spend in PBKDF in milliseconds"),
+    number("encrypt.keyslot", "Select a single keyslot to modify explicitly"),
+    text("encrypt.new-secret", "New secret to set in the matching keyslots. Empty string to erase"),
+    text("encrypt.old-secret", "Select all keyslots that match this password"),
+    text("encrypt.state", "Select new state of affected keyslots (active/inactive)"),
+    switch("lazy_refcounts", "Postpone refcount updates"),
+    number("refcount_bits", "Width of a reference count entry in bits"),
     SIZE,
 ];
 
 const RAW: &[ImageOption] = &[
     SIZE,
     NOCOW,
-    of_file(text("preallocation", "space reserved at once: off, falloc, full")),
+    of_file(text("preallocation", "Preallocation mode (allowed values: off, falloc, full)")),
     EXTENT_SIZE_HINT,
 ];
 

@@ -37,6 +37,11 @@ impl Interrupts {
         self.shared.signal.load(Ordering::Relaxed) != 0
     }
 
+    /// What is begun is short and comes to its end; a second signal ends the program at once.
+    pub(crate) fn hold(&self) {
+        self.shared.watched.store(true, Ordering::Relaxed);
+    }
+
     /// From now on nobody asks: a signal ends the program at once.
     pub(crate) fn stop_watching(&self) {
         self.shared.watched.store(false, Ordering::Relaxed);

@@ -24,6 +24,7 @@ mod session;
 mod size;
 mod threads;
 mod throttle;
+mod trace;
 
 use args::{Arguments, Getopt, Opt};
 use failure::Failure;
@@ -71,6 +72,7 @@ fn dispatch(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
                 return args::print_description(session).map(|()| exit::SUCCESS);
             }
             Opt::Version => return args::print_version(session).map(|()| exit::SUCCESS),
+            Opt::Trace if trace::accept(session, &given.value)? => return Ok(exit::SUCCESS),
             _ => {}
         }
     }

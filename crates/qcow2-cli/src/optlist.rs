@@ -100,6 +100,11 @@ pub(crate) fn escape_commas(value: &str) -> String {
     value.replace(',', ",,")
 }
 
+/// The first item of an option string.
+pub(crate) fn first_item(text: &str) -> String {
+    split(text).swap_remove(0)
+}
+
 /// Cuts at single commas; of a pair of commas one stays.
 fn split(text: &str) -> Vec<String> {
     let mut items = vec![String::new()];

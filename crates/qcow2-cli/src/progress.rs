@@ -112,7 +112,7 @@ impl Progress for Meter {
         let total = self.total.load(Ordering::Relaxed).max(1);
         let share =
             u64::try_from(u128::from(done) * u128::from(ALL) / u128::from(total)).unwrap_or(ALL).min(ALL);
-        if self.interrupts.take_progress_request() && !matches!(self.shape, Shape::Silent | Shape::Json) {
+        if self.interrupts.take_progress_request() && matches!(self.shape, Shape::OnRequest) {
             write_out(&percent(share));
         }
         let shown = self.shown.load(Ordering::Relaxed);

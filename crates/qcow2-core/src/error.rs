@@ -45,6 +45,8 @@ pub enum ErrorKind {
     Chain,
     /// The image is encrypted and no key was given.
     Encrypted,
+    /// The caller asked to stop; the image is whole.
+    Stopped,
 }
 
 /// An engine error. `Display` prints this layer only; follow `source()` for the rest.

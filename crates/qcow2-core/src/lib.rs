@@ -34,7 +34,7 @@ mod vmstate;
 pub mod walk;
 mod write;
 
-pub use amend::HeaderChange;
+pub use amend::{AmendProgress, HeaderChange};
 pub use chain::open_disk;
 pub use container::ContainerDisk;
 pub use create::{BackingName, CreateOptions, DataFileName, LuksArea, NewEncryption, Preallocation, create};

@@ -141,7 +141,10 @@ impl OpenFile {
     /// What kind of thing `data` is about, unless that kind is refused.
     fn allow(&self, data: &Metadata, path: &Path) -> Result<FileKind, OpenError> {
         match file_kind(data) {
-            FileKind::Other => Err(OpenError::new(OpenErrorKind::NotRegular, path)),
+            FileKind::Other => Err(OpenError {
+                directory_to_write: data.is_dir() && self.writable,
+                ..OpenError::new(OpenErrorKind::NotRegular, path)
+            }),
             FileKind::BlockDevice if !self.allow_devices => {
                 Err(OpenError::new(OpenErrorKind::NotRegular, path))
             }
@@ -177,11 +180,9 @@ impl OpenFile {
 fn lock(file: &File, path: &Path, options: &OpenFile) -> Result<(), OpenError> {
     lock_image(file, options.locking, options.writable).map_err(|error| match error {
         LockError::System(error) => OpenError::system(path, error),
-        LockError::Conflict(conflict) => OpenError {
-            kind: OpenErrorKind::Locked,
-            path: path.to_owned(),
-            cause: Some(Cause::Lock(conflict)),
-        },
+        LockError::Conflict(conflict) => {
+            OpenError { cause: Some(Cause::Lock(conflict)), ..OpenError::new(OpenErrorKind::Locked, path) }
+        }
     })
 }
 
@@ -229,6 +230,7 @@ pub struct OpenError {
     kind: OpenErrorKind,
     path: PathBuf,
     cause: Option<Cause>,
+    directory_to_write: bool,
 }
 
 #[derive(Debug)]
@@ -239,7 +241,7 @@ enum Cause {
 
 impl OpenError {
     pub(crate) fn new(kind: OpenErrorKind, path: &Path) -> Self {
-        Self { kind, path: path.to_owned(), cause: None }
+        Self { kind, path: path.to_owned(), cause: None, directory_to_write: false }
     }
 
     pub(crate) fn system(path: &Path, error: io::Error) -> Self {
@@ -249,7 +251,7 @@ impl OpenError {
             io::ErrorKind::PermissionDenied => OpenErrorKind::Denied,
             _ => OpenErrorKind::System,
         };
-        Self { kind, path: path.to_owned(), cause: Some(Cause::System(OsError::new(error))) }
+        Self { cause: Some(Cause::System(OsError::new(error))), ..Self::new(kind, path) }
     }
 
     /// What kind of trouble it was.
@@ -260,6 +262,11 @@ impl OpenError {
     /// The name that was opened, as it was given.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether it is a directory that was to be written to, which systems refuse in words of their own.
+    pub fn is_directory_to_write(&self) -> bool {
+        self.directory_to_write
     }
 
     /// The operating system's error number, where there was one.

@@ -7,6 +7,7 @@ use qcow2_core::format::Version;
 use qcow2_core::format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 use qcow2_core::{GuestDisk, HeaderChange, Image};
 use std::fmt;
+use std::ops::ControlFlow;
 use std::sync::Mutex;
 
 /// What is to be different; `None` leaves a thing as it is.
@@ -94,7 +95,7 @@ pub enum Amended {
 /// a power cut leaves the image between two steps. `progress` counts refcount blocks and tables, in no unit that means bytes.
 ///
 /// Errors: `InvalidOption` with a [`Refusal`] or a [`resize::Refusal`](crate::resize::Refusal) below; `Write` with the engine's
-/// error.
+/// error; `Stopped`, the image being before or between two steps, to be closed as ever.
 pub fn amend(image: &Image, options: &AmendOptions, progress: &dyn Progress) -> Result<Amended> {
     let refused = |refusal| Error::new(ErrorKind::InvalidOption, "amending").with_source(refusal);
     check(image, options).map_err(refused)?;
@@ -103,8 +104,10 @@ pub fn amend(image: &Image, options: &AmendOptions, progress: &dyn Progress) -> 
         let refused = |refusal| Error::new(ErrorKind::InvalidOption, "resizing").with_source(refusal);
         plan_size(image, &resize_to(size)).map_err(refused)?;
     }
-    step(image, options, progress)
-        .map_err(|e| Error::new(ErrorKind::Write, "could not amend the image").with_source(e))
+    step(image, options, progress).map_err(|e| match e.kind() {
+        qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, "amending was stopped"),
+        _ => Error::new(ErrorKind::Write, "could not amend the image").with_source(e),
+    })
 }
 
 fn step(image: &Image, options: &AmendOptions, progress: &dyn Progress) -> qcow2_core::Result<Amended> {
@@ -115,6 +118,10 @@ fn step(image: &Image, options: &AmendOptions, progress: &dyn Progress) -> qcow2
         if let Ok(mut last) = counted.lock() {
             progress.advance(done.saturating_sub(*last));
             *last = done;
+        }
+        match progress.should_stop() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         }
     };
     let wanted = options.version.unwrap_or(header.version);

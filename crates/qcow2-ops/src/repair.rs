@@ -51,7 +51,7 @@ pub fn needs_all(report: &CheckReport) -> bool {
 /// concluded from them, and nothing is changed. The marks of damage go once no error is left. Disk: see
 /// [`Image::repair_refcounts`], [`Image::repair_copied_flags`], [`Image::clear_damage_marks`]; all tables are read again.
 ///
-/// Errors: `Unsupported` for leaks where [`needs_all`]; `Write` with the engine's error; as [`check`].
+/// Errors: `Unsupported` for leaks where [`needs_all`]; `Write` with the engine's error; as [`check`], which may stop it between two steps.
 pub fn repair(
     image: &Image,
     report: &CheckReport,
@@ -93,6 +93,9 @@ pub fn repair(
     }
     done.copied = now.findings.iter().filter(|found| is_copied_flag(&found.finding)).cloned().collect();
     let exact = count(&now, &is_refcount) == 0;
+    if progress.should_stop() {
+        return Err(Error::new(ErrorKind::Stopped, "repair was stopped"));
+    }
     if exact && !done.copied.is_empty() {
         image.repair_copied_flags().map_err(failed)?;
         (done.copied_fixed, done.corruptions_fixed) =

@@ -1,6 +1,7 @@
 //! Makes a disk longer or shorter.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::progress::Progress;
 use qcow2_core::format::Version;
 use qcow2_core::format::limit::MAX_L1_ENTRIES;
 use qcow2_core::{
@@ -84,19 +85,24 @@ impl std::error::Error for Refusal {}
 /// longer disk had there. Disk: of a qcow2 image the tables, then the size, then what is preallocated; the caller closes
 /// it. A crash leaves the old size or the new one.
 ///
-/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Write` with the engine's error.
-pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<()> {
+/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Write` with the engine's error; `Stopped`, the
+/// disk having its new size and a part of its space.
+pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions, progress: &dyn Progress) -> Result<()> {
     let old = disk.size();
     let size = plan(disk, options)
         .map_err(|refusal| Error::new(ErrorKind::InvalidOption, "resizing").with_source(refusal))?;
-    let failed = |e| Error::new(ErrorKind::Write, "could not resize the disk").with_source(e);
+    let failed = |e: qcow2_core::Error| match e.kind() {
+        qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, "resizing was stopped"),
+        _ => Error::new(ErrorKind::Write, "could not resize the disk").with_source(e),
+    };
     disk.resize(size).map_err(failed)?;
     if options.preallocation != Preallocation::Off {
         let new = GuestRange::between(GuestOffset::new(old), GuestOffset::new(size));
         match (disk.as_image(), disk.as_raw()) {
-            (Some(image), _) => preallocate(image, new, options.preallocation),
+            (Some(image), _) => preallocate(image, new, options.preallocation, progress),
             (_, Some(raw)) => {
-                reserve(&**raw.storage(), HostOffset::new(old), new.len(), options.preallocation)
+                let (start, mode) = (HostOffset::new(old), options.preallocation);
+                reserve(&**raw.storage(), start, new.len(), mode, progress)
             }
             _ => Ok(()),
         }
@@ -143,14 +149,20 @@ pub(crate) fn plan(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<u64,
 }
 
 /// Gives every cluster of `range`, which reads as zeroes, a place.
-fn preallocate(image: &Image, range: GuestRange, mode: Preallocation) -> qcow2_core::Result<()> {
+fn preallocate(
+    image: &Image,
+    range: GuestRange,
+    mode: Preallocation,
+    progress: &dyn Progress,
+) -> qcow2_core::Result<()> {
     let Some(storage) = image.data_storage() else { return Ok(()) };
     let mut at = range.start();
     while at < range.end() {
+        check_stop(progress)?;
         let ticket = image.prepare_write(GuestRange::between(at, range.end()))?;
         for piece in ticket.pieces() {
             match piece {
-                Piece::Guest { host } => reserve(&**storage, host, ticket.range().len(), mode)?,
+                Piece::Guest { host } => reserve(&**storage, host, ticket.range().len(), mode, progress)?,
                 Piece::Bytes { host, bytes } => storage.write_at(host, bytes)?,
                 Piece::Zeroes { host, len } => storage.write_zeroes(host, len, ZeroMode::MayUnmap)?,
                 _ => {}
@@ -168,6 +180,7 @@ fn reserve(
     start: HostOffset,
     len: u64,
     mode: Preallocation,
+    progress: &dyn Progress,
 ) -> qcow2_core::Result<()> {
     match mode {
         Preallocation::Falloc => {
@@ -178,6 +191,7 @@ fn reserve(
             let zeroes = vec![0; usize::try_from(len.min(PIECE)).unwrap_or(0)];
             let mut done = 0;
             while done < len {
+                check_stop(progress)?;
                 let piece = (len - done).min(PIECE);
                 storage.write_at(
                     HostOffset::new(start.value() + done),
@@ -189,6 +203,13 @@ fn reserve(
         _ => storage.write_zeroes(start, len, ZeroMode::MayUnmap)?,
     }
     Ok(())
+}
+
+fn check_stop(progress: &dyn Progress) -> qcow2_core::Result<()> {
+    match progress.should_stop() {
+        true => Err(qcow2_core::Error::new(qcow2_core::ErrorKind::Stopped, "preallocation was stopped")),
+        false => Ok(()),
+    }
 }
 
 /// Bytes of zeroes written at once.

@@ -11,6 +11,7 @@ pub(crate) static VERBS: &[Verb] = &[
         synopsis: "[-f FMT | --image-opts] [-t CACHE] [--force] [-p] [-q] -o OPTIONS FILENAME",
         options: &[
             HELP,
+            OBJECT,
             option(
                 Opt::Options,
                 Some('o'),
@@ -24,7 +25,6 @@ pub(crate) static VERBS: &[Verb] = &[
             IMAGE_OPTS,
             option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode (writeback)"),
             option(Opt::Force, None, "force", None, "also what may lose the key to the data"),
-            OBJECT,
         ],
         operands: &[FILENAME],
         run: command::amend::run,
@@ -341,7 +341,7 @@ pub(crate) static VERBS: &[Verb] = &[
 pub(crate) static GENERAL: &[OptionSpec] = &[
     HELP,
     option(Opt::Version, Some('V'), "version", None, "show the version and exit"),
-    option(Opt::Trace, Some('T'), "trace", Some("TRACE"), "accepted and ignored"),
+    option(Opt::Trace, Some('T'), "trace", Some("TRACE"), "accepted; there are no trace events"),
     own(Opt::Describe, "describe", "print every verb and option as JSON and exit"),
 ];
 

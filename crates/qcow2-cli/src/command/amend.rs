@@ -28,6 +28,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         meter.complete_again();
     }
     meter.end();
+    interrupts.die_if_asked();
     amended.map(|()| exit::SUCCESS)
 }
 
@@ -138,6 +139,9 @@ fn settle(list: &OptList) -> Result<AmendOptions, Failure> {
 }
 
 fn failure(session: &Session, error: &qcow2_ops::Error, options: &AmendOptions) -> Failure {
+    if error.kind() == qcow2_ops::ErrorKind::Stopped {
+        return Failure::silent(exit::FAILURE);
+    }
     if let Some(refusal) = qemu_text::find::<resize::Refusal>(error) {
         return refusal_text(session, refusal);
     }

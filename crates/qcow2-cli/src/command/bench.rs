@@ -9,7 +9,7 @@ use crate::open::{OpenAs, open_image};
 use crate::progress::Meter;
 use crate::render::qemu_text;
 use crate::session::Session;
-use crate::size::{SIGNED, parse_argument};
+use crate::size::{SIGNED, parse_argument, parse_count};
 use crate::threads::Threads;
 use qcow2_io::CacheMode;
 use qcow2_ops::{BenchOptions, Executor};
@@ -90,6 +90,7 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
     };
     while let Some(given) = args.next(session)? {
         let number = |what: &str, range| parse_argument(what, &given.value, range);
+        let count = |what: &str, range| parse_count(what, &given.value, range);
         match given.opt {
             Opt::Format => request.image.format = Some(given.value),
             Opt::ImageOpts => request.image.image_opts = true,
@@ -103,14 +104,14 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
             Opt::Aio if !["threads", "native", "io_uring"].contains(&given.value.as_str()) => {
                 return Err(Failure::new(format!("Invalid aio option: {}", given.value)));
             }
-            Opt::RequestCount => request.options.count = number("request count", POSITIVE)?,
-            Opt::Depth => request.depth = number("queue depth", POSITIVE)?,
+            Opt::RequestCount => request.options.count = count("request count", POSITIVE)?,
+            Opt::Depth => request.depth = count("queue depth", POSITIVE)?,
             Opt::BufferSize => request.options.buffer_size = number("buffer size", POSITIVE)?,
-            Opt::StepSize => request.step = Some(number("step_size", 0..=i32::MAX as u64)?),
+            Opt::StepSize => request.step = Some(number("step size", 0..=i32::MAX as u64)?),
             Opt::StartOffset => request.options.start = number("offset", SIGNED)?,
-            Opt::Pattern => request.pattern = number("pattern byte", 0..=255)? as u8,
+            Opt::Pattern => request.pattern = count("pattern byte", 0..=255)? as u8,
             Opt::FlushInterval => {
-                let interval = number("flush interval", 0..=i32::MAX as u64)?;
+                let interval = count("flush interval", 0..=i32::MAX as u64)?;
                 request.options.flush_interval = (interval > 0).then_some(interval);
             }
             Opt::NoDrain => request.options.drain = false,

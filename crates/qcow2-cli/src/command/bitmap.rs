@@ -4,7 +4,8 @@ use crate::args::{Arguments, ImageArgs, Objects, Opt};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
-use crate::open::{OpenAs, OpenedDisk, open_image};
+use crate::interrupt::Interrupts;
+use crate::open::{OpenAs, OpenedDisk, open_image, open_to_change};
 use crate::render::qemu_text;
 use crate::session::Session;
 use crate::size::{SIGNED, parse_argument};
@@ -16,11 +17,14 @@ use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let name = ImageName::parse(&request.filename, &request.image)?;
-    let opened = open_image(&name, &request.image, OpenAs { writable: true, ..OpenAs::READ })?;
+    let opened = open_to_change(session, &name, &request.image, OpenAs::READ)?;
     let source = request.open_source()?;
+    let interrupts = Interrupts::install();
+    interrupts.hold();
     let done = request.actions.iter().try_for_each(|action| request.change(&opened, source.as_ref(), action));
     // What was done before a failure stays done.
     let closed = opened.disk.as_image().map_or(Ok(()), Image::close);
+    interrupts.die_if_asked();
     done?;
     closed.map_err(|error| {
         Failure::new(format!("Error while closing the image: {}", qemu_text::cause(&error)))
@@ -147,13 +151,15 @@ impl Request {
                 "Granularity must be power of 2 and at least 512".to_owned()
             }
             _ if name.is_empty() => "Bitmap name cannot be empty".to_owned(),
-            None => "Can't store persistent bitmaps: Operation not supported".to_owned(),
+            None => format!("Can't store persistent bitmaps to {NODE}: Operation not supported"),
             Some(image) if image.header().version < Version::V3 => {
-                format!("Can't make bitmap '{name}' persistent: Cannot store dirty bitmaps in qcow2 v2 files")
+                format!(
+                    "Can't make bitmap '{name}' persistent in '{NODE}': Cannot store dirty bitmaps in qcow2 v2 files"
+                )
             }
             Some(_) if name.len() > MAX_NAME => {
                 format!(
-                    "Can't make bitmap '{name}' persistent: Name length exceeds maximum (1023 characters)"
+                    "Can't make bitmap '{name}' persistent in '{NODE}': Name length exceeds maximum (1023 characters)"
                 )
             }
             Some(_) => return Ok(()),
@@ -182,6 +188,8 @@ impl Request {
     }
 }
 
+/// What stands for the name of a node, which QEMU makes up anew each time.
+const NODE: &str = "#block100";
 const MAX_GRANULARITY: u64 = 1 << 31;
 /// Bytes of a name.
 const MAX_NAME: usize = 1023;

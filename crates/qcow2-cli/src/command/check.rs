@@ -167,10 +167,14 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
         return Err(failure.with_code(exit::CHECK_UNSUPPORTED));
     }
     open_below(&name, &source, OpenAs { writable: false, ..how })?;
-    let interrupts = Interrupts::default();
+    let interrupts = Interrupts::install();
     let meter = Meter::new(session, &interrupts, false, 0);
     let (options, workers) = (CheckOptions::default(), Threads::per_core());
     let failed = |error: qcow2_ops::Error| match (error.kind(), error.core_error()) {
+        (ErrorKind::Stopped, _) => {
+            interrupts.die_if_asked();
+            Failure::silent(exit::FAILURE)
+        }
         (ErrorKind::Metadata, Some(engine)) => qemu_text::open_failure(&name.typed, "", engine),
         _ => Failure::new(format!("Check failed: {}", qemu_text::chain(&error))),
     };
@@ -184,8 +188,10 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
     let how = OpenAs { layers: Layers::TopOnly, for_repair: true, ..how };
     let opened = open_layers(&name, source, how, "")?;
     let Some(image) = opened.disk.as_image() else { return Ok((report, None)) };
-    let repaired = repair(image, &report, mode, &workers, &meter).map_err(failed)?;
-    close(&*opened.disk).map_err(|reason| Failure::new(format!("Check failed: {reason}")))?;
+    let repaired = repair(image, &report, mode, &workers, &meter);
+    let closed = close(&*opened.disk);
+    let repaired = repaired.map_err(failed)?;
+    closed.map_err(|reason| Failure::new(format!("Check failed: {reason}")))?;
     Ok((report, Some(repaired)))
 }
 

@@ -12,7 +12,7 @@ use crate::optlist::OptList;
 use crate::progress::Meter;
 use crate::render::qemu_text;
 use crate::session::Session;
-use crate::size::{SIGNED, parse_argument};
+use crate::size::{SIGNED, parse_argument, parse_count};
 use crate::threads::Threads;
 use qcow2_ops::ErrorKind;
 use qcow2_ops::dd::{DdOptions, dd, dd_range};
@@ -61,8 +61,8 @@ impl Request {
             };
             match key {
                 "bs" => options.block_size = parse_argument("bs", value, 1..=i32::MAX as u64)?,
-                "count" => options.count = Some(parse_argument("count", value, SIGNED)?),
-                "skip" => options.skip = parse_argument("skip", value, SIGNED)?,
+                "count" => options.count = Some(parse_count("count", value, SIGNED)?),
+                "skip" => options.skip = parse_count("skip", value, SIGNED)?,
                 "if" => input = Some(value.to_owned()),
                 "of" => output = Some(value.to_owned()),
                 _ => return Err(Failure::new(format!("unrecognized operand {key}"))),

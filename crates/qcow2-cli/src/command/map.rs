@@ -68,7 +68,11 @@ fn walk(
     let (mut pending, mut failed) = (String::new(), None);
     let mut visit = |extent: &MapExtent| {
         let host = extent.host.and_then(|host| host.checked_add(opened.host_start));
-        let done = row(&MapExtent { host, ..*extent }).and_then(|text| {
+        let extent = match opened.is_null && !extent.zero {
+            true => MapExtent { present: false, data: false, host: None, ..*extent },
+            false => MapExtent { host, ..*extent },
+        };
+        let done = row(&extent).and_then(|text| {
             pending.push_str(&text);
             if pending.len() < PIECE { Ok(()) } else { session.print(&std::mem::take(&mut pending)) }
         });

@@ -5,7 +5,9 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::imageopts::read_size;
+use crate::interrupt::Interrupts;
 use crate::open::{OpenAs, close, open_to_change};
+use crate::progress::Meter;
 use crate::render::qemu_text;
 use crate::session::Session;
 use qcow2_core::{ErrorKind, Preallocation};
@@ -16,8 +18,14 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let name = ImageName::parse(&request.filename, &request.image)?;
     let disk = open_to_change(session, &name, &request.image, OpenAs::READ)?.disk;
-    qcow2_ops::resize(&*disk, &request.options).map_err(|error| failure(session, &error))?;
-    close(&*disk).map_err(|error| Failure::new(format!("Could not resize image: {error}")))?;
+    let interrupts = Interrupts::install();
+    interrupts.hold();
+    let meter = Meter::new(session, &interrupts, false, 0);
+    let resized = qcow2_ops::resize(&*disk, &request.options, &meter);
+    let closed = close(&*disk);
+    interrupts.die_if_asked();
+    resized.map_err(|error| failure(session, &error))?;
+    closed.map_err(|error| Failure::new(format!("Could not resize image: {error}")))?;
     if !request.quiet {
         session.print("Image resized.\n")?;
     }

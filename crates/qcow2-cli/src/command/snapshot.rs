@@ -35,7 +35,13 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     };
     match &request.action {
         Action::List => list(session, image)?,
-        action => change(image, action)?,
+        action => {
+            let interrupts = Interrupts::install();
+            interrupts.hold();
+            let changed = change(image, action);
+            interrupts.die_if_asked();
+            changed?;
+        }
     }
     Ok(exit::SUCCESS)
 }

@@ -253,11 +253,12 @@ pub(super) fn from_name(name: &str, format: Option<&str>) -> Result<Node, String
 
 /// Understands an option string. Errors: the reason.
 pub(super) fn from_option_string(text: &str) -> Result<Node, String> {
-    if text.is_empty() {
+    if text.is_empty() || text.starts_with('=') {
         return from_options(Options::default(), false);
     }
     if !text.contains('=') {
-        return Err(format!("Cannot find device='{text}' nor node-name='{text}'"));
+        let name = Options::lone_name(text);
+        return Err(format!("Cannot find device='{name}' nor node-name='{name}'"));
     }
     from_options(Options::from_string(text)?, false)
 }

@@ -18,6 +18,11 @@ impl Options {
         Ok(options)
     }
 
+    /// What an option string without a `=` names: all up to the first lone comma.
+    pub(super) fn lone_name(text: &str) -> String {
+        crate::optlist::first_item(text)
+    }
+
     /// Reads what follows `json:`. Errors: the message.
     pub(super) fn from_json(text: &str) -> Result<Self, String> {
         let value = json::parse(text).map_err(|why| format!("Could not parse the JSON options: {why}"))?;

@@ -1,8 +1,10 @@
 //! From names and options to opened images: the one place where adapters are chosen.
 
 mod disk_storage;
+mod named;
 mod node;
 mod tuning;
+mod values;
 
 pub(crate) use node::NodeFacts;
 
@@ -33,6 +35,8 @@ pub(crate) struct OpenedDisk {
     pub(crate) files: Vec<LayerFiles>,
     /// What has to be added to the places of raw bytes.
     pub(crate) host_start: u64,
+    /// Whether it is nothing, which is stored nowhere.
+    pub(crate) is_null: bool,
     /// The way to breakpoints, where there is one.
     pub(crate) debugger: Option<Arc<Debugger>>,
 }
@@ -159,6 +163,7 @@ pub(crate) fn open_image(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Res
         // The place of a raw byte is known down to the bottom.
         top.image = bottom.filename.clone();
         opened.host_start = name.node.raw_start();
+        opened.is_null = matches!(bottom.driver, "null-co" | "null-aio");
     }
     Ok(opened)
 }
@@ -253,7 +258,7 @@ fn open_layers_by(
     let opened = open(source, &options);
     let files = files.lock().unwrap_or_else(PoisonError::into_inner).clone();
     match opened {
-        Ok(disk) => Ok(OpenedDisk { disk, format, files, debugger: None, host_start: 0 }),
+        Ok(disk) => Ok(OpenedDisk { disk, format, files, is_null: false, debugger: None, host_start: 0 }),
         Err(error) => {
             let context = format!("{context}{}", BACKING.repeat(files.len() - 1));
             let failure = qemu_text::open_failure(&name.typed, &context, &error);

@@ -1,6 +1,7 @@
 //! From a tree of drivers to bytes: the one place where storages are chosen and stacked.
 
 use super::disk_storage::DiskStorage;
+use super::named::NamedBacking;
 use super::{OpenAs, codecs, is_block_device};
 use crate::args::ImageArgs;
 use crate::crypt::Keys;
@@ -171,6 +172,10 @@ impl Opening<'_> {
         })?;
         let mut bytes = Bytes::of(source.storage);
         (bytes.id, bytes.resolver, bytes.format) = (source.id, source.resolver, Some(source.format));
+        if self.policy() == Policy::Allow {
+            let (args, how) = (self.args.clone(), self.how);
+            bytes.resolver = Arc::new(NamedBacking { inner: bytes.resolver, args, how });
+        }
         Ok(bytes)
     }
 
@@ -221,7 +226,10 @@ fn below(node: &Node) -> Opened<&Node> {
 }
 
 fn check_options(node: &Node) -> Opened<()> {
-    node.unknown_option().map_or(Ok(()), |text| Err(text.into()))
+    if let Some(text) = node.unknown_option() {
+        return Err(text.into());
+    }
+    super::values::check(node).map_err(|failure| failure.to_string().into())
 }
 
 /// The part of `storage` that a raw node's options choose.
@@ -233,6 +241,8 @@ fn window(node: &Node, storage: Arc<dyn Storage>) -> Opened<Arc<dyn Storage>> {
     }
     let (offset, size) = (size_option(node, "offset")?.unwrap_or(0), size_option(node, "size")?);
     let len = storage.len().map_err(|error| qemu_text::storage(&error))?;
+    // A file counts in whole sectors.
+    let len = len.checked_next_multiple_of(512).unwrap_or(len);
     if offset > len {
         let what = format!("Offset ({offset}) cannot be greater than size of the containing file ({len})");
         return Err(what.into());

@@ -5,6 +5,7 @@ use qcow2_core::format::{FormatError, FormatErrorKind as Kind, Table};
 use qcow2_core::{Error, ErrorKind, ResolveError, StorageError, UnlockError};
 use qcow2_io::{OpenError, OpenErrorKind, SourceError, os_error_text};
 use qcow2_ops::create::Refusal;
+use qcow2_ops::resize::MAX_DISK_SIZE;
 use std::error::Error as StdError;
 
 /// Why the file at `path` could not be opened, and a hint that follows on a line of its own.
@@ -100,8 +101,11 @@ pub(crate) fn refusal(refusal: &Refusal) -> String {
         Refusal::CompressionTypeNeedsVersion3 => {
             format!("Non-zlib compression type is only supported with {needs_v3}")
         }
-        Refusal::SizeTooLarge(size) if *size > i64::MAX as u64 - 512 => {
+        Refusal::SizeTooLarge(size) if size.checked_next_multiple_of(512).is_none_or(|size| size > i64::MAX as u64) => {
             "Could not resize image: Image size cannot be negative".to_owned()
+        }
+        Refusal::SizeTooLarge(size) if *size > MAX_DISK_SIZE => {
+            format!("Could not resize image: offset({size}) exceeds maximum({MAX_DISK_SIZE})")
         }
         Refusal::SizeTooLarge(_) => {
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)".to_owned()
@@ -125,6 +129,9 @@ pub(crate) fn find<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static
 
 fn open_reason(error: &OpenError, path: &str) -> (String, Option<String>) {
     match error.kind() {
+        OpenErrorKind::NotRegular if error.is_directory_to_write() => {
+            (format!("Could not open '{path}': Is a directory"), None)
+        }
         OpenErrorKind::NotRegular => (error.reason(), None),
         OpenErrorKind::Locked => {
             (error.reason(), Some(format!("Is another process using the image [{path}]?")))

@@ -4,6 +4,7 @@
 //! without a backing file, zeroes that are written otherwise; their refcounts and bytes, barrier, the table, barrier. Then the
 //! header. Then what only bitmaps used is free. Until the header changes, the image is a version 3 image with the same disk.
 
+use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::Meta;
@@ -24,9 +25,9 @@ use qcow2_format::{CompressionType, HostOffset, Version};
 impl Image {
     /// Makes a version 3 image a version 2 one, and ends its use. Persistent bitmaps go, and their clusters are free. Errors:
     /// `Unsupported` for what version 2 cannot have: another refcount width than 16 bits, incompatible features, snapshots of
-    /// another size or with 4 GiB of machine state; nothing has changed then. `Corrupt`, `ReadOnly`, `Poisoned`, `Storage`.
-    /// Spec: "Header".
-    pub fn downgrade(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    /// another size or with 4 GiB of machine state; nothing has changed then. `Stopped`: the image is a version 3 one still, in
+    /// use. `Corrupt`, `ReadOnly`, `Poisoned`, `Storage`. Spec: "Header".
+    pub fn downgrade(&self, progress: &mut AmendProgress<'_>) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
         self.meta.check_writable()?;
@@ -38,6 +39,9 @@ impl Image {
         self.meta.settle()?;
         let bitmaps = self.meta.count_trusted_bitmaps()?;
         let expanded = self.expand_zero_clusters(progress);
+        if expanded.as_ref().is_err_and(|error| error.kind() == ErrorKind::Stopped) {
+            return self.meta.settle().and(expanded);
+        }
         self.meta.poison_on_error(expanded)?;
         let mut header = self.header();
         header.version = Version::V2;
@@ -113,12 +117,12 @@ impl Image {
         Ok(tables)
     }
 
-    fn expand_zero_clusters(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    fn expand_zero_clusters(&self, progress: &mut AmendProgress<'_>) -> Result<()> {
         let (meta, tables) = (&self.meta, self.all_l2_tables()?);
         let backing = self.backing.is_some() || self.backing_unopened;
         for (done, &table) in (1..).zip(&tables) {
             meta.expand_table(table, backing)?;
-            progress(done, tables.len() as u64);
+            stopped(progress(done, tables.len() as u64))?;
         }
         Ok(())
     }

@@ -13,8 +13,21 @@ use crate::port::disk::GuestDisk;
 use crate::sync::atomic::Ordering;
 use crate::sync::write;
 use ::alloc::string::String;
+use core::ops::ControlFlow;
 use qcow2_format::Version;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures};
+
+/// Told how many of how many steps are done; says whether to go on. Who stops finds the image as it was, or still on its way, with
+/// the same disk.
+pub type AmendProgress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
+
+/// The error of a caller that stopped.
+fn stopped(flow: ControlFlow<()>) -> Result<()> {
+    match flow {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::new(ErrorKind::Stopped, "amending was stopped")),
+    }
+}
 
 /// Changes that take place in the header alone; `None` leaves a thing as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 //! Order on disk: the new blocks, which count themselves and no longer the old ones, and the new table; barrier; the
 //! header's width and table in one sector; barrier. The places of the old structure are free from then on.
 
+use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::Meta;
@@ -27,8 +28,8 @@ impl Image {
     /// Gives every refcount `bits` bits, a power of two up to 64, and ends the image's use. `progress` is told how many of how
     /// many blocks are written. Errors: `InvalidOption` for another number of bits; `Unsupported` for a version 2 image, which
     /// has 16; `OutOfRange` where a refcount does not fit, nothing having changed; `Corrupt`, `ReadOnly`, `Poisoned`,
-    /// `Storage`. Spec: "Refcount blocks".
-    pub fn set_refcount_bits(&self, bits: u32, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    /// `Storage`; `Stopped`, nothing having changed. Spec: "Refcount blocks".
+    pub fn set_refcount_bits(&self, bits: u32, progress: &mut AmendProgress<'_>) -> Result<()> {
         let _alone = write(&self.structure);
         self.meta.check_writable()?;
         if !bits.is_power_of_two() || bits > 64 {
@@ -45,7 +46,8 @@ impl Image {
         self.meta.settle()?;
         let plan = self.meta.plan_width(bits)?;
         let written = self.meta.write_width(&plan, progress);
-        if written.as_ref().is_err_and(|error| error.kind() == ErrorKind::OutOfRange) {
+        let harmless = |error: &Error| matches!(error.kind(), ErrorKind::OutOfRange | ErrorKind::Stopped);
+        if written.as_ref().is_err_and(harmless) {
             // Nothing leads to what was written.
             return written;
         }
@@ -121,7 +123,7 @@ impl Meta {
         Ok(false)
     }
 
-    fn write_width(&self, plan: &Plan, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    fn write_width(&self, plan: &Plan, progress: &mut AmendProgress<'_>) -> Result<()> {
         let per_block = plan.geometry.refcount_block_entries();
         let own = plan.first..plan.first + plan.blocks + plan.table;
         let mut table = vec![0u64; (plan.table * plan.geometry.cluster_size() / 8) as usize];
@@ -137,7 +139,7 @@ impl Meta {
             }
             self.write_words(plan.block_offset(block), &words)?;
             table[block as usize] = encode_table_entry(Some(plan.block_offset(block)));
-            progress(block + 1, plan.blocks);
+            stopped(progress(block + 1, plan.blocks))?;
         }
         self.write_words(plan.table_offset(), &table)?;
         Ok(self.storage.flush()?)

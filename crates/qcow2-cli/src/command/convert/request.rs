@@ -7,7 +7,7 @@ use crate::imageopts::{TargetFormat, print_options};
 use crate::open::is_block_device;
 use crate::optlist::OptList;
 use crate::session::Session;
-use crate::size::{SIGNED, parse_argument};
+use crate::size::{SIGNED, parse_argument, parse_count};
 use qcow2_io::CacheMode;
 use qcow2_ops::ConvertOptions;
 use qcow2_ops::convert::MAX_SPARSE_SIZE;
@@ -190,7 +190,7 @@ impl Raw {
                 self.bytes_per_second = Some(rate).filter(|&rate| rate > 0);
             }
             Opt::Parallel => {
-                let workers = parse_argument("number of coroutines", &value, 1..=16)?;
+                let workers = parse_count("number of coroutines", &value, 1..=16)?;
                 self.workers = usize::try_from(workers).ok();
             }
             Opt::OutOfOrder => self.out_of_order = true,

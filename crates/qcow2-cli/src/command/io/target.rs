@@ -281,7 +281,7 @@ impl Target {
         }
         let mut options = ResizeOptions::new(NewSize::Exactly(size));
         options.preallocation = mode;
-        qcow2_ops::resize(&*self.disk, &options)
+        qcow2_ops::resize(&*self.disk, &options, &qcow2_ops::Silent)
             .map_err(|error| failed(error.core_error().map_or_else(|| qemu_text::chain(&error), reason)))
     }
 
