@@ -37,8 +37,8 @@ const CASES: &[Case] = &[
     case("amend -o refcount_bits=64 many.qcow2", &["many.qcow2"]),
     case("amend -o compat=0.10 zeroes.qcow2", &["zeroes.qcow2"]),
     case("check -r all leaky.qcow2", &["leaky.qcow2"]),
-    case("resize --preallocation=full over.qcow2 600M", &["over.qcow2"]),
-    case("resize --preallocation=metadata over.qcow2 40G", &["over.qcow2"]),
+    case("resize --preallocation=full over.qcow2 300M", &["over.qcow2"]),
+    case("resize --preallocation=metadata over.qcow2 16G", &["over.qcow2"]),
     case("compare random.raw copy.raw", &[]),
     case("checksum random.raw", &[]),
     case("measure -O qcow2 many.qcow2", &["many.qcow2"]),
@@ -56,7 +56,7 @@ fn interrupted_verbs_leave_whole_images() {
     make(&qemu, &start);
     let (mut hit, mut missed) = (0, Vec::new());
     for (number, case) in CASES.iter().enumerate() {
-        let mut delay = Duration::from_millis(160);
+        let mut delay = Duration::from_millis(80);
         // Until a signal comes in time; what ends before it is right as well.
         loop {
             let folder = root.path().join(format!("{number}"));
@@ -73,10 +73,15 @@ fn interrupted_verbs_leave_whole_images() {
                 let checked = qemu.img.run_in(&folder, &["check", image]);
                 let good = checked.code == Some(0) || (repairs && checked.code == Some(3));
                 assert!(good, "{} after {delay:?}: {checked}", case.line);
-                if !case.line.starts_with("resize") || ended.success() {
-                    let grown = case.line.starts_with("resize");
-                    assert!(grown || before == checksum(&folder, image), "{}: another disk", case.line);
-                }
+                let same = match case.line.starts_with("resize") {
+                    // A longer disk is the same as far as it goes, and zeroes from there on.
+                    true => {
+                        let old = start.join(image).display().to_string();
+                        qemu.img.run_in(&folder, &["compare", &old, image]).code == Some(0)
+                    }
+                    false => before == checksum(&folder, image),
+                };
+                assert!(same, "{}: another disk", case.line);
                 let told = qemu.img.run_in(&folder, &["info", image]).success().stdout;
                 assert!(!told.contains("in-use"), "{}: {told}", case.line);
             }
@@ -126,32 +131,34 @@ fn send(child: &Child, signal: &str) {
     assert!(status.success());
 }
 
-/// What a machine sees of the first 64 MiB, which every image here has at the least.
+/// What a machine sees of an image.
 fn checksum(folder: &Path, image: &str) -> String {
     Tool::at(OURS).run_in(folder, &["checksum", image]).success().stdout
 }
 
 fn make(qemu: &Qemu, folder: &Path) {
     let img = |line: &str| drop(qemu.img.run_in(folder, &words(line)).success());
+    // qemu-img takes half a minute where clusters are this small.
+    let own = |line: &str| drop(Tool::at(OURS).run_in(folder, &words(line)).success());
     let io = |line: &str| drop(qemu.io.run_in(folder, &words(line)).success());
-    let mut bytes = vec![0; 160 << 20];
+    let mut bytes = vec![0; 32 << 20];
     qcow2_testkit::rng::Rng::new(3).fill(&mut bytes);
     fs::write(folder.join("random.raw"), &bytes).unwrap();
     fs::write(folder.join("copy.raw"), &bytes).unwrap();
     img("convert -O qcow2 random.raw base2.qcow2");
-    img("create -q -f qcow2 base.qcow2 160M");
+    img("create -q -f qcow2 base.qcow2 32M");
     img("create -q -f qcow2 -b base.qcow2 -F qcow2 over.qcow2");
     let mut args = vec!["-f".to_owned(), "qcow2".to_owned()];
-    for at in (0..80).map(|n| n * 2) {
+    for at in (0..16).map(|n| n * 2) {
         args.extend(["-c".to_owned(), format!("write -q -P {} {at}M 1M", at + 1)]);
     }
     args.push("over.qcow2".to_owned());
     qemu.io.run_in(folder, &args).success();
-    img("create -q -f qcow2 -o cluster_size=512,preallocation=metadata many.qcow2 160M");
+    own("create -q -f qcow2 -o cluster_size=512,preallocation=metadata many.qcow2 160M");
     img("snapshot -c old many.qcow2");
     img("create -q -f qcow2 -o cluster_size=4k -b random.raw -F raw zeroes.qcow2");
-    io("-c 'write -q -z 0 64M' zeroes.qcow2");
-    img("create -q -f qcow2 -o cluster_size=512,preallocation=metadata leaky.qcow2 160M");
+    io("-c 'write -q -z 0 32M' zeroes.qcow2");
+    own("create -q -f qcow2 -o cluster_size=512,preallocation=metadata leaky.qcow2 160M");
     let mut leaky = fs::OpenOptions::new().write(true).open(folder.join("leaky.qcow2")).unwrap();
     leak(&mut leaky, folder);
     img("create -q -f qcow2 maps.qcow2 8G");
