@@ -3,6 +3,13 @@
 //! QEMU takes seconds to make one image, so by default few combinations are tried; `QCOW2_CRYPT_MATRIX=1` tries all.
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
+#[path = "crypt/amend.rs"]
+mod amend;
+#[path = "crypt/both.rs"]
+mod both;
+#[path = "crypt/measure.rs"]
+mod measure;
+
 use qcow2_testkit::oracle::{Outcome, Qemu, Tool};
 use qcow2_testkit::pattern;
 use std::fs;

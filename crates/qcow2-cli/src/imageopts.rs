@@ -53,6 +53,15 @@ impl TargetFormat {
             Self::Luks => LUKS,
         }
     }
+
+    /// What can be amended, in the order of their names.
+    fn amend_options(self) -> &'static [ImageOption] {
+        match self {
+            Self::Raw => &[],
+            Self::Qcow2 => AMEND,
+            Self::Luks => AMEND_LUKS,
+        }
+    }
 }
 
 /// The options of a new image, each of its type.
@@ -187,11 +196,14 @@ pub(crate) enum AmendOption {
 
 /// Reads `list` by the table of what can be amended. Errors: the first option that is not known, can only be given for a new
 /// image, or is not of its type.
-pub(crate) fn read_amend_options(list: &OptList) -> Result<Vec<(&'static str, AmendOption)>, Failure> {
+pub(crate) fn read_amend_options(
+    format: TargetFormat,
+    list: &OptList,
+) -> Result<Vec<(&'static str, AmendOption)>, Failure> {
     let read = |Pair { key, value }: &Pair| {
-        let Some(option) = AMEND.iter().find(|option| option.name == key) else {
+        let Some(option) = format.amend_options().iter().find(|option| option.name == key) else {
             let failure = Failure::new(format!("Invalid parameter '{key}'"));
-            return Err(match QCOW2.iter().any(|option| option.name == key && !option.of_file) {
+            return Err(match format.options().iter().any(|option| option.name == key && !option.of_file) {
                 true => failure.hint("This option is only supported for image creation"),
                 false => failure,
             });
@@ -207,9 +219,9 @@ pub(crate) fn read_amend_options(list: &OptList) -> Result<Vec<(&'static str, Am
 }
 
 /// Prints what `amend -o` takes.
-pub(crate) fn print_amend_options(session: &Session) -> Result<(), Failure> {
-    let mut text = "Amend options for 'qcow2':\n".to_owned();
-    for option in AMEND {
+pub(crate) fn print_amend_options(session: &Session, format: TargetFormat) -> Result<(), Failure> {
+    let mut text = format!("Amend options for '{}':\n", format.name());
+    for option in format.amend_options() {
         let name = format!("{}=<{}>", option.name, option.kind.name());
         let _ = writeln!(text, "  {name:<22} - {}", option.help);
     }
@@ -379,7 +391,6 @@ const LUKS: &[ImageOption] = &[
     EXTENT_SIZE_HINT,
 ];
 
-/// In the order of their names.
 const AMEND: &[ImageOption] = &[
     text("backing_file", "File name of a base image"),
     text("backing_fmt", "Image format of the base image"),
@@ -394,6 +405,14 @@ const AMEND: &[ImageOption] = &[
     switch("lazy_refcounts", "Postpone refcount updates"),
     number("refcount_bits", "Width of a reference count entry in bits"),
     SIZE,
+];
+
+const AMEND_LUKS: &[ImageOption] = &[
+    number("iter-time", "Time to spend in PBKDF in milliseconds"),
+    number("keyslot", "Select a single keyslot to modify explicitly"),
+    text("new-secret", "New secret to set in the matching keyslots. Empty string to erase"),
+    text("old-secret", "Select all keyslots that match this password"),
+    text("state", "Select new state of affected keyslots (active/inactive)"),
 ];
 
 const RAW: &[ImageOption] = &[

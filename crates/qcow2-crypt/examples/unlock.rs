@@ -38,7 +38,7 @@ fn main() -> Result<(), CryptError> {
 
     let volume = Volume::read(&storage, start)?;
     let key = volume.unlock(&storage, start, &first, limit)?;
-    volume.add_key(1, (&key, &second), 1000, &mut random)?.apply(&storage, start)?;
+    volume.add_key(1, (&key, &second), 1000, &mut random)?.apply(&storage, start, &mut random)?;
 
     let volume = Volume::read(&storage, start)?;
     let key = volume.unlock(&storage, start, &second, limit)?;

@@ -18,12 +18,49 @@ pub enum CryptErrorKind {
     TooManyIterations,
     /// Options that do not go together, or a value out of range.
     InvalidOption,
-    /// A key slot is not in the state that the change needs.
-    KeySlot,
+    /// A key slot is not changed as asked for.
+    KeySlot(SlotRefusal),
     /// The storage failed; see the source.
     Storage,
     /// No random bytes could be had.
     Random,
+}
+
+/// Why key slots are not changed; they are as before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SlotRefusal {
+    /// There are eight.
+    NoSuchSlot(u64),
+    /// The slot to fill holds a key.
+    InUse(usize),
+    /// No slot is free.
+    AllInUse,
+    /// The slot to erase does not open with the password that was given.
+    OtherPassword(usize),
+    /// The slot to erase holds no key.
+    Erased(usize),
+    /// The slot to erase is the only one with a key.
+    LastOne(usize),
+    /// No slot opens with the password that was given.
+    NoneOpens,
+    /// All slots that hold a key open with the password that was given.
+    AllOpen,
+}
+
+impl fmt::Display for SlotRefusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoSuchSlot(index) => write!(f, "key slot {index}: allowed are 0 to 7"),
+            Self::InUse(index) => write!(f, "key slot {index} is in use"),
+            Self::AllInUse => f.write_str("all key slots are in use"),
+            Self::OtherPassword(index) => write!(f, "the password does not open key slot {index}"),
+            Self::Erased(index) => write!(f, "key slot {index} holds no key"),
+            Self::LastOne(index) => write!(f, "key slot {index} is the only one with a key"),
+            Self::NoneOpens => f.write_str("the password opens no key slot"),
+            Self::AllOpen => f.write_str("the password opens every key slot that is left"),
+        }
+    }
 }
 
 /// A failed operation on keys. `Display` prints this layer only.

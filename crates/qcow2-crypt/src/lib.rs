@@ -25,7 +25,7 @@ pub mod sector;
 pub mod spec;
 pub mod wrap;
 
-pub use error::{CryptError, CryptErrorKind};
+pub use error::{CryptError, CryptErrorKind, SlotRefusal};
 pub use random::{Random, Stopwatch};
 pub use secret::Secret;
 pub use sector::SectorCipher;

@@ -97,17 +97,23 @@ pub enum Amended {
 /// Errors: `InvalidOption` with a [`Refusal`] or a [`resize::Refusal`](crate::resize::Refusal) below; `Write` with the engine's
 /// error; `Stopped`, the image being before or between two steps, to be closed as ever.
 pub fn amend(image: &Image, options: &AmendOptions, progress: &dyn Progress) -> Result<Amended> {
+    check(image, options)?;
+    step(image, options, progress).map_err(|e| match e.kind() {
+        qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, "amending was stopped"),
+        _ => Error::new(ErrorKind::Write, "could not amend the image").with_source(e),
+    })
+}
+
+/// Whether `image` can be amended so; changes nothing. Errors: `InvalidOption` as [`amend`]'s.
+pub fn check(image: &Image, options: &AmendOptions) -> Result<()> {
     let refused = |refusal| Error::new(ErrorKind::InvalidOption, "amending").with_source(refusal);
-    check(image, options).map_err(refused)?;
+    check_features(image, options).map_err(refused)?;
     check_downgrade(image, options).map_err(refused)?;
     if let Some(size) = options.size {
         let refused = |refusal| Error::new(ErrorKind::InvalidOption, "resizing").with_source(refusal);
         plan_size(image, &resize_to(size)).map_err(refused)?;
     }
-    step(image, options, progress).map_err(|e| match e.kind() {
-        qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, "amending was stopped"),
-        _ => Error::new(ErrorKind::Write, "could not amend the image").with_source(e),
-    })
+    Ok(())
 }
 
 fn step(image: &Image, options: &AmendOptions, progress: &dyn Progress) -> qcow2_core::Result<Amended> {
@@ -156,7 +162,7 @@ fn resize_to(size: u64) -> ResizeOptions {
     ResizeOptions { shrink: true, ..ResizeOptions::new(NewSize::Exactly(size)) }
 }
 
-fn check(image: &Image, options: &AmendOptions) -> Result<(), Refusal> {
+fn check_features(image: &Image, options: &AmendOptions) -> Result<(), Refusal> {
     let header = image.header();
     let wanted = options.version.unwrap_or(header.version);
     if let Some(bits) = options.refcount_bits.filter(|&bits| !bits.is_power_of_two() || bits > 64) {

@@ -22,6 +22,8 @@ pub struct MeasureOptions {
     pub preallocation: Preallocation,
     /// Whether it stands on a backing file: then any cluster may become allocated, and is taken for it.
     pub has_backing: bool,
+    /// Bytes of its encryption header; zero: it has none.
+    pub luks_len: u64,
 }
 
 impl Default for MeasureOptions {
@@ -32,6 +34,7 @@ impl Default for MeasureOptions {
             extended_l2: false,
             preallocation: Preallocation::Off,
             has_backing: false,
+            luks_len: 0,
         }
     }
 }
@@ -61,6 +64,17 @@ pub fn measure_raw(what: Measured<'_>) -> Result<Measure> {
     Ok(Measure { required: size, fully_allocated: size })
 }
 
+/// Measures a LUKS container whose header and key slots take `area_len` bytes. Errors: `InvalidOption` past 2^64 - 1.
+pub fn measure_container(what: Measured<'_>, area_len: u64) -> Result<Measure> {
+    let size = match what {
+        Measured::Size(size) => size,
+        Measured::Disk(_) => size_of(what)?,
+    };
+    let too_large = || Error::new(ErrorKind::InvalidOption, "the size passes 2^64 - 1 bytes");
+    let all = size.checked_add(area_len).ok_or_else(too_large)?;
+    Ok(Measure { required: all, fully_allocated: all })
+}
+
 /// Measures a qcow2 image: all tables that its size can need, and the clusters in which the source has something else than
 /// zeroes as far as tables and holes tell. Disk: reads tables, no data. Errors: `InvalidOption` for an impossible cluster size
 /// or refcount width, or for a size that would need too large an L1 table; `Extents`.
@@ -68,13 +82,14 @@ pub fn measure_qcow2(what: Measured<'_>, options: &MeasureOptions) -> Result<Mea
     let size = size_of(what)?;
     let tables = table_bytes(size, options)?;
     let too_large = || Error::new(ErrorKind::InvalidOption, "the image size is too large");
+    let luks = options.luks_len.checked_next_multiple_of(options.cluster_size);
+    let tables = luks.and_then(|luks| tables.checked_add(luks)).ok_or_else(too_large)?;
     let data = size.checked_next_multiple_of(options.cluster_size).ok_or_else(too_large)?;
     let fully_allocated = tables.checked_add(data).ok_or_else(too_large)?;
-    let all =
-        options.has_backing || matches!(options.preallocation, Preallocation::Falloc | Preallocation::Full);
     let used = match what {
-        _ if all => data,
+        _ if matches!(options.preallocation, Preallocation::Falloc | Preallocation::Full) => data,
         Measured::Size(_) => 0,
+        Measured::Disk(_) if options.has_backing => data,
         Measured::Disk(disk) => used_clusters(disk, options.cluster_size)? * options.cluster_size,
     };
     Ok(Measure { required: tables + used, fully_allocated })

@@ -1,21 +1,23 @@
-//! `amend`: another version, other features, another size.
+//! `amend`: another version, other features, another size, other passwords.
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::command::resize::refusal_text;
+use crate::crypt::{SlotOptions, Unlocked};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
-use crate::imageopts::{AmendOption, print_amend_options, read_amend_options};
+use crate::imageopts::{AmendOption, TargetFormat, print_amend_options, read_amend_options};
 use crate::interrupt::Interrupts;
 use crate::open::{OpenAs, OpenedDisk, close, open_to_change};
 use crate::optlist::OptList;
 use crate::progress::Meter;
 use crate::render::qemu_text;
 use crate::session::Session;
-use qcow2_core::ErrorKind;
 use qcow2_core::format::Version;
+use qcow2_core::format::header::CryptMethod;
+use qcow2_core::{ErrorKind, HostOffset, ImageFormat};
 use qcow2_io::CacheMode;
-use qcow2_ops::amend::{AmendOptions, Amended, Refusal, amend};
+use qcow2_ops::amend::{AmendOptions, Amended, Refusal, amend, check};
 use qcow2_ops::resize;
 
 /// Runs the verb.
@@ -39,6 +41,7 @@ struct Request {
     list: OptList,
     progress: bool,
     quiet: bool,
+    force: bool,
     filename: String,
 }
 
@@ -56,6 +59,7 @@ impl Request {
                 Opt::Options => texts.push(OptList::checked(given.value)?),
                 Opt::Progress => request.progress = true,
                 Opt::Quiet => request.quiet = true,
+                Opt::Force => request.force = true,
                 Opt::Object => request.image.objects.add(&given.value)?,
                 _ => {}
             }
@@ -64,11 +68,10 @@ impl Request {
             return Err(Failure::usage(verb, "Must specify options (-o)"));
         }
         request.list = OptList::parse_image_options(&texts);
-        let raw = request.image.format.as_deref() == Some("raw");
-        if request.list.asks_help() && request.image.format.is_some() {
-            return match raw {
-                true => Err(Failure::new("Format driver 'raw' does not support option amendment")),
-                false => print_amend_options(session).map(|()| None),
+        if let Some(format) = request.image.format.as_deref().filter(|_| request.list.asks_help()) {
+            return match TargetFormat::parse(format).unwrap_or(TargetFormat::Qcow2) {
+                TargetFormat::Raw => Err(not_amended()),
+                format => print_amend_options(session, format).map(|()| None),
             };
         }
         let operands = <[String; 1]>::try_from(args.into_operands());
@@ -85,25 +88,43 @@ fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<()
     let how = OpenAs { cache: request.cache, ..OpenAs::READ };
     let open = || open_to_change(session, &name, &request.image, how);
     let mut opened: OpenedDisk = open()?;
-    if opened.disk.as_image().is_none() {
-        return Err(Failure::new("Format driver 'raw' does not support option amendment"));
-    }
+    let format = match opened.format {
+        ImageFormat::Qcow2 => TargetFormat::Qcow2,
+        ImageFormat::Luks => TargetFormat::Luks,
+        _ => return Err(not_amended()),
+    };
     if request.list.asks_help() {
-        return print_amend_options(session);
+        return print_amend_options(session, format);
     }
-    let options = settle(&request.list)?;
+    let (options, slots) = settle(format, &request.list)?;
+    let mut slots = Some(slots).filter(SlotOptions::is_some);
     loop {
-        let Some(image) = opened.disk.as_image() else { return Ok(()) };
+        let Some(image) = opened.disk.as_image() else {
+            // A container has nothing but its slots.
+            slots.unwrap_or_default().apply(
+                volume(request, &name, &opened)?,
+                &request.image.objects,
+                request.force,
+            )?;
+            return close(&*opened.disk).map_err(|reason| could_not(&reason));
+        };
+        if let Some(slots) = slots.take() {
+            let changed = check(image, &options).map_err(|error| failure(session, &error, &options));
+            let changed = changed
+                .and_then(|()| volume(request, &name, &opened))
+                .and_then(|volume| slots.apply(volume, &request.image.objects, request.force));
+            if let Err(failure) = changed {
+                let _ = close(&*opened.disk);
+                return Err(failure);
+            }
+        }
         match amend(image, &options, meter) {
             Ok(Amended::Again) => {
                 // Its lock must go before the next one comes.
                 drop(opened);
                 opened = open()?;
             }
-            Ok(Amended::Done) => {
-                return close(&*opened.disk)
-                    .map_err(|reason| Failure::new(format!("Could not amend the image: {reason}")));
-            }
+            Ok(Amended::Done) => return close(&*opened.disk).map_err(|reason| could_not(&reason)),
             Err(error) => {
                 let _ = close(&*opened.disk);
                 return Err(failure(session, &error, &options));
@@ -112,10 +133,40 @@ fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<()
     }
 }
 
-/// The options by name.
-fn settle(list: &OptList) -> Result<AmendOptions, Failure> {
-    let mut options = AmendOptions::default();
-    for (name, option) in read_amend_options(list)? {
+/// The volume whose slots are to change. Errors: there is none.
+fn volume<'a>(
+    request: &'a Request,
+    name: &'a ImageName,
+    opened: &'a OpenedDisk,
+) -> Result<Unlocked<'a>, Failure> {
+    let at = match opened.disk.as_image().map(|image| image.header()) {
+        None => HostOffset::default(),
+        Some(header) => match (header.crypt_method, header.extensions.luks) {
+            (CryptMethod::None, _) => {
+                return Err(Failure::new("Can't amend encryption options - encryption not present"));
+            }
+            (CryptMethod::Luks, Some(luks)) => luks.offset,
+            _ => return Err(Failure::new("Only LUKS encryption options can be amended")),
+        },
+    };
+    Ok(Unlocked { storage: &*opened.storage, at, name: &request.filename, keys: &name.keys })
+}
+
+fn not_amended() -> Failure {
+    Failure::new("Format driver 'raw' does not support option amendment")
+}
+
+fn could_not(reason: &str) -> Failure {
+    Failure::new(format!("Could not amend the image: {reason}"))
+}
+
+/// The options by name, those of key slots apart.
+fn settle(format: TargetFormat, list: &OptList) -> Result<(AmendOptions, SlotOptions), Failure> {
+    let (mut options, mut slots) = (AmendOptions::default(), SlotOptions::default());
+    for (name, option) in read_amend_options(format, list)? {
+        if slots.take(name.strip_prefix("encrypt.").unwrap_or(name), &option) {
+            continue;
+        }
         match (name, option) {
             ("compat", AmendOption::Text(level)) => {
                 options.version = Some(match level.as_str() {
@@ -132,10 +183,10 @@ fn settle(list: &OptList) -> Result<AmendOptions, Failure> {
             ("refcount_bits", AmendOption::Number(bits)) => options.refcount_bits = Some(bits),
             // As in QEMU, a disk is not made empty so.
             ("size", AmendOption::Number(size)) => options.size = Some(size).filter(|&size| size > 0),
-            _ => return Err(Failure::new("Can't amend encryption options - encryption not present")),
+            _ => {}
         }
     }
-    Ok(options)
+    Ok((options, slots))
 }
 
 fn failure(session: &Session, error: &qcow2_ops::Error, options: &AmendOptions) -> Failure {
@@ -153,7 +204,7 @@ fn failure(session: &Session, error: &qcow2_ops::Error, options: &AmendOptions) 
             return Failure::new(format!("Cannot decrease refcount entry width to {bits} bits: {reason}"));
         }
         let reason = error.core_error().map_or_else(|| qemu_text::chain(error), |e| qemu_text::cause(e));
-        return Failure::new(format!("Could not amend the image: {reason}"));
+        return could_not(&reason);
     };
     let needs = "compatibility level 1.1 and above (use compat=1.1 or greater)";
     Failure::new(match refusal {

@@ -2,6 +2,7 @@
 
 use crate::args::{Arguments, ImageArgs, Opt, OutputFormat};
 use crate::command::convert::parse_snapshot;
+use crate::crypt::{LUKS_NAMES, QCOW2_NAMES, read_options};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
@@ -14,7 +15,9 @@ use crate::size::{SIGNED, parse_argument};
 use qcow2_core::format::Version;
 use qcow2_core::{GuestDisk, Preallocation};
 use qcow2_ops::ErrorKind;
-use qcow2_ops::measure::{Measure, MeasureOptions, Measured, measure_bitmaps, measure_qcow2, measure_raw};
+use qcow2_ops::measure::{
+    Measure, MeasureOptions, Measured, measure_bitmaps, measure_container, measure_qcow2, measure_raw,
+};
 use qcow2_ops::snapshot::SnapshotName;
 use std::sync::Arc;
 
@@ -30,7 +33,10 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     };
     let (measured, bitmaps) = match format {
         TargetFormat::Raw => (measure_raw(what), None),
-        TargetFormat::Luks => return Err(Failure::new("Measuring luks targets is not supported yet")),
+        TargetFormat::Luks => {
+            let volume = read_options(&options, "luks", &LUKS_NAMES, options.objects())?;
+            (measure_container(what, volume.area_len()), None)
+        }
         TargetFormat::Qcow2 => {
             let wanted = qcow2_options(&options)?;
             let bitmaps = source.as_ref().filter(|_| keeps_bitmaps(&options));
@@ -108,10 +114,12 @@ impl Request {
             true => Err(Failure::new("Invalid parameter 'help'")),
             false => ImageOptions::parse(format, &list),
         };
-        parsed.map_err(|failure| {
+        let mut options = parsed.map_err(|failure| {
             Failure::new(format!("Invalid options for file format '{}'", format.name()))
                 .after(failure.to_string())
-        })
+        })?;
+        options.set_objects(&self.image.objects);
+        Ok(options)
     }
 }
 
@@ -151,7 +159,7 @@ fn qcow2_options(options: &ImageOptions) -> Result<MeasureOptions, Failure> {
         Some(other) => return refused(format!("invalid parameter value: {other}")),
     };
     if options.text("encrypt.format") == Some("luks") {
-        return refused("Encrypted images are not supported yet".to_owned());
+        wanted.luks_len = read_options(options, "luks", &QCOW2_NAMES, options.objects())?.area_len();
     }
     Ok(wanted)
 }

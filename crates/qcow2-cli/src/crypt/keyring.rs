@@ -79,7 +79,8 @@ impl Keyring for Keys {
             return Ok(Arc::new(legacy::cipher(&password).map_err(failed)?));
         };
         let limit = self.limit(layer.depth).map_err(UnlockError::new)?;
-        let key = volume.unlock(layer.storage, at, &password, limit).map_err(failed)?;
+        let key = volume.unlock(layer.storage, at, &password, limit);
+        let key = key.inspect_err(|_| prompt::forget(layer.name)).map_err(failed)?;
         // A container counts sectors from its payload, which is where its disk begins.
         Ok(Arc::new(volume.cipher(&key, SectorNumbering::Host).map_err(failed)?))
     }

@@ -4,8 +4,10 @@
 mod keyring;
 mod options;
 mod prompt;
+mod slots;
 mod system;
 
 pub(crate) use keyring::{KEY_OPTIONS, Keys, LayerKey, reason};
 pub(crate) use options::{LUKS_NAMES, NewCrypt, QCOW2_NAMES, read_options};
+pub(crate) use slots::{SlotOptions, Unlocked};
 pub(crate) use system::{SystemRandom, ThreadTime};

@@ -2,8 +2,9 @@
 
 use qcow2_crypt::Secret;
 use std::io::{self, BufRead, IsTerminal, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Asks for the password of `name`; `None` where nobody can be asked, or in place of qemu-img, which never asks.
+/// Asks for the password of `name`, once; `None` where nobody can be asked, or in place of qemu-img, which never asks.
 pub(super) fn ask(name: &str) -> Option<Secret> {
     let stands_in = std::env::args_os().next().is_some_and(|called| {
         std::path::Path::new(&called)
@@ -12,6 +13,9 @@ pub(super) fn ask(name: &str) -> Option<Secret> {
     });
     if stands_in || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
         return None;
+    }
+    if let Some((_, secret)) = answers().iter().find(|(asked, _)| asked == name) {
+        return Some(secret.clone());
     }
     let _ = write!(io::stderr().lock(), "Password for '{}': ", crate::render::human::escaped(name));
     let line = without_echo(|| {
@@ -23,7 +27,20 @@ pub(super) fn ask(name: &str) -> Option<Secret> {
     if line.last() == Some(&b'\n') {
         line.pop();
     }
-    Some(Secret::new(line))
+    let secret = Secret::new(line);
+    answers().push((name.to_owned(), secret.clone()));
+    Some(secret)
+}
+
+/// Forgets what was answered for `name`: it was wrong.
+pub(super) fn forget(name: &str) {
+    answers().retain(|(asked, _)| asked != name);
+}
+
+/// What was answered, for images that are opened more than once.
+fn answers() -> MutexGuard<'static, Vec<(String, Secret)>> {
+    static ANSWERS: Mutex<Vec<(String, Secret)>> = Mutex::new(Vec::new());
+    ANSWERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs `read` while the terminal does not show what is typed.

@@ -31,6 +31,8 @@ pub(crate) struct OpenedDisk {
     pub(crate) disk: Arc<dyn GuestDisk>,
     /// Its own format.
     pub(crate) format: ImageFormat,
+    /// The bytes that the format stands on.
+    pub(crate) storage: Arc<dyn Storage>,
     /// The files, top layer first.
     pub(crate) files: Vec<LayerFiles>,
     /// What has to be added to the places of raw bytes.
@@ -235,7 +237,7 @@ fn open_layers_by(
     context: &str,
     open: impl FnOnce(ResolvedSource, &OpenOptions) -> qcow2_core::Result<Arc<dyn GuestDisk>>,
 ) -> Result<OpenedDisk, Failure> {
-    let format = source.format.clone();
+    let (format, storage) = (source.format.clone(), Arc::clone(&source.storage));
     let files = Arc::new(Mutex::new(vec![LayerFiles {
         image: source.name.clone(),
         raw: format == ImageFormat::Raw,
@@ -258,7 +260,9 @@ fn open_layers_by(
     let opened = open(source, &options);
     let files = files.lock().unwrap_or_else(PoisonError::into_inner).clone();
     match opened {
-        Ok(disk) => Ok(OpenedDisk { disk, format, files, is_null: false, debugger: None, host_start: 0 }),
+        Ok(disk) => {
+            Ok(OpenedDisk { disk, format, storage, files, is_null: false, debugger: None, host_start: 0 })
+        }
         Err(error) => {
             let context = format!("{context}{}", BACKING.repeat(files.len() - 1));
             let failure = qemu_text::open_failure(&name.typed, &context, &error);

@@ -15,10 +15,10 @@ mod split;
 mod unlock;
 
 pub use create::{NewVolume, count_iterations, create};
-pub use slots::SlotChange;
+pub use slots::{SlotChange, SlotsToErase, put_key};
 pub use unlock::{DEFAULT_ITERATION_LIMIT, IterationLimit};
 
-use crate::error::{CryptError, CryptErrorKind};
+use crate::error::{CryptError, SlotRefusal};
 use crate::secret::Secret;
 use crate::sector::SectorCipher;
 use crate::spec::{CipherSpec, HashAlg};
@@ -167,12 +167,9 @@ fn seal(
     Ok(material.bytes().to_vec())
 }
 
-fn slot_index(index: usize) -> Result<usize, CryptError> {
-    if index < LUKS_KEY_SLOTS {
-        return Ok(index);
-    }
-    let message = format!("key slot {index}: allowed are 0 to {}", LUKS_KEY_SLOTS - 1);
-    Err(CryptError::new(CryptErrorKind::InvalidOption, message))
+fn slot_index(index: u64) -> Result<usize, CryptError> {
+    let found = usize::try_from(index).ok().filter(|&index| index < LUKS_KEY_SLOTS);
+    found.ok_or_else(|| slots::refused(SlotRefusal::NoSuchSlot(index)))
 }
 
 #[cfg(test)]

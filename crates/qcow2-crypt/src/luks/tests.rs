@@ -1,9 +1,15 @@
 use super::*;
+use crate::error::CryptErrorKind;
 use crate::random::{Random, Stopwatch};
 use crate::spec::{CipherAlg, CipherMode, IvGen};
 use proptest::prelude::*;
 use qcow2_io::MemoryStorage;
+use qcow2_testkit::crash::CrashWorld;
+use qcow2_testkit::cut::CrashImage;
+use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::rng::Rng;
 use std::cell::Cell;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 struct Counter(u64);
@@ -96,19 +102,19 @@ fn slots_come_and_go() {
     let key = unlock(&storage, "word").unwrap();
     assert_eq!(volume().free_slot(), Some(1));
     let change = volume().add_key(5, (&key, &secret("second")), 1000, &mut Counter(2)).unwrap();
-    change.apply(&storage, START).unwrap();
+    change.apply(&storage, START, &mut Counter(2)).unwrap();
     assert_eq!(unlock(&storage, "second").unwrap().bytes(), key.bytes());
     assert_eq!(volume().active_slots().collect::<Vec<_>>(), [0, 5]);
     let limit = IterationLimit::default();
     assert_eq!(volume().slots_of(&storage, START, &secret("second"), limit).unwrap(), [5]);
     let taken = volume().add_key(5, (&key, &secret("x")), 1000, &mut Counter(2)).unwrap_err();
-    assert_eq!(*taken.kind(), CryptErrorKind::KeySlot);
+    assert_eq!(*taken.kind(), CryptErrorKind::KeySlot(SlotRefusal::InUse(5)));
     let none = volume().add_key(8, (&key, &secret("x")), 1000, &mut Counter(2)).unwrap_err();
-    assert_eq!(*none.kind(), CryptErrorKind::InvalidOption);
+    assert_eq!(*none.kind(), CryptErrorKind::KeySlot(SlotRefusal::NoSuchSlot(8)));
     let before = volume().slot_offset(0);
     let mut old = vec![0; 512];
     storage.read_at(HostOffset::new(before), &mut old).unwrap();
-    volume().erase_keys(&[0], &mut Counter(3)).unwrap().apply(&storage, START).unwrap();
+    volume().erase_keys(&[0]).unwrap().apply(&storage, START, &mut Counter(3)).unwrap();
     let mut new = vec![0; 512];
     storage.read_at(HostOffset::new(before), &mut new).unwrap();
     assert_ne!(old, new, "key material stays");
@@ -179,4 +185,114 @@ proptest! {
             let _ = volume.unlock(&area, START, &secret("word"), IterationLimit(100_000));
         }
     }
+}
+
+/// Does `change` to a volume with `passwords` in its first slots, the power being cut at every step: each slot that is on
+/// must open with its password or with "new", and one must be on.
+#[track_caller]
+fn check_power_cuts(passwords: &[&str], change: impl FnOnce(&dyn Storage)) {
+    let spec = CipherSpec { alg: CipherAlg::Aes128, mode: CipherMode::Cbc, ..CipherSpec::default() };
+    let made = make(&NewVolume { spec, iter_time_ms: 0, ..NewVolume::default() });
+    let key = unlock(&made, "word").unwrap();
+    for (index, password) in passwords.iter().enumerate().skip(1) {
+        put_key((&made, START), index, (&key, &secret(password)), 1000, &mut Counter(index as u64)).unwrap();
+    }
+    let mut bytes = vec![0; made.len().unwrap() as usize];
+    made.read_at(START, &mut bytes).unwrap();
+    let world = CrashWorld::new();
+    let storage = world.add(PageBytes::from_bytes(&bytes));
+    let passwords: Vec<Secret> = passwords.iter().map(|text| secret(text)).collect();
+    let (state, new) = (Mutex::new((0, Rng::new(5))), secret("new"));
+    world.set_hook(Some(Arc::new(move |_, cut| {
+        let mut state = state.lock().unwrap();
+        let (step, rng) = &mut *state;
+        *step += 1;
+        let header = |image: CrashImage| {
+            let mut header = [0; LUKS_HEADER_LEN];
+            image.disks[0].read(0, &mut header);
+            header
+        };
+        // The many passes over erased material are all alike.
+        if header(cut.everything()) == header(cut.nothing()) && *step % 32 != 0 {
+            return;
+        }
+        let mut images = vec![cut.everything()];
+        images.extend((0..3).map(|_| cut.sample(rng)));
+        // The two sectors of a header on their own.
+        images.extend((0..cut.combinations().min(4)).map(|number| cut.image(number)));
+        for image in images {
+            let storage = image.storage(0);
+            let volume = Volume::read(&*storage, START).unwrap();
+            let opens = |index: usize| {
+                let valid = passwords.get(index).into_iter().chain([&new]);
+                valid.into_iter().any(|p| volume.unlock_slot(index, &*storage, START, p).unwrap().is_some())
+            };
+            let on: Vec<usize> = volume.active_slots().collect();
+            assert!(!on.is_empty(), "step {step}: no slot is on");
+            assert!(on.iter().all(|&index| opens(index)), "step {step}: of {on:?} not all open");
+        }
+    })));
+    change(&*storage);
+}
+
+#[test]
+fn a_power_cut_leaves_each_slot_opening_or_off() {
+    let seven = ["word", "b", "c", "d", "e", "f", "g"];
+    let eight = ["word", "b", "c", "d", "e", "f", "g", "h"];
+    let put = |index: usize, password: &'static str, opens: &'static str| {
+        move |storage: &dyn Storage| {
+            let volume = Volume::read(storage, START).unwrap();
+            let key = volume.unlock(storage, START, &secret(opens), IterationLimit::default()).unwrap();
+            put_key((storage, START), index, (&key, &secret(password)), 1000, &mut Counter(9)).unwrap();
+            let now = volume.header().slots[index].salt;
+            assert_ne!(Volume::read(storage, START).unwrap().header().slots[index].salt, now);
+        }
+    };
+    let erase = |indexes: &'static [usize]| {
+        move |storage: &dyn Storage| {
+            let change = Volume::read(storage, START).unwrap().erase_keys(indexes).unwrap();
+            change.apply(storage, START, &mut Counter(9)).unwrap();
+        }
+    };
+    check_power_cuts(&["word"], put(1, "new", "word"));
+    check_power_cuts(&["word"], put(6, "new", "word"));
+    check_power_cuts(&["word"], put(7, "new", "word"));
+    check_power_cuts(&["word"], put(0, "new", "word"));
+    check_power_cuts(&seven, put(6, "new", "word"));
+    check_power_cuts(&eight, put(6, "new", "word"));
+    check_power_cuts(&eight, erase(&[6]));
+    check_power_cuts(&eight, erase(&[0, 6, 7]));
+}
+
+#[test]
+fn what_is_refused_for_key_slots() {
+    let storage = make(&NewVolume { iter_time_ms: 0, ..NewVolume::default() });
+    let volume = || Volume::read(&storage, START).unwrap();
+    let key = unlock(&storage, "word").unwrap();
+    let fill = |wanted, force| volume().slot_to_fill(wanted, force).map_err(|e| e.kind().clone());
+    let erase = |which: SlotsToErase<'_>, force| {
+        let found = volume().slots_to_erase((&storage, START), which, force, IterationLimit::default());
+        found.map_err(|e| e.kind().clone())
+    };
+    let refused = |refusal| Err(CryptErrorKind::KeySlot(refusal));
+    let (word, other) = (secret("word"), secret("other"));
+    assert_eq!(fill(None, false), Ok(1));
+    assert_eq!(fill(Some(0), false), Err(CryptErrorKind::KeySlot(SlotRefusal::InUse(0))));
+    assert_eq!(fill(Some(0), true), Ok(0));
+    assert_eq!(fill(Some(8), true), Err(CryptErrorKind::KeySlot(SlotRefusal::NoSuchSlot(8))));
+    assert_eq!(erase(SlotsToErase::Slot(0, None), false), refused(SlotRefusal::LastOne(0)));
+    assert_eq!(erase(SlotsToErase::Slot(0, None), true), Ok(vec![0]));
+    assert_eq!(erase(SlotsToErase::Slot(3, None), false), refused(SlotRefusal::Erased(3)));
+    assert_eq!(erase(SlotsToErase::Slot(0, Some(&other)), true), refused(SlotRefusal::OtherPassword(0)));
+    assert_eq!(erase(SlotsToErase::OpenedBy(&other), true), refused(SlotRefusal::NoneOpens));
+    assert_eq!(erase(SlotsToErase::OpenedBy(&word), false), refused(SlotRefusal::AllOpen));
+    put_key((&storage, START), 4, (&key, &word), 1000, &mut Counter(3)).unwrap();
+    assert_eq!(erase(SlotsToErase::OpenedBy(&word), false), refused(SlotRefusal::AllOpen));
+    put_key((&storage, START), 4, (&key, &other), 1000, &mut Counter(4)).unwrap();
+    assert_eq!(volume().active_slots().collect::<Vec<_>>(), [0, 4]);
+    assert_eq!(erase(SlotsToErase::OpenedBy(&word), false), Ok(vec![0]));
+    for index in [1, 2, 3, 5, 6, 7] {
+        put_key((&storage, START), index, (&key, &other), 1000, &mut Counter(5)).unwrap();
+    }
+    assert_eq!(fill(None, true), Err(CryptErrorKind::KeySlot(SlotRefusal::AllInUse)));
 }

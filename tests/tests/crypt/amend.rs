@@ -1,0 +1,152 @@
+//! Key slots of images and containers, changed by `amend`.
+
+use super::both::Both;
+use super::{container, image};
+
+const QCOW2: &str =
+    "create -q -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1 a.qcow2 1M";
+const LUKS: &str = "create -q -f luks -o key-secret=s,iter-time=1 a.luks 1M";
+
+/// `amend` with the image's options, then `line`, in which `@` begins the name of each option of key slots.
+fn lines(both: &Both, name: &str, prefix: &str, lines: &[&str]) {
+    for line in lines {
+        both.line(&format!("amend --image-opts {name} {}", line.replace('@', prefix)));
+    }
+}
+
+fn slots(both: &Both, file: &str) -> String {
+    both.told(file, "active:").iter().map(|on| &on[..1]).collect()
+}
+
+fn check(start: &str, file: &str, prefix: &str, name: impl Fn(&str, &str) -> String) {
+    let Some(both) = Both::new(&[start]) else { return };
+    let (first, second) = (name("s", file), name("w", file));
+    lines(
+        &both,
+        &first,
+        prefix,
+        &[
+            "-o @new-secret=w",
+            "-o @keyslot=1",
+            "-o @cipher-alg=aes-128",
+            "-o @state=foo",
+            "-o @state=active",
+            "-o @state=active,@new-secret=nn",
+            "-o @state=active,@new-secret=w,@old-secret=s",
+            "-o @state=active,@new-secret=w,@keyslot=8",
+            "-o @state=active,@new-secret=w,@keyslot=-1",
+            "-o @state=active,@new-secret=w,@keyslot=x",
+            "-o @state=active,@new-secret=w,@keyslot=0",
+            "-o @state=inactive",
+            "-o @state=inactive,@new-secret=w,@keyslot=0",
+            "-o @state=inactive,@iter-time=10,@keyslot=0",
+            "-o @state=inactive,@keyslot=9",
+            "-o @state=inactive,@keyslot=3",
+            "-o @state=inactive,@keyslot=0",
+            "-o @state=inactive,@keyslot=8589934592",
+            "-o @state=inactive,@old-secret=s",
+            "-o @state=inactive,@old-secret=nn",
+            "-o @state=inactive,@old-secret=w",
+            "--force -o @state=inactive,@old-secret=w",
+            "-o @state=inactive,@old-secret=w,@keyslot=0",
+            "-o @state=inactive,@old-secret=s,@keyslot=0",
+        ],
+    );
+    assert_eq!(slots(&both, file), "tfffffff");
+    lines(
+        &both,
+        &first,
+        prefix,
+        &[
+            "-o @state=active,@new-secret=w,@iter-time=1",
+            "-o @state=active,@new-secret=w,@iter-time=1,@keyslot=6",
+            "-o @state=active,@new-secret=w,@iter-time=1,@keyslot=6",
+            "-o @state=inactive,@old-secret=s,@keyslot=6",
+            "-o @state=inactive,@old-secret=s,@keyslot=4",
+        ],
+    );
+    assert_eq!(slots(&both, file), "ttfffftf");
+    lines(
+        &both,
+        &first,
+        prefix,
+        &["-o @state=inactive,@old-secret=w,@keyslot=6", "-o @state=inactive,@keyslot=0"],
+    );
+    assert_eq!(slots(&both, file), "ftffffff");
+    // The old password is gone, for both.
+    lines(&both, &first, prefix, &["-o @state=inactive,@keyslot=1"]);
+    lines(
+        &both,
+        &second,
+        prefix,
+        &["--force -o @state=active,@new-secret=s,@iter-time=1,@keyslot=1", "-o @state=inactive,@keyslot=1"],
+    );
+    assert_eq!(slots(&both, file), "ftffffff");
+    // All slots: it takes qemu-img half a minute.
+    if !super::all() {
+        return;
+    }
+    for _ in 0..7 {
+        lines(&both, &first, prefix, &["-o @state=active,@new-secret=s,@iter-time=1"]);
+    }
+    assert_eq!(slots(&both, file), "tttttttt");
+    lines(
+        &both,
+        &first,
+        prefix,
+        &[
+            "-o @state=active,@new-secret=w",
+            "-o @state=inactive,@old-secret=s",
+            "--force -o @state=active,@new-secret=w,@iter-time=1,@keyslot=7",
+            "-o @state=inactive,@old-secret=s",
+        ],
+    );
+    assert_eq!(slots(&both, file), "ffffffft");
+    lines(&both, &second, prefix, &["--force -o @state=inactive,@old-secret=w"]);
+    assert_eq!(slots(&both, file), "ffffffff");
+}
+
+#[test]
+fn slots_of_an_image() {
+    check(QCOW2, "a.qcow2", "encrypt.", image);
+}
+
+#[test]
+fn slots_of_a_container() {
+    check(LUKS, "a.luks", "", container);
+}
+
+#[test]
+fn slots_beside_other_changes() {
+    let start = [
+        QCOW2,
+        LUKS,
+        "create -q -f qcow2 p.qcow2 1M",
+        "create -q -f qcow2 -o encryption=on,encrypt.key-secret=s x.qcow2 1M",
+    ];
+    let Some(both) = Both::new(&start) else { return };
+    lines(
+        &both,
+        &image("s", "a.qcow2"),
+        "encrypt.",
+        &[
+            "-o @state=active,@new-secret=w,@iter-time=1,lazy_refcounts=on,size=2M",
+            "-o @state=active,@new-secret=w,@iter-time=1,compat=0.10",
+            "-o @state=active,compat=x",
+            "-o @state=active,refcount_bits=3",
+            "-o @state=inactive,@old-secret=w,compat=1.1",
+            "-o size=1M",
+        ],
+    );
+    both.same("driver=qcow2,encrypt.key-secret=s", "a.qcow2");
+    for key in ["compat:", "lazy refcounts:", "refcount bits:", "virtual size:", "active:"] {
+        both.told("a.qcow2", key);
+    }
+    both.line("amend -o encrypt.state=active,encrypt.new-secret=w a.qcow2");
+    both.line("amend -f luks -o state=active,new-secret=w a.luks");
+    both.line("amend -o state=active,new-secret=w a.luks");
+    both.line("amend -f qcow2 -o encrypt.state=active p.qcow2");
+    both.line("amend -f raw -o encrypt.state=active p.qcow2");
+    lines(&both, &image("s", "x.qcow2"), "encrypt.", &["-o @state=active,@new-secret=w"]);
+    lines(&both, &container("s", "a.luks"), "", &["-o size=2M", "-o encrypt.state=active"]);
+}

@@ -1,0 +1,87 @@
+//! The same lines given to qemu-img and to ours, each in a folder of its own that starts the same.
+
+use super::{OURS, SECRETS};
+use qcow2_testkit::oracle::{Outcome, Tool};
+use qcow2_tests::side_by_side::words;
+use std::fs;
+use std::path::PathBuf;
+use tempfile::TempDir;
+
+/// Both programs and their folders.
+pub(crate) struct Both {
+    root: TempDir,
+    qemu: Tool,
+    ours: Tool,
+}
+
+impl Both {
+    /// Runs the lines of `start` with qemu-img in one folder, and copies it. `None`: there is no qemu-img.
+    pub(crate) fn new(start: &[&str]) -> Option<Self> {
+        let qemu = Tool::find("qemu-img")?;
+        let root = tempfile::tempdir().unwrap();
+        let ours = root.path().join("qemu-img");
+        std::os::unix::fs::symlink(OURS, &ours).unwrap();
+        let both = Self { root, qemu, ours: Tool::at(ours) };
+        fs::create_dir(both.folder("theirs")).unwrap();
+        fs::create_dir(both.folder("ours")).unwrap();
+        fs::write(both.folder("theirs").join("d.raw"), super::pattern::bytes(7, 0, 300_032)).unwrap();
+        for line in start {
+            both.qemu.run_in(&both.folder("theirs"), &with_secrets(line)).expect_code(0);
+        }
+        for entry in fs::read_dir(both.folder("theirs")).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), both.folder("ours").join(entry.file_name())).unwrap();
+        }
+        Some(both)
+    }
+
+    /// The folder of `who`: "theirs" or "ours".
+    pub(crate) fn folder(&self, who: &str) -> PathBuf {
+        self.root.path().join(who)
+    }
+
+    /// Gives `line` to both: the same words and the same exit code. Returns what ours said.
+    #[track_caller]
+    pub(crate) fn line(&self, line: &str) -> Outcome {
+        let words = with_secrets(line);
+        let theirs = self.qemu.run_in(&self.folder("theirs"), &words);
+        let ours = self.ours.run_in(&self.folder("ours"), &words);
+        let said = |outcome: &Outcome| (outcome.code, outcome.stdout.clone(), outcome.stderr.clone());
+        assert_eq!(said(&theirs), said(&ours), "{line}");
+        ours
+    }
+
+    /// Gives `line` to both, which must do it.
+    #[track_caller]
+    pub(crate) fn done(&self, line: &str) {
+        self.line(line).expect_code(0);
+    }
+
+    /// The lines of what qemu-img tells of `file` that begin with `key`, the same in both folders.
+    #[track_caller]
+    pub(crate) fn told(&self, file: &str, key: &str) -> Vec<String> {
+        let [theirs, ours] = ["theirs", "ours"].map(|who| {
+            let said = self.qemu.run_in(&self.folder(who), &["info", file]).expect_code(0).stdout;
+            let values = said.lines().filter_map(|line| line.trim().strip_prefix(key));
+            values.map(|value| value.trim().to_owned()).collect::<Vec<_>>()
+        });
+        assert_eq!(theirs, ours, "{file}: {key}");
+        ours
+    }
+
+    /// The image called `name` (as options, without its file), `file` in both folders: the same disk for qemu-img.
+    #[track_caller]
+    pub(crate) fn same(&self, name: &str, file: &str) {
+        let [theirs, ours] = ["theirs", "ours"]
+            .map(|who| format!("{name},file.filename={}", self.folder(who).join(file).display()));
+        let line = format!("compare --image-opts {theirs} {ours}");
+        self.qemu.run_in(&self.folder("ours"), &with_secrets(&line)).expect_code(0);
+    }
+}
+
+/// The words of `line`, the secrets behind the verb.
+fn with_secrets(line: &str) -> Vec<String> {
+    let mut all = words(line);
+    let rest = all.split_off(1);
+    all.into_iter().chain(SECRETS.iter().map(|&word| word.to_owned())).chain(rest).collect()
+}
