@@ -9,6 +9,8 @@ mod amend;
 mod both;
 #[path = "crypt/measure.rs"]
 mod measure;
+#[path = "crypt/verbs.rs"]
+mod verbs;
 
 use qcow2_testkit::oracle::{Outcome, Qemu, Tool};
 use qcow2_testkit::pattern;

@@ -33,6 +33,8 @@ pub(crate) fn open_down_to(
     let mut source = open_file(name, args, writable)?;
     complain_of_guess(session, name, &source.format);
     let (mut above, mut context) = (Vec::new(), String::new());
+    // Each layer has its own password.
+    let mut layer_name = name.clone();
     loop {
         let below = backing_of(name, &source, &context)?;
         let layer = OpenAs { layers: Layers::NoBacking, writable: above.is_empty(), ..writable };
@@ -42,7 +44,8 @@ pub(crate) fn open_down_to(
         let next = source.resolver.resolve(reference, is_base).map_err(|error| {
             qemu_text::open_failure(&name.typed, &format!("{context}{BACKING}"), &error.into())
         })?;
-        above.push(open_layers(name, source, layer, &context)?.disk);
+        above.push(open_layers(&layer_name, source, layer, &context)?.disk);
+        layer_name.keys = layer_name.keys.below();
         context.push_str(BACKING);
         source = next;
         if is_base {
@@ -52,7 +55,7 @@ pub(crate) fn open_down_to(
     if let Some(rate) = how.bytes_per_second {
         source.storage = Arc::new(Throttle::new(source.storage, rate));
     }
-    let base = open_layers(name, source, writable, &context)?.disk;
+    let base = open_layers(&layer_name, source, writable, &context)?.disk;
     Ok(OpenedChain { above, base })
 }
 

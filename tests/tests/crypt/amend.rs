@@ -18,12 +18,11 @@ fn slots(both: &Both, file: &str) -> String {
     both.told(file, "active:").iter().map(|on| &on[..1]).collect()
 }
 
-fn check(start: &str, file: &str, prefix: &str, name: impl Fn(&str, &str) -> String) {
-    let Some(both) = Both::new(&[start]) else { return };
-    let (first, second) = (name("s", file), name("w", file));
+/// What is refused where only slot 0 holds a key.
+fn refusals(both: &Both, first: &str, prefix: &str) {
     lines(
-        &both,
-        &first,
+        both,
+        first,
         prefix,
         &[
             "-o @new-secret=w",
@@ -52,6 +51,12 @@ fn check(start: &str, file: &str, prefix: &str, name: impl Fn(&str, &str) -> Str
             "-o @state=inactive,@old-secret=s,@keyslot=0",
         ],
     );
+}
+
+fn check(start: &str, file: &str, prefix: &str, name: impl Fn(&str, &str) -> String) {
+    let Some(both) = Both::new(&[start]) else { return };
+    let (first, second) = (name("s", file), name("w", file));
+    refusals(&both, &first, prefix);
     assert_eq!(slots(&both, file), "tfffffff");
     lines(
         &both,

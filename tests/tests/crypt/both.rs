@@ -57,6 +57,16 @@ impl Both {
         self.line(line).expect_code(0);
     }
 
+    /// Lets qemu-io do `command` with the image called `name` in both folders.
+    #[track_caller]
+    pub(crate) fn io_as(&self, name: &str, command: &str) {
+        let io = Tool::find("qemu-io").expect("qemu-io beside qemu-img");
+        for who in ["theirs", "ours"] {
+            let words = [&SECRETS[..], &["--image-opts", name, "-c", command]].concat();
+            io.run_in(&self.folder(who), &words).expect_code(0);
+        }
+    }
+
     /// The lines of what qemu-img tells of `file` that begin with `key`, the same in both folders.
     #[track_caller]
     pub(crate) fn told(&self, file: &str, key: &str) -> Vec<String> {

@@ -1,6 +1,6 @@
 //! `bitmap`: the persistent bitmaps of an image.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt};
+use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
@@ -45,12 +45,12 @@ struct Request {
 
 impl Request {
     fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
-        let (mut request, mut objects) = (Self::default(), Objects::default());
+        let mut request = Self::default();
         while let Some(given) = args.next(session)? {
             match given.opt {
                 Opt::Format => request.image.format = Some(given.value),
                 Opt::ImageOpts => request.image.image_opts = true,
-                Opt::Object => objects.add(&given.value)?,
+                Opt::Object => request.image.objects.add(&given.value)?,
                 Opt::AddBitmap => request.actions.push(BitmapAction::Add { granularity: None }),
                 Opt::RemoveBitmap => request.actions.push(BitmapAction::Remove),
                 Opt::ClearBitmap => request.actions.push(BitmapAction::Clear),
@@ -106,7 +106,8 @@ impl Request {
     /// The image that holds the source of a merge, where it is another.
     fn open_source(&self) -> Result<Option<OpenedDisk>, Failure> {
         let Some(source) = &self.source else { return Ok(None) };
-        let args = ImageArgs { format: self.source_format.clone(), ..ImageArgs::default() };
+        let (format, objects) = (self.source_format.clone(), self.image.objects.clone());
+        let args = ImageArgs { format, objects, ..ImageArgs::default() };
         open_image(&ImageName::parse(source, &args)?, &args, OpenAs::READ).map(Some)
     }
 

@@ -11,8 +11,9 @@ use crate::render::check::Fixed;
 use crate::render::{check as render, json, qemu_text};
 use crate::session::Session;
 use crate::threads::Threads;
+use qcow2_core::format::header::CryptMethod;
 use qcow2_core::walk::SnapshotFault;
-use qcow2_core::{ImageFormat, Layers};
+use qcow2_core::{EncryptedLayer, ImageFormat, Keyring, Layers, ResolvedSource};
 use qcow2_io::CacheMode;
 use qcow2_ops::ErrorKind;
 use qcow2_ops::check::{CheckOptions, CheckReport, Finding, Found};
@@ -151,6 +152,21 @@ impl Request {
     }
 }
 
+/// Asks for the key of an encrypted image, as QEMU does, though its tables can be read without.
+fn unlock(name: &ImageName, source: &ResolvedSource) -> Result<(), Failure> {
+    let Ok(header) = qcow2_core::walk::read_header(&*source.storage) else {
+        // What is wrong with it is told by the check.
+        return Ok(());
+    };
+    if header.crypt_method == CryptMethod::None {
+        return Ok(());
+    }
+    let luks = header.extensions.luks;
+    let layer = EncryptedLayer::new((0, &*source.name), header.crypt_method, luks, &*source.storage);
+    let unlocked = name.keys.unlock(&layer).map(|_| ());
+    unlocked.map_err(|error| Failure::could_not_open(&name.typed, &error.to_string()))
+}
+
 fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Repaired>), Failure> {
     let name = ImageName::parse(&request.filename, &request.image)?;
     if request.repair.is_some() && request.image.force_share {
@@ -166,6 +182,7 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
         let failure = Failure::new("This image format does not support checks");
         return Err(failure.with_code(exit::CHECK_UNSUPPORTED));
     }
+    unlock(&name, &source)?;
     open_below(&name, &source, OpenAs { writable: false, ..how })?;
     let interrupts = Interrupts::install();
     let meter = Meter::new(session, &interrupts, false, 0);

@@ -17,8 +17,9 @@ pub(super) fn ask(name: &str) -> Option<Secret> {
     if let Some((_, secret)) = answers().iter().find(|(asked, _)| asked == name) {
         return Some(secret.clone());
     }
-    let _ = write!(io::stderr().lock(), "Password for '{}': ", crate::render::human::escaped(name));
+    // Asked only when nothing is shown any more: somebody may be quick.
     let line = without_echo(|| {
+        let _ = write!(io::stderr().lock(), "Password for '{}': ", crate::render::human::escaped(name));
         let mut line = Vec::with_capacity(LONGEST_LINE);
         io::stdin().lock().read_until(b'\n', &mut line).ok().map(|_| line)
     });
