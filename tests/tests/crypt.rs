@@ -9,6 +9,8 @@ mod amend;
 mod both;
 #[path = "crypt/measure.rs"]
 mod measure;
+#[path = "crypt/refusals.rs"]
+mod refusals;
 #[path = "crypt/verbs.rs"]
 mod verbs;
 

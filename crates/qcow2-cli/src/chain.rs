@@ -38,7 +38,11 @@ pub(crate) fn open_down_to(
     loop {
         let below = backing_of(name, &source, &context)?;
         let layer = OpenAs { layers: Layers::NoBacking, writable: above.is_empty(), ..writable };
-        let Some(below) = below else { return Err(no_base(&name.typed, base)) };
+        let Some(below) = below else {
+            // What does not open is told first.
+            open_layers(&layer_name, source, OpenAs { writable: false, ..layer }, &context)?;
+            return Err(no_base(&name.typed, base));
+        };
         let is_base = base.is_none_or(|base| is_same(&source.name, base, &below.path));
         let reference = Reference::Backing { name: &below.name, format: below.format.as_deref() };
         let next = source.resolver.resolve(reference, is_base).map_err(|error| {

@@ -1,7 +1,7 @@
 //! Every verb on encrypted images: the words of qemu-img, and the same disk afterwards.
 
 use super::both::Both;
-use super::{OURS, SECRETS, image};
+use super::{OURS, SECRETS, container, image};
 use qcow2_testkit::oracle::Tool;
 use std::fs;
 
@@ -10,11 +10,63 @@ const BASE: &str =
 const OVERLAY: &str = "create -q -f qcow2 -o encrypt.format=luks,encrypt.key-secret=w,encrypt.iter-time=1 -b e.qcow2 -F qcow2 -u top.qcow2 300032";
 const OVER_PLAIN: &str = "create -q -f qcow2 -o encrypt.format=luks,encrypt.key-secret=w,encrypt.iter-time=1 -b p.qcow2 -F qcow2 over.qcow2";
 const PLAIN: &str = "convert -f raw -O qcow2 d.raw p.qcow2";
+const LUKS: &str = "convert -f raw -O luks -o key-secret=s,iter-time=1 d.raw e.luks";
 
 const TOP: &str = "driver=qcow2,encrypt.key-secret=w,backing.encrypt.key-secret=s,file.filename=top.qcow2";
 
 fn e() -> String {
     image("s", "e.qcow2")
+}
+
+#[test]
+fn sizes_snapshots_and_bitmaps() {
+    let Some(both) = Both::new(&[BASE, LUKS]) else { return };
+    let (e, luks) = (e(), container("s", "e.luks"));
+    for file in ["e.qcow2", "e.luks"] {
+        for verb in ["check", "map", "snapshot -l", "snapshot -c a", "convert -O raw", "dd"] {
+            both.line(&match verb {
+                "dd" => format!("dd if={file} of=o.raw"),
+                "convert -O raw" => format!("{verb} {file} o.raw"),
+                _ => format!("{verb} {file}"),
+            });
+        }
+        both.line(&format!("resize {file} 2M"));
+        both.line(&format!("compare {file} {file}"));
+        both.line(&format!("bitmap --add {file} b"));
+        both.line(&format!("rebase -u -b '' {file}"));
+        both.line(&format!("commit {file}"));
+        both.line(&format!("measure {file}"));
+    }
+    for line in ["check", "check -r all", "map", "map --output json"] {
+        both.line(&format!("{line} --image-opts {e}"));
+    }
+    both.done(&format!("snapshot -c a --image-opts {e}"));
+    both.io_as(&e, "write -P 9 60k 70000");
+    both.done(&format!("convert -l a --image-opts {e} -O raw snap.raw"));
+    assert_eq!(
+        fs::read(both.folder("ours").join("snap.raw")).unwrap(),
+        fs::read(both.folder("ours").join("d.raw")).unwrap()
+    );
+    both.line(&format!("resize --image-opts {e} 128k"));
+    both.line(&format!("resize --shrink --image-opts {e} 128k"));
+    both.done(&format!("resize --image-opts {e} 2M"));
+    both.done(&format!("bitmap --add --image-opts {e} b"));
+    both.line(&format!("bitmap --add --image-opts {e} b"));
+    both.same("driver=qcow2,encrypt.key-secret=s", "e.qcow2");
+    both.done(&format!("bitmap --remove --image-opts {e} b"));
+    both.done(&format!("snapshot -a a --image-opts {e}"));
+    both.same("driver=qcow2,encrypt.key-secret=s", "e.qcow2");
+    both.done(&format!("snapshot -d a --image-opts {e}"));
+    both.done(&format!("resize --shrink --image-opts {e} 128k"));
+    both.done(&format!("resize --image-opts {e} 1M"));
+    both.same("driver=qcow2,encrypt.key-secret=s", "e.qcow2");
+    both.done(&format!("check -q --image-opts {e}"));
+    for size in ["2M", "100k"] {
+        both.done(&format!("resize --shrink --image-opts {luks} {size}"));
+        let len = |who| fs::metadata(both.folder(who).join("e.luks")).unwrap().len();
+        assert_eq!(len("theirs"), len("ours"));
+    }
+    both.same("driver=luks,key-secret=s", "e.luks");
 }
 
 #[test]

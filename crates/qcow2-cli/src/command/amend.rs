@@ -149,7 +149,9 @@ fn volume<'a>(
             _ => return Err(Failure::new("Only LUKS encryption options can be amended")),
         },
     };
-    Ok(Unlocked { storage: &*opened.storage, at, name: &request.filename, keys: &name.keys })
+    // The name under which the password was asked for.
+    let asked = opened.files.first().map_or(&*request.filename, |file| &*file.image);
+    Ok(Unlocked { storage: &*opened.storage, at, name: asked, keys: &name.keys })
 }
 
 fn not_amended() -> Failure {

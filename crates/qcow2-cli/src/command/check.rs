@@ -179,6 +179,7 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
         complain_of_guess(session, &name, &source.format);
     }
     if source.format != ImageFormat::Qcow2 {
+        open_layers(&name, source, OpenAs { writable: false, ..how }, "")?;
         let failure = Failure::new("This image format does not support checks");
         return Err(failure.with_code(exit::CHECK_UNSUPPORTED));
     }
