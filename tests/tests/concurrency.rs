@@ -8,7 +8,7 @@ use qcow2_core::{
     Reference, ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
-use qcow2_testkit::arbitrary::{BackingShape, DataFileShape, Shape};
+use qcow2_testkit::arbitrary::{BackingShape, DataFileShape, Shape, write_whole_or_in_parts};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::history::{self, History, ZEROES};
 use qcow2_testkit::model::chain;
@@ -194,7 +194,8 @@ impl Bench {
         let mut bytes = vec![0; (sectors.end - sectors.start) as usize * SECTOR as usize];
         history::fill(content, sectors.start, &mut bytes);
         let begun = self.history.begin(sectors.clone(), content, false);
-        let result = self.image.write_at(GuestOffset::new(sectors.start * SECTOR), &bytes);
+        let offset = GuestOffset::new(sectors.start * SECTOR);
+        let result = write_whole_or_in_parts(&*self.image, offset, &bytes, content);
         self.history.end(begun);
         result.map_err(|e| chain(&e))
     }

@@ -145,7 +145,9 @@ impl Image {
             let mut sealed = self.scratch.take_exact(part.len());
             sealed.copy_from_slice(part);
             self.seal(GuestOffset::new(at), prepared.host, &mut sealed)?;
-            let moved = move_data(&**self.meta.data()?, &prepared, &sealed);
+            let batch = [(prepared, &sealed[..])];
+            let moved = move_data(&**self.meta.data()?, &batch);
+            let [(prepared, _)] = batch;
             self.scratch.give(sealed);
             moved?;
             prepared.commit()?;

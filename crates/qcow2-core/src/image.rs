@@ -210,6 +210,26 @@ impl GuestDisk for Image {
         self.change(offset, buf.len() as u64, |range| self.write_range(range.start(), buf))
     }
 
+    fn write_parts(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
+        if !self.crypt.is_plain() {
+            return parts.iter().try_for_each(|(offset, buf)| self.write_at(*offset, buf));
+        }
+        self.meta.check_writable()?;
+        for (offset, buf) in parts {
+            self.check_range(*offset, buf.len() as u64)?;
+        }
+        {
+            let _structure = read(&self.structure);
+            let _operation = self.meta.operations.enter();
+            self.begin_change()?;
+            for (offset, buf) in parts {
+                self.bitmaps.mark(self.check_range(*offset, buf.len() as u64)?);
+            }
+            self.write_batches(parts)?;
+        }
+        self.meta.flush_if_pressed()
+    }
+
     fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
         let kind = match mode {
             ZeroMode::KeepAllocated => ZeroKind::Keep,

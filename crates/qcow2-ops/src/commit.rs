@@ -56,7 +56,8 @@ pub fn commit(
         target_layers: Some(&layers),
         compress: None,
         offload: false,
-        order: Order::Any,
+        // What one worker at a time writes, lies together in the base's file, and goes there in few calls.
+        order: Order::Claimed,
         salvage: false,
     };
     let copied = copy(&plan, executor, progress);

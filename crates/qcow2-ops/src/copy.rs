@@ -252,7 +252,12 @@ impl Copying<'_> {
     /// Writes what was prepared; `None` if a storage was to copy by itself and did not.
     fn write_steps(&self, slot: &Slot) -> Result<Option<CopyReport>> {
         let mut done = CopyReport::default();
-        let together = |a: &Step, b: &Step| matches!((a, b), (Step::Stream(..), Step::Stream(..)));
+        let image = self.plan.target.as_image().is_some();
+        let together = |a: &Step, b: &Step| match (a, b) {
+            (Step::Stream(..), Step::Stream(..)) => true,
+            (Step::Data(_), Step::Data(_)) => image,
+            _ => false,
+        };
         for steps in slot.steps.chunk_by(together) {
             let written = self.write(slot, steps, &mut done).map_err(|(at, e)| {
                 Error::new(ErrorKind::Write, format!("error while writing at byte {at}")).with_source(e)
@@ -476,7 +481,7 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// Writes a single step, or streams that follow each other. An error comes with the first byte of what failed.
+    /// Writes zeroes, or several steps of data or streams that follow each other. An error comes with the first byte of what failed.
     fn write(
         &self,
         slot: &Slot,
@@ -492,11 +497,17 @@ impl Copying<'_> {
                 done.offloaded_bytes += len;
                 return offload.copy(self.plan.source, range.clone(), *depth).map_err(|e| (range.start, e));
             }
-            [Step::Data(range), ..] => {
-                let from = (range.start - slot.range.start) as usize;
-                let bytes = &slot.plain[from..from + (range.end - range.start) as usize];
-                done.data_bytes += bytes.len() as u64;
-                target.write_at(GuestOffset::new(range.start), bytes).map_err(|e| (range.start, e))?;
+            [Step::Data(first), ..] => {
+                let mut parts = Vec::with_capacity(steps.len());
+                for step in steps {
+                    if let Step::Data(range) = step {
+                        let from = (range.start - slot.range.start) as usize;
+                        let bytes = &slot.plain[from..from + (range.end - range.start) as usize];
+                        done.data_bytes += bytes.len() as u64;
+                        parts.push((GuestOffset::new(range.start), bytes));
+                    }
+                }
+                target.write_parts(&parts).map_err(|e| (first.start, e))?;
             }
             [Step::Zeroes(range), ..] => {
                 done.zeroed_bytes += range.end - range.start;

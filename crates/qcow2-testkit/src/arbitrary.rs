@@ -230,7 +230,7 @@ impl Operation {
             }
             Self::Write { range, seed } => {
                 let buf = pattern::bytes(seed, range.start().value(), range.len() as usize);
-                disk.write_at(range.start(), &buf)?;
+                write_whole_or_in_parts(disk, range.start(), &buf, seed >> 2)?;
             }
             Self::Zero { range, mode } => disk.write_zeroes(range, mode)?,
             Self::Discard(range) => disk.discard(range)?,
@@ -238,6 +238,31 @@ impl Operation {
         }
         Ok(None)
     }
+}
+
+/// Writes `buf` at `offset`: in one call, or (one `draw` of three) as 2 to 8 parts that end on sectors, some from the last to
+/// the first.
+pub fn write_whole_or_in_parts(
+    disk: &dyn GuestDisk,
+    offset: GuestOffset,
+    buf: &[u8],
+    draw: u64,
+) -> Result<()> {
+    if !draw.is_multiple_of(3) || buf.is_empty() {
+        return disk.write_at(offset, buf);
+    }
+    let step = (buf.len() as u64).div_ceil(2 + draw / 3 % 7).next_multiple_of(512);
+    let (end, mut parts, mut at) = (offset.value() + buf.len() as u64, Vec::new(), offset.value());
+    while at < end {
+        let next = (at + step).next_multiple_of(512).min(end);
+        let inside = (at - offset.value()) as usize..(next - offset.value()) as usize;
+        parts.push((GuestOffset::new(at), &buf[inside]));
+        at = next;
+    }
+    if draw.is_multiple_of(5) {
+        parts.reverse();
+    }
+    disk.write_parts(&parts)
 }
 
 /// Ranges start and end at, just beside, or far from cluster borders, and are short more often than long.

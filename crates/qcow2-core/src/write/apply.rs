@@ -22,7 +22,9 @@ impl Image {
             let (part, next) = rest.split_at(prepared.len as usize);
             let cow = !prepared.edges.is_empty();
             self.meta.event(if cow { Event::CowWrite } else { Event::WriteAio });
-            move_data(&**self.meta.data()?, &prepared, part)?;
+            let batch = [(prepared, part)];
+            move_data(&**self.meta.data()?, &batch)?;
+            let [(prepared, _)] = batch;
             prepared.commit()?;
             at += part.len() as u64;
             rest = next;
@@ -31,19 +33,23 @@ impl Image {
     }
 }
 
-/// Puts the write's bytes and those it needs around them into the prepared place, neighbours in one call.
-pub(crate) fn move_data(data: &dyn Storage, prepared: &Prepared<'_>, buf: &[u8]) -> Result<()> {
-    if prepared.edges.is_empty() {
+/// Puts the bytes of prepared writes and those they need around them into their places, neighbours in one call.
+pub(crate) fn move_data(data: &dyn Storage, batch: &[(Prepared<'_>, &[u8])]) -> Result<()> {
+    if let [(prepared, buf)] = batch
+        && prepared.edges.is_empty()
+    {
         return Ok(data.write_at(prepared.host, buf)?);
     }
-    let mut pieces: Vec<(HostOffset, &[u8])> = Vec::with_capacity(prepared.edges.len() + 1);
-    for edge in &prepared.edges {
-        match edge {
-            Edge::Bytes { host, bytes } => pieces.push((*host, bytes)),
-            Edge::Zeroes { host, len } => data.write_zeroes(*host, *len, ZeroMode::KeepAllocated)?,
+    let mut pieces: Vec<(HostOffset, &[u8])> = Vec::with_capacity(batch.len() * 2);
+    for (prepared, buf) in batch {
+        for edge in &prepared.edges {
+            match edge {
+                Edge::Bytes { host, bytes } => pieces.push((*host, bytes)),
+                Edge::Zeroes { host, len } => data.write_zeroes(*host, *len, ZeroMode::KeepAllocated)?,
+            }
         }
+        pieces.push((prepared.host, buf));
     }
-    pieces.push((prepared.host, buf));
     pieces.sort_unstable_by_key(|(host, _)| *host);
     let mut rest = &pieces[..];
     while let Some(&(start, first)) = rest.first() {

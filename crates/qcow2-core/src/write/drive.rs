@@ -62,7 +62,8 @@ impl Image {
     /// Finds a place for a first part of a write to `range` (not empty, inside the disk). Disk: may read L2 tables and the
     /// bytes around the write; a new L2 table may be written. Waits while somebody else changes the mapping of the same
     /// clusters, and changes of it wait until the ticket is committed or dropped: a thread must not hold a ticket while it
-    /// prepares another write to one of its clusters, or zeroes or discards one.
+    /// prepares another write to one of its clusters, or zeroes or discards one, and threads that hold several at once take
+    /// them in ascending order of guest offsets.
     ///
     /// Errors: as [`GuestDisk::write_at`](crate::GuestDisk::write_at).
     pub fn prepare_write(&self, range: GuestRange) -> Result<WriteTicket<'_>> {

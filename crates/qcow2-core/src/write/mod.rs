@@ -1,6 +1,7 @@
 //! Where guest writes go: decided in [`plan`], carried out in [`apply`].
 
 pub(crate) mod apply;
+pub(crate) mod batch;
 pub(crate) mod cow;
 pub(crate) mod drive;
 pub(crate) mod pack;

@@ -36,6 +36,16 @@ pub(crate) enum Edge {
     Zeroes { host: HostOffset, len: u64 },
 }
 
+impl Edge {
+    /// Bytes of memory that it holds.
+    pub(crate) fn held(&self) -> usize {
+        match self {
+            Self::Bytes { bytes, .. } => bytes.len(),
+            Self::Zeroes { .. } => 0,
+        }
+    }
+}
+
 /// A place for a first part of a write.
 pub(crate) struct Prepared<'a> {
     image: &'a Image,

@@ -1,0 +1,84 @@
+//! Several writes at once: places for all of them first, then their bytes, neighbours in the file in one call.
+//!
+//! Invariant: whoever holds several claims took them in ascending order of guest clusters, so that two batches never wait
+//! for each other.
+
+use super::apply::move_data;
+use super::prepare::{Edge, Prepared};
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::port::event::Event;
+use ::alloc::vec::Vec;
+use qcow2_format::GuestOffset;
+
+/// The most places that are prepared at once, and with how many bytes that stand beside the parts.
+const MAX_BATCH: usize = 128;
+const MAX_BESIDE: usize = 4 << 20;
+
+/// What of the parts is still to be written.
+struct Rest<'a> {
+    parts: &'a [(GuestOffset, &'a [u8])],
+    /// How many bytes of the first part are written.
+    done: usize,
+}
+
+impl<'a> Rest<'a> {
+    /// The next bytes and where they go.
+    fn next(&mut self) -> Option<(GuestOffset, &'a [u8])> {
+        loop {
+            let &(offset, bytes) = self.parts.first()?;
+            if self.done < bytes.len() {
+                return Some((GuestOffset::new(offset.value() + self.done as u64), &bytes[self.done..]));
+            }
+            (self.parts, self.done) = (&self.parts[1..], 0);
+        }
+    }
+}
+
+impl Image {
+    /// Writes the parts one after the other, as far as they ascend in one go. The caller has checked the ranges and runs
+    /// inside an operation. After an error a first part of them may be written.
+    pub(crate) fn write_batches(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
+        let mut rest = Rest { parts, done: 0 };
+        while rest.next().is_some() {
+            let (batch, failed) = self.prepare_batch(&mut rest);
+            move_data(&**self.meta.data()?, &batch)?;
+            for (prepared, _) in batch {
+                prepared.commit()?;
+            }
+            failed.map_or(Ok(()), Err)?;
+        }
+        Ok(())
+    }
+
+    /// Places for the next parts: up to the first that cannot have one now, because it touches a cluster that the batch
+    /// holds or lies before it, or for good, which is the error.
+    fn prepare_batch<'a, 'b>(
+        &'a self,
+        rest: &mut Rest<'b>,
+    ) -> (Vec<(Prepared<'a>, &'b [u8])>, Option<Error>) {
+        let cluster = |at: u64| self.meta.geometry.guest_cluster(GuestOffset::new(at)).value();
+        let (mut batch, mut free_from, mut beside) = (Vec::new(), 0, 0);
+        while let Some((offset, bytes)) = rest.next() {
+            if cluster(offset.value()) < free_from || batch.len() == MAX_BATCH || beside > MAX_BESIDE {
+                break;
+            }
+            let prepared = match self.prepare(offset, bytes.len() as u64) {
+                Ok(prepared) => prepared,
+                Err(error) => return (batch, Some(error)),
+            };
+            beside += prepared.edges.iter().map(Edge::held).sum::<usize>();
+            let cow = !prepared.edges.is_empty();
+            self.meta.event(if cow { Event::CowWrite } else { Event::WriteAio });
+            free_from = cluster(offset.value() + prepared.len - 1) + 1;
+            rest.done += prepared.len as usize;
+            let (part, later) = bytes.split_at(prepared.len as usize);
+            batch.push((prepared, part));
+            if !later.is_empty() {
+                // What was asked for is claimed as a whole, what comes later too.
+                break;
+            }
+        }
+        (batch, None)
+    }
+}
