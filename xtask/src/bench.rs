@@ -29,7 +29,7 @@ struct Row {
 impl Row {
     /// Whether the time is that of copying into new pages of the page cache.
     fn writes_much(&self) -> bool {
-        self.group == "convert" || self.args.contains("-O raw")
+        ["convert", "crypt"].contains(&self.group) || self.args.contains("-O raw")
     }
 }
 
@@ -168,6 +168,22 @@ const ROWS: &[Row] = &[
         theirs: "-W -m 8",
     },
     Row {
+        name: "convert raw to LUKS in qcow2",
+        group: "crypt",
+        prepare: &[
+            "create -q -f qcow2 --object secret,id=s,data=abc -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 {}/new.qcow2 1G",
+        ],
+        args: "convert -n --object secret,id=s,data=abc -f raw --target-image-opts {}/random.raw driver=qcow2,encrypt.key-secret=s,file.filename={}/new.qcow2",
+        theirs: "-W -m 8",
+    },
+    Row {
+        name: "convert LUKS in qcow2 to raw",
+        group: "crypt",
+        prepare: &[],
+        args: "convert --object secret,id=s,data=abc --image-opts driver=qcow2,encrypt.key-secret=s,file.filename={}/luks.qcow2 -O raw {}/out.raw",
+        theirs: "-W -m 8",
+    },
+    Row {
         name: "create, preallocation=metadata",
         group: "tables",
         prepare: &[],
@@ -216,7 +232,7 @@ struct Bench {
     keep: bool,
 }
 
-/// Runs the rows. `args`: `--group io|convert|compress|chain|tables`, `--pairs N`, `--files DIR` (real files for a disk,
+/// Runs the rows. `args`: `--group io|convert|compress|chain|crypt|tables`, `--pairs N`, `--files DIR` (real files for a disk,
 /// /usr by default), `--scratch DIR`, `--row TEXT` (only rows whose name has it), `--keep yes` (the files made for the rows
 /// stay, and are taken as they are by the next run).
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
@@ -316,6 +332,9 @@ impl Bench {
                 "bench -t unsafe -w --pattern 7 -c 100000 -d 32 -S 1640632320 -f qcow2 {}/layer.qcow2",
             )?;
         }
+        if rows.iter().any(|row| row.group == "crypt") {
+            self.setup_encrypted()?;
+        }
         if rows.iter().any(|row| row.group == "tables") {
             self.qemu("create -q -f qcow2 -o preallocation=metadata {}/tables.qcow2 1T")?;
             self.command("cp --sparse=always {}/tables.qcow2 {}/snapshot.qcow2")?;
@@ -341,6 +360,23 @@ impl Bench {
             )?;
         }
         Ok(())
+    }
+
+    /// A disk of 1 GiB that is all data, and the same encrypted.
+    fn setup_encrypted(&self) -> Result<(), String> {
+        let raw = self.scratch.join("random.raw");
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()
+        };
+        let bytes: Vec<u8> = (0..GIB / 8).flat_map(|_| next()).collect();
+        fs::write(&raw, bytes).map_err(|e| format!("{}: {e}", raw.display()))?;
+        let secret = "--object secret,id=s,data=abc";
+        let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+        self.qemu(&format!("convert {secret} -f raw -O qcow2 -o {options} {{}}/random.raw {{}}/luks.qcow2"))
     }
 
     fn table(&self, rows: &[&Row]) -> Result<(), String> {

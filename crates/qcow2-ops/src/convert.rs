@@ -6,6 +6,7 @@ use crate::executor::Executor;
 use crate::pipeline::Order;
 use crate::progress::Progress;
 use crate::source::{Below, Source, total_size};
+use qcow2_core::format::CryptMethod;
 use qcow2_core::{ClusterCodec, GuestDisk, Image};
 use std::sync::Arc;
 
@@ -29,7 +30,7 @@ pub struct ConvertOptions {
     /// Clusters are stored compressed where that makes them smaller.
     pub compress: bool,
     /// Clusters may land in the target in any order, which is faster with many workers. Without it the target's bytes
-    /// are the same whatever the number of workers.
+    /// are the same whatever the number of workers, unless it is an encrypted image.
     pub out_of_order: bool,
     /// Sectors that cannot be read become zeroes and are reported.
     pub salvage: bool,
@@ -105,8 +106,9 @@ pub fn convert(
         target_layers: None,
         compress: if options.compress { Some(compressed(target)?) } else { None },
         offload: options.offload,
-        // One worker writes at a time: more would spin for the lock of the file instead of reading and expanding.
-        order: if options.out_of_order { Order::Any } else { Order::Claimed },
+        // One worker writes at a time: more would spin for the lock of the file instead of reading and expanding. An
+        // encrypted image gives them something to do: its bytes depend on their place, and are encrypted on the way there.
+        order: if options.out_of_order || is_encrypted(target) { Order::Any } else { Order::Claimed },
         salvage: options.salvage,
     };
     let report = copy(&plan, executor, progress)?;
@@ -128,6 +130,10 @@ fn end_on_a_sector(image: &Image) -> Result<()> {
         }
     };
     pad().map_err(|e| Error::new(ErrorKind::Write, "error while writing the end of the file").with_source(e))
+}
+
+fn is_encrypted(disk: &dyn GuestDisk) -> bool {
+    disk.as_image().is_some_and(|image| image.header().crypt_method != CryptMethod::None)
 }
 
 fn check_sparse_size(size: u64) -> Result<()> {
