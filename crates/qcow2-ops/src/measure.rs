@@ -20,7 +20,8 @@ pub struct MeasureOptions {
     pub extended_l2: bool,
     /// How much is there from the start.
     pub preallocation: Preallocation,
-    /// Whether it stands on a backing file: then any cluster may become allocated, and is taken for it.
+    /// Whether it stands on a backing file: then every cluster of a measured disk is taken for allocated. A size alone says
+    /// nothing of data.
     pub has_backing: bool,
     /// Bytes of its encryption header; zero: it has none.
     pub luks_len: u64,
@@ -194,7 +195,7 @@ mod tests {
         check(1 << 30, |o| o.cluster_size = 512, 21_385_216, 1_095_127_040);
         check(1 << 30, |o| o.refcount_bits = 64, 524_288, 1_074_266_112);
         check(1 << 30, |o| o.preallocation = Preallocation::Full, 1_074_135_040, 1_074_135_040);
-        check(1 << 30, |o| o.has_backing = true, 1_074_135_040, 1_074_135_040);
+        check(1 << 30, |o| o.has_backing = true, 393_216, 1_074_135_040);
         let huge = measure_qcow2(Measured::Size(4 << 60), &MeasureOptions::default());
         assert_eq!(huge.unwrap_err().kind(), ErrorKind::InvalidOption);
         let raw = measure_raw(Measured::Size(i64::MAX as u64)).unwrap();

@@ -10,6 +10,7 @@ pub(super) struct Bits<'a> {
     /// The next byte that is not counted in the buffer.
     at: usize,
     buffer: u64,
+    /// The lowest six bits count; what is above them may be anything.
     count: u32,
     /// Zero bytes that were taken for what is past the end.
     past_end: u32,
@@ -27,7 +28,7 @@ impl<'a> Bits<'a> {
             return false;
         };
         self.buffer |= u64::from_le_bytes(*bytes) << (self.count & 63);
-        self.at += ((63 - self.count) >> 3) as usize;
+        self.at += ((!self.count & 63) >> 3) as usize;
         self.count |= 56;
         true
     }
@@ -35,7 +36,8 @@ impl<'a> Bits<'a> {
     /// Fills the buffer to at least 56 bits, past the end with zeroes, which [`is_cut`](Self::is_cut) tells once they are
     /// used.
     pub(super) fn refill_carefully(&mut self) {
-        while self.count <= 56 {
+        self.count &= 63;
+        while self.count < 56 {
             match self.stream.get(self.at) {
                 Some(&byte) => {
                     self.buffer |= u64::from(byte) << self.count;
@@ -49,7 +51,7 @@ impl<'a> Bits<'a> {
 
     /// Whether bits were used that are not there.
     pub(super) fn is_cut(&self) -> bool {
-        self.past_end * 8 > self.count
+        self.past_end * 8 > (self.count & 63)
     }
 
     /// What comes next; bits that were not filled in may have any value.
@@ -58,7 +60,7 @@ impl<'a> Bits<'a> {
         self.buffer
     }
 
-    /// Uses `count` bits, fewer than 64, which were filled in.
+    /// Uses as many bits as the lowest six bits of `count` say, which were filled in.
     #[inline(always)]
     pub(super) fn skip(&mut self, count: u32) {
         self.buffer >>= count & 63;
@@ -75,7 +77,7 @@ impl<'a> Bits<'a> {
 
     /// Goes on at the next whole byte, with `len` bytes as they are; `None` where there are fewer.
     pub(super) fn take_bytes(&mut self, len: usize) -> Option<&'a [u8]> {
-        let unused = (self.count / 8).checked_sub(self.past_end)? as usize;
+        let unused = ((self.count & 63) / 8).checked_sub(self.past_end)? as usize;
         let start = self.at - unused;
         let bytes = self.stream.get(start..start.checked_add(len)?)?;
         *self = Self { at: start + len, ..Self::new(self.stream) };

@@ -77,16 +77,16 @@ impl Entry {
         (self.0 >> 16) as u8
     }
 
-    /// Bits to use.
+    /// Bits to use, in the lowest six bits; what is above them is something else.
     #[inline(always)]
     pub(super) fn bits(self) -> u32 {
-        self.0 & 63
+        self.0
     }
 
     /// The value that the bits `ahead` give, the code's own first.
     #[inline(always)]
     pub(super) fn value_of(self, ahead: u64) -> usize {
-        let extra = (ahead & ((1 << self.bits()) - 1)) >> (self.0 >> 8 & 63);
+        let extra = (ahead & ((1 << (self.bits() & 63)) - 1)) >> (self.0 >> 8 & 63);
         (self.0 >> 16) as usize + extra as usize
     }
 
