@@ -115,3 +115,31 @@ fn qemu_agrees_after_random_operations_on_every_geometry() {
         }
     }
 }
+
+/// A mapping table that has more clusters than a refcount block counts needs them in a row all the same.
+#[test]
+fn tables_longer_than_what_a_refcount_block_counts() {
+    let Some(qemu) = Tool::find("qemu-img") else { return };
+    let ours = Tool::at(env!("CARGO_BIN_EXE_qcow2-under-test"));
+    let folder = tempfile::tempdir().unwrap();
+    let run = |args: &str| {
+        let args: Vec<&str> = args.split(' ').collect();
+        ours.run_in(folder.path(), &args).success();
+    };
+    for (bits, size) in [(16, "700M"), (64, "300M"), (64, "9G"), (1, "9G")] {
+        run(&format!("create -q -f qcow2 -o cluster_size=512,refcount_bits={bits} t.qcow2 5M"));
+        let write = ["-f", "qcow2", "-c", "write -P 5 100k 3M", "t.qcow2"];
+        ours.run_in(folder.path(), &[&["io"][..], &write].concat()).success();
+        run(&format!("resize -q t.qcow2 {size}"));
+        if bits > 1 {
+            run("snapshot -c kept t.qcow2");
+        }
+        let read = ["-f", "qcow2", "-c", "read -P 5 100k 3M", "-c", "write -P 6 200M 1M", "t.qcow2"];
+        let seen = ours.run_in(folder.path(), &[&["io"][..], &read].concat()).success();
+        assert!(!seen.stdout.contains("failed"), "{bits} bits, {size}: {seen}");
+        qemu.run_in(folder.path(), &["check", "t.qcow2"]).success();
+        let len = std::fs::metadata(folder.path().join("t.qcow2")).unwrap().len();
+        assert!(len < 64 << 20, "{bits} bits, {size}: the file has {len} bytes");
+        std::fs::remove_file(folder.path().join("t.qcow2")).unwrap();
+    }
+}

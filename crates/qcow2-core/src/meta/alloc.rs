@@ -122,9 +122,17 @@ impl Meta {
                 if count > 0 && !exact {
                     break;
                 }
-                if self.add_block(refcounts, at)? == at {
-                    (at, first, count) = (at + 1, at + 1, 0);
+                let blocks = if exact { self.blocks_ahead(refcounts, at, want) } else { 1 };
+                let index = self.geometry.refcount_table_index(HostCluster::new(at));
+                if index + blocks > refcounts.table.len() as u64 {
+                    self.grow_refcount_table(refcounts, index + blocks - 1)?;
+                    continue;
                 }
+                for block in 0..blocks {
+                    self.add_block(refcounts, index + block, at + block)?;
+                }
+                at += blocks;
+                (first, count) = (at, 0);
                 continue;
             };
             while at < slot.end && count < want {
@@ -192,14 +200,22 @@ impl Meta {
         }))
     }
 
-    /// Gives a refcount block to the clusters around `cluster`. The block takes `cluster` itself, whose count it then
-    /// holds; returns the cluster it took.
-    fn add_block(&self, refcounts: &mut Refcounts, cluster: u64) -> Result<u64> {
-        let index = self.geometry.refcount_table_index(HostCluster::new(cluster));
-        if index >= refcounts.table.len() as u64 {
-            self.grow_refcount_table(refcounts, index)?;
-            return Ok(u64::MAX);
+    /// How many refcount blocks to put one after the other from `at` on, which has none. More than one for a run of `want`
+    /// clusters that is as long as what a block counts: it would find no place between blocks that each take the first
+    /// cluster they count.
+    fn blocks_ahead(&self, refcounts: &Refcounts, at: u64, want: u64) -> u64 {
+        let per_block = self.geometry.refcount_block_entries();
+        if want < per_block {
+            return 1;
         }
+        // As many as count the run and themselves.
+        let blocks = (want + at % per_block).div_ceil(per_block - 1);
+        let later = refcounts.table.iter().skip((at / per_block + 1) as usize);
+        if later.take(blocks as usize - 1).all(|&entry| entry == 0) { blocks } else { 1 }
+    }
+
+    /// Puts the refcount block of table entry `index` at `cluster`, which it or a block before it counts.
+    fn add_block(&self, refcounts: &mut Refcounts, index: u64, cluster: u64) -> Result<()> {
         let hit = read(&self.metadata_clusters).first_in(cluster, 1);
         if let Some(hit) = hit {
             return Err(Error::corrupt(format!(
@@ -221,7 +237,7 @@ impl Meta {
         }
         refcounts.dirty_sectors.insert(index * 8 / super::page::SECTOR_SIZE);
         self.note_metadata(cluster, 1);
-        Ok(cluster)
+        Ok(())
     }
 
     /// Goes on with another refcount table, whose blocks are all on disk and not yet in the cache.
