@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # libvirt's storage driver with our program first on its path as qemu-img: volumes are made, cloned, resized, put on each
 # other, filled, read, wiped and deleted; every call must reach our program and succeed, and every image must pass
-# qemu-img's check. Each call and its exit code is printed. (Internal snapshots are not the storage driver's: libvirt takes
-# them of domains only.)
-#   tests/clients/libvirt.sh PROGRAM
-# Needs root, libvirtd and virsh (Debian: libvirt-daemon, libvirt-clients), and the user libvirt-qemu that the daemon wants.
+# qemu-img's check. Each call and its exit code is printed. Snapshots are not the storage driver's: libvirt takes them of
+# domains, and a domain needs a qemu-system to be defined with. With EMULATOR, the path of one, snapshots inside and outside a
+# shut-off domain's disk are taken, gone back to and deleted too.
+#   tests/clients/libvirt.sh PROGRAM [EMULATOR]
+# Needs root, libvirtd and virsh (Debian: libvirt-daemon, libvirt-daemon-driver-qemu, libvirt-clients), and the user libvirt-qemu
+# that the daemon wants, who must be able to run EMULATOR.
 set -euo pipefail
 program=$(realpath "$1")
 reference=$(command -v qemu-img)
@@ -22,6 +24,43 @@ chmod +x "$work/bin/qemu-img"
 printf 'unix_sock_dir = "%s"\nauth_unix_rw = "none"\nlog_outputs = "3:file:%s/log"\n' "$work" "$work" > "$work/conf"
 
 v() { virsh -q -c "storage+unix:///system?socket=$work/libvirt-sock" "$@"; }
+d() { virsh -q -c "qemu+unix:///system?socket=$work/libvirt-sock" "$@"; }
+
+# Whether the first MiB of a disk is full of this byte.
+holds() { [ "$(qemu-io -r -c "read -P $1 0 1M" "$2" | grep -c 'verification failed')" = 0 ]; }
+
+# Snapshots of a domain that is shut off: libvirt calls `qemu-img snapshot` and `qemu-img create` for them.
+snapshots() {
+  local disk=$work/vm/disk.qcow2
+  chmod 755 "$work"; mkdir "$work/vm"
+  "$work/real/qemu-img" create -q -f qcow2 "$disk" 64M
+  cat > "$work/domain.xml" <<END
+<domain type='qemu'>
+  <name>$pool</name><memory unit='MiB'>128</memory><vcpu>1</vcpu><os><type arch='x86_64' machine='pc'>hvm</type></os>
+  <devices>
+    <emulator>$1</emulator>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2'/><source file='$disk'/><target dev='vda' bus='virtio'/>
+    </disk>
+  </devices>
+</domain>
+END
+  d define "$work/domain.xml"
+  qemu-io -c 'write -P 1 0 1M' "$disk" > /dev/null
+  d snapshot-create-as $pool first
+  qemu-io -c 'write -P 2 0 1M' "$disk" > /dev/null
+  d snapshot-create-as $pool second
+  d snapshot-revert $pool first
+  holds 1 "$disk"
+  d snapshot-revert $pool second
+  holds 2 "$disk"
+  d snapshot-delete $pool first
+  d snapshot-create-as $pool outside --disk-only
+  d domblklist $pool | grep -F "$work/vm/disk.outside" > /dev/null
+  for image in "$disk" "$work/vm/disk.outside"; do "$reference" check -q "$image"; done
+  d undefine $pool --snapshots-metadata
+  echo "snapshots of a domain: 2 inside, 2 reverts, 1 delete, 1 outside, all clean"
+}
 pool=qcow2-$$
 PATH="$work/bin:$PATH" libvirtd -f "$work/conf" -p "$work/pid" &
 daemon=$!
@@ -61,6 +100,7 @@ v vol-resize clone.qcow2 1G --shrink --pool $pool
 v vol-wipe copy.raw --pool $pool
 for volume in b.raw copy.raw old.qcow2 flat.raw; do v vol-delete $volume --pool $pool; done
 for image in a over pre clone up up2 flat; do "$reference" check -q "$work/pool/$image.qcow2"; done
+[ $# -lt 2 ] || snapshots "$2"
 grep -q '^0 create .*over.qcow2' "$work/calls"
 grep -q '^0 convert .*clone.qcow2' "$work/calls"
 grep -q '^0 resize .*a.qcow2' "$work/calls"

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
-/// Builds the command and runs the script, which says what it needs.
-pub(crate) fn run(root: &Path) -> Result<(), String> {
+/// Builds the command and runs the script, which says what it needs. `args`: nothing, or a qemu-system for snapshots of a domain.
+pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
     let build = Command::new(crate::cargo())
         .args(["build", "--locked", "-p", "qcow2-cli"])
         .current_dir(root)
@@ -14,7 +14,7 @@ pub(crate) fn run(root: &Path) -> Result<(), String> {
     }
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), Into::into);
     let script = root.join("tests/clients/libvirt.sh");
-    let status = Command::new("bash").arg(&script).arg(target.join("debug/qcow2")).status();
+    let status = Command::new("bash").arg(&script).arg(target.join("debug/qcow2")).args(args).status();
     match status {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => Err(format!("tests/clients/libvirt.sh: {status}")),

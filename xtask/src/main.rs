@@ -39,7 +39,7 @@ fn run(args: &[String]) -> Result<(), String> {
     match args {
         [name, rest @ ..] if name == "crash" => return crash::run(&root, rest),
         [name, rest @ ..] if name == "docs" => return docs::run(&root, rest),
-        [name] if name == "libvirt" => return libvirt::run(&root),
+        [name, rest @ ..] if name == "libvirt" => return libvirt::run(&root, rest),
         [name, rest @ ..] if name == "bench" => return bench::run(&root, rest),
         _ => {}
     }
@@ -61,7 +61,7 @@ fn usage() -> String {
     }
     text.push_str("\n\n  tour      the main job on a sample disk, command by command");
     text.push_str("\n  docs      manual pages and shell completions, in target/docs or the folder given");
-    text.push_str("\n  libvirt   libvirt's storage driver on our qemu-img (needs root, libvirtd, virsh)");
+    text.push_str("\n  libvirt   libvirt on our qemu-img (needs root, libvirtd, virsh): volumes, and with a qemu-system's path snapshots of a domain");
     text.push_str("\n  crash     cut the power at every moment of random work: --seconds N, --seed N");
     text.push_str("\n  bench     time ours against qemu-img in pairs: --group io|convert|compress, --pairs N, --files DIR");
     text.push_str("\n  fixtures  make tests/data anew with QEMU's tools");
