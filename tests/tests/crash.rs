@@ -1,9 +1,11 @@
 //! No power cut does harm; and with any one ordering rule switched off, the simulation says so.
 #![allow(clippy::print_stdout, reason = "the story of a violation must be seen")]
 
-use qcow2_core::{OpenOptions, OrderingRule};
+use qcow2_core::{CreateOptions, OpenOptions, OrderingRule, Storage, create};
+use qcow2_testkit::crash::{CrashWorld, Event};
+use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::sim::{Budget, SimOptions, minimize, run_many};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Runs the seeds of `budget`, and prints the shortest story of every violation.
@@ -89,4 +91,26 @@ fn finds_a_header_before_the_bitmaps_that_it_leads_to() {
 #[test]
 fn finds_a_change_before_its_warning() {
     finds(OrderingRule::WarningBeforeChange);
+}
+
+/// A file that grows by its writes may be given more room than it needs, and keep it for minutes (XFS).
+#[test]
+fn a_new_image_is_as_long_as_its_tables_before_anything_is_written() {
+    let world = CrashWorld::new();
+    let disk: Arc<dyn Storage> = world.add(PageBytes::default());
+    let lengths = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&lengths);
+    world.set_hook(Some(Arc::new(move |event, cut| {
+        if event == Event::BeforeChange {
+            seen.lock().unwrap().push(cut.everything().storage(0).len().unwrap());
+        }
+    })));
+    create(&disk, None, &CreateOptions::new(1 << 30)).unwrap();
+    world.set_hook(None);
+    let end = disk.len().unwrap();
+    assert_eq!(
+        lengths.lock().unwrap().split_first(),
+        Some((&0, &[end; 4][..])),
+        "tables, blocks, L1, header"
+    );
 }

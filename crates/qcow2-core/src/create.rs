@@ -156,7 +156,7 @@ impl Layout {
 }
 
 /// Writes a new image. `storage`: empty; `data`: the external data file's storage, needed with preallocation on it.
-/// Disk: all tables, barrier, the header, barrier; what the storage held before is not looked at.
+/// Disk: the length, all tables, barrier, the header, barrier; what the storage held before is not looked at.
 ///
 /// Errors: `InvalidOption` for a combination that the format does not allow, `NoSpace`, `Storage`.
 pub fn create(
@@ -178,6 +178,7 @@ pub fn create(
         header.extensions.luks = Some(LuksPointer { offset, len });
     }
     let first = header.encode().map_err(invalid)?;
+    make_room(&**storage, &header)?;
     write_refcounts(&**storage, &geometry, &layout)?;
     if let Some(NewEncryption::Luks(area)) = &options.encryption {
         storage.write_at(at(layout.luks_start()), &area.0)?;
@@ -293,6 +294,17 @@ fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
         return Err(option_error(message));
     }
     Ok(layout)
+}
+
+/// Makes the storage as long as its tables before anything is written: file systems that reserve space ahead of a file that
+/// grows by its writes (XFS, as much again as the file has) give it back only once while the file is in memory, and that once
+/// is wanted for the data that comes later.
+fn make_room(storage: &dyn Storage, header: &Header) -> Result<()> {
+    let end = header.l1_table_offset.value() + u64::from(header.l1_size) * 8;
+    if storage.limits().growable && storage.len()? < end {
+        storage.set_len(end)?;
+    }
+    Ok(())
 }
 
 /// The refcount table, and blocks in which every cluster of the layout counts one.
