@@ -1,8 +1,8 @@
 //! The loop that convert and its relatives share: claim a chunk, see what is in it, read it, find its zeroes, perhaps
 //! compress it, and write it in guest order.
 //!
-//! Memory: each worker has two slots, and a slot holds one chunk, which is 1 MiB or a cluster where that is more; where
-//! the target is compressed, a second one for streams.
+//! Memory: each worker has two slots, and a slot holds one chunk, which is 1 MiB (4 MiB where copying by the storages was tried
+//! and did not work) or a cluster where that is more; where the target is compressed, a second one for streams.
 
 use crate::buffer::PageBuffer;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,6 +20,9 @@ use std::sync::{Mutex, PoisonError};
 /// Bytes of a chunk, unless a cluster has more: large enough to make calls cheap, small enough to stay in the cache
 /// between reading, looking for zeroes and writing.
 const CHUNK: u64 = 1 << 20;
+/// Bytes of a chunk that the storages are asked to copy by themselves: it is not read, so a call may as well do more. The few
+/// that are under way when they refuse have this much memory each.
+const OFFLOADED_CHUNK: u64 = 4 << 20;
 /// The most bytes of zeroes that are written as one piece, so that progress and a stop are heard.
 const MAX_ZEROES: u64 = 1 << 30;
 /// How many unreadable places a report names.
@@ -161,8 +164,10 @@ impl Stages for Copying<'_> {
                 return Err(Error::new(ErrorKind::Stopped, format!("stopped at byte {cursor} of {end}")));
             }
             let start = *cursor;
-            let hole = self.hole_at(start)?;
-            *cursor = hole.as_ref().map_or(self.chunk_end(start), |hole| hole.end());
+            let chunk = self.chunk();
+            let chunk_end = (start - start % chunk).saturating_add(chunk).min(end);
+            let hole = self.hole_at(start, chunk, chunk_end)?;
+            *cursor = hole.as_ref().map_or(chunk_end, |hole| hole.end());
             slot.range = start..*cursor;
             slot.all_zero = matches!(&hole, Some(hole) if !self.may_skip(hole));
             if hole.is_none() || slot.all_zero {
@@ -269,21 +274,25 @@ impl Copying<'_> {
         Ok(Some(done))
     }
 
-    fn chunk_end(&self, at: u64) -> u64 {
-        (at - at % self.chunk).saturating_add(self.chunk).min(self.plan.source.size())
+    /// Bytes of the next chunk.
+    fn chunk(&self) -> u64 {
+        match &self.offload {
+            Some(offload) if offload.is_possible() => self.chunk.max(OFFLOADED_CHUNK),
+            _ => self.chunk,
+        }
     }
 
     /// A run of whole chunks from `start` on that need not be read, if there is one.
-    fn hole_at(&self, start: u64) -> Result<Option<Run>> {
+    fn hole_at(&self, start: u64, chunk: u64, chunk_end: u64) -> Result<Option<Run>> {
         let end = self.plan.source.size();
         let run = self.plan.source.content_at(start, end - start, self.plan.below)?;
         let written_anyway = self.plan.sparse_size == 0 && run.content == Content::Zero;
-        if run.content == Content::Data || written_anyway || run.end() < self.chunk_end(start) {
+        if run.content == Content::Data || written_anyway || run.end() < chunk_end {
             return Ok(None);
         }
-        let mut hole_end = if run.end() == end { end } else { run.end() - run.end() % self.chunk };
+        let mut hole_end = if run.end() == end { end } else { run.end() - run.end() % chunk };
         if run.content == Content::Zero && !self.may_skip(&run) {
-            let chunks = |bytes: u64| bytes.checked_next_multiple_of(self.chunk).unwrap_or(u64::MAX);
+            let chunks = |bytes: u64| bytes.checked_next_multiple_of(chunk).unwrap_or(u64::MAX);
             let zero_from = self.plan.zero_from.map_or(u64::MAX, chunks);
             hole_end = hole_end.min(zero_from).min(start.saturating_add(chunks(MAX_ZEROES)));
         }
