@@ -314,3 +314,32 @@ fn broken_pipe() {
     let outcome = child.wait_with_output().unwrap();
     assert_eq!((outcome.status.code(), outcome.stderr.len()), (Some(0), 0), "{outcome:?}");
 }
+
+/// A copy that broke off looks like an image with less in it: wherever that was, it is told, and the work goes on.
+#[test]
+fn a_file_that_was_cut_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = folder.path().join("whole.qcow2");
+    run(folder.path(), "create -q -f qcow2 -o cluster_size=4k whole.qcow2 64M").success();
+    run(folder.path(), "io -c 'write -P 1 1M 200k' -c 'write -P 2 40M 100k' whole.qcow2").success();
+    let bytes = fs::read(&whole).unwrap();
+    let seen = run(folder.path(), "checksum whole.qcow2").success();
+    assert_eq!(seen.stderr, "");
+    for len in [600, 4096, 5000, 20_000, 100_000, 200_000, bytes.len() - 4096] {
+        fs::write(folder.path().join("cut.qcow2"), &bytes[..len]).unwrap();
+        run(folder.path(), "create -q -f qcow2 -b cut.qcow2 -F qcow2 over.qcow2").success();
+        for line in
+            ["checksum over.qcow2", "convert -O raw cut.qcow2 out.raw", "compare -q cut.qcow2 over.qcow2"]
+        {
+            let seen = run(folder.path(), line).success();
+            let start =
+                format!("qcow2: warning: 'cut.qcow2' ends at byte {len}, but clusters in use reach up to ");
+            assert!(seen.stderr.starts_with(&start), "{line}: {seen}");
+        }
+    }
+    // Not under the name of a program that says nothing.
+    std::os::unix::fs::symlink(OURS, folder.path().join("qemu-img")).unwrap();
+    let seen = Tool::at(folder.path().join("qemu-img"))
+        .run_in(folder.path(), &["convert", "-O", "raw", "cut.qcow2", "x"]);
+    assert_eq!(seen.success().stderr, "");
+}

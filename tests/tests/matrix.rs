@@ -4,6 +4,7 @@
 //! `QCOW2_MATRIX_OPS` sets how many operations each image gets (10000 for a campaign), `QCOW2_SEED` which ones.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
+use qcow2_core::walk::{Walk, read_header};
 use qcow2_core::{
     BackingName, CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions,
     ZeroMode, create,
@@ -89,6 +90,11 @@ fn check(folder: &Path, qemu: &Tool, options: &CreateOptions, seed: u64, count: 
     }
     image.close().unwrap();
     drop(image);
+    let storage = OpenFile::read_only().open(&path).unwrap();
+    let header = read_header(&*storage).unwrap();
+    let walk = Walk::new(&*storage, &header).unwrap();
+    let missing = walk.used_end().unwrap().saturating_sub(walk.file_len());
+    assert!(missing < options.cluster_size, "{missing} bytes are said to be missing");
     std::fs::write(folder.join("model.raw"), &model).unwrap();
     qemu.run_in(folder, &["check", "image.qcow2"]).success();
     qemu.run_in(folder, &["compare", "-f", "qcow2", "-F", "raw", "image.qcow2", "model.raw"]).success();

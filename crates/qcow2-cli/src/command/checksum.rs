@@ -5,7 +5,7 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, open_image};
+use crate::open::{OpenAs, open_image, warn_of_missing_end};
 use crate::progress::Meter;
 use crate::render::{human, json, qemu_text};
 use crate::session::Session;
@@ -20,7 +20,9 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let name = ImageName::parse(&request.filename, &request.image)?;
     let cache = request.cache.as_ref().map(|text| parse_cache("source cache", text)).transpose()?;
     let how = OpenAs { cache: cache.unwrap_or_default(), ..OpenAs::READ };
-    let disk = open_image(&name, &request.image, how)?.disk;
+    let opened = open_image(&name, &request.image, how)?;
+    warn_of_missing_end(session, &opened);
+    let disk = opened.disk;
     let interrupts = Interrupts::install();
     let meter = Meter::beside_data(session, &interrupts, request.progress, request.json_progress);
     let digest = match request.blake3 {

@@ -5,7 +5,7 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, OpenedDisk, open_image};
+use crate::open::{OpenAs, OpenedDisk, open_image, warn_of_missing_end};
 use crate::progress::Meter;
 use crate::render::qemu_text;
 use crate::session::Session;
@@ -17,6 +17,7 @@ use qcow2_ops::{Error, ErrorKind};
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let [a, b] = request.open().map_err(|failure| failure.with_code(exit::COMPARE_OPEN))?;
+    [&a, &b].into_iter().for_each(|opened| warn_of_missing_end(session, opened));
     let interrupts = Interrupts::install();
     let wanted = request.progress && !request.quiet;
     let meter = match request.json_progress {

@@ -9,7 +9,7 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, OpenedDisk, open_image, open_snapshot};
+use crate::open::{OpenAs, OpenedDisk, open_image, open_snapshot, warn_of_missing_end};
 use crate::progress::Meter;
 use crate::render::qemu_text;
 use crate::session::Session;
@@ -55,6 +55,7 @@ fn convert(
     meter: &Meter,
 ) -> Result<(), Failure> {
     let sources = open_sources(request)?;
+    sources.iter().for_each(|source| warn_of_missing_end(session, source));
     let disks: Vec<Arc<dyn GuestDisk>> = sources.iter().map(|source| Arc::clone(&source.disk)).collect();
     let size = converted_size(&disks).map_err(|error| Failure::new(qemu_text::chain(&error)))?;
     let target = target::open(request, &sources, size, interrupts)?;

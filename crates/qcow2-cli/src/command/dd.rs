@@ -7,7 +7,7 @@ use crate::imagename::{Driver, ImageName, NewTarget, new_target};
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::newimage;
-use crate::open::{OpenAs, close, open_image};
+use crate::open::{OpenAs, close, open_image, warn_of_missing_end};
 use crate::optlist::OptList;
 use crate::progress::Meter;
 use crate::render::qemu_text;
@@ -80,7 +80,9 @@ impl Request {
 
 fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result<(), Failure> {
     let name = ImageName::parse(&request.input, &request.image)?;
-    let source = open_image(&name, &request.image, OpenAs::READ)?.disk;
+    let opened = open_image(&name, &request.image, OpenAs::READ)?;
+    warn_of_missing_end(session, &opened);
+    let source = opened.disk;
     let format =
         TargetFormat::parse(&request.target_format).map_err(|_| Failure::new("Unknown file format"))?;
     let range = dd_range(source.size(), &request.options).unwrap_or_else(|| {

@@ -1,11 +1,13 @@
 //! From names and options to opened images: the one place where adapters are chosen.
 
+mod cut_short;
 mod disk_storage;
 mod named;
 mod node;
 mod tuning;
 mod values;
 
+pub(crate) use cut_short::warn_of_missing_end;
 pub(crate) use node::NodeFacts;
 
 use crate::args::ImageArgs;

@@ -6,6 +6,7 @@
 //!
 //! A walk reads the storage itself, so what an open image still holds in memory must be flushed first.
 
+mod end;
 mod overlay;
 mod records;
 mod tables;

@@ -7,6 +7,7 @@ use crate::failure::Failure;
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::open::codecs;
+use crate::open::warn_of_missing_end;
 use crate::progress::Meter;
 use crate::session::{Session, output_failure};
 use qcow2_core::GuestDisk;
@@ -40,7 +41,7 @@ pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
     let meter = Meter::beside_data(session, &interrupts, wanted, request.json_progress);
     let done = match from_pipe {
         true => read(request, &interrupts, &meter),
-        false => write(request, &meter),
+        false => write(session, request, &meter),
     };
     match &done {
         Ok(()) => {
@@ -54,7 +55,7 @@ pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
     done.map(|()| exit::SUCCESS)
 }
 
-fn write(request: &Request, meter: &Meter) -> Result<(), Failure> {
+fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
     if io::stdout().is_terminal() {
         return Err(Failure::new("standard output is a terminal; send it to a file or another program"));
     }
@@ -64,6 +65,7 @@ fn write(request: &Request, meter: &Meter) -> Result<(), Failure> {
         return Err(Failure::new(format!("option '{}' is not possible when streaming", pair.key)));
     }
     let sources = open_sources(request)?;
+    sources.iter().for_each(|source| warn_of_missing_end(session, source));
     let disks: Vec<Arc<dyn GuestDisk>> = sources.iter().map(|source| Arc::clone(&source.disk)).collect();
     let mut out = io::stdout().lock();
     let written = match format {
