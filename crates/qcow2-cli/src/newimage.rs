@@ -11,12 +11,24 @@ use crate::interrupt::Interrupts;
 use crate::newfile::NewFile;
 use crate::open::{is_block_device, open_existing};
 use crate::render::qemu_text;
+use crate::session::Session;
 use qcow2_core::format::{CompressionType, FormatErrorKind, Version};
 use qcow2_core::{NewEncryption, Preallocation, Storage, StorageError};
 use qcow2_io::{Create, OpenFile, SourceError, os_error_text};
 use qcow2_ops::create::{Qcow2Request, RawRequest, Refusal, plan, plan_raw};
 use std::path::Path;
 use std::sync::Arc;
+
+/// Says on standard error where a file that is called qcow2 becomes raw, because no format was given. Not under qemu-img's name,
+/// which says nothing. `option`: the one that gives the format.
+pub(crate) fn warn_of_raw(session: &Session, filename: &str, option: &str) {
+    let called = Path::new(filename).extension().is_some_and(|extension| extension == "qcow2");
+    if called && !session.is_drop_in() {
+        session.warn(&format!(
+            "'{filename}' becomes raw, as no format was given; {option} qcow2 makes it what its name says"
+        ));
+    }
+}
 
 /// Makes the image `path` as `options` say. The files are noted with `interrupts` until they are finished there.
 /// Errors: in QEMU's words, without the file's name.

@@ -9,6 +9,7 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
+use crate::newimage;
 use crate::open::{OpenAs, OpenedDisk, open_image, open_snapshot, warn_of_missing_end};
 use crate::progress::Meter;
 use crate::render::qemu_text;
@@ -54,6 +55,9 @@ fn convert(
     interrupts: &Interrupts,
     meter: &Meter,
 ) -> Result<(), Failure> {
+    if request.create && request.target_format.is_none() && !request.quiet {
+        newimage::warn_of_raw(session, &request.target, "-O");
+    }
     let sources = open_sources(request)?;
     sources.iter().for_each(|source| warn_of_missing_end(session, source));
     let disks: Vec<Arc<dyn GuestDisk>> = sources.iter().map(|source| Arc::clone(&source.disk)).collect();

@@ -26,6 +26,9 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         target => target.unwrap_or(NewTarget::File(String::new())),
     };
     if !request.quiet {
+        if !request.format_given {
+            newimage::warn_of_raw(session, &request.filename, "-f");
+        }
         session.print(&format!("{}\n", options.announcement(&request.filename)))?;
     }
     let interrupts = Interrupts::install();
@@ -43,6 +46,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
 struct Request {
     quiet: bool,
     format: String,
+    format_given: bool,
     filename: String,
     size: Option<u64>,
     list: OptList,
@@ -54,14 +58,14 @@ struct Request {
 
 /// `None`: help was asked for and given.
 fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Failure> {
-    let (mut quiet, mut open_backing, mut format) = (false, true, "raw".to_owned());
+    let (mut quiet, mut open_backing, mut format) = (false, true, None);
     let (mut backing, mut backing_format, mut texts) = (None, None, Vec::new());
     let mut objects = Objects::default();
     let verb = args.verb();
     while let Some(given) = args.next(session)? {
         match given.opt {
             Opt::Quiet => quiet = true,
-            Opt::Format => format = given.value,
+            Opt::Format => format = Some(given.value),
             Opt::Backing => backing = Some(given.value),
             Opt::BackingFormat => backing_format = Some(given.value),
             Opt::BackingUnsafe => open_backing = false,
@@ -70,6 +74,8 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
             _ => {}
         }
     }
+    let format_given = format.is_some();
+    let format = format.unwrap_or_else(|| "raw".to_owned());
     let list = OptList::parse_image_options(&texts);
     let mut operands = args.into_operands().into_iter();
     let filename = operands.next();
@@ -82,7 +88,18 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
     if let Some(extra) = operands.next() {
         return Err(Failure::usage(verb, format!("Unexpected argument: {extra}")));
     }
-    Ok(Some(Request { quiet, format, filename, size, list, backing, backing_format, open_backing, objects }))
+    Ok(Some(Request {
+        quiet,
+        format,
+        format_given,
+        filename,
+        size,
+        list,
+        backing,
+        backing_format,
+        open_backing,
+        objects,
+    }))
 }
 
 /// The options with everything that comes from elsewhere: the size operand, `-b`, `-F`, the backing file's size.
