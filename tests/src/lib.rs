@@ -4,6 +4,7 @@
 pub mod fixtures;
 pub mod fuzz;
 pub mod jitter;
+pub mod patience;
 pub mod side_by_side;
 
 /// The example in the README compiles.

@@ -6,9 +6,19 @@ use qcow2_testkit::arbitrary::{Operation, Shape, operations, shapes};
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::world::World;
 use qcow2_tests::fixtures::codecs;
+use qcow2_tests::patience::within;
+use std::time::Duration;
+
+/// Longer than any history takes by far.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Operations, and after some of them a compressed write.
 fn check(shape: Shape, seed: u64, work: &[Operation]) -> Result<(), String> {
+    let (what, work) = (format!("seed {seed}, {shape:?}"), work.to_vec());
+    within(PATIENCE, &what, move || run(shape, seed, &work))
+}
+
+fn run(shape: Shape, seed: u64, work: &[Operation]) -> Result<(), String> {
     let mut world = World::new(shape, codecs(), seed)?;
     let mut rng = Rng::new(seed);
     let clusters = shape.size.div_ceil(shape.cluster_size());
@@ -22,7 +32,13 @@ fn check(shape: Shape, seed: u64, work: &[Operation]) -> Result<(), String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 128, max_shrink_iters: 4096, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 128,
+        max_shrink_iters: 4096,
+        // What hangs is not made smaller for hours.
+        max_shrink_time: 120_000,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn a_disk_is_a_flat_array(

@@ -1,0 +1,234 @@
+//! Many writes in one call (`GuestDisk::write_parts`): every part arrives, however short the free pieces of the file are, and no
+//! call waits for what it holds itself.
+#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test may stop, and says what it did")]
+
+use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Image, ZeroMode};
+use qcow2_testkit::arbitrary::{BackingShape, Shape};
+use qcow2_testkit::model::chain;
+use qcow2_testkit::pattern;
+use qcow2_testkit::rng::Rng;
+use qcow2_testkit::world::{Shelf, TOP, World};
+use qcow2_tests::fixtures::codecs;
+use qcow2_tests::patience::within;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Longer than any run takes by far: a call that waits for itself is a failure.
+const PATIENCE: Duration = Duration::from_secs(30);
+const SEEDS: u64 = 60;
+
+/// An image and the bytes that it must show.
+struct Bench {
+    world: World,
+    content: Vec<u8>,
+    /// The number of the next content.
+    next: u64,
+}
+
+impl Bench {
+    fn new(shape: Shape, seed: u64) -> Self {
+        let world = World::new(shape, codecs(), seed).unwrap();
+        let content = world.model().bytes().to_vec();
+        Self { world, content, next: seed << 20 }
+    }
+
+    fn disk(&self) -> &Arc<Image> {
+        self.world.image()
+    }
+
+    /// Writes these ranges in one call, each with content of its own.
+    #[track_caller]
+    fn write(&mut self, ranges: &[Range<u64>]) {
+        let mut bytes = Vec::new();
+        for range in ranges {
+            self.next += 1;
+            bytes.push(pattern::bytes(self.next, range.start, (range.end - range.start) as usize));
+        }
+        let offsets = ranges.iter().map(|range| GuestOffset::new(range.start));
+        let parts: Vec<_> = offsets.zip(bytes.iter().map(Vec::as_slice)).collect();
+        self.disk().write_parts(&parts).unwrap_or_else(|error| panic!("{ranges:?}: {}", chain(&error)));
+        for (range, bytes) in ranges.iter().zip(bytes) {
+            self.content[range.start as usize..range.end as usize].copy_from_slice(&bytes);
+        }
+        self.check();
+    }
+
+    #[track_caller]
+    fn check(&self) {
+        let mut seen = vec![0; self.content.len()];
+        self.disk().read_at(GuestOffset::new(0), &mut seen).unwrap();
+        let wrong = seen.iter().zip(&self.content).position(|(a, b)| a != b);
+        assert_eq!(wrong, None, "that byte differs");
+    }
+
+    fn zero(&mut self, range: Range<u64>, mode: ZeroMode) {
+        let place = GuestRange::between(GuestOffset::new(range.start), GuestOffset::new(range.end));
+        self.disk().write_zeroes(place, mode).unwrap();
+        self.content[range.start as usize..range.end as usize].fill(0);
+    }
+
+    /// The file is sound, nothing is leaked, and another opening shows the same.
+    fn finish(self) {
+        let (content, image) = (self.content, Arc::clone(self.world.image()));
+        image.close().unwrap();
+        let shelf: &Shelf = self.world.shelf();
+        let audit = qcow2_testkit::audit::audit(&shelf.file(TOP).bytes(), None);
+        assert!(audit.is_sound() && audit.leaks == 0, "{audit:?}");
+        let mut seen = vec![0; content.len()];
+        image.read_at(GuestOffset::new(0), &mut seen).unwrap();
+        assert!(seen == content);
+    }
+}
+
+/// Runs `work` on an image of `shape`.
+#[track_caller]
+fn check(what: &str, shape: Shape, seed: u64, work: impl FnOnce(&mut Bench) + Send + 'static) {
+    within(PATIENCE, what, move || {
+        let mut bench = Bench::new(shape.legalized(), seed);
+        work(&mut bench);
+        bench.finish();
+    });
+}
+
+const CLUSTER: u64 = 4096;
+
+fn small(clusters: u64) -> Shape {
+    Shape { cluster_bits: 12, ..Shape::plain(clusters * CLUSTER) }
+}
+
+fn clusters(range: Range<u64>) -> Range<u64> {
+    range.start * CLUSTER..range.end * CLUSTER
+}
+
+/// Of what a part asks for only a first piece is prepared where the next clusters are of another kind; the rest of the part
+/// is claimed with it all the same.
+#[test]
+fn a_part_of_several_pieces() {
+    check("pieces of several kinds", small(64), 1, |bench| {
+        // Clusters 2, 3 and 8 have places; the parts pass over them.
+        bench.write(&[clusters(2..4), clusters(8..9)]);
+        bench.write(&[clusters(0..6), clusters(6..7), clusters(7..12)]);
+        bench.write(&[clusters(20..24), clusters(10..16), clusters(0..1)]);
+    });
+    check("free places of one cluster", small(64), 2, |bench| {
+        let every: Vec<_> = (0..32).map(|n| clusters(n..n + 1)).collect();
+        bench.write(&every);
+        for n in (0..32).step_by(2) {
+            bench.zero(clusters(n..n + 1), ZeroMode::MayUnmap);
+        }
+        // What was given up is free in the next rounds.
+        (0..3).for_each(|_| bench.disk().flush().unwrap());
+        bench.write(&[clusters(32..40), clusters(40..48), clusters(48..56)]);
+    });
+}
+
+/// Parts that share clusters, from the first to the last and back, and the same part twice: the later one wins.
+#[test]
+fn parts_that_share_clusters() {
+    for backing in [None, Some(BackingShape { size: 40 * CLUSTER, qcow2: false })] {
+        check("neighbours in a cluster", Shape { backing, ..small(64) }, 3, |bench| {
+            let thirds: Vec<_> = (0..48).map(|n| n * 1365..(n + 1) * 1365).collect();
+            bench.write(&thirds);
+            let back: Vec<_> = thirds.iter().rev().cloned().collect();
+            bench.write(&back);
+            bench.write(&[clusters(50..52), clusters(51..53), clusters(50..51), clusters(50..51)]);
+            bench.write(&[clusters(60..61), clusters(60..60), clusters(60..61)]);
+        });
+    }
+}
+
+/// More parts than are prepared at once, and more bytes beside them.
+#[test]
+fn more_parts_than_a_batch_takes() {
+    check("parts of one cluster", small(1000), 4, |bench| {
+        let every: Vec<_> = (0..1000).map(|n| clusters(n..n + 1)).collect();
+        bench.write(&every);
+        bench.write(&every);
+    });
+    let backing = Some(BackingShape { size: 16 << 20, qcow2: false });
+    check(
+        "edges of large clusters",
+        Shape { cluster_bits: 20, backing, ..Shape::plain(16 << 20) },
+        5,
+        |bench| {
+            let every: Vec<_> = (0..16).map(|n| (n << 20) + 5000..(n << 20) + 5512).collect();
+            bench.write(&every);
+        },
+    );
+}
+
+/// What a call held is free after it, for every kind of change.
+#[test]
+fn nothing_is_held_after_the_call() {
+    check("other changes", small(64), 6, |bench| {
+        let every: Vec<_> = (0..64).map(|n| clusters(n..n + 1)).collect();
+        bench.write(&every);
+        bench.zero(clusters(0..64), ZeroMode::MayUnmap);
+        bench.write(&every);
+        bench.zero(clusters(0..64), ZeroMode::KeepAllocated);
+        bench.write(&[clusters(0..64)]);
+        bench
+            .disk()
+            .discard(GuestRange::between(GuestOffset::new(0), GuestOffset::new(64 * CLUSTER)))
+            .unwrap();
+        bench.content.fill(0);
+        bench.check();
+    });
+}
+
+fn draw_range(rng: &mut Rng, size: u64, cluster: u64, from: u64) -> Range<u64> {
+    let start = from.min(size - 1);
+    let len = match rng.below(4) {
+        0 => cluster,
+        1 => rng.between(1, cluster),
+        2 => cluster * rng.between(1, 6),
+        _ => 512 * rng.between(1, 4),
+    };
+    start..(start + len).min(size)
+}
+
+/// Parts as they come: mostly ascending, some over others, some back, over what earlier calls, zeroes and discards left.
+#[test]
+fn random_parts() {
+    let mut parts = 0;
+    for seed in 0..SEEDS {
+        let mut rng = Rng::new(seed);
+        let mut shape = Shape::random(&mut rng);
+        (shape.data_file, shape.cluster_bits) = (None, shape.cluster_bits.min(16));
+        let shape = shape.legalized();
+        let cluster = shape.cluster_size();
+        let calls: Vec<Vec<Range<u64>>> = (0..12)
+            .map(|_| {
+                let (mut ranges, mut at) = (Vec::new(), rng.below(shape.size / 2));
+                for _ in 0..rng.pick(&[2, 5, 20, 200]) {
+                    let range = draw_range(&mut rng, shape.size, cluster, at);
+                    at = match rng.below(12) {
+                        0 => rng.below(shape.size),
+                        1 => range.start,
+                        2..6 => range.end.next_multiple_of(cluster),
+                        _ => range.end,
+                    };
+                    at = if at >= shape.size { rng.below(shape.size) } else { at };
+                    ranges.push(range);
+                }
+                ranges
+            })
+            .collect();
+        parts += calls.iter().map(Vec::len).sum::<usize>();
+        let what = format!("seed {seed}, {shape:?}");
+        check(&what, shape, seed, move |bench| {
+            for call in calls {
+                bench.write(&call);
+                let range = draw_range(&mut rng, shape.size, cluster, call[0].start);
+                match rng.below(4) {
+                    0 => bench.zero(range, ZeroMode::MayUnmap),
+                    1 => bench.zero(range, ZeroMode::KeepAllocated),
+                    2 => bench.disk().flush().unwrap(),
+                    _ => {}
+                }
+            }
+        });
+    }
+    println!("{parts} parts");
+}
