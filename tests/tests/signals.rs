@@ -1,7 +1,14 @@
 //! Real signals: an interrupted verb stops soon, and every image it worked on is whole, with the content from before or after.
 //! SIGUSR1 shows progress.
-#![cfg(unix)]
-#![allow(missing_docs, clippy::unwrap_used, reason = "a test may stop")]
+//!
+//! When a signal comes is told by the bytes that a program has moved, which only Linux says.
+#![cfg(target_os = "linux")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test may stop, and says what it did"
+)]
 
 use qcow2_testkit::oracle::{Qemu, Tool};
 use qcow2_tests::side_by_side::words;
@@ -14,38 +21,49 @@ use std::time::{Duration, Instant};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
-/// What is expected of a verb that was interrupted.
+/// What is expected of a verb that is interrupted.
 struct Case {
     line: &'static str,
     /// Images that a check must find clean, and that must show the disk they showed before.
     kept: &'static [&'static str],
+    /// Images that a check must find clean.
+    sound: &'static [&'static str],
     /// A file that must not be there.
     gone: Option<&'static str>,
+    /// Whether it comes to its end once it has begun, because it is short and would leave clusters behind.
+    ends: bool,
 }
 
 const fn case(line: &'static str, kept: &'static [&'static str]) -> Case {
-    Case { line, kept, gone: None }
+    Case { line, kept, sound: &[], gone: None, ends: false }
 }
 
 const CASES: &[Case] = &[
     Case { gone: Some("x"), ..case("convert -O qcow2 random.raw x", &[]) },
     Case { gone: Some("x"), ..case("convert -c -O qcow2 random.raw x", &[]) },
     Case { gone: Some("x"), ..case("dd -O qcow2 bs=1M if=random.raw of=x", &[]) },
-    case("commit over.qcow2", &["over.qcow2"]),
+    Case { sound: &["base.qcow2"], ..case("commit over.qcow2", &["over.qcow2"]) },
+    Case { sound: &["base.qcow2"], ..case("commit -d over.qcow2", &["over.qcow2"]) },
     case("rebase -b base2.qcow2 -F qcow2 over.qcow2", &["over.qcow2"]),
     case("rebase -c -b base2.qcow2 -F qcow2 over.qcow2", &["over.qcow2"]),
     case("amend -o refcount_bits=64 many.qcow2", &["many.qcow2"]),
     case("amend -o compat=0.10 zeroes.qcow2", &["zeroes.qcow2"]),
     case("check -r all leaky.qcow2", &["leaky.qcow2"]),
     case("resize --preallocation=full over.qcow2 300M", &["over.qcow2"]),
-    case("resize --preallocation=metadata over.qcow2 16G", &["over.qcow2"]),
+    case("resize --preallocation=metadata many.qcow2 220M", &["many.qcow2"]),
     case("compare random.raw copy.raw", &[]),
     case("checksum random.raw", &[]),
     case("measure -O qcow2 many.qcow2", &["many.qcow2"]),
-    case("bitmap --merge b1 maps.qcow2 b0", &["maps.qcow2"]),
-    case("snapshot -c new many.qcow2", &["many.qcow2"]),
-    case("snapshot -d old many.qcow2", &["many.qcow2"]),
+    Case { ends: true, ..case("bitmap --merge b1 maps.qcow2 b0", &["maps.qcow2"]) },
+    Case { ends: true, ..case("snapshot -c new many.qcow2", &["many.qcow2"]) },
+    Case { ends: true, ..case("snapshot -d old many.qcow2", &["many.qcow2"]) },
 ];
+
+/// Of all that a verb reads and writes, in percent: where it is interrupted, and up to where it must have stopped once.
+const INTERRUPTED_AT: [u64; 3] = [15, 40, 65];
+const STOPPED_AT: u64 = 90;
+/// How often a verb may be quicker than the signal.
+const TRIES: usize = 4;
 
 #[test]
 fn interrupted_verbs_leave_whole_images() {
@@ -54,69 +72,122 @@ fn interrupted_verbs_leave_whole_images() {
     let start = root.path().join("start");
     fs::create_dir(&start).unwrap();
     make(&qemu, &start);
-    let (mut hit, mut missed) = (0, Vec::new());
-    for (number, case) in CASES.iter().enumerate() {
-        let mut delay = Duration::from_millis(80);
-        // Until a signal comes in time; what ends before it is right as well.
-        loop {
-            let folder = root.path().join(format!("{number}"));
-            Tool::find("cp")
-                .unwrap()
-                .run_in(root.path(), &["-a", "--sparse=always", "start", &number.to_string()])
-                .success();
+    for case in CASES {
+        let folder = root.path().join("case");
+        let run = |share: Option<u64>, all: u64| {
+            copy_for(case.line, &start, &folder);
             let before: Vec<_> = case.kept.iter().map(|image| checksum(&folder, image)).collect();
-            let ended = interrupt(&folder, case.line, delay);
-            let interrupted = ended.signal() == Some(2);
-            assert!(interrupted || ended.success(), "{}: {ended}", case.line);
-            for (image, before) in case.kept.iter().zip(before) {
-                let repairs = case.line.contains("-r all");
-                let checked = qemu.img.run_in(&folder, &["check", image]);
-                let good = checked.code == Some(0) || (repairs && checked.code == Some(3));
-                assert!(good, "{} after {delay:?}: {checked}", case.line);
-                let same = match case.line.starts_with("resize") {
-                    // A longer disk is the same as far as it goes, and zeroes from there on.
-                    true => {
-                        let old = start.join(image).display().to_string();
-                        qemu.img.run_in(&folder, &["compare", &old, image]).code == Some(0)
-                    }
-                    false => before == checksum(&folder, image),
-                };
-                assert!(same, "{}: another disk", case.line);
-                let told = qemu.img.run_in(&folder, &["info", image]).success().stdout;
-                assert!(!told.contains("in-use"), "{}: {told}", case.line);
-            }
-            if let (true, Some(gone)) = (interrupted, case.gone) {
-                assert!(!folder.join(gone).exists(), "{}: {gone} was left", case.line);
-            }
+            let ended = interrupt(&folder, case.line, share.map(|share| all * share / 100));
+            judge(&qemu, case, (&folder, &start), &ended, &before);
             fs::remove_dir_all(&folder).unwrap();
-            if interrupted {
-                hit += 1;
+            ended
+        };
+        let whole = run(None, 0);
+        assert!(whole.status.success() || case.line.contains("-r all"), "{}: {}", case.line, whole.status);
+        let early = |ended: &Ended| ended.is_interrupted() && ended.moved * 100 < whole.moved * STOPPED_AT;
+        let mut ends: Vec<_> = INTERRUPTED_AT.map(|share| run(Some(share), whole.moved)).into();
+        for _ in 0..TRIES {
+            if case.ends || ends.iter().any(early) {
                 break;
             }
-            if delay < Duration::from_millis(5) {
-                missed.push(case.line);
-                break;
-            }
-            delay /= 2;
+            ends.push(run(Some(INTERRUPTED_AT[0]), whole.moved));
         }
+        assert!(case.ends || ends.iter().any(early), "{} goes on: {ends:?} of {whole:?}", case.line);
+        println!("{}: {:?} of {}", case.line, ends.iter().map(|e| e.moved).collect::<Vec<_>>(), whole.moved);
     }
-    println!("{hit} of {} were interrupted; too quick: {missed:?}", CASES.len());
-    assert!(hit >= 9, "too quick: {missed:?}");
 }
 
-/// Runs `line` and interrupts it after `delay`; it must end within seconds.
-fn interrupt(folder: &Path, line: &str, delay: Duration) -> ExitStatus {
-    let mut child = spawn(OURS, folder, line);
-    thread::sleep(delay);
-    send(&child, "INT");
-    let sent = Instant::now();
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            return status;
-        }
-        assert!(sent.elapsed() < Duration::from_secs(20), "{line} does not stop");
-        thread::sleep(Duration::from_millis(2));
+/// The images are as they should be after `ended`.
+fn judge(qemu: &Qemu, case: &Case, (folder, start): (&Path, &Path), ended: &Ended, before: &[String]) {
+    let line = case.line;
+    assert!(ended.is_interrupted() || ended.status.success(), "{line}: {ended:?}");
+    for image in case.kept.iter().chain(case.sound) {
+        let checked = qemu.img.run_in(folder, &["check", image]);
+        let good = checked.code == Some(0) || (line.contains("-r all") && checked.code == Some(3));
+        assert!(good, "{line} after {ended:?}: {checked}");
+        let told = qemu.img.run_in(folder, &["info", image]).success().stdout;
+        assert!(!told.contains("in-use"), "{line}: {told}");
     }
+    for (image, before) in case.kept.iter().zip(before) {
+        let same = match line.starts_with("resize") {
+            // A longer disk is the same as far as it goes, and zeroes from there on.
+            true => {
+                let old = start.join(image).display().to_string();
+                qemu.img.run_in(folder, &["compare", &old, image]).code == Some(0)
+            }
+            false => *before == checksum(folder, image),
+        };
+        assert!(same, "{line} after {ended:?}: another disk");
+    }
+    if let (true, Some(gone)) = (ended.is_interrupted(), case.gone) {
+        assert!(!folder.join(gone).exists(), "{line}: {gone} was left");
+    }
+}
+
+/// A new `folder` with the files of `start` that `line` is about.
+fn copy_for(line: &str, start: &Path, folder: &Path) {
+    fs::create_dir(folder).unwrap();
+    // `dd` has its names behind `if=`.
+    let name = |word: &String| word.rsplit('=').next().unwrap_or_default().to_owned();
+    let mut names: Vec<_> = words(line).iter().map(name).collect();
+    for (top, below) in
+        [("over.qcow2", "base.qcow2"), ("over.qcow2", "base2.qcow2"), ("zeroes.qcow2", "random.raw")]
+    {
+        if names.iter().any(|name| name == top) && !names.iter().any(|name| name == below) {
+            names.push(below.to_owned());
+        }
+    }
+    for name in names.iter().filter(|name| name.contains('.') && start.join(name).exists()) {
+        let (from, to) = (start.join(name).display().to_string(), folder.join(name).display().to_string());
+        Tool::find("cp").unwrap().run_in(folder, &["--sparse=always", &from, &to]).success();
+    }
+}
+
+/// How a program ended.
+#[derive(Debug)]
+struct Ended {
+    status: ExitStatus,
+    /// Bytes that it read and wrote.
+    moved: u64,
+}
+
+impl Ended {
+    fn is_interrupted(&self) -> bool {
+        self.status.signal() == Some(2)
+    }
+}
+
+/// Runs `line` and interrupts it once it has moved so many bytes; it must end within seconds.
+fn interrupt(folder: &Path, line: &str, after: Option<u64>) -> Ended {
+    let mut child = spawn(OURS, folder, line);
+    let (mut after, mut sent) = (after, Instant::now());
+    // A child that has ended is still there to be asked, until it is waited for.
+    while state(&child) != 'Z' {
+        if after.is_some_and(|after| moved(&child) >= after) {
+            send(&child, "INT");
+            (after, sent) = (None, Instant::now());
+        }
+        assert!(sent.elapsed() < Duration::from_secs(60), "{line} does not end");
+        thread::sleep(Duration::from_micros(300));
+    }
+    let moved = moved(&child);
+    Ended { status: child.wait().unwrap(), moved }
+}
+
+/// What the system says of the child: `R`, `S`, ..., `Z` once it has ended.
+fn state(child: &Child) -> char {
+    let text = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+    text.rsplit(')').next().and_then(|rest| rest.trim().chars().next()).unwrap()
+}
+
+/// Bytes that the child has read and written.
+fn moved(child: &Child) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{}/io", child.id())).unwrap();
+    let number = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|rest| rest.trim().parse::<u64>().ok()).unwrap()
+    };
+    number("rchar:") + number("wchar:")
 }
 
 fn spawn(program: &str, folder: &Path, line: &str) -> Child {
@@ -180,41 +251,104 @@ fn leak(image: &mut fs::File, folder: &Path) {
     image.set_len(bytes.len() as u64 + 512).unwrap();
 }
 
-/// What is shown on standard output after SIGUSR1, as pieces between carriage returns.
-fn shown(program: &Path, folder: &Path, line: &str) -> Vec<String> {
-    let mut child = spawn(&program.display().to_string(), folder, line);
-    let signals = 3;
-    for _ in 0..signals {
-        thread::sleep(Duration::from_millis(250));
-        if child.try_wait().unwrap().is_none() {
-            send(&child, "USR1");
-        }
-    }
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "{line}: {}", output.status);
-    let text = String::from_utf8(output.stdout).unwrap();
-    text.split('\r').map(str::trim).filter(|piece| !piece.is_empty()).map(str::to_owned).collect()
+/// What a program said.
+#[derive(Debug)]
+struct Said {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
 }
 
+/// What `line` says while it is asked for progress again and again, until it ends.
+fn asked(program: &Path, folder: &Path, line: &str) -> Said {
+    let child = spawn(&program.display().to_string(), folder, line);
+    // Before it listens the signal ends it.
+    while state(&child) != 'Z' && !listens(&child) {
+        thread::sleep(Duration::from_micros(200));
+    }
+    while state(&child) != 'Z' {
+        send(&child, "USR1");
+        thread::sleep(Duration::from_millis(3));
+    }
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Said { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+/// Whether SIGUSR1 does not end the child any more: it is caught or held back.
+fn listens(child: &Child) -> bool {
+    let text = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    let bit = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        let bits = line.and_then(|rest| u64::from_str_radix(rest.trim(), 16).ok());
+        bits.is_some_and(|bits| bits >> 9 & 1 == 1)
+    };
+    bit("SigCgt:") || bit("SigBlk:")
+}
+
+/// Verbs, and whether they have progress to show. Those of qemu-img that never have die of the signal or do not, as chance has
+/// it; ours do not.
+const ASKED: [(&str, bool); 11] = [
+    ("convert -O qcow2 -r 16M random.raw x", true),
+    ("commit -r 16M over.qcow2", true),
+    ("commit -d -r 16M over.qcow2", true),
+    ("rebase -b base2.qcow2 -F qcow2 over.qcow2", true),
+    ("amend -o compat=0.10 zeroes.qcow2", true),
+    ("compare random.raw copy.raw", true),
+    ("convert -p -O qcow2 -r 16M random.raw x", false),
+    ("measure -O qcow2 over.qcow2", false),
+    ("resize --preallocation=full over.qcow2 100M", false),
+    ("check over.qcow2", false),
+    ("dd -O qcow2 bs=1M if=random.raw of=x", false),
+];
+
+/// Lines on standard error where `-p` would show something; standard output is that of a run that nobody asks.
 #[test]
 fn progress_on_request() {
     let Some(qemu) = Qemu::find() else { return };
     let root = tempfile::tempdir().unwrap();
-    let folder = root.path();
-    let mut bytes = vec![0; 8 << 20];
-    qcow2_testkit::rng::Rng::new(3).fill(&mut bytes);
-    fs::write(folder.join("random.raw"), &bytes).unwrap();
-    let link = folder.join("qemu-img");
+    let start = root.path().join("start");
+    fs::create_dir(&start).unwrap();
+    make(&qemu, &start);
+    let link = root.path().join("qemu-img");
     std::os::unix::fs::symlink(OURS, &link).unwrap();
-    let percent = |piece: &String| piece.starts_with('(') && piece.ends_with("/100%)");
-    for program in [qemu.img.path(), &link] {
-        let pieces = shown(program, folder, "convert -O qcow2 -r 8M random.raw x");
-        assert!(pieces.iter().all(percent), "{}: {pieces:?}", program.display());
-        // qemu-img shows it when its next piece is done, which may be never.
-        assert!(!pieces.is_empty() || program != link, "no progress");
-        // Who shows it anyway is not disturbed.
-        let pieces = shown(program, folder, "convert -p -O qcow2 -r 8M random.raw x");
-        assert!(pieces.len() > 2 && pieces.iter().all(percent), "{}: {pieces:?}", program.display());
-        assert!(pieces.is_sorted_by_key(|piece| piece.len()), "{pieces:?}");
+    for (line, shows) in ASKED {
+        let mut said = Vec::new();
+        let reference = [qemu.img.path()].into_iter().filter(|_| shows || line.contains(" -p "));
+        for program in reference.chain([&*link]) {
+            // What is quick may be done before it is asked.
+            let enough = |outcome: &Said| !shows || !outcome.stderr.is_empty();
+            let run = || {
+                let folder = root.path().join("case");
+                copy_for(line, &start, &folder);
+                let outcome = asked(program, &folder, line);
+                fs::remove_dir_all(&folder).unwrap();
+                outcome
+            };
+            let mut outcome = run();
+            for _ in 0..20 {
+                if enough(&outcome) {
+                    break;
+                }
+                outcome = run();
+            }
+            let who = program.display();
+            assert_eq!(outcome.code, Some(0), "{who} {line}: {outcome:?}");
+            assert!(enough(&outcome), "{who} {line}: no progress");
+            assert!(shows || outcome.stderr.is_empty(), "{who} {line}: {outcome:?}");
+            let shares: Vec<_> = outcome.stderr.lines().map(share).collect();
+            assert!(shares.is_sorted(), "{who} {line}: {shares:?}");
+            assert!(outcome.stderr.is_empty() || outcome.stderr.ends_with('\n'));
+            said.push(outcome.stdout.split('\r').next_back().unwrap_or_default().to_owned());
+        }
+        assert!(said.windows(2).all(|said| said[0] == said[1]), "{line}: {said:?}");
     }
+}
+
+/// The number in `    (12.34/100%)`, in hundredths.
+fn share(line: &str) -> u64 {
+    let number = line.strip_prefix("    (").and_then(|rest| rest.strip_suffix("/100%)"));
+    let (whole, rest) = number.and_then(|number| number.split_once('.')).unwrap_or_else(|| panic!("{line}"));
+    assert_eq!(rest.len(), 2, "{line}");
+    whole.parse::<u64>().unwrap() * 100 + rest.parse::<u64>().unwrap()
 }

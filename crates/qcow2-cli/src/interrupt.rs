@@ -23,6 +23,11 @@ struct Shared {
     unfinished: Mutex<Vec<NewFile>>,
 }
 
+/// Has SIGUSR1, which asks for progress, end no verb that has none to show: as in QEMU's tools nothing happens then.
+pub(crate) fn outlive_progress_requests() {
+    system::outlive_progress_requests();
+}
+
 impl Interrupts {
     /// Takes the signals over. Where the system refuses, they keep their usual effect.
     pub(crate) fn install() -> Self {
@@ -106,7 +111,13 @@ mod system {
     use super::{Arc, Ordering, Shared};
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
     use signal_hook::iterator::Signals;
+    use std::sync::atomic::AtomicBool;
     use std::thread;
+
+    pub(super) fn outlive_progress_requests() {
+        // Where the system refuses, the signal keeps its usual effect.
+        let _ = signal_hook::flag::register(SIGUSR1, Arc::new(AtomicBool::new(false)));
+    }
 
     pub(super) fn listen(shared: &Arc<Shared>) {
         let Ok(mut signals) = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]) else {
@@ -131,6 +142,8 @@ mod system {
 #[cfg(not(unix))]
 mod system {
     use super::{Arc, Shared};
+
+    pub(super) fn outlive_progress_requests() {}
 
     pub(super) fn listen(_shared: &Arc<Shared>) {}
 

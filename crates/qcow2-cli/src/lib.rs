@@ -34,6 +34,7 @@ use std::ffi::OsString;
 /// Runs the program. `args`: the name it was called by, then its arguments. Returns the exit code; everything else it
 /// has to say has gone to standard output and standard error.
 pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
+    interrupt::outlive_progress_requests();
     let mut args = args.into_iter();
     let session = Session::new(&args.next().unwrap_or_default().to_string_lossy());
     let result = utf8(args).and_then(|args| dispatch(&session, args));

@@ -22,13 +22,13 @@ pub(crate) struct Meter {
 
 #[derive(Debug)]
 enum Shape {
-    /// Shown on SIGUSR1 only.
+    /// A line on standard error for each SIGUSR1.
     OnRequest,
     /// Never shown: standard output is for data.
     Silent,
     /// A line of JSON on standard error, for programs.
     Json,
-    /// `    (12.34/100%)` and a carriage return, on standard output.
+    /// `    (12.34/100%)` and a carriage return, on standard output. SIGUSR1 changes nothing.
     Percent,
     Bar(ProgressBar),
 }
@@ -45,6 +45,13 @@ impl Meter {
         let meter = Self { interrupts: interrupts.clone(), shape, total, done, shown, step };
         meter.show(0);
         meter
+    }
+
+    /// For verbs without `-p`: SIGUSR1 asks. In place of qemu-img, which shows nothing then, they do as it does.
+    pub(crate) fn unasked(session: &Session, interrupts: &Interrupts) -> Self {
+        let shape = if session.is_drop_in() { Shape::Silent } else { Shape::OnRequest };
+        let (total, done, shown) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        Self { interrupts: interrupts.clone(), shape, total, done, shown, step: ALL }
     }
 
     /// For verbs that have data for standard output, where progress must not go. `json`: lines for programs are wanted.
@@ -84,7 +91,8 @@ impl Meter {
 
     fn show(&self, share: u64) {
         match self.shape {
-            Shape::Percent => write_out(&percent(share)),
+            Shape::Percent => write_out(&format!("{}\r", percent(share))),
+            Shape::OnRequest => self.answer(share),
             Shape::Json => {
                 let (total, done) = (self.total.load(Ordering::Relaxed), self.done.load(Ordering::Relaxed));
                 let done = if share == ALL { total } else { done.min(total) };
@@ -92,6 +100,14 @@ impl Meter {
                 let _ = writeln!(io::stderr().lock(), "{{\"done\": {done}, \"total\": {total}}}");
             }
             _ => {}
+        }
+    }
+
+    /// Says how far the work is, if somebody has asked since the last answer.
+    fn answer(&self, share: u64) {
+        if self.interrupts.take_progress_request() && matches!(self.shape, Shape::OnRequest) {
+            // Nobody is left to hear of it where this fails.
+            let _ = writeln!(io::stderr().lock(), "{}", percent(share));
         }
     }
 }
@@ -112,9 +128,7 @@ impl Progress for Meter {
         let total = self.total.load(Ordering::Relaxed).max(1);
         let share =
             u64::try_from(u128::from(done) * u128::from(ALL) / u128::from(total)).unwrap_or(ALL).min(ALL);
-        if self.interrupts.take_progress_request() && matches!(self.shape, Shape::OnRequest) {
-            write_out(&percent(share));
-        }
+        self.answer(share);
         let shown = self.shown.load(Ordering::Relaxed);
         let due = share >= shown + self.step || (share == ALL && shown < ALL);
         let first =
@@ -130,7 +144,7 @@ impl Progress for Meter {
 }
 
 fn percent(share: u64) -> String {
-    format!("    ({}.{:02}/100%)\r", share / 100, share % 100)
+    format!("    ({}.{:02}/100%)", share / 100, share % 100)
 }
 
 /// A reader that has gone away does not stop the work.
@@ -160,8 +174,8 @@ mod tests {
 
     #[test]
     fn percentages() {
-        assert_eq!(percent(0), "    (0.00/100%)\r");
-        assert_eq!(percent(1234), "    (12.34/100%)\r");
-        assert_eq!(percent(ALL), "    (100.00/100%)\r");
+        assert_eq!(percent(0), "    (0.00/100%)");
+        assert_eq!(percent(1234), "    (12.34/100%)");
+        assert_eq!(percent(ALL), "    (100.00/100%)");
     }
 }

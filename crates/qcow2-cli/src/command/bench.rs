@@ -57,7 +57,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let depth = usize::try_from(request.depth).unwrap_or(usize::MAX);
     let workers = Threads::new(request.threads.unwrap_or_else(|| Threads::per_core().workers()).min(depth));
     let interrupts = Interrupts::install();
-    let meter = Meter::new(session, &interrupts, false, 1);
+    let meter = Meter::unasked(session, &interrupts);
     let began = Instant::now();
     let result = qcow2_ops::bench(&*opened.disk, options, &workers, &meter);
     let seconds = began.elapsed().as_secs_f64();

@@ -186,7 +186,7 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
     unlock(&name, &source)?;
     open_below(&name, &source, OpenAs { writable: false, ..how })?;
     let interrupts = Interrupts::install();
-    let meter = Meter::new(session, &interrupts, false, 0);
+    let meter = Meter::unasked(session, &interrupts);
     let (options, workers) = (CheckOptions::default(), Threads::per_core());
     let failed = |error: qcow2_ops::Error| match (error.kind(), error.core_error()) {
         (ErrorKind::Stopped, _) => {

@@ -106,7 +106,7 @@ fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result
     };
     let target = ImageName::on(&request.output, made, driver, None, &args.objects);
     let target = open_image(&target, &args, OpenAs { writable: true, ..OpenAs::READ })?.disk;
-    let meter = Meter::new(session, interrupts, false, 0);
+    let meter = Meter::unasked(session, interrupts);
     dd(&source, range, &*target, &Threads::per_core(), &meter).map_err(|error| failure(&error))?;
     interrupts.stop_watching();
     close(&*target).map_err(|reason| Failure::new(format!("error while closing the target: {reason}")))

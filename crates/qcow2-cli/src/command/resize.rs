@@ -20,7 +20,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let disk = open_to_change(session, &name, &request.image, OpenAs::READ)?.disk;
     let interrupts = Interrupts::install();
     interrupts.hold();
-    let meter = Meter::new(session, &interrupts, false, 0);
+    let meter = Meter::unasked(session, &interrupts);
     let resized = qcow2_ops::resize(&*disk, &request.options, &meter);
     let closed = close(&*disk);
     interrupts.die_if_asked();
