@@ -10,6 +10,7 @@
 use crate::cut::Cut;
 use crate::pages::{MAX_LEN, PageBytes};
 use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -330,6 +331,29 @@ impl Storage for CrashStorage {
         state.disks[self.index].flush();
         self.world.call_hook(Event::AfterFlush, &state);
         Ok(())
+    }
+
+    /// Between the storages of one world, as one change.
+    fn copy_from(
+        &self,
+        source: &dyn Storage,
+        from: HostOffset,
+        offset: HostOffset,
+        len: u64,
+    ) -> Result<(), StorageError> {
+        let source = source.copy_source().and_then(|source| source.downcast_ref::<Self>());
+        let Some(source) = source.filter(|source| Arc::ptr_eq(&source.world, &self.world)) else {
+            return Err(StorageError::new(StorageErrorKind::Unsupported, "a storage of another kind"));
+        };
+        let mut bytes = vec![0; len as usize];
+        if source.read_at(from, &mut bytes)? < bytes.len() {
+            return Err(StorageError::new(StorageErrorKind::OutOfRange, "the source ends before that"));
+        }
+        self.write_at(offset, &bytes)
+    }
+
+    fn copy_source(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 
     fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
