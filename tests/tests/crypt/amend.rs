@@ -1,7 +1,9 @@
 //! Key slots of images and containers, changed by `amend`.
 
 use super::both::Both;
-use super::{container, image};
+use super::{container, image, ours};
+use qcow2_testkit::oracle::Tool;
+use std::fs;
 
 const QCOW2: &str =
     "create -q -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1 a.qcow2 1M";
@@ -154,4 +156,69 @@ fn slots_beside_other_changes() {
     both.line("amend -f raw -o encrypt.state=active p.qcow2");
     lines(&both, &image("s", "x.qcow2"), "encrypt.", &["-o @state=active,@new-secret=w"]);
     lines(&both, &container("s", "a.luks"), "", &["-o size=2M", "-o encrypt.state=active"]);
+}
+
+/// Passwords that ours added and replaced, for cryptsetup: with the first sectors of a container and with the volume inside an image.
+#[test]
+fn cryptsetup_opens_our_slots() {
+    let Some(cryptsetup) = Tool::find_any(&["cryptsetup", "/usr/sbin/cryptsetup"]) else { return };
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path();
+    for (id, password) in [("s", "xyzzy"), ("w", "plugh")] {
+        fs::write(folder.join(id), password).unwrap();
+    }
+    ours(folder, LUKS).expect_code(0);
+    ours(folder, QCOW2).expect_code(0);
+    for (file, name, prefix) in
+        [("a.luks", container("s", "a.luks"), ""), ("a.qcow2", image("s", "a.qcow2"), "encrypt.")]
+    {
+        // Whether each of these passwords opens a slot, as cryptsetup says.
+        let opens = |slot: usize| {
+            let luks = match prefix {
+                "" => file.to_owned(),
+                // The volume lies where the header's extension says; without a payload it opens all the same.
+                _ => {
+                    let bytes = fs::read(folder.join(file)).unwrap();
+                    let start =
+                        bytes.chunks(512).position(|sector| sector.starts_with(b"LUKS\xba\xbe")).unwrap();
+                    let mut volume = bytes[start * 512..].to_vec();
+                    volume.resize(8 << 20, 0);
+                    fs::write(folder.join("inside.luks"), volume).unwrap();
+                    "inside.luks".to_owned()
+                }
+            };
+            let slot = slot.to_string();
+            ["s", "w"].map(|id| {
+                let words = [
+                    "open",
+                    "--test-passphrase",
+                    "--type",
+                    "luks1",
+                    "--key-slot",
+                    &slot,
+                    "--key-file",
+                    id,
+                    &luks,
+                ];
+                cryptsetup.run_in(folder, &words).code == Some(0)
+            })
+        };
+        let amend = |line: &str| {
+            let line = line.replace('@', prefix);
+            ours(folder, &format!("amend --image-opts {name} {line}")).expect_code(0);
+        };
+        assert_eq!(opens(0), [true, false], "{file}");
+        amend("-o @state=active,@new-secret=w,@iter-time=1");
+        amend("-o @state=active,@new-secret=w,@iter-time=1,@keyslot=6");
+        assert_eq!([0, 1, 6].map(opens), [[true, false], [false, true], [false, true]], "{file}");
+        amend("--force -o @state=active,@new-secret=s,@iter-time=1,@keyslot=6");
+        amend("-o @state=inactive,@keyslot=1");
+        assert_eq!([0, 1, 6].map(opens), [[true, false], [false, false], [true, false]], "{file}");
+    }
+    let dump = cryptsetup.run_in(folder, &["luksDump", "a.luks"]).expect_code(0).stdout;
+    let slots: Vec<_> = dump.lines().filter_map(|line| line.strip_prefix("Key Slot ")).collect();
+    assert_eq!(
+        slots.iter().filter(|slot| slot.ends_with(": ENABLED")).collect::<Vec<_>>(),
+        [&"0: ENABLED", &"6: ENABLED"]
+    );
 }

@@ -6,8 +6,10 @@ use proptest::prelude::*;
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::crash::CrashWorld;
 use qcow2_testkit::cut::CrashImage;
+use qcow2_testkit::fault::{CHANGING_CALLS, Fault, FaultPlan, FaultStorage};
 use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::rng::Rng;
+use qcow2_testkit::storage::PageStorage;
 use std::cell::Cell;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -187,10 +189,8 @@ proptest! {
     }
 }
 
-/// Does `change` to a volume with `passwords` in its first slots, the power being cut at every step: each slot that is on
-/// must open with its password or with "new", and one must be on.
-#[track_caller]
-fn check_power_cuts(passwords: &[&str], change: impl FnOnce(&dyn Storage)) {
+/// A volume with `passwords` in its first slots, and its key.
+fn with_passwords(passwords: &[&str]) -> (PageBytes, Secret) {
     let spec = CipherSpec { alg: CipherAlg::Aes128, mode: CipherMode::Cbc, ..CipherSpec::default() };
     let made = make(&NewVolume { spec, iter_time_ms: 0, ..NewVolume::default() });
     let key = unlock(&made, "word").unwrap();
@@ -199,8 +199,16 @@ fn check_power_cuts(passwords: &[&str], change: impl FnOnce(&dyn Storage)) {
     }
     let mut bytes = vec![0; made.len().unwrap() as usize];
     made.read_at(START, &mut bytes).unwrap();
+    (PageBytes::from_bytes(&bytes), key)
+}
+
+/// Does `change` to a volume with `passwords` in its first slots, the power being cut at every step: each slot that is on
+/// must open with its password or with "new", and one must be on.
+#[track_caller]
+fn check_power_cuts(passwords: &[&str], change: impl FnOnce(&dyn Storage)) {
+    let (bytes, _) = with_passwords(passwords);
     let world = CrashWorld::new();
-    let storage = world.add(PageBytes::from_bytes(&bytes));
+    let storage = world.add(bytes);
     let passwords: Vec<Secret> = passwords.iter().map(|text| secret(text)).collect();
     let (state, new) = (Mutex::new((0, Rng::new(5))), secret("new"));
     world.set_hook(Some(Arc::new(move |_, cut| {
@@ -262,6 +270,63 @@ fn a_power_cut_leaves_each_slot_opening_or_off() {
     check_power_cuts(&eight, put(6, "new", "word"));
     check_power_cuts(&eight, erase(&[6]));
     check_power_cuts(&eight, erase(&[0, 6, 7]));
+}
+
+/// Does `change` to a volume with `passwords` in its first slots, one call of its storage after the other failing, once or from
+/// then on: the change says so, each slot that is on still opens to the same key, with its password or with "new", and one is on.
+#[track_caller]
+fn check_faults(passwords: &[&str], change: impl Fn(&dyn Storage, &Secret) -> Result<(), CryptError>) {
+    let (start, key) = with_passwords(passwords);
+    let secrets: Vec<Secret> = passwords.iter().map(|text| secret(text)).collect();
+    let new = secret("new");
+    // A write of two sectors may land in part.
+    let faults = [Fault::Io, Fault::Short { bytes: 512 }, Fault::LateIo];
+    for (fault, sticky) in faults.into_iter().flat_map(|fault| [(fault, false), (fault, true)]) {
+        // The many passes over erased material are all alike.
+        for nth in (0..12).chain((12..).step_by(37)) {
+            let bytes = Arc::new(PageStorage::new(start.clone()));
+            let storage = FaultStorage::new(Arc::clone(&bytes) as Arc<dyn Storage>);
+            storage.set_plan(Some(FaultPlan { calls: CHANGING_CALLS.to_vec(), nth, sticky, fault }));
+            let changed = change(&storage, &key);
+            let fired = storage.fired() > 0;
+            let what = format!("{fault:?}, sticky {sticky}, call {nth}");
+            assert_eq!(changed.is_err(), fired, "{what}: {changed:?}");
+            let volume = Volume::read(&*bytes, START).unwrap();
+            let on: Vec<usize> = volume.active_slots().collect();
+            assert!(!on.is_empty(), "{what}: no slot is on");
+            for index in on {
+                let valid = secrets.get(index).into_iter().chain([&new]);
+                let opened =
+                    valid.filter_map(|p| volume.unlock_slot(index, &*bytes, START, p).unwrap()).next();
+                let opened = opened.unwrap_or_else(|| panic!("{what}: slot {index} is on and does not open"));
+                assert_eq!(opened.bytes(), key.bytes(), "{what}: slot {index}");
+            }
+            if !fired {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_failing_write_leaves_each_slot_opening_or_off() {
+    let eight = ["word", "b", "c", "d", "e", "f", "g", "h"];
+    let put = |index: usize| {
+        move |storage: &dyn Storage, key: &Secret| {
+            put_key((storage, START), index, (key, &secret("new")), 1000, &mut Counter(9))
+        }
+    };
+    let erase = |indexes: &'static [usize]| {
+        move |storage: &dyn Storage, _: &Secret| {
+            let change = Volume::read(storage, START)?.erase_keys(indexes)?;
+            change.apply(storage, START, &mut Counter(9))
+        }
+    };
+    check_faults(&["word"], put(1));
+    check_faults(&["word"], put(6));
+    check_faults(&["word"], put(0));
+    check_faults(&eight, put(6));
+    check_faults(&eight, erase(&[0, 6, 7]));
 }
 
 #[test]
