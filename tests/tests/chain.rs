@@ -61,7 +61,7 @@ fn content(disk: &Image) -> qcow2_core::Result<Vec<u8>> {
 }
 
 impl Start {
-    /// Where the top was copied, the copy shows the same.
+    /// Where the top was copied, the copy shows the same, and past its end what it showed before.
     fn judge_copy(&self, what: Act, image: &CrashImage) -> Result<(), String> {
         if !matches!(what, Act::Copy) {
             return Ok(());
@@ -69,7 +69,8 @@ impl Start {
         let files: Files = (0..NAMES.len()).map(|i| image.storage(i) as Arc<dyn Storage>).collect();
         let seen = open(&files, 3, false, Layers::Follow).and_then(|other| content(&other));
         let seen = seen.map_err(|error| format!("the copy does not read: {error}"))?;
-        match seen.starts_with(&self.content) {
+        let (copied, tail) = seen.split_at(self.content.len());
+        match copied == self.content && self.beside.get(copied.len()..).is_none_or(|old| old == tail) {
             true => Ok(()),
             false => Err("the copy differs".to_owned()),
         }
@@ -151,6 +152,8 @@ const LARGE: Scale = Scale { sectors: (5000, 9000), clusters: [4096, 16384, 6553
 struct Start {
     files: Vec<PageBytes>,
     content: Vec<u8>,
+    /// What the image beside the chain shows.
+    beside: Vec<u8>,
     /// The snapshots in the top that must read as they do, with what they show.
     snapshots: Vec<(Vec<u8>, Vec<u8>)>,
 }
@@ -193,7 +196,8 @@ impl Start {
         let ids = top.snapshots().unwrap().into_iter().map(|snapshot| snapshot.id);
         let snapshots = ids.map(|id| (id.clone(), snapshot(&files, &id).unwrap())).collect();
         let content = content(&top).unwrap();
-        Self { files: pages.iter().map(|p| p.bytes()).collect(), content, snapshots }
+        let beside = self::content(&open(&files, 3, false, Layers::Follow).unwrap()).unwrap();
+        Self { files: pages.iter().map(|p| p.bytes()).collect(), content, beside, snapshots }
     }
 
     /// The chain as it is in `image` reads as it should, and no image of it is damaged.
@@ -326,6 +330,22 @@ fn rebase(files: &Files, to: Option<usize>, progress: &dyn Progress) -> Result<D
     finish(Ok(()), &[&top])
 }
 
+/// Writes a part of the disk as it is, so that there are changes of this opening that wait to be durable, and clusters that wait
+/// to be free.
+fn rewrite(disk: &Image) -> qcow2_core::Result<()> {
+    let mut bytes = vec![0; disk.size() as usize / 3];
+    let start = GuestOffset::new(disk.size() / 4);
+    disk.read_at(start, &mut bytes)?;
+    disk.write_at(start, &bytes)?;
+    let zeroes = GuestRange::between(GuestOffset::new(disk.size() / 2), GuestOffset::new(disk.size()));
+    let mut tail = vec![0; zeroes.len() as usize];
+    disk.read_at(zeroes.start(), &mut tail)?;
+    match tail.iter().all(|&byte| byte == 0) {
+        true => disk.write_zeroes(zeroes, ZeroMode::MayUnmap),
+        false => Ok(()),
+    }
+}
+
 /// Amends the top until it is as asked for.
 fn amend_top(
     files: &Files,
@@ -336,6 +356,7 @@ fn amend_top(
     change(&mut options);
     loop {
         let top = open_to(files, 0, true, Layers::Follow)?;
+        rewrite(&top).map_err(|error| text(&error))?;
         match amend(&top, &options, progress) {
             Ok(Amended::Again) => {}
             Ok(Amended::Done) => return finish(Ok(()), &[&top]),

@@ -2,12 +2,19 @@
 //! call waits for what it holds itself.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test may stop, and says what it did")]
 
-use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Image, ZeroMode};
+use qcow2_core::{
+    GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions, Reference, ResolveError,
+    ResolvedSource, Resolver, Storage, ZeroMode, create,
+};
 use qcow2_testkit::arbitrary::{BackingShape, Shape};
+use qcow2_testkit::audit::audit;
+use qcow2_testkit::fault::{Call, Fault, FaultPlan, FaultStorage};
 use qcow2_testkit::model::chain;
+use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
-use qcow2_testkit::world::{Shelf, TOP, World};
+use qcow2_testkit::storage::PageStorage;
+use qcow2_testkit::world::{Shelf, TOP, World, create_options};
 use qcow2_tests::fixtures::codecs;
 use qcow2_tests::patience::within;
 use std::ops::Range;
@@ -73,7 +80,7 @@ impl Bench {
         let (content, image) = (self.content, Arc::clone(self.world.image()));
         image.close().unwrap();
         let shelf: &Shelf = self.world.shelf();
-        let audit = qcow2_testkit::audit::audit(&shelf.file(TOP).bytes(), None);
+        let audit = audit(&shelf.file(TOP).bytes(), None);
         assert!(audit.is_sound() && audit.leaks == 0, "{audit:?}");
         let mut seen = vec![0; content.len()];
         image.read_at(GuestOffset::new(0), &mut seen).unwrap();
@@ -175,6 +182,67 @@ fn nothing_is_held_after_the_call() {
         bench.content.fill(0);
         bench.check();
     });
+}
+
+/// Opens the one backing file.
+struct Below(Arc<dyn Storage>);
+
+impl Resolver for Below {
+    fn resolve(&self, _reference: Reference<'_>, _writable: bool) -> Result<ResolvedSource, ResolveError> {
+        Ok(source(Arc::clone(&self.0), ImageFormat::Raw, Arc::new(NoResolver)))
+    }
+}
+
+fn source(storage: Arc<dyn Storage>, format: ImageFormat, resolver: Arc<dyn Resolver>) -> ResolvedSource {
+    ResolvedSource { storage, format, name: "memory".to_owned(), id: None, resolver }
+}
+
+/// The bytes that stand beside a part cannot be read: the call says so, every part is there or not, and what the call held, with
+/// the places that it had reserved, is free again.
+#[test]
+fn an_error_in_the_middle() {
+    for nth in 0..12 {
+        within(PATIENCE, &format!("read {nth} fails"), move || {
+            let below = pattern::bytes(1, 0, 16 * CLUSTER as usize);
+            let base = Arc::new(FaultStorage::new(Arc::new(PageStorage::new(PageBytes::from_bytes(&below)))));
+            let file = Arc::new(PageStorage::default());
+            let storage = Arc::clone(&file) as Arc<dyn Storage>;
+            let shape =
+                Shape { backing: Some(BackingShape { size: 16 * CLUSTER, qcow2: false }), ..small(16) };
+            create(&storage, None, &create_options(&shape)).unwrap();
+            let mut options = OpenOptions::default();
+            options.writable = true;
+            let resolver = Arc::new(Below(Arc::clone(&base) as Arc<dyn Storage>));
+            let disk = Image::open(source(storage, ImageFormat::Qcow2, resolver), &options).unwrap();
+            let new = pattern::bytes(2, 0, below.len());
+            let places = (0..16).map(|n| (n * CLUSTER + 700) as usize..(n * CLUSTER + 1300) as usize);
+            let parts: Vec<_> =
+                places.clone().map(|place| (GuestOffset::new(place.start as u64), &new[place])).collect();
+            let (calls, fault) = (vec![Call::Read], Fault::Io);
+            base.set_plan(Some(FaultPlan { calls, nth, sticky: false, fault }));
+            let written = disk.write_parts(&parts);
+            assert_eq!(base.fired(), 1, "the backing file is read less often");
+            assert!(written.is_err(), "an error was lost");
+            let mut seen = vec![0; below.len()];
+            disk.read_at(GuestOffset::new(0), &mut seen).unwrap();
+            let mut expected = below;
+            for place in places.clone() {
+                if seen[place.clone()] == new[place.clone()] {
+                    expected[place.clone()].copy_from_slice(&new[place]);
+                }
+            }
+            assert!(seen == expected, "a part is neither there nor not");
+            disk.write_parts(&parts).unwrap();
+            for place in places {
+                expected[place.clone()].copy_from_slice(&new[place]);
+            }
+            disk.read_at(GuestOffset::new(0), &mut seen).unwrap();
+            assert!(seen == expected);
+            disk.close().unwrap();
+            let audit = audit(&file.bytes(), None);
+            assert!(audit.is_sound() && audit.leaks == 0, "{audit:?}");
+        });
+    }
 }
 
 fn draw_range(rng: &mut Rng, size: u64, cluster: u64, from: u64) -> Range<u64> {
