@@ -123,18 +123,22 @@ fn number(storage: &dyn Storage, at: u64, len: usize) -> u64 {
     u64::from_be_bytes(bytes)
 }
 
-/// Makes one refcount or one copied flag wrong.
+/// Makes one refcount or one copied flag wrong, or (seldom) takes a whole block of refcounts away.
 fn damage(storage: &dyn Storage, cluster: u64, rng: &mut Rng) {
     let clusters = storage.len().unwrap().div_ceil(cluster);
     let block = number(storage, number(storage, 48, 8), 8);
+    if block == 0 {
+        return;
+    }
     let one = block + rng.between(1, clusters.min(cluster / 2) - 1) * 2;
     let write = |at: u64, bytes: &[u8]| storage.write_at(HostOffset::new(at), bytes).unwrap();
     let flip = |at: u64| write(at, &(number(storage, at, 8) ^ 1 << 63).to_be_bytes());
     let l1 = number(storage, 40, 8);
-    match rng.below(5) {
-        0 => write(one, &[0, 0]),
-        1 | 2 => write(one, &(number(storage, one, 2) as u16 + 1).to_be_bytes()),
-        3 if number(storage, l1, 8) != 0 => flip(l1),
+    match rng.below(20) {
+        0 => write(number(storage, 48, 8), &[0; 8]),
+        1..4 => write(one, &[0, 0]),
+        4..12 => write(one, &(number(storage, one, 2) as u16 + 1).to_be_bytes()),
+        12..15 if number(storage, l1, 8) != 0 => flip(l1),
         _ => {
             let table = number(storage, l1, 8) & 0x00ff_ffff_ffff_fe00;
             let at = table + rng.below(cluster / 8) * 8;
