@@ -74,7 +74,7 @@ impl Damaged {
                         .unwrap();
                 }
             }
-            if rng.one_in(6) {
+            if rng.one_in(4) {
                 image.create_snapshot(&NewSnapshot::default()).unwrap();
             }
         }
@@ -136,8 +136,9 @@ fn damage(storage: &dyn Storage, cluster: u64, rng: &mut Rng) {
     let l1 = number(storage, 40, 8);
     match rng.below(20) {
         0 => write(number(storage, 48, 8), &[0; 8]),
-        1..4 => write(one, &[0, 0]),
-        4..12 => write(one, &(number(storage, one, 2) as u16 + 1).to_be_bytes()),
+        1..3 => write(one, &[0, 0]),
+        3..5 => write(one, &(number(storage, one, 2) as u16).saturating_sub(1).to_be_bytes()),
+        5..12 => write(one, &(number(storage, one, 2) as u16 + 1).to_be_bytes()),
         12..15 if number(storage, l1, 8) != 0 => flip(l1),
         _ => {
             let table = number(storage, l1, 8) & 0x00ff_ffff_ffff_fe00;
@@ -217,7 +218,12 @@ fn a_stop_leaves_less_to_repair() {
             let image = file.bytes();
             start.judge_to_the_end(&image).unwrap_or_else(|what| panic!("seed {seed}, after {left}: {what}"));
             match done {
-                Ok(_) => break,
+                Ok(_) => {
+                    start
+                        .judge_repaired(&image)
+                        .unwrap_or_else(|what| panic!("seed {seed}, after {left}: {what}"));
+                    break;
+                }
                 Err(error) => assert_eq!(error.kind(), ErrorKind::Stopped, "seed {seed}, after {left}"),
             }
             stopped += 1;

@@ -73,7 +73,7 @@ fn work(image: &Image, me: u64) -> Vec<u8> {
         let cluster = rng.gen_range(0..DISK / CLUSTER);
         let at = cluster * CLUSTER + me * piece;
         let fill = me as u8 * 60 + step;
-        match rng.gen_range(0..8) {
+        match rng.gen_range(0..10) {
             0..=2 => {
                 image.write_at(GuestOffset::new(at), &vec![fill; piece as usize]).unwrap();
                 known[at as usize..(at + piece) as usize].fill(fill);
@@ -84,6 +84,15 @@ fn work(image: &Image, me: u64) -> Vec<u8> {
                 known[at as usize..(at + piece) as usize].fill(0);
             }
             4 => image.flush().unwrap(),
+            8 | 9 => {
+                let starts = piece_starts(&mut rng, me);
+                let bytes = vec![fill; piece as usize];
+                let parts: Vec<_> = starts.iter().map(|&at| (GuestOffset::new(at), &bytes[..])).collect();
+                image.write_parts(&parts).unwrap();
+                for at in starts {
+                    known[at as usize..(at + piece) as usize].fill(fill);
+                }
+            }
             5 | 6 => look_at_churn(image, rng.gen_range(0..4)),
             _ => {
                 let mut seen = vec![0; piece as usize];
@@ -97,6 +106,18 @@ fn work(image: &Image, me: u64) -> Vec<u8> {
         }
     }
     known
+}
+
+/// Where a thread's pieces begin in some neighbouring clusters, up or down: others want the same clusters the other way round.
+fn piece_starts(rng: &mut impl Rng, me: u64) -> Vec<u64> {
+    let count = rng.gen_range(2..5);
+    let first = rng.gen_range(0..DISK / CLUSTER - count);
+    let mut starts: Vec<_> =
+        (first..first + count).map(|cluster| cluster * CLUSTER + me * CLUSTER / 4).collect();
+    if rng.gen_bool(0.5) {
+        starts.reverse();
+    }
+    starts
 }
 
 /// A cluster that is freed and reused all the time holds what was written to it or zeroes, never what its old place was
