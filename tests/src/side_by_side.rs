@@ -127,11 +127,16 @@ impl SideBySide {
 const MAKING: [&str; 9] =
     ["amend", "bitmap", "commit", "convert", "create", "dd", "rebase", "resize", "snapshot"];
 
-/// A command line as words: blanks part them, single quotes keep them together.
+/// A command line as words: blanks part them, single quotes keep them together, `\'` is a single quote.
 pub fn words(line: &str) -> Vec<String> {
     let (mut words, mut word, mut quoted, mut begun) = (Vec::new(), String::new(), false, false);
-    for c in line.chars() {
+    let mut chars = line.chars().peekable();
+    while let Some(c) = chars.next() {
         match c {
+            '\\' if chars.next_if_eq(&'\'').is_some() => {
+                word.push('\'');
+                begun = true;
+            }
             '\'' => (quoted, begun) = (!quoted, true),
             ' ' if !quoted => {
                 if begun {
@@ -236,6 +241,7 @@ mod tests {
     fn words_and_quotes() {
         assert_eq!(words("create -o 'a b' x ''"), ["create", "-o", "a b", "x", ""]);
         assert_eq!(words(" -o'a'b  c "), ["-oab", "c"]);
+        assert_eq!(words(r"{\'a b\'} \x"), ["{'a", "b'}", r"\x"]);
         assert!(words("").is_empty());
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::args::ImageArgs;
 use crate::failure::Failure;
+use crate::findings::tell_of_recovery;
 use crate::imagename::ImageName;
 use crate::open::{BACKING, OpenAs, complain_of_guess, open_file, open_layers};
 use crate::render::qemu_text;
@@ -40,7 +41,10 @@ pub(crate) fn open_down_to(
         let layer = OpenAs { layers: Layers::NoBacking, writable: above.is_empty(), ..writable };
         let Some(below) = below else {
             // What does not open is told first.
-            open_layers(&layer_name, source, OpenAs { writable: false, ..layer }, &context)?;
+            if layer.writable {
+                tell_of_recovery(session, &source);
+            }
+            open_layers(&layer_name, source, layer, &context)?;
             return Err(no_base(&name.typed, base));
         };
         let is_base = base.is_none_or(|base| is_same(&source.name, base, &below.path));
@@ -48,6 +52,9 @@ pub(crate) fn open_down_to(
         let next = source.resolver.resolve(reference, is_base).map_err(|error| {
             qemu_text::open_failure(&name.typed, &format!("{context}{BACKING}"), &error.into())
         })?;
+        if layer.writable {
+            tell_of_recovery(session, &source);
+        }
         above.push(open_layers(&layer_name, source, layer, &context)?.disk);
         layer_name.keys = layer_name.keys.below();
         context.push_str(BACKING);

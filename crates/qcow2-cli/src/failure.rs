@@ -77,6 +77,12 @@ impl Failure {
         Self { kind: Kind::Silent, code, ..Self::new("") }
     }
 
+    /// The message and what follows it.
+    pub(crate) fn text(&self) -> String {
+        let hints = self.hints.iter().filter(|hint| !hint.own).map(|hint| &*hint.line);
+        std::iter::once(&*self.message).chain(hints).collect::<Vec<_>>().join("\n")
+    }
+
     /// Puts another message before this one.
     pub(crate) fn after(mut self, message: impl Into<String>) -> Self {
         self.before = Some(message.into());
@@ -104,6 +110,11 @@ impl Failure {
     pub(crate) fn about(mut self, name: &str) -> Self {
         self.message = format!("{name}: {}", self.message);
         self
+    }
+
+    /// Whether it is about an image that could not be opened.
+    pub(crate) fn is_of_opening(&self) -> bool {
+        self.reason.is_some()
     }
 
     /// Makes it the reason why the image called `name` could not be opened.

@@ -27,6 +27,9 @@ impl TargetFormat {
             "raw" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
             "luks" => Ok(Self::Luks),
+            _ if NEVER_NEW.contains(&name) => {
+                Err(Failure::new(format!("Format driver '{name}' does not support image creation")))
+            }
             _ => Err(Failure::new(format!("Unknown file format '{name}'"))),
         }
     }
@@ -63,6 +66,27 @@ impl TargetFormat {
         }
     }
 }
+
+/// What QEMU knows and makes no images of.
+const NEVER_NEW: [&str; 17] = [
+    "blkdebug",
+    "blklogwrites",
+    "blkverify",
+    "bochs",
+    "cloop",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "dmg",
+    "null-aio",
+    "null-co",
+    "preallocate",
+    "quorum",
+    "replication",
+    "snapshot-access",
+    "throttle",
+    "vvfat",
+];
 
 /// The options of a new image, each of its type.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -203,7 +227,7 @@ pub(crate) fn read_amend_options(
     let read = |Pair { key, value }: &Pair| {
         let Some(option) = format.amend_options().iter().find(|option| option.name == key) else {
             let failure = Failure::new(format!("Invalid parameter '{key}'"));
-            return Err(match format.options().iter().any(|option| option.name == key && !option.of_file) {
+            return Err(match could_be_new(format, list) {
                 true => failure.hint("This option is only supported for image creation"),
                 false => failure,
             });
@@ -216,6 +240,15 @@ pub(crate) fn read_amend_options(
         Ok((option.name, value))
     };
     list.pairs().iter().map(read).collect()
+}
+
+/// Whether every option in `list` is one of `amend` or of a new image, and of its type.
+fn could_be_new(format: TargetFormat, list: &OptList) -> bool {
+    let of_format = || format.options().iter().filter(|option| !option.of_file);
+    list.pairs().iter().all(|Pair { key, value }| {
+        let mut known = format.amend_options().iter().chain(of_format());
+        known.find(|option| option.name == key).is_some_and(|option| option.read(value).is_ok())
+    })
 }
 
 /// Prints what `amend -o` takes.

@@ -11,6 +11,7 @@ mod compression;
 mod crypt;
 mod exit;
 mod failure;
+mod findings;
 mod imagename;
 mod imageopts;
 mod interrupt;

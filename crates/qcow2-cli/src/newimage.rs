@@ -40,6 +40,7 @@ pub(crate) fn make(
     let path = match target {
         NewTarget::File(path) => path,
         NewTarget::Existing(node) => return make_in_existing(node, options),
+        NewTarget::OutOfReach { driver, reason } => return Err(not_opened(driver, reason)),
     };
     match options.format() {
         TargetFormat::Raw => make_raw(path, options, interrupts),
@@ -128,14 +129,8 @@ fn make_raw(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Resu
 /// A server's disk is there already: it must be large enough, and loses the beginning that an older image may have.
 fn make_in_existing(node: &Node, options: &ImageOptions) -> Result<(), Failure> {
     let size = options.number("size").unwrap_or(0);
-    let storage = open_existing(node).map_err(|failure| {
-        Failure::new(format!(
-            "Protocol driver '{}' does not support creating new images, so an existing image must be selected as \
-             the target; however, opening the given target as an existing image failed: {}",
-            node.driver().name(),
-            failure.without_name()
-        ))
-    })?;
+    let storage = open_existing(node)
+        .map_err(|failure| not_opened(node.driver().name(), &failure.without_name().to_string()))?;
     match options.format() {
         TargetFormat::Raw => fit_device(&*storage, size, "NBD nodes"),
         TargetFormat::Luks => {
@@ -152,6 +147,13 @@ fn make_in_existing(node: &Node, options: &ImageOptions) -> Result<(), Failure> 
                 .map_err(|error| failed(&error, &backing_words(&request)))
         }
     }
+}
+
+fn not_opened(driver: &str, reason: &str) -> Failure {
+    Failure::new(format!(
+        "Protocol driver '{driver}' does not support creating new images, so an existing image must be selected as the \
+         target; however, opening the given target as an existing image failed: {reason}"
+    ))
 }
 
 /// A raw image on a device is the device as it is, if that is large enough.
@@ -298,8 +300,22 @@ fn request_words(size: u64) -> String {
 
 /// Whether there is such a format, here or in QEMU.
 pub(crate) fn is_known_format(name: &str) -> bool {
-    DRIVERS.contains(&name)
+    DRIVERS.contains(&name) || FILTERS.contains(&name)
 }
+
+/// What QEMU takes for formats besides when a name is recorded without being looked at.
+const FILTERS: [&str; 10] = [
+    "blklogwrites",
+    "copy-before-write",
+    "null-aio",
+    "null-co",
+    "nvme",
+    "preallocate",
+    "replication",
+    "snapshot-access",
+    "throttle",
+    "vvfat",
+];
 
 /// Formats that may be recorded for a backing file: those that QEMU knows and that a backing file can have.
 const DRIVERS: [&str; 28] = [

@@ -68,6 +68,28 @@ impl OptList {
         Ok(list)
     }
 
+    /// Reads the option string of an image, in which a lone `key` is `key=on` and a lone `nokey` is `key=off`. With the list come
+    /// the warnings that this is deprecated. Errors: the message.
+    pub(crate) fn parse_name(text: &str) -> Result<(Self, Vec<String>), String> {
+        let (mut list, mut warnings) = (Self::default(), Vec::new());
+        for (index, item) in split(text).iter().enumerate() {
+            match item.split_once('=') {
+                Some(("", _)) => return Err("Invalid parameter ''".to_owned()),
+                Some((key, value)) => list.push(key, value),
+                None if item.is_empty() && index > 0 => {}
+                None if item.is_empty() => return Err("Invalid parameter ''".to_owned()),
+                None => {
+                    let (key, value) = item.strip_prefix("no").map_or((&**item, "on"), |key| (key, "off"));
+                    warnings.push(format!(
+                        "short-form boolean option '{item}' deprecated\nPlease use {key}={value} instead"
+                    ));
+                    list.push(key, value);
+                }
+            }
+        }
+        Ok((list, warnings))
+    }
+
     /// Whether help was asked for.
     pub(crate) fn asks_help(&self) -> bool {
         self.asks_help
@@ -170,6 +192,15 @@ mod tests {
         );
         assert_eq!(OptList::parse_object(",id=a").unwrap_err(), "Invalid parameter ''");
         assert_eq!(OptList::parse_object("id=a").unwrap().last("qom-type"), None);
+    }
+
+    #[test]
+    fn names() {
+        let (list, warnings) = OptList::parse_name("driver=raw,read-only,nofoo,").unwrap();
+        assert_eq!((list.last("read-only"), list.last("foo")), (Some("on"), Some("off")));
+        assert_eq!(warnings.len(), 2);
+        assert_eq!(warnings[1], "short-form boolean option 'nofoo' deprecated\nPlease use foo=off instead");
+        assert!(OptList::parse_name(",a=1").is_err());
     }
 
     #[test]

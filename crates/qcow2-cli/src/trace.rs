@@ -10,6 +10,9 @@ pub(crate) fn accept(session: &Session, text: &str) -> Result<bool, Failure> {
     if text == "help" || text == "?" {
         return Ok(true);
     }
+    if text.is_empty() {
+        return Ok(false);
+    }
     let list = OptList::parse_pairs(text, Some("enable")).map_err(Failure::new)?;
     if let Some(pair) = list.pairs().iter().find(|pair| !OPTIONS.contains(&pair.key.as_str())) {
         return Err(Failure::new(format!("Invalid parameter '{}'", pair.key)));
@@ -25,16 +28,26 @@ pub(crate) fn accept(session: &Session, text: &str) -> Result<bool, Failure> {
         unknown("", event);
     }
     let Some(path) = list.last("events") else { return Ok(false) };
+    if std::path::Path::new(path).is_dir() {
+        return Ok(false);
+    }
     let events = std::fs::read_to_string(path).map_err(|error| {
         session.complain(&format!("{program}:{path}: {}", system_text(&error)));
         Failure::silent(crate::exit::FAILURE)
     })?;
-    for (number, line) in (1..).zip(events.lines()) {
+    // As in QEMU, the last byte of a line is its end.
+    let lines = events.split_inclusive('\n').map(|line| &line[..line.len() - last_len(line)]);
+    for (number, line) in (1..).zip(lines) {
         if !line.is_empty() && !line.starts_with('#') {
             unknown(&format!("{path}:{number}:"), line);
         }
     }
     Ok(false)
+}
+
+/// Bytes of the last character of `text`.
+fn last_len(text: &str) -> usize {
+    text.chars().next_back().map_or(0, char::len_utf8)
 }
 
 fn system_text(error: &std::io::Error) -> String {

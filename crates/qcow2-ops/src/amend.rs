@@ -165,15 +165,15 @@ fn resize_to(size: u64) -> ResizeOptions {
 fn check_features(image: &Image, options: &AmendOptions) -> Result<(), Refusal> {
     let header = image.header();
     let wanted = options.version.unwrap_or(header.version);
-    if let Some(bits) = options.refcount_bits.filter(|&bits| !bits.is_power_of_two() || bits > 64) {
-        return Err(Refusal::RefcountBits(bits));
-    }
     if options.data_file.is_some() && !header.has_data_file() {
         return Err(Refusal::NoDataFile);
     }
     let raw = header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE);
     if options.data_file_raw == Some(true) && !raw {
         return Err(Refusal::DataFileRaw);
+    }
+    if let Some(bits) = options.refcount_bits.filter(|&bits| !bits.is_power_of_two() || bits > 64) {
+        return Err(Refusal::RefcountBits(bits));
     }
     let width = u64::from(image.geometry().refcount_width().bits());
     if options.refcount_bits.is_some_and(|bits| bits != width) && wanted < Version::V3 {

@@ -31,16 +31,13 @@ impl Default for DdOptions {
     }
 }
 
-/// The bytes of a disk of `size` bytes that `options` name. `None` where the part would begin past the end of the disk. The
-/// disk counts as long as the next multiple of 512.
+/// The bytes of a disk of `size` bytes that `options` name. `None` where the part would begin past the end of the disk or of
+/// what is counted. The disk counts as long as the next multiple of 512.
 pub fn dd_range(size: u64, options: &DdOptions) -> Option<Range<u64>> {
     let size = size.checked_next_multiple_of(SECTOR)?;
     let start = options.skip.saturating_mul(options.block_size);
     let end = options.count.map_or(size, |count| count.saturating_mul(options.block_size).min(size));
-    if start > size {
-        return None;
-    }
-    Some(start.min(end)..end)
+    (start <= end).then_some(start..end)
 }
 
 /// Writes `range` of `source` ([`dd_range`]) to the start of `target`, which is new and at least as long. What is known to be

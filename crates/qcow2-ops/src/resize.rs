@@ -113,7 +113,8 @@ pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions, progress: &dyn Prog
 
 /// The new size in bytes, if it is possible.
 pub(crate) fn plan(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<u64, Refusal> {
-    let old = disk.size();
+    // A raw disk counts in whole sectors.
+    let old = disk.size().checked_next_multiple_of(512).unwrap_or_else(|| disk.size());
     let size = match options.size {
         NewSize::Exactly(size) => Some(size),
         NewSize::Plus(bytes) => old.checked_add(bytes),

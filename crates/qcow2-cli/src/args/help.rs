@@ -2,6 +2,7 @@
 
 use super::{GENERAL, OptionSpec, VERBS, Verb};
 use crate::failure::Failure;
+use crate::imagename::Driver;
 use crate::session::Session;
 use std::fmt::Write;
 
@@ -15,7 +16,7 @@ pub(crate) fn print_general_help(session: &Session) -> Result<(), Failure> {
     for verb in VERBS.iter().filter(|verb| !verb.is_foreign(session)) {
         let _ = writeln!(text, "  {:<10}{}", verb.name, verb.summary);
     }
-    text.push_str("\nImage formats: qcow2 raw\n");
+    let _ = write!(text, "\nSupported image formats:\n\n  {}\n", Driver::NAMES.join(" "));
     session.print(&text)
 }
 

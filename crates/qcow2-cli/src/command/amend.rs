@@ -19,6 +19,7 @@ use qcow2_core::{ErrorKind, HostOffset, ImageFormat};
 use qcow2_io::CacheMode;
 use qcow2_ops::amend::{AmendOptions, Amended, Refusal, amend, check};
 use qcow2_ops::resize;
+use std::collections::BTreeMap;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
@@ -84,7 +85,7 @@ impl Request {
 }
 
 fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
-    let name = ImageName::parse(&request.filename, &request.image)?;
+    let name = ImageName::read(session, &request.filename, &request.image)?;
     let how = OpenAs { cache: request.cache, ..OpenAs::READ };
     let open = || open_to_change(session, &name, &request.image, how);
     let mut opened: OpenedDisk = open()?;
@@ -165,7 +166,8 @@ fn could_not(reason: &str) -> Failure {
 /// The options by name, those of key slots apart.
 fn settle(format: TargetFormat, list: &OptList) -> Result<(AmendOptions, SlotOptions), Failure> {
     let (mut options, mut slots) = (AmendOptions::default(), SlotOptions::default());
-    for (name, option) in read_amend_options(format, list)? {
+    let given: BTreeMap<_, _> = read_amend_options(format, list)?.into_iter().collect();
+    for (name, option) in given {
         if slots.take(name.strip_prefix("encrypt.").unwrap_or(name), &option) {
             continue;
         }

@@ -1,11 +1,11 @@
 //! `bench`: requests at equal steps, and how long they took.
 
-use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
+use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, open_image};
+use crate::open::{NATIVE_NEEDS_DIRECT, OpenAs, open_image, open_to_change};
 use crate::progress::Meter;
 use crate::render::qemu_text;
 use crate::session::Session;
@@ -27,6 +27,7 @@ struct Request {
     depth: u64,
     write: bool,
     pattern: u8,
+    native: bool,
     threads: Option<usize>,
     filename: String,
 }
@@ -36,10 +37,20 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let mut request = parse(session, args)?;
     request.image.check()?;
     check_flushes(&request)?;
-    let name = ImageName::parse(&request.filename, &request.image)?;
-    let how = OpenAs { writable: request.write, cache: request.cache, ..OpenAs::READ };
-    let opened = open_image(&name, &request.image, how)?;
-    request.options.step = request.step.unwrap_or(request.options.buffer_size);
+    let name = ImageName::read(session, &request.filename, &request.image)?;
+    let refused = |reason| Err(Failure::could_not_open(&name.typed, reason));
+    if request.write && request.image.force_share {
+        return refused("force-share=on can only be used with read-only images");
+    }
+    if request.native && !request.cache.is_direct() {
+        return refused(NATIVE_NEEDS_DIRECT);
+    }
+    let how = OpenAs { cache: request.cache, ..OpenAs::READ };
+    let opened = match request.write {
+        true => open_to_change(session, &name, &request.image, how)?,
+        false => open_image(&name, &request.image, how)?,
+    };
+    request.options.step = request.step.filter(|&step| step > 0).unwrap_or(request.options.buffer_size);
     request.options.pattern = request.write.then_some(request.pattern);
     let options = &request.options;
     session.print(&format!(
@@ -85,6 +96,7 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
         depth: 64,
         write: false,
         pattern: 0,
+        native: false,
         threads: None,
         filename: String::new(),
     };
@@ -100,10 +112,12 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
                 request.cache =
                     CacheMode::parse(&given.value).ok_or_else(|| Failure::new("Invalid cache mode"))?;
             }
-            Opt::Native => request.cache = parse_cache("cache", "none")?,
-            Opt::Aio if !["threads", "native", "io_uring"].contains(&given.value.as_str()) => {
-                return Err(Failure::new(format!("Invalid aio option: {}", given.value)));
-            }
+            Opt::Native => request.native = true,
+            Opt::Aio => match &*given.value {
+                "native" => request.native = true,
+                "threads" | "io_uring" => request.native = false,
+                other => return Err(Failure::new(format!("Invalid aio option: {other}"))),
+            },
             Opt::RequestCount => request.options.count = count("request count", POSITIVE)?,
             Opt::Depth => request.depth = count("queue depth", POSITIVE)?,
             Opt::BufferSize => request.options.buffer_size = number("buffer size", POSITIVE)?,

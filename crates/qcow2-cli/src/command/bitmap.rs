@@ -10,14 +10,14 @@ use crate::render::qemu_text;
 use crate::session::Session;
 use crate::size::{SIGNED, parse_argument};
 use qcow2_core::format::Version;
-use qcow2_core::{ErrorKind, Image};
+use qcow2_core::{ErrorKind, Image, Layers};
 use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
-    let name = ImageName::parse(&request.filename, &request.image)?;
-    let opened = open_to_change(session, &name, &request.image, OpenAs::READ)?;
+    let name = ImageName::read(session, &request.filename, &request.image)?;
+    let opened = open_to_change(session, &name, &request.image, ALONE)?;
     let source = request.open_source()?;
     let interrupts = Interrupts::install();
     interrupts.hold();
@@ -71,11 +71,11 @@ impl Request {
             let text = "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge";
             return Err(Failure::new(text));
         }
+        request.check_together()?;
         let Ok([filename, bitmap]) = <[String; 2]>::try_from(operands) else {
             return Err(Failure::new("Expecting filename and bitmap name"));
         };
         (request.filename, request.bitmap) = (filename, bitmap);
-        request.check_together()?;
         request.image.check()?;
         Ok(request)
     }
@@ -108,7 +108,7 @@ impl Request {
         let Some(source) = &self.source else { return Ok(None) };
         let (format, objects) = (self.source_format.clone(), self.image.objects.clone());
         let args = ImageArgs { format, objects, ..ImageArgs::default() };
-        open_image(&ImageName::parse(source, &args)?, &args, OpenAs::READ).map(Some)
+        open_image(&ImageName::parse(source, &args)?, &args, ALONE).map(Some)
     }
 
     fn change(
@@ -189,6 +189,8 @@ impl Request {
     }
 }
 
+/// Bitmaps are the image's own: its backing file need not be there.
+const ALONE: OpenAs = OpenAs { layers: Layers::NoBacking, ..OpenAs::READ };
 /// What stands for the name of a node, which QEMU makes up anew each time.
 const NODE: &str = "#block100";
 const MAX_GRANULARITY: u64 = 1 << 31;

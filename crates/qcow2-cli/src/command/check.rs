@@ -3,6 +3,7 @@
 use crate::args::{Arguments, ImageArgs, Opt, OutputFormat, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
+use crate::findings::{complain, say};
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
 use crate::open::{OpenAs, close, complain_of_guess, open_below, open_file, open_layers};
@@ -16,7 +17,7 @@ use qcow2_core::walk::SnapshotFault;
 use qcow2_core::{EncryptedLayer, ImageFormat, Keyring, Layers, ResolvedSource};
 use qcow2_io::CacheMode;
 use qcow2_ops::ErrorKind;
-use qcow2_ops::check::{CheckOptions, CheckReport, Finding, Found};
+use qcow2_ops::check::{CheckOptions, CheckReport, Finding};
 use qcow2_ops::repair::{RepairMode, Repaired, is_copied_flag, is_refcount, needs_all, repair};
 
 /// Runs the verb.
@@ -36,7 +37,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     };
     let after = repaired.and_then(|repaired| repaired.after).unwrap_or(report);
     match request.output {
-        _ if request.quiet && request.output == OutputFormat::Human => {}
+        _ if request.quiet => {}
         OutputFormat::Human => session.print(&render::to_text(&after))?,
         OutputFormat::Json => {
             let value = render::to_json(&after, &fixed, &request.filename, "qcow2");
@@ -84,30 +85,6 @@ fn tell(
         complain(session, after, &|_| true);
     }
     Ok(Fixed { leaks, corruptions })
-}
-
-/// Prints a finding, as repaired or not.
-fn say(session: &Session, found: &Found, fixed: bool) {
-    let line = render::finding(&found.finding, session.program());
-    let line = match line.strip_prefix("Leaked ").or_else(|| line.strip_prefix("ERROR ")) {
-        Some(rest) if fixed => format!("Repairing {rest}"),
-        _ => line,
-    };
-    (0..found.times.min(MAX_LINES as u64)).for_each(|_| session.complain(&line));
-}
-
-/// Prints the findings, one a line; a damaged image may have any number of them.
-fn complain(session: &Session, report: &CheckReport, wanted: &dyn Fn(&Finding) -> bool) {
-    let times = |found: &Found| usize::try_from(found.times).unwrap_or(usize::MAX);
-    let findings = report.findings.iter().filter(|found| wanted(&found.finding));
-    let lines = findings.flat_map(|found| std::iter::repeat_n(found, times(found)));
-    for found in lines.take(MAX_LINES) {
-        session.complain(&render::finding(&found.finding, session.program()));
-    }
-    let all = report.findings.iter().map(|found| found.times).fold(report.omitted, u64::saturating_add);
-    if all > MAX_LINES as u64 {
-        session.complain(&format!("... and {} more", all - MAX_LINES as u64));
-    }
 }
 
 #[derive(Debug, Default)]
@@ -168,7 +145,7 @@ fn unlock(name: &ImageName, source: &ResolvedSource) -> Result<(), Failure> {
 }
 
 fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Repaired>), Failure> {
-    let name = ImageName::parse(&request.filename, &request.image)?;
+    let name = ImageName::read(session, &request.filename, &request.image)?;
     if request.repair.is_some() && request.image.force_share {
         let reason = "force-share=on can only be used with read-only images";
         return Err(Failure::could_not_open(&name.typed, reason));
@@ -221,6 +198,3 @@ fn why_incomplete(report: &CheckReport) -> &'static str {
         false => "File too large",
     }
 }
-
-/// How many findings are printed.
-const MAX_LINES: usize = 10_000;

@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = parse(session, args)?;
     request.image.check()?;
-    let name = ImageName::parse(&request.filename, &request.image)?;
+    let name = ImageName::read(session, &request.filename, &request.image)?;
     let cache = request.cache.as_ref().map(|text| parse_cache("source cache", text)).transpose()?;
     let how = OpenAs { cache: cache.unwrap_or_default(), ..OpenAs::READ };
     let opened = open_image(&name, &request.image, how)?;

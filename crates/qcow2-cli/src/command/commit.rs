@@ -1,7 +1,7 @@
 //! `commit`: what an image holds goes into its backing file, or into one further down.
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
-use crate::chain::open_down_to;
+use crate::chain::{OpenedChain, open_down_to};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
@@ -18,8 +18,20 @@ use qcow2_ops::{CommitOptions, ErrorKind};
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let interrupts = Interrupts::install();
+    let cache = request.cache.as_ref().map(|text| parse_cache("cache", text)).transpose()?;
+    let how = OpenAs {
+        cache: cache.unwrap_or_default(),
+        bytes_per_second: request.bytes_per_second,
+        ..OpenAs::READ
+    };
+    request.image.check()?;
+    let name = ImageName::read(session, &request.filename, &request.image)?;
+    let chain = open_down_to(session, &name, &request.image, how, request.base.as_deref());
+    if chain.as_ref().is_err_and(Failure::is_of_opening) {
+        return chain.map(|_| exit::SUCCESS);
+    }
     let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
-    let committed = commit(session, &request, &meter);
+    let committed = chain.and_then(|chain| commit(&request, &chain, &meter));
     if committed.is_ok() {
         meter.complete_again();
     }
@@ -69,13 +81,7 @@ impl Request {
     }
 }
 
-fn commit(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
-    let cache = request.cache.as_ref().map(|text| parse_cache("cache", text)).transpose()?;
-    request.image.check()?;
-    let bytes_per_second = request.bytes_per_second;
-    let how = OpenAs { cache: cache.unwrap_or_default(), bytes_per_second, ..OpenAs::READ };
-    let name = ImageName::parse(&request.filename, &request.image)?;
-    let chain = open_down_to(session, &name, &request.image, how, request.base.as_deref())?;
+fn commit(request: &Request, chain: &OpenedChain, meter: &Meter) -> Result<(), Failure> {
     let mut options = CommitOptions::default();
     options.empty_top = !request.drop;
     let workers = Threads::per_core();

@@ -16,14 +16,15 @@ use qcow2_ops::{Error, ErrorKind};
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
-    let [a, b] = request.open().map_err(|failure| failure.with_code(exit::COMPARE_OPEN))?;
-    [&a, &b].into_iter().for_each(|opened| warn_of_missing_end(session, opened));
     let interrupts = Interrupts::install();
     let wanted = request.progress && !request.quiet;
     let meter = match request.json_progress {
         true => Meter::beside_data(session, &interrupts, wanted, true),
         false => Meter::new(session, &interrupts, wanted, PROGRESS_STEP),
     };
+    let opened = request.open(session).map_err(|failure| failure.with_code(exit::COMPARE_OPEN));
+    let [a, b] = opened.inspect_err(|_| meter.end())?;
+    [&a, &b].into_iter().for_each(|opened| warn_of_missing_end(session, opened));
     let mut options = CompareOptions::default();
     options.strict = request.strict;
     options.names = request.filenames.clone();
@@ -84,7 +85,7 @@ impl Request {
         Ok(request)
     }
 
-    fn open(&self) -> Result<[OpenedDisk; 2], Failure> {
+    fn open(&self, session: &Session) -> Result<[OpenedDisk; 2], Failure> {
         let cache = self.cache.as_ref().map(|text| parse_cache("source cache", text)).transpose()?;
         let how = OpenAs { cache: cache.unwrap_or_default(), ..OpenAs::READ };
         let open = |filename: &str, format: &Option<String>| {
@@ -92,7 +93,7 @@ impl Request {
             let objects = self.objects.clone();
             let args = ImageArgs { format: format.clone(), image_opts, force_share, objects };
             args.check()?;
-            open_image(&ImageName::parse(filename, &args)?, &args, how)
+            open_image(&ImageName::read(session, filename, &args)?, &args, how)
         };
         Ok([open(&self.filenames[0], &self.format)?, open(&self.filenames[1], &self.second_format)?])
     }

@@ -17,6 +17,7 @@ use crate::session::Session;
 use crate::threads::Threads;
 use qcow2_core::GuestDisk;
 use qcow2_core::format::Version;
+use qcow2_ops::snapshot::SnapshotName;
 use qcow2_ops::{CopyReport, ErrorKind, converted_size};
 use request::Request;
 pub(crate) use request::parse_snapshot;
@@ -58,11 +59,11 @@ fn convert(
     if request.create && request.target_format.is_none() && !request.quiet {
         newimage::warn_of_raw(session, &request.target, "-O");
     }
-    let sources = open_sources(request)?;
+    let sources = open_sources(session, request)?;
     sources.iter().for_each(|source| warn_of_missing_end(session, source));
     let disks: Vec<Arc<dyn GuestDisk>> = sources.iter().map(|source| Arc::clone(&source.disk)).collect();
     let size = converted_size(&disks).map_err(|error| Failure::new(qemu_text::chain(&error)))?;
-    let target = target::open(request, &sources, size, interrupts)?;
+    let target = target::open(session, request, &sources, size, interrupts)?;
     if target.size() < size {
         return Err(Failure::new("output file is smaller than input file"));
     }
@@ -75,17 +76,27 @@ fn convert(
     finish(&*target)
 }
 
-fn open_sources(request: &Request) -> Result<Vec<OpenedDisk>, Failure> {
+fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>, Failure> {
     request.source.check()?;
     let how = OpenAs { cache: request.source_cache, ..OpenAs::READ };
-    let open = |typed: &String| {
-        let name = ImageName::parse(typed, &request.source)?;
+    let open = |(index, typed): (usize, &String)| {
+        let name = ImageName::read(session, typed, &request.source)?;
         match &request.snapshot {
-            Some(snapshot) => open_snapshot(&name, &request.source, how, snapshot),
-            None => open_image(&name, &request.source, how),
+            // One that is named by what it must have is looked for in the first source.
+            Some(snapshot @ SnapshotName::Exact { .. }) if index == 0 => {
+                open_snapshot(&name, &request.source, how, snapshot)
+            }
+            Some(snapshot @ SnapshotName::Any(_)) if request.sources.len() == 1 => {
+                open_snapshot(&name, &request.source, how, snapshot)
+            }
+            _ => open_image(&name, &request.source, how),
         }
     };
-    request.sources.iter().map(open).collect()
+    let sources: Vec<OpenedDisk> = request.sources.iter().enumerate().map(open).collect::<Result<_, _>>()?;
+    if sources.len() > 1 && matches!(request.snapshot, Some(SnapshotName::Any(_))) {
+        return Err(Failure::new("No support for concatenating multiple snapshot"));
+    }
+    Ok(sources)
 }
 
 /// Makes all durable, as far as the cache mode wants it, and leaves the target clean.

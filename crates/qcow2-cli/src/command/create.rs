@@ -1,6 +1,7 @@
 //! `create`: a new image.
 
 use crate::args::{Arguments, ImageArgs, Objects, Opt};
+use crate::crypt::Keys;
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::{ImageName, NewTarget, new_target};
@@ -183,5 +184,6 @@ fn open_backing(
             .locate(Reference::Backing { name, format })
             .map_or_else(|_| name.to_owned(), |path| path.to_string_lossy().into_owned()),
     };
-    open_image(&ImageName::parse(&located, &args)?, &args, OpenAs::READ)
+    let name = ImageName { keys: Keys::sealed(), ..ImageName::parse(&located, &args)? };
+    open_image(&name, &args, OpenAs::READ)
 }

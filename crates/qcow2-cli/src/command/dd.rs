@@ -79,17 +79,14 @@ impl Request {
 }
 
 fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result<(), Failure> {
-    let name = ImageName::parse(&request.input, &request.image)?;
+    let name = ImageName::read(session, &request.input, &request.image)?;
     let opened = open_image(&name, &request.image, OpenAs::READ)?;
     warn_of_missing_end(session, &opened);
     let source = opened.disk;
     let format =
         TargetFormat::parse(&request.target_format).map_err(|_| Failure::new("Unknown file format"))?;
-    let range = dd_range(source.size(), &request.options).unwrap_or_else(|| {
-        let text = format!("{}: {}: cannot skip to specified offset", session.program(), request.input);
-        session.complain(&text);
-        0..0
-    });
+    let wanted = dd_range(source.size(), &request.options);
+    let range = wanted.clone().unwrap_or(0..0);
     let mut options = ImageOptions::parse(format, &OptList::default())?;
     options.set_number("size", range.end - range.start);
     let about = |failure: Failure| failure.about("error while creating output image").about(&request.output);
@@ -106,6 +103,10 @@ fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result
     };
     let target = ImageName::on(&request.output, made, driver, None, &args.objects);
     let target = open_image(&target, &args, OpenAs { writable: true, ..OpenAs::READ })?.disk;
+    if wanted.is_none() {
+        let text = format!("{}: {}: cannot skip to specified offset", session.program(), request.input);
+        session.complain(&text);
+    }
     let meter = Meter::unasked(session, interrupts);
     dd(&source, range, &*target, &Threads::per_core(), &meter).map_err(|error| failure(&error))?;
     interrupts.stop_watching();

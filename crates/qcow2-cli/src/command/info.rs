@@ -8,6 +8,7 @@ use crate::open::{OpenAs, OpenedFile, open_nodes};
 use crate::render::info::{NamedInfo, to_json, to_text};
 use crate::render::{json, qemu_text};
 use crate::session::Session;
+use qcow2_core::format::{FormatError, FormatErrorKind};
 use qcow2_core::{Reference, SourceId};
 use qcow2_io::{FileResolver, Policy};
 use serde_json::Value;
@@ -17,7 +18,7 @@ use std::collections::BTreeSet;
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = parse(session, args)?;
     request.image.check()?;
-    let infos = look(&request)?;
+    let infos = look(session, &request)?;
     let text = match (request.output, request.chain) {
         (OutputFormat::Human, _) => infos.iter().map(to_text).collect::<Vec<_>>().join("\n"),
         (OutputFormat::Json, true) => json::pretty(&infos.iter().map(to_json).collect::<Value>()),
@@ -52,11 +53,11 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
 }
 
 /// The image, and with `-b` the files below it, each opened as one that nobody vouches for.
-fn look(request: &Request) -> Result<Vec<NamedInfo>, Failure> {
+fn look(session: &Session, request: &Request) -> Result<Vec<NamedInfo>, Failure> {
     let mut infos = Vec::new();
     let mut seen: BTreeSet<SourceId> = BTreeSet::new();
     let mut args = request.image.clone();
-    let mut next = Some(ImageName::parse(&request.filename, &args)?);
+    let mut next = Some(ImageName::read(session, &request.filename, &args)?);
     while let Some(name) = next.take() {
         let OpenedFile { source, mut nodes, .. } = open_nodes(&name, &args, OpenAs::LOOK)?;
         if source.id.is_some_and(|id| !seen.insert(id)) {
@@ -66,9 +67,7 @@ fn look(request: &Request) -> Result<Vec<NamedInfo>, Failure> {
         let report =
             qcow2_ops::info(&*source.storage, &source.format).map_err(|error| match error.core_error() {
                 Some(engine) => qemu_text::open_failure(&name.typed, "", engine),
-                None => {
-                    Failure::new(format!("Could not open '{}': {}", name.typed, qemu_text::chain(&error)))
-                }
+                None => Failure::could_not_open(&name.typed, &unreadable(&error)),
             })?;
         let backing = report.qcow2.as_ref().and_then(|qcow2| qcow2.backing.clone());
         let full_backing = backing.as_ref().map(|b| full_name(name.path().unwrap_or_default(), &b.name));
@@ -85,6 +84,14 @@ fn look(request: &Request) -> Result<Vec<NamedInfo>, Failure> {
         infos.push(NamedInfo { filename: source.name, format, full_backing, nodes, report });
     }
     Ok(infos)
+}
+
+/// Why nothing is known of an image.
+fn unreadable(error: &qcow2_ops::Error) -> String {
+    match qemu_text::find::<FormatError>(error).map(FormatError::kind) {
+        Some(FormatErrorKind::NotLuks) => "Volume is not in LUKS format".to_owned(),
+        _ => qemu_text::chain(error),
+    }
 }
 
 /// Where the backing file `name` of the image at `path` leads; names of other kinds than files stay as they are.

@@ -15,7 +15,7 @@ use std::ops::ControlFlow;
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = parse(session, args)?;
     request.image.check()?;
-    let name = ImageName::parse(&request.filename, &request.image)?;
+    let name = ImageName::read(session, &request.filename, &request.image)?;
     let opened = open_image(&name, &request.image, OpenAs::READ)?;
     match request.output {
         OutputFormat::Human => {

@@ -24,11 +24,14 @@ use std::sync::Arc;
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
-    let source = request.open()?;
+    let source = request.open(session)?;
     let format = TargetFormat::parse(&request.target_format)?;
     let options = request.options(format)?;
     let what = match (&source, request.size) {
-        (Some(disk), _) => Measured::Disk(disk),
+        (Some(Source { disk, is_null: true }), _) if !options.given("backing_file") => {
+            Measured::Size(disk.size())
+        }
+        (Some(source), _) => Measured::Disk(&source.disk),
         (None, size) => Measured::Size(size.unwrap_or(0)),
     };
     let (measured, bitmaps) = match format {
@@ -40,7 +43,8 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         TargetFormat::Qcow2 => {
             let wanted = qcow2_options(&options)?;
             let bitmaps = source.as_ref().filter(|_| keeps_bitmaps(&options));
-            let bitmaps = bitmaps.map(|disk| bitmap_bytes(disk, wanted.cluster_size)).transpose()?;
+            let bitmaps =
+                bitmaps.map(|source| bitmap_bytes(&source.disk, wanted.cluster_size)).transpose()?;
             (measure_qcow2(what, &wanted), bitmaps.flatten())
         }
     };
@@ -50,6 +54,13 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         OutputFormat::Json => json::pretty(&value(&measured, bitmaps)),
     })?;
     Ok(exit::SUCCESS)
+}
+
+/// What is measured.
+struct Source {
+    disk: Arc<dyn GuestDisk>,
+    /// Whether it is nothing, which is stored nowhere.
+    is_null: bool,
 }
 
 #[derive(Debug, Default)]
@@ -97,15 +108,15 @@ impl Request {
         refusal.map_or(Ok(request), |text| Err(Failure::new(text)))
     }
 
-    fn open(&self) -> Result<Option<Arc<dyn GuestDisk>>, Failure> {
+    fn open(&self, session: &Session) -> Result<Option<Source>, Failure> {
         let Some(filename) = &self.filename else { return Ok(None) };
         self.image.check()?;
-        let name = ImageName::parse(filename, &self.image)?;
+        let name = ImageName::read(session, filename, &self.image)?;
         let opened = match &self.snapshot {
             Some(snapshot) => open_snapshot(&name, &self.image, OpenAs::READ, snapshot)?,
             None => open_image(&name, &self.image, OpenAs::READ)?,
         };
-        Ok(Some(opened.disk))
+        Ok(Some(Source { disk: opened.disk, is_null: opened.is_null }))
     }
 
     fn options(&self, format: TargetFormat) -> Result<ImageOptions, Failure> {
@@ -115,8 +126,7 @@ impl Request {
             false => ImageOptions::parse(format, &list),
         };
         let mut options = parsed.map_err(|failure| {
-            Failure::new(format!("Invalid options for file format '{}'", format.name()))
-                .after(failure.to_string())
+            Failure::new(format!("Invalid options for file format '{}'", format.name())).after(failure.text())
         })?;
         options.set_objects(&self.image.objects);
         Ok(options)

@@ -87,10 +87,13 @@ impl Request {
 }
 
 fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
-    let name = ImageName::parse(&request.filename, &request.image)?;
+    let name = ImageName::read(session, &request.filename, &request.image)?;
     let layers = if request.unsafe_mode { Layers::NoBacking } else { Layers::Follow };
     let how = OpenAs { cache: request.cache, layers, ..OpenAs::READ };
     let top = open_to_change(session, &name, &request.image, how)?;
+    if request.compress && top.disk.as_image().is_none() {
+        return Err(Failure::new("Compression not supported for this file format"));
+    }
     if let Some(format) = request.backing_format.as_deref().filter(|format| !is_known_format(format)) {
         return Err(Failure::new(format!("Invalid format name: '{format}'")));
     }
@@ -98,12 +101,12 @@ fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fai
         Some(backing) => Some(open_new(request, &name, backing)?),
         None => None,
     };
-    let Some(image) = top.disk.as_image() else {
-        return Err(not_changed(request, "Operation not supported"));
-    };
     if request.new_backing().is_some() && request.backing_format.is_none() {
         return Err(not_changed(request, "backing format must be specified"));
     }
+    let Some(image) = top.disk.as_image() else {
+        return Err(not_changed(request, "Operation not supported"));
+    };
     if !request.unsafe_mode {
         let mut options = RebaseOptions::default();
         options.compress = request.compress;

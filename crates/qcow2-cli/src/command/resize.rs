@@ -16,7 +16,7 @@ use qcow2_ops::resize::{MAX_DISK_SIZE, NewSize, Refusal, ResizeOptions};
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
-    let name = ImageName::parse(&request.filename, &request.image)?;
+    let name = ImageName::read(session, &request.filename, &request.image)?;
     let disk = open_to_change(session, &name, &request.image, OpenAs::READ)?.disk;
     let interrupts = Interrupts::install();
     interrupts.hold();

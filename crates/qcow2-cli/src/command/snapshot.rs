@@ -7,7 +7,7 @@ use crate::imagename::{ImageName, NewTarget, new_target};
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::newimage;
-use crate::open::{OpenAs, open_image};
+use crate::open::{OpenAs, complain_of_guess, open_image, open_to_change};
 use crate::optlist::OptList;
 use crate::render::info::snapshot_table;
 use crate::render::qemu_text;
@@ -20,7 +20,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
-    let name = ImageName::parse(&request.filename, &request.image)?;
+    let name = ImageName::read(session, &request.filename, &request.image)?;
     if let Action::External(new) = &request.action {
         return external(&name, &request.image, new).map(|()| exit::SUCCESS);
     }
@@ -29,8 +29,15 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         let reason = "force-share=on can only be used with read-only images";
         return Err(Failure::could_not_open(&name.typed, reason));
     }
-    let opened = open_image(&name, &request.image, OpenAs { writable, ..OpenAs::READ })?;
+    let opened = match writable {
+        true => open_to_change(session, &name, &request.image, OpenAs::READ)?,
+        false => open_image(&name, &request.image, OpenAs::READ)?,
+    };
     let Some(image) = opened.disk.as_image() else {
+        if matches!(request.action, Action::Apply(_)) {
+            // The disk is opened anew.
+            complain_of_guess(session, &name, &opened.format);
+        }
         return request.action.without_snapshots().map(|()| exit::SUCCESS);
     };
     match &request.action {

@@ -25,23 +25,35 @@ pub(crate) const KEY_OPTIONS: [&str; 2] = ["key-secret", "max-iterations"];
 pub(crate) struct Keys {
     layers: Vec<LayerKey>,
     objects: Objects,
+    /// Whether no password is wanted: nothing is read.
+    sealed: bool,
 }
 
 impl Keys {
     /// `layers`: what the options say of each layer, from the top.
     pub(crate) fn new(layers: Vec<LayerKey>, objects: &Objects) -> Self {
-        Self { layers, objects: objects.clone() }
+        Self { layers, objects: objects.clone(), sealed: false }
+    }
+
+    /// None, for layers that are opened to learn their size and not their content.
+    pub(crate) fn sealed() -> Self {
+        Self { sealed: true, ..Self::new(Vec::new(), &Objects::default()) }
     }
 
     /// The same for an overlay on all this, which has none.
     pub(crate) fn above(&self) -> Self {
         let top = std::iter::once(LayerKey::default());
-        Self { layers: top.chain(self.layers.iter().cloned()).collect(), objects: self.objects.clone() }
+        Self { layers: top.chain(self.layers.iter().cloned()).collect(), ..self.clone() }
     }
 
     /// The passwords of what lies below.
     pub(crate) fn below(&self) -> Self {
-        Self { layers: self.layers.iter().skip(1).cloned().collect(), objects: self.objects.clone() }
+        Self { layers: self.layers.iter().skip(1).cloned().collect(), ..self.clone() }
+    }
+
+    /// Whether the options of the layer at `depth` name a secret.
+    fn names_secret(&self, depth: usize) -> bool {
+        self.layers.get(depth).is_some_and(|key| key.secret.is_some())
     }
 
     /// The password of the layer at `depth`, called `name`. Errors: the message.
@@ -69,12 +81,22 @@ impl Keyring for Keys {
         let failed = |error: CryptError| UnlockError::new(reason(&error)).with_source(error);
         let at = layer.luks.map_or(HostOffset::default(), |luks| luks.offset);
         let container = layer.method == CryptMethod::Luks && at == HostOffset::default();
-        // The header first: a volume that cannot be opened needs no password.
         let volume = match layer.method {
-            CryptMethod::Luks => Some(Volume::read(layer.storage, at).map_err(failed)?),
+            CryptMethod::Luks => Some(Volume::read(layer.storage, at)),
             _ => None,
         };
-        let password = self.password(layer.depth, layer.name, container).map_err(UnlockError::new)?;
+        if self.sealed {
+            volume.transpose().map_err(failed)?;
+            return Ok(Arc::new(Sealed));
+        }
+        // Nobody is asked for the password of a volume that cannot be opened.
+        let readable = !matches!(volume, Some(Err(_)));
+        let password = match readable || self.names_secret(layer.depth) || !prompt::is_possible() {
+            true => Some(self.password(layer.depth, layer.name, container).map_err(UnlockError::new)?),
+            false => None,
+        };
+        let volume = volume.transpose().map_err(failed)?;
+        let password = password.ok_or_else(|| UnlockError::new(missing(container)))?;
         let Some(volume) = volume else {
             return Ok(Arc::new(legacy::cipher(&password).map_err(failed)?));
         };
@@ -84,6 +106,19 @@ impl Keyring for Keys {
         // A container counts sectors from its payload, which is where its disk begins.
         Ok(Arc::new(volume.cipher(&key, SectorNumbering::Host).map_err(failed)?))
     }
+}
+
+/// Stands where a cipher would, for a disk that is never read.
+struct Sealed;
+
+impl ClusterCipher for Sealed {
+    fn numbering(&self) -> SectorNumbering {
+        SectorNumbering::Host
+    }
+
+    fn encrypt(&self, _first_sector: u64, _data: &mut [u8]) {}
+
+    fn decrypt(&self, _first_sector: u64, _data: &mut [u8]) {}
 }
 
 fn missing(container: bool) -> String {

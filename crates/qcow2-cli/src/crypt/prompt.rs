@@ -6,12 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Asks for the password of `name`, once; `None` where nobody can be asked, or in place of qemu-img, which never asks.
 pub(super) fn ask(name: &str) -> Option<Secret> {
-    let stands_in = std::env::args_os().next().is_some_and(|called| {
-        std::path::Path::new(&called)
-            .file_name()
-            .is_some_and(|name| name.to_string_lossy().starts_with("qemu-"))
-    });
-    if stands_in || !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+    if !is_possible() {
         return None;
     }
     if let Some((_, secret)) = answers().iter().find(|(asked, _)| asked == name) {
@@ -31,6 +26,16 @@ pub(super) fn ask(name: &str) -> Option<Secret> {
     let secret = Secret::new(line);
     answers().push((name.to_owned(), secret.clone()));
     Some(secret)
+}
+
+/// Whether there is somebody who can be asked.
+pub(super) fn is_possible() -> bool {
+    let stands_in = std::env::args_os().next().is_some_and(|called| {
+        std::path::Path::new(&called)
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("qemu-"))
+    });
+    !stands_in && io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
 /// Forgets what was answered for `name`: it was wrong.

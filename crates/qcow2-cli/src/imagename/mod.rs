@@ -6,6 +6,7 @@
 mod blkdebug;
 mod display;
 mod json;
+mod jsontext;
 mod nbd;
 mod node;
 mod options;
@@ -19,6 +20,7 @@ pub(crate) use options::Options;
 use crate::args::{ImageArgs, Objects};
 use crate::crypt::Keys;
 use crate::failure::Failure;
+use crate::session::Session;
 use serde_json::Value;
 
 /// An image as the user named it.
@@ -30,18 +32,34 @@ pub(crate) struct ImageName {
     pub(crate) node: Node,
     /// The secrets of its layers.
     pub(crate) keys: Keys,
+    /// What is deprecated in it.
+    pub(crate) warnings: Vec<String>,
 }
 
 impl ImageName {
     /// Understands `typed` as `args` say. Errors: "Could not open".
     pub(crate) fn parse(typed: &str, args: &ImageArgs) -> Result<Self, Failure> {
+        let mut warnings = Vec::new();
         let understood = match args.image_opts {
-            true => node::from_option_string(typed),
+            true => node::from_option_string(typed, &mut warnings),
             false => node::from_name(typed, args.format.as_deref()),
         };
-        let node = understood.map_err(|reason| Failure::could_not_open(typed, &reason))?;
+        let node = understood.map_err(|reason| {
+            let failure = Failure::could_not_open(typed, &reason);
+            warnings.iter().fold(failure, |failure, warning| failure.after(format!("warning: {warning}")))
+        })?;
+        if node.names_empty_backing() {
+            warnings.push("Use of \"backing\": \"\" is deprecated; use \"backing\": null instead".to_owned());
+        }
         let keys = Keys::new(node.layer_keys(), &args.objects);
-        Ok(Self { typed: typed.to_owned(), node, keys })
+        Ok(Self { typed: typed.to_owned(), node, keys, warnings })
+    }
+
+    /// The same, and says on standard error what is deprecated in it.
+    pub(crate) fn read(session: &Session, typed: &str, args: &ImageArgs) -> Result<Self, Failure> {
+        let name = Self::parse(typed, args)?;
+        name.warnings.iter().for_each(|warning| session.warn(warning));
+        Ok(name)
     }
 
     /// What was made at `target`, typed so, in a format. `secret`: the option that names its secret, and what it names.
@@ -55,13 +73,14 @@ impl ImageName {
         let below = match target {
             NewTarget::File(path) => Node::file(&path),
             NewTarget::Existing(node) => node,
+            NewTarget::OutOfReach { .. } => Node::file(typed),
         };
         let mut node = Node::on(Some(format), below);
         if let Some((key, id)) = secret {
             node.options.set(key, Value::String(id.to_owned()));
         }
         let keys = Keys::new(node.layer_keys(), objects);
-        Self { typed: typed.to_owned(), node, keys }
+        Self { typed: typed.to_owned(), node, keys, warnings: Vec::new() }
     }
 
     /// The file that is at the bottom of it, if one is.
@@ -77,6 +96,13 @@ pub(crate) enum NewTarget {
     File(String),
     /// Something that is there already and cannot be made: a server's disk.
     Existing(Node),
+    /// The same, with a name that leads nowhere.
+    OutOfReach {
+        /// What the name begins with.
+        driver: &'static str,
+        /// Why it leads nowhere.
+        reason: String,
+    },
 }
 
 /// The target that `name` means: a path that may start with `file:`, or a server's disk. Errors: the reason.
@@ -87,11 +113,27 @@ pub(crate) fn new_target(name: &str) -> Result<NewTarget, String> {
     if name.starts_with("json:") {
         return Err("Unknown protocol 'json'".to_owned());
     }
-    let node = node::protocol_from_name(name)?;
-    match (node.driver(), node.path()) {
-        (Driver::File | Driver::HostDevice, Some(path)) => Ok(NewTarget::File(path.to_owned())),
+    if name == "file:" {
+        return Ok(NewTarget::File(String::new()));
+    }
+    let driver = node::protocol_of(name)?;
+    let made_nowhere = || Err(format!("Protocol driver '{}' does not support image creation", driver.name()));
+    let node = match (node::protocol_from_name(name), &driver) {
+        (Ok(node), _) => node,
+        (Err(reason), Driver::Nbd | Driver::HostDevice) => {
+            return Ok(NewTarget::OutOfReach { driver: driver.name(), reason });
+        }
+        (Err(_), Driver::Blkdebug) => return made_nowhere(),
+        (Err(reason), _) => return Err(reason),
+    };
+    match (&driver, node.path()) {
+        (Driver::File, Some(path)) => Ok(NewTarget::File(path.to_owned())),
+        (Driver::HostDevice, Some(path)) => Ok(match crate::open::not_a_device(path) {
+            Some(reason) => NewTarget::OutOfReach { driver: driver.name(), reason },
+            None => NewTarget::File(path.to_owned()),
+        }),
         (Driver::Nbd, _) => Ok(NewTarget::Existing(node)),
-        (driver, _) => Err(format!("Protocol driver '{}' does not support image creation", driver.name())),
+        _ => made_nowhere(),
     }
 }
 

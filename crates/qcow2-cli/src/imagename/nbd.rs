@@ -25,15 +25,17 @@ pub(super) fn from_name(name: &str) -> Result<Options, String> {
         }
         return Ok(options);
     }
-    let rest = name.strip_prefix("nbd:").ok_or("File name string for old-style NBD must start with nbd:")?;
+    let rest = name.strip_prefix("nbd:").ok_or("File name string for NBD must start with 'nbd:'")?;
     let (address, export) = match rest.split_once(":exportname=") {
+        // As in QEMU, a name that is not there takes the server with it.
+        Some((_, "")) => return Ok(options),
         Some((address, export)) => (address, Some(export)),
         None => (rest, None),
     };
     if address.is_empty() {
         return Ok(options);
     }
-    if let Some(export) = export.filter(|export| !export.is_empty()) {
+    if let Some(export) = export {
         set("export", export);
     }
     if let Some(path) = address.strip_prefix("unix:") {
@@ -41,12 +43,30 @@ pub(super) fn from_name(name: &str) -> Result<Options, String> {
         set("server.path", path);
         return Ok(options);
     }
-    let (host, port) =
-        address.rsplit_once(':').ok_or_else(|| format!("error parsing address '{address}'"))?;
+    let (host, port) = host_and_port(address)?;
     set("server.type", "inet");
     set("server.host", host);
     set("server.port", port);
     Ok(options)
+}
+
+/// `host:port`, `:port` or `[host]:port`. Errors: the reason.
+fn host_and_port(address: &str) -> Result<(&str, &str), String> {
+    let (host, port, what) = match (address.strip_prefix(':'), address.strip_prefix('[')) {
+        (Some(port), _) => ("", Some(port), "port in address"),
+        (None, Some(rest)) => match rest.split_once("]:") {
+            Some((host, port)) => (host, Some(port), "IPv6 address"),
+            None => ("", None, "IPv6 address"),
+        },
+        (None, None) => match address.split_once(':') {
+            Some((host, port)) => (host, Some(port), "address"),
+            None => ("", None, "address"),
+        },
+    };
+    match port.filter(|port| !port.is_empty()) {
+        Some(port) => Ok((host, port)),
+        None => Err(format!("error parsing {what} '{address}'")),
+    }
 }
 
 /// The server and the export that options mean. Errors: the reason.
@@ -104,14 +124,23 @@ impl Url {
     fn parse(text: &str) -> Option<Self> {
         let (text, query) = text.split_once('?').unwrap_or((text, ""));
         let (server, export) = text.split_once('/').unwrap_or((text, ""));
+        let server = server.split_once('@').map_or(server, |(_, server)| server);
+        if server.starts_with('[') != server.contains(']') {
+            return None;
+        }
         let (host, port) = match server.rsplit_once(':') {
             Some((host, port)) if !port.contains(']') => (host, Some(port)),
             _ => (server, None),
         };
-        if port.is_some_and(|port| port.is_empty() || !port.bytes().all(|b| b.is_ascii_digit())) {
+        if port.is_some_and(|port| !port.bytes().all(|b| b.is_ascii_digit()) || port.parse::<u16>().is_err())
+        {
             return None;
         }
-        let socket = query.split('&').find_map(|item| item.strip_prefix("socket="));
+        let port = port.filter(|port| port.bytes().any(|b| b != b'0'));
+        let mut socket = None;
+        for item in query.split('&').filter(|item| !item.is_empty()) {
+            socket = Some(item.strip_prefix("socket=")?);
+        }
         Some(Self {
             host: decoded(host.trim_start_matches('[').trim_end_matches(']'))?,
             port: port.map(str::to_owned),
@@ -168,11 +197,25 @@ mod tests {
         check("nbd:unix:/a", "/a ");
         check("nbd:unix:/a:exportname=b", "/a b");
         check("nbd:h:1:exportname=b", "h:1 b");
+        check("nbd://user@host:0/x", "host:10809 x");
+        check("nbd:[::1]:1", "::1:1 ");
+        check("nbd:::", ":: ");
+        check("nbd::", "error parsing port in address ':'");
+        check("nbd:unix:/a:exportname=", "NBD server address missing");
+        check("nbd+unix:///x?socket=/a&socket=/b", "/b x");
         check("nbd:", "NBD server address missing");
         check("nbd:x", "error parsing address 'x'");
-        for bad in
-            ["nbd://", "nbd://x:y/z", "nbd+unix://", "nbd+unix:///x", "nbd+unix:///x?foo=1", "nbd://%zz"]
-        {
+        for bad in [
+            "nbd://",
+            "nbd://x:y/z",
+            "nbd+unix://",
+            "nbd+unix:///x",
+            "nbd+unix:///x?foo=1",
+            "nbd://%zz",
+            "nbd://h:99999",
+            "nbd://[::1/",
+            "nbd://h/x?a=b",
+        ] {
             check(bad, "No valid URL specified");
         }
     }

@@ -35,6 +35,8 @@ pub(crate) enum Backing {
     AsNamed,
     /// None, whatever the image names.
     Nothing,
+    /// The same, said by an empty name.
+    Empty,
     /// This one.
     Node(Box<Node>),
     /// The one that the image names, with these options for its secrets.
@@ -56,6 +58,10 @@ pub(crate) enum Driver {
 }
 
 impl Driver {
+    /// All names, in the order of letters.
+    pub(crate) const NAMES: [&'static str; 9] =
+        ["blkdebug", "file", "host_device", "luks", "nbd", "null-aio", "null-co", "qcow2", "raw"];
+
     /// The driver called `name`. Errors: the message.
     pub(crate) fn parse(name: &str) -> Result<Self, String> {
         Ok(match name {
@@ -173,10 +179,19 @@ impl Node {
             keys.push(LayerKey { secret: option(KEY_OPTIONS[0]), max_iterations: option(KEY_OPTIONS[1]) });
             next = match &node.backing {
                 Backing::Node(below) | Backing::Keys(below) => Some(below),
-                Backing::AsNamed | Backing::Nothing => None,
+                Backing::AsNamed | Backing::Nothing | Backing::Empty => None,
             };
         }
         keys
+    }
+
+    /// Whether a layer is said to have no backing file by an empty name for it.
+    pub(super) fn names_empty_backing(&self) -> bool {
+        match &self.backing {
+            Backing::Empty => true,
+            Backing::Node(below) | Backing::Keys(below) => below.names_empty_backing(),
+            Backing::AsNamed | Backing::Nothing => false,
+        }
     }
 
     /// The complaint about an option that one of the layers below does not have.
@@ -251,8 +266,8 @@ pub(super) fn from_name(name: &str, format: Option<&str>) -> Result<Node, String
     }
 }
 
-/// Understands an option string. Errors: the reason.
-pub(super) fn from_option_string(text: &str) -> Result<Node, String> {
+/// Understands an option string; adds to `warnings`. Errors: the reason.
+pub(super) fn from_option_string(text: &str, warnings: &mut Vec<String>) -> Result<Node, String> {
     if text.is_empty() || text.starts_with('=') {
         return from_options(Options::default(), false);
     }
@@ -260,7 +275,7 @@ pub(super) fn from_option_string(text: &str) -> Result<Node, String> {
         let name = Options::lone_name(text);
         return Err(format!("Cannot find device='{name}' nor node-name='{name}'"));
     }
-    from_options(Options::from_string(text)?, false)
+    from_options(Options::from_string(text, warnings)?, false)
 }
 
 /// Understands the name of bytes, whatever they mean. Errors: the reason.
@@ -268,16 +283,18 @@ pub(super) fn protocol_from_name(name: &str) -> Result<Node, String> {
     if name.is_empty() {
         return Err(NO_NAME.to_owned());
     }
+    protocol(protocol_of(name)?, name)
+}
+
+/// The driver that the beginning of `name` asks for; a plain path is a file's. Errors: the reason.
+pub(super) fn protocol_of(name: &str) -> Result<Driver, String> {
     match name.split_once(':') {
-        Some((prefix, _)) if !prefix.contains('/') => {
-            let driver = match prefix {
-                "nbd+tcp" | "nbd+unix" => Driver::Nbd,
-                "raw" | "qcow2" | "luks" => return Err(format!("Unknown protocol '{prefix}'")),
-                _ => Driver::parse(prefix).map_err(|_| format!("Unknown protocol '{prefix}'"))?,
-            };
-            protocol(driver, name)
-        }
-        _ => protocol(Driver::File, name),
+        Some((prefix, _)) if !prefix.contains('/') => match prefix {
+            "nbd+tcp" | "nbd+unix" => Ok(Driver::Nbd),
+            "raw" | "qcow2" | "luks" => Err(format!("Unknown protocol '{prefix}'")),
+            _ => Driver::parse(prefix).map_err(|_| format!("Unknown protocol '{prefix}'")),
+        },
+        _ => Ok(Driver::File),
     }
 }
 
@@ -340,7 +357,7 @@ fn from_options(mut options: Options, inner: bool) -> Result<Node, String> {
     }
     let needs_name = matches!(node.driver(), Driver::File | Driver::HostDevice);
     if needs_name && options.text("filename").is_none_or(|path| path.is_empty()) {
-        return Err(NO_NAME.to_owned());
+        return Err(format!("The '{}' block driver requires a file name", node.driver().name()));
     }
     node.options = options;
     Ok(node)
@@ -366,8 +383,10 @@ fn child(options: &mut Options, role: &str) -> Result<Node, String> {
 fn backing(options: &mut Options) -> Result<Backing, String> {
     match options.take("backing") {
         Some(Value::Null) => return Ok(Backing::Nothing),
-        Some(Value::String(name)) if name.is_empty() => return Ok(Backing::Nothing),
-        Some(Value::String(name)) => return Err(no_such_node(&name)),
+        Some(Value::String(name)) if name.is_empty() => return Ok(Backing::Empty),
+        Some(Value::String(name)) => {
+            return Err(format!("Could not open backing file: {}", no_such_node(&name)));
+        }
         _ => {}
     }
     let mut inner = options.take_group("backing");

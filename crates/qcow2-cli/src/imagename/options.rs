@@ -1,6 +1,6 @@
 //! A name's options, flat: `{"a": {"b": 1}}` is `a.b=1`, as option strings have it.
 
-use super::json;
+use super::jsontext;
 use crate::optlist::OptList;
 use serde_json::Value;
 
@@ -9,10 +9,12 @@ use serde_json::Value;
 pub(crate) struct Options(Vec<(String, Value)>);
 
 impl Options {
-    /// Reads an option string. Errors: the message.
-    pub(super) fn from_string(text: &str) -> Result<Self, String> {
+    /// Reads an option string; adds to `warnings`. Errors: the message.
+    pub(super) fn from_string(text: &str, warnings: &mut Vec<String>) -> Result<Self, String> {
         let mut options = Self::default();
-        for pair in OptList::parse_pairs(text, None)?.pairs() {
+        let (list, new) = OptList::parse_name(text)?;
+        warnings.extend(new);
+        for pair in list.pairs() {
             options.set(&pair.key, Value::String(pair.value.clone()));
         }
         Ok(options)
@@ -25,7 +27,8 @@ impl Options {
 
     /// Reads what follows `json:`. Errors: the message.
     pub(super) fn from_json(text: &str) -> Result<Self, String> {
-        let value = json::parse(text).map_err(|why| format!("Could not parse the JSON options: {why}"))?;
+        let value =
+            jsontext::parse(text).map_err(|why| format!("Could not parse the JSON options: {why}"))?;
         if !value.is_object() {
             return Err("Invalid JSON object given".to_owned());
         }

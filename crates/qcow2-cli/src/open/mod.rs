@@ -9,10 +9,12 @@ mod values;
 
 pub(crate) use cut_short::warn_of_missing_end;
 pub(crate) use node::NodeFacts;
+pub(crate) use values::NATIVE_NEEDS_DIRECT;
 
 use crate::args::ImageArgs;
 use crate::compression::Compression;
 use crate::failure::Failure;
+use crate::findings::tell_of_recovery;
 use crate::imagename::{Backing, Driver, ImageName, Node, filename};
 use crate::render::qemu_text;
 use crate::session::Session;
@@ -147,13 +149,24 @@ fn format_of(node: &Node) -> Option<ImageFormat> {
 
 /// Opens the image that `name` leads to, with the files that it names as `how` says.
 pub(crate) fn open_image(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Result<OpenedDisk, Failure> {
+    open_image_telling(name, args, how, &|_| {})
+}
+
+/// The same; `told` looks at the file before the image in it is opened.
+fn open_image_telling(
+    name: &ImageName,
+    args: &ImageArgs,
+    how: OpenAs,
+    told: &dyn Fn(&ResolvedSource),
+) -> Result<OpenedDisk, Failure> {
     let OpenedFile { mut source, debugger, nodes } = open_nodes(name, args, how)?;
+    told(&source);
     if let Some(text) = name.node.unknown_below() {
         return Err(Failure::could_not_open(&name.typed, &text));
     }
     let other = match &name.node.backing {
         Backing::AsNamed | Backing::Keys(_) => None,
-        Backing::Nothing => Some(None),
+        Backing::Nothing | Backing::Empty => Some(None),
         Backing::Node(node) => Some(Some((**node).clone())),
     };
     if let Some(node) = other {
@@ -179,9 +192,19 @@ pub(crate) fn open_to_change(
     args: &ImageArgs,
     how: OpenAs,
 ) -> Result<OpenedDisk, Failure> {
-    let opened = open_image(name, args, OpenAs { writable: true, ..how })?;
+    let opened = open_target(session, name, args, OpenAs { writable: true, ..how })?;
     complain_of_guess(session, name, &opened.format);
     Ok(opened)
+}
+
+/// Opens the image that `name` leads to, and says what that puts right in one that was not closed cleanly.
+pub(crate) fn open_target(
+    session: &Session,
+    name: &ImageName,
+    args: &ImageArgs,
+    how: OpenAs,
+) -> Result<OpenedDisk, Failure> {
+    open_image_telling(name, args, how, &|source| tell_of_recovery(session, source))
 }
 
 /// Says on standard error where a disk that is to be written was taken for raw by its looks.
@@ -217,7 +240,12 @@ pub(crate) fn open_snapshot(
         missing = opened.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound);
         Ok(opened?)
     });
-    if missing { Err(failed("Can't find snapshot")) } else { opened }
+    if missing {
+        // What else is wrong with the image comes first.
+        open_image(name, args, how)?;
+        return Err(failed("Can't find snapshot"));
+    }
+    opened
 }
 
 /// Opens the image in `source`, with the files that it names as `how` says. `context`: what is said before the reason of a
@@ -315,6 +343,20 @@ pub(crate) fn is_block_device(path: &str) -> bool {
         let _ = path;
         false
     }
+}
+
+/// Why `path` leads to no device, if it does not.
+pub(crate) fn not_a_device(path: &str) -> Option<String> {
+    if is_block_device(path) {
+        return None;
+    }
+    Some(match std::fs::metadata(path) {
+        Ok(_) => format!("'host_device' driver requires '{path}' to be either a character or block device"),
+        Err(error) => {
+            let reason = error.raw_os_error().map_or_else(|| error.to_string(), qcow2_io::os_error_text);
+            format!("Could not open '{path}': {reason}")
+        }
+    })
 }
 
 /// What is said where a disk that is to be written was taken for raw by its looks.

@@ -89,6 +89,7 @@ impl Opening<'_> {
 
     /// Opens the whole tree. The format on top is probed where it is not given.
     pub(super) fn open(&self, top: &Node) -> Opened<(ResolvedSource, Vec<NodeFacts>, Option<Arc<Debugger>>)> {
+        check_aio(top, self.how.cache.is_direct())?;
         let mut bytes = match (top.driver().is_protocol(), top.child()) {
             (false, Some(child)) => self.bytes(child, "file")?,
             _ => self.bytes(top, "")?,
@@ -158,9 +159,8 @@ impl Opening<'_> {
         if file_text.as_deref() == Some("off") {
             file = file.with_locking(Locking::Off);
         }
-        if *node.driver() == Driver::HostDevice && !is_block_device(path) {
-            let what = "to be either a character or block device";
-            return Err(format!("'host_device' driver requires '{path}' {what}").into());
+        if let Some(reason) = super::not_a_device(path).filter(|_| *node.driver() == Driver::HostDevice) {
+            return Err(reason.into());
         }
         let mut options = SourceOptions::new(file).with_policy(self.policy());
         if let Some(format) = self.format {
@@ -225,6 +225,17 @@ fn below(node: &Node) -> Opened<&Node> {
     node.child().ok_or_else(|| format!("A block device must be specified for \"{role}\"").into())
 }
 
+/// Refuses requests that the system is to queue where its page cache stands between. `direct`: whether it does not, as far as
+/// the nodes above say.
+fn check_aio(node: &Node, direct: bool) -> Opened<()> {
+    let said = node.options.text("cache.direct").and_then(|text| crate::imageopts::parse_switch(&text));
+    let direct = said.unwrap_or(direct);
+    if node.options.text("aio").as_deref() == Some("native") && !direct {
+        return Err(super::NATIVE_NEEDS_DIRECT.to_owned().into());
+    }
+    node.child().map_or(Ok(()), |child| check_aio(child, direct))
+}
+
 fn check_options(node: &Node) -> Opened<()> {
     if let Some(text) = node.unknown_option() {
         return Err(text.into());
@@ -280,7 +291,8 @@ fn null(node: &Node) -> Opened<NullStorage> {
 }
 
 fn size_option(node: &Node, key: &str) -> Opened<Option<u64>> {
-    let Some(text) = node.options.text(key) else { return Ok(None) };
+    let given = node.options.iter().any(|(known, value)| known == key && !value.is_null());
+    let Some(text) = node.options.text(key).filter(|_| given) else { return Ok(None) };
     match parse_size(&text) {
         Ok(size) => Ok(Some(size)),
         Err(SizeError::Range) => Err(format!("Value '{text}' is out of range for parameter '{key}'").into()),

@@ -26,6 +26,10 @@ pub(super) fn check(node: &Node) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Said of requests that the system is to queue where its page cache stands between.
+pub(crate) const NATIVE_NEEDS_DIRECT: &str =
+    "aio=native was specified, but it requires cache.direct=on, which was not specified.";
+
 const SWITCHES: [&str; 7] = [
     "read-only",
     "auto-read-only",

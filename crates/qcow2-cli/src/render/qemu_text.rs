@@ -41,12 +41,18 @@ pub(crate) fn engine_reason(error: &Error) -> (String, Option<String>) {
         (Some(format), _) => format_reason(format),
         (None, Some(error)) => storage(error),
         (None, None) => match error.kind() {
+            _ if error.to_string().starts_with(MARKED_CORRUPT) => {
+                "qcow2: Image is corrupt; cannot be opened read/write".to_owned()
+            }
             ErrorKind::Encrypted => "Parameter 'encrypt.key-secret' is required for cipher".to_owned(),
             _ => capitalized(&error.to_string()),
         },
     };
     (reason, None)
 }
+
+/// How the engine says that a damaged image is not changed.
+const MARKED_CORRUPT: &str = "image is marked corrupt";
 
 /// The operating system's text for a failed storage call, or our own.
 pub(crate) fn storage(error: &StorageError) -> String {

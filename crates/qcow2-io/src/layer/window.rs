@@ -7,7 +7,8 @@ use qcow2_core::{
 };
 use std::sync::Arc;
 
-/// The bytes of a storage from an offset on, so many of them; byte 0 of the window is that offset.
+/// The bytes of a storage from an offset on, so many of them; byte 0 of the window is that offset. The storage counts in whole
+/// sectors of 512 bytes: what its last one lacks reads as zeroes.
 pub struct WindowStorage {
     inner: Arc<dyn Storage>,
     start: u64,
@@ -17,10 +18,10 @@ pub struct WindowStorage {
 
 impl WindowStorage {
     /// The window of `inner` from byte `start` on. `len`: its bytes; `None`: all up to the end. Errors: `OutOfRange`
-    /// where the window passes the storage's end.
+    /// where the window passes the end of the storage's last sector.
     pub fn new(inner: Arc<dyn Storage>, start: u64, len: Option<u64>) -> Result<Self, StorageError> {
         let end = start.checked_add(len.unwrap_or(0));
-        if end.is_none_or(|end| end > i64::MAX as u64) || end > Some(inner.len()?) {
+        if end.is_none_or(|end| end > i64::MAX as u64) || end > Some(sectors(inner.len()?)) {
             let message = format!("a window of {len:?} bytes at {start} passes the end of the storage");
             return Err(StorageError::new(StorageErrorKind::OutOfRange, message));
         }
@@ -40,7 +41,7 @@ impl WindowStorage {
     }
 
     fn visible(&self, inner: u64) -> u64 {
-        let rest = inner.saturating_sub(self.start);
+        let rest = sectors(inner).saturating_sub(self.start);
         self.len.map_or(rest, |len| len.min(rest))
     }
 }
@@ -58,7 +59,10 @@ impl Storage for WindowStorage {
             return Ok(0);
         }
         let place = self.place(Call::new("read", offset, inside))?;
-        self.inner.read_at(place, &mut buf[..inside as usize])
+        let buf = &mut buf[..inside as usize];
+        let read = self.inner.read_at(place, buf)?;
+        buf[read..].fill(0);
+        Ok(buf.len())
     }
 
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
@@ -76,10 +80,11 @@ impl Storage for WindowStorage {
 
     fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
         let inside = self.len()?.saturating_sub(offset.value()).min(len);
-        if inside == 0 {
-            return Ok(());
+        let place = self.place(Call::new("discard", offset, inside))?;
+        match self.inner.len()?.saturating_sub(place.value()).min(inside) {
+            0 => Ok(()),
+            inside => self.inner.discard(place, inside),
         }
-        self.inner.discard(self.place(Call::new("discard", offset, inside))?, inside)
     }
 
     fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
@@ -100,7 +105,11 @@ impl Storage for WindowStorage {
     }
 
     fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
-        self.inner.extent_at(self.place(Call::new("map", offset, len))?, len)
+        let place = self.place(Call::new("map", offset, len))?;
+        match self.inner.len()?.saturating_sub(place.value()) {
+            0 => Ok(StorageExtent { len, data: false }),
+            rest => self.inner.extent_at(place, len.min(rest)),
+        }
     }
 
     fn limits(&self) -> Limits {
@@ -118,10 +127,34 @@ impl Storage for WindowStorage {
     }
 }
 
+/// `bytes` in whole sectors.
+fn sectors(bytes: u64) -> u64 {
+    bytes.checked_next_multiple_of(SECTOR).unwrap_or(bytes)
+}
+
+const SECTOR: u64 = 512;
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::MemoryStorage;
+
+    #[test]
+    fn the_last_sector_is_a_whole_one() {
+        let inner = Arc::new(MemoryStorage::from(vec![7, 8, 9]));
+        let window = WindowStorage::new(inner.clone(), 1, None).unwrap();
+        assert_eq!(window.len().unwrap(), 511);
+        let mut buf = [1; 600];
+        assert_eq!(window.read_at(HostOffset::new(0), &mut buf).unwrap(), 511);
+        assert_eq!(buf[..3], [8, 9, 0]);
+        assert_eq!(window.extent_at(HostOffset::new(2), 9).unwrap(), StorageExtent { len: 9, data: false });
+        let window = WindowStorage::new(inner.clone(), 200, Some(312)).unwrap();
+        window.write_at(HostOffset::new(0), &[4]).unwrap();
+        assert_eq!((inner.len().unwrap(), window.len().unwrap()), (201, 312));
+        window.discard(HostOffset::new(0), 312).unwrap();
+        assert!(WindowStorage::new(inner.clone(), 200, Some(313)).is_err());
+        assert!(WindowStorage::new(inner, 512, None).is_ok());
+    }
 
     #[test]
     fn a_window_shows_its_part_and_no_more() {
@@ -138,7 +171,7 @@ mod tests {
             StorageErrorKind::OutOfRange
         );
         assert_eq!(window.set_len(19).unwrap_err().kind(), StorageErrorKind::Unsupported);
-        assert!(WindowStorage::new(inner.clone(), 90, Some(11)).is_err());
-        assert!(WindowStorage::new(inner, 101, None).is_err());
+        assert!(WindowStorage::new(inner.clone(), 90, Some(423)).is_err());
+        assert!(WindowStorage::new(inner, 513, None).is_err());
     }
 }

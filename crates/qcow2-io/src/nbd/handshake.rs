@@ -4,7 +4,7 @@ use super::wire::{long, nonsense, word};
 use crate::error::OsError;
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
 
 /// Where a server listens.
@@ -13,7 +13,7 @@ use std::path::PathBuf;
 pub enum NbdAddress {
     /// A socket in the file system.
     Unix(PathBuf),
-    /// A host and a port (a number, or a service's name).
+    /// A host and a port, which is a number.
     Tcp {
         /// The host.
         host: String,
@@ -89,17 +89,37 @@ pub(super) type Stream = Box<dyn Conversation>;
 
 impl NbdAddress {
     pub(super) fn connect(&self) -> Result<Stream, NbdError> {
-        let connected = match self {
-            Self::Unix(path) => connect_unix(path),
-            Self::Tcp { host, port } => connect_tcp(host, port),
-        };
-        connected.map_err(|error| {
+        let failed = |error: io::Error| {
             let code = error.raw_os_error();
             let text = format!("Failed to connect to '{self}': {}", OsError::new(error));
             code.into_iter().fold(NbdError::new(text), NbdError::with_code)
-        })
+        };
+        match self {
+            Self::Unix(path) if path.as_os_str().is_empty() => {
+                Err(failed(io::Error::from_raw_os_error(CONNECTION_REFUSED)))
+            }
+            Self::Unix(path) => connect_unix(path).map_err(failed),
+            Self::Tcp { host, port } => {
+                let addresses = self.resolve(host, port)?;
+                connect_tcp(&addresses).map_err(failed)
+            }
+        }
+    }
+
+    /// Where `host` and `port` lead to.
+    fn resolve(&self, host: &str, port: &str) -> Result<Vec<SocketAddr>, NbdError> {
+        let unknown = |why: &str| NbdError::new(format!("address resolution failed for {self}: {why}"));
+        let number = port.parse::<u16>().map_err(|_| unknown("Servname not supported for ai_socktype"))?;
+        let addresses = (host, number).to_socket_addrs().map_err(|error| {
+            let text = OsError::new(error).to_string();
+            unknown(text.strip_prefix("failed to lookup address information: ").unwrap_or(&text))
+        })?;
+        Ok(addresses.collect())
     }
 }
+
+/// What connecting to nothing comes to.
+const CONNECTION_REFUSED: i32 = 111;
 
 #[cfg(unix)]
 fn connect_unix(path: &std::path::Path) -> io::Result<Stream> {
@@ -111,9 +131,8 @@ fn connect_unix(_path: &std::path::Path) -> io::Result<Stream> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-fn connect_tcp(host: &str, port: &str) -> io::Result<Stream> {
-    let port = port.parse::<u16>().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let stream = TcpStream::connect((host, port))?;
+fn connect_tcp(addresses: &[SocketAddr]) -> io::Result<Stream> {
+    let stream = TcpStream::connect(addresses)?;
     stream.set_nodelay(true)?;
     Ok(Box::new(stream))
 }

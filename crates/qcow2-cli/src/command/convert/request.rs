@@ -23,7 +23,7 @@ pub(super) struct Request {
     pub(super) target: String,
     pub(super) target_format: Option<String>,
     pub(super) target_image_opts: bool,
-    pub(super) target_cache: CacheMode,
+    target_cache: Option<String>,
     pub(super) list: OptList,
     pub(super) compression: Compression,
     pub(super) backing: Option<String>,
@@ -74,14 +74,6 @@ impl Request {
             |what, text: &Option<String>| text.as_ref().map(|text| parse_cache(what, text)).transpose();
         let source_cache = cache("source cache", &raw.source_cache)?.unwrap_or_default();
         raw.source.check()?;
-        let several = sources.len() > 1;
-        if raw.snapshot.is_some() && several {
-            return Err(Failure::new("No support for concatenating multiple snapshot"));
-        }
-        if raw.bitmaps && several {
-            return Err(Failure::new("Copying bitmaps only possible with single source"));
-        }
-        let target_cache = cache("cache", &raw.target_cache)?.unwrap_or(CacheMode::Unsafe);
         Ok(Some(Self {
             source: raw.source,
             source_cache,
@@ -90,7 +82,7 @@ impl Request {
             target,
             target_format: raw.target_format,
             target_image_opts: raw.target_image_opts,
-            target_cache,
+            target_cache: raw.target_cache,
             list,
             compression,
             backing: raw.backing,
@@ -110,6 +102,11 @@ impl Request {
             salvage: raw.salvage,
             offload: raw.copy_range,
         }))
+    }
+
+    /// How the target is written. Errors: no such mode.
+    pub(super) fn target_cache(&self) -> Result<CacheMode, Failure> {
+        self.target_cache.as_ref().map_or(Ok(CacheMode::Unsafe), |text| parse_cache("cache", text))
     }
 
     /// How to copy. `has_backing`: whether the target stands on another image.

@@ -40,7 +40,7 @@ pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
     let wanted = request.progress && !request.quiet;
     let meter = Meter::beside_data(session, &interrupts, wanted, request.json_progress);
     let done = match from_pipe {
-        true => read(request, &interrupts, &meter),
+        true => read(session, request, &interrupts, &meter),
         false => write(session, request, &meter),
     };
     match &done {
@@ -64,7 +64,7 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
     if let Some(pair) = request.list.pairs().iter().find(|pair| pair.key != "cluster_size") {
         return Err(Failure::new(format!("option '{}' is not possible when streaming", pair.key)));
     }
-    let sources = open_sources(request)?;
+    let sources = open_sources(session, request)?;
     sources.iter().for_each(|source| warn_of_missing_end(session, source));
     let disks: Vec<Arc<dyn GuestDisk>> = sources.iter().map(|source| Arc::clone(&source.disk)).collect();
     let mut out = io::stdout().lock();
@@ -82,7 +82,7 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
     })
 }
 
-fn read(request: &Request, interrupts: &Interrupts, meter: &Meter) -> Result<(), Failure> {
+fn read(session: &Session, request: &Request, interrupts: &Interrupts, meter: &Meter) -> Result<(), Failure> {
     let mut input = io::stdin().lock();
     let mut start = Vec::new();
     let probed = (&mut input).take(MAGIC.len() as u64).read_to_end(&mut start);
@@ -96,7 +96,7 @@ fn read(request: &Request, interrupts: &Interrupts, meter: &Meter) -> Result<(),
     };
     let target = match qcow2 {
         false => {
-            let target = target::open(request, &[], 0, interrupts)?;
+            let target = target::open(session, request, &[], 0, interrupts)?;
             stream_raw_in(&mut input, &*target, meter).map_err(|error| failure(&error))?;
             target
         }
@@ -107,7 +107,7 @@ fn read(request: &Request, interrupts: &Interrupts, meter: &Meter) -> Result<(),
                 CompressionType::Zstd => codecs.zstd,
                 _ => codecs.deflate,
             };
-            let target = target::open(request, &[], image.size(), interrupts)?;
+            let target = target::open(session, request, &[], image.size(), interrupts)?;
             image.copy_to(&*target, codec.as_ref(), meter).map_err(|error| failure(&error))?;
             target
         }

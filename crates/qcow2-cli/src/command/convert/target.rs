@@ -7,13 +7,16 @@ use crate::imagename::{Driver, ImageName, NewTarget, new_target};
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::newimage;
-use crate::open::{OpenAs, OpenedDisk, open_image};
+use crate::open::{OpenAs, OpenedDisk, open_target};
 use crate::render::qemu_text;
+use crate::session::Session;
 use qcow2_core::GuestDisk;
+use qcow2_core::format::Version;
 use std::sync::Arc;
 
 /// Makes the target of `size` bytes, unless it is to exist, and opens it for writing.
 pub(super) fn open(
+    session: &Session,
     request: &Request,
     sources: &[OpenedDisk],
     size: u64,
@@ -46,17 +49,22 @@ pub(super) fn open(
             args.format = Some("raw".to_owned());
         }
         check_bitmaps(request, sources)?;
-        ImageName::parse(&request.target, &args)?
+        request.target_cache()?;
+        ImageName::read(session, &request.target, &args)?
     };
     let bytes_per_second = request.bytes_per_second;
     let how = OpenAs {
         writable: true,
-        cache: request.target_cache,
+        cache: request.target_cache()?,
         bytes_per_second,
         compression: request.compression,
         ..OpenAs::READ
     };
-    Ok(open_image(&name, &args, how)?.disk)
+    let target = open_target(session, &name, &args, how)?.disk;
+    if request.compress && target.as_image().is_none() {
+        return Err(Failure::new(NO_COMPRESSION));
+    }
+    Ok(target)
 }
 
 /// The options of the new image, checked against each other and against the sources.
@@ -101,7 +109,7 @@ fn check_compression(options: &ImageOptions) -> Result<(), Failure> {
     let encrypted = options.switch("encryption") || options.text("encrypt.format").is_some();
     let preallocated = options.text("preallocation").is_some_and(|mode| mode != "off");
     let text = match options.format() {
-        TargetFormat::Raw | TargetFormat::Luks => "Compression not supported for this file format",
+        TargetFormat::Raw | TargetFormat::Luks => NO_COMPRESSION,
         TargetFormat::Qcow2 if encrypted => "Compression and encryption not supported at the same time",
         TargetFormat::Qcow2 if preallocated => "Compression and preallocation not supported at the same time",
         TargetFormat::Qcow2 => return Ok(()),
@@ -109,13 +117,17 @@ fn check_compression(options: &ImageOptions) -> Result<(), Failure> {
     Err(Failure::new(text))
 }
 
+const NO_COMPRESSION: &str = "Compression not supported for this file format";
+
 fn check_bitmaps(request: &Request, sources: &[OpenedDisk]) -> Result<(), Failure> {
     let Some(source) = sources.first().filter(|_| request.bitmaps) else {
         return Ok(());
     };
-    let Some(image) = source.disk.as_image() else {
-        return Err(Failure::new("Source lacks bitmap support"));
-    };
+    if sources.len() > 1 {
+        return Err(Failure::new("Copying bitmaps only possible with single source"));
+    }
+    let with_bitmaps = source.disk.as_image().filter(|image| image.header().version >= Version::V3);
+    let image = with_bitmaps.ok_or_else(|| Failure::new("Source lacks bitmap support"))?;
     let bitmaps = image.bitmaps().map_err(|error| Failure::new(qemu_text::chain(&error)))?;
     let broken = bitmaps.iter().find(|bitmap| bitmap.in_use && !request.skip_broken_bitmaps);
     if let Some(bitmap) = broken {

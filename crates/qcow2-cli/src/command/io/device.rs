@@ -10,7 +10,7 @@ use crate::args::{ImageArgs, Objects};
 use crate::crypt::Keys;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
-use crate::open::{OpenAs, codecs, guess_warning, open_file, open_image};
+use crate::open::{NATIVE_NEEDS_DIRECT, OpenAs, codecs, guess_warning, open_file, open_image};
 use crate::optlist::{OptList, escape_commas};
 use crate::render::{human, info::specific_text, qemu_text};
 use qcow2_core::{
@@ -69,9 +69,7 @@ fn understood(request: &OpenRequest) -> Result<OpenRequest, String> {
         return Err("force-share=on can only be used with read-only images".to_owned());
     }
     if request.native_aio && !request.cache.is_direct() {
-        return Err(
-            "aio=native was specified, but it requires cache.direct=on, which was not specified.".to_owned()
-        );
+        return Err(NATIVE_NEEDS_DIRECT.to_owned());
     }
     Ok(request)
 }

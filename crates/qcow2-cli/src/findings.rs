@@ -1,0 +1,60 @@
+//! What a check finds, told on standard error.
+
+use crate::interrupt::Interrupts;
+use crate::progress::Meter;
+use crate::render::check as render;
+use crate::session::Session;
+use crate::threads::Threads;
+use qcow2_core::{ImageFormat, ResolvedSource};
+use qcow2_ops::check::{CheckOptions, CheckReport, Finding, Found, check};
+use qcow2_ops::repair::is_refcount;
+
+/// Prints a finding, as repaired or not.
+pub(crate) fn say(session: &Session, found: &Found, fixed: bool) {
+    let line = render::finding(&found.finding, session.program());
+    let line = match line.strip_prefix("Leaked ").or_else(|| line.strip_prefix("ERROR ")) {
+        Some(rest) if fixed => format!("Repairing {rest}"),
+        _ => line,
+    };
+    (0..found.times.min(MAX_LINES as u64)).for_each(|_| session.complain(&line));
+}
+
+/// Prints the findings, one a line; a damaged image may have any number of them.
+pub(crate) fn complain(session: &Session, report: &CheckReport, wanted: &dyn Fn(&Finding) -> bool) {
+    let times = |found: &Found| usize::try_from(found.times).unwrap_or(usize::MAX);
+    let findings = report.findings.iter().filter(|found| wanted(&found.finding));
+    let lines = findings.flat_map(|found| std::iter::repeat_n(found, times(found)));
+    for found in lines.take(MAX_LINES) {
+        session.complain(&render::finding(&found.finding, session.program()));
+    }
+    let all = report.findings.iter().map(|found| found.times).fold(report.omitted, u64::saturating_add);
+    if all > MAX_LINES as u64 {
+        session.complain(&format!("... and {} more", all - MAX_LINES as u64));
+    }
+}
+
+/// Says what opening the image in `source` for changes is about to put right: the refcounts of one that was not closed cleanly.
+/// Disk: reads all tables of such an image.
+pub(crate) fn tell_of_recovery(session: &Session, source: &ResolvedSource) {
+    let header = match source.format {
+        ImageFormat::Qcow2 => qcow2_core::walk::read_header(&*source.storage).ok(),
+        _ => None,
+    };
+    if !header.is_some_and(|header| header.is_dirty() && !header.is_corrupt()) {
+        return;
+    }
+    let meter = Meter::new(session, &Interrupts::install(), false, 0);
+    // What goes wrong here is told by the one who opens it.
+    let Ok(report) = check(&*source.storage, &CheckOptions::default(), &Threads::per_core(), &meter) else {
+        return;
+    };
+    complain(session, &report, &|_| true);
+    report
+        .findings
+        .iter()
+        .filter(|found| is_refcount(&found.finding))
+        .for_each(|found| say(session, found, true));
+}
+
+/// How many findings are printed.
+const MAX_LINES: usize = 10_000;
