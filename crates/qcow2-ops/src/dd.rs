@@ -138,7 +138,7 @@ mod tests {
         let range = |size, block_size, count, skip| dd_range(size, &DdOptions { block_size, count, skip });
         assert_eq!(range(1000, 512, None, 0), Some(0..1024));
         assert_eq!(range(10_000, 4096, Some(2), 1), Some(4096..8192));
-        assert_eq!(range(10_000, 4096, Some(1), 2), Some(4096..4096));
+        assert_eq!(range(10_000, 4096, Some(1), 2), None);
         assert_eq!(range(10_000, 1000, None, 10), Some(10_000..10_240));
         assert_eq!(range(10_000, 1024, None, 10), Some(10_240..10_240));
         assert_eq!(range(10_000, 1024, None, 11), None);

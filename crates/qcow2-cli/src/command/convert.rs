@@ -79,24 +79,24 @@ fn convert(
 fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>, Failure> {
     request.source.check()?;
     let how = OpenAs { cache: request.source_cache, ..OpenAs::READ };
-    let open = |(index, typed): (usize, &String)| {
-        let name = ImageName::read(session, typed, &request.source)?;
-        match &request.snapshot {
-            // One that is named by what it must have is looked for in the first source.
-            Some(snapshot @ SnapshotName::Exact { .. }) if index == 0 => {
-                open_snapshot(&name, &request.source, how, snapshot)
+    let read = |typed: &String| ImageName::read(session, typed, &request.source);
+    let names = request.sources.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+    let only_one = names.len() == 1;
+    let open = |name: &ImageName| open_image(name, &request.source, how);
+    let snapshot = |wanted: &SnapshotName| open_snapshot(&names[0], &request.source, how, wanted);
+    match &request.snapshot {
+        Some(wanted) if only_one => Ok(vec![snapshot(wanted)?]),
+        None => names.iter().map(open).collect(),
+        // One that is named by what it must have is looked for in the first source, when all are open.
+        Some(wanted) => {
+            let mut sources = names.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+            if matches!(wanted, SnapshotName::Any(_)) {
+                return Err(Failure::new("No support for concatenating multiple snapshot"));
             }
-            Some(snapshot @ SnapshotName::Any(_)) if request.sources.len() == 1 => {
-                open_snapshot(&name, &request.source, how, snapshot)
-            }
-            _ => open_image(&name, &request.source, how),
+            sources[0] = snapshot(wanted)?;
+            Ok(sources)
         }
-    };
-    let sources: Vec<OpenedDisk> = request.sources.iter().enumerate().map(open).collect::<Result<_, _>>()?;
-    if sources.len() > 1 && matches!(request.snapshot, Some(SnapshotName::Any(_))) {
-        return Err(Failure::new("No support for concatenating multiple snapshot"));
     }
-    Ok(sources)
 }
 
 /// Makes all durable, as far as the cache mode wants it, and leaves the target clean.
