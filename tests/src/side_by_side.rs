@@ -124,8 +124,8 @@ impl SideBySide {
 }
 
 /// Verbs that make or change files; `check` does when it repairs.
-const MAKING: [&str; 9] =
-    ["amend", "bitmap", "commit", "convert", "create", "dd", "rebase", "resize", "snapshot"];
+const MAKING: [&str; 10] =
+    ["amend", "bench", "bitmap", "commit", "convert", "create", "dd", "rebase", "resize", "snapshot"];
 
 /// A command line as words: blanks part them, single quotes keep them together, `\'` is a single quote.
 pub fn words(line: &str) -> Vec<String> {

@@ -443,7 +443,7 @@ static BENCH: &[OptionSpec] = &[
     QUIET,
     FORMAT,
     IMAGE_OPTS,
-    OBJECT,
+    OptionSpec { own: true, ..OBJECT },
     FORCE_SHARE,
     option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode (writeback)"),
     option(Opt::RequestCount, Some('c'), "count", Some("COUNT"), "how many requests (75000)"),

@@ -21,11 +21,12 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         return Ok(exit::SUCCESS);
     };
     let about = |failure: Failure| failure.about(&request.filename);
-    let options = settle(&request).map_err(about)?;
+    TargetFormat::parse(&request.format).map_err(about)?;
     let target = match new_target(&request.filename) {
         Err(reason) if !request.filename.is_empty() => return Err(about(Failure::new(reason))),
         target => target.unwrap_or(NewTarget::File(String::new())),
     };
+    let options = settle(&request).map_err(about)?;
     if !request.quiet {
         if !request.format_given {
             newimage::warn_of_raw(session, &request.filename, "-f");

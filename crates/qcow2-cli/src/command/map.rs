@@ -90,7 +90,7 @@ fn walk(
         return Err(failure);
     }
     mapped.map_err(|error| {
-        Failure::new(format!("Failed to read image metadata: {}", crate::render::qemu_text::cause(&error)))
+        Failure::new(format!("Could not read file metadata: {}", crate::render::qemu_text::cause(&error)))
     })
 }
 

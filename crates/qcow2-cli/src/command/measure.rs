@@ -188,10 +188,7 @@ fn bitmap_bytes(disk: &Arc<dyn GuestDisk>, cluster_size: u64) -> Result<Option<u
     let Some(image) = disk.as_image().filter(|image| image.header().version >= Version::V3) else {
         return Ok(None);
     };
-    let format = qcow2_core::ImageFormat::Qcow2;
-    let report = qcow2_ops::info(&**image.storage(), &format)
-        .map_err(|error| Failure::new(qemu_text::chain(&error)))?;
-    let bitmaps = report.qcow2.map(|qcow2| qcow2.bitmaps).unwrap_or_default();
+    let bitmaps = image.bitmaps().map_err(|error| Failure::new(qemu_text::chain(&error)))?;
     Ok(Some(measure_bitmaps(&bitmaps, disk.size(), cluster_size)))
 }
 

@@ -90,6 +90,12 @@ impl Opening<'_> {
     /// Opens the whole tree. The format on top is probed where it is not given.
     pub(super) fn open(&self, top: &Node) -> Opened<(ResolvedSource, Vec<NodeFacts>, Option<Arc<Debugger>>)> {
         check_aio(top, self.how.cache.is_direct())?;
+        let shared = check_access(top, self.how.writable)?;
+        let args = ImageArgs { force_share: self.args.force_share || shared, ..self.args.clone() };
+        Opening { args: &args, ..*self }.open_tree(top)
+    }
+
+    fn open_tree(&self, top: &Node) -> Opened<(ResolvedSource, Vec<NodeFacts>, Option<Arc<Debugger>>)> {
         let mut bytes = match (top.driver().is_protocol(), top.child()) {
             (false, Some(child)) => self.bytes(child, "file")?,
             _ => self.bytes(top, "")?,
@@ -122,8 +128,9 @@ impl Opening<'_> {
             Driver::NullCo | Driver::NullAio => Bytes::of(Arc::new(null(node)?)),
             Driver::Nbd => Bytes::of(self.nbd(node)?),
             Driver::Blkdebug => {
+                let rules = debug_rules(&node.options)?;
                 let mut bytes = self.bytes(below(node)?, "image")?;
-                let debug = BlkdebugStorage::new(bytes.storage, debug_rules(&node.options)?);
+                let debug = BlkdebugStorage::new(bytes.storage, rules);
                 bytes.debugger = Some(Arc::clone(debug.debugger()));
                 bytes.storage = Arc::new(debug);
                 bytes
@@ -223,6 +230,21 @@ impl Bytes {
 fn below(node: &Node) -> Opened<&Node> {
     let role = node.driver().child().unwrap_or("file");
     node.child().ok_or_else(|| format!("A block device must be specified for \"{role}\"").into())
+}
+
+/// Refuses to change what the options want left alone. Returns whether they want no locks.
+fn check_access(node: &Node, writable: bool) -> Opened<bool> {
+    let is_on = |key: &str| {
+        node.options.text(key).and_then(|text| crate::imageopts::parse_switch(&text)).unwrap_or(false)
+    };
+    if writable && is_on("read-only") {
+        return Err("Block node is read-only".to_owned().into());
+    }
+    let shared = is_on("force-share");
+    if writable && shared {
+        return Err("force-share=on can only be used with read-only images".to_owned().into());
+    }
+    Ok(node.child().map_or(Ok(false), |child| check_access(child, writable))? || shared)
 }
 
 /// Refuses requests that the system is to queue where its page cache stands between. `direct`: whether it does not, as far as

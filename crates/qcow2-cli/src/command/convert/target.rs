@@ -25,11 +25,12 @@ pub(super) fn open(
     let objects = request.source.objects.clone();
     let mut args = ImageArgs { format: request.target_format.clone(), objects, ..ImageArgs::default() };
     let name = if request.create {
-        let options = settle(request, sources, size)?;
+        TargetFormat::parse(request.target_format.as_deref().unwrap_or("raw"))?;
         let made = match new_target(&request.target) {
             Err(reason) if !request.target.is_empty() => return Err(Failure::new(reason)),
             target => target.unwrap_or(NewTarget::File(String::new())),
         };
+        let options = settle(request, sources, size)?;
         let format = options.format().name();
         newimage::make(&made, &options, interrupts).map_err(|failure| {
             failure.about(&format!("error while converting {format}")).about(&request.target)
