@@ -43,7 +43,7 @@ pub(crate) fn tell_of_recovery(session: &Session, source: &ResolvedSource) {
     if !header.is_some_and(|header| header.is_dirty() && !header.is_corrupt()) {
         return;
     }
-    let meter = Meter::new(session, &Interrupts::install(), false, 0);
+    let meter = Meter::unasked(session, &Interrupts::install());
     // What goes wrong here is told by the one who opens it.
     let Ok(report) = check(&*source.storage, &CheckOptions::default(), &Threads::per_core(), &meter) else {
         return;
