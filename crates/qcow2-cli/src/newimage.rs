@@ -195,9 +195,9 @@ fn make_qcow2(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Re
 /// Everything that is known to be possible, the encryption header included, which takes its time.
 fn planned(options: &ImageOptions) -> Result<Qcow2Request, Failure> {
     let mut request = qcow2_request(options)?;
-    let crypt = new_crypt(options)?;
-    request.encrypted = crypt.is_some();
+    request.encrypted = options.text("encrypt.format").is_some() || options.switch("encryption");
     plan(&request).map_err(|refusal| Failure::new(qemu_text::refusal(&refusal)))?;
+    let crypt = new_crypt(options)?;
     request.encryption = crypt.map(|crypt| crypt.make()).transpose()?;
     Ok(request)
 }
@@ -217,7 +217,12 @@ fn qcow2_request(options: &ImageOptions) -> Result<Qcow2Request, Failure> {
     if let Some(other) = request.backing_format.as_ref().filter(|name| !DRIVERS.contains(&&***name)) {
         return Err(no_such("backing-fmt", other));
     }
-    new_crypt(options)?;
+    // That the secret is not named is said last.
+    if let Some(failure) =
+        new_crypt(options).err().filter(|failure| !failure.to_string().ends_with(NO_SECRET))
+    {
+        return Err(failure);
+    }
     request.cluster_size = options.number("cluster_size").unwrap_or(request.cluster_size);
     request.preallocation = preallocation(options).map_err(|text| no_such("preallocation", &text))?;
     request.lazy_refcounts = options.switch("lazy_refcounts");
@@ -284,6 +289,8 @@ fn failed(error: &qcow2_ops::Error, naming: &str) -> Failure {
         },
     }
 }
+
+const NO_SECRET: &str = "is required for cipher";
 
 fn backing_words(request: &Qcow2Request) -> String {
     match (&request.backing_file, &request.backing_format) {

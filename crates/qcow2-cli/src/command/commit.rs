@@ -98,6 +98,9 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
         return Failure::silent(exit::FAILURE);
     }
     match error.core_error() {
+        Some(engine) if matches!(error.kind(), ErrorKind::Extents | ErrorKind::Read | ErrorKind::Write) => {
+            Failure::new(format!("Block job failed: {}", qemu_text::cause(engine)))
+        }
         Some(engine) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
         None => Failure::new(qemu_text::chain(error)),
     }

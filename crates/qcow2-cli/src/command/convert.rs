@@ -80,20 +80,18 @@ fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>,
     request.source.check()?;
     let how = OpenAs { cache: request.source_cache, ..OpenAs::READ };
     let read = |typed: &String| ImageName::read(session, typed, &request.source);
-    let names = request.sources.iter().map(read).collect::<Result<Vec<_>, _>>()?;
-    let only_one = names.len() == 1;
-    let open = |name: &ImageName| open_image(name, &request.source, how);
-    let snapshot = |wanted: &SnapshotName| open_snapshot(&names[0], &request.source, how, wanted);
+    if let (Some(wanted), [only]) = (&request.snapshot, &request.sources[..]) {
+        return Ok(vec![open_snapshot(&read(only)?, &request.source, how, wanted)?]);
+    }
+    let open = |typed: &String| open_image(&read(typed)?, &request.source, how);
+    let mut sources = request.sources.iter().map(open).collect::<Result<Vec<_>, _>>()?;
     match &request.snapshot {
-        Some(wanted) if only_one => Ok(vec![snapshot(wanted)?]),
-        None => names.iter().map(open).collect(),
+        None => Ok(sources),
+        Some(SnapshotName::Any(_)) => Err(Failure::new("No support for concatenating multiple snapshot")),
         // One that is named by what it must have is looked for in the first source, when all are open.
         Some(wanted) => {
-            let mut sources = names.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-            if matches!(wanted, SnapshotName::Any(_)) {
-                return Err(Failure::new("No support for concatenating multiple snapshot"));
-            }
-            sources[0] = snapshot(wanted)?;
+            let first = ImageName::parse(&request.sources[0], &request.source)?;
+            sources[0] = open_snapshot(&first, &request.source, how, wanted)?;
             Ok(sources)
         }
     }

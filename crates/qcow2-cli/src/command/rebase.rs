@@ -174,6 +174,9 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
         return Failure::silent(exit::FAILURE);
     }
     match error.core_error() {
+        Some(engine) if error.kind() == ErrorKind::Extents => {
+            Failure::new(format!("error while reading image metadata: {}", qemu_text::cause(engine)))
+        }
         Some(engine) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
         None => Failure::new(qemu_text::chain(error)),
     }

@@ -242,6 +242,9 @@ impl Node {
         // A probed format is the one that knows more.
         let knows = |key: &str| driver.knows(key) || (self.is_probed() && Driver::Qcow2.knows(key));
         let key = self.options.iter().map(|(key, _)| key).find(|key| !knows(key))?;
+        if key == "backing" || key.starts_with("backing.") {
+            return Some("Driver doesn't support backing files".to_owned());
+        }
         let name = if self.is_probed() { "qcow2" } else { driver.name() };
         Some(match driver.is_protocol() {
             true => format!("Block protocol '{name}' doesn't support the option '{key}'"),
@@ -390,7 +393,18 @@ fn backing(options: &mut Options) -> Result<Backing, String> {
         _ => {}
     }
     let mut inner = options.take_group("backing");
-    let names = |key: &str| key == "driver" || key == "file" || key.starts_with("file.");
+    let names = |key: &str| key == "file" || key.starts_with("file.");
+    // Without a name it is that of the file which the image names.
+    if let Some(name) = inner.text("driver").filter(|_| !inner.iter().any(|(key, _)| names(key))) {
+        let driver = Driver::parse(&name)?;
+        if driver.is_protocol() {
+            return Ok(Backing::Node(Box::new(from_options(inner, false)?)));
+        }
+        inner.take("driver");
+        if inner.is_empty() {
+            return Ok(Backing::AsNamed);
+        }
+    }
     match inner.is_empty() {
         true => Ok(Backing::AsNamed),
         false if !inner.iter().any(|(key, _)| names(key)) => {

@@ -210,7 +210,7 @@ pub(crate) fn open_target(
 /// Says on standard error where a disk that is to be written was taken for raw by its looks.
 pub(crate) fn complain_of_guess(session: &Session, name: &ImageName, format: &ImageFormat) {
     if name.node.is_probed() && *format == ImageFormat::Raw {
-        guess_warning(&name.typed).iter().for_each(|line| session.complain(line));
+        guess_warning(&filename(&name.node, "raw")).iter().for_each(|line| session.complain(line));
     }
 }
 

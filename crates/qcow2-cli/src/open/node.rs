@@ -4,7 +4,7 @@ use super::disk_storage::DiskStorage;
 use super::named::NamedBacking;
 use super::{OpenAs, codecs, is_block_device};
 use crate::args::ImageArgs;
-use crate::crypt::Keys;
+use crate::crypt::{KEY_OPTIONS, Keys};
 use crate::failure::Failure;
 use crate::imagename::{Driver, Node, debug_rules, filename, nbd_server};
 use crate::render::qemu_text;
@@ -110,7 +110,11 @@ impl Opening<'_> {
         };
         if !top.driver().is_protocol() {
             bytes.storage = window(top, bytes.storage)?;
-            check_options(top)?;
+            let is_locked = *top.driver() == Driver::Luks && top.options.text(KEY_OPTIONS[0]).is_none();
+            // That there is no key is said first.
+            if !is_locked || self.how.layers == Layers::TopOnly {
+                check_options(top)?;
+            }
         }
         let probed = match format {
             ImageFormat::Qcow2 => "qcow2",

@@ -31,6 +31,7 @@ pub(super) fn open(
             target => target.unwrap_or(NewTarget::File(String::new())),
         };
         let options = settle(request, sources, size)?;
+        request.target_cache()?;
         let format = options.format().name();
         newimage::make(&made, &options, interrupts).map_err(|failure| {
             failure.about(&format!("error while converting {format}")).about(&request.target)
