@@ -3,7 +3,7 @@
 use crate::args::ImageArgs;
 use crate::failure::Failure;
 use crate::findings::tell_of_recovery;
-use crate::imagename::ImageName;
+use crate::imagename::{Backing as NamedBacking, ImageName, Node};
 use crate::open::{BACKING, OpenAs, complain_of_guess, open_file, open_layers};
 use crate::render::qemu_text;
 use crate::session::Session;
@@ -37,7 +37,16 @@ pub(crate) fn open_down_to(
     // Each layer has its own password.
     let mut layer_name = name.clone();
     loop {
-        let below = backing_of(name, &source, &context)?;
+        let mut below = backing_of(name, &source, &context)?;
+        // The user may have named another one for the top.
+        let other = if above.is_empty() { other_backing(name) } else { None };
+        if let Some(node) = &other {
+            below = node.as_ref().map(|node| Backing {
+                name: String::new(),
+                format: None,
+                path: PathBuf::from(node.path().unwrap_or_default()),
+            });
+        }
         let layer = OpenAs { layers: Layers::NoBacking, writable: above.is_empty(), ..writable };
         let Some(below) = below else {
             // What does not open is told first.
@@ -49,9 +58,18 @@ pub(crate) fn open_down_to(
         };
         let is_base = base.is_none_or(|base| is_same(&source.name, base, &below.path));
         let reference = Reference::Backing { name: &below.name, format: below.format.as_deref() };
-        let next = source.resolver.resolve(reference, is_base).map_err(|error| {
-            qemu_text::open_failure(&name.typed, &format!("{context}{BACKING}"), &error.into())
-        })?;
+        let next = match other.flatten() {
+            Some(node) => {
+                let writable = OpenAs { writable: is_base, ..writable };
+                let failed = |failure: Failure| {
+                    failure.without_name().after_words(&format!("{context}{BACKING}")).on_opening(&name.typed)
+                };
+                open_file(&ImageName { node, ..name.clone() }, args, writable).map_err(failed)?
+            }
+            None => source.resolver.resolve(reference, is_base).map_err(|error| {
+                qemu_text::open_failure(&name.typed, &format!("{context}{BACKING}"), &error.into())
+            })?,
+        };
         if layer.writable {
             tell_of_recovery(session, &source);
         }
@@ -68,6 +86,15 @@ pub(crate) fn open_down_to(
     }
     let base = open_layers(&layer_name, source, writable, &context)?.disk;
     Ok(OpenedChain { above, base })
+}
+
+/// What the options of the top say of its backing file: nothing, that there is none, or which one.
+fn other_backing(name: &ImageName) -> Option<Option<Node>> {
+    match &name.node.backing {
+        NamedBacking::AsNamed | NamedBacking::Keys(_) => None,
+        NamedBacking::Nothing | NamedBacking::Empty => Some(None),
+        NamedBacking::Node(node) => Some(Some((**node).clone())),
+    }
 }
 
 /// What an image says of its backing file.

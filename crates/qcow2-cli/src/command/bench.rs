@@ -43,6 +43,8 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         return refused("force-share=on can only be used with read-only images");
     }
     if request.native && !request.cache.is_direct() {
+        // What does not open at all is told first.
+        open_image(&name, &request.image, OpenAs::READ)?;
         return refused(NATIVE_NEEDS_DIRECT);
     }
     let how = OpenAs { cache: request.cache, ..OpenAs::READ };

@@ -11,7 +11,7 @@ use crate::progress::Meter;
 use crate::render::qemu_text;
 use crate::session::Session;
 use crate::threads::Threads;
-use qcow2_core::format::FormatErrorKind;
+use qcow2_core::format::{AutoclearFeatures, FormatErrorKind};
 use qcow2_core::{BackingName, Layers, Reference};
 use qcow2_io::{CacheMode, FileResolver, Policy};
 use qcow2_ops::{ErrorKind, RebaseOptions};
@@ -34,8 +34,8 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
 #[derive(Debug, Default)]
 struct Request {
     image: ImageArgs,
-    cache: CacheMode,
-    backing_cache: CacheMode,
+    cache: Option<String>,
+    backing_cache: Option<String>,
     /// Empty: none.
     backing: Option<String>,
     backing_format: Option<String>,
@@ -49,15 +49,14 @@ struct Request {
 impl Request {
     fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
         let mut request = Self::default();
-        let (mut cache, mut backing_cache) = (None, None);
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             match given.opt {
                 Opt::Format => request.image.format = Some(given.value),
                 Opt::ImageOpts => request.image.image_opts = true,
                 Opt::ForceShare => request.image.force_share = true,
-                Opt::Cache => cache = Some(given.value),
-                Opt::BackingCache => backing_cache = Some(given.value),
+                Opt::Cache => request.cache = Some(given.value),
+                Opt::BackingCache => request.backing_cache = Some(given.value),
                 Opt::Backing => request.backing = Some(given.value),
                 Opt::BackingFormat => request.backing_format = Some(given.value),
                 Opt::BackingUnsafe => request.unsafe_mode = true,
@@ -72,11 +71,6 @@ impl Request {
         if request.backing.is_none() && !request.unsafe_mode {
             return Err(Failure::usage(verb, "Must specify backing file (-b) or use unsafe mode (-u)"));
         }
-        let read =
-            |what, text: Option<String>| text.map_or(Ok(CacheMode::default()), |t| parse_cache(what, &t));
-        request.cache = read("cache", cache)?;
-        request.backing_cache = read("source cache", backing_cache)?;
-        request.image.check()?;
         Ok(request)
     }
 
@@ -87,9 +81,12 @@ impl Request {
 }
 
 fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
+    let cache = read_cache("cache", &request.cache)?;
+    let backing_cache = read_cache("source cache", &request.backing_cache)?;
+    request.image.check()?;
     let name = ImageName::read(session, &request.filename, &request.image)?;
     let layers = if request.unsafe_mode { Layers::NoBacking } else { Layers::Follow };
-    let how = OpenAs { cache: request.cache, layers, ..OpenAs::READ };
+    let how = OpenAs { cache, layers, ..OpenAs::READ };
     let top = open_to_change(session, &name, &request.image, how)?;
     if request.compress && top.disk.as_image().is_none() {
         return Err(Failure::new("Compression not supported for this file format"));
@@ -98,7 +95,7 @@ fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fai
         return Err(Failure::new(format!("Invalid format name: '{format}'")));
     }
     let new = match request.new_backing().filter(|_| !request.unsafe_mode) {
-        Some(backing) => Some(open_new(request, &name, backing)?),
+        Some(backing) => Some(open_new(request, &name, backing, backing_cache)?),
         None => None,
     };
     if request.new_backing().is_some() && request.backing_format.is_none() {
@@ -107,6 +104,10 @@ fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fai
     let Some(image) = top.disk.as_image() else {
         return Err(not_changed(request, "Operation not supported"));
     };
+    let raw_data = image.header().autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE);
+    if raw_data && request.new_backing().is_some() {
+        return Err(not_changed(request, "Invalid argument"));
+    }
     if !request.unsafe_mode {
         let mut options = RebaseOptions::default();
         options.compress = request.compress;
@@ -133,8 +134,17 @@ fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fai
     close(&*top.disk).map_err(|reason| Failure::new(format!("Could not rebase the image: {reason}")))
 }
 
+fn read_cache(what: &str, text: &Option<String>) -> Result<CacheMode, Failure> {
+    text.as_ref().map_or(Ok(CacheMode::default()), |text| parse_cache(what, text))
+}
+
 /// Opens the new backing file with its chain; its name is relative to the image's place.
-fn open_new(request: &Request, name: &ImageName, backing: &str) -> Result<OpenedDisk, Failure> {
+fn open_new(
+    request: &Request,
+    name: &ImageName,
+    backing: &str,
+    cache: CacheMode,
+) -> Result<OpenedDisk, Failure> {
     let format = request.backing_format.as_deref();
     let image_opts = false;
     let args = ImageArgs { format: format.map(str::to_owned), image_opts, ..request.image.clone() };
@@ -144,7 +154,7 @@ fn open_new(request: &Request, name: &ImageName, backing: &str) -> Result<Opened
             .locate(Reference::Backing { name: backing, format })
             .map_or_else(|_| backing.to_owned(), |path| path.to_string_lossy().into_owned()),
     };
-    let how = OpenAs { cache: request.backing_cache, ..OpenAs::READ };
+    let how = OpenAs { cache, ..OpenAs::READ };
     let opened = ImageName::parse(&located, &args).and_then(|name| open_image(&name, &args, how));
     opened.map_err(|failure| {
         failure.without_name().after_words(&format!("Could not open new backing file '{backing}': "))

@@ -17,6 +17,8 @@ pub(crate) struct Node {
     pub(crate) below: Below,
     /// What is opened instead of the backing file that the image names.
     pub(crate) backing: Backing,
+    /// What is opened instead of the data file that the image names.
+    pub(crate) data_file: Option<Box<Node>>,
 }
 
 /// What a node stands on.
@@ -137,7 +139,6 @@ impl Driver {
             || own.contains(&key)
             || (*self != Self::Raw && self.is_strong(key) && *self != Self::Nbd)
             || (*self == Self::Nbd && key.starts_with("server."))
-            || (*self == Self::Qcow2 && key.starts_with("data-file"))
             || (*self == Self::Blkdebug && key.contains("-child-perms."))
     }
 }
@@ -145,7 +146,13 @@ impl Driver {
 impl Node {
     /// A node on nothing, without options.
     pub(crate) fn new(driver: Option<Driver>) -> Self {
-        Self { driver, options: Options::default(), below: Below::Nothing, backing: Backing::AsNamed }
+        Self {
+            driver,
+            options: Options::default(),
+            below: Below::Nothing,
+            backing: Backing::AsNamed,
+            data_file: None,
+        }
     }
 
     /// A file.
@@ -357,6 +364,13 @@ fn from_options(mut options: Options, inner: bool) -> Result<Node, String> {
     }
     if *node.driver() == Driver::Qcow2 || node.is_probed() {
         node.backing = backing(&mut options)?;
+        if let Some(name) = options.take_text("data-file") {
+            return Err(no_such_node(&name));
+        }
+        let data_file = options.take_group("data-file");
+        if !data_file.is_empty() {
+            node.data_file = Some(Box::new(from_options(data_file, true)?));
+        }
     }
     let needs_name = matches!(node.driver(), Driver::File | Driver::HostDevice);
     if needs_name && options.text("filename").is_none_or(|path| path.is_empty()) {
@@ -440,7 +454,7 @@ const GENERAL: [&str; 9] = [
 const FILE: [&str; 7] =
     ["filename", "locking", "aio", "aio-max-batch", "drop-cache", "pr-manager", "x-check-cache-dropped"];
 /// What a qcow2 image takes; none of it changes what is read.
-const QCOW2: [&str; 22] = [
+const QCOW2: [&str; 21] = [
     "lazy-refcounts",
     "pass-discard-request",
     "pass-discard-snapshot",
@@ -462,7 +476,6 @@ const QCOW2: [&str; 22] = [
     "l2-cache-entry-size",
     "refcount-cache-size",
     "cache-clean-interval",
-    "data-file",
 ];
 const BLKDEBUG: [&str; 7] =
     ["config", "align", "max-transfer", "opt-write-zero", "max-write-zero", "opt-discard", "max-discard"];

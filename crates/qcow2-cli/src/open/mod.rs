@@ -19,7 +19,7 @@ use crate::imagename::{Backing, Driver, ImageName, Node, filename};
 use crate::render::qemu_text;
 use crate::session::Session;
 use crate::throttle::Throttle;
-use node::{Opening, OtherBacking};
+use node::{Opening, OtherBacking, OtherDataFile};
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::{
     Codecs, ErrorKind, GuestDisk, Image, ImageFormat, Layers, OpenOptions, Reference, ResolveError,
@@ -169,6 +169,7 @@ fn open_image_telling(
         Backing::Nothing | Backing::Empty => Some(None),
         Backing::Node(node) => Some(Some((**node).clone())),
     };
+    source.resolver = with_data_file(name, args, how, source.resolver);
     if let Some(node) = other {
         let inner = source.resolver;
         source.resolver = Arc::new(OtherBacking { inner, node, args: args.clone(), how });
@@ -183,6 +184,19 @@ fn open_image_telling(
         opened.is_null = matches!(bottom.driver, "null-co" | "null-aio");
     }
     Ok(opened)
+}
+
+/// Resolves as `inner` does, but for the data file, where the user has named it.
+fn with_data_file(
+    name: &ImageName,
+    args: &ImageArgs,
+    how: OpenAs,
+    inner: Arc<dyn Resolver>,
+) -> Arc<dyn Resolver> {
+    match &name.node.data_file {
+        None => inner,
+        Some(node) => Arc::new(OtherDataFile { inner, node: (**node).clone(), args: args.clone(), how }),
+    }
 }
 
 /// Opens the image that `name` leads to for changes; says so on standard error where it was taken for raw by its looks.
@@ -281,9 +295,13 @@ fn open_layers_by(
     options.codecs = how.compression.codecs()?;
     options.keys = Some(Arc::new(name.keys.clone()));
     options.discard_freed = how.writable;
-    if format == ImageFormat::Qcow2 && !name.node.options.is_empty() {
+    if format == ImageFormat::Qcow2 && (!name.node.options.is_empty() || name.node.data_file.is_some()) {
         let header = qcow2_core::walk::read_header(&*source.storage)
             .map_err(|error| qemu_text::open_failure(&name.typed, context, &error))?;
+        if name.node.data_file.is_some() && !header.has_data_file() {
+            let reason = "'data-file' can only be set for images with an external data file";
+            return Err(Failure::could_not_open(&name.typed, reason));
+        }
         tuning::tune(&mut options, &name.node.options, &header)
             .map_err(|failure| failure.on_opening(&name.typed))?;
     }

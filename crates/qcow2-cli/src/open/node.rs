@@ -368,5 +368,29 @@ impl Resolver for OtherBacking {
     }
 }
 
+/// Resolves what an image names, but for the data file, which the user has named.
+pub(super) struct OtherDataFile {
+    pub(super) inner: Arc<dyn Resolver>,
+    pub(super) node: Node,
+    pub(super) args: ImageArgs,
+    pub(super) how: OpenAs,
+}
+
+impl Resolver for OtherDataFile {
+    fn resolve(
+        &self,
+        reference: qcow2_core::Reference<'_>,
+        writable: bool,
+    ) -> Result<ResolvedSource, qcow2_core::ResolveError> {
+        if !matches!(reference, qcow2_core::Reference::DataFile { .. }) {
+            return self.inner.resolve(reference, writable);
+        }
+        let how = OpenAs { writable, ..self.how };
+        let opening = Opening { args: &self.args, how, format: Some(&ImageFormat::Raw) };
+        let opened = opening.open(&self.node).map(|(source, ..)| source);
+        opened.map_err(|trouble| qcow2_core::ResolveError::failed(trouble.reason))
+    }
+}
+
 /// Bytes of a disk of nothing whose size is not given.
 const DEFAULT_NULL_SIZE: u64 = 1 << 30;
