@@ -164,7 +164,7 @@ fn said_differently(reference: &Outcome, ours: &Outcome, our_tool: &Tool, their_
     // Some messages begin with the program's own path.
     let plain = |text: &str, tool: &Tool| {
         let text = without_progress(&text.replace(&tool.path().display().to_string(), "qemu-img"));
-        without_node_numbers(&text)
+        without_numbers(&without_numbers(&text, NODE), DURATION)
     };
     for (what, theirs, own) in
         [("stdout", &reference.stdout, &ours.stdout), ("stderr", &reference.stderr, &ours.stderr)]
@@ -191,17 +191,18 @@ fn without_progress(text: &str) -> String {
     out + rest
 }
 
-/// Takes the number away from `#block123`, which is another one at each run.
-fn without_node_numbers(text: &str) -> String {
-    let (before, rest) = text.split_once(NODE).unwrap_or((text, ""));
-    let after = rest.split(NODE).map(|piece| piece.trim_start_matches(|c: char| c.is_ascii_digit()));
-    match rest.is_empty() {
-        true => text.to_owned(),
-        false => after.fold(before.to_owned(), |out, piece| out + NODE + piece),
-    }
+/// Takes the numbers behind `words` away, which are others at each run.
+fn without_numbers(text: &str, words: &str) -> String {
+    let mut pieces = text.split(words);
+    let before = pieces.next().unwrap_or_default().to_owned();
+    let number = |c: char| c.is_ascii_digit() || c == '.';
+    pieces.fold(before, |out, piece| out + words + piece.trim_start_matches(number))
 }
 
+/// Before the number of a node that has no name.
 const NODE: &str = "#block";
+/// Before the seconds that `bench` took.
+const DURATION: &str = "Run completed in ";
 
 fn files(folder: &Path) -> Files {
     let mut files = Files::new();
@@ -232,9 +233,13 @@ mod tests {
     }
 
     #[test]
-    fn numbers_of_nodes_are_taken_away() {
-        assert_eq!(without_node_numbers("a #block12, '#block7'."), "a #block, '#block'.");
-        assert_eq!(without_node_numbers("a b 12"), "a b 12");
+    fn numbers_that_change_are_taken_away() {
+        assert_eq!(without_numbers("a #block12, '#block7'.", NODE), "a #block, '#block'.");
+        assert_eq!(without_numbers("a b 12", NODE), "a b 12");
+        assert_eq!(
+            without_numbers("Run completed in 0.001 seconds.", DURATION),
+            "Run completed in  seconds."
+        );
     }
 
     #[test]
