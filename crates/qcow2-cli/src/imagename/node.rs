@@ -204,7 +204,9 @@ impl Node {
     /// The complaint about an option that one of the layers below does not have.
     pub(crate) fn unknown_below(&self) -> Option<String> {
         match &self.backing {
-            Backing::Keys(below) => below.unknown_option().or_else(|| below.unknown_below()),
+            Backing::Keys(below) => {
+                below.unknown_option(&Driver::Qcow2, true).or_else(|| below.unknown_below())
+            }
             _ => None,
         }
     }
@@ -243,16 +245,29 @@ impl Node {
         self.options.iter().filter(|(key, _)| self.driver().is_strong(key))
     }
 
-    /// The complaint about an option that the driver does not have.
-    pub(crate) fn unknown_option(&self) -> Option<String> {
-        let driver = self.driver();
-        // A probed format is the one that knows more.
-        let knows = |key: &str| driver.knows(key) || (self.is_probed() && Driver::Qcow2.knows(key));
-        let key = self.options.iter().map(|(key, _)| key).find(|key| !knows(key))?;
-        if key == "backing" || key.starts_with("backing.") {
+    /// An option about the layer below.
+    fn backing_option(&self) -> Option<String> {
+        match &self.backing {
+            Backing::Node(below) if below.is_probed() => Some("backing.file.filename".to_owned()),
+            Backing::Node(_) => Some("backing.driver".to_owned()),
+            Backing::Keys(below) => below.options.iter().next().map(|(key, _)| format!("backing.{key}")),
+            Backing::AsNamed | Backing::Nothing | Backing::Empty => None,
+        }
+    }
+
+    /// The complaint about an option that the driver does not have. `probed`: the driver where none is named; `follows`: whether
+    /// backing files are opened too.
+    pub(crate) fn unknown_option(&self, probed: &Driver, follows: bool) -> Option<String> {
+        let driver = self.driver.as_ref().unwrap_or(probed);
+        let unknown = |key: &&str| !driver.knows(key);
+        let own = || self.options.iter().map(|(key, _)| key).filter(unknown);
+        let below = self.backing_option().filter(|_| *driver != Driver::Qcow2);
+        let is_below = |key: &str| key == "backing" || key.starts_with("backing.");
+        if follows && (below.is_some() || own().any(is_below)) {
             return Some("Driver doesn't support backing files".to_owned());
         }
-        let name = if self.is_probed() { "qcow2" } else { driver.name() };
+        let key = own().next().map(str::to_owned).or(below)?;
+        let name = driver.name();
         Some(match driver.is_protocol() {
             true => format!("Block protocol '{name}' doesn't support the option '{key}'"),
             false => format!("Block format '{name}' does not support the option '{key}'"),

@@ -108,21 +108,27 @@ impl Opening<'_> {
                 format!("Could not read image for determining its format: {}", qemu_text::storage(&error))
             })?,
         };
+        let probed = match format {
+            ImageFormat::Qcow2 => Driver::Qcow2,
+            ImageFormat::Luks => Driver::Luks,
+            _ => Driver::Raw,
+        };
         if !top.driver().is_protocol() {
-            bytes.storage = window(top, bytes.storage)?;
+            if probed == Driver::Raw {
+                bytes.storage = window(top, bytes.storage)?;
+            }
             let is_locked = *top.driver() == Driver::Luks && top.options.text(KEY_OPTIONS[0]).is_none();
             // That there is no key is said first.
             if !is_locked || self.how.layers == Layers::TopOnly {
-                check_options(top)?;
+                check_options(top, &probed, self.how.layers == Layers::Follow)?;
             }
         }
-        let probed = match format {
-            ImageFormat::Qcow2 => "qcow2",
-            ImageFormat::Luks => "luks",
-            _ => "raw",
-        };
         let Bytes { storage, id, resolver, nodes, debugger, .. } = bytes;
-        Ok((ResolvedSource { storage, format, name: filename(top, probed), id, resolver }, nodes, debugger))
+        Ok((
+            ResolvedSource { storage, format, name: filename(top, probed.name()), id, resolver },
+            nodes,
+            debugger,
+        ))
     }
 
     /// Opens a node that gives bytes.
@@ -147,7 +153,7 @@ impl Opening<'_> {
             Driver::Qcow2 => self.image_bytes(node, ImageFormat::Qcow2)?,
             Driver::Luks => self.image_bytes(node, ImageFormat::Luks)?,
         };
-        check_options(node)?;
+        check_options(node, node.driver(), role.is_empty() && self.how.layers == Layers::Follow)?;
         let failed = |error| Trouble::from(qemu_text::storage(&error));
         let is_file = matches!(node.driver(), Driver::File | Driver::HostDevice);
         let path = node.path().filter(|_| is_file);
@@ -262,8 +268,8 @@ fn check_aio(node: &Node, direct: bool) -> Opened<()> {
     node.child().map_or(Ok(()), |child| check_aio(child, direct))
 }
 
-fn check_options(node: &Node) -> Opened<()> {
-    if let Some(text) = node.unknown_option() {
+fn check_options(node: &Node, probed: &Driver, follows: bool) -> Opened<()> {
+    if let Some(text) = node.unknown_option(probed, follows) {
         return Err(text.into());
     }
     super::values::check(node).map_err(|failure| failure.to_string().into())
