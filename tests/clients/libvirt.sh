@@ -27,7 +27,11 @@ v() { virsh -q -c "storage+unix:///system?socket=$work/libvirt-sock" "$@"; }
 d() { virsh -q -c "qemu+unix:///system?socket=$work/libvirt-sock" "$@"; }
 
 # Whether the first MiB of a disk is full of this byte.
-holds() { [ "$(qemu-io -r -c "read -P $1 0 1M" "$2" | grep -c 'verification failed')" = 0 ]; }
+holds() {
+  local said
+  said=$(qemu-io -r -c "read -P $1 0 1M" "$2")
+  [[ $said == *'read 1048576/1048576'* && $said != *'verification failed'* ]]
+}
 
 # Snapshots of a domain that is shut off: libvirt calls `qemu-img snapshot` and `qemu-img create` for them.
 snapshots() {

@@ -3,7 +3,7 @@
 use crate::args::ImageArgs;
 use crate::failure::Failure;
 use crate::findings::tell_of_recovery;
-use crate::imagename::{Backing as NamedBacking, ImageName, Node};
+use crate::imagename::ImageName;
 use crate::open::{BACKING, OpenAs, complain_of_guess, open_file, open_layers};
 use crate::render::qemu_text;
 use crate::session::Session;
@@ -39,7 +39,7 @@ pub(crate) fn open_down_to(
     loop {
         let mut below = backing_of(name, &source, &context)?;
         // The user may have named another one for the top.
-        let other = if above.is_empty() { other_backing(name) } else { None };
+        let other = if above.is_empty() { name.node.other_backing() } else { None };
         if let Some(node) = &other {
             below = node.as_ref().map(|node| Backing {
                 name: String::new(),
@@ -49,10 +49,10 @@ pub(crate) fn open_down_to(
         }
         let layer = OpenAs { layers: Layers::NoBacking, writable: above.is_empty(), ..writable };
         let Some(below) = below else {
-            // What does not open is told first.
             if layer.writable {
                 tell_of_recovery(session, &source);
             }
+            // What does not open is told first.
             open_layers(&layer_name, source, layer, &context)?;
             return Err(no_base(&name.typed, base));
         };
@@ -86,15 +86,6 @@ pub(crate) fn open_down_to(
     }
     let base = open_layers(&layer_name, source, writable, &context)?.disk;
     Ok(OpenedChain { above, base })
-}
-
-/// What the options of the top say of its backing file: nothing, that there is none, or which one.
-fn other_backing(name: &ImageName) -> Option<Option<Node>> {
-    match &name.node.backing {
-        NamedBacking::AsNamed | NamedBacking::Keys(_) => None,
-        NamedBacking::Nothing | NamedBacking::Empty => Some(None),
-        NamedBacking::Node(node) => Some(Some((**node).clone())),
-    }
 }
 
 /// What an image says of its backing file.

@@ -1,11 +1,10 @@
 //! What a check finds, told on standard error.
 
-use crate::interrupt::Interrupts;
-use crate::progress::Meter;
 use crate::render::check as render;
 use crate::session::Session;
 use crate::threads::Threads;
 use qcow2_core::{ImageFormat, ResolvedSource};
+use qcow2_ops::Silent;
 use qcow2_ops::check::{CheckOptions, CheckReport, Finding, Found, check};
 use qcow2_ops::repair::is_refcount;
 
@@ -43,9 +42,8 @@ pub(crate) fn tell_of_recovery(session: &Session, source: &ResolvedSource) {
     if !header.is_some_and(|header| header.is_dirty() && !header.is_corrupt()) {
         return;
     }
-    let meter = Meter::unasked(session, &Interrupts::install());
-    // What goes wrong here is told by the one who opens it.
-    let Ok(report) = check(&*source.storage, &CheckOptions::default(), &Threads::per_core(), &meter) else {
+    // Nothing is changed yet, so a signal may end the program here. What goes wrong is told by the one who opens the image.
+    let Ok(report) = check(&*source.storage, &CheckOptions::default(), &Threads::per_core(), &Silent) else {
         return;
     };
     complain(session, &report, &|_| true);

@@ -14,7 +14,7 @@ mod options;
 pub(crate) use blkdebug::rules as debug_rules;
 pub(crate) use display::filename;
 pub(crate) use nbd::server as nbd_server;
-pub(crate) use node::{Backing, Driver, Node};
+pub(crate) use node::{Driver, Node};
 pub(crate) use options::Options;
 
 use crate::args::{ImageArgs, Objects};

@@ -192,6 +192,15 @@ impl Node {
         keys
     }
 
+    /// What the options say of the backing file: nothing, that there is none, or which one.
+    pub(crate) fn other_backing(&self) -> Option<Option<Self>> {
+        match &self.backing {
+            Backing::AsNamed | Backing::Keys(_) => None,
+            Backing::Nothing | Backing::Empty => Some(None),
+            Backing::Node(node) => Some(Some((**node).clone())),
+        }
+    }
+
     /// Whether a layer is said to have no backing file by an empty name for it.
     pub(super) fn names_empty_backing(&self) -> bool {
         match &self.backing {

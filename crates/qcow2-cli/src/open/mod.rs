@@ -15,7 +15,7 @@ use crate::args::ImageArgs;
 use crate::compression::Compression;
 use crate::failure::Failure;
 use crate::findings::tell_of_recovery;
-use crate::imagename::{Backing, Driver, ImageName, Node, filename};
+use crate::imagename::{Driver, ImageName, Node, filename};
 use crate::render::qemu_text;
 use crate::session::Session;
 use crate::throttle::Throttle;
@@ -164,13 +164,8 @@ fn open_image_telling(
     if let Some(text) = name.node.unknown_below() {
         return Err(Failure::could_not_open(&name.typed, &text));
     }
-    let other = match &name.node.backing {
-        Backing::AsNamed | Backing::Keys(_) => None,
-        Backing::Nothing | Backing::Empty => Some(None),
-        Backing::Node(node) => Some(Some((**node).clone())),
-    };
     source.resolver = with_data_file(name, args, how, source.resolver);
-    if let Some(node) = other {
+    if let Some(node) = name.node.other_backing() {
         let inner = source.resolver;
         source.resolver = Arc::new(OtherBacking { inner, node, args: args.clone(), how });
     }
