@@ -44,7 +44,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("pbkdf2", &["qcow2-crypt"]),
     ("proptest", &["qcow2-testkit", "qcow2-tests"]),
     ("ripemd", &["qcow2-crypt"]),
-    ("rustix", &["qcow2-io", "qcow2-cli"]),
+    ("rustix", &["qcow2-io", "qcow2-cli", "qcow2-tests"]),
     ("serde_json", &["qcow2-cli", "qcow2-tests", "xtask"]),
     ("serpent", &["qcow2-crypt"]),
     ("sha1", &["qcow2-crypt"]),
