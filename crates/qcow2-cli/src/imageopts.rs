@@ -2,6 +2,7 @@
 //! `-o help` prints, so it is QEMU's.
 
 use crate::args::Objects;
+use crate::drivers;
 use crate::failure::Failure;
 use crate::optlist::{OptList, Pair, escape_commas};
 use crate::session::Session;
@@ -27,7 +28,7 @@ impl TargetFormat {
             "raw" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
             "luks" => Ok(Self::Luks),
-            _ if NEVER_NEW.contains(&name) => {
+            _ if drivers::makes_no_images(name) => {
                 Err(Failure::new(format!("Format driver '{name}' does not support image creation")))
             }
             _ => Err(Failure::new(format!("Unknown file format '{name}'"))),
@@ -66,27 +67,6 @@ impl TargetFormat {
         }
     }
 }
-
-/// What QEMU knows and makes no images of.
-const NEVER_NEW: [&str; 17] = [
-    "blkdebug",
-    "blklogwrites",
-    "blkverify",
-    "bochs",
-    "cloop",
-    "compress",
-    "copy-before-write",
-    "copy-on-read",
-    "dmg",
-    "null-aio",
-    "null-co",
-    "preallocate",
-    "quorum",
-    "replication",
-    "snapshot-access",
-    "throttle",
-    "vvfat",
-];
 
 /// The options of a new image, each of its type.
 #[derive(Clone, Debug, PartialEq, Eq)]

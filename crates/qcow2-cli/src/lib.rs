@@ -9,6 +9,7 @@ mod chain;
 mod command;
 mod compression;
 mod crypt;
+mod drivers;
 mod exit;
 mod failure;
 mod findings;

@@ -4,6 +4,7 @@
 //! that fails is taken away.
 
 use crate::crypt::{LUKS_NAMES, NewCrypt, QCOW2_NAMES, read_options};
+use crate::drivers;
 use crate::failure::Failure;
 use crate::imagename::{NewTarget, Node};
 use crate::imageopts::{ImageOptions, TargetFormat};
@@ -14,7 +15,7 @@ use crate::render::qemu_text;
 use crate::session::Session;
 use qcow2_core::format::{CompressionType, FormatErrorKind, Version};
 use qcow2_core::{NewEncryption, Preallocation, Storage, StorageError};
-use qcow2_io::{Create, OpenFile, SourceError, os_error_text};
+use qcow2_io::{Create, FileStorage, OpenFile, SourceError, os_error_text};
 use qcow2_ops::create::{Qcow2Request, RawRequest, Refusal, plan, plan_raw};
 use std::path::Path;
 use std::sync::Arc;
@@ -30,9 +31,10 @@ pub(crate) fn warn_of_raw(session: &Session, filename: &str, option: &str) {
     }
 }
 
-/// Makes the image `path` as `options` say. The files are noted with `interrupts` until they are finished there.
+/// Makes the image that `target` names as `options` say. The files are noted with `interrupts` until they are finished there.
 /// Errors: in QEMU's words, without the file's name.
 pub(crate) fn make(
+    session: &Session,
     target: &NewTarget,
     options: &ImageOptions,
     interrupts: &Interrupts,
@@ -42,15 +44,16 @@ pub(crate) fn make(
         NewTarget::Existing(node) => return make_in_existing(node, options),
         NewTarget::OutOfReach { driver, reason } => return Err(not_opened(driver, reason)),
     };
+    let files = Files { session, interrupts, layout: Layout::of(options)? };
     match options.format() {
-        TargetFormat::Raw => make_raw(path, options, interrupts),
-        TargetFormat::Qcow2 => make_qcow2(path, options, interrupts),
-        TargetFormat::Luks => make_luks(path, options, interrupts),
+        TargetFormat::Raw => make_raw(path, options, &files),
+        TargetFormat::Qcow2 => make_qcow2(path, options, &files),
+        TargetFormat::Luks => make_luks(path, options, &files),
     }
 }
 
 /// A container: the header, and behind it as much as the disk has.
-fn make_luks(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Result<(), Failure> {
+fn make_luks(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(), Failure> {
     let file = prepare(path)?;
     let planned = luks_request(options).and_then(|(request, crypt)| match plan_raw(&request) {
         Err(refusal) => Err(Failure::new(qemu_text::refusal(&refusal))),
@@ -63,7 +66,7 @@ fn make_luks(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Res
             return Err(failure);
         }
     };
-    let storage = open_empty(path, file, interrupts)?;
+    let storage = files.open_empty(path, file)?;
     if is_block_device(path) {
         fit_device(&*storage, request.size, "device files")?;
     }
@@ -72,7 +75,7 @@ fn make_luks(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Res
 
 /// The whole container as a file, and its encryption.
 fn luks_request(options: &ImageOptions) -> Result<(RawRequest, NewCrypt), Failure> {
-    let crypt = read_options(options, "luks", &LUKS_NAMES, options.objects())?;
+    let crypt = read_options(options, "luks", &LUKS_NAMES, options.objects())?.with_secret()?;
     let preallocation =
         preallocation(options).map_err(|text| Failure::new(format!("invalid parameter value: {text}")))?;
     let size = options.number("size").unwrap_or(0).saturating_add(crypt.area_len());
@@ -89,7 +92,8 @@ fn make_container(
         .map_err(|error| failed(&error, &request_words(request.size)))
 }
 
-/// How the new image is to be encrypted, if it is. Errors: in QEMU's words, nothing having been made.
+/// How the new image is to be encrypted, if it is. Errors: in QEMU's words, nothing having been made; not that the secret is not
+/// named, which is said last.
 fn new_crypt(options: &ImageOptions) -> Result<Option<NewCrypt>, Failure> {
     let format = match options.text("encrypt.format") {
         Some(_) if options.given("encryption") => {
@@ -109,7 +113,7 @@ fn new_crypt(options: &ImageOptions) -> Result<Option<NewCrypt>, Failure> {
     read_options(options, format, &QCOW2_NAMES, options.objects()).map(Some)
 }
 
-fn make_raw(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Result<(), Failure> {
+fn make_raw(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(), Failure> {
     let size = options.number("size").unwrap_or(0);
     let preallocation =
         preallocation(options).map_err(|text| Failure::new(format!("invalid parameter value: {text}")))?;
@@ -119,7 +123,7 @@ fn make_raw(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Resu
         file.undo();
         return Err(Failure::new(qemu_text::refusal(&refusal)));
     }
-    let storage = open_empty(path, file, interrupts)?;
+    let storage = files.open_empty(path, file)?;
     if is_block_device(path) {
         return fit_device(&*storage, size, "device files");
     }
@@ -165,7 +169,7 @@ fn fit_device(device: &dyn Storage, size: u64, what: &str) -> Result<(), Failure
     }
 }
 
-fn make_qcow2(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Result<(), Failure> {
+fn make_qcow2(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(), Failure> {
     let file = prepare(path)?;
     let data_path = options.text("data_file").map(|name| name.strip_prefix("file:").unwrap_or(name));
     let data_file = match data_path.map(prepare).transpose() {
@@ -183,9 +187,9 @@ fn make_qcow2(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Re
             return Err(failure);
         }
     };
-    let storage = open_empty(path, file, interrupts)?;
+    let storage = files.open_empty(path, file)?;
     let data = match data_path.zip(data_file) {
-        Some((path, file)) => Some(open_empty(path, file, interrupts)?),
+        Some((path, file)) => Some(files.open_empty(path, file)?),
         None => None,
     };
     qcow2_ops::create(&storage, data.as_ref(), &request)
@@ -194,16 +198,15 @@ fn make_qcow2(path: &str, options: &ImageOptions, interrupts: &Interrupts) -> Re
 
 /// Everything that is known to be possible, the encryption header included, which takes its time.
 fn planned(options: &ImageOptions) -> Result<Qcow2Request, Failure> {
-    let mut request = qcow2_request(options)?;
-    request.encrypted = options.text("encrypt.format").is_some() || options.switch("encryption");
+    let (mut request, crypt) = qcow2_request(options)?;
+    request.encrypted = crypt.is_some();
     plan(&request).map_err(|refusal| Failure::new(qemu_text::refusal(&refusal)))?;
-    let crypt = new_crypt(options)?;
     request.encryption = crypt.map(|crypt| crypt.make()).transpose()?;
     Ok(request)
 }
 
 /// Reads the options that name one of several choices, in QEMU's order.
-fn qcow2_request(options: &ImageOptions) -> Result<Qcow2Request, Failure> {
+fn qcow2_request(options: &ImageOptions) -> Result<(Qcow2Request, Option<NewCrypt>), Failure> {
     let no_such =
         |name: &str, value: &str| Failure::new(format!("Parameter '{name}' does not accept value '{value}'"));
     let mut request = Qcow2Request::new(options.number("size").unwrap_or(0));
@@ -214,15 +217,10 @@ fn qcow2_request(options: &ImageOptions) -> Result<Qcow2Request, Failure> {
     };
     request.backing_file = options.text("backing_file").map(str::to_owned);
     request.backing_format = options.text("backing_fmt").map(str::to_owned);
-    if let Some(other) = request.backing_format.as_ref().filter(|name| !DRIVERS.contains(&&***name)) {
+    if let Some(other) = request.backing_format.as_ref().filter(|name| !drivers::may_be_recorded(name)) {
         return Err(no_such("backing-fmt", other));
     }
-    // That the secret is not named is said last.
-    if let Some(failure) =
-        new_crypt(options).err().filter(|failure| !failure.to_string().ends_with(NO_SECRET))
-    {
-        return Err(failure);
-    }
+    let crypt = new_crypt(options)?;
     request.cluster_size = options.number("cluster_size").unwrap_or(request.cluster_size);
     request.preallocation = preallocation(options).map_err(|text| no_such("preallocation", &text))?;
     request.lazy_refcounts = options.switch("lazy_refcounts");
@@ -236,7 +234,7 @@ fn qcow2_request(options: &ImageOptions) -> Result<Qcow2Request, Failure> {
     let data_file = options.text("data_file");
     request.data_file = data_file.map(|name| name.strip_prefix("file:").unwrap_or(name).to_owned());
     request.data_file_raw = options.switch("data_file_raw");
-    Ok(request)
+    Ok((request, crypt))
 }
 
 fn preallocation(options: &ImageOptions) -> Result<Preallocation, String> {
@@ -256,17 +254,63 @@ fn prepare(path: &str) -> Result<NewFile, Failure> {
     })
 }
 
-/// Opens `path` for writing and empties it; from here on a failure takes it away.
-fn open_empty(path: &str, file: NewFile, interrupts: &Interrupts) -> Result<Arc<dyn Storage>, Failure> {
-    match OpenFile::writable().with_create(Create::Truncate).open(Path::new(path)) {
-        Ok(storage) => {
-            interrupts.add_file(file);
-            Ok(storage)
+/// How the files of a new image are to lie on the disk.
+struct Layout {
+    /// Bytes that the file system is to take at once for a file, and whether somebody asked for that.
+    extent_size: (u32, bool),
+    no_cow: bool,
+}
+
+impl Layout {
+    /// QEMU's default, which only XFS heeds.
+    const EXTENT_SIZE: u32 = 1 << 20;
+
+    fn of(options: &ImageOptions) -> Result<Self, Failure> {
+        let asked = options.number("extent_size_hint").map(u32::try_from).transpose();
+        let asked = asked.map_err(|_| Failure::new("Extent size hint is too large"))?;
+        let extent_size = (asked.unwrap_or(Self::EXTENT_SIZE), asked.is_some());
+        Ok(Self { extent_size, no_cow: options.switch("nocow") })
+    }
+}
+
+/// What opening a new file takes.
+struct Files<'a> {
+    session: &'a Session,
+    interrupts: &'a Interrupts,
+    layout: Layout,
+}
+
+impl Files<'_> {
+    /// Opens `path` for writing and empties it; from here on a failure takes it away.
+    fn open_empty(&self, path: &str, file: NewFile) -> Result<Arc<dyn Storage>, Failure> {
+        match OpenFile::writable().with_create(Create::Truncate).open_file(Path::new(path)) {
+            Ok(storage) => {
+                self.interrupts.add_file(file);
+                if storage.is_regular() {
+                    self.lay_out(&storage);
+                }
+                Ok(Arc::new(storage))
+            }
+            Err(error) => {
+                file.undo();
+                let (reason, hint) = qemu_text::source_reason(&SourceError::Open(error), path);
+                Err(hint.into_iter().fold(Failure::new(reason), Failure::hint))
+            }
         }
-        Err(error) => {
-            file.undo();
-            let (reason, hint) = qemu_text::source_reason(&SourceError::Open(error), path);
-            Err(hint.into_iter().fold(Failure::new(reason), Failure::hint))
+    }
+
+    /// Tells the file system of an empty file. That it does not listen is no failure, and is said where somebody asked for it.
+    fn lay_out(&self, file: &FileStorage) {
+        if self.layout.no_cow {
+            let _ = file.set_no_cow();
+        }
+        let (bytes, asked) = self.layout.extent_size;
+        match file.set_extent_size_hint(bytes) {
+            Err(error) if asked && bytes > 0 => {
+                let reason = error.raw_os_error().map_or_else(|| error.to_string(), os_error_text);
+                self.session.warn(&format!("Failed to set extent size hint: {reason}"));
+            }
+            _ => {}
         }
     }
 }
@@ -290,8 +334,6 @@ fn failed(error: &qcow2_ops::Error, naming: &str) -> Failure {
     }
 }
 
-const NO_SECRET: &str = "is required for cipher";
-
 fn backing_words(request: &Qcow2Request) -> String {
     match (&request.backing_file, &request.backing_format) {
         (Some(name), Some(format)) => {
@@ -304,54 +346,3 @@ fn backing_words(request: &Qcow2Request) -> String {
 fn request_words(size: u64) -> String {
     format!("Could not make an image of {size} bytes")
 }
-
-/// Whether there is such a format, here or in QEMU.
-pub(crate) fn is_known_format(name: &str) -> bool {
-    DRIVERS.contains(&name) || FILTERS.contains(&name)
-}
-
-/// What QEMU takes for formats besides when a name is recorded without being looked at.
-const FILTERS: [&str; 10] = [
-    "blklogwrites",
-    "copy-before-write",
-    "null-aio",
-    "null-co",
-    "nvme",
-    "preallocate",
-    "replication",
-    "snapshot-access",
-    "throttle",
-    "vvfat",
-];
-
-/// Formats that may be recorded for a backing file: those that QEMU knows and that a backing file can have.
-const DRIVERS: [&str; 28] = [
-    "blkdebug",
-    "blkverify",
-    "bochs",
-    "cloop",
-    "compress",
-    "copy-on-read",
-    "dmg",
-    "file",
-    "ftp",
-    "ftps",
-    "host_cdrom",
-    "host_device",
-    "http",
-    "https",
-    "luks",
-    "nbd",
-    "parallels",
-    "qcow",
-    "qcow2",
-    "qed",
-    "quorum",
-    "raw",
-    "rbd",
-    "ssh",
-    "vdi",
-    "vhdx",
-    "vmdk",
-    "vpc",
-];

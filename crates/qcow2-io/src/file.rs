@@ -111,6 +111,23 @@ impl FileStorage {
         self.regular
     }
 
+    /// Asks the file system to give this file space in pieces of `bytes` (0: as it likes), so that a disk that is written here and
+    /// there does not fall into many small ones. XFS does so, and takes the wish only while the file is empty; writes one
+    /// attribute of the file and no content.
+    ///
+    /// Errors: what the system says where it does not do it, `Unsupported` on systems and file systems without such attributes.
+    pub fn set_extent_size_hint(&self, bytes: u32) -> io::Result<()> {
+        sys::set_extent_size_hint(&self.file, bytes)
+    }
+
+    /// Asks the file system to write this file in place where it would write a copy elsewhere. btrfs does so, and takes the wish
+    /// only while the file is empty; writes one attribute of the file and no content.
+    ///
+    /// Errors: what the system says where it does not do it, `Unsupported` on systems without such attributes.
+    pub fn set_no_cow(&self) -> io::Result<()> {
+        sys::set_no_cow(&self.file)
+    }
+
     pub(crate) fn file(&self) -> &File {
         &self.file
     }

@@ -247,3 +247,19 @@ fn a_block_device_has_a_fixed_length() {
         assert_eq!(extent.len, LEN);
     }
 }
+
+/// File systems that do not do what is asked refuse it, and the file is as before either way.
+#[test]
+fn wishes_about_the_disk_leave_the_file_alone() {
+    let dir = scratch();
+    let path = dir.path().join("disk");
+    let storage = create(&path, CacheMode::Writeback);
+    for bytes in [1 << 20, 5, u32::MAX, 0] {
+        println!("{bytes}: {:?}", storage.set_extent_size_hint(bytes));
+    }
+    println!("in place: {:?}", storage.set_no_cow());
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+    storage.write_at(at(3), &[7; 10]).unwrap();
+    println!("not empty any more: {:?} {:?}", storage.set_extent_size_hint(1 << 21), storage.set_no_cow());
+    assert_eq!(std::fs::read(&path).unwrap(), [&[0; 3][..], &[7; 10]].concat());
+}

@@ -34,7 +34,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         session.print(&format!("{}\n", options.announcement(&request.filename)))?;
     }
     let interrupts = Interrupts::install();
-    let made = newimage::make(&target, &options, &interrupts);
+    let made = newimage::make(session, &target, &options, &interrupts);
     match made {
         Ok(()) => interrupts.finish_files(),
         Err(failure) => {

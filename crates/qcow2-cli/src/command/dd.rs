@@ -94,7 +94,7 @@ fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result
         Err(reason) if !request.output.is_empty() => return Err(about(Failure::new(reason))),
         target => target.unwrap_or(NewTarget::File(String::new())),
     };
-    newimage::make(&made, &options, interrupts).map_err(about)?;
+    newimage::make(session, &made, &options, interrupts).map_err(about)?;
     let args = ImageArgs { format: Some(format.name().to_owned()), ..ImageArgs::default() };
     let driver = match format {
         TargetFormat::Raw => Driver::Raw,

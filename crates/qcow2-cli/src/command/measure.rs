@@ -37,7 +37,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let (measured, bitmaps) = match format {
         TargetFormat::Raw => (measure_raw(what), None),
         TargetFormat::Luks => {
-            let volume = read_options(&options, "luks", &LUKS_NAMES, options.objects())?;
+            let volume = read_options(&options, "luks", &LUKS_NAMES, options.objects())?.with_secret()?;
             (measure_container(what, volume.area_len()), None)
         }
         TargetFormat::Qcow2 => {
@@ -169,7 +169,8 @@ fn qcow2_options(options: &ImageOptions) -> Result<MeasureOptions, Failure> {
         Some(other) => return refused(format!("invalid parameter value: {other}")),
     };
     if options.text("encrypt.format") == Some("luks") {
-        wanted.luks_len = read_options(options, "luks", &QCOW2_NAMES, options.objects())?.area_len();
+        let crypt = read_options(options, "luks", &QCOW2_NAMES, options.objects())?.with_secret()?;
+        wanted.luks_len = crypt.area_len();
     }
     Ok(wanted)
 }

@@ -1,11 +1,11 @@
 //! `rebase`: another backing file, and the same disk all the same; or, unsafe, another name for it.
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
+use crate::drivers;
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::newimage::is_known_format;
 use crate::open::{LayerFiles, OpenAs, OpenedDisk, close, open_image, open_to_change};
 use crate::progress::Meter;
 use crate::render::qemu_text;
@@ -91,7 +91,7 @@ fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fai
     if request.compress && top.disk.as_image().is_none() {
         return Err(Failure::new("Compression not supported for this file format"));
     }
-    if let Some(format) = request.backing_format.as_deref().filter(|format| !is_known_format(format)) {
+    if let Some(format) = request.backing_format.as_deref().filter(|format| !drivers::is_known(format)) {
         return Err(Failure::new(format!("Invalid format name: '{format}'")));
     }
     let new = match request.new_backing().filter(|_| !request.unsafe_mode) {

@@ -22,7 +22,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let name = ImageName::read(session, &request.filename, &request.image)?;
     if let Action::External(new) = &request.action {
-        return external(&name, &request.image, new).map(|()| exit::SUCCESS);
+        return external(session, &name, &request.image, new).map(|()| exit::SUCCESS);
     }
     let writable = !matches!(request.action, Action::List);
     if writable && request.image.force_share {
@@ -184,7 +184,7 @@ fn change(image: &Image, action: &Action) -> Result<(), Failure> {
 }
 
 /// A new image on top of the one that `name` leads to, which nobody may be changing and which stays as it is.
-fn external(name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure> {
+fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure> {
     let about = |failure: Failure| failure.about(new);
     let opened = open_image(name, args, OpenAs::READ)?;
     if opened.format == ImageFormat::Raw && args.format.is_none() && !args.image_opts {
@@ -205,7 +205,7 @@ fn external(name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure
     options.set_text("backing_fmt", if opened.format == ImageFormat::Raw { "raw" } else { "qcow2" });
     options.set_number("size", opened.disk.size().next_multiple_of(512));
     let interrupts = Interrupts::install();
-    let made = newimage::make(&target, &options, &interrupts);
+    let made = newimage::make(session, &target, &options, &interrupts);
     match &made {
         Ok(()) => interrupts.finish_files(),
         Err(_) => interrupts.discard_files(),

@@ -33,20 +33,31 @@ pub(crate) enum NewCrypt {
     Aes,
     /// LUKS.
     Luks(NewVolume, Secret),
+    /// The secret is not named: the option that would name it.
+    NoSecret(&'static str),
 }
 
 impl NewCrypt {
     /// Bytes of the header that it needs.
     pub(crate) fn area_len(&self) -> u64 {
         match self {
-            Self::Aes => 0,
+            Self::Aes | Self::NoSecret(_) => 0,
             Self::Luks(volume, _) => volume.area_len(),
         }
     }
 
-    /// Makes the key and the header; this is what takes its time.
+    /// The same, or the complaint that the secret is not named.
+    pub(crate) fn with_secret(self) -> Result<Self, Failure> {
+        match self {
+            Self::NoSecret(name) => Err(no_secret(name)),
+            other => Ok(other),
+        }
+    }
+
+    /// Makes the key and the header; this is what takes its time. Errors: also that the secret is not named.
     pub(crate) fn make(&self) -> Result<NewEncryption, Failure> {
         match self {
+            Self::NoSecret(name) => Err(no_secret(name)),
             Self::Aes => Ok(NewEncryption::Aes),
             Self::Luks(volume, password) => {
                 let area = create(volume, password, &mut SystemRandom, &ThreadTime::new())
@@ -71,8 +82,10 @@ pub(crate) fn read_options(
             return Err(Failure::new(format!("Parameter '{name}' is unexpected")));
         }
         // Looked up now, so that a missing one is told before anything is made.
-        required(options, secret_name, objects)?;
-        return Ok(NewCrypt::Aes);
+        return Ok(match secret(options, secret_name, objects)? {
+            Some(_) => NewCrypt::Aes,
+            None => NewCrypt::NoSecret(secret_name),
+        });
     }
     let mut volume = NewVolume::default();
     if let Some(found) = choice(options, alg, CipherAlg::from_name)? {
@@ -89,7 +102,9 @@ pub(crate) fn read_options(
         volume.hash = found;
     }
     volume.iter_time_ms = options.number(iter_time).unwrap_or(volume.iter_time_ms);
-    let password = required(options, secret_name, objects)?;
+    let Some(password) = secret(options, secret_name, objects)? else {
+        return Ok(NewCrypt::NoSecret(secret_name));
+    };
     volume.spec.check().map_err(|error| Failure::new(not_together(&volume, &reason(&error))))?;
     Ok(NewCrypt::Luks(volume, password))
 }
@@ -106,10 +121,13 @@ fn choice<T>(
     parse(text).map(Some).ok_or_else(no_such)
 }
 
-fn required(options: &ImageOptions, name: &str, objects: &Objects) -> Result<Secret, Failure> {
-    let id = options.text(name);
-    let id = id.ok_or_else(|| Failure::new(format!("Parameter '{name}' is required for cipher")))?;
-    objects.secret(id).map_err(Failure::new)
+/// The secret that the option `name` names, if it is given.
+fn secret(options: &ImageOptions, name: &str, objects: &Objects) -> Result<Option<Secret>, Failure> {
+    options.text(name).map(|id| objects.secret(id).map_err(Failure::new)).transpose()
+}
+
+fn no_secret(name: &str) -> Failure {
+    Failure::new(format!("Parameter '{name}' is required for cipher"))
 }
 
 /// QEMU's words for parts that do not go together.

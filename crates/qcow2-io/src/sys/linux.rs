@@ -3,10 +3,11 @@
 use super::Run;
 use crate::direct::Alignment;
 use rustix::fs::{
-    AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags, copy_file_range, fallocate, fdatasync,
-    ioctl_blksszget, seek, statx,
+    AtFlags, FallocateFlags, IFlags, OFlags, SeekFrom, StatxFlags, copy_file_range, fallocate, fdatasync,
+    ioctl_blksszget, ioctl_getflags, ioctl_setflags, seek, statx,
 };
 use rustix::io::Errno;
+use rustix::ioctl::{Getter, Opcode, Setter, ioctl, opcode};
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -224,4 +225,38 @@ fn byte_lock_call(file: &File, command: libc::c_int, lock: &mut libc::flock64) -
             _ => return Err(error),
         }
     }
+}
+
+/// The kernel's `struct fsxattr`: what can be asked of one file.
+#[repr(C)]
+struct FileAttributes {
+    flags: u32,
+    extent_size: u32,
+    extent_count: u32,
+    project: u32,
+    cow_extent_size: u32,
+    reserved: [u8; 8],
+}
+
+const GET_ATTRIBUTES: Opcode = opcode::read::<FileAttributes>(b'X', 31);
+const SET_ATTRIBUTES: Opcode = opcode::write::<FileAttributes>(b'X', 32);
+/// `FS_XFLAG_EXTSIZE`: the extent size counts.
+const EXTENT_SIZE_COUNTS: u32 = 0x800;
+
+/// Asks for space in pieces of so many bytes.
+#[allow(unsafe_code, reason = "calls that rustix has no functions for")]
+pub(crate) fn set_extent_size_hint(file: &File, bytes: u32) -> io::Result<()> {
+    // SAFETY: the kernel writes such a structure for this call, and no more.
+    let told = unsafe { ioctl(file, Getter::<GET_ATTRIBUTES, FileAttributes>::new()) };
+    let Ok(mut attributes) = told else { return Err(io::ErrorKind::Unsupported.into()) };
+    attributes.flags |= EXTENT_SIZE_COUNTS;
+    attributes.extent_size = bytes;
+    // SAFETY: the kernel reads such a structure for this call, and no more.
+    unsafe { ioctl(file, Setter::<SET_ATTRIBUTES, FileAttributes>::new(attributes)) }.map_err(io::Error::from)
+}
+
+/// Asks for a file that is written in place.
+pub(crate) fn set_no_cow(file: &File) -> io::Result<()> {
+    let flags = ioctl_getflags(file)?;
+    ioctl_setflags(file, flags | IFlags::NOCOW).map_err(io::Error::from)
 }

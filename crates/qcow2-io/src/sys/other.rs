@@ -94,3 +94,13 @@ pub(crate) fn lock_byte(_file: &File, _byte: u64) -> io::Result<()> {
 pub(crate) fn is_byte_locked(_file: &File, _byte: u64) -> io::Result<bool> {
     Err(io::ErrorKind::Unsupported.into())
 }
+
+/// Not known here.
+pub(crate) fn set_extent_size_hint(_file: &File, _bytes: u32) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Not known here.
+pub(crate) fn set_no_cow(_file: &File) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}

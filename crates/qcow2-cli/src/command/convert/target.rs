@@ -33,7 +33,7 @@ pub(super) fn open(
         let options = settle(request, sources, size)?;
         request.target_cache()?;
         let format = options.format().name();
-        newimage::make(&made, &options, interrupts).map_err(|failure| {
+        newimage::make(session, &made, &options, interrupts).map_err(|failure| {
             failure.about(&format!("error while converting {format}")).about(&request.target)
         })?;
         let driver = match options.format() {
