@@ -272,7 +272,6 @@ fn build_meta(
         gate: RwLock::new(()),
         table_lock: Mutex::new(()),
         flushing: Mutex::new(()),
-        fresh_tables_end: AtomicU64::new(0),
         flush_rounds: AtomicU64::new(0),
         expanded: ExpandedClusters::default(),
         operations: Operations::default(),

@@ -93,7 +93,7 @@ impl Image {
         let (old_offset, mut table) = meta.l1.contents();
         let old_clusters = meta.geometry.clusters_for(table.len() as u64 * 8);
         table.resize(entries as usize, 0);
-        let place = meta.allocate_metadata(meta.geometry.clusters_for(entries * 8))?;
+        let place = meta.allocate_with_space(meta.geometry.clusters_for(entries * 8))?;
         let bytes: ::alloc::vec::Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         meta.event(Event::L1GrowWriteTable);
         meta.storage.write_at(place.offset, &bytes)?;

@@ -15,6 +15,7 @@ pub mod oracle;
 pub mod pages;
 pub mod pattern;
 pub mod rng;
+pub mod room;
 pub mod sim;
 pub mod storage;
 pub mod toy;

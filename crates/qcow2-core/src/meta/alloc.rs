@@ -8,17 +8,21 @@ use super::page::Page;
 use super::pending::Unlinked;
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::event::Event;
-use crate::port::storage::ZeroMode;
+use crate::port::storage::{StorageErrorKind, ZeroMode};
 use crate::sync::{lock, read, write};
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;
 use ::alloc::sync::Arc;
+use ::alloc::vec;
 use ::alloc::vec::Vec;
 use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
 use qcow2_format::{HostCluster, HostOffset};
 
 /// The largest host offset that a table entry can hold. Spec: "Cluster mapping".
 const MAX_HOST_END: u64 = 1 << 56;
+
+/// The most zeroes that are written at once.
+const MAX_PIECE: u64 = 64 << 10;
 
 /// The refcount table and where to look for free clusters.
 pub(crate) struct Refcounts {
@@ -70,6 +74,19 @@ impl Meta {
         let reserved = self.reserve(count, true)?;
         self.note_metadata(reserved.first, count);
         Ok(reserved)
+    }
+
+    /// [`allocate_metadata`](Self::allocate_metadata) with space on the disk, for tables that are written when much has changed
+    /// already. Errors: also `NoSpace`, nothing having changed.
+    pub(crate) fn allocate_with_space(&self, count: u64) -> Result<Reserved> {
+        let reserved = self.allocate_metadata(count)?;
+        match self.storage.allocate(reserved.offset, count << self.geometry.cluster_bits()) {
+            Err(error) if error.kind() != StorageErrorKind::Unsupported => {
+                self.release(reserved.first, count)?;
+                Err(error.into())
+            }
+            _ => Ok(reserved),
+        }
     }
 
     fn reserve(&self, want: u64, exact: bool) -> Result<Reserved> {
@@ -227,6 +244,8 @@ impl Meta {
         self.refcount_cache.forget(offset, size);
         if self.storage.len()? > offset.value() {
             self.storage.write_zeroes(offset, size, ZeroMode::KeepAllocated)?;
+        } else {
+            self.write_empty_table(offset)?;
         }
         self.event(Event::RefblockAlloc);
         refcounts.table[index as usize] = encode_table_entry(Some(offset));
@@ -237,6 +256,19 @@ impl Meta {
         }
         refcounts.dirty_sectors.insert(index * 8 / super::page::SECTOR_SIZE);
         self.note_metadata(cluster, 1);
+        Ok(())
+    }
+
+    /// Writes the zeroes of a new table of one cluster at the end of the file, though it reads as zeroes without: it then has
+    /// space on the disk before anything depends on it. A full disk is told to who needs the table, who can go on when
+    /// there is room, and not found out by a flush, after which the image could not go on. Written, not reserved, so that
+    /// the file system puts it between the data around it.
+    pub(crate) fn write_empty_table(&self, table: HostOffset) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        let zeroes = vec![0; size.min(MAX_PIECE) as usize];
+        for at in (0..size).step_by(zeroes.len()) {
+            self.storage.write_at(HostOffset::new(table.value() + at), &zeroes)?;
+        }
         Ok(())
     }
 

@@ -3,7 +3,6 @@
 //! One round, whatever its size, is:
 //! 1. close the gate, copy the changed mapping sectors, open the gate;
 //! 2. write the refcount blocks that changed up to now (and behind a barrier, the refcount table entries of new ones);
-//!    make the file as long as its new tables need;
 //! 3. barrier: refcounts, new tables and guest data are durable;
 //! 4. write the copied mapping sectors; barrier: the links and unlinks are durable;
 //! 5. what was unlinked before step 1 may be freed once nobody can see it.
@@ -89,7 +88,6 @@ impl Meta {
             self.free_reusable(&links.unlinked)?;
         }
         self.write_refcounts()?;
-        self.cover_fresh_tables()?;
         self.barrier(!links.runs.is_empty())?;
         if !links.runs.is_empty() {
             self.write_links(&links)?;
@@ -132,17 +130,6 @@ impl Meta {
             }
             self.event(Event::ReftableUpdate);
             self.write_runs(&join_runs(entries))?;
-        }
-        Ok(())
-    }
-
-    /// Makes the file reach to the end of every new L2 table: nothing may refer to a place past the end. Where the file
-    /// is shorter nobody has written the table's last sector, and only flush rounds ever do.
-    fn cover_fresh_tables(&self) -> Result<()> {
-        let end = self.fresh_tables_end.swap(0, Ordering::SeqCst);
-        if self.storage.len()? < end {
-            let last = HostOffset::new(end - SECTOR_SIZE);
-            self.storage.write_at(last, &[0; SECTOR_SIZE as usize])?;
         }
         Ok(())
     }

@@ -15,7 +15,6 @@ use crate::sync::{lock, read, write};
 use ::alloc::format;
 use ::alloc::sync::Arc;
 use ::alloc::vec;
-use core::sync::atomic::Ordering;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::L2Entry;
 use qcow2_format::{FormatError, GuestOffset, HostOffset, L1Index};
@@ -167,9 +166,9 @@ impl Meta {
                 self.event(Event::L2AllocWrite);
                 self.storage.write_at(table, &bytes)?;
             }
-            // The place reads as zeroes already, but the file must reach so far before anything refers to it.
             None if fresh => {
-                self.fresh_tables_end.fetch_max(table.value() + size, Ordering::SeqCst);
+                self.event(Event::L2AllocWrite);
+                self.write_empty_table(table)?;
             }
             None => {
                 self.event(Event::L2AllocWrite);

@@ -51,8 +51,6 @@ pub(crate) struct Meta {
     pub(crate) table_lock: Mutex<()>,
     /// Held for a flush round.
     pub(crate) flushing: Mutex<()>,
-    /// Where the last new L2 table ends that was not written, because its place reads as zeroes.
-    pub(crate) fresh_tables_end: AtomicU64,
     /// How many flush rounds have begun.
     pub(crate) flush_rounds: AtomicU64,
     pub(crate) expanded: ExpandedClusters,

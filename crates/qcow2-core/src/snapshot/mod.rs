@@ -248,7 +248,7 @@ impl Image {
     fn reserve_l1(&self, entries: usize) -> Result<HostOffset> {
         match self.meta.geometry.clusters_for(entries as u64 * 8) {
             0 => Ok(HostOffset::new(0)),
-            clusters => Ok(self.meta.allocate_metadata(clusters)?.offset),
+            clusters => Ok(self.meta.allocate_with_space(clusters)?.offset),
         }
     }
 

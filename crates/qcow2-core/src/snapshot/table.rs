@@ -77,7 +77,7 @@ impl Meta {
         }
         let offset = match self.geometry.clusters_for(len) {
             0 => HostOffset::new(0),
-            clusters => self.allocate_metadata(clusters)?.offset,
+            clusters => self.allocate_with_space(clusters)?.offset,
         };
         Ok(NewTable { offset, bytes, count: snapshots.len() as u32 })
     }
