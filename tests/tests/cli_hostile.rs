@@ -4,6 +4,7 @@
 use qcow2_core::format::{AutoclearFeatures, BitmapsExtension, Header, HostOffset, Version};
 use qcow2_testkit::oracle::{Outcome, Tool};
 use qcow2_testkit::rng::Rng;
+use qcow2_tests::side_by_side::words;
 use std::fs;
 use std::io::Read;
 use std::path::Path;
@@ -262,8 +263,56 @@ fn no_room() {
         let script = format!("trap '' XFSZ; ulimit -f 100; exec {OURS} {line}");
         let outcome = shell.run_in(folder.path(), &["-c", &script]).expect_code(1);
         assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
-        assert!(outcome.stderr.contains("File too large"), "{outcome}");
+        assert!(outcome.stderr.contains("too large"), "{outcome}");
         assert!(!at("new").exists(), "{line}");
+    }
+}
+
+/// What was there before is as it was: the same disks, no leaks, and resized to no purpose.
+#[cfg(unix)]
+#[test]
+fn no_room_for_more() {
+    let start = tempfile::tempdir().unwrap();
+    let own = |folder: &Path, line: &str| {
+        let outcome = Tool::at(OURS).run_in(folder, &words(line)).success();
+        outcome.stdout
+    };
+    fs::write(start.path().join("data"), vec![7; 4 << 20]).unwrap();
+    fs::write(start.path().join("raw"), vec![5; 64 << 10]).unwrap();
+    own(start.path(), "create -q -f qcow2 base 4M");
+    own(start.path(), "create -q -f qcow2 -b base -F qcow2 over");
+    own(start.path(), "io -f qcow2 -c 'write -q -P 9 0 4M' over");
+    own(start.path(), "create -q -f qcow2 -b data -F raw thin");
+    own(start.path(), "create -q -f qcow2 -o cluster_size=512 small 64k");
+    let shell = Tool::find("bash").expect("bash");
+    for (line, images) in [
+        ("resize --preallocation=falloc base 9M", &["base"][..]),
+        ("resize --preallocation=full base 9M", &["base"]),
+        ("resize --preallocation=metadata small 90M", &["small"]),
+        ("resize -f raw --preallocation=full raw 4M", &["raw"]),
+        ("resize -f raw --preallocation=falloc raw 4M", &["raw"]),
+        ("commit over", &["base", "over"]),
+        ("rebase -b '' thin", &["thin"]),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["data", "raw", "base", "over", "thin", "small"] {
+            fs::copy(start.path().join(name), folder.path().join(name)).unwrap();
+        }
+        let script = format!("trap '' XFSZ; ulimit -f 1000; exec {OURS} {line}");
+        let outcome = shell.run_in(folder.path(), &["-c", &script]).expect_code(1);
+        assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+        assert!(outcome.stderr.contains("File too large"), "{outcome}");
+        for image in images {
+            if *image == "raw" {
+                assert_eq!(fs::read(folder.path().join(image)).unwrap(), vec![5; 64 << 10], "{line}");
+                continue;
+            }
+            own(folder.path(), &format!("check -q -f qcow2 {image}"));
+            if *image != "base" || line.starts_with("resize") {
+                let seen = own(folder.path(), &format!("checksum -f qcow2 {image}"));
+                assert_eq!(seen, own(start.path(), &format!("checksum -f qcow2 {image}")), "{line}");
+            }
+        }
     }
 }
 

@@ -17,6 +17,8 @@ use qcow2_core::format::{CompressionType, FormatErrorKind, Version};
 use qcow2_core::{NewEncryption, Preallocation, Storage, StorageError};
 use qcow2_io::{Create, FileStorage, OpenFile, SourceError, os_error_text};
 use qcow2_ops::create::{Qcow2Request, RawRequest, Refusal, plan, plan_raw};
+use qcow2_ops::resize::MAX_DISK_SIZE;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -31,6 +33,43 @@ pub(crate) fn warn_of_raw(session: &Session, filename: &str, option: &str) {
     }
 }
 
+/// An image that was not made.
+#[derive(Debug)]
+pub(crate) struct NotMade {
+    failure: Box<Failure>,
+    /// Whether the file would be longer than its file system allows.
+    too_long: bool,
+}
+
+impl NotMade {
+    /// Why, as `create` says it, which has words of its own for what is too long.
+    pub(crate) fn in_short(self, format: TargetFormat) -> Failure {
+        let hint = if format == TargetFormat::Qcow2 { " (try using a larger cluster size)" } else { "" };
+        match (self.too_long, format) {
+            (true, TargetFormat::Raw | TargetFormat::Qcow2) => {
+                Failure::new(format!("The image size is too large for file format '{}'{hint}", format.name()))
+            }
+            (true, TargetFormat::Luks) => Failure::new(TOO_LARGE),
+            (false, _) => *self.failure,
+        }
+    }
+}
+
+impl From<Failure> for NotMade {
+    fn from(failure: Failure) -> Self {
+        Self { failure: Box::new(failure), too_long: false }
+    }
+}
+
+impl From<NotMade> for Failure {
+    fn from(not_made: NotMade) -> Self {
+        *not_made.failure
+    }
+}
+
+/// Of a container.
+const TOO_LARGE: &str = "The requested file size is too large";
+
 /// Makes the image that `target` names as `options` say. The files are noted with `interrupts` until they are finished there.
 /// Errors: in QEMU's words, without the file's name.
 pub(crate) fn make(
@@ -38,11 +77,11 @@ pub(crate) fn make(
     target: &NewTarget,
     options: &ImageOptions,
     interrupts: &Interrupts,
-) -> Result<(), Failure> {
+) -> Result<(), NotMade> {
     let path = match target {
         NewTarget::File(path) => path,
         NewTarget::Existing(node) => return make_in_existing(node, options),
-        NewTarget::OutOfReach { driver, reason } => return Err(not_opened(driver, reason)),
+        NewTarget::OutOfReach { driver, reason } => return Err(not_opened(driver, reason).into()),
     };
     let files = Files { session, interrupts, layout: Layout::of(options)? };
     match options.format() {
@@ -53,17 +92,18 @@ pub(crate) fn make(
 }
 
 /// A container: the header, and behind it as much as the disk has.
-fn make_luks(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(), Failure> {
+fn make_luks(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(), NotMade> {
     let file = prepare(path)?;
     let planned = luks_request(options).and_then(|(request, crypt)| match plan_raw(&request) {
-        Err(refusal) => Err(Failure::new(qemu_text::refusal(&refusal))),
+        Err(refusal) => Err(Failure::new(container_refusal(&refusal))),
+        Ok(()) if request.size > MAX_DISK_SIZE => Err(Failure::new(exceeds(request.size))),
         Ok(()) => Ok((request, crypt.make()?)),
     });
     let (request, encryption) = match planned {
         Ok(planned) => planned,
         Err(failure) => {
             file.undo();
-            return Err(failure);
+            return Err(failure.into());
         }
     };
     let storage = files.open_empty(path, file)?;
@@ -71,6 +111,18 @@ fn make_luks(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<()
         fit_device(&*storage, request.size, "device files")?;
     }
     make_container(&storage, &request, &encryption)
+}
+
+/// Why a container cannot be, in QEMU's words.
+fn container_refusal(refusal: &Refusal) -> String {
+    match refusal {
+        Refusal::SizeTooLarge(_) => TOO_LARGE.to_owned(),
+        other => qemu_text::refusal(other),
+    }
+}
+
+fn exceeds(size: u64) -> String {
+    format!("offset({}) exceeds maximum({MAX_DISK_SIZE})", size.next_multiple_of(512))
 }
 
 /// The whole container as a file, and its encryption.
@@ -86,10 +138,12 @@ fn make_container(
     storage: &Arc<dyn Storage>,
     request: &RawRequest,
     encryption: &NewEncryption,
-) -> Result<(), Failure> {
+) -> Result<(), NotMade> {
     let NewEncryption::Luks(area) = encryption else { return Ok(()) };
-    qcow2_ops::create::create_container(storage, request, area)
-        .map_err(|error| failed(&error, &request_words(request.size)))
+    qcow2_ops::create::create_container(storage, request, area).map_err(|error| {
+        let not_made = failed(&error, &qemu_text::no_space(request.preallocation, false), "");
+        if not_made.too_long { Failure::new(TOO_LARGE).into() } else { not_made }
+    })
 }
 
 /// How the new image is to be encrypted, if it is. Errors: in QEMU's words, nothing having been made; not that the secret is not
@@ -113,7 +167,7 @@ fn new_crypt(options: &ImageOptions) -> Result<Option<NewCrypt>, Failure> {
     read_options(options, format, &QCOW2_NAMES, options.objects()).map(Some)
 }
 
-fn make_raw(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(), Failure> {
+fn make_raw(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(), NotMade> {
     let size = options.number("size").unwrap_or(0);
     let preallocation =
         preallocation(options).map_err(|text| Failure::new(format!("invalid parameter value: {text}")))?;
@@ -121,22 +175,27 @@ fn make_raw(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(),
     let file = prepare(path)?;
     if let Err(refusal) = plan_raw(&request) {
         file.undo();
-        return Err(Failure::new(qemu_text::refusal(&refusal)));
+        return Err(Failure::new(match refusal {
+            Refusal::SizeTooLarge(_) => "Could not resize file: Invalid argument".to_owned(),
+            other => qemu_text::refusal(&other),
+        })
+        .into());
     }
     let storage = files.open_empty(path, file)?;
     if is_block_device(path) {
-        return fit_device(&*storage, size, "device files");
+        return Ok(fit_device(&*storage, size, "device files")?);
     }
-    qcow2_ops::create_raw(&storage, &request).map_err(|error| failed(&error, &request_words(size)))
+    let step = qemu_text::no_space(preallocation, false);
+    qcow2_ops::create_raw(&storage, &request).map_err(|error| failed(&error, &step, ""))
 }
 
 /// A server's disk is there already: it must be large enough, and loses the beginning that an older image may have.
-fn make_in_existing(node: &Node, options: &ImageOptions) -> Result<(), Failure> {
+fn make_in_existing(node: &Node, options: &ImageOptions) -> Result<(), NotMade> {
     let size = options.number("size").unwrap_or(0);
     let storage = open_existing(node)
         .map_err(|failure| not_opened(node.driver().name(), &failure.without_name().to_string()))?;
     match options.format() {
-        TargetFormat::Raw => fit_device(&*storage, size, "NBD nodes"),
+        TargetFormat::Raw => Ok(fit_device(&*storage, size, "NBD nodes")?),
         TargetFormat::Luks => {
             let (request, crypt) = luks_request(options)?;
             fit_device(&*storage, request.size, "NBD nodes")?;
@@ -144,11 +203,11 @@ fn make_in_existing(node: &Node, options: &ImageOptions) -> Result<(), Failure> 
         }
         TargetFormat::Qcow2 => {
             if options.text("data_file").is_some() {
-                return Err(Failure::new("A data file is a file beside the image, which is none here"));
+                return Err(Failure::new("A data file is a file beside the image, which is none here").into());
             }
             let request = planned(options)?;
             qcow2_ops::create(&storage, None, &request)
-                .map_err(|error| failed(&error, &backing_words(&request)))
+                .map_err(|error| failed(&error, &step_words(&request), &backing_words(&request)))
         }
     }
 }
@@ -169,14 +228,14 @@ fn fit_device(device: &dyn Storage, size: u64, what: &str) -> Result<(), Failure
     }
 }
 
-fn make_qcow2(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(), Failure> {
+fn make_qcow2(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(), NotMade> {
     let file = prepare(path)?;
     let data_path = options.text("data_file").map(|name| name.strip_prefix("file:").unwrap_or(name));
     let data_file = match data_path.map(prepare).transpose() {
         Ok(data_file) => data_file,
         Err(failure) => {
             file.undo();
-            return Err(failure);
+            return Err(failure.into());
         }
     };
     let request = match planned(options) {
@@ -184,7 +243,7 @@ fn make_qcow2(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(
         Err(failure) => {
             file.undo();
             data_file.into_iter().for_each(NewFile::undo);
-            return Err(failure);
+            return Err(failure.into());
         }
     };
     let storage = files.open_empty(path, file)?;
@@ -193,7 +252,7 @@ fn make_qcow2(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(
         None => None,
     };
     qcow2_ops::create(&storage, data.as_ref(), &request)
-        .map_err(|error| failed(&error, &backing_words(&request)))
+        .map_err(|error| failed(&error, &step_words(&request), &backing_words(&request)))
 }
 
 /// Everything that is known to be possible, the encryption header included, which takes its time.
@@ -315,22 +374,39 @@ impl Files<'_> {
     }
 }
 
-/// A procedure that failed: a refused option, a name that does not fit, or a storage that does not take it.
-fn failed(error: &qcow2_ops::Error, naming: &str) -> Failure {
+/// A procedure that failed: a refused option, a name that does not fit (`naming` says what could not be done with it), or a storage
+/// that does not take it (`step` says what).
+fn failed(error: &qcow2_ops::Error, step: &str, naming: &str) -> NotMade {
     if let Some(refusal) = qemu_text::find::<Refusal>(error) {
-        return Failure::new(qemu_text::refusal(refusal));
+        return Failure::new(qemu_text::refusal(refusal)).into();
     }
     match error.core_error().and_then(|error| error.format_error()).map(|error| error.kind()) {
         Some(FormatErrorKind::HeaderFull { .. }) => {
-            Failure::new(format!("{naming}: No space left on device"))
+            Failure::new(format!("{naming}: No space left on device")).into()
         }
-        Some(FormatErrorKind::BackingNameTooLong(_)) => Failure::new(format!("{naming}: Invalid argument")),
+        Some(FormatErrorKind::BackingNameTooLong(_)) => {
+            Failure::new(format!("{naming}: Invalid argument")).into()
+        }
         _ => match qemu_text::find::<StorageError>(error) {
-            Some(storage) => {
-                Failure::new(format!("Could not write the image: {}", qemu_text::storage(storage)))
-            }
-            None => Failure::new(qemu_text::chain(error)),
+            Some(storage) => NotMade {
+                failure: Box::new(Failure::new(format!("{step}: {}", qemu_text::storage(storage)))),
+                too_long: storage.os_code().is_some_and(is_too_long),
+            },
+            None => Failure::new(qemu_text::chain(error)).into(),
         },
+    }
+}
+
+fn is_too_long(code: i32) -> bool {
+    io::Error::from_raw_os_error(code).kind() == io::ErrorKind::FileTooLarge
+}
+
+/// What making an image comes down to where it fails.
+fn step_words(request: &Qcow2Request) -> String {
+    let own_file = request.data_file.is_none();
+    match request.preallocation {
+        Preallocation::Off if own_file => "Could not write the image".to_owned(),
+        preallocation => format!("Could not resize image: {}", qemu_text::no_space(preallocation, own_file)),
     }
 }
 
@@ -341,8 +417,4 @@ fn backing_words(request: &Qcow2Request) -> String {
         }
         _ => "Could not write the image header".to_owned(),
     }
-}
-
-fn request_words(size: u64) -> String {
-    format!("Could not make an image of {size} bytes")
 }

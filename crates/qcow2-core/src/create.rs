@@ -392,8 +392,11 @@ fn preallocate_data(
     Ok(())
 }
 
-/// Real zeroes, so that no later write can run out of room.
+/// Real zeroes, so that no later write can run out of room. A file that cannot be so long is not filled first.
 fn write_zeroes(target: &dyn Storage, start: u64, end: u64) -> Result<()> {
+    if target.limits().growable && target.len()? < end {
+        target.set_len(end)?;
+    }
     let zeroes = vec![0; BATCH as usize];
     let mut at = start;
     while at < end {

@@ -305,7 +305,9 @@ fn grow(storage: &Arc<dyn Storage>, size: u64) -> Result<(), StorageError> {
     Ok(())
 }
 
+/// A file that cannot be so long is not filled first.
 fn write_real_zeroes(storage: &dyn Storage, size: u64) -> Result<(), StorageError> {
+    storage.set_len(size)?;
     let zeroes = vec![0; usize::try_from(size.min(ZERO_PIECE)).unwrap_or(0)];
     let mut at = 0;
     while at < size {
@@ -313,7 +315,7 @@ fn write_real_zeroes(storage: &dyn Storage, size: u64) -> Result<(), StorageErro
         storage.write_at(HostOffset::new(at), &zeroes[..usize::try_from(piece).unwrap_or(0)])?;
         at += piece;
     }
-    storage.set_len(size)
+    Ok(())
 }
 
 /// Bytes of zeroes written at once.

@@ -19,6 +19,8 @@ pub enum ErrorKind {
     Read,
     /// Writing, zeroing or flushing.
     Write,
+    /// Having space for what is not written yet.
+    Preallocate,
     /// Reading or understanding metadata.
     Metadata,
     /// There is no snapshot or bitmap of that name.

@@ -85,30 +85,44 @@ impl std::error::Error for Refusal {}
 /// longer disk had there. Disk: of a qcow2 image the tables, then the size, then what is preallocated; the caller closes
 /// it. A crash leaves the old size or the new one.
 ///
-/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Write` with the engine's error; `Stopped`, the
-/// disk having its new size and a part of its space.
+/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Write` with the engine's error; `Preallocate` with
+/// it, or `Stopped`, the disk having its old size and its new space given back, unless that cannot be written either.
 pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions, progress: &dyn Progress) -> Result<()> {
     let old = disk.size();
     let size = plan(disk, options)
         .map_err(|refusal| Error::new(ErrorKind::InvalidOption, "resizing").with_source(refusal))?;
-    let failed = |e: qcow2_core::Error| match e.kind() {
-        qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, "resizing was stopped"),
-        _ => Error::new(ErrorKind::Write, "could not resize the disk").with_source(e),
-    };
+    let failed =
+        |e: qcow2_core::Error| Error::new(ErrorKind::Write, "could not resize the disk").with_source(e);
     disk.resize(size).map_err(failed)?;
     if options.preallocation != Preallocation::Off {
         let new = GuestRange::between(GuestOffset::new(old), GuestOffset::new(size));
-        match (disk.as_image(), disk.as_raw()) {
-            (Some(image), _) => preallocate(image, new, options.preallocation, progress),
-            (_, Some(raw)) => {
-                let (start, mode) = (HostOffset::new(old), options.preallocation);
-                reserve(&**raw.storage(), start, new.len(), mode, progress)
-            }
-            _ => Ok(()),
+        if let Err(error) = fill(disk, new, options.preallocation, progress) {
+            // What went wrong counts, and is what is told.
+            let _ = disk.resize(old);
+            return Err(match error.kind() {
+                qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, "resizing was stopped"),
+                _ => Error::new(ErrorKind::Preallocate, "no space for the new part").with_source(error),
+            });
         }
-        .map_err(failed)?;
     }
     disk.flush().map_err(failed)
+}
+
+/// Gives the new part of a disk its space, durably.
+fn fill(
+    disk: &dyn GuestDisk,
+    new: GuestRange,
+    mode: Preallocation,
+    progress: &dyn Progress,
+) -> qcow2_core::Result<()> {
+    match (disk.as_image(), disk.as_raw()) {
+        (Some(image), _) => preallocate(image, new, mode, progress)?,
+        (_, Some(raw)) => {
+            reserve(&**raw.storage(), HostOffset::new(new.start().value()), new.len(), mode, progress)?
+        }
+        _ => {}
+    }
+    disk.flush()
 }
 
 /// The new size in bytes, if it is possible.

@@ -37,9 +37,9 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let made = newimage::make(session, &target, &options, &interrupts);
     match made {
         Ok(()) => interrupts.finish_files(),
-        Err(failure) => {
+        Err(not_made) => {
             interrupts.discard_files();
-            return Err(about(failure));
+            return Err(about(not_made.in_short(options.format())));
         }
     }
     Ok(exit::SUCCESS)

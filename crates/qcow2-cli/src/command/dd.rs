@@ -94,7 +94,7 @@ fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result
         Err(reason) if !request.output.is_empty() => return Err(about(Failure::new(reason))),
         target => target.unwrap_or(NewTarget::File(String::new())),
     };
-    newimage::make(session, &made, &options, interrupts).map_err(about)?;
+    newimage::make(session, &made, &options, interrupts).map_err(|not_made| about(not_made.into()))?;
     let args = ImageArgs { format: Some(format.name().to_owned()), ..ImageArgs::default() };
     let driver = match format {
         TargetFormat::Raw => Driver::Raw,
@@ -118,7 +118,14 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
         return Failure::silent(exit::FAILURE);
     }
     match error.core_error() {
-        Some(engine) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
+        Some(engine) => {
+            let step = match error.kind() {
+                ErrorKind::Read => "error while reading from input image file".to_owned(),
+                ErrorKind::Write => "error while writing to output image file".to_owned(),
+                _ => error.to_string(),
+            };
+            Failure::new(format!("{step}: {}", qemu_text::cause(engine)))
+        }
         None => Failure::new(qemu_text::chain(error)),
     }
 }

@@ -187,6 +187,9 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
         Some(engine) if error.kind() == ErrorKind::Extents => {
             Failure::new(format!("error while reading image metadata: {}", qemu_text::cause(engine)))
         }
+        Some(engine) if error.kind() == ErrorKind::Write => {
+            Failure::new(format!("Error while writing to COW image: {}", qemu_text::cause(engine)))
+        }
         Some(engine) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
         None => Failure::new(qemu_text::chain(error)),
     }

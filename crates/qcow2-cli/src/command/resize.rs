@@ -10,7 +10,7 @@ use crate::open::{OpenAs, close, open_to_change};
 use crate::progress::Meter;
 use crate::render::qemu_text;
 use crate::session::Session;
-use qcow2_core::{ErrorKind, Preallocation};
+use qcow2_core::{ErrorKind, GuestDisk, Preallocation};
 use qcow2_ops::resize::{MAX_DISK_SIZE, NewSize, Refusal, ResizeOptions};
 
 /// Runs the verb.
@@ -24,7 +24,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let resized = qcow2_ops::resize(&*disk, &request.options, &meter);
     let closed = close(&*disk);
     interrupts.die_if_asked();
-    resized.map_err(|error| failure(session, &error))?;
+    resized.map_err(|error| failure(session, &error, request.options.preallocation, &*disk))?;
     closed.map_err(|error| Failure::new(format!("Could not resize image: {error}")))?;
     if !request.quiet {
         session.print("Image resized.\n")?;
@@ -93,14 +93,25 @@ fn parse_size(text: &str) -> Result<NewSize, Failure> {
     }
 }
 
-fn failure(session: &Session, error: &qcow2_ops::Error) -> Failure {
+fn failure(
+    session: &Session,
+    error: &qcow2_ops::Error,
+    preallocation: Preallocation,
+    disk: &dyn GuestDisk,
+) -> Failure {
     let Some(refusal) = qemu_text::find::<Refusal>(error) else {
         if let Some(engine) = error.core_error().filter(|engine| engine.kind() == ErrorKind::Inconsistent) {
             return Failure::new(qemu_text::capitalized(&engine.to_string()))
                 .hint(qemu_text::INCONSISTENT_HINT);
         }
         let reason = error.core_error().map_or_else(|| qemu_text::chain(error), |e| qemu_text::cause(e));
-        return Failure::new(format!("Could not resize file: {reason}"));
+        // A raw file gets its length and its space in one.
+        let one_step = preallocation == Preallocation::Falloc && disk.as_raw().is_some();
+        if error.kind() != qcow2_ops::ErrorKind::Preallocate && !one_step {
+            return Failure::new(format!("Could not resize file: {reason}"));
+        }
+        let own_file = disk.as_image().is_some_and(|image| !image.header().has_data_file());
+        return Failure::new(format!("{}: {reason}", qemu_text::no_space(preallocation, own_file)));
     };
     refusal_text(session, refusal)
 }

@@ -210,7 +210,7 @@ fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) ->
         Ok(()) => interrupts.finish_files(),
         Err(_) => interrupts.discard_files(),
     }
-    made.map_err(about)
+    made.map_err(|not_made| about(not_made.into()))
 }
 
 /// What the image `new` calls the file `old`: its bare name in the same folder, else the whole path.

@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use qcow2_core::format::{FormatError, FormatErrorKind as Kind, Table};
-use qcow2_core::{Error, ErrorKind, ResolveError, StorageError, UnlockError};
+use qcow2_core::{Error, ErrorKind, Preallocation, ResolveError, StorageError, UnlockError};
 use qcow2_io::{OpenError, OpenErrorKind, SourceError, os_error_text};
 use qcow2_ops::create::Refusal;
 use qcow2_ops::resize::MAX_DISK_SIZE;
@@ -111,6 +111,7 @@ pub(crate) fn refusal(refusal: &Refusal) -> String {
             "Could not resize image: Image size cannot be negative".to_owned()
         }
         Refusal::SizeTooLarge(size) if *size > MAX_DISK_SIZE => {
+            let size = size.next_multiple_of(512);
             format!("Could not resize image: offset({size}) exceeds maximum({MAX_DISK_SIZE})")
         }
         Refusal::SizeTooLarge(_) => {
@@ -119,6 +120,17 @@ pub(crate) fn refusal(refusal: &Refusal) -> String {
         Refusal::RawMetadataPreallocation => "Unsupported preallocation mode: metadata".to_owned(),
         other => capitalized(&other.to_string()),
     }
+}
+
+/// What could not be done where a disk or its new part gets no space. `own_file`: a qcow2 image that has the data itself.
+pub(crate) fn no_space(preallocation: Preallocation, own_file: bool) -> String {
+    let step = match preallocation {
+        Preallocation::Off => "Could not resize file",
+        Preallocation::Metadata => return "Allocating clusters failed".to_owned(),
+        Preallocation::Falloc => "Could not preallocate new data",
+        Preallocation::Full => "Could not write zeros for preallocation",
+    };
+    if own_file { format!("Failed to resize underlying file: {step}") } else { step.to_owned() }
 }
 
 /// The first error of type `T` in `error` and below.

@@ -339,9 +339,11 @@ impl Prepared<'_> {
 
 impl Drop for Prepared<'_> {
     fn drop(&mut self) {
-        if let Some(change) = self.change.take() {
-            // A count that cannot be lowered stays too high: a leak, which harms nothing.
-            let _ = self.image.give_back(&change);
+        let change = self.change.take();
+        if let Some((first, count)) = change.as_ref().and_then(|change| change.reserved) {
+            // A part may be written: on a full disk the space is wanted. A count that cannot be lowered stays too high: a
+            // leak, which harms nothing.
+            let _ = self.image.meta.free_reusable(&[Unlinked { first, count }]);
         }
     }
 }

@@ -33,8 +33,8 @@ pub(super) fn open(
         let options = settle(request, sources, size)?;
         request.target_cache()?;
         let format = options.format().name();
-        newimage::make(session, &made, &options, interrupts).map_err(|failure| {
-            failure.about(&format!("error while converting {format}")).about(&request.target)
+        newimage::make(session, &made, &options, interrupts).map_err(|not_made| {
+            Failure::from(not_made).about(&format!("error while converting {format}")).about(&request.target)
         })?;
         let driver = match options.format() {
             TargetFormat::Raw => Driver::Raw,
