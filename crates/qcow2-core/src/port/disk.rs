@@ -47,6 +47,9 @@ pub trait GuestDisk: Send + Sync {
     fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()>;
 
     /// Writes `buf` from `offset` on. Durable after the next [`flush`](Self::flush).
+    ///
+    /// Where the storage is full (`Storage`, [`NoSpace`](crate::StorageErrorKind::NoSpace) below) a first part may be written and
+    /// nothing else is lost: a qcow2 image goes on, and the same write succeeds when there is room.
     fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()>;
 
     /// Writes each part at its offset, in any order if they do not overlap. A qcow2 image does it in fewer and longer writes
