@@ -80,12 +80,18 @@ impl Meta {
     /// already. Errors: also `NoSpace`, nothing having changed.
     pub(crate) fn allocate_with_space(&self, count: u64) -> Result<Reserved> {
         let reserved = self.allocate_metadata(count)?;
-        match self.storage.allocate(reserved.offset, count << self.geometry.cluster_bits()) {
-            Err(error) if error.kind() != StorageErrorKind::Unsupported => {
-                self.release(reserved.first, count)?;
-                Err(error.into())
-            }
-            _ => Ok(reserved),
+        if let Err(error) = self.reserve_space(reserved.offset, count << self.geometry.cluster_bits()) {
+            self.release(reserved.first, count)?;
+            return Err(error);
+        }
+        Ok(reserved)
+    }
+
+    /// Has the storage take space for tables of `len` bytes, where it can.
+    pub(crate) fn reserve_space(&self, tables: HostOffset, len: u64) -> Result<()> {
+        match self.storage.allocate(tables, len) {
+            Err(error) if error.kind() != StorageErrorKind::Unsupported => Err(error.into()),
+            _ => Ok(()),
         }
     }
 

@@ -28,9 +28,12 @@ struct Layout {
 
 impl Meta {
     /// Makes the refcount table long enough for entry `index` and gives the new places refcounts. The new structures lie
-    /// where no block of the old table reaches, so that they count themselves.
+    /// where no block of the old table reaches, so that they count themselves. Errors: also `NoSpace`, nothing having changed.
     pub(crate) fn grow_refcount_table(&self, refcounts: &mut Refcounts, index: u64) -> Result<()> {
         let layout = self.plan_growth(refcounts, index)?;
+        let size = self.geometry.cluster_size();
+        let len = (layout.blocks + layout.table_clusters) * size;
+        self.reserve_space(HostOffset::new(layout.first * size), len)?;
         let result = self.write_growth(refcounts, &layout);
         self.poison_on_error(result)
     }
