@@ -35,7 +35,11 @@ impl Run {
         open.writable = true;
         open.layers = Layers::TopOnly;
         let image = Image::open(lone_source(storage), &open).unwrap();
-        Self { room, image, model: vec![0; SIZE as usize], rng: Rng::new(seed), refused: 0 }
+        let (mut rng, mut model) = (Rng::new(seed), vec![0; SIZE as usize]);
+        let written = rng.below(SIZE) as usize;
+        model[..written].fill(1);
+        image.write_at(GuestOffset::new(0), &model[..written]).unwrap();
+        Self { room, image, model, rng, refused: 0 }
     }
 
     fn range(&mut self) -> GuestRange {
