@@ -327,8 +327,21 @@ fn interrupted() {
         if let Some(text) = before {
             fs::write(at(target), text).unwrap();
         }
-        let mut command = Command::new(OURS);
-        command.args(["convert", "-r", "1M", "-f", "raw", "-O", "qcow2", "source", target]);
+        // What a shell runs in the background has SIGINT ignored.
+        let mut command = Command::new("env");
+        command.args([
+            "--default-signal",
+            OURS,
+            "convert",
+            "-r",
+            "1M",
+            "-f",
+            "raw",
+            "-O",
+            "qcow2",
+            "source",
+            target,
+        ]);
         let mut child = command.current_dir(folder.path()).stdin(Stdio::null()).spawn().unwrap();
         let started = Instant::now();
         while fs::metadata(at(target)).map_or(0, |m| m.len()) < 1 << 20 {

@@ -98,6 +98,35 @@ fn interrupted_verbs_leave_whole_images() {
     }
 }
 
+/// What `nohup` or a shell's `&` has a program ignore ends no verb; what nobody said anything about does.
+#[test]
+fn ignored_signals_stay_ignored() {
+    let root = tempfile::tempdir().unwrap();
+    fs::write(root.path().join("random.raw"), vec![5; 8 << 20]).unwrap();
+    for (ignored, sent, ended) in [
+        ("HUP INT", &[Signal::HUP, Signal::INT][..], None),
+        ("HUP INT", &[Signal::TERM], Some(15)),
+        ("HUP", &[Signal::INT], Some(2)),
+        ("INT", &[Signal::HUP], Some(1)),
+    ] {
+        let verb = "convert -r 16M -f raw -O qcow2 random.raw x";
+        let script = format!("trap '' {ignored}; exec {OURS} {verb}");
+        let mut command = by_default("sh");
+        command.args(["-c", &script]);
+        let mut child = start(command, root.path(), "");
+        // The target is there once the signals are taken over.
+        while state(&child) != 'Z' && !root.path().join("x").exists() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        sent.iter().for_each(|&signal| send(&child, signal));
+        let status = child.wait().unwrap();
+        assert_eq!(status.signal(), ended, "{ignored} ignored, {sent:?} sent: {status}");
+        assert_eq!(status.success(), ended.is_none());
+        assert_eq!(root.path().join("x").exists(), ended.is_none());
+        let _ = fs::remove_file(root.path().join("x"));
+    }
+}
+
 /// The images are as they should be after `ended`.
 fn judge(qemu: &Qemu, case: &Case, (folder, start): (&Path, &Path), ended: &Ended, before: &[String]) {
     let line = case.line;
@@ -162,7 +191,7 @@ impl Ended {
 ///
 /// It yields to whoever watches it: a whole verb takes milliseconds where memory is the disk.
 fn interrupt(folder: &Path, line: &str, after: Option<u64>) -> Ended {
-    let mut command = Command::new("nice");
+    let mut command = by_default("nice");
     command.args(["-n", "10", OURS]);
     let mut child = start(command, folder, line);
     let (mut after, mut sent) = (after, Instant::now());
@@ -195,6 +224,13 @@ fn moved(child: &Child) -> u64 {
         line.and_then(|rest| rest.trim().parse::<u64>().ok()).unwrap()
     };
     number("rchar:") + number("wchar:")
+}
+
+/// Runs `program` with no signal ignored, whatever the tests are run by: what a shell has in the background ignores some.
+fn by_default(program: &str) -> Command {
+    let mut command = Command::new("env");
+    command.args(["--default-signal", program]);
+    command
 }
 
 fn start(mut command: Command, folder: &Path, line: &str) -> Child {

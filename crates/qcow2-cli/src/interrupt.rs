@@ -29,7 +29,7 @@ pub(crate) fn outlive_progress_requests() {
 }
 
 impl Interrupts {
-    /// Takes the signals over. Where the system refuses, they keep their usual effect.
+    /// Takes the signals over, but for those that are ignored. Where the system refuses, they keep their usual effect.
     pub(crate) fn install() -> Self {
         let interrupts = Self::default();
         system::listen(&interrupts.shared);
@@ -111,6 +111,7 @@ mod system {
     use super::{Arc, Ordering, Shared};
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
     use signal_hook::iterator::Signals;
+    use std::fs;
     use std::sync::atomic::AtomicBool;
     use std::thread;
 
@@ -120,7 +121,9 @@ mod system {
     }
 
     pub(super) fn listen(shared: &Arc<Shared>) {
-        let Ok(mut signals) = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1]) else {
+        let ignored = ignored();
+        let heard = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
+        let Ok(mut signals) = Signals::new(heard.chain([SIGUSR1])) else {
             return;
         };
         let shared = Arc::clone(shared);
@@ -132,6 +135,14 @@ mod system {
                 }
             }
         });
+    }
+
+    /// The signals that whoever started the program had it ignore (`nohup`, a shell's `&`), a bit each: they stay ignored. None
+    /// where the system does not tell.
+    fn ignored() -> u64 {
+        let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let bits = text.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0)
     }
 
     pub(super) fn die(signal: i32) {
