@@ -37,21 +37,18 @@ pub(crate) fn warn_of_raw(session: &Session, filename: &str, option: &str) {
 #[derive(Debug)]
 pub(crate) struct NotMade {
     failure: Box<Failure>,
-    /// Whether the file would be longer than its file system allows.
+    /// Whether the file would be longer than its file system allows, and nothing else says so.
     too_long: bool,
 }
 
 impl NotMade {
     /// Why, as `create` says it, which has words of its own for what is too long.
     pub(crate) fn in_short(self, format: TargetFormat) -> Failure {
-        let hint = if format == TargetFormat::Qcow2 { " (try using a larger cluster size)" } else { "" };
-        match (self.too_long, format) {
-            (true, TargetFormat::Raw | TargetFormat::Qcow2) => {
-                Failure::new(format!("The image size is too large for file format '{}'{hint}", format.name()))
-            }
-            (true, TargetFormat::Luks) => Failure::new(TOO_LARGE),
-            (false, _) => *self.failure,
+        if !self.too_long {
+            return *self.failure;
         }
+        let hint = if format == TargetFormat::Qcow2 { " (try using a larger cluster size)" } else { "" };
+        Failure::new(format!("The image size is too large for file format '{}'{hint}", format.name()))
     }
 }
 
