@@ -324,9 +324,10 @@ impl Pass<'_> {
     fn bitmap_references(&self, tables: &Tables) -> Result<()> {
         self.table_references(Owner::BitmapTable, &tables.bitmaps, Phase::Bitmaps);
         let geometry = self.walk.geometry();
+        let mut pieces = self.walk.pieces();
         for Segment { offset, len, times } in overlay(&tables.bitmaps) {
             let key = Key(Phase::Bitmaps, offset.value(), 1);
-            let mut pieces = self.walk.pieces(offset, len);
+            pieces.start(offset, len);
             while let Some((_, piece)) = pieces.read_next().map_err(metadata_error)? {
                 for raw in bytes::words(piece).filter(|&raw| raw != 0) {
                     match BitmapTableEntry::decode(raw, geometry) {

@@ -87,8 +87,9 @@ impl Noted<'_> {
         if !self.checks.contains(OverlapChecks::INACTIVE_L2) {
             return Ok(());
         }
+        let mut pieces = walk.pieces();
         for segment in segments {
-            let mut pieces = walk.pieces(segment.offset, segment.len);
+            pieces.start(segment.offset, segment.len);
             while let Some((_, bytes)) = pieces.read_next()? {
                 self.add_l2_tables(OverlapChecks::INACTIVE_L2, qcow2_format::bytes::words(bytes));
             }

@@ -164,8 +164,9 @@ impl Meta {
         tables: &[TablePlace],
     ) -> Result<BTreeMap<u64, u64>> {
         let mut l2_tables = BTreeMap::new();
+        let mut pieces = walk.pieces();
         for segment in self.count_places(counts, tables)? {
-            let mut pieces = walk.pieces(segment.offset, segment.len);
+            pieces.start(segment.offset, segment.len);
             while let Some((_, bytes)) = pieces.read_next()? {
                 for raw in qcow2_format::bytes::words(bytes).filter(|&raw| raw != 0) {
                     let entry = L1Entry::decode(raw, &self.geometry).map_err(damaged("l1 table"))?;
@@ -209,8 +210,9 @@ impl Meta {
         walk: &Walk<'_>,
         tables: &[TablePlace],
     ) -> Result<()> {
+        let mut pieces = walk.pieces();
         for segment in self.count_places(counts, tables)? {
-            let mut pieces = walk.pieces(segment.offset, segment.len);
+            pieces.start(segment.offset, segment.len);
             while let Some((_, bytes)) = pieces.read_next()? {
                 for raw in qcow2_format::bytes::words(bytes) {
                     let entry =

@@ -11,26 +11,23 @@ pub struct Pieces<'a> {
     walk: &'a Walk<'a>,
     at: u64,
     end: u64,
-    /// Up to here the storage said that there is data.
-    data_end: u64,
+    /// Where the storage said last that there is data: asking costs some file systems as much as the data are long.
+    data: core::ops::Range<u64>,
     buffer: Vec<u8>,
 }
 
 impl<'a> Walk<'a> {
-    /// Starts reading `len` bytes from `offset` on, both multiples of 8.
-    pub fn pieces(&'a self, offset: HostOffset, len: u64) -> Pieces<'a> {
-        let mut pieces = Pieces { walk: self, at: 0, end: 0, data_end: 0, buffer: Vec::new() };
-        pieces.restart(offset, len);
-        pieces
+    /// A reader of tables, which has none to read yet.
+    pub fn pieces(&'a self) -> Pieces<'a> {
+        Pieces { walk: self, at: 0, end: 0, data: 0..0, buffer: Vec::new() }
     }
 }
 
 impl Pieces<'_> {
-    /// Starts again elsewhere, with the same buffer.
-    pub fn restart(&mut self, offset: HostOffset, len: u64) {
+    /// Starts with `len` bytes from `offset` on, both multiples of 8. What is known of the storage stays known.
+    pub fn start(&mut self, offset: HostOffset, len: u64) {
         self.at = offset.value();
         self.end = self.at.saturating_add(len);
-        self.data_end = self.at;
     }
 
     /// The next piece that may hold something else than zeroes: its offset and its bytes, a multiple of 8 of them.
@@ -38,10 +35,10 @@ impl Pieces<'_> {
     pub fn read_next(&mut self) -> Result<Option<(HostOffset, &[u8])>> {
         let file_end = self.walk.file_len.next_multiple_of(8).min(self.end);
         while self.at < file_end {
-            if self.at >= self.data_end && !self.find_data()? {
+            if !self.data.contains(&self.at) && !self.find_data()? {
                 continue;
             }
-            let len = (self.data_end.min(file_end) - self.at).min(PIECE_SIZE).next_multiple_of(8);
+            let len = (self.data.end.min(file_end) - self.at).min(PIECE_SIZE).next_multiple_of(8);
             let offset = HostOffset::new(self.at);
             self.buffer.resize(len as usize, 0);
             self.walk.read(offset, &mut self.buffer)?;
@@ -51,9 +48,9 @@ impl Pieces<'_> {
         Ok(None)
     }
 
-    /// Asks the storage what is at `at`. False where it is a hole, which has been passed then.
+    /// Asks the storage what is at `at`, and how far, also past this stretch. False where it is a hole, which has been passed then.
     fn find_data(&mut self) -> Result<bool> {
-        let left = self.walk.file_len.min(self.end).saturating_sub(self.at);
+        let left = self.walk.file_len.saturating_sub(self.at);
         if left == 0 {
             self.at = self.end;
             return Ok(false);
@@ -61,11 +58,10 @@ impl Pieces<'_> {
         let extent = self.walk.storage.extent_at(HostOffset::new(self.at), left)?;
         let whole_entries = extent.len / 8 * 8;
         if extent.data || whole_entries == 0 {
-            self.data_end = self.at.saturating_add(extent.len.max(8));
+            self.data = self.at..self.at.saturating_add(extent.len.max(8));
             return Ok(true);
         }
         self.at += whole_entries;
-        self.data_end = self.at;
         Ok(false)
     }
 }

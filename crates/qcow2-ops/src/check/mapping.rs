@@ -9,7 +9,7 @@ use super::refcounts::Ones;
 use super::{Pass, metadata_error};
 use crate::error::Result;
 use qcow2_core::HostOffset;
-use qcow2_core::walk::{Owner, PIECE_SIZE, Reference, Segment, overlay};
+use qcow2_core::walk::{Owner, PIECE_SIZE, Pieces, Reference, Segment, overlay};
 use qcow2_format::bytes;
 use qcow2_format::l1::{self, L1Entry};
 use qcow2_format::l2::{L2Fault, L2Item};
@@ -65,11 +65,12 @@ impl Pass<'_> {
     pub(super) fn mapping(&self, snapshots: &[Segment]) -> Result<()> {
         let mut batch = Vec::new();
         let active = self.walk.active_l1();
+        let mut pieces = self.walk.pieces();
         for segment in overlay(&[active]) {
-            self.l1_entries(segment, Some(active.offset), &mut batch)?;
+            self.l1_entries(segment, Some(active.offset), &mut pieces, &mut batch)?;
         }
         for &segment in snapshots {
-            self.l1_entries(segment, None, &mut batch)?;
+            self.l1_entries(segment, None, &mut pieces, &mut batch)?;
         }
         self.l2_tables(&mut batch)
     }
@@ -78,9 +79,10 @@ impl Pass<'_> {
         &self,
         segment: Segment,
         active: Option<HostOffset>,
+        pieces: &mut Pieces<'_>,
         batch: &mut Vec<TableUse>,
     ) -> Result<()> {
-        let mut pieces = self.walk.pieces(segment.offset, segment.len);
+        pieces.start(segment.offset, segment.len);
         while let Some((offset, piece)) = pieces.read_next().map_err(metadata_error)? {
             for (at, raw) in (offset.value()..).step_by(8).zip(bytes::words(piece)) {
                 if raw == 0 {
