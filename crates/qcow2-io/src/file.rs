@@ -350,6 +350,7 @@ impl Storage for FileStorage {
         }
         let _guard = self.exclusive();
         self.file.set_len(len).map_err(|error| call.failed(error))?;
+        self.space.forget_data();
         self.len.store(len, Ordering::Release);
         Ok(())
     }
@@ -403,8 +404,10 @@ impl Storage for FileStorage {
             return Err(call.failed(io::ErrorKind::Unsupported.into()));
         };
         let _guard = self.guard(offset.value(), end);
-        sys::copy_range(&source.file, from.value(), &self.file, offset.value(), len)
-            .map_err(|error| call.failed(error))?;
+        let copied = sys::copy_range(&source.file, from.value(), &self.file, offset.value(), len);
+        // Of a hole it may make one.
+        self.space.forget_data();
+        copied.map_err(|error| call.failed(error))?;
         self.grown_to(end);
         Ok(())
     }

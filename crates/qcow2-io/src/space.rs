@@ -3,7 +3,9 @@
 use crate::sys::{self, Run};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Each operation is tried until the file system refuses it once; `false` (or `None`) means "do it the slower way".
 #[derive(Debug, Default)]
@@ -14,6 +16,16 @@ pub(crate) struct Space {
     no_seek_data: AtomicBool,
     /// A device refuses single ranges, for their alignment: that says nothing about the next one.
     is_device: bool,
+    known: Mutex<Known>,
+}
+
+/// Where data were seen last. Some file systems (that in memory among them) look at every page up to the next hole when asked how
+/// far data reach, so that asking piece by piece would cost the square of the file.
+#[derive(Debug, Default)]
+struct Known {
+    data: Range<u64>,
+    /// How often there may have come holes.
+    changes: u64,
 }
 
 impl Space {
@@ -23,12 +35,16 @@ impl Space {
 
     /// Turns `start..end` (inside the file) into a hole.
     pub(crate) fn punch(&self, file: &File, start: u64, end: u64) -> io::Result<bool> {
-        self.attempt(&self.no_punch, || sys::punch_hole(file, start, end - start))
+        let done = self.attempt(&self.no_punch, || sys::punch_hole(file, start, end - start));
+        self.forget_data();
+        done
     }
 
     /// Makes `start..end` zeroes that keep their space; a file grows to `end`.
     pub(crate) fn zero(&self, file: &File, start: u64, end: u64) -> io::Result<bool> {
-        self.attempt(&self.no_zero_range, || sys::zero_range(file, start, end - start))
+        let done = self.attempt(&self.no_zero_range, || sys::zero_range(file, start, end - start));
+        self.forget_data();
+        done
     }
 
     /// Reserves space for `start..end`; a file grows to `end`.
@@ -36,14 +52,38 @@ impl Space {
         self.attempt(&self.no_reserve, || sys::reserve(file, start, end - start))
     }
 
-    /// What the file holds from `offset` on.
+    /// What the file holds from `offset` on. Of data seen before, holes that another program made in them are not seen.
     pub(crate) fn run_at(&self, file: &File, offset: u64) -> io::Result<Option<Run>> {
+        let changes = {
+            let known = self.known();
+            if known.data.contains(&offset) {
+                return Ok(Some(Run::DataUntil(known.data.end)));
+            }
+            known.changes
+        };
         let mut run = None;
         self.attempt(&self.no_seek_data, || {
             run = Some(sys::run_at(file, offset)?);
             Ok(())
         })?;
+        if let Some(Run::DataUntil(end)) = run {
+            let mut known = self.known();
+            // Otherwise the answer may be from before a hole came.
+            if known.changes == changes {
+                known.data = offset..end;
+            }
+        }
         Ok(run)
+    }
+
+    /// To be called after whatever may have made a hole.
+    pub(crate) fn forget_data(&self) {
+        let mut known = self.known();
+        *known = Known { data: 0..0, changes: known.changes + 1 };
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether zeroes are known to cost as much as data.

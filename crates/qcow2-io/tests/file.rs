@@ -263,3 +263,46 @@ fn wishes_about_the_disk_leave_the_file_alone() {
     println!("not empty any more: {:?} {:?}", storage.set_extent_size_hint(1 << 21), storage.set_no_cow());
     assert_eq!(std::fs::read(&path).unwrap(), [&[0; 3][..], &[7; 10]].concat());
 }
+
+/// What was data once is not data for ever.
+#[cfg(target_os = "linux")]
+#[test]
+fn holes_come_and_are_seen() {
+    const MIB: u64 = 1 << 20;
+    let dir = scratch();
+    let storage = create(&dir.path().join("disk"), CacheMode::Writeback);
+    let fill = || storage.write_at(at(0), &vec![7; 4 << 20]).unwrap();
+    fill();
+    // A file system that tells no holes has nothing to show here.
+    let run = |offset: u64| storage.extent_at(at(offset), storage.len().unwrap() - offset).unwrap();
+    storage.discard(at(3 * MIB), MIB).unwrap();
+    if run(3 * MIB).data {
+        println!("no holes here");
+        return;
+    }
+    let changes: [&dyn Fn(); 4] = [
+        &|| storage.discard(at(MIB), MIB).unwrap(),
+        &|| storage.write_zeroes(at(MIB), MIB, ZeroMode::MayUnmap).unwrap(),
+        &|| {
+            storage.set_len(MIB).unwrap();
+            storage.set_len(4 * MIB).unwrap();
+        },
+        &|| storage.write_zeroes(at(MIB), MIB, ZeroMode::KeepAllocated).unwrap(),
+    ];
+    // Where data end, which may be told in parts.
+    let data_end = |mut offset: u64| {
+        while offset < 4 * MIB && run(offset).data {
+            offset += run(offset).len;
+        }
+        offset
+    };
+    for (index, change) in changes.iter().enumerate() {
+        fill();
+        assert_eq!((data_end(0), data_end(MIB + 4096)), (4 * MIB, 4 * MIB), "{index}");
+        change();
+        // Zeroes that keep their space are data on some file systems and none on others.
+        if index < 3 {
+            assert_eq!((data_end(0), run(MIB).data), (MIB, false), "{index}");
+        }
+    }
+}
