@@ -7,7 +7,7 @@
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::meta::Meta;
-use crate::meta::known::known_metadata;
+use crate::meta::overlap::OverlapChecks;
 use crate::port::disk::GuestDisk;
 use crate::port::storage::StorageErrorKind;
 use crate::sync::{lock, write};
@@ -65,10 +65,6 @@ impl Meta {
     /// The fast way, for an image in which every cluster belongs to the active disk.
     fn drop_all_clusters(&self) -> Result<()> {
         let (l1_offset, l1) = self.l1.contents();
-        self.write_zero_words(l1_offset, l1.len() as u64)?;
-        self.storage.flush()?;
-        self.l1.replace(l1_offset, vec![0; l1.len()]);
-        self.expanded.clear();
         let (mut table, table_offset, table_clusters) = {
             let refcounts = lock(&self.refcounts);
             (refcounts.table.clone(), refcounts.table_offset, refcounts.table_clusters)
@@ -81,6 +77,11 @@ impl Meta {
             used.extend(first..first + clusters);
         }
         let blocks = self.blocks_for(&mut used, &table)?;
+        self.check_places((l1_offset, l1.len() as u64 * 8), (table_offset, table_clusters), &blocks)?;
+        self.write_words(OverlapChecks::ACTIVE_L1, l1_offset, &vec![0; l1.len()])?;
+        self.storage.flush()?;
+        self.l1.replace(l1_offset, vec![0; l1.len()]);
+        self.expanded.clear();
         let mut changed = false;
         for (index, entry) in table.iter_mut().enumerate().filter(|(_, entry)| **entry != 0) {
             if !blocks.contains_key(&(index as u64)) {
@@ -88,16 +89,23 @@ impl Meta {
             }
         }
         if changed {
-            self.write_table(table_offset, &table)?;
+            self.write_words(OverlapChecks::REFCOUNT_TABLE, table_offset, &table)?;
             self.storage.flush()?;
         }
         self.write_blocks(&blocks, &used)?;
         self.storage.flush()?;
         self.adopt_table(table, table_offset, table_clusters);
-        let tables = (&self.l1.contents().1[..], &*lock(&self.refcounts));
-        let known = known_metadata(&*self.storage, &self.header(), tables, self.overlap_checks)?;
-        *write(&self.metadata_clusters) = known;
+        self.learn_metadata()?;
         self.cut_after(used.last().map_or(1, |last| last + 1))
+    }
+
+    /// Asks for all that is to be written, before anything is thrown away.
+    fn check_places(&self, l1: (HostOffset, u64), table: (HostOffset, u64), blocks: &Blocks) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        self.check_table_place(OverlapChecks::ACTIVE_L1, l1.0, l1.1)?;
+        self.check_table_place(OverlapChecks::REFCOUNT_TABLE, table.0, table.1 * size)?;
+        let mut places = blocks.values();
+        places.try_for_each(|&block| self.check_table_place(OverlapChecks::REFCOUNT_BLOCK, block, size))
     }
 
     /// The blocks that count the clusters in `used`, and each other; their clusters join `used`.
@@ -115,7 +123,9 @@ impl Meta {
             })?;
             blocks.insert(index, block);
             let cluster = self.geometry.host_cluster(block).value();
-            used.insert(cluster);
+            if !used.insert(cluster) {
+                return Err(self.mark_corrupt(format!("refcount block at {block} is something else too")));
+            }
             open.push(cluster);
         }
         Ok(blocks)
@@ -130,19 +140,9 @@ impl Meta {
                 let word = &mut words[width.word_index(cluster % per_block)];
                 *word = width.insert(*word, cluster % per_block, 1);
             }
-            self.write_table(block, &words)?;
+            self.write_words(OverlapChecks::REFCOUNT_BLOCK, block, &words)?;
         }
         Ok(())
-    }
-
-    fn write_table(&self, at: HostOffset, words: &[u64]) -> Result<()> {
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-        Ok(self.storage.write_at(at, &bytes)?)
-    }
-
-    /// Zeroes that are written rather than punched: a table's place stays assigned.
-    fn write_zero_words(&self, at: HostOffset, count: u64) -> Result<()> {
-        self.write_table(at, &vec![0; count as usize])
     }
 
     /// Cuts the file after its first `clusters` clusters, where it can be cut.

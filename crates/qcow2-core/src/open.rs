@@ -12,10 +12,11 @@ use crate::inflight::{Claims, Operations};
 use crate::meta::Meta;
 use crate::meta::alloc::Refcounts;
 use crate::meta::cache::PageCache;
+use crate::meta::guard::{Guard, MetadataMap};
 use crate::meta::header::{Field, HeaderState};
 use crate::meta::known::known_metadata;
 use crate::meta::l1::L1Table;
-use crate::meta::overlap::{ClusterSet, OverlapChecks};
+use crate::meta::overlap::OverlapChecks;
 use crate::meta::page::{SECTOR_SIZE, be_word};
 use crate::port::cipher::Keyring;
 use crate::port::codec::ClusterCodec;
@@ -250,7 +251,7 @@ fn build_meta(
     let metadata = if options.writable {
         known_metadata(&*storage, &header, (&l1, &refcounts), options.overlap_checks)?
     } else {
-        ClusterSet::default()
+        MetadataMap::default()
     };
     let l2_bytes = header.size.div_ceil(geometry.cluster_size()).saturating_mul(geometry.l2_entry_size());
     let l2_cache = options.l2_cache_size.unwrap_or(DEFAULT_L2_CACHE.min(l2_bytes));
@@ -267,7 +268,7 @@ fn build_meta(
         refcount_cache: PageCache::new(geometry.cluster_size().min(MAX_PAGE), refcount_cache, u64::MAX),
         refcounts: Mutex::new(refcounts),
         refcount_io: Mutex::new(()),
-        metadata_clusters: RwLock::new(metadata),
+        guard: Guard::new(metadata, options.overlap_checks),
         pending: Mutex::default(),
         gate: RwLock::new(()),
         table_lock: Mutex::new(()),

@@ -6,6 +6,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::header::Field;
+use crate::meta::overlap::OverlapChecks;
 use crate::open::read_words;
 use crate::sync::{lock, read, write};
 use ::alloc::format;
@@ -32,13 +33,18 @@ impl Image {
         self.meta.settle()
     }
 
-    /// Sets the copied flag of exactly those L2 tables and clusters of the active disk whose refcount is one. Errors: `Corrupt`
-    /// for damaged tables; `ReadOnly`, `Poisoned`, `Storage`. Spec: "Cluster mapping".
+    /// Sets the copied flag of exactly those L2 tables and clusters of the active disk whose refcount is one. A table that
+    /// somebody else refers to as something else is left as it is: its bytes may not be entries. Errors: `Corrupt` for
+    /// damaged tables; `ReadOnly`, `Poisoned`, `Storage`. Spec: "Cluster mapping".
     pub fn repair_copied_flags(&self) -> Result<()> {
         let _alone = write(&self.structure);
         self.meta.check_writable()?;
         let meta = &self.meta;
-        let (_, entries) = meta.l1.contents();
+        let (l1, entries) = meta.l1.contents();
+        if !self.is_certain(OverlapChecks::ACTIVE_L1, l1, entries.len() as u64 * 8, 1)? {
+            return Err(Error::corrupt(format!("l1 table at {l1}: something else is there too")));
+        }
+        let named = meta.named_l2_tables()?;
         for (index, raw) in (0u64..).zip(entries) {
             let index = L1Index::new(index);
             let entry = L1Entry::decode(raw, &meta.geometry)
@@ -49,7 +55,10 @@ impl Image {
                 let _open = read(&meta.gate);
                 meta.l1.set(index, L1Entry { l2_table: Some(table), copied }.encode());
             }
-            self.repair_l2_flags(table)?;
+            let times = named.get(&table.value()).copied().unwrap_or(0);
+            if self.is_certain(OverlapChecks::L2, table, meta.geometry.cluster_size(), times)? {
+                self.repair_l2_flags(table)?;
+            }
         }
         meta.settle()
     }
@@ -90,11 +99,28 @@ impl Image {
             }
         }
         if changed {
-            meta.write_words(table, &words)?;
+            meta.write_words(OverlapChecks::L2, table, &words)?;
             meta.storage.flush()?;
             meta.l2_cache.forget(table, size);
         }
         Ok(())
+    }
+
+    /// Whether a table of `kinds` has its clusters for itself: no other metadata is known there, and their refcounts are
+    /// the `times` that it is named. One that is higher counts another owner, who may be right.
+    fn is_certain(&self, kinds: OverlapChecks, table: HostOffset, len: u64, times: u64) -> Result<bool> {
+        let meta = &self.meta;
+        let run = meta.table_run(kinds, table, len);
+        if meta.guard.hit_by(kinds, run.first, run.count).is_some() {
+            return Ok(false);
+        }
+        let refcounts = lock(&meta.refcounts);
+        for cluster in run.first..run.first + run.count {
+            if meta.refcount_of(&refcounts, cluster)? != times {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Whether the refcount of the cluster at `host` is one.

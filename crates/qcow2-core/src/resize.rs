@@ -7,11 +7,11 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::header::Field;
-use crate::meta::pending::Unlinked;
+use crate::meta::overlap::OverlapChecks;
 use crate::port::disk::GuestDisk;
 use crate::port::event::Event;
 use crate::sync::atomic::Ordering;
-use crate::sync::{lock, write};
+use crate::sync::write;
 use crate::write::plan::ZeroKind;
 use ::alloc::format;
 use qcow2_format::limit::MAX_L1_TABLE_SIZE;
@@ -91,20 +91,19 @@ impl Image {
         let meta = &self.meta;
         meta.flush()?;
         let (old_offset, mut table) = meta.l1.contents();
-        let old_clusters = meta.geometry.clusters_for(table.len() as u64 * 8);
+        let old_run = meta.table_run(OverlapChecks::ACTIVE_L1, old_offset, table.len() as u64 * 8);
+        meta.check_owner(old_run)?;
         table.resize(entries as usize, 0);
-        let place = meta.allocate_with_space(meta.geometry.clusters_for(entries * 8))?;
+        let clusters = meta.geometry.clusters_for(entries * 8);
+        let place = meta.allocate_with_space(OverlapChecks::ACTIVE_L1, clusters)?;
         let bytes: ::alloc::vec::Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         meta.event(Event::L1GrowWriteTable);
-        meta.storage.write_at(place.offset, &bytes)?;
+        meta.write_table(OverlapChecks::ACTIVE_L1, place.offset, &bytes)?;
         meta.flush()?;
         meta.event(Event::L1GrowActivateTable);
         meta.update_header(&[Field::L1 { entries: entries as u32, offset: place.offset }])?;
         meta.l1.replace(place.offset, table);
-        let first = meta.geometry.host_cluster(old_offset).value();
-        if old_clusters > 0 {
-            lock(&meta.pending).push(Unlinked { first, count: old_clusters });
-        }
+        meta.unlink(old_run);
         Ok(())
     }
 

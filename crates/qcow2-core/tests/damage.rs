@@ -2,8 +2,8 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
-    CreateOptions, ErrorKind, GuestDisk, GuestOffset, HostOffset, Image, ImageFormat, NoResolver,
-    OpenOptions, OverlapChecks, ResolvedSource, Storage, create,
+    CreateOptions, ErrorKind, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat,
+    NewSnapshot, NoResolver, OpenOptions, OverlapChecks, ResolvedSource, Storage, create,
 };
 use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::storage::PageStorage;
@@ -151,9 +151,179 @@ fn guest_data_is_not_written_over_metadata() {
     ] {
         assert!(!is_overwritten(&storage, l2, place, OverlapChecks::ALL), "{kind:?}");
         assert!(!is_overwritten(&storage, l2, place, kind), "{kind:?} alone");
-        let by_default = is_overwritten(&storage, l2, place, OverlapChecks::CACHED);
-        assert_eq!(by_default, kind == OverlapChecks::INACTIVE_L2, "{kind:?}");
-        assert!(is_overwritten(&storage, l2, place, OverlapChecks::ALL.without(kind)), "not {kind:?}");
+        assert!(!is_overwritten(&storage, l2, place, OverlapChecks::CACHED), "{kind:?} by default");
+        // Snapshots' L2 tables are few here: they are guarded by default as well.
+        if kind != OverlapChecks::INACTIVE_L2 {
+            assert!(is_overwritten(&storage, l2, place, OverlapChecks::ALL.without(kind)), "not {kind:?}");
+        }
         assert!(is_overwritten(&storage, l2, place, OverlapChecks::NONE), "{kind:?}");
     }
+}
+
+/// Where the tables of the image that `image` makes are: header, L1 table, refcount table, refcount block.
+fn tables(storage: &Arc<PageStorage>) -> [u64; 4] {
+    let header = open(storage, &OpenOptions::default()).unwrap().header();
+    let refcount_table = header.refcount_table_offset.value();
+    [0, header.l1_table_offset.value(), refcount_table, word(storage, refcount_table)]
+}
+
+fn cluster_at(storage: &PageStorage, at: u64) -> Vec<u8> {
+    let mut bytes = vec![0xee; CLUSTER as usize];
+    storage.read_at(HostOffset::new(at), &mut bytes).unwrap();
+    bytes
+}
+
+fn freeing() -> OpenOptions {
+    let mut options = writable(OverlapChecks::CACHED);
+    options.discard_freed = true;
+    options
+}
+
+/// An L2 entry leads to metadata and is then overwritten, discarded or zeroed: the entry goes, the metadata stays.
+#[test]
+fn metadata_is_not_freed_because_an_entry_points_at_it() {
+    let range = GuestRange::new(GuestOffset::new(CLUSTER), CLUSTER).unwrap();
+    let (whole, _) = image(false);
+    for flags in [0, 1 << 62] {
+        for place in tables(&whole) {
+            for work in 0..3 {
+                let (storage, l2) = image(false);
+                set_word(&storage, l2 + 8, flags | place);
+                if flags | place == 0 {
+                    continue;
+                }
+                let before = cluster_at(&storage, place);
+                let opened = open(&storage, &freeing()).unwrap();
+                match work {
+                    0 => opened.write_at(range.start(), &vec![9; CLUSTER as usize]),
+                    1 => opened.discard(range),
+                    _ => opened.write_zeroes(range, qcow2_core::ZeroMode::MayUnmap),
+                }
+                .unwrap();
+                opened.flush().unwrap();
+                opened.flush().unwrap();
+                // Enough to take what was freed.
+                opened.write_at(GuestOffset::new(16 * CLUSTER), &vec![8; 8 * CLUSTER as usize]).unwrap();
+                opened.close().unwrap();
+                let after = cluster_at(&storage, place);
+                let same = before.iter().zip(&after).filter(|(a, b)| a == b).count();
+                // Tables change as tables do: a few entries.
+                assert!(same > CLUSTER as usize - 512, "{flags:#x} {place:#x} {work}: {same} bytes are left");
+                let mut seen = vec![0xee; CLUSTER as usize];
+                let again = open(&storage, &OpenOptions::default()).unwrap();
+                again.read_at(range.start(), &mut seen).unwrap();
+                assert!(seen.iter().all(|&byte| byte == if work == 0 { 9 } else { 0 }));
+                again.read_at(GuestOffset::new(20 * CLUSTER), &mut seen).unwrap();
+                assert!(seen.iter().all(|&byte| byte == 8));
+            }
+        }
+    }
+}
+
+/// An L1 entry, the header or the refcount table leads to other metadata: what would be written there is refused.
+#[test]
+fn tables_are_not_written_over_other_metadata() {
+    let (whole, _) = image(false);
+    let [_, l1, refcount_table, block] = tables(&whole);
+    for (field, value) in [
+        (l1, COPIED | refcount_table),
+        (l1, refcount_table),
+        (l1, COPIED | block),
+        (l1, COPIED | l1),
+        (40, 0),
+        (40, refcount_table),
+        (40, block),
+        (refcount_table, l1),
+    ] {
+        let (storage, _) = image(false);
+        set_word(&storage, field, value);
+        let before = all_bytes(&storage);
+        let opened = open(&storage, &freeing()).unwrap();
+        let error = opened.write_at(GuestOffset::new(30 * CLUSTER), &[9; 512]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{field:#x} {value:#x}");
+        assert_eq!(opened.flush().unwrap_err().kind(), ErrorKind::Poisoned);
+        drop(opened);
+        assert!(is_marked(&storage));
+        storage.write_at(HostOffset::new(72), &before[72..80]).unwrap();
+        let changed = before.iter().zip(all_bytes(&storage)).position(|(a, b)| *a != b);
+        assert_eq!(changed, None, "{field:#x} {value:#x}");
+    }
+}
+
+#[test]
+fn a_cluster_that_nobody_counts_is_no_obstacle_to_shrinking() {
+    let (storage, l2) = image(false);
+    let [.., block] = tables(&storage);
+    let host = word(&storage, l2 + 24) & OFFSET_MASK;
+    storage.write_at(HostOffset::new(block + host / CLUSTER * 2), &[0, 0]).unwrap();
+    let opened = open(&storage, &freeing()).unwrap();
+    opened.resize(2 * CLUSTER).unwrap();
+    opened.close().unwrap();
+    let again = open(&storage, &OpenOptions::default()).unwrap();
+    assert_eq!(again.size(), 2 * CLUSTER);
+    let mut seen = vec![0xee; 2 * CLUSTER as usize];
+    again.read_at(GuestOffset::new(0), &mut seen).unwrap();
+    assert!(seen.iter().all(|&byte| byte == 7));
+}
+
+/// A snapshot below which something is damaged is deleted or applied: refused, and the image as before but for the mark.
+#[test]
+fn what_cannot_be_freed_stays_linked() {
+    for apply in [false, true] {
+        for damage in 0..3 {
+            let (storage, l2) = image(false);
+            let opened = open(&storage, &freeing()).unwrap();
+            let snapshot = opened.create_snapshot(&NewSnapshot::default()).unwrap();
+            opened.close().unwrap();
+            let [_, l1, refcount_table, block] = tables(&storage);
+            match damage {
+                0 => set_word(&storage, l2 + 8, 1 << 62),
+                1 => {
+                    let host = word(&storage, l2 + 24) & OFFSET_MASK;
+                    storage.write_at(HostOffset::new(block + host / CLUSTER * 2), &[0, 0]).unwrap();
+                }
+                _ if apply => set_word(&storage, l1, refcount_table),
+                _ => set_word(&storage, snapshot.l1_table_offset.value(), refcount_table),
+            }
+            let before = all_bytes(&storage);
+            let opened = open(&storage, &freeing()).unwrap();
+            let result =
+                if apply { opened.apply_snapshot(&snapshot) } else { opened.delete_snapshot(&snapshot) };
+            assert_eq!(result.unwrap_err().kind(), ErrorKind::Corrupt, "{apply} {damage}");
+            drop(opened);
+            let again = open(&storage, &OpenOptions::default()).unwrap();
+            assert_eq!(again.snapshots().unwrap(), std::slice::from_ref(&snapshot));
+            let after = all_bytes(&storage);
+            for table in [l2, l1, snapshot.l1_table_offset.value(), refcount_table] {
+                let place = table as usize..(table + CLUSTER) as usize;
+                assert!(before[place.clone()] == after[place], "{apply} {damage}: table at {table:#x}");
+            }
+        }
+    }
+}
+
+/// Repairs write flags into L2 tables only where they are certain to be some.
+#[test]
+fn repair_leaves_tables_alone_that_may_be_something_else() {
+    let (storage, l2) = image(false);
+    let [_, l1, refcount_table, _] = tables(&storage);
+    let mut options = freeing();
+    options.for_repair = true;
+    // The table that counts everything is said to be an L2 table.
+    set_word(&storage, l1, refcount_table);
+    let before = all_bytes(&storage);
+    let opened = open(&storage, &options).unwrap();
+    assert_eq!(opened.repair_refcounts(false).unwrap_err().kind(), ErrorKind::Corrupt);
+    opened.repair_copied_flags().unwrap();
+    let place = refcount_table as usize..(refcount_table + CLUSTER) as usize;
+    assert!(before[place.clone()] == all_bytes(&storage)[place]);
+    // Guest data is said to be in the L2 table: two owners, so its flags stay as they are.
+    let (storage, _) = image(false);
+    set_word(&storage, l2 + 8, l2);
+    let opened = open(&storage, &options).unwrap();
+    opened.repair_refcounts(false).unwrap();
+    opened.repair_copied_flags().unwrap();
+    drop(opened);
+    assert_eq!(word(&storage, l2) & COPIED, COPIED, "the flags of the table were written");
+    assert_eq!(word(&storage, l2 + 8), l2);
 }

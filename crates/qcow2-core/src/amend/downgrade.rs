@@ -8,6 +8,7 @@ use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::Meta;
+use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use crate::open::read_words;
 use crate::port::disk::GuestDisk;
@@ -38,7 +39,14 @@ impl Image {
         self.check_fits_version_2()?;
         self.meta.settle()?;
         let bitmaps = self.meta.count_trusted_bitmaps()?;
-        let expanded = self.expand_zero_clusters(progress);
+        for (cluster, _) in bitmaps.used() {
+            self.meta.check_owner(bitmap_run(cluster))?;
+        }
+        let tables = self.all_l2_tables()?;
+        for &table in &tables {
+            self.meta.check_table_place(OverlapChecks::L2, table, self.meta.geometry.cluster_size())?;
+        }
+        let expanded = self.expand_zero_clusters(&tables, progress);
         if expanded.as_ref().is_err_and(|error| error.kind() == ErrorKind::Stopped) {
             return self.meta.settle().and(expanded);
         }
@@ -53,9 +61,7 @@ impl Image {
         header.extensions.bitmaps = None;
         self.meta.switch_header(header)?;
         for (cluster, count) in bitmaps.used() {
-            for _ in 0..count {
-                lock(&self.meta.pending).push(Unlinked { first: cluster, count: 1 });
-            }
+            (0..count).for_each(|_| self.meta.unlink(bitmap_run(cluster)));
         }
         self.meta.settle()?;
         self.end_use();
@@ -117,10 +123,14 @@ impl Image {
         Ok(tables)
     }
 
-    fn expand_zero_clusters(&self, progress: &mut AmendProgress<'_>) -> Result<()> {
-        let (meta, tables) = (&self.meta, self.all_l2_tables()?);
+    fn expand_zero_clusters(
+        &self,
+        tables: &BTreeSet<HostOffset>,
+        progress: &mut AmendProgress<'_>,
+    ) -> Result<()> {
+        let meta = &self.meta;
         let backing = self.backing.is_some() || self.backing_unopened;
-        for (done, &table) in (1..).zip(&tables) {
+        for (done, &table) in (1..).zip(tables) {
             meta.expand_table(table, backing)?;
             stopped(progress(done, tables.len() as u64))?;
         }
@@ -160,7 +170,7 @@ impl Meta {
             if let Some(host) = cluster.host.filter(|_| !own) {
                 // Somebody else has other bytes there.
                 let first = self.geometry.host_cluster(host).value();
-                unlinked.extend((0..references).map(|_| Unlinked { first, count: 1 }));
+                unlinked.extend((0..references).map(|_| Unlinked::data(first, 1)));
             }
             let new = match cluster.host.filter(|_| own) {
                 Some(host) => {
@@ -183,11 +193,10 @@ impl Meta {
         }
         self.flush()?;
         self.storage.flush()?;
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-        self.storage.write_at(table, &bytes)?;
+        self.write_words(OverlapChecks::L2, table, &words)?;
         self.storage.flush()?;
         self.l2_cache.forget(table, size);
-        unlinked.into_iter().for_each(|run| lock(&self.pending).push(run));
+        unlinked.into_iter().for_each(|run| self.unlink(run));
         Ok(())
     }
 
@@ -206,6 +215,12 @@ impl Meta {
 
     fn write_zero_cluster(&self, host: HostOffset) -> Result<()> {
         let zeroes = vec![0; self.geometry.cluster_size() as usize];
+        self.check_data_place(host, zeroes.len() as u64)?;
         Ok(self.storage.write_at(host, &zeroes)?)
     }
+}
+
+/// A reference from a bitmap, its table or the directory.
+fn bitmap_run(cluster: u64) -> Unlinked {
+    Unlinked { first: cluster, count: 1, kinds: OverlapChecks::BITMAP_DIRECTORY }
 }

@@ -7,6 +7,7 @@ use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::Meta;
+use crate::meta::overlap::OverlapChecks;
 use crate::sync::{lock, write};
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;
@@ -137,11 +138,11 @@ impl Meta {
                 };
                 put(&mut words, &plan.geometry, cluster, count)?;
             }
-            self.write_words(plan.block_offset(block), &words)?;
+            self.write_words(OverlapChecks::NONE, plan.block_offset(block), &words)?;
             table[block as usize] = encode_table_entry(Some(plan.block_offset(block)));
             stopped(progress(block + 1, plan.blocks))?;
         }
-        self.write_words(plan.table_offset(), &table)?;
+        self.write_words(OverlapChecks::NONE, plan.table_offset(), &table)?;
         Ok(self.storage.flush()?)
     }
 

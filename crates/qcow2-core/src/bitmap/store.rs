@@ -8,7 +8,9 @@ use super::{Bits, Live, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::bulk::table_bytes;
+use crate::meta::overlap::OverlapChecks;
 use crate::meta::page::SECTOR_SIZE;
+use crate::meta::pending::Unlinked;
 use crate::open::read_words;
 use crate::port::disk::GuestDisk;
 use crate::port::storage::Storage;
@@ -115,7 +117,8 @@ impl Image {
             let start = (sector * SECTOR_SIZE) as usize;
             let bytes = &directory[start..directory.len().min(start + SECTOR_SIZE as usize)];
             let place = HostOffset::new(extension.directory_offset.value() + sector * SECTOR_SIZE);
-            self.meta.poison_on_error(self.meta.storage.write_at(place, bytes).map_err(Error::from))?;
+            let written = self.meta.write_table(OverlapChecks::BITMAP_DIRECTORY, place, bytes);
+            self.meta.poison_on_error(written)?;
         }
         if !sectors.is_empty() && self.meta.rules.keep(OrderingRule::WarningBeforeChange) {
             self.meta.poison_on_error(self.meta.storage.flush().map_err(Error::from))?;
@@ -132,17 +135,25 @@ impl Image {
         let header = self.header();
         let old = read_bitmaps(&*self.meta.storage, &header)?;
         let mut new = Stored::default();
-        if let Err(error) = self.reserve_bitmaps(&mut state, &mut new) {
-            new.places.iter().for_each(|&(offset, len)| self.meta.unlink_table(offset, len));
-            self.meta.settle()?;
-            return Err(error);
-        }
+        let freed = self
+            .reserve_bitmaps(&mut state, &mut new)
+            .and_then(|()| self.replaced_bitmaps(&header, &old, &state));
+        let freed = match freed {
+            Ok(freed) => freed,
+            Err(error) => {
+                new.places.iter().for_each(|&run| self.meta.unlink(run));
+                if !self.meta.poisoned.load(Ordering::Acquire) {
+                    self.meta.settle()?;
+                }
+                return Err(error);
+            }
+        };
         self.meta.flush()?;
         self.meta.poison_on_error(self.write_bitmaps(&state, &new))?;
         self.meta.set_bitmaps_extension(new.extension)?;
         // Should the image be changed once more, they are in use again first.
         self.meta.changing.store(false, Ordering::Release);
-        self.free_bitmaps(&header, &old, &state)?;
+        freed.into_iter().for_each(|run| self.meta.unlink(run));
         state.live.iter_mut().for_each(|live| (live.changed, live.marked) = (false, false));
         state.changed = false;
         self.meta.settle()?;
@@ -151,7 +162,6 @@ impl Image {
 
     /// Finds room for the bits and tables of all bitmaps that changed, and for a directory of all.
     fn reserve_bitmaps(&self, state: &mut State, new: &mut Stored) -> Result<()> {
-        let geometry = self.meta.geometry;
         for (index, live) in state.live.iter_mut().enumerate() {
             let bits = match &live.bits {
                 Some(bits) if live.changed => bits,
@@ -176,7 +186,6 @@ impl Image {
             new.extension =
                 Some(BitmapsExtension { count, reserved: 0, directory_size: size, directory_offset });
         }
-        debug_assert!(new.places.iter().all(|(offset, _)| geometry.is_aligned(offset.value())));
         Ok(())
     }
 
@@ -197,8 +206,9 @@ impl Image {
     }
 
     fn reserve_area(&self, len: u64, new: &mut Stored) -> Result<HostOffset> {
-        let offset = self.meta.allocate_metadata(self.meta.geometry.clusters_for(len))?.offset;
-        new.places.push((offset, len));
+        let clusters = self.meta.geometry.clusters_for(len);
+        let offset = self.meta.allocate_metadata(OverlapChecks::BITMAP_DIRECTORY, clusters)?.offset;
+        new.places.push(self.bitmap_run(offset, len));
         Ok(offset)
     }
 
@@ -211,12 +221,14 @@ impl Image {
             for (index, &raw) in (0u64..).zip(table).filter(|(_, raw)| **raw != 0) {
                 let mut bytes = bits.stored(index * size, size);
                 bytes.resize(size as usize, 0);
-                meta.storage.write_at(HostOffset::new(raw), &bytes)?;
+                meta.write_table(OverlapChecks::BITMAP_DIRECTORY, HostOffset::new(raw), &bytes)?;
             }
-            meta.storage.write_at(live.entry.table_offset, &table_bytes(table))?;
+            let bytes = table_bytes(table);
+            meta.write_table(OverlapChecks::BITMAP_DIRECTORY, live.entry.table_offset, &bytes)?;
         }
         if let Some(extension) = new.extension {
-            meta.storage.write_at(extension.directory_offset, &new.directory)?;
+            let at = extension.directory_offset;
+            meta.write_table(OverlapChecks::BITMAP_DIRECTORY, at, &new.directory)?;
         }
         if meta.rules.keep(OrderingRule::BitmapsBeforeHeader) {
             meta.storage.flush()?;
@@ -224,9 +236,11 @@ impl Image {
         Ok(())
     }
 
-    /// Gives up the old directory and the tables and bits that the new one does not have.
-    fn free_bitmaps(&self, header: &Header, old: &[Bitmap], state: &State) -> Result<()> {
+    /// What the new directory replaces: the old one, and the tables and bits that the new one does not have. Errors:
+    /// `Corrupt` where one of them is other metadata.
+    fn replaced_bitmaps(&self, header: &Header, old: &[Bitmap], state: &State) -> Result<Vec<Unlinked>> {
         let geometry: Geometry = self.meta.geometry;
+        let mut replaced = Vec::new();
         for bitmap in old {
             if state.live.iter().any(|live| live.entry.table_offset == bitmap.table_offset) {
                 continue;
@@ -234,23 +248,28 @@ impl Image {
             let entries = u64::from(bitmap.table_entries);
             for raw in read_words(&*self.meta.storage, bitmap.table_offset, entries)? {
                 if let Ok(BitmapTableEntry::Data(host)) = BitmapTableEntry::decode(raw, &geometry) {
-                    self.meta.unlink_table(host, geometry.cluster_size());
+                    replaced.push(self.bitmap_run(host, geometry.cluster_size()));
                 }
             }
-            self.meta.unlink_table(bitmap.table_offset, entries * 8);
+            replaced.push(self.bitmap_run(bitmap.table_offset, entries * 8));
         }
         if let Some(extension) = header.trusted_bitmaps() {
-            self.meta.unlink_table(extension.directory_offset, extension.directory_size);
+            replaced.push(self.bitmap_run(extension.directory_offset, extension.directory_size));
         }
-        Ok(())
+        replaced.iter().try_for_each(|&run| self.meta.check_owner(run))?;
+        Ok(replaced)
+    }
+
+    fn bitmap_run(&self, offset: HostOffset, len: u64) -> Unlinked {
+        self.meta.table_run(OverlapChecks::BITMAP_DIRECTORY, offset, len)
     }
 }
 
 /// What is about to be written.
 #[derive(Default)]
 struct Stored {
-    /// All that was reserved: place and bytes.
-    places: Vec<(HostOffset, u64)>,
+    /// All that was reserved.
+    places: Vec<Unlinked>,
     /// The table of each bitmap that changed, by its index.
     tables: Vec<(usize, Vec<u64>)>,
     directory: Vec<u8>,

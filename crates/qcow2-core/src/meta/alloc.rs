@@ -4,12 +4,14 @@
 //! disk does. A cluster counts as free only if its refcount is zero and no metadata is known to live there.
 
 use super::Meta;
-use super::page::Page;
+use super::guard::Hit;
+use super::overlap::OverlapChecks;
+use super::page::{Page, SECTOR_SIZE};
 use super::pending::Unlinked;
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::event::Event;
 use crate::port::storage::{StorageErrorKind, ZeroMode};
-use crate::sync::{lock, read, write};
+use crate::sync::lock;
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;
 use ::alloc::sync::Arc;
@@ -69,19 +71,19 @@ impl Meta {
         self.reserve(want, false)
     }
 
-    /// Reserves exactly `count` clusters in a row for metadata.
-    pub(crate) fn allocate_metadata(&self, count: u64) -> Result<Reserved> {
+    /// Reserves exactly `count` clusters in a row for metadata of `kind`.
+    pub(crate) fn allocate_metadata(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
         let reserved = self.reserve(count, true)?;
-        self.note_metadata(reserved.first, count);
+        self.guard.note(kind, reserved.first, count);
         Ok(reserved)
     }
 
     /// [`allocate_metadata`](Self::allocate_metadata) with space on the disk, for tables that are written when much has changed
     /// already. Errors: also `NoSpace`, nothing having changed.
-    pub(crate) fn allocate_with_space(&self, count: u64) -> Result<Reserved> {
-        let reserved = self.allocate_metadata(count)?;
+    pub(crate) fn allocate_with_space(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
+        let reserved = self.allocate_metadata(kind, count)?;
         if let Err(error) = self.reserve_space(reserved.offset, count << self.geometry.cluster_bits()) {
-            self.release(reserved.first, count)?;
+            self.release(Unlinked { first: reserved.first, count, kinds: kind })?;
             return Err(error);
         }
         Ok(reserved)
@@ -105,10 +107,7 @@ impl Meta {
                 "image file has reached its largest size of 2^56 bytes",
             ));
         }
-        let hit = read(&self.metadata_clusters).first_in(first, count);
-        if let Some(hit) = hit {
-            return Err(self.mark_corrupt(format!("host cluster {hit} holds metadata but its refcount is 0")));
-        }
+        self.check_unused(first, count)?;
         let offset = HostOffset::new(first << self.geometry.cluster_bits());
         let fresh = self.storage.len()? <= offset.value();
         for cluster in first..first + count {
@@ -118,13 +117,24 @@ impl Meta {
         Ok(Reserved { offset, first, count, fresh })
     }
 
+    /// Refuses to hand out clusters that hold metadata although nobody counts them.
+    fn check_unused(&self, first: u64, count: u64) -> Result<()> {
+        match self.guard.hit_by(OverlapChecks::NONE, first, count) {
+            None => Ok(()),
+            Some(Hit { cluster, kinds }) => Err(self.mark_corrupt(format!(
+                "host cluster {cluster} holds {} but its refcount is 0",
+                kinds.text()
+            ))),
+        }
+    }
+
     /// Reserves `cluster` if it is free and its refcount block exists.
     pub(crate) fn reserve_at(&self, cluster: u64) -> Result<bool> {
         let mut refcounts = lock(&self.refcounts);
         let counted = self.slot(&refcounts, cluster)?.is_some();
         if !counted
             || self.refcount_of(&refcounts, cluster)? != 0
-            || read(&self.metadata_clusters).contains(cluster)
+            || self.guard.kinds_at(cluster) != OverlapChecks::NONE
         {
             return Ok(false);
         }
@@ -208,6 +218,11 @@ impl Meta {
         let slot = self
             .slot(refcounts, cluster)?
             .ok_or_else(|| Error::corrupt(format!("host cluster {cluster} has no refcount block")))?;
+        if !slot.page.is_queued() {
+            // A table entry that points at something else must not get it counted over.
+            let (at, len) = (slot.page.offset(), self.refcount_cache.page_size());
+            self.check_table_place(OverlapChecks::REFCOUNT_BLOCK, at, len)?;
+        }
         let (width, number) = (self.geometry.refcount_width(), cluster - slot.base);
         let index = width.word_index(number);
         slot.page.set_word(index, width.insert(slot.page.word(index), number, count));
@@ -239,19 +254,17 @@ impl Meta {
 
     /// Puts the refcount block of table entry `index` at `cluster`, which it or a block before it counts.
     fn add_block(&self, refcounts: &mut Refcounts, index: u64, cluster: u64) -> Result<()> {
-        let hit = read(&self.metadata_clusters).first_in(cluster, 1);
-        if let Some(hit) = hit {
-            return Err(Error::corrupt(format!(
-                "host cluster {hit} holds metadata but has no refcount block"
-            )));
-        }
+        self.check_unused(cluster, 1)?;
+        let sector = index * 8 / SECTOR_SIZE;
+        let entries = HostOffset::new(refcounts.table_offset.value() + sector * SECTOR_SIZE);
+        self.check_table_place(OverlapChecks::REFCOUNT_TABLE, entries, SECTOR_SIZE)?;
         let size = self.geometry.cluster_size();
         let offset = HostOffset::new(cluster << self.geometry.cluster_bits());
         self.refcount_cache.forget(offset, size);
         if self.storage.len()? > offset.value() {
             self.storage.write_zeroes(offset, size, ZeroMode::KeepAllocated)?;
         } else {
-            self.write_empty_table(offset)?;
+            self.write_empty_table(OverlapChecks::REFCOUNT_BLOCK, offset)?;
         }
         self.event(Event::RefblockAlloc);
         refcounts.table[index as usize] = encode_table_entry(Some(offset));
@@ -260,8 +273,8 @@ impl Meta {
             refcounts.table[index as usize] = encode_table_entry(None);
             return Err(error);
         }
-        refcounts.dirty_sectors.insert(index * 8 / super::page::SECTOR_SIZE);
-        self.note_metadata(cluster, 1);
+        refcounts.dirty_sectors.insert(sector);
+        self.guard.note(OverlapChecks::REFCOUNT_BLOCK, cluster, 1);
         Ok(())
     }
 
@@ -269,11 +282,11 @@ impl Meta {
     /// space on the disk before anything depends on it. A full disk is told to who needs the table, who can go on when
     /// there is room, and not found out by a flush, after which the image could not go on. Written, not reserved, so that
     /// the file system puts it between the data around it.
-    pub(crate) fn write_empty_table(&self, table: HostOffset) -> Result<()> {
+    pub(crate) fn write_empty_table(&self, kind: OverlapChecks, table: HostOffset) -> Result<()> {
         let size = self.geometry.cluster_size();
         let zeroes = vec![0; size.min(MAX_PIECE) as usize];
         for at in (0..size).step_by(zeroes.len()) {
-            self.storage.write_at(HostOffset::new(table.value() + at), &zeroes)?;
+            self.write_table(kind, HostOffset::new(table.value() + at), &zeroes)?;
         }
         Ok(())
     }
@@ -307,32 +320,37 @@ impl Meta {
         Ok(())
     }
 
-    /// Drops one reference from each of `count` clusters from `first` on. Nothing on disk may hold it any more.
-    pub(crate) fn release(&self, first: u64, count: u64) -> Result<()> {
-        self.lower_in(&mut lock(&self.refcounts), first, count)
+    /// Drops the references of `run`. Nothing on disk may hold them any more.
+    pub(crate) fn release(&self, run: Unlinked) -> Result<()> {
+        self.lower_in(&mut lock(&self.refcounts), run)
     }
 
-    /// [`release`](Self::release) for a caller that holds the refcounts.
-    pub(crate) fn lower_in(&self, refcounts: &mut Refcounts, first: u64, count: u64) -> Result<()> {
-        for cluster in first..first.saturating_add(count) {
+    /// [`release`](Self::release) for a caller that holds the refcounts. On a damaged image a reference may have led to
+    /// other metadata, which stays counted once whoever pointed at it, or to a cluster that nobody counts, which is free
+    /// already.
+    pub(crate) fn lower_in(&self, refcounts: &mut Refcounts, run: Unlinked) -> Result<()> {
+        let guarded = self.is_guarded(run);
+        for cluster in run.first..run.first.saturating_add(run.count) {
             let old = self.refcount_of(refcounts, cluster)?;
-            let Some(new) = old.checked_sub(1) else {
-                return Err(Error::corrupt(format!(
-                    "host cluster {cluster} is in use but its refcount is 0"
-                )));
-            };
-            if new == 0 {
-                self.forget_cluster(refcounts, cluster);
+            let guarded = guarded && self.is_guarded(Unlinked { first: cluster, count: 1, ..run });
+            if guarded || old == 1 {
+                self.guard.forget(run.kinds, cluster);
             }
-            self.set_refcount(refcounts, cluster, new)?;
+            if old == 0 || guarded && old == 1 {
+                continue;
+            }
+            if old == 1 {
+                refcounts.first_free = refcounts.first_free.min(cluster);
+                refcounts.leave_pack(cluster, self.geometry.cluster_bits());
+            }
+            self.set_refcount(refcounts, cluster, old - 1)?;
         }
         Ok(())
     }
 
-    fn forget_cluster(&self, refcounts: &mut Refcounts, cluster: u64) {
-        refcounts.first_free = refcounts.first_free.min(cluster);
-        refcounts.leave_pack(cluster, self.geometry.cluster_bits());
-        write(&self.metadata_clusters).remove(cluster, 1);
+    /// Whether one of the clusters of `run` holds other metadata than what was referred to.
+    pub(crate) fn is_guarded(&self, run: Unlinked) -> bool {
+        self.guard.hit_by(run.kinds, run.first, run.count).is_some()
     }
 
     /// Frees what nobody can see any more, giving the space back to the storage first where that is wanted.
@@ -345,13 +363,16 @@ impl Meta {
             if self.discard_freed {
                 self.discard_unshared(*run)?;
             }
-            self.release(run.first, run.count)?;
+            self.release(*run)?;
         }
         Ok(())
     }
 
-    /// Whether `cluster` has one reference, and from now on no compressed stream will add another.
-    fn is_last_reference(&self, cluster: u64) -> Result<bool> {
+    /// Whether `cluster`, which held `kinds`, has one reference, and from now on no compressed stream will add another.
+    fn is_last_reference(&self, cluster: u64, kinds: OverlapChecks) -> Result<bool> {
+        if self.is_guarded(Unlinked { first: cluster, count: 1, kinds }) {
+            return Ok(false);
+        }
         let mut refcounts = lock(&self.refcounts);
         let last = self.refcount_of(&refcounts, cluster)? == 1;
         if last {
@@ -366,7 +387,7 @@ impl Meta {
         let (mut first, end) = (run.first, run.first + run.count);
         while first < end {
             let mut after = first;
-            while after < end && self.is_last_reference(after)? {
+            while after < end && self.is_last_reference(after, run.kinds)? {
                 after += 1;
             }
             if after > first {

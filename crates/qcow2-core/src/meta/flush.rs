@@ -12,6 +12,7 @@
 
 use super::Meta;
 use super::cache::join_runs;
+use super::overlap::OverlapChecks;
 use super::page::{DirtyRun, SECTOR_SIZE};
 use super::pending::Unlinked;
 use crate::error::Result;
@@ -27,7 +28,8 @@ const MAX_UNLINKED_RUNS: usize = 1 << 14;
 
 /// What one round writes after the barrier.
 struct Links {
-    runs: Vec<DirtyRun>,
+    l2: Vec<DirtyRun>,
+    l1: Vec<DirtyRun>,
     unlinked: Vec<Unlinked>,
     /// Keeps the pages in the cache until their sectors are written.
     _pages: Vec<::alloc::sync::Arc<super::page::Page>>,
@@ -88,8 +90,9 @@ impl Meta {
             self.free_reusable(&links.unlinked)?;
         }
         self.write_refcounts()?;
-        self.barrier(!links.runs.is_empty())?;
-        if !links.runs.is_empty() {
+        let links_follow = !links.l2.is_empty() || !links.l1.is_empty();
+        self.barrier(links_follow)?;
+        if links_follow {
             self.write_links(&links)?;
             if self.rules.keep(OrderingRule::LinksBeforeFlushReturns) {
                 self.event(Event::FlushToDisk);
@@ -105,9 +108,10 @@ impl Meta {
     /// Step 1: the mapping as it is at one moment.
     fn take_links(&self) -> Links {
         let _closed = write(&self.gate);
-        let (pages, mut runs) = self.l2_cache.take_dirty();
-        self.l1.take_dirty(&mut runs);
-        Links { runs, unlinked: lock(&self.pending).take_fresh(), _pages: pages }
+        let (pages, l2) = self.l2_cache.take_dirty();
+        let mut l1 = Vec::new();
+        self.l1.take_dirty(&mut l1);
+        Links { l2, l1, unlinked: lock(&self.pending).take_fresh(), _pages: pages }
     }
 
     /// Step 2: refcount blocks, then the table entries that lead to new ones.
@@ -123,13 +127,13 @@ impl Meta {
         if !blocks.is_empty() {
             self.event(Event::RefblockUpdatePart);
         }
-        self.write_runs(&blocks)?;
+        self.write_runs(OverlapChecks::REFCOUNT_BLOCK, &blocks)?;
         if !entries.is_empty() {
             if self.rules.keep(OrderingRule::BlockBeforeTableEntry) {
                 self.storage.flush()?;
             }
             self.event(Event::ReftableUpdate);
-            self.write_runs(&join_runs(entries))?;
+            self.write_runs(OverlapChecks::REFCOUNT_TABLE, &join_runs(entries))?;
         }
         Ok(())
     }
@@ -169,26 +173,21 @@ impl Meta {
 
     /// Step 4's writes: L2 entries, then L1 entries.
     fn write_links(&self, links: &Links) -> Result<()> {
-        if self.events.is_some() {
-            let l1 = self.l1.range();
-            let (l1_runs, l2_runs): (Vec<&DirtyRun>, Vec<&DirtyRun>) =
-                links.runs.iter().partition(|run| l1.contains(&run.offset));
-            for (runs, event) in [(l2_runs, Event::L2Update), (l1_runs, Event::L1Update)] {
-                for run in runs {
-                    self.event(event);
-                    self.write_runs(core::slice::from_ref(run))?;
-                }
+        let both = [
+            (&links.l2, OverlapChecks::ACTIVE_L2, Event::L2Update),
+            (&links.l1, OverlapChecks::ACTIVE_L1, Event::L1Update),
+        ];
+        for (runs, kind, event) in both {
+            for run in runs {
+                self.event(event);
+                self.write_table(kind, run.offset, &run.bytes)?;
             }
-            return Ok(());
-        }
-        self.write_runs(&links.runs)
-    }
-
-    /// Writes sectors to the image file.
-    pub(crate) fn write_runs(&self, runs: &[DirtyRun]) -> Result<()> {
-        for run in runs {
-            self.storage.write_at(run.offset, &run.bytes)?;
         }
         Ok(())
+    }
+
+    /// Writes sectors of tables to the image file.
+    pub(crate) fn write_runs(&self, kind: OverlapChecks, runs: &[DirtyRun]) -> Result<()> {
+        runs.iter().try_for_each(|run| self.write_table(kind, run.offset, &run.bytes))
     }
 }

@@ -6,6 +6,8 @@
 use super::Meta;
 use super::alloc::Refcounts;
 use super::header::Field;
+use super::overlap::OverlapChecks;
+use super::pending::Unlinked;
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::event::Event;
 use crate::rules::OrderingRule;
@@ -79,27 +81,31 @@ impl Meta {
                 encode_table_entry(Some(HostOffset::new((layout.first + block) * size)));
         }
         let (pages, runs) = self.refcount_cache.take_dirty();
-        self.write_runs(&runs)?;
+        self.write_runs(OverlapChecks::REFCOUNT_BLOCK, &runs)?;
         drop(pages);
         let place = HostOffset::new(layout.first * size);
         self.refcount_cache.forget(place, used * size);
         let mut bytes = self_counting_blocks(geometry.refcount_width(), layout.blocks * size, used);
         bytes.extend(table.iter().flat_map(|entry| entry.to_be_bytes()));
         self.event(Event::RefblockAllocWriteTable);
-        self.storage.write_at(place, &bytes)?;
+        self.write_table(OverlapChecks::NONE, place, &bytes)?;
         if self.rules.keep(OrderingRule::TableBeforeHeader) {
             self.storage.flush()?;
         }
         let offset = HostOffset::new((layout.first + layout.blocks) * size);
         self.event(Event::RefblockAllocSwitchTable);
         self.update_header(&[Field::RefcountTable { offset, clusters: layout.table_clusters as u32 }])?;
-        self.note_metadata(layout.first, used);
+        self.guard.note(OverlapChecks::REFCOUNT_BLOCK, layout.first, layout.blocks);
+        self.guard.note(OverlapChecks::REFCOUNT_TABLE, layout.first + layout.blocks, layout.table_clusters);
         let old = (refcounts.table_offset.value() / size, refcounts.table_clusters);
         refcounts.table = table;
         refcounts.table_offset = offset;
         refcounts.table_clusters = layout.table_clusters;
         refcounts.dirty_sectors.clear();
-        self.lower_in(refcounts, old.0, old.1)
+        self.lower_in(
+            refcounts,
+            Unlinked { first: old.0, count: old.1, kinds: OverlapChecks::REFCOUNT_TABLE },
+        )
     }
 }
 

@@ -1,10 +1,14 @@
 //! Which host clusters hold metadata when an image is opened.
 
+use super::Meta;
 use super::alloc::Refcounts;
-use super::overlap::{ClusterSet, OverlapChecks};
+use super::guard::MetadataMap;
+use super::overlap::OverlapChecks;
 use crate::error::Result;
 use crate::port::storage::Storage;
+use crate::sync::lock;
 use crate::walk::{Walk, overlay};
+use qcow2_format::bitmap::BitmapTableEntry;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::refcount::decode_table_entry;
 use qcow2_format::{Geometry, Header, HostOffset};
@@ -12,25 +16,40 @@ use qcow2_format::{Geometry, Header, HostOffset};
 /// The most clusters of snapshots' tables that are noted; a hostile image may name far more than it has.
 const MAX_NOTED: u64 = 1 << 22;
 
-/// The clusters that header and tables say hold metadata of the kinds in `checks`. Disk: reads the snapshot table, and
-/// the snapshots' L1 tables where their L2 tables count. Damage in them is left to a check. Errors: `Storage`.
+/// The most bytes of snapshots' L1 tables that are read without having been asked to: those of some dozen snapshots of
+/// 1 TiB, so that opening stays quick.
+pub(crate) const MAX_L1_UNASKED: u64 = 4 << 20;
+
+impl Meta {
+    /// Learns anew which clusters hold metadata, from what is on disk.
+    pub(crate) fn learn_metadata(&self) -> Result<()> {
+        let tables = (&self.l1.contents().1[..], &*lock(&self.refcounts));
+        self.guard.replace(known_metadata(&*self.storage, &self.header(), tables, self.overlap_checks)?);
+        Ok(())
+    }
+}
+
+/// The clusters that header and tables say hold metadata. Disk: reads the snapshot table and the snapshots' L1 tables,
+/// these where they are short or `checks` has [`INACTIVE_L2`](OverlapChecks::INACTIVE_L2), and the tables of bitmaps. Damage in them is
+/// left to a check. Errors: `Storage`.
 pub(crate) fn known_metadata(
     storage: &dyn Storage,
     header: &Header,
     (l1, refcounts): (&[u64], &Refcounts),
     checks: OverlapChecks,
-) -> Result<ClusterSet> {
+) -> Result<MetadataMap> {
     let walk = Walk::new(storage, header)?;
     let geometry = walk.geometry();
     let size = geometry.cluster_size();
-    let mut noted = Noted { set: ClusterSet::default(), geometry, checks, left: u64::MAX };
+    let mut noted = Noted { map: MetadataMap::default(), geometry, left: u64::MAX };
     noted.add(OverlapChecks::MAIN_HEADER, HostOffset::new(0), size);
     noted.add(OverlapChecks::ACTIVE_L1, header.l1_table_offset, u64::from(header.l1_size) * 8);
     let table_len = refcounts.table_clusters * size;
     noted.add(OverlapChecks::REFCOUNT_TABLE, header.refcount_table_offset, table_len);
     for &raw in refcounts.table.iter().filter(|&&raw| raw != 0) {
         if let Ok(Some(block)) = decode_table_entry(raw, geometry) {
-            noted.add(OverlapChecks::REFCOUNT_BLOCK, block, size);
+            // A block that two entries lead to counts for neither: as another kind too, it is not written.
+            noted.add_once(OverlapChecks::REFCOUNT_BLOCK, OverlapChecks::REFCOUNT_TABLE, block);
         }
     }
     noted.add_l2_tables(OverlapChecks::ACTIVE_L2, l1.iter().copied());
@@ -41,41 +60,66 @@ pub(crate) fn known_metadata(
         noted.add(OverlapChecks::BITMAP_DIRECTORY, bitmaps.directory_offset, bitmaps.directory_size);
     }
     noted.left = MAX_NOTED;
-    noted.add_snapshots(&walk)?;
-    Ok(noted.set)
+    noted.add_bitmaps(&walk)?;
+    noted.add_snapshots(&walk, checks.contains(OverlapChecks::INACTIVE_L2))?;
+    Ok(noted.map)
 }
 
 struct Noted<'a> {
-    set: ClusterSet,
+    map: MetadataMap,
     geometry: &'a Geometry,
-    checks: OverlapChecks,
     /// How many more clusters are noted.
     left: u64,
 }
 
 impl Noted<'_> {
     fn add(&mut self, kind: OverlapChecks, offset: HostOffset, len: u64) {
-        if len == 0 || !self.checks.contains(kind) {
+        if len == 0 {
             return;
         }
         let inside = self.geometry.in_cluster(offset.value());
         let count = self.geometry.clusters_for(len.saturating_add(inside)).min(self.left);
         self.left -= count;
-        self.set.insert(self.geometry.host_cluster(offset).value(), count);
+        self.map.insert(kind, self.geometry.host_cluster(offset).value(), count);
+    }
+
+    /// Notes a table of one cluster; where there is one of its kind already, of the kind `twice` too.
+    fn add_once(&mut self, kind: OverlapChecks, twice: OverlapChecks, table: HostOffset) {
+        if self.map.holds(kind, self.geometry.host_cluster(table).value()) {
+            self.add(twice, table, self.geometry.cluster_size());
+        }
+        self.add(kind, table, self.geometry.cluster_size());
     }
 
     fn add_l2_tables(&mut self, kind: OverlapChecks, l1: impl Iterator<Item = u64>) {
         for raw in l1.filter(|&raw| raw != 0) {
             if let Ok(L1Entry { l2_table: Some(table), .. }) = L1Entry::decode(raw, self.geometry) {
-                self.add(kind, table, self.geometry.cluster_size());
+                // A table that two entries of the active L1 table lead to is shared, as with a snapshot: no change of one
+                // disk's part may show in the other, and it stays when one of them goes.
+                let twice = if kind == OverlapChecks::ACTIVE_L2 { OverlapChecks::INACTIVE_L2 } else { kind };
+                self.add_once(kind, twice, table);
             }
         }
     }
 
-    fn add_snapshots(&mut self, walk: &Walk<'_>) -> Result<()> {
-        let snapshots = OverlapChecks::SNAPSHOT_TABLE.with(OverlapChecks::INACTIVE_L1);
-        if walk.header().nb_snapshots == 0 || !self.checks.any_of(snapshots.with(OverlapChecks::INACTIVE_L2))
-        {
+    fn add_bitmaps(&mut self, walk: &Walk<'_>) -> Result<()> {
+        let mut pieces = walk.pieces();
+        for segment in overlay(&walk.bitmaps()?.0) {
+            self.add(OverlapChecks::BITMAP_DIRECTORY, segment.offset, segment.len);
+            pieces.start(segment.offset, segment.len);
+            while let Some((_, bytes)) = pieces.read_next()? {
+                for raw in qcow2_format::bytes::words(bytes).filter(|&raw| raw != 0) {
+                    if let Ok(BitmapTableEntry::Data(bits)) = BitmapTableEntry::decode(raw, self.geometry) {
+                        self.add(OverlapChecks::BITMAP_DIRECTORY, bits, self.geometry.cluster_size());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn add_snapshots(&mut self, walk: &Walk<'_>, with_l2_tables: bool) -> Result<()> {
+        if walk.header().nb_snapshots == 0 {
             return Ok(());
         }
         let Some(table) = walk.snapshots(&mut |_| {})? else { return Ok(()) };
@@ -84,7 +128,8 @@ impl Noted<'_> {
         for segment in &segments {
             self.add(OverlapChecks::INACTIVE_L1, segment.offset, segment.len);
         }
-        if !self.checks.contains(OverlapChecks::INACTIVE_L2) {
+        let l1_bytes = segments.iter().fold(0u64, |sum, segment| sum.saturating_add(segment.len));
+        if !with_l2_tables && l1_bytes > MAX_L1_UNASKED {
             return Ok(());
         }
         let mut pieces = walk.pieces();

@@ -33,10 +33,10 @@ impl L1Table {
         read(&self.table).1.len() as u64
     }
 
-    /// The host bytes that the table takes.
-    pub(crate) fn range(&self) -> core::ops::Range<HostOffset> {
-        let table = read(&self.table);
-        table.0..HostOffset::new(table.0.value().saturating_add(table.1.len() as u64 * 8))
+    /// Where the sector that holds entry `index` is.
+    pub(crate) fn sector_of(&self, index: L1Index) -> HostOffset {
+        let sector = index.value() * 8 / SECTOR_SIZE * SECTOR_SIZE;
+        HostOffset::new(read(&self.table).0.value().saturating_add(sector))
     }
 
     /// Where the table is, and a copy of its raw entries.

@@ -4,14 +4,14 @@
 
 use super::Meta;
 use super::overlap::OverlapChecks;
-use super::page::Page;
+use super::page::{Page, SECTOR_SIZE};
 use super::pending::Unlinked;
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::event::Event;
 use crate::port::storage::ZeroMode;
 use crate::read::resolve::{Place, Run, resolve_run};
 use crate::rules::OrderingRule;
-use crate::sync::{lock, read, write};
+use crate::sync::{lock, read};
 use ::alloc::format;
 use ::alloc::sync::Arc;
 use ::alloc::vec;
@@ -119,7 +119,7 @@ impl Meta {
         let index = self.geometry.l1_index(offset);
         let entry = self.l1_entry(index)?;
         if let (Some(table), true) = (entry.l2_table, entry.copied) {
-            return self.place_in_table(table, offset);
+            return self.place_to_change(table, offset);
         }
         let _making = lock(&self.table_lock);
         let entry = self.l1_entry(index)?;
@@ -127,7 +127,17 @@ impl Meta {
             Some(table) if entry.copied => table,
             old => self.make_l2_table(index, old)?,
         };
-        self.place_in_table(table, offset)
+        self.place_to_change(table, offset)
+    }
+
+    /// The entry of `offset` in `table`, which is about to be changed: an L1 entry that points at other metadata stops here.
+    fn place_to_change(&self, table: HostOffset, offset: GuestOffset) -> Result<L2Place> {
+        let place = self.place_in_table(table, offset)?;
+        if !place.page.is_queued() {
+            let (at, len) = (place.page.offset(), self.l2_cache.page_size());
+            self.check_table_place(OverlapChecks::ACTIVE_L2, at, len)?;
+        }
+        Ok(place)
     }
 
     fn make_l2_table(&self, index: L1Index, old: Option<HostOffset>) -> Result<HostOffset> {
@@ -137,17 +147,27 @@ impl Meta {
                 self.l1.len()
             )));
         }
-        let cluster = self.allocate_metadata(1)?;
+        self.check_table_place(OverlapChecks::ACTIVE_L1, self.l1.sector_of(index), SECTOR_SIZE)?;
+        let old_run = old.map(|old| Unlinked {
+            first: self.geometry.host_cluster(old).value(),
+            count: 1,
+            kinds: OverlapChecks::ACTIVE_L2,
+        });
+        if let Some(old) = old {
+            // Snapshots share it; anything else there is no table to copy.
+            self.check_table_place(OverlapChecks::L2, old, self.geometry.cluster_size())?;
+        }
+        let cluster = self.allocate_metadata(OverlapChecks::ACTIVE_L2, 1)?;
         let table = cluster.offset;
         if let Err(error) = self.fill_l2_table(table, old, cluster.fresh) {
-            self.release(cluster.first, cluster.count)?;
+            let kinds = OverlapChecks::ACTIVE_L2;
+            self.release(Unlinked { first: cluster.first, count: cluster.count, kinds })?;
             return Err(error);
         }
         let _open = read(&self.gate);
         self.l1.set(index, L1Entry { l2_table: Some(table), copied: true }.encode());
-        if let Some(old) = old {
-            let first = self.geometry.host_cluster(old).value();
-            lock(&self.pending).push(Unlinked { first, count: 1 });
+        if let Some(run) = old_run {
+            lock(&self.pending).push(run);
         }
         Ok(table)
     }
@@ -164,11 +184,11 @@ impl Meta {
                 self.event(Event::L2AllocCowRead);
                 self.storage.read_padded(old, &mut bytes)?;
                 self.event(Event::L2AllocWrite);
-                self.storage.write_at(table, &bytes)?;
+                self.write_table(OverlapChecks::ACTIVE_L2, table, &bytes)?;
             }
             None if fresh => {
                 self.event(Event::L2AllocWrite);
-                self.write_empty_table(table)?;
+                self.write_empty_table(OverlapChecks::ACTIVE_L2, table)?;
             }
             None => {
                 self.event(Event::L2AllocWrite);
@@ -208,12 +228,5 @@ impl Meta {
             }
         }
         Ok(())
-    }
-
-    /// Notes that `count` clusters from `first` on hold metadata from now on.
-    pub(crate) fn note_metadata(&self, first: u64, count: u64) {
-        if self.overlap_checks != OverlapChecks::NONE {
-            write(&self.metadata_clusters).insert(first, count);
-        }
     }
 }

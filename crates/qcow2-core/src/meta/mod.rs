@@ -6,6 +6,7 @@ pub(crate) mod cache;
 pub(crate) mod extension;
 pub(crate) mod flush;
 pub(crate) mod grow;
+pub(crate) mod guard;
 pub(crate) mod header;
 pub(crate) mod header_switch;
 pub(crate) mod known;
@@ -43,7 +44,7 @@ pub(crate) struct Meta {
     pub(crate) refcounts: Mutex<alloc::Refcounts>,
     /// Held while refcount pages or the refcount table are being written.
     pub(crate) refcount_io: Mutex<()>,
-    pub(crate) metadata_clusters: RwLock<overlap::ClusterSet>,
+    pub(crate) guard: guard::Guard,
     pub(crate) pending: Mutex<pending::PendingFrees>,
     /// Open (read) while mapping words change, closed (write) while a write-back copies them.
     pub(crate) gate: RwLock<()>,

@@ -1,12 +1,10 @@
-//! Which host clusters hold metadata, so that guest data is never written over it.
-//!
-//! Invariant I5: metadata overlaps nothing.
+//! The kinds of metadata that a host cluster can hold.
 
-use ::alloc::collections::BTreeMap;
-
-/// Which kinds of metadata guest data may not be written over. A write that would land there is refused and marks the
-/// image corrupt. What an image holds when it is opened is looked at kind by kind; tables that the engine itself places
-/// later are protected unless nothing is. The names are QEMU's (`overlap-check`).
+/// Kinds of metadata that guest data may not be written over. A write that would land there is refused and marks the
+/// image corrupt. The names are QEMU's (`overlap-check`).
+///
+/// The choice is about guest data only: no table is ever written over metadata of another kind, and no metadata is freed
+/// because a guest's mapping points at it, whatever is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OverlapChecks(u16);
 
@@ -27,9 +25,10 @@ impl OverlapChecks {
     pub const SNAPSHOT_TABLE: Self = Self(1 << 5);
     /// L1 tables of snapshots.
     pub const INACTIVE_L1: Self = Self(1 << 6);
-    /// L2 tables of snapshots: opening the image reads all their L1 tables.
+    /// L2 tables of snapshots. Opening the image for writing reads all their L1 tables; without this kind it does so
+    /// where they are short.
     pub const INACTIVE_L2: Self = Self(1 << 7);
-    /// The bitmap directory.
+    /// The bitmap directory, and the tables and bits of bitmaps.
     pub const BITMAP_DIRECTORY: Self = Self(1 << 8);
     /// What the header tells without reading anything.
     pub const CONSTANT: Self = Self::MAIN_HEADER
@@ -62,68 +61,35 @@ impl OverlapChecks {
     pub(crate) const fn any_of(self, kinds: Self) -> bool {
         self.0 & kinds.0 != 0
     }
-}
 
-const CHUNK_BITS: u32 = 12;
-const CHUNK_WORDS: usize = 1 << (CHUNK_BITS - 6);
+    /// L2 tables, whoever's: snapshots share them with the active disk.
+    pub(crate) const L2: Self = Self::ACTIVE_L2.with(Self::INACTIVE_L2);
+    /// How many kinds there are.
+    pub(crate) const COUNT: usize = 9;
 
-/// A sparse set of host clusters.
-#[derive(Debug, Default)]
-pub(crate) struct ClusterSet {
-    chunks: BTreeMap<u64, [u64; CHUNK_WORDS]>,
-}
-
-impl ClusterSet {
-    /// Adds `count` clusters from `first` on; `count` is bounded by the limits on table sizes.
-    pub(crate) fn insert(&mut self, first: u64, count: u64) {
-        for cluster in first..first.saturating_add(count) {
-            let chunk = self.chunks.entry(cluster >> CHUNK_BITS).or_insert([0; CHUNK_WORDS]);
-            let (word, bit) = Self::place(cluster);
-            chunk[word] |= 1 << bit;
-        }
+    /// The kinds that are among both.
+    pub(crate) const fn common(self, other: Self) -> Self {
+        Self(self.0 & other.0)
     }
 
-    /// Removes `count` clusters from `first` on.
-    pub(crate) fn remove(&mut self, first: u64, count: u64) {
-        for cluster in first..first.saturating_add(count) {
-            if let Some(chunk) = self.chunks.get_mut(&(cluster >> CHUNK_BITS)) {
-                let (word, bit) = Self::place(cluster);
-                chunk[word] &= !(1 << bit);
-            }
-        }
+    /// Each kind by itself, as its number and its mask.
+    pub(crate) fn each(self) -> impl Iterator<Item = (usize, Self)> {
+        (0..Self::COUNT).map(|index| (index, Self(1 << index))).filter(move |(_, kind)| self.any_of(*kind))
     }
 
-    /// The first cluster of `first..first + count` that is in the set.
-    pub(crate) fn first_in(&self, first: u64, count: u64) -> Option<u64> {
-        (first..first.saturating_add(count)).find(|&c| self.contains(c))
-    }
-
-    /// Whether `cluster` is in the set.
-    pub(crate) fn contains(&self, cluster: u64) -> bool {
-        let (word, bit) = Self::place(cluster);
-        self.chunks.get(&(cluster >> CHUNK_BITS)).is_some_and(|c| c[word] >> bit & 1 == 1)
-    }
-
-    fn place(cluster: u64) -> (usize, u64) {
-        let inside = cluster & ((1 << CHUNK_BITS) - 1);
-        ((inside / 64) as usize, inside % 64)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_set_of_runs() {
-        let mut set = ClusterSet::default();
-        set.insert(4090, 20);
-        set.insert(1 << 40, 1);
-        assert!(!set.contains(4089) && set.contains(4090) && set.contains(4109) && !set.contains(4110));
-        assert_eq!(set.first_in(4000, 1000), Some(4090));
-        set.remove(4090, 10);
-        assert_eq!(set.first_in(4000, 1000), Some(4100));
-        assert_eq!(set.first_in((1 << 40) - 5, 5), None);
-        assert_eq!(set.first_in((1 << 40) - 5, 6), Some(1 << 40));
+    /// What the first of these kinds is called in messages.
+    pub(crate) fn text(self) -> &'static str {
+        const NAMES: [&str; OverlapChecks::COUNT] = [
+            "the header",
+            "the active l1 table",
+            "an l2 table",
+            "the refcount table",
+            "a refcount block",
+            "the snapshot table",
+            "a snapshot's l1 table",
+            "a snapshot's l2 table",
+            "a bitmap",
+        ];
+        self.each().next().map_or("guest data", |(index, _)| NAMES[index])
     }
 }

@@ -101,6 +101,11 @@ impl Page {
         !self.queued.swap(true, Ordering::AcqRel)
     }
 
+    /// Whether the page waits for write-back.
+    pub(crate) fn is_queued(&self) -> bool {
+        self.queued.load(Ordering::Acquire)
+    }
+
     /// Notes a use, for eviction.
     pub(crate) fn touch(&self) {
         if !self.used.load(Ordering::Relaxed) {

@@ -2,6 +2,7 @@
 //!
 //! Invariant I3: their refcounts go down only after the unlink is on disk and no operation can still see them.
 
+use super::overlap::OverlapChecks;
 use ::alloc::vec::Vec;
 
 /// References to drop: one from each of `count` host clusters from `first` on.
@@ -9,6 +10,15 @@ use ::alloc::vec::Vec;
 pub(crate) struct Unlinked {
     pub(crate) first: u64,
     pub(crate) count: u64,
+    /// What was referred to: kinds of metadata, or none for guest data. Clusters that hold other metadata are not freed.
+    pub(crate) kinds: OverlapChecks,
+}
+
+impl Unlinked {
+    /// References to guest data.
+    pub(crate) fn data(first: u64, count: u64) -> Self {
+        Self { first, count, kinds: OverlapChecks::NONE }
+    }
 }
 
 /// Unlinked clusters by how far they have come.
@@ -23,6 +33,7 @@ impl PendingFrees {
     pub(crate) fn push(&mut self, run: Unlinked) {
         if let Some(last) = self.fresh.last_mut()
             && last.first + last.count == run.first
+            && last.kinds == run.kinds
         {
             last.count += run.count;
             return;
@@ -73,13 +84,15 @@ mod tests {
     #[test]
     fn runs_are_freed_two_epochs_after_they_are_durable() {
         let mut pending = PendingFrees::default();
-        pending.push(Unlinked { first: 5, count: 1 });
-        pending.push(Unlinked { first: 6, count: 2 });
+        pending.push(Unlinked::data(5, 1));
+        pending.push(Unlinked::data(6, 2));
+        let table = Unlinked { first: 8, count: 1, kinds: OverlapChecks::L2 };
+        pending.push(table);
         let fresh = pending.take_fresh();
-        assert_eq!(fresh, [Unlinked { first: 5, count: 3 }]);
+        assert_eq!(fresh, [Unlinked::data(5, 3), table]);
         pending.made_durable(7, fresh);
         assert!(pending.take_reusable(8).is_empty() && !pending.is_empty());
-        assert_eq!(pending.take_reusable(9), [Unlinked { first: 5, count: 3 }]);
+        assert_eq!(pending.take_reusable(9), [Unlinked::data(5, 3), table]);
         assert!(pending.is_empty());
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::meta::Meta;
+use crate::meta::overlap::OverlapChecks;
 use crate::open::read_words;
 use crate::walk::{Owner, Reference, Segment, SnapshotFault, TablePlace, Walk, overlay};
 use ::alloc::boxed::Box;
@@ -86,19 +87,7 @@ impl Meta {
         for Reference { offset, len, .. } in walk.header_references().filter(|r| !own.contains(&r.owner)) {
             self.count_bytes(&mut counts, offset, len, 1)?;
         }
-        let mut l1_tables = ::alloc::vec![walk.active_l1()];
-        if header.nb_snapshots > 0 {
-            let mut lost = false;
-            // Entries that lack later fields still say where their tables are.
-            let table =
-                walk.snapshots(&mut |fault| lost |= !matches!(fault, SnapshotFault::Incomplete { .. }))?;
-            let (Some(table), false) = (table, lost) else {
-                return Err(Error::corrupt("snapshot table is damaged: refcounts cannot be recounted"));
-            };
-            self.count_bytes(&mut counts, header.snapshots_offset, table.len, 1)?;
-            l1_tables.extend(table.l1_tables);
-        }
-        let l2_tables = self.count_l1(&mut counts, &walk, &l1_tables)?;
+        let l2_tables = self.count_l1_tables(&mut counts, &walk)?;
         for (table, times) in l2_tables {
             self.count_l2(&mut counts, HostOffset::new(table), times)?;
         }
@@ -110,6 +99,33 @@ impl Meta {
             self.count_bitmaps(&mut counts, &walk, &tables)?;
         }
         Ok(counts)
+    }
+
+    /// Every L2 table that the active disk and the snapshots name, with how often they do. Errors: as
+    /// [`count_references`](Self::count_references).
+    pub(crate) fn named_l2_tables(&self) -> Result<BTreeMap<u64, u64>> {
+        let header = self.header();
+        let walk = Walk::new(&*self.storage, &header)?;
+        let mut counts = ReferenceCounts::new(self.geometry.clusters_for(walk.file_len()));
+        self.count_l1_tables(&mut counts, &walk)
+    }
+
+    /// Counts the snapshot table and all L1 tables; returns the L2 tables that they name.
+    fn count_l1_tables(&self, counts: &mut ReferenceCounts, walk: &Walk<'_>) -> Result<BTreeMap<u64, u64>> {
+        let header = walk.header();
+        let mut l1_tables = ::alloc::vec![walk.active_l1()];
+        if header.nb_snapshots > 0 {
+            let mut lost = false;
+            // Entries that lack later fields still say where their tables are.
+            let table =
+                walk.snapshots(&mut |fault| lost |= !matches!(fault, SnapshotFault::Incomplete { .. }))?;
+            let (Some(table), false) = (table, lost) else {
+                return Err(Error::corrupt("snapshot table is damaged: refcounts cannot be recounted"));
+            };
+            self.count_bytes(counts, header.snapshots_offset, table.len, 1)?;
+            l1_tables.extend(table.l1_tables);
+        }
+        self.count_l1(counts, walk, &l1_tables)
     }
 
     /// The references that trusted bitmaps hold, their directory included. Errors: as
@@ -184,6 +200,14 @@ impl Meta {
 
     fn count_l2(&self, counts: &mut ReferenceCounts, table: HostOffset, times: u64) -> Result<()> {
         let size = self.geometry.cluster_size();
+        let cluster = self.geometry.host_cluster(table).value();
+        if let Some(hit) = self.guard.hit_by(OverlapChecks::L2, cluster, 1) {
+            // Its words are no L2 entries: counted as such they would make more damage.
+            return Err(Error::corrupt(format!(
+                "an l1 entry leads to {table}, which is {}",
+                hit.kinds.text()
+            )));
+        }
         self.count_bytes(counts, table, size, times)?;
         let extent = self.storage.extent_at(table, size)?;
         if !extent.data && extent.len >= size {

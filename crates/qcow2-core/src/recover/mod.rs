@@ -10,8 +10,8 @@ use crate::error::Result;
 use crate::image::Image;
 use crate::meta::Meta;
 use crate::meta::header::Field;
-use crate::meta::known::known_metadata;
-use crate::sync::{lock, write};
+use crate::meta::overlap::OverlapChecks;
+use crate::sync::lock;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
 use count::ReferenceCounts;
@@ -37,6 +37,10 @@ impl Meta {
     pub(crate) fn correct_blocks(&self, counts: &ReferenceCounts, only_lower: bool) -> Result<bool> {
         let table = lock(&self.refcounts).table.clone();
         let Some(own) = self.own_clusters(&table)? else { return Ok(false) };
+        if own.used().any(|(cluster, times)| times > 1 || counts.of(cluster) > 0) {
+            // Somebody else refers to a block: whose bytes it holds is in doubt, so nothing is written there.
+            return Ok(false);
+        }
         let per_block = self.geometry.refcount_block_entries();
         let has_block = |cluster: u64| table.get((cluster / per_block) as usize).is_some_and(|&raw| raw != 0);
         if !counts.used().chain(own.used()).all(|(cluster, _)| has_block(cluster)) {
@@ -117,19 +121,18 @@ impl Meta {
                     *word = width.insert(*word, slot, count);
                 }
             }
-            self.write_words(HostOffset::new(place.value() + block * size), &words)?;
+            let at = HostOffset::new(place.value() + block * size);
+            self.write_words(OverlapChecks::NONE, at, &words)?;
         }
         let mut entries = vec![0u64; (table * size / 8) as usize];
         for (block, entry) in (0..blocks).zip(&mut entries) {
             *entry = encode_table_entry(Some(HostOffset::new(place.value() + block * size)));
         }
-        self.write_words(table_offset, &entries)?;
+        self.write_words(OverlapChecks::NONE, table_offset, &entries)?;
         self.storage.flush()?;
         self.update_header(&[Field::RefcountTable { offset: table_offset, clusters: table as u32 }])?;
         self.adopt_table(entries, table_offset, table);
-        let tables = (&self.l1.contents().1[..], &*lock(&self.refcounts));
-        let known = known_metadata(&*self.storage, &self.header(), tables, self.overlap_checks)?;
-        *write(&self.metadata_clusters) = known;
+        self.learn_metadata()?;
         Ok(())
     }
 
@@ -139,8 +142,9 @@ impl Meta {
         (blocks, self.geometry.clusters_for(blocks * 8))
     }
 
-    pub(crate) fn write_words(&self, at: HostOffset, words: &[u64]) -> Result<()> {
+    /// Writes a table of `kinds` at a place that holds nothing else.
+    pub(crate) fn write_words(&self, kinds: OverlapChecks, at: HostOffset, words: &[u64]) -> Result<()> {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-        Ok(self.storage.write_at(at, &bytes)?)
+        self.write_table(kinds, at, &bytes)
     }
 }

@@ -14,6 +14,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::bulk::{Tree, table_bytes};
 use crate::meta::header::Field;
+use crate::meta::known::MAX_L1_UNASKED;
+use crate::meta::overlap::OverlapChecks;
+use crate::meta::pending::Unlinked;
 use crate::open::read_words;
 use crate::port::disk::GuestDisk;
 use crate::rules::OrderingRule;
@@ -70,7 +73,9 @@ impl Image {
         let header = self.header();
         let (_, entries) = meta.l1.contents();
         let tree = Tree::new(&entries, &meta.geometry)?;
-        let copy = self.reserve_l1(entries.len())?;
+        let old_table = self.old_table(&table)?;
+        meta.check_tables(&tree)?;
+        let copy = self.reserve_l1(OverlapChecks::INACTIVE_L1, entries.len())?;
         let snapshot = Snapshot {
             l1_table_offset: copy,
             l1_size: header.l1_size,
@@ -85,16 +90,16 @@ impl Image {
             unknown_extra: Vec::new(),
         };
         table.snapshots.push(snapshot.clone());
-        let len = entries.len() as u64 * 8;
+        let copy_run = meta.table_run(OverlapChecks::INACTIVE_L1, copy, entries.len() as u64 * 8);
         let new_table = match meta.reserve_snapshot_table(&table.snapshots) {
             Ok(new_table) => new_table,
-            Err(error) => return self.abandon(&[(copy, len)], error),
+            Err(error) => return self.abandon(&[copy_run], error),
         };
         if let Err(error) = meta.flush().and_then(|()| meta.raise_tree(&tree)) {
-            return self.abandon(&[(copy, len), new_table.place()], error);
+            return self.abandon(&[copy_run, new_table.run(meta)], error);
         }
         meta.poison_on_error(self.write_snapshot(&tree, entries, copy, &new_table))?;
-        meta.unlink_table(header.snapshots_offset, table.len);
+        meta.unlink(old_table);
         self.finish()?;
         Ok(snapshot)
     }
@@ -112,9 +117,9 @@ impl Image {
         entries.iter_mut().for_each(|raw| *raw &= !COPIED);
         let bytes = table_bytes(&entries);
         if self.meta.rules.keep(OrderingRule::CopiedClearedBeforeSnapshot) {
-            meta.storage.write_at(active, &bytes)?;
+            meta.write_table(OverlapChecks::ACTIVE_L1, active, &bytes)?;
         }
-        meta.storage.write_at(copy, &bytes)?;
+        meta.write_table(OverlapChecks::INACTIVE_L1, copy, &bytes)?;
         meta.l1.replace(active, entries);
         meta.switch_snapshot_table(table)
     }
@@ -132,7 +137,8 @@ impl Image {
         let size = snapshot.disk_size & !511;
         meta.check_writable()?;
         self.check_applicable(snapshot, size)?;
-        find(&self.begin_snapshot_change()?, snapshot)?;
+        let table = self.begin_snapshot_change()?;
+        find(&table, snapshot)?;
         self.begin_change()?;
         let mut entries = self.snapshot_l1(snapshot)?;
         let tree = Tree::new(&entries, &meta.geometry)?;
@@ -141,21 +147,25 @@ impl Image {
         let needed = meta.geometry.l1_entries_for(size).max(old_entries.len() as u64);
         entries.resize(entries.len().max(needed as usize), 0);
         entries.iter_mut().for_each(|raw| *raw &= !COPIED);
-        let l1 = self.reserve_l1(entries.len())?;
+        let old_l1 = meta.table_run(OverlapChecks::ACTIVE_L1, old_offset, old_entries.len() as u64 * 8);
+        meta.check_tables(&tree)?;
+        meta.check_owner(old_l1)?;
+        meta.check_lowering(&old_tree, &self.trees_of(&table)?)?;
+        let l1 = self.reserve_l1(OverlapChecks::ACTIVE_L1, entries.len())?;
         if let Err(error) = meta.flush().and_then(|()| meta.raise_tree(&tree)) {
-            return self.abandon(&[(l1, entries.len() as u64 * 8)], error);
+            let run = meta.table_run(OverlapChecks::ACTIVE_L1, l1, entries.len() as u64 * 8);
+            return self.abandon(&[run], error);
         }
-        meta.poison_on_error(self.switch_disk(&tree, l1, entries, size))?;
-        meta.poison_on_error(meta.lower_tree(&old_tree, None))?;
-        tree.offsets().for_each(|table| meta.note_metadata(meta.geometry.host_cluster(table).value(), 1));
-        meta.unlink_table(old_offset, old_entries.len() as u64 * 8);
+        let switched = meta.lower_tree(&old_tree, &[], None, || self.switch_disk(&tree, l1, entries, size));
+        meta.poison_on_error(switched)?;
+        meta.unlink(old_l1);
         self.finish()
     }
 
     fn switch_disk(&self, tree: &Tree, l1: HostOffset, entries: Vec<u64>, size: u64) -> Result<()> {
         let meta = &self.meta;
         meta.clear_copied(tree)?;
-        meta.storage.write_at(l1, &table_bytes(&entries))?;
+        meta.write_table(OverlapChecks::ACTIVE_L1, l1, &table_bytes(&entries))?;
         if meta.rules.keep(OrderingRule::SnapshotBeforeHeader) {
             meta.storage.flush()?;
         }
@@ -194,35 +204,79 @@ impl Image {
         let mut table = self.begin_snapshot_change()?;
         let index = find(&table, snapshot)?;
         let meta = &self.meta;
-        let old_offset = self.header().snapshots_offset;
         let tree = Tree::new(&self.snapshot_l1(snapshot)?, &meta.geometry)?;
+        let l1_len = u64::from(snapshot.l1_size) * 8;
+        let old_l1 = meta.table_run(OverlapChecks::INACTIVE_L1, snapshot.l1_table_offset, l1_len);
+        let old_table = self.old_table(&table)?;
+        meta.check_owner(old_l1)?;
+        let (l1_offset, mut entries) = meta.l1.contents();
+        meta.check_table_place(OverlapChecks::ACTIVE_L1, l1_offset, entries.len() as u64 * 8)?;
         table.snapshots.remove(index);
+        let mut kept = self.trees_of(&table)?;
+        kept.push(Tree::new(&entries, &meta.geometry)?);
         let new_table = meta.reserve_snapshot_table(&table.snapshots)?;
         meta.flush()?;
-        if meta.rules.keep(OrderingRule::UnlinkBeforeFree) {
-            meta.poison_on_error(meta.switch_snapshot_table(&new_table))?;
+        let mut unlinked = false;
+        let lowered = meta.lower_tree(&tree, &kept, Some(&mut entries), || {
+            unlinked = true;
+            meta.switch_snapshot_table(&new_table)
+        });
+        match lowered {
+            Err(error) if !unlinked => return self.abandon(&[new_table.run(meta)], error),
+            lowered => meta.poison_on_error(lowered)?,
         }
-        let (l1_offset, mut entries) = meta.l1.contents();
-        meta.poison_on_error(meta.lower_tree(&tree, Some(&mut entries)))?;
-        if !meta.rules.keep(OrderingRule::UnlinkBeforeFree) {
-            meta.poison_on_error(meta.switch_snapshot_table(&new_table))?;
-        }
-        let written = meta.storage.write_at(l1_offset, &table_bytes(&entries));
-        meta.poison_on_error(written.map_err(Error::from))?;
+        let written = meta.write_table(OverlapChecks::ACTIVE_L1, l1_offset, &table_bytes(&entries));
+        meta.poison_on_error(written)?;
         meta.l1.replace(l1_offset, entries);
-        meta.unlink_table(snapshot.l1_table_offset, u64::from(snapshot.l1_size) * 8);
-        meta.unlink_table(old_offset, table.len);
+        meta.unlink(old_l1);
+        meta.unlink(old_table);
         self.finish()
+    }
+
+    /// What the snapshots in `table` lead to; nothing where their L1 tables are so long that reading them would cost more
+    /// than it saves.
+    fn trees_of(&self, table: &Table) -> Result<Vec<Tree>> {
+        let bytes = |snapshot: &Snapshot| u64::from(snapshot.l1_size) * 8;
+        if table.snapshots.iter().map(bytes).sum::<u64>() > MAX_L1_UNASKED {
+            return Ok(Vec::new());
+        }
+        let tree = |snapshot| Tree::new(&self.snapshot_l1(snapshot)?, &self.meta.geometry);
+        table.snapshots.iter().map(tree).collect()
+    }
+
+    /// Refuses snapshots whose L1 tables share clusters: deleting one would free what the other leads to.
+    fn check_apart(&self, table: &Table) -> Result<()> {
+        let run = |snapshot: &Snapshot| {
+            let len = u64::from(snapshot.l1_size) * 8;
+            self.meta.table_run(OverlapChecks::INACTIVE_L1, snapshot.l1_table_offset, len)
+        };
+        let mut runs: Vec<Unlinked> = table.snapshots.iter().map(run).filter(|run| run.count > 0).collect();
+        runs.sort_unstable_by_key(|run| run.first);
+        match runs.windows(2).find(|pair| pair[0].first + pair[0].count > pair[1].first) {
+            None => Ok(()),
+            Some(pair) => Err(self.meta.mark_corrupt(format!(
+                "two snapshots have their l1 tables in host cluster {}",
+                pair[1].first
+            ))),
+        }
+    }
+
+    /// The clusters of the snapshot table as it is on disk, which can be given up.
+    fn old_table(&self, table: &Table) -> Result<Unlinked> {
+        let offset = self.header().snapshots_offset;
+        let run = self.meta.table_run(OverlapChecks::SNAPSHOT_TABLE, offset, table.len);
+        self.meta.check_owner(run)?;
+        Ok(run)
     }
 
     /// Writes the snapshot table anew, with everything in each entry that version 3 wants.
     pub(crate) fn rewrite_snapshot_table(&self) -> Result<()> {
         let table = self.begin_snapshot_change()?;
-        let (meta, old_offset) = (&self.meta, self.header().snapshots_offset);
+        let (meta, old_table) = (&self.meta, self.old_table(&table)?);
         let new_table = meta.reserve_snapshot_table(&table.snapshots)?;
         meta.flush()?;
         meta.poison_on_error(meta.switch_snapshot_table(&new_table))?;
-        meta.unlink_table(old_offset, table.len);
+        meta.unlink(old_table);
         self.finish()
     }
 
@@ -234,27 +288,30 @@ impl Image {
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
         let table = Table::read(&*self.meta.storage, &self.header())?;
+        self.check_apart(&table)?;
         self.meta.settle()?;
         Ok(table)
     }
 
-    /// What every change ends with: what was unlinked is free, on disk too.
+    /// What every change ends with: what was unlinked is free, on disk too, and the tables that snapshots have now are
+    /// known as such.
     fn finish(&self) -> Result<()> {
         self.meta.settle()?;
+        self.meta.learn_metadata()?;
         self.meta.pad_file()
     }
 
     /// Room for an L1 table; a table without entries is nowhere.
-    fn reserve_l1(&self, entries: usize) -> Result<HostOffset> {
+    fn reserve_l1(&self, kind: OverlapChecks, entries: usize) -> Result<HostOffset> {
         match self.meta.geometry.clusters_for(entries as u64 * 8) {
             0 => Ok(HostOffset::new(0)),
-            clusters => Ok(self.meta.allocate_with_space(clusters)?.offset),
+            clusters => Ok(self.meta.allocate_with_space(kind, clusters)?.offset),
         }
     }
 
     /// Gives back what was reserved for a change that cannot be made because of `error`.
-    fn abandon<T>(&self, places: &[(HostOffset, u64)], error: Error) -> Result<T> {
-        places.iter().for_each(|&(offset, len)| self.meta.unlink_table(offset, len));
+    fn abandon<T>(&self, reserved: &[Unlinked], error: Error) -> Result<T> {
+        reserved.iter().for_each(|&run| self.meta.unlink(run));
         if !self.meta.poisoned.load(Ordering::Acquire) {
             self.finish()?;
         }

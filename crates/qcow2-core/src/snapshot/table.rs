@@ -6,6 +6,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
 use crate::meta::header::Field;
+use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use crate::port::storage::Storage;
 use crate::rules::OrderingRule;
@@ -77,7 +78,7 @@ impl Meta {
         }
         let offset = match self.geometry.clusters_for(len) {
             0 => HostOffset::new(0),
-            clusters => self.allocate_with_space(clusters)?.offset,
+            clusters => self.allocate_with_space(OverlapChecks::SNAPSHOT_TABLE, clusters)?.offset,
         };
         Ok(NewTable { offset, bytes, count: snapshots.len() as u32 })
     }
@@ -86,7 +87,7 @@ impl Meta {
     pub(super) fn switch_snapshot_table(&self, table: &NewTable) -> Result<()> {
         let (count, offset) = (table.count, table.offset);
         if count > 0 {
-            self.storage.write_at(offset, &table.bytes)?;
+            self.write_table(OverlapChecks::SNAPSHOT_TABLE, offset, &table.bytes)?;
         }
         if self.rules.keep(OrderingRule::SnapshotBeforeHeader) {
             self.storage.flush()?;
@@ -94,11 +95,16 @@ impl Meta {
         self.update_header(&[Field::Snapshots { count, offset }])
     }
 
-    /// Gives a table's clusters up that the header does not name any more.
-    pub(crate) fn unlink_table(&self, offset: HostOffset, len: u64) {
+    /// The clusters of a table of `kinds` with `len` bytes at `offset`, which is cluster aligned.
+    pub(crate) fn table_run(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Unlinked {
         let (first, count) = (self.geometry.host_cluster(offset).value(), self.geometry.clusters_for(len));
-        if count > 0 {
-            lock(&self.pending).push(Unlinked { first, count });
+        Unlinked { first, count, kinds }
+    }
+
+    /// Gives clusters up that nothing names any more; [`check_owner`](Self::check_owner) came before.
+    pub(crate) fn unlink(&self, run: Unlinked) {
+        if run.count > 0 {
+            lock(&self.pending).push(run);
         }
     }
 }
@@ -111,8 +117,8 @@ pub(super) struct NewTable {
 }
 
 impl NewTable {
-    /// Where it will be, and its bytes.
-    pub(super) fn place(&self) -> (HostOffset, u64) {
-        (self.offset, self.bytes.len() as u64)
+    /// The clusters it will be in.
+    pub(super) fn run(&self, meta: &Meta) -> Unlinked {
+        meta.table_run(OverlapChecks::SNAPSHOT_TABLE, self.offset, self.bytes.len() as u64)
     }
 }

@@ -6,6 +6,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::Meta;
 use crate::meta::mapping::L2Place;
+use crate::meta::pending::Unlinked;
 use crate::port::event::Event;
 use crate::sync::lock;
 use ::alloc::format;
@@ -120,7 +121,7 @@ impl Image {
 
     fn release_stream(&self, packed: &Packed<'_>) -> Result<()> {
         match self.unlinked(&L2Entry::Compressed(packed.descriptor)) {
-            Some(run) => self.meta.release(run.first, run.count),
+            Some(run) => self.meta.release(run),
             None => Ok(()),
         }
     }
@@ -174,7 +175,7 @@ impl Meta {
             self.set_pack(start + len, end + size);
             return Ok(Some(HostOffset::new(start)));
         }
-        self.release(first, 1)?;
+        self.release(Unlinked::data(first, 1))?;
         Ok(None)
     }
 

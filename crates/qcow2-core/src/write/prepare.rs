@@ -15,8 +15,6 @@ use crate::port::disk::GuestDisk;
 use crate::port::event::Event;
 use crate::port::storage::StorageErrorKind;
 use crate::read::resolve::Place;
-use crate::sync::read;
-use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
 use qcow2_format::l2::L2Entry;
@@ -69,7 +67,7 @@ struct Change<'a> {
     /// Where the first cluster of the run goes.
     base: HostOffset,
     /// The clusters were reserved for this write.
-    reserved: Option<(u64, u64)>,
+    reserved: Option<Unlinked>,
     /// The place reads as zeroes already.
     fresh: bool,
     _claim: Claim<'a>,
@@ -116,7 +114,7 @@ impl Image {
     }
 
     fn prepare_in_place<'a>(&'a self, host: HostOffset, len: u64, claim: Claim<'a>) -> Result<Prepared<'a>> {
-        self.check_overlap(host, len)?;
+        self.meta.check_data_place(host, len)?;
         self.cover_sector(host.value() + len)?;
         Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None, _in_place: Some(claim) })
     }
@@ -135,23 +133,6 @@ impl Image {
         }
     }
 
-    /// Refuses to write guest data over metadata: an entry that leads there is damaged.
-    fn check_overlap(&self, host: HostOffset, len: u64) -> Result<()> {
-        if self.meta.has_data_file() {
-            return Ok(());
-        }
-        let geometry = &self.meta.geometry;
-        let first = geometry.host_cluster(host).value();
-        let count = geometry.clusters_for(geometry.in_cluster(host.value()) + len);
-        let hit = read(&self.meta.metadata_clusters).first_in(first, count);
-        match hit {
-            None => Ok(()),
-            Some(cluster) => Err(self.meta.mark_corrupt(format!(
-                "guest data is mapped to host cluster {cluster}, which holds metadata"
-            ))),
-        }
-    }
-
     /// Finds the place; a run that does not fit into one piece of the file is cut shorter.
     fn reserve_place<'a>(
         &'a self,
@@ -163,7 +144,7 @@ impl Image {
         let geometry = &self.meta.geometry;
         let (base, reserved, fresh) = match plan.kind {
             WriteKind::InPlace { host } | WriteKind::Fill { host } => {
-                self.check_overlap(host, plan.clusters * geometry.cluster_size())?;
+                self.meta.check_data_place(host, plan.clusters * geometry.cluster_size())?;
                 let fresh = self.meta.has_data_file() && self.meta.data()?.len()? <= host.value();
                 (host, None, fresh)
             }
@@ -172,7 +153,7 @@ impl Image {
                 plan.clusters = reserved.count;
                 let room = reserved.count * geometry.cluster_size() - geometry.in_cluster(offset.value());
                 plan.len = plan.len.min(room);
-                (reserved.offset, Some((reserved.first, reserved.count)), reserved.fresh)
+                (reserved.offset, Some(Unlinked::data(reserved.first, reserved.count)), reserved.fresh)
             }
         };
         let old = (0..plan.clusters).map(|i| self.meta.entry(&place, i, offset)).collect::<Result<_>>();
@@ -187,7 +168,7 @@ impl Image {
     }
 
     fn give_back(&self, change: &Change<'_>) -> Result<()> {
-        change.reserved.map_or(Ok(()), |(first, count)| self.meta.release(first, count))
+        change.reserved.map_or(Ok(()), |run| self.meta.release(run))
     }
 
     /// The bytes around the write that its clusters need.
@@ -242,8 +223,11 @@ impl Image {
         Ok(true)
     }
 
-    /// The references that an entry holds.
+    /// The references that an entry holds to clusters of the image file.
     pub(crate) fn unlinked(&self, entry: &L2Entry) -> Option<Unlinked> {
+        if self.meta.has_data_file() {
+            return None;
+        }
         let geometry = &self.meta.geometry;
         let (start, len) = match entry {
             L2Entry::Standard(cluster) => (cluster.host?, geometry.cluster_size()),
@@ -251,7 +235,7 @@ impl Image {
         };
         let first = geometry.host_cluster(start).value();
         let last = geometry.host_cluster(HostOffset::new(start.value() + len.max(1) - 1)).value();
-        Some(Unlinked { first, count: last - first + 1 })
+        Some(Unlinked::data(first, last - first + 1))
     }
 }
 
@@ -320,9 +304,7 @@ impl Prepared<'_> {
         let size = format.geometry.cluster_size();
         let mut unlinked = Vec::new();
         if change.plan.kind == WriteKind::Allocate {
-            for old in &change.old {
-                unlinked.extend(image.unlinked(old));
-            }
+            unlinked.extend(change.old.iter().filter_map(|old| image.unlinked(old)));
         }
         let entry = |i: u64| {
             let edges = change.cluster_edges(image, i);
@@ -340,10 +322,10 @@ impl Prepared<'_> {
 impl Drop for Prepared<'_> {
     fn drop(&mut self) {
         let change = self.change.take();
-        if let Some((first, count)) = change.as_ref().and_then(|change| change.reserved) {
+        if let Some(run) = change.as_ref().and_then(|change| change.reserved) {
             // A part may be written: on a full disk the space is wanted. A count that cannot be lowered stays too high: a
             // leak, which harms nothing.
-            let _ = self.image.meta.free_reusable(&[Unlinked { first, count }]);
+            let _ = self.image.meta.free_reusable(&[run]);
         }
     }
 }

@@ -160,7 +160,7 @@ impl Image {
             return;
         }
         let size = self.meta.geometry.cluster_size();
-        for run in emptied {
+        for run in emptied.iter().filter(|run| !self.meta.is_guarded(**run)) {
             let _ = self.meta.storage.discard(HostOffset::new(run.first * size), run.count * size);
         }
     }

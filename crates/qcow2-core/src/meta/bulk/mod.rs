@@ -14,9 +14,12 @@ pub(crate) use tree::{Tree, table_bytes};
 
 use super::Meta;
 use super::alloc::Refcounts;
+use super::overlap::OverlapChecks;
 use crate::error::{Error, Result};
-use crate::sync::{MutexGuard, lock, write};
+use crate::rules::OrderingRule;
+use crate::sync::{MutexGuard, lock};
 use ::alloc::collections::BTreeSet;
+use ::alloc::format;
 use ::alloc::vec::Vec;
 use qcow2_format::HostOffset;
 use window::{Spans, Window};
@@ -58,29 +61,52 @@ impl Meta {
     }
 
     fn raised<'a>(&self, tree: &Tree, mut window: Window<'a>) -> Result<Window<'a>> {
-        self.for_each_run(tree, &mut |first, count, times| window.raise(first, count, times))?;
+        self.for_each_run(tree, &mut |run, times| window.raise(run.first, run.count, times))?;
         Ok(window)
     }
 
-    /// Drops one reference from every L2 table of `tree`, and from everything that they refer to. Nothing on disk leads
-    /// there any more. What nobody refers to then is free and given back to the storage. With `active`, the raw entries of
-    /// the active L1 table, the copied flags below and in it are made to agree with the refcounts; the caller writes the
-    /// entries.
+    /// Drops one reference from every L2 table of `tree`, and from everything that they refer to. `unlink` makes the disk
+    /// lead there no more; it is called once it is certain that every count can be lowered, that nothing below the tree is
+    /// other metadata and that the tables of `kept` stay counted, so that what cannot be freed stays linked. What nobody
+    /// refers to then is free and given back to the storage. With `active`, the raw entries of the active L1 table, the
+    /// copied flags below and in it are made to agree with the refcounts; the caller writes the entries.
     ///
-    /// Disk: reads the tables, writes the refcount blocks and L2 tables whose flags change, barrier; then discards.
-    /// Errors: `Corrupt` for a damaged table or a count that is too low already; counts may be left too high.
-    pub(crate) fn lower_tree(&self, tree: &Tree, mut active: Option<&mut [u64]>) -> Result<()> {
+    /// Disk: reads the tables; `unlink`; writes the refcount blocks and L2 tables whose flags change, barrier; then discards.
+    /// Errors: `Corrupt` for a damaged table or a count that is too low, nothing having changed; what `unlink` says;
+    /// `Storage`, counts being left too high.
+    pub(crate) fn lower_tree(
+        &self,
+        tree: &Tree,
+        kept: &[Tree],
+        mut active: Option<&mut [u64]>,
+        unlink: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         let mut held = self.hold_refcounts();
         let spans = Spans::new(&self.geometry, held.refcounts.table.len() as u64);
         let mut touched = self.touched(tree, &spans, &held.refcounts)?;
         let active_tree = active.as_deref().map(|entries| Tree::new(entries, &self.geometry)).transpose()?;
+        active_tree.iter().try_for_each(|tree| self.check_tables(tree))?;
+        // All must fit before anything is unlinked. One window is kept, several would take too much memory.
+        let mut only = None;
+        for &span in &touched {
+            let mut window = self.lowered(tree, spans.window(self, &held.refcounts, span))?;
+            self.check_kept(kept, &mut window)?;
+            only = Some(window).filter(|_| touched.len() == 1);
+        }
+        let (before, after) = match self.rules.keep(OrderingRule::UnlinkBeforeFree) {
+            true => (Some(unlink), None),
+            false => (None, Some(unlink)),
+        };
+        before.map_or(Ok(()), |unlink| unlink())?;
         if let Some(active) = &active_tree {
             touched.extend(self.touched(active, &spans, &held.refcounts)?);
         }
         let mut freed = Vec::new();
         for &span in &touched {
-            let mut window = spans.window(self, &held.refcounts, span);
-            self.for_each_run(tree, &mut |first, count, times| window.lower(first, count, times))?;
+            let mut window = match only.take() {
+                Some(window) if touched.len() == 1 => window,
+                _ => self.lowered(tree, spans.window(self, &held.refcounts, span))?,
+            };
             if let (Some(tree), Some(entries)) = (&active_tree, active.as_deref_mut()) {
                 self.mark_copied(tree, entries, &mut window)?;
             }
@@ -88,6 +114,7 @@ impl Meta {
             self.storage.flush()?;
             window.for_each_freed(&mut |first, count| self.give_back_freed(first, count, &mut freed));
         }
+        after.map_or(Ok(()), |unlink| unlink())?;
         self.forget_tables();
         self.expanded.clear();
         held.refcounts.pack = None;
@@ -97,12 +124,48 @@ impl Meta {
         Ok(())
     }
 
+    /// Makes sure that [`lower_tree`](Self::lower_tree) can lower every count, before a change that it is the end of.
+    pub(crate) fn check_lowering(&self, tree: &Tree, kept: &[Tree]) -> Result<()> {
+        let held = self.hold_refcounts();
+        let spans = Spans::new(&self.geometry, held.refcounts.table.len() as u64);
+        for &span in &self.touched(tree, &spans, &held.refcounts)? {
+            let mut window = self.lowered(tree, spans.window(self, &held.refcounts, span))?;
+            self.check_kept(kept, &mut window)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses counts so low that a table which stays would be freed with those that go.
+    fn check_kept(&self, kept: &[Tree], window: &mut Window<'_>) -> Result<()> {
+        for table in kept.iter().flat_map(Tree::offsets) {
+            let cluster = self.geometry.host_cluster(table).value();
+            if window.holds(cluster) && window.count(cluster)? == 0 {
+                return Err(self.mark_corrupt(format!("the refcount of the l2 table at {table} is too low")));
+            }
+        }
+        Ok(())
+    }
+
+    fn lowered<'a>(&self, tree: &Tree, mut window: Window<'a>) -> Result<Window<'a>> {
+        let lowered = self.for_each_run(tree, &mut |run, times| {
+            self.check_owner(run)?;
+            window.lower(run.first, run.count, times)
+        });
+        lowered.map(|()| window)
+    }
+
+    /// Refuses a tree one of whose tables is other metadata.
+    pub(crate) fn check_tables(&self, tree: &Tree) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        tree.offsets().try_for_each(|table| self.check_table_place(OverlapChecks::L2, table, size))
+    }
+
     /// A freed run: no longer metadata, and the storage may have its space. A failed discard loses nothing.
     fn give_back_freed(&self, first: u64, count: u64, lowest: &mut Vec<u64>) {
         if lowest.first().is_none_or(|&so_far| first < so_far) {
             *lowest = ::alloc::vec![first];
         }
-        write(&self.metadata_clusters).remove(first, count);
+        (first..first + count).for_each(|cluster| self.guard.forget(OverlapChecks::L2, cluster));
         let size = self.geometry.cluster_size();
         let _ = self.storage.discard(HostOffset::new(first * size), count * size);
     }
@@ -114,8 +177,8 @@ impl Meta {
         }
         let mut touched = BTreeSet::new();
         let per_block = self.geometry.refcount_block_entries();
-        self.for_each_run(tree, &mut |first, count, _| {
-            let last = first + count - 1;
+        self.for_each_run(tree, &mut |run, _| {
+            let (first, last) = (run.first, run.first + run.count - 1);
             if last / per_block >= refcounts.table.len() as u64 {
                 return Err(uncounted(last));
             }
@@ -133,5 +196,5 @@ impl Meta {
 }
 
 fn uncounted(cluster: u64) -> Error {
-    Error::corrupt(::alloc::format!("host cluster {cluster} is in use but its refcount is 0"))
+    Error::corrupt(format!("host cluster {cluster} is in use but its refcount is 0"))
 }

@@ -3,6 +3,8 @@
 use super::window::Window;
 use crate::error::{Error, Result};
 use crate::meta::Meta;
+use crate::meta::overlap::OverlapChecks;
+use crate::meta::pending::Unlinked;
 use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
@@ -51,22 +53,25 @@ impl Tree {
 }
 
 impl Meta {
-    /// Visits every run of host clusters that is referred to from `tree`, the L2 tables themselves included: first
-    /// cluster, how many, and how often each. Errors: `Corrupt` for a damaged entry.
+    /// Visits every run of host clusters that is referred to from `tree`, the L2 tables themselves included, with how often
+    /// each is. Errors: `Corrupt` for a damaged entry.
     pub(super) fn for_each_run(
         &self,
         tree: &Tree,
-        visit: &mut dyn FnMut(u64, u64, u64) -> Result<()>,
+        visit: &mut dyn FnMut(Unlinked, u64) -> Result<()>,
     ) -> Result<()> {
         let geometry = self.geometry;
         for &(offset, times) in &tree.tables {
-            visit(geometry.host_cluster(offset).value(), 1, times)?;
+            let first = geometry.host_cluster(offset).value();
+            visit(Unlinked { first, count: 1, kinds: OverlapChecks::L2 }, times)?;
         }
         self.for_each_table(tree, &mut |table, times, bytes| {
             let mut result = Ok(());
             self.l2_format.scan(bytes, |item| {
                 if result.is_ok() {
-                    result = self.visit_item(table, item, &mut |first, count| visit(first, count, times));
+                    result = self.visit_item(table, item, &mut |first, count| {
+                        visit(Unlinked::data(first, count), times)
+                    });
                 }
             });
             result.map(|()| false)
@@ -181,7 +186,8 @@ impl Meta {
             }
             if let Some((first, end)) = changed {
                 let at = HostOffset::new(start.value() + first as u64 * size);
-                self.storage.write_at(at, &buffer[first * size as usize..end * size as usize])?;
+                let bytes = &buffer[first * size as usize..end * size as usize];
+                self.write_table(OverlapChecks::L2, at, bytes)?;
             }
         }
         Ok(())

@@ -6,6 +6,7 @@ use super::uncounted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
 use crate::meta::alloc::Refcounts;
+use crate::meta::overlap::OverlapChecks;
 use crate::meta::page::be_word;
 use ::alloc::format;
 use ::alloc::vec;
@@ -139,7 +140,8 @@ impl Window<'_> {
     }
 
     /// Visits those of the `count` clusters from `first` on that the window holds and whose count says otherwise than
-    /// `copied`, as distances from `first`.
+    /// `copied`, as distances from `first`. What no block counts is passed over: by now the change that this is the end of
+    /// has happened, and must not fail because of something else that is damaged.
     pub(super) fn mismatches(
         &mut self,
         first: u64,
@@ -152,7 +154,14 @@ impl Window<'_> {
         while at < end {
             let base = at - at % per_block;
             let stop = end.min(base + per_block);
-            let words = &self.block(at)?.words;
+            let words = match self.block(at) {
+                Ok(block) => &block.words,
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    at = stop;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             for cluster in at..stop {
                 let slot = cluster - base;
                 if (width.extract(words[width.word_index(slot)], slot) == 1) != copied {
@@ -194,7 +203,7 @@ impl Window<'_> {
         for block in changed {
             bytes.clear();
             bytes.extend(block.words.iter().flat_map(|word| word.to_be_bytes()));
-            self.meta.storage.write_at(block.offset, &bytes)?;
+            self.meta.write_table(OverlapChecks::REFCOUNT_BLOCK, block.offset, &bytes)?;
         }
         Ok(())
     }

@@ -1,0 +1,280 @@
+//! Which host clusters hold metadata, and the questions that come before any of them is written over or freed.
+//!
+//! Invariant I5: metadata overlaps nothing. On a damaged image it does: a mapping may point at a refcount block, an L1
+//! entry at the refcount table. What tables say is therefore never believed against this map. It knows the tables that
+//! header, L1 and refcount table named when the image was opened, and every table that the engine has placed since;
+//! a cluster leaves it only when the table that was there is freed as such.
+
+use super::Meta;
+use super::overlap::OverlapChecks;
+use super::pending::Unlinked;
+use crate::error::Result;
+use crate::sync::{RwLock, read, write};
+use ::alloc::boxed::Box;
+use ::alloc::collections::BTreeMap;
+use ::alloc::format;
+use core::ops::Range;
+use qcow2_format::HostOffset;
+
+/// A metadata cluster that is in the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Hit {
+    pub(crate) cluster: u64,
+    /// What it holds, of the kinds that were asked about.
+    pub(crate) kinds: OverlapChecks,
+}
+
+/// The metadata clusters of an open image. Its lock is taken last of all and held for a look-up only.
+pub(crate) struct Guard {
+    map: RwLock<MetadataMap>,
+    /// What guest data may not be written over.
+    checks: OverlapChecks,
+}
+
+impl Guard {
+    /// Guards the clusters in `map`; guest data is kept from those of the kinds in `checks`.
+    pub(crate) fn new(map: MetadataMap, checks: OverlapChecks) -> Self {
+        // Snapshots' L2 tables are known where that costs little, and then count as if they had been asked for.
+        let default = checks.contains(OverlapChecks::CACHED);
+        let checks = if default { checks.with(OverlapChecks::INACTIVE_L2) } else { checks };
+        Self { map: RwLock::new(map), checks }
+    }
+
+    /// Replaces all that is known.
+    pub(crate) fn replace(&self, map: MetadataMap) {
+        *write(&self.map) = map;
+    }
+
+    /// Notes that `count` clusters from `first` on hold metadata of `kinds`.
+    pub(crate) fn note(&self, kinds: OverlapChecks, first: u64, count: u64) {
+        write(&self.map).insert(kinds, first, count);
+    }
+
+    /// Notes that `cluster` no longer holds metadata of `kinds`: it was freed as such.
+    pub(crate) fn forget(&self, kinds: OverlapChecks, cluster: u64) {
+        if kinds != OverlapChecks::NONE && self.kinds_at(cluster).any_of(kinds) {
+            write(&self.map).remove(kinds, cluster);
+        }
+    }
+
+    /// What `cluster` holds.
+    pub(crate) fn kinds_at(&self, cluster: u64) -> OverlapChecks {
+        read(&self.map).kinds_at(cluster)
+    }
+
+    /// The first of `count` clusters from `first` on that guest data must not be written to.
+    pub(crate) fn hit_by_data(&self, first: u64, count: u64) -> Option<Hit> {
+        read(&self.map).first_of(self.checks, first, count)
+    }
+
+    /// The first of those clusters that holds any other metadata than `own`.
+    pub(crate) fn hit_by(&self, own: OverlapChecks, first: u64, count: u64) -> Option<Hit> {
+        read(&self.map).first_of(OverlapChecks::ALL.without(own), first, count)
+    }
+}
+
+impl Meta {
+    /// The host clusters that `len` bytes at `offset` touch.
+    fn clusters_of(&self, offset: HostOffset, len: u64) -> (u64, u64) {
+        let first = self.geometry.host_cluster(offset).value();
+        (first, self.geometry.clusters_for(self.geometry.in_cluster(offset.value()).saturating_add(len)))
+    }
+
+    /// Refuses guest data that would land on metadata: the mapping that leads there is damaged.
+    pub(crate) fn check_data_place(&self, offset: HostOffset, len: u64) -> Result<()> {
+        if self.has_data_file() {
+            return Ok(());
+        }
+        let (first, count) = self.clusters_of(offset, len);
+        match self.guard.hit_by_data(first, count) {
+            None => Ok(()),
+            Some(Hit { cluster, kinds }) => Err(self.mark_corrupt(format!(
+                "guest data is mapped to host cluster {cluster}, which holds {}",
+                kinds.text()
+            ))),
+        }
+    }
+
+    /// Refuses a table of `kinds` that would land on other metadata. Asked before anything depends on the table, and
+    /// again by [`write_table`](Self::write_table).
+    pub(crate) fn check_table_place(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Result<()> {
+        let (first, count) = self.clusters_of(offset, len);
+        match self.guard.hit_by(kinds, first, count) {
+            None => Ok(()),
+            Some(Hit { cluster, kinds: other }) => Err(self.mark_corrupt(format!(
+                "{} at {offset} takes host cluster {cluster}, which holds {}",
+                kinds.text(),
+                other.text()
+            ))),
+        }
+    }
+
+    /// Writes a piece of a table of `kinds` to the image file: the one way for every table but the header. Errors:
+    /// `Corrupt` where other metadata is in the way, nothing having been written; `Storage`, `NoSpace`.
+    pub(crate) fn write_table(&self, kinds: OverlapChecks, offset: HostOffset, bytes: &[u8]) -> Result<()> {
+        self.check_table_place(kinds, offset, bytes.len() as u64)?;
+        Ok(self.storage.write_at(offset, bytes)?)
+    }
+
+    /// Refuses to give up clusters that hold other metadata than what is said to be there. Asked before a procedure unlinks
+    /// them, so that it fails while nothing has changed.
+    pub(crate) fn check_owner(&self, run: Unlinked) -> Result<()> {
+        match self.guard.hit_by(run.kinds, run.first, run.count) {
+            None => Ok(()),
+            Some(Hit { cluster, kinds }) => Err(self.mark_corrupt(format!(
+                "{} is said to be in host cluster {cluster}, which holds {}",
+                run.kinds.text(),
+                kinds.text()
+            ))),
+        }
+    }
+}
+
+/// Host clusters by the kinds of metadata in them.
+#[derive(Default)]
+pub(crate) struct MetadataMap {
+    /// Clusters that hold metadata of any kind: what nearly every question is answered by.
+    any: ClusterSet,
+    kinds: [ClusterSet; OverlapChecks::COUNT],
+}
+
+impl MetadataMap {
+    /// Adds `count` clusters from `first` on; `count` is bounded by the limits on table sizes.
+    pub(crate) fn insert(&mut self, kinds: OverlapChecks, first: u64, count: u64) {
+        let clusters = first..first.saturating_add(count);
+        for (index, _) in kinds.each() {
+            self.kinds[index].insert(clusters.clone());
+        }
+        self.any.insert(clusters);
+    }
+
+    /// Whether `cluster` holds metadata of `kind`.
+    pub(crate) fn holds(&self, kind: OverlapChecks, cluster: u64) -> bool {
+        self.kinds_at(cluster).contains(kind)
+    }
+
+    fn remove(&mut self, kinds: OverlapChecks, cluster: u64) {
+        for (index, _) in kinds.each() {
+            self.kinds[index].remove(cluster);
+        }
+        if self.kinds_at(cluster) == OverlapChecks::NONE {
+            self.any.remove(cluster);
+        }
+    }
+
+    fn kinds_at(&self, cluster: u64) -> OverlapChecks {
+        let held = OverlapChecks::ALL.each().filter(|(index, _)| self.kinds[*index].contains(cluster));
+        held.fold(OverlapChecks::NONE, |kinds, (_, kind)| kinds.with(kind))
+    }
+
+    /// The first of `count` clusters from `first` on that holds one of `kinds`.
+    fn first_of(&self, kinds: OverlapChecks, first: u64, count: u64) -> Option<Hit> {
+        let mut rest = first..first.saturating_add(count);
+        while let Some(cluster) = self.any.first_in(rest.clone()) {
+            let found = self.kinds_at(cluster).common(kinds);
+            if found != OverlapChecks::NONE {
+                return Some(Hit { cluster, kinds: found });
+            }
+            rest.start = cluster + 1;
+        }
+        None
+    }
+}
+
+const CHUNK_BITS: u32 = 12;
+const CHUNK_WORDS: usize = 1 << (CHUNK_BITS - 6);
+
+/// A sparse set of host clusters.
+#[derive(Debug, Default)]
+struct ClusterSet {
+    chunks: BTreeMap<u64, Box<[u64; CHUNK_WORDS]>>,
+}
+
+impl ClusterSet {
+    fn insert(&mut self, clusters: Range<u64>) {
+        for cluster in clusters {
+            let chunk =
+                self.chunks.entry(cluster >> CHUNK_BITS).or_insert_with(|| Box::new([0; CHUNK_WORDS]));
+            let (word, bit) = Self::place(cluster);
+            chunk[word] |= 1 << bit;
+        }
+    }
+
+    fn remove(&mut self, cluster: u64) {
+        if let Some(chunk) = self.chunks.get_mut(&(cluster >> CHUNK_BITS)) {
+            let (word, bit) = Self::place(cluster);
+            chunk[word] &= !(1 << bit);
+        }
+    }
+
+    /// The first of `clusters` that is in the set: chunk by chunk, so that long runs without any cost little.
+    fn first_in(&self, clusters: Range<u64>) -> Option<u64> {
+        let last = clusters.end.checked_sub(1).filter(|&last| last >= clusters.start)?;
+        for (&number, chunk) in self.chunks.range(clusters.start >> CHUNK_BITS..=last >> CHUNK_BITS) {
+            let base = number << CHUNK_BITS;
+            let from = clusters.start.saturating_sub(base);
+            let (mut word, bit) = Self::place(from);
+            let mut bits = chunk[word] & (u64::MAX << bit);
+            while bits == 0 && word + 1 < CHUNK_WORDS {
+                word += 1;
+                bits = chunk[word];
+            }
+            if bits != 0 {
+                let found = base + word as u64 * 64 + u64::from(bits.trailing_zeros());
+                if found <= last {
+                    return Some(found);
+                }
+            }
+        }
+        None
+    }
+
+    fn contains(&self, cluster: u64) -> bool {
+        let (word, bit) = Self::place(cluster);
+        self.chunks.get(&(cluster >> CHUNK_BITS)).is_some_and(|c| c[word] >> bit & 1 == 1)
+    }
+
+    fn place(cluster: u64) -> (usize, u64) {
+        let inside = cluster & ((1 << CHUNK_BITS) - 1);
+        ((inside / 64) as usize, inside % 64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_of_runs() {
+        let mut set = ClusterSet::default();
+        set.insert(4090..4110);
+        set.insert(1 << 40..(1 << 40) + 1);
+        assert!(!set.contains(4089) && set.contains(4090) && set.contains(4109) && !set.contains(4110));
+        assert_eq!(set.first_in(4000..5000), Some(4090));
+        assert_eq!(set.first_in(4100..5000), Some(4100));
+        assert_eq!((set.first_in(4000..4090), set.first_in(4110..9000)), (None, None));
+        assert_eq!(set.first_in(5..5), None);
+        (4090..4100).for_each(|cluster| set.remove(cluster));
+        assert_eq!(set.first_in(4000..5000), Some(4100));
+        assert_eq!(set.first_in((1 << 40) - 5..1 << 40), None);
+        assert_eq!(set.first_in(4110..u64::MAX), Some(1 << 40));
+    }
+
+    #[test]
+    fn a_cluster_holds_metadata_until_every_kind_of_it_is_gone() {
+        let (l2, table) = (OverlapChecks::ACTIVE_L2, OverlapChecks::REFCOUNT_TABLE);
+        let guard = Guard::new(MetadataMap::default(), OverlapChecks::CACHED.without(l2));
+        guard.note(l2, 7, 1);
+        guard.note(table, 7, 2);
+        assert_eq!(guard.hit_by(l2, 0, 100), Some(Hit { cluster: 7, kinds: table }));
+        assert_eq!(guard.hit_by(l2.with(table), 0, 100), None);
+        assert_eq!(guard.hit_by_data(0, 8), Some(Hit { cluster: 7, kinds: table }));
+        guard.forget(OverlapChecks::NONE, 7);
+        guard.forget(table, 7);
+        assert_eq!(guard.hit_by_data(0, 8), None, "guest data over l2 tables was allowed");
+        assert_eq!(guard.hit_by(OverlapChecks::NONE, 7, 1), Some(Hit { cluster: 7, kinds: l2 }));
+        guard.forget(l2, 7);
+        assert_eq!(guard.hit_by(OverlapChecks::NONE, 0, 8), None);
+        assert_eq!(guard.hit_by(OverlapChecks::NONE, 0, 9), Some(Hit { cluster: 8, kinds: table }));
+    }
+}
