@@ -10,7 +10,7 @@ use crate::port::cipher::{CIPHER_SECTOR, ClusterCipher, EncryptedLayer, SectorNu
 use crate::port::disk::GuestDisk;
 use crate::port::resolver::ResolvedSource;
 use crate::port::storage::Storage;
-use crate::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, read, write};
+use crate::sync::{Rank, RwLock, RwLockReadGuard, RwLockWriteGuard, read, write};
 use crate::write::apply::move_data;
 use ::alloc::sync::Arc;
 use qcow2_format::header::CryptMethod;
@@ -38,7 +38,7 @@ pub(crate) struct SectorLock {
 
 impl SectorLock {
     pub(crate) fn new(cipher: Arc<dyn ClusterCipher>) -> Self {
-        Self { cipher, partial: RwLock::new(()) }
+        Self { cipher, partial: RwLock::new(Rank::PartialSector, ()) }
     }
 
     /// What a change of `range` holds while it is made.

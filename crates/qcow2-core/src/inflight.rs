@@ -5,7 +5,7 @@
 //! epoch moves on only when no operation of the one before is left.
 
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Condvar, Mutex, lock, wait};
+use crate::sync::{Condvar, Mutex, Rank, lock, wait};
 use ::alloc::vec::Vec;
 
 /// Counts running operations by epoch.
@@ -64,10 +64,16 @@ impl Operations {
 ///
 /// A write in place shares its clusters with others of its kind and keeps out whoever changes the mapping: zeroes would
 /// otherwise be recorded while its bytes are still on their way, and a later write beside them would uncover those.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Claims {
     held: Mutex<Held>,
     released: Condvar,
+}
+
+impl Default for Claims {
+    fn default() -> Self {
+        Self { held: Mutex::new(Rank::Claims, Held::default()), released: Condvar::new() }
+    }
 }
 
 #[derive(Debug, Default)]

@@ -28,7 +28,7 @@ use crate::read::expanded::{ExpandedClusters, Scratch};
 use crate::rules::OrderingRule;
 use crate::rules::Rules;
 use crate::sync::atomic::{AtomicBool, AtomicU64};
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{LockOwner, Mutex, Rank, RwLock};
 use ::alloc::sync::Arc;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
@@ -161,6 +161,7 @@ impl Image {
     pub(crate) fn open_layer(source: &ResolvedSource, options: &OpenOptions, depth: usize) -> Result<Self> {
         let (header, sector) = read_header(&*source.storage)?;
         check_usable(&header, options)?;
+        let _owner = LockOwner::new();
         let crypt = Crypt::unlock(source, &header, options, depth)?;
         let data = open_data(source, &header, options)?;
         let meta = build_meta(source, header, sector, data, options)?;
@@ -180,7 +181,7 @@ impl Image {
             codec,
             scratch: Scratch::default(),
             crypt,
-            structure: RwLock::new(()),
+            structure: RwLock::new(Rank::Structure, ()),
             bitmaps: Bitmaps::default(),
             raw_data_file: header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE),
         })
@@ -256,23 +257,27 @@ fn build_meta(
     let l2_bytes = header.size.div_ceil(geometry.cluster_size()).saturating_mul(geometry.l2_entry_size());
     let l2_cache = options.l2_cache_size.unwrap_or(DEFAULT_L2_CACHE.min(l2_bytes));
     let page = if l2_cache >= l2_bytes { MAX_PAGE } else { SMALL_PAGE }.min(geometry.cluster_size());
-    let refcount_cache = options.refcount_cache_size.unwrap_or(DEFAULT_REFCOUNT_CACHE);
+    // Who only reads has no use for refcounts; a chain may have a thousand such layers.
+    let refcount_cache = match options.writable {
+        true => options.refcount_cache_size.unwrap_or(DEFAULT_REFCOUNT_CACHE),
+        false => 0,
+    };
     Ok(Meta {
         l1: L1Table::new(header.l1_table_offset, l1),
         geometry,
         l2_format,
         storage,
         data,
-        header: Mutex::new(HeaderState { header, sector }),
+        header: Mutex::new(Rank::Header, HeaderState { header, sector }),
         l2_cache: PageCache::new(page, l2_cache, l2_bytes),
         refcount_cache: PageCache::new(geometry.cluster_size().min(MAX_PAGE), refcount_cache, u64::MAX),
-        refcounts: Mutex::new(refcounts),
-        refcount_io: Mutex::new(()),
+        refcounts: Mutex::new(Rank::Refcounts, refcounts),
+        refcount_io: Mutex::new(Rank::RefcountIo, ()),
         guard: Guard::new(metadata, options.overlap_checks),
-        pending: Mutex::default(),
-        gate: RwLock::new(()),
-        table_lock: Mutex::new(()),
-        flushing: Mutex::new(()),
+        pending: Mutex::new(Rank::Pending, Default::default()),
+        gate: RwLock::new(Rank::Gate, ()),
+        table_lock: Mutex::new(Rank::NewTable, ()),
+        flushing: Mutex::new(Rank::Flushing, ()),
         flush_rounds: AtomicU64::new(0),
         expanded: ExpandedClusters::default(),
         operations: Operations::default(),

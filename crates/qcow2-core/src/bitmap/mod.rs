@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::port::disk::GuestDisk;
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{RwLock, read, write};
+use crate::sync::{Rank, RwLock, read, write};
 use ::alloc::format;
 use ::alloc::string::String;
 use ::alloc::vec::Vec;
@@ -22,11 +22,17 @@ use qcow2_format::bitmap::Bitmap;
 use qcow2_format::{GuestRange, Version, limit};
 
 /// The bitmaps of an open image.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Bitmaps {
     state: RwLock<State>,
     /// Whether there is an enabled bitmap to be marked.
     recording: AtomicBool,
+}
+
+impl Default for Bitmaps {
+    fn default() -> Self {
+        Self { state: RwLock::new(Rank::Bitmaps, State::default()), recording: AtomicBool::new(false) }
+    }
 }
 
 #[derive(Debug, Default)]

@@ -7,7 +7,7 @@ use super::page::{DirtyRun, Page};
 use crate::error::Result;
 use crate::port::storage::Storage;
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use crate::sync::{Mutex, RwLock, lock, read, write};
+use crate::sync::{Mutex, Rank, RwLock, lock, read, write};
 use ::alloc::boxed::Box;
 use ::alloc::sync::Arc;
 use ::alloc::vec;
@@ -40,13 +40,16 @@ impl PageCache {
         let pages = (bytes / page_size).max(WAYS as u64);
         let set_count = (pages / WAYS as u64).clamp(1, MAX_SETS).next_power_of_two();
         let ways = pages.div_ceil(set_count).max(4) as usize;
-        let set = || Set { pages: RwLock::new(Vec::new()), loading: Mutex::new(()) };
+        let set = || Set {
+            pages: RwLock::new(Rank::CachePages, Vec::new()),
+            loading: Mutex::new(Rank::CacheLoading, ()),
+        };
         Self {
             sets: (0..set_count).map(|_| set()).collect(),
             page_size,
             set_bits: set_count.trailing_zeros(),
             ways,
-            dirty: Mutex::new(Vec::new()),
+            dirty: Mutex::new(Rank::CacheDirty, Vec::new()),
             dirty_count: AtomicUsize::new(0),
             dirty_limit: if bytes >= needed { usize::MAX } else { (pages as usize * 3 / 4).max(4) },
         }

@@ -9,7 +9,7 @@ use super::Meta;
 use super::overlap::OverlapChecks;
 use super::pending::Unlinked;
 use crate::error::Result;
-use crate::sync::{RwLock, read, write};
+use crate::sync::{Rank, RwLock, read, write};
 use ::alloc::boxed::Box;
 use ::alloc::collections::BTreeMap;
 use ::alloc::format;
@@ -37,7 +37,7 @@ impl Guard {
         // Snapshots' L2 tables are known where that costs little, and then count as if they had been asked for.
         let default = checks.contains(OverlapChecks::CACHED);
         let checks = if default { checks.with(OverlapChecks::INACTIVE_L2) } else { checks };
-        Self { map: RwLock::new(map), checks }
+        Self { map: RwLock::new(Rank::Metadata, map), checks }
     }
 
     /// Replaces all that is known.

@@ -1,7 +1,7 @@
 //! The active L1 table, kept whole in memory.
 
 use super::page::{DirtyRun, SECTOR_SIZE};
-use crate::sync::{Mutex, RwLock, lock, read, write};
+use crate::sync::{Mutex, Rank, RwLock, lock, read, write};
 use ::alloc::collections::BTreeSet;
 use ::alloc::vec::Vec;
 use qcow2_format::{HostOffset, L1Index};
@@ -15,7 +15,10 @@ pub(crate) struct L1Table {
 impl L1Table {
     /// The table at `offset` with these raw entries.
     pub(crate) fn new(offset: HostOffset, entries: Vec<u64>) -> Self {
-        Self { table: RwLock::new((offset, entries)), dirty: Mutex::new(BTreeSet::new()) }
+        Self {
+            table: RwLock::new(Rank::L1Table, (offset, entries)),
+            dirty: Mutex::new(Rank::L1Dirty, BTreeSet::new()),
+        }
     }
 
     /// The raw entry at `index`; 0 past the end.

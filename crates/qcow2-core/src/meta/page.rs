@@ -5,7 +5,7 @@
 //! commit gate is open and write-back copies them with the gate closed.
 
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::sync::{Mutex, lock};
+use crate::sync::{Mutex, Rank, lock};
 use ::alloc::boxed::Box;
 use ::alloc::vec::Vec;
 use qcow2_format::HostOffset;
@@ -46,7 +46,7 @@ impl Page {
             queued: AtomicBool::new(false),
             used: AtomicBool::new(true),
             version: AtomicU64::new(0),
-            pair_writer: Mutex::new(()),
+            pair_writer: Mutex::new(Rank::WordPair, ()),
         }
     }
 

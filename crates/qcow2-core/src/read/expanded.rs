@@ -2,7 +2,7 @@
 //!
 //! Invariant: a stream's bytes are forgotten before its place in the file can be used again.
 
-use crate::sync::{Mutex, lock};
+use crate::sync::{Mutex, Rank, lock};
 use ::alloc::sync::Arc;
 use ::alloc::vec::Vec;
 use qcow2_format::l2::CompressedCluster;
@@ -13,9 +13,15 @@ const PER_SHARD: usize = 4;
 type Kept = (CompressedCluster, Arc<Vec<u8>>);
 
 /// Expanded clusters by the stream they came from; at most 32 of them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct ExpandedClusters {
     shards: [Mutex<Vec<Kept>>; SHARDS],
+}
+
+impl Default for ExpandedClusters {
+    fn default() -> Self {
+        Self { shards: core::array::from_fn(|_| Mutex::new(Rank::Expanded, Vec::new())) }
+    }
 }
 
 impl ExpandedClusters {
@@ -49,9 +55,15 @@ impl ExpandedClusters {
 }
 
 /// Byte buffers that are used again and again.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Scratch {
     buffers: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self { buffers: Mutex::new(Rank::Scratch, Vec::new()) }
+    }
 }
 
 impl Scratch {
