@@ -99,7 +99,8 @@ pub(crate) struct Claim<'a> {
 
 impl Claims {
     /// Waits until nobody else changes or writes through one of the clusters `start..end`, then claims them. A thread
-    /// must not claim while it holds another claim.
+    /// that holds claims already takes further ones only for later clusters (as a batch of writes does): two threads
+    /// that do so never wait for each other.
     pub(crate) fn claim(&self, start: u64, end: u64) -> Claim<'_> {
         self.enter(ClaimedRange { start, end, shared: false })
     }

@@ -1,6 +1,6 @@
 //! The three numbers an image's arithmetic rests on, and every conversion between units.
 //!
-//! This is the only file that shifts by cluster bits.
+//! Code that turns one unit into another belongs here, so that no one else shifts by cluster bits.
 
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limit::{MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, MIN_SUBCLUSTER_SIZE};

@@ -5,7 +5,8 @@
 use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
 use qcow2_format::{GuestOffset, HostOffset};
 
-/// How the clusters of a run are written. Every case of a guest write is one arm.
+/// How the clusters of a run are written. Every way in which a plain write changes the mapping is one arm; a write to
+/// data that is mapped and copied already needs no plan (`prepare` sees it first), and a compressed one is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WriteKind {
     /// The bytes go where they are; no entry changes.

@@ -1,4 +1,5 @@
-//! A judge of images that owes nothing to the engine: references against refcounts, straight from the bytes.
+//! A judge of images that shares no code with the engine: references against refcounts, straight from the bytes. It
+//! decodes entries with qcow2-format, whose own faults are seen by that crate's tests and by QEMU's tools.
 //!
 //! It is stricter than `qemu-img check` where a crash must not do damage: two owners of one cluster are a problem
 //! even when its refcount says two. Unless the dirty bit is set no count may be below the references (a crash may
