@@ -11,6 +11,7 @@ use ::alloc::sync::Arc;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
 use core::fmt;
+use qcow2_format::bytes::push_words;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, FeatureName, IncompatibleFeatures};
 use qcow2_format::header::{CompressionType, CryptMethod};
 use qcow2_format::l1::L1Entry;
@@ -412,7 +413,7 @@ fn write_words(storage: &dyn Storage, at: HostOffset, count: u64, word: impl Fn(
     let mut bytes: Vec<u8> = Vec::with_capacity((count * 8).min(BATCH) as usize);
     let mut done = 0;
     for i in 0..count {
-        bytes.extend_from_slice(&word(i).to_be_bytes());
+        push_words(&mut bytes, [word(i)]);
         if bytes.len() as u64 == BATCH || i + 1 == count {
             storage.write_at(HostOffset::new(at.value() + done), &bytes)?;
             done += bytes.len() as u64;

@@ -6,7 +6,6 @@ use crate::bitmap::Bitmaps;
 use crate::crypt::Crypt;
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
-use crate::meta::header::Field;
 use crate::port::codec::ClusterCodec;
 use crate::port::disk::{DiskExtent, ExtentState, GuestDisk};
 use crate::port::storage::{Storage, ZeroMode};
@@ -18,6 +17,7 @@ use crate::write::plan::ZeroKind;
 use ::alloc::format;
 use ::alloc::string::String;
 use ::alloc::sync::Arc;
+use qcow2_format::HeaderField;
 use qcow2_format::feature::{AutoclearFeatures, IncompatibleFeatures};
 use qcow2_format::{Geometry, GuestOffset, GuestRange, Header, Version};
 
@@ -285,7 +285,7 @@ impl Meta {
         let features = self.header().autoclear_features;
         if features.contains(AutoclearFeatures::BITMAPS) {
             let without = features.with(AutoclearFeatures::BITMAPS, false);
-            self.warn_in_header(Field::Autoclear(without.bits()))?;
+            self.warn_in_header(HeaderField::Autoclear(without))?;
         }
         Ok(())
     }
@@ -297,6 +297,6 @@ impl Meta {
             return Ok(());
         }
         let clean = header.incompatible_features.with(IncompatibleFeatures::DIRTY, false);
-        self.update_header(&[Field::Incompatible(clean.bits())])
+        self.update_header(&[HeaderField::Incompatible(clean)])
     }
 }

@@ -13,11 +13,11 @@ use crate::meta::Meta;
 use crate::meta::alloc::Refcounts;
 use crate::meta::cache::PageCache;
 use crate::meta::guard::{Guard, MetadataMap};
-use crate::meta::header::{Field, HeaderState};
+use crate::meta::header::HeaderState;
 use crate::meta::known::known_metadata;
 use crate::meta::l1::L1Table;
 use crate::meta::overlap::OverlapChecks;
-use crate::meta::page::{SECTOR_SIZE, be_word};
+use crate::meta::page::SECTOR_SIZE;
 use crate::port::cipher::Keyring;
 use crate::port::codec::ClusterCodec;
 use crate::port::disk::GuestDisk;
@@ -32,8 +32,10 @@ use crate::sync::{LockOwner, Mutex, Rank, RwLock};
 use ::alloc::sync::Arc;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
+use qcow2_format::HeaderField;
 use qcow2_format::feature::AutoclearFeatures;
 use qcow2_format::header::CompressionType;
+use qcow2_format::header::SECTOR_LEN;
 use qcow2_format::{Geometry, Header, HostOffset, Version};
 
 /// Bytes of L2 tables kept in memory at most, by default. Origin: QEMU on Linux.
@@ -189,7 +191,7 @@ impl Image {
 }
 
 /// Reads and parses the header: the first cluster, at most 2 MiB.
-pub(crate) fn read_header(storage: &dyn Storage) -> Result<(Header, Vec<u8>)> {
+pub(crate) fn read_header(storage: &dyn Storage) -> Result<(Header, [u8; SECTOR_LEN])> {
     let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
     let mut start = vec![0; SECTOR_SIZE as usize];
     let n = storage.read_at(HostOffset::new(0), &mut start)?;
@@ -198,8 +200,10 @@ pub(crate) fn read_header(storage: &dyn Storage) -> Result<(Header, Vec<u8>)> {
     let n = storage.read_at(HostOffset::new(0), &mut bytes)?;
     bytes.truncate(n);
     let header = Header::parse(&bytes).map_err(bad)?;
-    bytes.resize(SECTOR_SIZE as usize, 0);
-    Ok((header, bytes))
+    let mut sector = [0; SECTOR_LEN];
+    let len = bytes.len().min(SECTOR_LEN);
+    sector[..len].copy_from_slice(&bytes[..len]);
+    Ok((header, sector))
 }
 
 fn check_usable(header: &Header, options: &OpenOptions) -> Result<()> {
@@ -239,7 +243,7 @@ fn open_data(
 fn build_meta(
     source: &ResolvedSource,
     header: Header,
-    sector: Vec<u8>,
+    sector: [u8; SECTOR_LEN],
     data: Option<Arc<dyn Storage>>,
     options: &OpenOptions,
 ) -> Result<Meta> {
@@ -313,7 +317,7 @@ pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) 
         let done = words.len() as u64 * 8;
         let bytes = &mut piece[..(count * 8 - done).min(TABLE_PIECE) as usize];
         storage.read_padded(HostOffset::new(offset.value() + done), bytes)?;
-        words.extend(bytes.chunks_exact(8).map(be_word));
+        words.extend(qcow2_format::bytes::words(bytes));
     }
     Ok(words)
 }
@@ -343,9 +347,9 @@ fn load_refcounts(storage: &dyn Storage, header: &Header, geometry: &Geometry) -
 /// Clears the autoclear bits that this engine does not keep up to date.
 fn clear_autoclear(meta: &Meta) -> Result<()> {
     let features = meta.header().autoclear_features;
-    let known = features.bits() & !features.unknown().bits();
-    if known != features.bits() {
-        meta.update_header(&[Field::Autoclear(known)])?;
+    let known = AutoclearFeatures::from_bits(features.bits() & !features.unknown().bits());
+    if known != features {
+        meta.update_header(&[HeaderField::Autoclear(known)])?;
     }
     Ok(())
 }

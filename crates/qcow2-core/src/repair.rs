@@ -5,11 +5,11 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::meta::header::Field;
 use crate::meta::overlap::OverlapChecks;
 use crate::open::read_words;
 use crate::sync::{lock, read, write};
 use ::alloc::format;
+use qcow2_format::HeaderField;
 use qcow2_format::feature::IncompatibleFeatures;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry};
@@ -74,7 +74,7 @@ impl Image {
         if header.version < Version::V3 || clean == features {
             return Ok(());
         }
-        self.meta.update_header(&[Field::Incompatible(clean.bits())])
+        self.meta.update_header(&[HeaderField::Incompatible(clean)])
     }
 
     fn repair_l2_flags(&self, table: HostOffset) -> Result<()> {

@@ -6,7 +6,6 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::meta::header::Field;
 use crate::meta::overlap::OverlapChecks;
 use crate::port::disk::GuestDisk;
 use crate::port::event::Event;
@@ -14,6 +13,8 @@ use crate::sync::atomic::Ordering;
 use crate::sync::write;
 use crate::write::plan::ZeroKind;
 use ::alloc::format;
+use qcow2_format::HeaderField;
+use qcow2_format::bytes::table_bytes;
 use qcow2_format::limit::MAX_L1_TABLE_SIZE;
 use qcow2_format::{GuestOffset, GuestRange};
 
@@ -43,7 +44,7 @@ impl Image {
         } else if size < old {
             self.shrink(old, size)?;
         }
-        self.meta.update_header(&[Field::Size(size)])?;
+        self.meta.update_header(&[HeaderField::Size(size)])?;
         if let (true, Some(data)) = (self.meta.has_data_file(), &self.meta.data) {
             data.set_len(size)?;
         }
@@ -96,12 +97,12 @@ impl Image {
         table.resize(entries as usize, 0);
         let clusters = meta.geometry.clusters_for(entries * 8);
         let place = meta.allocate_with_space(OverlapChecks::ACTIVE_L1, clusters)?;
-        let bytes: ::alloc::vec::Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let bytes = table_bytes(table.iter().copied());
         meta.event(Event::L1GrowWriteTable);
         meta.write_table(OverlapChecks::ACTIVE_L1, place.offset, &bytes)?;
         meta.flush()?;
         meta.event(Event::L1GrowActivateTable);
-        meta.update_header(&[Field::L1 { entries: entries as u32, offset: place.offset }])?;
+        meta.update_header(&[HeaderField::L1 { entries: entries as u32, offset: place.offset }])?;
         meta.l1.replace(place.offset, table);
         meta.unlink(old_run);
         Ok(())

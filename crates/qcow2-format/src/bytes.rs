@@ -2,6 +2,8 @@
 //!
 //! Nothing here panics: a position outside the buffer gives `None`.
 
+use alloc::vec::Vec;
+
 /// `N` bytes from position `at` on, or `None` where they are not all inside `bytes`.
 fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..at.checked_add(N)?)?.try_into().ok()
@@ -25,6 +27,21 @@ pub fn read_u64(bytes: &[u8], at: usize) -> Option<u64> {
 /// The numbers of a table of 8-byte entries, in order; bytes after the last whole entry are ignored.
 pub fn words(bytes: &[u8]) -> impl ExactSizeIterator<Item = u64> + '_ {
     bytes.chunks_exact(8).map(|chunk| read_u64(chunk, 0).unwrap_or_default())
+}
+
+/// A table of 8-byte entries as it is stored.
+pub fn table_bytes(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
+    let words = words.into_iter();
+    let mut bytes = Vec::with_capacity(words.size_hint().0.saturating_mul(8));
+    push_words(&mut bytes, words);
+    bytes
+}
+
+/// Adds entries of 8 bytes to the end of a table.
+pub fn push_words(bytes: &mut Vec<u8>, words: impl IntoIterator<Item = u64>) {
+    for word in words {
+        bytes.extend_from_slice(&word.to_be_bytes());
+    }
 }
 
 /// Puts `value` at byte `at`; `None`, and no change, where it does not fit.
@@ -94,6 +111,7 @@ mod tests {
         assert_eq!(read_u64(&bytes, 2), None);
         assert_eq!(read_u64(&bytes, usize::MAX), None);
         assert_eq!(words(&bytes).collect::<Vec<_>>(), [0x0102_0304_0506_0708]);
+        assert_eq!(table_bytes(words(&bytes)), bytes[..8]);
     }
 
     #[test]

@@ -22,11 +22,11 @@ use alloc::vec::Vec;
 const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xE279_2ACA;
 const FEATURE_NAMES: u32 = 0x6803_F857;
-const BITMAPS: u32 = 0x2385_2875;
+pub(crate) const BITMAPS: u32 = 0x2385_2875;
 const LUKS: u32 = 0x0537_BE77;
 const DATA_FILE: u32 = 0x4441_5441;
 
-const BITMAPS_LEN: u32 = 24;
+pub(crate) const BITMAPS_LEN: u32 = 24;
 const LUKS_LEN: u32 = 16;
 
 /// Where the LUKS header area lives inside the image file.

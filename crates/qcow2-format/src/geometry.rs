@@ -66,6 +66,15 @@ impl Geometry {
         Ok(Self { cluster_bits: bits, refcount_width, extended_l2: fields.extended_l2 })
     }
 
+    /// The same geometry with refcounts of 2^`order` bits. Errors: `RefcountOrder`.
+    pub fn with_refcount_order(&self, order: u32) -> Result<Self, FormatError> {
+        Self::new(GeometryFields {
+            cluster_bits: self.cluster_bits,
+            refcount_order: order,
+            extended_l2: self.extended_l2(),
+        })
+    }
+
     /// log2 of the cluster size.
     pub const fn cluster_bits(&self) -> u32 {
         self.cluster_bits
@@ -136,6 +145,16 @@ impl Geometry {
             return None;
         }
         Some(HostOffset::new(cluster.value() << self.cluster_bits))
+    }
+
+    /// Bytes of `count` clusters; `u64::MAX` where there are more.
+    pub const fn bytes_of(&self, count: u64) -> u64 {
+        count.saturating_mul(self.cluster_size())
+    }
+
+    /// How many clusters begin below byte `end`, `end` being a multiple of the cluster size.
+    pub const fn clusters_below(&self, end: u64) -> u64 {
+        end >> self.cluster_bits
     }
 
     /// `value` modulo the cluster size.

@@ -30,8 +30,11 @@ use crate::units::HostOffset;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
+pub use patch::{HeaderField, SECTOR_LEN};
 
 mod decode;
+pub mod edit;
+mod patch;
 
 /// The first four bytes of an image.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";

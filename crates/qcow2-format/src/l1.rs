@@ -48,6 +48,11 @@ impl L1Entry {
     }
 }
 
+/// A raw L1 entry without its copied flag.
+pub const fn without_copied(raw: u64) -> u64 {
+    raw & !COPIED
+}
+
 /// The reserved bits that are set in a raw L1 entry; 0 in a valid image.
 pub const fn reserved_bits(raw: u64) -> u64 {
     raw & RESERVED

@@ -16,7 +16,7 @@
 use crate::error::{FormatError, FormatErrorKind};
 use crate::geometry::Geometry;
 use crate::limit::MAX_HOST_OFFSET;
-use crate::units::HostOffset;
+use crate::units::{HostOffset, L2Index};
 use alloc::format;
 
 mod scan;
@@ -26,6 +26,9 @@ pub use scan::{L2Fault, L2Item};
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
+/// The same flags in the first byte of an entry.
+const COPIED_BYTE: u8 = 0x80;
+const COMPRESSED_BYTE: u8 = 0x40;
 const ZERO: u64 = 1;
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 const SECTOR: u64 = 512;
@@ -219,6 +222,23 @@ impl L2Format {
     /// Whether a raw first word has the copied flag; for checks, which look at flags of broken entries too.
     pub const fn has_copied_flag(raw: u64) -> bool {
         raw & COPIED != 0
+    }
+
+    /// Clears the copied flags of all standard entries of a table; says whether there was one.
+    pub fn clear_copied_flags(&self, table: &mut [u8]) -> bool {
+        let mut changed = false;
+        for entry in table.chunks_exact_mut(self.geometry.l2_entry_size() as usize) {
+            if entry[0] & (COPIED_BYTE | COMPRESSED_BYTE) == COPIED_BYTE {
+                entry[0] &= !COPIED_BYTE;
+                changed = true;
+            }
+        }
+        changed
+    }
+
+    /// Changes the copied flag of the entry at `index`, which must be inside the table.
+    pub fn flip_copied_flag(&self, table: &mut [u8], index: L2Index) {
+        table[(index.value() * self.geometry.l2_entry_size()) as usize] ^= COPIED_BYTE;
     }
 }
 

@@ -41,7 +41,7 @@ pub use error::{FormatError, FormatErrorKind, Table};
 pub use extension::{BitmapsExtension, Extensions, LuksPointer, UnknownExtension};
 pub use feature::{AutoclearFeatures, CompatibleFeatures, FeatureName, IncompatibleFeatures};
 pub use geometry::{Geometry, GeometryFields};
-pub use header::{CompressionType, CryptMethod, Header, Version};
+pub use header::{CompressionType, CryptMethod, Header, HeaderField, Version};
 pub use snapshot::Snapshot;
 pub use units::{
     ClusterCount, GuestCluster, GuestOffset, GuestRange, HostCluster, HostOffset, L1Index, L2Index,

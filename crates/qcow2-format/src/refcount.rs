@@ -4,6 +4,8 @@
 //! one cluster of counts, each 1, 2, 4, 8, 16, 32 or 64 bits wide: below 8 bits packed from the least significant
 //! bit of each byte, above 8 bits big-endian.
 
+mod run;
+
 use crate::error::{FormatError, FormatErrorKind};
 use crate::geometry::Geometry;
 use crate::units::HostOffset;

@@ -13,7 +13,7 @@ use ::alloc::collections::BTreeSet;
 use ::alloc::format;
 use ::alloc::vec;
 use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
-use qcow2_format::{Geometry, GeometryFields, HostOffset, Version};
+use qcow2_format::{Geometry, HostOffset, Version};
 
 /// Where the new structure goes.
 struct Plan {
@@ -75,12 +75,9 @@ impl Plan {
 
 impl Meta {
     fn plan_width(&self, bits: u32) -> Result<Plan> {
-        let fields = GeometryFields {
-            cluster_bits: self.geometry.cluster_bits(),
-            refcount_order: bits.trailing_zeros(),
-            extended_l2: self.geometry.subclusters() > 1,
-        };
-        let geometry = Geometry::new(fields)
+        let geometry = self
+            .geometry
+            .with_refcount_order(bits.trailing_zeros())
             .map_err(|e| Error::new(ErrorKind::InvalidOption, "refcount width").with_source(e))?;
         let refcounts = lock(&self.refcounts);
         let start = self.geometry.host_cluster(refcounts.table_offset).value();

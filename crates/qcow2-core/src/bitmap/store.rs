@@ -7,7 +7,6 @@
 use super::{Bits, Live, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::meta::bulk::table_bytes;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
@@ -21,6 +20,7 @@ use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
 use qcow2_format::bitmap::{Bitmap, BitmapTableEntry};
+use qcow2_format::bytes::table_bytes;
 use qcow2_format::extension::BitmapsExtension;
 use qcow2_format::{FormatError, Geometry, Header, HostOffset};
 
@@ -223,7 +223,7 @@ impl Image {
                 bytes.resize(size as usize, 0);
                 meta.write_table(OverlapChecks::BITMAP_DIRECTORY, HostOffset::new(raw), &bytes)?;
             }
-            let bytes = table_bytes(table);
+            let bytes = table_bytes(table.iter().copied());
             meta.write_table(OverlapChecks::BITMAP_DIRECTORY, live.entry.table_offset, &bytes)?;
         }
         if let Some(extension) = new.extension {

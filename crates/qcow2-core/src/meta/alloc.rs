@@ -18,7 +18,7 @@ use ::alloc::sync::Arc;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
 use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
-use qcow2_format::{HostCluster, HostOffset};
+use qcow2_format::{Geometry, HostCluster, HostOffset};
 
 /// The largest host offset that a table entry can hold. Spec: "Cluster mapping".
 const MAX_HOST_END: u64 = 1 << 56;
@@ -41,8 +41,11 @@ pub(crate) struct Refcounts {
 
 impl Refcounts {
     /// Puts no further compressed stream into host cluster `cluster`.
-    fn leave_pack(&mut self, cluster: u64, cluster_bits: u32) {
-        if self.pack.is_some_and(|(start, _)| start >> cluster_bits == cluster) {
+    fn leave_pack(&mut self, cluster: u64, geometry: &Geometry) {
+        if self
+            .pack
+            .is_some_and(|(start, _)| geometry.host_cluster(HostOffset::new(start)).value() == cluster)
+        {
             self.pack = None;
         }
     }
@@ -82,7 +85,7 @@ impl Meta {
     /// already. Errors: also `NoSpace`, nothing having changed.
     pub(crate) fn allocate_with_space(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
         let reserved = self.allocate_metadata(kind, count)?;
-        if let Err(error) = self.reserve_space(reserved.offset, count << self.geometry.cluster_bits()) {
+        if let Err(error) = self.reserve_space(reserved.offset, self.geometry.bytes_of(count)) {
             self.release(Unlinked { first: reserved.first, count, kinds: kind })?;
             return Err(error);
         }
@@ -101,14 +104,14 @@ impl Meta {
         self.event(Event::ClusterAlloc);
         let mut refcounts = lock(&self.refcounts);
         let (first, count, lowest) = self.find_free(&mut refcounts, want.max(1), exact)?;
-        if first + count > MAX_HOST_END >> self.geometry.cluster_bits() {
+        if first + count > self.geometry.clusters_below(MAX_HOST_END) {
             return Err(Error::new(
                 ErrorKind::NoSpace,
                 "image file has reached its largest size of 2^56 bytes",
             ));
         }
         self.check_unused(first, count)?;
-        let offset = HostOffset::new(first << self.geometry.cluster_bits());
+        let offset = HostOffset::new(self.geometry.bytes_of(first));
         let fresh = self.storage.len()? <= offset.value();
         for cluster in first..first + count {
             self.set_refcount(&refcounts, cluster, 1)?;
@@ -259,7 +262,7 @@ impl Meta {
         let entries = HostOffset::new(refcounts.table_offset.value() + sector * SECTOR_SIZE);
         self.check_table_place(OverlapChecks::REFCOUNT_TABLE, entries, SECTOR_SIZE)?;
         let size = self.geometry.cluster_size();
-        let offset = HostOffset::new(cluster << self.geometry.cluster_bits());
+        let offset = HostOffset::new(self.geometry.bytes_of(cluster));
         self.refcount_cache.forget(offset, size);
         if self.storage.len()? > offset.value() {
             self.storage.write_zeroes(offset, size, ZeroMode::KeepAllocated)?;
@@ -341,7 +344,7 @@ impl Meta {
             }
             if old == 1 {
                 refcounts.first_free = refcounts.first_free.min(cluster);
-                refcounts.leave_pack(cluster, self.geometry.cluster_bits());
+                refcounts.leave_pack(cluster, &self.geometry);
             }
             self.set_refcount(refcounts, cluster, old - 1)?;
         }
@@ -376,7 +379,7 @@ impl Meta {
         let mut refcounts = lock(&self.refcounts);
         let last = self.refcount_of(&refcounts, cluster)? == 1;
         if last {
-            refcounts.leave_pack(cluster, self.geometry.cluster_bits());
+            refcounts.leave_pack(cluster, &self.geometry);
         }
         Ok(last)
     }

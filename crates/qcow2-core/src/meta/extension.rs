@@ -14,18 +14,15 @@ use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
 use core::ops::Range;
-use qcow2_format::bytes::{read_u32, read_u64};
 use qcow2_format::extension::BitmapsExtension;
 use qcow2_format::feature::AutoclearFeatures;
+use qcow2_format::header::edit::{
+    BITMAPS_RECORD_LEN as RECORD, EXTENSION_HEADER_LEN as MARKER, ExtensionPlaces, autoclear, backing_name,
+    bitmaps_record, set_autoclear, set_backing_name_start,
+};
 use qcow2_format::{Header, HostOffset, Version};
 
-const BITMAPS: u32 = 0x2385_2875;
-/// Bytes of the extension, its type and length included.
-const RECORD: usize = 32;
-/// Bytes of an end marker, and of an extension's type and length.
-const MARKER: usize = 8;
 const SECTOR: usize = SECTOR_SIZE as usize;
-const AUTOCLEAR: usize = 88;
 
 /// The header's cluster, and which of its sectors are to be written.
 struct Draft<'a> {
@@ -33,14 +30,6 @@ struct Draft<'a> {
     bytes: Vec<u8>,
     /// As they are on disk.
     before: Vec<u8>,
-}
-
-/// Where the extensions are.
-struct List {
-    /// The bitmaps extension.
-    bitmaps: Option<usize>,
-    /// The end marker.
-    end: usize,
 }
 
 impl Meta {
@@ -52,7 +41,7 @@ impl Meta {
             return Err(Error::new(ErrorKind::Unsupported, "a version 2 image cannot store bitmaps"));
         }
         let mut draft = Draft::new(self, &state)?;
-        let list = draft.list()?;
+        let list = draft.places()?;
         let done = match (extension, list.bitmaps) {
             (Some(extension), Some(at)) => draft.change(at, &extension),
             (Some(extension), None) => draft.insert(&list, &extension),
@@ -73,31 +62,9 @@ impl<'a> Draft<'a> {
         Ok(Self { meta, before: bytes.clone(), bytes })
     }
 
-    fn word(&self, at: usize) -> Result<u32> {
-        read_u32(&self.bytes, at).ok_or_else(|| Error::corrupt("header extensions pass the first cluster"))
-    }
-
-    fn backing_offset(&self) -> usize {
-        read_u64(&self.bytes, 8).unwrap_or(0) as usize
-    }
-
-    fn list(&self) -> Result<List> {
-        let limit = match self.backing_offset() {
-            0 => self.bytes.len(),
-            offset => offset,
-        };
-        let mut at = self.word(100)? as usize;
-        let mut bitmaps = None;
-        while at + MARKER <= limit {
-            let (kind, len) = (self.word(at)?, self.word(at + 4)? as usize);
-            match kind {
-                0 => return Ok(List { bitmaps, end: at }),
-                BITMAPS => bitmaps = Some(at),
-                _ => {}
-            }
-            at += MARKER + len.next_multiple_of(8);
-        }
-        Ok(List { bitmaps, end: at })
+    fn places(&self) -> Result<ExtensionPlaces> {
+        ExtensionPlaces::find(&self.bytes)
+            .ok_or_else(|| Error::corrupt("header extensions pass the first cluster"))
     }
 
     /// Writes the sectors in `range` that differ from the disk, the last one first unless `forward`, and waits.
@@ -119,9 +86,8 @@ impl<'a> Draft<'a> {
     }
 
     fn set_trust(&mut self, trusted: bool) {
-        let bits = AutoclearFeatures::from_bits(read_u64(&self.bytes, AUTOCLEAR).unwrap_or(0));
-        let bits = bits.with(AutoclearFeatures::BITMAPS, trusted).bits();
-        self.bytes[AUTOCLEAR..AUTOCLEAR + 8].copy_from_slice(&bits.to_be_bytes());
+        let features = autoclear(&self.bytes).with(AutoclearFeatures::BITMAPS, trusted);
+        set_autoclear(&mut self.bytes, features);
     }
 
     fn trust(&mut self, trusted: bool) -> Result<()> {
@@ -130,8 +96,7 @@ impl<'a> Draft<'a> {
     }
 
     fn is_trusted(&self) -> bool {
-        let bits = AutoclearFeatures::from_bits(read_u64(&self.bytes, AUTOCLEAR).unwrap_or(0));
-        bits.contains(AutoclearFeatures::BITMAPS)
+        autoclear(&self.bytes).contains(AutoclearFeatures::BITMAPS)
     }
 
     /// Another directory in the extension at `at`: one sector makes the change.
@@ -141,19 +106,19 @@ impl<'a> Draft<'a> {
         if !one_sector && self.is_trusted() {
             self.trust(false)?;
         }
-        self.bytes[data.clone()].copy_from_slice(&record(extension)[MARKER..]);
+        self.bytes[data.clone()].copy_from_slice(&bitmaps_record(extension)[MARKER..]);
         self.write(data, false)?;
         self.trust(true)
     }
 
     /// The extension at the end of the list: first what lies behind the old end marker, then the marker's sector.
-    fn insert(&mut self, list: &List, extension: &BitmapsExtension) -> Result<()> {
+    fn insert(&mut self, list: &ExtensionPlaces, extension: &BitmapsExtension) -> Result<()> {
         let end = list.end + RECORD + MARKER;
         if self.is_trusted() {
             self.trust(false)?;
         }
-        if self.backing_offset() != 0 && self.backing_offset() < end {
-            self.move_backing_name(end)?;
+        if let Some(name) = backing_name(&self.bytes).filter(|name| name.start < end) {
+            self.move_backing_name(name, end)?;
         }
         if end > self.bytes.len() {
             return Err(Error::new(
@@ -161,30 +126,29 @@ impl<'a> Draft<'a> {
                 format!("header has no room for bitmaps in {} bytes", self.bytes.len()),
             ));
         }
-        self.bytes[list.end..list.end + RECORD].copy_from_slice(&record(extension));
+        self.bytes[list.end..list.end + RECORD].copy_from_slice(&bitmaps_record(extension));
         self.bytes[list.end + RECORD..end].fill(0);
         self.write(list.end..end, false)?;
         self.trust(true)
     }
 
     /// The backing file's name from byte `end` of the header on: a copy, then the pointer to it.
-    fn move_backing_name(&mut self, end: usize) -> Result<()> {
-        let (old, len) = (self.backing_offset(), self.word(16)? as usize);
-        let new = end.max(old + len).next_multiple_of(8);
+    fn move_backing_name(&mut self, name: Range<usize>, end: usize) -> Result<()> {
+        let (len, new) = (name.len(), end.max(name.end).next_multiple_of(8));
         if new + len > self.bytes.len() {
             return Err(Error::new(
                 ErrorKind::NoSpace,
                 format!("header has no room for bitmaps beside a backing file name of {len} bytes"),
             ));
         }
-        self.bytes.copy_within(old..old + len, new);
+        self.bytes.copy_within(name, new);
         self.write(new..new + len, true)?;
-        self.bytes[8..16].copy_from_slice(&(new as u64).to_be_bytes());
+        set_backing_name_start(&mut self.bytes, new);
         self.write(0..SECTOR, true)
     }
 
     /// Without the extension at `at`: those behind it move up.
-    fn remove(&mut self, at: usize, list: &List) -> Result<()> {
+    fn remove(&mut self, at: usize, list: &ExtensionPlaces) -> Result<()> {
         self.trust(false)?;
         let end = (list.end + MARKER).min(self.bytes.len());
         self.bytes.copy_within(at + RECORD..end, at);
@@ -199,14 +163,4 @@ impl<'a> Draft<'a> {
         state.header = Header::parse(&self.before).map_err(bad)?;
         Ok(())
     }
-}
-
-fn record(extension: &BitmapsExtension) -> [u8; RECORD] {
-    let mut bytes = [0; RECORD];
-    bytes[..4].copy_from_slice(&BITMAPS.to_be_bytes());
-    bytes[4..8].copy_from_slice(&24u32.to_be_bytes());
-    bytes[8..12].copy_from_slice(&extension.count.to_be_bytes());
-    bytes[16..24].copy_from_slice(&extension.directory_size.to_be_bytes());
-    bytes[24..32].copy_from_slice(&extension.directory_offset.value().to_be_bytes());
-    bytes
 }

@@ -22,6 +22,7 @@ use crate::sync::atomic::Ordering;
 use crate::sync::{lock, write};
 use ::alloc::vec::Vec;
 use qcow2_format::HostOffset;
+use qcow2_format::bytes::table_bytes;
 
 /// How many unlinked runs may wait before a write-back is due.
 const MAX_UNLINKED_RUNS: usize = 1 << 14;
@@ -142,7 +143,7 @@ impl Meta {
         let per_sector = (SECTOR_SIZE / 8) as usize;
         let first = sector as usize * per_sector;
         let words = &table[first..table.len().min(first + per_sector)];
-        let bytes = words.iter().flat_map(|w| w.to_be_bytes()).collect();
+        let bytes = table_bytes(words.iter().copied());
         DirtyRun { offset: HostOffset::new(offset.value() + sector * SECTOR_SIZE), bytes }
     }
 

@@ -5,7 +5,6 @@
 
 use super::Meta;
 use super::alloc::Refcounts;
-use super::header::Field;
 use super::overlap::OverlapChecks;
 use super::pending::Unlinked;
 use crate::error::{Error, ErrorKind, Result};
@@ -15,7 +14,9 @@ use crate::sync::lock;
 use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
+use qcow2_format::HeaderField;
 use qcow2_format::HostOffset;
+use qcow2_format::bytes::{push_words, table_bytes};
 use qcow2_format::refcount::{RefcountWidth, encode_table_entry};
 
 /// The largest refcount table in bytes. Origin: QEMU.
@@ -86,7 +87,7 @@ impl Meta {
         let place = HostOffset::new(layout.first * size);
         self.refcount_cache.forget(place, used * size);
         let mut bytes = self_counting_blocks(geometry.refcount_width(), layout.blocks * size, used);
-        bytes.extend(table.iter().flat_map(|entry| entry.to_be_bytes()));
+        push_words(&mut bytes, table.iter().copied());
         self.event(Event::RefblockAllocWriteTable);
         self.write_table(OverlapChecks::NONE, place, &bytes)?;
         if self.rules.keep(OrderingRule::TableBeforeHeader) {
@@ -94,7 +95,7 @@ impl Meta {
         }
         let offset = HostOffset::new((layout.first + layout.blocks) * size);
         self.event(Event::RefblockAllocSwitchTable);
-        self.update_header(&[Field::RefcountTable { offset, clusters: layout.table_clusters as u32 }])?;
+        self.update_header(&[HeaderField::RefcountTable { offset, clusters: layout.table_clusters as u32 }])?;
         self.guard.note(OverlapChecks::REFCOUNT_BLOCK, layout.first, layout.blocks);
         self.guard.note(OverlapChecks::REFCOUNT_TABLE, layout.first + layout.blocks, layout.table_clusters);
         let old = (refcounts.table_offset.value() / size, refcounts.table_clusters);
@@ -116,5 +117,5 @@ fn self_counting_blocks(width: RefcountWidth, len: u64, used: u64) -> Vec<u8> {
         let word = &mut words[width.word_index(slot)];
         *word = width.insert(*word, slot, 1);
     }
-    words.iter().flat_map(|word| word.to_be_bytes()).collect()
+    table_bytes(words)
 }

@@ -30,7 +30,7 @@ impl Meta {
         self.poison_on_error(written.map_err(Into::into))?;
         let mut state = lock(&self.header);
         if let Some(last) = plan.iter().rev().find(|step| step.offset == 0) {
-            state.sector = last.bytes[..SECTOR_SIZE as usize].to_vec();
+            state.sector.copy_from_slice(&last.bytes[..SECTOR_SIZE as usize]);
         }
         state.header = new;
         Ok(())

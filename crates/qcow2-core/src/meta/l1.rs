@@ -4,6 +4,7 @@ use super::page::{DirtyRun, SECTOR_SIZE};
 use crate::sync::{Mutex, Rank, RwLock, lock, read, write};
 use ::alloc::collections::BTreeSet;
 use ::alloc::vec::Vec;
+use qcow2_format::bytes::table_bytes;
 use qcow2_format::{HostOffset, L1Index};
 
 /// The active L1 table and which of its sectors differ from the disk.
@@ -71,7 +72,7 @@ impl L1Table {
         for sector in dirty {
             let first = sector as usize * per_sector;
             let words = &entries[first..entries.len().min(first + per_sector)];
-            let bytes = words.iter().flat_map(|w| w.to_be_bytes()).collect();
+            let bytes = table_bytes(words.iter().copied());
             runs.push(DirtyRun { offset: HostOffset::new(base + sector * SECTOR_SIZE), bytes });
         }
     }

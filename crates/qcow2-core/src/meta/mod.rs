@@ -26,6 +26,7 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Mutex, RwLock};
 use ::alloc::string::String;
 use ::alloc::sync::Arc;
+use qcow2_format::HeaderField;
 use qcow2_format::feature::IncompatibleFeatures;
 use qcow2_format::l2::L2Format;
 use qcow2_format::{Geometry, Version};
@@ -109,7 +110,7 @@ impl Meta {
         let header = self.header();
         if self.writable && !self.for_repair && header.version >= Version::V3 && !header.is_corrupt() {
             let marked = header.incompatible_features.with(IncompatibleFeatures::CORRUPT, true);
-            let _ = self.update_header(&[header::Field::Incompatible(marked.bits())]);
+            let _ = self.update_header(&[HeaderField::Incompatible(marked)]);
         }
         if !self.for_repair {
             self.poisoned.store(true, Ordering::Release);

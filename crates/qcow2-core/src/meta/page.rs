@@ -9,6 +9,7 @@ use crate::sync::{Mutex, Rank, lock};
 use ::alloc::boxed::Box;
 use ::alloc::vec::Vec;
 use qcow2_format::HostOffset;
+use qcow2_format::bytes::{table_bytes, words};
 
 /// Bytes that reach the disk whole or not at all.
 pub(crate) const SECTOR_SIZE: u64 = 512;
@@ -36,7 +37,7 @@ pub(crate) struct DirtyRun {
 impl Page {
     /// A page at `offset` from the bytes on disk; `bytes` is a multiple of 512 long.
     pub(crate) fn from_bytes(offset: HostOffset, bytes: &[u8]) -> Self {
-        let words = bytes.chunks_exact(8).map(|c| AtomicU64::new(be_word(c))).collect::<Box<[_]>>();
+        let words = words(bytes).map(AtomicU64::new).collect::<Box<[_]>>();
         let sectors = words.len().div_ceil(SECTOR_WORDS);
         let dirty = (0..sectors.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Self {
@@ -150,18 +151,10 @@ impl Page {
 
     fn copy_sectors(&self, first: usize, end: usize) -> DirtyRun {
         let words = &self.words[first * SECTOR_WORDS..(end * SECTOR_WORDS).min(self.words.len())];
-        let mut bytes = Vec::with_capacity(words.len() * 8);
-        for word in words {
-            bytes.extend_from_slice(&word.load(Ordering::Acquire).to_be_bytes());
-        }
+        let bytes = table_bytes(words.iter().map(|word| word.load(Ordering::Acquire)));
         let offset = HostOffset::new(self.offset.value() + first as u64 * SECTOR_SIZE);
         DirtyRun { offset, bytes }
     }
-}
-
-/// Eight big-endian bytes as a word; fewer count as the low end.
-pub(crate) fn be_word(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0, |word, &b| word << 8 | u64::from(b))
 }
 
 #[cfg(test)]

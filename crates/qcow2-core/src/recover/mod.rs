@@ -9,13 +9,13 @@ pub(crate) mod count;
 use crate::error::Result;
 use crate::image::Image;
 use crate::meta::Meta;
-use crate::meta::header::Field;
 use crate::meta::overlap::OverlapChecks;
 use crate::sync::lock;
 use ::alloc::vec;
-use ::alloc::vec::Vec;
 use count::ReferenceCounts;
+use qcow2_format::HeaderField;
 use qcow2_format::HostOffset;
+use qcow2_format::bytes::table_bytes;
 use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
 
 impl Image {
@@ -130,7 +130,7 @@ impl Meta {
         }
         self.write_words(OverlapChecks::NONE, table_offset, &entries)?;
         self.storage.flush()?;
-        self.update_header(&[Field::RefcountTable { offset: table_offset, clusters: table as u32 }])?;
+        self.update_header(&[HeaderField::RefcountTable { offset: table_offset, clusters: table as u32 }])?;
         self.adopt_table(entries, table_offset, table);
         self.learn_metadata()?;
         Ok(())
@@ -144,7 +144,6 @@ impl Meta {
 
     /// Writes a table of `kinds` at a place that holds nothing else.
     pub(crate) fn write_words(&self, kinds: OverlapChecks, at: HostOffset, words: &[u64]) -> Result<()> {
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-        self.write_table(kinds, at, &bytes)
+        self.write_table(kinds, at, &table_bytes(words.iter().copied()))
     }
 }

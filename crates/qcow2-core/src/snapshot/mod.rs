@@ -12,8 +12,7 @@ pub use table::read_snapshots;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::meta::bulk::{Tree, table_bytes};
-use crate::meta::header::Field;
+use crate::meta::bulk::Tree;
 use crate::meta::known::MAX_L1_UNASKED;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
@@ -25,7 +24,10 @@ use crate::sync::{read, write};
 use ::alloc::format;
 use ::alloc::string::ToString;
 use ::alloc::vec::Vec;
+use qcow2_format::HeaderField;
 use qcow2_format::HostOffset;
+use qcow2_format::bytes::table_bytes;
+use qcow2_format::l1::without_copied;
 use qcow2_format::limit::{MAX_L1_ENTRIES, MAX_SNAPSHOTS};
 use qcow2_format::snapshot::Snapshot;
 use table::{NewTable, Table};
@@ -114,8 +116,8 @@ impl Image {
         let meta = &self.meta;
         meta.clear_copied(tree)?;
         let (active, _) = meta.l1.contents();
-        entries.iter_mut().for_each(|raw| *raw &= !COPIED);
-        let bytes = table_bytes(&entries);
+        entries.iter_mut().for_each(|raw| *raw = without_copied(*raw));
+        let bytes = table_bytes(entries.iter().copied());
         if self.meta.rules.keep(OrderingRule::CopiedClearedBeforeSnapshot) {
             meta.write_table(OverlapChecks::ACTIVE_L1, active, &bytes)?;
         }
@@ -146,7 +148,7 @@ impl Image {
         let old_tree = Tree::new(&old_entries, &meta.geometry)?;
         let needed = meta.geometry.l1_entries_for(size).max(old_entries.len() as u64);
         entries.resize(entries.len().max(needed as usize), 0);
-        entries.iter_mut().for_each(|raw| *raw &= !COPIED);
+        entries.iter_mut().for_each(|raw| *raw = without_copied(*raw));
         let old_l1 = meta.table_run(OverlapChecks::ACTIVE_L1, old_offset, old_entries.len() as u64 * 8);
         meta.check_tables(&tree)?;
         meta.check_owner(old_l1)?;
@@ -165,12 +167,12 @@ impl Image {
     fn switch_disk(&self, tree: &Tree, l1: HostOffset, entries: Vec<u64>, size: u64) -> Result<()> {
         let meta = &self.meta;
         meta.clear_copied(tree)?;
-        meta.write_table(OverlapChecks::ACTIVE_L1, l1, &table_bytes(&entries))?;
+        meta.write_table(OverlapChecks::ACTIVE_L1, l1, &table_bytes(entries.iter().copied()))?;
         if meta.rules.keep(OrderingRule::SnapshotBeforeHeader) {
             meta.storage.flush()?;
         }
         let count = entries.len() as u32;
-        meta.update_header(&[Field::Size(size), Field::L1 { entries: count, offset: l1 }])?;
+        meta.update_header(&[HeaderField::Size(size), HeaderField::L1 { entries: count, offset: l1 }])?;
         meta.l1.replace(l1, entries);
         self.size.store(size, Ordering::Release);
         Ok(())
@@ -225,7 +227,8 @@ impl Image {
             Err(error) if !unlinked => return self.abandon(&[new_table.run(meta)], error),
             lowered => meta.poison_on_error(lowered)?,
         }
-        let written = meta.write_table(OverlapChecks::ACTIVE_L1, l1_offset, &table_bytes(&entries));
+        let written =
+            meta.write_table(OverlapChecks::ACTIVE_L1, l1_offset, &table_bytes(entries.iter().copied()));
         meta.poison_on_error(written)?;
         meta.l1.replace(l1_offset, entries);
         meta.unlink(old_l1);
@@ -350,6 +353,3 @@ fn next_id(snapshots: &[Snapshot]) -> u64 {
     let ids = snapshots.iter().filter_map(|s| core::str::from_utf8(&s.id).ok()?.parse::<u64>().ok());
     ids.max().unwrap_or(0).saturating_add(1)
 }
-
-/// The copied flag of an L1 entry.
-const COPIED: u64 = 1 << 63;

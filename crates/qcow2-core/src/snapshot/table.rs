@@ -5,7 +5,6 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
-use crate::meta::header::Field;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use crate::port::storage::Storage;
@@ -13,6 +12,7 @@ use crate::rules::OrderingRule;
 use crate::sync::lock;
 use ::alloc::format;
 use ::alloc::vec::Vec;
+use qcow2_format::HeaderField;
 use qcow2_format::snapshot::{MAX_ENTRY_LEN, Snapshot};
 use qcow2_format::{FormatError, Header, HostOffset, limit};
 
@@ -92,7 +92,7 @@ impl Meta {
         if self.rules.keep(OrderingRule::SnapshotBeforeHeader) {
             self.storage.flush()?;
         }
-        self.update_header(&[Field::Snapshots { count, offset }])
+        self.update_header(&[HeaderField::Snapshots { count, offset }])
     }
 
     /// The clusters of a table of `kinds` with `len` bytes at `offset`, which is cluster aligned.

@@ -152,7 +152,7 @@ impl Meta {
     fn join_pack(&self) -> Result<Option<(u64, u64)>> {
         let mut refcounts = lock(&self.refcounts);
         let Some((start, end)) = refcounts.pack.take() else { return Ok(None) };
-        let first = start >> self.geometry.cluster_bits();
+        let first = self.geometry.host_cluster(HostOffset::new(start)).value();
         if start >= end || self.refcount_of(&refcounts, first)? == 0 {
             return Ok(None);
         }
@@ -166,12 +166,12 @@ impl Meta {
     /// A place for `len` bytes from `start` on, in a cluster that ends at `end` and has been joined.
     fn extend_packed(&self, start: u64, end: u64, len: u64) -> Result<Option<HostOffset>> {
         let size = self.geometry.cluster_size();
-        let first = start >> self.geometry.cluster_bits();
+        let first = self.geometry.host_cluster(HostOffset::new(start)).value();
         if len <= end - start {
             self.set_pack(start + len, end);
             return Ok(Some(HostOffset::new(start)));
         }
-        if self.reserve_at(end >> self.geometry.cluster_bits())? {
+        if self.reserve_at(self.geometry.clusters_below(end))? {
             self.set_pack(start + len, end + size);
             return Ok(Some(HostOffset::new(start)));
         }

@@ -10,7 +10,7 @@
 mod tree;
 mod window;
 
-pub(crate) use tree::{Tree, table_bytes};
+pub(crate) use tree::Tree;
 
 use super::Meta;
 use super::alloc::Refcounts;

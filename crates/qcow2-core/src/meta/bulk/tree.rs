@@ -6,17 +6,13 @@ use crate::meta::Meta;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use ::alloc::format;
-use ::alloc::vec;
 use ::alloc::vec::Vec;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{L2Fault, L2Item};
-use qcow2_format::{Geometry, HostOffset};
+use qcow2_format::{Geometry, HostOffset, L2Index};
 
 /// Bytes of neighbouring L2 tables that are read or written at once, but never less than one table.
 const PIECE: u64 = 1 << 20;
-/// The byte of an entry that the two flags of its first word are in, and the flags in it.
-const COPIED: u8 = 0x80;
-const COMPRESSED: u8 = 0x40;
 
 /// Sees an L2 table's place, how often it is named, and its bytes; says whether it has changed them.
 type VisitTable<'a> = dyn FnMut(HostOffset, u64, &mut [u8]) -> Result<bool> + 'a;
@@ -103,17 +99,7 @@ impl Meta {
     /// Clears the copied flag in every L2 table of `tree`: everything below has several references from now on, or may
     /// be treated so. Disk: writes the tables that had one set; no barrier.
     pub(crate) fn clear_copied(&self, tree: &Tree) -> Result<()> {
-        let step = self.geometry.l2_entry_size() as usize;
-        self.for_each_table(tree, &mut |_, _, bytes| {
-            let mut changed = false;
-            for entry in bytes.chunks_exact_mut(step) {
-                if entry[0] & (COPIED | COMPRESSED) == COPIED {
-                    entry[0] &= !COPIED;
-                    changed = true;
-                }
-            }
-            Ok(changed)
-        })?;
+        self.for_each_table(tree, &mut |_, _, bytes| Ok(self.l2_format.clear_copied_flags(bytes)))?;
         self.l2_cache.clear();
         Ok(())
     }
@@ -137,8 +123,7 @@ impl Meta {
                 *raw = L1Entry { l2_table: Some(table), copied }.encode();
             }
         }
-        let step = geometry.l2_entry_size() as usize;
-        let mut wrong: Vec<usize> = Vec::new();
+        let mut wrong: Vec<L2Index> = Vec::new();
         self.for_each_table(tree, &mut |_, _, bytes| {
             wrong.clear();
             let mut result = Ok(());
@@ -146,11 +131,11 @@ impl Meta {
                 if let (true, L2Item::Clusters { index, host, count, copied }) = (result.is_ok(), item) {
                     let first = geometry.host_cluster(host).value();
                     result = window.mismatches(first, count, copied, &mut |at| {
-                        wrong.push((index.value() + at) as usize);
+                        wrong.push(L2Index::new(index.value() + at));
                     });
                 }
             });
-            wrong.iter().for_each(|&index| bytes[index * step] ^= COPIED);
+            wrong.iter().for_each(|&index| self.l2_format.flip_copied_flag(bytes, index));
             result.map(|()| !wrong.is_empty())
         })
     }
@@ -192,13 +177,4 @@ impl Meta {
         }
         Ok(())
     }
-}
-
-/// An L1 table's bytes.
-pub(crate) fn table_bytes(entries: &[u64]) -> Vec<u8> {
-    let mut bytes = vec![0; entries.len() * 8];
-    for (chunk, entry) in bytes.chunks_exact_mut(8).zip(entries) {
-        chunk.copy_from_slice(&entry.to_be_bytes());
-    }
-    bytes
 }

@@ -7,11 +7,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
 use crate::meta::alloc::Refcounts;
 use crate::meta::overlap::OverlapChecks;
-use crate::meta::page::be_word;
 use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
 use core::ops::Range;
+use qcow2_format::bytes::{push_words, words};
 use qcow2_format::refcount::{RefcountWidth, decode_table_entry};
 use qcow2_format::{Geometry, HostOffset};
 
@@ -189,7 +189,7 @@ impl Window<'_> {
                 .ok_or_else(|| uncounted(cluster))?;
             let mut bytes = vec![0; self.meta.geometry.cluster_size() as usize];
             self.meta.storage.read_padded(offset, &mut bytes)?;
-            let words = bytes.chunks_exact(8).map(be_word).collect();
+            let words = words(&bytes).collect();
             *place = Some(Block { offset, words, dirty: false, freed: Vec::new() });
         }
         place.as_mut().ok_or_else(|| uncounted(cluster))
@@ -202,7 +202,7 @@ impl Window<'_> {
         let mut bytes = Vec::with_capacity(self.meta.geometry.cluster_size() as usize);
         for block in changed {
             bytes.clear();
-            bytes.extend(block.words.iter().flat_map(|word| word.to_be_bytes()));
+            push_words(&mut bytes, block.words.iter().copied());
             self.meta.write_table(OverlapChecks::REFCOUNT_BLOCK, block.offset, &bytes)?;
         }
         Ok(())
@@ -231,156 +231,29 @@ impl Window<'_> {
     }
 }
 
-/// Counts of one width side by side in a word. Sums and differences of whole words work on all of them at once as
-/// long as none overflows.
-#[derive(Clone, Copy)]
-struct Lanes {
-    count: u64,
-    /// One in every lane.
-    ones: u64,
-    /// The highest bit of every lane.
-    highs: u64,
-}
-
-impl Lanes {
-    fn new(width: RefcountWidth) -> Self {
-        let ones = u64::MAX / width.max();
-        Self { count: u64::from(64 / width.bits()), ones, highs: ones << (width.bits() - 1) }
-    }
-
-    fn any_zero(self, word: u64) -> bool {
-        word.wrapping_sub(self.ones) & !word & self.highs != 0
-    }
-
-    /// Whether the word of `slot` lies in `slots` as a whole.
-    fn is_whole(self, slot: u64, slots: &Range<u64>) -> bool {
-        slot.is_multiple_of(self.count) && slot + self.count <= slots.end
-    }
-}
-
 impl Block {
     /// The error is the slot whose count cannot be raised, and that count.
     fn raise(&mut self, width: RefcountWidth, slots: Range<u64>, times: u64) -> Result<(), (u64, u64)> {
-        let lanes = Lanes::new(width);
         self.dirty = true;
-        let mut slot = slots.start;
-        while slot < slots.end {
-            let word = &mut self.words[width.word_index(slot)];
-            if times == 1
-                && lanes.is_whole(slot, &slots)
-                && *word & lanes.highs == 0
-                && !lanes.any_zero(*word)
-            {
-                *word += lanes.ones;
-                slot += lanes.count;
-                continue;
-            }
-            let old = width.extract(*word, slot);
-            let new = old.checked_add(times).filter(|&new| old > 0 && new <= width.max());
-            *word = width.insert(*word, slot, new.ok_or((slot, old))?);
-            slot += 1;
-        }
-        Ok(())
+        width.raise_run(&mut self.words, slots, times)
     }
 
     /// The error is the slot whose count is too low.
     fn lower(&mut self, width: RefcountWidth, slots: Range<u64>, times: u64) -> Result<(), u64> {
-        let lanes = Lanes::new(width);
         self.dirty = true;
-        let mut slot = slots.start;
-        while slot < slots.end {
-            let word = &mut self.words[width.word_index(slot)];
-            if times == 1
-                && lanes.is_whole(slot, &slots)
-                && !lanes.any_zero(*word)
-                && !lanes.any_zero(*word - lanes.ones)
-            {
-                *word -= lanes.ones;
-                slot += lanes.count;
-                continue;
+        let all = self.words.len() as u64 * u64::from(64 / width.bits());
+        let freed = &mut self.freed;
+        width.lower_run(&mut self.words, slots, times, |slot| {
+            if freed.is_empty() {
+                *freed = vec![0; all.div_ceil(64) as usize];
             }
-            let new = width.extract(*word, slot).checked_sub(times).ok_or(slot)?;
-            *word = width.insert(*word, slot, new);
-            if new == 0 {
-                self.note_freed(slot, width);
-            }
-            slot += 1;
-        }
-        Ok(())
-    }
-
-    fn note_freed(&mut self, slot: u64, width: RefcountWidth) {
-        if self.freed.is_empty() {
-            let slots = self.words.len() as u64 * u64::from(64 / width.bits());
-            self.freed = vec![0; slots.div_ceil(64) as usize];
-        }
-        self.freed[(slot / 64) as usize] |= 1 << (slot % 64);
+            freed[(slot / 64) as usize] |= 1 << (slot % 64);
+        })
     }
 
     fn freed_slots(&self) -> impl Iterator<Item = u64> + '_ {
         (0u64..).zip(&self.freed).filter(|(_, word)| **word != 0).flat_map(|(index, &word)| {
             (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| index * 64 + bit)
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn block(width: RefcountWidth, counts: &[u64]) -> Block {
-        let mut words = vec![0; 8];
-        for (slot, &count) in (0..).zip(counts) {
-            let word = &mut words[width.word_index(slot)];
-            *word = width.insert(*word, slot, count.min(width.max()));
-        }
-        Block { offset: HostOffset::new(0), words, dirty: false, freed: Vec::new() }
-    }
-
-    fn counts(width: RefcountWidth, block: &Block) -> Vec<u64> {
-        let slots = block.words.len() as u64 * u64::from(64 / width.bits());
-        (0..slots).map(|slot| width.extract(block.words[width.word_index(slot)], slot)).collect()
-    }
-
-    proptest! {
-        /// Whole words at a time or one by one: the same counts, and the same refusals.
-        #[test]
-        fn runs_are_as_good_as_single_counts(
-            order in 0..7u32,
-            start in proptest::collection::vec(0..4u64, 512),
-            from in 0..512u64,
-            len in 0..512u64,
-            times in 1..3u64,
-            raise in any::<bool>(),
-        ) {
-            let width = RefcountWidth::from_order(order).unwrap();
-            let slots = 512u64 >> order;
-            let range = from % slots..(from % slots + len).min(slots);
-            let before = block(width, &start[..slots as usize]);
-            let old = counts(width, &before);
-            let mut after = block(width, &start[..slots as usize]);
-            let changed = |count: u64| match raise {
-                true => count.checked_add(times).filter(|&new| count > 0 && new <= width.max()),
-                false => count.checked_sub(times),
-            };
-            let bad = range.clone().find(|&slot| changed(old[slot as usize]).is_none());
-            let seen = match raise {
-                true => after.raise(width, range.clone(), times).err().map(|(slot, _)| slot),
-                false => after.lower(width, range.clone(), times).err(),
-            };
-            prop_assert_eq!(seen, bad);
-            if bad.is_none() {
-                let new = counts(width, &after);
-                for slot in 0..slots {
-                    let wanted = if range.contains(&slot) { changed(old[slot as usize]) } else { Some(old[slot as usize]) };
-                    prop_assert_eq!(Some(new[slot as usize]), wanted);
-                }
-                let freed: Vec<u64> = after.freed_slots().collect();
-                let wanted: Vec<u64> =
-                    range.filter(|&slot| !raise && new[slot as usize] == 0).collect();
-                prop_assert_eq!(freed, wanted);
-            }
-        }
     }
 }
