@@ -36,7 +36,7 @@ impl Image {
             let message = "a version 2 image with snapshots cannot be resized";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        self.begin_resize_of_bitmaps()?;
+        self.begin_resize_of_bitmaps(size)?;
         self.begin_change()?;
         if size > old {
             self.grow(old, size)?;

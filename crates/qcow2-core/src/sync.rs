@@ -13,6 +13,8 @@ use shuttle::sync as locks;
 use std::sync as locks;
 
 pub(crate) use locks::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic};
+/// Filled without waiting for anybody, so there is no order to explore.
+pub(crate) use std::sync::OnceLock;
 
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
