@@ -10,7 +10,7 @@ pub(crate) const CHECK_CORRUPT: u8 = 2;
 pub(crate) const CHECK_LEAKS: u8 = 3;
 /// `check`: the format has no check.
 pub(crate) const CHECK_UNSUPPORTED: u8 = 63;
-/// `compare`: an image could not be opened.
+/// `compare`: an image could not be opened, or the result not be told.
 pub(crate) const COMPARE_OPEN: u8 = 2;
 /// `compare`: an image could not say what is allocated.
 pub(crate) const COMPARE_EXTENTS: u8 = 3;

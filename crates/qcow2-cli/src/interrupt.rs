@@ -53,6 +53,16 @@ impl Interrupts {
         self.die_if_asked();
     }
 
+    /// Waits with `wait` for somebody else, who may take for ever: a signal ends the program at once meanwhile.
+    pub(crate) fn while_waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.stop_watching();
+        let done = wait();
+        // What a signal just now takes away must not be written again: one of both sides sees the other.
+        self.shared.watched.store(true, Ordering::SeqCst);
+        self.die_if_asked();
+        done
+    }
+
     /// Whether progress was asked for since the last call.
     pub(crate) fn take_progress_request(&self) -> bool {
         self.shared.progress.swap(false, Ordering::Relaxed)
@@ -81,14 +91,14 @@ impl Interrupts {
 
 impl Shared {
     fn take(&self, signal: i32) {
-        let again = self.signal.swap(signal, Ordering::Relaxed) != 0;
-        if again || !self.watched.load(Ordering::Relaxed) {
+        let again = self.signal.swap(signal, Ordering::SeqCst) != 0;
+        if again || !self.watched.load(Ordering::SeqCst) {
             self.die_if_asked();
         }
     }
 
     fn die_if_asked(&self) {
-        let signal = self.signal.load(Ordering::Relaxed);
+        let signal = self.signal.load(Ordering::SeqCst);
         if signal != 0 {
             self.discard_files();
             system::die(signal);

@@ -52,10 +52,10 @@ impl Session {
         !self.drop_in && io::stderr().is_terminal()
     }
 
-    /// Writes `text` to standard output at once. A reader that has gone away ends the command as a success.
+    /// Writes `text` to standard output at once. Errors: as [`printed`].
     pub(crate) fn print(&self, text: &str) -> Result<(), Failure> {
         let mut out = io::stdout().lock();
-        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|error| output_failure(&error))
+        printed(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
     }
 
     /// Writes a line to standard error.
@@ -70,12 +70,27 @@ impl Session {
     }
 }
 
-/// The failure that `error` of standard output means.
-pub(crate) fn output_failure(error: &io::Error) -> Failure {
-    match error.kind() {
-        io::ErrorKind::BrokenPipe => Failure::silent(exit::SUCCESS),
-        _ => Failure::new(format!("cannot write to standard output: {error}")),
+/// Judges how writing a text to standard output went. A reader that has gone away has read enough: the text is dropped,
+/// the command goes on, and its exit code is that of its work. Errors: everything else, a full disk above all, since somebody
+/// wants a text that is lost.
+pub(crate) fn printed(written: io::Result<()>) -> Result<(), Failure> {
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.map_err(|error| lost_output(&error)),
     }
+}
+
+/// The failure of a command whose data, not a text about its work, standard output did not take to the end. A reader that has
+/// gone away knows that something is missing; whoever looks at the exit code does not.
+pub(crate) fn unfinished_stream(error: &io::Error) -> Failure {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => Failure::silent(exit::FAILURE),
+        _ => lost_output(error),
+    }
+}
+
+fn lost_output(error: &io::Error) -> Failure {
+    Failure::new(format!("cannot write to standard output: {error}"))
 }
 
 const OWN_NAME: &str = "qcow2";
@@ -85,6 +100,17 @@ const QEMU_IO: &str = "qemu-io";
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reader_that_leaves_decides_nothing_but_an_unfinished_stream_is_a_failure() {
+        let (gone, full) = (io::ErrorKind::BrokenPipe, io::ErrorKind::StorageFull);
+        assert!(printed(Ok(())).is_ok() && printed(Err(gone.into())).is_ok());
+        assert_eq!(printed(Err(full.into())).unwrap_err().code(), exit::FAILURE);
+        for (kind, lines) in [(gone, 0), (full, 1)] {
+            let failure = unfinished_stream(&kind.into());
+            assert_eq!((failure.code(), failure.lines("", "").len()), (exit::FAILURE, lines), "{kind}");
+        }
+    }
 
     #[test]
     fn the_name_it_is_called_by_decides() {

@@ -3,7 +3,7 @@
 //! Invariants I6 and I7: unknown incompatible bits stop the open; unknown autoclear bits are cleared before the first
 //! write; opening for reading writes nothing.
 
-use crate::bitmap::Bitmaps;
+use crate::bitmap::{Bitmaps, MAX_BITS_MEMORY};
 use crate::chain;
 use crate::crypt::Crypt;
 use crate::error::{Error, ErrorKind, Result};
@@ -92,6 +92,9 @@ pub struct OpenOptions {
     pub l2_cache_size: Option<u64>,
     /// Bytes of refcount blocks to keep in memory; `None`: [`DEFAULT_REFCOUNT_CACHE`] at most.
     pub refcount_cache_size: Option<u64>,
+    /// Bytes of memory that the bits of all bitmaps may take: by default as much as the bits of the largest bitmap and half as much.
+    /// An image whose bitmaps do not fit takes no changes until some are removed.
+    pub bitmap_memory: u64,
     /// Whether host clusters that become free are given back to the storage (QEMU's `pass-discard-request`).
     pub discard_freed: bool,
     /// Whether a discarded or zeroed cluster keeps its host cluster, so that writing it again takes no other place
@@ -118,6 +121,7 @@ impl Default for OpenOptions {
             codecs: Codecs::default(),
             l2_cache_size: None,
             refcount_cache_size: None,
+            bitmap_memory: MAX_BITS_MEMORY,
             discard_freed: false,
             discard_no_unref: false,
             overlap_checks: OverlapChecks::CACHED,
@@ -184,7 +188,7 @@ impl Image {
             scratch: Scratch::default(),
             crypt,
             structure: RwLock::new(Rank::Structure, ()),
-            bitmaps: Bitmaps::default(),
+            bitmaps: Bitmaps::new(options.bitmap_memory),
             raw_data_file: header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE),
         })
     }

@@ -13,10 +13,15 @@ use crate::sync::atomic::Ordering;
 use crate::sync::write;
 use crate::write::plan::ZeroKind;
 use ::alloc::format;
+use core::ops::ControlFlow;
 use qcow2_format::HeaderField;
 use qcow2_format::bytes::table_bytes;
 use qcow2_format::limit::MAX_L1_TABLE_SIZE;
 use qcow2_format::{GuestOffset, GuestRange};
+
+/// Clusters that are forgotten before the caller is asked whether to go on. Origin: ours, a part of a second where all of them
+/// are somewhere; an L1 table for the largest disk, in a file of some MB, leads to as many as take hours.
+const SHRINK_CLUSTERS: u64 = 1 << 18;
 
 impl Image {
     /// Makes the disk `size` bytes: a multiple of 512. Bytes that are new read as zeroes, also where a backing file is
@@ -26,6 +31,12 @@ impl Image {
     /// size that is no multiple of 512 or needs a larger L1 table than allowed; `Unsupported` for a version 2 image with
     /// snapshots; `NoSpace`, `Storage`. Spec: "Header", "Cluster mapping".
     pub(crate) fn change_size(&self, size: u64) -> Result<()> {
+        self.resize_while(size, &mut || ControlFlow::Continue(()))
+    }
+
+    /// [`resize`](GuestDisk::resize) that can be stopped while the disk gets shorter: `go_on` is asked every 2^18 clusters, the
+    /// end going first. Errors: `Stopped`, the disk having one of the sizes between; otherwise as `resize`.
+    pub fn resize_while(&self, size: u64, go_on: &mut dyn FnMut() -> ControlFlow<()>) -> Result<()> {
         let _alone = write(&self.structure);
         self.meta.check_writable()?;
         let old = self.size();
@@ -37,18 +48,22 @@ impl Image {
             let message = "a version 2 image with snapshots cannot be resized";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        self.begin_resize_of_bitmaps()?;
+        self.begin_resize_of_bitmaps(size)?;
         self.begin_change()?;
+        let wanted = size;
+        let size = if size < old { self.shrink(old, size, go_on)? } else { size };
         if size > old {
             self.grow(old, size)?;
-        } else if size < old {
-            self.shrink(old, size)?;
         }
         self.meta.update_header(&[HeaderField::Size(size)])?;
         if let (true, Some(data)) = (self.meta.has_data_file(), &self.meta.data) {
             data.set_len(size)?;
         }
-        self.resize_bitmaps(size)
+        self.resize_bitmaps(size)?;
+        match size == wanted {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::Stopped, format!("resizing was stopped at {size} bytes"))),
+        }
     }
 
     fn grow(&self, old: u64, size: u64) -> Result<()> {
@@ -109,14 +124,26 @@ impl Image {
     }
 
     /// Forgets what lies behind the new end; a backing file must not show there should the disk grow again, which
-    /// growing sees to.
-    fn shrink(&self, old: u64, size: u64) -> Result<()> {
-        let start = self.meta.geometry.align_up(size).unwrap_or(old);
-        if start < old {
-            self.forget_clusters(between(start, old))?;
+    /// growing sees to. Returns the size that the disk has now.
+    fn shrink(&self, old: u64, size: u64, go_on: &mut dyn FnMut() -> ControlFlow<()>) -> Result<u64> {
+        let geometry = &self.meta.geometry;
+        let start = geometry.align_up(size).unwrap_or(old);
+        let piece = SHRINK_CLUSTERS * geometry.cluster_size();
+        let (mut end, mut size) = (old, size);
+        while start < end {
+            if go_on().is_break() {
+                size = end;
+                break;
+            }
+            // What is left then ends with a piece, and so with a cluster.
+            let first = ((end - 1) / piece * piece).max(start);
+            self.forget_clusters(between(first, end))?;
+            self.meta.flush_if_pressed()?;
+            end = first;
         }
         self.size.store(size, Ordering::Release);
-        self.meta.settle()
+        self.meta.settle()?;
+        Ok(size)
     }
 }
 

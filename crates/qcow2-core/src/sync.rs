@@ -18,6 +18,8 @@ use std::sync as locks;
 use core::ops::{Deref, DerefMut};
 pub(crate) use locks::{Condvar, atomic};
 pub(crate) use order::LockOwner;
+/// Filled without waiting for anybody, so there is no order to explore.
+pub(crate) use std::sync::OnceLock;
 
 /// The order of all locks: whoever holds one may take only those below it. Two locks of the same rank are never held at
 /// once. Layers of a chain are images of their own: who holds locks of an overlay may take any of its backing file's.

@@ -8,6 +8,7 @@ use qcow2_core::{
     GuestDisk, GuestOffset, GuestRange, HostOffset, Image, Piece, Preallocation, Storage, ZeroMode,
 };
 use std::fmt;
+use std::ops::ControlFlow;
 
 /// The largest disk. Origin: QEMU's block layer.
 pub const MAX_DISK_SIZE: u64 = i64::MAX as u64 & !((1 << 30) - 1);
@@ -83,17 +84,26 @@ impl std::error::Error for Refusal {}
 
 /// Resizes `disk`, which is open for writing. New bytes read as zeroes, whatever a longer backing file or an earlier,
 /// longer disk had there. Disk: of a qcow2 image the tables, then the size, then what is preallocated; the caller closes
-/// it. A crash leaves the old size or the new one.
+/// it. A crash leaves the old size or the new one; a stop while a disk gets shorter leaves one between.
 ///
 /// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Write` with the engine's error; `Preallocate` with
-/// it, or `Stopped`, the disk having its old size and its new space given back, unless that cannot be written either.
+/// it, or `Stopped`, a disk that was to be longer having its old size and its new space given back, unless that cannot be written
+/// either.
 pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions, progress: &dyn Progress) -> Result<()> {
     let old = disk.size();
     let size = plan(disk, options)
         .map_err(|refusal| Error::new(ErrorKind::InvalidOption, "resizing").with_source(refusal))?;
     let failed =
         |e: qcow2_core::Error| Error::new(ErrorKind::Write, "could not resize the disk").with_source(e);
-    disk.resize(size).map_err(failed)?;
+    let go_on = || if progress.should_stop() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+    let resized = match disk.as_image() {
+        Some(image) => image.resize_while(size, &mut { go_on }),
+        None => disk.resize(size),
+    };
+    resized.map_err(|error| match error.kind() {
+        qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, error.to_string()),
+        _ => failed(error),
+    })?;
     if options.preallocation != Preallocation::Off {
         let new = GuestRange::between(GuestOffset::new(old), GuestOffset::new(size));
         if let Err(error) = fill(disk, new, options.preallocation, progress) {

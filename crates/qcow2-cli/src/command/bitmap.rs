@@ -19,9 +19,10 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let name = ImageName::read(session, &request.filename, &request.image)?;
     let opened = open_to_change(session, &name, &request.image, ALONE)?;
     let source = request.open_source()?;
+    // Bitmaps change in memory, however long that takes: a signal may end the program until they are stored.
     let interrupts = Interrupts::install();
-    interrupts.hold();
     let done = request.actions.iter().try_for_each(|action| request.change(&opened, source.as_ref(), action));
+    interrupts.hold();
     // What was done before a failure stays done.
     let closed = opened.disk.as_image().map_or(Ok(()), Image::close);
     interrupts.die_if_asked();

@@ -35,7 +35,9 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let done = compared.map_err(|error| failure(&error)).and_then(|report| {
         let (text, code) = verdict(&report);
         if !request.quiet {
-            session.print(&text)?;
+            // A lost text must not say of the same content that it differs.
+            let lost = if code == exit::SUCCESS { exit::COMPARE_OPEN } else { code };
+            session.print(&text).map_err(|failure| failure.with_code(lost))?;
         }
         Ok(code)
     });

@@ -1,39 +1,34 @@
 //! The bits of one bitmap in memory: which granules of the disk were changed.
 
+use super::room::Room;
+use super::tree::{LEAF_BITS, Tree, Words};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::atomic::{AtomicU64, Ordering};
-use ::alloc::boxed::Box;
 use ::alloc::format;
+use ::alloc::vec;
 use ::alloc::vec::Vec;
 
-/// Bytes of bits that one bitmap may have in memory: the most that the format allows. Origin: QEMU.
+/// Bytes of bits that one bitmap may have: the most that the format allows. Origin: QEMU.
 const MAX_BYTES: u64 = qcow2_format::limit::MAX_BITMAP_DATA_SIZE;
 
-/// The bits of a bitmap. Any thread may mark while others look.
-#[derive(Debug)]
+/// The bits of a bitmap. Any thread may mark while others look. Memory follows the granules that are marked beside others that
+/// are not, up to a limit for all bitmaps of an image; what is marked past it is marked in larger pieces.
+#[derive(Clone, Debug)]
 pub struct Bits {
     granularity_bits: u8,
     size: u64,
-    words: Box<[AtomicU64]>,
-}
-
-impl Clone for Bits {
-    fn clone(&self) -> Self {
-        let words = self.words.iter().map(|word| AtomicU64::new(word.load(Ordering::Relaxed))).collect();
-        Self { words, ..*self }
-    }
+    tree: Tree,
 }
 
 impl Bits {
-    /// No bit set, for a disk of `size` bytes. Errors: `NoSpace` above 512 MiB of bits.
-    pub(crate) fn new(granularity_bits: u8, size: u64) -> Result<Self> {
-        let bytes = size.div_ceil(1 << granularity_bits).div_ceil(8);
-        if bytes > MAX_BYTES {
-            let message = format!("bitmap would have {bytes} bytes of bits, allowed are {MAX_BYTES}");
-            return Err(Error::new(ErrorKind::NoSpace, message));
-        }
-        let words = (0..bytes.div_ceil(8)).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { granularity_bits, size, words })
+    /// No bit set, for a disk of `size` bytes; memory comes out of `room`. Errors: `NoSpace` above 512 MiB of bits.
+    pub(super) fn new(granularity_bits: u8, size: u64, room: &Room) -> Result<Self> {
+        let count = checked_count(granularity_bits, size)?;
+        Ok(Self { granularity_bits, size, tree: Tree::new(count, room) })
+    }
+
+    /// Judges whether a disk of `size` bytes can have a bitmap. Errors: as [`new`](Self::new).
+    pub(super) fn check_size(granularity_bits: u8, size: u64) -> Result<()> {
+        checked_count(granularity_bits, size).map(drop)
     }
 
     /// Bytes that one bit stands for: a power of two.
@@ -46,17 +41,9 @@ impl Bits {
         self.size
     }
 
-    /// How many bits there are.
-    fn count(&self) -> u64 {
-        self.size.div_ceil(self.granularity())
-    }
-
     /// Whether the granule that holds byte `offset` is marked.
     pub fn is_marked(&self, offset: u64) -> bool {
-        let bit = offset >> self.granularity_bits;
-        self.words
-            .get((bit / 64) as usize)
-            .is_some_and(|word| word.load(Ordering::Relaxed) >> (bit % 64) & 1 == 1)
+        self.tree.is_set(offset >> self.granularity_bits)
     }
 
     /// The marked runs of the disk as start and length, in order; the last one is cut at the disk's end.
@@ -64,93 +51,107 @@ impl Bits {
         let granularity = self.granularity();
         let mut bit = 0;
         core::iter::from_fn(move || {
-            let first = self.next_bit(bit, true)?;
-            let end = self.next_bit(first, false).unwrap_or(self.count());
+            let first = self.tree.next(bit, true)?;
+            let end = self.tree.next(first, false).unwrap_or(self.tree.count());
             bit = end;
             let start = first * granularity;
             Some((start, (end * granularity).min(self.size) - start))
         })
     }
 
-    /// The first bit from `from` on that is set (or, not `set`, clear).
-    fn next_bit(&self, from: u64, set: bool) -> Option<u64> {
-        let mut bit = from;
-        while bit < self.count() {
-            let word = self.words.get((bit / 64) as usize)?.load(Ordering::Relaxed);
-            let word = if set { word } else { !word } >> (bit % 64);
-            if word != 0 {
-                return Some(bit + u64::from(word.trailing_zeros())).filter(|&bit| bit < self.count());
-            }
-            bit = (bit / 64 + 1) * 64;
-        }
-        None
-    }
-
-    /// Marks the granules that `len` bytes from `start` on touch; what lies past the disk's end is left out.
-    pub(crate) fn mark(&self, start: u64, len: u64) {
+    /// Marks the granules that `len` bytes from `start` on touch; what lies past the disk's end is left out. Returns whether no
+    /// others were marked for want of room.
+    pub(super) fn mark(&self, start: u64, len: u64) -> bool {
         let end = start.saturating_add(len).min(self.size);
-        if start >= end {
-            return;
+        start >= end || self.tree.set(start >> self.granularity_bits, (end - 1) >> self.granularity_bits)
+    }
+
+    /// Marks everything that is marked in `other`. Returns as [`mark`](Self::mark).
+    pub(super) fn merge(&self, other: &Self) -> bool {
+        if (self.granularity_bits, self.size) == (other.granularity_bits, other.size) {
+            return self.tree.merge(&other.tree);
         }
-        let (first, last) = (start >> self.granularity_bits, (end - 1) >> self.granularity_bits);
-        for index in first / 64..=last / 64 {
-            let low = if index == first / 64 { first % 64 } else { 0 };
-            let high = if index == last / 64 { last % 64 } else { 63 };
-            let mask = (u64::MAX >> (63 - high)) & (u64::MAX << low);
-            if let Some(word) = self.words.get(index as usize)
-                && word.load(Ordering::Relaxed) & mask != mask
-            {
-                word.fetch_or(mask, Ordering::Relaxed);
+        other.marked_runs().fold(true, |exact, (start, len)| self.mark(start, len) && exact)
+    }
+
+    /// The same bits for a disk of another size: what is new is not marked. Errors: as [`new`](Self::new).
+    pub(super) fn resized(self, size: u64) -> Result<Self> {
+        let count = checked_count(self.granularity_bits, size)?;
+        Ok(Self { tree: self.tree.resized(count), size, ..self })
+    }
+
+    /// The pieces of `len` bytes of the stored bits in which a bit is set: their index, and whether all of them are.
+    pub(super) fn marked_pieces(&self, len: u64) -> impl Iterator<Item = (u64, bool)> + '_ {
+        let bits = len * 8;
+        let mut at = 0;
+        core::iter::from_fn(move || {
+            let start = self.tree.next(at, true)? / bits * bits;
+            at = start + bits;
+            Some((start / bits, self.tree.next(start, false).is_none_or(|clear| clear >= at)))
+        })
+    }
+
+    /// Bytes of the bits as they are stored, from byte `start` on, zeroes past the end. `start`: a multiple of 512.
+    pub(super) fn stored(&self, start: u64, len: u64) -> Vec<u8> {
+        debug_assert!((start * 8).is_multiple_of(LEAF_BITS));
+        let mut bytes = vec![0; len as usize];
+        for (index, piece) in (0u64..).zip(bytes.chunks_mut((LEAF_BITS / 8) as usize)) {
+            let words = self.tree.words(start * 8 + index * LEAF_BITS);
+            for (word, place) in words.iter().zip(piece.chunks_mut(8)) {
+                place.copy_from_slice(&word.to_le_bytes()[..place.len()]);
             }
-        }
-    }
-
-    /// Marks everything that is marked in `other`.
-    pub(crate) fn merge(&self, other: &Self) {
-        other.marked_runs().for_each(|(start, len)| self.mark(start, len));
-    }
-
-    /// The same bits for a disk of another size: what is new is not marked.
-    pub(crate) fn resized(&self, size: u64) -> Result<Self> {
-        let new = Self::new(self.granularity_bits, size)?;
-        new.merge(self);
-        Ok(new)
-    }
-
-    /// Bytes of the bits as they are stored, from byte `start` on, at most `len`.
-    pub(crate) fn stored(&self, start: u64, len: u64) -> Vec<u8> {
-        let words = self.words.get((start / 8) as usize..).unwrap_or_default();
-        let mut bytes: Vec<u8> = Vec::with_capacity(len as usize);
-        for word in words.iter().take(len.div_ceil(8) as usize) {
-            bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
         }
         bytes
     }
 
     /// Bytes of the bits as they are stored.
-    pub(crate) fn stored_len(&self) -> u64 {
-        self.count().div_ceil(8)
+    pub(super) fn stored_len(&self) -> u64 {
+        self.tree.count().div_ceil(8)
     }
 
-    /// Takes stored bytes in, from byte `start` of the bits on; bits past the end do not count.
-    pub(crate) fn load(&self, start: u64, bytes: &[u8]) {
-        let words = self.words.get((start / 8) as usize..).unwrap_or_default();
-        for (word, chunk) in words.iter().zip(bytes.chunks(8)) {
-            let mut le = [0; 8];
-            le[..chunk.len()].copy_from_slice(chunk);
-            word.store(u64::from_le_bytes(le), Ordering::Relaxed);
+    /// Takes stored bytes in, from byte `start` of the bits on; bits past the end do not count. `start`: a multiple of 512.
+    /// Returns as [`mark`](Self::mark).
+    pub(super) fn load(&self, start: u64, bytes: &[u8]) -> bool {
+        debug_assert!((start * 8).is_multiple_of(LEAF_BITS));
+        let mut exact = true;
+        for (index, piece) in (0u64..).zip(bytes.chunks((LEAF_BITS / 8) as usize)) {
+            let base = start * 8 + index * LEAF_BITS;
+            if base >= self.tree.count() {
+                break;
+            }
+            let mut words: Words = [0; _];
+            for (word, chunk) in words.iter_mut().zip(piece.chunks(8)) {
+                let mut le = [0; 8];
+                le[..chunk.len()].copy_from_slice(chunk);
+                *word = u64::from_le_bytes(le);
+            }
+            exact &= match words {
+                words if words.iter().all(|&word| word == 0) => true,
+                words if words.iter().all(|&word| word == u64::MAX) => {
+                    self.load_ones(base / 8, LEAF_BITS / 8)
+                }
+                words => self.tree.set_words(base, &words),
+            };
         }
-        self.cut_tail();
+        exact
     }
 
-    fn cut_tail(&self) {
-        let count = self.count();
-        if let (Some(last), used @ 1..) = (self.words.last(), count % 64)
-            && self.words.len() as u64 == count.div_ceil(64)
-        {
-            last.fetch_and(u64::MAX >> (64 - used), Ordering::Relaxed);
-        }
+    /// The same for `len` bytes of ones.
+    pub(super) fn load_ones(&self, start: u64, len: u64) -> bool {
+        let end = self.tree.count().min((start + len) * 8);
+        start * 8 >= end || self.tree.set(start * 8, end - 1)
     }
+}
+
+/// How many bits a bitmap has.
+fn checked_count(granularity_bits: u8, size: u64) -> Result<u64> {
+    let count = size.div_ceil(1 << granularity_bits);
+    let bytes = count.div_ceil(8);
+    if bytes > MAX_BYTES {
+        let message = format!("bitmap would have {bytes} bytes of bits, allowed are {MAX_BYTES}");
+        return Err(Error::new(ErrorKind::NoSpace, message));
+    }
+    Ok(count)
 }
 
 #[cfg(test)]
@@ -159,7 +160,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn model(bits: &Bits) -> Vec<bool> {
-        (0..bits.count()).map(|bit| bits.is_marked(bit * bits.granularity())).collect()
+        (0..bits.tree.count()).map(|bit| bits.is_marked(bit * bits.granularity())).collect()
     }
 
     proptest! {
@@ -169,7 +170,7 @@ mod tests {
             marks in proptest::collection::vec((0..220_000u64, 0..5000u64), 0..12),
             other_size in 1..200_000u64,
         ) {
-            let bits = Bits::new(9, size).unwrap();
+            let bits = Bits::new(9, size, &Room::default()).unwrap();
             let mut wanted = ::std::vec![false; size.div_ceil(512) as usize];
             for (start, len) in marks {
                 bits.mark(start, len);
@@ -185,7 +186,7 @@ mod tests {
                 seen[(start / 512) as usize..(start + len).div_ceil(512) as usize].fill(true);
             }
             prop_assert_eq!(&seen, &wanted);
-            let copy = Bits::new(9, size).unwrap();
+            let copy = Bits::new(9, size, &Room::default()).unwrap();
             let stored = bits.stored(0, bits.stored_len());
             copy.load(0, &stored[..bits.stored_len() as usize]);
             prop_assert_eq!(&model(&copy), &wanted);
@@ -194,9 +195,45 @@ mod tests {
             prop_assert_eq!(model(&other), wanted);
         }
 
+        /// Many leaves of bits, other granularities, and what a table would say of clusters of bits.
+        #[test]
+        fn bits_of_larger_disks(
+            size in 1..60_000_000u64,
+            marks in proptest::collection::vec((0..60_000_000u64, prop_oneof![1..5000u64, 1..30_000_000u64]), 0..6),
+            granularity_bits in 9..20u8,
+            cluster_bits in 9..13u32,
+        ) {
+            let room = Room::default();
+            let bits = Bits::new(granularity_bits, size, &room).unwrap();
+            marks.iter().for_each(|&(start, len)| assert!(bits.mark(start, len)));
+            let wanted = model(&bits);
+            let fine = Bits::new(9, size, &room).unwrap();
+            prop_assert!(fine.merge(&bits));
+            for (start, len) in fine.marked_runs() {
+                prop_assert!((start..start + len).step_by(512).all(|at| bits.is_marked(at)));
+            }
+            let back = Bits::new(granularity_bits, size, &room).unwrap();
+            prop_assert!(back.merge(&fine));
+            prop_assert_eq!(&model(&back), &wanted);
+            let len = 1u64 << cluster_bits;
+            let mut pieces = bits.marked_pieces(len).peekable();
+            let copy = Bits::new(granularity_bits, size, &room).unwrap();
+            for start in (0..bits.stored_len()).step_by(len as usize) {
+                let bytes = bits.stored(start, len);
+                let piece = pieces.next_if(|(index, _)| *index == start / len);
+                prop_assert_eq!(piece.is_some(), bytes.iter().any(|&byte| byte != 0));
+                let inside = (start * 8..((start + len) * 8).min(wanted.len() as u64)).map(|bit| wanted[bit as usize]);
+                let full = piece.is_some_and(|(_, all)| all);
+                prop_assert_eq!(full, inside.into_iter().all(|marked| marked));
+                let exact = if full { copy.load_ones(start, len) } else { copy.load(start, &bytes) };
+                prop_assert!(exact);
+            }
+            prop_assert_eq!(&model(&copy), &wanted);
+        }
+
         #[test]
         fn bits_past_the_end_do_not_count(size in 1..100_000u64) {
-            let bits = Bits::new(9, size).unwrap();
+            let bits = Bits::new(9, size, &Room::default()).unwrap();
             bits.load(0, &[0xff; 32]);
             let marked: u64 = bits.marked_runs().map(|(_, len)| len).sum();
             prop_assert_eq!(marked, size.min(32 * 8 * 512));

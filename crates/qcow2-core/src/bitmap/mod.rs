@@ -3,23 +3,33 @@
 //! Enabled bitmaps are marked before anything is written. On disk they are marked as in use before the first change,
 //! and stored anew when the image is closed: a crash in between leaves them in use, which says that their bits mean
 //! nothing. So a bitmap may be lost, but never lies. Spec: "Bitmaps".
+//!
+//! The bits in memory have a limit for all bitmaps of an image ([`room`]). A bitmap is neither lost nor made coarser because of
+//! it while somebody can still decide: what is to record and does not fit makes the first change fail with `NoSpace`, before
+//! anything is written, and so do merges; bitmaps can be removed without being read. Only marks that a running guest makes past
+//! the limit are made in larger pieces, since a write must not fail for them and a bitmap may name more than was changed.
 
 mod bits;
+mod room;
 mod store;
+mod tree;
 
 pub use bits::Bits;
-pub use store::read_bitmaps;
+pub use store::{check_bitmaps, read_bitmaps};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::port::disk::GuestDisk;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Rank, RwLock, read, write};
+use ::alloc::collections::BTreeMap;
 use ::alloc::format;
 use ::alloc::string::String;
 use ::alloc::vec::Vec;
 use qcow2_format::bitmap::Bitmap;
 use qcow2_format::{GuestRange, Version, limit};
+pub(crate) use room::MAX_BITS_MEMORY;
+use room::Room;
 
 /// The bitmaps of an open image.
 #[derive(Debug)]
@@ -27,19 +37,20 @@ pub(crate) struct Bitmaps {
     state: RwLock<State>,
     /// Whether there is an enabled bitmap to be marked.
     recording: AtomicBool,
-}
-
-impl Default for Bitmaps {
-    fn default() -> Self {
-        Self { state: RwLock::new(Rank::Bitmaps, State::default()), recording: AtomicBool::new(false) }
-    }
+    /// Where the bits' memory comes from, and how much of it there is.
+    room: Room,
+    memory: u64,
 }
 
 #[derive(Debug, Default)]
 struct State {
     /// Whether the directory was read.
     known: bool,
+    /// Whether the tables that it names were judged.
+    judged: bool,
     live: Vec<Live>,
+    /// The first bitmap of each name.
+    by_name: BTreeMap<Vec<u8>, usize>,
     /// Whether the directory on disk is not what it should be when the image is closed.
     changed: bool,
 }
@@ -56,22 +67,65 @@ struct Live {
     marked: bool,
 }
 
+impl State {
+    fn new(live: Vec<Live>) -> Self {
+        let mut state = Self { known: true, live, ..Self::default() };
+        state.find_names();
+        state
+    }
+
+    fn find_names(&mut self) {
+        self.by_name.clear();
+        for (index, live) in self.live.iter().enumerate() {
+            self.by_name.entry(live.entry.name.clone()).or_insert(index);
+        }
+    }
+
+    fn position(&self, name: &[u8]) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    fn usable(&self, name: &[u8]) -> Result<usize> {
+        let index = self.position(name).ok_or_else(|| missing(name))?;
+        if self.live[index].entry.in_use { Err(inconsistent(name)) } else { Ok(index) }
+    }
+}
+
 impl Live {
+    fn new(entry: Bitmap) -> Self {
+        Self { entry, bits: None, changed: false, marked: false }
+    }
+
     fn records(&self) -> bool {
         self.entry.auto && !self.entry.in_use
     }
 }
 
 impl Bitmaps {
+    /// Nothing is known of them yet. `memory`: bytes that their bits may take.
+    pub(crate) fn new(memory: u64) -> Self {
+        let (state, recording) = (RwLock::new(Rank::Bitmaps, State::default()), AtomicBool::new(false));
+        Self { state, recording, room: Room::new(memory), memory }
+    }
+
     /// Notes that `range` is about to change.
     pub(crate) fn mark(&self, range: GuestRange) {
         if self.recording.load(Ordering::Acquire) {
             let state = read(&self.state);
             for bits in state.live.iter().filter(|live| live.records()).filter_map(|live| live.bits.as_ref())
             {
-                bits.mark(range.start().value(), range.len());
+                // Without room more is marked, which does no harm.
+                let _exact = bits.mark(range.start().value(), range.len());
             }
         }
+    }
+
+    fn no_room(&self, name: &[u8]) -> Error {
+        let (name, memory) = (text(name), self.memory);
+        let message = format!(
+            "bitmap '{name}' does not fit: the bits of an image's bitmaps may take {memory} bytes of memory in all"
+        );
+        Error::new(ErrorKind::NoSpace, message)
     }
 }
 
@@ -85,12 +139,17 @@ impl Image {
     }
 
     /// A copy of a bitmap's bits. Disk: may read them. Errors: `NotFound`; `Inconsistent` for a bitmap that was in use
-    /// when the image was last closed; `NoSpace` above 512 MiB; `Corrupt`, `Storage`.
+    /// when the image was last closed; `NoSpace` where they have no room in memory; `Corrupt`, `Storage`.
     pub fn bitmap_bits(&self, name: &[u8]) -> Result<Bits> {
         let _structure = read(&self.structure);
         let mut state = self.known_bitmaps()?;
-        let index = usable(&state, name)?;
-        self.loaded(&mut state.live[index]).cloned()
+        let index = state.usable(name)?;
+        if let Some(bits) = &state.live[index].bits {
+            return Ok(bits.clone());
+        }
+        self.judge_tables(&mut state)?;
+        // The image itself may never need them, and many that are asked for one by one take room one by one.
+        self.read_bits(&state.live[index].entry, &Room::new(self.bitmaps.memory))
     }
 
     /// Adds an enabled bitmap without marks. `name`: 1 to 1023 bytes. `granularity_bits`: 9 to 31. Disk: untouched until
@@ -111,16 +170,17 @@ impl Image {
             if self.size() == 0 {
                 return invalid("a disk without bytes cannot have a bitmap".into());
             }
-            if position(state, name).is_some() {
+            if state.position(name).is_some() {
                 return Err(Error::new(ErrorKind::Exists, format!("bitmap already exists: {}", text(name))));
             }
             if state.live.len() as u64 >= limit::MAX_BITMAPS.into() {
                 return Err(Error::new(ErrorKind::NoSpace, "image has as many bitmaps as it can"));
             }
-            let bits = Some(Bits::new(granularity_bits, self.size())?);
+            let bits = Some(Bits::new(granularity_bits, self.size(), &self.bitmaps.room)?);
             let mut entry = Bitmap::new(name, granularity_bits);
             entry.auto = true;
-            state.live.push(Live { entry, bits, changed: true, marked: false });
+            state.by_name.insert(name.into(), state.live.len());
+            state.live.push(Live { bits, changed: true, ..Live::new(entry) });
             Ok(())
         })
     }
@@ -128,10 +188,11 @@ impl Image {
     /// Removes a bitmap, usable or not. Disk: untouched until [`close`](Self::close). Errors: `NotFound`.
     pub fn remove_bitmap(&self, name: &[u8]) -> Result<()> {
         self.change_bitmaps(|state| {
-            let index = position(state, name).ok_or_else(|| missing(name))?;
+            let index = state.position(name).ok_or_else(|| missing(name))?;
             let removed = state.live.remove(index);
             // What it had on disk is found again by comparing directories.
             drop(removed);
+            state.find_names();
             Ok(())
         })
     }
@@ -140,9 +201,9 @@ impl Image {
     /// [`bitmap_bits`](Self::bitmap_bits).
     pub fn clear_bitmap(&self, name: &[u8]) -> Result<()> {
         self.change_bitmaps(|state| {
-            let index = usable(state, name)?;
+            let index = state.usable(name)?;
             let live = &mut state.live[index];
-            live.bits = Some(Bits::new(live.entry.granularity_bits, self.size())?);
+            live.bits = Some(Bits::new(live.entry.granularity_bits, self.size(), &self.bitmaps.room)?);
             live.changed = true;
             Ok(())
         })
@@ -152,27 +213,36 @@ impl Image {
     /// [`bitmap_bits`](Self::bitmap_bits).
     pub fn enable_bitmap(&self, name: &[u8], enable: bool) -> Result<()> {
         self.change_bitmaps(|state| {
-            let index = usable(state, name)?;
+            let index = state.usable(name)?;
+            if enable && self.meta.changing.load(Ordering::Acquire) {
+                // It records from now on, so it must not be enabled where its bits cannot be there.
+                self.loaded(state, index)?;
+            }
             state.live[index].entry.auto = enable;
             Ok(())
         })
     }
 
     /// Marks in a bitmap everything that `source` marks, which is of a disk of the same size and may have another
-    /// granularity. Disk: may read the bitmap. Errors: `InvalidOption` for another size; as
+    /// granularity. Disk: may read the bitmap. Errors: `InvalidOption` for another size; `NoSpace` where the marks have no room
+    /// in memory: the bitmap is as it was, or has more of them than both had if it is recording; as
     /// [`bitmap_bits`](Self::bitmap_bits).
     pub fn merge_bitmap(&self, name: &[u8], source: &Bits) -> Result<()> {
         self.change_bitmaps(|state| {
-            let index = usable(state, name)?;
+            let index = state.usable(name)?;
             if source.size() != self.size() {
                 let message =
                     format!("bitmap is of a disk of {} bytes, this one has {}", source.size(), self.size());
                 return Err(Error::new(ErrorKind::InvalidOption, message));
             }
+            let exact = self.loaded(state, index)?.merge(source);
             let live = &mut state.live[index];
-            self.loaded(live)?.merge(source);
+            if !exact && !live.changed && !live.marked {
+                live.bits = None;
+                return Err(self.bitmaps.no_room(name));
+            }
             live.changed = true;
-            Ok(())
+            if exact { Ok(()) } else { Err(self.bitmaps.no_room(name)) }
         })
     }
 
@@ -193,24 +263,34 @@ impl Image {
         let mut state = write(&self.bitmaps.state);
         if !state.known {
             let entries = read_bitmaps(&*self.meta.storage, &self.header())?;
-            let live = |entry| Live { entry, bits: None, changed: false, marked: false };
-            state.live = entries.into_iter().map(live).collect();
-            state.known = true;
+            *state = State::new(entries.into_iter().map(Live::new).collect());
         }
         Ok(state)
     }
 
     /// The bits of a usable bitmap, read at the first use.
-    fn loaded<'a>(&self, live: &'a mut Live) -> Result<&'a Bits> {
-        let bits = match live.bits.take() {
+    fn loaded<'a>(&self, state: &'a mut State, index: usize) -> Result<&'a Bits> {
+        let bits = match state.live[index].bits.take() {
             Some(bits) => bits,
-            None => self.read_bits(&live.entry)?,
+            None => {
+                self.judge_tables(state)?;
+                self.read_bits(&state.live[index].entry, &self.bitmaps.room)?
+            }
         };
-        Ok(live.bits.insert(bits))
+        Ok(state.live[index].bits.insert(bits))
+    }
+
+    fn judge_tables(&self, state: &mut State) -> Result<()> {
+        if !state.judged {
+            check_bitmaps(&*self.meta.storage, &self.header())?;
+            state.judged = true;
+        }
+        Ok(())
     }
 
     /// What comes before the first change: enabled bitmaps are in use, on disk, and recording. A bitmap that cannot be
-    /// read makes all of them untrusted.
+    /// read makes all of them untrusted. Errors: `NoSpace` where they are sound and have no room in memory: they stay as they
+    /// are, and so does everything else. `Storage`.
     pub(crate) fn begin_change(&self) -> Result<()> {
         if self.meta.changing.load(Ordering::Acquire) {
             return Ok(());
@@ -218,9 +298,9 @@ impl Image {
         if self.header().trusted_bitmaps().is_some() {
             let started = self.known_bitmaps().and_then(|mut state| self.start_recording(&mut state));
             match started {
-                Err(error) if error.storage_error().is_none() => {
+                Err(error) if error.storage_error().is_none() && error.kind() != ErrorKind::NoSpace => {
                     self.bitmaps.recording.store(false, Ordering::Release);
-                    *write(&self.bitmaps.state) = State { known: true, ..State::default() };
+                    *write(&self.bitmaps.state) = State::new(Vec::new());
                     self.meta.distrust_bitmaps()?;
                 }
                 other => other?,
@@ -235,29 +315,40 @@ impl Image {
     }
 
     fn start_recording(&self, state: &mut State) -> Result<()> {
-        for live in state.live.iter_mut().filter(|live| live.records()) {
-            self.loaded(live)?;
-            live.changed = true;
-        }
+        self.load_all(state, Live::records)?;
+        state.live.iter_mut().filter(|live| live.records()).for_each(|live| live.changed = true);
         self.mark_in_use(state, |live| live.records())?;
         let records = state.live.iter().any(Live::records);
         self.bitmaps.recording.store(records, Ordering::Release);
         Ok(())
     }
 
-    /// What comes before a change of the disk's size: all bitmaps are in use, and their bits in memory. Errors:
-    /// `Inconsistent` where one of them cannot follow.
-    pub(crate) fn begin_resize_of_bitmaps(&self) -> Result<()> {
+    /// Has the bits in memory of all bitmaps that `pick` takes, or of none that were not there before.
+    fn load_all(&self, state: &mut State, pick: impl Fn(&Live) -> bool) -> Result<()> {
+        let picked = |state: &State, index: usize| pick(&state.live[index]);
+        let loaded = (0..state.live.len()).try_for_each(|index| match picked(state, index) {
+            true => self.loaded(state, index).map(drop),
+            false => Ok(()),
+        });
+        if loaded.is_err() {
+            let unused = |live: &&mut Live| !live.changed && !live.marked;
+            state.live.iter_mut().filter(unused).for_each(|live| live.bits = None);
+        }
+        loaded
+    }
+
+    /// What comes before the disk gets `size` bytes: all bitmaps are in use, and their bits in memory. Errors: `Inconsistent`
+    /// or `NoSpace` where one of them cannot follow.
+    pub(crate) fn begin_resize_of_bitmaps(&self, size: u64) -> Result<()> {
         if self.header().trusted_bitmaps().is_none() && !read(&self.bitmaps.state).changed {
             return Ok(());
         }
         let mut state = self.known_bitmaps()?;
-        for live in &mut state.live {
-            if live.entry.in_use {
-                return Err(inconsistent(&live.entry.name));
-            }
-            self.loaded(live)?;
+        if let Some(lost) = state.live.iter().find(|live| live.entry.in_use) {
+            return Err(inconsistent(&lost.entry.name));
         }
+        state.live.iter().try_for_each(|live| Bits::check_size(live.entry.granularity_bits, size))?;
+        self.load_all(&mut state, |_| true)?;
         self.mark_in_use(&mut state, |_| true)?;
         state.live.iter_mut().for_each(|live| live.changed = true);
         state.changed = true;
@@ -268,21 +359,12 @@ impl Image {
     pub(crate) fn resize_bitmaps(&self, size: u64) -> Result<()> {
         let mut state = write(&self.bitmaps.state);
         for live in &mut state.live {
-            if let Some(bits) = &live.bits {
+            if let Some(bits) = live.bits.take() {
                 live.bits = Some(bits.resized(size)?);
             }
         }
         Ok(())
     }
-}
-
-fn position(state: &State, name: &[u8]) -> Option<usize> {
-    state.live.iter().position(|live| live.entry.name == name)
-}
-
-fn usable(state: &State, name: &[u8]) -> Result<usize> {
-    let index = position(state, name).ok_or_else(|| missing(name))?;
-    if state.live[index].entry.in_use { Err(inconsistent(name)) } else { Ok(index) }
 }
 
 fn missing(name: &[u8]) -> Error {

@@ -4,6 +4,7 @@
 //! barrier; the header's extension; barrier; only then is the old directory, with what it alone had, free. Marking
 //! bitmaps as in use changes their entries in place: each is one bit in one sector.
 
+use super::room::Room;
 use super::{Bits, Live, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -16,6 +17,7 @@ use crate::port::storage::Storage;
 use crate::rules::OrderingRule;
 use crate::sync::atomic::Ordering;
 use crate::sync::write;
+use ::alloc::collections::{BTreeMap, BTreeSet};
 use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
@@ -23,6 +25,10 @@ use qcow2_format::bitmap::{Bitmap, BitmapTableEntry};
 use qcow2_format::bytes::table_bytes;
 use qcow2_format::extension::BitmapsExtension;
 use qcow2_format::{FormatError, Geometry, Header, HostOffset};
+
+/// Bytes of tables and bits that all bitmaps of an image may have on disk. Origin: ours, the bits of 128 bitmaps of the largest
+/// size; a file with holes costs nobody anything and takes time to read all the same.
+const MAX_STORED_BITS: u64 = 128 * qcow2_format::limit::MAX_BITMAP_DATA_SIZE;
 
 /// Where a directory entry has its flags, and the one that says it is in use.
 const FLAGS_END: u64 = 15;
@@ -44,6 +50,57 @@ pub fn read_bitmaps(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap
     Ok(bitmaps)
 }
 
+/// Judges whether the bitmaps that the image vouches for can be read. Where they cannot and one of them records, the first change
+/// of the image makes all of them untrusted. Disk: reads the directory and the tables.
+///
+/// Errors: `Corrupt` for a directory or a table that cannot be, and for tables that have more clusters than the file, since
+/// then they share some; `NoSpace` for bitmaps of more than 64 GiB in a file that is as long; `Storage`.
+pub fn check_bitmaps(storage: &dyn Storage, header: &Header) -> Result<()> {
+    let geometry = header.geometry().map_err(damaged("header is damaged"))?;
+    let mut bytes = 0;
+    for bitmap in read_bitmaps(storage, header)?.iter().filter(|bitmap| !bitmap.in_use) {
+        let needed = Bitmap::table_entries_for(&geometry, header.disk_size(), bitmap.granularity_bits);
+        check_table_size(bitmap, needed.unwrap_or(0))?;
+        let entries = u64::from(bitmap.table_entries);
+        bytes += entries * 8;
+        check_stored(storage, &geometry, bytes)?;
+        for raw in read_words(storage, bitmap.table_offset, entries)? {
+            let entry =
+                BitmapTableEntry::decode(raw, &geometry).map_err(damaged("bitmap table is damaged"))?;
+            if let BitmapTableEntry::Data(_) = entry {
+                bytes += geometry.cluster_size();
+            }
+        }
+        check_stored(storage, &geometry, bytes)?;
+    }
+    Ok(())
+}
+
+fn check_table_size(bitmap: &Bitmap, needed: u64) -> Result<()> {
+    if u64::from(bitmap.table_entries) == needed {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!(
+        "bitmap '{}' has {} table entries, its disk needs {needed}",
+        bitmap.name_text().escape_debug(),
+        bitmap.table_entries
+    )))
+}
+
+/// Judges how many bytes the bitmaps have on disk.
+fn check_stored(storage: &dyn Storage, geometry: &Geometry, bytes: u64) -> Result<()> {
+    let len = storage.len()?.next_multiple_of(geometry.cluster_size());
+    if bytes > len {
+        let message = format!("bitmaps have {bytes} bytes or more in a file of {len}: they share clusters");
+        return Err(Error::corrupt(message));
+    }
+    if bytes > MAX_STORED_BITS {
+        let message = format!("bitmaps have {bytes} bytes or more on disk, allowed are {MAX_STORED_BITS}");
+        return Err(Error::new(ErrorKind::NoSpace, message));
+    }
+    Ok(())
+}
+
 fn read_directory(storage: &dyn Storage, extension: &BitmapsExtension) -> Result<Vec<u8>> {
     let (offset, size) = (extension.directory_offset, extension.directory_size);
     if offset.checked_add(size).is_none_or(|end| end.value() > storage.len().unwrap_or(0)) {
@@ -59,31 +116,43 @@ fn damaged(what: &'static str) -> impl Fn(FormatError) -> Error {
 }
 
 impl Image {
-    /// Reads the bits of `bitmap` from disk.
-    pub(super) fn read_bits(&self, bitmap: &Bitmap) -> Result<Bits> {
+    /// Reads the bits of `bitmap`, which [`check_bitmaps`] has judged, from disk into memory out of `room`. Errors: `NoSpace`
+    /// where that does not suffice; `Corrupt`, `Storage`.
+    pub(super) fn read_bits(&self, bitmap: &Bitmap, room: &Room) -> Result<Bits> {
         let geometry = &self.meta.geometry;
-        let bits = Bits::new(bitmap.granularity_bits, self.size())?;
+        let bits = Bits::new(bitmap.granularity_bits, self.size(), room)?;
         let entries = geometry.clusters_for(bits.stored_len());
-        if u64::from(bitmap.table_entries) != entries {
-            return Err(Error::corrupt(format!(
-                "bitmap '{}' has {} table entries, its disk needs {entries}",
-                bitmap.name_text().escape_debug(),
-                bitmap.table_entries
-            )));
-        }
+        check_table_size(bitmap, entries)?;
         let size = geometry.cluster_size();
         let mut cluster = vec![0; size as usize];
-        for (index, raw) in
-            (0u64..).zip(read_words(&*self.meta.storage, bitmap.table_offset, bitmap.table_entries.into())?)
-        {
-            match BitmapTableEntry::decode(raw, geometry).map_err(damaged("bitmap table is damaged"))? {
-                BitmapTableEntry::Zeroes => continue,
-                BitmapTableEntry::Ones => cluster.fill(0xff),
-                BitmapTableEntry::Data(host) => self.meta.storage.read_padded(host, &mut cluster)?,
+        // Ones are set when their run is known, so that a whole node of them is one.
+        let mut ones = 0..0;
+        for (index, raw) in (0u64..).zip(read_words(&*self.meta.storage, bitmap.table_offset, entries)?) {
+            let entry =
+                BitmapTableEntry::decode(raw, geometry).map_err(damaged("bitmap table is damaged"))?;
+            let exact = match entry {
+                BitmapTableEntry::Zeroes => true,
+                BitmapTableEntry::Ones if ones.end == index => {
+                    ones.end += 1;
+                    true
+                }
+                BitmapTableEntry::Ones => {
+                    let before = core::mem::replace(&mut ones, index..index + 1);
+                    bits.load_ones(before.start * size, (before.end - before.start) * size)
+                }
+                BitmapTableEntry::Data(host) => {
+                    self.meta.storage.read_padded(host, &mut cluster)?;
+                    bits.load(index * size, &cluster)
+                }
+            };
+            if !exact {
+                return Err(self.bitmaps.no_room(&bitmap.name));
             }
-            bits.load(index * size, &cluster);
         }
-        Ok(bits)
+        match bits.load_ones(ones.start * size, (ones.end - ones.start) * size) {
+            true => Ok(bits),
+            false => Err(self.bitmaps.no_room(&bitmap.name)),
+        }
     }
 
     /// Sets the in-use flag, on disk, of the bitmaps that `pick` takes and of those on disk that are no longer among ours.
@@ -93,11 +162,13 @@ impl Image {
         let mut directory = read_directory(&*self.meta.storage, extension)?;
         let entries = Bitmap::parse_directory(&directory, extension.count)
             .map_err(damaged("bitmap directory is damaged"))?;
+        // The first of those that have a table in common, which only a damaged image has.
+        let by_table = state.live.iter_mut().rev().map(|live| (live.entry.table_offset, live));
+        let mut ours: BTreeMap<HostOffset, &mut Live> = by_table.collect();
         let mut at = 0;
         let mut sectors: Vec<u64> = Vec::new();
         for entry in entries {
-            let ours = state.live.iter_mut().find(|live| live.entry.table_offset == entry.table_offset);
-            let stale = match ours {
+            let stale = match ours.get_mut(&entry.table_offset) {
                 Some(live) if pick(live) => {
                     live.marked = true;
                     true
@@ -162,16 +233,19 @@ impl Image {
 
     /// Finds room for the bits and tables of all bitmaps that changed, and for a directory of all.
     fn reserve_bitmaps(&self, state: &mut State, new: &mut Stored) -> Result<()> {
+        let geometry = self.meta.geometry;
         for (index, live) in state.live.iter_mut().enumerate() {
             let bits = match &live.bits {
                 Some(bits) if live.changed => bits,
                 _ => continue,
             };
-            let table = self.reserve_bits(bits, new)?;
-            let offset = self.reserve_area(table.len() as u64 * 8, new)?;
-            live.entry.table_offset = offset;
-            live.entry.table_entries = table.len() as u32;
-            new.tables.push((index, table));
+            let size = geometry.cluster_size();
+            let mixed = bits.marked_pieces(size).filter(|(_, all)| !all);
+            let places = mixed.map(|_| self.reserve_area(size, new)).collect::<Result<_>>()?;
+            let entries = geometry.clusters_for(bits.stored_len()).max(1);
+            live.entry.table_offset = self.reserve_area(entries * 8, new)?;
+            live.entry.table_entries = entries as u32;
+            new.bits.push((index, places));
         }
         for live in &state.live {
             live.entry.encode(&mut new.directory).map_err(damaged("bitmap cannot be stored"))?;
@@ -189,22 +263,6 @@ impl Image {
         Ok(())
     }
 
-    /// The table entries of `bits`, with a new cluster wherever a bit is set.
-    fn reserve_bits(&self, bits: &Bits, new: &mut Stored) -> Result<Vec<u64>> {
-        let size = self.meta.geometry.cluster_size();
-        let clusters = self.meta.geometry.clusters_for(bits.stored_len()).max(1);
-        let mut table = Vec::with_capacity(clusters as usize);
-        for index in 0..clusters {
-            let used = bits.stored(index * size, size).iter().any(|&byte| byte != 0);
-            let entry = match used {
-                true => BitmapTableEntry::Data(self.reserve_area(size, new)?),
-                false => BitmapTableEntry::Zeroes,
-            };
-            table.push(entry.encode());
-        }
-        Ok(table)
-    }
-
     fn reserve_area(&self, len: u64, new: &mut Stored) -> Result<HostOffset> {
         let clusters = self.meta.geometry.clusters_for(len);
         let offset = self.meta.allocate_metadata(OverlapChecks::BITMAP_DIRECTORY, clusters)?.offset;
@@ -215,15 +273,28 @@ impl Image {
     fn write_bitmaps(&self, state: &State, new: &Stored) -> Result<()> {
         let meta = &self.meta;
         let size = meta.geometry.cluster_size();
-        for (index, table) in &new.tables {
+        for (index, places) in &new.bits {
             let live = &state.live[*index];
             let Some(bits) = &live.bits else { continue };
-            for (index, &raw) in (0u64..).zip(table).filter(|(_, raw)| **raw != 0) {
-                let mut bytes = bits.stored(index * size, size);
-                bytes.resize(size as usize, 0);
-                meta.write_table(OverlapChecks::BITMAP_DIRECTORY, HostOffset::new(raw), &bytes)?;
+            let mut table = vec![0; live.entry.table_entries as usize];
+            let mut places = places.iter();
+            // The bits are as they were when their places were counted: the state is locked.
+            for (index, all) in bits.marked_pieces(size) {
+                let place = if all { None } else { places.next() };
+                let entry = match place {
+                    Some(&host) => {
+                        meta.write_table(
+                            OverlapChecks::BITMAP_DIRECTORY,
+                            host,
+                            &bits.stored(index * size, size),
+                        )?;
+                        BitmapTableEntry::Data(host)
+                    }
+                    None => BitmapTableEntry::Ones,
+                };
+                table[index as usize] = entry.encode();
             }
-            let bytes = table_bytes(table.iter().copied());
+            let bytes = table_bytes(table);
             meta.write_table(OverlapChecks::BITMAP_DIRECTORY, live.entry.table_offset, &bytes)?;
         }
         if let Some(extension) = new.extension {
@@ -241,8 +312,10 @@ impl Image {
     fn replaced_bitmaps(&self, header: &Header, old: &[Bitmap], state: &State) -> Result<Vec<Unlinked>> {
         let geometry: Geometry = self.meta.geometry;
         let mut replaced = Vec::new();
+        // Bitmaps of a damaged image may have a table in common, which is given up once.
+        let mut kept: BTreeSet<HostOffset> = state.live.iter().map(|live| live.entry.table_offset).collect();
         for bitmap in old {
-            if state.live.iter().any(|live| live.entry.table_offset == bitmap.table_offset) {
+            if !kept.insert(bitmap.table_offset) {
                 continue;
             }
             let entries = u64::from(bitmap.table_entries);
@@ -270,8 +343,8 @@ impl Image {
 struct Stored {
     /// All that was reserved.
     places: Vec<Unlinked>,
-    /// The table of each bitmap that changed, by its index.
-    tables: Vec<(usize, Vec<u64>)>,
+    /// For each bitmap that changed, by its index, the places of those clusters of bits that are neither all clear nor all set.
+    bits: Vec<(usize, Vec<HostOffset>)>,
     directory: Vec<u8>,
     extension: Option<BitmapsExtension>,
 }

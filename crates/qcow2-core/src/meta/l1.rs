@@ -32,6 +32,14 @@ impl L1Table {
         read(&self.table).1.get(index as usize).is_some_and(|&raw| raw != 0)
     }
 
+    /// The first entry in `range` that leads anywhere; none where that passes the end.
+    pub(crate) fn next_mapped(&self, range: core::ops::Range<u64>) -> Option<u64> {
+        let table = read(&self.table);
+        let entries = table.1.get(range.start as usize..range.end as usize)?;
+        let index = entries.iter().position(|&raw| raw != 0)?;
+        Some(range.start + index as u64)
+    }
+
     /// How many entries the table has.
     pub(crate) fn len(&self) -> u64 {
         read(&self.table).1.len() as u64

@@ -39,6 +39,9 @@ impl L2Place {
     }
 }
 
+/// L1 entries that are looked at for one run: a whole table is 64 runs then.
+const MAX_UNMAPPED_ENTRIES: u64 = 1 << 16;
+
 impl Meta {
     /// Where the bytes from `offset` on live: one run of at most `max_len` bytes. Disk: may read an L2 table.
     /// Errors: `Corrupt` for a broken entry, `Storage`.
@@ -68,15 +71,19 @@ impl Meta {
         self.mark_corrupt(format!("l2 entry of guest offset {offset} is damaged")).with_source(error)
     }
 
-    /// How far L1 entries without a table reach from `offset` on, at most `max_len`.
+    /// How far L1 entries without a table reach from `offset` on, at most `max_len`, as far as it is told cheaply: whoever walks
+    /// over two disks asks one of them again and again.
     fn unmapped_len(&self, offset: GuestOffset, max_len: u64) -> u64 {
         let (coverage, start) = (self.geometry.l2_coverage(), offset.value());
         let limit = start.saturating_add(max_len);
-        let mut end = (start - start % coverage).saturating_add(coverage);
-        while end < limit && self.l1.entry(self.geometry.l1_index(GuestOffset::new(end))) == 0 {
-            end = end.saturating_add(coverage);
+        // Past its end the table has nothing, however large the disk is said to be.
+        let (first, end) = (start / coverage + 1, limit.div_ceil(coverage).min(self.l1.len()));
+        let looked_at = end.min(first.saturating_add(MAX_UNMAPPED_ENTRIES));
+        match self.l1.next_mapped(first..looked_at) {
+            Some(index) => index * coverage - start,
+            None if looked_at < end => looked_at * coverage - start,
+            None => limit - start,
         }
-        end.min(limit) - start
     }
 
     fn l1_entry(&self, index: L1Index) -> Result<L1Entry> {

@@ -5,7 +5,7 @@ use crate::image::Image;
 use crate::meta::l1::L1Table;
 use crate::open::{OpenOptions, read_words};
 use crate::port::resolver::ResolvedSource;
-use crate::snapshot::{check_l1, read_snapshots};
+use crate::snapshot::{check_l1, check_size, read_snapshots};
 use crate::sync::atomic::AtomicU64;
 use ::alloc::sync::Arc;
 use qcow2_format::snapshot::Snapshot;
@@ -15,7 +15,8 @@ impl Image {
     /// snapshots. For reading only, whatever `options` say; the snapshot must not be deleted meanwhile. Disk: as
     /// [`open`](Self::open) for reading, and the snapshot table.
     ///
-    /// Errors: `NotFound` where `choose` picks none; `Corrupt` for a damaged table; as [`open`](Self::open).
+    /// Errors: `NotFound` where `choose` picks none; `Corrupt` for a damaged table, and for a disk larger than any L1 table can
+    /// map; as [`open`](Self::open). What the snapshot's own table is too short for was never written.
     pub fn open_snapshot(
         source: ResolvedSource,
         options: &OpenOptions,
@@ -28,6 +29,7 @@ impl Image {
         let snapshot =
             snapshot.ok_or_else(|| Error::new(ErrorKind::NotFound, "image has no such snapshot"))?;
         check_l1(snapshot, &image.meta.geometry)?;
+        check_size(snapshot, &image.meta.geometry)?;
         let entries = read_words(&*source.storage, snapshot.l1_table_offset, snapshot.l1_size.into())?;
         image.meta.l1 = L1Table::new(snapshot.l1_table_offset, entries);
         image.size = AtomicU64::new(snapshot.disk_size & !511);

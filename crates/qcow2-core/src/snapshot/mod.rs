@@ -186,14 +186,7 @@ impl Image {
         if size != self.size() && !self.meta.l2_format.zero_flag {
             return unsupported("a version 2 image cannot go back to a snapshot of another size");
         }
-        let needed = self.meta.geometry.l1_entries_for(size);
-        if needed > MAX_L1_ENTRIES {
-            return Err(Error::corrupt(format!(
-                "snapshot's disk of {} bytes is too large",
-                snapshot.disk_size
-            )));
-        }
-        Ok(())
+        check_size(snapshot, &self.meta.geometry)
     }
 
     /// Deletes `snapshot`, one of [`snapshots`](Self::snapshots). What only it had is freed and given back to the storage.
@@ -339,6 +332,14 @@ fn check_l1(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()
         )));
     }
     Ok(())
+}
+
+/// Judges the size that a snapshot's disk is said to have.
+fn check_size(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()> {
+    match geometry.l1_entries_for(snapshot.disk_size & !511) > MAX_L1_ENTRIES {
+        true => Err(Error::corrupt(format!("snapshot's disk of {} bytes is too large", snapshot.disk_size))),
+        false => Ok(()),
+    }
 }
 
 fn find(table: &Table, snapshot: &Snapshot) -> Result<usize> {

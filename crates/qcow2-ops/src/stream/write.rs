@@ -9,10 +9,12 @@ use crate::source::{Below, Content, Source};
 use qcow2_core::GuestDisk;
 use qcow2_core::format::l1::L1Entry;
 use qcow2_core::format::l2::{ClusterEntry, L2Entry, L2Format};
-use qcow2_core::format::limit::{MAX_L1_TABLE_SIZE, MAX_REFCOUNT_TABLE_SIZE};
+use qcow2_core::format::limit::{MAX_L1_ENTRIES, MAX_REFCOUNT_TABLE_SIZE};
 use qcow2_core::format::refcount::encode_table_entry;
 use qcow2_core::format::{Geometry, Header, HostOffset, Version};
+use std::collections::BTreeMap;
 use std::io::Write;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// What the stream is to be.
@@ -47,7 +49,7 @@ pub fn stream_raw(disks: &[Arc<dyn GuestDisk>], out: &mut dyn Write, progress: &
 
 /// Writes the disks, one after the other, as a qcow2 image without a backing file. Clusters of which the sources say
 /// that they hold zeroes are left out; others are written as they are, since a stream cannot go back. Returns the bytes
-/// of the image. Memory: a bit for each cluster of the disk, and 1 MiB.
+/// of the image. Memory: a bit for each cluster in use and those near it, at most 2^32, a byte for each L2 table, and 1 MiB.
 ///
 /// Errors: `InvalidOption` for a cluster size or a disk that the format does not allow; `Extents`, `Read`, `Write`,
 /// `Stopped`.
@@ -60,6 +62,7 @@ pub fn stream_qcow2(
     let source = Source::new(disks)?;
     let mut header = header_for(options, source.size())?;
     let format = header.l2_format().map_err(invalid)?;
+    check_l1_size(&format.geometry, source.size())?;
     let used = Used::find(&source, &format.geometry, progress)?;
     let layout = Layout::plan(&format.geometry, &used, source.size())?;
     progress.set_total(used.count * options.cluster_size);
@@ -96,66 +99,103 @@ fn header_for(options: &StreamOptions, size: u64) -> Result<Header> {
     Ok(header)
 }
 
+/// Before anything is looked for in a disk that no image can have.
+fn check_l1_size(geometry: &Geometry, size: u64) -> Result<()> {
+    match geometry.l1_entries_for(size) > MAX_L1_ENTRIES {
+        true => Err(too_large(size, "l1 table")),
+        false => Ok(()),
+    }
+}
+
+fn too_large(size: u64, what: &str) -> Error {
+    let message = format!("a disk of {size} bytes needs a larger {what} than allowed; use larger clusters");
+    Error::new(ErrorKind::InvalidOption, message)
+}
+
 fn invalid(error: qcow2_core::format::FormatError) -> Error {
     Error::new(ErrorKind::InvalidOption, "image cannot be made").with_source(error)
 }
 
-/// Which guest clusters have a place in the image: one bit each.
+/// Which guest clusters have a place in the image: a bit each, in blocks that are there where one is set.
 struct Used {
-    words: Vec<u64>,
+    blocks: BTreeMap<u64, Box<[u64; BLOCK_WORDS]>>,
     count: u64,
 }
 
+/// Words of a block: small beside the data of one cluster in it.
+const BLOCK_WORDS: usize = 64;
+const BLOCK_BITS: u64 = BLOCK_WORDS as u64 * 64;
+/// Blocks that may be there, in half a GiB of memory and some. Origin: ours, a disk of 256 TiB in clusters of 64 KiB.
+const MAX_BLOCKS: usize = 1 << 20;
+
 impl Used {
     fn find(source: &Source, geometry: &Geometry, progress: &dyn Progress) -> Result<Self> {
-        let clusters = geometry.clusters_for(source.size());
-        let words = usize::try_from(clusters.div_ceil(64)).ok();
-        let mut bits = Vec::new();
-        let fits = words.is_some_and(|words| bits.try_reserve_exact(words).is_ok());
-        let (Some(words), true) = (words, fits) else {
-            let message =
-                format!("a disk of {clusters} clusters is too large to be streamed; use larger ones");
-            return Err(Error::new(ErrorKind::InvalidOption, message));
-        };
-        bits.resize(words, 0);
-        let mut used = Self { words: bits, count: 0 };
-        let mut at = 0;
+        let mut used = Self { blocks: BTreeMap::new(), count: 0 };
+        let (size, mut at) = (geometry.cluster_size(), 0);
         while at < source.size() {
             if progress.should_stop() {
                 return Err(Error::new(ErrorKind::Stopped, format!("stopped at byte {at}")));
             }
             let run = source.content_at(at, source.size() - at, Below::Nothing)?;
             if run.content != Content::Zero {
-                let size = geometry.cluster_size();
-                (run.start / size..run.end().div_ceil(size)).for_each(|cluster| used.set(cluster));
+                used.set(run.start / size..run.end().div_ceil(size))?;
             }
             at = run.end();
         }
         Ok(used)
     }
 
-    fn set(&mut self, cluster: u64) {
-        let (word, bit) = ((cluster / 64) as usize, 1 << (cluster % 64));
-        self.count += u64::from(self.words[word] & bit == 0);
-        self.words[word] |= bit;
+    fn set(&mut self, clusters: Range<u64>) -> Result<()> {
+        for index in clusters.start / BLOCK_BITS..clusters.end.div_ceil(BLOCK_BITS) {
+            if self.blocks.len() == MAX_BLOCKS && !self.blocks.contains_key(&index) {
+                let message = format!(
+                    "a disk with more than {} clusters in use cannot be streamed; use larger ones",
+                    self.count
+                );
+                return Err(Error::new(ErrorKind::InvalidOption, message));
+            }
+            let block = self.blocks.entry(index).or_insert_with(|| Box::new([0; BLOCK_WORDS]));
+            let base = index * BLOCK_BITS;
+            for (start, word) in (base..).step_by(64).zip(&mut block[..]) {
+                let low = clusters.start.clamp(start, start + 64) - start;
+                let high = clusters.end.clamp(start, start + 64) - start;
+                let mask = below(high) & !below(low);
+                self.count += u64::from((mask & !*word).count_ones());
+                *word |= mask;
+            }
+        }
+        Ok(())
     }
 
     fn has(&self, cluster: u64) -> bool {
-        self.words.get((cluster / 64) as usize).is_some_and(|word| word >> (cluster % 64) & 1 == 1)
+        let block = self.blocks.get(&(cluster / BLOCK_BITS));
+        block.is_some_and(|words| words[(cluster % BLOCK_BITS / 64) as usize] >> (cluster % 64) & 1 == 1)
     }
 
     fn iter(&self) -> impl Iterator<Item = u64> {
+        self.in_blocks(0..u64::MAX)
+    }
+
+    /// The clusters in use in those blocks.
+    fn in_blocks(&self, blocks: Range<u64>) -> impl Iterator<Item = u64> {
         let bits = |word: u64| (0..64u64).filter(move |bit| word >> bit & 1 == 1);
-        self.words
-            .iter()
-            .enumerate()
-            .flat_map(move |(i, &word)| bits(word).map(move |bit| i as u64 * 64 + bit))
+        self.blocks.range(blocks).flat_map(move |(&index, words)| {
+            let words = (0u64..).zip(words.iter().copied());
+            words.flat_map(move |(i, word)| bits(word).map(move |bit| index * BLOCK_BITS + i * 64 + bit))
+        })
     }
 
     /// Whether a cluster from `first` on, so many of them, is used.
     fn any(&self, first: u64, count: u64) -> bool {
-        (first..first + count).any(|cluster| self.has(cluster))
+        let end = first + count;
+        let mut near = self.in_blocks(first / BLOCK_BITS..end.div_ceil(BLOCK_BITS));
+        near.find(|&cluster| cluster >= first).is_some_and(|cluster| cluster < end)
     }
+}
+
+/// A word of which the lowest `count` bits are set.
+fn below(count: u64) -> u64 {
+    if count < 64 { (1 << count) - 1 } else { u64::MAX }
 }
 
 /// Where everything goes; counts and places in clusters.
@@ -174,14 +214,6 @@ struct Layout {
 impl Layout {
     fn plan(geometry: &Geometry, used: &Used, size: u64) -> Result<Self> {
         let l1_entries = geometry.l1_entries_for(size);
-        let too_large = |what: &str| {
-            let message =
-                format!("a disk of {size} bytes needs a larger {what} than allowed; use larger clusters");
-            Error::new(ErrorKind::InvalidOption, message)
-        };
-        if l1_entries * 8 > MAX_L1_TABLE_SIZE {
-            return Err(too_large("l1 table"));
-        }
         let per_table = geometry.l2_entries();
         let has_l2: Vec<bool> = (0..l1_entries).map(|index| used.any(index * per_table, per_table)).collect();
         let mut layout = Self {
@@ -203,7 +235,7 @@ impl Layout {
             (layout.blocks, layout.table) = (blocks, table);
         }
         if layout.table * geometry.cluster_size() > MAX_REFCOUNT_TABLE_SIZE.max(geometry.cluster_size()) {
-            return Err(too_large("refcount table"));
+            return Err(too_large(size, "refcount table"));
         }
         Ok(layout)
     }

@@ -8,10 +8,10 @@ use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::open::{codecs, warn_of_missing_end};
 use crate::progress::Meter;
-use crate::session::{Session, output_failure};
+use crate::session::{Session, unfinished_stream};
 use qcow2_core::GuestDisk;
 use qcow2_core::format::CompressionType;
-use qcow2_ops::{StreamOptions, StreamedImage, stream_qcow2, stream_raw, stream_raw_in};
+use qcow2_ops::{ErrorKind, StreamOptions, StreamedImage, stream_qcow2, stream_raw, stream_raw_in};
 use std::io::{self, IsTerminal, Read};
 use std::sync::Arc;
 
@@ -35,7 +35,8 @@ pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
     if let Some((_, text)) = rules.iter().find(|(broken, _)| *broken) {
         return Err(Failure::new(*text));
     }
-    let interrupts = Interrupts::install();
+    // Nothing is half made where only standard output is written: a signal may end that at once, also while the reader sleeps.
+    let interrupts = if from_pipe { Interrupts::install() } else { Interrupts::default() };
     let wanted = request.progress && !request.quiet;
     let meter = Meter::beside_data(session, &interrupts, wanted, request.json_progress);
     let done = match from_pipe {
@@ -76,13 +77,14 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
         _ => stream_raw(&disks, &mut out, meter),
     };
     written.map(|_| ()).map_err(|error| match crate::render::qemu_text::find::<io::Error>(&error) {
-        Some(broken) => output_failure(broken),
-        None => failure(&error),
+        // An error of the source may have one of the system below it too.
+        Some(broken) if error.kind() == ErrorKind::Write => unfinished_stream(broken),
+        _ => failure(&error),
     })
 }
 
 fn read(session: &Session, request: &Request, interrupts: &Interrupts, meter: &Meter) -> Result<(), Failure> {
-    let mut input = io::stdin().lock();
+    let mut input = Stdin { input: io::stdin().lock(), interrupts };
     let mut start = Vec::new();
     let probed = (&mut input).take(MAGIC.len() as u64).read_to_end(&mut start);
     probed.map_err(|error| Failure::new(format!("error while reading standard input: {error}")))?;
@@ -113,6 +115,18 @@ fn read(session: &Session, request: &Request, interrupts: &Interrupts, meter: &M
     };
     interrupts.stop_watching();
     finish(&*target)
+}
+
+/// Standard input, whose writer may sleep.
+struct Stdin<'a> {
+    input: io::StdinLock<'static>,
+    interrupts: &'a Interrupts,
+}
+
+impl Read for Stdin<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.interrupts.while_waiting(|| self.input.read(bytes))
+    }
 }
 
 const PIPE: &str = "-";

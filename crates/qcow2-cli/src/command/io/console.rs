@@ -1,5 +1,7 @@
 //! Where the text goes: results to standard output, complaints to standard error, each at once and in order.
 
+use crate::failure::Failure;
+use crate::session::printed;
 use std::io::{self, Write};
 
 /// Both outputs of the program.
@@ -7,13 +9,14 @@ pub(super) struct Console<'a> {
     program: &'a str,
     out: Box<dyn Write + 'a>,
     err: Box<dyn Write + 'a>,
-    gone: bool,
+    /// Why text for standard output was lost, the first time.
+    lost: Option<Failure>,
 }
 
 impl<'a> Console<'a> {
     /// `program` stands before complaints about more than the command line.
     pub(super) fn new(program: &'a str, out: Box<dyn Write + 'a>, err: Box<dyn Write + 'a>) -> Self {
-        Self { program, out, err, gone: false }
+        Self { program, out, err, lost: None }
     }
 
     /// The program's own outputs.
@@ -23,8 +26,9 @@ impl<'a> Console<'a> {
 
     /// Text for standard output.
     pub(super) fn out(&mut self, text: &str) {
-        if self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush()).is_err() {
-            self.gone = true;
+        // Commands go on where text is lost: a script that stopped halfway would leave half of its changes.
+        if let Err(failure) = printed(self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush())) {
+            self.lost.get_or_insert(failure);
         }
     }
 
@@ -39,8 +43,8 @@ impl<'a> Console<'a> {
         self.err(&format!("{}: {text}", self.program));
     }
 
-    /// Whether nobody reads the results any more.
-    pub(super) fn is_gone(&self) -> bool {
-        self.gone
+    /// Why text for standard output was lost that somebody still wanted, if it was.
+    pub(super) fn take_lost(&mut self) -> Option<Failure> {
+        self.lost.take()
     }
 }

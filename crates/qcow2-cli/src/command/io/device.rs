@@ -9,6 +9,7 @@ use super::target::{Target, reason};
 use crate::args::{ImageArgs, Objects};
 use crate::crypt::Keys;
 use crate::failure::Failure;
+use crate::findings::bitmaps_to_lose;
 use crate::imagename::ImageName;
 use crate::open::{NATIVE_NEEDS_DIRECT, OpenAs, codecs, guess_warning, open_file, open_image};
 use crate::optlist::{OptList, escape_commas};
@@ -114,6 +115,10 @@ fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedFile, Failure>
     if guessed && writable && format == ImageFormat::Raw {
         disk = Arc::new(GuardedRaw::new(disk));
         warnings = guess_warning(&name.typed);
+    }
+    if let Some(image) = disk.as_image().filter(|_| how.writable) {
+        let lost = bitmaps_to_lose(&**image.storage(), &image.header());
+        warnings.extend(lost.map(|text| format!("warning: {text}")));
     }
     let info = info_of(Arc::clone(&disk), format);
     if request.copy_on_read && writable {

@@ -74,11 +74,10 @@ impl<'a> Exerciser<'a> {
 
     /// Runs one line.
     pub(super) fn execute(&mut self, line: &str) -> Flow {
-        let flow = self.command(line).unwrap_or_else(|Failed| {
+        self.command(line).unwrap_or_else(|Failed| {
             self.failed = true;
             Flow::Continue
-        });
-        if self.console.is_gone() { Flow::Quit } else { flow }
+        })
     }
 
     /// Waits for requests in the background and closes the disk.

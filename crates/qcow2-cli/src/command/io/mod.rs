@@ -124,6 +124,9 @@ fn exercise(session: &Session, mut request: Request, path: Option<String>) -> Re
         }
     }
     exerciser.finish();
+    if let Some(lost) = exerciser.console().take_lost() {
+        return Err(lost);
+    }
     Ok(if exerciser.has_failed() { exit::FAILURE } else { exit::SUCCESS })
 }
 

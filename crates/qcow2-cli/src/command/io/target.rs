@@ -381,6 +381,10 @@ pub(super) fn reason(error: &Error) -> Reason {
     if let Some(code) = error.storage_error().and_then(|error| error.os_code()) {
         return os_error_text(code);
     }
+    if error.kind() == ErrorKind::NoSpace && error.storage_error().is_none() {
+        // Not the disk is full but something that has a limit, which only the engine can name.
+        return format!("{}: {}", os_error_text(NO_SPACE), qemu_text::chain(error));
+    }
     os_error_text(match error.kind() {
         ErrorKind::NoSpace => NO_SPACE,
         ErrorKind::ReadOnly => NOT_PERMITTED,
