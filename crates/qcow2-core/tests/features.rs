@@ -65,7 +65,11 @@ fn unknown_autoclear_bits_are_gone_before_the_first_change() {
 
         let writer = open(&storage, true).unwrap();
         let durable = world.cut(|cut| cut.nothing());
-        assert_eq!(word(&durable.disks[0], AUTOCLEAR), BITMAPS, "what is known stays, the rest is gone for good");
+        assert_eq!(
+            word(&durable.disks[0], AUTOCLEAR),
+            BITMAPS,
+            "what is known stays, the rest is gone for good"
+        );
         writer.write_at(GuestOffset::new(0), &[8; 512]).unwrap();
         writer.close().unwrap();
         assert_eq!(word(&storage.live(), AUTOCLEAR), BITMAPS);
