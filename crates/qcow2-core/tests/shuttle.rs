@@ -2,6 +2,9 @@
 //! together, on an image so small that everything collides.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
+#[path = "shuttle/power.rs"]
+mod power;
+
 use qcow2_core::StorageError;
 use qcow2_core::{
     CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, NoResolver,
@@ -16,19 +19,23 @@ const THREADS: u64 = 3;
 const DISK: u64 = CLUSTER * 12;
 
 fn open(storage: &Arc<dyn Storage>) -> Arc<Image> {
-    let (format, resolver) = (ImageFormat::Qcow2, Arc::new(NoResolver));
-    let source =
-        ResolvedSource { storage: Arc::clone(storage), format, name: "memory".into(), id: None, resolver };
     let mut options = OpenOptions::default();
     options.writable = true;
     options.discard_freed = true;
-    Image::open(source, &options).unwrap()
+    open_as(storage, &options)
 }
 
-/// Memory whose every call first lets others run.
-struct Yielding(MemoryStorage);
+fn open_as(storage: &Arc<dyn Storage>, options: &OpenOptions) -> Arc<Image> {
+    let (format, resolver) = (ImageFormat::Qcow2, Arc::new(NoResolver));
+    let source =
+        ResolvedSource { storage: Arc::clone(storage), format, name: "memory".into(), id: None, resolver };
+    Image::open(source, options).unwrap()
+}
 
-impl Storage for Yielding {
+/// A storage whose every call first lets others run.
+struct Yielding<S>(S);
+
+impl<S: std::ops::Deref<Target: Storage> + Send + Sync> Storage for Yielding<S> {
     fn len(&self) -> Result<u64, StorageError> {
         self.0.len()
     }
@@ -152,7 +159,7 @@ fn churn(image: &Image) {
 }
 
 fn scenario() {
-    let storage: Arc<dyn Storage> = Arc::new(Yielding(MemoryStorage::new()));
+    let storage: Arc<dyn Storage> = Arc::new(Yielding(Arc::new(MemoryStorage::new())));
     let mut options = CreateOptions::new(DISK + 4 * CLUSTER);
     options.cluster_size = CLUSTER;
     create(&storage, None, &options).unwrap();
