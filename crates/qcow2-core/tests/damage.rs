@@ -216,7 +216,7 @@ fn a_write_never_follows_an_entry_to_another_place_in_the_data_file() {
     const ZERO: u64 = 1;
     const ALL_ZERO: u64 = 0xffff_ffff << 32;
     for (entry, subclusters) in
-        [(COPIED | 2 * CLUSTER | ZERO, None), (COPIED | 2 * CLUSTER, Some(ALL_ZERO)), (COPIED, Some(0))]
+        [(COPIED | (2 * CLUSTER) | ZERO, None), (COPIED | (2 * CLUSTER), Some(ALL_ZERO)), (COPIED, Some(0))]
     {
         // The damaged entry is that of the first or of the second cluster of the write.
         for start in [CLUSTER + 512, CLUSTER - 512] {

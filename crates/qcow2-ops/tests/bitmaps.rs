@@ -106,7 +106,10 @@ fn what_is_converted_into_an_image_with_a_bitmap_is_marked() {
         let bits = open(&target, false).bitmap_bits(b"b").unwrap();
         for (at, sector) in (0..).step_by(512).zip(now.chunks(512)) {
             let marked = bits.is_marked(at);
-            assert!(sector.iter().all(|&byte| byte == 0) || marked, "{at:#x} is not marked, offload {offload}");
+            assert!(
+                sector.iter().all(|&byte| byte == 0) || marked,
+                "{at:#x} is not marked, offload {offload}"
+            );
         }
     }
 }
