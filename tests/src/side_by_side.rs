@@ -216,8 +216,28 @@ fn files(folder: &Path) -> Files {
     files
 }
 
+/// A folder that `make` makes with qemu-img, once for all tests that ask with the same `key` (the text of what makes it): it
+/// is kept on `shelf`, and nobody may change it. `None` where qemu-img is missing.
+pub fn made_once(shelf: &Path, key: &str, make: impl FnOnce(&Tool, &Path)) -> Option<PathBuf> {
+    let reference = Tool::find("qemu-img")?;
+    let version = reference.run_in(shelf, &["--version"]).success().stdout;
+    let key = crc32fast::hash([version.as_bytes(), key.as_bytes()].concat().as_slice());
+    let place = shelf.join(format!("start-{key:08x}"));
+    if !place.exists() {
+        // Other processes may be at it too: the first that is done puts it there.
+        let fresh = shelf.join(format!("start-{key:08x}-{}", std::process::id()));
+        fs::create_dir(&fresh).expect("a new folder on the shelf");
+        make(&reference, &fresh);
+        if let Err(error) = fs::rename(&fresh, &place) {
+            assert!(place.exists(), "a folder for the shelf: {error}");
+            fs::remove_dir_all(&fresh).expect("a folder of this run");
+        }
+    }
+    Some(place)
+}
+
 /// Copies a folder of files; holes stay holes, which images in it may be about.
-fn copy_folder(from: &Path, to: &Path) {
+pub fn copy_folder(from: &Path, to: &Path) {
     let args = ["-a".as_ref(), "--sparse=always".as_ref(), from.as_os_str(), to.as_os_str()];
     Tool::find("cp").expect("cp").run_in(Path::new("."), &args).success();
 }
