@@ -7,7 +7,8 @@
 
 use qcow2_testkit::oracle::Tool;
 use qcow2_testkit::rng::Rng;
-use qcow2_tests::side_by_side::{SideBySide, copy_folder, made_once, words};
+use qcow2_tests::copies::copy_folder;
+use qcow2_tests::side_by_side::{SideBySide, made_once, words};
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -56,7 +57,7 @@ fn check(wanted: impl Fn(&str) -> bool) {
     let worker = || loop {
         let id = next.fetch_add(1, Ordering::Relaxed);
         let Some(line) = lines.get(id) else { return };
-        let compared = both.run(id, line);
+        let compared = both.run(line);
         let problem = match (different.contains(line), compared.differences.is_empty()) {
             (false, false) => format!("{line}\n{}", compared.differences),
             (true, true) => format!("{line}\nis the same now: take it off the list of differences\n"),
@@ -103,7 +104,7 @@ fn images_in_use() {
         format!("create -f qcow2 -b {image} -F qcow2 x"),
         format!("create -f raw {image} 1M"),
     ];
-    let runs = lines.iter().enumerate().map(|(id, line)| both.run(id, line));
+    let runs = lines.iter().map(|line| both.run(line));
     let wrong: Vec<String> = runs
         .filter(|run| !run.differences.is_empty())
         .map(|run| format!("{}\n{}", run.line, run.differences))
