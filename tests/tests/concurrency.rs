@@ -14,6 +14,7 @@ use qcow2_testkit::audit::audit;
 use qcow2_testkit::history::{self, History, ZEROES};
 use qcow2_testkit::model::chain;
 use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::world::{create_options, keys};
 use qcow2_tests::fixtures::codecs;
@@ -193,7 +194,7 @@ impl Bench {
 
     fn read(&self, sectors: Range<u64>) -> Result<(), String> {
         let begun = self.history.now();
-        let mut seen = vec![0; (sectors.end - sectors.start) as usize * SECTOR as usize];
+        let mut seen = pattern::unread((sectors.end - sectors.start) as usize * SECTOR as usize);
         self.image.read_at(GuestOffset::new(sectors.start * SECTOR), &mut seen).map_err(|e| chain(&e))?;
         self.history.check(sectors.start, &seen, begun)
     }
@@ -270,7 +271,7 @@ impl Bench {
             (options.codecs, options.keys) = (codecs(), keys(&self.shape));
             let disk = Image::open_snapshot(source, &options, |all| all.iter().position(|s| s.id == *id))
                 .map_err(|e| chain(&e))?;
-            let mut seen = vec![0; content.len()];
+            let mut seen = pattern::unread(content.len());
             disk.read_at(GuestOffset::new(0), &mut seen).map_err(|e| chain(&e))?;
             if seen != *content {
                 return Err(format!("snapshot {:?} has changed", String::from_utf8_lossy(id)));
@@ -304,7 +305,7 @@ impl Bench {
 
     /// With nobody else about: the disk holds an allowed content, and a flush leaves a sound file.
     fn look(&self) -> Result<(), String> {
-        let mut seen = vec![0; self.shape.size as usize];
+        let mut seen = pattern::unread(self.shape.size as usize);
         self.image.read_at(GuestOffset::new(0), &mut seen).map_err(|e| chain(&e))?;
         self.history.settle(&seen)?;
         self.image.flush().map_err(|e| chain(&e))?;

@@ -7,6 +7,7 @@ use qcow2_core::{
 };
 use qcow2_testkit::arbitrary::{DataFileShape, Shape};
 use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::pattern;
 use qcow2_testkit::storage::PageStorage;
 use qcow2_testkit::world::{Shelf, TOP, create_options};
 use std::sync::Arc;
@@ -77,7 +78,7 @@ fn a_damaged_entry_marks_an_image_that_is_open_for_writing() {
         options.writable = for_writing;
         let opened = open(&storage, &options).unwrap();
         let before = all_bytes(&storage);
-        let mut sector = [0; 512];
+        let mut sector = [pattern::UNREAD; 512];
         let error = opened.read_at(GuestOffset::new(CLUSTER), &mut sector).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         opened.read_at(GuestOffset::new(0), &mut sector).unwrap();

@@ -9,6 +9,7 @@ use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::CrashWorld;
 use qcow2_testkit::cut::Cut;
 use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::storage::PageStorage;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -58,7 +59,7 @@ fn check(cluster_size: u64, refcount_bits: u32, spoil: impl Fn(&PageStorage, &qc
     assert!(reader.header().is_dirty(), "opening for reading changes nothing");
     let image = open(&storage, true);
     assert!(!image.header().is_dirty());
-    let mut seen = vec![0; data.len()];
+    let mut seen = pattern::unread(data.len());
     image.read_at(GuestOffset::new(12_345), &mut seen).unwrap();
     assert!(seen == data);
     image.write_at(GuestOffset::new(2_000_000), &data).unwrap();

@@ -11,6 +11,7 @@ use qcow2_core::{
     OpenOptions, ResolvedSource, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
+use qcow2_testkit::pattern;
 use shuttle::rand::Rng;
 use std::sync::Arc;
 
@@ -102,7 +103,7 @@ fn work(image: &Image, me: u64) -> Vec<u8> {
             }
             5 | 6 => look_at_churn(image, rng.gen_range(0..4)),
             _ => {
-                let mut seen = vec![0; piece as usize];
+                let mut seen = pattern::unread(piece as usize);
                 image.read_at(GuestOffset::new(at), &mut seen).unwrap();
                 assert_eq!(
                     seen,
@@ -130,7 +131,7 @@ fn piece_starts(rng: &mut impl Rng, me: u64) -> Vec<u64> {
 /// A cluster that is freed and reused all the time holds what was written to it or zeroes, never what its old place was
 /// used for next.
 fn look_at_churn(image: &Image, cluster: u64) {
-    let mut seen = [0; CLUSTER as usize];
+    let mut seen = [pattern::UNREAD; CLUSTER as usize];
     image.read_at(GuestOffset::new(DISK + cluster * CLUSTER), &mut seen).unwrap();
     let own = 200 + cluster as u8;
     assert!(
@@ -179,14 +180,14 @@ fn scenario() {
     image.close().unwrap();
     drop(image);
     let image = open(&storage);
-    let mut seen = vec![0; DISK as usize];
+    let mut seen = pattern::unread(DISK as usize);
     image.read_at(GuestOffset::new(0), &mut seen).unwrap();
     for (at, &byte) in seen.iter().enumerate() {
         let owner = at as u64 % CLUSTER / (CLUSTER / 4);
         let wanted = known.get(owner as usize).map_or(0, |k| k[at]);
         assert_eq!(byte, wanted, "byte {at:#x}");
     }
-    let mut end = vec![0; 4 * CLUSTER as usize];
+    let mut end = pattern::unread(4 * CLUSTER as usize);
     image.read_at(GuestOffset::new(DISK), &mut end).unwrap();
     assert!(end.iter().all(|&b| b == 0), "a discarded cluster reads as zeroes");
 }

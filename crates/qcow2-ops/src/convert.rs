@@ -180,8 +180,9 @@ mod tests {
     }
 
     fn content(disk: &Arc<dyn GuestDisk>, size: u64) -> Vec<u8> {
-        let mut bytes = vec![0; size as usize];
-        disk.read_at(qcow2_core::GuestOffset::new(0), &mut bytes[..disk.size() as usize]).unwrap();
+        let mut bytes = qcow2_testkit::pattern::unread(disk.size() as usize);
+        disk.read_at(qcow2_core::GuestOffset::new(0), &mut bytes).unwrap();
+        bytes.resize(size as usize, 0);
         bytes
     }
 

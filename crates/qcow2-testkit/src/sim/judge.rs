@@ -11,6 +11,7 @@ use crate::crash::SECTOR;
 use crate::cut::CrashImage;
 use crate::model::chain;
 use crate::pages::PageBytes;
+use crate::pattern;
 use crate::rng::Rng;
 use crate::storage::PageStorage;
 use crate::world::keys;
@@ -86,7 +87,8 @@ impl Judge {
         options.keys = keys(&self.start.shape);
         let disk = files.open(&self.start, &options)?;
         let mut seen = std::mem::take(&mut self.buf);
-        seen.resize(disk.size() as usize, 0);
+        seen.clear();
+        seen.resize(disk.size() as usize, pattern::UNREAD);
         let read = disk.read_at(GuestOffset::new(0), &mut seen);
         read.map_err(|error| format!("image does not read: {}", chain(&error)))?;
         guest.judge(&seen)?;
