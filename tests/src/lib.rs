@@ -1,6 +1,7 @@
 //! Suites across the crates stand in `tests/`; here is what they share.
 #![forbid(unsafe_code)]
 
+pub mod copies;
 pub mod fixtures;
 pub mod fuzz;
 pub mod jitter;

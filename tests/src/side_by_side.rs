@@ -1,7 +1,12 @@
 //! The same command line given to qemu-img and to our own program, each in its own copy of the same folder.
 
+use crate::copies::{Copies, FolderCopy};
+use crate::fixtures::lone_source;
+use qcow2_core::format::bitmap::Bitmap;
+use qcow2_core::{Image, Layers, OpenOptions};
+use qcow2_io::OpenFile;
 use qcow2_testkit::oracle::{Outcome, Tool};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,6 +16,7 @@ pub struct SideBySide {
     reference: Tool,
     ours: Tool,
     root: PathBuf,
+    copies: Copies,
 }
 
 /// What one command line did in both folders.
@@ -25,9 +31,6 @@ pub struct Comparison {
     pub differences: String,
 }
 
-/// What holds the content of a folder together: name to bytes.
-type Files = BTreeMap<String, Vec<u8>>;
-
 impl SideBySide {
     /// `ours`: our program, which will be called as `qemu-img`. `root`: an empty folder, in which `make` makes the
     /// folder that each run starts from. Prints a skip and returns `None` where qemu-img is missing.
@@ -39,7 +42,8 @@ impl SideBySide {
         #[cfg(unix)]
         std::os::unix::fs::symlink(ours, bin.join("qemu-img")).expect("a link to the program");
         make(&reference, &start);
-        Some(Self { reference, ours: Tool::at(bin.join("qemu-img")), root: root.to_owned() })
+        let copies = Copies::new(start, root.to_owned());
+        Some(Self { reference, ours: Tool::at(bin.join("qemu-img")), root: root.to_owned(), copies })
     }
 
     /// Our program, called as `qemu-img`.
@@ -57,50 +61,42 @@ impl SideBySide {
         self.root.join("start")
     }
 
-    /// Gives `line` to both and compares exit code and output. Verbs that make images get a new copy of the folder each,
-    /// named after `id`, and the files that are there afterwards are compared too: changed ones by what a guest sees in
+    /// Gives `line` to both and compares exit code and output. Verbs that make images get a copy of the folder each, and the files that are there afterwards are compared too: changed ones by what a guest sees in
     /// them, and ours must pass a check.
-    pub fn run(&self, id: usize, line: &str) -> Comparison {
+    pub fn run(&self, line: &str) -> Comparison {
         let args = words(line);
         let repairs = args.iter().any(|arg| arg == "-r" || arg.starts_with("--repair"));
         let makes = args.first().is_some_and(|verb| MAKING.contains(&verb.as_str()))
             || (repairs && args.first().is_some_and(|verb| verb == "check"));
-        let folders = match makes {
-            true => ["reference", "ours"].map(|who| self.root.join(format!("{id}-{who}"))),
-            false => [self.start(), self.start()],
+        let copies = makes.then(|| [self.copies.take(), self.copies.take()]);
+        let start = self.start();
+        let folders = match &copies {
+            Some(copies) => copies.each_ref().map(FolderCopy::path),
+            None => [&*start, &*start],
         };
-        for folder in folders.iter().filter(|_| makes) {
-            copy_folder(&self.start(), folder);
-        }
-        let reference = self.reference.run_in(&folders[0], &args);
-        let ours = self.ours.run_in(&folders[1], &args);
+        let reference = self.reference.run_in(folders[0], &args);
+        let ours = self.ours.run_in(folders[1], &args);
         let mut differences = said_differently(&reference, &ours, &self.ours, &self.reference);
-        if makes {
-            self.compare_files(&folders, &mut differences);
-        }
-        for folder in folders.iter().filter(|_| makes) {
-            fs::remove_dir_all(folder).expect("a folder of this run");
+        if let Some(copies) = copies {
+            self.compare_files(&copies, &mut differences);
+            copies.into_iter().for_each(|copy| self.copies.give_back(copy));
         }
         Comparison { line: line.to_owned(), reference, ours, differences }
     }
 
-    fn compare_files(&self, [reference, ours]: &[PathBuf; 2], differences: &mut String) {
-        let before = files(&self.start());
-        let (theirs, own) = (files(reference), files(ours));
-        let names: BTreeSet<&String> = theirs.keys().chain(own.keys()).collect();
+    fn compare_files(&self, [reference, ours]: &[FolderCopy; 2], differences: &mut String) {
+        let names: BTreeSet<String> = reference.changed().into_iter().chain(ours.changed()).collect();
         for name in names {
-            match (theirs.get(name), own.get(name)) {
-                (Some(_), None) => {
+            let [theirs, own] = [reference, ours].map(|copy| copy.path().join(&name));
+            match (theirs.is_file(), own.is_file()) {
+                (true, false) => {
                     let _ = writeln!(differences, "file {name}: only qemu-img left it");
                 }
-                (None, Some(_)) => {
+                (false, true) => {
                     let _ = writeln!(differences, "file {name}: only ours left it");
                 }
-                (Some(a), Some(b)) if a != b => {
-                    let changed = before.get(name) != Some(a) || before.get(name) != Some(b);
-                    if changed {
-                        self.compare_images(&reference.join(name), &ours.join(name), differences);
-                    }
+                (true, true) if content(&theirs) != content(&own) => {
+                    self.compare_images(&theirs, &own, differences);
                 }
                 _ => {}
             }
@@ -120,7 +116,31 @@ impl SideBySide {
         if !matches!(checked.code, Some(0 | 63)) && checked.code != check(theirs).code {
             let _ = writeln!(differences, "our image is not clean: {checked}");
         }
+        let (theirs, own) = (bitmaps(theirs), bitmaps(own));
+        if theirs != own {
+            let _ = writeln!(differences, "bitmaps: {theirs:?}\n-- ours: {own:?}");
+        }
     }
+}
+
+/// Name, log2 of the granularity, whether it records, whether it is in use, and what it marks where it is not.
+type SeenBitmap = (String, u8, bool, bool, Option<Vec<(u64, u64)>>);
+
+/// The bitmaps that the image at `path` vouches for; none where it is no image, or none that opens.
+fn bitmaps(path: &Path) -> Vec<SeenBitmap> {
+    let Ok(storage) = OpenFile::read_only().open(path) else { return Vec::new() };
+    let mut options = OpenOptions::default();
+    (options.layers, options.metadata_only) = (Layers::TopOnly, true);
+    let Ok(image) = Image::open(lone_source(storage), &options) else { return Vec::new() };
+    let marked = |bitmap: &Bitmap| {
+        let bits = image.bitmap_bits(&bitmap.name).expect("the bits of a usable bitmap");
+        bits.marked_runs().collect()
+    };
+    let seen = |bitmap: &Bitmap| {
+        let runs = (!bitmap.in_use).then(|| marked(bitmap));
+        (bitmap.name_text(), bitmap.granularity_bits, bitmap.auto, bitmap.in_use, runs)
+    };
+    image.bitmaps().unwrap_or_default().iter().map(seen).collect()
 }
 
 /// Verbs that make or change files; `check` does when it repairs.
@@ -204,22 +224,28 @@ const NODE: &str = "#block";
 /// Before the seconds that `bench` took.
 const DURATION: &str = "Run completed in ";
 
-fn files(folder: &Path) -> Files {
-    let mut files = Files::new();
-    for entry in fs::read_dir(folder).expect("a folder of the test") {
-        let entry = entry.expect("an entry of the test's folder");
-        if entry.path().is_file() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            files.insert(name, fs::read(entry.path()).expect("a file of the test"));
-        }
-    }
-    files
+fn content(path: &Path) -> Vec<u8> {
+    fs::read(path).expect("a file of the test")
 }
 
-/// Copies a folder of files; holes stay holes, which images in it may be about.
-fn copy_folder(from: &Path, to: &Path) {
-    let args = ["-a".as_ref(), "--sparse=always".as_ref(), from.as_os_str(), to.as_os_str()];
-    Tool::find("cp").expect("cp").run_in(Path::new("."), &args).success();
+/// A folder that `make` makes with qemu-img, once for all tests that ask with the same `key` (the text of what makes it): it
+/// is kept on `shelf`, and nobody may change it. `None` where qemu-img is missing.
+pub fn made_once(shelf: &Path, key: &str, make: impl FnOnce(&Tool, &Path)) -> Option<PathBuf> {
+    let reference = Tool::find("qemu-img")?;
+    let version = reference.run_in(shelf, &["--version"]).success().stdout;
+    let key = crc32fast::hash([version.as_bytes(), key.as_bytes()].concat().as_slice());
+    let place = shelf.join(format!("start-{key:08x}"));
+    if !place.exists() {
+        // Other processes may be at it too: the first that is done puts it there.
+        let fresh = shelf.join(format!("start-{key:08x}-{}", std::process::id()));
+        fs::create_dir(&fresh).expect("a new folder on the shelf");
+        make(&reference, &fresh);
+        if let Err(error) = fs::rename(&fresh, &place) {
+            assert!(place.exists(), "a folder for the shelf: {error}");
+            fs::remove_dir_all(&fresh).expect("a folder of this run");
+        }
+    }
+    Some(place)
 }
 
 #[cfg(test)]

@@ -55,7 +55,7 @@ fn open(files: &Files, index: usize, writable: bool, layers: Layers) -> qcow2_co
 }
 
 fn content(disk: &Image) -> qcow2_core::Result<Vec<u8>> {
-    let mut bytes = vec![0; disk.size() as usize];
+    let mut bytes = pattern::unread(disk.size() as usize);
     disk.read_at(GuestOffset::new(0), &mut bytes)?;
     Ok(bytes)
 }
@@ -343,12 +343,12 @@ fn rebase(files: &Files, to: Option<usize>, progress: &dyn Progress) -> Result<D
 /// Writes a part of the disk as it is, so that there are changes of this opening that wait to be durable, and clusters that wait
 /// to be free.
 fn rewrite(disk: &Image) -> qcow2_core::Result<()> {
-    let mut bytes = vec![0; disk.size() as usize / 3];
+    let mut bytes = pattern::unread(disk.size() as usize / 3);
     let start = GuestOffset::new(disk.size() / 4);
     disk.read_at(start, &mut bytes)?;
     disk.write_at(start, &bytes)?;
     let zeroes = GuestRange::between(GuestOffset::new(disk.size() / 2), GuestOffset::new(disk.size()));
-    let mut tail = vec![0; zeroes.len() as usize];
+    let mut tail = pattern::unread(zeroes.len() as usize);
     disk.read_at(zeroes.start(), &mut tail)?;
     match tail.iter().all(|&byte| byte == 0) {
         true => disk.write_zeroes(zeroes, ZeroMode::MayUnmap),

@@ -7,7 +7,8 @@
 
 use qcow2_testkit::oracle::Tool;
 use qcow2_testkit::rng::Rng;
-use qcow2_tests::side_by_side::{SideBySide, words};
+use qcow2_tests::copies::copy_folder;
+use qcow2_tests::side_by_side::{SideBySide, made_once, words};
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -20,20 +21,43 @@ const LINES: &str = include_str!("cli/lines.txt");
 const NAMES: &str = include_str!("cli/names.txt");
 const DIFFERENT: &str = include_str!("cli/different.txt");
 
-/// Every line that should be the same is, and every line that is listed as different still is.
-#[test]
-fn same_words_same_codes_same_content() {
-    let root = tempfile::tempdir().unwrap();
-    let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make_start) else { return };
+/// A test for each verb, so that they run at the same time and the first that fails says so soon, and one for all other lines.
+macro_rules! tests_by_verb {
+    ($($verb:ident)*) => {
+        const VERBS: &[&str] = &[$(stringify!($verb)),*];
+
+        mod same_words_same_codes_same_content {
+            $(#[test]
+            fn $verb() {
+                super::check(|verb| verb == stringify!($verb));
+            })*
+
+            #[test]
+            fn without_a_verb() {
+                super::check(|verb| !super::VERBS.contains(&verb));
+            }
+        }
+    };
+}
+
+tests_by_verb! { amend bench bitmap check commit compare convert create dd info map measure rebase resize snapshot }
+
+/// Of the lines whose first word is `wanted`, every one that should be the same is, and every one that is listed as different
+/// still is.
+fn check(wanted: impl Fn(&str) -> bool) {
     let different: Vec<&str> = entries(DIFFERENT).collect();
-    let wanted = std::env::var("QCOW2_LINES").unwrap_or_default();
+    let begin = std::env::var("QCOW2_LINES").unwrap_or_default();
     let lines = entries(LINES).chain(entries(NAMES)).chain(different.iter().copied());
-    let lines: Vec<&str> = lines.filter(|line| line.starts_with(&wanted)).collect();
+    let lines: Vec<&str> = lines.filter(|line| wanted(line.split(' ').next().unwrap_or_default())).collect();
+    assert!(!lines.is_empty(), "a verb without lines");
+    let lines: Vec<&str> = lines.into_iter().filter(|line| line.starts_with(&begin)).collect();
+    let root = tempfile::tempdir().unwrap();
+    let Some(both) = both_programs(root.path()) else { return };
     let (next, wrong) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let worker = || loop {
         let id = next.fetch_add(1, Ordering::Relaxed);
         let Some(line) = lines.get(id) else { return };
-        let compared = both.run(id, line);
+        let compared = both.run(line);
         let problem = match (different.contains(line), compared.differences.is_empty()) {
             (false, false) => format!("{line}\n{}", compared.differences),
             (true, true) => format!("{line}\nis the same now: take it off the list of differences\n"),
@@ -49,11 +73,17 @@ fn same_words_same_codes_same_content() {
     assert!(wrong.is_empty(), "{} of {} lines:\n\n{}", wrong.len(), lines.len(), wrong.join("\n"));
 }
 
+/// Both programs, each run of which starts from a copy of the same folder in `root`.
+fn both_programs(root: &Path) -> Option<SideBySide> {
+    let made = made_once(Path::new(env!("CARGO_TARGET_TMPDIR")), include_str!("cli.rs"), make_start)?;
+    SideBySide::new(Path::new(OURS), root, |_, start| copy_folder(&made.join("."), start))
+}
+
 /// An image that another program writes to: who may look, who may not, and in which words.
 #[test]
 fn images_in_use() {
     let root = tempfile::tempdir().unwrap();
-    let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make_start) else { return };
+    let Some(both) = both_programs(root.path()) else { return };
     let image = both.start().join("s.qcow2");
     let image = image.display();
     let mut writer = start_writer(&both);
@@ -74,7 +104,7 @@ fn images_in_use() {
         format!("create -f qcow2 -b {image} -F qcow2 x"),
         format!("create -f raw {image} 1M"),
     ];
-    let runs = lines.iter().enumerate().map(|(id, line)| both.run(id, line));
+    let runs = lines.iter().map(|line| both.run(line));
     let wrong: Vec<String> = runs
         .filter(|run| !run.differences.is_empty())
         .map(|run| format!("{}\n{}", run.line, run.differences))

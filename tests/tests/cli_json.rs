@@ -159,7 +159,7 @@ fn reports_are_the_same() {
     let worker = || loop {
         let id = next.fetch_add(1, Ordering::Relaxed);
         let Some(line) = lines.get(id) else { return };
-        let compared = both.run(id, line);
+        let compared = both.run(line);
         if !compared.differences.is_empty() {
             wrong.lock().unwrap().push(format!("{line}\n{}", compared.differences));
         }

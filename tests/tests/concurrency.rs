@@ -4,8 +4,9 @@
 #![allow(clippy::field_reassign_with_default, reason = "option structs may grow")]
 
 use qcow2_core::{
-    ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NewSnapshot, NoResolver, OpenOptions,
-    Reference, ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
+    CIPHER_SECTOR, ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NewSnapshot,
+    NoResolver, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, SectorNumbering, Storage,
+    ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::arbitrary::{BackingShape, DataFileShape, Shape, write_whole_or_in_parts};
@@ -13,8 +14,9 @@ use qcow2_testkit::audit::audit;
 use qcow2_testkit::history::{self, History, ZEROES};
 use qcow2_testkit::model::chain;
 use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
-use qcow2_testkit::world::create_options;
+use qcow2_testkit::world::{create_options, keys};
 use qcow2_tests::fixtures::codecs;
 use qcow2_tests::jitter::JitterStorage;
 use std::ops::Range;
@@ -26,6 +28,7 @@ const THREADS: u64 = 16;
 const SECTOR: u64 = 512;
 /// The content of a backing file.
 const BACKING: u64 = 1;
+const BITMAP: &[u8] = b"changed";
 /// Longer than any run takes by far: a deadlock is a failure, not a test that never ends.
 const PATIENCE: Duration = Duration::from_secs(240);
 
@@ -48,6 +51,8 @@ struct Plan {
     keep_places: bool,
     /// Whether snapshots come and go meanwhile.
     snapshots: bool,
+    /// Whether a bitmap records what is changed.
+    bitmap: bool,
 }
 
 const PLAN: Plan = Plan {
@@ -60,6 +65,7 @@ const PLAN: Plan = Plan {
     discard_freed: false,
     keep_places: false,
     snapshots: false,
+    bitmap: false,
 };
 
 /// Opens the two names that an image under test may give.
@@ -120,7 +126,11 @@ impl Bench {
         options.refcount_cache_size = plan.l2_cache;
         options.discard_freed = plan.discard_freed;
         options.discard_no_unref = plan.keep_places;
+        options.keys = keys(&shape);
         let image = Image::open(source(storage, ImageFormat::Qcow2, resolver.clone()), &options).unwrap();
+        if plan.bitmap {
+            image.add_bitmap(BITMAP, 9).unwrap();
+        }
         let backed = shape.backing.map_or(0, |backing| backing.size / SECTOR);
         let history =
             History::new(shape.size / SECTOR, |sector| if sector < backed { BACKING } else { ZEROES });
@@ -184,7 +194,7 @@ impl Bench {
 
     fn read(&self, sectors: Range<u64>) -> Result<(), String> {
         let begun = self.history.now();
-        let mut seen = vec![0; (sectors.end - sectors.start) as usize * SECTOR as usize];
+        let mut seen = pattern::unread((sectors.end - sectors.start) as usize * SECTOR as usize);
         self.image.read_at(GuestOffset::new(sectors.start * SECTOR), &mut seen).map_err(|e| chain(&e))?;
         self.history.check(sectors.start, &seen, begun)
     }
@@ -258,10 +268,10 @@ impl Bench {
             let file = Arc::clone(&self.file) as Arc<dyn Storage>;
             let source = source(file, ImageFormat::Qcow2, self.resolver.clone());
             let mut options = OpenOptions::default();
-            options.codecs = codecs();
+            (options.codecs, options.keys) = (codecs(), keys(&self.shape));
             let disk = Image::open_snapshot(source, &options, |all| all.iter().position(|s| s.id == *id))
                 .map_err(|e| chain(&e))?;
-            let mut seen = vec![0; content.len()];
+            let mut seen = pattern::unread(content.len());
             disk.read_at(GuestOffset::new(0), &mut seen).map_err(|e| chain(&e))?;
             if seen != *content {
                 return Err(format!("snapshot {:?} has changed", String::from_utf8_lossy(id)));
@@ -270,9 +280,32 @@ impl Bench {
         Ok(())
     }
 
+    /// Every sector that is not as at the start is marked.
+    fn check_bitmap(&self) -> Result<(), String> {
+        let source =
+            source(Arc::clone(&self.file) as Arc<dyn Storage>, ImageFormat::Qcow2, self.resolver.clone());
+        let mut options = OpenOptions::default();
+        (options.codecs, options.keys) = (codecs(), keys(&self.shape));
+        let image = Image::open(source, &options).map_err(|e| chain(&e))?;
+        let bits = image.bitmap_bits(BITMAP).map_err(|e| chain(&e))?;
+        let mut seen = vec![0x5a; self.shape.size as usize];
+        image.read_at(GuestOffset::new(0), &mut seen).map_err(|e| chain(&e))?;
+        let backed = self.shape.backing.map_or(0, |backing| backing.size / SECTOR);
+        for (sector, bytes) in (0..).zip(seen.chunks(SECTOR as usize)) {
+            let mut start = [0; SECTOR as usize];
+            if sector < backed {
+                history::fill(BACKING, sector, &mut start);
+            }
+            if bytes != start && !bits.is_marked(sector * SECTOR) {
+                return Err(format!("sector {sector} has changed and is not marked"));
+            }
+        }
+        Ok(())
+    }
+
     /// With nobody else about: the disk holds an allowed content, and a flush leaves a sound file.
     fn look(&self) -> Result<(), String> {
-        let mut seen = vec![0; self.shape.size as usize];
+        let mut seen = pattern::unread(self.shape.size as usize);
         self.image.read_at(GuestOffset::new(0), &mut seen).map_err(|e| chain(&e))?;
         self.history.settle(&seen)?;
         self.image.flush().map_err(|e| chain(&e))?;
@@ -289,6 +322,9 @@ impl Bench {
     fn finish(&self) -> Result<(), String> {
         self.image.close().map_err(|e| chain(&e))?;
         self.check_kept()?;
+        if self.plan.bitmap {
+            self.check_bitmap()?;
+        }
         let found = self.audit();
         let fine = found.is_sound() && found.leaks == 0 && !found.dirty;
         if fine { Ok(()) } else { Err(format!("after close: {found:?}")) }
@@ -416,4 +452,60 @@ fn version_2_overlay() {
     let shape =
         Shape { version3: false, cluster_bits: 12, backing: overlay(MIB / 4), ..Shape::plain(MIB / 2) };
     check(shape, PLAN, 2);
+}
+
+const ENCRYPTIONS: [SectorNumbering; 2] = [SectorNumbering::Guest, SectorNumbering::Host];
+
+#[test]
+fn encrypted_image() {
+    for encryption in ENCRYPTIONS {
+        let shape = Shape {
+            cluster_bits: 12,
+            encryption: Some(encryption),
+            backing: overlay(MIB / 4),
+            ..Shape::plain(MIB / 2)
+        };
+        check(shape, Plan { discard_freed: true, compressed: 0, ..PLAN }, 2);
+    }
+}
+
+#[test]
+fn a_bitmap_records_what_every_thread_changes() {
+    let shape = Shape { cluster_bits: 12, backing: overlay(MIB / 4), ..Shape::plain(MIB / 2) };
+    check(shape, Plan { bitmap: true, ..PLAN }, 2);
+    let shape = Shape { encryption: Some(SectorNumbering::Host), ..shape };
+    check(shape, Plan { bitmap: true, compressed: 0, ..PLAN }, 1);
+}
+
+/// Each thread writes some bytes of every sector, and nobody else those: a sector is encrypted as a whole, so whoever
+/// writes a part of it writes the others' parts too.
+#[test]
+fn parts_of_sectors_stay_with_whoever_wrote_them() {
+    const PART: u64 = CIPHER_SECTOR / THREADS;
+    const SECTORS: u64 = 12;
+    for encryption in [None, Some(SectorNumbering::Guest), Some(SectorNumbering::Host)] {
+        let shape = Shape { cluster_bits: 10, encryption, ..Shape::plain(SECTORS * SECTOR) };
+        let bench = Bench::new(shape.legalized(), PLAN);
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let image = &bench.image;
+                scope.spawn(move || {
+                    let (mut rng, mut own) = (Rng::new(thread), vec![[0; PART as usize]; SECTORS as usize]);
+                    for round in 0..200 {
+                        let sector = rng.below(SECTORS);
+                        let at = GuestOffset::new(sector * SECTOR + thread * PART);
+                        let known = &mut own[sector as usize];
+                        let mut seen = [0x5a; PART as usize];
+                        image.read_at(at, &mut seen).unwrap();
+                        assert_eq!(seen, *known, "{encryption:?}: thread {thread}, round {round}, byte {at}");
+                        rng.fill(known);
+                        image.write_at(at, known).unwrap();
+                    }
+                });
+            }
+        });
+        bench.image.close().unwrap();
+        let found = bench.audit();
+        assert!(found.is_sound() && found.leaks == 0, "{found:?}");
+    }
 }

@@ -3,6 +3,7 @@
 use qcow2_core::{ErrorKind, GuestDisk, GuestOffset, Image, OpenOptions};
 use qcow2_testkit::arbitrary::Operation;
 use qcow2_testkit::model::chain;
+use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_tests::fixtures::{self, Damaged, Reading, codecs};
 use std::collections::BTreeSet;
@@ -16,7 +17,7 @@ fn options() -> OpenOptions {
 }
 
 fn read_all(disk: &dyn GuestDisk) -> qcow2_core::Result<Vec<u8>> {
-    let mut content = vec![0; disk.size() as usize];
+    let mut content = pattern::unread(disk.size() as usize);
     disk.read_at(GuestOffset::new(0), &mut content)?;
     Ok(content)
 }
@@ -62,7 +63,7 @@ fn reading_writes_nothing() {
         let image = Image::open(source, &options()).unwrap();
         read_all(&*image).unwrap();
         image.close().unwrap();
-        let mut after = vec![0; bytes.len()];
+        let mut after = pattern::unread(bytes.len());
         let pages = storage.bytes();
         pages.read(0, &mut after);
         assert!(pages.len() == bytes.len() as u64 && after == bytes, "{}: the file changed", fixture.name);

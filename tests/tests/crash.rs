@@ -15,12 +15,13 @@ fn violations(budget: &Budget, options: &SimOptions) -> usize {
         println!("{}", minimize(violation, options));
     }
     println!("{report:?}");
-    assert!(report.images > 0 || !violations.is_empty(), "nothing was simulated");
+    assert!(report.seeds == budget.seeds || !violations.is_empty(), "not all seeds: {report:?}");
     violations.len()
 }
 
 fn seeds(first_seed: u64, seeds: u64) -> Budget {
-    Budget { first_seed, seeds, time: Duration::from_secs(30), threads: 2, violations: 1 }
+    // Far longer than it takes: a machine that is too slow for the seeds says so.
+    Budget { first_seed, seeds, time: Duration::from_secs(300), threads: 2, violations: 1 }
 }
 
 #[test]

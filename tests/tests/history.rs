@@ -12,6 +12,7 @@ use qcow2_io::{OpenFile, Policy, SourceOptions, open_source};
 use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
 use qcow2_ops::snapshot::{self, SnapshotName};
 use qcow2_testkit::oracle::{Qemu, Tool};
+use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use std::collections::BTreeMap;
 use std::fs;
@@ -213,7 +214,7 @@ fn qemu_makes(qemu: &Qemu, folder: &Path, step: &Step) {
 /// What we see of the image.
 fn we_agree(folder: &Path, model: &Model) {
     let image = open(folder, false);
-    let mut seen = vec![0; image.size() as usize];
+    let mut seen = pattern::unread(image.size() as usize);
     image.read_at(GuestOffset::new(0), &mut seen).unwrap();
     assert!(seen == model.content, "we read something else");
     let names =
@@ -223,7 +224,7 @@ fn we_agree(folder: &Path, model: &Model) {
         let options = SourceOptions::new(OpenFile::read_only()).with_format(ImageFormat::Qcow2);
         let source = open_source(&folder.join(IMAGE), &options.with_policy(Policy::Allow)).unwrap();
         let disk = Image::open_snapshot(source, &open_options(false), |_| Some(index)).unwrap();
-        let mut seen = vec![0; disk.size() as usize];
+        let mut seen = pattern::unread(disk.size() as usize);
         disk.read_at(GuestOffset::new(0), &mut seen).unwrap();
         assert!(seen == *content, "we read snapshot {name} otherwise");
     }

@@ -1,13 +1,16 @@
 //! Writers killed at random moments: whatever they leave behind, check finds no corruption in it.
 //!
 //! `QCOW2_KILLS` sets how many are killed (200 for a campaign), `QCOW2_SEED` where the moments come from.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![cfg(unix)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
 use qcow2_testkit::oracle::Tool;
 use qcow2_testkit::rng::Rng;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
@@ -45,6 +48,12 @@ fn writer(rng: &mut Rng) -> Vec<String> {
     }
 }
 
+/// What changes with the target: its number, its length, when it was written.
+fn stamp(folder: &Path) -> Option<(u64, u64, i64, i64)> {
+    let data = std::fs::metadata(folder.join("target.qcow2")).ok()?;
+    Some((data.ino(), data.len(), data.mtime(), data.mtime_nsec()))
+}
+
 /// Runs check on what is left; panics on corruption. A target without a header yet, which is written last, is no image and
 /// does not look like one.
 fn judge(folder: &Path, program: &Path, verb: &[&str], what: &str) {
@@ -71,6 +80,7 @@ fn killed_writers_leave_no_corruption() {
         (0..48u64 << 20).map(|i| if i >> 16 & 3 == 0 { 0 } else { ((i * i) >> 9) as u8 }).collect();
     std::fs::write(folder.join("source.raw"), source).unwrap();
     let qemu = Tool::find("qemu-img");
+    let mut hits = 0;
     for round in 0..kills {
         let _ = std::fs::remove_file(folder.join("target.qcow2"));
         let bits = ["16", "1", "64"][rng.below(3) as usize];
@@ -79,6 +89,7 @@ fn killed_writers_leave_no_corruption() {
         run(folder, &["create", "-q", "-f", "qcow2", "-o", &options, "target.qcow2", "64M"]);
         let args = writer(&mut rng);
         let what = format!("seed {seed} round {round}: {}", args[..2].join(" "));
+        let before = stamp(folder);
         let mut child = Command::new(OURS)
             .args(&args)
             .current_dir(folder)
@@ -86,12 +97,20 @@ fn killed_writers_leave_no_corruption() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        std::thread::sleep(Duration::from_millis(rng.below(250)));
+        // A moment after its first change, however long this machine takes to get there.
+        let started = Instant::now();
+        while stamp(folder) == before && child.try_wait().unwrap().is_none() {
+            assert!(started.elapsed() < Duration::from_secs(60), "{what}: changes nothing");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        std::thread::sleep(Duration::from_micros(rng.below(60_000)));
         child.kill().unwrap();
-        child.wait().unwrap();
+        hits += u64::from(child.wait().unwrap().signal() == Some(9));
         judge(folder, Path::new(OURS), &["check"], &what);
         if let Some(qemu) = &qemu {
             judge(folder, qemu.path(), &["check", "-U"], &what);
         }
     }
+    println!("{hits} of {kills} writers were at work when they were killed");
+    assert!(hits * 3 >= kills, "{hits} of {kills}");
 }

@@ -11,6 +11,7 @@ use qcow2_core::{
 };
 use qcow2_io::{Create, OpenFile, Policy, SourceOptions, open_source};
 use qcow2_testkit::oracle::Tool;
+use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use std::path::Path;
 use std::sync::Arc;
@@ -49,7 +50,7 @@ fn step(image: &Image, model: &mut [u8], rng: &mut Rng) {
         }
         6 => {
             image.discard(range).unwrap();
-            let mut seen = vec![0; len as usize];
+            let mut seen = pattern::unread(len as usize);
             image.read_at(guest, &mut seen).unwrap();
             let fine =
                 seen.iter().zip(&model[place.clone()]).all(|(&now, &before)| now == 0 || now == before);
@@ -58,7 +59,7 @@ fn step(image: &Image, model: &mut [u8], rng: &mut Rng) {
         }
         7 => image.flush().unwrap(),
         _ => {
-            let mut seen = vec![0; len as usize];
+            let mut seen = pattern::unread(len as usize);
             image.read_at(guest, &mut seen).unwrap();
             assert!(seen == model[place], "{len} bytes at {at:#x}");
         }

@@ -7,6 +7,7 @@ use qcow2_core::{
     StorageErrorKind, ZeroMode, create,
 };
 use qcow2_ops::{CheckOptions, Inline, Silent, check};
+use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::room::RoomStorage;
 use qcow2_testkit::storage::PageStorage;
@@ -80,7 +81,7 @@ impl Run {
             Err(error) => {
                 assert!(is_full(&error), "{error:?}");
                 self.refused += 1;
-                let mut seen = vec![0; len];
+                let mut seen = pattern::unread(len);
                 self.image.read_at(range.start(), &mut seen).unwrap();
                 for (at, seen) in seen.iter().enumerate() {
                     assert!([model[at], wanted[at]].contains(seen), "byte {}", start + at);
@@ -91,7 +92,7 @@ impl Run {
     }
 
     fn check_content(&self) {
-        let mut seen = vec![0; SIZE as usize];
+        let mut seen = pattern::unread(SIZE as usize);
         self.image.read_at(GuestOffset::new(0), &mut seen).unwrap();
         assert!(seen == self.model, "another disk");
     }

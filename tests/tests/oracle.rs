@@ -9,6 +9,7 @@ use qcow2_testkit::arbitrary::{BackingShape, DataFileShape, Operation, Shape};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::oracle::Qemu;
 use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::world::{Shelf, TOP, World};
 use qcow2_tests::fixtures::codecs;
@@ -178,7 +179,7 @@ fn open(shelf: &Shelf, writable: bool) -> Arc<Image> {
 
 fn we_read(shelf: &Shelf) -> Vec<u8> {
     let image = open(shelf, false);
-    let mut seen = vec![0; image.size() as usize];
+    let mut seen = pattern::unread(image.size() as usize);
     image.read_at(GuestOffset::new(0), &mut seen).unwrap();
     seen
 }
@@ -210,7 +211,7 @@ fn theirs(qemu: &Qemu, shape: Shape, seed: u64) {
             Operation::Discard(_) => image.read_at(range.start(), part).unwrap(),
             _ => {}
         }
-        let mut seen = vec![0; part.len()];
+        let mut seen = pattern::unread(part.len());
         image.read_at(range.start(), &mut seen).unwrap();
         assert!(seen == part, "seed {seed}, {shape:?}: step {number}, {operation:?}");
     }

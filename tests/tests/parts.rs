@@ -14,7 +14,7 @@ use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::storage::PageStorage;
-use qcow2_testkit::world::{Shelf, TOP, World, create_options};
+use qcow2_testkit::world::{Shelf, TOP, World, create_options, keys};
 use qcow2_tests::fixtures::codecs;
 use qcow2_tests::patience::within;
 use std::ops::Range;
@@ -27,6 +27,7 @@ const SEEDS: u64 = 30;
 
 /// An image and the bytes that it must show.
 struct Bench {
+    shape: Shape,
     world: World,
     content: Vec<u8>,
     /// The number of the next content.
@@ -37,7 +38,7 @@ impl Bench {
     fn new(shape: Shape, seed: u64) -> Self {
         let world = World::new(shape, codecs(), seed).unwrap();
         let content = world.model().bytes().to_vec();
-        Self { world, content, next: seed << 20 }
+        Self { shape, world, content, next: seed << 20 }
     }
 
     fn disk(&self) -> &Arc<Image> {
@@ -63,7 +64,7 @@ impl Bench {
 
     #[track_caller]
     fn check(&self) {
-        let mut seen = vec![0; self.content.len()];
+        let mut seen = vec![0x5a; self.content.len()];
         self.disk().read_at(GuestOffset::new(0), &mut seen).unwrap();
         let wrong = seen.iter().zip(&self.content).position(|(a, b)| a != b);
         assert_eq!(wrong, None, "that byte differs");
@@ -82,9 +83,14 @@ impl Bench {
         let shelf: &Shelf = self.world.shelf();
         let audit = audit(&shelf.file(TOP).bytes(), None);
         assert!(audit.is_sound() && audit.leaks == 0, "{audit:?}");
-        let mut seen = vec![0; content.len()];
-        image.read_at(GuestOffset::new(0), &mut seen).unwrap();
-        assert!(seen == content);
+        let mut options = OpenOptions::default();
+        (options.codecs, options.keys) = (codecs(), keys(&self.shape));
+        let again = Image::open(shelf.source(TOP, ImageFormat::Qcow2), &options).unwrap();
+        for image in [image, again] {
+            let mut seen = vec![0x5a; content.len()];
+            image.read_at(GuestOffset::new(0), &mut seen).unwrap();
+            assert!(seen == content);
+        }
     }
 }
 
@@ -223,7 +229,7 @@ fn an_error_in_the_middle() {
             let written = disk.write_parts(&parts);
             assert_eq!(base.fired(), 1, "the backing file is read less often");
             assert!(written.is_err(), "an error was lost");
-            let mut seen = vec![0; below.len()];
+            let mut seen = pattern::unread(below.len());
             disk.read_at(GuestOffset::new(0), &mut seen).unwrap();
             let mut expected = below;
             for place in places.clone() {

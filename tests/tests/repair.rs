@@ -33,7 +33,7 @@ fn open(storage: Arc<dyn Storage>, change: impl Fn(&mut OpenOptions)) -> qcow2_c
 fn content(storage: Arc<dyn Storage>) -> Result<Vec<u8>, String> {
     let read = |storage| -> qcow2_core::Result<Vec<u8>> {
         let image = open(storage, |_| ())?;
-        let mut bytes = vec![0; image.size() as usize];
+        let mut bytes = pattern::unread(image.size() as usize);
         image.read_at(GuestOffset::new(0), &mut bytes)?;
         Ok(bytes)
     };

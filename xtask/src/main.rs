@@ -13,6 +13,7 @@ mod fixtures;
 mod lex;
 mod libvirt;
 mod map;
+mod mutants;
 mod purity;
 mod source;
 mod tidy;
@@ -41,6 +42,7 @@ fn run(args: &[String]) -> Result<(), String> {
         [name, rest @ ..] if name == "docs" => return docs::run(&root, rest),
         [name, rest @ ..] if name == "libvirt" => return libvirt::run(&root, rest),
         [name, rest @ ..] if name == "bench" => return bench::run(&root, rest),
+        [name, rest @ ..] if name == "mutants" => return mutants::run(&root, rest),
         _ => {}
     }
     let [name] = args else { return Err(usage()) };
@@ -63,6 +65,7 @@ fn usage() -> String {
     text.push_str("\n  docs      manual pages and shell completions, in target/docs or the folder given");
     text.push_str("\n  libvirt   libvirt on our qemu-img (needs root, libvirtd, virsh): volumes, and with a qemu-system's path snapshots of a domain");
     text.push_str("\n  crash     cut the power at every moment of random work: --seconds N, --seed N");
+    text.push_str("\n  mutants   put known faults into a copy of the tree, one by one, and see whether the tests notice: --list, PATTERN");
     text.push_str("\n  bench     time ours against qemu-img in pairs: --group io|convert|compress, --pairs N, --files DIR");
     text.push_str("\n  fixtures  make tests/data anew with QEMU's tools");
     text

@@ -290,10 +290,11 @@ impl Meta {
         Ok(())
     }
 
-    /// Takes back the dirty bit once everything is durable.
+    /// Takes back the dirty bit once everything is durable. A repair may leave refcounts that are too low: there the bit
+    /// goes with [`clear_damage_marks`](Image::clear_damage_marks) only (I1).
     pub(crate) fn retract_warnings(&self) -> Result<()> {
         let header = self.header();
-        if header.version < Version::V3 || !header.is_dirty() {
+        if self.for_repair || header.version < Version::V3 || !header.is_dirty() {
             return Ok(());
         }
         let clean = header.incompatible_features.with(IncompatibleFeatures::DIRTY, false);

@@ -5,8 +5,11 @@ use qcow2_core::{
     CreateOptions, ErrorKind, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat,
     NewSnapshot, NoResolver, OpenOptions, OverlapChecks, ResolvedSource, Storage, create,
 };
+use qcow2_testkit::arbitrary::{DataFileShape, Shape};
 use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::pattern;
 use qcow2_testkit::storage::PageStorage;
+use qcow2_testkit::world::{Shelf, TOP, create_options};
 use std::sync::Arc;
 
 const CLUSTER: u64 = 65536;
@@ -75,7 +78,7 @@ fn a_damaged_entry_marks_an_image_that_is_open_for_writing() {
         options.writable = for_writing;
         let opened = open(&storage, &options).unwrap();
         let before = all_bytes(&storage);
-        let mut sector = [0; 512];
+        let mut sector = [pattern::UNREAD; 512];
         let error = opened.read_at(GuestOffset::new(CLUSTER), &mut sector).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         opened.read_at(GuestOffset::new(0), &mut sector).unwrap();
@@ -326,4 +329,79 @@ fn repair_leaves_tables_alone_that_may_be_something_else() {
     drop(opened);
     assert_eq!(word(&storage, l2) & COPIED, COPIED, "the flags of the table were written");
     assert_eq!(word(&storage, l2 + 8), l2);
+}
+
+/// An image of two clusters in a data file, whose second L2 entry is `entry` (and `subclusters`, where it is extended).
+fn with_data_file(entry: u64, subclusters: Option<u64>) -> Shelf {
+    let shelf = Shelf::default();
+    let mut shape = Shape { data_file: Some(DataFileShape { raw: false }), ..Shape::plain(4 * CLUSTER) };
+    shape.extended_l2 = subclusters.is_some();
+    let data: Arc<dyn Storage> = shelf.file("top.data");
+    create(&(shelf.file(TOP) as Arc<dyn Storage>), Some(&data), &create_options(&shape)).unwrap();
+    let image = Image::open(shelf.source(TOP, ImageFormat::Qcow2), &writable(OverlapChecks::CACHED)).unwrap();
+    image.write_at(GuestOffset::new(0), &[7; 2 * CLUSTER as usize]).unwrap();
+    image.close().unwrap();
+    let storage = shelf.file(TOP);
+    let l2 = word(&storage, image.header().l1_table_offset.value()) & OFFSET_MASK;
+    match subclusters {
+        None => set_word(&storage, l2 + 8, entry),
+        Some(bits) => {
+            set_word(&storage, l2 + 16, entry);
+            set_word(&storage, l2 + 24, bits);
+        }
+    }
+    shelf
+}
+
+#[test]
+fn an_entry_that_leads_elsewhere_in_the_data_file_is_damage() {
+    const ALL: u64 = 0xffff_ffff;
+    for subclusters in [None, Some(ALL)] {
+        // The first cluster's place, and one past the end of the data file.
+        for place in [0, 2 * CLUSTER] {
+            let shelf = with_data_file(COPIED | place, subclusters);
+            let opened = Image::open(shelf.source(TOP, ImageFormat::Qcow2), &OpenOptions::default()).unwrap();
+            let mut seen = [9; 512];
+            let error = opened.read_at(GuestOffset::new(CLUSTER), &mut seen).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{place:#x} {subclusters:?}");
+            assert!(!marked(&shelf), "reading marks nothing");
+
+            let options = writable(OverlapChecks::CACHED);
+            let opened = Image::open(shelf.source(TOP, ImageFormat::Qcow2), &options).unwrap();
+            let before = shelf.file("top.data").bytes().to_vec();
+            let error = opened.write_at(GuestOffset::new(CLUSTER), &[8; 512]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{place:#x} {subclusters:?}");
+            assert!(shelf.file("top.data").bytes().to_vec() == before && marked(&shelf));
+        }
+    }
+}
+
+fn marked(shelf: &Shelf) -> bool {
+    let source = shelf.source(TOP, ImageFormat::Qcow2);
+    Image::open(source, &OpenOptions::default()).unwrap().header().is_corrupt()
+}
+
+/// Entries whose bytes are not read, but whose place a write would take.
+#[test]
+fn a_write_never_follows_an_entry_to_another_place_in_the_data_file() {
+    const ZERO: u64 = 1;
+    const ALL_ZERO: u64 = 0xffff_ffff << 32;
+    for (entry, subclusters) in
+        [(COPIED | (2 * CLUSTER) | ZERO, None), (COPIED | (2 * CLUSTER), Some(ALL_ZERO)), (COPIED, Some(0))]
+    {
+        // The damaged entry is that of the first or of the second cluster of the write.
+        for start in [CLUSTER + 512, CLUSTER - 512] {
+            let shelf = with_data_file(entry, subclusters);
+            let options = writable(OverlapChecks::CACHED);
+            let opened = Image::open(shelf.source(TOP, ImageFormat::Qcow2), &options).unwrap();
+            let mut expected = shelf.file("top.data").bytes().to_vec();
+            let error = opened.write_at(GuestOffset::new(start), &[8; 1024]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{entry:#x} {subclusters:?}");
+            if start < CLUSTER {
+                expected[start as usize..CLUSTER as usize].fill(8);
+            }
+            let seen = shelf.file("top.data").bytes().to_vec();
+            assert!(seen == expected && marked(&shelf), "{entry:#x} {subclusters:?} at {start:#x}");
+        }
+    }
 }

@@ -6,6 +6,8 @@ use qcow2_core::{
     OpenOptions, OverlapChecks, ResolvedSource, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
+use qcow2_testkit::arbitrary::Operation;
+use qcow2_testkit::model::{DiscardRule, Model};
 use std::sync::Arc;
 
 /// Opens for writing in one of several manners, by `seed`.
@@ -38,46 +40,42 @@ impl Rng {
 fn history(options: &CreateOptions, seed: u64) {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
     create(&storage, None, options).unwrap();
-    let mut model = vec![0u8; options.size as usize];
+    let rule = DiscardRule::Zeroes { unit: options.cluster_size };
+    let mut model = Model::new(vec![0; options.size as usize], rule);
     let mut rng = Rng(seed * 7919 + 1);
     let mut image = open_as(&storage, seed);
     for step in 0..400 {
-        let size = model.len() as u64;
+        let size = model.bytes().len() as u64;
         let len = (1 + rng.below(200_000)).min(size);
         let at = rng.below(size - len + 1);
-        let (guest, range) = (GuestOffset::new(at), at as usize..(at + len) as usize);
-        let guest_range = GuestRange::new(guest, len).unwrap();
-        match rng.below(9) {
-            0..=3 => {
-                let fill = rng.below(255) as u8 + 1;
-                model[range.clone()].fill(fill);
-                image.write_at(guest, &model[range]).unwrap();
-            }
-            4 => {
-                let mode = if rng.below(2) == 0 { ZeroMode::KeepAllocated } else { ZeroMode::MayUnmap };
-                image.write_zeroes(guest_range, mode).unwrap();
-                model[range].fill(0);
-            }
-            5 => {
-                image.discard(guest_range).unwrap();
-                image.read_at(guest, &mut model[range]).unwrap();
-            }
-            6 => image.flush().unwrap(),
+        let range = GuestRange::new(GuestOffset::new(at), len).unwrap();
+        let operation = match rng.below(9) {
+            0..=3 => Operation::Write { range, seed: seed << 20 | step | 1 },
+            4 => Operation::Zero {
+                range,
+                mode: if rng.below(2) == 0 { ZeroMode::KeepAllocated } else { ZeroMode::MayUnmap },
+            },
+            5 => Operation::Discard(range),
+            6 => Operation::Flush,
             7 => {
                 let size = 512 * (1 + rng.below(2 * options.size / 512));
                 image.resize(size).unwrap();
-                model.resize(size as usize, 0);
+                model.resize(size);
+                Operation::Read(GuestRange::between(GuestOffset::new(0), GuestOffset::new(0)))
             }
             _ => {
                 image.close().unwrap();
                 drop(image);
                 image = open_as(&storage, seed);
+                Operation::Reopen
             }
-        }
-        assert_eq!(image.size(), model.len() as u64);
-        let mut seen = vec![0; model.len()];
-        image.read_at(GuestOffset::new(0), &mut seen).unwrap();
-        assert!(seen == model, "seed {seed} step {step}");
+        };
+        let done = match operation {
+            Operation::Reopen => Ok(()),
+            _ => model.step(&*image, &operation),
+        };
+        done.and_then(|()| model.check_disk(&*image))
+            .unwrap_or_else(|error| panic!("seed {seed}, step {step}, {operation:?}: {error}"));
     }
     image.close().unwrap();
 }

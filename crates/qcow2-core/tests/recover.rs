@@ -6,11 +6,16 @@ use qcow2_core::{
     ResolvedSource, Storage, create,
 };
 use qcow2_testkit::audit::audit;
+use qcow2_testkit::crash::CrashWorld;
+use qcow2_testkit::cut::Cut;
 use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::pattern;
+use qcow2_testkit::rng::Rng;
 use qcow2_testkit::storage::PageStorage;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
-fn open(storage: &Arc<PageStorage>, writable: bool) -> Arc<Image> {
+fn open<S: Storage + 'static>(storage: &Arc<S>, writable: bool) -> Arc<Image> {
     let source = ResolvedSource {
         storage: Arc::clone(storage) as Arc<dyn Storage>,
         format: ImageFormat::Qcow2,
@@ -23,8 +28,12 @@ fn open(storage: &Arc<PageStorage>, writable: bool) -> Arc<Image> {
     Image::open(source, &options).unwrap()
 }
 
-/// An image with data whose dirty bit is set and whose refcount structures `spoil` has been at.
-fn spoilt(cluster_size: u64, refcount_bits: u32, spoil: impl Fn(&PageStorage, &qcow2_core::format::Header)) {
+/// An image with data whose dirty bit is set and whose refcount structures `spoil` has been at, and the data.
+fn spoilt(
+    cluster_size: u64,
+    refcount_bits: u32,
+    spoil: impl Fn(&PageStorage, &qcow2_core::format::Header),
+) -> (Arc<PageStorage>, Vec<u8>) {
     let storage = Arc::new(PageStorage::new(PageBytes::new()));
     let mut options = CreateOptions::new(4 << 20);
     options.cluster_size = cluster_size;
@@ -37,21 +46,47 @@ fn spoilt(cluster_size: u64, refcount_bits: u32, spoil: impl Fn(&PageStorage, &q
     let header = image.header();
     storage.write_at(HostOffset::new(72), &1u64.to_be_bytes()).unwrap();
     spoil(&storage, &header);
+    (storage, data)
+}
 
+/// Opened for writing the image is clean, and its refcounts exact; a power cut on the way leaves it marked or exact.
+#[track_caller]
+fn check(cluster_size: u64, refcount_bits: u32, spoil: impl Fn(&PageStorage, &qcow2_core::format::Header)) {
+    let (storage, data) = spoilt(cluster_size, refcount_bits, spoil);
+    let what = format!("{cluster_size} {refcount_bits}");
+    check_power_cuts(&storage, &what);
     let reader = open(&storage, false);
     assert!(reader.header().is_dirty(), "opening for reading changes nothing");
     let image = open(&storage, true);
     assert!(!image.header().is_dirty());
-    let mut seen = vec![0; data.len()];
+    let mut seen = pattern::unread(data.len());
     image.read_at(GuestOffset::new(12_345), &mut seen).unwrap();
     assert!(seen == data);
     image.write_at(GuestOffset::new(2_000_000), &data).unwrap();
     image.close().unwrap();
     let audit = audit(&storage.bytes(), None);
-    assert!(
-        audit.is_sound() && audit.leaks == 0 && !audit.dirty,
-        "{cluster_size} {refcount_bits}: {audit:?}"
-    );
+    assert!(audit.is_sound() && audit.leaks == 0 && !audit.dirty, "{what}: {audit:?}");
+}
+
+/// Opens a copy for writing, the power being cut at every step.
+#[track_caller]
+fn check_power_cuts(storage: &PageStorage, what: &str) {
+    let world = CrashWorld::new();
+    let copy = world.add(storage.bytes());
+    let marked = Arc::new(AtomicU64::new(0));
+    let (seen, what) = (Arc::clone(&marked), what.to_owned());
+    let rng = Mutex::new(Rng::new(7));
+    world.set_hook(Some(Arc::new(move |event, cut: &Cut<'_>| {
+        let mut rng = rng.lock().unwrap();
+        let images = [cut.nothing(), cut.everything(), cut.sample(&mut rng), cut.sample(&mut rng)];
+        for image in images {
+            let audit = audit(&image.disks[0], None);
+            assert!(audit.dirty || audit.is_sound(), "{what}, {event:?}: {audit:?}");
+            seen.fetch_add(u64::from(audit.dirty), Ordering::Relaxed);
+        }
+    })));
+    assert!(!open(&copy, true).header().is_dirty());
+    assert!(marked.load(Ordering::Relaxed) > 0, "the image was marked on the way");
 }
 
 fn block(storage: &PageStorage, header: &qcow2_core::format::Header, index: u64) -> HostOffset {
@@ -66,7 +101,7 @@ const SHAPES: [(u64, u32); 4] = [(512, 16), (4096, 1), (65536, 16), (65536, 64)]
 fn counts_that_are_too_low_or_too_high_are_corrected() {
     for (cluster_size, refcount_bits) in SHAPES {
         for byte in [0, 0xff] {
-            spoilt(cluster_size, refcount_bits, |storage, header| {
+            check(cluster_size, refcount_bits, |storage, header| {
                 let at = block(storage, header, 0);
                 storage.write_at(at, &vec![byte; cluster_size as usize]).unwrap();
             });
@@ -77,7 +112,7 @@ fn counts_that_are_too_low_or_too_high_are_corrected() {
 #[test]
 fn missing_blocks_lead_to_a_new_structure() {
     for (cluster_size, refcount_bits) in SHAPES {
-        spoilt(cluster_size, refcount_bits, |storage, header| {
+        check(cluster_size, refcount_bits, |storage, header| {
             storage.write_at(header.refcount_table_offset, &vec![0; cluster_size as usize]).unwrap();
         });
     }
@@ -86,7 +121,7 @@ fn missing_blocks_lead_to_a_new_structure() {
 #[test]
 fn a_damaged_table_leads_to_a_new_structure() {
     for (cluster_size, refcount_bits) in SHAPES {
-        spoilt(cluster_size, refcount_bits, |storage, header| {
+        check(cluster_size, refcount_bits, |storage, header| {
             storage.write_at(header.refcount_table_offset, &[0x12; 8]).unwrap();
         });
     }

@@ -2,12 +2,16 @@
 //! together, on an image so small that everything collides.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
+#[path = "shuttle/power.rs"]
+mod power;
+
 use qcow2_core::StorageError;
 use qcow2_core::{
     CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, NoResolver,
     OpenOptions, ResolvedSource, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
+use qcow2_testkit::pattern;
 use shuttle::rand::Rng;
 use std::sync::Arc;
 
@@ -16,19 +20,23 @@ const THREADS: u64 = 3;
 const DISK: u64 = CLUSTER * 12;
 
 fn open(storage: &Arc<dyn Storage>) -> Arc<Image> {
-    let (format, resolver) = (ImageFormat::Qcow2, Arc::new(NoResolver));
-    let source =
-        ResolvedSource { storage: Arc::clone(storage), format, name: "memory".into(), id: None, resolver };
     let mut options = OpenOptions::default();
     options.writable = true;
     options.discard_freed = true;
-    Image::open(source, &options).unwrap()
+    open_as(storage, &options)
 }
 
-/// Memory whose every call first lets others run.
-struct Yielding(MemoryStorage);
+fn open_as(storage: &Arc<dyn Storage>, options: &OpenOptions) -> Arc<Image> {
+    let (format, resolver) = (ImageFormat::Qcow2, Arc::new(NoResolver));
+    let source =
+        ResolvedSource { storage: Arc::clone(storage), format, name: "memory".into(), id: None, resolver };
+    Image::open(source, options).unwrap()
+}
 
-impl Storage for Yielding {
+/// A storage whose every call first lets others run.
+struct Yielding<S>(S);
+
+impl<S: std::ops::Deref<Target: Storage> + Send + Sync> Storage for Yielding<S> {
     fn len(&self) -> Result<u64, StorageError> {
         self.0.len()
     }
@@ -95,7 +103,7 @@ fn work(image: &Image, me: u64) -> Vec<u8> {
             }
             5 | 6 => look_at_churn(image, rng.gen_range(0..4)),
             _ => {
-                let mut seen = vec![0; piece as usize];
+                let mut seen = pattern::unread(piece as usize);
                 image.read_at(GuestOffset::new(at), &mut seen).unwrap();
                 assert_eq!(
                     seen,
@@ -123,7 +131,7 @@ fn piece_starts(rng: &mut impl Rng, me: u64) -> Vec<u64> {
 /// A cluster that is freed and reused all the time holds what was written to it or zeroes, never what its old place was
 /// used for next.
 fn look_at_churn(image: &Image, cluster: u64) {
-    let mut seen = [0; CLUSTER as usize];
+    let mut seen = [pattern::UNREAD; CLUSTER as usize];
     image.read_at(GuestOffset::new(DISK + cluster * CLUSTER), &mut seen).unwrap();
     let own = 200 + cluster as u8;
     assert!(
@@ -152,7 +160,7 @@ fn churn(image: &Image) {
 }
 
 fn scenario() {
-    let storage: Arc<dyn Storage> = Arc::new(Yielding(MemoryStorage::new()));
+    let storage: Arc<dyn Storage> = Arc::new(Yielding(Arc::new(MemoryStorage::new())));
     let mut options = CreateOptions::new(DISK + 4 * CLUSTER);
     options.cluster_size = CLUSTER;
     create(&storage, None, &options).unwrap();
@@ -172,14 +180,14 @@ fn scenario() {
     image.close().unwrap();
     drop(image);
     let image = open(&storage);
-    let mut seen = vec![0; DISK as usize];
+    let mut seen = pattern::unread(DISK as usize);
     image.read_at(GuestOffset::new(0), &mut seen).unwrap();
     for (at, &byte) in seen.iter().enumerate() {
         let owner = at as u64 % CLUSTER / (CLUSTER / 4);
         let wanted = known.get(owner as usize).map_or(0, |k| k[at]);
         assert_eq!(byte, wanted, "byte {at:#x}");
     }
-    let mut end = vec![0; 4 * CLUSTER as usize];
+    let mut end = pattern::unread(4 * CLUSTER as usize);
     image.read_at(GuestOffset::new(DISK), &mut end).unwrap();
     assert!(end.iter().all(|&b| b == 0), "a discarded cluster reads as zeroes");
 }

@@ -436,3 +436,37 @@ impl Storage for FileStorage {
         Ok(None)
     }
 }
+
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+mod tests {
+    use super::*;
+
+    /// A storage with one change that could not be flushed; afterwards its file could be.
+    fn after_a_failed_flush(direct: bool) -> FileStorage {
+        // A character device takes writes and refuses to sync, and a temporary file takes both.
+        let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+        let mut storage = FileStorage::from_file(null, true).unwrap();
+        storage.write_at(HostOffset::new(0), &[1; 512]).unwrap();
+        let block = crate::direct::Alignment { block: 512, memory: 512 };
+        storage.direct = direct.then(|| DirectIo::new(block));
+        storage.flush().unwrap_err();
+        storage.file = tempfile::tempfile().unwrap();
+        storage
+    }
+
+    /// The system tells once that it lost pages of its cache, and takes them for clean then: the next sync succeeds.
+    #[test]
+    fn a_flush_after_a_failed_flush_fails_too() {
+        let storage = after_a_failed_flush(false);
+        for _ in 0..2 {
+            storage.flush().unwrap_err();
+            storage.write_at(HostOffset::new(0), &[2; 512]).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_failed_flush_around_the_page_cache_is_tried_again() {
+        after_a_failed_flush(true).flush().unwrap();
+    }
+}

@@ -3,8 +3,8 @@
 
 use qcow2_core::{HostOffset, Storage, StorageErrorKind, ZeroMode};
 use qcow2_io::{CacheMode, Create, OpenFile};
+use qcow2_testkit::oracle::Tool;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 fn at(offset: u64) -> HostOffset {
     HostOffset::new(offset)
@@ -149,9 +149,18 @@ fn a_file_opened_for_reading_refuses_changes() {
     assert_eq!(std::fs::read(&path).unwrap(), [1; 100]);
 }
 
-/// Runs a program; `false` where it is missing or fails (not root, no such module).
-fn run(program: &str, args: &[&str]) -> bool {
-    Command::new(program).args(args).output().is_ok_and(|output| output.status.success())
+/// Runs a program that needs the right to change the system, and returns what it says. `None`, a skip, where it is missing
+/// (a failure where tools are required) or where there is no such right, which could not be installed.
+fn run(program: &str, args: &[&str]) -> Option<String> {
+    let outcome = Tool::find(program)?.run_in(Path::new("/"), args);
+    if outcome.code == Some(0) {
+        return Some(outcome.stdout);
+    }
+    let said = outcome.stderr.to_lowercase();
+    let refusals = ["permission denied", "not permitted", "superuser", "cannot find an unused loop device"];
+    assert!(refusals.iter().any(|refusal| said.contains(refusal)), "{outcome}");
+    println!("skipped: {program} is not allowed here: {}", said.trim());
+    None
 }
 
 /// A small memory file system, unmounted at the end.
@@ -162,7 +171,7 @@ impl Tmpfs {
         let dir = scratch();
         let place = dir.path().to_str().unwrap().to_owned();
         let options = format!("size={size}");
-        run("mount", &["-t", "tmpfs", "-o", &options, "none", &place]).then_some(Self(dir))
+        run("mount", &["-t", "tmpfs", "-o", &options, "none", &place]).map(|_| Self(dir))
     }
 }
 
@@ -174,10 +183,7 @@ impl Drop for Tmpfs {
 
 #[test]
 fn a_full_file_system_is_told_from_a_broken_one() {
-    let Some(tmpfs) = Tmpfs::new("1m") else {
-        println!("skipped: cannot mount a tmpfs");
-        return;
-    };
+    let Some(tmpfs) = Tmpfs::new("1m") else { return };
     let storage = create(&tmpfs.0.path().join("disk"), CacheMode::Writeback);
     let error = storage.write_at(at(0), &vec![1; 2 << 20]).unwrap_err();
     assert_eq!((error.kind(), error.os_code()), (StorageErrorKind::NoSpace, Some(28)));
@@ -201,9 +207,8 @@ impl LoopDevice {
         let dir = scratch();
         let file = dir.path().join("backing");
         std::fs::write(&file, vec![0xAA; len as usize]).unwrap();
-        let output = Command::new("losetup").args(["--find", "--show"]).arg(&file).output().ok()?;
-        let path = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
-        (output.status.success() && path.exists()).then_some(Self { path, _dir: dir })
+        let shown = run("losetup", &["--find", "--show", file.to_str().unwrap()])?;
+        Some(Self { path: PathBuf::from(shown.trim()), _dir: dir })
     }
 }
 
@@ -216,10 +221,7 @@ impl Drop for LoopDevice {
 #[test]
 fn a_block_device_has_a_fixed_length() {
     const LEN: u64 = 4 << 20;
-    let Some(device) = LoopDevice::new(LEN) else {
-        println!("skipped: cannot make a loop device");
-        return;
-    };
+    let Some(device) = LoopDevice::new(LEN) else { return };
     for mode in [CacheMode::Writeback, CacheMode::None] {
         let storage = OpenFile::writable().with_cache(mode).open_file(&device.path).unwrap();
         assert!(!storage.is_regular() && !storage.limits().growable);

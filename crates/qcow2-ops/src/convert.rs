@@ -180,8 +180,9 @@ mod tests {
     }
 
     fn content(disk: &Arc<dyn GuestDisk>, size: u64) -> Vec<u8> {
-        let mut bytes = vec![0; size as usize];
-        disk.read_at(qcow2_core::GuestOffset::new(0), &mut bytes[..disk.size() as usize]).unwrap();
+        let mut bytes = qcow2_testkit::pattern::unread(disk.size() as usize);
+        disk.read_at(qcow2_core::GuestOffset::new(0), &mut bytes).unwrap();
+        bytes.resize(size as usize, 0);
         bytes
     }
 
@@ -299,6 +300,34 @@ mod tests {
         assert_eq!(to.states.lock().unwrap()[..1024], [b'-'; 1024]);
         let error = convert(&[from.clone(), from], &to, &wanted, &Inline, &Silent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidOption);
+    }
+
+    /// A disk whose sectors `zeroes` are zero and whose others are data, over a backing file of `base` bytes: converted onto
+    /// the same backing file it shows the same.
+    #[track_caller]
+    fn check_zeroes_over_backing(base: u64, size: u64, zeroes: std::ops::Range<u64>) {
+        let below = Arc::new(TestDisk::data(vec![7; base as usize]));
+        let top =
+            TestDisk { cluster_size: 512, ..TestDisk::data(vec![9; size as usize]) }.with_backing(&below);
+        top.states.lock().unwrap()[zeroes.start as usize..zeroes.end as usize].fill(b'z');
+        let expected = top.content();
+        let to = TestDisk::empty(size, 512).with_backing(&below);
+        let wanted = ConvertOptions { keep_backing: true, ..options() };
+        run(&source(top), &to, &wanted).unwrap();
+        assert!(to.content() == expected, "{base} bytes, zeroes in sectors {zeroes:?}");
+    }
+
+    #[test]
+    fn zeroes_hide_the_last_bytes_of_a_backing_file_of_any_length() {
+        // The file ends inside a chunk that is read, and at the start of one that is all zeroes.
+        for (base, size) in [(5 * 512, 8192), (MIB, MIB + 8192)] {
+            let first = base / 512;
+            for odd in [1, 511, 512, 513] {
+                for zeroes in [first..first + 1, first..first + 2, first + 1..first + 3, first..size / 512] {
+                    check_zeroes_over_backing(base + odd, size, zeroes);
+                }
+            }
+        }
     }
 
     #[test]

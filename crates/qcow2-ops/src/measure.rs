@@ -202,6 +202,24 @@ mod tests {
         assert_eq!(raw.required, 1 << 63);
     }
 
+    /// Figures of the reference: the bits, their tables and the directory each take whole clusters.
+    #[test]
+    fn bitmaps_take_their_bits_their_tables_and_the_directory() {
+        let bitmaps = |list: &[(&str, u64)]| -> Vec<Bitmap> {
+            list.iter().map(|(name, granularity)| Bitmap::new(*name, granularity.ilog2() as u8)).collect()
+        };
+        let short = bitmaps(&[("b0", 65_536), ("b1", 4096)]);
+        assert_eq!(measure_bitmaps(&short, 4 << 20, 65_536), 327_680);
+        assert_eq!(measure_bitmaps(&short, 4 << 20, 512), 2560);
+        let long = bitmaps(&[("long-name-of-a-bitmap", 512), ("b", 65_536)]);
+        for (cluster_size, bytes) in
+            [(512, 80_496_640), (4096, 79_421_440), (65_536, 79_495_168), (2 << 20, 88_080_384)]
+        {
+            assert_eq!(measure_bitmaps(&long, 300 << 30, cluster_size), bytes, "{cluster_size}");
+        }
+        assert_eq!(measure_bitmaps(&[], 4 << 20, 65_536), 0);
+    }
+
     #[test]
     fn clusters_with_data_count_once() {
         let disk = TestDisk::data(vec![1; 8 * 512]);

@@ -108,3 +108,85 @@ pub fn repair(
     done.after = (done.leaks_fixed + done.corruptions_fixed > 0).then_some(now);
     Ok(done)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executor::Inline;
+    use crate::progress::Silent;
+    use qcow2_core::{ImageFormat, NoResolver, OpenOptions, ResolvedSource, Storage};
+    use qcow2_format::feature::IncompatibleFeatures;
+    use qcow2_testkit::builder::{Builder, Built, Cluster};
+    use std::sync::Arc;
+
+    const CLUSTER: u64 = 65_536;
+
+    fn leak(image: &mut Built) {
+        let end = image.bytes.len() as u64;
+        image.patch(end + CLUSTER - 1, &[0]).set_refcount(end / CLUSTER, 1);
+    }
+
+    /// A second guest cluster leads to the host cluster of the first, whose refcount stays 1.
+    fn low(image: &mut Built) {
+        let (entry, second) = (image.read_u64(image.l2_entry(0)), image.l2_entry(2));
+        image.patch_u64(second, entry);
+    }
+
+    fn wrong_flag(image: &mut Built) {
+        let (at, copied) = (image.l2_entry(0), 1 << 63);
+        let entry = image.read_u64(at);
+        image.patch_u64(at, entry & !copied);
+    }
+
+    /// A reserved bit: no repair of counts touches it.
+    fn damaged_entry(image: &mut Built) {
+        let at = image.l2_entry(1);
+        let entry = image.read_u64(at);
+        image.patch_u64(at, entry | 1 << 60);
+    }
+
+    /// Repairs an image that is marked dirty and corrupt and that `spoil` has been at: whether the marks stay.
+    #[track_caller]
+    fn check(spoil: &[fn(&mut Built)], mode: RepairMode, marked: bool) {
+        let data = |byte| Cluster::Data(vec![byte; CLUSTER as usize]);
+        let mut builder = Builder::new(16, 1 << 20).cluster(0, data(1)).cluster(1, data(2));
+        let marks = [IncompatibleFeatures::CORRUPT, IncompatibleFeatures::DIRTY];
+        marks.into_iter().for_each(|mark| builder.header_mut().incompatible_features.set(mark, true));
+        let mut image = builder.build();
+        spoil.iter().for_each(|spoil| spoil(&mut image));
+        let storage: Arc<dyn Storage> = Arc::new(image.storage());
+        let report = check_image(&storage);
+        let (format, resolver) = (ImageFormat::Qcow2, Arc::new(NoResolver));
+        let source = ResolvedSource { storage, format, name: "image".into(), id: None, resolver };
+        let mut options = OpenOptions::default();
+        (options.writable, options.for_repair) = (true, true);
+        let image = Image::open(source, &options).unwrap();
+        repair(&image, &report, mode, &Inline, &Silent).unwrap();
+        image.close().unwrap();
+        let left = check_image(image.storage());
+        let header = image.header();
+        assert_eq!((header.is_corrupt(), header.is_dirty()), (marked, marked), "{left:?}");
+        assert_eq!(left.corruptions + left.check_errors > 0, marked, "{left:?}");
+    }
+
+    fn check_image(storage: &Arc<dyn Storage>) -> CheckReport {
+        crate::check::check(&**storage, &CheckOptions::default(), &Inline, &Silent).unwrap()
+    }
+
+    #[test]
+    fn the_marks_of_damage_go_with_the_last_corruption_and_not_before() {
+        for mode in [RepairMode::Leaks, RepairMode::All] {
+            check(&[], mode, false);
+            check(&[leak], mode, false);
+            check(&[wrong_flag], mode, false);
+            check(&[leak, wrong_flag], mode, false);
+            check(&[damaged_entry], mode, true);
+            check(&[leak, damaged_entry], mode, true);
+        }
+        check(&[low], RepairMode::All, false);
+        check(&[leak, low], RepairMode::All, false);
+        // A count that is too low is no leak: repairing leaks alone leaves it.
+        check(&[low], RepairMode::Leaks, true);
+        check(&[leak, low], RepairMode::Leaks, true);
+    }
+}

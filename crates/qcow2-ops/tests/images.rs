@@ -16,6 +16,7 @@ use qcow2_core::{
 use qcow2_io::MemoryStorage;
 use qcow2_ops::{ConvertOptions, CopyReport, Executor, Silent, convert};
 use qcow2_testkit::oracle::Tool;
+use qcow2_testkit::pattern;
 use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
@@ -103,7 +104,7 @@ fn open_on(storage: &Arc<dyn Storage>, writable: bool, resolver: Arc<dyn Resolve
 }
 
 fn content(disk: &dyn GuestDisk) -> Vec<u8> {
-    let mut bytes = vec![0; disk.size() as usize];
+    let mut bytes = pattern::unread(disk.size() as usize);
     disk.read_at(GuestOffset::new(0), &mut bytes).unwrap();
     bytes
 }

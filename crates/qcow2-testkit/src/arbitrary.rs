@@ -224,7 +224,7 @@ impl Operation {
     pub fn run(&self, disk: &dyn GuestDisk) -> Result<Option<Vec<u8>>> {
         match *self {
             Self::Read(range) => {
-                let mut buf = vec![0; range.len() as usize];
+                let mut buf = pattern::unread(range.len() as usize);
                 disk.read_at(range.start(), &mut buf)?;
                 return Ok(Some(buf));
             }

@@ -28,6 +28,14 @@ pub fn bytes(seed: u64, offset: u64, len: usize) -> Vec<u8> {
     buf
 }
 
+/// What a buffer holds before something is read into it: a byte that a read leaves out is then no zero by chance.
+pub const UNREAD: u8 = 0xa5;
+
+/// A buffer of `len` bytes to read into, full of [`UNREAD`].
+pub fn unread(len: usize) -> Vec<u8> {
+    vec![UNREAD; len]
+}
+
 /// Eight bytes of content; well compressible seeds change only every 64 bytes.
 fn word(seed: u64, index: u64) -> u64 {
     let index = if seed.is_multiple_of(4) { index / 8 } else { index };

@@ -116,6 +116,8 @@ fn passwords_by_file_descriptor_and_pipe() {
     compare("file=/dev/fd/3,format=base64", "3<word64").expect_code(0);
     compare("file=/dev/fd/3", "3<word64").expect_code(2);
     compare("file=/dev/fd/9", "").expect_code(2);
+    fs::write(folder.join("line"), "xyzzy\n").unwrap();
+    compare("file=line", "").expect_code(2);
     // What is told while it runs names no secret either.
     let line = format!("convert --json --object secret,id=t,file=word -O qcow2 -o {options} d.raw b.qcow2");
     let told = ours(folder, &line).expect_code(0);

@@ -152,6 +152,26 @@ mod tests {
         assert!(!format!("{objects:?}").contains("YWJj"), "a secret is shown");
     }
 
+    #[test]
+    fn every_byte_of_a_secret_file_is_the_secret() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("word");
+        for (bytes, format, secret) in [
+            (&b"xyzzy\n"[..], "raw", &b"xyzzy\n"[..]),
+            (b"xyzzy\r\n", "raw", b"xyzzy\r\n"),
+            (b" xy\0zzy ", "raw", b" xy\0zzy "),
+            (b"\n", "raw", b"\n"),
+            (b"", "raw", b""),
+            // Around base64 white space is no part of it.
+            (b"eHl6enk=\n", "base64", b"xyzzy"),
+        ] {
+            fs::write(&path, bytes).unwrap();
+            let mut objects = Objects::default();
+            objects.add(&format!("secret,id=a,format={format},file={}", path.display())).unwrap();
+            assert_eq!(objects.secret("a").unwrap().bytes(), secret, "{bytes:?}");
+        }
+    }
+
     /// Made with OpenSSL: AES-256-CBC over "word", key 32 times 'k', iv 16 times 'i'.
     #[test]
     fn a_wrapped_secret() {

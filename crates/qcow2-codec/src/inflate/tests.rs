@@ -105,6 +105,18 @@ fn cut_streams_are_never_whole() {
     }
 }
 
+/// A stored block that promises more than there is room for: whether the stream goes on is seen from the next byte only.
+#[test]
+fn a_stored_block_that_is_cut_where_the_room_ends_is_no_whole_cluster() {
+    let (mut reader, mut rng) = (Inflater::new(), Rng(11));
+    let stream = by_zlib(&mixed(700, &mut rng), 0);
+    let header = 5;
+    for room in [0, 1, 300, 699] {
+        assert!(!check_same(&mut reader, &stream[..header + room], room), "cut after {room} bytes");
+        assert!(check_same(&mut reader, &stream[..header + room + 1], room), "one byte more than {room}");
+    }
+}
+
 #[test]
 fn damage_is_judged_as_zlib_does() {
     let (mut reader, mut rng) = (Inflater::new(), Rng(21));

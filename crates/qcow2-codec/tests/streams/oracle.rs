@@ -3,8 +3,8 @@
 use crate::mixed;
 use qcow2_codec::{Deflate, DeflateOptions, Zstd};
 use qcow2_core::ClusterCodec;
+use qcow2_testkit::oracle::Tool;
 use std::fs;
-use std::process::Command;
 
 const CLUSTER_BITS: u32 = 16;
 const CLUSTER: usize = 1 << CLUSTER_BITS;
@@ -48,32 +48,18 @@ fn image(codec: &dyn ClusterCodec, zstd: bool, plain: &[u8]) -> Vec<u8> {
     file
 }
 
-fn qemu_img(args: &[&str]) -> Option<(Option<i32>, String)> {
-    match Command::new("qemu-img").args(args).output() {
-        Ok(out) => {
-            let text = [out.stdout, out.stderr].concat();
-            Some((out.status.code(), String::from_utf8_lossy(&text).into_owned()))
-        }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
-        Err(e) => panic!("qemu-img: {e}"),
-    }
-}
-
 fn check(name: &str, codec: &dyn ClusterCodec, zstd: bool) {
     let mut plain = mixed(15 * CLUSTER, 3);
     plain.extend([0; CLUSTER]);
     let dir = tempfile::tempdir().unwrap();
-    let (raw, qcow2) = (dir.path().join("a.raw"), dir.path().join("a.qcow2"));
-    fs::write(&raw, &plain).unwrap();
-    fs::write(&qcow2, image(codec, zstd, &plain)).unwrap();
-    let (raw, qcow2) = (raw.to_str().unwrap(), qcow2.to_str().unwrap());
-    let Some(checked) = qemu_img(&["check", "-f", "qcow2", qcow2]) else {
-        println!("skipped: qemu-img not found");
-        return;
-    };
-    assert_eq!(checked.0, Some(0), "{name}: {}", checked.1);
-    let compared = qemu_img(&["compare", "-f", "raw", "-F", "qcow2", raw, qcow2]).unwrap();
-    assert_eq!(compared.0, Some(0), "{name}: {}", compared.1);
+    fs::write(dir.path().join("a.raw"), &plain).unwrap();
+    fs::write(dir.path().join("a.qcow2"), image(codec, zstd, &plain)).unwrap();
+    let Some(qemu_img) = Tool::find("qemu-img") else { return };
+    let checked = qemu_img.run_in(dir.path(), &["check", "-f", "qcow2", "a.qcow2"]);
+    assert_eq!(checked.code, Some(0), "{name}: {checked}");
+    let args = ["compare", "-f", "raw", "-F", "qcow2", "a.raw", "a.qcow2"];
+    let compared = qemu_img.run_in(dir.path(), &args);
+    assert_eq!(compared.code, Some(0), "{name}: {compared}");
 }
 
 #[test]

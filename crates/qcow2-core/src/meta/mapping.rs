@@ -16,7 +16,7 @@ use ::alloc::format;
 use ::alloc::sync::Arc;
 use ::alloc::vec;
 use qcow2_format::l1::L1Entry;
-use qcow2_format::l2::L2Entry;
+use qcow2_format::l2::{ClusterEntry, L2Entry};
 use qcow2_format::{FormatError, GuestOffset, HostOffset, L1Index};
 
 /// A cached piece of an L2 table and the entry in it that maps a guest offset.
@@ -55,15 +55,20 @@ impl Meta {
         };
         let run = resolve_run(&self.l2_format, offset, max_len, place.entries(), entry)
             .map_err(|e| self.entry_error(offset, e))?;
-        if let Place::Data { host, .. } = run.place
-            && self.has_data_file()
-            && host.value() != offset.value()
-        {
-            return Err(self.mark_corrupt(format!(
-                "l2 entry of guest offset {offset}: host offset {host} in the data file, allowed is {offset}"
-            )));
+        if let Place::Data { host, .. } = run.place {
+            self.check_place(offset, host)?;
         }
         Ok(run)
+    }
+
+    /// In a data file bytes are where the guest has them; anything else is damage.
+    fn check_place(&self, offset: GuestOffset, host: HostOffset) -> Result<()> {
+        if !self.has_data_file() || host.value() == offset.value() {
+            return Ok(());
+        }
+        Err(self.mark_corrupt(format!(
+            "l2 entry of guest offset {offset}: host offset {host} in the data file, allowed is {offset}"
+        )))
     }
 
     /// An entry that cannot be right: an image open for writing is marked, so that nothing is built on it.
@@ -117,7 +122,13 @@ impl Meta {
     /// The `index`-th entry counted from the one at `place`. `offset` names it in errors.
     pub(crate) fn entry(&self, place: &L2Place, index: u64, offset: GuestOffset) -> Result<L2Entry> {
         let (raw, bitmap) = place.raw(index);
-        self.l2_format.decode(raw, bitmap).map_err(|e| self.entry_error(offset, e))
+        let entry = self.l2_format.decode(raw, bitmap).map_err(|e| self.entry_error(offset, e))?;
+        if let L2Entry::Standard(ClusterEntry { host: Some(host), .. }) = entry {
+            // Of clusters that are not read too: a write would go there.
+            let start = self.geometry.align_down(offset.value()) + index * self.geometry.cluster_size();
+            self.check_place(GuestOffset::new(start), host)?;
+        }
+        Ok(entry)
     }
 
     /// The L2 entry of `offset` in a table that may be changed: a missing table is made, a shared one copied. The

@@ -157,6 +157,58 @@ fn damage_is_named_and_work_is_bounded() {
     assert_eq!(*error.unwrap_err().kind(), CryptErrorKind::Damaged);
 }
 
+/// `slots` passwords, whose slots take `rounds` rounds of key derivation together with the key's digest: a limit just below
+/// refuses to try them, and the limit itself does not.
+#[track_caller]
+fn check_work(hash: HashAlg, alg: CipherAlg, slots: u64, rounds: u64) {
+    let spec = CipherSpec { alg, ..CipherSpec::default() };
+    let storage = make(&NewVolume { spec, hash, iter_time_ms: 0 });
+    let volume = || Volume::read(&storage, START).unwrap();
+    let key = unlock(&storage, "word").unwrap();
+    for index in 1..slots {
+        put_key((&storage, START), index as usize, (&key, &secret("b")), 1000, &mut Counter(index)).unwrap();
+    }
+    let tried = |limit| volume().unlock(&storage, START, &secret("word"), IterationLimit(limit));
+    let refused = tried(rounds - 1).unwrap_err();
+    assert_eq!(*refused.kind(), CryptErrorKind::TooManyIterations, "{hash:?} {alg:?}");
+    assert_eq!(tried(rounds).unwrap().bytes(), key.bytes(), "{hash:?} {alg:?}");
+}
+
+/// A key longer than the hash is derived in several passes, each of which takes all rounds.
+#[test]
+fn the_work_of_a_slot_counts_every_pass_of_its_hash() {
+    const ROUNDS: u64 = 1000;
+    // Two keys of 32 bytes from hashes of 20, 32 and 64 bytes; then the digest of 20 bytes.
+    check_work(HashAlg::Sha1, CipherAlg::Aes256, 1, ROUNDS * (4 + 1));
+    check_work(HashAlg::Sha256, CipherAlg::Aes256, 1, ROUNDS * (2 + 1));
+    check_work(HashAlg::Sha512, CipherAlg::Aes256, 1, ROUNDS * (1 + 1));
+    // The digest takes two passes of a hash of 16 bytes.
+    check_work(HashAlg::Md5, CipherAlg::Aes128, 1, ROUNDS * (2 + 2));
+    check_work(HashAlg::Sha1, CipherAlg::Aes256, 3, 3 * ROUNDS * (4 + 1));
+}
+
+#[test]
+fn an_erased_slot_keeps_no_sector_of_its_key_material() {
+    let (start, _) = with_passwords(&["word", "b", "c"]);
+    let storage = PageStorage::new(start);
+    let volume = Volume::read(&storage, START).unwrap();
+    let material = |index: usize| {
+        let mut bytes = vec![0x5a; volume.material_len() as usize];
+        storage.read_at(HostOffset::new(volume.slot_offset(index)), &mut bytes).unwrap();
+        bytes
+    };
+    let before = [0, 1, 2].map(material);
+    volume.erase_keys(&[0, 2]).unwrap().apply(&storage, START, &mut Counter(9)).unwrap();
+    let after = [0, 1, 2].map(material);
+    assert!(after[1] == before[1], "the slot between them is as it was");
+    for index in [0, 2] {
+        let sectors = before[index].chunks(SECTOR as usize).zip(after[index].chunks(SECTOR as usize));
+        for (number, (old, new)) in sectors.enumerate() {
+            assert_ne!(old, new, "slot {index}: sector {number} stays");
+        }
+    }
+}
+
 #[test]
 fn iterations_follow_the_clock() {
     struct Exact(Cell<Duration>);

@@ -163,7 +163,7 @@ impl Run<'_> {
                 self.change(disk, all, &below, guest, Image::make_empty)
             }
             Step::Plain(Operation::Read(range)) => {
-                disk.read_at(range.start(), &mut vec![0; range.len() as usize])
+                disk.read_at(range.start(), &mut pattern::unread(range.len() as usize))
             }
             Step::Plain(operation @ Operation::Write { range, seed }) => {
                 let bytes = pattern::bytes(seed, range.start().value(), range.len() as usize);
@@ -204,7 +204,7 @@ impl Run<'_> {
         let around = sectors_around(range);
         guest.start_write(range.start().value(), bytes);
         let result = make(disk);
-        let mut seen = vec![0; around.len() as usize];
+        let mut seen = pattern::unread(around.len() as usize);
         // A read may be the call that fails; then nothing is learned.
         if disk.read_at(around.start(), &mut seen).is_ok() {
             if let Err(what) = guest.judge_at(around.start().value(), &seen) {
@@ -218,7 +218,7 @@ impl Run<'_> {
     /// A change of snapshots that may fail: then it may have happened or not.
     fn snapshot(&self, disk: &Image, step: Step, guest: &mut Guest) -> qcow2_core::Result<()> {
         // After a step that failed it is not known what a snapshot will hold until one looks.
-        let mut seen = vec![0; disk.size() as usize];
+        let mut seen = pattern::unread(disk.size() as usize);
         disk.read_at(GuestOffset::new(0), &mut seen)?;
         if let Err(what) = guest.judge(&seen) {
             panic!("before {step:?}: {what}");

@@ -11,6 +11,7 @@ use crate::crash::SECTOR;
 use crate::cut::CrashImage;
 use crate::model::chain;
 use crate::pages::PageBytes;
+use crate::pattern;
 use crate::rng::Rng;
 use crate::storage::PageStorage;
 use crate::world::keys;
@@ -86,7 +87,8 @@ impl Judge {
         options.keys = keys(&self.start.shape);
         let disk = files.open(&self.start, &options)?;
         let mut seen = std::mem::take(&mut self.buf);
-        seen.resize(disk.size() as usize, 0);
+        seen.clear();
+        seen.resize(disk.size() as usize, pattern::UNREAD);
         let read = disk.read_at(GuestOffset::new(0), &mut seen);
         read.map_err(|error| format!("image does not read: {}", chain(&error)))?;
         guest.judge(&seen)?;
@@ -109,11 +111,21 @@ impl Judge {
         Ok(())
     }
 
-    /// A bitmap that is not in use knows every sector that has changed. What was cut off once is left out.
+    /// A bitmap that is not in use knows every sector that has changed, or none where it records nothing. What was cut off
+    /// once is left out.
     fn judge_bitmaps(&self, disk: &Image, guest: &Guest, seen: &[u8]) -> Result<(), String> {
         let failed = |error| format!("bitmaps do not read: {}", chain(&error));
         for bitmap in disk.bitmaps().map_err(failed)?.iter().filter(|bitmap| !bitmap.in_use) {
             let bits = disk.bitmap_bits(&bitmap.name).map_err(failed)?;
+            if bits.size() != disk.size() {
+                return Err(format!("a bitmap of {} bytes on a disk of {}", bits.size(), disk.size()));
+            }
+            if !bitmap.auto {
+                match bits.marked_runs().next() {
+                    Some(run) => return Err(format!("a bitmap that records nothing marks {run:?}")),
+                    None => continue,
+                }
+            }
             let kept = guest.smallest_size() as usize;
             let sectors = seen[..kept].chunks(SECTOR as usize).zip(self.start.guest.chunks(SECTOR as usize));
             for (index, (now, before)) in (0u64..).zip(sectors) {

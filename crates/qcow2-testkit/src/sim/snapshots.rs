@@ -3,6 +3,7 @@
 
 use super::start::Start;
 use crate::model::chain;
+use crate::pattern;
 use qcow2_core::{GuestDisk, GuestOffset, Image, OpenOptions, Storage};
 use std::sync::Arc;
 
@@ -82,7 +83,7 @@ pub(super) fn read_all(
         let source = start.source(Arc::clone(storage), None);
         let disk = Image::open_snapshot(source, options, |_| Some(index));
         let read = disk.and_then(|disk| {
-            let mut content = vec![0; disk.size() as usize];
+            let mut content = pattern::unread(disk.size() as usize);
             disk.read_at(GuestOffset::new(0), &mut content).map(|()| content)
         });
         let content = read.map_err(|error| format!("snapshot {index} does not read: {}", chain(&error)))?;

@@ -57,7 +57,9 @@ impl Start {
             }
         }
         let bitmap = shape.version3 && rng.one_in(4);
-        let mut built = if bitmap { with_bitmap(builder) } else { builder.build() };
+        // Told from what is drawn already: a further draw would make every seed another story.
+        let records = !(shape.size / 512).is_multiple_of(3);
+        let mut built = if bitmap { with_bitmap(builder, records) } else { builder.build() };
         if shape.cluster_bits == 9 && shape.refcount_order >= 5 && rng.one_in(4) {
             crowd(rng, &shape, &mut built);
         }
@@ -269,8 +271,8 @@ fn crowd(rng: &mut Rng, shape: &Shape, built: &mut Built) {
 }
 
 /// The image with a persistent bitmap that has no bit set: a directory and a table, each in a cluster at the end.
-/// Without one where the refcount blocks have no room for them.
-fn with_bitmap(mut builder: Builder) -> Built {
+/// Without one where the refcount blocks have no room for them. `records`: whether the bitmap is enabled.
+fn with_bitmap(mut builder: Builder, records: bool) -> Built {
     let built = builder.clone().build();
     let size = built.cluster_size();
     let first = (built.bytes.len() as u64).div_ceil(size);
@@ -288,10 +290,10 @@ fn with_bitmap(mut builder: Builder) -> Built {
     let mut built = builder.build();
     built.set_refcount(first, 1).set_refcount(first + 1, 1);
     built.patch_u64(first * size, (first + 1) * size);
-    // One table entry, enabled; a dirty bitmap of 512-byte granules called "b".
+    // One table entry, enabled or not; a dirty bitmap of 512-byte granules called "b".
     built.patch(
         first * size + 8,
-        &[0, 0, 0, 1, 0, 0, 0, 2, 1, 9, 0, 1, 0, 0, 0, 0, b'b', 0, 0, 0, 0, 0, 0, 0],
+        &[0, 0, 0, 1, 0, 0, 0, 2 * u8::from(records), 1, 9, 0, 1, 0, 0, 0, 0, b'b', 0, 0, 0, 0, 0, 0, 0],
     );
     built.patch((first + 2) * size - 1, &[0]);
     built

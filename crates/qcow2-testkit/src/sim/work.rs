@@ -310,7 +310,7 @@ impl<'a> Work<'a> {
     }
 
     fn read(&self, range: GuestRange) -> Result<Vec<u8>, String> {
-        let mut seen = vec![0; range.len() as usize];
+        let mut seen = pattern::unread(range.len() as usize);
         self.disk.read_at(range.start(), &mut seen).map_err(|error| chain(&error))?;
         Ok(seen)
     }
@@ -403,7 +403,7 @@ impl SnapshotChange {
     }
 
     fn reads_as_applied(&self, disk: &Image) -> bool {
-        let mut seen = vec![0; disk.size() as usize];
+        let mut seen = pattern::unread(disk.size() as usize);
         let read = disk.read_at(GuestOffset::new(0), &mut seen);
         read.is_ok() && seen == *self.before[self.index].content
     }
