@@ -4,11 +4,13 @@ use crate::args::ImageArgs;
 use crate::failure::Failure;
 use crate::findings::tell_of_recovery;
 use crate::imagename::ImageName;
-use crate::open::{BACKING, OpenAs, complain_of_guess, open_file, open_layers};
+use crate::open::{BACKING, OpenAs, Sharing, complain_of_guess, open_file, open_layers};
 use crate::render::qemu_text;
 use crate::session::Session;
 use crate::throttle::Throttle;
-use qcow2_core::{GuestDisk, ImageFormat, Layers, Reference, ResolvedSource};
+use qcow2_core::chain::MAX_CHAIN_LEN;
+use qcow2_core::{GuestDisk, ImageFormat, Layers, Reference, ResolvedSource, SourceId};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -34,6 +36,7 @@ pub(crate) fn open_down_to(
     let mut source = open_file(name, args, writable)?;
     complain_of_guess(session, name, &source.format);
     let (mut above, mut context) = (Vec::new(), String::new());
+    let mut seen: BTreeSet<SourceId> = source.id.into_iter().collect();
     // Each layer has its own password.
     let mut layer_name = name.clone();
     loop {
@@ -60,7 +63,8 @@ pub(crate) fn open_down_to(
         let reference = Reference::Backing { name: &below.name, format: below.format.as_deref() };
         let next = match other.flatten() {
             Some(node) => {
-                let writable = OpenAs { writable: is_base, ..writable };
+                let sharing = if is_base { Sharing::TopAlone } else { writable.sharing };
+                let writable = OpenAs { writable: is_base, sharing, ..writable };
                 let failed = |failure: Failure| {
                     failure.without_name().after_words(&format!("{context}{BACKING}")).on_opening(&name.typed)
                 };
@@ -70,6 +74,8 @@ pub(crate) fn open_down_to(
                 qemu_text::open_failure(&name.typed, &format!("{context}{BACKING}"), &error.into())
             })?,
         };
+        check_chain(&next, &mut seen, above.len())
+            .map_err(|reason| Failure::could_not_open(&name.typed, &format!("{context}{BACKING}{reason}")))?;
         if layer.writable {
             tell_of_recovery(session, &source);
         }
@@ -86,6 +92,17 @@ pub(crate) fn open_down_to(
     }
     let base = open_layers(&layer_name, source, writable, &context)?.disk;
     Ok(OpenedChain { above, base })
+}
+
+/// Refuses a layer that is one of those above it, and a chain that is too long, as the engine does where it opens one.
+fn check_chain(next: &ResolvedSource, seen: &mut BTreeSet<SourceId>, above: usize) -> Result<(), String> {
+    if above + 2 > MAX_CHAIN_LEN {
+        return Err(format!("Backing chain has more than {MAX_CHAIN_LEN} layers"));
+    }
+    match next.id {
+        Some(id) if !seen.insert(id) => Err(format!("Backing file '{}' creates an infinite loop", next.name)),
+        _ => Ok(()),
+    }
 }
 
 /// What an image says of its backing file.

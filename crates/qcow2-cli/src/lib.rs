@@ -16,6 +16,7 @@ mod findings;
 mod imagename;
 mod imageopts;
 mod interrupt;
+mod newbacking;
 mod newfile;
 mod newimage;
 mod open;

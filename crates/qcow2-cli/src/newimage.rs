@@ -10,7 +10,7 @@ use crate::imagename::{NewTarget, Node};
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::newfile::NewFile;
-use crate::open::{is_block_device, open_existing};
+use crate::open::{is_block_device, open_existing, open_files};
 use crate::render::qemu_text;
 use crate::session::Session;
 use qcow2_core::format::{CompressionType, FormatErrorKind, Version};
@@ -339,7 +339,8 @@ struct Files<'a> {
 impl Files<'_> {
     /// Opens `path` for writing and empties it; from here on a failure takes it away.
     fn open_empty(&self, path: &str, file: NewFile) -> Result<Arc<dyn Storage>, Failure> {
-        match OpenFile::writable().with_create(Create::Truncate).open_file(Path::new(path)) {
+        let how = OpenFile::writable().with_create(Create::Truncate).among(open_files());
+        match how.open_file(Path::new(path)) {
             Ok(storage) => {
                 self.interrupts.add_file(file);
                 if storage.is_regular() {
@@ -350,7 +351,11 @@ impl Files<'_> {
             Err(error) => {
                 file.undo();
                 let (reason, hint) = qemu_text::source_reason(&SourceError::Open(error), path);
-                Err(hint.into_iter().fold(Failure::new(reason), Failure::hint))
+                let failure = match is_block_device(path) {
+                    true => not_opened("host_device", &reason),
+                    false => Failure::new(reason),
+                };
+                Err(hint.into_iter().fold(failure, Failure::hint))
             }
         }
     }

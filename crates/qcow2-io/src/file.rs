@@ -8,6 +8,7 @@ use crate::direct::{AlignedBuffer, DirectIo};
 use crate::dirty::Dirty;
 use crate::error::{Call, MAX_LEN};
 use crate::open::{FileKind, file_kind};
+use crate::open_files::{HeldFile, source_id};
 use crate::space::Space;
 use crate::sys::{self, Run};
 use qcow2_core::{
@@ -40,6 +41,8 @@ pub struct FileStorage {
     space: Space,
     /// Present where the file is read and written around the page cache.
     direct: Option<DirectIo>,
+    /// Keeps the file among those that are open together.
+    held: Option<HeldFile>,
 }
 
 /// The right to change the file; giving it up counts a change.
@@ -81,24 +84,18 @@ impl FileStorage {
             dirty: Dirty::default(),
             space: Space::new(!regular),
             direct,
+            held: None,
         })
+    }
+
+    /// Keeps `held` for as long as the file is open.
+    pub(crate) fn keep(&mut self, held: Option<HeldFile>) {
+        self.held = held;
     }
 
     /// What makes two openings the same file, where the system tells.
     pub fn id(&self) -> Option<SourceId> {
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::{FileTypeExt, MetadataExt};
-            let data = self.file.metadata().ok()?;
-            // Two names of one device are different files but the same source.
-            let is_device = data.file_type().is_block_device();
-            Some(SourceId {
-                device: if is_device { u64::MAX } else { data.dev() },
-                file: if is_device { data.rdev() } else { data.ino() },
-            })
-        }
-        #[cfg(not(unix))]
-        None
+        source_id(&self.file.metadata().ok()?)
     }
 
     /// Whether the file was opened for writing.

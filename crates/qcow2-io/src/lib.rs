@@ -5,6 +5,7 @@
 //! | an image in a file or on a block device | [`OpenFile`], which makes a [`FileStorage`] |
 //! | the file a user named, its format, and a way to the files it names | [`open_source`] |
 //! | the files an image names, within a policy | [`FileResolver`] |
+//! | to never write to a file that is read too | [`OpenFiles`] |
 //! | an image in memory, for tests and tools | [`MemoryStorage`] |
 //! | fewer or more flushes than the caller asks for | [`CacheMode`], [`NoFlush`], [`FlushEachWrite`] |
 //! | to know which calls reach a storage | [`TraceStorage`] |
@@ -28,6 +29,7 @@ mod memory;
 mod nbd;
 mod null;
 mod open;
+mod open_files;
 mod probe;
 mod resolve;
 mod space;
@@ -44,5 +46,6 @@ pub use memory::MemoryStorage;
 pub use nbd::{NbdAddress, NbdError, NbdStorage};
 pub use null::NullStorage;
 pub use open::{Create, OpenError, OpenErrorKind, OpenFile};
+pub use open_files::{HeldFile, OpenFiles, SameFile};
 pub use probe::{format_from_name, probe_format};
 pub use resolve::{FileResolver, Policy, SourceError, SourceOptions, open_source};

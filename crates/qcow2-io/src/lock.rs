@@ -10,8 +10,13 @@
 //! |---|---|---|
 //! | for reading | consistent read | write, resize |
 //! | for writing | consistent read, write, resize | write, resize |
+//! | for reading, [`Locking::FixedLength`] | consistent read | resize |
+//! | for writing, [`Locking::FixedLength`] | consistent read, write | resize |
 //! | for reading, [`Locking::Shared`] | consistent read | nothing |
 //! | for writing, [`Locking::Shared`] | consistent read, write | nothing |
+//!
+//! The last four use resize too where [`OpenFile::resizes`](crate::OpenFile::resizes) says so, and reading with
+//! [`OpenFile::metadata_only`](crate::OpenFile::metadata_only) does not use consistent read.
 //!
 //! Systems and file systems without such locks go without, as QEMU does.
 
@@ -24,12 +29,14 @@ use std::io;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Locking {
-    /// As QEMU's tools do for what a user names: raw disks are [`Shared`](Self::Shared), all other images have
+    /// As QEMU does for the format: raw disks and LUKS containers are [`Shared`](Self::Shared), all other images have
     /// [`NoOtherWriters`](Self::NoOtherWriters). Where the format is not known that means no other writers.
     #[default]
     Auto,
     /// Nobody else writes while it is open: readers share with readers, a writer is the only one.
     NoOtherWriters,
+    /// Others may write, but nobody changes the length: for external data files and for a part of a raw disk.
+    FixedLength,
     /// Says what is used and keeps nobody out: for raw disks, whose users arrange themselves, and for a look at an image
     /// that another program may be writing to (`-U`), which may be inconsistent.
     Shared,
@@ -109,19 +116,31 @@ pub(crate) enum LockError {
     System(io::Error),
 }
 
+/// What is done with an open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Access {
+    /// Whether what is read must be consistent.
+    pub(crate) consistent: bool,
+    pub(crate) writable: bool,
+    /// Whether a writer changes the length also where others may write.
+    pub(crate) resizes: bool,
+}
+
 /// Locks `file` as `locking` says, until it is closed. On failure some bytes may stay locked: close the file.
-pub(crate) fn lock_image(file: &File, locking: Locking, writable: bool) -> Result<(), LockError> {
+pub(crate) fn lock_image(file: &File, locking: Locking, access: Access) -> Result<(), LockError> {
     use Permission::{ConsistentRead, Resize, Write};
-    let (uses, unshared): (&[Permission], &[Permission]) = match (locking, writable) {
-        (Locking::Off, _) => return Ok(()),
-        (Locking::Shared, false) => (&[ConsistentRead], &[]),
-        (Locking::Shared, true) => (&[ConsistentRead, Write], &[]),
-        (Locking::Auto | Locking::NoOtherWriters, false) => (&[ConsistentRead], &[Write, Resize]),
-        (Locking::Auto | Locking::NoOtherWriters, true) => {
-            (&[ConsistentRead, Write, Resize], &[Write, Resize])
-        }
+    let unshared: &[Permission] = match locking {
+        Locking::Off => return Ok(()),
+        Locking::Shared => &[],
+        Locking::FixedLength => &[Resize],
+        Locking::Auto | Locking::NoOtherWriters => &[Write, Resize],
     };
-    match take(file, uses, unshared) {
+    // Whoever keeps other writers out has metadata in the file and makes it longer as needed.
+    let resizes = access.writable && (access.resizes || unshared.contains(&Write));
+    let used = [(ConsistentRead, access.consistent), (Write, access.writable), (Resize, resizes)];
+    let uses: Vec<Permission> =
+        used.iter().filter(|(_, used)| *used).map(|(permission, _)| *permission).collect();
+    match take(file, &uses, unshared) {
         Err(LockError::System(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
         other => other,
     }
@@ -150,8 +169,10 @@ fn take(file: &File, uses: &[Permission], unshared: &[Permission]) -> Result<(),
 mod tests {
     use super::*;
 
+    type Opening = (Locking, Access);
+
     /// What the second opener is told, if anything, while the first is there.
-    fn second(first: (Locking, bool), second: (Locking, bool)) -> Option<String> {
+    fn second(first: Opening, second: Opening) -> Option<String> {
         let file = tempfile::NamedTempFile::new().unwrap();
         let one = file.reopen().unwrap();
         lock_image(&one, first.0, first.1).unwrap();
@@ -162,14 +183,22 @@ mod tests {
             Err(LockError::System(error)) => panic!("{error}"),
         };
         drop(one);
-        lock_image(&file.reopen().unwrap(), Locking::Auto, true).unwrap();
+        lock_image(&file.reopen().unwrap(), Locking::Auto, WRITE.1).unwrap();
         text
     }
 
-    const READ: (Locking, bool) = (Locking::Auto, false);
-    const WRITE: (Locking, bool) = (Locking::Auto, true);
-    const FORCE: (Locking, bool) = (Locking::Shared, false);
-    const WRITE_RAW: (Locking, bool) = (Locking::Shared, true);
+    const fn access(writable: bool, resizes: bool) -> Access {
+        Access { consistent: true, writable, resizes }
+    }
+
+    const READ: Opening = (Locking::Auto, access(false, false));
+    const WRITE: Opening = (Locking::Auto, access(true, false));
+    const FORCE: Opening = (Locking::Shared, access(false, false));
+    const WRITE_RAW: Opening = (Locking::Shared, access(true, false));
+    const RESIZE_RAW: Opening = (Locking::Shared, access(true, true));
+    const READ_PART: Opening = (Locking::FixedLength, access(false, false));
+    const WRITE_PART: Opening = (Locking::FixedLength, access(true, false));
+    const WRITE_DATA_FILE: Opening = (Locking::FixedLength, access(true, true));
 
     #[test]
     fn readers_share_and_writers_are_alone() {
@@ -179,9 +208,35 @@ mod tests {
         assert_eq!(second(WRITE_RAW, WRITE_RAW), None);
         assert_eq!(second(READ, WRITE_RAW).as_deref(), Some("Failed to get \"write\" lock"));
         assert_eq!(second(WRITE_RAW, READ).as_deref(), Some("Failed to get shared \"write\" lock"));
-        assert_eq!(second(WRITE, (Locking::Off, true)), None);
+        assert_eq!(second(WRITE, (Locking::Off, WRITE.1)), None);
         assert_eq!(second(WRITE, WRITE).as_deref(), Some("Failed to get \"write\" lock"));
         assert_eq!(second(READ, WRITE).as_deref(), Some("Failed to get \"write\" lock"));
         assert_eq!(second(WRITE, READ).as_deref(), Some("Failed to get shared \"write\" lock"));
+    }
+
+    #[test]
+    fn a_fixed_length_lets_others_write_but_not_resize() {
+        let no_resize = Some("Failed to get \"resize\" lock");
+        let resized = Some("Failed to get shared \"resize\" lock");
+        for other in [FORCE, WRITE_RAW, READ_PART, WRITE_PART] {
+            assert_eq!(second(READ_PART, other), None);
+            assert_eq!(second(WRITE_PART, other), None);
+        }
+        assert_eq!(second(READ_PART, RESIZE_RAW).as_deref(), no_resize);
+        assert_eq!(second(RESIZE_RAW, READ_PART).as_deref(), resized);
+        assert_eq!(second(READ_PART, WRITE_DATA_FILE).as_deref(), no_resize);
+        assert_eq!(second(WRITE_DATA_FILE, WRITE_DATA_FILE).as_deref(), no_resize);
+        assert_eq!(second(WRITE_RAW, RESIZE_RAW), None);
+    }
+
+    #[test]
+    fn looking_at_metadata_uses_nothing() {
+        let look = |locking| (locking, Access { consistent: false, ..READ.1 });
+        assert_eq!(second(WRITE, look(Locking::Shared)), None);
+        assert_eq!(
+            second(WRITE, look(Locking::Auto)).as_deref(),
+            Some("Failed to get shared \"write\" lock")
+        );
+        assert_eq!(second(look(Locking::Auto), WRITE).as_deref(), Some("Failed to get \"write\" lock"));
     }
 }

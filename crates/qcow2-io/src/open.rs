@@ -4,7 +4,8 @@ use crate::direct::DirectIo;
 use crate::error::OsError;
 use crate::file::FileStorage;
 use crate::layer::CacheMode;
-use crate::lock::{LockConflict, LockError, Locking, lock_image};
+use crate::lock::{Access, LockConflict, LockError, Locking, lock_image};
+use crate::open_files::{HeldFile, OpenFiles, SameFile};
 use crate::sys;
 use qcow2_core::Storage;
 use std::fmt;
@@ -56,6 +57,14 @@ pub struct OpenFile {
     pub cache: CacheMode,
     /// Whether other programs are kept from changing the image meanwhile.
     pub locking: Locking,
+    /// Whether the length of a writable file is going to change although others may write to it. (Where they may not, it may
+    /// change without saying so here.)
+    pub resizes: bool,
+    /// Whether only metadata is read, which needs no content that stays as it is: other programs are not told of reading then.
+    pub metadata_only: bool,
+    /// The files that are open together with this one, none of which may be written to and open a second time; `None`: nobody
+    /// looks.
+    pub open_files: Option<OpenFiles>,
     /// Whether a symbolic link is followed where the name ends (Linux; elsewhere links always are).
     pub follow_links: bool,
 }
@@ -68,6 +77,9 @@ impl Default for OpenFile {
             allow_devices: false,
             cache: CacheMode::default(),
             locking: Locking::default(),
+            resizes: false,
+            metadata_only: false,
+            open_files: None,
             follow_links: true,
         }
     }
@@ -105,6 +117,13 @@ impl OpenFile {
         self
     }
 
+    /// These options with the files that are open together with this one.
+    #[must_use]
+    pub fn among(mut self, open_files: &OpenFiles) -> Self {
+        self.open_files = Some(open_files.clone());
+        self
+    }
+
     /// Opens `path`. Never waits for another program: a pipe is refused, not opened.
     pub fn open(&self, path: &Path) -> Result<Arc<dyn Storage>, OpenError> {
         Ok(self.cache.wrap(Arc::new(self.open_file(path)?)))
@@ -125,13 +144,17 @@ impl OpenFile {
             self.allow(&data, path)?;
         }
         let file = self.options().open(path).map_err(fail)?;
-        let kind = self.allow(&file.metadata().map_err(fail)?, path)?;
+        let data = file.metadata().map_err(fail)?;
+        let kind = self.allow(&data, path)?;
+        // Both before anything is done to the content: this opening may be the one that empties it.
         lock(&file, path, self)?;
+        let held = self.register(&data, path)?;
         let direct = match self.cache.is_direct() {
             true => Some(DirectIo::new(sys::direct_alignment(&file).map_err(fail)?)),
             false => None,
         };
-        let storage = FileStorage::with_direct(file, self.writable, direct).map_err(fail)?;
+        let mut storage = FileStorage::with_direct(file, self.writable, direct).map_err(fail)?;
+        storage.keep(held);
         if self.create == Create::Truncate && kind == FileKind::Regular {
             storage.set_len(0).map_err(|error| OpenError::system(path, os_io(error.os_code())))?;
         }
@@ -152,9 +175,20 @@ impl OpenFile {
         }
     }
 
-    /// Locks a file that was opened without locks, as these options say.
-    pub(crate) fn lock_file(&self, storage: &FileStorage, path: &Path) -> Result<(), OpenError> {
-        lock(storage.file(), path, self)
+    /// Locks and compares, as these options say, a file that was opened without either.
+    pub(crate) fn settle(&self, storage: &mut FileStorage, path: &Path) -> Result<(), OpenError> {
+        lock(storage.file(), path, self)?;
+        let data = storage.file().metadata().map_err(|error| OpenError::system(path, error))?;
+        storage.keep(self.register(&data, path)?);
+        Ok(())
+    }
+
+    fn register(&self, data: &Metadata, path: &Path) -> Result<Option<HeldFile>, OpenError> {
+        let Some(open_files) = &self.open_files else { return Ok(None) };
+        open_files.register(data, self.writable, path).map_err(|same| OpenError {
+            cause: Some(Cause::SameFile(same)),
+            ..OpenError::new(OpenErrorKind::SameFile, path)
+        })
     }
 
     fn options(&self) -> OpenOptions {
@@ -178,7 +212,12 @@ impl OpenFile {
 
 /// Locks `file` as `options` say.
 fn lock(file: &File, path: &Path, options: &OpenFile) -> Result<(), OpenError> {
-    lock_image(file, options.locking, options.writable).map_err(|error| match error {
+    let access = Access {
+        consistent: !options.metadata_only || options.writable,
+        writable: options.writable,
+        resizes: options.resizes,
+    };
+    lock_image(file, options.locking, access).map_err(|error| match error {
         LockError::System(error) => OpenError::system(path, error),
         LockError::Conflict(conflict) => {
             OpenError { cause: Some(Cause::Lock(conflict)), ..OpenError::new(OpenErrorKind::Locked, path) }
@@ -220,6 +259,8 @@ pub enum OpenErrorKind {
     NotRegular,
     /// Another program uses the image.
     Locked,
+    /// The same file is open here already, and one of the two openings writes.
+    SameFile,
     /// Any other answer of the system.
     System,
 }
@@ -237,6 +278,7 @@ pub struct OpenError {
 enum Cause {
     System(OsError),
     Lock(LockConflict),
+    SameFile(SameFile),
 }
 
 impl OpenError {
@@ -290,6 +332,7 @@ impl OpenError {
         match &self.cause {
             Some(Cause::System(error)) => error.to_string(),
             Some(Cause::Lock(conflict)) => conflict.to_string(),
+            Some(Cause::SameFile(same)) => same.to_string(),
             None => format!("'file' driver requires '{}' to be a regular file", self.path.display()),
         }
     }
@@ -308,6 +351,7 @@ impl OpenError {
         let path = self.path.display();
         match &self.cause {
             Some(Cause::System(error)) => format!("Could not open '{path}': {error}"),
+            Some(Cause::SameFile(same)) => same.to_string(),
             Some(Cause::Lock(conflict)) => {
                 format!("{conflict}\nIs another process using the image [{path}]?")
             }
@@ -330,6 +374,7 @@ impl std::error::Error for OpenError {
         self.cause.as_ref().map(|cause| match cause {
             Cause::System(error) => error as _,
             Cause::Lock(conflict) => conflict as _,
+            Cause::SameFile(same) => same as _,
         })
     }
 }

@@ -30,9 +30,12 @@ pub enum Policy {
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct SourceOptions {
-    /// How to open the file itself; its cache mode holds for the files it names too, and so does its locking (with
-    /// [`Locking::Auto`], nobody may write to those).
+    /// How to open the file itself; its cache mode holds for the files it names too, and so do its locking and the files that are
+    /// open together with it.
     pub file: OpenFile,
+    /// How to lock the files it names, where not as the file itself. [`Locking::Auto`] shares a data file with other writers
+    /// that keep its length, and no base of a commit with any.
+    pub locking_below: Option<Locking>,
     /// The format; `None` looks at the first bytes.
     pub format: Option<ImageFormat>,
     /// What the names inside may open.
@@ -78,12 +81,9 @@ pub fn open_source(path: &Path, options: &SourceOptions) -> Result<ResolvedSourc
     let (file, format) = open_known(path, options)?;
     let id = file.id();
     let storage = options.file.cache.wrap(Arc::new(file));
-    let inner_locking = match options.file.locking {
-        // A changed backing file is a changed image, raw or not.
-        Locking::Auto => Locking::NoOtherWriters,
-        other => other,
-    };
-    let mut inner = OpenFile::read_only().with_cache(options.file.cache).with_locking(inner_locking);
+    let locking = options.locking_below.unwrap_or(options.file.locking);
+    let mut inner = OpenFile::read_only().with_cache(options.file.cache).with_locking(locking);
+    inner.open_files = options.file.open_files.clone();
     inner.allow_devices = options.policy == Policy::Allow;
     let resolver = FileResolver { image: path.to_owned(), policy: options.policy, file: inner };
     Ok(ResolvedSource { storage, format, name: path.display().to_string(), id, resolver: Arc::new(resolver) })
@@ -100,22 +100,23 @@ fn open_known(path: &Path, options: &SourceOptions) -> Result<(FileStorage, Imag
         }
         return Ok((how.open_file(path)?, format.clone()));
     }
-    if is_auto {
-        how.locking = Locking::Off;
+    if !is_auto {
+        let file = how.open_file(path)?;
+        let format = probe_format(&file)?;
+        return Ok((file, format));
     }
-    let file = how.open_file(path)?;
+    let (locking, open_files) = (Locking::Off, None);
+    let mut file = OpenFile { locking, open_files, ..how.clone() }.open_file(path)?;
     let format = probe_format(&file)?;
-    if is_auto {
-        how.locking = locking_for(&format);
-        how.lock_file(&file, path)?;
-    }
+    how.locking = locking_for(&format);
+    how.settle(&mut file, path)?;
     Ok((file, format))
 }
 
-/// How QEMU's tools lock an image of this format.
+/// How QEMU locks an image of this format.
 fn locking_for(format: &ImageFormat) -> Locking {
     match format {
-        ImageFormat::Raw => Locking::Shared,
+        ImageFormat::Raw | ImageFormat::Luks => Locking::Shared,
         _ => Locking::NoOtherWriters,
     }
 }
@@ -173,7 +174,7 @@ pub struct FileResolver {
 impl FileResolver {
     /// Resolves the names inside the image at `image`.
     pub fn new(image: impl Into<PathBuf>, policy: Policy) -> Self {
-        let mut file = OpenFile::read_only().with_locking(Locking::NoOtherWriters);
+        let mut file = OpenFile::read_only();
         file.allow_devices = policy == Policy::Allow;
         Self { image: image.into(), policy, file }
     }
@@ -238,7 +239,15 @@ impl Resolver for FileResolver {
         };
         let mut file = self.permit(&path, name)?;
         file.writable = writable;
-        let options = SourceOptions { file, format, policy: self.policy };
+        match reference {
+            _ if file.locking != Locking::Auto => {}
+            Reference::DataFile { .. } => (file.locking, file.resizes) = (Locking::FixedLength, true),
+            // Changed below other disks, which do not expect it.
+            _ if writable => file.locking = Locking::NoOtherWriters,
+            _ => {}
+        }
+        let locking_below = Some(self.file.locking);
+        let options = SourceOptions { file, locking_below, format, policy: self.policy };
         open_source(&path, &options).map_err(|error| {
             let message = format!("could not open '{}'", path.display());
             match error {

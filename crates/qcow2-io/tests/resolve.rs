@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use qcow2_core::{HostOffset, ImageFormat, Reference, ResolveError, ResolvedSource, Resolver};
-use qcow2_io::{FileResolver, OpenError, OpenErrorKind, OpenFile, Policy, SourceOptions, open_source};
+use qcow2_io::{
+    FileResolver, Locking, OpenError, OpenErrorKind, OpenFile, Policy, SourceOptions, open_source,
+};
 use std::error::Error as _;
 use std::fs;
 use std::path::Path;
@@ -169,9 +171,16 @@ fn backing_files_are_writable_where_that_is_asked_for() {
     base.storage.write_at(HostOffset::new(0), b"changed").unwrap();
     base.storage.flush().unwrap();
     assert_eq!(base.format, ImageFormat::Raw);
-    // QEMU's locks: while somebody writes, nobody else may open it.
-    refusal(resolver.resolve(backing("sub/base", Some("raw")), false));
+    // QEMU's locks: while somebody writes, nobody else may, and nobody may read who wants no writers beside him. Other readers of a
+    // raw disk share it with its writers.
     refusal(resolver.resolve(backing("sub/base", Some("raw")), true));
+    let top = world.path().join("images/top");
+    fs::write(&top, b"top").unwrap();
+    let alone = SourceOptions::new(OpenFile::read_only().with_locking(Locking::NoOtherWriters));
+    let alone = open_source(&top, &alone.with_policy(Policy::Allow)).unwrap().resolver;
+    refusal(alone.resolve(backing("sub/base", Some("raw")), false));
+    drop(resolver.resolve(backing("sub/base", Some("raw")), false).unwrap());
+    refusal(resolver.resolve(backing("sub/base", Some("qcow2")), false));
     drop(base);
     let base = resolver.resolve(backing("sub/base", Some("raw")), false).unwrap();
     let mut seen = [0; 7];

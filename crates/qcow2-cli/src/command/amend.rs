@@ -8,7 +8,7 @@ use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::imageopts::{AmendOption, TargetFormat, print_amend_options, read_amend_options};
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, OpenedDisk, close, open_to_change};
+use crate::open::{OpenAs, OpenedDisk, Sharing, close, open_to_change};
 use crate::optlist::OptList;
 use crate::progress::Meter;
 use crate::render::qemu_text;
@@ -86,7 +86,8 @@ impl Request {
 
 fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
     let name = ImageName::read(session, &request.filename, &request.image)?;
-    let how = OpenAs { cache: request.cache, ..OpenAs::READ };
+    // Two that change the slots of one container would lose a password.
+    let how = OpenAs { cache: request.cache, sharing: Sharing::TopAlone, ..OpenAs::READ };
     let open = || open_to_change(session, &name, &request.image, how);
     let mut opened: OpenedDisk = open()?;
     let format = match opened.format {

@@ -78,7 +78,7 @@ fn convert(
 
 fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>, Failure> {
     request.source.check()?;
-    let how = OpenAs { cache: request.source_cache, ..OpenAs::READ };
+    let how = OpenAs { cache: request.source_cache, ..OpenAs::COPY };
     let read = |typed: &String| ImageName::read(session, typed, &request.source);
     if let (Some(wanted), [only]) = (&request.snapshot, &request.sources[..]) {
         return Ok(vec![open_snapshot(&read(only)?, &request.source, how, wanted)?]);

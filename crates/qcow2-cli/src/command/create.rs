@@ -1,19 +1,17 @@
 //! `create`: a new image.
 
-use crate::args::{Arguments, ImageArgs, Objects, Opt};
-use crate::crypt::Keys;
+use crate::args::{Arguments, Objects, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::{ImageName, NewTarget, new_target};
+use crate::imagename::{NewTarget, new_target};
 use crate::imageopts::{ImageOptions, TargetFormat, print_options};
 use crate::interrupt::Interrupts;
+use crate::newbacking::{KeptBacking, open_backing};
 use crate::newimage;
-use crate::open::{OpenAs, open_image};
 use crate::optlist::OptList;
 use crate::session::Session;
 use crate::size::{SIGNED, parse_argument};
-use qcow2_core::{ImageFormat, Reference};
-use qcow2_io::{FileResolver, Policy};
+use qcow2_core::ImageFormat;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
@@ -26,7 +24,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         Err(reason) if !request.filename.is_empty() => return Err(about(Failure::new(reason))),
         target => target.unwrap_or(NewTarget::File(String::new())),
     };
-    let options = settle(&request).map_err(about)?;
+    let (options, _kept) = settle(&request).map_err(about)?;
     if !request.quiet {
         if !request.format_given {
             newimage::warn_of_raw(session, &request.filename, "-f");
@@ -104,8 +102,9 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
     }))
 }
 
-/// The options with everything that comes from elsewhere: the size operand, `-b`, `-F`, the backing file's size.
-fn settle(request: &Request) -> Result<ImageOptions, Failure> {
+/// The options with everything that comes from elsewhere: the size operand, `-b`, `-F`, the backing file's size. And the backing file,
+/// where there is to be one.
+fn settle(request: &Request) -> Result<(ImageOptions, Option<KeptBacking>), Failure> {
     let format = TargetFormat::parse(&request.format)?;
     let mut options = ImageOptions::parse(format, &request.list)?;
     options.set_objects(&request.objects);
@@ -128,20 +127,26 @@ fn settle(request: &Request) -> Result<ImageOptions, Failure> {
     if let Some(backing_format) = &request.backing_format {
         options.set_text("backing_fmt", backing_format);
     }
+    let mut kept = None;
     if let Some(backing) = options.text("backing_file") {
-        let found = look_at_backing(request, backing, options.text("backing_fmt"))?;
+        let (found, files) = look_at_backing(request, backing, options.text("backing_fmt"))?;
+        kept = Some(files);
         if let Some(size) = found.filter(|_| options.number("size").is_none()) {
             options.set_number("size", size);
         }
     }
     match options.number("size") {
-        Some(_) => Ok(options),
+        Some(_) => Ok((options, kept)),
         None => Err(Failure::new("Image creation needs a size parameter")),
     }
 }
 
 /// Opens the backing file with its chain and returns its size; `None` where it is not to be opened.
-fn look_at_backing(request: &Request, name: &str, format: Option<&str>) -> Result<Option<u64>, Failure> {
+fn look_at_backing(
+    request: &Request,
+    name: &str,
+    format: Option<&str>,
+) -> Result<(Option<u64>, KeptBacking), Failure> {
     if name.is_empty() {
         return Err(Failure::new("Expected backing file name, got empty string"));
     }
@@ -150,10 +155,11 @@ fn look_at_backing(request: &Request, name: &str, format: Option<&str>) -> Resul
         return Err(Failure::new(text));
     }
     let without_format = || Failure::new("Backing file specified without backing format");
+    let kept = KeptBacking::unopened(&request.filename, name, format);
     if !request.open_backing {
-        return if format.is_some() { Ok(None) } else { Err(without_format()) };
+        return if format.is_some() { Ok((None, kept)) } else { Err(without_format()) };
     }
-    let opened = open_backing(request, name, format)
+    let opened = open_backing(&request.filename, name, format, &request.objects)
         .map_err(|failure| failure.without_name().hint("Could not open backing image."))?;
     if format.is_none() {
         let detected = match opened.format {
@@ -163,28 +169,5 @@ fn look_at_backing(request: &Request, name: &str, format: Option<&str>) -> Resul
         };
         return Err(without_format().hint(format!("Detected format of {detected}.")));
     }
-    Ok(opened.disk.size().checked_next_multiple_of(512))
-}
-
-fn open_backing(
-    request: &Request,
-    name: &str,
-    format: Option<&str>,
-) -> Result<crate::open::OpenedDisk, Failure> {
-    // Only the size is asked for, which another program may well be using.
-    let args = ImageArgs {
-        format: format.map(str::to_owned),
-        force_share: true,
-        objects: request.objects.clone(),
-        ..ImageArgs::default()
-    };
-    // Names are relative to the new image, as they will be for whoever opens it.
-    let located = match name.split_once(':') {
-        Some((protocol, _)) if !protocol.contains('/') => name.to_owned(),
-        _ => FileResolver::new(&request.filename, Policy::Allow)
-            .locate(Reference::Backing { name, format })
-            .map_or_else(|_| name.to_owned(), |path| path.to_string_lossy().into_owned()),
-    };
-    let name = ImageName { keys: Keys::sealed(), ..ImageName::parse(&located, &args)? };
-    open_image(&name, &args, OpenAs::READ)
+    Ok((opened.disk.size().checked_next_multiple_of(512), kept.with(opened)))
 }

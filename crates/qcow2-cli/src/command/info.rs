@@ -8,6 +8,7 @@ use crate::open::{OpenAs, OpenedFile, open_nodes};
 use crate::render::info::{NamedInfo, to_json, to_text};
 use crate::render::{json, qemu_text};
 use crate::session::Session;
+use qcow2_core::chain::MAX_CHAIN_LEN;
 use qcow2_core::format::{FormatError, FormatErrorKind};
 use qcow2_core::{Reference, SourceId};
 use qcow2_io::{FileResolver, Policy};
@@ -59,6 +60,9 @@ fn look(session: &Session, request: &Request) -> Result<Vec<NamedInfo>, Failure>
     let mut args = request.image.clone();
     let mut next = Some(ImageName::read(session, &request.filename, &args)?);
     while let Some(name) = next.take() {
+        if infos.len() >= MAX_CHAIN_LEN {
+            return Err(Failure::new(format!("backing chain has more than {MAX_CHAIN_LEN} layers")));
+        }
         let OpenedFile { source, mut nodes, .. } = open_nodes(&name, &args, OpenAs::LOOK)?;
         if source.id.is_some_and(|id| !seen.insert(id)) {
             let message = format!("Backing file '{}' creates an infinite loop.", name.typed);

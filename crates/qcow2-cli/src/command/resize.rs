@@ -17,7 +17,7 @@ use qcow2_ops::resize::{MAX_DISK_SIZE, NewSize, Refusal, ResizeOptions};
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let name = ImageName::read(session, &request.filename, &request.image)?;
-    let disk = open_to_change(session, &name, &request.image, OpenAs::READ)?.disk;
+    let disk = open_to_change(session, &name, &request.image, OpenAs { resizes: true, ..OpenAs::READ })?.disk;
     let interrupts = Interrupts::install();
     interrupts.hold();
     let meter = Meter::unasked(session, &interrupts);

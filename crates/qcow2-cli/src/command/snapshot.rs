@@ -186,7 +186,7 @@ fn change(image: &Image, action: &Action) -> Result<(), Failure> {
 /// A new image on top of the one that `name` leads to, which nobody may be changing and which stays as it is.
 fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure> {
     let about = |failure: Failure| failure.about(new);
-    let opened = open_image(name, args, OpenAs::READ)?;
+    let opened = open_image(name, args, OpenAs::COPY)?;
     if opened.format == ImageFormat::Raw && args.format.is_none() && !args.image_opts {
         let failure = Failure::new("The format of the image must be given (-f), for it was guessed");
         return Err(about(failure.hint("Detected format of raw.")));

@@ -292,10 +292,10 @@ pub(super) fn from_name(name: &str, format: Option<&str>) -> Result<Node, String
         if let Some(format) = format {
             options.set("driver", Value::String(format.name().to_owned()));
         }
-        return from_options(options, false);
+        return from_options(options, false, 0);
     }
     match format {
-        Some(driver) if driver.is_protocol() => protocol(driver, name),
+        Some(driver) if driver.is_protocol() => protocol(driver, name, 0),
         format => Ok(Node::on(format, protocol_from_name(name)?)),
     }
 }
@@ -303,21 +303,26 @@ pub(super) fn from_name(name: &str, format: Option<&str>) -> Result<Node, String
 /// Understands an option string; adds to `warnings`. Errors: the reason.
 pub(super) fn from_option_string(text: &str, warnings: &mut Vec<String>) -> Result<Node, String> {
     if text.is_empty() || text.starts_with('=') {
-        return from_options(Options::default(), false);
+        return from_options(Options::default(), false, 0);
     }
     if !text.contains('=') {
         let name = Options::lone_name(text);
         return Err(format!("Cannot find device='{name}' nor node-name='{name}'"));
     }
-    from_options(Options::from_string(text, warnings)?, false)
+    from_options(Options::from_string(text, warnings)?, false, 0)
 }
 
 /// Understands the name of bytes, whatever they mean. Errors: the reason.
 pub(super) fn protocol_from_name(name: &str) -> Result<Node, String> {
+    protocol_below(name, 0)
+}
+
+/// The same below `depth` other nodes.
+fn protocol_below(name: &str, depth: usize) -> Result<Node, String> {
     if name.is_empty() {
         return Err(NO_NAME.to_owned());
     }
-    protocol(protocol_of(name)?, name)
+    protocol(protocol_of(name)?, name, depth)
 }
 
 /// The driver that the beginning of `name` asks for; a plain path is a file's. Errors: the reason.
@@ -332,8 +337,9 @@ pub(super) fn protocol_of(name: &str) -> Result<Driver, String> {
     }
 }
 
-/// The node of protocol `driver` that `name` means.
-fn protocol(driver: Driver, name: &str) -> Result<Node, String> {
+/// The node of protocol `driver` that `name` means, below `depth` others.
+fn protocol(driver: Driver, name: &str, depth: usize) -> Result<Node, String> {
+    let depth = deeper(depth)?;
     let mut node = Node::new(Some(driver.clone()));
     let own = name.strip_prefix(driver.name()).and_then(|rest| rest.strip_prefix(':'));
     match driver {
@@ -360,7 +366,7 @@ fn protocol(driver: Driver, name: &str) -> Result<Node, String> {
                     image
                 }
             };
-            node.below = Below::Node(Box::new(protocol_from_name(image)?));
+            node.below = Below::Node(Box::new(protocol_below(image, depth)?));
         }
         Driver::Nbd => node.options = nbd::from_name(name)?,
         Driver::Raw | Driver::Qcow2 | Driver::Luks => {
@@ -370,8 +376,17 @@ fn protocol(driver: Driver, name: &str) -> Result<Node, String> {
     Ok(node)
 }
 
-/// Makes the tree of an image's options. `inner`: it is what another node stands on.
-fn from_options(mut options: Options, inner: bool) -> Result<Node, String> {
+/// One node more. Errors: a name has too many, each below the one before.
+fn deeper(depth: usize) -> Result<usize, String> {
+    if depth >= MAX_NODES {
+        return Err(format!("More than {MAX_NODES} images and filters stand below one another"));
+    }
+    Ok(depth + 1)
+}
+
+/// Makes the tree of an image's options, below `depth` other nodes. `inner`: it is what another node stands on.
+fn from_options(mut options: Options, inner: bool, depth: usize) -> Result<Node, String> {
+    let depth = deeper(depth)?;
     let driver = match options.take_text("driver") {
         Some(name) => Some(Driver::parse(&name)?),
         None if inner => match options.text("filename") {
@@ -384,16 +399,16 @@ fn from_options(mut options: Options, inner: bool) -> Result<Node, String> {
     };
     let mut node = Node::new(driver);
     if let Some(role) = node.driver().child() {
-        node.below = Below::Node(Box::new(child(&mut options, role)?));
+        node.below = Below::Node(Box::new(child(&mut options, role, depth)?));
     }
     if *node.driver() == Driver::Qcow2 || node.is_probed() {
-        node.backing = backing(&mut options)?;
+        node.backing = backing(&mut options, depth)?;
         if let Some(name) = options.take_text("data-file") {
             return Err(no_such_node(&name));
         }
         let data_file = options.take_group("data-file");
         if !data_file.is_empty() {
-            node.data_file = Some(Box::new(from_options(data_file, true)?));
+            node.data_file = Some(Box::new(from_options(data_file, true, depth)?));
         }
     }
     let needs_name = matches!(node.driver(), Driver::File | Driver::HostDevice);
@@ -405,23 +420,24 @@ fn from_options(mut options: Options, inner: bool) -> Result<Node, String> {
 }
 
 /// The node that `role` names: `role` alone is the name of a node, of which there are none.
-fn child(options: &mut Options, role: &str) -> Result<Node, String> {
+fn child(options: &mut Options, role: &str, depth: usize) -> Result<Node, String> {
     if let Some(name) = options.take_text(role) {
         return Err(no_such_node(&name));
     }
     if role == "image"
         && let Some(name) = options.take_text("x-image")
     {
-        return protocol_from_name(&name);
+        return protocol_below(&name, depth);
     }
     let inner = options.take_group(role);
     match inner.is_empty() {
         true => Err(format!("A block device must be specified for \"{role}\"")),
-        false => from_options(inner, true),
+        false => from_options(inner, true, depth),
     }
 }
 
-fn backing(options: &mut Options) -> Result<Backing, String> {
+/// What `options` say of the backing file of a node that is the `depth`-th from the top.
+fn backing(options: &mut Options, depth: usize) -> Result<Backing, String> {
     match options.take("backing") {
         Some(Value::Null) => return Ok(Backing::Nothing),
         Some(Value::String(name)) if name.is_empty() => return Ok(Backing::Empty),
@@ -436,7 +452,7 @@ fn backing(options: &mut Options) -> Result<Backing, String> {
     if let Some(name) = inner.text("driver").filter(|_| !inner.iter().any(|(key, _)| names(key))) {
         let driver = Driver::parse(&name)?;
         if driver.is_protocol() {
-            return Ok(Backing::Node(Box::new(from_options(inner, false)?)));
+            return Ok(Backing::Node(Box::new(from_options(inner, false, depth)?)));
         }
         inner.take("driver");
         if inner.is_empty() {
@@ -447,11 +463,11 @@ fn backing(options: &mut Options) -> Result<Backing, String> {
         true => Ok(Backing::AsNamed),
         false if !inner.iter().any(|(key, _)| names(key)) => {
             let mut node = Node::new(None);
-            node.backing = backing(&mut inner)?;
+            node.backing = backing(&mut inner, deeper(depth)?)?;
             node.options = inner;
             Ok(Backing::Keys(Box::new(node)))
         }
-        false => Ok(Backing::Node(Box::new(from_options(inner, false)?))),
+        false => Ok(Backing::Node(Box::new(from_options(inner, false, depth)?))),
     }
 }
 
@@ -459,6 +475,8 @@ fn no_such_node(name: &str) -> String {
     format!("Cannot find device='{name}' nor node-name='{name}'")
 }
 
+/// Nodes of a name one below the other, at most. Origin: ours; QEMU has no limit.
+const MAX_NODES: usize = 256;
 const NO_NAME: &str = "The 'file' block driver requires a file name";
 const NO_DRIVER: &str = "Must specify either driver or file";
 

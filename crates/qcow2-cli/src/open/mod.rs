@@ -4,6 +4,7 @@ mod cut_short;
 mod disk_storage;
 mod named;
 mod node;
+mod trail;
 mod tuning;
 mod values;
 
@@ -25,9 +26,10 @@ use qcow2_core::{
     Codecs, ErrorKind, GuestDisk, Image, ImageFormat, Layers, OpenOptions, Reference, ResolveError,
     ResolvedSource, Resolver, Storage,
 };
-use qcow2_io::{CacheMode, Debugger, OpenError, OpenErrorKind};
+use qcow2_io::{CacheMode, Debugger, LockConflict, OpenError, OpenErrorKind, OpenFiles};
 use qcow2_ops::snapshot::SnapshotName;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use trail::Trail;
 
 /// An open disk and the names of the files it is made of.
 pub(crate) struct OpenedDisk {
@@ -82,6 +84,22 @@ pub(crate) struct OpenAs {
     pub(crate) compression: Compression,
     /// Whether damaged images are opened for writing too.
     pub(crate) for_repair: bool,
+    /// Who else may write to its files meanwhile.
+    pub(crate) sharing: Sharing,
+    /// Whether a raw disk's length is changed.
+    pub(crate) resizes: bool,
+}
+
+/// Who else may write to the files of an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// As QEMU has it for each format: others may write to raw disks, and keep the length of data files.
+    #[default]
+    ByFormat,
+    /// Nobody to the image itself, whatever it is.
+    TopAlone,
+    /// Nobody to any of them.
+    Alone,
 }
 
 impl OpenAs {
@@ -93,9 +111,30 @@ impl OpenAs {
         bytes_per_second: None,
         compression: Compression::DEFAULT,
         for_repair: false,
+        sharing: Sharing::ByFormat,
+        resizes: false,
     };
     /// For looking at it, and at nothing that it names.
     pub(crate) const LOOK: Self = Self { layers: Layers::TopOnly, ..Self::READ };
+    /// For copying all of it, which nobody is to change meanwhile.
+    pub(crate) const COPY: Self = Self { sharing: Sharing::Alone, ..Self::READ };
+
+    /// The same for the backing file; a writable one is changed below other disks, which do not expect it.
+    fn below(self, writable: bool) -> Self {
+        let sharing = match self.sharing {
+            Sharing::Alone => Sharing::Alone,
+            _ if writable => Sharing::TopAlone,
+            _ => Sharing::ByFormat,
+        };
+        Self { writable, sharing, resizes: false, ..self }
+    }
+}
+
+/// The files that this process has open, with that of its output: whatever a verb writes to is opened among them, so that it is none
+/// that the same verb reads.
+pub(crate) fn open_files() -> &'static OpenFiles {
+    static FILES: OnceLock<OpenFiles> = OnceLock::new();
+    FILES.get_or_init(OpenFiles::with_output)
 }
 
 /// The bytes of an image, and what is known of the nodes below it.
@@ -115,7 +154,8 @@ pub(crate) fn open_file(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Resu
 /// The same, with what is known of each node.
 pub(crate) fn open_nodes(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Result<OpenedFile, Failure> {
     let format = format_of(&name.node);
-    let opening = Opening { args, how, format: format.as_ref() };
+    let trail = Trail::default();
+    let opening = Opening::new(args, how, format.as_ref(), &trail);
     let opened = opening.open(&name.node).map_err(|trouble| trouble.about(&name.typed))?;
     let (mut source, nodes, debugger) = opened;
     if let ImageFormat::Other(other) = &source.format {
@@ -131,7 +171,8 @@ pub(crate) fn open_nodes(name: &ImageName, args: &ImageArgs, how: OpenAs) -> Res
 /// Opens bytes that are there already, for writing. Errors: "Could not open".
 pub(crate) fn open_existing(node: &Node) -> Result<Arc<dyn Storage>, Failure> {
     let (args, how) = (ImageArgs::default(), OpenAs { writable: true, ..OpenAs::READ });
-    let opening = Opening { args: &args, how, format: Some(&ImageFormat::Raw) };
+    let trail = Trail::default();
+    let opening = Opening::new(&args, how, Some(&ImageFormat::Raw), &trail);
     let opened = opening.open(node).map_err(|trouble| trouble.about(&filename(node, "raw")))?;
     Ok(opened.0.storage)
 }
@@ -307,7 +348,10 @@ fn open_layers_by(
             Ok(OpenedDisk { disk, format, storage, files, is_null: false, debugger: None, host_start: 0 })
         }
         Err(error) => {
-            let context = format!("{context}{}", BACKING.repeat(files.len() - 1));
+            let context = match how.sharing == Sharing::Alone && is_raw_in_use(&error, &files) {
+                true => context.to_owned(),
+                false => format!("{context}{}", BACKING.repeat(files.len() - 1)),
+            };
             let failure = qemu_text::open_failure(&name.typed, &context, &error);
             Err(match (missing_backing(&error), &files[..]) {
                 (true, [.., above, missing]) => failure.advise(format!(
@@ -318,6 +362,12 @@ fn open_layers_by(
             })
         }
     }
+}
+
+/// Whether `error` is about a raw layer that others write to. Where nobody else may, QEMU asks for that from the top when all layers
+/// are open, and so says nothing of backing files.
+fn is_raw_in_use(error: &qcow2_core::Error, files: &[LayerFiles]) -> bool {
+    qemu_text::find::<LockConflict>(error).is_some() && files.last().is_some_and(|layer| layer.raw)
 }
 
 /// Whether `error` is about a backing file that is not there.
@@ -399,11 +449,11 @@ impl Resolver for Recorder {
         let is_backing = matches!(reference, Reference::Backing { .. });
         if is_backing {
             // Noted before it is opened: a failure is then this layer's.
-            let recorded = match reference {
-                Reference::Backing { name, .. } => name.to_owned(),
-                _ => String::new(),
+            let (recorded, raw) = match reference {
+                Reference::Backing { name, format } => (name.to_owned(), format == Some("raw")),
+                _ => (String::new(), false),
             };
-            self.lock().push(LayerFiles { recorded, ..LayerFiles::default() });
+            self.lock().push(LayerFiles { recorded, raw, ..LayerFiles::default() });
         }
         let mut source = self.inner.resolve(reference, writable)?;
         if let Some(layer) = self.lock().last_mut() {

@@ -4,7 +4,8 @@
 //! of this kind is complete; nothing in it is relative to the image.
 
 use super::OpenAs;
-use super::node::Opening;
+use super::node::{Opening, Trouble};
+use super::trail::Trail;
 use crate::args::ImageArgs;
 use crate::imagename::ImageName;
 use qcow2_core::{Reference, ResolveError, ResolvedSource, Resolver};
@@ -15,18 +16,25 @@ pub(super) struct NamedBacking {
     pub(super) inner: Arc<dyn Resolver>,
     pub(super) args: ImageArgs,
     pub(super) how: OpenAs,
+    /// How the image whose names these are was reached.
+    pub(super) trail: Trail,
 }
 
 impl Resolver for NamedBacking {
     fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError> {
+        self.trail.count_named().map_err(ResolveError::failed)?;
         match reference {
             Reference::Backing { name, format } if is_more_than_a_path(name) => {
                 self.open(name, format, writable)
             }
             reference => {
                 let source = self.inner.resolve(reference, writable)?;
-                let resolver =
-                    Arc::new(Self { inner: source.resolver, args: self.args.clone(), how: self.how });
+                let resolver = Arc::new(Self {
+                    inner: source.resolver,
+                    args: self.args.clone(),
+                    how: self.how,
+                    trail: self.trail.with_file(source.id),
+                });
                 Ok(ResolvedSource { resolver, ..source })
             }
         }
@@ -41,9 +49,8 @@ impl NamedBacking {
             |failure: crate::failure::Failure| ResolveError::failed(failure.without_name().to_string());
         let node = ImageName::parse(name, &args).map_err(failed)?.node;
         let format = super::format_of(&node);
-        let how = OpenAs { writable, ..self.how };
-        let opening = Opening { args: &args, how, format: format.as_ref() };
-        let opened = opening.open(&node).map_err(|trouble| failed(trouble.about(name)))?;
+        let opening = Opening::new(&args, self.how.below(writable), format.as_ref(), &self.trail);
+        let opened = opening.open(&node).map_err(Trouble::in_image)?;
         Ok(opened.0)
     }
 }

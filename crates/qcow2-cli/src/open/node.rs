@@ -2,17 +2,20 @@
 
 use super::disk_storage::DiskStorage;
 use super::named::NamedBacking;
-use super::{OpenAs, codecs, is_block_device};
+use super::trail::Trail;
+use super::{OpenAs, Sharing, codecs, is_block_device, open_files};
 use crate::args::ImageArgs;
 use crate::crypt::{KEY_OPTIONS, Keys};
 use crate::failure::Failure;
 use crate::imagename::{Driver, Node, debug_rules, filename, nbd_server};
 use crate::render::qemu_text;
 use crate::size::{SizeError, parse_size};
-use qcow2_core::{ImageFormat, Layers, NoResolver, OpenOptions, ResolvedSource, Resolver, SourceId, Storage};
+use qcow2_core::{
+    ImageFormat, Layers, NoResolver, OpenOptions, ResolveError, ResolvedSource, Resolver, SourceId, Storage,
+};
 use qcow2_io::{
-    BlkdebugStorage, Debugger, Locking, MemoryStorage, NbdStorage, NullStorage, OpenFile, Policy,
-    SourceOptions, WindowStorage, open_source, probe_format,
+    BlkdebugStorage, Debugger, LockConflict, Locking, MemoryStorage, NbdStorage, NullStorage, OpenFile,
+    Policy, SourceOptions, WindowStorage, open_source, probe_format,
 };
 use std::path::Path;
 use std::sync::Arc;
@@ -22,7 +25,8 @@ use std::time::Duration;
 pub(super) struct Bytes {
     pub(super) storage: Arc<dyn Storage>,
     pub(super) id: Option<SourceId>,
-    resolver: Arc<dyn Resolver>,
+    /// What opens plain names in them; `None`: nothing does.
+    resolver: Option<Arc<dyn Resolver>>,
     /// The format, where opening has found it out.
     format: Option<ImageFormat>,
     /// From the outermost node to the bottom.
@@ -51,17 +55,29 @@ pub(crate) struct NodeFacts {
 pub(super) struct Trouble {
     reason: String,
     hints: Vec<String>,
+    /// The lock that was not to be had, where that is the reason.
+    conflict: Option<LockConflict>,
 }
 
 impl Trouble {
     pub(super) fn about(self, typed: &str) -> Failure {
         self.hints.into_iter().fold(Failure::could_not_open(typed, &self.reason), Failure::hint)
     }
+
+    /// The same for what an image names.
+    pub(super) fn in_image(self) -> ResolveError {
+        let lines: Vec<String> = std::iter::once(self.reason).chain(self.hints).collect();
+        let error = ResolveError::failed(lines.join("\n"));
+        match self.conflict {
+            Some(conflict) => error.with_source(conflict),
+            None => error,
+        }
+    }
 }
 
 impl From<String> for Trouble {
     fn from(reason: String) -> Self {
-        Self { reason, hints: Vec::new() }
+        Self { reason, hints: Vec::new(), conflict: None }
     }
 }
 
@@ -70,17 +86,49 @@ type Opened<T> = Result<T, Trouble>;
 /// How the bytes below a format are opened.
 #[derive(Clone, Copy)]
 pub(super) struct Opening<'a> {
-    pub(super) args: &'a ImageArgs,
-    pub(super) how: OpenAs,
+    args: &'a ImageArgs,
+    how: OpenAs,
     /// The format that stands on them, where it is known.
-    pub(super) format: Option<&'a ImageFormat>,
+    format: Option<&'a ImageFormat>,
+    /// Whether whoever stands on them relies on their length.
+    is_part: bool,
+    /// How they were reached.
+    trail: &'a Trail,
+}
+
+impl<'a> Opening<'a> {
+    pub(super) fn new(
+        args: &'a ImageArgs,
+        how: OpenAs,
+        format: Option<&'a ImageFormat>,
+        trail: &'a Trail,
+    ) -> Self {
+        Self { args, how, format, is_part: false, trail }
+    }
 }
 
 impl Opening<'_> {
     fn file(&self) -> OpenFile {
         let file = if self.how.writable { OpenFile::writable() } else { OpenFile::read_only() };
-        let locking = if self.args.force_share { Locking::Shared } else { Locking::Auto };
-        file.with_cache(self.how.cache).with_locking(locking)
+        let mut file = file.with_cache(self.how.cache).with_locking(self.locking()).among(open_files());
+        file.resizes = self.how.resizes;
+        file.metadata_only = self.how.layers == Layers::TopOnly;
+        file
+    }
+
+    fn locking(&self) -> Locking {
+        let has_metadata = self.format == Some(&ImageFormat::Qcow2);
+        match self.how.sharing {
+            _ if self.args.force_share => Locking::Shared,
+            Sharing::Alone | Sharing::TopAlone => Locking::NoOtherWriters,
+            Sharing::ByFormat if self.is_part && !has_metadata => Locking::FixedLength,
+            Sharing::ByFormat => Locking::Auto,
+        }
+    }
+
+    /// That of the files which the image names.
+    fn locking_below(&self) -> Locking {
+        Opening { how: self.how.below(false), is_part: false, ..*self }.locking()
     }
 
     fn policy(&self) -> Policy {
@@ -97,7 +145,7 @@ impl Opening<'_> {
 
     fn open_tree(&self, top: &Node) -> Opened<(ResolvedSource, Vec<NodeFacts>, Option<Arc<Debugger>>)> {
         let mut bytes = match (top.driver().is_protocol(), top.child()) {
-            (false, Some(child)) => self.bytes(child, "file")?,
+            (false, Some(child)) => self.on(top).bytes(child, "file")?,
             _ => self.bytes(top, "")?,
         };
         let format = match (self.format, bytes.format.take()) {
@@ -123,7 +171,8 @@ impl Opening<'_> {
                 check_options(top, &probed, self.how.layers == Layers::Follow)?;
             }
         }
-        let Bytes { storage, id, resolver, nodes, debugger, .. } = bytes;
+        let resolver = self.resolver(&bytes);
+        let Bytes { storage, id, nodes, debugger, .. } = bytes;
         Ok((
             ResolvedSource { storage, format, name: filename(top, probed.name()), id, resolver },
             nodes,
@@ -131,28 +180,25 @@ impl Opening<'_> {
         ))
     }
 
+    /// The same for what `node` stands on.
+    fn on(&self, node: &Node) -> Self {
+        Self { is_part: self.is_part || is_window(node), ..*self }
+    }
+
+    /// What opens the names in `bytes`.
+    fn resolver(&self, bytes: &Bytes) -> Arc<dyn Resolver> {
+        let Some(inner) = bytes.resolver.clone() else { return Arc::new(NoResolver) };
+        if self.policy() != Policy::Allow {
+            return inner;
+        }
+        let (args, how) = (self.args.clone(), self.how);
+        Arc::new(NamedBacking { inner, args, how, trail: self.trail.with_file(bytes.id) })
+    }
+
     /// Opens a node that gives bytes.
     fn bytes(&self, node: &Node, role: &'static str) -> Opened<Bytes> {
-        let mut bytes = match node.driver() {
-            Driver::File | Driver::HostDevice => self.file_bytes(node)?,
-            Driver::NullCo | Driver::NullAio => Bytes::of(Arc::new(null(node)?)),
-            Driver::Nbd => Bytes::of(self.nbd(node)?),
-            Driver::Blkdebug => {
-                let rules = debug_rules(&node.options)?;
-                let mut bytes = self.bytes(below(node)?, "image")?;
-                let debug = BlkdebugStorage::new(bytes.storage, rules);
-                bytes.debugger = Some(Arc::clone(debug.debugger()));
-                bytes.storage = Arc::new(debug);
-                bytes
-            }
-            Driver::Raw => {
-                let mut bytes = self.bytes(below(node)?, "file")?;
-                bytes.storage = window(node, bytes.storage)?;
-                bytes
-            }
-            Driver::Qcow2 => self.image_bytes(node, ImageFormat::Qcow2)?,
-            Driver::Luks => self.image_bytes(node, ImageFormat::Luks)?,
-        };
+        let trail = &self.trail.deeper()?;
+        let mut bytes = Opening { trail, ..*self }.driver_bytes(node)?;
         check_options(node, node.driver(), role.is_empty() && self.how.layers == Layers::Follow)?;
         let failed = |error| Trouble::from(qemu_text::storage(&error));
         let is_file = matches!(node.driver(), Driver::File | Driver::HostDevice);
@@ -169,6 +215,29 @@ impl Opening<'_> {
         Ok(bytes)
     }
 
+    fn driver_bytes(&self, node: &Node) -> Opened<Bytes> {
+        Ok(match node.driver() {
+            Driver::File | Driver::HostDevice => self.file_bytes(node)?,
+            Driver::NullCo | Driver::NullAio => Bytes::of(Arc::new(null(node)?)),
+            Driver::Nbd => Bytes::of(self.nbd(node)?),
+            Driver::Blkdebug => {
+                let rules = debug_rules(&node.options)?;
+                let mut bytes = self.bytes(below(node)?, "image")?;
+                let debug = BlkdebugStorage::new(bytes.storage, rules);
+                bytes.debugger = Some(Arc::clone(debug.debugger()));
+                bytes.storage = Arc::new(debug);
+                bytes
+            }
+            Driver::Raw => {
+                let mut bytes = self.on(node).bytes(below(node)?, "file")?;
+                bytes.storage = window(node, bytes.storage)?;
+                bytes
+            }
+            Driver::Qcow2 => self.image_bytes(node, ImageFormat::Qcow2)?,
+            Driver::Luks => self.image_bytes(node, ImageFormat::Luks)?,
+        })
+    }
+
     fn file_bytes(&self, node: &Node) -> Opened<Bytes> {
         let path = node.path().unwrap_or_default();
         let file_text = node.options.text("locking");
@@ -180,19 +249,18 @@ impl Opening<'_> {
             return Err(reason.into());
         }
         let mut options = SourceOptions::new(file).with_policy(self.policy());
+        options.locking_below = Some(self.locking_below());
         if let Some(format) = self.format {
             options = options.with_format(format.clone());
         }
         let source = open_source(Path::new(path), &options).map_err(|error| {
             let (reason, hint) = qemu_text::source_reason(&error, path);
-            Trouble { reason, hints: hint.into_iter().collect() }
+            let conflict = qemu_text::find(&error).copied();
+            Trouble { reason, hints: hint.into_iter().collect(), conflict }
         })?;
+        self.trail.check_new(source.id, &filename(node, "raw"))?;
         let mut bytes = Bytes::of(source.storage);
-        (bytes.id, bytes.resolver, bytes.format) = (source.id, source.resolver, Some(source.format));
-        if self.policy() == Policy::Allow {
-            let (args, how) = (self.args.clone(), self.how);
-            bytes.resolver = Arc::new(NamedBacking { inner: bytes.resolver, args, how });
-        }
+        (bytes.id, bytes.resolver, bytes.format) = (source.id, Some(source.resolver), Some(source.format));
         Ok(bytes)
     }
 
@@ -200,7 +268,7 @@ impl Opening<'_> {
         let (address, export) = nbd_server(&node.options)?;
         let storage = NbdStorage::connect(&address, &export, self.how.writable).map_err(|error| {
             let server = error.server_message().map(|text| format!("server reported: {text}"));
-            Trouble { reason: error.to_string(), hints: server.into_iter().collect() }
+            Trouble { hints: server.into_iter().collect(), ..Trouble::from(error.to_string()) }
         })?;
         Ok(self.how.cache.wrap(Arc::new(storage)))
     }
@@ -209,12 +277,13 @@ impl Opening<'_> {
     fn image_bytes(&self, node: &Node, format: ImageFormat) -> Opened<Bytes> {
         let inner = Opening { format: Some(&format), ..*self };
         let mut bytes = inner.bytes(below(node)?, "file")?;
+        let resolver = self.resolver(&bytes);
         let source = ResolvedSource {
             storage: bytes.storage,
             format: format.clone(),
             name: filename(node, node.driver().name()),
             id: bytes.id,
-            resolver: Arc::clone(&bytes.resolver),
+            resolver,
         };
         let mut options = OpenOptions::default();
         options.writable = self.how.writable;
@@ -222,7 +291,7 @@ impl Opening<'_> {
         options.keys = Some(Arc::new(Keys::new(node.layer_keys(), &self.args.objects)));
         let disk = qcow2_core::open_disk(source, &options).map_err(|error| {
             let (reason, hint) = qemu_text::engine_reason(&error);
-            Trouble { reason, hints: hint.into_iter().collect() }
+            Trouble { reason, hints: hint.into_iter().collect(), conflict: qemu_text::find(&error).copied() }
         })?;
         bytes.storage = Arc::new(DiskStorage::new(disk));
         bytes.format = None;
@@ -232,8 +301,7 @@ impl Opening<'_> {
 
 impl Bytes {
     fn of(storage: Arc<dyn Storage>) -> Self {
-        let resolver = Arc::new(NoResolver);
-        Self { storage, id: None, resolver, format: None, nodes: Vec::new(), debugger: None }
+        Self { storage, id: None, resolver: None, format: None, nodes: Vec::new(), debugger: None }
     }
 }
 
@@ -275,11 +343,15 @@ fn check_options(node: &Node, probed: &Driver, follows: bool) -> Opened<()> {
     super::values::check(node).map_err(|failure| failure.to_string().into())
 }
 
+/// Whether the options of `node` choose a part of what it stands on.
+fn is_window(node: &Node) -> bool {
+    *node.driver() == Driver::Raw
+        && (node.options.text("offset").is_some() || node.options.text("size").is_some())
+}
+
 /// The part of `storage` that a raw node's options choose.
 fn window(node: &Node, storage: Arc<dyn Storage>) -> Opened<Arc<dyn Storage>> {
-    if *node.driver() != Driver::Raw
-        || (node.options.text("offset").is_none() && node.options.text("size").is_none())
-    {
+    if !is_window(node) {
         return Ok(storage);
     }
     let (offset, size) = (size_option(node, "offset")?.unwrap_or(0), size_option(node, "size")?);
@@ -329,11 +401,11 @@ fn size_option(node: &Node, key: &str) -> Opened<Option<u64>> {
         Ok(size) => Ok(Some(size)),
         Err(SizeError::Range) => Err(format!("Value '{text}' is out of range for parameter '{key}'").into()),
         Err(SizeError::Syntax) => Err(Trouble {
-            reason: format!("Parameter '{key}' expects a non-negative number below 2^64"),
             hints: vec![
                 "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-".to_owned(),
                 "and exabytes, respectively.".to_owned(),
             ],
+            ..Trouble::from(format!("Parameter '{key}' expects a non-negative number below 2^64"))
         }),
     }
 }
@@ -352,7 +424,7 @@ impl Resolver for OtherBacking {
         &self,
         reference: qcow2_core::Reference<'_>,
         writable: bool,
-    ) -> Result<ResolvedSource, qcow2_core::ResolveError> {
+    ) -> Result<ResolvedSource, ResolveError> {
         if !matches!(reference, qcow2_core::Reference::Backing { .. }) {
             return self.inner.resolve(reference, writable);
         }
@@ -366,11 +438,10 @@ impl Resolver for OtherBacking {
                 resolver: Arc::new(NoResolver),
             });
         };
-        let format = super::format_of(node);
-        let how = OpenAs { writable: false, ..self.how };
-        let opening = Opening { args: &self.args, how, format: format.as_ref() };
+        let (format, trail) = (super::format_of(node), Trail::default());
+        let opening = Opening::new(&self.args, self.how.below(false), format.as_ref(), &trail);
         let opened = opening.open(node).map(|(source, ..)| source);
-        opened.map_err(|trouble| qcow2_core::ResolveError::failed(trouble.reason))
+        opened.map_err(Trouble::in_image)
     }
 }
 
@@ -387,14 +458,16 @@ impl Resolver for OtherDataFile {
         &self,
         reference: qcow2_core::Reference<'_>,
         writable: bool,
-    ) -> Result<ResolvedSource, qcow2_core::ResolveError> {
+    ) -> Result<ResolvedSource, ResolveError> {
         if !matches!(reference, qcow2_core::Reference::DataFile { .. }) {
             return self.inner.resolve(reference, writable);
         }
-        let how = OpenAs { writable, ..self.how };
-        let opening = Opening { args: &self.args, how, format: Some(&ImageFormat::Raw) };
+        let how = OpenAs { writable, resizes: true, ..self.how.below(false) };
+        let trail = Trail::default();
+        let opening = Opening::new(&self.args, how, Some(&ImageFormat::Raw), &trail);
+        let opening = Opening { is_part: true, ..opening };
         let opened = opening.open(&self.node).map(|(source, ..)| source);
-        opened.map_err(|trouble| qcow2_core::ResolveError::failed(trouble.reason))
+        opened.map_err(Trouble::in_image)
     }
 }
 

@@ -150,7 +150,7 @@ fn open_reason(error: &OpenError, path: &str) -> (String, Option<String>) {
         OpenErrorKind::NotRegular if error.is_directory_to_write() => {
             (format!("Could not open '{path}': Is a directory"), None)
         }
-        OpenErrorKind::NotRegular => (error.reason(), None),
+        OpenErrorKind::NotRegular | OpenErrorKind::SameFile => (error.reason(), None),
         OpenErrorKind::Locked => {
             (error.reason(), Some(format!("Is another process using the image [{path}]?")))
         }

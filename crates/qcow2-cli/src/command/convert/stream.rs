@@ -6,7 +6,7 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
-use crate::open::{codecs, warn_of_missing_end};
+use crate::open::{codecs, open_files, warn_of_missing_end};
 use crate::progress::Meter;
 use crate::session::{Session, unfinished_stream};
 use qcow2_core::GuestDisk;
@@ -84,6 +84,8 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
 }
 
 fn read(session: &Session, request: &Request, interrupts: &Interrupts, meter: &Meter) -> Result<(), Failure> {
+    // The target is opened further down, and is not what is read here.
+    let _held = open_files().hold_input().map_err(|same| Failure::new(same.to_string()))?;
     let mut input = Stdin { input: io::stdin().lock(), interrupts };
     let mut start = Vec::new();
     let probed = (&mut input).take(MAGIC.len() as u64).read_to_end(&mut start);

@@ -6,6 +6,7 @@ use crate::failure::Failure;
 use crate::imagename::{Driver, ImageName, NewTarget, new_target};
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
+use crate::newbacking::{KeptBacking, open_backing};
 use crate::newimage;
 use crate::open::{OpenAs, OpenedDisk, open_target};
 use crate::render::qemu_text;
@@ -32,6 +33,16 @@ pub(super) fn open(
         };
         let options = settle(request, sources, size)?;
         request.target_cache()?;
+        // What it is to stand on is not emptied for it.
+        let _kept = options.text("backing_file").map(|backing| {
+            let (new, format) = (&request.target, options.text("backing_fmt"));
+            let kept = KeptBacking::unopened(new, backing, format);
+            // What cannot be opened is complained of when the new image is.
+            match open_backing(new, backing, format, options.objects()) {
+                Ok(chain) => kept.with(chain),
+                Err(_) => kept,
+            }
+        });
         let format = options.format().name();
         newimage::make(session, &made, &options, interrupts).map_err(|not_made| {
             Failure::from(not_made).about(&format!("error while converting {format}")).about(&request.target)

@@ -1,0 +1,205 @@
+//! Which files one program has open at a time, so that it writes to none that it reads too.
+//!
+//! Locks do not see to that: they are not taken where sharing is forced, where they are switched off, or where the file system has
+//! none, and a raw disk is shared with its writers. So whoever opens several files for one job opens them all among the same
+//! [`OpenFiles`], and each opening is compared with those before it by what was really opened, not by name: the same device and
+//! inode, or the same block device.
+
+use crate::open::{FileKind, file_kind};
+use qcow2_core::SourceId;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fmt;
+use std::fs::Metadata;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The files that are open together: each any number of times for reading, or once for writing. A clone is the same set.
+///
+/// ```
+/// use qcow2_io::{Create, OpenErrorKind, OpenFile, OpenFiles};
+///
+/// let path = std::env::temp_dir().join(format!("qcow2-io-open-files-{}", std::process::id()));
+/// std::fs::write(&path, b"precious")?;
+/// let together = OpenFiles::new();
+/// let source = OpenFile::read_only().among(&together).open(&path)?;
+/// let target = OpenFile::writable().with_create(Create::Truncate).among(&together).open(&path);
+/// assert!(target.is_err());
+/// assert_eq!(source.len()?, 8);
+/// drop(source);
+/// OpenFile::writable().among(&together).open(&path)?;
+/// # std::fs::remove_file(&path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct OpenFiles {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    open: Mutex<BTreeMap<SourceId, Openings>>,
+    /// The file that standard output leads to.
+    output: Option<SourceId>,
+}
+
+/// The openings of one file.
+#[derive(Debug)]
+struct Openings {
+    count: u32,
+    writable: bool,
+    /// What the first of them is called in messages.
+    name: String,
+}
+
+impl OpenFiles {
+    /// No file is open yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The same, but for the file that standard output leads to, which is never read: it can be written to under a name of its own, as
+    /// `/dev/stdout`. What is a pipe or a terminal does not count.
+    pub fn with_output() -> Self {
+        #[cfg(unix)]
+        let output = stream_metadata(std::io::stdout()).as_ref().and_then(image_id);
+        #[cfg(not(unix))]
+        let output = None;
+        Self { shared: Arc::new(Shared { output, ..Shared::default() }) }
+    }
+
+    /// Adds the file that standard input comes from, as one that is read. `None`: it comes from no file. Errors: it is written to.
+    pub fn hold_input(&self) -> Result<Option<HeldFile>, SameFile> {
+        #[cfg(unix)]
+        {
+            let id = stream_metadata(std::io::stdin()).as_ref().and_then(image_id);
+            self.hold(id, false, || "standard input".to_owned())
+        }
+        #[cfg(not(unix))]
+        Ok(None)
+    }
+
+    /// Adds the file at `path`, as one that is read, without opening it; messages call it `name`. `None`: there is no file. Errors:
+    /// it is written to.
+    pub fn hold_path(&self, path: &Path, name: &str) -> Result<Option<HeldFile>, SameFile> {
+        let id = path.metadata().ok().as_ref().and_then(image_id);
+        self.hold(id, false, || name.to_owned())
+    }
+
+    /// Adds an open file that `metadata` is about. `None`: the system does not tell which file it is.
+    pub(crate) fn register(
+        &self,
+        metadata: &Metadata,
+        writable: bool,
+        path: &Path,
+    ) -> Result<Option<HeldFile>, SameFile> {
+        self.hold(source_id(metadata), writable, || quoted(path))
+    }
+
+    fn hold(
+        &self,
+        id: Option<SourceId>,
+        writable: bool,
+        name: impl Fn() -> String,
+    ) -> Result<Option<HeldFile>, SameFile> {
+        let Some(id) = id else { return Ok(None) };
+        if !writable && self.shared.output == Some(id) {
+            return Err(SameFile { name: name(), first: "standard output".to_owned(), first_writes: true });
+        }
+        match self.shared.lock().entry(id) {
+            Entry::Vacant(entry) => {
+                entry.insert(Openings { count: 1, writable, name: name() });
+            }
+            Entry::Occupied(entry) if writable || entry.get().writable => {
+                let Openings { name: first, writable, .. } = entry.get();
+                return Err(SameFile { name: name(), first: first.clone(), first_writes: *writable });
+            }
+            Entry::Occupied(mut entry) => entry.get_mut().count += 1,
+        }
+        Ok(Some(HeldFile { shared: Arc::clone(&self.shared), id }))
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<SourceId, Openings>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display())
+}
+
+/// One opening of a file, for as long as it counts.
+#[derive(Debug)]
+#[must_use = "the file counts as open only as long as this is kept"]
+pub struct HeldFile {
+    shared: Arc<Shared>,
+    id: SourceId,
+}
+
+impl Drop for HeldFile {
+    fn drop(&mut self) {
+        if let Entry::Occupied(mut entry) = self.shared.lock().entry(self.id) {
+            entry.get_mut().count -= 1;
+            if entry.get().count == 0 {
+                entry.remove();
+            }
+        }
+    }
+}
+
+/// The same file is open already, and one of the two openings writes to it.
+///
+/// `Display` names both openings: `'link' is the same file as 'disk', which is being read and cannot be written to`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SameFile {
+    name: String,
+    /// The name of the first opening.
+    first: String,
+    first_writes: bool,
+}
+
+impl fmt::Display for SameFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)?;
+        if self.first != self.name {
+            write!(f, " is the same file as {}, which", self.first)?;
+        }
+        f.write_str(match self.first_writes {
+            true => " is being written to and cannot be opened again",
+            false => " is being read and cannot be written to",
+        })
+    }
+}
+
+impl std::error::Error for SameFile {}
+
+/// What makes two openings the same file, where the system tells.
+pub(crate) fn source_id(metadata: &Metadata) -> Option<SourceId> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        // Two names of one device are different files but the same source.
+        Some(match file_kind(metadata) {
+            FileKind::BlockDevice => SourceId { device: u64::MAX, file: metadata.rdev() },
+            FileKind::Regular | FileKind::Other => SourceId { device: metadata.dev(), file: metadata.ino() },
+        })
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = metadata;
+        None
+    }
+}
+
+/// The same, for what an image can be in.
+fn image_id(metadata: &Metadata) -> Option<SourceId> {
+    source_id(metadata).filter(|_| file_kind(metadata) != FileKind::Other)
+}
+
+/// What the system knows of an open stream.
+#[cfg(unix)]
+fn stream_metadata(stream: impl std::os::fd::AsFd) -> Option<Metadata> {
+    std::fs::File::from(stream.as_fd().try_clone_to_owned().ok()?).metadata().ok()
+}
