@@ -2,7 +2,7 @@
 
 use crate::finding::Finding;
 use crate::source::Source;
-use crate::{cargo, deps, examples, find_program, map, purity, tidy, tree};
+use crate::{cargo, deps, examples, figures, find_program, map, purity, tidy, tree};
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
@@ -24,6 +24,11 @@ pub(crate) const STEPS: &[Step] = &[
     },
     Step { name: "deps", about: "the allowed arrows between crates", run: |r| report(deps::check(r)) },
     Step { name: "map", about: "what the root pages name exists", run: |r| report(map::check(r)) },
+    Step {
+        name: "figures",
+        about: "sizes, circles, assertions, line lengths and their bounds",
+        run: figures::run,
+    },
     Step { name: "fmt", about: "cargo fmt --check", run: |r| command(r, &["fmt", "--all", "--check"], &[]) },
     Step { name: "clippy", about: "clippy, warnings denied", run: clippy },
     Step { name: "doc", about: "rustdoc, warnings denied", run: doc },
@@ -110,7 +115,7 @@ fn files(root: &Path) -> Result<Vec<tree::File>, String> {
 }
 
 /// Prints the findings; any is a failure.
-fn report(findings: Result<Vec<Finding>, String>) -> Result<(), String> {
+pub(crate) fn report(findings: Result<Vec<Finding>, String>) -> Result<(), String> {
     let findings = findings?;
     for finding in &findings {
         println!("{finding}");

@@ -8,6 +8,7 @@ mod crash;
 mod deps;
 mod docs;
 mod examples;
+mod figures;
 mod finding;
 mod fixtures;
 mod lex;
@@ -61,9 +62,11 @@ fn usage() -> String {
     }
     text.push_str("\n\n  tour      the main job on a sample disk, command by command");
     text.push_str("\n  docs      manual pages and shell completions, in target/docs or the folder given");
-    text.push_str("\n  libvirt   libvirt on our qemu-img (needs root, libvirtd, virsh): volumes, and with a qemu-system's path snapshots of a domain");
+    text.push_str("\n  libvirt   libvirt on our qemu-img (needs root, libvirtd, virsh): volumes,");
+    text.push_str("\n            and with a qemu-system's path snapshots of a domain");
     text.push_str("\n  crash     cut the power at every moment of random work: --seconds N, --seed N");
-    text.push_str("\n  bench     time ours against qemu-img in pairs: --group io|convert|compress, --pairs N, --files DIR");
+    text.push_str("\n  bench     time ours against qemu-img in pairs:");
+    text.push_str("\n            --group io|convert|compress, --pairs N, --files DIR");
     text.push_str("\n  fixtures  make tests/data anew with QEMU's tools");
     text
 }
