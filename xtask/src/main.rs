@@ -6,6 +6,7 @@ mod bench;
 mod ci;
 mod crash;
 mod deps;
+mod dist;
 mod docs;
 mod examples;
 mod figures;
@@ -47,6 +48,7 @@ fn run(args: &[String]) -> Result<(), String> {
     let [name] = args else { return Err(usage()) };
     match name.as_str() {
         "ci" => return ci::all(&root),
+        "dist" => return dist::run(&root),
         "fixtures" => return fixtures::make(&root),
         "tour" => return tour::run(&root),
         _ => {}
@@ -61,6 +63,7 @@ fn usage() -> String {
         text.push_str(&format!("\n  {:<9} {}", step.name, step.about));
     }
     text.push_str("\n\n  tour      the main job on a sample disk, command by command");
+    text.push_str("\n  dist      the command to hand out, its debug information in a file beside it");
     text.push_str("\n  docs      manual pages and shell completions, in target/docs or the folder given");
     text.push_str("\n  libvirt   libvirt on our qemu-img (needs root, libvirtd, virsh): volumes,");
     text.push_str("\n            and with a qemu-system's path snapshots of a domain");
