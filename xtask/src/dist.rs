@@ -2,8 +2,8 @@
 //!
 //! Cargo's own `split-debuginfo = "packed"` leaves the tables of lines and ranges in the program, which stays
 //! four times as large. `objcopy` takes them too, and leaves the name of the file they are in
-//! (`.gnu_debuglink`). Backtraces, `gdb` and `perf` look for it beside the program, in `.debug/` there, and below
-//! `/usr/lib/debug`.
+//! (`.gnu_debuglink`). Backtraces, `gdb` and `perf` look for it beside the program, in `.debug/` there, and
+//! below `/usr/lib/debug`.
 
 use std::fs;
 use std::path::Path;

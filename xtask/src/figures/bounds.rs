@@ -58,8 +58,8 @@ const fn today(figure: &'static str, place: &'static str, today: usize) -> Exemp
 #[cfg(test)]
 const CEILING: usize = 22;
 
-/// The exemptions. They only shrink: one that is not needed any more, or that is a tenth too high, is a finding
-/// itself.
+/// The exemptions. They only shrink: one that is not needed any more, or that is a tenth too high, is a
+/// finding itself.
 pub(super) const EXEMPT: &[Exemption] = &[
     today("cli-lines", "qcow2-cli", 13_597),
     today("cli-share", "qcow2-cli", 32),
@@ -72,7 +72,7 @@ pub(super) const EXEMPT: &[Exemption] = &[
     today("fields", "qcow2-format::Header", 18),
     today("assertions", "qcow2-core", 5_435),
     today("long-lines", "fuzz", 3),
-    today("long-lines", "pages", 156),
+    today("long-lines", "pages", 152),
     today("long-lines", "qcow2-cli", 109),
     today("long-lines", "qcow2-codec", 48),
     today("long-lines", "qcow2-core", 322),
@@ -82,7 +82,7 @@ pub(super) const EXEMPT: &[Exemption] = &[
     today("long-lines", "qcow2-ops", 178),
     today("long-lines", "qcow2-testkit", 59),
     today("long-lines", "tests", 96),
-    today("long-lines", "xtask", 19),
+    today("long-lines", "xtask", 18),
 ];
 
 /// A figure as it was counted.
