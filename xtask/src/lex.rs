@@ -1,7 +1,7 @@
-//! A lexer just good enough for the checks: Rust text to tokens, comments left out.
+//! A lexer just good enough for the checks: Rust text to tokens, comments apart.
 //!
-//! It is total: any text gives tokens. Literals become one token without their content, so that a word inside a string
-//! or a comment never counts as code.
+//! It is total: any text gives tokens. Literals become one token without their content, so that a word inside
+//! a string or a comment never counts as code.
 
 /// What a token is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,20 +31,43 @@ impl Token<'_> {
     }
 }
 
+/// A comment with its marks, and its first line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Comment<'a> {
+    pub(crate) text: &'a str,
+    pub(crate) line: usize,
+}
+
+impl Comment<'_> {
+    /// Whether this is documentation, which rustdoc shows, or a note for whoever reads the code.
+    pub(crate) fn is_doc(&self) -> bool {
+        let outer = |mark: &str, more: &str| self.text.starts_with(mark) && !self.text.starts_with(more);
+        outer("///", "////")
+            || outer("/**", "/***")
+            || ["//!", "/*!"].iter().any(|m| self.text.starts_with(m))
+    }
+}
+
 /// Splits `text` into tokens.
 pub(crate) fn lex(text: &str) -> Vec<Token<'_>> {
-    let mut lexer = Lexer { text, at: 0, line: 1 };
+    lex_with_comments(text).0
+}
+
+/// Splits `text` into tokens and comments.
+pub(crate) fn lex_with_comments(text: &str) -> (Vec<Token<'_>>, Vec<Comment<'_>>) {
+    let mut lexer = Lexer { text, at: 0, line: 1, comments: Vec::new() };
     let mut tokens = Vec::new();
     while let Some(token) = lexer.next_token() {
         tokens.push(token);
     }
-    tokens
+    (tokens, lexer.comments)
 }
 
 struct Lexer<'a> {
     text: &'a str,
     at: usize,
     line: usize,
+    comments: Vec<Comment<'a>>,
 }
 
 impl<'a> Lexer<'a> {
@@ -59,6 +82,12 @@ impl<'a> Lexer<'a> {
         taken
     }
 
+    fn comment(&mut self, len: usize) {
+        let line = self.line;
+        let text = self.advance(len);
+        self.comments.push(Comment { text, line });
+    }
+
     fn next_token(&mut self) -> Option<Token<'a>> {
         loop {
             let rest = self.rest();
@@ -66,9 +95,9 @@ impl<'a> Lexer<'a> {
             if first.is_whitespace() {
                 self.advance(first.len_utf8());
             } else if rest.starts_with("//") {
-                self.advance(rest.find('\n').unwrap_or(rest.len()));
+                self.comment(rest.find('\n').unwrap_or(rest.len()));
             } else if rest.starts_with("/*") {
-                self.advance(block_comment_len(rest));
+                self.comment(block_comment_len(rest));
             } else {
                 break;
             }
@@ -81,7 +110,8 @@ impl<'a> Lexer<'a> {
     }
 }
 
-/// The kind of the token at the front of `rest`, its length in bytes, and how many of them are a prefix to drop.
+/// The kind of the token at the front of `rest`, its length in bytes, and how many of them are a prefix to
+/// drop.
 fn classify(rest: &str) -> (Kind, usize, usize) {
     let first = rest.chars().next().unwrap_or(' ');
     if let Some(len) = string_len(rest) {
@@ -110,7 +140,8 @@ fn word_len(text: &str) -> usize {
     text.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(text.len())
 }
 
-/// A number takes its suffix, and one dot only where a digit follows (`0..9` is three tokens, `1.max(2)` too).
+/// A number takes its suffix, and one dot only where a digit follows (`0..9` is three tokens, `1.max(2)`
+/// too).
 fn number_len(text: &str) -> usize {
     let whole = word_len(text);
     match text[whole..].strip_prefix('.') {
@@ -233,6 +264,15 @@ mod tests {
         let tokens = lex("a\n\"x\ny\"\n/* \n */ b");
         let lines: Vec<_> = tokens.iter().map(|t| t.line).collect();
         assert_eq!(lines, [1, 2, 5]);
+    }
+
+    #[test]
+    fn comments_come_with_their_lines_and_kind() {
+        let text = "//! a\n/// b\nc(\"// d\"); // e\n/* f\n */ //// g\n/** h */";
+        let (_, comments) = lex_with_comments(text);
+        let seen: Vec<_> = comments.iter().map(|c| (c.line, c.is_doc())).collect();
+        assert_eq!(seen, [(1, true), (2, true), (3, false), (4, false), (5, false), (6, true)]);
+        assert_eq!(comments[2].text, "// e");
     }
 
     #[test]

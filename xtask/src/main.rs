@@ -6,8 +6,10 @@ mod bench;
 mod ci;
 mod crash;
 mod deps;
+mod dist;
 mod docs;
 mod examples;
+mod figures;
 mod finding;
 mod fixtures;
 mod lex;
@@ -48,6 +50,7 @@ fn run(args: &[String]) -> Result<(), String> {
     let [name] = args else { return Err(usage()) };
     match name.as_str() {
         "ci" => return ci::all(&root),
+        "dist" => return dist::run(&root),
         "fixtures" => return fixtures::make(&root),
         "tour" => return tour::run(&root),
         _ => {}
@@ -62,11 +65,15 @@ fn usage() -> String {
         text.push_str(&format!("\n  {:<9} {}", step.name, step.about));
     }
     text.push_str("\n\n  tour      the main job on a sample disk, command by command");
+    text.push_str("\n  dist      the command to hand out, its debug information in a file beside it");
     text.push_str("\n  docs      manual pages and shell completions, in target/docs or the folder given");
-    text.push_str("\n  libvirt   libvirt on our qemu-img (needs root, libvirtd, virsh): volumes, and with a qemu-system's path snapshots of a domain");
+    text.push_str("\n  libvirt   libvirt on our qemu-img (needs root, libvirtd, virsh): volumes,");
+    text.push_str("\n            and with a qemu-system's path snapshots of a domain");
     text.push_str("\n  crash     cut the power at every moment of random work: --seconds N, --seed N");
-    text.push_str("\n  mutants   put known faults into a copy of the tree, one by one, and see whether the tests notice: --list, PATTERN");
-    text.push_str("\n  bench     time ours against qemu-img in pairs: --group io|convert|compress, --pairs N, --files DIR");
+    text.push_str("\n  mutants   put known faults into a copy of the tree, one by one, and see whether");
+    text.push_str("\n            the tests notice: --list, PATTERN");
+    text.push_str("\n  bench     time ours against qemu-img in pairs:");
+    text.push_str("\n            --group io|convert|compress, --pairs N, --files DIR");
     text.push_str("\n  fixtures  make tests/data anew with QEMU's tools");
     text
 }

@@ -1,4 +1,7 @@
-//! The inner crates stay pure: no operating system in format, core and ops; no `unsafe` outside the OS rooms.
+//! The inner crates stay pure: no operating system in format, core and ops; no `unsafe` outside the OS rooms;
+//! no bytes in core.
+
+pub(crate) mod bytes;
 
 use crate::finding::Finding;
 use crate::lex::Kind;
@@ -22,6 +25,7 @@ pub(crate) fn check(source: &Source<'_>, findings: &mut Vec<Finding>) {
     check_world(source, findings);
     check_unsafe(source, findings);
     check_roots(source, findings);
+    bytes::check(source, findings);
 }
 
 fn check_no_std(source: &Source<'_>, findings: &mut Vec<Finding>) {

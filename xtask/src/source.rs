@@ -1,6 +1,6 @@
-//! One Rust file as the checks see it: text, tokens, and which lines are test code.
+//! One Rust file as the checks see it: text, tokens, comments, and which lines are test code.
 
-use crate::lex::{Token, lex};
+use crate::lex::{Comment, Token, lex_with_comments};
 
 /// A Rust file of the workspace.
 pub(crate) struct Source<'a> {
@@ -8,14 +8,15 @@ pub(crate) struct Source<'a> {
     pub(crate) path: &'a str,
     pub(crate) text: &'a str,
     pub(crate) tokens: Vec<Token<'a>>,
+    pub(crate) comments: Vec<Comment<'a>>,
     test_lines: Vec<(usize, usize)>,
 }
 
 impl<'a> Source<'a> {
     pub(crate) fn new(path: &'a str, text: &'a str) -> Self {
-        let tokens = lex(text);
+        let (tokens, comments) = lex_with_comments(text);
         let test_lines = if is_test_path(path) { vec![(1, usize::MAX)] } else { test_lines(&tokens) };
-        Self { path, text, tokens, test_lines }
+        Self { path, text, tokens, comments, test_lines }
     }
 
     /// Whether `line` belongs to test code: a file of tests, or an item marked `#[cfg(test)]` or `#[test]`.

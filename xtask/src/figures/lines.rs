@@ -1,0 +1,137 @@
+//! Lines: how many there are, how long they are, and how many tell why.
+
+use crate::source::Source;
+use crate::tree::File;
+
+/// The most columns of a line.
+pub(super) const MAX_COLUMNS: usize = 110;
+/// Macros that state what the code relies on.
+const ASSERTIONS: &[&str] = &[
+    "assert",
+    "assert_eq",
+    "assert_ne",
+    "debug_assert",
+    "debug_assert_eq",
+    "debug_assert_ne",
+    "unreachable",
+];
+
+/// What shipped code has of lines, summed over files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Lines {
+    /// All of them, blank ones included, without tests.
+    pub(super) all: usize,
+    /// Those with a plain comment (`//`): notes on why, where documentation says what.
+    pub(super) why: usize,
+    pub(super) assertions: usize,
+}
+
+impl Lines {
+    pub(super) fn of(source: &Source<'_>) -> Self {
+        let shipped = |line: usize| !source.is_test_line(line);
+        let plain = source.comments.iter().filter(|c| shipped(c.line) && !c.is_doc());
+        let is_assertion =
+            |at: usize| ASSERTIONS.contains(&source.tokens[at].text) && source.matches(at + 1, &["!"]);
+        Self {
+            all: (1..=source.text.lines().count()).filter(|&line| shipped(line)).count(),
+            why: plain.map(|c| c.text.lines().count()).sum(),
+            assertions: source.shipped().filter(|&(at, _)| is_assertion(at)).count(),
+        }
+    }
+
+    pub(super) fn add(&mut self, other: Self) {
+        self.all += other.all;
+        self.why += other.why;
+        self.assertions += other.assertions;
+    }
+}
+
+/// The longest line of a kind: where, and how many columns.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Longest {
+    pub(super) place: String,
+    pub(super) columns: usize,
+}
+
+/// How long the lines of some files are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Lengths {
+    /// Lines above the bound.
+    pub(super) over: usize,
+    pub(super) code: Longest,
+    pub(super) comment: Longest,
+}
+
+impl Lengths {
+    /// Adds the lines of a page or a source file, tests included. Rows of tables are left out: nothing wraps
+    /// them.
+    pub(super) fn add(&mut self, file: &File) {
+        let page = file.path.ends_with(".md");
+        for (at, line) in file.text.lines().enumerate() {
+            let text = line.trim_start();
+            let prose = page || text.starts_with("//");
+            if prose && text.trim_start_matches(['/', '!', ' ']).starts_with('|') {
+                continue;
+            }
+            let columns = line.chars().count();
+            self.over += usize::from(columns > MAX_COLUMNS);
+            let longest = if prose { &mut self.comment } else { &mut self.code };
+            if columns > longest.columns {
+                *longest = Longest { place: format!("{}:{}", file.path, at + 1), columns };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(text: &str, all: usize, why: usize, assertions: usize) {
+        let seen = Lines::of(&Source::new("crates/a/src/x.rs", text));
+        assert_eq!(seen, Lines { all, why, assertions }, "{text:?}");
+    }
+
+    fn check_lengths(path: &str, text: &str, over: usize, code: usize, comment: usize) {
+        let mut lengths = Lengths::default();
+        lengths.add(&File { path: path.to_owned(), text: text.to_owned() });
+        let seen = (lengths.over, lengths.code.columns, lengths.comment.columns);
+        assert_eq!(seen, (over, code, comment), "{path}: {text:?}");
+    }
+
+    #[test]
+    fn lines_are_counted_without_tests() {
+        check(
+            "fn f() {}\n\nfn g() {}\n#[cfg(test)]\nmod tests {\n    // why\n    fn t() { assert!(a) }\n}\n",
+            3,
+            0,
+            0,
+        );
+    }
+
+    #[test]
+    fn comments_that_say_why_are_no_documentation() {
+        check("//! What\n/// What\n// Why\n// and more\nfn f() {} // why\n", 5, 3, 0);
+        check("fn f() { g(\"// no\") }\n/* why\n too */\n", 3, 2, 0);
+    }
+
+    #[test]
+    fn assertions_are_macros() {
+        check("fn f() { assert!(a); debug_assert_eq!(a, b); unreachable!() }", 1, 0, 3);
+        check("fn f() { assert(a); prop_assert!(b) } // assert!(c)", 1, 1, 0);
+    }
+
+    #[test]
+    fn long_lines_are_counted_by_character() {
+        check_lengths("a.rs", &format!("{}\n{}\n", "é".repeat(110), "é".repeat(111)), 1, 111, 0);
+        check_lengths("a.rs", &format!("    // {}\n", "x".repeat(111)), 1, 0, 118);
+        check_lengths("a.md", &format!("{}\n", "x".repeat(120)), 1, 0, 120);
+    }
+
+    #[test]
+    fn rows_of_tables_cannot_be_wrapped() {
+        check_lengths("a.md", &format!("| {} |\n", "x".repeat(120)), 0, 0, 0);
+        check_lengths("a.rs", &format!("/// | {} |\n", "x".repeat(120)), 0, 0, 0);
+        check_lengths("a.rs", &format!("| {} |\n", "x".repeat(120)), 1, 124, 0);
+    }
+}
