@@ -4,7 +4,7 @@
 //! and stored anew when the image is closed: a crash in between leaves them in use, which says that their bits mean
 //! nothing. So a bitmap may be lost, but never lies. Spec: "Bitmaps".
 //!
-//! The bits in memory have a limit for all bitmaps of an image ([`room`]). A bitmap is neither lost nor made coarser because of
+//! The bits in memory have a limit for all bitmaps of an image. A bitmap is neither lost nor made coarser because of
 //! it while somebody can still decide: what is to record and does not fit makes the first change fail with `NoSpace`, before
 //! anything is written, and so do merges; bitmaps can be removed without being read. Only marks that a running guest makes past
 //! the limit are made in larger pieces, since a write must not fail for them and a bitmap may name more than was changed.
