@@ -7,6 +7,7 @@
 use crate::direct::{AlignedBuffer, DirectIo};
 use crate::dirty::Dirty;
 use crate::error::{Call, MAX_LEN};
+use crate::lock::unlock_image;
 use crate::open::{FileKind, file_kind};
 use crate::space::Space;
 use crate::sys::{self, Run};
@@ -16,7 +17,7 @@ use qcow2_core::{
 use std::any::Any;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Bytes of zeroes written at a time where nothing faster exists; a multiple of every block.
@@ -40,6 +41,16 @@ pub struct FileStorage {
     space: Space,
     /// Present where the file is read and written around the page cache.
     direct: Option<DirectIo>,
+    /// Whether image locks were taken for this storage, and end with it.
+    locked: AtomicBool,
+}
+
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        if self.locked.load(Ordering::Relaxed) {
+            unlock_image(&self.file);
+        }
+    }
 }
 
 /// The right to change the file; giving it up counts a change.
@@ -81,6 +92,7 @@ impl FileStorage {
             dirty: Dirty::default(),
             space: Space::new(!regular),
             direct,
+            locked: AtomicBool::new(false),
         })
     }
 
@@ -130,6 +142,11 @@ impl FileStorage {
 
     pub(crate) fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Image locks were taken on the file: they are given up when the storage is dropped.
+    pub(crate) fn note_locked(&self) {
+        self.locked.store(true, Ordering::Relaxed);
     }
 
     fn length(&self) -> u64 {

@@ -109,7 +109,8 @@ pub(crate) enum LockError {
     System(io::Error),
 }
 
-/// Locks `file` as `locking` says, until it is closed. On failure some bytes may stay locked: close the file.
+/// Locks `file` as `locking` says, until it is closed or [`unlock_image`] is called. On failure
+/// nothing stays locked.
 pub(crate) fn lock_image(file: &File, locking: Locking, writable: bool) -> Result<(), LockError> {
     use Permission::{ConsistentRead, Resize, Write};
     let (uses, unshared): (&[Permission], &[Permission]) = match (locking, writable) {
@@ -123,7 +124,21 @@ pub(crate) fn lock_image(file: &File, locking: Locking, writable: bool) -> Resul
     };
     match take(file, uses, unshared) {
         Err(LockError::System(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-        other => other,
+        Err(error) => {
+            unlock_image(file);
+            Err(error)
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Gives up the locks that [`lock_image`] took. Closing the file is not enough: a child process that another thread is
+/// starting has a copy of every descriptor until it executes its program, and the locks live as long as the copy.
+pub(crate) fn unlock_image(file: &File) {
+    for permission in Permission::ALL {
+        // Closing the last copy does the same.
+        let _ = sys::unlock_byte(file, permission.used_byte());
+        let _ = sys::unlock_byte(file, permission.unshared_byte());
     }
 }
 
