@@ -17,6 +17,7 @@ const EXAMPLES: &[(&str, &str, &[&str])] = &[
     ("qcow2-image", "cloud_image", &["tests/data/images/zstd-4k.qcow2", MADE]),
     ("qcow2-image", "snapshot", &[]),
     ("qcow2-image", "incremental", &[]),
+    ("qcow2-image", "vmm", &[]),
 ];
 
 const IMAGE: &str = "tests/data/images/v3-512.qcow2";

@@ -62,6 +62,7 @@
 //! | know whether two disks hold the same | [`Disk::compare`], [`Disk::checksum`] |
 //! | know what an image says of itself, without trusting it | [`info`] |
 //! | find and repair damage | [`check`], [`repair`] |
+//! | serve a virtual machine with your own I/O | [a block device for a VMM](vmm) |
 //! | anything else | [`ops`], with [`Disk::as_guest_disk`] and [`Threads`]; [`core`], with [`Disk::as_image`] |
 //!
 //! # Defaults
@@ -124,6 +125,8 @@ mod password;
 mod snapshot;
 mod system;
 mod threads;
+#[cfg(any(doc, doctest))]
+pub mod vmm;
 
 pub use bitmap::Bitmap;
 pub use convert::{Convert, Work};
