@@ -153,3 +153,8 @@ pub use {
     qcow2_codec as codec, qcow2_core as core, qcow2_crypt as crypt, qcow2_format as format, qcow2_io as io,
     qcow2_ops as ops,
 };
+
+/// The examples in the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+pub struct Readme;
