@@ -7,8 +7,3 @@ pub mod fuzz;
 pub mod jitter;
 pub mod patience;
 pub mod side_by_side;
-
-/// The example in the README compiles.
-#[cfg(doctest)]
-#[doc = include_str!("../../README.md")]
-pub struct Readme;

@@ -17,6 +17,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("qcow2-codec", &["qcow2-core"]),
     ("qcow2-crypt", &["qcow2-core", "qcow2-format"]),
     ("qcow2-testkit", &["qcow2-core", "qcow2-format"]),
+    ("qcow2-image", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-codec", "qcow2-crypt"]),
     ("qcow2-cli", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-codec", "qcow2-crypt"]),
     ("xtask", &[]),
     ("qcow2-tests", ANY),
@@ -36,7 +37,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("cipher", &["qcow2-crypt"]),
     ("crc32fast", ANY),
     ("flate2", &["qcow2-codec"]),
-    ("getrandom", &["qcow2-cli"]),
+    ("getrandom", &["qcow2-cli", "qcow2-image"]),
     ("indicatif", &["qcow2-cli"]),
     ("jiff", &["qcow2-cli"]),
     ("libc", &["qcow2-io"]),
@@ -44,7 +45,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("pbkdf2", &["qcow2-crypt"]),
     ("proptest", &["qcow2-testkit", "qcow2-tests"]),
     ("ripemd", &["qcow2-crypt"]),
-    ("rustix", &["qcow2-io", "qcow2-cli", "qcow2-tests"]),
+    ("rustix", &["qcow2-io", "qcow2-cli", "qcow2-image", "qcow2-tests"]),
     ("serde_json", &["qcow2-cli", "qcow2-tests", "xtask"]),
     ("serpent", &["qcow2-crypt"]),
     ("sha1", &["qcow2-crypt"]),
@@ -184,6 +185,9 @@ mod tests {
         check("qcow2-io", "qcow2-ops", false, false);
         check("qcow2-ops", "qcow2-cli", false, false);
         check("qcow2-cli", "qcow2-io", false, true);
+        check("qcow2-image", "qcow2-io", false, true);
+        check("qcow2-image", "qcow2-cli", false, false);
+        check("qcow2-io", "qcow2-image", false, false);
     }
 
     #[test]

@@ -6,28 +6,18 @@
 //! ```
 #![allow(clippy::print_stdout)]
 use qcow2_core::{
-    CreateOptions, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver,
-    OpenOptions, Piece, ResolvedSource, Storage, create,
+    CreateOptions, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions, Piece,
+    ResolvedSource,
 };
 use qcow2_io::OpenFile;
 use std::error::Error;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let file = tempfile::NamedTempFile::new()?;
-    let storage: Arc<dyn Storage> = OpenFile::writable().open(file.path())?;
-    create(&storage, None, &CreateOptions::new(64 << 20))?;
-    let mut options = OpenOptions::default();
-    options.writable = true;
-    let source = ResolvedSource {
-        storage,
-        format: ImageFormat::Qcow2,
-        name: "example".into(),
-        id: None,
-        resolver: Arc::new(NoResolver),
-    };
-    let image = Image::open(source, &options)?;
+    let storage = OpenFile::writable().open(file.path())?;
+    let source = ResolvedSource::new(storage, ImageFormat::Qcow2, "example");
+    let image = Image::create(source, &CreateOptions::new(64 << 20), &OpenOptions::writable())?;
     let own = file.reopen()?;
 
     // Write: prepare a place, move the bytes, commit the mapping.

@@ -4,6 +4,9 @@
 //! on disk: everything else first, barrier, the header, barrier: an image that opens is whole.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::open::OpenOptions;
+use crate::port::resolver::ResolvedSource;
 use crate::port::storage::Storage;
 use ::alloc::format;
 use ::alloc::string::String;
@@ -118,6 +121,31 @@ impl CreateOptions {
             data_file: None,
             encryption: None,
         }
+    }
+}
+
+impl Image {
+    /// Makes a new image in `source`, whose storage is empty, and opens it as `options` say, for writing in any case. Disk: as
+    /// [`create`]. Errors: `InvalidOption` for an external data file, whose storage [`create`] takes; otherwise as [`create`]
+    /// and [`open`](Self::open).
+    ///
+    /// ```
+    /// use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat, OpenOptions, ResolvedSource};
+    /// use qcow2_io::MemoryStorage;
+    /// use std::sync::Arc;
+    ///
+    /// let source = ResolvedSource::new(Arc::new(MemoryStorage::new()), ImageFormat::Qcow2, "memory");
+    /// let image = Image::create(source, &CreateOptions::new(1 << 20), &OpenOptions::default())?;
+    /// image.write_at(GuestOffset::new(0), b"hello")?;
+    /// image.close()?;
+    /// # Ok::<(), qcow2_core::Error>(())
+    /// ```
+    pub fn create(source: ResolvedSource, new: &CreateOptions, options: &OpenOptions) -> Result<Arc<Self>> {
+        if new.data_file.is_some() {
+            return Err(option_error("an image with an external data file is made from two storages"));
+        }
+        create(&source.storage, None, new)?;
+        Self::open(source, &OpenOptions { writable: true, ..options.clone() })
     }
 }
 

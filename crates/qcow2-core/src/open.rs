@@ -134,6 +134,36 @@ impl Default for OpenOptions {
     }
 }
 
+impl OpenOptions {
+    /// For reading; the same as `Default`.
+    pub fn read_only() -> Self {
+        Self::default()
+    }
+
+    /// For reading and writing. The source's storage must be writable too.
+    pub fn writable() -> Self {
+        Self { writable: true, ..Self::default() }
+    }
+
+    /// These options with the compression methods at hand.
+    #[must_use]
+    pub fn with_codecs(self, codecs: Codecs) -> Self {
+        Self { codecs, ..self }
+    }
+
+    /// These options with the keys of encrypted layers.
+    #[must_use]
+    pub fn with_keys(self, keys: Arc<dyn Keyring>) -> Self {
+        Self { keys: Some(keys), ..self }
+    }
+
+    /// These options with another answer to which files are opened besides the image.
+    #[must_use]
+    pub fn with_layers(self, layers: Layers) -> Self {
+        Self { layers, ..self }
+    }
+}
+
 impl Image {
     /// Opens an image and, as `options` say, what it names. Disk: reads header and tables; opened for writing, clears
     /// unknown autoclear bits and, where the image was not closed cleanly, counts its refcounts anew. Errors: `Format` for bytes that are no such image, `Unsupported` for unknown features,

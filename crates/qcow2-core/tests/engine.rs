@@ -2,8 +2,8 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
-    CreateOptions, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver,
-    OpenOptions, OverlapChecks, ResolvedSource, Storage, ZeroMode, create,
+    CreateOptions, DataFileName, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Image,
+    ImageFormat, NoResolver, OpenOptions, OverlapChecks, ResolvedSource, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::arbitrary::Operation;
@@ -35,6 +35,17 @@ impl Rng {
         self.0 ^= self.0 << 17;
         self.0 % n
     }
+}
+
+#[test]
+fn an_image_with_a_data_file_is_not_made_from_one_storage() {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    let source = ResolvedSource::new(Arc::clone(&storage), ImageFormat::Qcow2, "memory");
+    let mut new = CreateOptions::new(1 << 20);
+    new.data_file = Some(DataFileName { name: "data".into(), raw: false });
+    let error = Image::create(source, &new, &OpenOptions::writable()).map(|_| ()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidOption);
+    assert!(storage.is_empty().unwrap(), "refused before anything is written");
 }
 
 fn history(options: &CreateOptions, seed: u64) {

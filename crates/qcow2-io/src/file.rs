@@ -7,6 +7,7 @@
 use crate::direct::{AlignedBuffer, DirectIo};
 use crate::dirty::Dirty;
 use crate::error::{Call, MAX_LEN};
+use crate::lock::unlock_image;
 use crate::open::{FileKind, file_kind};
 use crate::open_files::{HeldFile, source_id};
 use crate::space::Space;
@@ -17,7 +18,7 @@ use qcow2_core::{
 use std::any::Any;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Bytes of zeroes written at a time where nothing faster exists; a multiple of every block.
@@ -43,6 +44,16 @@ pub struct FileStorage {
     direct: Option<DirectIo>,
     /// Keeps the file among those that are open together.
     held: Option<HeldFile>,
+    /// Whether image locks were taken for this storage, and end with it.
+    locked: AtomicBool,
+}
+
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        if self.locked.load(Ordering::Relaxed) {
+            unlock_image(&self.file);
+        }
+    }
 }
 
 /// The right to change the file; giving it up counts a change.
@@ -85,6 +96,7 @@ impl FileStorage {
             space: Space::new(!regular),
             direct,
             held: None,
+            locked: AtomicBool::new(false),
         })
     }
 
@@ -127,6 +139,11 @@ impl FileStorage {
 
     pub(crate) fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Image locks were taken on the file: they are given up when the storage is dropped.
+    pub(crate) fn note_locked(&self) {
+        self.locked.store(true, Ordering::Relaxed);
     }
 
     fn length(&self) -> u64 {

@@ -126,7 +126,8 @@ pub(crate) struct Access {
     pub(crate) resizes: bool,
 }
 
-/// Locks `file` as `locking` says, until it is closed. On failure some bytes may stay locked: close the file.
+/// Locks `file` as `locking` says, until it is closed or [`unlock_image`] is called. On failure nothing
+/// stays locked.
 pub(crate) fn lock_image(file: &File, locking: Locking, access: Access) -> Result<(), LockError> {
     use Permission::{ConsistentRead, Resize, Write};
     let unshared: &[Permission] = match locking {
@@ -142,7 +143,21 @@ pub(crate) fn lock_image(file: &File, locking: Locking, access: Access) -> Resul
         used.iter().filter(|(_, used)| *used).map(|(permission, _)| *permission).collect();
     match take(file, &uses, unshared) {
         Err(LockError::System(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-        other => other,
+        Err(error) => {
+            unlock_image(file);
+            Err(error)
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Gives up the locks that [`lock_image`] took. Closing the file is not enough: a child process that another thread is
+/// starting has a copy of every descriptor until it executes its program, and the locks live as long as the copy.
+pub(crate) fn unlock_image(file: &File) {
+    for permission in Permission::ALL {
+        // Closing the last copy does the same.
+        let _ = sys::unlock_byte(file, permission.used_byte());
+        let _ = sys::unlock_byte(file, permission.unshared_byte());
     }
 }
 

@@ -155,6 +155,9 @@ impl OpenFile {
         };
         let mut storage = FileStorage::with_direct(file, self.writable, direct).map_err(fail)?;
         storage.keep(held);
+        if self.locking != Locking::Off {
+            storage.note_locked();
+        }
         if self.create == Create::Truncate && kind == FileKind::Regular {
             storage.set_len(0).map_err(|error| OpenError::system(path, os_io(error.os_code())))?;
         }
@@ -178,6 +181,7 @@ impl OpenFile {
     /// Locks and compares, as these options say, a file that was opened without either.
     pub(crate) fn settle(&self, storage: &mut FileStorage, path: &Path) -> Result<(), OpenError> {
         lock(storage.file(), path, self)?;
+        storage.note_locked();
         let data = storage.file().metadata().map_err(|error| OpenError::system(path, error))?;
         storage.keep(self.register(&data, path)?);
         Ok(())
@@ -408,6 +412,31 @@ mod tests {
         assert_eq!(error.to_string(), "could not open 'no/such/file'");
         assert_eq!(error.reason(), "No such file or directory");
         assert_eq!(error.os_code(), Some(2));
+    }
+
+    /// As if a child process were just being started by another thread.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn locks_end_with_the_storage_although_a_copy_of_the_descriptor_lives() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = || OpenFile::writable().open_file(file.path());
+        let storage = open().unwrap();
+        let copy = storage.file().try_clone().unwrap();
+        assert_eq!(kind(open()), OpenErrorKind::Locked);
+        drop(storage);
+        open().unwrap();
+        // An attempt that fails leaves nothing behind either.
+        let (other, storage) = (file.reopen().unwrap(), open().unwrap());
+        let reading = crate::lock::Access { consistent: true, writable: false, resizes: false };
+        assert!(crate::lock::lock_image(&other, Locking::Auto, reading).is_err());
+        drop(storage);
+        open().unwrap();
+        let mut unlocked = OpenFile::writable().with_locking(Locking::Off).open_file(file.path()).unwrap();
+        OpenFile::writable().settle(&mut unlocked, file.path()).unwrap();
+        let second_copy = unlocked.file().try_clone().unwrap();
+        drop(unlocked);
+        open().unwrap();
+        drop((copy, second_copy));
     }
 
     #[cfg(target_os = "linux")]

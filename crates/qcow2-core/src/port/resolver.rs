@@ -48,7 +48,8 @@ pub struct SourceId {
     pub file: u64,
 }
 
-/// An opened source.
+/// An opened source. A clone is the same source again: it shares the storage.
+#[derive(Clone)]
 pub struct ResolvedSource {
     /// Its bytes, opened for reading, or for writing too where that was asked for.
     pub storage: Arc<dyn Storage>,
@@ -60,6 +61,25 @@ pub struct ResolvedSource {
     pub id: Option<SourceId>,
     /// Resolves the names that this source gives in turn (relative to its own place).
     pub resolver: Arc<dyn Resolver>,
+}
+
+impl ResolvedSource {
+    /// The source `name` in `storage`, which is of `format`; it has no identity and opens no name that it gives.
+    pub fn new(storage: Arc<dyn Storage>, format: ImageFormat, name: impl Into<String>) -> Self {
+        Self { storage, format, name: name.into(), id: None, resolver: Arc::new(NoResolver) }
+    }
+
+    /// This source with an identity, by which loops in a backing chain are found.
+    #[must_use]
+    pub fn with_id(self, id: Option<SourceId>) -> Self {
+        Self { id, ..self }
+    }
+
+    /// This source with another resolver for the names that it gives.
+    #[must_use]
+    pub fn with_resolver(self, resolver: Arc<dyn Resolver>) -> Self {
+        Self { resolver, ..self }
+    }
 }
 
 impl fmt::Debug for ResolvedSource {

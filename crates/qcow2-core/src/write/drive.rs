@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::image::Image;
 use crate::inflight::Operation;
 use crate::port::disk::DiskExtent;
+use crate::port::storage::ZeroMode;
 use crate::sync::{RwLockReadGuard, read};
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
@@ -59,10 +60,12 @@ impl Image {
         Pin { image: self, _structure: read(&self.structure), _operation: self.meta.operations.enter() }
     }
 
-    /// Finds a place for a first part of a write to `range` (not empty, inside the disk). Disk: may read L2 tables and the
-    /// bytes around the write; a new L2 table may be written. Waits while somebody else changes the mapping of the same
-    /// clusters, and changes of it wait until the ticket is committed or dropped: a thread must not hold a ticket while it
-    /// prepares another write to one of its clusters, or zeroes or discards one, and threads that hold several at once take
+    /// Finds a place for a first part of a write to `range` (not empty, inside the disk). Disk: may read L2
+    /// tables and the bytes around the write; a new L2 table may be written; the data storage grows to the
+    /// end of the pieces, so that its length is right even where they are written through another file
+    /// descriptor. Waits while somebody else changes the mapping of the same clusters, and changes of it wait
+    /// until the ticket is committed or dropped: a thread must not hold a ticket while it prepares another
+    /// write to one of its clusters, or zeroes or discards one, and threads that hold several at once take
     /// them in ascending order of guest offsets.
     ///
     /// Errors: as [`GuestDisk::write_at`](crate::GuestDisk::write_at).
@@ -74,9 +77,31 @@ impl Image {
         self.begin_change()?;
         self.bitmaps.mark(range);
         let prepared = self.prepare(range.start(), range.len())?;
+        self.grow_to_pieces(&prepared)?;
         let range =
             GuestRange::between(range.start(), GuestOffset::new(range.start().value() + prepared.len));
         Ok(WriteTicket { image: self, range, prepared, _structure: structure, _operation: operation })
+    }
+
+    /// Grows the storage to the end of the pieces before anybody writes them. The caller may write through a
+    /// file descriptor of its own, which a storage that caches its length does not notice: its next `set_len`
+    /// would truncate the data, and clusters past the cached end that were used and freed would be taken for
+    /// a hole.
+    fn grow_to_pieces(&self, prepared: &Prepared<'_>) -> Result<()> {
+        let data = self.meta.data()?;
+        let place = |edge: &Edge| match edge {
+            Edge::Bytes { host, bytes } => (host.value(), host.value() + bytes.len() as u64),
+            Edge::Zeroes { host, len } => (host.value(), host.value() + len),
+        };
+        let own = (prepared.host.value(), prepared.host.value() + prepared.len);
+        let (start, end) = prepared.edges.iter().map(place).fold(own, |a, b| (a.0.min(b.0), a.1.max(b.1)));
+        let len = data.len()?;
+        if end <= len || !data.limits().growable {
+            return Ok(());
+        }
+        // The range is claimed for this write, and past the end it holds nothing yet: zeroing destroys no data.
+        let start = start.max(len);
+        Ok(data.write_zeroes(HostOffset::new(start), end - start, ZeroMode::MayUnmap)?)
     }
 }
 

@@ -188,6 +188,12 @@ pub(crate) fn lock_byte(file: &File, byte: u64) -> io::Result<()> {
     byte_lock_call(file, libc::F_OFD_SETLK, &mut lock)
 }
 
+/// Gives up the lock on one byte, for every copy of this opening.
+pub(crate) fn unlock_byte(file: &File, byte: u64) -> io::Result<()> {
+    let mut lock = lock_request(libc::F_UNLCK, byte);
+    byte_lock_call(file, libc::F_OFD_SETLK, &mut lock)
+}
+
 /// Whether another opening holds a lock on this byte.
 pub(crate) fn is_byte_locked(file: &File, byte: u64) -> io::Result<bool> {
     let mut lock = lock_request(libc::F_WRLCK, byte);

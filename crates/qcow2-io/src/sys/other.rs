@@ -91,6 +91,11 @@ pub(crate) fn lock_byte(_file: &File, _byte: u64) -> io::Result<()> {
 }
 
 /// Not known here.
+pub(crate) fn unlock_byte(_file: &File, _byte: u64) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Not known here.
 pub(crate) fn is_byte_locked(_file: &File, _byte: u64) -> io::Result<bool> {
     Err(io::ErrorKind::Unsupported.into())
 }

@@ -1,0 +1,279 @@
+//! New images.
+
+use crate::disk::Disk;
+use crate::error::{Error, ErrorKind, Result};
+use crate::names::Given;
+use crate::newfile::NewFile;
+use crate::options::DiskOptions;
+use crate::system::{SystemRandom, ThreadTime};
+use qcow2_core::format::CompressionType;
+use qcow2_core::{ImageFormat, LuksArea, NewEncryption, Preallocation, Reference, ResolvedSource, SourceId};
+use qcow2_crypt::luks::{NewVolume, create as create_volume};
+use qcow2_crypt::{CryptError, Secret};
+use qcow2_io::{FileResolver, Policy};
+use qcow2_ops::create::{Qcow2Request, RawRequest, plan, plan_raw};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A builder for new images: each method sets one property, and [`create`](Self::create) makes the image and
+/// opens it. The defaults are those of `qemu-img create -f qcow2`: version 3, clusters of 64 KiB.
+///
+/// ```
+/// use qcow2_image::{ImageFormat, NewDisk};
+///
+/// let dir = tempfile::tempdir()?;
+/// let base = NewDisk::raw().size(1 << 30).create(dir.path().join("base.raw"))?;
+/// base.write_at(0, b"from below")?;
+/// base.close()?;
+///
+/// let overlay =
+///     NewDisk::qcow2().backing_file("base.raw", ImageFormat::Raw).create(dir.path().join("top.qcow2"))?;
+/// let mut text = [0; 10];
+/// overlay.read_at(0, &mut text)?;
+/// assert_eq!((&text, overlay.size()), (b"from below", 1 << 30));
+/// overlay.close()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+#[must_use = "nothing is made before `create` is called"]
+pub struct NewDisk {
+    raw: bool,
+    /// `None`: that of the backing file, or of the converted disk.
+    size: Option<u64>,
+    request: Qcow2Request,
+    password: Option<Secret>,
+    unlock_time: Duration,
+    overwrite: bool,
+    /// How the backing file is opened.
+    below: DiskOptions,
+}
+
+impl NewDisk {
+    /// A qcow2 image.
+    pub fn qcow2() -> Self {
+        Self {
+            raw: false,
+            size: None,
+            request: Qcow2Request::new(0),
+            password: None,
+            unlock_time: Duration::from_millis(NewVolume::default().iter_time_ms),
+            overwrite: false,
+            below: DiskOptions::default(),
+        }
+    }
+
+    /// A raw disk: the file is the disk, byte for byte. [`create`](Self::create) refuses options that only
+    /// qcow2 images have.
+    pub fn raw() -> Self {
+        Self { raw: true, ..Self::qcow2() }
+    }
+
+    /// Bytes of the disk, rounded up to a multiple of 512. The default is the size of the backing file or of
+    /// the converted disk.
+    pub fn size(mut self, size: u64) -> Self {
+        self.size = Some(size);
+        self
+    }
+
+    /// Bytes in a cluster: a power of two from 512 to 2 MiB; 64 KiB by default.
+    pub fn cluster_size(mut self, cluster_size: u64) -> Self {
+        self.request.cluster_size = cluster_size;
+        self
+    }
+
+    /// Clusters are compressed with zstd instead of deflate, which is faster both ways; programs from before
+    /// 2020 cannot read them.
+    pub fn zstd(mut self) -> Self {
+        self.request.compression_type = CompressionType::Zstd;
+        self
+    }
+
+    /// How much space is allocated up front; nothing by default.
+    pub fn preallocation(mut self, preallocation: Preallocation) -> Self {
+        self.request.preallocation = preallocation;
+        self
+    }
+
+    /// Makes an overlay of the file `name`. `name` is recorded as it is; a relative one is relative to the
+    /// directory of the new image. The file must exist. It is opened because you name it here; what it names
+    /// in turn is not, unless [`follow_backing_files`](Self::follow_backing_files) allows it.
+    pub fn backing_file(mut self, name: impl Into<String>, format: ImageFormat) -> Self {
+        self.request.backing_file = Some(name.into());
+        self.below = self.below.format(format);
+        self
+    }
+
+    /// Also opens the files that the backing file names. Only for backing files whose makers are trusted.
+    pub fn follow_backing_files(self) -> Self {
+        self.names(Policy::Allow)
+    }
+
+    /// Which of the files that the backing file names may be opened; none by default.
+    pub fn names(mut self, policy: Policy) -> Self {
+        self.below = self.below.names(policy);
+        self
+    }
+
+    /// Asks for the passwords of encrypted backing files; see [`DiskOptions::password_from`].
+    pub fn backing_password_from(
+        mut self,
+        ask: impl Fn(&str) -> Option<Vec<u8>> + Send + Sync + 'static,
+    ) -> Self {
+        self.below = self.below.password_from(ask);
+        self
+    }
+
+    /// Stores guest data in an external data file, which is created too. `name` is recorded as it is; a
+    /// relative one is relative to the directory of the new image.
+    pub fn data_file(mut self, name: impl Into<String>) -> Self {
+        self.request.data_file = Some(name.into());
+        self
+    }
+
+    /// Encrypts the disk (LUKS, AES-256 in XTS mode) so that `password` opens it.
+    pub fn password(mut self, password: impl Into<Vec<u8>>) -> Self {
+        self.password = Some(Secret::new(password.into()));
+        self
+    }
+
+    /// How long it takes to try a password on this machine: two seconds by default, which makes guessing
+    /// expensive. Making the image takes about as long, and opening it.
+    pub fn unlock_time(mut self, time: Duration) -> Self {
+        self.unlock_time = time;
+        self
+    }
+
+    /// Sets what has no method here: the version, the width of refcounts, subclusters, a raw data file. The
+    /// size and the format of the backing file are set by their methods only.
+    ///
+    /// ```
+    /// # use qcow2_image::NewDisk;
+    /// let new = NewDisk::qcow2().size(1 << 30).with(|request| request.extended_l2 = true);
+    /// ```
+    pub fn with(mut self, change: impl FnOnce(&mut Qcow2Request)) -> Self {
+        change(&mut self.request);
+        self
+    }
+
+    /// Overwrites an existing file. Without this it is an error if the file exists.
+    pub fn overwrite(mut self) -> Self {
+        self.overwrite = true;
+        self
+    }
+
+    /// Makes the image in a regular file at `path`, durably, and opens it for writing. If that fails, a new
+    /// file is deleted again, and one that was overwritten is left empty.
+    ///
+    /// Errors: `InvalidOption` for options that are not possible, or not together, before anything is
+    /// touched; `Exists`, `InUse`, `PermissionDenied`; for the backing file as [`DiskOptions::open`];
+    /// `NoSpace`, `Io`.
+    pub fn create(&self, path: impl AsRef<Path>) -> Result<Disk> {
+        let (disk, files) = self.make(path.as_ref(), None)?;
+        files.into_iter().for_each(NewFile::keep);
+        Ok(disk)
+    }
+
+    /// The same; dropping the files deletes them, unless they are kept. `converted`: a file that is not to be
+    /// overwritten.
+    pub(crate) fn make(&self, path: &Path, converted: Option<SourceId>) -> Result<(Disk, Vec<NewFile>)> {
+        let failed = |cause| Error::from_cause(path, MAKING, cause);
+        let backing = self.open_backing(path)?;
+        let request = self.plan(path, backing.as_ref())?;
+        let data_path = self.locate(path, |name| Reference::DataFile { name }, &request.data_file)?;
+        let in_use = [converted, backing.as_ref().and_then(|backing| backing.id)];
+        let file = NewFile::open(path, self.overwrite, &in_use)?;
+        let in_use = [in_use[0], in_use[1], file.source().id];
+        let data = data_path.map(|path| NewFile::open(&path, self.overwrite, &in_use)).transpose()?;
+        let storage = Arc::clone(&file.source().storage);
+        if self.raw {
+            let raw = RawRequest { size: request.size, preallocation: request.preallocation };
+            qcow2_ops::create_raw(&storage, &raw).map_err(failed)?;
+        } else {
+            let data = data.as_ref().map(|data| &data.source().storage);
+            qcow2_ops::create(&storage, data, &request).map_err(failed)?;
+        }
+        let given = Given { backing, data: data.as_ref().map(|data| data.source().clone()) };
+        let mut source = file.source().clone().with_resolver(given.into_resolver());
+        source.format = if self.raw { ImageFormat::Raw } else { ImageFormat::Qcow2 };
+        let mut options = self.below.clone().writable().engine();
+        options.keys = self.below.passwords().clone().with_top(self.password.clone()).keyring();
+        Ok((Disk::from_source(path, source, options)?, [file].into_iter().chain(data).collect()))
+    }
+
+    /// This with `size`, unless it has a size.
+    pub(crate) fn or_size(&self, size: u64) -> Self {
+        Self { size: self.size.or(Some(size)), ..self.clone() }
+    }
+
+    /// The path that `name` means in the image at `path`.
+    fn locate<'a>(
+        &self,
+        path: &Path,
+        reference: impl FnOnce(&'a str) -> Reference<'a>,
+        name: &'a Option<String>,
+    ) -> Result<Option<PathBuf>> {
+        let Some(name) = name else { return Ok(None) };
+        let located = FileResolver::new(path, Policy::Deny).locate(reference(name));
+        located.map(Some).map_err(|e| Error::new(ErrorKind::InvalidOption, path, format!("{MAKING}: {e}")))
+    }
+
+    fn open_backing(&self, path: &Path) -> Result<Option<ResolvedSource>> {
+        let backing = |name| Reference::Backing { name, format: None };
+        let path = self.locate(path, backing, &self.request.backing_file)?;
+        path.map(|path| self.below.open_backing(&path)).transpose()
+    }
+
+    /// Checks the options and makes the encryption header, which takes [`unlock_time`](Self::unlock_time).
+    fn plan(&self, path: &Path, backing: Option<&ResolvedSource>) -> Result<Qcow2Request> {
+        let refused =
+            |reason: &str| Error::new(ErrorKind::InvalidOption, path, format!("{MAKING}: {reason}"));
+        let mut request = self.request.clone();
+        request.size = match (self.size, backing) {
+            (Some(size), _) => size,
+            (None, Some(backing)) => size_of(backing).map_err(|e| Error::from_cause(path, MAKING, e))?,
+            (None, None) => return Err(refused("its size is not given")),
+        };
+        request.encrypted = self.password.is_some() || request.encryption.is_some();
+        request.backing_format = backing.map(|backing| backing_format(&backing.format));
+        let checked = if self.raw {
+            let (mut plain, preallocation) = (Qcow2Request::new(request.size), request.preallocation);
+            plain.preallocation = preallocation;
+            if request != plain {
+                return Err(refused("a raw disk has a size and preallocation, and nothing else"));
+            }
+            plan_raw(&RawRequest { size: request.size, preallocation })
+        } else {
+            plan(&request).map(|_| ())
+        };
+        checked.map_err(|e| Error::from_cause(path, MAKING, e))?;
+        let encryption = self.encryption().map_err(|e| Error::from_cause(path, MAKING, e))?;
+        request.encryption = encryption.or(request.encryption);
+        Ok(request)
+    }
+
+    fn encryption(&self) -> Result<Option<NewEncryption>, CryptError> {
+        let Some(password) = &self.password else { return Ok(None) };
+        let iter_time_ms = u64::try_from(self.unlock_time.as_millis()).unwrap_or(u64::MAX);
+        let volume = NewVolume { iter_time_ms, ..NewVolume::default() };
+        let area = create_volume(&volume, password, &mut SystemRandom, &ThreadTime::start())?;
+        Ok(Some(NewEncryption::Luks(LuksArea(area.into()))))
+    }
+}
+
+/// Bytes of the disk in `source`, which may be encrypted.
+fn size_of(source: &ResolvedSource) -> qcow2_ops::Result<u64> {
+    qcow2_ops::info(&*source.storage, &source.format).map(|info| info.virtual_size)
+}
+
+/// What images call a format.
+fn backing_format(format: &ImageFormat) -> String {
+    match format {
+        ImageFormat::Raw => "raw".to_owned(),
+        ImageFormat::Luks => "luks".to_owned(),
+        ImageFormat::Other(name) => name.clone(),
+        _ => "qcow2".to_owned(),
+    }
+}
+
+const MAKING: &str = "making the image";
