@@ -1,5 +1,5 @@
-//! Copies of one folder for runs that change files: a copy is used again, and before that only what a run has changed in
-//! it is copied anew.
+//! Copies of one folder for runs that change files: a copy is used again, and before that only what a run has
+//! changed in it is copied anew.
 
 use qcow2_testkit::oracle::Tool;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,7 +25,8 @@ pub struct FolderCopy {
     ready: Instant,
 }
 
-/// What the system changes with a file: its length, when it was written, its number and when it was last changed in any way.
+/// What the system changes with a file: its length, when it was written, its number and when it was last
+/// changed in any way.
 type Stamp = (u64, Option<SystemTime>, (u64, i64, i64));
 
 /// Longer than the system's clock for files stands still: a change that comes later has another time.

@@ -109,8 +109,8 @@ pub fn open_read(data: &[u8]) {
     assert_eq!(storage.to_vec(), data, "reading never writes");
 }
 
-/// Opens the image for writing, if it lets itself be opened so, and changes it a little. An image in which a check finds
-/// no damage gives back what was written, and is still without damage afterwards.
+/// Opens the image for writing, if it lets itself be opened so, and changes it a little. An image in which a
+/// check finds no damage gives back what was written, and is still without damage afterwards.
 pub fn open_write(data: &[u8]) {
     let storage = storage(data);
     let sound = |storage: &dyn Storage| {
@@ -127,8 +127,8 @@ pub fn open_write(data: &[u8]) {
     }
 }
 
-/// Opens the image for writing and works on its snapshots and bitmaps. An image in which a check finds no damage holds
-/// what it held, and is still without damage afterwards.
+/// Opens the image for writing and works on its snapshots and bitmaps. An image in which a check finds no
+/// damage holds what it held, and is still without damage afterwards.
 pub fn open_change(data: &[u8]) {
     let storage = storage(data);
     let sound = |storage: &dyn Storage| {
@@ -145,8 +145,8 @@ pub fn open_change(data: &[u8]) {
     }
 }
 
-/// Goes back to the first snapshot, takes one, and deletes the first and the last. What a damaged image shows may be its own
-/// tables, which change.
+/// Goes back to the first snapshot, takes one, and deletes the first and the last. What a damaged image shows
+/// may be its own tables, which change.
 fn change_snapshots(image: &Image, sound: bool) -> qcow2_core::Result<()> {
     let snapshots = image.snapshots()?;
     let went_back = snapshots.first().map_or(Ok(()), |first| image.apply_snapshot(first));

@@ -5,8 +5,8 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-/// The result of `work`, which runs on a thread of its own. Panics as `work` does, or with `what` once `limit` has passed; the
-/// thread is left behind then.
+/// The result of `work`, which runs on a thread of its own. Panics as `work` does, or with `what` once
+/// `limit` has passed; the thread is left behind then.
 pub fn within<T: Send + 'static>(
     limit: Duration,
     what: &str,

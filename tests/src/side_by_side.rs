@@ -32,8 +32,9 @@ pub struct Comparison {
 }
 
 impl SideBySide {
-    /// `ours`: our program, which will be called as `qemu-img`. `root`: an empty folder, in which `make` makes the
-    /// folder that each run starts from. Prints a skip and returns `None` where qemu-img is missing.
+    /// `ours`: our program, which will be called as `qemu-img`. `root`: an empty folder, in which `make`
+    /// makes the folder that each run starts from. Prints a skip and returns `None` where qemu-img is
+    /// missing.
     pub fn new(ours: &Path, root: &Path, make: impl FnOnce(&Tool, &Path)) -> Option<Self> {
         let reference = Tool::find("qemu-img")?;
         let (bin, start) = (root.join("bin"), root.join("start"));
@@ -61,8 +62,9 @@ impl SideBySide {
         self.root.join("start")
     }
 
-    /// Gives `line` to both and compares exit code and output. Verbs that make images get a copy of the folder each, and the files that are there afterwards are compared too: changed ones by what a guest sees in
-    /// them, and ours must pass a check.
+    /// Gives `line` to both and compares exit code and output. Verbs that make images get a copy of the
+    /// folder each, and the files that are there afterwards are compared too: changed ones by what a guest
+    /// sees in them, and ours must pass a check.
     pub fn run(&self, line: &str) -> Comparison {
         let args = words(line);
         let repairs = args.iter().any(|arg| arg == "-r" || arg.starts_with("--repair"));
@@ -123,7 +125,8 @@ impl SideBySide {
     }
 }
 
-/// Name, log2 of the granularity, whether it records, whether it is in use, and what it marks where it is not.
+/// Name, log2 of the granularity, whether it records, whether it is in use, and what it marks where it is
+/// not.
 type SeenBitmap = (String, u8, bool, bool, Option<Vec<(u64, u64)>>);
 
 /// The bitmaps that the image at `path` vouches for; none where it is no image, or none that opens.
@@ -228,8 +231,8 @@ fn content(path: &Path) -> Vec<u8> {
     fs::read(path).expect("a file of the test")
 }
 
-/// A folder that `make` makes with qemu-img, once for all tests that ask with the same `key` (the text of what makes it): it
-/// is kept on `shelf`, and nobody may change it. `None` where qemu-img is missing.
+/// A folder that `make` makes with qemu-img, once for all tests that ask with the same `key` (the text of
+/// what makes it): it is kept on `shelf`, and nobody may change it. `None` where qemu-img is missing.
 pub fn made_once(shelf: &Path, key: &str, make: impl FnOnce(&Tool, &Path)) -> Option<PathBuf> {
     let reference = Tool::find("qemu-img")?;
     let version = reference.run_in(shelf, &["--version"]).success().stdout;

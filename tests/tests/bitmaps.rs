@@ -1,5 +1,5 @@
-//! Bitmaps of large disks in small files: they cost memory and time by what is marked. Bitmaps that are marked as a whole are
-//! read by QEMU, and what is about to be lost is told.
+//! Bitmaps of large disks in small files: they cost memory and time by what is marked. Bitmaps that are
+//! marked as a whole are read by QEMU, and what is about to be lost is told.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -90,8 +90,8 @@ fn qemu_reads_bitmaps_of_ones() {
     }
 }
 
-/// Turns the image at `path`, which has one bitmap, into one that has 65535 with the same table: every entry names one cluster
-/// of such bytes, or says that all bits are set.
+/// Turns the image at `path`, which has one bitmap, into one that has 65535 with the same table: every entry
+/// names one cluster of such bytes, or says that all bits are set.
 fn share_bits(path: &Path, bits: Option<u8>) {
     let mut bytes = fs::read(path).unwrap();
     let mut header = Header::parse(&bytes).unwrap();

@@ -1,5 +1,5 @@
-//! Verbs that change a chain in place, with the power cut at every moment, and with every storage call failing: the chain
-//! reads as before, and its images are sound.
+//! Verbs that change a chain in place, with the power cut at every moment, and with every storage call
+//! failing: the chain reads as before, and its images are sound.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use qcow2_core::{
@@ -231,8 +231,8 @@ impl Start {
     }
 }
 
-/// Does it; `stop`: a first time until the work was asked to stop after so many questions, and then to its end. Errors are the
-/// storages'.
+/// Does it; `stop`: a first time until the work was asked to stop after so many questions, and then to its
+/// end. Errors are the storages'.
 fn act(files: &Files, what: Act, stop: Option<u64>) -> Result<(), String> {
     if let Some(left) = stop {
         if attempt(files, what, &StopsAfter::new(left))? == Done::All {
@@ -340,8 +340,8 @@ fn rebase(files: &Files, to: Option<usize>, progress: &dyn Progress) -> Result<D
     finish(Ok(()), &[&top])
 }
 
-/// Writes a part of the disk as it is, so that there are changes of this opening that wait to be durable, and clusters that wait
-/// to be free.
+/// Writes a part of the disk as it is, so that there are changes of this opening that wait to be durable, and
+/// clusters that wait to be free.
 fn rewrite(disk: &Image) -> qcow2_core::Result<()> {
     let mut bytes = pattern::unread(disk.size() as usize / 3);
     let start = GuestOffset::new(disk.size() / 4);

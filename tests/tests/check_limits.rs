@@ -1,4 +1,5 @@
-//! Images made to cost a check time or memory: the time stays below seconds and the memory below a named limit.
+//! Images made to cost a check time or memory: the time stays below seconds and the memory below a named
+//! limit.
 //!
 //! One test in a process of its own, so that its memory can be told from that of others.
 #![allow(clippy::print_stdout, reason = "a test says what it measured")]
@@ -132,7 +133,8 @@ fn one_table_four_million_times() {
     assert!(report.corruptions > 8192, "{report:?}");
 }
 
-/// 65536 snapshots, each with four million L1 entries, their L1 tables a cluster apart, and all L2 tables the same.
+/// 65536 snapshots, each with four million L1 entries, their L1 tables a cluster apart, and all L2 tables the
+/// same.
 fn overlapping_snapshots() {
     let image = Sparse::new();
     let mut h = header(9);

@@ -1,7 +1,8 @@
-//! The command against qemu-img: the same exit code, the same words on both streams, and images with the same content.
+//! The command against qemu-img: the same exit code, the same words on both streams, and images with the same
+//! content.
 //!
-//! `cli/lines.txt` and `cli/names.txt` have the command lines, `cli/different.txt` those where we differ on purpose, with the reason.
-//! `QCOW2_LINES=resize` runs those that begin so.
+//! `cli/lines.txt` and `cli/names.txt` have the command lines, `cli/different.txt` those where we differ on
+//! purpose, with the reason. `QCOW2_LINES=resize` runs those that begin so.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
@@ -21,7 +22,8 @@ const LINES: &str = include_str!("cli/lines.txt");
 const NAMES: &str = include_str!("cli/names.txt");
 const DIFFERENT: &str = include_str!("cli/different.txt");
 
-/// A test for each verb, so that they run at the same time and the first that fails says so soon, and one for all other lines.
+/// A test for each verb, so that they run at the same time and the first that fails says so soon, and one for
+/// all other lines.
 macro_rules! tests_by_verb {
     ($($verb:ident)*) => {
         const VERBS: &[&str] = &[$(stringify!($verb)),*];
@@ -42,8 +44,8 @@ macro_rules! tests_by_verb {
 
 tests_by_verb! { amend bench bitmap check commit compare convert create dd info map measure rebase resize snapshot }
 
-/// Of the lines whose first word is `wanted`, every one that should be the same is, and every one that is listed as different
-/// still is.
+/// Of the lines whose first word is `wanted`, every one that should be the same is, and every one that is
+/// listed as different still is.
 fn check(wanted: impl Fn(&str) -> bool) {
     let different: Vec<&str> = entries(DIFFERENT).collect();
     let begin = std::env::var("QCOW2_LINES").unwrap_or_default();
@@ -122,7 +124,8 @@ fn start_writer(both: &SideBySide) -> Child {
         let mut writer = Command::new("qemu-io");
         writer.args(["-c", "sleep 60000"]).arg(&image).stdin(Stdio::null()).stdout(Stdio::null());
         let mut writer = writer.stderr(Stdio::null()).spawn().unwrap();
-        // To look whether it has the image open is to open the image: leave it time to be first, or begin again.
+        // To look whether it has the image open is to open the image: leave it time to be first, or begin
+        // again.
         thread::sleep(Duration::from_millis(500));
         let args = ["info".as_ref(), image.as_os_str()];
         let is_locked = both.reference().run_in(&both.start(), &args).code == Some(1);
@@ -191,7 +194,8 @@ fn make_start(qemu_img: &Tool, folder: &Path) {
     fs::write(folder.join("trunc.qcow2"), &whole[..102_400]).unwrap();
 }
 
-/// Images that want a repair: clusters in order are header, refcount table, refcount block, L1 table, L2 table, data, data.
+/// Images that want a repair: clusters in order are header, refcount table, refcount block, L1 table, L2
+/// table, data, data.
 fn make_damaged(img: &dyn Fn(&str), io: &dyn Fn(&str), folder: &Path) {
     img("create -q -f qcow2 whole.qcow2 4M");
     io("-c 'write -P 7 0 128k' whole.qcow2");

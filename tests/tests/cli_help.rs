@@ -1,5 +1,5 @@
-//! Help in our own words, but about the same options: every spelling that qemu-img's help names is in ours, and `-o help`
-//! lists the same names and types.
+//! Help in our own words, but about the same options: every spelling that qemu-img's help names is in ours,
+//! and `-o help` lists the same names and types.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 

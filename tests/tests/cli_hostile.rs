@@ -1,4 +1,5 @@
-//! The command where things go wrong: images that lie, disks that are full, users who press Ctrl-C, readers that go away.
+//! The command where things go wrong: images that lie, disks that are full, users who press Ctrl-C, readers
+//! that go away.
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
 use qcow2_core::format::{AutoclearFeatures, BitmapsExtension, Header, HostOffset, Version};
@@ -378,7 +379,8 @@ fn broken_pipe() {
     assert_eq!((outcome.status.code(), outcome.stderr.len()), (Some(0), 0), "{outcome:?}");
 }
 
-/// A copy that broke off looks like an image with less in it: wherever that was, it is told, and the work goes on.
+/// A copy that broke off looks like an image with less in it: wherever that was, it is told, and the work
+/// goes on.
 #[test]
 fn a_file_that_was_cut_is_told() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! The exerciser against qemu-io: the same exit code, the same words on both streams but for times and rates, and disks
-//! with the same content.
+//! The exerciser against qemu-io: the same exit code, the same words on both streams but for times and rates,
+//! and disks with the same content.
 //!
 //! `cli_io/lines.txt` has single commands, `cli_io/scripts.txt` runs of several.
 
@@ -319,7 +319,8 @@ fn said(program: &Path, folder: &Path, args: &[String], input: &str) -> String {
     format!("{code:?}\n{}-- stderr:\n{}", text(&output.stdout), text(&output.stderr))
 }
 
-/// The text without what differs from run to run (times and rates) and without what is ours alone (descriptions).
+/// The text without what differs from run to run (times and rates) and without what is ours alone
+/// (descriptions).
 fn masked(text: &str) -> String {
     text.lines().map(|line| masked_line(line) + "\n").collect()
 }

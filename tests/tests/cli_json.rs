@@ -1,4 +1,5 @@
-//! What `info`, `map`, `check` and `compare` say of many kinds of images: the same as qemu-img, in JSON and for people.
+//! What `info`, `map`, `check` and `compare` say of many kinds of images: the same as qemu-img, in JSON and
+//! for people.
 //!
 //! The reports are compared word by word, so key by key and in the order of the keys.
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]

@@ -1,5 +1,5 @@
-//! Names in images that lead back to the image, or deeper than anybody needs: refused in one sentence, on a small stack and in little
-//! memory.
+//! Names in images that lead back to the image, or deeper than anybody needs: refused in one sentence, on a
+//! small stack and in little memory.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
@@ -157,8 +157,8 @@ fn data_files_make_no_loops() {
     assert!(outcome.stderr.trim_end().ends_with("creates an infinite loop"), "{outcome}");
 }
 
-/// Images inside one another are opened within each other's opening: so many and no more. Those that only follow each other are not
-/// counted.
+/// Images inside one another are opened within each other's opening: so many and no more. Those that only
+/// follow each other are not counted.
 #[test]
 fn images_nest_so_deep_and_no_deeper() {
     const DEEPEST: usize = 31;

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
-/// One test at a time where `cargo test` runs them in one process: a process that another test is just starting holds a copy of
-/// every open file for a moment, and its locks.
+/// One test at a time where `cargo test` runs them in one process: a process that another test is just
+/// starting holds a copy of every open file for a moment, and its locks.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
@@ -93,8 +93,8 @@ impl World {
             .collect()
     }
 
-    /// Refused with exit code 1 and one sentence that has `reason` in it (and, for a lock, a question after it); every file is as
-    /// before.
+    /// Refused with exit code 1 and one sentence that has `reason` in it (and, for a lock, a question after
+    /// it); every file is as before.
     #[track_caller]
     fn check_refused(&self, line: &str, reason: &str) {
         let before = self.contents();

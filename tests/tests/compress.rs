@@ -1,5 +1,5 @@
-//! `convert -c`, both methods and every size of cluster: QEMU finds the image clean and reads the same bytes, and the file is
-//! the same whatever the number of threads.
+//! `convert -c`, both methods and every size of cluster: QEMU finds the image clean and reads the same bytes,
+//! and the file is the same whatever the number of threads.
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_testkit::oracle::{Outcome, Qemu, Tool};

@@ -1,5 +1,6 @@
-//! Sixteen threads on one image: overlapping and neighbouring reads, writes, zeroes, discards, compressed writes and
-//! flushes. Every read must show what its sectors may hold at that time; afterwards the file is judged.
+//! Sixteen threads on one image: overlapping and neighbouring reads, writes, zeroes, discards, compressed
+//! writes and flushes. Every read must show what its sectors may hold at that time; afterwards the file is
+//! judged.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "figures of a run; setting up cannot fail")]
 #![allow(clippy::field_reassign_with_default, reason = "option structs may grow")]
 
@@ -224,7 +225,8 @@ impl Bench {
         result.map_err(|e| chain(&e))
     }
 
-    /// A compressed write of the cluster in which the range begins; the engine takes it only if it is unallocated.
+    /// A compressed write of the cluster in which the range begins; the engine takes it only if it is
+    /// unallocated.
     fn compress(&self, sectors: &Range<u64>) -> Result<(), String> {
         let per_cluster = self.shape.cluster_size() / SECTOR;
         let start = sectors.start / per_cluster * per_cluster;
@@ -477,8 +479,8 @@ fn a_bitmap_records_what_every_thread_changes() {
     check(shape, Plan { bitmap: true, compressed: 0, ..PLAN }, 1);
 }
 
-/// Each thread writes some bytes of every sector, and nobody else those: a sector is encrypted as a whole, so whoever
-/// writes a part of it writes the others' parts too.
+/// Each thread writes some bytes of every sector, and nobody else those: a sector is encrypted as a whole, so
+/// whoever writes a part of it writes the others' parts too.
 #[test]
 fn parts_of_sectors_stay_with_whoever_wrote_them() {
     const PART: u64 = CIPHER_SECTOR / THREADS;

@@ -1,4 +1,5 @@
-//! The committed images: the sound ones hold what the reference tool read from them, the damaged ones do no harm.
+//! The committed images: the sound ones hold what the reference tool read from them, the damaged ones do no
+//! harm.
 
 use qcow2_core::{ErrorKind, GuestDisk, GuestOffset, Image, OpenOptions};
 use qcow2_testkit::arbitrary::Operation;
@@ -106,7 +107,8 @@ enum Fate {
     Content(u32),
 }
 
-/// Damage that ends in an error: its kind, and words of the message. All other damage is read as the reference reads it.
+/// Damage that ends in an error: its kind, and words of the message. All other damage is read as the
+/// reference reads it.
 const REFUSED: &[(&str, ErrorKind, &str)] = &[
     ("empty-file", ErrorKind::Format, "magic is 0x00000000"),
     ("three-bytes", ErrorKind::Format, "magic is 0x51464900"),
@@ -154,7 +156,8 @@ const REFUSED: &[(&str, ErrorKind, &str)] = &[
     ("compressed-with-bitmap", ErrorKind::Corrupt, "subcluster bitmap 0x0000000000000001"),
 ];
 
-/// Damage that the reference refuses or spins on, and that we read: the active state does not need what is damaged.
+/// Damage that the reference refuses or spins on, and that we read: the active state does not need what is
+/// damaged.
 const READ_ALL_THE_SAME: &[(&str, &str)] = &[
     ("snapshots-claimed", "v3-512.qcow2"),
     ("snapshot-extra-huge", "snapshots.qcow2"),

@@ -1,6 +1,8 @@
-//! Encrypted images and LUKS containers, both ways with QEMU's tools and with cryptsetup, and what is refused.
+//! Encrypted images and LUKS containers, both ways with QEMU's tools and with cryptsetup, and what is
+//! refused.
 //!
-//! QEMU takes seconds to make one image, so by default few combinations are tried; `QCOW2_CRYPT_MATRIX=1` tries all.
+//! QEMU takes seconds to make one image, so by default few combinations are tried; `QCOW2_CRYPT_MATRIX=1`
+//! tries all.
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
 #[path = "crypt/amend.rs"]

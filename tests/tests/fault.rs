@@ -1,4 +1,5 @@
-//! Every storage call of a workload fails in turn, in every way: nobody panics, hangs or loses what was flushed.
+//! Every storage call of a workload fails in turn, in every way: nobody panics, hangs or loses what was
+//! flushed.
 #![allow(clippy::print_stdout, reason = "the story of a violation must be seen")]
 
 use qcow2_testkit::sim::{FaultReport, fault_seed};

@@ -1,5 +1,6 @@
-//! One file, two workers: our engine and QEMU's tools in turn write, take, apply and delete snapshots, and keep bitmaps.
-//! After every step both read what a model says, snapshots and bitmaps agree, and qemu-img finds nothing wrong.
+//! One file, two workers: our engine and QEMU's tools in turn write, take, apply and delete snapshots, and
+//! keep bitmaps. After every step both read what a model says, snapshots and bitmaps agree, and qemu-img
+//! finds nothing wrong.
 //!
 //! `QCOW2_HISTORY_STEPS` sets the length of a history, `QCOW2_SEED` which ones.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default, clippy::print_stderr)]

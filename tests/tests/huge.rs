@@ -1,5 +1,5 @@
-//! Images of some MB that say to have disks of exabytes: what is not there costs no time, and what takes hours ends at the first
-//! signal, in every verb.
+//! Images of some MB that say to have disks of exabytes: what is not there costs no time, and what takes
+//! hours ends at the first signal, in every verb.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -16,8 +16,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
-/// How long a verb may work before it is told to stop, and until it has stopped after that. A tenth of a second is what that
-/// should take on a machine of its own.
+/// How long a verb may work before it is told to stop, and until it has stopped after that. A tenth of a
+/// second is what that should take on a machine of its own.
 const WORKS: Duration = Duration::from_millis(150);
 const PATIENCE: Duration = Duration::from_secs(8);
 
@@ -32,8 +32,8 @@ const CLUSTER: u64 = 2 << 20;
 const L1_ENTRIES: u64 = 4 << 20;
 const L2_ENTRIES: u64 = CLUSTER / 8;
 
-/// An image of the largest disk: every entry of its L1 table leads to one L2 table, of which every entry is `entry`. With
-/// `snapshot` that disk is a snapshot's, and the active one is small and empty.
+/// An image of the largest disk: every entry of its L1 table leads to one L2 table, of which every entry is
+/// `entry`. With `snapshot` that disk is a snapshot's, and the active one is small and empty.
 fn write_image(path: &Path, entry: u64, snapshot: bool) {
     let [table, block, l2, small_l1, snapshots, l1] = [1, 2, 3, 4, 5, 6].map(|index| index * CLUSTER);
     let disk = L1_ENTRIES * L2_ENTRIES * CLUSTER;

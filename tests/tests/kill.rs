@@ -54,8 +54,8 @@ fn stamp(folder: &Path) -> Option<(u64, u64, i64, i64)> {
     Some((data.ino(), data.len(), data.mtime(), data.mtime_nsec()))
 }
 
-/// Runs check on what is left; panics on corruption. A target without a header yet, which is written last, is no image and
-/// does not look like one.
+/// Runs check on what is left; panics on corruption. A target without a header yet, which is written last, is
+/// no image and does not look like one.
 fn judge(folder: &Path, program: &Path, verb: &[&str], what: &str) {
     let output = Command::new(program).args(verb).arg("target.qcow2").current_dir(folder).output().unwrap();
     let said =

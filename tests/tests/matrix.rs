@@ -1,7 +1,8 @@
-//! Random operations on real files of every geometry, with and without a backing file; at the end qemu-img checks the
-//! image and compares it with a flat array.
+//! Random operations on real files of every geometry, with and without a backing file; at the end qemu-img
+//! checks the image and compares it with a flat array.
 //!
-//! `QCOW2_MATRIX_OPS` sets how many operations each image gets (10000 for a campaign), `QCOW2_SEED` which ones.
+//! `QCOW2_MATRIX_OPS` sets how many operations each image gets (10000 for a campaign), `QCOW2_SEED` which
+//! ones.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::walk::{Walk, read_header};

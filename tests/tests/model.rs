@@ -1,5 +1,5 @@
-//! Random work on images of every geometry, compared with a flat array after every step (invariant I8), and the file
-//! judged at the end.
+//! Random work on images of every geometry, compared with a flat array after every step (invariant I8), and
+//! the file judged at the end.
 
 use proptest::prelude::*;
 use qcow2_testkit::arbitrary::{Operation, Shape, operations, shapes};

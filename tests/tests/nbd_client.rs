@@ -1,4 +1,5 @@
-//! Disks that a server shows: qemu-nbd serves, both qemu-img and our program read and write, and say the same.
+//! Disks that a server shows: qemu-nbd serves, both qemu-img and our program read and write, and say the
+//! same.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -123,7 +124,8 @@ fn writing_to_a_server() {
     theirs("compare -F qcow2 s.qcow2 r.raw").success();
 }
 
-/// A server that goes away is an error of the request, not an endless wait; and the message says what happened.
+/// A server that goes away is an error of the request, not an endless wait; and the message says what
+/// happened.
 #[test]
 fn a_server_that_goes_away() {
     let root = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! A disk that is full and has room again: what does not fit is refused to who asked for it, and nothing else is lost. The image
-//! goes on, in place at once, elsewhere when there is room.
+//! A disk that is full and has room again: what does not fit is refused to who asked for it, and nothing else
+//! is lost. The image goes on, in place at once, elsewhere when there is room.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may stop, and says what it did")]
 
 use qcow2_core::{

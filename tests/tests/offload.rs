@@ -1,5 +1,5 @@
-//! Copies that the system makes by itself: the same content and the same holes as reading and writing gives, whatever
-//! stands above or below, and nothing lost where a storage refuses, at once or half-way.
+//! Copies that the system makes by itself: the same content and the same holes as reading and writing gives,
+//! whatever stands above or below, and nothing lost where a storage refuses, at once or half-way.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 

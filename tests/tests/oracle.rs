@@ -1,7 +1,8 @@
-//! QEMU's tools as the oracle, over every mix of features: they find our images clean and read the same bytes, we read
-//! theirs, and either goes on where the other stopped.
+//! QEMU's tools as the oracle, over every mix of features: they find our images clean and read the same
+//! bytes, we read theirs, and either goes on where the other stopped.
 //!
-//! `QCOW2_ORACLE_ALL=1` runs every mix instead of a sample; `QCOW2_ORACLE_OPERATIONS` sets how long the histories are.
+//! `QCOW2_ORACLE_ALL=1` runs every mix instead of a sample; `QCOW2_ORACLE_OPERATIONS` sets how long the
+//! histories are.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test may stop, and says what it did")]
 
 use qcow2_core::{GuestDisk, GuestOffset, Image, ImageFormat, OpenOptions, ZeroMode};

@@ -1,5 +1,5 @@
-//! Standard output that takes no more: a reader that goes away changes no exit code and ends no work, an unfinished stream is a
-//! failure, a full disk is told. And signals while the other end of a pipe sleeps.
+//! Standard output that takes no more: a reader that goes away changes no exit code and ends no work, an
+//! unfinished stream is a failure, a full disk is told. And signals while the other end of a pipe sleeps.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -32,7 +32,8 @@ enum Out {
 }
 
 impl World {
-    /// `a.raw`, `b.raw` of other content, `good.qcow2`, and `bad.qcow2` of which a cluster in use counts as free.
+    /// `a.raw`, `b.raw` of other content, `good.qcow2`, and `bad.qcow2` of which a cluster in use counts as
+    /// free.
     fn new() -> Self {
         let world = Self { root: tempfile::tempdir().unwrap() };
         fs::write(world.path("a.raw"), vec![7; 3 << 20]).unwrap();

@@ -1,5 +1,5 @@
-//! Many writes in one call (`GuestDisk::write_parts`): every part arrives, however short the free pieces of the file are, and no
-//! call waits for what it holds itself.
+//! Many writes in one call (`GuestDisk::write_parts`): every part arrives, however short the free pieces of
+//! the file are, and no call waits for what it holds itself.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test may stop, and says what it did")]
 
 use qcow2_core::{
@@ -114,8 +114,8 @@ fn clusters(range: Range<u64>) -> Range<u64> {
     range.start * CLUSTER..range.end * CLUSTER
 }
 
-/// Of what a part asks for only a first piece is prepared where the next clusters are of another kind; the rest of the part
-/// is claimed with it all the same.
+/// Of what a part asks for only a first piece is prepared where the next clusters are of another kind; the
+/// rest of the part is claimed with it all the same.
 #[test]
 fn a_part_of_several_pieces() {
     check("pieces of several kinds", small(64), 1, |bench| {
@@ -136,7 +136,8 @@ fn a_part_of_several_pieces() {
     });
 }
 
-/// Parts that share clusters, from the first to the last and back, and the same part twice: the later one wins.
+/// Parts that share clusters, from the first to the last and back, and the same part twice: the later one
+/// wins.
 #[test]
 fn parts_that_share_clusters() {
     for backing in [None, Some(BackingShape { size: 40 * CLUSTER, qcow2: false })] {
@@ -203,8 +204,8 @@ fn source(storage: Arc<dyn Storage>, format: ImageFormat, resolver: Arc<dyn Reso
     ResolvedSource { storage, format, name: "memory".to_owned(), id: None, resolver }
 }
 
-/// The bytes that stand beside a part cannot be read: the call says so, every part is there or not, and what the call held, with
-/// the places that it had reserved, is free again.
+/// The bytes that stand beside a part cannot be read: the call says so, every part is there or not, and what
+/// the call held, with the places that it had reserved, is free again.
 #[test]
 fn an_error_in_the_middle() {
     for nth in 0..12 {
@@ -262,7 +263,8 @@ fn draw_range(rng: &mut Rng, size: u64, cluster: u64, from: u64) -> Range<u64> {
     start..(start + len).min(size)
 }
 
-/// Parts as they come: mostly ascending, some over others, some back, over what earlier calls, zeroes and discards left.
+/// Parts as they come: mostly ascending, some over others, some back, over what earlier calls, zeroes and
+/// discards left.
 #[test]
 fn random_parts() {
     let mut parts = 0;

@@ -1,5 +1,5 @@
-//! Readers that no one here wrote read our images: dissect.hypervisor, libqcow, 7-Zip. Each gets the kinds of images that
-//! it knows at all, and must find the same content.
+//! Readers that no one here wrote read our images: dissect.hypervisor, libqcow, 7-Zip. Each gets the kinds of
+//! images that it knows at all, and must find the same content.
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_testkit::arbitrary::{Operation, Shape};
@@ -77,7 +77,8 @@ fn samples(folder: &Path, knows: fn(&Shape) -> Knows) -> Vec<Sample> {
     samples
 }
 
-/// Some megabytes of a real file (a program, and holes) through `convert -c` with these options, zlib otherwise.
+/// Some megabytes of a real file (a program, and holes) through `convert -c` with these options, zlib
+/// otherwise.
 fn real_file(folder: &Path, options: &str) -> Sample {
     let folder = folder.join("real");
     fs::create_dir(&folder).unwrap();
@@ -131,8 +132,9 @@ fn check_script(reader: &str, package: &str, knows: fn(&Shape) -> Knows) {
     }
 }
 
-/// dissect.hypervisor 3.21 computes wrong lengths with extended L2 entries, wants a backing disk that is not shorter and
-/// data files of whole clusters, and does not find the backing format in version 2: with images of QEMU's too.
+/// dissect.hypervisor 3.21 computes wrong lengths with extended L2 entries, wants a backing disk that is not
+/// shorter and data files of whole clusters, and does not find the backing format in version 2: with images
+/// of QEMU's too.
 fn dissect_knows(shape: &Shape) -> Knows {
     let backing =
         shape.backing.is_none_or(|below| below.size >= shape.size && (shape.version3 || !below.qcow2));
@@ -148,9 +150,10 @@ fn dissect_reads_our_images() {
     check_script("dissect", "dissect.hypervisor", dissect_knows);
 }
 
-/// libqcow knows no extended L2 entries, zstd, data files and raw backing files. In version 3, of any size, it takes the
-/// lowest bit of an entry for the zero flag also where the cluster is compressed, so that each stream that begins at an odd
-/// byte reads as zeroes (in version 2 it reads them all); and it lets the backing file show through zero clusters, with images of QEMU's too.
+/// libqcow knows no extended L2 entries, zstd, data files and raw backing files. In version 3, of any size,
+/// it takes the lowest bit of an entry for the zero flag also where the cluster is compressed, so that each
+/// stream that begins at an odd byte reads as zeroes (in version 2 it reads them all); and it lets the
+/// backing file show through zero clusters, with images of QEMU's too.
 fn libqcow_knows(shape: &Shape) -> Knows {
     let backing =
         shape.backing.is_none_or(|below| below.qcow2 && below.size >= shape.size && !shape.version3);

@@ -1,8 +1,8 @@
-//! A disk with a real file system on it, through our command and through QEMU's: the same bytes, clean checks, a file that
-//! is not larger, and overlays that either tool writes and both read.
+//! A disk with a real file system on it, through our command and through QEMU's: the same bytes, clean
+//! checks, a file that is not larger, and overlays that either tool writes and both read.
 //!
-//! The disk is made by `mke2fs -d` from a copy of this workspace's sources and some large files. `QCOW2_REAL_DISK_TREE`
-//! names another tree, `QCOW2_REAL_DISK_SIZE` another size (default `1G`).
+//! The disk is made by `mke2fs -d` from a copy of this workspace's sources and some large files.
+//! `QCOW2_REAL_DISK_TREE` names another tree, `QCOW2_REAL_DISK_SIZE` another size (default `1G`).
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may stop, and says what it measured")]
 
 use qcow2_testkit::oracle::{Outcome, Qemu, Tool};

@@ -1,5 +1,5 @@
-//! Repairs whose power is cut at every moment, that are stopped, and whose storage fails: the disk reads as before, what is left is no
-//! worse than what there was, and another repair ends it.
+//! Repairs whose power is cut at every moment, that are stopped, and whose storage fails: the disk reads as
+//! before, what is left is no worse than what there was, and another repair ends it.
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_core::{
@@ -47,7 +47,8 @@ struct Damaged {
     harm: u64,
 }
 
-/// What could cost data: clusters that count too little, and those that would be written in place although they are shared.
+/// What could cost data: clusters that count too little, and those that would be written in place although
+/// they are shared.
 fn harm(found: &Audit) -> u64 {
     let unshared = |problem: &&Problem| problem.kind == ProblemKind::CopiedWhileShared;
     found.low_counts + found.problems.iter().filter(unshared).count() as u64

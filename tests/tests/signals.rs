@@ -1,5 +1,5 @@
-//! Real signals: an interrupted verb stops soon, and every image it worked on is whole, with the content from before or after.
-//! SIGUSR1 shows progress.
+//! Real signals: an interrupted verb stops soon, and every image it worked on is whole, with the content from
+//! before or after. SIGUSR1 shows progress.
 //!
 //! When a signal comes is told by the bytes that a program has moved, which only Linux says.
 #![cfg(target_os = "linux")]
@@ -60,7 +60,8 @@ const CASES: &[Case] = &[
     Case { ends: true, ..case("snapshot -d old many.qcow2", &["many.qcow2"]) },
 ];
 
-/// Of all that a verb reads and writes, in percent: where it is interrupted, and up to where it must have stopped once.
+/// Of all that a verb reads and writes, in percent: where it is interrupted, and up to where it must have
+/// stopped once.
 const INTERRUPTED_AT: [u64; 2] = [20, 55];
 const STOPPED_AT: u64 = 90;
 /// How often a verb may be quicker than the signal.
@@ -226,7 +227,8 @@ fn moved(child: &Child) -> u64 {
     number("rchar:") + number("wchar:")
 }
 
-/// Runs `program` with no signal ignored, whatever the tests are run by: what a shell has in the background ignores some.
+/// Runs `program` with no signal ignored, whatever the tests are run by: what a shell has in the background
+/// ignores some.
 fn by_default(program: &str) -> Command {
     let mut command = Command::new("env");
     command.args(["--default-signal", program]);
@@ -327,8 +329,8 @@ fn listens(child: &Child) -> bool {
     bit("SigCgt:") || bit("SigBlk:")
 }
 
-/// Verbs, and whether they have progress to show on request. The others of qemu-img die of the signal or do not, as chance has
-/// it (it holds all signals back while it makes a thread); ours do not.
+/// Verbs, and whether they have progress to show on request. The others of qemu-img die of the signal or do
+/// not, as chance has it (it holds all signals back while it makes a thread); ours do not.
 const ASKED: [(&str, bool); 11] = [
     ("convert -O qcow2 -r 48M random.raw x", true),
     ("commit -r 48M over.qcow2", true),
@@ -343,7 +345,8 @@ const ASKED: [(&str, bool); 11] = [
     ("dd -O qcow2 bs=1M if=random.raw of=x", false),
 ];
 
-/// Lines on standard error where `-p` would show something; standard output is that of a run that nobody asks.
+/// Lines on standard error where `-p` would show something; standard output is that of a run that nobody
+/// asks.
 #[test]
 fn progress_on_request() {
     let Some(qemu) = Qemu::find() else { return };

@@ -1,5 +1,6 @@
-//! Images through pipes: what our program writes to standard output, qemu-img checks and reads; what qemu-img has written,
-//! ours reads from standard input. And digests, which are the same for every image of the same disk.
+//! Images through pipes: what our program writes to standard output, qemu-img checks and reads; what qemu-img
+//! has written, ours reads from standard input. And digests, which are the same for every image of the same
+//! disk.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -21,7 +22,8 @@ struct World {
 }
 
 impl World {
-    /// A folder with the disk `raw` in it, which has holes, zeroes, text that compresses and noise that does not.
+    /// A folder with the disk `raw` in it, which has holes, zeroes, text that compresses and noise that does
+    /// not.
     fn new() -> Option<Self> {
         let qemu_img = Tool::find("qemu-img")?;
         let root = tempfile::tempdir().unwrap();
@@ -43,8 +45,8 @@ impl World {
         self.qemu_img.run_in(self.root.path(), &words(line))
     }
 
-    /// Runs our program with these files as its standard streams; what it said on standard error, and whether it
-    /// succeeded.
+    /// Runs our program with these files as its standard streams; what it said on standard error, and whether
+    /// it succeeded.
     fn pipe(&self, line: &str, input: Option<&Path>, output: Option<&Path>) -> (bool, String) {
         let mut command = Command::new(&self.program);
         command.args(words(line)).current_dir(self.root.path()).stderr(Stdio::piped());

@@ -1,5 +1,6 @@
-//! The pattern of a verifying load generator: sixteen jobs write 4 to 64 KiB at random places of a warm overlay and read
-//! back what they wrote; every job's places lie next to those of others, in the same clusters.
+//! The pattern of a verifying load generator: sixteen jobs write 4 to 64 KiB at random places of a warm
+//! overlay and read back what they wrote; every job's places lie next to those of others, in the same
+//! clusters.
 //!
 //! `QCOW2_VERIFY_SECONDS` sets how long (600 for a campaign), `QCOW2_SEED` which places.
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, clippy::field_reassign_with_default)]

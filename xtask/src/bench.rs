@@ -14,7 +14,8 @@ const CHUNK: usize = 1 << 20;
 /// How much memory is touched right before a command that writes much, more than it writes. Bytes.
 const READY: usize = 4 << 30;
 
-/// One comparison: what is prepared before each run, and the arguments both tools get. `{}` is the scratch folder.
+/// One comparison: what is prepared before each run, and the arguments both tools get. `{}` is the scratch
+/// folder.
 struct Row {
     name: &'static str,
     group: &'static str,
@@ -269,9 +270,9 @@ struct Bench {
     keep: bool,
 }
 
-/// Runs the rows. `args`: `--group io|convert|compress|rewrite|chain|crypt|tables`, `--pairs N`, `--files DIR` (real files for a disk,
-/// /usr by default), `--scratch DIR`, `--row TEXT` (only rows whose name has it), `--keep yes` (the files made for the rows
-/// stay, and are taken as they are by the next run).
+/// Runs the rows. `args`: `--group io|convert|compress|rewrite|chain|crypt|tables`, `--pairs N`, `--files
+/// DIR` (real files for a disk, /usr by default), `--scratch DIR`, `--row TEXT` (only rows whose name has
+/// it), `--keep yes` (the files made for the rows stay, and are taken as they are by the next run).
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
     let (mut group, mut pairs, mut files, mut scratch) =
         (None, PAIRS, "/usr".to_owned(), std::env::temp_dir());
@@ -495,8 +496,9 @@ impl Bench {
         }
         row.prepare.iter().try_for_each(|command| self.command(command))?;
         if row.writes_much() {
-            // Where a hypervisor takes free memory away, the first touch of a page costs several times what copying into it
-            // does, and falls on whichever command comes first: after this both find pages ready.
+            // Where a hypervisor takes free memory away, the first touch of a page costs several times what
+            // copying into it does, and falls on whichever command comes first: after this both find pages
+            // ready.
             drop((0..READY / CHUNK).map(|_| vec![1_u8; CHUNK]).collect::<Vec<_>>());
         }
         Ok(())

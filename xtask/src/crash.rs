@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
-/// Runs the simulation with `args` (`--seconds N --seed N`; see its usage). An error where it found a violation.
+/// Runs the simulation with `args` (`--seconds N --seed N`; see its usage). An error where it found a
+/// violation.
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
     let mut command = Command::new(crate::cargo());
     command.args(["run", "--quiet", "--release", "--package", "qcow2-tests", "--bin", "crash", "--"]);

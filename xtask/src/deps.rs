@@ -1,7 +1,7 @@
 //! Which crate may use which: the arrows of ARCHITECTURE.md as a table, compared with what cargo says.
 //!
-//! Only a normal or build dependency is an arrow. Tests and examples may use more (dev-dependencies), but not a crate
-//! that points back at the engine from outside the table of [`DEV_EDGES`].
+//! Only a normal or build dependency is an arrow. Tests and examples may use more (dev-dependencies), but not
+//! a crate that points back at the engine from outside the table of [`DEV_EDGES`].
 
 use crate::finding::Finding;
 use serde_json::Value;
@@ -23,11 +23,13 @@ const EDGES: &[(&str, &[&str])] = &[
     ("qcow2-tests", ANY),
 ];
 
-/// What tests, examples and benches of every crate may use besides: drivers to run the engine on, and the test world.
+/// What tests, examples and benches of every crate may use besides: drivers to run the engine on, and the
+/// test world.
 const DEV_EDGES: &[&str] =
     &["qcow2-format", "qcow2-core", "qcow2-ops", "qcow2-io", "qcow2-codec", "qcow2-crypt", "qcow2-testkit"];
 
-/// Crates of others, and the only crates whose shipped code may use them. One that is not listed may be used nowhere.
+/// Crates of others, and the only crates whose shipped code may use them. One that is not listed may be used
+/// nowhere.
 const OUTSIDE: &[(&str, &[&str])] = &[
     ("aes", &["qcow2-crypt"]),
     ("base64", &["qcow2-cli"]),

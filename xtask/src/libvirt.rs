@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
-/// Builds the command and runs the script, which says what it needs. `args`: nothing, or a qemu-system for snapshots of a domain.
+/// Builds the command and runs the script, which says what it needs. `args`: nothing, or a qemu-system for
+/// snapshots of a domain.
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
     let build = Command::new(crate::cargo())
         .args(["build", "--locked", "-p", "qcow2-cli"])

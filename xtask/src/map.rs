@@ -63,7 +63,8 @@ fn check_page(root: &Path, page: &str, text: &str, findings: &mut Vec<Finding>) 
     }
 }
 
-/// A code span that looks like a path names a file; the code spans after it in the same cell are defined in that file.
+/// A code span that looks like a path names a file; the code spans after it in the same cell are defined in
+/// that file.
 fn check_places(root: &Path, line: &str, found: &mut impl FnMut(String, &str)) {
     for cell in line.split('|') {
         let mut file: Option<(&str, String)> = None;

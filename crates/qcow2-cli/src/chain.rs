@@ -22,9 +22,9 @@ pub(crate) struct OpenedChain {
     pub(crate) base: Arc<dyn GuestDisk>,
 }
 
-/// Opens the image that `name` leads to for changes, and below it every layer down to `base`, that one for changes too.
-/// `base`: as the user names it; `None` is the backing file of the top. Errors: what cannot be opened, in QEMU's words; no
-/// such base.
+/// Opens the image that `name` leads to for changes, and below it every layer down to `base`, that one for
+/// changes too. `base`: as the user names it; `None` is the backing file of the top. Errors: what cannot be
+/// opened, in QEMU's words; no such base.
 pub(crate) fn open_down_to(
     session: &Session,
     name: &ImageName,
@@ -94,7 +94,8 @@ pub(crate) fn open_down_to(
     Ok(OpenedChain { above, base })
 }
 
-/// Refuses a layer that is one of those above it, and a chain that is too long, as the engine does where it opens one.
+/// Refuses a layer that is one of those above it, and a chain that is too long, as the engine does where it
+/// opens one.
 fn check_chain(next: &ResolvedSource, seen: &mut BTreeSet<SourceId>, above: usize) -> Result<(), String> {
     if above + 2 > MAX_CHAIN_LEN {
         return Err(format!("Backing chain has more than {MAX_CHAIN_LEN} layers"));

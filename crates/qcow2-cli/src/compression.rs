@@ -1,5 +1,5 @@
-//! How compressed clusters are made: levels and windows that are the command's own options, because an image does not
-//! record them and qemu-img has none.
+//! How compressed clusters are made: levels and windows that are the command's own options, because an image
+//! does not record them and qemu-img has none.
 
 use crate::failure::Failure;
 use crate::optlist::OptList;
@@ -19,8 +19,8 @@ impl Compression {
     /// zlib or zstd as they are best by default.
     pub(crate) const DEFAULT: Self = Self { is_zstd: false, level: None, window_bits: None };
 
-    /// Takes the options that are meant here out of `list`. Errors: a value that is no number, a window for zstd, what
-    /// the codec does not know.
+    /// Takes the options that are meant here out of `list`. Errors: a value that is no number, a window for
+    /// zstd, what the codec does not know.
     pub(crate) fn take(list: &mut OptList) -> Result<Self, Failure> {
         let is_zstd = list.last("compression_type") == Some("zstd");
         let level = number(LEVEL, list.take(LEVEL))?;

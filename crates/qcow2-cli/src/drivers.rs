@@ -1,11 +1,13 @@
-//! What QEMU calls its drivers, so far as its answers tell one from another: most of them are not built in here.
+//! What QEMU calls its drivers, so far as its answers tell one from another: most of them are not built in
+//! here.
 
 /// A driver of QEMU.
 struct Driver {
     name: &'static str,
     /// Whether `create` may record it as the format of a backing file. `rebase` records all of them.
     recorded: bool,
-    /// Whether it is known and makes no images, which QEMU says; of others it says that they are unknown, or makes one.
+    /// Whether it is known and makes no images, which QEMU says; of others it says that they are unknown, or
+    /// makes one.
     makes_none: bool,
 }
 

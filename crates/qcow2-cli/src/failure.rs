@@ -146,8 +146,8 @@ impl Failure {
         self.code
     }
 
-    /// Every line for standard error. `program`: the name before messages; `called`: how it was called, which is the
-    /// name in option syntax errors and pointers to help.
+    /// Every line for standard error. `program`: the name before messages; `called`: how it was called, which
+    /// is the name in option syntax errors and pointers to help.
     pub(crate) fn lines(&self, program: &str, called: &str) -> Vec<String> {
         let (name, verb) = match self.kind {
             Kind::Silent => return Vec::new(),

@@ -36,8 +36,9 @@ pub(crate) fn complain(session: &Session, report: &CheckReport, wanted: &dyn Fn(
     }
 }
 
-/// Says what opening the image in `source` for changes is about to put right, the refcounts of one that was not closed cleanly,
-/// and which bitmaps its first change loses. Disk: reads the tables of bitmaps, and all tables of such an image.
+/// Says what opening the image in `source` for changes is about to put right, the refcounts of one that was
+/// not closed cleanly, and which bitmaps its first change loses. Disk: reads the tables of bitmaps, and all
+/// tables of such an image.
 pub(crate) fn tell_of_recovery(session: &Session, source: &ResolvedSource) {
     if source.format != ImageFormat::Qcow2 {
         return;
@@ -47,7 +48,8 @@ pub(crate) fn tell_of_recovery(session: &Session, source: &ResolvedSource) {
     if !header.is_dirty() || header.is_corrupt() {
         return;
     }
-    // Nothing is changed yet, so a signal may end the program here. What goes wrong is told by the one who opens the image.
+    // Nothing is changed yet, so a signal may end the program here. What goes wrong is told by the one who
+    // opens the image.
     let Ok(report) = check(&*source.storage, &CheckOptions::default(), &Threads::per_core(), &Silent) else {
         return;
     };
@@ -59,7 +61,8 @@ pub(crate) fn tell_of_recovery(session: &Session, source: &ResolvedSource) {
         .for_each(|found| say(session, found, true));
 }
 
-/// What is said of an image of which the first change loses the bitmaps, because they are damaged. Disk: reads their tables.
+/// What is said of an image of which the first change loses the bitmaps, because they are damaged. Disk:
+/// reads their tables.
 pub(crate) fn bitmaps_to_lose(storage: &dyn Storage, header: &Header) -> Option<String> {
     let records = |bitmaps: Vec<Bitmap>| bitmaps.iter().any(|bitmap| bitmap.auto && !bitmap.in_use);
     if !read_bitmaps(storage, header).map_or(true, records) {

@@ -1,5 +1,5 @@
-//! The options of new images (`-o`): which there are, of what type, and in which order they are shown. Scripts read the table that
-//! `-o help` prints, so it is QEMU's.
+//! The options of new images (`-o`): which there are, of what type, and in which order they are shown.
+//! Scripts read the table that `-o help` prints, so it is QEMU's.
 
 use crate::args::Objects;
 use crate::drivers;
@@ -85,8 +85,8 @@ enum Value {
 }
 
 impl ImageOptions {
-    /// Reads `list` by the table of `format`, the defaults of the format in place. Errors: the first option that is
-    /// not known or not of its type, in QEMU's words.
+    /// Reads `list` by the table of `format`, the defaults of the format in place. Errors: the first option
+    /// that is not known or not of its type, in QEMU's words.
     pub(crate) fn parse(format: TargetFormat, list: &OptList) -> Result<Self, Failure> {
         let mut options = Self { format, values: BTreeMap::new(), objects: Objects::default() };
         for option in format.options().iter().filter(|option| !option.default.is_empty()) {
@@ -168,7 +168,8 @@ impl ImageOptions {
     }
 }
 
-/// Prints what `-o` takes. `with_file`: whether the target is known to be a file, whose options then count too.
+/// Prints what `-o` takes. `with_file`: whether the target is known to be a file, whose options then count
+/// too.
 pub(crate) fn print_options(session: &Session, format: TargetFormat, with_file: bool) -> Result<(), Failure> {
     let mut text = match with_file {
         true => "Supported options:\n".to_owned(),
@@ -198,8 +199,8 @@ pub(crate) enum AmendOption {
     Number(u64),
 }
 
-/// Reads `list` by the table of what can be amended. Errors: the first option that is not known, can only be given for a new
-/// image, or is not of its type.
+/// Reads `list` by the table of what can be amended. Errors: the first option that is not known, can only be
+/// given for a new image, or is not of its type.
 pub(crate) fn read_amend_options(
     format: TargetFormat,
     list: &OptList,
@@ -316,7 +317,8 @@ pub(crate) fn parse_switch(text: &str) -> Option<bool> {
     }
 }
 
-/// A number as C reads it: blanks, a sign, then decimal, `0` octal or `0x` hexadecimal digits; negative ones wrap.
+/// A number as C reads it: blanks, a sign, then decimal, `0` octal or `0x` hexadecimal digits; negative ones
+/// wrap.
 fn parse_number(text: &str) -> Result<u64, SizeError> {
     let body = text.trim_start();
     let (negative, body) = match body.strip_prefix('-') {

@@ -1,5 +1,5 @@
-//! Ctrl-C and its kin: work stops at the next good place, what is half made is taken away, and the program dies of the
-//! signal, so that its caller sees what happened.
+//! Ctrl-C and its kin: work stops at the next good place, what is half made is taken away, and the program
+//! dies of the signal, so that its caller sees what happened.
 
 use crate::newfile::NewFile;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
@@ -23,13 +23,15 @@ struct Shared {
     unfinished: Mutex<Vec<NewFile>>,
 }
 
-/// Has SIGUSR1, which asks for progress, end no verb that has none to show: as in QEMU's tools nothing happens then.
+/// Has SIGUSR1, which asks for progress, end no verb that has none to show: as in QEMU's tools nothing
+/// happens then.
 pub(crate) fn outlive_progress_requests() {
     system::outlive_progress_requests();
 }
 
 impl Interrupts {
-    /// Takes the signals over, but for those that are ignored. Where the system refuses, they keep their usual effect.
+    /// Takes the signals over, but for those that are ignored. Where the system refuses, they keep their
+    /// usual effect.
     pub(crate) fn install() -> Self {
         let interrupts = Self::default();
         system::listen(&interrupts.shared);
@@ -53,7 +55,8 @@ impl Interrupts {
         self.die_if_asked();
     }
 
-    /// Waits with `wait` for somebody else, who may take for ever: a signal ends the program at once meanwhile.
+    /// Waits with `wait` for somebody else, who may take for ever: a signal ends the program at once
+    /// meanwhile.
     pub(crate) fn while_waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
         self.stop_watching();
         let done = wait();
@@ -147,8 +150,8 @@ mod system {
         });
     }
 
-    /// The signals that whoever started the program had it ignore (`nohup`, a shell's `&`), a bit each: they stay ignored. None
-    /// where the system does not tell.
+    /// The signals that whoever started the program had it ignore (`nohup`, a shell's `&`), a bit each: they
+    /// stay ignored. None where the system does not tell.
     fn ignored() -> u64 {
         let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let bits = text.lines().find_map(|line| line.strip_prefix("SigIgn:"));

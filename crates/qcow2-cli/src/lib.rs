@@ -1,7 +1,8 @@
 //! The command line of the qcow2 tools: qemu-img's verbs, options, texts and exit codes.
 //!
-//! [`main_with`] is the whole program; it behaves as qemu-img itself where it is called by that name. A verb parses its
-//! arguments, opens images, calls one procedure of `qcow2-ops`, renders the report, and returns an exit code.
+//! [`main_with`] is the whole program; it behaves as qemu-img itself where it is called by that name. A verb
+//! parses its arguments, opens images, calls one procedure of `qcow2-ops`, renders the report, and returns an
+//! exit code.
 #![forbid(unsafe_code)]
 
 mod args;
@@ -34,8 +35,8 @@ use failure::Failure;
 use session::Session;
 use std::ffi::OsString;
 
-/// Runs the program. `args`: the name it was called by, then its arguments. Returns the exit code; everything else it
-/// has to say has gone to standard output and standard error.
+/// Runs the program. `args`: the name it was called by, then its arguments. Returns the exit code; everything
+/// else it has to say has gone to standard output and standard error.
 pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
     interrupt::outlive_progress_requests();
     let mut args = args.into_iter();

@@ -1,4 +1,5 @@
-//! The backing file of an image that is about to be made: what is asked of it, and that the new image does not replace it.
+//! The backing file of an image that is about to be made: what is asked of it, and that the new image does
+//! not replace it.
 
 use crate::args::{ImageArgs, Objects};
 use crate::crypt::Keys;

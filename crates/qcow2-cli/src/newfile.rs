@@ -17,7 +17,8 @@ pub(crate) struct NewFile {
 type Identity = (u64, u64);
 
 impl NewFile {
-    /// Makes sure that `path` can be written and leads to something, leaving the content of an existing file as it is.
+    /// Makes sure that `path` can be written and leads to something, leaving the content of an existing file
+    /// as it is.
     pub(crate) fn prepare(path: &Path) -> io::Result<Self> {
         let made = OpenOptions::new().read(true).write(true).create_new(true).open(path);
         let (file, created) = match made {
@@ -38,8 +39,8 @@ impl NewFile {
         }
     }
 
-    /// Takes away what was written: a new file goes; one that was there before is emptied, so that a part of an image
-    /// is not taken for a whole one.
+    /// Takes away what was written: a new file goes; one that was there before is emptied, so that a part of
+    /// an image is not taken for a whole one.
     pub(crate) fn discard(self) {
         if !self.is_still_there() {
             return;

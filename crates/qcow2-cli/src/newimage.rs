@@ -1,7 +1,7 @@
 //! Making a new image from options: shared by `create` and `convert`.
 //!
-//! Nothing that was there before is touched until the options are known to be possible; what was made for an image
-//! that fails is taken away.
+//! Nothing that was there before is touched until the options are known to be possible; what was made for an
+//! image that fails is taken away.
 
 use crate::crypt::{LUKS_NAMES, NewCrypt, QCOW2_NAMES, read_options};
 use crate::drivers;
@@ -22,8 +22,8 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Says on standard error where a file that is called qcow2 becomes raw, because no format was given. Not under qemu-img's name,
-/// which says nothing. `option`: the one that gives the format.
+/// Says on standard error where a file that is called qcow2 becomes raw, because no format was given. Not
+/// under qemu-img's name, which says nothing. `option`: the one that gives the format.
 pub(crate) fn warn_of_raw(session: &Session, filename: &str, option: &str) {
     let called = Path::new(filename).extension().is_some_and(|extension| extension == "qcow2");
     if called && !session.is_drop_in() {
@@ -67,8 +67,8 @@ impl From<NotMade> for Failure {
 /// Of a container.
 const TOO_LARGE: &str = "The requested file size is too large";
 
-/// Makes the image that `target` names as `options` say. The files are noted with `interrupts` until they are finished there.
-/// Errors: in QEMU's words, without the file's name.
+/// Makes the image that `target` names as `options` say. The files are noted with `interrupts` until they are
+/// finished there. Errors: in QEMU's words, without the file's name.
 pub(crate) fn make(
     session: &Session,
     target: &NewTarget,
@@ -143,8 +143,8 @@ fn make_container(
     })
 }
 
-/// How the new image is to be encrypted, if it is. Errors: in QEMU's words, nothing having been made; not that the secret is not
-/// named, which is said last.
+/// How the new image is to be encrypted, if it is. Errors: in QEMU's words, nothing having been made; not
+/// that the secret is not named, which is said last.
 fn new_crypt(options: &ImageOptions) -> Result<Option<NewCrypt>, Failure> {
     let format = match options.text("encrypt.format") {
         Some(_) if options.given("encryption") => {
@@ -186,7 +186,8 @@ fn make_raw(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(),
     qcow2_ops::create_raw(&storage, &request).map_err(|error| failed(&error, &step, ""))
 }
 
-/// A server's disk is there already: it must be large enough, and loses the beginning that an older image may have.
+/// A server's disk is there already: it must be large enough, and loses the beginning that an older image may
+/// have.
 fn make_in_existing(node: &Node, options: &ImageOptions) -> Result<(), NotMade> {
     let size = options.number("size").unwrap_or(0);
     let storage = open_existing(node)
@@ -360,7 +361,8 @@ impl Files<'_> {
         }
     }
 
-    /// Tells the file system of an empty file. That it does not listen is no failure, and is said where somebody asked for it.
+    /// Tells the file system of an empty file. That it does not listen is no failure, and is said where
+    /// somebody asked for it.
     fn lay_out(&self, file: &FileStorage) {
         if self.layout.no_cow {
             let _ = file.set_no_cow();
@@ -376,8 +378,8 @@ impl Files<'_> {
     }
 }
 
-/// A procedure that failed: a refused option, a name that does not fit (`naming` says what could not be done with it), or a storage
-/// that does not take it (`step` says what).
+/// A procedure that failed: a refused option, a name that does not fit (`naming` says what could not be done
+/// with it), or a storage that does not take it (`step` says what).
 fn failed(error: &qcow2_ops::Error, step: &str, naming: &str) -> NotMade {
     if let Some(refusal) = qemu_text::find::<Refusal>(error) {
         return Failure::new(qemu_text::refusal(refusal)).into();

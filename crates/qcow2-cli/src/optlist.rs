@@ -27,8 +27,8 @@ impl OptList {
         Ok(text)
     }
 
-    /// Reads the values of `-o` options, in the order given. A lone `key` means `key=on` and a lone `nokey` means
-    /// `key=off`; a lone `help` or `?` asks for help.
+    /// Reads the values of `-o` options, in the order given. A lone `key` means `key=on` and a lone `nokey`
+    /// means `key=off`; a lone `help` or `?` asks for help.
     pub(crate) fn parse_image_options(texts: &[String]) -> Self {
         let mut list = Self::default();
         for text in texts {
@@ -68,8 +68,8 @@ impl OptList {
         Ok(list)
     }
 
-    /// Reads the option string of an image, in which a lone `key` is `key=on` and a lone `nokey` is `key=off`. With the list come
-    /// the warnings that this is deprecated. Errors: the message.
+    /// Reads the option string of an image, in which a lone `key` is `key=on` and a lone `nokey` is
+    /// `key=off`. With the list come the warnings that this is deprecated. Errors: the message.
     pub(crate) fn parse_name(text: &str) -> Result<(Self, Vec<String>), String> {
         let (mut list, mut warnings) = (Self::default(), Vec::new());
         for (index, item) in split(text).iter().enumerate() {

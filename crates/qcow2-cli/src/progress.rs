@@ -47,14 +47,16 @@ impl Meter {
         meter
     }
 
-    /// For verbs without `-p`: SIGUSR1 asks. In place of qemu-img, which shows nothing then, they do as it does.
+    /// For verbs without `-p`: SIGUSR1 asks. In place of qemu-img, which shows nothing then, they do as it
+    /// does.
     pub(crate) fn unasked(session: &Session, interrupts: &Interrupts) -> Self {
         let shape = if session.is_drop_in() { Shape::Silent } else { Shape::OnRequest };
         let (total, done, shown) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
         Self { interrupts: interrupts.clone(), shape, total, done, shown, step: ALL }
     }
 
-    /// For verbs that have data for standard output, where progress must not go. `json`: lines for programs are wanted.
+    /// For verbs that have data for standard output, where progress must not go. `json`: lines for programs
+    /// are wanted.
     pub(crate) fn beside_data(session: &Session, interrupts: &Interrupts, wanted: bool, json: bool) -> Self {
         let shape = match (json, wanted && session.draws()) {
             (true, _) => Shape::Json,

@@ -70,9 +70,9 @@ impl Session {
     }
 }
 
-/// Judges how writing a text to standard output went. A reader that has gone away has read enough: the text is dropped,
-/// the command goes on, and its exit code is that of its work. Errors: everything else, a full disk above all, since somebody
-/// wants a text that is lost.
+/// Judges how writing a text to standard output went. A reader that has gone away has read enough: the text
+/// is dropped, the command goes on, and its exit code is that of its work. Errors: everything else, a full
+/// disk above all, since somebody wants a text that is lost.
 pub(crate) fn printed(written: io::Result<()>) -> Result<(), Failure> {
     match written {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -80,8 +80,8 @@ pub(crate) fn printed(written: io::Result<()>) -> Result<(), Failure> {
     }
 }
 
-/// The failure of a command whose data, not a text about its work, standard output did not take to the end. A reader that has
-/// gone away knows that something is missing; whoever looks at the exit code does not.
+/// The failure of a command whose data, not a text about its work, standard output did not take to the end. A
+/// reader that has gone away knows that something is missing; whoever looks at the exit code does not.
 pub(crate) fn unfinished_stream(error: &io::Error) -> Failure {
     match error.kind() {
         io::ErrorKind::BrokenPipe => Failure::silent(exit::FAILURE),

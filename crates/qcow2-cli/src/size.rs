@@ -1,8 +1,8 @@
 //! Sizes as people type them on the command line.
 //!
-//! Grammar: leading blanks, an optional `+`, then either `0x` and hexadecimal digits, or decimal digits with an
-//! optional fraction, followed by at most one of `b k m g t p e` (either case; powers of 1024). A fraction other than
-//! zero needs a suffix that scales, and is rounded to the nearest byte.
+//! Grammar: leading blanks, an optional `+`, then either `0x` and hexadecimal digits, or decimal digits with
+//! an optional fraction, followed by at most one of `b k m g t p e` (either case; powers of 1024). A fraction
+//! other than zero needs a suffix that scales, and is rounded to the nearest byte.
 
 use crate::failure::Failure;
 use std::ops::RangeInclusive;
@@ -92,7 +92,8 @@ fn parse_decimal(body: &str) -> Result<u64, SizeError> {
     bytes.checked_add(if has_fraction { fraction_bytes(fraction, scale) } else { 0 }).ok_or(SizeError::Range)
 }
 
-/// `0.fraction` times `scale`, to the nearest byte. `fraction` is digits only, so it parses; at most 2^60 results.
+/// `0.fraction` times `scale`, to the nearest byte. `fraction` is digits only, so it parses; at most 2^60
+/// results.
 fn fraction_bytes(fraction: &str, scale: u64) -> u64 {
     let value: f64 = format!("0.{fraction}").parse().unwrap_or(0.0);
     (value * scale as f64 + 0.5) as u64

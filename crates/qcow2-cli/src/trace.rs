@@ -4,8 +4,9 @@ use crate::failure::Failure;
 use crate::optlist::OptList;
 use crate::session::Session;
 
-/// Takes the value of `-T`: names of events, or options that name them. Returns whether a list of events was asked for, which
-/// ends the program. Errors: an option that is not one; a list of events that cannot be read.
+/// Takes the value of `-T`: names of events, or options that name them. Returns whether a list of events was
+/// asked for, which ends the program. Errors: an option that is not one; a list of events that cannot be
+/// read.
 pub(crate) fn accept(session: &Session, text: &str) -> Result<bool, Failure> {
     if text == "help" || text == "?" {
         return Ok(true);

@@ -1,4 +1,5 @@
-//! Compresses one cluster of several kinds of content with both methods: `cargo run -p qcow2-codec --example cluster`.
+//! Compresses one cluster of several kinds of content with both methods: `cargo run -p qcow2-codec --example
+//! cluster`.
 #![allow(clippy::print_stdout, reason = "an example shows what it does")]
 
 use qcow2_codec::{Deflate, Zstd};

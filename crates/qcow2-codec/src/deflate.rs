@@ -1,13 +1,14 @@
 //! Deflate, compression type 0: a raw stream (RFC 1951, no zlib or gzip wrapper) for each cluster.
 //!
-//! QEMU writes with a window of 4 KiB and so does this codec by default: every known reader takes such a stream. Streams
-//! with the full 32 KiB window are read as well. Spec: "Compressed Clusters".
+//! QEMU writes with a window of 4 KiB and so does this codec by default: every known reader takes such a
+//! stream. Streams with the full 32 KiB window are read as well. Spec: "Compressed Clusters".
 //!
-//! Reading, and writing with the default window, are this crate's own, made for whole clusters that lie in memory: about
-//! one and a half times as fast as zlib-rs at what they do. Writing with other windows is flate2's.
+//! Reading, and writing with the default window, are this crate's own, made for whole clusters that lie in
+//! memory: about one and a half times as fast as zlib-rs at what they do. Writing with other windows is
+//! flate2's.
 //!
-//! Memory: about 150 KiB for each thread that compresses at the same time, whatever the cluster size; with another
-//! window about 300 KiB and 1.25 clusters. About 20 KiB for each thread that expands.
+//! Memory: about 150 KiB for each thread that compresses at the same time, whatever the cluster size; with
+//! another window about 300 KiB and 1.25 clusters. About 20 KiB for each thread that expands.
 
 use crate::inflate::{Fault, Inflater};
 use crate::pool::Pool;
@@ -17,12 +18,13 @@ use qcow2_core::{ClusterCodec, CodecError};
 
 /// The highest compression level: the smallest streams.
 pub const MAX_LEVEL: u32 = 9;
-/// The lowest compression level: the quickest. Level 0 would only store, and a cluster that does not shrink is better
-/// off plain.
+/// The lowest compression level: the quickest. Level 0 would only store, and a cluster that does not shrink
+/// is better off plain.
 pub const MIN_LEVEL: u32 = 1;
 /// The window that every reader accepts: matches reach back at most 4 KiB.
 pub const DEFAULT_WINDOW_BITS: u32 = 12;
-/// The widest window: 32 KiB. Readers that inflate a cluster in pieces with a 4 KiB window reject such streams.
+/// The widest window: 32 KiB. Readers that inflate a cluster in pieces with a 4 KiB window reject such
+/// streams.
 pub const MAX_WINDOW_BITS: u32 = 15;
 /// The narrowest window: 512 bytes.
 pub const MIN_WINDOW_BITS: u32 = 9;
@@ -67,8 +69,8 @@ const EFFORTS: [Effort; MAX_LEVEL as usize] = [
     Effort { depth: 200, nice: 258, lazy: 2 },
 ];
 
-/// A compressor with room for any stream: zlib-rs 0.6 panics at some levels where the output runs full, so it never
-/// does, and the few bytes of a stream that fits are copied.
+/// A compressor with room for any stream: zlib-rs 0.6 panics at some levels where the output runs full, so it
+/// never does, and the few bytes of a stream that fits are copied.
 struct WideWriter {
     deflate: Compress,
     room: Vec<u8>,
@@ -163,8 +165,8 @@ impl WideWriter {
     }
 }
 
-/// Fills `out` from `stream`, which must end there or have more to give: a stream that was cut off is refused even where
-/// the cluster happens to be complete.
+/// Fills `out` from `stream`, which must end there or have more to give: a stream that was cut off is refused
+/// even where the cluster happens to be complete.
 fn inflate(reader: &mut Inflater, stream: &[u8], out: &mut [u8]) -> Result<(), CodecError> {
     match reader.inflate(stream, out) {
         Ok(filled) | Err(Fault::Cut(filled)) if filled < out.len() => Err(CodecError::new(format!(

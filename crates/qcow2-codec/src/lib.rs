@@ -1,8 +1,9 @@
-//! Cluster codecs for the engine's [`ClusterCodec`](qcow2_core::ClusterCodec) port: [`Deflate`] (compression type 0,
-//! "zlib" in option names) and [`Zstd`] (type 1).
+//! Cluster codecs for the engine's [`ClusterCodec`](qcow2_core::ClusterCodec) port: [`Deflate`] (compression
+//! type 0, "zlib" in option names) and [`Zstd`] (type 1).
 //!
-//! A codec holds its contexts in a pool, one for each thread that used it at the same time, and allocates nothing for
-//! a cluster once the pool has grown to that. The same cluster gives the same stream, whichever context compresses it.
+//! A codec holds its contexts in a pool, one for each thread that used it at the same time, and allocates
+//! nothing for a cluster once the pool has grown to that. The same cluster gives the same stream, whichever
+//! context compresses it.
 //!
 //! ```
 //! use qcow2_codec::Deflate;

@@ -12,8 +12,8 @@ impl<T> Pool<T> {
         Self { idle: Mutex::new(Vec::new()) }
     }
 
-    /// Lends an idle value, or a new one by `make`, to `work`. After an error of `make` the pool is as before; a value
-    /// whose `work` panics is not used again.
+    /// Lends an idle value, or a new one by `make`, to `work`. After an error of `make` the pool is as
+    /// before; a value whose `work` panics is not used again.
     pub(crate) fn with<R, E>(
         &self,
         make: impl FnOnce() -> Result<T, E>,

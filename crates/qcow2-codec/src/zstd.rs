@@ -1,7 +1,8 @@
 //! Zstandard, compression type 1: one frame for each cluster, with its content size and without checksum.
 //!
-//! Reading takes frames until the cluster is full; what follows belongs to the neighbours. Frames are expanded straight
-//! into the cluster, so a window that a frame asks for costs no memory. Spec: "Compressed Clusters".
+//! Reading takes frames until the cluster is full; what follows belongs to the neighbours. Frames are
+//! expanded straight into the cluster, so a window that a frame asks for costs no memory. Spec: "Compressed
+//! Clusters".
 
 use crate::pool::Pool;
 use qcow2_core::{ClusterCodec, CodecError};
@@ -24,8 +25,8 @@ pub struct Zstd {
 }
 
 impl Zstd {
-    /// A codec that compresses with `level`: 1 (fast) to 22 (small), or below 1 for faster still. Errors: a level that
-    /// the library does not know.
+    /// A codec that compresses with `level`: 1 (fast) to 22 (small), or below 1 for faster still. Errors: a
+    /// level that the library does not know.
     pub fn new(level: i32) -> Result<Self, CodecError> {
         let (min, max) = (min_c_level(), max_c_level());
         if level < min || level > max {

@@ -1,4 +1,5 @@
-//! How long the engine's own work takes, on memory: looking a place up, preparing a write, reading through it.
+//! How long the engine's own work takes, on memory: looking a place up, preparing a write, reading through
+//! it.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};

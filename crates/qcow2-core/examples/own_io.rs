@@ -1,5 +1,5 @@
-//! Drives the data plane with its own I/O: the engine says where bytes are, this program moves them with `pread` and
-//! `pwrite` of its own, as an io_uring loop or a virtual machine monitor would.
+//! Drives the data plane with its own I/O: the engine says where bytes are, this program moves them with
+//! `pread` and `pwrite` of its own, as an io_uring loop or a virtual machine monitor would.
 //!
 //! ```text
 //! cargo run -p qcow2-core --example own_io

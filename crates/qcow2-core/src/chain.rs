@@ -18,11 +18,11 @@ use qcow2_format::{GuestOffset, GuestRange};
 /// The longest chain that is followed. Origin: ours; QEMU has no limit.
 pub const MAX_CHAIN_LEN: usize = 1024;
 
-/// Opens a disk and every layer below it. `source`: the top layer; its resolver opens what it names. Layers below the top
-/// are opened for reading. Disk: reads headers and L1 tables.
+/// Opens a disk and every layer below it. `source`: the top layer; its resolver opens what it names. Layers
+/// below the top are opened for reading. Disk: reads headers and L1 tables.
 ///
-/// Errors: `Format`, `Unsupported`, `Encrypted`, `Corrupt`, `Resolve` where a layer cannot be opened, `Chain` for a loop
-/// or more than [`MAX_CHAIN_LEN`] layers.
+/// Errors: `Format`, `Unsupported`, `Encrypted`, `Corrupt`, `Resolve` where a layer cannot be opened, `Chain`
+/// for a loop or more than [`MAX_CHAIN_LEN`] layers.
 pub fn open_disk(source: ResolvedSource, options: &OpenOptions) -> Result<Arc<dyn GuestDisk>> {
     match source.format {
         ImageFormat::Raw => Ok(Arc::new(RawDisk::new(source.storage, options.writable)?)),
@@ -109,8 +109,8 @@ impl Layer {
     }
 }
 
-/// Whether `range`, inside `disk`, is known to read as zeroes without looking at data. Disk: may read tables. Errors: as
-/// [`GuestDisk::extent_at`].
+/// Whether `range`, inside `disk`, is known to read as zeroes without looking at data. Disk: may read tables.
+/// Errors: as [`GuestDisk::extent_at`].
 pub fn reads_zero(disk: &dyn GuestDisk, range: GuestRange) -> Result<bool> {
     let (mut at, end) = (range.start().value(), range.end().value());
     while at < end {

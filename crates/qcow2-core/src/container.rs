@@ -17,8 +17,8 @@ use qcow2_format::{GuestOffset, GuestRange, HostOffset, LuksPointer};
 /// Bytes that are encrypted at once.
 const PIECE: usize = 1 << 20;
 
-/// A disk inside a LUKS container. Its sectors are numbered from the start of the payload; bytes that nobody wrote read as
-/// noise, as they do for every other user of the container.
+/// A disk inside a LUKS container. Its sectors are numbered from the start of the payload; bytes that nobody
+/// wrote read as noise, as they do for every other user of the container.
 pub struct ContainerDisk {
     storage: Arc<dyn Storage>,
     lock: SectorLock,
@@ -28,8 +28,9 @@ pub struct ContainerDisk {
 }
 
 impl ContainerDisk {
-    /// Opens the container in `source` with a key from `keys`; `depth`: how many layers stand on it. Disk: reads the
-    /// header; the keyring reads key material. Errors: `Format` for bytes that are no LUKS header, `Encrypted`, `Storage`.
+    /// Opens the container in `source` with a key from `keys`; `depth`: how many layers stand on it. Disk:
+    /// reads the header; the keyring reads key material. Errors: `Format` for bytes that are no LUKS header,
+    /// `Encrypted`, `Storage`.
     pub fn open(
         source: &ResolvedSource,
         keys: Option<&dyn Keyring>,
@@ -53,8 +54,8 @@ impl ContainerDisk {
         Self::new(Arc::clone(&source.storage), payload, cipher, writable)
     }
 
-    /// The disk that begins at byte `payload` of `storage`. `cipher`: its sector 0 is the payload's first. Errors:
-    /// `Storage`.
+    /// The disk that begins at byte `payload` of `storage`. `cipher`: its sector 0 is the payload's first.
+    /// Errors: `Storage`.
     pub fn new(
         storage: Arc<dyn Storage>,
         payload: u64,

@@ -1,7 +1,7 @@
 //! The layout of a new empty image.
 //!
-//! Clusters in order: header, refcount table, refcount blocks, L1 table, then (preallocated) L2 tables and data. Order
-//! on disk: everything else first, barrier, the header, barrier: an image that opens is whole.
+//! Clusters in order: header, refcount table, refcount blocks, L1 table, then (preallocated) L2 tables and
+//! data. Order on disk: everything else first, barrier, the header, barrier: an image that opens is whole.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -45,7 +45,8 @@ pub enum Preallocation {
 pub struct BackingName {
     /// Its name as it is to be recorded, at most 1023 bytes.
     pub name: String,
-    /// Its format as it is to be recorded, at most 15 bytes; `None` leaves later readers to guess, which is unsafe.
+    /// Its format as it is to be recorded, at most 15 bytes; `None` leaves later readers to guess, which is
+    /// unsafe.
     pub format: Option<String>,
 }
 
@@ -67,7 +68,8 @@ pub enum NewEncryption {
     Luks(LuksArea),
 }
 
-/// The encryption header of a new image: everything from the LUKS header to the last key slot, as it will be stored.
+/// The encryption header of a new image: everything from the LUKS header to the last key slot, as it will be
+/// stored.
 #[derive(Clone, PartialEq, Eq)]
 pub struct LuksArea(pub Arc<[u8]>);
 
@@ -125,9 +127,9 @@ impl CreateOptions {
 }
 
 impl Image {
-    /// Makes a new image in `source`, whose storage is empty, and opens it as `options` say, for writing in any case. Disk: as
-    /// [`create`]. Errors: `InvalidOption` for an external data file, whose storage [`create`] takes; otherwise as [`create`]
-    /// and [`open`](Self::open).
+    /// Makes a new image in `source`, whose storage is empty, and opens it as `options` say, for writing in
+    /// any case. Disk: as [`create`]. Errors: `InvalidOption` for an external data file, whose storage
+    /// [`create`] takes; otherwise as [`create`] and [`open`](Self::open).
     ///
     /// ```
     /// use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat, OpenOptions, ResolvedSource};
@@ -184,8 +186,9 @@ impl Layout {
     }
 }
 
-/// Writes a new image. `storage`: empty; `data`: the external data file's storage, needed with preallocation on it.
-/// Disk: the length, all tables, barrier, the header, barrier; what the storage held before is not looked at.
+/// Writes a new image. `storage`: empty; `data`: the external data file's storage, needed with preallocation
+/// on it. Disk: the length, all tables, barrier, the header, barrier; what the storage held before is not
+/// looked at.
 ///
 /// Errors: `InvalidOption` for a combination that the format does not allow, `NoSpace`, `Storage`.
 pub fn create(
@@ -325,9 +328,9 @@ fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
     Ok(layout)
 }
 
-/// Makes the storage as long as its tables before anything is written: file systems that reserve space ahead of a file that
-/// grows by its writes (XFS, as much again as the file has) give it back only once while the file is in memory, and that once
-/// is wanted for the data that comes later.
+/// Makes the storage as long as its tables before anything is written: file systems that reserve space ahead
+/// of a file that grows by its writes (XFS, as much again as the file has) give it back only once while the
+/// file is in memory, and that once is wanted for the data that comes later.
 fn make_room(storage: &dyn Storage, header: &Header) -> Result<()> {
     let end = header.l1_table_offset.value() + u64::from(header.l1_size) * 8;
     if storage.limits().growable && storage.len()? < end {
@@ -377,7 +380,8 @@ fn write_mapping(
     }
     let guest = format.geometry.clusters_for(options.size.next_multiple_of(512));
     let first = if options.data_file.is_some() { 0 } else { layout.data_start() };
-    // Unwritten clusters of an encrypted image would read as noise: they are marked as zeroes that have a place.
+    // Unwritten clusters of an encrypted image would read as noise: they are marked as zeroes that have a
+    // place.
     let (allocated, zero) = match &options.encryption {
         _ if options.extended_l2 => (0, 0),
         Some(_) => (0, 1),
@@ -421,7 +425,8 @@ fn preallocate_data(
     Ok(())
 }
 
-/// Real zeroes, so that no later write can run out of room. A file that cannot be so long is not filled first.
+/// Real zeroes, so that no later write can run out of room. A file that cannot be so long is not filled
+/// first.
 fn write_zeroes(target: &dyn Storage, start: u64, end: u64) -> Result<()> {
     if target.limits().growable && target.len()? < end {
         target.set_len(end)?;

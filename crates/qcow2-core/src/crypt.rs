@@ -1,7 +1,8 @@
-//! Encrypted guest data: decrypted behind every read, encrypted before every write, in whole 512-byte sectors.
+//! Encrypted guest data: decrypted behind every read, encrypted before every write, in whole 512-byte
+//! sectors.
 //!
-//! Invariant: no plain byte of the guest reaches the storage of an encrypted image, and the caller's buffer is never
-//! changed. Zeroes on the storage are not zeroes for the guest here. Spec: "Data encryption".
+//! Invariant: no plain byte of the guest reaches the storage of an encrypted image, and the caller's buffer
+//! is never changed. Zeroes on the storage are not zeroes for the guest here. Spec: "Data encryption".
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -16,7 +17,8 @@ use ::alloc::sync::Arc;
 use qcow2_format::header::CryptMethod;
 use qcow2_format::{GuestOffset, GuestRange, Header, HostOffset};
 
-/// The most bytes that are encrypted at once: the largest cluster, so that no cluster is written in two halves.
+/// The most bytes that are encrypted at once: the largest cluster, so that no cluster is written in two
+/// halves.
 const PIECE: u64 = 2 << 20;
 
 /// How an image's guest data is stored.
@@ -59,8 +61,8 @@ pub(crate) enum Hold<'a> {
 }
 
 impl Crypt {
-    /// The cipher of the layer in `source`, as far as `options` have the key. Disk: the keyring may read the encryption
-    /// header. Errors: `Encrypted`.
+    /// The cipher of the layer in `source`, as far as `options` have the key. Disk: the keyring may read the
+    /// encryption header. Errors: `Encrypted`.
     pub(crate) fn unlock(
         source: &ResolvedSource,
         header: &Header,
@@ -124,8 +126,8 @@ impl Image {
         })
     }
 
-    /// Writes `buf` at `offset`: the rest of sectors that it covers in part is read first, and nobody else changes parts
-    /// of sectors meanwhile.
+    /// Writes `buf` at `offset`: the rest of sectors that it covers in part is read first, and nobody else
+    /// changes parts of sectors meanwhile.
     pub(crate) fn write_encrypted(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
         self.crypt.cipher()?;
         let read = |at: u64, sector: &mut [u8]| {
@@ -210,7 +212,8 @@ pub(crate) fn read_sectors(
     Ok(())
 }
 
-/// Writes `buf` at `offset` through `write`, which takes whole sectors only; `read` gives what a sector holds now.
+/// Writes `buf` at `offset` through `write`, which takes whole sectors only; `read` gives what a sector holds
+/// now.
 pub(crate) fn write_sectors(
     offset: u64,
     buf: &[u8],

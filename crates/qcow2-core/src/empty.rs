@@ -1,8 +1,8 @@
 //! Making a layer say nothing: every byte then comes from below.
 //!
-//! Order on disk: the emptied L1 table; barrier; then nothing but header, L1 table and refcount structure is in use, and
-//! counts only go down: refcount table entries of blocks that are not needed; barrier; the blocks that stay; barrier; the
-//! file's end. A crash leaves some clusters of the layer in place, or leaks.
+//! Order on disk: the emptied L1 table; barrier; then nothing but header, L1 table and refcount structure is
+//! in use, and counts only go down: refcount table entries of blocks that are not needed; barrier; the blocks
+//! that stay; barrier; the file's end. A crash leaves some clusters of the layer in place, or leaks.
 
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -19,11 +19,11 @@ use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
 impl Image {
-    /// Forgets every cluster of this layer, so that all of the disk comes from the backing file. Internal snapshots keep
-    /// theirs. An image without anything else in it gets as short as a new one.
+    /// Forgets every cluster of this layer, so that all of the disk comes from the backing file. Internal
+    /// snapshots keep theirs. An image without anything else in it gets as short as a new one.
     ///
-    /// Disk: see the order above; with snapshots, bitmaps, encryption or a data file cluster by cluster, as a discard does.
-    /// Errors: `Storage`, `Corrupt`, `ReadOnly`, `Poisoned`.
+    /// Disk: see the order above; with snapshots, bitmaps, encryption or a data file cluster by cluster, as a
+    /// discard does. Errors: `Storage`, `Corrupt`, `ReadOnly`, `Poisoned`.
     pub fn make_empty(&self) -> Result<()> {
         let _alone = write(&self.structure);
         self.meta.check_writable()?;

@@ -31,7 +31,8 @@ pub struct Image {
     pub(crate) codec: Option<Arc<dyn ClusterCodec>>,
     pub(crate) scratch: Scratch,
     pub(crate) crypt: Crypt,
-    /// Taken for reading by every guest request, for writing by what must be alone (close, snapshots, resize).
+    /// Taken for reading by every guest request, for writing by what must be alone (close, snapshots,
+    /// resize).
     pub(crate) structure: RwLock<()>,
     pub(crate) bitmaps: Bitmaps,
     /// The external data file is the guest disk byte for byte, so zeroes are written there too.
@@ -82,9 +83,10 @@ impl Image {
         self
     }
 
-    /// Ends the image's use: everything durable, every refcount exact, warning bits cleared, the file's end where
-    /// other readers expect it. The image takes no changes afterwards. Call it before the last reference is dropped; without it nothing is lost that was flushed, but
-    /// clusters may be left leaked. Errors: `Storage`, `Poisoned`.
+    /// Ends the image's use: everything durable, every refcount exact, warning bits cleared, the file's end
+    /// where other readers expect it. The image takes no changes afterwards. Call it before the last
+    /// reference is dropped; without it nothing is lost that was flushed, but clusters may be left leaked.
+    /// Errors: `Storage`, `Poisoned`.
     pub fn close(&self) -> Result<()> {
         let _alone = write(&self.structure);
         if !self.meta.writable {
@@ -147,11 +149,13 @@ impl Image {
         self.meta.flush_if_pressed()
     }
 
-    /// Writes one whole cluster compressed; a cluster that does not get smaller is stored plain, the end of a disk that
-    /// is no multiple of the cluster size counts as whole. `offset`: cluster aligned. `cluster`: a cluster's bytes, at
-    /// the end of the disk as many as are left. Disk: as [`write_compressed_stream`](Self::write_compressed_stream).
+    /// Writes one whole cluster compressed; a cluster that does not get smaller is stored plain, the end of a
+    /// disk that is no multiple of the cluster size counts as whole. `offset`: cluster aligned. `cluster`: a
+    /// cluster's bytes, at the end of the disk as many as are left. Disk: as
+    /// [`write_compressed_stream`](Self::write_compressed_stream).
     ///
-    /// Errors: `Unsupported` with an external data file or where the cluster is allocated already, `OutOfRange`.
+    /// Errors: `Unsupported` with an external data file or where the cluster is allocated already,
+    /// `OutOfRange`.
     pub fn write_compressed(&self, offset: GuestOffset, cluster: &[u8]) -> Result<()> {
         let size = self.meta.geometry.cluster_size() as usize;
         let whole = cluster.len() == size
@@ -177,16 +181,17 @@ impl Image {
         result
     }
 
-    /// Stores a cluster that is compressed already. `offset`: cluster aligned; `stream`: what [`codec`](Self::codec)
-    /// made of the cluster's bytes, shorter than a cluster. The cluster must be unallocated or plain zero. Disk: the
-    /// stream is written behind the last one; mapping and refcounts follow at the next flush.
+    /// Stores a cluster that is compressed already. `offset`: cluster aligned; `stream`: what
+    /// [`codec`](Self::codec) made of the cluster's bytes, shorter than a cluster. The cluster must be
+    /// unallocated or plain zero. Disk: the stream is written behind the last one; mapping and refcounts
+    /// follow at the next flush.
     pub fn write_compressed_stream(&self, offset: GuestOffset, stream: &[u8]) -> Result<()> {
         self.write_compressed_streams(&[(offset, stream)])
     }
 
     /// Stores several clusters that are compressed already, in ascending order of their offsets: as
-    /// [`write_compressed_stream`](Self::write_compressed_stream) one by one, with fewer and longer writes. After an
-    /// error a first part of them may be stored.
+    /// [`write_compressed_stream`](Self::write_compressed_stream) one by one, with fewer and longer writes.
+    /// After an error a first part of them may be stored.
     pub fn write_compressed_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
         let (Some(&(first, _)), Some(&(last, _))) = (streams.first(), streams.last()) else { return Ok(()) };
         let end = last.value().saturating_add(self.meta.geometry.cluster_size()).min(self.size());
@@ -290,8 +295,8 @@ impl Meta {
         Ok(())
     }
 
-    /// Takes back the dirty bit once everything is durable. A repair may leave refcounts that are too low: there the bit
-    /// goes with [`clear_damage_marks`](Image::clear_damage_marks) only (I1).
+    /// Takes back the dirty bit once everything is durable. A repair may leave refcounts that are too low:
+    /// there the bit goes with [`clear_damage_marks`](Image::clear_damage_marks) only (I1).
     pub(crate) fn retract_warnings(&self) -> Result<()> {
         let header = self.header();
         if self.for_repair || header.version < Version::V3 || !header.is_dirty() {

@@ -1,8 +1,8 @@
-//! Who is in the middle of something: operations that may hold an old mapping, and guest clusters whose mapping is
-//! being changed.
+//! Who is in the middle of something: operations that may hold an old mapping, and guest clusters whose
+//! mapping is being changed.
 //!
-//! Invariant I3: a cluster that was unlinked in epoch `e` is handed out again only in epoch `e + 2` or later, and the
-//! epoch moves on only when no operation of the one before is left.
+//! Invariant I3: a cluster that was unlinked in epoch `e` is handed out again only in epoch `e + 2` or later,
+//! and the epoch moves on only when no operation of the one before is left.
 
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, Rank, lock, wait};
@@ -46,8 +46,8 @@ impl Operations {
         self.epoch.load(Ordering::SeqCst)
     }
 
-    /// Moves the epoch on as far as running operations allow, at most two steps. The caller holds the flush lock, so
-    /// that nobody else moves it.
+    /// Moves the epoch on as far as running operations allow, at most two steps. The caller holds the flush
+    /// lock, so that nobody else moves it.
     pub(crate) fn advance(&self) -> u64 {
         for _ in 0..2 {
             let epoch = self.epoch.load(Ordering::SeqCst);
@@ -62,8 +62,9 @@ impl Operations {
 
 /// Guest clusters whose mapping somebody is changing, or writes through.
 ///
-/// A write in place shares its clusters with others of its kind and keeps out whoever changes the mapping: zeroes would
-/// otherwise be recorded while its bytes are still on their way, and a later write beside them would uncover those.
+/// A write in place shares its clusters with others of its kind and keeps out whoever changes the mapping:
+/// zeroes would otherwise be recorded while its bytes are still on their way, and a later write beside them
+/// would uncover those.
 #[derive(Debug)]
 pub(crate) struct Claims {
     held: Mutex<Held>,
@@ -98,14 +99,15 @@ pub(crate) struct Claim<'a> {
 }
 
 impl Claims {
-    /// Waits until nobody else changes or writes through one of the clusters `start..end`, then claims them. A thread
-    /// that holds claims already takes further ones only for later clusters (as a batch of writes does): two threads
-    /// that do so never wait for each other.
+    /// Waits until nobody else changes or writes through one of the clusters `start..end`, then claims them.
+    /// A thread that holds claims already takes further ones only for later clusters (as a batch of writes
+    /// does): two threads that do so never wait for each other.
     pub(crate) fn claim(&self, start: u64, end: u64) -> Claim<'_> {
         self.enter(ClaimedRange { start, end, shared: false })
     }
 
-    /// Waits until nobody changes the mapping of one of the clusters `start..end`, and keeps it from being changed.
+    /// Waits until nobody changes the mapping of one of the clusters `start..end`, and keeps it from being
+    /// changed.
     pub(crate) fn share(&self, start: u64, end: u64) -> Claim<'_> {
         self.enter(ClaimedRange { start, end, shared: true })
     }

@@ -1,8 +1,8 @@
 //! The qcow2 engine: what is where, what goes where, and in which order it reaches the disk.
 //!
 //! The engine never touches the operating system. Bytes come and go through [`Storage`], compression through
-//! [`ClusterCodec`], and a name found inside an image (a backing file, a data file) is opened by a [`Resolver`] that
-//! the caller chooses, or not at all. What a machine would see is a [`GuestDisk`].
+//! [`ClusterCodec`], and a name found inside an image (a backing file, a data file) is opened by a
+//! [`Resolver`] that the caller chooses, or not at all. What a machine would see is a [`GuestDisk`].
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 

@@ -1,7 +1,7 @@
 //! From a header to a usable image: which images are opened, and how.
 //!
-//! Invariants I6 and I7: unknown incompatible bits stop the open; unknown autoclear bits are cleared before the first
-//! write; opening for reading writes nothing.
+//! Invariants I6 and I7: unknown incompatible bits stop the open; unknown autoclear bits are cleared before
+//! the first write; opening for reading writes nothing.
 
 use crate::bitmap::{Bitmaps, MAX_BITS_MEMORY};
 use crate::chain;
@@ -86,19 +86,21 @@ pub struct OpenOptions {
     pub writable: bool,
     /// Which other files are opened.
     pub layers: Layers,
-    /// The compression methods at hand; without the one an image uses, its compressed clusters cannot be read.
+    /// The compression methods at hand; without the one an image uses, its compressed clusters cannot be
+    /// read.
     pub codecs: Codecs,
-    /// Bytes of L2 tables to keep in memory; `None`: as much as covers the disk, at most [`DEFAULT_L2_CACHE`].
+    /// Bytes of L2 tables to keep in memory; `None`: as much as covers the disk, at most
+    /// [`DEFAULT_L2_CACHE`].
     pub l2_cache_size: Option<u64>,
     /// Bytes of refcount blocks to keep in memory; `None`: [`DEFAULT_REFCOUNT_CACHE`] at most.
     pub refcount_cache_size: Option<u64>,
-    /// Bytes of memory that the bits of all bitmaps may take: by default as much as the bits of the largest bitmap and half as much.
-    /// An image whose bitmaps do not fit takes no changes until some are removed.
+    /// Bytes of memory that the bits of all bitmaps may take: by default as much as the bits of the largest
+    /// bitmap and half as much. An image whose bitmaps do not fit takes no changes until some are removed.
     pub bitmap_memory: u64,
     /// Whether host clusters that become free are given back to the storage (QEMU's `pass-discard-request`).
     pub discard_freed: bool,
-    /// Whether a discarded or zeroed cluster keeps its host cluster, so that writing it again takes no other place
-    /// (QEMU's `discard-no-unref`). Version 3 only.
+    /// Whether a discarded or zeroed cluster keeps its host cluster, so that writing it again takes no other
+    /// place (QEMU's `discard-no-unref`). Version 3 only.
     pub discard_no_unref: bool,
     /// What guest data may not be written over.
     pub overlap_checks: OverlapChecks,
@@ -165,8 +167,9 @@ impl OpenOptions {
 }
 
 impl Image {
-    /// Opens an image and, as `options` say, what it names. Disk: reads header and tables; opened for writing, clears
-    /// unknown autoclear bits and, where the image was not closed cleanly, counts its refcounts anew. Errors: `Format` for bytes that are no such image, `Unsupported` for unknown features,
+    /// Opens an image and, as `options` say, what it names. Disk: reads header and tables; opened for
+    /// writing, clears unknown autoclear bits and, where the image was not closed cleanly, counts its
+    /// refcounts anew. Errors: `Format` for bytes that are no such image, `Unsupported` for unknown features,
     /// `Corrupt` for an image marked so that is to be written, `Encrypted`, `Resolve`, `Chain`, `Storage`.
     ///
     /// Spec: "Header", "Header extensions".
@@ -342,7 +345,8 @@ fn rules(_options: &OpenOptions) -> Rules {
     Rules::default()
 }
 
-/// `count` big-endian words at `offset`; past the end of the file they are zero. `count` was checked against a limit.
+/// `count` big-endian words at `offset`; past the end of the file they are zero. `count` was checked against
+/// a limit.
 pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) -> Result<Vec<u64>> {
     // Piece by piece: a table may have 32 MiB, and need not be in memory twice.
     let mut words = Vec::with_capacity(count as usize);

@@ -9,7 +9,8 @@ use ::alloc::format;
 use ::alloc::sync::Arc;
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
-/// A raw disk: guest offset and host offset are the same number, the size is the storage's length to the byte.
+/// A raw disk: guest offset and host offset are the same number, the size is the storage's length to the
+/// byte.
 pub struct RawDisk {
     storage: Arc<dyn Storage>,
     size: AtomicU64,

@@ -1,7 +1,8 @@
-//! Repair on request: refcounts as the tables say, copied flags as the refcounts say, and then no mark of damage.
+//! Repair on request: refcounts as the tables say, copied flags as the refcounts say, and then no mark of
+//! damage.
 //!
-//! Nothing here touches what the guest sees. Order on disk: refcounts, barrier; copied flags, barrier; the header's marks. A
-//! crash leaves an image that wants a repair as before, but less.
+//! Nothing here touches what the guest sees. Order on disk: refcounts, barrier; copied flags, barrier; the
+//! header's marks. A crash leaves an image that wants a repair as before, but less.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -16,9 +17,10 @@ use qcow2_format::l2::{ClusterEntry, L2Entry};
 use qcow2_format::{HostOffset, L1Index, Version};
 
 impl Image {
-    /// Makes refcounts what the tables say they should be, all of them or (`only_lower`) those that are too high. The image
-    /// was opened for repair. Errors: `Corrupt` where tables are damaged, so that nothing may be concluded from them, nothing
-    /// having changed; `Unsupported` where only lowering cannot do; `ReadOnly`, `Poisoned`, `Storage`. Spec: "Refcount blocks".
+    /// Makes refcounts what the tables say they should be, all of them or (`only_lower`) those that are too
+    /// high. The image was opened for repair. Errors: `Corrupt` where tables are damaged, so that nothing may
+    /// be concluded from them, nothing having changed; `Unsupported` where only lowering cannot do;
+    /// `ReadOnly`, `Poisoned`, `Storage`. Spec: "Refcount blocks".
     pub fn repair_refcounts(&self, only_lower: bool) -> Result<()> {
         let _alone = write(&self.structure);
         self.meta.check_writable()?;
@@ -33,9 +35,9 @@ impl Image {
         self.meta.settle()
     }
 
-    /// Sets the copied flag of exactly those L2 tables and clusters of the active disk whose refcount is one. A table that
-    /// somebody else refers to as something else is left as it is: its bytes may not be entries. Errors: `Corrupt` for
-    /// damaged tables; `ReadOnly`, `Poisoned`, `Storage`. Spec: "Cluster mapping".
+    /// Sets the copied flag of exactly those L2 tables and clusters of the active disk whose refcount is one.
+    /// A table that somebody else refers to as something else is left as it is: its bytes may not be entries.
+    /// Errors: `Corrupt` for damaged tables; `ReadOnly`, `Poisoned`, `Storage`. Spec: "Cluster mapping".
     pub fn repair_copied_flags(&self) -> Result<()> {
         let _alone = write(&self.structure);
         self.meta.check_writable()?;
@@ -106,8 +108,8 @@ impl Image {
         Ok(())
     }
 
-    /// Whether a table of `kinds` has its clusters for itself: no other metadata is known there, and their refcounts are
-    /// the `times` that it is named. One that is higher counts another owner, who may be right.
+    /// Whether a table of `kinds` has its clusters for itself: no other metadata is known there, and their
+    /// refcounts are the `times` that it is named. One that is higher counts another owner, who may be right.
     fn is_certain(&self, kinds: OverlapChecks, table: HostOffset, len: u64, times: u64) -> Result<bool> {
         let meta = &self.meta;
         let run = meta.table_run(kinds, table, len);

@@ -1,8 +1,8 @@
 //! Changing the size of the disk.
 //!
-//! Order on disk: a larger L1 table and its refcounts, barrier, the header's pointer to it, barrier; what is to read as
-//! zeroes in the new area, barrier; the size last. Shrinking forgets clusters before the size changes. A crash leaves the
-//! old size or the new one, and new bytes read as zeroes either way.
+//! Order on disk: a larger L1 table and its refcounts, barrier, the header's pointer to it, barrier; what is
+//! to read as zeroes in the new area, barrier; the size last. Shrinking forgets clusters before the size
+//! changes. A crash leaves the old size or the new one, and new bytes read as zeroes either way.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -19,23 +19,26 @@ use qcow2_format::bytes::table_bytes;
 use qcow2_format::limit::MAX_L1_TABLE_SIZE;
 use qcow2_format::{GuestOffset, GuestRange};
 
-/// Clusters that are forgotten before the caller is asked whether to go on. Origin: ours, a part of a second where all of them
-/// are somewhere; an L1 table for the largest disk, in a file of some MB, leads to as many as take hours.
+/// Clusters that are forgotten before the caller is asked whether to go on. Origin: ours, a part of a second
+/// where all of them are somewhere; an L1 table for the largest disk, in a file of some MB, leads to as many
+/// as take hours.
 const SHRINK_CLUSTERS: u64 = 1 << 18;
 
 impl Image {
-    /// Makes the disk `size` bytes: a multiple of 512. Bytes that are new read as zeroes, also where a backing file is
-    /// longer and where an earlier, longer disk had something else.
+    /// Makes the disk `size` bytes: a multiple of 512. Bytes that are new read as zeroes, also where a
+    /// backing file is longer and where an earlier, longer disk had something else.
     ///
-    /// Disk: see the order above; an external data file is cut or made longer to the byte. Errors: `InvalidOption` for a
-    /// size that is no multiple of 512 or needs a larger L1 table than allowed; `Unsupported` for a version 2 image with
-    /// snapshots; `NoSpace`, `Storage`. Spec: "Header", "Cluster mapping".
+    /// Disk: see the order above; an external data file is cut or made longer to the byte. Errors:
+    /// `InvalidOption` for a size that is no multiple of 512 or needs a larger L1 table than allowed;
+    /// `Unsupported` for a version 2 image with snapshots; `NoSpace`, `Storage`. Spec: "Header", "Cluster
+    /// mapping".
     pub(crate) fn change_size(&self, size: u64) -> Result<()> {
         self.resize_while(size, &mut || ControlFlow::Continue(()))
     }
 
-    /// [`resize`](GuestDisk::resize) that can be stopped while the disk gets shorter: `go_on` is asked every 2^18 clusters, the
-    /// end going first. Errors: `Stopped`, the disk having one of the sizes between; otherwise as `resize`.
+    /// [`resize`](GuestDisk::resize) that can be stopped while the disk gets shorter: `go_on` is asked every
+    /// 2^18 clusters, the end going first. Errors: `Stopped`, the disk having one of the sizes between;
+    /// otherwise as `resize`.
     pub fn resize_while(&self, size: u64, go_on: &mut dyn FnMut() -> ControlFlow<()>) -> Result<()> {
         let _alone = write(&self.structure);
         self.meta.check_writable()?;
@@ -76,8 +79,8 @@ impl Image {
         result
     }
 
-    /// What lies behind the old end must not show: the rest of its last cluster, a longer backing file, and what a
-    /// machine's state left there.
+    /// What lies behind the old end must not show: the rest of its last cluster, a longer backing file, and
+    /// what a machine's state left there.
     fn zero_new_area(&self, old: u64, size: u64) -> Result<()> {
         let geometry = &self.meta.geometry;
         let cluster_end = geometry.align_up(old).unwrap_or(old).min(size);
@@ -123,8 +126,8 @@ impl Image {
         Ok(())
     }
 
-    /// Forgets what lies behind the new end; a backing file must not show there should the disk grow again, which
-    /// growing sees to. Returns the size that the disk has now.
+    /// Forgets what lies behind the new end; a backing file must not show there should the disk grow again,
+    /// which growing sees to. Returns the size that the disk has now.
     fn shrink(&self, old: u64, size: u64, go_on: &mut dyn FnMut() -> ControlFlow<()>) -> Result<u64> {
         let geometry = &self.meta.geometry;
         let start = geometry.align_up(size).unwrap_or(old);

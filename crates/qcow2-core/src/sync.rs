@@ -1,11 +1,12 @@
 //! The one door to locks, atomics and the standard library; nothing else in this crate can name `std`.
 //!
-//! A lock whose holder panicked is taken all the same: no data under these locks is left half-changed by a panic,
-//! and a second panic would help nobody. With the feature `shuttle` the same types come from a scheduler that tries
-//! orders of execution, so that a test can look for the one that hurts.
+//! A lock whose holder panicked is taken all the same: no data under these locks is left half-changed by a
+//! panic, and a second panic would help nobody. With the feature `shuttle` the same types come from a
+//! scheduler that tries orders of execution, so that a test can look for the one that hurts.
 //!
-//! Every lock has a [`Rank`], and a thread takes the locks of one image in the order of their ranks only. So two threads never
-//! wait for each other, whatever they do. Builds with debug assertions check it at every lock.
+//! Every lock has a [`Rank`], and a thread takes the locks of one image in the order of their ranks only. So
+//! two threads never wait for each other, whatever they do. Builds with debug assertions check it at every
+//! lock.
 
 #[cfg_attr(test, allow(unused_extern_crates))]
 extern crate std;
@@ -21,8 +22,9 @@ pub(crate) use order::LockOwner;
 /// Filled without waiting for anybody, so there is no order to explore.
 pub(crate) use std::sync::OnceLock;
 
-/// The order of all locks: whoever holds one may take only those below it. Two locks of the same rank are never held at
-/// once. Layers of a chain are images of their own: who holds locks of an overlay may take any of its backing file's.
+/// The order of all locks: whoever holds one may take only those below it. Two locks of the same rank are
+/// never held at once. Layers of a chain are images of their own: who holds locks of an overlay may take any
+/// of its backing file's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
     /// Shared by every request, alone for what changes the image as a whole: snapshots, resize, close.
@@ -148,8 +150,8 @@ pub(crate) fn spin() {
     core::hint::spin_loop();
 }
 
-/// The check of the order. Which locks a thread holds is known to that thread alone, so that the check itself neither
-/// waits nor changes what it looks at.
+/// The check of the order. Which locks a thread holds is known to that thread alone, so that the check itself
+/// neither waits nor changes what it looks at.
 #[cfg(all(debug_assertions, not(feature = "shuttle")))]
 mod order {
     use super::Rank;

@@ -1,6 +1,7 @@
 //! The machine's state: bytes that the image holds behind the guest disk, for snapshots of a running machine.
 //!
-//! The state begins where the first L2 table begins that maps nothing of the disk. Spec: "Snapshots" (VM state).
+//! The state begins where the first L2 table begins that maps nothing of the disk. Spec: "Snapshots" (VM
+//! state).
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -17,8 +18,9 @@ impl Image {
         self.size().div_ceil(covered).saturating_mul(covered)
     }
 
-    /// Fills `buf` with the state from its byte `offset` on; what was never written reads as zeroes. Disk: may read L2
-    /// tables. Errors: `OutOfRange` past 2^63, `Unsupported` with an external data file, `Corrupt`, `Storage`.
+    /// Fills `buf` with the state from its byte `offset` on; what was never written reads as zeroes. Disk:
+    /// may read L2 tables. Errors: `OutOfRange` past 2^63, `Unsupported` with an external data file,
+    /// `Corrupt`, `Storage`.
     pub fn read_vm_state(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let start = self.state_range(offset, buf.len())?.0;
         let _structure = read(&self.structure);
@@ -38,9 +40,9 @@ impl Image {
         Ok(())
     }
 
-    /// Writes `buf` as the state from its byte `offset` on. Disk: as a guest write; a longer L1 table first, where the
-    /// present one ends before. Errors: as [`read_vm_state`](Self::read_vm_state), `InvalidOption` for a state that no L1
-    /// table can map, `ReadOnly`, `Poisoned`, `NoSpace`.
+    /// Writes `buf` as the state from its byte `offset` on. Disk: as a guest write; a longer L1 table first,
+    /// where the present one ends before. Errors: as [`read_vm_state`](Self::read_vm_state), `InvalidOption`
+    /// for a state that no L1 table can map, `ReadOnly`, `Poisoned`, `NoSpace`.
     pub fn write_vm_state(&self, offset: u64, buf: &[u8]) -> Result<()> {
         let (start, end) = self.state_range(offset, buf.len())?;
         self.meta.check_writable()?;

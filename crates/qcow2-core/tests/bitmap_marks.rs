@@ -50,7 +50,8 @@ fn content(image: &Image) -> Vec<u8> {
     bytes
 }
 
-/// Makes `change`, which is about `start..end`: the bitmap that records marks that and nothing else, the other one nothing.
+/// Makes `change`, which is about `start..end`: the bitmap that records marks that and nothing else, the
+/// other one nothing.
 #[track_caller]
 fn check(start: u64, end: u64, change: impl FnOnce(&Image)) {
     let storage = image();

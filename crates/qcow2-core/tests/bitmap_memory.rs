@@ -1,5 +1,6 @@
-//! The bits of bitmaps have a limit in memory: past it a bitmap is told to be too large or names more than was changed, but it
-//! is neither lost nor lies. Tables that name the same clusters again and again are damage.
+//! The bits of bitmaps have a limit in memory: past it a bitmap is told to be too large or names more than
+//! was changed, but it is neither lost nor lies. Tables that name the same clusters again and again are
+//! damage.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use qcow2_core::{

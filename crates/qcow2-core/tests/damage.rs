@@ -182,7 +182,8 @@ fn freeing() -> OpenOptions {
     options
 }
 
-/// An L2 entry leads to metadata and is then overwritten, discarded or zeroed: the entry goes, the metadata stays.
+/// An L2 entry leads to metadata and is then overwritten, discarded or zeroed: the entry goes, the metadata
+/// stays.
 #[test]
 fn metadata_is_not_freed_because_an_entry_points_at_it() {
     let range = GuestRange::new(GuestOffset::new(CLUSTER), CLUSTER).unwrap();
@@ -223,7 +224,8 @@ fn metadata_is_not_freed_because_an_entry_points_at_it() {
     }
 }
 
-/// An L1 entry, the header or the refcount table leads to other metadata: what would be written there is refused.
+/// An L1 entry, the header or the refcount table leads to other metadata: what would be written there is
+/// refused.
 #[test]
 fn tables_are_not_written_over_other_metadata() {
     let (whole, _) = image(false);
@@ -269,7 +271,8 @@ fn a_cluster_that_nobody_counts_is_no_obstacle_to_shrinking() {
     assert!(seen.iter().all(|&byte| byte == 7));
 }
 
-/// A snapshot below which something is damaged is deleted or applied: refused, and the image as before but for the mark.
+/// A snapshot below which something is damaged is deleted or applied: refused, and the image as before but
+/// for the mark.
 #[test]
 fn what_cannot_be_freed_stays_linked() {
     for apply in [false, true] {
@@ -331,7 +334,8 @@ fn repair_leaves_tables_alone_that_may_be_something_else() {
     assert_eq!(word(&storage, l2 + 8), l2);
 }
 
-/// An image of two clusters in a data file, whose second L2 entry is `entry` (and `subclusters`, where it is extended).
+/// An image of two clusters in a data file, whose second L2 entry is `entry` (and `subclusters`, where it is
+/// extended).
 fn with_data_file(entry: u64, subclusters: Option<u64>) -> Shelf {
     let shelf = Shelf::default();
     let mut shape = Shape { data_file: Some(DataFileShape { raw: false }), ..Shape::plain(4 * CLUSTER) };

@@ -1,5 +1,5 @@
-//! Somebody works on the image while somebody else flushes it: at every storage call of the flush another thread makes
-//! its whole change, and then the power is cut.
+//! Somebody works on the image while somebody else flushes it: at every storage call of the flush another
+//! thread makes its whole change, and then the power is cut.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
@@ -138,7 +138,8 @@ impl Bench {
         self.image.write_at(range(cluster, 1).start(), &bytes(seed, cluster)).unwrap();
     }
 
-    /// Flushes; at the flush's storage call number `moment` another thread makes `change`. `None`: there are fewer calls.
+    /// Flushes; at the flush's storage call number `moment` another thread makes `change`. `None`: there are
+    /// fewer calls.
     fn flush_and_meet<R: Send + 'static>(
         &self,
         moment: u64,
@@ -179,7 +180,8 @@ impl Bench {
     }
 }
 
-/// Every cluster of a crash image holds what it may, by the seeds that `allowed` names (`None` is zeroes), and the image is sound.
+/// Every cluster of a crash image holds what it may, by the seeds that `allowed` names (`None` is zeroes),
+/// and the image is sound.
 #[track_caller]
 fn judge(image: &CrashImage, allowed: impl Fn(u64) -> Vec<Option<u64>>, what: &str) {
     let found = audit(&image.disks[0], None);

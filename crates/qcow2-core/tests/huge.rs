@@ -1,4 +1,5 @@
-//! Disks that are said to be huge: no more is walked over than what tables lead to, and what takes long can be stopped.
+//! Disks that are said to be huge: no more is walked over than what tables lead to, and what takes long can
+//! be stopped.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{

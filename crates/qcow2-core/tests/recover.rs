@@ -49,7 +49,8 @@ fn spoilt(
     (storage, data)
 }
 
-/// Opened for writing the image is clean, and its refcounts exact; a power cut on the way leaves it marked or exact.
+/// Opened for writing the image is clean, and its refcounts exact; a power cut on the way leaves it marked or
+/// exact.
 #[track_caller]
 fn check(cluster_size: u64, refcount_bits: u32, spoil: impl Fn(&PageStorage, &qcow2_core::format::Header)) {
     let (storage, data) = spoilt(cluster_size, refcount_bits, spoil);

@@ -1,5 +1,5 @@
-//! The engine under a scheduler that tries orders of execution: allocator, cache, claims, flush and delayed reuse
-//! together, on an image so small that everything collides.
+//! The engine under a scheduler that tries orders of execution: allocator, cache, claims, flush and delayed
+//! reuse together, on an image so small that everything collides.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 #[path = "shuttle/power.rs"]
@@ -71,8 +71,8 @@ impl<S: std::ops::Deref<Target: Storage> + Send + Sync> Storage for Yielding<S> 
     }
 }
 
-/// Every thread owns every third sector-sized piece of each cluster's neighbourhood: pieces of different threads lie in
-/// the same clusters, but only their owner knows what they hold.
+/// Every thread owns every third sector-sized piece of each cluster's neighbourhood: pieces of different
+/// threads lie in the same clusters, but only their owner knows what they hold.
 fn work(image: &Image, me: u64) -> Vec<u8> {
     let piece = CLUSTER / 4;
     let mut known = vec![0u8; DISK as usize];
@@ -116,7 +116,8 @@ fn work(image: &Image, me: u64) -> Vec<u8> {
     known
 }
 
-/// Where a thread's pieces begin in some neighbouring clusters, up or down: others want the same clusters the other way round.
+/// Where a thread's pieces begin in some neighbouring clusters, up or down: others want the same clusters the
+/// other way round.
 fn piece_starts(rng: &mut impl Rng, me: u64) -> Vec<u64> {
     let count = rng.gen_range(2..5);
     let first = rng.gen_range(0..DISK / CLUSTER - count);
@@ -128,8 +129,8 @@ fn piece_starts(rng: &mut impl Rng, me: u64) -> Vec<u64> {
     starts
 }
 
-/// A cluster that is freed and reused all the time holds what was written to it or zeroes, never what its old place was
-/// used for next.
+/// A cluster that is freed and reused all the time holds what was written to it or zeroes, never what its old
+/// place was used for next.
 fn look_at_churn(image: &Image, cluster: u64) {
     let mut seen = [pattern::UNREAD; CLUSTER as usize];
     image.read_at(GuestOffset::new(DISK + cluster * CLUSTER), &mut seen).unwrap();
@@ -141,8 +142,8 @@ fn look_at_churn(image: &Image, cluster: u64) {
     );
 }
 
-/// One thread writes and discards whole clusters behind the others' part, so that clusters are freed and used again; in
-/// the end all are discarded.
+/// One thread writes and discards whole clusters behind the others' part, so that clusters are freed and used
+/// again; in the end all are discarded.
 fn churn(image: &Image) {
     let mut rng = shuttle::rand::thread_rng();
     for step in 0..24 {

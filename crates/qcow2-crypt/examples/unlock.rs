@@ -1,4 +1,5 @@
-//! Makes a LUKS header in memory, adds a second password and opens it: `cargo run -p qcow2-crypt --example unlock`.
+//! Makes a LUKS header in memory, adds a second password and opens it: `cargo run -p qcow2-crypt --example
+//! unlock`.
 #![allow(clippy::print_stdout, reason = "an example shows what it does")]
 
 use qcow2_core::{HostOffset, SectorNumbering, Storage};

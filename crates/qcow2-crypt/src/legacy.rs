@@ -1,4 +1,5 @@
-//! The old method: AES-128 in CBC mode, the sector's guest number as initialization vector, the password as key.
+//! The old method: AES-128 in CBC mode, the sector's guest number as initialization vector, the password as
+//! key.
 //!
 //! Nothing tells a wrong password from a right one: every password opens. Spec: "Data encryption", method 1.
 

@@ -1,9 +1,9 @@
-//! Encryption of guest data as QEMU does it: LUKS version 1, inside an image or as a container of its own, and the old
-//! AES method.
+//! Encryption of guest data as QEMU does it: LUKS version 1, inside an image or as a container of its own,
+//! and the old AES method.
 //!
-//! Nothing here touches the world: header bytes come through the engine's `Storage`, random bytes through [`Random`],
-//! time through [`Stopwatch`]. Passwords and keys are wiped from memory when they go, and no message or debug text has
-//! one.
+//! Nothing here touches the world: header bytes come through the engine's `Storage`, random bytes through
+//! [`Random`], time through [`Stopwatch`]. Passwords and keys are wiped from memory when they go, and no
+//! message or debug text has one.
 //!
 //! | question | module |
 //! |---|---|

@@ -16,8 +16,8 @@ pub struct SectorCipher {
 }
 
 impl SectorCipher {
-    /// The cipher that `spec` describes under `key`. Errors: `InvalidOption` for parts that do not go together or a key
-    /// of the wrong length.
+    /// The cipher that `spec` describes under `key`. Errors: `InvalidOption` for parts that do not go
+    /// together or a key of the wrong length.
     pub fn new(spec: &CipherSpec, key: &Secret, numbering: SectorNumbering) -> Result<Self, CryptError> {
         spec.check()?;
         let essiv = match spec.essiv_hash() {

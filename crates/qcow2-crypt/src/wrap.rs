@@ -5,8 +5,8 @@ use crate::secret::Secret;
 use aes::Aes256;
 use cipher::{Block, BlockCipherDecrypt, KeyInit};
 
-/// The secret in `wrapped` under `key` of 32 bytes and an initialization vector of 16. Errors: `InvalidOption` for other
-/// lengths, and where what comes out was not filled up as it must be.
+/// The secret in `wrapped` under `key` of 32 bytes and an initialization vector of 16. Errors:
+/// `InvalidOption` for other lengths, and where what comes out was not filled up as it must be.
 pub fn unwrap(key: &Secret, iv: &[u8], wrapped: &Secret) -> Result<Secret, CryptError> {
     let cipher = Aes256::new_from_slice(key.bytes())
         .map_err(|_| CryptError::option(format!("key has {} bytes, 32 are needed", key.bytes().len())))?;

@@ -13,8 +13,8 @@
 //! | 20 | 4 | length of the extra data |
 //! | 24 | | extra data, name, zeroes up to a multiple of 8 |
 //!
-//! A bitmap table entry: bits 9-55 the host offset of one cluster of bits; without one, bit 0 says whether all of
-//! its bits are ones. All other bits are reserved.
+//! A bitmap table entry: bits 9-55 the host offset of one cluster of bits; without one, bit 0 says whether
+//! all of its bits are ones. All other bits are reserved.
 
 use crate::bytes::Reader;
 use crate::error::{FormatError, FormatErrorKind};
@@ -84,8 +84,8 @@ impl Bitmap {
         }
     }
 
-    /// Reads the entry at the start of `bytes`. Returns it and how many bytes it takes. Nothing is judged but what
-    /// would need more than a directory can hold. Errors: `BitmapDirectoryBroken`.
+    /// Reads the entry at the start of `bytes`. Returns it and how many bytes it takes. Nothing is judged but
+    /// what would need more than a directory can hold. Errors: `BitmapDirectoryBroken`.
     pub fn parse(bytes: &[u8]) -> Result<(Self, usize), FormatError> {
         Self::read(bytes).ok_or_else(|| {
             FormatError::new(
@@ -138,8 +138,8 @@ impl Bitmap {
         }
     }
 
-    /// The error of a directory that holds `found` bitmaps (one more than expected stands for any larger number) where
-    /// the header says `expected`.
+    /// The error of a directory that holds `found` bitmaps (one more than expected stands for any larger
+    /// number) where the header says `expected`.
     pub fn wrong_count(found: u32, expected: u32) -> FormatError {
         FormatError::new(
             FormatErrorKind::BitmapDirectoryCount { found, expected },
@@ -147,8 +147,8 @@ impl Bitmap {
         )
     }
 
-    /// Appends the entry and its padding to `out`. Errors: `TooLong` for a name above 65535 bytes or extra data of
-    /// 4 GiB.
+    /// Appends the entry and its padding to `out`. Errors: `TooLong` for a name above 65535 bytes or extra
+    /// data of 4 GiB.
     pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), FormatError> {
         let too_long = |len: usize| {
             FormatError::new(
@@ -232,8 +232,8 @@ impl Bitmap {
         None
     }
 
-    /// How many table entries a bitmap of this granularity needs for a disk of `disk_size` bytes; `None` for a
-    /// granularity that no number can hold.
+    /// How many table entries a bitmap of this granularity needs for a disk of `disk_size` bytes; `None` for
+    /// a granularity that no number can hold.
     pub fn table_entries_for(geometry: &Geometry, disk_size: u64, granularity_bits: u8) -> Option<u64> {
         let granularity = 1u64.checked_shl(granularity_bits.into())?;
         let bytes = disk_size.div_ceil(granularity).div_ceil(8);
@@ -247,8 +247,8 @@ impl Bitmap {
 }
 
 impl BitmapTableEntry {
-    /// Reads an entry. Errors: `BitmapTableEntry` for reserved bits, an unaligned offset, or an offset together with
-    /// the all-ones bit.
+    /// Reads an entry. Errors: `BitmapTableEntry` for reserved bits, an unaligned offset, or an offset
+    /// together with the all-ones bit.
     pub fn decode(raw: u64, geometry: &Geometry) -> Result<Self, FormatError> {
         let offset = raw & OFFSET_MASK;
         let ones = raw & ALL_ONES != 0;

@@ -71,7 +71,8 @@ pub struct LuksSlot {
 }
 
 impl LuksHeader {
-    /// Reads a header from the first 592 bytes of the area. A name ends at its first zero byte and must have one.
+    /// Reads a header from the first 592 bytes of the area. A name ends at its first zero byte and must have
+    /// one.
     ///
     /// Errors: `Truncated`, `NotLuks`, `LuksVersion`, `LuksName`, `LuksSlotState`.
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {

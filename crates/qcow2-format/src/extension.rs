@@ -1,6 +1,7 @@
 //! Header extensions. Spec: "Header extensions", "Bitmaps extension", "Full disk encryption header pointer".
 //!
-//! They start right after the header and end where the backing file name starts, or with the first cluster. Each:
+//! They start right after the header and end where the backing file name starts, or with the first cluster.
+//! Each:
 //!
 //! | offset | size | field |
 //! |---|---|---|
@@ -78,18 +79,19 @@ pub struct Extensions {
 }
 
 impl Extensions {
-    /// Reads the extensions in `area`, which starts after the header and ends where they must end. A missing end
-    /// marker is fine. The contents are taken as they are; whoever opens the image judges them.
+    /// Reads the extensions in `area`, which starts after the header and ends where they must end. A missing
+    /// end marker is fine. The contents are taken as they are; whoever opens the image judges them.
     ///
-    /// Errors: `ExtensionTooLarge`, `BackingFormatTooLong`, `CryptoExtensionLength`, `BitmapsExtensionLength`.
+    /// Errors: `ExtensionTooLarge`, `BackingFormatTooLong`, `CryptoExtensionLength`,
+    /// `BitmapsExtensionLength`.
     pub fn parse(area: &[u8]) -> Result<Self, FormatError> {
         let mut extensions = Self::default();
         visit(area, |kind, data| extensions.take(kind, data))?;
         Ok(extensions)
     }
 
-    /// The feature name table alone, so that unknown incompatible features can be named in an image whose other
-    /// extensions cannot be read. Empty where there is none.
+    /// The feature name table alone, so that unknown incompatible features can be named in an image whose
+    /// other extensions cannot be read. Empty where there is none.
     pub fn feature_names(area: &[u8]) -> Vec<FeatureName> {
         let mut names = Vec::new();
         let _unreadable_rest = visit(area, |kind, data| {
@@ -113,8 +115,8 @@ impl Extensions {
         Ok(())
     }
 
-    /// Appends the extensions and the end marker to `out`, in the order QEMU writes them: backing format, data file
-    /// name, LUKS pointer, feature names, bitmaps, unknown ones.
+    /// Appends the extensions and the end marker to `out`, in the order QEMU writes them: backing format,
+    /// data file name, LUKS pointer, feature names, bitmaps, unknown ones.
     ///
     /// Errors: `BackingFormatTooLong`; `TooLong` for data of 4 GiB and more.
     pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), FormatError> {
@@ -151,7 +153,8 @@ impl Extensions {
 }
 
 impl BitmapsExtension {
-    /// Judges the fields, for an image whose autoclear bit says that they can be trusted. `cluster_size`: bytes.
+    /// Judges the fields, for an image whose autoclear bit says that they can be trusted. `cluster_size`:
+    /// bytes.
     ///
     /// Errors: `BitmapsReserved`, `BitmapsCount`, `BitmapDirectoryOffset`, `BitmapDirectorySize`.
     pub fn validate(&self, cluster_size: u64) -> Result<(), FormatError> {

@@ -1,5 +1,5 @@
-//! The three feature words of a version 3 header, and the table that names their bits. Spec: "Header", "Feature
-//! name table".
+//! The three feature words of a version 3 header, and the table that names their bits. Spec: "Header",
+//! "Feature name table".
 //!
 //! A feature name table entry, 48 bytes:
 //!

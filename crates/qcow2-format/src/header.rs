@@ -17,8 +17,8 @@
 //! | 104 | 1 | compression type, where the header is longer than 104 bytes |
 //! | 105 | 7 | zeroes |
 //!
-//! Then come fields of some later version (kept as they are), the extensions and the backing file name, all inside
-//! the first cluster.
+//! Then come fields of some later version (kept as they are), the extensions and the backing file name, all
+//! inside the first cluster.
 
 use crate::error::{FormatError, FormatErrorKind};
 use crate::extension::Extensions;
@@ -124,8 +124,8 @@ pub struct Header {
     pub refcount_order: u32,
     /// How compressed clusters are compressed. Deflate in version 2.
     pub compression_type: CompressionType,
-    /// Header bytes from 112 on, fields of some later version. Empty in version 2; [`encode`](Self::encode) pads
-    /// them with zeroes to a multiple of 8, which means the same.
+    /// Header bytes from 112 on, fields of some later version. Empty in version 2; [`encode`](Self::encode)
+    /// pads them with zeroes to a multiple of 8, which means the same.
     pub unknown_fields: Vec<u8>,
     /// The extensions.
     pub extensions: Extensions,
@@ -205,12 +205,13 @@ impl Header {
         self.backing_file.as_deref().map(|name| String::from_utf8_lossy(name).into_owned())
     }
 
-    /// The bytes of the first cluster up to the last one that is not padding; the rest of the cluster is zeroes
-    /// (see [`encode_cluster`](Self::encode_cluster)). The backing file name follows the extensions. A version 3
-    /// header is 112 bytes and the unknown fields. For the same values, the bytes are those QEMU writes.
+    /// The bytes of the first cluster up to the last one that is not padding; the rest of the cluster is
+    /// zeroes (see [`encode_cluster`](Self::encode_cluster)). The backing file name follows the extensions. A
+    /// version 3 header is 112 bytes and the unknown fields. For the same values, the bytes are those QEMU
+    /// writes.
     ///
-    /// Errors: `HeaderFull` where it does not fit into a cluster, `BackingNameTooLong`, `BackingFormatTooLong`,
-    /// `NeedsVersion3`, and those of [`geometry`](Self::geometry).
+    /// Errors: `HeaderFull` where it does not fit into a cluster, `BackingNameTooLong`,
+    /// `BackingFormatTooLong`, `NeedsVersion3`, and those of [`geometry`](Self::geometry).
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         let geometry = self.geometry()?;
         self.check_version_2()?;
@@ -241,8 +242,8 @@ impl Header {
         Ok(out)
     }
 
-    /// The header and its extensions alone, saying that the backing file name is at `name_at`, where the caller puts it. Errors:
-    /// as [`encode`](Self::encode).
+    /// The header and its extensions alone, saying that the backing file name is at `name_at`, where the
+    /// caller puts it. Errors: as [`encode`](Self::encode).
     pub fn encode_with_name_at(&self, name_at: u64) -> Result<Vec<u8>, FormatError> {
         let name_len = self.backing_file.as_ref().map_or(0, Vec::len);
         let mut out = self.encode()?;

@@ -21,7 +21,8 @@ const RESERVED: u64 = 0x7f00_0000_0000_01ff;
 pub struct L1Entry {
     /// The L2 table's host offset; `None` where the whole range is unallocated.
     pub l2_table: Option<HostOffset>,
-    /// Whether the L2 table's refcount is exactly one, so that it may be changed in place. `false` without a table.
+    /// Whether the L2 table's refcount is exactly one, so that it may be changed in place. `false` without a
+    /// table.
     pub copied: bool,
 }
 

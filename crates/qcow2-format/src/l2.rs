@@ -1,5 +1,5 @@
-//! L2 table entries, compressed cluster descriptors and subcluster bitmaps. Spec: "Cluster mapping", "Standard
-//! Cluster Descriptor", "Compressed Clusters Descriptor", "Extended L2 Entries".
+//! L2 table entries, compressed cluster descriptors and subcluster bitmaps. Spec: "Cluster mapping",
+//! "Standard Cluster Descriptor", "Compressed Clusters Descriptor", "Extended L2 Entries".
 //!
 //! | bits of the first word | standard | compressed |
 //! |---|---|---|
@@ -9,9 +9,10 @@
 //! | 9-55 | host offset, cluster aligned | further 512-byte sectors in bits x..62, |
 //! | others | reserved, 0 | x = 62 - (cluster_bits - 8) |
 //!
-//! With extended L2 entries a second word holds the subcluster bitmap: bits 0-31 allocated, bits 32-63 reads as
-//! zeroes. In an external data file offset 0 is a place like any other where the copied flag is set and the zero flag
-//! is not. A standard entry is treated as one subcluster the size of the cluster, so that the engine has one case.
+//! With extended L2 entries a second word holds the subcluster bitmap: bits 0-31 allocated, bits 32-63 reads
+//! as zeroes. In an external data file offset 0 is a place like any other where the copied flag is set and
+//! the zero flag is not. A standard entry is treated as one subcluster the size of the cluster, so that the
+//! engine has one case.
 
 use crate::error::{FormatError, FormatErrorKind};
 use crate::geometry::Geometry;
@@ -120,10 +121,11 @@ impl L2Format {
         if self.geometry.extended_l2() { u32::MAX } else { 1 }
     }
 
-    /// Reads an entry. `raw`: its first word; `bitmap`: its second word with extended L2 entries, else ignored.
-    /// Reserved bits are ignored (see [`reserved_bits`](Self::reserved_bits)).
+    /// Reads an entry. `raw`: its first word; `bitmap`: its second word with extended L2 entries, else
+    /// ignored. Reserved bits are ignored (see [`reserved_bits`](Self::reserved_bits)).
     ///
-    /// Errors: `Misaligned`, `ZeroFlagInVersion2`, `SubclusterBitmap`, `CompressedWithBitmap`, `CompressedOffset`.
+    /// Errors: `Misaligned`, `ZeroFlagInVersion2`, `SubclusterBitmap`, `CompressedWithBitmap`,
+    /// `CompressedOffset`.
     pub fn decode(&self, raw: u64, bitmap: u64) -> Result<L2Entry, FormatError> {
         if raw & COMPRESSED != 0 {
             return self.decode_compressed(raw, bitmap).map(L2Entry::Compressed);
@@ -186,8 +188,8 @@ impl L2Format {
 
     /// The words of an entry: the second is 0 without extended L2 entries.
     ///
-    /// A compressed stream's `len` is rounded up to the end of its last sector. `None` where the stream cannot be
-    /// described: it starts past the offset bits or is longer than the sector bits allow.
+    /// A compressed stream's `len` is rounded up to the end of its last sector. `None` where the stream
+    /// cannot be described: it starts past the offset bits or is longer than the sector bits allow.
     pub fn encode(&self, entry: &L2Entry) -> Option<(u64, u64)> {
         match entry {
             L2Entry::Standard(entry) => Some(self.encode_standard(entry)),

@@ -46,7 +46,8 @@ pub const MAX_BITMAP_DATA_SIZE: u64 = 512 << 20;
 pub const MIN_GRANULARITY_BITS: u8 = 9;
 /// The largest bitmap `granularity_bits` (2 GiB). Origin: QEMU.
 pub const MAX_GRANULARITY_BITS: u8 = 31;
-/// The largest host offset of a cluster that L1, L2 and bitmap table entries can hold. Origin: the specification.
+/// The largest host offset of a cluster that L1, L2 and bitmap table entries can hold. Origin: the
+/// specification.
 pub const MAX_HOST_OFFSET: u64 = (1 << 56) - 1;
 /// The largest end of a table in the image file. Origin: file offsets are signed 64-bit numbers.
 pub const MAX_FILE_OFFSET: u64 = i64::MAX as u64;

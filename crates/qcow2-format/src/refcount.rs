@@ -1,8 +1,8 @@
 //! Refcount table entries and refcount blocks of every width. Spec: "Host cluster management".
 //!
-//! A refcount table entry: bits 0-8 reserved, bits 9-63 the host offset of a refcount block, 0 for none. A block is
-//! one cluster of counts, each 1, 2, 4, 8, 16, 32 or 64 bits wide: below 8 bits packed from the least significant
-//! bit of each byte, above 8 bits big-endian.
+//! A refcount table entry: bits 0-8 reserved, bits 9-63 the host offset of a refcount block, 0 for none. A
+//! block is one cluster of counts, each 1, 2, 4, 8, 16, 32 or 64 bits wide: below 8 bits packed from the
+//! least significant bit of each byte, above 8 bits big-endian.
 
 mod run;
 

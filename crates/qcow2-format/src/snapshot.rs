@@ -71,11 +71,11 @@ pub struct ParsedSnapshot {
 }
 
 impl Snapshot {
-    /// Reads the entry at the start of `bytes`. `current_size`: bytes of the image's disk, for an entry that does not
-    /// record its own.
+    /// Reads the entry at the start of `bytes`. `current_size`: bytes of the image's disk, for an entry that
+    /// does not record its own.
     ///
-    /// Errors: `Truncated` where `bytes` ends before the entry and its padding do; `SnapshotExtra` for more than
-    /// 1024 bytes of extra data.
+    /// Errors: `Truncated` where `bytes` ends before the entry and its padding do; `SnapshotExtra` for more
+    /// than 1024 bytes of extra data.
     pub fn parse(bytes: &[u8], current_size: u64) -> Result<ParsedSnapshot, FormatError> {
         let mut reader = Reader::new(bytes, 0);
         let fixed = Fixed::read(&mut reader).ok_or_else(truncated)?;
@@ -113,10 +113,12 @@ impl Snapshot {
         Ok(ParsedSnapshot { snapshot, len, extra_len: fixed.extra_len })
     }
 
-    /// Appends the entry and its padding to `out`, the length of which must be a multiple of 8 since the table began.
-    /// Writes all extra data that this crate knows and then the unknown rest, as QEMU does in both versions.
+    /// Appends the entry and its padding to `out`, the length of which must be a multiple of 8 since the
+    /// table began. Writes all extra data that this crate knows and then the unknown rest, as QEMU does in
+    /// both versions.
     ///
-    /// Errors: `TooLong` for an id or name above 65535 bytes; `SnapshotExtra` for unknown extra data above 1000.
+    /// Errors: `TooLong` for an id or name above 65535 bytes; `SnapshotExtra` for unknown extra data above
+    /// 1000.
     pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), FormatError> {
         let (id_len, name_len) = (text_len("id", &self.id)?, text_len("name", &self.name)?);
         let extra_len = u32::try_from(KNOWN_EXTRA + self.unknown_extra.len()).unwrap_or(u32::MAX);

@@ -1,4 +1,5 @@
-//! Offsets, clusters and indexes as distinct types, so that a guest offset never meets a host offset by accident.
+//! Offsets, clusters and indexes as distinct types, so that a guest offset never meets a host offset by
+//! accident.
 //!
 //! There is no arithmetic across kinds here; going from one kind to another is a method of
 //! [`Geometry`](crate::Geometry).

@@ -1,4 +1,5 @@
-//! Copies what was written since the last backup, while nobody writes: `cargo run -p qcow2-image --example incremental`
+//! Copies what was written since the last backup, while nobody writes: `cargo run -p qcow2-image --example
+//! incremental`
 #![allow(clippy::print_stdout)]
 use qcow2_image::Disk;
 use std::io::{Read, Seek, SeekFrom, copy};

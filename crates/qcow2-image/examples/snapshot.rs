@@ -1,4 +1,5 @@
-//! An overlay, a write, a snapshot of it, and what it looked like then: `cargo run -p qcow2-image --example snapshot`
+//! An overlay, a write, a snapshot of it, and what it looked like then: `cargo run -p qcow2-image --example
+//! snapshot`
 #![allow(clippy::print_stdout)]
 use qcow2_image::{Disk, ImageFormat, NewDisk};
 

@@ -21,7 +21,8 @@ impl Device {
         Ok(Self(Disk::options().writable().open(path)?, File::options().read(true).write(true).open(path)?))
     }
 
-    /// One queue, on a thread of its own, until its sender goes. Each request is answered with the bytes that were read.
+    /// One queue, on a thread of its own, until its sender goes. Each request is answered with the bytes that
+    /// were read.
     pub(crate) fn serve(&self, queue: Receiver<(Request, Sender<Vec<u8>>)>) -> Result<()> {
         for (request, done) in queue {
             let mut answer = Vec::new();

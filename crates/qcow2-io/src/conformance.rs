@@ -1,7 +1,8 @@
-//! The suite that every [`Storage`] must pass: hand [`check`] a function that makes a fresh, empty, growable and
-//! writable storage.
+//! The suite that every [`Storage`] must pass: hand [`check`] a function that makes a fresh, empty, growable
+//! and writable storage.
 //!
-//! Each case is a small procedure with its own storage; all are run, and the report names those that failed and why.
+//! Each case is a small procedure with its own storage; all are run, and the report names those that failed
+//! and why.
 //!
 //! ```
 //! use qcow2_io::{MemoryStorage, conformance};

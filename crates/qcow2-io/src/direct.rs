@@ -1,9 +1,9 @@
 //! Input and output around the page cache: aligned buffers, and whole blocks where the caller asks for parts.
 //!
-//! The system takes only offsets, lengths and memory that are multiples of its block. Whatever is not goes through a
-//! buffer here: a read takes the blocks around the wanted bytes; a write reads the blocks at its edges, changes them and
-//! writes them whole. The latter must not meet another change of the same file (the caller holds the file's lock
-//! exclusively), or that change would be undone.
+//! The system takes only offsets, lengths and memory that are multiples of its block. Whatever is not goes
+//! through a buffer here: a read takes the blocks around the wanted bytes; a write reads the blocks at its
+//! edges, changes them and writes them whole. The latter must not meet another change of the same file (the
+//! caller holds the file's lock exclusively), or that change would be undone.
 
 use crate::sys;
 use std::fs::File;
@@ -15,8 +15,8 @@ const BUFFER_LEN: usize = 1024 * 1024;
 /// How many idle buffers are kept.
 const MAX_IDLE_BUFFERS: usize = 8;
 
-/// What the system wants: offsets and lengths that are multiples of `block`, memory that is one of `memory`. Powers of
-/// two, at most `BUFFER_LEN`.
+/// What the system wants: offsets and lengths that are multiples of `block`, memory that is one of `memory`.
+/// Powers of two, at most `BUFFER_LEN`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Alignment {
     pub(crate) block: usize,
@@ -67,8 +67,8 @@ impl DirectIo {
         Ok(done)
     }
 
-    /// Writes all of `buf`. Where it is not whole blocks, the file may become longer than the end of the write, and
-    /// the caller must hold off every other change meanwhile.
+    /// Writes all of `buf`. Where it is not whole blocks, the file may become longer than the end of the
+    /// write, and the caller must hold off every other change meanwhile.
     pub(crate) fn write(&self, file: &File, offset: u64, buf: &[u8]) -> io::Result<()> {
         if self.is_whole_blocks(offset, buf.len()) && self.is_aligned(buf) {
             return sys::write_full(file, offset, buf);
@@ -90,8 +90,8 @@ impl DirectIo {
         Ok(())
     }
 
-    /// Fills the first and the last block of `window` (which lies at `first` in the file) where `wanted` does not cover
-    /// them.
+    /// Fills the first and the last block of `window` (which lies at `first` in the file) where `wanted` does
+    /// not cover them.
     fn load_edges(
         &self,
         file: &File,
@@ -155,7 +155,8 @@ impl DirectIo {
     }
 }
 
-/// Bytes whose first address is a multiple of some power of two: a longer allocation, used from the right place on.
+/// Bytes whose first address is a multiple of some power of two: a longer allocation, used from the right
+/// place on.
 #[derive(Debug)]
 pub(crate) struct AlignedBuffer {
     memory: Box<[u8]>,

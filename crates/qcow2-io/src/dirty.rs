@@ -1,11 +1,12 @@
-//! Whether a barrier has anything to do: changes are counted, and a barrier notes how many it has made durable.
+//! Whether a barrier has anything to do: changes are counted, and a barrier notes how many it has made
+//! durable.
 
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 /// Counts finished changes. A change counts before its call returns, so a later barrier sees it.
 ///
-/// A failed barrier is remembered: the system reports lost pages of its cache once and takes them for clean then, so
-/// that a second try would succeed without them.
+/// A failed barrier is remembered: the system reports lost pages of its cache once and takes them for clean
+/// then, so that a second try would succeed without them.
 #[derive(Debug, Default)]
 pub(crate) struct Dirty {
     changes: AtomicU64,
@@ -20,8 +21,8 @@ impl Dirty {
         self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// How many changes a barrier that starts now would make durable; `None` where an earlier one did it all. Errors:
-    /// the number of an earlier failure.
+    /// How many changes a barrier that starts now would make durable; `None` where an earlier one did it all.
+    /// Errors: the number of an earlier failure.
     pub(crate) fn pending(&self) -> Result<Option<u64>, i32> {
         match self.broken.load(Ordering::Acquire) {
             0 => {}
@@ -36,7 +37,8 @@ impl Dirty {
         self.durable.fetch_max(changes, Ordering::AcqRel);
     }
 
-    /// Notes that a barrier has failed with error number `code`: changes may be lost, and no later barrier can tell.
+    /// Notes that a barrier has failed with error number `code`: changes may be lost, and no later barrier
+    /// can tell.
     pub(crate) fn broke(&self, code: i32) {
         self.broken.store(code, Ordering::Release);
     }

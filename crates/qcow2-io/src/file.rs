@@ -1,8 +1,9 @@
 //! Regular files and block devices as a storage.
 //!
-//! Every call is positional, so any number of threads may use one file. The length is kept here, so that asking for it
-//! costs no system call; no other writer is expected (see the image locks). A flush without a change before it costs
-//! none either. What the file system cannot do is found out once and then done the slower way.
+//! Every call is positional, so any number of threads may use one file. The length is kept here, so that
+//! asking for it costs no system call; no other writer is expected (see the image locks). A flush without a
+//! change before it costs none either. What the file system cannot do is found out once and then done the
+//! slower way.
 
 use crate::direct::{AlignedBuffer, DirectIo};
 use crate::dirty::Dirty;
@@ -35,8 +36,8 @@ pub struct FileStorage {
     /// Whether this is a regular file, whose length can change.
     regular: bool,
     len: AtomicU64,
-    /// Held shared by every change, exclusively by whatever sets the length or rewrites parts of a block: neither may
-    /// meet another change half-way.
+    /// Held shared by every change, exclusively by whatever sets the length or rewrites parts of a block:
+    /// neither may meet another change half-way.
     changes: RwLock<()>,
     dirty: Dirty,
     space: Space,
@@ -75,8 +76,8 @@ impl Drop for ChangeGuard<'_> {
 }
 
 impl FileStorage {
-    /// Takes over an open file. `writable` says whether it was opened for writing. Errors: whatever the system says
-    /// when asked for kind and length.
+    /// Takes over an open file. `writable` says whether it was opened for writing. Errors: whatever the
+    /// system says when asked for kind and length.
     pub fn from_file(file: File, writable: bool) -> io::Result<Self> {
         Self::with_direct(file, writable, None)
     }
@@ -120,19 +121,21 @@ impl FileStorage {
         self.regular
     }
 
-    /// Asks the file system to give this file space in pieces of `bytes` (0: as it likes), so that a disk that is written here and
-    /// there does not fall into many small ones. XFS does so, and takes the wish only while the file is empty; writes one
-    /// attribute of the file and no content.
+    /// Asks the file system to give this file space in pieces of `bytes` (0: as it likes), so that a disk
+    /// that is written here and there does not fall into many small ones. XFS does so, and takes the wish
+    /// only while the file is empty; writes one attribute of the file and no content.
     ///
-    /// Errors: what the system says where it does not do it, `Unsupported` on systems and file systems without such attributes.
+    /// Errors: what the system says where it does not do it, `Unsupported` on systems and file systems
+    /// without such attributes.
     pub fn set_extent_size_hint(&self, bytes: u32) -> io::Result<()> {
         sys::set_extent_size_hint(&self.file, bytes)
     }
 
-    /// Asks the file system to write this file in place where it would write a copy elsewhere. btrfs does so, and takes the wish
-    /// only while the file is empty; writes one attribute of the file and no content.
+    /// Asks the file system to write this file in place where it would write a copy elsewhere. btrfs does so,
+    /// and takes the wish only while the file is empty; writes one attribute of the file and no content.
     ///
-    /// Errors: what the system says where it does not do it, `Unsupported` on systems without such attributes.
+    /// Errors: what the system says where it does not do it, `Unsupported` on systems without such
+    /// attributes.
     pub fn set_no_cow(&self) -> io::Result<()> {
         sys::set_no_cow(&self.file)
     }
@@ -212,7 +215,8 @@ impl FileStorage {
         Ok(())
     }
 
-    /// Zeroes that stay backed by space: one range call, or a hole that is filled with space again, or plain writes.
+    /// Zeroes that stay backed by space: one range call, or a hole that is filled with space again, or plain
+    /// writes.
     fn zero_allocated(&self, start: u64, end: u64) -> io::Result<()> {
         if self.space.zero(&self.file, start, end)? {
             return Ok(());
@@ -369,8 +373,8 @@ impl Storage for FileStorage {
         Ok(())
     }
 
-    /// Without a change since the last one this costs no system call. Once it has failed it always fails: what the page
-    /// cache has lost does not come back.
+    /// Without a change since the last one this costs no system call. Once it has failed it always fails:
+    /// what the page cache has lost does not come back.
     fn flush(&self) -> Result<(), StorageError> {
         let call = Call::new("flush", HostOffset::new(0), self.length());
         let pending = self.dirty.pending().map_err(|code| call.failed(io::Error::from_raw_os_error(code)))?;
@@ -401,8 +405,8 @@ impl Storage for FileStorage {
         Ok(StorageExtent { len: stop.min(end) - offset.value(), data })
     }
 
-    /// Between two files of this adapter that both use the page cache: around it, the kernel's copy would not see what
-    /// the blocks of this program do.
+    /// Between two files of this adapter that both use the page cache: around it, the kernel's copy would not
+    /// see what the blocks of this program do.
     fn copy_from(
         &self,
         source: &dyn Storage,
@@ -469,7 +473,8 @@ mod tests {
         storage
     }
 
-    /// The system tells once that it lost pages of its cache, and takes them for clean then: the next sync succeeds.
+    /// The system tells once that it lost pages of its cache, and takes them for clean then: the next sync
+    /// succeeds.
     #[test]
     fn a_flush_after_a_failed_flush_fails_too() {
         let storage = after_a_failed_flush(false);

@@ -1,10 +1,10 @@
 //! Image locks that QEMU's programs respect and that respect theirs.
 //!
-//! Each program holds one-byte locks on the image file: byte 100 + p says "I use permission p", byte 200 + p says "I do
-//! not let others use permission p". All of them are held shared, so that any number of programs can hold the same
-//! byte; who wants permission p looks whether anybody holds byte 200 + p, and who does not want to share p looks
-//! whether anybody holds byte 100 + p. The locks belong to the open file (Linux open file description locks), so two
-//! openings in one process keep out each other too, and closing lets go.
+//! Each program holds one-byte locks on the image file: byte 100 + p says "I use permission p", byte 200 + p
+//! says "I do not let others use permission p". All of them are held shared, so that any number of programs
+//! can hold the same byte; who wants permission p looks whether anybody holds byte 200 + p, and who does not
+//! want to share p looks whether anybody holds byte 100 + p. The locks belong to the open file (Linux open
+//! file description locks), so two openings in one process keep out each other too, and closing lets go.
 //!
 //! | opened | uses | does not share |
 //! |---|---|---|
@@ -15,8 +15,8 @@
 //! | for reading, [`Locking::Shared`] | consistent read | nothing |
 //! | for writing, [`Locking::Shared`] | consistent read, write | nothing |
 //!
-//! The last four use resize too where [`OpenFile::resizes`](crate::OpenFile::resizes) says so, and reading with
-//! [`OpenFile::metadata_only`](crate::OpenFile::metadata_only) does not use consistent read.
+//! The last four use resize too where [`OpenFile::resizes`](crate::OpenFile::resizes) says so, and reading
+//! with [`OpenFile::metadata_only`](crate::OpenFile::metadata_only) does not use consistent read.
 //!
 //! Systems and file systems without such locks go without, as QEMU does.
 
@@ -29,16 +29,17 @@ use std::io;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Locking {
-    /// As QEMU does for the format: raw disks and LUKS containers are [`Shared`](Self::Shared), all other images have
-    /// [`NoOtherWriters`](Self::NoOtherWriters). Where the format is not known that means no other writers.
+    /// As QEMU does for the format: raw disks and LUKS containers are [`Shared`](Self::Shared), all other
+    /// images have [`NoOtherWriters`](Self::NoOtherWriters). Where the format is not known that means no
+    /// other writers.
     #[default]
     Auto,
     /// Nobody else writes while it is open: readers share with readers, a writer is the only one.
     NoOtherWriters,
     /// Others may write, but nobody changes the length: for external data files and for a part of a raw disk.
     FixedLength,
-    /// Says what is used and keeps nobody out: for raw disks, whose users arrange themselves, and for a look at an image
-    /// that another program may be writing to (`-U`), which may be inconsistent.
+    /// Says what is used and keeps nobody out: for raw disks, whose users arrange themselves, and for a look
+    /// at an image that another program may be writing to (`-U`), which may be inconsistent.
     Shared,
     /// No locks at all: for files that are no images, or whose lock is held elsewhere in the program.
     Off,
@@ -93,8 +94,8 @@ impl LockConflict {
         self.permission
     }
 
-    /// `false`: another program does not share the permission wanted here. `true`: another program uses a permission
-    /// that is not to be shared here.
+    /// `false`: another program does not share the permission wanted here. `true`: another program uses a
+    /// permission that is not to be shared here.
     pub fn is_shared(&self) -> bool {
         self.shared
     }
@@ -151,8 +152,9 @@ pub(crate) fn lock_image(file: &File, locking: Locking, access: Access) -> Resul
     }
 }
 
-/// Gives up the locks that [`lock_image`] took. Closing the file is not enough: a child process that another thread is
-/// starting has a copy of every descriptor until it executes its program, and the locks live as long as the copy.
+/// Gives up the locks that [`lock_image`] took. Closing the file is not enough: a child process that another
+/// thread is starting has a copy of every descriptor until it executes its program, and the locks live as
+/// long as the copy.
 pub(crate) fn unlock_image(file: &File) {
     for permission in Permission::ALL {
         // Closing the last copy does the same.

@@ -1,8 +1,8 @@
 //! Growable bytes in memory: for tests, tools, and images that never touch a disk.
 //!
 //! Bytes live in pages of 64 KiB, and a page exists only once something was written to it: an image of many
-//! gigabytes that is mostly holes costs nearly nothing. Pages are spread over shards with a lock each, so that threads
-//! on different parts of the image seldom meet.
+//! gigabytes that is mostly holes costs nearly nothing. Pages are spread over shards with a lock each, so
+//! that threads on different parts of the image seldom meet.
 
 use crate::error::Call;
 use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageExtent, ZeroMode};
@@ -84,7 +84,8 @@ impl MemoryStorage {
         }
     }
 
-    /// Makes `start..end` read as zeroes: whole pages go away, and edges are overwritten where their page exists.
+    /// Makes `start..end` read as zeroes: whole pages go away, and edges are overwritten where their page
+    /// exists.
     fn clear(&self, start: u64, end: u64) {
         let edge = |from: u64, to: u64| {
             for piece in pieces(from, to.saturating_sub(from)) {

@@ -5,7 +5,8 @@ use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, St
 use std::thread;
 use std::time::Duration;
 
-/// A storage of a fixed length that keeps nothing. What is read is zeroes, unless it was asked not to promise that.
+/// A storage of a fixed length that keeps nothing. What is read is zeroes, unless it was asked not to promise
+/// that.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct NullStorage {

@@ -51,19 +51,21 @@ pub struct OpenFile {
     pub writable: bool,
     /// What to do with a missing or existing file; everything but [`Create::Never`] needs `writable`.
     pub create: Create,
-    /// Whether block devices may be opened besides regular files. Pipes, sockets and character devices never are.
+    /// Whether block devices may be opened besides regular files. Pipes, sockets and character devices never
+    /// are.
     pub allow_devices: bool,
     /// Whether the page cache is used, and when changes are made durable.
     pub cache: CacheMode,
     /// Whether other programs are kept from changing the image meanwhile.
     pub locking: Locking,
-    /// Whether the length of a writable file is going to change although others may write to it. (Where they may not, it may
-    /// change without saying so here.)
+    /// Whether the length of a writable file is going to change although others may write to it. (Where they
+    /// may not, it may change without saying so here.)
     pub resizes: bool,
-    /// Whether only metadata is read, which needs no content that stays as it is: other programs are not told of reading then.
+    /// Whether only metadata is read, which needs no content that stays as it is: other programs are not told
+    /// of reading then.
     pub metadata_only: bool,
-    /// The files that are open together with this one, none of which may be written to and open a second time; `None`: nobody
-    /// looks.
+    /// The files that are open together with this one, none of which may be written to and open a second
+    /// time; `None`: nobody looks.
     pub open_files: Option<OpenFiles>,
     /// Whether a symbolic link is followed where the name ends (Linux; elsewhere links always are).
     pub follow_links: bool,
@@ -129,8 +131,8 @@ impl OpenFile {
         Ok(self.cache.wrap(Arc::new(self.open_file(path)?)))
     }
 
-    /// Opens `path` as the file adapter itself, for callers that need its identity. It bypasses the page cache where
-    /// the cache mode says so; the mode's way to flush is left to [`CacheMode::wrap`].
+    /// Opens `path` as the file adapter itself, for callers that need its identity. It bypasses the page
+    /// cache where the cache mode says so; the mode's way to flush is left to [`CacheMode::wrap`].
     pub fn open_file(&self, path: &Path) -> Result<FileStorage, OpenError> {
         let fail = |error: io::Error| {
             if !self.follow_links && sys::is_link_refusal(&error) {
@@ -269,7 +271,8 @@ pub enum OpenErrorKind {
     System,
 }
 
-/// A file that was not opened. `Display` names the file only; the reason is [`reason`](Self::reason) and `source()`.
+/// A file that was not opened. `Display` names the file only; the reason is [`reason`](Self::reason) and
+/// `source()`.
 #[derive(Debug)]
 pub struct OpenError {
     kind: OpenErrorKind,
@@ -341,7 +344,8 @@ impl OpenError {
         }
     }
 
-    /// The whole in QEMU's words, for programs that stand in for its tools: two lines for a lock, one for the rest.
+    /// The whole in QEMU's words, for programs that stand in for its tools: two lines for a lock, one for the
+    /// rest.
     ///
     /// ```
     /// use qcow2_io::OpenFile;

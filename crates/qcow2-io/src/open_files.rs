@@ -1,9 +1,9 @@
 //! Which files one program has open at a time, so that it writes to none that it reads too.
 //!
-//! Locks do not see to that: they are not taken where sharing is forced, where they are switched off, or where the file system has
-//! none, and a raw disk is shared with its writers. So whoever opens several files for one job opens them all among the same
-//! [`OpenFiles`], and each opening is compared with those before it by what was really opened, not by name: the same device and
-//! inode, or the same block device.
+//! Locks do not see to that: they are not taken where sharing is forced, where they are switched off, or
+//! where the file system has none, and a raw disk is shared with its writers. So whoever opens several files
+//! for one job opens them all among the same [`OpenFiles`], and each opening is compared with those before it
+//! by what was really opened, not by name: the same device and inode, or the same block device.
 
 use crate::open::{FileKind, file_kind};
 use qcow2_core::SourceId;
@@ -14,7 +14,8 @@ use std::fs::Metadata;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The files that are open together: each any number of times for reading, or once for writing. A clone is the same set.
+/// The files that are open together: each any number of times for reading, or once for writing. A clone is
+/// the same set.
 ///
 /// ```
 /// use qcow2_io::{Create, OpenErrorKind, OpenFile, OpenFiles};
@@ -58,8 +59,8 @@ impl OpenFiles {
         Self::default()
     }
 
-    /// The same, but for the file that standard output leads to, which is never read: it can be written to under a name of its own, as
-    /// `/dev/stdout`. What is a pipe or a terminal does not count.
+    /// The same, but for the file that standard output leads to, which is never read: it can be written to
+    /// under a name of its own, as `/dev/stdout`. What is a pipe or a terminal does not count.
     pub fn with_output() -> Self {
         #[cfg(unix)]
         let output = stream_metadata(std::io::stdout()).as_ref().and_then(image_id);
@@ -68,7 +69,8 @@ impl OpenFiles {
         Self { shared: Arc::new(Shared { output, ..Shared::default() }) }
     }
 
-    /// Adds the file that standard input comes from, as one that is read. `None`: it comes from no file. Errors: it is written to.
+    /// Adds the file that standard input comes from, as one that is read. `None`: it comes from no file.
+    /// Errors: it is written to.
     pub fn hold_input(&self) -> Result<Option<HeldFile>, SameFile> {
         #[cfg(unix)]
         {
@@ -79,8 +81,8 @@ impl OpenFiles {
         Ok(None)
     }
 
-    /// Adds the file at `path`, as one that is read, without opening it; messages call it `name`. `None`: there is no file. Errors:
-    /// it is written to.
+    /// Adds the file at `path`, as one that is read, without opening it; messages call it `name`. `None`:
+    /// there is no file. Errors: it is written to.
     pub fn hold_path(&self, path: &Path, name: &str) -> Result<Option<HeldFile>, SameFile> {
         let id = path.metadata().ok().as_ref().and_then(image_id);
         self.hold(id, false, || name.to_owned())
@@ -151,7 +153,8 @@ impl Drop for HeldFile {
 
 /// The same file is open already, and one of the two openings writes to it.
 ///
-/// `Display` names both openings: `'link' is the same file as 'disk', which is being read and cannot be written to`.
+/// `Display` names both openings: `'link' is the same file as 'disk', which is being read and cannot be
+/// written to`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SameFile {
     name: String,

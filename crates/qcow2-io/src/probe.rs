@@ -1,5 +1,5 @@
-//! Which format the first bytes of a storage speak of. Only for content that is trusted to say so: whoever writes a
-//! raw disk can make it look like anything.
+//! Which format the first bytes of a storage speak of. Only for content that is trusted to say so: whoever
+//! writes a raw disk can make it look like anything.
 
 use qcow2_core::{HostOffset, ImageFormat, Storage, StorageError};
 
@@ -21,8 +21,9 @@ const SIGNATURES: &[(usize, &[u8], &str)] = &[
     (0, b"Bochs Virtual HD Image", "bochs"),
 ];
 
-/// Names the format of `storage` by its first 512 bytes; raw where nothing matches, so an empty storage is raw too.
-/// A qcow2 signature with any version from 2 on is qcow2 (and may turn out to be too new). Errors: the read fails.
+/// Names the format of `storage` by its first 512 bytes; raw where nothing matches, so an empty storage is
+/// raw too. A qcow2 signature with any version from 2 on is qcow2 (and may turn out to be too new). Errors:
+/// the read fails.
 ///
 /// ```
 /// use qcow2_core::ImageFormat;

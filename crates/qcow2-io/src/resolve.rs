@@ -1,8 +1,9 @@
 //! From names to opened sources: those a user gives, and those an image gives.
 //!
-//! A user's name is opened as it stands. A name inside an image is somebody else's word: it opens nothing unless the
-//! [`Policy`] says so, it is taken relative to the directory of the image that gives it (never the current directory),
-//! it always means a local file (no `json:` descriptions, no protocols), and it opens regular files only.
+//! A user's name is opened as it stands. A name inside an image is somebody else's word: it opens nothing
+//! unless the [`Policy`] says so, it is taken relative to the directory of the image that gives it (never the
+//! current directory), it always means a local file (no `json:` descriptions, no protocols), and it opens
+//! regular files only.
 
 use crate::file::FileStorage;
 use crate::lock::Locking;
@@ -30,11 +31,11 @@ pub enum Policy {
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct SourceOptions {
-    /// How to open the file itself; its cache mode holds for the files it names too, and so do its locking and the files that are
-    /// open together with it.
+    /// How to open the file itself; its cache mode holds for the files it names too, and so do its locking
+    /// and the files that are open together with it.
     pub file: OpenFile,
-    /// How to lock the files it names, where not as the file itself. [`Locking::Auto`] shares a data file with other writers
-    /// that keep its length, and no base of a commit with any.
+    /// How to lock the files it names, where not as the file itself. [`Locking::Auto`] shares a data file
+    /// with other writers that keep its length, and no base of a commit with any.
     pub locking_below: Option<Locking>,
     /// The format; `None` looks at the first bytes.
     pub format: Option<ImageFormat>,
@@ -89,8 +90,8 @@ pub fn open_source(path: &Path, options: &SourceOptions) -> Result<ResolvedSourc
     Ok(ResolvedSource { storage, format, name: path.display().to_string(), id, resolver: Arc::new(resolver) })
 }
 
-/// Opens the file and finds out its format. Where the lock depends on a format that is not known yet, it looks first
-/// and locks second.
+/// Opens the file and finds out its format. Where the lock depends on a format that is not known yet, it
+/// looks first and locks second.
 fn open_known(path: &Path, options: &SourceOptions) -> Result<(FileStorage, ImageFormat), SourceError> {
     let mut how = options.file.clone();
     let is_auto = how.locking == Locking::Auto;
@@ -179,8 +180,8 @@ impl FileResolver {
         Self { image: image.into(), policy, file }
     }
 
-    /// Where `reference` leads: relative names start at the image's directory. `Err` says why it leads nowhere. Opens
-    /// nothing, and asks no policy.
+    /// Where `reference` leads: relative names start at the image's directory. `Err` says why it leads
+    /// nowhere. Opens nothing, and asks no policy.
     pub fn locate(&self, reference: Reference<'_>) -> Result<PathBuf, ResolveError> {
         let name = match reference {
             Reference::Backing { name, .. } => local_name(name)?,

@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Each operation is tried until the file system refuses it once; `false` (or `None`) means "do it the slower way".
+/// Each operation is tried until the file system refuses it once; `false` (or `None`) means "do it the slower
+/// way".
 #[derive(Debug, Default)]
 pub(crate) struct Space {
     no_punch: AtomicBool,
@@ -19,8 +20,8 @@ pub(crate) struct Space {
     known: Mutex<Known>,
 }
 
-/// Where data were seen last. Some file systems (that in memory among them) look at every page up to the next hole when asked how
-/// far data reach, so that asking piece by piece would cost the square of the file.
+/// Where data were seen last. Some file systems (that in memory among them) look at every page up to the next
+/// hole when asked how far data reach, so that asking piece by piece would cost the square of the file.
 #[derive(Debug, Default)]
 struct Known {
     data: Range<u64>,
@@ -52,7 +53,8 @@ impl Space {
         self.attempt(&self.no_reserve, || sys::reserve(file, start, end - start))
     }
 
-    /// What the file holds from `offset` on. Of data seen before, holes that another program made in them are not seen.
+    /// What the file holds from `offset` on. Of data seen before, holes that another program made in them are
+    /// not seen.
     pub(crate) fn run_at(&self, file: &File, offset: u64) -> io::Result<Option<Run>> {
         let changes = {
             let known = self.known();

@@ -55,8 +55,8 @@ fn a_direct_file_says_what_it_wants() {
     assert_eq!(create(&dir.path().join("other"), CacheMode::Writeback).limits().alignment, 1);
 }
 
-/// The kernel copies between files that both use the page cache, whatever stands around them; anything else is refused,
-/// and never by writing something else.
+/// The kernel copies between files that both use the page cache, whatever stands around them; anything else
+/// is refused, and never by writing something else.
 #[cfg(target_os = "linux")]
 #[test]
 fn files_copy_from_files() {
@@ -149,8 +149,9 @@ fn a_file_opened_for_reading_refuses_changes() {
     assert_eq!(std::fs::read(&path).unwrap(), [1; 100]);
 }
 
-/// Runs a program that needs the right to change the system, and returns what it says. `None`, a skip, where it is missing
-/// (a failure where tools are required) or where there is no such right, which could not be installed.
+/// Runs a program that needs the right to change the system, and returns what it says. `None`, a skip, where
+/// it is missing (a failure where tools are required) or where there is no such right, which could not be
+/// installed.
 fn run(program: &str, args: &[&str]) -> Option<String> {
     let outcome = Tool::find(program)?.run_in(Path::new("/"), args);
     if outcome.code == Some(0) {

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// One test at a time: a process that another test is just starting holds a copy of every open file for a moment, and
-/// its locks.
+/// One test at a time: a process that another test is just starting holds a copy of every open file for a
+/// moment, and its locks.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {

@@ -162,7 +162,8 @@ fn files_are_writable_where_that_is_asked_for() {
     data.storage.write_at(HostOffset::new(0), b"x").unwrap_err();
 }
 
-/// What commit asks for: a backing file of either format that takes changes, while its own names stay read-only.
+/// What commit asks for: a backing file of either format that takes changes, while its own names stay
+/// read-only.
 #[test]
 fn backing_files_are_writable_where_that_is_asked_for() {
     let world = world();
@@ -171,8 +172,8 @@ fn backing_files_are_writable_where_that_is_asked_for() {
     base.storage.write_at(HostOffset::new(0), b"changed").unwrap();
     base.storage.flush().unwrap();
     assert_eq!(base.format, ImageFormat::Raw);
-    // QEMU's locks: while somebody writes, nobody else may, and nobody may read who wants no writers beside him. Other readers of a
-    // raw disk share it with its writers.
+    // QEMU's locks: while somebody writes, nobody else may, and nobody may read who wants no writers beside
+    // him. Other readers of a raw disk share it with its writers.
     refusal(resolver.resolve(backing("sub/base", Some("raw")), true));
     let top = world.path().join("images/top");
     fs::write(&top, b"top").unwrap();

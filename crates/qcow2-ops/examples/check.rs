@@ -1,4 +1,5 @@
-//! Checks an image on all processors: `cargo run --release -p qcow2-ops --example check -- disk.qcow2 [THREADS]`.
+//! Checks an image on all processors: `cargo run --release -p qcow2-ops --example check -- disk.qcow2
+//! [THREADS]`.
 #![allow(
     clippy::disallowed_methods,
     clippy::disallowed_types,

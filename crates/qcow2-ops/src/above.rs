@@ -5,8 +5,8 @@ use qcow2_core::{
 };
 use std::sync::Arc;
 
-/// Layers, top first, that were opened each on its own. For reading: what none of them has is unallocated, and reading it
-/// is an error. Bytes past the end of a lower layer are zeroes, as they are in the chain.
+/// Layers, top first, that were opened each on its own. For reading: what none of them has is unallocated,
+/// and reading it is an error. Bytes past the end of a lower layer are zeroes, as they are in the chain.
 pub(crate) struct Above {
     layers: Vec<Arc<dyn GuestDisk>>,
 }

@@ -90,12 +90,13 @@ pub enum Amended {
     Again,
 }
 
-/// Brings `image`, which is open for writing with its chain, a step nearer to `options`; the caller repeats it as it says. What
-/// is impossible is refused before anything changes. Disk: see the engine's calls; every step is durable when it returns, and
-/// a power cut leaves the image between two steps. `progress` counts refcount blocks and tables, in no unit that means bytes.
+/// Brings `image`, which is open for writing with its chain, a step nearer to `options`; the caller repeats
+/// it as it says. What is impossible is refused before anything changes. Disk: see the engine's calls; every
+/// step is durable when it returns, and a power cut leaves the image between two steps. `progress` counts
+/// refcount blocks and tables, in no unit that means bytes.
 ///
-/// Errors: `InvalidOption` with a [`Refusal`] or a [`resize::Refusal`](crate::resize::Refusal) below; `Write` with the engine's
-/// error; `Stopped`, the image being before or between two steps, to be closed as ever.
+/// Errors: `InvalidOption` with a [`Refusal`] or a [`resize::Refusal`](crate::resize::Refusal) below; `Write`
+/// with the engine's error; `Stopped`, the image being before or between two steps, to be closed as ever.
 pub fn amend(image: &Image, options: &AmendOptions, progress: &dyn Progress) -> Result<Amended> {
     check(image, options)?;
     step(image, options, progress).map_err(|e| match e.kind() {

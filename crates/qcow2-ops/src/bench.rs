@@ -58,8 +58,9 @@ struct Run<'a> {
     failed: Mutex<Option<Error>>,
 }
 
-/// Sends the requests; as many run at the same time as `executor` has workers. Disk: reads or overwrites guest bytes; what
-/// was written is flushed only where the options say so. Errors: `Read`, `Write` of the first request that failed.
+/// Sends the requests; as many run at the same time as `executor` has workers. Disk: reads or overwrites
+/// guest bytes; what was written is flushed only where the options say so. Errors: `Read`, `Write` of the
+/// first request that failed.
 pub fn bench(
     disk: &dyn GuestDisk,
     options: &BenchOptions,

@@ -6,8 +6,8 @@ use qcow2_core::{ErrorKind as CoreErrorKind, Image};
 /// Something that is done to one bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BitmapAction {
-    /// Makes it, enabled and without marks. `granularity`: bytes a bit stands for, a power of two from 512 to 2^31; `None`:
-    /// the cluster size, but at least 4 and at most 64 KiB.
+    /// Makes it, enabled and without marks. `granularity`: bytes a bit stands for, a power of two from 512 to
+    /// 2^31; `None`: the cluster size, but at least 4 and at most 64 KiB.
     Add {
         /// Bytes a bit stands for.
         granularity: Option<u64>,
@@ -27,11 +27,11 @@ pub enum BitmapAction {
     },
 }
 
-/// Does `action` to the bitmap `name` of `image`. `other`: the image that holds the source of a merge; `None`: `image`
-/// itself. Disk: reads bitmaps; they are stored when the image is closed.
+/// Does `action` to the bitmap `name` of `image`. `other`: the image that holds the source of a merge;
+/// `None`: `image` itself. Disk: reads bitmaps; they are stored when the image is closed.
 ///
-/// Errors: `NotFound`; `InvalidOption` for what cannot be; `Unsupported` where the image cannot have bitmaps; `Metadata`
-/// otherwise, an inconsistent bitmap among it. The engine's error is below and names the bitmap.
+/// Errors: `NotFound`; `InvalidOption` for what cannot be; `Unsupported` where the image cannot have bitmaps;
+/// `Metadata` otherwise, an inconsistent bitmap among it. The engine's error is below and names the bitmap.
 pub fn change_bitmap(image: &Image, name: &str, action: &BitmapAction, other: Option<&Image>) -> Result<()> {
     let name = name.as_bytes();
     let done = match action {
@@ -49,9 +49,10 @@ pub fn change_bitmap(image: &Image, name: &str, action: &BitmapAction, other: Op
     done.map_err(failed)
 }
 
-/// Copies all bitmaps of `from` into `to`, a disk of the same size, with granularity, marks, and whether they record.
-/// Returns the names of inconsistent ones, which are left out with `skip_broken` and else an error before anything is done.
-/// Disk: reads bitmaps; they are stored when `to` is closed. Errors: as [`change_bitmap`].
+/// Copies all bitmaps of `from` into `to`, a disk of the same size, with granularity, marks, and whether they
+/// record. Returns the names of inconsistent ones, which are left out with `skip_broken` and else an error
+/// before anything is done. Disk: reads bitmaps; they are stored when `to` is closed. Errors: as
+/// [`change_bitmap`].
 pub fn copy_bitmaps(from: &Image, to: &Image, skip_broken: bool) -> Result<Vec<String>> {
     let bitmaps = from.bitmaps().map_err(failed)?;
     let (broken, usable): (Vec<_>, Vec<_>) = bitmaps.into_iter().partition(|bitmap| bitmap.in_use);

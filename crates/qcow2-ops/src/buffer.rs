@@ -1,7 +1,7 @@
 //! Large buffers that start on a page.
 //!
-//! What comes from the allocator in this size starts 16 bytes behind a page, and some processors (AMD's third Zen) then
-//! copy between it and the page cache at a third of the speed.
+//! What comes from the allocator in this size starts 16 bytes behind a page, and some processors (AMD's third
+//! Zen) then copy between it and the page cache at a third of the speed.
 
 use std::ops::{Deref, DerefMut};
 
@@ -20,7 +20,8 @@ impl PageBuffer {
     /// Makes it `len` bytes. They have any content.
     pub(crate) fn set_len(&mut self, len: usize) {
         if self.start + len > self.bytes.len() {
-            // A new one rather than a longer one: there is nothing worth copying, and zero pages come for free.
+            // A new one rather than a longer one: there is nothing worth copying, and zero pages come for
+            // free.
             self.bytes = vec![0; len + PAGE];
             self.start = self.bytes.as_ptr().align_offset(PAGE).min(PAGE);
         }

@@ -1,11 +1,13 @@
-//! Checks an image: every reference against the refcounts, every copied flag, every entry's form. Reports only.
+//! Checks an image: every reference against the refcounts, every copied flag, every entry's form. Reports
+//! only.
 //!
-//! The counts, the statistics and the order of the findings are those of `qemu-img check`; the findings are values, so
-//! that a caller can print its words. What is different: an L1 entry or an L2 table that makes no sense is not followed,
-//! and damaged bitmaps are findings (QEMU refuses to open the image).
+//! The counts, the statistics and the order of the findings are those of `qemu-img check`; the findings are
+//! values, so that a caller can print its words. What is different: an L1 entry or an L2 table that makes no
+//! sense is not followed, and damaged bitmaps are findings (QEMU refuses to open the image).
 //!
 //! Memory is bounded by named limits, whatever the tables say: counts for a window of the file at a time
-//! ([`MAX_COUNTERS_SIZE`]), one batch of L1 entries, a piece of a table for each worker, and the findings asked for.
+//! ([`MAX_COUNTERS_SIZE`]), one batch of L1 entries, a piece of a table for each worker, and the findings
+//! asked for.
 
 mod collect;
 mod counters;
@@ -32,8 +34,8 @@ use shared::Shared;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes of memory for counting references. A larger file is checked window by window: 4 TiB at a time with clusters of
-/// 64 KiB and 16-bit refcounts.
+/// Bytes of memory for counting references. A larger file is checked window by window: 4 TiB at a time with
+/// clusters of 64 KiB and 16-bit refcounts.
 pub const MAX_COUNTERS_SIZE: u64 = 128 << 20;
 
 /// The most clusters that a file may have to be checked. Origin: QEMU.
@@ -45,8 +47,8 @@ pub const MAX_CLUSTERS: u64 = i32::MAX as u64;
 pub struct CheckOptions {
     /// How many findings the report lists; all are counted.
     pub max_findings: usize,
-    /// Bytes of memory for counting references, at most [`MAX_COUNTERS_SIZE`]; less means more passes over the tables.
-    /// Never less than what one refcount block counts, which is 128 KiB by default.
+    /// Bytes of memory for counting references, at most [`MAX_COUNTERS_SIZE`]; less means more passes over
+    /// the tables. Never less than what one refcount block counts, which is 128 KiB by default.
     pub counters_size: u64,
 }
 
@@ -72,8 +74,8 @@ pub struct CheckReport {
     pub omitted: u64,
     /// Whether refcount table and blocks cannot be repaired in place.
     pub needs_rebuild: bool,
-    /// Whether references could not be counted, because nobody knows what the snapshots refer to: then leaks and
-    /// refcounts were not looked at, and the numbers below are 0.
+    /// Whether references could not be counted, because nobody knows what the snapshots refer to: then leaks
+    /// and refcounts were not looked at, and the numbers below are 0.
     pub incomplete: bool,
     /// Clusters of the guest disk.
     pub total_clusters: u64,
@@ -91,11 +93,12 @@ pub struct CheckReport {
     pub corrupt: bool,
 }
 
-/// Checks the image in `storage`, which nobody changes meanwhile: what an open image holds in memory must be flushed.
-/// External data and backing files are not looked at. `executor` runs the workers, `progress` counts bytes of tables.
+/// Checks the image in `storage`, which nobody changes meanwhile: what an open image holds in memory must be
+/// flushed. External data and backing files are not looked at. `executor` runs the workers, `progress` counts
+/// bytes of tables.
 ///
-/// Disk: reads all tables, some of them twice; never writes. Errors: `Metadata` where the header is not accepted or the
-/// storage fails, `Unsupported` for files of more than [`MAX_CLUSTERS`] clusters, `Stopped`.
+/// Disk: reads all tables, some of them twice; never writes. Errors: `Metadata` where the header is not
+/// accepted or the storage fails, `Unsupported` for files of more than [`MAX_CLUSTERS`] clusters, `Stopped`.
 ///
 /// Spec: "Cluster mapping", "Host cluster management", "Snapshots", "Bitmaps".
 pub fn check(
@@ -218,7 +221,8 @@ struct Pass<'a> {
     stored: Stored<'a>,
     counters: Counters,
     statistics: &'a Statistics,
-    /// Whether this is the first pass: the only one that looks at the form of entries and at what is outside the file.
+    /// Whether this is the first pass: the only one that looks at the form of entries and at what is outside
+    /// the file.
     first: bool,
     /// Clusters of the file.
     clusters: u64,
@@ -256,8 +260,8 @@ impl Pass<'_> {
         }
     }
 
-    /// Whether this pass is the one to judge what refers to `cluster`: one of the window, or in the first pass one
-    /// outside the file.
+    /// Whether this pass is the one to judge what refers to `cluster`: one of the window, or in the first
+    /// pass one outside the file.
     fn judges(&self, cluster: u64) -> bool {
         self.counters.window().contains(&cluster) || (self.first && cluster > self.clusters)
     }
@@ -267,7 +271,8 @@ impl Pass<'_> {
         self.refer_run(reference, 1, key);
     }
 
-    /// Counts `count` references that follow each other from `reference` on; more than one only of whole clusters.
+    /// Counts `count` references that follow each other from `reference` on; more than one only of whole
+    /// clusters.
     fn refer_run(&self, reference: Reference, count: u64, key: Key) {
         let geometry = self.walk.geometry();
         let Reference { owner, offset, len, times } = reference;
@@ -302,7 +307,8 @@ impl Pass<'_> {
         }
     }
 
-    /// Counts tables that may be the same or overlap: clusters are counted once with how many tables touch them.
+    /// Counts tables that may be the same or overlap: clusters are counted once with how many tables touch
+    /// them.
     fn table_references(&self, owner: Owner, tables: &[TablePlace], phase: Phase) {
         let cluster_size = self.walk.geometry().cluster_size();
         let mut rounded = Vec::with_capacity(tables.len());
@@ -344,8 +350,8 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Judges the refcount table's entries and counts the blocks. Comes last: a block must be the only owner of its
-    /// cluster.
+    /// Judges the refcount table's entries and counts the blocks. Comes last: a block must be the only owner
+    /// of its cluster.
     fn refcount_blocks(&self, tables: &Tables) {
         let geometry = self.walk.geometry();
         let file_end = if self.counters.count(self.clusters) > 0 { self.clusters + 1 } else { self.clusters };

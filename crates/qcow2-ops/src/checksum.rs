@@ -1,7 +1,7 @@
 //! A digest of what a machine sees, the same for every image that holds the same disk.
 //!
-//! CRC-32 (the one of zip and gzip): digests of neighbours can be joined, so all workers take part, and a run of zeroes
-//! costs as many steps as its length has bits.
+//! CRC-32 (the one of zip and gzip): digests of neighbours can be joined, so all workers take part, and a run
+//! of zeroes costs as many steps as its length has bits.
 
 use crate::buffer::PageBuffer;
 use crate::error::{Error, ErrorKind, Result};
@@ -27,9 +27,9 @@ pub struct Checksum {
     pub size: u64,
 }
 
-/// Sums up the whole disk, to the byte. Disk: reads tables and data; runs that are known to be zeroes are not read.
-/// Memory: at most two chunks for each worker, a chunk being 1 MiB or a cluster where that is more. Errors: `Extents`,
-/// `Read`, `Stopped`.
+/// Sums up the whole disk, to the byte. Disk: reads tables and data; runs that are known to be zeroes are not
+/// read. Memory: at most two chunks for each worker, a chunk being 1 MiB or a cluster where that is more.
+/// Errors: `Extents`, `Read`, `Stopped`.
 pub fn checksum(
     disk: &Arc<dyn GuestDisk>,
     executor: &dyn Executor,

@@ -15,20 +15,22 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CommitOptions {
-    /// Whether the top layer, whose bytes the base then has too, is made empty. Only where nothing lies between both.
+    /// Whether the top layer, whose bytes the base then has too, is made empty. Only where nothing lies
+    /// between both.
     pub empty_top: bool,
 }
 
-/// Writes what `above` has into `base`, which gets longer where the top is. `above`: the layers over `base`, top first, each
-/// opened without what lies below it, the first for writing where it is to be made empty. `base`: the whole chain from there
-/// on down, open for writing; it is durable afterwards, and closed by the caller.
+/// Writes what `above` has into `base`, which gets longer where the top is. `above`: the layers over `base`,
+/// top first, each opened without what lies below it, the first for writing where it is to be made empty.
+/// `base`: the whole chain from there on down, open for writing; it is durable afterwards, and closed by the
+/// caller.
 ///
-/// Disk: the data; `base` durable; only then the top is made empty. A crash leaves a chain that reads as before. Zeroes that
-/// `base` has already are not written. Memory: at most four chunks for each worker, a chunk being 1 MiB or a cluster where
-/// that is more.
+/// Disk: the data; `base` durable; only then the top is made empty. A crash leaves a chain that reads as
+/// before. Zeroes that `base` has already are not written. Memory: at most four chunks for each worker, a
+/// chunk being 1 MiB or a cluster where that is more.
 ///
-/// Errors: `Extents`, `Read`, `Write` with the first byte of the failed range; `Stopped`; `Unsupported` for a top that cannot
-/// be made empty. The chain reads as before then too.
+/// Errors: `Extents`, `Read`, `Write` with the first byte of the failed range; `Stopped`; `Unsupported` for a
+/// top that cannot be made empty. The chain reads as before then too.
 pub fn commit(
     above: &[Arc<dyn GuestDisk>],
     base: &Arc<dyn GuestDisk>,

@@ -19,8 +19,8 @@ const CHUNK: u64 = 1 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CompareOptions {
-    /// Sizes must be equal too, and so must what tables and holes say: a zero that is stored differs from one that is
-    /// not allocated.
+    /// Sizes must be equal too, and so must what tables and holes say: a zero that is stored differs from one
+    /// that is not allocated.
     pub strict: bool,
     /// What errors call the disks.
     pub names: [String; 2],
@@ -40,14 +40,14 @@ pub enum Comparison {
     Identical,
     /// The bytes differ.
     Content {
-        /// The first byte of the first 512-byte sector that differs; a sector that the end of an odd raw disk cuts counts
-        /// as two.
+        /// The first byte of the first 512-byte sector that differs; a sector that the end of an odd raw disk
+        /// cuts counts as two.
         offset: u64,
     },
     /// Strict: the sizes differ; nothing else was looked at.
     Size,
-    /// Strict: the bytes before `offset` are the same, but there one is allocated, zero, compressed, or reaches to the
-    /// end in one run, and the other is not.
+    /// Strict: the bytes before `offset` are the same, but there one is allocated, zero, compressed, or
+    /// reaches to the end in one run, and the other is not.
     State {
         /// The first byte whose state differs.
         offset: u64,
@@ -64,12 +64,12 @@ pub struct CompareReport {
     pub sizes_differ: bool,
 }
 
-/// Compares two disks; sizes count as rounded up to a multiple of 512. Without `strict` a shorter disk is as good as one
-/// that ends in zeroes, and it does not matter how zeroes are stored. Ranges that are known to be zeroes on both sides
-/// are not read. The answer does not depend on the number of workers.
+/// Compares two disks; sizes count as rounded up to a multiple of 512. Without `strict` a shorter disk is as
+/// good as one that ends in zeroes, and it does not matter how zeroes are stored. Ranges that are known to be
+/// zeroes on both sides are not read. The answer does not depend on the number of workers.
 ///
-/// Memory: at most four pieces for each worker, a piece being 1 MiB or a cluster where that is more. Errors: `Extents` and `Read`, naming the disk and the place;
-/// `Stopped`.
+/// Memory: at most four pieces for each worker, a piece being 1 MiB or a cluster where that is more. Errors:
+/// `Extents` and `Read`, naming the disk and the place; `Stopped`.
 pub fn compare(
     disks: [&Arc<dyn GuestDisk>; 2],
     options: &CompareOptions,
@@ -206,8 +206,8 @@ impl Comparing<'_> {
             [false, true] => first_nonzero(a),
             [false, false] => first_difference(a, b),
         };
-        // Sectors count from where the run begins, as the reference has it: that is inside a sector only where a raw disk
-        // ends there.
+        // Sectors count from where the run begins, as the reference has it: that is inside a sector only
+        // where a raw disk ends there.
         Ok(first.map(|index| at + index as u64 / SECTOR * SECTOR))
     }
 }

@@ -17,26 +17,27 @@ pub const MAX_SPARSE_SIZE: u64 = 16 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConvertOptions {
-    /// Zeroes between data are left out where they are at least so many bytes: a multiple of 512, at most 16 MiB, 4,096
-    /// by default. 0 writes everything, zeroes too. What is left out is whole clusters of a qcow2 target (subclusters
-    /// where it has them), pages of 4 KiB of a raw one.
+    /// Zeroes between data are left out where they are at least so many bytes: a multiple of 512, at most 16
+    /// MiB, 4,096 by default. 0 writes everything, zeroes too. What is left out is whole clusters of a qcow2
+    /// target (subclusters where it has them), pages of 4 KiB of a raw one.
     pub sparse_size: u64,
-    /// The target has just been made, or is promised to read as zeroes, but for what its backing file shows. Otherwise
-    /// zeroes of the source are made zero in the target.
+    /// The target has just been made, or is promised to read as zeroes, but for what its backing file shows.
+    /// Otherwise zeroes of the source are made zero in the target.
     pub target_is_zero: bool,
-    /// What the top layer of the (single) source says nothing about is not written, so that the target's backing file
-    /// shows there.
+    /// What the top layer of the (single) source says nothing about is not written, so that the target's
+    /// backing file shows there.
     pub keep_backing: bool,
     /// Clusters are stored compressed where that makes them smaller.
     pub compress: bool,
-    /// Clusters may land in the target in any order, which is faster with many workers. Without it the target's bytes
-    /// are the same whatever the number of workers, unless it is an encrypted image.
+    /// Clusters may land in the target in any order, which is faster with many workers. Without it the
+    /// target's bytes are the same whatever the number of workers, unless it is an encrypted image.
     pub out_of_order: bool,
     /// Sectors that cannot be read become zeroes and are reported.
     pub salvage: bool,
     /// Data go from storage to storage without passing through the program where these can do that
-    /// (`Storage::copy_from`): plain clusters and raw disks, to either. Zeroes are then not looked for in data. Once a
-    /// storage refuses, the rest is copied the usual way. Not together with `compress`, `salvage` or a `sparse_size` of 0.
+    /// (`Storage::copy_from`): plain clusters and raw disks, to either. Zeroes are then not looked for in
+    /// data. Once a storage refuses, the rest is copied the usual way. Not together with `compress`,
+    /// `salvage` or a `sparse_size` of 0.
     pub offload: bool,
 }
 
@@ -54,23 +55,24 @@ impl Default for ConvertOptions {
     }
 }
 
-/// Bytes of the sources together, each rounded up to a multiple of 512: what the target needs. Errors: `InvalidOption`
-/// past 2^64 - 1.
+/// Bytes of the sources together, each rounded up to a multiple of 512: what the target needs. Errors:
+/// `InvalidOption` past 2^64 - 1.
 pub fn converted_size(sources: &[Arc<dyn GuestDisk>]) -> Result<u64> {
     total_size(sources)
 }
 
-/// Writes what the sources hold, one after the other, into `target`, which must be at least as large; what it has past
-/// that is left alone. Nothing is flushed: that is for the caller to decide, who also closes the target, and removes it
-/// after an error if it was new.
+/// Writes what the sources hold, one after the other, into `target`, which must be at least as large; what it
+/// has past that is left alone. Nothing is flushed: that is for the caller to decide, who also closes the
+/// target, and removes it after an error if it was new.
 ///
-/// Disk: source tables are read first, then only data; each range of the target is written at most once (twice where
-/// a storage gives up copying by itself). Memory: at
-/// most four chunks for each worker, a chunk being 1 MiB or a cluster where that is more.
+/// Disk: source tables are read first, then only data; each range of the target is written at most once
+/// (twice where a storage gives up copying by itself). Memory: at most four chunks for each worker, a chunk
+/// being 1 MiB or a cluster where that is more.
 ///
-/// Errors: `InvalidOption` for a target that is too small, a sparse size that is not allowed, a kept backing file with
-/// several sources, copying by the storages together with what excludes it; `Unsupported` for a target that cannot be compressed; `Extents`, `Read`, `Write` with the first
-/// byte of the failed range; `Stopped`.
+/// Errors: `InvalidOption` for a target that is too small, a sparse size that is not allowed, a kept backing
+/// file with several sources, copying by the storages together with what excludes it; `Unsupported` for a
+/// target that cannot be compressed; `Extents`, `Read`, `Write` with the first byte of the failed range;
+/// `Stopped`.
 pub fn convert(
     sources: &[Arc<dyn GuestDisk>],
     target: &dyn GuestDisk,
@@ -106,8 +108,9 @@ pub fn convert(
         target_layers: None,
         compress: if options.compress { Some(compressed(target)?) } else { None },
         offload: options.offload,
-        // One worker writes at a time: more would spin for the lock of the file instead of reading and expanding. An
-        // encrypted image gives them something to do: its bytes depend on their place, and are encrypted on the way there.
+        // One worker writes at a time: more would spin for the lock of the file instead of reading and
+        // expanding. An encrypted image gives them something to do: its bytes depend on their place, and are
+        // encrypted on the way there.
         order: if options.out_of_order || is_encrypted(target) { Order::Any } else { Order::Claimed },
         salvage: options.salvage,
     };
@@ -118,8 +121,8 @@ pub fn convert(
     Ok(report)
 }
 
-/// Makes the file a multiple of 512 bytes: the last stream may end anywhere, and some readers (7-Zip) call a file cut off
-/// that ends inside the sectors its tables name.
+/// Makes the file a multiple of 512 bytes: the last stream may end anywhere, and some readers (7-Zip) call a
+/// file cut off that ends inside the sectors its tables name.
 fn end_on_a_sector(image: &Image) -> Result<()> {
     let storage = image.storage();
     let pad = || {
@@ -302,8 +305,8 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::InvalidOption);
     }
 
-    /// A disk whose sectors `zeroes` are zero and whose others are data, over a backing file of `base` bytes: converted onto
-    /// the same backing file it shows the same.
+    /// A disk whose sectors `zeroes` are zero and whose others are data, over a backing file of `base` bytes:
+    /// converted onto the same backing file it shows the same.
     #[track_caller]
     fn check_zeroes_over_backing(base: u64, size: u64, zeroes: std::ops::Range<u64>) {
         let below = Arc::new(TestDisk::data(vec![7; base as usize]));

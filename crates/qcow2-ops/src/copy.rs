@@ -1,8 +1,9 @@
-//! The loop that convert and its relatives share: claim a chunk, see what is in it, read it, find its zeroes, perhaps
-//! compress it, and write it in guest order.
+//! The loop that convert and its relatives share: claim a chunk, see what is in it, read it, find its zeroes,
+//! perhaps compress it, and write it in guest order.
 //!
-//! Memory: each worker has two slots, and a slot holds one chunk, which is 1 MiB (4 MiB where copying by the storages was tried
-//! and did not work) or a cluster where that is more; where the target is compressed, a second one for streams.
+//! Memory: each worker has two slots, and a slot holds one chunk, which is 1 MiB (4 MiB where copying by the
+//! storages was tried and did not work) or a cluster where that is more; where the target is compressed, a
+//! second one for streams.
 
 use crate::buffer::PageBuffer;
 use crate::error::{Error, ErrorKind, Result};
@@ -17,11 +18,11 @@ use qcow2_core::{ClusterCodec, GuestDisk, GuestOffset, GuestRange, Image, ZeroMo
 use std::ops::{ControlFlow, Range};
 use std::sync::{Mutex, PoisonError};
 
-/// Bytes of a chunk, unless a cluster has more: large enough to make calls cheap, small enough to stay in the cache
-/// between reading, looking for zeroes and writing.
+/// Bytes of a chunk, unless a cluster has more: large enough to make calls cheap, small enough to stay in the
+/// cache between reading, looking for zeroes and writing.
 const CHUNK: u64 = 1 << 20;
-/// Bytes of a chunk that the storages are asked to copy by themselves: it is not read, so a call may as well do more. The few
-/// that are under way when they refuse have this much memory each.
+/// Bytes of a chunk that the storages are asked to copy by themselves: it is not read, so a call may as well
+/// do more. The few that are under way when they refuse have this much memory each.
 const OFFLOADED_CHUNK: u64 = 4 << 20;
 /// The most bytes of zeroes that are written as one piece, so that progress and a stop are heard.
 const MAX_ZEROES: u64 = 1 << 30;
@@ -312,8 +313,8 @@ impl Copying<'_> {
         self.plan.zero_from.is_some_and(|from| at >= from)
     }
 
-    /// Lists what is in the chunk, neighbours joined. For a compressed target runs that show the backing file are whole
-    /// clusters: a cluster that has some bytes of its own is written as a whole.
+    /// Lists what is in the chunk, neighbours joined. For a compressed target runs that show the backing file
+    /// are whole clusters: a cluster that has some bytes of its own is written as a whole.
     fn find_runs(&self, slot: &mut Slot) -> Result<()> {
         slot.runs.clear();
         let mut at = slot.range.start;
@@ -490,7 +491,8 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// Writes zeroes, or several steps of data or streams that follow each other. An error comes with the first byte of what failed.
+    /// Writes zeroes, or several steps of data or streams that follow each other. An error comes with the
+    /// first byte of what failed.
     fn write(
         &self,
         slot: &Slot,

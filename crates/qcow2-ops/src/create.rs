@@ -11,8 +11,8 @@ use qcow2_core::{
 use std::fmt;
 use std::sync::Arc;
 
-/// What a new qcow2 image is to be, as it was asked for: any combination can be written down, and [`plan`] says
-/// which are possible. Start from [`Qcow2Request::new`].
+/// What a new qcow2 image is to be, as it was asked for: any combination can be written down, and [`plan`]
+/// says which are possible. Start from [`Qcow2Request::new`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Qcow2Request {
@@ -184,10 +184,11 @@ pub fn plan_raw(request: &RawRequest) -> Result<(), Refusal> {
     }
 }
 
-/// Makes a qcow2 image. `storage`: empty; `data`: the empty external data file, needed where the request names one.
-/// Disk: all tables, barrier, the header, barrier.
+/// Makes a qcow2 image. `storage`: empty; `data`: the empty external data file, needed where the request
+/// names one. Disk: all tables, barrier, the header, barrier.
 ///
-/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Create` with the engine's error.
+/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Create` with the engine's
+/// error.
 pub fn create(
     storage: &Arc<dyn Storage>,
     data: Option<&Arc<dyn Storage>>,
@@ -205,7 +206,8 @@ pub fn create(
 
 /// Makes a raw image. `storage`: empty. Disk: sets the length, or reserves or writes zeroes, then a barrier.
 ///
-/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Create` with the engine's error.
+/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Create` with the engine's
+/// error.
 pub fn create_raw(storage: &Arc<dyn Storage>, request: &RawRequest) -> Result<()> {
     plan_raw(request).map_err(refused)?;
     let size = request.size.next_multiple_of(512);
@@ -219,11 +221,12 @@ pub fn create_raw(storage: &Arc<dyn Storage>, request: &RawRequest) -> Result<()
     })
 }
 
-/// Makes a LUKS container. `storage`: empty, unless it is a device; `request`: the whole container, header included (a
-/// `size` of 0 leaves the length as it is); `area`: its header. Disk: the length, or reserves or writes zeroes, a barrier,
-/// then the header and a barrier.
+/// Makes a LUKS container. `storage`: empty, unless it is a device; `request`: the whole container, header
+/// included (a `size` of 0 leaves the length as it is); `area`: its header. Disk: the length, or reserves or
+/// writes zeroes, a barrier, then the header and a barrier.
 ///
-/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Create` with the engine's error.
+/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Create` with the engine's
+/// error.
 pub fn create_container(
     storage: &Arc<dyn Storage>,
     request: &RawRequest,

@@ -19,7 +19,8 @@ use std::sync::Arc;
 pub struct DdOptions {
     /// Bytes of a block, at least 1.
     pub block_size: u64,
-    /// The part ends after so many blocks of the disk, those that are left out counted too; `None`: with the disk.
+    /// The part ends after so many blocks of the disk, those that are left out counted too; `None`: with the
+    /// disk.
     pub count: Option<u64>,
     /// So many blocks are left out at the start.
     pub skip: u64,
@@ -31,8 +32,8 @@ impl Default for DdOptions {
     }
 }
 
-/// The bytes of a disk of `size` bytes that `options` name. `None` where the part would begin past the end of the disk or of
-/// what is counted. The disk counts as long as the next multiple of 512.
+/// The bytes of a disk of `size` bytes that `options` name. `None` where the part would begin past the end of
+/// the disk or of what is counted. The disk counts as long as the next multiple of 512.
 pub fn dd_range(size: u64, options: &DdOptions) -> Option<Range<u64>> {
     let size = size.checked_next_multiple_of(SECTOR)?;
     let start = options.skip.saturating_mul(options.block_size);
@@ -40,8 +41,9 @@ pub fn dd_range(size: u64, options: &DdOptions) -> Option<Range<u64>> {
     (start <= end).then_some(start..end)
 }
 
-/// Writes `range` of `source` ([`dd_range`]) to the start of `target`, which is new and at least as long. What is known to be
-/// zeroes is not written. Disk and memory: as [`convert`](crate::convert()). Errors: `Extents`, `Read`, `Write`, `Stopped`.
+/// Writes `range` of `source` ([`dd_range`]) to the start of `target`, which is new and at least as long.
+/// What is known to be zeroes is not written. Disk and memory: as [`convert`](crate::convert()). Errors:
+/// `Extents`, `Read`, `Write`, `Stopped`.
 pub fn dd(
     source: &Arc<dyn GuestDisk>,
     range: Range<u64>,

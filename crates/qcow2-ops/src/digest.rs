@@ -23,9 +23,9 @@ impl fmt::Display for Blake3 {
     }
 }
 
-/// Digests the whole disk, to the byte: equal to the digest of its raw bytes. Disk: reads tables and data; runs that are
-/// known to be zeroes are not read. Reading is done by all workers, digesting in order. Memory: two chunks of 1 MiB for
-/// each worker. Errors: `Extents`, `Read`, `Stopped`.
+/// Digests the whole disk, to the byte: equal to the digest of its raw bytes. Disk: reads tables and data;
+/// runs that are known to be zeroes are not read. Reading is done by all workers, digesting in order. Memory:
+/// two chunks of 1 MiB for each worker. Errors: `Extents`, `Read`, `Stopped`.
 pub fn checksum_blake3(
     disk: &Arc<dyn GuestDisk>,
     executor: &dyn Executor,

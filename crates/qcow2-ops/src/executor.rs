@@ -5,8 +5,9 @@ pub trait Executor: Sync {
     /// How many workers [`run`](Self::run) uses: at least 1. Procedures size their buffers by it.
     fn workers(&self) -> usize;
 
-    /// Calls `job(0)`, `job(1)` ... `job(workers() - 1)`, each once, and returns when all have returned. They may run
-    /// at the same time or one after the other, in any order: jobs share work between them so that either is right.
+    /// Calls `job(0)`, `job(1)` ... `job(workers() - 1)`, each once, and returns when all have returned. They
+    /// may run at the same time or one after the other, in any order: jobs share work between them so that
+    /// either is right.
     fn run(&self, job: &(dyn Fn(usize) + Sync));
 }
 

@@ -1,7 +1,7 @@
 //! What an image says of itself: header, features, snapshots, bitmaps, encryption.
 //!
-//! Reads the one storage it is given, never a file that the image names, and no guest data: safe on images from
-//! anywhere. Spec: "Header", "Header extensions", "Snapshots", "Bitmaps".
+//! Reads the one storage it is given, never a file that the image names, and no guest data: safe on images
+//! from anywhere. Spec: "Header", "Header extensions", "Snapshots", "Bitmaps".
 
 use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::format::bitmap::Bitmap;
@@ -55,7 +55,8 @@ pub struct Qcow2Info {
     pub encryption: Option<Encryption>,
     /// Internal snapshots, in the order of the table.
     pub snapshots: Vec<Snapshot>,
-    /// Persistent bitmaps, in the order of the directory. Bitmaps that another program made stale are left out.
+    /// Persistent bitmaps, in the order of the directory. Bitmaps that another program made stale are left
+    /// out.
     pub bitmaps: Vec<Bitmap>,
 }
 
@@ -86,11 +87,12 @@ pub enum Encryption {
     Luks(Box<LuksHeader>),
 }
 
-/// Learns about the image in `storage`, which is of `format`. Disk: reads header, snapshot table, bitmap directory and
-/// encryption header.
+/// Learns about the image in `storage`, which is of `format`. Disk: reads header, snapshot table, bitmap
+/// directory and encryption header.
 ///
-/// Errors: `Open` for bytes that are no such image, with the engine's error below; `Metadata` for damaged snapshot
-/// tables, bitmap directories or encryption headers; `Unsupported` for a format that is known by name only.
+/// Errors: `Open` for bytes that are no such image, with the engine's error below; `Metadata` for damaged
+/// snapshot tables, bitmap directories or encryption headers; `Unsupported` for a format that is known by
+/// name only.
 pub fn info(storage: &dyn Storage, format: &ImageFormat) -> Result<InfoReport> {
     let failed = |e| opening("asking for the size of the image", qcow2_core::Error::from(e));
     let storage_len = storage.len().map_err(failed)?;

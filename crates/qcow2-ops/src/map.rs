@@ -39,8 +39,8 @@ pub struct MapExtent {
     pub start: u64,
     /// Bytes in the run.
     pub len: u64,
-    /// The layer that the answers are about, 0 for the top. Bytes that no layer has belong to the deepest layer that
-    /// is long enough to have them.
+    /// The layer that the answers are about, 0 for the top. Bytes that no layer has belong to the deepest
+    /// layer that is long enough to have them.
     pub depth: u32,
     /// Whether a layer has the bytes.
     pub present: bool,
@@ -67,9 +67,10 @@ impl MapExtent {
     }
 }
 
-/// Walks over a disk and its chain, calling `visit` with each run in guest order, neighbours joined. Bytes up to the
-/// next multiple of 512 after the end of a raw disk count as zeroes, as QEMU has it. A range without bytes gives one
-/// empty run. `visit` may end the walk. Disk: reads tables, never data; asks files for their holes.
+/// Walks over a disk and its chain, calling `visit` with each run in guest order, neighbours joined. Bytes up
+/// to the next multiple of 512 after the end of a raw disk count as zeroes, as QEMU has it. A range without
+/// bytes gives one empty run. `visit` may end the walk. Disk: reads tables, never data; asks files for their
+/// holes.
 ///
 /// Errors: `Extents`, with the engine's error below.
 pub fn map(
@@ -137,8 +138,8 @@ impl Layers {
         self.layers.get(depth as usize).map(|layer| &layer.disk)
     }
 
-    /// Whether an unallocated run is so only because the layers that could have it are too short: `extent` is what
-    /// [`extent_at`](Self::extent_at) gave.
+    /// Whether an unallocated run is so only because the layers that could have it are too short: `extent` is
+    /// what [`extent_at`](Self::extent_at) gave.
     pub(crate) fn is_past_a_layer(&self, extent: &MapExtent) -> bool {
         !extent.present && (extent.depth as usize) + 1 < self.layers.len()
     }
@@ -280,7 +281,8 @@ mod tests {
         Arc::new(Runs { size, runs: runs.to_vec(), backing })
     }
 
-    /// Runs as `start+len depth flags @host`, flags being the first letters of present, zero, data, compressed.
+    /// Runs as `start+len depth flags @host`, flags being the first letters of present, zero, data,
+    /// compressed.
     fn lines(disk: &Arc<dyn GuestDisk>, options: MapOptions) -> Vec<String> {
         let mut lines = Vec::new();
         let mut visit = |e: &MapExtent| {

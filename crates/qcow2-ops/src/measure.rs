@@ -20,8 +20,8 @@ pub struct MeasureOptions {
     pub extended_l2: bool,
     /// How much is there from the start.
     pub preallocation: Preallocation,
-    /// Whether it stands on a backing file: then every cluster of a measured disk is taken for allocated. A size alone says
-    /// nothing of data.
+    /// Whether it stands on a backing file: then every cluster of a measured disk is taken for allocated. A
+    /// size alone says nothing of data.
     pub has_backing: bool,
     /// Bytes of its encryption header; zero: it has none.
     pub luks_len: u64,
@@ -65,7 +65,8 @@ pub fn measure_raw(what: Measured<'_>) -> Result<Measure> {
     Ok(Measure { required: size, fully_allocated: size })
 }
 
-/// Measures a LUKS container whose header and key slots take `area_len` bytes. Errors: `InvalidOption` past 2^64 - 1.
+/// Measures a LUKS container whose header and key slots take `area_len` bytes. Errors: `InvalidOption` past
+/// 2^64 - 1.
 pub fn measure_container(what: Measured<'_>, area_len: u64) -> Result<Measure> {
     let size = match what {
         Measured::Size(size) => size,
@@ -76,9 +77,10 @@ pub fn measure_container(what: Measured<'_>, area_len: u64) -> Result<Measure> {
     Ok(Measure { required: all, fully_allocated: all })
 }
 
-/// Measures a qcow2 image: all tables that its size can need, and the clusters in which the source has something else than
-/// zeroes as far as tables and holes tell. Disk: reads tables, no data. Errors: `InvalidOption` for an impossible cluster size
-/// or refcount width, or for a size that would need too large an L1 table; `Extents`.
+/// Measures a qcow2 image: all tables that its size can need, and the clusters in which the source has
+/// something else than zeroes as far as tables and holes tell. Disk: reads tables, no data. Errors:
+/// `InvalidOption` for an impossible cluster size or refcount width, or for a size that would need too large
+/// an L1 table; `Extents`.
 pub fn measure_qcow2(what: Measured<'_>, options: &MeasureOptions) -> Result<Measure> {
     let size = size_of(what)?;
     let tables = table_bytes(size, options)?;
@@ -96,8 +98,8 @@ pub fn measure_qcow2(what: Measured<'_>, options: &MeasureOptions) -> Result<Mea
     Ok(Measure { required: tables + used, fully_allocated })
 }
 
-/// Bytes that the persistent bitmaps of a disk of `disk_size` bytes take in an image with such clusters: their tables, their
-/// clusters, and the directory.
+/// Bytes that the persistent bitmaps of a disk of `disk_size` bytes take in an image with such clusters:
+/// their tables, their clusters, and the directory.
 pub fn measure_bitmaps(bitmaps: &[Bitmap], disk_size: u64, cluster_size: u64) -> u64 {
     let clusters = |bytes: u64| bytes.div_ceil(cluster_size);
     let mut directory = 0;

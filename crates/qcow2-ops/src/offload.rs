@@ -1,5 +1,6 @@
-//! Bytes that the system copies by itself: from the place where a layer of the source has them to the place where the
-//! target wants them. They do not pass through the program, and file systems that can share space may do so.
+//! Bytes that the system copies by itself: from the place where a layer of the source has them to the place
+//! where the target wants them. They do not pass through the program, and file systems that can share space
+//! may do so.
 
 use crate::source::Source;
 use qcow2_core::format::CryptMethod;
@@ -46,8 +47,8 @@ impl<'a> Offload<'a> {
         !self.refused.load(Ordering::Relaxed)
     }
 
-    /// Copies `range`, which the layer `depth` of the source has in plain bytes. Errors are the target's engine's; a
-    /// copy that fails is no error, and none is tried after it.
+    /// Copies `range`, which the layer `depth` of the source has in plain bytes. Errors are the target's
+    /// engine's; a copy that fails is no error, and none is tried after it.
     pub(crate) fn copy(&self, source: &Source, range: Range<u64>, depth: u32) -> Result<Moved> {
         let mut at = range.start;
         while at < range.end {

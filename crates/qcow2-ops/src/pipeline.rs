@@ -1,8 +1,8 @@
 //! Work in pieces: claimed in order, prepared on all workers at once, finished in order or as they come.
 //!
-//! Pieces live in slots, of which there are at most [`SLOTS_PER_WORKER`] for each worker: that bounds the memory, and
-//! how far the fastest worker gets ahead of the slowest piece. Nobody waits for a turn: a worker that has prepared a
-//! piece leaves it for whoever finishes the one before, and goes on.
+//! Pieces live in slots, of which there are at most [`SLOTS_PER_WORKER`] for each worker: that bounds the
+//! memory, and how far the fastest worker gets ahead of the slowest piece. Nobody waits for a turn: a worker
+//! that has prepared a piece leaves it for whoever finishes the one before, and goes on.
 
 use crate::error::Result;
 use crate::executor::Executor;
@@ -42,8 +42,8 @@ pub(crate) trait Stages: Sync {
     fn finish(&self, slot: &mut Self::Slot) -> Result<ControlFlow<()>>;
 }
 
-/// Runs all pieces from `cursor` on. With [`Order::Claimed`], the error or `Break` of the earliest piece counts, and
-/// every piece before it has been finished.
+/// Runs all pieces from `cursor` on. With [`Order::Claimed`], the error or `Break` of the earliest piece
+/// counts, and every piece before it has been finished.
 pub(crate) fn run<S: Stages>(
     stages: &S,
     cursor: S::Cursor,

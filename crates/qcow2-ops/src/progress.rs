@@ -2,15 +2,15 @@
 
 /// Told how the work goes, from any worker; asked between pieces of work whether to go on.
 pub trait Progress: Sync {
-    /// The whole work is `bytes`; called before the first [`advance`](Self::advance), and again if it turns out
-    /// otherwise.
+    /// The whole work is `bytes`; called before the first [`advance`](Self::advance), and again if it turns
+    /// out otherwise.
     fn set_total(&self, bytes: u64);
 
     /// `bytes` more are done.
     fn advance(&self, bytes: u64);
 
-    /// Whether the procedure should give up with [`ErrorKind::Stopped`](crate::ErrorKind::Stopped). Once true, it
-    /// stays true.
+    /// Whether the procedure should give up with [`ErrorKind::Stopped`](crate::ErrorKind::Stopped). Once
+    /// true, it stays true.
     fn should_stop(&self) -> bool;
 }
 

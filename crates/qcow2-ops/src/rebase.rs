@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RebaseOptions {
-    /// The first layer that both chains share: its number in the old one and in the new one, 0 being the backing file.
-    /// What neither chain has above it is the same in both and not looked at.
+    /// The first layer that both chains share: its number in the old one and in the new one, 0 being the
+    /// backing file. What neither chain has above it is the same in both and not looked at.
     pub shared: Option<(u32, u32)>,
     /// Clusters are stored compressed where that makes them smaller.
     pub compress: bool,
@@ -32,13 +32,15 @@ pub struct RebaseReport {
     pub zeroed_bytes: u64,
 }
 
-/// Copies into `top` what it has from its backing file and what `new` (`None`: nothing at all) would show otherwise. Then
-/// `new` may become its backing file ([`Image::change_backing`]). `top`: open for writing, with its chain.
+/// Copies into `top` what it has from its backing file and what `new` (`None`: nothing at all) would show
+/// otherwise. Then `new` may become its backing file ([`Image::change_backing`]). `top`: open for writing,
+/// with its chain.
 ///
-/// Disk: bytes of both chains are read unless tables, holes or a shared layer tell that they are equal; everything is durable
-/// in the end. The disk reads the same at every moment. Memory: at most four chunks of both chains for each worker, a chunk
-/// being 1 MiB or a cluster where that is more. Errors: `Extents`, `Read`, `Write` with the first byte of the failed range;
-/// `Unsupported` for a compressed rebase of an image without a codec; `Stopped`.
+/// Disk: bytes of both chains are read unless tables, holes or a shared layer tell that they are equal;
+/// everything is durable in the end. The disk reads the same at every moment. Memory: at most four chunks of
+/// both chains for each worker, a chunk being 1 MiB or a cluster where that is more. Errors: `Extents`,
+/// `Read`, `Write` with the first byte of the failed range; `Unsupported` for a compressed rebase of an image
+/// without a codec; `Stopped`.
 pub fn rebase(
     top: &Image,
     new: Option<&Arc<dyn GuestDisk>>,

@@ -47,11 +47,13 @@ pub fn needs_all(report: &CheckReport) -> bool {
     report.needs_rebuild || report.findings.iter().any(|found| is(&found.finding))
 }
 
-/// Repairs `image`, which was opened for repair and in which a check found `report`. Where tables are damaged nothing may be
-/// concluded from them, and nothing is changed. The marks of damage go once no error is left. Disk: see
-/// [`Image::repair_refcounts`], [`Image::repair_copied_flags`], [`Image::clear_damage_marks`]; all tables are read again.
+/// Repairs `image`, which was opened for repair and in which a check found `report`. Where tables are damaged
+/// nothing may be concluded from them, and nothing is changed. The marks of damage go once no error is left.
+/// Disk: see [`Image::repair_refcounts`], [`Image::repair_copied_flags`], [`Image::clear_damage_marks`]; all
+/// tables are read again.
 ///
-/// Errors: `Unsupported` for leaks where [`needs_all`]; `Write` with the engine's error; as [`check`], which may stop it between two steps.
+/// Errors: `Unsupported` for leaks where [`needs_all`]; `Write` with the engine's error; as [`check`], which
+/// may stop it between two steps.
 pub fn repair(
     image: &Image,
     report: &CheckReport,
@@ -145,7 +147,8 @@ mod tests {
         image.patch_u64(at, entry | 1 << 60);
     }
 
-    /// Repairs an image that is marked dirty and corrupt and that `spoil` has been at: whether the marks stay.
+    /// Repairs an image that is marked dirty and corrupt and that `spoil` has been at: whether the marks
+    /// stay.
     #[track_caller]
     fn check(spoil: &[fn(&mut Built)], mode: RepairMode, marked: bool) {
         let data = |byte| Cluster::Data(vec![byte; CLUSTER as usize]);

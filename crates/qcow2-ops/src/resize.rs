@@ -82,13 +82,14 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Resizes `disk`, which is open for writing. New bytes read as zeroes, whatever a longer backing file or an earlier,
-/// longer disk had there. Disk: of a qcow2 image the tables, then the size, then what is preallocated; the caller closes
-/// it. A crash leaves the old size or the new one; a stop while a disk gets shorter leaves one between.
+/// Resizes `disk`, which is open for writing. New bytes read as zeroes, whatever a longer backing file or an
+/// earlier, longer disk had there. Disk: of a qcow2 image the tables, then the size, then what is
+/// preallocated; the caller closes it. A crash leaves the old size or the new one; a stop while a disk gets
+/// shorter leaves one between.
 ///
-/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Write` with the engine's error; `Preallocate` with
-/// it, or `Stopped`, a disk that was to be longer having its old size and its new space given back, unless that cannot be written
-/// either.
+/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Write` with the engine's
+/// error; `Preallocate` with it, or `Stopped`, a disk that was to be longer having its old size and its new
+/// space given back, unless that cannot be written either.
 pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions, progress: &dyn Progress) -> Result<()> {
     let old = disk.size();
     let size = plan(disk, options)

@@ -36,14 +36,15 @@ impl SnapshotName {
     }
 }
 
-/// Takes a snapshot. Disk: as [`Image::create_snapshot`]. Errors: `Unsupported` where the image cannot have snapshots,
-/// `Metadata` otherwise; the engine's error is below.
+/// Takes a snapshot. Disk: as [`Image::create_snapshot`]. Errors: `Unsupported` where the image cannot have
+/// snapshots, `Metadata` otherwise; the engine's error is below.
 pub fn create(image: &Image, new: &NewSnapshot) -> Result<Snapshot> {
     image.create_snapshot(new).map_err(|error| failed("taking the snapshot", error))
 }
 
-/// Makes the disk what it was when the snapshot was taken. Disk: as [`Image::apply_snapshot`]. Errors: `NotFound`;
-/// `Unsupported` where the image cannot go back; `Metadata` otherwise; the engine's error is below.
+/// Makes the disk what it was when the snapshot was taken. Disk: as [`Image::apply_snapshot`]. Errors:
+/// `NotFound`; `Unsupported` where the image cannot go back; `Metadata` otherwise; the engine's error is
+/// below.
 pub fn apply(image: &Image, name: &SnapshotName) -> Result<()> {
     let snapshot = find(image, name)?;
     image.apply_snapshot(&snapshot).map_err(|error| failed("applying the snapshot", error))

@@ -122,7 +122,8 @@ impl Source {
         Ok(self.stored_at(at, len, below)?.0)
     }
 
-    /// The same, and the depth of the layer that has the bytes as they are in a place of their own, where one does.
+    /// The same, and the depth of the layer that has the bytes as they are in a place of their own, where one
+    /// does.
     pub(crate) fn stored_at(&self, at: u64, len: u64, below: Below) -> Result<(Run, Option<u32>)> {
         let extent = self.extent_at(at, len)?;
         let content = match extent {
@@ -135,7 +136,8 @@ impl Source {
         Ok((Run { start: at, len: extent.len, content }, stored))
     }
 
-    /// The layer `depth` of the disk at `at`, the byte of it that is meant, and how many bytes the disk has from there.
+    /// The layer `depth` of the disk at `at`, the byte of it that is meant, and how many bytes the disk has
+    /// from there.
     pub(crate) fn layer_at(&self, at: u64, depth: u32) -> Option<(&Arc<dyn GuestDisk>, u64, u64)> {
         let part = self.part_at(at);
         let inside = at - part.start;

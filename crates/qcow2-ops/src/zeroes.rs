@@ -5,14 +5,15 @@
 pub(crate) struct ZeroGrid {
     /// Zeroes are looked for in units of so many bytes, aligned on the disk; a power of two.
     pub(crate) unit: u64,
-    /// Zeroes between data that make a run shorter than this count as data: a small gap costs more than it saves.
+    /// Zeroes between data that make a run shorter than this count as data: a small gap costs more than it
+    /// saves.
     pub(crate) shortest_run: u64,
 }
 
 impl ZeroGrid {
-    /// Cuts `bytes`, which are at `start` on the disk, into runs of data and of zeroes, and calls `emit` with each one's
-    /// start, length and whether it is zero, in order, without gaps. Runs at either end count whatever their length,
-    /// because they may go on outside.
+    /// Cuts `bytes`, which are at `start` on the disk, into runs of data and of zeroes, and calls `emit` with
+    /// each one's start, length and whether it is zero, in order, without gaps. Runs at either end count
+    /// whatever their length, because they may go on outside.
     pub(crate) fn split(&self, start: u64, bytes: &[u8], emit: &mut dyn FnMut(u64, u64, bool)) {
         let end = start + bytes.len() as u64;
         let (mut data_start, mut zero_start) = (None, None);

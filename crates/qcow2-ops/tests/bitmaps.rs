@@ -80,7 +80,8 @@ fn a_copied_bitmap_keeps_granularity_marks_and_whether_it_records() {
     assert_eq!(bitmaps(&to), before);
 }
 
-/// Into an image that is there already and has a bitmap, read and written or copied by the storages themselves.
+/// Into an image that is there already and has a bitmap, read and written or copied by the storages
+/// themselves.
 #[test]
 fn what_is_converted_into_an_image_with_a_bitmap_is_marked() {
     for offload in [false, true] {

@@ -68,8 +68,8 @@ impl Shape {
         1 << self.cluster_bits
     }
 
-    /// The nearest shape that the format allows: version 2 knows no options, extended L2 needs clusters of 16 KiB, a
-    /// raw data file excludes a backing file and encryption.
+    /// The nearest shape that the format allows: version 2 knows no options, extended L2 needs clusters of 16
+    /// KiB, a raw data file excludes a backing file and encryption.
     pub fn legalized(mut self) -> Self {
         if !self.version3 {
             let Self { size, cluster_bits, backing, encryption, .. } = self;
@@ -88,8 +88,8 @@ impl Shape {
         self
     }
 
-    /// A legal shape; disks are small enough for a byte-array model (up to about 4 MiB) and, with small clusters,
-    /// long enough for several L2 tables.
+    /// A legal shape; disks are small enough for a byte-array model (up to about 4 MiB) and, with small
+    /// clusters, long enough for several L2 tables.
     pub fn random(rng: &mut Rng) -> Self {
         let cluster_bits = rng.pick(CLUSTER_BITS);
         let size = random_size(rng, cluster_bits);
@@ -240,8 +240,8 @@ impl Operation {
     }
 }
 
-/// Writes `buf` at `offset`: in one call, or (one `draw` of three) as 2 to 8 parts that end on sectors, some from the last to
-/// the first.
+/// Writes `buf` at `offset`: in one call, or (one `draw` of three) as 2 to 8 parts that end on sectors, some
+/// from the last to the first.
 pub fn write_whole_or_in_parts(
     disk: &dyn GuestDisk,
     offset: GuestOffset,

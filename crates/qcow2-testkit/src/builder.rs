@@ -1,8 +1,9 @@
 //! Small images by hand: valid ones with exactly the clusters asked for, and then patched ones.
 //!
-//! The layout is simple and the arithmetic is done here once more, without the engine's help: header, refcount table,
-//! refcount blocks, L1 table, L2 tables, one host cluster for each stored guest cluster, then all compressed streams.
-//! Nothing is checked beyond what writing needs, so that wrong images can be made too.
+//! The layout is simple and the arithmetic is done here once more, without the engine's help: header,
+//! refcount table, refcount blocks, L1 table, L2 tables, one host cluster for each stored guest cluster, then
+//! all compressed streams. Nothing is checked beyond what writing needs, so that wrong images can be made
+//! too.
 
 use crate::pages::PageBytes;
 use crate::storage::PageStorage;

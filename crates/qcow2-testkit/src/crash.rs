@@ -1,11 +1,12 @@
 //! A storage that knows what a power cut would leave: what is durable, and every change since.
 //!
-//! The medium is assumed to write one 512-byte sector whole and nothing more. Until a flush returns, every sector
-//! that was changed may hold any version it had since the last flush, or the durable one, independently of all
-//! others; the length may be any length since the last flush. Images are drawn from a [`Cut`].
+//! The medium is assumed to write one 512-byte sector whole and nothing more. Until a flush returns, every
+//! sector that was changed may hold any version it had since the last flush, or the durable one,
+//! independently of all others; the length may be any length since the last flush. Images are drawn from a
+//! [`Cut`].
 //!
-//! Several storages (an image and its data file) belong to one [`CrashWorld`]: each has its own flushes, but power
-//! goes at the same moment for all.
+//! Several storages (an image and its data file) belong to one [`CrashWorld`]: each has its own flushes, but
+//! power goes at the same moment for all.
 
 use crate::cut::Cut;
 use crate::pages::{MAX_LEN, PageBytes};
@@ -28,7 +29,8 @@ pub enum Event {
     AfterFlush,
 }
 
-/// Called at every [`Event`] of any storage of a world, while the world stands still: it must not call the world.
+/// Called at every [`Event`] of any storage of a world, while the world stands still: it must not call the
+/// world.
 pub type Hook = Arc<dyn Fn(Event, &Cut<'_>) + Send + Sync>;
 
 /// A content that a sector had since the last flush.
@@ -515,8 +517,8 @@ mod tests {
         assert_eq!(*seen.lock().unwrap(), expected);
     }
 
-    /// The simulation must be able to fail: a pointer written without a barrier after its target is caught, one
-    /// written behind a barrier is not.
+    /// The simulation must be able to fail: a pointer written without a barrier after its target is caught,
+    /// one written behind a barrier is not.
     #[test]
     fn a_missing_barrier_is_found() {
         for barrier in [true, false] {

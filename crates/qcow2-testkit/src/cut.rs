@@ -40,7 +40,8 @@ impl<'a> Cut<'a> {
         self.state.disks.iter().map(|disk| disk.unflushed.len()).sum()
     }
 
-    /// How many images the cut could leave (some of them may be equal); `u64::MAX` stands for that many or more.
+    /// How many images the cut could leave (some of them may be equal); `u64::MAX` stands for that many or
+    /// more.
     pub fn combinations(&self) -> u64 {
         let radices = self.state.disks.iter().flat_map(radices);
         radices.fold(1u64, |product, radix| product.saturating_mul(radix))
@@ -71,8 +72,8 @@ impl<'a> Cut<'a> {
         CrashImage { disks: self.state.disks.iter().map(build).collect() }
     }
 
-    /// One image at random. The ways of drawing are mixed, because a coin for every sector alone would hardly ever
-    /// leave out just one write of many, or let just one through.
+    /// One image at random. The ways of drawing are mixed, because a coin for every sector alone would hardly
+    /// ever leave out just one write of many, or let just one through.
     pub fn sample(&self, rng: &mut Rng) -> CrashImage {
         let oldest = self.state.disks.iter().filter_map(oldest_change).min().unwrap_or(0);
         let mut lot = Lot::draw(rng, oldest, self.state.change);
@@ -97,7 +98,8 @@ fn oldest_change(disk: &DiskState) -> Option<u64> {
     sectors.chain(lengths).min()
 }
 
-/// The storage with `length` and, for each sector, what `pick` says: 0 for the durable content, else version - 1.
+/// The storage with `length` and, for each sector, what `pick` says: 0 for the durable content, else version
+/// - 1.
 fn build(disk: &DiskState, length: Length, len: u64, mut pick: impl FnMut(&[Version]) -> usize) -> PageBytes {
     let mut bytes = disk.durable.clone();
     let cuts: Vec<&Length> = disk.lengths.iter().filter(|l| l.cut && l.change <= length.change).collect();

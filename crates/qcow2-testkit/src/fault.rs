@@ -44,12 +44,14 @@ pub enum Fault {
     },
     /// Everything happens, and then the error is `Io` all the same.
     LateIo,
-    /// The first `bytes` of a write land, and the call says that all did. Other calls do nothing and say they did.
+    /// The first `bytes` of a write land, and the call says that all did. Other calls do nothing and say they
+    /// did.
     Torn {
         /// How many bytes land, at most.
         bytes: u64,
     },
-    /// A write lands `by` bytes further on, and the call says that all is well. Other calls are made as asked.
+    /// A write lands `by` bytes further on, and the call says that all is well. Other calls are made as
+    /// asked.
     Misdirected {
         /// How far beside its place the write lands.
         by: u64,

@@ -1,5 +1,5 @@
-//! Bodies of the fuzz targets: any bytes in, a panic where something is wrong. `fuzz/` runs them with new bytes, the
-//! plain tests with the committed seeds.
+//! Bodies of the fuzz targets: any bytes in, a panic where something is wrong. `fuzz/` runs them with new
+//! bytes, the plain tests with the committed seeds.
 
 use qcow2_format::bitmap::{Bitmap, BitmapTableEntry};
 use qcow2_format::bytes;
@@ -27,8 +27,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "parse_tables", seeds: "parse_tables", body: parse_tables },
 ];
 
-/// The start of an image as a header: judged, never a panic; what is accepted can be written again, and reads as the
-/// same then.
+/// The start of an image as a header: judged, never a panic; what is accepted can be written again, and reads
+/// as the same then.
 pub fn parse_header(data: &[u8]) {
     if let Ok(wanted) = Header::probe_len(data) {
         assert!((512..=2 << 20).contains(&wanted) && wanted.is_power_of_two(), "wants {wanted} bytes");

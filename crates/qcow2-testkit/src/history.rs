@@ -1,8 +1,8 @@
 //! What a sector may hold while many threads change it: every change with the time it began and ended.
 //!
-//! A read may return the content of any change that began before the read ended, unless another change lies wholly
-//! between: begun after the first one ended, and ended before the read began. A content names the change that wrote
-//! it, so that a byte which belongs somewhere else is always found out.
+//! A read may return the content of any change that began before the read ended, unless another change lies
+//! wholly between: begun after the first one ended, and ended before the read began. A content names the
+//! change that wrote it, so that a byte which belongs somewhere else is always found out.
 
 use crate::crash::SECTOR;
 use std::ops::Range;
@@ -12,8 +12,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// The content of zeroes.
 pub const ZEROES: u64 = 0;
 
-/// Fills whole sectors, the first one having number `first`, with content `id`. Any `id` but [`ZEROES`] is told
-/// apart from any other, and any sector from any other.
+/// Fills whole sectors, the first one having number `first`, with content `id`. Any `id` but [`ZEROES`] is
+/// told apart from any other, and any sector from any other.
 pub fn fill(id: u64, first: u64, bytes: &mut [u8]) {
     if id == ZEROES {
         return bytes.fill(0);
@@ -119,8 +119,8 @@ impl History {
         }
     }
 
-    /// Whether a read that began at moment `begun` and ends now may have seen these sectors, the first one having
-    /// number `first`.
+    /// Whether a read that began at moment `begun` and ends now may have seen these sectors, the first one
+    /// having number `first`.
     pub fn check(&self, first: u64, seen: &[u8], begun: u64) -> Result<(), String> {
         for (sector, bytes) in (first..).zip(seen.chunks(SECTOR as usize)) {
             let id = identify(sector, bytes);

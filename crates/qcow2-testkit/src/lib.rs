@@ -1,5 +1,5 @@
-//! A world for the tests of the qcow2 crates: disks to compare with, images made by hand, storages that lose power or
-//! fail, and judges of what is left.
+//! A world for the tests of the qcow2 crates: disks to compare with, images made by hand, storages that lose
+//! power or fail, and judges of what is left.
 #![forbid(unsafe_code)]
 
 pub mod arbitrary;

@@ -10,7 +10,8 @@ use std::fmt::Write;
 pub enum DiscardRule {
     /// Nothing changes (version 2 with a backing file).
     Ignored,
-    /// Whole units of so many bytes read as zeroes; the unit that the disk's end cuts counts as whole. Raw disks: 1.
+    /// Whole units of so many bytes read as zeroes; the unit that the disk's end cuts counts as whole. Raw
+    /// disks: 1.
     Zeroes {
         /// Bytes in a unit.
         unit: u64,
@@ -61,8 +62,8 @@ impl Model {
         self.bytes.resize(size as usize, 0);
     }
 
-    /// Compares bytes read at `offset` with the array. The error names the first wrong byte and the operations that
-    /// touched it, newest last.
+    /// Compares bytes read at `offset` with the array. The error names the first wrong byte and the
+    /// operations that touched it, newest last.
     pub fn check(&self, offset: GuestOffset, seen: &[u8]) -> Result<(), String> {
         let start = offset.value() as usize;
         let expected = self.bytes.get(start..start + seen.len()).ok_or("read past the end of the model")?;

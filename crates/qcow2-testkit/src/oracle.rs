@@ -1,5 +1,5 @@
-//! Programs of others to compare with: QEMU's tools, e2fsprogs, 7-Zip. A missing one is a printed skip, or a failure
-//! where [`REQUIRE`] says so.
+//! Programs of others to compare with: QEMU's tools, e2fsprogs, 7-Zip. A missing one is a printed skip, or a
+//! failure where [`REQUIRE`] says so.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 /// The environment variable that turns a missing program into a failure, when set to anything but `0`.
 pub const REQUIRE: &str = "QCOW2_REQUIRE_TOOLS";
 
-/// How long a program may run before it is stopped and the test fails; QEMU's tools spin for ever on some images.
+/// How long a program may run before it is stopped and the test fails; QEMU's tools spin for ever on some
+/// images.
 pub const TIME_LIMIT: Duration = Duration::from_secs(120);
 
 /// A program that was found on this machine.
@@ -22,8 +23,8 @@ pub struct Tool {
 }
 
 impl Tool {
-    /// Looks `name` up on the search path. Where it is missing, prints `skipped: NAME not found` and returns `None`;
-    /// the caller's test then returns. Panics instead where [`REQUIRE`] is set.
+    /// Looks `name` up on the search path. Where it is missing, prints `skipped: NAME not found` and returns
+    /// `None`; the caller's test then returns. Panics instead where [`REQUIRE`] is set.
     pub fn find(name: &str) -> Option<Self> {
         let found = search(name).map(|program| Self { program });
         if found.is_none() {
@@ -51,8 +52,8 @@ impl Tool {
         &self.program
     }
 
-    /// Runs the program in `folder` with `args` and waits for its end. Panics where it cannot be started or runs
-    /// longer than [`TIME_LIMIT`].
+    /// Runs the program in `folder` with `args` and waits for its end. Panics where it cannot be started or
+    /// runs longer than [`TIME_LIMIT`].
     pub fn run_in<A: AsRef<OsStr>>(&self, folder: &Path, args: &[A]) -> Outcome {
         let mut command = Command::new(&self.program);
         command.args(args).current_dir(folder).stdin(Stdio::null());

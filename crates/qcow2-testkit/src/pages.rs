@@ -1,6 +1,7 @@
 //! Bytes that are cheap to clone: sparse 4 KiB pages, shared until one side writes.
 //!
-//! A crash image differs from its neighbours in a few sectors only, so cloning costs one reference count per page.
+//! A crash image differs from its neighbours in a few sectors only, so cloning costs one reference count per
+//! page.
 
 use std::sync::Arc;
 

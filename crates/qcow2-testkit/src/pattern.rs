@@ -3,9 +3,9 @@
 /// The content of seed 0: zeroes, which tools may store in a special way.
 pub const ZEROES: u64 = 0;
 
-/// Fills `buf`, the bytes from `offset` on. Seed 0 gives zeroes; a seed divisible by 4 gives content that compresses
-/// well; any other gives content that does not compress. The same offset and seed give the same byte, however the
-/// range is cut.
+/// Fills `buf`, the bytes from `offset` on. Seed 0 gives zeroes; a seed divisible by 4 gives content that
+/// compresses well; any other gives content that does not compress. The same offset and seed give the same
+/// byte, however the range is cut.
 pub fn fill(seed: u64, offset: u64, buf: &mut [u8]) {
     if seed == ZEROES {
         return buf.fill(0);
@@ -28,7 +28,8 @@ pub fn bytes(seed: u64, offset: u64, len: usize) -> Vec<u8> {
     buf
 }
 
-/// What a buffer holds before something is read into it: a byte that a read leaves out is then no zero by chance.
+/// What a buffer holds before something is read into it: a byte that a read leaves out is then no zero by
+/// chance.
 pub const UNREAD: u8 = 0xa5;
 
 /// A buffer of `len` bytes to read into, full of [`UNREAD`].

@@ -1,4 +1,5 @@
-//! A cipher for tests: no secret to anybody, but whoever forgets it, or takes a wrong sector number, reads noise.
+//! A cipher for tests: no secret to anybody, but whoever forgets it, or takes a wrong sector number, reads
+//! noise.
 
 use qcow2_core::{ClusterCipher, EncryptedLayer, Keyring, SectorNumbering, UnlockError};
 use std::sync::Arc;

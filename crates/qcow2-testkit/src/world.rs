@@ -161,8 +161,8 @@ impl World {
         }
     }
 
-    /// Writes guest cluster `index` compressed; nothing happens where the image does not take it (allocated already, or
-    /// an external data file).
+    /// Writes guest cluster `index` compressed; nothing happens where the image does not take it (allocated
+    /// already, or an external data file).
     pub fn compress(&mut self, index: u64, seed: u64) -> Result<(), String> {
         let start = index * self.shape.cluster_size();
         let len = self.shape.size.saturating_sub(start).min(self.shape.cluster_size());
@@ -180,8 +180,8 @@ impl World {
         Ok(())
     }
 
-    /// Closes the image and looks at what is left: the content again, no leak and nothing wrong in the file, a raw data
-    /// file equal to the disk.
+    /// Closes the image and looks at what is left: the content again, no leak and nothing wrong in the file,
+    /// a raw data file equal to the disk.
     pub fn finish(self) -> Result<(Shelf, Model), String> {
         self.model.check_disk(&*self.image)?;
         self.close()?;

@@ -105,8 +105,8 @@ impl Bench {
         self.compare(name, base, damage, true);
     }
 
-    /// The same where QEMU's further lines are accidents that we do not repeat: only the exit code is compared, and
-    /// that our first line is QEMU's.
+    /// The same where QEMU's further lines are accidents that we do not repeat: only the exit code is
+    /// compared, and that our first line is QEMU's.
     fn case_by_class(&self, name: &str, base: Base<'_>, damage: impl FnOnce(&mut Image)) {
         self.compare(name, base, damage, false);
     }

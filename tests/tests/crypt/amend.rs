@@ -158,7 +158,8 @@ fn slots_beside_other_changes() {
     lines(&both, &container("s", "a.luks"), "", &["-o size=2M", "-o encrypt.state=active"]);
 }
 
-/// Passwords that ours added and replaced, for cryptsetup: with the first sectors of a container and with the volume inside an image.
+/// Passwords that ours added and replaced, for cryptsetup: with the first sectors of a container and with the
+/// volume inside an image.
 #[test]
 fn cryptsetup_opens_our_slots() {
     let Some(cryptsetup) = Tool::find_any(&["cryptsetup", "/usr/sbin/cryptsetup"]) else { return };

@@ -79,7 +79,8 @@ impl Both {
         ours
     }
 
-    /// The image called `name` (as options, without its file), `file` in both folders: the same disk for qemu-img.
+    /// The image called `name` (as options, without its file), `file` in both folders: the same disk for
+    /// qemu-img.
     #[track_caller]
     pub(crate) fn same(&self, name: &str, file: &str) {
         let [theirs, ours] = ["theirs", "ours"]

@@ -172,8 +172,8 @@ impl Layout {
         Some((self.table.0 + rng.below(used + 1) * 8, place.to_be_bytes().to_vec()))
     }
 
-    /// The host clusters that may have one owner too many after the entry at `at` was made to lead to `target`, or its
-    /// refcount was changed. Tables among them are guarded; data are not.
+    /// The host clusters that may have one owner too many after the entry at `at` was made to lead to
+    /// `target`, or its refcount was changed. Tables among them are guarded; data are not.
     pub(crate) fn doubt(&self, kind: Kind, at: u64, target: u64) -> BTreeSet<u64> {
         let mut doubt: BTreeSet<u64> = (target..target + 4).collect();
         let block = |index: u64| index * self.counts_per_block()..(index + 1) * self.counts_per_block();

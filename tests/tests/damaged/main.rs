@@ -1,9 +1,10 @@
 //! Tables of a damaged image, and then work on it: what was whole stays whole.
 //!
-//! A seed makes an image with snapshots, damages entries of its L1, L2, refcount and snapshot tables in ways that a
-//! parser cannot object to, and works on it in one process. Every guest cluster whose mapping was not touched must read
-//! back as the model says, from the disk and from every whole snapshot, and no whole table may lose its refcount. Since
-//! data is of bytes that are no valid entry, a table that was overwritten or freed is seen as such.
+//! A seed makes an image with snapshots, damages entries of its L1, L2, refcount and snapshot tables in ways
+//! that a parser cannot object to, and works on it in one process. Every guest cluster whose mapping was not
+//! touched must read back as the model says, from the disk and from every whole snapshot, and no whole table
+//! may lose its refcount. Since data is of bytes that are no valid entry, a table that was overwritten or
+//! freed is seen as such.
 
 #![allow(clippy::unwrap_used, clippy::field_reassign_with_default)]
 
@@ -263,11 +264,11 @@ impl World {
                 let flags = self.rng.pick(&[0, 1 << 63, 1 << 63, 1 << 62]);
                 // A compressed stream of a few sectors, in a cluster or across its end.
                 let sectors = if flags == 1 << 62 { self.rng.below(3) << layout.sector_shift() } else { 0 };
-                layout.change_l2(&mut self.rng, flags | sectors | target * self.cluster)
+                layout.change_l2(&mut self.rng, flags | sectors | (target * self.cluster))
             }
             Kind::L1 => {
                 let flags = self.rng.pick(&[0, 1 << 63]);
-                layout.change_l1(&mut self.rng, flags | target * self.cluster)
+                layout.change_l1(&mut self.rng, flags | (target * self.cluster))
             }
             Kind::Snapshot => layout.change_snapshot(&mut self.rng, target * self.cluster),
             Kind::Table => layout.change_table(&mut self.rng, target * self.cluster),

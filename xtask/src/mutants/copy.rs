@@ -20,13 +20,15 @@ pub(super) struct Back {
 
 impl Drop for Back {
     fn drop(&mut self) {
-        // A later time than that of the fault: what was built with it is out of date. A next run copies what is left wrong.
+        // A later time than that of the fault: what was built with it is out of date. A next run copies what
+        // is left wrong.
         let _ = fs::write(&self.path, &self.text);
     }
 }
 
 impl Copy {
-    /// Brings the copy up to date: files that differ are copied, others stay as they are, so that little is built anew.
+    /// Brings the copy up to date: files that differ are copied, others stay as they are, so that little is
+    /// built anew.
     pub(super) fn new(root: &Path) -> Result<Self, String> {
         let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
         let copy = Self { folder: target.join("mutants") };

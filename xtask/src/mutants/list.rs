@@ -9,8 +9,9 @@
 //! test: -p qcow2-core --test flush
 //! ```
 //!
-//! Several `-` lines are lines that follow each other, and there may be no `+` at all. Indentation does not count; what `-` names
-//! must be in the file once. `test:` are arguments of `cargo test`, and there may be several.
+//! Several `-` lines are lines that follow each other, and there may be no `+` at all. Indentation does not
+//! count; what `-` names must be in the file once. `test:` are arguments of `cargo test`, and there may be
+//! several.
 
 use std::fs;
 use std::path::Path;

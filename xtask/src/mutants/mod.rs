@@ -1,8 +1,9 @@
-//! Which faults the tests see: a list of faults of one line each, put into a copy of the tree one after the other.
+//! Which faults the tests see: a list of faults of one line each, put into a copy of the tree one after the
+//! other.
 //!
-//! The lists are the `.txt` files beside this one; [`list`] has their format. The copy and its build output are in
-//! `target/mutants`, so that nothing here touches the tree that somebody works on, and a run that was stopped leaves nothing
-//! behind that the next one does not put right.
+//! The lists are the `.txt` files beside this one; [`list`] has their format. The copy and its build output
+//! are in `target/mutants`, so that nothing here touches the tree that somebody works on, and a run that was
+//! stopped leaves nothing behind that the next one does not put right.
 
 mod copy;
 mod list;
@@ -109,8 +110,8 @@ fn try_fault(copy: &Copy, fault: &Fault) -> Result<Outcome, String> {
     Ok(Outcome::Missed)
 }
 
-/// Builds and runs the tests that `test`, arguments of `cargo test`, names: `None` where they pass, else how they fail. An
-/// error where they cannot be built.
+/// Builds and runs the tests that `test`, arguments of `cargo test`, names: `None` where they pass, else how
+/// they fail. An error where they cannot be built.
 fn test_run(copy: &Copy, name: &str, test: &str) -> Result<Option<String>, String> {
     let args: Vec<&str> = test.split_whitespace().collect();
     let log = copy.log(name)?;
@@ -139,7 +140,8 @@ fn command(copy: &Copy, args: &[&str], log: &Path) -> Result<Command, String> {
     Ok(command)
 }
 
-/// Waits for the end of `command`; `None` where it was stopped after [`PATIENCE`], with all that it has started.
+/// Waits for the end of `command`; `None` where it was stopped after [`PATIENCE`], with all that it has
+/// started.
 fn in_time(mut command: Command) -> Result<Option<ExitStatus>, String> {
     #[cfg(unix)]
     std::os::unix::process::CommandExt::process_group(&mut command, 0);

@@ -9,7 +9,7 @@ use crate::finding::Finding;
 use crate::source::Source;
 use crate::tree::File;
 
-pub(crate) use exempt::{Exemption, apply as exempt};
+use exempt::apply as exempt;
 
 /// Checks every file; findings that the exemption list covers are left out, stale exemptions are findings.
 pub(crate) fn check(files: &[File]) -> Vec<Finding> {

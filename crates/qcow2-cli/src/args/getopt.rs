@@ -1,5 +1,5 @@
-//! Options in the manner of GNU `getopt_long`: short clusters, long names that may be abbreviated, options after
-//! operands. Its error texts are part of what scripts see, so they are kept to the letter.
+//! Options in the manner of GNU `getopt_long`: short clusters, long names that may be abbreviated, options
+//! after operands. Its error texts are part of what scripts see, so they are kept to the letter.
 
 use super::Opt;
 
@@ -12,8 +12,8 @@ pub(crate) struct OptionSpec {
     pub(crate) short: Option<char>,
     /// `format` of `--format`.
     pub(crate) long: Option<&'static str>,
-    /// Whether `long` must be spelled out and stays out of lists of possibilities: for spellings that the help of
-    /// the original names though it does not know them.
+    /// Whether `long` must be spelled out and stays out of lists of possibilities: for spellings that the
+    /// help of the original names though it does not know them.
     pub(crate) exact: bool,
     /// Whether the tool that is stood in for has no such option.
     pub(crate) own: bool,

@@ -24,8 +24,8 @@ impl PartialEq for Objects {
 impl Eq for Objects {}
 
 impl Objects {
-    /// Adds the object that `text` (`secret,id=NAME,data=TEXT` or `...,file=PATH`) defines. Reads the file, all of whose
-    /// bytes count.
+    /// Adds the object that `text` (`secret,id=NAME,data=TEXT` or `...,file=PATH`) defines. Reads the file,
+    /// all of whose bytes count.
     pub(crate) fn add(&mut self, text: &str) -> Result<(), Failure> {
         let list = OptList::parse_object(text).map_err(Failure::new)?;
         let kind = list.last("qom-type").ok_or_else(|| Failure::new("Parameter 'qom-type' is missing"))?;

@@ -102,8 +102,8 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
     }))
 }
 
-/// The options with everything that comes from elsewhere: the size operand, `-b`, `-F`, the backing file's size. And the backing file,
-/// where there is to be one.
+/// The options with everything that comes from elsewhere: the size operand, `-b`, `-F`, the backing file's
+/// size. And the backing file, where there is to be one.
 fn settle(request: &Request) -> Result<(ImageOptions, Option<KeptBacking>), Failure> {
     let format = TargetFormat::parse(&request.format)?;
     let mut options = ImageOptions::parse(format, &request.list)?;

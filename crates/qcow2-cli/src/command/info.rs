@@ -1,4 +1,5 @@
-//! `info`: what an image says of itself. Opens no file but the one named, unless the backing chain is asked for.
+//! `info`: what an image says of itself. Opens no file but the one named, unless the backing chain is asked
+//! for.
 
 use crate::args::{Arguments, ImageArgs, Opt, OutputFormat};
 use crate::exit;
@@ -98,7 +99,8 @@ fn unreadable(error: &qcow2_ops::Error) -> String {
     }
 }
 
-/// Where the backing file `name` of the image at `path` leads; names of other kinds than files stay as they are.
+/// Where the backing file `name` of the image at `path` leads; names of other kinds than files stay as they
+/// are.
 fn full_name(path: &str, name: &str) -> String {
     let has_protocol = name.split_once(':').is_some_and(|(protocol, _)| !protocol.contains('/'));
     if has_protocol {

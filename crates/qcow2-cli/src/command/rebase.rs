@@ -94,7 +94,8 @@ fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fai
     if let Some(format) = request.backing_format.as_deref().filter(|format| !drivers::is_known(format)) {
         return Err(Failure::new(format!("Invalid format name: '{format}'")));
     }
-    // What can have no backing file is not written to. It goes before the new backing file comes, which it may be.
+    // What can have no backing file is not written to. It goes before the new backing file comes, which it
+    // may be.
     let top = Some(top).filter(|top| top.disk.as_image().is_some());
     let new = match request.new_backing().filter(|_| !request.unsafe_mode) {
         Some(backing) => Some(open_new(request, &name, backing, backing_cache)?),

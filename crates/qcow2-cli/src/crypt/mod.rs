@@ -1,5 +1,5 @@
-//! Encryption at the command line: secrets, what the operating system gives, passwords for layers, options of new
-//! volumes.
+//! Encryption at the command line: secrets, what the operating system gives, passwords for layers, options of
+//! new volumes.
 
 mod keyring;
 mod options;

@@ -4,7 +4,8 @@ use qcow2_crypt::Secret;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Asks for the password of `name`, once; `None` where nobody can be asked, or in place of qemu-img, which never asks.
+/// Asks for the password of `name`, once; `None` where nobody can be asked, or in place of qemu-img, which
+/// never asks.
 pub(super) fn ask(name: &str) -> Option<Secret> {
     if !is_possible() {
         return None;

@@ -51,8 +51,8 @@ impl SlotOptions {
         *self != Self::default()
     }
 
-    /// Changes the slots of `volume`. `force`: also what may lose the key to the data. What is refused is told before
-    /// anything is written, in QEMU's words and order.
+    /// Changes the slots of `volume`. `force`: also what may lose the key to the data. What is refused is
+    /// told before anything is written, in QEMU's words and order.
     pub(crate) fn apply(&self, volume: Unlocked<'_>, objects: &Objects, force: bool) -> Result<(), Failure> {
         match self.state.as_deref() {
             None => Err(Failure::new("Parameter 'state' is missing")),

@@ -3,8 +3,8 @@
 use serde_json::Value;
 use std::fmt::Write;
 
-/// Writes an object on one line. The keys come in the order in which QEMU's dictionaries have them, which is that of a
-/// hash: scripts compare such names as text.
+/// Writes an object on one line. The keys come in the order in which QEMU's dictionaries have them, which is
+/// that of a hash: scripts compare such names as text.
 pub(super) fn object(mut fields: Vec<(String, String)>) -> String {
     // Of two keys in one place the later one comes first.
     fields.reverse();

@@ -34,7 +34,8 @@ enum Token {
     Keyword(String),
 }
 
-/// Takes the pieces of one value off `rest`: up to where all brackets are closed. Errors: a piece that is none.
+/// Takes the pieces of one value off `rest`: up to where all brackets are closed. Errors: a piece that is
+/// none.
 fn next_value(rest: &mut &str) -> Result<VecDeque<Token>, String> {
     let (mut tokens, mut braces, mut brackets) = (VecDeque::new(), 0, 0);
     while let Some(token) = next_token(rest).map_err(|stray| format!("stray '{stray}'"))? {
@@ -57,7 +58,8 @@ fn next_value(rest: &mut &str) -> Result<VecDeque<Token>, String> {
     Ok(tokens)
 }
 
-/// Takes one piece off `rest`; none: there is nothing more. Errors: what is none, up to the character that makes it so.
+/// Takes one piece off `rest`; none: there is nothing more. Errors: what is none, up to the character that
+/// makes it so.
 fn next_token(rest: &mut &str) -> Result<Option<Token>, String> {
     *rest = rest.trim_start_matches([' ', '\t', '\r', '\n']);
     let text = *rest;
@@ -77,7 +79,8 @@ fn next_token(rest: &mut &str) -> Result<Option<Token>, String> {
     Ok(Some(make(token.to_owned())))
 }
 
-/// Bytes of the text at the beginning of `text`, with its quotes. Errors: up to a control character, or all of it.
+/// Bytes of the text at the beginning of `text`, with its quotes. Errors: up to a control character, or all
+/// of it.
 fn text_len(text: &str, quote: char) -> Result<usize, String> {
     let mut escaped = false;
     for (at, c) in text.char_indices().skip(1) {
@@ -229,7 +232,8 @@ fn unquoted(text: &str) -> Result<String, String> {
     Ok(out)
 }
 
-/// The character that follows `\u`, of two halves where it begins with the first of them. `rest`: up to the closing quote.
+/// The character that follows `\u`, of two halves where it begins with the first of them. `rest`: up to the
+/// closing quote.
 fn unicode(rest: &mut std::str::Chars<'_>) -> Result<char, String> {
     let text = rest.as_str();
     let unit = |at: usize| {

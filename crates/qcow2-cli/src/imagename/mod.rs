@@ -1,7 +1,7 @@
 //! Names of images on the command line: plain paths, protocol names, `json:` names, option strings.
 //!
-//! `options` takes a name apart, `node` makes a tree of it, `display` puts it together again; `nbd` and `blkdebug` know
-//! the words of these two.
+//! `options` takes a name apart, `node` makes a tree of it, `display` puts it together again; `nbd` and
+//! `blkdebug` know the words of these two.
 
 mod blkdebug;
 mod display;
@@ -62,7 +62,8 @@ impl ImageName {
         Ok(name)
     }
 
-    /// What was made at `target`, typed so, in a format. `secret`: the option that names its secret, and what it names.
+    /// What was made at `target`, typed so, in a format. `secret`: the option that names its secret, and what
+    /// it names.
     pub(crate) fn on(
         typed: &str,
         target: NewTarget,

@@ -1,5 +1,5 @@
-//! The disks of servers: `nbd://host:port/export`, `nbd+unix:///export?socket=path`, the older `nbd:host:port` and
-//! `nbd:unix:path`, and their options.
+//! The disks of servers: `nbd://host:port/export`, `nbd+unix:///export?socket=path`, the older
+//! `nbd:host:port` and `nbd:unix:path`, and their options.
 
 use super::options::Options;
 use qcow2_io::NbdAddress;

@@ -264,8 +264,8 @@ impl Node {
         }
     }
 
-    /// The complaint about an option that the driver does not have. `probed`: the driver where none is named; `follows`: whether
-    /// backing files are opened too.
+    /// The complaint about an option that the driver does not have. `probed`: the driver where none is named;
+    /// `follows`: whether backing files are opened too.
     pub(crate) fn unknown_option(&self, probed: &Driver, follows: bool) -> Option<String> {
         let driver = self.driver.as_ref().unwrap_or(probed);
         let unknown = |key: &&str| !driver.knows(key);
@@ -384,7 +384,8 @@ fn deeper(depth: usize) -> Result<usize, String> {
     Ok(depth + 1)
 }
 
-/// Makes the tree of an image's options, below `depth` other nodes. `inner`: it is what another node stands on.
+/// Makes the tree of an image's options, below `depth` other nodes. `inner`: it is what another node stands
+/// on.
 fn from_options(mut options: Options, inner: bool, depth: usize) -> Result<Node, String> {
     let depth = deeper(depth)?;
     let driver = match options.take_text("driver") {

@@ -5,8 +5,8 @@ use crate::session::Session;
 use qcow2_core::walk::{Walk, read_header};
 use qcow2_core::{Image, Result};
 
-/// Says on standard error which layers of a disk that was opened for reading lack their end: what is missing reads as zeroes,
-/// and a copy of it looks like a disk. Not under qemu-img's name, which says nothing.
+/// Says on standard error which layers of a disk that was opened for reading lack their end: what is missing
+/// reads as zeroes, and a copy of it looks like a disk. Not under qemu-img's name, which says nothing.
 pub(crate) fn warn_of_missing_end(session: &Session, opened: &OpenedDisk) {
     if session.is_drop_in() {
         return;

@@ -130,8 +130,8 @@ impl OpenAs {
     }
 }
 
-/// The files that this process has open, with that of its output: whatever a verb writes to is opened among them, so that it is none
-/// that the same verb reads.
+/// The files that this process has open, with that of its output: whatever a verb writes to is opened among
+/// them, so that it is none that the same verb reads.
 pub(crate) fn open_files() -> &'static OpenFiles {
     static FILES: OnceLock<OpenFiles> = OnceLock::new();
     FILES.get_or_init(OpenFiles::with_output)
@@ -141,7 +141,8 @@ pub(crate) fn open_files() -> &'static OpenFiles {
 pub(crate) struct OpenedFile {
     /// The bytes and their format.
     pub(crate) source: ResolvedSource,
-    /// The nodes that the format stands on, from the top; the protocol itself first, where there is no format.
+    /// The nodes that the format stands on, from the top; the protocol itself first, where there is no
+    /// format.
     pub(crate) nodes: Vec<NodeFacts>,
     debugger: Option<Arc<Debugger>>,
 }
@@ -235,7 +236,8 @@ fn with_data_file(
     }
 }
 
-/// Opens the image that `name` leads to for changes; says so on standard error where it was taken for raw by its looks.
+/// Opens the image that `name` leads to for changes; says so on standard error where it was taken for raw by
+/// its looks.
 pub(crate) fn open_to_change(
     session: &Session,
     name: &ImageName,
@@ -264,7 +266,8 @@ pub(crate) fn complain_of_guess(session: &Session, name: &ImageName, format: &Im
     }
 }
 
-/// Makes all durable, as far as the cache mode wants it, and leaves a changed image clean. Errors: the system's text.
+/// Makes all durable, as far as the cache mode wants it, and leaves a changed image clean. Errors: the
+/// system's text.
 pub(crate) fn close(disk: &dyn GuestDisk) -> Result<(), String> {
     let done = disk.flush().and_then(|()| disk.as_image().map_or(Ok(()), |image| image.close()));
     done.map_err(|error| qemu_text::cause(&error))
@@ -298,8 +301,8 @@ pub(crate) fn open_snapshot(
     opened
 }
 
-/// Opens the image in `source`, with the files that it names as `how` says. `context`: what is said before the reason of a
-/// failure.
+/// Opens the image in `source`, with the files that it names as `how` says. `context`: what is said before
+/// the reason of a failure.
 pub(crate) fn open_layers(
     name: &ImageName,
     source: ResolvedSource,
@@ -364,8 +367,8 @@ fn open_layers_by(
     }
 }
 
-/// Whether `error` is about a raw layer that others write to. Where nobody else may, QEMU asks for that from the top when all layers
-/// are open, and so says nothing of backing files.
+/// Whether `error` is about a raw layer that others write to. Where nobody else may, QEMU asks for that from
+/// the top when all layers are open, and so says nothing of backing files.
 fn is_raw_in_use(error: &qcow2_core::Error, files: &[LayerFiles]) -> bool {
     qemu_text::find::<LockConflict>(error).is_some() && files.last().is_some_and(|layer| layer.raw)
 }

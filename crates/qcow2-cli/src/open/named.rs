@@ -1,7 +1,7 @@
 //! Backing files that an image names by more than a path: `nbd://host/export`, `json:{...}`.
 //!
-//! They are followed as paths are: by verbs that need what the whole chain holds, and by nobody who only looks at an image. A name
-//! of this kind is complete; nothing in it is relative to the image.
+//! They are followed as paths are: by verbs that need what the whole chain holds, and by nobody who only
+//! looks at an image. A name of this kind is complete; nothing in it is relative to the image.
 
 use super::OpenAs;
 use super::node::{Opening, Trouble};

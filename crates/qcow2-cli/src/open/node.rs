@@ -325,8 +325,8 @@ fn check_access(node: &Node, writable: bool) -> Opened<bool> {
     Ok(node.child().map_or(Ok(false), |child| check_access(child, writable))? || shared)
 }
 
-/// Refuses requests that the system is to queue where its page cache stands between. `direct`: whether it does not, as far as
-/// the nodes above say.
+/// Refuses requests that the system is to queue where its page cache stands between. `direct`: whether it
+/// does not, as far as the nodes above say.
 fn check_aio(node: &Node, direct: bool) -> Opened<()> {
     let said = node.options.text("cache.direct").and_then(|text| crate::imageopts::parse_switch(&text));
     let direct = said.unwrap_or(direct);

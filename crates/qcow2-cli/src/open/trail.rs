@@ -1,9 +1,9 @@
 //! Bounds for images that are opened inside one another.
 //!
-//! The engine opens a backing chain one layer after the other and finds its loops. A `json:` name can put an image inside another
-//! image, whose chain is then opened recursively, and there the engine does not see the layers above. A trail has what that takes: the
-//! files between the image that the user names and the one that is being opened, the depth of the recursion, and how many files were
-//! opened because images name them.
+//! The engine opens a backing chain one layer after the other and finds its loops. A `json:` name can put an
+//! image inside another image, whose chain is then opened recursively, and there the engine does not see the
+//! layers above. A trail has what that takes: the files between the image that the user names and the one
+//! that is being opened, the depth of the recursion, and how many files were opened because images name them.
 
 use qcow2_core::SourceId;
 use qcow2_core::chain::MAX_CHAIN_LEN;
@@ -62,7 +62,8 @@ impl Trail {
     }
 }
 
-/// Nodes one inside the other, at most: their openings nest on the stack, some 12 KiB for an image. Origin: ours; QEMU has no limit.
+/// Nodes one inside the other, at most: their openings nest on the stack, some 12 KiB for an image. Origin:
+/// ours; QEMU has no limit.
 const MAX_DEPTH: usize = 32;
 
 /// Files that are opened because images name them, at most: the longest chain, each layer with a data file.

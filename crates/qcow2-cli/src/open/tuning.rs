@@ -1,4 +1,5 @@
-//! The options of an image that say how the engine runs it, not what it holds: caches, checks, what becomes of space.
+//! The options of an image that say how the engine runs it, not what it holds: caches, checks, what becomes
+//! of space.
 
 use crate::failure::Failure;
 use crate::imagename::Options;
@@ -6,8 +7,8 @@ use crate::imageopts::{read_number, read_size, read_switch};
 use qcow2_core::format::{Header, Version};
 use qcow2_core::{OpenOptions, OverlapChecks};
 
-/// Sets what `node`, the options of a qcow2 image with `header`, asks of the engine. Errors: the first option that is
-/// not of its type or does not go with the others, in QEMU's words.
+/// Sets what `node`, the options of a qcow2 image with `header`, asks of the engine. Errors: the first option
+/// that is not of its type or does not go with the others, in QEMU's words.
 pub(crate) fn tune(options: &mut OpenOptions, node: &Options, header: &Header) -> Result<(), Failure> {
     set_caches(options, node)?;
     check_entry_size(node, header)?;

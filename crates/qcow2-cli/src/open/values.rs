@@ -1,4 +1,5 @@
-//! The values of options that every node has, and of those of a file: checked also where they change nothing here.
+//! The values of options that every node has, and of those of a file: checked also where they change nothing
+//! here.
 
 use crate::failure::Failure;
 use crate::imagename::Node;

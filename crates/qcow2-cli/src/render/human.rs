@@ -32,7 +32,8 @@ pub(crate) fn escaped(text: &str) -> String {
     out
 }
 
-/// A tree as indented lines: `key: value`, `key:` above what is inside, `[0]:` for items; dashes of keys as spaces.
+/// A tree as indented lines: `key: value`, `key:` above what is inside, `[0]:` for items; dashes of keys as
+/// spaces.
 pub(crate) fn tree(value: &Value, depth: usize) -> String {
     let mut out = String::new();
     push_tree(&mut out, value, depth);

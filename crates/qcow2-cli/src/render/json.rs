@@ -1,4 +1,5 @@
-//! JSON as qemu-img lays it out: four spaces, one item a line, empty lists and objects on two lines, ASCII only.
+//! JSON as qemu-img lays it out: four spaces, one item a line, empty lists and objects on two lines, ASCII
+//! only.
 
 use serde_json::Value;
 use std::fmt::Write;

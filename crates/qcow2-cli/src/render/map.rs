@@ -21,7 +21,8 @@ impl<'a> TextRows<'a> {
         Self { files }
     }
 
-    /// The row of `extent`; nothing for runs that are not stored. Errors: a run that has no plain place in a file.
+    /// The row of `extent`; nothing for runs that are not stored. Errors: a run that has no plain place in a
+    /// file.
     pub(crate) fn row(&mut self, extent: &MapExtent) -> Result<String, Failure> {
         if !extent.data || extent.zero {
             return Ok(String::new());

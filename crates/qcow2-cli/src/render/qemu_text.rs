@@ -122,7 +122,8 @@ pub(crate) fn refusal(refusal: &Refusal) -> String {
     }
 }
 
-/// What could not be done where a disk or its new part gets no space. `own_file`: a qcow2 image that has the data itself.
+/// What could not be done where a disk or its new part gets no space. `own_file`: a qcow2 image that has the
+/// data itself.
 pub(crate) fn no_space(preallocation: Preallocation, own_file: bool) -> String {
     let step = match preallocation {
         Preallocation::Off => "Could not resize file",

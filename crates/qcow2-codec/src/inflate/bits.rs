@@ -2,8 +2,8 @@
 
 /// The unread rest of a stream.
 ///
-/// Above its lowest `count` bits the buffer may hold bits of the bytes that come next: whoever fills it puts the same
-/// ones there again.
+/// Above its lowest `count` bits the buffer may hold bits of the bytes that come next: whoever fills it puts
+/// the same ones there again.
 #[derive(Clone, Copy)]
 pub(super) struct Bits<'a> {
     stream: &'a [u8],
@@ -33,8 +33,8 @@ impl<'a> Bits<'a> {
         true
     }
 
-    /// Fills the buffer to at least 56 bits, past the end with zeroes, which [`is_cut`](Self::is_cut) tells once they are
-    /// used.
+    /// Fills the buffer to at least 56 bits, past the end with zeroes, which [`is_cut`](Self::is_cut) tells
+    /// once they are used.
     pub(super) fn refill_carefully(&mut self) {
         self.count &= 63;
         while self.count < 56 {

@@ -4,8 +4,8 @@ use super::Fault;
 use super::bits::Bits;
 use super::table::{Entry, Table};
 
-/// Bits of the first index for literals and lengths: most codes are not longer, and the table stays in the first-level
-/// cache.
+/// Bits of the first index for literals and lengths: most codes are not longer, and the table stays in the
+/// first-level cache.
 const LITLEN_BITS: usize = 11;
 /// At most 2342 entries are needed for 288 symbols.
 const LITLEN_SIZE: usize = 4096;

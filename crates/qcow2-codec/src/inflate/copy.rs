@@ -3,8 +3,8 @@
 /// Bytes that are copied at a time.
 const STEP: usize = 16;
 
-/// Repeats the `len` bytes that stand `distance` bytes before `at`, as far as there is room; returns how many that was.
-/// `distance`: 1 to `at`.
+/// Repeats the `len` bytes that stand `distance` bytes before `at`, as far as there is room; returns how many
+/// that was. `distance`: 1 to `at`.
 #[inline(always)]
 pub(super) fn copy_match(out: &mut [u8], at: usize, distance: usize, len: usize) -> usize {
     // Whole steps may write past the match, where something else will be written later.
@@ -49,8 +49,8 @@ fn repeat(region: &mut [u8], distance: usize, len: usize) {
     }
 }
 
-/// Eight bytes of the pattern that begins with the lowest `distance` bytes of `bytes`, and how many of them are whole
-/// repetitions.
+/// Eight bytes of the pattern that begins with the lowest `distance` bytes of `bytes`, and how many of them
+/// are whole repetitions.
 #[inline(always)]
 fn widen(bytes: u64, distance: usize) -> (u64, usize) {
     let mut bits = 8 * distance;

@@ -1,5 +1,5 @@
-//! A deflate reader for whole clusters: the stream and the room for what it gives lie in memory, so nothing is ever kept
-//! between two calls, and matches are copied inside the cluster itself. RFC 1951.
+//! A deflate reader for whole clusters: the stream and the room for what it gives lie in memory, so nothing
+//! is ever kept between two calls, and matches are copied inside the cluster itself. RFC 1951.
 
 mod bits;
 mod codes;
@@ -65,9 +65,9 @@ impl Inflater {
         Self { codes: Codes::new() }
     }
 
-    /// Expands `stream` into the front of `out`; returns how many bytes it gave: fewer than `out.len()` where it ends
-    /// early. Of a stream that would give more it reads up to the first byte that has no room. What follows the stream is
-    /// ignored.
+    /// Expands `stream` into the front of `out`; returns how many bytes it gave: fewer than `out.len()` where
+    /// it ends early. Of a stream that would give more it reads up to the first byte that has no room. What
+    /// follows the stream is ignored.
     pub(crate) fn inflate(&mut self, stream: &[u8], out: &mut [u8]) -> Result<usize, Fault> {
         let mut bits = Bits::new(stream);
         let mut at = 0;
@@ -116,7 +116,8 @@ impl Inflater {
         if !bits.refill() {
             return Ok(Stop::Near);
         }
-        // Always looked up before the last match is copied, and its first literal written: neither waits for the other.
+        // Always looked up before the last match is copied, and its first literal written: neither waits for
+        // the other.
         let mut entry = self.codes.litlen.first(bits.peek());
         let stop = loop {
             let before = (bits, at);
@@ -179,7 +180,8 @@ impl Inflater {
         Ok(stop)
     }
 
-    /// What a special entry, the first of a literal's or length's code, leads to; `None` at the end of a block.
+    /// What a special entry, the first of a literal's or length's code, leads to; `None` at the end of a
+    /// block.
     #[inline(always)]
     fn rest_of_code(&self, bits: &mut Bits<'_>, first: Entry) -> Result<Option<Entry>, Fault> {
         let mut entry = first;

@@ -1,4 +1,5 @@
-//! Codes as tables: the next bits of a stream are an index, and the entry says everything about the symbol there.
+//! Codes as tables: the next bits of a stream are an index, and the entry says everything about the symbol
+//! there.
 //!
 //! A code longer than the table's index leads to a second table behind the first. RFC 1951, 3.2.2.
 
@@ -121,7 +122,8 @@ impl<const BITS: usize, const SIZE: usize> Table<BITS, SIZE> {
 
     /// Makes the table of the code with these lengths; `meaning` gives the entry of a symbol.
     ///
-    /// Errors: lengths that are no complete code. A code without symbols may be, and one of a single symbol and bit.
+    /// Errors: lengths that are no complete code. A code without symbols may be, and one of a single symbol
+    /// and bit.
     pub(super) fn build(&mut self, lengths: &[u8], meaning: impl Fn(usize) -> Entry) -> Result<(), Fault> {
         let sorted = Sorted::new(lengths);
         if sorted.is_complete()? {
@@ -136,8 +138,8 @@ impl<const BITS: usize, const SIZE: usize> Table<BITS, SIZE> {
         Ok(())
     }
 
-    /// Goes through the codes in order. Up to the length of the index the table is as large as the codes ask for, and
-    /// grows by repeating itself; what is longer goes to second tables.
+    /// Goes through the codes in order. Up to the length of the index the table is as large as the codes ask
+    /// for, and grows by repeating itself; what is longer goes to second tables.
     fn fill(&mut self, sorted: &Sorted, meaning: impl Fn(usize) -> Entry) {
         let (mut code, mut size) = (0, 1);
         for length in 1..=BITS {
@@ -167,8 +169,8 @@ impl<const BITS: usize, const SIZE: usize> Table<BITS, SIZE> {
     }
 }
 
-/// The next code of `length` bits, both with their first bit lowest. The code that follows with one bit more is the same
-/// number.
+/// The next code of `length` bits, both with their first bit lowest. The code that follows with one bit more
+/// is the same number.
 #[inline(always)]
 fn after(code: usize, length: usize) -> usize {
     match code ^ ((1 << length) - 1) {
@@ -215,8 +217,8 @@ impl Sorted {
         &self.symbols[self.starts[length].into()..self.starts[length + 1].into()]
     }
 
-    /// Whether every sequence of bits begins with a code. Errors: too many codes; too few, other than none or one of a
-    /// single bit.
+    /// Whether every sequence of bits begins with a code. Errors: too many codes; too few, other than none or
+    /// one of a single bit.
     fn is_complete(&self) -> Result<bool, Fault> {
         let mut left = 1i32;
         for &count in &self.counts[1..] {
@@ -233,8 +235,9 @@ impl Sorted {
         }
     }
 
-    /// How many bits index the second table that begins with a code of `length` bits: as many as the longest code in it
-    /// asks for. Codes come in order, so that the `left` ones of this length and then the longer ones fill it up.
+    /// How many bits index the second table that begins with a code of `length` bits: as many as the longest
+    /// code in it asks for. Codes come in order, so that the `left` ones of this length and then the longer
+    /// ones fill it up.
     fn bits_of_second(&self, first_bits: usize, length: usize, left: usize) -> usize {
         let (mut bits, mut used) = (length - first_bits, left);
         while used < 1 << bits && first_bits + bits < MAX_LENGTH {

@@ -105,7 +105,8 @@ fn cut_streams_are_never_whole() {
     }
 }
 
-/// A stored block that promises more than there is room for: whether the stream goes on is seen from the next byte only.
+/// A stored block that promises more than there is room for: whether the stream goes on is seen from the next
+/// byte only.
 #[test]
 fn a_stored_block_that_is_cut_where_the_room_ends_is_no_whole_cluster() {
     let (mut reader, mut rng) = (Inflater::new(), Rng(11));
@@ -137,7 +138,8 @@ fn damage_is_judged_as_zlib_does() {
     assert!(taken > 500 && refused > 500, "{taken} taken, {refused} refused");
 }
 
-/// A header with these lengths for literals from 0 on, for the end of the block and for distances, and some symbols.
+/// A header with these lengths for literals from 0 on, for the end of the block and for distances, and some
+/// symbols.
 fn header(literals: &[u8], end: u8, distances: &[u8]) -> Vec<u8> {
     let mut bits: Vec<bool> = Vec::new();
     let mut put = |value: usize, count: usize| bits.extend((0..count).map(|bit| value >> bit & 1 == 1));
@@ -145,7 +147,8 @@ fn header(literals: &[u8], end: u8, distances: &[u8]) -> Vec<u8> {
     put(0, 5);
     put(distances.len() - 1, 5);
     put(19 - 4, 4);
-    // Code lengths are sent with four bits each: sixteen of the nineteen have codes, in the order of RFC 1951.
+    // Code lengths are sent with four bits each: sixteen of the nineteen have codes, in the order of RFC
+    // 1951.
     for symbol in [16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15] {
         put(if symbol < 16 { 4 } else { 0 }, 3);
     }

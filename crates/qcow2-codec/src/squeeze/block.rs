@@ -66,7 +66,8 @@ impl BlockWriter {
         Self { counts: [0; LITLEN_SYMBOLS], own, fixed, header: Header::new(), codes }
     }
 
-    /// Writes `tokens`, which stand for the bytes `plain`. `None` as soon as it is clear that the buffer is too short.
+    /// Writes `tokens`, which stand for the bytes `plain`. `None` as soon as it is clear that the buffer is
+    /// too short.
     pub(super) fn write(
         &mut self,
         out: &mut BitWriter<'_>,

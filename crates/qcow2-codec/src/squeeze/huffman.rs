@@ -3,8 +3,9 @@
 /// The longest code.
 pub(crate) const MAX_BITS: usize = 15;
 
-/// Sets `lens[i]` to the code length of the symbol that occurs `counts[i]` times: 0 for those that do not, at most `limit`
-/// bits for the others. At least one code results even for an empty alphabet, as readers want it.
+/// Sets `lens[i]` to the code length of the symbol that occurs `counts[i]` times: 0 for those that do not, at
+/// most `limit` bits for the others. At least one code results even for an empty alphabet, as readers want
+/// it.
 pub(crate) fn code_lengths(counts: &[u32], limit: usize, lens: &mut [u8]) {
     lens.fill(0);
     let mut order = [0u64; 288];
@@ -39,7 +40,8 @@ pub(crate) fn code_lengths(counts: &[u32], limit: usize, lens: &mut [u8]) {
     }
 }
 
-/// Turns ascending weights into the depths of their leaves in an optimal tree, in place (Moffat and Katajainen, 1995).
+/// Turns ascending weights into the depths of their leaves in an optimal tree, in place (Moffat and
+/// Katajainen, 1995).
 fn minimum_redundancy(a: &mut [u32]) {
     let n = a.len();
     a[0] += a[1];

@@ -30,8 +30,8 @@ pub(super) struct Search {
     pub(super) nice: usize,
 }
 
-/// The search tables: positions modulo 64 KiB. One that is stale points somewhere into the window all the same, and the
-/// bytes there decide.
+/// The search tables: positions modulo 64 KiB. One that is stale points somewhere into the window all the
+/// same, and the bytes there decide.
 pub(super) struct Tables {
     head4: Box<[u16; 1 << HASH4_BITS]>,
     head3: Box<[u16; 1 << HASH3_BITS]>,
@@ -59,7 +59,8 @@ impl Tables {
         self.previous.fill(0);
     }
 
-    /// Enters position `at`, where the bytes `word` are; returns the last position with the same three and four bytes.
+    /// Enters position `at`, where the bytes `word` are; returns the last position with the same three and
+    /// four bytes.
     #[inline(always)]
     fn insert(&mut self, at: u16, word: u32) -> (u16, u16) {
         let head3 = &mut self.head3[hash(word << 8, HASH3_BITS)];

@@ -1,8 +1,9 @@
 //! A deflate writer for whole clusters and a window of 4 KiB.
 //!
-//! A cluster lies in memory as a whole and matches reach back 4 KiB at most, so that everything the search touches fits
-//! into the first-level cache: three small tables of 16-bit positions. Positions are kept modulo 65536; one that is stale
-//! points somewhere into the window all the same, and the bytes there decide. RFC 1951.
+//! A cluster lies in memory as a whole and matches reach back 4 KiB at most, so that everything the search
+//! touches fits into the first-level cache: three small tables of 16-bit positions. Positions are kept modulo
+//! 65536; one that is stale points somewhere into the window all the same, and the bytes there decide. RFC
+//! 1951.
 
 mod bits;
 mod block;

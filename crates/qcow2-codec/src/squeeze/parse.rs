@@ -1,4 +1,5 @@
-//! Decides which literals and matches a block is made of: lazily, a match gives way to a better one a byte or two later.
+//! Decides which literals and matches a block is made of: lazily, a match gives way to a better one a byte or
+//! two later.
 
 use super::matcher::{Match, Search, Tables, WINDOW};
 use super::ring::Ring;
@@ -16,7 +17,8 @@ pub(crate) struct Effort {
     pub(crate) lazy: u32,
 }
 
-/// After so many literals in a row one position is passed over for each that is searched, after twice as many two.
+/// After so many literals in a row one position is passed over for each that is searched, after twice as many
+/// two.
 const HOPELESS: usize = 80;
 /// The most that are passed over.
 const MAX_PASSED: usize = 7;

@@ -45,7 +45,8 @@ impl Split {
         for (&t, &n) in before.iter().zip(&now) {
             distance += (u64::from(t) * recent).abs_diff(u64::from(n - t) * total);
         }
-        // The difference of the two distributions, in parts of the recent one, against a price for a new header.
+        // The difference of the two distributions, in parts of the recent one, against a price for a new
+        // header.
         distance + len as u64 / 4096 * total >= total * recent * 200 / 512
     }
 }

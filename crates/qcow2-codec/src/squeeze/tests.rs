@@ -61,13 +61,15 @@ fn noise_is_stored() {
     assert!(check(&noise) <= noise.len() + 64);
 }
 
-/// A block may have more noise than one stored piece holds; only the piece that ends the stream says that it is the last.
+/// A block may have more noise than one stored piece holds; only the piece that ends the stream says that it
+/// is the last.
 #[test]
 fn a_stored_block_of_more_than_65535_bytes_ends_once() {
     for (len, seed) in [(100_000, 3), (200_000, 5), (300_000, 7)] {
         let mut rng = Rng(seed);
         let mut noise: Vec<u8> = (0..len).map(|_| rng.next() as u8).collect();
-        // Short matches far apart: a block goes on behind them, and saves too little to be worth codes of its own.
+        // Short matches far apart: a block goes on behind them, and saves too little to be worth codes of its
+        // own.
         for at in (20_000..len - 6).step_by(20_000) {
             noise.copy_within(at - 1000..at - 994, at);
         }

@@ -1,6 +1,7 @@
 //! What a block is made of: literals and matches, and how often each symbol occurs.
 
-/// Literals and match lengths: 256 literals, end of block, 29 lengths, and two that have a fixed code but no meaning.
+/// Literals and match lengths: 256 literals, end of block, 29 lengths, and two that have a fixed code but no
+/// meaning.
 pub(super) const LITLEN_SYMBOLS: usize = 288;
 /// Distances: a window of 4 KiB uses 24 of the 30.
 pub(super) const DISTANCE_SYMBOLS: usize = 30;

@@ -11,8 +11,8 @@ pub(crate) struct Inflated {
     pub(crate) read: usize,
 }
 
-/// Inflates one raw stream. Errors: anything that is not allowed in one, and a match that reaches back more than
-/// `window` bytes, as an inflater that keeps no more than that must say.
+/// Inflates one raw stream. Errors: anything that is not allowed in one, and a match that reaches back more
+/// than `window` bytes, as an inflater that keeps no more than that must say.
 pub(crate) fn inflate(stream: &[u8], window: usize) -> Result<Inflated, String> {
     let mut bits = Bits { stream, at: 0 };
     let mut out = Inflated { plain: Vec::new(), window, max_distance: 0, read: 0 };
@@ -152,7 +152,8 @@ fn coded(bits: &mut Bits<'_>, out: &mut Inflated, literals: &Code, distances: &C
     }
 }
 
-/// The base and extra bits of a length or distance symbol: `1 << shift` symbols for each number of extra bits.
+/// The base and extra bits of a length or distance symbol: `1 << shift` symbols for each number of extra
+/// bits.
 fn stepped(bits: &mut Bits<'_>, index: usize, shift: u32) -> Result<usize, String> {
     let extra = (index >> shift) - 1;
     let base = ((1 << shift) + index % (1 << shift)) << extra;

@@ -9,8 +9,8 @@ use std::fs;
 const CLUSTER_BITS: u32 = 16;
 const CLUSTER: usize = 1 << CLUSTER_BITS;
 
-/// A version 3 image whose clusters are all compressed: header, refcount table, refcount block, L1 and L2 table in the
-/// first five clusters, then the streams, each on a sector so that the arithmetic stays plain.
+/// A version 3 image whose clusters are all compressed: header, refcount table, refcount block, L1 and L2
+/// table in the first five clusters, then the streams, each on a sector so that the arithmetic stays plain.
 fn image(codec: &dyn ClusterCodec, zstd: bool, plain: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 5 * CLUSTER];
     let put32 = |file: &mut Vec<u8>, at: usize, v: u32| file[at..at + 4].copy_from_slice(&v.to_be_bytes());

@@ -1,4 +1,5 @@
-//! Streams by default reach back at most 4 KiB, so that readers which inflate a cluster in pieces take them too.
+//! Streams by default reach back at most 4 KiB, so that readers which inflate a cluster in pieces take them
+//! too.
 
 use crate::inflater::inflate;
 use crate::{mixed, random};

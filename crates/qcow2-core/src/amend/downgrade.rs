@@ -1,8 +1,9 @@
 //! Version 2 again: no zero flag, no features, no bitmaps.
 //!
-//! Order on disk: in every L2 table, snapshots' included, each zero cluster becomes what version 2 can say: unallocated
-//! without a backing file, zeroes that are written otherwise; their refcounts and bytes, barrier, the table, barrier. Then the
-//! header. Then what only bitmaps used is free. Until the header changes, the image is a version 3 image with the same disk.
+//! Order on disk: in every L2 table, snapshots' included, each zero cluster becomes what version 2 can say:
+//! unallocated without a backing file, zeroes that are written otherwise; their refcounts and bytes, barrier,
+//! the table, barrier. Then the header. Then what only bitmaps used is free. Until the header changes, the
+//! image is a version 3 image with the same disk.
 
 use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
@@ -24,10 +25,11 @@ use qcow2_format::limit::MAX_L1_ENTRIES;
 use qcow2_format::{CompressionType, HostOffset, Version};
 
 impl Image {
-    /// Makes a version 3 image a version 2 one, and ends its use. Persistent bitmaps go, and their clusters are free. Errors:
-    /// `Unsupported` for what version 2 cannot have: another refcount width than 16 bits, incompatible features, snapshots of
-    /// another size or with 4 GiB of machine state; nothing has changed then. `Stopped`: the image is a version 3 one still, in
-    /// use. `Corrupt`, `ReadOnly`, `Poisoned`, `Storage`. Spec: "Header".
+    /// Makes a version 3 image a version 2 one, and ends its use. Persistent bitmaps go, and their clusters
+    /// are free. Errors: `Unsupported` for what version 2 cannot have: another refcount width than 16 bits,
+    /// incompatible features, snapshots of another size or with 4 GiB of machine state; nothing has changed
+    /// then. `Stopped`: the image is a version 3 one still, in use. `Corrupt`, `ReadOnly`, `Poisoned`,
+    /// `Storage`. Spec: "Header".
     pub fn downgrade(&self, progress: &mut AmendProgress<'_>) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);

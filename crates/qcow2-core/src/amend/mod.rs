@@ -1,8 +1,9 @@
 //! Changing what an image is: version, features, names in the header.
 //!
-//! Each change is prepared on disk, made durable, and then comes true with one sector of the header; a crash leaves the image
-//! before it or after it. What the open image knows of itself (the width of refcounts, whether there is a zero flag) may be
-//! of the past afterwards: such a call ends the use of the image, and whoever goes on opens it anew.
+//! Each change is prepared on disk, made durable, and then comes true with one sector of the header; a crash
+//! leaves the image before it or after it. What the open image knows of itself (the width of refcounts,
+//! whether there is a zero flag) may be of the past afterwards: such a call ends the use of the image, and
+//! whoever goes on opens it anew.
 
 mod downgrade;
 mod width;
@@ -17,8 +18,8 @@ use core::ops::ControlFlow;
 use qcow2_format::Version;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures};
 
-/// Told how many of how many steps are done; says whether to go on. Who stops finds the image as it was, or still on its way, with
-/// the same disk.
+/// Told how many of how many steps are done; says whether to go on. Who stops finds the image as it was, or
+/// still on its way, with the same disk.
 pub type AmendProgress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
 
 /// The error of a caller that stopped.
@@ -42,8 +43,9 @@ pub struct HeaderChange {
 }
 
 impl Image {
-    /// Makes `change` durable. The open image goes on with the data file it has. Errors: `Unsupported` for what the version or
-    /// the image does not have; `Format` where the header gets too long; `ReadOnly`, `Poisoned`, `Storage`.
+    /// Makes `change` durable. The open image goes on with the data file it has. Errors: `Unsupported` for
+    /// what the version or the image does not have; `Format` where the header gets too long; `ReadOnly`,
+    /// `Poisoned`, `Storage`.
     pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
@@ -73,8 +75,9 @@ impl Image {
         self.meta.switch_header(header)
     }
 
-    /// Makes a version 2 image a version 3 one, and ends its use. Disk: a snapshot table whose entries say all that version 3
-    /// wants, then the header. Errors: `Corrupt` for a damaged snapshot table; `ReadOnly`, `Poisoned`, `Storage`.
+    /// Makes a version 2 image a version 3 one, and ends its use. Disk: a snapshot table whose entries say
+    /// all that version 3 wants, then the header. Errors: `Corrupt` for a damaged snapshot table; `ReadOnly`,
+    /// `Poisoned`, `Storage`.
     pub fn upgrade(&self) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);

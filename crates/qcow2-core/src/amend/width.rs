@@ -1,7 +1,8 @@
 //! Another width of refcounts: every block anew, in the new width, behind everything in use.
 //!
-//! Order on disk: the new blocks, which count themselves and no longer the old ones, and the new table; barrier; the
-//! header's width and table in one sector; barrier. The places of the old structure are free from then on.
+//! Order on disk: the new blocks, which count themselves and no longer the old ones, and the new table;
+//! barrier; the header's width and table in one sector; barrier. The places of the old structure are free
+//! from then on.
 
 use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
@@ -26,10 +27,11 @@ struct Plan {
 }
 
 impl Image {
-    /// Gives every refcount `bits` bits, a power of two up to 64, and ends the image's use. `progress` is told how many of how
-    /// many blocks are written. Errors: `InvalidOption` for another number of bits; `Unsupported` for a version 2 image, which
-    /// has 16; `OutOfRange` where a refcount does not fit, nothing having changed; `Corrupt`, `ReadOnly`, `Poisoned`,
-    /// `Storage`; `Stopped`, nothing having changed. Spec: "Refcount blocks".
+    /// Gives every refcount `bits` bits, a power of two up to 64, and ends the image's use. `progress` is
+    /// told how many of how many blocks are written. Errors: `InvalidOption` for another number of bits;
+    /// `Unsupported` for a version 2 image, which has 16; `OutOfRange` where a refcount does not fit, nothing
+    /// having changed; `Corrupt`, `ReadOnly`, `Poisoned`, `Storage`; `Stopped`, nothing having changed. Spec:
+    /// "Refcount blocks".
     pub fn set_refcount_bits(&self, bits: u32, progress: &mut AmendProgress<'_>) -> Result<()> {
         let _alone = write(&self.structure);
         self.meta.check_writable()?;

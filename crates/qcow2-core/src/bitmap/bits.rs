@@ -10,8 +10,9 @@ use ::alloc::vec::Vec;
 /// Bytes of bits that one bitmap may have: the most that the format allows. Origin: QEMU.
 const MAX_BYTES: u64 = qcow2_format::limit::MAX_BITMAP_DATA_SIZE;
 
-/// The bits of a bitmap. Any thread may mark while others look. Memory follows the granules that are marked beside others that
-/// are not, up to a limit for all bitmaps of an image; what is marked past it is marked in larger pieces.
+/// The bits of a bitmap. Any thread may mark while others look. Memory follows the granules that are marked
+/// beside others that are not, up to a limit for all bitmaps of an image; what is marked past it is marked in
+/// larger pieces.
 #[derive(Clone, Debug)]
 pub struct Bits {
     granularity_bits: u8,
@@ -20,7 +21,8 @@ pub struct Bits {
 }
 
 impl Bits {
-    /// No bit set, for a disk of `size` bytes; memory comes out of `room`. Errors: `NoSpace` above 512 MiB of bits.
+    /// No bit set, for a disk of `size` bytes; memory comes out of `room`. Errors: `NoSpace` above 512 MiB of
+    /// bits.
     pub(super) fn new(granularity_bits: u8, size: u64, room: &Room) -> Result<Self> {
         let count = checked_count(granularity_bits, size)?;
         Ok(Self { granularity_bits, size, tree: Tree::new(count, room) })
@@ -59,8 +61,8 @@ impl Bits {
         })
     }
 
-    /// Marks the granules that `len` bytes from `start` on touch; what lies past the disk's end is left out. Returns whether no
-    /// others were marked for want of room.
+    /// Marks the granules that `len` bytes from `start` on touch; what lies past the disk's end is left out.
+    /// Returns whether no others were marked for want of room.
     pub(super) fn mark(&self, start: u64, len: u64) -> bool {
         let end = start.saturating_add(len).min(self.size);
         start >= end || self.tree.set(start >> self.granularity_bits, (end - 1) >> self.granularity_bits)
@@ -80,7 +82,8 @@ impl Bits {
         Ok(Self { tree: self.tree.resized(count), size, ..self })
     }
 
-    /// The pieces of `len` bytes of the stored bits in which a bit is set: their index, and whether all of them are.
+    /// The pieces of `len` bytes of the stored bits in which a bit is set: their index, and whether all of
+    /// them are.
     pub(super) fn marked_pieces(&self, len: u64) -> impl Iterator<Item = (u64, bool)> + '_ {
         let bits = len * 8;
         let mut at = 0;
@@ -91,7 +94,8 @@ impl Bits {
         })
     }
 
-    /// Bytes of the bits as they are stored, from byte `start` on, zeroes past the end. `start`: a multiple of 512.
+    /// Bytes of the bits as they are stored, from byte `start` on, zeroes past the end. `start`: a multiple
+    /// of 512.
     pub(super) fn stored(&self, start: u64, len: u64) -> Vec<u8> {
         debug_assert!((start * 8).is_multiple_of(LEAF_BITS));
         let mut bytes = vec![0; len as usize];
@@ -109,8 +113,8 @@ impl Bits {
         self.tree.count().div_ceil(8)
     }
 
-    /// Takes stored bytes in, from byte `start` of the bits on; bits past the end do not count. `start`: a multiple of 512.
-    /// Returns as [`mark`](Self::mark).
+    /// Takes stored bytes in, from byte `start` of the bits on; bits past the end do not count. `start`: a
+    /// multiple of 512. Returns as [`mark`](Self::mark).
     pub(super) fn load(&self, start: u64, bytes: &[u8]) -> bool {
         debug_assert!((start * 8).is_multiple_of(LEAF_BITS));
         let mut exact = true;

@@ -1,13 +1,14 @@
 //! Persistent bitmaps: which parts of the disk were changed since somebody looked.
 //!
-//! Enabled bitmaps are marked before anything is written. On disk they are marked as in use before the first change,
-//! and stored anew when the image is closed: a crash in between leaves them in use, which says that their bits mean
-//! nothing. So a bitmap may be lost, but never lies. Spec: "Bitmaps".
+//! Enabled bitmaps are marked before anything is written. On disk they are marked as in use before the first
+//! change, and stored anew when the image is closed: a crash in between leaves them in use, which says that
+//! their bits mean nothing. So a bitmap may be lost, but never lies. Spec: "Bitmaps".
 //!
-//! The bits in memory have a limit for all bitmaps of an image. A bitmap is neither lost nor made coarser because of
-//! it while somebody can still decide: what is to record and does not fit makes the first change fail with `NoSpace`, before
-//! anything is written, and so do merges; bitmaps can be removed without being read. Only marks that a running guest makes past
-//! the limit are made in larger pieces, since a write must not fail for them and a bitmap may name more than was changed.
+//! The bits in memory have a limit for all bitmaps of an image. A bitmap is neither lost nor made coarser
+//! because of it while somebody can still decide: what is to record and does not fit makes the first change
+//! fail with `NoSpace`, before anything is written, and so do merges; bitmaps can be removed without being
+//! read. Only marks that a running guest makes past the limit are made in larger pieces, since a write must
+//! not fail for them and a bitmap may name more than was changed.
 
 mod bits;
 mod room;
@@ -130,16 +131,18 @@ impl Bitmaps {
 }
 
 impl Image {
-    /// The image's bitmaps as they are now, in the order of the directory; those that the image does not vouch for any
-    /// more are left out. Disk: reads the directory. Errors: `Corrupt` for a damaged directory, `Storage`.
+    /// The image's bitmaps as they are now, in the order of the directory; those that the image does not
+    /// vouch for any more are left out. Disk: reads the directory. Errors: `Corrupt` for a damaged directory,
+    /// `Storage`.
     pub fn bitmaps(&self) -> Result<Vec<Bitmap>> {
         let _structure = read(&self.structure);
         let state = self.known_bitmaps()?;
         Ok(state.live.iter().map(|live| live.entry.clone()).collect())
     }
 
-    /// A copy of a bitmap's bits. Disk: may read them. Errors: `NotFound`; `Inconsistent` for a bitmap that was in use
-    /// when the image was last closed; `NoSpace` where they have no room in memory; `Corrupt`, `Storage`.
+    /// A copy of a bitmap's bits. Disk: may read them. Errors: `NotFound`; `Inconsistent` for a bitmap that
+    /// was in use when the image was last closed; `NoSpace` where they have no room in memory; `Corrupt`,
+    /// `Storage`.
     pub fn bitmap_bits(&self, name: &[u8]) -> Result<Bits> {
         let _structure = read(&self.structure);
         let mut state = self.known_bitmaps()?;
@@ -152,9 +155,10 @@ impl Image {
         self.read_bits(&state.live[index].entry, &Room::new(self.bitmaps.memory))
     }
 
-    /// Adds an enabled bitmap without marks. `name`: 1 to 1023 bytes. `granularity_bits`: 9 to 31. Disk: untouched until
-    /// [`close`](Self::close). Errors: `Exists`; `InvalidOption` for a name, a granularity or a disk that cannot be;
-    /// `Unsupported` in version 2; `NoSpace` for more bitmaps than allowed; `ReadOnly`, `Poisoned`.
+    /// Adds an enabled bitmap without marks. `name`: 1 to 1023 bytes. `granularity_bits`: 9 to 31. Disk:
+    /// untouched until [`close`](Self::close). Errors: `Exists`; `InvalidOption` for a name, a granularity or
+    /// a disk that cannot be; `Unsupported` in version 2; `NoSpace` for more bitmaps than allowed;
+    /// `ReadOnly`, `Poisoned`.
     pub fn add_bitmap(&self, name: &[u8], granularity_bits: u8) -> Result<()> {
         self.change_bitmaps(|state| {
             let invalid = |message: String| Err(Error::new(ErrorKind::InvalidOption, message));
@@ -223,10 +227,10 @@ impl Image {
         })
     }
 
-    /// Marks in a bitmap everything that `source` marks, which is of a disk of the same size and may have another
-    /// granularity. Disk: may read the bitmap. Errors: `InvalidOption` for another size; `NoSpace` where the marks have no room
-    /// in memory: the bitmap is as it was, or has more of them than both had if it is recording; as
-    /// [`bitmap_bits`](Self::bitmap_bits).
+    /// Marks in a bitmap everything that `source` marks, which is of a disk of the same size and may have
+    /// another granularity. Disk: may read the bitmap. Errors: `InvalidOption` for another size; `NoSpace`
+    /// where the marks have no room in memory: the bitmap is as it was, or has more of them than both had if
+    /// it is recording; as [`bitmap_bits`](Self::bitmap_bits).
     pub fn merge_bitmap(&self, name: &[u8], source: &Bits) -> Result<()> {
         self.change_bitmaps(|state| {
             let index = state.usable(name)?;
@@ -288,9 +292,9 @@ impl Image {
         Ok(())
     }
 
-    /// What comes before the first change: enabled bitmaps are in use, on disk, and recording. A bitmap that cannot be
-    /// read makes all of them untrusted. Errors: `NoSpace` where they are sound and have no room in memory: they stay as they
-    /// are, and so does everything else. `Storage`.
+    /// What comes before the first change: enabled bitmaps are in use, on disk, and recording. A bitmap that
+    /// cannot be read makes all of them untrusted. Errors: `NoSpace` where they are sound and have no room in
+    /// memory: they stay as they are, and so does everything else. `Storage`.
     pub(crate) fn begin_change(&self) -> Result<()> {
         if self.meta.changing.load(Ordering::Acquire) {
             return Ok(());
@@ -337,8 +341,8 @@ impl Image {
         loaded
     }
 
-    /// What comes before the disk gets `size` bytes: all bitmaps are in use, and their bits in memory. Errors: `Inconsistent`
-    /// or `NoSpace` where one of them cannot follow.
+    /// What comes before the disk gets `size` bytes: all bitmaps are in use, and their bits in memory.
+    /// Errors: `Inconsistent` or `NoSpace` where one of them cannot follow.
     pub(crate) fn begin_resize_of_bitmaps(&self, size: u64) -> Result<()> {
         if self.header().trusted_bitmaps().is_none() && !read(&self.bitmaps.state).changed {
             return Ok(());

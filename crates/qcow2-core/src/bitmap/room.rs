@@ -3,8 +3,9 @@
 use crate::sync::atomic::{AtomicU64, Ordering};
 use ::alloc::sync::Arc;
 
-/// Bytes of memory that the bits of all bitmaps of one image may take. Origin: ours; bits of one bitmap are 512 MiB at most
-/// ([`MAX_BITMAP_DATA_SIZE`](qcow2_format::limit::MAX_BITMAP_DATA_SIZE)), and there is as much again, half of it, for others.
+/// Bytes of memory that the bits of all bitmaps of one image may take. Origin: ours; bits of one bitmap are
+/// 512 MiB at most ([`MAX_BITMAP_DATA_SIZE`](qcow2_format::limit::MAX_BITMAP_DATA_SIZE)), and there is as
+/// much again, half of it, for others.
 pub(crate) const MAX_BITS_MEMORY: u64 = qcow2_format::limit::MAX_BITMAP_DATA_SIZE / 2 * 3;
 
 /// What is left of the memory, for everyone who has a clone.

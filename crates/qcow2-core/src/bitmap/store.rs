@@ -1,8 +1,9 @@
 //! Bitmaps on disk: the directory, tables and bits, read and stored.
 //!
-//! Order on disk when they are stored: refcounts of all that is new; barrier; bits, tables and a new directory elsewhere;
-//! barrier; the header's extension; barrier; only then is the old directory, with what it alone had, free. Marking
-//! bitmaps as in use changes their entries in place: each is one bit in one sector.
+//! Order on disk when they are stored: refcounts of all that is new; barrier; bits, tables and a new
+//! directory elsewhere; barrier; the header's extension; barrier; only then is the old directory, with what
+//! it alone had, free. Marking bitmaps as in use changes their entries in place: each is one bit in one
+//! sector.
 
 use super::room::Room;
 use super::{Bits, Live, State};
@@ -26,8 +27,8 @@ use qcow2_format::bytes::table_bytes;
 use qcow2_format::extension::BitmapsExtension;
 use qcow2_format::{FormatError, Geometry, Header, HostOffset};
 
-/// Bytes of tables and bits that all bitmaps of an image may have on disk. Origin: ours, the bits of 128 bitmaps of the largest
-/// size; a file with holes costs nobody anything and takes time to read all the same.
+/// Bytes of tables and bits that all bitmaps of an image may have on disk. Origin: ours, the bits of 128
+/// bitmaps of the largest size; a file with holes costs nobody anything and takes time to read all the same.
 const MAX_STORED_BITS: u64 = 128 * qcow2_format::limit::MAX_BITMAP_DATA_SIZE;
 
 /// Where a directory entry has its flags, and the one that says it is in use.
@@ -36,8 +37,8 @@ const IN_USE: u8 = 1;
 /// Bytes of an entry before its extra data and name.
 const FIXED_LEN: u64 = 24;
 
-/// Reads the bitmaps that the image vouches for, in the order of the directory; none where it does not. Errors:
-/// `Corrupt` for a directory that cannot be, `Storage`.
+/// Reads the bitmaps that the image vouches for, in the order of the directory; none where it does not.
+/// Errors: `Corrupt` for a directory that cannot be, `Storage`.
 pub fn read_bitmaps(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap>> {
     let Some(extension) = header.trusted_bitmaps() else { return Ok(Vec::new()) };
     let directory = read_directory(storage, extension)?;
@@ -50,11 +51,13 @@ pub fn read_bitmaps(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap
     Ok(bitmaps)
 }
 
-/// Judges whether the bitmaps that the image vouches for can be read. Where they cannot and one of them records, the first change
-/// of the image makes all of them untrusted. Disk: reads the directory and the tables.
+/// Judges whether the bitmaps that the image vouches for can be read. Where they cannot and one of them
+/// records, the first change of the image makes all of them untrusted. Disk: reads the directory and the
+/// tables.
 ///
-/// Errors: `Corrupt` for a directory or a table that cannot be, and for tables that have more clusters than the file, since
-/// then they share some; `NoSpace` for bitmaps of more than 64 GiB in a file that is as long; `Storage`.
+/// Errors: `Corrupt` for a directory or a table that cannot be, and for tables that have more clusters than
+/// the file, since then they share some; `NoSpace` for bitmaps of more than 64 GiB in a file that is as long;
+/// `Storage`.
 pub fn check_bitmaps(storage: &dyn Storage, header: &Header) -> Result<()> {
     let geometry = header.geometry().map_err(damaged("header is damaged"))?;
     let mut bytes = 0;
@@ -116,8 +119,8 @@ fn damaged(what: &'static str) -> impl Fn(FormatError) -> Error {
 }
 
 impl Image {
-    /// Reads the bits of `bitmap`, which [`check_bitmaps`] has judged, from disk into memory out of `room`. Errors: `NoSpace`
-    /// where that does not suffice; `Corrupt`, `Storage`.
+    /// Reads the bits of `bitmap`, which [`check_bitmaps`] has judged, from disk into memory out of `room`.
+    /// Errors: `NoSpace` where that does not suffice; `Corrupt`, `Storage`.
     pub(super) fn read_bits(&self, bitmap: &Bitmap, room: &Room) -> Result<Bits> {
         let geometry = &self.meta.geometry;
         let bits = Bits::new(bitmap.granularity_bits, self.size(), room)?;
@@ -155,7 +158,8 @@ impl Image {
         }
     }
 
-    /// Sets the in-use flag, on disk, of the bitmaps that `pick` takes and of those on disk that are no longer among ours.
+    /// Sets the in-use flag, on disk, of the bitmaps that `pick` takes and of those on disk that are no
+    /// longer among ours.
     pub(super) fn mark_in_use(&self, state: &mut State, pick: impl Fn(&Live) -> bool) -> Result<()> {
         let header = self.header();
         let Some(extension) = header.trusted_bitmaps() else { return Ok(()) };
@@ -307,8 +311,8 @@ impl Image {
         Ok(())
     }
 
-    /// What the new directory replaces: the old one, and the tables and bits that the new one does not have. Errors:
-    /// `Corrupt` where one of them is other metadata.
+    /// What the new directory replaces: the old one, and the tables and bits that the new one does not have.
+    /// Errors: `Corrupt` where one of them is other metadata.
     fn replaced_bitmaps(&self, header: &Header, old: &[Bitmap], state: &State) -> Result<Vec<Unlinked>> {
         let geometry: Geometry = self.meta.geometry;
         let mut replaced = Vec::new();
@@ -343,7 +347,8 @@ impl Image {
 struct Stored {
     /// All that was reserved.
     places: Vec<Unlinked>,
-    /// For each bitmap that changed, by its index, the places of those clusters of bits that are neither all clear nor all set.
+    /// For each bitmap that changed, by its index, the places of those clusters of bits that are neither all
+    /// clear nor all set.
     bits: Vec<(usize, Vec<HostOffset>)>,
     directory: Vec<u8>,
     extension: Option<BitmapsExtension>,

@@ -1,11 +1,12 @@
 //! Bits that cost memory where they are neither all clear nor all set.
 //!
-//! Invariant: a bit that was set stays set, whatever runs out. Bits past the count may be set and mean nothing.
+//! Invariant: a bit that was set stays set, whatever runs out. Bits past the count may be set and mean
+//! nothing.
 //!
-//! A node is for one range of bits. An empty slot is a node without a bit set; its first mark fills it, once. 64 words are a
-//! leaf, 64 nodes a node of the next level. Whoever sets a bit walks down through loads alone, and changes one word of a leaf
-//! where the bit is not set yet. Where no room is left for a node its whole range is set: a bitmap may then name more than was
-//! changed, never less.
+//! A node is for one range of bits. An empty slot is a node without a bit set; its first mark fills it, once.
+//! 64 words are a leaf, 64 nodes a node of the next level. Whoever sets a bit walks down through loads alone,
+//! and changes one word of a leaf where the bit is not set yet. Where no room is left for a node its whole
+//! range is set: a bitmap may then name more than was changed, never less.
 
 use super::room::{MAX_BITS_MEMORY, Room};
 use crate::sync::OnceLock;
@@ -184,7 +185,8 @@ impl Tree {
         next(&self.root, self.root_place(), from, set).filter(|&bit| bit < self.count)
     }
 
-    /// Sets the bits from `first` to `last`, both below the count. Returns whether no others were set for want of room.
+    /// Sets the bits from `first` to `last`, both below the count. Returns whether no others were set for
+    /// want of room.
     pub(super) fn set(&self, first: u64, last: u64) -> bool {
         self.set_below(&self.root, self.root_place(), first, last)
     }
@@ -233,8 +235,8 @@ impl Tree {
         }
     }
 
-    /// The node in `slot`, which is made where there is none: one with all bits set if they are `wanted`, or if there is no
-    /// room. Returns too whether the node names no more than is wanted.
+    /// The node in `slot`, which is made where there is none: one with all bits set if they are `wanted`, or
+    /// if there is no room. Returns too whether the node names no more than is wanted.
     fn filled<'a>(&self, slot: &'a Slot, place: Place, wanted: bool) -> (&'a Node, bool) {
         let mut exact = true;
         if slot.get().is_none() {

@@ -1,7 +1,8 @@
 //! Finding, reserving and freeing host clusters.
 //!
-//! Invariant I1: a refcount goes up in memory before anything refers to the cluster, and down only after nothing on
-//! disk does. A cluster counts as free only if its refcount is zero and no metadata is known to live there.
+//! Invariant I1: a refcount goes up in memory before anything refers to the cluster, and down only after
+//! nothing on disk does. A cluster counts as free only if its refcount is zero and no metadata is known to
+//! live there.
 
 use super::Meta;
 use super::guard::Hit;
@@ -81,8 +82,8 @@ impl Meta {
         Ok(reserved)
     }
 
-    /// [`allocate_metadata`](Self::allocate_metadata) with space on the disk, for tables that are written when much has changed
-    /// already. Errors: also `NoSpace`, nothing having changed.
+    /// [`allocate_metadata`](Self::allocate_metadata) with space on the disk, for tables that are written
+    /// when much has changed already. Errors: also `NoSpace`, nothing having changed.
     pub(crate) fn allocate_with_space(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
         let reserved = self.allocate_metadata(kind, count)?;
         if let Err(error) = self.reserve_space(reserved.offset, self.geometry.bytes_of(count)) {
@@ -148,7 +149,8 @@ impl Meta {
         Ok(true)
     }
 
-    /// The first free run and the first free cluster of all: exactly `want` clusters, or (not `exact`) the first free cluster and up to `want - 1` after it.
+    /// The first free run and the first free cluster of all: exactly `want` clusters, or (not `exact`) the
+    /// first free cluster and up to `want - 1` after it.
     fn find_free(&self, refcounts: &mut Refcounts, want: u64, exact: bool) -> Result<(u64, u64, u64)> {
         let width = self.geometry.refcount_width();
         let mut at = refcounts.first_free;
@@ -241,9 +243,9 @@ impl Meta {
         }))
     }
 
-    /// How many refcount blocks to put one after the other from `at` on, which has none. More than one for a run of `want`
-    /// clusters that is as long as what a block counts: it would find no place between blocks that each take the first
-    /// cluster they count.
+    /// How many refcount blocks to put one after the other from `at` on, which has none. More than one for a
+    /// run of `want` clusters that is as long as what a block counts: it would find no place between blocks
+    /// that each take the first cluster they count.
     fn blocks_ahead(&self, refcounts: &Refcounts, at: u64, want: u64) -> u64 {
         let per_block = self.geometry.refcount_block_entries();
         if want < per_block {
@@ -281,10 +283,10 @@ impl Meta {
         Ok(())
     }
 
-    /// Writes the zeroes of a new table of one cluster at the end of the file, though it reads as zeroes without: it then has
-    /// space on the disk before anything depends on it. A full disk is told to who needs the table, who can go on when
-    /// there is room, and not found out by a flush, after which the image could not go on. Written, not reserved, so that
-    /// the file system puts it between the data around it.
+    /// Writes the zeroes of a new table of one cluster at the end of the file, though it reads as zeroes
+    /// without: it then has space on the disk before anything depends on it. A full disk is told to who needs
+    /// the table, who can go on when there is room, and not found out by a flush, after which the image could
+    /// not go on. Written, not reserved, so that the file system puts it between the data around it.
     pub(crate) fn write_empty_table(&self, kind: OverlapChecks, table: HostOffset) -> Result<()> {
         let size = self.geometry.cluster_size();
         let zeroes = vec![0; size.min(MAX_PIECE) as usize];
@@ -307,8 +309,8 @@ impl Meta {
             Refcounts { table, table_offset, table_clusters, dirty_sectors, first_free: 0, pack: None };
     }
 
-    /// Adds one reference to each of `count` clusters from `first` on. Errors: `NoSpace` where the refcount is at its
-    /// largest value; clusters before it keep the raise.
+    /// Adds one reference to each of `count` clusters from `first` on. Errors: `NoSpace` where the refcount
+    /// is at its largest value; clusters before it keep the raise.
     pub(crate) fn raise(&self, refcounts: &Refcounts, first: u64, count: u64) -> Result<()> {
         for cluster in first..first + count {
             let old = self.refcount_of(refcounts, cluster)?;
@@ -328,9 +330,9 @@ impl Meta {
         self.lower_in(&mut lock(&self.refcounts), run)
     }
 
-    /// [`release`](Self::release) for a caller that holds the refcounts. On a damaged image a reference may have led to
-    /// other metadata, which stays counted once whoever pointed at it, or to a cluster that nobody counts, which is free
-    /// already.
+    /// [`release`](Self::release) for a caller that holds the refcounts. On a damaged image a reference may
+    /// have led to other metadata, which stays counted once whoever pointed at it, or to a cluster that
+    /// nobody counts, which is free already.
     pub(crate) fn lower_in(&self, refcounts: &mut Refcounts, run: Unlinked) -> Result<()> {
         let guarded = self.is_guarded(run);
         for cluster in run.first..run.first.saturating_add(run.count) {
@@ -371,7 +373,8 @@ impl Meta {
         Ok(())
     }
 
-    /// Whether `cluster`, which held `kinds`, has one reference, and from now on no compressed stream will add another.
+    /// Whether `cluster`, which held `kinds`, has one reference, and from now on no compressed stream will
+    /// add another.
     fn is_last_reference(&self, cluster: u64, kinds: OverlapChecks) -> Result<bool> {
         if self.is_guarded(Unlinked { first: cluster, count: 1, kinds }) {
             return Ok(false);

@@ -1,7 +1,8 @@
 //! Cached table pages. A hit takes one set's read lock, which never waits for I/O.
 //!
-//! Invariant: a page leaves the cache only when nobody holds it and it is clean, and a page is read from disk only
-//! while no other copy of it can exist. So there is at most one copy of a table page, and no change is lost.
+//! Invariant: a page leaves the cache only when nobody holds it and it is clean, and a page is read from disk
+//! only while no other copy of it can exist. So there is at most one copy of a table page, and no change is
+//! lost.
 
 use super::page::{DirtyRun, Page};
 use crate::error::Result;
@@ -34,8 +35,8 @@ pub(crate) struct PageCache {
 }
 
 impl PageCache {
-    /// A cache of about `bytes` bytes in pages of `page_size`, a power of two of at least 512. `needed`: bytes of all
-    /// tables there can be; where they fit, changed pages need not be written to make room.
+    /// A cache of about `bytes` bytes in pages of `page_size`, a power of two of at least 512. `needed`:
+    /// bytes of all tables there can be; where they fit, changed pages need not be written to make room.
     pub(crate) fn new(page_size: u64, bytes: u64, needed: u64) -> Self {
         let pages = (bytes / page_size).max(WAYS as u64);
         let set_count = (pages / WAYS as u64).clamp(1, MAX_SETS).next_power_of_two();
@@ -115,8 +116,8 @@ impl PageCache {
         pages.push(page);
     }
 
-    /// Drops every cached page of the table of `len` bytes at `table`, changes included: the table has left the
-    /// image, or its place is about to be filled anew.
+    /// Drops every cached page of the table of `len` bytes at `table`, changes included: the table has left
+    /// the image, or its place is about to be filled anew.
     pub(crate) fn forget(&self, table: HostOffset, len: u64) {
         let mut at = table.value();
         while at < table.value() + len {
@@ -154,8 +155,8 @@ impl PageCache {
         self.dirty_count.load(Ordering::Relaxed) >= self.dirty_limit
     }
 
-    /// Takes all changes out for write-back, in host order. The caller has closed the commit gate and keeps the
-    /// pages until they are written, so that none is read from disk in between.
+    /// Takes all changes out for write-back, in host order. The caller has closed the commit gate and keeps
+    /// the pages until they are written, so that none is read from disk in between.
     pub(crate) fn take_dirty(&self) -> (Vec<Arc<Page>>, Vec<DirtyRun>) {
         let mut pages = core::mem::take(&mut *lock(&self.dirty));
         self.dirty_count.store(0, Ordering::Relaxed);

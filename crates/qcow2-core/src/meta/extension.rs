@@ -1,9 +1,9 @@
 //! The header's bitmaps extension: put in, changed, taken out.
 //!
-//! The header has one place, so its sectors are changed in an order in which each step alone is a whole header: what an
-//! older header does not look at is written first, the sector that makes it count last. Only a list of extensions by
-//! others that has to move across sectors is not changed in one step; bitmaps are not trusted meanwhile.
-//! Spec: "Header extensions", "Bitmaps extension".
+//! The header has one place, so its sectors are changed in an order in which each step alone is a whole
+//! header: what an older header does not look at is written first, the sector that makes it count last. Only
+//! a list of extensions by others that has to move across sectors is not changed in one step; bitmaps are not
+//! trusted meanwhile. Spec: "Header extensions", "Bitmaps extension".
 
 use super::Meta;
 use super::header::HeaderState;
@@ -33,8 +33,9 @@ struct Draft<'a> {
 }
 
 impl Meta {
-    /// Makes the header name this bitmap directory, or none, and vouch for it. Durable when it returns. Errors: `NoSpace`
-    /// where the first cluster has no room; `Unsupported` in version 2; `Storage`, which poisons the image.
+    /// Makes the header name this bitmap directory, or none, and vouch for it. Durable when it returns.
+    /// Errors: `NoSpace` where the first cluster has no room; `Unsupported` in version 2; `Storage`, which
+    /// poisons the image.
     pub(crate) fn set_bitmaps_extension(&self, extension: Option<BitmapsExtension>) -> Result<()> {
         let mut state = lock(&self.header);
         if state.header.version < Version::V3 {
@@ -67,7 +68,8 @@ impl<'a> Draft<'a> {
             .ok_or_else(|| Error::corrupt("header extensions pass the first cluster"))
     }
 
-    /// Writes the sectors in `range` that differ from the disk, the last one first unless `forward`, and waits.
+    /// Writes the sectors in `range` that differ from the disk, the last one first unless `forward`, and
+    /// waits.
     fn write(&mut self, range: Range<usize>, forward: bool) -> Result<()> {
         let mut sectors: Vec<usize> = (range.start / SECTOR..range.end.div_ceil(SECTOR)).collect();
         if !forward {
@@ -111,7 +113,8 @@ impl<'a> Draft<'a> {
         self.trust(true)
     }
 
-    /// The extension at the end of the list: first what lies behind the old end marker, then the marker's sector.
+    /// The extension at the end of the list: first what lies behind the old end marker, then the marker's
+    /// sector.
     fn insert(&mut self, list: &ExtensionPlaces, extension: &BitmapsExtension) -> Result<()> {
         let end = list.end + RECORD + MARKER;
         if self.is_trusted() {

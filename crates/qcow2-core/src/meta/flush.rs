@@ -2,13 +2,14 @@
 //!
 //! One round, whatever its size, is:
 //! 1. close the gate, copy the changed mapping sectors, open the gate;
-//! 2. write the refcount blocks that changed up to now (and behind a barrier, the refcount table entries of new ones);
+//! 2. write the refcount blocks that changed up to now (and behind a barrier, the refcount table entries of
+//!    new ones);
 //! 3. barrier: refcounts, new tables and guest data are durable;
 //! 4. write the copied mapping sectors; barrier: the links and unlinks are durable;
 //! 5. what was unlinked before step 1 may be freed once nobody can see it.
 //!
-//! So no barrier is spent per write, and at every moment the disk has no more references than refcounts (I1), no link
-//! to bytes that are not there (I2), and no freed cluster that a link on disk still leads to (I3).
+//! So no barrier is spent per write, and at every moment the disk has no more references than refcounts (I1),
+//! no link to bytes that are not there (I2), and no freed cluster that a link on disk still leads to (I3).
 
 use super::Meta;
 use super::cache::join_runs;
@@ -37,8 +38,8 @@ struct Links {
 }
 
 impl Meta {
-    /// Makes every change durable whose call returned before this one. Errors: `Storage`, `NoSpace`; a failure poisons
-    /// the image.
+    /// Makes every change durable whose call returned before this one. Errors: `Storage`, `NoSpace`; a
+    /// failure poisons the image.
     pub(crate) fn flush(&self) -> Result<()> {
         let seen = self.flush_rounds.load(Ordering::SeqCst);
         let _flushing = lock(&self.flushing);
@@ -65,8 +66,9 @@ impl Meta {
         self.flush()
     }
 
-    /// Ends a changed file where other readers expect an end: with a whole (sub)cluster, or with a whole sector where the
-    /// last cluster holds compressed streams. The bytes in between were never written, and some readers take no short read.
+    /// Ends a changed file where other readers expect an end: with a whole (sub)cluster, or with a whole
+    /// sector where the last cluster holds compressed streams. The bytes in between were never written, and
+    /// some readers take no short read.
     pub(crate) fn pad_end(&self) -> Result<()> {
         if self.changing.load(Ordering::Acquire) { self.pad_file() } else { Ok(()) }
     }

@@ -1,7 +1,7 @@
 //! Moving the refcount table to a larger place.
 //!
-//! Order on disk: changed refcount blocks, the new blocks, the new table; barrier; the header; barrier. Only then is
-//! the old table free.
+//! Order on disk: changed refcount blocks, the new blocks, the new table; barrier; the header; barrier. Only
+//! then is the old table free.
 
 use super::Meta;
 use super::alloc::Refcounts;
@@ -30,8 +30,9 @@ struct Layout {
 }
 
 impl Meta {
-    /// Makes the refcount table long enough for entry `index` and gives the new places refcounts. The new structures lie
-    /// where no block of the old table reaches, so that they count themselves. Errors: also `NoSpace`, nothing having changed.
+    /// Makes the refcount table long enough for entry `index` and gives the new places refcounts. The new
+    /// structures lie where no block of the old table reaches, so that they count themselves. Errors: also
+    /// `NoSpace`, nothing having changed.
     pub(crate) fn grow_refcount_table(&self, refcounts: &mut Refcounts, index: u64) -> Result<()> {
         let layout = self.plan_growth(refcounts, index)?;
         let size = self.geometry.cluster_size();

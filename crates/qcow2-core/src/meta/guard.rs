@@ -1,9 +1,10 @@
-//! Which host clusters hold metadata, and the questions that come before any of them is written over or freed.
+//! Which host clusters hold metadata, and the questions that come before any of them is written over or
+//! freed.
 //!
-//! Invariant I5: metadata overlaps nothing. On a damaged image it does: a mapping may point at a refcount block, an L1
-//! entry at the refcount table. What tables say is therefore never believed against this map. It knows the tables that
-//! header, L1 and refcount table named when the image was opened, and every table that the engine has placed since;
-//! a cluster leaves it only when the table that was there is freed as such.
+//! Invariant I5: metadata overlaps nothing. On a damaged image it does: a mapping may point at a refcount
+//! block, an L1 entry at the refcount table. What tables say is therefore never believed against this map. It
+//! knows the tables that header, L1 and refcount table named when the image was opened, and every table that
+//! the engine has placed since; a cluster leaves it only when the table that was there is freed as such.
 
 use super::Meta;
 use super::overlap::OverlapChecks;
@@ -34,7 +35,8 @@ pub(crate) struct Guard {
 impl Guard {
     /// Guards the clusters in `map`; guest data is kept from those of the kinds in `checks`.
     pub(crate) fn new(map: MetadataMap, checks: OverlapChecks) -> Self {
-        // Snapshots' L2 tables are known where that costs little, and then count as if they had been asked for.
+        // Snapshots' L2 tables are known where that costs little, and then count as if they had been asked
+        // for.
         let default = checks.contains(OverlapChecks::CACHED);
         let checks = if default { checks.with(OverlapChecks::INACTIVE_L2) } else { checks };
         Self { map: RwLock::new(Rank::Metadata, map), checks }
@@ -95,8 +97,8 @@ impl Meta {
         }
     }
 
-    /// Refuses a table of `kinds` that would land on other metadata. Asked before anything depends on the table, and
-    /// again by [`write_table`](Self::write_table).
+    /// Refuses a table of `kinds` that would land on other metadata. Asked before anything depends on the
+    /// table, and again by [`write_table`](Self::write_table).
     pub(crate) fn check_table_place(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Result<()> {
         let (first, count) = self.clusters_of(offset, len);
         match self.guard.hit_by(kinds, first, count) {
@@ -109,15 +111,16 @@ impl Meta {
         }
     }
 
-    /// Writes a piece of a table of `kinds` to the image file: the one way for every table but the header. Errors:
-    /// `Corrupt` where other metadata is in the way, nothing having been written; `Storage`, `NoSpace`.
+    /// Writes a piece of a table of `kinds` to the image file: the one way for every table but the header.
+    /// Errors: `Corrupt` where other metadata is in the way, nothing having been written; `Storage`,
+    /// `NoSpace`.
     pub(crate) fn write_table(&self, kinds: OverlapChecks, offset: HostOffset, bytes: &[u8]) -> Result<()> {
         self.check_table_place(kinds, offset, bytes.len() as u64)?;
         Ok(self.storage.write_at(offset, bytes)?)
     }
 
-    /// Refuses to give up clusters that hold other metadata than what is said to be there. Asked before a procedure unlinks
-    /// them, so that it fails while nothing has changed.
+    /// Refuses to give up clusters that hold other metadata than what is said to be there. Asked before a
+    /// procedure unlinks them, so that it fails while nothing has changed.
     pub(crate) fn check_owner(&self, run: Unlinked) -> Result<()> {
         match self.guard.hit_by(run.kinds, run.first, run.count) {
             None => Ok(()),

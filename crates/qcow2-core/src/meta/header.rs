@@ -1,7 +1,7 @@
 //! The header as it stands on disk, changed field by field in its first sector.
 //!
-//! Invariant: one sector write switches the image from one state to the next; whatever this engine does not know in
-//! the header stays as it is, byte for byte (I6).
+//! Invariant: one sector write switches the image from one state to the next; whatever this engine does not
+//! know in the header stays as it is, byte for byte (I6).
 
 use super::Meta;
 use crate::error::Result;
@@ -22,8 +22,8 @@ impl Meta {
         lock(&self.header).header.clone()
     }
 
-    /// Changes header fields with one sector write and waits until it is durable. The feature words exist in version
-    /// 3 only: the caller asks for them there only.
+    /// Changes header fields with one sector write and waits until it is durable. The feature words exist in
+    /// version 3 only: the caller asks for them there only.
     pub(crate) fn update_header(&self, fields: &[HeaderField]) -> Result<()> {
         self.write_header(fields, true)
     }

@@ -1,8 +1,9 @@
 //! Another header in place of the one there is: names, formats, versions, features that span sectors.
 //!
-//! Order on disk, where more than the first sector changes: the backing file's name in a place of its own that nothing uses;
-//! barrier; a first sector that leads to it and has every extension but the names of features; barrier; everything behind the
-//! first sector; barrier; the first sector; barrier. At every moment the first sector alone says what holds.
+//! Order on disk, where more than the first sector changes: the backing file's name in a place of its own
+//! that nothing uses; barrier; a first sector that leads to it and has every extension but the names of
+//! features; barrier; everything behind the first sector; barrier; the first sector; barrier. At every moment
+//! the first sector alone says what holds.
 
 use super::Meta;
 use super::page::SECTOR_SIZE;
@@ -13,8 +14,8 @@ use ::alloc::vec::Vec;
 use qcow2_format::{FormatError, Header, HostOffset};
 
 impl Meta {
-    /// Puts `new` on disk in place of the header there is, and returns when it is durable. Errors: `Format` where it does not
-    /// fit into the first cluster; `Storage`, which poisons the image.
+    /// Puts `new` on disk in place of the header there is, and returns when it is durable. Errors: `Format`
+    /// where it does not fit into the first cluster; `Storage`, which poisons the image.
     pub(crate) fn switch_header(&self, new: Header) -> Result<()> {
         let plan = {
             let mut old = vec![0; self.geometry.cluster_size() as usize];
@@ -59,7 +60,8 @@ fn plan_switch(old: &[u8], new: &Header) -> Result<Vec<Step>, FormatError> {
     let mut first = short.encode_with_name_at(end as u64)?;
     let room = end + name.len() <= target.len();
     if first.len() > sector || !room {
-        // So many extensions that no first sector can hold them, or a cluster so small that no place is free: one write.
+        // So many extensions that no first sector can hold them, or a cluster so small that no place is free:
+        // one write.
         return Ok(vec![step(0, end)]);
     }
     first.resize(sector, 0);

@@ -16,8 +16,8 @@ use qcow2_format::{Geometry, Header, HostOffset};
 /// The most clusters of snapshots' tables that are noted; a hostile image may name far more than it has.
 const MAX_NOTED: u64 = 1 << 22;
 
-/// The most bytes of snapshots' L1 tables that are read without having been asked to: those of some dozen snapshots of
-/// 1 TiB, so that opening stays quick.
+/// The most bytes of snapshots' L1 tables that are read without having been asked to: those of some dozen
+/// snapshots of 1 TiB, so that opening stays quick.
 pub(crate) const MAX_L1_UNASKED: u64 = 4 << 20;
 
 impl Meta {
@@ -29,9 +29,9 @@ impl Meta {
     }
 }
 
-/// The clusters that header and tables say hold metadata. Disk: reads the snapshot table and the snapshots' L1 tables,
-/// these where they are short or `checks` has [`INACTIVE_L2`](OverlapChecks::INACTIVE_L2), and the tables of bitmaps. Damage in them is
-/// left to a check. Errors: `Storage`.
+/// The clusters that header and tables say hold metadata. Disk: reads the snapshot table and the snapshots'
+/// L1 tables, these where they are short or `checks` has [`INACTIVE_L2`](OverlapChecks::INACTIVE_L2), and the
+/// tables of bitmaps. Damage in them is left to a check. Errors: `Storage`.
 pub(crate) fn known_metadata(
     storage: &dyn Storage,
     header: &Header,
@@ -94,8 +94,8 @@ impl Noted<'_> {
     fn add_l2_tables(&mut self, kind: OverlapChecks, l1: impl Iterator<Item = u64>) {
         for raw in l1.filter(|&raw| raw != 0) {
             if let Ok(L1Entry { l2_table: Some(table), .. }) = L1Entry::decode(raw, self.geometry) {
-                // A table that two entries of the active L1 table lead to is shared, as with a snapshot: no change of one
-                // disk's part may show in the other, and it stays when one of them goes.
+                // A table that two entries of the active L1 table lead to is shared, as with a snapshot: no
+                // change of one disk's part may show in the other, and it stays when one of them goes.
                 let twice = if kind == OverlapChecks::ACTIVE_L2 { OverlapChecks::INACTIVE_L2 } else { kind };
                 self.add_once(kind, twice, table);
             }

@@ -76,8 +76,8 @@ impl Meta {
         self.mark_corrupt(format!("l2 entry of guest offset {offset} is damaged")).with_source(error)
     }
 
-    /// How far L1 entries without a table reach from `offset` on, at most `max_len`, as far as it is told cheaply: whoever walks
-    /// over two disks asks one of them again and again.
+    /// How far L1 entries without a table reach from `offset` on, at most `max_len`, as far as it is told
+    /// cheaply: whoever walks over two disks asks one of them again and again.
     fn unmapped_len(&self, offset: GuestOffset, max_len: u64) -> u64 {
         let (coverage, start) = (self.geometry.l2_coverage(), offset.value());
         let limit = start.saturating_add(max_len);
@@ -131,8 +131,9 @@ impl Meta {
         Ok(entry)
     }
 
-    /// The L2 entry of `offset` in a table that may be changed: a missing table is made, a shared one copied. The
-    /// caller has claimed the cluster. Disk: the new table's content; its L1 entry waits for the next write-back.
+    /// The L2 entry of `offset` in a table that may be changed: a missing table is made, a shared one copied.
+    /// The caller has claimed the cluster. Disk: the new table's content; its L1 entry waits for the next
+    /// write-back.
     pub(crate) fn writable_place(&self, offset: GuestOffset) -> Result<L2Place> {
         let index = self.geometry.l1_index(offset);
         let entry = self.l1_entry(index)?;
@@ -148,7 +149,8 @@ impl Meta {
         self.place_to_change(table, offset)
     }
 
-    /// The entry of `offset` in `table`, which is about to be changed: an L1 entry that points at other metadata stops here.
+    /// The entry of `offset` in `table`, which is about to be changed: an L1 entry that points at other
+    /// metadata stops here.
     fn place_to_change(&self, table: HostOffset, offset: GuestOffset) -> Result<L2Place> {
         let place = self.place_in_table(table, offset)?;
         if !place.page.is_queued() {
@@ -216,8 +218,9 @@ impl Meta {
         Ok(())
     }
 
-    /// Sets the entries from `place` on, `entry(i)` giving the `i`-th of `count`. The caller has claimed their clusters,
-    /// and everything the new entries lead to has been written. `unlinked` are the references the old ones held.
+    /// Sets the entries from `place` on, `entry(i)` giving the `i`-th of `count`. The caller has claimed
+    /// their clusters, and everything the new entries lead to has been written. `unlinked` are the references
+    /// the old ones held.
     pub(crate) fn commit(
         &self,
         place: &L2Place,

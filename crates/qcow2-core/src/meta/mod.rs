@@ -36,7 +36,8 @@ pub(crate) struct Meta {
     pub(crate) geometry: Geometry,
     pub(crate) l2_format: L2Format,
     pub(crate) storage: Arc<dyn Storage>,
-    /// Where guest data lives: the image file itself, or the external data file; `None` where that was not opened.
+    /// Where guest data lives: the image file itself, or the external data file; `None` where that was not
+    /// opened.
     pub(crate) data: Option<Arc<dyn Storage>>,
     pub(crate) header: Mutex<header::HeaderState>,
     pub(crate) l1: l1::L1Table,
@@ -104,8 +105,9 @@ impl Meta {
         result
     }
 
-    /// Sets the header's corrupt bit and refuses every further change; returns the error to report. Where the bit cannot
-    /// be written (version 2, a failing storage) the refusal alone remains. Whoever repairs knows already.
+    /// Sets the header's corrupt bit and refuses every further change; returns the error to report. Where the
+    /// bit cannot be written (version 2, a failing storage) the refusal alone remains. Whoever repairs knows
+    /// already.
     pub(crate) fn mark_corrupt(&self, message: String) -> Error {
         let header = self.header();
         if self.writable && !self.for_repair && header.version >= Version::V3 && !header.is_corrupt() {

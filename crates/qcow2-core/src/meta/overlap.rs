@@ -1,10 +1,10 @@
 //! The kinds of metadata that a host cluster can hold.
 
-/// Kinds of metadata that guest data may not be written over. A write that would land there is refused and marks the
-/// image corrupt. The names are QEMU's (`overlap-check`).
+/// Kinds of metadata that guest data may not be written over. A write that would land there is refused and
+/// marks the image corrupt. The names are QEMU's (`overlap-check`).
 ///
-/// The choice is about guest data only: no table is ever written over metadata of another kind, and no metadata is freed
-/// because a guest's mapping points at it, whatever is chosen.
+/// The choice is about guest data only: no table is ever written over metadata of another kind, and no
+/// metadata is freed because a guest's mapping points at it, whatever is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OverlapChecks(u16);
 
@@ -25,8 +25,8 @@ impl OverlapChecks {
     pub const SNAPSHOT_TABLE: Self = Self(1 << 5);
     /// L1 tables of snapshots.
     pub const INACTIVE_L1: Self = Self(1 << 6);
-    /// L2 tables of snapshots. Opening the image for writing reads all their L1 tables; without this kind it does so
-    /// where they are short.
+    /// L2 tables of snapshots. Opening the image for writing reads all their L1 tables; without this kind it
+    /// does so where they are short.
     pub const INACTIVE_L2: Self = Self(1 << 7);
     /// The bitmap directory, and the tables and bits of bitmaps.
     pub const BITMAP_DIRECTORY: Self = Self(1 << 8);

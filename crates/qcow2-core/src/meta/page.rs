@@ -1,8 +1,8 @@
-//! One cached piece of a metadata table: words that any thread reads without a lock, and which of its 512-byte
-//! sectors differ from the disk.
+//! One cached piece of a metadata table: words that any thread reads without a lock, and which of its
+//! 512-byte sectors differ from the disk.
 //!
-//! Invariant: a change and its dirty mark are never separated by a write-back, because words change only while the
-//! commit gate is open and write-back copies them with the gate closed.
+//! Invariant: a change and its dirty mark are never separated by a write-back, because words change only
+//! while the commit gate is open and write-back copies them with the gate closed.
 
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Mutex, Rank, lock};

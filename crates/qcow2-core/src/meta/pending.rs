@@ -1,6 +1,7 @@
 //! Clusters that were unlinked and wait to be freed.
 //!
-//! Invariant I3: their refcounts go down only after the unlink is on disk and no operation can still see them.
+//! Invariant I3: their refcounts go down only after the unlink is on disk and no operation can still see
+//! them.
 
 use super::overlap::OverlapChecks;
 use ::alloc::vec::Vec;
@@ -10,7 +11,8 @@ use ::alloc::vec::Vec;
 pub(crate) struct Unlinked {
     pub(crate) first: u64,
     pub(crate) count: u64,
-    /// What was referred to: kinds of metadata, or none for guest data. Clusters that hold other metadata are not freed.
+    /// What was referred to: kinds of metadata, or none for guest data. Clusters that hold other metadata are
+    /// not freed.
     pub(crate) kinds: OverlapChecks,
 }
 

@@ -24,8 +24,8 @@ pub trait ClusterCipher: Send + Sync {
     /// Which numbers the sectors have.
     fn numbering(&self) -> SectorNumbering;
 
-    /// Encrypts whole sectors in place. `data`: a multiple of 512 bytes; its sectors have the numbers `first_sector`,
-    /// `first_sector + 1`, and so on.
+    /// Encrypts whole sectors in place. `data`: a multiple of 512 bytes; its sectors have the numbers
+    /// `first_sector`, `first_sector + 1`, and so on.
     fn encrypt(&self, first_sector: u64, data: &mut [u8]);
 
     /// Undoes [`encrypt`](Self::encrypt).
@@ -49,7 +49,8 @@ pub struct EncryptedLayer<'a> {
 }
 
 impl<'a> EncryptedLayer<'a> {
-    /// The layer `name` with `depth` others on it, encrypted by `method` with its header at `luks` in `storage`.
+    /// The layer `name` with `depth` others on it, encrypted by `method` with its header at `luks` in
+    /// `storage`.
     pub fn new(
         (depth, name): (usize, &'a str),
         method: CryptMethod,

@@ -26,11 +26,11 @@ impl core::error::Error for CodecError {}
 
 /// One compression method. Contexts are kept and reused inside; usable from any number of threads.
 pub trait ClusterCodec: Send + Sync {
-    /// Compresses `plain` (a whole cluster) into the front of `out` and returns the stream's length, or `None` where
-    /// it would not fit into `out`. The same input gives the same stream, whatever ran before.
+    /// Compresses `plain` (a whole cluster) into the front of `out` and returns the stream's length, or
+    /// `None` where it would not fit into `out`. The same input gives the same stream, whatever ran before.
     fn compress(&self, plain: &[u8], out: &mut [u8]) -> Result<Option<usize>, CodecError>;
 
-    /// Expands `stream` into `out` (a whole cluster), which must become full. Bytes of `stream` after the end of the
-    /// compressed data are ignored; output past a full `out` is ignored. Errors: broken or short data.
+    /// Expands `stream` into `out` (a whole cluster), which must become full. Bytes of `stream` after the end
+    /// of the compressed data are ignored; output past a full `out` is ignored. Errors: broken or short data.
     fn expand(&self, stream: &[u8], out: &mut [u8]) -> Result<(), CodecError>;
 }

@@ -8,15 +8,16 @@ use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 /// What one layer says about a run of guest bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentState {
-    /// This layer says nothing: the bytes come from the layer below, or are zeroes without one (or past its end).
+    /// This layer says nothing: the bytes come from the layer below, or are zeroes without one (or past its
+    /// end).
     Unallocated,
     /// The bytes are zeroes. `host`: the place assigned to them all the same (a preallocated zero cluster).
     Zero {
         /// Where the run would be stored, if a place is assigned.
         host: Option<HostOffset>,
     },
-    /// The bytes are stored as they are. `host`: where, in the file that holds this layer's data; `None` where the
-    /// stored bytes are not the guest's (encrypted).
+    /// The bytes are stored as they are. `host`: where, in the file that holds this layer's data; `None`
+    /// where the stored bytes are not the guest's (encrypted).
     Data {
         /// Where the run is stored.
         host: Option<HostOffset>,
@@ -37,8 +38,8 @@ pub struct DiskExtent {
 /// A disk as a machine sees it: a qcow2 image, a raw file, zeroes. Any number of threads may use it at once.
 ///
 /// Ranges must lie inside `size()`; any alignment is allowed. Errors: `OutOfRange` for a range past the end,
-/// `ReadOnly` for a change to a disk opened for reading, `Storage`, `Corrupt`, `Poisoned` after a failed metadata
-/// write.
+/// `ReadOnly` for a change to a disk opened for reading, `Storage`, `Corrupt`, `Poisoned` after a failed
+/// metadata write.
 pub trait GuestDisk: Send + Sync {
     /// Bytes of the disk.
     fn size(&self) -> u64;
@@ -48,13 +49,14 @@ pub trait GuestDisk: Send + Sync {
 
     /// Writes `buf` from `offset` on. Durable after the next [`flush`](Self::flush).
     ///
-    /// Where the storage is full (`Storage`, [`NoSpace`](crate::StorageErrorKind::NoSpace) below) a first part may be written and
-    /// nothing else is lost: a qcow2 image goes on, and the same write succeeds when there is room.
+    /// Where the storage is full (`Storage`, [`NoSpace`](crate::StorageErrorKind::NoSpace) below) a first
+    /// part may be written and nothing else is lost: a qcow2 image goes on, and the same write succeeds when
+    /// there is room.
     fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()>;
 
-    /// Writes each part at its offset, in any order if they do not overlap. A qcow2 image does it in fewer and longer writes
-    /// to its file where the parts ascend and have their clusters to themselves. Errors: as of [`write_at`](Self::write_at)
-    /// for one of the parts; any of them may be written then.
+    /// Writes each part at its offset, in any order if they do not overlap. A qcow2 image does it in fewer
+    /// and longer writes to its file where the parts ascend and have their clusters to themselves. Errors: as
+    /// of [`write_at`](Self::write_at) for one of the parts; any of them may be written then.
     fn write_parts(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
         parts.iter().try_for_each(|(offset, buf)| self.write_at(*offset, buf))
     }
@@ -62,15 +64,15 @@ pub trait GuestDisk: Send + Sync {
     /// Makes `range` read as zeroes.
     fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()>;
 
-    /// Says that the content of `range` no longer matters; whole clusters of it then read as zeroes (or, where that
-    /// cannot be recorded, as before).
+    /// Says that the content of `range` no longer matters; whole clusters of it then read as zeroes (or,
+    /// where that cannot be recorded, as before).
     fn discard(&self, range: GuestRange) -> Result<()>;
 
     /// Returns when every change whose call returned before this one is durable.
     fn flush(&self) -> Result<()>;
 
-    /// What this layer alone says from `range.start()` on: a run of at most `range.len()` bytes, as long as it can be
-    /// told cheaply. `range` must not be empty.
+    /// What this layer alone says from `range.start()` on: a run of at most `range.len()` bytes, as long as
+    /// it can be told cheaply. `range` must not be empty.
     fn extent_at(&self, range: GuestRange) -> Result<DiskExtent>;
 
     /// The layer below, whose bytes show through where this one says nothing.
@@ -78,7 +80,8 @@ pub trait GuestDisk: Send + Sync {
         None
     }
 
-    /// Bytes that are best changed together (the cluster size), a power of two; 0 where it makes no difference.
+    /// Bytes that are best changed together (the cluster size), a power of two; 0 where it makes no
+    /// difference.
     fn cluster_size(&self) -> u64 {
         0
     }

@@ -1,6 +1,7 @@
 //! What the engine is about to do, for whoever injects faults or stops requests at chosen moments.
 
-/// A step of the engine, named as QEMU's `blkdebug` names it. It is told right before the step's storage call.
+/// A step of the engine, named as QEMU's `blkdebug` names it. It is told right before the step's storage
+/// call.
 ///
 /// Not every step that QEMU has is one here: what this engine never does is known by name, and never told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

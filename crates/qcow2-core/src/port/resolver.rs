@@ -24,8 +24,8 @@ pub enum ImageFormat {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reference<'a> {
-    /// Its backing file, with the format recorded beside it. Names are bytes in the image; these are UTF-8 with
-    /// broken sequences replaced.
+    /// Its backing file, with the format recorded beside it. Names are bytes in the image; these are UTF-8
+    /// with broken sequences replaced.
     Backing {
         /// The name as it stands in the image.
         name: &'a str,
@@ -64,7 +64,8 @@ pub struct ResolvedSource {
 }
 
 impl ResolvedSource {
-    /// The source `name` in `storage`, which is of `format`; it has no identity and opens no name that it gives.
+    /// The source `name` in `storage`, which is of `format`; it has no identity and opens no name that it
+    /// gives.
     pub fn new(storage: Arc<dyn Storage>, format: ImageFormat, name: impl Into<String>) -> Self {
         Self { storage, format, name: name.into(), id: None, resolver: Arc::new(NoResolver) }
     }
@@ -133,9 +134,9 @@ impl core::error::Error for ResolveError {
 
 /// Opens names found inside an image. The engine never opens one itself.
 pub trait Resolver: Send + Sync {
-    /// Opens what `reference` names, relative to the image this resolver belongs to. `writable`: whether changes will
-    /// be made. The engine itself asks so for data files of images open for writing only; commit asks so for the backing
-    /// file that it writes to, and for no other.
+    /// Opens what `reference` names, relative to the image this resolver belongs to. `writable`: whether
+    /// changes will be made. The engine itself asks so for data files of images open for writing only; commit
+    /// asks so for the backing file that it writes to, and for no other.
     fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError>;
 }
 

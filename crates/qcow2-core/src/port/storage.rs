@@ -96,8 +96,8 @@ pub struct StorageExtent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Offsets and lengths that are multiples of this (a power of two) are served without a detour. Others are
-    /// served too: an adapter that cannot do them natively buffers them itself.
+    /// Offsets and lengths that are multiples of this (a power of two) are served without a detour. Others
+    /// are served too: an adapter that cannot do them natively buffers them itself.
     pub alignment: u32,
     /// Whether a write past the end makes the storage longer.
     pub growable: bool,
@@ -113,9 +113,9 @@ impl Default for Limits {
 
 /// The bytes an image lives in: a file, a block device, memory, or a wrapper around another storage.
 ///
-/// Blocking, positional, usable from any number of threads. Calls on disjoint ranges never influence each other;
-/// of overlapping concurrent writes the result per 512-byte sector is that of one of them. Nothing is durable
-/// before [`flush`](Self::flush) returns.
+/// Blocking, positional, usable from any number of threads. Calls on disjoint ranges never influence each
+/// other; of overlapping concurrent writes the result per 512-byte sector is that of one of them. Nothing is
+/// durable before [`flush`](Self::flush) returns.
 pub trait Storage: Send + Sync {
     /// Bytes that may be read; reading at or after it gives nothing.
     fn len(&self) -> Result<u64, StorageError>;
@@ -125,7 +125,8 @@ pub trait Storage: Send + Sync {
         Ok(self.len()? == 0)
     }
 
-    /// Fills `buf` from `offset` on. Returns how many bytes were read: fewer than `buf.len()` only at the end.
+    /// Fills `buf` from `offset` on. Returns how many bytes were read: fewer than `buf.len()` only at the
+    /// end.
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError>;
 
     /// Writes all of `buf`; makes a growable storage longer, the gap before `offset` reading as zeroes.
@@ -143,26 +144,28 @@ pub trait Storage: Send + Sync {
         Ok(())
     }
 
-    /// Makes `len` bytes from `offset` read as zeroes, growing a growable storage. Never `Unsupported`: an adapter
-    /// without a faster way writes zeroes.
+    /// Makes `len` bytes from `offset` read as zeroes, growing a growable storage. Never `Unsupported`: an
+    /// adapter without a faster way writes zeroes.
     fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError>;
 
     /// Gives space back; a hint. Afterwards the range reads as zeroes or as before. Never past the end.
     fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError>;
 
-    /// Reserves space for `len` bytes from `offset` and makes the storage at least that long; content does not
-    /// change and new bytes read as zeroes. Errors: `NoSpace`; `Unsupported` where space cannot be reserved.
+    /// Reserves space for `len` bytes from `offset` and makes the storage at least that long; content does
+    /// not change and new bytes read as zeroes. Errors: `NoSpace`; `Unsupported` where space cannot be
+    /// reserved.
     fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError>;
 
-    /// Cuts the storage or makes it longer; new bytes read as zeroes. Errors: `Unsupported` on a fixed-size device
-    /// (unless `len` is its length already).
+    /// Cuts the storage or makes it longer; new bytes read as zeroes. Errors: `Unsupported` on a fixed-size
+    /// device (unless `len` is its length already).
     fn set_len(&self, len: u64) -> Result<(), StorageError>;
 
-    /// Returns when everything written by calls that returned before this one is durable, and so is the length.
+    /// Returns when everything written by calls that returned before this one is durable, and so is the
+    /// length.
     fn flush(&self) -> Result<(), StorageError>;
 
-    /// The run that starts at `offset`, cut at `len` bytes; `offset + len` must not pass the end and `len` must not
-    /// be 0. The default calls everything data, which is merely slower.
+    /// The run that starts at `offset`, cut at `len` bytes; `offset + len` must not pass the end and `len`
+    /// must not be 0. The default calls everything data, which is merely slower.
     fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
         let _ = offset;
         Ok(StorageExtent { len, data: true })
@@ -183,11 +186,11 @@ pub trait Storage: Send + Sync {
         None
     }
 
-    /// Copies `len` bytes from `from` of `source` to `offset` without their passing through the program: the system does
-    /// it, or makes both files share the space. All of the source's range must lie before its end; a growable storage
-    /// grows. After an error the range may hold anything, and nothing was lost but time: whoever asked reads and writes
-    /// instead, and learns which of both fails. Errors: `Unsupported` where these two storages cannot (the default);
-    /// `ReadOnly`; the system's own.
+    /// Copies `len` bytes from `from` of `source` to `offset` without their passing through the program: the
+    /// system does it, or makes both files share the space. All of the source's range must lie before its
+    /// end; a growable storage grows. After an error the range may hold anything, and nothing was lost but
+    /// time: whoever asked reads and writes instead, and learns which of both fails. Errors: `Unsupported`
+    /// where these two storages cannot (the default); `ReadOnly`; the system's own.
     fn copy_from(
         &self,
         source: &dyn Storage,
@@ -199,8 +202,8 @@ pub trait Storage: Send + Sync {
         Err(StorageError::new(StorageErrorKind::Unsupported, "this storage copies nothing by itself"))
     }
 
-    /// What an adapter of the same kind looks for in the source of [`copy_from`](Self::copy_from): its own type. `None`
-    /// (the default) where every byte has to be read through this storage.
+    /// What an adapter of the same kind looks for in the source of [`copy_from`](Self::copy_from): its own
+    /// type. `None` (the default) where every byte has to be read through this storage.
     fn copy_source(&self) -> Option<&dyn Any> {
         None
     }

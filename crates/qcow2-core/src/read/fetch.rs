@@ -11,8 +11,8 @@ use qcow2_format::l2::CompressedCluster;
 use qcow2_format::{GuestOffset, GuestRange};
 
 impl Image {
-    /// Fills `buf` with guest bytes from `offset` on, through this layer and those below. The caller has checked the
-    /// range and runs inside an operation.
+    /// Fills `buf` with guest bytes from `offset` on, through this layer and those below. The caller has
+    /// checked the range and runs inside an operation.
     pub(crate) fn read_range(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
         let (mut at, mut rest) = (offset.value(), buf);
         while !rest.is_empty() {

@@ -25,8 +25,8 @@ pub(crate) struct Run {
     pub(crate) place: Place,
 }
 
-/// The longest run from `offset` on, at most `max_len` bytes. `entry(i)` gives the `i`-th L2 entry counted from the
-/// one that maps `offset`; `entries` of them may be asked for.
+/// The longest run from `offset` on, at most `max_len` bytes. `entry(i)` gives the `i`-th L2 entry counted
+/// from the one that maps `offset`; `entries` of them may be asked for.
 pub(crate) fn resolve_run(
     format: &L2Format,
     offset: GuestOffset,

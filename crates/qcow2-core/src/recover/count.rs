@@ -30,8 +30,8 @@ pub(crate) struct ReferenceCounts {
 }
 
 impl ReferenceCounts {
-    /// No references yet, to a file of `clusters` clusters. One more may be referred to: the file need not end with a
-    /// whole cluster.
+    /// No references yet, to a file of `clusters` clusters. One more may be referred to: the file need not
+    /// end with a whole cluster.
     pub(crate) fn new(clusters: u64) -> Self {
         Self { chunks: BTreeMap::new(), end: clusters.saturating_add(1) }
     }
@@ -49,8 +49,8 @@ impl ReferenceCounts {
         })
     }
 
-    /// Counts `times` references to each of `count` clusters. Errors: `Corrupt` where they pass the end of the file:
-    /// counting them would take a refcount structure as large as the tables please.
+    /// Counts `times` references to each of `count` clusters. Errors: `Corrupt` where they pass the end of
+    /// the file: counting them would take a refcount structure as large as the tables please.
     pub(crate) fn add(&mut self, first: u64, count: u64, times: u64) -> Result<()> {
         let end = first.saturating_add(count);
         if end > self.end {
@@ -76,9 +76,9 @@ fn damaged(what: &'static str) -> impl Fn(FormatError) -> Error {
 }
 
 impl Meta {
-    /// The references that header, tables and snapshots hold, but for the refcount structures themselves. Disk: reads
-    /// every table once, however often it is named. Errors: `Corrupt` where a table is damaged, so that nothing may be
-    /// concluded from it.
+    /// The references that header, tables and snapshots hold, but for the refcount structures themselves.
+    /// Disk: reads every table once, however often it is named. Errors: `Corrupt` where a table is damaged,
+    /// so that nothing may be concluded from it.
     pub(crate) fn count_references(&self) -> Result<ReferenceCounts> {
         let header = self.header();
         let walk = Walk::new(&*self.storage, &header)?;
@@ -159,7 +159,8 @@ impl Meta {
         counts.add(first, self.geometry.host_cluster(HostOffset::new(last)).value() - first + 1, times)
     }
 
-    /// Counts the clusters that tables occupy, a reference for each table; returns their entries, each part once.
+    /// Counts the clusters that tables occupy, a reference for each table; returns their entries, each part
+    /// once.
     fn count_places(&self, counts: &mut ReferenceCounts, tables: &[TablePlace]) -> Result<Vec<Segment>> {
         let per_cluster = self.geometry.cluster_size() / 8;
         let whole: Vec<TablePlace> = tables

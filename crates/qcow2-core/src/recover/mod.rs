@@ -1,8 +1,8 @@
 //! Recovery of an image that was not closed cleanly: its refcounts are counted anew.
 //!
-//! Order on disk: corrected refcount blocks, or a new refcount structure behind everything in use and the header's switch
-//! to it; barrier; only then the dirty bit is cleared. A crash in between leaves the bit set, and the next open begins
-//! again. Spec: "Header" (dirty bit).
+//! Order on disk: corrected refcount blocks, or a new refcount structure behind everything in use and the
+//! header's switch to it; barrier; only then the dirty bit is cleared. A crash in between leaves the bit set,
+//! and the next open begins again. Spec: "Header" (dirty bit).
 
 pub(crate) mod count;
 
@@ -19,8 +19,9 @@ use qcow2_format::bytes::table_bytes;
 use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
 
 impl Image {
-    /// Makes every refcount exact and clears the dirty bit. The image was opened for writing and nobody uses it yet.
-    /// Errors: `Corrupt` where tables are damaged: such an image needs a repair that may lose data, not a recount.
+    /// Makes every refcount exact and clears the dirty bit. The image was opened for writing and nobody uses
+    /// it yet. Errors: `Corrupt` where tables are damaged: such an image needs a repair that may lose data,
+    /// not a recount.
     pub(crate) fn recover(&self) -> Result<()> {
         let counts = self.meta.count_references()?;
         if !self.meta.correct_blocks(&counts, false)? {
@@ -32,8 +33,8 @@ impl Image {
 }
 
 impl Meta {
-    /// Corrects the counts in the blocks that there are, or only those that are too high. `false` where a cluster in use has no block to count it, or the
-    /// refcount structures themselves are damaged.
+    /// Corrects the counts in the blocks that there are, or only those that are too high. `false` where a
+    /// cluster in use has no block to count it, or the refcount structures themselves are damaged.
     pub(crate) fn correct_blocks(&self, counts: &ReferenceCounts, only_lower: bool) -> Result<bool> {
         let table = lock(&self.refcounts).table.clone();
         let Some(own) = self.own_clusters(&table)? else { return Ok(false) };

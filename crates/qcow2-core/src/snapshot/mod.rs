@@ -1,9 +1,10 @@
 //! Internal snapshots: taken, applied, deleted, and opened as disks of their own.
 //!
-//! A snapshot is an L1 table, a size and a name; everything below the table is shared by refcount. Each change is: what
-//! is needed elsewhere, barrier, one sector of the header, barrier, and then what is no longer needed is freed. A crash
-//! leaves the snapshot there or not there, the disk as before or as in the snapshot, and at worst leaked clusters and
-//! copied flags that are more careful than they need be. Spec: "Snapshots".
+//! A snapshot is an L1 table, a size and a name; everything below the table is shared by refcount. Each
+//! change is: what is needed elsewhere, barrier, one sector of the header, barrier, and then what is no
+//! longer needed is freed. A crash leaves the snapshot there or not there, the disk as before or as in the
+//! snapshot, and at worst leaked clusters and copied flags that are more careful than they need be. Spec:
+//! "Snapshots".
 
 mod disk;
 mod table;
@@ -55,13 +56,14 @@ impl Image {
         read_snapshots(&*self.meta.storage, &self.header())
     }
 
-    /// Takes a snapshot of the disk as it is now. Its id is one more than the largest number among the others'. Waits for
-    /// requests under way and holds others back meanwhile.
+    /// Takes a snapshot of the disk as it is now. Its id is one more than the largest number among the
+    /// others'. Waits for requests under way and holds others back meanwhile.
     ///
-    /// Disk: everything flushed; refcounts of all that the active L1 table leads to raised, copied flags cleared, a copy
-    /// of the table and a new snapshot table written; barrier; the header; barrier. Errors: `Unsupported` with an external
-    /// data file; `NoSpace` for more than 65536 snapshots or where a refcount cannot be raised, nothing having changed;
-    /// `Corrupt` for damaged tables; `ReadOnly`, `Poisoned`, `Storage`.
+    /// Disk: everything flushed; refcounts of all that the active L1 table leads to raised, copied flags
+    /// cleared, a copy of the table and a new snapshot table written; barrier; the header; barrier. Errors:
+    /// `Unsupported` with an external data file; `NoSpace` for more than 65536 snapshots or where a refcount
+    /// cannot be raised, nothing having changed; `Corrupt` for damaged tables; `ReadOnly`, `Poisoned`,
+    /// `Storage`.
     pub fn create_snapshot(&self, new: &NewSnapshot) -> Result<Snapshot> {
         let _alone = write(&self.structure);
         let mut table = self.begin_snapshot_change()?;
@@ -126,13 +128,13 @@ impl Image {
         meta.switch_snapshot_table(table)
     }
 
-    /// Makes the disk what it was when `snapshot`, one of [`snapshots`](Self::snapshots), was taken, its size included.
-    /// The snapshot stays. Machine state stays where it is.
+    /// Makes the disk what it was when `snapshot`, one of [`snapshots`](Self::snapshots), was taken, its size
+    /// included. The snapshot stays. Machine state stays where it is.
     ///
-    /// Disk: everything flushed; refcounts of all that the snapshot leads to raised; a new active L1 table elsewhere;
-    /// barrier; the header's size and L1 table in one sector; barrier; what only the old disk had is freed. Errors:
-    /// `NotFound`; `Unsupported` with an external data file, with persistent bitmaps, or for another size in version 2;
-    /// otherwise as [`create_snapshot`](Self::create_snapshot).
+    /// Disk: everything flushed; refcounts of all that the snapshot leads to raised; a new active L1 table
+    /// elsewhere; barrier; the header's size and L1 table in one sector; barrier; what only the old disk had
+    /// is freed. Errors: `NotFound`; `Unsupported` with an external data file, with persistent bitmaps, or
+    /// for another size in version 2; otherwise as [`create_snapshot`](Self::create_snapshot).
     pub fn apply_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         let _alone = write(&self.structure);
         let meta = &self.meta;
@@ -189,10 +191,11 @@ impl Image {
         check_size(snapshot, &self.meta.geometry)
     }
 
-    /// Deletes `snapshot`, one of [`snapshots`](Self::snapshots). What only it had is freed and given back to the storage.
+    /// Deletes `snapshot`, one of [`snapshots`](Self::snapshots). What only it had is freed and given back to
+    /// the storage.
     ///
-    /// Disk: everything flushed; a new snapshot table; barrier; the header; barrier; refcounts lowered and copied flags set
-    /// where a cluster has one reference left; barrier. Errors: `NotFound`; otherwise as
+    /// Disk: everything flushed; a new snapshot table; barrier; the header; barrier; refcounts lowered and
+    /// copied flags set where a cluster has one reference left; barrier. Errors: `NotFound`; otherwise as
     /// [`create_snapshot`](Self::create_snapshot).
     pub fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         let _alone = write(&self.structure);
@@ -229,8 +232,8 @@ impl Image {
         self.finish()
     }
 
-    /// What the snapshots in `table` lead to; nothing where their L1 tables are so long that reading them would cost more
-    /// than it saves.
+    /// What the snapshots in `table` lead to; nothing where their L1 tables are so long that reading them
+    /// would cost more than it saves.
     fn trees_of(&self, table: &Table) -> Result<Vec<Tree>> {
         let bytes = |snapshot: &Snapshot| u64::from(snapshot.l1_size) * 8;
         if table.snapshots.iter().map(bytes).sum::<u64>() > MAX_L1_UNASKED {
@@ -276,7 +279,8 @@ impl Image {
         self.finish()
     }
 
-    /// What every change begins with: all tables on disk, nothing waiting to be freed, the snapshot table known.
+    /// What every change begins with: all tables on disk, nothing waiting to be freed, the snapshot table
+    /// known.
     fn begin_snapshot_change(&self) -> Result<Table> {
         self.meta.check_writable()?;
         if self.meta.has_data_file() {
@@ -289,8 +293,8 @@ impl Image {
         Ok(table)
     }
 
-    /// What every change ends with: what was unlinked is free, on disk too, and the tables that snapshots have now are
-    /// known as such.
+    /// What every change ends with: what was unlinked is free, on disk too, and the tables that snapshots
+    /// have now are known as such.
     fn finish(&self) -> Result<()> {
         self.meta.settle()?;
         self.meta.learn_metadata()?;

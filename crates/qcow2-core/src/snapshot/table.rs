@@ -1,7 +1,7 @@
 //! The snapshot table: read piece by piece, and replaced as a whole.
 //!
-//! Order on disk: the new table elsewhere; barrier; the header's count and pointer in one sector; barrier; only then is
-//! the old table free. Spec: "Snapshots".
+//! Order on disk: the new table elsewhere; barrier; the header's count and pointer in one sector; barrier;
+//! only then is the old table free. Spec: "Snapshots".
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
@@ -27,8 +27,8 @@ pub(super) struct Table {
     pub(super) len: u64,
 }
 
-/// Reads the snapshots that `header` counts, in the order of the table. Memory follows what is really there. Errors:
-/// `Corrupt` for an entry that cannot be read or a table above 64 MiB, `Storage`.
+/// Reads the snapshots that `header` counts, in the order of the table. Memory follows what is really there.
+/// Errors: `Corrupt` for an entry that cannot be read or a table above 64 MiB, `Storage`.
 pub fn read_snapshots(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
     Table::read(storage, header).map(|table| table.snapshots)
 }
@@ -83,7 +83,8 @@ impl Meta {
         Ok(NewTable { offset, bytes, count: snapshots.len() as u32 })
     }
 
-    /// Writes `table` and makes the header name it, durably. What the caller wrote before is durable before that.
+    /// Writes `table` and makes the header name it, durably. What the caller wrote before is durable before
+    /// that.
     pub(super) fn switch_snapshot_table(&self, table: &NewTable) -> Result<()> {
         let (count, offset) = (table.count, table.offset);
         if count > 0 {

@@ -9,11 +9,13 @@ use qcow2_format::refcount::decode_table_entry;
 const MAX_EMPTY_BLOCKS: usize = 64;
 
 impl Walk<'_> {
-    /// The byte behind the last cluster that is in use: a whole file is longer than this less one cluster, since the last
-    /// cluster may end early. A shorter one was cut, by a copy that broke off for example; what is missing reads as zeroes.
+    /// The byte behind the last cluster that is in use: a whole file is longer than this less one cluster,
+    /// since the last cluster may end early. A shorter one was cut, by a copy that broke off for example;
+    /// what is missing reads as zeroes.
     ///
-    /// Looked at are the header, the refcount table and the last refcount blocks that are there; a block past the end of the
-    /// file counts with its own place. Where the file ends before all of that it may have been longer still. Errors: `Storage`.
+    /// Looked at are the header, the refcount table and the last refcount blocks that are there; a block past
+    /// the end of the file counts with its own place. Where the file ends before all of that it may have been
+    /// longer still. Errors: `Storage`.
     pub fn used_end(&self) -> Result<u64> {
         let ends = self.header_references().map(|place| place.offset.value().saturating_add(place.len));
         let end = ends.max().unwrap_or(0);

@@ -1,8 +1,9 @@
-//! Visits every reference in an image: which tables there are, what they point to, and what is wrong with them.
+//! Visits every reference in an image: which tables there are, what they point to, and what is wrong with
+//! them.
 //!
-//! Nothing here changes anything or believes anything: offsets may point anywhere, tables may overlap, and the same
-//! table may be named four million times. Memory stays below the named limits, and a table's bytes are visited once,
-//! however often it is named ([`overlay`]).
+//! Nothing here changes anything or believes anything: offsets may point anywhere, tables may overlap, and
+//! the same table may be named four million times. Memory stays below the named limits, and a table's bytes
+//! are visited once, however often it is named ([`overlay`]).
 //!
 //! A walk reads the storage itself, so what an open image still holds in memory must be flushed first.
 
@@ -90,8 +91,8 @@ pub struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    /// `header`: what the storage starts with, possibly accepted for a check only. Errors: `Format` for an impossible
-    /// geometry, `Storage`.
+    /// `header`: what the storage starts with, possibly accepted for a check only. Errors: `Format` for an
+    /// impossible geometry, `Storage`.
     pub fn new(storage: &'a dyn Storage, header: &'a Header) -> Result<Self> {
         let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
         let format = header.l2_format().map_err(bad)?;
@@ -118,8 +119,8 @@ impl<'a> Walk<'a> {
         self.file_len
     }
 
-    /// The references that the header itself makes: its own cluster, the active L1 table, the refcount table, the LUKS
-    /// area and the bitmap directory. Tables without entries refer to nothing.
+    /// The references that the header itself makes: its own cluster, the active L1 table, the refcount table,
+    /// the LUKS area and the bitmap directory. Tables without entries refer to nothing.
     pub fn header_references(&self) -> impl Iterator<Item = Reference> + use<> {
         let header = self.header;
         let size = self.geometry().cluster_size();

@@ -1,8 +1,8 @@
 //! Tables laid over each other: which bytes are part of how many tables.
 //!
-//! A hostile image may have 65536 snapshots whose L1 tables of 32 MiB overlap each other, or all be the same. Since
-//! entries of all tables lie at multiples of 8, one visit of each entry that says how many tables it is part of is as
-//! good as a visit of every table.
+//! A hostile image may have 65536 snapshots whose L1 tables of 32 MiB overlap each other, or all be the same.
+//! Since entries of all tables lie at multiples of 8, one visit of each entry that says how many tables it is
+//! part of is as good as a visit of every table.
 
 use ::alloc::vec::Vec;
 use qcow2_format::HostOffset;
@@ -39,8 +39,8 @@ pub struct Segment {
     pub times: u64,
 }
 
-/// Lays tables over each other. Returns the segments in the order of their offsets: they do not overlap, and there are
-/// at most twice as many as tables. Tables that would end past 2^64 - 1 are cut there.
+/// Lays tables over each other. Returns the segments in the order of their offsets: they do not overlap, and
+/// there are at most twice as many as tables. Tables that would end past 2^64 - 1 are cut there.
 pub fn overlay(tables: &[TablePlace]) -> Vec<Segment> {
     let mut edges: Vec<(u64, bool)> = Vec::with_capacity(tables.len() * 2);
     for table in tables {

@@ -1,4 +1,5 @@
-//! Tables whose entries differ in length: the snapshot table and the bitmap directory, read a window at a time.
+//! Tables whose entries differ in length: the snapshot table and the bitmap directory, read a window at a
+//! time.
 
 use super::{TablePlace, Walk};
 use crate::error::Result;
@@ -70,8 +71,8 @@ pub struct SnapshotTable {
 }
 
 impl Walk<'_> {
-    /// Reads the snapshot table, telling `fault` what is wrong. `None` where it cannot be read to its end: then nobody
-    /// knows what the snapshots refer to. Errors: `Storage`.
+    /// Reads the snapshot table, telling `fault` what is wrong. `None` where it cannot be read to its end:
+    /// then nobody knows what the snapshots refer to. Errors: `Storage`.
     pub fn snapshots(&self, fault: &mut dyn FnMut(SnapshotFault)) -> Result<Option<SnapshotTable>> {
         let (count, offset) = (self.header.nb_snapshots, self.header.snapshots_offset);
         if count > limit::MAX_SNAPSHOTS {
@@ -127,8 +128,8 @@ impl Walk<'_> {
         }
     }
 
-    /// Reads the bitmap directory, where there is a trusted one, and judges its entries as an open does. Returns the
-    /// place of each bitmap's table and what stopped the reading. Errors: `Storage`.
+    /// Reads the bitmap directory, where there is a trusted one, and judges its entries as an open does.
+    /// Returns the place of each bitmap's table and what stopped the reading. Errors: `Storage`.
     pub fn bitmaps(&self) -> Result<(Vec<TablePlace>, Option<BitmapFault>)> {
         let mut tables = Vec::new();
         let Some(directory) = self.header.trusted_bitmaps() else { return Ok((tables, None)) };

@@ -5,13 +5,14 @@ use crate::error::Result;
 use ::alloc::vec::Vec;
 use qcow2_format::HostOffset;
 
-/// Reads a stretch of 8-byte entries piece by piece. What is not delivered is zeroes: holes of the storage and what
-/// lies past its end.
+/// Reads a stretch of 8-byte entries piece by piece. What is not delivered is zeroes: holes of the storage
+/// and what lies past its end.
 pub struct Pieces<'a> {
     walk: &'a Walk<'a>,
     at: u64,
     end: u64,
-    /// Where the storage said last that there is data: asking costs some file systems as much as the data are long.
+    /// Where the storage said last that there is data: asking costs some file systems as much as the data are
+    /// long.
     data: core::ops::Range<u64>,
     buffer: Vec<u8>,
 }
@@ -24,14 +25,15 @@ impl<'a> Walk<'a> {
 }
 
 impl Pieces<'_> {
-    /// Starts with `len` bytes from `offset` on, both multiples of 8. What is known of the storage stays known.
+    /// Starts with `len` bytes from `offset` on, both multiples of 8. What is known of the storage stays
+    /// known.
     pub fn start(&mut self, offset: HostOffset, len: u64) {
         self.at = offset.value();
         self.end = self.at.saturating_add(len);
     }
 
-    /// The next piece that may hold something else than zeroes: its offset and its bytes, a multiple of 8 of them.
-    /// `None` after the last one. Errors: `Storage`.
+    /// The next piece that may hold something else than zeroes: its offset and its bytes, a multiple of 8 of
+    /// them. `None` after the last one. Errors: `Storage`.
     pub fn read_next(&mut self) -> Result<Option<(HostOffset, &[u8])>> {
         let file_end = self.walk.file_len.next_multiple_of(8).min(self.end);
         while self.at < file_end {
@@ -48,7 +50,8 @@ impl Pieces<'_> {
         Ok(None)
     }
 
-    /// Asks the storage what is at `at`, and how far, also past this stretch. False where it is a hole, which has been passed then.
+    /// Asks the storage what is at `at`, and how far, also past this stretch. False where it is a hole, which
+    /// has been passed then.
     fn find_data(&mut self) -> Result<bool> {
         let left = self.walk.file_len.saturating_sub(self.at);
         if left == 0 {

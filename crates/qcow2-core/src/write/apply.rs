@@ -1,6 +1,7 @@
 //! Carries a write out: prepare the place, move the bytes, commit the mapping.
 //!
-//! No metadata lock is held while data moves; what holds others back is the claim on the guest clusters alone.
+//! No metadata lock is held while data moves; what holds others back is the claim on the guest clusters
+//! alone.
 
 use super::prepare::{Edge, Prepared};
 use crate::error::Result;
@@ -33,7 +34,8 @@ impl Image {
     }
 }
 
-/// Puts the bytes of prepared writes and those they need around them into their places, neighbours in one call.
+/// Puts the bytes of prepared writes and those they need around them into their places, neighbours in one
+/// call.
 pub(crate) fn move_data(data: &dyn Storage, batch: &[(Prepared<'_>, &[u8])]) -> Result<()> {
     if let [(prepared, buf)] = batch
         && prepared.edges.is_empty()

@@ -1,7 +1,8 @@
-//! Several writes at once: places for all of them first, then their bytes, neighbours in the file in one call.
+//! Several writes at once: places for all of them first, then their bytes, neighbours in the file in one
+//! call.
 //!
-//! Invariant: whoever holds several claims took them in ascending order of guest clusters, so that two batches never wait
-//! for each other.
+//! Invariant: whoever holds several claims took them in ascending order of guest clusters, so that two
+//! batches never wait for each other.
 
 use super::apply::move_data;
 use super::prepare::{Edge, Prepared};
@@ -36,8 +37,8 @@ impl<'a> Rest<'a> {
 }
 
 impl Image {
-    /// Writes the parts one after the other, as far as they ascend in one go. The caller has checked the ranges and runs
-    /// inside an operation. After an error a first part of them may be written.
+    /// Writes the parts one after the other, as far as they ascend in one go. The caller has checked the
+    /// ranges and runs inside an operation. After an error a first part of them may be written.
     pub(crate) fn write_batches(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
         let mut rest = Rest { parts, done: 0 };
         while rest.next().is_some() {
@@ -51,8 +52,8 @@ impl Image {
         Ok(())
     }
 
-    /// Places for the next parts: up to the first that cannot have one now, because it touches a cluster that the batch
-    /// holds or lies before it, or for good, which is the error.
+    /// Places for the next parts: up to the first that cannot have one now, because it touches a cluster that
+    /// the batch holds or lies before it, or for good, which is the error.
     fn prepare_batch<'a, 'b>(
         &'a self,
         rest: &mut Rest<'b>,

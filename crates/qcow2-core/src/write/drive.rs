@@ -1,7 +1,7 @@
 //! Prepare, move, commit for callers that move the bytes themselves: an io_uring loop, a VMM.
 //!
-//! The engine says where bytes are and where they go; it never sees them. The pieces of a prepared write may be written
-//! in any order and at the same time; `commit` comes after the last one has been written.
+//! The engine says where bytes are and where they go; it never sees them. The pieces of a prepared write may
+//! be written in any order and at the same time; `commit` comes after the last one has been written.
 
 use super::prepare::{Edge, Prepared};
 use crate::error::Result;
@@ -12,8 +12,8 @@ use crate::port::storage::ZeroMode;
 use crate::sync::{RwLockReadGuard, read};
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
-/// Keeps every mapping that was looked up through it valid: no cluster that an extent named is used for anything else
-/// before the pin is dropped. Drop it as soon as the bytes are read; freed space waits for it.
+/// Keeps every mapping that was looked up through it valid: no cluster that an extent named is used for
+/// anything else before the pin is dropped. Drop it as soon as the bytes are read; freed space waits for it.
 pub struct Pin<'a> {
     image: &'a Image,
     _structure: RwLockReadGuard<'a, ()>,
@@ -55,7 +55,8 @@ pub enum Piece<'a> {
 }
 
 impl Image {
-    /// Starts reading the data plane directly. Not to be held while the same thread asks the image for anything else.
+    /// Starts reading the data plane directly. Not to be held while the same thread asks the image for
+    /// anything else.
     pub fn pin(&self) -> Pin<'_> {
         Pin { image: self, _structure: read(&self.structure), _operation: self.meta.operations.enter() }
     }
@@ -99,15 +100,17 @@ impl Image {
         if end <= len || !data.limits().growable {
             return Ok(());
         }
-        // The range is claimed for this write, and past the end it holds nothing yet: zeroing destroys no data.
+        // The range is claimed for this write, and past the end it holds nothing yet: zeroing destroys no
+        // data.
         let start = start.max(len);
         Ok(data.write_zeroes(HostOffset::new(start), end - start, ZeroMode::MayUnmap)?)
     }
 }
 
 impl Pin<'_> {
-    /// Where the bytes from `range.start()` on are in this layer; see [`GuestDisk::extent_at`](crate::GuestDisk::extent_at). Host offsets are places
-    /// in the [data storage](Image::data_storage).
+    /// Where the bytes from `range.start()` on are in this layer; see
+    /// [`GuestDisk::extent_at`](crate::GuestDisk::extent_at). Host offsets are places in the [data
+    /// storage](Image::data_storage).
     pub fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
         self.image.check_range(range.start(), range.len())?;
         self.image.extent_of(range)
@@ -134,8 +137,8 @@ impl WriteTicket<'_> {
         self.prepared.changes_mapping()
     }
 
-    /// Makes the written bytes visible. Durable after the next [`flush`](crate::GuestDisk::flush), which makes the data storage
-    /// durable first: all pieces must have reached it.
+    /// Makes the written bytes visible. Durable after the next [`flush`](crate::GuestDisk::flush), which
+    /// makes the data storage durable first: all pieces must have reached it.
     pub fn commit(self) -> Result<()> {
         let Self { image, prepared, _structure, _operation, .. } = self;
         prepared.commit()?;

@@ -22,8 +22,9 @@ struct Packed<'a> {
 }
 
 impl Image {
-    /// Stores each stream as the cluster at its offset: those that come to lie one behind the other in one write. The
-    /// caller has checked that the clusters are inside the disk. After an error a first part of them may be stored.
+    /// Stores each stream as the cluster at its offset: those that come to lie one behind the other in one
+    /// write. The caller has checked that the clusters are inside the disk. After an error a first part of
+    /// them may be stored.
     pub(crate) fn pack_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
         self.check_streams(streams)?;
         let (Some((first, _)), Some((last, _))) = (streams.first(), streams.last()) else { return Ok(()) };
@@ -132,8 +133,8 @@ fn is_free(entry: &L2Entry) -> bool {
 }
 
 impl Meta {
-    /// Reserves `len` bytes for a stream, less than a cluster: behind the last stream where its cluster has room or the
-    /// next one can be had, else at the start of a new cluster.
+    /// Reserves `len` bytes for a stream, less than a cluster: behind the last stream where its cluster has
+    /// room or the next one can be had, else at the start of a new cluster.
     fn reserve_packed(&self, len: u64) -> Result<HostOffset> {
         let size = self.geometry.cluster_size();
         if let Some((start, end)) = self.join_pack()?
@@ -147,8 +148,8 @@ impl Meta {
         Ok(reserved.offset)
     }
 
-    /// Takes the place behind the last stream and adds a reference to its host cluster: in one step, because the cluster
-    /// may be freed, and used for something else, as soon as nobody holds one.
+    /// Takes the place behind the last stream and adds a reference to its host cluster: in one step, because
+    /// the cluster may be freed, and used for something else, as soon as nobody holds one.
     fn join_pack(&self) -> Result<Option<(u64, u64)>> {
         let mut refcounts = lock(&self.refcounts);
         let Some((start, end)) = refcounts.pack.take() else { return Ok(None) };

@@ -1,12 +1,14 @@
 //! What a write to a guest range does, decided from its L2 entries alone. Holds no port.
 //!
-//! Invariant: a host cluster is written in place only if this image alone refers to it (its copied flag is set).
+//! Invariant: a host cluster is written in place only if this image alone refers to it (its copied flag is
+//! set).
 
 use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
 use qcow2_format::{GuestOffset, HostOffset};
 
-/// How the clusters of a run are written. Every way in which a plain write changes the mapping is one arm; a write to
-/// data that is mapped and copied already needs no plan (`prepare` sees it first), and a compressed one is packed.
+/// How the clusters of a run are written. Every way in which a plain write changes the mapping is one arm; a
+/// write to data that is mapped and copied already needs no plan (`prepare` sees it first), and a compressed
+/// one is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WriteKind {
     /// The bytes go where they are; no entry changes.
@@ -33,8 +35,8 @@ pub(crate) struct WritePlan {
     pub(crate) len: u64,
 }
 
-/// Plans the write of `len` bytes at `offset`. `entry(i)` is the L2 entry of the `i`-th cluster from the one that
-/// holds `offset`; at most `entries` are asked for.
+/// Plans the write of `len` bytes at `offset`. `entry(i)` is the L2 entry of the `i`-th cluster from the one
+/// that holds `offset`; at most `entries` are asked for.
 pub(crate) fn plan_write<E>(
     format: &L2Format,
     offset: GuestOffset,
@@ -93,8 +95,8 @@ pub(crate) fn mask(first: u64, end: u64) -> u32 {
     (((1u64 << end) - 1) & !((1u64 << first) - 1)) as u32
 }
 
-/// The entry of a cluster after `touched` of its subclusters were written to the host cluster at `host`, together with
-/// the subclusters `kept` that were copied there.
+/// The entry of a cluster after `touched` of its subclusters were written to the host cluster at `host`,
+/// together with the subclusters `kept` that were copied there.
 pub(crate) fn written_entry(old: &L2Entry, host: HostOffset, touched: u32, kept: u32) -> L2Entry {
     let data = touched | kept;
     let zero = match old {
@@ -141,8 +143,8 @@ pub(crate) enum ZeroPlan {
     WriteData,
 }
 
-/// Plans the zeroing of `subclusters` of one cluster. `backing`: whether an unallocated cluster may show bytes of a
-/// layer below. Spec: "Cluster mapping", "Extended L2 Entries".
+/// Plans the zeroing of `subclusters` of one cluster. `backing`: whether an unallocated cluster may show
+/// bytes of a layer below. Spec: "Cluster mapping", "Extended L2 Entries".
 pub(crate) fn plan_zero(
     format: &L2Format,
     old: &L2Entry,

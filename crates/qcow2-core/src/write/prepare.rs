@@ -1,7 +1,7 @@
 //! The first half of a write: a place for its bytes, and the bytes that must stand beside them.
 //!
-//! Invariant: between prepare and commit the clusters are claimed, so that nobody else changes their mapping; readers go
-//! on seeing the old one. What was reserved and is not committed is given back, exactly once.
+//! Invariant: between prepare and commit the clusters are claimed, so that nobody else changes their mapping;
+//! readers go on seeing the old one. What was reserved and is not committed is given back, exactly once.
 
 use super::cow::{ClusterEdges, ranges_to_copy};
 use super::plan::{WriteKind, WritePlan, kept_subclusters, plan_write, touched, written_entry};
@@ -20,7 +20,8 @@ use ::alloc::vec::Vec;
 use qcow2_format::l2::L2Entry;
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
-/// The most bytes that are prepared as one run: long enough for large writes, short enough not to hold others back.
+/// The most bytes that are prepared as one run: long enough for large writes, short enough not to hold others
+/// back.
 const MAX_RUN: u64 = 4 << 20;
 /// Zeroes up to this length come as bytes, so that they go out in one piece with their neighbours.
 const SHORT_ZEROES: u64 = 32 << 10;
@@ -74,8 +75,9 @@ struct Change<'a> {
 }
 
 impl Image {
-    /// Prepares a first part of a write of `len` bytes at `offset`. The caller has checked the range and runs inside an
-    /// operation. Disk: may read L2 tables and the bytes around the write, may write a new L2 table.
+    /// Prepares a first part of a write of `len` bytes at `offset`. The caller has checked the range and runs
+    /// inside an operation. Disk: may read L2 tables and the bytes around the write, may write a new L2
+    /// table.
     pub(crate) fn prepare(&self, offset: GuestOffset, len: u64) -> Result<Prepared<'_>> {
         let geometry = &self.meta.geometry;
         let len = len.min(MAX_RUN - geometry.in_cluster(offset.value()));
@@ -119,8 +121,8 @@ impl Image {
         Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None, _in_place: Some(claim) })
     }
 
-    /// Keeps the end of the file on a sector: a write that ends inside one at `end` must not be what makes the file
-    /// longer, because length and bytes reach the disk apart and could leave half a sector.
+    /// Keeps the end of the file on a sector: a write that ends inside one at `end` must not be what makes
+    /// the file longer, because length and bytes reach the disk apart and could leave half a sector.
     fn cover_sector(&self, end: u64) -> Result<()> {
         let sector_end = end.next_multiple_of(SECTOR_SIZE);
         let data = self.meta.data()?;
@@ -239,8 +241,9 @@ impl Image {
     }
 }
 
-/// `len` zeroes at `host`. Parts of sectors come as bytes, because they share a sector with the write's own bytes and a
-/// sector is written once; so does everything short. `fresh`: the whole sectors read as zeroes already.
+/// `len` zeroes at `host`. Parts of sectors come as bytes, because they share a sector with the write's own
+/// bytes and a sector is written once; so does everything short. `fresh`: the whole sectors read as zeroes
+/// already.
 fn zero_edges(host: HostOffset, len: u64, fresh: bool) -> Vec<Edge> {
     let bytes =
         |host: u64, len: u64| Edge::Bytes { host: HostOffset::new(host), bytes: vec![0; len as usize] };
@@ -323,8 +326,8 @@ impl Drop for Prepared<'_> {
     fn drop(&mut self) {
         let change = self.change.take();
         if let Some(run) = change.as_ref().and_then(|change| change.reserved) {
-            // A part may be written: on a full disk the space is wanted. A count that cannot be lowered stays too high: a
-            // leak, which harms nothing.
+            // A part may be written: on a full disk the space is wanted. A count that cannot be lowered stays
+            // too high: a leak, which harms nothing.
             let _ = self.image.meta.free_reusable(&[run]);
         }
     }

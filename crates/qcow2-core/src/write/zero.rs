@@ -1,4 +1,5 @@
-//! Write zeroes and discard: mapping changes where whole (sub)clusters are concerned, written zeroes elsewhere.
+//! Write zeroes and discard: mapping changes where whole (sub)clusters are concerned, written zeroes
+//! elsewhere.
 
 use super::plan::{ZeroKind, ZeroPlan, mask, plan_zero};
 use crate::error::Result;
@@ -17,7 +18,8 @@ const MAX_CLUSTERS: u64 = 1 << 12;
 static ZEROES: [u8; 16 << 10] = [0; 16 << 10];
 
 impl Image {
-    /// Makes `range` read as zeroes (or forgets it). The caller has checked the range and runs inside an operation.
+    /// Makes `range` read as zeroes (or forgets it). The caller has checked the range and runs inside an
+    /// operation.
     pub(crate) fn zero_range(&self, range: GuestRange, kind: ZeroKind) -> Result<()> {
         let unit = match kind {
             ZeroKind::Discard | ZeroKind::Forget => self.meta.geometry.cluster_size(),
@@ -35,7 +37,8 @@ impl Image {
         self.zero_part(between(whole_end, end), kind)
     }
 
-    /// Bytes that do not fill a (sub)cluster: written, unless they read as zeroes already. A discard leaves them.
+    /// Bytes that do not fill a (sub)cluster: written, unless they read as zeroes already. A discard leaves
+    /// them.
     fn zero_part(&self, range: GuestRange, kind: ZeroKind) -> Result<()> {
         if kind == ZeroKind::Discard || range.is_empty() || self.stays_zero(range)? {
             return Ok(());
@@ -43,8 +46,9 @@ impl Image {
         self.write_zero_bytes(range)
     }
 
-    /// Whether `range`, within one cluster, reads as zeroes with nobody about to change that: a write beside it that is
-    /// under way may be about to uncover bytes which an earlier write left in the same host cluster.
+    /// Whether `range`, within one cluster, reads as zeroes with nobody about to change that: a write beside
+    /// it that is under way may be about to uncover bytes which an earlier write left in the same host
+    /// cluster.
     fn stays_zero(&self, range: GuestRange) -> Result<bool> {
         let cluster = self.meta.geometry.guest_cluster(range.start()).value();
         let _claim = self.meta.claims.claim(cluster, cluster + 1);
@@ -91,7 +95,8 @@ impl Image {
         Ok(if untouched { run.len } else { 0 })
     }
 
-    /// Zeroes a first part of `len` bytes from `offset` on, within one piece of an L2 table; returns its length.
+    /// Zeroes a first part of `len` bytes from `offset` on, within one piece of an L2 table; returns its
+    /// length.
     fn zero_clusters(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
         let format = &self.meta.l2_format;
         let (geometry, size) = (&format.geometry, format.geometry.cluster_size());
@@ -140,8 +145,8 @@ impl Image {
         Ok(done)
     }
 
-    /// `kind` as far as one cluster is concerned: where places are to be kept, nothing is given up that can be written
-    /// again in place.
+    /// `kind` as far as one cluster is concerned: where places are to be kept, nothing is given up that can
+    /// be written again in place.
     fn kind_with_places_kept(&self, kind: ZeroKind, old: &L2Entry) -> ZeroKind {
         match (kind, old) {
             (ZeroKind::Unmap | ZeroKind::Discard, L2Entry::Standard(ClusterEntry { host: Some(_), .. }))
@@ -153,8 +158,9 @@ impl Image {
         }
     }
 
-    /// Gives the space of clusters back that keep their place. The caller still claims them, so that no new bytes are in
-    /// there yet; a failed discard loses nothing. Encrypted bytes stay, see [`zero_data_file`](Self::zero_data_file).
+    /// Gives the space of clusters back that keep their place. The caller still claims them, so that no new
+    /// bytes are in there yet; a failed discard loses nothing. Encrypted bytes stay, see
+    /// [`zero_data_file`](Self::zero_data_file).
     fn discard_emptied(&self, emptied: &[Unlinked]) {
         if !self.meta.discard_freed || self.meta.has_data_file() || !self.crypt.is_plain() {
             return;
@@ -174,10 +180,11 @@ impl Image {
         self.meta.commit(place, entries.len() as u64, unlinked, |i| entries[i as usize])
     }
 
-    /// An external data file follows: a raw one must read as the guest disk does, another may give space back, but not
-    /// while entries on disk still lead to bytes that a lower layer has otherwise.
+    /// An external data file follows: a raw one must read as the guest disk does, another may give space
+    /// back, but not while entries on disk still lead to bytes that a lower layer has otherwise.
     fn zero_data_file(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<()> {
-        // Zeroes there are noise to the guest while a mapping on disk still leads to them, so encrypted bytes stay.
+        // Zeroes there are noise to the guest while a mapping on disk still leads to them, so encrypted bytes
+        // stay.
         if !self.meta.has_data_file() || !self.crypt.is_plain() {
             return Ok(());
         }

@@ -1,5 +1,5 @@
-//! The power is cut while several threads write, discard and flush: what a thread has flushed is there, a cluster never
-//! shows another's bytes, and the file is sound.
+//! The power is cut while several threads write, discard and flush: what a thread has flushed is there, a
+//! cluster never shows another's bytes, and the file is sound.
 
 use super::{CLUSTER, Yielding, open_as};
 use qcow2_core::{
@@ -21,8 +21,8 @@ const STEPS: u8 = 14;
 /// Images that are judged of each run.
 const IMAGES: usize = 12;
 
-/// What a cluster may hold after a power cut: what was there at the last flush of its thread, or anything since. A cluster is
-/// a sector, and filled with one byte.
+/// What a cluster may hold after a power cut: what was there at the last flush of its thread, or anything
+/// since. A cluster is a sector, and filled with one byte.
 #[derive(Clone, Debug)]
 struct Book(Vec<Vec<u8>>);
 
@@ -88,7 +88,8 @@ fn work(image: &Image, books: &Books, me: u64) {
     }
 }
 
-/// Crash images of one run, with what they may hold. Judged when the run is over: the engine may not be called at a cut.
+/// Crash images of one run, with what they may hold. Judged when the run is over: the engine may not be
+/// called at a cut.
 #[derive(Default)]
 struct Album {
     seen: u64,

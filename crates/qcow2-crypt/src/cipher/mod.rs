@@ -16,8 +16,8 @@ use xts::Xts;
 
 /// Bytes of a sector.
 pub(crate) const SECTOR: usize = 512;
-/// Sectors that are worked on together: 512 blocks of 16 bytes, so that few are left over whatever number of blocks the
-/// cipher takes at once, and data and masks stay in the first cache.
+/// Sectors that are worked on together: 512 blocks of 16 bytes, so that few are left over whatever number of
+/// blocks the cipher takes at once, and data and masks stay in the first cache.
 pub(crate) const BATCH: usize = 16;
 
 /// An initialization vector; ciphers with blocks of 8 bytes use the first half.
@@ -77,8 +77,8 @@ macro_rules! with_cipher {
     };
 }
 
-/// The cipher `alg` in `mode` under `key`. Errors: `InvalidOption` for a key of the wrong length or XTS over small
-/// blocks.
+/// The cipher `alg` in `mode` under `key`. Errors: `InvalidOption` for a key of the wrong length or XTS over
+/// small blocks.
 pub(crate) fn sector_mode(
     alg: CipherAlg,
     mode: CipherMode,

@@ -13,8 +13,8 @@ pub(super) struct Ctr<C>(pub(super) C);
 pub(super) struct Ecb<C>(pub(super) C);
 
 impl<C: BlockCipherEncrypt + BlockCipherDecrypt + Send + Sync> SectorMode for Cbc<C> {
-    /// The blocks of one sector must go one after the other, those of different sectors need not: the batch goes through
-    /// its sectors side by side.
+    /// The blocks of one sector must go one after the other, those of different sectors need not: the batch
+    /// goes through its sectors side by side.
     fn encrypt(&self, ivs: &mut [Iv], data: &mut [u8]) {
         let size = C::block_size();
         let mut row: [Block<C>; BATCH] = core::array::from_fn(|_| Block::<C>::default());

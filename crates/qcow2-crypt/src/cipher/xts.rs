@@ -1,4 +1,5 @@
-//! XTS: block `j` of a sector is masked with the encrypted sector number times x^j before and after the cipher.
+//! XTS: block `j` of a sector is masked with the encrypted sector number times x^j before and after the
+//! cipher.
 //!
 //! The masks of a whole batch are made first, so that the cipher sees one long row of blocks.
 

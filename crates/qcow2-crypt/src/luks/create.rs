@@ -32,9 +32,9 @@ impl NewVolume {
     }
 }
 
-/// Makes the whole area of a new volume that opens with `password`: header, the material of slot 0, zeroes up to where
-/// the payload starts. Errors: `InvalidOption` for parts that do not go together or too large an iteration time, before
-/// anything is computed; `Random`.
+/// Makes the whole area of a new volume that opens with `password`: header, the material of slot 0, zeroes up
+/// to where the payload starts. Errors: `InvalidOption` for parts that do not go together or too large an
+/// iteration time, before anything is computed; `Random`.
 pub fn create(
     volume: &NewVolume,
     password: &Secret,
@@ -120,8 +120,8 @@ fn random_uuid(random: &mut dyn Random) -> Result<String, CryptError> {
     Ok(text)
 }
 
-/// How many rounds of `hash` for `key_len` bytes take `millis` milliseconds here; at least 1000. Errors: `InvalidOption`
-/// for more than 2^32 - 1.
+/// How many rounds of `hash` for `key_len` bytes take `millis` milliseconds here; at least 1000. Errors:
+/// `InvalidOption` for more than 2^32 - 1.
 pub fn count_iterations(
     hash: HashAlg,
     key_len: usize,

@@ -6,8 +6,8 @@
 //! | from sector 8 | key material of slot 0, then of slots 1 to 7, each at a multiple of 4096 bytes |
 //! | payload offset | a container's data; not used inside qcow2, where the area ends here |
 //!
-//! A slot holds the volume's key, spread over 4000 stripes (`split`) and encrypted under a key that is derived from a
-//! password. Spec: LUKS On-Disk Format Specification 1.2.
+//! A slot holds the volume's key, spread over 4000 stripes (`split`) and encrypted under a key that is
+//! derived from a password. Spec: LUKS On-Disk Format Specification 1.2.
 
 mod create;
 mod slots;
@@ -44,9 +44,9 @@ pub struct Volume {
 }
 
 impl Volume {
-    /// Reads the header at `at`: the start of a container, or where a qcow2 header points. Errors: `Damaged` for bytes
-    /// that are no header, or one whose slots lie outside or over each other; `Unsupported` for version 2, and for a
-    /// cipher or hash that is not known; `Storage`.
+    /// Reads the header at `at`: the start of a container, or where a qcow2 header points. Errors: `Damaged`
+    /// for bytes that are no header, or one whose slots lie outside or over each other; `Unsupported` for
+    /// version 2, and for a cipher or hash that is not known; `Storage`.
     pub fn read(storage: &dyn Storage, at: HostOffset) -> Result<Self, CryptError> {
         let mut bytes = [0; LUKS_HEADER_LEN];
         let len = storage.read_at(at, &mut bytes)?;
@@ -151,7 +151,8 @@ fn material_len(key_len: usize) -> u64 {
     (key_len as u64 * u64::from(STRIPES)).next_multiple_of(SECTOR)
 }
 
-/// The key material of a slot: the volume's `key` spread out and encrypted under `slot_key`. `stripes`: random bytes.
+/// The key material of a slot: the volume's `key` spread out and encrypted under `slot_key`. `stripes`:
+/// random bytes.
 fn seal(
     spec: &CipherSpec,
     hash: HashAlg,

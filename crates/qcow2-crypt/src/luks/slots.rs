@@ -1,9 +1,9 @@
 //! Adding and erasing passwords.
 //!
-//! Order on disk, with a barrier after each step: a new slot's material, then the header that names it; for an erased slot
-//! the header that forgets it, then its material. Slot 6 lies on two sectors of the header, its state on the first: that
-//! one is written last for a new slot, and first for an erased one. A power cut leaves each slot opening or off, and never
-//! touches another one.
+//! Order on disk, with a barrier after each step: a new slot's material, then the header that names it; for
+//! an erased slot the header that forgets it, then its material. Slot 6 lies on two sectors of the header,
+//! its state on the first: that one is written last for a new slot, and first for an erased one. A power cut
+//! leaves each slot opening or off, and never touches another one.
 
 use super::create::fill_slot;
 use super::unlock::IterationLimit;
@@ -23,9 +23,9 @@ pub struct SlotChange {
 }
 
 impl SlotChange {
-    /// Writes the change to the header at `at`, in the order that a power cut cannot hurt, and waits until it is durable.
-    /// What an erased slot held is overwritten 40 times, as often as QEMU and cryptsetup do, each time down to the medium.
-    /// Errors: `Random`, `Storage`.
+    /// Writes the change to the header at `at`, in the order that a power cut cannot hurt, and waits until it
+    /// is durable. What an erased slot held is overwritten 40 times, as often as QEMU and cryptsetup do, each
+    /// time down to the medium. Errors: `Random`, `Storage`.
     pub fn apply(
         &self,
         storage: &dyn Storage,
@@ -73,8 +73,8 @@ impl Volume {
         (0..LUKS_KEY_SLOTS).find(|&index| !self.header.slots[index].enabled)
     }
 
-    /// The slot that a new password goes to: `wanted`, or the first free one. `force`: also one that is in use. Errors:
-    /// `KeySlot`.
+    /// The slot that a new password goes to: `wanted`, or the first free one. `force`: also one that is in
+    /// use. Errors: `KeySlot`.
     pub fn slot_to_fill(&self, wanted: Option<u64>, force: bool) -> Result<usize, CryptError> {
         let Some(wanted) = wanted else {
             return self.free_slot().ok_or_else(|| refused(SlotRefusal::AllInUse));
@@ -86,8 +86,9 @@ impl Volume {
         }
     }
 
-    /// The slots to erase. `force`: also the last ones that hold a key, and those that hold none. Disk: reads key
-    /// material where a password is given. Errors: `KeySlot`; with a password, as [`unlock`](Self::unlock).
+    /// The slots to erase. `force`: also the last ones that hold a key, and those that hold none. Disk: reads
+    /// key material where a password is given. Errors: `KeySlot`; with a password, as
+    /// [`unlock`](Self::unlock).
     pub fn slots_to_erase(
         &self,
         (storage, at): (&dyn Storage, HostOffset),
@@ -172,10 +173,10 @@ impl Volume {
     }
 }
 
-/// Puts `key` under `password` into slot `index` of the volume at `at`, also where it holds another one. In that case the
-/// new password gets a spare slot first, so that at every moment the old password opens or the new one does; without a
-/// spare one, the others still do. Disk: as [`SlotChange::apply`], several times. Errors: as there, and those of
-/// [`Volume::read`].
+/// Puts `key` under `password` into slot `index` of the volume at `at`, also where it holds another one. In
+/// that case the new password gets a spare slot first, so that at every moment the old password opens or the
+/// new one does; without a spare one, the others still do. Disk: as [`SlotChange::apply`], several times.
+/// Errors: as there, and those of [`Volume::read`].
 pub fn put_key(
     (storage, at): (&dyn Storage, HostOffset),
     index: usize,

@@ -1,10 +1,10 @@
-//! The anti-forensic splitter: a key spread over many stripes, all of which are needed to have it back, so that
-//! wiping any of them wipes the key.
+//! The anti-forensic splitter: a key spread over many stripes, all of which are needed to have it back, so
+//! that wiping any of them wipes the key.
 
 use crate::spec::HashAlg;
 
-/// Makes the last stripe of `stripes` such that [`merge`] gives `key`. `stripes`: random bytes, a multiple of the key's
-/// length.
+/// Makes the last stripe of `stripes` such that [`merge`] gives `key`. `stripes`: random bytes, a multiple of
+/// the key's length.
 pub(super) fn split(hash: HashAlg, key: &[u8], stripes: &mut [u8]) {
     let last = stripes.len() - key.len();
     let (random, last) = stripes.split_at_mut(last);

@@ -157,8 +157,8 @@ fn damage_is_named_and_work_is_bounded() {
     assert_eq!(*error.unwrap_err().kind(), CryptErrorKind::Damaged);
 }
 
-/// `slots` passwords, whose slots take `rounds` rounds of key derivation together with the key's digest: a limit just below
-/// refuses to try them, and the limit itself does not.
+/// `slots` passwords, whose slots take `rounds` rounds of key derivation together with the key's digest: a
+/// limit just below refuses to try them, and the limit itself does not.
 #[track_caller]
 fn check_work(hash: HashAlg, alg: CipherAlg, slots: u64, rounds: u64) {
     let spec = CipherSpec { alg, ..CipherSpec::default() };
@@ -219,7 +219,8 @@ fn iterations_follow_the_clock() {
         }
     }
     let watch = || Exact(Cell::new(Duration::ZERO));
-    // A trial takes a millisecond by this watch, so a trial of 1 ms is enough and 1024 rounds are counted for it.
+    // A trial takes a millisecond by this watch, so a trial of 1 ms is enough and 1024 rounds are counted for
+    // it.
     assert_eq!(count_iterations(HashAlg::Md5, 16, 1, &watch()).unwrap(), 1024);
     assert_eq!(count_iterations(HashAlg::Md5, 16, 0, &watch()).unwrap(), 1000);
     assert!(count_iterations(HashAlg::Md5, 16, u64::MAX, &Slow::default()).is_err());
@@ -254,8 +255,8 @@ fn with_passwords(passwords: &[&str]) -> (PageBytes, Secret) {
     (PageBytes::from_bytes(&bytes), key)
 }
 
-/// Does `change` to a volume with `passwords` in its first slots, the power being cut at every step: each slot that is on
-/// must open with its password or with "new", and one must be on.
+/// Does `change` to a volume with `passwords` in its first slots, the power being cut at every step: each
+/// slot that is on must open with its password or with "new", and one must be on.
 #[track_caller]
 fn check_power_cuts(passwords: &[&str], change: impl FnOnce(&dyn Storage)) {
     let (bytes, _) = with_passwords(passwords);
@@ -324,8 +325,9 @@ fn a_power_cut_leaves_each_slot_opening_or_off() {
     check_power_cuts(&eight, erase(&[0, 6, 7]));
 }
 
-/// Does `change` to a volume with `passwords` in its first slots, one call of its storage after the other failing, once or from
-/// then on: the change says so, each slot that is on still opens to the same key, with its password or with "new", and one is on.
+/// Does `change` to a volume with `passwords` in its first slots, one call of its storage after the other
+/// failing, once or from then on: the change says so, each slot that is on still opens to the same key, with
+/// its password or with "new", and one is on.
 #[track_caller]
 fn check_faults(passwords: &[&str], change: impl Fn(&dyn Storage, &Secret) -> Result<(), CryptError>) {
     let (start, key) = with_passwords(passwords);

@@ -7,8 +7,8 @@ use crate::sector::SectorCipher;
 use qcow2_core::{HostOffset, SectorNumbering, Storage};
 use subtle::ConstantTimeEq;
 
-/// Rounds of key derivation that one attempt to unlock may take, over all slots, unless the caller allows more. Origin:
-/// ours; some seconds of work, sixty times what is created by default.
+/// Rounds of key derivation that one attempt to unlock may take, over all slots, unless the caller allows
+/// more. Origin: ours; some seconds of work, sixty times what is created by default.
 pub const DEFAULT_ITERATION_LIMIT: u64 = 1 << 28;
 
 /// How much work a header may ask for.
@@ -22,8 +22,8 @@ impl Default for IterationLimit {
 }
 
 impl Volume {
-    /// The volume's key. `storage`, `at`: where the header was read. Tries every slot that holds a key, the work of all
-    /// being checked against `limit` first. Disk: reads key material.
+    /// The volume's key. `storage`, `at`: where the header was read. Tries every slot that holds a key, the
+    /// work of all being checked against `limit` first. Disk: reads key material.
     ///
     /// Errors: `WrongPassword`, `TooManyIterations`, `Damaged` for a slot past the end, `Storage`.
     pub fn unlock(
@@ -74,8 +74,8 @@ impl Volume {
         Ok(bool::from(digest.ct_eq(&header.digest)).then_some(key))
     }
 
-    /// Rounds that it takes to try every slot: a derivation and a digest each, as many times as the hash fits into the
-    /// key.
+    /// Rounds that it takes to try every slot: a derivation and a digest each, as many times as the hash fits
+    /// into the key.
     pub(super) fn work(&self) -> u64 {
         let passes = |len: usize| len.div_ceil(self.hash.digest_len().max(1)) as u64;
         let digest = u64::from(self.header.digest_iterations) * passes(20);

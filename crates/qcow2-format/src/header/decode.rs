@@ -1,5 +1,5 @@
-//! From bytes to a [`Header`]. The checks run in QEMU's order, so that an image with several faults is refused for
-//! the same one.
+//! From bytes to a [`Header`]. The checks run in QEMU's order, so that an image with several faults is
+//! refused for the same one.
 
 use super::{CompressionType, CryptMethod, Header, MAGIC, Version};
 use crate::bytes::{read_u32, read_u64};
@@ -17,8 +17,8 @@ impl Header {
     /// How many bytes [`probe_len`](Self::probe_len) looks at.
     pub const PROBE_LEN: usize = 24;
 
-    /// How many bytes from the start of the file [`parse`](Self::parse) wants: one cluster, at most 2 MiB. `start`:
-    /// the first 24 bytes of the file or more, or all of a shorter file.
+    /// How many bytes from the start of the file [`parse`](Self::parse) wants: one cluster, at most 2 MiB.
+    /// `start`: the first 24 bytes of the file or more, or all of a shorter file.
     ///
     /// Errors: `NotQcow2`, `Version`, `ClusterBits`.
     pub fn probe_len(start: &[u8]) -> Result<usize, FormatError> {
@@ -27,17 +27,17 @@ impl Header {
         Ok(1 << fields.cluster_bits()?)
     }
 
-    /// Reads the header. `bytes`: the file's first cluster (see [`probe_len`](Self::probe_len)), or all of a shorter
-    /// file; what is missing counts as zeroes, what is too much is ignored.
+    /// Reads the header. `bytes`: the file's first cluster (see [`probe_len`](Self::probe_len)), or all of a
+    /// shorter file; what is missing counts as zeroes, what is too much is ignored.
     ///
-    /// Everything is judged that QEMU judges before it opens an image, except for the dirty and corrupt bits and what
-    /// concerns the data file. Errors: one kind per fault, see [`FormatErrorKind`].
+    /// Everything is judged that QEMU judges before it opens an image, except for the dirty and corrupt bits
+    /// and what concerns the data file. Errors: one kind per fault, see [`FormatErrorKind`].
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
         parse(bytes, Purpose::Use)
     }
 
-    /// As [`parse`](Self::parse), but lets through what a check must be able to report: a missing refcount table and
-    /// a snapshot table whose place or length is impossible.
+    /// As [`parse`](Self::parse), but lets through what a check must be able to report: a missing refcount
+    /// table and a snapshot table whose place or length is impossible.
     pub fn parse_for_check(bytes: &[u8]) -> Result<Self, FormatError> {
         parse(bytes, Purpose::Check)
     }
@@ -94,7 +94,8 @@ struct Fields<'a> {
 }
 
 impl Fields<'_> {
-    /// `start..end`, which is inside the cluster, padded with zeroes; empty where the end is before the start.
+    /// `start..end`, which is inside the cluster, padded with zeroes; empty where the end is before the
+    /// start.
     fn range(&self, start: usize, end: usize) -> Vec<u8> {
         let len = end.saturating_sub(start);
         let there = self.bytes.get(start..).unwrap_or_default();

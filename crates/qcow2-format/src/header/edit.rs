@@ -1,8 +1,8 @@
-//! A header's first cluster as bytes: where the extensions are, and what editing them has to know. Spec: "Header
-//! extensions", "Bitmaps extension".
+//! A header's first cluster as bytes: where the extensions are, and what editing them has to know. Spec:
+//! "Header extensions", "Bitmaps extension".
 //!
-//! The list starts at the header's length: type (4 bytes), length (4), data padded to 8; type 0 ends it. The backing file's
-//! name comes somewhere after it.
+//! The list starts at the header's length: type (4 bytes), length (4), data padded to 8; type 0 ends it. The
+//! backing file's name comes somewhere after it.
 
 use crate::bytes::{read_u32, read_u64, write_u64};
 use crate::extension::{BITMAPS, BITMAPS_LEN, BitmapsExtension};

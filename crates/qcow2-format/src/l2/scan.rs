@@ -32,8 +32,8 @@ pub enum L2Fault {
 /// What an entry, or a run of entries, says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum L2Item {
-    /// `count` entries from `index` on refer to host clusters that follow each other from `host` on, all with or all
-    /// without the copied flag. `host` is cluster aligned unless `count` is 1.
+    /// `count` entries from `index` on refer to host clusters that follow each other from `host` on, all with
+    /// or all without the copied flag. `host` is cluster aligned unless `count` is 1.
     Clusters {
         /// The first entry.
         index: L2Index,
@@ -63,9 +63,9 @@ pub enum L2Item {
 }
 
 impl L2Format {
-    /// Calls `visit` for everything that the entries of `table` refer to and for everything that is wrong with them,
-    /// in order. `table`: the bytes of an L2 table or the front of one; a torn last entry is ignored. Plain zero and
-    /// unallocated entries are passed over.
+    /// Calls `visit` for everything that the entries of `table` refer to and for everything that is wrong
+    /// with them, in order. `table`: the bytes of an L2 table or the front of one; a torn last entry is
+    /// ignored. Plain zero and unallocated entries are passed over.
     pub fn scan(&self, table: &[u8], mut visit: impl FnMut(L2Item)) {
         let step = self.geometry.l2_entry_size() as usize;
         let mut entries = table.chunks_exact(step).enumerate().peekable();
@@ -98,14 +98,16 @@ impl L2Format {
         }
     }
 
-    /// The first word of entry `index`, and its bitmap with extended L2 entries (else 0). `None` outside `table`.
+    /// The first word of entry `index`, and its bitmap with extended L2 entries (else 0). `None` outside
+    /// `table`.
     pub fn words_at(&self, table: &[u8], index: L2Index) -> Option<(u64, u64)> {
         let step = self.geometry.l2_entry_size() as usize;
         let at = usize::try_from(index.value()).ok()?.checked_mul(step)?;
         table.get(at..at.checked_add(step)?).map(|entry| self.entry_words(entry))
     }
 
-    /// The host offset in an entry's first word as it stands: exact to the byte where the cluster is compressed.
+    /// The host offset in an entry's first word as it stands: exact to the byte where the cluster is
+    /// compressed.
     pub const fn offset_bits(&self, raw: u64) -> HostOffset {
         let mask = if raw & COMPRESSED != 0 { (1 << self.compressed_shift()) - 1 } else { OFFSET_MASK };
         HostOffset::new(raw & mask)

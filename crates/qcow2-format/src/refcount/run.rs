@@ -3,8 +3,8 @@
 use super::RefcountWidth;
 use core::ops::Range;
 
-/// Counts of one width side by side in a word. Sums and differences of whole words work on all of them at once as
-/// long as none overflows.
+/// Counts of one width side by side in a word. Sums and differences of whole words work on all of them at
+/// once as long as none overflows.
 #[derive(Clone, Copy)]
 struct Lanes {
     count: u64,
@@ -31,8 +31,9 @@ impl Lanes {
 }
 
 impl RefcountWidth {
-    /// Adds `times` to the counts of `slots` in a block's `words`. A count of 0 belongs to nothing that could get another
-    /// reference. The error is the first slot whose count cannot be raised, and that count; those before it are.
+    /// Adds `times` to the counts of `slots` in a block's `words`. A count of 0 belongs to nothing that could
+    /// get another reference. The error is the first slot whose count cannot be raised, and that count; those
+    /// before it are.
     pub fn raise_run(self, words: &mut [u64], slots: Range<u64>, times: u64) -> Result<(), (u64, u64)> {
         let lanes = Lanes::new(self);
         let mut slot = slots.start;
@@ -55,8 +56,8 @@ impl RefcountWidth {
         Ok(())
     }
 
-    /// Takes `times` from the counts of `slots`, and names those that become 0. The error is the first slot whose count is
-    /// too low; those before it are lowered.
+    /// Takes `times` from the counts of `slots`, and names those that become 0. The error is the first slot
+    /// whose count is too low; those before it are lowered.
     pub fn lower_run(
         self,
         words: &mut [u64],

@@ -1,7 +1,8 @@
-//! Faults to order: a storage that fails chosen calls after chosen steps of the engine, and stops requests at them.
+//! Faults to order: a storage that fails chosen calls after chosen steps of the engine, and stops requests at
+//! them.
 //!
-//! What fails is told by rules, as QEMU's `blkdebug` driver has them: a step of the engine makes a rule active, and an
-//! active rule fails the calls that it fits until another step makes other rules active.
+//! What fails is told by rules, as QEMU's `blkdebug` driver has them: a step of the engine makes a rule
+//! active, and an active rule fails the calls that it fits until another step makes other rules active.
 
 use super::forward;
 use crate::error::Call;
@@ -43,7 +44,8 @@ pub enum DebugAction {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Injection {
-    /// The operating system's error number; 0 lets the call pass (and uses the rule up, where it is for once).
+    /// The operating system's error number; 0 lets the call pass (and uses the rule up, where it is for
+    /// once).
     pub errno: i32,
     /// Only calls that touch this byte; `None`: all.
     pub offset: Option<u64>,
@@ -252,8 +254,8 @@ impl Debugger {
         self.state().breakpoints.push((event, tag.to_owned()));
     }
 
-    /// Removes the breakpoints called `tag`, and lets the requests go on that have stopped there. Whether there was a
-    /// breakpoint: one at which a request has stopped is none any more.
+    /// Removes the breakpoints called `tag`, and lets the requests go on that have stopped there. Whether
+    /// there was a breakpoint: one at which a request has stopped is none any more.
     pub fn remove_breakpoint(&self, tag: &str) -> bool {
         let mut state = self.state();
         let before = state.breakpoints.len();

@@ -58,8 +58,8 @@ impl CacheMode {
         matches!(self, Self::Writethrough | Self::Directsync)
     }
 
-    /// `storage` with this mode's way to flush. Bypassing the page cache is not done here: that is a matter of how
-    /// the file was opened.
+    /// `storage` with this mode's way to flush. Bypassing the page cache is not done here: that is a matter
+    /// of how the file was opened.
     pub fn wrap(self, storage: Arc<dyn Storage>) -> Arc<dyn Storage> {
         match self {
             Self::Writeback | Self::None => storage,

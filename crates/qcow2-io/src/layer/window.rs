@@ -7,8 +7,8 @@ use qcow2_core::{
 };
 use std::sync::Arc;
 
-/// The bytes of a storage from an offset on, so many of them; byte 0 of the window is that offset. The storage counts in whole
-/// sectors of 512 bytes: what its last one lacks reads as zeroes.
+/// The bytes of a storage from an offset on, so many of them; byte 0 of the window is that offset. The
+/// storage counts in whole sectors of 512 bytes: what its last one lacks reads as zeroes.
 pub struct WindowStorage {
     inner: Arc<dyn Storage>,
     start: u64,
@@ -17,8 +17,8 @@ pub struct WindowStorage {
 }
 
 impl WindowStorage {
-    /// The window of `inner` from byte `start` on. `len`: its bytes; `None`: all up to the end. Errors: `OutOfRange`
-    /// where the window passes the end of the storage's last sector.
+    /// The window of `inner` from byte `start` on. `len`: its bytes; `None`: all up to the end. Errors:
+    /// `OutOfRange` where the window passes the end of the storage's last sector.
     pub fn new(inner: Arc<dyn Storage>, start: u64, len: Option<u64>) -> Result<Self, StorageError> {
         let end = start.checked_add(len.unwrap_or(0));
         if end.is_none_or(|end| end > i64::MAX as u64) || end > Some(sectors(inner.len()?)) {

@@ -29,8 +29,9 @@ struct Line {
 }
 
 impl NbdStorage {
-    /// Connects to the server at `address` and asks for `export`. `writable`: whether it will be changed. Errors: no
-    /// connection, a server that speaks otherwise, an export that is not there or not to be written.
+    /// Connects to the server at `address` and asks for `export`. `writable`: whether it will be changed.
+    /// Errors: no connection, a server that speaks otherwise, an export that is not there or not to be
+    /// written.
     pub fn connect(address: &NbdAddress, export: &str, writable: bool) -> Result<Self, NbdError> {
         let mut stream = address.connect()?;
         let agreed = handshake::agree(&mut stream, export)?;
@@ -40,7 +41,8 @@ impl NbdStorage {
         Ok(Self { agreed, writable, line: Mutex::new(Some(Line { stream, next_cookie: 1 })) })
     }
 
-    /// Sends one request and takes its reply. Errors: those of the server leave the connection usable, all others end it.
+    /// Sends one request and takes its reply. Errors: those of the server leave the connection usable, all
+    /// others end it.
     fn request(&self, request: &Request<'_>, reply: &mut Reply<'_>) -> io::Result<()> {
         let mut line = self.line();
         let Some(open) = line.as_mut() else {

@@ -78,7 +78,8 @@ pub(super) fn send(out: &mut impl Write, request: &Request<'_>, cookie: u64) -> 
     out.flush()
 }
 
-/// Takes the whole reply; returns the server's error, 0 for none. `Err`: the connection is of no use any more.
+/// Takes the whole reply; returns the server's error, 0 for none. `Err`: the connection is of no use any
+/// more.
 pub(super) fn receive(
     from: &mut impl Read,
     request: &Request<'_>,

@@ -61,8 +61,8 @@ pub(crate) fn reserve(file: &File, offset: u64, len: u64) -> io::Result<()> {
     change_space(file, FallocateFlags::empty(), offset, len)
 }
 
-/// One `fallocate`. All the ways to say "cannot" become `Unsupported`: file systems answer `EOPNOTSUPP`, block devices
-/// `EINVAL` or `ENODEV` for modes or alignments they do not know, old kernels `ENOSYS`.
+/// One `fallocate`. All the ways to say "cannot" become `Unsupported`: file systems answer `EOPNOTSUPP`,
+/// block devices `EINVAL` or `ENODEV` for modes or alignments they do not know, old kernels `ENOSYS`.
 fn change_space(file: &File, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
     loop {
         return match fallocate(file, mode, offset, len) {
@@ -97,8 +97,8 @@ fn cannot_seek(error: Errno) -> io::Error {
     }
 }
 
-/// Lets the kernel copy a range from one file to another; file systems that can share space do. Whatever says "not these
-/// files, not here" becomes `Unsupported`, and so does a source that ends early.
+/// Lets the kernel copy a range from one file to another; file systems that can share space do. Whatever says
+/// "not these files, not here" becomes `Unsupported`, and so does a source that ends early.
 pub(crate) fn copy_range(
     source: &File,
     mut from: u64,
@@ -144,8 +144,8 @@ pub(crate) fn device_len(file: &File) -> io::Result<u64> {
     Ok(seek(file, SeekFrom::End(0))?)
 }
 
-/// Makes opening a pipe return at once, so that it can be looked at and refused (regular files do not care); bypasses
-/// the page cache and refuses a symbolic link where wanted.
+/// Makes opening a pipe return at once, so that it can be looked at and refused (regular files do not care);
+/// bypasses the page cache and refuses a symbolic link where wanted.
 pub(crate) fn set_open_flags(options: &mut OpenOptions, direct: bool, follow_links: bool) {
     let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     flags.set(OFlags::DIRECT, direct);
@@ -158,8 +158,8 @@ pub(crate) fn is_link_refusal(error: &io::Error) -> bool {
     Errno::from_io_error(error) == Some(Errno::LOOP)
 }
 
-/// What a file that bypasses the page cache wants: what the kernel says (6.1 and later), else a device's logical
-/// block, else 4096 bytes, which satisfies every disk in use.
+/// What a file that bypasses the page cache wants: what the kernel says (6.1 and later), else a device's
+/// logical block, else 4096 bytes, which satisfies every disk in use.
 pub(crate) fn direct_alignment(file: &File) -> io::Result<Alignment> {
     const SAFE: usize = 4096;
     const LARGEST: usize = 64 * 1024;
@@ -181,8 +181,8 @@ pub(crate) fn direct_alignment(file: &File) -> io::Result<Alignment> {
     Ok(Alignment { block: block.max(512), memory: SAFE })
 }
 
-/// Takes a shared lock on one byte, held until every copy of this opening is closed. Shared locks never wait for each
-/// other, and nobody takes exclusive ones.
+/// Takes a shared lock on one byte, held until every copy of this opening is closed. Shared locks never wait
+/// for each other, and nobody takes exclusive ones.
 pub(crate) fn lock_byte(file: &File, byte: u64) -> io::Result<()> {
     let mut lock = lock_request(libc::F_RDLCK, byte);
     byte_lock_call(file, libc::F_OFD_SETLK, &mut lock)
@@ -211,13 +211,14 @@ fn lock_request(kind: libc::c_int, byte: u64) -> libc::flock64 {
     }
 }
 
-/// One lock call on the open file description. The 64-bit structure is what `F_OFD_*` takes on every architecture.
+/// One lock call on the open file description. The 64-bit structure is what `F_OFD_*` takes on every
+/// architecture.
 #[allow(unsafe_code, reason = "the one system call that rustix does not have")]
 fn byte_lock_call(file: &File, command: libc::c_int, lock: &mut libc::flock64) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     loop {
-        // SAFETY: the descriptor is open for as long as `file` is borrowed; `lock` is a valid, exclusively borrowed
-        // structure of the type that both commands read and F_OFD_GETLK writes.
+        // SAFETY: the descriptor is open for as long as `file` is borrowed; `lock` is a valid, exclusively
+        // borrowed structure of the type that both commands read and F_OFD_GETLK writes.
         let result = unsafe { libc::fcntl(file.as_raw_fd(), command, lock as *mut libc::flock64) };
         if result != -1 {
             return Ok(());

@@ -1,7 +1,7 @@
 //! What differs between operating systems, each in its own room with the same function names.
 //!
-//! Every function here does one thing and reports the system's own error. `Unsupported` (as an error kind) means that
-//! the file system or device cannot do it; whoever calls then takes a slower way.
+//! Every function here does one thing and reports the system's own error. `Unsupported` (as an error kind)
+//! means that the file system or device cannot do it; whoever calls then takes a slower way.
 
 #[cfg(target_os = "linux")]
 mod linux;

@@ -57,7 +57,8 @@ impl Collector {
         }
     }
 
-    /// Counts a finding and keeps it if there is room. Findings with equal keys stay in the order they came in.
+    /// Counts a finding and keeps it if there is room. Findings with equal keys stay in the order they came
+    /// in.
     pub(super) fn add(&self, key: Key, finding: Finding, times: u64) {
         let count = match finding.class() {
             Class::Corruption => &self.corruptions,

@@ -7,8 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Clusters in a chunk: the unit of locking and of lazy allocation.
 pub(super) const CHUNK: u64 = 1 << 16;
 
-/// Counts that stop at the largest refcount of the image's width (at 2^32 - 1 with 64 bits). Any number of workers may
-/// add at once.
+/// Counts that stop at the largest refcount of the image's width (at 2^32 - 1 with 64 bits). Any number of
+/// workers may add at once.
 pub(super) struct Counters {
     window: Range<u64>,
     width: RefcountWidth,
@@ -42,8 +42,8 @@ impl Counters {
         self.window.clone()
     }
 
-    /// Adds `times` to each of `clusters` that lies in the window. Where that passes what a refcount can hold, the
-    /// count stays at the largest one and `overflow` gets the cluster and how much was too much.
+    /// Adds `times` to each of `clusters` that lies in the window. Where that passes what a refcount can
+    /// hold, the count stays at the largest one and `overflow` gets the cluster and how much was too much.
     pub(super) fn add(&self, clusters: Range<u64>, times: u64, mut overflow: impl FnMut(u64, u64)) {
         let end = clusters.end.min(self.window.end);
         let mut at = clusters.start.max(self.window.start);

@@ -20,9 +20,9 @@ pub enum Class {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Finding {
-    /// Something refers to a region that ends a whole cluster or more past the end of the file; it was not counted.
-    /// QEMU: `ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0xHEX
-    /// size 0xHEX`.
+    /// Something refers to a region that ends a whole cluster or more past the end of the file; it was not
+    /// counted. QEMU: `ERROR: counting reference for region exceeding the end of the file by one cluster or
+    /// more: offset 0xHEX size 0xHEX`.
     PastEnd {
         /// Who refers to it.
         owner: Owner,
@@ -31,8 +31,8 @@ pub enum Finding {
         /// Its bytes.
         len: u64,
     },
-    /// A cluster has more references than its refcount can say. QEMU: `ERROR: overflow cluster offset=0xHEX`, and a
-    /// second line with advice.
+    /// A cluster has more references than its refcount can say. QEMU: `ERROR: overflow cluster offset=0xHEX`,
+    /// and a second line with advice.
     Overflow {
         /// The cluster's first byte.
         offset: HostOffset,
@@ -47,20 +47,21 @@ pub enum Finding {
         /// The entry.
         entry: u64,
     },
-    /// An L2 table is not cluster aligned; what it holds was not checked. QEMU: `ERROR l2_offset=HEX: Table is not
-    /// cluster aligned; L1 entry corrupted`, and then whatever the bytes there mean.
+    /// An L2 table is not cluster aligned; what it holds was not checked. QEMU: `ERROR l2_offset=HEX: Table
+    /// is not cluster aligned; L1 entry corrupted`, and then whatever the bytes there mean.
     L2TableMisaligned {
         /// Where the L1 entry says it is.
         offset: HostOffset,
     },
-    /// Something is wrong with an L2 entry. QEMU's words by fault, HEX being `entry` or the offset in it, N `index`:
-    /// `ReservedBits`: `ERROR found l2 entry with reserved bits set: HEX`; `CompressedCopied`: `ERROR: coffset=0xHEX:
-    /// copied flag must never be set for compressed clusters`; `CompressedInDataFile`: `ERROR compressed cluster N with
-    /// data file, entry=0xHEX`; `CompressedWithBitmap`: `ERROR compressed cluster N with non-zero subcluster allocation
-    /// bitmap, entry=0xHEX`; `SubclusterBitmap`: `ERROR offset=HEX: Allocated cluster has corrupted subcluster
-    /// allocation bitmap`; `UnallocatedWithBitmap`: `ERROR: Unallocated cluster has non-zero subcluster allocation
-    /// map`; `DataMisaligned`: `ERROR offset=HEX: Data cluster is not properly aligned; L2 entry corrupted.`;
-    /// `PreallocatedMisaligned`: the same with `Preallocated cluster`.
+    /// Something is wrong with an L2 entry. QEMU's words by fault, HEX being `entry` or the offset in it, N
+    /// `index`: `ReservedBits`: `ERROR found l2 entry with reserved bits set: HEX`; `CompressedCopied`:
+    /// `ERROR: coffset=0xHEX: copied flag must never be set for compressed clusters`; `CompressedInDataFile`:
+    /// `ERROR compressed cluster N with data file, entry=0xHEX`; `CompressedWithBitmap`: `ERROR compressed
+    /// cluster N with non-zero subcluster allocation bitmap, entry=0xHEX`; `SubclusterBitmap`: `ERROR
+    /// offset=HEX: Allocated cluster has corrupted subcluster allocation bitmap`; `UnallocatedWithBitmap`:
+    /// `ERROR: Unallocated cluster has non-zero subcluster allocation map`; `DataMisaligned`: `ERROR
+    /// offset=HEX: Data cluster is not properly aligned; L2 entry corrupted.`; `PreallocatedMisaligned`: the
+    /// same with `Preallocated cluster`.
     L2Entry {
         /// What is wrong.
         fault: L2Fault,
@@ -73,14 +74,15 @@ pub enum Finding {
         /// The host offset in it: of a compressed stream, exact to the byte; else as it stands.
         offset: HostOffset,
     },
-    /// Something is wrong with the snapshot table. QEMU: `TooMany`: `ERROR snapshot table too large` and advice;
-    /// `Misplaced`: `ERROR snapshot table offset invalid`; `Unreadable`: `ERROR failed to read the snapshot table: Too
-    /// much extra metadata in snapshot table entry N` and advice; `Incomplete`: `ERROR snapshot table entry N is
-    /// incomplete`; `L1Misaligned`: `ERROR snapshot ID (NAME) l1_offset=0xHEX: L1 table is not cluster aligned; snapshot
-    /// table entry corrupted`; `L1TooLarge`: `ERROR snapshot ID (NAME) l1_size=0xHEX: L1 table is too large; snapshot
-    /// table entry corrupted`.
+    /// Something is wrong with the snapshot table. QEMU: `TooMany`: `ERROR snapshot table too large` and
+    /// advice; `Misplaced`: `ERROR snapshot table offset invalid`; `Unreadable`: `ERROR failed to read the
+    /// snapshot table: Too much extra metadata in snapshot table entry N` and advice; `Incomplete`: `ERROR
+    /// snapshot table entry N is incomplete`; `L1Misaligned`: `ERROR snapshot ID (NAME) l1_offset=0xHEX: L1
+    /// table is not cluster aligned; snapshot table entry corrupted`; `L1TooLarge`: `ERROR snapshot ID (NAME)
+    /// l1_size=0xHEX: L1 table is too large; snapshot table entry corrupted`.
     Snapshot(SnapshotFault),
-    /// There are snapshots although data lives in an external file. QEMU: `ERROR N snapshots in image with data file`.
+    /// There are snapshots although data lives in an external file. QEMU: `ERROR N snapshots in image with
+    /// data file`.
     SnapshotsWithDataFile {
         /// How many.
         count: u32,
@@ -92,13 +94,14 @@ pub enum Finding {
         /// The entry.
         entry: u64,
     },
-    /// Reserved bits of a refcount table entry are set. QEMU: `ERROR refcount table entry N has reserved bits set`.
+    /// Reserved bits of a refcount table entry are set. QEMU: `ERROR refcount table entry N has reserved bits
+    /// set`.
     RefcountTableReserved {
         /// The entry's index.
         index: u64,
     },
-    /// A refcount block is not cluster aligned. QEMU: `ERROR refcount block N is not cluster aligned; refcount table
-    /// entry corrupted`.
+    /// A refcount block is not cluster aligned. QEMU: `ERROR refcount block N is not cluster aligned;
+    /// refcount table entry corrupted`.
     RefcountBlockMisaligned {
         /// The table entry's index.
         index: u64,
@@ -120,8 +123,8 @@ pub enum Finding {
         /// The cluster.
         cluster: u64,
     },
-    /// A refcount differs from the references that were found. QEMU: `Leaked cluster N refcount=S reference=R` where it
-    /// is above them, else `ERROR cluster N refcount=S reference=R`.
+    /// A refcount differs from the references that were found. QEMU: `Leaked cluster N refcount=S
+    /// reference=R` where it is above them, else `ERROR cluster N refcount=S reference=R`.
     Refcount {
         /// The cluster.
         cluster: u64,
@@ -130,8 +133,8 @@ pub enum Finding {
         /// The references that were found.
         references: u64,
     },
-    /// The copied flag of an active L1 entry differs from "the refcount is one". QEMU: `ERROR OFLAG_COPIED L2 cluster:
-    /// l1_index=N l1_entry=HEX refcount=S`.
+    /// The copied flag of an active L1 entry differs from "the refcount is one". QEMU: `ERROR OFLAG_COPIED L2
+    /// cluster: l1_index=N l1_entry=HEX refcount=S`.
     L1Copied {
         /// The L1 entry's index.
         index: u64,
@@ -140,8 +143,8 @@ pub enum Finding {
         /// The L2 table's refcount as stored.
         refcount: u64,
     },
-    /// The copied flag of an active L2 entry differs from "the refcount is one". QEMU: `ERROR OFLAG_COPIED data cluster:
-    /// l2_entry=HEX refcount=S`.
+    /// The copied flag of an active L2 entry differs from "the refcount is one". QEMU: `ERROR OFLAG_COPIED
+    /// data cluster: l2_entry=HEX refcount=S`.
     L2Copied {
         /// Where its L2 table is.
         table: HostOffset,

@@ -1,7 +1,7 @@
 //! The mapping tables: what every L1 and L2 entry of the active state and of all snapshots refers to.
 //!
-//! L1 entries are gathered in batches, so that an L2 table is read once per batch however many entries lead to it, and
-//! in the order of the tables' places in the file.
+//! L1 entries are gathered in batches, so that an L2 table is read once per batch however many entries lead
+//! to it, and in the order of the tables' places in the file.
 
 use super::collect::{Key, Phase};
 use super::finding::Finding;

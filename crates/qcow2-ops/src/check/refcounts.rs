@@ -86,8 +86,8 @@ impl<'a> Stored<'a> {
         })
     }
 
-    /// Calls `visit` with the bytes of each block in `range`, neighbours in the file read together. `None`: the block
-    /// is missing or unreadable.
+    /// Calls `visit` with the bytes of each block in `range`, neighbours in the file read together. `None`:
+    /// the block is missing or unreadable.
     fn read_blocks(
         &self,
         range: Range<u64>,
@@ -179,8 +179,9 @@ impl<'a> Stored<'a> {
         Ok(Some(self.width().extract(u64::from_be_bytes(word), slot)))
     }
 
-    /// Compares the window's refcounts with the references. `clusters`: how many clusters the file has; behind them only
-    /// what is referred to counts. Returns one more than the highest cluster that is used in either way.
+    /// Compares the window's refcounts with the references. `clusters`: how many clusters the file has;
+    /// behind them only what is referred to counts. Returns one more than the highest cluster that is used in
+    /// either way.
     pub(super) fn compare(&self, shared: &Shared<'_>, counters: &Counters, clusters: u64) -> Result<u64> {
         let per = self.walk.geometry().refcount_block_entries();
         let size = self.walk.geometry().cluster_size();
@@ -220,7 +221,8 @@ struct Comparison<'a> {
 }
 
 impl Comparison<'_> {
-    /// Compares the refcounts of `clusters` in `block` (empty: all 0). Returns one more than the last that is used.
+    /// Compares the refcounts of `clusters` in `block` (empty: all 0). Returns one more than the last that is
+    /// used.
     fn block(&self, clusters: Range<u64>, block: &[u8]) -> u64 {
         let mut used_end = 0;
         let mut at = clusters.start;

@@ -26,8 +26,8 @@ impl Shared<'_> {
         self.progress.advance(bytes);
     }
 
-    /// Runs `work` on all of `range`, `step` at a time, each worker with a buffer of its own. Returns the first error;
-    /// `Stopped` where the progress said so.
+    /// Runs `work` on all of `range`, `step` at a time, each worker with a buffer of its own. Returns the
+    /// first error; `Stopped` where the progress said so.
     pub(super) fn in_pieces(
         &self,
         range: Range<u64>,

@@ -6,8 +6,8 @@ use qcow2_core::format::l2::{L2Entry, L2Format};
 use qcow2_core::{GuestOffset, HostOffset, Image, Result, Storage};
 use std::sync::Arc;
 
-/// Looks into the L2 tables of an image with subclusters, which must not be written meanwhile. Spec: "Extended L2
-/// Entries".
+/// Looks into the L2 tables of an image with subclusters, which must not be written meanwhile. Spec:
+/// "Extended L2 Entries".
 pub(super) struct AssignedPlaces {
     storage: Arc<dyn Storage>,
     header: Header,
@@ -24,8 +24,9 @@ impl AssignedPlaces {
         Some(Self { storage: Arc::clone(image.storage()), header, format, table: None })
     }
 
-    /// The place assigned to `offset`, and how many of the `len` bytes from there on it, or the lack of one, holds for.
-    /// `len`: at least 1, all of it unallocated. Disk: reads one L1 and one L2 entry for each cluster.
+    /// The place assigned to `offset`, and how many of the `len` bytes from there on it, or the lack of one,
+    /// holds for. `len`: at least 1, all of it unallocated. Disk: reads one L1 and one L2 entry for each
+    /// cluster.
     pub(super) fn at(&mut self, offset: GuestOffset, len: u64) -> Result<(u64, Option<HostOffset>)> {
         let geometry = self.format.geometry;
         let mut covered = 0;

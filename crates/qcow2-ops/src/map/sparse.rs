@@ -4,9 +4,8 @@ use qcow2_core::format::refcount::{RefcountWidth, decode_table_entry};
 use qcow2_core::{Image, Storage};
 use std::sync::Arc;
 
-/// The file with the image's data, if far more clusters of the image file are counted as used than space is in use: then
-/// data clusters may be holes.
-/// The rule is QEMU's, so that both show the same.
+/// The file with the image's data, if far more clusters of the image file are counted as used than space is
+/// in use: then data clusters may be holes. The rule is QEMU's, so that both show the same.
 pub(super) fn find_sparse_storage(image: &Image) -> qcow2_core::Result<Option<Arc<dyn Storage>>> {
     let storage = image.storage();
     let Some(used_bytes) = storage.used_bytes()? else {
@@ -20,8 +19,8 @@ pub(super) fn find_sparse_storage(image: &Image) -> qcow2_core::Result<Option<Ar
     Ok(if sparse { image.data_storage().cloned() } else { None })
 }
 
-/// How many of the first `clusters` have a refcount; stops counting at `enough`. Reads no more refcount blocks than the
-/// space in use can hold, so that a small file cannot ask for much.
+/// How many of the first `clusters` have a refcount; stops counting at `enough`. Reads no more refcount
+/// blocks than the space in use can hold, so that a small file cannot ask for much.
 fn count_used_clusters(image: &Image, clusters: u64, enough: u64) -> qcow2_core::Result<u64> {
     let (header, geometry, storage) = (image.header(), image.geometry(), image.storage());
     let per_block = geometry.refcount_block_entries();

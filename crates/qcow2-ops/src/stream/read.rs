@@ -1,7 +1,7 @@
 //! A disk from a stream of bytes.
 //!
-//! A qcow2 image can be read front to back where each cluster comes after the table that says what it is, or not long
-//! before: clusters of which nothing is known yet are held in memory, up to a limit.
+//! A qcow2 image can be read front to back where each cluster comes after the table that says what it is, or
+//! not long before: clusters of which nothing is known yet are held in memory, up to a limit.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Progress;
@@ -15,12 +15,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::sync::Arc;
 
-/// The most bytes of clusters and tables that are held until it is known what they are. Origin: ours; an image that was
-/// written front to back needs a few megabytes.
+/// The most bytes of clusters and tables that are held until it is known what they are. Origin: ours; an
+/// image that was written front to back needs a few megabytes.
 pub const MAX_HELD: u64 = 256 << 20;
 
-/// Copies plain bytes to their end into `target`, which is made as long as they are. Zeroes are left out: the target must
-/// be new. Returns the bytes there were. Errors: `Read`, `Write`, `Stopped`.
+/// Copies plain bytes to their end into `target`, which is made as long as they are. Zeroes are left out: the
+/// target must be new. Returns the bytes there were. Errors: `Read`, `Write`, `Stopped`.
 pub fn stream_raw_in(input: &mut dyn Read, target: &dyn GuestDisk, progress: &dyn Progress) -> Result<u64> {
     let mut buf = vec![0; PIECE as usize];
     let (mut at, mut room) = (0u64, target.size());
@@ -59,8 +59,8 @@ pub struct StreamedImage<'a> {
 }
 
 impl<'a> StreamedImage<'a> {
-    /// Reads the header. Errors: `Read`; `Open` for bytes that are no such image; `Unsupported` for images whose bytes
-    /// are not all in the stream (a backing file, a data file), and for encrypted ones.
+    /// Reads the header. Errors: `Read`; `Open` for bytes that are no such image; `Unsupported` for images
+    /// whose bytes are not all in the stream (a backing file, a data file), and for encrypted ones.
     pub fn open(input: &'a mut dyn Read) -> Result<Self> {
         let bad = |e| Error::new(ErrorKind::Open, "the stream is no usable qcow2 image").with_source(e);
         let mut first = vec![0; Header::PROBE_LEN];
@@ -98,9 +98,10 @@ impl<'a> StreamedImage<'a> {
         &self.header
     }
 
-    /// Copies the disk into `target`, which must be new and at least as large. `codec`: for compressed clusters. Memory:
-    /// [`MAX_HELD`] and the target's. Errors: `Read`, also for a stream that ends too early; `Metadata` for damaged
-    /// tables; `Unsupported` where the bytes come in an order that needs more memory; `Write`, `Stopped`.
+    /// Copies the disk into `target`, which must be new and at least as large. `codec`: for compressed
+    /// clusters. Memory: [`MAX_HELD`] and the target's. Errors: `Read`, also for a stream that ends too
+    /// early; `Metadata` for damaged tables; `Unsupported` where the bytes come in an order that needs more
+    /// memory; `Write`, `Stopped`.
     pub fn copy_to(
         self,
         target: &dyn GuestDisk,
@@ -440,8 +441,8 @@ impl<'a> Reader<'a> {
                 self.begins.remove(&start);
             }
         }
-        // Lengths are rounded up to sectors, so the last bytes of a full cluster may still be another stream's; not so
-        // where the next one is full too.
+        // Lengths are rounded up to sectors, so the last bytes of a full cluster may still be another
+        // stream's; not so where the next one is full too.
         for number in start.saturating_sub(1)..=end {
             let full = |number| self.covered.get(&number).is_some_and(|covered| *covered >= size);
             if full(number) && full(number + 1) && !self.is_awaited(number) {
@@ -451,8 +452,8 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Whether a stream that is known, and not expanded yet, begins in host cluster `number`, or in one of the two
-    /// before, from which it may reach into it.
+    /// Whether a stream that is known, and not expanded yet, begins in host cluster `number`, or in one of
+    /// the two before, from which it may reach into it.
     fn is_awaited(&self, number: u64) -> bool {
         self.begins.range(number.saturating_sub(2)..=number).next().is_some()
     }

@@ -1,7 +1,7 @@
 //! A disk as a stream of bytes.
 //!
-//! Order of a qcow2 stream: header, refcount table, refcount blocks, L1 table, L2 tables, then the data clusters in guest
-//! order. Spec: "Header", "Host cluster management", "Cluster mapping".
+//! Order of a qcow2 stream: header, refcount table, refcount blocks, L1 table, L2 tables, then the data
+//! clusters in guest order. Spec: "Header", "Host cluster management", "Cluster mapping".
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Progress;
@@ -31,8 +31,8 @@ impl Default for StreamOptions {
     }
 }
 
-/// Writes the disks, one after the other, as plain bytes. Returns how many. Memory: 1 MiB. Errors: `Read`, `Extents`,
-/// `Write`, `Stopped`.
+/// Writes the disks, one after the other, as plain bytes. Returns how many. Memory: 1 MiB. Errors: `Read`,
+/// `Extents`, `Write`, `Stopped`.
 pub fn stream_raw(disks: &[Arc<dyn GuestDisk>], out: &mut dyn Write, progress: &dyn Progress) -> Result<u64> {
     let source = Source::new(disks)?;
     progress.set_total(source.size());
@@ -47,12 +47,13 @@ pub fn stream_raw(disks: &[Arc<dyn GuestDisk>], out: &mut dyn Write, progress: &
     Ok(source.size())
 }
 
-/// Writes the disks, one after the other, as a qcow2 image without a backing file. Clusters of which the sources say
-/// that they hold zeroes are left out; others are written as they are, since a stream cannot go back. Returns the bytes
-/// of the image. Memory: a bit for each cluster in use and those near it, at most 2^32, a byte for each L2 table, and 1 MiB.
+/// Writes the disks, one after the other, as a qcow2 image without a backing file. Clusters of which the
+/// sources say that they hold zeroes are left out; others are written as they are, since a stream cannot go
+/// back. Returns the bytes of the image. Memory: a bit for each cluster in use and those near it, at most
+/// 2^32, a byte for each L2 table, and 1 MiB.
 ///
-/// Errors: `InvalidOption` for a cluster size or a disk that the format does not allow; `Extents`, `Read`, `Write`,
-/// `Stopped`.
+/// Errors: `InvalidOption` for a cluster size or a disk that the format does not allow; `Extents`, `Read`,
+/// `Write`, `Stopped`.
 pub fn stream_qcow2(
     disks: &[Arc<dyn GuestDisk>],
     options: &StreamOptions,
@@ -125,7 +126,8 @@ struct Used {
 /// Words of a block: small beside the data of one cluster in it.
 const BLOCK_WORDS: usize = 64;
 const BLOCK_BITS: u64 = BLOCK_WORDS as u64 * 64;
-/// Blocks that may be there, in half a GiB of memory and some. Origin: ours, a disk of 256 TiB in clusters of 64 KiB.
+/// Blocks that may be there, in half a GiB of memory and some. Origin: ours, a disk of 256 TiB in clusters of
+/// 64 KiB.
 const MAX_BLOCKS: usize = 1 << 20;
 
 impl Used {

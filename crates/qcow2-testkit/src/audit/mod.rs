@@ -1,9 +1,10 @@
-//! A judge of images that shares no code with the engine: references against refcounts, straight from the bytes. It
-//! decodes entries with qcow2-format, whose own faults are seen by that crate's tests and by QEMU's tools.
+//! A judge of images that shares no code with the engine: references against refcounts, straight from the
+//! bytes. It decodes entries with qcow2-format, whose own faults are seen by that crate's tests and by QEMU's
+//! tools.
 //!
-//! It is stricter than `qemu-img check` where a crash must not do damage: two owners of one cluster are a problem
-//! even when its refcount says two. Unless the dirty bit is set no count may be below the references (a crash may
-//! leak, never share), and the copied flag must say exactly that the count is one.
+//! It is stricter than `qemu-img check` where a crash must not do damage: two owners of one cluster are a
+//! problem even when its refcount says two. Unless the dirty bit is set no count may be below the references
+//! (a crash may leak, never share), and the copied flag must say exactly that the count is one.
 
 mod extras;
 mod header;
@@ -44,8 +45,8 @@ pub struct Problem {
 /// What was found in an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Audit {
-    /// Whether the dirty bit is set: refcounts below the references, and copied flags that follow them, are then
-    /// no problem.
+    /// Whether the dirty bit is set: refcounts below the references, and copied flags that follow them, are
+    /// then no problem.
     pub dirty: bool,
     /// Whether the corrupt bit is set.
     pub corrupt: bool,
@@ -82,7 +83,8 @@ impl Audit {
     }
 }
 
-/// Checks `image`, the bytes of a whole qcow2 file. `data_len`: the length of its external data file, if it has one.
+/// Checks `image`, the bytes of a whole qcow2 file. `data_len`: the length of its external data file, if it
+/// has one.
 pub fn audit(image: &PageBytes, data_len: Option<u64>) -> Audit {
     let mut audit = Audit::default();
     let header = match RawHeader::parse(image) {
@@ -328,7 +330,8 @@ fn read_words(image: &PageBytes, offset: u64, count: u64) -> Vec<u64> {
     bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect()
 }
 
-/// The entries of an L2 table that are not all zero: index, first word, second word (0 without extended entries).
+/// The entries of an L2 table that are not all zero: index, first word, second word (0 without extended
+/// entries).
 fn l2_words(image: &PageBytes, format: L2Format, offset: u64) -> Vec<(u64, u64, u64)> {
     let step = (format.geometry.l2_entry_size() / 8) as usize;
     let words = read_words(image, offset, format.geometry.cluster_size() / 8);

@@ -3,7 +3,8 @@ use crate::oracle::{Qemu, Tool};
 
 const COPIED: u64 = 1 << 63;
 
-/// A version 3 image of 512-byte clusters by hand: header, refcount table, refcount block, L1, L2, two data clusters.
+/// A version 3 image of 512-byte clusters by hand: header, refcount table, refcount block, L1, L2, two data
+/// clusters.
 fn small() -> PageBytes {
     let mut image = PageBytes::new();
     let put32 = |image: &mut PageBytes, at, value: u32| image.write(at, &value.to_be_bytes());

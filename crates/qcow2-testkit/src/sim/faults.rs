@@ -1,7 +1,8 @@
 //! The fault simulation: one storage call of a workload fails, for every call in turn and in every way.
 //!
-//! Whatever fails: no panic; a failed operation leaves each sector old or new; an image that refuses changes says
-//! `Poisoned` and still reads; and after reopening, or a power cut, the image is sound and holds what was flushed.
+//! Whatever fails: no panic; a failed operation leaves each sector old or new; an image that refuses changes
+//! says `Poisoned` and still reads; and after reopening, or a power cut, the image is sound and holds what
+//! was flushed.
 
 use super::guest::Guest;
 use super::judge::Judge;
@@ -274,7 +275,8 @@ impl Run<'_> {
 }
 
 impl Outcome {
-    /// Takes a step's result in: an error is fine once something has failed, `Poisoned` only after another error.
+    /// Takes a step's result in: an error is fine once something has failed, `Poisoned` only after another
+    /// error.
     fn note(&mut self, result: qcow2_core::Result<()>, fired: bool) -> Result<(), String> {
         let Err(error) = result else { return Ok(()) };
         if !fired {

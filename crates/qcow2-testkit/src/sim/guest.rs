@@ -1,4 +1,5 @@
-//! What each guest sector may hold after a power cut: its content at the last flush, or anything written since.
+//! What each guest sector may hold after a power cut: its content at the last flush, or anything written
+//! since.
 
 use super::snapshots::Snapshots;
 use crate::crash::SECTOR;
@@ -13,7 +14,8 @@ pub(super) type Content = Arc<[u8; SECTOR as usize]>;
 struct Register<T> {
     /// Oldest first: what the last flush made durable, then everything since.
     allowed: Vec<T>,
-    /// How many of them belong to finished operations; a flush that starts now makes the last of these durable.
+    /// How many of them belong to finished operations; a flush that starts now makes the last of these
+    /// durable.
     finished: usize,
     /// `finished` as it was when the flush that is under way began.
     flushing: usize,
@@ -104,8 +106,8 @@ impl Guest {
         *self.size.latest()
     }
 
-    /// Notes that the disk is about to become `size` bytes, a multiple of 512. What is cut off may also read as zeroes or
-    /// as `backing` does, should the old size come back; what is added is zeroes.
+    /// Notes that the disk is about to become `size` bytes, a multiple of 512. What is cut off may also read
+    /// as zeroes or as `backing` does, should the old size come back; what is added is zeroes.
     pub(super) fn start_resize(&mut self, size: u64, backing: &[u8]) {
         let zeroes = Arc::new([0; SECTOR as usize]);
         let old = self.size();
@@ -163,7 +165,8 @@ impl Guest {
         }
     }
 
-    /// Whether sector contents read back after an operation are among the allowed ones, as [`judge`](Self::judge).
+    /// Whether sector contents read back after an operation are among the allowed ones, as
+    /// [`judge`](Self::judge).
     pub(super) fn judge_at(&self, offset: u64, seen: &[u8]) -> Result<(), String> {
         let first = (offset / SECTOR) as usize;
         for (index, content) in (first..).zip(seen.as_chunks().0) {

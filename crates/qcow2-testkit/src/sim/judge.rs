@@ -1,5 +1,5 @@
-//! Is a crash image harmless? Sound by an independent audit, readable, and without a byte that the guest did not ask
-//! for; and can work go on from it?
+//! Is a crash image harmless? Sound by an independent audit, readable, and without a byte that the guest did
+//! not ask for; and can work go on from it?
 
 use super::guest::Guest;
 use super::snapshots::{Taken, read_all};
@@ -28,8 +28,8 @@ pub(super) struct Judge {
     start: Arc<Start>,
     options: SimOptions,
     buf: Vec<u8>,
-    /// Whether a raw data file is judged too. After a failed write the guest may read what was before and the raw file
-    /// hold what should have been.
+    /// Whether a raw data file is judged too. After a failed write the guest may read what was before and the
+    /// raw file hold what should have been.
     pub(super) raw: bool,
     /// How many images were worked on after the crash.
     pub(super) continued: u64,
@@ -111,8 +111,8 @@ impl Judge {
         Ok(())
     }
 
-    /// A bitmap that is not in use knows every sector that has changed, or none where it records nothing. What was cut off
-    /// once is left out.
+    /// A bitmap that is not in use knows every sector that has changed, or none where it records nothing.
+    /// What was cut off once is left out.
     fn judge_bitmaps(&self, disk: &Image, guest: &Guest, seen: &[u8]) -> Result<(), String> {
         let failed = |error| format!("bitmaps do not read: {}", chain(&error));
         for bitmap in disk.bitmaps().map_err(failed)?.iter().filter(|bitmap| !bitmap.in_use) {
@@ -137,7 +137,8 @@ impl Judge {
         Ok(())
     }
 
-    /// The snapshots are those that there may be; what they hold is looked at while one changes, and now and then.
+    /// The snapshots are those that there may be; what they hold is looked at while one changes, and now and
+    /// then.
     fn judge_snapshots(
         &self,
         files: &Files,
@@ -164,7 +165,8 @@ impl Judge {
         guest.judge(&bytes.to_vec()).map_err(|what| format!("raw data file: {what}"))
     }
 
-    /// Opens the image for writing, works on, closes: it must then be as if there had been no crash, but for leaks.
+    /// Opens the image for writing, works on, closes: it must then be as if there had been no crash, but for
+    /// leaks.
     fn go_on(&self, files: &Files, seen: &[u8], careful: bool, rng: &mut Rng) -> Result<(), String> {
         let open = Box::new(|options: &OpenOptions| files.open(&self.start, options));
         let mut options = OpenOptions::default();

@@ -1,8 +1,8 @@
-//! The crash simulation: random work on an image of random shape, the power cut at every moment in between, and every
-//! image that is left judged.
+//! The crash simulation: random work on an image of random shape, the power cut at every moment in between,
+//! and every image that is left judged.
 //!
-//! A seed gives one run: its shape, start image, steps, cuts and choices. A violation carries the seed and all of
-//! these, and [`minimize`] leaves out the steps that it does not need.
+//! A seed gives one run: its shape, start image, steps, cuts and choices. A violation carries the seed and
+//! all of these, and [`minimize`] leaves out the steps that it does not need.
 
 mod codec;
 mod faults;
@@ -126,7 +126,8 @@ pub fn run_seed(seed: u64, options: &SimOptions) -> Result<SimReport, Box<Violat
     run(seed, rng.next_u64(), &start, &steps, options)
 }
 
-/// The same violation with as few steps as can be found: leaves steps out while some choice of images still shows it.
+/// The same violation with as few steps as can be found: leaves steps out while some choice of images still
+/// shows it.
 pub fn minimize(violation: &Violation, options: &SimOptions) -> Violation {
     let start = Arc::new(Start::draw(&mut Rng::new(violation.seed)));
     let mut best = violation.clone();

@@ -1,5 +1,5 @@
-//! What snapshots there may be after a power cut: those before the change that is under way, or those after it, each with
-//! the content that the disk had when it was taken.
+//! What snapshots there may be after a power cut: those before the change that is under way, or those after
+//! it, each with the content that the disk had when it was taken.
 
 use super::start::Start;
 use crate::model::chain;

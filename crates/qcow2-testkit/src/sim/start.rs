@@ -1,4 +1,5 @@
-//! The image a simulation starts from: a drawn shape with every kind of cluster in it, built without the engine.
+//! The image a simulation starts from: a drawn shape with every kind of cluster in it, built without the
+//! engine.
 
 use super::codec::RunCodec;
 use super::codecs;
@@ -246,8 +247,8 @@ fn data_file(shape: &Shape, built: &Built, guest: &[u8]) -> PageBytes {
     bytes
 }
 
-/// Uses up (leaks) nearly every cluster that the first cluster of the refcount table can count, so that the table
-/// must move soon.
+/// Uses up (leaks) nearly every cluster that the first cluster of the refcount table can count, so that the
+/// table must move soon.
 fn crowd(rng: &mut Rng, shape: &Shape, built: &mut Built) {
     let size = shape.cluster_size();
     let counted = (size * 8) >> shape.refcount_order;
@@ -270,8 +271,9 @@ fn crowd(rng: &mut Rng, shape: &Shape, built: &mut Built) {
     }
 }
 
-/// The image with a persistent bitmap that has no bit set: a directory and a table, each in a cluster at the end.
-/// Without one where the refcount blocks have no room for them. `records`: whether the bitmap is enabled.
+/// The image with a persistent bitmap that has no bit set: a directory and a table, each in a cluster at the
+/// end. Without one where the refcount blocks have no room for them. `records`: whether the bitmap is
+/// enabled.
 fn with_bitmap(mut builder: Builder, records: bool) -> Built {
     let built = builder.clone().build();
     let size = built.cluster_size();

@@ -22,8 +22,8 @@ pub enum Step {
     Resize(u64),
     /// Makes the layer say nothing.
     MakeEmpty,
-    /// A compressed write of the whole guest cluster at `offset` with the pattern of `seed`, if the engine takes it; of
-    /// three clusters in one call where bit 2 of the seed is set.
+    /// A compressed write of the whole guest cluster at `offset` with the pattern of `seed`, if the engine
+    /// takes it; of three clusters in one call where bit 2 of the seed is set.
     Compressed {
         /// Cluster aligned.
         offset: u64,

@@ -35,7 +35,8 @@ pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
     if let Some((_, text)) = rules.iter().find(|(broken, _)| *broken) {
         return Err(Failure::new(*text));
     }
-    // Nothing is half made where only standard output is written: a signal may end that at once, also while the reader sleeps.
+    // Nothing is half made where only standard output is written: a signal may end that at once, also while
+    // the reader sleeps.
     let interrupts = if from_pipe { Interrupts::install() } else { Interrupts::default() };
     let wanted = request.progress && !request.quiet;
     let meter = Meter::beside_data(session, &interrupts, wanted, request.json_progress);

@@ -1,4 +1,5 @@
-//! A disk that keeps what it reads from below: clusters without content of their own are written to the top layer.
+//! A disk that keeps what it reads from below: clusters without content of their own are written to the top
+//! layer.
 
 use qcow2_core::{DiskExtent, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Result, ZeroMode};
 use std::sync::{Arc, PoisonError, RwLock};

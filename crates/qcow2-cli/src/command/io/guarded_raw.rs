@@ -1,5 +1,5 @@
-//! A raw disk whose format was guessed. Whoever writes it could make it look like an image that names other files, and
-//! the next one to guess would open those: such writes to the first sector are refused.
+//! A raw disk whose format was guessed. Whoever writes it could make it look like an image that names other
+//! files, and the next one to guess would open those: such writes to the first sector are refused.
 
 use qcow2_core::{
     DiskExtent, Error, ErrorKind, GuestDisk, GuestOffset, GuestRange, ImageFormat, Result, ZeroMode,

@@ -1,6 +1,7 @@
 //! `io`: reads, writes and looks at a disk by commands. Called as `qemu-io` it behaves as that tool.
 //!
-//! `parse` turns words into commands, `exerciser` runs them, `target` makes the requests, `report` tells of them.
+//! `parse` turns words into commands, `exerciser` runs them, `target` makes the requests, `report` tells of
+//! them.
 
 mod background;
 mod command;

@@ -157,7 +157,8 @@ impl Target {
         self.disk.write_zeroes(guest(range)?, mode).map_err(|error| reason(&error))
     }
 
-    /// Whether `range` can become zeroes by metadata alone: its ends lie on clusters, or in what reads as zeroes.
+    /// Whether `range` can become zeroes by metadata alone: its ends lie on clusters, or in what reads as
+    /// zeroes.
     fn can_zero_fast(&self, range: Range) -> Result<bool, Reason> {
         let Some(image) = self.disk.as_image() else {
             return Ok(true);
@@ -260,8 +261,8 @@ impl Target {
         Ok((extent.len, extent.state != ExtentState::Unallocated))
     }
 
-    /// Changes the size of the disk; what is new gets its space as `preallocation` says. Errors: the text after the
-    /// program's name.
+    /// Changes the size of the disk; what is new gets its space as `preallocation` says. Errors: the text
+    /// after the program's name.
     pub(super) fn resize(&self, size: u64, preallocation: Option<&str>) -> Result<(), String> {
         if self.disk.as_image().is_some() && !size.is_multiple_of(512) {
             return Err("The new size must be a multiple of 512".to_owned());

@@ -145,7 +145,8 @@ struct Run {
     opened: u32,
 }
 
-/// Runs commands on a disk of 1 MiB in memory, opened as `request` says; times and rates are left out of the text.
+/// Runs commands on a disk of 1 MiB in memory, opened as `request` says; times and rates are left out of the
+/// text.
 fn run(request: OpenRequest, commands: &[&str]) -> Run {
     let storage = Arc::new(TraceStorage::new(Arc::new(MemoryStorage::with_len(1 << 20))));
     let opener = Memory { storage: storage.clone(), opened: Cell::new(0) };

@@ -10,8 +10,8 @@ pub(super) fn split(line: &str) -> Vec<&str> {
     line.split(' ').filter(|word| !word.is_empty()).collect()
 }
 
-/// Options and operands of one command, in the manner of `getopt`: letters may be joined, values may follow at once or
-/// as the next word, options may follow operands, `--` ends them.
+/// Options and operands of one command, in the manner of `getopt`: letters may be joined, values may follow
+/// at once or as the next word, options may follow operands, `--` ends them.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Arguments<'a> {
     /// Each letter with its value; empty for letters that take none.
@@ -21,8 +21,8 @@ pub(super) struct Arguments<'a> {
 }
 
 impl<'a> Arguments<'a> {
-    /// Reads the words after the command's name. `letters`: as for `getopt`, a colon after each that takes a value.
-    /// Returns what there is before the first error, and the text that `getopt` would print for it.
+    /// Reads the words after the command's name. `letters`: as for `getopt`, a colon after each that takes a
+    /// value. Returns what there is before the first error, and the text that `getopt` would print for it.
     pub(super) fn parse(letters: &str, words: &[&'a str]) -> (Self, Option<String>) {
         let mut arguments = Self::default();
         let error = arguments.fill(letters, words).err();

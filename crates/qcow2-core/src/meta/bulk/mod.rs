@@ -1,11 +1,12 @@
 //! Refcounts of whole trees: changed in memory, written once.
 //!
-//! A snapshot is a second L1 table above the same clusters, so taking, applying and deleting one adds a reference to
-//! everything below a table, or drops one. That is two passes over the tables and one over the refcount blocks; nothing
-//! is looked up by cluster. Refcount blocks are held in windows of bounded size, so that memory is too.
+//! A snapshot is a second L1 table above the same clusters, so taking, applying and deleting one adds a
+//! reference to everything below a table, or drops one. That is two passes over the tables and one over the
+//! refcount blocks; nothing is looked up by cluster. Refcount blocks are held in windows of bounded size, so
+//! that memory is too.
 //!
-//! The caller is alone (nobody reads or writes guest data), and everything that was changed before is on disk: the passes
-//! go to the storage itself, and the caches are empty afterwards.
+//! The caller is alone (nobody reads or writes guest data), and everything that was changed before is on
+//! disk: the passes go to the storage itself, and the caches are empty afterwards.
 
 mod tree;
 mod window;
@@ -38,10 +39,10 @@ impl Meta {
         Held { refcounts, _writing: lock(&self.refcount_io), _flushing: flushing }
     }
 
-    /// Adds one reference to every L2 table of `tree`, and to everything that they refer to. Disk: reads the tables,
-    /// then writes the refcount blocks; no barrier. Errors: `NoSpace` where a refcount is at its largest value, `Corrupt`
-    /// for a damaged table or a cluster that is not counted; nothing was written then. After an error of the storage
-    /// some counts may be too high.
+    /// Adds one reference to every L2 table of `tree`, and to everything that they refer to. Disk: reads the
+    /// tables, then writes the refcount blocks; no barrier. Errors: `NoSpace` where a refcount is at its
+    /// largest value, `Corrupt` for a damaged table or a cluster that is not counted; nothing was written
+    /// then. After an error of the storage some counts may be too high.
     pub(crate) fn raise_tree(&self, tree: &Tree) -> Result<()> {
         let held = self.hold_refcounts();
         let spans = Spans::new(&self.geometry, held.refcounts.table.len() as u64);
@@ -65,15 +66,16 @@ impl Meta {
         Ok(window)
     }
 
-    /// Drops one reference from every L2 table of `tree`, and from everything that they refer to. `unlink` makes the disk
-    /// lead there no more; it is called once it is certain that every count can be lowered, that nothing below the tree is
-    /// other metadata and that the tables of `kept` stay counted, so that what cannot be freed stays linked. What nobody
-    /// refers to then is free and given back to the storage. With `active`, the raw entries of the active L1 table, the
-    /// copied flags below and in it are made to agree with the refcounts; the caller writes the entries.
+    /// Drops one reference from every L2 table of `tree`, and from everything that they refer to. `unlink`
+    /// makes the disk lead there no more; it is called once it is certain that every count can be lowered,
+    /// that nothing below the tree is other metadata and that the tables of `kept` stay counted, so that what
+    /// cannot be freed stays linked. What nobody refers to then is free and given back to the storage. With
+    /// `active`, the raw entries of the active L1 table, the copied flags below and in it are made to agree
+    /// with the refcounts; the caller writes the entries.
     ///
-    /// Disk: reads the tables; `unlink`; writes the refcount blocks and L2 tables whose flags change, barrier; then discards.
-    /// Errors: `Corrupt` for a damaged table or a count that is too low, nothing having changed; what `unlink` says;
-    /// `Storage`, counts being left too high.
+    /// Disk: reads the tables; `unlink`; writes the refcount blocks and L2 tables whose flags change,
+    /// barrier; then discards. Errors: `Corrupt` for a damaged table or a count that is too low, nothing
+    /// having changed; what `unlink` says; `Storage`, counts being left too high.
     pub(crate) fn lower_tree(
         &self,
         tree: &Tree,
@@ -124,7 +126,8 @@ impl Meta {
         Ok(())
     }
 
-    /// Makes sure that [`lower_tree`](Self::lower_tree) can lower every count, before a change that it is the end of.
+    /// Makes sure that [`lower_tree`](Self::lower_tree) can lower every count, before a change that it is the
+    /// end of.
     pub(crate) fn check_lowering(&self, tree: &Tree, kept: &[Tree]) -> Result<()> {
         let held = self.hold_refcounts();
         let spans = Spans::new(&self.geometry, held.refcounts.table.len() as u64);

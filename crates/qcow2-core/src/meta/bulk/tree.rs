@@ -49,8 +49,8 @@ impl Tree {
 }
 
 impl Meta {
-    /// Visits every run of host clusters that is referred to from `tree`, the L2 tables themselves included, with how often
-    /// each is. Errors: `Corrupt` for a damaged entry.
+    /// Visits every run of host clusters that is referred to from `tree`, the L2 tables themselves included,
+    /// with how often each is. Errors: `Corrupt` for a damaged entry.
     pub(super) fn for_each_run(
         &self,
         tree: &Tree,
@@ -96,16 +96,16 @@ impl Meta {
         }
     }
 
-    /// Clears the copied flag in every L2 table of `tree`: everything below has several references from now on, or may
-    /// be treated so. Disk: writes the tables that had one set; no barrier.
+    /// Clears the copied flag in every L2 table of `tree`: everything below has several references from now
+    /// on, or may be treated so. Disk: writes the tables that had one set; no barrier.
     pub(crate) fn clear_copied(&self, tree: &Tree) -> Result<()> {
         self.for_each_table(tree, &mut |_, _, bytes| Ok(self.l2_format.clear_copied_flags(bytes)))?;
         self.l2_cache.clear();
         Ok(())
     }
 
-    /// Makes the copied flags of those clusters that `window` counts say whether the count is one: in the L2 tables of
-    /// `tree`, on disk, and in `entries`, the L1 entries that it was made of.
+    /// Makes the copied flags of those clusters that `window` counts say whether the count is one: in the L2
+    /// tables of `tree`, on disk, and in `entries`, the L1 entries that it was made of.
     pub(super) fn mark_copied(
         &self,
         tree: &Tree,
@@ -140,8 +140,8 @@ impl Meta {
         })
     }
 
-    /// Reads the tables in pieces and gives each to `visit` with its place and how often it is named; those that it says
-    /// it has changed are written back. Tables in holes of the storage are passed over.
+    /// Reads the tables in pieces and gives each to `visit` with its place and how often it is named; those
+    /// that it says it has changed are written back. Tables in holes of the storage are passed over.
     fn for_each_table(&self, tree: &Tree, visit: &mut VisitTable<'_>) -> Result<()> {
         let size = self.geometry.cluster_size();
         let mut buffer = Vec::new();

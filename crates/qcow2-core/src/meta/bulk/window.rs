@@ -15,8 +15,8 @@ use qcow2_format::bytes::{push_words, words};
 use qcow2_format::refcount::{RefcountWidth, decode_table_entry};
 use qcow2_format::{Geometry, HostOffset};
 
-/// Bytes of refcount blocks in memory at most (but always one block): enough for a disk of 1 TiB as it is made by
-/// default.
+/// Bytes of refcount blocks in memory at most (but always one block): enough for a disk of 1 TiB as it is
+/// made by default.
 const WINDOW_BYTES: u64 = 48 << 20;
 
 /// How the refcount table is cut into windows.
@@ -139,9 +139,10 @@ impl Window<'_> {
         Ok(width.extract(self.block(cluster)?.words[width.word_index(slot)], slot))
     }
 
-    /// Visits those of the `count` clusters from `first` on that the window holds and whose count says otherwise than
-    /// `copied`, as distances from `first`. What no block counts is passed over: by now the change that this is the end of
-    /// has happened, and must not fail because of something else that is damaged.
+    /// Visits those of the `count` clusters from `first` on that the window holds and whose count says
+    /// otherwise than `copied`, as distances from `first`. What no block counts is passed over: by now the
+    /// change that this is the end of has happened, and must not fail because of something else that is
+    /// damaged.
     pub(super) fn mismatches(
         &mut self,
         first: u64,
