@@ -23,7 +23,8 @@ pub(crate) struct Operation<'a> {
 
 impl Drop for Operation<'_> {
     fn drop(&mut self) {
-        self.active.fetch_sub(1, Ordering::SeqCst);
+        let before = self.active.fetch_sub(1, Ordering::SeqCst);
+        debug_assert!(before > 0, "more operations end than have begun");
     }
 }
 
@@ -116,6 +117,7 @@ impl Claims {
         let meets = |other: &ClaimedRange| {
             other.start < range.end && range.start < other.end && !(other.shared && range.shared)
         };
+        debug_assert!(range.start < range.end, "a claim of nothing");
         let mut held = lock(&self.held);
         while held.ranges.iter().any(meets) {
             held.waiting += 1;
@@ -130,6 +132,7 @@ impl Claims {
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
         let mut held = lock(&self.claims.held);
+        debug_assert!(held.ranges.contains(&self.range), "a claim is given up twice");
         if let Some(at) = held.ranges.iter().position(|&r| r == self.range) {
             held.ranges.swap_remove(at);
         }

@@ -19,6 +19,7 @@ mod empty;
 pub mod error;
 pub mod image;
 mod inflight;
+mod invariant;
 mod meta;
 pub mod open;
 pub mod port;

@@ -58,6 +58,7 @@ impl Image {
         if size > old {
             self.grow(old, size)?;
         }
+        debug_assert_eq!(self.size(), size, "the disk has another size than its header will have");
         self.meta.update_header(&[HeaderField::Size(size)])?;
         if let (true, Some(data)) = (self.meta.has_data_file(), &self.meta.data) {
             data.set_len(size)?;

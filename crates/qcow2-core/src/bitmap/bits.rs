@@ -123,7 +123,7 @@ impl Bits {
             if base >= self.tree.count() {
                 break;
             }
-            let mut words: Words = [0; _];
+            let mut words: Words = [0; tree::FAN_OUT];
             for (word, chunk) in words.iter_mut().zip(piece.chunks(8)) {
                 let mut le = [0; 8];
                 le[..chunk.len()].copy_from_slice(chunk);

@@ -16,7 +16,7 @@ use core::array;
 use core::mem::size_of;
 
 /// Words of a leaf, and nodes below a node.
-const FAN_OUT: usize = 64;
+pub(super) const FAN_OUT: usize = 64;
 /// Bits of a leaf.
 pub(super) const LEAF_BITS: u64 = FAN_OUT as u64 * 64;
 /// Bytes that an allocation costs beside its own.

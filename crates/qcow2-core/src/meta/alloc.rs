@@ -10,6 +10,7 @@ use super::overlap::OverlapChecks;
 use super::page::{Page, SECTOR_SIZE};
 use super::pending::Unlinked;
 use crate::error::{Error, ErrorKind, Result};
+use crate::invariant;
 use crate::port::event::Event;
 use crate::port::storage::{StorageErrorKind, ZeroMode};
 use crate::sync::lock;
@@ -112,6 +113,7 @@ impl Meta {
             ));
         }
         self.check_unused(first, count)?;
+        invariant::handed_out(first, count);
         let offset = HostOffset::new(self.geometry.bytes_of(first));
         let fresh = self.storage.len()? <= offset.value();
         for cluster in first..first + count {
@@ -142,6 +144,7 @@ impl Meta {
         {
             return Ok(false);
         }
+        invariant::handed_out(cluster, 1);
         self.set_refcount(&refcounts, cluster, 1)?;
         if refcounts.first_free == cluster {
             refcounts.first_free += 1;
@@ -229,6 +232,8 @@ impl Meta {
             self.check_table_place(OverlapChecks::REFCOUNT_BLOCK, at, len)?;
         }
         let (width, number) = (self.geometry.refcount_width(), cluster - slot.base);
+        invariant::count_fits(width, count);
+        debug_assert!(cluster >= slot.base && cluster < slot.end);
         let index = width.word_index(number);
         slot.page.set_word(index, width.insert(slot.page.word(index), number, count));
         self.refcount_cache.note_dirty(&slot.page);
@@ -272,6 +277,7 @@ impl Meta {
             self.write_empty_table(OverlapChecks::REFCOUNT_BLOCK, offset)?;
         }
         self.event(Event::RefblockAlloc);
+        debug_assert_eq!(refcounts.table[index as usize], 0, "a refcount block is replaced");
         refcounts.table[index as usize] = encode_table_entry(Some(offset));
         if let Err(error) = self.set_refcount(refcounts, cluster, 1) {
             // A block that does not count itself must not stay.

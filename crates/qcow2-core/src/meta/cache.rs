@@ -87,6 +87,7 @@ impl PageCache {
         if let Some(found) = self.cached(page) {
             return Ok(found);
         }
+        debug_assert!(page.value().is_multiple_of(self.page_size), "a page at {page}");
         let set = self.set(page);
         let _loading = lock(&set.loading);
         if let Some(found) = self.cached(page) {
@@ -101,6 +102,7 @@ impl PageCache {
 
     fn insert(&self, set: &Set, page: Arc<Page>) {
         let mut pages = write(&set.pages);
+        debug_assert!(pages.iter().all(|other| other.offset() != page.offset()), "a second copy of a page");
         let mut tries = pages.len() * 2;
         let mut at = 0;
         while pages.len() >= self.ways && tries > 0 {

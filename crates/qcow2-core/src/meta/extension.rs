@@ -9,6 +9,7 @@ use super::Meta;
 use super::header::HeaderState;
 use super::page::SECTOR_SIZE;
 use crate::error::{Error, ErrorKind, Result};
+use crate::invariant;
 use crate::sync::lock;
 use ::alloc::format;
 use ::alloc::vec;
@@ -79,6 +80,10 @@ impl<'a> Draft<'a> {
             let place = sector * SECTOR..(sector + 1) * SECTOR;
             if self.bytes[place.clone()] != self.before[place.clone()] {
                 let at = HostOffset::new(place.start as u64);
+                invariant::may_write(self.meta.writable);
+                if sector == 0 {
+                    invariant::is_header(&self.bytes);
+                }
                 self.meta.storage.write_at(at, &self.bytes[place.clone()])?;
                 self.meta.storage.flush()?;
                 self.before[place.clone()].copy_from_slice(&self.bytes[place]);

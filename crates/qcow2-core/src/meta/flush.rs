@@ -17,6 +17,7 @@ use super::overlap::OverlapChecks;
 use super::page::{DirtyRun, SECTOR_SIZE};
 use super::pending::Unlinked;
 use crate::error::Result;
+use crate::invariant;
 use crate::port::event::Event;
 use crate::rules::OrderingRule;
 use crate::sync::atomic::Ordering;
@@ -87,6 +88,7 @@ impl Meta {
     }
 
     fn flush_round(&self) -> Result<()> {
+        invariant::may_write(self.writable);
         self.event(Event::FlushToOs);
         let links = self.take_links();
         if !self.rules.keep(OrderingRule::UnlinkBeforeFree) {
@@ -165,6 +167,7 @@ impl Meta {
     fn free_unlinked(&self, unlinked: Vec<Unlinked>) -> Result<()> {
         let reusable = {
             let mut pending = lock(&self.pending);
+            debug_assert!(unlinked.iter().all(|run| run.count > 0), "references to nothing");
             pending.made_durable(self.operations.epoch(), unlinked);
             if pending.is_empty() {
                 return Ok(());

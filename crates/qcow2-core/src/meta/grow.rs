@@ -77,6 +77,7 @@ impl Meta {
         let used = layout.blocks + layout.table_clusters;
         let old_entries = refcounts.table.len();
         let mut table = refcounts.table.clone();
+        assert!(layout.table_clusters * size / 8 > old_entries as u64, "a refcount table that does not grow");
         table.resize((layout.table_clusters * size / 8) as usize, 0);
         for block in 0..layout.blocks {
             table[old_entries + block as usize] =

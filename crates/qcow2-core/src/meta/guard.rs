@@ -10,6 +10,7 @@ use super::Meta;
 use super::overlap::OverlapChecks;
 use super::pending::Unlinked;
 use crate::error::Result;
+use crate::invariant;
 use crate::sync::{Rank, RwLock, read, write};
 use ::alloc::boxed::Box;
 use ::alloc::collections::BTreeMap;
@@ -115,6 +116,8 @@ impl Meta {
     /// Errors: `Corrupt` where other metadata is in the way, nothing having been written; `Storage`,
     /// `NoSpace`.
     pub(crate) fn write_table(&self, kinds: OverlapChecks, offset: HostOffset, bytes: &[u8]) -> Result<()> {
+        invariant::may_write(self.writable);
+        invariant::table_words(offset, bytes.len());
         self.check_table_place(kinds, offset, bytes.len() as u64)?;
         Ok(self.storage.write_at(offset, bytes)?)
     }

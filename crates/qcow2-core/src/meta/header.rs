@@ -5,6 +5,7 @@
 
 use super::Meta;
 use crate::error::Result;
+use crate::invariant;
 use crate::rules::OrderingRule;
 use crate::sync::lock;
 use qcow2_format::header::SECTOR_LEN;
@@ -36,7 +37,9 @@ impl Meta {
     fn write_header(&self, fields: &[HeaderField], durable: bool) -> Result<()> {
         let mut state = lock(&self.header);
         let HeaderState { header, sector } = &mut *state;
+        invariant::may_write(self.writable);
         fields.iter().for_each(|field| field.apply(header, sector));
+        invariant::is_header(sector);
         let written = self.storage.write_at(HostOffset::new(0), &state.sector);
         self.poison_on_error(
             written.and_then(|()| if durable { self.storage.flush() } else { Ok(()) }).map_err(Into::into),

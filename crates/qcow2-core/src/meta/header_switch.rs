@@ -8,6 +8,7 @@
 use super::Meta;
 use super::page::SECTOR_SIZE;
 use crate::error::{Error, ErrorKind, Result};
+use crate::invariant;
 use crate::sync::lock;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
@@ -25,6 +26,10 @@ impl Meta {
             })?
         };
         let written = plan.iter().try_for_each(|step| {
+            invariant::may_write(self.writable);
+            if step.offset == 0 {
+                invariant::is_header(&step.bytes);
+            }
             self.storage.write_at(HostOffset::new(step.offset), &step.bytes)?;
             self.storage.flush()
         });

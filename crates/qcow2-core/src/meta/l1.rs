@@ -58,6 +58,7 @@ impl L1Table {
 
     /// Replaces table and place; everything in it is on disk already.
     pub(crate) fn replace(&self, offset: HostOffset, entries: Vec<u64>) {
+        debug_assert!(offset.value().is_multiple_of(SECTOR_SIZE), "an l1 table at {offset}");
         *write(&self.table) = (offset, entries);
         lock(&self.dirty).clear();
     }

@@ -7,6 +7,7 @@ use super::overlap::OverlapChecks;
 use super::page::{Page, SECTOR_SIZE};
 use super::pending::Unlinked;
 use crate::error::{Error, ErrorKind, Result};
+use crate::invariant;
 use crate::port::event::Event;
 use crate::port::storage::ZeroMode;
 use crate::read::resolve::{Place, Run, resolve_run};
@@ -55,6 +56,7 @@ impl Meta {
         };
         let run = resolve_run(&self.l2_format, offset, max_len, place.entries(), entry)
             .map_err(|e| self.entry_error(offset, e))?;
+        invariant::covers(&run, max_len);
         if let Place::Data { host, .. } = run.place {
             self.check_place(offset, host)?;
         }
@@ -228,8 +230,11 @@ impl Meta {
         unlinked: &[Unlinked],
         entry: impl Fn(u64) -> L2Entry,
     ) -> Result<()> {
+        invariant::may_write(self.writable);
+        assert!(count <= place.entries(), "{count} entries are changed in a page that has fewer");
         let _open = read(&self.gate);
         for i in 0..count {
+            invariant::leads_to_cluster(&self.geometry, &entry(i));
             let (raw, bitmap) = self
                 .l2_format
                 .encode(&entry(i))

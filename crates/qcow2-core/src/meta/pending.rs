@@ -4,6 +4,7 @@
 //! them.
 
 use super::overlap::OverlapChecks;
+use crate::invariant;
 use ::alloc::vec::Vec;
 
 /// References to drop: one from each of `count` host clusters from `first` on.
@@ -55,6 +56,7 @@ impl PendingFrees {
 
     /// Gives runs back whose unlinks are now on disk; `epoch` is the current one.
     pub(crate) fn made_durable(&mut self, epoch: u64, runs: Vec<Unlinked>) {
+        debug_assert!(self.durable.last().is_none_or(|(last, _)| *last <= epoch), "epochs go on only");
         if !runs.is_empty() {
             self.durable.push((epoch, runs));
         }
@@ -66,6 +68,7 @@ impl PendingFrees {
         self.durable.retain_mut(|(epoch, runs)| {
             let keep = *epoch + 2 > now;
             if !keep {
+                invariant::unseen(*epoch, now);
                 reusable.append(runs);
             }
             keep

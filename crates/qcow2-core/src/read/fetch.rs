@@ -2,6 +2,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
+use crate::invariant;
 use crate::meta::page::SECTOR_SIZE;
 use crate::port::event::Event;
 use crate::read::resolve::Place;
@@ -18,6 +19,7 @@ impl Image {
         while !rest.is_empty() {
             let here = GuestOffset::new(at);
             let run = self.meta.lookup(here, rest.len() as u64)?;
+            invariant::covers(&run, rest.len() as u64);
             let (part, next) = rest.split_at_mut(run.len as usize);
             match run.place {
                 Place::Zero { .. } => part.fill(0),

@@ -87,6 +87,7 @@ impl Meta {
     /// that.
     pub(super) fn switch_snapshot_table(&self, table: &NewTable) -> Result<()> {
         let (count, offset) = (table.count, table.offset);
+        debug_assert!(count == 0 || self.geometry.is_aligned(offset.value()), "a snapshot table at {offset}");
         if count > 0 {
             self.write_table(OverlapChecks::SNAPSHOT_TABLE, offset, &table.bytes)?;
         }

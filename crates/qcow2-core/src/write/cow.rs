@@ -3,6 +3,7 @@
 //! Invariant I2: when a new place becomes visible, every byte of it that counts as data has been written.
 
 use super::plan::mask;
+use crate::invariant;
 use ::alloc::vec::Vec;
 use qcow2_format::l2::L2Format;
 use qcow2_format::{GuestOffset, GuestRange};
@@ -38,6 +39,7 @@ pub(crate) fn ranges_to_copy(format: &L2Format, edges: &ClusterEdges) -> Vec<Gue
         add(start, end.min(edges.start.max(start)));
         add(start.max(edges.end.min(end)), end);
     }
+    invariant::beside(&ranges, edges.start..edges.end, format.geometry.cluster_size());
     let base = edges.cluster.value();
     let range =
         |(start, end)| GuestRange::between(GuestOffset::new(base + start), GuestOffset::new(base + end));

@@ -99,6 +99,7 @@ pub(crate) fn mask(first: u64, end: u64) -> u32 {
 /// together with the subclusters `kept` that were copied there.
 pub(crate) fn written_entry(old: &L2Entry, host: HostOffset, touched: u32, kept: u32) -> L2Entry {
     let data = touched | kept;
+    debug_assert!(host.value() > 0 || data != 0, "nothing is written nowhere");
     let zero = match old {
         L2Entry::Standard(cluster) => cluster.zero & !data,
         L2Entry::Compressed(_) => 0,

@@ -8,6 +8,7 @@ use super::plan::{WriteKind, WritePlan, kept_subclusters, plan_write, touched, w
 use crate::error::Result;
 use crate::image::Image;
 use crate::inflight::Claim;
+use crate::invariant;
 use crate::meta::mapping::L2Place;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
@@ -97,6 +98,7 @@ impl Image {
         let place = self.meta.writable_place(offset)?;
         let entry = |i| self.meta.entry(&place, i, offset);
         let plan = plan_write(&self.meta.l2_format, offset, len, place.entries(), entry)?;
+        assert!(plan.len > 0 && plan.len <= len && plan.clusters > 0, "{plan:?} for {len} bytes");
         if let WriteKind::InPlace { host } = plan.kind {
             let host = HostOffset::new(host.value() + geometry.in_cluster(offset.value()));
             return self.prepare_in_place(host, plan.len, claim);
@@ -116,6 +118,7 @@ impl Image {
     }
 
     fn prepare_in_place<'a>(&'a self, host: HostOffset, len: u64, claim: Claim<'a>) -> Result<Prepared<'a>> {
+        invariant::may_write(self.meta.writable);
         self.meta.check_data_place(host, len)?;
         self.cover_sector(host.value() + len)?;
         Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None, _in_place: Some(claim) })
@@ -309,6 +312,10 @@ impl Prepared<'_> {
         if change.plan.kind == WriteKind::Allocate {
             unlinked.extend(change.old.iter().filter_map(|old| image.unlinked(old)));
         }
+        let was_copied = |old: &L2Entry| matches!(old, L2Entry::Standard(cluster) if cluster.copied);
+        let all_copied = change.old.iter().all(was_copied);
+        invariant::ours_alone(change.reserved.is_some(), all_copied, image.meta.has_data_file());
+        debug_assert_eq!(change.old.len() as u64, change.plan.clusters);
         let entry = |i: u64| {
             let edges = change.cluster_edges(image, i);
             let old = &change.old[i as usize];
