@@ -7,7 +7,11 @@ use qcow2_core::{
 };
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::arbitrary::Operation;
+use qcow2_testkit::audit::audit;
 use qcow2_testkit::model::{DiscardRule, Model};
+use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::pattern;
+use qcow2_testkit::storage::PageStorage;
 use std::sync::Arc;
 
 /// Opens for writing in one of several manners, by `seed`.
@@ -168,5 +172,45 @@ fn a_machines_state_lies_behind_the_disk() {
         assert!(shown.iter().all(|&byte| byte == 0));
         assert!(image.write_vm_state(1 << 62, &state).is_err());
         image.close().unwrap();
+    }
+}
+
+/// Tables reach the disk sector by sector: one entry is changed in every sector of a table, or in many of a large one, in
+/// one image for all and in an image that is opened anew for each.
+#[test]
+fn every_sector_of_a_table_reaches_the_disk() {
+    for (cluster_size, extended) in
+        [(512, false), (4096, false), (65536, false), (65536, true), (2 << 20, false)]
+    {
+        let storage = Arc::new(PageStorage::new(PageBytes::new()));
+        let shared: Arc<dyn Storage> = storage.clone();
+        let entries = 512 / if extended { 16 } else { 8 };
+        let sectors = cluster_size / 512;
+        let mut options = CreateOptions::new(sectors * entries * cluster_size);
+        (options.cluster_size, options.extended_l2) = (cluster_size, extended);
+        create(&shared, None, &options).unwrap();
+        let places: Vec<u64> = (0..sectors).step_by((sectors / 128).max(1) as usize).collect();
+        let mut image = open_as(&shared, 0);
+        for (index, sector) in places.iter().enumerate() {
+            let at = sector * entries * cluster_size + 512 * (sector % 3).min(cluster_size / 512 - 1);
+            image.write_at(GuestOffset::new(at), &pattern::bytes(*sector + 1, at, 512)).unwrap();
+            if index % 5 == 0 {
+                image.close().unwrap();
+                image = open_as(&shared, 0);
+            }
+        }
+        image.close().unwrap();
+        let image = open_as(&shared, 0);
+        for sector in &places {
+            let at = sector * entries * cluster_size + 512 * (sector % 3).min(cluster_size / 512 - 1);
+            let mut seen = pattern::unread(512);
+            image.read_at(GuestOffset::new(at), &mut seen).unwrap();
+            assert!(
+                seen == pattern::bytes(*sector + 1, at, 512),
+                "{cluster_size} {extended}: sector {sector}"
+            );
+        }
+        let found = audit(&storage.bytes(), None);
+        assert!(found.is_sound() && found.leaks == 0, "{cluster_size} {extended}: {found:?}");
     }
 }

@@ -200,6 +200,9 @@ mod tests {
             bits.load(0, &[0xff; 32]);
             let marked: u64 = bits.marked_runs().map(|(_, len)| len).sum();
             prop_assert_eq!(marked, size.min(32 * 8 * 512));
+            // And are not stored again.
+            let ones: u32 = bits.stored(0, 32).iter().map(|byte| byte.count_ones()).sum();
+            prop_assert_eq!(u64::from(ones), size.div_ceil(512).min(32 * 8));
         }
     }
 }
