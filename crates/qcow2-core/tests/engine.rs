@@ -6,12 +6,13 @@ use qcow2_core::{
     OpenOptions, OverlapChecks, ResolvedSource, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
-use qcow2_testkit::arbitrary::Operation;
+use qcow2_testkit::arbitrary::{BackingShape, Operation, Shape};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::model::{DiscardRule, Model};
 use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::pattern;
 use qcow2_testkit::storage::PageStorage;
+use qcow2_testkit::world::{Shelf, TOP, create_options};
 use std::sync::Arc;
 
 /// Opens for writing in one of several manners, by `seed`.
@@ -212,5 +213,35 @@ fn every_sector_of_a_table_reaches_the_disk() {
         }
         let found = audit(&storage.bytes(), None);
         assert!(found.is_sound() && found.leaks == 0, "{cluster_size} {extended}: {found:?}");
+    }
+}
+
+/// The end of a backing file lies inside a cluster of the overlay, before, in and behind what is written there.
+#[test]
+fn a_partial_write_keeps_what_a_short_backing_file_has_beside_it() {
+    for extended_l2 in [false, true] {
+        for end in [512, 1000, 4096, 20_000, 32_768, 65_000] {
+            for (start, len) in
+                [(0, 512), (4096, 512), (19_900, 200), (20_100, 5000), (33_000, 100), (65_024, 512)]
+            {
+                let shelf = Shelf::default();
+                let below = pattern::bytes(1, 0, 65_536 + end);
+                shelf.put("base.raw", &below);
+                let backing = BackingShape { size: below.len() as u64, qcow2: false };
+                let shape = Shape { backing: Some(backing), extended_l2, ..Shape::plain(4 * 65_536) };
+                create(&(shelf.file(TOP) as Arc<dyn Storage>), None, &create_options(&shape)).unwrap();
+                let mut options = OpenOptions::default();
+                options.writable = true;
+                let image = Image::open(shelf.source(TOP, ImageFormat::Qcow2), &options).unwrap();
+                let mut content = below;
+                content.resize(4 * 65_536, 0);
+                let mut model = Model::new(content, DiscardRule::Ignored);
+                let start = GuestOffset::new(65_536 + start);
+                let range = GuestRange::new(start, len).unwrap();
+                model.step(&*image, &Operation::Write { range, seed: 9 }).unwrap();
+                let checked = model.check_disk(&*image);
+                checked.unwrap_or_else(|e| panic!("end {end}, write at {start}, {extended_l2}: {e}"));
+            }
+        }
     }
 }
