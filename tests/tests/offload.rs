@@ -321,7 +321,8 @@ fn used_targets_take_zeroes_too() {
     let Some(qemu_img) = Tool::find("qemu-img") else { return };
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
-    let _source = make_source(&folder.join("raw"), false);
+    // Closed again: it is open for writing, and the command reads nothing that others write.
+    drop(make_source(&folder.join("raw"), false));
     let ours = Tool::at(OURS);
     fs::write(folder.join("used.raw"), vec![0x5a; 13 * MIB]).unwrap();
     let at_end = content().len().next_multiple_of(512);

@@ -163,6 +163,26 @@ fn guest_data_is_not_written_over_metadata() {
     }
 }
 
+/// A count of 0 says that a cluster is free: where a table lives in it all the same, nobody gets it.
+#[test]
+fn a_cluster_of_metadata_is_not_given_away_whatever_its_refcount_says() {
+    let (storage, l2) = image(false);
+    let header = open(&storage, &OpenOptions::default()).unwrap().header();
+    let refcount_table = header.refcount_table_offset.value();
+    let block = word(&storage, refcount_table);
+    for place in [0, refcount_table, block, header.l1_table_offset.value(), l2] {
+        let storage = Arc::new(PageStorage::new(storage.bytes()));
+        storage.write_at(HostOffset::new(block + 2 * (place / CLUSTER)), &[0, 0]).unwrap();
+        let before = word(&storage, place);
+        let image = open(&storage, &writable(OverlapChecks::CACHED)).unwrap();
+        let error = image.write_at(GuestOffset::new(8 * CLUSTER), &[0xee; CLUSTER as usize]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{place:#x}");
+        assert!(is_marked(&storage), "{place:#x}");
+        // The header's first word never changes.
+        assert_eq!(word(&storage, place), before, "{place:#x}");
+    }
+}
+
 /// Where the tables of the image that `image` makes are: header, L1 table, refcount table, refcount block.
 fn tables(storage: &Arc<PageStorage>) -> [u64; 4] {
     let header = open(storage, &OpenOptions::default()).unwrap().header();

@@ -6,8 +6,13 @@ use qcow2_core::{
     ImageFormat, NoResolver, OpenOptions, OverlapChecks, ResolvedSource, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
-use qcow2_testkit::arbitrary::Operation;
+use qcow2_testkit::arbitrary::{BackingShape, Operation, Shape};
+use qcow2_testkit::audit::audit;
 use qcow2_testkit::model::{DiscardRule, Model};
+use qcow2_testkit::pages::PageBytes;
+use qcow2_testkit::pattern;
+use qcow2_testkit::storage::PageStorage;
+use qcow2_testkit::world::{Shelf, TOP, create_options};
 use std::sync::Arc;
 
 /// Opens for writing in one of several manners, by `seed`.
@@ -179,5 +184,75 @@ fn a_machines_state_lies_behind_the_disk() {
         assert!(shown.iter().all(|&byte| byte == 0));
         assert!(image.write_vm_state(1 << 62, &state).is_err());
         image.close().unwrap();
+    }
+}
+
+/// Tables reach the disk sector by sector: one entry is changed in every sector of a table, or in many of a large one, in
+/// one image for all and in an image that is opened anew for each.
+#[test]
+fn every_sector_of_a_table_reaches_the_disk() {
+    for (cluster_size, extended) in
+        [(512, false), (4096, false), (65536, false), (65536, true), (2 << 20, false)]
+    {
+        let storage = Arc::new(PageStorage::new(PageBytes::new()));
+        let shared: Arc<dyn Storage> = storage.clone();
+        let entries = 512 / if extended { 16 } else { 8 };
+        let sectors = cluster_size / 512;
+        let mut options = CreateOptions::new(sectors * entries * cluster_size);
+        (options.cluster_size, options.extended_l2) = (cluster_size, extended);
+        create(&shared, None, &options).unwrap();
+        let places: Vec<u64> = (0..sectors).step_by((sectors / 128).max(1) as usize).collect();
+        let mut image = open_as(&shared, 0);
+        for (index, sector) in places.iter().enumerate() {
+            let at = sector * entries * cluster_size + 512 * (sector % 3).min(cluster_size / 512 - 1);
+            image.write_at(GuestOffset::new(at), &pattern::bytes(*sector + 1, at, 512)).unwrap();
+            if index % 5 == 0 {
+                image.close().unwrap();
+                image = open_as(&shared, 0);
+            }
+        }
+        image.close().unwrap();
+        let image = open_as(&shared, 0);
+        for sector in &places {
+            let at = sector * entries * cluster_size + 512 * (sector % 3).min(cluster_size / 512 - 1);
+            let mut seen = pattern::unread(512);
+            image.read_at(GuestOffset::new(at), &mut seen).unwrap();
+            assert!(
+                seen == pattern::bytes(*sector + 1, at, 512),
+                "{cluster_size} {extended}: sector {sector}"
+            );
+        }
+        let found = audit(&storage.bytes(), None);
+        assert!(found.is_sound() && found.leaks == 0, "{cluster_size} {extended}: {found:?}");
+    }
+}
+
+/// The end of a backing file lies inside a cluster of the overlay, before, in and behind what is written there.
+#[test]
+fn a_partial_write_keeps_what_a_short_backing_file_has_beside_it() {
+    for extended_l2 in [false, true] {
+        for end in [512, 1000, 4096, 20_000, 32_768, 65_000] {
+            for (start, len) in
+                [(0, 512), (4096, 512), (19_900, 200), (20_100, 5000), (33_000, 100), (65_024, 512)]
+            {
+                let shelf = Shelf::default();
+                let below = pattern::bytes(1, 0, 65_536 + end);
+                shelf.put("base.raw", &below);
+                let backing = BackingShape { size: below.len() as u64, qcow2: false };
+                let shape = Shape { backing: Some(backing), extended_l2, ..Shape::plain(4 * 65_536) };
+                create(&(shelf.file(TOP) as Arc<dyn Storage>), None, &create_options(&shape)).unwrap();
+                let mut options = OpenOptions::default();
+                options.writable = true;
+                let image = Image::open(shelf.source(TOP, ImageFormat::Qcow2), &options).unwrap();
+                let mut content = below;
+                content.resize(4 * 65_536, 0);
+                let mut model = Model::new(content, DiscardRule::Ignored);
+                let start = GuestOffset::new(65_536 + start);
+                let range = GuestRange::new(start, len).unwrap();
+                model.step(&*image, &Operation::Write { range, seed: 9 }).unwrap();
+                let checked = model.check_disk(&*image);
+                checked.unwrap_or_else(|e| panic!("end {end}, write at {start}, {extended_l2}: {e}"));
+            }
+        }
     }
 }

@@ -365,17 +365,27 @@ mod tests {
 
     #[test]
     fn salvage_keeps_what_can_be_read() {
-        let lost = 5 * MIB + 600..5 * MIB + 2000;
-        let disk = TestDisk { unreadable: Some(lost), ..TestDisk::data(vec![1; 8 * MIB as usize]) };
-        let to = TestDisk::empty(8 * MIB, 0);
-        let wanted = ConvertOptions { salvage: true, ..options() };
-        let report = run(&source(disk), &to, &wanted).unwrap();
-        let mut expected = vec![1; 8 * MIB as usize];
-        expected[5 * MIB as usize + 512..][..1536].fill(0);
-        assert!(to.content() == expected);
-        assert_eq!(report.unreadable_sectors, 3);
-        assert_eq!((report.unreadable[0].offset, report.unreadable[0].len), (5 * MIB + 512, 1536));
-        assert!(report.unreadable[0].reason.contains("are bad"));
+        // In the middle, at the start and at the end of the disk, across chunks.
+        for (lost, sectors) in [
+            (5 * MIB + 600..5 * MIB + 2000, 3),
+            (0..513, 2),
+            (8 * MIB - 1..8 * MIB, 1),
+            (MIB - 1..MIB + 1, 2),
+        ] {
+            let disk =
+                TestDisk { unreadable: Some(lost.clone()), ..TestDisk::data(vec![1; 8 * MIB as usize]) };
+            let to = TestDisk::empty(8 * MIB, 0);
+            let wanted = ConvertOptions { salvage: true, ..options() };
+            let report = run(&source(disk), &to, &wanted).unwrap();
+            let mut expected = vec![1; 8 * MIB as usize];
+            let start = lost.start / 512 * 512;
+            expected[start as usize..][..sectors as usize * 512].fill(0);
+            assert!(to.content() == expected, "{lost:?}");
+            assert_eq!(report.unreadable_sectors, sectors, "{lost:?}");
+            let named: u64 = report.unreadable.iter().map(|place| place.len).sum();
+            assert_eq!((report.unreadable[0].offset, named), (start, sectors * 512), "{lost:?}");
+            assert!(report.unreadable[0].reason.contains("are bad"));
+        }
     }
 
     #[test]

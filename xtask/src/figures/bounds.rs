@@ -56,7 +56,7 @@ const fn today(figure: &'static str, place: &'static str, today: usize) -> Exemp
 
 /// How many exemptions there are. Lower it with the list; never raise it.
 #[cfg(test)]
-const CEILING: usize = 22;
+const CEILING: usize = 19;
 
 /// The exemptions. They only shrink: one that is not needed any more, or that is a tenth too high, is a
 /// finding itself.

@@ -1,7 +1,7 @@
 //! The bits of one bitmap in memory: which granules of the disk were changed.
 
 use super::room::Room;
-use super::tree::{LEAF_BITS, Tree, Words};
+use super::tree::{FAN_OUT, LEAF_BITS, Tree, Words};
 use crate::error::{Error, ErrorKind, Result};
 use ::alloc::format;
 use ::alloc::vec;
@@ -123,7 +123,7 @@ impl Bits {
             if base >= self.tree.count() {
                 break;
             }
-            let mut words: Words = [0; tree::FAN_OUT];
+            let mut words: Words = [0; FAN_OUT];
             for (word, chunk) in words.iter_mut().zip(piece.chunks(8)) {
                 let mut le = [0; 8];
                 le[..chunk.len()].copy_from_slice(chunk);
@@ -241,6 +241,9 @@ mod tests {
             bits.load(0, &[0xff; 32]);
             let marked: u64 = bits.marked_runs().map(|(_, len)| len).sum();
             prop_assert_eq!(marked, size.min(32 * 8 * 512));
+            // And are not stored again.
+            let ones: u32 = bits.stored(0, 32).iter().map(|byte| byte.count_ones()).sum();
+            prop_assert_eq!(u64::from(ones), size.div_ceil(512).min(32 * 8));
         }
     }
 }

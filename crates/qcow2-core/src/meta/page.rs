@@ -174,4 +174,16 @@ mod tests {
         assert_eq!(runs[0].bytes[..8], [0, 0, 0, 0, 0, 0, 0, 1]);
         assert!(!page.is_dirty());
     }
+
+    #[test]
+    fn a_changed_word_makes_its_own_sector_dirty() {
+        let page = Page::from_bytes(HostOffset::new(0), &[0; 64 << 10]);
+        for sector in 0..128 {
+            page.set_word(sector * SECTOR_WORDS + sector % SECTOR_WORDS, 1);
+            let mut runs = Vec::new();
+            page.take_dirty(&mut runs);
+            let places: Vec<_> = runs.iter().map(|r| (r.offset.value(), r.bytes.len())).collect();
+            assert_eq!(places, [(sector as u64 * SECTOR_SIZE, 512)]);
+        }
+    }
 }
