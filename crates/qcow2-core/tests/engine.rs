@@ -187,8 +187,8 @@ fn a_machines_state_lies_behind_the_disk() {
     }
 }
 
-/// Tables reach the disk sector by sector: one entry is changed in every sector of a table, or in many of a large one, in
-/// one image for all and in an image that is opened anew for each.
+/// Tables reach the disk sector by sector: one entry is changed in every sector of a table, or in many of a
+/// large one, in one image for all and in an image that is opened anew for each.
 #[test]
 fn every_sector_of_a_table_reaches_the_disk() {
     for (cluster_size, extended) in
@@ -227,7 +227,8 @@ fn every_sector_of_a_table_reaches_the_disk() {
     }
 }
 
-/// The end of a backing file lies inside a cluster of the overlay, before, in and behind what is written there.
+/// The end of a backing file lies inside a cluster of the overlay, before, in and behind what is written
+/// there.
 #[test]
 fn a_partial_write_keeps_what_a_short_backing_file_has_beside_it() {
     for extended_l2 in [false, true] {
