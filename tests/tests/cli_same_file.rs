@@ -486,6 +486,11 @@ fn block_devices_are_locked_and_recognized() {
         format!("dd -f raw if=alias of={name}"),
         format!("dd -f raw if={name} of={name}"),
         format!("create -q -f qcow2 -b {name} -F raw alias"),
+        // The file that the device shows is the device, though it has locks of its own.
+        format!("convert -f raw -O raw {name} y.raw"),
+        format!("convert -U -f raw -O raw {name} y.raw"),
+        format!("convert -n -f raw -O raw y.raw {name}"),
+        format!("dd -f raw if={name} of=y.raw"),
     ] {
         world.check_refused(&format!("qcow2 {line}"), READ);
     }

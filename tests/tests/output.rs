@@ -165,6 +165,11 @@ fn a_full_disk_is_told() {
         );
     }
     assert_eq!(fs::read(world.path("a.raw")).unwrap()[..1024], [[1; 512], [2; 512]].concat());
+    // What was found says more than that its description is lost.
+    for line in ["check bad.qcow2", "check --output=json bad.qcow2"] {
+        let (found, told) = world.run("qcow2", line, Out::Full);
+        assert!(found == 2 && told.contains("No space left on device"), "{line}: {found} {told}");
+    }
 }
 
 /// One signal suffices, whatever the other end of the pipe does.

@@ -429,3 +429,56 @@ fn a_write_never_follows_an_entry_to_another_place_in_the_data_file() {
         }
     }
 }
+
+/// A compressed entry in an image with a data file: the cluster that would replace it is another guest's
+/// there.
+#[test]
+fn nothing_is_compressed_in_a_data_file() {
+    for write in [CLUSTER, 512] {
+        let shelf = with_data_file(1 << 62, None);
+        let options = writable(OverlapChecks::CACHED);
+        let opened = Image::open(shelf.source(TOP, ImageFormat::Qcow2), &options).unwrap();
+        let before = shelf.file("top.data").bytes().to_vec();
+        let error = opened.write_at(GuestOffset::new(CLUSTER), &vec![8; write as usize]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{write}");
+        assert!(shelf.file("top.data").bytes().to_vec() == before && marked(&shelf));
+    }
+}
+
+/// Refcounts get no other width where the table or a block of it is something else: refused, and soon.
+#[test]
+fn refcounts_that_are_none_are_not_converted() {
+    let (whole, l2) = image(false);
+    let [_, l1, refcount_table, block] = tables(&whole);
+    for (field, value) in [
+        (refcount_table + 8 * 900, refcount_table),
+        (refcount_table + 8 * 900, block),
+        (48, l2),
+        (48, l1),
+        (48, 1 << 30),
+    ] {
+        let (storage, _) = image(false);
+        set_word(&storage, field, value);
+        let before = all_bytes(&storage);
+        let opened = open(&storage, &freeing()).unwrap();
+        let error =
+            opened.set_refcount_bits(32, &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{field:#x} {value:#x}");
+        assert!(is_marked(&storage));
+        storage.write_at(HostOffset::new(72), &before[72..80]).unwrap();
+        assert!(all_bytes(&storage) == before, "{field:#x} {value:#x}");
+    }
+}
+
+/// A snapshot that cannot be taken leaves no refcount raised.
+#[test]
+fn a_refused_snapshot_leaks_nothing() {
+    let (storage, _) = image(false);
+    let [_, l1, refcount_table, block] = tables(&storage);
+    set_word(&storage, refcount_table + 24, l1);
+    let before = cluster_at(&storage, block);
+    let opened = open(&storage, &freeing()).unwrap();
+    let error = opened.create_snapshot(&NewSnapshot::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(cluster_at(&storage, block) == before && is_marked(&storage));
+}

@@ -183,6 +183,10 @@ pub(crate) fn source_id(metadata: &Metadata) -> Option<SourceId> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
+        // A loop device is another name for the bytes of its file.
+        if let Some(behind) = behind_loop(metadata) {
+            return source_id(&behind);
+        }
         // Two names of one device are different files but the same source.
         Some(match file_kind(metadata) {
             FileKind::BlockDevice => SourceId { device: u64::MAX, file: metadata.rdev() },
@@ -194,6 +198,26 @@ pub(crate) fn source_id(metadata: &Metadata) -> Option<SourceId> {
         let _ = metadata;
         None
     }
+}
+
+/// The file that a loop device shows, or a part of it.
+#[cfg(target_os = "linux")]
+fn behind_loop(metadata: &Metadata) -> Option<Metadata> {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::MetadataExt;
+    if file_kind(metadata) != FileKind::BlockDevice {
+        return None;
+    }
+    let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
+    let name = std::fs::read(format!("/sys/dev/block/{major}:{minor}/loop/backing_file")).ok()?;
+    // A loop over a loop comes to the file in the end: the system allows no circle.
+    std::fs::metadata(OsStr::from_bytes(name.strip_suffix(b"\n")?)).ok()
+}
+
+#[cfg(all(unix, not(target_os = "linux")))]
+fn behind_loop(_metadata: &Metadata) -> Option<Metadata> {
+    None
 }
 
 /// The same, for what an image can be in.

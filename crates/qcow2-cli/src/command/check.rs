@@ -36,20 +36,21 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         }
     };
     let after = repaired.and_then(|repaired| repaired.after).unwrap_or(report);
-    match request.output {
-        _ if request.quiet => {}
-        OutputFormat::Human => session.print(&render::to_text(&after))?,
-        OutputFormat::Json => {
-            let value = render::to_json(&after, &fixed, &request.filename, "qcow2");
-            session.print(&json::pretty(&value))?;
-        }
-    }
-    match (after.check_errors, after.corruptions, after.leaks) {
-        (0, 0, 0) => Ok(exit::SUCCESS),
-        (0, 0, _) => Ok(exit::CHECK_LEAKS),
-        (0, _, _) => Ok(exit::CHECK_CORRUPT),
-        _ => Err(Failure::new("Check failed")),
-    }
+    let text = match request.output {
+        _ if request.quiet => String::new(),
+        OutputFormat::Human => render::to_text(&after),
+        OutputFormat::Json => json::pretty(&render::to_json(&after, &fixed, &request.filename, "qcow2")),
+    };
+    let code = match (after.check_errors, after.corruptions, after.leaks) {
+        (0, 0, 0) => exit::SUCCESS,
+        (0, 0, _) => exit::CHECK_LEAKS,
+        (0, _, _) => exit::CHECK_CORRUPT,
+        _ => exit::FAILURE,
+    };
+    // A lost text says less than what was found: that stays the exit code.
+    let lost = if code == exit::SUCCESS { exit::FAILURE } else { code };
+    session.print(&text).map_err(|failure| failure.with_code(lost))?;
+    if code == exit::FAILURE { Err(Failure::new("Check failed")) } else { Ok(code) }
 }
 
 /// Says what was found, what became of it, and what is found then.

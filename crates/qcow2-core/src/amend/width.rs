@@ -8,6 +8,7 @@ use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::Meta;
+use crate::meta::alloc::Refcounts;
 use crate::meta::overlap::OverlapChecks;
 use crate::sync::{lock, write};
 use ::alloc::collections::BTreeSet;
@@ -82,6 +83,7 @@ impl Meta {
             .with_refcount_order(bits.trailing_zeros())
             .map_err(|e| Error::new(ErrorKind::InvalidOption, "refcount width").with_source(e))?;
         let refcounts = lock(&self.refcounts);
+        self.check_counted(&refcounts)?;
         let start = self.geometry.host_cluster(refcounts.table_offset).value();
         let mut old: BTreeSet<u64> = (start..start + refcounts.table_clusters).collect();
         let mut first = self.geometry.clusters_for(self.storage.len()?);
@@ -92,10 +94,11 @@ impl Meta {
             })?;
             let Some(block) = block else { continue };
             old.insert(self.geometry.host_cluster(block).value());
+            self.check_table_place(OverlapChecks::REFCOUNT_BLOCK, block, self.geometry.cluster_size())?;
             // Clusters may be counted that lie past the end of the file.
-            let end = (index + 1) * per_old;
-            while first < end && self.any_counted(&refcounts, first, end)? {
-                first += 1;
+            let start = (index * per_old).max(first);
+            if let Some(last) = self.last_counted(&refcounts, start, (index + 1) * per_old)? {
+                first = last + 1;
             }
         }
         let (mut blocks, mut table) = (0, 0);
@@ -113,14 +116,28 @@ impl Meta {
         Ok(Plan { geometry, first, blocks, table, old })
     }
 
-    /// Whether a cluster of `first..end` has a refcount.
-    fn any_counted(&self, refcounts: &crate::meta::alloc::Refcounts, first: u64, end: u64) -> Result<bool> {
-        for cluster in first..end {
-            if self.refcount_of(refcounts, cluster)? > 0 {
-                return Ok(true);
+    /// Refuses refcounts that are none: a table that the header does not find, or that is something else,
+    /// counts neither the header nor itself.
+    fn check_counted(&self, refcounts: &Refcounts) -> Result<()> {
+        let len = self.geometry.bytes_of(refcounts.table_clusters);
+        self.check_table_place(OverlapChecks::REFCOUNT_TABLE, refcounts.table_offset, len)?;
+        for cluster in [0, self.geometry.host_cluster(refcounts.table_offset).value()] {
+            if self.refcount_of(refcounts, cluster)? == 0 {
+                let message = format!("host cluster {cluster} holds metadata but its refcount is 0");
+                return Err(self.mark_corrupt(message));
             }
         }
-        Ok(false)
+        Ok(())
+    }
+
+    /// The last cluster of `first..end` that has a refcount.
+    fn last_counted(&self, refcounts: &Refcounts, first: u64, end: u64) -> Result<Option<u64>> {
+        for cluster in (first..end).rev() {
+            if self.refcount_of(refcounts, cluster)? > 0 {
+                return Ok(Some(cluster));
+            }
+        }
+        Ok(None)
     }
 
     fn write_width(&self, plan: &Plan, progress: &mut AmendProgress<'_>) -> Result<()> {

@@ -57,8 +57,10 @@ impl Meta {
         let run = resolve_run(&self.l2_format, offset, max_len, place.entries(), entry)
             .map_err(|e| self.entry_error(offset, e))?;
         invariant::covers(&run, max_len);
-        if let Place::Data { host, .. } = run.place {
-            self.check_place(offset, host)?;
+        match run.place {
+            Place::Data { host, .. } => self.check_place(offset, host)?,
+            Place::Compressed(_) => self.check_compressed(offset)?,
+            _ => {}
         }
         Ok(run)
     }
@@ -71,6 +73,16 @@ impl Meta {
         Err(self.mark_corrupt(format!(
             "l2 entry of guest offset {offset}: host offset {host} in the data file, allowed is {offset}"
         )))
+    }
+
+    /// In a data file nothing is compressed: such an entry would have its cluster replaced by one of the
+    /// image file, whose place in the data file is another guest cluster's.
+    fn check_compressed(&self, offset: GuestOffset) -> Result<()> {
+        if !self.has_data_file() {
+            return Ok(());
+        }
+        Err(self
+            .mark_corrupt(format!("l2 entry of guest offset {offset}: compressed in an external data file")))
     }
 
     /// An entry that cannot be right: an image open for writing is marked, so that nothing is built on it.
@@ -125,10 +137,14 @@ impl Meta {
     pub(crate) fn entry(&self, place: &L2Place, index: u64, offset: GuestOffset) -> Result<L2Entry> {
         let (raw, bitmap) = place.raw(index);
         let entry = self.l2_format.decode(raw, bitmap).map_err(|e| self.entry_error(offset, e))?;
-        if let L2Entry::Standard(ClusterEntry { host: Some(host), .. }) = entry {
-            // Of clusters that are not read too: a write would go there.
-            let start = self.geometry.align_down(offset.value()) + index * self.geometry.cluster_size();
-            self.check_place(GuestOffset::new(start), host)?;
+        // Of clusters that are not read too: a write would go there.
+        let start = self.geometry.align_down(offset.value()) + index * self.geometry.cluster_size();
+        match entry {
+            L2Entry::Standard(ClusterEntry { host: Some(host), .. }) => {
+                self.check_place(GuestOffset::new(start), host)?;
+            }
+            L2Entry::Standard(_) => {}
+            L2Entry::Compressed(_) => self.check_compressed(GuestOffset::new(start))?,
         }
         Ok(entry)
     }

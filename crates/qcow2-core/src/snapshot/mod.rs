@@ -75,7 +75,8 @@ impl Image {
         }
         let meta = &self.meta;
         let header = self.header();
-        let (_, entries) = meta.l1.contents();
+        let (active, entries) = meta.l1.contents();
+        meta.check_table_place(OverlapChecks::ACTIVE_L1, active, entries.len() as u64 * 8)?;
         let tree = Tree::new(&entries, &meta.geometry)?;
         let old_table = self.old_table(&table)?;
         meta.check_tables(&tree)?;
