@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// Both programs, and the folder that each run starts from.
 pub struct SideBySide {
@@ -238,8 +239,11 @@ pub fn made_once(shelf: &Path, key: &str, make: impl FnOnce(&Tool, &Path)) -> Op
     let version = reference.run_in(shelf, &["--version"]).success().stdout;
     let key = crc32fast::hash([version.as_bytes(), key.as_bytes()].concat().as_slice());
     let place = shelf.join(format!("start-{key:08x}"));
+    // One thread of this process makes it. Other processes may be at it too: the first that is done puts it
+    // there.
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     if !place.exists() {
-        // Other processes may be at it too: the first that is done puts it there.
         let fresh = shelf.join(format!("start-{key:08x}-{}", std::process::id()));
         fs::create_dir(&fresh).expect("a new folder on the shelf");
         make(&reference, &fresh);
