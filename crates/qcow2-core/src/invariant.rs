@@ -55,9 +55,10 @@ pub(crate) fn may_write(writable: bool) {
     assert!(writable, "an image that was opened for reading is written");
 }
 
-/// I8: a run covers bytes, and no more than were asked for.
+/// I8: a run covers bytes, and no more than were asked for. In debug builds only: on the path of every read the
+/// check alone cost 7 % of 4 KiB random reads.
 pub(crate) fn covers(run: &Run, asked: u64) {
-    assert!(
+    debug_assert!(
         run.len > 0 && run.len <= asked || asked == 0,
         "a run of {} bytes where {asked} were asked for",
         run.len
