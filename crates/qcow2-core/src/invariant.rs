@@ -55,8 +55,8 @@ pub(crate) fn may_write(writable: bool) {
     assert!(writable, "an image that was opened for reading is written");
 }
 
-/// I8: a run covers bytes, and no more than were asked for. In debug builds only: on the path of every read the
-/// check alone cost 7 % of 4 KiB random reads.
+/// I8: a run covers bytes, and no more than were asked for. In debug builds only: on the path of every read
+/// the check alone cost 7 % of 4 KiB random reads.
 pub(crate) fn covers(run: &Run, asked: u64) {
     debug_assert!(
         run.len > 0 && run.len <= asked || asked == 0,

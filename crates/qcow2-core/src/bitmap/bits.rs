@@ -226,7 +226,8 @@ mod tests {
                 let bytes = bits.stored(start, len);
                 let piece = pieces.next_if(|(index, _)| *index == start / len);
                 prop_assert_eq!(piece.is_some(), bytes.iter().any(|&byte| byte != 0));
-                let inside = (start * 8..((start + len) * 8).min(wanted.len() as u64)).map(|bit| wanted[bit as usize]);
+                let end = ((start + len) * 8).min(wanted.len() as u64);
+                let inside = (start * 8..end).map(|bit| wanted[bit as usize]);
                 let full = piece.is_some_and(|(_, all)| all);
                 prop_assert_eq!(full, inside.into_iter().all(|marked| marked));
                 let exact = if full { copy.load_ones(start, len) } else { copy.load(start, &bytes) };

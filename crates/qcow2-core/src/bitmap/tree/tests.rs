@@ -87,7 +87,9 @@ proptest! {
 
     /// Whatever runs out, no bit is lost, and whoever can still refuse is told.
     #[test]
-    fn without_room_more_is_set_and_never_less(a in marks(), b in marks(), bytes in 0..40_000u64, count in 1..COUNT) {
+    fn without_room_more_is_set_and_never_less(
+        a in marks(), b in marks(), bytes in 0..40_000u64, count in 1..COUNT,
+    ) {
         let room = Room::new(bytes);
         let tree = Tree::new(COUNT, &room);
         let exact = a.iter().fold(true, |exact, &(first, last)| tree.set(first, last) && exact);
