@@ -112,7 +112,7 @@ impl Image {
         meta.flush()?;
         let (old_offset, mut table) = meta.l1.contents();
         let old_run = meta.table_run(OverlapChecks::ACTIVE_L1, old_offset, table.len() as u64 * 8);
-        meta.check_owner(old_run)?;
+        meta.check_freeable(old_run)?;
         table.resize(entries as usize, 0);
         let clusters = meta.geometry.clusters_for(entries * 8);
         let place = meta.allocate_with_space(OverlapChecks::ACTIVE_L1, clusters)?;

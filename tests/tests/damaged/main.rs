@@ -184,10 +184,10 @@ impl World {
     }
 
     fn delete(&mut self) {
-        if let Some((ours, snapshot)) = self.pick_snapshot()
-            && self.image.delete_snapshot(&snapshot).is_ok()
-        {
-            self.snapshots.remove(ours);
+        let Some((ours, snapshot)) = self.pick_snapshot() else { return };
+        match self.image.delete_snapshot(&snapshot) {
+            Ok(()) => drop(self.snapshots.remove(ours)),
+            Err(error) => self.log.push(format!("snapshot {ours} stays: {error}")),
         }
     }
 

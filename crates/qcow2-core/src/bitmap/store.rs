@@ -333,7 +333,7 @@ impl Image {
         if let Some(extension) = header.trusted_bitmaps() {
             replaced.push(self.bitmap_run(extension.directory_offset, extension.directory_size));
         }
-        replaced.iter().try_for_each(|&run| self.meta.check_owner(run))?;
+        replaced.iter().try_for_each(|&run| self.meta.check_freeable(run))?;
         Ok(replaced)
     }
 

@@ -227,9 +227,7 @@ impl Meta {
             .slot(refcounts, cluster)?
             .ok_or_else(|| Error::corrupt(format!("host cluster {cluster} has no refcount block")))?;
         if !slot.page.is_queued() {
-            // A table entry that points at something else must not get it counted over.
-            let (at, len) = (slot.page.offset(), self.refcount_cache.page_size());
-            self.check_table_place(OverlapChecks::REFCOUNT_BLOCK, at, len)?;
+            self.check_block_place(&slot)?;
         }
         let (width, number) = (self.geometry.refcount_width(), cluster - slot.base);
         invariant::count_fits(width, count);
@@ -238,6 +236,20 @@ impl Meta {
         slot.page.set_word(index, width.insert(slot.page.word(index), number, count));
         self.refcount_cache.note_dirty(&slot.page);
         Ok(())
+    }
+
+    /// Refuses a refcount block that would be written over other metadata.
+    pub(crate) fn check_counting(&self, refcounts: &Refcounts, cluster: u64) -> Result<()> {
+        match self.slot(refcounts, cluster)? {
+            Some(slot) => self.check_block_place(&slot),
+            None => Ok(()),
+        }
+    }
+
+    /// A table entry that points at something else must not get it counted over.
+    fn check_block_place(&self, slot: &Slot) -> Result<()> {
+        let (at, len) = (slot.page.offset(), self.refcount_cache.page_size());
+        self.check_table_place(OverlapChecks::REFCOUNT_BLOCK, at, len)
     }
 
     pub(crate) fn refcount_of(&self, refcounts: &Refcounts, cluster: u64) -> Result<u64> {

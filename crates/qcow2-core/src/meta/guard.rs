@@ -11,7 +11,7 @@ use super::overlap::OverlapChecks;
 use super::pending::Unlinked;
 use crate::error::Result;
 use crate::invariant;
-use crate::sync::{Rank, RwLock, read, write};
+use crate::sync::{Rank, RwLock, lock, read, write};
 use ::alloc::boxed::Box;
 use ::alloc::collections::BTreeMap;
 use ::alloc::format;
@@ -120,6 +120,15 @@ impl Meta {
         invariant::table_words(offset, bytes.len());
         self.check_table_place(kinds, offset, bytes.len() as u64)?;
         Ok(self.storage.write_at(offset, bytes)?)
+    }
+
+    /// [`check_owner`](Self::check_owner), and that the refcounts of `run` can be changed: a procedure that
+    /// ends with giving it up must not fail there. Disk: may read refcount blocks.
+    pub(crate) fn check_freeable(&self, run: Unlinked) -> Result<()> {
+        self.check_owner(run)?;
+        let refcounts = lock(&self.refcounts);
+        (run.first..run.first.saturating_add(run.count))
+            .try_for_each(|cluster| self.check_counting(&refcounts, cluster))
     }
 
     /// Refuses to give up clusters that hold other metadata than what is said to be there. Asked before a

@@ -154,7 +154,7 @@ impl Image {
         entries.iter_mut().for_each(|raw| *raw = without_copied(*raw));
         let old_l1 = meta.table_run(OverlapChecks::ACTIVE_L1, old_offset, old_entries.len() as u64 * 8);
         meta.check_tables(&tree)?;
-        meta.check_owner(old_l1)?;
+        meta.check_freeable(old_l1)?;
         meta.check_lowering(&old_tree, &self.trees_of(&table)?)?;
         let l1 = self.reserve_l1(OverlapChecks::ACTIVE_L1, entries.len())?;
         if let Err(error) = meta.flush().and_then(|()| meta.raise_tree(&tree)) {
@@ -207,7 +207,7 @@ impl Image {
         let l1_len = u64::from(snapshot.l1_size) * 8;
         let old_l1 = meta.table_run(OverlapChecks::INACTIVE_L1, snapshot.l1_table_offset, l1_len);
         let old_table = self.old_table(&table)?;
-        meta.check_owner(old_l1)?;
+        meta.check_freeable(old_l1)?;
         let (l1_offset, mut entries) = meta.l1.contents();
         meta.check_table_place(OverlapChecks::ACTIVE_L1, l1_offset, entries.len() as u64 * 8)?;
         table.snapshots.remove(index);
@@ -265,7 +265,7 @@ impl Image {
     fn old_table(&self, table: &Table) -> Result<Unlinked> {
         let offset = self.header().snapshots_offset;
         let run = self.meta.table_run(OverlapChecks::SNAPSHOT_TABLE, offset, table.len);
-        self.meta.check_owner(run)?;
+        self.meta.check_freeable(run)?;
         Ok(run)
     }
 

@@ -88,6 +88,10 @@ impl Meta {
         let mut touched = self.touched(tree, &spans, &held.refcounts)?;
         let active_tree = active.as_deref().map(|entries| Tree::new(entries, &self.geometry)).transpose()?;
         active_tree.iter().try_for_each(|tree| self.check_tables(tree))?;
+        let marked = match &active_tree {
+            Some(active) => self.touched(active, &spans, &held.refcounts)?,
+            None => BTreeSet::new(),
+        };
         // All must fit before anything is unlinked. One window is kept, several would take too much memory.
         let mut only = None;
         for &span in &touched {
@@ -100,9 +104,7 @@ impl Meta {
             false => (None, Some(unlink)),
         };
         before.map_or(Ok(()), |unlink| unlink())?;
-        if let Some(active) = &active_tree {
-            touched.extend(self.touched(active, &spans, &held.refcounts)?);
-        }
+        touched.extend(marked);
         let mut freed = Vec::new();
         for &span in &touched {
             let mut window = match only.take() {
@@ -154,7 +156,9 @@ impl Meta {
             self.check_owner(run)?;
             window.lower(run.first, run.count, times)
         });
-        lowered.map(|()| window)
+        lowered?;
+        window.check_places()?;
+        Ok(window)
     }
 
     /// Refuses a tree one of whose tables is other metadata.

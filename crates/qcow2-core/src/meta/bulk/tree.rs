@@ -1,7 +1,7 @@
 //! Passes over all L2 tables of an L1 table, each read once however often it is named.
 
 use super::window::Window;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
@@ -119,7 +119,11 @@ impl Meta {
             };
             let cluster = geometry.host_cluster(table).value();
             if window.holds(cluster) {
-                let copied = window.count(cluster)? == 1;
+                // What no block counts is not ours alone, and no reason to fail now.
+                let copied = match window.count(cluster) {
+                    Err(error) if error.kind() == ErrorKind::Corrupt => false,
+                    count => count? == 1,
+                };
                 *raw = L1Entry { l2_table: Some(table), copied }.encode();
             }
         }

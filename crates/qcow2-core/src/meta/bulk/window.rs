@@ -196,6 +196,16 @@ impl Window<'_> {
         place.as_mut().ok_or_else(|| uncounted(cluster))
     }
 
+    /// Makes sure that the changed blocks can be written: none takes the place of other metadata. Errors:
+    /// `Corrupt`.
+    pub(super) fn check_places(&self) -> Result<()> {
+        let size = self.meta.geometry.cluster_size();
+        let mut changed = self.blocks.iter().flatten().filter(|block| block.dirty);
+        changed.try_for_each(|block| {
+            self.meta.check_table_place(OverlapChecks::REFCOUNT_BLOCK, block.offset, size)
+        })
+    }
+
     /// Writes the changed blocks, in host order.
     pub(super) fn store(&self) -> Result<()> {
         let mut changed: Vec<&Block> = self.blocks.iter().flatten().filter(|block| block.dirty).collect();
