@@ -27,7 +27,8 @@ pub(crate) use std::sync::OnceLock;
 /// of its backing file's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
-    /// Shared by every request, alone for what changes the image as a whole: snapshots, resize, close.
+    /// Shared by every request, alone for what changes the image as a whole: snapshots, resize, close. The
+    /// one lock that a thread may share several times over, with a write ticket each.
     Structure,
     /// Encrypted images: alone for a change of a part of a sector, which reads the rest of it first.
     PartialSector,
@@ -127,7 +128,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 pub(crate) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
-    let entered = lock.place.enter();
+    let entered = lock.place.enter_shared();
     Held { guard: lock.inner.read().unwrap_or_else(std::sync::PoisonError::into_inner), entered }
 }
 
@@ -197,11 +198,22 @@ mod order {
 
         /// Notes that this thread is about to wait for the lock; panics where it holds one that comes later.
         pub(super) fn enter(self) -> Entered {
+            self.enter_after(|last| last < self.rank)
+        }
+
+        /// The same for a reader. A thread may hold several write tickets, each of which shares the
+        /// structure.
+        pub(super) fn enter_shared(self) -> Entered {
+            let again = self.rank == Rank::Structure;
+            self.enter_after(|last| last < self.rank || again && last == self.rank)
+        }
+
+        fn enter_after(self, may_follow: impl FnOnce(Rank) -> bool) -> Entered {
             HELD.with_borrow_mut(|held| {
                 let same = held.iter().filter(|(owner, _)| *owner == self.owner && self.owner != 0);
                 let last = same.map(|(_, rank)| *rank).max();
                 assert!(
-                    last.is_none_or(|last| last < self.rank),
+                    last.is_none_or(may_follow),
                     "lock order: {:?} is taken while {last:?} is held",
                     self.rank
                 );
@@ -253,6 +265,10 @@ mod order {
         }
 
         pub(super) const fn enter(self) -> Entered {
+            Entered
+        }
+
+        pub(super) const fn enter_shared(self) -> Entered {
             Entered
         }
     }

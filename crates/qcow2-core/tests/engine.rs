@@ -257,3 +257,35 @@ fn a_partial_write_keeps_what_a_short_backing_file_has_beside_it() {
         }
     }
 }
+
+/// An event loop has many writes under way on one thread.
+#[test]
+fn one_thread_holds_several_tickets() {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+    create(&storage, None, &CreateOptions::new(1 << 20)).unwrap();
+    let image = open_as(&storage, 0);
+    let tickets: Vec<_> = (0..4)
+        .map(|i| image.prepare_write(GuestRange::new(GuestOffset::new(i << 17), 4096).unwrap()).unwrap())
+        .collect();
+    let mut seen = [9; 512];
+    image.read_at(GuestOffset::new(0), &mut seen).unwrap();
+    assert_eq!(seen, [0; 512], "nothing is visible before the commit");
+    for ticket in tickets {
+        for piece in ticket.pieces() {
+            match piece {
+                qcow2_core::Piece::Guest { host } => storage.write_at(host, &[7; 4096]).unwrap(),
+                qcow2_core::Piece::Bytes { host, bytes } => storage.write_at(host, bytes).unwrap(),
+                qcow2_core::Piece::Zeroes { host, len } => {
+                    storage.write_zeroes(host, len, ZeroMode::KeepAllocated).unwrap();
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        ticket.commit().unwrap();
+    }
+    for i in 0..4 {
+        image.read_at(GuestOffset::new(i << 17), &mut seen).unwrap();
+        assert_eq!(seen, [7; 512]);
+    }
+    image.close().unwrap();
+}
