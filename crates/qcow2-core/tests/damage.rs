@@ -482,3 +482,24 @@ fn a_refused_snapshot_leaks_nothing() {
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert!(cluster_at(&storage, block) == before && is_marked(&storage));
 }
+
+/// A bitmap's table is said to be the refcount table: a shrink that could not end is refused before it
+/// begins.
+#[test]
+fn a_refused_shrink_drops_nothing() {
+    let (storage, _) = image(false);
+    let [_, _, refcount_table, _] = tables(&storage);
+    let opened = open(&storage, &freeing()).unwrap();
+    opened.add_bitmap(b"b", 16).unwrap();
+    opened.close().unwrap();
+    let directory = open(&storage, &OpenOptions::default()).unwrap().header().extensions.bitmaps.unwrap();
+    set_word(&storage, directory.directory_offset.value(), refcount_table);
+    let opened = open(&storage, &freeing()).unwrap();
+    assert_eq!(opened.resize(CLUSTER).unwrap_err().kind(), ErrorKind::Corrupt);
+    drop(opened);
+    let again = open(&storage, &OpenOptions::default()).unwrap();
+    assert_eq!(again.size(), 64 << 20);
+    let mut seen = vec![0xee; 4 * CLUSTER as usize];
+    again.read_at(GuestOffset::new(0), &mut seen).unwrap();
+    assert!(seen.iter().all(|&byte| byte == 7));
+}

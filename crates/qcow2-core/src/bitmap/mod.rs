@@ -353,6 +353,11 @@ impl Image {
         }
         state.live.iter().try_for_each(|live| Bits::check_size(live.entry.granularity_bits, size))?;
         self.load_all(&mut state, |_| true)?;
+        // All of them are replaced in the end: what cannot be given up then is refused before the size
+        // changes.
+        let header = self.header();
+        let old = read_bitmaps(&*self.meta.storage, &header)?;
+        self.replaced_bitmaps(&header, &old, &State::default())?;
         self.mark_in_use(&mut state, |_| true)?;
         state.live.iter_mut().for_each(|live| live.changed = true);
         state.changed = true;

@@ -313,7 +313,12 @@ impl Image {
 
     /// What the new directory replaces: the old one, and the tables and bits that the new one does not have.
     /// Errors: `Corrupt` where one of them is other metadata.
-    fn replaced_bitmaps(&self, header: &Header, old: &[Bitmap], state: &State) -> Result<Vec<Unlinked>> {
+    pub(super) fn replaced_bitmaps(
+        &self,
+        header: &Header,
+        old: &[Bitmap],
+        state: &State,
+    ) -> Result<Vec<Unlinked>> {
         let geometry: Geometry = self.meta.geometry;
         let mut replaced = Vec::new();
         // Bitmaps of a damaged image may have a table in common, which is given up once.
