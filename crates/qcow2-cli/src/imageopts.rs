@@ -6,7 +6,7 @@ use crate::drivers;
 use crate::failure::Failure;
 use crate::optlist::{OptList, Pair, escape_commas};
 use crate::session::Session;
-use crate::size::{SizeError, parse_size};
+use qcow2_blockdev::{SizeError, parse_size};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 

@@ -6,11 +6,11 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
+use crate::numbers::{SIGNED, parse_argument};
 use crate::open::{OpenAs, close};
 use crate::progress::Meter;
 use crate::render::qemu_text;
 use crate::session::Session;
-use crate::size::{SIGNED, parse_argument};
 use crate::threads::Threads;
 use qcow2_ops::{CommitOptions, ErrorKind};
 

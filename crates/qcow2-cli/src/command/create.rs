@@ -8,9 +8,9 @@ use crate::imageopts::{ImageOptions, TargetFormat, print_options};
 use crate::interrupt::Interrupts;
 use crate::newbacking::{KeptBacking, open_backing};
 use crate::newimage;
+use crate::numbers::{SIGNED, parse_argument};
 use crate::optlist::OptList;
 use crate::session::Session;
-use crate::size::{SIGNED, parse_argument};
 use qcow2_core::ImageFormat;
 
 /// Runs the verb.

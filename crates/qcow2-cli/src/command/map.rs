@@ -4,10 +4,10 @@ use crate::args::{Arguments, ImageArgs, Opt, OutputFormat};
 use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
+use crate::numbers::{SIGNED, parse_argument};
 use crate::open::{OpenAs, OpenedDisk, open_image};
 use crate::render::map::{JsonRows, TextRows};
 use crate::session::Session;
-use crate::size::{SIGNED, parse_argument};
 use qcow2_ops::{MapExtent, MapOptions};
 use std::ops::ControlFlow;
 

@@ -3,7 +3,7 @@
 use super::nbd;
 use super::options::Options;
 use crate::crypt::{KEY_OPTIONS, LayerKey};
-use crate::size::parse_size;
+use qcow2_blockdev::parse_size;
 use serde_json::Value;
 
 /// One driver with its options, and what it stands on.

@@ -9,7 +9,7 @@ use crate::crypt::{KEY_OPTIONS, Keys};
 use crate::failure::Failure;
 use crate::imagename::{Driver, Node, debug_rules, filename, nbd_server};
 use crate::render::qemu_text;
-use crate::size::{SizeError, parse_size};
+use qcow2_blockdev::{SizeError, parse_size};
 use qcow2_core::{
     ImageFormat, Layers, NoResolver, OpenOptions, ResolveError, ResolvedSource, Resolver, SourceId, Storage,
 };

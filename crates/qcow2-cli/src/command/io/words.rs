@@ -1,6 +1,6 @@
 //! The words of a command line: split, options by letter, numbers, patterns. Pure text.
 
-use crate::size::{SizeError, parse_size};
+use qcow2_blockdev::{SizeError, parse_size};
 
 /// The longest request: below 2 GiB by one sector, as the block layer of QEMU has it.
 pub(super) const MAX_REQUEST: u64 = 2_147_483_136;
