@@ -8,8 +8,8 @@ use qcow2_core::{
 };
 use qcow2_format::Version;
 use qcow2_ops::{
-    AmendOptions, Amended, CommitOptions, ConvertOptions, ErrorKind, Inline, Progress, RebaseOptions, Silent,
-    amend,
+    AmendOptions, CallerError, CommitOptions, ConvertOptions, ErrorKind, Inline, Progress, RebaseOptions,
+    Silent,
 };
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::{CrashWorld, Event};
@@ -364,15 +364,13 @@ fn amend_top(
 ) -> Result<Done, String> {
     let mut options = AmendOptions::default();
     change(&mut options);
-    loop {
+    let open = || -> Result<Arc<dyn GuestDisk>, CallerError> {
         let top = open_to(files, 0, true, Layers::Follow)?;
         rewrite(&top).map_err(|error| text(&error))?;
-        match amend(&top, &options, progress) {
-            Ok(Amended::Again) => {}
-            Ok(Amended::Done) => return finish(Ok(()), &[&top]),
-            Err(error) => return finish(Err::<(), _>(error), &[&top]),
-        }
-    }
+        Ok(top)
+    };
+    let top = open().map_err(|error| error.to_string())?;
+    finish(qcow2_ops::amend(top, &open, &options, None, progress), &[])
 }
 
 /// What seed `seed` is about. Half of the small chains are worked on by somebody who stops at first.

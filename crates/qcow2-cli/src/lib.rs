@@ -21,7 +21,6 @@ mod newbacking;
 mod newfile;
 mod newimage;
 mod numbers;
-mod numbers;
 mod open;
 mod optlist;
 mod progress;

@@ -113,6 +113,12 @@ impl Error for CryptError {
     }
 }
 
+impl From<SlotRefusal> for CryptError {
+    fn from(refusal: SlotRefusal) -> Self {
+        Self::new(CryptErrorKind::KeySlot(refusal), refusal.to_string())
+    }
+}
+
 impl From<StorageError> for CryptError {
     fn from(error: StorageError) -> Self {
         Self::new(CryptErrorKind::Storage, "encryption header cannot be read or written").with_source(error)

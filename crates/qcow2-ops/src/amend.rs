@@ -1,14 +1,16 @@
 //! Changing what an image is: its version, its features, its size.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::port::{KeySlots, Reopen};
 use crate::progress::Progress;
 use crate::resize::{NewSize, ResizeOptions, plan as plan_size};
 use qcow2_core::format::Version;
 use qcow2_core::format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
-use qcow2_core::{GuestDisk, HeaderChange, Image};
+use qcow2_core::format::header::CryptMethod;
+use qcow2_core::{GuestDisk, HeaderChange, HostOffset, Image};
 use std::fmt;
 use std::ops::ControlFlow;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 /// What is to be different; `None` leaves a thing as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,6 +58,10 @@ pub enum Refusal {
     DowngradeRefcountBits,
     /// A snapshot does not fit into version 2.
     DowngradeSnapshots,
+    /// Key slots of an image that is not encrypted.
+    NotEncrypted,
+    /// Key slots of an image whose encryption has none.
+    NoKeySlots,
 }
 
 impl fmt::Display for Refusal {
@@ -75,38 +81,97 @@ impl fmt::Display for Refusal {
             }
             Self::DowngradeRefcountBits => f.write_str("version 2 has refcounts of 16 bits"),
             Self::DowngradeSnapshots => f.write_str("a snapshot does not fit into version 2"),
+            Self::NotEncrypted => f.write_str("the image is not encrypted"),
+            Self::NoKeySlots => f.write_str("only LUKS encryption has key slots"),
         }
     }
 }
 
 impl std::error::Error for Refusal {}
 
+/// Makes the image what `options` ask for, from the first check to the close. `disk`: the image, open for
+/// writing with its chain; it is dropped before `reopen` is asked, which happens after each step that makes
+/// another image of it (another version, another refcount width). `slots`: key slots that change too. What is
+/// impossible is refused before anything changes.
+///
+/// Disk: the key slots, then the steps in the order that makes each possible: upgrade, refcount width, header
+/// fields, size, downgrade; see the engine's calls. Every step is durable before the next begins, and a power
+/// cut leaves the image between two steps. The image is closed in the end, whatever happened. `progress`
+/// counts refcount blocks and tables, in no unit that means bytes.
+///
+/// Errors: `Unsupported` for a disk that is no qcow2 image; `InvalidOption` with a [`Refusal`] or a
+/// [`resize::Refusal`](crate::resize::Refusal) below; `Open` with the caller's error; `Write` with the
+/// engine's or, for key slots, the caller's; `Stopped`, the image being before or between two steps.
+pub fn amend(
+    mut disk: Arc<dyn GuestDisk>,
+    reopen: &dyn Reopen,
+    options: &AmendOptions,
+    mut slots: Option<&dyn KeySlots>,
+    progress: &dyn Progress,
+) -> Result<()> {
+    loop {
+        let image = disk
+            .as_image()
+            .ok_or_else(|| Error::new(ErrorKind::Unsupported, "only a qcow2 image can be amended"))?;
+        let stepped = check(image, options)
+            .and_then(|()| slots.take().map_or(Ok(()), |slots| change_slots(image, slots)))
+            .and_then(|()| step(image, options, progress).map_err(step_failed));
+        match stepped {
+            Ok(Amended::Done) => return close(image).map_err(step_failed),
+            // The image takes no further changes; its locks must go before they are taken anew.
+            Ok(Amended::Again) => drop(disk),
+            Err(error) => {
+                let _ = close(image);
+                return Err(error);
+            }
+        }
+        disk = reopen
+            .reopen()
+            .map_err(|e| Error::new(ErrorKind::Open, "opening the amended image").with_boxed_source(e))?;
+    }
+}
+
 /// Whether all is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Amended {
+enum Amended {
     /// Everything is as asked for; the image may be closed.
     Done,
-    /// The image is another now and takes no further changes: open it anew and amend again.
+    /// The image is another now and takes no further changes.
     Again,
 }
 
-/// Brings `image`, which is open for writing with its chain, a step nearer to `options`; the caller repeats
-/// it as it says. What is impossible is refused before anything changes. Disk: see the engine's calls; every
-/// step is durable when it returns, and a power cut leaves the image between two steps. `progress` counts
-/// refcount blocks and tables, in no unit that means bytes.
-///
-/// Errors: `InvalidOption` with a [`Refusal`] or a [`resize::Refusal`](crate::resize::Refusal) below; `Write`
-/// with the engine's error; `Stopped`, the image being before or between two steps, to be closed as ever.
-pub fn amend(image: &Image, options: &AmendOptions, progress: &dyn Progress) -> Result<Amended> {
-    check(image, options)?;
-    step(image, options, progress).map_err(|e| match e.kind() {
+fn step_failed(error: qcow2_core::Error) -> Error {
+    match error.kind() {
         qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, "amending was stopped"),
-        _ => Error::new(ErrorKind::Write, "could not amend the image").with_source(e),
-    })
+        _ => Error::new(ErrorKind::Write, "could not amend the image").with_source(error),
+    }
+}
+
+fn close(image: &Image) -> qcow2_core::Result<()> {
+    image.flush()?;
+    image.close()
+}
+
+fn change_slots(image: &Image, slots: &dyn KeySlots) -> Result<()> {
+    let at = volume(image)
+        .map_err(|refusal| Error::new(ErrorKind::InvalidOption, "changing key slots").with_source(refusal))?;
+    slots
+        .change(&**image.storage(), at)
+        .map_err(|e| Error::new(ErrorKind::Write, "changing key slots").with_boxed_source(e))
+}
+
+/// Where the encryption header with the key slots of `image` is.
+fn volume(image: &Image) -> Result<HostOffset, Refusal> {
+    let header = image.header();
+    match (header.crypt_method, header.extensions.luks) {
+        (CryptMethod::None, _) => Err(Refusal::NotEncrypted),
+        (CryptMethod::Luks, Some(luks)) => Ok(luks.offset),
+        _ => Err(Refusal::NoKeySlots),
+    }
 }
 
 /// Whether `image` can be amended so; changes nothing. Errors: `InvalidOption` as [`amend`]'s.
-pub fn check(image: &Image, options: &AmendOptions) -> Result<()> {
+fn check(image: &Image, options: &AmendOptions) -> Result<()> {
     let refused = |refusal| Error::new(ErrorKind::InvalidOption, "amending").with_source(refusal);
     check_features(image, options).map_err(refused)?;
     check_downgrade(image, options).map_err(refused)?;
@@ -218,5 +283,83 @@ fn check_downgrade(image: &Image, options: &AmendOptions) -> Result<(), Refusal>
     match snapshots.iter().all(|s| s.disk_size == size && s.vm_state_size <= u64::from(u32::MAX)) {
         true => Ok(()),
         false => Err(Refusal::DowngradeSnapshots),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::port::CallerError;
+    use crate::progress::Silent;
+    use qcow2_core::{ImageFormat, NoResolver, OpenOptions, ResolvedSource, Storage};
+    use qcow2_testkit::builder::{Builder, Cluster};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    fn image() -> Arc<dyn Storage> {
+        Arc::new(Builder::new(16, 1 << 20).cluster(0, Cluster::Data(vec![7; 65_536])).build().storage())
+    }
+
+    fn open(storage: &Arc<dyn Storage>) -> Arc<dyn GuestDisk> {
+        let (format, resolver) = (ImageFormat::Qcow2, Arc::new(NoResolver));
+        let storage = Arc::clone(storage);
+        let source = ResolvedSource { storage, format, name: "image".into(), id: None, resolver };
+        Image::open(source, &OpenOptions::writable()).unwrap()
+    }
+
+    struct Refuse;
+
+    impl KeySlots for Refuse {
+        fn change(&self, _: &dyn Storage, _: HostOffset) -> Result<(), CallerError> {
+            panic!("the slots of an image without encryption are not changed");
+        }
+    }
+
+    #[test]
+    fn each_step_that_makes_another_image_opens_it_anew() {
+        let storage = image();
+        let opened = AtomicUsize::new(0);
+        let reopen = || {
+            opened.fetch_add(1, Ordering::Relaxed);
+            Ok(open(&storage))
+        };
+        let mut options = AmendOptions { refcount_bits: Some(64), ..AmendOptions::default() };
+        options.size = Some(2 << 20);
+        amend(open(&storage), &reopen, &options, None, &Silent).unwrap();
+        assert_eq!(opened.load(Ordering::Relaxed), 1);
+        let disk = open(&storage);
+        let image = disk.as_image().unwrap();
+        assert_eq!((image.size(), image.geometry().refcount_width().bits()), (2 << 20, 64));
+        assert!(!image.header().is_dirty(), "closed in the end");
+        let back = AmendOptions { version: Some(Version::V2), ..AmendOptions::default() };
+        let refused = amend(disk, &reopen, &back, None, &Silent).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InvalidOption);
+        let width = AmendOptions { refcount_bits: Some(16), ..AmendOptions::default() };
+        amend(open(&storage), &reopen, &width, None, &Silent).unwrap();
+        amend(open(&storage), &reopen, &back, None, &Silent).unwrap();
+        assert_eq!(open(&storage).as_image().unwrap().header().version, Version::V2);
+    }
+
+    #[test]
+    fn what_the_caller_cannot_open_is_its_own_error() {
+        let storage = image();
+        let reopen = || Err(std::io::Error::other("locked").into());
+        let options = AmendOptions { refcount_bits: Some(1), ..AmendOptions::default() };
+        let error = amend(open(&storage), &reopen, &options, None, &Silent).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Open);
+        assert_eq!(error.caller_error::<std::io::Error>().unwrap().to_string(), "locked");
+        // What was done until then stays, and is whole.
+        let disk = open(&storage);
+        assert_eq!(disk.as_image().unwrap().geometry().refcount_width().bits(), 1);
+    }
+
+    #[test]
+    fn key_slots_of_an_image_without_encryption_are_refused_before_anything_changes() {
+        let storage = image();
+        let reopen = || -> Result<Arc<dyn GuestDisk>, CallerError> { panic!("not opened anew") };
+        let options = AmendOptions { size: Some(2 << 20), ..AmendOptions::default() };
+        let error = amend(open(&storage), &reopen, &options, Some(&Refuse), &Silent).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidOption);
+        assert_eq!(error.caller_error::<Refusal>().ok(), Some(Refusal::NotEncrypted));
+        assert_eq!(open(&storage).size(), 1 << 20);
     }
 }

@@ -53,6 +53,21 @@ impl Error {
         self
     }
 
+    /// The caller's own error right below, where a port ([`Reopen`](crate::Reopen),
+    /// [`KeySlots`](crate::KeySlots)) gave it back. Errors: this error as it is, where it has another cause.
+    pub fn caller_error<T: std::error::Error + 'static>(mut self) -> Result<T, Self> {
+        match self.source.take().map(|source| source.downcast::<T>()) {
+            Some(Ok(found)) => Ok(*found),
+            Some(Err(other)) => Err(self.with_boxed_source(other)),
+            None => Err(self),
+        }
+    }
+
+    pub(crate) fn with_boxed_source(mut self, source: Box<dyn std::error::Error + Send + Sync>) -> Self {
+        self.source = Some(source);
+        self
+    }
+
     /// What the procedure was doing.
     pub fn kind(&self) -> ErrorKind {
         self.kind

@@ -3,8 +3,9 @@
 use crate::check::{CheckOptions, CheckReport, Finding, Found, check};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
+use crate::port::Reopen;
 use crate::progress::Progress;
-use qcow2_core::Image;
+use qcow2_core::{GuestDisk, Image, Storage};
 
 /// What is repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +46,61 @@ pub fn is_copied_flag(finding: &Finding) -> bool {
 pub fn needs_all(report: &CheckReport) -> bool {
     let is = |finding: &Finding| matches!(finding, Finding::Refcount { stored: 0, references: 1.., .. });
     report.needs_rebuild || report.findings.iter().any(|found| is(&found.finding))
+}
+
+/// What a check found, and what became of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Checked {
+    /// What was found before anything was repaired.
+    pub report: CheckReport,
+    /// What the repair did.
+    pub repair: Outcome,
+}
+
+/// What became of a repair that was asked for, or not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// None was asked for, or the check could not see enough to conclude anything from.
+    Untouched,
+    /// Leaks alone cannot be repaired: see [`needs_all`].
+    NeedsAll,
+    /// It was repaired as far as it can be.
+    Repaired(Repaired),
+}
+
+/// Checks the image in `storage` and, where `mode` says so, repairs it. `open`: opens that image for repair
+/// (`OpenOptions::for_repair`), without the files that it names. Disk: reads all tables; a repair as
+/// [`repair`] does, and the image is closed in the end.
+///
+/// Errors: as [`check`] and [`repair`]; `Open` with the caller's error; `Write` where closing fails.
+pub fn check_and_repair(
+    storage: &dyn Storage,
+    mode: Option<RepairMode>,
+    open: &dyn Reopen,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<Checked> {
+    let report = check(storage, &CheckOptions::default(), executor, progress)?;
+    let Some(mode) = mode.filter(|_| !report.incomplete) else {
+        return Ok(Checked { report, repair: Outcome::Untouched });
+    };
+    if mode == RepairMode::Leaks && needs_all(&report) {
+        return Ok(Checked { report, repair: Outcome::NeedsAll });
+    }
+    let disk = open
+        .reopen()
+        .map_err(|e| Error::new(ErrorKind::Open, "opening the image for repair").with_boxed_source(e))?;
+    let image = disk
+        .as_image()
+        .ok_or_else(|| Error::new(ErrorKind::Unsupported, "only a qcow2 image can be repaired"))?;
+    let repaired = repair(image, &report, mode, executor, progress);
+    // Left clean whatever happened: what was repaired is right.
+    let closed = image.flush().and_then(|()| image.close());
+    let repaired = repaired?;
+    closed.map_err(|e| Error::new(ErrorKind::Write, "closing the repaired image").with_source(e))?;
+    Ok(Checked { report, repair: Outcome::Repaired(repaired) })
 }
 
 /// Repairs `image`, which was opened for repair and in which a check found `report`. Where tables are damaged

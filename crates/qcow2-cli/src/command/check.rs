@@ -6,7 +6,7 @@ use crate::failure::Failure;
 use crate::findings::{complain, say};
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, close, complain_of_guess, open_below, open_file, open_layers};
+use crate::open::{OpenAs, complain_of_guess, open_below, open_file, open_layers};
 use crate::progress::Meter;
 use crate::render::check::Fixed;
 use crate::render::{check as render, json, qemu_text};
@@ -17,8 +17,10 @@ use qcow2_core::walk::SnapshotFault;
 use qcow2_core::{EncryptedLayer, ImageFormat, Keyring, Layers, ResolvedSource};
 use qcow2_io::CacheMode;
 use qcow2_ops::ErrorKind;
-use qcow2_ops::check::{CheckOptions, CheckReport, Finding};
-use qcow2_ops::repair::{RepairMode, Repaired, is_copied_flag, is_refcount, needs_all, repair};
+use qcow2_ops::check::{CheckReport, Finding};
+use qcow2_ops::repair::{Outcome, RepairMode, Repaired, check_and_repair, is_copied_flag, is_refcount};
+use std::cell::Cell;
+use std::sync::Arc;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
@@ -165,8 +167,12 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
     open_below(&name, &source, OpenAs { writable: false, ..how })?;
     let interrupts = Interrupts::install();
     let meter = Meter::unasked(session, &interrupts);
-    let (options, workers) = (CheckOptions::default(), Threads::per_core());
+    let workers = Threads::per_core();
     let failed = |error: qcow2_ops::Error| match (error.kind(), error.core_error()) {
+        (ErrorKind::Open, _) => error.caller_error().unwrap_or_else(|e| Failure::new(qemu_text::chain(&e))),
+        (ErrorKind::Write, Some(engine)) => {
+            Failure::new(format!("Check failed: {}", qemu_text::cause(engine)))
+        }
         (ErrorKind::Stopped, _) => {
             interrupts.die_if_asked();
             Failure::silent(exit::FAILURE)
@@ -174,21 +180,23 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
         (ErrorKind::Metadata, Some(engine)) => qemu_text::open_failure(&name.typed, "", engine),
         _ => Failure::new(format!("Check failed: {}", qemu_text::chain(&error))),
     };
-    let report = qcow2_ops::check::check(&*source.storage, &options, &workers, &meter).map_err(failed)?;
-    let Some(mode) = request.repair.filter(|_| !report.incomplete) else { return Ok((report, None)) };
-    if mode == RepairMode::Leaks && needs_all(&report) {
-        complain(session, &report, &|finding| !is_copied_flag(finding));
-        session.complain("ERROR need to rebuild refcount structures");
-        return Err(Failure::new("Check failed: Input/output error"));
-    }
+    let storage = Arc::clone(&source.storage);
+    let source = Cell::new(Some(source));
     let how = OpenAs { layers: Layers::TopOnly, for_repair: true, ..how };
-    let opened = open_layers(&name, source, how, "")?;
-    let Some(image) = opened.disk.as_image() else { return Ok((report, None)) };
-    let repaired = repair(image, &report, mode, &workers, &meter);
-    let closed = close(&*opened.disk);
-    let repaired = repaired.map_err(failed)?;
-    closed.map_err(|reason| Failure::new(format!("Check failed: {reason}")))?;
-    Ok((report, Some(repaired)))
+    let open = || {
+        let source = source.take().ok_or_else(|| Failure::new("the image is opened for repair once"))?;
+        Ok(open_layers(&name, source, how, "")?.disk)
+    };
+    let checked = check_and_repair(&*storage, request.repair, &open, &workers, &meter).map_err(failed)?;
+    match checked.repair {
+        Outcome::Repaired(repaired) => Ok((checked.report, Some(repaired))),
+        Outcome::NeedsAll => {
+            complain(session, &checked.report, &|finding| !is_copied_flag(finding));
+            session.complain("ERROR need to rebuild refcount structures");
+            Err(Failure::new("Check failed: Input/output error"))
+        }
+        _ => Ok((checked.report, None)),
+    }
 }
 
 /// The system's text that QEMU has for a snapshot table that cannot be read.

@@ -9,5 +9,5 @@ mod system;
 
 pub(crate) use keyring::{KEY_OPTIONS, Keys, LayerKey, reason};
 pub(crate) use options::{LUKS_NAMES, NewCrypt, QCOW2_NAMES, read_options};
-pub(crate) use slots::{SlotOptions, Unlocked};
+pub(crate) use slots::{SlotOptions, SlotRequest};
 pub(crate) use system::{SystemRandom, ThreadTime};

@@ -1,6 +1,6 @@
 //! A new volume: a random key, sealed in slot 0.
 
-use super::{ALIGNMENT_SECTORS, MIN_ITERATIONS, SECTOR, STRIPES, material_len, seal};
+use super::volume::{ALIGNMENT_SECTORS, MIN_ITERATIONS, SECTOR, STRIPES, material_len, seal};
 use crate::error::CryptError;
 use crate::random::{Random, Stopwatch};
 use crate::secret::Secret;

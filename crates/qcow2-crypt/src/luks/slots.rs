@@ -7,8 +7,8 @@
 
 use super::create::fill_slot;
 use super::unlock::IterationLimit;
-use super::{Volume, slot_index};
-use crate::error::{CryptError, CryptErrorKind, SlotRefusal};
+use super::volume::{SECTOR, Volume, slot_index};
+use crate::error::{CryptError, SlotRefusal};
 use crate::random::Random;
 use crate::secret::Secret;
 use qcow2_core::{HostOffset, Storage};
@@ -36,8 +36,8 @@ impl SlotChange {
             storage.write_at(place(at, *offset)?, material)?;
             storage.flush()?;
         }
-        let (first, second) = self.header.split_at(super::SECTOR as usize);
-        let mut sectors = [(0, first), (super::SECTOR, second)];
+        let (first, second) = self.header.split_at(SECTOR as usize);
+        let mut sectors = [(0, first), (SECTOR, second)];
         if self.filled.is_some() {
             sectors.reverse();
         }
@@ -77,11 +77,11 @@ impl Volume {
     /// use. Errors: `KeySlot`.
     pub fn slot_to_fill(&self, wanted: Option<u64>, force: bool) -> Result<usize, CryptError> {
         let Some(wanted) = wanted else {
-            return self.free_slot().ok_or_else(|| refused(SlotRefusal::AllInUse));
+            return self.free_slot().ok_or_else(|| SlotRefusal::AllInUse.into());
         };
         let index = slot_index(wanted)?;
         match self.header.slots[index].enabled && !force {
-            true => Err(refused(SlotRefusal::InUse(index))),
+            true => Err(SlotRefusal::InUse(index).into()),
             false => Ok(index),
         }
     }
@@ -103,20 +103,20 @@ impl Volume {
                 if let Some(password) = password
                     && !self.slots_of(storage, at, password, limit)?.contains(&index)
                 {
-                    return Err(refused(SlotRefusal::OtherPassword(index)));
+                    return Err(SlotRefusal::OtherPassword(index).into());
                 }
                 let enabled = self.header.slots[index].enabled;
                 match enabled {
-                    false if !force => Err(refused(SlotRefusal::Erased(index))),
-                    true if !force && active == 1 => Err(refused(SlotRefusal::LastOne(index))),
+                    false if !force => Err(SlotRefusal::Erased(index).into()),
+                    true if !force && active == 1 => Err(SlotRefusal::LastOne(index).into()),
                     _ => Ok(vec![index]),
                 }
             }
             SlotsToErase::OpenedBy(password) => {
                 let found = self.slots_of(storage, at, password, limit)?;
                 match found.len() {
-                    0 => Err(refused(SlotRefusal::NoneOpens)),
-                    all if !force && all == active => Err(refused(SlotRefusal::AllOpen)),
+                    0 => Err(SlotRefusal::NoneOpens.into()),
+                    all if !force && all == active => Err(SlotRefusal::AllOpen.into()),
                     _ => Ok(found),
                 }
             }
@@ -151,7 +151,7 @@ impl Volume {
         random: &mut dyn Random,
     ) -> Result<SlotChange, CryptError> {
         if self.header.slots[slot_index(index as u64)?].enabled {
-            return Err(refused(SlotRefusal::InUse(index)));
+            return Err(SlotRefusal::InUse(index).into());
         }
         let mut header = self.header.clone();
         let spec = (&self.spec, self.hash);
@@ -213,10 +213,6 @@ fn encode(header: &LuksHeader) -> Result<Vec<u8>, CryptError> {
         header.encode().map_err(|e| CryptError::damaged("LUKS header cannot be written").with_source(e))?;
     debug_assert_eq!(bytes.len(), LUKS_HEADER_LEN);
     Ok(bytes)
-}
-
-pub(super) fn refused(refusal: SlotRefusal) -> CryptError {
-    CryptError::new(CryptErrorKind::KeySlot(refusal), refusal.to_string())
 }
 
 /// How often an erased slot's material is overwritten. Origin: QEMU and cryptsetup.

@@ -1,8 +1,12 @@
+use super::volume::SECTOR;
 use super::*;
-use crate::error::CryptErrorKind;
+use crate::error::{CryptError, CryptErrorKind, SlotRefusal};
 use crate::random::{Random, Stopwatch};
-use crate::spec::{CipherAlg, CipherMode, IvGen};
+use crate::secret::Secret;
+use crate::spec::{CipherAlg, CipherMode, CipherSpec, HashAlg, IvGen};
 use proptest::prelude::*;
+use qcow2_core::{HostOffset, Storage};
+use qcow2_format::crypt::LUKS_HEADER_LEN;
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::crash::CrashWorld;
 use qcow2_testkit::cut::CrashImage;

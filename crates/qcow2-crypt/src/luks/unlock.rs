@@ -1,6 +1,7 @@
 //! From a password to the volume's key.
 
-use super::{STRIPES, Volume, split};
+use super::split;
+use super::volume::{STRIPES, Volume};
 use crate::error::{CryptError, CryptErrorKind};
 use crate::secret::Secret;
 use crate::sector::SectorCipher;
