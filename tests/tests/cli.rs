@@ -42,7 +42,9 @@ macro_rules! tests_by_verb {
     };
 }
 
-tests_by_verb! { amend bench bitmap check commit compare convert create dd info map measure rebase resize snapshot }
+tests_by_verb! {
+    amend bench bitmap check commit compare convert create dd info map measure rebase resize snapshot
+}
 
 /// Of the lines whose first word is `wanted`, every one that should be the same is, and every one that is
 /// listed as different still is.

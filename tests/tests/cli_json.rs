@@ -142,7 +142,8 @@ const SAMPLES: &[Sample] = &[
     sample(
         "luks-essiv",
         "-f qcow2 --object secret,id=s,data=x -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,\
-         encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.hash-alg=sha512 @ 1M",
+         encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,\
+         encrypt.hash-alg=sha512 @ 1M",
         &[],
     ),
     sample("raw", "-f raw @ 4M", &[Io("write -P 1 1M 100k")]),

@@ -199,8 +199,8 @@ mod tests {
     fn table() -> Value {
         let option = json!({"short": "f", "long": "format", "value": "FMT", "help": "it's [one]: a format"});
         let help = json!({"short": "h", "long": "help", "value": null, "help": "show help"});
-        let verb = json!({"name": "info", "summary": "Show it", "synopsis": "[-f FMT] FILE", "options": [option],
-            "operands": [{"name": "FILE", "help": ".an image"}]});
+        let verb = json!({"name": "info", "summary": "Show it", "synopsis": "[-f FMT] FILE",
+            "options": [option], "operands": [{"name": "FILE", "help": ".an image"}]});
         json!({"version": "1", "options": [help], "verbs": [verb]})
     }
 

@@ -234,7 +234,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_judged(mut bytes in proptest::collection::vec(any::<u8>(), 0..700), fix in any::<bool>()) {
+        fn any_bytes_are_judged(
+            mut bytes in proptest::collection::vec(any::<u8>(), 0..700),
+            fix in any::<bool>(),
+        ) {
             if fix && bytes.len() >= 8 {
                 bytes[..6].copy_from_slice(&MAGIC);
                 bytes[6..8].copy_from_slice(&[0, 1]);

@@ -168,7 +168,10 @@ mod tests {
                 let byte = (bit / 8) as usize;
                 match width.bits() {
                     bits @ ..8 => u64::from(block[byte]) >> (bit % 8) & ((1 << bits) - 1),
-                    bits => block[byte..byte + bits as usize / 8].iter().fold(0, |n, &b| n << 8 | u64::from(b)),
+                    bits => {
+                        let bytes = &block[byte..byte + bits as usize / 8];
+                        bytes.iter().fold(0, |n, &b| n << 8 | u64::from(b))
+                    }
                 }
             };
             prop_assert_eq!((0..64).map(by_bytes).collect::<Vec<_>>(), expected);

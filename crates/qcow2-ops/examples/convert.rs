@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! cargo run -p qcow2-ops --example convert                          # a sample disk of its own
-//! cargo run -p qcow2-ops --example convert -- disk.raw disk.qcow2   # or yours; the target's name says its format
+//! # or yours; the target's name says its format
+//! cargo run -p qcow2-ops --example convert -- disk.raw disk.qcow2
 //! cargo run -p qcow2-ops --example convert -- -c disk.raw disk.qcow2
 //! ```
 #![allow(

@@ -141,7 +141,10 @@ pub fn repair(
     let count = |report: &CheckReport, wanted: &dyn Fn(&Finding) -> bool| -> u64 {
         report.findings.iter().filter(|found| wanted(&found.finding)).map(|found| found.times).sum()
     };
-    let low = |finding: &Finding| matches!(finding, Finding::Refcount { stored, references, .. } if stored < references);
+    let low = |finding: &Finding| match finding {
+        Finding::Refcount { stored, references, .. } => stored < references,
+        _ => false,
+    };
     let mut now = report.clone();
     if count(report, &is_refcount) > 0 {
         image.repair_refcounts(mode == RepairMode::Leaks).map_err(failed)?;

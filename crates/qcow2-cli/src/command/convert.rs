@@ -32,8 +32,8 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         return stream::run(session, &request);
     }
     let interrupts = Interrupts::install();
-    let wanted = request.progress && !request.quiet;
-    let meter = match request.json_progress {
+    let wanted = request.shown.progress && !request.shown.quiet;
+    let meter = match request.shown.json_progress {
         true => Meter::beside_data(session, &interrupts, wanted, true),
         false => Meter::new(session, &interrupts, wanted, PROGRESS_STEP),
     };
@@ -56,8 +56,8 @@ fn convert(
     interrupts: &Interrupts,
     meter: &Meter,
 ) -> Result<(), Failure> {
-    if request.create && request.target_format.is_none() && !request.quiet {
-        newimage::warn_of_raw(session, &request.target, "-O");
+    if request.target.create && request.target.format.is_none() && !request.shown.quiet {
+        newimage::warn_of_raw(session, &request.target.name, "-O");
     }
     let sources = open_sources(session, request)?;
     sources.iter().for_each(|source| warn_of_missing_end(session, source));
@@ -68,7 +68,7 @@ fn convert(
         return Err(Failure::new("output file is smaller than input file"));
     }
     let options = request.options(target.backing().is_some())?;
-    let workers = request.workers.map_or_else(Threads::per_core, Threads::new);
+    let workers = request.copy.workers.map_or_else(Threads::per_core, Threads::new);
     let report = qcow2_ops::convert(&disks, &*target, &options, &workers, meter).map_err(|e| failure(&e))?;
     interrupts.stop_watching();
     warn_of_losses(session, request, &report);
@@ -77,21 +77,20 @@ fn convert(
 }
 
 fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>, Failure> {
-    request.source.check()?;
-    let how = OpenAs { cache: request.source_cache, ..OpenAs::COPY };
-    let read = |typed: &String| ImageName::read(session, typed, &request.source);
-    if let (Some(wanted), [only]) = (&request.snapshot, &request.sources[..]) {
-        return Ok(vec![open_snapshot(&read(only)?, &request.source, how, wanted)?]);
+    let how = OpenAs { cache: request.source.cache, ..OpenAs::COPY };
+    let read = |typed: &String| ImageName::read(session, typed, &request.source.args);
+    if let (Some(wanted), [only]) = (&request.source.snapshot, &request.source.names[..]) {
+        return Ok(vec![open_snapshot(&read(only)?, &request.source.args, how, wanted)?]);
     }
-    let open = |typed: &String| open_image(&read(typed)?, &request.source, how);
-    let mut sources = request.sources.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-    match &request.snapshot {
+    let open = |typed: &String| open_image(&read(typed)?, &request.source.args, how);
+    let mut sources = request.source.names.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    match &request.source.snapshot {
         None => Ok(sources),
         Some(SnapshotName::Any(_)) => Err(Failure::new("No support for concatenating multiple snapshot")),
         // One that is named by what it must have is looked for in the first source, when all are open.
         Some(wanted) => {
-            let first = ImageName::parse(&request.sources[0], &request.source)?;
-            sources[0] = open_snapshot(&first, &request.source, how, wanted)?;
+            let first = ImageName::parse(&request.source.names[0], &request.source.args)?;
+            sources[0] = open_snapshot(&first, &request.source.args, how, wanted)?;
             Ok(sources)
         }
     }
@@ -112,11 +111,11 @@ fn copy_bitmaps(
     sources: &[Arc<dyn GuestDisk>],
     target: &dyn GuestDisk,
 ) -> Result<(), Failure> {
-    let source = sources.first().and_then(|source| source.as_image()).filter(|_| request.bitmaps);
+    let source = sources.first().and_then(|source| source.as_image()).filter(|_| request.copy.bitmaps);
     let Some(source) = source else { return Ok(()) };
     let target = target.as_image().filter(|image| image.header().version >= Version::V3);
     let target = target.ok_or_else(|| Failure::new("Format driver 'qcow2' does not support bitmaps"))?;
-    let skipped = qcow2_ops::bitmap::copy_bitmaps(source, target, request.skip_broken_bitmaps);
+    let skipped = qcow2_ops::bitmap::copy_bitmaps(source, target, request.copy.skip_broken_bitmaps);
     let skipped = skipped.map_err(|error| match error.core_error() {
         Some(engine) => {
             Failure::new(format!("{error}: {}", qemu_text::capitalized(&qemu_text::cause(engine))))
@@ -138,7 +137,7 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
 }
 
 fn warn_of_losses(session: &Session, request: &Request, report: &CopyReport) {
-    if request.quiet {
+    if request.shown.quiet {
         return;
     }
     for lost in &report.unreadable {

@@ -62,7 +62,8 @@ proptest! {
         prop_assert_eq!(g.align_up(value), value.checked_next_multiple_of(cs));
         let guest = GuestOffset::new(value);
         let n = g.guest_cluster(guest).value();
-        prop_assert_eq!((g.l1_index(guest).value(), g.l2_index(guest).value()), (n / g.l2_entries(), n % g.l2_entries()));
+        let (l1, l2) = (g.l1_index(guest).value(), g.l2_index(guest).value());
+        prop_assert_eq!((l1, l2), (n / g.l2_entries(), n % g.l2_entries()));
         prop_assert!(g.l1_start(g.l1_index(guest)).unwrap() <= guest);
         prop_assert_eq!(g.guest_offset(g.guest_cluster(guest)).value(), g.align_down(value));
         prop_assert_eq!(g.l1_entries_for(size), size.div_ceil(cs * g.l2_entries()));
@@ -70,7 +71,8 @@ proptest! {
         let host = g.host_cluster(HostOffset::new(value));
         let per = (cs * 8) >> order;
         prop_assert_eq!(g.refcount_block_entries(), per);
-        prop_assert_eq!((g.refcount_table_index(host), g.refcount_block_slot(host)), (host.value() / per, host.value() % per));
-        prop_assert_eq!(g.refcount_block_first(g.refcount_table_index(host)).unwrap().value(), host.value() / per * per);
+        let (index, slot) = (g.refcount_table_index(host), g.refcount_block_slot(host));
+        prop_assert_eq!((index, slot), (host.value() / per, host.value() % per));
+        prop_assert_eq!(g.refcount_block_first(index).unwrap().value(), host.value() / per * per);
     }
 }

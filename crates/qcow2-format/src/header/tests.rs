@@ -318,7 +318,10 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_judged(edits in proptest::collection::vec((0..600usize, any::<u8>()), 0..12), len in 0..600usize) {
+    fn any_bytes_are_judged(
+        edits in proptest::collection::vec((0..600usize, any::<u8>()), 0..12),
+        len in 0..600usize,
+    ) {
         let mut bytes = overlay_of_qemu().encode().unwrap();
         for (at, value) in edits {
             if let Some(byte) = bytes.get_mut(at) {

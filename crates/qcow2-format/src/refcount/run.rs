@@ -140,7 +140,8 @@ mod tests {
             if bad.is_none() {
                 let new = counts(width, &words);
                 for slot in 0..slots {
-                    let wanted = if range.contains(&slot) { changed(old[slot as usize]) } else { Some(old[slot as usize]) };
+                    let count = old[slot as usize];
+                    let wanted = if range.contains(&slot) { changed(count) } else { Some(count) };
                     prop_assert_eq!(Some(new[slot as usize]), wanted);
                 }
                 let wanted: Vec<u64> =
