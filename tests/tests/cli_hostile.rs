@@ -408,18 +408,3 @@ fn a_file_that_was_cut_is_told() {
         .run_in(folder.path(), &["convert", "-O", "raw", "cut.qcow2", "x"]);
     assert_eq!(seen.success().stderr, "");
 }
-
-/// Raw is what comes out where no format is given, whatever the file is called.
-#[test]
-fn a_raw_file_called_qcow2_is_told() {
-    let folder = tempfile::tempdir().unwrap();
-    let warned = |line: &str| run(folder.path(), line).success().stderr.contains("becomes raw");
-    assert!(warned("create x.qcow2 1M"));
-    assert!(warned("convert -f raw x.qcow2 y.qcow2"));
-    for quiet in
-        ["create -f raw x.qcow2 1M", "create -q x.qcow2 1M", "create x.raw 1M", "convert x.raw y.raw"]
-    {
-        assert!(!warned(quiet), "{quiet}");
-    }
-    assert!(!warned("convert -O qcow2 x.raw y.qcow2"));
-}

@@ -43,12 +43,7 @@ pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
     let session = Session::new(&args.next().unwrap_or_default().to_string_lossy());
     let result = utf8(args).and_then(|args| dispatch(&session, args));
     result.unwrap_or_else(|failure| {
-        for line in failure.lines(session.program(), session.called()) {
-            session.complain(&line);
-        }
-        for line in failure.advice().filter(|_| !session.is_drop_in()) {
-            session.complain(line);
-        }
+        session.report(&failure);
         failure.code()
     })
 }

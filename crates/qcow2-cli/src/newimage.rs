@@ -22,14 +22,22 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Says on standard error where a file that is called qcow2 becomes raw, because no format was given. Not
-/// under qemu-img's name, which says nothing. `option`: the one that gives the format.
-pub(crate) fn warn_of_raw(session: &Session, filename: &str, option: &str) {
-    let called = Path::new(filename).extension().is_some_and(|extension| extension == "qcow2");
-    if called && !session.is_drop_in() {
-        session.warn(&format!(
-            "'{filename}' becomes raw, as no format was given; {option} qcow2 makes it what its name says"
-        ));
+/// The format of a new image for which none was given: raw, as qemu-img has it; under our own name what the
+/// ending of its name says. Errors: an ending of a format that is not made here, which raw bytes would belie.
+pub(crate) fn format_of_name(session: &Session, filename: &str) -> Result<&'static str, Failure> {
+    if session.is_drop_in() {
+        return Ok("raw");
+    }
+    let ending = Path::new(filename).extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+    match &*ending {
+        "qcow2" => Ok("qcow2"),
+        "luks" => Ok("luks"),
+        "vmdk" | "vdi" | "vhd" | "vpc" | "vhdx" | "qed" | "qcow" | "parallels" => {
+            let text =
+                format!("no {ending} images can be made; for another format name it (raw, qcow2, luks)");
+            Err(Failure::new(text))
+        }
+        _ => Ok("raw"),
     }
 }
 

@@ -165,6 +165,18 @@ impl Arguments {
         }
     }
 
+    /// The names of images: one, or several under our own name.
+    pub(crate) fn into_images(self, session: &Session) -> Result<Vec<String>, Failure> {
+        if session.is_drop_in() {
+            return self.into_one_operand("Expecting one image file name").map(|name| vec![name]);
+        }
+        let verb = self.verb;
+        match self.into_operands() {
+            names if names.is_empty() => Err(Failure::usage(verb, "Expecting at least one image file name")),
+            names => Ok(names),
+        }
+    }
+
     /// The verb they belong to.
     pub(crate) fn verb(&self) -> &'static Verb {
         self.verb

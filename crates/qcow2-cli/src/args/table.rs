@@ -66,7 +66,7 @@ pub(crate) static VERBS: &[Verb] = &[
     Verb {
         name: "checksum",
         summary: "Digest what a machine sees: the same for every image of the same disk",
-        synopsis: "[-f FMT | --image-opts] [-T CACHE] [-U] [-p] [--json] [--blake3] [--output human|json] FILENAME",
+        synopsis: "[-f FMT | --image-opts] [-T CACHE] [-U] [-p] [--json] [--blake3] [--output human|json] FILENAME...",
         options: &[
             HELP,
             FORMAT,
@@ -190,7 +190,7 @@ pub(crate) static VERBS: &[Verb] = &[
     Verb {
         name: "info",
         summary: "Show what an image says of itself",
-        synopsis: "[-f FMT | --image-opts] [-b] [-U] [--output human|json] FILENAME",
+        synopsis: "[-f FMT | --image-opts] [-b] [-U] [--output human|json] FILENAME...",
         options: &[
             HELP,
             FORMAT,

@@ -9,7 +9,6 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::newimage;
 use crate::open::{OpenAs, OpenedDisk, open_image, open_snapshot, warn_of_missing_end};
 use crate::progress::Meter;
 use crate::render::qemu_text;
@@ -56,9 +55,6 @@ fn convert(
     interrupts: &Interrupts,
     meter: &Meter,
 ) -> Result<(), Failure> {
-    if request.target.create && request.target.format.is_none() && !request.shown.quiet {
-        newimage::warn_of_raw(session, &request.target.name, "-O");
-    }
     let sources = open_sources(session, request)?;
     sources.iter().for_each(|source| warn_of_missing_end(session, source));
     let disks: Vec<Arc<dyn GuestDisk>> = sources.iter().map(|source| Arc::clone(&source.disk)).collect();

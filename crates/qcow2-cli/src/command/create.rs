@@ -26,9 +26,6 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     };
     let (options, _kept) = settle(&request).map_err(about)?;
     if !request.quiet {
-        if !request.format_given {
-            newimage::warn_of_raw(session, &request.filename, "-f");
-        }
         session.print(&format!("{}\n", options.announcement(&request.filename)))?;
     }
     let interrupts = Interrupts::install();
@@ -46,7 +43,6 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
 struct Request {
     quiet: bool,
     format: String,
-    format_given: bool,
     filename: String,
     size: Option<u64>,
     list: OptList,
@@ -74,11 +70,15 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
             _ => {}
         }
     }
-    let format_given = format.is_some();
-    let format = format.unwrap_or_else(|| "raw".to_owned());
     let list = OptList::parse_image_options(&texts);
     let mut operands = args.into_operands().into_iter();
     let filename = operands.next();
+    let format = match format {
+        Some(format) => format,
+        None => newimage::format_of_name(session, filename.as_deref().unwrap_or_default())
+            .map_err(|failure| failure.about(filename.as_deref().unwrap_or_default()))?
+            .to_owned(),
+    };
     if list.asks_help() {
         print_options(session, TargetFormat::parse(&format)?, filename.is_some())?;
         return Ok(None);
@@ -88,18 +88,7 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
     if let Some(extra) = operands.next() {
         return Err(Failure::usage(verb, format!("Unexpected argument: {extra}")));
     }
-    Ok(Some(Request {
-        quiet,
-        format,
-        format_given,
-        filename,
-        size,
-        list,
-        backing,
-        backing_format,
-        open_backing,
-        objects,
-    }))
+    Ok(Some(Request { quiet, format, filename, size, list, backing, backing_format, open_backing, objects }))
 }
 
 /// The options with everything that comes from elsewhere: the size operand, `-b`, `-F`, the backing file's

@@ -42,13 +42,13 @@ struct Request {
 impl Request {
     fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
         let mut image = ImageArgs::default();
-        let mut target_format = "raw".to_owned();
+        let mut target_format = None;
         while let Some(given) = args.next(session)? {
             match given.opt {
                 Opt::Format => image.format = Some(given.value),
                 Opt::ImageOpts => image.image_opts = true,
                 Opt::ForceShare => image.force_share = true,
-                Opt::TargetFormat => target_format = given.value,
+                Opt::TargetFormat => target_format = Some(given.value),
                 Opt::Object => image.objects.add(&given.value)?,
                 _ => {}
             }
@@ -71,6 +71,12 @@ impl Request {
         match (input, output) {
             (Some(input), Some(output)) => {
                 image.check()?;
+                let target_format = match target_format {
+                    Some(format) => format,
+                    None => newimage::format_of_name(session, &output)
+                        .map_err(|failure| failure.about(&output))?
+                        .to_owned(),
+                };
                 Ok(Self { image, target_format, options, input, output })
             }
             _ => Err(Failure::new("Must specify both input and output files")),

@@ -20,20 +20,34 @@ use std::collections::BTreeSet;
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = parse(session, args)?;
     request.image.check()?;
-    let infos = look(session, &request)?;
-    let text = match (request.output, request.chain) {
-        (OutputFormat::Human, _) => infos.iter().map(to_text).collect::<Vec<_>>().join("\n"),
-        (OutputFormat::Json, true) => json::pretty(&infos.iter().map(to_json).collect::<Value>()),
-        (OutputFormat::Json, false) => infos.iter().map(|info| json::pretty(&to_json(info))).collect(),
+    let several = request.filenames.len() > 1;
+    let (mut infos, mut code) = (Vec::new(), exit::SUCCESS);
+    for filename in &request.filenames {
+        match look(session, &request, filename) {
+            Ok(more) => infos.extend(more),
+            // One that cannot be read hides nothing of the others.
+            Err(failure) if several => {
+                session.report(&failure);
+                code = failure.code();
+            }
+            Err(failure) => return Err(failure),
+        }
+    }
+    let text = match request.output {
+        OutputFormat::Human => infos.iter().map(to_text).collect::<Vec<_>>().join("\n"),
+        OutputFormat::Json if request.chain || several => {
+            json::pretty(&infos.iter().map(to_json).collect::<Value>())
+        }
+        OutputFormat::Json => infos.iter().map(|info| json::pretty(&to_json(info))).collect(),
     };
-    session.print(&text).map(|()| exit::SUCCESS)
+    session.print(&text).map(|()| code)
 }
 
 struct Request {
     image: ImageArgs,
     output: OutputFormat,
     chain: bool,
-    filename: String,
+    filenames: Vec<String>,
 }
 
 fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
@@ -50,16 +64,16 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
             _ => {}
         }
     }
-    let filename = args.into_one_operand("Expecting one image file name")?;
-    Ok(Request { image, output, chain, filename })
+    let filenames = args.into_images(session)?;
+    Ok(Request { image, output, chain, filenames })
 }
 
 /// The image, and with `-b` the files below it, each opened as one that nobody vouches for.
-fn look(session: &Session, request: &Request) -> Result<Vec<NamedInfo>, Failure> {
+fn look(session: &Session, request: &Request, filename: &str) -> Result<Vec<NamedInfo>, Failure> {
     let mut infos = Vec::new();
     let mut seen: BTreeSet<SourceId> = BTreeSet::new();
     let mut args = request.image.clone();
-    let mut next = Some(ImageName::read(session, &request.filename, &args)?);
+    let mut next = Some(ImageName::read(session, filename, &args)?);
     while let Some(name) = next.take() {
         if infos.len() >= MAX_CHAIN_LEN {
             return Err(Failure::new(format!("backing chain has more than {MAX_CHAIN_LEN} layers")));

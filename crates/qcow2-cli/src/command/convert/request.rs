@@ -4,6 +4,7 @@ use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::compression::{self, Compression};
 use crate::failure::Failure;
 use crate::imageopts::{TargetFormat, print_options};
+use crate::newimage::format_of_name;
 use crate::numbers::{SIGNED, parse_argument, parse_count};
 use crate::open::is_block_device;
 use crate::optlist::OptList;
@@ -109,6 +110,11 @@ impl Request {
         request.source.names = args.into_operands();
         let target = request.source.names.pop().filter(|_| !request.source.names.is_empty());
         request.target.name = target.ok_or_else(|| Failure::new("Must specify image file name"))?;
+        if request.target.format.is_none() && !request.target.image_opts {
+            let name = &request.target.name;
+            let format = format_of_name(session, name).map_err(|failure| failure.about(name))?;
+            request.target.format = Some(format.to_owned()).filter(|_| format != "raw");
+        }
         if let Some(text) = &texts.source_cache {
             request.source.cache = parse_cache("source cache", text)?;
         }
