@@ -25,6 +25,7 @@ pub mod executor;
 pub mod info;
 pub mod map;
 pub mod measure;
+pub mod mend;
 mod offload;
 mod pipeline;
 pub mod port;

@@ -9,7 +9,7 @@ pub(super) const CHUNK: u64 = 1 << 16;
 
 /// Counts that stop at the largest refcount of the image's width (at 2^32 - 1 with 64 bits). Any number of
 /// workers may add at once.
-pub(super) struct Counters {
+pub(crate) struct Counters {
     window: Range<u64>,
     width: RefcountWidth,
     chunks: Vec<Mutex<Chunk>>,
@@ -38,7 +38,7 @@ impl Counters {
     }
 
     /// The clusters that are counted.
-    pub(super) fn window(&self) -> Range<u64> {
+    pub(crate) fn window(&self) -> Range<u64> {
         self.window.clone()
     }
 
@@ -67,7 +67,7 @@ impl Counters {
     }
 
     /// The count of `cluster`; 0 outside the window.
-    pub(super) fn count(&self, cluster: u64) -> u64 {
+    pub(crate) fn count(&self, cluster: u64) -> u64 {
         if !self.window.contains(&cluster) {
             return 0;
         }
