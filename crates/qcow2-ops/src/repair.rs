@@ -31,6 +31,8 @@ pub struct Repaired {
     pub copied_fixed: bool,
     /// What changed where tables were damaged, as far as it is listed.
     pub fixes: Vec<Fix>,
+    /// Where tables were damaged: what a check found once their entries were mended.
+    pub counted: Option<CheckReport>,
     /// What a check then finds; `None` where nothing changed that it would see.
     pub after: Option<CheckReport>,
 }
@@ -140,15 +142,21 @@ fn is_damage(error: &Error) -> bool {
 }
 
 fn mended(report: &CheckReport, plan: mend::Plan<'_>) -> Result<Repaired> {
-    let fixes = plan.fixes().0.to_vec();
+    let (fixes, counted) = (plan.fixes().0.to_vec(), plan.counted().clone());
     let after = plan.apply()?;
     let bad = |report: &CheckReport| report.corruptions.saturating_add(report.check_errors);
+    let others = |report: &CheckReport| {
+        let others = |found: &&Found| !is_refcount(&found.finding) && !is_copied_flag(&found.finding);
+        report.findings.iter().filter(others).map(|found| found.times).sum::<u64>()
+    };
+    let entries = others(report).saturating_sub(others(&counted));
     Ok(Repaired {
-        leaks_fixed: report.leaks.saturating_sub(after.leaks),
-        corruptions_fixed: bad(report).saturating_sub(bad(&after)),
+        leaks_fixed: counted.leaks.saturating_sub(after.leaks),
+        corruptions_fixed: entries.saturating_add(bad(&counted).saturating_sub(bad(&after))),
         copied: Vec::new(),
         copied_fixed: false,
         fixes,
+        counted: Some(counted),
         after: Some(after),
     })
 }
@@ -194,6 +202,7 @@ pub fn repair(
         copied: Vec::new(),
         copied_fixed: false,
         fixes: Vec::new(),
+        counted: None,
         after: None,
     };
     if !is_sound(report) {

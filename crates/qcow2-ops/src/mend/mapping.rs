@@ -31,11 +31,19 @@ struct Doubt {
     entry: Option<(HostOffset, u64)>,
 }
 
+/// An L1 entry that does not lead to an L2 table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    pub(super) at: HostOffset,
+    pub(super) raw: u64,
+}
+
 /// What one round has found.
 #[derive(Default)]
 struct Round {
     tables: BTreeSet<u64>,
     doubts: Vec<Doubt>,
+    slots: Vec<Slot>,
 }
 
 impl Job<'_> {
@@ -50,27 +58,29 @@ impl Job<'_> {
             Ok(())
         })?;
         let mut round = Round::default();
+        let metadata = self.metadata(&tables)?;
         for segment in overlay(&tables) {
-            self.mend_l1(segment, &mut round)?;
+            self.mend_l1(segment, &metadata, &mut round)?;
         }
         let mut seen = BTreeSet::new();
         for _ in 0..MAX_ROUNDS {
             let new: Vec<u64> = round.tables.difference(&seen).copied().collect();
-            if new.is_empty() && round.doubts.is_empty() {
+            if new.is_empty() && round.doubts.is_empty() && round.slots.is_empty() {
                 return Ok(());
             }
             for &table in &new {
                 self.mend_l2(HostOffset::new(table), &mut round)?;
             }
             seen.extend(new);
-            let doubts = std::mem::take(&mut round.doubts);
-            round.tables = self.decide(doubts)?;
+            let Round { doubts, mut slots, .. } = std::mem::take(&mut round);
+            round.tables = self.decide(doubts, &mut slots)?;
+            round.tables.extend(self.fill_slots(&slots, &metadata)?);
         }
         self.tables_missing |= !round.tables.is_empty();
         Ok(())
     }
 
-    fn mend_l1(&mut self, segment: Segment, round: &mut Round) -> Result<()> {
+    fn mend_l1(&mut self, segment: Segment, metadata: &BTreeSet<u64>, round: &mut Round) -> Result<()> {
         let format = self.format;
         let geometry = format.geometry;
         let len = self.draft.len().map_err(storage)?;
@@ -95,10 +105,11 @@ impl Job<'_> {
                             self.set_words(place, &[clean])?;
                             self.fixed(Fix::L1Entry { at: place, from: raw, to: clean });
                         }
-                        match entry.l2_table {
-                            Some(table) if table.value() < len => drop(round.tables.insert(table.value())),
-                            Some(_) => self.tables_missing = true,
-                            None => {}
+                        let Some(table) = entry.l2_table else { continue };
+                        let cluster = geometry.host_cluster(table).value();
+                        match table.value() >= len || metadata.contains(&cluster) {
+                            true => self.slot(round, Slot { at: place, raw: clean }),
+                            false => drop(round.tables.insert(table.value())),
                         }
                     }
                     Err(e) => {
@@ -118,6 +129,13 @@ impl Job<'_> {
             at += piece as u64;
         }
         Ok(())
+    }
+
+    fn slot(&mut self, round: &mut Round, slot: Slot) {
+        match round.slots.len() < MAX_DOUBTS {
+            true => round.slots.push(slot),
+            false => self.tables_missing = true,
+        }
     }
 
     fn doubt(&mut self, round: &mut Round, doubt: Doubt) {
@@ -159,7 +177,7 @@ impl Job<'_> {
 
     /// Decides what doubtful entries mean: the cluster that their rounded offset names, where that is counted
     /// as used and nothing else refers to it. Returns the L2 tables that are found so.
-    fn decide(&mut self, doubts: Vec<Doubt>) -> Result<BTreeSet<u64>> {
+    fn decide(&mut self, doubts: Vec<Doubt>, slots: &mut Vec<Slot>) -> Result<BTreeSet<u64>> {
         if doubts.is_empty() {
             return Ok(BTreeSet::new());
         }
@@ -198,7 +216,7 @@ impl Job<'_> {
                     tables.insert(doubt.host.value());
                 }
                 (false, Some(_)) => self.kept.extend([cluster, cluster + 1]),
-                (false, None) => self.tables_missing = true,
+                (false, None) => slots.push(Slot { at: doubt.at, raw: doubt.from.0 }),
             }
             if sound {
                 taken.insert(cluster);
@@ -209,7 +227,7 @@ impl Job<'_> {
 
     /// Whether the cluster at `host` looks like an L2 table: it has entries, all of them sound, and all of
     /// them name clusters of this file.
-    fn is_l2_table(&self, host: HostOffset) -> Result<bool> {
+    pub(super) fn is_l2_table(&self, host: HostOffset) -> Result<bool> {
         let format = self.format;
         let mut content = vec![0; format.geometry.cluster_size() as usize];
         self.draft.read_padded(host, &mut content).map_err(storage)?;

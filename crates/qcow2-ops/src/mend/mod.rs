@@ -18,6 +18,7 @@ mod draft;
 mod fix;
 mod job;
 mod mapping;
+mod orphans;
 mod refcounts;
 mod snapshots;
 
@@ -45,6 +46,7 @@ pub struct Plan<'a> {
     fresh: u64,
     fixes: Vec<Fix>,
     omitted: u64,
+    counted: CheckReport,
     after: CheckReport,
 }
 
@@ -91,11 +93,19 @@ pub fn plan<'a>(
     job.mend_snapshots()?;
     job.mend_bitmaps()?;
     job.mend_mapping()?;
-    job.mend_refcounts()?;
-    job.draft.set_len(job.end * geometry.cluster_size()).map_err(job::storage)?;
     let judge = |job: &Job<'_>| check(&job.draft, &CheckOptions::default(), executor, progress);
-    let after = judge(&job)?;
     let bad = |report: &CheckReport| report.corruptions.saturating_add(report.check_errors);
+    let counted = judge(&job)?;
+    let after = match bad(&counted) + counted.leaks {
+        0 if !counted.incomplete => counted.clone(),
+        _ => {
+            job.mend_refcounts()?;
+            judge(&job)?
+        }
+    };
+    if job.end > end {
+        job.draft.set_len(job.end * geometry.cluster_size()).map_err(job::storage)?;
+    }
     if after.incomplete || (bad(&after) >= bad(report) && bad(report) > 0) {
         return Ok(None);
     }
@@ -109,13 +119,18 @@ pub fn plan<'a>(
     }
     let Job { draft, header, fixes, omitted, .. } = job;
     let fresh = end * geometry.cluster_size();
-    Ok(Some(Plan { base: storage, draft, header, fresh, fixes, omitted, after }))
+    Ok(Some(Plan { base: storage, draft, header, fresh, fixes, omitted, counted, after }))
 }
 
 impl Plan<'_> {
     /// What changes, and how many changes are not listed.
     pub fn fixes(&self) -> (&[Fix], u64) {
         (&self.fixes, self.omitted)
+    }
+
+    /// What a check finds once the entries are mended, and refcounts and copied flags are not.
+    pub fn counted(&self) -> &CheckReport {
+        &self.counted
     }
 
     /// What a check finds afterwards.
@@ -148,7 +163,9 @@ impl Plan<'_> {
             self.base.flush()?;
         }
         let end = self.draft.len()?;
-        write(self.fresh..end)?;
+        if end > self.fresh {
+            write(self.fresh..end)?;
+        }
         if self.base.limits().growable && self.base.len()? < end {
             self.base.set_len(end)?;
         }
