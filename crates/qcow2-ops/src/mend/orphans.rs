@@ -84,8 +84,11 @@ impl Job<'_> {
                 return Ok(None);
             }
         };
+        let refcounts = self.walk(&self.header, |walk| walk.refcount_table().map_err(failed))?;
+        let cluster = self.format.geometry.host_cluster(table).value();
+        let stored = self.walk(&self.header, |walk| stored_refcount(walk, &refcounts, cluster))?;
         for slot in slots {
-            let copied = L1Entry::decode(slot.raw, &self.format.geometry).is_ok_and(|entry| entry.copied);
+            let copied = stored == Some(1);
             let to = L1Entry { l2_table: Some(table), copied }.encode();
             self.set_words(slot.at, &[to])?;
             if to != slot.raw {
