@@ -39,9 +39,6 @@ impl L2Format {
         let clean = raw & !RESERVED;
         let offset = clean & OFFSET_MASK;
         let zero_flag = clean & ZERO != 0 && !extended;
-        if self.external_data && offset != 0 && !self.geometry.is_aligned(offset) {
-            return L2Mend::Undecided;
-        }
         let unassigned = offset == 0 && !(self.external_data && clean & COPIED != 0 && !zero_flag);
         if extended && (allocated & zero != 0 || unassigned && allocated != 0) {
             return L2Mend::Undecided;
@@ -54,6 +51,7 @@ impl L2Format {
             let host = self.geometry.align_down(offset);
             let words = (clean & !OFFSET_MASK | host, bitmap);
             return match host {
+                _ if self.external_data => L2Mend::Undecided,
                 0 => L2Mend::Undecided,
                 host => L2Mend::IfOwned { words, host: HostOffset::new(host) },
             };

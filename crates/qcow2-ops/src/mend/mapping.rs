@@ -2,6 +2,7 @@
 
 use super::fix::Fix;
 use super::job::{Job, failed, storage};
+use super::orphans::Metadata;
 use crate::check::{count_references, stored_refcount};
 use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::walk::{Segment, TablePlace, overlay};
@@ -38,10 +39,23 @@ pub(super) struct Slot {
     pub(super) raw: u64,
 }
 
+/// Words that are to be written into a table, if that is a table and nothing else.
+#[derive(Clone, Debug)]
+struct Edit {
+    at: HostOffset,
+    words: (u64, u64),
+    fix: Fix,
+}
+
+/// Of how many L1 tables, and of how many L2 tables, a cluster is part.
+type Parts = BTreeMap<u64, (u64, u64)>;
+
 /// What one round has found.
 #[derive(Default)]
 struct Round {
-    tables: BTreeSet<u64>,
+    /// L2 tables, with how many L1 entries lead to each.
+    tables: BTreeMap<u64, u64>,
+    edits: Vec<Edit>,
     doubts: Vec<Doubt>,
     slots: Vec<Slot>,
 }
@@ -59,28 +73,56 @@ impl Job<'_> {
         })?;
         let mut round = Round::default();
         let metadata = self.metadata(&tables)?;
+        let mut parts = Parts::new();
         for segment in overlay(&tables) {
             self.mend_l1(segment, &metadata, &mut round)?;
         }
+        for table in tables {
+            let first = self.format.geometry.host_cluster(table.offset).value();
+            let count = self.format.geometry.clusters_for(table.len());
+            (first..first.saturating_add(count)).for_each(|part| parts.entry(part).or_default().0 += 1);
+        }
         let mut seen = BTreeSet::new();
         for _ in 0..MAX_ROUNDS {
-            let new: Vec<u64> = round.tables.difference(&seen).copied().collect();
-            if new.is_empty() && round.doubts.is_empty() && round.slots.is_empty() {
+            let new: Vec<u64> = round.tables.keys().filter(|table| !seen.contains(*table)).copied().collect();
+            if new.is_empty() && round.doubts.is_empty() && round.slots.is_empty() && round.edits.is_empty() {
                 return Ok(());
+            }
+            for (&table, &uses) in &round.tables {
+                let cluster = self.format.geometry.host_cluster(HostOffset::new(table)).value();
+                parts.entry(cluster).or_default().1 += uses;
             }
             for &table in &new {
                 self.mend_l2(HostOffset::new(table), &mut round)?;
             }
             seen.extend(new);
-            let Round { doubts, mut slots, .. } = std::mem::take(&mut round);
-            round.tables = self.decide(doubts, &mut slots)?;
-            round.tables.extend(self.fill_slots(&slots, &metadata)?);
+            let Round { edits, mut doubts, mut slots, .. } = std::mem::take(&mut round);
+            self.edit(edits, &parts)?;
+            if !doubts.is_empty() || !slots.is_empty() {
+                let words = doubts.iter().map(|doubt| (doubt.at, doubt.from.0));
+                let words: Vec<_> = words.chain(slots.iter().map(|slot| (slot.at, slot.raw))).collect();
+                // Judged without them: one may lead to the very table that it is in.
+                words.iter().try_for_each(|&(at, _)| self.set_words(at, &[0]))?;
+                let tables = self.sole_tables(words.iter().map(|&(at, _)| at), &parts)?;
+                let sole = |at: HostOffset| tables.contains(&self.format.geometry.host_cluster(at).value());
+                for &(at, raw) in words.iter().filter(|(at, _)| !sole(*at)) {
+                    self.set_words(at, &[raw])?;
+                    self.tables_missing = true;
+                }
+                doubts.retain(|doubt| sole(doubt.at));
+                slots.retain(|slot| sole(slot.at));
+            }
+            let found = self.decide(doubts, &mut slots, &metadata)?;
+            round.tables.extend(found.into_iter().map(|table| (table, 1)));
+            if let Some(table) = self.fill_slots(&slots, &metadata)? {
+                round.tables.insert(table, slots.len() as u64);
+            }
         }
         self.tables_missing |= !round.tables.is_empty();
         Ok(())
     }
 
-    fn mend_l1(&mut self, segment: Segment, metadata: &BTreeSet<u64>, round: &mut Round) -> Result<()> {
+    fn mend_l1(&mut self, segment: Segment, metadata: &Metadata, round: &mut Round) -> Result<()> {
         let format = self.format;
         let geometry = format.geometry;
         let len = self.draft.len().map_err(storage)?;
@@ -102,14 +144,14 @@ impl Job<'_> {
                     Ok(entry) => {
                         let clean = L1Entry::encode(&entry);
                         if clean != raw {
-                            self.set_words(place, &[clean])?;
-                            self.fixed(Fix::L1Entry { at: place, from: raw, to: clean });
+                            let fix = Fix::L1Entry { at: place, from: raw, to: clean };
+                            self.plan_edit(round, Edit { at: place, words: (clean, 0), fix });
                         }
                         let Some(table) = entry.l2_table else { continue };
                         let cluster = geometry.host_cluster(table).value();
-                        match table.value() >= len || metadata.contains(&cluster) {
+                        match table.value() >= len || metadata.contains(cluster) {
                             true => self.slot(round, Slot { at: place, raw: clean }),
-                            false => drop(round.tables.insert(table.value())),
+                            false => *round.tables.entry(table.value()).or_insert(0) += segment.times,
                         }
                     }
                     Err(e) => {
@@ -129,6 +171,62 @@ impl Job<'_> {
             at += piece as u64;
         }
         Ok(())
+    }
+
+    fn plan_edit(&mut self, round: &mut Round, edit: Edit) {
+        match round.edits.len() < MAX_DOUBTS {
+            true => round.edits.push(edit),
+            false => self.omitted += 1,
+        }
+    }
+
+    /// Writes `edits`, but for those into a cluster that something else refers to too: what looks like a table
+    /// there may be a guest's bytes. `parts`: how many tables each cluster is part of.
+    fn edit(&mut self, edits: Vec<Edit>, parts: &Parts) -> Result<()> {
+        if edits.is_empty() {
+            return Ok(());
+        }
+        let geometry = self.format.geometry;
+        let cluster = |edit: &Edit| geometry.host_cluster(edit.at).value();
+        let tables = self.sole_tables(edits.iter().map(|edit| edit.at), parts)?;
+        for edit in edits {
+            if !tables.contains(&cluster(&edit)) {
+                continue;
+            }
+            match (&edit.fix, geometry.extended_l2()) {
+                (Fix::L2Entry { .. }, true) => self.set_words(edit.at, &[edit.words.0, edit.words.1])?,
+                _ => self.set_words(edit.at, &[edit.words.0])?,
+            }
+            self.fixed(edit.fix);
+        }
+        Ok(())
+    }
+
+    /// The clusters of `places` that are part of tables and of nothing else. `parts`: of how many.
+    fn sole_tables(&self, places: impl Iterator<Item = HostOffset>, parts: &Parts) -> Result<BTreeSet<u64>> {
+        let geometry = self.format.geometry;
+        let counts = self.references(places.map(|at| geometry.host_cluster(at).value()))?;
+        let sole = counts.into_iter().filter(|(cluster, count)| {
+            let (l1, l2) = parts.get(cluster).copied().unwrap_or_default();
+            // A table of both kinds is one of them at most, and nobody knows which.
+            (l1 == 0 || l2 == 0) && l1 + l2 == *count
+        });
+        Ok(sole.map(|(cluster, _)| cluster).collect())
+    }
+
+    /// How many references the draft holds to each of `clusters`, those of the refcount structure aside.
+    fn references(&self, clusters: impl Iterator<Item = u64>) -> Result<BTreeMap<u64, u64>> {
+        let mut wanted: BTreeMap<u64, u64> = clusters.map(|cluster| (cluster, 0)).collect();
+        let mut bare = self.header.clone();
+        bare.refcount_table_clusters = 0;
+        self.walk(&bare, |walk| {
+            count_references(walk, self.executor, self.progress, &mut |counters| {
+                let window = counters.window();
+                wanted.range_mut(window).for_each(|(&cluster, count)| *count = counters.count(cluster));
+                Ok(())
+            })
+        })?;
+        Ok(wanted)
     }
 
     fn slot(&mut self, round: &mut Round, slot: Slot) {
@@ -156,15 +254,12 @@ impl Job<'_> {
                 continue;
             }
             let at = HostOffset::new(table.value().saturating_add(index * geometry.l2_entry_size()));
-            let write = |job: &Self, (first, second): (u64, u64)| match geometry.extended_l2() {
-                true => job.set_words(at, &[first, second]),
-                false => job.set_words(at, &[first]),
-            };
             let (from, entry) = ((raw, bitmap), Some((table, index)));
             match format.mend(raw, bitmap) {
                 L2Mend::Same(first, second) => {
-                    write(self, (first, second))?;
-                    self.fixed(Fix::L2Entry { table, index, from, to: (first, second) });
+                    let words = (first, second);
+                    let fix = Fix::L2Entry { table, index, from, to: words };
+                    self.plan_edit(round, Edit { at, words, fix });
                 }
                 L2Mend::IfOwned { words, host } if !format.external_data => {
                     self.doubt(round, Doubt { at, from, to: words, host, entry });
@@ -177,7 +272,12 @@ impl Job<'_> {
 
     /// Decides what doubtful entries mean: the cluster that their rounded offset names, where that is counted
     /// as used and nothing else refers to it. Returns the L2 tables that are found so.
-    fn decide(&mut self, doubts: Vec<Doubt>, slots: &mut Vec<Slot>) -> Result<BTreeSet<u64>> {
+    fn decide(
+        &mut self,
+        doubts: Vec<Doubt>,
+        slots: &mut Vec<Slot>,
+        metadata: &Metadata,
+    ) -> Result<BTreeSet<u64>> {
         if doubts.is_empty() {
             return Ok(BTreeSet::new());
         }
@@ -185,24 +285,16 @@ impl Job<'_> {
         let geometry = format.geometry;
         // Counted without them: what is counted then refers to their clusters for other reasons.
         doubts.iter().try_for_each(|doubt| self.set_words(doubt.at, &[0]))?;
-        let mut wanted: BTreeMap<u64, u64> =
-            doubts.iter().map(|doubt| (geometry.host_cluster(doubt.host).value(), 0)).collect();
+        let wanted = self.references(doubts.iter().map(|doubt| geometry.host_cluster(doubt.host).value()))?;
         let header = self.header.clone();
-        let (executor, progress) = (self.executor, self.progress);
-        self.walk(&header, |walk| {
-            count_references(walk, executor, progress, &mut |counters| {
-                let window = counters.window();
-                wanted.range_mut(window).for_each(|(&cluster, count)| *count = counters.count(cluster));
-                Ok(())
-            })
-        })?;
         let refcounts = self.walk(&header, |walk| walk.refcount_table().map_err(failed))?;
         let clusters = geometry.clusters_for(self.draft.len().map_err(storage)?);
         let (mut taken, mut tables) = (BTreeSet::new(), BTreeSet::new());
         for doubt in doubts {
             let cluster = geometry.host_cluster(doubt.host).value();
             let stored = self.walk(&header, |walk| stored_refcount(walk, &refcounts, cluster))?;
-            let alone = wanted.get(&cluster) == Some(&0) && !taken.contains(&cluster);
+            let alone =
+                wanted.get(&cluster) == Some(&0) && !taken.contains(&cluster) && !metadata.contains(cluster);
             let used = cluster < clusters && stored.is_some_and(|count| count > 0);
             let sound = alone && used && (doubt.entry.is_some() || self.is_l2_table(doubt.host)?);
             let words = if sound { doubt.to } else { doubt.from };
@@ -259,11 +351,17 @@ impl Job<'_> {
         let (tables, fault) = self.walk(&header, |walk| walk.bitmaps().map_err(failed))?;
         self.tables_missing |= fault.is_some();
         let geometry = self.format.geometry;
+        let len = self.draft.len().map_err(storage)?;
         for TablePlace { offset, entries } in tables {
             for index in 0..entries {
                 let at = HostOffset::new(offset.value().saturating_add(index * 8));
                 let entry = self.word(at)?;
-                if BitmapTableEntry::decode(entry, &geometry).is_err() {
+                let sound = match BitmapTableEntry::decode(entry, &geometry) {
+                    Ok(BitmapTableEntry::Data(bits)) => bits.value() < len,
+                    Ok(_) => true,
+                    Err(_) => false,
+                };
+                if !sound {
                     self.set_words(at, &[BitmapTableEntry::Ones.encode()])?;
                     self.fixed(Fix::BitmapEntry { at, entry });
                 }

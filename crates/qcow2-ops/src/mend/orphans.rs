@@ -5,7 +5,7 @@ use super::job::{Job, failed, storage};
 use super::mapping::Slot;
 use crate::check::{count_references, stored_refcount};
 use crate::error::Result;
-use qcow2_core::walk::{Reference, TablePlace};
+use qcow2_core::walk::{Owner, Reference, TablePlace};
 use qcow2_core::{HostOffset, Storage};
 use qcow2_format::L2Index;
 use qcow2_format::l1::{self, L1Entry};
@@ -16,36 +16,61 @@ use std::collections::BTreeSet;
 /// Clusters that are looked at as perhaps a lost L2 table. Origin: ours; each is read.
 const MAX_CANDIDATES: usize = 1 << 14;
 
+/// Clusters that are metadata of another kind than L2 tables.
+#[derive(Debug, Default)]
+pub(super) struct Metadata {
+    /// The header, the active L1 table, and a refcount structure that is one.
+    certain: BTreeSet<u64>,
+    /// What other tables say; they may be wrong.
+    claimed: BTreeSet<u64>,
+}
+
+impl Metadata {
+    pub(super) fn contains(&self, cluster: u64) -> bool {
+        self.certain.contains(&cluster) || self.claimed.contains(&cluster)
+    }
+}
+
 impl Job<'_> {
     /// The clusters of all metadata but L2 tables, as the header and the tables tell. `l1_tables`: the active
-    /// one and those of snapshots.
-    pub(super) fn metadata(&self, l1_tables: &[TablePlace]) -> Result<BTreeSet<u64>> {
+    /// one, then those of snapshots.
+    pub(super) fn metadata(&self, l1_tables: &[TablePlace]) -> Result<Metadata> {
         let geometry = self.format.geometry;
         let header = self.header.clone();
         let clusters = geometry.clusters_for(self.draft.len().map_err(storage)?);
-        let mut found = BTreeSet::new();
-        let mut add = |start: HostOffset, len: u64| {
+        let run = |start: HostOffset, len: u64| {
             let first = geometry.host_cluster(start).value();
             let end = geometry.clusters_for(start.value().saturating_add(len)).min(clusters);
-            found.extend(first..end.max(first));
+            first..end.max(first)
         };
+        let mut found = Metadata::default();
         self.walk(&header, |walk| {
-            for Reference { offset, len, .. } in walk.header_references() {
-                add(offset, len);
+            for Reference { owner, offset, len, .. } in walk.header_references() {
+                match owner {
+                    Owner::Header | Owner::ActiveL1 => found.certain.extend(run(offset, len)),
+                    _ => found.claimed.extend(run(offset, len)),
+                }
             }
-            for table in l1_tables {
-                add(table.offset, table.len());
-            }
-            for table in walk.bitmaps().map_err(failed)?.0 {
-                add(table.offset, table.len());
+            for table in l1_tables.iter().skip(1).copied().chain(walk.bitmaps().map_err(failed)?.0) {
+                found.claimed.extend(run(table.offset, table.len()));
             }
             if let Some(table) = walk.snapshots(&mut |_| {}).map_err(failed)? {
-                add(walk.header().snapshots_offset, table.len);
+                found.claimed.extend(run(walk.header().snapshots_offset, table.len));
             }
-            for raw in walk.refcount_table().map_err(failed)? {
-                if let Ok(Some(block)) = decode_table_entry(raw, &geometry) {
-                    add(block, geometry.cluster_size());
-                }
+            let refcounts = walk.refcount_table().map_err(failed)?;
+            let blocks =
+                refcounts.iter().filter_map(|&raw| decode_table_entry(raw, &geometry).ok().flatten());
+            let mut own: BTreeSet<u64> =
+                blocks.flat_map(|block| run(block, geometry.cluster_size())).collect();
+            own.extend(run(header.refcount_table_offset, refcounts.len() as u64 * 8));
+            // A structure that counts the header and itself is one.
+            let table = geometry.host_cluster(header.refcount_table_offset).value();
+            let counts = |cluster| {
+                stored_refcount(walk, &refcounts, cluster).map(|count| count.is_some_and(|count| count > 0))
+            };
+            match counts(0)? && counts(table)? {
+                true => found.certain.append(&mut own),
+                false => found.claimed.append(&mut own),
             }
             Ok(())
         })?;
@@ -55,24 +80,13 @@ impl Job<'_> {
     /// Makes `slots` lead to the L2 table that they lost, where there is exactly one such table: counted as
     /// used, referred to by nothing, and mapping clusters that nothing else maps. Slots with the same word led
     /// to the same table. Returns the table.
-    pub(super) fn fill_slots(&mut self, slots: &[Slot], metadata: &BTreeSet<u64>) -> Result<Option<u64>> {
+    pub(super) fn fill_slots(&mut self, slots: &[Slot], metadata: &Metadata) -> Result<Option<u64>> {
         if slots.is_empty() {
             return Ok(None);
         }
         slots.iter().try_for_each(|slot| self.set_words(slot.at, &[0]))?;
-        let orphans = self.orphans()?.map(|orphans| {
-            // What else is known as metadata comes after what is not: either of both claims may be wrong.
-            let known =
-                |table: &HostOffset| metadata.contains(&self.format.geometry.host_cluster(*table).value());
-            let (known, unknown): (Vec<_>, Vec<_>) = orphans.into_iter().partition(known);
-            let said =
-                L1Entry::decode(slots[0].raw, &self.format.geometry).ok().and_then(|entry| entry.l2_table);
-            match (unknown.is_empty(), said.filter(|table| known.contains(table))) {
-                (true, Some(said)) => vec![said],
-                (true, None) => known,
-                (false, _) => unknown,
-            }
-        });
+        let said = L1Entry::decode(slots[0].raw, &self.format.geometry).ok().and_then(|entry| entry.l2_table);
+        let orphans = self.orphans(said, metadata)?;
         let one_word =
             slots.iter().all(|slot| l1::without_copied(slot.raw) == l1::without_copied(slots[0].raw));
         let table = match (orphans.as_deref(), one_word) {
@@ -98,42 +112,59 @@ impl Job<'_> {
         Ok(Some(table.value()))
     }
 
-    /// The L2 tables that nothing refers to; `None` where there are too many candidates to look at.
-    fn orphans(&self) -> Result<Option<Vec<HostOffset>>> {
-        // Without the refcount structure, whose own entries may be what is wrong.
+    /// The L2 tables that a slot may have led to: what nothing refers to and looks like one; `None` where
+    /// there are too many candidates to look at. `said`: where the slot leads.
+    fn orphans(&self, said: Option<HostOffset>, metadata: &Metadata) -> Result<Option<Vec<HostOffset>>> {
+        let Some((candidates, free)) = self.unreferenced()? else { return Ok(None) };
+        let cluster = |table: HostOffset| self.format.geometry.host_cluster(table).value();
+        // The slot may be right, and wrong what claims its table for something else.
+        if let Some(said) = said.filter(|&said| !metadata.certain.contains(&cluster(said)))
+            && self.is_l2_table(said)?
+            && self.maps_any(said, &free)?
+        {
+            return Ok(Some(vec![said]));
+        }
+        let (mut known, mut unknown) = (Vec::new(), Vec::new());
+        for cluster in candidates {
+            let host = HostOffset::new(cluster * self.format.geometry.cluster_size());
+            if self.is_l2_table(host)? && self.maps_any(host, &free)? {
+                if metadata.contains(cluster) { &mut known } else { &mut unknown }.push(host);
+            }
+        }
+        // What else is known as metadata comes last: either of both claims may be wrong.
+        Ok(Some(match said.filter(|said| known.contains(said)) {
+            _ if !unknown.is_empty() => unknown,
+            Some(said) => vec![said],
+            None => known,
+        }))
+    }
+
+    /// The clusters that are counted as used and that nothing refers to, as a list and as a set; `None` where
+    /// there are too many to look at each. The refcount structure refers to nothing here: its own entries may
+    /// be what is wrong.
+    pub(super) fn unreferenced(&self) -> Result<Option<(Vec<u64>, BTreeSet<u64>)>> {
         let mut bare = self.header.clone();
         bare.refcount_table_clusters = 0;
         let table = self.walk(&self.header, |walk| walk.refcount_table().map_err(failed))?;
         let clusters = self.format.geometry.clusters_for(self.draft.len().map_err(storage)?);
-        let (mut free, mut candidates, mut many) = (BTreeSet::new(), Vec::new(), false);
+        let (mut free, mut many) = (BTreeSet::new(), false);
         self.walk(&bare, |walk| {
             count_references(walk, self.executor, self.progress, &mut |counters| {
                 for cluster in counters.window().filter(|&cluster| cluster > 0 && cluster < clusters) {
-                    if counters.count(cluster) > 0
-                        || stored_refcount(walk, &table, cluster)?.is_none_or(|stored| stored == 0)
-                    {
-                        continue;
+                    many |= free.len() >= MAX_CANDIDATES;
+                    if many {
+                        return Ok(());
                     }
-                    free.insert(cluster);
-                    many |= candidates.len() >= MAX_CANDIDATES;
-                    if !many {
-                        candidates.push(cluster);
+                    if counters.count(cluster) == 0
+                        && stored_refcount(walk, &table, cluster)?.is_some_and(|stored| stored > 0)
+                    {
+                        free.insert(cluster);
                     }
                 }
                 Ok(())
             })
         })?;
-        if many {
-            return Ok(None);
-        }
-        let mut found = Vec::new();
-        for cluster in candidates {
-            let host = HostOffset::new(cluster * self.format.geometry.cluster_size());
-            if self.is_l2_table(host)? && self.maps_any(host, &free)? {
-                found.push(host);
-            }
-        }
-        Ok(Some(found))
+        Ok((!many).then(|| (free.iter().copied().collect(), free)))
     }
 
     /// Whether the table at `host` maps a cluster of `free`; in an external data file, whether it maps

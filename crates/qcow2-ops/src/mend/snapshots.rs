@@ -14,46 +14,68 @@ const FIRST_READ: u64 = 1 << 20;
 
 impl Job<'_> {
     /// Writes the table anew where an entry has too much or too little extra data, and without entries that
-    /// name nothing. Entries whose L1 tables cannot be found stay as they are.
+    /// name nothing. A table that is not where the header says is looked for among the clusters that nothing
+    /// refers to. Entries whose L1 tables cannot be found stay as they are.
     pub(super) fn mend_snapshots(&mut self) -> Result<()> {
-        let mut faults = Vec::new();
         let header = self.header.clone();
-        let read =
-            self.walk(&header, |walk| walk.snapshots(&mut |fault| faults.push(fault)).map_err(failed))?;
-        if faults.is_empty() && !self.has_empty_entry(&header)? {
+        if header.nb_snapshots == 0 {
             return Ok(());
         }
-        if faults.iter().any(|fault| matches!(fault, SnapshotFault::Misplaced { .. })) {
-            self.tables_missing = true;
-            return Ok(());
-        }
+        let mut faults = Vec::new();
+        self.walk(&header, |walk| walk.snapshots(&mut |fault| faults.push(fault)).map_err(failed))?;
         let lost = |fault: &SnapshotFault| {
             matches!(fault, SnapshotFault::L1Misaligned { .. } | SnapshotFault::L1TooLarge { .. })
         };
-        self.tables_missing |= faults.iter().any(lost);
         let count = header.nb_snapshots.min(limit::MAX_SNAPSHOTS);
-        let Some(snapshots) = self.entries(count)? else {
-            self.tables_missing = true;
-            return Ok(());
-        };
-        if read.is_some() && faults.iter().all(lost) && snapshots.len() == count as usize {
+        let entries = self.entries(header.snapshots_offset, count)?;
+        let whole = entries.as_ref().is_some_and(|entries| entries.len() == count as usize);
+        if !whole && let Some(offset) = self.find_table(count)? {
+            self.set_header(&[HeaderField::Snapshots { count, offset }])?;
+            self.fixed(Fix::SnapshotTable { kept: count, dropped: 0, offset });
             return Ok(());
         }
-        self.write_snapshots(&snapshots, header.nb_snapshots)
+        let sound = whole && count == header.nb_snapshots && faults.iter().all(lost);
+        self.tables_missing |= sound && !faults.is_empty();
+        match sound {
+            true => Ok(()),
+            // What cannot be read names nothing either.
+            false => self.write_snapshots(&entries.unwrap_or_default(), header.nb_snapshots),
+        }
     }
 
-    /// Whether an entry of a table that can be read names nothing: such a table ends before the header says.
-    fn has_empty_entry(&self, header: &qcow2_format::Header) -> Result<bool> {
-        let entries = match header.nb_snapshots {
-            0 => return Ok(false),
-            count => self.entries(count)?,
-        };
-        Ok(entries.is_some_and(|entries| entries.len() < header.nb_snapshots as usize))
+    /// The only unreferenced place that holds a table of `count` whole entries, if there is exactly one.
+    fn find_table(&mut self, count: u32) -> Result<Option<HostOffset>> {
+        let saved = (self.header.nb_snapshots, self.header.snapshots_offset);
+        // Nothing can be counted while the header leads to a table that cannot be read.
+        self.set_header(&[HeaderField::Snapshots { count: 0, offset: HostOffset::default() }])?;
+        let candidates = self.unreferenced()?.map(|(candidates, _)| candidates).unwrap_or_default();
+        let mut found = Vec::new();
+        for cluster in candidates {
+            let offset = HostOffset::new(cluster * self.format.geometry.cluster_size());
+            let entries = self.entries(offset, count)?;
+            let whole = entries.filter(|entries| entries.len() == count as usize);
+            if whole.is_some_and(|entries| entries.iter().all(|entry| self.is_plausible(entry))) {
+                found.push(offset);
+            }
+        }
+        self.set_header(&[HeaderField::Snapshots { count: saved.0, offset: saved.1 }])?;
+        Ok(match found[..] {
+            [only] => Some(only),
+            _ => None,
+        })
     }
 
-    /// The entries of the table but for empty ones; `None` where one cannot be read.
-    fn entries(&self, count: u32) -> Result<Option<Vec<Snapshot>>> {
-        let start = self.header.snapshots_offset;
+    /// Whether an entry is what a snapshot looks like: a number as its id, and an L1 table in this file.
+    fn is_plausible(&self, snapshot: &Snapshot) -> bool {
+        let geometry = self.format.geometry;
+        let (start, len) = (snapshot.l1_table_offset.value(), u64::from(snapshot.l1_size) * 8);
+        let id = !snapshot.id.is_empty() && snapshot.id.iter().all(u8::is_ascii_digit);
+        let inside = start.checked_add(len).is_some_and(|end| end <= self.end * geometry.cluster_size());
+        id && start > 0 && geometry.is_aligned(start) && len > 0 && inside
+    }
+
+    /// The `count` entries of the table at `start` but for empty ones; `None` where one cannot be read.
+    fn entries(&self, start: HostOffset, count: u32) -> Result<Option<Vec<Snapshot>>> {
         let mut len = FIRST_READ;
         'read: loop {
             let mut bytes = vec![0; len as usize];
