@@ -17,6 +17,7 @@ use crate::write::plan::ZeroKind;
 use ::alloc::format;
 use ::alloc::string::String;
 use ::alloc::sync::Arc;
+use core::any::Any;
 use qcow2_format::HeaderField;
 use qcow2_format::feature::{AutoclearFeatures, IncompatibleFeatures};
 use qcow2_format::{Geometry, GuestOffset, GuestRange, Header, Version};
@@ -199,6 +200,13 @@ impl Image {
     }
 }
 
+impl dyn GuestDisk + '_ {
+    /// This disk as a qcow2 image, where it is one.
+    pub fn as_image(&self) -> Option<&Image> {
+        self.as_any()?.downcast_ref()
+    }
+}
+
 impl GuestDisk for Image {
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
@@ -279,7 +287,7 @@ impl GuestDisk for Image {
         self.change_size(size)
     }
 
-    fn as_image(&self) -> Option<&Image> {
+    fn as_any(&self) -> Option<&dyn Any> {
         Some(self)
     }
 }

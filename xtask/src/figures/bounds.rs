@@ -64,7 +64,7 @@ pub(super) const EXEMPT: &[Exemption] = &[
     today("cli-lines", "qcow2-cli", 14_077),
     today("cli-share", "qcow2-cli", 32),
     today("circle", "qcow2-cli", 25),
-    today("circle", "qcow2-core", 11),
+    today("circle", "qcow2-core", 4),
     today("circle", "qcow2-crypt", 4),
     today("fields", "qcow2-cli::Raw", 23),
     today("fields", "qcow2-cli::Request", 26),

@@ -12,123 +12,27 @@
 
 mod bits;
 mod room;
+mod state;
 mod store;
 mod tree;
 
 pub use bits::Bits;
+pub(crate) use room::MAX_BITS_MEMORY;
+pub(crate) use state::Bitmaps;
 pub use store::{check_bitmaps, read_bitmaps};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::port::disk::GuestDisk;
-use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{Rank, RwLock, read, write};
-use ::alloc::collections::BTreeMap;
+use crate::sync::atomic::Ordering;
+use crate::sync::{read, write};
 use ::alloc::format;
 use ::alloc::string::String;
 use ::alloc::vec::Vec;
 use qcow2_format::bitmap::Bitmap;
-use qcow2_format::{GuestRange, Version, limit};
-pub(crate) use room::MAX_BITS_MEMORY;
+use qcow2_format::{Version, limit};
 use room::Room;
-
-/// The bitmaps of an open image.
-#[derive(Debug)]
-pub(crate) struct Bitmaps {
-    state: RwLock<State>,
-    /// Whether there is an enabled bitmap to be marked.
-    recording: AtomicBool,
-    /// Where the bits' memory comes from, and how much of it there is.
-    room: Room,
-    memory: u64,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    /// Whether the directory was read.
-    known: bool,
-    /// Whether the tables that it names were judged.
-    judged: bool,
-    live: Vec<Live>,
-    /// The first bitmap of each name.
-    by_name: BTreeMap<Vec<u8>, usize>,
-    /// Whether the directory on disk is not what it should be when the image is closed.
-    changed: bool,
-}
-
-/// One bitmap.
-#[derive(Debug)]
-struct Live {
-    entry: Bitmap,
-    /// Its bits, where they were needed.
-    bits: Option<Bits>,
-    /// Whether its bits on disk are not what they should be when the image is closed.
-    changed: bool,
-    /// Whether it is marked as in use on disk because of us.
-    marked: bool,
-}
-
-impl State {
-    fn new(live: Vec<Live>) -> Self {
-        let mut state = Self { known: true, live, ..Self::default() };
-        state.find_names();
-        state
-    }
-
-    fn find_names(&mut self) {
-        self.by_name.clear();
-        for (index, live) in self.live.iter().enumerate() {
-            self.by_name.entry(live.entry.name.clone()).or_insert(index);
-        }
-    }
-
-    fn position(&self, name: &[u8]) -> Option<usize> {
-        self.by_name.get(name).copied()
-    }
-
-    fn usable(&self, name: &[u8]) -> Result<usize> {
-        let index = self.position(name).ok_or_else(|| missing(name))?;
-        if self.live[index].entry.in_use { Err(inconsistent(name)) } else { Ok(index) }
-    }
-}
-
-impl Live {
-    fn new(entry: Bitmap) -> Self {
-        Self { entry, bits: None, changed: false, marked: false }
-    }
-
-    fn records(&self) -> bool {
-        self.entry.auto && !self.entry.in_use
-    }
-}
-
-impl Bitmaps {
-    /// Nothing is known of them yet. `memory`: bytes that their bits may take.
-    pub(crate) fn new(memory: u64) -> Self {
-        let (state, recording) = (RwLock::new(Rank::Bitmaps, State::default()), AtomicBool::new(false));
-        Self { state, recording, room: Room::new(memory), memory }
-    }
-
-    /// Notes that `range` is about to change.
-    pub(crate) fn mark(&self, range: GuestRange) {
-        if self.recording.load(Ordering::Acquire) {
-            let state = read(&self.state);
-            for bits in state.live.iter().filter(|live| live.records()).filter_map(|live| live.bits.as_ref())
-            {
-                // Without room more is marked, which does no harm.
-                let _exact = bits.mark(range.start().value(), range.len());
-            }
-        }
-    }
-
-    fn no_room(&self, name: &[u8]) -> Error {
-        let (name, memory) = (text(name), self.memory);
-        let message = format!(
-            "bitmap '{name}' does not fit: the bits of an image's bitmaps may take {memory} bytes of memory in all"
-        );
-        Error::new(ErrorKind::NoSpace, message)
-    }
-}
+use state::{Live, State, inconsistent, missing, text};
 
 impl Image {
     /// The image's bitmaps as they are now, in the order of the directory; those that the image does not
@@ -374,18 +278,4 @@ impl Image {
         }
         Ok(())
     }
-}
-
-fn missing(name: &[u8]) -> Error {
-    Error::new(ErrorKind::NotFound, format!("dirty bitmap '{}' not found", text(name)))
-}
-
-fn inconsistent(name: &[u8]) -> Error {
-    let message = format!("bitmap '{}' is inconsistent and cannot be used", text(name));
-    Error::new(ErrorKind::Inconsistent, message)
-}
-
-/// A name as text.
-fn text(name: &[u8]) -> String {
-    String::from_utf8_lossy(name).into_owned()
 }

@@ -5,8 +5,9 @@
 //! it alone had, free. Marking bitmaps as in use changes their entries in place: each is one bit in one
 //! sector.
 
+use super::bits::Bits;
 use super::room::Room;
-use super::{Bits, Live, State};
+use super::state::{Live, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::overlap::OverlapChecks;

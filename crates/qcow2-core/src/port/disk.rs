@@ -3,6 +3,7 @@
 use super::storage::ZeroMode;
 use crate::error::Result;
 use alloc::sync::Arc;
+use core::any::Any;
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
 /// What one layer says about a run of guest bytes.
@@ -91,13 +92,10 @@ pub trait GuestDisk: Send + Sync {
         512
     }
 
-    /// This disk as a qcow2 image, where it is one.
-    fn as_image(&self) -> Option<&crate::image::Image> {
-        None
-    }
-
-    /// This disk as a raw one, where it is one.
-    fn as_raw(&self) -> Option<&crate::raw::RawDisk> {
+    /// The disk itself, for callers who know what kinds of disks there are: `disk.as_image()` and
+    /// `disk.as_raw()` look here. A wrapper that changes nothing of what those callers do passes on what the
+    /// disk inside says. The default: nobody needs to know.
+    fn as_any(&self) -> Option<&dyn Any> {
         None
     }
 

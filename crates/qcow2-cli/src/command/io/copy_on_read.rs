@@ -2,6 +2,7 @@
 //! layer.
 
 use qcow2_core::{DiskExtent, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Result, ZeroMode};
+use std::any::Any;
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// Wraps a disk. Copies meet no other change: they hold the lock alone, changes share it.
@@ -91,8 +92,8 @@ impl GuestDisk for CopyOnRead {
         self.inner.zero_granularity()
     }
 
-    fn as_image(&self) -> Option<&Image> {
-        self.inner.as_image()
+    fn as_any(&self) -> Option<&dyn Any> {
+        self.inner.as_any().filter(|disk| disk.is::<Image>())
     }
 
     fn resize(&self, size: u64) -> Result<()> {
