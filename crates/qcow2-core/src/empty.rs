@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::meta::Meta;
 use crate::meta::overlap::OverlapChecks;
+use crate::meta::run::ClusterRun;
 use crate::port::disk::GuestDisk;
 use crate::port::storage::StorageErrorKind;
 use crate::sync::{lock, write};
@@ -65,19 +66,16 @@ impl Meta {
     /// The fast way, for an image in which every cluster belongs to the active disk.
     fn drop_all_clusters(&self) -> Result<()> {
         let (l1_offset, l1) = self.l1.contents();
-        let (mut table, table_offset, table_clusters) = {
+        let (mut table, table_run) = {
             let refcounts = lock(&self.refcounts);
-            (refcounts.table.clone(), refcounts.table_offset, refcounts.table_clusters)
+            (refcounts.table.clone(), refcounts.table_run(&self.geometry))
         };
+        let table_offset = table_run.offset(&self.geometry);
         let mut used: BTreeSet<u64> = [0].into();
-        for (start, clusters) in
-            [(l1_offset, self.geometry.clusters_for(l1.len() as u64 * 8)), (table_offset, table_clusters)]
-        {
-            let first = self.geometry.host_cluster(start).value();
-            used.extend(first..first + clusters);
-        }
+        let l1_run = ClusterRun::touched(&self.geometry, l1_offset, l1.len() as u64 * 8);
+        used.extend(l1_run.clusters().chain(table_run.clusters()));
         let blocks = self.blocks_for(&mut used, &table)?;
-        self.check_places((l1_offset, l1.len() as u64 * 8), (table_offset, table_clusters), &blocks)?;
+        self.check_places(l1_run, table_run, &blocks)?;
         self.write_words(OverlapChecks::ACTIVE_L1, l1_offset, &vec![0; l1.len()])?;
         self.storage.flush()?;
         self.l1.replace(l1_offset, vec![0; l1.len()]);
@@ -94,16 +92,17 @@ impl Meta {
         }
         self.write_blocks(&blocks, &used)?;
         self.storage.flush()?;
-        self.adopt_table(table, table_offset, table_clusters);
+        self.adopt_table(table, table_run);
         self.learn_metadata()?;
         self.cut_after(used.last().map_or(1, |last| last + 1))
     }
 
     /// Asks for all that is to be written, before anything is thrown away.
-    fn check_places(&self, l1: (HostOffset, u64), table: (HostOffset, u64), blocks: &Blocks) -> Result<()> {
+    fn check_places(&self, l1: ClusterRun, table: ClusterRun, blocks: &Blocks) -> Result<()> {
         let size = self.geometry.cluster_size();
-        self.check_table_place(OverlapChecks::ACTIVE_L1, l1.0, l1.1)?;
-        self.check_table_place(OverlapChecks::REFCOUNT_TABLE, table.0, table.1 * size)?;
+        for (kind, run) in [(OverlapChecks::ACTIVE_L1, l1), (OverlapChecks::REFCOUNT_TABLE, table)] {
+            self.check_table_place(kind, run.offset(&self.geometry), run.len(&self.geometry))?;
+        }
         let mut places = blocks.values();
         places.try_for_each(|&block| self.check_table_place(OverlapChecks::REFCOUNT_BLOCK, block, size))
     }

@@ -5,6 +5,7 @@
 //! what a file holds: damaged content is an error before it comes here. What costs nothing beside the work
 //! around it is asserted in release builds too.
 
+use crate::meta::run::ClusterRun;
 use crate::read::resolve::Run;
 use core::ops::Range;
 use qcow2_format::l2::{ClusterEntry, L2Entry};
@@ -17,8 +18,8 @@ pub(crate) fn count_fits(width: RefcountWidth, count: u64) {
 }
 
 /// I1, I5: clusters that are handed out are some, and not the header's.
-pub(crate) fn handed_out(first: u64, count: u64) {
-    assert!(first > 0 && count > 0, "clusters {first} and {count} after it are handed out");
+pub(crate) fn handed_out(run: ClusterRun) {
+    assert!(run.first() > 0 && !run.is_empty(), "{run:?} are handed out");
 }
 
 /// I2: an entry that the engine makes leads to a whole cluster.
@@ -89,8 +90,8 @@ mod tests {
     fn broken_promises_are_noticed() {
         let width = RefcountWidth::from_order(3).unwrap();
         check(move || count_fits(width, 256));
-        check(|| handed_out(0, 1));
-        check(|| handed_out(1, 0));
+        check(|| handed_out(ClusterRun::one(0)));
+        check(|| handed_out(ClusterRun::new(1, 0)));
         check(|| unseen(5, 6));
         check(|| ours_alone(false, false, false));
         check(|| is_header(&[0; 512]));
@@ -105,7 +106,7 @@ mod tests {
     #[test]
     fn kept_promises_pass() {
         count_fits(RefcountWidth::from_order(3).unwrap(), 255);
-        handed_out(1, 1);
+        handed_out(ClusterRun::one(1));
         unseen(5, 7);
         ours_alone(false, true, false);
         is_header(b"QFI\xfb\0\0\0\x03");

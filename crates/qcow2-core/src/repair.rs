@@ -113,11 +113,11 @@ impl Image {
     fn is_certain(&self, kinds: OverlapChecks, table: HostOffset, len: u64, times: u64) -> Result<bool> {
         let meta = &self.meta;
         let run = meta.table_run(kinds, table, len);
-        if meta.guard.hit_by(kinds, run.first, run.count).is_some() {
+        if meta.guard.hit_by(kinds, run.clusters).is_some() {
             return Ok(false);
         }
         let refcounts = lock(&meta.refcounts);
-        for cluster in run.first..run.first + run.count {
+        for cluster in run.clusters.clusters() {
             if meta.refcount_of(&refcounts, cluster)? != times {
                 return Ok(false);
             }

@@ -11,6 +11,7 @@ use crate::image::Image;
 use crate::meta::Meta;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
 use crate::open::read_words;
 use crate::port::disk::GuestDisk;
 use crate::sync::{lock, write};
@@ -171,8 +172,8 @@ impl Meta {
             };
             if let Some(host) = cluster.host.filter(|_| !own) {
                 // Somebody else has other bytes there.
-                let first = self.geometry.host_cluster(host).value();
-                unlinked.extend((0..references).map(|_| Unlinked::data(first, 1)));
+                let shared = ClusterRun::one(self.geometry.host_cluster(host).value());
+                unlinked.extend((0..references).map(|_| Unlinked::data(shared)));
             }
             let new = match cluster.host.filter(|_| own) {
                 Some(host) => {
@@ -211,7 +212,7 @@ impl Meta {
     fn allocate_shared(&self, references: u64) -> Result<HostOffset> {
         let reserved = self.allocate(1)?;
         let refcounts = lock(&self.refcounts);
-        self.set_refcount(&refcounts, reserved.first, references)?;
+        self.set_refcount(&refcounts, reserved.run.first(), references)?;
         Ok(reserved.offset)
     }
 
@@ -224,5 +225,5 @@ impl Meta {
 
 /// A reference from a bitmap, its table or the directory.
 fn bitmap_run(cluster: u64) -> Unlinked {
-    Unlinked { first: cluster, count: 1, kinds: OverlapChecks::BITMAP_DIRECTORY }
+    Unlinked { clusters: ClusterRun::one(cluster), kinds: OverlapChecks::BITMAP_DIRECTORY }
 }

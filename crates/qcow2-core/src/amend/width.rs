@@ -10,19 +10,19 @@ use crate::image::Image;
 use crate::meta::Meta;
 use crate::meta::alloc::Refcounts;
 use crate::meta::overlap::OverlapChecks;
+use crate::meta::run::ClusterRun;
 use crate::sync::{lock, write};
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;
 use ::alloc::vec;
 use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
-use qcow2_format::{Geometry, HostOffset, Version};
+use qcow2_format::{Geometry, Version};
 
 /// Where the new structure goes.
 struct Plan {
     geometry: Geometry,
-    first: u64,
-    blocks: u64,
-    table: u64,
+    blocks: ClusterRun,
+    table: ClusterRun,
     /// Clusters of the old structure.
     old: BTreeSet<u64>,
 }
@@ -58,21 +58,11 @@ impl Image {
         self.meta.poison_on_error(written)?;
         let mut header = self.header();
         header.refcount_order = bits.trailing_zeros();
-        header.refcount_table_offset = plan.table_offset();
-        header.refcount_table_clusters = plan.table as u32;
+        header.refcount_table_offset = plan.table.offset(&plan.geometry);
+        header.refcount_table_clusters = plan.table.count() as u32;
         self.meta.switch_header(header)?;
         self.end_use();
         Ok(())
-    }
-}
-
-impl Plan {
-    fn block_offset(&self, block: u64) -> HostOffset {
-        HostOffset::new((self.first + block) * self.geometry.cluster_size())
-    }
-
-    fn table_offset(&self) -> HostOffset {
-        self.block_offset(self.blocks)
     }
 }
 
@@ -84,8 +74,7 @@ impl Meta {
             .map_err(|e| Error::new(ErrorKind::InvalidOption, "refcount width").with_source(e))?;
         let refcounts = lock(&self.refcounts);
         self.check_counted(&refcounts)?;
-        let start = self.geometry.host_cluster(refcounts.table_offset).value();
-        let mut old: BTreeSet<u64> = (start..start + refcounts.table_clusters).collect();
+        let mut old: BTreeSet<u64> = refcounts.table_run(&self.geometry).clusters().collect();
         let mut first = self.geometry.clusters_for(self.storage.len()?);
         let per_old = self.geometry.refcount_block_entries();
         for (index, &raw) in (0u64..).zip(&refcounts.table) {
@@ -113,7 +102,8 @@ impl Meta {
         if table * geometry.cluster_size() > qcow2_format::limit::MAX_REFCOUNT_TABLE_SIZE {
             return Err(Error::new(ErrorKind::NoSpace, "the refcount table would pass its limit"));
         }
-        Ok(Plan { geometry, first, blocks, table, old })
+        let blocks = ClusterRun::new(first, blocks);
+        Ok(Plan { geometry, blocks, table: ClusterRun::new(blocks.end(), table), old })
     }
 
     /// Refuses refcounts that are none: a table that the header does not find, or that is something else,
@@ -142,9 +132,10 @@ impl Meta {
 
     fn write_width(&self, plan: &Plan, progress: &mut AmendProgress<'_>) -> Result<()> {
         let per_block = plan.geometry.refcount_block_entries();
-        let own = plan.first..plan.first + plan.blocks + plan.table;
-        let mut table = vec![0u64; (plan.table * plan.geometry.cluster_size() / 8) as usize];
-        for block in 0..plan.blocks {
+        let own = plan.blocks.first()..plan.table.end();
+        let mut table = vec![0u64; (plan.table.len(&plan.geometry) / 8) as usize];
+        for (block, place) in (0u64..).zip(plan.blocks.clusters()) {
+            let place = ClusterRun::one(place).offset(&plan.geometry);
             let mut words = vec![0u64; (plan.geometry.cluster_size() / 8) as usize];
             for slot in 0..per_block {
                 let cluster = block * per_block + slot;
@@ -154,11 +145,11 @@ impl Meta {
                 };
                 put(&mut words, &plan.geometry, cluster, count)?;
             }
-            self.write_words(OverlapChecks::NONE, plan.block_offset(block), &words)?;
-            table[block as usize] = encode_table_entry(Some(plan.block_offset(block)));
-            stopped(progress(block + 1, plan.blocks))?;
+            self.write_words(OverlapChecks::NONE, place, &words)?;
+            table[block as usize] = encode_table_entry(Some(place));
+            stopped(progress(block + 1, plan.blocks.count()))?;
         }
-        self.write_words(OverlapChecks::NONE, plan.table_offset(), &table)?;
+        self.write_words(OverlapChecks::NONE, plan.table.offset(&plan.geometry), &table)?;
         Ok(self.storage.flush()?)
     }
 

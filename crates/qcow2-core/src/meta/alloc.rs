@@ -9,6 +9,7 @@ use super::guard::Hit;
 use super::overlap::OverlapChecks;
 use super::page::{Page, SECTOR_SIZE};
 use super::pending::Unlinked;
+use super::run::ClusterRun;
 use crate::error::{Error, ErrorKind, Result};
 use crate::invariant;
 use crate::port::event::Event;
@@ -42,6 +43,11 @@ pub(crate) struct Refcounts {
 }
 
 impl Refcounts {
+    /// The clusters of the table.
+    pub(crate) fn table_run(&self, geometry: &Geometry) -> ClusterRun {
+        ClusterRun::new(geometry.host_cluster(self.table_offset).value(), self.table_clusters)
+    }
+
     /// Puts no further compressed stream into host cluster `cluster`.
     fn leave_pack(&mut self, cluster: u64, geometry: &Geometry) {
         if self
@@ -57,10 +63,16 @@ impl Refcounts {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reserved {
     pub(crate) offset: HostOffset,
-    pub(crate) first: u64,
-    pub(crate) count: u64,
+    pub(crate) run: ClusterRun,
     /// The clusters lie past the end of the file: they read as zeroes once the file is longer.
     pub(crate) fresh: bool,
+}
+
+/// What a search for free clusters has found.
+struct Found {
+    run: ClusterRun,
+    /// The first free cluster of all.
+    lowest: u64,
 }
 
 struct Slot {
@@ -79,7 +91,7 @@ impl Meta {
     /// Reserves exactly `count` clusters in a row for metadata of `kind`.
     pub(crate) fn allocate_metadata(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
         let reserved = self.reserve(count, true)?;
-        self.guard.note(kind, reserved.first, count);
+        self.guard.note(kind, reserved.run);
         Ok(reserved)
     }
 
@@ -87,8 +99,8 @@ impl Meta {
     /// when much has changed already. Errors: also `NoSpace`, nothing having changed.
     pub(crate) fn allocate_with_space(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
         let reserved = self.allocate_metadata(kind, count)?;
-        if let Err(error) = self.reserve_space(reserved.offset, self.geometry.bytes_of(count)) {
-            self.release(Unlinked { first: reserved.first, count, kinds: kind })?;
+        if let Err(error) = self.reserve_space(reserved.offset, reserved.run.len(&self.geometry)) {
+            self.release(Unlinked { clusters: reserved.run, kinds: kind })?;
             return Err(error);
         }
         Ok(reserved)
@@ -105,27 +117,27 @@ impl Meta {
     fn reserve(&self, want: u64, exact: bool) -> Result<Reserved> {
         self.event(Event::ClusterAlloc);
         let mut refcounts = lock(&self.refcounts);
-        let (first, count, lowest) = self.find_free(&mut refcounts, want.max(1), exact)?;
-        if first + count > self.geometry.clusters_below(MAX_HOST_END) {
+        let Found { run, lowest } = self.find_free(&mut refcounts, want.max(1), exact)?;
+        if run.end() > self.geometry.clusters_below(MAX_HOST_END) {
             return Err(Error::new(
                 ErrorKind::NoSpace,
                 "image file has reached its largest size of 2^56 bytes",
             ));
         }
-        self.check_unused(first, count)?;
-        invariant::handed_out(first, count);
-        let offset = HostOffset::new(self.geometry.bytes_of(first));
+        self.check_unused(run)?;
+        invariant::handed_out(run);
+        let offset = run.offset(&self.geometry);
         let fresh = self.storage.len()? <= offset.value();
-        for cluster in first..first + count {
+        for cluster in run.clusters() {
             self.set_refcount(&refcounts, cluster, 1)?;
         }
-        refcounts.first_free = if first == lowest { first + count } else { lowest };
-        Ok(Reserved { offset, first, count, fresh })
+        refcounts.first_free = if run.first() == lowest { run.end() } else { lowest };
+        Ok(Reserved { offset, run, fresh })
     }
 
     /// Refuses to hand out clusters that hold metadata although nobody counts them.
-    fn check_unused(&self, first: u64, count: u64) -> Result<()> {
-        match self.guard.hit_by(OverlapChecks::NONE, first, count) {
+    fn check_unused(&self, run: ClusterRun) -> Result<()> {
+        match self.guard.hit_by(OverlapChecks::NONE, run) {
             None => Ok(()),
             Some(Hit { cluster, kinds }) => Err(self.mark_corrupt(format!(
                 "host cluster {cluster} holds {} but its refcount is 0",
@@ -144,7 +156,7 @@ impl Meta {
         {
             return Ok(false);
         }
-        invariant::handed_out(cluster, 1);
+        invariant::handed_out(ClusterRun::one(cluster));
         self.set_refcount(&refcounts, cluster, 1)?;
         if refcounts.first_free == cluster {
             refcounts.first_free += 1;
@@ -152,9 +164,9 @@ impl Meta {
         Ok(true)
     }
 
-    /// The first free run and the first free cluster of all: exactly `want` clusters, or (not `exact`) the
-    /// first free cluster and up to `want - 1` after it.
-    fn find_free(&self, refcounts: &mut Refcounts, want: u64, exact: bool) -> Result<(u64, u64, u64)> {
+    /// The first free run: exactly `want` clusters, or (not `exact`) the first free cluster and up to
+    /// `want - 1` after it.
+    fn find_free(&self, refcounts: &mut Refcounts, want: u64, exact: bool) -> Result<Found> {
         let width = self.geometry.refcount_width();
         let mut at = refcounts.first_free;
         let (mut first, mut count, mut lowest) = (at, 0, u64::MAX);
@@ -195,7 +207,7 @@ impl Meta {
                 break;
             }
         }
-        Ok((first, count, lowest))
+        Ok(Found { run: ClusterRun::new(first, count), lowest })
     }
 
     /// The page that counts `cluster`, or `None` where there is no refcount block.
@@ -276,7 +288,7 @@ impl Meta {
 
     /// Puts the refcount block of table entry `index` at `cluster`, which it or a block before it counts.
     fn add_block(&self, refcounts: &mut Refcounts, index: u64, cluster: u64) -> Result<()> {
-        self.check_unused(cluster, 1)?;
+        self.check_unused(ClusterRun::one(cluster))?;
         let sector = index * 8 / SECTOR_SIZE;
         let entries = HostOffset::new(refcounts.table_offset.value() + sector * SECTOR_SIZE);
         self.check_table_place(OverlapChecks::REFCOUNT_TABLE, entries, SECTOR_SIZE)?;
@@ -297,7 +309,7 @@ impl Meta {
             return Err(error);
         }
         refcounts.dirty_sectors.insert(sector);
-        self.guard.note(OverlapChecks::REFCOUNT_BLOCK, cluster, 1);
+        self.guard.note(OverlapChecks::REFCOUNT_BLOCK, ClusterRun::one(cluster));
         Ok(())
     }
 
@@ -315,22 +327,23 @@ impl Meta {
     }
 
     /// Goes on with another refcount table, whose blocks are all on disk and not yet in the cache.
-    pub(crate) fn adopt_table(&self, table: Vec<u64>, table_offset: HostOffset, table_clusters: u64) {
+    pub(crate) fn adopt_table(&self, table: Vec<u64>, place: ClusterRun) {
         let mut refcounts = lock(&self.refcounts);
         for &raw in &table {
             if let Ok(Some(block)) = decode_table_entry(raw, &self.geometry) {
                 self.refcount_cache.forget(block, self.geometry.cluster_size());
             }
         }
+        let (table_offset, table_clusters) = (place.offset(&self.geometry), place.count());
         let dirty_sectors = BTreeSet::new();
         *refcounts =
             Refcounts { table, table_offset, table_clusters, dirty_sectors, first_free: 0, pack: None };
     }
 
-    /// Adds one reference to each of `count` clusters from `first` on. Errors: `NoSpace` where the refcount
+    /// Adds one reference to each cluster of `run`. Errors: `NoSpace` where the refcount
     /// is at its largest value; clusters before it keep the raise.
-    pub(crate) fn raise(&self, refcounts: &Refcounts, first: u64, count: u64) -> Result<()> {
-        for cluster in first..first + count {
+    pub(crate) fn raise(&self, refcounts: &Refcounts, run: ClusterRun) -> Result<()> {
+        for cluster in run.clusters() {
             let old = self.refcount_of(refcounts, cluster)?;
             if old >= self.geometry.refcount_width().max() {
                 return Err(Error::new(
@@ -353,9 +366,9 @@ impl Meta {
     /// nobody counts, which is free already.
     pub(crate) fn lower_in(&self, refcounts: &mut Refcounts, run: Unlinked) -> Result<()> {
         let guarded = self.is_guarded(run);
-        for cluster in run.first..run.first.saturating_add(run.count) {
+        for cluster in run.clusters.clusters() {
             let old = self.refcount_of(refcounts, cluster)?;
-            let guarded = guarded && self.is_guarded(Unlinked { first: cluster, count: 1, ..run });
+            let guarded = guarded && self.is_guarded(Unlinked { clusters: ClusterRun::one(cluster), ..run });
             if guarded || old == 1 {
                 self.guard.forget(run.kinds, cluster);
             }
@@ -373,7 +386,7 @@ impl Meta {
 
     /// Whether one of the clusters of `run` holds other metadata than what was referred to.
     pub(crate) fn is_guarded(&self, run: Unlinked) -> bool {
-        self.guard.hit_by(run.kinds, run.first, run.count).is_some()
+        self.guard.hit_by(run.kinds, run.clusters).is_some()
     }
 
     /// Frees what nobody can see any more, giving the space back to the storage first where that is wanted.
@@ -394,7 +407,7 @@ impl Meta {
     /// Whether `cluster`, which held `kinds`, has one reference, and from now on no compressed stream will
     /// add another.
     fn is_last_reference(&self, cluster: u64, kinds: OverlapChecks) -> Result<bool> {
-        if self.is_guarded(Unlinked { first: cluster, count: 1, kinds }) {
+        if self.is_guarded(Unlinked { clusters: ClusterRun::one(cluster), kinds }) {
             return Ok(false);
         }
         let mut refcounts = lock(&self.refcounts);
@@ -407,15 +420,15 @@ impl Meta {
 
     /// Gives the space of those clusters back whose last reference this is. A failed discard loses nothing.
     fn discard_unshared(&self, run: Unlinked) -> Result<()> {
-        let size = self.geometry.cluster_size();
-        let (mut first, end) = (run.first, run.first + run.count);
+        let (mut first, end) = (run.clusters.first(), run.clusters.end());
         while first < end {
             let mut after = first;
             while after < end && self.is_last_reference(after, run.kinds)? {
                 after += 1;
             }
             if after > first {
-                let _ = self.storage.discard(HostOffset::new(first * size), (after - first) * size);
+                let last = ClusterRun::between(first..after);
+                let _ = self.storage.discard(last.offset(&self.geometry), last.len(&self.geometry));
             }
             first = after + 1;
         }

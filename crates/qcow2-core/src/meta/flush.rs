@@ -167,7 +167,7 @@ impl Meta {
     fn free_unlinked(&self, unlinked: Vec<Unlinked>) -> Result<()> {
         let reusable = {
             let mut pending = lock(&self.pending);
-            debug_assert!(unlinked.iter().all(|run| run.count > 0), "references to nothing");
+            debug_assert!(unlinked.iter().all(|run| !run.clusters.is_empty()), "references to nothing");
             pending.made_durable(self.operations.epoch(), unlinked);
             if pending.is_empty() {
                 return Ok(());

@@ -7,6 +7,7 @@ use super::Meta;
 use super::alloc::Refcounts;
 use super::overlap::OverlapChecks;
 use super::pending::Unlinked;
+use super::run::ClusterRun;
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::event::Event;
 use crate::rules::OrderingRule;
@@ -24,9 +25,8 @@ const MAX_TABLE_BYTES: u64 = 8 << 20;
 
 /// Where the new structures go: blocks first, the table right after them.
 struct Layout {
-    first: u64,
-    blocks: u64,
-    table_clusters: u64,
+    blocks: ClusterRun,
+    table: ClusterRun,
 }
 
 impl Meta {
@@ -35,9 +35,8 @@ impl Meta {
     /// `NoSpace`, nothing having changed.
     pub(crate) fn grow_refcount_table(&self, refcounts: &mut Refcounts, index: u64) -> Result<()> {
         let layout = self.plan_growth(refcounts, index)?;
-        let size = self.geometry.cluster_size();
-        let len = (layout.blocks + layout.table_clusters) * size;
-        self.reserve_space(HostOffset::new(layout.first * size), len)?;
+        let len = layout.blocks.len(&self.geometry) + layout.table.len(&self.geometry);
+        self.reserve_space(layout.blocks.offset(&self.geometry), len)?;
         let result = self.write_growth(refcounts, &layout);
         self.poison_on_error(result)
     }
@@ -67,48 +66,46 @@ impl Meta {
                 ),
             ));
         }
-        Ok(Layout { first, blocks, table_clusters })
+        let blocks = ClusterRun::new(first, blocks);
+        Ok(Layout { blocks, table: ClusterRun::new(blocks.end(), table_clusters) })
     }
 
     fn write_growth(&self, refcounts: &mut Refcounts, layout: &Layout) -> Result<()> {
         let _writing = lock(&self.refcount_io);
         let geometry = &self.geometry;
         let size = geometry.cluster_size();
-        let used = layout.blocks + layout.table_clusters;
+        let used = layout.blocks.count() + layout.table.count();
         let old_entries = refcounts.table.len();
         let mut table = refcounts.table.clone();
-        assert!(layout.table_clusters * size / 8 > old_entries as u64, "a refcount table that does not grow");
-        table.resize((layout.table_clusters * size / 8) as usize, 0);
-        for block in 0..layout.blocks {
-            table[old_entries + block as usize] =
-                encode_table_entry(Some(HostOffset::new((layout.first + block) * size)));
+        let entries = layout.table.len(geometry) / 8;
+        assert!(entries > old_entries as u64, "a refcount table that does not grow");
+        table.resize(entries as usize, 0);
+        for (block, entry) in layout.blocks.clusters().zip(&mut table[old_entries..]) {
+            *entry = encode_table_entry(Some(HostOffset::new(block * size)));
         }
         let (pages, runs) = self.refcount_cache.take_dirty();
         self.write_runs(OverlapChecks::REFCOUNT_BLOCK, &runs)?;
         drop(pages);
-        let place = HostOffset::new(layout.first * size);
+        let place = layout.blocks.offset(geometry);
         self.refcount_cache.forget(place, used * size);
-        let mut bytes = self_counting_blocks(geometry.refcount_width(), layout.blocks * size, used);
+        let mut bytes = self_counting_blocks(geometry.refcount_width(), layout.blocks.len(geometry), used);
         push_words(&mut bytes, table.iter().copied());
         self.event(Event::RefblockAllocWriteTable);
         self.write_table(OverlapChecks::NONE, place, &bytes)?;
         if self.rules.keep(OrderingRule::TableBeforeHeader) {
             self.storage.flush()?;
         }
-        let offset = HostOffset::new((layout.first + layout.blocks) * size);
+        let (offset, clusters) = (layout.table.offset(geometry), layout.table.count());
         self.event(Event::RefblockAllocSwitchTable);
-        self.update_header(&[HeaderField::RefcountTable { offset, clusters: layout.table_clusters as u32 }])?;
-        self.guard.note(OverlapChecks::REFCOUNT_BLOCK, layout.first, layout.blocks);
-        self.guard.note(OverlapChecks::REFCOUNT_TABLE, layout.first + layout.blocks, layout.table_clusters);
-        let old = (refcounts.table_offset.value() / size, refcounts.table_clusters);
+        self.update_header(&[HeaderField::RefcountTable { offset, clusters: clusters as u32 }])?;
+        self.guard.note(OverlapChecks::REFCOUNT_BLOCK, layout.blocks);
+        self.guard.note(OverlapChecks::REFCOUNT_TABLE, layout.table);
+        let old = refcounts.table_run(geometry);
         refcounts.table = table;
         refcounts.table_offset = offset;
-        refcounts.table_clusters = layout.table_clusters;
+        refcounts.table_clusters = clusters;
         refcounts.dirty_sectors.clear();
-        self.lower_in(
-            refcounts,
-            Unlinked { first: old.0, count: old.1, kinds: OverlapChecks::REFCOUNT_TABLE },
-        )
+        self.lower_in(refcounts, Unlinked { clusters: old, kinds: OverlapChecks::REFCOUNT_TABLE })
     }
 }
 

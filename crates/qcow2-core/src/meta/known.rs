@@ -4,6 +4,7 @@ use super::Meta;
 use super::alloc::Refcounts;
 use super::guard::MetadataMap;
 use super::overlap::OverlapChecks;
+use super::run::ClusterRun;
 use crate::error::Result;
 use crate::port::storage::Storage;
 use crate::sync::lock;
@@ -77,10 +78,9 @@ impl Noted<'_> {
         if len == 0 {
             return;
         }
-        let inside = self.geometry.in_cluster(offset.value());
-        let count = self.geometry.clusters_for(len.saturating_add(inside)).min(self.left);
-        self.left -= count;
-        self.map.insert(kind, self.geometry.host_cluster(offset).value(), count);
+        let run = ClusterRun::touched(self.geometry, offset, len).cut(self.left);
+        self.left -= run.count();
+        self.map.insert(kind, run);
     }
 
     /// Notes a table of one cluster; where there is one of its kind already, of the kind `twice` too.

@@ -6,6 +6,7 @@ use super::Meta;
 use super::overlap::OverlapChecks;
 use super::page::{Page, SECTOR_SIZE};
 use super::pending::Unlinked;
+use super::run::ClusterRun;
 use crate::error::{Error, ErrorKind, Result};
 use crate::invariant;
 use crate::port::event::Event;
@@ -187,8 +188,7 @@ impl Meta {
         }
         self.check_table_place(OverlapChecks::ACTIVE_L1, self.l1.sector_of(index), SECTOR_SIZE)?;
         let old_run = old.map(|old| Unlinked {
-            first: self.geometry.host_cluster(old).value(),
-            count: 1,
+            clusters: ClusterRun::one(self.geometry.host_cluster(old).value()),
             kinds: OverlapChecks::ACTIVE_L2,
         });
         if let Some(old) = old {
@@ -198,8 +198,7 @@ impl Meta {
         let cluster = self.allocate_metadata(OverlapChecks::ACTIVE_L2, 1)?;
         let table = cluster.offset;
         if let Err(error) = self.fill_l2_table(table, old, cluster.fresh) {
-            let kinds = OverlapChecks::ACTIVE_L2;
-            self.release(Unlinked { first: cluster.first, count: cluster.count, kinds })?;
+            self.release(Unlinked { clusters: cluster.run, kinds: OverlapChecks::ACTIVE_L2 })?;
             return Err(error);
         }
         let _open = read(&self.gate);

@@ -15,6 +15,7 @@ pub(crate) mod mapping;
 pub(crate) mod overlap;
 pub(crate) mod page;
 pub(crate) mod pending;
+pub(crate) mod run;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::inflight::{Claims, Operations};

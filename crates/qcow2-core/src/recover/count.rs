@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::meta::Meta;
 use crate::meta::overlap::OverlapChecks;
+use crate::meta::run::ClusterRun;
 use crate::open::read_words;
 use crate::walk::{Owner, Reference, Segment, SnapshotFault, TablePlace, Walk, overlay};
 use ::alloc::boxed::Box;
@@ -49,16 +50,17 @@ impl ReferenceCounts {
         })
     }
 
-    /// Counts `times` references to each of `count` clusters. Errors: `Corrupt` where they pass the end of
+    /// Counts `times` references to each cluster of `run`. Errors: `Corrupt` where they pass the end of
     /// the file: counting them would take a refcount structure as large as the tables please.
-    pub(crate) fn add(&mut self, first: u64, count: u64, times: u64) -> Result<()> {
-        let end = first.saturating_add(count);
-        if end > self.end {
+    pub(crate) fn add(&mut self, run: ClusterRun, times: u64) -> Result<()> {
+        if run.end() > self.end {
             return Err(Error::corrupt(format!(
-                "clusters {first} to {end} are in use and past the end of the file"
+                "clusters {} to {} are in use and past the end of the file",
+                run.first(),
+                run.end()
             )));
         }
-        for cluster in first..end {
+        for cluster in run.clusters() {
             let chunk = cluster >> CHUNK_BITS;
             if !self.chunks.contains_key(&chunk) && self.chunks.len() == MAX_CHUNKS {
                 return Err(Error::corrupt("image uses too many clusters to recount its refcounts"));
@@ -154,9 +156,8 @@ impl Meta {
         if len == 0 {
             return Ok(());
         }
-        let first = self.geometry.host_cluster(start).value();
-        let last = start.value().checked_add(len - 1).ok_or_else(|| Error::corrupt("a table passes 2^64"))?;
-        counts.add(first, self.geometry.host_cluster(HostOffset::new(last)).value() - first + 1, times)
+        let run = ClusterRun::of_bytes(&self.geometry, start, len);
+        counts.add(run.ok_or_else(|| Error::corrupt("a table passes 2^64"))?, times)
     }
 
     /// Counts the clusters that tables occupy, a reference for each table; returns their entries, each part
@@ -201,8 +202,8 @@ impl Meta {
 
     fn count_l2(&self, counts: &mut ReferenceCounts, table: HostOffset, times: u64) -> Result<()> {
         let size = self.geometry.cluster_size();
-        let cluster = self.geometry.host_cluster(table).value();
-        if let Some(hit) = self.guard.hit_by(OverlapChecks::L2, cluster, 1) {
+        let cluster = ClusterRun::one(self.geometry.host_cluster(table).value());
+        if let Some(hit) = self.guard.hit_by(OverlapChecks::L2, cluster) {
             // Its words are no L2 entries: counted as such they would make more damage.
             return Err(Error::corrupt(format!(
                 "an l1 entry leads to {table}, which is {}",

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::image::Image;
 use crate::meta::Meta;
 use crate::meta::overlap::OverlapChecks;
+use crate::meta::run::ClusterRun;
 use crate::sync::lock;
 use ::alloc::vec;
 use count::ReferenceCounts;
@@ -80,18 +81,20 @@ impl Meta {
     /// The clusters of the refcount structures, or `None` where the table is damaged.
     fn own_clusters(&self, table: &[u64]) -> Result<Option<ReferenceCounts>> {
         let mut own = ReferenceCounts::new(self.geometry.clusters_for(self.storage.len()?));
-        let (first, count) = {
-            let refcounts = lock(&self.refcounts);
-            (self.geometry.host_cluster(refcounts.table_offset).value(), refcounts.table_clusters)
-        };
-        if own.add(first, count, 1).is_err() {
+        let table_run = lock(&self.refcounts).table_run(&self.geometry);
+        if own.add(table_run, 1).is_err() {
             return Ok(None);
         }
         for &raw in table.iter().filter(|&&raw| raw != 0) {
             match decode_table_entry(raw, &self.geometry) {
                 Ok(None) => {}
-                Ok(Some(block)) if own.add(self.geometry.host_cluster(block).value(), 1, 1).is_ok() => {}
-                _ => return Ok(None),
+                Ok(Some(block)) => {
+                    let block = ClusterRun::one(self.geometry.host_cluster(block).value());
+                    if own.add(block, 1).is_err() {
+                        return Ok(None);
+                    }
+                }
+                Err(_) => return Ok(None),
             }
         }
         Ok(Some(own))
@@ -107,14 +110,15 @@ impl Meta {
             let needed = self.needed(first + blocks + table);
             (blocks, table) = (needed.0.max(blocks), needed.1.max(table));
         }
-        let place = HostOffset::new(first * size);
-        let table_offset = HostOffset::new((first + blocks) * size);
+        let blocks = ClusterRun::new(first, blocks);
+        let table = ClusterRun::new(blocks.end(), table);
+        let table_offset = table.offset(&self.geometry);
         let width = self.geometry.refcount_width();
-        for block in 0..blocks {
+        for (index, block) in (0u64..).zip(blocks.clusters()) {
             let mut words = vec![0u64; (size / 8) as usize];
             for slot in 0..per_block {
-                let cluster = block * per_block + slot;
-                let own = (first..first + blocks + table).contains(&cluster);
+                let cluster = index * per_block + slot;
+                let own = (first..table.end()).contains(&cluster);
                 let count = counts.of(cluster) + u64::from(own);
                 self.check_fits(count)?;
                 if count > 0 {
@@ -122,17 +126,17 @@ impl Meta {
                     *word = width.insert(*word, slot, count);
                 }
             }
-            let at = HostOffset::new(place.value() + block * size);
-            self.write_words(OverlapChecks::NONE, at, &words)?;
+            self.write_words(OverlapChecks::NONE, HostOffset::new(block * size), &words)?;
         }
-        let mut entries = vec![0u64; (table * size / 8) as usize];
-        for (block, entry) in (0..blocks).zip(&mut entries) {
-            *entry = encode_table_entry(Some(HostOffset::new(place.value() + block * size)));
+        let mut entries = vec![0u64; (table.len(&self.geometry) / 8) as usize];
+        for (block, entry) in blocks.clusters().zip(&mut entries) {
+            *entry = encode_table_entry(Some(HostOffset::new(block * size)));
         }
         self.write_words(OverlapChecks::NONE, table_offset, &entries)?;
         self.storage.flush()?;
-        self.update_header(&[HeaderField::RefcountTable { offset: table_offset, clusters: table as u32 }])?;
-        self.adopt_table(entries, table_offset, table);
+        let clusters = table.count() as u32;
+        self.update_header(&[HeaderField::RefcountTable { offset: table_offset, clusters }])?;
+        self.adopt_table(entries, table);
         self.learn_metadata()?;
         Ok(())
     }

@@ -17,6 +17,7 @@ use crate::meta::bulk::Tree;
 use crate::meta::known::MAX_L1_UNASKED;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
 use crate::open::read_words;
 use crate::port::disk::GuestDisk;
 use crate::rules::OrderingRule;
@@ -248,15 +249,15 @@ impl Image {
     fn check_apart(&self, table: &Table) -> Result<()> {
         let run = |snapshot: &Snapshot| {
             let len = u64::from(snapshot.l1_size) * 8;
-            self.meta.table_run(OverlapChecks::INACTIVE_L1, snapshot.l1_table_offset, len)
+            ClusterRun::touched(&self.meta.geometry, snapshot.l1_table_offset, len)
         };
-        let mut runs: Vec<Unlinked> = table.snapshots.iter().map(run).filter(|run| run.count > 0).collect();
-        runs.sort_unstable_by_key(|run| run.first);
-        match runs.windows(2).find(|pair| pair[0].first + pair[0].count > pair[1].first) {
+        let mut runs: Vec<_> = table.snapshots.iter().map(run).filter(|run| !run.is_empty()).collect();
+        runs.sort_unstable_by_key(|run| run.first());
+        match runs.windows(2).find(|pair| pair[0].end() > pair[1].first()) {
             None => Ok(()),
             Some(pair) => Err(self.meta.mark_corrupt(format!(
                 "two snapshots have their l1 tables in host cluster {}",
-                pair[1].first
+                pair[1].first()
             ))),
         }
     }

@@ -7,6 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
 use crate::port::storage::Storage;
 use crate::rules::OrderingRule;
 use crate::sync::lock;
@@ -99,13 +100,12 @@ impl Meta {
 
     /// The clusters of a table of `kinds` with `len` bytes at `offset`, which is cluster aligned.
     pub(crate) fn table_run(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Unlinked {
-        let (first, count) = (self.geometry.host_cluster(offset).value(), self.geometry.clusters_for(len));
-        Unlinked { first, count, kinds }
+        Unlinked { clusters: ClusterRun::touched(&self.geometry, offset, len), kinds }
     }
 
     /// Gives clusters up that nothing names any more; [`check_owner`](Self::check_owner) came before.
     pub(crate) fn unlink(&self, run: Unlinked) {
-        if run.count > 0 {
+        if !run.clusters.is_empty() {
             lock(&self.pending).push(run);
         }
     }

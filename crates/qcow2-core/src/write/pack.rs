@@ -4,9 +4,11 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
+use crate::inflight::touched_clusters;
 use crate::meta::Meta;
 use crate::meta::mapping::L2Place;
 use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
 use crate::port::event::Event;
 use crate::sync::lock;
 use ::alloc::format;
@@ -28,8 +30,8 @@ impl Image {
     pub(crate) fn pack_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
         self.check_streams(streams)?;
         let (Some((first, _)), Some((last, _))) = (streams.first(), streams.last()) else { return Ok(()) };
-        let cluster = |offset: &GuestOffset| self.meta.geometry.guest_cluster(*offset).value();
-        let _claim = self.meta.claims.claim(cluster(first), cluster(last) + 1);
+        let len = last.value().saturating_sub(first.value()) + 1;
+        let _claim = self.meta.claims.claim(touched_clusters(&self.meta.geometry, *first, len));
         let mut packed = Vec::with_capacity(streams.len());
         let reserved =
             streams.iter().try_for_each(|&(offset, stream)| self.reserve_stream(offset, stream, &mut packed));
@@ -157,7 +159,7 @@ impl Meta {
         if start >= end || self.refcount_of(&refcounts, first)? == 0 {
             return Ok(None);
         }
-        match self.raise(&refcounts, first, 1) {
+        match self.raise(&refcounts, ClusterRun::one(first)) {
             Ok(()) => Ok(Some((start, end))),
             Err(error) if error.kind() == ErrorKind::NoSpace => Ok(None),
             Err(error) => Err(error),
@@ -176,7 +178,7 @@ impl Meta {
             self.set_pack(start + len, end + size);
             return Ok(Some(HostOffset::new(start)));
         }
-        self.release(Unlinked::data(first, 1))?;
+        self.release(Unlinked::data(ClusterRun::one(first)))?;
         Ok(None)
     }
 

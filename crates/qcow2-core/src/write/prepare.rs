@@ -7,11 +7,12 @@ use super::cow::{ClusterEdges, ranges_to_copy};
 use super::plan::{WriteKind, WritePlan, kept_subclusters, plan_write, touched, written_entry};
 use crate::error::Result;
 use crate::image::Image;
-use crate::inflight::Claim;
+use crate::inflight::{Claim, touched_clusters};
 use crate::invariant;
 use crate::meta::mapping::L2Place;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
 use crate::port::disk::GuestDisk;
 use crate::port::event::Event;
 use crate::port::storage::StorageErrorKind;
@@ -82,19 +83,16 @@ impl Image {
     pub(crate) fn prepare(&self, offset: GuestOffset, len: u64) -> Result<Prepared<'_>> {
         let geometry = &self.meta.geometry;
         let len = len.min(MAX_RUN - geometry.in_cluster(offset.value()));
-        let cluster_of = |at: u64| geometry.guest_cluster(GuestOffset::new(at)).value();
-        let first = cluster_of(offset.value());
         let run = self.meta.lookup(offset, len)?;
         if let Place::Data { copied: true, .. } = run.place {
-            let claim = self.meta.claims.share(first, cluster_of(offset.value() + run.len - 1) + 1);
+            let claim = self.meta.claims.share(touched_clusters(geometry, offset, run.len));
             // Asked again, now that the answer cannot change any more.
             let run = self.meta.lookup(offset, run.len)?;
             if let Place::Data { host, copied: true } = run.place {
                 return self.prepare_in_place(host, run.len, claim);
             }
         }
-        let last = cluster_of(offset.value() + len - 1);
-        let claim = self.meta.claims.claim(first, last + 1);
+        let claim = self.meta.claims.claim(touched_clusters(geometry, offset, len));
         let place = self.meta.writable_place(offset)?;
         let entry = |i| self.meta.entry(&place, i, offset);
         let plan = plan_write(&self.meta.l2_format, offset, len, place.entries(), entry)?;
@@ -155,10 +153,10 @@ impl Image {
             }
             WriteKind::Allocate => {
                 let reserved = self.meta.allocate(plan.clusters)?;
-                plan.clusters = reserved.count;
-                let room = reserved.count * geometry.cluster_size() - geometry.in_cluster(offset.value());
+                plan.clusters = reserved.run.count();
+                let room = reserved.run.len(geometry) - geometry.in_cluster(offset.value());
                 plan.len = plan.len.min(room);
-                (reserved.offset, Some(Unlinked::data(reserved.first, reserved.count)), reserved.fresh)
+                (reserved.offset, Some(Unlinked::data(reserved.run)), reserved.fresh)
             }
         };
         let old = (0..plan.clusters).map(|i| self.meta.entry(&place, i, offset)).collect::<Result<_>>();
@@ -238,9 +236,7 @@ impl Image {
             L2Entry::Standard(cluster) => (cluster.host?, geometry.cluster_size()),
             L2Entry::Compressed(stream) => (stream.host, stream.len),
         };
-        let first = geometry.host_cluster(start).value();
-        let last = geometry.host_cluster(HostOffset::new(start.value() + len.max(1) - 1)).value();
-        Some(Unlinked::data(first, last - first + 1))
+        Some(Unlinked::data(ClusterRun::touched(geometry, start, len.max(1))))
     }
 }
 

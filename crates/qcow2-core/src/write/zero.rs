@@ -4,6 +4,7 @@
 use super::plan::{ZeroKind, ZeroPlan, mask, plan_zero};
 use crate::error::Result;
 use crate::image::Image;
+use crate::inflight::touched_clusters;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
 use crate::port::disk::GuestDisk;
@@ -50,8 +51,7 @@ impl Image {
     /// it that is under way may be about to uncover bytes which an earlier write left in the same host
     /// cluster.
     fn stays_zero(&self, range: GuestRange) -> Result<bool> {
-        let cluster = self.meta.geometry.guest_cluster(range.start()).value();
-        let _claim = self.meta.claims.claim(cluster, cluster + 1);
+        let _claim = self.meta.claims.claim(touched_clusters(&self.meta.geometry, range.start(), 1));
         self.reads_zero(range)
     }
 
@@ -101,9 +101,8 @@ impl Image {
         let format = &self.meta.l2_format;
         let (geometry, size) = (&format.geometry, format.geometry.cluster_size());
         let inside = geometry.in_cluster(offset.value());
-        let first = geometry.guest_cluster(offset).value();
         let wanted = geometry.clusters_for(inside + len).min(MAX_CLUSTERS);
-        let claim = self.meta.claims.claim(first, first + wanted);
+        let claim = self.meta.claims.claim(touched_clusters(geometry, offset, wanted * size - inside));
         let place = self.meta.writable_place(offset)?;
         let count = wanted.min(place.entries());
         let backing = self.backing.is_some() || self.backing_unopened;
@@ -165,9 +164,9 @@ impl Image {
         if !self.meta.discard_freed || self.meta.has_data_file() || !self.crypt.is_plain() {
             return;
         }
-        let size = self.meta.geometry.cluster_size();
+        let geometry = &self.meta.geometry;
         for run in emptied.iter().filter(|run| !self.meta.is_guarded(**run)) {
-            let _ = self.meta.storage.discard(HostOffset::new(run.first * size), run.count * size);
+            let _ = self.meta.storage.discard(run.clusters.offset(geometry), run.clusters.len(geometry));
         }
     }
 

@@ -16,13 +16,12 @@ pub(crate) use tree::Tree;
 use super::Meta;
 use super::alloc::Refcounts;
 use super::overlap::OverlapChecks;
+use super::run::ClusterRun;
 use crate::error::{Error, Result};
 use crate::rules::OrderingRule;
 use crate::sync::{MutexGuard, lock};
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;
-use ::alloc::vec::Vec;
-use qcow2_format::HostOffset;
 use window::{Spans, Window};
 
 /// The refcounts while a bulk change goes on: nobody else touches them, in memory or on disk.
@@ -62,7 +61,7 @@ impl Meta {
     }
 
     fn raised<'a>(&self, tree: &Tree, mut window: Window<'a>) -> Result<Window<'a>> {
-        self.for_each_run(tree, &mut |run, times| window.raise(run.first, run.count, times))?;
+        self.for_each_run(tree, &mut |run, times| window.raise(run.clusters, times))?;
         Ok(window)
     }
 
@@ -105,7 +104,7 @@ impl Meta {
         };
         before.map_or(Ok(()), |unlink| unlink())?;
         touched.extend(marked);
-        let mut freed = Vec::new();
+        let mut freed = None;
         for &span in &touched {
             let mut window = match only.take() {
                 Some(window) if touched.len() == 1 => window,
@@ -116,13 +115,13 @@ impl Meta {
             }
             window.store()?;
             self.storage.flush()?;
-            window.for_each_freed(&mut |first, count| self.give_back_freed(first, count, &mut freed));
+            window.for_each_freed(&mut |run| self.give_back_freed(run, &mut freed));
         }
         after.map_or(Ok(()), |unlink| unlink())?;
         self.forget_tables();
         self.expanded.clear();
         held.refcounts.pack = None;
-        if let Some(&lowest) = freed.iter().min() {
+        if let Some(lowest) = freed {
             held.refcounts.first_free = held.refcounts.first_free.min(lowest);
         }
         Ok(())
@@ -154,7 +153,7 @@ impl Meta {
     fn lowered<'a>(&self, tree: &Tree, mut window: Window<'a>) -> Result<Window<'a>> {
         let lowered = self.for_each_run(tree, &mut |run, times| {
             self.check_owner(run)?;
-            window.lower(run.first, run.count, times)
+            window.lower(run.clusters, times)
         });
         lowered?;
         window.check_places()?;
@@ -168,13 +167,10 @@ impl Meta {
     }
 
     /// A freed run: no longer metadata, and the storage may have its space. A failed discard loses nothing.
-    fn give_back_freed(&self, first: u64, count: u64, lowest: &mut Vec<u64>) {
-        if lowest.first().is_none_or(|&so_far| first < so_far) {
-            *lowest = ::alloc::vec![first];
-        }
-        (first..first + count).for_each(|cluster| self.guard.forget(OverlapChecks::L2, cluster));
-        let size = self.geometry.cluster_size();
-        let _ = self.storage.discard(HostOffset::new(first * size), count * size);
+    fn give_back_freed(&self, run: ClusterRun, lowest: &mut Option<u64>) {
+        *lowest = Some(lowest.map_or(run.first(), |so_far| so_far.min(run.first())));
+        run.clusters().for_each(|cluster| self.guard.forget(OverlapChecks::L2, cluster));
+        let _ = self.storage.discard(run.offset(&self.geometry), run.len(&self.geometry));
     }
 
     /// Which windows `tree` has references in.
@@ -185,7 +181,7 @@ impl Meta {
         let mut touched = BTreeSet::new();
         let per_block = self.geometry.refcount_block_entries();
         self.for_each_run(tree, &mut |run, _| {
-            let (first, last) = (run.first, run.first + run.count - 1);
+            let (first, last) = (run.clusters.first(), run.clusters.end() - 1);
             if last / per_block >= refcounts.table.len() as u64 {
                 return Err(uncounted(last));
             }

@@ -5,6 +5,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
 use ::alloc::format;
 use ::alloc::vec::Vec;
 use qcow2_format::l1::L1Entry;
@@ -58,16 +59,14 @@ impl Meta {
     ) -> Result<()> {
         let geometry = self.geometry;
         for &(offset, times) in &tree.tables {
-            let first = geometry.host_cluster(offset).value();
-            visit(Unlinked { first, count: 1, kinds: OverlapChecks::L2 }, times)?;
+            let clusters = ClusterRun::one(geometry.host_cluster(offset).value());
+            visit(Unlinked { clusters, kinds: OverlapChecks::L2 }, times)?;
         }
         self.for_each_table(tree, &mut |table, times, bytes| {
             let mut result = Ok(());
             self.l2_format.scan(bytes, |item| {
                 if result.is_ok() {
-                    result = self.visit_item(table, item, &mut |first, count| {
-                        visit(Unlinked::data(first, count), times)
-                    });
+                    result = self.visit_item(table, item, &mut |run| visit(Unlinked::data(run), times));
                 }
             });
             result.map(|()| false)
@@ -78,16 +77,16 @@ impl Meta {
         &self,
         table: HostOffset,
         item: L2Item,
-        visit: &mut dyn FnMut(u64, u64) -> Result<()>,
+        visit: &mut dyn FnMut(ClusterRun) -> Result<()>,
     ) -> Result<()> {
         let geometry = &self.geometry;
         match item {
-            L2Item::Clusters { host, count, .. } => visit(geometry.host_cluster(host).value(), count),
+            L2Item::Clusters { host, count, .. } => {
+                visit(ClusterRun::new(geometry.host_cluster(host).value(), count))
+            }
             L2Item::Compressed { stream, .. } => {
-                let first = geometry.host_cluster(stream.host).value();
-                let last = stream.host.checked_add(stream.len.max(1) - 1);
-                let last = last.ok_or_else(|| Error::corrupt("a compressed stream passes 2^64"))?;
-                visit(first, geometry.host_cluster(last).value() - first + 1)
+                let run = ClusterRun::of_bytes(geometry, stream.host, stream.len.max(1));
+                visit(run.ok_or_else(|| Error::corrupt("a compressed stream passes 2^64"))?)
             }
             L2Item::Fault { fault: L2Fault::ReservedBits | L2Fault::CompressedCopied, .. } => Ok(()),
             L2Item::Fault { index, fault, raw } => {
@@ -133,8 +132,8 @@ impl Meta {
             let mut result = Ok(());
             self.l2_format.scan(bytes, |item| {
                 if let (true, L2Item::Clusters { index, host, count, copied }) = (result.is_ok(), item) {
-                    let first = geometry.host_cluster(host).value();
-                    result = window.mismatches(first, count, copied, &mut |at| {
+                    let run = ClusterRun::new(geometry.host_cluster(host).value(), count);
+                    result = window.mismatches(run, copied, &mut |at| {
                         wrong.push(L2Index::new(index.value() + at));
                     });
                 }

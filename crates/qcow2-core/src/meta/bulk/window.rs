@@ -7,6 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::meta::Meta;
 use crate::meta::alloc::Refcounts;
 use crate::meta::overlap::OverlapChecks;
+use crate::meta::run::ClusterRun;
 use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
@@ -86,10 +87,10 @@ struct Block {
 }
 
 impl Window<'_> {
-    /// Adds `times` to the counts of those of the `count` clusters from `first` on that are in the window.
-    pub(super) fn raise(&mut self, first: u64, count: u64, times: u64) -> Result<()> {
+    /// Adds `times` to the counts of those clusters of `run` that are in the window.
+    pub(super) fn raise(&mut self, run: ClusterRun, times: u64) -> Result<()> {
         let width = self.width;
-        self.change(first, count, |block, slots, base| {
+        self.change(run, |block, slots, base| {
             block.raise(width, slots, times).map_err(|(slot, old)| match old {
                 0 => uncounted(base + slot),
                 _ => Error::new(
@@ -105,20 +106,19 @@ impl Window<'_> {
     }
 
     /// Takes `times` from those counts.
-    pub(super) fn lower(&mut self, first: u64, count: u64, times: u64) -> Result<()> {
+    pub(super) fn lower(&mut self, run: ClusterRun, times: u64) -> Result<()> {
         let width = self.width;
-        self.change(first, count, |block, slots, base| {
+        self.change(run, |block, slots, base| {
             block.lower(width, slots, times).map_err(|slot| uncounted(base + slot))
         })
     }
 
     fn change(
         &mut self,
-        first: u64,
-        count: u64,
+        run: ClusterRun,
         mut change: impl FnMut(&mut Block, Range<u64>, u64) -> Result<()>,
     ) -> Result<()> {
-        let (mut at, end) = (first.max(self.clusters.start), (first + count).min(self.clusters.end));
+        let (mut at, end) = (run.first().max(self.clusters.start), run.end().min(self.clusters.end));
         while at < end {
             let base = at - at % self.per_block;
             let stop = end.min(base + self.per_block);
@@ -139,18 +139,17 @@ impl Window<'_> {
         Ok(width.extract(self.block(cluster)?.words[width.word_index(slot)], slot))
     }
 
-    /// Visits those of the `count` clusters from `first` on that the window holds and whose count says
-    /// otherwise than `copied`, as distances from `first`. What no block counts is passed over: by now the
+    /// Visits those clusters of `run` that the window holds and whose count says otherwise than `copied`, as
+    /// distances from its first. What no block counts is passed over: by now the
     /// change that this is the end of has happened, and must not fail because of something else that is
     /// damaged.
     pub(super) fn mismatches(
         &mut self,
-        first: u64,
-        count: u64,
+        run: ClusterRun,
         copied: bool,
         visit: &mut dyn FnMut(u64),
     ) -> Result<()> {
-        let (mut at, end) = (first.max(self.clusters.start), (first + count).min(self.clusters.end));
+        let (mut at, end) = (run.first().max(self.clusters.start), run.end().min(self.clusters.end));
         let (width, per_block) = (self.width, self.per_block);
         while at < end {
             let base = at - at % per_block;
@@ -166,7 +165,7 @@ impl Window<'_> {
             for cluster in at..stop {
                 let slot = cluster - base;
                 if (width.extract(words[width.word_index(slot)], slot) == 1) != copied {
-                    visit(cluster - first);
+                    visit(cluster - run.first());
                 }
             }
             at = stop;
@@ -220,24 +219,21 @@ impl Window<'_> {
     }
 
     /// The runs of clusters whose counts have become zero, in order.
-    pub(super) fn for_each_freed(&self, visit: &mut dyn FnMut(u64, u64)) {
-        let mut run: Option<Range<u64>> = None;
+    pub(super) fn for_each_freed(&self, visit: &mut dyn FnMut(ClusterRun)) {
+        let mut run = ClusterRun::NONE;
         for (index, block) in (self.first_block..).zip(&self.blocks) {
             let Some(block) = block else { continue };
             for slot in block.freed_slots() {
-                let cluster = index * self.per_block + slot;
-                match &mut run {
-                    Some(run) if run.end == cluster => run.end += 1,
-                    other => {
-                        if let Some(done) = other.replace(cluster..cluster + 1) {
-                            visit(done.start, done.end - done.start);
-                        }
-                    }
+                let cluster = ClusterRun::one(index * self.per_block + slot);
+                if run.is_empty() {
+                    run = cluster;
+                } else if !run.join(cluster) {
+                    visit(core::mem::replace(&mut run, cluster));
                 }
             }
         }
-        if let Some(run) = run {
-            visit(run.start, run.end - run.start);
+        if !run.is_empty() {
+            visit(run);
         }
     }
 }
