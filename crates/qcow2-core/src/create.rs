@@ -132,7 +132,8 @@ impl Image {
     /// [`create`] takes; otherwise as [`create`] and [`open`](Self::open).
     ///
     /// ```
-    /// use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat, OpenOptions, ResolvedSource};
+    /// use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat};
+    /// use qcow2_core::{OpenOptions, ResolvedSource};
     /// use qcow2_io::MemoryStorage;
     /// use std::sync::Arc;
     ///

@@ -56,7 +56,7 @@ const fn today(figure: &'static str, place: &'static str, today: usize) -> Exemp
 
 /// How many exemptions there are. Lower it with the list; never raise it.
 #[cfg(test)]
-const CEILING: usize = 19;
+const CEILING: usize = 16;
 
 /// The exemptions. They only shrink: one that is not needed any more, or that is a tenth too high, is a
 /// finding itself.
@@ -64,16 +64,13 @@ pub(super) const EXEMPT: &[Exemption] = &[
     today("cli-lines", "qcow2-cli", 14_077),
     today("cli-share", "qcow2-cli", 32),
     today("circle", "qcow2-cli", 25),
-    today("circle", "qcow2-core", 4),
     today("circle", "qcow2-crypt", 4),
     today("fields", "qcow2-cli::Raw", 23),
     today("fields", "qcow2-cli::Request", 26),
-    today("fields", "qcow2-core::Meta", 28),
     today("fields", "qcow2-format::Header", 18),
     today("assertions", "qcow2-core", 340),
     today("long-lines", "pages", 1),
     today("long-lines", "qcow2-cli", 32),
-    today("long-lines", "qcow2-core", 4),
     today("long-lines", "qcow2-crypt", 1),
     today("long-lines", "qcow2-format", 9),
     today("long-lines", "qcow2-io", 1),

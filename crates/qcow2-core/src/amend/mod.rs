@@ -11,7 +11,6 @@ mod width;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::port::disk::GuestDisk;
-use crate::sync::atomic::Ordering;
 use crate::sync::write;
 use ::alloc::string::String;
 use core::ops::ControlFlow;
@@ -49,7 +48,7 @@ impl Image {
     pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         let mut header = self.header();
         if let Some(lazy) = change.lazy_refcounts {
             if lazy && header.version < Version::V3 {
@@ -72,7 +71,7 @@ impl Image {
         if header == self.header() {
             return Ok(());
         }
-        self.meta.switch_header(header)
+        self.header.switch_to(header)
     }
 
     /// Makes a version 2 image a version 3 one, and ends its use. Disk: a snapshot table whose entries say
@@ -81,23 +80,23 @@ impl Image {
     pub fn upgrade(&self) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         if self.header().version >= Version::V3 {
             return Ok(());
         }
         if self.header().nb_snapshots > 0 {
             self.rewrite_snapshot_table()?;
         }
-        self.meta.settle()?;
+        self.flusher.settle()?;
         let mut header = self.header();
         header.version = Version::V3;
-        self.meta.switch_header(header)?;
+        self.header.switch_to(header)?;
         self.end_use();
         Ok(())
     }
 
     /// Nothing is changed through this image any more: it is not what it was.
     fn end_use(&self) {
-        self.meta.poisoned.store(true, Ordering::Release);
+        self.file.poison();
     }
 }

@@ -203,7 +203,9 @@ mod tests {
         #[test]
         fn bits_of_larger_disks(
             size in 1..60_000_000u64,
-            marks in proptest::collection::vec((0..60_000_000u64, prop_oneof![1..5000u64, 1..30_000_000u64]), 0..6),
+            marks in proptest::collection::vec(
+                (0..60_000_000u64, prop_oneof![1..5000u64, 1..30_000_000u64]), 0..6
+            ),
             granularity_bits in 9..20u8,
             cluster_bits in 9..13u32,
         ) {

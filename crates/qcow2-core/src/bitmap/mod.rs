@@ -122,7 +122,7 @@ impl Image {
     pub fn enable_bitmap(&self, name: &[u8], enable: bool) -> Result<()> {
         self.change_bitmaps(|state| {
             let index = state.usable(name)?;
-            if enable && self.meta.changing.load(Ordering::Acquire) {
+            if enable && self.header.is_changing() {
                 // It records from now on, so it must not be enabled where its bits cannot be there.
                 self.loaded(state, index)?;
             }
@@ -156,11 +156,11 @@ impl Image {
 
     fn change_bitmaps(&self, change: impl FnOnce(&mut State) -> Result<()>) -> Result<()> {
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         let mut state = self.known_bitmaps()?;
         change(&mut state)?;
         state.changed = true;
-        if self.meta.changing.load(Ordering::Acquire) {
+        if self.header.is_changing() {
             // Others may have become enabled: their bits must be there before the next change.
             self.start_recording(&mut state)?;
         }
@@ -170,7 +170,7 @@ impl Image {
     fn known_bitmaps(&self) -> Result<crate::sync::RwLockWriteGuard<'_, State>> {
         let mut state = write(&self.bitmaps.state);
         if !state.known {
-            let entries = read_bitmaps(&*self.meta.storage, &self.header())?;
+            let entries = read_bitmaps(self.file.storage(), &self.header())?;
             *state = State::new(entries.into_iter().map(Live::new).collect());
         }
         Ok(state)
@@ -190,7 +190,7 @@ impl Image {
 
     fn judge_tables(&self, state: &mut State) -> Result<()> {
         if !state.judged {
-            check_bitmaps(&*self.meta.storage, &self.header())?;
+            check_bitmaps(self.file.storage(), &self.header())?;
             state.judged = true;
         }
         Ok(())
@@ -200,7 +200,7 @@ impl Image {
     /// cannot be read makes all of them untrusted. Errors: `NoSpace` where they are sound and have no room in
     /// memory: they stay as they are, and so does everything else. `Storage`.
     pub(crate) fn begin_change(&self) -> Result<()> {
-        if self.meta.changing.load(Ordering::Acquire) {
+        if self.header.is_changing() {
             return Ok(());
         }
         if self.header().trusted_bitmaps().is_some() {
@@ -209,7 +209,7 @@ impl Image {
                 Err(error) if error.storage_error().is_none() && error.kind() != ErrorKind::NoSpace => {
                     self.bitmaps.recording.store(false, Ordering::Release);
                     *write(&self.bitmaps.state) = State::new(Vec::new());
-                    self.meta.distrust_bitmaps()?;
+                    self.header.distrust_bitmaps()?;
                 }
                 other => other?,
             }
@@ -218,7 +218,7 @@ impl Image {
             let mut state = self.known_bitmaps()?;
             self.start_recording(&mut state)?;
         }
-        self.meta.changing.store(true, Ordering::Release);
+        self.header.set_changing(true);
         Ok(())
     }
 
@@ -260,7 +260,7 @@ impl Image {
         // All of them are replaced in the end: what cannot be given up then is refused before the size
         // changes.
         let header = self.header();
-        let old = read_bitmaps(&*self.meta.storage, &header)?;
+        let old = read_bitmaps(self.file.storage(), &header)?;
         self.replaced_bitmaps(&header, &old, &State::default())?;
         self.mark_in_use(&mut state, |_| true)?;
         state.live.iter_mut().for_each(|live| live.changed = true);

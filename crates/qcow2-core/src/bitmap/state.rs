@@ -104,7 +104,8 @@ impl Bitmaps {
     pub(super) fn no_room(&self, name: &[u8]) -> Error {
         let (name, memory) = (text(name), self.memory);
         let message = format!(
-            "bitmap '{name}' does not fit: the bits of an image's bitmaps may take {memory} bytes of memory in all"
+            "bitmap '{name}' does not fit: the bits of an image's bitmaps may take {memory} bytes of memory \
+             in all"
         );
         Error::new(ErrorKind::NoSpace, message)
     }

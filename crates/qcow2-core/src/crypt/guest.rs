@@ -17,7 +17,7 @@ impl Image {
     /// Reads stored guest bytes: those of guest byte `guest` and after it are at `host` and after it.
     pub(crate) fn read_encrypted(&self, guest: GuestOffset, host: HostOffset, buf: &mut [u8]) -> Result<()> {
         let cipher = self.crypt.cipher()?;
-        let data = self.meta.data()?;
+        let data = self.file.data()?;
         // Host and guest place of a sector are equally far from its start.
         read_sectors(guest.value(), buf, |at, sectors| {
             let host = HostOffset::new(host.value() + at - guest.value());
@@ -47,7 +47,7 @@ impl Image {
             sealed.copy_from_slice(part);
             self.seal(GuestOffset::new(at), prepared.host, &mut sealed)?;
             let batch = [(prepared, &sealed[..])];
-            let moved = move_data(&**self.meta.data()?, &batch);
+            let moved = move_data(&**self.file.data()?, &batch);
             let [(prepared, _)] = batch;
             self.scratch.give(sealed);
             moved?;

@@ -1,23 +1,17 @@
-//! Which host clusters hold metadata, and the questions that come before any of them is written over or
-//! freed.
+//! Which host clusters hold metadata. [`Tables`](super::tables::Tables) asks here before any of them is
+//! written over or freed.
 //!
 //! Invariant I5: metadata overlaps nothing. On a damaged image it does: a mapping may point at a refcount
 //! block, an L1 entry at the refcount table. What tables say is therefore never believed against this map. It
 //! knows the tables that header, L1 and refcount table named when the image was opened, and every table that
 //! the engine has placed since; a cluster leaves it only when the table that was there is freed as such.
 
-use super::Meta;
 use super::overlap::OverlapChecks;
-use super::pending::Unlinked;
 use super::run::ClusterRun;
-use crate::error::Result;
-use crate::invariant;
-use crate::sync::{Rank, RwLock, lock, read, write};
+use crate::sync::{Rank, RwLock, read, write};
 use ::alloc::boxed::Box;
 use ::alloc::collections::BTreeMap;
-use ::alloc::format;
 use core::ops::Range;
-use qcow2_format::HostOffset;
 
 /// A metadata cluster that is in the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,66 +68,6 @@ impl Guard {
     /// The first cluster of `run` that holds any other metadata than `own`.
     pub(crate) fn hit_by(&self, own: OverlapChecks, run: ClusterRun) -> Option<Hit> {
         read(&self.map).first_of(OverlapChecks::ALL.without(own), run)
-    }
-}
-
-impl Meta {
-    /// Refuses guest data that would land on metadata: the mapping that leads there is damaged.
-    pub(crate) fn check_data_place(&self, offset: HostOffset, len: u64) -> Result<()> {
-        if self.has_data_file() {
-            return Ok(());
-        }
-        match self.guard.hit_by_data(ClusterRun::touched(&self.geometry, offset, len)) {
-            None => Ok(()),
-            Some(Hit { cluster, kinds }) => Err(self.mark_corrupt(format!(
-                "guest data is mapped to host cluster {cluster}, which holds {}",
-                kinds.text()
-            ))),
-        }
-    }
-
-    /// Refuses a table of `kinds` that would land on other metadata. Asked before anything depends on the
-    /// table, and again by [`write_table`](Self::write_table).
-    pub(crate) fn check_table_place(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Result<()> {
-        match self.guard.hit_by(kinds, ClusterRun::touched(&self.geometry, offset, len)) {
-            None => Ok(()),
-            Some(Hit { cluster, kinds: other }) => Err(self.mark_corrupt(format!(
-                "{} at {offset} takes host cluster {cluster}, which holds {}",
-                kinds.text(),
-                other.text()
-            ))),
-        }
-    }
-
-    /// Writes a piece of a table of `kinds` to the image file: the one way for every table but the header.
-    /// Errors: `Corrupt` where other metadata is in the way, nothing having been written; `Storage`,
-    /// `NoSpace`.
-    pub(crate) fn write_table(&self, kinds: OverlapChecks, offset: HostOffset, bytes: &[u8]) -> Result<()> {
-        invariant::may_write(self.writable);
-        invariant::table_words(offset, bytes.len());
-        self.check_table_place(kinds, offset, bytes.len() as u64)?;
-        Ok(self.storage.write_at(offset, bytes)?)
-    }
-
-    /// [`check_owner`](Self::check_owner), and that the refcounts of `run` can be changed: a procedure that
-    /// ends with giving it up must not fail there. Disk: may read refcount blocks.
-    pub(crate) fn check_freeable(&self, run: Unlinked) -> Result<()> {
-        self.check_owner(run)?;
-        let refcounts = lock(&self.refcounts);
-        run.clusters.clusters().try_for_each(|cluster| self.check_counting(&refcounts, cluster))
-    }
-
-    /// Refuses to give up clusters that hold other metadata than what is said to be there. Asked before a
-    /// procedure unlinks them, so that it fails while nothing has changed.
-    pub(crate) fn check_owner(&self, run: Unlinked) -> Result<()> {
-        match self.guard.hit_by(run.kinds, run.clusters) {
-            None => Ok(()),
-            Some(Hit { cluster, kinds }) => Err(self.mark_corrupt(format!(
-                "{} is said to be in host cluster {cluster}, which holds {}",
-                run.kinds.text(),
-                kinds.text()
-            ))),
-        }
     }
 }
 

@@ -7,6 +7,7 @@ use super::overlap::OverlapChecks;
 use super::run::ClusterRun;
 use crate::invariant;
 use ::alloc::vec::Vec;
+use qcow2_format::{Geometry, HostOffset};
 
 /// References to drop: one from each of some host clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +19,16 @@ pub(crate) struct Unlinked {
 }
 
 impl Unlinked {
+    /// The reference to a table of `kinds` with `len` bytes at `offset`, a multiple of the cluster size.
+    pub(crate) fn table(geometry: &Geometry, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Self {
+        Self { clusters: ClusterRun::touched(geometry, offset, len), kinds }
+    }
+
+    /// The reference to a table of one cluster.
+    pub(crate) fn one(geometry: &Geometry, kinds: OverlapChecks, table: HostOffset) -> Self {
+        Self { clusters: ClusterRun::one(geometry.host_cluster(table).value()), kinds }
+    }
+
     /// References to guest data.
     pub(crate) fn data(clusters: ClusterRun) -> Self {
         Self { clusters, kinds: OverlapChecks::NONE }

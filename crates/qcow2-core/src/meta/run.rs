@@ -15,8 +15,8 @@ impl ClusterRun {
     /// No clusters at all.
     pub(crate) const NONE: Self = Self { first: 0, count: 0 };
 
-    /// `count` clusters from number `first` on. A cluster number is a host offset divided by at least 512, and
-    /// so is the count of clusters in any number of bytes: no content of a file makes their sum pass 2^64.
+    /// `count` clusters from number `first` on. Both are numbers of bytes divided by at least 512, so that no
+    /// content of a file makes their sum pass 2^64.
     pub(crate) fn new(first: u64, count: u64) -> Self {
         assert!(first.checked_add(count).is_some(), "{count} clusters from cluster {first} on");
         Self { first, count }

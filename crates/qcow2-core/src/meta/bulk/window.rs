@@ -2,12 +2,10 @@
 //!
 //! Invariant I1: no count goes below the number of references, because each drop stands for one that is gone.
 
-use super::uncounted;
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::Meta;
-use crate::meta::alloc::Refcounts;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;
+use crate::meta::tables::Tables;
 use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
@@ -19,6 +17,11 @@ use qcow2_format::{Geometry, HostOffset};
 /// Bytes of refcount blocks in memory at most (but always one block): enough for a disk of 1 TiB as it is
 /// made by default.
 const WINDOW_BYTES: u64 = 48 << 20;
+
+/// The error where something is referred to that no refcount counts.
+pub(super) fn uncounted(cluster: u64) -> Error {
+    Error::corrupt(format!("host cluster {cluster} is in use but its refcount is 0"))
+}
 
 /// How the refcount table is cut into windows.
 pub(super) struct Spans {
@@ -45,7 +48,8 @@ impl Spans {
     }
 
     /// Window `number`, no block of which has been read yet.
-    pub(super) fn window<'a>(&self, meta: &'a Meta, refcounts: &'a Refcounts, number: u64) -> Window<'a> {
+    pub(super) fn window<'a>(&self, tables: &'a Tables, table: &'a [u64], number: u64) -> Window<'a> {
+        let geometry = tables.file().geometry();
         let first_block = number * self.blocks_per_window;
         let len = self.table_entries.saturating_sub(first_block).min(self.blocks_per_window);
         // With one window nothing lies outside, so that a cluster past the table is noticed.
@@ -54,10 +58,10 @@ impl Spans {
             _ => number * self.clusters_per_window..(number + 1) * self.clusters_per_window,
         };
         Window {
-            meta,
-            table: &refcounts.table,
-            per_block: meta.geometry.refcount_block_entries(),
-            width: meta.geometry.refcount_width(),
+            tables,
+            table,
+            per_block: geometry.refcount_block_entries(),
+            width: geometry.refcount_width(),
             clusters,
             first_block,
             blocks: (0..len).map(|_| None).collect(),
@@ -67,7 +71,8 @@ impl Spans {
 
 /// The counts of a range of clusters.
 pub(super) struct Window<'a> {
-    meta: &'a Meta,
+    tables: &'a Tables,
+    /// The raw entries of the refcount table.
     table: &'a [u64],
     per_block: u64,
     width: RefcountWidth,
@@ -182,13 +187,14 @@ impl Window<'_> {
             .ok_or_else(|| uncounted(cluster))?;
         if place.is_none() {
             let raw = self.table.get(index as usize).copied().unwrap_or(0);
-            let offset = decode_table_entry(raw, &self.meta.geometry)
+            let offset = decode_table_entry(raw, self.tables.file().geometry())
                 .map_err(|e| {
                     Error::corrupt(format!("refcount table entry {index} is damaged")).with_source(e)
                 })?
                 .ok_or_else(|| uncounted(cluster))?;
-            let mut bytes = vec![0; self.meta.geometry.cluster_size() as usize];
-            self.meta.storage.read_padded(offset, &mut bytes)?;
+            let file = self.tables.file();
+            let mut bytes = vec![0; file.geometry().cluster_size() as usize];
+            file.storage().read_padded(offset, &mut bytes)?;
             let words = words(&bytes).collect();
             *place = Some(Block { offset, words, dirty: false, freed: Vec::new() });
         }
@@ -198,22 +204,21 @@ impl Window<'_> {
     /// Makes sure that the changed blocks can be written: none takes the place of other metadata. Errors:
     /// `Corrupt`.
     pub(super) fn check_places(&self) -> Result<()> {
-        let size = self.meta.geometry.cluster_size();
+        let size = self.tables.file().geometry().cluster_size();
         let mut changed = self.blocks.iter().flatten().filter(|block| block.dirty);
-        changed.try_for_each(|block| {
-            self.meta.check_table_place(OverlapChecks::REFCOUNT_BLOCK, block.offset, size)
-        })
+        changed
+            .try_for_each(|block| self.tables.check_place(OverlapChecks::REFCOUNT_BLOCK, block.offset, size))
     }
 
     /// Writes the changed blocks, in host order.
     pub(super) fn store(&self) -> Result<()> {
         let mut changed: Vec<&Block> = self.blocks.iter().flatten().filter(|block| block.dirty).collect();
         changed.sort_by_key(|block| block.offset);
-        let mut bytes = Vec::with_capacity(self.meta.geometry.cluster_size() as usize);
+        let mut bytes = Vec::with_capacity(self.tables.file().geometry().cluster_size() as usize);
         for block in changed {
             bytes.clear();
             push_words(&mut bytes, block.words.iter().copied());
-            self.meta.write_table(OverlapChecks::REFCOUNT_BLOCK, block.offset, &bytes)?;
+            self.tables.write(OverlapChecks::REFCOUNT_BLOCK, block.offset, &bytes)?;
         }
         Ok(())
     }

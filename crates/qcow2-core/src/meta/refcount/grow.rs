@@ -3,12 +3,11 @@
 //! Order on disk: changed refcount blocks, the new blocks, the new table; barrier; the header; barrier. Only
 //! then is the old table free.
 
-use super::Meta;
-use super::alloc::Refcounts;
-use super::overlap::OverlapChecks;
-use super::pending::Unlinked;
-use super::run::ClusterRun;
+use super::{RefcountStore, Refcounts};
 use crate::error::{Error, ErrorKind, Result};
+use crate::meta::overlap::OverlapChecks;
+use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
 use crate::port::event::Event;
 use crate::rules::OrderingRule;
 use crate::sync::lock;
@@ -29,20 +28,20 @@ struct Layout {
     table: ClusterRun,
 }
 
-impl Meta {
+impl RefcountStore {
     /// Makes the refcount table long enough for entry `index` and gives the new places refcounts. The new
     /// structures lie where no block of the old table reaches, so that they count themselves. Errors: also
     /// `NoSpace`, nothing having changed.
-    pub(crate) fn grow_refcount_table(&self, refcounts: &mut Refcounts, index: u64) -> Result<()> {
+    pub(super) fn grow_table(&self, refcounts: &mut Refcounts, index: u64) -> Result<()> {
         let layout = self.plan_growth(refcounts, index)?;
-        let len = layout.blocks.len(&self.geometry) + layout.table.len(&self.geometry);
-        self.reserve_space(layout.blocks.offset(&self.geometry), len)?;
+        let len = layout.blocks.len(self.geometry()) + layout.table.len(self.geometry());
+        self.file.reserve_space(layout.blocks.offset(self.geometry()), len)?;
         let result = self.write_growth(refcounts, &layout);
-        self.poison_on_error(result)
+        self.file.poison_on_error(result)
     }
 
     fn plan_growth(&self, refcounts: &Refcounts, index: u64) -> Result<Layout> {
-        let geometry = &self.geometry;
+        let geometry = self.geometry();
         let (cluster_size, per_block) = (geometry.cluster_size(), geometry.refcount_block_entries());
         let old_entries = refcounts.table.len() as u64;
         let first = old_entries * per_block;
@@ -71,8 +70,8 @@ impl Meta {
     }
 
     fn write_growth(&self, refcounts: &mut Refcounts, layout: &Layout) -> Result<()> {
-        let _writing = lock(&self.refcount_io);
-        let geometry = &self.geometry;
+        let _writing = lock(&self.io);
+        let geometry = self.geometry();
         let size = geometry.cluster_size();
         let used = layout.blocks.count() + layout.table.count();
         let old_entries = refcounts.table.len();
@@ -83,23 +82,23 @@ impl Meta {
         for (block, entry) in layout.blocks.clusters().zip(&mut table[old_entries..]) {
             *entry = encode_table_entry(Some(HostOffset::new(block * size)));
         }
-        let (pages, runs) = self.refcount_cache.take_dirty();
-        self.write_runs(OverlapChecks::REFCOUNT_BLOCK, &runs)?;
+        let (pages, runs) = self.cache.take_dirty();
+        self.tables.write_runs(OverlapChecks::REFCOUNT_BLOCK, &runs)?;
         drop(pages);
         let place = layout.blocks.offset(geometry);
-        self.refcount_cache.forget(place, used * size);
+        self.cache.forget(place, used * size);
         let mut bytes = self_counting_blocks(geometry.refcount_width(), layout.blocks.len(geometry), used);
         push_words(&mut bytes, table.iter().copied());
-        self.event(Event::RefblockAllocWriteTable);
-        self.write_table(OverlapChecks::NONE, place, &bytes)?;
-        if self.rules.keep(OrderingRule::TableBeforeHeader) {
-            self.storage.flush()?;
+        self.file.event(Event::RefblockAllocWriteTable);
+        self.tables.write(OverlapChecks::NONE, place, &bytes)?;
+        if self.file.keeps(OrderingRule::TableBeforeHeader) {
+            self.file.flush()?;
         }
         let (offset, clusters) = (layout.table.offset(geometry), layout.table.count());
-        self.event(Event::RefblockAllocSwitchTable);
-        self.update_header(&[HeaderField::RefcountTable { offset, clusters: clusters as u32 }])?;
-        self.guard.note(OverlapChecks::REFCOUNT_BLOCK, layout.blocks);
-        self.guard.note(OverlapChecks::REFCOUNT_TABLE, layout.table);
+        self.file.event(Event::RefblockAllocSwitchTable);
+        self.header.update(&[HeaderField::RefcountTable { offset, clusters: clusters as u32 }])?;
+        self.tables.guard().note(OverlapChecks::REFCOUNT_BLOCK, layout.blocks);
+        self.tables.guard().note(OverlapChecks::REFCOUNT_TABLE, layout.table);
         let old = refcounts.table_run(geometry);
         refcounts.table = table;
         refcounts.table_offset = offset;
