@@ -39,6 +39,8 @@ impl SectorLock {
 
     /// What a change of `range` holds while it is made.
     pub(crate) fn hold(&self, range: GuestRange) -> Hold<'_> {
+        // A part of a sector is read, changed and encrypted as a whole: two such changes at once would undo
+        // each other. Changes of whole sectors read nothing and need not wait for each other.
         let whole = |offset: GuestOffset| offset.value().is_multiple_of(CIPHER_SECTOR);
         if whole(range.start()) && whole(range.end()) {
             Hold::Shared(read(&self.partial))
@@ -162,6 +164,7 @@ pub(crate) fn write_sectors(
 /// Bytes from `at` on that are whole sectors, or else lie within one.
 fn piece_len(at: u64, len: usize) -> usize {
     let size = CIPHER_SECTOR as usize;
+    debug_assert!(len > 0, "a piece of nothing at {at:#x}");
     let inside = (at % CIPHER_SECTOR) as usize;
     match inside {
         0 if len >= size => len - len % size,

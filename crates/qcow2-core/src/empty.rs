@@ -1,4 +1,4 @@
-//! Making a layer say nothing: every byte then comes from below.
+//! Dropping all allocations of an overlay: every byte then comes from the backing file.
 //!
 //! Order on disk: the emptied L1 table; barrier; then nothing but header, L1 table and refcount structure is
 //! in use, and counts only go down: refcount table entries of blocks that are not needed; barrier; the blocks
@@ -71,7 +71,11 @@ impl Image {
         let l1_run = ClusterRun::touched(self.file.geometry(), l1_offset, l1.len() as u64 * 8);
         used.extend(l1_run.clusters().chain(table_run.clusters()));
         let blocks = self.blocks_for(&mut used, &table)?;
+        let per_block = self.file.geometry().refcount_block_entries();
+        debug_assert!(used.iter().all(|cluster| blocks.contains_key(&(cluster / per_block))), "{used:?}");
         self.check_places(l1_run, table_run, &blocks)?;
+        // The links go first: a crash after this leaves clusters counted that nothing refers to, which is a
+        // leak. The other way round it would leave links to clusters that count as free.
         self.tables.write_words(OverlapChecks::ACTIVE_L1, l1_offset, &vec![0; l1.len()])?;
         self.file.flush()?;
         self.mapping().replace_l1(l1_offset, vec![0; l1.len()]);
@@ -82,6 +86,7 @@ impl Image {
                 (*entry, changed) = (encode_table_entry(None), true);
             }
         }
+        // Entries before blocks: a block that an entry on disk still leads to must keep its content.
         if changed {
             self.tables.write_words(OverlapChecks::REFCOUNT_TABLE, table_offset, &table)?;
             self.file.flush()?;
@@ -128,7 +133,7 @@ impl Image {
         Ok(blocks)
     }
 
-    /// Writes the blocks anew: a count of one for the clusters in `used`.
+    /// Overwrites the blocks: a count of one for the clusters in `used`.
     fn write_blocks(&self, blocks: &Blocks, used: &BTreeSet<u64>) -> Result<()> {
         let (per_block, width) =
             (self.file.geometry().refcount_block_entries(), self.file.geometry().refcount_width());

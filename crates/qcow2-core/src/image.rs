@@ -108,7 +108,10 @@ impl Image {
         if self.header.is_changing() {
             self.pad_file()?;
         }
+        // Bitmaps after everything that they record, warnings after everything that they warn of.
         self.flusher.settle()?;
+        // Nobody else is in an operation, so nothing could still be seen by one.
+        debug_assert!(self.refcounts.is_settled(), "clusters wait to be freed when the image is closed");
         self.store_bitmaps()?;
         self.header.retract_warnings()?;
         self.file.poison();
@@ -153,7 +156,7 @@ impl Image {
         Ok(range)
     }
 
-    /// What this layer says from `range.start()` on. The caller runs inside an operation.
+    /// What this layer has from `range.start()` on. The caller runs inside an operation.
     pub(crate) fn extent_of(&self, range: GuestRange) -> Result<DiskExtent> {
         let run = self.mapping().lookup(range.start(), range.len())?;
         let plain = self.crypt.is_plain();
@@ -174,6 +177,7 @@ impl Image {
     ) -> Result<()> {
         let range = self.check_change(start, len)?;
         {
+            // Held to the end of the change and let go before the flush, which may wait for others.
             let _structure = read(&self.structure);
             let _operation = self.flusher.enter();
             let _sectors = self.crypt.hold(range);

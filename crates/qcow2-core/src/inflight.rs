@@ -1,5 +1,5 @@
-//! Who is in the middle of something: operations that may hold an old mapping, and guest clusters whose
-//! mapping is being changed.
+//! What is under way: operations that may hold an old mapping, and guest clusters whose mapping is being
+//! changed.
 //!
 //! Invariant I3: a cluster that was unlinked in epoch `e` is handed out again only in epoch `e + 2` or later,
 //! and the epoch moves on only when no operation of the one before is left.
@@ -37,6 +37,8 @@ impl Operations {
             let epoch = self.epoch.load(Ordering::SeqCst);
             let active = &self.active[(epoch & 1) as usize];
             active.fetch_add(1, Ordering::SeqCst);
+            // Read again: between the load and the count the epoch may have moved on twice, and then nobody
+            // would wait for this operation.
             if self.epoch.load(Ordering::SeqCst) == epoch {
                 return Operation { active };
             }
@@ -54,6 +56,8 @@ impl Operations {
     pub(crate) fn advance(&self) -> u64 {
         for _ in 0..2 {
             let epoch = self.epoch.load(Ordering::SeqCst);
+            // The next epoch reuses the counter of the one before: its operations must have ended, since they
+            // may still look at what was unlinked in it.
             if self.active[((epoch + 1) & 1) as usize].load(Ordering::SeqCst) != 0 {
                 break;
             }
@@ -128,6 +132,8 @@ impl Claims {
         debug_assert!(range.clusters.start < range.clusters.end, "a claim of nothing");
         let mut held = lock(&self.held);
         while held.ranges.iter().any(meets) {
+            // Woken by every release, wanted or not: claims are few and short, a queue for each is not worth
+            // its cost.
             held.waiting += 1;
             held = wait(&self.released, held);
             held.waiting -= 1;

@@ -30,7 +30,7 @@ use crate::sync::atomic::AtomicU64;
 use crate::sync::{LockOwner, Rank, RwLock};
 use ::alloc::sync::Arc;
 use ::alloc::vec;
-use qcow2_format::feature::AutoclearFeatures;
+use qcow2_format::feature::{AutoclearFeatures, IncompatibleFeatures};
 use qcow2_format::header::CompressionType;
 use qcow2_format::header::SECTOR_LEN;
 use qcow2_format::{Geometry, Header, HostOffset, Version};
@@ -41,10 +41,11 @@ const MAX_PAGE: u64 = 64 << 10;
 const SMALL_PAGE: u64 = 4 << 10;
 
 impl Image {
-    /// Opens an image and, as `options` say, what it names. Disk: reads header and tables; opened for
-    /// writing, clears unknown autoclear bits and, where the image was not closed cleanly, counts its
-    /// refcounts anew. Errors: `Format` for bytes that are no such image, `Unsupported` for unknown features,
-    /// `Corrupt` for an image marked so that is to be written, `Encrypted`, `Resolve`, `Chain`, `Storage`.
+    /// Opens an image and those of the files it names that `options` ask for. Disk: reads header and tables;
+    /// opened for writing, clears unknown autoclear bits and, where the image was not closed cleanly,
+    /// recounts its refcounts. Errors: `Format` for bytes that are no such image, `Unsupported` for unknown
+    /// features, `Corrupt` for an image marked so that is to be written, `Encrypted`, `Resolve`, `Chain`,
+    /// `Storage`.
     ///
     /// Spec: "Header", "Header extensions".
     pub fn open(source: ResolvedSource, options: &OpenOptions) -> Result<Arc<Self>> {
@@ -173,6 +174,8 @@ fn build_parts(
     options: &OpenOptions,
 ) -> Result<Parts> {
     let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
+    // Unknown ones were an error of the parser's: what it lets through must be what this engine knows (I6).
+    assert!(header.incompatible_features.unknown() == IncompatibleFeatures::NONE, "{header:?}");
     let l2_format = header.l2_format().map_err(bad)?;
     let file = Arc::new(ImageFile::new(l2_format, Arc::clone(&source.storage), data, options));
     let (geometry, storage) = (file.geometry(), file.storage());
@@ -185,7 +188,7 @@ fn build_parts(
         (Refcounts::default(), MetadataMap::default())
     };
     let l2_cache = l2_cache(&header, geometry, options);
-    // Who only reads has no use for refcounts; a chain may have a thousand such layers.
+    // A reader has no use for refcounts, and a chain may have a thousand layers that are only read.
     let refcount_bytes = match options.writable {
         true => options.refcount_cache_size.unwrap_or(DEFAULT_REFCOUNT_CACHE),
         false => 0,

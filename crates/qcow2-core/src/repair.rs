@@ -1,14 +1,13 @@
-//! Repair on request: refcounts as the tables say, copied flags as the refcounts say, and then no mark of
-//! damage.
+//! Repair on request: refcounts from the tables, copied flags from the refcounts, and then the marks of
+//! damage are cleared.
 //!
 //! Nothing here touches what the guest sees. Order on disk: refcounts, barrier; copied flags, barrier; the
-//! header's marks. A crash leaves an image that wants a repair as before, but less.
+//! header's marks. A crash leaves an image that still needs repair, with fewer errors left.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::file::read_words;
 use crate::meta::overlap::OverlapChecks;
-use crate::meta::pending::Unlinked;
 use crate::sync::write;
 use ::alloc::format;
 use qcow2_format::l1::L1Entry;
@@ -16,9 +15,9 @@ use qcow2_format::l2::{ClusterEntry, L2Entry};
 use qcow2_format::{HostOffset, L1Index};
 
 impl Image {
-    /// Makes refcounts what the tables say they should be, all of them or (`only_lower`) those that are too
-    /// high. The image was opened for repair. Errors: `Corrupt` where tables are damaged, so that nothing may
-    /// be concluded from them, nothing having changed; `Unsupported` where only lowering cannot do;
+    /// Makes refcounts the number of references in the tables, all of them or (`only_lower`) those that are
+    /// too high. The image was opened for repair. Errors: `Corrupt` where tables are damaged, so that nothing
+    /// may be concluded from them, nothing having changed; `Unsupported` where only lowering cannot do;
     /// `ReadOnly`, `Poisoned`, `Storage`. Spec: "Refcount blocks".
     pub fn repair_refcounts(&self, only_lower: bool) -> Result<()> {
         let _alone = write(&self.structure);
@@ -100,7 +99,7 @@ impl Image {
     /// Whether a table of `kinds` has its clusters for itself: no other metadata is known there, and their
     /// refcounts are the `times` that it is named. One that is higher counts another owner, who may be right.
     fn is_certain(&self, kinds: OverlapChecks, table: HostOffset, len: u64, times: u64) -> Result<bool> {
-        let run = Unlinked::table(self.file.geometry(), kinds, table, len);
+        let run = self.tables.run_of(kinds, table, len);
         if self.tables.guard().hit_by(kinds, run.clusters).is_some() {
             return Ok(false);
         }

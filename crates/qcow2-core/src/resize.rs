@@ -7,7 +7,6 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::overlap::OverlapChecks;
-use crate::meta::pending::Unlinked;
 use crate::port::disk::GuestDisk;
 use crate::port::event::Event;
 use crate::sync::atomic::Ordering;
@@ -74,6 +73,8 @@ impl Image {
     fn grow(&self, old: u64, size: u64) -> Result<()> {
         self.cover_with_l1(size)?;
         self.size.store(size, Ordering::Release);
+        // The size is in memory first, because zeroing asks for ranges inside the disk, and on disk last: a
+        // crash in between leaves the old size.
         let result = self.zero_new_area(old, size).and_then(|()| self.flusher.flush());
         if result.is_err() {
             self.size.store(old, Ordering::Release);
@@ -111,13 +112,9 @@ impl Image {
     fn move_l1(&self, entries: u64) -> Result<()> {
         self.flusher.flush()?;
         let (old_offset, mut table) = self.mapping().l1_contents();
-        let old_run = Unlinked::table(
-            self.file.geometry(),
-            OverlapChecks::ACTIVE_L1,
-            old_offset,
-            table.len() as u64 * 8,
-        );
+        let old_run = self.tables.run_of(OverlapChecks::ACTIVE_L1, old_offset, table.len() as u64 * 8);
         self.refcounts.check_freeable(old_run)?;
+        assert!(entries > table.len() as u64, "an l1 table moves to have {entries} entries, and has them");
         table.resize(entries as usize, 0);
         let clusters = self.file.geometry().clusters_for(entries * 8);
         let place = self.refcounts.allocate_with_space(OverlapChecks::ACTIVE_L1, clusters)?;
@@ -146,6 +143,7 @@ impl Image {
             }
             // What is left then ends with a piece, and so with a cluster.
             let first = ((end - 1) / piece * piece).max(start);
+            assert!(first < end, "shrinking makes no progress at {end:#x}");
             self.forget_clusters(between(first, end))?;
             self.flusher.flush_if_pressed()?;
             end = first;

@@ -15,7 +15,9 @@ impl Image {
     /// Where the machine's state begins: a guest offset at or behind the end of the disk.
     pub fn vm_state_offset(&self) -> u64 {
         let covered = self.file.geometry().l2_coverage();
-        self.size().div_ceil(covered).saturating_mul(covered)
+        let offset = self.size().div_ceil(covered).saturating_mul(covered);
+        debug_assert!(offset >= self.size(), "a machine's state at {offset:#x} is inside the disk");
+        offset
     }
 
     /// Fills `buf` with the state from its byte `offset` on; what was never written reads as zeroes. Disk:

@@ -56,7 +56,7 @@ const fn today(figure: &'static str, place: &'static str, today: usize) -> Exemp
 
 /// How many exemptions there are. Lower it with the list; never raise it.
 #[cfg(test)]
-const CEILING: usize = 16;
+const CEILING: usize = 15;
 
 /// The exemptions. They only shrink: one that is not needed any more, or that is a tenth too high, is a
 /// finding itself.
@@ -68,7 +68,6 @@ pub(super) const EXEMPT: &[Exemption] = &[
     today("fields", "qcow2-cli::Raw", 23),
     today("fields", "qcow2-cli::Request", 26),
     today("fields", "qcow2-format::Header", 18),
-    today("assertions", "qcow2-core", 340),
     today("long-lines", "pages", 1),
     today("long-lines", "qcow2-cli", 32),
     today("long-lines", "qcow2-crypt", 1),

@@ -1,9 +1,9 @@
 //! Version 2 again: no zero flag, no features, no bitmaps.
 //!
-//! Order on disk: in every L2 table, snapshots' included, each zero cluster becomes what version 2 can say:
-//! unallocated without a backing file, zeroes that are written otherwise; their refcounts and bytes, barrier,
-//! the table, barrier. Then the header. Then what only bitmaps used is free. Until the header changes, the
-//! image is a version 3 image with the same disk.
+//! Order on disk: in every L2 table, snapshots' included, each zero cluster becomes what version 2 has for
+//! it: unallocated without a backing file, zeroes that are written otherwise; their refcounts and bytes,
+//! barrier, the table, barrier. Then the header. Then what only bitmaps used is free. Until the header
+//! changes, the image is a version 3 image with the same disk.
 
 use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
@@ -111,7 +111,7 @@ impl Image {
         Ok(false)
     }
 
-    /// Every L2 table once, whoever refers to it.
+    /// Every L2 table once, however often it is referred to.
     fn all_l2_tables(&self) -> Result<BTreeSet<HostOffset>> {
         let mut tables = BTreeSet::new();
         l2_tables_of(self.file.geometry(), &self.mapping().l1_contents().1, &mut tables)?;
@@ -173,6 +173,7 @@ impl Image {
                 }
                 None => ClusterEntry::UNALLOCATED,
             };
+            debug_assert!(new.zero == 0, "version 2 has no zero flag");
             let encoded = self.file.l2_format().encode(&L2Entry::Standard(new));
             *word = encoded.ok_or_else(|| Error::new(ErrorKind::NoSpace, "host offset is too large"))?.0;
             changed = true;

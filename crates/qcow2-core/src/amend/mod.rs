@@ -2,8 +2,8 @@
 //!
 //! Each change is prepared on disk, made durable, and then comes true with one sector of the header; a crash
 //! leaves the image before it or after it. What the open image knows of itself (the width of refcounts,
-//! whether there is a zero flag) may be of the past afterwards: such a call ends the use of the image, and
-//! whoever goes on opens it anew.
+//! whether there is a zero flag) is stale after such calls: they end the use of the image, and the caller who
+//! goes on opens it again.
 
 mod downgrade;
 mod width;
@@ -17,8 +17,8 @@ use core::ops::ControlFlow;
 use qcow2_format::Version;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures};
 
-/// Told how many of how many steps are done; says whether to go on. Who stops finds the image as it was, or
-/// still on its way, with the same disk.
+/// Called with the number of steps done and the number of all steps; returns whether to go on. A caller that
+/// stops finds the image as it was, or partly changed with the same guest content.
 pub type AmendProgress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
 
 /// The error of a caller that stopped.

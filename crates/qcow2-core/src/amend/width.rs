@@ -1,4 +1,4 @@
-//! Another width of refcounts: every block anew, in the new width, behind everything in use.
+//! Another width of refcounts: every block written again in the new width, behind everything in use.
 //!
 //! Order on disk: the new blocks, which count themselves and no longer the old ones, and the new table;
 //! barrier; the header's width and table in one sector; barrier. The places of the old structure are free

@@ -57,6 +57,7 @@ impl Bits {
             let end = self.tree.next(first, false).unwrap_or(self.tree.count());
             bit = end;
             let start = first * granularity;
+            debug_assert!(first < end && start < self.size, "marks from {start:#x} on, past the disk's end");
             Some((start, (end * granularity).min(self.size) - start))
         })
     }

@@ -1,8 +1,8 @@
 //! Persistent bitmaps: which parts of the disk were changed since somebody looked.
 //!
 //! Enabled bitmaps are marked before anything is written. On disk they are marked as in use before the first
-//! change, and stored anew when the image is closed: a crash in between leaves them in use, which says that
-//! their bits mean nothing. So a bitmap may be lost, but never lies. Spec: "Bitmaps".
+//! change, and stored again when the image is closed: a crash in between leaves them in use, which means that
+//! their bits are invalid. So a bitmap may be lost, but never lies. Spec: "Bitmaps".
 //!
 //! The bits in memory have a limit for all bitmaps of an image. A bitmap is neither lost nor made coarser
 //! because of it while somebody can still decide: what is to record and does not fit makes the first change
@@ -226,6 +226,8 @@ impl Image {
         self.load_all(state, Live::records)?;
         state.live.iter_mut().filter(|live| live.records()).for_each(|live| live.changed = true);
         self.mark_in_use(state, |live| live.records())?;
+        let lost = |live: &Live| live.records() && live.bits.is_none();
+        assert!(!state.live.iter().any(lost), "a bitmap records changes without its bits");
         let records = state.live.iter().any(Live::records);
         self.bitmaps.recording.store(records, Ordering::Release);
         Ok(())

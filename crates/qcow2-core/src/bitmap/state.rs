@@ -60,6 +60,7 @@ impl State {
         for (index, live) in self.live.iter().enumerate() {
             self.by_name.entry(live.entry.name.clone()).or_insert(index);
         }
+        debug_assert!(self.by_name.len() <= self.live.len(), "a name without a bitmap");
     }
 
     pub(super) fn position(&self, name: &[u8]) -> Option<usize> {

@@ -195,6 +195,7 @@ impl Image {
             let written = self.tables.write(OverlapChecks::BITMAP_DIRECTORY, place, bytes);
             self.file.poison_on_error(written)?;
         }
+        // Durable before the first change: after a crash the old bits would otherwise pass for complete.
         if !sectors.is_empty() && self.file.keeps(OrderingRule::WarningBeforeChange) {
             self.file.poison_on_error(self.file.flush())?;
         }
@@ -228,6 +229,7 @@ impl Image {
         self.header.set_bitmaps_extension(new.extension)?;
         // Should the image be changed once more, they are in use again first.
         self.header.set_changing(false);
+        // Only now: until the header has switched, the old directory is what a crash would leave.
         freed.into_iter().for_each(|run| self.refcounts.unlink(run));
         state.live.iter_mut().for_each(|live| (live.changed, live.marked) = (false, false));
         state.changed = false;
@@ -297,6 +299,7 @@ impl Image {
                 };
                 table[index as usize] = entry.encode();
             }
+            assert!(places.next().is_none(), "bitmap {index} has room for more bits than it has");
             let bytes = table_bytes(table);
             self.tables.write(OverlapChecks::BITMAP_DIRECTORY, live.entry.table_offset, &bytes)?;
         }
@@ -304,6 +307,7 @@ impl Image {
             let at = extension.directory_offset;
             self.tables.write(OverlapChecks::BITMAP_DIRECTORY, at, &new.directory)?;
         }
+        // The header's extension makes the new directory count, with everything that it leads to.
         if self.file.keeps(OrderingRule::BitmapsBeforeHeader) {
             self.file.flush()?;
         }
@@ -342,7 +346,7 @@ impl Image {
     }
 
     fn bitmap_run(&self, offset: HostOffset, len: u64) -> Unlinked {
-        Unlinked::table(self.file.geometry(), OverlapChecks::BITMAP_DIRECTORY, offset, len)
+        self.tables.run_of(OverlapChecks::BITMAP_DIRECTORY, offset, len)
     }
 }
 

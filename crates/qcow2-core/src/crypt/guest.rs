@@ -43,6 +43,7 @@ impl Image {
             let wanted = (rest.len() as u64).min(PIECE - at % PIECE);
             let prepared = self.prepare(GuestOffset::new(at), wanted)?;
             let (part, next) = rest.split_at(prepared.len as usize);
+            assert!(!part.is_empty(), "writing at {at:#x} makes no progress");
             let mut sealed = self.scratch.take_exact(part.len());
             sealed.copy_from_slice(part);
             self.seal(GuestOffset::new(at), prepared.host, &mut sealed)?;
@@ -62,6 +63,10 @@ impl Image {
     pub(crate) fn seal(&self, guest: GuestOffset, host: HostOffset, sectors: &mut [u8]) -> Result<()> {
         if !self.crypt.is_plain() {
             let cipher = self.crypt.cipher()?;
+            debug_assert!(
+                (guest.value() | sectors.len() as u64).is_multiple_of(CIPHER_SECTOR),
+                "parts of sectors are encrypted"
+            );
             cipher.encrypt(number(cipher, guest, host), sectors);
         }
         Ok(())
@@ -75,6 +80,7 @@ fn read_sealed(
     (guest, host): (GuestOffset, HostOffset),
     sectors: &mut [u8],
 ) -> Result<()> {
+    debug_assert!(sectors.len().is_multiple_of(CIPHER_SECTOR as usize), "parts of sectors are decrypted");
     data.read_padded(host, sectors)?;
     cipher.decrypt(number(cipher, guest, host), sectors);
     Ok(())

@@ -6,6 +6,7 @@
 //! either; reads go on.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::invariant;
 use crate::open::OpenOptions;
 use crate::port::event::{Event, Events};
 use crate::port::storage::{Storage, StorageErrorKind};
@@ -152,6 +153,7 @@ impl ImageFile {
 
     /// Has the storage reserve space for tables of `len` bytes, where it can. Errors: `NoSpace`, `Storage`.
     pub(crate) fn reserve_space(&self, tables: HostOffset, len: u64) -> Result<()> {
+        invariant::may_write(self.writable);
         match self.storage.allocate(tables, len) {
             Err(error) if error.kind() != StorageErrorKind::Unsupported => Err(error.into()),
             _ => Ok(()),
@@ -166,6 +168,7 @@ impl ImageFile {
         let packed = packed.is_some_and(|start| geometry.align_down(start) == geometry.align_down(len));
         let unit = if packed { sector } else { geometry.subcluster_size() };
         if !len.is_multiple_of(unit) && self.storage.limits().growable {
+            invariant::may_write(self.writable);
             self.storage.set_len(len.next_multiple_of(unit))?;
         }
         Ok(())
@@ -194,5 +197,6 @@ pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) 
         storage.read_padded(HostOffset::new(offset.value() + done), bytes)?;
         words.extend(qcow2_format::bytes::words(bytes));
     }
+    debug_assert_eq!(words.len() as u64, count, "a table of another length than asked for");
     Ok(words)
 }

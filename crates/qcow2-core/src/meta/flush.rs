@@ -77,6 +77,7 @@ impl Flusher {
     /// Makes every change durable whose call returned before this one. Errors: `Storage`, `NoSpace`; a
     /// failure poisons the image.
     pub(crate) fn flush(&self) -> Result<()> {
+        // Read before waiting: a round that begins later sees everything this caller has done.
         let seen = self.rounds.load(Ordering::SeqCst);
         let _flushing = lock(&self.flushing);
         if self.rounds.load(Ordering::SeqCst) > seen {
@@ -123,6 +124,8 @@ impl Flusher {
                 self.file.flush()?;
             }
         }
+        // After the links are durable: what they replaced could otherwise be used again while the disk still
+        // leads to it (I3).
         if self.file.keeps(OrderingRule::UnlinkBeforeFree) {
             self.free_unlinked(links.unlinked)?;
         }
@@ -137,6 +140,7 @@ impl Flusher {
 
     /// Step 3: everything written so far is durable, guest data included.
     fn barrier(&self, links_follow: bool) -> Result<()> {
+        // The data file too: entries that are written next lead to bytes in it (I2).
         if let Some(data) = self.file.data_file() {
             data.flush()?;
         }

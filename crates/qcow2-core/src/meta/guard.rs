@@ -2,12 +2,13 @@
 //! written over or freed.
 //!
 //! Invariant I5: metadata overlaps nothing. On a damaged image it does: a mapping may point at a refcount
-//! block, an L1 entry at the refcount table. What tables say is therefore never believed against this map. It
+//! block, an L1 entry at the refcount table. Entries are therefore never believed against this map. It
 //! knows the tables that header, L1 and refcount table named when the image was opened, and every table that
 //! the engine has placed since; a cluster leaves it only when the table that was there is freed as such.
 
 use super::overlap::OverlapChecks;
 use super::run::ClusterRun;
+use crate::invariant;
 use crate::sync::{Rank, RwLock, read, write};
 use ::alloc::boxed::Box;
 use ::alloc::collections::BTreeMap;
@@ -45,11 +46,13 @@ impl Guard {
 
     /// Notes that the clusters of `run` hold metadata of `kinds`.
     pub(crate) fn note(&self, kinds: OverlapChecks, run: ClusterRun) {
+        debug_assert!(kinds != OverlapChecks::NONE, "{run:?} are noted as nothing");
         write(&self.map).insert(kinds, run);
     }
 
     /// Notes that `cluster` no longer holds metadata of `kinds`: it was freed as such.
     pub(crate) fn forget(&self, kinds: OverlapChecks, cluster: u64) {
+        invariant::not_the_header(kinds, cluster);
         if kinds != OverlapChecks::NONE && self.kinds_at(cluster).any_of(kinds) {
             write(&self.map).remove(kinds, cluster);
         }
@@ -101,6 +104,7 @@ impl MetadataMap {
         if self.kinds_at(cluster) == OverlapChecks::NONE {
             self.any.remove(cluster);
         }
+        debug_assert!(!self.kinds_at(cluster).any_of(kinds), "cluster {cluster} is still there");
     }
 
     fn kinds_at(&self, cluster: u64) -> OverlapChecks {
@@ -112,6 +116,10 @@ impl MetadataMap {
     fn first_of(&self, kinds: OverlapChecks, run: ClusterRun) -> Option<Hit> {
         let mut rest = run.clusters();
         while let Some(cluster) = self.any.first_in(rest.clone()) {
+            debug_assert!(
+                self.kinds_at(cluster) != OverlapChecks::NONE,
+                "cluster {cluster} holds no metadata"
+            );
             let found = self.kinds_at(cluster).common(kinds);
             if found != OverlapChecks::NONE {
                 return Some(Hit { cluster, kinds: found });

@@ -63,6 +63,7 @@ impl HeaderStore {
         invariant::may_write(self.file.is_writable());
         fields.iter().for_each(|field| field.apply(header, sector));
         invariant::is_header(sector);
+        invariant::same_features(header, sector);
         let written = self.file.storage().write_at(HostOffset::new(0), &state.sector).map_err(Error::from);
         let written = written.and_then(|()| if durable { self.file.flush() } else { Ok(()) });
         self.file.poison_on_error(written)
@@ -75,6 +76,9 @@ impl HeaderStore {
 
     /// Records that the warnings are on disk (`true`), or that they are needed again before the next change.
     pub(crate) fn set_changing(&self, changing: bool) {
+        if changing {
+            invariant::no_unknown_promise(&lock(&self.state).header);
+        }
         self.changing.store(changing, Ordering::Release);
     }
 
@@ -101,6 +105,7 @@ impl HeaderStore {
         if known != features {
             self.update(&[HeaderField::Autoclear(known)])?;
         }
+        invariant::no_unknown_promise(&lock(&self.state).header);
         Ok(())
     }
 

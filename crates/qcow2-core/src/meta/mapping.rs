@@ -65,6 +65,7 @@ impl L2Place {
 
     fn raw(&self, index: u64) -> (u64, u64) {
         let at = self.word + index as usize * self.words_per_entry;
+        debug_assert!(at + self.words_per_entry <= self.page.len(), "entry {index} is not in this page");
         if self.words_per_entry == 2 { self.page.pair(at) } else { (self.page.word(at), 0) }
     }
 }
@@ -102,7 +103,9 @@ impl Mapping {
     /// Errors: `Corrupt` for a broken entry, `Storage`.
     pub(crate) fn lookup(&self, offset: GuestOffset, max_len: u64) -> Result<Run> {
         let Some(place) = self.l2_place(offset)? else {
-            return Ok(Run { len: self.unmapped_len(offset, max_len), place: Place::Unallocated });
+            let run = Run { len: self.unmapped_len(offset, max_len), place: Place::Unallocated };
+            invariant::covers(&run, max_len);
+            return Ok(run);
         };
         let entry = |i| {
             let (raw, bitmap) = place.raw(i);
@@ -112,7 +115,10 @@ impl Mapping {
             .map_err(|e| self.entry_error(offset, e))?;
         invariant::covers(&run, max_len);
         match run.place {
-            Place::Data { host, .. } => self.check_place(offset, host)?,
+            Place::Data { host, .. } => {
+                invariant::equally_far(&self.format.geometry, offset, host);
+                self.check_place(offset, host)?;
+            }
             Place::Compressed(_) => self.check_compressed(offset)?,
             _ => {}
         }
@@ -146,11 +152,11 @@ impl Mapping {
     }
 
     /// How far L1 entries without a table reach from `offset` on, at most `max_len`, as far as that is cheap
-    /// to find out: whoever walks over two disks asks one of them again and again.
+    /// to find out: a comparison of two disks asks one of them again and again.
     fn unmapped_len(&self, offset: GuestOffset, max_len: u64) -> u64 {
         let (coverage, start) = (self.format.geometry.l2_coverage(), offset.value());
         let limit = start.saturating_add(max_len);
-        // Past its end the table has nothing, however large the disk is said to be.
+        // Past its end the table has nothing, however large the header's disk size is.
         let (first, end) = (start / coverage + 1, limit.div_ceil(coverage).min(self.l1.len()));
         let looked_at = end.min(first.saturating_add(MAX_UNMAPPED_ENTRIES));
         match self.l1.next_mapped(first..looked_at) {
@@ -281,6 +287,7 @@ impl Mapping {
 
     /// Changes an L1 entry. `index` must be below [`l1_len`](Self::l1_len). Disk: with the next flush.
     pub(crate) fn set_l1_entry(&self, index: L1Index, entry: L1Entry) {
+        debug_assert!(index.value() < self.l1.len(), "l1 entry {index} is not in the table");
         let _open = read(&self.gate);
         self.l1.set(index, entry.encode());
     }
@@ -298,7 +305,7 @@ impl Mapping {
         MappingChanges { l2, l1, _pages: pages }
     }
 
-    /// Whether so many L2 tables wait for write-back that it should happen now.
+    /// Whether enough L2 tables wait for write-back that it should happen now.
     pub(crate) fn is_pressed(&self) -> bool {
         self.cache.is_pressed()
     }

@@ -1,4 +1,4 @@
-//! The tables that say what is where: cached, changed, and written back in an order that survives a crash.
+//! The tables of an image: cached, changed, and written back in an order that survives a crash.
 //!
 //! Five parts, each with its own locks and no public field, each standing on those before it:
 //! [`ImageFile`](file::ImageFile) (the files, and whether they may be written),

@@ -45,6 +45,7 @@ pub(crate) struct PendingFrees {
 impl PendingFrees {
     /// Adds a run whose unlink was just made in memory.
     pub(crate) fn push(&mut self, run: Unlinked) {
+        debug_assert!(!run.clusters.is_empty(), "a reference to nothing is given up");
         if let Some(last) = self.fresh.last_mut()
             && last.kinds == run.kinds
             && last.clusters.join(run.clusters)

@@ -113,6 +113,7 @@ impl HeldRefcounts<'_> {
 
     /// Records that counts on disk have gone down; `lowest` is the first cluster that is free now, if one is.
     pub(crate) fn lowered(&mut self, lowest: Option<u64>) {
+        debug_assert!(lowest != Some(0), "the header's cluster is free");
         // The cluster that streams were packed into may be one of those that are free now.
         self.state.pack = None;
         if let Some(lowest) = lowest {
@@ -258,6 +259,8 @@ impl RefcountStore {
 
     /// Goes on with another refcount table at `place`, whose blocks are all on disk and not yet in the cache.
     pub(crate) fn adopt_table(&self, table: Vec<u64>, place: ClusterRun) {
+        let entries = place.len(self.geometry()) / 8;
+        assert_eq!(table.len() as u64, entries, "a refcount table of another length than its clusters");
         let mut refcounts = lock(&self.state);
         for &raw in &table {
             if let Ok(Some(block)) = decode_table_entry(raw, self.geometry()) {

@@ -50,7 +50,7 @@ impl Tables {
         &self.file
     }
 
-    /// The header that says where they begin.
+    /// The header that leads to them.
     pub(crate) fn header(&self) -> &Arc<HeaderStore> {
         &self.header
     }
@@ -65,7 +65,13 @@ impl Tables {
     pub(crate) fn learn(&self, l1: &[u64], refcount_table: &[u64]) -> Result<()> {
         let header = self.header.current();
         self.guard.replace(known_metadata(self.file.storage(), &header, (l1, refcount_table), self.checks)?);
+        debug_assert!(self.guard.kinds_at(0).contains(OverlapChecks::MAIN_HEADER), "the header is forgotten");
         Ok(())
+    }
+
+    /// The clusters of a table of `kinds` with `len` bytes at `offset`, a multiple of the cluster size.
+    pub(crate) fn run_of(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Unlinked {
+        Unlinked::table(self.file.geometry(), kinds, offset, len)
     }
 
     /// Refuses guest data that would land on metadata: the mapping that leads there is damaged.
@@ -120,6 +126,7 @@ impl Tables {
     /// that needs the table, which can be repeated when there is room, and not a flush, after which the image
     /// would be poisoned. Written, not reserved, so that the file system puts it between the data around it.
     pub(crate) fn write_empty(&self, kind: OverlapChecks, table: HostOffset) -> Result<()> {
+        debug_assert!(self.file.geometry().is_aligned(table.value()), "an empty table at {table}");
         let size = self.file.geometry().cluster_size();
         let zeroes = vec![0; size.min(MAX_PIECE) as usize];
         for at in (0..size).step_by(zeroes.len()) {
@@ -139,7 +146,7 @@ impl Tables {
         }
     }
 
-    /// Refuses to give up clusters that hold other metadata than what is said to be there. Asked before a
+    /// Refuses to give up clusters that hold other metadata than `run.kinds`. Asked before a
     /// procedure unlinks them, so that it fails while nothing has changed.
     pub(crate) fn check_owner(&self, run: Unlinked) -> Result<()> {
         match self.guard.hit_by(run.kinds, run.clusters) {

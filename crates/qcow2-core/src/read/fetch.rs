@@ -63,6 +63,7 @@ impl Image {
         let geometry = self.file.geometry();
         let inside = geometry.in_cluster(offset.value()) as usize;
         let cluster_size = geometry.cluster_size() as usize;
+        debug_assert!(inside + buf.len() <= cluster_size, "a run of a compressed cluster passes its end");
         if let Some(cluster) = self.mapping().expanded().find(stream) {
             buf.copy_from_slice(&cluster[inside..inside + buf.len()]);
             return Ok(());
@@ -78,6 +79,7 @@ impl Image {
     }
 
     fn expand(&self, offset: GuestOffset, stream: CompressedCluster, cluster: &mut [u8]) -> Result<()> {
+        debug_assert_eq!(cluster.len() as u64, self.file.geometry().cluster_size());
         let codec = self.codec()?;
         // A stream never needs more than its cluster and a sector; what the entry claims beyond is not read.
         let limit = 2 * self.file.geometry().cluster_size() + SECTOR_SIZE;
@@ -114,7 +116,7 @@ impl Image {
         Ok(true)
     }
 
-    /// Whether the layer below has nothing to say about `len` bytes from `offset` on.
+    /// Whether `len` bytes from `offset` on read as zeroes from the layer below.
     pub(crate) fn backing_reads_zero(&self, offset: u64, len: u64) -> Result<bool> {
         let Some(backing) = &self.backing else { return Ok(!self.backing_unopened) };
         let end = backing.size().min(offset.saturating_add(len));

@@ -65,6 +65,7 @@ impl ReferenceCounts {
             if !self.chunks.contains_key(&chunk) && self.chunks.len() == MAX_CHUNKS {
                 return Err(Error::corrupt("image uses too many clusters to recount its refcounts"));
             }
+            debug_assert!(self.chunks.len() <= MAX_CHUNKS, "counts take more memory than allowed");
             let counts = self.chunks.entry(chunk).or_insert_with(|| Box::new([0; CHUNK]));
             let count = &mut counts[cluster as usize % CHUNK];
             *count = count.saturating_add(times);
@@ -137,7 +138,7 @@ impl<'a> Recount<'a> {
         let mut l1_tables = ::alloc::vec![walk.active_l1()];
         if header.nb_snapshots > 0 {
             let mut lost = false;
-            // Entries that lack later fields still say where their tables are.
+            // Entries that lack later fields still have the place of their tables.
             let table =
                 walk.snapshots(&mut |fault| lost |= !matches!(fault, SnapshotFault::Incomplete { .. }))?;
             let (Some(table), false) = (table, lost) else {

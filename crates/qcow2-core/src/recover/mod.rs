@@ -1,4 +1,4 @@
-//! Recovery of an image that was not closed cleanly: its refcounts are counted anew.
+//! Recovery of an image that was not closed cleanly: its refcounts are recounted.
 //!
 //! Order on disk: corrected refcount blocks, or a new refcount structure behind everything in use and the
 //! header's switch to it; barrier; only then the dirty bit is cleared. A crash in between leaves the bit set,

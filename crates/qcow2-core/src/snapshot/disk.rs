@@ -12,8 +12,8 @@ use qcow2_format::snapshot::Snapshot;
 
 impl Image {
     /// Opens the disk as it was when a snapshot was taken: the one that `choose` picks, by its place, from
-    /// the image's snapshots. For reading only, whatever `options` say; the snapshot must not be deleted
-    /// meanwhile. Disk: as [`open`](Self::open) for reading, and the snapshot table.
+    /// the image's snapshots. For reading only, even where `options` are for writing; the snapshot must not
+    /// be deleted meanwhile. Disk: as [`open`](Self::open) for reading, and the snapshot table.
     ///
     /// Errors: `NotFound` where `choose` picks none; `Corrupt` for a damaged table, and for a disk larger
     /// than any L1 table can map; as [`open`](Self::open). What the snapshot's own table is too short for was

@@ -13,6 +13,7 @@ pub use table::read_snapshots;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
+use crate::invariant;
 use crate::meta::bulk::Tree;
 use crate::meta::file::read_words;
 use crate::meta::known::MAX_L1_UNASKED;
@@ -95,8 +96,7 @@ impl Image {
             unknown_extra: Vec::new(),
         };
         table.snapshots.push(snapshot.clone());
-        let copy_run =
-            Unlinked::table(self.file.geometry(), OverlapChecks::INACTIVE_L1, copy, entries.len() as u64 * 8);
+        let copy_run = self.tables.run_of(OverlapChecks::INACTIVE_L1, copy, entries.len() as u64 * 8);
         let new_table = match self.reserve_snapshot_table(&table.snapshots) {
             Ok(new_table) => new_table,
             Err(error) => return self.abandon(&[copy_run], error),
@@ -120,7 +120,10 @@ impl Image {
         self.bulk().clear_copied(tree)?;
         let (active, _) = self.mapping().l1_contents();
         entries.iter_mut().for_each(|raw| *raw = without_copied(*raw));
+        invariant::none_copied(&entries);
         let bytes = table_bytes(entries.iter().copied());
+        // Before the header shows the snapshot: an active table whose flag is still set would be written in
+        // place, and the snapshot would change with it (I4).
         if self.file.keeps(OrderingRule::CopiedClearedBeforeSnapshot) {
             self.tables.write(OverlapChecks::ACTIVE_L1, active, &bytes)?;
         }
@@ -151,19 +154,13 @@ impl Image {
         let needed = self.file.geometry().l1_entries_for(size).max(old_entries.len() as u64);
         entries.resize(entries.len().max(needed as usize), 0);
         entries.iter_mut().for_each(|raw| *raw = without_copied(*raw));
-        let old_l1 = Unlinked::table(
-            self.file.geometry(),
-            OverlapChecks::ACTIVE_L1,
-            old_offset,
-            old_entries.len() as u64 * 8,
-        );
+        let old_l1 = self.tables.run_of(OverlapChecks::ACTIVE_L1, old_offset, old_entries.len() as u64 * 8);
         self.bulk().check_tables(&tree)?;
         self.refcounts.check_freeable(old_l1)?;
         self.bulk().check_lowering(&old_tree, &self.trees_of(&table)?)?;
         let l1 = self.reserve_l1(OverlapChecks::ACTIVE_L1, entries.len())?;
         if let Err(error) = self.flusher.flush().and_then(|()| self.bulk().raise_tree(&tree)) {
-            let run =
-                Unlinked::table(self.file.geometry(), OverlapChecks::ACTIVE_L1, l1, entries.len() as u64 * 8);
+            let run = self.tables.run_of(OverlapChecks::ACTIVE_L1, l1, entries.len() as u64 * 8);
             return self.abandon(&[run], error);
         }
         let switched =
@@ -176,9 +173,12 @@ impl Image {
     fn switch_disk(&self, tree: &Tree, l1: HostOffset, entries: Vec<u64>, size: u64) -> Result<()> {
         self.bulk().clear_copied(tree)?;
         self.tables.write(OverlapChecks::ACTIVE_L1, l1, &table_bytes(entries.iter().copied()))?;
+        // The header's sector makes the change; what it leads to must be there before.
         if self.file.keeps(OrderingRule::SnapshotBeforeHeader) {
             self.file.flush()?;
         }
+        invariant::none_copied(&entries);
+        assert!(entries.len() as u64 <= MAX_L1_ENTRIES, "an l1 table of {} entries", entries.len());
         let count = entries.len() as u32;
         self.header.update(&[HeaderField::Size(size), HeaderField::L1 { entries: count, offset: l1 }])?;
         self.mapping().replace_l1(l1, entries);
@@ -209,12 +209,7 @@ impl Image {
         let index = find(&table, snapshot)?;
         let tree = Tree::new(&self.snapshot_l1(snapshot)?, self.file.geometry())?;
         let l1_len = u64::from(snapshot.l1_size) * 8;
-        let old_l1 = Unlinked::table(
-            self.file.geometry(),
-            OverlapChecks::INACTIVE_L1,
-            snapshot.l1_table_offset,
-            l1_len,
-        );
+        let old_l1 = self.tables.run_of(OverlapChecks::INACTIVE_L1, snapshot.l1_table_offset, l1_len);
         let old_table = self.old_table(&table)?;
         self.refcounts.check_freeable(old_l1)?;
         let (l1_offset, mut entries) = self.mapping().l1_contents();
@@ -224,6 +219,7 @@ impl Image {
         kept.push(Tree::new(&entries, self.file.geometry())?);
         let new_table = self.reserve_snapshot_table(&table.snapshots)?;
         self.flusher.flush()?;
+        // Until the header has switched, giving up is harmless; afterwards memory and disk may differ.
         let mut unlinked = false;
         let lowered = self.bulk().lower_tree(&tree, &kept, Some(&mut entries), || {
             unlinked = true;
@@ -273,12 +269,12 @@ impl Image {
     /// The clusters of the snapshot table as it is on disk, which can be given up.
     fn old_table(&self, table: &Table) -> Result<Unlinked> {
         let offset = self.header().snapshots_offset;
-        let run = Unlinked::table(self.file.geometry(), OverlapChecks::SNAPSHOT_TABLE, offset, table.len);
+        let run = self.tables.run_of(OverlapChecks::SNAPSHOT_TABLE, offset, table.len);
         self.refcounts.check_freeable(run)?;
         Ok(run)
     }
 
-    /// Writes the snapshot table anew, with everything in each entry that version 3 wants.
+    /// Rewrites the snapshot table, with everything in each entry that version 3 requires.
     pub(crate) fn rewrite_snapshot_table(&self) -> Result<()> {
         let table = self.begin_snapshot_change()?;
         let old_table = self.old_table(&table)?;
@@ -311,7 +307,7 @@ impl Image {
         self.pad_file()
     }
 
-    /// Room for an L1 table; a table without entries is nowhere.
+    /// Reserves clusters for an L1 table; none, and offset 0, for a table without entries.
     fn reserve_l1(&self, kind: OverlapChecks, entries: usize) -> Result<HostOffset> {
         match self.file.geometry().clusters_for(entries as u64 * 8) {
             0 => Ok(HostOffset::new(0)),
@@ -335,7 +331,7 @@ impl Image {
     }
 }
 
-/// Judges where a snapshot's L1 table is said to be.
+/// Checks the place and length that a snapshot's entry gives for its L1 table.
 fn check_l1(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()> {
     let (offset, entries) = (snapshot.l1_table_offset, u64::from(snapshot.l1_size));
     let end = offset.checked_add(entries * 8);
@@ -349,7 +345,7 @@ fn check_l1(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()
     Ok(())
 }
 
-/// Judges the size that a snapshot's disk is said to have.
+/// Checks the disk size in a snapshot's entry.
 fn check_size(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()> {
     match geometry.l1_entries_for(snapshot.disk_size & !511) > MAX_L1_ENTRIES {
         true => Err(Error::corrupt(format!("snapshot's disk of {} bytes is too large", snapshot.disk_size))),

@@ -62,7 +62,8 @@ impl Table {
 }
 
 impl Image {
-    /// Finds room for a table of `snapshots`. Disk: refcounts only. An empty table is nowhere.
+    /// Reserves clusters for a table of `snapshots`; none, and offset 0, for an empty one. Disk: refcounts
+    /// only.
     pub(super) fn reserve_snapshot_table(&self, snapshots: &[Snapshot]) -> Result<NewTable> {
         let bad =
             |e: FormatError| Error::new(ErrorKind::InvalidOption, "snapshot cannot be stored").with_source(e);

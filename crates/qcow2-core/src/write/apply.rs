@@ -21,6 +21,7 @@ impl Image {
         while !rest.is_empty() {
             let prepared = self.prepare(GuestOffset::new(at), rest.len() as u64)?;
             let (part, next) = rest.split_at(prepared.len as usize);
+            assert!(!part.is_empty(), "writing at {at:#x} makes no progress");
             let cow = !prepared.edges.is_empty();
             self.file.event(if cow { Event::CowWrite } else { Event::WriteAio });
             let batch = [(prepared, part)];

@@ -49,6 +49,7 @@ impl Image {
             }
             failed.map_or(Ok(()), Err)?;
         }
+        debug_assert!(rest.parts.is_empty(), "{} parts were not written", rest.parts.len());
         Ok(())
     }
 

@@ -78,6 +78,7 @@ impl Image {
         self.begin_change()?;
         self.bitmaps.mark(range);
         let prepared = self.prepare(range.start(), range.len())?;
+        assert!(prepared.len > 0 && prepared.len <= range.len(), "a ticket for other bytes than asked for");
         self.grow_to_pieces(&prepared)?;
         let range =
             GuestRange::between(range.start(), GuestOffset::new(range.start().value() + prepared.len));

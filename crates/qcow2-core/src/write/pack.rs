@@ -41,6 +41,7 @@ impl Image {
                 joins
             });
             let count = run.count();
+            assert!(count > 0, "streams that no run begins with");
             let (run, later) = rest.split_at(count);
             let (linked, result) = self.store_run(start, run);
             if result.is_err() {
@@ -101,7 +102,7 @@ impl Image {
         Ok(())
     }
 
-    /// Writes streams that follow each other from `start` on, then links them; says how many are linked.
+    /// Writes streams that follow each other from `start` on, then links them; returns how many are linked.
     fn store_run(&self, start: HostOffset, run: &[Packed<'_>]) -> (usize, Result<()>) {
         run.iter().for_each(|_| self.file.event(Event::WriteCompressed));
         let bytes: Vec<&[u8]> = run.iter().map(|p| p.stream).collect();

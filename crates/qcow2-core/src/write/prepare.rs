@@ -1,4 +1,4 @@
-//! The first half of a write: a place for its bytes, and the bytes that must stand beside them.
+//! The first half of a write: reserves clusters for its bytes and collects the copy-on-write edges.
 //!
 //! Invariant: between prepare and commit the clusters are claimed, so that nobody else changes their mapping;
 //! readers go on seeing the old one. What was reserved and is not committed is given back, exactly once.
@@ -19,6 +19,7 @@ use crate::port::storage::StorageErrorKind;
 use crate::read::resolve::Place;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
+use core::ops::Range;
 use qcow2_format::l2::L2Entry;
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
@@ -38,6 +39,14 @@ pub(crate) enum Edge {
 }
 
 impl Edge {
+    /// Where it goes.
+    fn host_bytes(&self) -> Range<u64> {
+        match self {
+            Self::Bytes { host, bytes } => host.value()..host.value() + bytes.len() as u64,
+            Self::Zeroes { host, len } => host.value()..host.value() + len,
+        }
+    }
+
     /// Bytes of memory that it holds.
     pub(crate) fn held(&self) -> usize {
         match self {
@@ -117,6 +126,7 @@ impl Image {
 
     fn prepare_in_place<'a>(&'a self, host: HostOffset, len: u64, claim: Claim<'a>) -> Result<Prepared<'a>> {
         invariant::may_write(self.file.is_writable());
+        debug_assert!(len > 0, "a write of nothing is prepared");
         self.tables.check_data_place(host, len)?;
         self.cover_sector(host.value() + len)?;
         Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None, _in_place: Some(claim) })
@@ -156,6 +166,7 @@ impl Image {
                 plan.clusters = reserved.run.count();
                 let room = reserved.run.len(geometry) - geometry.in_cluster(offset.value());
                 plan.len = plan.len.min(room);
+                assert!(plan.clusters > 0 && plan.len > 0, "{plan:?} after {reserved:?}");
                 (reserved.offset, Some(Unlinked::data(reserved.run)), reserved.fresh)
             }
         };
@@ -185,6 +196,10 @@ impl Image {
         for range in ranges {
             edges.extend(self.edge(range, change)?);
         }
+        let base = change.base.value();
+        let own = base + self.file.geometry().in_cluster(change.offset.value());
+        let place = base..base + change.plan.clusters * self.file.geometry().cluster_size();
+        invariant::edges_apart(edges.iter().map(Edge::host_bytes), own..own + change.plan.len, place);
         Ok(edges)
     }
 
@@ -207,7 +222,7 @@ impl Image {
         Ok(vec![Edge::Bytes { host, bytes }])
     }
 
-    /// Whether neither this layer nor a backing file has bytes in `range`, told from tables alone.
+    /// Whether neither this layer nor a backing file has bytes in `range`, as far as tables show.
     fn has_nothing(&self, range: GuestRange) -> Result<bool> {
         let (mut at, end) = (range.start().value(), range.end().value());
         let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size());
@@ -273,6 +288,7 @@ impl Change<'_> {
         let inside = format.geometry.in_cluster(self.offset.value());
         let start = if index == 0 { inside } else { 0 };
         let end = (inside + self.plan.len - index * size).min(size);
+        debug_assert!(start < end, "the write has no byte in cluster {index} of its run");
         let written = touched(format, start, end - start);
         let old = &self.old[index as usize];
         let needed = match self.plan.kind {

@@ -131,6 +131,8 @@ impl Image {
             });
         }
         let done = (count * size - inside).min(len);
+        assert!(done > 0, "zeroing at {offset} makes no progress");
+        debug_assert_eq!(entries.len() as u64, count, "a cluster has no entry, or two");
         // The file first: where that fails, guest and raw data file must not differ.
         self.zero_data_file(offset, done, kind)?;
         self.commit_zero(&place, &entries, &unlinked)?;

@@ -98,7 +98,7 @@ impl<'a> Bulk<'a> {
     ///
     /// Disk: reads the tables; `unlink`; writes the refcount blocks and L2 tables whose flags change,
     /// barrier; then discards. Errors: `Corrupt` for a damaged table or a count that is too low, nothing
-    /// having changed; what `unlink` says; `Storage`, counts being left too high.
+    /// having changed; those of `unlink`; `Storage`, counts being left too high.
     pub(crate) fn lower_tree(
         &self,
         tree: &Tree,
@@ -122,6 +122,8 @@ impl<'a> Bulk<'a> {
             self.check_kept(kept, &mut window)?;
             only = Some(window).filter(|_| touched.len() == 1);
         }
+        // Links first, then counts: the other way round a crash would leave links to clusters that count as
+        // free (I1).
         let (before, after) = match self.tables.file().keeps(OrderingRule::UnlinkBeforeFree) {
             true => (Some(unlink), None),
             false => (None, Some(unlink)),
@@ -192,6 +194,7 @@ impl<'a> Bulk<'a> {
 
     /// A freed run: no longer metadata, and the storage may have its space. A failed discard loses nothing.
     fn give_back_freed(&self, run: ClusterRun, lowest: &mut Option<u64>) {
+        assert!(run.first() > 0, "the header's cluster is freed with a tree");
         *lowest = Some(lowest.map_or(run.first(), |so_far| so_far.min(run.first())));
         run.clusters().for_each(|cluster| self.tables.guard().forget(OverlapChecks::L2, cluster));
         let _ = self.tables.file().storage().discard(run.offset(self.geometry()), run.len(self.geometry()));
@@ -205,6 +208,7 @@ impl<'a> Bulk<'a> {
         let mut touched = BTreeSet::new();
         let per_block = self.geometry().refcount_block_entries();
         tree.for_each_run(self.tables, &mut |run, _| {
+            debug_assert!(!run.clusters.is_empty(), "a tree refers to no cluster");
             let (first, last) = (run.clusters.first(), run.clusters.end() - 1);
             if last / per_block >= table.len() as u64 {
                 return Err(uncounted(last));
@@ -260,6 +264,7 @@ impl<'a> Bulk<'a> {
                     });
                 }
             });
+            debug_assert!(wrong.iter().all(|index| index.value() < geometry.l2_entries()), "{wrong:?}");
             wrong.iter().for_each(|&index| format.flip_copied_flag(bytes, index));
             result.map(|()| !wrong.is_empty())
         })

@@ -14,7 +14,7 @@ use qcow2_format::{Geometry, HostOffset};
 /// Bytes of neighbouring L2 tables that are read or written at once, but never less than one table.
 const PIECE: u64 = 1 << 20;
 
-/// Sees an L2 table's place, how often it is named, and its bytes; says whether it has changed them.
+/// Sees an L2 table's place, how often it is named, and its bytes; returns whether it has changed them.
 type VisitTable<'a> = dyn FnMut(HostOffset, u64, &mut [u8]) -> Result<bool> + 'a;
 
 /// The L2 tables below an L1 table, in host order, and how many entries name each.
@@ -39,6 +39,7 @@ impl Tree {
                 _ => tables.push((offset, 1)),
             }
         }
+        debug_assert!(tables.windows(2).all(|pair| pair[0].0 < pair[1].0), "a table is read twice");
         Ok(Self { tables })
     }
 
@@ -82,7 +83,9 @@ impl Tree {
                 start.checked_add(index as u64 * size) == Some(*offset)
             };
             let count = rest.iter().enumerate().take(most).take_while(|&next| follows(next)).count();
-            let (piece, later) = rest.split_at(count.max(1));
+            // The first table follows itself, so that every piece has one and the loop ends.
+            assert!(count > 0, "a piece of no tables");
+            let (piece, later) = rest.split_at(count);
             rest = later;
             let len = piece.len() as u64 * size;
             let extent = file.storage().extent_at(start, len)?;

@@ -50,6 +50,7 @@ impl Spans {
     /// Window `number`, no block of which has been read yet.
     pub(super) fn window<'a>(&self, tables: &'a Tables, table: &'a [u64], number: u64) -> Window<'a> {
         let geometry = tables.file().geometry();
+        debug_assert!(number < self.count().max(1), "window {number} of {}", self.count());
         let first_block = number * self.blocks_per_window;
         let len = self.table_entries.saturating_sub(first_block).min(self.blocks_per_window);
         // With one window nothing lies outside, so that a cluster past the table is noticed.
@@ -144,7 +145,7 @@ impl Window<'_> {
         Ok(width.extract(self.block(cluster)?.words[width.word_index(slot)], slot))
     }
 
-    /// Visits those clusters of `run` that the window holds and whose count says otherwise than `copied`, as
+    /// Visits those clusters of `run` that the window holds and whose count disagrees with `copied`, as
     /// distances from its first. What no block counts is passed over: by now the
     /// change that this is the end of has happened, and must not fail because of something else that is
     /// damaged.
@@ -195,7 +196,8 @@ impl Window<'_> {
             let file = self.tables.file();
             let mut bytes = vec![0; file.geometry().cluster_size() as usize];
             file.storage().read_padded(offset, &mut bytes)?;
-            let words = words(&bytes).collect();
+            let words: Vec<u64> = words(&bytes).collect();
+            debug_assert_eq!(words.len() as u64 * u64::from(64 / self.width.bits()), self.per_block);
             *place = Some(Block { offset, words, dirty: false, freed: Vec::new() });
         }
         place.as_mut().ok_or_else(|| uncounted(cluster))
@@ -229,6 +231,11 @@ impl Window<'_> {
         for (index, block) in (self.first_block..).zip(&self.blocks) {
             let Some(block) = block else { continue };
             for slot in block.freed_slots() {
+                debug_assert_eq!(
+                    self.width.extract(block.words[self.width.word_index(slot)], slot),
+                    0,
+                    "a cluster that is referred to is freed"
+                );
                 let cluster = ClusterRun::one(index * self.per_block + slot);
                 if run.is_empty() {
                     run = cluster;

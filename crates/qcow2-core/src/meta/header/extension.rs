@@ -72,6 +72,7 @@ impl<'a> Draft<'a> {
     /// Writes the sectors in `range` that differ from the disk, the last one first unless `forward`, and
     /// waits.
     fn write(&mut self, range: Range<usize>, forward: bool) -> Result<()> {
+        assert!(range.end <= self.bytes.len(), "bytes {range:?} leave the header's cluster");
         let mut sectors: Vec<usize> = (range.start / SECTOR..range.end.div_ceil(SECTOR)).collect();
         if !forward {
             sectors.reverse();

@@ -3,7 +3,7 @@
 //! Order on disk, where more than the first sector changes: the backing file's name in a place of its own
 //! that nothing uses; barrier; a first sector that leads to it and has every extension but the names of
 //! features; barrier; everything behind the first sector; barrier; the first sector; barrier. At every moment
-//! the first sector alone says what holds.
+//! the first sector alone decides which header is valid.
 
 use super::HeaderStore;
 use crate::error::{Error, ErrorKind, Result};
@@ -25,6 +25,7 @@ impl HeaderStore {
                 Error::new(ErrorKind::Format, "the new header cannot be written").with_source(e)
             })?
         };
+        assert!(plan.iter().any(|step| step.offset == 0), "the header is switched without its first sector");
         let written = plan.iter().try_for_each(|step| {
             invariant::may_write(self.file.is_writable());
             if step.offset == 0 {
@@ -85,6 +86,14 @@ fn plan_switch(old: &[u8], new: &Header) -> Result<Vec<Step>, FormatError> {
     if !name.is_empty() {
         steps.push(apart(&[]));
     }
+    debug_assert!(
+        steps.iter().all(|step| step.offset as usize + step.bytes.len() <= target.len()),
+        "a step leaves the header's cluster"
+    );
+    debug_assert!(
+        steps.iter().rfind(|step| step.offset == 0).is_some_and(|last| last.bytes == target[..sector]),
+        "the last first sector is not the new header's"
+    );
     Ok(steps)
 }
 

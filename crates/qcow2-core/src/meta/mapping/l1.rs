@@ -80,6 +80,7 @@ impl L1Table {
         let per_sector = (SECTOR_SIZE / 8) as usize;
         for sector in dirty {
             let first = sector as usize * per_sector;
+            debug_assert!(first < entries.len(), "sector {sector} of an l1 table that is shorter");
             let words = &entries[first..entries.len().min(first + per_sector)];
             let bytes = table_bytes(words.iter().copied());
             runs.push(DirtyRun { offset: HostOffset::new(base + sector * SECTOR_SIZE), bytes });

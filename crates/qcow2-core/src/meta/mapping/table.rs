@@ -34,6 +34,10 @@ impl Mapping {
             Some(table) if entry.copied => table,
             old => self.make_l2_table(index, old)?,
         };
+        debug_assert!(
+            self.l1_entry(index).is_ok_and(|entry| entry.copied && entry.l2_table == Some(table)),
+            "an l2 table that is not the active disk's alone is about to change"
+        );
         self.place_to_change(table, offset)
     }
 
@@ -65,6 +69,7 @@ impl Mapping {
         }
         let cluster = self.refcounts.allocate_metadata(OverlapChecks::ACTIVE_L2, 1)?;
         let table = cluster.offset;
+        assert!(geometry.is_aligned(table.value()) && table.value() > 0, "a new l2 table at {table}");
         if let Err(error) = self.fill_l2_table(table, old, cluster.fresh) {
             self.refcounts.release(Unlinked { clusters: cluster.run, kinds: OverlapChecks::ACTIVE_L2 })?;
             return Err(error);

@@ -73,6 +73,10 @@ impl RefcountStore {
         self.file.event(Event::ClusterAlloc);
         let mut refcounts = lock(&self.state);
         let Found { run, lowest } = self.find_free(&mut refcounts, want.max(1), exact)?;
+        assert!(
+            run.count() <= want.max(1) && (!exact || run.count() == want),
+            "{run:?} where {want} are wanted"
+        );
         if run.end() > self.geometry().clusters_below(MAX_HOST_END) {
             return Err(Error::new(
                 ErrorKind::NoSpace,
@@ -152,6 +156,7 @@ impl RefcountStore {
                 break;
             }
         }
+        debug_assert!(count > 0 && lowest <= first, "cluster {first} is free, and {lowest} before it");
         Ok(Found { run: ClusterRun::new(first, count), lowest })
     }
 
@@ -191,6 +196,7 @@ impl RefcountStore {
             refcounts.table[index as usize] = encode_table_entry(None);
             return Err(error);
         }
+        debug_assert!(matches!(self.count_in(refcounts, cluster), Ok(1)), "a block that is not counted");
         refcounts.dirty_sectors.insert(sector);
         self.tables.guard().note(OverlapChecks::REFCOUNT_BLOCK, ClusterRun::one(cluster));
         Ok(())

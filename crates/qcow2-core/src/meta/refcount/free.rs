@@ -29,6 +29,11 @@ impl RefcountStore {
         }
     }
 
+    /// Whether no cluster waits to be freed.
+    pub(crate) fn is_settled(&self) -> bool {
+        lock(&self.pending).is_empty()
+    }
+
     /// [`unlink`](Self::unlink) of several.
     pub(crate) fn unlink_all(&self, runs: &[Unlinked]) {
         let mut pending = lock(&self.pending);
@@ -103,6 +108,7 @@ impl RefcountStore {
     /// Frees what nobody can see any more, giving the space back to the storage first where that is wanted.
     /// What was read from there has been forgotten.
     pub(crate) fn free(&self, runs: &[Unlinked]) -> Result<()> {
+        debug_assert!(runs.iter().all(|run| !run.clusters.is_empty()), "references to nothing are dropped");
         if !runs.is_empty() {
             self.file.event(Event::ClusterFree);
         }
@@ -140,6 +146,10 @@ impl RefcountStore {
             }
             if after > first {
                 let last = ClusterRun::between(first..after);
+                debug_assert!(
+                    !self.tables.is_guarded(Unlinked { clusters: last, ..run }),
+                    "metadata is discarded"
+                );
                 let _ = self.file.storage().discard(last.offset(self.geometry()), last.len(self.geometry()));
             }
             first = after + 1;

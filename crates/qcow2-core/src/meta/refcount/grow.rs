@@ -5,6 +5,7 @@
 
 use super::{RefcountStore, Refcounts};
 use crate::error::{Error, ErrorKind, Result};
+use crate::invariant;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use crate::meta::run::ClusterRun;
@@ -65,11 +66,15 @@ impl RefcountStore {
                 ),
             ));
         }
+        assert!(table_clusters * cluster_size / 8 > index, "a refcount table without entry {index}");
         let blocks = ClusterRun::new(first, blocks);
-        Ok(Layout { blocks, table: ClusterRun::new(blocks.end(), table_clusters) })
+        let layout = Layout { blocks, table: ClusterRun::new(blocks.end(), table_clusters) };
+        invariant::all_counted(old_entries + layout.blocks.count(), per_block, layout.table.end());
+        Ok(layout)
     }
 
     fn write_growth(&self, refcounts: &mut Refcounts, layout: &Layout) -> Result<()> {
+        // A write-back under way has copies of the blocks that are written below, older ones.
         let _writing = lock(&self.io);
         let geometry = self.geometry();
         let size = geometry.cluster_size();
@@ -91,6 +96,7 @@ impl RefcountStore {
         push_words(&mut bytes, table.iter().copied());
         self.file.event(Event::RefblockAllocWriteTable);
         self.tables.write(OverlapChecks::NONE, place, &bytes)?;
+        // The header's sector makes the new table count: table and blocks must be whole before.
         if self.file.keeps(OrderingRule::TableBeforeHeader) {
             self.file.flush()?;
         }
@@ -111,6 +117,7 @@ impl RefcountStore {
 /// Refcount blocks of `len` bytes in all, whose first `used` counts are one.
 fn self_counting_blocks(width: RefcountWidth, len: u64, used: u64) -> Vec<u8> {
     let mut words = vec![0u64; (len / 8) as usize];
+    debug_assert!(used <= words.len() as u64 * u64::from(64 / width.bits()), "{used} counts in {len} bytes");
     for slot in 0..used {
         let word = &mut words[width.word_index(slot)];
         *word = width.insert(*word, slot, 1);

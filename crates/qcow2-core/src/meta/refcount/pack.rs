@@ -14,6 +14,7 @@ impl RefcountStore {
     /// Reserves `len` bytes for a stream, less than a cluster: behind the last stream where its cluster has
     /// room or the next one can be had, else at the start of a new cluster.
     pub(crate) fn reserve_packed(&self, len: u64) -> Result<HostOffset> {
+        debug_assert!(len > 0 && len < self.geometry().cluster_size(), "a stream of {len} bytes");
         if let Some(room) = self.join_pack()?
             && let Some(host) = self.extend_packed(room, len)?
         {
@@ -66,6 +67,10 @@ impl RefcountStore {
     }
 
     fn set_pack(&self, room: Range<u64>) {
+        debug_assert!(
+            room.start <= room.end && self.geometry().is_aligned(room.end),
+            "streams go to {room:?}, which does not end with a cluster"
+        );
         lock(&self.state).pack = Some(room).filter(|room| !room.is_empty());
     }
 }

@@ -1,10 +1,11 @@
-//! Refcounts as the tables say they should be: corrected where they are, or all of them in a new place.
+//! Refcounts that agree with the tables: corrected where they are, or all of them in a new place.
 //!
 //! Order on disk of a new place: blocks and table behind everything in use; barrier; the header's switch to
 //! them; barrier.
 
 use super::RefcountStore;
 use crate::error::{Error, Result};
+use crate::invariant;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;
 use crate::recover::count::ReferenceCounts;
@@ -97,6 +98,7 @@ impl RefcountStore {
         }
         let blocks = ClusterRun::new(first, blocks);
         let table = ClusterRun::new(blocks.end(), table);
+        invariant::all_counted(blocks.count(), per_block, table.end());
         let table_offset = table.offset(self.geometry());
         let width = self.geometry().refcount_width();
         for (index, block) in (0u64..).zip(blocks.clusters()) {

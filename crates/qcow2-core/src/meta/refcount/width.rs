@@ -5,6 +5,7 @@
 
 use super::{RefcountStore, Refcounts};
 use crate::error::{Error, ErrorKind, Result};
+use crate::invariant;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;
 use crate::sync::lock;
@@ -75,7 +76,9 @@ impl RefcountStore {
             return Err(Error::new(ErrorKind::NoSpace, "the refcount table would pass its limit"));
         }
         let blocks = ClusterRun::new(first, blocks);
-        Ok(WidthPlan { geometry, blocks, table: ClusterRun::new(blocks.end(), table), old })
+        let table = ClusterRun::new(blocks.end(), table);
+        invariant::all_counted(blocks.count(), geometry.refcount_block_entries(), table.end());
+        Ok(WidthPlan { geometry, blocks, table, old })
     }
 
     /// Refuses refcounts that are none: a table that the header does not find, or that is something else,

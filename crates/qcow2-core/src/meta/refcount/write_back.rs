@@ -2,6 +2,7 @@
 
 use super::RefcountStore;
 use crate::error::Result;
+use crate::invariant;
 use crate::meta::cache::join_runs;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::page::{DirtyRun, SECTOR_SIZE};
@@ -16,6 +17,7 @@ impl RefcountStore {
     /// Writes the refcount blocks that changed up to now and, behind a barrier, the refcount table entries of
     /// new ones. Nothing is durable yet when it returns. Errors: `Storage`, `NoSpace`, `Corrupt`.
     pub(crate) fn write_back(&self) -> Result<()> {
+        invariant::may_write(self.file.is_writable());
         let mut refcounts = lock(&self.state);
         let (_pages, blocks) = self.cache.take_dirty();
         let mut entries = Vec::new();
@@ -44,6 +46,7 @@ impl RefcountStore {
 fn table_sector(table: &[u64], offset: HostOffset, sector: u64) -> DirtyRun {
     let per_sector = (SECTOR_SIZE / 8) as usize;
     let first = sector as usize * per_sector;
+    debug_assert!(first < table.len(), "sector {sector} of a refcount table that is shorter");
     let words = &table[first..table.len().min(first + per_sector)];
     let bytes = table_bytes(words.iter().copied());
     DirtyRun { offset: HostOffset::new(offset.value() + sector * SECTOR_SIZE), bytes }
