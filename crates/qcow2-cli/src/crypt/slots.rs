@@ -105,7 +105,7 @@ impl SlotRequest<'_> {
         let old = old.map_err(Failure::new)?;
         let which = match (options.slot, &old) {
             (Some(slot), old) => SlotsToErase::Slot(slot, old.as_ref()),
-            (None, Some(old)) => SlotsToErase::OpenedBy(old),
+            (None, Some(old)) => SlotsToErase::UnlockedBy(old),
             (None, None) => {
                 return Err(Failure::new(
                     "To erase keyslot(s), either explicit keyslot index or the password currently contained in \
