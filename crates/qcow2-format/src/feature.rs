@@ -73,7 +73,8 @@ macro_rules! feature_word {
 feature_word!(
     /// A program that does not know one of these bits must refuse to open the image.
     IncompatibleFeatures {
-        /// Refcounts may be stale: a writer with lazy refcounts has the image open, or did not close it cleanly.
+        /// Refcounts may be stale: a writer with lazy refcounts has the image open, or did not close it
+        /// cleanly.
         DIRTY = 0;
         /// Metadata is damaged. Only a repair may write to the image.
         CORRUPT = 1;

@@ -232,7 +232,7 @@ fn iterations_scale_with_the_stopwatch() {
 
 proptest! {
     #[test]
-    fn damaged_headers_do_not_panic(changes in proptest::collection::vec((0..LUKS_HEADER_LEN, any::<u8>()), 0..20)) {
+    fn headers_never_panic(changes in proptest::collection::vec((0..LUKS_HEADER_LEN, any::<u8>()), 0..20)) {
         let area = make(&NewVolume::default());
         let mut bytes = vec![0; LUKS_HEADER_LEN];
         area.read_at(START, &mut bytes).unwrap();

@@ -52,7 +52,7 @@ fn conversions_near_u64_max() {
 
 proptest! {
     #[test]
-    fn conversions_match_plain_division(bits in 9..=21u32, order in 0..=6u32, extended: bool, value: u64, size: u64) {
+    fn matches_plain_division(bits in 9..=21u32, order in 0..=6u32, extended: bool, value: u64, size: u64) {
         let bits = if extended { bits.max(14) } else { bits };
         let g = Geometry::new(fields(bits, order, extended)).unwrap();
         let cs = g.cluster_size();

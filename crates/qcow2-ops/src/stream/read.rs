@@ -501,7 +501,7 @@ impl<'a> Reader<'a> {
         if complete {
             return Ok(());
         }
-        let message = format!("the stream is truncated: it ends after {clusters} clusters");
+        let message = format!("the stream ends too early, after {clusters} clusters");
         Err(Error::new(ErrorKind::Read, message))
     }
 }
