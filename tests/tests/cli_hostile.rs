@@ -127,7 +127,7 @@ fn images_that_claim_much_cost_little() {
         run(folder.path(), &format!("info {name}")).success();
     }
     assert!(check_refused(folder.path(), "info snapshots", 1).contains("snapshot 0 is damaged"));
-    assert!(check_refused(folder.path(), "info bitmaps", 1).contains("bitmap directory passes the end"));
+    assert!(check_refused(folder.path(), "info bitmaps", 1).contains("bitmap directory ends past the end"));
     for name in ["l1", "refcounts", "snapshots", "bitmaps"] {
         run(folder.path(), &format!("map {name}")).success();
         run(folder.path(), &format!("compare {name} other")).success();

@@ -144,7 +144,7 @@ fn streams_that_cannot_be() {
         ("convert -O raw - out", "short.qcow2", "ends too early"),
         ("convert -O raw - out", "overlay.qcow2", "a backing file cannot be read from a stream"),
         ("convert -O raw - out", "damaged.qcow2", "damaged"),
-        ("convert -f qcow2 -O raw - out", "raw", "no usable qcow2 image"),
+        ("convert -f qcow2 -O raw - out", "raw", "not a usable qcow2 image"),
         ("convert -f vmdk -O raw - out", "raw", "cannot be read from a stream"),
         ("convert -O raw - -", "raw", "one of them must be a file"),
         ("convert -c -O qcow2 raw -", "raw", "cannot be streamed"),

@@ -124,7 +124,7 @@ impl DiskOptions {
     }
 
     /// Opens the image in the file or on the block device at `path`. Disk: reads metadata. If the image was
-    /// not closed cleanly and is opened for writing, its refcounts are rebuilt.
+    /// not closed cleanly and is opened for writing, its refcounts are counted again.
     ///
     /// Errors: `NotFound`, `PermissionDenied`, `InUse`; `NotAnImage`; `NameDenied`, `BrokenChain` for files
     /// that the image names; `Password`; `Corrupt` when opening an image marked corrupt for writing;

@@ -200,7 +200,7 @@ pub fn create(
     request: &Qcow2Request,
 ) -> Result<()> {
     let options = plan(request).map_err(refused)?;
-    let failed = |e| Error::new(ErrorKind::Create, "making the image").with_source(e);
+    let failed = |e| Error::new(ErrorKind::Create, "creating the image").with_source(e);
     qcow2_core::create(storage, data, &options).map_err(failed)?;
     // The data file has the size of the disk from the start.
     match data.filter(|_| request.data_file.is_some()) {
@@ -223,7 +223,7 @@ pub fn create_raw(storage: &Arc<dyn Storage>, request: &RawRequest) -> Result<()
         _ => storage.set_len(size),
     };
     made.and_then(|()| storage.flush()).map_err(|e| {
-        Error::new(ErrorKind::Create, "making the image").with_source(qcow2_core::Error::from(e))
+        Error::new(ErrorKind::Create, "creating the image").with_source(qcow2_core::Error::from(e))
     })
 }
 
@@ -243,7 +243,7 @@ pub fn create_container(
     }
     let written = storage.write_at(HostOffset::default(), &area.0).and_then(|()| storage.flush());
     written.map_err(|e| {
-        Error::new(ErrorKind::Create, "making the container").with_source(qcow2_core::Error::from(e))
+        Error::new(ErrorKind::Create, "creating the container").with_source(qcow2_core::Error::from(e))
     })
 }
 
