@@ -1,5 +1,5 @@
 //! Help in our own words, but about the same options: every spelling that qemu-img's help names is in ours,
-//! and `-o help` lists the same names and types.
+//! and `-o help` lists the same names and types. Slips of the finger get a hint, under our own name.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -69,4 +69,43 @@ fn options_of_new_images_have_the_same_names_and_types() {
         assert_eq!(names(&ours), names(&reference), "{args:?}");
         assert!(!Path::new(root.path()).join("x").exists());
     }
+}
+
+/// Under the names of others, what they would say and no more.
+#[test]
+fn slips_of_the_finger_get_a_hint_under_our_own_name() {
+    let root = tempfile::tempdir().unwrap();
+    let named = |name: &str| {
+        let link = root.path().join(name);
+        std::os::unix::fs::symlink(OURS, &link).unwrap();
+        Tool::at(link)
+    };
+    let [ours, qemu_img, qemu_io] = ["qcow2", "qemu-img", "qemu-io"].map(named);
+    for (line, hint) in [
+        ("convret a b", Some("convert")),
+        ("chek x", Some("check")),
+        ("checksun x", Some("checksum")),
+        ("delete x", None),
+        ("info --outptu=json x", Some("--output")),
+        ("convert --targte-is-zero x y", Some("--target-is-zero")),
+        ("create --jsno x", None),
+        ("--verison", Some("--version")),
+        ("--describr", Some("--describe")),
+        ("info --nothing-like-it x", None),
+        ("info --for=x y", None),
+        ("info -Q x", None),
+    ] {
+        let args: Vec<&str> = line.split(' ').collect();
+        let hint = hint.map(|meant| format!("did you mean '{meant}'?\n")).unwrap_or_default();
+        let said = |tool: &Tool| tool.run_in(root.path(), &args).expect_code(1);
+        let (own, theirs) = (said(&ours), said(&qemu_img));
+        let renamed = theirs.stderr.replace("qemu-img", "qcow2");
+        // `--describe` and `checksum` are not known there; what is said of them is the same.
+        assert_eq!(own.stderr, format!("{renamed}{hint}"), "{line}");
+        assert!(!theirs.stderr.contains("did you mean"), "{line}: {theirs}");
+    }
+    let said = qemu_io.run_in(root.path(), &["--raed-only", "x"]).expect_code(1);
+    assert!(!said.stderr.contains("did you mean"), "{said}");
+    let said = ours.run_in(root.path(), &["io", "--raed-only", "x"]).expect_code(1);
+    assert!(said.stderr.ends_with("did you mean '--read-only'?\n"), "{said}");
 }

@@ -11,6 +11,8 @@
 //! | to know which calls reach a storage | [`TraceStorage`] |
 //! | a full disk to order | [`LimitStorage`] |
 //! | calls that fail at chosen steps of the engine | [`BlkdebugStorage`] |
+//! | a disk that keeps what it reads from the layers below | [`CopyOnRead`] |
+//! | a guessed raw disk that nobody turns into another format | [`GuardedRaw`] |
 //! | a part of a storage | [`WindowStorage`] |
 //! | a disk that a server shows (NBD) | [`NbdStorage`] |
 //! | a disk of nothing | [`NullStorage`] |
@@ -38,8 +40,9 @@ mod sys;
 pub use error::{OsError, os_error_text};
 pub use file::FileStorage;
 pub use layer::{
-    BlkdebugStorage, CacheMode, DebugAction, DebugCall, DebugRule, Debugger, FlushEachWrite, Injection,
-    LimitStorage, NoFlush, StopNews, StorageCall, StorageCounts, StorageEvent, TraceStorage, WindowStorage,
+    BlkdebugStorage, CacheMode, CopyOnRead, DebugAction, DebugCall, DebugRule, Debugger, FlushEachWrite,
+    GuardedRaw, Injection, LimitStorage, NoFlush, StopNews, StorageCall, StorageCounts, StorageEvent,
+    TraceStorage, WindowStorage,
 };
 pub use lock::{LockConflict, Locking, Permission};
 pub use memory::MemoryStorage;

@@ -3,6 +3,7 @@
 mod describe;
 mod getopt;
 mod help;
+mod nearest;
 mod object;
 mod table;
 
@@ -10,7 +11,7 @@ pub(crate) use describe::print_description;
 pub(crate) use getopt::{Getopt, Given, OptionSpec};
 pub(crate) use help::{print_general_help, print_verb_help, print_version};
 pub(crate) use object::Objects;
-pub(crate) use table::{GENERAL, VERBS, find_verb, known_but_missing};
+pub(crate) use table::{GENERAL, VERBS, find_verb, known_but_missing, meant_verb};
 
 use crate::failure::Failure;
 use crate::session::Session;
@@ -147,7 +148,10 @@ impl Arguments {
                 Err(Failure::silent(crate::exit::SUCCESS))
             }
             Ok(given) => Ok(given),
-            Err(text) => Err(Failure::syntax(Some(self.verb), text)),
+            Err(text) => {
+                let failure = Failure::syntax(Some(self.verb), text);
+                Err(hint_at(failure, self.getopt.meant().as_deref()))
+            }
         }
     }
 
@@ -180,6 +184,14 @@ impl Arguments {
     /// The verb they belong to.
     pub(crate) fn verb(&self) -> &'static Verb {
         self.verb
+    }
+}
+
+/// Adds the hint to `failure` that something else was `meant`, if it was.
+pub(crate) fn hint_at(failure: Failure, meant: Option<&str>) -> Failure {
+    match meant {
+        Some(meant) => failure.advise(format!("did you mean '{meant}'?")),
+        None => failure,
     }
 }
 

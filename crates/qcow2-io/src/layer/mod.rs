@@ -1,13 +1,17 @@
-//! Wrappers around a storage that are a storage themselves.
+//! Wrappers: around a storage that are a storage themselves, around a disk that are a disk themselves.
 
 mod blkdebug;
 mod cache_mode;
+mod copy_on_read;
+mod guarded_raw;
 mod limit;
 mod trace;
 mod window;
 
 pub use blkdebug::{BlkdebugStorage, DebugAction, DebugCall, DebugRule, Debugger, Injection, StopNews};
 pub use cache_mode::{CacheMode, FlushEachWrite, NoFlush};
+pub use copy_on_read::CopyOnRead;
+pub use guarded_raw::GuardedRaw;
 pub use limit::LimitStorage;
 pub use trace::{StorageCall, StorageCounts, StorageEvent, TraceStorage};
 pub use window::WindowStorage;

@@ -1,11 +1,5 @@
 //! Opens what the exerciser asks for: files with their chains, scratch overlays, copies to the top layer.
 
-use super::copy_on_read::CopyOnRead;
-use super::exerciser::{OpenedFile, Opener};
-use super::guarded_raw::GuardedRaw;
-use super::report::size;
-use super::request::OpenRequest;
-use super::target::{Target, reason};
 use crate::args::{ImageArgs, Objects};
 use crate::crypt::Keys;
 use crate::failure::Failure;
@@ -13,12 +7,15 @@ use crate::findings::bitmaps_to_lose;
 use crate::imagename::ImageName;
 use crate::open::{NATIVE_NEEDS_DIRECT, OpenAs, codecs, guess_warning, open_file, open_image};
 use crate::optlist::{OptList, escape_commas};
-use crate::render::{human, info::specific_text, qemu_text};
+use crate::render::qemu_text;
 use qcow2_core::{
-    BackingName, CreateOptions, GuestDisk, Image, ImageFormat, OpenOptions, Reference, ResolveError,
-    ResolvedSource, Resolver, Storage,
+    BackingName, CreateOptions, GuestDisk, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource,
+    Resolver, Storage,
 };
-use qcow2_io::{CacheMode, FileStorage, NoFlush};
+use qcow2_exerciser::{OpenRequest, OpenedDisk, Opener, Refusal};
+use qcow2_io::{CacheMode, CopyOnRead, FileStorage, GuardedRaw, NoFlush};
+use std::fs::File;
+use std::io::{self, Read};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Opens files.
@@ -28,15 +25,19 @@ pub(super) struct Files {
 }
 
 impl Opener for Files {
-    fn open(&self, request: &OpenRequest) -> Result<OpenedFile, Vec<String>> {
-        let request = understood(request).map_err(|text| vec![text])?;
+    fn open(&self, request: &OpenRequest) -> Result<OpenedDisk, Refusal> {
+        let request = understood(request).map_err(Refusal::new)?;
         open(&request, &self.objects).map_err(|failure| {
-            let mut lines = failure.without_name().lines("", "");
-            if let Some(first) = lines.first_mut() {
-                *first = first.trim_start_matches(": ").to_owned();
-            }
-            lines
+            let mut lines = failure.without_name().lines("", "").into_iter();
+            let reason = lines.next().unwrap_or_default();
+            Refusal { reason: reason.trim_start_matches(": ").to_owned(), hints: lines.collect() }
         })
+    }
+
+    fn read_file(&self, name: &str, limit: u64) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        File::open(name)?.take(limit).read_to_end(&mut bytes)?;
+        Ok(bytes)
     }
 }
 
@@ -88,7 +89,7 @@ fn with_flags(mode: CacheMode, direct: Option<bool>, no_flush: Option<bool>) -> 
     }
 }
 
-fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedFile, Failure> {
+fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedDisk, Failure> {
     let (typed, args) = name_and_args(request, objects);
     let name = ImageName::parse(&typed, &args)?;
     // Durable writes are made by flushing after each, above the image; its own tables need no flush each.
@@ -120,19 +121,18 @@ fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedFile, Failure>
         let lost = bitmaps_to_lose(&**image.storage(), &image.header());
         warnings.extend(lost.map(|text| format!("warning: {text}")));
     }
-    let info = info_of(Arc::clone(&disk), format);
     if request.copy_on_read && writable {
         disk = Arc::new(CopyOnRead::new(disk));
     }
-    let target = Target {
-        disk,
-        durable_writes: request.cache.is_writethrough() && writable,
-        discards: match name.node.options.text("discard").as_deref() {
-            Some(mode) => matches!(mode, "unmap" | "on"),
-            None => request.discards,
-        },
+    let mut opened = OpenedDisk::new(disk, writable);
+    opened.durable_writes = request.cache.is_writethrough() && writable;
+    opened.discards = match name.node.options.text("discard").as_deref() {
+        Some(mode) => matches!(mode, "unmap" | "on"),
+        None => request.discards,
     };
-    Ok(OpenedFile { target, writable, info, warnings, debugger })
+    opened.warnings = warnings;
+    opened.debugger = debugger;
+    Ok(opened)
 }
 
 /// What the request's name is, and how it is meant: options turn it into an option string.
@@ -193,46 +193,15 @@ impl Resolver for Handover {
     }
 }
 
-fn info_of(disk: Arc<dyn GuestDisk>, format: ImageFormat) -> Box<dyn Fn() -> Result<String, String>> {
-    Box::new(move || {
-        let Some(image) = disk.as_image() else {
-            return Ok(format!(
-                "format name: raw\ncluster size: {}\nvm state offset: {}\n",
-                size(0),
-                size(0)
-            ));
-        };
-        let head = format!(
-            "format name: qcow2\ncluster size: {}\nvm state offset: {}\n",
-            size(image.cluster_size()),
-            size(vm_state_offset(image))
-        );
-        let report =
-            qcow2_ops::info(&**image.storage(), &format).map_err(|error| match error.core_error() {
-                Some(error) => reason(error),
-                None => human::escaped(&qemu_text::chain(&error)),
-            })?;
-        let specific = report.qcow2.as_ref().map(specific_text).unwrap_or_default();
-        Ok(format!("{head}{specific}"))
-    })
-}
-
-/// Where the machine's state begins: behind the last L2 table that the disk needs.
-fn vm_state_offset(image: &Image) -> u64 {
-    let covered = image.geometry().l2_coverage();
-    image.size().div_ceil(covered.max(1)).saturating_mul(covered)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn with_options(options: &str) -> Result<OpenRequest, String> {
-        understood(&OpenRequest {
-            path: Some("disk".to_owned()),
-            options: vec![options.to_owned()],
-            ..OpenRequest::default()
-        })
+        let mut request = OpenRequest::default();
+        request.path = Some("disk".to_owned());
+        request.options = vec![options.to_owned()];
+        understood(&request)
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! Requests in the background: each on a thread of its own, told when somebody waits for them.
 
-use super::target::Outcome;
+use crate::outcome::Outcome;
 use std::collections::VecDeque;
 use std::thread::{Builder, JoinHandle};
 
 /// The requests that were made and not yet told, oldest first.
 #[derive(Default)]
-pub(super) struct Background {
+pub(crate) struct Background {
     running: VecDeque<JoinHandle<Outcome>>,
 }
 
@@ -15,24 +15,20 @@ const MAX_IN_FLIGHT: usize = 128;
 
 impl Background {
     /// Starts a request. Returns what there is to tell of older ones.
-    pub(super) fn start(&mut self, request: impl FnOnce() -> Outcome + Send + 'static) -> Vec<Outcome> {
+    pub(crate) fn start(&mut self, request: impl FnOnce() -> Outcome + Send + 'static) -> Vec<Outcome> {
         let mut told = Vec::new();
         while self.running.len() >= MAX_IN_FLIGHT {
             told.extend(self.running.pop_front().map(finish));
         }
         match Builder::new().spawn(request) {
             Ok(thread) => self.running.push_back(thread),
-            Err(error) => told.push(Outcome {
-                complaint: Some(format!("cannot start a thread: {error}")),
-                failed: true,
-                ..Outcome::default()
-            }),
+            Err(error) => told.push(Outcome::complaint(format!("cannot start a thread: {error}"))),
         }
         told
     }
 
     /// What has finished meanwhile, in the order in which it was started.
-    pub(super) fn finished(&mut self) -> Vec<Outcome> {
+    pub(crate) fn finished(&mut self) -> Vec<Outcome> {
         let mut told = Vec::new();
         while self.running.front().is_some_and(JoinHandle::is_finished) {
             told.extend(self.running.pop_front().map(finish));
@@ -41,17 +37,13 @@ impl Background {
     }
 
     /// Waits for all.
-    pub(super) fn wait(&mut self) -> Vec<Outcome> {
+    pub(crate) fn wait(&mut self) -> Vec<Outcome> {
         self.running.drain(..).map(finish).collect()
     }
 }
 
 fn finish(thread: JoinHandle<Outcome>) -> Outcome {
-    thread.join().unwrap_or_else(|_| Outcome {
-        complaint: Some("a request in the background panicked".to_owned()),
-        failed: true,
-        ..Outcome::default()
-    })
+    thread.join().unwrap_or_else(|_| Outcome::complaint("a request in the background panicked".to_owned()))
 }
 
 #[cfg(test)]
@@ -60,7 +52,11 @@ mod tests {
     use std::sync::mpsc;
 
     fn outcome(text: &str) -> Outcome {
-        Outcome { text: text.to_owned(), ..Outcome::default() }
+        Outcome::success(text.to_owned())
+    }
+
+    fn texts(outcomes: Vec<Outcome>) -> Vec<String> {
+        outcomes.into_iter().map(|outcome| outcome.text).collect()
     }
 
     #[test]
@@ -72,13 +68,13 @@ mod tests {
             receiver.recv().unwrap();
             outcome("first")
         });
-        assert_eq!(background.finished(), []);
+        assert!(background.finished().is_empty());
         background.start(move || {
             sender.send(()).unwrap();
             outcome("second")
         });
-        assert_eq!(background.wait(), [outcome("first"), outcome("second")]);
-        assert_eq!(background.wait(), []);
+        assert_eq!(texts(background.wait()), ["first", "second"]);
+        assert!(background.wait().is_empty());
     }
 
     #[test]

@@ -1,95 +1,10 @@
 //! Commands as typed, on disks in memory.
 
-use super::command::Command;
-use super::console::Console;
-use super::exerciser::{Exerciser, Flow, OpenedFile, Opener};
-use super::parse::{Complaint, parse};
-use super::request::OpenRequest;
-use super::table::find;
-use super::target::Target;
-use super::words::split;
-use qcow2_core::{GuestDisk, RawDisk};
+use crate::{Console, Exerciser, Flow, OpenRequest, OpenedDisk, Opener, Ports, Refusal};
+use qcow2_core::RawDisk;
 use qcow2_io::{CacheMode, MemoryStorage, TraceStorage};
 use std::cell::{Cell, RefCell};
-use std::io::{self, Write};
-use std::rc::Rc;
 use std::sync::Arc;
-
-/// What a line is understood as.
-fn understand(line: &str) -> Result<Command, Complaint> {
-    let words = split(line);
-    parse(find(words[0]).unwrap(), &words[1..])
-}
-
-#[track_caller]
-fn refused(line: &str, expected: Complaint) {
-    assert_eq!(understand(line).unwrap_err(), expected, "{line}");
-}
-
-#[test]
-fn requests_in_all_their_forms() {
-    for (line, expected) in [
-        (
-            "read -v -P 7 -s 10 -l 20 1k 512",
-            "Read(Read { range: Range { offset: 1024, len: 512 }, manner: Plain, style: Style { quiet: false, csv: false }, \
-             dump: true, check: Some(Check { byte: 7, skip: 10, len: 20 }), vm_state: false })",
-        ),
-        (
-            "readv 0 1k 2k -qC",
-            "Read(Read { range: Range { offset: 0, len: 3072 }, manner: Vectored, style: Style { quiet: true, csv: true }, \
-             dump: false, check: None, vm_state: false })",
-        ),
-        (
-            "write -z -u -n -f 0 3G",
-            "Write(Write { range: Range { offset: 0, len: 3221225472 }, manner: Plain, \
-             style: Style { quiet: false, csv: false }, content: Zeroes { may_unmap: true, only_fast: true }, durable: true, \
-             place: Disk })",
-        ),
-        (
-            "w -c -s file 64k 64k",
-            "Write(Write { range: Range { offset: 65536, len: 65536 }, manner: Plain, \
-             style: Style { quiet: false, csv: false }, content: File(\"file\"), durable: false, place: Compressed })",
-        ),
-        (
-            "aio_write 5 6",
-            "Write(Write { range: Range { offset: 5, len: 6 }, manner: Background, style: Style { quiet: false, csv: false }, \
-             content: Byte(205), durable: false, place: Disk })",
-        ),
-        ("alloc 1k", "Alloc(Range { offset: 1024, len: 512 })"),
-        ("truncate -m off 1M", "Truncate { size: 1048576, preallocation: None }"),
-        ("sleep 0x10", "Sleep { milliseconds: 16 }"),
-        ("reopen -w", "Reopen(Reopen { read_only: Some(false), cache: None, options: [] })"),
-        ("aio_read -i nonsense", "Inject(\"injecting invalid read request\")"),
-    ] {
-        assert_eq!(format!("{:?}", understand(line).unwrap()), expected, "{line}");
-    }
-}
-
-#[test]
-fn refusals() {
-    let out = |text: &str| Complaint::Out(text.to_owned());
-    refused("read 0 1 2", Complaint::Usage(None));
-    refused("read -s 1 0 1k", Complaint::Usage(None));
-    refused("read -x 0 1", Complaint::Usage(Some("read: invalid option -- 'x'".to_owned())));
-    refused("read -P 0 -s 513 0 512", out("pattern verification range exceeds end of read data"));
-    refused("read -P 0 -s 12 -l 501 0 512", out("pattern verification range exceeds end of read data"));
-    refused("read -b 0 100", out("100 is not a sector-aligned value for 'count'"));
-    refused("write -n 0 1", out("-n requires -z to be specified"));
-    refused("write -u 0 1", out("-u requires -z to be specified"));
-    refused("write -bz 0 1", out("-b and -z cannot be specified at the same time"));
-    refused("write -fc 0 1", out("-f and -b or -c cannot be specified at the same time"));
-    refused("write -z -P 1 0 1", out("Only one of -z, -P, and -s can be specified at the same time"));
-    refused("write -z 0 2G", out("length cannot exceed 2147483136 without -n, given 2G"));
-    refused("aio_write -z 0 1 1", out("-z supports only a single length parameter"));
-    refused("truncate -m some 0", Complaint::Named("Invalid preallocation mode 'some'".to_owned()));
-    refused("reopen -r -w", Complaint::Named("Only one -r/-w option may be given".to_owned()));
-    refused("sleep 1k", out("1k is not a valid number"));
-    refused("sigraise 66", out("signal argument '66' is too large to be a valid signal"));
-    refused(
-        "zone_open 0 1x",
-        out("Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- 1x"),
-    );
-}
 
 /// Opens the same memory again and again.
 struct Memory {
@@ -98,43 +13,43 @@ struct Memory {
 }
 
 impl Opener for Memory {
-    fn open(&self, request: &OpenRequest) -> Result<OpenedFile, Vec<String>> {
+    fn open(&self, request: &OpenRequest) -> Result<OpenedDisk, Refusal> {
         if request.path.as_deref() != Some("disk") {
-            return Err(vec!["no such disk".to_owned(), "look again".to_owned()]);
+            return Err(Refusal { reason: "no such disk".to_owned(), hints: vec!["look again".to_owned()] });
         }
         self.opened.set(self.opened.get() + 1);
         let writable = !request.read_only;
-        let disk: Arc<dyn GuestDisk> =
-            Arc::new(RawDisk::new(self.storage.clone(), writable).map_err(|error| vec![error.to_string()])?);
-        let target =
-            Target { disk, durable_writes: request.cache.is_writethrough(), discards: request.discards };
-        Ok(OpenedFile {
-            target,
-            writable,
-            info: Box::new(|| Ok("a disk\n".to_owned())),
-            warnings: Vec::new(),
-            debugger: None,
-        })
+        let disk = RawDisk::new(self.storage.clone(), writable).unwrap();
+        let mut disk = OpenedDisk::new(Arc::new(disk), writable);
+        disk.durable_writes = request.cache.is_writethrough();
+        disk.discards = request.discards;
+        Ok(disk)
+    }
+
+    fn read_file(&self, name: &str, limit: u64) -> std::io::Result<Vec<u8>> {
+        match name {
+            "abc" => Ok(b"abc"[..limit.min(3) as usize].to_vec()),
+            "empty" => Ok(Vec::new()),
+            _ => Err(std::io::Error::from_raw_os_error(2)),
+        }
     }
 }
 
 /// Both outputs in one, in order; complaints after `! `.
-#[derive(Clone, Default)]
-struct Heard(Rc<RefCell<String>>);
+#[derive(Default)]
+struct Heard(RefCell<String>);
 
-struct Ear {
-    heard: Heard,
-    prefix: &'static str,
-}
-
-impl Write for Ear {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.heard.0.borrow_mut().push_str(&format!("{}{}", self.prefix, String::from_utf8_lossy(bytes)));
-        Ok(bytes.len())
+impl Console for Heard {
+    fn out(&self, text: &str) {
+        self.0.borrow_mut().push_str(text);
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    fn complain(&self, line: &str) {
+        self.out(&format!("! {line}\n"));
+    }
+
+    fn complain_named(&self, text: &str) {
+        self.complain(&format!("tool: {text}"));
     }
 }
 
@@ -143,6 +58,7 @@ struct Run {
     failed: bool,
     counts: qcow2_io::StorageCounts,
     opened: u32,
+    flows: Vec<Flow>,
 }
 
 /// Runs commands on a disk of 1 MiB in memory, opened as `request` says; times and rates are left out of the
@@ -151,18 +67,22 @@ fn run(request: OpenRequest, commands: &[&str]) -> Run {
     let storage = Arc::new(TraceStorage::new(Arc::new(MemoryStorage::with_len(1 << 20))));
     let opener = Memory { storage: storage.clone(), opened: Cell::new(0) };
     let heard = Heard::default();
-    // Whole lines come here, however they were written.
-    let ear = |prefix| Box::new(io::LineWriter::new(Ear { heard: heard.clone(), prefix }));
-    let mut exerciser = Exerciser::new(Console::new("tool", ear(""), ear("! ")), &opener);
+    let words = |error: &(dyn std::error::Error + 'static)| error.to_string();
+    let mut exerciser = Exerciser::new(Ports { opener: &opener, console: &heard, words: &words });
     if request.path.is_some() {
-        assert!(exerciser.open_first(request));
+        assert!(exerciser.open(request));
     }
-    let _ = commands.iter().all(|line| exerciser.execute(line) == Flow::Continue);
+    let mut flows = Vec::new();
+    for line in commands {
+        flows.push(exerciser.execute(line));
+        if flows.last() == Some(&Flow::Quit) {
+            break;
+        }
+    }
     exerciser.finish();
     let failed = exerciser.has_failed();
-    drop(exerciser);
     let lines: Vec<String> = heard.0.borrow().lines().map(without_times).collect();
-    Run { heard: lines.join("\n"), failed, counts: storage.counts(), opened: opener.opened.get() }
+    Run { heard: lines.join("\n"), failed, counts: storage.counts(), opened: opener.opened.get(), flows }
 }
 
 fn without_times(line: &str) -> String {
@@ -242,7 +162,8 @@ fn failures_do_not_stop_the_rest() {
             "! bad argument count 1 to read, expected at least 2 arguments",
             "read failed: Input/output error",
             "! write: invalid option -- 'x'",
-            "write [-bcCfnqruz] [-P pattern | -s source_file] off len -- write a pattern, a file's content or zeroes",
+            "write [-bcCfnqruz] [-P pattern | -s source_file] off len -- \
+             write a pattern, a file's content or zeroes",
             "1 MiB",
         ],
         true,
@@ -342,7 +263,9 @@ fn disks_are_opened_closed_and_opened_again() {
         "! tool: can't open device other: no such disk",
         "! look again",
         "! tool: file open already, try 'help close'",
-        "a disk",
+        "format name: raw",
+        "cluster size: 0 bytes",
+        "vm state offset: 0 bytes",
         "! tool: Block node is read-only",
         "! tool: Cannot change the option 'foo'",
         "! tool: Cannot set both -c and the cache options",
@@ -354,31 +277,32 @@ fn disks_are_opened_closed_and_opened_again() {
 
 #[test]
 fn a_file_is_written_again_and_again() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("abc");
-    std::fs::write(&path, "abc").unwrap();
-    let empty = dir.path().join("empty");
-    std::fs::write(&empty, "").unwrap();
-    let write = |path: &std::path::Path, range: &str| format!("write -q -s {} {range}", path.display());
-    let missing = dir.path().join("missing");
     check(
         &[
-            &write(&path, "5 7"),
+            "write -q -s abc 5 7",
             "read -v 4 9",
-            &write(&empty, "0 1"),
-            &write(&missing, "0 1"),
-            &write(&path, "0 40000000"),
+            "write -q -s empty 0 1",
+            "write -q -s missing 0 1",
+            "write -q -s abc 0 40000000",
+            "write -q -s abc 0 2",
         ],
         &[
             "00000004:  00 61 62 63 61 62 63 61 00  .abcabca.",
             "read 9/9 bytes at offset 4",
             "9 bytes, 1 ops",
-            &format!("! {}: file is empty", empty.display()),
-            &format!("! {}: No such file or directory", missing.display()),
+            "! empty: file is empty",
+            "! missing: No such file or directory",
             "write failed: Input/output error",
         ],
         true,
     );
+}
+
+#[test]
+fn the_process_belongs_to_the_caller() {
+    let run = run(writable(), &["sigraise 0", "sigraise 10", "abort", "sigraise 66", "quit", "length"]);
+    assert_eq!(run.flows, [Flow::Continue, Flow::Raise(10), Flow::Abort, Flow::Continue, Flow::Quit]);
+    assert_eq!(run.heard, "signal argument '66' is too large to be a valid signal");
 }
 
 #[test]

@@ -3,12 +3,12 @@
 use super::command::{
     Break, Check, Command, Content, Manner, Open, Place, Range, Read, Reopen, Style, Write,
 };
+use super::line::{Arguments, MAX_REQUEST, c_integer, number, pattern, request_len, request_lens};
 use super::table::Spec;
-use super::words::{Arguments, MAX_REQUEST, c_integer, number, pattern, request_len, request_lens};
 
 /// Why there is no command, and where that is said.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Complaint {
+pub(crate) enum Complaint {
     /// On standard output.
     Out(String),
     /// On standard error after the program's name.
@@ -26,7 +26,7 @@ impl From<String> for Complaint {
 type Parsed = Result<Command, Complaint>;
 
 /// Understands the words after the name of `spec`; their number is right already.
-pub(super) fn parse(spec: &Spec, words: &[&str]) -> Parsed {
+pub(crate) fn parse(spec: &Spec, words: &[&str]) -> Parsed {
     let Some(letters) = spec.letters else {
         return without_options(spec.name, words);
     };
@@ -136,6 +136,9 @@ fn read(arguments: &Arguments<'_>) -> Parsed {
     let vm_state = arguments.has('b');
     if vm_state {
         whole_sectors(range)?;
+        if arguments.has('r') {
+            return Err(complain("I/O buffer registration is not supported when reading from vmstate"));
+        }
     }
     let style = style(arguments);
     Ok(Command::Read(Read { range, manner: Manner::Plain, style, dump: arguments.has('v'), check, vm_state }))
@@ -179,10 +182,9 @@ fn write(arguments: &Arguments<'_>) -> Parsed {
     let offset = number(offset)?;
     let only_fast = has('n');
     let len = match number(len)? {
-        count if count > MAX_REQUEST && has('z') && !only_fast => {
+        count if count > MAX_REQUEST && !only_fast => {
             return Err(complain(&format!("length cannot exceed {MAX_REQUEST} without -n, given {len}")));
         }
-        count if count > MAX_REQUEST && !has('z') => request_len(len)?,
         count => count,
     };
     let range = Range { offset, len };
@@ -194,6 +196,9 @@ fn write(arguments: &Arguments<'_>) -> Parsed {
     if place != Place::Disk {
         whole_sectors(range)?;
     }
+    if has('z') && has('r') {
+        return Err(complain(ZEROES_IN_BUFFER));
+    }
     let content = match (has('z'), arguments.last('s')) {
         (true, _) => Content::Zeroes { may_unmap: has('u'), only_fast },
         (false, Some(file)) => Content::File(file.to_owned()),
@@ -203,6 +208,9 @@ fn write(arguments: &Arguments<'_>) -> Parsed {
     let write = Write { range, manner: Manner::Plain, style, content, durable: has('f'), place };
     Ok(Command::Write(write))
 }
+
+/// Zeroes have no buffer that could be registered.
+const ZEROES_IN_BUFFER: &str = "cannot combine zero write with registered I/O buffer";
 
 /// What is written where no other byte is asked for.
 const DEFAULT_BYTE: u8 = 0xcd;
@@ -235,6 +243,9 @@ fn aio_write(arguments: &Arguments<'_>) -> Parsed {
     }
     if arguments.has('u') && !zeroes {
         return Err(complain("-u requires -z to be specified"));
+    }
+    if arguments.has('r') && zeroes {
+        return Err(complain(ZEROES_IN_BUFFER));
     }
     let offset = number(offset)?;
     let (len, content) = match zeroes {

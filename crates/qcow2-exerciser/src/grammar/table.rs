@@ -2,30 +2,30 @@
 
 /// One command.
 #[derive(Debug)]
-pub(super) struct Spec {
+pub(crate) struct Spec {
     /// Its name.
-    pub(super) name: &'static str,
+    pub(crate) name: &'static str,
     /// Its short name.
-    pub(super) alias: Option<&'static str>,
+    pub(crate) alias: Option<&'static str>,
     /// How many words must follow, options included.
-    pub(super) min_words: usize,
+    pub(crate) min_words: usize,
     /// How many may; `None`: any number.
-    pub(super) max_words: Option<usize>,
+    pub(crate) max_words: Option<usize>,
     /// The letters of its options, as for getopt; `None`: words are taken as they are.
-    pub(super) letters: Option<&'static str>,
+    pub(crate) letters: Option<&'static str>,
     /// What follows the name, for the help; `None`: nothing.
-    pub(super) synopsis: Option<&'static str>,
+    pub(crate) synopsis: Option<&'static str>,
     /// What it does.
-    pub(super) summary: &'static str,
+    pub(crate) summary: &'static str,
     /// Whether a disk must be open.
-    pub(super) needs_file: bool,
+    pub(crate) needs_file: bool,
     /// Whether it changes the disk.
-    pub(super) writes: bool,
+    pub(crate) writes: bool,
 }
 
 impl Spec {
     /// Complains about a wrong number of words, as standard error has it.
-    pub(super) fn check_count(&self, typed: &str, count: usize) -> Result<(), String> {
+    pub(crate) fn check_count(&self, typed: &str, count: usize) -> Result<(), String> {
         let expected = match (self.min_words, self.max_words) {
             (min, None) if count < min => format!("at least {min}"),
             (min, Some(max)) if min == max && count != min => format!("{min}"),
@@ -36,7 +36,7 @@ impl Spec {
     }
 
     /// The usage line, for the command as it was typed.
-    pub(super) fn usage(&self, typed: &str) -> String {
+    pub(crate) fn usage(&self, typed: &str) -> String {
         match self.synopsis {
             Some(synopsis) => format!("{typed} {synopsis} -- {}\n", self.summary),
             None => format!("{typed} -- {}\n", self.summary),
@@ -45,7 +45,7 @@ impl Spec {
 }
 
 /// The command called `name`.
-pub(super) fn find(name: &str) -> Option<&'static Spec> {
+pub(crate) fn find(name: &str) -> Option<&'static Spec> {
     COMMANDS.iter().find(|spec| spec.name == name || spec.alias == Some(name))
 }
 
@@ -81,7 +81,7 @@ const fn with_options(
 }
 
 /// All commands, sorted by name.
-pub(super) static COMMANDS: &[Spec] = &[
+pub(crate) static COMMANDS: &[Spec] = &[
     Spec { needs_file: false, ..plain("abort", 0, "end the program as a crash would") },
     plain("aio_flush", 0, "wait for all background requests"),
     with_options("aio_read", "CiP:qrv", "[-Ciqrv] [-P pattern] off len [len..]", "read in the background"),

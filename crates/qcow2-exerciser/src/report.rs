@@ -5,20 +5,20 @@ use std::time::Duration;
 
 /// A finished request.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Finished {
+pub(crate) struct Finished {
     /// `read`, `wrote` or `discard`.
-    pub(super) verb: &'static str,
+    pub(crate) verb: &'static str,
     /// From where on.
-    pub(super) offset: u64,
+    pub(crate) offset: u64,
     /// How many bytes.
-    pub(super) len: u64,
+    pub(crate) len: u64,
     /// How long it took.
-    pub(super) elapsed: Duration,
+    pub(crate) elapsed: Duration,
 }
 
 impl Finished {
     /// The two lines for people.
-    pub(super) fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let Self { verb, offset, len, .. } = self;
         format!(
             "{verb} {len}/{len} bytes at offset {offset}\n{}, 1 ops; {} ({}/sec and {:.4} ops/sec)\n",
@@ -30,7 +30,7 @@ impl Finished {
     }
 
     /// The line for programs.
-    pub(super) fn csv(&self) -> String {
+    pub(crate) fn csv(&self) -> String {
         let elapsed = long_time(self.elapsed);
         let (bytes, ops) = (self.per_second(self.len), self.per_second(1));
         format!("{},1,{elapsed},{bytes:.3},{ops:.3}\n", self.len)
@@ -43,7 +43,7 @@ impl Finished {
 }
 
 /// `bytes` in the largest unit that it fills: `1.500 KiB`, `64 KiB`, `20 bytes`.
-pub(super) fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     scaled(bytes as f64)
 }
 
@@ -75,7 +75,7 @@ fn long_time(elapsed: Duration) -> String {
 }
 
 /// `bytes`, which start at `offset` of the disk: sixteen in a line, as numbers and as characters.
-pub(super) fn dump(offset: u64, bytes: &[u8]) -> String {
+pub(crate) fn dump(offset: u64, bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len() * 5);
     for (index, line) in bytes.chunks(16).enumerate() {
         let _ = write!(text, "{:08x}:  ", offset + index as u64 * 16);
@@ -92,7 +92,7 @@ pub(super) fn dump(offset: u64, bytes: &[u8]) -> String {
 }
 
 /// One line of `map`.
-pub(super) fn map_line(offset: u64, len: u64, allocated: bool) -> String {
+pub(crate) fn map_line(offset: u64, len: u64, allocated: bool) -> String {
     let what = if allocated { "    allocated" } else { "not allocated" };
     format!("{} ({len:#x}) bytes {what} at offset {} ({offset:#x})\n", size(len), size(offset))
 }

@@ -4,14 +4,14 @@ use super::table::{COMMANDS, Spec};
 use std::fmt::Write;
 
 /// All commands, a line each.
-pub(super) fn all() -> String {
+pub(crate) fn all() -> String {
     let mut text: String = COMMANDS.iter().map(|spec| spec.usage(spec.name)).collect();
     text.push_str("\nUse 'help commandname' for more about one of them.\n");
     text
 }
 
 /// One command with its options.
-pub(super) fn one(spec: &Spec, typed: &str) -> String {
+pub(crate) fn one(spec: &Spec, typed: &str) -> String {
     let mut text = spec.usage(typed);
     let letters = spec.letters.unwrap_or_default();
     if letters.is_empty() {
@@ -65,7 +65,7 @@ fn meaning(command: &str, letter: char) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::command::io::table::find;
+    use crate::grammar::table::find;
 
     #[test]
     fn every_option_of_every_command_is_described() {

@@ -2,7 +2,7 @@
 
 /// A command, understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Command {
+pub(crate) enum Command {
     Read(Read),
     Write(Write),
     Discard {
@@ -42,7 +42,7 @@ pub(super) enum Command {
 
 /// Stops at steps of the engine, where the disk has them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Break {
+pub(crate) enum Break {
     /// The next request that reaches this step stops there.
     Set {
         event: String,
@@ -62,25 +62,25 @@ pub(super) enum Break {
 
 /// Bytes of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Range {
+pub(crate) struct Range {
     /// The first byte.
-    pub(super) offset: u64,
+    pub(crate) offset: u64,
     /// How many.
-    pub(super) len: u64,
+    pub(crate) len: u64,
 }
 
 /// How the end of a request is told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Style {
+pub(crate) struct Style {
     /// Not at all.
-    pub(super) quiet: bool,
+    pub(crate) quiet: bool,
     /// In one line for programs.
-    pub(super) csv: bool,
+    pub(crate) csv: bool,
 }
 
 /// Whether a request is waited for, and what it is called when it fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Manner {
+pub(crate) enum Manner {
     /// One buffer.
     Plain,
     /// Several buffers.
@@ -91,44 +91,44 @@ pub(super) enum Manner {
 
 /// `read`, `readv`, `aio_read`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Read {
-    pub(super) range: Range,
-    pub(super) manner: Manner,
-    pub(super) style: Style,
+pub(crate) struct Read {
+    pub(crate) range: Range,
+    pub(crate) manner: Manner,
+    pub(crate) style: Style,
     /// Show the bytes.
-    pub(super) dump: bool,
+    pub(crate) dump: bool,
     /// The byte that all of them must be.
-    pub(super) check: Option<Check>,
+    pub(crate) check: Option<Check>,
     /// Of the machine's state instead of its disk.
-    pub(super) vm_state: bool,
+    pub(crate) vm_state: bool,
 }
 
 /// What the bytes read must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Check {
-    pub(super) byte: u8,
+pub(crate) struct Check {
+    pub(crate) byte: u8,
     /// Bytes of the request before the checked ones.
-    pub(super) skip: u64,
+    pub(crate) skip: u64,
     /// How many are checked.
-    pub(super) len: u64,
+    pub(crate) len: u64,
 }
 
 /// `write`, `writev`, `aio_write`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Write {
-    pub(super) range: Range,
-    pub(super) manner: Manner,
-    pub(super) style: Style,
-    pub(super) content: Content,
+pub(crate) struct Write {
+    pub(crate) range: Range,
+    pub(crate) manner: Manner,
+    pub(crate) style: Style,
+    pub(crate) content: Content,
     /// Durable at once.
-    pub(super) durable: bool,
+    pub(crate) durable: bool,
     /// Where the bytes go, and how.
-    pub(super) place: Place,
+    pub(crate) place: Place,
 }
 
 /// What is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Content {
+pub(crate) enum Content {
     /// The same byte all over.
     Byte(u8),
     /// The content of a file, again and again.
@@ -139,7 +139,7 @@ pub(super) enum Content {
 
 /// Where bytes are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(crate) enum Place {
     /// On the disk.
     Disk,
     /// On the disk, compressed.
@@ -150,25 +150,25 @@ pub(super) enum Place {
 
 /// `open`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Open {
-    pub(super) path: Option<String>,
-    pub(super) read_only: bool,
-    pub(super) snapshot: bool,
-    pub(super) copy_on_read: bool,
-    pub(super) no_cache: bool,
-    pub(super) native_aio: bool,
-    pub(super) force_share: bool,
-    pub(super) cache: Option<String>,
-    pub(super) discard: Option<String>,
-    pub(super) aio: Option<String>,
-    pub(super) options: Vec<String>,
+pub(crate) struct Open {
+    pub(crate) path: Option<String>,
+    pub(crate) read_only: bool,
+    pub(crate) snapshot: bool,
+    pub(crate) copy_on_read: bool,
+    pub(crate) no_cache: bool,
+    pub(crate) native_aio: bool,
+    pub(crate) force_share: bool,
+    pub(crate) cache: Option<String>,
+    pub(crate) discard: Option<String>,
+    pub(crate) aio: Option<String>,
+    pub(crate) options: Vec<String>,
 }
 
 /// `reopen`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Reopen {
+pub(crate) struct Reopen {
     /// `Some(true)` for `-r`, `Some(false)` for `-w`.
-    pub(super) read_only: Option<bool>,
-    pub(super) cache: Option<String>,
-    pub(super) options: Vec<String>,
+    pub(crate) read_only: Option<bool>,
+    pub(crate) cache: Option<String>,
+    pub(crate) options: Vec<String>,
 }

@@ -1,26 +1,39 @@
 //! A raw disk whose format was guessed. Whoever writes it could make it look like an image that names other
 //! files, and the next one to guess would open those: such writes to the first sector are refused.
 
+use crate::{MemoryStorage, probe_format};
 use qcow2_core::{
     DiskExtent, Error, ErrorKind, GuestDisk, GuestOffset, GuestRange, ImageFormat, Result, ZeroMode,
 };
-use qcow2_io::{MemoryStorage, probe_format};
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes that a guess looks at.
 const PROBED_LEN: u64 = 512;
 
-/// Wraps a raw disk.
-pub(super) struct GuardedRaw {
+/// Wraps a raw disk: a write that would make its first sector look like another format fails with
+/// [`ErrorKind::ReadOnly`] and changes nothing. Zeroes and discards count as writes: a signature may hold
+/// zeroes.
+pub struct GuardedRaw {
     inner: Arc<dyn GuestDisk>,
     /// Held while the first sector changes.
     first_sector: Mutex<()>,
 }
 
 impl GuardedRaw {
-    /// `inner` is raw, as far as anybody knows.
-    pub(super) fn new(inner: Arc<dyn GuestDisk>) -> Self {
+    /// Wraps `inner`, which is raw as far as anybody knows.
+    pub fn new(inner: Arc<dyn GuestDisk>) -> Self {
         Self { inner, first_sector: Mutex::new(()) }
+    }
+
+    /// Makes a change that puts `buf` at `offset`, unless it is refused.
+    fn guarded(&self, offset: u64, buf: &[u8], change: impl FnOnce() -> Result<()>) -> Result<()> {
+        if offset >= PROBED_LEN || buf.is_empty() {
+            return change();
+        }
+        let _alone = self.first_sector.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check(offset, buf)?;
+        change()
     }
 
     /// Refuses `buf` at `offset` where the first sector would then look like another format.
@@ -42,6 +55,12 @@ impl GuardedRaw {
     }
 }
 
+/// What zeroes in `range` put into the first sector.
+fn zeroes(range: GuestRange) -> &'static [u8] {
+    static ZEROES: [u8; PROBED_LEN as usize] = [0; PROBED_LEN as usize];
+    &ZEROES[..range.len().min(PROBED_LEN) as usize]
+}
+
 impl GuestDisk for GuardedRaw {
     fn size(&self) -> u64 {
         self.inner.size()
@@ -52,20 +71,15 @@ impl GuestDisk for GuardedRaw {
     }
 
     fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
-        if offset.value() >= PROBED_LEN {
-            return self.inner.write_at(offset, buf);
-        }
-        let _alone = self.first_sector.lock().unwrap_or_else(PoisonError::into_inner);
-        self.check(offset.value(), buf)?;
-        self.inner.write_at(offset, buf)
+        self.guarded(offset.value(), buf, || self.inner.write_at(offset, buf))
     }
 
     fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
-        self.inner.write_zeroes(range, mode)
+        self.guarded(range.start().value(), zeroes(range), || self.inner.write_zeroes(range, mode))
     }
 
     fn discard(&self, range: GuestRange) -> Result<()> {
-        self.inner.discard(range)
+        self.guarded(range.start().value(), zeroes(range), || self.inner.discard(range))
     }
 
     fn flush(&self) -> Result<()> {
@@ -103,5 +117,27 @@ mod tests {
         assert_eq!(write(0, &header[..4]), Err(ErrorKind::ReadOnly));
         assert_eq!(write(512, header), Ok(()));
         assert_eq!(&storage.to_vec()[..8], b"zzzz\x00\x00\x00\x03");
+    }
+
+    #[test]
+    fn no_zero_completes_a_signature() {
+        let luks = b"LUKS\xba\xbe\xff\x01";
+        for discard in [false, true] {
+            let storage = Arc::new(MemoryStorage::with_len(10_000));
+            let disk = GuardedRaw::new(Arc::new(RawDisk::new(storage.clone(), true).unwrap()));
+            disk.write_at(GuestOffset::new(0), luks).unwrap();
+            let zero = |offset, len| {
+                let range = GuestRange::new(GuestOffset::new(offset), len).unwrap();
+                let done = match discard {
+                    true => disk.discard(range),
+                    false => disk.write_zeroes(range, ZeroMode::MayUnmap),
+                };
+                done.map_err(|e| e.kind())
+            };
+            assert_eq!(zero(6, 1), Err(ErrorKind::ReadOnly));
+            assert_eq!(&storage.to_vec()[..8], luks);
+            assert_eq!(zero(512, 9000), Ok(()));
+            assert_eq!(zero(0, 10_000), Ok(()));
+        }
     }
 }

@@ -1,33 +1,37 @@
 //! How a disk is to be opened, as options and commands ask for it.
 
-use super::command::{Open, Reopen};
+use crate::grammar::{Open, Reopen};
 use qcow2_io::CacheMode;
 
-/// How a disk is asked for.
+/// How a disk is asked for: the options of `open` and of the program.
+///
+/// The default is what qemu-io does without options: for reading and writing, each write durable when it is
+/// reported, discards counted.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct OpenRequest {
+#[non_exhaustive]
+pub struct OpenRequest {
     /// The name as typed; `None` where the options say it all.
-    pub(super) path: Option<String>,
+    pub path: Option<String>,
     /// Whether the name is an option string.
-    pub(super) image_opts: bool,
+    pub image_opts: bool,
     /// The format, where it is given.
-    pub(super) format: Option<String>,
+    pub format: Option<String>,
     /// Whether it is only read.
-    pub(super) read_only: bool,
+    pub read_only: bool,
     /// Whether changes go to a scratch overlay.
-    pub(super) snapshot: bool,
+    pub snapshot: bool,
     /// Whether what is read from below is copied to the top.
-    pub(super) copy_on_read: bool,
+    pub copy_on_read: bool,
     /// Whether other users do not matter.
-    pub(super) force_share: bool,
+    pub force_share: bool,
     /// Whether discards reach the disk.
-    pub(super) discards: bool,
+    pub discards: bool,
     /// How changes reach the medium.
-    pub(super) cache: CacheMode,
+    pub cache: CacheMode,
     /// Whether the kernel's own asynchronous I/O was asked for, which needs a cache mode without page cache.
-    pub(super) native_aio: bool,
+    pub native_aio: bool,
     /// Further options, `key=value,...` each.
-    pub(super) options: Vec<String>,
+    pub options: Vec<String>,
 }
 
 impl Default for OpenRequest {
@@ -49,16 +53,18 @@ impl Default for OpenRequest {
 }
 
 impl OpenRequest {
-    /// Sets the cache mode by its name, if one is given.
-    pub(super) fn set_cache(&mut self, name: Option<&str>) -> Result<(), String> {
+    /// Sets the cache mode by its name (`none`, `writeback`, ...), if one is given. Errors: the text for the
+    /// user.
+    pub fn set_cache(&mut self, name: Option<&str>) -> Result<(), String> {
         if let Some(name) = name {
             self.cache = CacheMode::parse(name).ok_or_else(|| format!("Invalid cache option: {name}"))?;
         }
         Ok(())
     }
 
-    /// Sets whether discards count, if it is said.
-    pub(super) fn set_discard(&mut self, name: Option<&str>) -> Result<(), String> {
+    /// Sets whether discards count (`unmap`, `on`, `ignore`, `off`), if it is said. Errors: the text for the
+    /// user.
+    pub fn set_discard(&mut self, name: Option<&str>) -> Result<(), String> {
         self.discards = match name {
             None => return Ok(()),
             Some("unmap" | "on") => true,
@@ -68,8 +74,9 @@ impl OpenRequest {
         Ok(())
     }
 
-    /// Notes the way of asynchronous I/O; all are one here, but for what they ask of the cache mode.
-    pub(super) fn set_aio(&mut self, name: Option<&str>) -> Result<(), String> {
+    /// Notes the way of asynchronous I/O (`threads`, `native`, `io_uring`); all are one here, but for what
+    /// they ask of the cache mode. Errors: the text for the user.
+    pub fn set_aio(&mut self, name: Option<&str>) -> Result<(), String> {
         match name {
             None => {}
             Some("native") => self.native_aio = true,
@@ -81,7 +88,7 @@ impl OpenRequest {
 }
 
 /// What `open` asks for. Errors: the text after the program's name.
-pub(super) fn request_of(open: Open) -> Result<OpenRequest, String> {
+pub(crate) fn request_of(open: Open) -> Result<OpenRequest, String> {
     let mut request = OpenRequest {
         path: open.path,
         read_only: open.read_only,
@@ -102,7 +109,7 @@ pub(super) fn request_of(open: Open) -> Result<OpenRequest, String> {
 }
 
 /// The request for the same disk in another way.
-pub(super) fn changed(old: &OpenRequest, reopen: Reopen) -> Result<OpenRequest, String> {
+pub(crate) fn changed(old: &OpenRequest, reopen: Reopen) -> Result<OpenRequest, String> {
     let mut new = old.clone();
     new.set_cache(reopen.cache.as_deref())?;
     if let Some(read_only) = reopen.read_only {
