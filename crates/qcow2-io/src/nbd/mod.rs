@@ -1,7 +1,7 @@
-//! A disk that a server shows over the network block device protocol.
+//! Storage on an export of an NBD server.
 //!
-//! One connection, one request at a time. Where the server can say which parts are zeroes, it is asked
-//! (`base:allocation`). Encryption of the connection is not known here.
+//! One connection, one request in flight. If the server supports the meta context `base:allocation`, block
+//! status is read from it. TLS is not supported.
 
 mod handshake;
 mod wire;
@@ -15,11 +15,11 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use wire::{Command, Reply, Request, flag};
 
-/// A disk that a server shows.
+/// A connected NBD export.
 pub struct NbdStorage {
     agreed: Agreed,
     writable: bool,
-    /// `None` after a failure that leaves the two sides at different places of the conversation.
+    /// `None` after a failure that leaves the connection out of sync with the server.
     line: Mutex<Option<Line>>,
 }
 
@@ -29,9 +29,8 @@ struct Line {
 }
 
 impl NbdStorage {
-    /// Connects to the server at `address` and asks for `export`. `writable`: whether it will be changed.
-    /// Errors: no connection, a server that speaks otherwise, an export that is not there or not to be
-    /// written.
+    /// Connects to the server at `address` and opens `export`. `writable`: whether it will be changed.
+    /// Errors: connection failure, protocol violation, unknown export, or a read-only export with `writable`.
     pub fn connect(address: &NbdAddress, export: &str, writable: bool) -> Result<Self, NbdError> {
         let mut stream = address.connect()?;
         let agreed = handshake::agree(&mut stream, export)?;
@@ -41,8 +40,8 @@ impl NbdStorage {
         Ok(Self { agreed, writable, line: Mutex::new(Some(Line { stream, next_cookie: 1 })) })
     }
 
-    /// Sends one request and takes its reply. Errors: those of the server leave the connection usable, all
-    /// others end it.
+    /// Sends one request and receives its reply. An error reported by the server leaves the connection
+    /// usable; any other error closes it.
     fn request(&self, request: &Request<'_>, reply: &mut Reply<'_>) -> io::Result<()> {
         let mut line = self.line();
         let Some(open) = line.as_mut() else {
@@ -70,7 +69,7 @@ impl NbdStorage {
         self.agreed.flags & flag != 0
     }
 
-    /// Cuts `len` bytes at `offset` into requests of at most `max` bytes.
+    /// Splits `len` bytes at `offset` into requests of at most `max` bytes.
     fn each(
         call: Call,
         max: u64,
@@ -166,7 +165,7 @@ impl Storage for NbdStorage {
             return Ok(());
         }
         let message =
-            format!("resize to {len} bytes: the server's disk has {} and cannot change", self.agreed.size);
+            format!("resize to {len} bytes: the export has a fixed size of {} bytes", self.agreed.size);
         Err(StorageError::new(StorageErrorKind::Unsupported, message))
     }
 
@@ -207,11 +206,11 @@ impl Storage for NbdStorage {
     }
 }
 
-/// The most bytes that a request carries. Spec: what every server takes.
+/// The largest payload of a request: what the protocol says every server accepts.
 const MAX_PAYLOAD: u64 = 32 << 20;
-/// The most bytes that a request without payload is about.
+/// The largest range of a request without payload.
 const MAX_RANGE: u64 = 1 << 30;
-/// Zeroes written at once where the server has no request for them.
+/// Zeroes sent per request if the server does not support write-zeroes.
 const ZERO_BUFFER: u64 = 1 << 20;
-/// "Broken pipe": what a connection gives that has failed before.
+/// `EPIPE`: the error of every call after the connection has failed.
 const BROKEN: i32 = 32;
