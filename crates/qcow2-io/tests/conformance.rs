@@ -20,7 +20,7 @@ fn check_files(name: &str, dir: &Path, mode: CacheMode) {
 
 #[test]
 fn memory_storage() {
-    conformance::check("memory_storage", &|| Arc::new(MemoryStorage::new()));
+    conformance::check("memory", &|| Arc::new(MemoryStorage::new()));
 }
 
 #[test]
@@ -33,7 +33,7 @@ fn files_in_every_cache_mode() {
 
 #[test]
 fn files_that_flush_each_write() {
-    // fsync on a disk is slow and this suite makes many; a memory_storage file system keeps their number and not
+    // fsync on a disk is slow and this suite makes many; a memory file system keeps their number and not
     // their cost.
     let place = Path::new("/dev/shm");
     let dir = if place.is_dir() { tempfile::tempdir_in(place) } else { tempfile::tempdir() }.unwrap();

@@ -1,4 +1,4 @@
-//! One kind of damage at a time, in images that qemu-img made.
+//! One kind of damage at a time, in images made by qemu-img.
 
 use crate::words::lines;
 use crate::{exit_code, report};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 
-/// An image's bytes and where its first tables are.
+/// An image's bytes and the offsets of its first tables.
 pub(crate) struct Image {
     pub(crate) bytes: Vec<u8>,
     pub(crate) l1: u64,
@@ -48,13 +48,13 @@ impl Image {
         self.set(at, change(self.word(at)));
     }
 
-    /// The file's length up to the next cluster of 64 KiB.
+    /// Length of the file, rounded up to 64 KiB.
     fn end(&self) -> u64 {
         (self.bytes.len() as u64).next_multiple_of(65536)
     }
 }
 
-/// How an image comes to be: `qemu-img create` options, size, then `qemu-io` commands; `snapshot` takes one.
+/// How to make an image: `qemu-img create` options, size, `qemu-io` commands; `snapshot` takes one.
 #[derive(Clone, Copy)]
 pub(crate) struct Base<'a> {
     pub(crate) options: &'a str,
@@ -105,8 +105,8 @@ impl Bench {
         self.compare(name, base, damage, true);
     }
 
-    /// The same where QEMU's further lines are accidents that we do not repeat: only the exit code is
-    /// compared, and that our first line is QEMU's.
+    /// Compares the exit code and the first line only: QEMU's further lines are side effects that we do not
+    /// repeat.
     fn case_by_class(&self, name: &str, base: Base<'_>, damage: impl FnOnce(&mut Image)) {
         self.compare(name, base, damage, false);
     }
@@ -208,7 +208,7 @@ fn sound_images() {
 }
 
 #[test]
-fn bitmaps_are_references() {
+fn bitmap_clusters_count_as_references() {
     let Some(bench) = Bench::new() else { return };
     let path = bench.make(PLAIN);
     for name in ["one", "two"] {
@@ -246,7 +246,7 @@ fn bitmaps_are_references() {
     );
     assert_eq!(ours.leaks as usize, theirs.stderr.matches("Leaked cluster").count());
 
-    // QEMU opens neither of these; we say what is wrong.
+    // QEMU opens neither of these; we report the damage.
     for damage in [|i: &mut Image, t: u64| i.set(t, 2), |i: &mut Image, _| i.bytes[65536 * 8..].fill(0xff)] {
         image.bytes.clone_from(&good);
         damage(&mut image, table);
