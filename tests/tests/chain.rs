@@ -231,8 +231,8 @@ impl Start {
     }
 }
 
-/// Runs the operation. `stop`: first cancelled after this many `should_stop` calls, then run to its end. Errors
-/// come from the storages.
+/// Runs the operation. `stop`: first cancelled after this many `should_stop` calls, then run to its end.
+/// Errors come from the storages.
 fn act(files: &Files, what: Act, stop: Option<u64>) -> Result<(), String> {
     if let Some(left) = stop {
         if attempt(files, what, &StopsAfter::new(left))? == Done::All {
