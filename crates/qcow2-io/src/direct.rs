@@ -60,6 +60,7 @@ impl DirectIo {
             let useful = count.saturating_sub(skip).min(buf.len() - done);
             buf[done..done + useful].copy_from_slice(&bounce.bytes()[skip..skip + useful]);
             done += useful;
+            // The end of the file.
             if count < window {
                 break;
             }
@@ -106,6 +107,7 @@ impl DirectIo {
         let mut load = |at: usize| {
             let edge = &mut window[at..at + block];
             let count = self.read_blocks(file, first + at as u64, edge)?;
+            // The file ends in this block. The block is written whole, so its rest must be zeroes.
             edge[count..].fill(0);
             Ok::<(), io::Error>(())
         };

@@ -154,6 +154,7 @@ impl FileStorage {
     }
 
     fn grown_to(&self, end: u64) {
+        // A maximum: concurrent writers may have grown the file further, and only `set_len` may shrink it.
         self.len.fetch_max(end, Ordering::AcqRel);
     }
 
@@ -222,6 +223,8 @@ impl FileStorage {
             return Ok(());
         }
         let inside = end.min(self.length());
+        // A hole reads as zeroes, and reserving it allocates it again. Devices cannot reserve, so they get
+        // plain writes.
         let punched = start >= inside || self.space.punch(&self.file, start, inside)?;
         if self.regular && punched && self.space.reserve(&self.file, start, end)? {
             return Ok(());
@@ -243,6 +246,7 @@ impl FileStorage {
             return Ok(());
         }
         let _guard = self.exclusive();
+        // Another thread may have grown the file while this one waited for the lock.
         if self.length() < len {
             self.file.set_len(len)?;
             self.grown_to(len);
@@ -314,6 +318,7 @@ impl Storage for FileStorage {
                 _ => Ok(()),
             },
         };
+        // `grow` takes the same lock exclusively.
         drop(guard);
         result.and_then(|()| self.grow(end)).map_err(|error| call.failed(error))
     }
@@ -379,6 +384,7 @@ impl Storage for FileStorage {
     /// because data that the page cache lost cannot be recovered.
     fn flush(&self) -> Result<(), StorageError> {
         let call = Call::new("flush", HostOffset::new(0), self.length());
+        // The count is read before the sync: a change that finishes during the sync may not be covered by it.
         let pending = self.dirty.pending().map_err(|code| call.failed(io::Error::from_raw_os_error(code)))?;
         let Some(changes) = pending else {
             return Ok(());

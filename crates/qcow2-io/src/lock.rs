@@ -142,6 +142,7 @@ pub(crate) fn lock_image(file: &File, locking: Locking, access: Access) -> Resul
     let uses: Vec<Permission> =
         used.iter().filter(|(_, used)| *used).map(|(permission, _)| *permission).collect();
     match take(file, &uses, unshared) {
+        // No such locks on this system or file system: continue unlocked, as QEMU does.
         Err(LockError::System(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
         Err(error) => {
             unlock_image(file);

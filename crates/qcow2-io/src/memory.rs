@@ -147,6 +147,7 @@ impl Storage for MemoryStorage {
             return Ok(());
         }
         let _guard = read(&self.resize);
+        // Content before length: a reader that sees the new length must find the bytes.
         self.copy_in(offset.value(), buf);
         self.len.fetch_max(end, Ordering::AcqRel);
         Ok(())
@@ -185,6 +186,7 @@ impl Storage for MemoryStorage {
         let _guard = write(&self.resize);
         let old = self.len.swap(len, Ordering::AcqRel);
         if len < old {
+            // Rounded up, so that the old last page is dropped whole.
             self.clear(len, old.next_multiple_of(PAGE_LEN));
         }
         Ok(())

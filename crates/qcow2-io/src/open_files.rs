@@ -109,6 +109,7 @@ impl OpenFiles {
         if !writable && self.shared.output == Some(id) {
             return Err(SameFile { name: name(), first: "standard output".to_owned(), first_writes: true });
         }
+        // Check and insert under one lock: of two threads that open the same file, one must see the other.
         match self.shared.lock().entry(id) {
             Entry::Vacant(entry) => {
                 entry.insert(Openings { count: 1, writable, name: name() });

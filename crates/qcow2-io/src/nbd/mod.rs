@@ -55,6 +55,7 @@ impl NbdStorage {
             Ok(0) => Ok(()),
             Ok(code) => Err(io::Error::from_raw_os_error(code)),
             Err(error) => {
+                // The rest of the reply may still arrive, and later requests would take it for their own.
                 *line = None;
                 Err(error)
             }
@@ -146,6 +147,7 @@ impl Storage for NbdStorage {
         if !self.writable {
             return Err(call.read_only());
         }
+        // A discard is a hint; the protocol forbids requests that the server did not offer.
         if !self.has(flag::SEND_TRIM) {
             return Ok(());
         }
@@ -191,9 +193,11 @@ impl Storage for NbdStorage {
         )
         .map_err(|error| call.failed(error))?;
         let mut runs = extents.iter().map(|&(len, flags)| (u64::from(len), flags & wire::STATE_ZERO == 0));
+        // An empty answer would stop the caller's walk, so it counts as data.
         let Some((mut joined, data)) = runs.next().filter(|(len, _)| *len > 0) else {
             return Ok(StorageExtent { len, data: true });
         };
+        // Servers may split one run into several extents, and may report past the asked range.
         joined += runs.take_while(|(_, other)| *other == data).map(|(len, _)| len).sum::<u64>();
         Ok(StorageExtent { len: joined.min(len), data })
     }
