@@ -1,5 +1,7 @@
 //! What the command does under its own name only: better defaults, several images at once.
 
+#![allow(clippy::unwrap_used, reason = "helpers of a test")]
+
 use qcow2_testkit::oracle::{Outcome, Tool};
 use std::path::Path;
 
