@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn words_and_quotes() {
+    fn quotes_and_escapes_group_words() {
         assert_eq!(words("create -o 'a b' x ''"), ["create", "-o", "a b", "x", ""]);
         assert_eq!(words(" -o'a'b  c "), ["-oab", "c"]);
         assert_eq!(words(r"{\'a b\'} \x"), ["{'a", "b'}", r"\x"]);

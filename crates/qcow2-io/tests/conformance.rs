@@ -52,7 +52,7 @@ fn files_on_tmpfs() {
 }
 
 #[test]
-fn wrappers() {
+fn wrapping_storages() {
     conformance::check("trace", &|| Arc::new(TraceStorage::with_log(Arc::new(MemoryStorage::new()), 10)));
     conformance::check("limit", &|| {
         Arc::new(LimitStorage::new(Arc::new(MemoryStorage::new()), 1 << 30)) as Arc<dyn Storage>

@@ -171,7 +171,7 @@ fn json_number(json: &str, key: &str) -> u64 {
 }
 
 #[test]
-fn sound_images() {
+fn sound_images_give_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     let nothing = |_: &mut Image| ();
     for options in ["", "compat=0.10", "extended_l2=on", "data_file=data.raw", "lazy_refcounts=on"] {
@@ -256,7 +256,7 @@ fn bitmap_clusters_count_as_references() {
 }
 
 #[test]
-fn damaged_l1() {
+fn l1_damage_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("reserved bits", PLAIN, |i| i.change(i.l1, |entry| entry | 1 | 1 << 56));
     bench.case("far past the end", PLAIN, |i| i.set(i.l1, COPIED | 1 << 40));
@@ -280,7 +280,7 @@ fn damaged_l1() {
 }
 
 #[test]
-fn damaged_l2() {
+fn l2_damage_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("reserved bits", PLAIN, |i| i.change(i.l2, |entry| entry | 0x100 | 1 << 60));
     bench.case("misaligned", PLAIN, |i| i.change(i.l2, |entry| entry + 512));
@@ -305,7 +305,7 @@ fn damaged_l2() {
 }
 
 #[test]
-fn damaged_subclusters() {
+fn subcluster_damage_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("allocated and zero", EXTENDED, |i| i.set(i.l2 + 8, 0x1_0000_0001));
     bench.case("allocated without a place", EXTENDED, |i| {
@@ -327,7 +327,7 @@ fn damaged_subclusters() {
 }
 
 #[test]
-fn damaged_data_file_images() {
+fn damage_with_a_data_file_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("not copied", DATA_FILE, |i| i.change(i.l2 + 8, |entry| entry & !COPIED));
     bench.case("compressed", DATA_FILE, |i| i.set(i.l2 + 8, COMPRESSED | 0x50000));
@@ -336,7 +336,7 @@ fn damaged_data_file_images() {
 }
 
 #[test]
-fn damaged_refcounts() {
+fn refcount_damage_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("leak", PLAIN, |i| i.put(i.refcount_block + 2 * 3, &[0, 2]));
     bench.case("counted past the end", PLAIN, |i| i.put(i.refcount_block + 2 * 20, &[0, 1]));
@@ -359,7 +359,7 @@ fn damaged_refcounts() {
 }
 
 #[test]
-fn damaged_snapshots() {
+fn snapshot_damage_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("more than there are", SNAPSHOTS, |i| i.put(60, &5u32.to_be_bytes()));
     bench.case("far too many", SNAPSHOTS, |i| i.put(60, &65537u32.to_be_bytes()));
