@@ -3,20 +3,20 @@
 //! | need | adapter |
 //! |---|---|
 //! | an image in a file or on a block device | [`OpenFile`], which makes a [`FileStorage`] |
-//! | the file a user named, its format, and a way to the files it names | [`open_source`] |
-//! | the files an image names, within a policy | [`FileResolver`] |
-//! | to never write to a file that is read too | [`OpenFiles`] |
+//! | a file that a user named, with its format and a resolver for the files it names | [`open_source`] |
+//! | the backing and data files an image names, as far as a policy allows | [`FileResolver`] |
+//! | to refuse writing to a file that the same program has open already | [`OpenFiles`] |
 //! | an image in memory, for tests and tools | [`MemoryStorage`] |
 //! | fewer or more flushes than the caller asks for | [`CacheMode`], [`NoFlush`], [`FlushEachWrite`] |
-//! | to know which calls reach a storage | [`TraceStorage`] |
-//! | a full disk to order | [`LimitStorage`] |
+//! | to count or log the calls that reach a storage | [`TraceStorage`] |
+//! | a storage with a size limit, to test a full disk | [`LimitStorage`] |
 //! | calls that fail at chosen steps of the engine | [`BlkdebugStorage`] |
-//! | a disk that keeps what it reads from the layers below | [`CopyOnRead`] |
-//! | a guessed raw disk that nobody turns into another format | [`GuardedRaw`] |
-//! | a part of a storage | [`WindowStorage`] |
-//! | a disk that a server shows (NBD) | [`NbdStorage`] |
-//! | a disk of nothing | [`NullStorage`] |
-//! | to test an adapter of your own | `conformance` (a feature) |
+//! | a disk that copies what it reads from its backing files into the top layer | [`CopyOnRead`] |
+//! | a disk probed as raw that nobody turns into another format | [`GuardedRaw`] |
+//! | a byte range of a storage | [`WindowStorage`] |
+//! | the export of an NBD server | [`NbdStorage`] |
+//! | a null device | [`NullStorage`] |
+//! | a test suite for adapters of your own | `conformance` (a feature) |
 #![deny(unsafe_code)]
 
 #[cfg(feature = "conformance")]
