@@ -47,7 +47,7 @@ const DEV_EDGES: &[&str] =
 /// used nowhere.
 const OUTSIDE: &[(&str, &[&str])] = &[
     ("aes", &["qcow2-crypt"]),
-    ("base64", &["qcow2-cli"]),
+    ("base64", &["qcow2-blockdev"]),
     ("blake3", &["qcow2-ops"]),
     ("bytes", ANY),
     ("cast5", &["qcow2-crypt"]),
@@ -63,7 +63,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("proptest", &["qcow2-testkit", "qcow2-tests"]),
     ("ripemd", &["qcow2-crypt"]),
     ("rustix", &["qcow2-io", "qcow2-cli", "qcow2-image", "qcow2-tests"]),
-    ("serde_json", &["qcow2-cli", "qcow2-tests", "xtask"]),
+    ("serde_json", &["qcow2-blockdev", "qcow2-cli", "qcow2-tests", "xtask"]),
     ("serpent", &["qcow2-crypt"]),
     ("sha1", &["qcow2-crypt"]),
     ("sha2", &["qcow2-crypt"]),
@@ -73,7 +73,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("subtle", &["qcow2-crypt"]),
     ("tempfile", &["qcow2-cli", "qcow2-testkit", "qcow2-tests"]),
     ("twofish", &["qcow2-crypt"]),
-    ("zeroize", &["qcow2-crypt", "qcow2-cli"]),
+    ("zeroize", &["qcow2-crypt"]),
     ("zstd", &["qcow2-codec"]),
 ];
 

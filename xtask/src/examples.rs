@@ -11,6 +11,7 @@ const EXAMPLES: &[(&str, &str, &[&str])] = &[
     ("qcow2-io", "storage", &[]),
     ("qcow2-codec", "cluster", &[]),
     ("qcow2-crypt", "unlock", &[]),
+    ("qcow2-blockdev", "look", &[DESCRIBED]),
     ("qcow2-ops", "check", &[IMAGE]),
     ("qcow2-ops", "convert", &[]),
     ("qcow2-exerciser", "exercise", &[]),
@@ -22,6 +23,9 @@ const EXAMPLES: &[(&str, &str, &[&str])] = &[
 ];
 
 const IMAGE: &str = "tests/data/images/v3-512.qcow2";
+/// The same image, by a description.
+const DESCRIBED: &str =
+    r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "tests/data/images/v3-512.qcow2"}}"#;
 /// Output file of the examples.
 const MADE: &str = "target/example.raw";
 

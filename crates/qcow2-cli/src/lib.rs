@@ -6,28 +6,24 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod chain;
 mod command;
 mod compression;
 mod crypt;
 mod drivers;
 mod exit;
 mod failure;
+mod files;
 mod findings;
-mod imagename;
 mod imageopts;
 mod interrupt;
-mod newbacking;
-mod newfile;
 mod newimage;
 mod numbers;
 mod open;
-mod optlist;
+mod persona;
 mod progress;
 mod render;
 mod session;
 mod threads;
-mod throttle;
 mod trace;
 
 use args::{Arguments, Getopt, Opt};

@@ -209,7 +209,7 @@ fn of_engine(kind: CoreKind) -> ErrorKind {
     match kind {
         CoreKind::NoSpace => ErrorKind::NoSpace,
         CoreKind::Format => ErrorKind::NotAnImage,
-        CoreKind::Corrupt | CoreKind::Inconsistent => ErrorKind::Corrupt,
+        CoreKind::Corrupt | CoreKind::MarkedCorrupt | CoreKind::Inconsistent => ErrorKind::Corrupt,
         CoreKind::Unsupported => ErrorKind::Unsupported,
         CoreKind::InvalidOption => ErrorKind::InvalidOption,
         CoreKind::NotFound => ErrorKind::NotFound,

@@ -14,6 +14,9 @@
 //! | a disk that copies what it reads from its backing files into the top layer | [`CopyOnRead`] |
 //! | a disk probed as raw that nobody turns into another format | [`GuardedRaw`] |
 //! | a byte range of a storage | [`WindowStorage`] |
+//! | a storage with a rate limit | [`ThrottleStorage`] |
+//! | the guest disk of one image as the storage of another | [`DiskStorage`] |
+//! | to write such a wrapper | [`forward_storage`] |
 //! | the export of an NBD server | [`NbdStorage`] |
 //! | a null device | [`NullStorage`] |
 //! | a test suite for adapters of your own | `conformance` (a feature) |
@@ -40,9 +43,9 @@ mod sys;
 pub use error::{OsError, os_error_text};
 pub use file::FileStorage;
 pub use layer::{
-    BlkdebugStorage, CacheMode, CopyOnRead, DebugAction, DebugCall, DebugRule, Debugger, FlushEachWrite,
-    GuardedRaw, Injection, LimitStorage, NoFlush, StopNews, StorageCall, StorageCounts, StorageEvent,
-    TraceStorage, WindowStorage,
+    BlkdebugStorage, CacheMode, CopyOnRead, DebugAction, DebugCall, DebugRule, Debugger, DiskStorage,
+    FlushEachWrite, GuardedRaw, Injection, LimitStorage, NoFlush, StopNews, StorageCall, StorageCounts,
+    StorageEvent, ThrottleStorage, TraceStorage, WindowStorage,
 };
 pub use lock::{LockConflict, Locking, Permission};
 pub use memory::MemoryStorage;
@@ -51,4 +54,6 @@ pub use null::NullStorage;
 pub use open::{Create, OpenError, OpenErrorKind, OpenFile};
 pub use open_files::{HeldFile, OpenFiles, SameFile};
 pub use probe::{format_from_name, probe_format};
+/// Writes the rest of a wrapper: the calls that it hands on.
+pub use qcow2_core::forward_storage;
 pub use resolve::{FileResolver, Policy, SourceError, SourceOptions, open_source};

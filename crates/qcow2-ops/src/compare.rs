@@ -101,7 +101,7 @@ pub fn compare(
 
 fn named(error: Error, name: &str) -> Error {
     let context = format!("{} of {name}", error.context());
-    Error::new(error.kind(), context).with_source(error)
+    Error::new(error.kind(), context).with_disk(name).with_source(error)
 }
 
 struct Comparing<'a> {
@@ -399,6 +399,7 @@ mod tests {
         let error = compare([&unknown, &good], &options, &Inline, &Silent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Extents);
         assert!(error.to_string().ends_with("of good.img"), "{error}");
+        assert_eq!(error.disk(), Some("good.img"));
         // A difference before the unreadable range is reported without an error.
         let mut bytes = vec![1; 4 * MIB];
         bytes[MIB] = 2;

@@ -38,13 +38,20 @@ pub enum ErrorKind {
 pub struct Error {
     kind: ErrorKind,
     context: String,
+    disk: Option<String>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind`. `context` is lower case: which step failed, on which disk, and where.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), source: None }
+        Self { kind, context: context.into(), disk: None, source: None }
+    }
+
+    /// Adds which of several disks it is about, by its name.
+    pub fn with_disk(mut self, name: impl Into<String>) -> Self {
+        self.disk = Some(name.into());
+        self
     }
 
     /// Adds the underlying error.
@@ -77,6 +84,11 @@ impl Error {
     /// The failed step and its location, as `Display` prints them.
     pub fn context(&self) -> &str {
         &self.context
+    }
+
+    /// The name of the disk that failed, for procedures with several.
+    pub fn disk(&self) -> Option<&str> {
+        self.disk.as_deref()
     }
 
     /// The first engine error among the sources, if there is one.

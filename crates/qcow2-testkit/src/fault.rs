@@ -1,6 +1,6 @@
 //! A storage that injects errors: the n-th call of some kinds fails, once or from then on.
 
-use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+use qcow2_core::{HostOffset, Storage, StorageError, StorageErrorKind, ZeroMode, forward_storage};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The calls of a storage that can fail.
@@ -156,9 +156,7 @@ fn error(fault: Fault, call: Call) -> StorageError {
 }
 
 impl Storage for FaultStorage {
-    fn len(&self) -> Result<u64, StorageError> {
-        self.inner.len()
-    }
+    forward_storage!(inner: len extent_at limits used_bytes);
 
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
         match self.count(Call::Read) {
@@ -209,18 +207,6 @@ impl Storage for FaultStorage {
 
     fn flush(&self) -> Result<(), StorageError> {
         self.run(Call::Flush, (), || self.inner.flush())
-    }
-
-    fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
-        self.inner.extent_at(offset, len)
-    }
-
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
-
-    fn used_bytes(&self) -> Result<Option<u64>, StorageError> {
-        self.inner.used_bytes()
     }
 }
 

@@ -1,7 +1,7 @@
 //! A storage on a simulated file system with limited free space: written or reserved blocks count, holes do
 //! not.
 
-use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+use qcow2_core::{HostOffset, Storage, StorageError, StorageErrorKind, ZeroMode, forward_storage};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -72,13 +72,7 @@ fn full() -> StorageError {
 }
 
 impl Storage for RoomStorage {
-    fn len(&self) -> Result<u64, StorageError> {
-        self.inner.len()
-    }
-
-    fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
-        self.inner.read_at(offset, buf)
-    }
+    forward_storage!(inner: len read_at flush extent_at limits);
 
     /// Writes as much as fits, then fails with `NoSpace`.
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
@@ -115,18 +109,6 @@ impl Storage for RoomStorage {
         let cut = room.taken.split_off(&len.div_ceil(BLOCK));
         room.free += cut.len() as u64;
         Ok(())
-    }
-
-    fn flush(&self) -> Result<(), StorageError> {
-        self.inner.flush()
-    }
-
-    fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
-        self.inner.extent_at(offset, len)
-    }
-
-    fn limits(&self) -> Limits {
-        self.inner.limits()
     }
 }
 

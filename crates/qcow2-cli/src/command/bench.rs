@@ -3,14 +3,14 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
 use crate::numbers::{SIGNED, parse_argument, parse_count};
-use crate::open::{NATIVE_NEEDS_DIRECT, OpenAs, open_image, open_to_change};
+use crate::open::{open_to_change, read_name};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::qemu_text;
 use crate::session::Session;
 use crate::threads::Threads;
+use qcow2_blockdev::open;
 use qcow2_exerciser::{Bench, BenchFailure, BenchRefusal};
 use qcow2_io::CacheMode;
 use qcow2_ops::Executor;
@@ -42,20 +42,20 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
             BenchRefusal::FlushesWithinDepth => "Flush interval can't be smaller than depth",
         })
     })?;
-    let name = ImageName::read(session, &request.filename, &request.image)?;
+    let name = read_name(session, &request.filename, &request.image)?;
     let refused = |reason| Err(Failure::could_not_open(&name.typed, reason));
     if request.write && request.image.force_share {
-        return refused("force-share=on can only be used with read-only images");
+        return refused(persona::SHARED_AND_WRITABLE);
     }
     if request.native && !request.cache.is_direct() {
         // What does not open at all is told first.
-        open_image(&name, &request.image, OpenAs::READ)?;
-        return refused(NATIVE_NEEDS_DIRECT);
+        open(&name, &request.image.options())?;
+        return refused(persona::NATIVE_NEEDS_DIRECT);
     }
-    let how = OpenAs { cache: request.cache, ..OpenAs::READ };
+    let how = request.image.options().with_cache(request.cache);
     let opened = match request.write {
-        true => open_to_change(session, &name, &request.image, how)?,
-        false => open_image(&name, &request.image, how)?,
+        true => open_to_change(session, &name, &how)?,
+        false => open(&name, &how)?,
     };
     let options = &bench.requests;
     session.print(&format!(
@@ -78,13 +78,13 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     report.sent.map_err(|failure| {
         let reason = match failure {
             BenchFailure::PastEnd => "Input/output error".to_owned(),
-            BenchFailure::Request(error) => qemu_text::cause(&error),
+            BenchFailure::Request(error) => persona::cause(&error),
         };
         Failure::new(format!("Failed request: {reason}"))
     })?;
     session.print(&format!("Run completed in {:.3} seconds.\n", report.elapsed.as_secs_f64()))?;
     report.closed.map_err(|error| {
-        Failure::new(format!("error while closing the image: {}", qemu_text::cause(&error)))
+        Failure::new(format!("error while closing the image: {}", persona::cause(&error)))
     })?;
     Ok(exit::SUCCESS)
 }

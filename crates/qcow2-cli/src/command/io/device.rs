@@ -1,13 +1,10 @@
 //! Opens what the exerciser asks for: files with their chains, scratch overlays, copies to the top layer.
 
 use crate::args::{ImageArgs, Objects};
-use crate::crypt::Keys;
+use crate::compression::Compression;
 use crate::failure::Failure;
-use crate::findings::bitmaps_to_lose;
-use crate::imagename::ImageName;
-use crate::open::{NATIVE_NEEDS_DIRECT, OpenAs, codecs, guess_warning, open_file, open_image};
-use crate::optlist::{OptList, escape_commas};
-use crate::render::qemu_text;
+use crate::persona::{self, NATIVE_NEEDS_DIRECT, SHARED_AND_WRITABLE};
+use qcow2_blockdev::{ImageName, KeyValues, Keys, Warning, bitmaps_to_lose, escape_commas, open_bytes};
 use qcow2_core::{
     BackingName, CreateOptions, GuestDisk, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource,
     Resolver, Storage,
@@ -45,8 +42,9 @@ impl Opener for Files {
 fn understood(request: &OpenRequest) -> Result<OpenRequest, String> {
     let mut request = request.clone();
     let list = match request.options.is_empty() {
-        true => OptList::default(),
-        false => OptList::parse_pairs(&request.options.join(","), None)?,
+        true => KeyValues::default(),
+        false => KeyValues::parse_pairs(&request.options.join(","), None)
+            .map_err(|error| Failure::from(error).to_string())?,
     };
     let mut rest = Vec::new();
     let (mut direct, mut no_flush) = (None, None);
@@ -68,7 +66,7 @@ fn understood(request: &OpenRequest) -> Result<OpenRequest, String> {
     request.options = rest;
     request.cache = with_flags(request.cache, direct, no_flush);
     if request.force_share && !request.read_only {
-        return Err("force-share=on can only be used with read-only images".to_owned());
+        return Err(SHARED_AND_WRITABLE.to_owned());
     }
     if request.native_aio && !request.cache.is_direct() {
         return Err(NATIVE_NEEDS_DIRECT.to_owned());
@@ -91,7 +89,7 @@ fn with_flags(mode: CacheMode, direct: Option<bool>, no_flush: Option<bool>) -> 
 
 fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedDisk, Failure> {
     let (typed, args) = name_and_args(request, objects);
-    let name = ImageName::parse(&typed, &args)?;
+    let name = ImageName::parse(&typed, &args.naming())?;
     // Durable writes are made by flushing after each, above the image; its own tables need no flush each.
     let cache = match request.cache {
         CacheMode::None | CacheMode::Directsync => CacheMode::None,
@@ -101,25 +99,26 @@ fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedDisk, Failure>
     let guessed = name.node.is_probed();
     let scratch = request.snapshot && !request.read_only;
     let writable = !request.read_only;
-    let how = OpenAs { writable: writable && !scratch, cache, ..OpenAs::READ };
-    let opened = open_image(&name, &args, how)?;
+    let mut how = args.options().with_cache(cache);
+    how.writable = writable && !scratch;
+    let opened = qcow2_blockdev::open(&name, &how)?;
     let debugger = opened.debugger.clone();
     let (mut disk, format) = match scratch {
         true => {
             let size = opened.disk.size();
             drop(opened);
-            (scratch_overlay(open_file(&name, &args, how)?, size, name.keys.above())?, ImageFormat::Qcow2)
+            (scratch_overlay(open_bytes(&name, &how)?.source, size, name.keys.above())?, ImageFormat::Qcow2)
         }
         false => (opened.disk, opened.format),
     };
     let mut warnings = Vec::new();
     if guessed && writable && format == ImageFormat::Raw {
         disk = Arc::new(GuardedRaw::new(disk));
-        warnings = guess_warning(&name.typed);
+        warnings = persona::warning(&Warning::GuessedRaw(name.typed.clone()));
     }
     if let Some(image) = disk.as_image().filter(|_| how.writable) {
         let lost = bitmaps_to_lose(&**image.storage(), &image.header());
-        warnings.extend(lost.map(|text| format!("warning: {text}")));
+        warnings.extend(lost.map(|lost| format!("warning: {}", persona::warning(&lost).join("\n"))));
     }
     if request.copy_on_read && writable {
         disk = Arc::new(CopyOnRead::new(disk));
@@ -178,9 +177,9 @@ fn scratch_overlay(base: ResolvedSource, size: u64, keys: Keys) -> Result<Arc<dy
     };
     let mut options = OpenOptions::default();
     options.writable = true;
-    options.codecs = codecs();
+    options.codecs = Compression::DEFAULT.codecs()?;
     options.keys = Some(Arc::new(keys));
-    qcow2_core::open_disk(source, &options).map_err(|error| qemu_text::open_failure("", "", &error))
+    qcow2_core::open_disk(source, &options).map_err(|error| persona::engine_failure("", &error))
 }
 
 /// Resolves the one name of a scratch overlay to the source that is open already.

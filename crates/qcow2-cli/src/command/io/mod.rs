@@ -27,7 +27,7 @@ pub(crate) fn run(session: &Session, mut args: Arguments) -> Result<u8, Failure>
     }
     let mut operands = args.into_operands();
     if operands.len() > 1 {
-        return Err(Failure::usage(verb, "Expecting at most one image file name"));
+        return Err(Failure::usage(verb.name, "Expecting at most one image file name"));
     }
     exercise(session, request, operands.pop())
 }

@@ -1,6 +1,7 @@
 //! Errors as the system and QEMU word them, and an image's details, for the exerciser.
 
-use crate::render::{human, info::specific_text, qemu_text};
+use crate::persona;
+use crate::render::{human, info::specific_text};
 use qcow2_core::{Error, ErrorKind};
 use qcow2_exerciser::Words;
 use qcow2_io::os_error_text;
@@ -12,9 +13,9 @@ pub(super) struct QemuWords;
 
 impl Words for QemuWords {
     fn error(&self, error: &(dyn StdError + 'static)) -> String {
-        match qemu_text::find::<Error>(error) {
+        match persona::find::<Error>(error) {
             Some(error) => reason(error),
-            None => human::escaped(&qemu_text::chain(error)),
+            None => human::escaped(&persona::chain(error)),
         }
     }
 
@@ -30,7 +31,7 @@ fn reason(error: &Error) -> String {
     }
     if error.kind() == ErrorKind::NoSpace && error.storage_error().is_none() {
         // Not the disk is full but something that has a limit, which only the engine can name.
-        return format!("{}: {}", os_error_text(NO_SPACE), qemu_text::chain(error));
+        return format!("{}: {}", os_error_text(NO_SPACE), persona::chain(error));
     }
     os_error_text(match error.kind() {
         ErrorKind::NoSpace => NO_SPACE,
