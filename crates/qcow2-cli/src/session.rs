@@ -64,6 +64,12 @@ impl Session {
         let _ = writeln!(io::stderr().lock(), "{line}");
     }
 
+    /// Writes why a command, or a part of one, was not done to standard error.
+    pub(crate) fn report(&self, failure: &Failure) {
+        failure.lines(self.program(), self.called()).iter().for_each(|line| self.complain(line));
+        failure.advice().filter(|_| !self.drop_in).for_each(|line| self.complain(line));
+    }
+
     /// Writes a warning to standard error.
     pub(crate) fn warn(&self, text: &str) {
         self.complain(&format!("{}: warning: {text}", self.program));

@@ -130,7 +130,8 @@ fn check_usable(header: &Header, options: &OpenOptions) -> Result<()> {
         return Err(Error::new(ErrorKind::InvalidOption, message));
     }
     if options.writable && !options.for_repair && header.is_corrupt() {
-        return Err(Error::corrupt("image is marked corrupt; it can be opened for reading or repair only"));
+        let message = "image is marked corrupt; it can be opened for reading or repair only";
+        return Err(Error::new(ErrorKind::MarkedCorrupt, message));
     }
     Ok(())
 }

@@ -1,61 +1,67 @@
-//! Changing what an image is: its version, its features, its size.
+//! Amends an image: format version, features, refcount width, size, key slots.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::port::{KeySlots, Reopen};
 use crate::progress::Progress;
 use crate::resize::{NewSize, ResizeOptions, plan as plan_size};
 use qcow2_core::format::Version;
 use qcow2_core::format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
-use qcow2_core::{GuestDisk, HeaderChange, Image};
+use qcow2_core::format::header::CryptMethod;
+use qcow2_core::{GuestDisk, HeaderChange, HostOffset, Image};
 use std::fmt;
 use std::ops::ControlFlow;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
-/// What is to be different; `None` leaves a thing as it is.
+/// The changes to make; `None` leaves a property unchanged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct AmendOptions {
-    /// The version of the format.
+    /// The format version.
     pub version: Option<Version>,
-    /// Whether refcounts may be brought up to date later.
+    /// Allow refcount updates to be postponed while the image is open (lazy refcounts).
     pub lazy_refcounts: Option<bool>,
-    /// Bits of a refcount.
+    /// Refcount width in bits.
     pub refcount_bits: Option<u64>,
-    /// Bytes of the disk; it may get shorter.
+    /// Virtual size in bytes; may shrink the disk.
     pub size: Option<u64>,
-    /// The external data file's name; empty: none is recorded.
+    /// Name of the external data file; empty removes the recorded name.
     pub data_file: Option<String>,
-    /// Whether the external data file is the guest disk byte for byte; can be given up only.
+    /// Whether the external data file is a raw copy of the guest disk; can only be turned off.
     pub data_file_raw: Option<bool>,
-    /// The backing file's name; must be the one there is.
+    /// Name of the backing file; must equal the current one.
     pub backing_file: Option<String>,
-    /// The backing file's format; must be the one there is.
+    /// Format of the backing file; must equal the current one.
     pub backing_format: Option<String>,
 }
 
-/// Why an image cannot be amended as asked; it is as before.
+/// Why an image cannot be amended as requested. The image is unchanged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// No power of two up to 64.
+    /// The refcount width is not a power of two up to 64.
     RefcountBits(u64),
-    /// Other refcounts than those of 16 bits are for version 3.
+    /// Refcount widths other than 16 bits need version 3.
     RefcountBitsNeedVersion3,
-    /// A data file's name for an image without one.
+    /// A data file name was given for an image without a data file.
     NoDataFile,
-    /// An existing data file is not made raw.
+    /// An existing data file cannot be declared raw.
     DataFileRaw,
-    /// Another backing file: that is a rebase.
+    /// The backing file differs from the current one; use rebase.
     BackingFile,
-    /// Lazy refcounts are for version 3.
+    /// Lazy refcounts need version 3.
     LazyRefcountsNeedVersion3,
-    /// Version 2 has no data files.
+    /// Version 2 has no external data file.
     DowngradeDataFile,
-    /// Version 2 has none of these incompatible features.
+    /// Version 2 has no incompatible features; the bits that are set.
     DowngradeFeatures(u64),
-    /// Version 2 has refcounts of 16 bits.
+    /// Version 2 only has 16-bit refcounts.
     DowngradeRefcountBits,
-    /// A snapshot does not fit into version 2.
+    /// A snapshot cannot be represented in version 2.
     DowngradeSnapshots,
+    /// The image is not encrypted, so it has no key slots.
+    NotEncrypted,
+    /// The encryption method has no key slots.
+    NoKeySlots,
 }
 
 impl fmt::Display for Refusal {
@@ -75,38 +81,98 @@ impl fmt::Display for Refusal {
             }
             Self::DowngradeRefcountBits => f.write_str("version 2 has refcounts of 16 bits"),
             Self::DowngradeSnapshots => f.write_str("a snapshot does not fit into version 2"),
+            Self::NotEncrypted => f.write_str("the image is not encrypted"),
+            Self::NoKeySlots => f.write_str("only LUKS encryption has key slots"),
         }
     }
 }
 
 impl std::error::Error for Refusal {}
 
-/// Whether all is done.
+/// Amends an image, from the first check to the close. `disk`: the image, opened for writing with its backing
+/// chain. Some steps (version, refcount width) rewrite so much that the image must be opened again; `amend`
+/// then drops `disk` and calls `reopen`. `slots`: key slots to change as well. Impossible requests are
+/// refused before anything changes.
+///
+/// Disk: writes the key slots, then the steps in the only order that works: upgrade, refcount width, header
+/// fields, size, downgrade; see the engine's methods. Each step is durable before the next begins, so a power
+/// cut leaves the image between two steps. The image is closed at the end, also after an error. `progress`
+/// counts refcount blocks and tables, not bytes.
+///
+/// Errors: `Unsupported` for a disk that is not a qcow2 image; `InvalidOption` with a [`Refusal`] or a
+/// [`resize::Refusal`](crate::resize::Refusal) as source; `Open` with the error of `reopen`; `Write` with the
+/// engine's error or, for key slots, that of `slots`; `Stopped`, with the image before or between two steps.
+pub fn amend(
+    mut disk: Arc<dyn GuestDisk>,
+    reopen: &dyn Reopen,
+    options: &AmendOptions,
+    mut slots: Option<&dyn KeySlots>,
+    progress: &dyn Progress,
+) -> Result<()> {
+    loop {
+        let image = disk
+            .as_image()
+            .ok_or_else(|| Error::new(ErrorKind::Unsupported, "only a qcow2 image can be amended"))?;
+        let stepped = check(image, options)
+            .and_then(|()| slots.take().map_or(Ok(()), |slots| change_slots(image, slots)))
+            .and_then(|()| step(image, options, progress).map_err(step_failed));
+        match stepped {
+            Ok(Amended::Done) => return close(image).map_err(step_failed),
+            // The image must be opened again. Drop it first, so that its file locks are free.
+            Ok(Amended::Again) => drop(disk),
+            Err(error) => {
+                let _ = close(image);
+                return Err(error);
+            }
+        }
+        disk = reopen
+            .reopen()
+            .map_err(|e| Error::new(ErrorKind::Open, "opening the amended image").with_boxed_source(e))?;
+    }
+}
+
+/// What is left to do after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Amended {
-    /// Everything is as asked for; the image may be closed.
+enum Amended {
+    /// Nothing: the image can be closed.
     Done,
-    /// The image is another now and takes no further changes: open it anew and amend again.
+    /// The step changed the image so much that it must be opened again for the rest.
     Again,
 }
 
-/// Brings `image`, which is open for writing with its chain, a step nearer to `options`; the caller repeats
-/// it as it says. What is impossible is refused before anything changes. Disk: see the engine's calls; every
-/// step is durable when it returns, and a power cut leaves the image between two steps. `progress` counts
-/// refcount blocks and tables, in no unit that means bytes.
-///
-/// Errors: `InvalidOption` with a [`Refusal`] or a [`resize::Refusal`](crate::resize::Refusal) below; `Write`
-/// with the engine's error; `Stopped`, the image being before or between two steps, to be closed as ever.
-pub fn amend(image: &Image, options: &AmendOptions, progress: &dyn Progress) -> Result<Amended> {
-    check(image, options)?;
-    step(image, options, progress).map_err(|e| match e.kind() {
+fn step_failed(error: qcow2_core::Error) -> Error {
+    match error.kind() {
         qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, "amending was stopped"),
-        _ => Error::new(ErrorKind::Write, "could not amend the image").with_source(e),
-    })
+        _ => Error::new(ErrorKind::Write, "could not amend the image").with_source(error),
+    }
 }
 
-/// Whether `image` can be amended so; changes nothing. Errors: `InvalidOption` as [`amend`]'s.
-pub fn check(image: &Image, options: &AmendOptions) -> Result<()> {
+fn close(image: &Image) -> qcow2_core::Result<()> {
+    image.flush()?;
+    image.close()
+}
+
+fn change_slots(image: &Image, slots: &dyn KeySlots) -> Result<()> {
+    let at = volume(image)
+        .map_err(|refusal| Error::new(ErrorKind::InvalidOption, "changing key slots").with_source(refusal))?;
+    slots
+        .change(&**image.storage(), at)
+        .map_err(|e| Error::new(ErrorKind::Write, "changing key slots").with_boxed_source(e))
+}
+
+/// Host offset of the encryption header with the key slots of `image`.
+fn volume(image: &Image) -> Result<HostOffset, Refusal> {
+    let header = image.header();
+    match (header.crypt_method, header.extensions.luks) {
+        (CryptMethod::None, _) => Err(Refusal::NotEncrypted),
+        (CryptMethod::Luks, Some(luks)) => Ok(luks.offset),
+        _ => Err(Refusal::NoKeySlots),
+    }
+}
+
+/// Checks whether `image` can be amended as requested. Changes nothing. Errors: as [`amend`]'s
+/// `InvalidOption`.
+fn check(image: &Image, options: &AmendOptions) -> Result<()> {
     let refused = |refusal| Error::new(ErrorKind::InvalidOption, "amending").with_source(refusal);
     check_features(image, options).map_err(refused)?;
     check_downgrade(image, options).map_err(refused)?;
@@ -195,7 +261,7 @@ fn check_features(image: &Image, options: &AmendOptions) -> Result<(), Refusal> 
     Ok(())
 }
 
-/// What version 2 cannot say.
+/// Checks that version 2 can represent the image.
 fn check_downgrade(image: &Image, options: &AmendOptions) -> Result<(), Refusal> {
     let header = image.header();
     if options.version.is_none_or(|wanted| wanted >= header.version) {
@@ -204,7 +270,7 @@ fn check_downgrade(image: &Image, options: &AmendOptions) -> Result<(), Refusal>
     if header.has_data_file() {
         return Err(Refusal::DowngradeDataFile);
     }
-    // The compression type may go where nothing is compressed, which the engine looks for.
+    // The compression type bit may be set if no cluster is compressed; the engine checks that.
     let may_go = IncompatibleFeatures::DIRTY.bits() | IncompatibleFeatures::COMPRESSION_TYPE.bits();
     let features = IncompatibleFeatures::from_bits(header.incompatible_features.bits() & !may_go);
     if !features.is_empty() {
@@ -218,5 +284,83 @@ fn check_downgrade(image: &Image, options: &AmendOptions) -> Result<(), Refusal>
     match snapshots.iter().all(|s| s.disk_size == size && s.vm_state_size <= u64::from(u32::MAX)) {
         true => Ok(()),
         false => Err(Refusal::DowngradeSnapshots),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::port::CallerError;
+    use crate::progress::Silent;
+    use qcow2_core::{ImageFormat, NoResolver, OpenOptions, ResolvedSource, Storage};
+    use qcow2_testkit::builder::{Builder, Cluster};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    fn image() -> Arc<dyn Storage> {
+        Arc::new(Builder::new(16, 1 << 20).cluster(0, Cluster::Data(vec![7; 65_536])).build().storage())
+    }
+
+    fn open(storage: &Arc<dyn Storage>) -> Arc<dyn GuestDisk> {
+        let (format, resolver) = (ImageFormat::Qcow2, Arc::new(NoResolver));
+        let storage = Arc::clone(storage);
+        let source = ResolvedSource { storage, format, name: "image".into(), id: None, resolver };
+        Image::open(source, &OpenOptions::writable()).unwrap()
+    }
+
+    struct Refuse;
+
+    impl KeySlots for Refuse {
+        fn change(&self, _: &dyn Storage, _: HostOffset) -> Result<(), CallerError> {
+            panic!("key slots changed in an image without encryption");
+        }
+    }
+
+    #[test]
+    fn version_and_width_changes_reopen_the_image() {
+        let storage = image();
+        let opened = AtomicUsize::new(0);
+        let reopen = || {
+            opened.fetch_add(1, Ordering::Relaxed);
+            Ok(open(&storage))
+        };
+        let mut options = AmendOptions { refcount_bits: Some(64), ..AmendOptions::default() };
+        options.size = Some(2 << 20);
+        amend(open(&storage), &reopen, &options, None, &Silent).unwrap();
+        assert_eq!(opened.load(Ordering::Relaxed), 1);
+        let disk = open(&storage);
+        let image = disk.as_image().unwrap();
+        assert_eq!((image.size(), image.geometry().refcount_width().bits()), (2 << 20, 64));
+        assert!(!image.header().is_dirty(), "the image was closed");
+        let back = AmendOptions { version: Some(Version::V2), ..AmendOptions::default() };
+        let refused = amend(disk, &reopen, &back, None, &Silent).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InvalidOption);
+        let width = AmendOptions { refcount_bits: Some(16), ..AmendOptions::default() };
+        amend(open(&storage), &reopen, &width, None, &Silent).unwrap();
+        amend(open(&storage), &reopen, &back, None, &Silent).unwrap();
+        assert_eq!(open(&storage).as_image().unwrap().header().version, Version::V2);
+    }
+
+    #[test]
+    fn failed_reopen_keeps_the_callers_error() {
+        let storage = image();
+        let reopen = || Err(std::io::Error::other("locked").into());
+        let options = AmendOptions { refcount_bits: Some(1), ..AmendOptions::default() };
+        let error = amend(open(&storage), &reopen, &options, None, &Silent).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Open);
+        assert_eq!(error.caller_error::<std::io::Error>().unwrap().to_string(), "locked");
+        // The step before the failed reopen is complete and stays.
+        let disk = open(&storage);
+        assert_eq!(disk.as_image().unwrap().geometry().refcount_width().bits(), 1);
+    }
+
+    #[test]
+    fn key_slots_without_encryption_are_refused_before_any_change() {
+        let storage = image();
+        let reopen = || -> Result<Arc<dyn GuestDisk>, CallerError> { panic!("must not reopen") };
+        let options = AmendOptions { size: Some(2 << 20), ..AmendOptions::default() };
+        let error = amend(open(&storage), &reopen, &options, Some(&Refuse), &Silent).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidOption);
+        assert_eq!(error.caller_error::<Refusal>().ok(), Some(Refusal::NotEncrypted));
+        assert_eq!(open(&storage).size(), 1 << 20);
     }
 }

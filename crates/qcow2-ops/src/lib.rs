@@ -1,8 +1,8 @@
-//! Procedures on disk images: each file is one function, an options struct in, a report or an effect out.
+//! Procedures on disk images. Each file has one procedure: an options struct in, a report or an effect out.
 //!
-//! Sources and targets are [`GuestDisk`](qcow2_core::GuestDisk)s, opened by the caller. Nothing here names a
-//! file, a socket, a clock, a thread or the environment: parallel work goes through an [`Executor`], what is
-//! shown to a person through a [`Progress`].
+//! Sources and targets are [`GuestDisk`](qcow2_core::GuestDisk)s, opened by the caller. The crate uses no
+//! files, sockets, clocks, threads or environment variables: parallel work goes through an [`Executor`],
+//! progress through a [`Progress`].
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -27,6 +27,7 @@ pub mod map;
 pub mod measure;
 mod offload;
 mod pipeline;
+pub mod port;
 pub mod progress;
 pub mod rebase;
 pub mod repair;
@@ -37,7 +38,7 @@ pub mod stream;
 mod testing;
 mod zeroes;
 
-pub use amend::{AmendOptions, Amended, amend};
+pub use amend::{AmendOptions, amend};
 pub use bench::{BenchOptions, bench};
 pub use check::{CheckOptions, CheckReport, check};
 pub use checksum::{Checksum, checksum};
@@ -51,6 +52,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use executor::{Executor, Inline};
 pub use info::{InfoReport, info};
 pub use map::{MapExtent, MapOptions, map};
+pub use port::{CallerError, KeySlots, Reopen};
 pub use progress::{Progress, Silent};
 pub use rebase::{RebaseOptions, RebaseReport, rebase};
 pub use resize::{NewSize, ResizeOptions, resize};

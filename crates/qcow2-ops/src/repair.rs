@@ -1,59 +1,116 @@
-//! Repairs what a check found: refcounts, copied flags, and the marks of an unclean end and of damage.
+//! Repairs the findings of a check: refcounts, copied flags, and the dirty and corrupt bits.
 
 use crate::check::{CheckOptions, CheckReport, Finding, Found, check};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
+use crate::port::Reopen;
 use crate::progress::Progress;
-use qcow2_core::Image;
+use qcow2_core::{GuestDisk, Image, Storage};
 
-/// What is repaired.
+/// What to repair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RepairMode {
-    /// Clusters whose refcount is too high; and copied flags, where all refcounts are right then.
+    /// Refcounts that are too high, and copied flags if all refcounts are right afterwards.
     Leaks,
     /// All refcounts and copied flags.
     All,
 }
 
-/// What a repair did.
+/// The result of a repair.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Repaired {
-    /// Refcounts that were too high and are right now.
+    /// Number of refcounts lowered to the number of references.
     pub leaks_fixed: u64,
-    /// Refcounts that were too low, and copied flags, that are right now.
+    /// Number of refcounts raised and copied flags corrected.
     pub corruptions_fixed: u64,
-    /// The copied flags that were wrong once the refcounts had been seen to.
+    /// Copied flags that were wrong after the refcounts had been repaired.
     pub copied: Vec<Found>,
-    /// Whether they were repaired.
+    /// True if those flags were repaired.
     pub copied_fixed: bool,
-    /// What a check then finds; `None` where nothing changed that it would see.
+    /// The result of a check afterwards; `None` if nothing was repaired.
     pub after: Option<CheckReport>,
 }
 
-/// Whether `finding` is a refcount that is not what the references say.
+/// True if `finding` is a refcount that differs from the number of references.
 pub fn is_refcount(finding: &Finding) -> bool {
     matches!(finding, Finding::Refcount { .. })
 }
 
-/// Whether `finding` is a wrong copied flag.
+/// True if `finding` is a wrong copied flag.
 pub fn is_copied_flag(finding: &Finding) -> bool {
     matches!(finding, Finding::L1Copied { .. } | Finding::L2Copied { .. })
 }
 
-/// Whether leaks alone cannot be repaired: a cluster in use counts as free.
+/// True if repairing leaks alone is refused: an allocated cluster has refcount 0, or the refcount table must
+/// be rebuilt.
 pub fn needs_all(report: &CheckReport) -> bool {
     let is = |finding: &Finding| matches!(finding, Finding::Refcount { stored: 0, references: 1.., .. });
     report.needs_rebuild || report.findings.iter().any(|found| is(&found.finding))
 }
 
-/// Repairs `image`, which was opened for repair and in which a check found `report`. Where tables are damaged
-/// nothing may be concluded from them, and nothing is changed. The marks of damage go once no error is left.
-/// Disk: see [`Image::repair_refcounts`], [`Image::repair_copied_flags`], [`Image::clear_damage_marks`]; all
-/// tables are read again.
+/// The result of a check with an optional repair.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Checked {
+    /// The findings before the repair.
+    pub report: CheckReport,
+    /// What the repair did.
+    pub repair: Outcome,
+}
+
+/// Whether and how an image was repaired.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// No repair was requested, or the check was incomplete.
+    Untouched,
+    /// Only leaks were to be repaired, which is not enough: see [`needs_all`].
+    NeedsAll,
+    /// The image was repaired as far as possible.
+    Repaired(Repaired),
+}
+
+/// Checks the image in `storage` and, with a `mode`, repairs it. `open`: opens that image for repair
+/// (`OpenOptions::for_repair`), without its data and backing files. Disk: reads all tables; repairs as
+/// [`repair`] does and closes the image.
 ///
-/// Errors: `Unsupported` for leaks where [`needs_all`]; `Write` with the engine's error; as [`check`], which
-/// may stop it between two steps.
+/// Errors: as [`check`] and [`repair`]; `Open` with the caller's error; `Write` if closing fails.
+pub fn check_and_repair(
+    storage: &dyn Storage,
+    mode: Option<RepairMode>,
+    open: &dyn Reopen,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<Checked> {
+    let report = check(storage, &CheckOptions::default(), executor, progress)?;
+    let Some(mode) = mode.filter(|_| !report.incomplete) else {
+        return Ok(Checked { report, repair: Outcome::Untouched });
+    };
+    if mode == RepairMode::Leaks && needs_all(&report) {
+        return Ok(Checked { report, repair: Outcome::NeedsAll });
+    }
+    let disk = open
+        .reopen()
+        .map_err(|e| Error::new(ErrorKind::Open, "opening the image for repair").with_boxed_source(e))?;
+    let image = disk
+        .as_image()
+        .ok_or_else(|| Error::new(ErrorKind::Unsupported, "only a qcow2 image can be repaired"))?;
+    let repaired = repair(image, &report, mode, executor, progress);
+    // Close the image even after an error: the repairs made so far are valid.
+    let closed = image.flush().and_then(|()| image.close());
+    let repaired = repaired?;
+    closed.map_err(|e| Error::new(ErrorKind::Write, "closing the repaired image").with_source(e))?;
+    Ok(Checked { report, repair: Outcome::Repaired(repaired) })
+}
+
+/// Repairs `image`, which was opened for repair, by the `report` of a check. If any finding is not a refcount
+/// or a copied flag, nothing is changed: references that come from damaged tables cannot be trusted. The
+/// dirty and corrupt bits are cleared once no error is left. Disk: see [`Image::repair_refcounts`],
+/// [`Image::repair_copied_flags`], [`Image::clear_damage_marks`]; all tables are read again.
+///
+/// Errors: `Unsupported` for repairing leaks if [`needs_all`]; `Write` with the engine's error; as [`check`],
+/// which may stop the repair between two steps.
 pub fn repair(
     image: &Image,
     report: &CheckReport,
@@ -77,7 +134,7 @@ pub fn repair(
         return Ok(done);
     }
     if mode == RepairMode::Leaks && needs_all(report) {
-        let message = "a cluster in use counts as free, which repairing leaks does not change";
+        let message = "an allocated cluster has refcount 0; leak-only repair is not enough";
         return Err(Error::new(ErrorKind::Unsupported, message));
     }
     let failed = |e| Error::new(ErrorKind::Write, "repairing the image").with_source(e);
@@ -85,7 +142,10 @@ pub fn repair(
     let count = |report: &CheckReport, wanted: &dyn Fn(&Finding) -> bool| -> u64 {
         report.findings.iter().filter(|found| wanted(&found.finding)).map(|found| found.times).sum()
     };
-    let low = |finding: &Finding| matches!(finding, Finding::Refcount { stored, references, .. } if stored < references);
+    let low = |finding: &Finding| match finding {
+        Finding::Refcount { stored, references, .. } => stored < references,
+        _ => false,
+    };
     let mut now = report.clone();
     if count(report, &is_refcount) > 0 {
         image.repair_refcounts(mode == RepairMode::Leaks).map_err(failed)?;
@@ -128,7 +188,7 @@ mod tests {
         image.patch(end + CLUSTER - 1, &[0]).set_refcount(end / CLUSTER, 1);
     }
 
-    /// A second guest cluster leads to the host cluster of the first, whose refcount stays 1.
+    /// A second guest cluster maps to the host cluster of the first, whose refcount stays 1.
     fn low(image: &mut Built) {
         let (entry, second) = (image.read_u64(image.l2_entry(0)), image.l2_entry(2));
         image.patch_u64(second, entry);
@@ -140,15 +200,15 @@ mod tests {
         image.patch_u64(at, entry & !copied);
     }
 
-    /// A reserved bit: no repair of counts touches it.
+    /// A reserved bit in an L2 entry, which repairing refcounts does not change.
     fn damaged_entry(image: &mut Built) {
         let at = image.l2_entry(1);
         let entry = image.read_u64(at);
         image.patch_u64(at, entry | 1 << 60);
     }
 
-    /// Repairs an image that is marked dirty and corrupt and that `spoil` has been at: whether the marks
-    /// stay.
+    /// Repairs an image that is marked dirty and corrupt, after damaging it with `spoil`. `marked`: the bits
+    /// must still be set afterwards.
     #[track_caller]
     fn check(spoil: &[fn(&mut Built)], mode: RepairMode, marked: bool) {
         let data = |byte| Cluster::Data(vec![byte; CLUSTER as usize]);
@@ -177,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn the_marks_of_damage_go_with_the_last_corruption_and_not_before() {
+    fn damage_marks_are_cleared_with_the_last_corruption() {
         for mode in [RepairMode::Leaks, RepairMode::All] {
             check(&[], mode, false);
             check(&[leak], mode, false);
@@ -188,7 +248,7 @@ mod tests {
         }
         check(&[low], RepairMode::All, false);
         check(&[leak, low], RepairMode::All, false);
-        // A count that is too low is no leak: repairing leaks alone leaves it.
+        // A refcount that is too low is not a leak, so a leak-only repair keeps it.
         check(&[low], RepairMode::Leaks, true);
         check(&[leak, low], RepairMode::Leaks, true);
     }

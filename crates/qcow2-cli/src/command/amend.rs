@@ -2,24 +2,23 @@
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::command::resize::refusal_text;
-use crate::crypt::{SlotOptions, Unlocked};
+use crate::crypt::{SlotOptions, SlotRequest};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::imageopts::{AmendOption, TargetFormat, print_amend_options, read_amend_options};
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, OpenedDisk, Sharing, close, open_to_change};
-use crate::optlist::OptList;
+use crate::open::{close, open_to_change, read_name};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::qemu_text;
 use crate::session::Session;
+use qcow2_blockdev::{KeyValues, Sharing};
 use qcow2_core::format::Version;
-use qcow2_core::format::header::CryptMethod;
 use qcow2_core::{ErrorKind, HostOffset, ImageFormat};
 use qcow2_io::CacheMode;
-use qcow2_ops::amend::{AmendOptions, Amended, Refusal, amend, check};
-use qcow2_ops::resize;
+use qcow2_ops::amend::{AmendOptions, Refusal, amend};
+use qcow2_ops::{KeySlots, resize};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
@@ -39,7 +38,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
 struct Request {
     image: ImageArgs,
     cache: CacheMode,
-    list: OptList,
+    list: KeyValues,
     progress: bool,
     quiet: bool,
     force: bool,
@@ -57,7 +56,7 @@ impl Request {
                 Opt::Format => request.image.format = Some(given.value),
                 Opt::ImageOpts => request.image.image_opts = true,
                 Opt::Cache => cache = Some(given.value),
-                Opt::Options => texts.push(OptList::checked(given.value)?),
+                Opt::Options => texts.push(KeyValues::checked(given.value)?),
                 Opt::Progress => request.progress = true,
                 Opt::Quiet => request.quiet = true,
                 Opt::Force => request.force = true,
@@ -66,9 +65,9 @@ impl Request {
             }
         }
         if texts.is_empty() {
-            return Err(Failure::usage(verb, "Must specify options (-o)"));
+            return Err(Failure::usage(verb.name, "Must specify options (-o)"));
         }
-        request.list = OptList::parse_image_options(&texts);
+        request.list = KeyValues::parse_image_options(&texts);
         if let Some(format) = request.image.format.as_deref().filter(|_| request.list.asks_help()) {
             return match TargetFormat::parse(format).unwrap_or(TargetFormat::Qcow2) {
                 TargetFormat::Raw => Err(not_amended()),
@@ -85,11 +84,11 @@ impl Request {
 }
 
 fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
-    let name = ImageName::read(session, &request.filename, &request.image)?;
+    let name = read_name(session, &request.filename, &request.image)?;
     // Two that change the slots of one container would lose a password.
-    let how = OpenAs { cache: request.cache, sharing: Sharing::TopAlone, ..OpenAs::READ };
-    let open = || open_to_change(session, &name, &request.image, how);
-    let mut opened: OpenedDisk = open()?;
+    let how = request.image.options().with_cache(request.cache).with_sharing(Sharing::TopAlone);
+    let open = || open_to_change(session, &name, &how);
+    let opened = open()?;
     let format = match opened.format {
         ImageFormat::Qcow2 => TargetFormat::Qcow2,
         ImageFormat::Luks => TargetFormat::Luks,
@@ -99,61 +98,26 @@ fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<()
         return print_amend_options(session, format);
     }
     let (options, slots) = settle(format, &request.list)?;
-    let mut slots = Some(slots).filter(SlotOptions::is_some);
-    loop {
-        let Some(image) = opened.disk.as_image() else {
-            // A container has nothing but its slots.
-            slots.unwrap_or_default().apply(
-                volume(request, &name, &opened)?,
-                &request.image.objects,
-                request.force,
-            )?;
-            return close(&*opened.disk).map_err(|reason| could_not(&reason));
-        };
-        if let Some(slots) = slots.take() {
-            let changed = check(image, &options).map_err(|error| failure(session, &error, &options));
-            let changed = changed
-                .and_then(|()| volume(request, &name, &opened))
-                .and_then(|volume| slots.apply(volume, &request.image.objects, request.force));
-            if let Err(failure) = changed {
-                let _ = close(&*opened.disk);
-                return Err(failure);
-            }
-        }
-        match amend(image, &options, meter) {
-            Ok(Amended::Again) => {
-                // Its lock must go before the next one comes.
-                drop(opened);
-                opened = open()?;
-            }
-            Ok(Amended::Done) => return close(&*opened.disk).map_err(|reason| could_not(&reason)),
-            Err(error) => {
-                let _ = close(&*opened.disk);
-                return Err(failure(session, &error, &options));
-            }
-        }
-    }
-}
-
-/// The volume whose slots are to change. Errors: there is none.
-fn volume<'a>(
-    request: &'a Request,
-    name: &'a ImageName,
-    opened: &'a OpenedDisk,
-) -> Result<Unlocked<'a>, Failure> {
-    let at = match opened.disk.as_image().map(|image| image.header()) {
-        None => HostOffset::default(),
-        Some(header) => match (header.crypt_method, header.extensions.luks) {
-            (CryptMethod::None, _) => {
-                return Err(Failure::new("Can't amend encryption options - encryption not present"));
-            }
-            (CryptMethod::Luks, Some(luks)) => luks.offset,
-            _ => return Err(Failure::new("Only LUKS encryption options can be amended")),
-        },
-    };
     // The name under which the password was asked for.
-    let asked = opened.files.first().map_or(&*request.filename, |file| &*file.image);
-    Ok(Unlocked { storage: &*opened.storage, at, name: asked, keys: &name.keys })
+    let asked = opened.files.first().map_or(&*request.filename, |file| &*file.image).to_owned();
+    let slots = SlotRequest {
+        options: &slots,
+        name: &asked,
+        keys: &name.keys,
+        objects: &request.image.objects,
+        force: request.force,
+    };
+    if format == TargetFormat::Luks {
+        // A container has nothing but its slots.
+        slots.apply(&*opened.storage, HostOffset::default())?;
+        return close(&*opened.disk).map_err(|reason| could_not(&reason));
+    }
+    let key_slots = slots.options.is_some().then_some(&slots as &dyn KeySlots);
+    let reopen = || Ok(open()?.disk);
+    // Nothing but the disk may hold the file: its lock has to go before the image is opened anew.
+    let disk = Arc::clone(&opened.disk);
+    drop(opened);
+    amend(disk, &reopen, &options, key_slots, meter).map_err(|error| failure(session, error, &options))
 }
 
 fn not_amended() -> Failure {
@@ -165,7 +129,7 @@ fn could_not(reason: &str) -> Failure {
 }
 
 /// The options by name, those of key slots apart.
-fn settle(format: TargetFormat, list: &OptList) -> Result<(AmendOptions, SlotOptions), Failure> {
+fn settle(format: TargetFormat, list: &KeyValues) -> Result<(AmendOptions, SlotOptions), Failure> {
     let (mut options, mut slots) = (AmendOptions::default(), SlotOptions::default());
     let given: BTreeMap<_, _> = read_amend_options(format, list)?.into_iter().collect();
     for (name, option) in given {
@@ -194,21 +158,25 @@ fn settle(format: TargetFormat, list: &OptList) -> Result<(AmendOptions, SlotOpt
     Ok((options, slots))
 }
 
-fn failure(session: &Session, error: &qcow2_ops::Error, options: &AmendOptions) -> Failure {
+fn failure(session: &Session, error: qcow2_ops::Error, options: &AmendOptions) -> Failure {
+    let error = match error.caller_error::<Failure>() {
+        Ok(failure) => return failure,
+        Err(error) => error,
+    };
     if error.kind() == qcow2_ops::ErrorKind::Stopped {
         return Failure::silent(exit::FAILURE);
     }
-    if let Some(refusal) = qemu_text::find::<resize::Refusal>(error) {
+    if let Some(refusal) = persona::find::<resize::Refusal>(&error) {
         return refusal_text(session, refusal);
     }
-    let Some(refusal) = qemu_text::find::<Refusal>(error) else {
+    let Some(refusal) = persona::find::<Refusal>(&error) else {
         if let (Some(engine), Some(bits)) = (error.core_error(), options.refcount_bits)
             && engine.kind() == ErrorKind::OutOfRange
         {
-            let reason = qemu_text::capitalized(&engine.to_string());
+            let reason = persona::capitalized(&engine.to_string());
             return Failure::new(format!("Cannot decrease refcount entry width to {bits} bits: {reason}"));
         }
-        let reason = error.core_error().map_or_else(|| qemu_text::chain(error), |e| qemu_text::cause(e));
+        let reason = error.core_error().map_or_else(|| persona::chain(&error), |e| persona::cause(e));
         return could_not(&reason);
     };
     let needs = "compatibility level 1.1 and above (use compat=1.1 or greater)";
@@ -230,6 +198,8 @@ fn failure(session: &Session, error: &qcow2_ops::Error, options: &AmendOptions) 
         }
         Refusal::DowngradeRefcountBits => "compat=0.10 requires refcount_bits=16".to_owned(),
         Refusal::DowngradeSnapshots => "Internal snapshots prevent downgrade of image".to_owned(),
+        Refusal::NotEncrypted => "Can't amend encryption options - encryption not present".to_owned(),
+        Refusal::NoKeySlots => "Only LUKS encryption options can be amended".to_owned(),
         other => other.to_string(),
     })
 }

@@ -3,28 +3,79 @@
 use crate::args::{Arguments, ImageArgs, Opt, OutputFormat, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, open_image, warn_of_missing_end};
+use crate::open::{read_name, warn_of_missing_end};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::{human, json, qemu_text};
+use crate::render::{human, json};
 use crate::session::Session;
 use crate::threads::Threads;
+use qcow2_blockdev::open;
 use qcow2_ops::ErrorKind;
 use serde_json::{Map, Value};
+use std::cell::OnceCell;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = parse(session, args)?;
     request.image.check()?;
-    let name = ImageName::read(session, &request.filename, &request.image)?;
+    let several = request.filenames.len() > 1;
+    let interrupts = OnceCell::new();
+    let (mut sums, mut code) = (Vec::new(), exit::SUCCESS);
+    for filename in &request.filenames {
+        match sum(session, &request, filename, &interrupts) {
+            Ok(sum) if request.output == OutputFormat::Human => {
+                session.print(&format!("{}  {}\n", sum.digest, human::escaped(filename)))?;
+            }
+            Ok(sum) => sums.push(sum.to_json(filename)),
+            // One that cannot be read hides nothing of the others.
+            Err(failure) if several => {
+                session.report(&failure);
+                code = failure.code();
+            }
+            Err(failure) => return Err(failure),
+        }
+    }
+    if request.output == OutputFormat::Json {
+        session.print(&match &sums[..] {
+            [only] if !several => json::pretty(only),
+            _ => json::pretty(&Value::Array(sums)),
+        })?;
+    }
+    Ok(code)
+}
+
+/// The digest of one disk.
+struct Sum {
+    method: &'static str,
+    digest: String,
+    size: u64,
+}
+
+impl Sum {
+    fn to_json(&self, filename: &str) -> Value {
+        let mut fields = Map::new();
+        fields.insert("filename".to_owned(), filename.into());
+        fields.insert("virtual-size".to_owned(), self.size.into());
+        fields.insert(self.method.to_owned(), self.digest.clone().into());
+        Value::Object(fields)
+    }
+}
+
+fn sum(
+    session: &Session,
+    request: &Request,
+    filename: &str,
+    interrupts: &OnceCell<Interrupts>,
+) -> Result<Sum, Failure> {
+    let name = read_name(session, filename, &request.image)?;
     let cache = request.cache.as_ref().map(|text| parse_cache("source cache", text)).transpose()?;
-    let how = OpenAs { cache: cache.unwrap_or_default(), ..OpenAs::READ };
-    let opened = open_image(&name, &request.image, how)?;
+    let opened = open(&name, &request.image.options().with_cache(cache.unwrap_or_default()))?;
     warn_of_missing_end(session, &opened);
     let disk = opened.disk;
-    let interrupts = Interrupts::install();
-    let meter = Meter::beside_data(session, &interrupts, request.progress, request.json_progress);
+    // A signal may end the program as ever while a file is being opened.
+    let interrupts = interrupts.get_or_init(Interrupts::install);
+    let meter = Meter::beside_data(session, interrupts, request.progress, request.json_progress);
     let digest = match request.blake3 {
         true => qcow2_ops::checksum_blake3(&disk, &Threads::per_core(), &meter).map(|sum| sum.to_string()),
         false => {
@@ -38,17 +89,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     interrupts.die_if_asked();
     let digest = digest.map_err(|error| failure(&error))?;
     let method = if request.blake3 { "blake3" } else { "crc32" };
-    session.print(&match request.output {
-        OutputFormat::Human => format!("{digest}  {}\n", human::escaped(&request.filename)),
-        OutputFormat::Json => {
-            let mut fields = Map::new();
-            fields.insert("filename".to_owned(), request.filename.into());
-            fields.insert("virtual-size".to_owned(), disk.size().into());
-            fields.insert(method.to_owned(), digest.into());
-            json::pretty(&Value::Object(fields))
-        }
-    })?;
-    Ok(exit::SUCCESS)
+    Ok(Sum { method, digest, size: disk.size() })
 }
 
 #[derive(Default)]
@@ -59,7 +100,7 @@ struct Request {
     blake3: bool,
     progress: bool,
     json_progress: bool,
-    filename: String,
+    filenames: Vec<String>,
 }
 
 fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
@@ -79,14 +120,14 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
             _ => {}
         }
     }
-    request.filename = args.into_one_operand("Expecting one image file name")?;
+    request.filenames = args.into_images(session)?;
     Ok(request)
 }
 
 fn failure(error: &qcow2_ops::Error) -> Failure {
     match (error.kind(), error.core_error()) {
         (ErrorKind::Stopped, _) => Failure::silent(exit::FAILURE),
-        (_, Some(engine)) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
-        _ => Failure::new(qemu_text::chain(error)),
+        (_, Some(engine)) => Failure::new(format!("{error}: {}", persona::cause(engine))),
+        _ => Failure::new(persona::chain(error)),
     }
 }

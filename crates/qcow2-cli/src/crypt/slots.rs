@@ -1,12 +1,15 @@
 //! Passwords of an image that is there: added and erased by `amend`.
 
-use super::{Keys, SystemRandom, ThreadTime, reason};
+use super::{SystemRandom, ThreadTime};
 use crate::args::Objects;
 use crate::failure::Failure;
 use crate::imageopts::AmendOption;
+use crate::persona;
+use qcow2_blockdev::{KeyError, Keys};
 use qcow2_core::{HostOffset, Storage};
-use qcow2_crypt::luks::{NewVolume, SlotsToErase, Volume, count_iterations, put_key};
+use qcow2_crypt::luks::{NewPassword, NewVolume, SlotsToErase, add_password, erase_passwords};
 use qcow2_crypt::{CryptError, CryptErrorKind, SlotRefusal};
+use qcow2_ops::{CallerError, KeySlots};
 
 /// What options say of key slots, as they were given.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,17 +21,24 @@ pub(crate) struct SlotOptions {
     iter_time: Option<u64>,
 }
 
-/// A volume whose slots change.
-#[derive(Clone, Copy)]
-pub(crate) struct Unlocked<'a> {
-    /// Where it lies.
-    pub(crate) storage: &'a dyn Storage,
-    /// Where its header is.
-    pub(crate) at: HostOffset,
-    /// The name of the image.
+/// The change that options ask for, and what it needs to be made.
+pub(crate) struct SlotRequest<'a> {
+    /// What is asked for.
+    pub(crate) options: &'a SlotOptions,
+    /// The name under which the current password is asked for.
     pub(crate) name: &'a str,
-    /// The passwords that it was opened with.
+    /// The passwords that the image was opened with.
     pub(crate) keys: &'a Keys,
+    /// The secrets that options may name.
+    pub(crate) objects: &'a Objects,
+    /// Whether to do what may lose the key to the data.
+    pub(crate) force: bool,
+}
+
+impl KeySlots for SlotRequest<'_> {
+    fn change(&self, storage: &dyn Storage, at: HostOffset) -> Result<(), CallerError> {
+        Ok(self.apply(storage, at)?)
+    }
 }
 
 impl SlotOptions {
@@ -50,51 +60,54 @@ impl SlotOptions {
     pub(crate) fn is_some(&self) -> bool {
         *self != Self::default()
     }
+}
 
-    /// Changes the slots of `volume`. `force`: also what may lose the key to the data. What is refused is
-    /// told before anything is written, in QEMU's words and order.
-    pub(crate) fn apply(&self, volume: Unlocked<'_>, objects: &Objects, force: bool) -> Result<(), Failure> {
-        match self.state.as_deref() {
+impl SlotRequest<'_> {
+    /// Changes the slots of the volume whose header is at `at`. What is refused is told before anything is
+    /// written, in QEMU's words and order.
+    pub(crate) fn apply(&self, storage: &dyn Storage, at: HostOffset) -> Result<(), Failure> {
+        match self.options.state.as_deref() {
             None => Err(Failure::new("Parameter 'state' is missing")),
-            Some("active") => self.fill(volume, objects, force),
-            Some("inactive") => self.erase(volume, objects, force),
+            Some("active") => self.add((storage, at)),
+            Some("inactive") => self.erase((storage, at)),
             Some(other) => Err(Failure::new(format!("Parameter 'state' does not accept value '{other}'"))),
         }
     }
 
-    fn fill(&self, unlocked: Unlocked<'_>, objects: &Objects, force: bool) -> Result<(), Failure> {
-        let Unlocked { storage, at, name, keys } = unlocked;
-        let Some(new_secret) = &self.new_secret else {
+    fn add(&self, volume: (&dyn Storage, HostOffset)) -> Result<(), Failure> {
+        let options = self.options;
+        let Some(new_secret) = &options.new_secret else {
             return Err(Failure::new("'new-secret' is required to activate a keyslot"));
         };
-        if self.old_secret.is_some() {
+        if options.old_secret.is_some() {
             return Err(Failure::new("'old-secret' must not be given when activating keyslots"));
         }
-        let volume = Volume::read(storage, at).map_err(failed)?;
-        let slot = volume.slot_to_fill(self.slot, force).map_err(failed)?;
-        let password = objects.secret(new_secret).map_err(Failure::new)?;
-        let limit = keys.limit(0).map_err(Failure::new)?;
-        let current = keys.password(0, name, at == HostOffset::default()).map_err(Failure::new)?;
-        let key = volume.unlock(storage, at, &current, limit).map_err(failed)?;
-        let millis = self.iter_time.unwrap_or(NewVolume::default().iter_time_ms);
-        let rounds = count_iterations(volume.hash(), volume.spec().key_len(), millis, &ThreadTime::new());
-        let rounds = rounds.map_err(failed)?;
-        put_key((storage, at), slot, (&key, &password), rounds, &mut SystemRandom).map_err(failed)
+        let new = NewPassword {
+            password: &self.objects.secret(new_secret)?,
+            slot: options.slot,
+            force: self.force,
+            iter_time_ms: options.iter_time.unwrap_or(NewVolume::default().iter_time_ms),
+            limit: self.keys.limit(0).map_err(locked)?,
+        };
+        let container = volume.1 == HostOffset::default();
+        let current = || self.keys.password(0, self.name, container).map_err(locked);
+        add_password(volume, &new, current, &mut SystemRandom, &ThreadTime::new())
     }
 
-    fn erase(&self, unlocked: Unlocked<'_>, objects: &Objects, force: bool) -> Result<(), Failure> {
-        let Unlocked { storage, at, keys, .. } = unlocked;
+    fn erase(&self, volume: (&dyn Storage, HostOffset)) -> Result<(), Failure> {
+        let options = self.options;
         for (given, name) in
-            [(self.new_secret.is_some(), "new-secret"), (self.iter_time.is_some(), "iter-time")]
+            [(options.new_secret.is_some(), "new-secret"), (options.iter_time.is_some(), "iter-time")]
         {
             if given {
                 return Err(Failure::new(format!("'{name}' must not be given when erasing keyslots")));
             }
         }
-        let old = self.old_secret.as_ref().map(|id| objects.secret(id)).transpose().map_err(Failure::new)?;
-        let which = match (self.slot, &old) {
+        let old = options.old_secret.as_ref().map(|id| self.objects.secret(id)).transpose();
+        let old = old?;
+        let which = match (options.slot, &old) {
             (Some(slot), old) => SlotsToErase::Slot(slot, old.as_ref()),
-            (None, Some(old)) => SlotsToErase::OpenedBy(old),
+            (None, Some(old)) => SlotsToErase::UnlockedBy(old),
             (None, None) => {
                 return Err(Failure::new(
                     "To erase keyslot(s), either explicit keyslot index or the password currently contained in \
@@ -102,16 +115,23 @@ impl SlotOptions {
                 ));
             }
         };
-        let volume = Volume::read(storage, at).map_err(failed)?;
-        let limit = keys.limit(0).map_err(Failure::new)?;
-        let slots = volume.slots_to_erase((storage, at), which, force, limit).map_err(failed)?;
-        let change = volume.erase_keys(&slots).map_err(failed)?;
-        change.apply(storage, at, &mut SystemRandom).map_err(failed)
+        let limit = self.keys.limit(0).map_err(locked)?;
+        Ok(erase_passwords(volume, which, self.force, limit, &mut SystemRandom)?)
     }
 }
 
+impl From<CryptError> for Failure {
+    fn from(error: CryptError) -> Self {
+        failed(error)
+    }
+}
+
+fn locked(error: KeyError) -> Failure {
+    Failure::new(persona::key(&error))
+}
+
 fn failed(error: CryptError) -> Failure {
-    let CryptErrorKind::KeySlot(refusal) = error.kind() else { return Failure::new(reason(&error)) };
+    let CryptErrorKind::KeySlot(refusal) = error.kind() else { return Failure::new(persona::crypt(&error)) };
     let irreversibly = "will erase all the data in the image irreversibly - refusing operation";
     Failure::new(match refusal {
         SlotRefusal::NoSuchSlot(slot) => format!("Invalid keyslot {slot} specified, must be between 0 and 7"),
@@ -131,6 +151,6 @@ fn failed(error: CryptError) -> Failure {
         SlotRefusal::AllOpen => format!(
             "All the active keyslots match the (old) password that was given and erasing them {irreversibly}"
         ),
-        _ => reason(&error),
+        _ => persona::crypt(&error),
     })
 }

@@ -2,11 +2,13 @@
 
 use super::request::Request;
 use super::{failure, finish, open_sources, target};
+use crate::compression::Compression;
 use crate::exit;
 use crate::failure::Failure;
+use crate::files::open_files;
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
-use crate::open::{codecs, open_files, warn_of_missing_end};
+use crate::open::warn_of_missing_end;
 use crate::progress::Meter;
 use crate::session::{Session, unfinished_stream};
 use qcow2_core::GuestDisk;
@@ -17,20 +19,27 @@ use std::sync::Arc;
 
 /// Whether the request is about a pipe. The tool that is stood in for knows none: there `-` is a file.
 pub(super) fn is_asked_for(session: &Session, request: &Request) -> bool {
-    !session.is_drop_in() && (request.target == PIPE || request.sources.iter().any(|source| source == PIPE))
+    !session.is_drop_in()
+        && (request.target.name == PIPE || request.source.names.iter().any(|source| source == PIPE))
 }
 
 /// Runs the request.
 pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
-    let from_pipe = request.sources.iter().any(|source| source == PIPE);
+    let from_pipe = request.source.names.iter().any(|source| source == PIPE);
     let rules = [
-        (from_pipe && request.target == PIPE, "source and target are both '-': one of them must be a file"),
-        (from_pipe && request.sources.len() > 1, "standard input can only be the only source"),
-        (request.compress, "compressed clusters cannot be streamed: their places are not known beforehand"),
-        (!request.create, "'-' and -n exclude each other"),
-        (request.bitmaps, "bitmaps cannot be streamed"),
-        (from_pipe && request.snapshot.is_some(), "a snapshot cannot be read from a stream"),
-        (request.backing.is_some(), "a streamed image has no backing file"),
+        (
+            from_pipe && request.target.name == PIPE,
+            "source and target are both '-': one of them must be a file",
+        ),
+        (from_pipe && request.source.names.len() > 1, "standard input can only be the only source"),
+        (
+            request.copy.compress,
+            "compressed clusters cannot be streamed: their places are not known beforehand",
+        ),
+        (!request.target.create, "'-' and -n exclude each other"),
+        (request.copy.bitmaps, "bitmaps cannot be streamed"),
+        (from_pipe && request.source.snapshot.is_some(), "a snapshot cannot be read from a stream"),
+        (request.target.backing.is_some(), "a streamed image has no backing file"),
     ];
     if let Some((_, text)) = rules.iter().find(|(broken, _)| *broken) {
         return Err(Failure::new(*text));
@@ -38,8 +47,8 @@ pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
     // Nothing is half made where only standard output is written: a signal may end that at once, also while
     // the reader sleeps.
     let interrupts = if from_pipe { Interrupts::install() } else { Interrupts::default() };
-    let wanted = request.progress && !request.quiet;
-    let meter = Meter::beside_data(session, &interrupts, wanted, request.json_progress);
+    let wanted = request.shown.progress && !request.shown.quiet;
+    let meter = Meter::beside_data(session, &interrupts, wanted, request.shown.json_progress);
     let done = match from_pipe {
         true => read(session, request, &interrupts, &meter),
         false => write(session, request, &meter),
@@ -60,9 +69,9 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
     if io::stdout().is_terminal() {
         return Err(Failure::new("standard output is a terminal; send it to a file or another program"));
     }
-    let format = TargetFormat::parse(request.target_format.as_deref().unwrap_or("raw"))?;
-    let given = ImageOptions::parse(format, &request.list)?;
-    if let Some(pair) = request.list.pairs().iter().find(|pair| pair.key != "cluster_size") {
+    let format = TargetFormat::parse(request.target.format())?;
+    let given = ImageOptions::parse(format, &request.target.list)?;
+    if let Some(pair) = request.target.list.pairs().iter().find(|pair| pair.key != "cluster_size") {
         return Err(Failure::new(format!("option '{}' is not possible when streaming", pair.key)));
     }
     let sources = open_sources(session, request)?;
@@ -77,7 +86,7 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
         }
         _ => stream_raw(&disks, &mut out, meter),
     };
-    written.map(|_| ()).map_err(|error| match crate::render::qemu_text::find::<io::Error>(&error) {
+    written.map(|_| ()).map_err(|error| match crate::persona::find::<io::Error>(&error) {
         // An error of the source may have one of the system below it too.
         Some(broken) if error.kind() == ErrorKind::Write => unfinished_stream(broken),
         _ => failure(&error),
@@ -92,7 +101,7 @@ fn read(session: &Session, request: &Request, interrupts: &Interrupts, meter: &M
     let probed = (&mut input).take(MAGIC.len() as u64).read_to_end(&mut start);
     probed.map_err(|error| Failure::new(format!("error while reading standard input: {error}")))?;
     let mut input = io::Cursor::new(start.clone()).chain(input);
-    let qcow2 = match request.source.format.as_deref() {
+    let qcow2 = match request.source.args.format.as_deref() {
         None => start == MAGIC,
         Some("raw") => false,
         Some("qcow2") => true,
@@ -106,7 +115,7 @@ fn read(session: &Session, request: &Request, interrupts: &Interrupts, meter: &M
         }
         true => {
             let image = StreamedImage::open(&mut input).map_err(|error| failure(&error))?;
-            let codecs = codecs();
+            let codecs = Compression::DEFAULT.codecs()?;
             let codec = match image.header().compression_type {
                 CompressionType::Zstd => codecs.zstd,
                 _ => codecs.deflate,
