@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# libvirt's storage driver with our program first on its path as qemu-img: volumes are made, cloned, resized, put on each
-# other, filled, read, wiped and deleted; every call must reach our program and succeed, and every image must pass
-# qemu-img's check. Each call and its exit code is printed. Snapshots are not the storage driver's: libvirt takes them of
-# domains, and a domain needs a qemu-system to be defined with. With EMULATOR, the path of one, snapshots inside and outside a
-# shut-off domain's disk are taken, gone back to and deleted too.
+# Runs libvirt's storage driver with our program first on its path as qemu-img: creates, clones, resizes, stacks, fills,
+# reads, wipes and deletes volumes. Every call must reach our program and succeed, and every image must pass qemu-img's
+# check. Prints each call and its exit code. The storage driver has no snapshots: libvirt takes them of domains, and defining
+# a domain needs a qemu-system. With EMULATOR, the path of one, internal and external snapshots of a shut-off domain's disk
+# are created, reverted to and deleted too.
 #   tests/clients/libvirt.sh PROGRAM [EMULATOR]
-# Needs root, libvirtd and virsh (Debian: libvirt-daemon, libvirt-daemon-driver-qemu, libvirt-clients), and the user libvirt-qemu
-# that the daemon wants, who must be able to run EMULATOR.
+# Needs root, libvirtd and virsh (Debian: libvirt-daemon, libvirt-daemon-driver-qemu, libvirt-clients), and the user
+# libvirt-qemu, which the daemon requires and which must be able to run EMULATOR.
 set -euo pipefail
 program=$(realpath "$1")
 reference=$(command -v qemu-img)
@@ -26,14 +26,14 @@ printf 'unix_sock_dir = "%s"\nauth_unix_rw = "none"\nlog_outputs = "3:file:%s/lo
 v() { virsh -q -c "storage+unix:///system?socket=$work/libvirt-sock" "$@"; }
 d() { virsh -q -c "qemu+unix:///system?socket=$work/libvirt-sock" "$@"; }
 
-# Whether the first MiB of a disk is full of this byte.
+# True if the first MiB of a disk is filled with this byte.
 holds() {
   local said
   said=$(qemu-io -r -c "read -P $1 0 1M" "$2")
   [[ $said == *'read 1048576/1048576'* && $said != *'verification failed'* ]]
 }
 
-# Snapshots of a domain that is shut off: libvirt calls `qemu-img snapshot` and `qemu-img create` for them.
+# Snapshots of a shut-off domain: libvirt calls `qemu-img snapshot` and `qemu-img create` for them.
 snapshots() {
   local disk=$work/vm/disk.qcow2
   chmod 755 "$work"; mkdir "$work/vm"

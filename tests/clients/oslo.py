@@ -20,7 +20,7 @@ def parsed(text, output):
     try:
         return imageutils.QemuImgInfo(text, format=output)
     except ValueError as error:
-        # Releases from 8 on have given up what is printed for people.
+        # Releases from 8 on no longer parse the human-readable output.
         assert output == "human", error
         return None
 
@@ -34,6 +34,6 @@ for name in sys.argv[1:]:
         if info is None:
             print(name, output, "is not parsed by this release")
             continue
-        # Space on the disk is a matter of how a file was written; that there is a number is not.
+        # Disk usage depends on how the file was written, so check only that there is a number.
         assert info.disk_size is not None and int(info.disk_size) >= 0, text
         print(name, output, [plain(getattr(info, field)) for field in FIELDS])

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes the fixtures anew with qemu-img and qemu-io; run it through `cargo xtask fixtures`.
+# Regenerates the fixtures with qemu-img and qemu-io; run it through `cargo xtask fixtures`.
 #
 #   images/      valid images over the whole matrix, with their backing and data files
 #   images.tsv   name, guest size, CRC-32 of the guest content, exit code of qemu-img check
-#   damaged.tsv  images that no one should trust, each a change of a valid one: name, exit code of qemu-img check, CRC-32
-#                of what qemu-img convert reads (fails, or endless where it was stopped), the valid image, length of the
-#                file, changes as OFFSET:HEX
+#   damaged.tsv  damaged images, each a change of a valid one: name, exit code of qemu-img check, CRC-32 of what qemu-img
+#                convert reads (fails, or endless if it was stopped), the valid image, length of the file, changes as
+#                OFFSET:HEX
 #
-# The guest content is taken with qemu-img convert, so the figures are the reference tool's, not ours.
+# The guest content is read with qemu-img convert, so the checksums are the reference tool's, not ours.
 set -euo pipefail
 cd "$(dirname "$0")"
 export LC_ALL=C
@@ -16,7 +16,7 @@ rm -rf images
 mkdir images
 cd images
 
-# Text that differs everywhere, to write with `write -s`.
+# Text without repetition, to write with `write -s`.
 seq 1 60000 >../text.tmp
 trap 'rm -f ../*.tmp' EXIT
 trap 'echo "make.sh: line $LINENO failed" >&2' ERR
@@ -31,7 +31,7 @@ image() {
   change "$name" "$@"
 }
 
-# change NAME [qemu-io command]...: one process, as a machine would do it
+# change NAME [qemu-io command]...: all commands in one process
 change() {
   local name=$1 args=() command
   shift
@@ -63,7 +63,7 @@ for bits in 1 2 4 8 32 64; do
   image "refcount-$bits" $size "cluster_size=512,refcount_bits=$bits" "${common[@]}"
 done
 
-# Lazy refcounts: closed well, and left dirty.
+# Lazy refcounts: closed cleanly, and left dirty.
 image lazy $size cluster_size=512,lazy_refcounts=on "${common[@]}"
 image dirty $size cluster_size=512,lazy_refcounts=on
 (qemu-io -f qcow2 -c "write -P 5 1k 9k" -c flush -c abort dirty.qcow2 || true) >/dev/null 2>&1
@@ -88,11 +88,11 @@ for method in zlib zstd; do
   change "$method-4k" "write -P 6 20k 100" "discard 32k 8k" "write -z 12k 4k"
 done
 
-# Extended L2 entries: parts of clusters stored, zero, from below.
+# Extended L2 entries: subclusters allocated, zero, from the backing file.
 subclusters=("$(text 0 700)" "write -P 0x31 5000 3000" "write -z 2k 1k" "write -z -u 9k 2k" "write -P 0x32 40k 512" "discard 16k 16k")
 image extended 70k extended_l2=on,cluster_size=16k "${subclusters[@]}"
 
-# Backing files: raw and qcow2, shorter and longer than the overlay, three deep, in both versions.
+# Backing files: raw and qcow2, shorter and longer than the overlay, chains of three, both versions.
 head -c 20000 ../text.tmp >base-short.raw
 truncate -s 20k base-short.raw
 tail -c 60000 ../text.tmp >base-long.raw
@@ -112,7 +112,7 @@ image data-file 40k cluster_size=512,data_file=data-file.raw "${common[@]:0:4}"
 image data-file-raw 40k cluster_size=4k,data_file=data-file-raw.raw,data_file_raw=on "${common[@]:0:4}"
 over data-file-overlay 24k cluster_size=512,data_file=data-file-overlay.raw base-long.raw raw "${few[@]}"
 
-# Internal snapshots: the active state differs from each of them.
+# Internal snapshots: the active content differs from each of them.
 image snapshots $size cluster_size=512 "${common[@]}"
 quiet qemu-img snapshot -c one snapshots.qcow2
 change snapshots "write -P 0x51 2k 3k" "write -P 0x52 50k 1k"
@@ -128,7 +128,7 @@ change bitmaps "write -P 5 70k 2k"
 # poke FILE OFFSET HEX: overwrites bytes
 poke() { printf "$(sed 's/../\\x&/g' <<<"$3")" | dd of="$1" bs=1 seek="$2" conv=notrunc status=none; }
 
-# What a later version might add: compatible and autoclear bits, longer header, an extension nobody knows.
+# What a later version might add: compatible and autoclear bits, a longer header, an unknown extension.
 cp v3-512.qcow2 future.qcow2
 poke future.qcow2 80 8000000000000000
 poke future.qcow2 88 4000000000000000
@@ -136,7 +136,7 @@ poke future.qcow2 100 00000078
 poke future.qcow2 112 0000000000000000
 poke future.qcow2 120 12345678000000056c617465720000000000000000000000
 
-# Encrypted with the old method: to be refused without a key, never read as plain.
+# Encrypted with the old method: must be refused without a key, not read as plain data.
 quiet qemu-img create -f qcow2 --object secret,id=s,data=secret -o cluster_size=512,encrypt.format=aes,encrypt.key-secret=s encrypted-aes.qcow2 64k
 
 # --- damaged ---------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ word() { printf '%016x' "$1"; }
 crc() { gzip -1 -c "$1" | tail -c 8 | od -An -tx4 --endian=little -N 4 | tr -d ' '; }
 code() { local code=0; timeout 5 "$@" >/dev/null 2>&1 || code=$?; echo $code; }
 
-# sound NAME: the image that is damaged from here on, and where its parts are
+# sound NAME: selects the image to damage from here on, and finds its tables
 sound() {
   sound=$1.qcow2
   bytes=$(stat -c %s "$sound")
@@ -178,13 +178,13 @@ damage() {
   esac
   printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$name" "$check" "$read" "$sound" "$length" "${changes[*]:--}" >>../damaged.tsv
 }
-# patch NAME [OFFSET HEX]...: damage that leaves the length alone
+# patch NAME [OFFSET HEX]...: damage that keeps the length
 patch() { damage "$1" "$bytes" "${@:2}"; }
 
 sound v3-512
 free=$block # becomes the place of the first refcount that is 0
 while [ "$(od -An -tu2 -j "$free" -N 2 "$sound" | tr -d ' ')" != 0 ]; do free=$((free + 2)); done
-# Cut off.
+# Truncated files.
 damage empty-file 0
 damage three-bytes 3
 damage short-header-v2 60 4 00000002
@@ -193,7 +193,7 @@ damage only-header 512
 damage cut-in-l1 $((l1 + 8))
 damage cut-in-l2 $((l2 + 100))
 damage cut-in-data $((bytes - 2000))
-# The header's own fields.
+# Header fields.
 patch bad-magic 0 51464900
 patch version-1 4 00000001
 patch version-4 4 00000004
@@ -229,7 +229,7 @@ patch refcount-table-missing 56 00000000
 patch refcount-table-misaligned 48 "$(word $((refcounts + 8)))"
 patch snapshots-claimed 60 00010000 64 "$(word "$bytes")"
 patch snapshots-too-many 60 7fffffff
-# Entries.
+# L1 and L2 entries.
 patch l1-entry-past-end "$l1" 8000000040000000
 patch l1-entry-reserved "$l1" "$(word $((copied | l2 | 1 << 56)))"
 patch l1-entry-not-copied "$l1" "$(word "$l2")"
@@ -258,23 +258,23 @@ patch l1-entry-misaligned "$l1" "$(word $((copied | l2 + 512)))"
 patch l2-entry-misaligned "$l2" "$(word $((copied | data + 512)))"
 patch l2-zero-misaligned "$l2" "$(word $((copied | data + 512 | 1)))"
 patch refcount-block-misaligned "$refcounts" "$(word $((block + 512)))"
-# Version 2 knows no zero flag.
+# Version 2 has no zero flag.
 sound v2-4k
 patch zero-flag-in-v2 "$l2" 0000000000000001
 patch extension-past-backing 8 0000000000000050 16 00000004 72 1234567800000100
-# Subclusters that are stored and zero at once, or stored nowhere; a compressed cluster with a bitmap.
+# Subclusters both allocated and zero, or allocated without a host cluster; a compressed cluster with a bitmap.
 sound extended
 patch subclusters-both $((l2 + 8)) 00000001ffffffff
 patch subclusters-nowhere "$l2" 000000000000000000000000ffffffff
 patch compressed-with-bitmap "$l2" "$(word $((1 << 62 | data)))" $((l2 + 8)) 0000000000000001
-# A snapshot table that lies.
+# A damaged snapshot table.
 sound snapshots
 snapshots=$(number "$sound" 64)
 patch snapshot-l1-huge $((snapshots + 8)) 7fffffff
 patch snapshot-l1-past-end "$snapshots" 0000000040000000
 patch snapshot-l1-misaligned "$snapshots" 0000000000000a08
 patch snapshot-extra-huge $((snapshots + 36)) 7fffffff
-# Bitmaps that lie.
+# Damaged bitmaps.
 sound bitmaps
 directory=$(number "$sound" 136)
 patch bitmap-table-huge $((directory + 8)) 7fffffff
@@ -282,7 +282,7 @@ patch bitmap-granularity $((directory + 17)) ff
 patch bitmaps-claimed 120 7fffffff
 patch bitmap-directory-huge 128 000000007fffffff
 
-# --- what the reference says -----------------------------------------------------------------------------------------
+# --- results of the reference -----------------------------------------------------------------------------------------
 : >../images.tsv
 for file in *.qcow2; do
   digest=-

@@ -1,7 +1,7 @@
-"""Reads whole disks with readers of others: read.py READER, then lines IMAGE<tab>OUTPUT[<tab>BASE] on standard input.
+"""Reads whole disks with third-party readers: read.py READER, then lines IMAGE<tab>OUTPUT[<tab>BASE] on standard input.
 
-READER is dissect (dissect.hypervisor) or libqcow (libqcow-python). BASE is a qcow2 backing file, which libqcow wants to be
-handed. For each line prints "ok", or the error in one line. Exit code 3: the reader is not installed.
+READER is dissect (dissect.hypervisor) or libqcow (libqcow-python). BASE is a qcow2 backing file, which libqcow does
+not open itself. Prints "ok" or a one-line error for each line. Exit code 3: the reader is not installed.
 """
 
 import signal
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 CHUNK = 1 << 20
-SECONDS = 60  # for one image: some readers spin for ever on some images
+SECONDS = 60  # per image: some readers loop for ever on some images
 
 
 def open_dissect(image, _base):

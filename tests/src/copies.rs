@@ -1,5 +1,5 @@
-//! Copies of one folder for runs that change files: a copy is used again, and before that only what a run has
-//! changed in it is copied anew.
+//! Copies of one folder for test runs that change files. A copy is reused: only the files that the previous
+//! run changed are copied again.
 
 use qcow2_testkit::oracle::Tool;
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,28 +17,27 @@ pub struct Copies {
     idle: Mutex<Vec<FolderCopy>>,
 }
 
-/// One copy: as the folder was, until somebody changes it.
+/// One copy, equal to the folder until a test changes it.
 pub struct FolderCopy {
     path: PathBuf,
     stamps: BTreeMap<String, Stamp>,
-    /// When the last of its files was put there.
+    /// When the last of its files was written.
     ready: Instant,
 }
 
-/// What the system changes with a file: its length, when it was written, its number and when it was last
-/// changed in any way.
+/// What the system updates when a file changes: length, modification time, and (inode, ctime).
 type Stamp = (u64, Option<SystemTime>, (u64, i64, i64));
 
-/// Longer than the system's clock for files stands still: a change that comes later has another time.
+/// Longer than the granularity of file timestamps: a change after this delay gets a different time.
 const CLOCK_STEP: Duration = Duration::from_millis(20);
 
 impl Copies {
-    /// Copies of `start`, to be made in `root`.
+    /// Copies of `start`, to be created in `root`.
     pub fn new(start: PathBuf, root: PathBuf) -> Self {
         Self { start, root, made: Mutex::default(), idle: Mutex::default() }
     }
 
-    /// A copy that is as the folder is.
+    /// A copy that equals the folder.
     pub fn take(&self) -> FolderCopy {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let copy = idle.unwrap_or_else(|| {
@@ -52,7 +51,7 @@ impl Copies {
         copy
     }
 
-    /// Takes a copy back, and the changes in it.
+    /// Takes a copy back for reuse, and records what was changed in it.
     pub fn give_back(&self, mut copy: FolderCopy) {
         let changed = copy.changed();
         for name in &changed {
@@ -75,12 +74,12 @@ impl Copies {
 }
 
 impl FolderCopy {
-    /// Where it is.
+    /// Path of the copy.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The names of what was changed, made or removed in it.
+    /// Names of the files that were changed, created or removed in it.
     pub fn changed(&self) -> BTreeSet<String> {
         let now = stamps(&self.path);
         let names = now.keys().chain(self.stamps.keys());
@@ -110,7 +109,7 @@ fn number_and_change(_: &Metadata) -> (u64, i64, i64) {
     (0, 0, 0)
 }
 
-/// Copies a folder with what is in it, or a file; holes stay holes, which images may be about.
+/// Copies a file, or a folder with its content; keeps holes, since some images are about holes.
 pub fn copy_folder(from: &Path, to: &Path) {
     let args = ["-a".as_ref(), "--sparse=always".as_ref(), from.as_os_str(), to.as_os_str()];
     Tool::find("cp").expect("cp").run_in(Path::new("."), &args).success();
@@ -121,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_copy_is_as_the_folder_was_whatever_was_done_to_it() {
+    fn a_reused_copy_equals_the_folder_again() {
         let root = std::env::temp_dir().join(format!("copies-{}", std::process::id()));
         let start = root.join("start");
         fs::create_dir_all(start.join("dir")).unwrap();

@@ -1,4 +1,4 @@
-//! The committed images of `tests/data/`, opened from memory: no other program and no adapter is needed.
+//! The committed images of `tests/data/`, opened from memory, without other programs or storage adapters.
 
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::{
@@ -10,30 +10,30 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The folder that holds the tables and `images/`.
+/// The folder with the tables and `images/`.
 pub fn data_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("data")
 }
 
-/// The folder that holds the valid images.
+/// The folder with the valid images.
 pub fn image_folder() -> PathBuf {
     data_folder().join("images")
 }
 
-/// A valid image and what the reference tool says about it.
+/// A valid image, and what qemu-img reports about it.
 #[derive(Clone, Debug)]
 pub struct Fixture {
-    /// The file's name in [`image_folder`].
+    /// File name in [`image_folder`].
     pub name: String,
-    /// Bytes of the guest disk.
+    /// Size of the guest disk in bytes.
     pub size: u64,
     /// CRC-32 of the guest content; `None` for an encrypted image.
     pub crc: Option<u32>,
-    /// The exit code of `qemu-img check`.
+    /// Exit code of `qemu-img check`.
     pub check_code: i32,
 }
 
-/// Every valid image. Panics where the table is broken.
+/// Every valid image. Panics if the table is malformed.
 pub fn images() -> Vec<Fixture> {
     rows("images.tsv")
         .into_iter()
@@ -46,31 +46,31 @@ pub fn images() -> Vec<Fixture> {
         .collect()
 }
 
-/// What the reference tool makes of a damaged image when it reads all of it.
+/// What qemu-img gets when it reads all of a damaged image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
     /// Content with this CRC-32.
     Content(u32),
     /// An error.
     Fails,
-    /// It was stopped.
+    /// It was stopped at a time limit.
     Endless,
 }
 
-/// An image that no one should trust.
+/// A damaged image.
 #[derive(Clone, Debug)]
 pub struct Damaged {
-    /// What was done to it.
+    /// The kind of damage.
     pub name: String,
-    /// The exit code of `qemu-img check`.
+    /// Exit code of `qemu-img check`.
     pub check_code: i32,
-    /// What `qemu-img convert` made of it.
+    /// Result of `qemu-img convert`.
     pub reading: Reading,
-    /// The image.
+    /// The bytes of the image file.
     pub bytes: Vec<u8>,
 }
 
-/// Every damaged image, made from a valid one. Panics where the table is broken.
+/// Every damaged image, made from a valid one. Panics if the table is malformed.
 pub fn damaged() -> Vec<Damaged> {
     let made = |row: Vec<String>| {
         let mut bytes = load(&row[3])[..number(&row[4]) as usize].to_vec();
@@ -87,7 +87,7 @@ pub fn damaged() -> Vec<Damaged> {
     rows("damaged.tsv").into_iter().map(made).collect()
 }
 
-/// `OFFSET:HEX`; what lies past the end makes the file longer.
+/// `OFFSET:HEX`; bytes past the end make the file longer.
 fn apply_change(bytes: &mut Vec<u8>, change: &str) {
     let (offset, hex) = change.split_once(':').unwrap_or_else(|| panic!("not OFFSET:HEX: {change}"));
     for (at, digits) in hex.as_bytes().chunks(2).enumerate() {
@@ -123,25 +123,25 @@ pub fn codecs() -> Codecs {
     Codecs::new(Arc::new(Deflate::default()), Arc::new(Zstd::default()))
 }
 
-/// Bytes as a storage.
+/// Bytes in memory as a storage.
 pub fn storage(bytes: &[u8]) -> Arc<PageStorage> {
     let mut pages = PageBytes::default();
     pages.write(0, bytes);
     Arc::new(PageStorage::new(pages))
 }
 
-/// A storage as a source whose names are not followed.
+/// A storage as a source whose file names are not followed.
 pub fn lone_source(storage: Arc<dyn Storage>) -> ResolvedSource {
     let name = "memory".to_owned();
     ResolvedSource { storage, format: ImageFormat::Qcow2, name, id: None, resolver: Arc::new(NoResolver) }
 }
 
-/// A valid image as a source whose names are looked up among the fixtures.
+/// A valid image as a source whose file names resolve to fixtures.
 pub fn source(name: &str) -> ResolvedSource {
     FixtureResolver.open(name, ImageFormat::Qcow2)
 }
 
-/// Opens names of fixtures from memory.
+/// Resolves the names of fixtures, in memory.
 #[derive(Clone, Copy, Debug)]
 pub struct FixtureResolver;
 

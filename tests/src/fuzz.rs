@@ -1,6 +1,6 @@
-//! Bodies of the fuzz targets that need several crates; those of the parsers stand in `qcow2_testkit::fuzz`.
+//! Bodies of the fuzz targets that need several crates; those of the parsers are in `qcow2_testkit::fuzz`.
 //!
-//! Any bytes are an image. Nothing may panic, hang or take much memory, whatever they say.
+//! Any bytes are taken as an image. No input may cause a panic, a hang, or much memory use.
 
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::{
@@ -22,14 +22,14 @@ pub const TARGETS: &[Target] = &[
     Target { name: "check_then_read", seeds: "images", body: check_then_read },
 ];
 
-/// The most extents that are asked for, and the most bytes that are read at each.
+/// The most extents that are queried, and the most bytes that are read of each.
 const MAX_EXTENTS: usize = 200;
 const READ_SIZE: u64 = 16 << 10;
 
 static CODECS: LazyLock<Codecs> =
     LazyLock::new(|| Codecs::new(Arc::new(Deflate::default()), Arc::new(Zstd::default())));
 
-/// Bytes as a compressed stream. The first chooses the codec and the size of a cluster.
+/// Takes the bytes as a compressed stream. The first byte chooses the codec and the cluster size.
 pub fn expand(data: &[u8]) {
     let Some((&shape, stream)) = data.split_first() else { return };
     let codec = if shape & 1 == 0 { &CODECS.deflate } else { &CODECS.zstd };
@@ -75,7 +75,7 @@ fn open(storage: Arc<dyn Storage>, writable: bool) -> Option<Arc<Image>> {
     Image::open(source, &options).ok()
 }
 
-/// Calls `visit` for the extents from `start` on, until there are enough or one cannot be told.
+/// Calls `visit` for the extents from `start` on, up to the maximum or the first error.
 fn extents(disk: &dyn GuestDisk, start: u64, mut visit: impl FnMut(GuestRange)) -> Result<(), ErrorKind> {
     let mut at = start;
     for _ in 0..MAX_EXTENTS {
@@ -91,7 +91,7 @@ fn extents(disk: &dyn GuestDisk, start: u64, mut visit: impl FnMut(GuestRange)) 
     Ok(())
 }
 
-/// Reads the front of each extent.
+/// Reads the beginning of each extent.
 fn read_all(image: &Image) {
     let mut buf = Vec::new();
     let _ = extents(image, 0, |range| {
@@ -100,7 +100,7 @@ fn read_all(image: &Image) {
     });
 }
 
-/// Opens the image for reading and reads where it says there is something.
+/// Opens the image read-only and reads its extents.
 pub fn open_read(data: &[u8]) {
     let storage = storage(data);
     let Some(image) = open(Arc::clone(&storage) as _, false) else { return };
@@ -109,8 +109,8 @@ pub fn open_read(data: &[u8]) {
     assert_eq!(storage.to_vec(), data, "reading never writes");
 }
 
-/// Opens the image for writing, if it lets itself be opened so, and changes it a little. An image in which a
-/// check finds no damage gives back what was written, and is still without damage afterwards.
+/// Opens the image for writing, if it can be opened so, and changes it a little. If a check found no damage
+/// before, the data read back equals what was written, and a check finds no damage afterwards.
 pub fn open_write(data: &[u8]) {
     let storage = storage(data);
     let sound = |storage: &dyn Storage| {
@@ -127,8 +127,8 @@ pub fn open_write(data: &[u8]) {
     }
 }
 
-/// Opens the image for writing and works on its snapshots and bitmaps. An image in which a check finds no
-/// damage holds what it held, and is still without damage afterwards.
+/// Opens the image for writing and changes its snapshots and bitmaps. If a check found no damage before, the
+/// content is the same and a check finds no damage afterwards.
 pub fn open_change(data: &[u8]) {
     let storage = storage(data);
     let sound = |storage: &dyn Storage| {
@@ -145,8 +145,8 @@ pub fn open_change(data: &[u8]) {
     }
 }
 
-/// Goes back to the first snapshot, takes one, and deletes the first and the last. What a damaged image shows
-/// may be its own tables, which change.
+/// Applies the first snapshot, takes one, and deletes the first and the last. A damaged image may map its own
+/// tables as guest data, so its content may change.
 fn change_snapshots(image: &Image, sound: bool) -> qcow2_core::Result<()> {
     let snapshots = image.snapshots()?;
     let went_back = snapshots.first().map_or(Ok(()), |first| image.apply_snapshot(first));
@@ -155,7 +155,7 @@ fn change_snapshots(image: &Image, sound: bool) -> qcow2_core::Result<()> {
     let _ = image.write_at(GuestOffset::new(0), &[0x77; 700]);
     image.apply_snapshot(&taken)?;
     if sound {
-        assert_eq!(first_bytes(image), before, "a snapshot keeps what it was taken of");
+        assert_eq!(first_bytes(image), before, "a snapshot keeps the content it was taken with");
     }
     for snapshot in snapshots.first().into_iter().chain([&taken]) {
         image.delete_snapshot(snapshot)?;
@@ -168,7 +168,7 @@ fn first_bytes(image: &Image) -> Option<[u8; 700]> {
     image.read_at(GuestOffset::new(0), &mut bytes).is_ok().then_some(bytes)
 }
 
-/// Adds, merges, clears and removes bitmaps, and writes in between.
+/// Adds, merges, clears and removes bitmaps, with writes in between.
 fn change_bitmaps(image: &Image) -> qcow2_core::Result<()> {
     let bitmaps = image.bitmaps()?;
     image.add_bitmap(b"fuzz", 12)?;
@@ -185,7 +185,7 @@ fn change_bitmaps(image: &Image) -> qcow2_core::Result<()> {
     image.resize((image.size() / 2).next_multiple_of(512))
 }
 
-/// Writes here and there. Returns whether all of it worked.
+/// Writes at several offsets. Returns true if all writes succeeded.
 fn change(image: &Image, sound: bool) -> bool {
     let (size, cluster) = (image.size(), image.cluster_size());
     let mut complete = true;
@@ -207,11 +207,16 @@ fn change(image: &Image, sound: bool) -> bool {
     complete && image.flush().is_ok()
 }
 
-/// Checks the image, twice with different means; where the check finds nothing, every extent can be told.
+/// Checks the image twice, with windows of different sizes. If the check finds nothing, every extent can be
+/// queried.
 pub fn check_then_read(data: &[u8]) {
     let storage = storage(data);
     let Some(report) = report(&*storage, u64::MAX) else { return };
-    assert_eq!(self::report(&*storage, 0).as_ref(), Some(&report), "the windows' size changes nothing");
+    assert_eq!(
+        self::report(&*storage, 0).as_ref(),
+        Some(&report),
+        "the report does not depend on the window size"
+    );
     let clean = report.corruptions == 0 && report.check_errors == 0;
     let Some(image) = open(storage, false) else { return };
     let header = image.header();

@@ -1,11 +1,11 @@
-//! A storage that lets other threads go first at random moments, so that races have room to happen.
+//! A storage that yields to other threads at random moments, to widen race windows.
 
 use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageExtent, ZeroMode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Passes every call on, with a pause before or after some.
+/// Forwards every call, with a pause before or after some.
 pub struct JitterStorage {
     inner: Arc<dyn Storage>,
     calls: AtomicU64,
@@ -17,7 +17,7 @@ impl JitterStorage {
         Self { inner, calls: AtomicU64::new(0) }
     }
 
-    /// Mostly nothing, sometimes a yield, rarely a sleep: long enough for another thread's whole operation.
+    /// Usually nothing, sometimes a yield, rarely a sleep long enough for another thread's whole operation.
     fn pause(&self) {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
         let draw = (call ^ 0x5bd1_e995).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56;

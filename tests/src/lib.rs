@@ -1,4 +1,4 @@
-//! Suites across the crates stand in `tests/`; here is what they share.
+//! Helpers for the test suites across the crates, which are in `tests/`.
 #![forbid(unsafe_code)]
 
 pub mod copies;

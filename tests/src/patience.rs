@@ -1,12 +1,12 @@
-//! A time limit for work that might never end: a hang is then a failure that says what hung.
+//! A time limit for work that might never end: a hang becomes a test failure that names what hung.
 
 use std::panic::resume_unwind;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-/// The result of `work`, which runs on a thread of its own. Panics as `work` does, or with `what` once
-/// `limit` has passed; the thread is left behind then.
+/// Runs `work` on a thread of its own and returns its result. Panics if `work` panics, or with `what` once
+/// `limit` has passed; the thread then keeps running.
 pub fn within<T: Send + 'static>(
     limit: Duration,
     what: &str,
@@ -15,7 +15,7 @@ pub fn within<T: Send + 'static>(
     let (sender, receiver) = channel();
     let thread = thread::spawn(move || {
         let result = work();
-        // Nobody listens any more where the time was up.
+        // The receiver is gone if the limit has passed.
         let _ = sender.send(result);
     });
     match receiver.recv_timeout(limit) {
@@ -34,12 +34,12 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "sleeper: no end after 10ms")]
-    fn a_hang_is_a_panic() {
+    fn work_past_the_limit_panics() {
         within(Duration::from_millis(10), "sleeper", || thread::sleep(Duration::from_secs(60)));
     }
 
     #[test]
-    fn a_result_and_a_panic_come_through() {
+    fn results_and_panics_are_passed_on() {
         assert_eq!(within(Duration::from_secs(60), "sum", || 2 + 2), 4);
         let panic = thread::spawn(|| within(Duration::from_secs(60), "panic", || panic!("this one")));
         assert_eq!(panic.join().unwrap_err().downcast_ref::<&str>(), Some(&"this one"));

@@ -1,4 +1,4 @@
-//! The same command line given to qemu-img and to our own program, each in its own copy of the same folder.
+//! Runs the same command line with qemu-img and with our program, each in its own copy of the same folder.
 
 use crate::copies::{Copies, FolderCopy};
 use crate::fixtures::lone_source;
@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-/// Both programs, and the folder that each run starts from.
+/// Both programs, and the start folder of each run.
 pub struct SideBySide {
     reference: Tool,
     ours: Tool,
@@ -24,18 +24,17 @@ pub struct SideBySide {
 pub struct Comparison {
     /// The command line.
     pub line: String,
-    /// What qemu-img said.
+    /// Outcome of qemu-img.
     pub reference: Outcome,
-    /// What we said.
+    /// Outcome of our program.
     pub ours: Outcome,
-    /// How the two differ; empty: not at all.
+    /// How the two differ; empty if they do not.
     pub differences: String,
 }
 
 impl SideBySide {
     /// `ours`: our program, which will be called as `qemu-img`. `root`: an empty folder, in which `make`
-    /// makes the folder that each run starts from. Prints a skip and returns `None` where qemu-img is
-    /// missing.
+    /// creates the start folder. Prints a skip and returns `None` if qemu-img is missing.
     pub fn new(ours: &Path, root: &Path, make: impl FnOnce(&Tool, &Path)) -> Option<Self> {
         let reference = Tool::find("qemu-img")?;
         let (bin, start) = (root.join("bin"), root.join("start"));
@@ -58,14 +57,14 @@ impl SideBySide {
         &self.reference
     }
 
-    /// The folder that each run starts from.
+    /// The start folder of each run.
     pub fn start(&self) -> PathBuf {
         self.root.join("start")
     }
 
-    /// Gives `line` to both and compares exit code and output. Verbs that make images get a copy of the
-    /// folder each, and the files that are there afterwards are compared too: changed ones by what a guest
-    /// sees in them, and ours must pass a check.
+    /// Runs `line` with both and compares exit codes and output. Verbs that create or change images get a
+    /// copy of the folder each, and the files are compared afterwards: changed images by their guest content,
+    /// and ours must pass a check.
     pub fn run(&self, line: &str) -> Comparison {
         let args = words(line);
         let repairs = args.iter().any(|arg| arg == "-r" || arg.starts_with("--repair"));
@@ -106,7 +105,7 @@ impl SideBySide {
         }
     }
 
-    /// Two images that are not the same bytes must at least be the same disk.
+    /// Images with different bytes must at least have the same guest content.
     fn compare_images(&self, theirs: &Path, own: &Path, differences: &mut String) {
         let args = ["compare".as_ref(), theirs.as_os_str(), own.as_os_str()];
         let compared = self.reference.run_in(&self.root, &args);
@@ -115,7 +114,7 @@ impl SideBySide {
         }
         let check = |image: &Path| self.reference.run_in(&self.root, &["check".as_ref(), image.as_os_str()]);
         let checked = check(own);
-        // A repair may leave what it was not asked for.
+        // A repair may leave errors that it was not asked to fix; then QEMU's image has them too.
         if !matches!(checked.code, Some(0 | 63)) && checked.code != check(theirs).code {
             let _ = writeln!(differences, "our image is not clean: {checked}");
         }
@@ -126,11 +125,10 @@ impl SideBySide {
     }
 }
 
-/// Name, log2 of the granularity, whether it records, whether it is in use, and what it marks where it is
-/// not.
+/// Name, log2 of the granularity, enabled, in use, and the marked ranges if it is not in use.
 type SeenBitmap = (String, u8, bool, bool, Option<Vec<(u64, u64)>>);
 
-/// The bitmaps that the image at `path` vouches for; none where it is no image, or none that opens.
+/// The consistent bitmaps of the image at `path`; none if it cannot be opened as qcow2.
 fn bitmaps(path: &Path) -> Vec<SeenBitmap> {
     let Ok(storage) = OpenFile::read_only().open(path) else { return Vec::new() };
     let mut options = OpenOptions::default();
@@ -147,11 +145,11 @@ fn bitmaps(path: &Path) -> Vec<SeenBitmap> {
     image.bitmaps().unwrap_or_default().iter().map(seen).collect()
 }
 
-/// Verbs that make or change files; `check` does when it repairs.
+/// Verbs that create or change files; `check` does when it repairs.
 const MAKING: [&str; 10] =
     ["amend", "bench", "bitmap", "commit", "convert", "create", "dd", "rebase", "resize", "snapshot"];
 
-/// A command line as words: blanks part them, single quotes keep them together, `\'` is a single quote.
+/// Splits a command line into words: at blanks, except inside single quotes; `\'` is a single quote.
 pub fn words(line: &str) -> Vec<String> {
     let (mut words, mut word, mut quoted, mut begun) = (Vec::new(), String::new(), false, false);
     let mut chars = line.chars().peekable();
@@ -201,7 +199,7 @@ fn said_differently(reference: &Outcome, ours: &Outcome, our_tool: &Tool, their_
     differences
 }
 
-/// Takes away `    (12.34/100%)` and carriage return: how often progress is shown is a matter of time.
+/// Removes ` (12.34/100%)` and carriage returns: how often progress is printed depends on timing.
 fn without_progress(text: &str) -> String {
     let shown = |piece: &&str| piece.starts_with("    (") && piece.ends_with("/100%)");
     let (mut rest, mut out) = (text, String::new());
@@ -215,7 +213,7 @@ fn without_progress(text: &str) -> String {
     out + rest
 }
 
-/// Takes the numbers behind `words` away, which are others at each run.
+/// Removes the numbers after `words`, which differ from run to run.
 fn without_numbers(text: &str, words: &str) -> String {
     let mut pieces = text.split(words);
     let before = pieces.next().unwrap_or_default().to_owned();
@@ -223,24 +221,24 @@ fn without_numbers(text: &str, words: &str) -> String {
     pieces.fold(before, |out, piece| out + words + piece.trim_start_matches(number))
 }
 
-/// Before the number of a node that has no name.
+/// Prefix of the generated number of an unnamed node.
 const NODE: &str = "#block";
-/// Before the seconds that `bench` took.
+/// Text before the duration that `bench` prints.
 const DURATION: &str = "Run completed in ";
 
 fn content(path: &Path) -> Vec<u8> {
     fs::read(path).expect("a file of the test")
 }
 
-/// A folder that `make` makes with qemu-img, once for all tests that ask with the same `key` (the text of
-/// what makes it): it is kept on `shelf`, and nobody may change it. `None` where qemu-img is missing.
+/// A folder that `make` creates with qemu-img, once for all tests that use the same `key` (the text of what
+/// makes it). It is kept on `shelf` and must not be changed. `None` if qemu-img is missing.
 pub fn made_once(shelf: &Path, key: &str, make: impl FnOnce(&Tool, &Path)) -> Option<PathBuf> {
     let reference = Tool::find("qemu-img")?;
     let version = reference.run_in(shelf, &["--version"]).success().stdout;
     let key = crc32fast::hash([version.as_bytes(), key.as_bytes()].concat().as_slice());
     let place = shelf.join(format!("start-{key:08x}"));
-    // One thread of this process makes it. Other processes may be at it too: the first that is done puts it
-    // there.
+    // One thread per process makes it. Several processes may make it at once: the first to finish moves it to
+    // the shelf.
     static MAKING: Mutex<()> = Mutex::new(());
     let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     if !place.exists() {
@@ -260,13 +258,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn progress_is_taken_away() {
+    fn progress_is_removed() {
         assert_eq!(without_progress("    (0.00/100%)\r    (100.00/100%)\rdone\n"), "done\n");
         assert_eq!(without_progress("a\rb"), "a\rb");
     }
 
     #[test]
-    fn numbers_that_change_are_taken_away() {
+    fn varying_numbers_are_removed() {
         assert_eq!(without_numbers("a #block12, '#block7'.", NODE), "a #block, '#block'.");
         assert_eq!(without_numbers("a b 12", NODE), "a b 12");
         assert_eq!(
@@ -276,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn words_and_quotes() {
+    fn quotes_and_escapes_group_words() {
         assert_eq!(words("create -o 'a b' x ''"), ["create", "-o", "a b", "x", ""]);
         assert_eq!(words(" -o'a'b  c "), ["-oab", "c"]);
         assert_eq!(words(r"{\'a b\'} \x"), ["{'a", "b'}", r"\x"]);

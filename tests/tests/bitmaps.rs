@@ -1,5 +1,5 @@
-//! Bitmaps of large disks in small files: they cost memory and time by what is marked. Bitmaps that are
-//! marked as a whole are read by QEMU, and what is about to be lost is told.
+//! Bitmaps of huge disks in small files: they must cost memory and time by the bits that are set. QEMU reads
+//! bitmaps with all bits set, and losing bitmaps gives a warning.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 const CLUSTER: u64 = 64 << 10;
-/// Kilobytes of data that a run may have in memory: 64 MiB.
+/// Kilobytes of data segment that a run may use: 64 MiB.
 const MEMORY: u32 = 64 << 10;
-/// How long a run may take. A tenth of a second is what it should take on a machine of its own.
+/// Time limit of a run. On an idle machine it takes a tenth of a second.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Runs the command under the limits.
+/// Runs the command under these limits.
 fn run(folder: &Path, line: &str) -> Outcome {
     let started = Instant::now();
     let script = format!("ulimit -d {MEMORY}; exec {OURS} {line}");
@@ -38,9 +38,9 @@ fn marked(path: &Path, name: &str) -> Vec<(u64, u64)> {
     open(path).bitmap_bits(name.as_bytes()).unwrap().marked_runs().collect()
 }
 
-/// Three bitmaps of half a GiB of bits, none of which is set.
+/// Three bitmaps of half a GiB of bits, none of them set.
 #[test]
-fn empty_bitmaps_of_a_large_disk_cost_nothing() {
+fn empty_and_full_bitmaps_of_a_huge_disk_are_cheap() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     run(folder.path(), "create -q -f qcow2 image 2T").success();
@@ -58,15 +58,16 @@ fn empty_bitmaps_of_a_large_disk_cost_nothing() {
         assert_eq!(marked(&at(image), "b1"), [(1 << 40, 512)]);
         assert_eq!(marked(&at(image), "b2"), []);
     }
-    // And three in which all bits are.
+    // The same with all bits set.
     run(folder.path(), "io -f qcow2 -c 'discard -q 0 1G' image").success();
     run(folder.path(), "rebase -u -b '' image").success();
     assert_eq!(marked(&at("image"), "b0"), [(0, 1 << 30), (1 << 40, 512)]);
 }
 
-/// What is marked as a whole is stored as one bit of a table, which QEMU reads and goes on from.
+/// A bitmap cluster with all bits set is stored as a flag in the table; QEMU reads it and can continue with
+/// it.
 #[test]
-fn qemu_reads_bitmaps_of_ones() {
+fn qemu_reads_bitmaps_with_all_bits_set() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
@@ -90,8 +91,8 @@ fn qemu_reads_bitmaps_of_ones() {
     }
 }
 
-/// Turns the image at `path`, which has one bitmap, into one that has 65535 with the same table: every entry
-/// names one cluster of such bytes, or says that all bits are set.
+/// Changes the image at `path`, which has one bitmap, to one with 65535 bitmaps that share one table: every
+/// entry references one cluster filled with `bits`, or has the all-ones flag.
 fn share_bits(path: &Path, bits: Option<u8>) {
     let mut bytes = fs::read(path).unwrap();
     let mut header = Header::parse(&bytes).unwrap();
@@ -115,7 +116,7 @@ fn share_bits(path: &Path, bits: Option<u8>) {
     let extension = header.extensions.bitmaps.as_mut().unwrap();
     extension.directory_offset = place(&directory);
     (extension.count, extension.directory_size) = (65_535, directory.len() as u64);
-    // All of it is in use.
+    // Every cluster is allocated.
     let word = |at: u64| u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap());
     let block = word(header.refcount_table_offset.value()) as usize;
     for cluster in 0..bytes.len().div_ceil(CLUSTER as usize) {
@@ -126,9 +127,9 @@ fn share_bits(path: &Path, bits: Option<u8>) {
     fs::write(path, &bytes).unwrap();
 }
 
-/// 65535 bitmaps, each of half a GiB of bits, in a file of some MB.
+/// 65535 bitmaps, each of half a GiB of bits, in a file of a few MB.
 #[test]
-fn bitmaps_that_share_their_bits_cost_nothing() {
+fn bitmaps_that_share_clusters_are_cheap() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     let tells = |outcome: &Outcome| outcome.stderr.contains("they share clusters");
@@ -142,7 +143,7 @@ fn bitmaps_that_share_their_bits_cost_nothing() {
             let outcome = run(folder.path(), line).expect_code(1);
             assert!(tells(&outcome), "{bits:?}: {outcome}");
         }
-        // Whoever changes the disk loses them, and is told.
+        // A write to the disk loses the damaged bitmaps, with a warning.
         let write = "io -f qcow2 -c 'write -q 0 512' image";
         let outcome = run(folder.path(), write).success();
         assert!(tells(&outcome) && outcome.stderr.contains("bitmaps are damaged, and lost"), "{outcome}");

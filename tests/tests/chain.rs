@@ -1,5 +1,5 @@
-//! Verbs that change a chain in place, with the power cut at every moment, and with every storage call
-//! failing: the chain reads as before, and its images are sound.
+//! Verbs that change a chain in place, with a power cut at every moment and with every storage call failing:
+//! the chain must read as before, and its images must be sound.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use qcow2_core::{
@@ -22,16 +22,16 @@ use qcow2_testkit::storage::PageStorage;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// How many chains are worked on; `QCOW2_CHAIN_SEEDS` asks for more.
+/// Number of chains; `QCOW2_CHAIN_SEEDS` raises it.
 fn seeds() -> u64 {
     std::env::var("QCOW2_CHAIN_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(500)
 }
 
-/// The images, top first; the last one is no part of the chain, and may stand on the base too.
+/// The images, top first. The last one is not part of the chain, but may have the same backing file.
 const NAMES: [&str; 4] = ["top", "middle", "base", "other"];
 type Files = Vec<Arc<dyn Storage>>;
 
-/// Opens the images by their names.
+/// Resolves the names of the images.
 struct Neighbours(Files);
 
 impl Resolver for Neighbours {
@@ -61,7 +61,7 @@ fn content(disk: &Image) -> qcow2_core::Result<Vec<u8>> {
 }
 
 impl Start {
-    /// Where the top was copied, the copy shows the same, and past its end what it showed before.
+    /// The copy must read as the top does, and past the top's end as before.
     fn judge_copy(&self, what: Act, image: &CrashImage) -> Result<(), String> {
         if !matches!(what, Act::Copy) {
             return Ok(());
@@ -77,35 +77,35 @@ impl Start {
     }
 }
 
-/// What the snapshot `id` of the top shows.
+/// The content of the top's snapshot `id`.
 fn snapshot(files: &Files, id: &[u8]) -> qcow2_core::Result<Vec<u8>> {
     let options = OpenOptions::default();
     let choose = |all: &[qcow2_core::format::snapshot::Snapshot]| all.iter().position(|one| one.id == id);
     content(&*Image::open_snapshot(source(files, 0), &options, choose)?)
 }
 
-/// What is done to the chain.
+/// An operation on the chain.
 #[derive(Clone, Copy, Debug)]
 enum Act {
     Commit,
     CommitDeep,
     Rebase(Option<usize>),
-    /// Another refcount width.
+    /// Amend the refcount width.
     Width(u64),
-    /// To version 2 and back.
+    /// Amend to version 2 and back.
     Versions,
-    /// The top goes into the image beside the chain, copied by the storages where they can.
+    /// Copy the top into the image beside the chain, with copy offload where supported.
     Copy,
 }
 
 impl Act {
-    /// Whether it works on the top alone, so that the snapshots in it read as before too.
+    /// True if the operation changes the top alone, so that its snapshots must read as before too.
     fn is_amend(self) -> bool {
         matches!(self, Self::Width(_) | Self::Versions)
     }
 }
 
-/// Stops the work when it asks for the time after the `left` first ones.
+/// Asks the work to stop once it has asked `left` times whether it should.
 struct StopsAfter {
     left: AtomicU64,
 }
@@ -126,38 +126,38 @@ impl Progress for StopsAfter {
     }
 }
 
-/// Bytes that storages have copied by themselves.
+/// Bytes copied by copy offload.
 static OFFLOADED: AtomicU64 = AtomicU64::new(0);
 
-/// Whether the work came to its end.
+/// Whether the work was completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Done {
     All,
     Stopped,
 }
 
-/// Sizes of a chain.
+/// Size parameters of a chain.
 #[derive(Clone, Copy)]
 struct Scale {
-    /// Sectors of a disk.
+    /// Range of the disk size in sectors.
     sectors: (u64, u64),
     clusters: [u64; 4],
-    /// Bytes of a write, at most.
+    /// Largest write in bytes.
     write: u64,
 }
 
-/// Quick to judge.
+/// Cheap to judge.
 const SMALL: Scale = Scale { sectors: (20, 120), clusters: [512, 1024, 4096, 8192], write: 9000 };
-/// Several chunks of what is copied at a time.
+/// Several copy chunks.
 const LARGE: Scale = Scale { sectors: (5000, 9000), clusters: [4096, 16384, 65536, 65536], write: 400_000 };
 
-/// A chain, and what the top reads as.
+/// A chain, and the content of its top.
 struct Start {
     files: Vec<PageBytes>,
     content: Vec<u8>,
-    /// What the image beside the chain shows.
+    /// Content of the image beside the chain.
     beside: Vec<u8>,
-    /// The snapshots in the top that must read as they do, with what they show.
+    /// Snapshots of the top that must keep their content.
     snapshots: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -207,7 +207,7 @@ impl Start {
         Self { files: pages.iter().map(|p| p.bytes()).collect(), content, beside, snapshots }
     }
 
-    /// The chain as it is in `image` reads as it should, and no image of it is damaged.
+    /// The chain in `image` must read as before, and none of its images may be damaged.
     fn judge(&self, image: &CrashImage) -> Result<(), String> {
         for (name, bytes) in NAMES.iter().zip(&image.disks) {
             let audit = audit(bytes, None);
@@ -231,8 +231,8 @@ impl Start {
     }
 }
 
-/// Does it; `stop`: a first time until the work was asked to stop after so many questions, and then to its
-/// end. Errors are the storages'.
+/// Runs the operation. `stop`: first cancelled after this many `should_stop` calls, then run to its end.
+/// Errors come from the storages.
 fn act(files: &Files, what: Act, stop: Option<u64>) -> Result<(), String> {
     if let Some(left) = stop {
         if attempt(files, what, &StopsAfter::new(left))? == Done::All {
@@ -244,7 +244,7 @@ fn act(files: &Files, what: Act, stop: Option<u64>) -> Result<(), String> {
     nothing_leaked(files)
 }
 
-/// No image has a cluster that counts as used and is not.
+/// No image may have leaked clusters.
 fn nothing_leaked(files: &Files) -> Result<(), String> {
     for (name, file) in NAMES.iter().zip(files) {
         let failed = |error: qcow2_core::StorageError| error.to_string();
@@ -266,7 +266,7 @@ fn open_to(files: &Files, index: usize, writable: bool, layers: Layers) -> Resul
     open(files, index, writable, layers).map_err(|error| text(&error))
 }
 
-/// What a procedure's result means, once `images` are closed, which they are in any case.
+/// Closes `images` in any case and evaluates the result of the procedure.
 fn finish<T>(result: Result<T, qcow2_ops::Error>, images: &[&Image]) -> Result<Done, String> {
     let done = match result {
         Ok(_) => Ok(Done::All),
@@ -340,8 +340,8 @@ fn rebase(files: &Files, to: Option<usize>, progress: &dyn Progress) -> Result<D
     finish(Ok(()), &[&top])
 }
 
-/// Writes a part of the disk as it is, so that there are changes of this opening that wait to be durable, and
-/// clusters that wait to be free.
+/// Rewrites a part of the disk with its own content, so that there are unflushed changes and clusters waiting
+/// to be freed.
 fn rewrite(disk: &Image) -> qcow2_core::Result<()> {
     let mut bytes = pattern::unread(disk.size() as usize / 3);
     let start = GuestOffset::new(disk.size() / 4);
@@ -356,7 +356,7 @@ fn rewrite(disk: &Image) -> qcow2_core::Result<()> {
     }
 }
 
-/// Amends the top until it is as asked for.
+/// Amends the top until nothing is left to do.
 fn amend_top(
     files: &Files,
     progress: &dyn Progress,
@@ -373,7 +373,7 @@ fn amend_top(
     finish(qcow2_ops::amend(top, &open, &options, None, progress), &[])
 }
 
-/// What seed `seed` is about. Half of the small chains are worked on by somebody who stops at first.
+/// The chain and operation of seed `seed`. Half of the small chains are cancelled once first.
 fn draw(seed: u64, scale: Scale) -> (Start, Act, Rng) {
     let mut rng = Rng::new(seed);
     let mut start = Start::draw(&mut rng, scale);
@@ -391,16 +391,16 @@ fn draw(seed: u64, scale: Scale) -> (Start, Act, Rng) {
         Act::Copy,
     ]);
     if !act.is_amend() {
-        // What lies below a snapshot may change.
+        // The operation may change what lies below a snapshot.
         start.snapshots.clear();
     }
     (start, act, rng)
 }
 
-/// What judges have found.
+/// Violations found so far.
 type Found = Mutex<Vec<String>>;
 
-/// The world of a start, whose every moment is judged from now on.
+/// A world with the files of a start; every event is judged from now on.
 fn world(start: &Arc<Start>, rng: Rng) -> (Arc<CrashWorld>, Files, Arc<Found>) {
     let world = CrashWorld::new();
     let files = start.files.iter().map(|bytes| world.add(bytes.clone()) as Arc<dyn Storage>).collect();
@@ -424,7 +424,7 @@ fn world(start: &Arc<Start>, rng: Rng) -> (Arc<CrashWorld>, Files, Arc<Found>) {
 }
 
 #[test]
-fn a_power_cut_leaves_the_chain_as_it_was() {
+fn a_power_cut_keeps_the_content_of_the_chain() {
     for seed in 0..seeds() {
         let (start, what, mut rng) = draw(seed, SMALL);
         let start = Arc::new(start);
@@ -438,12 +438,12 @@ fn a_power_cut_leaves_the_chain_as_it_was() {
             .cut(|cut| start.judge(&cut.nothing()).and_then(|()| start.judge_copy(what, &cut.nothing())))
             .unwrap_or_else(|error| panic!("seed {seed}, {what:?}, in the end: {error}"));
     }
-    assert!(OFFLOADED.load(Ordering::Relaxed) > 0, "no storage has copied by itself");
+    assert!(OFFLOADED.load(Ordering::Relaxed) > 0, "no bytes were copied by offload");
 }
 
-/// Stopped at every place where the work asks, with the power gone then, and done again to its end.
+/// Cancelled at every `should_stop` call, with a power cut then, and run again to its end.
 #[test]
-fn a_stop_leaves_the_chain_as_it_was() {
+fn a_cancel_keeps_the_content_of_the_chain() {
     for seed in 0..seeds() / 60 {
         for left in 0.. {
             let (start, what, _) = draw(seed, LARGE);
@@ -466,7 +466,7 @@ fn a_stop_leaves_the_chain_as_it_was() {
 }
 
 #[test]
-fn a_failing_storage_leaves_the_chain_as_it_was() {
+fn a_storage_error_keeps_the_content_of_the_chain() {
     for seed in 0..seeds() / 16 {
         for target in 0..3 {
             for nth in 0.. {

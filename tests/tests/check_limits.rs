@@ -1,7 +1,6 @@
-//! Images made to cost a check time or memory: the time stays below seconds and the memory below a named
-//! limit.
+//! Images built to make a check slow or memory-hungry: both stay below a named limit.
 //!
-//! One test in a process of its own, so that its memory can be told from that of others.
+//! A single test in its own process, so that its memory use can be measured.
 #![allow(clippy::print_stdout, reason = "a test says what it measured")]
 
 use qcow2_format::bitmap::Bitmap;
@@ -13,15 +12,15 @@ use qcow2_io::{Create, OpenFile};
 use qcow2_ops::{CheckOptions, CheckReport, Inline, Silent, check};
 use std::time::{Duration, Instant};
 
-/// Memory of the whole process, on top of which a check may come.
+/// Memory that a check may use on top of what the process had before.
 const MEMORY_LIMIT: u64 = 128 << 20;
-/// Far above what a check takes, far below what following every reference on its own would take.
+/// Far above what a check takes, far below what following every reference separately would take.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 
 const CLUSTER: u64 = 65536;
 const COPIED: u64 = 1 << 63;
 
-/// A sparse file that is written piece by piece.
+/// A sparse file, written in pieces.
 struct Sparse {
     _folder: tempfile::TempDir,
     storage: std::sync::Arc<dyn qcow2_core::Storage>,
@@ -61,7 +60,7 @@ impl Sparse {
         self.storage.set_len(len).expect("a length");
     }
 
-    /// Checks the image and prints what it took.
+    /// Checks the image and prints time and memory.
     fn check(&self, name: &str) -> CheckReport {
         let started = Instant::now();
         let report = check(&*self.storage, &CheckOptions::default(), &Inline, &Silent).expect("a report");
@@ -73,7 +72,7 @@ impl Sparse {
     }
 }
 
-/// The most memory this process has had so far, where the system tells.
+/// Peak memory of this process, where the system reports it.
 fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
@@ -88,7 +87,7 @@ fn header(cluster_bits: u32) -> Header {
     header
 }
 
-/// 1 TiB, every cluster mapped and counted, as `preallocation=metadata` lays it out.
+/// 1 TiB with every cluster mapped, laid out like `preallocation=metadata`.
 fn one_tib_mapped() {
     let image = Sparse::new();
     let mut h = header(16);
@@ -97,7 +96,7 @@ fn one_tib_mapped() {
     h.size = 1 << 40;
     h.l1_size = tables as u32;
     image.header(&h);
-    // Refcount blocks from cluster 8 on, L2 tables behind them, then the data.
+    // Refcount blocks from cluster 8 on, then L2 tables, then the data.
     let used = 8 + 513 + tables + clusters;
     let blocks = used.div_ceil(32768);
     let first_l2 = 8 + blocks;
@@ -117,7 +116,7 @@ fn one_tib_mapped() {
     assert_eq!((report.fragmented_clusters, report.image_end_offset), (0, counted * CLUSTER));
 }
 
-/// Four million L1 entries that all lead to one L2 table with every entry in use.
+/// Four million L1 entries that reference one L2 table with every entry allocated.
 fn one_table_four_million_times() {
     let image = Sparse::new();
     let mut h = header(16);
@@ -133,8 +132,8 @@ fn one_table_four_million_times() {
     assert!(report.corruptions > 8192, "{report:?}");
 }
 
-/// 65536 snapshots, each with four million L1 entries, their L1 tables a cluster apart, and all L2 tables the
-/// same.
+/// 65536 snapshots with four million L1 entries each: their L1 tables start one cluster apart and overlap,
+/// and all reference the same L2 tables.
 fn overlapping_snapshots() {
     let image = Sparse::new();
     let mut h = header(9);
@@ -160,7 +159,7 @@ fn overlapping_snapshots() {
     assert!(report.corruptions > 64, "{report:?}");
 }
 
-/// A million refcount table entries with one block, 65535 bitmaps with one table.
+/// A million refcount table entries with one block, and 65535 bitmaps with one table.
 fn everything_the_same() {
     let image = Sparse::new();
     let mut h = header(16);
@@ -189,7 +188,7 @@ fn everything_the_same() {
     assert!(report.corruptions > 1 << 20 && report.needs_rebuild, "{report:?}");
 }
 
-/// A sparse file with as many clusters as a check takes: two billion.
+/// A sparse file with as many clusters as a check accepts: two billion.
 fn two_billion_clusters() {
     let image = Sparse::new();
     let mut h = header(9);
@@ -207,7 +206,7 @@ fn two_billion_clusters() {
 }
 
 #[test]
-fn hostile_images_cost_little() {
+fn checks_of_hostile_images_stay_within_limits() {
     one_tib_mapped();
     one_table_four_million_times();
     overlapping_snapshots();

@@ -1,8 +1,8 @@
-//! The command against qemu-img: the same exit code, the same words on both streams, and images with the same
+//! The command against qemu-img: same exit code, same text on both streams, and images with the same guest
 //! content.
 //!
-//! `cli/lines.txt` and `cli/names.txt` have the command lines, `cli/different.txt` those where we differ on
-//! purpose, with the reason. `QCOW2_LINES=resize` runs those that begin so.
+//! `cli/lines.txt` and `cli/names.txt` contain the command lines, `cli/different.txt` those with intended
+//! differences and the reason. `QCOW2_LINES=resize` runs the lines that start with that word.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
@@ -22,8 +22,8 @@ const LINES: &str = include_str!("cli/lines.txt");
 const NAMES: &str = include_str!("cli/names.txt");
 const DIFFERENT: &str = include_str!("cli/different.txt");
 
-/// A test for each verb, so that they run at the same time and the first that fails says so soon, and one for
-/// all other lines.
+/// One test per verb, so that they run in parallel and the first failure shows early, and one for all other
+/// lines.
 macro_rules! tests_by_verb {
     ($($verb:ident)*) => {
         const VERBS: &[&str] = &[$(stringify!($verb)),*];
@@ -35,7 +35,7 @@ macro_rules! tests_by_verb {
             })*
 
             #[test]
-            fn without_a_verb() {
+            fn lines_without_a_verb() {
                 super::check(|verb| !super::VERBS.contains(&verb));
             }
         }
@@ -46,8 +46,8 @@ tests_by_verb! {
     amend bench bitmap check commit compare convert create dd info map measure rebase resize snapshot
 }
 
-/// Of the lines whose first word is `wanted`, every one that should be the same is, and every one that is
-/// listed as different still is.
+/// Every line whose first word is `wanted` must give the same result, unless it is listed as different; then
+/// it must still differ.
 fn check(wanted: impl Fn(&str) -> bool) {
     let different: Vec<&str> = entries(DIFFERENT).collect();
     let begin = std::env::var("QCOW2_LINES").unwrap_or_default();
@@ -64,7 +64,7 @@ fn check(wanted: impl Fn(&str) -> bool) {
         let compared = both.run(line);
         let problem = match (different.contains(line), compared.differences.is_empty()) {
             (false, false) => format!("{line}\n{}", compared.differences),
-            (true, true) => format!("{line}\nis the same now: take it off the list of differences\n"),
+            (true, true) => format!("{line}\nis the same now: remove it from the list of differences\n"),
             _ => continue,
         };
         wrong.lock().unwrap().push(problem);
@@ -77,15 +77,15 @@ fn check(wanted: impl Fn(&str) -> bool) {
     assert!(wrong.is_empty(), "{} of {} lines:\n\n{}", wrong.len(), lines.len(), wrong.join("\n"));
 }
 
-/// Both programs, each run of which starts from a copy of the same folder in `root`.
+/// Both programs; each run starts from a copy of the same folder in `root`.
 fn both_programs(root: &Path) -> Option<SideBySide> {
     let made = made_once(Path::new(env!("CARGO_TARGET_TMPDIR")), include_str!("cli.rs"), make_start)?;
     SideBySide::new(Path::new(OURS), root, |_, start| copy_folder(&made.join("."), start))
 }
 
-/// An image that another program writes to: who may look, who may not, and in which words.
+/// An image that another program writes to: which verbs open it, and with which error.
 #[test]
-fn images_in_use() {
+fn an_image_with_a_writer_is_opened_or_refused_as_by_qemu_img() {
     let root = tempfile::tempdir().unwrap();
     let Some(both) = both_programs(root.path()) else { return };
     let image = both.start().join("s.qcow2");
@@ -126,8 +126,8 @@ fn start_writer(both: &SideBySide) -> Child {
         let mut writer = Command::new("qemu-io");
         writer.args(["-c", "sleep 60000"]).arg(&image).stdin(Stdio::null()).stdout(Stdio::null());
         let mut writer = writer.stderr(Stdio::null()).spawn().unwrap();
-        // To look whether it has the image open is to open the image: leave it time to be first, or begin
-        // again.
+        // Testing whether qemu-io has the image open means opening it, which could get in its way: wait
+        // first, and retry if it failed.
         thread::sleep(Duration::from_millis(500));
         let args = ["info".as_ref(), image.as_os_str()];
         let is_locked = both.reference().run_in(&both.start(), &args).code == Some(1);
@@ -140,12 +140,12 @@ fn start_writer(both: &SideBySide) -> Child {
     }
 }
 
-/// The lines of a list; blank ones and those that begin with `#` are for people.
+/// The lines of a list without blank lines and comments (`#`).
 fn entries(list: &'static str) -> impl Iterator<Item = &'static str> {
     list.lines().filter(|line| !line.is_empty() && !line.starts_with('#'))
 }
 
-/// The folder that every command line starts from.
+/// Creates the start folder of every command line.
 fn make_start(qemu_img: &Tool, folder: &Path) {
     let qemu_io = Tool::find("qemu-io").expect("qemu-io beside qemu-img");
     let img = |line: &str| drop(qemu_img.run_in(folder, &words(line)).success());
@@ -196,8 +196,8 @@ fn make_start(qemu_img: &Tool, folder: &Path) {
     fs::write(folder.join("trunc.qcow2"), &whole[..102_400]).unwrap();
 }
 
-/// Images that want a repair: clusters in order are header, refcount table, refcount block, L1 table, L2
-/// table, data, data.
+/// Images that need repair. Their clusters are, in order: header, refcount table, refcount block, L1 table,
+/// L2 table, data, data.
 fn make_damaged(img: &dyn Fn(&str), io: &dyn Fn(&str), folder: &Path) {
     img("create -q -f qcow2 whole.qcow2 4M");
     io("-c 'write -P 7 0 128k' whole.qcow2");
@@ -225,7 +225,7 @@ fn make_damaged(img: &dyn Fn(&str), io: &dyn Fn(&str), folder: &Path) {
     make("dirtyleak.qcow2", &[(79, &[1]), end, (count(8), &[0, 1])]);
 }
 
-/// What verbs that change images in place are given.
+/// Chains for the verbs that change images in place.
 fn make_chains(img: &dyn Fn(&str), io: &dyn Fn(&str)) {
     img("create -q -f raw b2.raw 2M");
     io("-f raw -c 'write -P 2 0 1900k' b2.raw");
@@ -262,10 +262,10 @@ fn make_chains(img: &dyn Fn(&str), io: &dyn Fn(&str)) {
     img("resize -q --shrink shrunk.qcow2 100k");
 }
 
-/// Leaves the first bitmap of the image at `path` as a crash would.
+/// Marks the first bitmap of the image at `path` as in use, as a crash leaves it.
 fn set_in_use(path: &Path) {
     let mut bytes = fs::read(path).unwrap();
-    // The extension begins at byte 504; it ends with the place of the directory.
+    // The bitmaps extension starts at byte 504 and ends with the offset of the directory.
     let directory = u64::from_be_bytes(bytes[528..536].try_into().unwrap()) as usize;
     bytes[directory + 15] |= 1;
     fs::write(path, bytes).unwrap();

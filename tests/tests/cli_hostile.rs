@@ -1,5 +1,4 @@
-//! The command where things go wrong: images that lie, disks that are full, users who press Ctrl-C, readers
-//! that go away.
+//! The command under adverse conditions: hostile images, full disks, Ctrl-C, closed pipes.
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
 use qcow2_core::format::{AutoclearFeatures, BitmapsExtension, Header, HostOffset, Version};
@@ -15,13 +14,13 @@ use std::time::{Duration, Instant};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
-/// Kilobytes of memory that a run may take: 64 MiB, as the limit of the data segment.
+/// Kilobytes of data segment that a run may use: 64 MiB.
 const MEMORY: u32 = 64 << 10;
 
-/// How long a run may take. One second is what it should take on a machine of its own.
+/// Time limit of a run. On an idle machine it takes up to one second.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Runs the command in `folder` under the limits.
+/// Runs the command in `folder` under these limits.
 fn run(folder: &Path, line: &str) -> Outcome {
     let shell = Tool::find("bash").expect("bash");
     let started = Instant::now();
@@ -31,7 +30,7 @@ fn run(folder: &Path, line: &str) -> Outcome {
     outcome
 }
 
-/// One line on standard error, nothing else, and the exit code.
+/// The run must end with `code` and exactly one line on standard error, which is returned.
 #[track_caller]
 fn check_refused(folder: &Path, line: &str, code: i32) -> String {
     let outcome = run(folder, line).expect_code(code);
@@ -58,7 +57,7 @@ fn with_bytes(mut image: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn images_that_are_none_are_refused_in_one_line() {
+fn invalid_headers_are_refused_in_one_line() {
     let folder = tempfile::tempdir().unwrap();
     let mut random = vec![0; 100_000];
     Rng::new(3).fill(&mut random);
@@ -102,9 +101,10 @@ fn images_that_are_none_are_refused_in_one_line() {
     }
 }
 
-/// Tables as large as the limits allow, in small files: the right answer, or one line, in little memory.
+/// Tables as large as the limits allow, in small files: the right result or a one-line error, with little
+/// memory.
 #[test]
-fn images_that_claim_much_cost_little() {
+fn huge_tables_in_small_files_cost_little_memory() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, bytes: &[u8]| fs::write(folder.path().join(name), bytes).unwrap();
     write("l1", &header(|h| (h.l1_size, h.size) = (4 << 20, 2 << 50)));
@@ -127,7 +127,7 @@ fn images_that_claim_much_cost_little() {
         run(folder.path(), &format!("info {name}")).success();
     }
     assert!(check_refused(folder.path(), "info snapshots", 1).contains("snapshot 0 is damaged"));
-    assert!(check_refused(folder.path(), "info bitmaps", 1).contains("bitmap directory passes the end"));
+    assert!(check_refused(folder.path(), "info bitmaps", 1).contains("bitmap directory ends past the end"));
     for name in ["l1", "refcounts", "snapshots", "bitmaps"] {
         run(folder.path(), &format!("map {name}")).success();
         run(folder.path(), &format!("compare {name} other")).success();
@@ -137,7 +137,7 @@ fn images_that_claim_much_cost_little() {
 }
 
 #[test]
-fn chains() {
+fn backing_chain_loops_and_long_chains() {
     let folder = tempfile::tempdir().unwrap();
     let make = |name: &str, backing: Option<String>| {
         let image = header(|h| {
@@ -171,14 +171,14 @@ fn chains() {
     assert!(check_refused(folder.path(), "map c1100", 1).contains("more than 1024 layers"));
 }
 
-/// `info` opens no file but the one it is given, whatever that one says.
+/// `info` opens only the file it is given, whatever that file names.
 #[test]
-fn info_opens_nothing_else() {
+fn info_opens_only_the_named_file() {
     let folder = tempfile::tempdir().unwrap();
     let Some(strace) = Tool::find("strace") else { return };
     let traces = strace.run_in(folder.path(), &["-o", "/dev/null", "true"]);
     if traces.code != Some(0) {
-        // Not every machine lets programs be traced: nothing that could be installed.
+        // Some machines forbid tracing, which no package can fix: skip.
         assert!(traces.stderr.contains("Operation not permitted"), "{traces}");
         println!("skipped: tracing is not allowed here");
         return;
@@ -198,7 +198,7 @@ fn info_opens_nothing_else() {
 }
 
 #[test]
-fn names_for_a_terminal() {
+fn control_characters_in_names_are_escaped() {
     let folder = tempfile::tempdir().unwrap();
     let image = header(|h| {
         h.backing_file = Some("\x1b[31mred\n\u{202e}\r".as_bytes().to_vec());
@@ -211,9 +211,9 @@ fn names_for_a_terminal() {
     assert!(!told.contains('\x1b') && !told.contains('\x07'));
 }
 
-/// Whatever fails, a file that was there before is not taken away, and nothing half made is left.
+/// A failed command neither removes a file that existed before nor leaves a partial one.
 #[test]
-fn targets_that_fail() {
+fn a_failed_command_keeps_old_files_and_leaves_no_partial_ones() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     fs::write(at("precious"), "precious").unwrap();
@@ -230,7 +230,7 @@ fn targets_that_fail() {
         assert_eq!(fs::read(at("precious")).unwrap(), b"precious", "{line}");
         assert!(!at("new").exists(), "{line}");
     }
-    // An image of which a compressed cluster is damaged: reading fails when much is written already.
+    // An image with a damaged compressed cluster: reading fails after much has been written.
     run(folder.path(), "create -q -f raw source 8M").success();
     fs::write(at("source"), vec![7; 8 << 20]).unwrap();
     run(folder.path(), "convert -c -O qcow2 source damaged").success();
@@ -246,9 +246,9 @@ fn targets_that_fail() {
     assert_eq!(fs::read(at("old")).unwrap(), b"", "what is left does not look finished");
 }
 
-/// A disk that takes no more, here because the file may not grow further.
+/// A full disk, simulated by a limit on the file size.
 #[test]
-fn no_room() {
+fn a_full_disk_fails_in_one_line_without_a_partial_target() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     fs::write(at("source"), vec![7; 4 << 20]).unwrap();
@@ -261,7 +261,8 @@ fn no_room() {
         "create -q -f qcow2 -o preallocation=falloc new 4M",
         "create -q -f raw -o preallocation=full new 4M",
     ] {
-        // In units of 1 KiB; the signal that goes with it would end the program before it could say why.
+        // The limit is in units of 1 KiB. Its signal (SIGXFSZ) is ignored, or it would end the program before
+        // it reports the error.
         let script = format!("trap '' XFSZ; ulimit -f 100; exec {OURS} {line}");
         let outcome = shell.run_in(folder.path(), &["-c", &script]).expect_code(1);
         assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
@@ -270,10 +271,10 @@ fn no_room() {
     }
 }
 
-/// What was there before is as it was: the same disks, no leaks, and resized to no purpose.
+/// On failure the old content is intact: same guest data, no leaks, size unchanged.
 #[cfg(unix)]
 #[test]
-fn no_room_for_more() {
+fn a_full_disk_keeps_existing_images_intact() {
     let start = tempfile::tempdir().unwrap();
     let own = |folder: &Path, line: &str| {
         let outcome = Tool::at(OURS).run_in(folder, &words(line)).success();
@@ -320,7 +321,7 @@ fn no_room_for_more() {
 
 #[cfg(unix)]
 #[test]
-fn interrupted() {
+fn interrupted_writers_leave_sound_images() {
     use std::os::unix::process::ExitStatusExt;
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
@@ -329,7 +330,7 @@ fn interrupted() {
         if let Some(text) = before {
             fs::write(at(target), text).unwrap();
         }
-        // What a shell runs in the background has SIGINT ignored.
+        // A shell's background jobs have SIGINT ignored, so reset it.
         let mut command = Command::new("env");
         command.args([
             "--default-signal",
@@ -362,9 +363,9 @@ fn interrupted() {
     }
 }
 
-/// A reader that goes away is no error.
+/// A closed pipe is no error.
 #[test]
-fn broken_pipe() {
+fn a_closed_pipe_is_no_error() {
     let folder = tempfile::tempdir().unwrap();
     let mut bytes = vec![0; 4 << 20];
     bytes.chunks_mut(8192).for_each(|chunk| chunk[0] = 1);
@@ -379,10 +380,9 @@ fn broken_pipe() {
     assert_eq!((outcome.status.code(), outcome.stderr.len()), (Some(0), 0), "{outcome:?}");
 }
 
-/// A copy that broke off looks like an image with less in it: wherever that was, it is told, and the work
-/// goes on.
+/// A truncated copy reads as an image with less data in it. Verbs that read it warn and continue.
 #[test]
-fn a_file_that_was_cut_is_told() {
+fn a_truncated_image_gives_a_warning() {
     let folder = tempfile::tempdir().unwrap();
     let whole = folder.path().join("whole.qcow2");
     run(folder.path(), "create -q -f qcow2 -o cluster_size=4k whole.qcow2 64M").success();
@@ -402,7 +402,7 @@ fn a_file_that_was_cut_is_told() {
             assert!(seen.stderr.starts_with(&start), "{line}: {seen}");
         }
     }
-    // Not under the name of a program that says nothing.
+    // No such warning under qemu-img's name, which does not print one.
     std::os::unix::fs::symlink(OURS, folder.path().join("qemu-img")).unwrap();
     let seen = Tool::at(folder.path().join("qemu-img"))
         .run_in(folder.path(), &["convert", "-O", "raw", "cut.qcow2", "x"]);

@@ -1,7 +1,7 @@
-//! The exerciser against qemu-io: the same exit code, the same words on both streams but for times and rates,
-//! and disks with the same content.
+//! The exerciser against qemu-io: same exit code, same text on both streams except times and rates, and the
+//! same guest content.
 //!
-//! `cli_io/lines.txt` has single commands, `cli_io/scripts.txt` runs of several.
+//! `cli_io/lines.txt` contains single commands, `cli_io/scripts.txt` sequences of commands.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
@@ -21,16 +21,16 @@ const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 /// One run of the exerciser.
 #[derive(Clone, Debug, Default)]
 struct Run {
-    /// The folder that it starts from.
+    /// Name of the start folder.
     start: String,
     args: Vec<String>,
     input: String,
-    /// Whether we differ on purpose.
+    /// True if the difference is intended.
     differs: bool,
 }
 
 #[test]
-fn single_commands() {
+fn single_commands_match_qemu_io() {
     let mut runs = Vec::new();
     for line in LINES.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
         let run = Run {
@@ -48,11 +48,11 @@ fn single_commands() {
     compare_all(&runs);
 }
 
-/// The commands that want to change the disk.
+/// Commands that open the disk for writing.
 const CHANGING: [&str; 7] = ["write", "writev", "aio_write", "discard", "truncate", "t", "w"];
 
 #[test]
-fn scripts() {
+fn command_sequences_match_qemu_io() {
     let mut runs: Vec<Run> = Vec::new();
     for line in SCRIPTS.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
         if let Some(header) = line.strip_prefix('@') {
@@ -75,7 +75,7 @@ fn scripts() {
 }
 
 #[test]
-fn commands_from_standard_input() {
+fn commands_from_standard_input_match_qemu_io() {
     let run = |args: &[&str], input: &str| Run {
         start: "written".to_owned(),
         args: args.iter().map(|&arg| arg.to_owned()).collect(),
@@ -93,7 +93,7 @@ fn commands_from_standard_input() {
 }
 
 #[test]
-fn names_of_images() {
+fn image_names_and_options_match_qemu_io() {
     let run = |args: &[&str]| Run {
         start: "overlay".to_owned(),
         args: args.iter().map(|&arg| arg.to_owned()).collect(),
@@ -113,9 +113,9 @@ fn names_of_images() {
     ]);
 }
 
-/// What is discarded takes no space in the file any more, unless that is asked for.
+/// Discarded clusters are deallocated in the file, unless an option keeps them.
 #[test]
-fn discarded_space_is_given_back() {
+fn discarded_clusters_are_deallocated_in_the_file() {
     let Some(world) = World::new() else { return };
     let used = |options: &str, program: &Path, name: &str| {
         let folder = world.copy("written", name);
@@ -136,9 +136,9 @@ fn discarded_space_is_given_back() {
     }
 }
 
-/// While another program writes to an image, both are told the same.
+/// While another program writes to an image, both get the same lock errors.
 #[test]
-fn images_in_use() {
+fn lock_errors_match_qemu_io() {
     let Some(world) = World::new() else { return };
     let folder = world.copy("written", "in-use");
     let mut holder = Command::new(world.qemu.io.path())
@@ -171,7 +171,7 @@ fn images_in_use() {
     holder.wait().unwrap();
 }
 
-/// The starting folders and both programs.
+/// The start folders and both programs.
 struct World {
     root: tempfile::TempDir,
     qemu: Qemu,
@@ -179,7 +179,7 @@ struct World {
 }
 
 impl World {
-    /// `None`, with a printed skip, where the tools are missing.
+    /// `None`, with a printed skip, if the tools are missing.
     fn new() -> Option<Self> {
         let qemu = Qemu::find()?;
         let root = tempfile::tempdir().unwrap();
@@ -240,7 +240,7 @@ impl World {
         folder
     }
 
-    /// How the two programs differ; empty: not at all.
+    /// How the two programs differ; empty if they do not.
     fn compare(&self, id: usize, run: &Run) -> String {
         let folders = ["theirs", "ours"].map(|who| self.copy(&run.start, &format!("{id}-{who}")));
         let theirs = said(self.qemu.io.path(), &folders[0], &run.args, &run.input);
@@ -259,7 +259,7 @@ impl World {
         differences
     }
 
-    /// Images that are not the same bytes must be the same disk, and ours must be clean.
+    /// Images with different bytes must have the same guest content, and ours must pass a check.
     fn compare_images(&self, run: &Run, [theirs, ours]: &[PathBuf; 2]) -> String {
         let (theirs, ours) = (theirs.join("x").display().to_string(), ours.join("x").display().to_string());
         let format = if run.start == "raw" { "raw" } else { "qcow2" };
@@ -299,7 +299,7 @@ fn compare_all(runs: &[Run]) {
     assert!(wrong.is_empty(), "{} of {} runs:\n\n{}", wrong.len(), runs.len(), wrong.join("\n"));
 }
 
-/// Exit code and both streams, times and rates taken out.
+/// Exit code and both streams, without times and rates.
 fn said(program: &Path, folder: &Path, args: &[String], input: &str) -> String {
     use std::os::unix::process::ExitStatusExt;
     let mut child = Command::new(program)
@@ -311,7 +311,7 @@ fn said(program: &Path, folder: &Path, args: &[String], input: &str) -> String {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // A program that reads nothing may be gone already.
+    // A program that does not read its input may have ended already.
     let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
     let output = child.wait_with_output().unwrap();
     let text = |bytes: &[u8]| masked(&String::from_utf8_lossy(bytes));
@@ -319,8 +319,7 @@ fn said(program: &Path, folder: &Path, args: &[String], input: &str) -> String {
     format!("{code:?}\n{}-- stderr:\n{}", text(&output.stdout), text(&output.stderr))
 }
 
-/// The text without what differs from run to run (times and rates) and without what is ours alone
-/// (descriptions).
+/// The text without what differs from run to run (times and rates) and what is ours alone (descriptions).
 fn masked(text: &str) -> String {
     text.lines().map(|line| masked_line(line) + "\n").collect()
 }
@@ -340,7 +339,7 @@ fn masked_line(line: &str) -> String {
 }
 
 #[test]
-fn masks_take_out_no_more_than_they_should() {
+fn masks_remove_only_times_rates_and_descriptions() {
     for (line, expected) in [
         ("64 KiB, 1 ops; 00.03 sec (1.603 MiB/sec and 25.6410 ops/sec)", "64 KiB, 1 ops"),
         ("65536,1,0:00:00.03,1680410.256,25.641", "65536,1"),

@@ -1,7 +1,7 @@
-//! What `info`, `map`, `check` and `compare` say of many kinds of images: the same as qemu-img, in JSON and
-//! for people.
+//! Output of `info`, `map`, `check` and `compare` for many kinds of images: the same as qemu-img's, as JSON
+//! and as text.
 //!
-//! The reports are compared word by word, so key by key and in the order of the keys.
+//! The output is compared as text, so keys and their order must match too.
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
 use qcow2_testkit::oracle::Tool;
@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-/// One image: its name, the options it is made with, and what is done to it then.
+/// One image: its name, creation options, and what is done to it afterwards.
 struct Sample {
     name: &'static str,
     create: &'static str,
@@ -35,7 +35,7 @@ const fn sample(name: &'static str, create: &'static str, then: &'static [Step])
     Sample { name, create, then }
 }
 
-/// A bit of everything that a cluster can be.
+/// Every kind of cluster.
 const MIXED: &[Step] = &[
     Io("write -P 1 0 64k"),
     Io("write -P 2 100k 300k"),
@@ -152,7 +152,7 @@ const SAMPLES: &[Sample] = &[
 ];
 
 #[test]
-fn reports_are_the_same() {
+fn reports_match_qemu_img() {
     let root = tempfile::tempdir().unwrap();
     let ours = Path::new(env!("CARGO_BIN_EXE_qcow2-under-test"));
     let Some(both) = SideBySide::new(ours, root.path(), make) else { return };
@@ -177,7 +177,7 @@ fn reports_are_the_same() {
     assert!(wrong.is_empty(), "{} of {} lines:\n\n{}", wrong.len(), lines.len(), wrong.join("\n"));
 }
 
-/// Everything that is asked of one image.
+/// All command lines for one image.
 fn lines(sample: &Sample) -> Vec<String> {
     let name =
         if sample.create.contains("sub/@") { format!("sub/{}", sample.name) } else { sample.name.into() };
@@ -190,7 +190,7 @@ fn lines(sample: &Sample) -> Vec<String> {
         format!("map {name}"),
         format!("map --output=json --start-offset=100001 --max-length=300k {name}"),
     ];
-    // Without a key we can check an encrypted image, which qemu-img does not try.
+    // We can check an encrypted image without its key; qemu-img does not try.
     if !sample.create.contains("encrypt.format") {
         lines.extend([
             format!("check --output=json {name}"),

@@ -1,5 +1,5 @@
-//! Names in images that lead back to the image, or deeper than anybody needs: refused in one sentence, on a
-//! small stack and in little memory.
+//! Names in images that loop back to the image, or nest too deep: refused with one line, with a small stack
+//! and little memory.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
@@ -9,7 +9,7 @@ use std::path::Path;
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
-/// Kilobytes: 64 MiB for all, 1 MiB for the stack, which is what a main thread has where it has least.
+/// Kilobytes: 64 MiB of data, and 1 MiB of stack, the smallest main-thread stack of any supported system.
 const LIMITS: &str = "ulimit -d 65536; ulimit -s 1024";
 
 fn run(folder: &Path, line: &str) -> Outcome {
@@ -21,23 +21,23 @@ fn file(name: &str) -> String {
     format!(r#""file":{{"driver":"file","filename":"{name}"}}"#)
 }
 
-/// The disk of the image `name` as raw bytes.
+/// A name that reads the guest disk of the image `name` as raw bytes.
 fn nested(name: &str) -> String {
     format!(r#"json:{{"driver":"raw","file":{{"driver":"qcow2",{}}}}}"#, file(name))
 }
 
-/// The image `name`.
+/// A name of the image `name` itself.
 fn direct(name: &str) -> String {
     format!(r#"json:{{"driver":"qcow2",{}}}"#, file(name))
 }
 
-/// Makes the image `name` with such a backing file.
+/// Creates the image `name` with this backing file.
 fn make(folder: &Path, name: &str, backing: &str, format: &str) {
     run(folder, &format!("create -q -f qcow2 {name} 1M")).success();
     run(folder, &format!("rebase -q -u -F {format} -b '{backing}' {name}")).success();
 }
 
-/// Verbs that follow the chain of `@`, and the exit code that they have for what cannot be opened.
+/// Verbs that follow the chain of `@`, and their exit code if it cannot be opened.
 const READING: &[(&str, i32)] = &[
     ("check @", 1),
     ("map @", 1),
@@ -60,7 +60,7 @@ const READING: &[(&str, i32)] = &[
     ("snapshot --external new @", 1),
 ];
 
-/// The same, for changing it: a lock may be in the way before the loop is.
+/// Verbs that change it: a lock conflict may be reported before the loop.
 const CHANGING: &[&str] = &[
     "check -r all @",
     "bench -w -c 1 @",
@@ -75,7 +75,7 @@ const CHANGING: &[&str] = &[
 ];
 
 #[test]
-fn loops_are_found_whatever_names_make_them() {
+fn loops_are_found_with_every_kind_of_name() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     run(folder, "create -q -f qcow2 clean 1M").success();
@@ -125,21 +125,21 @@ fn loops_are_found_whatever_names_make_them() {
             assert!((1..=2).contains(&outcome.stderr.lines().count()), "{outcome}");
             assert!(before == fs::read(folder.join(name)).unwrap(), "{line}: {name} has changed");
         }
-        // What looks at one image only is not concerned.
+        // Verbs that look at one image only still work.
         run(folder, &format!("info {name}")).success();
     }
 }
 
-/// A data file leads nowhere, also where its name is that of the image.
+/// A data file has no backing file, so it cannot loop even if its name is that of the image.
 #[test]
-fn data_files_make_no_loops() {
+fn a_data_file_named_like_the_image_is_no_loop() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     run(folder, "create -q -f qcow2 -o data_file=data ext 1M").success();
     make(folder, "top", &nested("ext"), "raw");
     run(folder, "io -c 'write -P 5 0 64k' ext").success();
     run(folder, "io -r -c 'read -P 5 0 64k' top").success();
-    // The name is that of the image once that is called so.
+    // The name becomes that of the image when the image is renamed.
     run(folder, "create -q -f qcow2 -o data_file=./same same.qcow2 1M").success();
     fs::rename(folder.join("same.qcow2"), folder.join("same")).unwrap();
     run(folder, "map same").success();
@@ -149,7 +149,7 @@ fn data_files_make_no_loops() {
         run(folder, line).expect_code(1);
         assert!(before == fs::read(folder.join("same")).unwrap(), "{line}");
     }
-    // What the user names for it may be an image whose names loop.
+    // A data file given by the user may be an image whose names loop.
     make(folder, "self", &nested("self"), "raw");
     let named = "driver=qcow2,file.filename=ext,data-file.driver=raw,data-file.file.driver=qcow2,\
                  data-file.file.file.filename=self";
@@ -157,10 +157,10 @@ fn data_files_make_no_loops() {
     assert!(outcome.stderr.trim_end().ends_with("creates an infinite loop"), "{outcome}");
 }
 
-/// Images inside one another are opened within each other's opening: so many and no more. Those that only
-/// follow each other are not counted.
+/// Images nested in one another are opened recursively, up to a limit. Images that only follow each other in
+/// a chain do not count.
 #[test]
-fn images_nest_so_deep_and_no_deeper() {
+fn nested_images_are_limited_to_32() {
     const DEEPEST: usize = 31;
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
@@ -192,9 +192,9 @@ fn images_nest_so_deep_and_no_deeper() {
     }
 }
 
-/// Names that nobody types.
+/// Machine-made names of extreme depth.
 #[test]
-fn names_nest_so_deep_and_no_deeper() {
+fn nested_names_are_limited() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     fs::write(folder.join("y"), vec![1; 4096]).unwrap();

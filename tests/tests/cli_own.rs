@@ -1,4 +1,6 @@
-//! What the command does under its own name and qemu-img does not: kinder defaults, several images at once.
+//! What the command does under its own name only: better defaults, several images at once.
+
+#![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
 use qcow2_testkit::oracle::{Outcome, Tool};
 use std::path::Path;
@@ -26,7 +28,7 @@ fn check_format(folder: &Path, name: &str, format: &str) {
 }
 
 #[test]
-fn a_new_file_is_what_its_ending_says() {
+fn the_format_of_a_new_file_follows_its_extension() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     for (name, format) in [("a.qcow2", "qcow2"), ("b.QCOW2", "qcow2"), ("c.img", "raw"), ("d", "raw")] {
@@ -40,17 +42,17 @@ fn a_new_file_is_what_its_ending_says() {
         run(folder, &format!("dd -f {format} bs=64k count=1 if={name} of={part}")).success();
         check_format(folder, &part, format);
     }
-    // What is asked for counts more.
+    // An explicit format wins.
     run(folder, "create -f raw e.qcow2 1M").success();
     check_format(folder, "e.qcow2", "raw");
-    // A file that is there keeps its format: raw bytes are not written over its tables.
+    // An existing file keeps its format: raw data must not overwrite its tables.
     run(folder, "create f.qcow2 1M").success();
     run(folder, "convert -n -f raw c.img f.qcow2").success();
     check_format(folder, "f.qcow2", "qcow2");
 }
 
 #[test]
-fn an_ending_that_raw_bytes_would_belie_is_refused() {
+fn an_extension_of_an_unsupported_format_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     run(folder, "create a.img 1M").success();
@@ -65,7 +67,7 @@ fn an_ending_that_raw_bytes_would_belie_is_refused() {
 }
 
 #[test]
-fn under_the_other_name_a_format_that_is_not_given_is_raw() {
+fn as_qemu_img_the_default_format_is_raw() {
     let folder = tempfile::tempdir().unwrap();
     let tool = drop_in(folder.path());
     for name in ["a.qcow2", "b.vmdk"] {
@@ -77,7 +79,7 @@ fn under_the_other_name_a_format_that_is_not_given_is_raw() {
 }
 
 #[test]
-fn several_images_are_told_one_after_the_other() {
+fn several_images_are_reported_in_order() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     run(folder, "create a.qcow2 1M").success();
@@ -98,7 +100,7 @@ fn several_images_are_told_one_after_the_other() {
 }
 
 #[test]
-fn an_image_that_is_not_there_hides_none_of_the_others() {
+fn a_missing_image_does_not_hide_the_others() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     run(folder, "create a.qcow2 1M").success();

@@ -1,4 +1,4 @@
-//! Files that more than one wants: locks on every kind of file, and no verb that writes to what it reads.
+//! Locks on every kind of file, and the rule that no verb writes to a file that it reads.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of a test")]
 
@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
-/// One test at a time where `cargo test` runs them in one process: a process that another test is just
-/// starting holds a copy of every open file for a moment, and its locks.
+/// Serializes the tests when `cargo test` runs them in one process: a child process that another test is just
+/// starting holds a copy of every descriptor, and its locks, until exec.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
@@ -30,7 +30,7 @@ struct World {
 }
 
 impl World {
-    /// `None`, with a printed skip, where the tools are missing.
+    /// `None`, with a printed skip, if the tools are missing.
     fn new() -> Option<Self> {
         let qemu = Qemu::find()?;
         let root = tempfile::tempdir().unwrap();
@@ -72,19 +72,19 @@ impl World {
         self.folder().join(name)
     }
 
-    /// Runs a line of the shell, which finds our program under every name.
+    /// Runs a shell line in which our program is found under every name.
     fn shell(&self, line: &str) -> Outcome {
         let shell = Tool::find("bash").expect("bash");
         let script = format!("PATH={}:$PATH; {line}", self.path("bin").display());
         shell.run_in(&self.folder(), &["-c", &script])
     }
 
-    /// Runs a line as it stands, with the programs of others.
+    /// Runs a line as it is, with the reference tools.
     fn theirs(&self, line: &str) -> Outcome {
         Tool::find("bash").expect("bash").run_in(&self.folder(), &["-c", line])
     }
 
-    /// Every file's content.
+    /// The content of every file.
     fn contents(&self) -> BTreeMap<String, Vec<u8>> {
         let entries = fs::read_dir(self.folder()).unwrap().map(Result::unwrap);
         let files = entries.filter(|entry| !entry.path().metadata().unwrap().file_type().is_block_device());
@@ -93,8 +93,8 @@ impl World {
             .collect()
     }
 
-    /// Refused with exit code 1 and one sentence that has `reason` in it (and, for a lock, a question after
-    /// it); every file is as before.
+    /// The run must exit with 1 and one sentence that contains `reason` (for a lock, followed by a question),
+    /// and leave every file unchanged.
     #[track_caller]
     fn check_refused(&self, line: &str, reason: &str) {
         let before = self.contents();
@@ -103,7 +103,7 @@ impl World {
         let lines = if reason.ends_with("lock") { 2 } else { 1 };
         assert_eq!(outcome.stderr.lines().count(), lines, "{outcome}");
         let mut after = self.contents();
-        // A new file goes, an old one is there without a content.
+        // A created file is removed again; a truncated old one stays, empty.
         for new in ["new", "new.qcow2"] {
             assert!(after.remove(new).is_none_or(|bytes| bytes.is_empty()), "{line}");
         }
@@ -114,9 +114,9 @@ impl World {
 const READ: &str = "is being read and cannot be written to";
 const WRITTEN: &str = "is being written to and cannot be opened again";
 
-/// A raw source is locked as any other: in the words of qemu-img, and with the source whole.
+/// A raw source is locked like any other: the error is qemu-img's, and the source stays intact.
 #[test]
-fn convert_refuses_its_own_source_as_qemu_img_does() {
+fn convert_onto_its_own_source_fails_as_in_qemu_img() {
     let _alone = alone();
     let Some(world) = World::new() else { return };
     let before = world.contents();
@@ -152,9 +152,9 @@ fn convert_refuses_its_own_source_as_qemu_img_does() {
     }
 }
 
-/// Where qemu-img would do it: locks are not asked for, or let it through.
+/// Cases that qemu-img would carry out: locks are off, or do not conflict.
 #[test]
-fn no_verb_writes_to_a_file_that_it_reads() {
+fn no_verb_writes_to_a_file_it_reads() {
     let _alone = alone();
     let Some(world) = World::new() else { return };
     for line in [
@@ -203,9 +203,9 @@ fn no_verb_writes_to_a_file_that_it_reads() {
     );
 }
 
-/// What a shell opens for the program is a file that is read or written too.
+/// A file that the shell opens as a standard stream is read or written too.
 #[test]
-fn pipes_that_are_files_are_no_way_around() {
+fn redirected_files_are_checked_too() {
     let _alone = alone();
     let Some(world) = World::new() else { return };
     for (line, reason) in [
@@ -224,7 +224,7 @@ fn pipes_that_are_files_are_no_way_around() {
     ] {
         world.check_refused(&format!("qcow2 {line}"), reason);
     }
-    // A target may be named by its stream, and other files are as good as pipes.
+    // A target may be given as a stream, and unrelated files may be streams.
     world.shell("qcow2 convert -f raw y.raw /dev/stdout > piped && cmp piped y.raw; rm piped").success();
     world.shell("qcow2 create -q -f qcow2 /dev/stdout 1M > piped && qcow2 check piped && rm piped").success();
     world.shell("qcow2 convert -f raw y.raw - > piped && cmp piped y.raw").success();
@@ -232,9 +232,9 @@ fn pipes_that_are_files_are_no_way_around() {
     world.shell("qcow2 info a.qcow2 > log && qcow2 map -f raw y.raw >> log 2>&1").success();
 }
 
-/// What verbs open more than once by their nature.
+/// Verbs that legitimately open a file more than once.
 #[test]
-fn what_is_read_twice_or_written_where_it_should_be_goes_on() {
+fn legitimate_double_opens_are_allowed() {
     let _alone = alone();
     let Some(world) = World::new() else { return };
     for line in [
@@ -265,7 +265,7 @@ fn what_is_read_twice_or_written_where_it_should_be_goes_on() {
     }
 }
 
-/// A program of others that has an image open until it is dropped.
+/// A qemu-io process that has an image open until it is dropped.
 struct Holder(Child);
 
 impl Holder {
@@ -274,7 +274,7 @@ impl Holder {
         command.args(words(line)).current_dir(folder).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         child.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
-        // It answers once the image is open, and keeps it open until its input ends.
+        // qemu-io answers once the image is open, and keeps it open until its input ends.
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         assert!(line.contains("iB") || line.contains("bytes"), "{line}");
@@ -289,9 +289,9 @@ impl Drop for Holder {
     }
 }
 
-/// A disk that another program writes to: every verb opens it, or does not, as qemu-img.
+/// A disk that another program writes to: every verb opens or refuses it as qemu-img does.
 #[test]
-fn disks_in_use_are_opened_as_by_qemu_img() {
+fn lock_conflicts_match_qemu_img() {
     let _alone = alone();
     let Some(world) = World::new() else { return };
     let json = r#"json:{"driver":"raw","file":{"driver":"file","filename":"y.raw"}}"#;
@@ -351,7 +351,7 @@ fn disks_in_use_are_opened_as_by_qemu_img() {
     }
 }
 
-/// The bytes of `path` that anybody has locked.
+/// The bytes of `path` that any process has locked.
 fn locked_bytes(path: &Path) -> Vec<u64> {
     let inode = format!(":{}", fs::metadata(path).unwrap().ino());
     let mut bytes = Vec::new();
@@ -366,9 +366,9 @@ fn locked_bytes(path: &Path) -> Vec<u64> {
     bytes
 }
 
-/// Every file that an image is made of is locked as by qemu-io, through filters too.
+/// Every file of an image is locked as by qemu-io, through filter drivers too.
 #[test]
-fn lock_bytes_are_those_of_qemu_io() {
+fn lock_bytes_match_qemu_io() {
     let _alone = alone();
     let Some(world) = World::new() else { return };
     let files = ["y.raw", "a.qcow2", "over.qcow2", "top.qcow2", "ext.qcow2", "data.new"];
@@ -413,9 +413,9 @@ fn lock_bytes_are_those_of_qemu_io() {
     }
 }
 
-/// While a raw disk is copied nobody gets to write to it, nor to any file below the copied image.
+/// While a raw disk is copied, nobody can write to it, nor to any file below the copied image.
 #[test]
-fn a_source_is_locked_while_it_is_copied() {
+fn a_source_stays_locked_while_it_is_copied() {
     let _alone = alone();
     let Some(world) = World::new() else { return };
     for (line, locked) in [
@@ -427,7 +427,7 @@ fn a_source_is_locked_while_it_is_copied() {
         let mut command = Command::new(OURS);
         command.args(words(line)).current_dir(world.folder()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
-        // A pipe holds less than the disk, so it waits for a reader.
+        // The disk does not fit into a pipe, so the program waits for a reader.
         let mut out = child.stdout.take().unwrap();
         out.read_exact(&mut [0; 512]).unwrap();
         assert_eq!(locked_bytes(&world.file(locked)), [100, 201, 203], "{line}");
@@ -440,11 +440,11 @@ fn a_source_is_locked_while_it_is_copied() {
     }
 }
 
-/// A loop device, which goes when it is dropped.
+/// A loop device, detached when dropped.
 struct LoopDevice(String);
 
 impl LoopDevice {
-    /// `None` where the machine does not let this user make one.
+    /// `None` if this user may not create one.
     fn on(file: &Path) -> Option<Self> {
         let made = Command::new("losetup").args(["-f", "--show"]).arg(file).output().ok()?;
         let name = String::from_utf8(made.stdout).unwrap().trim().to_owned();
@@ -458,9 +458,9 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A block device is the same under every name.
+/// A block device is the same source under every name.
 #[test]
-fn block_devices_are_locked_and_recognized() {
+fn block_devices_are_locked_and_identified() {
     let _alone = alone();
     let Some(world) = World::new() else { return };
     let Some(device) = LoopDevice::on(&world.file("y.raw")) else {
@@ -479,14 +479,14 @@ fn block_devices_are_locked_and_recognized() {
             [world.shell(&format!("qemu-img {line}")), world.theirs(&format!("qemu-img {line}"))];
         assert_eq!((ours.code, &ours.stderr), (Some(1), &theirs.stderr), "{line}");
     }
-    // Another node of the same device has locks of its own.
+    // Another device node of the same device has separate locks.
     for line in [
         format!("convert -f raw {name} alias"),
         format!("convert -U -n -f raw host_device:{name} alias"),
         format!("dd -f raw if=alias of={name}"),
         format!("dd -f raw if={name} of={name}"),
         format!("create -q -f qcow2 -b {name} -F raw alias"),
-        // The file that the device shows is the device, though it has locks of its own.
+        // The file behind a loop device is the same source, although it has separate locks.
         format!("convert -f raw -O raw {name} y.raw"),
         format!("convert -U -f raw -O raw {name} y.raw"),
         format!("convert -n -f raw -O raw y.raw {name}"),

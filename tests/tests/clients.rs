@@ -1,4 +1,4 @@
-//! Programs that call `qemu-img` and read what it prints find ours first on their path, and notice nothing.
+//! Programs that run `qemu-img` and parse its output work with ours in its place.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -9,9 +9,9 @@ use std::process::Command;
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
-/// OpenStack's `oslo.utils`: the same fields of the same images, whoever made them and whoever tells of them.
+/// OpenStack's `oslo.utils`: it parses the same fields, whichever program made the image and reports on it.
 #[test]
-fn oslo_utils() {
+fn oslo_utils_parses_our_info_output() {
     let Some(qemu_img) = Tool::find("qemu-img") else { return };
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     let own = tests.join("../target/readers/bin/python3");

@@ -1,5 +1,5 @@
-//! `convert -c`, both methods and every size of cluster: QEMU finds the image clean and reads the same bytes,
-//! and the file is the same whatever the number of threads.
+//! `convert -c` with both methods and every cluster size: QEMU finds the image clean and reads the same
+//! bytes, and the file does not depend on the number of threads.
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_testkit::oracle::{Outcome, Qemu, Tool};
@@ -38,7 +38,7 @@ impl Bench {
         fs::read(self.folder.path().join(name)).unwrap()
     }
 
-    /// QEMU and we find `name` clean, and the content of `disk.raw` in it.
+    /// QEMU and we find `name` clean, and its content equals `disk.raw`.
     fn check(&self, name: &str) {
         for tool in [&self.qemu.img, &self.ours] {
             self.run(tool, &format!("check -q -f qcow2 {name}"));
@@ -49,7 +49,7 @@ impl Bench {
     }
 }
 
-/// Text, noise that does not shrink, zeroes, and all of them within one cluster; the end is not a whole one.
+/// Text, incompressible noise, zeroes, and a mix of them within one cluster; the last cluster is partial.
 fn disk() -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut source = |path: &Path| bytes.extend(fs::read(path).unwrap());
@@ -75,7 +75,7 @@ fn disk() -> Vec<u8> {
 }
 
 #[test]
-fn every_cluster_size_and_method_and_any_number_of_threads() {
+fn compressed_images_do_not_depend_on_the_number_of_threads() {
     let Some(bench) = Bench::find() else { return };
     for method in ["zlib", "zstd"] {
         for cluster_size in (9..=21).map(|bits| 1 << bits) {
@@ -97,7 +97,7 @@ fn every_cluster_size_and_method_and_any_number_of_threads() {
 }
 
 #[test]
-fn overlays_take_only_what_is_theirs() {
+fn a_compressed_overlay_stores_only_the_differences() {
     let Some(bench) = Bench::find() else { return };
     let mut below = bench.bytes("disk.raw");
     let len = below.len();
@@ -106,7 +106,7 @@ fn overlays_take_only_what_is_theirs() {
     fs::write(bench.folder.path().join("below.raw"), &below).unwrap();
     bench.qemu_img("create -q -f qcow2 -b below.raw -F raw over.qcow2");
     let text = bench.bytes("disk.raw");
-    // The overlay makes the difference good, cluster by cluster, from a file that holds it.
+    // Writes the differing clusters into the overlay, from a file that holds them.
     for (start, end) in [(0, 131_072), ((len / 2) & !0xffff, (len / 2 + 200_000).next_multiple_of(65_536))] {
         let end = end.min(len);
         fs::write(bench.folder.path().join("part"), &text[start..end]).unwrap();
@@ -124,7 +124,7 @@ fn overlays_take_only_what_is_theirs() {
 }
 
 #[test]
-fn levels_and_windows_are_options_of_their_own() {
+fn level_and_window_options_change_the_size() {
     let Some(bench) = Bench::find() else { return };
     let size = |options: &str| {
         bench.ours(&format!("convert -c -f raw -O qcow2 -o {options} disk.raw level.qcow2"));
@@ -142,7 +142,7 @@ fn levels_and_windows_are_options_of_their_own() {
 }
 
 #[test]
-fn writing_over_compressed_clusters_leaves_no_leak() {
+fn overwriting_compressed_clusters_leaks_nothing() {
     let Some(bench) = Bench::find() else { return };
     for method in ["zlib", "zstd"] {
         bench.ours(&format!("convert -c -f raw -O qcow2 -o compression_type={method} disk.raw over.qcow2"));

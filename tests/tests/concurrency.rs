@@ -1,6 +1,6 @@
-//! Sixteen threads on one image: overlapping and neighbouring reads, writes, zeroes, discards, compressed
-//! writes and flushes. Every read must show what its sectors may hold at that time; afterwards the file is
-//! judged.
+//! Sixteen threads on one image: overlapping and adjacent reads, writes, zeroes, discards, compressed writes
+//! and flushes. Every read must return a content its sectors may have at that time; afterwards the file is
+//! audited.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "figures of a run; setting up cannot fail")]
 #![allow(clippy::field_reassign_with_default, reason = "option structs may grow")]
 
@@ -27,32 +27,32 @@ use std::time::{Duration, Instant};
 
 const THREADS: u64 = 16;
 const SECTOR: u64 = 512;
-/// The content of a backing file.
+/// Pattern seed of the backing file.
 const BACKING: u64 = 1;
 const BITMAP: &[u8] = b"changed";
-/// Longer than any run takes by far: a deadlock is a failure, not a test that never ends.
+/// Much longer than any run takes: a deadlock becomes a failure instead of a hang.
 const PATIENCE: Duration = Duration::from_secs(240);
 
-/// What is done by how many.
+/// Workload parameters.
 #[derive(Clone, Copy, Debug)]
 struct Plan {
     seed: u64,
     rounds: u64,
-    /// Operations of each thread in each round.
+    /// Operations per thread and round.
     operations: u64,
-    /// Everything is written and read once before the threads start.
+    /// Write and read everything once before the threads start.
     warm: bool,
-    /// Bytes of L2 tables in memory; small ones are evicted all the time.
+    /// Size of the L2 cache in bytes; a small one evicts all the time.
     l2_cache: Option<u64>,
-    /// Compressed writes in a hundred operations.
+    /// Percentage of compressed writes.
     compressed: u64,
-    /// Whether freed clusters are given back to the storage.
+    /// Discard freed clusters in the storage.
     discard_freed: bool,
-    /// Whether discarded clusters keep their places.
+    /// Discarded guest clusters keep their host clusters.
     keep_places: bool,
-    /// Whether snapshots come and go meanwhile.
+    /// Take and delete snapshots meanwhile.
     snapshots: bool,
-    /// Whether a bitmap records what is changed.
+    /// A bitmap records the changes.
     bitmap: bool,
 }
 
@@ -69,7 +69,7 @@ const PLAN: Plan = Plan {
     bitmap: false,
 };
 
-/// Opens the two names that an image under test may give.
+/// Resolves the two names that an image under test may contain.
 struct Neighbours {
     backing: Option<Arc<dyn Storage>>,
     data: Option<Arc<dyn Storage>>,
@@ -90,7 +90,7 @@ fn source(storage: Arc<dyn Storage>, format: ImageFormat, resolver: Arc<dyn Reso
     ResolvedSource { storage, format, name: "memory".into(), id: None, resolver }
 }
 
-/// The image under test and what it may hold.
+/// The image under test and the contents it may have.
 struct Bench {
     shape: Shape,
     plan: Plan,
@@ -139,7 +139,8 @@ impl Bench {
         Self { shape, plan, file, data, image, history, next_content, resolver, kept }
     }
 
-    /// All threads, round after round; between rounds nobody moves and everything must be in order.
+    /// Runs all threads, round after round; between rounds no operation is in flight and everything is
+    /// checked.
     fn run(&self) -> Result<u64, String> {
         if self.plan.warm {
             self.write(0..self.history.sectors())?;
@@ -179,7 +180,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Mostly within a few hot clusters, so that threads meet; some long, some anywhere.
+    /// Usually within a few hot clusters, so that threads collide; sometimes long, sometimes anywhere.
     fn draw_range(&self, rng: &mut Rng) -> Range<u64> {
         let sectors = self.history.sectors();
         let per_cluster = self.shape.cluster_size() / SECTOR;
@@ -225,8 +226,8 @@ impl Bench {
         result.map_err(|e| chain(&e))
     }
 
-    /// A compressed write of the cluster in which the range begins; the engine takes it only if it is
-    /// unallocated.
+    /// A compressed write of the cluster in which the range begins; the engine accepts it only if the cluster
+    /// is unallocated.
     fn compress(&self, sectors: &Range<u64>) -> Result<(), String> {
         let per_cluster = self.shape.cluster_size() / SECTOR;
         let start = sectors.start / per_cluster * per_cluster;
@@ -243,7 +244,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Takes a snapshot, or deletes one of those that may go, while others read and write.
+    /// Takes a snapshot, or deletes one, while other threads read and write.
     fn change_snapshots(&self, rng: &mut Rng) -> Result<(), String> {
         let there = self.image.snapshots().map_err(|e| chain(&e))?;
         let going: Vec<_> = there.iter().filter(|snapshot| snapshot.name == b"going").collect();
@@ -251,7 +252,7 @@ impl Bench {
             return self.take_snapshot(b"going").map(|_| ());
         }
         match self.image.delete_snapshot(going[rng.below(going.len() as u64) as usize]) {
-            // Another thread was faster.
+            // Another thread deleted it first.
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             result => result.map_err(|e| chain(&e)),
         }
@@ -263,7 +264,7 @@ impl Bench {
         self.image.create_snapshot(&new).map(|snapshot| snapshot.id).map_err(|e| chain(&e))
     }
 
-    /// What was kept reads as it did.
+    /// Snapshots that stay must keep their content.
     fn check_kept(&self) -> Result<(), String> {
         let kept = self.kept.lock().unwrap();
         for (id, content) in kept.iter() {
@@ -282,7 +283,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Every sector that is not as at the start is marked.
+    /// Every sector that differs from the start must be marked.
     fn check_bitmap(&self) -> Result<(), String> {
         let source =
             source(Arc::clone(&self.file) as Arc<dyn Storage>, ImageFormat::Qcow2, self.resolver.clone());
@@ -305,7 +306,7 @@ impl Bench {
         Ok(())
     }
 
-    /// With nobody else about: the disk holds an allowed content, and a flush leaves a sound file.
+    /// No operation in flight: the disk has an allowed content, and a flush leaves a sound file.
     fn look(&self) -> Result<(), String> {
         let mut seen = pattern::unread(self.shape.size as usize);
         self.image.read_at(GuestOffset::new(0), &mut seen).map_err(|e| chain(&e))?;
@@ -320,7 +321,7 @@ impl Bench {
         if found.is_sound() { Ok(()) } else { Err(format!("{found:?}")) }
     }
 
-    /// After a close nothing may be leaked.
+    /// After close nothing may be leaked.
     fn finish(&self) -> Result<(), String> {
         self.image.close().map_err(|e| chain(&e))?;
         self.check_kept()?;
@@ -342,7 +343,7 @@ fn guest_range(sectors: &Range<u64>) -> GuestRange {
     GuestRange::between(GuestOffset::new(sectors.start * SECTOR), GuestOffset::new(sectors.end * SECTOR))
 }
 
-/// Runs plans with seeds 1 to `seeds` on `shape`; `QCOW2_CONCURRENCY_SEEDS` asks for more.
+/// Runs the plan on `shape` with seeds 1 to `seeds`; `QCOW2_CONCURRENCY_SEEDS` raises the number.
 fn check(shape: Shape, plan: Plan, seeds: u64) {
     let asked = std::env::var("QCOW2_CONCURRENCY_SEEDS").ok().and_then(|text| text.parse().ok());
     let seeds = asked.unwrap_or(seeds);
@@ -405,13 +406,13 @@ fn subclusters_over_a_backing_file() {
 }
 
 #[test]
-fn freed_clusters_given_back() {
+fn freed_clusters_are_discarded_in_the_storage() {
     let shape = Shape { cluster_bits: 10, ..Shape::plain(MIB / 8) };
     check(shape, Plan { discard_freed: true, ..PLAN }, 4);
 }
 
 #[test]
-fn discarded_clusters_keep_their_places() {
+fn discarded_clusters_keep_their_host_clusters() {
     let shape = Shape { cluster_bits: 10, backing: overlay(MIB / 16), ..Shape::plain(MIB / 8) };
     check(shape, Plan { discard_freed: true, keep_places: true, ..PLAN }, 3);
 }
@@ -472,17 +473,17 @@ fn encrypted_image() {
 }
 
 #[test]
-fn a_bitmap_records_what_every_thread_changes() {
+fn a_bitmap_records_the_changes_of_all_threads() {
     let shape = Shape { cluster_bits: 12, backing: overlay(MIB / 4), ..Shape::plain(MIB / 2) };
     check(shape, Plan { bitmap: true, ..PLAN }, 2);
     let shape = Shape { encryption: Some(SectorNumbering::Host), ..shape };
     check(shape, Plan { bitmap: true, compressed: 0, ..PLAN }, 1);
 }
 
-/// Each thread writes some bytes of every sector, and nobody else those: a sector is encrypted as a whole, so
-/// whoever writes a part of it writes the others' parts too.
+/// Each thread owns some bytes of every sector. A sector is encrypted as a whole, so a write of one part
+/// rewrites the other threads' parts.
 #[test]
-fn parts_of_sectors_stay_with_whoever_wrote_them() {
+fn parts_of_sectors_written_by_other_threads_are_kept() {
     const PART: u64 = CIPHER_SECTOR / THREADS;
     const SECTORS: u64 = 12;
     for encryption in [None, Some(SectorNumbering::Guest), Some(SectorNumbering::Host)] {

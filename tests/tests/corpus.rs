@@ -1,5 +1,4 @@
-//! The committed images: the sound ones hold what the reference tool read from them, the damaged ones do no
-//! harm.
+//! The committed images: valid ones read as qemu-img read them, damaged ones cause no harm.
 
 use qcow2_core::{ErrorKind, GuestDisk, GuestOffset, Image, OpenOptions};
 use qcow2_testkit::arbitrary::Operation;
@@ -24,7 +23,7 @@ fn read_all(disk: &dyn GuestDisk) -> qcow2_core::Result<Vec<u8>> {
 }
 
 #[test]
-fn every_image_holds_what_the_reference_read() {
+fn every_image_reads_as_in_qemu_img() {
     let mut seen = 0;
     for fixture in fixtures::images() {
         let Some(crc) = fixture.crc else { continue };
@@ -40,7 +39,7 @@ fn every_image_holds_what_the_reference_read() {
     assert!(seen >= 40, "only {seen} images");
 }
 
-/// Reads that start and end anywhere give the same bytes as one read of everything.
+/// Reads at any offset and length give the same bytes as one read of everything.
 fn check_pieces(name: &str, disk: &dyn GuestDisk, content: &[u8]) {
     let mut rng = Rng::new(1);
     for _ in 0..40 {
@@ -53,7 +52,7 @@ fn check_pieces(name: &str, disk: &dyn GuestDisk, content: &[u8]) {
 }
 
 #[test]
-fn reading_writes_nothing() {
+fn reading_an_image_writes_nothing() {
     for fixture in fixtures::images().into_iter().filter(|f| f.crc.is_some()) {
         let bytes = fixtures::load(&fixture.name);
         let storage = fixtures::storage(&bytes);
@@ -72,7 +71,7 @@ fn reading_writes_nothing() {
 }
 
 #[test]
-fn writing_to_damaged_images_fails_or_works_but_never_panics() {
+fn writing_to_damaged_images_never_panics() {
     let mut written = 0;
     for (seed, damaged) in fixtures::damaged().into_iter().enumerate() {
         let mut options = options();
@@ -91,24 +90,23 @@ fn writing_to_damaged_images_fails_or_works_but_never_panics() {
 }
 
 #[test]
-fn an_encrypted_image_is_refused_not_read_as_plain() {
+fn an_encrypted_image_is_refused_without_a_key() {
     let error = Image::open(fixtures::source("encrypted-aes.qcow2"), &options()).map(|_| ()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Encrypted, "{error}");
 }
 
-/// What becomes of a damaged image that is only read.
+/// Result of reading a damaged image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Fate {
     /// The open fails.
     Refused(ErrorKind, String),
-    /// It opens, but reading all of it fails.
+    /// The open succeeds, reading all of it fails.
     Unreadable(ErrorKind, String),
-    /// It opens and reads, and the content has this CRC-32.
+    /// All of it reads, with this CRC-32.
     Content(u32),
 }
 
-/// Damage that ends in an error: its kind, and words of the message. All other damage is read as the
-/// reference reads it.
+/// Damage that gives an error: its kind, and part of the message. All other damage reads as in qemu-img.
 const REFUSED: &[(&str, ErrorKind, &str)] = &[
     ("empty-file", ErrorKind::Format, "magic is 0x00000000"),
     ("three-bytes", ErrorKind::Format, "magic is 0x51464900"),
@@ -156,8 +154,7 @@ const REFUSED: &[(&str, ErrorKind, &str)] = &[
     ("compressed-with-bitmap", ErrorKind::Corrupt, "subcluster bitmap 0x0000000000000001"),
 ];
 
-/// Damage that the reference refuses or spins on, and that we read: the active state does not need what is
-/// damaged.
+/// Damage that qemu-img refuses or loops on and we read: the active state does not need the damaged part.
 const READ_ALL_THE_SAME: &[(&str, &str)] = &[
     ("snapshots-claimed", "v3-512.qcow2"),
     ("snapshot-extra-huge", "snapshots.qcow2"),
@@ -166,7 +163,7 @@ const READ_ALL_THE_SAME: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn every_damage_has_its_fate() {
+fn every_damaged_image_gives_its_listed_result() {
     let mut names = BTreeSet::new();
     for damaged in fixtures::damaged() {
         let started = Instant::now();

@@ -1,4 +1,4 @@
-//! No power cut does harm; and with any one ordering rule switched off, the simulation says so.
+//! Power cuts do no harm; and if any single ordering rule is off, the simulation finds a violation.
 #![allow(clippy::print_stdout, reason = "the story of a violation must be seen")]
 
 use qcow2_core::{CreateOptions, OpenOptions, OrderingRule, Storage, create};
@@ -8,7 +8,7 @@ use qcow2_testkit::sim::{Budget, SimOptions, minimize, run_many};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Runs the seeds of `budget`, and prints the shortest story of every violation.
+/// Runs the seeds of `budget` and prints a minimized report of every violation.
 fn violations(budget: &Budget, options: &SimOptions) -> usize {
     let (report, violations) = run_many(budget, options);
     for violation in &violations {
@@ -20,83 +20,80 @@ fn violations(budget: &Budget, options: &SimOptions) -> usize {
 }
 
 fn seeds(first_seed: u64, seeds: u64) -> Budget {
-    // Far longer than it takes: a machine that is too slow for the seeds says so.
+    // Far longer than it takes; a machine that is too slow fails with a clear message.
     Budget { first_seed, seeds, time: Duration::from_secs(300), threads: 2, violations: 1 }
 }
 
 #[test]
-fn no_power_cut_does_harm() {
+fn no_power_cut_corrupts_an_image() {
     assert_eq!(violations(&seeds(1, 600), &SimOptions::default()), 0);
 }
 
-/// With `rule` switched off, some seed must go wrong.
+/// With `rule` off, some seed must fail.
 fn finds(rule: OrderingRule) {
     finds_from(1, rule);
 }
 
-/// The same, for what few seeds come across: starts shortly before one that does.
+/// The same for a rule that few seeds exercise: starts shortly before one that does.
 fn finds_from(first_seed: u64, rule: OrderingRule) {
     let configure = move |options: &mut OpenOptions| options.broken_rule = Some(rule);
     let options = SimOptions { configure: Arc::new(configure), ..SimOptions::default() };
-    assert!(
-        violations(&seeds(first_seed, 4000), &options) > 0,
-        "{rule:?} is switched off and nobody notices"
-    );
+    assert!(violations(&seeds(first_seed, 4000), &options) > 0, "{rule:?} is off and no seed fails");
 }
 
 #[test]
-fn finds_links_before_refcounts() {
+fn without_refcounts_before_links_a_seed_fails() {
     finds(OrderingRule::RefcountsBeforeLinks);
 }
 
 #[test]
-fn finds_a_flush_that_returns_before_its_links_are_durable() {
+fn without_durable_links_at_flush_a_seed_fails() {
     finds(OrderingRule::LinksBeforeFlushReturns);
 }
 
 #[test]
-fn finds_a_table_entry_before_its_refcount_block() {
+fn without_refcount_block_before_table_entry_a_seed_fails() {
     finds_from(440, OrderingRule::BlockBeforeTableEntry);
 }
 
 #[test]
-fn finds_a_free_before_the_unlink() {
+fn without_unlink_before_free_a_seed_fails() {
     finds(OrderingRule::UnlinkBeforeFree);
 }
 
 #[test]
-fn finds_an_entry_before_its_l2_table() {
+fn without_l2_table_before_l1_entry_a_seed_fails() {
     finds(OrderingRule::TableBeforeEntry);
 }
 
 #[test]
-fn finds_a_header_before_the_moved_refcount_table() {
+fn without_moved_refcount_table_before_header_a_seed_fails() {
     finds_from(230, OrderingRule::TableBeforeHeader);
 }
 
 #[test]
-fn finds_a_header_before_the_snapshot_that_it_leads_to() {
+fn without_snapshot_table_before_header_a_seed_fails() {
     finds(OrderingRule::SnapshotBeforeHeader);
 }
 
 #[test]
-fn finds_a_snapshot_whose_clusters_may_be_written_in_place() {
+fn without_clearing_copied_flags_for_a_snapshot_a_seed_fails() {
     finds(OrderingRule::CopiedClearedBeforeSnapshot);
 }
 
 #[test]
-fn finds_a_header_before_the_bitmaps_that_it_leads_to() {
+fn without_bitmaps_before_header_a_seed_fails() {
     finds(OrderingRule::BitmapsBeforeHeader);
 }
 
 #[test]
-fn finds_a_change_before_its_warning() {
+fn without_bitmap_in_use_before_a_change_a_seed_fails() {
     finds(OrderingRule::WarningBeforeChange);
 }
 
-/// A file that grows by its writes may be given more room than it needs, and keep it for minutes (XFS).
+/// A file that grows by writes may be preallocated beyond its end by the file system for minutes (XFS).
 #[test]
-fn a_new_image_is_as_long_as_its_tables_before_anything_is_written() {
+fn a_new_image_gets_its_length_before_its_content() {
     let world = CrashWorld::new();
     let disk: Arc<dyn Storage> = world.add(PageBytes::default());
     let lengths = Arc::new(Mutex::new(Vec::new()));

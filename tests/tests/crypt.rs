@@ -1,8 +1,7 @@
-//! Encrypted images and LUKS containers, both ways with QEMU's tools and with cryptsetup, and what is
-//! refused.
+//! Encrypted images and LUKS containers: both directions with QEMU's tools and with cryptsetup, and refusals.
 //!
-//! QEMU takes seconds to make one image, so by default few combinations are tried; `QCOW2_CRYPT_MATRIX=1`
-//! tries all.
+//! QEMU takes seconds to make one image, so few combinations are tested by default; `QCOW2_CRYPT_MATRIX=1`
+//! tests all.
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
 #[path = "crypt/amend.rs"]
@@ -24,10 +23,10 @@ use tempfile::TempDir;
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 const SECRETS: [&str; 4] = ["--object", "secret,id=s,data=xyzzy", "--object", "secret,id=w,data=plugh"];
-/// Fewest milliseconds of key derivation.
+/// The shortest key derivation, in milliseconds.
 const FAST: &str = "iter-time=1";
 
-/// A folder with a disk `d.raw` of data, holes and an odd end.
+/// A folder with a disk `d.raw` of data, holes and a partial last cluster.
 fn world() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let mut disk = pattern::bytes(7, 0, 300_032);
@@ -40,14 +39,14 @@ fn ours(folder: &Path, line: &str) -> Outcome {
     run(&Tool::at(OURS), folder, line)
 }
 
-/// The words of `line` after the verb, secrets between.
+/// Runs `line`, with the secrets inserted after the verb.
 fn run(tool: &Tool, folder: &Path, line: &str) -> Outcome {
     let (verb, rest) = line.split_once(' ').unwrap();
     let words: Vec<&str> = [verb].into_iter().chain(SECRETS).chain(rest.split(' ')).collect();
     tool.run_in(folder, &words)
 }
 
-/// One cipher, mode, IV generator and their hash, as options.
+/// Combinations of cipher, mode, IV generator and its hash, as options.
 fn specs() -> Vec<(String, bool)> {
     let mut specs = Vec::new();
     for alg in ["aes", "serpent", "twofish"]
@@ -76,12 +75,12 @@ fn specs() -> Vec<(String, bool)> {
     specs
 }
 
-/// Whether there is time for everything.
+/// True if all combinations are tested.
 fn all() -> bool {
     std::env::var_os("QCOW2_CRYPT_MATRIX").is_some()
 }
 
-/// `options` as those of a qcow2 image.
+/// Prefixes `options` as those of a qcow2 image.
 fn in_qcow2(options: &str) -> String {
     let inner: Vec<_> = options.split(',').map(|option| format!("encrypt.{option}")).collect();
     format!("encrypt.format=luks,{}", inner.join(","))
@@ -98,7 +97,7 @@ fn container(secret: &str, file: &str) -> String {
 const RAW: &str = "driver=raw,file.filename=d.raw";
 
 #[test]
-fn qemu_opens_what_we_make() {
+fn qemu_opens_our_encrypted_images() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = world();
     let folder = folder.path();
@@ -120,7 +119,7 @@ fn qemu_opens_what_we_make() {
 }
 
 #[test]
-fn we_open_what_qemu_makes() {
+fn we_open_encrypted_images_of_qemu() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = world();
     let folder = folder.path();
@@ -134,7 +133,7 @@ fn we_open_what_qemu_makes() {
         for name in [image("s", "a.qcow2"), container("s", "a.luks")] {
             ours(folder, &format!("compare --image-opts {name} {RAW}")).expect_code(0);
         }
-        // What we write into it, QEMU reads.
+        // QEMU reads what we write into it.
         let commands = ["-c", "write -P 90 1000 70001", "-c", "write -z 200k 7k"];
         let io = |tool: &Tool, verb: &[&str], commands: &[&str]| {
             let name = image("s", "a.qcow2");
@@ -148,7 +147,7 @@ fn we_open_what_qemu_makes() {
 }
 
 #[test]
-fn the_old_method_both_ways() {
+fn the_old_aes_method_works_both_ways() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = world();
     let folder = folder.path();
@@ -159,14 +158,14 @@ fn the_old_method_both_ways() {
         let line = format!("compare --image-opts {} {RAW}", image("s", file));
         ours(folder, &line).expect_code(0);
         run(&qemu.img, folder, &line).expect_code(0);
-        // Every password opens; a wrong one shows something else.
+        // Any password opens such an image; a wrong one gives other content.
         let wrong = format!("compare --image-opts {} {RAW}", image("w", file));
         ours(folder, &wrong).expect_code(1);
     }
 }
 
 #[test]
-fn layers_have_their_own_secrets() {
+fn each_layer_has_its_own_secret() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = world();
     let folder = folder.path();
@@ -183,7 +182,7 @@ fn layers_have_their_own_secrets() {
     }
 }
 
-/// One line, exit code 1, and the file as it was.
+/// One line, exit code 1, and an unchanged file.
 #[track_caller]
 fn check_refused(folder: &Path, name: &str, file: &str, text: &str) {
     let before = fs::read(folder.join(file)).unwrap();
@@ -206,7 +205,7 @@ fn check_refused(folder: &Path, name: &str, file: &str, text: &str) {
 }
 
 #[test]
-fn what_does_not_open() {
+fn unusable_keys_and_headers_are_refused() {
     let folder = world();
     let folder = folder.path();
     let options = format!("key-secret=s,{FAST}");
@@ -236,7 +235,7 @@ fn what_does_not_open() {
         fs::write(folder.join("d.luks"), damaged).unwrap();
         check_refused(folder, &container("s", "d.luks"), "d.luks", text);
     }
-    // The limit can be raised, or lowered.
+    // The limit on iterations can be raised or lowered.
     let low = format!("{},encrypt.max-iterations=10", image("s", "a.qcow2"));
     check_refused(folder, &low, "a.qcow2", "the limit is 10");
     let both = ours(folder, &format!("convert -c -O qcow2 -o {} d.raw c.qcow2", in_qcow2(&options)));
@@ -246,7 +245,7 @@ fn what_does_not_open() {
 }
 
 #[test]
-fn new_space_reads_as_zeroes() {
+fn grown_space_reads_as_zeroes() {
     let folder = world();
     let folder = folder.path();
     for options in ["preallocation=metadata", "preallocation=full", "data_file=x.raw", "extended_l2=on"] {

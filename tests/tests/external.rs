@@ -1,4 +1,4 @@
-//! External snapshots: the image stays as it is, and a new one on top of it takes all changes.
+//! External snapshots: the image is unchanged, and a new overlay takes all changes.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use qcow2_testkit::oracle::{Qemu, Tool};
@@ -7,7 +7,7 @@ use std::fs;
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
 #[test]
-fn an_image_on_top_takes_the_changes() {
+fn the_overlay_takes_all_changes() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
@@ -26,7 +26,7 @@ fn an_image_on_top_takes_the_changes() {
         assert!(!seen.stdout.contains("failed"), "{seen}");
         qemu.img.run_in(folder, &["check", image]).success();
     }
-    assert!(fs::read(folder.join("a.qcow2")).unwrap() == before, "the image below has changed");
+    assert!(fs::read(folder.join("a.qcow2")).unwrap() == before, "the backing file has changed");
     let info = qemu.img.run_in(folder, &["info", "--output=json", "b.qcow2"]).success().stdout;
     let info: serde_json::Value = serde_json::from_str(&info).unwrap();
     assert_eq!(info["backing-filename"], "a.qcow2");
@@ -35,7 +35,7 @@ fn an_image_on_top_takes_the_changes() {
 }
 
 #[test]
-fn what_cannot_be_is_refused_and_leaves_nothing() {
+fn refused_external_snapshots_leave_no_file() {
     let Some(qemu) = Qemu::find() else { return };
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();

@@ -1,12 +1,11 @@
-//! Every storage call of a workload fails in turn, in every way: nobody panics, hangs or loses what was
-//! flushed.
+//! Every storage call of a workload fails in turn, in every way: nothing panics, hangs or loses flushed data.
 #![allow(clippy::print_stdout, reason = "the story of a violation must be seen")]
 
 use qcow2_testkit::sim::{FaultReport, fault_seed};
 use std::sync::mpsc;
 use std::time::Duration;
 
-/// Longer than any seed takes by far: a hang is a failure, not a test that never ends.
+/// Much longer than any seed takes: a hang becomes a failure.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn check(seed: u64) -> FaultReport {
@@ -20,7 +19,7 @@ fn check(seed: u64) -> FaultReport {
 }
 
 #[test]
-fn any_failing_call_is_survived() {
+fn every_failing_storage_call_is_survived() {
     let (mut runs, mut poisoned) = (0, 0);
     for seed in 0..16 {
         let report = check(seed);

@@ -1,4 +1,4 @@
-//! The fuzz targets' bodies over their committed seeds, and over each seed with every byte changed in turn.
+//! Runs the fuzz targets on their committed seeds, and on each seed with single bytes changed.
 
 use qcow2_testkit::fuzz::Target;
 use qcow2_testkit::rng::Rng;
@@ -22,7 +22,7 @@ fn targets() -> impl Iterator<Item = &'static Target> {
 }
 
 #[test]
-fn seeds_pass() {
+fn committed_seeds_pass() {
     for target in targets() {
         for (_, bytes) in seeds(target) {
             (target.body)(&bytes);
@@ -31,10 +31,10 @@ fn seeds_pass() {
 }
 
 #[test]
-fn seeds_with_one_byte_changed_pass() {
+fn seeds_with_any_byte_changed_pass() {
     for target in targets() {
         for (name, bytes) in seeds(target) {
-            // Each byte of small seeds, and some hundred of large ones.
+            // Every byte of small seeds, a few hundred bytes of large ones.
             let mut rng = Rng::new(bytes.len() as u64);
             let all = bytes.len() as u64;
             let places: Vec<u64> =
@@ -53,7 +53,7 @@ fn seeds_with_one_byte_changed_pass() {
 }
 
 #[test]
-fn seeds_cut_short_pass() {
+fn truncated_seeds_pass() {
     for target in targets() {
         for (_, bytes) in seeds(target) {
             let step = bytes.len() / 500 + 1;

@@ -1,8 +1,8 @@
-//! One file, two workers: our engine and QEMU's tools in turn write, take, apply and delete snapshots, and
-//! keep bitmaps. After every step both read what a model says, snapshots and bitmaps agree, and qemu-img
-//! finds nothing wrong.
+//! Our engine and QEMU's tools take turns on one file: they write, take, apply and delete snapshots, and
+//! change bitmaps. After every step both read what a model expects, snapshots and bitmaps agree, and qemu-img
+//! check finds nothing.
 //!
-//! `QCOW2_HISTORY_STEPS` sets the length of a history, `QCOW2_SEED` which ones.
+//! `QCOW2_HISTORY_STEPS` sets the length of a history, `QCOW2_SEED` the seed.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default, clippy::print_stderr)]
 
 use qcow2_codec::{Deflate, Zstd};
@@ -27,12 +27,12 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// What the image must be.
+/// The expected image.
 #[derive(Clone, Debug)]
 struct Model {
     content: Vec<u8>,
     snapshots: Vec<(String, Vec<u8>)>,
-    /// By name: bytes a bit, whether it records, the bits.
+    /// By name: granularity in bytes, enabled, the bits.
     bitmaps: BTreeMap<String, (u64, bool, Vec<bool>)>,
 }
 
@@ -102,7 +102,7 @@ impl Model {
         }
     }
 
-    /// A step that makes sense now. Version 2 has no bitmaps and no resize under snapshots.
+    /// A random step that is valid now. Version 2 has no bitmaps and no resize with snapshots.
     fn draw(&self, rng: &mut Rng, version3: bool, number: usize) -> Step {
         let size = self.content.len() as u64;
         let at = rng.below(size / SECTOR) * SECTOR;
@@ -157,7 +157,7 @@ fn open_options(writable: bool) -> OpenOptions {
     open
 }
 
-/// Our engine makes the step.
+/// Makes the step with our engine.
 fn we_make(folder: &Path, step: &Step) {
     let image = open(folder, true);
     let range = |at: &u64, len: &u64| GuestRange::new(GuestOffset::new(*at), *len).unwrap();
@@ -180,7 +180,7 @@ fn we_make(folder: &Path, step: &Step) {
     image.close().unwrap();
 }
 
-/// QEMU's tools make the step.
+/// Makes the step with QEMU's tools.
 fn qemu_makes(qemu: &Qemu, folder: &Path, step: &Step) {
     let io = |command: String| {
         let done = qemu.io.run_in(folder, &["-f", "qcow2", "-c", &command, IMAGE]).success();
@@ -212,12 +212,12 @@ fn qemu_makes(qemu: &Qemu, folder: &Path, step: &Step) {
     }
 }
 
-/// What we see of the image.
+/// Compares what our engine reads with the model.
 fn we_agree(folder: &Path, model: &Model) {
     let image = open(folder, false);
     let mut seen = pattern::unread(image.size() as usize);
     image.read_at(GuestOffset::new(0), &mut seen).unwrap();
-    assert!(seen == model.content, "we read something else");
+    assert!(seen == model.content, "our content differs from the model");
     let names =
         |image: &Image| -> Vec<_> { image.snapshots().unwrap().iter().map(|s| s.name_text()).collect() };
     assert_eq!(names(&image), model.snapshots.iter().map(|s| s.0.clone()).collect::<Vec<_>>());
@@ -227,7 +227,7 @@ fn we_agree(folder: &Path, model: &Model) {
         let disk = Image::open_snapshot(source, &open_options(false), |_| Some(index)).unwrap();
         let mut seen = pattern::unread(disk.size() as usize);
         disk.read_at(GuestOffset::new(0), &mut seen).unwrap();
-        assert!(seen == *content, "we read snapshot {name} otherwise");
+        assert!(seen == *content, "our content of snapshot {name} differs from the model");
     }
     let mut bitmaps = BTreeMap::new();
     for bitmap in image.bitmaps().unwrap() {
@@ -240,7 +240,7 @@ fn we_agree(folder: &Path, model: &Model) {
     assert_eq!(bitmaps, model.bitmaps);
 }
 
-/// What qemu-img sees of the image.
+/// Compares what qemu-img reads with the model.
 fn qemu_agrees(qemu: &Qemu, folder: &Path, model: &Model) {
     fs::write(folder.join("model.raw"), &model.content).unwrap();
     qemu.img.run_in(folder, &["check", IMAGE]).success();
@@ -264,14 +264,18 @@ fn qemu_agrees(qemu: &Qemu, folder: &Path, model: &Model) {
     assert_eq!(bitmaps, wanted);
 }
 
-/// qemu-img reads each snapshot, too: as much of it as the disk has now, where we give what the snapshot had.
+/// qemu-img also reads each snapshot, but only up to the disk's current size; we read the snapshot's own
+/// size.
 fn qemu_reads_snapshots(qemu: &Qemu, folder: &Path, model: &Model) {
     for (name, content) in &model.snapshots {
         let option = format!("snapshot.name={name}");
         qemu.img.run_in(folder, &["convert", "-l", &option, "-O", "raw", IMAGE, "seen.raw"]).success();
         let seen = fs::read(folder.join("seen.raw")).unwrap();
         let both = seen.len().min(content.len());
-        assert!(seen[..both] == content[..both], "qemu-img reads {name} otherwise");
+        assert!(
+            seen[..both] == content[..both],
+            "qemu-img's content of snapshot {name} differs from the model"
+        );
     }
 }
 
@@ -316,7 +320,7 @@ fn history(qemu: &Qemu, create: &str, backed: bool, seed: u64, steps: u64) {
 }
 
 #[test]
-fn both_work_on_one_file() {
+fn our_engine_and_qemu_take_turns_on_one_image() {
     let Some(qemu) = Qemu::find() else { return };
     let (steps, first) = (number("QCOW2_HISTORY_STEPS", 14), number("QCOW2_SEED", 1));
     let creates = [
@@ -338,9 +342,9 @@ fn both_work_on_one_file() {
     }
 }
 
-/// The bits as QEMU serves them: a part of a bitmap that is not data there is marked.
+/// The bits as qemu-nbd exports them: a range of the bitmap that is not data is marked.
 #[test]
-fn qemu_sees_our_marks() {
+fn qemu_nbd_exports_our_bitmap_bits() {
     let (Some(qemu), Some(_)) = (Qemu::find(), Tool::find("qemu-nbd")) else { return };
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();

@@ -1,5 +1,5 @@
-//! Images of some MB that say to have disks of exabytes: what is not there costs no time, and what takes
-//! hours ends at the first signal, in every verb.
+//! Images of a few MB that claim disks of exabytes: unallocated ranges cost no time, and every verb that
+//! would take hours ends at the first signal.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -16,8 +16,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
-/// How long a verb may work before it is told to stop, and until it has stopped after that. A tenth of a
-/// second is what that should take on a machine of its own.
+/// How long a verb runs before it gets a signal, and how long it may take to end after that. On an idle
+/// machine it takes a tenth of a second.
 const WORKS: Duration = Duration::from_millis(150);
 const PATIENCE: Duration = Duration::from_secs(8);
 
@@ -32,8 +32,8 @@ const CLUSTER: u64 = 2 << 20;
 const L1_ENTRIES: u64 = 4 << 20;
 const L2_ENTRIES: u64 = CLUSTER / 8;
 
-/// An image of the largest disk: every entry of its L1 table leads to one L2 table, of which every entry is
-/// `entry`. With `snapshot` that disk is a snapshot's, and the active one is small and empty.
+/// An image of the largest disk: every L1 entry references one L2 table, whose entries are all `entry`. With
+/// `snapshot`, that disk is a snapshot's and the active disk is small and empty.
 fn write_image(path: &Path, entry: u64, snapshot: bool) {
     let [table, block, l2, small_l1, snapshots, l1] = [1, 2, 3, 4, 5, 6].map(|index| index * CLUSTER);
     let disk = L1_ENTRIES * L2_ENTRIES * CLUSTER;
@@ -73,9 +73,9 @@ fn write_image(path: &Path, entry: u64, snapshot: bool) {
     fs::write(path, bytes).unwrap();
 }
 
-/// Runs `line`, tells it to stop after a while, and sees it end soon, by itself before or by the signal.
+/// Runs `line` and sends a signal after a while; it must end soon, by itself or by the signal.
 fn check_heard(folder: &Path, line: &str) {
-    // What nobody may see half of is made anew.
+    // Targets that are removed when interrupted.
     for target in ["new", "new.raw"] {
         let _ = fs::remove_file(folder.join(target));
     }
@@ -102,15 +102,15 @@ fn check_heard(folder: &Path, line: &str) {
     let heard = status.signal() == Some(Signal::TERM.as_raw()) || status.code().is_some();
     assert!(heard, "{line} after {:?}: {status}", started.elapsed());
     assert!(started.elapsed() < PATIENCE, "{line} took {:?}", started.elapsed());
-    assert!(!folder.join("new").exists() || !sent, "{line}: half an image was left");
+    assert!(!folder.join("new").exists() || !sent, "{line}: a partial image was left");
 }
 
 #[test]
-fn every_verb_hears_the_first_signal() {
+fn every_verb_ends_at_the_first_signal() {
     let root = tempfile::tempdir().unwrap();
     let folder = root.path();
     fs::write(folder.join("small.raw"), vec![7; 1 << 20]).unwrap();
-    // Nothing, and zeroes.
+    // Unallocated, and zero clusters.
     for entry in [0, 1] {
         write_image(&folder.join("big"), entry, false);
         write_image(&folder.join("snap"), entry, true);
@@ -151,9 +151,9 @@ fn every_verb_hears_the_first_signal() {
     }
 }
 
-/// A snapshot's disk has no more than the largest L1 table maps.
+/// A snapshot's disk is at most as large as the largest L1 table maps.
 #[test]
-fn snapshots_of_disks_that_cannot_be() {
+fn snapshots_of_impossible_disk_sizes_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let folder = root.path();
     for cluster_size in ["512", "2M"] {
@@ -183,9 +183,9 @@ fn snapshots_of_disks_that_cannot_be() {
     }
 }
 
-/// What is in use of a disk of exabytes goes through a pipe, in memory for what is in use.
+/// The data of an exabyte disk goes through a pipe, in memory proportional to the allocated data.
 #[test]
-fn a_huge_disk_with_little_in_it_is_streamed() {
+fn a_huge_sparse_disk_is_streamed_in_little_memory() {
     let root = tempfile::tempdir().unwrap();
     let folder = root.path();
     run(folder, "create -q -f qcow2 -o cluster_size=2M image 1900P").success();
@@ -196,5 +196,5 @@ fn a_huge_disk_with_little_in_it_is_streamed() {
     run(folder, "compare -q image copy").success();
     let null = r#"convert -O qcow2 -o cluster_size=2M json:{"driver":"null-co","size":"1E"} -"#;
     let outcome = Tool::at(OURS).run_in(folder, &null.split(' ').collect::<Vec<_>>()).expect_code(1);
-    assert!(outcome.stderr.contains("clusters in use cannot be streamed"), "{outcome}");
+    assert!(outcome.stderr.contains("used clusters cannot be streamed"), "{outcome}");
 }

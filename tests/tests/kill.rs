@@ -1,6 +1,6 @@
-//! Writers killed at random moments: whatever they leave behind, check finds no corruption in it.
+//! Writers killed at random moments: check must find no corruption in what they leave.
 //!
-//! `QCOW2_KILLS` sets how many are killed (200 for a campaign), `QCOW2_SEED` where the moments come from.
+//! `QCOW2_KILLS` sets the number of kills (200 for a campaign), `QCOW2_SEED` the seed of the moments.
 #![cfg(unix)]
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
@@ -23,7 +23,7 @@ fn run(folder: &Path, args: &[&str]) {
     assert!(status.success(), "{args:?}: {status}");
 }
 
-/// The arguments of a writer that would run for seconds.
+/// The command line of a writer that would run for seconds.
 fn writer(rng: &mut Rng) -> Vec<String> {
     let text = |words: &str| words.split(' ').map(str::to_owned).collect::<Vec<_>>();
     match rng.below(4) {
@@ -48,14 +48,14 @@ fn writer(rng: &mut Rng) -> Vec<String> {
     }
 }
 
-/// What changes with the target: its number, its length, when it was written.
+/// Changes with the target: inode, length, modification time.
 fn stamp(folder: &Path) -> Option<(u64, u64, i64, i64)> {
     let data = std::fs::metadata(folder.join("target.qcow2")).ok()?;
     Some((data.ino(), data.len(), data.mtime(), data.mtime_nsec()))
 }
 
-/// Runs check on what is left; panics on corruption. A target without a header yet, which is written last, is
-/// no image and does not look like one.
+/// Runs check on the result and panics on corruption. The header is written last, so an unfinished target has
+/// none and is not recognised as an image.
 fn judge(folder: &Path, program: &Path, verb: &[&str], what: &str) {
     let output = Command::new(program).args(verb).arg("target.qcow2").current_dir(folder).output().unwrap();
     let said =
@@ -71,7 +71,7 @@ fn judge(folder: &Path, program: &Path, verb: &[&str], what: &str) {
 }
 
 #[test]
-fn killed_writers_leave_no_corruption() {
+fn killed_writers_leave_no_corruption_in_the_image() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     let (kills, seed) = (number("QCOW2_KILLS", 12), number("QCOW2_SEED", 1));
@@ -97,7 +97,7 @@ fn killed_writers_leave_no_corruption() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        // A moment after its first change, however long this machine takes to get there.
+        // Waits for its first change first, however slow the machine.
         let started = Instant::now();
         while stamp(folder) == before && child.try_wait().unwrap().is_none() {
             assert!(started.elapsed() < Duration::from_secs(60), "{what}: changes nothing");

@@ -1,8 +1,7 @@
-//! Random operations on real files of every geometry, with and without a backing file; at the end qemu-img
-//! checks the image and compares it with a flat array.
+//! Random operations on real files of every geometry, with and without a backing file; then qemu-img checks
+//! the image and its content is compared with a flat array.
 //!
-//! `QCOW2_MATRIX_OPS` sets how many operations each image gets (10000 for a campaign), `QCOW2_SEED` which
-//! ones.
+//! `QCOW2_MATRIX_OPS` sets the number of operations per image (10000 for a campaign), `QCOW2_SEED` the seed.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::walk::{Walk, read_header};
@@ -124,9 +123,9 @@ fn qemu_agrees_after_random_operations_on_every_geometry() {
     }
 }
 
-/// A mapping table that has more clusters than a refcount block counts needs them in a row all the same.
+/// A mapping table larger than a refcount block covers still needs contiguous clusters.
 #[test]
-fn tables_longer_than_what_a_refcount_block_counts() {
+fn tables_longer_than_a_refcount_block_covers_are_contiguous() {
     let Some(qemu) = Tool::find("qemu-img") else { return };
     let ours = Tool::at(env!("CARGO_BIN_EXE_qcow2-under-test"));
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Random work on images of every geometry, compared with a flat array after every step (invariant I8), and
-//! the file judged at the end.
+//! Random operations on images of every geometry, compared with a flat array after every step (invariant I8);
+//! the file is audited at the end.
 
 use proptest::prelude::*;
 use qcow2_testkit::arbitrary::{Operation, Shape, operations, shapes};
@@ -9,10 +9,10 @@ use qcow2_tests::fixtures::codecs;
 use qcow2_tests::patience::within;
 use std::time::Duration;
 
-/// Longer than any history takes by far.
+/// Much longer than any history takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Operations, and after some of them a compressed write.
+/// Runs the operations, with a compressed write after some of them.
 fn check(shape: Shape, seed: u64, work: &[Operation]) -> Result<(), String> {
     let (what, work) = (format!("seed {seed}, {shape:?}"), work.to_vec());
     within(PATIENCE, &what, move || run(shape, seed, &work))
@@ -35,13 +35,13 @@ proptest! {
     #![proptest_config(ProptestConfig {
         cases: 128,
         max_shrink_iters: 4096,
-        // What hangs is not made smaller for hours.
+        // A hanging case must not be shrunk for hours.
         max_shrink_time: 120_000,
         ..ProptestConfig::default()
     })]
 
     #[test]
-    fn a_disk_is_a_flat_array(
+    fn a_disk_reads_as_a_flat_array(
         (shape, work) in shapes().prop_flat_map(|shape| {
             (Just(shape), operations(shape.size, shape.cluster_size(), 40))
         }),
@@ -51,9 +51,9 @@ proptest! {
     }
 }
 
-/// Longer runs than proptest has patience for; a failure names its seed. `QCOW2_MODEL_SEEDS` sets how many.
+/// Longer runs than proptest is suited for; a failure prints its seed. `QCOW2_MODEL_SEEDS` sets the number.
 #[test]
-fn long_histories_from_seeds() {
+fn long_histories_read_as_a_flat_array() {
     let seeds = std::env::var("QCOW2_MODEL_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(40);
     for seed in 0..seeds {
         let mut rng = Rng::new(seed);

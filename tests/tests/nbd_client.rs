@@ -1,5 +1,4 @@
-//! Disks that a server shows: qemu-nbd serves, both qemu-img and our program read and write, and say the
-//! same.
+//! Exports of qemu-nbd: qemu-img and our program read and write them and print the same.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -13,7 +12,7 @@ use std::time::{Duration, Instant};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
-/// A server that ends with the test.
+/// A server that is stopped when dropped.
 struct Server(Child);
 
 impl Drop for Server {
@@ -24,7 +23,7 @@ impl Drop for Server {
 }
 
 impl Server {
-    /// Serves `image` on `socket` with further options, and waits until it listens.
+    /// Serves `image` on `socket` with these options and waits until it listens.
     fn start(folder: &Path, socket: &Path, options: &str, image: &str) -> Option<Self> {
         let tool = Tool::find("qemu-nbd")?;
         let mut command = Command::new(tool.path());
@@ -50,7 +49,7 @@ fn make(qemu_img: &Tool, folder: &Path) {
 }
 
 #[test]
-fn reading_what_a_server_shows() {
+fn reading_an_export_matches_qemu_img() {
     let root = tempfile::tempdir().unwrap();
     let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
     let socket = root.path().join("s");
@@ -94,9 +93,9 @@ fn check(both: &SideBySide, lines: &[String]) {
     assert!(wrong.is_empty(), "{}", text.join("\n"));
 }
 
-/// A server's disk as a target: what ours writes there, qemu-img finds in the file.
+/// An export as a target: qemu-img finds in the file what our program wrote.
 #[test]
-fn writing_to_a_server() {
+fn an_export_is_a_conversion_target() {
     let root = tempfile::tempdir().unwrap();
     let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
     let served = |name: &str, options: &str, image: &str| -> Option<(Server, PathBuf)> {
@@ -124,10 +123,9 @@ fn writing_to_a_server() {
     theirs("compare -F qcow2 s.qcow2 r.raw").success();
 }
 
-/// A server that goes away is an error of the request, not an endless wait; and the message says what
-/// happened.
+/// A server that disconnects gives an error and no endless wait, and the message says what happened.
 #[test]
-fn a_server_that_goes_away() {
+fn a_disconnected_server_is_an_error() {
     let root = tempfile::tempdir().unwrap();
     let Some(qemu) = Qemu::find() else { return };
     make(&qemu.img, root.path());
@@ -158,9 +156,9 @@ fn a_server_that_goes_away() {
     assert_eq!(fs::metadata(root.path().join("r.raw")).unwrap().len(), 8 << 20);
 }
 
-/// A server on a TCP port as what is read, written, and named as a backing file inside an image.
+/// A server on a TCP port: as source, as target, and as a backing file named in an image.
 #[test]
-fn servers_over_tcp_and_as_backing_files() {
+fn tcp_servers_are_sources_targets_and_backing_files() {
     let root = tempfile::tempdir().unwrap();
     let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
     let Some(tool) = Tool::find("qemu-nbd") else { return };

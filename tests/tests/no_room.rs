@@ -1,5 +1,5 @@
-//! A disk that is full and has room again: what does not fit is refused to who asked for it, and nothing else
-//! is lost. The image goes on, in place at once, elsewhere when there is room.
+//! A disk that fills up and gets space again: a change that does not fit fails, and nothing else is lost.
+//! Changes in place keep working; others work again once there is space.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may stop, and says what it did")]
 
 use qcow2_core::{
@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 const SIZE: u64 = 3 << 20;
 
-/// A disk, what it should hold, and what was refused.
+/// A disk, its expected content, and the number of refused changes.
 struct Run {
     room: Arc<RoomStorage>,
     image: Arc<Image>,
@@ -49,7 +49,7 @@ impl Run {
         GuestRange::between(GuestOffset::new(start), GuestOffset::new(start + len))
     }
 
-    /// A snapshot more or less; one that has no room changes nothing.
+    /// Takes or deletes a snapshot; without space nothing changes.
     fn snapshot(&mut self) {
         let before = self.image.snapshots().unwrap();
         let done = match before.first().filter(|_| before.len() > 2) {
@@ -63,7 +63,7 @@ impl Run {
         }
     }
 
-    /// One change; what of it happened before there was no room is read back and must be old or new.
+    /// One change; if space runs out, each affected sector must read as old or new.
     fn step(&mut self) {
         let range = self.range();
         let (start, len) = (range.start().value() as usize, range.len() as usize);
@@ -103,9 +103,9 @@ fn is_full(error: &Error) -> bool {
 }
 
 #[test]
-fn a_full_disk_is_no_end() {
+fn a_full_disk_refuses_changes_and_recovers() {
     let (mut refused, mut seeds) = (0, 0);
-    // Refcount blocks are added in all but the last, and the first needs longer refcount tables.
+    // All shapes but the last add refcount blocks, and the first grows the refcount table.
     for shape in [(512, 64), (512, 16), (2048, 64), (65536, 16)] {
         for seed in 0..40 {
             let mut run = Run::new(seed, shape);

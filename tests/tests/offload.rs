@@ -1,5 +1,5 @@
-//! Copies that the system makes by itself: the same content and the same holes as reading and writing gives,
-//! whatever stands above or below, and nothing lost where a storage refuses, at once or half-way.
+//! Copy offload: the same content and holes as reading and writing, with any layers above or below, and no
+//! loss if a storage refuses, at once or part-way.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 const MIB: usize = 1 << 20;
 
-/// A storage that copies by itself `allowed` times, and then fails after half of the bytes.
+/// A storage that offloads `allowed` copies and then fails after half of the bytes.
 struct Copier {
     inner: Arc<dyn Storage>,
     allowed: u64,
@@ -102,7 +102,7 @@ impl Storage for Copier {
     }
 }
 
-/// Data with holes of whole chunks, of pages, and zeroes that are data; an odd end.
+/// Data with holes of whole chunks and of pages, zeroes stored as data, and a partial end.
 fn content() -> Vec<u8> {
     let mut bytes = vec![0; 12 * MIB + 1000];
     Rng::new(1).fill(&mut bytes[300..2 * MIB + 5000]);
@@ -128,7 +128,7 @@ fn image(storage: Arc<dyn Storage>) -> Arc<dyn GuestDisk> {
     Image::open(lone_source(storage), &options).unwrap()
 }
 
-/// A file with the content, its zero pages holes, or an image of it.
+/// A raw file with the content, with zero pages as holes, or a qcow2 image of it.
 fn make_source(path: &Path, qcow2: bool) -> Arc<dyn GuestDisk> {
     let (storage, bytes) = (file(path), content());
     let disk = if qcow2 {
@@ -147,7 +147,7 @@ fn make_source(path: &Path, qcow2: bool) -> Arc<dyn GuestDisk> {
     disk
 }
 
-/// An empty target over this storage.
+/// An empty target on this storage.
 fn make_target(storage: Arc<dyn Storage>, qcow2: bool) -> Arc<dyn GuestDisk> {
     let size = (content().len() as u64).next_multiple_of(512);
     if qcow2 {
@@ -181,7 +181,7 @@ fn assert_content(disk: &dyn GuestDisk, what: &str) {
 const KINDS: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
 
 #[test]
-fn files_copy_by_themselves() {
+fn files_are_copied_by_offload() {
     for (from, to) in KINDS {
         let folder = tempfile::tempdir().unwrap();
         let source = make_source(&folder.path().join("source"), from);
@@ -190,14 +190,14 @@ fn files_copy_by_themselves() {
         assert!(report.data_bytes > 5 * MIB as u64 && report.zeroed_bytes == 0, "{report:?}");
         assert_eq!(report.offloaded_bytes, report.data_bytes, "{from} {to}");
         assert_content(&*target, &format!("qcow2 {from} to qcow2 {to}"));
-        // Holes are where they were: the target takes no more than whole clusters of the data.
+        // Holes are kept: the target uses only whole clusters of data.
         let used = fs::metadata(folder.path().join("target")).unwrap().blocks() * 512;
         assert!(used < 7 * MIB as u64, "{used} bytes used");
     }
 }
 
 #[test]
-fn a_refusal_costs_time_only() {
+fn a_refused_offload_falls_back_to_read_and_write() {
     for (from, to) in KINDS {
         for error in [StorageErrorKind::Unsupported, StorageErrorKind::Io, StorageErrorKind::NoSpace] {
             for allowed in [0, 1, 4] {
@@ -207,7 +207,7 @@ fn a_refusal_costs_time_only() {
                 let copier = Copier::new(file(&folder.path().join("target")), allowed, error);
                 let target = make_target(Arc::clone(&copier) as _, to);
                 let report = run(&source, &*target).unwrap();
-                assert_eq!(copier.asked(), allowed + 1, "{what}: nobody asks again");
+                assert_eq!(copier.asked(), allowed + 1, "{what}: offload is not tried again");
                 assert!(report.offloaded_bytes < report.data_bytes, "{what}: {report:?}");
                 assert_content(&*target, &what);
                 target.flush().unwrap();
@@ -220,9 +220,9 @@ fn a_refusal_costs_time_only() {
     }
 }
 
-/// What fails in earnest is found by the reading or writing that follows, and named as ever.
+/// A real failure shows up again in the fallback read or write, which reports it as usual.
 #[test]
-fn failing_devices_are_named() {
+fn a_device_error_is_reported_by_the_fallback() {
     for (from, to) in KINDS {
         for call in [Call::Read, Call::Write] {
             let folder = tempfile::tempdir().unwrap();
@@ -238,7 +238,7 @@ fn failing_devices_are_named() {
             let plan = FaultPlan { calls: vec![call], nth: 3, sticky: true, fault: Fault::Io };
             (if call == Call::Read { &readable } else { &written }).set_plan(Some(plan));
             let failed = run(&source, &*target).map(|_| ()).map_err(|error| error.kind());
-            // Tables are read too where the source is an image.
+            // If the source is an image, its tables are read too.
             let expected = match call {
                 Call::Read => [ErrorKind::Read, ErrorKind::Extents],
                 _ => [ErrorKind::Write; 2],
@@ -248,9 +248,9 @@ fn failing_devices_are_named() {
     }
 }
 
-/// The verb, over chains and formats of every kind: the same content as qemu-img sees, and clean.
+/// `convert -C` over chains and formats of every kind: same content as qemu-img's, and clean images.
 #[test]
-fn the_verb_copies_what_reading_would() {
+fn convert_with_offload_gives_the_same_content() {
     let Some(qemu_img) = Tool::find("qemu-img") else { return };
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
@@ -305,7 +305,7 @@ fn the_verb_copies_what_reading_would() {
             assert_eq!(same.code, Some(0), "{what}: {same:?}");
         }
     }
-    // Encrypted bytes are never copied as they are.
+    // Encrypted data is never copied by offload.
     let create = "create -q -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 locked.qcow2 13M";
     qemu_img.run_in(folder, &words(&format!("{create} {secret}"))).success();
     let locked = "--target-image-opts driver=qcow2,file.filename=locked.qcow2,encrypt.key-secret=s";
@@ -315,13 +315,13 @@ fn the_verb_copies_what_reading_would() {
     assert!(fs::read(folder.join("out")).unwrap().starts_with(&content()));
 }
 
-/// Into a target that is not empty, and onto a backing file: zeroes of the source hide what is below.
+/// Into a target that is not empty, and onto a backing file: zeroes of the source must hide old data.
 #[test]
-fn used_targets_take_zeroes_too() {
+fn zeroes_of_the_source_hide_old_data_in_the_target() {
     let Some(qemu_img) = Tool::find("qemu-img") else { return };
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
-    // Closed again: it is open for writing, and the command reads nothing that others write.
+    // Close it first: it is open for writing, and the command would refuse to read it.
     drop(make_source(&folder.join("raw"), false));
     let ours = Tool::at(OURS);
     fs::write(folder.join("used.raw"), vec![0x5a; 13 * MIB]).unwrap();

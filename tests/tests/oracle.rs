@@ -1,8 +1,8 @@
-//! QEMU's tools as the oracle, over every mix of features: they find our images clean and read the same
-//! bytes, we read theirs, and either goes on where the other stopped.
+//! QEMU's tools as oracle over every mix of features: they find our images clean and read the same bytes, we
+//! read theirs, and either continues where the other stopped.
 //!
-//! `QCOW2_ORACLE_ALL=1` runs every mix instead of a sample; `QCOW2_ORACLE_OPERATIONS` sets how long the
-//! histories are.
+//! `QCOW2_ORACLE_ALL=1` runs every mix instead of a sample; `QCOW2_ORACLE_OPERATIONS` sets the length of the
+//! histories.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test may stop, and says what it did")]
 
 use qcow2_core::{GuestDisk, GuestOffset, Image, ImageFormat, OpenOptions, ZeroMode};
@@ -18,14 +18,14 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-/// In one of so many mixes the default run does the work.
+/// The default run takes one in this many mixes.
 const SAMPLE: usize = 6;
 
 fn asked(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Every mix of features that the format allows, on disks of some clusters with an odd end.
+/// Every legal mix of features, on disks of a few clusters with a partial last one.
 fn every_shape() -> Vec<Shape> {
     let mut shapes = Vec::new();
     let data_files = [None, Some(DataFileShape { raw: false }), Some(DataFileShape { raw: true })];
@@ -74,17 +74,17 @@ fn shapes_of_run(salt: usize) -> Vec<Shape> {
         .collect()
 }
 
-/// QEMU finds nothing wrong with the image in `folder`, and reads `content`.
+/// QEMU finds the image in `folder` clean, and reads `content`.
 fn qemu_agrees(qemu: &Qemu, folder: &Path, content: &[u8], shape: &Shape) {
     qemu.img.run_in(folder, &["check", "-f", "qcow2", TOP]).success();
     qemu.img.run_in(folder, &["convert", "-f", "qcow2", "-O", "raw", TOP, "seen.raw"]).success();
     let seen = fs::read(folder.join("seen.raw")).unwrap();
     assert_eq!(seen.len(), content.len(), "{shape:?}");
     let wrong = seen.iter().zip(content).position(|(a, b)| a != b);
-    assert_eq!(wrong, None, "QEMU reads another byte there: {shape:?}");
+    assert_eq!(wrong, None, "QEMU reads another byte: {shape:?}");
 }
 
-/// Random operations by us, then QEMU looks.
+/// Random operations by our engine, then QEMU checks and reads.
 fn ours(qemu: &Qemu, shape: Shape, seed: u64, operations: u64) {
     let mut world = World::new(shape, codecs(), seed).unwrap();
     let mut rng = Rng::new(seed);
@@ -92,7 +92,7 @@ fn ours(qemu: &Qemu, shape: Shape, seed: u64, operations: u64) {
         |result: Result<(), String>| result.unwrap_or_else(|what| panic!("seed {seed}, {shape:?}: {what}"));
     for _ in 0..operations {
         step(world.step(&Operation::random(&mut rng, shape.size, shape.cluster_size())));
-        // With one-bit refcounts two streams cannot share a cluster, which is fine.
+        // With one-bit refcounts two streams cannot share a cluster; that refusal is fine.
         if rng.one_in(8) {
             step(world.compress(rng.below(shape.size.div_ceil(shape.cluster_size())), rng.below(64)));
         }
@@ -124,7 +124,7 @@ fn create_arguments(shape: &Shape) -> Vec<String> {
     arguments
 }
 
-/// A command of qemu-io for `operation`, on whole sectors; `None` for those that change nothing.
+/// The qemu-io command for `operation`, rounded to whole sectors; `None` if it changes nothing.
 fn qemu_command(operation: &Operation) -> Option<String> {
     let range = operation.range();
     let start = range.start().value() & !511;
@@ -138,7 +138,7 @@ fn qemu_command(operation: &Operation) -> Option<String> {
     }
 }
 
-/// Random work of qemu-io: compressed clusters first, while all are unallocated.
+/// Random operations by qemu-io: compressed clusters first, while all are unallocated.
 fn qemu_works(qemu: &Qemu, folder: &Path, shape: &Shape, rng: &mut Rng, compress: bool) {
     let mut commands = Vec::new();
     let size = shape.cluster_size();
@@ -185,7 +185,7 @@ fn we_read(shelf: &Shelf) -> Vec<u8> {
     seen
 }
 
-/// Random work by QEMU, then we look; then work by us, and QEMU looks; then QEMU works on.
+/// Random operations by QEMU, then we check; then operations by us, and QEMU checks; then QEMU continues.
 fn theirs(qemu: &Qemu, shape: Shape, seed: u64) {
     let mut rng = Rng::new(seed);
     let folder = tempfile::tempdir().unwrap();
@@ -198,7 +198,7 @@ fn theirs(qemu: &Qemu, shape: Shape, seed: u64) {
     qemu_works(qemu, folder, &shape, &mut rng, true);
     let mut content = qemu_reads(qemu, folder);
     let shelf = load(folder);
-    assert!(we_read(&shelf) == content, "seed {seed}, {shape:?}: we read QEMU's image otherwise");
+    assert!(we_read(&shelf) == content, "seed {seed}, {shape:?}: our content of QEMU's image differs");
 
     let image = open(&shelf, true);
     for number in 0..20 {
@@ -231,7 +231,7 @@ fn theirs(qemu: &Qemu, shape: Shape, seed: u64) {
 }
 
 #[test]
-fn qemu_reads_ours() {
+fn qemu_reads_our_images() {
     let Some(qemu) = Qemu::find() else { return };
     let shapes = shapes_of_run(0);
     for (seed, shape) in (1..).zip(&shapes) {
@@ -242,7 +242,7 @@ fn qemu_reads_ours() {
 }
 
 #[test]
-fn we_read_qemus_and_both_go_on() {
+fn we_read_images_of_qemu_and_both_continue() {
     let Some(qemu) = Qemu::find() else { return };
     let shapes = shapes_of_run(3);
     for (seed, shape) in (1..).zip(&shapes) {
@@ -254,7 +254,7 @@ fn we_read_qemus_and_both_go_on() {
 
 /// Long histories: cluster size x refcount width x extended L2 x backing.
 #[test]
-fn long_histories_are_clean() {
+fn long_histories_pass_qemu_img_check() {
     let Some(qemu) = Qemu::find() else { return };
     let operations = asked("QCOW2_ORACLE_OPERATIONS").unwrap_or(60);
     let mut images = 0;

@@ -1,5 +1,5 @@
-//! Standard output that takes no more: a reader that goes away changes no exit code and ends no work, an
-//! unfinished stream is a failure, a full disk is told. And signals while the other end of a pipe sleeps.
+//! Standard output that fails: a closed pipe changes no exit code and stops no work, an unfinished stream is
+//! a failure, a full disk is reported. And signals while the other end of a pipe sleeps.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -20,20 +20,20 @@ struct World {
     root: tempfile::TempDir,
 }
 
-/// Where standard output leads.
+/// Where standard output goes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Out {
-    /// To a reader that has gone away.
+    /// A pipe whose reader is closed.
     Gone,
-    /// To a disk without room.
+    /// A full device.
     Full,
-    /// To nobody, who takes everything.
+    /// /dev/null.
     Null,
 }
 
 impl World {
-    /// `a.raw`, `b.raw` of other content, `good.qcow2`, and `bad.qcow2` of which a cluster in use counts as
-    /// free.
+    /// `a.raw`, `b.raw` with other content, `good.qcow2`, and `bad.qcow2`, in which an allocated cluster has
+    /// refcount 0.
     fn new() -> Self {
         let world = Self { root: tempfile::tempdir().unwrap() };
         fs::write(world.path("a.raw"), vec![7; 3 << 20]).unwrap();
@@ -55,7 +55,7 @@ impl World {
         self.root.path().join(name)
     }
 
-    /// Runs the command, called `name`; the exit code, which it must have, and the lines on standard error.
+    /// Runs the command as `name`; returns its exit code and standard error.
     fn run(&self, name: &str, line: &str, out: Out) -> (i32, String) {
         let program = self.path("bin").join(name);
         if !program.exists() {
@@ -77,7 +77,7 @@ impl World {
 }
 
 #[test]
-fn a_reader_that_leaves_changes_no_exit_code() {
+fn a_closed_pipe_changes_no_exit_code() {
     let world = World::new();
     for (line, code) in [
         ("check good.qcow2", 0),
@@ -105,9 +105,9 @@ fn a_reader_that_leaves_changes_no_exit_code() {
     assert_eq!(world.run("qcow2", "checksum a.raw", Out::Gone), (0, String::new()));
 }
 
-/// What is announced is done, whether or not somebody reads the announcement.
+/// The work is done whether or not anybody reads the output.
 #[test]
-fn a_reader_that_leaves_ends_no_work() {
+fn a_closed_pipe_stops_no_work() {
     let world = World::new();
     for name in ["qcow2", "qemu-img"] {
         assert_eq!(world.run(name, "create -f qcow2 new 1M", Out::Gone), (0, String::new()));
@@ -128,19 +128,19 @@ fn a_reader_that_leaves_ends_no_work() {
 }
 
 #[test]
-fn an_unfinished_stream_is_a_failure() {
+fn an_unfinished_stream_exits_with_failure() {
     let world = World::new();
     for line in ["convert -O qcow2 a.raw -", "convert -O raw good.qcow2 -", "convert -O qcow2 --json a.raw -"]
     {
         assert_eq!(world.run("qcow2", line, Out::Null).0, 0, "{line}");
         let (code, told) = world.run("qcow2", line, Out::Gone);
-        // A reader that left ends it quietly.
+        // A closed pipe ends it without a message.
         assert!(code == 1 && told.lines().all(|line| line.starts_with("{\"done\"")), "{line}: {code} {told}");
     }
 }
 
 #[test]
-fn a_full_disk_is_told() {
+fn a_full_output_device_is_reported() {
     let world = World::new();
     for (line, code) in [
         ("info good.qcow2", 1),
@@ -153,7 +153,7 @@ fn a_full_disk_is_told() {
         ("convert -O qcow2 a.raw -", 1),
         ("--help", 1),
         ("compare a.raw b.raw", 1),
-        // Not 1, which says that they differ.
+        // Not 1, which means that the images differ.
         ("compare a.raw good.qcow2", 2),
         ("io -f raw -c 'write -P 1 0 512' -c 'write -P 2 512 512' a.raw", 1),
     ] {
@@ -165,23 +165,23 @@ fn a_full_disk_is_told() {
         );
     }
     assert_eq!(fs::read(world.path("a.raw")).unwrap()[..1024], [[1; 512], [2; 512]].concat());
-    // What was found says more than that its description is lost.
+    // The exit code for the findings takes precedence over the output error.
     for line in ["check bad.qcow2", "check --output=json bad.qcow2"] {
         let (found, told) = world.run("qcow2", line, Out::Full);
         assert!(found == 2 && told.contains("No space left on device"), "{line}: {found} {told}");
     }
 }
 
-/// One signal suffices, whatever the other end of the pipe does.
+/// One signal ends it, whatever the other end of the pipe does.
 #[test]
-fn a_signal_is_heard_while_the_other_end_sleeps() {
+fn a_signal_ends_a_command_blocked_on_a_pipe() {
     let world = World::new();
     let start = |line: &str, input: Stdio, output: Stdio| {
         let mut command = Command::new("env");
         command.args(["--default-signal", OURS]).args(words(line)).current_dir(world.root.path());
         command.stdin(input).stdout(output).spawn().unwrap()
     };
-    // More than a pipe holds, and nobody reads.
+    // More than fits into a pipe, with no reader.
     let (reader, writer) = std::io::pipe().unwrap();
     ends_by_signal(start("convert -f raw -O qcow2 a.raw -", Stdio::null(), writer.into()), world.root.path());
     drop(reader);
@@ -199,7 +199,7 @@ fn ends_by_signal(mut child: Child, folder: &Path) {
     let stat = format!("/proc/{}/stat", child.id());
     let spent = || fs::read_to_string(&stat).unwrap_or_default();
     let (started, mut before) = (Instant::now(), String::new());
-    // Asleep: it has used no more of the processor for a while.
+    // Asleep: it has used no CPU time for a while.
     loop {
         thread::sleep(Duration::from_millis(300));
         let now = spent();
@@ -219,5 +219,5 @@ fn ends_by_signal(mut child: Child, folder: &Path) {
     assert_eq!(child.wait().unwrap().signal(), Some(Signal::TERM.as_raw()));
 }
 
-/// How long anything here may take.
+/// Time limit of everything here.
 const PATIENCE: Duration = Duration::from_secs(20);

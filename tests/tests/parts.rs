@@ -1,5 +1,5 @@
-//! Many writes in one call (`GuestDisk::write_parts`): every part arrives, however short the free pieces of
-//! the file are, and no call waits for what it holds itself.
+//! Many writes in one call (`GuestDisk::write_parts`): every part is written, however fragmented the free
+//! space is, and a call never waits for its own claims.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test may stop, and says what it did")]
 
 use qcow2_core::{
@@ -21,16 +21,16 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Longer than any run takes by far: a call that waits for itself is a failure.
+/// Much longer than any run takes: a call that waits for itself becomes a failure.
 const PATIENCE: Duration = Duration::from_secs(30);
 const SEEDS: u64 = 30;
 
-/// An image and the bytes that it must show.
+/// An image and its expected content.
 struct Bench {
     shape: Shape,
     world: World,
     content: Vec<u8>,
-    /// The number of the next content.
+    /// Seed of the next content.
     next: u64,
 }
 
@@ -45,7 +45,7 @@ impl Bench {
         self.world.image()
     }
 
-    /// Writes these ranges in one call, each with content of its own.
+    /// Writes these ranges in one call, each with its own content.
     #[track_caller]
     fn write(&mut self, ranges: &[Range<u64>]) {
         let mut bytes = Vec::new();
@@ -76,7 +76,7 @@ impl Bench {
         self.content[range.start as usize..range.end as usize].fill(0);
     }
 
-    /// The file is sound, nothing is leaked, and another opening shows the same.
+    /// The file is sound, nothing is leaked, and the content is the same when reopened.
     fn finish(self) {
         let (content, image) = (self.content, Arc::clone(self.world.image()));
         image.close().unwrap();
@@ -114,12 +114,12 @@ fn clusters(range: Range<u64>) -> Range<u64> {
     range.start * CLUSTER..range.end * CLUSTER
 }
 
-/// Of what a part asks for only a first piece is prepared where the next clusters are of another kind; the
-/// rest of the part is claimed with it all the same.
+/// If the next clusters are mapped differently, only the first piece of a part is prepared; the rest of the
+/// part is claimed with it nevertheless.
 #[test]
-fn a_part_of_several_pieces() {
+fn a_part_over_differently_mapped_clusters_is_written() {
     check("pieces of several kinds", small(64), 1, |bench| {
-        // Clusters 2, 3 and 8 have places; the parts pass over them.
+        // Clusters 2, 3 and 8 are allocated; the parts span them.
         bench.write(&[clusters(2..4), clusters(8..9)]);
         bench.write(&[clusters(0..6), clusters(6..7), clusters(7..12)]);
         bench.write(&[clusters(20..24), clusters(10..16), clusters(0..1)]);
@@ -130,16 +130,15 @@ fn a_part_of_several_pieces() {
         for n in (0..32).step_by(2) {
             bench.zero(clusters(n..n + 1), ZeroMode::MayUnmap);
         }
-        // What was given up is free in the next rounds.
+        // Freed clusters become available after the next flushes.
         (0..3).for_each(|_| bench.disk().flush().unwrap());
         bench.write(&[clusters(32..40), clusters(40..48), clusters(48..56)]);
     });
 }
 
-/// Parts that share clusters, from the first to the last and back, and the same part twice: the later one
-/// wins.
+/// Parts that share clusters, in ascending and descending order, and the same part twice: the later one wins.
 #[test]
-fn parts_that_share_clusters() {
+fn of_overlapping_parts_the_later_one_wins() {
     for backing in [None, Some(BackingShape { size: 40 * CLUSTER, qcow2: false })] {
         check("neighbours in a cluster", Shape { backing, ..small(64) }, 3, |bench| {
             let thirds: Vec<_> = (0..48).map(|n| n * 1365..(n + 1) * 1365).collect();
@@ -152,9 +151,9 @@ fn parts_that_share_clusters() {
     }
 }
 
-/// More parts than are prepared at once, and more bytes beside them.
+/// More parts than are prepared at once, with copy-on-write edges.
 #[test]
-fn more_parts_than_a_batch_takes() {
+fn more_parts_than_one_batch_are_written() {
     check("parts of one cluster", small(1000), 4, |bench| {
         let every: Vec<_> = (0..1000).map(|n| clusters(n..n + 1)).collect();
         bench.write(&every);
@@ -172,9 +171,9 @@ fn more_parts_than_a_batch_takes() {
     );
 }
 
-/// What a call held is free after it, for every kind of change.
+/// Every kind of change releases all its claims when the call returns.
 #[test]
-fn nothing_is_held_after_the_call() {
+fn all_claims_are_released_after_the_call() {
     check("other changes", small(64), 6, |bench| {
         let every: Vec<_> = (0..64).map(|n| clusters(n..n + 1)).collect();
         bench.write(&every);
@@ -191,7 +190,7 @@ fn nothing_is_held_after_the_call() {
     });
 }
 
-/// Opens the one backing file.
+/// Resolves the one backing file.
 struct Below(Arc<dyn Storage>);
 
 impl Resolver for Below {
@@ -204,10 +203,10 @@ fn source(storage: Arc<dyn Storage>, format: ImageFormat, resolver: Arc<dyn Reso
     ResolvedSource { storage, format, name: "memory".to_owned(), id: None, resolver }
 }
 
-/// The bytes that stand beside a part cannot be read: the call says so, every part is there or not, and what
-/// the call held, with the places that it had reserved, is free again.
+/// Reading the copy-on-write edges of a part fails: the call returns the error, every part is written or not,
+/// and all claims and reserved clusters are released.
 #[test]
-fn an_error_in_the_middle() {
+fn a_failed_edge_read_releases_claims_and_clusters() {
     for nth in 0..12 {
         within(PATIENCE, &format!("read {nth} fails"), move || {
             let below = pattern::bytes(1, 0, 16 * CLUSTER as usize);
@@ -238,7 +237,7 @@ fn an_error_in_the_middle() {
                     expected[place.clone()].copy_from_slice(&new[place]);
                 }
             }
-            assert!(seen == expected, "a part is neither there nor not");
+            assert!(seen == expected, "a part is neither old nor new");
             disk.write_parts(&parts).unwrap();
             for place in places {
                 expected[place.clone()].copy_from_slice(&new[place]);
@@ -263,10 +262,10 @@ fn draw_range(rng: &mut Rng, size: u64, cluster: u64, from: u64) -> Range<u64> {
     start..(start + len).min(size)
 }
 
-/// Parts as they come: mostly ascending, some over others, some back, over what earlier calls, zeroes and
-/// discards left.
+/// Random parts: mostly ascending, some overlapping, some descending, over the results of earlier calls,
+/// zeroes and discards.
 #[test]
-fn random_parts() {
+fn random_parts_read_back() {
     let mut parts = 0;
     for seed in 0..SEEDS {
         let mut rng = Rng::new(seed);

@@ -1,5 +1,5 @@
-//! Readers that no one here wrote read our images: dissect.hypervisor, libqcow, 7-Zip. Each gets the kinds of
-//! images that it knows at all, and must find the same content.
+//! Third-party readers read our images: dissect.hypervisor, libqcow, 7-Zip. Each gets only images it
+//! supports, and must read the same content.
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_testkit::arbitrary::{Operation, Shape};
@@ -14,10 +14,10 @@ use std::process::Command;
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
-/// Images for each reader.
+/// Images per reader.
 const SAMPLES: usize = 24;
 
-/// An image on disk, the place for what a reader makes of it, and what that must be.
+/// An image on disk, the path for a reader's output, and the expected content.
 struct Sample {
     what: String,
     folder: PathBuf,
@@ -40,7 +40,7 @@ impl Sample {
     }
 }
 
-/// What a reader knows of a kind of image.
+/// How well a reader supports a kind of image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Knows {
     Nothing,
@@ -48,7 +48,7 @@ enum Knows {
     CompressedToo,
 }
 
-/// Images of random shapes that the reader knows, with random work in them.
+/// Images of random shapes that the reader supports, with random content.
 fn samples(folder: &Path, knows: fn(&Shape) -> Knows) -> Vec<Sample> {
     let mut samples = Vec::new();
     let mut seed = 0;
@@ -57,7 +57,7 @@ fn samples(folder: &Path, knows: fn(&Shape) -> Knows) -> Vec<Sample> {
         let mut rng = Rng::new(seed);
         let shape = Shape::random(&mut rng);
         let known = knows(&shape);
-        // No reader has the simulation's toy cipher.
+        // No reader supports the simulation's toy cipher.
         if known == Knows::Nothing || shape.encryption.is_some() {
             continue;
         }
@@ -77,8 +77,7 @@ fn samples(folder: &Path, knows: fn(&Shape) -> Knows) -> Vec<Sample> {
     samples
 }
 
-/// Some megabytes of a real file (a program, and holes) through `convert -c` with these options, zlib
-/// otherwise.
+/// Some megabytes of a real file (a program, and holes) through `convert -c` with these options.
 fn real_file(folder: &Path, options: &str) -> Sample {
     let folder = folder.join("real");
     fs::create_dir(&folder).unwrap();
@@ -91,7 +90,7 @@ fn real_file(folder: &Path, options: &str) -> Sample {
     Sample { what: format!("a program, {line}"), folder, content }
 }
 
-/// Runs the script with the Python that has `module`; `None` after a printed skip.
+/// Runs the script with a Python that has `package`; `None` after a printed skip.
 fn run_script(reader: &str, package: &str, samples: &[Sample]) -> Option<Vec<String>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let own = root.join("../target/readers/bin/python3");
@@ -132,9 +131,9 @@ fn check_script(reader: &str, package: &str, knows: fn(&Shape) -> Knows) {
     }
 }
 
-/// dissect.hypervisor 3.21 computes wrong lengths with extended L2 entries, wants a backing disk that is not
-/// shorter and data files of whole clusters, and does not find the backing format in version 2: with images
-/// of QEMU's too.
+/// dissect.hypervisor 3.21 computes wrong lengths with extended L2 entries, needs a backing disk at least as
+/// long and data files of whole clusters, and does not find the backing format in version 2; images of QEMU
+/// fail in the same way.
 fn dissect_knows(shape: &Shape) -> Knows {
     let backing =
         shape.backing.is_none_or(|below| below.size >= shape.size && (shape.version3 || !below.qcow2));
@@ -150,10 +149,10 @@ fn dissect_reads_our_images() {
     check_script("dissect", "dissect.hypervisor", dissect_knows);
 }
 
-/// libqcow knows no extended L2 entries, zstd, data files and raw backing files. In version 3, of any size,
-/// it takes the lowest bit of an entry for the zero flag also where the cluster is compressed, so that each
-/// stream that begins at an odd byte reads as zeroes (in version 2 it reads them all); and it lets the
-/// backing file show through zero clusters, with images of QEMU's too.
+/// libqcow does not support extended L2 entries, zstd, data files and raw backing files. In version 3 it
+/// takes the lowest bit of a compressed entry for the zero flag, so that each stream at an odd offset reads
+/// as zeroes (version 2 is fine), and zero clusters show the backing file; images of QEMU fail in the same
+/// way.
 fn libqcow_knows(shape: &Shape) -> Knows {
     let backing =
         shape.backing.is_none_or(|below| below.qcow2 && below.size >= shape.size && !shape.version3);
@@ -171,7 +170,7 @@ fn libqcow_reads_our_images() {
     check_script("libqcow", "libqcow-python", libqcow_knows);
 }
 
-/// 7-Zip knows no extended L2 entries, zstd, data files and backing files.
+/// 7-Zip does not support extended L2 entries, zstd, data files and backing files.
 fn seven_zip_knows(shape: &Shape) -> Knows {
     let plain = !shape.extended_l2 && !shape.zstd && shape.data_file.is_none() && shape.backing.is_none();
     if plain { Knows::CompressedToo } else { Knows::Nothing }

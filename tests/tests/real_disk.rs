@@ -1,5 +1,5 @@
-//! A disk with a real file system on it, through our command and through QEMU's: the same bytes, clean
-//! checks, a file that is not larger, and overlays that either tool writes and both read.
+//! A disk with a real file system through our command and through QEMU's: same bytes, clean checks, a file
+//! that is not larger, and overlays that either tool writes and both read.
 //!
 //! The disk is made by `mke2fs -d` from a copy of this workspace's sources and some large files.
 //! `QCOW2_REAL_DISK_TREE` names another tree, `QCOW2_REAL_DISK_SIZE` another size (default `1G`).
@@ -13,7 +13,7 @@ use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Every program that takes part, and the folder of this run.
+/// All programs involved, and the folder of this run.
 struct Bench {
     ours: Tool,
     qemu: Qemu,
@@ -49,7 +49,7 @@ impl Bench {
         self.run(&self.qemu.img, line)
     }
 
-    /// Makes `disk.raw` with a file system on it.
+    /// Creates `disk.raw` with a file system on it.
     fn make_disk(&self) {
         let tree = env::var_os("QCOW2_REAL_DISK_TREE").map_or_else(|| self.make_tree(), PathBuf::from);
         let size = env::var("QCOW2_REAL_DISK_SIZE").unwrap_or_else(|_| "1G".to_owned());
@@ -116,7 +116,7 @@ fn checksum(path: &Path) -> u32 {
 }
 
 #[test]
-fn a_disk_goes_to_qcow2_and_back() {
+fn a_file_system_survives_conversion_to_qcow2_and_back() {
     let Some(bench) = Bench::find() else { return };
     bench.make_disk();
     for options in [
@@ -142,7 +142,7 @@ fn a_disk_goes_to_qcow2_and_back() {
     }
 }
 
-/// Ours is not larger than the reference's, in length and in space used.
+/// Our file is not larger than qemu-img's, in length and in allocated blocks.
 fn check_size(bench: &Bench, options: &str) {
     let [ours, theirs] = ["ours.qcow2", "theirs.qcow2"].map(|name| fs::metadata(bench.path(name)).unwrap());
     println!(
@@ -161,7 +161,7 @@ fn check_size(bench: &Bench, options: &str) {
     );
 }
 
-/// One change of an overlay, in qemu-io's words and as bytes.
+/// One change of an overlay, as a qemu-io command and as bytes.
 #[derive(Clone, Copy, Debug)]
 enum Change {
     Write { offset: u64, len: u64, byte: u8 },
@@ -196,7 +196,7 @@ impl Change {
     }
 }
 
-/// All changes in one run of qemu-io, or of our `io` with the same words.
+/// All changes in one run of qemu-io, or of our `io` with the same commands.
 fn write_through(bench: &Bench, tool: &Tool, verb: Option<&str>, overlay: &str) {
     let commands = CHANGES.iter().flat_map(|change| ["-c".to_owned(), change.words()]);
     let end = ["-f", "qcow2", overlay].map(str::to_owned);
@@ -205,7 +205,7 @@ fn write_through(bench: &Bench, tool: &Tool, verb: Option<&str>, overlay: &str) 
 }
 
 #[test]
-fn an_overlay_is_written_by_either_and_read_by_both() {
+fn an_overlay_written_by_either_tool_is_read_by_both() {
     let Some(bench) = Bench::find() else { return };
     bench.make_disk();
     bench.ours("convert -f raw -O qcow2 disk.raw base.qcow2");
@@ -228,5 +228,5 @@ fn an_overlay_is_written_by_either_and_read_by_both() {
     }
     bench.qemu_img("compare ours.qcow2 theirs.qcow2");
     bench.ours("compare ours.qcow2 theirs.qcow2");
-    assert_eq!(checksum(&bench.path("base.qcow2")), before, "the base was touched");
+    assert_eq!(checksum(&bench.path("base.qcow2")), before, "the backing file has changed");
 }

@@ -1,5 +1,5 @@
-//! Repairs whose power is cut at every moment, that are stopped, and whose storage fails: the disk reads as
-//! before, what is left is no worse than what there was, and another repair ends it.
+//! Repairs with a power cut at every moment, cancelled, or on a failing storage: the guest content stays,
+//! there are no more errors than before, and another repair finishes the job.
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_core::{
@@ -18,7 +18,7 @@ use qcow2_testkit::storage::PageStorage;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// How many images are repaired; `QCOW2_REPAIR_SEEDS` asks for more.
+/// Number of images; `QCOW2_REPAIR_SEEDS` raises it.
 fn seeds() -> u64 {
     std::env::var("QCOW2_REPAIR_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(150)
 }
@@ -40,15 +40,15 @@ fn content(storage: Arc<dyn Storage>) -> Result<Vec<u8>, String> {
     read(storage).map_err(|error| qcow2_testkit::model::chain(&error))
 }
 
-/// An image with damaged refcounts and flags, and what its disk shows.
+/// An image with wrong refcounts and copied flags, and its guest content.
 struct Damaged {
     bytes: PageBytes,
     content: Vec<u8>,
     harm: u64,
 }
 
-/// What could cost data: clusters that count too little, and those that would be written in place although
-/// they are shared.
+/// Errors that could lose data: refcounts that are too low, and shared clusters that would be written in
+/// place.
 fn harm(found: &Audit) -> u64 {
     let unshared = |problem: &&Problem| problem.kind == ProblemKind::CopiedWhileShared;
     found.low_counts + found.problems.iter().filter(unshared).count() as u64
@@ -87,7 +87,7 @@ impl Damaged {
         Self { bytes, content, harm }
     }
 
-    /// The same disk, and no more harm than before.
+    /// The guest content is the same, and there are no more harmful errors than before.
     fn judge(&self, image: &PageBytes) -> Result<(), String> {
         let found = audit(image, None);
         let repairable =
@@ -102,7 +102,7 @@ impl Damaged {
         }
     }
 
-    /// [`judge`](Self::judge), and another repair makes it right.
+    /// [`judge`](Self::judge), and another repair leaves no error.
     fn judge_to_the_end(&self, image: &PageBytes) -> Result<(), String> {
         self.judge(image)?;
         let file = Arc::new(PageStorage::new(image.clone()));
@@ -124,7 +124,7 @@ fn number(storage: &dyn Storage, at: u64, len: usize) -> u64 {
     u64::from_be_bytes(bytes)
 }
 
-/// Makes one refcount or one copied flag wrong, or (seldom) takes a whole block of refcounts away.
+/// Makes one refcount or one copied flag wrong, or (rarely) drops a whole refcount block.
 fn damage(storage: &dyn Storage, cluster: u64, rng: &mut Rng) {
     let clusters = storage.len().unwrap().div_ceil(cluster);
     let block = number(storage, number(storage, 48, 8), 8);
@@ -151,7 +151,7 @@ fn damage(storage: &dyn Storage, cluster: u64, rng: &mut Rng) {
     }
 }
 
-/// Checks and repairs all, as the verb does.
+/// Checks and repairs everything, as the command does.
 fn run(storage: &Arc<dyn Storage>, progress: &dyn Progress) -> Result<CheckReport, Error> {
     let report = check(&**storage, &CheckOptions::default(), &Inline, progress)?;
     let image = open(Arc::clone(storage), |options| {
@@ -167,7 +167,7 @@ fn run(storage: &Arc<dyn Storage>, progress: &dyn Progress) -> Result<CheckRepor
 }
 
 #[test]
-fn a_power_cut_leaves_less_to_repair() {
+fn a_power_cut_during_repair_does_no_harm() {
     let mut damaged = 0;
     for seed in 0..seeds() {
         let mut rng = Rng::new(seed);
@@ -195,7 +195,7 @@ fn a_power_cut_leaves_less_to_repair() {
     assert!(damaged > seeds() / 2, "{damaged} images had damage");
 }
 
-/// Stops the work when it asks for the time after the first ones.
+/// Cancels the work after this many `should_stop` calls.
 struct StopsAfter(AtomicU64);
 
 impl Progress for StopsAfter {
@@ -209,7 +209,7 @@ impl Progress for StopsAfter {
 }
 
 #[test]
-fn a_stop_leaves_less_to_repair() {
+fn a_cancelled_repair_does_no_harm() {
     let (mut stopped, mut half) = (0, 0);
     for seed in 0..seeds() / 3 {
         let start = Damaged::draw(&mut Rng::new(seed));
@@ -228,7 +228,7 @@ fn a_stop_leaves_less_to_repair() {
                 Err(error) => assert_eq!(error.kind(), ErrorKind::Stopped, "seed {seed}, after {left}"),
             }
             stopped += 1;
-            // Refcounts are right, flags are not.
+            // Refcounts are right, copied flags are not.
             let found = audit(&image, None);
             half += u64::from(image.to_vec() != start.bytes.to_vec() && !found.is_sound());
         }
@@ -237,7 +237,7 @@ fn a_stop_leaves_less_to_repair() {
 }
 
 #[test]
-fn a_failing_storage_leaves_less_to_repair() {
+fn a_storage_error_during_repair_does_no_harm() {
     for seed in 0..seeds() / 10 {
         let start = Damaged::draw(&mut Rng::new(seed));
         for nth in 0.. {

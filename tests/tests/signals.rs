@@ -1,7 +1,7 @@
-//! Real signals: an interrupted verb stops soon, and every image it worked on is whole, with the content from
-//! before or after. SIGUSR1 shows progress.
+//! Real signals: an interrupted verb stops soon and leaves every image sound, with the content from before or
+//! after. SIGUSR1 prints progress.
 //!
-//! When a signal comes is told by the bytes that a program has moved, which only Linux says.
+//! The moment of a signal is chosen by the bytes the program has read and written, which only Linux reports.
 #![cfg(target_os = "linux")]
 #![allow(
     missing_docs,
@@ -22,16 +22,16 @@ use std::time::{Duration, Instant};
 
 const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
-/// What is expected of a verb that is interrupted.
+/// An interrupted verb and what must hold afterwards.
 struct Case {
     line: &'static str,
-    /// Images that a check must find clean, and that must show the disk they showed before.
+    /// Images that must pass a check and keep their guest content.
     kept: &'static [&'static str],
-    /// Images that a check must find clean.
+    /// Images that must pass a check.
     sound: &'static [&'static str],
-    /// A file that must not be there.
+    /// A file that must not exist.
     gone: Option<&'static str>,
-    /// Whether it comes to its end once it has begun, because it is short and would leave clusters behind.
+    /// True if it finishes once it has begun, because it is short and stopping would leak clusters.
     ends: bool,
 }
 
@@ -60,15 +60,15 @@ const CASES: &[Case] = &[
     Case { ends: true, ..case("snapshot -d old many.qcow2", &["many.qcow2"]) },
 ];
 
-/// Of all that a verb reads and writes, in percent: where it is interrupted, and up to where it must have
-/// stopped once.
+/// In percent of all bytes a verb reads and writes: where it is interrupted, and by where it must have
+/// stopped in at least one try.
 const INTERRUPTED_AT: [u64; 2] = [20, 55];
 const STOPPED_AT: u64 = 90;
-/// How often a verb may be quicker than the signal.
+/// How many times a verb may finish before the signal arrives.
 const TRIES: usize = 20;
 
 #[test]
-fn interrupted_verbs_leave_whole_images() {
+fn interrupted_verbs_leave_sound_images() {
     let Some(qemu) = Qemu::find() else { return };
     let root = tempfile::tempdir().unwrap();
     let start = root.path().join("start");
@@ -99,7 +99,8 @@ fn interrupted_verbs_leave_whole_images() {
     }
 }
 
-/// What `nohup` or a shell's `&` has a program ignore ends no verb; what nobody said anything about does.
+/// Signals that `nohup` or a shell's `&` has set to ignored do not end a verb; with the default disposition
+/// they do.
 #[test]
 fn ignored_signals_stay_ignored() {
     let root = tempfile::tempdir().unwrap();
@@ -115,7 +116,7 @@ fn ignored_signals_stay_ignored() {
         let mut command = by_default("sh");
         command.args(["-c", &script]);
         let mut child = start(command, root.path(), "");
-        // The target is there once the signals are taken over.
+        // The target exists once the signal handlers are installed.
         while state(&child) != 'Z' && !root.path().join("x").exists() {
             thread::sleep(Duration::from_millis(1));
         }
@@ -128,7 +129,7 @@ fn ignored_signals_stay_ignored() {
     }
 }
 
-/// The images are as they should be after `ended`.
+/// Checks the images after `ended`.
 fn judge(qemu: &Qemu, case: &Case, (folder, start): (&Path, &Path), ended: &Ended, before: &[String]) {
     let line = case.line;
     assert!(ended.is_interrupted() || ended.status.success(), "{line}: {ended:?}");
@@ -141,7 +142,7 @@ fn judge(qemu: &Qemu, case: &Case, (folder, start): (&Path, &Path), ended: &Ende
     }
     for (image, before) in case.kept.iter().zip(before) {
         let same = match line.starts_with("resize") {
-            // A longer disk is the same as far as it goes, and zeroes from there on.
+            // A longer disk must have the same content up to the old size, and zeroes after it.
             true => {
                 let old = start.join(image).display().to_string();
                 qemu.img.run_in(folder, &["compare", &old, image]).code == Some(0)
@@ -155,10 +156,10 @@ fn judge(qemu: &Qemu, case: &Case, (folder, start): (&Path, &Path), ended: &Ende
     }
 }
 
-/// A new `folder` with the files of `start` that `line` is about.
+/// A new `folder` with the files of `start` that `line` uses.
 fn copy_for(line: &str, start: &Path, folder: &Path) {
     fs::create_dir(folder).unwrap();
-    // `dd` has its names behind `if=`.
+    // `dd` has its file names after `if=`.
     let name = |word: &String| word.rsplit('=').next().unwrap_or_default().to_owned();
     let mut names: Vec<_> = words(line).iter().map(name).collect();
     for (top, below) in
@@ -188,15 +189,15 @@ impl Ended {
     }
 }
 
-/// Runs `line` and interrupts it once it has moved so many bytes; it must end within seconds.
+/// Runs `line` and interrupts it once it has read and written `after` bytes; it must end within seconds.
 ///
-/// It yields to whoever watches it: a whole verb takes milliseconds where memory is the disk.
+/// Runs with low priority, so that the observer gets the CPU: a whole verb takes milliseconds on tmpfs.
 fn interrupt(folder: &Path, line: &str, after: Option<u64>) -> Ended {
     let mut command = by_default("nice");
     command.args(["-n", "10", OURS]);
     let mut child = start(command, folder, line);
     let (mut after, mut sent) = (after, Instant::now());
-    // A child that has ended is still there to be asked, until it is waited for.
+    // A child that has ended can still be queried until it is waited for.
     while state(&child) != 'Z' {
         if after.is_some_and(|after| moved(&child) >= after) {
             send(&child, Signal::INT);
@@ -211,7 +212,7 @@ fn interrupt(folder: &Path, line: &str, after: Option<u64>) -> Ended {
     Ended { status: child.wait().unwrap(), moved }
 }
 
-/// What the system says of the child: `R`, `S`, ..., `Z` once it has ended.
+/// State of the child in /proc: `R`, `S`, ..., `Z` once it has ended.
 fn state(child: &Child) -> char {
     let text = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
     text.rsplit(')').next().and_then(|rest| rest.trim().chars().next()).unwrap()
@@ -227,8 +228,8 @@ fn moved(child: &Child) -> u64 {
     number("rchar:") + number("wchar:")
 }
 
-/// Runs `program` with no signal ignored, whatever the tests are run by: what a shell has in the background
-/// ignores some.
+/// Runs `program` with no signal ignored, however the tests were started: a shell's background jobs ignore
+/// some.
 fn by_default(program: &str) -> Command {
     let mut command = Command::new("env");
     command.args(["--default-signal", program]);
@@ -241,18 +242,18 @@ fn start(mut command: Command, folder: &Path, line: &str) -> Child {
 }
 
 fn send(child: &Child, signal: Signal) {
-    // A child that is gone and not waited for yet takes signals too.
+    // A child that has ended and was not waited for still accepts signals.
     kill_process(Pid::from_child(child), signal).unwrap();
 }
 
-/// What a machine sees of an image.
+/// A checksum of the guest content of an image.
 fn checksum(folder: &Path, image: &str) -> String {
     Tool::at(OURS).run_in(folder, &["checksum", image]).success().stdout
 }
 
 fn make(qemu: &Qemu, folder: &Path) {
     let img = |line: &str| drop(qemu.img.run_in(folder, &words(line)).success());
-    // qemu-img takes half a minute where clusters are this small.
+    // qemu-img takes half a minute with clusters this small.
     let own = |line: &str| drop(Tool::at(OURS).run_in(folder, &words(line)).success());
     let io = |line: &str| drop(qemu.io.run_in(folder, &words(line)).success());
     let mut bytes = vec![0; 32 << 20];
@@ -281,7 +282,7 @@ fn make(qemu: &Qemu, folder: &Path) {
     io("-c 'write -q -P 5 1G 1M' maps.qcow2");
 }
 
-/// Gives a cluster behind the end a refcount.
+/// Gives a cluster past the end a refcount.
 fn leak(image: &mut fs::File, folder: &Path) {
     use std::os::unix::fs::FileExt;
     let bytes = fs::read(folder.join("leaky.qcow2")).unwrap();
@@ -294,7 +295,7 @@ fn leak(image: &mut fs::File, folder: &Path) {
     image.set_len(bytes.len() as u64 + 512).unwrap();
 }
 
-/// What a program said.
+/// Output of a program.
 #[derive(Debug)]
 struct Said {
     code: Option<i32>,
@@ -302,10 +303,10 @@ struct Said {
     stderr: String,
 }
 
-/// What `line` says while it is asked for progress again and again, until it ends.
+/// Output of `line` while it gets SIGUSR1 again and again until it ends.
 fn asked(program: &Path, folder: &Path, line: &str) -> Said {
     let child = start(Command::new(program), folder, line);
-    // Before it listens the signal ends it.
+    // Before the handler is installed, the signal would end it.
     while state(&child) != 'Z' && !listens(&child) {
         thread::sleep(Duration::from_micros(200));
     }
@@ -318,7 +319,7 @@ fn asked(program: &Path, folder: &Path, line: &str) -> Said {
     Said { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
-/// Whether SIGUSR1 does not end the child any more: it is caught or held back.
+/// True once SIGUSR1 is caught or blocked.
 fn listens(child: &Child) -> bool {
     let text = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
     let bit = |name: &str| {
@@ -329,8 +330,8 @@ fn listens(child: &Child) -> bool {
     bit("SigCgt:") || bit("SigBlk:")
 }
 
-/// Verbs, and whether they have progress to show on request. The others of qemu-img die of the signal or do
-/// not, as chance has it (it holds all signals back while it makes a thread); ours do not.
+/// Verbs, and whether they print progress on SIGUSR1. qemu-img's other verbs may or may not die of the signal
+/// (it blocks all signals while it creates a thread); ours never do.
 const ASKED: [(&str, bool); 11] = [
     ("convert -O qcow2 -r 48M random.raw x", true),
     ("commit -r 48M over.qcow2", true),
@@ -345,10 +346,10 @@ const ASKED: [(&str, bool); 11] = [
     ("dd -O qcow2 bs=1M if=random.raw of=x", false),
 ];
 
-/// Lines on standard error where `-p` would show something; standard output is that of a run that nobody
-/// asks.
+/// Progress lines go to standard error, for the verbs that have `-p`; standard output is that of a run
+/// without signals.
 #[test]
-fn progress_on_request() {
+fn sigusr1_prints_progress_to_standard_error() {
     let Some(qemu) = Qemu::find() else { return };
     let root = tempfile::tempdir().unwrap();
     let start = root.path().join("start");
@@ -360,7 +361,7 @@ fn progress_on_request() {
         let mut said = Vec::new();
         let reference = [qemu.img.path()].into_iter().filter(|_| shows);
         for program in reference.chain([&*link]) {
-            // What is quick may be done before it is asked.
+            // A quick verb may end before it gets the signal.
             let enough = |outcome: &Said| !shows || !outcome.stderr.is_empty();
             let run = || {
                 let folder = root.path().join("case");
@@ -389,7 +390,7 @@ fn progress_on_request() {
     }
 }
 
-/// The number in `    (12.34/100%)`, in hundredths.
+/// The number in ` (12.34/100%)`, in hundredths.
 fn share(line: &str) -> u64 {
     let number = line.strip_prefix("    (").and_then(|rest| rest.strip_suffix("/100%)"));
     let (whole, rest) = number.and_then(|number| number.split_once('.')).unwrap_or_else(|| panic!("{line}"));

@@ -1,6 +1,6 @@
-//! Images through pipes: what our program writes to standard output, qemu-img checks and reads; what qemu-img
-//! has written, ours reads from standard input. And digests, which are the same for every image of the same
-//! disk.
+//! Images through pipes: qemu-img checks and reads what our program writes to standard output, and our
+//! program reads images of qemu-img from standard input. And checksums, which depend on the guest content
+//! only.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
@@ -22,8 +22,7 @@ struct World {
 }
 
 impl World {
-    /// A folder with the disk `raw` in it, which has holes, zeroes, text that compresses and noise that does
-    /// not.
+    /// A folder with the disk `raw`: holes, zeroes, text that compresses and noise that does not.
     fn new() -> Option<Self> {
         let qemu_img = Tool::find("qemu-img")?;
         let root = tempfile::tempdir().unwrap();
@@ -45,8 +44,8 @@ impl World {
         self.qemu_img.run_in(self.root.path(), &words(line))
     }
 
-    /// Runs our program with these files as its standard streams; what it said on standard error, and whether
-    /// it succeeded.
+    /// Runs our program with these files as its standard streams. Returns whether it succeeded, and standard
+    /// error.
     fn pipe(&self, line: &str, input: Option<&Path>, output: Option<&Path>) -> (bool, String) {
         let mut command = Command::new(&self.program);
         command.args(words(line)).current_dir(self.root.path()).stderr(Stdio::piped());
@@ -61,7 +60,7 @@ impl World {
             None => command.stdout(Stdio::piped()),
         };
         let child = command.spawn().unwrap();
-        // It holds the other end of the pipe, which `cat` must find closed.
+        // It holds the other end of the pipe, which must be closed for `cat` to end.
         drop(command);
         let done = child.wait_with_output().unwrap();
         if let Some(mut cat) = cat {
@@ -72,7 +71,7 @@ impl World {
 }
 
 #[test]
-fn writing_a_stream() {
+fn qemu_reads_the_streams_we_write() {
     let Some(world) = World::new() else { return };
     world.qemu_img("convert -c -O qcow2 raw packed.qcow2").success();
     world.qemu_img("create -q -f qcow2 -b packed.qcow2 -F qcow2 overlay.qcow2").success();
@@ -94,7 +93,7 @@ fn writing_a_stream() {
 }
 
 #[test]
-fn reading_a_stream() {
+fn we_read_images_of_qemu_from_a_pipe() {
     let Some(world) = World::new() else { return };
     for (index, options) in [
         "",
@@ -129,9 +128,9 @@ fn reading_a_stream() {
     }
 }
 
-/// What a stream cannot do is said, and nothing is left behind.
+/// What streams do not support is refused, and no file is left behind.
 #[test]
-fn streams_that_cannot_be() {
+fn unsupported_streams_are_refused() {
     let Some(world) = World::new() else { return };
     world.qemu_img("convert -O qcow2 raw whole.qcow2").success();
     world.qemu_img("create -q -f qcow2 -b raw -F raw overlay.qcow2").success();
@@ -144,7 +143,7 @@ fn streams_that_cannot_be() {
         ("convert -O raw - out", "short.qcow2", "ends too early"),
         ("convert -O raw - out", "overlay.qcow2", "a backing file cannot be read from a stream"),
         ("convert -O raw - out", "damaged.qcow2", "damaged"),
-        ("convert -f qcow2 -O raw - out", "raw", "no usable qcow2 image"),
+        ("convert -f qcow2 -O raw - out", "raw", "not a usable qcow2 image"),
         ("convert -f vmdk -O raw - out", "raw", "cannot be read from a stream"),
         ("convert -O raw - -", "raw", "one of them must be a file"),
         ("convert -c -O qcow2 raw -", "raw", "cannot be streamed"),
@@ -157,7 +156,7 @@ fn streams_that_cannot_be() {
 }
 
 #[test]
-fn digests() {
+fn checksums_depend_on_the_guest_content_only() {
     let Some(world) = World::new() else { return };
     world.qemu_img("convert -O qcow2 raw plain.qcow2").success();
     world.qemu_img("convert -c -O qcow2 -o cluster_size=4k raw packed.qcow2").success();
@@ -168,7 +167,7 @@ fn digests() {
     };
     let raw = digest("checksum raw");
     assert_eq!([digest("checksum plain.qcow2"), digest("checksum packed.qcow2")], [raw.clone(), raw.clone()]);
-    // Any tool's CRC-32 of the raw bytes: that of a zip file's trailer, for one.
+    // An independent CRC-32 of the raw bytes.
     if let Some(python) = Tool::find("python3") {
         let script = "import sys,zlib;print('%08x'%zlib.crc32(open('raw','rb').read()))";
         let theirs = python.run_in(world.root.path(), &["-c", script]).success().stdout;

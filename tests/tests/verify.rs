@@ -1,8 +1,7 @@
-//! The pattern of a verifying load generator: sixteen jobs write 4 to 64 KiB at random places of a warm
-//! overlay and read back what they wrote; every job's places lie next to those of others, in the same
-//! clusters.
+//! The pattern of a verifying load generator: sixteen jobs write 4 to 64 KiB at random offsets of a warm
+//! overlay and read back what they wrote; the jobs' ranges are interleaved within the same clusters.
 //!
-//! `QCOW2_VERIFY_SECONDS` sets how long (600 for a campaign), `QCOW2_SEED` which places.
+//! `QCOW2_VERIFY_SECONDS` sets the duration (600 for a campaign), `QCOW2_SEED` the seed of the offsets.
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
@@ -18,7 +17,7 @@ use std::time::{Duration, Instant};
 
 const JOBS: u64 = 16;
 const BLOCK: u64 = 4096;
-/// Blocks in a job's unit; units begin in the middle of clusters, so that neighbours share them.
+/// Blocks in a job's unit; units start in the middle of clusters, so that adjacent jobs share clusters.
 const UNIT: u64 = 16;
 const SHIFT: u64 = 5 * BLOCK;
 const UNITS: u64 = 6400;
@@ -28,7 +27,7 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// What block `block` holds after it was written for the `version`-th time; version 0 is the backing file's.
+/// Content of `block` after its `version`-th write; version 0 is the backing file's.
 fn content(block: u64, version: u32, out: &mut [u8]) {
     let mut word = ((block << 20) ^ u64::from(version)).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     for chunk in out.chunks_exact_mut(8) {
@@ -47,7 +46,7 @@ fn open(path: &Path) -> Arc<Image> {
     Image::open(open_source(path, &options).unwrap(), &open).unwrap()
 }
 
-/// One job: its units are every sixteenth, and it alone knows how often each of their blocks was written.
+/// One job: it owns every sixteenth unit and counts the writes of each of their blocks.
 struct Job<'a> {
     image: &'a Image,
     number: u64,
@@ -125,7 +124,7 @@ fn make(folder: &Path) -> Arc<Image> {
     options.backing = Some(BackingName { name: "base.raw".to_owned(), format: Some("raw".to_owned()) });
     create(&OpenFile::writable().with_create(Create::New).open(&path).unwrap(), None, &options).unwrap();
     let image = open(&path);
-    // Warm: every L2 table exists and is cached. The first bytes of the disk belong to nobody.
+    // Warm: every L2 table exists and is cached. The first bytes of the disk belong to no job.
     image.write_at(GuestOffset::new(0), &[1; 512]).unwrap();
     for at in (0..SIZE).step_by(64 << 20) {
         image.read_at(GuestOffset::new(at), &mut [0; 512]).unwrap();
@@ -134,7 +133,7 @@ fn make(folder: &Path) -> Arc<Image> {
 }
 
 #[test]
-fn sixteen_jobs_read_back_what_they_wrote() {
+fn sixteen_interleaved_jobs_read_back_what_they_wrote() {
     let (seconds, seed) = (number("QCOW2_VERIFY_SECONDS", 3), number("QCOW2_SEED", 1));
     let folder = tempfile::tempdir().unwrap();
     let image = make(folder.path());

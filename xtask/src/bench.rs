@@ -1,39 +1,38 @@
-//! Times this tool against qemu-img, command against command, in pairs within one run, and prints a table for
-//! BENCHMARKS.md: the median of the pairwise ratios is what counts, absolute times say little.
+//! Benchmarks this tool against qemu-img, in pairs of runs, and prints a table for BENCHMARKS.md. The figure
+//! that matters is the median of the pairwise ratios; absolute times depend on the machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-/// How many pairs, unless asked otherwise.
+/// Default number of pairs.
 const PAIRS: usize = 5;
 const GIB: u64 = 1 << 30;
-/// The pieces in which memory is taken, in bytes.
+/// Chunk size for touching memory, in bytes.
 const CHUNK: usize = 1 << 20;
-/// How much memory is touched right before a command that writes much, more than it writes. Bytes.
+/// Memory to touch before a command that writes much: more than the command writes. Bytes.
 const READY: usize = 4 << 30;
 
-/// One comparison: what is prepared before each run, and the arguments both tools get. `{}` is the scratch
-/// folder.
+/// One comparison: preparation before each run, and the arguments for both tools. `{}` is the scratch folder.
 struct Row {
     name: &'static str,
     group: &'static str,
-    /// Commands of qemu-img, or copies, that make the files anew.
+    /// Commands of qemu-img or cp that create the files anew.
     prepare: &'static [&'static str],
     args: &'static str,
-    /// Arguments that only qemu-img gets, to have it at its best.
+    /// Extra arguments for qemu-img, so that it runs at its best.
     theirs: &'static str,
 }
 
 impl Row {
-    /// Whether the time is that of copying into new pages of the page cache.
+    /// True if the time includes copying into new pages of the page cache.
     fn writes_much(&self) -> bool {
         ["convert", "crypt"].contains(&self.group)
             || (self.group != "rewrite" && self.args.contains("-O raw"))
     }
 
-    /// What copies the same bytes without knowing the format, for the rows where that is a fair question.
+    /// The cp command that copies the same bytes without knowing the format, where comparing with cp is fair.
     fn copy(&self) -> Option<&'static str> {
         match self.name {
             "convert raw to qcow2" => Some("--sparse=always {}/real.raw {}/out.qcow2"),
@@ -43,7 +42,7 @@ impl Row {
     }
 }
 
-/// A step that visits clusters far apart, each once: 0.382 of 4 GiB.
+/// A step that visits scattered clusters, each once: 0.382 of 4 GiB.
 macro_rules! step {
     () => {
         "1640628224"
@@ -252,13 +251,13 @@ const ROWS: &[Row] = &[
     },
 ];
 
-/// What one run took.
+/// Measurements of one run.
 #[derive(Clone, Copy)]
 struct Taken {
     wall: f64,
     cpu: f64,
     peak_mib: f64,
-    /// What the run says it took, without opening and closing the image, where it says that.
+    /// Run time that `bench` itself prints, without open and close.
     said: Option<f64>,
 }
 
@@ -266,13 +265,13 @@ struct Bench {
     scratch: PathBuf,
     ours: PathBuf,
     pairs: usize,
-    /// Whether the files that the rows read stay for another run.
+    /// Keep the files that the rows read for another run.
     keep: bool,
 }
 
 /// Runs the rows. `args`: `--group io|convert|compress|rewrite|chain|crypt|tables`, `--pairs N`, `--files
-/// DIR` (real files for a disk, /usr by default), `--scratch DIR`, `--row TEXT` (only rows whose name has
-/// it), `--keep yes` (the files made for the rows stay, and are taken as they are by the next run).
+/// DIR` (real files for a disk, /usr by default), `--scratch DIR`, `--row TEXT` (only rows whose name
+/// contains it), `--keep yes` (keep the files made for the rows and reuse them in the next run).
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
     let (mut group, mut pairs, mut files, mut scratch) =
         (None, PAIRS, "/usr".to_owned(), std::env::temp_dir());
@@ -309,7 +308,7 @@ fn build(root: &Path) -> Result<(), String> {
     check(&mut cargo).map(|_| ())
 }
 
-/// Runs the command; returns what it printed.
+/// Runs the command and returns its output.
 fn check(command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|e| format!("{command:?}: {e}"))?;
     if output.status.success() {
@@ -318,7 +317,7 @@ fn check(command: &mut Command) -> Result<String, String> {
     Err(format!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr)))
 }
 
-/// The seconds in the line with which `bench` ends.
+/// The seconds in the last line of `bench`.
 fn said_seconds(output: &str) -> Option<f64> {
     let (_, rest) = output.split_once("Run completed in ")?;
     rest.split(' ').next()?.parse().ok()
@@ -329,13 +328,13 @@ impl Bench {
         text.split_whitespace().map(|word| word.replace("{}", &self.scratch.display().to_string())).collect()
     }
 
-    /// Runs a command of qemu-img that makes a file, unless an earlier run left it.
+    /// Runs a qemu-img command that creates a file, unless an earlier run left the file.
     fn make(&self, text: &str) -> Result<(), String> {
         let made = self.words(text).pop().is_some_and(|name| Path::new(&name).exists());
         if made { Ok(()) } else { self.qemu(text) }
     }
 
-    /// A command of `cp` or `sync`, otherwise of qemu-img.
+    /// Runs a `cp` or `sync` command, or otherwise a qemu-img command.
     fn command(&self, text: &str) -> Result<(), String> {
         let words = self.words(text);
         match words.split_first() {
@@ -350,7 +349,7 @@ impl Bench {
         check(Command::new("qemu-img").args(self.words(text))).map(|_| ())
     }
 
-    /// Makes the files that the rows read.
+    /// Creates the files that the rows read.
     fn setup(&self, rows: &[&Row], files: &str) -> Result<(), String> {
         if rows.iter().any(|row| row.group == "io") {
             self.qemu("create -q -f qcow2 {}/full.qcow2 4G")?;
@@ -365,7 +364,7 @@ impl Bench {
             self.qemu("create -q -f qcow2 -o cluster_size=4k {}/empty.qcow2 4G")?;
             self.qemu("create -q -u -f qcow2 -o cluster_size=4k -b base.qcow2 -F qcow2 {}/layer.qcow2 4G")?;
             self.command("cp {}/empty.qcow2 {}/base.qcow2")?;
-            // An odd number of clusters from one to the next: no cluster twice.
+            // An odd number of clusters per step visits no cluster twice.
             self.qemu(
                 "bench -t unsafe -w --pattern 7 -c 100000 -d 32 -S 1640632320 -f qcow2 {}/layer.qcow2",
             )?;
@@ -404,7 +403,7 @@ impl Bench {
         Ok(())
     }
 
-    /// A disk of 1 GiB that is all data, and the same encrypted.
+    /// A disk of 1 GiB of random data, and the same encrypted.
     fn setup_encrypted(&self) -> Result<(), String> {
         let raw = self.scratch.join("random.raw");
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
@@ -449,7 +448,7 @@ impl Bench {
                 }
                 None => None,
             };
-            // The first pair warms the page cache up and is not counted.
+            // The first pair warms the page cache and is not counted.
             if pair > 0 {
                 ours.push(mine);
                 theirs.push(other);
@@ -466,7 +465,7 @@ impl Bench {
         if let [first, .., last] = said[..] {
             let seconds = |runs: &[Taken]| median(runs.iter().filter_map(|t| t.said));
             println!(
-                "| - as the run says, without open and close | {:.2} | {:.2} | {:.2}x | {first:.2} - {last:.2} |",
+                "| - as `bench` reports, without open and close | {:.2} | {:.2} | {:.2}x | {first:.2} - {last:.2} |",
                 seconds(&theirs),
                 seconds(&ours),
                 said[said.len() / 2],
@@ -489,16 +488,15 @@ impl Bench {
         Ok(())
     }
 
-    /// Makes the files of a row anew, and memory ready for what it writes.
+    /// Recreates the files of a row, and touches memory for what it writes.
     fn prepare(&self, row: &Row) -> Result<(), String> {
         for out in ["out.qcow2", "out.raw", "zlib.qcow2", "zstd.qcow2", "new.qcow2", "over.qcow2"] {
             let _ = fs::remove_file(self.scratch.join(out));
         }
         row.prepare.iter().try_for_each(|command| self.command(command))?;
         if row.writes_much() {
-            // Where a hypervisor takes free memory away, the first touch of a page costs several times what
-            // copying into it does, and falls on whichever command comes first: after this both find pages
-            // ready.
+            // If a hypervisor takes free memory back, the first touch of a page costs several times the copy
+            // into it, and hits whichever command runs first. After this both commands find backed pages.
             drop((0..READY / CHUNK).map(|_| vec![1_u8; CHUNK]).collect::<Vec<_>>());
         }
         Ok(())
@@ -508,7 +506,7 @@ impl Bench {
         args.last().and_then(|name| fs::metadata(name).ok()).map_or(0, |m| m.len())
     }
 
-    /// One run under `/usr/bin/time`, which knows the CPU seconds and the peak of memory.
+    /// One run under `/usr/bin/time`, which reports CPU seconds and peak memory.
     fn time(&self, program: &Path, args: &[String]) -> Result<Taken, String> {
         let report = self.scratch.join("time");
         let mut command = Command::new("/usr/bin/time");
@@ -523,7 +521,7 @@ impl Bench {
     }
 }
 
-/// Prints the medians of two commands that ran by turns, and of the ratios of each pair.
+/// Prints the medians of two commands that ran alternately, and of the ratios of each pair.
 fn compared(name: &str, theirs: &[Taken], ours: &[Taken]) {
     let mut ratios: Vec<f64> = ours.iter().zip(theirs).map(|(a, b)| b.wall / a.wall).collect();
     ratios.sort_by(f64::total_cmp);

@@ -1,4 +1,4 @@
-//! What CI runs, step by step.
+//! The steps of CI.
 
 use crate::finding::Finding;
 use crate::source::Source;
@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-/// One step: its name, what it looks after, and how it runs.
+/// One step: name, description, and function.
 pub(crate) struct Step {
     pub(crate) name: &'static str,
     pub(crate) about: &'static str,
@@ -19,28 +19,28 @@ pub(crate) const STEPS: &[Step] = &[
     Step { name: "tidy", about: "lengths, banned calls, stray text", run: |r| report(tidy_findings(r)) },
     Step {
         name: "purity",
-        about: "no std, no world, no unsafe, no bytes where they do not belong",
+        about: "inner crates without std, I/O, unsafe and byte encoding",
         run: |r| report(purity_findings(r)),
     },
-    Step { name: "deps", about: "the allowed arrows between crates", run: |r| report(deps::check(r)) },
-    Step { name: "map", about: "what the root pages name exists", run: |r| report(map::check(r)) },
     Step {
-        name: "figures",
-        about: "sizes, circles, assertions, line lengths and their bounds",
-        run: figures::run,
+        name: "deps",
+        about: "dependencies between crates are in the allowed table",
+        run: |r| report(deps::check(r)),
     },
-    Step { name: "deny", about: "licences, origins and doubles of other crates (cargo-deny)", run: deny },
+    Step { name: "map", about: "paths and names in the root pages exist", run: |r| report(map::check(r)) },
+    Step { name: "figures", about: "code metrics stay within their bounds", run: figures::run },
+    Step { name: "deny", about: "licences, sources and duplicates of dependencies (cargo-deny)", run: deny },
     Step { name: "fmt", about: "cargo fmt --check", run: |r| command(r, &["fmt", "--all", "--check"], &[]) },
     Step { name: "clippy", about: "clippy, warnings denied", run: clippy },
-    Step { name: "msrv", about: "the oldest compiler that is promised to do", run: msrv },
+    Step { name: "msrv", about: "the build with the minimum Rust version", run: msrv },
     Step { name: "doc", about: "rustdoc, warnings denied", run: doc },
-    Step { name: "examples", about: "the example of every library crate runs", run: examples::run },
+    Step { name: "examples", about: "runs the example of every library crate", run: examples::run },
     Step { name: "doctest", about: "the examples in the documentation", run: doctest },
-    Step { name: "shuttle", about: "the engine under explored thread schedules", run: shuttle },
+    Step { name: "shuttle", about: "the engine under explored thread interleavings", run: shuttle },
     Step { name: "test", about: "every test (cargo-nextest where installed)", run: test },
 ];
 
-/// Runs every step, goes on after a failure, and sums up.
+/// Runs every step, continues after a failure, and prints a summary.
 pub(crate) fn all(root: &Path) -> Result<(), String> {
     let started = Instant::now();
     let mut failed = Vec::new();
@@ -64,7 +64,7 @@ pub(crate) fn all(root: &Path) -> Result<(), String> {
     if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", "))) }
 }
 
-/// Advisories are not asked for: they change with the day, and a commit is not at fault for that.
+/// Advisories are not checked: they change daily, and a commit is not the cause.
 fn deny(root: &Path) -> Result<(), String> {
     if !runs(Command::new(cargo()).args(["deny", "--version"])) {
         println!("skipped: cargo-deny not found");
@@ -73,7 +73,7 @@ fn deny(root: &Path) -> Result<(), String> {
     command(root, &["deny", "--locked", "check", "licenses", "bans", "sources"], &[])
 }
 
-/// A build with the compiler of `rust-version`, where rustup has it.
+/// Builds with the compiler of `rust-version`, if rustup has it.
 fn msrv(root: &Path) -> Result<(), String> {
     let version = env!("CARGO_PKG_RUST_VERSION");
     let old_cargo = || {
@@ -85,14 +85,14 @@ fn msrv(root: &Path) -> Result<(), String> {
         println!("skipped: Rust {version} not found (rustup toolchain install {version})");
         return Ok(());
     }
-    // A folder of its own: two compilers in one build each other's crates anew.
+    // A separate target folder: two compilers sharing one would rebuild each other's crates.
     let args = ["check", "--workspace", "--locked", "--target-dir", "target/msrv"];
     let status = old_cargo().args(args).current_dir(root).status();
     let status = status.map_err(|e| format!("cannot run rustup: {e}"))?;
     if status.success() { Ok(()) } else { Err(format!("cargo check with Rust {version}: {status}")) }
 }
 
-/// Whether a program is there, and ends well.
+/// True if a program exists and succeeds.
 fn runs(command: &mut Command) -> bool {
     command.output().is_ok_and(|output| output.status.success())
 }
@@ -122,14 +122,14 @@ fn test(root: &Path) -> Result<(), String> {
             ["test", "--workspace", "--locked", "--no-fail-fast", "--lib", "--bins", "--tests", "--examples"];
         command(root, &args, &[])
     };
-    // The runner hides what passing tests print, and so their skips.
+    // The test runner hides the output of passing tests, and with it their skips, so list missing tools here.
     for tool in TOOLS.iter().filter(|tool| find_program(tool).is_none()) {
         println!("skipped: {tool} not found; the tests that compare with it did not");
     }
     result
 }
 
-/// Programs of others that tests compare with.
+/// Third-party programs that tests compare with.
 const TOOLS: &[&str] = &["qemu-img", "qemu-io", "mke2fs", "e2fsck", "7z", "python3"];
 
 fn tidy_findings(root: &Path) -> Result<Vec<Finding>, String> {
@@ -148,7 +148,7 @@ fn files(root: &Path) -> Result<Vec<tree::File>, String> {
     tree::text_files(root).map_err(|e| format!("cannot read the workspace: {e}"))
 }
 
-/// Prints the findings; any is a failure.
+/// Prints the findings; any finding is a failure.
 pub(crate) fn report(findings: Result<Vec<Finding>, String>) -> Result<(), String> {
     let findings = findings?;
     for finding in &findings {

@@ -1,7 +1,7 @@
-//! The command as it is handed out: a small program, and its debug information in a file beside it.
+//! Builds the command for distribution: a small program, with its debug information in a file beside it.
 //!
-//! Cargo's own `split-debuginfo = "packed"` leaves the tables of lines and ranges in the program, which stays
-//! four times as large. `objcopy` takes them too, and leaves the name of the file they are in
+//! Cargo's own `split-debuginfo = "packed"` leaves the line and range tables in the program, which then is
+//! four times as large. `objcopy` moves them out too, and stores the name of the debug file in the program
 //! (`.gnu_debuglink`). Backtraces, `gdb` and `perf` look for it beside the program, in `.debug/` there, and
 //! below `/usr/lib/debug`.
 
@@ -12,7 +12,7 @@ use std::process::Command;
 /// Builds `target/dist/bin/qcow2` and `target/dist/bin/qcow2.debug`.
 pub(crate) fn run(root: &Path) -> Result<(), String> {
     let built = crate::tour::build(root, "dist")?;
-    // A folder apart: cargo would take its own file for whole after the debug information has gone.
+    // A separate folder: cargo would take its own output for up to date after it was stripped.
     let folder = built.with_file_name("bin");
     fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     split(&folder, "../qcow2")?;
@@ -27,9 +27,9 @@ pub(crate) fn run(root: &Path) -> Result<(), String> {
 const PROGRAM: &str = "qcow2";
 const DEBUG: &str = "qcow2.debug";
 
-/// Makes both of the program `built`, in `folder`.
+/// Splits the program `built` into both files, in `folder`.
 fn split(folder: &Path, built: &str) -> Result<(), String> {
-    // The link has a checksum of the debug file, which is made first for that.
+    // The link contains a checksum of the debug file, so that file is made first.
     let link = format!("--add-gnu-debuglink={DEBUG}");
     objcopy(folder, &["--only-keep-debug", "--compress-debug-sections=zlib", built, DEBUG])?;
     objcopy(folder, &["--strip-debug", &link, built, PROGRAM])

@@ -1,4 +1,4 @@
-//! Manual pages and shell completions, made of the command's own table of options (`qcow2 --describe`).
+//! Generates manual pages and shell completions from the command's option table (`qcow2 --describe`).
 
 use serde_json::Value;
 use std::fmt::Write;
@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Makes all of them in `target/docs`, or in the folder that `args` names.
+/// Writes all of them to `target/docs`, or to the folder given in `args`.
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
     let folder = match args {
         [] => root.join("target/docs"),
@@ -37,7 +37,7 @@ fn describe(root: &Path) -> Result<Value, String> {
     serde_json::from_slice(&output.stdout).map_err(|e| format!("qcow2 --describe: {e}"))
 }
 
-/// Names and contents.
+/// File names and contents.
 fn files(table: &Value) -> Vec<(String, String)> {
     let mut files = vec![
         ("man1/qcow2.1".to_owned(), main_page(table)),
@@ -60,14 +60,14 @@ fn text(value: &Value) -> &str {
     value.as_str().unwrap_or("")
 }
 
-/// `-f`, `--format` of an option, as far as it has them.
+/// The spellings of an option, such as `-f` and `--format`.
 fn spellings(option: &Value) -> Vec<String> {
     let short = option["short"].as_str().map(|letter| format!("-{letter}"));
     let long = option["long"].as_str().map(|name| format!("--{name}"));
     short.into_iter().chain(long).collect()
 }
 
-/// Text as troff takes it: no line begins with a command, and dashes stay dashes.
+/// Escapes text for troff: no line starts with a request, and dashes stay dashes.
 fn troff(text: &str) -> String {
     let escaped = text.replace('\\', "\\e").replace('-', "\\-");
     match escaped.starts_with(['.', '\'']) {
@@ -148,7 +148,7 @@ fn bash(table: &Value) -> String {
     )
 }
 
-/// Help as zsh takes it between single quotes and brackets.
+/// Escapes help text for zsh, inside single quotes and brackets.
 fn zsh_help(help: &str) -> String {
     help.replace('\'', "'\\''").replace('[', "\\[").replace(']', "\\]").replace(':', "\\:")
 }
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn every_verb_and_option_is_there() {
+    fn every_verb_and_option_is_documented() {
         let files = files(&table());
         let names: Vec<&str> = files.iter().map(|(name, _)| &**name).collect();
         let expected = [
@@ -217,7 +217,7 @@ mod tests {
         ];
         assert_eq!(names, expected);
         assert!(files[4].1.contains("\\fB\\-f\\fR, \\fB\\-\\-format\\fR \\fIFMT\\fR\n"));
-        assert!(files[4].1.contains("\\&.an image"), "no line begins with a command of troff");
+        assert!(files[4].1.contains("\\&.an image"), "no line starts with a troff request");
         assert!(files[1].1.contains("info) words=\"-f --format\" ;;"));
         assert!(files[2].1.contains("'--format[it'\\''s \\[one\\]\\: a format]:FMT:_files'"));
         assert!(files[3].1.contains("-s f -l format -r -d 'it\\'s [one]: a format'"));

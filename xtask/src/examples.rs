@@ -11,8 +11,10 @@ const EXAMPLES: &[(&str, &str, &[&str])] = &[
     ("qcow2-io", "storage", &[]),
     ("qcow2-codec", "cluster", &[]),
     ("qcow2-crypt", "unlock", &[]),
+    ("qcow2-blockdev", "look", &[DESCRIBED]),
     ("qcow2-ops", "check", &[IMAGE]),
     ("qcow2-ops", "convert", &[]),
+    ("qcow2-exerciser", "exercise", &[]),
     ("qcow2-testkit", "damage", &[]),
     ("qcow2-image", "cloud_image", &["tests/data/images/zstd-4k.qcow2", MADE]),
     ("qcow2-image", "snapshot", &[]),
@@ -21,14 +23,17 @@ const EXAMPLES: &[(&str, &str, &[&str])] = &[
 ];
 
 const IMAGE: &str = "tests/data/images/v3-512.qcow2";
-/// What an example makes.
+/// The same image, by a description.
+const DESCRIBED: &str =
+    r#"json:{"driver": "qcow2", "file": {"driver": "file", "filename": "tests/data/images/v3-512.qcow2"}}"#;
+/// Output file of the examples.
 const MADE: &str = "target/example.raw";
 
-/// Runs each, quietly where all is well; an example that is not listed here is a failure.
+/// Runs each example and prints output only on failure. An example that is not listed here is a failure.
 pub(crate) fn run(root: &Path) -> Result<(), String> {
     let missing = unlisted(root, EXAMPLES)?;
     if !missing.is_empty() {
-        return Err(format!("not in the list of xtask/src/examples.rs: {}", missing.join(", ")));
+        return Err(format!("not listed in xtask/src/examples.rs: {}", missing.join(", ")));
     }
     fs::create_dir_all(root.join("target")).map_err(|e| format!("cannot make target: {e}"))?;
     for (package, example, args) in EXAMPLES {
@@ -46,7 +51,7 @@ pub(crate) fn run(root: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Examples on disk that `listed` does not have, and crates with a library but without an example.
+/// Examples on disk that are not in `listed`, and library crates without an example.
 fn unlisted(root: &Path, listed: &[(&str, &str, &[&str])]) -> Result<Vec<String>, String> {
     let crates = root.join("crates");
     let entries = fs::read_dir(&crates).map_err(|e| format!("{}: {e}", crates.display()))?;
@@ -73,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_example_that_is_not_listed_is_found() {
+    fn unlisted_examples_are_found() {
         let root = crate::tree::root();
         let without: Vec<_> = EXAMPLES.iter().copied().filter(|e| e.0 != "qcow2-io").collect();
         assert_eq!(unlisted(&root, &without).unwrap(), ["qcow2-io (no example)", "qcow2-io/storage"]);

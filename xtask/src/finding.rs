@@ -1,15 +1,15 @@
-//! What a check has to say: where, what was seen, what is allowed.
+//! A finding of a check: place, what was seen, what is allowed.
 
 use std::fmt;
 
 /// One violation of one rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Finding {
-    /// The rule, as it is named in the exemption list.
+    /// Name of the rule, as in the exemption list.
     pub(crate) rule: &'static str,
     /// The file, relative to the workspace root, or a crate's name.
     pub(crate) place: String,
-    /// The line, counted from 1; 0 where the whole place is meant.
+    /// The line, counted from 1; 0 for the whole place.
     pub(crate) line: usize,
     /// What was seen there.
     pub(crate) seen: String,

@@ -1,9 +1,9 @@
-//! Making the committed fixtures anew.
+//! Regenerates the committed fixtures.
 
 use std::path::Path;
 use std::process::Command;
 
-/// Runs the script that makes them; it needs QEMU's tools.
+/// Runs the script that makes them; needs QEMU's tools.
 pub(crate) fn make(root: &Path) -> Result<(), String> {
     let script = root.join("tests/data/make.sh");
     let status = Command::new("bash").arg(&script).status().map_err(|e| format!("cannot run bash: {e}"))?;

@@ -1,12 +1,12 @@
-//! A lexer just good enough for the checks: Rust text to tokens, comments apart.
+//! A minimal lexer for the checks: Rust text to tokens and comments.
 //!
-//! It is total: any text gives tokens. Literals become one token without their content, so that a word inside
-//! a string or a comment never counts as code.
+//! It accepts any text. A literal becomes one token without its content, so that words in strings and
+//! comments never count as code.
 
-/// What a token is.
+/// Kind of a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// A name or keyword (`r#` taken off).
+    /// A name or keyword (without `r#`).
     Word,
     /// One punctuation character.
     Mark,
@@ -25,13 +25,13 @@ pub(crate) struct Token<'a> {
 }
 
 impl Token<'_> {
-    /// Whether this is the word or mark `text`.
+    /// True for the word or mark `text`.
     pub(crate) fn is(&self, text: &str) -> bool {
         matches!(self.kind, Kind::Word | Kind::Mark) && self.text == text
     }
 }
 
-/// A comment with its marks, and its first line.
+/// A comment including its markers, and its first line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Comment<'a> {
     pub(crate) text: &'a str,
@@ -39,7 +39,7 @@ pub(crate) struct Comment<'a> {
 }
 
 impl Comment<'_> {
-    /// Whether this is documentation, which rustdoc shows, or a note for whoever reads the code.
+    /// True for a doc comment, false for a plain one.
     pub(crate) fn is_doc(&self) -> bool {
         let outer = |mark: &str, more: &str| self.text.starts_with(mark) && !self.text.starts_with(more);
         outer("///", "////")
@@ -110,8 +110,7 @@ impl<'a> Lexer<'a> {
     }
 }
 
-/// The kind of the token at the front of `rest`, its length in bytes, and how many of them are a prefix to
-/// drop.
+/// The kind of the token at the start of `rest`, its length in bytes, and the length of a prefix to drop.
 fn classify(rest: &str) -> (Kind, usize, usize) {
     let first = rest.chars().next().unwrap_or(' ');
     if let Some(len) = string_len(rest) {
@@ -140,7 +139,7 @@ fn word_len(text: &str) -> usize {
     text.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(text.len())
 }
 
-/// A number takes its suffix, and one dot only where a digit follows (`0..9` is three tokens, `1.max(2)`
+/// A number includes its suffix, and one dot only if a digit follows (`0..9` is three tokens, `1.max(2)`
 /// too).
 fn number_len(text: &str) -> usize {
     let whole = word_len(text);
@@ -166,7 +165,7 @@ fn quote(rest: &str) -> (Kind, usize, usize) {
     }
 }
 
-/// The length of a string literal of any kind at the front of `rest`.
+/// The length of the string literal at the start of `rest`, of any kind.
 fn string_len(rest: &str) -> Option<usize> {
     for prefix in ["", "b", "c"] {
         if rest.strip_prefix(prefix).is_some_and(|t| t.starts_with('"')) {
@@ -188,7 +187,7 @@ fn string_len(rest: &str) -> Option<usize> {
     None
 }
 
-/// Where the literal that began before `from` ends: after the first `end` that no backslash hides.
+/// The end of the literal that starts before `from`: after the first `end` that is not escaped.
 fn closing(rest: &str, from: usize, end: char) -> usize {
     let mut escaped = false;
     for (at, c) in rest[from..].char_indices() {
@@ -236,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn comments_and_strings_are_no_code() {
+    fn words_in_comments_and_strings_are_no_tokens() {
         check("a /* x /* y */ z */ b // c\nd", &["a", "b", "d"]);
         check(
             r##"f("un\"wrap()", r#"std "fs""#, b"x", b'\'')"##,
@@ -245,14 +244,14 @@ mod tests {
     }
 
     #[test]
-    fn quotes_are_characters_or_lifetimes() {
+    fn character_literals_and_lifetimes_are_distinguished() {
         check("&'a str", &["&", "'a", "str"]);
         check(r"['x', '\n', '\'', '{']", &["[", "<lit>", ",", "<lit>", ",", "<lit>", ",", "<lit>", "]"]);
         check("'outer: loop", &["'outer", ":", "loop"]);
     }
 
     #[test]
-    fn numbers_and_raw_words() {
+    fn numbers_and_raw_identifiers_are_single_tokens() {
         check(
             "0..0x1f 1.5 1.max(2) r#fn",
             &["<lit>", ".", ".", "<lit>", "<lit>", "<lit>", ".", "max", "(", "<lit>", ")", "fn"],
@@ -260,14 +259,14 @@ mod tests {
     }
 
     #[test]
-    fn lines_count_through_literals() {
+    fn line_numbers_count_lines_in_literals() {
         let tokens = lex("a\n\"x\ny\"\n/* \n */ b");
         let lines: Vec<_> = tokens.iter().map(|t| t.line).collect();
         assert_eq!(lines, [1, 2, 5]);
     }
 
     #[test]
-    fn comments_come_with_their_lines_and_kind() {
+    fn comments_have_their_line_and_kind() {
         let text = "//! a\n/// b\nc(\"// d\"); // e\n/* f\n */ //// g\n/** h */";
         let (_, comments) = lex_with_comments(text);
         let seen: Vec<_> = comments.iter().map(|c| (c.line, c.is_doc())).collect();
@@ -276,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn any_text_ends() {
+    fn any_text_terminates() {
         for text in ["\"", "'", "'\\", "/*", "r#\"", "b'", "é'é", "/* é"] {
             let _ = lex(text);
         }

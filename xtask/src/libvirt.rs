@@ -1,17 +1,17 @@
-//! libvirt's storage driver with our program as its qemu-img.
+//! Runs libvirt's storage driver with our program as its qemu-img.
 
 use std::path::Path;
 use std::process::Command;
 
-/// Builds the command and runs the script, which says what it needs. `args`: nothing, or a qemu-system for
-/// snapshots of a domain.
+/// Builds the command and runs the script, whose header lists its requirements. `args`: nothing, or the path
+/// of a qemu-system for domain snapshots.
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
     let build = Command::new(crate::cargo())
         .args(["build", "--locked", "-p", "qcow2-cli"])
         .current_dir(root)
         .status();
     if !build.is_ok_and(|status| status.success()) {
-        return Err("the command does not build".to_owned());
+        return Err("building the command failed".to_owned());
     }
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), Into::into);
     let script = root.join("tests/clients/libvirt.sh");

@@ -1,4 +1,4 @@
-//! The workspace's own tools: `cargo xtask ci` is what CI runs; every check of it is a subcommand too.
+//! The workspace's developer tools. `cargo xtask ci` is what CI runs; each of its checks is a subcommand too.
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a tool for the terminal")]
 
@@ -64,26 +64,26 @@ fn usage() -> String {
     for step in ci::STEPS {
         text.push_str(&format!("\n  {:<9} {}", step.name, step.about));
     }
-    text.push_str("\n\n  tour      the main job on a sample disk, command by command");
-    text.push_str("\n  dist      the command to hand out, its debug information in a file beside it");
-    text.push_str("\n  docs      manual pages and shell completions, in target/docs or the folder given");
-    text.push_str("\n  libvirt   libvirt on our qemu-img (needs root, libvirtd, virsh): volumes,");
-    text.push_str("\n            and with a qemu-system's path snapshots of a domain");
-    text.push_str("\n  crash     cut the power at every moment of random work: --seconds N, --seed N");
-    text.push_str("\n  mutants   put known faults into a copy of the tree, one by one, and see whether");
+    text.push_str("\n\n  tour      convert, overlay, check and back on a sample disk, each command printed");
+    text.push_str("\n  dist      the command for distribution, its debug information in a separate file");
+    text.push_str("\n  docs      manual pages and shell completions, in target/docs or the given folder");
+    text.push_str("\n  libvirt   libvirt with ours as qemu-img (needs root, libvirtd, virsh): volumes,");
+    text.push_str("\n            and, given the path of a qemu-system, snapshots of a domain");
+    text.push_str("\n  crash     simulate power cuts during random operations: --seconds N, --seed N");
+    text.push_str("\n  mutants   apply known faults to a copy of the tree, one by one, and see whether");
     text.push_str("\n            the tests notice: --list, PATTERN");
-    text.push_str("\n  bench     time ours against qemu-img in pairs:");
+    text.push_str("\n  bench     time our command against qemu-img in pairs:");
     text.push_str("\n            --group io|convert|compress, --pairs N, --files DIR");
-    text.push_str("\n  fixtures  make tests/data anew with QEMU's tools");
+    text.push_str("\n  fixtures  regenerate tests/data with QEMU's tools");
     text
 }
 
-/// The cargo that runs this tool.
+/// The cargo executable that runs this tool.
 fn cargo() -> OsString {
     std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
-/// Looks a program up on the search path. Those for administrators are often not on it.
+/// Looks a program up on the search path and in sbin, which is often not on it.
 fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));

@@ -1,4 +1,4 @@
-//! The pages a stranger finds the way with stay true: what ARCHITECTURE.md and its neighbours name exists.
+//! Checks that the root pages are true: paths, links and names in ARCHITECTURE.md and its neighbours exist.
 
 use crate::finding::Finding;
 use crate::lex::{Kind, lex};
@@ -7,9 +7,9 @@ use std::path::Path;
 
 /// The pages whose paths and links are checked.
 const PAGES: &[&str] = &["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"];
-/// The pages that name every crate.
+/// The pages that must mention every crate.
 const CRATE_PAGES: &[&str] = &["README.md", "ARCHITECTURE.md"];
-/// Words that define the name after them.
+/// Keywords that define the name after them.
 const DEFINERS: &[&str] = &["fn", "struct", "enum", "trait", "mod", "const", "static", "type", "union"];
 
 /// Checks the pages under `root`.
@@ -18,20 +18,14 @@ pub(crate) fn check(root: &Path) -> Result<Vec<Finding>, String> {
     let mut findings = Vec::new();
     for page in PAGES {
         let Ok(text) = fs::read_to_string(root.join(page)) else {
-            findings.push(Finding::new(
-                "page",
-                *page,
-                0,
-                "no such page",
-                "one of the pages every stranger looks for",
-            ));
+            findings.push(Finding::new("page", *page, 0, "no such page", "the page exists"));
             continue;
         };
         check_page(root, page, &text, &mut findings);
         if CRATE_PAGES.contains(page) {
             for name in crates.iter().filter(|name| !text.contains(name.as_str())) {
                 let seen = format!("the crate {name} is not mentioned");
-                findings.push(Finding::new("page", *page, 0, seen, "a word on every crate"));
+                findings.push(Finding::new("page", *page, 0, seen, "every crate is mentioned"));
             }
         }
     }
@@ -63,8 +57,8 @@ fn check_page(root: &Path, page: &str, text: &str, findings: &mut Vec<Finding>) 
     }
 }
 
-/// A code span that looks like a path names a file; the code spans after it in the same cell are defined in
-/// that file.
+/// A code span that looks like a path must name a file; the code spans after it in the same cell must be
+/// defined in that file.
 fn check_places(root: &Path, line: &str, found: &mut impl FnMut(String, &str)) {
     for cell in line.split('|') {
         let mut file: Option<(&str, String)> = None;
@@ -104,7 +98,7 @@ fn defines(text: &str, name: &str) -> bool {
     })
 }
 
-/// The targets of links to files, without their fragments.
+/// The targets of file links, without fragments.
 fn links(line: &str) -> impl Iterator<Item = &str> {
     let targets = line.split("](").skip(1).filter_map(|tail| tail.split(')').next());
     targets.filter(|t| !t.contains("://")).map(|t| t.split('#').next().unwrap_or(t)).filter(|t| !t.is_empty())
@@ -121,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_exist() {
+    fn missing_paths_are_found() {
         check_text("see `xtask/src/map.rs`", 0);
         check_text("see `xtask/src/gone.rs`", 1);
         check_text("```\n`xtask/src/gone.rs`\n```", 0);
@@ -129,14 +123,14 @@ mod tests {
     }
 
     #[test]
-    fn a_table_names_what_its_files_define() {
+    fn names_missing_from_their_file_are_found() {
         check_text("| pages | `xtask/src/map.rs` `check_page` |", 0);
         check_text("| pages | `xtask/src/map.rs` `check_pages` |", 1);
         check_text("| pages | `xtask/src/finding.rs` `Finding::new` | `xtask/src/map.rs` `PAGES` |", 0);
     }
 
     #[test]
-    fn links_lead_somewhere() {
+    fn broken_links_are_found() {
         check_text("[a](xtask/src/map.rs) [b](https://example.org/x) [c](#here)", 0);
         check_text("[a](gone.md#part)", 1);
     }

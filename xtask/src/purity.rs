@@ -1,5 +1,5 @@
-//! The inner crates stay pure: no operating system in format, core and ops; no `unsafe` outside the OS rooms;
-//! no bytes in core.
+//! Keeps the inner crates pure: no operating system in format, core and ops; no `unsafe` outside qcow2-io's
+//! sys modules; no byte encoding in core.
 
 pub(crate) mod bytes;
 
@@ -9,13 +9,13 @@ use crate::source::{Source, matching};
 
 /// Crates that must build without the standard library.
 const NO_STD: &[&str] = &["crates/qcow2-format/src/", "crates/qcow2-core/src/"];
-/// The one file of those that may name it.
+/// The one file in them that may use it.
 const STD_DOOR: &str = "crates/qcow2-core/src/sync.rs";
-/// The crate that may use `std`, but not the parts of it that reach the world.
+/// The crate that may use `std`, except its modules for I/O, time and threads.
 const OPS: &str = "crates/qcow2-ops/src/";
-/// Those parts.
+/// Those modules.
 const WORLD: &[&str] = &["fs", "net", "thread", "time", "env", "process", "os"];
-/// Where `unsafe` may stand: a folder or a file.
+/// Where `unsafe` is allowed: a folder or a file.
 const UNSAFE_ROOMS: &[&str] =
     &["crates/qcow2-io/src/sys/", "crates/qcow2-io/src/sys.rs", "crates/qcow2-io/src/uring.rs"];
 
@@ -39,7 +39,7 @@ fn check_no_std(source: &Source<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-/// `x.std` names a field.
+/// `x.std` is a field access.
 fn is_field(source: &Source<'_>, at: usize) -> bool {
     at > 0 && source.tokens[at - 1].is(".")
 }
@@ -51,22 +51,22 @@ fn check_world(source: &Source<'_>, findings: &mut Vec<Finding>) {
     for (at, token) in source.shipped() {
         if !token.is("std") || !source.matches(at + 1, &[":", ":"]) {
             if token.is("std") && !is_field(source, at) {
-                let seen = "std under another name, or as a whole";
+                let seen = "std is renamed or imported as a whole";
                 findings.push(Finding::new("world", source.path, token.line, seen, "std::<module>"));
             }
             continue;
         }
         for module in modules(source, at + 3) {
             if WORLD.contains(&module) || module == "*" || module == "self" {
-                let seen = format!("std::{module} is named");
-                let allowed = "ports and values; the world is touched in adapters only";
+                let seen = format!("std::{module} is used");
+                let allowed = "ports and values; I/O, time and threads are for adapters";
                 findings.push(Finding::new("world", source.path, token.line, seen, allowed));
             }
         }
     }
 }
 
-/// The modules named right after `std::`, one or a group.
+/// The modules named directly after `std::`, one or a group.
 fn modules<'a>(source: &Source<'a>, at: usize) -> Vec<&'a str> {
     let Some(first) = source.tokens.get(at) else { return Vec::new() };
     if !first.is("{") {
@@ -97,13 +97,13 @@ fn check_unsafe(source: &Source<'_>, findings: &mut Vec<Finding>) {
     }
     for token in &source.tokens {
         if token.kind == Kind::Word && token.text == "unsafe" {
-            let allowed = "unsafe in qcow2-io's sys rooms and uring.rs only";
+            let allowed = "unsafe in qcow2-io's sys modules and uring.rs only";
             findings.push(Finding::new("unsafe", source.path, token.line, "unsafe code", allowed));
         }
     }
 }
 
-/// The roots of library crates carry the markers that make the compiler agree with these checks.
+/// Library roots must have the attributes that make the compiler enforce these rules.
 fn check_roots(source: &Source<'_>, findings: &mut Vec<Finding>) {
     let Some(krate) = source.path.strip_prefix("crates/").and_then(|p| p.strip_suffix("/src/lib.rs")) else {
         return;
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn std_stays_behind_its_door() {
+    fn inner_crates_use_std_in_one_file_only() {
         check_text("crates/qcow2-format/src/a.rs", "use std::fs;", &["no-std"]);
         check_text("crates/qcow2-core/src/a.rs", "extern crate std;", &["no-std"]);
         check_text("crates/qcow2-core/src/sync.rs", "extern crate std; use std::sync::Mutex;", &[]);
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn ops_names_no_world() {
+    fn ops_uses_no_io_time_or_threads() {
         check_text("crates/qcow2-ops/src/a.rs", "fn f() { std::thread::spawn(g); }", &["world"]);
         check_text("crates/qcow2-ops/src/a.rs", "use std::{fmt, time::Instant};", &["world"]);
         check_text("crates/qcow2-ops/src/a.rs", "use std::{sync::{Arc, fs}, collections};", &[]);
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn unsafe_has_its_rooms() {
+    fn unsafe_is_allowed_in_sys_modules_only() {
         check_text("crates/qcow2-io/src/sys/linux.rs", "unsafe { f() }", &[]);
         check_text("crates/qcow2-io/src/file.rs", "unsafe { f() }", &["unsafe"]);
         check_text("crates/qcow2-core/src/a.rs", "#[cfg(test)]\nmod tests { unsafe fn f() {} }", &["unsafe"]);
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn roots_carry_their_markers() {
+    fn crate_roots_need_their_attributes() {
         check_text("crates/qcow2-ops/src/lib.rs", "//! x", &["marker"]);
         check_text("crates/qcow2-core/src/lib.rs", "#![forbid(unsafe_code)]", &["marker"]);
         check_text(

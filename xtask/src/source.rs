@@ -1,4 +1,4 @@
-//! One Rust file as the checks see it: text, tokens, comments, and which lines are test code.
+//! A Rust file as the checks see it: text, tokens, comments, and which lines are test code.
 
 use crate::lex::{Comment, Token, lex_with_comments};
 
@@ -19,24 +19,24 @@ impl<'a> Source<'a> {
         Self { path, text, tokens, comments, test_lines }
     }
 
-    /// Whether `line` belongs to test code: a file of tests, or an item marked `#[cfg(test)]` or `#[test]`.
+    /// True if `line` is test code: in a test file, or in an item marked `#[cfg(test)]` or `#[test]`.
     pub(crate) fn is_test_line(&self, line: usize) -> bool {
         self.test_lines.iter().any(|&(first, last)| (first..=last).contains(&line))
     }
 
-    /// The tokens that are not test code, with their place in `tokens`.
+    /// The tokens outside of test code, with their index in `tokens`.
     pub(crate) fn shipped(&self) -> impl Iterator<Item = (usize, &Token<'a>)> {
         self.tokens.iter().enumerate().filter(|(_, t)| !self.is_test_line(t.line))
     }
 
-    /// Whether the tokens from `at` on are `words`.
+    /// True if the tokens from `at` on are `words`.
     pub(crate) fn matches(&self, at: usize, words: &[&str]) -> bool {
         self.tokens.len() >= at + words.len()
             && words.iter().zip(&self.tokens[at..]).all(|(word, token)| token.is(word))
     }
 }
 
-/// Files that hold nothing but tests, by their place.
+/// True for files that contain only tests, by their path.
 fn is_test_path(path: &str) -> bool {
     let file = path.rsplit('/').next().unwrap_or(path);
     path.split('/').any(|part| part == "tests" || part == "benches")
@@ -73,7 +73,7 @@ fn test_lines(tokens: &[Token<'_>]) -> Vec<(usize, usize)> {
     found
 }
 
-/// Whether an attribute's content is `test`, or a `cfg` that holds only under test.
+/// True if an attribute's content is `test`, or a `cfg` that holds only in tests.
 fn names_test(attribute: &[Token<'_>]) -> bool {
     match attribute {
         [only] => only.is("test"),
@@ -101,7 +101,7 @@ pub(crate) fn matching(tokens: &[Token<'_>], open: usize) -> usize {
     tokens.len()
 }
 
-/// The index of the last token of the item that starts at `from`: its closing brace, or its semicolon.
+/// The index of the last token of the item that starts at `from`: its closing brace or its semicolon.
 fn item_end(tokens: &[Token<'_>], from: usize) -> usize {
     let mut at = from;
     while at < tokens.len() {
@@ -138,14 +138,14 @@ mod tests {
     }
 
     #[test]
-    fn code_for_others_than_tests_is_shipped() {
+    fn code_with_other_cfgs_is_shipped() {
         check("crates/a/src/x.rs", "#[cfg(not(test))]\nfn a() {}\n", &[]);
         check("crates/a/src/x.rs", "#[cfg(any(test, feature = \"x\"))]\nfn a() {}\n", &[]);
         check("crates/a/src/x.rs", "#![cfg_attr(not(test), no_std)]\nfn a() {}\n", &[]);
     }
 
     #[test]
-    fn whole_files_are_tests_by_place_or_by_attribute() {
+    fn whole_files_are_tests_by_path_or_attribute() {
         check("tests/tests/a.rs", "fn a() {}\n", &[1]);
         check("crates/a/src/write/tests.rs", "fn a() {}\n", &[1]);
         check("crates/a/src/x.rs", "#![cfg(test)]\nfn a() {}\n", &[1, 2]);

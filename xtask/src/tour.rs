@@ -1,34 +1,35 @@
-//! The main job on a sample disk: every command is printed, run on real files, and checked.
+//! Converts, changes and checks a sample disk: every command is printed, run on real files, and its result
+//! checked.
 
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Bytes of the sample where there is no `mke2fs` to make a file system.
+/// Size of the sample in bytes if there is no `mke2fs` to make a file system.
 const PLAIN_SAMPLE_LEN: usize = 64 << 20;
 
-/// Builds the command and shows it: convert, look, overlay, write, check, and back to the same bytes.
+/// Builds the command and runs the tour: convert, inspect, overlay, write, check, and back to the same bytes.
 pub(crate) fn run(root: &Path) -> Result<(), String> {
     let tour = Tour::new(root)?;
     tour.make_sample()?;
-    say("A raw disk becomes a qcow2 image: without its zeroes, and compressed.");
+    say("Convert a raw disk to qcow2: zeroes are not stored; the second image is compressed.");
     tour.qcow2("convert -p -f raw -O qcow2 disk.raw disk.qcow2")?;
     tour.qcow2("convert -c -f raw -O qcow2 disk.raw compressed.qcow2")?;
     tour.qcow2("compare -f raw -F qcow2 disk.raw disk.qcow2")?;
-    say("An overlay takes the changes, the image below stays as it is.");
+    say("Write to an overlay; its backing file stays unchanged.");
     tour.qcow2("create -f qcow2 -b disk.qcow2 -F qcow2 overlay.qcow2")?;
     tour.qcow2_with("io", &["-c", "write -P 0x41 1M 64k", "-c", "read -P 0x41 1M 64k", "overlay.qcow2"])?;
     tour.qcow2("info overlay.qcow2")?;
     tour.qcow2("map overlay.qcow2")?;
     tour.qcow2("check overlay.qcow2")?;
     tour.qcow2("check disk.qcow2")?;
-    say("And back: the same bytes as at the beginning.");
+    say("Convert back to raw and compare.");
     tour.qcow2("convert -f qcow2 -O raw compressed.qcow2 back.raw")?;
     tour.finish()
 }
 
-/// Builds the command in `profile`, and says where it is.
+/// Builds the command in `profile` and returns its path.
 pub(crate) fn build(root: &Path, profile: &str) -> Result<PathBuf, String> {
     let mut build = Command::new(crate::cargo());
     build.args(["build", "--profile", profile, "--locked", "--package", "qcow2-cli"]).current_dir(root);
@@ -47,7 +48,7 @@ struct Tour {
 
 impl Tour {
     fn new(root: &Path) -> Result<Self, String> {
-        say("Building the command, not optimised: that takes a third of the time.");
+        say("Building the command without optimisation, which takes a third of the time.");
         let program = build(root, "quick")?;
         let folder = target(root).join("tour");
         if folder.exists() {
@@ -57,7 +58,7 @@ impl Tour {
         Ok(Self { program, folder })
     }
 
-    /// A file system with this workspace's sources in it, or plain bytes where `mke2fs` is missing.
+    /// Makes a file system with this workspace's sources, or plain bytes if `mke2fs` is missing.
     fn make_sample(&self) -> Result<(), String> {
         let Some(mke2fs) = crate::find_program("mke2fs") else {
             say("mke2fs was not found: the sample is a plain file.");
@@ -98,12 +99,12 @@ impl Tour {
             println!("$ e2fsck -fn back.raw");
             succeed(Command::new(e2fsck).args(["-fn", "back.raw"]).current_dir(&self.folder), "e2fsck")?;
         }
-        say("What is there now (bytes):");
+        say("Sizes in bytes:");
         for name in ["disk.raw", "disk.qcow2", "compressed.qcow2", "overlay.qcow2"] {
             let len = fs::metadata(self.folder.join(name)).map_err(|e| format!("{name}: {e}"))?.len();
             println!("{len:>12}  {name}");
         }
-        println!("\nThe files stay in {} for you to look at.", self.folder.display());
+        println!("\nThe files are in {}.", self.folder.display());
         Ok(())
     }
 }
@@ -127,7 +128,7 @@ fn say(text: &str) {
     println!("\n# {text}");
 }
 
-/// Bytes of which half repeat, a quarter does not, and a quarter is zero.
+/// Sample bytes: half repetitive, a quarter incompressible, a quarter zero.
 fn sample_bytes(len: usize) -> Vec<u8> {
     let mut state = 1u64;
     let mut bytes = vec![0; len];
@@ -142,7 +143,7 @@ fn sample_bytes(len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Runs `command`, called `name`, and waits for it.
+/// Runs `command`, called `name` in errors, and waits for it to succeed.
 pub(crate) fn succeed(command: &mut Command, name: &str) -> Result<(), String> {
     let status = command.stdin(Stdio::null()).status().map_err(|e| format!("cannot run {name}: {e}"))?;
     if status.success() { Ok(()) } else { Err(format!("{name}: {status}")) }

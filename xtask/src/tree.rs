@@ -4,9 +4,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What is no source: build output, and git's own (a folder, or a file in a second working tree).
+/// Not sources: build output, and git's own data (a folder, or a file in a linked worktree).
 const SKIPPED: &[&str] = &[".git", "target", "fuzz/target", "fuzz/corpus", "fuzz/artifacts", "fuzz/coverage"];
-/// Disk images among the fixtures are no text, even where their bytes happen to be.
+/// Disk images among the fixtures are not text, even if their bytes happen to be UTF-8.
 const IMAGES: &[&str] = &["qcow2", "raw", "img"];
 
 /// The workspace root: the folder above this package.
@@ -21,7 +21,7 @@ pub(crate) struct File {
     pub(crate) text: String,
 }
 
-/// Every file under `root` that is UTF-8 text, in order of path; build output and `.git` are left out.
+/// Every UTF-8 file under `root`, ordered by path, without build output and `.git`.
 pub(crate) fn text_files(root: &Path) -> io::Result<Vec<File>> {
     let mut files = Vec::new();
     collect(root, root, &mut files)?;

@@ -1,10 +1,82 @@
 //! From what people type to opened disks.
 //!
+//! ```text
+//!  "disk.qcow2"   "json:{...}"   "driver=qcow2,file.filename=x"
+//!          \           |            /
+//!           ImageName::parse            a tree of nodes:   qcow2
+//!                  |                                         |
+//!          open(&name, &how)                              blkdebug
+//!                  |                                         |
+//!             OpenedDisk                                   file
+//! ```
+//!
+//! Names become a tree of drivers with their options, the tree becomes storages from `qcow2-io` stacked on
+//! one another, and the engine opens the image in them, its data file and its backing chain. Names inside
+//! images lead nowhere unless [`Follow`] says so. Whatever goes wrong is one [`OpenFailure`], to be matched
+//! by its [`kind`](OpenFailure::kind); what is only worth a word is a [`Warning`].
+//!
 //! | need | here |
 //! |---|---|
+//! | a disk | [`ImageName::parse`], then [`open`] |
+//! | its bytes and format alone | [`open_bytes`]; the rest of the way is [`open_layers`] |
+//! | the same as it was at a snapshot | [`open_snapshot`] |
+//! | to hear before what opening for changes puts right | [`open_telling`] |
+//! | a chain to write into below its top | [`open_down_to`] |
+//! | where a new image goes, and that no half of one stays | [`NewTarget`], [`NewFile`] |
+//! | passwords | [`Secrets`], [`AskPassword`], [`Keys`] |
 //! | a number of bytes as people type it: `10G`, `0x200`, `1.5k` | [`parse_size`] |
+//! | `key=value,key=value` | [`KeyValues`] |
+//!
+//! ```
+//! use qcow2_blockdev::{ImageName, Naming, OpenOptions, open};
+//! use qcow2_core::{CreateOptions, GuestOffset};
+//!
+//! # let folder = std::env::temp_dir().join(format!("qcow2-blockdev-{}", std::process::id()));
+//! # std::fs::create_dir_all(&folder)?;
+//! let path = folder.join("disk.qcow2");
+//! # let file = qcow2_io::OpenFile::writable().with_create(qcow2_io::Create::Truncate).open(&path)?;
+//! # qcow2_core::create(&file, None, &CreateOptions::new(1 << 20))?;
+//! # drop(file);
+//! let options = format!("driver=qcow2,file.filename={}", path.display());
+//! let name = ImageName::parse(&options, &Naming::default().as_list(true))?;
+//! let opened = open(&name, &OpenOptions::new())?;
+//! let mut sector = [1; 512];
+//! opened.disk.read_at(GuestOffset::new(0), &mut sector)?;
+//! assert_eq!(sector, [0; 512]);
+//! # drop(opened);
+//! # std::fs::remove_dir_all(&folder)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 
+mod driver;
+mod failure;
+mod keys;
+mod keyvalue;
+mod name;
+mod newfile;
+mod open;
+mod scalar;
 mod size;
+mod target;
+mod tree;
+mod warning;
 
+pub use driver::{
+    AddressError, AddressPart, Driver, LineError, RuleError, TuningError, WindowError, is_block_device,
+};
+pub use failure::{FailureKind, MissingBacking, OpenFailure};
+pub use keys::{AskPassword, KeyError, Keys, LayerKey, SecretError, Secrets};
+pub use keyvalue::{KeyValueError, KeyValues, Pair, ShortForm, escape_commas};
+pub use name::{ImageName, Naming, filename};
+pub use newfile::NewFile;
+pub use open::{
+    Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes, OpenedChain, OpenedDisk, Sharing,
+    Tell, bitmaps_to_lose, locate_backing, open, open_backing, open_below, open_bytes, open_down_to,
+    open_existing, open_layers, open_snapshot, open_telling, warnings_of_change,
+};
+pub use scalar::{OptionError, OptionErrorKind, parse_switch, read_number, read_size, read_switch};
 pub use size::{SizeError, parse_size};
+pub use target::NewTarget;
+pub use tree::{Backing, JsonError, Node, Options, Scalar, json_text};
+pub use warning::Warning;

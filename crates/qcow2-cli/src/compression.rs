@@ -2,7 +2,7 @@
 //! does not record them and qemu-img has none.
 
 use crate::failure::Failure;
-use crate::optlist::OptList;
+use qcow2_blockdev::KeyValues;
 use qcow2_codec::{Deflate, DeflateOptions, Zstd, zstd};
 use qcow2_core::Codecs;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ impl Compression {
 
     /// Takes the options that are meant here out of `list`. Errors: a value that is no number, a window for
     /// zstd, what the codec does not know.
-    pub(crate) fn take(list: &mut OptList) -> Result<Self, Failure> {
+    pub(crate) fn take(list: &mut KeyValues) -> Result<Self, Failure> {
         let is_zstd = list.last("compression_type") == Some("zstd");
         let level = number(LEVEL, list.take(LEVEL))?;
         let window_bits: Option<u32> = number(WINDOW_BITS, list.take(WINDOW_BITS))?;
@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     fn taken(text: &str) -> Result<(Compression, usize), String> {
-        let mut list = OptList::parse_image_options(&[text.to_owned()]);
+        let mut list = KeyValues::parse_image_options(&[text.to_owned()]);
         let compression = Compression::take(&mut list).map_err(|failure| format!("{failure:?}"))?;
         Ok((compression, list.pairs().len()))
     }

@@ -1,6 +1,5 @@
 //! What ends a command early: the text for the user and the exit code.
 
-use crate::args::Verb;
 use crate::exit;
 use std::fmt;
 
@@ -10,9 +9,9 @@ pub(crate) struct Failure {
     kind: Kind,
     message: String,
     /// The message without the image that it is about.
-    reason: Option<String>,
+    reason: Option<Box<str>>,
     /// A message that comes first, with the program's name too.
-    before: Option<String>,
+    before: Option<Box<str>>,
     hints: Vec<Hint>,
     code: u8,
 }
@@ -31,9 +30,9 @@ enum Kind {
     /// `program: message`.
     Plain,
     /// `program: message` and a line that points at the help of the verb.
-    Usage(Option<&'static Verb>),
+    Usage(Option<&'static str>),
     /// `program verb: message` and a line that points at the help: the form of option syntax errors.
-    Syntax(Option<&'static Verb>),
+    Syntax(Option<&'static str>),
     /// Nothing: all was said already.
     Silent,
 }
@@ -52,7 +51,7 @@ impl Failure {
     }
 
     /// Operands or option values that make no sense to `verb`.
-    pub(crate) fn usage(verb: &'static Verb, message: impl Into<String>) -> Self {
+    pub(crate) fn usage(verb: &'static str, message: impl Into<String>) -> Self {
         Self { kind: Kind::Usage(Some(verb)), ..Self::new(message) }
     }
 
@@ -62,14 +61,14 @@ impl Failure {
     }
 
     /// Options that cannot be understood; `verb` is `None` before one is known.
-    pub(crate) fn syntax(verb: Option<&'static Verb>, message: impl Into<String>) -> Self {
+    pub(crate) fn syntax(verb: Option<&'static str>, message: impl Into<String>) -> Self {
         Self { kind: Kind::Syntax(verb), ..Self::new(message) }
     }
 
     /// An image that could not be opened.
     pub(crate) fn could_not_open(name: &str, reason: &str) -> Self {
         let message = format!("Could not open '{name}': {reason}");
-        Self { reason: Some(reason.to_owned()), ..Self::new(message) }
+        Self { reason: Some(reason.into()), ..Self::new(message) }
     }
 
     /// A failure that prints nothing more.
@@ -85,7 +84,7 @@ impl Failure {
 
     /// Puts another message before this one.
     pub(crate) fn after(mut self, message: impl Into<String>) -> Self {
-        self.before = Some(message.into());
+        self.before = Some(message.into().into());
         self
     }
 
@@ -117,15 +116,9 @@ impl Failure {
         self.reason.is_some()
     }
 
-    /// Makes it the reason why the image called `name` could not be opened.
-    pub(crate) fn on_opening(self, name: &str) -> Self {
-        let Self { message, hints, .. } = self;
-        Self { hints, ..Self::could_not_open(name, &message) }
-    }
-
     /// Leaves out the image that the message is about.
     pub(crate) fn without_name(mut self) -> Self {
-        self.message = self.reason.take().unwrap_or(self.message);
+        self.message = self.reason.take().map_or(self.message, String::from);
         self
     }
 
@@ -154,13 +147,13 @@ impl Failure {
             Kind::Plain => (program.to_owned(), None),
             Kind::Usage(verb) => (program.to_owned(), Some(verb)),
             Kind::Syntax(None) => (called.to_owned(), Some(None)),
-            Kind::Syntax(Some(verb)) => (format!("{called} {}", verb.name), Some(Some(verb))),
+            Kind::Syntax(Some(verb)) => (format!("{called} {verb}"), Some(Some(verb))),
         };
         let mut lines: Vec<String> = self.before.iter().map(|text| format!("{program}: {text}")).collect();
         lines.push(format!("{name}: {}", self.message));
         lines.extend(self.hints.iter().filter(|hint| !hint.own).map(|hint| hint.line.clone()));
         match verb {
-            Some(Some(verb)) => lines.push(format!("Try '{called} {} --help' for more info", verb.name)),
+            Some(Some(verb)) => lines.push(format!("Try '{called} {verb} --help' for more info")),
             Some(None) => lines.push(format!("Try '{called} --help' for more info")),
             None => {}
         }
@@ -179,7 +172,6 @@ impl std::error::Error for Failure {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::args::find_verb;
 
     #[track_caller]
     fn check(failure: Failure, lines: &[&str]) {
@@ -188,7 +180,7 @@ mod tests {
 
     #[test]
     fn how_failures_are_put() {
-        let info = find_verb("info").unwrap();
+        let info = "info";
         check(Failure::new("no").hint("perhaps"), &["qemu-img: no", "perhaps"]);
         check(Failure::new("no").about("x"), &["qemu-img: x: no"]);
         check(Failure::new("no").after("first"), &["qemu-img: first", "qemu-img: no"]);

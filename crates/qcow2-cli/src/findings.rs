@@ -1,13 +1,11 @@
 //! What a check finds, told on standard error.
 
-use crate::render::{check as render, qemu_text};
+use crate::persona;
+use crate::render::check as render;
 use crate::session::Session;
 use crate::threads::Threads;
-use qcow2_core::bitmap::{check_bitmaps, read_bitmaps};
-use qcow2_core::format::Header;
-use qcow2_core::format::bitmap::Bitmap;
-use qcow2_core::walk::read_header;
-use qcow2_core::{ErrorKind, ImageFormat, ResolvedSource, Storage};
+use qcow2_blockdev::Warning;
+use qcow2_core::ResolvedSource;
 use qcow2_ops::Silent;
 use qcow2_ops::check::{CheckOptions, CheckReport, Finding, Found, check};
 use qcow2_ops::repair::is_refcount;
@@ -36,18 +34,19 @@ pub(crate) fn complain(session: &Session, report: &CheckReport, wanted: &dyn Fn(
     }
 }
 
-/// Says what opening the image in `source` for changes is about to put right, the refcounts of one that was
-/// not closed cleanly, and which bitmaps its first change loses. Disk: reads the tables of bitmaps, and all
-/// tables of such an image.
-pub(crate) fn tell_of_recovery(session: &Session, source: &ResolvedSource) {
-    if source.format != ImageFormat::Qcow2 {
-        return;
+/// Says what opening the image in `source` for changes is about to do: `warning`, and for one that was not
+/// closed cleanly what is put right. Disk: reads all tables of such an image.
+pub(crate) fn tell_of_change(session: &Session, warning: &Warning, source: &ResolvedSource) {
+    match warning {
+        Warning::NotClosedCleanly => tell_of_recovery(session, source),
+        Warning::GuessedRaw(_) => {
+            persona::warning(warning).iter().for_each(|line| session.complain(line));
+        }
+        _ => session.warn(&persona::warning(warning).join("\n")),
     }
-    let Ok(header) = read_header(&*source.storage) else { return };
-    bitmaps_to_lose(&*source.storage, &header).iter().for_each(|text| session.warn(text));
-    if !header.is_dirty() || header.is_corrupt() {
-        return;
-    }
+}
+
+fn tell_of_recovery(session: &Session, source: &ResolvedSource) {
     // Nothing is changed yet, so a signal may end the program here. What goes wrong is told by the one who
     // opens the image.
     let Ok(report) = check(&*source.storage, &CheckOptions::default(), &Threads::per_core(), &Silent) else {
@@ -59,18 +58,6 @@ pub(crate) fn tell_of_recovery(session: &Session, source: &ResolvedSource) {
         .iter()
         .filter(|found| is_refcount(&found.finding))
         .for_each(|found| say(session, found, true));
-}
-
-/// What is said of an image of which the first change loses the bitmaps, because they are damaged. Disk:
-/// reads their tables.
-pub(crate) fn bitmaps_to_lose(storage: &dyn Storage, header: &Header) -> Option<String> {
-    let records = |bitmaps: Vec<Bitmap>| bitmaps.iter().any(|bitmap| bitmap.auto && !bitmap.in_use);
-    if !read_bitmaps(storage, header).map_or(true, records) {
-        return None;
-    }
-    // Those that are merely too large refuse the change, and a failing device is told when it is used.
-    let damage = check_bitmaps(storage, header).err().filter(|error| error.kind() == ErrorKind::Corrupt)?;
-    Some(format!("bitmaps are damaged, and lost when the disk is changed: {}", qemu_text::chain(&damage)))
 }
 
 /// How many findings are printed.

@@ -4,9 +4,10 @@
 use crate::args::Objects;
 use crate::drivers;
 use crate::failure::Failure;
-use crate::optlist::{OptList, Pair, escape_commas};
 use crate::session::Session;
-use qcow2_blockdev::{SizeError, parse_size};
+use qcow2_blockdev::{
+    Driver, KeyValues, OptionError, Pair, escape_commas, read_number, read_size, read_switch,
+};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -44,6 +45,15 @@ impl TargetFormat {
         }
     }
 
+    /// What understands it.
+    pub(crate) fn driver(self) -> Driver {
+        match self {
+            Self::Raw => Driver::Raw,
+            Self::Qcow2 => Driver::Qcow2,
+            Self::Luks => Driver::Luks,
+        }
+    }
+
     /// Whether it knows backing files, compression and bitmaps.
     pub(crate) fn is_layered(self) -> bool {
         self == Self::Qcow2
@@ -69,7 +79,7 @@ impl TargetFormat {
 }
 
 /// The options of a new image, each of its type.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct ImageOptions {
     format: TargetFormat,
     values: BTreeMap<&'static str, Value>,
@@ -87,7 +97,7 @@ enum Value {
 impl ImageOptions {
     /// Reads `list` by the table of `format`, the defaults of the format in place. Errors: the first option
     /// that is not known or not of its type, in QEMU's words.
-    pub(crate) fn parse(format: TargetFormat, list: &OptList) -> Result<Self, Failure> {
+    pub(crate) fn parse(format: TargetFormat, list: &KeyValues) -> Result<Self, Failure> {
         let mut options = Self { format, values: BTreeMap::new(), objects: Objects::default() };
         for option in format.options().iter().filter(|option| !option.default.is_empty()) {
             options.values.insert(option.name, option.read(option.default)?);
@@ -203,7 +213,7 @@ pub(crate) enum AmendOption {
 /// given for a new image, or is not of its type.
 pub(crate) fn read_amend_options(
     format: TargetFormat,
-    list: &OptList,
+    list: &KeyValues,
 ) -> Result<Vec<(&'static str, AmendOption)>, Failure> {
     let read = |Pair { key, value }: &Pair| {
         let Some(option) = format.amend_options().iter().find(|option| option.name == key) else {
@@ -224,7 +234,7 @@ pub(crate) fn read_amend_options(
 }
 
 /// Whether every option in `list` is one of `amend` or of a new image, and of its type.
-fn could_be_new(format: TargetFormat, list: &OptList) -> bool {
+fn could_be_new(format: TargetFormat, list: &KeyValues) -> bool {
     let of_format = || format.options().iter().filter(|option| !option.of_file);
     list.pairs().iter().all(|Pair { key, value }| {
         let mut known = format.amend_options().iter().chain(of_format());
@@ -273,7 +283,7 @@ impl Kind {
 }
 
 impl ImageOption {
-    fn read(&self, text: &str) -> Result<Value, Failure> {
+    fn read(&self, text: &str) -> Result<Value, OptionError> {
         match self.kind {
             Kind::Text => Ok(Value::Text(text.to_owned())),
             Kind::Switch => read_switch(self.name, text).map(|on| Value::Switch(on, text.to_owned())),
@@ -281,60 +291,6 @@ impl ImageOption {
             Kind::Number => read_number(self.name, text).map(Value::Number),
         }
     }
-}
-
-/// The value of switch `name`. Errors: QEMU's words.
-pub(crate) fn read_switch(name: &str, text: &str) -> Result<bool, Failure> {
-    parse_switch(text).ok_or_else(|| Failure::new(format!("Parameter '{name}' expects 'on' or 'off'")))
-}
-
-/// The value of size `name`. Errors: QEMU's words.
-pub(crate) fn read_size(name: &str, text: &str) -> Result<u64, Failure> {
-    parse_size(text).map_err(|error| match error {
-        SizeError::Range => Failure::new(format!("Value '{text}' is out of range for parameter '{name}'")),
-        SizeError::Syntax => {
-            Failure::new(format!("Parameter '{name}' expects a non-negative number below 2^64"))
-                .hint("Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-")
-                .hint("and exabytes, respectively.")
-        }
-    })
-}
-
-/// The value of number `name`. Errors: QEMU's words.
-pub(crate) fn read_number(name: &str, text: &str) -> Result<u64, Failure> {
-    parse_number(text).map_err(|error| match error {
-        SizeError::Range => Failure::new(format!("Value '{text}' is too large for parameter '{name}'")),
-        SizeError::Syntax => Failure::new(format!("Parameter '{name}' expects a number")),
-    })
-}
-
-/// The value of an on/off switch.
-pub(crate) fn parse_switch(text: &str) -> Option<bool> {
-    match text {
-        "on" | "yes" | "true" | "y" => Some(true),
-        "off" | "no" | "false" | "n" => Some(false),
-        _ => None,
-    }
-}
-
-/// A number as C reads it: blanks, a sign, then decimal, `0` octal or `0x` hexadecimal digits; negative ones
-/// wrap.
-fn parse_number(text: &str) -> Result<u64, SizeError> {
-    let body = text.trim_start();
-    let (negative, body) = match body.strip_prefix('-') {
-        Some(rest) => (true, rest),
-        None => (false, body.strip_prefix('+').unwrap_or(body)),
-    };
-    let (digits, radix) = match body.strip_prefix("0x").or_else(|| body.strip_prefix("0X")) {
-        Some(rest) => (rest, 16),
-        None if body.len() > 1 && body.starts_with('0') => (&body[1..], 8),
-        None => (body, 10),
-    };
-    if digits.is_empty() || !digits.chars().all(|c| c.is_digit(radix)) {
-        return Err(SizeError::Syntax);
-    }
-    let value = u64::from_str_radix(digits, radix).map_err(|_| SizeError::Range)?;
-    Ok(if negative { value.wrapping_neg() } else { value })
 }
 
 const fn text(name: &'static str, help: &'static str) -> ImageOption {
@@ -443,7 +399,7 @@ mod tests {
 
     fn parse(format: TargetFormat, text: &str) -> Result<ImageOptions, Failure> {
         let texts = if text.is_empty() { Vec::new() } else { vec![text.to_owned()] };
-        ImageOptions::parse(format, &OptList::parse_image_options(&texts))
+        ImageOptions::parse(format, &KeyValues::parse_image_options(&texts))
     }
 
     #[track_caller]
@@ -496,17 +452,5 @@ mod tests {
                 "and exabytes, respectively.",
             ],
         );
-    }
-
-    #[test]
-    fn numbers_as_in_c() {
-        for (text, number) in
-            [("16", 16), ("0x10", 16), ("010", 8), (" 16", 16), ("+16", 16), ("0", 0), ("-1", u64::MAX)]
-        {
-            assert_eq!(parse_number(text), Ok(number), "{text}");
-        }
-        for text in ["", "16 ", "0x", "09", "16.0", "--1", "x"] {
-            assert_eq!(parse_number(text), Err(SizeError::Syntax), "{text}");
-        }
     }
 }

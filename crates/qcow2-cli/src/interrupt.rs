@@ -1,7 +1,7 @@
 //! Ctrl-C and its kin: work stops at the next good place, what is half made is taken away, and the program
 //! dies of the signal, so that its caller sees what happened.
 
-use crate::newfile::NewFile;
+use qcow2_blockdev::NewFile;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -6,28 +6,24 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod chain;
 mod command;
 mod compression;
 mod crypt;
 mod drivers;
 mod exit;
 mod failure;
+mod files;
 mod findings;
-mod imagename;
 mod imageopts;
 mod interrupt;
-mod newbacking;
-mod newfile;
 mod newimage;
 mod numbers;
 mod open;
-mod optlist;
+mod persona;
 mod progress;
 mod render;
 mod session;
 mod threads;
-mod throttle;
 mod trace;
 
 use args::{Arguments, Getopt, Opt};
@@ -65,7 +61,14 @@ fn dispatch(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
     if session.is_drop_in() {
         getopt = getopt.without_own();
     }
-    while let Some(given) = getopt.next().map_err(|text| Failure::syntax(None, text))? {
+    loop {
+        let given = match getopt.next() {
+            Ok(Some(given)) => given,
+            Ok(None) => break,
+            Err(text) => {
+                return Err(args::hint_at(Failure::syntax(None, text), getopt.meant().as_deref()));
+            }
+        };
         match given.opt {
             Opt::Help => return args::print_general_help(session).map(|()| exit::SUCCESS),
             Opt::Describe if !session.is_drop_in() => {
@@ -86,6 +89,9 @@ fn dispatch(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
         None if args::known_but_missing(&name) => {
             Err(Failure::general_usage(format!("Command not supported yet: {name}")))
         }
-        None => Err(Failure::general_usage(format!("Command not found: {name}"))),
+        None => {
+            let failure = Failure::general_usage(format!("Command not found: {name}"));
+            Err(args::hint_at(failure, args::meant_verb(&name)))
+        }
     }
 }

@@ -6,13 +6,14 @@
 use crate::crypt::{LUKS_NAMES, NewCrypt, QCOW2_NAMES, read_options};
 use crate::drivers;
 use crate::failure::Failure;
-use crate::imagename::{NewTarget, Node};
+use crate::files::open_files;
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
-use crate::newfile::NewFile;
-use crate::open::{is_block_device, open_existing, open_files};
-use crate::render::qemu_text;
+use crate::persona;
 use crate::session::Session;
+use qcow2_blockdev::{
+    FailureKind, Follow, NewFile, NewTarget, Node, OpenOptions, is_block_device, open_existing,
+};
 use qcow2_core::format::{CompressionType, FormatErrorKind, Version};
 use qcow2_core::{NewEncryption, Preallocation, Storage, StorageError};
 use qcow2_io::{Create, FileStorage, OpenFile, SourceError, os_error_text};
@@ -86,7 +87,9 @@ pub(crate) fn make(
     let path = match target {
         NewTarget::File(path) => path,
         NewTarget::Existing(node) => return make_in_existing(node, options),
-        NewTarget::OutOfReach { driver, reason } => return Err(not_opened(driver, reason).into()),
+        NewTarget::OutOfReach { driver, reason } => {
+            return Err(not_opened(driver.name(), &persona::in_one_line(reason)).into());
+        }
     };
     let files = Files { session, interrupts, layout: Layout::of(options)? };
     match options.format() {
@@ -122,7 +125,7 @@ fn make_luks(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<()
 fn container_refusal(refusal: &Refusal) -> String {
     match refusal {
         Refusal::SizeTooLarge(_) => TOO_LARGE.to_owned(),
-        other => qemu_text::refusal(other),
+        other => persona::refusal(other),
     }
 }
 
@@ -146,7 +149,7 @@ fn make_container(
 ) -> Result<(), NotMade> {
     let NewEncryption::Luks(area) = encryption else { return Ok(()) };
     qcow2_ops::create::create_container(storage, request, area).map_err(|error| {
-        let not_made = failed(&error, &qemu_text::no_space(request.preallocation, false), "");
+        let not_made = failed(&error, &persona::no_space(request.preallocation, false), "");
         if not_made.too_long { Failure::new(TOO_LARGE).into() } else { not_made }
     })
 }
@@ -182,7 +185,7 @@ fn make_raw(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(),
         file.undo();
         return Err(Failure::new(match refusal {
             Refusal::SizeTooLarge(_) => "Could not resize file: Invalid argument".to_owned(),
-            other => qemu_text::refusal(&other),
+            other => persona::refusal(&other),
         })
         .into());
     }
@@ -190,7 +193,7 @@ fn make_raw(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(),
     if is_block_device(path) {
         return Ok(fit_device(&*storage, size, "device files")?);
     }
-    let step = qemu_text::no_space(preallocation, false);
+    let step = persona::no_space(preallocation, false);
     qcow2_ops::create_raw(&storage, &request).map_err(|error| failed(&error, &step, ""))
 }
 
@@ -198,8 +201,9 @@ fn make_raw(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(),
 /// have.
 fn make_in_existing(node: &Node, options: &ImageOptions) -> Result<(), NotMade> {
     let size = options.number("size").unwrap_or(0);
-    let storage = open_existing(node)
-        .map_err(|failure| not_opened(node.driver().name(), &failure.without_name().to_string()))?;
+    let how = OpenOptions::new().with_follow(Follow::All).among(open_files());
+    let unreachable = |kind: &FailureKind| not_opened(node.driver().name(), &persona::in_one_line(kind));
+    let storage = open_existing(node, &how).map_err(|failure| unreachable(failure.kind()))?;
     match options.format() {
         TargetFormat::Raw => Ok(fit_device(&*storage, size, "NBD nodes")?),
         TargetFormat::Luks => {
@@ -230,7 +234,7 @@ fn fit_device(device: &dyn Storage, size: u64, what: &str) -> Result<(), Failure
     match device.len() {
         Ok(len) if len >= size => Ok(()),
         Ok(_) => Err(Failure::new(format!("Cannot grow {what}"))),
-        Err(error) => Err(Failure::new(qemu_text::storage(&error))),
+        Err(error) => Err(Failure::new(persona::storage(&error))),
     }
 }
 
@@ -265,7 +269,7 @@ fn make_qcow2(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(
 fn planned(options: &ImageOptions) -> Result<Qcow2Request, Failure> {
     let (mut request, crypt) = qcow2_request(options)?;
     request.encrypted = crypt.is_some();
-    plan(&request).map_err(|refusal| Failure::new(qemu_text::refusal(&refusal)))?;
+    plan(&request).map_err(|refusal| Failure::new(persona::refusal(&refusal)))?;
     request.encryption = crypt.map(|crypt| crypt.make()).transpose()?;
     Ok(request)
 }
@@ -359,7 +363,7 @@ impl Files<'_> {
             }
             Err(error) => {
                 file.undo();
-                let (reason, hint) = qemu_text::source_reason(&SourceError::Open(error), path);
+                let (reason, hint) = persona::source_reason(&SourceError::Open(error), path);
                 let failure = match is_block_device(path) {
                     true => not_opened("host_device", &reason),
                     false => Failure::new(reason),
@@ -389,8 +393,8 @@ impl Files<'_> {
 /// A procedure that failed: a refused option, a name that does not fit (`naming` says what could not be done
 /// with it), or a storage that does not take it (`step` says what).
 fn failed(error: &qcow2_ops::Error, step: &str, naming: &str) -> NotMade {
-    if let Some(refusal) = qemu_text::find::<Refusal>(error) {
-        return Failure::new(qemu_text::refusal(refusal)).into();
+    if let Some(refusal) = persona::find::<Refusal>(error) {
+        return Failure::new(persona::refusal(refusal)).into();
     }
     match error.core_error().and_then(|error| error.format_error()).map(|error| error.kind()) {
         Some(FormatErrorKind::HeaderFull { .. }) => {
@@ -399,12 +403,12 @@ fn failed(error: &qcow2_ops::Error, step: &str, naming: &str) -> NotMade {
         Some(FormatErrorKind::BackingNameTooLong(_)) => {
             Failure::new(format!("{naming}: Invalid argument")).into()
         }
-        _ => match qemu_text::find::<StorageError>(error) {
+        _ => match persona::find::<StorageError>(error) {
             Some(storage) => NotMade {
-                failure: Box::new(Failure::new(format!("{step}: {}", qemu_text::storage(storage)))),
+                failure: Box::new(Failure::new(format!("{step}: {}", persona::storage(storage)))),
                 too_long: storage.os_code().is_some_and(is_too_long),
             },
-            None => Failure::new(qemu_text::chain(error)).into(),
+            None => Failure::new(persona::chain(error)).into(),
         },
     }
 }
@@ -418,7 +422,7 @@ fn step_words(request: &Qcow2Request) -> String {
     let own_file = request.data_file.is_none();
     match request.preallocation {
         Preallocation::Off if own_file => "Could not write the image".to_owned(),
-        preallocation => format!("Could not resize image: {}", qemu_text::no_space(preallocation, own_file)),
+        preallocation => format!("Could not resize image: {}", persona::no_space(preallocation, own_file)),
     }
 }
 

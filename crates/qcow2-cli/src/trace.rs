@@ -1,8 +1,8 @@
 //! Trace options: there are no trace events here, and who names one hears so.
 
 use crate::failure::Failure;
-use crate::optlist::OptList;
 use crate::session::Session;
+use qcow2_blockdev::KeyValues;
 
 /// Takes the value of `-T`: names of events, or options that name them. Returns whether a list of events was
 /// asked for, which ends the program. Errors: an option that is not one; a list of events that cannot be
@@ -14,7 +14,7 @@ pub(crate) fn accept(session: &Session, text: &str) -> Result<bool, Failure> {
     if text.is_empty() {
         return Ok(false);
     }
-    let list = OptList::parse_pairs(text, Some("enable")).map_err(Failure::new)?;
+    let list = KeyValues::parse_pairs(text, Some("enable"))?;
     if let Some(pair) = list.pairs().iter().find(|pair| !OPTIONS.contains(&pair.key.as_str())) {
         return Err(Failure::new(format!("Invalid parameter '{}'", pair.key)));
     }

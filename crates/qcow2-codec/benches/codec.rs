@@ -1,4 +1,4 @@
-//! How fast clusters are compressed and expanded: 64 KiB of text-like data.
+//! Throughput of compressing and expanding one cluster: 64 KiB of text-like data.
 #![allow(missing_docs, reason = "the macros make public functions")]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -8,7 +8,7 @@ use std::hint::black_box;
 
 const CLUSTER: usize = 65536;
 
-/// Words of a small vocabulary in a fixed random order: it shrinks to about a third, as many files do.
+/// Words of a small vocabulary in a fixed pseudo-random order. Compresses to about a third, like many files.
 fn text() -> Vec<u8> {
     let words =
         b"cluster refcount table offset guest host entry image backing snapshot write read zero data ";

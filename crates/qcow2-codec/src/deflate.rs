@@ -1,14 +1,13 @@
-//! Deflate, compression type 0: a raw stream (RFC 1951, no zlib or gzip wrapper) for each cluster.
+//! Deflate, compression type 0: one raw stream (RFC 1951, no zlib or gzip wrapper) per cluster.
 //!
-//! QEMU writes with a window of 4 KiB and so does this codec by default: every known reader takes such a
-//! stream. Streams with the full 32 KiB window are read as well. Spec: "Compressed Clusters".
+//! Like QEMU, this codec compresses with a 4 KiB window by default; every known reader accepts such streams.
+//! Streams with the full 32 KiB window can be expanded as well. Spec: "Compressed Clusters".
 //!
-//! Reading, and writing with the default window, are this crate's own, made for whole clusters that lie in
-//! memory: about one and a half times as fast as zlib-rs at what they do. Writing with other windows is
-//! flate2's.
+//! The reader, and the writer for the default window, are this crate's own. They work on whole clusters in
+//! memory and are about one and a half times as fast as zlib-rs. Other windows are compressed with flate2.
 //!
-//! Memory: about 150 KiB for each thread that compresses at the same time, whatever the cluster size; with
-//! another window about 300 KiB and 1.25 clusters. About 20 KiB for each thread that expands.
+//! Memory per thread that compresses: about 150 KiB, whatever the cluster size; with another window about 300
+//! KiB and 1.25 clusters. Per thread that expands: about 20 KiB.
 
 use crate::inflate::{Fault, Inflater};
 use crate::pool::Pool;
@@ -16,25 +15,25 @@ use crate::squeeze::{Effort, Squeezer};
 use flate2::{Compress, Compression, FlushCompress, Status};
 use qcow2_core::{ClusterCodec, CodecError};
 
-/// The highest compression level: the smallest streams.
+/// The highest compression level; gives the smallest streams.
 pub const MAX_LEVEL: u32 = 9;
-/// The lowest compression level: the quickest. Level 0 would only store, and a cluster that does not shrink
-/// is better off plain.
+/// The lowest and fastest compression level. There is no level 0: it only stores, and a cluster that does not
+/// shrink is better stored uncompressed.
 pub const MIN_LEVEL: u32 = 1;
 /// The window that every reader accepts: matches reach back at most 4 KiB.
 pub const DEFAULT_WINDOW_BITS: u32 = 12;
-/// The widest window: 32 KiB. Readers that inflate a cluster in pieces with a 4 KiB window reject such
+/// The largest window, 32 KiB. Readers that inflate a cluster in pieces with a 4 KiB window reject such
 /// streams.
 pub const MAX_WINDOW_BITS: u32 = 15;
-/// The narrowest window: 512 bytes.
+/// The smallest window, 512 bytes.
 pub const MIN_WINDOW_BITS: u32 = 9;
-/// How clusters are compressed; it does not matter for expanding.
+/// Options for compressing; expanding does not depend on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeflateOptions {
-    /// 1 (quickest) to 9 (smallest); 6 by default.
+    /// 1 (fastest) to 9 (smallest); default 6.
     pub level: u32,
-    /// log2 of how far back a match may reach, 9..=15; 12 by default.
+    /// log2 of the largest match distance, 9..=15; default 12.
     pub window_bits: u32,
 }
 
@@ -45,18 +44,18 @@ impl Default for DeflateOptions {
 }
 
 impl DeflateOptions {
-    /// These options with another level.
+    /// Sets the level.
     pub fn level(self, level: u32) -> Self {
         Self { level, ..self }
     }
 
-    /// These options with another window.
+    /// Sets the window.
     pub fn window_bits(self, window_bits: u32) -> Self {
         Self { window_bits, ..self }
     }
 }
 
-/// How hard level 1, 2, ... searches.
+/// Search effort of levels 1 to 9.
 const EFFORTS: [Effort; MAX_LEVEL as usize] = [
     Effort { depth: 1, nice: 8, lazy: 0 },
     Effort { depth: 2, nice: 12, lazy: 0 },
@@ -69,18 +68,18 @@ const EFFORTS: [Effort; MAX_LEVEL as usize] = [
     Effort { depth: 200, nice: 258, lazy: 2 },
 ];
 
-/// A compressor with room for any stream: zlib-rs 0.6 panics at some levels where the output runs full, so it
-/// never does, and the few bytes of a stream that fits are copied.
+/// A flate2 compressor with a scratch buffer large enough for any stream. zlib-rs 0.6 panics at some levels
+/// when its output runs full, so the stream goes to the scratch buffer first and is copied if it fits.
 struct WideWriter {
     deflate: Compress,
     room: Vec<u8>,
 }
 
-/// What compresses a cluster.
+/// The compressor for the chosen window.
 enum Writer {
-    /// A window of 4 KiB.
+    /// Window of 4 KiB: this crate's own writer.
     Own(Box<Squeezer>),
-    /// Any other.
+    /// Any other window: flate2.
     Wide(WideWriter),
 }
 
@@ -92,7 +91,7 @@ pub struct Deflate {
 }
 
 impl Deflate {
-    /// A codec with these options. Errors: a level or window that is not allowed.
+    /// A codec with these options. Errors: a level or window out of range.
     pub fn new(options: DeflateOptions) -> Result<Self, CodecError> {
         let DeflateOptions { level, window_bits } = options;
         if !(MIN_LEVEL..=MAX_LEVEL).contains(&level) {
@@ -135,7 +134,7 @@ impl ClusterCodec for Deflate {
 }
 
 impl Writer {
-    /// A writer for options that were checked.
+    /// A writer for options that have been checked.
     fn new(options: DeflateOptions) -> Self {
         let effort = EFFORTS.get(options.level as usize - 1);
         if let (DEFAULT_WINDOW_BITS, Some(&effort)) = (options.window_bits, effort) {
@@ -149,7 +148,8 @@ impl Writer {
 
 impl WideWriter {
     fn compress(&mut self, plain: &[u8], out: &mut [u8]) -> Result<Option<usize>, CodecError> {
-        // The quickest level codes a literal in at most nine bits; the others fall back to stored blocks.
+        // Upper bound of the output: the fastest level codes a literal in at most nine bits, the others fall
+        // back to stored blocks.
         self.room.resize(plain.len() + plain.len() / 4 + 64, 0);
         self.deflate.reset();
         let status = self
@@ -165,8 +165,8 @@ impl WideWriter {
     }
 }
 
-/// Fills `out` from `stream`, which must end there or have more to give: a stream that was cut off is refused
-/// even where the cluster happens to be complete.
+/// Fills `out` from `stream`. The stream must end exactly there or have more output to give. A truncated
+/// stream is refused even if the cluster is already complete.
 fn inflate(reader: &mut Inflater, stream: &[u8], out: &mut [u8]) -> Result<(), CodecError> {
     match reader.inflate(stream, out) {
         Ok(filled) | Err(Fault::Cut(filled)) if filled < out.len() => Err(CodecError::new(format!(
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn every_level_and_window_comes_back() {
+    fn every_level_and_window_round_trips() {
         let mut plain = noise(3000, 9);
         plain.extend_from_within(..);
         plain.extend(vec![0; 2192]);
@@ -228,8 +228,8 @@ mod tests {
     }
 
     #[test]
-    fn a_known_stream_expands() {
-        // Fixed codes: the literal 'a' and a match of distance 1, made by hand from RFC 1951.
+    fn expands_a_hand_made_stream() {
+        // Fixed codes: the literal 'a' and a match of distance 1, encoded by hand from RFC 1951.
         let mut out = [0; 4];
         Deflate::default().expand(&[0x4b, 0x04, 0x02, 0x00], &mut out).unwrap();
         assert_eq!(&out, b"aaaa");
@@ -239,12 +239,12 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_none() {
+    fn output_that_does_not_fit_gives_none() {
         let plain = noise(65536, 3);
         for len in [1, 511, 512, 65535, 2 << 20] {
             let noise = noise(len, 7);
             for level in 1..=9 {
-                // There is room for any stream, so the worst input gives one.
+                // `packed` offers room for any stream, so even incompressible input gives one.
                 let codec = Deflate::new(DeflateOptions::default().level(level)).unwrap();
                 assert!(packed(&codec, &noise).len() > len, "level {level} len {len}");
             }
@@ -260,7 +260,7 @@ mod tests {
                 assert_eq!(codec.compress(&mixed, &mut vec![0; room]), Ok(None), "level {level} room {room}");
             }
             assert_eq!(codec.compress(&mixed, &mut vec![0; len]), Ok(Some(len)), "level {level}");
-            // The context works again afterwards.
+            // The context still works after an overflow.
             let mut back = vec![0; plain.len()];
             codec.expand(&packed(&codec, &plain), &mut back).unwrap();
             assert!(back == plain);
@@ -302,8 +302,8 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_without_an_end_is_refused() {
-        // A stored block that is not the last one holds the whole cluster; then nothing, or zeroes.
+    fn unterminated_stream_is_refused() {
+        // A non-final stored block holds the whole cluster; nothing, or only zeroes, follow.
         let mut stream = vec![0, 0, 2, 0xff, 0xfd];
         stream.extend([7; 512]);
         check_error(&stream, 512, "no end");
@@ -312,12 +312,12 @@ mod tests {
     }
 
     #[test]
-    fn damage_and_wrappers_are_refused() {
+    fn damaged_and_wrapped_streams_are_refused() {
         check_error(&[0x78, 0x9c, 0x4b, 0x04, 0x02, 0x00], 4, "deflate stream");
         check_error(&[0x06, 0, 0, 0], 4, "deflate stream");
         let codec = Deflate::default();
         for seed in 0..2000 {
-            // Whatever it says, it may neither panic nor write outside the cluster.
+            // Any result is fine, as long as there is no panic and no write outside the cluster.
             let _ = codec.expand(&noise(600, seed * 77 + 1), &mut [0; 512]);
         }
     }
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_used_context_gives_the_same_stream() {
+    fn reused_context_gives_the_same_stream() {
         for level in 1..=9 {
             let options = DeflateOptions::default().level(level);
             let (used, plain) = (Deflate::new(options).unwrap(), noise(2048, 8).repeat(4));

@@ -1,8 +1,8 @@
 //! Cluster codecs for the engine's [`ClusterCodec`](qcow2_core::ClusterCodec) port: [`Deflate`] (compression
 //! type 0, "zlib" in option names) and [`Zstd`] (type 1).
 //!
-//! A codec holds its contexts in a pool, one for each thread that used it at the same time, and allocates
-//! nothing for a cluster once the pool has grown to that. The same cluster gives the same stream, whichever
+//! A codec keeps its contexts in a pool, one per thread that uses it at the same time. Once the pool has
+//! grown to that size, no cluster costs an allocation. The same cluster gives the same stream, whichever
 //! context compresses it.
 //!
 //! ```
@@ -11,7 +11,7 @@
 //!
 //! let codec = Deflate::default();
 //! let cluster = [7u8; 65536];
-//! // A stream as long as the cluster saves nothing, so the room offered is one byte less.
+//! // A stream must be shorter than the cluster to save anything.
 //! let mut stream = vec![0; cluster.len() - 1];
 //! let len = codec.compress(&cluster, &mut stream)?.expect("a run of one byte shrinks");
 //! assert!(len < 200);

@@ -1,8 +1,8 @@
-//! Contexts that are costly to make and are used by one thread at a time.
+//! A pool of contexts that are expensive to create and are used by one thread at a time.
 
 use std::sync::{Mutex, PoisonError};
 
-/// Idle values. It grows to the largest number in use at once and never shrinks.
+/// The idle contexts. Grows to the largest number in use at once and never shrinks.
 pub(crate) struct Pool<T> {
     idle: Mutex<Vec<T>>,
 }
@@ -12,13 +12,15 @@ impl<T> Pool<T> {
         Self { idle: Mutex::new(Vec::new()) }
     }
 
-    /// Lends an idle value, or a new one by `make`, to `work`. After an error of `make` the pool is as
-    /// before; a value whose `work` panics is not used again.
+    /// Runs `work` with an idle context, or with a new one from `make`. An error of `make` leaves the pool
+    /// unchanged. A context whose `work` panics is dropped.
     pub(crate) fn with<R, E>(
         &self,
         make: impl FnOnce() -> Result<T, E>,
         work: impl FnOnce(&mut T) -> Result<R, E>,
     ) -> Result<R, E> {
+        // The lock is not held during `work`. A poisoned lock is harmless: the list of idle contexts is
+        // always valid.
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut value = match idle {
             Some(value) => value,
@@ -36,7 +38,7 @@ mod tests {
     use std::cell::Cell;
 
     #[test]
-    fn makes_one_value_for_each_user_at_a_time() {
+    fn creates_one_value_per_concurrent_user() {
         let pool = Pool::new();
         let made = Cell::new(0);
         let make = || {

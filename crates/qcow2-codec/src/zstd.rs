@@ -1,8 +1,8 @@
-//! Zstandard, compression type 1: one frame for each cluster, with its content size and without checksum.
+//! Zstandard, compression type 1: one frame per cluster, with its content size and without a checksum.
 //!
-//! Reading takes frames until the cluster is full; what follows belongs to the neighbours. Frames are
-//! expanded straight into the cluster, so a window that a frame asks for costs no memory. Spec: "Compressed
-//! Clusters".
+//! Expanding reads frames until the cluster is full and ignores what follows: the sectors may hold other
+//! streams. Frames are expanded directly into the cluster, so the window size in a frame costs no memory.
+//! Spec: "Compressed Clusters".
 
 use crate::pool::Pool;
 use qcow2_core::{ClusterCodec, CodecError};
@@ -14,7 +14,7 @@ use zstd::zstd_safe::{
 /// The default level of the zstd library, which QEMU uses too.
 pub const DEFAULT_LEVEL: i32 = 3;
 
-/// `ZSTD_error_dstSize_tooSmall`; the library promises that its error numbers do not change.
+/// `ZSTD_error_dstSize_tooSmall`. The library guarantees stable error numbers.
 const TOO_SMALL: usize = 70;
 
 /// The zstd codec.
@@ -25,8 +25,8 @@ pub struct Zstd {
 }
 
 impl Zstd {
-    /// A codec that compresses with `level`: 1 (fast) to 22 (small), or below 1 for faster still. Errors: a
-    /// level that the library does not know.
+    /// A codec for `level`: 1 (fast) to 22 (small), or below 1 for even faster. Errors: a level that the
+    /// library does not have.
     pub fn new(level: i32) -> Result<Self, CodecError> {
         let (min, max) = (min_c_level(), max_c_level());
         if level < min || level > max {
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_level_comes_back() {
+    fn negative_and_positive_levels_round_trip() {
         let mut plain = noise(9000, 2);
         plain.extend_from_within(..);
         plain.resize(65536, 0);
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_look_like_the_reference_ones() {
+    fn frame_headers_match_qemu() {
         // Magic, single segment without checksum, content size in two or four bytes.
         let codec = Zstd::default();
         assert_eq!(packed(&codec, &[1; 65536])[..7], [0x28, 0xb5, 0x2f, 0xfd, 0x60, 0x00, 0xff]);
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_none() {
+    fn output_that_does_not_fit_gives_none() {
         let (codec, plain) = (Zstd::default(), noise(65536, 3));
         for room in [0, 1, 9, 100, 65535] {
             assert_eq!(codec.compress(&plain, &mut vec![0; room]), Ok(None), "room {room}");
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn several_frames_fill_a_cluster_and_the_rest_is_ignored() {
+    fn multiple_frames_fill_a_cluster_and_the_tail_is_ignored() {
         let (codec, plain) = (Zstd::default(), noise(1024, 6));
         let mut stream = packed(&codec, &plain[..300]);
         stream.extend([0x50, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 1, 2, 3]); // a skippable frame
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn short_long_and_cut_frames_are_refused() {
+    fn short_long_and_truncated_frames_are_refused() {
         let codec = Zstd::default();
         check_error(&packed(&codec, &[4; 511]), 512, "end after 511 bytes, a cluster has 512");
         check_error(&packed(&codec, &[4; 513]), 512, "too small");
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_refused_and_never_leaves_the_cluster() {
+    fn damaged_frames_never_write_outside_the_cluster() {
         let (codec, plain) = (Zstd::default(), b"cluster ".repeat(64));
         check_error(&noise(100, 1), 512, "zstd frame at byte 0 of at most 100");
         check_error(&[0x78, 0x9c, 0, 0], 512, "zstd frame at byte 0");
@@ -214,8 +214,8 @@ mod tests {
     }
 
     #[test]
-    fn a_huge_window_costs_no_memory() {
-        // No single segment, window descriptor 2 TiB or so, one raw block: the frame is legal and small.
+    fn huge_frame_window_costs_no_memory() {
+        // Not single-segment, a window descriptor of about 2 TiB, one raw block: a valid, small frame.
         let mut stream = vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xa8, 0x01 | (4 << 3), 0, 0];
         stream.extend(b"disk");
         let mut back = [0; 4];
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_used_context_gives_the_same_stream() {
+    fn reused_context_gives_the_same_stream() {
         for level in [1, 3, 5, 7, 12, 16] {
             let (used, plain) = (Zstd::new(level).unwrap(), noise(3000, 8).repeat(20));
             for seed in 1..20 {

@@ -23,6 +23,8 @@ pub enum ErrorKind {
     Format,
     /// Metadata inside the image is damaged.
     Corrupt,
+    /// The image is marked as damaged, and so is opened for reading or repair only.
+    MarkedCorrupt,
     /// The image or the request needs something that is not supported, or not allowed together.
     Unsupported,
     /// An option's value is not allowed.

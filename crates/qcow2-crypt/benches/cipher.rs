@@ -1,5 +1,5 @@
-//! Sectors a second, one core: 64 KiB at a time.
-#![allow(missing_docs, reason = "criterion's macro makes functions without any")]
+//! Throughput of the ciphers on one core, 64 KiB at a time.
+#![allow(missing_docs, reason = "criterion's macro generates undocumented functions")]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use qcow2_core::SectorNumbering;

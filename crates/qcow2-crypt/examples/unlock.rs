@@ -1,6 +1,6 @@
-//! Makes a LUKS header in memory, adds a second password and opens it: `cargo run -p qcow2-crypt --example
-//! unlock`.
-#![allow(clippy::print_stdout, reason = "an example shows what it does")]
+//! Creates a LUKS header in memory, adds a second password and unlocks it: `cargo run -p qcow2-crypt
+//! --example unlock`.
+#![allow(clippy::print_stdout, reason = "the example prints its results")]
 
 use qcow2_core::{HostOffset, SectorNumbering, Storage};
 use qcow2_crypt::luks::{IterationLimit, NewVolume, Volume, create};
@@ -8,7 +8,8 @@ use qcow2_crypt::{CryptError, Random, Secret, Stopwatch};
 use qcow2_io::MemoryStorage;
 use std::time::{Duration, Instant};
 
-/// Bytes that anybody can guess: for an example only. A program asks its operating system.
+/// A predictable generator, for this example only. A real program must use the operating system's random
+/// source.
 struct Guessable(u64);
 
 impl Random for Guessable {

@@ -1,50 +1,50 @@
-//! What can go wrong with keys and their headers.
+//! Errors of keys and LUKS headers.
 
 use qcow2_core::StorageError;
 use std::error::Error;
 use std::fmt;
 
-/// What kind of trouble it is.
+/// The kind of error, for matching.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CryptErrorKind {
-    /// No key slot opens with this password.
+    /// The password does not unlock any key slot.
     WrongPassword,
-    /// The header or a key slot is damaged, or is none.
+    /// The header or a key slot is damaged, or the bytes are no LUKS header.
     Damaged,
-    /// Something that this crate does not know: a cipher, a hash, LUKS version 2.
+    /// Not implemented: the cipher, the hash, or LUKS version 2.
     Unsupported,
-    /// The header asks for more key derivation rounds than the limit allows.
+    /// The header demands more key derivation rounds than the limit allows.
     TooManyIterations,
-    /// Options that do not go together, or a value out of range.
+    /// Incompatible options, or a value out of range.
     InvalidOption,
-    /// A key slot is not changed as asked for.
+    /// The requested change of a key slot is refused.
     KeySlot(SlotRefusal),
     /// The storage failed; see the source.
     Storage,
-    /// No random bytes could be had.
+    /// The random source failed.
     Random,
 }
 
-/// Why key slots are not changed; they are as before.
+/// Why a change of key slots is refused. Nothing has been written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SlotRefusal {
-    /// There are eight.
+    /// The slot number is above 7.
     NoSuchSlot(u64),
-    /// The slot to fill holds a key.
+    /// The slot to fill already holds a key.
     InUse(usize),
-    /// No slot is free.
+    /// All slots hold a key.
     AllInUse,
-    /// The slot to erase does not open with the password that was given.
+    /// The password given does not unlock the slot to erase.
     OtherPassword(usize),
     /// The slot to erase holds no key.
     Erased(usize),
-    /// The slot to erase is the only one with a key.
+    /// The slot to erase is the last one that holds a key.
     LastOne(usize),
-    /// No slot opens with the password that was given.
+    /// The password given does not unlock any slot.
     NoneOpens,
-    /// All slots that hold a key open with the password that was given.
+    /// The password given unlocks every slot that holds a key, so erasing them would leave none.
     AllOpen,
 }
 
@@ -63,7 +63,7 @@ impl fmt::Display for SlotRefusal {
     }
 }
 
-/// A failed operation on keys. `Display` prints this layer only.
+/// A failed operation on keys. `Display` prints this error without its source.
 #[derive(Debug)]
 pub struct CryptError {
     kind: CryptErrorKind,
@@ -72,7 +72,7 @@ pub struct CryptError {
 }
 
 impl CryptError {
-    /// An error of `kind`; `message` never holds a secret.
+    /// An error of `kind`. `message` must not contain a secret.
     pub fn new(kind: CryptErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), source: None }
     }
@@ -83,7 +83,7 @@ impl CryptError {
         self
     }
 
-    /// What kind of trouble it is.
+    /// The kind of error, for matching.
     pub fn kind(&self) -> &CryptErrorKind {
         &self.kind
     }

@@ -1,10 +1,10 @@
-//! Hash functions and key derivation, chosen at run time.
+//! Hash functions and PBKDF2, selected at run time.
 
 use crate::spec::HashAlg;
 use pbkdf2::pbkdf2_hmac;
 use sha2::Digest;
 
-/// Runs `$call` with `$d` bound to the hash function that `$alg` names.
+/// Evaluates `$call` with `$d` bound to the type of hash `$alg`.
 macro_rules! with_hash {
     ($alg:expr, $d:ident => $call:expr) => {
         match $alg {
@@ -45,7 +45,7 @@ macro_rules! with_hash {
 }
 
 impl HashAlg {
-    /// The digest of `parts`, one after the other, in the first [`digest_len`](Self::digest_len) bytes.
+    /// The digest of the concatenated `parts`, in the first [`digest_len`](Self::digest_len) bytes.
     pub(crate) fn digest(self, parts: &[&[u8]]) -> [u8; 64] {
         let mut out = [0; 64];
         with_hash!(self, D => {
@@ -58,7 +58,7 @@ impl HashAlg {
         out
     }
 
-    /// PBKDF2 with HMAC of this hash; fills `out`.
+    /// PBKDF2 with HMAC of this hash. Fills `out`.
     pub(crate) fn derive(self, password: &[u8], salt: &[u8], iterations: u32, out: &mut [u8]) {
         with_hash!(self, D => pbkdf2_hmac::<D>(password, salt, iterations, out));
     }

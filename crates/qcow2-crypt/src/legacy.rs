@@ -1,7 +1,8 @@
-//! The old method: AES-128 in CBC mode, the sector's guest number as initialization vector, the password as
-//! key.
+//! The legacy method: AES-128-CBC. The password itself is the key, the guest sector number the initialization
+//! vector.
 //!
-//! Nothing tells a wrong password from a right one: every password opens. Spec: "Data encryption", method 1.
+//! A wrong password cannot be detected: every password is accepted, and a wrong one decrypts to garbage.
+//! Spec: "Data encryption", method 1.
 
 use crate::error::CryptError;
 use crate::secret::Secret;
@@ -9,10 +10,11 @@ use crate::sector::SectorCipher;
 use crate::spec::{CipherAlg, CipherMode, CipherSpec, IvGen};
 use qcow2_core::SectorNumbering;
 
-/// Bytes of a password that count; shorter ones are filled up with zeroes.
+/// Significant bytes of the password. A shorter one is padded with zeroes, the rest of a longer one is
+/// ignored.
 pub const PASSWORD_LEN: usize = 16;
 
-/// The cipher of an image with `password`.
+/// The cipher of an image with `password`. Errors: none in practice; the key length is always valid.
 pub fn cipher(password: &Secret) -> Result<SectorCipher, CryptError> {
     let mut key = Secret::zeroed(PASSWORD_LEN);
     let len = password.bytes().len().min(PASSWORD_LEN);

@@ -1,17 +1,17 @@
-//! Encryption of guest data as QEMU does it: LUKS version 1, inside an image or as a container of its own,
-//! and the old AES method.
+//! Encryption of guest data, compatible with QEMU: LUKS version 1, inside an image or as a standalone
+//! container, and the legacy AES method.
 //!
-//! Nothing here touches the world: header bytes come through the engine's `Storage`, random bytes through
-//! [`Random`], time through [`Stopwatch`]. Passwords and keys are wiped from memory when they go, and no
-//! message or debug text has one.
+//! The crate has no access to the outside. Header bytes come through the engine's `Storage`, random bytes
+//! through [`Random`], time through [`Stopwatch`]. Passwords and keys are wiped from memory when they are
+//! dropped, and never appear in a message or in debug output.
 //!
 //! | question | module |
 //! |---|---|
-//! | which ciphers, modes, IV generators and hashes there are | [`spec`] |
+//! | supported ciphers, modes, IV generators and hashes | [`spec`] |
 //! | how sectors are encrypted | [`sector`] |
-//! | opening, making and changing LUKS headers | [`luks`] |
-//! | the old method | [`legacy`] |
-//! | secrets that are encrypted themselves | [`wrap`] |
+//! | unlocking, creating and changing LUKS headers | [`luks`] |
+//! | the legacy AES method | [`legacy`] |
+//! | encrypted passwords | [`wrap`] |
 #![forbid(unsafe_code)]
 
 mod cipher;

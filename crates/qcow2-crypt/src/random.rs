@@ -1,16 +1,16 @@
-//! What this crate asks of the world: random bytes and time.
+//! The ports of this crate: random bytes and time.
 
 use crate::error::CryptError;
 use std::time::Duration;
 
-/// A source of random bytes that nobody can guess.
+/// A cryptographically secure source of random bytes.
 pub trait Random {
     /// Fills `buf`. Errors: `Random`.
     fn fill(&mut self, buf: &mut [u8]) -> Result<(), CryptError>;
 }
 
-/// Tells how long key derivation takes on this machine.
+/// Measures how long key derivation takes on this machine.
 pub trait Stopwatch {
-    /// The time that this thread has computed for, counted from anywhere; never goes back.
+    /// CPU time used by this thread, from any origin. Must not go backwards.
     fn now(&self) -> Duration;
 }

@@ -1,19 +1,19 @@
-//! Bytes that must not be seen.
+//! Bytes that must not leak.
 
 use std::fmt;
 use zeroize::Zeroizing;
 
-/// A password or a key: wiped when dropped, and not printed by `Debug`.
+/// A password or a key. Wiped when dropped, and not printed by `Debug`.
 #[derive(Clone)]
 pub struct Secret(Zeroizing<Vec<u8>>);
 
 impl Secret {
-    /// Takes `bytes` over; the vector's memory is wiped when the secret goes.
+    /// Takes ownership of `bytes`; the vector's memory is wiped when the secret is dropped.
     pub fn new(bytes: Vec<u8>) -> Self {
         Self(Zeroizing::new(bytes))
     }
 
-    /// The bytes, for the moment in which they are used.
+    /// The bytes. Do not keep a copy.
     pub fn bytes(&self) -> &[u8] {
         &self.0
     }
@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_is_not_shown() {
+    fn debug_does_not_print_the_secret() {
         assert_eq!(format!("{:?}", Secret::new(b"word".to_vec())), "Secret(..)");
     }
 }

@@ -1,4 +1,4 @@
-//! Sectors under a volume's key: the IV generator, the mode, the numbering.
+//! Encryption of sectors: IV generator, mode and sector numbering.
 
 use crate::cipher::{BATCH, BlockEncrypt, Iv, SECTOR, SectorMode, block_cipher, sector_mode};
 use crate::error::CryptError;
@@ -7,7 +7,7 @@ use crate::spec::{CipherSpec, IvGen};
 use qcow2_core::{ClusterCipher, SectorNumbering};
 use std::fmt;
 
-/// A cipher with its key, ready for sectors. The key schedule is wiped when it goes.
+/// A keyed cipher for sectors. The key schedule is wiped when it is dropped.
 pub struct SectorCipher {
     mode: Box<dyn SectorMode>,
     ivgen: IvGen,
@@ -16,8 +16,8 @@ pub struct SectorCipher {
 }
 
 impl SectorCipher {
-    /// The cipher that `spec` describes under `key`. Errors: `InvalidOption` for parts that do not go
-    /// together or a key of the wrong length.
+    /// The cipher described by `spec`, with `key`. Errors: `InvalidOption` for an incompatible `spec` or a
+    /// key of the wrong length.
     pub fn new(spec: &CipherSpec, key: &Secret, numbering: SectorNumbering) -> Result<Self, CryptError> {
         spec.check()?;
         let essiv = match spec.essiv_hash() {
@@ -31,13 +31,13 @@ impl SectorCipher {
         Ok(Self { mode, ivgen: spec.ivgen, essiv, numbering })
     }
 
-    /// Encrypts whole sectors in place. `data`: a multiple of 512 bytes whose first sector has the number
+    /// Encrypts whole sectors in place. `data`: a multiple of 512 bytes; its first sector has number
     /// `first_sector`.
     pub fn encrypt_sectors(&self, first_sector: u64, data: &mut [u8]) {
         self.batches(first_sector, data, |ivs, data| self.mode.encrypt(ivs, data));
     }
 
-    /// Undoes [`encrypt_sectors`](Self::encrypt_sectors).
+    /// Decrypts whole sectors in place; the inverse of [`encrypt_sectors`](Self::encrypt_sectors).
     pub fn decrypt_sectors(&self, first_sector: u64, data: &mut [u8]) {
         self.batches(first_sector, data, |ivs, data| self.mode.decrypt(ivs, data));
     }
@@ -109,7 +109,7 @@ mod tests {
 
     /// IEEE 1619, vector 10: AES-256, sector number 0xff.
     #[test]
-    fn a_known_sector() {
+    fn encrypts_the_ieee_1619_vector() {
         let key: Vec<u8> = [
             "2718281828459045235360287471352662497757247093699959574966967627",
             "3141592653589793238462643383279502884197169399375105820974944592",
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_encrypted_is_decrypted_in_pieces_of_any_size() {
+    fn batches_of_any_size_round_trip() {
         for spec in specs() {
             let cipher = cipher(spec);
             let plain: Vec<u8> = (0..512 * 37).map(|i| (i * i / 5) as u8).collect();
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn sectors_differ_by_number() {
+    fn ciphertext_depends_on_the_sector_number() {
         for spec in specs().into_iter().filter(|spec| spec.mode != CipherMode::Ecb) {
             let cipher = cipher(spec);
             let mut data = vec![0; 1024];
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_key_length_is_refused() {
+    fn wrong_key_length_is_refused() {
         let spec =
             CipherSpec { ivgen: IvGen::Essiv, ivgen_hash: Some(HashAlg::Md5), ..CipherSpec::default() };
         for len in [0, 32, 63, 65] {

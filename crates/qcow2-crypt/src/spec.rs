@@ -1,10 +1,10 @@
-//! Ciphers, modes, IV generators and hashes by name: what QEMU 10.0 creates.
+//! Ciphers, modes, IV generators and hashes by name: those that QEMU 10.0 can create.
 
 use crate::error::CryptError;
 
 /// A block cipher with its key length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names say it")]
+#[allow(missing_docs, reason = "the names are self-explanatory")]
 pub enum CipherAlg {
     Aes128,
     Aes192,
@@ -18,33 +18,33 @@ pub enum CipherAlg {
     Twofish256,
 }
 
-/// How blocks of a sector are tied together.
+/// Mode of operation within a sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CipherMode {
-    /// Each block on its own.
+    /// Blocks are encrypted independently.
     Ecb,
-    /// Each block depends on the one before it.
+    /// Each block is chained to the previous ciphertext block.
     Cbc,
-    /// Two keys, each block with a tweak of its own.
+    /// Two keys; each block has its own tweak.
     Xts,
-    /// The data is covered with an encrypted counter.
+    /// The data is XORed with an encrypted counter.
     Ctr,
 }
 
-/// How a sector's number becomes an initialization vector.
+/// How the sector number becomes an initialization vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IvGen {
     /// The low 32 bits, little-endian.
     Plain,
     /// All 64 bits, little-endian.
     Plain64,
-    /// All 64 bits, encrypted under the hash of the volume's key.
+    /// All 64 bits, encrypted under a hash of the master key.
     Essiv,
 }
 
 /// A hash function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names say it")]
+#[allow(missing_docs, reason = "the names are self-explanatory")]
 pub enum HashAlg {
     Md5,
     Sha1,
@@ -56,7 +56,7 @@ pub enum HashAlg {
     Sm3,
 }
 
-/// How a volume is encrypted. Start from the default, which is QEMU's.
+/// Cipher, mode and IV generator of a volume. Start from the default, which is QEMU's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CipherSpec {
     /// The cipher.
@@ -65,7 +65,7 @@ pub struct CipherSpec {
     pub mode: CipherMode,
     /// The IV generator.
     pub ivgen: IvGen,
-    /// The IV generator's hash; counts with [`IvGen::Essiv`] only.
+    /// The IV generator's hash; only used with [`IvGen::Essiv`].
     pub ivgen_hash: Option<HashAlg>,
 }
 
@@ -106,32 +106,32 @@ const HASHES: [(HashAlg, &str, usize); 8] = [
 ];
 
 impl CipherAlg {
-    /// The cipher that QEMU's options call `name` (`aes-256`).
+    /// The cipher with this name in QEMU's options, such as `aes-256`.
     pub fn from_name(name: &str) -> Option<Self> {
         CIPHERS.iter().find(|row| row.1 == name).map(|row| row.0)
     }
 
-    /// The cipher `family` (`aes`) with a key of `key_len` bytes.
+    /// The cipher of `family`, such as `aes`, with a key of `key_len` bytes.
     pub fn from_family(family: &str, key_len: usize) -> Option<Self> {
         CIPHERS.iter().find(|row| row.2 == family && row.3 == key_len).map(|row| row.0)
     }
 
-    /// Its name in QEMU's options.
+    /// The name in QEMU's options.
     pub fn name(self) -> &'static str {
         self.row().1
     }
 
-    /// Its name in a LUKS header, which leaves the key length out.
+    /// The name in a LUKS header, without the key length.
     pub fn family(self) -> &'static str {
         self.row().2
     }
 
-    /// Bytes of its key.
+    /// Key length in bytes.
     pub fn key_len(self) -> usize {
         self.row().3
     }
 
-    /// Bytes of its block.
+    /// Block length in bytes.
     pub fn block_len(self) -> usize {
         if self == Self::Cast5 { 8 } else { 16 }
     }
@@ -142,58 +142,58 @@ impl CipherAlg {
 }
 
 impl CipherMode {
-    /// The mode called `name`.
+    /// The mode with this name.
     pub fn from_name(name: &str) -> Option<Self> {
         MODES.iter().find(|row| row.1 == name).map(|row| row.0)
     }
 
-    /// Its name.
+    /// The mode's name.
     pub fn name(self) -> &'static str {
         MODES.iter().find(|row| row.0 == self).map_or("", |row| row.1)
     }
 }
 
 impl IvGen {
-    /// The IV generator called `name`.
+    /// The IV generator with this name.
     pub fn from_name(name: &str) -> Option<Self> {
         IV_GENERATORS.iter().find(|row| row.1 == name).map(|row| row.0)
     }
 
-    /// Its name.
+    /// The IV generator's name.
     pub fn name(self) -> &'static str {
         IV_GENERATORS.iter().find(|row| row.0 == self).map_or("", |row| row.1)
     }
 }
 
 impl HashAlg {
-    /// The hash called `name`.
+    /// The hash with this name.
     pub fn from_name(name: &str) -> Option<Self> {
         HASHES.iter().find(|row| row.1 == name).map(|row| row.0)
     }
 
-    /// Its name.
+    /// The hash's name.
     pub fn name(self) -> &'static str {
         HASHES.iter().find(|row| row.0 == self).map_or("", |row| row.1)
     }
 
-    /// Bytes of its digest.
+    /// Digest length in bytes.
     pub fn digest_len(self) -> usize {
         HASHES.iter().find(|row| row.0 == self).map_or(0, |row| row.2)
     }
 }
 
 impl CipherSpec {
-    /// Bytes of the volume's key: XTS takes two keys of the cipher.
+    /// Length of the master key in bytes. XTS uses two cipher keys.
     pub fn key_len(&self) -> usize {
         self.alg.key_len() * if self.mode == CipherMode::Xts { 2 } else { 1 }
     }
 
-    /// The hash of the IV generator, where it uses one.
+    /// The hash of the ESSIV generator; `None` for the other generators.
     pub fn essiv_hash(&self) -> Option<HashAlg> {
         (self.ivgen == IvGen::Essiv).then(|| self.ivgen_hash.unwrap_or(HashAlg::Sha256))
     }
 
-    /// Mode and IV generator as a LUKS header has them: `xts-plain64`, `cbc-essiv:sha256`.
+    /// Mode and IV generator as in a LUKS header: `xts-plain64`, `cbc-essiv:sha256`.
     pub fn mode_text(&self) -> String {
         let base = format!("{}-{}", self.mode.name(), self.ivgen.name());
         match self.essiv_hash().or(self.ivgen_hash) {
@@ -202,7 +202,8 @@ impl CipherSpec {
         }
     }
 
-    /// Reads the names and key length of a LUKS header. Errors: `Unsupported` for what is not known.
+    /// Parses the names and the key length of a LUKS header. Errors: `Unsupported` for unknown names;
+    /// `Damaged` for ESSIV without a hash; `InvalidOption` for an incompatible combination.
     pub fn parse(cipher: &str, mode: &str, key_len: usize) -> Result<Self, CryptError> {
         let unknown =
             |what: &str, name: &str| CryptError::unsupported(format!("{what} '{name}' is not known"));
@@ -227,7 +228,7 @@ impl CipherSpec {
         Ok(spec)
     }
 
-    /// Checks that the parts go together. Errors: `InvalidOption`.
+    /// Checks that the parts can be combined. Errors: `InvalidOption`.
     pub fn check(&self) -> Result<(), CryptError> {
         if self.mode == CipherMode::Xts && self.alg.block_len() != 16 {
             return Err(CryptError::option(format!(
@@ -255,7 +256,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_back() {
+    fn names_round_trip() {
         for (alg, name, family, len) in CIPHERS {
             assert_eq!(CipherAlg::from_name(name), Some(alg));
             assert_eq!((alg.name(), alg.family(), alg.key_len()), (name, family, len));
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_go_together() {
+    fn incompatible_combinations_are_refused() {
         let parse = |cipher: &str, mode: &str, len| {
             CipherSpec::parse(cipher, mode, len).map(|_| ()).map_err(|e| e.to_string())
         };

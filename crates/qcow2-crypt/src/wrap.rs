@@ -1,12 +1,12 @@
-//! Secrets that are themselves encrypted: AES-256 in CBC mode, filled up as PKCS #7 says.
+//! Encrypted passwords: AES-256 in CBC mode with PKCS #7 padding.
 
 use crate::error::{CryptError, CryptErrorKind};
 use crate::secret::Secret;
 use aes::Aes256;
 use cipher::{Block, BlockCipherDecrypt, KeyInit};
 
-/// The secret in `wrapped` under `key` of 32 bytes and an initialization vector of 16. Errors:
-/// `InvalidOption` for other lengths, and where what comes out was not filled up as it must be.
+/// Decrypts `wrapped` with a 32-byte `key` and a 16-byte initialization vector. Errors: `InvalidOption` for
+/// other lengths and for invalid padding.
 pub fn unwrap(key: &Secret, iv: &[u8], wrapped: &Secret) -> Result<Secret, CryptError> {
     let cipher = Aes256::new_from_slice(key.bytes())
         .map_err(|_| CryptError::option(format!("key has {} bytes, 32 are needed", key.bytes().len())))?;

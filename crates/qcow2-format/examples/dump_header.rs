@@ -1,5 +1,5 @@
-//! Prints what the header of an image says: `cargo run -p qcow2-format --example dump_header -- disk.qcow2`.
-#![allow(clippy::print_stdout, reason = "showing the header is what it does")]
+//! Prints the parsed header of an image: `cargo run -p qcow2-format --example dump_header -- disk.qcow2`.
+#![allow(clippy::print_stdout, reason = "the example prints the header")]
 
 use qcow2_format::Header;
 use std::fs::File;
@@ -18,6 +18,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{:#?}", header.geometry()?);
     let encoded = header.encode()?;
     let same = cluster.get(..encoded.len()) == Some(&encoded);
-    println!("written again: {} bytes, {}", encoded.len(), if same { "the same" } else { "not the same" });
+    println!("encoded again: {} bytes, {}", encoded.len(), if same { "the same" } else { "not the same" });
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Persistent bitmaps: directory entries, table entries, the place of a bit. Spec: "Bitmaps".
+//! Persistent bitmaps: directory entries, table entries and the number of table entries. Spec: "Bitmaps".
 //!
 //! A directory entry:
 //!
@@ -8,13 +8,13 @@
 //! | 8 | 4 | entries in that table |
 //! | 12 | 4 | flags |
 //! | 16 | 1 | type, 1: dirty tracking |
-//! | 17 | 1 | log2 of the bytes that one bit stands for |
+//! | 17 | 1 | granularity: log2 of the guest bytes per bit |
 //! | 18 | 2 | length of the name |
 //! | 20 | 4 | length of the extra data |
 //! | 24 | | extra data, name, zeroes up to a multiple of 8 |
 //!
-//! A bitmap table entry: bits 9-55 the host offset of one cluster of bits; without one, bit 0 says whether
-//! all of its bits are ones. All other bits are reserved.
+//! A bitmap table entry: bits 9-55 hold the host offset of one cluster of bits. If the offset is 0, bit 0
+//! tells whether that cluster is all ones or all zeroes. All other bits are reserved.
 
 use crate::bytes::Reader;
 use crate::error::{FormatError, FormatErrorKind};
@@ -34,42 +34,42 @@ const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const ALL_ONES: u64 = 1;
 const RESERVED: u64 = 0xff00_0000_0000_01fe;
 
-/// One persistent bitmap, as the directory has it.
+/// One entry of the bitmap directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bitmap {
-    /// Where its table is.
+    /// Host offset of the bitmap table, cluster aligned.
     pub table_offset: HostOffset,
-    /// How many entries, one per cluster of bits, the table has.
+    /// Length of the bitmap table; each entry maps one cluster of bits.
     pub table_entries: u32,
-    /// Whether it was being changed when the image was last closed: its bits say nothing then.
+    /// True if the bitmap was not saved cleanly. Its bits are then inconsistent and must not be used.
     pub in_use: bool,
-    /// Whether it records changes as soon as the image is opened.
+    /// True if the bitmap starts recording as soon as the image is opened.
     pub auto: bool,
-    /// Flag bits without a meaning that QEMU accepts; 0.
+    /// Undefined flag bits, kept for the round trip; 0 in a valid image.
     pub reserved_flags: u32,
-    /// Its type; 1 is the only one there is.
+    /// Bitmap type; 1 (dirty tracking) is the only one defined.
     pub kind: u8,
-    /// log2 of the bytes that one bit stands for; 9 to 31 for QEMU.
+    /// log2 of the guest bytes per bit; QEMU allows 9 to 31.
     pub granularity_bits: u8,
-    /// Extra data; QEMU accepts none.
+    /// Extra data; QEMU accepts only an empty field.
     pub extra: Vec<u8>,
     /// Its name, 1 to 1023 bytes, unique in the directory.
     pub name: Vec<u8>,
 }
 
-/// What one entry of a bitmap table says about a cluster of bits.
+/// One decoded entry of a bitmap table: where a cluster of bits is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BitmapTableEntry {
-    /// All bits are 0.
+    /// All bits are 0; no cluster is allocated.
     Zeroes,
-    /// All bits are 1. QEMU reads it and never writes it.
+    /// All bits are 1; no cluster is allocated. QEMU reads this form but never writes it.
     Ones,
-    /// The bits are here, least significant bit first in each byte.
+    /// Host offset of the cluster of bits. The lowest bit of a byte is the first one.
     Data(HostOffset),
 }
 
 impl Bitmap {
-    /// A new bitmap without a table, consistent and not recording.
+    /// A bitmap without a table: consistent (`in_use` clear) and not recording (`auto` clear).
     pub fn new(name: impl Into<Vec<u8>>, granularity_bits: u8) -> Self {
         Self {
             table_offset: HostOffset::default(),
@@ -84,8 +84,9 @@ impl Bitmap {
         }
     }
 
-    /// Reads the entry at the start of `bytes`. Returns it and how many bytes it takes. Nothing is judged but
-    /// what would need more than a directory can hold. Errors: `BitmapDirectoryBroken`.
+    /// Parses the entry at the start of `bytes`. Returns it and its length in bytes, padding included. The
+    /// field values are not checked; see [`validate`](Self::validate). Errors: `BitmapDirectoryBroken` if
+    /// `bytes` ends inside the entry.
     pub fn parse(bytes: &[u8]) -> Result<(Self, usize), FormatError> {
         Self::read(bytes).ok_or_else(|| {
             FormatError::new(
@@ -121,7 +122,7 @@ impl Bitmap {
         (len <= bytes.len()).then_some((bitmap, len))
     }
 
-    /// Reads a whole directory, which must hold exactly `count` entries.
+    /// Parses a whole directory, which must hold exactly `count` entries.
     ///
     /// Errors: `BitmapDirectoryBroken`, `BitmapDirectoryCount`.
     pub fn parse_directory(directory: &[u8], count: u32) -> Result<Vec<Self>, FormatError> {
@@ -138,17 +139,17 @@ impl Bitmap {
         }
     }
 
-    /// The error of a directory that holds `found` bitmaps (one more than expected stands for any larger
-    /// number) where the header says `expected`.
+    /// The error for a directory with `found` entries where the header counts `expected`. Parsing stops one
+    /// entry past `expected`, so `found == expected + 1` means "that many or more".
     pub fn wrong_count(found: u32, expected: u32) -> FormatError {
         FormatError::new(
             FormatErrorKind::BitmapDirectoryCount { found, expected },
-            format!("bitmap directory has {found} bitmaps or more, the header says {expected}"),
+            format!("bitmap directory has {found} or more entries, the header counts {expected}"),
         )
     }
 
     /// Appends the entry and its padding to `out`. Errors: `TooLong` for a name above 65535 bytes or extra
-    /// data of 4 GiB.
+    /// data of 4 GiB or more.
     pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), FormatError> {
         let too_long = |len: usize| {
             FormatError::new(
@@ -175,9 +176,9 @@ impl Bitmap {
         Ok(())
     }
 
-    /// Judges the entry as QEMU does when it opens the image. `disk_size`: bytes of the disk.
+    /// Checks the fields against QEMU's rules for opening an image. `disk_size`: virtual size in bytes.
     ///
-    /// Errors: `BitmapExtra` for extra data, `BitmapConstraints` for everything else.
+    /// Errors: `BitmapExtra` for extra data, `BitmapConstraints` for every other violation.
     pub fn validate(&self, geometry: &Geometry, disk_size: u64) -> Result<(), FormatError> {
         if !self.extra.is_empty() {
             let len = self.extra.len();
@@ -253,14 +254,15 @@ impl Bitmap {
         Some(geometry.clusters_for(bytes))
     }
 
-    /// The name as text; broken UTF-8 is replaced. May hold control characters: escape it before printing.
+    /// The name as text, with invalid UTF-8 replaced. May contain control characters: escape it before
+    /// printing.
     pub fn name_text(&self) -> String {
         String::from_utf8_lossy(&self.name).into_owned()
     }
 }
 
 impl BitmapTableEntry {
-    /// Reads an entry. Errors: `BitmapTableEntry` for reserved bits, an unaligned offset, or an offset
+    /// Decodes an entry. Errors: `BitmapTableEntry` for reserved bits, an unaligned offset, or an offset
     /// together with the all-ones bit.
     pub fn decode(raw: u64, geometry: &Geometry) -> Result<Self, FormatError> {
         let offset = raw & OFFSET_MASK;

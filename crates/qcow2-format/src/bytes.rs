@@ -1,35 +1,35 @@
-//! Checked big-endian reading and writing. Every multi-byte number of the format is big-endian.
+//! Checked big-endian reads and writes. Every multi-byte number in the format is big-endian.
 //!
-//! Nothing here panics: a position outside the buffer gives `None`.
+//! Nothing here panics: an access outside the buffer returns `None`.
 
 use alloc::vec::Vec;
 
-/// `N` bytes from position `at` on, or `None` where they are not all inside `bytes`.
+/// `N` bytes from offset `at`, or `None` if they are not all inside `bytes`.
 fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..at.checked_add(N)?)?.try_into().ok()
 }
 
-/// The 16-bit number at byte `at`.
+/// The 16-bit number at offset `at`, or `None` past the end.
 pub fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
     array(bytes, at).map(u16::from_be_bytes)
 }
 
-/// The 32-bit number at byte `at`.
+/// The 32-bit number at offset `at`, or `None` past the end.
 pub fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
     array(bytes, at).map(u32::from_be_bytes)
 }
 
-/// The 64-bit number at byte `at`.
+/// The 64-bit number at offset `at`, or `None` past the end.
 pub fn read_u64(bytes: &[u8], at: usize) -> Option<u64> {
     array(bytes, at).map(u64::from_be_bytes)
 }
 
-/// The numbers of a table of 8-byte entries, in order; bytes after the last whole entry are ignored.
+/// The entries of a table of 64-bit words, in order. A partial entry at the end is ignored.
 pub fn words(bytes: &[u8]) -> impl ExactSizeIterator<Item = u64> + '_ {
     bytes.chunks_exact(8).map(|chunk| read_u64(chunk, 0).unwrap_or_default())
 }
 
-/// A table of 8-byte entries as it is stored.
+/// Encodes a table of 64-bit words as it is stored on disk.
 pub fn table_bytes(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
     let words = words.into_iter();
     let mut bytes = Vec::with_capacity(words.size_hint().0.saturating_mul(8));
@@ -37,20 +37,20 @@ pub fn table_bytes(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
     bytes
 }
 
-/// Adds entries of 8 bytes to the end of a table.
+/// Appends 64-bit words to an encoded table.
 pub fn push_words(bytes: &mut Vec<u8>, words: impl IntoIterator<Item = u64>) {
     for word in words {
         bytes.extend_from_slice(&word.to_be_bytes());
     }
 }
 
-/// Puts `value` at byte `at`; `None`, and no change, where it does not fit.
+/// Writes `value` at offset `at`. Returns `None` and changes nothing if it does not fit.
 pub fn write_u64(bytes: &mut [u8], at: usize, value: u64) -> Option<()> {
     bytes.get_mut(at..at.checked_add(8)?)?.copy_from_slice(&value.to_be_bytes());
     Some(())
 }
 
-/// Reads fields one after the other.
+/// A cursor that reads consecutive fields.
 #[derive(Clone, Debug)]
 pub struct Reader<'a> {
     bytes: &'a [u8],
@@ -58,17 +58,17 @@ pub struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Starts at byte `at` of `bytes`.
+    /// Starts at offset `at` of `bytes`.
     pub fn new(bytes: &'a [u8], at: usize) -> Self {
         Self { bytes, at }
     }
 
-    /// The position of the next field.
+    /// Offset of the next field.
     pub fn position(&self) -> usize {
         self.at
     }
 
-    /// The next `len` bytes, or `None` (and no move) where fewer are left.
+    /// The next `len` bytes. Returns `None` and does not advance if fewer are left.
     pub fn take(&mut self, len: usize) -> Option<&'a [u8]> {
         let end = self.at.checked_add(len)?;
         let taken = self.bytes.get(self.at..end)?;

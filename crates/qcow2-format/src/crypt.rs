@@ -1,4 +1,4 @@
-//! The LUKS version 1 header, which lies in the area that the [`LuksPointer`](crate::LuksPointer) names.
+//! The LUKS version 1 header, stored in the area that the [`LuksPointer`](crate::LuksPointer) describes.
 //! Spec: "Full disk encryption header pointer"; LUKS On-Disk Format Specification 1.2.
 //!
 //! | offset | size | field |
@@ -20,9 +20,9 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-/// Bytes of the header.
+/// Length of the header in bytes.
 pub const LUKS_HEADER_LEN: usize = 592;
-/// How many key slots there are.
+/// Number of key slots.
 pub const LUKS_KEY_SLOTS: usize = 8;
 
 const MAGIC: [u8; 6] = *b"LUKS\xba\xbe";
@@ -30,24 +30,24 @@ const VERSION: u16 = 1;
 const SLOT_ENABLED: u32 = 0x00ac_71f3;
 const SLOT_DISABLED: u32 = 0x0000_dead;
 
-/// What a LUKS header says. The numbers are as stored; whoever unlocks judges them.
+/// The fields of a LUKS header, as stored. Parsing does not check the numbers; the code that unlocks does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LuksHeader {
     /// The cipher's name, such as `aes`; at most 32 bytes.
     pub cipher: String,
     /// Mode and IV generator, such as `xts-plain64`; at most 32 bytes.
     pub mode: String,
-    /// The hash of key derivation and anti-forensic splitter, such as `sha256`; at most 32 bytes.
+    /// Hash for the key derivation and the anti-forensic splitter, such as `sha256`; at most 32 bytes.
     pub hash: String,
-    /// Where the payload of a plain LUKS volume starts, in 512-byte sectors.
+    /// Start of the payload of a plain LUKS volume, in 512-byte sectors. Not used inside qcow2.
     pub payload_offset_sectors: u32,
-    /// Bytes of the master key.
+    /// Length of the master key in bytes.
     pub key_bytes: u32,
-    /// A digest of the master key.
+    /// PBKDF2 digest of the master key, to recognise the right one.
     pub digest: [u8; 20],
-    /// The digest's salt.
+    /// Salt of that digest.
     pub digest_salt: [u8; 32],
-    /// The digest's iterations.
+    /// PBKDF2 iterations of that digest.
     pub digest_iterations: u32,
     /// The volume's UUID as text; at most 40 bytes.
     pub uuid: String,
@@ -55,24 +55,24 @@ pub struct LuksHeader {
     pub slots: [LuksSlot; LUKS_KEY_SLOTS],
 }
 
-/// One key slot.
+/// One key slot: the master key, encrypted under one password.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LuksSlot {
-    /// Whether the slot holds a key.
+    /// True if the slot holds a key.
     pub enabled: bool,
-    /// Iterations of the key derivation.
+    /// PBKDF2 iterations for the password.
     pub iterations: u32,
-    /// The key derivation's salt.
+    /// PBKDF2 salt for the password.
     pub salt: [u8; 32],
-    /// Where the key material starts, in 512-byte sectors from the start of the header.
+    /// Start of the key material, in 512-byte sectors from the start of the header.
     pub material_offset_sectors: u32,
-    /// How many stripes the key material has.
+    /// Number of anti-forensic stripes in the key material.
     pub stripes: u32,
 }
 
 impl LuksHeader {
-    /// Reads a header from the first 592 bytes of the area. A name ends at its first zero byte and must have
-    /// one.
+    /// Parses a header from the first 592 bytes of the area. Each text field must be UTF-8 and end with a
+    /// zero byte inside its field.
     ///
     /// Errors: `Truncated`, `NotLuks`, `LuksVersion`, `LuksName`, `LuksSlotState`.
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
@@ -99,7 +99,8 @@ impl LuksHeader {
         })
     }
 
-    /// The header's 592 bytes. Errors: `LuksName` for a name that does not fit with its terminator.
+    /// Encodes the header as 592 bytes. Errors: `LuksName` for a text that does not fit with its terminating
+    /// zero.
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         let mut out = Vec::with_capacity(LUKS_HEADER_LEN);
         out.extend_from_slice(&MAGIC);
@@ -207,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn headers_round_trip() {
         let bytes = header().encode().unwrap();
         assert_eq!(bytes.len(), LUKS_HEADER_LEN);
         assert_eq!(&bytes[104..108], &4040u32.to_be_bytes());
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_are_named() {
+    fn each_fault_has_its_error_kind() {
         let bytes = header().encode().unwrap();
         let kind = |at: usize, byte: u8| {
             let mut broken = bytes.clone();
@@ -234,7 +235,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_judged(
+        fn arbitrary_bytes_do_not_panic(
             mut bytes in proptest::collection::vec(any::<u8>(), 0..700),
             fix in any::<bool>(),
         ) {

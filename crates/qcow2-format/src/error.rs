@@ -1,4 +1,4 @@
-//! What was wrong with the bytes: which field, where, what was seen and what is allowed.
+//! Format errors: which field is wrong, where, what was seen and what is allowed.
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -19,7 +19,7 @@ pub enum Table {
 }
 
 impl Table {
-    /// What the specification calls it, in lower case.
+    /// The specification's name of the table, in lower case.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Refcount => "refcount table",
@@ -30,11 +30,11 @@ impl Table {
     }
 }
 
-/// What kind of trouble the bytes hold. Carries the numbers a caller needs to word its own message.
+/// The kind of a format error. Carries the numbers a caller needs to write its own message.
 ///
-/// What QEMU prints for the troubles that stop an open, `N` being the number in the variant:
+/// QEMU's messages for the kinds that make it refuse an image; `N` is the number in the variant:
 ///
-/// | variant | QEMU's words |
+/// | variant | QEMU's message |
 /// |---|---|
 /// | `NotQcow2` | Image is not in qcow2 format |
 /// | `Version` | Unsupported qcow2 version N |
@@ -75,7 +75,7 @@ impl Table {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FormatErrorKind {
-    /// The magic number is not that of qcow2.
+    /// The magic number is not `QFI\xfb`.
     NotQcow2,
     /// The version is neither 2 nor 3.
     Version(u32),
@@ -95,16 +95,16 @@ pub enum FormatErrorKind {
     CompressionBitSet,
     /// Incompatible feature bits that this crate does not know are set.
     UnknownIncompatible {
-        /// What the image's own feature name table calls them, in the table's order.
+        /// Names from the image's own feature name table, in the table's order.
         names: Vec<String>,
-        /// The bits that the table does not name.
+        /// Unknown bits that the table does not name.
         unnamed: u64,
     },
     /// Subclusters are below 512 bytes: extended L2 entries need `cluster_bits` of at least 14.
     SubclusterSize(u64),
     /// The refcount width exponent is above 6.
     RefcountOrder(u32),
-    /// The refcount table has no cluster.
+    /// The refcount table has no clusters.
     NoRefcountTable,
     /// A table has more entries than the limit.
     TableTooLarge(Table),
@@ -114,18 +114,18 @@ pub enum FormatErrorKind {
     ImageTooBig(u64),
     /// The active L1 table does not cover the virtual size.
     L1TooSmall {
-        /// How many entries it has.
+        /// Entries in the L1 table.
         entries: u32,
-        /// How many the virtual size needs.
+        /// Entries the virtual size needs.
         needed: u64,
     },
     /// The encryption method is none of 0, 1 (AES) and 2 (LUKS).
     CryptMethod(u32),
-    /// A header extension passes the end of the extension area.
+    /// A header extension runs past the end of the extension area.
     ExtensionTooLarge {
         /// Its type.
         kind: u32,
-        /// Its length in bytes as given.
+        /// Its length field, in bytes.
         len: u32,
     },
     /// The backing format name is longer than 15 bytes.
@@ -136,62 +136,63 @@ pub enum FormatErrorKind {
     CryptoExtensionLength(u32),
     /// The LUKS area is not cluster aligned.
     CryptoOffset {
-        /// Its host offset as given.
+        /// Its host offset, in bytes.
         offset: u64,
-        /// Bytes in a cluster.
+        /// Cluster size in bytes.
         cluster_size: u64,
     },
     /// The bitmaps extension is not 24 bytes long.
     BitmapsExtensionLength(u32),
     /// The reserved word of the bitmaps extension is not zero.
     BitmapsReserved(u32),
-    /// The bitmaps extension counts no bitmap, or more than 65535.
+    /// The bitmaps extension counts 0 bitmaps, or more than 65535.
     BitmapsCount(u32),
     /// The bitmap directory is not cluster aligned.
     BitmapDirectoryOffset(u64),
     /// The bitmap directory is empty or larger than the limit.
     BitmapDirectorySize(u64),
-    /// The encryption method (here 2) needs a LUKS pointer and there is none.
+    /// The encryption method (always LUKS, 2) needs a LUKS pointer, and there is none or it has length 0.
     MissingCryptoHeader(u32),
-    /// The backing file name is longer than 1023 bytes or passes the end of the first cluster.
+    /// The backing file name is longer than 1023 bytes or runs past the end of the first cluster.
     BackingNameTooLong(u32),
-    /// The header with all its extensions and the backing file name does not fit into one cluster.
+    /// The header, its extensions and the backing file name do not fit into one cluster.
     HeaderFull {
-        /// How many bytes it needs.
+        /// Bytes needed.
         needed: u64,
-        /// How many there are.
+        /// Bytes available: the cluster size.
         cluster_size: u64,
     },
-    /// A version 2 header cannot hold the value of a field that only version 3 has.
+    /// The header is version 2, but a field that only exists in version 3 is set.
     NeedsVersion3,
-    /// A field is longer than its length field can say.
+    /// A value is longer than its length field can express; its length in bytes.
     TooLong(u64),
     /// A snapshot table entry has more than 1024 bytes of extra data.
     SnapshotExtra(u32),
     /// The bitmap directory ends inside an entry.
     BitmapDirectoryBroken,
-    /// The bitmap directory does not hold as many bitmaps as the extension says.
+    /// The bitmap directory holds a different number of bitmaps than the extension counts.
     BitmapDirectoryCount {
-        /// How many it holds; one more than expected stands for any larger number.
+        /// Entries found. Parsing stops one entry past `expected`, so `expected + 1` means "that many or
+        /// more".
         found: u32,
-        /// How many the extension says.
+        /// The count in the bitmaps extension.
         expected: u32,
     },
     /// A bitmap has extra data.
     BitmapExtra(u32),
-    /// A bitmap's directory entry breaks a rule; its name.
+    /// A bitmap's directory entry breaks one of QEMU's rules; the bitmap's name.
     BitmapConstraints(String),
-    /// A bitmap table entry has reserved bits set or an impossible offset.
+    /// A bitmap table entry has reserved bits set or an invalid offset.
     BitmapTableEntry(u64),
     /// The LUKS area does not start with a LUKS header.
     NotLuks,
     /// The LUKS version is not 1.
     LuksVersion(u16),
-    /// A text in the LUKS header does not end, or is not text.
+    /// A text field of the LUKS header has no terminating zero or is not UTF-8; the field's name.
     LuksName(&'static str),
-    /// A LUKS key slot is neither enabled nor disabled.
+    /// A LUKS key slot is marked neither enabled nor disabled.
     LuksSlotState(u32),
-    /// The bytes end before the structure does.
+    /// The buffer ends inside the structure.
     Truncated,
     /// An offset that must be cluster aligned is not.
     Misaligned(u64),
@@ -205,7 +206,7 @@ pub enum FormatErrorKind {
     CompressedOffset(u64),
 }
 
-/// Bytes that do not follow the format.
+/// An error in the bytes of an image, with a kind to match and a message for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FormatError {
     kind: FormatErrorKind,
@@ -213,12 +214,12 @@ pub struct FormatError {
 }
 
 impl FormatError {
-    /// An error of `kind`; `message` is lower case and says what was seen, where, and what is allowed.
+    /// An error of `kind`. `message` is lower case: what was seen, where, and what is allowed.
     pub fn new(kind: FormatErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into() }
     }
 
-    /// What kind of trouble it is.
+    /// The kind of error, for matching.
     pub fn kind(&self) -> &FormatErrorKind {
         &self.kind
     }

@@ -1,7 +1,7 @@
 //! Header extensions. Spec: "Header extensions", "Bitmaps extension", "Full disk encryption header pointer".
 //!
-//! They start right after the header and end where the backing file name starts, or with the first cluster.
-//! Each:
+//! The list starts right after the header. It ends at the end marker, at the backing file name, or at the end
+//! of the first cluster. Each extension:
 //!
 //! | offset | size | field |
 //! |---|---|---|
@@ -30,57 +30,57 @@ const DATA_FILE: u32 = 0x4441_5441;
 pub(crate) const BITMAPS_LEN: u32 = 24;
 const LUKS_LEN: u32 = 16;
 
-/// Where the LUKS header area lives inside the image file.
+/// Location of the LUKS header area in the image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LuksPointer {
-    /// Its first byte, cluster aligned.
+    /// Host offset of the area, cluster aligned.
     pub offset: HostOffset,
-    /// Its length in bytes.
+    /// Length of the area in bytes.
     pub len: u64,
 }
 
-/// Where the bitmap directory lives.
+/// The bitmaps extension: number of bitmaps and location of the bitmap directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BitmapsExtension {
-    /// How many bitmaps there are, 1 to 65535.
+    /// Number of bitmaps, 1 to 65535.
     pub count: u32,
-    /// A reserved word; 0.
+    /// Reserved; 0 in a valid image.
     pub reserved: u32,
-    /// Bytes of the directory, at most 67107840.
+    /// Length of the directory in bytes, at most 67107840.
     pub directory_size: u64,
-    /// Its first byte, cluster aligned.
+    /// Host offset of the directory, cluster aligned.
     pub directory_offset: HostOffset,
 }
 
-/// An extension that this crate does not know, kept as it was.
+/// An extension that this crate does not know, kept byte for byte.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnknownExtension {
     /// Its type.
     pub kind: u32,
-    /// Its data without padding.
+    /// Its data, without the padding.
     pub data: Vec<u8>,
 }
 
-/// All extensions of a header. Where a type appears twice, the last one counts.
+/// All extensions of a header. If a type appears twice, the last one wins.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Extensions {
-    /// The format of the backing file, at most 15 bytes, usually ASCII.
+    /// Format of the backing file, at most 15 bytes, usually ASCII.
     pub backing_format: Option<Vec<u8>>,
-    /// The name of the external data file.
+    /// Name of the external data file.
     pub data_file: Option<Vec<u8>>,
-    /// Where the LUKS header area is; only with the LUKS encryption method.
+    /// LUKS header area; only valid with the LUKS encryption method.
     pub luks: Option<LuksPointer>,
-    /// What feature bits are called.
+    /// The feature name table.
     pub feature_names: Option<Vec<FeatureName>>,
-    /// Where the bitmap directory is; not to be trusted unless the autoclear feature bit says so.
+    /// The bitmaps extension; valid only if the `BITMAPS` autoclear bit is set.
     pub bitmaps: Option<BitmapsExtension>,
-    /// All others, in their order.
+    /// All other extensions, in file order.
     pub unknown: Vec<UnknownExtension>,
 }
 
 impl Extensions {
-    /// Reads the extensions in `area`, which starts after the header and ends where they must end. A missing
-    /// end marker is fine. The contents are taken as they are; whoever opens the image judges them.
+    /// Parses the extensions in `area`, the bytes between the header and the backing file name. A missing end
+    /// marker is accepted. The contents are not checked here; see [`Header::parse`](crate::Header::parse).
     ///
     /// Errors: `ExtensionTooLarge`, `BackingFormatTooLong`, `CryptoExtensionLength`,
     /// `BitmapsExtensionLength`.
@@ -90,8 +90,8 @@ impl Extensions {
         Ok(extensions)
     }
 
-    /// The feature name table alone, so that unknown incompatible features can be named in an image whose
-    /// other extensions cannot be read. Empty where there is none.
+    /// Parses only the feature name table. Needed to name unknown incompatible features in an image whose
+    /// other extensions cannot be parsed. Empty if there is no table.
     pub fn feature_names(area: &[u8]) -> Vec<FeatureName> {
         let mut names = Vec::new();
         let _unreadable_rest = visit(area, |kind, data| {
@@ -115,10 +115,10 @@ impl Extensions {
         Ok(())
     }
 
-    /// Appends the extensions and the end marker to `out`, in the order QEMU writes them: backing format,
-    /// data file name, LUKS pointer, feature names, bitmaps, unknown ones.
+    /// Appends the extensions and the end marker to `out`, in QEMU's order: backing format, data file name,
+    /// LUKS pointer, feature names, bitmaps, unknown ones.
     ///
-    /// Errors: `BackingFormatTooLong`; `TooLong` for data of 4 GiB and more.
+    /// Errors: `BackingFormatTooLong`; `TooLong` for data of 4 GiB or more.
     pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), FormatError> {
         if let Some(name) = &self.backing_format {
             push(out, BACKING_FORMAT, &backing_format(name)?)?;
@@ -141,20 +141,20 @@ impl Extensions {
         push(out, END, &[])
     }
 
-    /// The backing format as text; broken UTF-8 is replaced.
+    /// The backing format as text, with invalid UTF-8 replaced.
     pub fn backing_format_name(&self) -> Option<String> {
         self.backing_format.as_deref().map(|name| String::from_utf8_lossy(name).into_owned())
     }
 
-    /// The data file's name as text; broken UTF-8 is replaced.
+    /// The data file's name as text, with invalid UTF-8 replaced.
     pub fn data_file_name(&self) -> Option<String> {
         self.data_file.as_deref().map(|name| String::from_utf8_lossy(name).into_owned())
     }
 }
 
 impl BitmapsExtension {
-    /// Judges the fields, for an image whose autoclear bit says that they can be trusted. `cluster_size`:
-    /// bytes.
+    /// Checks the fields. Call it only if the `BITMAPS` autoclear bit is set: otherwise the extension is
+    /// stale and may hold anything. `cluster_size`: bytes.
     ///
     /// Errors: `BitmapsReserved`, `BitmapsCount`, `BitmapDirectoryOffset`, `BitmapDirectorySize`.
     pub fn validate(&self, cluster_size: u64) -> Result<(), FormatError> {
@@ -183,7 +183,7 @@ impl BitmapsExtension {
     }
 }
 
-/// Calls `take` with type and data of each extension up to the end marker or the end of the area.
+/// Calls `take` with the type and data of each extension, up to the end marker or the end of the area.
 fn visit(
     area: &[u8],
     mut take: impl FnMut(u32, &[u8]) -> Result<(), FormatError>,

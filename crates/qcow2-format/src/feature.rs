@@ -7,14 +7,14 @@
 //! |---|---|---|
 //! | 0 | 1 | word: 0 incompatible, 1 compatible, 2 autoclear |
 //! | 1 | 1 | bit number, 0 to 63 |
-//! | 2 | 46 | name, padded with zeroes; no terminator where it fills the field |
+//! | 2 | 46 | name, padded with zeroes; no terminator if it fills the field |
 
 use alloc::string::String;
 use alloc::vec::Vec;
 
-/// Bytes of a feature name table entry.
+/// Length of a feature name table entry in bytes.
 const NAME_ENTRY_LEN: usize = 48;
-/// Bytes of the name in such an entry.
+/// Length of its name field in bytes.
 const NAME_LEN: usize = 46;
 
 macro_rules! feature_word {
@@ -25,32 +25,32 @@ macro_rules! feature_word {
 
         impl $name {
             $($(#[$bit_doc])* pub const $bit: Self = Self(1 << $number);)*
-            /// Every bit that this crate knows.
+            /// All bits that this crate knows.
             pub const KNOWN: Self = Self(0 $(| 1 << $number)*);
-            /// No bit.
+            /// No bits.
             pub const NONE: Self = Self(0);
 
-            /// The set with exactly these bits, known or not.
+            /// A set from raw bits, known or unknown.
             pub const fn from_bits(bits: u64) -> Self {
                 Self(bits)
             }
 
-            /// The word as it stands in the header.
+            /// The raw bits, as stored in the header.
             pub const fn bits(self) -> u64 {
                 self.0
             }
 
-            /// Whether every bit of `other` is set.
+            /// True if all bits of `other` are set.
             pub const fn contains(self, other: Self) -> bool {
                 self.0 & other.0 == other.0
             }
 
-            /// Whether no bit is set.
+            /// True if no bits are set.
             pub const fn is_empty(self) -> bool {
                 self.0 == 0
             }
 
-            /// The set with the bits of `other` set (`on`) or clear.
+            /// A copy with the bits of `other` set (`on`) or cleared.
             #[must_use]
             pub const fn with(self, other: Self, on: bool) -> Self {
                 if on { Self(self.0 | other.0) } else { Self(self.0 & !other.0) }
@@ -61,7 +61,7 @@ macro_rules! feature_word {
                 *self = self.with(other, on);
             }
 
-            /// Only the bits that this crate does not know.
+            /// The bits that this crate does not know.
             #[must_use]
             pub const fn unknown(self) -> Self {
                 Self(self.0 & !Self::KNOWN.0)
@@ -71,13 +71,14 @@ macro_rules! feature_word {
 }
 
 feature_word!(
-    /// Features that a reader must know to open the image at all.
+    /// A program that does not know one of these bits must refuse to open the image.
     IncompatibleFeatures {
-        /// Refcounts may be stale: lazy refcounts are in use, or the image was not closed cleanly.
+        /// Refcounts may be stale: a writer with lazy refcounts has the image open, or did not close it
+        /// cleanly.
         DIRTY = 0;
-        /// Metadata is damaged: no writing but by repair.
+        /// Metadata is damaged. Only a repair may write to the image.
         CORRUPT = 1;
-        /// Guest data lives in another file.
+        /// Guest data is stored in an external data file.
         DATA_FILE = 2;
         /// The compression type is not deflate.
         COMPRESSION_TYPE = 3;
@@ -87,7 +88,7 @@ feature_word!(
 );
 
 feature_word!(
-    /// Features that may be ignored, and must be kept.
+    /// A program may ignore unknown bits here, but must preserve them.
     CompatibleFeatures {
         /// A writer may postpone refcount updates while the dirty bit is set.
         LAZY_REFCOUNTS = 0;
@@ -95,16 +96,16 @@ feature_word!(
 );
 
 feature_word!(
-    /// Features that a writer who does not know them must clear before its first change.
+    /// A program that modifies the image must first clear the bits here that it does not know.
     AutoclearFeatures {
-        /// The bitmaps extension can be trusted.
+        /// The bitmaps extension is consistent with the image.
         BITMAPS = 0;
-        /// The external data file is byte for byte the guest disk.
+        /// The external data file is a raw image of the guest disk, byte for byte.
         RAW_DATA_FILE = 1;
     }
 );
 
-/// Which of the three words a named feature is in.
+/// The feature word that a named bit belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FeatureWord {
     /// The incompatible features.
@@ -113,7 +114,7 @@ pub enum FeatureWord {
     Compatible,
     /// The autoclear features.
     Autoclear,
-    /// A number that the specification does not give a meaning to.
+    /// A word number that the specification does not define.
     Other(u8),
 }
 
@@ -137,31 +138,31 @@ impl FeatureWord {
     }
 }
 
-/// One entry of the feature name table: what a bit is called, for readers that do not know the bit.
+/// One entry of the feature name table. Lets a program name a bit that it does not know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FeatureName {
-    /// The word the bit is in.
+    /// The word that contains the bit.
     pub word: FeatureWord,
-    /// The bit's number; 0 to 63 means something.
+    /// The bit number; valid are 0 to 63.
     pub bit: u8,
     name: [u8; NAME_LEN],
 }
 
 impl FeatureName {
-    /// Names a bit. `None` where `name` is longer than 46 bytes.
+    /// Names a bit. `None` if `name` is longer than 46 bytes.
     pub fn new(word: FeatureWord, bit: u8, name: &str) -> Option<Self> {
         let mut field = [0; NAME_LEN];
         field.get_mut(..name.len())?.copy_from_slice(name.as_bytes());
         Some(Self { word, bit, name: field })
     }
 
-    /// The name up to its first zero byte; broken UTF-8 is replaced.
+    /// The name up to its first zero byte, with invalid UTF-8 replaced.
     pub fn name(&self) -> String {
         let len = self.name.iter().position(|&b| b == 0).unwrap_or(NAME_LEN);
         String::from_utf8_lossy(&self.name[..len]).into_owned()
     }
 
-    /// The table that QEMU writes into a version 3 header with clusters above 4 KiB: eight entries.
+    /// The eight-entry table that QEMU writes into version 3 headers if clusters are larger than 4 KiB.
     pub fn standard() -> Vec<Self> {
         use FeatureWord::{Autoclear, Compatible, Incompatible};
         let table = [
@@ -177,7 +178,7 @@ impl FeatureName {
         table.iter().filter_map(|&(word, bit, name)| Self::new(word, bit, name)).collect()
     }
 
-    /// Reads a table; bytes after the last whole entry are ignored, as QEMU does.
+    /// Parses a table. Like QEMU, ignores a partial entry at the end.
     pub fn parse_table(bytes: &[u8]) -> Vec<Self> {
         let entry = |e: &[u8]| {
             let mut name = [0; NAME_LEN];
@@ -187,7 +188,7 @@ impl FeatureName {
         bytes.chunks_exact(NAME_ENTRY_LEN).map(entry).collect()
     }
 
-    /// The bytes of a table: 48 per entry.
+    /// Encodes a table, 48 bytes per entry.
     pub fn encode_table(table: &[Self]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(table.len() * NAME_ENTRY_LEN);
         for entry in table {
@@ -203,7 +204,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unknown_bits_survive() {
+    fn unknown_bits_are_preserved() {
         let mut word = IncompatibleFeatures::from_bits(1 << 63 | 1);
         assert!(word.contains(IncompatibleFeatures::DIRTY));
         assert_eq!(word.unknown().bits(), 1 << 63);
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_last_entry_is_ignored() {
+    fn partial_last_entry_is_ignored() {
         let mut bytes = FeatureName::encode_table(&FeatureName::standard());
         assert_eq!(bytes.len(), 384);
         bytes.push(1);

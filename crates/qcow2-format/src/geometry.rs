@@ -1,6 +1,6 @@
-//! The three numbers an image's arithmetic rests on, and every conversion between units.
+//! Cluster size, refcount width and L2 entry size of an image, and every conversion between units.
 //!
-//! Code that turns one unit into another belongs here, so that no one else shifts by cluster bits.
+//! All unit conversions belong here. No other code shifts by `cluster_bits`.
 
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limit::{MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, MIN_SUBCLUSTER_SIZE};
@@ -8,21 +8,21 @@ use crate::refcount::RefcountWidth;
 use crate::units::{GuestCluster, GuestOffset, HostCluster, HostOffset, L1Index, L2Index};
 use alloc::format;
 
-/// How many subclusters a cluster has with extended L2 entries.
+/// Subclusters per cluster with extended L2 entries.
 pub const SUBCLUSTERS: u32 = 32;
 
-/// The header fields that a [`Geometry`] is made from.
+/// The header fields that determine a [`Geometry`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GeometryFields {
     /// log2 of the cluster size in bytes, 9..=21.
     pub cluster_bits: u32,
     /// log2 of the refcount width in bits, 0..=6.
     pub refcount_order: u32,
-    /// Whether L2 entries are 16 bytes with 32 subclusters; needs `cluster_bits` of at least 14.
+    /// True for 16-byte L2 entries with 32 subclusters; needs `cluster_bits` of at least 14.
     pub extended_l2: bool,
 }
 
-/// Cluster size, refcount width and L2 entry size of one image.
+/// Cluster size, refcount width and L2 entry size of one image. The values are within their limits.
 ///
 /// ```
 /// use qcow2_format::{Geometry, GeometryFields, GuestOffset};
@@ -75,27 +75,27 @@ impl Geometry {
         })
     }
 
-    /// log2 of the cluster size.
+    /// log2 of the cluster size in bytes.
     pub const fn cluster_bits(&self) -> u32 {
         self.cluster_bits
     }
 
-    /// Bytes in a cluster: a power of two from 512 to 2 MiB.
+    /// Cluster size in bytes: a power of two from 512 to 2 MiB.
     pub const fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
     }
 
-    /// How wide one refcount is.
+    /// Width of one refcount.
     pub const fn refcount_width(&self) -> RefcountWidth {
         self.refcount_width
     }
 
-    /// Whether L2 entries are 16 bytes with a subcluster bitmap.
+    /// True if L2 entries are 16 bytes with a subcluster bitmap.
     pub const fn extended_l2(&self) -> bool {
         self.extended_l2
     }
 
-    /// Bytes in an L2 entry: 8 or 16.
+    /// Size of an L2 entry in bytes: 8 or 16.
     pub const fn l2_entry_size(&self) -> u64 {
         if self.extended_l2 { 16 } else { 8 }
     }
@@ -109,17 +109,17 @@ impl Geometry {
         self.cluster_bits - if self.extended_l2 { 4 } else { 3 }
     }
 
-    /// Subclusters in a cluster: 32 with extended L2 entries, else 1 (the cluster itself).
+    /// Subclusters per cluster: 32 with extended L2 entries, else 1 (the cluster itself).
     pub const fn subclusters(&self) -> u32 {
         if self.extended_l2 { SUBCLUSTERS } else { 1 }
     }
 
-    /// Bytes in a subcluster: the unit of allocation state and of copy on write.
+    /// Subcluster size in bytes. The subcluster is the unit of allocation state and of copy-on-write.
     pub const fn subcluster_size(&self) -> u64 {
         if self.extended_l2 { self.cluster_size() >> 5 } else { self.cluster_size() }
     }
 
-    /// The subcluster within its cluster that holds `offset`: 0..[`subclusters`](Self::subclusters).
+    /// Index of the subcluster that holds `offset` within its cluster: 0..[`subclusters`](Self::subclusters).
     pub const fn subcluster_index(&self, offset: GuestOffset) -> u32 {
         (self.in_cluster(offset.value()) / self.subcluster_size()) as u32
     }
@@ -129,7 +129,8 @@ impl Geometry {
         GuestCluster::new(offset.value() >> self.cluster_bits)
     }
 
-    /// The first byte of a guest cluster; wraps only for cluster numbers that no guest offset has.
+    /// Guest offset of a cluster's first byte. High bits are lost for cluster numbers that no guest offset
+    /// has.
     pub const fn guest_offset(&self, cluster: GuestCluster) -> GuestOffset {
         GuestOffset::new(cluster.value() << self.cluster_bits)
     }
@@ -139,7 +140,7 @@ impl Geometry {
         HostCluster::new(offset.value() >> self.cluster_bits)
     }
 
-    /// The first byte of a host cluster, or `None` past 2^64 - 1.
+    /// Host offset of a cluster's first byte, or `None` past 2^64 - 1.
     pub const fn host_offset(&self, cluster: HostCluster) -> Option<HostOffset> {
         if cluster.value() > u64::MAX >> self.cluster_bits {
             return None;
@@ -147,22 +148,22 @@ impl Geometry {
         Some(HostOffset::new(cluster.value() << self.cluster_bits))
     }
 
-    /// Bytes of `count` clusters; `u64::MAX` where there are more.
+    /// Size of `count` clusters in bytes, saturating at `u64::MAX`.
     pub const fn bytes_of(&self, count: u64) -> u64 {
         count.saturating_mul(self.cluster_size())
     }
 
-    /// How many clusters begin below byte `end`, `end` being a multiple of the cluster size.
+    /// Number of whole clusters below byte `end`; `end` must be a multiple of the cluster size.
     pub const fn clusters_below(&self, end: u64) -> u64 {
         end >> self.cluster_bits
     }
 
-    /// `value` modulo the cluster size.
+    /// `value` modulo the cluster size: the offset within its cluster.
     pub const fn in_cluster(&self, value: u64) -> u64 {
         value & (self.cluster_size() - 1)
     }
 
-    /// Whether `value` is a multiple of the cluster size.
+    /// True if `value` is a multiple of the cluster size.
     pub const fn is_aligned(&self, value: u64) -> bool {
         self.in_cluster(value) == 0
     }
@@ -180,27 +181,27 @@ impl Geometry {
         }
     }
 
-    /// How many clusters `len` bytes need.
+    /// Number of clusters that `len` bytes occupy, rounded up.
     pub const fn clusters_for(&self, len: u64) -> u64 {
         (len >> self.cluster_bits) + if self.in_cluster(len) == 0 { 0 } else { 1 }
     }
 
-    /// The L1 entry that leads to `offset`.
+    /// Index of the L1 entry for `offset`.
     pub const fn l1_index(&self, offset: GuestOffset) -> L1Index {
         L1Index::new(offset.value() >> (self.cluster_bits + self.l2_bits()))
     }
 
-    /// The entry within its L2 table that maps `offset`.
+    /// Index of the L2 entry for `offset`, within its L2 table.
     pub const fn l2_index(&self, offset: GuestOffset) -> L2Index {
         L2Index::new((offset.value() >> self.cluster_bits) & (self.l2_entries() - 1))
     }
 
-    /// Guest bytes that one L1 entry (one L2 table) covers.
+    /// Guest bytes covered by one L1 entry, that is by one L2 table.
     pub const fn l2_coverage(&self) -> u64 {
         1 << (self.cluster_bits + self.l2_bits())
     }
 
-    /// The first guest byte that an L1 entry covers, or `None` past 2^64 - 1.
+    /// First guest offset covered by an L1 entry, or `None` past 2^64 - 1.
     pub const fn l1_start(&self, index: L1Index) -> Option<GuestOffset> {
         match index.value().checked_mul(self.l2_coverage()) {
             Some(v) => Some(GuestOffset::new(v)),
@@ -208,7 +209,7 @@ impl Geometry {
         }
     }
 
-    /// How many L1 entries a disk of `size` bytes needs.
+    /// Number of L1 entries for a disk of `size` bytes.
     pub const fn l1_entries_for(&self, size: u64) -> u64 {
         size.div_ceil(self.l2_coverage())
     }
@@ -222,17 +223,17 @@ impl Geometry {
         self.cluster_bits + 3 - self.refcount_width.order()
     }
 
-    /// The refcount table entry whose block counts `cluster`.
+    /// Index of the refcount table entry whose block counts `cluster`.
     pub const fn refcount_table_index(&self, cluster: HostCluster) -> u64 {
         cluster.value() >> self.refcount_block_bits()
     }
 
-    /// The slot within its refcount block that counts `cluster`.
+    /// Index of `cluster`'s refcount within its refcount block.
     pub const fn refcount_block_slot(&self, cluster: HostCluster) -> u64 {
         cluster.value() & (self.refcount_block_entries() - 1)
     }
 
-    /// The first cluster that refcount table entry `table_index` counts, or `None` past 2^64 - 1.
+    /// First cluster counted by the block of refcount table entry `table_index`, or `None` past 2^64 - 1.
     pub const fn refcount_block_first(&self, table_index: u64) -> Option<HostCluster> {
         match table_index.checked_mul(self.refcount_block_entries()) {
             Some(v) => Some(HostCluster::new(v)),

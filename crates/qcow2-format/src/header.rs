@@ -14,11 +14,11 @@
 //! | 72, 80, 88 | 8 each | version 3: incompatible, compatible, autoclear features |
 //! | 96 | 4 | version 3: log2 of the refcount width in bits |
 //! | 100 | 4 | version 3: header length in bytes |
-//! | 104 | 1 | compression type, where the header is longer than 104 bytes |
+//! | 104 | 1 | compression type, if the header is longer than 104 bytes |
 //! | 105 | 7 | zeroes |
 //!
-//! Then come fields of some later version (kept as they are), the extensions and the backing file name, all
-//! inside the first cluster.
+//! Unknown fields of later versions follow (kept byte for byte), then the extensions and the backing file
+//! name. All of it lies inside the first cluster.
 
 use crate::error::{FormatError, FormatErrorKind};
 use crate::extension::Extensions;
@@ -30,16 +30,18 @@ use crate::units::HostOffset;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
+// The byte offsets of the fields are repeated in `decode`, `edit` and `patch`; the table above is the
+// reference.
 pub use patch::{HeaderField, SECTOR_LEN};
 
 mod decode;
 pub mod edit;
 mod patch;
 
-/// The first four bytes of an image.
+/// The magic number: the first four bytes of an image.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 
-/// The version of the format.
+/// The format version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Version {
     /// Version 2: no feature words, no zero flag, 16-bit refcounts. QEMU's `compat=0.10`.
@@ -51,15 +53,15 @@ pub enum Version {
 /// How guest data is encrypted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CryptMethod {
-    /// Not at all.
+    /// Not encrypted.
     None,
-    /// AES-CBC with the password as key; obsolete.
+    /// AES-CBC with the password itself as the key; obsolete.
     Aes,
-    /// LUKS, whose header an extension points to.
+    /// LUKS. An extension points to its header.
     Luks,
 }
 
-/// How compressed clusters are compressed.
+/// Algorithm of compressed clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CompressionType {
     /// Raw deflate; QEMU calls it "zlib".
@@ -68,8 +70,8 @@ pub enum CompressionType {
     Zstd,
 }
 
-/// What the header says. Every field is public: any combination can be written down, and
-/// [`encode`](Self::encode) or [`geometry`](Self::geometry) say what is impossible.
+/// The parsed header. Every field is public and unchecked; [`encode`](Self::encode) and
+/// [`geometry`](Self::geometry) report invalid combinations.
 ///
 /// ```
 /// use qcow2_format::{Header, HostOffset, Version};
@@ -91,48 +93,48 @@ pub enum CompressionType {
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// The version of the format.
+    /// The format version.
     pub version: Version,
-    /// The backing file's name as bytes, at most 1023; `None` without one. Where it lies is up to
-    /// [`encode`](Self::encode).
+    /// Backing file name as bytes, at most 1023; `None` without a backing file. [`encode`](Self::encode)
+    /// decides where it is stored.
     pub backing_file: Option<Vec<u8>>,
     /// log2 of the cluster size in bytes, 9..=21.
     pub cluster_bits: u32,
-    /// Virtual size in bytes as stored; see [`disk_size`](Self::disk_size).
+    /// Virtual size in bytes, as stored. The usable size is [`disk_size`](Self::disk_size).
     pub size: u64,
     /// How guest data is encrypted.
     pub crypt_method: CryptMethod,
-    /// How many entries the active L1 table has.
+    /// Number of entries in the active L1 table.
     pub l1_size: u32,
-    /// Where the active L1 table is.
+    /// Host offset of the active L1 table.
     pub l1_table_offset: HostOffset,
-    /// Where the refcount table is.
+    /// Host offset of the refcount table.
     pub refcount_table_offset: HostOffset,
-    /// How many clusters the refcount table takes.
+    /// Number of clusters of the refcount table.
     pub refcount_table_clusters: u32,
-    /// How many internal snapshots there are.
+    /// Number of internal snapshots.
     pub nb_snapshots: u32,
-    /// Where the snapshot table is.
+    /// Host offset of the snapshot table.
     pub snapshots_offset: HostOffset,
-    /// Features a reader must know. Empty in version 2.
+    /// Features that a program must know to open the image. Empty in version 2.
     pub incompatible_features: IncompatibleFeatures,
-    /// Features that may be ignored. Empty in version 2.
+    /// Features that a program may ignore. Empty in version 2.
     pub compatible_features: CompatibleFeatures,
-    /// Features that a writer who does not know them clears. Empty in version 2.
+    /// Features that a program which does not know them must clear before it writes. Empty in version 2.
     pub autoclear_features: AutoclearFeatures,
     /// log2 of the refcount width in bits, 0..=6. 4 in version 2.
     pub refcount_order: u32,
-    /// How compressed clusters are compressed. Deflate in version 2.
+    /// Algorithm of compressed clusters. Always deflate in version 2.
     pub compression_type: CompressionType,
-    /// Header bytes from 112 on, fields of some later version. Empty in version 2; [`encode`](Self::encode)
-    /// pads them with zeroes to a multiple of 8, which means the same.
+    /// Header bytes from 112 on: fields of a later version. Empty in version 2. [`encode`](Self::encode) pads
+    /// them with zeroes to a multiple of 8, which does not change their meaning.
     pub unknown_fields: Vec<u8>,
-    /// The extensions.
+    /// The header extensions.
     pub extensions: Extensions,
 }
 
 impl Header {
-    /// An empty disk's header: no tables yet, nothing optional, 16-bit refcounts, no feature name table.
+    /// The header of an empty disk: no tables, no optional fields, 16-bit refcounts, no feature name table.
     pub fn new(version: Version, cluster_bits: u32) -> Self {
         Self {
             version,
@@ -165,7 +167,7 @@ impl Header {
         })
     }
 
-    /// How the image's L2 entries are to be read. Errors: as [`geometry`](Self::geometry).
+    /// The parameters for decoding the image's L2 entries. Errors: as [`geometry`](Self::geometry).
     pub fn l2_format(&self) -> Result<L2Format, FormatError> {
         Ok(L2Format {
             geometry: self.geometry()?,
@@ -174,44 +176,43 @@ impl Header {
         })
     }
 
-    /// Bytes of the disk that the machine sees: the stored size down to a multiple of 512, as QEMU has it.
+    /// Size of the guest disk in bytes. Like QEMU, rounds the stored size down to a multiple of 512.
     pub const fn disk_size(&self) -> u64 {
         self.size & !511
     }
 
-    /// Whether refcounts may be stale.
+    /// True if refcounts may be stale.
     pub const fn is_dirty(&self) -> bool {
         self.incompatible_features.contains(IncompatibleFeatures::DIRTY)
     }
 
-    /// Whether the image is marked as damaged.
+    /// True if the image is marked corrupt.
     pub const fn is_corrupt(&self) -> bool {
         self.incompatible_features.contains(IncompatibleFeatures::CORRUPT)
     }
 
-    /// Whether guest data lives in another file.
+    /// True if guest data is in an external data file.
     pub const fn has_data_file(&self) -> bool {
         self.incompatible_features.contains(IncompatibleFeatures::DATA_FILE)
     }
 
-    /// The bitmaps extension, where there is one and its autoclear bit says that it can be trusted.
+    /// The bitmaps extension, if present and its autoclear bit is set; without the bit it is stale.
     pub fn trusted_bitmaps(&self) -> Option<&crate::extension::BitmapsExtension> {
         let trusted = self.autoclear_features.contains(AutoclearFeatures::BITMAPS);
         self.extensions.bitmaps.as_ref().filter(|_| trusted)
     }
 
-    /// The backing file's name as text; broken UTF-8 is replaced.
+    /// The backing file name as text, with invalid UTF-8 replaced.
     pub fn backing_file_name(&self) -> Option<String> {
         self.backing_file.as_deref().map(|name| String::from_utf8_lossy(name).into_owned())
     }
 
-    /// The bytes of the first cluster up to the last one that is not padding; the rest of the cluster is
-    /// zeroes (see [`encode_cluster`](Self::encode_cluster)). The backing file name follows the extensions. A
-    /// version 3 header is 112 bytes and the unknown fields. For the same values, the bytes are those QEMU
-    /// writes.
+    /// Encodes the header, the extensions and the backing file name, in this order and without trailing
+    /// zeroes; see [`encode_cluster`](Self::encode_cluster) for the whole cluster. A version 3 header is 112
+    /// bytes plus the unknown fields. For the same field values QEMU writes the same bytes.
     ///
-    /// Errors: `HeaderFull` where it does not fit into a cluster, `BackingNameTooLong`,
-    /// `BackingFormatTooLong`, `NeedsVersion3`, and those of [`geometry`](Self::geometry).
+    /// Errors: `HeaderFull` if it does not fit into a cluster, `BackingNameTooLong`, `BackingFormatTooLong`,
+    /// `NeedsVersion3`, and those of [`geometry`](Self::geometry).
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         let geometry = self.geometry()?;
         self.check_version_2()?;
@@ -242,8 +243,8 @@ impl Header {
         Ok(out)
     }
 
-    /// The header and its extensions alone, saying that the backing file name is at `name_at`, where the
-    /// caller puts it. Errors: as [`encode`](Self::encode).
+    /// Encodes the header and the extensions without the backing file name. The header's name offset is set
+    /// to `name_at`; the caller writes the name there. Errors: as [`encode`](Self::encode).
     pub fn encode_with_name_at(&self, name_at: u64) -> Result<Vec<u8>, FormatError> {
         let name_len = self.backing_file.as_ref().map_or(0, Vec::len);
         let mut out = self.encode()?;
@@ -254,7 +255,7 @@ impl Header {
         Ok(out)
     }
 
-    /// The whole first cluster: [`encode`](Self::encode), then zeroes. Errors: the same.
+    /// The whole first cluster: [`encode`](Self::encode), padded with zeroes. Errors: the same.
     pub fn encode_cluster(&self) -> Result<Vec<u8>, FormatError> {
         let mut out = self.encode()?;
         out.resize(1 << self.cluster_bits, 0);
@@ -281,7 +282,7 @@ impl Header {
         let mut out = Vec::new();
         out.extend_from_slice(&MAGIC);
         put32(&mut out, if self.version == Version::V2 { 2 } else { 3 });
-        out.extend_from_slice(&[0; 12]); // the backing file name, placed later
+        out.extend_from_slice(&[0; 12]); // backing file name: `encode` fills it in
         put32(&mut out, self.cluster_bits);
         put64(&mut out, self.size);
         put32(&mut out, self.crypt_method as u32);

@@ -3,7 +3,7 @@
 //! | bits | meaning |
 //! |---|---|
 //! | 0-8 | reserved, 0 |
-//! | 9-55 | host offset of an L2 table, cluster aligned; 0: the whole range is unallocated |
+//! | 9-55 | host offset of an L2 table, cluster aligned; 0: no table, the whole range is unallocated |
 //! | 56-62 | reserved, 0 |
 //! | 63 | copied: the L2 table's refcount is exactly one |
 
@@ -16,21 +16,21 @@ const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;
 const RESERVED: u64 = 0x7f00_0000_0000_01ff;
 
-/// Where one L2 table lives.
+/// A decoded L1 entry: the location of one L2 table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct L1Entry {
-    /// The L2 table's host offset; `None` where the whole range is unallocated.
+    /// Host offset of the L2 table; `None` if the whole range is unallocated.
     pub l2_table: Option<HostOffset>,
-    /// Whether the L2 table's refcount is exactly one, so that it may be changed in place. `false` without a
-    /// table.
+    /// True if the L2 table's refcount is exactly one, so that it may be changed in place. Always false
+    /// without a table.
     pub copied: bool,
 }
 
 impl L1Entry {
-    /// The entry of a range that has no L2 table.
+    /// The entry of a range without an L2 table.
     pub const UNALLOCATED: Self = Self { l2_table: None, copied: false };
 
-    /// Reads an entry; reserved bits are ignored (see [`reserved_bits`]). Errors: `Misaligned`.
+    /// Decodes an entry. Reserved bits are ignored (see [`reserved_bits`]). Errors: `Misaligned`.
     pub fn decode(raw: u64, geometry: &Geometry) -> Result<Self, FormatError> {
         let offset = raw & OFFSET_MASK;
         if !geometry.is_aligned(offset) {
@@ -43,7 +43,7 @@ impl L1Entry {
         Ok(Self { l2_table, copied: l2_table.is_some() && raw & COPIED != 0 })
     }
 
-    /// The entry's 64 bits.
+    /// The raw entry.
     pub fn encode(&self) -> u64 {
         self.l2_table.map_or(0, HostOffset::value) | if self.copied { COPIED } else { 0 }
     }
@@ -64,7 +64,7 @@ pub const fn without_copied(raw: u64) -> u64 {
     raw & !COPIED
 }
 
-/// The reserved bits that are set in a raw L1 entry; 0 in a valid image.
+/// The reserved bits set in a raw L1 entry; 0 in a valid image.
 pub const fn reserved_bits(raw: u64) -> u64 {
     raw & RESERVED
 }
@@ -80,18 +80,18 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_of_qemu() {
+    fn decodes_an_entry_written_by_qemu() {
         let entry = L1Entry::decode(0x8000_0000_0004_0000, &geometry(16)).unwrap();
         assert_eq!(entry, L1Entry { l2_table: Some(HostOffset::new(0x40000)), copied: true });
         assert_eq!(
             L1Entry::decode(COPIED, &geometry(16)),
             Ok(L1Entry::UNALLOCATED),
-            "no table, nothing copied"
+            "the copied flag needs a table"
         );
     }
 
     #[test]
-    fn an_unaligned_table_is_refused_and_reserved_bits_are_not() {
+    fn unaligned_table_is_refused_and_reserved_bits_are_ignored() {
         let error = L1Entry::decode(0x40200, &geometry(16)).unwrap_err();
         assert_eq!(error.kind(), &FormatErrorKind::Misaligned(0x40200));
         let raw = 0x4000_0000_0004_0001;
@@ -101,7 +101,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_entry_is_judged(raw in any::<u64>(), cluster_bits in 9..=21u32) {
+        fn valid_entries_round_trip(raw in any::<u64>(), cluster_bits in 9..=21u32) {
             if let Ok(entry) = L1Entry::decode(raw, &geometry(cluster_bits)) {
                 prop_assert_eq!(L1Entry::decode(entry.encode(), &geometry(cluster_bits)), Ok(entry));
                 let flag = if entry.l2_table.is_none() { COPIED } else { 0 };

@@ -10,9 +10,9 @@
 //! | others | reserved, 0 | x = 62 - (cluster_bits - 8) |
 //!
 //! With extended L2 entries a second word holds the subcluster bitmap: bits 0-31 allocated, bits 32-63 reads
-//! as zeroes. In an external data file offset 0 is a place like any other where the copied flag is set and
-//! the zero flag is not. A standard entry is treated as one subcluster the size of the cluster, so that the
-//! engine has one case.
+//! as zeroes. In an external data file host offset 0 is valid; the entry is allocated if the copied flag is
+//! set and the zero flag is not. Without extended entries a cluster is decoded as one subcluster of the same
+//! size, so that the engine handles a single case.
 
 use crate::error::{FormatError, FormatErrorKind};
 use crate::geometry::Geometry;
@@ -29,14 +29,14 @@ pub use scan::{L2Fault, L2Item};
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
-/// The same flags in the first byte of an entry.
+/// The same flags in the first byte of a big-endian entry.
 const COPIED_BYTE: u8 = 0x80;
 const COMPRESSED_BYTE: u8 = 0x40;
 const ZERO: u64 = 1;
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 const SECTOR: u64 = 512;
 
-/// How the L2 entries of one image are to be read.
+/// The parameters for decoding the L2 entries of an image.
 ///
 /// ```
 /// use qcow2_format::l2::{L2Entry, L2Format};
@@ -52,60 +52,61 @@ const SECTOR: u64 = 512;
 pub struct L2Format {
     /// The image's geometry.
     pub geometry: Geometry,
-    /// Whether the zero flag exists (version 3 and later).
+    /// True if the zero flag is defined (version 3).
     pub zero_flag: bool,
-    /// Whether data lives in an external data file, where host offset 0 is a place like any other.
+    /// True if guest data is in an external data file, where host offset 0 is valid.
     pub external_data: bool,
 }
 
-/// What one L2 entry says about its guest cluster.
+/// A decoded L2 entry: the mapping of one guest cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum L2Entry {
     /// Not compressed: unallocated, zero, data, or a mix of these with subclusters.
     Standard(ClusterEntry),
-    /// The whole cluster is one compressed stream.
+    /// The whole cluster is stored as one compressed stream.
     Compressed(CompressedCluster),
 }
 
-/// A cluster that is not compressed. Bit `i` of `allocated` and `zero` belongs to subcluster `i`; without
-/// extended L2 entries only bit 0 is used.
+/// The mapping of an uncompressed cluster. Bit `i` of `allocated` and `zero` belongs to subcluster `i`;
+/// without extended L2 entries only bit 0 is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClusterEntry {
-    /// Where the cluster's bytes are; `None` where no host cluster is assigned.
+    /// Host offset of the cluster; `None` if no host cluster is allocated.
     pub host: Option<HostOffset>,
-    /// Whether the host cluster's refcount is exactly one, so that it may be written in place.
+    /// True if the host cluster's refcount is exactly one, so that it may be written in place.
     pub copied: bool,
-    /// Subclusters whose bytes are in the host cluster. Never set without `host`, never together with `zero`.
+    /// Subclusters stored in the host cluster. Never set without `host`, never together with `zero`.
     pub allocated: u32,
     /// Subclusters that read as zeroes.
     pub zero: u32,
 }
 
-/// What a reader finds in one subcluster (the whole cluster without extended L2 entries).
+/// Allocation state of one subcluster (of the whole cluster without extended L2 entries).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SubclusterState {
-    /// The bytes come from the backing file, or are zeroes without one.
+    /// Read from the backing file, or zeroes if there is none.
     Unallocated,
-    /// The bytes are zeroes.
+    /// Reads as zeroes.
     Zero,
-    /// The bytes are in the host cluster.
+    /// Stored in the host cluster.
     Data,
 }
 
-/// A compressed stream somewhere in the image file.
+/// Location of a compressed stream in the image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CompressedCluster {
-    /// The first byte of the stream; any alignment.
+    /// Host offset of the first byte; any alignment.
     pub host: HostOffset,
-    /// How many bytes may be read from `host`: up to the end of a 512-byte sector; the stream may be shorter.
+    /// Upper bound of the stream's length in bytes. Ends on a 512-byte sector; the stream itself may be
+    /// shorter.
     pub len: u64,
 }
 
 impl ClusterEntry {
-    /// No host cluster, and every subcluster comes from the backing file.
+    /// No host cluster; all subclusters are read from the backing file.
     pub const UNALLOCATED: Self = Self { host: None, copied: false, allocated: 0, zero: 0 };
 
-    /// The state of subcluster `index`, below [`Geometry::subclusters`].
+    /// The state of subcluster `index`, which must be below [`Geometry::subclusters`].
     pub const fn state(&self, index: u32) -> SubclusterState {
         if self.zero >> index & 1 == 1 {
             SubclusterState::Zero
@@ -118,13 +119,13 @@ impl ClusterEntry {
 }
 
 impl L2Format {
-    /// All subclusters of a cluster as a mask: 1, or 32 bits with extended L2 entries.
+    /// Mask of all subclusters of a cluster: 1, or 32 set bits with extended L2 entries.
     pub const fn all_subclusters(&self) -> u32 {
         if self.geometry.extended_l2() { u32::MAX } else { 1 }
     }
 
-    /// Reads an entry. `raw`: its first word; `bitmap`: its second word with extended L2 entries, else
-    /// ignored. Reserved bits are ignored (see [`reserved_bits`](Self::reserved_bits)).
+    /// Decodes an entry. `raw`: its first word. `bitmap`: its second word; ignored without extended L2
+    /// entries. Reserved bits are ignored (see [`reserved_bits`](Self::reserved_bits)).
     ///
     /// Errors: `Misaligned`, `ZeroFlagInVersion2`, `SubclusterBitmap`, `CompressedWithBitmap`,
     /// `CompressedOffset`.
@@ -188,10 +189,10 @@ impl L2Format {
         62 - (self.geometry.cluster_bits() - 8)
     }
 
-    /// The words of an entry: the second is 0 without extended L2 entries.
+    /// Encodes an entry as two words; the second is 0 without extended L2 entries.
     ///
-    /// A compressed stream's `len` is rounded up to the end of its last sector. `None` where the stream
-    /// cannot be described: it starts past the offset bits or is longer than the sector bits allow.
+    /// The `len` of a compressed stream is rounded up to the end of its last sector. `None` if the stream
+    /// starts past the offset field or is longer than the sector field allows.
     pub fn encode(&self, entry: &L2Entry) -> Option<(u64, u64)> {
         match entry {
             L2Entry::Standard(entry) => Some(self.encode_standard(entry)),
@@ -218,17 +219,17 @@ impl L2Format {
         fits.then_some(COMPRESSED | sectors << shift | first)
     }
 
-    /// The reserved bits that are set in the first word of a raw entry; 0 in a valid image.
+    /// The reserved bits set in the first word of a raw entry; 0 in a valid image.
     pub const fn reserved_bits(&self, raw: u64) -> u64 {
         if raw & COMPRESSED != 0 { 0 } else { raw & RESERVED }
     }
 
-    /// Whether a raw first word has the copied flag; for checks, which look at flags of broken entries too.
+    /// True if the copied flag of a raw first word is set. For checks, which look at broken entries too.
     pub const fn has_copied_flag(raw: u64) -> bool {
         raw & COPIED != 0
     }
 
-    /// Clears the copied flags of all standard entries of a table; says whether there was one.
+    /// Clears the copied flag of all standard entries of a table. Returns whether any entry changed.
     pub fn clear_copied_flags(&self, table: &mut [u8]) -> bool {
         let mut changed = false;
         for entry in table.chunks_exact_mut(self.geometry.l2_entry_size() as usize) {
@@ -240,7 +241,7 @@ impl L2Format {
         changed
     }
 
-    /// Changes the copied flag of the entry at `index`, which must be inside the table.
+    /// Toggles the copied flag of entry `index`. Panics if `index` is outside the table.
     pub fn flip_copied_flag(&self, table: &mut [u8], index: L2Index) {
         table[(index.value() * self.geometry.l2_entry_size()) as usize] ^= COPIED_BYTE;
     }

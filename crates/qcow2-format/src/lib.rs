@@ -1,7 +1,7 @@
-//! The qcow2 on-disk format: bytes to values and back, and nothing else.
+//! Encoding and decoding of the qcow2 on-disk format.
 //!
-//! Every parser here is total: any bytes give a value or a [`FormatError`], never a panic, and no allocation
-//! larger than a named [`limit`]. Nothing here reads or writes a file.
+//! Every parser is total: any input gives a value or a [`FormatError`], never a panic, and never an
+//! allocation above a named [`limit`]. The crate does no I/O.
 //!
 //! | spec section | module |
 //! |---|---|

@@ -1,8 +1,8 @@
 //! Refcount table entries and refcount blocks of every width. Spec: "Host cluster management".
 //!
-//! A refcount table entry: bits 0-8 reserved, bits 9-63 the host offset of a refcount block, 0 for none. A
-//! block is one cluster of counts, each 1, 2, 4, 8, 16, 32 or 64 bits wide: below 8 bits packed from the
-//! least significant bit of each byte, above 8 bits big-endian.
+//! A refcount table entry: bits 0-8 are reserved, bits 9-63 hold the host offset of a refcount block, 0 for
+//! none. A block is one cluster of refcounts of 1, 2, 4, 8, 16, 32 or 64 bits. Widths below 8 bits are packed
+//! from the least significant bit of each byte; widths above 8 bits are big-endian.
 
 mod run;
 
@@ -13,7 +13,7 @@ use alloc::format;
 
 const TABLE_OFFSET_MASK: u64 = !0x1ff;
 
-/// How many bits one refcount has.
+/// The width of one refcount in bits.
 ///
 /// ```
 /// use qcow2_format::refcount::RefcountWidth;
@@ -51,12 +51,12 @@ impl RefcountWidth {
         1 << self.order
     }
 
-    /// The largest count that fits.
+    /// The largest refcount that fits.
     pub const fn max(self) -> u64 {
         u64::MAX >> (64 - self.bits())
     }
 
-    /// The big-endian 64-bit word of a block that holds `slot`.
+    /// Index of the big-endian 64-bit word that holds `slot` within its block.
     pub const fn word_index(self, slot: u64) -> usize {
         (slot >> (6 - self.order)) as usize
     }
@@ -64,19 +64,20 @@ impl RefcountWidth {
     const fn shift(self, slot: u64) -> u32 {
         let bit = ((slot << self.order) & 63) as u32;
         if self.order < 3 {
-            // Packed from the low bit of each byte, while byte 0 is the word's most significant one.
+            // Refcounts are packed from the low bit of each byte, but byte 0 is the most significant byte of
+            // the word.
             56 - (bit & !7) + (bit & 7)
         } else {
             64 - self.bits() - bit
         }
     }
 
-    /// The count of `slot`, taken from the word at [`word_index`](Self::word_index).
+    /// The refcount of `slot` from the word at [`word_index`](Self::word_index).
     pub const fn extract(self, word: u64, slot: u64) -> u64 {
         word >> self.shift(slot) & self.max()
     }
 
-    /// That word with the count of `slot` replaced. `count` must not pass [`max`](Self::max).
+    /// That word with the refcount of `slot` replaced. `count` must not exceed [`max`](Self::max).
     pub const fn insert(self, word: u64, slot: u64, count: u64) -> u64 {
         debug_assert!(count <= self.max());
         let shift = self.shift(slot);
@@ -84,8 +85,8 @@ impl RefcountWidth {
     }
 }
 
-/// Reads a refcount table entry: the block's host offset or `None`. Errors: `Misaligned`; reserved bits are
-/// ignored (see [`reserved_bits`]).
+/// Decodes a refcount table entry: the block's host offset, or `None`. Reserved bits are ignored (see
+/// [`reserved_bits`]). Errors: `Misaligned`.
 pub fn decode_table_entry(raw: u64, geometry: &Geometry) -> Result<Option<HostOffset>, FormatError> {
     let offset = raw & TABLE_OFFSET_MASK;
     if !geometry.is_aligned(offset) {
@@ -97,12 +98,12 @@ pub fn decode_table_entry(raw: u64, geometry: &Geometry) -> Result<Option<HostOf
     Ok((offset != 0).then_some(HostOffset::new(offset)))
 }
 
-/// The 64 bits of a refcount table entry.
+/// The raw refcount table entry.
 pub fn encode_table_entry(block: Option<HostOffset>) -> u64 {
     block.map_or(0, HostOffset::value)
 }
 
-/// The reserved bits that are set in a raw refcount table entry; 0 in a valid image.
+/// The reserved bits set in a raw refcount table entry; 0 in a valid image.
 pub const fn reserved_bits(raw: u64) -> u64 {
     raw & !TABLE_OFFSET_MASK
 }
@@ -121,9 +122,10 @@ mod tests {
         (0..slots).map(|slot| width.extract(words[width.word_index(slot)], slot)).collect()
     }
 
-    /// What qemu-img 10.0.2 wrote for clusters 0 to 8 of an image with one snapshot, in each width.
+    /// The refcounts that qemu-img 10.0.2 wrote for clusters 0 to 8 of an image with one snapshot, in each
+    /// width.
     #[test]
-    fn blocks_of_qemu() {
+    fn decodes_blocks_written_by_qemu_in_every_width() {
         let expected = [1, 1, 1, 1, 2, 2, 2, 1, 1];
         let pad = |bytes: &[u8]| {
             let mut block = bytes.to_vec();
@@ -143,16 +145,16 @@ mod tests {
     }
 
     #[test]
-    fn widths() {
+    fn max_refcount_of_every_width() {
         let max: Vec<u64> = (0..=6).map(|order| RefcountWidth::from_order(order).unwrap().max()).collect();
         assert_eq!(max, [1, 3, 15, 255, 65535, u64::from(u32::MAX), u64::MAX]);
         assert_eq!(RefcountWidth::from_order(7).unwrap_err().kind(), &FormatErrorKind::RefcountOrder(7));
     }
 
     proptest! {
-        /// The packing by the specification's formula for bytes, against the one by words used here.
+        /// Compares the specification's formula, byte by byte, with the packing by words used here.
         #[test]
-        fn inserting_changes_one_slot(order in 0..=6u32, slot in 0..64u64, count: u64, fill: u64) {
+        fn insert_changes_one_slot(order in 0..=6u32, slot in 0..64u64, count: u64, fill: u64) {
             let width = RefcountWidth::from_order(order).unwrap();
             let count = count & width.max();
             let mut block: Vec<u8> = (0..64u64 * 8).map(|i| (fill >> (i % 57)) as u8).collect();
@@ -178,7 +180,7 @@ mod tests {
         }
 
         #[test]
-        fn any_table_entry_is_judged(raw: u64, cluster_bits in 9..=21u32) {
+        fn valid_table_entries_round_trip(raw: u64, cluster_bits in 9..=21u32) {
             let fields = GeometryFields { cluster_bits, refcount_order: 4, extended_l2: false };
             let geometry = Geometry::new(fields).unwrap();
             match decode_table_entry(raw, &geometry) {

@@ -5,11 +5,11 @@
 //! | 0 | 8 | offset of the snapshot's L1 table, cluster aligned |
 //! | 8 | 4 | entries in that table |
 //! | 12, 14 | 2, 2 | length of the id, of the name |
-//! | 16, 20 | 4, 4 | when it was taken: seconds since 1970, nanoseconds |
-//! | 24 | 8 | how long the guest had run, in nanoseconds |
-//! | 32 | 4 | bytes of machine state, or 0 where the extra data has the number |
+//! | 16, 20 | 4, 4 | date: seconds since 1970, nanoseconds |
+//! | 24 | 8 | guest run time (VM clock) in nanoseconds |
+//! | 32 | 4 | VM state size in bytes, or 0 if the extra data holds it |
 //! | 36 | 4 | E, the length of the extra data |
-//! | 40 | E | extra data: bytes of machine state (8), virtual size (8), instruction count (8), unknown |
+//! | 40 | E | extra data: VM state size (8), virtual size (8), instruction count (8), unknown |
 //! | 40 + E | | id, name, zeroes up to a multiple of 8 |
 
 use crate::bytes::{Reader, read_u64};
@@ -20,64 +20,65 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-/// Bytes of an entry before its extra data.
+/// Length of an entry before its extra data, in bytes.
 const FIXED_LEN: usize = 40;
 /// Where the length of the extra data is.
 const EXTRA_LEN_AT: usize = 36;
 /// Bytes of the extra data that this crate knows.
 const KNOWN_EXTRA: usize = 24;
-/// The extra data a version 3 image must have: machine state and virtual size.
+/// Minimum length of the extra data in version 3, in bytes: VM state size and virtual size.
 pub const MIN_EXTRA_V3: u32 = 16;
 /// The instruction count that means "not recorded".
 const NO_ICOUNT: u64 = u64::MAX;
 
-/// The most bytes an entry can take that [`Snapshot::parse`] accepts.
+/// The longest entry that [`Snapshot::parse`] accepts, in bytes.
 pub const MAX_ENTRY_LEN: usize = FIXED_LEN + limit::MAX_SNAPSHOT_EXTRA as usize + 2 * u16::MAX as usize + 8;
 
 /// One internal snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Where its L1 table is.
+    /// Host offset of the snapshot's L1 table.
     pub l1_table_offset: HostOffset,
-    /// How many entries that table has.
+    /// Number of entries in that table.
     pub l1_size: u32,
-    /// Its id, a decimal number as text, unique in the table; at most 65535 bytes.
+    /// The id, a decimal number as text, unique in the table; at most 65535 bytes.
     pub id: Vec<u8>,
-    /// Its name, any bytes, may be empty and need not be unique; at most 65535 bytes.
+    /// The name: arbitrary bytes, may be empty or a duplicate; at most 65535 bytes.
     pub name: Vec<u8>,
-    /// When it was taken, in seconds since 1970.
+    /// When the snapshot was taken, in seconds since 1970.
     pub date_seconds: u32,
     /// The fraction of that second, in nanoseconds.
     pub date_nanoseconds: u32,
-    /// How long the guest had run, in nanoseconds.
+    /// How long the guest had run (VM clock), in nanoseconds.
     pub vm_clock_nanoseconds: u64,
-    /// Bytes of machine state, stored behind the end of the disk.
+    /// Size of the VM state in bytes. It is stored past the end of the guest disk.
     pub vm_state_size: u64,
-    /// Bytes of the disk when the snapshot was taken.
+    /// Virtual size when the snapshot was taken, in bytes.
     pub disk_size: u64,
-    /// How many instructions the guest had executed, where that was recorded.
+    /// Instructions the guest had executed, if that was recorded.
     pub icount: Option<u64>,
-    /// Extra data of some later version, kept as it was.
+    /// Extra data of a later version, kept byte for byte.
     pub unknown_extra: Vec<u8>,
 }
 
-/// A snapshot as it was found in a table.
+/// A parsed snapshot table entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParsedSnapshot {
-    /// What the entry says.
+    /// The snapshot.
     pub snapshot: Snapshot,
-    /// How many bytes it takes: the next entry starts there.
+    /// Length of the entry in bytes, padding included. The next entry starts there.
     pub len: usize,
-    /// How long its extra data is; below [`MIN_EXTRA_V3`] in a version 3 image means it is incomplete.
+    /// Length of the extra data in bytes. Below [`MIN_EXTRA_V3`] the entry of a version 3 image is
+    /// incomplete.
     pub extra_len: u32,
 }
 
 impl Snapshot {
-    /// Reads the entry at the start of `bytes`. `current_size`: bytes of the image's disk, for an entry that
-    /// does not record its own.
+    /// Parses the entry at the start of `bytes`. `current_size`: virtual size of the image in bytes, for an
+    /// entry that does not record its own.
     ///
-    /// Errors: `Truncated` where `bytes` ends before the entry and its padding do; `SnapshotExtra` for more
-    /// than 1024 bytes of extra data.
+    /// Errors: `Truncated` if `bytes` ends inside the entry or its padding; `SnapshotExtra` for more than
+    /// 1024 bytes of extra data.
     pub fn parse(bytes: &[u8], current_size: u64) -> Result<ParsedSnapshot, FormatError> {
         let parsed = Self::parse_for_repair(bytes, current_size);
         let extra_len = Reader::new(bytes, EXTRA_LEN_AT).u32().unwrap_or(0);
@@ -123,12 +124,11 @@ impl Snapshot {
         Ok(ParsedSnapshot { snapshot, len, extra_len: fixed.extra_len })
     }
 
-    /// Appends the entry and its padding to `out`, the length of which must be a multiple of 8 since the
-    /// table began. Writes all extra data that this crate knows and then the unknown rest, as QEMU does in
-    /// both versions.
+    /// Appends the entry and its padding to `out`. Entries must start at multiples of 8 within the table.
+    /// Like QEMU, writes all known extra data in both versions, then the unknown rest.
     ///
     /// Errors: `TooLong` for an id or name above 65535 bytes; `SnapshotExtra` for unknown extra data above
-    /// 1000.
+    /// 1000 bytes.
     pub fn encode(&self, out: &mut Vec<u8>) -> Result<(), FormatError> {
         let (id_len, name_len) = (text_len("id", &self.id)?, text_len("name", &self.name)?);
         let extra_len = u32::try_from(KNOWN_EXTRA + self.unknown_extra.len()).unwrap_or(u32::MAX);
@@ -162,18 +162,19 @@ impl Snapshot {
         Ok(())
     }
 
-    /// The id as text; broken UTF-8 is replaced.
+    /// The id as text, with invalid UTF-8 replaced.
     pub fn id_text(&self) -> String {
         String::from_utf8_lossy(&self.id).into_owned()
     }
 
-    /// The name as text; broken UTF-8 is replaced. May hold control characters: escape it before printing.
+    /// The name as text, with invalid UTF-8 replaced. May contain control characters: escape it before
+    /// printing.
     pub fn name_text(&self) -> String {
         String::from_utf8_lossy(&self.name).into_owned()
     }
 }
 
-/// The part of an entry that has a fixed place.
+/// The fixed-size fields of an entry.
 struct Fixed {
     l1_table_offset: u64,
     l1_size: u32,
@@ -232,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_and_writes_what_qemu_wrote() {
+    fn table_written_by_qemu_round_trips() {
         let table = real_table();
         let first = Snapshot::parse(&table, 0).unwrap();
         assert_eq!((first.len, first.extra_len), (72, 24));
@@ -249,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn short_extra_data_falls_back() {
+    fn short_extra_data_falls_back_to_the_fixed_fields() {
         let mut entry = [0u8; 56];
         entry[32..36].copy_from_slice(&77u32.to_be_bytes());
         let parsed = Snapshot::parse(&entry, 4096).unwrap();
@@ -260,17 +261,17 @@ mod tests {
         entry[39] = 8;
         entry[47] = 5;
         let snapshot = Snapshot::parse(&entry, 4096).unwrap().snapshot;
-        assert_eq!((snapshot.vm_state_size, snapshot.disk_size), (5, 4096), "the 64-bit number wins");
+        assert_eq!((snapshot.vm_state_size, snapshot.disk_size), (5, 4096), "the 64-bit field wins");
         entry[39] = 15;
         assert_eq!(
             Snapshot::parse(&entry, 4096).unwrap().snapshot.disk_size,
             4096,
-            "half a field is no field"
+            "a partial field is ignored"
         );
     }
 
     #[test]
-    fn limits_are_named() {
+    fn limits_and_truncation_are_reported() {
         let mut entry = [0u8; 4096];
         entry[36..40].copy_from_slice(&1025u32.to_be_bytes());
         assert_eq!(Snapshot::parse(&entry, 0).unwrap_err().kind(), &FormatErrorKind::SnapshotExtra(1025));
@@ -286,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_above_4_gib_is_only_in_the_extra_data() {
+    fn vm_state_above_4_gib_is_stored_in_the_extra_data_only() {
         let mut snapshot = Snapshot::parse(&[0; 40], 0).unwrap().snapshot;
         snapshot.vm_state_size = 1 << 32;
         let mut out = Vec::new();
@@ -316,7 +317,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(snapshot in any_snapshot()) {
+        fn entries_round_trip(snapshot in any_snapshot()) {
             let mut out = Vec::new();
             snapshot.encode(&mut out).unwrap();
             let parsed = Snapshot::parse(&out, 1).unwrap();
@@ -326,7 +327,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_judged(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        fn arbitrary_bytes_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
             if let Ok(parsed) = Snapshot::parse(&bytes, 0) {
                 prop_assert!(parsed.len <= bytes.len());
             }

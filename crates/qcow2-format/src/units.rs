@@ -1,8 +1,6 @@
-//! Offsets, clusters and indexes as distinct types, so that a guest offset never meets a host offset by
-//! accident.
+//! Offsets, clusters and indexes as distinct types, so that a guest offset cannot be used as a host offset.
 //!
-//! There is no arithmetic across kinds here; going from one kind to another is a method of
-//! [`Geometry`](crate::Geometry).
+//! The types have no arithmetic across kinds; [`Geometry`](crate::Geometry) converts between them.
 
 use core::fmt;
 
@@ -18,12 +16,12 @@ macro_rules! unit {
                 Self(value)
             }
 
-            /// The plain number again.
+            /// The plain number.
             pub const fn value(self) -> u64 {
                 self.0
             }
 
-            /// This value moved up by `count` of the same unit, or `None` past 2^64 - 1.
+            /// This value plus `count` of the same unit, or `None` past 2^64 - 1.
             pub const fn checked_add(self, count: u64) -> Option<Self> {
                 match self.0.checked_add(count) {
                     Some(v) => Some(Self(v)),
@@ -47,16 +45,16 @@ macro_rules! unit {
 }
 
 unit!(
-    /// A byte position on the disk that the machine sees.
+    /// A byte offset on the guest disk.
     GuestOffset, "{:#x}");
 unit!(
-    /// A byte position in the image file, or in the external data file where one is used.
+    /// A byte offset in the image file, or in the external data file if the image has one.
     HostOffset, "{:#x}");
 unit!(
-    /// The number of a cluster of the guest disk, counted from 0.
+    /// The number of a guest cluster, from 0.
     GuestCluster, "{}");
 unit!(
-    /// The number of a cluster of the image file, counted from 0.
+    /// The number of a host cluster, from 0.
     HostCluster, "{}");
 unit!(
     /// An index into an L1 table.
@@ -65,10 +63,10 @@ unit!(
     /// An index into an L2 table.
     L2Index, "{}");
 unit!(
-    /// How many clusters.
+    /// A number of clusters.
     ClusterCount, "{}");
 
-/// A run of bytes on the guest disk whose end does not pass 2^64 - 1.
+/// A range of bytes on the guest disk whose end does not exceed 2^64 - 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GuestRange {
     start: GuestOffset,
@@ -76,7 +74,7 @@ pub struct GuestRange {
 }
 
 impl GuestRange {
-    /// A range of `len` bytes from `start`; `None` where the end would pass 2^64 - 1.
+    /// A range of `len` bytes from `start`; `None` if the end would exceed 2^64 - 1.
     pub const fn new(start: GuestOffset, len: u64) -> Option<Self> {
         match start.0.checked_add(len) {
             Some(_) => Some(Self { start, len }),
@@ -84,7 +82,7 @@ impl GuestRange {
         }
     }
 
-    /// The range from `start` up to but not including `end`; empty where `end` is not after `start`.
+    /// The range `start..end`; empty if `end` is not after `start`.
     pub const fn between(start: GuestOffset, end: GuestOffset) -> Self {
         Self { start, len: end.0.saturating_sub(start.0) }
     }
@@ -94,12 +92,12 @@ impl GuestRange {
         self.start
     }
 
-    /// How many bytes.
+    /// Length in bytes.
     pub const fn len(self) -> u64 {
         self.len
     }
 
-    /// Whether the range holds no byte.
+    /// True if the range is empty.
     pub const fn is_empty(self) -> bool {
         self.len == 0
     }

@@ -1,4 +1,4 @@
-//! A compressed cloud image becomes a raw disk: `cargo run -p qcow2-image --example cloud_image --
+//! Converts a compressed cloud image to a raw disk: `cargo run -p qcow2-image --example cloud_image --
 //! cloud.qcow2 disk.raw`
 #![allow(clippy::print_stdout)]
 use qcow2_image::{Disk, NewDisk};

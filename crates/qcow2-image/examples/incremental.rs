@@ -1,5 +1,5 @@
-//! Copies what was written since the last backup, while nobody writes: `cargo run -p qcow2-image --example
-//! incremental`
+//! Incremental backup: copies what was written since the last backup, while nobody writes. `cargo run -p
+//! qcow2-image --example incremental`
 #![allow(clippy::print_stdout)]
 use qcow2_image::Disk;
 use std::io::{Read, Seek, SeekFrom, copy};
@@ -7,7 +7,7 @@ use std::io::{Read, Seek, SeekFrom, copy};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let folder = tempfile::tempdir()?;
     let disk = Disk::create(folder.path().join("disk.qcow2"), 1 << 30)?;
-    disk.add_bitmap("backup")?; // At the time of a full backup.
+    disk.add_bitmap("backup")?; // When the full backup is made.
     disk.write_at(300 << 20, b"written since then")?;
     let (mut dump, mut cursor) = (std::fs::File::create(folder.path().join("dump"))?, disk.cursor());
     for range in disk.bitmap("backup")?.marked_ranges() {
@@ -16,6 +16,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let bytes = copy(&mut (&mut cursor).take(range.end - range.start), &mut dump)?;
         println!("{bytes} bytes at {}", range.start);
     }
-    disk.clear_bitmap("backup")?; // The next dump begins here.
+    disk.clear_bitmap("backup")?; // The next dump starts from here.
     Ok(disk.close()?)
 }

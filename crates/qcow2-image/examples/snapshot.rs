@@ -1,5 +1,5 @@
-//! An overlay, a write, a snapshot of it, and what it looked like then: `cargo run -p qcow2-image --example
-//! snapshot`
+//! Writes to an overlay, takes a snapshot, writes again, and reads both states: `cargo run -p qcow2-image
+//! --example snapshot`
 #![allow(clippy::print_stdout)]
 use qcow2_image::{Disk, ImageFormat, NewDisk};
 

@@ -1,4 +1,5 @@
-//! A virtual machine monitor's block device: four queues, and bytes that the monitor moves itself.
+//! A virtual machine monitor's block device: four queues, and data that the monitor transfers with its own
+//! I/O.
 #![allow(clippy::print_stdout)]
 use qcow2_image::Disk;
 use qcow2_image::core::{ExtentState, GuestOffset, GuestRange, Piece};
@@ -21,8 +22,8 @@ impl Device {
         Ok(Self(Disk::options().writable().open(path)?, File::options().read(true).write(true).open(path)?))
     }
 
-    /// One queue, on a thread of its own, until its sender goes. Each request is answered with the bytes that
-    /// were read.
+    /// Serves one queue on the calling thread, until its sender is dropped. Answers each request, a read with
+    /// the bytes.
     pub(crate) fn serve(&self, queue: Receiver<(Request, Sender<Vec<u8>>)>) -> Result<()> {
         for (request, done) in queue {
             let mut answer = Vec::new();
@@ -40,13 +41,13 @@ impl Device {
     fn read(&self, mut at: u64, mut bytes: Vec<u8>) -> Result<Vec<u8>> {
         let (image, mut rest) = (self.0.as_image().ok_or("not a qcow2 image")?, &mut bytes[..]);
         while !rest.is_empty() {
-            let pin = image.pin(); // What an extent names is not used for anything else before the pin goes.
+            let pin = image.pin(); // The extent's clusters are not reused while the pin lives.
             let extent = pin.extent_at(range(at, rest.len())?)?;
             let (now, later) = rest.split_at_mut(extent.len as usize);
             match extent.state {
                 ExtentState::Zero { .. } => now.fill(0),
                 ExtentState::Data { host: Some(h) } if self.1.read_exact_at(now, h.value()).is_ok() => {}
-                // Compressed, from the backing file, behind the file's end: the engine reads.
+                // Compressed, from the backing file, or past the end of the file: let the engine read.
                 _ => {
                     drop(pin);
                     self.0.read_at(at, now)?;
@@ -60,19 +61,19 @@ impl Device {
     fn write(&self, mut at: u64, mut bytes: &[u8]) -> Result<()> {
         let image = self.0.as_image().ok_or("not a qcow2 image")?;
         while !bytes.is_empty() {
-            let ticket = image.prepare_write(range(at, bytes.len())?)?; // Prepare: a place for a first part;
+            let ticket = image.prepare_write(range(at, bytes.len())?)?; // Prepare: allocate clusters;
             let (now, later) = bytes.split_at(ticket.range().len() as usize);
             for piece in ticket.pieces() {
                 match piece {
-                    Piece::Guest { host } => self.1.write_all_at(now, host.value())?, // move the bytes;
+                    Piece::Guest { host } => self.1.write_all_at(now, host.value())?, // move the data;
                     Piece::Bytes { host, bytes } => self.1.write_all_at(bytes, host.value())?,
                     Piece::Zeroes { host, len } => {
                         self.1.write_all_at(&vec![0; len as usize], host.value())?
                     }
-                    _ => return Err("a piece of an unknown kind".into()),
+                    _ => return Err("unknown kind of piece".into()),
                 }
             }
-            ticket.commit()?; // commit: from here on readers see them.
+            ticket.commit()?; // commit: readers see the data from here on.
             (at, bytes) = (at + now.len() as u64, later);
         }
         Ok(())
@@ -83,7 +84,7 @@ fn range(at: u64, len: usize) -> Result<GuestRange> {
     GuestRange::new(GuestOffset::new(at), len as u64).ok_or_else(|| "past 2^64".into())
 }
 
-/// The other side, a guest: it puts a request into a queue and waits for the answer.
+/// The guest's side: sends a request to a queue and waits for the answer.
 pub(crate) fn ask(queue: &Sender<(Request, Sender<Vec<u8>>)>, request: Request) -> Result<Vec<u8>> {
     let (done, answer) = channel();
     queue.send((request, done))?;

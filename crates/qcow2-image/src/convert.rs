@@ -1,4 +1,4 @@
-//! From one disk to another.
+//! Converts a disk to a new image or onto another disk.
 
 use crate::disk::Disk;
 use crate::error::Result;
@@ -11,8 +11,8 @@ use std::path::Path;
 use std::slice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// A conversion, made by [`Disk::convert`]: each method sets one option, and [`to`](Self::to) or
-/// [`onto`](Self::onto) runs it, on one thread per processor. Holes and zeroes are not written.
+/// A conversion, started by [`Disk::convert`]. Each method sets one option; [`to`](Self::to) or
+/// [`onto`](Self::onto) runs it, with one thread per processor. Holes and zeroes are not written.
 ///
 /// ```no_run
 /// use qcow2_image::{Disk, NewDisk};
@@ -31,22 +31,22 @@ pub struct Convert<'a> {
     stop: Option<&'a AtomicBool>,
 }
 
-/// How far the work is, in bytes of the disk.
+/// Progress of a conversion, in guest bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Work {
-    /// What is done.
+    /// Bytes done.
     pub done: u64,
-    /// The whole.
+    /// Bytes in total.
     pub total: u64,
 }
 
 impl Work {
-    /// How much of the whole is done, 0 to 100.
+    /// Progress in percent, 0 to 100.
     ///
     /// ```
     /// # use qcow2_image::Work;
-    /// assert_eq!(Work::default().percent(), 100.0, "nothing to do is done");
+    /// assert_eq!(Work::default().percent(), 100.0, "an empty disk is done");
     /// ```
     pub fn percent(&self) -> f64 {
         if self.total == 0 { 100.0 } else { self.done.min(self.total) as f64 * 100.0 / self.total as f64 }
@@ -54,7 +54,7 @@ impl Work {
 }
 
 impl Disk {
-    /// Copies what this disk holds to a new image or another disk.
+    /// Copies the content of this disk to a new image or another disk.
     pub fn convert(&self) -> Convert<'_> {
         let (options, threads) = (ConvertOptions::default(), Threads::per_core());
         Convert { source: self, options, threads, progress: None, stop: None }
@@ -62,19 +62,19 @@ impl Disk {
 }
 
 impl<'a> Convert<'a> {
-    /// Stores clusters compressed where that makes them smaller; for qcow2 targets without a data file.
+    /// Stores clusters compressed if that makes them smaller; only for qcow2 targets without a data file.
     pub fn compress(mut self) -> Self {
         self.options.compress = true;
         self
     }
 
-    /// Works on so many threads.
+    /// Sets the number of threads.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Threads::new(threads);
         self
     }
 
-    /// Calls `show` as the work goes on, from any of the threads, at most once for each MiB or cluster.
+    /// Calls `show` during the conversion, from any of the threads, at most once per MiB or cluster.
     pub fn progress(mut self, show: impl Fn(Work) + Sync + 'a) -> Self {
         self.progress = Some(Box::new(show));
         self
@@ -86,9 +86,9 @@ impl<'a> Convert<'a> {
         self
     }
 
-    /// Makes `new` at `path` and copies the disk into it; durable when it returns. After an error a new file
-    /// is deleted again, and one that was overwritten is left empty. Errors: as [`NewDisk::create`]; those of
-    /// reading the disk; `Unsupported` for a target that cannot be compressed; `Stopped`.
+    /// Creates `new` at `path` and copies the disk into it; durable on return. After an error a new file is
+    /// deleted, and an overwritten one is left empty. Errors: as [`NewDisk::create`]; those of reading the
+    /// disk; `Unsupported` for a target that cannot be compressed; `Stopped`.
     pub fn to(self, path: impl AsRef<Path>, new: &NewDisk) -> Result<CopyReport> {
         let size = converted_size(slice::from_ref(self.source.as_guest_disk()));
         let size = size.map_err(|e| self.source.failed(CONVERTING, e))?;
@@ -106,9 +106,9 @@ impl<'a> Convert<'a> {
         }
     }
 
-    /// Overwrites `target`, for example a block device, with the disk; durable when it returns. What `target`
-    /// has past the size of this disk stays. Errors: `InvalidOption` where it is smaller; those of reading
-    /// the one and writing the other; `Stopped`.
+    /// Overwrites `target`, for example a block device, with the disk; durable on return. Bytes of `target`
+    /// past the size of this disk are unchanged. Errors: `InvalidOption` if it is smaller; those of reading
+    /// the source and writing the target; `Stopped`.
     pub fn onto(self, target: &Disk) -> Result<CopyReport> {
         let report = self.run(target, false)?;
         target.flush()?;
@@ -135,7 +135,7 @@ impl fmt::Debug for Convert<'_> {
 
 const CONVERTING: &str = "converting the disk";
 
-/// Sums up the progress of the workers.
+/// Adds up the progress of all workers.
 #[derive(Default)]
 struct Meter<'a> {
     show: Option<&'a (dyn Fn(Work) + Sync + 'a)>,

@@ -1,11 +1,11 @@
-//! A disk as the standard library's streams have it.
+//! A disk as a standard `Read`, `Write` and `Seek` stream.
 
 use crate::disk::Disk;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
-/// A position on a disk, for whoever takes [`Read`], [`Write`] and [`Seek`]: file system crates,
-/// [`io::copy`]. Any number of them may be on one disk. It does not grow the disk; [`flush`](Write::flush)
-/// makes changes durable, dropping it does not.
+/// A position on a disk that implements [`Read`], [`Write`] and [`Seek`], for file system crates and
+/// [`io::copy`]. Any number of cursors can be on one disk. Writing does not grow the disk.
+/// [`flush`](Write::flush) makes changes durable; dropping the cursor does not.
 ///
 /// ```
 /// use qcow2_image::Disk;
@@ -30,15 +30,14 @@ pub struct Cursor<'a> {
 }
 
 impl Disk {
-    /// A position on the disk, at its start.
+    /// A cursor at the start of the disk.
     pub fn cursor(&self) -> Cursor<'_> {
         Cursor { disk: self, at: 0 }
     }
 }
 
 impl Cursor<'_> {
-    /// How many of `len` bytes there are from here to the end of the disk; none past it, where nothing is an
-    /// error.
+    /// `len`, limited to the bytes left before the end of the disk; 0 past the end, which is not an error.
     fn room(&self, len: usize) -> usize {
         let left = self.disk.size().saturating_sub(self.at);
         usize::try_from(left).unwrap_or(usize::MAX).min(len)

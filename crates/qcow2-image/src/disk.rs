@@ -1,4 +1,4 @@
-//! An open disk: what a machine does with it, and how it is closed.
+//! An open disk: guest I/O, and how it is closed.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{DiskOptions, OPENING};
@@ -12,49 +12,49 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// An open disk image. All calls take `&self`, and any number of threads may make them at once.
+/// An open disk image. All methods take `&self` and can be called from any number of threads at once.
 ///
 /// # Closing
 ///
 /// Call [`close`](Self::close) on a disk opened for writing. It makes everything durable, stores bitmaps,
 /// clears the dirty bit, and returns an error if any of that fails.
 ///
-/// Dropping the disk does the same, best effort, so an early return through `?` loses nothing. An error
-/// cannot be returned from there. If an earlier call on this disk has failed, its caller knows, and the drop
-/// is silent. Otherwise a debug build panics: a program that can lose writes silently should fail in its
+/// Dropping the disk does the same on a best-effort basis, so an early return through `?` loses nothing. A
+/// drop cannot return an error. If an earlier call on this disk has returned one, the caller knows, and the
+/// drop is silent. Otherwise a debug build panics: a program that can lose writes silently should fail in its
 /// tests. Release builds do not panic, and neither does a drop during unwinding.
 ///
 /// Data that was [flushed](Self::flush) is safe either way.
 pub struct Disk {
     path: PathBuf,
     disk: Arc<dyn GuestDisk>,
-    /// What the disk was opened from, for opening its snapshots.
+    /// The opened files, needed to open snapshots of the disk.
     pub(crate) source: ResolvedSource,
     pub(crate) options: OpenOptions,
     closed: bool,
-    /// A call that changes the disk has failed, other than by being refused, and returned its error.
+    /// Set when a call that changes the disk failed and returned its error. Refused requests do not count.
     error_reported: AtomicBool,
-    /// Cloned into each open snapshot of this disk, so that the strong count says whether there is one.
+    /// Each open snapshot of this disk holds a clone, so a strong count above 1 means that one is open.
     /// Locked while a snapshot is opened or deleted.
     pub(crate) snapshots: Mutex<Arc<()>>,
-    /// The token of the disk that this is a snapshot of.
+    /// The token of the parent disk, if this is a snapshot.
     pub(crate) snapshot_of: Option<Arc<()>>,
 }
 
 impl Disk {
-    /// Opens the qcow2 image at `path` for reading, and no file that it names. [`options`](Self::options)
-    /// does the rest. Errors: as [`DiskOptions::open`].
+    /// Opens the qcow2 image at `path` for reading, and no file that it names. Use [`options`](Self::options)
+    /// for anything else. Errors: as [`DiskOptions::open`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::options().open(path)
     }
 
-    /// How to open: for writing, along the backing chain, with a password, as another format.
+    /// Options for opening: for writing, with backing files, with a password, in another format.
     pub fn options() -> DiskOptions {
         DiskOptions::default()
     }
 
-    /// Makes a qcow2 image of `size` bytes at `path`, where nothing is yet, and opens it for writing.
-    /// [`NewDisk`](crate::NewDisk) does the rest. Errors: as [`NewDisk::create`](crate::NewDisk::create).
+    /// Creates a qcow2 image of `size` bytes at `path`, which must not exist, and opens it for writing. Use
+    /// [`NewDisk`](crate::NewDisk) for anything else. Errors: as [`NewDisk::create`](crate::NewDisk::create).
     pub fn create(path: impl AsRef<Path>, size: u64) -> Result<Self> {
         crate::NewDisk::qcow2().size(size).create(path)
     }
@@ -64,7 +64,7 @@ impl Disk {
         Ok(Self::new(path, disk.map_err(|e| Error::from_cause(path, OPENING, e))?, source, options))
     }
 
-    /// The disk of a snapshot; the options are for reading.
+    /// Opens a snapshot as a disk, read-only whatever `options` say.
     pub(crate) fn snapshot_in(
         path: &Path,
         source: ResolvedSource,
@@ -97,12 +97,12 @@ impl Disk {
         }
     }
 
-    /// Bytes of the disk.
+    /// Virtual size in bytes.
     pub fn size(&self) -> u64 {
         self.disk.size()
     }
 
-    /// The name that the disk was opened by.
+    /// The path that the disk was opened with.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -112,51 +112,50 @@ impl Disk {
         &self.source.format
     }
 
-    /// Fills `buf` with the bytes from `offset` on; what nobody wrote reads as zeroes. Errors: `OutOfRange`
-    /// past the end of the disk, `Corrupt`, `Io`.
+    /// Fills `buf` from byte `offset`; unwritten ranges read as zeroes. Errors: `OutOfRange` past the end of
+    /// the disk, `Corrupt`, `Io`.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let read = self.disk.read_at(GuestOffset::new(offset), buf);
         read.map_err(|e| self.failed(format!("reading {} bytes at {offset}", buf.len()), e))
     }
 
-    /// Writes `buf` from `offset` on; durable after the next [`flush`](Self::flush). Errors: `OutOfRange`,
-    /// `ReadOnly`; `NoSpace`, a first part having been written; `Corrupt`, `Poisoned`, `Io`.
+    /// Writes `buf` at byte `offset`; durable after the next [`flush`](Self::flush). Errors: `OutOfRange`,
+    /// `ReadOnly`; `NoSpace`, possibly after a first part has been written; `Corrupt`, `Poisoned`, `Io`.
     pub fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
         let written = self.disk.write_at(GuestOffset::new(offset), buf);
         self.changed(written, || format!("writing {} bytes at {offset}", buf.len()))
     }
 
-    /// Makes `range` read as zeroes, and gives its space back where it can. Errors: as
+    /// Makes `range` read as zeroes, and frees its space if possible. Errors: as
     /// [`write_at`](Self::write_at).
     pub fn write_zeroes(&self, range: Range<u64>) -> Result<()> {
         let zeroed = self.disk.write_zeroes(guest_range(&range), ZeroMode::MayUnmap);
         self.changed(zeroed, || format!("zeroing bytes {range:?}"))
     }
 
-    /// Says that what is in `range` no longer matters, and gives the space of whole clusters back. They read
-    /// as zeroes then where that can be recorded, as before elsewhere. Errors: as
+    /// Discards `range`: its content is no longer needed, and the space of whole clusters is freed. They read
+    /// as zeroes afterwards if the image can record that, otherwise as before. Errors: as
     /// [`write_at`](Self::write_at).
     pub fn discard(&self, range: Range<u64>) -> Result<()> {
         let discarded = self.disk.discard(guest_range(&range));
         self.changed(discarded, || format!("discarding bytes {range:?}"))
     }
 
-    /// Returns when every change that was done before this call is durable. Errors: `NoSpace`, `Poisoned`,
-    /// `Io`.
+    /// Returns when all changes completed before this call are durable. Errors: `NoSpace`, `Poisoned`, `Io`.
     pub fn flush(&self) -> Result<()> {
         let flushed = self.disk.flush();
         self.changed(flushed, || "making changes durable".to_owned())
     }
 
-    /// Makes the disk `size` bytes, not fewer than it has; what is new reads as zeroes. May be called while
-    /// other threads read and write. Errors: `InvalidOption` for a smaller size or one that is no multiple of
-    /// 512; `Unsupported` for a version 2 image with snapshots; `NoSpace`, `Poisoned`, `Io`.
+    /// Grows the disk to `size` bytes; new bytes read as zeroes. Other threads may read and write meanwhile.
+    /// Errors: `InvalidOption` for a smaller size or one that is not a multiple of 512; `Unsupported` for a
+    /// version 2 image with snapshots; `NoSpace`, `Poisoned`, `Io`.
     pub fn resize(&self, size: u64) -> Result<()> {
         self.resize_as(&ResizeOptions::new(NewSize::Exactly(size)))
     }
 
-    /// Makes the disk `size` bytes even where that loses what lies behind the new end. Errors: as
-    /// [`resize`](Self::resize).
+    /// Like [`resize`](Self::resize), but may also shrink the disk, which loses the data past the new end.
+    /// Errors: the same.
     pub fn shrink(&self, size: u64) -> Result<()> {
         let mut options = ResizeOptions::new(NewSize::Exactly(size));
         options.shrink = true;
@@ -168,25 +167,25 @@ impl Disk {
         self.changed(resized, || "resizing the disk".to_owned())
     }
 
-    /// The disk as the procedures of [`ops`](crate::ops) take it. [`close`](Self::close) ends this one too.
+    /// The disk for the procedures of [`ops`](crate::ops). [`close`](Self::close) closes this handle too.
     pub fn as_guest_disk(&self) -> &Arc<dyn GuestDisk> {
         &self.disk
     }
 
-    /// The disk as the engine's image, where it is one: for moving bytes oneself (`prepare_write`, `pin`),
-    /// and for all that is not here. [`close`](Self::close) ends this one too.
+    /// The engine's image, if the disk is qcow2: for doing the I/O yourself (`prepare_write`, `pin`), and for
+    /// everything that `Disk` has no method for. [`close`](Self::close) closes this handle too.
     pub fn as_image(&self) -> Option<&Image> {
         self.disk.as_image()
     }
 
-    /// The same, for what only qcow2 images can. Errors: `Unsupported`.
+    /// Like [`as_image`](Self::as_image), for operations that need qcow2. Errors: `Unsupported`.
     pub(crate) fn image(&self, step: &str) -> Result<&Image> {
-        let unsupported = || format!("{step}: only qcow2 images can have that");
+        let unsupported = || format!("{step}: only possible with a qcow2 image");
         self.as_image().ok_or_else(|| Error::new(ErrorKind::Unsupported, &self.path, unsupported()))
     }
 
-    /// Makes everything durable, stores bitmaps, and leaves the image clean; what is opened for reading has
-    /// nothing to do. Behind an [`Arc`], [`Arc::into_inner`] gives the disk back once no other thread has it.
+    /// Makes everything durable, stores bitmaps, and marks the image clean. Does nothing for a disk opened
+    /// for reading. Behind an [`Arc`], [`Arc::into_inner`] returns the disk once no other thread holds it.
     /// Errors: `NoSpace`, `Poisoned`, `Io`.
     pub fn close(mut self) -> Result<()> {
         self.closed = true;
@@ -201,7 +200,7 @@ impl Disk {
         done.map_err(|e| self.failed("closing the image", e))
     }
 
-    /// Drops the disk without closing the image, which is about to be deleted.
+    /// Drops the disk without closing the image, because the file is about to be deleted.
     pub(crate) fn abandon(mut self) {
         self.closed = true;
     }
@@ -214,7 +213,7 @@ impl Disk {
         Error::from_cause(&self.path, step, cause)
     }
 
-    /// The result of a call that changes the disk. Remembers that an error was reported.
+    /// Converts the result of a call that changes the disk, and records that an error was reported.
     pub(crate) fn changed<T>(
         &self,
         result: std::result::Result<T, impl std::error::Error + Send + Sync + 'static>,
@@ -222,7 +221,7 @@ impl Disk {
     ) -> Result<T> {
         result.map_err(|error| {
             let error = self.failed(step(), error);
-            // A refused request says nothing about what was written before it.
+            // A refused request is not a report about data that was written before.
             use ErrorKind::{Corrupt, Io, NoSpace, Poisoned};
             let failed = matches!(error.kind(), Io | NoSpace | Poisoned | Corrupt);
             self.error_reported.fetch_or(failed, Ordering::Relaxed);
@@ -237,7 +236,7 @@ impl Drop for Disk {
             return;
         }
         if let Err(error) = self.finish() {
-            // An image is poisoned by an earlier call, which returned its error.
+            // An earlier call poisoned the image and returned its error.
             let reported = self.error_reported.load(Ordering::Relaxed) || error.kind() == ErrorKind::Poisoned;
             debug_assert!(
                 reported || std::thread::panicking(),
@@ -264,7 +263,7 @@ pub(crate) fn read_only(options: &OpenOptions) -> OpenOptions {
     options
 }
 
-/// A range that ends before it begins has no bytes.
+/// The guest range for `range`; empty if it ends before it starts.
 fn guest_range(range: &Range<u64>) -> GuestRange {
     GuestRange::between(GuestOffset::new(range.start), GuestOffset::new(range.end))
 }

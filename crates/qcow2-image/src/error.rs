@@ -1,4 +1,4 @@
-//! One error for everything: what kind of trouble, on which file, in which step, and the cause.
+//! The error of this crate: a kind, the file, the failed step, and the cause.
 
 use qcow2_core::{ErrorKind as CoreKind, ResolveError, StorageError, StorageErrorKind};
 use qcow2_crypt::{CryptError, CryptErrorKind};
@@ -9,45 +9,45 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The result of every call here.
+/// The result of all calls in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What kind of trouble it is; enough to decide what to do next.
+/// The kind of error; enough to decide what to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// There is no such file, or no snapshot or bitmap of that name.
+    /// The file does not exist, or no snapshot or bitmap has that name.
     NotFound,
-    /// The file that was to be new exists, or a bitmap of that name does.
+    /// The file to create already exists, or a bitmap with that name does.
     Exists,
-    /// The system does not let this user.
+    /// The operating system denies access.
     PermissionDenied,
-    /// Somebody else has it: another program or another [`Disk`](crate::Disk) the image, a disk of its own a
-    /// snapshot that is to be deleted.
+    /// The image is open in another program or as another [`Disk`](crate::Disk), or a snapshot to be deleted
+    /// is open.
     InUse,
-    /// The bytes are no image of the expected format.
+    /// The file is not an image of the expected format.
     NotAnImage,
-    /// The image names another file, and nobody said that it may be opened.
+    /// The image names another file, and the options do not allow opening it.
     NameDenied,
-    /// A file that the image names cannot be opened, or the chain of backing files is circular or too long.
+    /// A file that the image names cannot be opened, or the backing chain is circular or too long.
     BrokenChain,
-    /// The image is encrypted, and there is no password or a wrong one.
+    /// The image is encrypted, and the password is missing or wrong.
     Password,
     /// The image is damaged.
     Corrupt,
-    /// This image, or this kind of disk, cannot do what was asked.
+    /// This image, or this kind of disk, does not support the operation.
     Unsupported,
-    /// A value is not allowed, or not together with another.
+    /// An option's value is invalid, or excludes another option.
     InvalidOption,
-    /// The range passes the end of the disk.
+    /// The range extends past the end of the disk.
     OutOfRange,
-    /// The disk was opened for reading only.
+    /// The disk was opened read-only.
     ReadOnly,
-    /// There is no room. Nothing else is lost: the disk goes on, and the same write succeeds when there is
-    /// room.
+    /// The file system is full. Nothing else is lost: the disk remains usable, and the same write succeeds
+    /// once there is space.
     NoSpace,
-    /// A write to the image's tables failed before: reads go on, changes are refused until the image is
-    /// opened anew.
+    /// An earlier write to the image's metadata failed. Reads still work; changes are refused until the image
+    /// is opened again.
     Poisoned,
     /// The caller asked to stop.
     Stopped,
@@ -55,8 +55,8 @@ pub enum ErrorKind {
     Io,
 }
 
-/// A failed call. `{}` prints the file and the step, `{:#}` the causes as well, on one line;
-/// [`source`](StdError::source) leads to them one by one.
+/// A failed call. `{}` prints the file and the step, `{:#}` also the causes, on one line;
+/// [`source`](StdError::source) returns them one by one.
 ///
 /// ```
 /// use qcow2_image::{Disk, ErrorKind};
@@ -76,12 +76,12 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error without a cause below it; `step` says what was being done and why it cannot be.
+    /// An error without a cause. `step` says what was being done and why it is not possible.
     pub(crate) fn new(kind: ErrorKind, path: &Path, step: impl Into<String>) -> Self {
         Self { kind, path: path.to_owned(), step: step.into(), source: None }
     }
 
-    /// What `cause` means for `step`; the kind is the cause's.
+    /// An error in `step` because of `cause`. The kind is derived from the cause.
     pub(crate) fn from_cause(
         path: &Path,
         step: impl Into<String>,
@@ -91,12 +91,12 @@ impl Error {
         Self { source: Some(Box::new(cause)), ..Self::new(kind, path, step) }
     }
 
-    /// What kind of trouble it is.
+    /// The kind of error, for matching.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// The image that the call was about, as it was named.
+    /// The path of the image concerned, as the caller gave it.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -138,13 +138,13 @@ impl From<Error> for io::Error {
     }
 }
 
-/// The cause below `error`. What the system said is the last: below it is the same once more, with its
-/// number.
+/// The next cause. The chain ends at the operating system's error: its own source is the same error again,
+/// with its number.
 fn next<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a (dyn StdError + 'static)> {
     error.source().filter(|_| !error.is::<qcow2_io::OsError>())
 }
 
-/// The kind that the lowest layer knows, which is the most exact one.
+/// The most specific kind in the chain of causes. The lowest layer that knows one wins.
 fn kind_of(error: &(dyn StdError + 'static)) -> ErrorKind {
     let (mut kind, mut at) = (ErrorKind::Io, Some(error));
     while let Some(error) = at {
@@ -157,7 +157,7 @@ fn kind_of(error: &(dyn StdError + 'static)) -> ErrorKind {
     kind
 }
 
-/// Whether this and all that is below is not about the image itself.
+/// True if this error and its causes concern another file that the image names.
 fn is_about_a_named_file(error: &(dyn StdError + 'static)) -> bool {
     let core = error.downcast_ref::<qcow2_core::Error>().map(qcow2_core::Error::kind);
     matches!(core, Some(CoreKind::Resolve | CoreKind::Chain))
@@ -168,7 +168,7 @@ fn is_denied(error: &(dyn StdError + 'static)) -> bool {
     below.is_some_and(ResolveError::is_denied)
 }
 
-/// What one layer makes of it, where it knows.
+/// The kind for this error alone, if there is one.
 fn kind_here(error: &(dyn StdError + 'static)) -> Option<ErrorKind> {
     if let Some(error) = error.downcast_ref::<qcow2_ops::Error>() {
         return of_procedure(error.kind());
@@ -209,7 +209,7 @@ fn of_engine(kind: CoreKind) -> ErrorKind {
     match kind {
         CoreKind::NoSpace => ErrorKind::NoSpace,
         CoreKind::Format => ErrorKind::NotAnImage,
-        CoreKind::Corrupt | CoreKind::Inconsistent => ErrorKind::Corrupt,
+        CoreKind::Corrupt | CoreKind::MarkedCorrupt | CoreKind::Inconsistent => ErrorKind::Corrupt,
         CoreKind::Unsupported => ErrorKind::Unsupported,
         CoreKind::InvalidOption => ErrorKind::InvalidOption,
         CoreKind::NotFound => ErrorKind::NotFound,
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lowest_layer_decides() {
+    fn lowest_layer_decides_the_kind() {
         check(core(CoreKind::Poisoned), ErrorKind::Poisoned);
         let full = StorageError::new(StorageErrorKind::NoSpace, "full");
         check(core(CoreKind::Storage).with_source(full), ErrorKind::NoSpace);
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_the_image_names_are_another_matter() {
+    fn errors_of_named_files_have_their_own_kinds() {
         let missing =
             || qcow2_io::OpenFile::read_only().open(Path::new("no/such/file")).map(|_| ()).unwrap_err();
         check(missing(), ErrorKind::NotFound);

@@ -1,15 +1,15 @@
-//! qcow2 disk images for people in a hurry: files, codecs, ciphers, threads and locks are set up for you,
-//! with safe defaults.
+//! A high-level interface to qcow2 disk images. It sets up files, codecs, ciphers, threads and locks, with
+//! safe defaults.
 //!
 //! ```text
 //!  your program     Disk::open, read_at, write_at, create_snapshot, convert, check, close
 //!       |
 //!       v
-//!  qcow2-image ---------+------------------+------------------+       this crate: sets them up
+//!  qcow2-image ---------+------------------+------------------+       this crate: sets the others up
 //!       |               |                  |                  |
 //!       v               v                  v                  v
 //!  qcow2-ops       qcow2-io           qcow2-codec        qcow2-crypt
-//!  procedures      files, locks,      deflate, zstd      LUKS, the old
+//!  procedures      files, locks,      deflate, zstd      LUKS, legacy
 //!       |          names                   |             AES method
 //!       v               |                  |                  |
 //!  qcow2-core <---------+------------------+------------------+       the engine
@@ -18,7 +18,7 @@
 //!  qcow2-format    bytes <-> values
 //! ```
 //!
-//! Open a disk, look at it:
+//! Open a disk and read from it:
 //!
 //! ```no_run
 //! use qcow2_image::Disk;
@@ -30,7 +30,7 @@
 //! # Ok::<(), qcow2_image::Error>(())
 //! ```
 //!
-//! Make one, change it:
+//! Create a disk and change it:
 //!
 //! ```
 //! use qcow2_image::{Disk, NewDisk};
@@ -48,60 +48,60 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! # Where to find what
+//! # Where to find things
 //!
 //! | you want to | take |
 //! |---|---|
 //! | open an image | [`Disk::open`], [`Disk::options`] |
-//! | make one: of another kind, encrypted, on a backing file, raw | [`Disk::create`], [`NewDisk`] |
+//! | create one: with other options, encrypted, with a backing file, raw | [`Disk::create`], [`NewDisk`] |
 //! | read, write, zero, discard, resize, flush | the methods of [`Disk`], from any number of threads |
 //! | use it as `Read`, `Write` and `Seek` | [`Disk::cursor`] |
 //! | take, read, apply and delete internal snapshots | [`Disk::create_snapshot`], [`Disk::open_snapshot`] |
-//! | back up what was written since last time | [`Disk::add_bitmap`], [`Bitmap`] |
-//! | another format, other options, compression | [`Disk::convert`] |
-//! | know whether two disks hold the same | [`Disk::compare`], [`Disk::checksum`] |
-//! | know what an image says of itself, without trusting it | [`info`] |
+//! | make incremental backups | [`Disk::add_bitmap`], [`Bitmap`] |
+//! | convert to another format, with other options, compressed | [`Disk::convert`] |
+//! | compare the content of two disks | [`Disk::compare`], [`Disk::checksum`] |
+//! | describe an untrusted image | [`info`] |
 //! | find and repair damage | [`check`], [`repair`] |
 //! | serve a virtual machine with your own I/O | [a block device for a VMM](vmm) |
 //! | anything else | [`ops`], with [`Disk::as_guest_disk`] and [`Threads`]; [`core`], with [`Disk::as_image`] |
 //!
 //! # Defaults
 //!
-//! - **Format**: qcow2. A raw disk or a LUKS container is opened when [`DiskOptions::format`] says so.
-//!   Formats are [probed](DiskOptions::probe_format) on request only: the guest of a raw disk can write a
-//!   qcow2 header into it.
-//! - **Names**: an image can name any file that this program may read as its backing file or data file, and
-//!   its guest would see it. An image that names one is not opened ([`ErrorKind::NameDenied`]) unless
-//!   [`DiskOptions::follow_backing_files`] or another [`Policy`] allows it. `json:` descriptions and servers
-//!   are never followed.
-//! - **Locks**: QEMU's, so its programs and this crate keep each other out, and so do two disks of one
-//!   program: an image has one writer or any number of readers, anybody else gets [`ErrorKind::InUse`]. Linux
-//!   only.
-//! - **Writing** is asked for in one place, [`DiskOptions::writable`]. A disk that is opened for reading
-//!   never writes, not even to put right what an unclean end left.
-//! - **Durability**: what was written is durable after [`Disk::flush`] or [`Disk::close`]. A crash in between
-//!   leaves a whole image, with some, all or none of the writes since.
-//! - **Compression**: both methods are at hand for reading; new images compress with deflate, which everybody
-//!   reads, or with [zstd](NewDisk::zstd).
-//! - **Encryption**: a [password](DiskOptions::password), or [somebody to ask](DiskOptions::password_from).
-//!   New images are encrypted as QEMU does it by default: LUKS, AES-256 in XTS mode, two seconds to try a
-//!   password.
-//! - **Threads**: [`convert`](Disk::convert), [`check`], [`compare`](Disk::compare) run one per processor.
+//! - **Format**: qcow2. Raw disks and LUKS containers need [`DiskOptions::format`]. Formats are
+//!   [probed](DiskOptions::probe_format) on request only: the guest of a raw disk can write a qcow2 header
+//!   into it.
+//! - **Named files**: an image can name any file that this program may read as its backing file or data file,
+//!   and its guest would see the content. So an image that names a file is not opened
+//!   ([`ErrorKind::NameDenied`]) unless [`DiskOptions::follow_backing_files`] or another [`Policy`] allows
+//!   it. `json:` names and servers are never followed.
+//! - **Locks**: compatible with QEMU, so that its programs, this crate, and several disks in one program keep
+//!   each other out. An image has one writer or any number of readers; everyone else gets
+//!   [`ErrorKind::InUse`]. Linux only.
+//! - **Writing** needs [`DiskOptions::writable`]. A disk opened for reading never writes, not even to recover
+//!   from an unclean close.
+//! - **Durability**: writes are durable after [`Disk::flush`] or [`Disk::close`]. A crash before that leaves
+//!   a consistent image with some, all or none of the writes since then.
+//! - **Compression**: both algorithms can be read. New images use deflate, which every reader supports, or
+//!   [zstd](NewDisk::zstd).
+//! - **Encryption**: with a [password](DiskOptions::password) or a [callback](DiskOptions::password_from).
+//!   New images use QEMU's defaults: LUKS, AES-256 in XTS mode, two seconds per password attempt.
+//! - **Threads**: [`convert`](Disk::convert), [`check`] and [`compare`](Disk::compare) use one thread per
+//!   processor.
 //!
 //! # Which crate do I want?
 //!
 //! | you want to | take |
 //! |---|---|
-//! | use images in files, now | this one |
-//! | read and write images on your own storage, `no_std` | [`qcow2-core`](core) |
-//! | run its procedures on disks and threads of your own | [`qcow2-ops`](ops) |
-//! | files, block devices, memory, NBD as storages; locks | [`qcow2-io`](io) |
+//! | use images in files | this one |
+//! | read and write images in your own storage, `no_std` | [`qcow2-core`](core) |
+//! | run the procedures on your own disks and threads | [`qcow2-ops`](ops) |
+//! | use files, block devices, memory or NBD as storage, with locks | [`qcow2-io`](io) |
 //! | compress and expand clusters | [`qcow2-codec`](codec) |
-//! | LUKS headers, key slots, sectors under a key | [`qcow2-crypt`](crypt) |
+//! | use LUKS headers, key slots and sector encryption | [`qcow2-crypt`](crypt) |
 //! | parse or write the on-disk structures, `no_std` | [`qcow2-format`](mod@format) |
 //!
-//! All of them are re-exported here, so one dependency is enough to go down a level: [`Disk::as_image`] is
-//! the engine's image, [`Disk::as_guest_disk`] what the procedures take.
+//! All of them are re-exported here, so one dependency is enough to use a lower level: [`Disk::as_image`] is
+//! the engine's image, [`Disk::as_guest_disk`] is what the procedures take.
 //!
 //! # Errors
 //!
@@ -154,7 +154,7 @@ pub use {
     qcow2_ops as ops,
 };
 
-/// The examples in the README compile.
+/// Compiles the examples in the README.
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 pub struct Readme;

@@ -1,4 +1,4 @@
-//! What can be learned of images, and repaired in them, without using their disks.
+//! Describes, checks, repairs and compares images.
 
 use crate::disk::Disk;
 use crate::error::{Error, Result};
@@ -11,18 +11,18 @@ use qcow2_ops::repair::{RepairMode, Repaired};
 use qcow2_ops::{Executor, Silent};
 use std::path::Path;
 
-/// What the image at `path` says of itself: sizes, features, snapshots, bitmaps, and the files it names, none
-/// of which is opened. Safe on images from anywhere. The format is probed; a file that looks like nothing is
-/// raw. Errors: `NotFound`, `PermissionDenied`, `InUse`, `NotAnImage`, `Corrupt`, `Unsupported`, `Io`.
+/// Describes the image at `path`: sizes, features, snapshots, bitmaps, and the files it names, none of which
+/// is opened. Safe for untrusted images. The format is probed; an unknown file is raw. Errors: `NotFound`,
+/// `PermissionDenied`, `InUse`, `NotAnImage`, `Corrupt`, `Unsupported`, `Io`.
 pub fn info(path: impl AsRef<Path>) -> Result<InfoReport> {
     let path = path.as_ref();
     let source = Disk::options().probe_format().open_file(path)?;
     qcow2_ops::info(&*source.storage, &source.format)
-        .map_err(|e| Error::from_cause(path, "asking the image about itself", e))
+        .map_err(|e| Error::from_cause(path, "reading the image's properties", e))
 }
 
-/// Checks the qcow2 image at `path`, on all processors: every reference against the refcounts, every entry's
-/// form. Never writes, and opens no file that the image names. What is wrong with the image is in the report.
+/// Checks the qcow2 image at `path` with all processors: every reference against the refcounts, every entry's
+/// validity. Never writes, and opens no file that the image names. Faults of the image are in the report.
 /// Errors: as [`info`].
 pub fn check(path: impl AsRef<Path>) -> Result<CheckReport> {
     let path = path.as_ref();
@@ -30,16 +30,16 @@ pub fn check(path: impl AsRef<Path>) -> Result<CheckReport> {
     checked(&source, path, &Threads::per_core())
 }
 
-/// Checks the qcow2 image at `path` and repairs its refcounts and copied flags, unless tables are damaged:
-/// then nothing is changed, because nothing can be concluded from them. Returns what was found at first and
-/// what was done. Errors: as [`check`]; `NoSpace`.
+/// Checks the qcow2 image at `path` and repairs its refcounts and copied flags. If tables are damaged,
+/// nothing is changed: their references cannot be trusted. Returns the findings before the repair and what
+/// was repaired. Errors: as [`check`]; `NoSpace`.
 pub fn repair(path: impl AsRef<Path>) -> Result<(CheckReport, Repaired)> {
     let path = path.as_ref();
     let (options, threads) = (Disk::options().writable(), Threads::per_core());
     let source = options.open_file(path)?;
     let report = checked(&source, path, &threads)?;
     let mut how = options.engine().with_layers(Layers::TopOnly);
-    // Tables are not encrypted: nobody needs the key.
+    // Metadata is not encrypted, so no key is needed.
     (how.for_repair, how.metadata_only) = (true, true);
     let failed = |cause| Error::from_cause(path, "repairing the image", cause);
     let image = Image::open(source, &how).map_err(failed)?;
@@ -56,8 +56,8 @@ fn checked(source: &ResolvedSource, path: &Path, threads: &dyn Executor) -> Resu
 }
 
 impl Disk {
-    /// Whether this disk and `other` hold the same bytes, whatever images hold them; a shorter disk is as
-    /// good as one that ends in zeroes. On all processors. Errors: those of reading either.
+    /// Compares the guest content of this disk and `other`, whatever their formats; a shorter disk counts as
+    /// followed by zeroes. Uses all processors. Errors: those of reading either.
     pub fn compare(&self, other: &Self) -> Result<Comparison> {
         let mut options = CompareOptions::default();
         options.names = [self, other].map(|disk| disk.path().display().to_string());
@@ -66,10 +66,10 @@ impl Disk {
         report.map(|report| report.result).map_err(|e| self.failed("comparing disks", e))
     }
 
-    /// CRC-32 of all bytes of the disk, the same whatever image holds them. On all processors. Errors: those
-    /// of reading.
+    /// CRC-32 of the guest content; the same for every image with that content. Uses all processors. Errors:
+    /// those of reading.
     pub fn checksum(&self) -> Result<u32> {
         let sum = qcow2_ops::checksum(self.as_guest_disk(), &Threads::per_core(), &Silent);
-        sum.map(|sum| sum.crc32).map_err(|e| self.failed("summing up the disk", e))
+        sum.map(|sum| sum.crc32).map_err(|e| self.failed("computing the checksum", e))
     }
 }

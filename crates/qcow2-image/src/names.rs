@@ -1,13 +1,13 @@
-//! The backing file and the data file of a new image: the caller named them, so no policy applies.
+//! The backing file and the data file of a new image. The caller named them, so no policy applies.
 
 use qcow2_core::{Reference, ResolveError, ResolvedSource, Resolver};
 use std::sync::Arc;
 
-/// Resolves to the files that were opened before the image was made.
+/// Resolves the image's names to files that were opened before the image was created.
 pub(crate) struct Given {
-    /// The backing file, for reading.
+    /// The backing file, opened for reading.
     pub(crate) backing: Option<ResolvedSource>,
-    /// The external data file, for writing.
+    /// The external data file, opened for writing.
     pub(crate) data: Option<ResolvedSource>,
 }
 
@@ -26,6 +26,6 @@ impl Resolver for Given {
         };
         given
             .cloned()
-            .ok_or_else(|| ResolveError::denied("the image stands on other files than it was made with"))
+            .ok_or_else(|| ResolveError::denied("the image names another file than it was created with"))
     }
 }

@@ -1,4 +1,4 @@
-//! New images.
+//! Creates images.
 
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A builder for new images: each method sets one property, and [`create`](Self::create) makes the image and
-/// opens it. The defaults are those of `qemu-img create -f qcow2`: version 3, clusters of 64 KiB.
+/// A builder for new images: each method sets one property; [`create`](Self::create) creates the image and
+/// opens it. The defaults are those of `qemu-img create -f qcow2`: version 3, 64 KiB clusters.
 ///
 /// ```
 /// use qcow2_image::{ImageFormat, NewDisk};
@@ -36,16 +36,16 @@ use std::time::Duration;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
-#[must_use = "nothing is made before `create` is called"]
+#[must_use = "nothing is created before `create` is called"]
 pub struct NewDisk {
     raw: bool,
-    /// `None`: that of the backing file, or of the converted disk.
+    /// `None`: the size of the backing file, or of the disk to convert.
     size: Option<u64>,
     request: Qcow2Request,
     password: Option<Secret>,
     unlock_time: Duration,
     overwrite: bool,
-    /// How the backing file is opened.
+    /// Options for opening the backing file.
     below: DiskOptions,
 }
 
@@ -63,59 +63,59 @@ impl NewDisk {
         }
     }
 
-    /// A raw disk: the file is the disk, byte for byte. [`create`](Self::create) refuses options that only
-    /// qcow2 images have.
+    /// A raw disk: the file holds the guest disk byte for byte. [`create`](Self::create) refuses options that
+    /// only qcow2 images have.
     pub fn raw() -> Self {
         Self { raw: true, ..Self::qcow2() }
     }
 
-    /// Bytes of the disk, rounded up to a multiple of 512. The default is the size of the backing file or of
-    /// the converted disk.
+    /// Virtual size in bytes, rounded up to a multiple of 512. The default is the size of the backing file or
+    /// of the disk to convert.
     pub fn size(mut self, size: u64) -> Self {
         self.size = Some(size);
         self
     }
 
-    /// Bytes in a cluster: a power of two from 512 to 2 MiB; 64 KiB by default.
+    /// Cluster size in bytes: a power of two from 512 to 2 MiB; default 64 KiB.
     pub fn cluster_size(mut self, cluster_size: u64) -> Self {
         self.request.cluster_size = cluster_size;
         self
     }
 
-    /// Clusters are compressed with zstd instead of deflate, which is faster both ways; programs from before
-    /// 2020 cannot read them.
+    /// Compresses clusters with zstd instead of deflate. It is faster in both directions, but programs from
+    /// before 2020 cannot read it.
     pub fn zstd(mut self) -> Self {
         self.request.compression_type = CompressionType::Zstd;
         self
     }
 
-    /// How much space is allocated up front; nothing by default.
+    /// What to allocate up front; nothing by default.
     pub fn preallocation(mut self, preallocation: Preallocation) -> Self {
         self.request.preallocation = preallocation;
         self
     }
 
-    /// Makes an overlay of the file `name`. `name` is recorded as it is; a relative one is relative to the
-    /// directory of the new image. The file must exist. It is opened because you name it here; what it names
-    /// in turn is not, unless [`follow_backing_files`](Self::follow_backing_files) allows it.
+    /// Makes the image an overlay of the file `name`. `name` is stored unchanged; a relative name is relative
+    /// to the directory of the new image. The file must exist. It is opened because you name it here; files
+    /// that it names in turn are not, unless [`follow_backing_files`](Self::follow_backing_files) allows it.
     pub fn backing_file(mut self, name: impl Into<String>, format: ImageFormat) -> Self {
         self.request.backing_file = Some(name.into());
         self.below = self.below.format(format);
         self
     }
 
-    /// Also opens the files that the backing file names. Only for backing files whose makers are trusted.
+    /// Also opens the files that the backing file names. Only for backing files from a trusted source.
     pub fn follow_backing_files(self) -> Self {
         self.names(Policy::Allow)
     }
 
-    /// Which of the files that the backing file names may be opened; none by default.
+    /// Sets which files that the backing file names may be opened; none by default.
     pub fn names(mut self, policy: Policy) -> Self {
         self.below = self.below.names(policy);
         self
     }
 
-    /// Asks for the passwords of encrypted backing files; see [`DiskOptions::password_from`].
+    /// Sets a callback for the passwords of encrypted backing files; see [`DiskOptions::password_from`].
     pub fn backing_password_from(
         mut self,
         ask: impl Fn(&str) -> Option<Vec<u8>> + Send + Sync + 'static,
@@ -124,28 +124,28 @@ impl NewDisk {
         self
     }
 
-    /// Stores guest data in an external data file, which is created too. `name` is recorded as it is; a
-    /// relative one is relative to the directory of the new image.
+    /// Stores guest data in an external data file, which is created as well. `name` is stored unchanged; a
+    /// relative name is relative to the directory of the new image.
     pub fn data_file(mut self, name: impl Into<String>) -> Self {
         self.request.data_file = Some(name.into());
         self
     }
 
-    /// Encrypts the disk (LUKS, AES-256 in XTS mode) so that `password` opens it.
+    /// Encrypts the disk with LUKS, AES-256 in XTS mode, under `password`.
     pub fn password(mut self, password: impl Into<Vec<u8>>) -> Self {
         self.password = Some(Secret::new(password.into()));
         self
     }
 
-    /// How long it takes to try a password on this machine: two seconds by default, which makes guessing
-    /// expensive. Making the image takes about as long, and opening it.
+    /// Time for one password attempt on this machine; two seconds by default, to make guessing expensive.
+    /// Creating and opening the image take about as long.
     pub fn unlock_time(mut self, time: Duration) -> Self {
         self.unlock_time = time;
         self
     }
 
-    /// Sets what has no method here: the version, the width of refcounts, subclusters, a raw data file. The
-    /// size and the format of the backing file are set by their methods only.
+    /// Sets properties without a method of their own: the version, the refcount width, extended L2 entries, a
+    /// raw data file. The size and the format of the backing file can only be set by their methods.
     ///
     /// ```
     /// # use qcow2_image::NewDisk;
@@ -156,26 +156,25 @@ impl NewDisk {
         self
     }
 
-    /// Overwrites an existing file. Without this it is an error if the file exists.
+    /// Overwrites an existing file, which is otherwise an error.
     pub fn overwrite(mut self) -> Self {
         self.overwrite = true;
         self
     }
 
-    /// Makes the image in a regular file at `path`, durably, and opens it for writing. If that fails, a new
-    /// file is deleted again, and one that was overwritten is left empty.
+    /// Creates the image in a regular file at `path`, durably, and opens it for writing. If that fails, a new
+    /// file is deleted, and an overwritten one is left empty.
     ///
-    /// Errors: `InvalidOption` for options that are not possible, or not together, before anything is
-    /// touched; `Exists`, `InUse`, `PermissionDenied`; for the backing file as [`DiskOptions::open`];
-    /// `NoSpace`, `Io`.
+    /// Errors: `InvalidOption` for invalid or incompatible options, before anything is written; `Exists`,
+    /// `InUse`, `PermissionDenied`; for the backing file as [`DiskOptions::open`]; `NoSpace`, `Io`.
     pub fn create(&self, path: impl AsRef<Path>) -> Result<Disk> {
         let (disk, files) = self.make(path.as_ref(), None)?;
         files.into_iter().for_each(NewFile::keep);
         Ok(disk)
     }
 
-    /// The same; dropping the files deletes them, unless they are kept. `converted`: a file that is not to be
-    /// overwritten.
+    /// Like [`create`](Self::create), but the returned files are deleted when dropped, unless they are kept.
+    /// `converted`: the source of a conversion, which must not be overwritten.
     pub(crate) fn make(&self, path: &Path, converted: Option<SourceId>) -> Result<(Disk, Vec<NewFile>)> {
         let failed = |cause| Error::from_cause(path, MAKING, cause);
         let backing = self.open_backing(path)?;
@@ -201,12 +200,12 @@ impl NewDisk {
         Ok((Disk::from_source(path, source, options)?, [file].into_iter().chain(data).collect()))
     }
 
-    /// This with `size`, unless it has a size.
+    /// A copy with `size`, unless a size is already set.
     pub(crate) fn or_size(&self, size: u64) -> Self {
         Self { size: self.size.or(Some(size)), ..self.clone() }
     }
 
-    /// The path that `name` means in the image at `path`.
+    /// The path for `name`, as seen from the image at `path`.
     fn locate<'a>(
         &self,
         path: &Path,
@@ -224,7 +223,7 @@ impl NewDisk {
         path.map(|path| self.below.open_backing(&path)).transpose()
     }
 
-    /// Checks the options and makes the encryption header, which takes [`unlock_time`](Self::unlock_time).
+    /// Checks the options and creates the encryption header, which takes [`unlock_time`](Self::unlock_time).
     fn plan(&self, path: &Path, backing: Option<&ResolvedSource>) -> Result<Qcow2Request> {
         let refused =
             |reason: &str| Error::new(ErrorKind::InvalidOption, path, format!("{MAKING}: {reason}"));
@@ -232,7 +231,7 @@ impl NewDisk {
         request.size = match (self.size, backing) {
             (Some(size), _) => size,
             (None, Some(backing)) => size_of(backing).map_err(|e| Error::from_cause(path, MAKING, e))?,
-            (None, None) => return Err(refused("its size is not given")),
+            (None, None) => return Err(refused("no size is given")),
         };
         request.encrypted = self.password.is_some() || request.encryption.is_some();
         request.backing_format = backing.map(|backing| backing_format(&backing.format));
@@ -240,7 +239,7 @@ impl NewDisk {
             let (mut plain, preallocation) = (Qcow2Request::new(request.size), request.preallocation);
             plain.preallocation = preallocation;
             if request != plain {
-                return Err(refused("a raw disk has a size and preallocation, and nothing else"));
+                return Err(refused("a raw disk only has a size and preallocation"));
             }
             plan_raw(&RawRequest { size: request.size, preallocation })
         } else {
@@ -261,12 +260,12 @@ impl NewDisk {
     }
 }
 
-/// Bytes of the disk in `source`, which may be encrypted.
+/// Virtual size of the disk in `source` in bytes; no key is needed.
 fn size_of(source: &ResolvedSource) -> qcow2_ops::Result<u64> {
     qcow2_ops::info(&*source.storage, &source.format).map(|info| info.virtual_size)
 }
 
-/// What images call a format.
+/// The name of a format, as stored in images.
 fn backing_format(format: &ImageFormat) -> String {
     match format {
         ImageFormat::Raw => "raw".to_owned(),
@@ -276,4 +275,4 @@ fn backing_format(format: &ImageFormat) -> String {
     }
 }
 
-const MAKING: &str = "making the image";
+const MAKING: &str = "creating the image";

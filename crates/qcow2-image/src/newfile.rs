@@ -1,4 +1,4 @@
-//! A file that is being made: unless it is kept, dropping it deletes it.
+//! A file under construction: dropping it deletes it, unless it is kept.
 
 use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::{ImageFormat, ResolvedSource, SourceId, Storage};
@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A new file, or an old one that was emptied, locked against everybody else.
+/// A new or emptied file, locked against all other writers.
 pub(crate) struct NewFile {
     path: PathBuf,
     source: ResolvedSource,
@@ -16,10 +16,11 @@ pub(crate) struct NewFile {
 }
 
 impl NewFile {
-    /// Makes a regular file at `path`, or empties an existing one if it may. `in_use`: files that must not be
-    /// overwritten; locks do not protect raw disks, nor anything on systems without locks.
+    /// Creates a regular file at `path`, or empties an existing one if `overwrite` is set. `in_use`: files
+    /// that must not be overwritten. Locks are not enough for that: raw disks are not locked, and some
+    /// systems have no locks.
     pub(crate) fn open(path: &Path, overwrite: bool, in_use: &[Option<SourceId>]) -> Result<Self> {
-        let failed = |cause| Error::from_cause(path, "making the file", cause);
+        let failed = |cause| Error::from_cause(path, "creating the file", cause);
         let open = |create| {
             let mut how = OpenFile::writable().with_create(create).with_locking(Locking::NoOtherWriters);
             how.allow_devices = false;
@@ -41,7 +42,7 @@ impl NewFile {
             ));
         }
         if is_new {
-            // As QEMU does. Only XFS supports it, and it is only a hint.
+            // QEMU does the same. Only XFS supports it, and it is only a hint.
             let _ = file.set_extent_size_hint(EXTENT_SIZE);
         } else {
             file.set_len(0).map_err(|e| Error::from_cause(path, "emptying the file", e))?;
@@ -54,7 +55,7 @@ impl NewFile {
         &self.source
     }
 
-    /// The file stays.
+    /// Keeps the file.
     pub(crate) fn keep(mut self) {
         self.kept = true;
     }
@@ -62,7 +63,7 @@ impl NewFile {
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        // Errors are ignored: the one that led here is reported.
+        // Ignore errors here: the error that caused the drop is reported.
         match (self.kept, self.is_new) {
             (true, _) => {}
             (false, true) => drop(fs::remove_file(&self.path)),
@@ -71,5 +72,5 @@ impl Drop for NewFile {
     }
 }
 
-/// Bytes that the file system allocates at a time.
+/// Allocation unit for the file system in bytes.
 const EXTENT_SIZE: u32 = 1 << 20;

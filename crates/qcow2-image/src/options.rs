@@ -1,4 +1,4 @@
-//! How a disk is opened.
+//! Options for opening a disk.
 
 use crate::disk::Disk;
 use crate::error::{Error, Result};
@@ -9,11 +9,11 @@ use qcow2_io::{CacheMode, Locking, OpenFile, Policy, SourceOptions, open_source}
 use std::path::Path;
 use std::sync::Arc;
 
-/// A builder for opening disks, made by [`Disk::options`]: each method sets one option, and
-/// [`open`](Self::open) uses them. Options can be kept, cloned and used again.
+/// A builder for opening disks, made by [`Disk::options`]: each method sets one option; [`open`](Self::open)
+/// opens a disk with them. Options can be kept, cloned and reused.
 ///
-/// The defaults: a qcow2 image, read-only, locked as QEMU locks it, with both compression methods; no file
-/// that the image names is opened.
+/// The defaults: a qcow2 image, read-only, with QEMU's locks and both compression algorithms. No file that
+/// the image names is opened.
 ///
 /// ```no_run
 /// use qcow2_image::Disk;
@@ -31,7 +31,7 @@ use std::sync::Arc;
 #[must_use = "options open nothing before `open` is called"]
 pub struct DiskOptions {
     writable: bool,
-    /// `None`: as the first bytes say.
+    /// `None`: probe the format.
     format: Option<ImageFormat>,
     names: Policy,
     layers: Layers,
@@ -61,94 +61,95 @@ impl DiskOptions {
         self
     }
 
-    /// The format of the file, if it is not qcow2: [`ImageFormat::Raw`] for plain bytes,
-    /// [`ImageFormat::Luks`] for a LUKS container.
+    /// Sets the format of the file, if it is not qcow2: [`ImageFormat::Raw`], or [`ImageFormat::Luks`] for a
+    /// LUKS container.
     pub fn format(mut self, format: ImageFormat) -> Self {
         self.format = Some(format);
         self
     }
 
-    /// Probes the format from the first bytes; anything unknown is raw. Only for files whose content is
-    /// trusted: the guest of a raw disk can write a qcow2 header into it.
+    /// Probes the format from the first bytes; an unknown format is raw. Only for trusted files: the guest of
+    /// a raw disk can write a qcow2 header into it.
     pub fn probe_format(mut self) -> Self {
         self.format = None;
         self
     }
 
-    /// Opens the files that the image names: its chain of backing files and its external data file, wherever
-    /// they are. Only for images whose makers are trusted: an image can name any file that this program may
-    /// read, and its guest would see it. A backing file whose format is not recorded is probed. The same as
+    /// Opens the files that the image names: its backing chain and its external data file, wherever they are.
+    /// Only for images from a trusted source: an image can name any file that this program may read, and its
+    /// guest would see the content. If the format of a backing file is not recorded, it is probed. Same as
     /// [`names`](Self::names) with [`Policy::Allow`].
     pub fn follow_backing_files(self) -> Self {
         self.names(Policy::Allow)
     }
 
-    /// Which of the files that the image names may be opened; none by default. Opening fails if the image
-    /// names another one.
+    /// Sets which files that the image names may be opened; none by default. Opening fails if the image names
+    /// any other file.
     pub fn names(mut self, policy: Policy) -> Self {
         self.names = policy;
         self
     }
 
-    /// Opens an overlay without its backing file: data that is not in the overlay itself cannot be read. For
-    /// looking at its snapshots and bitmaps.
+    /// Opens an overlay without its backing file: data that the overlay does not contain cannot be read. For
+    /// inspecting its snapshots and bitmaps.
     pub fn without_backing_file(mut self) -> Self {
         self.layers = Layers::NoBacking;
         self
     }
 
-    /// The password, for every layer that is encrypted. It is wiped from memory after its last use.
+    /// The password for all encrypted layers. It is wiped from memory after its last use.
     pub fn password(mut self, password: impl Into<Vec<u8>>) -> Self {
         self.passwords = Passwords::one(password.into());
         self
     }
 
-    /// Asks for passwords: `ask` gets the path of an encrypted layer (the image or one of its backing files)
-    /// and returns its password, or `None` to give up. It is called only for layers that are encrypted.
+    /// Sets a callback for passwords. `ask` gets the path of an encrypted layer (the image or one of its
+    /// backing files) and returns its password, or `None` to give up. It is called for encrypted layers only.
     pub fn password_from(mut self, ask: impl Fn(&str) -> Option<Vec<u8>> + Send + Sync + 'static) -> Self {
         self.passwords = Passwords::asking(ask);
         self
     }
 
-    /// The cache mode; the default is the page cache, with data durable after a flush.
+    /// Sets the cache mode. The default uses the page cache; data is durable after a flush.
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
         self
     }
 
-    /// How the image is locked; the default is what QEMU does. With [`Locking::Shared`] an image can be
-    /// opened for reading while a virtual machine writes to it; what is read may be inconsistent.
+    /// Sets how the image is locked; QEMU's way by default. With [`Locking::Shared`] an image can be opened
+    /// for reading while a virtual machine writes to it; the data read may be inconsistent.
     pub fn locking(mut self, locking: Locking) -> Self {
         self.locking = locking;
         self
     }
 
-    /// Opens the image in the file, or on the block device, at `path`. Disk: reads tables; for writing, an
-    /// image that was not closed cleanly has its refcounts counted anew.
+    /// Opens the image in the file or on the block device at `path`. Disk: reads metadata. If the image was
+    /// not closed cleanly and is opened for writing, its refcounts are counted again.
     ///
-    /// Errors: `NotFound`, `PermissionDenied`, `InUse`; `NotAnImage`; `NameDenied`, `BrokenChain` for what it
-    /// names; `Password`; `Corrupt` for an image that is marked so and is to be written; `Unsupported`.
+    /// Errors: `NotFound`, `PermissionDenied`, `InUse`; `NotAnImage`; `NameDenied`, `BrokenChain` for files
+    /// that the image names; `Password`; `Corrupt` when opening an image marked corrupt for writing;
+    /// `Unsupported`.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Disk> {
         let path = path.as_ref();
         Disk::from_source(path, self.open_file(path)?, self.engine())
     }
 
-    /// The same for the disk as it was when a snapshot was taken: the first one with this id or, if there is
-    /// none, this name. For reading only. Errors: `NotFound` too.
+    /// Opens a snapshot of the image as a read-only disk: the first snapshot with this id or, if there is
+    /// none, with this name. Errors: as [`open`](Self::open), and `NotFound` if there is no such snapshot.
     pub fn open_snapshot(&self, path: impl AsRef<Path>, snapshot: &str) -> Result<Disk> {
         let path = path.as_ref();
         let options = Self { writable: false, ..self.clone() };
         Disk::snapshot_in(path, options.open_file(path)?, &options.engine(), snapshot)
     }
 
-    /// Opens the image in `source`, for storages other than files. Format, names, cache and locks of these
-    /// options do not apply. Errors: as [`open`](Self::open).
+    /// Opens the image in `source`, for storages other than files. The options for format, names, cache and
+    /// locks do not apply. Errors: as [`open`](Self::open).
     pub fn open_source(&self, source: ResolvedSource) -> Result<Disk> {
         let name = source.name.clone();
         Disk::from_source(Path::new(&name), source, self.engine())
     }
 
-    /// Opens the file, without reading its tables.
+    /// Opens the file without reading its metadata.
     pub(crate) fn open_file(&self, path: &Path) -> Result<ResolvedSource> {
         let file = if self.writable { OpenFile::writable() } else { OpenFile::read_only() };
         let file = file.with_cache(self.cache).with_locking(self.locking);
@@ -157,17 +158,17 @@ impl DiskOptions {
         open_source(path, &options).map_err(|error| Error::from_cause(path, OPENING, error))
     }
 
-    /// Opens the file as a backing file, which nobody may write to, raw or not.
+    /// Opens the file as a backing file: read-only, and locked against writers even if it is raw.
     pub(crate) fn open_backing(&self, path: &Path) -> Result<ResolvedSource> {
         Self { writable: false, locking: Locking::NoOtherWriters, ..self.clone() }.open_file(path)
     }
 
-    /// The engine's part of the options.
+    /// The options for the engine.
     pub(crate) fn engine(&self) -> OpenOptions {
         let mut options = OpenOptions::default().with_codecs(codecs()).with_layers(self.layers);
         options.writable = self.writable;
         options.keys = self.passwords.keyring();
-        // Discards reach the file system.
+        // Freed clusters are discarded, so that the file system gets the space back.
         options.discard_freed = self.writable;
         options
     }
@@ -177,10 +178,10 @@ impl DiskOptions {
     }
 }
 
-/// Every compression method.
+/// All compression algorithms.
 fn codecs() -> Codecs {
     Codecs::new(Arc::new(Deflate::default()), Arc::new(Zstd::default()))
 }
 
-/// The step of every call that opens.
+/// The step named in errors of opening.
 pub(crate) const OPENING: &str = "opening the image";

@@ -1,4 +1,4 @@
-//! From passwords to keys, for every layer of an image.
+//! Derives the keys of all layers of an image from passwords.
 
 use qcow2_core::format::CryptMethod;
 use qcow2_core::{ClusterCipher, EncryptedLayer, Keyring, SectorNumbering, UnlockError};
@@ -7,20 +7,20 @@ use qcow2_crypt::{CryptError, Secret, legacy};
 use std::fmt;
 use std::sync::Arc;
 
-/// Asks for the password of the layer of this name.
+/// A callback: returns the password of the layer with this name.
 type Ask = Arc<dyn Fn(&str) -> Option<Vec<u8>> + Send + Sync>;
 
-/// Has the passwords of an image and of what it stands on.
+/// The passwords of an image and its backing files.
 #[derive(Clone, Default)]
 pub(crate) struct Passwords {
-    /// Of the image itself, where it is known to have another than the layers below.
+    /// Password of the image itself, if it differs from those of its backing files.
     top: Option<Secret>,
-    /// Of all the others.
+    /// Callback for all other passwords.
     ask: Option<Ask>,
 }
 
 impl Passwords {
-    /// One password for every layer that wants one.
+    /// The same password for every encrypted layer.
     pub(crate) fn one(password: Vec<u8>) -> Self {
         let secret = Secret::new(password);
         Self::asking(move |_| Some(secret.bytes().to_vec()))
@@ -30,12 +30,12 @@ impl Passwords {
         Self { top: None, ask: Some(Arc::new(ask)) }
     }
 
-    /// The same, the image itself having `top`.
+    /// The same passwords, except `top` for the image itself.
     pub(crate) fn with_top(self, top: Option<Secret>) -> Self {
         Self { top, ..self }
     }
 
-    /// This as a keyring, where there is any password.
+    /// A keyring with these passwords; `None` if there are none.
     pub(crate) fn keyring(&self) -> Option<Arc<dyn Keyring>> {
         let any = self.top.is_some() || self.ask.is_some();
         any.then(|| Arc::new(self.clone()) as Arc<dyn Keyring>)
@@ -58,7 +58,8 @@ impl Keyring for Passwords {
             return Ok(Arc::new(legacy::cipher(&self.of(layer)?).map_err(failed)?));
         }
         let at = layer.luks.map(|luks| luks.offset).unwrap_or_default();
-        // Nobody is asked for the password of a volume that cannot be opened.
+        // Read the header first, so that nobody is prompted for the password of a volume that cannot be
+        // opened.
         let volume = Volume::read(layer.storage, at).map_err(failed)?;
         let password = self.of(layer)?;
         let key = volume.unlock(layer.storage, at, &password, IterationLimit::default()).map_err(failed)?;

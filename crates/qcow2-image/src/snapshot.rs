@@ -8,9 +8,9 @@ use qcow2_ops::snapshot::{SnapshotName, apply, create, delete};
 use std::sync::{Arc, PoisonError};
 use std::time::SystemTime;
 
-/// Internal snapshots. A snapshot is chosen by its id or, if none has that id, by its name.
+/// Internal snapshots. They are selected by id or, if no snapshot has that id, by name.
 impl Disk {
-    /// The image's snapshots. Errors: `Unsupported` where it is no qcow2 image, `Corrupt`, `Io`.
+    /// The image's snapshots. Errors: `Unsupported` for a disk that is not qcow2, `Corrupt`, `Io`.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
         let step = "listing snapshots";
         self.image(step)?.snapshots().map_err(|e| self.failed(step, e))
@@ -28,9 +28,9 @@ impl Disk {
         self.changed(create(self.image(&step())?, &new), step)
     }
 
-    /// Opens the snapshot as a disk of its own, read-only, while this disk stays in use. No snapshot can be
-    /// deleted as long as it is open, and the image stays locked until both disks are gone. Errors:
-    /// `NotFound`, `Unsupported`, `Corrupt`, `Io`.
+    /// Opens the snapshot as a separate read-only disk; this disk stays usable. No snapshot can be deleted
+    /// while it is open, and the image stays locked until both disks are closed. Errors: `NotFound`,
+    /// `Unsupported`, `Corrupt`, `Io`.
     pub fn open_snapshot(&self, name: &str) -> Result<Self> {
         let token = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
         let mut snapshot = Self::snapshot_in(self.path(), self.source.clone(), &self.options, name)?;
@@ -38,19 +38,20 @@ impl Disk {
         Ok(snapshot)
     }
 
-    /// Makes the disk what it was when the snapshot was taken, its size included; what was written since is
-    /// lost, and the snapshot stays. Errors: `NotFound`; `Unsupported` with persistent bitmaps or an external
-    /// data file; `NoSpace`, `ReadOnly`, `Corrupt`, `Poisoned`, `Io`.
+    /// Reverts the disk to the snapshot, including its size. Data written since then is lost; the snapshot
+    /// remains. Errors: `NotFound`; `Unsupported` with persistent bitmaps or an external data file;
+    /// `NoSpace`, `ReadOnly`, `Corrupt`, `Poisoned`, `Io`.
     pub fn apply_snapshot(&self, name: &str) -> Result<()> {
         let step = || format!("applying snapshot '{}'", name.escape_debug());
         self.changed(apply(self.image(&step())?, &SnapshotName::Any(name.to_owned())), step)
     }
 
-    /// Deletes a snapshot and frees what only it used. Errors: `NotFound`; `InUse` while a snapshot of this
-    /// disk is [open](Self::open_snapshot); `NoSpace`, `ReadOnly`, `Corrupt`, `Poisoned`, `Io`.
+    /// Deletes a snapshot and frees the clusters that only it used. Errors: `NotFound`; `InUse` while a
+    /// snapshot of this disk is [open](Self::open_snapshot); `NoSpace`, `ReadOnly`, `Corrupt`, `Poisoned`,
+    /// `Io`.
     pub fn delete_snapshot(&self, name: &str) -> Result<()> {
         let step = || format!("deleting snapshot '{}'", name.escape_debug());
-        // Held to the end, so that nobody opens the snapshot meanwhile.
+        // Held until the deletion is done, so that no other thread opens the snapshot meanwhile.
         let token = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
         if Arc::strong_count(&token) > 1 {
             let reason = step() + ": a snapshot of this disk is open";

@@ -1,27 +1,30 @@
-//! Random bytes and time for keys, from the operating system.
+//! The operating system's random bytes and clock, for encryption keys.
 
 use qcow2_crypt::{CryptError, CryptErrorKind, Random, Stopwatch};
 use std::time::{Duration, Instant};
 
-/// The system's random bytes, for new keys.
+/// The operating system's random source, for new keys.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SystemRandom;
 
 impl Random for SystemRandom {
     fn fill(&mut self, buf: &mut [u8]) -> Result<(), CryptError> {
         getrandom::fill(buf).map_err(|error| {
-            CryptError::new(CryptErrorKind::Random, format!("the system gives no random bytes: {error}"))
+            CryptError::new(
+                CryptErrorKind::Random,
+                format!("the operating system returned no random bytes: {error}"),
+            )
         })
     }
 }
 
-/// The processor time of this thread; where the system does not tell, the time that passes. A busy machine
-/// then makes key derivation cheaper than was asked for.
+/// CPU time of this thread. Where the system does not provide it, wall-clock time; a busy machine then makes
+/// key derivation cheaper than requested.
 #[derive(Clone, Copy, Debug)]
 pub struct ThreadTime(Instant);
 
 impl ThreadTime {
-    /// Starts now.
+    /// A stopwatch that starts now.
     pub fn start() -> Self {
         Self(Instant::now())
     }
@@ -58,7 +61,7 @@ mod tests {
     }
 
     #[test]
-    fn time_does_not_go_back() {
+    fn thread_time_is_monotonic() {
         let watch = ThreadTime::start();
         let first = watch.now();
         assert!(watch.now() >= first);

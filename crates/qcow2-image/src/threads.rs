@@ -1,11 +1,11 @@
-//! Threads for the procedures.
+//! Threads for the procedures of `qcow2-ops`.
 
 use qcow2_ops::Executor;
 use std::num::NonZero;
 use std::thread;
 
-/// Runs the jobs of `qcow2-ops` on so many threads of the system, the caller's own among them. They live as
-/// long as one call.
+/// Runs jobs of `qcow2-ops` on a fixed number of threads, including the caller's own. The threads are started
+/// for each call and end with it.
 ///
 /// ```
 /// use qcow2_image::Threads;
@@ -24,12 +24,12 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// `workers` threads, at least one.
+    /// `workers` threads, but at least one.
     pub fn new(workers: usize) -> Self {
         Self { workers: workers.max(1) }
     }
 
-    /// One thread a core; one where the system does not say how many there are.
+    /// One thread per available processor; one thread if the number is unknown.
     pub fn per_core() -> Self {
         Self::new(thread::available_parallelism().map_or(1, NonZero::get))
     }
@@ -63,7 +63,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[test]
-    fn every_worker_runs_at_the_same_time() {
+    fn all_workers_run_in_parallel() {
         let (barrier, seen) = (Barrier::new(3), AtomicUsize::new(0));
         Threads::new(3).run(&|worker| {
             barrier.wait();
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_always_one() {
+    fn zero_workers_become_one() {
         assert_eq!(Threads::new(0).workers(), 1);
     }
 }

@@ -1,41 +1,42 @@
-//! A block device for a virtual machine monitor: four queues, each on a thread of its own, and bytes that the
-//! monitor moves with its own file descriptor. This page is documentation only.
+//! A block device for a virtual machine monitor: four queues, each served by its own thread, and data that
+//! the monitor transfers with its own file descriptor. This page is documentation only.
 //!
-//! A monitor does not want the engine between its guest's memory and the file: it has the pages at hand,
-//! perhaps an io_uring, and its own idea of threads. The engine says where bytes are and where they go, and
-//! never sees them.
+//! A monitor does not want the engine between its guest's memory and the file: it has the pages mapped, maybe
+//! an io_uring, and its own threads. The engine only tells it where data is and where to write data; it never
+//! touches the data.
 //!
 //! # Reading
 //!
-//! [`Image::pin`](crate::core::Image::pin), then ask [where a range is](crate::core::Pin::extent_at): data at
-//! a place in the file, zeroes, compressed, or nothing in this layer. As long as the pin lives, nothing else
-//! comes to that place; drop it as soon as the bytes are there, because freed clusters wait for it. What is
-//! not plain data the engine reads, by [`Disk::read_at`](crate::Disk::read_at), which must not be called
-//! under the pin.
+//! Take a [`pin`](crate::core::Image::pin), then look up [the extent](crate::core::Pin::extent_at) of a
+//! range: data at a host offset, zeroes, compressed, or unallocated in this layer. While the pin lives, the
+//! clusters are not reused. Drop it as soon as the data has been read, because freed clusters wait for it.
+//! Let the engine read everything that is not plain data, with [`Disk::read_at`](crate::Disk::read_at), which
+//! must not be called while the pin is held.
 //!
 //! # Writing: prepare, move, commit
 //!
-//! 1. **Prepare.** [`Image::prepare_write`](crate::core::Image::prepare_write) finds a place for a first part
-//!    of the request and says [how long](crate::core::WriteTicket::range) that is. Nobody sees the place yet.
-//! 2. **Move.** Write its [pieces](crate::core::WriteTicket::pieces), in any order and at the same time: the
-//!    guest's bytes, and what has to stand beside them in new clusters.
+//! 1. **Prepare.** [`Image::prepare_write`](crate::core::Image::prepare_write) allocates clusters for a first
+//!    part of the request, and the ticket has its [range](crate::core::WriteTicket::range). Readers do not
+//!    see them yet.
+//! 2. **Move.** Write the ticket's [pieces](crate::core::WriteTicket::pieces), in any order or in parallel:
+//!    the guest's data, and the copy-on-write edges of new clusters.
 //! 3. **Commit.** [`WriteTicket::commit`](crate::core::WriteTicket::commit), after the last piece has been
-//!    written: from here on readers see the new bytes. A ticket that is dropped instead has never been.
+//!    written. From here on readers see the new data. Dropping a ticket without committing it undoes the
+//!    allocation.
 //!
-//! Two rules keep threads from waiting for each other in a circle: a thread that holds a ticket for a cluster
-//! does not write, zero or discard that cluster again before it commits, and a thread that holds several
-//! takes them in ascending order.
+//! Two rules prevent deadlocks. A thread that holds a ticket for a cluster must not write, zero or discard
+//! that cluster again before it commits. A thread that holds several tickets takes them in ascending order.
 //!
 //! # The rest
 //!
-//! [`flush`](crate::Disk::flush) makes durable what was committed: it flushes the data first, so all pieces
-//! must have reached the file, not the disk. [`discard`](crate::Disk::discard) and
-//! [`resize`](crate::Disk::resize) may come from any thread at any time; a resize waits for tickets and pins
-//! that are out, and holds new ones back. Encrypted images are read and written through the engine only, as
-//! their bytes are not the guest's.
+//! [`flush`](crate::Disk::flush) makes committed writes durable. It flushes the data first, so all pieces
+//! must have been written to the file, but need not be on disk. [`discard`](crate::Disk::discard) and
+//! [`resize`](crate::Disk::resize) can be called from any thread at any time; a resize waits for open tickets
+//! and pins, and holds new ones back. Encrypted images must be read and written through the engine, because
+//! the bytes in the file are not the guest's.
 //!
 //! # The whole
 //!
-//! The device has some eighty lines and ends with `range`; what follows is a guest. `cargo run -p qcow2-image
-//! --example vmm` runs it, and a test has four guests at it while the disk grows.
+//! The device takes about eighty lines and ends with `range`; the rest is a guest. `cargo run -p qcow2-image
+//! --example vmm` runs it. A test runs four guests on it while the disk grows.
 #![doc = concat!("```no_run\n", include_str!("../examples/vmm.rs"), "```")]

@@ -14,7 +14,7 @@ use std::sync::Arc;
 const MIB: u64 = 1 << 20;
 
 #[test]
-fn a_dropped_disk_is_closed() {
+fn dropping_a_disk_closes_it() {
     let folder = Folder::new();
     let path = folder.path("disk.qcow2");
     let disk = Disk::create(&path, 4 * MIB).unwrap();
@@ -31,7 +31,7 @@ fn a_dropped_disk_is_closed() {
 }
 
 #[test]
-fn a_dropped_raw_disk_is_flushed() {
+fn dropping_a_raw_disk_flushes_it() {
     let folder = Folder::new();
     let disk = NewDisk::raw().size(MIB).create(folder.path("disk.raw")).unwrap();
     disk.write_at(0, b"raw").unwrap();
@@ -40,7 +40,7 @@ fn a_dropped_raw_disk_is_flushed() {
 }
 
 #[test]
-fn closing_twice_is_closing_once() {
+fn dropping_after_the_image_was_closed_is_silent() {
     let folder = Folder::new();
     let disk = Disk::create(folder.path("disk.qcow2"), MIB).unwrap();
     disk.as_image().unwrap().close().unwrap();
@@ -48,7 +48,7 @@ fn closing_twice_is_closing_once() {
     drop(disk);
 }
 
-/// A disk on a storage that fails from `fail` on.
+/// A disk on a storage with injectable faults.
 fn on_faulty_storage() -> (Disk, Arc<FaultStorage>) {
     let folder = Folder::new();
     Disk::create(folder.path("disk.qcow2"), 4 * MIB).unwrap().close().unwrap();
@@ -64,10 +64,10 @@ fn fail_from_now_on(storage: &FaultStorage) {
 }
 
 #[test]
-fn an_unreported_error_on_drop_panics_in_debug_builds() {
+fn unreported_error_on_drop_panics_in_debug_builds() {
     let (disk, storage) = on_faulty_storage();
     disk.write_at(0, b"written, and never durable").unwrap();
-    // A refused request is no report of it.
+    // A refused request does not count as reporting the error.
     assert_eq!(disk.write_at(u64::MAX, b"x").unwrap_err().kind(), ErrorKind::OutOfRange);
     fail_from_now_on(&storage);
     let dropped = catch_unwind(AssertUnwindSafe(|| drop(disk)));
@@ -80,7 +80,7 @@ fn an_unreported_error_on_drop_panics_in_debug_builds() {
 }
 
 #[test]
-fn a_reported_error_does_not_panic_on_drop() {
+fn reported_error_does_not_panic_on_drop() {
     let (disk, storage) = on_faulty_storage();
     fail_from_now_on(&storage);
     assert_eq!(disk.write_at(0, b"never written").unwrap_err().kind(), ErrorKind::Io);
@@ -88,7 +88,7 @@ fn a_reported_error_does_not_panic_on_drop() {
 }
 
 #[test]
-fn a_drop_during_unwinding_does_not_panic() {
+fn drop_during_unwinding_does_not_panic() {
     let (disk, storage) = on_faulty_storage();
     disk.write_at(0, b"written, and never durable").unwrap();
     let panic = catch_unwind(AssertUnwindSafe(|| {

@@ -1,4 +1,4 @@
-//! What can be done with an open disk, and which errors come of what cannot.
+//! Operations on an open disk, and the errors of those that fail.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
@@ -20,7 +20,7 @@ fn check<T: std::fmt::Debug>(result: qcow2_image::Result<T>, kind: ErrorKind) {
 }
 
 #[test]
-fn a_disk_is_for_any_number_of_threads() {
+fn several_threads_share_a_disk() {
     fn shared<T: Send + Sync>() {}
     shared::<Disk>();
     shared::<qcow2_image::DiskOptions>();
@@ -43,7 +43,7 @@ fn a_disk_is_for_any_number_of_threads() {
 }
 
 #[test]
-fn zeroes_discards_and_sizes() {
+fn zero_discard_and_resize() {
     let folder = Folder::new();
     let path = folder.path("disk.qcow2");
     let disk = Disk::create(&path, 4 * MIB).unwrap();
@@ -69,7 +69,7 @@ fn zeroes_discards_and_sizes() {
 }
 
 #[test]
-fn files_that_are_not_there_or_not_ours() {
+fn missing_existing_and_locked_files_are_refused() {
     let folder = Folder::new();
     let path = folder.path("disk.qcow2");
     check(Disk::open(&path), ErrorKind::NotFound);
@@ -93,7 +93,7 @@ fn files_that_are_not_there_or_not_ours() {
 }
 
 #[test]
-fn requests_that_cannot_be_touch_nothing() {
+fn invalid_requests_create_no_files() {
     let folder = Folder::new();
     let path = folder.path("disk");
     for new in [
@@ -114,14 +114,14 @@ fn requests_that_cannot_be_touch_nothing() {
     let into_itself = NewDisk::qcow2().size(MIB).data_file("disk");
     check(into_itself.clone().create(&path), ErrorKind::Exists);
     check(into_itself.overwrite().create(&path), ErrorKind::InUse);
-    // Encryption without a key is not silently left out.
+    // Encryption without a key is an error, not silently dropped.
     let aes = |new: &mut Qcow2Request| new.encryption = Some(qcow2_image::core::NewEncryption::Aes);
     check(NewDisk::qcow2().size(MIB).with(aes).create(&path), ErrorKind::Password);
     assert_eq!(std::fs::read_dir(folder.path("")).unwrap().count(), 0);
 }
 
 #[test]
-fn an_overlay_does_not_overwrite_what_it_stands_on() {
+fn overlay_does_not_overwrite_its_backing_file() {
     let folder = Folder::new();
     let path = folder.path("disk.qcow2");
     let disk = Disk::create(&path, MIB).unwrap();
@@ -133,7 +133,7 @@ fn an_overlay_does_not_overwrite_what_it_stands_on() {
 }
 
 #[test]
-fn snapshots_are_taken_read_applied_and_deleted() {
+fn snapshots_are_created_read_applied_and_deleted() {
     let folder = Folder::new();
     let path = folder.path("disk.qcow2");
     let disk = Disk::create(&path, 4 * MIB).unwrap();
@@ -166,7 +166,7 @@ fn snapshots_are_taken_read_applied_and_deleted() {
 }
 
 #[test]
-fn bitmaps_say_what_was_written() {
+fn bitmaps_record_writes() {
     let folder = Folder::new();
     let path = folder.path("disk.qcow2");
     let disk = Disk::create(&path, 4 * MIB).unwrap();
@@ -195,7 +195,7 @@ fn bitmaps_say_what_was_written() {
 }
 
 #[test]
-fn conversions_tell_how_far_they_are_and_stop() {
+fn conversions_report_progress_and_stop() {
     let folder = Folder::new();
     let disk = Disk::create(folder.path("disk.qcow2"), 64 * MIB).unwrap();
     disk.write_at(0, &pattern(20 * MIB as usize, 1)).unwrap();
@@ -212,13 +212,13 @@ fn conversions_tell_how_far_they_are_and_stop() {
     assert_eq!(disk.compare(&raw).unwrap(), Comparison::Identical);
     raw.write_at(3 * MIB + 700, b"x").unwrap();
     assert_eq!(disk.compare(&raw).unwrap(), Comparison::Content { offset: 3 * MIB + 512 });
-    raw.write_at(40 * MIB, b"where the other one has nothing").unwrap();
+    raw.write_at(40 * MIB, b"unallocated in the other").unwrap();
     disk.convert().onto(&raw).unwrap();
     assert_eq!(disk.checksum().unwrap(), raw.checksum().unwrap());
 
     let stop = AtomicBool::new(true);
     check(disk.convert().stop_on(&stop).to(folder.path("new"), &NewDisk::qcow2()), ErrorKind::Stopped);
-    assert!(!folder.path("new").exists(), "half an image is taken away");
+    assert!(!folder.path("new").exists(), "an incomplete image is deleted");
     std::fs::write(folder.path("old"), b"something").unwrap();
     let new = NewDisk::qcow2().overwrite();
     check(disk.convert().stop_on(&stop).to(folder.path("old"), &new), ErrorKind::Stopped);
@@ -226,7 +226,7 @@ fn conversions_tell_how_far_they_are_and_stop() {
 }
 
 #[test]
-fn a_conversion_does_not_overwrite_what_it_reads() {
+fn conversion_does_not_overwrite_its_source() {
     let folder = Folder::new();
     let path = folder.path("disk.raw");
     std::fs::write(&path, vec![7; MIB as usize]).unwrap();
@@ -239,7 +239,7 @@ fn a_conversion_does_not_overwrite_what_it_reads() {
 }
 
 #[test]
-fn a_cursor_stops_at_the_end() {
+fn cursor_stops_at_the_end_of_the_disk() {
     let folder = Folder::new();
     let disk = Disk::create(folder.path("disk.qcow2"), MIB).unwrap();
     let mut cursor = disk.cursor();
@@ -252,7 +252,7 @@ fn a_cursor_stops_at_the_end() {
     cursor.read_to_end(&mut text).unwrap();
     assert_eq!(text, b"hel");
     cursor.seek(SeekFrom::Start(2 * MIB)).unwrap();
-    assert_eq!(cursor.read(&mut [0; 5]).unwrap(), 0, "past the end there is nothing");
+    assert_eq!(cursor.read(&mut [0; 5]).unwrap(), 0, "nothing to read past the end");
     assert!(cursor.seek(SeekFrom::End(-2 * MIB as i64)).is_err());
     cursor.flush().unwrap();
 }
@@ -268,7 +268,7 @@ fn leaks_are_found_and_repaired() {
         let bytes = content(&disk);
         disk.close().unwrap();
         let mut file = std::fs::read(&path).unwrap();
-        // The refcount of the header, which has one reference, is the first in the first block.
+        // The header's refcount is the first one in the first block. Raise it from 1 to 2.
         let block = 2 * 65_536;
         file[block..block + 2].copy_from_slice(&2u16.to_be_bytes());
         std::fs::write(&path, file).unwrap();

@@ -1,4 +1,4 @@
-//! Images of every kind, made here, read back, and shown to QEMU.
+//! Creates images of every kind, reads them back, and checks them with QEMU.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
@@ -9,10 +9,10 @@ use std::path::Path;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
-/// Short: tests need no strong passwords.
+/// Short, because tests need no strong passwords.
 const QUICK: Duration = Duration::from_millis(5);
 
-/// The example of the README: what it does to an image, as a function.
+/// The first example of the README, as a function.
 fn first_bytes(options: &DiskOptions, path: &Path) -> qcow2_image::Result<[u8; 16]> {
     let disk = options.open(path)?;
     let mut bytes = [0; 16];
@@ -20,7 +20,7 @@ fn first_bytes(options: &DiskOptions, path: &Path) -> qcow2_image::Result<[u8; 1
     Ok(bytes)
 }
 
-/// Fills a disk of 4 MiB: data, a hole, data that begins and ends inside clusters.
+/// Fills a disk of 4 MiB with data, a hole, and data that begins and ends inside clusters.
 fn fill(disk: &Disk) -> Vec<u8> {
     let mut bytes = vec![0; 4 * MIB as usize];
     bytes[..300_000].copy_from_slice(&pattern(300_000, 1));
@@ -31,7 +31,7 @@ fn fill(disk: &Disk) -> Vec<u8> {
 }
 
 #[test]
-fn a_plain_image() {
+fn plain_image_round_trips() {
     let folder = Folder::new();
     let path = folder.path("disk.qcow2");
     let disk = Disk::create(&path, 4 * MIB).unwrap();
@@ -44,7 +44,7 @@ fn a_plain_image() {
 }
 
 #[test]
-fn compressed_images_of_both_methods() {
+fn compressed_images_round_trip() {
     for (name, new) in [("deflate.qcow2", NewDisk::qcow2()), ("zstd.qcow2", NewDisk::qcow2().zstd())] {
         let folder = Folder::new();
         let disk = Disk::create(folder.path("disk.qcow2"), 4 * MIB).unwrap();
@@ -66,7 +66,7 @@ fn compressed_images_of_both_methods() {
 }
 
 #[test]
-fn an_encrypted_image() {
+fn encrypted_image_needs_its_password() {
     let folder = Folder::new();
     let path = folder.path("secret.qcow2");
     let new = NewDisk::qcow2().size(4 * MIB).password("open sesame").unlock_time(QUICK);
@@ -75,7 +75,10 @@ fn an_encrypted_image() {
     assert!(content(&disk) == bytes);
     disk.close().unwrap();
     let file = std::fs::read(&path).unwrap();
-    assert!(!file.windows(64).any(|window| window == &bytes[1000..1064]), "plain bytes are in the file");
+    assert!(
+        !file.windows(64).any(|window| window == &bytes[1000..1064]),
+        "guest data is in the file unencrypted"
+    );
 
     let by_bytes = Disk::options().password("open sesame");
     assert_eq!(first_bytes(&by_bytes, &path).unwrap(), bytes[..16]);
@@ -98,7 +101,7 @@ fn an_encrypted_image() {
 }
 
 #[test]
-fn an_overlay_and_what_may_be_opened_of_it() {
+fn overlay_opens_only_allowed_files() {
     let folder = Folder::new();
     let disk = NewDisk::raw().size(4 * MIB).create(folder.path("base.raw")).unwrap();
     let mut bytes = fill(&disk);
@@ -108,9 +111,9 @@ fn an_overlay_and_what_may_be_opened_of_it() {
     let path = folder.path("top.qcow2");
     let new = NewDisk::qcow2().backing_file("middle.qcow2", ImageFormat::Qcow2);
 
-    // The middle was named by us, the base only by the middle.
+    // The caller named the middle layer; only the middle layer names the base.
     assert_eq!(new.create(&path).unwrap_err().kind(), ErrorKind::NameDenied);
-    assert!(!path.exists(), "what could not be opened is taken away");
+    assert!(!path.exists(), "a new image that cannot be opened is deleted");
     let top = new.follow_backing_files().create(&path).unwrap();
     assert_eq!(top.size(), 4 * MIB);
     assert!(content(&top) == bytes);
@@ -134,7 +137,7 @@ fn an_overlay_and_what_may_be_opened_of_it() {
 }
 
 #[test]
-fn an_encrypted_overlay_on_an_encrypted_image() {
+fn encrypted_overlay_on_an_encrypted_image() {
     let folder = Folder::new();
     let encrypted = |password: &str| NewDisk::qcow2().password(password).unlock_time(QUICK);
     let base = encrypted("below").size(4 * MIB).create(folder.path("base.qcow2")).unwrap();
@@ -153,7 +156,7 @@ fn an_encrypted_overlay_on_an_encrypted_image() {
 }
 
 #[test]
-fn an_image_with_a_data_file() {
+fn image_with_an_external_data_file() {
     let folder = Folder::new();
     let path = folder.path("disk.qcow2");
     let new = NewDisk::qcow2().size(4 * MIB).data_file("disk.data").with(|new| new.data_file_raw = true);
@@ -167,7 +170,7 @@ fn an_image_with_a_data_file() {
 }
 
 #[test]
-fn other_formats_are_opened_when_they_are_asked_for() {
+fn other_formats_are_opened_on_request_only() {
     let folder = Folder::new();
     let path = folder.path("disk.raw");
     let disk = NewDisk::raw().size(4 * MIB).create(&path).unwrap();
@@ -184,7 +187,7 @@ fn other_formats_are_opened_when_they_are_asked_for() {
 
 /// The second example of the README, on an encrypted overlay of a compressed image.
 #[test]
-fn what_the_readme_shows() {
+fn readme_example() {
     let folder = Folder::new();
     let disk = Disk::create(folder.path("disk.qcow2"), 4 * MIB).unwrap();
     let mut bytes = fill(&disk);

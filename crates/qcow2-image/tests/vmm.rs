@@ -1,9 +1,9 @@
-//! The block device of the example `vmm`, on four queues, against four flat arrays.
+//! Runs the block device of the example `vmm` with four queues, and compares it with four byte arrays.
 #![cfg(unix)]
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
-#[allow(dead_code, reason = "its main is for people")]
+#[allow(dead_code, reason = "`main` is not used here")]
 #[path = "../examples/vmm.rs"]
 mod vmm;
 
@@ -14,11 +14,11 @@ use std::sync::mpsc::channel;
 use vmm::{Device, Request, ask};
 
 const MIB: u64 = 1 << 20;
-/// Bytes of the disk that one queue works on.
+/// Guest bytes that one queue works on.
 const PART: u64 = 4 * MIB;
 
 #[test]
-fn four_queues_write_read_and_discard_while_the_disk_grows() {
+fn four_queues_match_their_models_while_the_disk_grows() {
     let folder = Folder::new();
     let path = folder.path("disk.qcow2");
     Disk::create(&path, 4 * PART).unwrap().close().unwrap();
@@ -27,7 +27,7 @@ fn four_queues_write_read_and_discard_while_the_disk_grows() {
 }
 
 #[test]
-fn four_queues_on_a_compressed_backing_file() {
+fn four_queues_on_a_compressed_image() {
     let folder = Folder::new();
     let raw = pattern(4 * PART as usize, 5);
     std::fs::write(folder.path("base.raw"), &raw).unwrap();
@@ -38,7 +38,7 @@ fn four_queues_on_a_compressed_backing_file() {
     check(&folder, &models);
 }
 
-/// Lets four threads serve and four guests ask, each of its own part; returns what their parts hold then.
+/// Serves four queues for four guests, each on its own part of the disk. Returns the models of the parts.
 fn run(path: &std::path::Path, models: [Vec<u8>; 4]) -> [Vec<u8>; 4] {
     let device = Device::open(path).unwrap();
     let models = std::thread::scope(|scope| {
@@ -75,7 +75,7 @@ fn one_request(queue: &Queue, (start, model): (u64, &mut [u8]), rng: &mut Rng, s
             ask(queue, Request::Write(start + at, bytes)).unwrap();
         }
         4 => {
-            // Whole clusters of this part: what is said of the rest may go or stay.
+            // Whole clusters only: the content of partly discarded clusters is unspecified.
             let range = at.next_multiple_of(65_536)..(at + len) / 65_536 * 65_536;
             if range.start < range.end {
                 ask(queue, Request::Discard(start + range.start..start + range.end)).unwrap();

@@ -1,4 +1,4 @@
-//! Makes a file, writes far apart, looks at its holes, and counts what the wrapper saw.
+//! Creates a sparse file, lists its data and holes, and prints how many calls the trace wrapper counted.
 //!
 //! `cargo run -p qcow2-io --example storage`
 #![allow(clippy::print_stdout)]

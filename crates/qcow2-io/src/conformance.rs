@@ -1,8 +1,7 @@
-//! The suite that every [`Storage`] must pass: hand [`check`] a function that makes a fresh, empty, growable
-//! and writable storage.
+//! Conformance suite for [`Storage`] implementations. Call [`check`] with a function that creates a fresh,
+//! empty, growable and writable storage.
 //!
-//! Each case is a small procedure with its own storage; all are run, and the report names those that failed
-//! and why.
+//! Each case gets a storage of its own. All cases run; the report lists the failed ones with their reasons.
 //!
 //! ```
 //! use qcow2_io::{MemoryStorage, conformance};
@@ -15,13 +14,13 @@ use qcow2_core::{HostOffset, Storage, StorageError, StorageErrorKind, ZeroMode};
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-/// Makes one fresh storage of length 0.
+/// Creates one fresh storage of length 0.
 pub type Make<'a> = &'a dyn Fn() -> Arc<dyn Storage>;
 
-/// What a case found wrong.
+/// The result of a case; the error says what did not conform.
 type Case = Result<(), String>;
 
-/// What a case shows, and how.
+/// A case and its name in the report.
 type NamedCase = (&'static str, fn(&dyn Storage) -> Case);
 
 const CASES: &[NamedCase] = &[
@@ -30,21 +29,21 @@ const CASES: &[NamedCase] = &[
     ("gaps read as zeroes", gaps_read_as_zeroes),
     ("zeroes overwrite exactly their range", zeroes_overwrite_their_range),
     ("zeroes make the storage longer", zeroes_grow),
-    ("an empty change changes nothing", empty_changes),
-    ("discard gives zeroes or what was there", discard_keeps_the_rest),
-    ("a cut end comes back as zeroes", cut_end_is_zero),
-    ("allocate keeps content and makes longer", allocate_keeps_content),
-    ("extents cover and never hide data", extents_are_honest),
-    ("vectored writes are one run", vectored_writes),
+    ("changes of zero bytes change nothing", empty_changes),
+    ("discarded bytes read as zeroes or keep their content", discard_keeps_the_rest),
+    ("truncated bytes read as zeroes after growing again", cut_end_is_zero),
+    ("allocate keeps content and may grow the storage", allocate_keeps_content),
+    ("extents cover the range and no hole hides data", extents_are_honest),
+    ("vectored writes are contiguous", vectored_writes),
     ("impossible ranges are refused", impossible_ranges),
     ("padded reads end in zeroes", padded_reads),
-    ("limits are sensible", limits_are_sensible),
-    ("neighbours written at once stay apart", concurrent_neighbours),
-    ("zeroes and writes at once stay apart", concurrent_zeroes),
-    ("any history equals that of an array", random_history),
+    ("limits are plausible", limits_are_sensible),
+    ("concurrent writes of adjacent ranges do not mix", concurrent_neighbours),
+    ("concurrent zeroing and writing of adjacent ranges do not mix", concurrent_zeroes),
+    ("random operations match a byte array", random_history),
 ];
 
-/// Runs every case on a storage of its own. Panics with the list of failed cases, if there are any.
+/// Runs every case on a storage of its own. Panics with the list of failed cases, if any failed.
 pub fn check(name: &str, make: Make<'_>) {
     let mut report = String::new();
     for (what, case) in CASES {
@@ -55,7 +54,7 @@ pub fn check(name: &str, make: Make<'_>) {
     assert!(report.is_empty(), "storage '{name}' does not conform:\n{report}");
 }
 
-/// Asserts inside a case.
+/// Returns an error from a case unless the condition holds.
 macro_rules! ensure {
     ($condition:expr, $($text:tt)+) => {
         if !$condition {
@@ -91,7 +90,7 @@ fn read_all(storage: &dyn Storage) -> Result<Vec<u8>, String> {
     Ok(bytes)
 }
 
-/// Compares all bytes, and the length, with `expected`.
+/// Compares the whole content and the length with `expected`.
 fn same(storage: &dyn Storage, expected: &[u8], when: &str) -> Case {
     let bytes = read_all(storage)?;
     ensure!(bytes.len() == expected.len(), "{when}: {} bytes instead of {}", bytes.len(), expected.len());
@@ -101,7 +100,7 @@ fn same(storage: &dyn Storage, expected: &[u8], when: &str) -> Case {
     }
 }
 
-/// Bytes without a zero, different for every `seed`.
+/// Pseudo-random bytes without a zero, different for every `seed`.
 fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut random = Random(seed);
     (0..len).map(|_| (random.next() % 255 + 1) as u8).collect()
@@ -111,7 +110,7 @@ fn empty(storage: &dyn Storage) -> Case {
     ensure!(len(storage)? == 0, "a fresh storage has {} bytes", len(storage)?);
     ensure!(storage.is_empty().map_err(text)?, "a fresh storage is not empty");
     let mut buf = [7; 16];
-    ensure!(storage.read_at(at(0), &mut buf).map_err(text)? == 0, "read bytes from nothing");
+    ensure!(storage.read_at(at(0), &mut buf).map_err(text)? == 0, "read bytes from an empty storage");
     storage.flush().map_err(text)
 }
 
@@ -243,13 +242,14 @@ fn extents_are_honest(storage: &dyn Storage) -> Case {
     extents_match(storage)?;
     for step in [1, 1000, 65_536] {
         let extent = storage.extent_at(at(70_000), step).map_err(text)?;
-        ensure!(extent.len >= 1 && extent.len <= step, "asked for {step} bytes, told {}", extent.len);
+        ensure!(extent.len >= 1 && extent.len <= step, "asked for {step} bytes, extent has {}", extent.len);
         ensure!(extent.data, "data called a hole");
     }
     Ok(())
 }
 
-/// Walks all extents: they cover the storage, each at least a byte, and holes hold zeroes.
+/// Walks all extents. They must cover the storage, each with at least one byte, and holes must read as
+/// zeroes.
 fn extents_match(storage: &dyn Storage) -> Case {
     let bytes = read_all(storage)?;
     let mut offset = 0;
@@ -425,7 +425,7 @@ fn random_history(storage: &dyn Storage) -> Case {
     same(storage, &model, "at the end")
 }
 
-/// A small generator of numbers (splitmix), the same on every run.
+/// A splitmix64 generator with a fixed seed: every run draws the same numbers.
 struct Random(u64);
 
 impl Random {

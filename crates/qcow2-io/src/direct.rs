@@ -1,29 +1,30 @@
-//! Input and output around the page cache: aligned buffers, and whole blocks where the caller asks for parts.
+//! Direct I/O (`O_DIRECT`): aligned buffers, and read-modify-write where a call covers a block in part.
 //!
-//! The system takes only offsets, lengths and memory that are multiples of its block. Whatever is not goes
-//! through a buffer here: a read takes the blocks around the wanted bytes; a write reads the blocks at its
-//! edges, changes them and writes them whole. The latter must not meet another change of the same file (the
-//! caller holds the file's lock exclusively), or that change would be undone.
+//! With direct I/O the kernel takes only offsets, lengths and buffer addresses that are multiples of a block.
+//! Calls that are not aligned go through a bounce buffer: a read fetches the blocks around the range; a write
+//! reads the blocks at its two edges, changes them, and writes them back whole. An unaligned write must not
+//! run beside another change of the same file, or the write-back would undo that change; the caller holds the
+//! file's lock exclusively.
 
 use crate::sys;
 use std::fs::File;
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
-/// Bytes of a bounce buffer; longer calls go in pieces.
+/// Size of a bounce buffer; longer calls are split.
 const BUFFER_LEN: usize = 1024 * 1024;
-/// How many idle buffers are kept.
+/// How many idle bounce buffers are kept for reuse.
 const MAX_IDLE_BUFFERS: usize = 8;
 
-/// What the system wants: offsets and lengths that are multiples of `block`, memory that is one of `memory`.
-/// Powers of two, at most `BUFFER_LEN`.
+/// Alignment that the kernel requires: offsets and lengths are multiples of `block`, buffer addresses
+/// multiples of `memory`. Both are powers of two, at most `BUFFER_LEN`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Alignment {
     pub(crate) block: usize,
     pub(crate) memory: usize,
 }
 
-/// How a file around the page cache is read and written.
+/// Reads and writes of one file that was opened with direct I/O.
 #[derive(Debug)]
 pub(crate) struct DirectIo {
     alignment: Alignment,
@@ -39,12 +40,12 @@ impl DirectIo {
         self.alignment.block
     }
 
-    /// Whether `offset` and `len` are whole blocks: such writes need no exclusive lock.
+    /// True if `offset` and `len` are multiples of the block: such writes need no exclusive lock.
     pub(crate) fn is_whole_blocks(&self, offset: u64, len: usize) -> bool {
         offset.is_multiple_of(self.block() as u64) && len.is_multiple_of(self.block())
     }
 
-    /// Reads until `buf` is full or the file ends; any offset, length and memory.
+    /// Reads until `buf` is full or the file ends. Takes any offset, length and buffer address.
     pub(crate) fn read(&self, file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         if self.is_whole_blocks(offset, buf.len()) && self.is_aligned(buf) {
             return self.read_blocks(file, offset, buf);
@@ -59,6 +60,7 @@ impl DirectIo {
             let useful = count.saturating_sub(skip).min(buf.len() - done);
             buf[done..done + useful].copy_from_slice(&bounce.bytes()[skip..skip + useful]);
             done += useful;
+            // The end of the file.
             if count < window {
                 break;
             }
@@ -67,8 +69,8 @@ impl DirectIo {
         Ok(done)
     }
 
-    /// Writes all of `buf`. Where it is not whole blocks, the file may become longer than the end of the
-    /// write, and the caller must hold off every other change meanwhile.
+    /// Writes all of `buf`. An unaligned write may leave the file longer than the end of the write, and the
+    /// caller must keep every other change out meanwhile.
     pub(crate) fn write(&self, file: &File, offset: u64, buf: &[u8]) -> io::Result<()> {
         if self.is_whole_blocks(offset, buf.len()) && self.is_aligned(buf) {
             return sys::write_full(file, offset, buf);
@@ -90,8 +92,8 @@ impl DirectIo {
         Ok(())
     }
 
-    /// Fills the first and the last block of `window` (which lies at `first` in the file) where `wanted` does
-    /// not cover them.
+    /// Reads the first and the last block of `window` (file offset `first`) where `wanted` does not cover
+    /// them.
     fn load_edges(
         &self,
         file: &File,
@@ -105,6 +107,7 @@ impl DirectIo {
         let mut load = |at: usize| {
             let edge = &mut window[at..at + block];
             let count = self.read_blocks(file, first + at as u64, edge)?;
+            // The file ends in this block. The block is written whole, so its rest must be zeroes.
             edge[count..].fill(0);
             Ok::<(), io::Error>(())
         };
@@ -117,7 +120,7 @@ impl DirectIo {
         Ok(())
     }
 
-    /// Reads whole blocks into aligned memory until it is full or the file ends (perhaps inside a block).
+    /// Reads whole blocks into aligned memory until it is full or the file ends, possibly inside a block.
     fn read_blocks(&self, file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         let mut done = 0;
         while done < buf.len() {
@@ -155,8 +158,8 @@ impl DirectIo {
     }
 }
 
-/// Bytes whose first address is a multiple of some power of two: a longer allocation, used from the right
-/// place on.
+/// A byte buffer with an aligned address: it allocates more than it needs and starts at the first aligned
+/// byte.
 #[derive(Debug)]
 pub(crate) struct AlignedBuffer {
     memory: Box<[u8]>,
@@ -184,13 +187,13 @@ impl AlignedBuffer {
 mod tests {
     use super::*;
 
-    /// Works on any file: one that is not opened around the cache takes everything, aligned or not.
+    /// A direct reader on an ordinary file: without O_DIRECT the kernel takes any alignment.
     fn direct(block: usize) -> (DirectIo, File) {
         (DirectIo::new(Alignment { block, memory: block }), tempfile::tempfile().unwrap())
     }
 
     #[test]
-    fn buffers_are_aligned_and_stay_so() {
+    fn aligned_buffers_keep_their_alignment_when_moved() {
         let buffer = AlignedBuffer::new(10_000, 4096);
         assert!(buffer.bytes().as_ptr().addr().is_multiple_of(4096));
         let moved = Box::new(buffer);
@@ -199,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn partial_blocks_keep_their_neighbours() {
+    fn unaligned_writes_keep_the_rest_of_their_blocks() {
         let (io, file) = direct(4096);
         sys::write_full(&file, 0, &[1; 3 * 4096]).unwrap();
         io.write(&file, 4000, &[2; 200]).unwrap();
@@ -215,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn long_unaligned_calls_go_in_pieces() {
+    fn unaligned_calls_longer_than_the_buffer_are_split() {
         let (io, file) = direct(512);
         let data: Vec<u8> = (0..3 * BUFFER_LEN + 77).map(|i| (i % 251) as u8).collect();
         io.write(&file, 100, &data).unwrap();
@@ -225,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_stop_at_the_end() {
+    fn reads_stop_at_the_end_of_the_file() {
         let (io, file) = direct(512);
         sys::write_full(&file, 0, &[9; 700]).unwrap();
         let mut buf = [0; 1000];

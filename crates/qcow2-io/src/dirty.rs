@@ -1,28 +1,28 @@
-//! Whether a barrier has anything to do: changes are counted, and a barrier notes how many it has made
+//! Tracks whether a flush has anything to do: changes are counted, and a flush records the count it made
 //! durable.
 
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
-/// Counts finished changes. A change counts before its call returns, so a later barrier sees it.
+/// Counter of finished changes. A change counts before its call returns, so that a later flush covers it.
 ///
-/// A failed barrier is remembered: the system reports lost pages of its cache once and takes them for clean
-/// then, so that a second try would succeed without them.
+/// A failed flush is remembered. Linux reports a failed writeback once and then marks the pages clean: a
+/// second fsync would succeed although the data is lost.
 #[derive(Debug, Default)]
 pub(crate) struct Dirty {
     changes: AtomicU64,
     durable: AtomicU64,
-    /// The error number of the barrier that failed; 0: none did.
+    /// Error number of the failed flush; 0 if none failed.
     broken: AtomicI32,
 }
 
 impl Dirty {
-    /// Notes a change that is done, or was given up half-way.
+    /// Counts a change that finished or failed part-way.
     pub(crate) fn changed(&self) {
         self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// How many changes a barrier that starts now would make durable; `None` where an earlier one did it all.
-    /// Errors: the number of an earlier failure.
+    /// Returns the count that a flush starting now would make durable; `None` if an earlier flush covered
+    /// everything. Errors: the number of an earlier flush failure.
     pub(crate) fn pending(&self) -> Result<Option<u64>, i32> {
         match self.broken.load(Ordering::Acquire) {
             0 => {}
@@ -32,13 +32,13 @@ impl Dirty {
         Ok((self.durable.load(Ordering::Acquire) < changes).then_some(changes))
     }
 
-    /// Notes that a barrier has succeeded that started when `changes` were pending.
+    /// Records that a flush succeeded which started when `changes` was the count.
     pub(crate) fn made_durable(&self, changes: u64) {
         self.durable.fetch_max(changes, Ordering::AcqRel);
     }
 
-    /// Notes that a barrier has failed with error number `code`: changes may be lost, and no later barrier
-    /// can tell.
+    /// Records that a flush failed with error number `code`: changes may be lost, and no later flush can
+    /// detect it.
     pub(crate) fn broke(&self, code: i32) {
         self.broken.store(code, Ordering::Release);
     }
@@ -49,25 +49,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_barrier_covers_what_came_before_it_and_no_more() {
+    fn a_flush_covers_only_changes_before_its_start() {
         let dirty = Dirty::default();
         assert_eq!(dirty.pending(), Ok(None));
         dirty.changed();
         let first = dirty.pending();
         assert_eq!(first, Ok(Some(1)));
-        // A change while the barrier runs needs another one.
+        // A change made while the flush runs needs another flush.
         dirty.changed();
         dirty.made_durable(1);
         assert_eq!(dirty.pending(), Ok(Some(2)));
         dirty.made_durable(2);
         assert_eq!(dirty.pending(), Ok(None));
-        // An older barrier that ends late takes nothing back.
+        // A flush that started earlier and ends later must not lower the durable count.
         dirty.made_durable(1);
         assert_eq!(dirty.pending(), Ok(None));
     }
 
     #[test]
-    fn a_failed_barrier_is_not_forgotten() {
+    fn a_failed_flush_keeps_failing() {
         let dirty = Dirty::default();
         dirty.changed();
         dirty.broke(5);

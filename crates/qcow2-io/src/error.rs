@@ -1,4 +1,4 @@
-//! From operating system errors to storage errors: a small kind, which call, where, and the number it gave.
+//! Converts operating system errors to [`StorageError`]: kind, call, offset, length, and the error number.
 
 use qcow2_core::{HostOffset, StorageError, StorageErrorKind};
 use std::fmt;
@@ -9,12 +9,12 @@ use std::io;
 pub struct OsError(io::Error);
 
 impl OsError {
-    /// Wraps what the standard library reported.
+    /// Wraps an error of the standard library.
     pub fn new(error: io::Error) -> Self {
         Self(error)
     }
 
-    /// The operating system's number, where there is one.
+    /// The operating system's error number, if there is one.
     pub fn code(&self) -> Option<i32> {
         self.0.raw_os_error()
     }
@@ -51,7 +51,7 @@ pub fn os_error_text(code: i32) -> String {
     OsError::new(io::Error::from_raw_os_error(code)).to_string()
 }
 
-/// Names a storage call for messages: what it did, how many bytes, and where.
+/// A storage call as error messages name it: operation, length and host offset.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Call {
     pub(crate) name: &'static str,
@@ -64,7 +64,7 @@ impl Call {
         Self { name, offset, len }
     }
 
-    /// The storage error for `error`, which this call met.
+    /// Converts `error`, which this call returned, to a storage error.
     pub(crate) fn failed(self, error: io::Error) -> StorageError {
         let kind = kind_of(&error);
         let code = error.raw_os_error();
@@ -76,31 +76,31 @@ impl Call {
         }
     }
 
-    /// The end of this call's range, checked against 2^63 - 1.
+    /// Returns the end of this call's range. Errors: `OutOfRange` past 2^63 - 1.
     pub(crate) fn end(self) -> Result<u64, StorageError> {
         match self.offset.value().checked_add(self.len) {
             Some(end) if end <= MAX_LEN => Ok(end),
             _ => Err(StorageError::new(
                 StorageErrorKind::OutOfRange,
-                format!("{} of {} bytes at {} passes 2^63 - 1", self.name, self.len, self.offset),
+                format!("{} of {} bytes at {} ends past 2^63 - 1", self.name, self.len, self.offset),
             )),
         }
     }
 
-    /// The error for a change to a storage that was opened for reading.
+    /// The error for a change of a storage that was opened read-only.
     pub(crate) fn read_only(self) -> StorageError {
         StorageError::new(
             StorageErrorKind::ReadOnly,
-            format!("{} of {} bytes at {}: opened for reading only", self.name, self.len, self.offset),
+            format!("{} of {} bytes at {}: storage is opened read-only", self.name, self.len, self.offset),
         )
     }
 
-    /// The error for a range past the end of a storage that cannot grow.
+    /// The error for a range past the end of a storage of fixed size.
     pub(crate) fn past_end(self, len: u64) -> StorageError {
         StorageError::new(
             StorageErrorKind::OutOfRange,
             format!(
-                "{} of {} bytes at {} passes the end at {len} of a storage that cannot grow",
+                "{} of {} bytes at {} ends past the fixed size of {len} bytes",
                 self.name, self.len, self.offset
             ),
         )
@@ -110,7 +110,7 @@ impl Call {
 /// The largest length of a storage: file offsets are signed 64-bit numbers on every system.
 pub(crate) const MAX_LEN: u64 = i64::MAX as u64;
 
-/// Which kind of trouble `error` is.
+/// Classifies `error`.
 fn kind_of(error: &io::Error) -> StorageErrorKind {
     use io::ErrorKind as Io;
     match error.kind() {
@@ -133,7 +133,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn linux_numbers_become_kinds() {
+    fn linux_error_numbers_map_to_kinds() {
         assert_eq!(kind_for(28), StorageErrorKind::NoSpace, "ENOSPC");
         assert_eq!(kind_for(122), StorageErrorKind::NoSpace, "EDQUOT");
         assert_eq!(kind_for(27), StorageErrorKind::NoSpace, "EFBIG");
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn message_names_call_and_place_and_keeps_the_number() {
+    fn messages_name_call_length_and_offset_and_keep_the_error_number() {
         let call = Call::new("write", HostOffset::new(0x1000), 512);
         let error = call.failed(io::Error::from_raw_os_error(5));
         assert_eq!(error.to_string(), "write of 512 bytes at 0x1000 failed");

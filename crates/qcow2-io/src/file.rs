@@ -1,9 +1,9 @@
-//! Regular files and block devices as a storage.
+//! Storage on a regular file or a block device.
 //!
-//! Every call is positional, so any number of threads may use one file. The length is kept here, so that
-//! asking for it costs no system call; no other writer is expected (see the image locks). A flush without a
-//! change before it costs none either. What the file system cannot do is found out once and then done the
-//! slower way.
+//! Every call is positional, so any number of threads may use one file. The length is cached, so that asking
+//! for it costs no system call; this assumes no other writer, which the image locks ensure. A flush without a
+//! change before it costs no system call either. Operations that the file system does not support are tried
+//! once and then emulated.
 
 use crate::direct::{AlignedBuffer, DirectIo};
 use crate::dirty::Dirty;
@@ -22,30 +22,30 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Bytes of zeroes written at a time where nothing faster exists; a multiple of every block.
+/// Zeroes written per call where the file system has no faster way; a multiple of every block size.
 const ZERO_BUFFER_LEN: u64 = 1024 * 1024;
 
-/// The error number of failed input or output.
+/// `EIO`.
 const IO_ERROR: i32 = 5;
 
-/// A regular file or a block device as a [`Storage`]; made by [`OpenFile`](crate::OpenFile).
+/// A regular file or a block device as a [`Storage`]; opened with [`OpenFile`](crate::OpenFile).
 #[derive(Debug)]
 pub struct FileStorage {
     file: File,
     writable: bool,
-    /// Whether this is a regular file, whose length can change.
+    /// True for a regular file, whose length can change; false for a block device.
     regular: bool,
     len: AtomicU64,
-    /// Held shared by every change, exclusively by whatever sets the length or rewrites parts of a block:
-    /// neither may meet another change half-way.
+    /// Held shared by every change; held exclusively by whatever sets the length or does a read-modify-write
+    /// of a block, since either would undo or lose part of a concurrent change.
     changes: RwLock<()>,
     dirty: Dirty,
     space: Space,
-    /// Present where the file is read and written around the page cache.
+    /// Set if the file was opened with direct I/O.
     direct: Option<DirectIo>,
-    /// Keeps the file among those that are open together.
+    /// Keeps the file registered in the set of open files ([`OpenFiles`](crate::OpenFiles)).
     held: Option<HeldFile>,
-    /// Whether image locks were taken for this storage, and end with it.
+    /// True if image locks were taken for this storage; they are released when it is dropped.
     locked: AtomicBool,
 }
 
@@ -57,7 +57,7 @@ impl Drop for FileStorage {
     }
 }
 
-/// The right to change the file; giving it up counts a change.
+/// Held during a change of the file; dropping it counts the change as unflushed.
 struct ChangeGuard<'a> {
     _lock: ChangeLock<'a>,
     dirty: &'a Dirty,
@@ -76,13 +76,13 @@ impl Drop for ChangeGuard<'_> {
 }
 
 impl FileStorage {
-    /// Takes over an open file. `writable` says whether it was opened for writing. Errors: whatever the
-    /// system says when asked for kind and length.
+    /// Takes over an open file. `writable`: whether it was opened for writing. Errors: the system's, when
+    /// asked for file type and length.
     pub fn from_file(file: File, writable: bool) -> io::Result<Self> {
         Self::with_direct(file, writable, None)
     }
 
-    /// Takes over an open file; `direct` where it was opened to bypass the page cache.
+    /// Takes over an open file; `direct` if it was opened with direct I/O.
     pub(crate) fn with_direct(file: File, writable: bool, direct: Option<DirectIo>) -> io::Result<Self> {
         let data = file.metadata()?;
         let regular = file_kind(&data) != FileKind::BlockDevice;
@@ -101,41 +101,41 @@ impl FileStorage {
         })
     }
 
-    /// Keeps `held` for as long as the file is open.
+    /// Keeps `held` for as long as this storage exists.
     pub(crate) fn keep(&mut self, held: Option<HeldFile>) {
         self.held = held;
     }
 
-    /// What makes two openings the same file, where the system tells.
+    /// Identifies the file (device and inode, or block device), for comparing two openings; `None` where the
+    /// system does not tell.
     pub fn id(&self) -> Option<SourceId> {
         source_id(&self.file.metadata().ok()?)
     }
 
-    /// Whether the file was opened for writing.
+    /// True if the file was opened for writing.
     pub fn is_writable(&self) -> bool {
         self.writable
     }
 
-    /// Whether this is a regular file (otherwise a block device).
+    /// True for a regular file, false for a block device.
     pub fn is_regular(&self) -> bool {
         self.regular
     }
 
-    /// Asks the file system to give this file space in pieces of `bytes` (0: as it likes), so that a disk
-    /// that is written here and there does not fall into many small ones. XFS does so, and takes the wish
-    /// only while the file is empty; writes one attribute of the file and no content.
+    /// Asks the file system to allocate this file in extents of `bytes` (0: its default), to limit
+    /// fragmentation under random writes. XFS supports it, and only while the file is empty. Sets one
+    /// attribute of the file and changes no content.
     ///
-    /// Errors: what the system says where it does not do it, `Unsupported` on systems and file systems
-    /// without such attributes.
+    /// Errors: the system's where it refuses; `Unsupported` on systems and file systems without such
+    /// attributes.
     pub fn set_extent_size_hint(&self, bytes: u32) -> io::Result<()> {
         sys::set_extent_size_hint(&self.file, bytes)
     }
 
-    /// Asks the file system to write this file in place where it would write a copy elsewhere. btrfs does so,
-    /// and takes the wish only while the file is empty; writes one attribute of the file and no content.
+    /// Asks the file system to overwrite this file in place instead of copy-on-write. btrfs supports it, and
+    /// only while the file is empty. Sets one attribute of the file and changes no content.
     ///
-    /// Errors: what the system says where it does not do it, `Unsupported` on systems without such
-    /// attributes.
+    /// Errors: the system's where it refuses; `Unsupported` on systems without such attributes.
     pub fn set_no_cow(&self) -> io::Result<()> {
         sys::set_no_cow(&self.file)
     }
@@ -144,7 +144,7 @@ impl FileStorage {
         &self.file
     }
 
-    /// Image locks were taken on the file: they are given up when the storage is dropped.
+    /// Records that image locks were taken on the file, to be released when the storage is dropped.
     pub(crate) fn note_locked(&self) {
         self.locked.store(true, Ordering::Relaxed);
     }
@@ -154,10 +154,11 @@ impl FileStorage {
     }
 
     fn grown_to(&self, end: u64) {
+        // A maximum: concurrent writers may have grown the file further, and only `set_len` may shrink it.
         self.len.fetch_max(end, Ordering::AcqRel);
     }
 
-    /// Checks a change and returns the end of its range.
+    /// Checks that the storage is writable and returns the end of the call's range.
     fn check(&self, call: Call) -> Result<u64, StorageError> {
         let end = call.end()?;
         if !self.writable {
@@ -169,7 +170,7 @@ impl FileStorage {
         Ok(end)
     }
 
-    /// The right to change `start..end`: shared, unless parts of a block have to be rewritten.
+    /// Locks for a change of `start..end`: shared, or exclusive if blocks are changed in part.
     fn guard(&self, start: u64, end: u64) -> ChangeGuard<'_> {
         match &self.direct {
             Some(direct) if !direct.is_whole_blocks(start, (end - start) as usize) => self.exclusive(),
@@ -185,7 +186,7 @@ impl FileStorage {
         ChangeGuard { _lock: ChangeLock::Exclusive(lock), dirty: &self.dirty }
     }
 
-    /// Writes under a guard for (at least) this range.
+    /// Writes `buf` at `start`. The caller holds a guard for at least this range.
     fn put(&self, start: u64, buf: &[u8]) -> io::Result<()> {
         let end = start + buf.len() as u64;
         match &self.direct {
@@ -194,7 +195,7 @@ impl FileStorage {
                 direct.write(&self.file, start, buf)?;
                 let len = end.max(self.length());
                 if self.regular && end.next_multiple_of(direct.block() as u64) > len {
-                    // Whole blocks were written; the file ends inside the last one.
+                    // Direct I/O wrote whole blocks; cut the file back to the real end inside the last one.
                     self.file.set_len(len)?;
                 }
             }
@@ -215,13 +216,15 @@ impl FileStorage {
         Ok(())
     }
 
-    /// Zeroes that stay backed by space: one range call, or a hole that is filled with space again, or plain
+    /// Zeroes `start..end` and keeps it allocated: one `fallocate` call, or punch and reserve, or plain
     /// writes.
     fn zero_allocated(&self, start: u64, end: u64) -> io::Result<()> {
         if self.space.zero(&self.file, start, end)? {
             return Ok(());
         }
         let inside = end.min(self.length());
+        // A hole reads as zeroes, and reserving it allocates it again. Devices cannot reserve, so they get
+        // plain writes.
         let punched = start >= inside || self.space.punch(&self.file, start, inside)?;
         if self.regular && punched && self.space.reserve(&self.file, start, end)? {
             return Ok(());
@@ -229,7 +232,7 @@ impl FileStorage {
         self.put_zeroes(start, end)
     }
 
-    /// Zeroes in the existing part of the file, which may become a hole.
+    /// Zeroes a range inside the file, as a hole if the file system can punch one.
     fn zero_unmapped(&self, start: u64, end: u64) -> io::Result<()> {
         if self.space.punch(&self.file, start, end)? || self.space.zero(&self.file, start, end)? {
             return Ok(());
@@ -237,12 +240,13 @@ impl FileStorage {
         self.put_zeroes(start, end)
     }
 
-    /// Makes the file at least `len` bytes, the new ones a hole.
+    /// Makes the file at least `len` bytes long; the new part is a hole.
     fn grow(&self, len: u64) -> io::Result<()> {
         if self.length() >= len {
             return Ok(());
         }
         let _guard = self.exclusive();
+        // Another thread may have grown the file while this one waited for the lock.
         if self.length() < len {
             self.file.set_len(len)?;
             self.grown_to(len);
@@ -264,7 +268,8 @@ impl Storage for FileStorage {
         let count = match &self.direct {
             None => sys::read_full(&self.file, offset.value(), buf),
             Some(direct) => {
-                // While the last block is rewritten the file is longer than it says.
+                // A direct write of a partial last block leaves the file longer than `len` for a moment; do
+                // not return those bytes.
                 let inside = self.length().saturating_sub(offset.value()).min(buf.len() as u64);
                 direct.read(&self.file, offset.value(), &mut buf[..inside as usize])
             }
@@ -313,6 +318,7 @@ impl Storage for FileStorage {
                 _ => Ok(()),
             },
         };
+        // `grow` takes the same lock exclusively.
         drop(guard);
         result.and_then(|()| self.grow(end)).map_err(|error| call.failed(error))
     }
@@ -338,7 +344,8 @@ impl Storage for FileStorage {
         }
         let _guard = self.guard(offset.value(), end);
         let done = match self.space.reserve(&self.file, offset.value(), end) {
-            // Bytes past the end have no content to keep: writing zeroes reserves their space too.
+            // Bytes past the end have no content to preserve, so writing zeroes reserves their space just as
+            // well.
             Ok(false) if offset.value() >= self.length() => {
                 self.put_zeroes(offset.value(), end).map(|()| true)
             }
@@ -362,7 +369,7 @@ impl Storage for FileStorage {
                 true => Ok(()),
                 false => Err(StorageError::new(
                     StorageErrorKind::Unsupported,
-                    format!("resize to {len} bytes: the device has {} and cannot change", self.length()),
+                    format!("resize to {len} bytes: the device has a fixed size of {} bytes", self.length()),
                 )),
             };
         }
@@ -373,16 +380,17 @@ impl Storage for FileStorage {
         Ok(())
     }
 
-    /// Without a change since the last one this costs no system call. Once it has failed it always fails:
-    /// what the page cache has lost does not come back.
+    /// Costs no system call if nothing changed since the last flush. After one failure every flush fails,
+    /// because data that the page cache lost cannot be recovered.
     fn flush(&self) -> Result<(), StorageError> {
         let call = Call::new("flush", HostOffset::new(0), self.length());
+        // The count is read before the sync: a change that finishes during the sync may not be covered by it.
         let pending = self.dirty.pending().map_err(|code| call.failed(io::Error::from_raw_os_error(code)))?;
         let Some(changes) = pending else {
             return Ok(());
         };
         sys::sync(&self.file).map_err(|error| {
-            // Around the page cache nothing is lost by failing: the next try says the truth again.
+            // With direct I/O no data sits in the page cache, so a retry reports the true state.
             if self.direct.is_none() {
                 self.dirty.broke(error.raw_os_error().unwrap_or(IO_ERROR));
             }
@@ -405,8 +413,8 @@ impl Storage for FileStorage {
         Ok(StorageExtent { len: stop.min(end) - offset.value(), data })
     }
 
-    /// Between two files of this adapter that both use the page cache: around it, the kernel's copy would not
-    /// see what the blocks of this program do.
+    /// Copies between two files of this adapter that both use the page cache. With direct I/O the kernel's
+    /// copy would go through the page cache and miss what was written around it.
     fn copy_from(
         &self,
         source: &dyn Storage,
@@ -423,7 +431,7 @@ impl Storage for FileStorage {
         };
         let _guard = self.guard(offset.value(), end);
         let copied = sys::copy_range(&source.file, from.value(), &self.file, offset.value(), len);
-        // Of a hole it may make one.
+        // Copying a hole may create a hole in the target.
         self.space.forget_data();
         copied.map_err(|error| call.failed(error))?;
         self.grown_to(end);
@@ -460,9 +468,9 @@ impl Storage for FileStorage {
 mod tests {
     use super::*;
 
-    /// A storage with one change that could not be flushed; afterwards its file could be.
+    /// A storage whose one flush failed, over a file that could be flushed now.
     fn after_a_failed_flush(direct: bool) -> FileStorage {
-        // A character device takes writes and refuses to sync, and a temporary file takes both.
+        // /dev/null takes writes and refuses fsync; a temporary file takes both.
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
         let mut storage = FileStorage::from_file(null, true).unwrap();
         storage.write_at(HostOffset::new(0), &[1; 512]).unwrap();
@@ -473,10 +481,9 @@ mod tests {
         storage
     }
 
-    /// The system tells once that it lost pages of its cache, and takes them for clean then: the next sync
-    /// succeeds.
+    /// The kernel reports lost pages once and then marks them clean: the next fsync succeeds.
     #[test]
-    fn a_flush_after_a_failed_flush_fails_too() {
+    fn a_flush_fails_for_ever_after_one_failure() {
         let storage = after_a_failed_flush(false);
         for _ in 0..2 {
             storage.flush().unwrap_err();
@@ -485,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_flush_around_the_page_cache_is_tried_again() {
+    fn a_failed_flush_with_direct_io_is_retried() {
         after_a_failed_flush(true).flush().unwrap();
     }
 }

@@ -3,18 +3,23 @@
 //! | need | adapter |
 //! |---|---|
 //! | an image in a file or on a block device | [`OpenFile`], which makes a [`FileStorage`] |
-//! | the file a user named, its format, and a way to the files it names | [`open_source`] |
-//! | the files an image names, within a policy | [`FileResolver`] |
-//! | to never write to a file that is read too | [`OpenFiles`] |
+//! | a file that a user named, with its format and a resolver for the files it names | [`open_source`] |
+//! | the backing and data files an image names, as far as a policy allows | [`FileResolver`] |
+//! | to refuse writing to a file that the same program has open already | [`OpenFiles`] |
 //! | an image in memory, for tests and tools | [`MemoryStorage`] |
 //! | fewer or more flushes than the caller asks for | [`CacheMode`], [`NoFlush`], [`FlushEachWrite`] |
-//! | to know which calls reach a storage | [`TraceStorage`] |
-//! | a full disk to order | [`LimitStorage`] |
+//! | to count or log the calls that reach a storage | [`TraceStorage`] |
+//! | a storage with a size limit, to test a full disk | [`LimitStorage`] |
 //! | calls that fail at chosen steps of the engine | [`BlkdebugStorage`] |
-//! | a part of a storage | [`WindowStorage`] |
-//! | a disk that a server shows (NBD) | [`NbdStorage`] |
-//! | a disk of nothing | [`NullStorage`] |
-//! | to test an adapter of your own | `conformance` (a feature) |
+//! | a disk that copies what it reads from its backing files into the top layer | [`CopyOnRead`] |
+//! | a disk probed as raw that nobody turns into another format | [`GuardedRaw`] |
+//! | a byte range of a storage | [`WindowStorage`] |
+//! | a storage with a rate limit | [`ThrottleStorage`] |
+//! | the guest disk of one image as the storage of another | [`DiskStorage`] |
+//! | to write such a wrapper | [`forward_storage`] |
+//! | the export of an NBD server | [`NbdStorage`] |
+//! | a null device | [`NullStorage`] |
+//! | a test suite for adapters of your own | `conformance` (a feature) |
 #![deny(unsafe_code)]
 
 #[cfg(feature = "conformance")]
@@ -38,8 +43,9 @@ mod sys;
 pub use error::{OsError, os_error_text};
 pub use file::FileStorage;
 pub use layer::{
-    BlkdebugStorage, CacheMode, DebugAction, DebugCall, DebugRule, Debugger, FlushEachWrite, Injection,
-    LimitStorage, NoFlush, StopNews, StorageCall, StorageCounts, StorageEvent, TraceStorage, WindowStorage,
+    BlkdebugStorage, CacheMode, CopyOnRead, DebugAction, DebugCall, DebugRule, Debugger, DiskStorage,
+    FlushEachWrite, GuardedRaw, Injection, LimitStorage, NoFlush, StopNews, StorageCall, StorageCounts,
+    StorageEvent, ThrottleStorage, TraceStorage, WindowStorage,
 };
 pub use lock::{LockConflict, Locking, Permission};
 pub use memory::MemoryStorage;
@@ -48,4 +54,6 @@ pub use null::NullStorage;
 pub use open::{Create, OpenError, OpenErrorKind, OpenFile};
 pub use open_files::{HeldFile, OpenFiles, SameFile};
 pub use probe::{format_from_name, probe_format};
+/// Writes the rest of a wrapper: the calls that it hands on.
+pub use qcow2_core::forward_storage;
 pub use resolve::{FileResolver, Policy, SourceError, SourceOptions, open_source};

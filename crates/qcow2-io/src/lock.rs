@@ -1,10 +1,10 @@
-//! Image locks that QEMU's programs respect and that respect theirs.
+//! Image locks, compatible with QEMU's.
 //!
-//! Each program holds one-byte locks on the image file: byte 100 + p says "I use permission p", byte 200 + p
-//! says "I do not let others use permission p". All of them are held shared, so that any number of programs
-//! can hold the same byte; who wants permission p looks whether anybody holds byte 200 + p, and who does not
-//! want to share p looks whether anybody holds byte 100 + p. The locks belong to the open file (Linux open
-//! file description locks), so two openings in one process keep out each other too, and closing lets go.
+//! Each program holds one-byte locks on the image file: byte 100 + p means "I use permission p", byte 200 + p
+//! means "others must not use permission p". All locks are shared locks, so any number of programs can hold
+//! the same byte. A program that wants permission p checks that nobody holds byte 200 + p; a program that
+//! does not share p checks that nobody holds byte 100 + p. The locks belong to the open file description
+//! (Linux `F_OFD_*` locks), so two openings in one process conflict too, and closing the file releases them.
 //!
 //! | opened | uses | does not share |
 //! |---|---|---|
@@ -15,47 +15,46 @@
 //! | for reading, [`Locking::Shared`] | consistent read | nothing |
 //! | for writing, [`Locking::Shared`] | consistent read, write | nothing |
 //!
-//! The last four use resize too where [`OpenFile::resizes`](crate::OpenFile::resizes) says so, and reading
-//! with [`OpenFile::metadata_only`](crate::OpenFile::metadata_only) does not use consistent read.
+//! The last four use resize too if [`OpenFile::resizes`](crate::OpenFile::resizes) is set. Reading with
+//! [`OpenFile::metadata_only`](crate::OpenFile::metadata_only) does not use consistent read.
 //!
-//! Systems and file systems without such locks go without, as QEMU does.
+//! On systems and file systems without such locks nothing is locked, as in QEMU.
 
 use crate::sys;
 use std::fmt;
 use std::fs::File;
 use std::io;
 
-/// Whether an image is locked while it is open.
+/// How an image is locked while it is open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Locking {
-    /// As QEMU does for the format: raw disks and LUKS containers are [`Shared`](Self::Shared), all other
-    /// images have [`NoOtherWriters`](Self::NoOtherWriters). Where the format is not known that means no
-    /// other writers.
+    /// QEMU's choice for the format: raw disks and LUKS containers are [`Shared`](Self::Shared), all other
+    /// images [`NoOtherWriters`](Self::NoOtherWriters). An unknown format counts as "all other".
     #[default]
     Auto,
-    /// Nobody else writes while it is open: readers share with readers, a writer is the only one.
+    /// Nobody else may write while it is open: readers share with readers, a writer is alone.
     NoOtherWriters,
-    /// Others may write, but nobody changes the length: for external data files and for a part of a raw disk.
+    /// Others may write but not resize: for external data files and for a window of a raw disk.
     FixedLength,
-    /// Says what is used and keeps nobody out: for raw disks, whose users arrange themselves, and for a look
-    /// at an image that another program may be writing to (`-U`), which may be inconsistent.
+    /// Announces what is used and excludes nobody: for raw disks, whose users coordinate themselves, and for
+    /// reading an image that another program may be writing to (`-U`), which may be inconsistent.
     Shared,
-    /// No locks at all: for files that are no images, or whose lock is held elsewhere in the program.
+    /// No locks: for files that are not images, or whose lock this program holds elsewhere.
     Off,
 }
 
-/// What a program may want to do with an image; the number is the byte's distance from 100 or 200.
+/// A permission on an image, numbered as in QEMU: the distance of its byte from 100 or 200.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Permission {
-    /// Reads that see a consistent image.
+    /// Reading a consistent image.
     ConsistentRead = 0,
-    /// Writes.
+    /// Writing.
     Write = 1,
-    /// Writes that do not change what is read.
+    /// Writing that does not change what the guest reads.
     WriteUnchanged = 2,
-    /// Changes of the length.
+    /// Changing the length.
     Resize = 3,
 }
 
@@ -81,7 +80,7 @@ impl Permission {
     }
 }
 
-/// Another program is in the way. `Display` is QEMU's text: `Failed to get "write" lock`.
+/// Another program holds a conflicting lock. `Display` is QEMU's text: `Failed to get "write" lock`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LockConflict {
     permission: Permission,
@@ -89,13 +88,13 @@ pub struct LockConflict {
 }
 
 impl LockConflict {
-    /// What was wanted, or was to be kept from others.
+    /// The permission that conflicts.
     pub fn permission(&self) -> Permission {
         self.permission
     }
 
-    /// `false`: another program does not share the permission wanted here. `true`: another program uses a
-    /// permission that is not to be shared here.
+    /// `false`: this program wanted the permission and another one does not share it. `true`: another program
+    /// uses a permission that this one does not share.
     pub fn is_shared(&self) -> bool {
         self.shared
     }
@@ -110,25 +109,25 @@ impl fmt::Display for LockConflict {
 
 impl std::error::Error for LockConflict {}
 
-/// Why no lock was taken.
+/// Why locking failed.
 #[derive(Debug)]
 pub(crate) enum LockError {
     Conflict(LockConflict),
     System(io::Error),
 }
 
-/// What is done with an open file.
+/// What the opening will do with the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Access {
-    /// Whether what is read must be consistent.
+    /// True if reads must be consistent.
     pub(crate) consistent: bool,
     pub(crate) writable: bool,
-    /// Whether a writer changes the length also where others may write.
+    /// True if a writer changes the length even under a locking that lets others write.
     pub(crate) resizes: bool,
 }
 
-/// Locks `file` as `locking` says, until it is closed or [`unlock_image`] is called. On failure nothing
-/// stays locked.
+/// Locks `file` for `locking` and `access`, until it is closed or [`unlock_image`] is called. On failure all
+/// locks taken are released.
 pub(crate) fn lock_image(file: &File, locking: Locking, access: Access) -> Result<(), LockError> {
     use Permission::{ConsistentRead, Resize, Write};
     let unshared: &[Permission] = match locking {
@@ -137,12 +136,13 @@ pub(crate) fn lock_image(file: &File, locking: Locking, access: Access) -> Resul
         Locking::FixedLength => &[Resize],
         Locking::Auto | Locking::NoOtherWriters => &[Write, Resize],
     };
-    // Whoever keeps other writers out has metadata in the file and makes it longer as needed.
+    // A sole writer owns the format's metadata and grows the file as needed, so it always uses resize.
     let resizes = access.writable && (access.resizes || unshared.contains(&Write));
     let used = [(ConsistentRead, access.consistent), (Write, access.writable), (Resize, resizes)];
     let uses: Vec<Permission> =
         used.iter().filter(|(_, used)| *used).map(|(permission, _)| *permission).collect();
     match take(file, &uses, unshared) {
+        // No such locks on this system or file system: continue unlocked, as QEMU does.
         Err(LockError::System(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
         Err(error) => {
             unlock_image(file);
@@ -152,18 +152,18 @@ pub(crate) fn lock_image(file: &File, locking: Locking, access: Access) -> Resul
     }
 }
 
-/// Gives up the locks that [`lock_image`] took. Closing the file is not enough: a child process that another
-/// thread is starting has a copy of every descriptor until it executes its program, and the locks live as
-/// long as the copy.
+/// Releases the locks that [`lock_image`] took. Closing the file is not enough: while another thread forks
+/// and before the child calls exec, the child has a copy of every descriptor, and the locks live as long as
+/// any copy.
 pub(crate) fn unlock_image(file: &File) {
     for permission in Permission::ALL {
-        // Closing the last copy does the same.
+        // If unlocking fails, closing the last copy of the descriptor releases the byte.
         let _ = sys::unlock_byte(file, permission.used_byte());
         let _ = sys::unlock_byte(file, permission.unshared_byte());
     }
 }
 
-/// Takes all bytes first and looks second: of two programs that start at once, at least one sees the other.
+/// Takes all bytes first and checks second: of two programs that start at once, at least one sees the other.
 fn take(file: &File, uses: &[Permission], unshared: &[Permission]) -> Result<(), LockError> {
     let bytes = uses.iter().map(|p| p.used_byte()).chain(unshared.iter().map(|p| p.unshared_byte()));
     for byte in bytes {
@@ -188,7 +188,7 @@ mod tests {
 
     type Opening = (Locking, Access);
 
-    /// What the second opener is told, if anything, while the first is there.
+    /// The second opener's lock conflict, if any, while the first opening exists.
     fn second(first: Opening, second: Opening) -> Option<String> {
         let file = tempfile::NamedTempFile::new().unwrap();
         let one = file.reopen().unwrap();
@@ -218,7 +218,7 @@ mod tests {
     const WRITE_DATA_FILE: Opening = (Locking::FixedLength, access(true, true));
 
     #[test]
-    fn readers_share_and_writers_are_alone() {
+    fn readers_share_and_a_writer_is_exclusive() {
         assert_eq!(second(READ, READ), None);
         assert_eq!(second(WRITE, FORCE), None);
         assert_eq!(second(FORCE, WRITE), None);
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fixed_length_lets_others_write_but_not_resize() {
+    fn fixed_length_locking_shares_write_but_not_resize() {
         let no_resize = Some("Failed to get \"resize\" lock");
         let resized = Some("Failed to get shared \"resize\" lock");
         for other in [FORCE, WRITE_RAW, READ_PART, WRITE_PART] {
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn looking_at_metadata_uses_nothing() {
+    fn metadata_only_readers_do_not_use_consistent_read() {
         let look = |locking| (locking, Access { consistent: false, ..READ.1 });
         assert_eq!(second(WRITE, look(Locking::Shared)), None);
         assert_eq!(

@@ -1,8 +1,7 @@
-//! Growable bytes in memory: for tests, tools, and images that never touch a disk.
+//! Growable storage in memory: for tests, tools, and temporary images.
 //!
-//! Bytes live in pages of 64 KiB, and a page exists only once something was written to it: an image of many
-//! gigabytes that is mostly holes costs nearly nothing. Pages are spread over shards with a lock each, so
-//! that threads on different parts of the image seldom meet.
+//! Content is kept in pages of 64 KiB, allocated on first write, so a large sparse image costs little memory.
+//! Pages are spread over shards with one lock each, so that threads at different offsets rarely contend.
 
 use crate::error::Call;
 use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageExtent, ZeroMode};
@@ -10,15 +9,16 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Bytes of a page.
+/// Bytes in a page.
 const PAGE_LEN: u64 = 64 * 1024;
-/// How many locks the pages are spread over.
+/// Number of shards, each with its own lock.
 const SHARD_COUNT: u64 = 16;
 
 type Page = Box<[u8]>;
 type Shard = RwLock<BTreeMap<u64, Page>>;
 
-/// A [`Storage`] in memory. Share it with `Arc`; `flush` does nothing, as nothing outlives the process.
+/// A [`Storage`] in memory. Share it with `Arc`. `flush` does nothing: the content ends with the process
+/// anyway.
 ///
 /// ```
 /// use qcow2_core::{HostOffset, Storage};
@@ -32,7 +32,8 @@ type Shard = RwLock<BTreeMap<u64, Page>>;
 /// ```
 #[derive(Debug, Default)]
 pub struct MemoryStorage {
-    /// Held shared by every call, exclusively by `set_len`: a cut never meets a write half-way.
+    /// Held shared by every call and exclusively by `set_len`, so that no write runs half before and half
+    /// after a truncation.
     resize: RwLock<()>,
     len: AtomicU64,
     shards: [Shard; SHARD_COUNT as usize],
@@ -49,7 +50,7 @@ impl MemoryStorage {
         Self { len: AtomicU64::new(len), ..Self::default() }
     }
 
-    /// A copy of all bytes. Meant for small storages; bytes that do not fit into memory abort the process.
+    /// A copy of the whole content. Meant for small storages: running out of memory aborts the process.
     pub fn to_vec(&self) -> Vec<u8> {
         let _guard = read(&self.resize);
         let mut bytes = vec![0; self.length() as usize];
@@ -65,7 +66,7 @@ impl MemoryStorage {
         &self.shards[(page % SHARD_COUNT) as usize]
     }
 
-    /// Copies the bytes from `start` on, holes as zeroes; the end of the storage plays no part.
+    /// Copies the bytes from `start` on, holes as zeroes; does not check the storage's length.
     fn copy_out(&self, start: u64, out: &mut [u8]) {
         for piece in pieces(start, out.len() as u64) {
             let target = &mut out[piece.done..piece.done + piece.len];
@@ -84,8 +85,7 @@ impl MemoryStorage {
         }
     }
 
-    /// Makes `start..end` read as zeroes: whole pages go away, and edges are overwritten where their page
-    /// exists.
+    /// Makes `start..end` read as zeroes: drops whole pages and zeroes the edges in pages that exist.
     fn clear(&self, start: u64, end: u64) {
         let edge = |from: u64, to: u64| {
             for piece in pieces(from, to.saturating_sub(from)) {
@@ -114,7 +114,7 @@ impl MemoryStorage {
         read(self.shard(page)).contains_key(&page)
     }
 
-    /// The first page at or after `page` that exists.
+    /// The first existing page at or after `page`.
     fn next_page(&self, page: u64) -> Option<u64> {
         self.shards.iter().filter_map(|s| read(s).range(page..).next().map(|(&p, _)| p)).min()
     }
@@ -147,6 +147,7 @@ impl Storage for MemoryStorage {
             return Ok(());
         }
         let _guard = read(&self.resize);
+        // Content before length: a reader that sees the new length must find the bytes.
         self.copy_in(offset.value(), buf);
         self.len.fetch_max(end, Ordering::AcqRel);
         Ok(())
@@ -170,7 +171,7 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
-    /// Only makes the storage long enough: memory gives no promise of space.
+    /// Only grows the length: memory cannot be reserved.
     fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
         let end = Call::new("allocate", offset, len).end()?;
         if len > 0 {
@@ -185,6 +186,7 @@ impl Storage for MemoryStorage {
         let _guard = write(&self.resize);
         let old = self.len.swap(len, Ordering::AcqRel);
         if len < old {
+            // Rounded up, so that the old last page is dropped whole.
             self.clear(len, old.next_multiple_of(PAGE_LEN));
         }
         Ok(())
@@ -223,17 +225,17 @@ impl Storage for MemoryStorage {
     }
 }
 
-/// The part of a range that lies in one page.
+/// The part of a range in one page.
 struct Piece {
     page: u64,
-    /// Where in the page it starts.
+    /// Offset in the page.
     at: usize,
     len: usize,
-    /// Bytes of the range before it.
+    /// Bytes of the range before this piece.
     done: usize,
 }
 
-/// Cuts `len` bytes from `start` at the page borders.
+/// Splits `len` bytes from `start` at page boundaries.
 fn pieces(start: u64, len: u64) -> impl Iterator<Item = Piece> {
     let mut done = 0;
     std::iter::from_fn(move || {
@@ -252,7 +254,8 @@ fn pieces(start: u64, len: u64) -> impl Iterator<Item = Piece> {
     })
 }
 
-/// Locks for reading; a thread that panicked while it held the lock left whole pages behind in any case.
+/// Read lock. Poisoning is ignored: a panicking thread leaves whole pages behind, so the content stays
+/// usable.
 fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     lock.read().unwrap_or_else(PoisonError::into_inner)
 }
@@ -268,7 +271,7 @@ mod tests {
     const AT: HostOffset = HostOffset::new(100_000);
 
     #[test]
-    fn a_write_crosses_pages_and_reads_back() {
+    fn a_write_across_pages_reads_back() {
         let storage = MemoryStorage::new();
         let data: Vec<u8> = (0..200_000u32).map(|i| i as u8).collect();
         storage.write_at(AT, &data).unwrap();
@@ -279,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_cost_nothing() {
+    fn holes_take_no_memory() {
         let storage = MemoryStorage::with_len(1 << 44);
         storage.write_zeroes(HostOffset::new(0), 1 << 44, ZeroMode::KeepAllocated).unwrap();
         storage.write_at(HostOffset::new(1 << 43), &[1]).unwrap();
@@ -293,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn clearing_keeps_what_lies_outside() {
+    fn zeroing_keeps_bytes_outside_the_range() {
         let storage = MemoryStorage::from(vec![7; 5 * PAGE_LEN as usize]);
         storage.write_zeroes(HostOffset::new(10), 4 * PAGE_LEN, ZeroMode::MayUnmap).unwrap();
         let bytes = storage.to_vec();
@@ -304,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_end_comes_back_as_zeroes() {
+    fn truncated_bytes_read_as_zeroes_after_growing_again() {
         let storage = MemoryStorage::from(vec![7; 1000]);
         storage.set_len(10).unwrap();
         storage.set_len(1000).unwrap();

@@ -1,25 +1,25 @@
-//! A disk of nothing: reads give zeroes or whatever was in the buffer, writes go nowhere.
+//! A null device: reads return zeroes, writes are dropped.
 
 use crate::error::Call;
 use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
 use std::thread;
 use std::time::Duration;
 
-/// A storage of a fixed length that keeps nothing. What is read is zeroes, unless it was asked not to promise
-/// that.
+/// A storage of fixed length that stores nothing. Reads return zeroes; `promises_zeroes` only decides what
+/// `extent_at` reports.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct NullStorage {
-    /// Its bytes.
+    /// Length in bytes.
     pub len: u64,
-    /// Whether it says of itself that it holds zeroes; otherwise everything counts as data.
+    /// True if extents are reported as holes (known zeroes), false if as data.
     pub promises_zeroes: bool,
-    /// How long each request takes.
+    /// Delay of each request.
     pub latency: Duration,
 }
 
 impl NullStorage {
-    /// `len` bytes.
+    /// A null device of `len` bytes, without delay, reported as data.
     pub fn new(len: u64) -> Self {
         Self { len, promises_zeroes: false, latency: Duration::ZERO }
     }
@@ -45,7 +45,7 @@ impl Storage for NullStorage {
         if inside > 0 {
             self.request(Call::new("read", offset, inside))?;
         }
-        // Bytes from somebody else's memory are nobody's business, promised or not.
+        // Always clear the buffer, so that stale memory never leaks to the caller.
         buf[..inside as usize].fill(0);
         Ok(inside as usize)
     }
@@ -70,7 +70,7 @@ impl Storage for NullStorage {
         if len == self.len {
             return Ok(());
         }
-        let message = format!("resize to {len} bytes: a disk of nothing has {} and cannot change", self.len);
+        let message = format!("resize to {len} bytes: a null device has a fixed size of {} bytes", self.len);
         Err(StorageError::new(StorageErrorKind::Unsupported, message))
     }
 
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_kept_and_nothing_grows() {
+    fn writes_are_dropped_and_the_size_is_fixed() {
         let disk = NullStorage::new(1000);
         disk.write_at(HostOffset::new(990), &[1; 10]).unwrap();
         let mut buf = [7; 20];

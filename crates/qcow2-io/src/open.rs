@@ -1,4 +1,4 @@
-//! How to open a file as a storage: for reading or writing, new or not, through the page cache or around it.
+//! Options for opening a file as a storage: access, creation, cache mode, locking.
 
 use crate::direct::DirectIo;
 use crate::error::OsError;
@@ -14,18 +14,18 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Whether a missing file is made, and what happens to one that exists.
+/// What opening does if the file is missing or exists.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Create {
-    /// The file must exist.
+    /// Opens an existing file; a missing one is an error.
     #[default]
     Never,
-    /// A missing file is made; an existing one keeps its content.
+    /// Creates a missing file; an existing one keeps its content.
     IfMissing,
-    /// A missing file is made; an existing one is emptied (devices keep their size).
+    /// Creates a missing file; truncates an existing one (devices keep their size).
     Truncate,
-    /// The file is made and must not exist yet.
+    /// Creates the file; an existing one is an error.
     New,
 }
 
@@ -51,23 +51,21 @@ pub struct OpenFile {
     pub writable: bool,
     /// What to do with a missing or existing file; everything but [`Create::Never`] needs `writable`.
     pub create: Create,
-    /// Whether block devices may be opened besides regular files. Pipes, sockets and character devices never
-    /// are.
+    /// Accept block devices besides regular files. Pipes, sockets and character devices are always refused.
     pub allow_devices: bool,
-    /// Whether the page cache is used, and when changes are made durable.
+    /// How the page cache is used and when changes are flushed.
     pub cache: CacheMode,
-    /// Whether other programs are kept from changing the image meanwhile.
+    /// Which accesses by other programs are kept out while the file is open.
     pub locking: Locking,
-    /// Whether the length of a writable file is going to change although others may write to it. (Where they
-    /// may not, it may change without saying so here.)
+    /// Set if the length of a writable file will change under a locking that lets others write. (Under the
+    /// other lockings a writer may always resize.)
     pub resizes: bool,
-    /// Whether only metadata is read, which needs no content that stays as it is: other programs are not told
-    /// of reading then.
+    /// Set if only metadata is read: the opening then does not take the "consistent read" permission.
     pub metadata_only: bool,
-    /// The files that are open together with this one, none of which may be written to and open a second
-    /// time; `None`: nobody looks.
+    /// The set of files this program has open, none of which may be written to and opened a second time;
+    /// `None`: no check.
     pub open_files: Option<OpenFiles>,
-    /// Whether a symbolic link is followed where the name ends (Linux; elsewhere links always are).
+    /// Follow a symbolic link as the last component of the path (Linux; other systems always follow).
     pub follow_links: bool,
 }
 
@@ -98,7 +96,7 @@ impl OpenFile {
         Self { writable: true, allow_devices: true, ..Self::default() }
     }
 
-    /// These options with another way to create.
+    /// These options with another creation mode.
     #[must_use]
     pub fn with_create(mut self, create: Create) -> Self {
         self.create = create;
@@ -112,27 +110,28 @@ impl OpenFile {
         self
     }
 
-    /// These options with another way to lock.
+    /// These options with another locking.
     #[must_use]
     pub fn with_locking(mut self, locking: Locking) -> Self {
         self.locking = locking;
         self
     }
 
-    /// These options with the files that are open together with this one.
+    /// These options with a set of open files to check against and join.
     #[must_use]
     pub fn among(mut self, open_files: &OpenFiles) -> Self {
         self.open_files = Some(open_files.clone());
         self
     }
 
-    /// Opens `path`. Never waits for another program: a pipe is refused, not opened.
+    /// Opens `path`. Never blocks on another program: a pipe is refused without opening it for I/O.
     pub fn open(&self, path: &Path) -> Result<Arc<dyn Storage>, OpenError> {
         Ok(self.cache.wrap(Arc::new(self.open_file(path)?)))
     }
 
-    /// Opens `path` as the file adapter itself, for callers that need its identity. It bypasses the page
-    /// cache where the cache mode says so; the mode's way to flush is left to [`CacheMode::wrap`].
+    /// Like [`open`](Self::open), but returns the file adapter itself, for callers that need its identity.
+    /// Uses direct I/O if the cache mode asks for it; the mode's flush behaviour is left to
+    /// [`CacheMode::wrap`].
     pub fn open_file(&self, path: &Path) -> Result<FileStorage, OpenError> {
         let fail = |error: io::Error| {
             if !self.follow_links && sys::is_link_refusal(&error) {
@@ -140,7 +139,8 @@ impl OpenFile {
             }
             OpenError::system(path, error)
         };
-        // Opening alone may do something to a device, so look before, and again at what was really opened.
+        // Opening alone can have side effects on a device, so check the type first, and again on the opened
+        // file.
         let seen = if self.follow_links { path.metadata() } else { path.symlink_metadata() };
         if let Ok(data) = seen {
             self.allow(&data, path)?;
@@ -148,7 +148,8 @@ impl OpenFile {
         let file = self.options().open(path).map_err(fail)?;
         let data = file.metadata().map_err(fail)?;
         let kind = self.allow(&data, path)?;
-        // Both before anything is done to the content: this opening may be the one that empties it.
+        // Lock and register before anything changes the content: this opening may be the one that truncates
+        // it.
         lock(&file, path, self)?;
         let held = self.register(&data, path)?;
         let direct = match self.cache.is_direct() {
@@ -166,7 +167,7 @@ impl OpenFile {
         Ok(storage)
     }
 
-    /// What kind of thing `data` is about, unless that kind is refused.
+    /// Returns the file type of `data`. Errors: the type is not allowed.
     fn allow(&self, data: &Metadata, path: &Path) -> Result<FileKind, OpenError> {
         match file_kind(data) {
             FileKind::Other => Err(OpenError {
@@ -180,7 +181,7 @@ impl OpenFile {
         }
     }
 
-    /// Locks and compares, as these options say, a file that was opened without either.
+    /// Locks and registers, as these options say, a file that was opened without either.
     pub(crate) fn settle(&self, storage: &mut FileStorage, path: &Path) -> Result<(), OpenError> {
         lock(storage.file(), path, self)?;
         storage.note_locked();
@@ -216,7 +217,7 @@ impl OpenFile {
     }
 }
 
-/// Locks `file` as `options` say.
+/// Takes the image locks on `file` that `options` ask for.
 fn lock(file: &File, path: &Path, options: &OpenFile) -> Result<(), OpenError> {
     let access = Access {
         consistent: !options.metadata_only || options.writable,
@@ -235,7 +236,7 @@ fn os_io(code: Option<i32>) -> io::Error {
     code.map_or_else(|| io::ErrorKind::Other.into(), io::Error::from_raw_os_error)
 }
 
-/// What kind of thing a name leads to.
+/// Type of an opened file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileKind {
     Regular,
@@ -251,27 +252,27 @@ pub(crate) fn file_kind(data: &Metadata) -> FileKind {
     if data.is_file() { FileKind::Regular } else { FileKind::Other }
 }
 
-/// Why a file was not opened.
+/// Why opening failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OpenErrorKind {
-    /// There is no such file.
+    /// The file does not exist.
     NotFound,
-    /// The file exists already and had to be new.
+    /// The file exists and [`Create::New`] was asked for.
     Exists,
-    /// The system does not let this user.
+    /// Permission denied.
     Denied,
-    /// Neither a regular file nor an allowed device: a directory, a pipe, a socket.
+    /// Neither a regular file nor an allowed block device: a directory, a pipe, a socket.
     NotRegular,
-    /// Another program uses the image.
+    /// Another program holds a conflicting image lock.
     Locked,
-    /// The same file is open here already, and one of the two openings writes.
+    /// This program has the same file open already, and one of the two openings writes.
     SameFile,
-    /// Any other answer of the system.
+    /// Any other error of the operating system.
     System,
 }
 
-/// A file that was not opened. `Display` names the file only; the reason is [`reason`](Self::reason) and
+/// Opening a file failed. `Display` names the file only; the reason is in [`reason`](Self::reason) and
 /// `source()`.
 #[derive(Debug)]
 pub struct OpenError {
@@ -303,22 +304,23 @@ impl OpenError {
         Self { cause: Some(Cause::System(OsError::new(error))), ..Self::new(kind, path) }
     }
 
-    /// What kind of trouble it was.
+    /// The kind of failure.
     pub fn kind(&self) -> OpenErrorKind {
         self.kind
     }
 
-    /// The name that was opened, as it was given.
+    /// The path as the caller gave it.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether it is a directory that was to be written to, which systems refuse in words of their own.
+    /// True if a directory was to be opened for writing, for which the systems have an error text of their
+    /// own.
     pub fn is_directory_to_write(&self) -> bool {
         self.directory_to_write
     }
 
-    /// The operating system's error number, where there was one.
+    /// The operating system's error number, if there was one.
     pub fn os_code(&self) -> Option<i32> {
         match &self.cause {
             Some(Cause::System(error)) => error.code(),
@@ -326,7 +328,7 @@ impl OpenError {
         }
     }
 
-    /// Which lock was not to be had, for [`OpenErrorKind::Locked`].
+    /// The conflicting lock, for [`OpenErrorKind::Locked`].
     pub fn lock_conflict(&self) -> Option<LockConflict> {
         match self.cause {
             Some(Cause::Lock(conflict)) => Some(conflict),
@@ -344,8 +346,8 @@ impl OpenError {
         }
     }
 
-    /// The whole in QEMU's words, for programs that stand in for its tools: two lines for a lock, one for the
-    /// rest.
+    /// The whole message in QEMU's words, for programs that stand in for its tools: two lines for a lock
+    /// conflict, one for everything else.
     ///
     /// ```
     /// use qcow2_io::OpenFile;
@@ -397,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn create_modes_do_what_they_say() {
+    fn create_modes_handle_missing_and_existing_files() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         let open = |create| OpenFile::writable().with_create(create).open_file(&path);
@@ -411,17 +413,17 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_file_gives_the_systems_text() {
+    fn a_missing_file_reports_the_system_error_text() {
         let error = OpenFile::read_only().open_file(Path::new("no/such/file")).map(|_| ()).unwrap_err();
         assert_eq!(error.to_string(), "could not open 'no/such/file'");
         assert_eq!(error.reason(), "No such file or directory");
         assert_eq!(error.os_code(), Some(2));
     }
 
-    /// As if a child process were just being started by another thread.
+    /// Simulates another thread that is starting a child process, which has a copy of the descriptor.
     #[cfg(target_os = "linux")]
     #[test]
-    fn locks_end_with_the_storage_although_a_copy_of_the_descriptor_lives() {
+    fn dropping_the_storage_releases_locks_despite_a_copied_descriptor() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let open = || OpenFile::writable().open_file(file.path());
         let storage = open().unwrap();
@@ -429,7 +431,7 @@ mod tests {
         assert_eq!(kind(open()), OpenErrorKind::Locked);
         drop(storage);
         open().unwrap();
-        // An attempt that fails leaves nothing behind either.
+        // A failed opening leaves no lock behind either.
         let (other, storage) = (file.reopen().unwrap(), open().unwrap());
         let reading = crate::lock::Access { consistent: true, writable: false, resizes: false };
         assert!(crate::lock::lock_image(&other, Locking::Auto, reading).is_err());
@@ -445,7 +447,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn a_pipe_is_refused_at_once() {
+    fn a_pipe_is_refused_without_blocking() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pipe");
         let mode = rustix::fs::Mode::from_raw_mode(0o600);

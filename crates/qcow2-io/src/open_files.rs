@@ -1,9 +1,9 @@
-//! Which files one program has open at a time, so that it writes to none that it reads too.
+//! The set of files one program has open, so that it never writes to a file that it also reads.
 //!
-//! Locks do not see to that: they are not taken where sharing is forced, where they are switched off, or
-//! where the file system has none, and a raw disk is shared with its writers. So whoever opens several files
-//! for one job opens them all among the same [`OpenFiles`], and each opening is compared with those before it
-//! by what was really opened, not by name: the same device and inode, or the same block device.
+//! Image locks do not ensure this: they are not taken with forced sharing, with locking off, or on file
+//! systems without locks, and a raw disk is shared with its writers. A program that opens several files for
+//! one job therefore opens them through the same [`OpenFiles`]. Each opening is compared with the earlier
+//! ones by what was opened, not by name: device and inode, or block device.
 
 use crate::open::{FileKind, file_kind};
 use qcow2_core::SourceId;
@@ -14,8 +14,8 @@ use std::fs::Metadata;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The files that are open together: each any number of times for reading, or once for writing. A clone is
-/// the same set.
+/// A set of open files. Each may be open any number of times for reading, or once for writing. A clone is the
+/// same set.
 ///
 /// ```
 /// use qcow2_io::{Create, OpenErrorKind, OpenFile, OpenFiles};
@@ -40,7 +40,7 @@ pub struct OpenFiles {
 #[derive(Debug, Default)]
 struct Shared {
     open: Mutex<BTreeMap<SourceId, Openings>>,
-    /// The file that standard output leads to.
+    /// The file standard output is redirected to, if any.
     output: Option<SourceId>,
 }
 
@@ -49,18 +49,19 @@ struct Shared {
 struct Openings {
     count: u32,
     writable: bool,
-    /// What the first of them is called in messages.
+    /// Name of the first opening, for messages.
     name: String,
 }
 
 impl OpenFiles {
-    /// No file is open yet.
+    /// An empty set.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The same, but for the file that standard output leads to, which is never read: it can be written to
-    /// under a name of its own, as `/dev/stdout`. What is a pipe or a terminal does not count.
+    /// An empty set that knows the file behind standard output: that file may be opened for writing (as
+    /// `/dev/stdout`) but not for reading. The same as [`new`](Self::new) if standard output is a pipe or a
+    /// terminal.
     pub fn with_output() -> Self {
         #[cfg(unix)]
         let output = stream_metadata(std::io::stdout()).as_ref().and_then(image_id);
@@ -69,8 +70,8 @@ impl OpenFiles {
         Self { shared: Arc::new(Shared { output, ..Shared::default() }) }
     }
 
-    /// Adds the file that standard input comes from, as one that is read. `None`: it comes from no file.
-    /// Errors: it is written to.
+    /// Registers the file behind standard input as read. `None`: standard input is not a file. Errors: the
+    /// file is open for writing.
     pub fn hold_input(&self) -> Result<Option<HeldFile>, SameFile> {
         #[cfg(unix)]
         {
@@ -81,14 +82,14 @@ impl OpenFiles {
         Ok(None)
     }
 
-    /// Adds the file at `path`, as one that is read, without opening it; messages call it `name`. `None`:
-    /// there is no file. Errors: it is written to.
+    /// Registers the file at `path` as read, without opening it; messages call it `name`. `None`: there is no
+    /// such file. Errors: the file is open for writing.
     pub fn hold_path(&self, path: &Path, name: &str) -> Result<Option<HeldFile>, SameFile> {
         let id = path.metadata().ok().as_ref().and_then(image_id);
         self.hold(id, false, || name.to_owned())
     }
 
-    /// Adds an open file that `metadata` is about. `None`: the system does not tell which file it is.
+    /// Registers the open file with this `metadata`. `None`: the system does not identify the file.
     pub(crate) fn register(
         &self,
         metadata: &Metadata,
@@ -108,6 +109,7 @@ impl OpenFiles {
         if !writable && self.shared.output == Some(id) {
             return Err(SameFile { name: name(), first: "standard output".to_owned(), first_writes: true });
         }
+        // Check and insert under one lock: of two threads that open the same file, one must see the other.
         match self.shared.lock().entry(id) {
             Entry::Vacant(entry) => {
                 entry.insert(Openings { count: 1, writable, name: name() });
@@ -132,7 +134,7 @@ fn quoted(path: &Path) -> String {
     format!("'{}'", path.display())
 }
 
-/// One opening of a file, for as long as it counts.
+/// A registration of one opening; dropping it ends the registration.
 #[derive(Debug)]
 #[must_use = "the file counts as open only as long as this is kept"]
 pub struct HeldFile {
@@ -151,7 +153,7 @@ impl Drop for HeldFile {
     }
 }
 
-/// The same file is open already, and one of the two openings writes to it.
+/// This program has the same file open already, and one of the two openings writes.
 ///
 /// `Display` names both openings: `'link' is the same file as 'disk', which is being read and cannot be
 /// written to`.
@@ -178,16 +180,16 @@ impl fmt::Display for SameFile {
 
 impl std::error::Error for SameFile {}
 
-/// What makes two openings the same file, where the system tells.
+/// Identifies a file, for comparing two openings; `None` where the system does not tell.
 pub(crate) fn source_id(metadata: &Metadata) -> Option<SourceId> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
-        // A loop device is another name for the bytes of its file.
+        // A loop device aliases the bytes of its backing file.
         if let Some(behind) = behind_loop(metadata) {
             return source_id(&behind);
         }
-        // Two names of one device are different files but the same source.
+        // Two device nodes of one device have different inodes but the same content.
         Some(match file_kind(metadata) {
             FileKind::BlockDevice => SourceId { device: u64::MAX, file: metadata.rdev() },
             FileKind::Regular | FileKind::Other => SourceId { device: metadata.dev(), file: metadata.ino() },
@@ -200,7 +202,7 @@ pub(crate) fn source_id(metadata: &Metadata) -> Option<SourceId> {
     }
 }
 
-/// The file that a loop device shows, or a part of it.
+/// Metadata of the file behind a loop device.
 #[cfg(target_os = "linux")]
 fn behind_loop(metadata: &Metadata) -> Option<Metadata> {
     use std::ffi::OsStr;
@@ -211,7 +213,7 @@ fn behind_loop(metadata: &Metadata) -> Option<Metadata> {
     }
     let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
     let name = std::fs::read(format!("/sys/dev/block/{major}:{minor}/loop/backing_file")).ok()?;
-    // A loop over a loop comes to the file in the end: the system allows no circle.
+    // One step down; `source_id` recurses, and ends because the kernel refuses cycles of loop devices.
     std::fs::metadata(OsStr::from_bytes(name.strip_suffix(b"\n")?)).ok()
 }
 
@@ -220,12 +222,12 @@ fn behind_loop(_metadata: &Metadata) -> Option<Metadata> {
     None
 }
 
-/// The same, for what an image can be in.
+/// The identity, for file types that can hold an image.
 fn image_id(metadata: &Metadata) -> Option<SourceId> {
     source_id(metadata).filter(|_| file_kind(metadata) != FileKind::Other)
 }
 
-/// What the system knows of an open stream.
+/// Metadata of a standard stream.
 #[cfg(unix)]
 fn stream_metadata(stream: impl std::os::fd::AsFd) -> Option<Metadata> {
     std::fs::File::from(stream.as_fd().try_clone_to_owned().ok()?).metadata().ok()

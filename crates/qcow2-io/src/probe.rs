@@ -1,12 +1,12 @@
-//! Which format the first bytes of a storage speak of. Only for content that is trusted to say so: whoever
-//! writes a raw disk can make it look like anything.
+//! Detects the format of an image by its first bytes. Only safe for trusted content: whoever can write to a
+//! raw disk can make it look like any format.
 
 use qcow2_core::{HostOffset, ImageFormat, Storage, StorageError};
 
-/// Bytes that are looked at, as in QEMU.
+/// Bytes that are examined, as in QEMU.
 const PROBE_LEN: usize = 512;
 
-/// Signatures of formats that are known by name only: where, which bytes, and QEMU's name.
+/// Signatures of formats that are recognised but not supported: offset, bytes, and QEMU's name.
 const SIGNATURES: &[(usize, &[u8], &str)] = &[
     (0, b"LUKS\xBA\xBE\x00\x01", "luks"),
     (0, b"KDMV", "vmdk"),
@@ -21,9 +21,9 @@ const SIGNATURES: &[(usize, &[u8], &str)] = &[
     (0, b"Bochs Virtual HD Image", "bochs"),
 ];
 
-/// Names the format of `storage` by its first 512 bytes; raw where nothing matches, so an empty storage is
-/// raw too. A qcow2 signature with any version from 2 on is qcow2 (and may turn out to be too new). Errors:
-/// the read fails.
+/// Detects the format of `storage` by its first 512 bytes. Raw if nothing matches, so an empty storage is raw
+/// too. A qcow2 signature with any version from 2 on is qcow2 (the open may still refuse the version).
+/// Errors: the read fails.
 ///
 /// ```
 /// use qcow2_core::ImageFormat;
@@ -52,7 +52,7 @@ fn format_of(head: &[u8; PROBE_LEN]) -> ImageFormat {
     found.map_or(ImageFormat::Raw, |(_, _, name)| format_from_name(name))
 }
 
-/// The format that an image or a user calls `name`.
+/// The format with this name, as users and images write it.
 ///
 /// ```
 /// use qcow2_core::ImageFormat;
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn qcow2_from_version_two_on() {
+    fn qcow2_is_detected_from_version_two_on() {
         assert_eq!(probe(0, b"QFI\xFB\x00\x00\x00\x00"), ImageFormat::Raw);
         assert_eq!(probe(0, b"QFI\xFB\x00\x00\x00\x01"), ImageFormat::Other("qcow".into()));
         assert_eq!(probe(0, b"QFI\xFB\x00\x00\x00\x02"), ImageFormat::Qcow2);
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn others_are_known_by_name() {
+    fn other_formats_are_detected_by_signature() {
         assert_eq!(probe(64, b"\x7F\x10\xDA\xBE"), ImageFormat::Other("vdi".into()));
         assert_eq!(probe(0, b"vhdxfile"), ImageFormat::Other("vhdx".into()));
         assert_eq!(probe(0, b""), ImageFormat::Raw);

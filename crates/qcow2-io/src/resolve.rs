@@ -1,9 +1,8 @@
-//! From names to opened sources: those a user gives, and those an image gives.
+//! Opens the files that users name, and resolves the names inside images.
 //!
-//! A user's name is opened as it stands. A name inside an image is somebody else's word: it opens nothing
-//! unless the [`Policy`] says so, it is taken relative to the directory of the image that gives it (never the
-//! current directory), it always means a local file (no `json:` descriptions, no protocols), and it opens
-//! regular files only.
+//! A user's name is opened as given. A name inside an image is untrusted: it opens nothing unless the
+//! [`Policy`] allows it; a relative name starts at the directory of the image that contains it, never at the
+//! current directory; it is always a local file (no `json:`, no protocols); and it opens regular files only.
 
 use crate::file::FileStorage;
 use crate::lock::Locking;
@@ -18,33 +17,35 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Policy {
-    /// None. For whoever only looks at an image.
+    /// None: for programs that only inspect an image.
     #[default]
     Deny,
-    /// Regular files right in the directory of the image, without following symbolic links.
+    /// Regular files in the image's own directory, without following symbolic links.
     SameDirectory,
-    /// Any regular file, and block devices: for images whose makers are trusted.
+    /// Any regular file or block device: for images from trusted sources.
     Allow,
 }
 
-/// How to open a source that a user names; `Default` reads it, probes its format, and opens nothing else.
+/// Options for opening a source that a user names. `Default` opens it read-only, probes the format, and opens
+/// none of the files it names.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct SourceOptions {
-    /// How to open the file itself; its cache mode holds for the files it names too, and so do its locking
-    /// and the files that are open together with it.
+    /// How to open the file itself. Cache mode, locking and the set of open files apply to the files it names
+    /// as well.
     pub file: OpenFile,
-    /// How to lock the files it names, where not as the file itself. [`Locking::Auto`] shares a data file
-    /// with other writers that keep its length, and no base of a commit with any.
+    /// Locking of the files it names, if it differs from the file's own. [`Locking::Auto`] lets other
+    /// programs write to an external data file as long as they keep its length, and keeps other writers off a
+    /// commit's backing file.
     pub locking_below: Option<Locking>,
-    /// The format; `None` looks at the first bytes.
+    /// The format; `None` probes the first bytes.
     pub format: Option<ImageFormat>,
-    /// What the names inside may open.
+    /// Which names inside the image may be opened.
     pub policy: Policy,
 }
 
 impl SourceOptions {
-    /// Opens as `file` says; the format is probed and nothing else is opened.
+    /// Opens as `file` says, probes the format, and opens no other file.
     pub fn new(file: OpenFile) -> Self {
         Self { file, ..Self::default() }
     }
@@ -64,7 +65,7 @@ impl SourceOptions {
     }
 }
 
-/// Opens the file that a user named. The source's name is `path` as it stands. Errors: [`SourceError`].
+/// Opens the file a user named. The source's name is `path` as given. Errors: [`SourceError`].
 ///
 /// ```
 /// use qcow2_core::ImageFormat;
@@ -90,8 +91,8 @@ pub fn open_source(path: &Path, options: &SourceOptions) -> Result<ResolvedSourc
     Ok(ResolvedSource { storage, format, name: path.display().to_string(), id, resolver: Arc::new(resolver) })
 }
 
-/// Opens the file and finds out its format. Where the lock depends on a format that is not known yet, it
-/// looks first and locks second.
+/// Opens the file and determines its format. If the locking depends on a format that is still unknown, the
+/// file is opened unlocked, probed, and locked afterwards.
 fn open_known(path: &Path, options: &SourceOptions) -> Result<(FileStorage, ImageFormat), SourceError> {
     let mut how = options.file.clone();
     let is_auto = how.locking == Locking::Auto;
@@ -114,7 +115,7 @@ fn open_known(path: &Path, options: &SourceOptions) -> Result<(FileStorage, Imag
     Ok((file, format))
 }
 
-/// How QEMU locks an image of this format.
+/// QEMU's default locking for this format.
 fn locking_for(format: &ImageFormat) -> Locking {
     match format {
         ImageFormat::Raw | ImageFormat::Luks => Locking::Shared,
@@ -122,13 +123,13 @@ fn locking_for(format: &ImageFormat) -> Locking {
     }
 }
 
-/// Why a source was not opened. `Display` and `source()` are those of the error inside.
+/// Why a source could not be opened. `Display` and `source()` are those of the inner error.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum SourceError {
     /// The file could not be opened.
     Open(OpenError),
-    /// Its first bytes could not be read.
+    /// Reading the first bytes failed.
     Probe(StorageError),
 }
 
@@ -162,32 +163,32 @@ impl std::error::Error for SourceError {
     }
 }
 
-/// Opens the names that one image gives, as a [`Policy`] allows.
+/// Opens the files that one image names, as far as a [`Policy`] allows.
 #[derive(Clone, Debug)]
 pub struct FileResolver {
-    /// The image whose names these are.
+    /// Path of the image that contains the names.
     image: PathBuf,
     policy: Policy,
-    /// How files are opened, but for writing.
+    /// How files are opened; write access is set per call.
     file: OpenFile,
 }
 
 impl FileResolver {
-    /// Resolves the names inside the image at `image`.
+    /// Resolver for the names inside the image at `image`.
     pub fn new(image: impl Into<PathBuf>, policy: Policy) -> Self {
         let mut file = OpenFile::read_only();
         file.allow_devices = policy == Policy::Allow;
         Self { image: image.into(), policy, file }
     }
 
-    /// Where `reference` leads: relative names start at the image's directory. `Err` says why it leads
-    /// nowhere. Opens nothing, and asks no policy.
+    /// Returns the path that `reference` means: relative names start at the image's directory. `Err` says why
+    /// there is none. Opens nothing and does not check the policy.
     pub fn locate(&self, reference: Reference<'_>) -> Result<PathBuf, ResolveError> {
         let name = match reference {
             Reference::Backing { name, .. } => local_name(name)?,
-            // Whatever it looks like, a data file's name is a plain one.
+            // A data file's name is always a plain path, even if it looks like a protocol.
             Reference::DataFile { name } => name,
-            _ => return Err(ResolveError::failed("a kind of name that is not known here")),
+            _ => return Err(ResolveError::failed("unsupported kind of reference")),
         };
         if name.is_empty() || name.contains('\0') {
             return Err(ResolveError::failed(format!("'{}' is not a file name", name.escape_default())));
@@ -218,7 +219,7 @@ impl FileResolver {
         Ok(file)
     }
 
-    /// Whether `path` names an entry of the directory that the image is in.
+    /// True if `path` names an entry of the image's own directory.
     fn is_neighbour(&self, path: &Path) -> bool {
         let real_parent = |path: &Path| {
             let parent = path.parent()?;
@@ -236,14 +237,15 @@ impl Resolver for FileResolver {
         let (name, format) = match reference {
             Reference::Backing { name, format } => (name, format.map(format_from_name)),
             Reference::DataFile { name } => (name, Some(ImageFormat::Raw)),
-            _ => return Err(ResolveError::failed("a kind of name that is not known here")),
+            _ => return Err(ResolveError::failed("unsupported kind of reference")),
         };
         let mut file = self.permit(&path, name)?;
         file.writable = writable;
         match reference {
             _ if file.locking != Locking::Auto => {}
             Reference::DataFile { .. } => (file.locking, file.resizes) = (Locking::FixedLength, true),
-            // Changed below other disks, which do not expect it.
+            // A backing file opened for writing (commit) is the base of other overlays too, which do not
+            // expect changes.
             _ if writable => file.locking = Locking::NoOtherWriters,
             _ => {}
         }
@@ -259,7 +261,7 @@ impl Resolver for FileResolver {
     }
 }
 
-/// The file name in a backing name: as it is, or after `file:`. Anything else with a prefix is refused.
+/// The path in a backing file name: as given, or after `file:`. Any other prefix is refused.
 fn local_name(name: &str) -> Result<&str, ResolveError> {
     let prefix = match name.split_once(':') {
         Some((prefix, _)) if !prefix.contains('/') => prefix,

@@ -1,4 +1,4 @@
-//! Holes, zeroes and reserved space of one file, with a memory for what its file system cannot do.
+//! Holes, zeroing and preallocation of one file; remembers what its file system does not support.
 
 use crate::sys::{self, Run};
 use std::fs::File;
@@ -7,25 +7,26 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Each operation is tried until the file system refuses it once; `false` (or `None`) means "do it the slower
-/// way".
+/// Each operation is tried until the file system refuses it once. `false` (or `None`) means "not supported,
+/// use the slow way".
 #[derive(Debug, Default)]
 pub(crate) struct Space {
     no_punch: AtomicBool,
     no_zero_range: AtomicBool,
     no_reserve: AtomicBool,
     no_seek_data: AtomicBool,
-    /// A device refuses single ranges, for their alignment: that says nothing about the next one.
+    /// A device may refuse a single range for its alignment, so a refusal is not remembered for devices.
     is_device: bool,
     known: Mutex<Known>,
 }
 
-/// Where data were seen last. Some file systems (that in memory among them) look at every page up to the next
-/// hole when asked how far data reach, so that asking piece by piece would cost the square of the file.
+/// The data extent seen last. Some file systems (tmpfs among them) scan every page up to the next hole when
+/// asked how far data reach, so asking piece by piece would take quadratic time.
 #[derive(Debug, Default)]
 struct Known {
     data: Range<u64>,
-    /// How often there may have come holes.
+    /// Counts the changes that may have created a hole. Compared before and after an extent is read, so that
+    /// an extent read during such a change is not cached.
     changes: u64,
 }
 
@@ -34,27 +35,26 @@ impl Space {
         Self { is_device, ..Self::default() }
     }
 
-    /// Turns `start..end` (inside the file) into a hole.
+    /// Punches a hole at `start..end`, inside the file.
     pub(crate) fn punch(&self, file: &File, start: u64, end: u64) -> io::Result<bool> {
         let done = self.attempt(&self.no_punch, || sys::punch_hole(file, start, end - start));
         self.forget_data();
         done
     }
 
-    /// Makes `start..end` zeroes that keep their space; a file grows to `end`.
+    /// Zeroes `start..end` and keeps it allocated; grows the file to `end` if needed.
     pub(crate) fn zero(&self, file: &File, start: u64, end: u64) -> io::Result<bool> {
         let done = self.attempt(&self.no_zero_range, || sys::zero_range(file, start, end - start));
         self.forget_data();
         done
     }
 
-    /// Reserves space for `start..end`; a file grows to `end`.
+    /// Reserves space for `start..end`; grows the file to `end` if needed.
     pub(crate) fn reserve(&self, file: &File, start: u64, end: u64) -> io::Result<bool> {
         self.attempt(&self.no_reserve, || sys::reserve(file, start, end - start))
     }
 
-    /// What the file holds from `offset` on. Of data seen before, holes that another program made in them are
-    /// not seen.
+    /// The extent at `offset`. A cached data extent does not show holes that another program punched since.
     pub(crate) fn run_at(&self, file: &File, offset: u64) -> io::Result<Option<Run>> {
         let changes = {
             let known = self.known();
@@ -70,7 +70,7 @@ impl Space {
         })?;
         if let Some(Run::DataUntil(end)) = run {
             let mut known = self.known();
-            // Otherwise the answer may be from before a hole came.
+            // Otherwise a hole may have been made after the extent was read.
             if known.changes == changes {
                 known.data = offset..end;
             }
@@ -78,7 +78,7 @@ impl Space {
         Ok(run)
     }
 
-    /// To be called after whatever may have made a hole.
+    /// Drops the cached extent. Call it after any change that may have created a hole.
     pub(crate) fn forget_data(&self) {
         let mut known = self.known();
         *known = Known { data: 0..0, changes: known.changes + 1 };
@@ -88,7 +88,7 @@ impl Space {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether zeroes are known to cost as much as data.
+    /// False once both zeroing a range and punching a hole have turned out to be unsupported.
     pub(crate) fn has_fast_zeroes(&self) -> bool {
         !self.no_zero_range.load(Ordering::Relaxed) || !self.no_punch.load(Ordering::Relaxed)
     }
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_file_system_refuses_is_asked_once() {
+    fn unsupported_operations_are_tried_once() {
         let space = Space::new(false);
         let refuse = || Err(io::ErrorKind::Unsupported.into());
         assert!(!space.attempt(&space.no_punch, refuse).unwrap());
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn other_errors_stay_errors() {
+    fn other_errors_are_returned() {
         let space = Space::new(false);
         let full = || Err(io::ErrorKind::StorageFull.into());
         assert_eq!(space.attempt(&space.no_reserve, full).unwrap_err().kind(), io::ErrorKind::StorageFull);

@@ -1,4 +1,4 @@
-//! Every storage of this crate passes the suite.
+//! Runs the conformance suite on every storage of this crate.
 #![allow(clippy::unwrap_used)]
 
 use qcow2_core::Storage;
@@ -19,7 +19,7 @@ fn check_files(name: &str, dir: &Path, mode: CacheMode) {
 }
 
 #[test]
-fn memory() {
+fn memory_storage() {
     conformance::check("memory", &|| Arc::new(MemoryStorage::new()));
 }
 
@@ -33,14 +33,15 @@ fn files_in_every_cache_mode() {
 
 #[test]
 fn files_that_flush_each_write() {
-    // Real flushes take long: a memory file system keeps the number of them, not their price.
+    // fsync on a disk is slow and this suite makes many; a memory file system keeps their number and not
+    // their cost.
     let place = Path::new("/dev/shm");
     let dir = if place.is_dir() { tempfile::tempdir_in(place) } else { tempfile::tempdir() }.unwrap();
     check_files("file, Writethrough", dir.path(), CacheMode::Writethrough);
 }
 
 #[test]
-fn files_in_memory_file_systems() {
+fn files_on_tmpfs() {
     let place = Path::new("/dev/shm");
     if !place.is_dir() {
         skip("no /dev/shm");
@@ -51,7 +52,7 @@ fn files_in_memory_file_systems() {
 }
 
 #[test]
-fn wrappers() {
+fn wrapping_storages() {
     conformance::check("trace", &|| Arc::new(TraceStorage::with_log(Arc::new(MemoryStorage::new()), 10)));
     conformance::check("limit", &|| {
         Arc::new(LimitStorage::new(Arc::new(MemoryStorage::new()), 1 << 30)) as Arc<dyn Storage>

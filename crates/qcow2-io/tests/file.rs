@@ -1,4 +1,4 @@
-//! What is particular to files: lengths on disk, holes, full file systems, block devices, flushes.
+//! `FileStorage`: length on disk, holes, full file systems, block devices, flushes, copy offload.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use qcow2_core::{HostOffset, Storage, StorageErrorKind, ZeroMode};
@@ -10,7 +10,7 @@ fn at(offset: u64) -> HostOffset {
     HostOffset::new(offset)
 }
 
-/// A directory on a real disk (not in memory).
+/// A directory on a real disk, not in memory.
 fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
@@ -20,7 +20,7 @@ fn create(path: &Path, mode: CacheMode) -> qcow2_io::FileStorage {
 }
 
 #[test]
-fn the_length_on_disk_is_the_length_told() {
+fn reported_length_is_the_length_on_disk() {
     for mode in [CacheMode::Writeback, CacheMode::None] {
         let dir = scratch();
         let path = dir.path().join("disk");
@@ -47,7 +47,7 @@ fn the_length_on_disk_is_the_length_told() {
 }
 
 #[test]
-fn a_direct_file_says_what_it_wants() {
+fn a_direct_file_reports_its_alignment() {
     let dir = scratch();
     let storage = create(&dir.path().join("disk"), CacheMode::None);
     let alignment = storage.limits().alignment;
@@ -55,11 +55,11 @@ fn a_direct_file_says_what_it_wants() {
     assert_eq!(create(&dir.path().join("other"), CacheMode::Writeback).limits().alignment, 1);
 }
 
-/// The kernel copies between files that both use the page cache, whatever stands around them; anything else
-/// is refused, and never by writing something else.
+/// The kernel copies between two files that both use the page cache, also through wrappers. Any other pair is
+/// refused without writing anything.
 #[cfg(target_os = "linux")]
 #[test]
-fn files_copy_from_files() {
+fn copy_offload_works_between_cached_files_only() {
     use std::sync::Arc;
     let dir = scratch();
     let source = create(&dir.path().join("source"), CacheMode::Writeback);
@@ -90,7 +90,7 @@ fn files_copy_from_files() {
     assert_eq!(refused(&target, &direct, 0, 4096), StorageErrorKind::Unsupported);
     assert_eq!(refused(&target, &memory, 0, 1), StorageErrorKind::Unsupported);
     assert_eq!(refused(&memory, &target, 0, 1), StorageErrorKind::Unsupported);
-    // Past the end of the source, and onto itself.
+    // Past the end of the source, and from a file to itself.
     assert_eq!(refused(&target, &source, 5999, 2), StorageErrorKind::Unsupported);
     assert_eq!(refused(&target, &target, 1, 4096), StorageErrorKind::Unsupported);
     drop(target);
@@ -100,7 +100,7 @@ fn files_copy_from_files() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn holes_cost_no_space_and_kept_zeroes_do() {
+fn holes_use_no_space_and_allocated_zeroes_do() {
     const MIB: u64 = 1 << 20;
     let dir = scratch();
     let storage = create(&dir.path().join("disk"), CacheMode::Writeback);
@@ -129,7 +129,7 @@ fn holes_cost_no_space_and_kept_zeroes_do() {
 }
 
 #[test]
-fn a_file_opened_for_reading_refuses_changes() {
+fn a_read_only_file_refuses_changes() {
     let dir = scratch();
     let path = dir.path().join("disk");
     std::fs::write(&path, [1; 100]).unwrap();
@@ -149,9 +149,8 @@ fn a_file_opened_for_reading_refuses_changes() {
     assert_eq!(std::fs::read(&path).unwrap(), [1; 100]);
 }
 
-/// Runs a program that needs the right to change the system, and returns what it says. `None`, a skip, where
-/// it is missing (a failure where tools are required) or where there is no such right, which could not be
-/// installed.
+/// Runs a program that needs administrator rights and returns its output. `None`, a skip, where the rights
+/// are missing, or the program is (a failure where tools are required).
 fn run(program: &str, args: &[&str]) -> Option<String> {
     let outcome = Tool::find(program)?.run_in(Path::new("/"), args);
     if outcome.code == Some(0) {
@@ -164,7 +163,7 @@ fn run(program: &str, args: &[&str]) -> Option<String> {
     None
 }
 
-/// A small memory file system, unmounted at the end.
+/// A small tmpfs, unmounted when dropped.
 struct Tmpfs(tempfile::TempDir);
 
 impl Tmpfs {
@@ -183,7 +182,7 @@ impl Drop for Tmpfs {
 }
 
 #[test]
-fn a_full_file_system_is_told_from_a_broken_one() {
+fn a_full_file_system_gives_no_space_and_not_io() {
     let Some(tmpfs) = Tmpfs::new("1m") else { return };
     let storage = create(&tmpfs.0.path().join("disk"), CacheMode::Writeback);
     let error = storage.write_at(at(0), &vec![1; 2 << 20]).unwrap_err();
@@ -197,7 +196,7 @@ fn a_full_file_system_is_told_from_a_broken_one() {
     storage.write_at(at(0), &[1; 4096]).unwrap();
 }
 
-/// A loop device over a file, let go at the end.
+/// A loop device over a file, detached when dropped.
 struct LoopDevice {
     path: PathBuf,
     _dir: tempfile::TempDir,
@@ -220,7 +219,7 @@ impl Drop for LoopDevice {
 }
 
 #[test]
-fn a_block_device_has_a_fixed_length() {
+fn a_block_device_has_a_fixed_size() {
     const LEN: u64 = 4 << 20;
     let Some(device) = LoopDevice::new(LEN) else { return };
     for mode in [CacheMode::Writeback, CacheMode::None] {
@@ -251,9 +250,9 @@ fn a_block_device_has_a_fixed_length() {
     }
 }
 
-/// File systems that do not do what is asked refuse it, and the file is as before either way.
+/// A file system either applies an attribute or refuses it; the content stays the same either way.
 #[test]
-fn wishes_about_the_disk_leave_the_file_alone() {
+fn allocation_hints_do_not_change_content() {
     let dir = scratch();
     let path = dir.path().join("disk");
     let storage = create(&path, CacheMode::Writeback);
@@ -267,10 +266,10 @@ fn wishes_about_the_disk_leave_the_file_alone() {
     assert_eq!(std::fs::read(&path).unwrap(), [&[0; 3][..], &[7; 10]].concat());
 }
 
-/// What was data once is not data for ever.
+/// A cached data extent must not hide holes that this storage made later.
 #[cfg(target_os = "linux")]
 #[test]
-fn holes_come_and_are_seen() {
+fn cached_extents_show_new_holes() {
     const MIB: u64 = 1 << 20;
     let dir = scratch();
     let changes: [fn(&qcow2_io::FileStorage); 4] = [
@@ -286,23 +285,23 @@ fn holes_come_and_are_seen() {
         let storage = create(&dir.path().join(index.to_string()), CacheMode::Writeback);
         let run = |offset: u64| storage.extent_at(at(offset), storage.len().unwrap() - offset).unwrap();
         storage.set_len(4 * MIB).unwrap();
-        // A file system that tells no holes has nothing to show here.
+        // A file system that reports no holes has nothing to test here.
         if run(0).data {
             println!("no holes here");
             return;
         }
         storage.write_at(at(0), &vec![7; 4 << 20]).unwrap();
-        // Where data end, which may be told in parts.
+        // End of the data at `offset`, which may be reported in several extents.
         let data_end = |mut offset: u64| {
             while offset < 4 * MIB && run(offset).data {
                 offset += run(offset).len;
             }
             offset
         };
-        // Asked from the start, so that all of it is known to be data.
+        // Queried from the start, so that the whole file is cached as data.
         assert_eq!((data_end(0), data_end(MIB + 4096)), (4 * MIB, 4 * MIB), "{index}");
         change(&storage);
-        // Zeroes that keep their space are data on some file systems and none on others.
+        // Allocated zeroes are data on some file systems and holes on others.
         if index < 3 {
             assert_eq!((run(MIB).data, data_end(0)), (false, MIB), "{index}");
         }

@@ -1,4 +1,4 @@
-//! The image locks, with qemu-io as the other program.
+//! Image locks against qemu-io.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -10,15 +10,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// One test at a time: a process that another test is just starting holds a copy of every open file for a
-/// moment, and its locks.
+/// Serializes the tests: a child process that another test is just starting holds a copy of every descriptor,
+/// and its locks, until exec.
 static ALONE: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An empty qcow2 image; `None`, with a word on why, where there is no qemu-io.
+/// An empty qcow2 image; `None`, after printing why, if qemu-io is missing.
 fn image() -> Option<(tempfile::TempDir, PathBuf)> {
     Qemu::find()?;
     let dir = tempfile::tempdir().unwrap();
@@ -28,14 +28,14 @@ fn image() -> Option<(tempfile::TempDir, PathBuf)> {
     Some((dir, path))
 }
 
-/// What qemu-io says when it opens the image, with all its options.
+/// Opens the image with qemu-io and `options`; the error is its output.
 fn qemu_io(path: &Path, options: &[&str]) -> Result<(), String> {
     let output =
         Command::new("qemu-io").args(["-c", "read -q 0 512"]).args(options).arg(path).output().unwrap();
     if output.status.success() { Ok(()) } else { Err(String::from_utf8(output.stderr).unwrap()) }
 }
 
-/// A qemu-io that has the image open until it is dropped.
+/// A qemu-io process that keeps the image open until it is dropped.
 struct Holder(Child);
 
 impl Holder {
@@ -48,7 +48,7 @@ impl Holder {
             .spawn()
             .unwrap();
         child.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
-        // It answers once the image is open, and keeps it open until its input ends.
+        // qemu-io answers once the image is open, and keeps it open until its input ends.
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         assert!(line.contains("iB"), "{line}");
@@ -69,13 +69,13 @@ fn refused(options: &OpenFile, path: &Path) -> OpenError {
     error
 }
 
-/// The text that the tools print after "can't open device NAME: ", from ours and from theirs.
+/// The text after "can't open device NAME: ", the same from qemu-io and from us.
 fn expected(path: &Path, lock: &str) -> String {
     format!("Failed to get {lock} lock\nIs another process using the image [{}]?", path.display())
 }
 
 #[test]
-fn qemu_respects_our_locks() {
+fn qemu_io_respects_our_locks() {
     let _alone = alone();
     let Some((_dir, path)) = image() else { return };
     let writer = OpenFile::writable().open(&path).unwrap();
@@ -101,7 +101,7 @@ fn qemu_respects_our_locks() {
 }
 
 #[test]
-fn we_respect_the_locks_of_qemu() {
+fn we_respect_the_locks_of_qemu_io() {
     let _alone = alone();
     let Some((_dir, path)) = image() else { return };
     let holder = Holder::new(&path, &[]);
@@ -126,7 +126,7 @@ fn we_respect_the_locks_of_qemu() {
 }
 
 #[test]
-fn a_locked_file_is_not_emptied() {
+fn a_locked_file_is_not_truncated() {
     let _alone = alone();
     let Some((_dir, path)) = image() else { return };
     let holder = Holder::new(&path, &[]);
@@ -137,7 +137,7 @@ fn a_locked_file_is_not_emptied() {
     drop(holder);
 }
 
-/// The bytes of `path` that anybody has locked.
+/// The bytes of `path` that any process has locked.
 fn locked_bytes(path: &Path) -> Vec<u64> {
     use std::os::unix::fs::MetadataExt;
     let inode = format!(":{}", std::fs::metadata(path).unwrap().ino());
@@ -154,13 +154,13 @@ fn locked_bytes(path: &Path) -> Vec<u64> {
 }
 
 #[test]
-fn our_lock_bytes_are_those_of_qemu() {
+fn our_lock_bytes_equal_those_of_qemu() {
     let _alone = alone();
     let Some((_dir, path)) = image() else { return };
     let writable = OpenFile::writable;
     let read_only = OpenFile::read_only;
     let shared = || read_only().with_locking(Locking::Shared);
-    // Each: our options, theirs, and whether the image is taken as raw bytes.
+    // Our options, qemu-io's options, and whether qemu-io opens the image as raw.
     let cases: [(OpenFile, &[&str], bool); 6] = [
         (writable(), &[], false),
         (read_only(), &["-r"], false),

@@ -1,4 +1,4 @@
-//! Files that are open together: none is written to and open a second time.
+//! `OpenFiles`: a file that is open for writing cannot be opened a second time, under any name.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
 
@@ -16,7 +16,7 @@ fn refused<T>(opened: Result<T, OpenError>) -> String {
     error.reason()
 }
 
-/// A folder with a file, a hard link and a symbolic one, and options that take no locks.
+/// A folder with a file, a hard link and a symbolic link to it, and options that take no locks.
 fn world(together: &OpenFiles) -> (tempfile::TempDir, OpenFile, OpenFile) {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("disk"), b"precious").unwrap();
@@ -27,7 +27,7 @@ fn world(together: &OpenFiles) -> (tempfile::TempDir, OpenFile, OpenFile) {
 }
 
 #[test]
-fn a_file_that_is_read_is_not_emptied_under_any_name() {
+fn a_file_open_for_reading_is_not_truncated_under_any_name() {
     let together = OpenFiles::new();
     let (dir, read, write) = world(&together);
     let at = |name: &str| dir.path().join(name);
@@ -47,7 +47,7 @@ fn a_file_that_is_read_is_not_emptied_under_any_name() {
         let reason = refused(again.open(&at("disk")));
         assert!(reason.ends_with("is being written to and cannot be opened again"), "{reason}");
     }
-    // Others have nothing to do with each other.
+    // A separate set does not conflict with this one.
     let others = OpenFiles::new();
     drop(read.clone().among(&others).open(&at("disk")).unwrap());
     drop(writer);
@@ -55,7 +55,7 @@ fn a_file_that_is_read_is_not_emptied_under_any_name() {
 }
 
 #[test]
-fn a_file_can_be_kept_without_being_open() {
+fn a_path_can_be_registered_without_opening_it() {
     let together = OpenFiles::new();
     let (dir, read, write) = world(&together);
     let at = |name: &str| dir.path().join(name);
@@ -71,9 +71,9 @@ fn a_file_can_be_kept_without_being_open() {
     together.hold_path(&at("soft"), "the base").unwrap_err();
 }
 
-/// The files that an image names are among them too, and a source whose format is probed.
+/// The files an image names join the set too, and so does a source whose format is probed.
 #[test]
-fn names_inside_images_are_no_way_around() {
+fn files_named_by_images_are_checked_too() {
     let together = OpenFiles::new();
     let (dir, read, write) = world(&together);
     let at = |name: &str| dir.path().join(name);

@@ -1,4 +1,4 @@
-//! Names inside images: where they lead, and where they must not.
+//! Names inside images: how they resolve, and which ones are refused.
 #![allow(clippy::unwrap_used)]
 
 use qcow2_core::{HostOffset, ImageFormat, Reference, ResolveError, ResolvedSource, Resolver};
@@ -13,7 +13,7 @@ fn backing<'a>(name: &'a str, format: Option<&'a str>) -> Reference<'a> {
     Reference::Backing { name, format }
 }
 
-/// A directory with an image in `images/`, a base beside it, and a secret next door.
+/// A directory with an image in `images/`, a base beside it, and a file in a neighbouring directory.
 fn world() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("images")).unwrap();
@@ -40,7 +40,7 @@ fn refusal(result: Result<ResolvedSource, ResolveError>) -> ResolveError {
 }
 
 #[test]
-fn relative_names_start_at_the_image() {
+fn relative_names_start_at_the_image_directory() {
     let world = world();
     let resolver = resolver(&world, Policy::Allow);
     for name in ["sub/base", "./sub/base", "file:sub/base"] {
@@ -49,7 +49,7 @@ fn relative_names_start_at_the_image() {
     let absolute = world.path().join("secret");
     let source = resolver.resolve(backing(absolute.to_str().unwrap(), None), false).unwrap();
     assert_eq!(content(&source), b"secret");
-    // The next name in the chain is relative to the file that gives it.
+    // The next name in the chain is relative to the image that contains it.
     let deeper = resolver.resolve(backing("sub/base", None), false).unwrap();
     let next = deeper.resolver.resolve(backing("base", None), false).unwrap();
     assert_eq!(content(&next), b"deeper");
@@ -58,7 +58,7 @@ fn relative_names_start_at_the_image() {
 }
 
 #[test]
-fn formats_are_recorded_or_probed() {
+fn the_recorded_format_wins_over_probing() {
     let world = world();
     let resolver = resolver(&world, Policy::Allow);
     let format = |recorded| resolver.resolve(backing("base", recorded), false).unwrap().format;
@@ -83,7 +83,7 @@ fn nothing_is_opened_by_default() {
 
 #[cfg(unix)]
 #[test]
-fn the_same_directory_means_just_that() {
+fn same_directory_excludes_subdirectories_parents_and_links() {
     let world = world();
     let resolver = resolver(&world, Policy::SameDirectory);
     let secret = world.path().join("secret");
@@ -101,19 +101,19 @@ fn the_same_directory_means_just_that() {
     assert_eq!(open_error(&error).kind(), OpenErrorKind::NotRegular);
 }
 
-/// The opening error below a refusal.
+/// The open error that a refusal wraps.
 fn open_error(error: &ResolveError) -> &OpenError {
     error.source().unwrap().downcast_ref().unwrap()
 }
 
 #[test]
-fn only_plain_local_names() {
+fn protocols_and_json_names_are_refused() {
     let world = world();
     let resolver = resolver(&world, Policy::Allow);
     for name in ["json:{}", "nbd://host/x", "http://x/y", "fat:dir", "foo:base", "", "a\0b"] {
         refusal(resolver.resolve(backing(name, Some("raw")), false));
     }
-    // A data file's name is never anything but a file name.
+    // A data file's name is always a plain path.
     let odd = resolver.resolve(Reference::DataFile { name: "json:{}" }, false).unwrap();
     assert_eq!(content(&odd), b"odd name");
     let missing = refusal(resolver.resolve(Reference::DataFile { name: "file:base" }, false));
@@ -121,7 +121,7 @@ fn only_plain_local_names() {
 }
 
 #[test]
-fn a_missing_file_can_be_told_in_the_words_of_qemu() {
+fn a_missing_file_has_qemus_message() {
     let resolver = FileResolver::new("some/where/top", Policy::Allow);
     let error = refusal(resolver.resolve(backing("nofile", None), false));
     assert!(!error.is_denied());
@@ -150,7 +150,7 @@ fn pipes_and_devices_are_not_opened() {
 }
 
 #[test]
-fn files_are_writable_where_that_is_asked_for() {
+fn data_files_open_for_writing_on_request() {
     let world = world();
     let resolver = resolver(&world, Policy::Allow);
     let data = resolver.resolve(Reference::DataFile { name: "base" }, true).unwrap();
@@ -162,18 +162,18 @@ fn files_are_writable_where_that_is_asked_for() {
     data.storage.write_at(HostOffset::new(0), b"x").unwrap_err();
 }
 
-/// What commit asks for: a backing file of either format that takes changes, while its own names stay
+/// As commit needs it: a backing file of either format opens for writing, and the files it names stay
 /// read-only.
 #[test]
-fn backing_files_are_writable_where_that_is_asked_for() {
+fn backing_files_open_for_writing_on_request() {
     let world = world();
     let resolver = resolver(&world, Policy::Allow);
     let base = resolver.resolve(backing("sub/base", Some("raw")), true).unwrap();
     base.storage.write_at(HostOffset::new(0), b"changed").unwrap();
     base.storage.flush().unwrap();
     assert_eq!(base.format, ImageFormat::Raw);
-    // QEMU's locks: while somebody writes, nobody else may, and nobody may read who wants no writers beside
-    // him. Other readers of a raw disk share it with its writers.
+    // QEMU's lock rules: while somebody writes, nobody else may write, and a reader that excludes writers may
+    // not open. Readers of a raw disk share it with its writers.
     refusal(resolver.resolve(backing("sub/base", Some("raw")), true));
     let top = world.path().join("images/top");
     fs::write(&top, b"top").unwrap();
@@ -188,14 +188,14 @@ fn backing_files_are_writable_where_that_is_asked_for() {
     base.storage.read_at(HostOffset::new(0), &mut seen).unwrap();
     assert_eq!(&seen, b"changed");
     drop(base);
-    // A policy that denies, denies a writer too.
+    // [`Policy::Deny`] applies to writing too.
     let denied = FileResolver::new(world.path().join("images/top"), Policy::Deny)
         .resolve(backing("sub/base", Some("raw")), true);
     assert!(refusal(denied).is_denied());
 }
 
 #[test]
-fn a_named_format_is_not_probed() {
+fn a_given_format_is_not_probed() {
     let world = world();
     let path = world.path().join("images/base");
     let options = SourceOptions::new(OpenFile::read_only()).with_format(ImageFormat::Raw);

@@ -1,10 +1,10 @@
-//! Checks an image on all processors: `cargo run --release -p qcow2-ops --example check -- disk.qcow2
+//! Checks an image with all processors: `cargo run --release -p qcow2-ops --example check -- disk.qcow2
 //! [THREADS]`.
 #![allow(
     clippy::disallowed_methods,
     clippy::disallowed_types,
     clippy::print_stdout,
-    reason = "a program chooses its own files, threads and clock"
+    reason = "a program opens files, starts threads and reads the clock"
 )]
 
 use qcow2_io::OpenFile;

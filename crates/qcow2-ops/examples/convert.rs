@@ -1,8 +1,8 @@
-//! Converts a disk on all processors, with files and threads that this program chooses.
+//! Converts a disk with all processors; this program opens the files and starts the threads.
 //!
 //! ```text
-//! cargo run -p qcow2-ops --example convert                          # a sample disk of its own
-//! # or yours; the target's name says its format
+//! cargo run -p qcow2-ops --example convert                          # converts a generated sample disk
+//! # or your own; the format follows from the target's extension
 //! cargo run -p qcow2-ops --example convert -- disk.raw disk.qcow2
 //! cargo run -p qcow2-ops --example convert -- -c disk.raw disk.qcow2
 //! ```
@@ -10,7 +10,7 @@
     clippy::disallowed_methods,
     clippy::disallowed_types,
     clippy::print_stdout,
-    reason = "a program chooses its own files, threads and clock"
+    reason = "a program opens files, starts threads and reads the clock"
 )]
 
 use qcow2_codec::{Deflate, Zstd};
@@ -76,7 +76,7 @@ fn sample(request: &Request) -> Result<(), Box<dyn Error>> {
     std::fs::write(&raw, &bytes)?;
     convert_file(request, &raw, &image)?;
     convert_file(request, &image, &back)?;
-    assert!(std::fs::read(&back)? == bytes, "the same bytes came back");
+    assert!(std::fs::read(&back)? == bytes, "the round trip changed the disk");
     Ok(())
 }
 

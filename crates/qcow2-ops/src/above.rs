@@ -1,23 +1,25 @@
-//! Some layers of a chain without what lies below them.
+//! The upper layers of a backing chain as one disk, without the layers below them.
 
 use qcow2_core::{
     DiskExtent, Error, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Result, ZeroMode,
 };
 use std::sync::Arc;
 
-/// Layers, top first, that were opened each on its own. For reading: what none of them has is unallocated,
-/// and reading it is an error. Bytes past the end of a lower layer are zeroes, as they are in the chain.
+/// Read-only view of `layers`, top first, each opened without its backing file. Bytes that none of them
+/// allocates are unallocated, and reading them is an error. Past the end of a lower layer reads as zeroes, as
+/// in the chain.
 pub(crate) struct Above {
     layers: Vec<Arc<dyn GuestDisk>>,
 }
 
 impl Above {
-    /// `layers`: at least one.
+    /// `layers`: at least one, top first.
     pub(crate) fn new(layers: &[Arc<dyn GuestDisk>]) -> Self {
         Self { layers: layers.to_vec() }
     }
 
-    /// The first layer that has something to say about the bytes from `range.start()` on, and what it says.
+    /// The first layer that allocates the bytes at `range.start()`, and its extent. The extent is cut where a
+    /// layer above starts to allocate.
     fn find(&self, range: GuestRange) -> Result<(Option<&Arc<dyn GuestDisk>>, DiskExtent)> {
         let (start, mut len) = (range.start(), range.len());
         for layer in &self.layers {
@@ -30,6 +32,8 @@ impl Above {
             if extent.state != ExtentState::Unallocated {
                 return Ok((Some(layer), extent));
             }
+            // A layer above may allocate the bytes after this extent, so the layers below must not answer for
+            // them.
             len = extent.len;
         }
         Ok((None, DiskExtent { len, state: ExtentState::Unallocated }))
@@ -52,7 +56,7 @@ impl GuestDisk for Above {
                 (_, ExtentState::Zero { .. }) => now.fill(0),
                 (Some(layer), _) => layer.read_at(here, now)?,
                 (None, _) => {
-                    let message = format!("byte {at} is in none of these layers");
+                    let message = format!("guest offset {at:#x} is not allocated in any of these layers");
                     return Err(Error::new(ErrorKind::Resolve, message));
                 }
             }
@@ -92,7 +96,7 @@ impl GuestDisk for Above {
 }
 
 fn read_only() -> Error {
-    Error::new(ErrorKind::ReadOnly, "these layers are for reading only")
+    Error::new(ErrorKind::ReadOnly, "this view of the layers is read-only")
 }
 
 #[cfg(test)]
@@ -101,7 +105,7 @@ mod tests {
     use crate::testing::TestDisk;
 
     #[test]
-    fn each_byte_comes_from_the_first_layer_that_has_it() {
+    fn bytes_come_from_the_first_allocating_layer() {
         let layer = |byte, states: &str| -> Arc<dyn GuestDisk> {
             let disk = TestDisk::data(vec![byte; states.len() * 512]);
             disk.set_states(states);

@@ -1,4 +1,4 @@
-//! Changing what an image is: its version, its features, its size.
+//! Amends an image: format version, features, refcount width, size, key slots.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::{KeySlots, Reopen};
@@ -12,55 +12,55 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 
-/// What is to be different; `None` leaves a thing as it is.
+/// The changes to make; `None` leaves a property unchanged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct AmendOptions {
-    /// The version of the format.
+    /// The format version.
     pub version: Option<Version>,
-    /// Whether refcounts may be brought up to date later.
+    /// Allow refcount updates to be postponed while the image is open (lazy refcounts).
     pub lazy_refcounts: Option<bool>,
-    /// Bits of a refcount.
+    /// Refcount width in bits.
     pub refcount_bits: Option<u64>,
-    /// Bytes of the disk; it may get shorter.
+    /// Virtual size in bytes; may shrink the disk.
     pub size: Option<u64>,
-    /// The external data file's name; empty: none is recorded.
+    /// Name of the external data file; empty removes the recorded name.
     pub data_file: Option<String>,
-    /// Whether the external data file is the guest disk byte for byte; can be given up only.
+    /// Whether the external data file is a raw copy of the guest disk; can only be turned off.
     pub data_file_raw: Option<bool>,
-    /// The backing file's name; must be the one there is.
+    /// Name of the backing file; must equal the current one.
     pub backing_file: Option<String>,
-    /// The backing file's format; must be the one there is.
+    /// Format of the backing file; must equal the current one.
     pub backing_format: Option<String>,
 }
 
-/// Why an image cannot be amended as asked; it is as before.
+/// Why an image cannot be amended as requested. The image is unchanged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// No power of two up to 64.
+    /// The refcount width is not a power of two up to 64.
     RefcountBits(u64),
-    /// Other refcounts than those of 16 bits are for version 3.
+    /// Refcount widths other than 16 bits need version 3.
     RefcountBitsNeedVersion3,
-    /// A data file's name for an image without one.
+    /// A data file name was given for an image without a data file.
     NoDataFile,
-    /// An existing data file is not made raw.
+    /// An existing data file cannot be declared raw.
     DataFileRaw,
-    /// Another backing file: that is a rebase.
+    /// The backing file differs from the current one; use rebase.
     BackingFile,
-    /// Lazy refcounts are for version 3.
+    /// Lazy refcounts need version 3.
     LazyRefcountsNeedVersion3,
-    /// Version 2 has no data files.
+    /// Version 2 has no external data file.
     DowngradeDataFile,
-    /// Version 2 has none of these incompatible features.
+    /// Version 2 has no incompatible features; the bits that are set.
     DowngradeFeatures(u64),
-    /// Version 2 has refcounts of 16 bits.
+    /// Version 2 only has 16-bit refcounts.
     DowngradeRefcountBits,
-    /// A snapshot does not fit into version 2.
+    /// A snapshot cannot be represented in version 2.
     DowngradeSnapshots,
-    /// Key slots of an image that is not encrypted.
+    /// The image is not encrypted, so it has no key slots.
     NotEncrypted,
-    /// Key slots of an image whose encryption has none.
+    /// The encryption method has no key slots.
     NoKeySlots,
 }
 
@@ -89,19 +89,19 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Makes the image what `options` ask for, from the first check to the close. `disk`: the image, open for
-/// writing with its chain; it is dropped before `reopen` is asked, which happens after each step that makes
-/// another image of it (another version, another refcount width). `slots`: key slots that change too. What is
-/// impossible is refused before anything changes.
+/// Amends an image, from the first check to the close. `disk`: the image, opened for writing with its backing
+/// chain. Some steps (version, refcount width) rewrite so much that the image must be opened again; `amend`
+/// then drops `disk` and calls `reopen`. `slots`: key slots to change as well. Impossible requests are
+/// refused before anything changes.
 ///
-/// Disk: the key slots, then the steps in the order that makes each possible: upgrade, refcount width, header
-/// fields, size, downgrade; see the engine's calls. Every step is durable before the next begins, and a power
-/// cut leaves the image between two steps. The image is closed in the end, whatever happened. `progress`
-/// counts refcount blocks and tables, in no unit that means bytes.
+/// Disk: writes the key slots, then the steps in the only order that works: upgrade, refcount width, header
+/// fields, size, downgrade; see the engine's methods. Each step is durable before the next begins, so a power
+/// cut leaves the image between two steps. The image is closed at the end, also after an error. `progress`
+/// counts refcount blocks and tables, not bytes.
 ///
-/// Errors: `Unsupported` for a disk that is no qcow2 image; `InvalidOption` with a [`Refusal`] or a
-/// [`resize::Refusal`](crate::resize::Refusal) below; `Open` with the caller's error; `Write` with the
-/// engine's or, for key slots, the caller's; `Stopped`, the image being before or between two steps.
+/// Errors: `Unsupported` for a disk that is not a qcow2 image; `InvalidOption` with a [`Refusal`] or a
+/// [`resize::Refusal`](crate::resize::Refusal) as source; `Open` with the error of `reopen`; `Write` with the
+/// engine's error or, for key slots, that of `slots`; `Stopped`, with the image before or between two steps.
 pub fn amend(
     mut disk: Arc<dyn GuestDisk>,
     reopen: &dyn Reopen,
@@ -118,7 +118,7 @@ pub fn amend(
             .and_then(|()| step(image, options, progress).map_err(step_failed));
         match stepped {
             Ok(Amended::Done) => return close(image).map_err(step_failed),
-            // The image takes no further changes; its locks must go before they are taken anew.
+            // The image must be opened again. Drop it first, so that its file locks are free.
             Ok(Amended::Again) => drop(disk),
             Err(error) => {
                 let _ = close(image);
@@ -131,12 +131,12 @@ pub fn amend(
     }
 }
 
-/// Whether all is done.
+/// What is left to do after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Amended {
-    /// Everything is as asked for; the image may be closed.
+    /// Nothing: the image can be closed.
     Done,
-    /// The image is another now and takes no further changes.
+    /// The step changed the image so much that it must be opened again for the rest.
     Again,
 }
 
@@ -160,7 +160,7 @@ fn change_slots(image: &Image, slots: &dyn KeySlots) -> Result<()> {
         .map_err(|e| Error::new(ErrorKind::Write, "changing key slots").with_boxed_source(e))
 }
 
-/// Where the encryption header with the key slots of `image` is.
+/// Host offset of the encryption header with the key slots of `image`.
 fn volume(image: &Image) -> Result<HostOffset, Refusal> {
     let header = image.header();
     match (header.crypt_method, header.extensions.luks) {
@@ -170,7 +170,8 @@ fn volume(image: &Image) -> Result<HostOffset, Refusal> {
     }
 }
 
-/// Whether `image` can be amended so; changes nothing. Errors: `InvalidOption` as [`amend`]'s.
+/// Checks whether `image` can be amended as requested. Changes nothing. Errors: as [`amend`]'s
+/// `InvalidOption`.
 fn check(image: &Image, options: &AmendOptions) -> Result<()> {
     let refused = |refusal| Error::new(ErrorKind::InvalidOption, "amending").with_source(refusal);
     check_features(image, options).map_err(refused)?;
@@ -260,7 +261,7 @@ fn check_features(image: &Image, options: &AmendOptions) -> Result<(), Refusal> 
     Ok(())
 }
 
-/// What version 2 cannot say.
+/// Checks that version 2 can represent the image.
 fn check_downgrade(image: &Image, options: &AmendOptions) -> Result<(), Refusal> {
     let header = image.header();
     if options.version.is_none_or(|wanted| wanted >= header.version) {
@@ -269,7 +270,7 @@ fn check_downgrade(image: &Image, options: &AmendOptions) -> Result<(), Refusal>
     if header.has_data_file() {
         return Err(Refusal::DowngradeDataFile);
     }
-    // The compression type may go where nothing is compressed, which the engine looks for.
+    // The compression type bit may be set if no cluster is compressed; the engine checks that.
     let may_go = IncompatibleFeatures::DIRTY.bits() | IncompatibleFeatures::COMPRESSION_TYPE.bits();
     let features = IncompatibleFeatures::from_bits(header.incompatible_features.bits() & !may_go);
     if !features.is_empty() {
@@ -310,12 +311,12 @@ mod tests {
 
     impl KeySlots for Refuse {
         fn change(&self, _: &dyn Storage, _: HostOffset) -> Result<(), CallerError> {
-            panic!("the slots of an image without encryption are not changed");
+            panic!("key slots changed in an image without encryption");
         }
     }
 
     #[test]
-    fn each_step_that_makes_another_image_opens_it_anew() {
+    fn version_and_width_changes_reopen_the_image() {
         let storage = image();
         let opened = AtomicUsize::new(0);
         let reopen = || {
@@ -329,7 +330,7 @@ mod tests {
         let disk = open(&storage);
         let image = disk.as_image().unwrap();
         assert_eq!((image.size(), image.geometry().refcount_width().bits()), (2 << 20, 64));
-        assert!(!image.header().is_dirty(), "closed in the end");
+        assert!(!image.header().is_dirty(), "the image was closed");
         let back = AmendOptions { version: Some(Version::V2), ..AmendOptions::default() };
         let refused = amend(disk, &reopen, &back, None, &Silent).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::InvalidOption);
@@ -340,22 +341,22 @@ mod tests {
     }
 
     #[test]
-    fn what_the_caller_cannot_open_is_its_own_error() {
+    fn failed_reopen_keeps_the_callers_error() {
         let storage = image();
         let reopen = || Err(std::io::Error::other("locked").into());
         let options = AmendOptions { refcount_bits: Some(1), ..AmendOptions::default() };
         let error = amend(open(&storage), &reopen, &options, None, &Silent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Open);
         assert_eq!(error.caller_error::<std::io::Error>().unwrap().to_string(), "locked");
-        // What was done until then stays, and is whole.
+        // The step before the failed reopen is complete and stays.
         let disk = open(&storage);
         assert_eq!(disk.as_image().unwrap().geometry().refcount_width().bits(), 1);
     }
 
     #[test]
-    fn key_slots_of_an_image_without_encryption_are_refused_before_anything_changes() {
+    fn key_slots_without_encryption_are_refused_before_any_change() {
         let storage = image();
-        let reopen = || -> Result<Arc<dyn GuestDisk>, CallerError> { panic!("not opened anew") };
+        let reopen = || -> Result<Arc<dyn GuestDisk>, CallerError> { panic!("must not reopen") };
         let options = AmendOptions { size: Some(2 << 20), ..AmendOptions::default() };
         let error = amend(open(&storage), &reopen, &options, Some(&Refuse), &Silent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidOption);

@@ -1,4 +1,4 @@
-//! Requests one after the other at equal steps, to see how many a disk serves. The clock is the caller's.
+//! Sends requests at equal distances, to measure how many a disk serves. The caller measures the time.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
@@ -7,28 +7,28 @@ use qcow2_core::{GuestDisk, GuestOffset};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
-/// What to ask of the disk.
+/// The requests to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BenchOptions {
-    /// How many requests.
+    /// Number of requests.
     pub count: u64,
-    /// Bytes of a request, at least 1.
+    /// Length of a request in bytes, at least 1.
     pub buffer_size: u64,
-    /// Bytes from the start of one request to the start of the next; offsets go round at the end of the disk.
+    /// Distance between the starts of two requests in bytes. Offsets wrap around at the end of the disk.
     pub step: u64,
-    /// Where the first request is.
+    /// Guest offset of the first request.
     pub start: u64,
-    /// The byte to write; `None` reads.
+    /// Byte to write; `None` reads.
     pub pattern: Option<u8>,
-    /// A flush follows every so many requests; `None`: no flush.
+    /// Number of requests between two flushes; `None`: no flushes.
     pub flush_interval: Option<u64>,
-    /// Whether a flush waits until no request is running, as one that cares for their order would.
+    /// Wait until no request is running before each flush, like a guest that orders its writes.
     pub drain: bool,
 }
 
 impl BenchOptions {
-    /// 75000 reads of 4096 bytes each, one behind the other.
+    /// 75000 consecutive reads of 4096 bytes.
     pub fn new() -> Self {
         Self {
             count: 75_000,
@@ -53,14 +53,13 @@ struct Run<'a> {
     options: &'a BenchOptions,
     progress: &'a dyn Progress,
     next: AtomicU64,
-    /// Held for reading by a request, for writing by a flush that drains.
+    /// Locked for reading by each request, and for writing by a flush that drains.
     requests: RwLock<()>,
     failed: Mutex<Option<Error>>,
 }
 
-/// Sends the requests; as many run at the same time as `executor` has workers. Disk: reads or overwrites
-/// guest bytes; what was written is flushed only where the options say so. Errors: `Read`, `Write` of the
-/// first request that failed.
+/// Sends the requests, one at a time per worker of `executor`. Disk: reads or overwrites guest bytes; writes
+/// are flushed only as the options say. Errors: `Read` or `Write` of the first request that failed.
 pub fn bench(
     disk: &dyn GuestDisk,
     options: &BenchOptions,
@@ -116,7 +115,7 @@ impl Run<'_> {
         self.disk.flush().map_err(|e| Error::new(ErrorKind::Write, "flush failed").with_source(e))
     }
 
-    /// Where request `index` is: past the end it goes on at the start. One that the end cuts is an error.
+    /// Guest offset of request `index`. Wraps around past the end; a request that crosses the end fails.
     fn offset(&self, index: u64) -> GuestOffset {
         let size = self.disk.size();
         let at = u128::from(self.options.start) + u128::from(index) * u128::from(self.options.step);
@@ -135,26 +134,26 @@ mod tests {
     use crate::testing::{TestDisk, Threads};
 
     #[test]
-    fn requests_go_round_at_the_end() {
+    fn requests_wrap_around_at_the_end() {
         for workers in [1, 3] {
             let disk = TestDisk::data(vec![0; 12_288]);
             let options =
                 BenchOptions { count: 5, pattern: Some(7), flush_interval: Some(2), ..BenchOptions::new() };
             bench(&disk, &options, &Threads(workers), &Silent).unwrap();
             let bytes = disk.bytes.lock().unwrap();
-            assert!(bytes.iter().all(|&b| b == 7), "the first three reach the end");
+            assert!(bytes.iter().all(|&b| b == 7), "the first three requests cover the disk");
         }
     }
 
     #[test]
-    fn a_request_that_the_end_cuts_fails() {
+    fn request_across_the_end_fails() {
         let options = BenchOptions { count: 3, ..BenchOptions::new() };
         let error = bench(&TestDisk::data(vec![0; 10_000]), &options, &Inline, &Silent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Read);
     }
 
     #[test]
-    fn a_start_past_the_end_fails() {
+    fn start_past_the_end_fails() {
         let options = BenchOptions { start: 20_000, ..BenchOptions::new() };
         let error = bench(&TestDisk::data(vec![0; 10_000]), &options, &Inline, &Silent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Read);

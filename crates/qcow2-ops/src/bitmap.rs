@@ -1,37 +1,38 @@
-//! Persistent bitmaps: made, changed, merged, and copied from one image to another.
+//! Persistent bitmaps: create, change, merge, and copy between images.
 
 use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::{ErrorKind as CoreErrorKind, Image};
 
-/// Something that is done to one bitmap.
+/// An operation on one bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BitmapAction {
-    /// Makes it, enabled and without marks. `granularity`: bytes a bit stands for, a power of two from 512 to
-    /// 2^31; `None`: the cluster size, but at least 4 and at most 64 KiB.
+    /// Creates the bitmap, enabled and with all bits clear. `granularity`: guest bytes per bit, a power of
+    /// two from 512 to 2^31; `None`: the cluster size, clamped to 4 KiB..=64 KiB.
     Add {
-        /// Bytes a bit stands for.
+        /// Guest bytes per bit.
         granularity: Option<u64>,
     },
-    /// Deletes it.
+    /// Deletes the bitmap.
     Remove,
-    /// Takes all marks out.
+    /// Clears all bits.
     Clear,
-    /// Lets it record changes.
+    /// Starts recording writes.
     Enable,
-    /// Lets it record no more changes.
+    /// Stops recording writes.
     Disable,
-    /// Marks everything that the bitmap of this name marks, too.
+    /// Sets all bits that are set in the source bitmap.
     Merge {
-        /// The other bitmap, of the other image where there is one.
+        /// Name of the source bitmap, in the other image if one is given.
         source: String,
     },
 }
 
-/// Does `action` to the bitmap `name` of `image`. `other`: the image that holds the source of a merge;
-/// `None`: `image` itself. Disk: reads bitmaps; they are stored when the image is closed.
+/// Applies `action` to bitmap `name` of `image`. `other`: the image with the source bitmap of a merge;
+/// `None`: `image` itself. Disk: reads bitmaps; changes are stored when the image is closed.
 ///
-/// Errors: `NotFound`; `InvalidOption` for what cannot be; `Unsupported` where the image cannot have bitmaps;
-/// `Metadata` otherwise, an inconsistent bitmap among it. The engine's error is below and names the bitmap.
+/// Errors: `NotFound`; `InvalidOption` for invalid values and names in use; `Unsupported` if the image cannot
+/// have bitmaps; `Metadata` otherwise, for example for an inconsistent bitmap. The engine's error is the
+/// source and names the bitmap.
 pub fn change_bitmap(image: &Image, name: &str, action: &BitmapAction, other: Option<&Image>) -> Result<()> {
     let name = name.as_bytes();
     let done = match action {
@@ -49,9 +50,9 @@ pub fn change_bitmap(image: &Image, name: &str, action: &BitmapAction, other: Op
     done.map_err(failed)
 }
 
-/// Copies all bitmaps of `from` into `to`, a disk of the same size, with granularity, marks, and whether they
-/// record. Returns the names of inconsistent ones, which are left out with `skip_broken` and else an error
-/// before anything is done. Disk: reads bitmaps; they are stored when `to` is closed. Errors: as
+/// Copies all bitmaps of `from` to `to`, a disk of the same size, with granularity, bits and enabled state.
+/// Inconsistent bitmaps are an error before anything is changed; with `skip_broken` they are left out and
+/// their names returned. Disk: reads bitmaps; the copies are stored when `to` is closed. Errors: as
 /// [`change_bitmap`].
 pub fn copy_bitmaps(from: &Image, to: &Image, skip_broken: bool) -> Result<Vec<String>> {
     let bitmaps = from.bitmaps().map_err(failed)?;

@@ -1,14 +1,14 @@
-//! Large buffers that start on a page.
+//! Large page-aligned buffers.
 //!
-//! What comes from the allocator in this size starts 16 bytes behind a page, and some processors (AMD's third
-//! Zen) then copy between it and the page cache at a third of the speed.
+//! The allocator returns buffers of this size 16 bytes past a page boundary. Some processors (AMD Zen 3) copy
+//! between such a buffer and the page cache at a third of the speed.
 
 use std::ops::{Deref, DerefMut};
 
-/// Where a buffer starts: a multiple of this.
+/// Alignment of a buffer in bytes.
 const PAGE: usize = 4096;
 
-/// Bytes that are used again and again, the first of them on a page.
+/// A reusable buffer whose first byte is page-aligned.
 #[derive(Debug, Default)]
 pub(crate) struct PageBuffer {
     bytes: Vec<u8>,
@@ -17,11 +17,11 @@ pub(crate) struct PageBuffer {
 }
 
 impl PageBuffer {
-    /// Makes it `len` bytes. They have any content.
+    /// Sets the length in bytes. The contents are unspecified.
     pub(crate) fn set_len(&mut self, len: usize) {
         if self.start + len > self.bytes.len() {
-            // A new one rather than a longer one: there is nothing worth copying, and zero pages come for
-            // free.
+            // Allocate a new buffer instead of growing the old one: there is nothing worth copying, and fresh
+            // zero pages are free.
             self.bytes = vec![0; len + PAGE];
             self.start = self.bytes.as_ptr().align_offset(PAGE).min(PAGE);
         }
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn starts_on_a_page_and_has_the_asked_length() {
+    fn buffer_is_page_aligned_with_the_requested_length() {
         let mut buffer = PageBuffer::default();
         assert!(buffer.is_empty());
         for len in [1, 4096, 100, 1 << 20, 0, (1 << 20) + 1] {

@@ -1,13 +1,13 @@
-//! Checks an image: every reference against the refcounts, every copied flag, every entry's form. Reports
-//! only.
+//! Checks an image: every reference against the refcounts, every copied flag, every entry's validity. Never
+//! repairs.
 //!
-//! The counts, the statistics and the order of the findings are those of `qemu-img check`; the findings are
-//! values, so that a caller can print its words. What is different: an L1 entry or an L2 table that makes no
-//! sense is not followed, and damaged bitmaps are findings (QEMU refuses to open the image).
+//! Counts, statistics and the order of findings are those of `qemu-img check`. Findings are values, so that a
+//! caller can print its own messages. Two differences: an invalid L1 entry or L2 table is not followed, and
+//! damaged bitmaps are findings (QEMU refuses to open the image).
 //!
-//! Memory is bounded by named limits, whatever the tables say: counts for a window of the file at a time
-//! ([`MAX_COUNTERS_SIZE`]), one batch of L1 entries, a piece of a table for each worker, and the findings
-//! asked for.
+//! Memory is bounded by named limits, whatever the tables contain: reference counts for one window of the
+//! file at a time ([`MAX_COUNTERS_SIZE`]), one batch of L1 entries, a piece of a table per worker, and the
+//! requested number of findings.
 
 mod collect;
 pub(crate) mod counters;
@@ -34,21 +34,21 @@ use shared::Shared;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes of memory for counting references. A larger file is checked window by window: 4 TiB at a time with
-/// clusters of 64 KiB and 16-bit refcounts.
+/// Memory for reference counts in bytes. A larger file is checked in windows: 4 TiB at a time with 64 KiB
+/// clusters and 16-bit refcounts.
 pub const MAX_COUNTERS_SIZE: u64 = 128 << 20;
 
-/// The most clusters that a file may have to be checked. Origin: QEMU.
+/// The most clusters of a file that can be checked. Origin: QEMU.
 pub const MAX_CLUSTERS: u64 = i32::MAX as u64;
 
-/// How an image is checked.
+/// Options of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CheckOptions {
-    /// How many findings the report lists; all are counted.
+    /// Number of findings listed in the report; all are counted.
     pub max_findings: usize,
-    /// Bytes of memory for counting references, at most [`MAX_COUNTERS_SIZE`]; less means more passes over
-    /// the tables. Never less than what one refcount block counts, which is 128 KiB by default.
+    /// Memory for reference counts in bytes, at most [`MAX_COUNTERS_SIZE`]. Less memory means more passes
+    /// over the tables. The minimum is the counts for one refcount block, 128 KiB by default.
     pub counters_size: u64,
 }
 
@@ -58,47 +58,47 @@ impl Default for CheckOptions {
     }
 }
 
-/// What a check found.
+/// The result of a check.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CheckReport {
-    /// Findings that mean damage.
+    /// Number of corruptions, repeats included.
     pub corruptions: u64,
-    /// Clusters whose refcount is above their references.
+    /// Number of clusters whose refcount is above their references.
     pub leaks: u64,
-    /// Things that could not be checked.
+    /// Number of things that could not be checked.
     pub check_errors: u64,
     /// The first findings, in QEMU's order.
     pub findings: Vec<Found>,
-    /// How many findings are not listed.
+    /// Number of findings that are not listed.
     pub omitted: u64,
-    /// Whether refcount table and blocks cannot be repaired in place.
+    /// True if the refcount table or blocks cannot be repaired in place and must be rebuilt.
     pub needs_rebuild: bool,
-    /// Whether references could not be counted, because nobody knows what the snapshots refer to: then leaks
-    /// and refcounts were not looked at, and the numbers below are 0.
+    /// True if references could not be counted, because the snapshot table is unreadable. Refcounts and leaks
+    /// were not checked then, and the numbers below are 0.
     pub incomplete: bool,
-    /// Clusters of the guest disk.
+    /// Number of guest clusters.
     pub total_clusters: u64,
-    /// Guest clusters that have a place in the file, be it compressed or preallocated.
+    /// Guest clusters with a host offset, including compressed and preallocated ones.
     pub allocated_clusters: u64,
-    /// Those of them that do not follow the one before, and all compressed ones.
+    /// Allocated clusters that do not follow the previous one in the file, and all compressed ones.
     pub fragmented_clusters: u64,
-    /// Those of them that are compressed.
+    /// Allocated clusters that are compressed.
     pub compressed_clusters: u64,
-    /// The end of the last cluster in use, in bytes; may be past the end of the file.
+    /// End of the last used host cluster in bytes; may be past the end of the file.
     pub image_end_offset: u64,
-    /// Whether the dirty bit is set: refcounts may be stale then, and that is no damage.
+    /// True if the dirty bit is set. Refcounts may then be stale, which is not damage.
     pub dirty: bool,
-    /// Whether the corrupt bit is set.
+    /// True if the corrupt bit is set.
     pub corrupt: bool,
 }
 
-/// Checks the image in `storage`, which nobody changes meanwhile: what an open image holds in memory must be
-/// flushed. External data and backing files are not looked at. `executor` runs the workers, `progress` counts
-/// bytes of tables.
+/// Checks the image in `storage`. Nobody may change it meanwhile: an open image must be flushed first. The
+/// external data file and backing files are not read. `executor` runs the workers; `progress` counts bytes of
+/// tables.
 ///
-/// Disk: reads all tables, some of them twice; never writes. Errors: `Metadata` where the header is not
-/// accepted or the storage fails, `Unsupported` for files of more than [`MAX_CLUSTERS`] clusters, `Stopped`.
+/// Disk: reads all tables, some of them twice; never writes. Errors: `Metadata` if the header is invalid or
+/// the storage fails, `Unsupported` for a file of more than [`MAX_CLUSTERS`] clusters, `Stopped`.
 ///
 /// Spec: "Cluster mapping", "Host cluster management", "Snapshots", "Bitmaps".
 pub fn check(
@@ -213,7 +213,7 @@ fn metadata_error(error: qcow2_core::Error) -> Error {
     Error::new(ErrorKind::Metadata, "checking the image").with_source(error)
 }
 
-/// The tables that are small or can be laid over each other, read once.
+/// The small tables, and those that may overlap; read once before the passes.
 struct Tables {
     refcounts: Vec<u64>,
     snapshot_table_len: u64,
@@ -222,7 +222,7 @@ struct Tables {
 }
 
 impl Tables {
-    /// Reads them and notes what is wrong. `None` where the snapshot table cannot be read.
+    /// Reads the tables and records their faults. `None` if the snapshot table cannot be read.
     fn read(walk: &Walk<'_>, shared: &Shared<'_>) -> Result<Option<Self>> {
         let header = walk.header();
         let mut order = 0;
@@ -255,24 +255,23 @@ impl Tables {
     }
 }
 
-/// One pass over all tables, for a window of the file.
+/// One pass over all tables, for one window of the file.
 struct Pass<'a> {
     walk: &'a Walk<'a>,
     shared: &'a Shared<'a>,
     stored: Stored<'a>,
     counters: Counters,
     statistics: &'a Statistics,
-    /// Whether this is the first pass: the only one that looks at the form of entries and at what is outside
-    /// the file.
+    /// True in the first pass, the only one that reports invalid entries and references outside the file.
     first: bool,
-    /// Clusters of the file.
+    /// Number of clusters in the file.
     clusters: u64,
-    /// Bytes of tables that the check is known to read so far.
+    /// Bytes of tables that the check has to read, as known so far.
     expected: &'a AtomicU64,
 }
 
 impl Pass<'_> {
-    /// Returns one more than the highest cluster of the window that is used.
+    /// Returns the end (exclusive) of the used clusters in this window.
     fn run(&self, tables: &Tables) -> Result<u64> {
         self.count_references(tables)?;
         self.stored.compare(self.shared, &self.counters, self.clusters)
@@ -294,31 +293,31 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Tells the progress about more bytes of tables.
+    /// Adds bytes of tables to the progress total.
     fn expect_bytes(&self, bytes: u64) {
         let total = self.expected.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
         self.shared.progress.set_total(total);
     }
 
-    /// Notes a finding about an entry's form: in the first pass only.
+    /// Records an invalid entry, in the first pass only.
     fn fault(&self, key: Key, finding: Finding, times: u64) {
         if self.first {
             self.shared.found(key, finding, times);
         }
     }
 
-    /// Whether this pass is the one to judge what refers to `cluster`: one of the window, or in the first
-    /// pass one outside the file.
+    /// True if this pass checks references to `cluster`: it is in the window, or past the end of the file in
+    /// the first pass.
     fn judges(&self, cluster: u64) -> bool {
         self.counters.window().contains(&cluster) || (self.first && cluster > self.clusters)
     }
 
-    /// Counts a reference.
+    /// Counts one reference.
     fn refer(&self, reference: Reference, key: Key) {
         self.refer_run(reference, 1, key);
     }
 
-    /// Counts `count` references that follow each other from `reference` on; more than one only of whole
+    /// Counts `count` consecutive references starting with `reference`; `count` above 1 only for whole
     /// clusters.
     fn refer_run(&self, reference: Reference, count: u64, key: Key) {
         let geometry = self.walk.geometry();
@@ -337,7 +336,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Adds to the counts of `clusters`.
+    /// Adds `times` to the reference counts of `clusters`.
     fn count(&self, clusters: Range<u64>, times: u64, key: Key) {
         self.counters.add(clusters, times, |cluster, excess| {
             let offset = HostOffset::new(cluster << self.walk.geometry().cluster_bits());
@@ -354,8 +353,9 @@ impl Pass<'_> {
         }
     }
 
-    /// Counts tables that may be the same or overlap: clusters are counted once with how many tables touch
-    /// them.
+    /// Counts tables that may be identical or overlap. Each cluster is counted once, times the number of
+    /// tables that touch it, so that a crafted image cannot make the check count the same clusters again and
+    /// again.
     fn table_references(&self, owner: Owner, tables: &[TablePlace], phase: Phase) {
         let cluster_size = self.walk.geometry().cluster_size();
         let mut rounded = Vec::with_capacity(tables.len());
@@ -397,8 +397,8 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Judges the refcount table's entries and counts the blocks. Comes last: a block must be the only owner
-    /// of its cluster.
+    /// Checks the refcount table's entries and counts the blocks. Runs last, because a block must be the only
+    /// owner of its cluster.
     fn refcount_blocks(&self, tables: &Tables) {
         let geometry = self.walk.geometry();
         let file_end = if self.counters.count(self.clusters) > 0 { self.clusters + 1 } else { self.clusters };

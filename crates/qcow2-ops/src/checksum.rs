@@ -1,7 +1,7 @@
-//! A digest of what a machine sees, the same for every image that holds the same disk.
+//! A digest of the guest disk. It is the same for every image with the same guest content.
 //!
-//! CRC-32 (the one of zip and gzip): digests of neighbours can be joined, so all workers take part, and a run
-//! of zeroes costs as many steps as its length has bits.
+//! The digest is CRC-32 (as in zip and gzip). CRCs of adjacent ranges can be combined, so all workers take
+//! part, and a run of zeroes costs only as many steps as its length has bits.
 
 use crate::buffer::PageBuffer;
 use crate::error::{Error, ErrorKind, Result};
@@ -14,22 +14,22 @@ use qcow2_core::GuestDisk;
 use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes that are read at a time, unless a cluster has more.
+/// Bytes read at a time; at least a cluster.
 const CHUNK: u64 = 1 << 20;
 
-/// The digest of a disk.
+/// Digest and size of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Checksum {
     /// CRC-32 of all bytes.
     pub crc32: u32,
-    /// How many bytes there are.
+    /// Size of the disk in bytes.
     pub size: u64,
 }
 
-/// Sums up the whole disk, to the byte. Disk: reads tables and data; runs that are known to be zeroes are not
-/// read. Memory: at most two chunks for each worker, a chunk being 1 MiB or a cluster where that is more.
-/// Errors: `Extents`, `Read`, `Stopped`.
+/// Computes the digest of the whole disk, without rounding its size. Disk: reads tables and data; ranges
+/// known to be zero are not read. Memory: at most two chunks per worker; a chunk is 1 MiB, or a cluster if
+/// that is larger. Errors: `Extents`, `Read`, `Stopped`.
 pub fn checksum(
     disk: &Arc<dyn GuestDisk>,
     executor: &dyn Executor,
@@ -53,7 +53,7 @@ struct Summing<'a> {
     total: Mutex<Hasher>,
 }
 
-/// A piece of the disk and its digest.
+/// A piece of the disk and its CRC.
 #[derive(Default)]
 struct Slot {
     range: Range<u64>,
@@ -116,7 +116,7 @@ impl Stages for Summing<'_> {
     }
 }
 
-/// Adds `len` zero bytes: the digest of a run is joined with itself to get that of a run twice as long.
+/// Appends `len` zero bytes: the CRC of a run is combined with itself to double the run.
 fn add_zeroes(sum: &mut Hasher, len: u64) {
     let mut run = Hasher::new();
     run.update(&[0]);
@@ -150,13 +150,13 @@ mod tests {
     }
 
     #[test]
-    fn a_known_sum() {
+    fn known_crc32() {
         let disk: Arc<dyn GuestDisk> = Arc::new(TestDisk::data(b"123456789".to_vec()));
         assert_eq!(checksum(&disk, &Inline, &Silent).unwrap().crc32, 0xcbf4_3926);
     }
 
     #[test]
-    fn disks_of_any_size_and_state() {
+    fn matches_crc32_for_any_size_and_allocation() {
         for (seed, size) in (0..).zip([0, 1, 511, 512, 513, 1 << 20, (1 << 20) + 1, 5_000_001]) {
             check(TestDisk::mixed(size, 700_000, seed));
             check(TestDisk::empty(size, 65_536));
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_are_added_as_if_they_were_there() {
+    fn add_zeroes_matches_hashing_zeroes() {
         for len in [0, 1, 2, 3, 255, 65_536, 1_000_001] {
             let (mut fast, mut slow) = (Hasher::new(), Hasher::new());
             fast.update(b"before");
@@ -178,12 +178,12 @@ mod tests {
             slow.update(b"after");
             assert_eq!(fast.finalize(), slow.finalize(), "{len}");
         }
-        // As many steps as the length has bits: this would take a while otherwise.
+        // Takes as many steps as the length has bits; hashing the zeroes would not end.
         add_zeroes(&mut Hasher::new(), u64::MAX >> 1);
     }
 
     #[test]
-    fn errors_name_the_place() {
+    fn errors_name_the_offset() {
         let bad = TestDisk { unreadable: Some(3_000_000..3_000_001), ..TestDisk::data(vec![1; 5_000_000]) };
         let disk: Arc<dyn GuestDisk> = Arc::new(bad);
         let error = checksum(&disk, &Threads(3), &Silent).unwrap_err();

@@ -1,4 +1,4 @@
-//! What the upper layers of a chain hold goes into a lower one.
+//! Commit: writes the data of the upper layers of a backing chain into a lower layer, the base.
 
 use crate::above::Above;
 use crate::copy::{CopyPlan, CopyReport, copy};
@@ -11,26 +11,26 @@ use crate::source::{Below, Source};
 use qcow2_core::GuestDisk;
 use std::sync::Arc;
 
-/// How to commit.
+/// Options of a commit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CommitOptions {
-    /// Whether the top layer, whose bytes the base then has too, is made empty. Only where nothing lies
-    /// between both.
+    /// Drop all allocations of the top layer afterwards. Only valid if no layer lies between the top and the
+    /// base.
     pub empty_top: bool,
 }
 
-/// Writes what `above` has into `base`, which gets longer where the top is. `above`: the layers over `base`,
-/// top first, each opened without what lies below it, the first for writing where it is to be made empty.
-/// `base`: the whole chain from there on down, open for writing; it is durable afterwards, and closed by the
-/// caller.
+/// Writes the data that `above` allocates into `base`, and grows `base` if the top is larger. `above`: the
+/// layers over the base, top first, each opened without its backing file; the top for writing if it is to be
+/// emptied. `base`: the base with its own backing chain, open for writing. It is durable afterwards; the
+/// caller closes it.
 ///
-/// Disk: the data; `base` durable; only then the top is made empty. A crash leaves a chain that reads as
-/// before. Zeroes that `base` has already are not written. Memory: at most four chunks for each worker, a
-/// chunk being 1 MiB or a cluster where that is more.
+/// Disk: writes the data, makes `base` durable, and only then empties the top. A crash leaves a chain that
+/// reads as before. Zeroes that `base` already has are not written. Memory: at most four chunks per worker; a
+/// chunk is 1 MiB, or a cluster if that is larger.
 ///
 /// Errors: `Extents`, `Read`, `Write` with the first byte of the failed range; `Stopped`; `Unsupported` for a
-/// top that cannot be made empty. The chain reads as before then too.
+/// top that cannot be emptied. After an error the chain still reads as before.
 pub fn commit(
     above: &[Arc<dyn GuestDisk>],
     base: &Arc<dyn GuestDisk>,
@@ -43,12 +43,12 @@ pub fn commit(
     };
     let write_error = |text: &'static str| move |e| Error::new(ErrorKind::Write, text).with_source(e);
     if top.size() > base.size() {
-        base.resize(top.size()).map_err(write_error("making the base longer"))?;
+        base.resize(top.size()).map_err(write_error("growing the base"))?;
     }
     let source: Arc<dyn GuestDisk> = Arc::new(Above::new(above));
     let source = Source::new(std::slice::from_ref(&source))?;
     let layers = Layers::new(base)
-        .map_err(|e| Error::new(ErrorKind::Extents, "asking what the base has").with_source(e))?;
+        .map_err(|e| Error::new(ErrorKind::Extents, "reading the block status of the base").with_source(e))?;
     let plan = CopyPlan {
         source: &source,
         target: &**base,
@@ -58,12 +58,13 @@ pub fn commit(
         target_layers: Some(&layers),
         compress: None,
         offload: false,
-        // What one worker at a time writes, lies together in the base's file, and goes there in few calls.
+        // One worker writes at a time. That keeps its clusters together in the base's file, and writes them
+        // in few calls.
         order: Order::Claimed,
         salvage: false,
     };
     let copied = copy(&plan, executor, progress);
-    // What was written so far is as good as what the layers above say: a stop leaves it there.
+    // What has been written equals what the upper layers show, so it stays after a stop.
     let flushed = base.flush().map_err(write_error("making the base durable"));
     let report = copied?;
     flushed?;
@@ -76,7 +77,7 @@ pub fn commit(
     Ok(report)
 }
 
-/// Runs of zeroes from this length on are not written as data.
+/// Runs of zeroes of at least this many bytes are not written as data.
 const SPARSE_SIZE: u64 = 4096;
 
 #[cfg(test)]
@@ -86,7 +87,7 @@ mod tests {
     use crate::testing::{TestDisk, Threads};
 
     #[test]
-    fn the_base_then_reads_as_the_chain_did() {
+    fn base_reads_like_the_chain_afterwards() {
         for seed in 0..40 {
             let size = |i: u64| [3 << 20, 1 << 20, (2 << 20) + 512][((seed + i) % 3) as usize];
             let disk = |i: u64| TestDisk::mixed(size(i), 200_000, seed * 3 + i);

@@ -1,4 +1,4 @@
-//! Do two disks hold the same bytes?
+//! Compares the guest content of two disks.
 
 use crate::buffer::PageBuffer;
 use crate::error::{Error, ErrorKind, Result};
@@ -12,17 +12,16 @@ use qcow2_core::GuestDisk;
 use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes that are read of each disk at a time, unless a cluster has more.
+/// Bytes read from each disk at a time; at least a cluster.
 const CHUNK: u64 = 1 << 20;
 
-/// How to compare.
+/// Options of a comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CompareOptions {
-    /// Sizes must be equal too, and so must what tables and holes say: a zero that is stored differs from one
-    /// that is not allocated.
+    /// Require equal sizes and equal allocation too: a stored zero differs from an unallocated one.
     pub strict: bool,
-    /// What errors call the disks.
+    /// Names of the disks for error messages.
     pub names: [String; 2],
 }
 
@@ -32,44 +31,44 @@ impl Default for CompareOptions {
     }
 }
 
-/// What a comparison came to.
+/// The result of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Comparison {
-    /// No difference.
+    /// No difference found.
     Identical,
     /// The bytes differ.
     Content {
-        /// The first byte of the first 512-byte sector that differs; a sector that the end of an odd raw disk
-        /// cuts counts as two.
+        /// First byte of the first 512-byte sector that differs. A sector that is split by the end of a raw
+        /// disk whose size is no multiple of 512 counts as two.
         offset: u64,
     },
-    /// Strict: the sizes differ; nothing else was looked at.
+    /// Strict only: the sizes differ. Nothing else was compared.
     Size,
-    /// Strict: the bytes before `offset` are the same, but there one is allocated, zero, compressed, or
-    /// reaches to the end in one run, and the other is not.
+    /// Strict only: the bytes before `offset` are equal, but there the allocation state differs: whether the
+    /// range is allocated, zero or compressed, or whether it reaches the end of the disk in one run.
     State {
-        /// The first byte whose state differs.
+        /// First byte whose state differs.
         offset: u64,
     },
 }
 
-/// The answer, and what a person should hear beside it.
+/// The result, with a hint for the user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CompareReport {
-    /// The answer.
+    /// The result.
     pub result: Comparison,
-    /// Not strict: one disk is longer, and what it has more was compared with zeroes.
+    /// Not strict: one disk is larger, and its tail was compared with zeroes.
     pub sizes_differ: bool,
 }
 
-/// Compares two disks; sizes count as rounded up to a multiple of 512. Without `strict` a shorter disk is as
-/// good as one that ends in zeroes, and it does not matter how zeroes are stored. Ranges that are known to be
-/// zeroes on both sides are not read. The answer does not depend on the number of workers.
+/// Compares two disks; their sizes are rounded up to a multiple of 512. Without `strict` a smaller disk
+/// counts as followed by zeroes, and it does not matter how zeroes are stored. Ranges known to be zero on
+/// both sides are not read. The result does not depend on the number of workers.
 ///
-/// Memory: at most four pieces for each worker, a piece being 1 MiB or a cluster where that is more. Errors:
-/// `Extents` and `Read`, naming the disk and the place; `Stopped`.
+/// Memory: at most four pieces per worker; a piece is 1 MiB, or a cluster if that is larger. Errors:
+/// `Extents` and `Read`, which name the disk and the offset; `Stopped`.
 pub fn compare(
     disks: [&Arc<dyn GuestDisk>; 2],
     options: &CompareOptions,
@@ -102,7 +101,7 @@ pub fn compare(
 
 fn named(error: Error, name: &str) -> Error {
     let context = format!("{} of {name}", error.context());
-    Error::new(error.kind(), context).with_source(error)
+    Error::new(error.kind(), context).with_disk(name).with_source(error)
 }
 
 struct Comparing<'a> {
@@ -122,14 +121,14 @@ struct Slot {
     differs: Option<u64>,
 }
 
-/// What both disks say about a run.
+/// Which sides are zero in a run of `len` bytes.
 struct Pair {
     len: u64,
     zero: [bool; 2],
 }
 
 impl Comparing<'_> {
-    /// The run at `at` on one side, cut at `len` bytes; zeroes past the end.
+    /// The run at `at` on one side, at most `len` bytes. Past the end of the disk it is zero.
     fn extent_at(&self, side: usize, at: u64, len: u64) -> Result<MapExtent> {
         let source = &self.sides[side];
         if at >= source.size() {
@@ -143,7 +142,7 @@ impl Comparing<'_> {
         Ok(Pair { len: a.len.min(b.len), zero: [a.zero, b.zero] })
     }
 
-    /// Where the disks first differ in more than their bytes. Both have the same size.
+    /// First offset at which the allocation states differ. Both disks have the same size.
     fn first_state_difference(&self) -> Result<Option<u64>> {
         let mut runs = [self.joined(0, 0)?, self.joined(1, 0)?];
         let mut at = 0;
@@ -162,7 +161,7 @@ impl Comparing<'_> {
         Ok(None)
     }
 
-    /// The run at `at` on one side with everything after it that has the same state.
+    /// The run at `at` on one side, extended over all following runs with the same state.
     fn joined(&self, side: usize, at: u64) -> Result<MapExtent> {
         if at >= self.end {
             return Ok(MapExtent { start: at, ..MapExtent::default() });
@@ -191,7 +190,7 @@ impl Comparing<'_> {
         })
     }
 
-    /// The first sector that differs in a run, told from the sides that are not known to be zeroes.
+    /// The first differing sector of a run. Only sides that are not known to be zero are read.
     fn difference(&self, at: u64, pair: &Pair, bytes: &mut [PageBuffer; 2]) -> Result<Option<u64>> {
         let [a, b] = bytes;
         for (side, buf) in [&mut *a, &mut *b].into_iter().enumerate() {
@@ -206,7 +205,7 @@ impl Comparing<'_> {
             [false, true] => first_nonzero(a),
             [false, false] => first_difference(a, b),
         };
-        // Sectors count from where the run begins, as the reference has it: that is inside a sector only
+        // Sectors are counted from the start of the run, like in qemu-img. A run starts inside a sector only
         // where a raw disk ends there.
         Ok(first.map(|index| at + index as u64 / SECTOR * SECTOR))
     }
@@ -313,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lowest_differing_sector_is_found() {
+    fn finds_the_first_differing_sector() {
         let mut next = random(3);
         let bytes: Vec<u8> = (0..6 * MIB + 100).map(|_| next() as u8).collect();
         let whole = disk(TestDisk::data(bytes.clone()));
@@ -332,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_are_zeroes_however_they_are_stored() {
+    fn allocation_of_zeroes_does_not_matter() {
         for seed in 0..8 {
             let mixed = TestDisk::mixed(3 * MIB as u64 + 77, 400_000, seed);
             let same = TestDisk::data(mixed.content());
@@ -347,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_longer_disk_must_end_in_zeroes() {
+    fn tail_of_the_larger_disk_must_be_zero() {
         let with = |tail: &[u8]| disk(TestDisk::data([&[b'a'; 1000], tail].concat()));
         let (s1, s2, s3) = (with(&[]), with(&[0; 24]), with(&[0; 3000]));
         let s4 = with(&[&[0; 3000][..], b"x"].concat());
@@ -364,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn strict_looks_at_states_too() {
+    fn strict_compares_allocation_states() {
         let with = |states: &str| {
             let made = TestDisk { cluster_size: 512, ..TestDisk::data(vec![0; 2048]) };
             made.set_states(states);
@@ -377,16 +376,16 @@ mod tests {
         check(&with("dz-d"), &with("dd-d"), &strict(), state(512), false);
         check(&with("z-dd"), &with("--dd"), &strict(), state(0), false);
         check(&with("dzdz"), &with("dzd-"), &CompareOptions::default(), Comparison::Identical, false);
-        // A run that reaches the end is another state, as the reference has it.
+        // A run that reaches the end counts as a different state, like in qemu-img.
         check(&with("zzdd"), &with("zzdz"), &strict(), state(1024), false);
-        // Bytes that differ before that count more.
+        // A difference in the bytes before that takes precedence.
         let different = TestDisk { cluster_size: 512, ..TestDisk::data(vec![1; 2048]) };
         different.set_states("ddz-");
         check(&with("ddzz"), &disk(different), &strict(), Comparison::Content { offset: 0 }, false);
     }
 
     #[test]
-    fn errors_name_the_disk_and_the_place() {
+    fn errors_name_the_disk_and_the_offset() {
         let good = disk(TestDisk::data(vec![1; 4 * MIB]));
         let unreadable = TestDisk { unreadable: Some(0..0), ..TestDisk::data(vec![1; 4 * MIB]) };
         let broken =
@@ -400,7 +399,8 @@ mod tests {
         let error = compare([&unknown, &good], &options, &Inline, &Silent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Extents);
         assert!(error.to_string().ends_with("of good.img"), "{error}");
-        // A difference before the bad place is the answer all the same.
+        assert_eq!(error.disk(), Some("good.img"));
+        // A difference before the unreadable range is reported without an error.
         let mut bytes = vec![1; 4 * MIB];
         bytes[MIB] = 2;
         let report =

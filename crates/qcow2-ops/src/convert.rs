@@ -1,4 +1,4 @@
-//! Any source to a target: holes skipped, zeroes left out, clusters compressed, on several workers.
+//! Converts any disks to a target: skips holes, leaves out zeroes, compresses clusters, on several workers.
 
 use crate::copy::{CopyPlan, CopyReport, copy};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,31 +13,31 @@ use std::sync::Arc;
 /// The largest [`ConvertOptions::sparse_size`]. Origin: qemu-img.
 pub const MAX_SPARSE_SIZE: u64 = 16 << 20;
 
-/// How to convert.
+/// Options of a conversion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConvertOptions {
-    /// Zeroes between data are left out where they are at least so many bytes: a multiple of 512, at most 16
-    /// MiB, 4,096 by default. 0 writes everything, zeroes too. What is left out is whole clusters of a qcow2
-    /// target (subclusters where it has them), pages of 4 KiB of a raw one.
+    /// Shortest run of zeroes between data that is left out, in bytes: a multiple of 512, at most 16 MiB;
+    /// default 4,096. 0 writes everything, zeroes too. Only whole units are left out: clusters of a qcow2
+    /// target (subclusters if it has them), 4 KiB pages of a raw target.
     pub sparse_size: u64,
-    /// The target has just been made, or is promised to read as zeroes, but for what its backing file shows.
-    /// Otherwise zeroes of the source are made zero in the target.
+    /// The target is new, or known to read as zeroes except where its backing file shows through. Otherwise
+    /// the source's zeroes are written to the target.
     pub target_is_zero: bool,
-    /// What the top layer of the (single) source says nothing about is not written, so that the target's
-    /// backing file shows there.
+    /// Do not write ranges that the top layer of the (single) source does not allocate, so that the target's
+    /// backing file shows through there.
     pub keep_backing: bool,
-    /// Clusters are stored compressed where that makes them smaller.
+    /// Store clusters compressed if that makes them smaller.
     pub compress: bool,
-    /// Clusters may land in the target in any order, which is faster with many workers. Without it the
-    /// target's bytes are the same whatever the number of workers, unless it is an encrypted image.
+    /// Allow writing clusters in any order, which is faster with many workers. Otherwise the bytes of the
+    /// target do not depend on the number of workers, except for an encrypted image.
     pub out_of_order: bool,
-    /// Sectors that cannot be read become zeroes and are reported.
+    /// Replace unreadable sectors by zeroes and report them.
     pub salvage: bool,
-    /// Data go from storage to storage without passing through the program where these can do that
-    /// (`Storage::copy_from`): plain clusters and raw disks, to either. Zeroes are then not looked for in
-    /// data. Once a storage refuses, the rest is copied the usual way. Not together with `compress`,
-    /// `salvage` or a `sparse_size` of 0.
+    /// Copy offload: let the storages copy data directly (`Storage::copy_from`) where they can, for
+    /// uncompressed clusters and raw disks on both sides. Such data is not searched for zeroes. Once a
+    /// storage refuses, the rest is copied the usual way. Excludes `compress`, `salvage` and a `sparse_size`
+    /// of 0.
     pub offload: bool,
 }
 
@@ -55,24 +55,22 @@ impl Default for ConvertOptions {
     }
 }
 
-/// Bytes of the sources together, each rounded up to a multiple of 512: what the target needs. Errors:
-/// `InvalidOption` past 2^64 - 1.
+/// Total size of the sources in bytes, each rounded up to a multiple of 512. The target must be at least that
+/// large. Errors: `InvalidOption` past 2^64 - 1.
 pub fn converted_size(sources: &[Arc<dyn GuestDisk>]) -> Result<u64> {
     total_size(sources)
 }
 
-/// Writes what the sources hold, one after the other, into `target`, which must be at least as large; what it
-/// has past that is left alone. Nothing is flushed: that is for the caller to decide, who also closes the
-/// target, and removes it after an error if it was new.
+/// Writes the concatenated sources to `target`, which must be at least as large; bytes past them are left
+/// alone. Does not flush. The caller flushes and closes the target, and removes a new target after an error.
 ///
-/// Disk: source tables are read first, then only data; each range of the target is written at most once
-/// (twice where a storage gives up copying by itself). Memory: at most four chunks for each worker, a chunk
-/// being 1 MiB or a cluster where that is more.
+/// Disk: reads tables first, then only data. Each range of the target is written at most once (twice if a
+/// storage gives up copy offload). Memory: at most four chunks per worker; a chunk is 1 MiB, or a cluster if
+/// that is larger.
 ///
-/// Errors: `InvalidOption` for a target that is too small, a sparse size that is not allowed, a kept backing
-/// file with several sources, copying by the storages together with what excludes it; `Unsupported` for a
-/// target that cannot be compressed; `Extents`, `Read`, `Write` with the first byte of the failed range;
-/// `Stopped`.
+/// Errors: `InvalidOption` for a target that is too small, an invalid sparse size, `keep_backing` with
+/// several sources, and copy offload with an option that excludes it; `Unsupported` for compression to a
+/// target without it; `Extents`, `Read`, `Write` with the first byte of the failed range; `Stopped`.
 pub fn convert(
     sources: &[Arc<dyn GuestDisk>],
     target: &dyn GuestDisk,
@@ -86,7 +84,7 @@ pub fn convert(
         return Err(Error::new(ErrorKind::InvalidOption, message));
     }
     if options.offload && (options.compress || options.salvage || options.sparse_size == 0) {
-        let message = "storages copy neither compressed nor unreadable data nor known zeroes by themselves";
+        let message = "copy offload cannot be combined with compression, salvage or a sparse size of 0";
         return Err(Error::new(ErrorKind::InvalidOption, message));
     }
     let source = Source::new(sources)?;
@@ -108,9 +106,9 @@ pub fn convert(
         target_layers: None,
         compress: if options.compress { Some(compressed(target)?) } else { None },
         offload: options.offload,
-        // One worker writes at a time: more would spin for the lock of the file instead of reading and
-        // expanding. An encrypted image gives them something to do: its bytes depend on their place, and are
-        // encrypted on the way there.
+        // One worker writes at a time: more of them would only contend for the file's lock instead of reading
+        // and decompressing. An encrypted image is the exception: its bytes depend on their offset, so they
+        // are encrypted while being written, and writing in parallel pays off.
         order: if options.out_of_order || is_encrypted(target) { Order::Any } else { Order::Claimed },
         salvage: options.salvage,
     };
@@ -121,8 +119,8 @@ pub fn convert(
     Ok(report)
 }
 
-/// Makes the file a multiple of 512 bytes: the last stream may end anywhere, and some readers (7-Zip) call a
-/// file cut off that ends inside the sectors its tables name.
+/// Pads the file to a multiple of 512 bytes. The last stream may end anywhere, and some readers (7-Zip)
+/// report a truncated file if it ends inside the sectors that its tables name.
 fn end_on_a_sector(image: &Image) -> Result<()> {
     let storage = image.storage();
     let pad = || {
@@ -189,7 +187,7 @@ mod tests {
         bytes
     }
 
-    /// A target of `size` bytes, all of them something else than zero.
+    /// A target of `size` bytes, none of them zero.
     fn used(size: u64, cluster_size: u64) -> TestDisk {
         TestDisk {
             cluster_size,
@@ -199,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_disks_arrive_whole() {
+    fn disks_of_odd_sizes_are_copied_completely() {
         let sizes = [0, 1, 511, 512, 513, 4097, 65_537, 3 * MIB - 7, 5 * MIB + 513];
         for (seed, size) in (0..).zip(sizes) {
             let from = source(TestDisk::mixed(size, 300_000, seed));
@@ -222,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn any_number_of_workers_writes_the_same_in_the_same_order() {
+    fn writes_do_not_depend_on_the_number_of_workers() {
         let from = source(TestDisk::mixed(9 * MIB + 1000, 700_000, 5));
         let changes = |workers| {
             let to = TestDisk::empty(10 * MIB, 65_536);
@@ -248,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_and_zeroes_are_left_out_or_written_as_asked() {
+    fn sparse_size_decides_which_zeroes_are_written() {
         let mut bytes = vec![0; 8 * MIB as usize];
         bytes[5 * MIB as usize + 70_000] = 1;
         let from = source(TestDisk::data(bytes));
@@ -275,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn short_gaps_are_written_along() {
+    fn zero_runs_below_sparse_size_are_written() {
         let mut bytes = vec![1; 2 * MIB as usize];
         bytes[100_000..868_432].fill(0);
         let from = source(TestDisk::data(bytes));
@@ -286,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_top_layer_does_not_have_stays_below() {
+    fn keep_backing_writes_only_the_top_layer() {
         let base = Arc::new(TestDisk::data(vec![7; 3 * MIB as usize / 2]));
         let top = TestDisk { cluster_size: 512, ..TestDisk::empty(4 * MIB, 512) }.with_backing(&base);
         let states = ["-", "d", "z", "-", "d", "-", "-", "z"].map(|s| s.repeat(1024)).concat();
@@ -298,15 +296,15 @@ mod tests {
         let wanted = ConvertOptions { keep_backing: true, ..options() };
         let report = run(&from, &to, &wanted).unwrap();
         assert!(to.content() == expected);
-        // Zeroes are written where the backing file shows through, and only there.
+        // Zeroes are written only where the backing file would show through.
         assert_eq!((report.data_bytes, report.zeroed_bytes), (MIB, MIB / 2));
         assert_eq!(to.states.lock().unwrap()[..1024], [b'-'; 1024]);
         let error = convert(&[from.clone(), from], &to, &wanted, &Inline, &Silent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidOption);
     }
 
-    /// A disk whose sectors `zeroes` are zero and whose others are data, over a backing file of `base` bytes:
-    /// converted onto the same backing file it shows the same.
+    /// Converts a disk with data, except for zeroes in sectors `zeroes`, over a backing file of `base` bytes.
+    /// The copy over the same backing file must read the same.
     #[track_caller]
     fn check_zeroes_over_backing(base: u64, size: u64, zeroes: std::ops::Range<u64>) {
         let below = Arc::new(TestDisk::data(vec![7; base as usize]));
@@ -321,8 +319,8 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_hide_the_last_bytes_of_a_backing_file_of_any_length() {
-        // The file ends inside a chunk that is read, and at the start of one that is all zeroes.
+    fn zeroes_cover_the_end_of_an_unaligned_backing_file() {
+        // The backing file ends inside a chunk that is read, and at the start of an all-zero chunk.
         for (base, size) in [(5 * 512, 8192), (MIB, MIB + 8192)] {
             let first = base / 512;
             for odd in [1, 511, 512, 513] {
@@ -334,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn several_sources_become_one() {
+    fn several_sources_are_concatenated() {
         let parts: Vec<_> = (0..5).map(|i| source(TestDisk::mixed(700_001 * i + 1, 90_000, i))).collect();
         let size = converted_size(&parts).unwrap();
         let to = TestDisk::empty(size, 65_536);
@@ -345,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_the_step_and_the_place() {
+    fn errors_name_the_step_and_the_offset() {
         let bad = |disk: TestDisk, to: TestDisk| {
             let error = run(&source(disk), &to, &options()).unwrap_err();
             assert!(error.core_error().is_some(), "{error}");
@@ -364,8 +362,8 @@ mod tests {
     }
 
     #[test]
-    fn salvage_keeps_what_can_be_read() {
-        // In the middle, at the start and at the end of the disk, across chunks.
+    fn salvage_keeps_readable_sectors() {
+        // In the middle, at the start and at the end of the disk, and across two chunks.
         for (lost, sectors) in [
             (5 * MIB + 600..5 * MIB + 2000, 3),
             (0..513, 2),
@@ -389,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_that_make_no_sense_are_refused() {
+    fn invalid_options_are_refused() {
         let from = source(TestDisk::data(vec![1; 1000]));
         let refused = |to: &TestDisk, options: &ConvertOptions| run(&from, to, options).unwrap_err().kind();
         assert_eq!(refused(&TestDisk::empty(1000, 0), &options()), ErrorKind::InvalidOption);
@@ -402,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn progress_adds_up_and_can_stop() {
+    fn progress_reaches_the_total_and_can_stop() {
         #[derive(Default)]
         struct Counter {
             total: AtomicU64,

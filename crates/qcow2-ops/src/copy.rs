@@ -1,9 +1,8 @@
-//! The loop that convert and its relatives share: claim a chunk, see what is in it, read it, find its zeroes,
-//! perhaps compress it, and write it in guest order.
+//! The copy loop of convert, commit, dd and rebase: claim a chunk, classify it, read it, find its zeroes,
+//! maybe compress it, and write it in guest order.
 //!
-//! Memory: each worker has two slots, and a slot holds one chunk, which is 1 MiB (4 MiB where copying by the
-//! storages was tried and did not work) or a cluster where that is more; where the target is compressed, a
-//! second one for streams.
+//! Memory: two slots per worker, each with one chunk: 1 MiB (4 MiB after copy offload was tried and refused),
+//! or a cluster if that is larger. A compressed target needs a second buffer per slot for the streams.
 
 use crate::buffer::PageBuffer;
 use crate::error::{Error, ErrorKind, Result};
@@ -18,64 +17,64 @@ use qcow2_core::{ClusterCodec, GuestDisk, GuestOffset, GuestRange, Image, ZeroMo
 use std::ops::{ControlFlow, Range};
 use std::sync::{Mutex, PoisonError};
 
-/// Bytes of a chunk, unless a cluster has more: large enough to make calls cheap, small enough to stay in the
-/// cache between reading, looking for zeroes and writing.
+/// Bytes per chunk; at least a cluster. Large enough to make calls cheap, small enough to stay in the CPU
+/// cache between reading, searching for zeroes and writing.
 const CHUNK: u64 = 1 << 20;
-/// Bytes of a chunk that the storages are asked to copy by themselves: it is not read, so a call may as well
-/// do more. The few that are under way when they refuse have this much memory each.
+/// Bytes per chunk with copy offload. The data is not read, so each call may do more. Chunks that are in
+/// flight when a storage refuses need this much memory each.
 const OFFLOADED_CHUNK: u64 = 4 << 20;
-/// The most bytes of zeroes that are written as one piece, so that progress and a stop are heard.
+/// The most zeroes written in one piece, in bytes, so that progress and stop requests are not held up.
 const MAX_ZEROES: u64 = 1 << 30;
-/// How many unreadable places a report names.
+/// The most unreadable ranges listed in a report.
 const MAX_NAMED: usize = 1000;
 
-/// How to copy.
+/// The parameters of a copy.
 pub(crate) struct CopyPlan<'a> {
     pub(crate) source: &'a Source,
     pub(crate) target: &'a dyn GuestDisk,
-    /// Shortest run of zeroes between data that is left out; 0: everything is written.
+    /// Shortest run of zeroes between data that is left out, in bytes; 0 writes everything.
     pub(crate) sparse_size: u64,
-    /// From this byte on the target reads as zeroes where nothing is written.
+    /// From this guest offset on, unwritten ranges of the target read as zeroes; `None`: nowhere.
     pub(crate) zero_from: Option<u64>,
-    /// What of the source is not written.
+    /// Which unallocated ranges of the source are not written.
     pub(crate) below: Below,
-    /// The target's layers, where it is asked which zeroes it has already.
+    /// The target's layers, to find zeroes that it already has.
     pub(crate) target_layers: Option<&'a Layers>,
-    /// The target as an image that takes compressed clusters, and its codec.
+    /// The target as an image for compressed clusters, with its codec.
     pub(crate) compress: Option<(&'a Image, &'a dyn ClusterCodec)>,
-    /// Whether the storages are asked to copy by themselves.
+    /// Try copy offload.
     pub(crate) offload: bool,
     pub(crate) order: Order,
-    /// Unreadable sectors become zeroes.
+    /// Replace unreadable sectors by zeroes.
     pub(crate) salvage: bool,
 }
 
-/// What copying did.
+/// The result of a copy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CopyReport {
-    /// Bytes written as data, as a machine sees them.
+    /// Guest bytes written as data.
     pub data_bytes: u64,
-    /// Those of them that the storages copied by themselves.
+    /// Guest bytes copied by the storages (copy offload); included in `data_bytes`.
     pub offloaded_bytes: u64,
-    /// Bytes that were made zero because the target might have held something else.
+    /// Guest bytes zeroed because the target might have held other data.
     pub zeroed_bytes: u64,
-    /// Clusters that were stored compressed; their bytes are not in `data_bytes`.
+    /// Clusters stored compressed; not included in `data_bytes`.
     pub compressed_clusters: u64,
-    /// Places that could not be read and are zeroes now, in order, with the reason; at most 1,000 are named.
+    /// Ranges that could not be read and are now zero, in guest order; at most 1,000 are listed.
     pub unreadable: Vec<Unreadable>,
-    /// How many sectors could not be read.
+    /// Number of unreadable sectors.
     pub unreadable_sectors: u64,
 }
 
-/// A run of the source that could not be read.
+/// A range of the source that could not be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unreadable {
-    /// The first byte.
+    /// Guest offset of the first byte.
     pub offset: u64,
-    /// How many bytes.
+    /// Length in bytes.
     pub len: u64,
-    /// Why, as the errors on the way say.
+    /// The error with its causes, as text.
     pub reason: String,
 }
 
@@ -107,7 +106,7 @@ pub(crate) fn copy(
     Ok(report)
 }
 
-/// Zeroes of a raw target are looked for in pages: what file systems can leave out.
+/// Unit of zero detection for a raw target: a page, the unit in which file systems leave holes.
 const RAW_UNIT: u64 = 4096;
 
 fn floor_power(value: u64) -> u64 {
@@ -123,11 +122,11 @@ struct Copying<'a> {
     report: Mutex<CopyReport>,
 }
 
-/// One piece of the copy.
+/// One chunk of the copy.
 #[derive(Default)]
 pub(crate) struct Slot {
     range: Range<u64>,
-    /// All of it is zeroes that have to be written.
+    /// The whole chunk is zeroes that must be written.
     all_zero: bool,
     runs: Vec<Run>,
     plain: PageBuffer,
@@ -137,16 +136,16 @@ pub(crate) struct Slot {
     unreadable_sectors: u64,
 }
 
-/// Something to write.
+/// A write operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Step {
-    /// These guest bytes, from the slot's plain bytes.
+    /// Write these guest bytes from the slot's `plain` buffer.
     Data(Range<u64>),
-    /// These guest bytes, from where this layer of the source has them.
+    /// Let the storages copy these guest bytes from this layer of the source.
     Copy(Range<u64>, u32),
-    /// Zeroes.
+    /// Write zeroes.
     Zeroes(Range<u64>),
-    /// A cluster as this part of the slot's packed bytes.
+    /// Write a compressed cluster from this part of the slot's `packed` buffer.
     Stream(Range<u64>, Range<usize>),
 }
 
@@ -195,7 +194,7 @@ impl Stages for Copying<'_> {
     fn finish(&self, slot: &mut Slot) -> Result<ControlFlow<()>> {
         let mut done = self.write_steps(slot)?;
         if done.is_none() {
-            // The storages do not copy by themselves: all of the chunk takes the way through the program.
+            // A storage refused copy offload. Redo the whole chunk by reading and writing it.
             slot.steps.clear();
             self.fill(slot)?;
             done = self.write_steps(slot)?;
@@ -215,11 +214,11 @@ impl Stages for Copying<'_> {
 }
 
 impl Copying<'_> {
-    /// Reads the chunk and says what is to be written of it.
+    /// Reads the chunk and plans its write operations.
     fn fill(&self, slot: &mut Slot) -> Result<()> {
         self.find_runs(slot)?;
         let len = (slot.range.end - slot.range.start) as usize;
-        // The end of the disk is padded to a whole cluster for the codec.
+        // The codec needs a whole cluster, so the end of the disk is padded.
         let room =
             if self.plan.compress.is_some() { len.next_multiple_of(self.grid.unit as usize) } else { len };
         slot.plain.set_len(room);
@@ -231,7 +230,7 @@ impl Copying<'_> {
         }
     }
 
-    /// Lists what the storages can copy by themselves; `false` if there is data that they cannot.
+    /// Plans copy offload for the whole chunk. Returns `false` if some of its data cannot be offloaded.
     fn plan_copies(&self, slot: &mut Slot) -> Result<bool> {
         let mut at = slot.range.start;
         while at < slot.range.end {
@@ -255,7 +254,7 @@ impl Copying<'_> {
         Ok(true)
     }
 
-    /// Writes what was prepared; `None` if a storage was to copy by itself and did not.
+    /// Executes the planned steps. `None` if copy offload was refused.
     fn write_steps(&self, slot: &Slot) -> Result<Option<CopyReport>> {
         let mut done = CopyReport::default();
         let image = self.plan.target.as_image().is_some();
@@ -283,7 +282,7 @@ impl Copying<'_> {
         }
     }
 
-    /// A run of whole chunks from `start` on that need not be read, if there is one.
+    /// A run of whole chunks from `start` that need not be read, if there is one.
     fn hole_at(&self, start: u64, chunk: u64, chunk_end: u64) -> Result<Option<Run>> {
         let end = self.plan.source.size();
         let run = self.plan.source.content_at(start, end - start, self.plan.below)?;
@@ -308,13 +307,13 @@ impl Copying<'_> {
         }
     }
 
-    /// Whether the target reads as zeroes from `at` on where nothing is written.
+    /// True if the target reads as zeroes from `at` on where nothing is written.
     fn reads_zero(&self, at: u64) -> bool {
         self.plan.zero_from.is_some_and(|from| at >= from)
     }
 
-    /// Lists what is in the chunk, neighbours joined. For a compressed target runs that show the backing file
-    /// are whole clusters: a cluster that has some bytes of its own is written as a whole.
+    /// Classifies the ranges of the chunk and joins equal neighbours. For a compressed target, ranges that
+    /// stay backed are reduced to whole clusters: a cluster with any data of its own is written completely.
     fn find_runs(&self, slot: &mut Slot) -> Result<()> {
         slot.runs.clear();
         let mut at = slot.range.start;
@@ -375,7 +374,7 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// Reads what can be read of a run, sector by sector.
+    /// Reads as much of a run as possible, sector by sector.
     fn salvage(&self, run: Run, slot: &mut Slot) {
         for at in (run.start..run.end()).step_by(SECTOR as usize) {
             let len = SECTOR.min(run.end() - at);
@@ -393,11 +392,11 @@ impl Copying<'_> {
         }
     }
 
-    /// Cuts the chunk into what is written and what is left out.
+    /// Splits the chunk into ranges to write and ranges to leave out.
     fn find_zeroes(&self, slot: &mut Slot) -> Result<()> {
         let mut i = 0;
         while i < slot.runs.len() {
-            // Data and zeroes next to each other are one stretch: both are in the buffer.
+            // Adjacent data and zero runs form one stretch: both are in the buffer.
             let stretch = slot.runs[i..].iter().take_while(|run| run.content != Content::Backing).count();
             let runs = &slot.runs[i..i + stretch];
             if let (Some(first), Some(last)) = (runs.first(), runs.last()) {
@@ -423,7 +422,7 @@ impl Copying<'_> {
         done
     }
 
-    /// Writes zeroes as far as the target may hold something else, in whole units.
+    /// Plans writing zeroes where the target may hold other data, in whole units.
     fn add_zeroes(&self, range: Range<u64>, steps: &mut Vec<Step>) -> Result<()> {
         let units = |bytes: u64| bytes.checked_next_multiple_of(self.grid.unit).unwrap_or(u64::MAX);
         let end = self.plan.zero_from.map_or(range.end, |from| range.end.min(units(from)));
@@ -450,7 +449,8 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// Makes a stream of each cluster that has something else than zeroes; what does not shrink stays plain.
+    /// Compresses each cluster that is not all zeroes. A cluster that does not shrink is written
+    /// uncompressed.
     fn compress(&self, codec: &dyn ClusterCodec, slot: &mut Slot) -> Result<()> {
         let cluster = self.grid.unit;
         let mut packed = 0;
@@ -467,7 +467,8 @@ impl Copying<'_> {
             } else if self.plan.sparse_size > 0 && is_zero(plain) {
                 self.add_zeroes(at..end, &mut slot.steps)?;
             } else if end - at < cluster && end < self.plan.target.size() {
-                // The source ends within a cluster of a larger target.
+                // The source ends inside a cluster of a larger target. Writing the whole cluster would
+                // overwrite the bytes after it.
                 slot.steps.push(Step::Data(at..end));
             } else {
                 let room = packed + cluster as usize - 1;
@@ -491,8 +492,8 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// Writes zeroes, or several steps of data or streams that follow each other. An error comes with the
-    /// first byte of what failed.
+    /// Executes one zero or copy step, or several adjacent data or stream steps at once. An error comes with
+    /// the guest offset of the first of them.
     fn write(
         &self,
         slot: &Slot,

@@ -1,6 +1,6 @@
-//! A new image: options that are checked together, then the layout.
+//! Creates an image: checks the options together, then writes the layout.
 //!
-//! The rules run in QEMU's order, so that a request with several faults is refused for the same one.
+//! The checks run in QEMU's order, so that a request with several faults is refused for the same one.
 
 use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::format::geometry::{Geometry, GeometryFields};
@@ -11,43 +11,44 @@ use qcow2_core::{
 use std::fmt;
 use std::sync::Arc;
 
-/// What a new qcow2 image is to be, as it was asked for: any combination can be written down, and [`plan`]
-/// says which are possible. Start from [`Qcow2Request::new`].
+/// The requested properties of a new qcow2 image. The fields are unchecked; [`plan`] reports invalid
+/// combinations. Start from [`Qcow2Request::new`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Qcow2Request {
-    /// Bytes of the disk; rounded up to a multiple of 512.
+    /// Virtual size in bytes; rounded up to a multiple of 512.
     pub size: u64,
-    /// The version of the format.
+    /// The format version.
     pub version: Version,
-    /// Bytes in a cluster.
+    /// Cluster size in bytes.
     pub cluster_size: u64,
-    /// Bits in a refcount.
+    /// Refcount width in bits.
     pub refcount_bits: u64,
-    /// Whether writers may postpone refcounts.
+    /// Allow refcount updates to be postponed (lazy refcounts).
     pub lazy_refcounts: bool,
-    /// Whether clusters have 32 subclusters.
+    /// Use extended L2 entries: 32 subclusters per cluster.
     pub extended_l2: bool,
-    /// How compressed clusters will be compressed.
+    /// Algorithm of compressed clusters.
     pub compression_type: CompressionType,
-    /// How much is there from the start.
+    /// What to allocate up front.
     pub preallocation: Preallocation,
-    /// The backing file's name.
+    /// Name of the backing file.
     pub backing_file: Option<String>,
-    /// The backing file's format.
+    /// Format of the backing file.
     pub backing_format: Option<String>,
-    /// The external data file's name.
+    /// Name of the external data file.
     pub data_file: Option<String>,
-    /// Whether the data file is to be the guest disk byte for byte.
+    /// Declare the data file a raw copy of the guest disk.
     pub data_file_raw: bool,
-    /// Whether guest data is to be encrypted: what [`plan`] asks, before there is a header.
+    /// Guest data will be encrypted. Separate from `encryption`, so that [`plan`] can check before a header
+    /// exists.
     pub encrypted: bool,
-    /// How guest data is encrypted, with the encryption header.
+    /// Encryption method with the encryption header.
     pub encryption: Option<NewEncryption>,
 }
 
 impl Qcow2Request {
-    /// A version 3 image of `size` bytes with 64 KiB clusters, 16-bit refcounts and nothing optional.
+    /// A version 3 image of `size` bytes with 64 KiB clusters, 16-bit refcounts and no optional features.
     pub fn new(size: u64) -> Self {
         Self {
             size,
@@ -68,48 +69,48 @@ impl Qcow2Request {
     }
 }
 
-/// What a new raw image is to be.
+/// The requested properties of a new raw image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawRequest {
-    /// Bytes of the disk; rounded up to a multiple of 512.
+    /// Size in bytes; rounded up to a multiple of 512.
     pub size: u64,
-    /// How much is there from the start; a raw image has no metadata to preallocate.
+    /// What to allocate up front; a raw image has no metadata to preallocate.
     pub preallocation: Preallocation,
 }
 
-/// Options that are not possible, or not together.
+/// Invalid options, or options that exclude each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// Extended L2 entries in a version 2 image.
+    /// Extended L2 entries need version 3.
     ExtendedL2NeedsVersion3,
     /// The cluster size is not a power of two from 512 to 2 MiB.
     ClusterSize(u64),
-    /// Extended L2 entries with clusters below 16 KiB.
+    /// Extended L2 entries need clusters of at least 16 KiB.
     ExtendedL2ClusterSize(u64),
-    /// A backing file and preallocation without extended L2 entries.
+    /// A backing file and preallocation can only be combined with extended L2 entries.
     BackingAndPreallocation,
-    /// A backing format without a backing file.
+    /// A backing format was given without a backing file.
     BackingFormatWithoutFile,
-    /// Lazy refcounts in a version 2 image.
+    /// Lazy refcounts need version 3.
     LazyRefcountsNeedVersion3,
     /// The refcount width is not a power of two up to 64.
     RefcountBits(u64),
-    /// Another refcount width than 16 bits in a version 2 image.
+    /// Version 2 only has 16-bit refcounts.
     RefcountBitsNeedVersion3(u64),
-    /// The data file is to be raw and there is none.
+    /// A raw data file was requested without a data file.
     DataFileRawWithoutFile,
-    /// A backing file and a raw data file.
+    /// A backing file and a raw data file exclude each other.
     BackingAndDataFileRaw,
-    /// A data file in a version 2 image.
+    /// An external data file needs version 3.
     DataFileNeedsVersion3,
-    /// Another compression type than deflate in a version 2 image.
+    /// Compression types other than deflate need version 3.
     CompressionTypeNeedsVersion3,
-    /// The size needs a larger L1 table than the limit.
+    /// The size needs an L1 table larger than the limit.
     SizeTooLarge(u64),
-    /// Metadata preallocation of a raw image.
+    /// A raw image has no metadata to preallocate.
     RawMetadataPreallocation,
-    /// Preallocation of an encrypted version 2 image, whose clusters would read as noise.
+    /// Preallocation of an encrypted image needs version 3; in version 2 its clusters would read as noise.
     EncryptedPreallocationNeedsVersion3,
 }
 
@@ -124,19 +125,23 @@ impl fmt::Display for Refusal {
                 write!(f, "cluster size is {n}, allowed is at least 16384 with extended l2 entries")
             }
             Self::BackingAndPreallocation => {
-                f.write_str("a backing file and preallocation go together only with extended l2 entries")
+                f.write_str("a backing file and preallocation can only be combined with extended l2 entries")
             }
             Self::BackingFormatWithoutFile => f.write_str("backing format without a backing file"),
             Self::LazyRefcountsNeedVersion3 => f.write_str("lazy refcounts need version 3"),
-            Self::RefcountBits(n) => write!(f, "refcount width is {n} bits, allowed are powers of two to 64"),
+            Self::RefcountBits(n) => {
+                write!(f, "refcount width is {n} bits, allowed are powers of two up to 64")
+            }
             Self::RefcountBitsNeedVersion3(n) => write!(f, "refcount width is {n} bits, version 2 allows 16"),
             Self::DataFileRawWithoutFile => f.write_str("raw data file without a data file"),
             Self::BackingAndDataFileRaw => {
                 f.write_str("a backing file and a raw data file exclude each other")
             }
             Self::DataFileNeedsVersion3 => f.write_str("a data file needs version 3"),
-            Self::CompressionTypeNeedsVersion3 => f.write_str("a compression type needs version 3"),
-            Self::SizeTooLarge(n) => write!(f, "size {n} needs too large an l1 table; larger clusters help"),
+            Self::CompressionTypeNeedsVersion3 => {
+                f.write_str("compression types other than deflate need version 3")
+            }
+            Self::SizeTooLarge(n) => write!(f, "size {n} needs too large an l1 table; use larger clusters"),
             Self::RawMetadataPreallocation => f.write_str("a raw image has no metadata to preallocate"),
             Self::EncryptedPreallocationNeedsVersion3 => {
                 f.write_str("preallocation of an encrypted image needs version 3")
@@ -147,7 +152,7 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Checks the options of a qcow2 image together. Touches nothing. Errors: the first rule that is broken.
+/// Checks the options of a qcow2 image together. No I/O. Errors: the first rule that is broken.
 pub fn plan(request: &Qcow2Request) -> Result<CreateOptions, Refusal> {
     check_geometry(request)?;
     check_features(request)?;
@@ -173,7 +178,7 @@ pub fn plan(request: &Qcow2Request) -> Result<CreateOptions, Refusal> {
     Ok(options)
 }
 
-/// Checks the options of a raw image. Touches nothing.
+/// Checks the options of a raw image. No I/O.
 pub fn plan_raw(request: &RawRequest) -> Result<(), Refusal> {
     match request.preallocation {
         Preallocation::Metadata => Err(Refusal::RawMetadataPreallocation),
@@ -184,30 +189,31 @@ pub fn plan_raw(request: &RawRequest) -> Result<(), Refusal> {
     }
 }
 
-/// Makes a qcow2 image. `storage`: empty; `data`: the empty external data file, needed where the request
+/// Creates a qcow2 image. `storage`: empty. `data`: the empty external data file, required if the request
 /// names one. Disk: all tables, barrier, the header, barrier.
 ///
-/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Create` with the engine's
-/// error.
+/// Errors: `InvalidOption` with a [`Refusal`] as source, before anything is written; `Create` with the
+/// engine's error.
 pub fn create(
     storage: &Arc<dyn Storage>,
     data: Option<&Arc<dyn Storage>>,
     request: &Qcow2Request,
 ) -> Result<()> {
     let options = plan(request).map_err(refused)?;
-    let failed = |e| Error::new(ErrorKind::Create, "making the image").with_source(e);
+    let failed = |e| Error::new(ErrorKind::Create, "creating the image").with_source(e);
     qcow2_core::create(storage, data, &options).map_err(failed)?;
-    // The data file is as long as the disk from the start.
+    // The data file has the size of the disk from the start.
     match data.filter(|_| request.data_file.is_some()) {
         Some(data) => grow(data, request.size.next_multiple_of(512)).map_err(|e| failed(e.into())),
         None => Ok(()),
     }
 }
 
-/// Makes a raw image. `storage`: empty. Disk: sets the length, or reserves or writes zeroes, then a barrier.
+/// Creates a raw image. `storage`: empty. Disk: sets the length, reserves space or writes zeroes, then a
+/// barrier.
 ///
-/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Create` with the engine's
-/// error.
+/// Errors: `InvalidOption` with a [`Refusal`] as source, before anything is written; `Create` with the
+/// engine's error.
 pub fn create_raw(storage: &Arc<dyn Storage>, request: &RawRequest) -> Result<()> {
     plan_raw(request).map_err(refused)?;
     let size = request.size.next_multiple_of(512);
@@ -217,16 +223,16 @@ pub fn create_raw(storage: &Arc<dyn Storage>, request: &RawRequest) -> Result<()
         _ => storage.set_len(size),
     };
     made.and_then(|()| storage.flush()).map_err(|e| {
-        Error::new(ErrorKind::Create, "making the image").with_source(qcow2_core::Error::from(e))
+        Error::new(ErrorKind::Create, "creating the image").with_source(qcow2_core::Error::from(e))
     })
 }
 
-/// Makes a LUKS container. `storage`: empty, unless it is a device; `request`: the whole container, header
-/// included (a `size` of 0 leaves the length as it is); `area`: its header. Disk: the length, or reserves or
-/// writes zeroes, a barrier, then the header and a barrier.
+/// Creates a LUKS container. `storage`: empty, unless it is a device. `request`: the whole container, header
+/// included; a `size` of 0 keeps the current length. `area`: the header. Disk: sets the length, reserves
+/// space or writes zeroes, barrier; then the header, barrier.
 ///
-/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Create` with the engine's
-/// error.
+/// Errors: `InvalidOption` with a [`Refusal`] as source, before anything is written; `Create` with the
+/// engine's error.
 pub fn create_container(
     storage: &Arc<dyn Storage>,
     request: &RawRequest,
@@ -237,7 +243,7 @@ pub fn create_container(
     }
     let written = storage.write_at(HostOffset::default(), &area.0).and_then(|()| storage.flush());
     written.map_err(|e| {
-        Error::new(ErrorKind::Create, "making the container").with_source(qcow2_core::Error::from(e))
+        Error::new(ErrorKind::Create, "creating the container").with_source(qcow2_core::Error::from(e))
     })
 }
 
@@ -308,7 +314,8 @@ fn grow(storage: &Arc<dyn Storage>, size: u64) -> Result<(), StorageError> {
     Ok(())
 }
 
-/// A file that cannot be so long is not filled first.
+/// Writes `size` zero bytes. Sets the length first, so that an impossible length fails before any data is
+/// written.
 fn write_real_zeroes(storage: &dyn Storage, size: u64) -> Result<(), StorageError> {
     storage.set_len(size)?;
     let zeroes = vec![0; usize::try_from(size.min(ZERO_PIECE)).unwrap_or(0)];
@@ -321,7 +328,7 @@ fn write_real_zeroes(storage: &dyn Storage, size: u64) -> Result<(), StorageErro
     Ok(())
 }
 
-/// Bytes of zeroes written at once.
+/// Bytes of zeroes per write.
 const ZERO_PIECE: u64 = 1 << 20;
 
 #[cfg(test)]
@@ -335,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn one_fault_at_a_time() {
+    fn each_fault_is_refused_alone() {
         use Refusal::*;
         let v2 = |r: &mut Qcow2Request| r.version = Version::V2;
         assert_eq!(refusal(|_| {}), None);
@@ -362,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_sizes() {
+    fn size_limits() {
         let fits = |cluster_size, size| {
             refusal(|r| (r.cluster_size, r.size) = (cluster_size, size)) != Some(Refusal::SizeTooLarge(size))
         };
@@ -373,9 +380,9 @@ mod tests {
         assert!(!fits(2 << 20, u64::MAX));
     }
 
-    /// Of two faults QEMU reports the one on the left.
+    /// Of two faults QEMU reports the left one.
     #[test]
-    fn faults_in_order() {
+    fn first_fault_is_the_one_qemu_reports() {
         use Refusal::*;
         let backed = |r: &mut Qcow2Request| {
             (r.backing_file, r.preallocation) = (Some("b".into()), Preallocation::Metadata);
@@ -412,7 +419,7 @@ mod tests {
         assert_eq!(
             refusal(|r| (r.size, r.data_file_raw) = (64 << 50, true)),
             Some(DataFileRawWithoutFile),
-            "the size comes last"
+            "the size is checked last"
         );
     }
 }

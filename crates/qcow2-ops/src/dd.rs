@@ -1,4 +1,4 @@
-//! A part of a disk, from one byte to another, as a disk of its own.
+//! A byte range of a disk, copied to a target of its own.
 
 use crate::copy::{CopyPlan, CopyReport, copy};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,16 +13,16 @@ use qcow2_core::{
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Which part, in blocks as `dd` counts them.
+/// The range, in blocks as `dd` counts them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DdOptions {
-    /// Bytes of a block, at least 1.
+    /// Block size in bytes, at least 1.
     pub block_size: u64,
-    /// The part ends after so many blocks of the disk, those that are left out counted too; `None`: with the
+    /// End of the range in blocks from the start of the disk, skipped blocks included; `None`: the end of the
     /// disk.
     pub count: Option<u64>,
-    /// So many blocks are left out at the start.
+    /// Number of blocks skipped at the start.
     pub skip: u64,
 }
 
@@ -32,8 +32,8 @@ impl Default for DdOptions {
     }
 }
 
-/// The bytes of a disk of `size` bytes that `options` name. `None` where the part would begin past the end of
-/// the disk or of what is counted. The disk counts as long as the next multiple of 512.
+/// The bytes selected by `options` on a disk of `size` bytes, rounded up to a multiple of 512. `None` if the
+/// range would start past the end of the disk or past `count`.
 pub fn dd_range(size: u64, options: &DdOptions) -> Option<Range<u64>> {
     let size = size.checked_next_multiple_of(SECTOR)?;
     let start = options.skip.saturating_mul(options.block_size);
@@ -41,9 +41,9 @@ pub fn dd_range(size: u64, options: &DdOptions) -> Option<Range<u64>> {
     (start <= end).then_some(start..end)
 }
 
-/// Writes `range` of `source` ([`dd_range`]) to the start of `target`, which is new and at least as long.
-/// What is known to be zeroes is not written. Disk and memory: as [`convert`](crate::convert()). Errors:
-/// `Extents`, `Read`, `Write`, `Stopped`.
+/// Writes `range` of `source` (see [`dd_range`]) to the start of `target`, which is new and at least as
+/// large. Ranges known to be zero are not written. Disk and memory: as [`convert`](crate::convert()). Errors:
+/// `InvalidOption` for a target that is too small; `Extents`, `Read`, `Write`, `Stopped`.
 pub fn dd(
     source: &Arc<dyn GuestDisk>,
     range: Range<u64>,
@@ -73,7 +73,7 @@ pub fn dd(
     copy(&plan, executor, progress)
 }
 
-/// A part of a disk, for reading.
+/// A read-only byte range of a disk.
 struct Part {
     inner: Source,
     range: Range<u64>,
@@ -91,7 +91,8 @@ impl GuestDisk for Part {
     fn extent_at(&self, range: GuestRange) -> qcow2_core::Result<DiskExtent> {
         let at = self.range.start + range.start().value();
         let run = self.inner.content_at(at, range.len(), Below::Nothing).map_err(|error| {
-            CoreError::new(CoreErrorKind::Storage, "asking for the state of a part").with_source(error)
+            CoreError::new(CoreErrorKind::Storage, "reading the block status of a part of the disk")
+                .with_source(error)
         })?;
         let state = match run.content {
             Content::Data => ExtentState::Data { host: None },
@@ -126,7 +127,7 @@ impl GuestDisk for Part {
 }
 
 fn read_only() -> CoreError {
-    CoreError::new(CoreErrorKind::ReadOnly, "a part of a disk is for reading only")
+    CoreError::new(CoreErrorKind::ReadOnly, "a part of a disk is read-only")
 }
 
 #[cfg(test)]
@@ -136,7 +137,7 @@ mod tests {
     use crate::testing::{TestDisk, Threads};
 
     #[test]
-    fn parts_as_the_reference_counts_them() {
+    fn ranges_match_qemu_img_dd() {
         let range = |size, block_size, count, skip| dd_range(size, &DdOptions { block_size, count, skip });
         assert_eq!(range(1000, 512, None, 0), Some(0..1024));
         assert_eq!(range(10_000, 4096, Some(2), 1), Some(4096..8192));
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn the_part_arrives() {
+    fn the_range_is_copied() {
         let disk = TestDisk::mixed((3 << 20) + 5, 300_000, 11);
         let mut content = disk.content();
         content.resize(content.len().next_multiple_of(512), 0);

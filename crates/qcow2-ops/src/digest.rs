@@ -1,4 +1,4 @@
-//! BLAKE3 of a disk: slower than CRC-32, and nobody can make another disk with the same digest.
+//! BLAKE3 digest of a disk. Slower than CRC-32, but collision resistant.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
@@ -10,10 +10,10 @@ use std::fmt;
 use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes that are read at a time.
+/// Bytes read at a time.
 const CHUNK: u64 = 1 << 20;
 
-/// The BLAKE3 digest of a disk; `Display` gives the usual 64 hexadecimal digits.
+/// The BLAKE3 digest of a disk. `Display` prints the usual 64 hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Blake3(pub [u8; 32]);
 
@@ -23,9 +23,9 @@ impl fmt::Display for Blake3 {
     }
 }
 
-/// Digests the whole disk, to the byte: equal to the digest of its raw bytes. Disk: reads tables and data;
-/// runs that are known to be zeroes are not read. Reading is done by all workers, digesting in order. Memory:
-/// two chunks of 1 MiB for each worker. Errors: `Extents`, `Read`, `Stopped`.
+/// Computes the digest of the whole disk, equal to that of its raw bytes. Disk: reads tables and data; ranges
+/// known to be zero are not read. All workers read; the digest is computed in guest order. Memory: two chunks
+/// of 1 MiB per worker. Errors: `Extents`, `Read`, `Stopped`.
 pub fn checksum_blake3(
     disk: &Arc<dyn GuestDisk>,
     executor: &dyn Executor,
@@ -107,7 +107,7 @@ mod tests {
     use crate::testing::{TestDisk, Threads};
 
     #[test]
-    fn equal_to_the_digest_of_the_bytes() {
+    fn matches_blake3_of_the_raw_bytes() {
         for (seed, size) in (0..).zip([0, 1, 513, 1 << 20, 5_000_001]) {
             let disk = TestDisk::mixed(size, 700_000, seed);
             let expected = *blake3::hash(&disk.content()).as_bytes();
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_known_digest() {
+    fn known_digest_of_an_empty_disk() {
         let disk: Arc<dyn GuestDisk> = Arc::new(TestDisk::data(Vec::new()));
         let digest = checksum_blake3(&disk, &Inline, &Silent).unwrap().to_string();
         assert_eq!(digest, "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262");

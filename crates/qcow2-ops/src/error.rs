@@ -1,4 +1,4 @@
-//! One error for the procedures: a small kind, which step on which disk, and the cause.
+//! The error of all procedures: a matchable kind, the failed step, and the cause.
 
 use std::fmt;
 
@@ -9,42 +9,49 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// Opening an image, or learning what it is.
+    /// Opening an image, or detecting its format.
     Open,
-    /// Making a new image.
+    /// Creating an image.
     Create,
-    /// Asking which ranges are allocated, zero or data.
+    /// Reading the block status: which ranges are allocated, zero or data.
     Extents,
     /// Reading guest bytes.
     Read,
     /// Writing, zeroing or flushing.
     Write,
-    /// Having space for what is not written yet.
+    /// Preallocating space.
     Preallocate,
-    /// Reading or understanding metadata.
+    /// Reading or parsing metadata.
     Metadata,
-    /// There is no snapshot or bitmap of that name.
+    /// No snapshot or bitmap has that name.
     NotFound,
-    /// An option's value is not allowed, or not together with another.
+    /// An option's value is invalid, or excludes another option.
     InvalidOption,
-    /// This kind of disk cannot do what was asked.
+    /// This kind of disk does not support the operation.
     Unsupported,
-    /// [`Progress::should_stop`](crate::Progress::should_stop) said so.
+    /// [`Progress::should_stop`](crate::Progress::should_stop) returned true.
     Stopped,
 }
 
-/// A failed procedure. `Display` prints this layer only; follow `source()` for the rest.
+/// A failed procedure. `Display` prints this error without its sources; follow `source()` for the rest.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
     context: String,
+    disk: Option<String>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
-    /// An error of `kind`; `context` is lower case and says which step failed, on which disk, and where.
+    /// An error of `kind`. `context` is lower case: which step failed, on which disk, and where.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), source: None }
+        Self { kind, context: context.into(), disk: None, source: None }
+    }
+
+    /// Adds which of several disks it is about, by its name.
+    pub fn with_disk(mut self, name: impl Into<String>) -> Self {
+        self.disk = Some(name.into());
+        self
     }
 
     /// Adds the underlying error.
@@ -53,8 +60,9 @@ impl Error {
         self
     }
 
-    /// The caller's own error right below, where a port ([`Reopen`](crate::Reopen),
-    /// [`KeySlots`](crate::KeySlots)) gave it back. Errors: this error as it is, where it has another cause.
+    /// The caller's own error of type `T`, if it is the direct source: errors that a port
+    /// ([`Reopen`](crate::Reopen), [`KeySlots`](crate::KeySlots)) returned. Errors: this error unchanged, if
+    /// it has another source.
     pub fn caller_error<T: std::error::Error + 'static>(mut self) -> Result<T, Self> {
         match self.source.take().map(|source| source.downcast::<T>()) {
             Some(Ok(found)) => Ok(*found),
@@ -73,12 +81,17 @@ impl Error {
         self.kind
     }
 
-    /// The step and the place, as `Display` prints them.
+    /// The failed step and its location, as `Display` prints them.
     pub fn context(&self) -> &str {
         &self.context
     }
 
-    /// The engine's error underneath, where there is one.
+    /// The name of the disk that failed, for procedures with several.
+    pub fn disk(&self) -> Option<&str> {
+        self.disk.as_deref()
+    }
+
+    /// The first engine error among the sources, if there is one.
     pub fn core_error(&self) -> Option<&qcow2_core::Error> {
         let mut at: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(self);
         while let Some(error) = at {
@@ -108,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn finds_the_engine_error_below() {
+    fn core_error_finds_the_engine_error() {
         let below = qcow2_core::Error::new(qcow2_core::ErrorKind::Corrupt, "l2 entry 3 is damaged");
         let error = Error::new(ErrorKind::Read, "reading at byte 512").with_source(below);
         assert_eq!(error.to_string(), "reading at byte 512");

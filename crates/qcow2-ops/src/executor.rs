@@ -1,17 +1,17 @@
-//! The port for parallel work: a procedure brings the job, the caller brings the threads.
+//! The port for parallel work: a procedure supplies the job, the caller supplies the threads.
 
-/// Runs one job on several workers at once.
+/// Runs a job on several workers.
 pub trait Executor: Sync {
-    /// How many workers [`run`](Self::run) uses: at least 1. Procedures size their buffers by it.
+    /// Number of workers that [`run`](Self::run) uses, at least 1. Procedures size their buffers by it.
     fn workers(&self) -> usize;
 
     /// Calls `job(0)`, `job(1)` ... `job(workers() - 1)`, each once, and returns when all have returned. They
-    /// may run at the same time or one after the other, in any order: jobs share work between them so that
-    /// either is right.
+    /// may run in parallel or one after the other, in any order; jobs distribute their work so that both are
+    /// correct.
     fn run(&self, job: &(dyn Fn(usize) + Sync));
 }
 
-/// One worker: the caller itself.
+/// A single worker: the calling thread.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Inline;
 

@@ -1,7 +1,7 @@
-//! What an image says of itself: header, features, snapshots, bitmaps, encryption.
+//! Describes an image: header, features, snapshots, bitmaps, encryption.
 //!
-//! Reads the one storage it is given, never a file that the image names, and no guest data: safe on images
-//! from anywhere. Spec: "Header", "Header extensions", "Snapshots", "Bitmaps".
+//! Reads only the given storage: no files that the image names, and no guest data. So it is safe on untrusted
+//! images. Spec: "Header", "Header extensions", "Snapshots", "Bitmaps".
 
 use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::format::bitmap::Bitmap;
@@ -11,90 +11,89 @@ use qcow2_core::format::snapshot::Snapshot;
 use qcow2_core::format::{CompressionType, CryptMethod, Header, HostOffset, Version};
 use qcow2_core::{ImageFormat, Storage};
 
-/// What was learned about one image.
+/// Properties of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InfoReport {
-    /// Bytes of the disk that the machine sees; of a raw image the length of its storage, to the byte.
+    /// Virtual size in bytes. For a raw image the exact length of its storage.
     pub virtual_size: u64,
-    /// Bytes of real space that the storage takes, where that is known.
+    /// Disk space used by the storage in bytes, if known.
     pub used_bytes: Option<u64>,
-    /// Bytes in the storage.
+    /// Length of the storage in bytes.
     pub storage_len: u64,
-    /// What only a qcow2 image has.
+    /// Properties of a qcow2 image; `None` for other formats.
     pub qcow2: Option<Qcow2Info>,
-    /// The header of a LUKS container.
+    /// The header of a LUKS container; `None` for other formats.
     pub luks: Option<Box<LuksHeader>>,
 }
 
-/// What a qcow2 image says of itself.
+/// Properties of a qcow2 image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Qcow2Info {
-    /// The version of the format.
+    /// The format version.
     pub version: Version,
-    /// Bytes in a cluster.
+    /// Cluster size in bytes.
     pub cluster_size: u64,
-    /// How compressed clusters are compressed.
+    /// Algorithm of compressed clusters.
     pub compression_type: CompressionType,
-    /// Bits in a refcount.
+    /// Refcount width in bits.
     pub refcount_bits: u32,
-    /// Whether refcount updates may be postponed.
+    /// True if refcount updates may be postponed.
     pub lazy_refcounts: bool,
-    /// Whether it was not closed cleanly.
+    /// True if the image was not closed cleanly.
     pub dirty: bool,
-    /// Whether it is marked as damaged.
+    /// True if the image is marked corrupt.
     pub corrupt: bool,
-    /// Whether clusters have subclusters.
+    /// True if the image has extended L2 entries (subclusters).
     pub extended_l2: bool,
-    /// The backing file it names.
+    /// The backing file named in the header.
     pub backing: Option<BackingName>,
-    /// The external data file it names.
+    /// The external data file named in the header.
     pub data_file: Option<DataFileName>,
-    /// How guest data is encrypted, if it is.
+    /// Encryption method, if guest data is encrypted.
     pub encryption: Option<Encryption>,
-    /// Internal snapshots, in the order of the table.
+    /// Internal snapshots, in table order.
     pub snapshots: Vec<Snapshot>,
-    /// Persistent bitmaps, in the order of the directory. Bitmaps that another program made stale are left
-    /// out.
+    /// Persistent bitmaps, in directory order. Empty if another program has made the bitmaps extension stale.
     pub bitmaps: Vec<Bitmap>,
 }
 
-/// The backing file that an image names.
+/// The name of a backing file, as stored in an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingName {
-    /// As it stands in the image; any characters.
+    /// The name as stored; may contain any characters.
     pub name: String,
-    /// The format recorded beside it.
+    /// The format recorded with it.
     pub format: Option<String>,
 }
 
-/// The external data file that an image names.
+/// The name of an external data file, as stored in an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DataFileName {
-    /// As it stands in the image; `None` where the name is missing.
+    /// The name as stored; `None` if the image has a data file but no name for it.
     pub name: Option<String>,
-    /// Whether the file is byte for byte the guest disk.
+    /// True if the file is a raw copy of the guest disk.
     pub raw: bool,
 }
 
-/// How guest data is encrypted.
+/// Encryption method of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Encryption {
-    /// The old method.
+    /// The legacy AES method.
     Aes,
-    /// LUKS, with what its header says.
+    /// LUKS, with its header.
     Luks(Box<LuksHeader>),
 }
 
-/// Learns about the image in `storage`, which is of `format`. Disk: reads header, snapshot table, bitmap
-/// directory and encryption header.
+/// Describes the image in `storage`, which has the given `format`. Disk: reads the header, the snapshot
+/// table, the bitmap directory and the encryption header.
 ///
-/// Errors: `Open` for bytes that are no such image, with the engine's error below; `Metadata` for damaged
-/// snapshot tables, bitmap directories or encryption headers; `Unsupported` for a format that is known by
-/// name only.
+/// Errors: `Open` if the bytes are not such an image, with the engine's error as source; `Metadata` for
+/// damaged snapshot tables, bitmap directories or encryption headers; `Unsupported` for a format that is not
+/// implemented.
 pub fn info(storage: &dyn Storage, format: &ImageFormat) -> Result<InfoReport> {
-    let failed = |e| opening("asking for the size of the image", qcow2_core::Error::from(e));
+    let failed = |e| opening("reading the size of the image", qcow2_core::Error::from(e));
     let storage_len = storage.len().map_err(failed)?;
     let used_bytes = storage.used_bytes().map_err(failed)?;
     let header = match format {
@@ -106,10 +105,7 @@ pub fn info(storage: &dyn Storage, format: &ImageFormat) -> Result<InfoReport> {
         }
         ImageFormat::Qcow2 => Some(read_header(storage)?),
         other => {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("format {other:?} is known by name only"),
-            ));
+            return Err(Error::new(ErrorKind::Unsupported, format!("format {other:?} is not supported")));
         }
     };
     let virtual_size = header.as_ref().map_or(storage_len, Header::disk_size);
@@ -141,7 +137,7 @@ fn describe(storage: &dyn Storage, header: &Header) -> Result<Qcow2Info> {
     })
 }
 
-/// Reads and judges the header: the first cluster, at most 2 MiB.
+/// Reads and parses the header: the first cluster, at most 2 MiB.
 fn read_header(storage: &dyn Storage) -> Result<Header> {
     let judge = |e| {
         let kind = qcow2_core::ErrorKind::Format;
@@ -183,10 +179,10 @@ fn read_bitmaps(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap>> {
         return Ok(Vec::new());
     };
     let wanted = usize::try_from(extension.directory_size).unwrap_or(usize::MAX);
-    let len = storage.len().map_err(|e| opening("asking for the size of the image", e.into()))?;
+    let len = storage.len().map_err(|e| opening("reading the size of the image", e.into()))?;
     let end = extension.directory_offset.checked_add(extension.directory_size);
     if end.is_none_or(|end| end.value() > len) {
-        return Err(Error::new(ErrorKind::Metadata, "bitmap directory passes the end of the image"));
+        return Err(Error::new(ErrorKind::Metadata, "bitmap directory ends past the end of the image"));
     }
     let directory = read_up_to(storage, extension.directory_offset, wanted)?;
     Bitmap::parse_directory(&directory, extension.count)
@@ -207,5 +203,5 @@ fn opening(step: &str, error: qcow2_core::Error) -> Error {
     Error::new(ErrorKind::Open, step).with_source(error)
 }
 
-/// Bytes of a LUKS header that say something.
+/// Length of a LUKS header in bytes, without the key material.
 const LUKS_READ: usize = 592;

@@ -1,8 +1,8 @@
-//! Procedures on disk images: each file is one function, an options struct in, a report or an effect out.
+//! Procedures on disk images. Each file has one procedure: an options struct in, a report or an effect out.
 //!
-//! Sources and targets are [`GuestDisk`](qcow2_core::GuestDisk)s, opened by the caller. Nothing here names a
-//! file, a socket, a clock, a thread or the environment: parallel work goes through an [`Executor`], what is
-//! shown to a person through a [`Progress`].
+//! Sources and targets are [`GuestDisk`](qcow2_core::GuestDisk)s, opened by the caller. The crate uses no
+//! files, sockets, clocks, threads or environment variables: parallel work goes through an [`Executor`],
+//! progress through a [`Progress`].
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 

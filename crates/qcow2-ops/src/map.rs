@@ -1,4 +1,4 @@
-//! Where the content of a disk is: every run of the whole chain, with the layer that has it.
+//! Maps a disk: each run of the whole backing chain, with the layer it comes from.
 
 mod assigned;
 mod sparse;
@@ -9,13 +9,13 @@ use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, St
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What to map.
+/// The range to map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MapOptions {
-    /// The first byte; may lie past the end of the disk.
+    /// Guest offset of the first byte; may be past the end of the disk.
     pub start: u64,
-    /// How many bytes at most; `None`: up to the end of the disk.
+    /// Maximum length in bytes; `None`: up to the end of the disk.
     pub len: Option<u64>,
 }
 
@@ -32,30 +32,30 @@ impl Default for MapOptions {
     }
 }
 
-/// A run of guest bytes with the same answers.
+/// A run of guest bytes with the same state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MapExtent {
-    /// The first byte.
+    /// Guest offset of the first byte.
     pub start: u64,
-    /// Bytes in the run.
+    /// Length in bytes.
     pub len: u64,
-    /// The layer that the answers are about, 0 for the top. Bytes that no layer has belong to the deepest
-    /// layer that is long enough to have them.
+    /// The layer the run comes from, 0 for the top. For unallocated bytes, the deepest layer that is large
+    /// enough to have them.
     pub depth: u32,
-    /// Whether a layer has the bytes.
+    /// True if a layer has the bytes allocated.
     pub present: bool,
-    /// Whether the bytes are known to be zeroes.
+    /// True if the bytes are known to be zero.
     pub zero: bool,
-    /// Whether the bytes are stored in a file.
+    /// True if the bytes are stored in a file.
     pub data: bool,
-    /// Whether they are stored compressed.
+    /// True if they are stored compressed.
     pub compressed: bool,
-    /// Where they are stored, or would be.
+    /// Host offset where they are stored, or would be stored when written.
     pub host: Option<HostOffset>,
 }
 
 impl MapExtent {
-    /// Whether `next` says the same and goes on where this one ends.
+    /// True if `next` follows this run and has the same state and contiguous host offsets.
     fn continues_in(&self, next: &Self) -> bool {
         let same = |e: &Self| (e.depth, e.present, e.zero, e.data, e.compressed);
         let host = match (self.host, next.host) {
@@ -67,12 +67,11 @@ impl MapExtent {
     }
 }
 
-/// Walks over a disk and its chain, calling `visit` with each run in guest order, neighbours joined. Bytes up
-/// to the next multiple of 512 after the end of a raw disk count as zeroes, as QEMU has it. A range without
-/// bytes gives one empty run. `visit` may end the walk. Disk: reads tables, never data; asks files for their
-/// holes.
+/// Walks over a disk and its backing chain, and calls `visit` with each run in guest order; adjacent equal
+/// runs are joined. Like QEMU, pads a raw disk with zeroes to a multiple of 512. An empty range gives one
+/// empty run. `visit` may end the walk. Disk: reads tables, never data; queries files for their holes.
 ///
-/// Errors: `Extents`, with the engine's error below.
+/// Errors: `Extents`, with the engine's error as source.
 pub fn map(
     disk: &Arc<dyn GuestDisk>,
     options: &MapOptions,
@@ -85,7 +84,7 @@ pub fn map(
     let mut at = options.start;
     while at < end {
         let next = layers.extent_at(at, end - at).map_err(|e| {
-            Error::new(ErrorKind::Extents, format!("asking what is at byte {at}")).with_source(e)
+            Error::new(ErrorKind::Extents, format!("reading the block status at byte {at}")).with_source(e)
         })?;
         at += next.len;
         if current.len > 0 && current.continues_in(&next) {
@@ -101,16 +100,16 @@ pub fn map(
     Ok(())
 }
 
-/// The chain, top first.
+/// The backing chain, top first.
 pub(crate) struct Layers {
     layers: Vec<Layer>,
 }
 
 struct Layer {
     disk: Arc<dyn GuestDisk>,
-    /// Where holes in the file below count: an image whose data area was reserved without being written.
+    /// The data file, if its holes must be checked because the data area was preallocated but not written.
     sparse_storage: Option<Arc<dyn Storage>>,
-    /// Finds places that are assigned but not used yet, which only subclusters can have.
+    /// Finds host clusters that are allocated although no subcluster is; only with extended L2 entries.
     assigned: Option<Mutex<AssignedPlaces>>,
 }
 
@@ -121,7 +120,8 @@ impl Layers {
         while let Some(disk) = next {
             let sparse_storage = disk.as_image().map(sparse::find_sparse_storage).transpose();
             let sparse_storage = sparse_storage.map_err(|e| {
-                Error::new(ErrorKind::Extents, "comparing refcounts with the space in use").with_source(e)
+                Error::new(ErrorKind::Extents, "comparing the refcounts with the disk space used")
+                    .with_source(e)
             })?;
             layers.push(Layer {
                 disk: Arc::clone(disk),
@@ -133,13 +133,13 @@ impl Layers {
         Ok(Self { layers })
     }
 
-    /// The disk of one layer alone.
+    /// The disk of one layer.
     pub(crate) fn disk(&self, depth: u32) -> Option<&Arc<dyn GuestDisk>> {
         self.layers.get(depth as usize).map(|layer| &layer.disk)
     }
 
-    /// Whether an unallocated run is so only because the layers that could have it are too short: `extent` is
-    /// what [`extent_at`](Self::extent_at) gave.
+    /// True if a run of [`extent_at`](Self::extent_at) is unallocated only because a lower layer is too
+    /// short.
     pub(crate) fn is_past_a_layer(&self, extent: &MapExtent) -> bool {
         !extent.present && (extent.depth as usize) + 1 < self.layers.len()
     }
@@ -154,7 +154,7 @@ impl Layers {
                 break;
             }
             if at >= size {
-                // The rest of the last sector of a raw disk.
+                // The padding of a raw disk to a whole sector.
                 let (len, host) = (extent.len.min(rounded - at), Some(HostOffset::new(at)));
                 extent = MapExtent { depth, len, present: true, host, ..extent };
                 break;
@@ -185,7 +185,7 @@ impl Layers {
 }
 
 impl Layer {
-    /// Notes the place that is assigned to an unallocated run, and cuts the run where that place ends.
+    /// Adds the host offset of an unallocated run whose cluster has one, and cuts the run where that changes.
     fn with_assigned_place(&self, extent: MapExtent) -> qcow2_core::Result<MapExtent> {
         let Some(assigned) = &self.assigned else { return Ok(extent) };
         let mut assigned = assigned.lock().unwrap_or_else(PoisonError::into_inner);
@@ -193,7 +193,7 @@ impl Layer {
         Ok(MapExtent { len, host, ..extent })
     }
 
-    /// Cuts a stored run where a hole of the file begins or ends, and says which of both it is.
+    /// Cuts a stored run at the next boundary between data and hole in the file, and sets `zero` accordingly.
     fn with_holes(&self, extent: MapExtent) -> qcow2_core::Result<MapExtent> {
         let (Some(storage), Some(host)) = (&self.sparse_storage, extent.host) else {
             return Ok(extent);
@@ -212,7 +212,7 @@ mod tests {
     use super::*;
     use qcow2_core::{DiskExtent, Error as CoreError, Result as CoreResult, ZeroMode};
 
-    /// A layer of given runs.
+    /// A layer with the given runs.
     struct Runs {
         size: u64,
         runs: Vec<(u64, ExtentState)>,
@@ -266,7 +266,7 @@ mod tests {
     }
 
     fn unused() -> CoreError {
-        CoreError::new(qcow2_core::ErrorKind::Unsupported, "a map asks for extents only")
+        CoreError::new(qcow2_core::ErrorKind::Unsupported, "map must only call extent_at")
     }
 
     fn data(host: u64) -> ExtentState {
@@ -281,7 +281,7 @@ mod tests {
         Arc::new(Runs { size, runs: runs.to_vec(), backing })
     }
 
-    /// Runs as `start+len depth flags @host`, flags being the first letters of present, zero, data,
+    /// Formats runs as `start+len depth flags @host`. The flags are the first letters of present, zero, data,
     /// compressed.
     fn lines(disk: &Arc<dyn GuestDisk>, options: MapOptions) -> Vec<String> {
         let mut lines = Vec::new();
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn joins_what_goes_on() {
+    fn joins_contiguous_runs_with_equal_state() {
         let runs = [(512, data(4096)), (512, data(4608)), (512, data(4096)), (512, ExtentState::Compressed)];
         let disk = layer(4096, &runs, None);
         let expected = ["0+1024 0 pd @4096", "1024+512 0 pd @4096", "1536+512 0 pdc", "2048+2048 0 z"];
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn shorter_layers_below() {
+    fn layers_shorter_than_the_top() {
         let raw = layer(
             1000,
             &[(512, data(0)), (488, ExtentState::Zero { host: Some(HostOffset::new(512)) })],
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_and_ends() {
+    fn ranges_and_the_end_of_a_raw_disk() {
         let raw = layer(3, &[(3, data(0))], None);
         assert_eq!(lines(&raw, MapOptions::new()), ["0+3 0 pd @0", "3+509 0 pz @3"]);
         let part = |start, len| lines(&raw, MapOptions { start, len });
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn the_visitor_may_stop() {
+    fn visitor_can_end_the_walk() {
         let disk = layer(2048, &[(512, data(0)), (512, ExtentState::Compressed)], None);
         let mut seen = 0;
         let mut visit = |_: &MapExtent| {

@@ -1,4 +1,4 @@
-//! How large would the file of a new image be?
+//! Computes the file size that a new image would have.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{Below, Content, Source};
@@ -8,22 +8,22 @@ use qcow2_core::format::{Geometry, GeometryFields};
 use qcow2_core::{GuestDisk, Preallocation};
 use std::sync::Arc;
 
-/// The qcow2 image that is asked about.
+/// The qcow2 image to measure for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MeasureOptions {
-    /// Bytes of a cluster, a power of two from 512 to 2 MiB.
+    /// Cluster size in bytes, a power of two from 512 to 2 MiB.
     pub cluster_size: u64,
-    /// Bits of a refcount, a power of two up to 64.
+    /// Refcount width in bits, a power of two up to 64.
     pub refcount_bits: u64,
-    /// Whether clusters have subclusters.
+    /// Use extended L2 entries (subclusters).
     pub extended_l2: bool,
-    /// How much is there from the start.
+    /// What to allocate up front.
     pub preallocation: Preallocation,
-    /// Whether it stands on a backing file: then every cluster of a measured disk is taken for allocated. A
-    /// size alone says nothing of data.
+    /// The image has a backing file: every cluster of a measured disk counts as allocated. With
+    /// [`Measured::Size`] this has no effect.
     pub has_backing: bool,
-    /// Bytes of its encryption header; zero: it has none.
+    /// Length of the encryption header in bytes; 0 without encryption.
     pub luks_len: u64,
 }
 
@@ -40,22 +40,22 @@ impl Default for MeasureOptions {
     }
 }
 
-/// Bytes of the file.
+/// File sizes in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Measure {
-    /// With what the source holds.
+    /// With the content of the source.
     pub required: u64,
-    /// With every cluster in use.
+    /// With all clusters allocated.
     pub fully_allocated: u64,
 }
 
-/// What is measured.
+/// What to measure.
 #[derive(Clone, Copy)]
 pub enum Measured<'a> {
-    /// An empty disk of so many bytes.
+    /// An empty disk of this many bytes.
     Size(u64),
-    /// What a disk holds.
+    /// The content of a disk.
     Disk(&'a Arc<dyn GuestDisk>),
 }
 
@@ -72,15 +72,14 @@ pub fn measure_container(what: Measured<'_>, area_len: u64) -> Result<Measure> {
         Measured::Size(size) => size,
         Measured::Disk(_) => size_of(what)?,
     };
-    let too_large = || Error::new(ErrorKind::InvalidOption, "the size passes 2^64 - 1 bytes");
+    let too_large = || Error::new(ErrorKind::InvalidOption, "the size exceeds 2^64 - 1 bytes");
     let all = size.checked_add(area_len).ok_or_else(too_large)?;
     Ok(Measure { required: all, fully_allocated: all })
 }
 
-/// Measures a qcow2 image: all tables that its size can need, and the clusters in which the source has
-/// something else than zeroes as far as tables and holes tell. Disk: reads tables, no data. Errors:
-/// `InvalidOption` for an impossible cluster size or refcount width, or for a size that would need too large
-/// an L1 table; `Extents`.
+/// Measures a qcow2 image: all tables for its size, and the clusters in which the source is not known to be
+/// zero. Disk: reads tables, no data. Errors: `InvalidOption` for an invalid cluster size or refcount width,
+/// and for a size that needs an L1 table above the limit; `Extents`.
 pub fn measure_qcow2(what: Measured<'_>, options: &MeasureOptions) -> Result<Measure> {
     let size = size_of(what)?;
     let tables = table_bytes(size, options)?;
@@ -98,8 +97,8 @@ pub fn measure_qcow2(what: Measured<'_>, options: &MeasureOptions) -> Result<Mea
     Ok(Measure { required: tables + used, fully_allocated })
 }
 
-/// Bytes that the persistent bitmaps of a disk of `disk_size` bytes take in an image with such clusters:
-/// their tables, their clusters, and the directory.
+/// Size in bytes of the persistent bitmaps of a disk of `disk_size` bytes: bits, tables and directory, in
+/// whole clusters of `cluster_size` bytes.
 pub fn measure_bitmaps(bitmaps: &[Bitmap], disk_size: u64, cluster_size: u64) -> u64 {
     let clusters = |bytes: u64| bytes.div_ceil(cluster_size);
     let mut directory = 0;
@@ -119,11 +118,11 @@ fn size_of(what: Measured<'_>) -> Result<u64> {
         Measured::Size(size) => size,
         Measured::Disk(disk) => disk.size(),
     };
-    let too_large = || Error::new(ErrorKind::InvalidOption, "the size passes 2^64 - 1 bytes");
+    let too_large = || Error::new(ErrorKind::InvalidOption, "the size exceeds 2^64 - 1 bytes");
     size.checked_next_multiple_of(512).ok_or_else(too_large)
 }
 
-/// Header, L1 table, L2 tables, refcount table and blocks of an image that is full.
+/// Size of the header, the L1 table, the L2 tables, and the refcount table and blocks of a full image.
 fn table_bytes(size: u64, options: &MeasureOptions) -> Result<u64> {
     let invalid = |text: String| Error::new(ErrorKind::InvalidOption, text);
     let fields = GeometryFields {
@@ -131,9 +130,8 @@ fn table_bytes(size: u64, options: &MeasureOptions) -> Result<u64> {
         refcount_order: options.refcount_bits.trailing_zeros(),
         extended_l2: options.extended_l2,
     };
-    let geometry = Geometry::new(fields).map_err(|e| {
-        invalid("this cluster size or refcount width is not possible".to_owned()).with_source(e)
-    })?;
+    let geometry = Geometry::new(fields)
+        .map_err(|e| invalid("invalid cluster size or refcount width".to_owned()).with_source(e))?;
     let l1_entries = geometry.l1_entries_for(size);
     if l1_entries > MAX_L1_ENTRIES {
         return Err(invalid(format!(
@@ -142,6 +140,7 @@ fn table_bytes(size: u64, options: &MeasureOptions) -> Result<u64> {
     }
     let guest_clusters = size.div_ceil(options.cluster_size);
     let counted = 1 + geometry.clusters_for(l1_entries * 8) + l1_entries + guest_clusters;
+    // Blocks and table also count their own clusters, so iterate until the numbers are stable.
     let (mut blocks, mut table) = (0, 0);
     loop {
         let needed = (counted + blocks + table).div_ceil(geometry.refcount_block_entries());
@@ -154,7 +153,7 @@ fn table_bytes(size: u64, options: &MeasureOptions) -> Result<u64> {
     Ok((counted - guest_clusters + blocks + table) * options.cluster_size)
 }
 
-/// How many clusters of the target would hold data.
+/// Number of clusters of the target that would hold data.
 fn used_clusters(disk: &Arc<dyn GuestDisk>, cluster_size: u64) -> Result<u64> {
     let source = Source::new(std::slice::from_ref(disk))?;
     let (mut at, mut clusters) = (0, 0);
@@ -170,7 +169,7 @@ fn used_clusters(disk: &Arc<dyn GuestDisk>, cluster_size: u64) -> Result<u64> {
     Ok(clusters)
 }
 
-/// Bytes of a bitmap directory entry before the name. Spec: "Bitmap directory".
+/// Length of a bitmap directory entry before the name, in bytes. Spec: "Bitmap directory".
 const BITMAP_ENTRY_LEN: u64 = 24;
 
 #[cfg(test)]
@@ -186,9 +185,9 @@ mod tests {
         assert_eq!((seen.required, seen.fully_allocated), (required, full), "{size}");
     }
 
-    /// Figures of the reference.
+    /// Numbers from qemu-img measure.
     #[test]
-    fn sizes() {
+    fn sizes_match_qemu_img() {
         check(0, |_| {}, 196_608, 196_608);
         check(513, |_| {}, 327_680, 393_216);
         check(1 << 30, |_| {}, 393_216, 1_074_135_040);
@@ -204,9 +203,9 @@ mod tests {
         assert_eq!(raw.required, 1 << 63);
     }
 
-    /// Figures of the reference: the bits, their tables and the directory each take whole clusters.
+    /// Numbers from qemu-img measure: bits, tables and directory each take whole clusters.
     #[test]
-    fn bitmaps_take_their_bits_their_tables_and_the_directory() {
+    fn bitmap_sizes_match_qemu_img() {
         let bitmaps = |list: &[(&str, u64)]| -> Vec<Bitmap> {
             list.iter().map(|(name, granularity)| Bitmap::new(*name, granularity.ilog2() as u8)).collect()
         };
@@ -223,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn clusters_with_data_count_once() {
+    fn partly_used_clusters_count_once() {
         let disk = TestDisk::data(vec![1; 8 * 512]);
         disk.set_states("dz-dz--d");
         let disk: Arc<dyn GuestDisk> = Arc::new(disk);

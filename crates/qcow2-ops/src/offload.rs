@@ -1,5 +1,5 @@
-//! Bytes that the system copies by itself: from the place where a layer of the source has them to the place
-//! where the target wants them. They do not pass through the program, and file systems that can share space
+//! Copy offload: the system copies data directly from the source's file to the target's file
+//! (`copy_file_range`). The data does not pass through this program, and file systems that can share blocks
 //! may do so.
 
 use crate::source::Source;
@@ -11,7 +11,7 @@ use qcow2_core::{
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A target that takes bytes by the system's own copy until that fails for the first time.
+/// Copy offload to one target; given up at the first failure.
 pub(crate) struct Offload<'a> {
     target: Target<'a>,
     refused: AtomicBool,
@@ -22,17 +22,18 @@ enum Target<'a> {
     Image(&'a Image),
 }
 
-/// What became of a copy.
+/// The outcome of a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moved {
-    /// All of it is there.
+    /// Everything was copied.
     All,
-    /// The storages cannot, or failed: whoever asked has to read and write, all of it.
+    /// Copy offload is not possible or failed. The caller must read and write the whole range.
     Refused,
 }
 
 impl<'a> Offload<'a> {
-    /// `None` for a target whose bytes on disk are not the guest's, or that is neither raw nor qcow2.
+    /// `None` for a target that is neither raw nor qcow2, or that is encrypted: its bytes on disk differ from
+    /// the guest's.
     pub(crate) fn new(target: &'a dyn GuestDisk) -> Option<Self> {
         let target = match (target.as_raw(), target.as_image()) {
             (Some(raw), _) => Target::Raw(raw),
@@ -42,13 +43,13 @@ impl<'a> Offload<'a> {
         Some(Self { target, refused: AtomicBool::new(false) })
     }
 
-    /// Whether it is worth to ask.
+    /// False once a copy has been refused.
     pub(crate) fn is_possible(&self) -> bool {
         !self.refused.load(Ordering::Relaxed)
     }
 
-    /// Copies `range`, which the layer `depth` of the source has in plain bytes. Errors are the target's
-    /// engine's; a copy that fails is no error, and none is tried after it.
+    /// Copies `range`, which layer `depth` of the source stores uncompressed. Errors are the engine's for the
+    /// target. A copy that the storage refuses is not an error; no further copy is tried.
     pub(crate) fn copy(&self, source: &Source, range: Range<u64>, depth: u32) -> Result<Moved> {
         let mut at = range.start;
         while at < range.end {
@@ -72,11 +73,11 @@ impl<'a> Offload<'a> {
     }
 }
 
-/// A place in a layer of the source.
+/// A guest offset in a layer of the source.
 struct From<'a> {
     layer: &'a dyn GuestDisk,
     offset: u64,
-    /// Bytes to the end of the disk that the layer belongs to.
+    /// Bytes from `offset` to the end of the disk that the layer belongs to.
     len: u64,
 }
 
@@ -86,14 +87,15 @@ impl<'a> From<'a> {
         Some(Self { layer: &**layer, offset, len })
     }
 
-    /// Copies `len` bytes to `host` of `to`; `false` if that cannot be done.
+    /// Copies `len` bytes to `host` in `to`. Returns `false` if that is not possible.
     fn copy_to(&self, to: &dyn Storage, host: HostOffset, len: u64) -> Result<bool> {
         if let Some(raw) = self.layer.as_raw() {
             return Ok(done(to.copy_from(&**raw.storage(), HostOffset::new(self.offset), host, len)));
         }
         let Some(image) = self.layer.as_image() else { return Ok(false) };
         let Some(data) = image.data_storage() else { return Ok(false) };
-        // Clusters that are freed meanwhile wait for the pin, and what the map said before may be old.
+        // The mapping may have changed since it was read. The pin keeps clusters that are freed meanwhile
+        // from being reused, so the extents below stay valid until the copy is done.
         let pin = image.pin();
         let mut copied = 0;
         while copied < len {
@@ -113,7 +115,8 @@ impl<'a> From<'a> {
         Ok(true)
     }
 
-    /// Copies the first part of `range` to where `image` wants it, and says how long that part was.
+    /// Copies the first part of `range` into `image`, at newly allocated clusters. Returns the length of that
+    /// part.
     fn copy_into(&self, image: &Image, range: Option<GuestRange>) -> Result<Option<u64>> {
         let (Some(range), Some(data)) = (range, image.data_storage()) else { return Ok(None) };
         let ticket = image.prepare_write(range)?;
@@ -131,7 +134,7 @@ impl<'a> From<'a> {
     }
 }
 
-/// Why a storage does not copy makes no difference: reading and writing finds out what is broken.
+/// The reason for a refusal does not matter: reading and writing will report what is broken.
 fn done(copied: std::result::Result<(), StorageError>) -> bool {
     copied.is_ok()
 }

@@ -1,8 +1,9 @@
-//! Work in pieces: claimed in order, prepared on all workers at once, finished in order or as they come.
+//! A pipeline over pieces of work: claimed in order, prepared by all workers in parallel, finished in claim
+//! order or in any order.
 //!
-//! Pieces live in slots, of which there are at most [`SLOTS_PER_WORKER`] for each worker: that bounds the
-//! memory, and how far the fastest worker gets ahead of the slowest piece. Nobody waits for a turn: a worker
-//! that has prepared a piece leaves it for whoever finishes the one before, and goes on.
+//! Pieces live in at most [`SLOTS_PER_WORKER`] slots per worker. That bounds the memory, and the distance
+//! between the fastest worker and the slowest piece. No worker waits for its turn to finish: it queues its
+//! prepared piece for whoever finishes the piece before it, and claims the next one.
 
 use crate::error::Result;
 use crate::executor::Executor;
@@ -10,40 +11,41 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// How many pieces are in the making for each worker.
+/// Pieces in flight per worker.
 pub(crate) const SLOTS_PER_WORKER: usize = 2;
 
-/// Whether pieces are finished one after the other in the order of their claims.
+/// The order in which pieces are finished.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// One at a time, in order: what is finished does not depend on the number of workers.
+    /// One at a time, in claim order: the result does not depend on the number of workers.
     Claimed,
-    /// As they come, several at once.
+    /// In any order, several in parallel.
     Any,
 }
 
-/// The three steps of a piece.
+/// The three stages of a piece.
 pub(crate) trait Stages: Sync {
-    /// Where the claims stand.
+    /// The state of claiming, for example an offset.
     type Cursor: Send;
-    /// A piece and its buffers, used again for later ones.
+    /// A piece with its buffers, reused for later pieces.
     type Slot: Send;
 
-    /// A slot with nothing in it.
+    /// Creates an empty slot.
     fn slot(&self) -> Self::Slot;
 
-    /// Puts the next piece into `slot`; `false` when there is none left. Called by one worker at a time.
+    /// Puts the next piece into `slot`. Returns `false` if there is none left. Called by one worker at a
+    /// time.
     fn claim(&self, cursor: &mut Self::Cursor, slot: &mut Self::Slot) -> Result<bool>;
 
-    /// The costly part, on all workers at once.
+    /// The expensive stage; runs on all workers in parallel.
     fn prepare(&self, slot: &mut Self::Slot) -> Result<()>;
 
-    /// The end of a piece. `Break` ends the whole work early, as a success.
+    /// The last stage. `Break` ends the whole run early, successfully.
     fn finish(&self, slot: &mut Self::Slot) -> Result<ControlFlow<()>>;
 }
 
 /// Runs all pieces from `cursor` on. With [`Order::Claimed`], the error or `Break` of the earliest piece
-/// counts, and every piece before it has been finished.
+/// wins, and every piece before it has been finished.
 pub(crate) fn run<S: Stages>(
     stages: &S,
     cursor: S::Cursor,
@@ -70,6 +72,8 @@ pub(crate) fn run<S: Stages>(
     pipeline.queue.into_inner().unwrap_or_else(PoisonError::into_inner).outcome
 }
 
+// Lock order: `claims` and `queue` are never held together, and neither is held while a piece is prepared or
+// finished.
 struct Pipeline<'a, S: Stages> {
     stages: &'a S,
     order: Order,
@@ -88,7 +92,7 @@ struct Claims<C> {
 struct Queue<T> {
     made: usize,
     free: Vec<T>,
-    /// Prepared pieces from number `next` on; `None` while one is still being prepared.
+    /// Prepared pieces from number `next` on; `None` for one that is still being prepared.
     ready: VecDeque<Option<(T, Result<()>)>>,
     next: u64,
     finishing: bool,
@@ -116,7 +120,7 @@ impl<S: Stages> Pipeline<'_, S> {
         std::mem::forget(guard);
     }
 
-    /// A free slot, or `None` once all is over.
+    /// A free slot, waiting for one if necessary. `None` once the run is over.
     fn take_slot(&self) -> Option<S::Slot> {
         let mut queue = self.queue();
         loop {
@@ -157,7 +161,8 @@ impl<S: Stages> Pipeline<'_, S> {
         Some((number, claimed))
     }
 
-    /// Leaves a prepared piece for finishing, and finishes what is due unless somebody else does already.
+    /// Queues a prepared piece, and finishes all pieces that are due unless another worker is already doing
+    /// that.
     fn leave(&self, number: u64, slot: S::Slot, prepared: Result<()>) {
         let mut queue = self.queue();
         let index = (number - queue.next) as usize;
@@ -187,7 +192,7 @@ impl<S: Stages> Pipeline<'_, S> {
         }
     }
 
-    /// The first end counts.
+    /// Ends the run; only the first outcome is kept.
     fn end(&self, queue: &mut Queue<S::Slot>, outcome: Result<()>) {
         if !queue.over {
             queue.over = true;
@@ -201,7 +206,7 @@ impl<S: Stages> Pipeline<'_, S> {
     }
 }
 
-/// Takes the piece that is due, if it is prepared and nothing ended the work before it.
+/// Takes the next piece in order, if it is prepared and the run is not over.
 fn next_ready<T>(queue: &mut Queue<T>) -> Option<Option<(T, Result<()>)>> {
     if queue.over || !matches!(queue.ready.front(), Some(Some(_))) {
         return None;
@@ -210,7 +215,7 @@ fn next_ready<T>(queue: &mut Queue<T>) -> Option<Option<(T, Result<()>)>> {
     queue.ready.pop_front()
 }
 
-/// Lets the others end when a worker panics: its slot and its piece will never come back.
+/// Ends the run when a worker panics: its slot and its piece are lost, and the others would wait for them.
 struct EndOnPanic<'p, 'a, S: Stages> {
     pipeline: &'p Pipeline<'a, S>,
 }
@@ -231,7 +236,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
-    /// Counts to `count`; piece `n` takes a time that depends on `n`.
+    /// Counts to `count`. Preparing piece `n` takes a time that depends on `n`.
     struct Counting {
         count: u64,
         stop: Option<u64>,
@@ -304,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn workers_may_run_one_after_the_other() {
+    fn workers_may_run_sequentially() {
         struct InTurn;
         impl Executor for InTurn {
             fn workers(&self) -> usize {
@@ -320,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn the_earliest_error_counts_and_all_before_it_is_finished() {
+    fn earliest_error_wins_and_all_pieces_before_it_finish() {
         for workers in [1, 4] {
             let work = Counting { fail: vec![90, 60, 61], ..Counting::new(500) };
             let error = run(&work, 0, Order::Claimed, &Threads(workers)).unwrap_err();
@@ -332,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_break_is_an_early_success() {
+    fn break_ends_the_run_successfully() {
         let work = Counting { stop: Some(33), fail: vec![34], ..Counting::new(500) };
         run(&work, 0, Order::Claimed, &Threads(4)).unwrap();
         assert_eq!(*work.done.lock().unwrap(), (0..34).collect::<Vec<_>>());
@@ -340,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_ends_the_others() {
+    fn panic_of_one_worker_ends_the_others() {
         struct Panics;
         impl Stages for Panics {
             type Cursor = u64;
@@ -354,7 +359,7 @@ mod tests {
                 Ok(true)
             }
             fn prepare(&self, slot: &mut u64) -> Result<()> {
-                assert!(*slot != 20, "this panic belongs to the test");
+                assert!(*slot != 20, "expected panic of this test");
                 Ok(())
             }
             fn finish(&self, _: &mut u64) -> Result<ControlFlow<()>> {

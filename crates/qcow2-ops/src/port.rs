@@ -1,16 +1,16 @@
-//! What a procedure asks of its caller, who alone knows how an image was opened.
+//! Ports for what only the caller can do: open the image again, and change key slots.
 
 use qcow2_core::{GuestDisk, HostOffset, Storage};
 use std::sync::Arc;
 
-/// Why a caller could not do what a procedure asked: its own error, found again below the procedure's.
+/// The caller's own error, returned through a port. It becomes the source of the procedure's error.
 pub type CallerError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Opens the image of a procedure, with the same options each time. A closure is one.
+/// Opens the image of a procedure again, with the same options each time. Closures implement it.
 ///
-/// A procedure drops what it had open before it asks, so that locks on the file are free.
+/// A procedure drops the open image first, so that the locks on its file are free.
 pub trait Reopen {
-    /// Opens the image. Errors: the caller's; the procedure ends with them below an
+    /// Opens the image. Errors: the caller's; the procedure returns them as the source of an
     /// [`Open`](crate::ErrorKind::Open) error.
     fn reopen(&self) -> Result<Arc<dyn GuestDisk>, CallerError>;
 }
@@ -21,11 +21,11 @@ impl<F: Fn() -> Result<Arc<dyn GuestDisk>, CallerError>> Reopen for F {
     }
 }
 
-/// Changes the key slots of an encrypted image: adds a password or erases one. The procedures know where the
-/// encryption header is; what stands in it is known to the crate that has the ciphers.
+/// Changes the key slots of an encrypted image: adds or erases a password. The procedure knows where the
+/// encryption header is; the crate with the ciphers knows its contents.
 pub trait KeySlots {
-    /// Changes the slots of the LUKS header at `at` in `storage`. Disk: the slots' key material, a barrier,
-    /// the header, a barrier. Errors: the caller's; nothing has been written then, or the image opens with
-    /// the old passwords.
+    /// Changes the slots of the LUKS header at `at` in `storage`. Disk: key material and header, each
+    /// followed by a barrier, in an order that a crash cannot break. Errors: the caller's; the old passwords
+    /// must still unlock the image then.
     fn change(&self, storage: &dyn Storage, at: HostOffset) -> Result<(), CallerError>;
 }

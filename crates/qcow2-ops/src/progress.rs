@@ -1,20 +1,20 @@
-//! The port for progress: how much there is to do, how much is done, and whether to stop.
+//! The port for progress reports and stop requests.
 
-/// Told how the work goes, from any worker; asked between pieces of work whether to go on.
+/// Receives progress from any worker, and is asked between pieces of work whether to stop.
 pub trait Progress: Sync {
-    /// The whole work is `bytes`; called before the first [`advance`](Self::advance), and again if it turns
-    /// out otherwise.
+    /// Sets the total to `bytes`. Called before the first [`advance`](Self::advance), and again if the total
+    /// changes.
     fn set_total(&self, bytes: u64);
 
-    /// `bytes` more are done.
+    /// Reports that `bytes` more are done.
     fn advance(&self, bytes: u64);
 
-    /// Whether the procedure should give up with [`ErrorKind::Stopped`](crate::ErrorKind::Stopped). Once
-    /// true, it stays true.
+    /// True if the procedure should end with [`ErrorKind::Stopped`](crate::ErrorKind::Stopped). Once true, it
+    /// must stay true.
     fn should_stop(&self) -> bool;
 }
 
-/// Shows nothing and never stops.
+/// Shows no progress and never stops.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Silent;
 

@@ -1,4 +1,4 @@
-//! Another backing file for an overlay, and the same disk all the same.
+//! Rebase: gives an overlay another backing file while its guest content stays the same.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
@@ -11,36 +11,36 @@ use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ZeroMod
 use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// How to rebase.
+/// Options of a rebase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RebaseOptions {
-    /// The first layer that both chains share: its number in the old one and in the new one, 0 being the
-    /// backing file. What neither chain has above it is the same in both and not looked at.
+    /// The first layer shared by both chains, as its depth in the old and in the new chain (0 is the backing
+    /// file). Ranges that neither chain allocates above it are equal and are not compared.
     pub shared: Option<(u32, u32)>,
-    /// Clusters are stored compressed where that makes them smaller.
+    /// Store clusters compressed if that makes them smaller.
     pub compress: bool,
 }
 
-/// What rebasing did.
+/// The result of a rebase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RebaseReport {
-    /// Bytes that were copied into the overlay.
+    /// Bytes copied into the overlay.
     pub data_bytes: u64,
-    /// Bytes that are recorded as zeroes in the overlay.
+    /// Bytes recorded as zeroes in the overlay.
     pub zeroed_bytes: u64,
 }
 
-/// Copies into `top` what it has from its backing file and what `new` (`None`: nothing at all) would show
-/// otherwise. Then `new` may become its backing file ([`Image::change_backing`]). `top`: open for writing,
-/// with its chain.
+/// Copies into `top` all unallocated ranges in which the old backing chain and `new` (`None`: no backing
+/// file) differ. Afterwards `new` can become its backing file ([`Image::change_backing`]). `top`: open for
+/// writing, with its backing chain.
 ///
-/// Disk: bytes of both chains are read unless tables, holes or a shared layer tell that they are equal;
-/// everything is durable in the end. The disk reads the same at every moment. Memory: at most four chunks of
-/// both chains for each worker, a chunk being 1 MiB or a cluster where that is more. Errors: `Extents`,
-/// `Read`, `Write` with the first byte of the failed range; `Unsupported` for a compressed rebase of an image
-/// without a codec; `Stopped`.
+/// Disk: reads both chains, except where tables, holes or a shared layer show that they are equal. Everything
+/// is durable at the end. The guest content is the same at every moment. Memory: at most four chunks of both
+/// chains per worker; a chunk is 1 MiB, or a cluster if that is larger. Errors: `Extents`, `Read`, `Write`
+/// with the first byte of the failed range; `Unsupported` for a compressed rebase of an image without a
+/// codec; `Stopped`.
 pub fn rebase(
     top: &Image,
     new: Option<&Arc<dyn GuestDisk>>,
@@ -74,19 +74,19 @@ pub fn rebase(
     Ok(rebasing.report.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Bytes of a chunk, unless a cluster has more.
+/// Bytes per chunk; at least a cluster.
 const CHUNK: u64 = 1 << 20;
 
-/// A chain below the overlay; past its end, or without one, there are zeroes.
+/// A backing chain. Past its end, or without one, everything is zero.
 struct Side {
     source: Option<Source>,
 }
 
-/// What a side says of a run.
+/// What is known about a run of a chain without reading its data.
 struct Known {
     len: u64,
     zero: bool,
-    /// The layer that has the say.
+    /// The layer the run comes from.
     depth: u32,
 }
 
@@ -124,10 +124,10 @@ impl Side {
 struct Rebasing<'a> {
     top: &'a Image,
     size: u64,
-    /// What is copied as a whole: a subcluster, or a cluster that is compressed.
+    /// The unit of copying in bytes: a subcluster, or a cluster if it is compressed.
     unit: u64,
     chunk: u64,
-    /// Whether zeroes can be recorded without being written.
+    /// True if the image can record zeroes without writing them.
     zero_flag: bool,
     sides: [Side; 2],
     options: RebaseOptions,
@@ -135,7 +135,7 @@ struct Rebasing<'a> {
     report: Mutex<RebaseReport>,
 }
 
-/// A piece of the disk.
+/// A chunk of the disk.
 #[derive(Default)]
 struct Slot {
     range: Range<u64>,
@@ -143,16 +143,16 @@ struct Slot {
     steps: Vec<Step>,
 }
 
-/// Something to write into the overlay.
+/// A write operation on the overlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Step {
-    /// These bytes, from the old side's buffer.
+    /// Write these guest bytes from the buffer of the old chain.
     Data(Range<u64>),
     Zeroes(Range<u64>),
 }
 
 impl Rebasing<'_> {
-    /// Whether the overlay says nothing about the bytes at `at`, and for how many.
+    /// The length of the run at `at`, and whether the overlay leaves it unallocated.
     fn shows_below(&self, at: u64, end: u64) -> Result<(u64, bool)> {
         let range = GuestRange::between(GuestOffset::new(at), GuestOffset::new(end));
         let own = self.top.extent_at(range).map_err(|e| {
@@ -162,7 +162,7 @@ impl Rebasing<'_> {
         Ok((own.len, own.state == ExtentState::Unallocated))
     }
 
-    /// Whether both chains are known to show the same at `at`, and for how many bytes.
+    /// The length of the run at `at`, and whether both chains are known to be equal there.
     fn known_same(&self, at: u64, end: u64) -> Result<(u64, bool)> {
         let old = self.sides[0].known_at(at, end - at)?;
         let new = self.sides[1].known_at(at, old.len)?;
@@ -170,7 +170,8 @@ impl Rebasing<'_> {
         Ok((new.len, shared || (old.zero && new.zero)))
     }
 
-    /// The whole units of `region`, which the overlay says nothing about, that are not known to be the same.
+    /// The whole units of `region` that are not known to be equal. The overlay must not allocate any of
+    /// `region`.
     fn doubtful(&self, region: Range<u64>) -> Result<Vec<Range<u64>>> {
         let (mut at, mut found): (u64, Vec<Range<u64>>) = (region.start, Vec::new());
         while at < region.end {
@@ -189,7 +190,7 @@ impl Rebasing<'_> {
         Ok(found)
     }
 
-    /// Reads `range` of both sides into the buffers.
+    /// Reads `range` of both chains into the buffers.
     fn read_both(&self, range: &Range<u64>, slot: &mut Slot) -> Result<()> {
         for (side, bytes) in self.sides.iter().zip(&mut slot.bytes) {
             let mut at = range.start;
@@ -207,7 +208,7 @@ impl Rebasing<'_> {
         Ok(())
     }
 
-    /// Lists what differs among `range`, of which both buffers hold the bytes.
+    /// Plans writes for the units of `range` that differ. Both buffers must hold the range.
     fn list(&self, range: Range<u64>, slot: &mut Slot) {
         let mut at = range.start;
         while at < range.end {
@@ -246,7 +247,8 @@ impl Rebasing<'_> {
         }
     }
 
-    /// Whether `range` is a cluster of which nothing is allocated: only such a one can be stored compressed.
+    /// True if `range` is a whole cluster with nothing allocated; only such a cluster can be written
+    /// compressed.
     fn is_whole(&self, range: &Range<u64>) -> qcow2_core::Result<bool> {
         let whole = range.end - range.start == self.unit || range.end == self.size;
         if !whole || !range.start.is_multiple_of(self.unit) || self.top.header().has_data_file() {
@@ -266,7 +268,7 @@ impl Stages for Rebasing<'_> {
         Slot::default()
     }
 
-    /// Passes over runs that need no look; a piece begins where one does, and ends with its chunk.
+    /// Skips runs that need no comparison. A chunk starts at a run that does, and ends at a chunk boundary.
     fn claim(&self, cursor: &mut u64, slot: &mut Slot) -> Result<bool> {
         while *cursor < self.size {
             if self.progress.should_stop() {
@@ -280,7 +282,7 @@ impl Stages for Rebasing<'_> {
                 self.progress.advance(len);
                 continue;
             }
-            // Chunks end with a cluster, so that no two workers write the same one.
+            // Chunks end at a cluster boundary, so that no two workers write the same cluster.
             *cursor = (start - start % self.chunk).saturating_add(self.chunk).min(self.size);
             slot.range = start - start % self.unit..*cursor;
             return Ok(true);
@@ -300,7 +302,7 @@ impl Stages for Rebasing<'_> {
             if !below {
                 continue;
             }
-            // What the overlay says nothing about may come in several answers.
+            // An unallocated region may be reported as several runs.
             while at < slot.range.end {
                 let (len, below) = self.shows_below(at, slot.range.end)?;
                 if !below {

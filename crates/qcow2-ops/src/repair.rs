@@ -1,4 +1,4 @@
-//! Repairs what a check found: refcounts, copied flags, and the marks of an unclean end and of damage.
+//! Repairs the findings of a check: refcounts, copied flags, and the dirty and corrupt bits.
 
 use crate::check::{CheckOptions, CheckReport, Finding, Found, check};
 use crate::error::{Error, ErrorKind, Result};
@@ -8,26 +8,26 @@ use crate::port::Reopen;
 use crate::progress::Progress;
 use qcow2_core::{GuestDisk, Image, Storage};
 
-/// What is repaired.
+/// What to repair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RepairMode {
-    /// Clusters whose refcount is too high; and copied flags, where all refcounts are right then.
+    /// Refcounts that are too high, and copied flags if all refcounts are right afterwards.
     Leaks,
     /// All refcounts and copied flags.
     All,
 }
 
-/// What a repair did.
+/// The result of a repair.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Repaired {
-    /// Refcounts that were too high and are right now.
+    /// Number of refcounts lowered to the number of references.
     pub leaks_fixed: u64,
-    /// Refcounts that were too low, and copied flags, that are right now.
+    /// Number of refcounts raised and copied flags corrected.
     pub corruptions_fixed: u64,
-    /// The copied flags that were wrong once the refcounts had been seen to.
+    /// Copied flags that were wrong after the refcounts had been repaired.
     pub copied: Vec<Found>,
-    /// Whether they were repaired.
+    /// True if those flags were repaired.
     pub copied_fixed: bool,
     /// What changed where tables were damaged, as far as it is listed.
     pub fixes: Vec<Fix>,
@@ -37,49 +37,50 @@ pub struct Repaired {
     pub after: Option<CheckReport>,
 }
 
-/// Whether `finding` is a refcount that is not what the references say.
+/// True if `finding` is a refcount that differs from the number of references.
 pub fn is_refcount(finding: &Finding) -> bool {
     matches!(finding, Finding::Refcount { .. })
 }
 
-/// Whether `finding` is a wrong copied flag.
+/// True if `finding` is a wrong copied flag.
 pub fn is_copied_flag(finding: &Finding) -> bool {
     matches!(finding, Finding::L1Copied { .. } | Finding::L2Copied { .. })
 }
 
-/// Whether leaks alone cannot be repaired: a cluster in use counts as free.
+/// True if repairing leaks alone is refused: an allocated cluster has refcount 0, or the refcount table must
+/// be rebuilt.
 pub fn needs_all(report: &CheckReport) -> bool {
     let is = |finding: &Finding| matches!(finding, Finding::Refcount { stored: 0, references: 1.., .. });
     report.needs_rebuild || report.findings.iter().any(|found| is(&found.finding))
 }
 
-/// What a check found, and what became of it.
+/// The result of a check with an optional repair.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Checked {
-    /// What was found before anything was repaired.
+    /// The findings before the repair.
     pub report: CheckReport,
     /// What the repair did.
     pub repair: Outcome,
 }
 
-/// What became of a repair that was asked for, or not.
+/// Whether and how an image was repaired.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Outcome {
-    /// None was asked for, or the check could not see enough to conclude anything from.
+    /// No repair was requested, or the check was incomplete.
     Untouched,
-    /// Leaks alone cannot be repaired: see [`needs_all`].
+    /// Only leaks were to be repaired, which is not enough: see [`needs_all`].
     NeedsAll,
-    /// It was repaired as far as it can be.
+    /// The image was repaired as far as possible.
     Repaired(Repaired),
 }
 
-/// Checks the image in `storage` and, where `mode` says so, repairs it. `open`: opens that image for repair
-/// (`OpenOptions::for_repair`), without the files that it names. Disk: reads all tables; a repair as
-/// [`repair`] does, and the image is closed in the end.
+/// Checks the image in `storage` and, with a `mode`, repairs it. `open`: opens that image for repair
+/// (`OpenOptions::for_repair`), without its data and backing files. Disk: reads all tables; repairs as
+/// [`repair`] does and closes the image.
 ///
-/// Errors: as [`check`] and [`repair`]; `Open` with the caller's error; `Write` where closing fails.
+/// Errors: as [`check`] and [`repair`]; `Open` with the caller's error; `Write` if closing fails.
 pub fn check_and_repair(
     storage: &dyn Storage,
     mode: Option<RepairMode>,
@@ -182,13 +183,13 @@ fn repair_in_place(
     Ok(repaired)
 }
 
-/// Repairs `image`, which was opened for repair and in which a check found `report`. Where tables are damaged
-/// nothing may be concluded from them, and nothing is changed. The marks of damage go once no error is left.
-/// Disk: see [`Image::repair_refcounts`], [`Image::repair_copied_flags`], [`Image::clear_damage_marks`]; all
-/// tables are read again.
+/// Repairs `image`, which was opened for repair, by the `report` of a check. If any finding is not a refcount
+/// or a copied flag, nothing is changed: references that come from damaged tables cannot be trusted. The
+/// dirty and corrupt bits are cleared once no error is left. Disk: see [`Image::repair_refcounts`],
+/// [`Image::repair_copied_flags`], [`Image::clear_damage_marks`]; all tables are read again.
 ///
-/// Errors: `Unsupported` for leaks where [`needs_all`]; `Write` with the engine's error; as [`check`], which
-/// may stop it between two steps.
+/// Errors: `Unsupported` for repairing leaks if [`needs_all`]; `Write` with the engine's error; as [`check`],
+/// which may stop the repair between two steps.
 pub fn repair(
     image: &Image,
     report: &CheckReport,
@@ -209,7 +210,7 @@ pub fn repair(
         return Ok(done);
     }
     if mode == RepairMode::Leaks && needs_all(report) {
-        let message = "a cluster in use counts as free, which repairing leaks does not change";
+        let message = "an allocated cluster has refcount 0; leak-only repair is not enough";
         return Err(Error::new(ErrorKind::Unsupported, message));
     }
     let failed = |e| Error::new(ErrorKind::Write, "repairing the image").with_source(e);
@@ -263,7 +264,7 @@ mod tests {
         image.patch(end + CLUSTER - 1, &[0]).set_refcount(end / CLUSTER, 1);
     }
 
-    /// A second guest cluster leads to the host cluster of the first, whose refcount stays 1.
+    /// A second guest cluster maps to the host cluster of the first, whose refcount stays 1.
     fn low(image: &mut Built) {
         let (entry, second) = (image.read_u64(image.l2_entry(0)), image.l2_entry(2));
         image.patch_u64(second, entry);
@@ -275,15 +276,15 @@ mod tests {
         image.patch_u64(at, entry & !copied);
     }
 
-    /// A reserved bit: no repair of counts touches it.
+    /// A reserved bit in an L2 entry, which repairing refcounts does not change.
     fn damaged_entry(image: &mut Built) {
         let at = image.l2_entry(1);
         let entry = image.read_u64(at);
         image.patch_u64(at, entry | 1 << 60);
     }
 
-    /// Repairs an image that is marked dirty and corrupt and that `spoil` has been at: whether the marks
-    /// stay.
+    /// Repairs an image that is marked dirty and corrupt, after damaging it with `spoil`. `marked`: the bits
+    /// must still be set afterwards.
     #[track_caller]
     fn check(spoil: &[fn(&mut Built)], mode: RepairMode, marked: bool) {
         let data = |byte| Cluster::Data(vec![byte; CLUSTER as usize]);
@@ -312,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn the_marks_of_damage_go_with_the_last_corruption_and_not_before() {
+    fn damage_marks_are_cleared_with_the_last_corruption() {
         for mode in [RepairMode::Leaks, RepairMode::All] {
             check(&[], mode, false);
             check(&[leak], mode, false);
@@ -323,7 +324,7 @@ mod tests {
         }
         check(&[low], RepairMode::All, false);
         check(&[leak, low], RepairMode::All, false);
-        // A count that is too low is no leak: repairing leaks alone leaves it.
+        // A refcount that is too low is not a leak, so a leak-only repair keeps it.
         check(&[low], RepairMode::Leaks, true);
         check(&[leak, low], RepairMode::Leaks, true);
     }

@@ -1,4 +1,4 @@
-//! Makes a disk longer or shorter.
+//! Resizes a disk.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Progress;
@@ -10,56 +10,56 @@ use qcow2_core::{
 use std::fmt;
 use std::ops::ControlFlow;
 
-/// The largest disk. Origin: QEMU's block layer.
+/// The largest disk size in bytes. Origin: QEMU's block layer.
 pub const MAX_DISK_SIZE: u64 = i64::MAX as u64 & !((1 << 30) - 1);
 
-/// The size that is asked for.
+/// The requested size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NewSize {
-    /// So many bytes.
+    /// This many bytes.
     Exactly(u64),
-    /// So many bytes more than now.
+    /// This many bytes more than now.
     Plus(u64),
-    /// So many bytes less than now.
+    /// This many bytes less than now.
     Minus(u64),
 }
 
-/// How to resize.
+/// Options of a resize.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ResizeOptions {
-    /// The new size; of a qcow2 image a multiple of 512.
+    /// The new size; for a qcow2 image a multiple of 512.
     pub size: NewSize,
-    /// Whether the disk may get shorter, which loses what lies behind the new end.
+    /// Allow shrinking, which loses the data past the new end.
     pub shrink: bool,
-    /// How much of what is new gets its space at once.
+    /// How to preallocate the new part of the disk.
     pub preallocation: Preallocation,
 }
 
 impl ResizeOptions {
-    /// To `size`, not shorter, without preallocation.
+    /// Resizes to `size`, without shrinking and without preallocation.
     pub fn new(size: NewSize) -> Self {
         Self { size, shrink: false, preallocation: Preallocation::Off }
     }
 }
 
-/// Why a disk cannot be resized as asked; the disk is as before.
+/// Why a disk cannot be resized as requested. The disk is unchanged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// Nothing would be left.
+    /// The new size is zero, negative or above 2^63 - 1.
     NotPositive,
-    /// Preallocation was asked for, and there is nothing new.
+    /// Preallocation was requested, but the disk does not grow.
     NothingToPreallocate,
-    /// The disk would get shorter, which was not allowed.
+    /// The disk would shrink, which was not allowed.
     WouldShrink,
-    /// The size, which is larger than [`MAX_DISK_SIZE`].
+    /// The size, which is above [`MAX_DISK_SIZE`].
     TooLarge(u64),
-    /// The size, which is no multiple of 512.
+    /// The size, which is not a multiple of 512.
     NotSectors(u64),
-    /// A version 2 image with snapshots, which do not know their own size.
+    /// A version 2 image with snapshots: they may not record their own size.
     Version2Snapshots,
-    /// The L1 table would pass its limit.
+    /// The L1 table would exceed its limit.
     L1TooLarge,
     /// A raw disk has no metadata to preallocate.
     RawMetadata,
@@ -69,9 +69,9 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotPositive => f.write_str("the new size is not positive"),
-            Self::NothingToPreallocate => f.write_str("preallocation is for disks that get longer"),
-            Self::WouldShrink => f.write_str("the disk would get shorter, which was not asked for"),
-            Self::TooLarge(size) => write!(f, "size {size} is past the largest one, {MAX_DISK_SIZE}"),
+            Self::NothingToPreallocate => f.write_str("preallocation needs a disk that grows"),
+            Self::WouldShrink => f.write_str("the disk would shrink, which was not allowed"),
+            Self::TooLarge(size) => write!(f, "size is {size}, allowed is up to {MAX_DISK_SIZE}"),
             Self::NotSectors(size) => write!(f, "size {size} is not a multiple of 512"),
             Self::Version2Snapshots => f.write_str("a version 2 image with snapshots cannot be resized"),
             Self::L1TooLarge => write!(f, "the l1 table would have more than {MAX_L1_ENTRIES} entries"),
@@ -82,14 +82,14 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Resizes `disk`, which is open for writing. New bytes read as zeroes, whatever a longer backing file or an
-/// earlier, longer disk had there. Disk: of a qcow2 image the tables, then the size, then what is
-/// preallocated; the caller closes it. A crash leaves the old size or the new one; a stop while a disk gets
-/// shorter leaves one between.
+/// Resizes `disk`, which is open for writing. New bytes read as zeroes, even if a longer backing file or an
+/// earlier, larger disk had data there. Disk: for a qcow2 image the tables, then the size, then the
+/// preallocation; the caller closes it. A crash leaves the old or the new size. A stop while shrinking leaves
+/// a size in between.
 ///
-/// Errors: `InvalidOption` with a [`Refusal`] below, before anything is touched; `Write` with the engine's
-/// error; `Preallocate` with it, or `Stopped`, a disk that was to be longer having its old size and its new
-/// space given back, unless that cannot be written either.
+/// Errors: `InvalidOption` with a [`Refusal`] as source, before anything is written; `Write` with the
+/// engine's error; `Preallocate` with it, or `Stopped`. After a failed preallocation a grown disk is shrunk
+/// to its old size again, unless that fails too.
 pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions, progress: &dyn Progress) -> Result<()> {
     let old = disk.size();
     let size = plan(disk, options)
@@ -108,18 +108,19 @@ pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions, progress: &dyn Prog
     if options.preallocation != Preallocation::Off {
         let new = GuestRange::between(GuestOffset::new(old), GuestOffset::new(size));
         if let Err(error) = fill(disk, new, options.preallocation, progress) {
-            // What went wrong counts, and is what is told.
+            // Report the preallocation error, even if shrinking fails as well.
             let _ = disk.resize(old);
             return Err(match error.kind() {
                 qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, "resizing was stopped"),
-                _ => Error::new(ErrorKind::Preallocate, "no space for the new part").with_source(error),
+                _ => Error::new(ErrorKind::Preallocate, "could not preallocate the new part of the disk")
+                    .with_source(error),
             });
         }
     }
     disk.flush().map_err(failed)
 }
 
-/// Gives the new part of a disk its space, durably.
+/// Preallocates the new part of a disk, durably.
 fn fill(
     disk: &dyn GuestDisk,
     new: GuestRange,
@@ -136,7 +137,7 @@ fn fill(
     disk.flush()
 }
 
-/// The new size in bytes, if it is possible.
+/// The new size in bytes, if it is allowed.
 pub(crate) fn plan(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<u64, Refusal> {
     // A raw disk counts in whole sectors.
     let old = disk.size().checked_next_multiple_of(512).unwrap_or_else(|| disk.size());
@@ -174,7 +175,7 @@ pub(crate) fn plan(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<u64,
     Ok(size)
 }
 
-/// Gives every cluster of `range`, which reads as zeroes, a place.
+/// Allocates every cluster of `range`, which reads as zeroes.
 fn preallocate(
     image: &Image,
     range: GuestRange,
@@ -200,7 +201,7 @@ fn preallocate(
     Ok(())
 }
 
-/// Makes `len` bytes of a storage read as zeroes, with as much space behind them as `mode` says.
+/// Makes `len` bytes of a storage read as zeroes, with disk space allocated according to `mode`.
 fn reserve(
     storage: &dyn Storage,
     start: HostOffset,
@@ -238,7 +239,7 @@ fn check_stop(progress: &dyn Progress) -> qcow2_core::Result<()> {
     }
 }
 
-/// Bytes of zeroes written at once.
+/// Bytes of zeroes per write.
 const PIECE: u64 = 1 << 20;
 
 #[cfg(test)]
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_refusals() {
+    fn sizes_are_checked() {
         use NewSize::*;
         check(Exactly(5), |o| o.shrink = true, Ok(5));
         check(Exactly(5), |_| {}, Err(Refusal::WouldShrink));

@@ -1,15 +1,15 @@
-//! Internal snapshots: choosing one by id or name, and what can be done with it.
+//! Internal snapshots: find one by id or name, create, apply and delete.
 
 use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::format::snapshot::Snapshot;
 use qcow2_core::{ErrorKind as CoreErrorKind, Image, NewSnapshot};
 
-/// How a snapshot is named.
+/// Selects a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SnapshotName {
-    /// By an id or, if no snapshot has that id, by a name.
+    /// By id or, if no snapshot has that id, by name.
     Any(String),
-    /// By what is given of id and name, all of which must match.
+    /// By id, by name, or by both; all that are given must match.
     Exact {
         /// The id.
         id: Option<String>,
@@ -19,7 +19,7 @@ pub enum SnapshotName {
 }
 
 impl SnapshotName {
-    /// The place of the first snapshot of that name.
+    /// Index of the first matching snapshot.
     pub fn position(&self, snapshots: &[Snapshot]) -> Option<usize> {
         let is = |field: &[u8], text: &str| field == text.as_bytes();
         match self {
@@ -36,15 +36,14 @@ impl SnapshotName {
     }
 }
 
-/// Takes a snapshot. Disk: as [`Image::create_snapshot`]. Errors: `Unsupported` where the image cannot have
-/// snapshots, `Metadata` otherwise; the engine's error is below.
+/// Creates a snapshot. Disk: as [`Image::create_snapshot`]. Errors: `Unsupported` if the image cannot have
+/// snapshots, `Metadata` otherwise, with the engine's error as source.
 pub fn create(image: &Image, new: &NewSnapshot) -> Result<Snapshot> {
     image.create_snapshot(new).map_err(|error| failed("taking the snapshot", error))
 }
 
-/// Makes the disk what it was when the snapshot was taken. Disk: as [`Image::apply_snapshot`]. Errors:
-/// `NotFound`; `Unsupported` where the image cannot go back; `Metadata` otherwise; the engine's error is
-/// below.
+/// Reverts the disk to the snapshot. Disk: as [`Image::apply_snapshot`]. Errors: `NotFound`; `Unsupported` if
+/// the image cannot be reverted; `Metadata` otherwise, with the engine's error as source.
 pub fn apply(image: &Image, name: &SnapshotName) -> Result<()> {
     let snapshot = find(image, name)?;
     image.apply_snapshot(&snapshot).map_err(|error| failed("applying the snapshot", error))
@@ -93,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn by_id_first_and_then_by_name() {
+    fn ids_take_precedence_over_names() {
         let snapshots = [snapshot("1", "2"), snapshot("2", "a"), snapshot("3", "a")];
         let found = |name: SnapshotName| name.position(&snapshots).map(|index| snapshots[index].id_text());
         let any = |text: &str| found(SnapshotName::Any(text.into()));

@@ -1,11 +1,11 @@
-//! What is copied, compared or summed: one disk, or several as if they were one.
+//! The source of a procedure: one disk, or several disks concatenated.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::{Layers, MapExtent};
 use qcow2_core::{GuestDisk, GuestOffset};
 use std::sync::Arc;
 
-/// The disks one after the other; each counts as long as the next multiple of 512, the rest being zeroes.
+/// Concatenated disks. Each is padded with zeroes to a multiple of 512.
 pub(crate) struct Source {
     parts: Vec<Part>,
     size: u64,
@@ -15,29 +15,29 @@ struct Part {
     disk: Arc<dyn GuestDisk>,
     layers: Layers,
     start: u64,
-    /// Rounded up.
+    /// Length in bytes, rounded up to a multiple of 512.
     len: u64,
 }
 
-/// What a run of bytes holds, as far as tables and holes tell.
+/// Content of a run, as far as tables and holes show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content {
-    /// Anything.
+    /// Data; may be anything.
     Data,
-    /// Zeroes.
+    /// Known to be zero.
     Zero,
-    /// What lies below has the say; only where one asks for less than all layers.
+    /// Comes from the backing file; only reported if the caller excludes some layers.
     Backing,
 }
 
-/// Which bytes of a source are left to what lies below the target.
+/// Which ranges count as [`Content::Backing`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Below {
-    /// None: every byte of the source counts.
+    /// None: all layers are part of the source.
     Nothing,
-    /// Those that the top layer says nothing about but a layer below it may.
+    /// Ranges that the top layer does not allocate, but that a lower layer can contain.
     OtherLayers,
-    /// Those that no layer says anything about.
+    /// Ranges that no layer allocates.
     Unallocated,
 }
 
@@ -55,13 +55,12 @@ impl Run {
     }
 }
 
-/// Bytes of all disks together, each rounded up to a multiple of 512.
+/// Total size of the disks in bytes, each rounded up to a multiple of 512.
 pub(crate) fn total_size(disks: &[Arc<dyn GuestDisk>]) -> Result<u64> {
     let sizes = disks.iter().map(|disk| disk.size().checked_next_multiple_of(SECTOR));
-    sizes
-        .into_iter()
-        .try_fold(0u64, |total, size| total.checked_add(size?))
-        .ok_or_else(|| Error::new(ErrorKind::InvalidOption, "the sources together pass 2^64 - 1 bytes"))
+    sizes.into_iter().try_fold(0u64, |total, size| total.checked_add(size?)).ok_or_else(|| {
+        Error::new(ErrorKind::InvalidOption, "the total size of the sources exceeds 2^64 - 1 bytes")
+    })
 }
 
 impl Source {
@@ -76,12 +75,12 @@ impl Source {
         Ok(Self { parts, size })
     }
 
-    /// Bytes of all disks together, a multiple of 512.
+    /// Total size of the disks in bytes, a multiple of 512.
     pub(crate) fn size(&self) -> u64 {
         self.size
     }
 
-    /// The largest cluster of any layer; 0 where there are none.
+    /// The largest cluster size of any layer in bytes; 0 if no layer has clusters.
     pub(crate) fn cluster_size(&self) -> u64 {
         let mut largest = 0;
         for part in &self.parts {
@@ -99,7 +98,7 @@ impl Source {
         &self.parts[after - 1]
     }
 
-    /// The run at `at`, cut at `len` bytes, in the words of a map. `at` must lie inside.
+    /// The run at `at` as a map extent, at most `len` bytes. `at` must be inside the source.
     pub(crate) fn extent_at(&self, at: u64, len: u64) -> Result<MapExtent> {
         let part = self.part_at(at);
         let inside = at - part.start;
@@ -110,20 +109,22 @@ impl Source {
         Ok(MapExtent { start: at, ..extent })
     }
 
-    /// The same, where what lies past the end of a short backing file counts as zeroes that are there.
+    /// Like [`extent_at`](Self::extent_at), but bytes past the end of a short backing file count as allocated
+    /// zeroes.
     pub(crate) fn state_at(&self, at: u64, len: u64) -> Result<MapExtent> {
         let extent = self.extent_at(at, len)?;
         let past_a_layer = self.part_at(at).layers.is_past_a_layer(&extent);
         Ok(MapExtent { present: extent.present || past_a_layer, ..extent })
     }
 
-    /// What the run at `at` holds, cut at `len` bytes; `below` says what is `Backing`. `at` must lie inside.
+    /// Content of the run at `at`, at most `len` bytes. `below` selects what is `Backing`. `at` must be
+    /// inside the source.
     pub(crate) fn content_at(&self, at: u64, len: u64, below: Below) -> Result<Run> {
         Ok(self.stored_at(at, len, below)?.0)
     }
 
-    /// The same, and the depth of the layer that has the bytes as they are in a place of their own, where one
-    /// does.
+    /// Like [`content_at`](Self::content_at), with the depth of the layer that stores the bytes uncompressed,
+    /// if one does.
     pub(crate) fn stored_at(&self, at: u64, len: u64, below: Below) -> Result<(Run, Option<u32>)> {
         let extent = self.extent_at(at, len)?;
         let content = match extent {
@@ -136,15 +137,14 @@ impl Source {
         Ok((Run { start: at, len: extent.len, content }, stored))
     }
 
-    /// The layer `depth` of the disk at `at`, the byte of it that is meant, and how many bytes the disk has
-    /// from there.
+    /// Layer `depth` of the disk at `at`, the offset within that disk, and the number of bytes left in it.
     pub(crate) fn layer_at(&self, at: u64, depth: u32) -> Option<(&Arc<dyn GuestDisk>, u64, u64)> {
         let part = self.part_at(at);
         let inside = at - part.start;
         Some((part.layers.disk(depth)?, inside, part.disk.size().checked_sub(inside)?))
     }
 
-    /// Fills `buf` from `at` on; may pass from one disk to the next. All of it must lie inside.
+    /// Fills `buf` from `at`, across disk boundaries if necessary. The whole range must be inside the source.
     pub(crate) fn read_at(&self, at: u64, buf: &mut [u8]) -> qcow2_core::Result<()> {
         let (mut at, mut rest) = (at, buf);
         while !rest.is_empty() {
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_of_any_size_follow_each_other() {
+    fn disks_of_any_size_are_concatenated() {
         let sizes = [1, 511, 0, 512, 513, 4096];
         let disks: Vec<_> =
             (1u8..).zip(sizes).map(|(byte, size)| disk(TestDisk::data(vec![byte; size]))).collect();
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn content_of_a_chain_and_of_its_top() {
+    fn content_depends_on_the_excluded_layers() {
         let base = Arc::new(TestDisk::empty(1536, 512));
         base.set_states("dz-");
         let mut top = TestDisk::empty(2560, 512).with_backing(&base);
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_state_is_an_error_of_its_kind() {
+    fn failed_block_status_is_an_extents_error() {
         let bad = TestDisk { unknown: Some(512..1024), ..TestDisk::data(vec![1; 2048]) };
         let source = Source::new(&[disk(TestDisk::data(vec![1; 512])), disk(bad)]).unwrap();
         assert_eq!(source.content_at(0, 99, Below::Nothing).unwrap().len, 99);

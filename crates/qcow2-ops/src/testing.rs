@@ -1,6 +1,6 @@
-//! What the tests of this crate share: threads, and a disk in memory that can misbehave.
+//! Shared by the tests of this crate: real threads, and a memory disk with injected faults.
 #![cfg(test)]
-#![allow(clippy::disallowed_methods, reason = "tests bring real threads")]
+#![allow(clippy::disallowed_methods, reason = "tests run real threads")]
 
 use crate::executor::Executor;
 use qcow2_core::{
@@ -10,7 +10,7 @@ use qcow2_core::{
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-/// So many threads.
+/// An executor with this many threads.
 pub(crate) struct Threads(pub(crate) usize);
 
 impl Executor for Threads {
@@ -27,7 +27,7 @@ impl Executor for Threads {
     }
 }
 
-/// Random numbers from a seed.
+/// Pseudo-random numbers from a seed.
 pub(crate) fn random(seed: u64) -> impl FnMut() -> u64 {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     move || {
@@ -45,11 +45,11 @@ pub(crate) enum Change {
     Zeroes(Range<u64>),
 }
 
-/// A disk of so many bytes with a state for each 512 of them: unallocated, zero, or data.
+/// A memory disk with a state per 512-byte sector: unallocated, zero or data.
 #[derive(Default)]
 pub(crate) struct TestDisk {
     pub(crate) bytes: Mutex<Vec<u8>>,
-    /// One letter for each sector: `-` unallocated, `z` zero, `d` data.
+    /// One letter per sector: `-` unallocated, `z` zero, `d` data.
     pub(crate) states: Mutex<Vec<u8>>,
     pub(crate) changes: Mutex<Vec<Change>>,
     pub(crate) cluster_size: u64,
@@ -59,18 +59,18 @@ pub(crate) struct TestDisk {
     pub(crate) unreadable: Option<Range<u64>>,
     /// Writes that touch these bytes fail.
     pub(crate) unwritable: Option<Range<u64>>,
-    /// Questions about these bytes fail.
+    /// `extent_at` fails for these bytes.
     pub(crate) unknown: Option<Range<u64>>,
 }
 
 impl TestDisk {
-    /// A disk of data.
+    /// A disk that is all data.
     pub(crate) fn data(bytes: Vec<u8>) -> Self {
         let states = vec![b'd'; bytes.len().div_ceil(512)];
         Self { bytes: Mutex::new(bytes), states: Mutex::new(states), granularity: 512, ..Self::default() }
     }
 
-    /// An empty disk whose clusters have `cluster_size` bytes; 0 for a raw one.
+    /// An empty disk with clusters of `cluster_size` bytes; 0 for a raw disk.
     pub(crate) fn empty(size: u64, cluster_size: u64) -> Self {
         let granularity = if cluster_size == 0 { 512 } else { cluster_size };
         let disk = Self { cluster_size, granularity, ..Self::data(vec![0; size as usize]) };
@@ -78,7 +78,7 @@ impl TestDisk {
         disk
     }
 
-    /// A disk of random bytes in random runs of the three states, `run` bytes at most each.
+    /// A disk of random runs of the three states with random data; runs are at most `run` bytes long.
     pub(crate) fn mixed(size: u64, run: u64, seed: u64) -> Self {
         let mut next = random(seed);
         let disk = Self::data(vec![0; size as usize]);
@@ -89,7 +89,7 @@ impl TestDisk {
                 let end = states.len().min(at + 1 + (next() % (run / 512).max(1)) as usize);
                 let state = [b'-', b'z', b'd', b'd'][(next() % 4) as usize];
                 states[at..end].fill(state);
-                // Some data is zeroes all the same.
+                // Leave some data sectors zero.
                 if state == b'd' && !next().is_multiple_of(4) {
                     let end_byte = bytes.len().min(end * 512);
                     bytes[at * 512..end_byte].fill_with(|| next() as u8);
@@ -109,7 +109,7 @@ impl TestDisk {
         *self.states.lock().unwrap() = states.as_bytes().to_vec();
     }
 
-    /// What a machine sees.
+    /// The guest content.
     pub(crate) fn content(&self) -> Vec<u8> {
         let mut all = vec![0xaa; self.size() as usize];
         self.fill(0, &mut all);
@@ -138,7 +138,7 @@ impl TestDisk {
     fn check(&self, start: u64, len: u64, bad: &Option<Range<u64>>) -> Result<()> {
         let end = start + len;
         if end > self.size() {
-            return Err(Error::new(ErrorKind::OutOfRange, format!("{start}+{len} passes the end")));
+            return Err(Error::new(ErrorKind::OutOfRange, format!("{start}+{len} is past the end")));
         }
         match bad.as_ref().filter(|bad| bad.start < end && start < bad.end) {
             Some(bad) => Err(Error::new(ErrorKind::Storage, format!("bytes {bad:?} are bad"))),
@@ -146,7 +146,7 @@ impl TestDisk {
         }
     }
 
-    /// Unallocated parts of sectors that a change touches become data first, as copy on write would have it.
+    /// Unallocated parts of touched sectors become data first, as with copy-on-write.
     fn touch(&self, range: &Range<u64>, state: u8) {
         for sector in range.start / 512..range.end.div_ceil(512) {
             let (from, to) = (sector * 512, (sector * 512 + 512).min(self.size()));

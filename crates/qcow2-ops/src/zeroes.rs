@@ -1,19 +1,19 @@
-//! Finding zeroes in data: which runs are worth leaving out.
+//! Finds zeroes in data, and decides which runs of them to leave out.
 
-/// Where zeroes may be left out.
+/// The rules for leaving out zeroes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ZeroGrid {
-    /// Zeroes are looked for in units of so many bytes, aligned on the disk; a power of two.
+    /// Unit of detection in bytes, aligned on the disk; a power of two.
     pub(crate) unit: u64,
-    /// Zeroes between data that make a run shorter than this count as data: a small gap costs more than it
-    /// saves.
+    /// Zero runs between data that are shorter than this count as data: leaving out a small gap costs more
+    /// than it saves.
     pub(crate) shortest_run: u64,
 }
 
 impl ZeroGrid {
-    /// Cuts `bytes`, which are at `start` on the disk, into runs of data and of zeroes, and calls `emit` with
-    /// each one's start, length and whether it is zero, in order, without gaps. Runs at either end count
-    /// whatever their length, because they may go on outside.
+    /// Splits `bytes`, which are at `start` on the disk, into runs of data and zeroes. Calls `emit` with
+    /// start, length and "is zero" for each run, in order and without gaps. The first and the last run may be
+    /// of any length, because they may continue outside.
     pub(crate) fn split(&self, start: u64, bytes: &[u8], emit: &mut dyn FnMut(u64, u64, bool)) {
         let end = start + bytes.len() as u64;
         let (mut data_start, mut zero_start) = (None, None);
@@ -49,15 +49,15 @@ fn emit_data(start: Option<u64>, end: u64, emit: &mut dyn FnMut(u64, u64, bool))
     }
 }
 
-/// Whether all bytes are zero.
+/// True if all bytes are zero.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
-    // Blocks without an early exit inside are what a compiler turns into wide instructions.
+    // No early exit inside a block, so that the compiler can vectorise the loop.
     let mut blocks = bytes.chunks_exact(BLOCK_LEN);
     let all_zero = blocks.by_ref().all(|block| block.iter().fold(0, |any, byte| any | byte) == 0);
     all_zero && blocks.remainder().iter().all(|&byte| byte == 0)
 }
 
-/// The first byte that is not zero.
+/// Index of the first byte that is not zero.
 pub(crate) fn first_nonzero(bytes: &[u8]) -> Option<usize> {
     let block = bytes.chunks(BLOCK_LEN).position(|block| !is_zero(block))?;
     let from = block * BLOCK_LEN;
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_place_of_a_byte_is_seen() {
+    fn a_nonzero_byte_is_found_at_any_index() {
         for len in [0, 1, 7, 255, 256, 257, 1000, 4096] {
             let mut bytes = vec![0; len];
             assert!(is_zero(&bytes), "{len}");
@@ -85,7 +85,8 @@ mod tests {
         }
     }
 
-    /// Units of 4 bytes: `.` is a zero, anything else data. Lower case in the answer stands for zero runs.
+    /// Units of 4 bytes: `.` is a zero byte, anything else data. In `expected`, `D` stands for data and `z`
+    /// for zeroes.
     #[track_caller]
     fn check(start: u64, shortest_run: u64, text: &str, expected: &str) {
         let bytes: Vec<u8> = text.bytes().map(|b| if b == b'.' { 0 } else { b }).collect();
@@ -101,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_follow_the_grid() {
+    fn runs_are_aligned_on_the_disk() {
         check(0, 4, "", "");
         check(0, 4, "........", "z8");
         check(0, 4, "xxxxxxxx", "D8");
@@ -109,7 +110,7 @@ mod tests {
         check(0, 4, "....xxxx....xxxx", "z4 D4 z4 D4");
         check(0, 4, "xx....xx", "D8");
         check(4, 4, "xxxx....x", "D4 z4 D1");
-        // The grid lies on the disk, not on the buffer.
+        // Units are aligned on the disk, not in the buffer.
         check(2, 4, "xx....xx", "D2 z4 D2");
         check(3, 4, ".xxxx.", "z1 D4 z1");
         check(3, 4, ".xxxx..x", "z1 D7");
@@ -117,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn short_gaps_are_data_but_ends_are_not() {
+    fn short_gaps_count_as_data_except_at_the_ends() {
         check(0, 8, "....xxxx....xxxx....", "z4 D12 z4");
         check(0, 8, "xxxx........xxxx", "D4 z8 D4");
         check(0, 9, "xxxx........xxxx", "D16");

@@ -1,4 +1,4 @@
-//! Bitmaps copied from one image to another.
+//! Persistent bitmaps across copies and conversions.
 #![allow(clippy::unwrap_used, clippy::disallowed_types, reason = "these are tests")]
 
 use qcow2_core::{
@@ -38,7 +38,7 @@ fn open(storage: &Arc<dyn Storage>, writable: bool) -> Arc<Image> {
     Image::open(source, &options).unwrap()
 }
 
-/// Name, log2 of the granularity, whether it records, and what it marks.
+/// Name, log2 of the granularity, whether it is enabled, and its marked runs.
 type Seen = (String, u8, bool, Vec<(u64, u64)>);
 
 fn bitmaps(storage: &Arc<dyn Storage>) -> Vec<Seen> {
@@ -53,7 +53,7 @@ fn bitmaps(storage: &Arc<dyn Storage>) -> Vec<Seen> {
 }
 
 #[test]
-fn a_copied_bitmap_keeps_granularity_marks_and_whether_it_records() {
+fn copied_bitmap_keeps_granularity_bits_and_enabled_state() {
     let from = new_image(65_536);
     let image = open(&from, true);
     for (name, granularity_bits) in [("coarse", 16), ("fine", 9), ("off", 12), ("empty", 12)] {
@@ -80,10 +80,9 @@ fn a_copied_bitmap_keeps_granularity_marks_and_whether_it_records() {
     assert_eq!(bitmaps(&to), before);
 }
 
-/// Into an image that is there already and has a bitmap, read and written or copied by the storages
-/// themselves.
+/// Converts into an existing image with a bitmap, by reading and writing or by copy offload.
 #[test]
-fn what_is_converted_into_an_image_with_a_bitmap_is_marked() {
+fn convert_marks_the_target_bitmap() {
     for offload in [false, true] {
         let world = CrashWorld::new();
         let (source, target) = (world.add(PageBytes::new()), world.add(PageBytes::new()));

@@ -1,4 +1,4 @@
-//! The answers of compare and those of qemu-img, for every pair of a set of small disks.
+//! Runs compare and qemu-img on every pair of a set of small disks and compares the results.
 #![allow(
     clippy::unwrap_used,
     clippy::disallowed_methods,
@@ -22,7 +22,7 @@ fn open(path: &Path) -> Arc<dyn GuestDisk> {
     open_disk(open_source(path, &source).unwrap(), &options).unwrap()
 }
 
-/// What `qemu-img compare` prints for a report, and its exit code.
+/// The output of `qemu-img compare` for a report, and its exit code.
 fn text(a: &Arc<dyn GuestDisk>, b: &Arc<dyn GuestDisk>, strict: bool) -> (String, i32) {
     let mut options = CompareOptions::default();
     options.strict = strict;
@@ -72,7 +72,7 @@ fn make_disks(folder: &Path, img: &Tool) -> Vec<String> {
 }
 
 #[test]
-fn answers_as_the_reference_does() {
+fn results_match_qemu_img() {
     let Some(img) = Tool::find("qemu-img") else { return };
     let folder = tempfile::tempdir().unwrap();
     let names = make_disks(folder.path(), &img);

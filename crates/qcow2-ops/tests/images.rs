@@ -1,4 +1,4 @@
-//! Converting into and out of qcow2 images: content, layout, and what qemu-img says of it.
+//! Converts to and from qcow2 images and checks content, layout and qemu-img's opinion.
 #![allow(
     clippy::unwrap_used,
     clippy::disallowed_methods,
@@ -71,7 +71,7 @@ fn raw(bytes: &[u8]) -> Arc<dyn GuestDisk> {
 fn stored(bytes: &[u8]) -> Arc<dyn Storage> {
     let storage = MemoryStorage::with_len(bytes.len() as u64);
     for (at, chunk) in (0..).step_by(4096).zip(bytes.chunks(4096)) {
-        // What is not written stays a hole.
+        // Chunks that are not written stay holes.
         if chunk.iter().any(|&b| b != 0) {
             storage.write_at(qcow2_core::HostOffset::new(at), chunk).unwrap();
         }
@@ -79,7 +79,7 @@ fn stored(bytes: &[u8]) -> Arc<dyn Storage> {
     Arc::new(storage)
 }
 
-/// Opens the same raw bytes whatever name an image gives.
+/// Resolves every name to the same raw bytes.
 struct Base(Arc<dyn Storage>);
 
 impl Resolver for Base {
@@ -119,7 +119,7 @@ impl Converted {
         open(&(Arc::clone(&self.file) as Arc<dyn Storage>), false)
     }
 
-    /// Asks qemu-img whether the image is sound and has these bytes.
+    /// Checks the image with qemu-img, and compares it with `expected`.
     fn check_with_reference(&self, expected: &[u8], name: &str) {
         let Some(img) = Tool::find("qemu-img") else { return };
         let folder = tempfile::tempdir().unwrap();
@@ -182,7 +182,7 @@ fn shapes() -> Vec<(String, CreateOptions)> {
 }
 
 #[test]
-fn images_of_every_shape_hold_what_the_source_held() {
+fn every_image_format_keeps_the_content() {
     for (seed, (name, mut create_options)) in (1..).zip(shapes()) {
         let size = 3 * MIB + seed * 512 + 70_656;
         let bytes = disk_bytes(size, 200_000, seed);
@@ -198,7 +198,7 @@ fn images_of_every_shape_hold_what_the_source_held() {
                 assert!(together.file.to_vec() == alone.file.to_vec(), "{name}: {workers} workers");
                 assert_eq!(together.report, alone.report);
             }
-            // And back, with small holes and all.
+            // Convert back to raw, where small holes are possible.
             let target = RawDisk::new(Arc::new(MemoryStorage::with_len(size)), true).unwrap();
             let source: Arc<dyn GuestDisk> = alone.image();
             convert(&[source], &target, &new_target(), &Threads(3), &Silent).unwrap();
@@ -208,7 +208,7 @@ fn images_of_every_shape_hold_what_the_source_held() {
 }
 
 #[test]
-fn out_of_order_is_sound_too() {
+fn out_of_order_images_are_valid() {
     let size = 9 * MIB;
     let bytes = disk_bytes(size, 300_000, 77);
     for mut options in [new_target(), compressed()] {
@@ -220,7 +220,7 @@ fn out_of_order_is_sound_too() {
 }
 
 #[test]
-fn only_clusters_with_data_take_space() {
+fn only_data_clusters_are_allocated() {
     let mut bytes = vec![0; 8 * MIB as usize];
     bytes[5 * MIB as usize] = 1;
     bytes[8 * MIB as usize - 1] = 1;
@@ -248,7 +248,7 @@ fn only_clusters_with_data_take_space() {
 }
 
 #[test]
-fn a_source_that_ends_inside_a_cluster_of_a_larger_target() {
+fn source_ending_inside_a_cluster_of_a_larger_target() {
     let bytes = disk_bytes(MIB + 512, 1 << 20, 4).iter().map(|b| b | 1).collect::<Vec<_>>();
     for options in [new_target(), compressed()] {
         let converted = converted(&bytes, &CreateOptions::new(2 * MIB), &options, 2);
@@ -259,7 +259,7 @@ fn a_source_that_ends_inside_a_cluster_of_a_larger_target() {
     }
 }
 
-/// An overlay in memory on `base`, whose clusters have `cluster_size` bytes.
+/// A memory overlay over `base` with clusters of `cluster_size` bytes.
 fn overlay(base: &Arc<dyn Storage>, size: u64, cluster_size: u64, extended_l2: bool) -> Arc<Image> {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
     let mut options = CreateOptions::new(size);
@@ -270,7 +270,7 @@ fn overlay(base: &Arc<dyn Storage>, size: u64, cluster_size: u64, extended_l2: b
 }
 
 #[test]
-fn overlays_keep_what_their_top_layer_does_not_have() {
+fn keep_backing_copies_only_the_top_layer() {
     let (size, base_size) = (6 * MIB, 4 * MIB + 30_208);
     let base = stored(&disk_bytes(base_size, 100_000, 8));
     for (source_cluster, target_cluster, extended) in
@@ -305,7 +305,7 @@ fn overlays_keep_what_their_top_layer_does_not_have() {
     }
 }
 
-/// Clusters of which the source's top layer has nothing are unallocated in the target.
+/// Clusters that the source's top layer does not allocate must be unallocated in the target.
 fn assert_kept(source: &Image, target: &Image, cluster_size: u64) {
     let (mut kept, size) = (0, source.size());
     for at in (0..size).step_by(cluster_size as usize) {

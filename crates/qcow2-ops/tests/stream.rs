@@ -1,5 +1,5 @@
-//! Images from streams, as far as memory allows.
-#![allow(clippy::unwrap_used, reason = "a test may stop")]
+//! Reading images from streams within the memory limit.
+#![allow(clippy::unwrap_used, reason = "tests may panic")]
 
 use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, RawDisk, create};
 use qcow2_io::MemoryStorage;
@@ -9,10 +9,10 @@ use std::io::Read;
 use std::sync::Arc;
 
 const CLUSTER: u64 = 2 << 20;
-/// Where the header has the place of the L1 table.
+/// The header's L1 table offset.
 const L1_FIELD: std::ops::Range<usize> = 40..48;
 
-/// An empty image whose L1 table is host cluster `l1`, behind clusters of which nobody knows anything before.
+/// An empty image whose L1 table is in host cluster `l1`, after clusters that nothing refers to before.
 fn late_image(l1: u64) -> impl Read {
     let storage = Arc::new(MemoryStorage::new());
     let mut options = CreateOptions::new(8 << 20);
@@ -27,7 +27,7 @@ fn late_image(l1: u64) -> impl Read {
 }
 
 #[test]
-fn what_is_held_is_bounded() {
+fn held_clusters_are_limited() {
     let copy = |l1| {
         let target = RawDisk::new(Arc::new(MemoryStorage::with_len(8 << 20)), true).unwrap();
         let mut input = late_image(l1);

@@ -1,5 +1,5 @@
-//! Makes a small image by hand, damages it, and lets the judge say what is wrong:
-//! `cargo run -p qcow2-testkit --example damage`.
+//! Builds a small image without the engine, damages it, and audits it: `cargo run -p qcow2-testkit --example
+//! damage`.
 #![allow(clippy::print_stdout, reason = "an example shows what it does")]
 
 use qcow2_testkit::audit::audit;

@@ -1,27 +1,27 @@
-//! Geometries and operations as values: drawn by proptest, or from a seed for long runs.
+//! Random geometries and operations as values: drawn by proptest, or from a seed for long runs.
 
 use crate::pattern;
 use crate::rng::Rng;
 use proptest::prelude::*;
 use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Result, SectorNumbering, ZeroMode};
 
-/// What lies below an overlay.
+/// The backing file of an overlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackingShape {
-    /// Bytes of the backing disk, a multiple of 512; shorter and longer than the overlay are both fair.
+    /// Bytes of the backing disk, a multiple of 512; may be shorter or longer than the overlay.
     pub size: u64,
-    /// Whether it is a qcow2 image; a raw file otherwise.
+    /// True for a qcow2 image, false for a raw file.
     pub qcow2: bool,
 }
 
-/// The guest data's own file.
+/// An external data file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DataFileShape {
-    /// Whether the file is byte for byte the guest disk.
+    /// True for a raw data file: its bytes equal the guest disk (`data_file_raw`).
     pub raw: bool,
 }
 
-/// Everything that makes one kind of image.
+/// Everything that determines how an image is created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     /// Version 3 (`compat=1.1`) or 2 (`compat=0.10`).
@@ -30,24 +30,24 @@ pub struct Shape {
     pub cluster_bits: u32,
     /// log2 of the refcount width in bits, 0 to 6.
     pub refcount_order: u32,
-    /// Whether clusters have 32 subclusters.
+    /// Extended L2 entries: clusters have 32 subclusters.
     pub extended_l2: bool,
-    /// Whether refcounts may be written late.
+    /// Lazy refcounts.
     pub lazy_refcounts: bool,
-    /// Zstandard instead of deflate.
+    /// Compress with zstd instead of deflate.
     pub zstd: bool,
-    /// An external data file.
+    /// The external data file, if any.
     pub data_file: Option<DataFileShape>,
-    /// A backing file.
+    /// The backing file, if any.
     pub backing: Option<BackingShape>,
-    /// Guest data is encrypted (by a [toy](crate::toy)), with sectors numbered so.
+    /// Encryption of the guest data with a [toy cipher](crate::toy), and how its sectors are numbered.
     pub encryption: Option<SectorNumbering>,
     /// Bytes of the disk, a multiple of 512.
     pub size: u64,
 }
 
 impl Shape {
-    /// The plain image of QEMU's defaults with `size` bytes.
+    /// An image of `size` bytes with QEMU's default options.
     pub fn plain(size: u64) -> Self {
         Self {
             version3: true,
@@ -68,8 +68,8 @@ impl Shape {
         1 << self.cluster_bits
     }
 
-    /// The nearest shape that the format allows: version 2 knows no options, extended L2 needs clusters of 16
-    /// KiB, a raw data file excludes a backing file and encryption.
+    /// The nearest shape that the format allows: version 2 has no options, extended L2 entries need clusters
+    /// of at least 16 KiB, a raw data file excludes a backing file and encryption.
     pub fn legalized(mut self) -> Self {
         if !self.version3 {
             let Self { size, cluster_bits, backing, encryption, .. } = self;
@@ -88,8 +88,8 @@ impl Shape {
         self
     }
 
-    /// A legal shape; disks are small enough for a byte-array model (up to about 4 MiB) and, with small
-    /// clusters, long enough for several L2 tables.
+    /// A random legal shape. Disks are small enough for a byte-array model (up to about 4 MiB) and, with
+    /// small clusters, large enough for several L2 tables.
     pub fn random(rng: &mut Rng) -> Self {
         let cluster_bits = rng.pick(CLUSTER_BITS);
         let size = random_size(rng, cluster_bits);
@@ -114,7 +114,7 @@ impl Shape {
 pub(crate) const ENCRYPTIONS: &[Option<SectorNumbering>] =
     &[None, None, None, None, Some(SectorNumbering::Guest), Some(SectorNumbering::Host)];
 
-/// Small clusters are drawn more often: they have more tables on a small disk.
+/// Small clusters are drawn more often: a small disk then has more tables.
 const CLUSTER_BITS: &[u32] = &[9, 9, 9, 10, 12, 12, 14, 14, 16, 16, 18, 21];
 
 fn random_size(rng: &mut Rng, cluster_bits: u32) -> u64 {
@@ -161,42 +161,43 @@ pub fn shapes() -> impl Strategy<Value = Shape> {
     )
 }
 
-/// One thing done to a disk.
+/// One operation on a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Reads and compares.
+    /// Read and compare with the model.
     Read(GuestRange),
-    /// Writes the [`pattern`] of `seed`.
+    /// Write the [`pattern`] of `seed`.
     Write {
-        /// Where.
+        /// The guest range.
         range: GuestRange,
-        /// Which content.
+        /// Seed of the content.
         seed: u64,
     },
     /// Writes zeroes.
     Zero {
-        /// Where.
+        /// The guest range.
         range: GuestRange,
-        /// Whether space may be given back.
+        /// Whether clusters may be deallocated.
         mode: ZeroMode,
     },
-    /// Discards.
+    /// Discard the range.
     Discard(GuestRange),
-    /// Makes everything durable.
+    /// Flush.
     Flush,
-    /// Closes the disk and opens it again; a disk alone cannot, so whoever runs the operations does.
+    /// Close the disk and open it again. A disk cannot do that itself; the caller that runs the operations
+    /// does.
     Reopen,
 }
 
 impl Operation {
-    /// An operation on a disk of `size` bytes whose clusters have `cluster_size`.
+    /// A random operation on a disk of `size` bytes with clusters of `cluster_size` bytes.
     pub fn random(rng: &mut Rng, size: u64, cluster_size: u64) -> Self {
         let range = random_range(rng, size, cluster_size);
         let may_unmap = rng.one_in(2);
         Self::draw(rng.below(100) as u32, range, rng.below(64), may_unmap)
     }
 
-    /// `kind` is a number below 100, `content` any number.
+    /// Maps random numbers to an operation: `kind` is below 100, `content` is any number.
     fn draw(kind: u32, range: GuestRange, content: u64, may_unmap: bool) -> Self {
         match kind {
             0..20 => Self::Read(range),
@@ -211,7 +212,7 @@ impl Operation {
         }
     }
 
-    /// The bytes it touches; empty for `Flush` and `Reopen`.
+    /// The bytes it reads or writes; empty for `Flush` and `Reopen`.
     pub fn range(&self) -> GuestRange {
         match *self {
             Self::Read(range) | Self::Discard(range) => range,
@@ -220,7 +221,7 @@ impl Operation {
         }
     }
 
-    /// Runs it on `disk` and returns what was read, if it reads. `Reopen` only flushes.
+    /// Runs it on `disk`; returns the data of a read. `Reopen` only flushes.
     pub fn run(&self, disk: &dyn GuestDisk) -> Result<Option<Vec<u8>>> {
         match *self {
             Self::Read(range) => {
@@ -240,8 +241,8 @@ impl Operation {
     }
 }
 
-/// Writes `buf` at `offset`: in one call, or (one `draw` of three) as 2 to 8 parts that end on sectors, some
-/// from the last to the first.
+/// Writes `buf` at `offset`, in one call or (one `draw` in three) with `write_parts` in 2 to 8 sector-aligned
+/// parts, some in descending order.
 pub fn write_whole_or_in_parts(
     disk: &dyn GuestDisk,
     offset: GuestOffset,
@@ -265,7 +266,8 @@ pub fn write_whole_or_in_parts(
     disk.write_parts(&parts)
 }
 
-/// Ranges start and end at, just beside, or far from cluster borders, and are short more often than long.
+/// A random range: its ends lie on, just beside, or far from cluster boundaries, and it is short more often
+/// than long.
 fn random_range(rng: &mut Rng, size: u64, cluster_size: u64) -> GuestRange {
     let near = |rng: &mut Rng| rng.pick(&[0, 0, 0, 1, 511, 512, 513, cluster_size / 2, cluster_size - 1]);
     let start = rng.below(size / cluster_size + 1) * cluster_size + near(rng);
@@ -313,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn seeds_draw_legal_shapes_and_reach_every_corner() {
+    fn seeds_draw_legal_shapes_of_every_feature_mix() {
         let mut rng = Rng::new(1);
         let mut seen = BTreeSet::new();
         for _ in 0..3000 {

@@ -1,9 +1,9 @@
-//! Small images by hand: valid ones with exactly the clusters asked for, and then patched ones.
+//! Builds small images without the engine: valid ones with exactly the given clusters, which tests then
+//! patch.
 //!
-//! The layout is simple and the arithmetic is done here once more, without the engine's help: header,
-//! refcount table, refcount blocks, L1 table, L2 tables, one host cluster for each stored guest cluster, then
-//! all compressed streams. Nothing is checked beyond what writing needs, so that wrong images can be made
-//! too.
+//! The layout is fixed: header, refcount table, refcount blocks, L1 table, L2 tables, one host cluster for
+//! each stored guest cluster, then all compressed streams. The arithmetic is independent of the engine's.
+//! Only what encoding needs is validated, so that invalid images can be built too.
 
 use crate::pages::PageBytes;
 use crate::storage::PageStorage;
@@ -12,36 +12,36 @@ use qcow2_format::feature::IncompatibleFeatures;
 use qcow2_format::header::{Header, Version};
 use std::collections::BTreeMap;
 
-/// What one guest cluster holds.
+/// Content of one guest cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cluster {
-    /// Stored bytes, at most a cluster; zeroes follow.
+    /// Stored bytes, at most one cluster; padded with zeroes.
     Data(Vec<u8>),
-    /// The zero flag, without a host cluster.
+    /// Zero flag, no host cluster.
     Zero,
-    /// The zero flag over a host cluster with these bytes, which no reader may see.
+    /// Zero flag on an allocated host cluster that holds these bytes, which no reader may see.
     ZeroAllocated(Vec<u8>),
-    /// A compressed stream, written as it is.
+    /// A compressed stream, stored as it is.
     Compressed(Vec<u8>),
-    /// With extended L2 entries: a host cluster with these bytes and a bitmap of its subclusters.
+    /// A host cluster with these bytes and a subcluster bitmap (extended L2 entries).
     Subclusters {
-        /// Subclusters that are stored.
+        /// Bits of the allocated subclusters.
         allocated: u32,
-        /// Subclusters that are zero.
+        /// Bits of the zero subclusters.
         zero: u32,
-        /// The host cluster's bytes.
+        /// Content of the host cluster.
         data: Vec<u8>,
     },
-    /// An L2 entry as it is to stand, with its bitmap, and no host cluster for it.
+    /// A raw L2 entry and bitmap, without a host cluster.
     Entry {
-        /// The first eight bytes.
+        /// First word.
         entry: u64,
-        /// The next eight, with extended L2 entries.
+        /// Second word, with extended L2 entries.
         bitmap: u64,
     },
 }
 
-/// Collects clusters, then lays the image out.
+/// Collects the clusters of an image, then lays it out.
 #[derive(Clone, Debug)]
 pub struct Builder {
     header: Header,
@@ -49,34 +49,34 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// An image of `size` guest bytes, version 3, with clusters of 2^`cluster_bits` bytes.
+    /// A version 3 image of `size` guest bytes with clusters of 2^`cluster_bits` bytes.
     pub fn new(cluster_bits: u32, size: u64) -> Self {
         Self::with_header(Header { size, ..Header::new(Version::V3, cluster_bits) })
     }
 
-    /// An image with these header fields; the builder fills in the places of the tables.
+    /// An image with these header fields; the builder sets the offsets of the tables.
     pub fn with_header(header: Header) -> Self {
         Self { header, clusters: BTreeMap::new() }
     }
 
-    /// The header, to change before [`build`](Self::build).
+    /// The header, for changes before [`build`](Self::build).
     pub fn header_mut(&mut self) -> &mut Header {
         &mut self.header
     }
 
-    /// Sets what guest cluster `index` holds.
+    /// Sets the content of guest cluster `index`.
     pub fn cluster(mut self, index: u64, content: Cluster) -> Self {
         self.clusters.insert(index, content);
         self
     }
 
-    /// Lays the image out. Panics where the header cannot be encoded.
+    /// Lays the image out. Panics if the header cannot be encoded.
     pub fn build(self) -> Built {
         Layout::new(self).build()
     }
 }
 
-/// A finished image and where its parts are.
+/// A built image and the offsets of its parts.
 #[derive(Clone, Debug)]
 pub struct Built {
     /// The image file's bytes.
@@ -91,7 +91,7 @@ pub struct Built {
     pub l1: u64,
     /// Offset of the L2 table of each L1 index that has one.
     pub l2: BTreeMap<u64, u64>,
-    /// Offset of each stored guest cluster (compressed ones: of the stream).
+    /// Host offset of each stored guest cluster (of the stream, for compressed ones).
     pub hosts: BTreeMap<u64, u64>,
     cluster_size: u64,
     entry_size: u64,
@@ -99,7 +99,7 @@ pub struct Built {
 }
 
 impl Built {
-    /// Overwrites bytes at `offset`, growing the file where needed.
+    /// Overwrites bytes at `offset`; grows the file if needed.
     pub fn patch(&mut self, offset: u64, bytes: &[u8]) -> &mut Self {
         let (start, end) = (offset as usize, offset as usize + bytes.len());
         self.bytes.resize(self.bytes.len().max(end), 0);
@@ -124,13 +124,13 @@ impl Built {
         u64::from_be_bytes(word)
     }
 
-    /// Where the L2 entry of guest cluster `index` stands. Panics where its table does not exist.
+    /// Host offset of the L2 entry of guest cluster `index`. Panics if there is no L2 table for it.
     pub fn l2_entry(&self, index: u64) -> u64 {
         let entries = self.cluster_size / self.entry_size;
         self.l2[&(index / entries)] + index % entries * self.entry_size
     }
 
-    /// Sets the refcount of host cluster `index`, which one of the blocks must count.
+    /// Sets the refcount of host cluster `index`, which a refcount block must cover.
     pub fn set_refcount(&mut self, index: u64, count: u64) -> &mut Self {
         let blocks = &mut self.bytes[self.refcount_blocks as usize..];
         pack_refcount(blocks, self.refcount_bits, index, count);
@@ -159,7 +159,7 @@ fn storage_of(bytes: &[u8]) -> PageStorage {
     PageStorage::new(pages)
 }
 
-/// Writes one refcount into blocks that lie one after the other.
+/// Writes one refcount into refcount blocks that are contiguous in `blocks`.
 fn pack_refcount(blocks: &mut [u8], bits: u64, index: u64, count: u64) {
     let at = (index * bits / 8) as usize;
     if bits < 8 {
@@ -175,7 +175,7 @@ fn pack_refcount(blocks: &mut [u8], bits: u64, index: u64, count: u64) {
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 
-/// The image while it is laid out; everything is counted in host clusters.
+/// The layout under construction; all fields count host clusters.
 struct Layout {
     header: Header,
     clusters: BTreeMap<u64, Cluster>,
@@ -214,7 +214,7 @@ impl Layout {
         layout
     }
 
-    /// Grows table and blocks until they count every cluster, themselves included.
+    /// Grows the refcount table and blocks until they cover every cluster, their own included.
     fn size_refcounts(&mut self) {
         let streams: u64 = self
             .clusters
@@ -247,7 +247,7 @@ impl Layout {
         indexes
     }
 
-    /// Guest clusters with a host cluster of their own in the image file.
+    /// Guest clusters that have a host cluster of their own in the image file.
     fn stored(&self) -> impl Iterator<Item = u64> + '_ {
         let external = self.external;
         let stored =
@@ -328,7 +328,7 @@ impl Layout {
         }
     }
 
-    /// Appends a stream to the file and returns its descriptor.
+    /// Appends a stream to the file and returns its compressed-cluster descriptor.
     fn append_stream(&self, built: &mut Built, index: u64, stream: &[u8]) -> u64 {
         let host = built.bytes.len() as u64;
         built.bytes.extend_from_slice(stream);
@@ -338,7 +338,7 @@ impl Layout {
         COMPRESSED | sectors << shift | host
     }
 
-    /// One for every cluster before the streams; one for each stream that touches a cluster after them.
+    /// Refcounts: one for every cluster before the streams; for those after, one per stream that touches it.
     fn write_refcounts(&self, built: &mut Built, packed: u64) {
         for block in 0..self.block_clusters {
             let offset = built.refcount_blocks + block * self.cluster_size;
@@ -380,7 +380,7 @@ mod tests {
     use crate::pattern;
     use std::fs;
 
-    /// Builds an image in which every kind of cluster occurs and lets qemu-img judge it.
+    /// Builds an image with every kind of cluster and lets qemu-img check it.
     fn check(name: &str, header: Header, extra: &[(u64, Cluster)]) {
         let Some(qemu) = Qemu::find() else { return };
         let size = 1u64 << header.cluster_bits;
@@ -402,14 +402,17 @@ mod tests {
             raw[..size as usize] == data(1) && raw[99 * size as usize..][..size as usize] == data(2),
             "{name}"
         );
-        assert!(raw[size as usize..99 * size as usize].iter().all(|&b| b == 0), "{name}: all else is zero");
+        assert!(
+            raw[size as usize..99 * size as usize].iter().all(|&b| b == 0),
+            "{name}: unset clusters read as zeroes"
+        );
     }
 
     #[test]
-    fn qemu_finds_nothing_wrong_with_what_is_built() {
+    fn built_images_pass_qemu_img_check() {
         let stale = vec![7; 100];
         let zeroes = [(3, Cluster::Zero), (50, Cluster::ZeroAllocated(stale.clone()))];
-        // An empty final block of raw deflate, stored, for one cluster of 512 zeroes.
+        // Raw deflate: one final stored block with one cluster of 512 zeroes.
         let stored = [&[1u8, 0, 2, 0xff, 0xfd][..], &[0; 512]].concat();
         for bits in [9, 12, 16, 18] {
             check("version 3", Header::new(Version::V3, bits), &zeroes);
@@ -428,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn refcounts_are_packed_as_the_format_crate_reads_them() {
+    fn packed_refcounts_read_back_through_the_format_crate() {
         for order in 0..=6 {
             let width = qcow2_format::refcount::RefcountWidth::from_order(order).unwrap();
             let mut block = vec![0; 512];

@@ -1,12 +1,11 @@
-//! A storage that knows what a power cut would leave: what is durable, and every change since.
+//! A storage that simulates power cuts: it keeps the durable content and every change since the last flush.
 //!
-//! The medium is assumed to write one 512-byte sector whole and nothing more. Until a flush returns, every
-//! sector that was changed may hold any version it had since the last flush, or the durable one,
-//! independently of all others; the length may be any length since the last flush. Images are drawn from a
-//! [`Cut`].
+//! The medium writes one 512-byte sector atomically and nothing more. Until a flush returns, each changed
+//! sector may hold any version since the last flush, or the durable one, independently of all other sectors;
+//! the length may be any length since the last flush. A [`Cut`] draws images under these rules.
 //!
-//! Several storages (an image and its data file) belong to one [`CrashWorld`]: each has its own flushes, but
-//! power goes at the same moment for all.
+//! Several storages (an image and its data file) form one [`CrashWorld`]: each has its own flushes, but all
+//! lose power at the same moment.
 
 use crate::cut::Cut;
 use crate::pages::{MAX_LEN, PageBytes};
@@ -15,39 +14,39 @@ use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Bytes that the medium writes whole.
+/// Bytes that the medium writes atomically.
 pub const SECTOR: u64 = 512;
 
-/// What is about to happen, or just did, when the hook is called.
+/// The moment at which the hook is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A write, write of zeroes, discard, allocation or change of length is about to be made.
+    /// Before a write, write of zeroes, discard, allocation or change of length.
     BeforeChange,
-    /// A flush is about to start.
+    /// Before a flush.
     BeforeFlush,
     /// A flush has made everything durable and is about to return.
     AfterFlush,
 }
 
-/// Called at every [`Event`] of any storage of a world, while the world stands still: it must not call the
-/// world.
+/// Called at every [`Event`] of any storage of a world, with the world locked: the hook must not call into
+/// the world.
 pub type Hook = Arc<dyn Fn(Event, &Cut<'_>) + Send + Sync>;
 
-/// A content that a sector had since the last flush.
+/// One version of a sector since the last flush.
 #[derive(Clone, Debug)]
 pub(crate) struct Version {
-    /// Number of the change that made it; later changes have larger numbers.
+    /// Number of the change that made it; numbers ascend over all storages of the world.
     pub(crate) change: u64,
-    /// The sector's bytes; `None` is all zeroes.
+    /// Content of the sector; `None` is all zeroes.
     pub(crate) data: Option<Arc<[u8; SECTOR as usize]>>,
 }
 
-/// A length that a storage had since the last flush.
+/// One length of a storage since the last flush.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Length {
     pub(crate) change: u64,
     pub(crate) len: u64,
-    /// Whether this change cut the storage, so that no older byte from `len` on can come back.
+    /// True if this change truncated the storage, so that no older byte from `len` on can reappear.
     pub(crate) cut: bool,
 }
 
@@ -65,7 +64,7 @@ pub(crate) struct DiskState {
     flushes: u64,
 }
 
-/// Everything that stands still during a cut.
+/// The state of a world, locked during a cut.
 #[derive(Debug, Default)]
 pub(crate) struct WorldState {
     pub(crate) disks: Vec<DiskState>,
@@ -80,7 +79,7 @@ pub struct CrashWorld {
     hook: Mutex<Option<Hook>>,
 }
 
-/// One storage of a [`CrashWorld`]; reads see every change at once.
+/// One storage of a [`CrashWorld`]; reads see every change immediately.
 pub struct CrashStorage {
     world: Arc<CrashWorld>,
     index: usize,
@@ -92,12 +91,13 @@ impl CrashWorld {
         Arc::new(Self::default())
     }
 
-    /// Adds a storage whose durable content is `content`. Cuts list storages in the order they were added.
+    /// Adds a storage with the durable content `content`. Cuts list storages in the order they were added.
     pub fn add(self: &Arc<Self>, content: PageBytes) -> Arc<CrashStorage> {
         self.add_with(content, MAX_LEN, Limits::default())
     }
 
-    /// Adds a storage that says `limits` and has room for `capacity` bytes; growing past it is `NoSpace`.
+    /// Adds a storage with these `limits` and `capacity` bytes; growing past the capacity fails with
+    /// `NoSpace`.
     pub fn add_with(
         self: &Arc<Self>,
         content: PageBytes,
@@ -110,12 +110,12 @@ impl CrashWorld {
         Arc::new(CrashStorage { world: Arc::clone(self), index })
     }
 
-    /// Calls `hook` at every event from now on; `None` calls nothing.
+    /// Sets the hook that is called at every event from now on; `None` removes it.
     pub fn set_hook(&self, hook: Option<Hook>) {
         *self.hook.lock().unwrap_or_else(PoisonError::into_inner) = hook;
     }
 
-    /// Lets `look` draw crash images from this very moment.
+    /// Lets `look` draw crash images as of this moment.
     pub fn cut<R>(&self, look: impl FnOnce(&Cut<'_>) -> R) -> R {
         look(&Cut::new(&self.locked()))
     }
@@ -157,7 +157,10 @@ impl DiskState {
     fn check_end(&self, offset: HostOffset, len: u64) -> Result<u64, StorageError> {
         let end = offset.value().checked_add(len).filter(|&end| end <= i64::MAX as u64);
         let end = end.ok_or_else(|| {
-            StorageError::new(StorageErrorKind::OutOfRange, format!("{len} bytes at {offset} pass 2^63 - 1"))
+            StorageError::new(
+                StorageErrorKind::OutOfRange,
+                format!("{len} bytes at {offset} end past 2^63 - 1"),
+            )
         })?;
         if end <= self.live.len() {
             return Ok(end);
@@ -165,13 +168,13 @@ impl DiskState {
         if !self.limits.growable {
             return Err(StorageError::new(
                 StorageErrorKind::OutOfRange,
-                format!("{len} bytes at {offset} pass the end {:#x} of a fixed size", self.live.len()),
+                format!("{len} bytes at {offset} end past the fixed size {:#x}", self.live.len()),
             ));
         }
         if end > self.capacity {
             return Err(StorageError::new(
                 StorageErrorKind::NoSpace,
-                format!("{len} bytes at {offset} pass the capacity {:#x}", self.capacity),
+                format!("{len} bytes at {offset} end past the capacity {:#x}", self.capacity),
             )
             .with_os_code(28));
         }
@@ -212,7 +215,7 @@ impl DiskState {
         self.note_length(change, len < old);
     }
 
-    /// Adds a version to every sector that loses bytes when the range becomes zero.
+    /// Adds a zero version to every sector in the range; sectors covered in part keep their other bytes.
     fn note_zeroes(&mut self, change: u64, offset: u64, len: u64) {
         let end = (offset + len).min(self.live.len());
         let mut at = offset;
@@ -256,7 +259,7 @@ impl CrashStorage {
         self.look(|disk| disk.flushes)
     }
 
-    /// The bytes as a reader sees them now.
+    /// The content as a reader sees it now, unflushed changes included.
     pub fn live(&self) -> PageBytes {
         self.look(|disk| disk.live.clone())
     }
@@ -335,7 +338,7 @@ impl Storage for CrashStorage {
         Ok(())
     }
 
-    /// Between the storages of one world, as one change.
+    /// Copies between two storages of the same world; counts as one change.
     fn copy_from(
         &self,
         source: &dyn Storage,
@@ -345,11 +348,17 @@ impl Storage for CrashStorage {
     ) -> Result<(), StorageError> {
         let source = source.copy_source().and_then(|source| source.downcast_ref::<Self>());
         let Some(source) = source.filter(|source| Arc::ptr_eq(&source.world, &self.world)) else {
-            return Err(StorageError::new(StorageErrorKind::Unsupported, "a storage of another kind"));
+            return Err(StorageError::new(
+                StorageErrorKind::Unsupported,
+                "the source is not a storage of this world",
+            ));
         };
         let mut bytes = vec![0; len as usize];
         if source.read_at(from, &mut bytes)? < bytes.len() {
-            return Err(StorageError::new(StorageErrorKind::OutOfRange, "the source ends before that"));
+            return Err(StorageError::new(
+                StorageErrorKind::OutOfRange,
+                "the source ends before the end of the range",
+            ));
         }
         self.write_at(offset, &bytes)
     }
@@ -382,7 +391,7 @@ mod tests {
         HostOffset::new(sector * SECTOR)
     }
 
-    /// The image told as one letter for each sector: its first byte.
+    /// The image as text: the first byte of each sector.
     fn letters(bytes: &PageBytes) -> String {
         bytes.to_vec().chunks(SECTOR as usize).map(|s| if s[0] == 0 { '.' } else { s[0] as char }).collect()
     }
@@ -401,7 +410,7 @@ mod tests {
         world.cut(|cut| (0..count).map(|_| letters(&cut.sample(&mut rng).disks[0])).collect())
     }
 
-    /// A world with one storage that durably holds `text`.
+    /// A world with one storage whose durable content is `text`.
     fn world(text: &str) -> (Arc<CrashWorld>, Arc<CrashStorage>) {
         let world = CrashWorld::new();
         let storage = world.add(PageBytes::new());
@@ -417,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn every_sector_may_be_any_of_its_versions() {
+    fn each_unflushed_sector_may_hold_any_version() {
         let (world, storage) = world("ab");
         put(&storage, 0, "c");
         put(&storage, 0, "de");
@@ -428,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_tears_at_sectors_only() {
+    fn writes_tear_at_sector_boundaries_only() {
         let (world, storage) = world("aaa");
         storage.write_at(HostOffset::new(256), &[b'x'; 1024]).unwrap();
         let images: BTreeSet<Vec<u8>> =
@@ -442,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_and_discards_arrive_or_not() {
+    fn unflushed_zeroes_and_discards_may_be_lost() {
         let (world, storage) = world("abc");
         storage.write_zeroes(at(0), SECTOR, ZeroMode::MayUnmap).unwrap();
         storage.discard(at(2), 5 * SECTOR).unwrap();
@@ -451,19 +460,19 @@ mod tests {
     }
 
     #[test]
-    fn growth_may_be_lost_and_then_takes_the_data_with_it() {
+    fn lost_growth_loses_the_data_past_the_old_end() {
         let (world, storage) = world("a");
         put(&storage, 2, "c");
         let expected = ["a", "a..", "a.c"].map(String::from);
         assert_eq!(all(&world), expected.clone().into());
-        // A growth may also stop half-way.
+        // A growth may also arrive in part.
         let mut torn = BTreeSet::from(expected);
         torn.insert("a.".into());
         assert_eq!(sampled(&world, 3000), torn);
     }
 
     #[test]
-    fn bytes_that_were_cut_off_never_come_back() {
+    fn truncated_bytes_never_reappear() {
         let (world, storage) = world("abc");
         storage.set_len(SECTOR).unwrap();
         storage.set_len(3 * SECTOR).unwrap();
@@ -472,7 +481,7 @@ mod tests {
         let mut torn = images.clone();
         torn.insert("a.".into());
         assert_eq!(sampled(&world, 4000), torn);
-        // Before the cut arrived: old or new, sector by sector. After it: nothing of "bc".
+        // Before the truncation arrived: old or new content, sector by sector. After it: nothing of "bc".
         assert!(images.contains("abc") && images.contains("a") && images.contains("a.x"));
         let regrown: BTreeSet<_> = world.cut(|cut| {
             let with_last_length = (0..cut.combinations()).filter(|n| n % 3 == 2);
@@ -482,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn storages_flush_apart_and_fall_together() {
+    fn storages_flush_separately_and_lose_power_together() {
         let world = CrashWorld::new();
         let image = world.add(PageBytes::new());
         let data = world.add(PageBytes::new());
@@ -498,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hook_sees_every_moment() {
+    fn the_hook_is_called_at_every_event() {
         let (world, storage) = world("a");
         let seen = Arc::new(Mutex::new(Vec::new()));
         let log = Arc::clone(&seen);
@@ -517,8 +526,8 @@ mod tests {
         assert_eq!(*seen.lock().unwrap(), expected);
     }
 
-    /// The simulation must be able to fail: a pointer written without a barrier after its target is caught,
-    /// one written behind a barrier is not.
+    /// The simulation must be able to fail: it finds a pointer that was written without a barrier after its
+    /// target, and accepts one that was written after a barrier.
     #[test]
     fn a_missing_barrier_is_found() {
         for barrier in [true, false] {
@@ -535,7 +544,7 @@ mod tests {
     }
 
     #[test]
-    fn room_and_range_are_limited() {
+    fn growth_past_capacity_or_fixed_size_is_refused() {
         let world = CrashWorld::new();
         let small = world.add_with(PageBytes::new(), 1024, Limits::default());
         let error = small.write_at(at(1), &[1; 513]).unwrap_err();

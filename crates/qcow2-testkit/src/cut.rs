@@ -1,4 +1,4 @@
-//! The images that a power cut at one moment could leave, drawn at random or all of them.
+//! Enumerates or samples the images that a power cut at one moment could leave.
 
 use crate::crash::{DiskState, Length, SECTOR, Version, WorldState};
 use crate::pages::PageBytes;
@@ -6,20 +6,21 @@ use crate::rng::Rng;
 use crate::storage::PageStorage;
 use std::sync::Arc;
 
-/// One moment of a [`CrashWorld`](crate::crash::CrashWorld), standing still.
+/// One moment of a [`CrashWorld`](crate::crash::CrashWorld), with the world locked.
 pub struct Cut<'a> {
     state: &'a WorldState,
 }
 
-/// What one power cut left: the bytes of every storage, in the order they were added to the world.
+/// What one power cut leaves: the content of every storage, in the order they were added to the world.
 #[derive(Clone, Debug)]
 pub struct CrashImage {
-    /// The bytes of each storage.
+    /// Content of each storage.
     pub disks: Vec<PageBytes>,
 }
 
 impl CrashImage {
-    /// Storage `index` of the world, to be opened by the engine. Changes made through it stay with it.
+    /// Storage `index` of the image, to be opened by the engine. Changes made through it do not affect the
+    /// world.
     pub fn storage(&self, index: usize) -> Arc<PageStorage> {
         Arc::new(PageStorage::new(self.disks[index].clone()))
     }
@@ -35,24 +36,23 @@ impl<'a> Cut<'a> {
         self.state.change
     }
 
-    /// How many sectors have a version that is not durable, over all storages.
+    /// How many sectors over all storages have a version that is not durable.
     pub fn unflushed_sectors(&self) -> usize {
         self.state.disks.iter().map(|disk| disk.unflushed.len()).sum()
     }
 
-    /// How many images the cut could leave (some of them may be equal); `u64::MAX` stands for that many or
-    /// more.
+    /// How many images the cut could leave (some may be equal), saturating at `u64::MAX`.
     pub fn combinations(&self) -> u64 {
         let radices = self.state.disks.iter().flat_map(radices);
         radices.fold(1u64, |product, radix| product.saturating_mul(radix))
     }
 
-    /// The image in which everything written so far arrived.
+    /// The image in which every change so far arrived.
     pub fn everything(&self) -> CrashImage {
         CrashImage { disks: self.state.disks.iter().map(|disk| disk.live.clone()).collect() }
     }
 
-    /// The image in which nothing arrived that was not flushed.
+    /// The image in which no unflushed change arrived.
     pub fn nothing(&self) -> CrashImage {
         CrashImage { disks: self.state.disks.iter().map(|disk| disk.durable.clone()).collect() }
     }
@@ -72,8 +72,8 @@ impl<'a> Cut<'a> {
         CrashImage { disks: self.state.disks.iter().map(build).collect() }
     }
 
-    /// One image at random. The ways of drawing are mixed, because a coin for every sector alone would hardly
-    /// ever leave out just one write of many, or let just one through.
+    /// A random image. Several ways of drawing are mixed: independent choices for every sector would hardly
+    /// ever lose exactly one write of many, or keep exactly one.
     pub fn sample(&self, rng: &mut Rng) -> CrashImage {
         let oldest = self.state.disks.iter().filter_map(oldest_change).min().unwrap_or(0);
         let mut lot = Lot::draw(rng, oldest, self.state.change);
@@ -86,7 +86,7 @@ impl<'a> Cut<'a> {
     }
 }
 
-/// How many choices each part of a storage has: its length, then every unflushed sector.
+/// The number of choices for each part of a storage: its length, then every unflushed sector.
 fn radices(disk: &DiskState) -> impl Iterator<Item = u64> + '_ {
     let sectors = disk.unflushed.values().map(|versions| versions.len() as u64 + 1);
     std::iter::once(disk.lengths.len() as u64).chain(sectors)
@@ -98,8 +98,8 @@ fn oldest_change(disk: &DiskState) -> Option<u64> {
     sectors.chain(lengths).min()
 }
 
-/// The storage with `length` and, for each sector, what `pick` says: 0 for the durable content, else version
-/// - 1.
+/// The storage with `length` and the version of each sector that `pick` chooses: 0 is the durable content, n
+/// is `versions[n - 1]`.
 fn build(disk: &DiskState, length: Length, len: u64, mut pick: impl FnMut(&[Version]) -> usize) -> PageBytes {
     let mut bytes = disk.durable.clone();
     let cuts: Vec<&Length> = disk.lengths.iter().filter(|l| l.cut && l.change <= length.change).collect();
@@ -108,7 +108,7 @@ fn build(disk: &DiskState, length: Length, len: u64, mut pick: impl FnMut(&[Vers
     }
     bytes.set_len(len);
     for (&sector, versions) in &disk.unflushed {
-        // A cut that was made takes older content with it.
+        // If a truncation arrived, older content past it is gone.
         let floor = cuts.iter().filter(|cut| (sector + 1) * SECTOR > cut.len).map(|cut| cut.change).max();
         let forced = floor.map_or(0, |floor| versions.iter().filter(|v| v.change <= floor).count());
         let picked = pick(versions).max(forced);
@@ -125,18 +125,18 @@ fn build(disk: &DiskState, length: Length, len: u64, mut pick: impl FnMut(&[Vers
     bytes
 }
 
-/// One way of drawing an image.
+/// A way of drawing an image.
 #[derive(Clone, Copy, Debug)]
 enum Lot {
-    /// Every sector for itself, with this many chances in 16 to have arrived.
+    /// Each sector arrived independently, with `chance` in 16.
     Sectors { chance: u64 },
-    /// Whole changes arrived or did not, with this many chances in 16; one of them is torn.
+    /// Each change arrived as a whole or not, with `chance` in 16; the change `torn` is torn.
     Changes { salt: u64, chance: u64, torn: u64 },
-    /// Everything up to a change arrived, which is torn itself.
+    /// All changes up to `last` arrived; `last` itself is torn.
     Prefix { last: u64 },
-    /// Everything arrived but one change, which is torn or missing.
+    /// All changes arrived but `missing`, which is torn or lost.
     AllBut { missing: u64, torn: bool },
-    /// Nothing arrived but one change and those after `from`, each with a chance.
+    /// Only `change` arrived, and each change after `from` with some probability.
     Only { change: u64, from: u64 },
 }
 
@@ -152,7 +152,7 @@ impl Lot {
         }
     }
 
-    /// Whether (this sector of) the change arrived.
+    /// Decides whether this sector of the change arrived.
     fn arrived(&mut self, rng: &mut Rng, change: u64) -> bool {
         match *self {
             Self::Sectors { chance } => rng.below(16) < chance,
@@ -174,7 +174,7 @@ impl Lot {
         disk.lengths[later.map_or(0, |index| index + 1)]
     }
 
-    /// A growth may have got half-way.
+    /// A growth may arrive in part.
     fn torn_len(&mut self, rng: &mut Rng, disk: &DiskState, length: Length) -> u64 {
         let next = disk.lengths.iter().find(|l| l.change > length.change && !l.cut && l.len > length.len);
         match next {

@@ -1,14 +1,14 @@
-//! A storage that fails on purpose: at the n-th call, of a kind, once or from then on.
+//! A storage that injects errors: the n-th call of some kinds fails, once or from then on.
 
-use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+use qcow2_core::{HostOffset, Storage, StorageError, StorageErrorKind, ZeroMode, forward_storage};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The calls of a storage that may fail.
+/// The calls of a storage that can fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {
     /// `read_at`.
     Read,
-    /// `write_at`, `write_vectored_at` (once, not for each buffer).
+    /// `write_at`; `write_vectored_at` counts once, not per buffer.
     Write,
     /// `write_zeroes`.
     WriteZeroes,
@@ -26,40 +26,39 @@ pub enum Call {
 pub const ALL_CALLS: [Call; 7] =
     [Call::Read, Call::Write, Call::WriteZeroes, Call::Discard, Call::Allocate, Call::SetLen, Call::Flush];
 
-/// Every kind of call that changes something or makes it durable.
+/// Every kind of call that changes the storage or makes it durable.
 pub const CHANGING_CALLS: [Call; 6] =
     [Call::Write, Call::WriteZeroes, Call::Discard, Call::Allocate, Call::SetLen, Call::Flush];
 
-/// How a call goes wrong.
+/// How a call fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Nothing happens; the error is `Io` (EIO).
+    /// The call does nothing and returns `Io` (EIO).
     Io,
-    /// Nothing happens; the error is `NoSpace` (ENOSPC).
+    /// The call does nothing and returns `NoSpace` (ENOSPC).
     NoSpace,
-    /// The first `bytes` of a write land, then the error is `NoSpace`. Other calls: nothing happens.
+    /// The first `bytes` of a write are written, then the call returns `NoSpace`. Other calls do nothing.
     Short {
-        /// How many bytes land, at most.
+        /// The most bytes that are written.
         bytes: u64,
     },
-    /// Everything happens, and then the error is `Io` all the same.
+    /// The call does everything and returns `Io` nevertheless.
     LateIo,
-    /// The first `bytes` of a write land, and the call says that all did. Other calls do nothing and say they
-    /// did.
+    /// The first `bytes` of a write are written, and the call reports success. Other calls do nothing and
+    /// report success.
     Torn {
-        /// How many bytes land, at most.
+        /// The most bytes that are written.
         bytes: u64,
     },
-    /// A write lands `by` bytes further on, and the call says that all is well. Other calls are made as
-    /// asked.
+    /// A write goes to an offset `by` bytes too high and reports success. Other calls behave normally.
     Misdirected {
-        /// How far beside its place the write lands.
+        /// Distance from the right offset, in bytes.
         by: u64,
     },
 }
 
 impl Fault {
-    /// Whether the caller is told that something went wrong.
+    /// True if the caller gets an error.
     pub fn is_reported(self) -> bool {
         !matches!(self, Self::Torn { .. } | Self::Misdirected { .. })
     }
@@ -68,13 +67,13 @@ impl Fault {
 /// Which call fails, and how.
 #[derive(Clone, Debug)]
 pub struct FaultPlan {
-    /// The kinds that count and may fail.
+    /// The kinds of calls that are counted and may fail.
     pub calls: Vec<Call>,
-    /// The call of these kinds that fails, counted from 0 since the plan was set.
+    /// Index of the failing call among these kinds, from 0 since the plan was set.
     pub nth: u64,
-    /// Whether every later call of these kinds fails too.
+    /// Every later call of these kinds fails too.
     pub sticky: bool,
-    /// How it fails.
+    /// How the call fails.
     pub fault: Fault,
 }
 
@@ -85,7 +84,7 @@ struct FaultState {
     fired: u64,
 }
 
-/// A wrapper that passes every call on until its plan says otherwise.
+/// A wrapper that forwards every call except those that its plan fails.
 pub struct FaultStorage {
     inner: Arc<dyn Storage>,
     state: Mutex<FaultState>,
@@ -97,7 +96,7 @@ impl FaultStorage {
         Self { inner, state: Mutex::default() }
     }
 
-    /// Starts counting anew, with this plan.
+    /// Sets the plan and resets the count.
     pub fn set_plan(&self, plan: Option<FaultPlan>) {
         *self.locked() = FaultState { plan, counted: 0, fired: 0 };
     }
@@ -116,7 +115,7 @@ impl FaultStorage {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a call and says how it fails, if it does.
+    /// Counts a call; returns its fault if it is to fail.
     fn count(&self, call: Call) -> Option<Fault> {
         let mut state = self.locked();
         let plan = state.plan.clone().filter(|plan| plan.calls.contains(&call))?;
@@ -130,7 +129,7 @@ impl FaultStorage {
         Some(plan.fault)
     }
 
-    /// Makes a call that is not a write, as its fault says.
+    /// Runs a call other than a write, with its fault.
     fn run<R>(
         &self,
         call: Call,
@@ -157,13 +156,11 @@ fn error(fault: Fault, call: Call) -> StorageError {
 }
 
 impl Storage for FaultStorage {
-    fn len(&self) -> Result<u64, StorageError> {
-        self.inner.len()
-    }
+    forward_storage!(inner: len extent_at limits used_bytes);
 
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
         match self.count(Call::Read) {
-            // A read cannot be torn without telling: it is made.
+            // A read cannot be torn silently, so it is made normally.
             None | Some(Fault::Torn { .. } | Fault::Misdirected { .. }) => self.inner.read_at(offset, buf),
             Some(fault) => Err(error(fault, Call::Read)),
         }
@@ -211,18 +208,6 @@ impl Storage for FaultStorage {
     fn flush(&self) -> Result<(), StorageError> {
         self.run(Call::Flush, (), || self.inner.flush())
     }
-
-    fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
-        self.inner.extent_at(offset, len)
-    }
-
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
-
-    fn used_bytes(&self) -> Result<Option<u64>, StorageError> {
-        self.inner.used_bytes()
-    }
 }
 
 #[cfg(test)]
@@ -244,7 +229,7 @@ mod tests {
         String::from_utf8_lossy(&buf[..n]).replace('\0', "0")
     }
 
-    /// One write of "ab" at 1 with `fault`: what is said, and what landed.
+    /// Writes "ab" at 1 with `fault` and compares the result and the content.
     fn check(fault: Fault, said: Result<(), StorageErrorKind>, landed: &str) {
         let storage = storage(FaultPlan { calls: ALL_CALLS.to_vec(), nth: 0, sticky: false, fault });
         let result = storage.write_vectored_at(HostOffset::new(1), &[b"a", b"b"]);
@@ -255,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn every_fault_does_what_it_says() {
+    fn every_fault_has_its_documented_effect_on_a_write() {
         check(Fault::Io, Err(StorageErrorKind::Io), "........");
         check(Fault::NoSpace, Err(StorageErrorKind::NoSpace), "........");
         check(Fault::Short { bytes: 1 }, Err(StorageErrorKind::NoSpace), ".a......");
@@ -280,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nth_call_of_the_kinds_fails() {
+    fn only_the_nth_call_of_the_given_kinds_fails() {
         assert_eq!(ok_pattern(4, false, &ALL_CALLS), "ooooXoooo");
         assert_eq!(ok_pattern(4, true, &ALL_CALLS), "ooooXXXXX");
         assert_eq!(ok_pattern(1, false, &[Call::Flush]), "oooooXooo");

@@ -1,5 +1,5 @@
-//! Bodies of the fuzz targets: any bytes in, a panic where something is wrong. `fuzz/` runs them with new
-//! bytes, the plain tests with the committed seeds.
+//! Bodies of the fuzz targets: they take any bytes and panic on a bug. `fuzz/` runs them with generated
+//! bytes, the tests with the committed seeds.
 
 use qcow2_format::bitmap::{Bitmap, BitmapTableEntry};
 use qcow2_format::bytes;
@@ -13,11 +13,11 @@ use qcow2_format::{Extensions, Geometry, GeometryFields, Header};
 /// One fuzz target.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
-    /// The name of its binary.
+    /// Name of its binary.
     pub name: &'static str,
-    /// The folder with its seeds.
+    /// Folder of its seeds.
     pub seeds: &'static str,
-    /// What it does with the bytes.
+    /// Runs the target on one input.
     pub body: fn(&[u8]),
 }
 
@@ -27,8 +27,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "parse_tables", seeds: "parse_tables", body: parse_tables },
 ];
 
-/// The start of an image as a header: judged, never a panic; what is accepted can be written again, and reads
-/// as the same then.
+/// Parses the bytes as a header. An accepted header can be encoded again, and parses to the same value.
 pub fn parse_header(data: &[u8]) {
     if let Ok(wanted) = Header::probe_len(data) {
         assert!((512..=2 << 20).contains(&wanted) && wanted.is_power_of_two(), "wants {wanted} bytes");
@@ -38,21 +37,21 @@ pub fn parse_header(data: &[u8]) {
         let _ = Header::parse_for_check(data);
         return;
     };
-    assert_eq!(Header::parse_for_check(data).as_ref(), Ok(&header), "a check sees the same");
+    assert_eq!(Header::parse_for_check(data).as_ref(), Ok(&header), "parse_for_check agrees with parse");
     let geometry = header.geometry().expect("an accepted header has a geometry");
     assert!(header.l2_format().is_ok());
     assert!(u64::from(header.l1_size) >= geometry.l1_entries_for(header.disk_size()));
     assert!(header.extensions.unknown.len() as u64 <= geometry.cluster_size() / 8);
     let Ok(written) = header.encode() else { return };
     assert!(written.len() as u64 <= geometry.cluster_size());
-    let again = Header::parse(&written).expect("what was written is accepted");
+    let again = Header::parse(&written).expect("an encoded header parses");
     let mut expected = header;
     let padded = expected.unknown_fields.len().next_multiple_of(8);
     expected.unknown_fields.resize(padded, 0);
     assert_eq!(again, expected);
 }
 
-/// Bytes as every kind of table. The first two choose the geometry, the rest is the table.
+/// Parses the bytes as every kind of table. The first two bytes choose the geometry, the rest is the table.
 pub fn parse_tables(data: &[u8]) {
     let Some((&[shape, flags], table)) = data.split_first_chunk::<2>() else { return };
     let fields = GeometryFields {
@@ -117,7 +116,7 @@ fn records(geometry: &Geometry, table: &[u8]) {
         assert!((40..=rest.len().min(MAX_ENTRY_LEN)).contains(&parsed.len));
         let mut written = Vec::new();
         if parsed.snapshot.encode(&mut written).is_ok() {
-            let again = Snapshot::parse(&written, 1).expect("what was written is accepted");
+            let again = Snapshot::parse(&written, 1).expect("an encoded table parses");
             assert_eq!(again.snapshot, parsed.snapshot);
         }
         rest = &rest[parsed.len..];

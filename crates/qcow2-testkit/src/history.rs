@@ -1,8 +1,9 @@
-//! What a sector may hold while many threads change it: every change with the time it began and ended.
+//! Which contents a read may return while many threads change a disk: records when each change began and
+//! ended.
 //!
 //! A read may return the content of any change that began before the read ended, unless another change lies
-//! wholly between: begun after the first one ended, and ended before the read began. A content names the
-//! change that wrote it, so that a byte which belongs somewhere else is always found out.
+//! entirely in between: it began after the first one ended, and ended before the read began. Each content
+//! names the change that wrote it and its sector, so misplaced bytes are always detected.
 
 use crate::crash::SECTOR;
 use std::ops::Range;
@@ -12,8 +13,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// The content of zeroes.
 pub const ZEROES: u64 = 0;
 
-/// Fills whole sectors, the first one having number `first`, with content `id`. Any `id` but [`ZEROES`] is
-/// told apart from any other, and any sector from any other.
+/// Fills whole sectors, starting with sector number `first`, with content `id`. Content differs for every
+/// `id` (but [`ZEROES`]) and every sector.
 pub fn fill(id: u64, first: u64, bytes: &mut [u8]) {
     if id == ZEROES {
         return bytes.fill(0);
@@ -29,12 +30,12 @@ fn content_word(id: u64, sector: u64, index: u64) -> u64 {
     match index {
         0 => id,
         1 => sector,
-        // The same for eight words, so that it compresses.
+        // The same value for eight words, so that it compresses.
         _ => (id ^ sector.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(index / 8),
     }
 }
 
-/// The content of one sector, or what is wrong with it.
+/// The content id of one sector, or what is wrong with it.
 fn identify(sector: u64, bytes: &[u8]) -> Result<u64, String> {
     if bytes.iter().all(|&byte| byte == 0) {
         return Ok(ZEROES);
@@ -53,13 +54,13 @@ fn identify(sector: u64, bytes: &[u8]) -> Result<u64, String> {
 struct Change {
     id: u64,
     begun: u64,
-    /// `u64::MAX` while it is under way.
+    /// `u64::MAX` while the change is in flight.
     ended: u64,
-    /// It may leave the sector as it was.
+    /// The change may leave the sector as it was (a discard).
     optional: bool,
 }
 
-/// A change that has begun.
+/// A change in flight.
 #[derive(Clone, Debug)]
 pub struct Begun {
     sectors: Range<u64>,
@@ -74,7 +75,7 @@ pub struct History {
 }
 
 impl History {
-    /// A disk of so many sectors, each holding the content that `id` says.
+    /// A disk of `sectors` sectors, each with the initial content `id(sector)`.
     pub fn new(sectors: u64, id: impl Fn(u64) -> u64) -> Self {
         let first = |sector| Change { id: id(sector), begun: 0, ended: 0, optional: false };
         Self {
@@ -88,12 +89,12 @@ impl History {
         self.sectors.len() as u64
     }
 
-    /// A moment, later than every one before.
+    /// A timestamp, later than every one before.
     pub fn now(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::SeqCst)
     }
 
-    /// Notes that a change to content `id` begins; `optional` if it may also do nothing (a discard).
+    /// Records that a change to content `id` begins. `optional`: it may also do nothing (a discard).
     pub fn begin(&self, sectors: Range<u64>, id: u64, optional: bool) -> Begun {
         let at = self.now();
         for sector in sectors.clone() {
@@ -102,7 +103,7 @@ impl History {
         Begun { sectors, at }
     }
 
-    /// Notes that the change has returned.
+    /// Records that the change has returned.
     pub fn end(&self, change: Begun) {
         let now = self.now();
         for sector in change.sectors {
@@ -112,15 +113,15 @@ impl History {
         }
     }
 
-    /// Notes that the change has returned without doing anything.
+    /// Records that the change has returned and did nothing.
     pub fn cancel(&self, change: Begun) {
         for sector in change.sectors {
             self.changes(sector).retain(|c| c.begun != change.at);
         }
     }
 
-    /// Whether a read that began at moment `begun` and ends now may have seen these sectors, the first one
-    /// having number `first`.
+    /// Checks the sectors that a read returned: it began at `begun`, ends now, and starts at sector number
+    /// `first`.
     pub fn check(&self, first: u64, seen: &[u8], begun: u64) -> Result<(), String> {
         for (sector, bytes) in (first..).zip(seen.chunks(SECTOR as usize)) {
             let id = identify(sector, bytes);
@@ -133,13 +134,13 @@ impl History {
             let before = changes.iter().filter(|c| c.ended < begun && !c.optional);
             let horizon = before.map(|c| c.begun).max().unwrap_or(0);
             if !changes.iter().any(|c| c.id == id && c.ended >= horizon) {
-                return Err(describe(&format!("content {id:#x}, which is outdated or never was")));
+                return Err(describe(&format!("content {id:#x}, which is outdated or was never written")));
             }
         }
         Ok(())
     }
 
-    /// Takes what was read while nobody changed anything as the only history there is; it must be allowed.
+    /// Makes `seen`, read while nothing changed, the only allowed content; it must have been allowed.
     pub fn settle(&self, seen: &[u8]) -> Result<(), String> {
         let now = self.now();
         self.check(0, seen, now)?;
@@ -171,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn overlapping_changes_leave_either() {
+    fn overlapping_changes_leave_either_content() {
         let history = History::new(1, |_| 7);
         let a = history.begin(0..1, 8, false);
         let b = history.begin(0..1, 9, false);
@@ -179,7 +180,7 @@ mod tests {
         [7, 8, 9].into_iter().for_each(|id| check(&history, read, id, true));
         history.end(a);
         let read = history.now();
-        // The first content is outdated; the second change is still under way.
+        // The first content is outdated; the second change is still in flight.
         [8, 9].into_iter().for_each(|id| check(&history, read, id, true));
         check(&history, read, 7, false);
         history.end(b);
@@ -187,7 +188,7 @@ mod tests {
         [8, 9].into_iter().for_each(|id| check(&history, read, id, true));
         let c = history.begin(0..1, 10, false);
         history.end(c);
-        // A read that began before sees any of them, a later one only the last.
+        // A read that began earlier may see any of them, a later one only the last.
         [8, 9, 10].into_iter().for_each(|id| check(&history, read, id, true));
         let read = history.now();
         [8, 9, ZEROES].into_iter().for_each(|id| check(&history, read, id, false));
@@ -207,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn strange_contents_are_named() {
+    fn misplaced_and_torn_contents_are_reported() {
         let history = History::new(2, |_| 7);
         let begun = history.now();
         let error = history.check(0, &content(7, 1), begun).unwrap_err();

@@ -1,5 +1,5 @@
-//! A world for the tests of the qcow2 crates: disks to compare with, images made by hand, storages that lose
-//! power or fail, and judges of what is left.
+//! Test tools for the qcow2 crates: a model disk, an image builder, storages that lose power or fail, an
+//! independent image checker, and simulations that combine them.
 #![forbid(unsafe_code)]
 
 pub mod arbitrary;

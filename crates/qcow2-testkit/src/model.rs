@@ -1,24 +1,24 @@
-//! The disk as a flat array of bytes, with its history: what every guest disk must look like (invariant I8).
+//! The disk as a flat array of bytes with its history: what every guest disk must read as (invariant I8).
 
 use crate::arbitrary::Operation;
 use crate::pattern;
 use qcow2_core::{GuestDisk, GuestOffset, GuestRange};
 use std::fmt::Write;
 
-/// What a discard does to the bytes; the rest of its range stays as it is.
+/// Effect of a discard on the content; the rest of its range is unchanged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiscardRule {
     /// Nothing changes (version 2 with a backing file).
     Ignored,
-    /// Whole units of so many bytes read as zeroes; the unit that the disk's end cuts counts as whole. Raw
-    /// disks: 1.
+    /// Whole units of `unit` bytes read as zeroes; the last unit of the disk counts as whole even if it is
+    /// cut short. Raw disks: 1.
     Zeroes {
         /// Bytes in a unit.
         unit: u64,
     },
 }
 
-/// A flat disk and everything that was done to it.
+/// A flat disk and the operations made on it.
 #[derive(Clone, Debug)]
 pub struct Model {
     bytes: Vec<u8>,
@@ -27,7 +27,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// A disk that holds `bytes` now.
+    /// A disk with the content `bytes`.
     pub fn new(bytes: Vec<u8>, discard: DiscardRule) -> Self {
         Self { bytes, discard, history: Vec::new() }
     }
@@ -37,12 +37,12 @@ impl Model {
         &self.bytes
     }
 
-    /// What was done so far, oldest first.
+    /// The operations made so far, oldest first.
     pub fn history(&self) -> &[Operation] {
         &self.history
     }
 
-    /// Does `operation` to the array.
+    /// Applies `operation` to the array.
     pub fn apply(&mut self, operation: &Operation) {
         self.history.push(*operation);
         match *operation {
@@ -57,17 +57,17 @@ impl Model {
         }
     }
 
-    /// Makes the disk longer, by zeroes, or shorter.
+    /// Grows the disk with zeroes, or truncates it.
     pub fn resize(&mut self, size: u64) {
         self.bytes.resize(size as usize, 0);
     }
 
     /// Compares bytes read at `offset` with the array. The error names the first wrong byte and the
-    /// operations that touched it, newest last.
+    /// operations that touched it, oldest first.
     pub fn check(&self, offset: GuestOffset, seen: &[u8]) -> Result<(), String> {
         let start = offset.value() as usize;
         let expected = self.bytes.get(start..start + seen.len()).ok_or("read past the end of the model")?;
-        // As a whole first: byte by byte takes long where nothing is optimized.
+        // Compare whole slices first: byte by byte is slow in unoptimized builds.
         let wrong = || expected.iter().zip(seen).position(|(a, b)| a != b);
         match (expected != seen).then(wrong).flatten() {
             None => Ok(()),
@@ -75,7 +75,7 @@ impl Model {
         }
     }
 
-    /// Compares the whole of `disk` with the array.
+    /// Compares the whole content of `disk` with the array.
     pub fn check_disk(&self, disk: &dyn GuestDisk) -> Result<(), String> {
         if disk.size() != self.bytes.len() as u64 {
             return Err(format!("size is {}, expected {}", disk.size(), self.bytes.len()));
@@ -85,7 +85,7 @@ impl Model {
         self.check(GuestOffset::new(0), &seen)
     }
 
-    /// Runs `operation` on `disk` and on the array, and compares what was read.
+    /// Runs `operation` on `disk` and on the array, and compares the data of a read.
     pub fn step(&mut self, disk: &dyn GuestDisk, operation: &Operation) -> Result<(), String> {
         let seen = operation.run(disk).map_err(|e| format!("{operation:?}: {}", chain(&e)))?;
         self.apply(operation);
@@ -117,7 +117,7 @@ impl Model {
     }
 }
 
-/// An error and its causes in one line.
+/// An error and its sources in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut at = error.source();
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_discard_takes_whole_units_only() {
+    fn a_discard_zeroes_whole_units_only() {
         let rule = DiscardRule::Zeroes { unit: 512 };
         check_discard(rule, range(0, 512), 0..512);
         check_discard(rule, range(1, 1030), 512..1024);
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_byte_comes_with_its_history() {
+    fn a_wrong_byte_is_reported_with_its_operations() {
         let mut model = Model::new(vec![0; 2048], DiscardRule::Ignored);
         model.apply(&Operation::Write { range: range(0, 1024), seed: 9 });
         model.apply(&Operation::Zero { range: range(512, 600), mode: ZeroMode::MayUnmap });

@@ -1,5 +1,5 @@
-//! Programs of others to compare with: QEMU's tools, e2fsprogs, 7-Zip. A missing one is a printed skip, or a
-//! failure where [`REQUIRE`] says so.
+//! Runs third-party programs as test oracles: QEMU's tools, e2fsprogs, 7-Zip. If one is missing, the test
+//! prints a skip, or fails if [`REQUIRE`] is set.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -12,19 +12,19 @@ use std::time::{Duration, Instant};
 /// The environment variable that turns a missing program into a failure, when set to anything but `0`.
 pub const REQUIRE: &str = "QCOW2_REQUIRE_TOOLS";
 
-/// How long a program may run before it is stopped and the test fails; QEMU's tools spin for ever on some
-/// images.
+/// Time limit for one run; the program is then killed and the test fails. QEMU's tools loop for ever on some
+/// damaged images.
 pub const TIME_LIMIT: Duration = Duration::from_secs(120);
 
-/// A program that was found on this machine.
+/// An installed program.
 #[derive(Clone, Debug)]
 pub struct Tool {
     program: PathBuf,
 }
 
 impl Tool {
-    /// Looks `name` up on the search path. Where it is missing, prints `skipped: NAME not found` and returns
-    /// `None`; the caller's test then returns. Panics instead where [`REQUIRE`] is set.
+    /// Looks `name` up on the search path. If it is missing, prints `skipped: NAME not found` and returns
+    /// `None`, and the calling test should return; panics instead if [`REQUIRE`] is set.
     pub fn find(name: &str) -> Option<Self> {
         let found = search(name).map(|program| Self { program });
         if found.is_none() {
@@ -33,7 +33,7 @@ impl Tool {
         found
     }
 
-    /// The same for programs known by several names.
+    /// Like [`find`](Self::find), for a program with several names.
     pub fn find_any(names: &[&str]) -> Option<Self> {
         let found = names.iter().find_map(|name| search(name)).map(|program| Self { program });
         if found.is_none() {
@@ -42,18 +42,18 @@ impl Tool {
         found
     }
 
-    /// A program at a known place, such as one that cargo built.
+    /// The program at this path, such as one that cargo built.
     pub fn at(program: impl Into<PathBuf>) -> Self {
         Self { program: program.into() }
     }
 
-    /// Where the program is.
+    /// Path of the program.
     pub fn path(&self) -> &Path {
         &self.program
     }
 
-    /// Runs the program in `folder` with `args` and waits for its end. Panics where it cannot be started or
-    /// runs longer than [`TIME_LIMIT`].
+    /// Runs the program in `folder` with `args` and waits for its end. Panics if it cannot be started or runs
+    /// longer than [`TIME_LIMIT`].
     pub fn run_in<A: AsRef<OsStr>>(&self, folder: &Path, args: &[A]) -> Outcome {
         let mut command = Command::new(&self.program);
         command.args(args).current_dir(folder).stdin(Stdio::null());
@@ -81,35 +81,35 @@ impl Qemu {
     }
 }
 
-/// Says that a test did not run because of `reason`; panics where [`REQUIRE`] is set.
+/// Prints that a test did not run because of `reason`; panics if [`REQUIRE`] is set.
 #[allow(clippy::print_stdout, reason = "a skip must be seen")]
 pub fn skip(reason: &str) {
     assert!(!required(), "{reason}, but {REQUIRE} is set");
     println!("skipped: {reason}");
 }
 
-/// Whether a missing program is a failure.
+/// True if a missing program is a failure.
 pub fn required() -> bool {
     std::env::var_os(REQUIRE).is_some_and(|value| value != "0" && !value.is_empty())
 }
 
-/// What a program did.
+/// The result of a run.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// The command, for messages.
+    /// The command line, for messages.
     pub command: String,
-    /// The exit code; `None` where a signal ended it.
+    /// Exit code; `None` if a signal ended the program.
     pub code: Option<i32>,
-    /// What it wrote to standard output, broken UTF-8 replaced.
+    /// Standard output, invalid UTF-8 replaced.
     pub stdout: String,
-    /// What it wrote to standard error, broken UTF-8 replaced.
+    /// Standard error, invalid UTF-8 replaced.
     pub stderr: String,
-    /// How long it ran.
+    /// Run time.
     pub elapsed: Duration,
 }
 
 impl Outcome {
-    /// The outcome itself where the exit code is `code`; panics with everything it said otherwise.
+    /// Returns the outcome if the exit code is `code`; otherwise panics with all output.
     pub fn expect_code(self, code: i32) -> Self {
         assert_eq!(self.code, Some(code), "{self}");
         self
@@ -133,7 +133,7 @@ impl fmt::Display for Outcome {
 
 fn search(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    // mke2fs and e2fsck live where only administrators look.
+    // mke2fs and e2fsck are in sbin, which is not on every user's search path.
     let extra = ["/usr/sbin", "/sbin"].map(PathBuf::from);
     std::env::split_paths(&path).chain(extra).map(|folder| folder.join(name)).find(|file| file.is_file())
 }
@@ -172,14 +172,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_is_found_and_heard() {
+    fn a_run_captures_both_streams_and_the_exit_code() {
         let sh = Tool::find("sh").unwrap();
         let outcome = sh.run_in(Path::new("/"), &["-c", "echo out; echo err >&2; exit 3"]).expect_code(3);
         assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("out\n", "err\n"));
     }
 
     #[test]
-    fn much_output_does_not_block() {
+    fn output_larger_than_a_pipe_does_not_block() {
         let sh = Tool::find("sh").unwrap();
         let outcome = sh.run_in(
             Path::new("/"),
@@ -190,14 +190,14 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "no end after")]
-    fn an_endless_program_is_stopped() {
+    fn a_program_past_the_time_limit_is_killed() {
         let child = Command::new("sleep").arg("60").spawn().unwrap();
         wait(child, "sleep 60".to_owned(), Duration::from_millis(50));
     }
 
     #[test]
     #[should_panic(expected = "exit code: Some(1)")]
-    fn an_unexpected_code_fails() {
+    fn an_unexpected_exit_code_panics() {
         Tool::find("false").unwrap().run_in::<&str>(Path::new("/"), &[]).success();
     }
 }

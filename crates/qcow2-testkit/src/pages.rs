@@ -1,27 +1,26 @@
-//! Bytes that are cheap to clone: sparse 4 KiB pages, shared until one side writes.
+//! Bytes that are cheap to clone: sparse 4 KiB pages, shared copy-on-write.
 //!
-//! A crash image differs from its neighbours in a few sectors only, so cloning costs one reference count per
-//! page.
+//! Crash images of one moment differ in few sectors, so cloning costs one reference count per page.
 
 use std::sync::Arc;
 
 /// Bytes in a page.
 const PAGE: u64 = 4096;
 
-/// A growable run of bytes. Cloning shares every page; a write copies the pages it touches.
+/// A growable byte array. Cloning shares every page; a write copies the pages it touches.
 ///
-/// Made for small images: the page list costs 8 bytes for every 4 KiB of length.
+/// Meant for small images: the page list takes 8 bytes for every 4 KiB of length.
 #[derive(Clone, Debug, Default)]
 pub struct PageBytes {
     pages: Vec<Option<Arc<[u8; PAGE as usize]>>>,
     len: u64,
 }
 
-/// The longest storage that is simulated: 64 GiB, so that a wild offset fails instead of eating memory.
+/// The longest simulated storage, 64 GiB: a wild offset then fails instead of exhausting memory.
 pub const MAX_LEN: u64 = 1 << 36;
 
 impl PageBytes {
-    /// No byte.
+    /// An empty array.
     pub fn new() -> Self {
         Self::default()
     }
@@ -33,24 +32,24 @@ impl PageBytes {
         pages
     }
 
-    /// How many bytes there are.
+    /// Length in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether there is no byte.
+    /// True if the length is 0.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// All bytes in one run.
+    /// All bytes as one vector.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut all = vec![0; self.len as usize];
         self.read(0, &mut all);
         all
     }
 
-    /// Fills `buf` from `offset` on and returns how many bytes there were; the rest of `buf` becomes zeroes.
+    /// Fills `buf` from `offset` on and returns how many bytes exist there; the rest of `buf` is zeroed.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> usize {
         let available = self.len.saturating_sub(offset).min(buf.len() as u64) as usize;
         let mut done = 0;
@@ -68,7 +67,7 @@ impl PageBytes {
         available
     }
 
-    /// Writes `bytes` at `offset`, growing as needed. The end must not pass [`MAX_LEN`].
+    /// Writes `bytes` at `offset`; grows as needed. The end must not exceed [`MAX_LEN`].
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
         self.grow(offset + bytes.len() as u64);
         let mut done = 0;
@@ -81,7 +80,7 @@ impl PageBytes {
         }
     }
 
-    /// Makes `len` bytes from `offset` zero, growing as needed; whole pages are dropped.
+    /// Zeroes `len` bytes from `offset` on; grows as needed and drops whole pages.
     pub fn zero(&mut self, offset: u64, len: u64) {
         self.grow(offset + len);
         let end = offset + len;
@@ -99,7 +98,7 @@ impl PageBytes {
         }
     }
 
-    /// Cuts or grows; new bytes are zero.
+    /// Truncates or grows; new bytes are zero.
     pub fn set_len(&mut self, len: u64) {
         if len < self.len {
             self.pages.truncate(len.div_ceil(PAGE) as usize);
@@ -113,7 +112,7 @@ impl PageBytes {
         }
     }
 
-    /// Whether the page that holds `offset` has bytes of its own, and how many bytes from `offset` on are so.
+    /// The length of the run from `offset` on, at most `len`, and whether it is data (pages that exist).
     pub fn run_at(&self, offset: u64, len: u64) -> (u64, bool) {
         let data = self.has_page(offset);
         let mut end = (offset / PAGE + 1) * PAGE;
@@ -123,7 +122,7 @@ impl PageBytes {
         ((end - offset).min(len), data)
     }
 
-    /// Bytes held in pages of their own.
+    /// Bytes in existing pages.
     pub fn used(&self) -> u64 {
         self.pages.iter().flatten().count() as u64 * PAGE
     }
@@ -151,7 +150,7 @@ mod tests {
     use super::*;
     use crate::rng::Rng;
 
-    /// Random changes against a plain vector, with clones in between that must not move.
+    /// Random changes compared with a plain vector; clones taken in between must not change.
     #[test]
     fn behaves_like_a_vector() {
         let mut rng = Rng::new(3);
@@ -193,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_tell_holes() {
+    fn runs_distinguish_data_and_holes() {
         let mut pages = PageBytes::new();
         pages.write(8192, &[1; 10]);
         pages.set_len(40_000);

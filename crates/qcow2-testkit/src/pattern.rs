@@ -1,11 +1,11 @@
-//! Guest content that tells where it belongs: every byte follows from a seed and its own offset.
+//! Guest content derived from a seed and the byte's own offset, so that misplaced bytes are detected.
 
-/// The content of seed 0: zeroes, which tools may store in a special way.
+/// The seed of all zeroes, which tools may store as zero clusters.
 pub const ZEROES: u64 = 0;
 
-/// Fills `buf`, the bytes from `offset` on. Seed 0 gives zeroes; a seed divisible by 4 gives content that
-/// compresses well; any other gives content that does not compress. The same offset and seed give the same
-/// byte, however the range is cut.
+/// Fills `buf` with the content from `offset` on. Seed 0 gives zeroes; a seed divisible by 4 gives content
+/// that compresses well; any other seed gives incompressible content. The same offset and seed give the same
+/// byte, however the range is split.
 pub fn fill(seed: u64, offset: u64, buf: &mut [u8]) {
     if seed == ZEROES {
         return buf.fill(0);
@@ -28,8 +28,7 @@ pub fn bytes(seed: u64, offset: u64, len: usize) -> Vec<u8> {
     buf
 }
 
-/// What a buffer holds before something is read into it: a byte that a read leaves out is then no zero by
-/// chance.
+/// Fill byte of buffers before a read, so that bytes which the read leaves out are not zero by chance.
 pub const UNREAD: u8 = 0xa5;
 
 /// A buffer of `len` bytes to read into, full of [`UNREAD`].
@@ -37,7 +36,7 @@ pub fn unread(len: usize) -> Vec<u8> {
     vec![UNREAD; len]
 }
 
-/// Eight bytes of content; well compressible seeds change only every 64 bytes.
+/// Eight bytes of content; compressible seeds change it only every 64 bytes.
 fn word(seed: u64, index: u64) -> u64 {
     let index = if seed.is_multiple_of(4) { index / 8 } else { index };
     let mut z = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ index.wrapping_mul(0xd1b5_4a32_d192_ed03);
@@ -63,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn seeds_choose_the_kind() {
+    fn seeds_choose_zero_compressible_or_random_content() {
         assert!(bytes(ZEROES, 3, 99).iter().all(|&b| b == 0));
         let changes = |seed| bytes(seed, 0, 4096).windows(2).filter(|w| w[0] != w[1]).count();
         assert!(changes(8) < 64 && changes(9) > 4000, "{} {}", changes(8), changes(9));

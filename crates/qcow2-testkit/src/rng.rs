@@ -1,13 +1,13 @@
-//! A small seeded generator of random numbers: the same seed gives the same run on every machine.
+//! A small seeded random number generator: the same seed gives the same run on every machine.
 
-/// xoshiro256** seeded through splitmix64. Not for secrets.
+/// xoshiro256** seeded by splitmix64. Not cryptographically secure.
 #[derive(Clone, Debug)]
 pub struct Rng {
     state: [u64; 4],
 }
 
 impl Rng {
-    /// The generator of `seed`; neighbouring seeds give unrelated runs.
+    /// A generator with this seed; neighbouring seeds give unrelated sequences.
     pub fn new(seed: u64) -> Self {
         let mut at = seed;
         let mut next = || {
@@ -29,12 +29,12 @@ impl Rng {
         result
     }
 
-    /// A number from 0 up to but not including `end`; 0 where `end` is 0.
+    /// A number from 0 up to but not including `end`; 0 if `end` is 0.
     pub fn below(&mut self, end: u64) -> u64 {
         ((u128::from(self.next_u64()) * u128::from(end)) >> 64) as u64
     }
 
-    /// A number from `first` to `last`, both included; `first` where `last` is smaller.
+    /// A number from `first` to `last`, both included; `first` if `last` is smaller.
     pub fn between(&mut self, first: u64, last: u64) -> u64 {
         first + self.below(last.saturating_sub(first).saturating_add(1))
     }
@@ -44,7 +44,7 @@ impl Rng {
         self.below(n) == 0
     }
 
-    /// One of `choices`, which must not be empty.
+    /// A random element of `choices`, which must not be empty.
     pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
         choices[self.below(choices.len() as u64) as usize]
     }
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_hold_and_are_used_up() {
+    fn numbers_stay_in_range_and_reach_both_ends() {
         let mut rng = Rng::new(1);
         let mut seen = [0u32; 5];
         for _ in 0..1000 {

@@ -1,14 +1,15 @@
-//! A disk that is full at times: space counts by blocks, as file systems count it, and holes take none.
+//! A storage on a simulated file system with limited free space: written or reserved blocks count, holes do
+//! not.
 
-use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+use qcow2_core::{HostOffset, Storage, StorageError, StorageErrorKind, ZeroMode, forward_storage};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Bytes of a block.
+/// Bytes in a file system block.
 const BLOCK: u64 = 4096;
 
-/// A growable storage whose blocks take room once they are written or reserved.
+/// A growable storage whose blocks use up free space once they are written or reserved.
 pub struct RoomStorage {
     inner: Arc<dyn Storage>,
     state: Mutex<Room>,
@@ -16,23 +17,23 @@ pub struct RoomStorage {
 
 #[derive(Debug, Default)]
 struct Room {
-    /// Blocks that may still be taken.
+    /// Free blocks.
     free: u64,
     taken: BTreeSet<u64>,
 }
 
 impl RoomStorage {
-    /// Wraps `inner`, which is empty, with `free` blocks of 4096 bytes to take.
+    /// Wraps `inner`, which must be empty, with `free` free blocks of 4096 bytes.
     pub fn new(inner: Arc<dyn Storage>, free: u64) -> Self {
         Self { inner, state: Mutex::new(Room { free, taken: BTreeSet::new() }) }
     }
 
-    /// How many blocks may be taken from now on.
+    /// Sets the number of free blocks.
     pub fn set_free(&self, free: u64) {
         self.locked().free = free;
     }
 
-    /// How many blocks are taken.
+    /// Number of used blocks.
     pub fn taken(&self) -> u64 {
         self.locked().taken.len() as u64
     }
@@ -41,7 +42,7 @@ impl RoomStorage {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the blocks of a range. Errors: how many bytes of it have room, where that is not all.
+    /// Allocates the blocks of a range. Errors: how many bytes of it fit, if not all do.
     fn take(&self, offset: HostOffset, len: u64) -> Result<(), u64> {
         let start = offset.value();
         let mut room = self.locked();
@@ -71,15 +72,9 @@ fn full() -> StorageError {
 }
 
 impl Storage for RoomStorage {
-    fn len(&self) -> Result<u64, StorageError> {
-        self.inner.len()
-    }
+    forward_storage!(inner: len read_at flush extent_at limits);
 
-    fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
-        self.inner.read_at(offset, buf)
-    }
-
-    /// As far as there is room.
+    /// Writes as much as fits, then fails with `NoSpace`.
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
         match self.take(offset, buf.len() as u64) {
             Ok(()) => self.inner.write_at(offset, buf),
@@ -115,18 +110,6 @@ impl Storage for RoomStorage {
         room.free += cut.len() as u64;
         Ok(())
     }
-
-    fn flush(&self) -> Result<(), StorageError> {
-        self.inner.flush()
-    }
-
-    fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
-        self.inner.extent_at(offset, len)
-    }
-
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
 }
 
 #[cfg(test)]
@@ -135,7 +118,7 @@ mod tests {
     use crate::storage::PageStorage;
 
     #[test]
-    fn holes_take_no_room() {
+    fn holes_use_no_blocks() {
         let storage = RoomStorage::new(Arc::new(PageStorage::default()), 2);
         let at = HostOffset::new;
         storage.set_len(1 << 20).unwrap();

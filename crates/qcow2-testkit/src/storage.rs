@@ -1,10 +1,10 @@
-//! Plain bytes as a storage: what a crash image or a small test image lives in.
+//! Bytes in memory as a storage: for crash images and small test images.
 
 use crate::pages::{MAX_LEN, PageBytes};
 use qcow2_core::{HostOffset, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// A growable storage in memory whose content can be taken out at any time.
+/// A growable storage in memory whose content can be copied out at any time.
 #[derive(Debug, Default)]
 pub struct PageStorage {
     bytes: Mutex<PageBytes>,
@@ -26,10 +26,10 @@ impl PageStorage {
     }
 }
 
-/// `NoSpace` where a change would end past what is simulated.
+/// The end of a change. Errors: `NoSpace` past the largest simulated length.
 fn check_end(offset: HostOffset, len: u64) -> Result<u64, StorageError> {
     offset.value().checked_add(len).filter(|&end| end <= MAX_LEN).ok_or_else(|| {
-        StorageError::new(StorageErrorKind::NoSpace, format!("{len} bytes at {offset} pass {MAX_LEN:#x}"))
+        StorageError::new(StorageErrorKind::NoSpace, format!("{len} bytes at {offset} end past {MAX_LEN:#x}"))
     })
 }
 

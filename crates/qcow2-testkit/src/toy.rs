@@ -1,10 +1,9 @@
-//! A cipher for tests: no secret to anybody, but whoever forgets it, or takes a wrong sector number, reads
-//! noise.
+//! A toy cipher for tests, without secrecy: data read without it, or with a wrong sector number, is noise.
 
 use qcow2_core::{ClusterCipher, EncryptedLayer, Keyring, SectorNumbering, UnlockError};
 use std::sync::Arc;
 
-/// Covers each sector with noise made of its number.
+/// Combines each sector with noise derived from its number.
 #[derive(Clone, Copy, Debug)]
 pub struct ToyCipher(pub SectorNumbering);
 
@@ -35,7 +34,7 @@ impl ClusterCipher for ToyCipher {
     }
 }
 
-/// Opens every layer with a [`ToyCipher`].
+/// Gives every layer a [`ToyCipher`].
 #[derive(Clone, Copy, Debug)]
 pub struct ToyKeyring(pub SectorNumbering);
 

@@ -1,4 +1,4 @@
-//! An image of any shape with everything it stands on, in memory, beside the flat array it must equal.
+//! An image of any shape with its backing and data files in memory, and the flat array it must read as.
 
 use crate::arbitrary::{BackingShape, Operation, Shape};
 use crate::audit::audit;
@@ -20,23 +20,23 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The name of the image under test on its shelf.
+/// Name of the image under test on its shelf.
 pub const TOP: &str = "top.qcow2";
 const DATA: &str = "top.data";
 
-/// Named storages in memory that resolve each other's names, as files in one folder do.
+/// Named storages in memory that resolve each other's names, like files in one folder.
 #[derive(Clone, Debug, Default)]
 pub struct Shelf {
     files: Arc<Mutex<BTreeMap<String, Arc<PageStorage>>>>,
 }
 
 impl Shelf {
-    /// The storage called `name`, made empty where there is none.
+    /// The storage called `name`; created empty if missing.
     pub fn file(&self, name: &str) -> Arc<PageStorage> {
         Arc::clone(self.locked().entry(name.to_owned()).or_default())
     }
 
-    /// Puts `bytes` under `name`.
+    /// Stores `bytes` under `name`.
     pub fn put(&self, name: &str, bytes: &[u8]) {
         self.locked().insert(name.to_owned(), Arc::new(PageStorage::new(PageBytes::from_bytes(bytes))));
     }
@@ -80,7 +80,7 @@ impl Resolver for Shelf {
     }
 }
 
-/// What the engine is told to create for `shape`, as the image [`TOP`].
+/// Options that create `shape` with the engine, as the image [`TOP`].
 pub fn create_options(shape: &Shape) -> CreateOptions {
     let mut options = CreateOptions::new(shape.size);
     options.version = if shape.version3 { Version::V3 } else { Version::V2 };
@@ -93,7 +93,7 @@ pub fn create_options(shape: &Shape) -> CreateOptions {
         let format = if backing.qcow2 { "qcow2" } else { "raw" };
         BackingName { name: format!("base.{format}"), format: Some(format.to_owned()) }
     });
-    // Two clusters and a bit, so that its end is not a cluster's.
+    // Two clusters and 700 bytes, so that the area does not end at a cluster boundary.
     let area = || LuksArea(vec![0xa5; 2 * shape.cluster_size() as usize + 700].into());
     options.encryption = shape.encryption.map(|numbering| match numbering {
         SectorNumbering::Guest => NewEncryption::Aes,
@@ -103,7 +103,7 @@ pub fn create_options(shape: &Shape) -> CreateOptions {
     options
 }
 
-/// The image, what it stands on, and its model. Every error text names what went wrong.
+/// The image, its backing and data files, and its model. Errors are texts that say what failed.
 pub struct World {
     shape: Shape,
     shelf: Shelf,
@@ -113,7 +113,7 @@ pub struct World {
 }
 
 impl World {
-    /// Creates an image of `shape` and, from `seed`, the content below it.
+    /// Creates an image of `shape` and, from `seed`, the content of its backing file.
     pub fn new(shape: Shape, codecs: Codecs, seed: u64) -> Result<Self, String> {
         let shelf = Shelf::default();
         let mut content = match shape.backing {
@@ -133,22 +133,22 @@ impl World {
         Ok(Self { shape, shelf, codecs, image, model: Model::new(content, rule) })
     }
 
-    /// The image as it is opened now.
+    /// The open image.
     pub fn image(&self) -> &Arc<Image> {
         &self.image
     }
 
-    /// What the image must equal.
+    /// The expected content.
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// The image and the files it stands on.
+    /// The image and its files.
     pub fn shelf(&self) -> &Shelf {
         &self.shelf
     }
 
-    /// Does `operation` to the image and to the model and compares what is read.
+    /// Runs `operation` on the image and on the model and compares the data of a read.
     pub fn step(&mut self, operation: &Operation) -> Result<(), String> {
         match operation {
             Operation::Reopen => {
@@ -161,8 +161,8 @@ impl World {
         }
     }
 
-    /// Writes guest cluster `index` compressed; nothing happens where the image does not take it (allocated
-    /// already, or an external data file).
+    /// Writes guest cluster `index` compressed; does nothing if the image refuses it (allocated already, or
+    /// an external data file).
     pub fn compress(&mut self, index: u64, seed: u64) -> Result<(), String> {
         let start = index * self.shape.cluster_size();
         let len = self.shape.size.saturating_sub(start).min(self.shape.cluster_size());
@@ -180,8 +180,8 @@ impl World {
         Ok(())
     }
 
-    /// Closes the image and looks at what is left: the content again, no leak and nothing wrong in the file,
-    /// a raw data file equal to the disk.
+    /// Closes the image and checks the result: same content when reopened, a sound file without leaks, and a
+    /// raw data file equal to the disk.
     pub fn finish(self) -> Result<(Shelf, Model), String> {
         self.model.check_disk(&*self.image)?;
         self.close()?;
@@ -211,12 +211,12 @@ fn open(shelf: &Shelf, codecs: &Codecs, shape: &Shape) -> Result<Arc<Image>, Str
     Image::open(shelf.source(TOP, ImageFormat::Qcow2), &options).map_err(|e| format!("open: {}", chain(&e)))
 }
 
-/// The keys of an image of `shape`, where it is encrypted.
+/// The keyring for an image of `shape`, if it is encrypted.
 pub fn keys(shape: &Shape) -> Option<Arc<dyn Keyring>> {
     shape.encryption.map(|numbering| Arc::new(ToyKeyring(numbering)) as Arc<dyn Keyring>)
 }
 
-/// Makes the disk below, a raw file or an image of other geometry, and returns its content.
+/// Creates the backing file, raw or qcow2 of another geometry, and returns its content.
 fn make_base(
     shelf: &Shelf,
     codecs: &Codecs,

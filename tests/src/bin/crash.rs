@@ -1,4 +1,4 @@
-//! `cargo xtask crash`: the crash simulation for as long as asked, on every core.
+//! `cargo xtask crash`: runs the crash simulation on every core, for as long as asked.
 #![allow(clippy::print_stdout, reason = "a tool for the terminal")]
 
 use qcow2_testkit::sim::{Budget, SimOptions, minimize, run_many};

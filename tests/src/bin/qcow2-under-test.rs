@@ -1,4 +1,4 @@
-//! The command, for the tests of this package: the same entry as `qcow2`.
+//! The command as the tests of this package run it: the same entry point as `qcow2`.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! One kind of damage at a time, in images that qemu-img made.
+//! One kind of damage at a time, in images made by qemu-img.
 
 use crate::words::lines;
 use crate::{exit_code, report};
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 
-/// An image's bytes and where its first tables are.
+/// An image's bytes and the offsets of its first tables.
 pub(crate) struct Image {
     pub(crate) bytes: Vec<u8>,
     pub(crate) l1: u64,
@@ -48,13 +48,13 @@ impl Image {
         self.set(at, change(self.word(at)));
     }
 
-    /// The file's length up to the next cluster of 64 KiB.
+    /// Length of the file, rounded up to 64 KiB.
     fn end(&self) -> u64 {
         (self.bytes.len() as u64).next_multiple_of(65536)
     }
 }
 
-/// How an image comes to be: `qemu-img create` options, size, then `qemu-io` commands; `snapshot` takes one.
+/// How to make an image: `qemu-img create` options, size, `qemu-io` commands; `snapshot` takes one.
 #[derive(Clone, Copy)]
 pub(crate) struct Base<'a> {
     pub(crate) options: &'a str,
@@ -105,8 +105,8 @@ impl Bench {
         self.compare(name, base, damage, true);
     }
 
-    /// The same where QEMU's further lines are accidents that we do not repeat: only the exit code is
-    /// compared, and that our first line is QEMU's.
+    /// Compares the exit code and the first line only: QEMU's further lines are side effects that we do not
+    /// repeat.
     fn case_by_class(&self, name: &str, base: Base<'_>, damage: impl FnOnce(&mut Image)) {
         self.compare(name, base, damage, false);
     }
@@ -171,7 +171,7 @@ fn json_number(json: &str, key: &str) -> u64 {
 }
 
 #[test]
-fn sound_images() {
+fn sound_images_give_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     let nothing = |_: &mut Image| ();
     for options in ["", "compat=0.10", "extended_l2=on", "data_file=data.raw", "lazy_refcounts=on"] {
@@ -208,7 +208,7 @@ fn sound_images() {
 }
 
 #[test]
-fn bitmaps_are_references() {
+fn bitmap_clusters_count_as_references() {
     let Some(bench) = Bench::new() else { return };
     let path = bench.make(PLAIN);
     for name in ["one", "two"] {
@@ -246,7 +246,7 @@ fn bitmaps_are_references() {
     );
     assert_eq!(ours.leaks as usize, theirs.stderr.matches("Leaked cluster").count());
 
-    // QEMU opens neither of these; we say what is wrong.
+    // QEMU opens neither of these; we report the damage.
     for damage in [|i: &mut Image, t: u64| i.set(t, 2), |i: &mut Image, _| i.bytes[65536 * 8..].fill(0xff)] {
         image.bytes.clone_from(&good);
         damage(&mut image, table);
@@ -256,7 +256,7 @@ fn bitmaps_are_references() {
 }
 
 #[test]
-fn damaged_l1() {
+fn l1_damage_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("reserved bits", PLAIN, |i| i.change(i.l1, |entry| entry | 1 | 1 << 56));
     bench.case("far past the end", PLAIN, |i| i.set(i.l1, COPIED | 1 << 40));
@@ -280,7 +280,7 @@ fn damaged_l1() {
 }
 
 #[test]
-fn damaged_l2() {
+fn l2_damage_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("reserved bits", PLAIN, |i| i.change(i.l2, |entry| entry | 0x100 | 1 << 60));
     bench.case("misaligned", PLAIN, |i| i.change(i.l2, |entry| entry + 512));
@@ -305,7 +305,7 @@ fn damaged_l2() {
 }
 
 #[test]
-fn damaged_subclusters() {
+fn subcluster_damage_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("allocated and zero", EXTENDED, |i| i.set(i.l2 + 8, 0x1_0000_0001));
     bench.case("allocated without a place", EXTENDED, |i| {
@@ -327,7 +327,7 @@ fn damaged_subclusters() {
 }
 
 #[test]
-fn damaged_data_file_images() {
+fn damage_with_a_data_file_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("not copied", DATA_FILE, |i| i.change(i.l2 + 8, |entry| entry & !COPIED));
     bench.case("compressed", DATA_FILE, |i| i.set(i.l2 + 8, COMPRESSED | 0x50000));
@@ -336,7 +336,7 @@ fn damaged_data_file_images() {
 }
 
 #[test]
-fn damaged_refcounts() {
+fn refcount_damage_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("leak", PLAIN, |i| i.put(i.refcount_block + 2 * 3, &[0, 2]));
     bench.case("counted past the end", PLAIN, |i| i.put(i.refcount_block + 2 * 20, &[0, 1]));
@@ -359,7 +359,7 @@ fn damaged_refcounts() {
 }
 
 #[test]
-fn damaged_snapshots() {
+fn snapshot_damage_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     bench.case("more than there are", SNAPSHOTS, |i| i.put(60, &5u32.to_be_bytes()));
     bench.case("far too many", SNAPSHOTS, |i| i.put(60, &65537u32.to_be_bytes()));

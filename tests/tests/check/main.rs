@@ -1,4 +1,4 @@
-//! Checks of damaged images against `qemu-img check`: the same exit class, counts, statistics, and lines.
+//! Checks of damaged images against `qemu-img check`: the same exit code, counts, statistics and lines.
 
 mod damage;
 mod random;
@@ -15,7 +15,7 @@ fn report(path: &Path) -> CheckReport {
     check(&*storage, &CheckOptions::default(), &Inline, &Silent).expect("a report")
 }
 
-/// The exit code that goes with a report.
+/// The exit code for a report.
 fn exit_code(report: &CheckReport) -> i32 {
     match (report.check_errors, report.corruptions, report.leaks) {
         (1.., _, _) => 1,

@@ -1,4 +1,4 @@
-//! Random damage to the tables of small images: still QEMU's lines, counts and statistics.
+//! Random damage to the tables of small images: the same lines, counts and statistics as QEMU.
 
 use crate::damage::{Base, Bench, Image};
 use qcow2_testkit::rng::Rng;
@@ -17,7 +17,7 @@ const COMMANDS: &[&[&str]] = &[
     &["write 0 200k", "snapshot a", "write 16k 100k", "write -c 256k 64k", "write -c 320k 64k"],
 ];
 
-/// Changes one entry of some table in a way that a check judges by the entry alone.
+/// Changes one entry of a table in a way that a check judges by that entry alone.
 fn damage(image: &mut Image, rng: &mut Rng, cluster_bits: u32, extended: bool) {
     let clusters = image.bytes.len() as u64 >> cluster_bits;
     let place = rng.below(clusters + 3) << cluster_bits;
@@ -43,7 +43,7 @@ fn damage(image: &mut Image, rng: &mut Rng, cluster_bits: u32, extended: bool) {
 }
 
 #[test]
-fn random_damage() {
+fn random_table_damage_gives_the_same_report() {
     let Some(bench) = Bench::new() else { return };
     for seed in 0..120 {
         let mut rng = Rng::new(seed);

@@ -1,4 +1,4 @@
-//! The report is the same however much memory and however many workers a check gets.
+//! The report does not depend on the memory or the number of workers of a check.
 
 use crate::damage::{Base, Bench, Image};
 use qcow2_io::{MemoryStorage, OpenFile};
@@ -31,9 +31,9 @@ fn report(path: &Path, counters_size: u64, executor: &dyn Executor) -> CheckRepo
     check(&*storage, &options, executor, &Silent).expect("a report")
 }
 
-/// 70 MiB of clusters of 512 bytes are three windows of the smallest size.
+/// 70 MiB in clusters of 512 bytes are three windows of the smallest size.
 #[test]
-fn windows_and_workers_change_nothing() {
+fn the_report_does_not_depend_on_windows_and_workers() {
     let Some(bench) = Bench::new() else { return };
     let commands = &["snapshot a", "write 20M 1M"];
     for bits in [16, 64] {
@@ -43,7 +43,7 @@ fn windows_and_workers_change_nothing() {
         let mut rng = Rng::new(7);
         let len = image.bytes.len() as u64;
         for _ in 0..400 {
-            // Every L1 entry leads to an L2 table; refcount blocks are hit through their table.
+            // Every L1 entry references an L2 table; refcount blocks are damaged through the refcount table.
             let l2 = image.word(image.l1 + rng.below(2200) * 8) & 0xff_ffff_ffff_fe00;
             let block = image.word(image.refcount_table + rng.below(280) * 8);
             match rng.below(3) {
@@ -63,7 +63,7 @@ fn windows_and_workers_change_nothing() {
 }
 
 #[test]
-fn what_is_no_image_is_an_error() {
+fn a_file_that_is_no_image_is_an_error() {
     let storage = MemoryStorage::with_len(4096);
     let error = check(&storage, &CheckOptions::default(), &Inline, &Silent).expect_err("not an image");
     assert_eq!(error.kind(), qcow2_ops::ErrorKind::Metadata);

@@ -1,4 +1,4 @@
-//! The words of `qemu-img check` for a finding.
+//! Renders a finding as `qemu-img check` does.
 
 use qcow2_core::walk::SnapshotFault;
 use qcow2_format::l2::L2Fault;

@@ -1,4 +1,4 @@
-//! Key slots of images and containers, changed by `amend`.
+//! Changing key slots of images and containers with `amend`.
 
 use super::both::Both;
 use super::{container, image, ours};
@@ -9,7 +9,7 @@ const QCOW2: &str =
     "create -q -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1 a.qcow2 1M";
 const LUKS: &str = "create -q -f luks -o key-secret=s,iter-time=1 a.luks 1M";
 
-/// `amend` with the image's options, then `line`, in which `@` begins the name of each option of key slots.
+/// Runs `amend` with the image's options and each line; `@` stands for the prefix of key slot options.
 fn lines(both: &Both, name: &str, prefix: &str, lines: &[&str]) {
     for line in lines {
         both.line(&format!("amend --image-opts {name} {}", line.replace('@', prefix)));
@@ -20,7 +20,7 @@ fn slots(both: &Both, file: &str) -> String {
     both.told(file, "active:").iter().map(|on| &on[..1]).collect()
 }
 
-/// What is refused where only slot 0 holds a key.
+/// Refusals while only slot 0 holds a key.
 fn refusals(both: &Both, first: &str, prefix: &str) {
     lines(
         both,
@@ -80,7 +80,7 @@ fn check(start: &str, file: &str, prefix: &str, name: impl Fn(&str, &str) -> Str
         &["-o @state=inactive,@old-secret=w,@keyslot=6", "-o @state=inactive,@keyslot=0"],
     );
     assert_eq!(slots(&both, file), "ftffffff");
-    // The old password is gone, for both.
+    // The old password no longer opens it in either program.
     lines(&both, &first, prefix, &["-o @state=inactive,@keyslot=1"]);
     lines(
         &both,
@@ -89,7 +89,7 @@ fn check(start: &str, file: &str, prefix: &str, name: impl Fn(&str, &str) -> Str
         &["--force -o @state=active,@new-secret=s,@iter-time=1,@keyslot=1", "-o @state=inactive,@keyslot=1"],
     );
     assert_eq!(slots(&both, file), "ftffffff");
-    // All slots: it takes qemu-img half a minute.
+    // Filling all slots takes qemu-img half a minute.
     if !super::all() {
         return;
     }
@@ -114,17 +114,17 @@ fn check(start: &str, file: &str, prefix: &str, name: impl Fn(&str, &str) -> Str
 }
 
 #[test]
-fn slots_of_an_image() {
+fn key_slots_of_an_image() {
     check(QCOW2, "a.qcow2", "encrypt.", image);
 }
 
 #[test]
-fn slots_of_a_container() {
+fn key_slots_of_a_container() {
     check(LUKS, "a.luks", "", container);
 }
 
 #[test]
-fn slots_beside_other_changes() {
+fn key_slots_together_with_other_options() {
     let start = [
         QCOW2,
         LUKS,
@@ -158,10 +158,10 @@ fn slots_beside_other_changes() {
     lines(&both, &container("s", "a.luks"), "", &["-o size=2M", "-o encrypt.state=active"]);
 }
 
-/// Passwords that ours added and replaced, for cryptsetup: with the first sectors of a container and with the
-/// volume inside an image.
+/// Passwords that we added and replaced, checked with cryptsetup: on the first sectors of a container, and on
+/// the volume inside an image.
 #[test]
-fn cryptsetup_opens_our_slots() {
+fn cryptsetup_opens_our_key_slots() {
     let Some(cryptsetup) = Tool::find_any(&["cryptsetup", "/usr/sbin/cryptsetup"]) else { return };
     let root = tempfile::tempdir().unwrap();
     let folder = root.path();
@@ -173,11 +173,12 @@ fn cryptsetup_opens_our_slots() {
     for (file, name, prefix) in
         [("a.luks", container("s", "a.luks"), ""), ("a.qcow2", image("s", "a.qcow2"), "encrypt.")]
     {
-        // Whether each of these passwords opens a slot, as cryptsetup says.
+        // Whether these passwords open a slot, by cryptsetup.
         let opens = |slot: usize| {
             let luks = match prefix {
                 "" => file.to_owned(),
-                // The volume lies where the header's extension says; without a payload it opens all the same.
+                // The LUKS header is at the offset in the header extension; cryptsetup opens it without a
+                // payload.
                 _ => {
                     let bytes = fs::read(folder.join(file)).unwrap();
                     let start =

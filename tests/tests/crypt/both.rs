@@ -1,4 +1,4 @@
-//! The same lines given to qemu-img and to ours, each in a folder of its own that starts the same.
+//! Runs the same lines with qemu-img and with our program, each in its own copy of a folder.
 
 use super::{OURS, SECRETS};
 use qcow2_testkit::oracle::{Outcome, Tool};
@@ -15,7 +15,7 @@ pub(crate) struct Both {
 }
 
 impl Both {
-    /// Runs the lines of `start` with qemu-img in one folder, and copies it. `None`: there is no qemu-img.
+    /// Runs the lines of `start` with qemu-img in one folder, and copies it. `None` if qemu-img is missing.
     pub(crate) fn new(start: &[&str]) -> Option<Self> {
         let qemu = Tool::find("qemu-img")?;
         let root = tempfile::tempdir().unwrap();
@@ -40,7 +40,7 @@ impl Both {
         self.root.path().join(who)
     }
 
-    /// Gives `line` to both: the same words and the same exit code. Returns what ours said.
+    /// Runs `line` with both, which must give the same text and exit code. Returns our outcome.
     #[track_caller]
     pub(crate) fn line(&self, line: &str) -> Outcome {
         let words = with_secrets(line);
@@ -51,13 +51,13 @@ impl Both {
         ours
     }
 
-    /// Gives `line` to both, which must do it.
+    /// Runs `line` with both, which must succeed.
     #[track_caller]
     pub(crate) fn done(&self, line: &str) {
         self.line(line).expect_code(0);
     }
 
-    /// Lets qemu-io do `command` with the image called `name` in both folders.
+    /// Runs `command` with qemu-io on the image called `name` in both folders.
     #[track_caller]
     pub(crate) fn io_as(&self, name: &str, command: &str) {
         let io = Tool::find("qemu-io").expect("qemu-io beside qemu-img");
@@ -67,7 +67,7 @@ impl Both {
         }
     }
 
-    /// The lines of what qemu-img tells of `file` that begin with `key`, the same in both folders.
+    /// The lines of `qemu-img info` on `file` that begin with `key`; the same in both folders.
     #[track_caller]
     pub(crate) fn told(&self, file: &str, key: &str) -> Vec<String> {
         let [theirs, ours] = ["theirs", "ours"].map(|who| {
@@ -79,8 +79,8 @@ impl Both {
         ours
     }
 
-    /// The image called `name` (as options, without its file), `file` in both folders: the same disk for
-    /// qemu-img.
+    /// The image called `name` (options without the file), with `file` in both folders, must have the same
+    /// content for qemu-img.
     #[track_caller]
     pub(crate) fn same(&self, name: &str, file: &str) {
         let [theirs, ours] = ["theirs", "ours"]
@@ -90,7 +90,7 @@ impl Both {
     }
 }
 
-/// The words of `line`, the secrets behind the verb.
+/// The words of `line`, with the secrets after the verb.
 fn with_secrets(line: &str) -> Vec<String> {
     let mut all = words(line);
     let rest = all.split_off(1);

@@ -1,4 +1,4 @@
-//! How large encrypted images will be.
+//! `measure` for encrypted images.
 
 use super::both::Both;
 use super::{FAST, OURS, in_qcow2, run};
@@ -8,7 +8,7 @@ use std::fs;
 const LUKS: &str = "create -q -f luks -o key-secret=s,iter-time=1 a.luks 1M";
 
 #[test]
-fn the_same_words() {
+fn measure_output_matches_qemu_img() {
     let Some(both) = Both::new(&[LUKS]) else { return };
     let qcow2 = "measure -O qcow2 -o encrypt.format=luks,encrypt.key-secret";
     for rest in [
@@ -43,7 +43,7 @@ fn the_same_words() {
 }
 
 #[test]
-fn as_large_as_it_becomes() {
+fn the_measured_size_is_the_size_made() {
     let folder = super::world();
     let folder = folder.path();
     let ours = Tool::at(OURS);

@@ -1,4 +1,5 @@
-//! Passwords by every way in, and what each verb says without the right one: one line, and nothing changes.
+//! Every way to pass a password, and the error of each verb without the right one: one line, and nothing
+//! changes.
 
 use super::{FAST, OURS, SECRETS, container, image, in_qcow2, ours, world};
 use qcow2_testkit::oracle::{Outcome, Tool};
@@ -8,7 +9,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Every verb that opens an image, `@` being its name; the last ones know qcow2 only.
+/// Every verb that opens an image (`@` is its name); the last ones support qcow2 only.
 const VERBS: [&str; 18] = [
     "convert --image-opts @ -O raw out",
     "io --image-opts @ -c 'write 0 4k'",
@@ -29,7 +30,7 @@ const VERBS: [&str; 18] = [
     "bitmap --add --image-opts @ b",
     "amend --image-opts @ -o size=2M,encrypt.state=inactive,encrypt.keyslot=0",
 ];
-/// How many of them know containers.
+/// How many of them support containers.
 const OF_CONTAINERS: usize = 10;
 
 #[track_caller]
@@ -58,7 +59,7 @@ fn shows_no_secret(outcome: &Outcome) {
 }
 
 #[test]
-fn every_verb_refuses_in_one_line() {
+fn every_verb_refuses_a_missing_or_wrong_password_in_one_line() {
     let folder = world();
     let folder = folder.path();
     let options = format!("key-secret=s,{FAST}");
@@ -73,7 +74,7 @@ fn every_verb_refuses_in_one_line() {
     let amend = "amend --image-opts @ -o state=inactive,keyslot=0";
     check(folder, "a.luks", &[amend], &container("w", "a.luks"));
     for (file, at) in [("a.qcow2", luks_at(&folder.join("a.qcow2"))), ("a.luks", 0)] {
-        // The magic, a cipher's name, a slot's state, a slot's place, its material.
+        // Damages the magic, a cipher name, a slot's state, a slot's offset, and its key material.
         for damage in [0, 8, 208, 248, 4096] {
             let mut bytes = fs::read(folder.join(file)).unwrap();
             bytes[at + damage..][..64].fill(0xff);
@@ -87,14 +88,14 @@ fn every_verb_refuses_in_one_line() {
     }
 }
 
-/// Where the LUKS header of a qcow2 image lies.
+/// Offset of the LUKS header in a qcow2 image.
 fn luks_at(path: &Path) -> usize {
     let bytes = fs::read(path).unwrap();
     (0..bytes.len()).step_by(512).find(|&at| bytes[at..].starts_with(b"LUKS\xba\xbe")).unwrap()
 }
 
 #[test]
-fn passwords_by_file_descriptor_and_pipe() {
+fn passwords_are_read_from_descriptors_and_pipes() {
     let folder = world();
     let folder = folder.path();
     let options = in_qcow2(&format!("key-secret=s,{FAST}"));
@@ -118,13 +119,13 @@ fn passwords_by_file_descriptor_and_pipe() {
     compare("file=/dev/fd/9", "").expect_code(2);
     fs::write(folder.join("line"), "xyzzy\n").unwrap();
     compare("file=line", "").expect_code(2);
-    // What is told while it runs names no secret either.
+    // Progress output must not show a secret either.
     let line = format!("convert --json --object secret,id=t,file=word -O qcow2 -o {options} d.raw b.qcow2");
     let told = ours(folder, &line).expect_code(0);
     shows_no_secret(&told);
 }
 
-/// Runs `line` on a terminal and types `answer` when it is asked for. Returns all that the terminal showed.
+/// Runs `line` on a terminal and types `answer` at the prompt. Returns all output of the terminal.
 fn on_a_terminal(folder: &Path, line: &str, answer: &str) -> Option<(bool, String)> {
     let script = Tool::find("script")?;
     let mut child = Command::new(script.path())
@@ -146,7 +147,7 @@ fn on_a_terminal(folder: &Path, line: &str, answer: &str) -> Option<(bool, Strin
 }
 
 #[test]
-fn passwords_asked_for_on_a_terminal() {
+fn passwords_are_read_from_a_terminal() {
     let folder = world();
     let folder = folder.path();
     let options = in_qcow2(&format!("key-secret=s,{FAST}"));
@@ -160,7 +161,7 @@ fn passwords_asked_for_on_a_terminal() {
     let (done, shown) = on_a_terminal(folder, &line, "plugh").unwrap();
     assert!(!done && shown.contains("Invalid password, cannot unlock any keyslot"), "{shown}");
     assert!(!shown.contains("plugh"), "{shown}");
-    // Asked once, though the image is opened, and its key needed again.
+    // The password is asked for once, although the image is opened and its key is used again later.
     fs::write(folder.join("word"), "new").unwrap();
     let line = format!(
         "{OURS} amend --object secret,id=n,file=word --image-opts -o encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=1,compat=1.1 driver=qcow2,file.filename=a.qcow2"

@@ -1,4 +1,4 @@
-//! Every verb on encrypted images: the words of qemu-img, and the same disk afterwards.
+//! Every verb on encrypted images: qemu-img's output, and the same guest content afterwards.
 
 use super::both::Both;
 use super::{OURS, SECRETS, container, image};
@@ -19,7 +19,7 @@ fn e() -> String {
 }
 
 #[test]
-fn sizes_snapshots_and_bitmaps() {
+fn encrypted_images_resize_snapshot_and_keep_bitmaps_as_in_qemu_img() {
     let Some(both) = Both::new(&[BASE, LUKS]) else { return };
     let (e, luks) = (e(), container("s", "e.luks"));
     for file in ["e.qcow2", "e.luks"] {
@@ -70,7 +70,7 @@ fn sizes_snapshots_and_bitmaps() {
 }
 
 #[test]
-fn copies() {
+fn encrypted_images_are_copied_as_by_qemu_img() {
     let Some(both) = Both::new(&[BASE, PLAIN]) else { return };
     let e = e();
     for options in ["", "-O qcow2 ", "bs=64k count=2 skip=1 "] {
@@ -85,10 +85,10 @@ fn copies() {
         let read = |name| fs::read(both.folder(who).join(name)).unwrap();
         assert!(read("o.raw") == read("d.raw"), "{who}");
     }
-    // qemu-img's bench takes no secrets: ours does, and reads the same.
+    // qemu-img's bench takes no secrets; ours does, and its reads must succeed.
     let words = [&["bench"], &SECRETS[..], &["-q", "-c", "8", "--image-opts", &e]].concat();
     Tool::at(OURS).run_in(&both.folder("ours"), &words).expect_code(0);
-    // Writes of a session that is thrown away go to an overlay.
+    // Writes of a snapshot-mode session (`-s`) go to a temporary overlay.
     let before = fs::read(both.folder("ours").join("e.qcow2")).unwrap();
     let io =
         ["-s", "--image-opts", &e, "-c", "write -P 5 0 64k", "-c", "read -P 5 0 64k", "-c", "read 64k 64k"];
@@ -99,7 +99,7 @@ fn copies() {
 }
 
 #[test]
-fn chains() {
+fn encrypted_chains_work_as_in_qemu_img() {
     let Some(both) = Both::new(&[BASE, OVERLAY, PLAIN, OVER_PLAIN]) else { return };
     let write = "write -P 9 60k 70000";
     both.io_as(TOP, write);

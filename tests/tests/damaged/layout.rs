@@ -1,4 +1,4 @@
-//! Where the tables of an image are, straight from its bytes, and how to damage their entries.
+//! Finds the tables of an image from its bytes, and changes their entries.
 
 use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::rng::Rng;
@@ -17,25 +17,25 @@ pub(crate) enum Kind {
     Count,
     /// An entry of the refcount table.
     Table,
-    /// Where the snapshot table says an L1 table is.
+    /// The offset of an L1 table in the snapshot table.
     Snapshot,
 }
 
-/// The disk as it is now, or as it is in a snapshot.
+/// One state of the disk: the active one, or a snapshot.
 struct State {
     id: Vec<u8>,
-    /// Where the snapshot table has the place of its L1 table.
+    /// Where the snapshot table stores the offset of its L1 table.
     named_at: u64,
     l1: u64,
     entries: Vec<u64>,
 }
 
-/// The tables of an image, as long as it is whole.
+/// The tables of an image before it is damaged.
 pub(crate) struct Layout {
     bytes: PageBytes,
     cluster: u64,
     count_bytes: u64,
-    /// The active state, then the snapshots'.
+    /// The active state, then the snapshots.
     states: Vec<State>,
     table: (u64, Vec<u64>),
     snapshots: (u64, u64),
@@ -54,7 +54,7 @@ fn words(bytes: &PageBytes, at: u64, count: u64) -> Vec<u64> {
 }
 
 impl Layout {
-    /// Reads an image that may be damaged: what lies outside the file counts as zeroes.
+    /// Reads an image that may be damaged: bytes outside the file count as zeroes.
     pub(crate) fn read(bytes: &PageBytes) -> Self {
         let cluster = 1u64 << number(bytes, 20, 4).min(21);
         let (table_at, table_clusters) = (number(bytes, 48, 8), number(bytes, 56, 4).min(64));
@@ -77,7 +77,7 @@ impl Layout {
         Self { bytes: bytes.clone(), cluster, count_bytes, states, table: (table_at, table), snapshots }
     }
 
-    /// How far sector counts stand to the left in a compressed descriptor.
+    /// Bit position of the sector count in a compressed descriptor.
     pub(crate) fn sector_shift(&self) -> u64 {
         62 - (u64::from(self.cluster.trailing_zeros()) - 8)
     }
@@ -95,7 +95,7 @@ impl Layout {
         at / self.cluster..(at + len).div_ceil(self.cluster)
     }
 
-    /// The clusters of all tables, the header included.
+    /// The clusters of all tables, including the header.
     pub(crate) fn tables(&self) -> BTreeSet<u64> {
         let mut all = BTreeSet::from([0]);
         all.extend(self.clusters(self.table.0, self.table.1.len() as u64 * 8));
@@ -108,7 +108,7 @@ impl Layout {
         all
     }
 
-    /// Some host cluster, most often one of a table.
+    /// A random host cluster, most often one of a table.
     pub(crate) fn any_cluster(&self, rng: &mut Rng) -> u64 {
         let tables: Vec<u64> = self.tables().into_iter().collect();
         if rng.one_in(3) { rng.below(self.bytes.len() / self.cluster) } else { rng.pick(&tables) }
@@ -118,7 +118,7 @@ impl Layout {
         self.cluster / self.count_bytes
     }
 
-    /// Where the refcount of `cluster` is.
+    /// Host offset of the refcount of `cluster`.
     fn count_at(&self, cluster: u64) -> Option<u64> {
         let block = *self.table.1.get((cluster / self.counts_per_block()) as usize)?;
         (block != 0).then_some(block + cluster % self.counts_per_block() * self.count_bytes)
@@ -129,7 +129,8 @@ impl Layout {
         self.count_at(cluster).map_or(0, |at| number(now, at, self.count_bytes as usize))
     }
 
-    /// The tables that are counted in `now`, by blocks that the table still leads to.
+    /// The table clusters with a nonzero refcount in `now`, through blocks that the refcount table still
+    /// references.
     pub(crate) fn counted_tables(&self, now: &PageBytes) -> BTreeSet<u64> {
         let after = Self::read(now);
         let same = |cluster: u64| {
@@ -139,47 +140,47 @@ impl Layout {
         self.tables().into_iter().filter(|&cluster| same(cluster)).collect()
     }
 
-    /// Another refcount for `cluster`: what to write where.
+    /// A change of the refcount of `cluster`: offset and bytes to write.
     pub(crate) fn change_count(&self, cluster: u64, count: u64) -> Option<(u64, Vec<u8>)> {
         let bytes = count.to_be_bytes()[8 - self.count_bytes as usize..].to_vec();
         Some((self.count_at(cluster)?, bytes))
     }
 
-    /// Another L2 entry, somewhere.
+    /// A change of a random L2 entry.
     pub(crate) fn change_l2(&self, rng: &mut Rng, raw: u64) -> Option<(u64, Vec<u8>)> {
         let tables: Vec<u64> = self.l2_tables().into_iter().collect();
         let table = if tables.is_empty() { return None } else { rng.pick(&tables) };
         Some((table + rng.below(self.l2_entries()) * 8, raw.to_be_bytes().to_vec()))
     }
 
-    /// Another L1 entry, of the disk or of a snapshot.
+    /// A change of a random L1 entry, of the disk or of a snapshot.
     pub(crate) fn change_l1(&self, rng: &mut Rng, raw: u64) -> Option<(u64, Vec<u8>)> {
         let state = &self.states[rng.below(self.states.len() as u64) as usize];
         let index = rng.below(state.entries.len().max(1) as u64);
         Some((state.l1 + index * 8, raw.to_be_bytes().to_vec()))
     }
 
-    /// Another place for the L1 table of a snapshot.
+    /// A change of a snapshot's L1 table offset.
     pub(crate) fn change_snapshot(&self, rng: &mut Rng, place: u64) -> Option<(u64, Vec<u8>)> {
         let snapshots = &self.states[1..];
         let at = snapshots.get(rng.below(snapshots.len().max(1) as u64) as usize)?.named_at;
         Some((at, place.to_be_bytes().to_vec()))
     }
 
-    /// Another place for a refcount block.
+    /// A change of a refcount block's offset.
     pub(crate) fn change_table(&self, rng: &mut Rng, place: u64) -> Option<(u64, Vec<u8>)> {
         let used = self.table.1.iter().filter(|block| **block != 0).count() as u64;
         Some((self.table.0 + rng.below(used + 1) * 8, place.to_be_bytes().to_vec()))
     }
 
-    /// The host clusters that may have one owner too many after the entry at `at` was made to lead to
-    /// `target`, or its refcount was changed. Tables among them are guarded; data are not.
+    /// Host clusters that may have one owner too many after the entry at `at` was pointed at `target`, or its
+    /// refcount was changed. Tables among them are guarded; data clusters are not.
     pub(crate) fn doubt(&self, kind: Kind, at: u64, target: u64) -> BTreeSet<u64> {
         let mut doubt: BTreeSet<u64> = (target..target + 4).collect();
         let block = |index: u64| index * self.counts_per_block()..(index + 1) * self.counts_per_block();
         match kind {
             Kind::Count | Kind::L2 => {}
-            // What is taken for a table leads to more.
+            // A cluster taken for a table references further clusters.
             Kind::L1 | Kind::Snapshot => doubt.extend(self.hosts_below(target * self.cluster)),
             Kind::Table => {
                 doubt.extend(block((at - self.table.0) / 8));
@@ -192,7 +193,8 @@ impl Layout {
         doubt
     }
 
-    /// The host clusters that the words of the cluster at `table` lead to, and those that the words there do.
+    /// Host clusters that the words of the cluster at `table` reference, and those that the words in these
+    /// reference.
     fn hosts_below(&self, table: u64) -> BTreeSet<u64> {
         let mut hosts = BTreeSet::new();
         let inside = |raw: &u64| *raw != 0 && raw & OFFSET < self.bytes.len();
@@ -208,7 +210,7 @@ impl Layout {
         hosts
     }
 
-    /// The host clusters that an L2 entry leads to.
+    /// Host clusters that an L2 entry references.
     fn hosts(&self, raw: u64) -> impl Iterator<Item = u64> + use<> {
         let (start, len) = if raw >> 62 & 1 == 1 {
             let shift = self.sector_shift();
@@ -220,17 +222,17 @@ impl Layout {
         self.clusters(start, len).take(8)
     }
 
-    /// The state of the snapshot with this id.
+    /// Index of the snapshot with this id.
     pub(crate) fn state_of(&self, id: &[u8]) -> Option<usize> {
         (1..self.states.len()).find(|&state| self.states[state].id == id)
     }
 
-    /// Whether the snapshot table in `now` still says where its L1 table is.
+    /// True if the snapshot table in `now` still has the original L1 table offset.
     pub(crate) fn is_listed(&self, now: &PageBytes, state: usize) -> bool {
         number(now, self.states[state].named_at, 8) == self.states[state].l1
     }
 
-    /// Whether in `now` the mapping of a guest cluster differs, or leads to a doubtful cluster.
+    /// True if in `now` the mapping of a guest cluster differs, or references a doubtful cluster.
     pub(crate) fn is_lost(
         &self,
         now: &PageBytes,

@@ -1,10 +1,10 @@
-//! Tables of a damaged image, and then work on it: what was whole stays whole.
+//! Damages tables of an image and then works on it: undamaged data and tables must survive.
 //!
 //! A seed makes an image with snapshots, damages entries of its L1, L2, refcount and snapshot tables in ways
-//! that a parser cannot object to, and works on it in one process. Every guest cluster whose mapping was not
-//! touched must read back as the model says, from the disk and from every whole snapshot, and no whole table
-//! may lose its refcount. Since data is of bytes that are no valid entry, a table that was overwritten or
-//! freed is seen as such.
+//! that a parser accepts, and works on it in one process. Every guest cluster whose mapping was not touched
+//! must read as the model expects, in the disk and in every intact snapshot, and no intact table may lose its
+//! refcount. Data consists of bytes that are not valid entries, so a table that was overwritten or freed is
+//! detected.
 
 #![allow(clippy::unwrap_used, clippy::field_reassign_with_default)]
 
@@ -23,7 +23,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What a disk, now or in a snapshot, should read as: a byte for each cluster, or `None` where nobody knows.
+/// Expected content of a disk or snapshot: one byte for each cluster, or `None` if unknown.
 type Model = Vec<Option<u8>>;
 
 /// An image under test.
@@ -33,15 +33,15 @@ struct World {
     rng: Rng,
     cluster: u64,
     disk: Model,
-    /// What of it is on the storage, whatever becomes of the rest.
+    /// Content that is durable, whatever happens to unflushed changes.
     durable: Model,
-    /// What was done, for a failure's message.
+    /// The operations made, for failure messages.
     log: Vec<String>,
-    /// The disks of the snapshots, by their ids.
+    /// Content of the snapshots, by id.
     snapshots: Vec<(Vec<u8>, Model)>,
     /// Host clusters that have more owners than references since the damage.
     doubtful: BTreeSet<u64>,
-    /// Clusters of tables that were counted after the damage.
+    /// Table clusters that had a refcount after the damage.
     counted: BTreeSet<u64>,
 }
 
@@ -96,7 +96,7 @@ impl World {
         (first, (1 + self.rng.below(12)).min(clusters - first))
     }
 
-    /// Whole clusters become `value`, if the change succeeds.
+    /// Sets whole clusters to `value`, if the change succeeded.
     fn set(&mut self, first: u64, count: u64, value: u8, result: qcow2_core::Result<()>) {
         for index in first..first + count {
             let known = self.disk[index as usize].is_some() && result.is_ok() && !self.is_doubtful(index);
@@ -105,7 +105,7 @@ impl World {
         }
     }
 
-    /// Whether a guest cluster is now stored where somebody else may write.
+    /// True if a guest cluster is stored where another owner may write.
     fn is_doubtful(&self, index: u64) -> bool {
         let Some(range) = GuestRange::new(GuestOffset::new(index * self.cluster), self.cluster) else {
             return true;
@@ -199,7 +199,7 @@ impl World {
                     self.disk = self.snapshots[ours].1.clone();
                     self.durable = self.disk.clone();
                 }
-                // Refused: nothing has changed.
+                // Refused, so nothing has changed.
                 Err(_) if self.image.size() == before => {}
                 Err(_) => self.disk = vec![None; (self.image.size() / self.cluster) as usize],
             }
@@ -215,12 +215,13 @@ impl World {
         self.disk.truncate(kept);
         self.durable.truncate(kept);
         self.durable.resize(now, None);
-        // A damaged entry may lie behind the old end.
+        // A damaged entry may lie past the old end.
         let known = result.is_ok() && self.doubtful.is_empty();
         self.disk.resize(now, known.then_some(0));
     }
 
-    /// Damages a few entries; what they and their new targets belong to is no longer known.
+    /// Damages a few entries; the content of all clusters that depend on them or their targets becomes
+    /// unknown.
     fn damage(&mut self) {
         let layout = Layout::read(&self.storage.bytes());
         for _ in 0..1 + self.rng.below(3) {
@@ -228,7 +229,7 @@ impl World {
         }
         let now = self.storage.bytes();
         self.counted = layout.counted_tables(&now);
-        // Whoever is stored in a doubtful cluster, and whoever's mapping was changed.
+        // Guest clusters stored in a doubtful cluster, and those whose mapping was changed.
         let fill = |model: &mut Model, state: usize| {
             for (index, byte) in model.iter_mut().enumerate() {
                 if layout.is_lost(&now, state, index as u64, &self.doubtful) {
@@ -262,7 +263,7 @@ impl World {
             Kind::Count => layout.change_count(target, self.rng.pick(&[0, 0, 1, 2])),
             Kind::L2 => {
                 let flags = self.rng.pick(&[0, 1 << 63, 1 << 63, 1 << 62]);
-                // A compressed stream of a few sectors, in a cluster or across its end.
+                // A compressed stream of a few sectors, inside a cluster or across its end.
                 let sectors = if flags == 1 << 62 { self.rng.below(3) << layout.sector_shift() } else { 0 };
                 layout.change_l2(&mut self.rng, flags | sectors | (target * self.cluster))
             }
@@ -279,7 +280,7 @@ impl World {
         self.doubtful.extend(layout.doubt(kind, at, target));
     }
 
-    /// Everything that is known reads back, and every whole table is counted.
+    /// All known content must read back, and every intact table must keep its refcount.
     fn check(&self) -> Result<(), String> {
         let bytes = self.storage.bytes();
         let image = open(&self.storage, false, 0).map_err(|e| format!("cannot be opened: {e}"))?;
@@ -318,7 +319,7 @@ fn check_disk(disk: &dyn GuestDisk, model: &Model, cluster: u64) -> Result<(), S
     Ok(())
 }
 
-/// What a seed came to: how many guest clusters could be judged, and whether something was refused.
+/// Runs one seed. Returns how many guest clusters could be judged, and whether a change was refused.
 fn run(seed: u64) -> Result<(usize, bool), String> {
     let mut world = World::new(seed);
     for _ in 0..20 + world.rng.below(20) {
@@ -342,9 +343,9 @@ fn run(seed: u64) -> Result<(usize, bool), String> {
     Ok((world.disk.iter().flatten().count(), refused))
 }
 
-/// `QCOW2_DAMAGE_SECONDS` runs that long from `QCOW2_SEED` or the clock, instead of a few fixed seeds.
+/// `QCOW2_DAMAGE_SECONDS` runs that long, from `QCOW2_SEED` or the clock, instead of a few fixed seeds.
 #[test]
-fn whole_tables_stay_whole() {
+fn intact_tables_and_data_survive_work_on_damaged_images() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let seconds = number("QCOW2_DAMAGE_SECONDS");
     let clock = || std::time::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_nanos() as u64);
@@ -361,6 +362,6 @@ fn whole_tables_stay_whole() {
         seeds += 1;
     }
     println!("{seeds} images, {known} clusters judged, {refused} images marked");
-    // A test that knows nothing, or is refused everything, would pass too.
+    // Guards against a vacuous pass: the test must know enough clusters, and not all changes may be refused.
     assert!(known as u64 > seeds * 50 && refused * 20 > seeds && refused * 10 < seeds * 9);
 }

@@ -1,12 +1,12 @@
-//! The bounds of the figures, and what is over a bound today.
+//! Bounds of the code metrics, and the exemptions from them.
 
 use crate::finding::Finding;
 
-/// The most that a figure may be, and why.
+/// The largest allowed value of a metric, and the reason.
 pub(super) struct Bound {
     pub(super) figure: &'static str,
     pub(super) most: usize,
-    /// What is counted.
+    /// Unit of the value.
     pub(super) unit: &'static str,
     pub(super) reason: &'static str,
 }
@@ -15,7 +15,7 @@ const fn bound(figure: &'static str, most: usize, unit: &'static str, reason: &'
     Bound { figure, most, unit, reason }
 }
 
-/// The bounds. Each is checked at every place that has the figure.
+/// The bounds. Each applies to every crate, folder or item that has the metric.
 pub(super) const BOUNDS: &[Bound] = &[
     bound(
         "cli-lines",
@@ -41,12 +41,12 @@ pub(super) const BOUNDS: &[Bound] = &[
     ),
 ];
 
-/// A place that is over a bound today.
+/// A crate, folder or item that is over a bound today.
 pub(super) struct Exemption {
     pub(super) figure: &'static str,
-    /// A crate, a folder, or a name in a crate.
+    /// A crate, a folder, or an item of a crate.
     pub(super) place: &'static str,
-    /// What it may be instead. Lower it with the code; never raise it.
+    /// Its allowed value. Lower it when the code improves; never raise it.
     pub(super) today: usize,
 }
 
@@ -54,36 +54,30 @@ const fn today(figure: &'static str, place: &'static str, today: usize) -> Exemp
     Exemption { figure, place, today }
 }
 
-/// How many exemptions there are. Lower it with the list; never raise it.
+/// Number of exemptions. Lower it when one is removed; never raise it.
 #[cfg(test)]
-const CEILING: usize = 10;
+const CEILING: usize = 4;
 
-/// The exemptions. They only shrink: one that is not needed any more, or that is a tenth too high, is a
+/// The exemptions. They only shrink: an exemption that is not needed any more, or that is 10 % too high, is a
 /// finding itself.
 pub(super) const EXEMPT: &[Exemption] = &[
-    today("cli-lines", "qcow2-cli", 14_077),
-    today("cli-share", "qcow2-cli", 32),
-    today("circle", "qcow2-cli", 25),
-    today("circle", "qcow2-core", 11),
-    today("fields", "qcow2-core::Meta", 28),
+    today("cli-lines", "qcow2-cli", 8_668),
+    today("cli-share", "qcow2-cli", 18),
     today("fields", "qcow2-format::Header", 18),
-    today("assertions", "qcow2-core", 216),
-    today("long-lines", "qcow2-cli", 4),
-    today("long-lines", "qcow2-core", 2),
-    today("long-lines", "qcow2-io", 1),
+    today("long-lines", "qcow2-cli", 3),
 ];
 
-/// A figure as it was counted.
+/// A measured value.
 #[derive(Clone, Debug)]
 pub(super) struct Measured {
     pub(super) figure: &'static str,
     pub(super) place: String,
     pub(super) seen: usize,
-    /// Where to look.
+    /// The file to look at.
     pub(super) at: String,
 }
 
-/// Compares what was counted with the bounds and `exempt`.
+/// Compares the measured values with the bounds and `exempt`.
 pub(super) fn judge(measured: &[Measured], exempt: &[Exemption]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for seen in measured {
@@ -136,13 +130,13 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_bound_is_found() {
+    fn a_value_over_its_bound_is_found() {
         check(16, &[], &[]);
         check(17, &[], &["fields"]);
     }
 
     #[test]
-    fn an_exemption_covers_up_to_its_value_and_no_other_place() {
+    fn an_exemption_covers_its_place_up_to_its_value() {
         check(20, &[today("fields", "a::A", 20)], &[]);
         check(21, &[today("fields", "a::A", 20)], &["fields"]);
         check(20, &[today("fields", "a::B", 20)], &["fields", "stale-exemption"]);
@@ -150,14 +144,14 @@ mod tests {
     }
 
     #[test]
-    fn an_exemption_follows_the_code_down() {
+    fn an_exemption_that_is_too_high_is_found() {
         check(18, &[today("fields", "a::A", 20)], &[]);
         check(17, &[today("fields", "a::A", 20)], &["stale-exemption"]);
         check(16, &[today("fields", "a::A", 17)], &["stale-exemption"]);
     }
 
     #[test]
-    fn the_list_only_shrinks() {
+    fn the_number_of_exemptions_equals_the_ceiling() {
         assert_eq!(EXEMPT.len(), CEILING, "lower the ceiling with the list, and never raise it");
     }
 }

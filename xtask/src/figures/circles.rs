@@ -1,27 +1,27 @@
-//! Import circles: files of one crate that need each other, directly or through others.
+//! Import cycles: files of one crate that import each other, directly or through other files.
 //!
-//! An import is a path that begins with `crate`, `super`, `self` or a submodule, in a `use` or anywhere in
-//! shipped code. A path through a re-export leads to the file that defines the item, so a `lib.rs` that only
-//! passes names on is in no circle. Methods are not followed: a type whose methods lie in many files is one
-//! import.
+//! An import is a path that starts with `crate`, `super`, `self` or a submodule, in a `use` or anywhere in
+//! shipped code. A path through a re-export counts as an import of the file that defines the item, so a
+//! `lib.rs` that only re-exports is in no cycle. Methods are not followed: a type whose methods are in many
+//! files counts as one import.
 
 use crate::lex::{Kind, Token};
 use crate::source::{Source, matching};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-/// How many re-exports a path may lead through. Only a circle among them is longer.
+/// How many re-exports a path may pass through. Only a cycle of re-exports is longer.
 const MAX_HOPS: usize = 16;
 
 type Path = Vec<String>;
 
-/// Files that import each other, below the crate's `src/`: each with those of the circle that it imports.
+/// Files that import each other, relative to the crate's `src/`, each with the files of the cycle it imports.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Circle<'a> {
     pub(super) files: Vec<(&'a str, Vec<&'a str>)>,
 }
 
-/// The circles of a crate, the largest first.
+/// The cycles of a crate, largest first.
 pub(super) fn circles<'a>(files: &[Source<'a>]) -> Vec<Circle<'a>> {
     let mut graph = Graph::default();
     for (file, source) in files.iter().enumerate() {
@@ -48,7 +48,7 @@ fn below_src(path: &str) -> &str {
     path.split_once("/src/").map_or(path, |(_, below)| below)
 }
 
-/// The module that a file of a library is. Programs beside it are crates of their own.
+/// The module of a library file. Binaries beside the library are crates of their own.
 fn module_of(path: &str) -> Option<Path> {
     let below = below_src(path).strip_suffix(".rs")?;
     if below == "main" || below.starts_with("bin/") {
@@ -71,13 +71,13 @@ struct Module {
     file: usize,
     items: BTreeSet<String>,
     uses: Vec<Use>,
-    /// Paths in code, outside of `use`.
+    /// Paths in code outside of `use`.
     paths: Vec<Path>,
-    /// Words of the shipped code outside of `use`.
+    /// Words of shipped code outside of `use`.
     words: BTreeSet<String>,
 }
 
-/// One name that a `use` brings in; `*` for a glob.
+/// One name that a `use` imports; `*` for a glob.
 struct Use {
     name: String,
     path: Path,
@@ -85,7 +85,7 @@ struct Use {
 }
 
 impl Graph {
-    /// Which file imports which.
+    /// Pairs of importing and imported file.
     fn imports(&self) -> BTreeSet<(usize, usize)> {
         let mut found = BTreeSet::new();
         for (at, module) in &self.modules {
@@ -95,7 +95,7 @@ impl Graph {
                 }
             };
             for used in &module.uses {
-                // A re-export that this file does not use itself passes a name on, and no more.
+                // A re-export that the file does not use itself is no import.
                 if !used.public || module.words.contains(&used.name) {
                     import(&used.path);
                 }
@@ -105,14 +105,15 @@ impl Graph {
         found
     }
 
-    /// The file that has what `path` names in module `at`. `None` for what belongs to other crates.
+    /// The file that defines `path` as seen from module `at`. `None` if it belongs to another crate.
     fn resolve(&self, at: &Path, path: &[String], hops: usize) -> Option<usize> {
         let (module, rest) = self.locate(at, path)?;
-        // What is not found comes from a macro or another crate, through the file of the module.
+        // A name that is not found comes from a macro or another crate; count it as an import of the module's
+        // file.
         self.find(&module, rest, hops).or_else(|| self.modules.get(&module).map(|module| module.file))
     }
 
-    /// The module that `path` leads through last, and what of the path is left there.
+    /// The last module on `path`, and the rest of the path in it.
     fn locate<'p>(&self, at: &Path, path: &'p [String]) -> Option<(Path, &'p [String])> {
         let (first, mut rest) = path.split_first()?;
         let mut module = at.clone();
@@ -142,7 +143,7 @@ impl Graph {
         Some((module, rest))
     }
 
-    /// The file that defines `rest`, as seen from `module`.
+    /// The file that defines `rest`, seen from `module`.
     fn find(&self, module: &Path, rest: &[String], hops: usize) -> Option<usize> {
         let here = self.modules.get(module)?;
         let Some((name, more)) = rest.split_first() else { return Some(here.file) };
@@ -161,7 +162,7 @@ impl Graph {
     }
 }
 
-/// Reads the modules of one file into the graph.
+/// Adds the modules of one file to the graph.
 struct Reader<'a, 'b> {
     source: &'b Source<'a>,
     graph: &'b mut Graph,
@@ -207,12 +208,12 @@ impl<'a> Reader<'a, '_> {
         self.graph.modules.insert(path.clone(), module);
     }
 
-    /// The path that begins at `at`, and where it ends. Empty where none begins.
+    /// The path that starts at `at`, and its end. Empty if none starts there.
     fn path(&self, at: usize) -> (Path, usize) {
         let mut path = Path::new();
         let mut end = at;
         let absolute = at > 1 && self.source.matches(at - 2, &[":", ":"]);
-        // `pub(in crate::a)` imports nothing.
+        // `pub(in crate::a)` is no import.
         let visibility = at > 0 && self.tokens()[at - 1].is("in") && self.source.matches(at, &["crate"]);
         while !absolute && !visibility && self.tokens().get(end).is_some_and(|t| t.kind == Kind::Word) {
             path.push(self.tokens()[end].text.to_owned());
@@ -225,7 +226,7 @@ impl<'a> Reader<'a, '_> {
         (path, end)
     }
 
-    /// Reads one branch of a `use` from `at` on, below `prefix`. Returns where it ends.
+    /// Reads one branch of a `use` tree from `at` on, below `prefix`. Returns its end.
     fn use_tree(&self, mut at: usize, prefix: &mut Path, public: bool, uses: &mut Vec<Use>) -> usize {
         let depth = prefix.len();
         let mut name = String::new();
@@ -263,10 +264,10 @@ impl<'a> Reader<'a, '_> {
     }
 }
 
-/// Words that define the item named after them.
+/// Keywords that define the item named after them.
 const ITEMS: &[&str] = &["fn", "struct", "enum", "trait", "const", "static", "type", "union"];
 
-/// The strongly connected groups of `count` nodes: which reach each other along `edges`.
+/// The strongly connected components of `count` nodes along `edges`.
 fn connected(edges: &BTreeSet<(usize, usize)>, count: usize) -> Vec<Vec<usize>> {
     let reach: Vec<BTreeSet<usize>> = (0..count).map(|from| reachable(edges, from)).collect();
     let mut seen = BTreeSet::new();
@@ -311,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_tells_who_imports_whom() {
+    fn a_cycle_lists_who_imports_whom() {
         let paths = ["crates/a/src/a.rs", "crates/a/src/b.rs", "crates/a/src/c.rs"];
         let texts = ["use crate::b::B;", "use crate::{a::A, c::C};", "use crate::b::B; use crate::d::D;"];
         let sources: Vec<_> = paths.iter().zip(texts).map(|(path, text)| Source::new(path, text)).collect();
@@ -320,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn two_files_that_use_each_other_are_a_circle() {
+    fn two_files_that_import_each_other_are_a_cycle() {
         check(&[("a.rs", "use crate::b::B;"), ("b.rs", "use crate::a::A;")], &[&["a.rs", "b.rs"]]);
         check(&[("a.rs", "use crate::b::B;"), ("b.rs", "struct B;")], &[]);
         check(
@@ -330,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_goes_through_others() {
+    fn a_cycle_may_lead_through_other_files() {
         let third = "use super::a;";
         check(
             &[
@@ -344,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn tests_comments_and_strings_import_nothing() {
+    fn tests_comments_and_strings_are_no_imports() {
         let back =
             "// use crate::a::A;\nconst C: &str = \"crate::a\";\n#[cfg(test)]\nmod tests { use crate::a; }";
         check(&[("a.rs", "use crate::b::B;"), ("b.rs", back)], &[]);
@@ -353,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reexport_leads_to_the_file_of_the_item() {
+    fn a_reexport_counts_as_the_defining_file() {
         let root = "mod a; mod b; pub use a::A; pub use crate::b::*;";
         check(&[("lib.rs", root), ("a.rs", "use crate::B;"), ("b.rs", "pub struct B;")], &[]);
         check(
@@ -363,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn a_parent_that_uses_its_child_is_imported_by_it() {
+    fn a_parent_module_that_uses_its_child_imports_it() {
         let parent = "mod c; pub use c::C; struct P { c: C }";
         check(&[("p/mod.rs", parent), ("p/c.rs", "use super::P; struct C;")], &[&["p/mod.rs", "p/c.rs"]]);
         check(&[("p.rs", "mod c; fn f() { c::g() }"), ("p/c.rs", "use super::*;")], &[&["p.rs", "p/c.rs"]]);
@@ -377,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn reexports_in_a_circle_end() {
+    fn cyclic_reexports_terminate() {
         check(
             &[("a.rs", "pub use crate::b::X; type Y = X;"), ("b.rs", "pub use crate::a::X; type Z = X;")],
             &[&["a.rs", "b.rs"]],
@@ -385,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn any_text_ends() {
+    fn any_text_terminates() {
         for text in ["use", "use a::", "use a::{", "use {{", "mod a {", "crate::", "use a as"] {
             check(&[("a.rs", text)], &[]);
         }

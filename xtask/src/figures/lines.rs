@@ -1,11 +1,11 @@
-//! Lines: how many there are, how long they are, and how many tell why.
+//! Line metrics: how many, how long, and how many comments state a reason.
 
 use crate::source::Source;
 use crate::tree::File;
 
-/// The most columns of a line.
+/// The longest allowed line, in columns.
 pub(super) const MAX_COLUMNS: usize = 110;
-/// Macros that state what the code relies on.
+/// Macros that assert what the code relies on.
 const ASSERTIONS: &[&str] = &[
     "assert",
     "assert_eq",
@@ -16,12 +16,12 @@ const ASSERTIONS: &[&str] = &[
     "unreachable",
 ];
 
-/// What shipped code has of lines, summed over files.
+/// Line counts of shipped code, summed over files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Lines {
-    /// All of them, blank ones included, without tests.
+    /// All lines, blank ones included, without tests.
     pub(super) all: usize,
-    /// Those with a plain comment (`//`): notes on why, where documentation says what.
+    /// Lines with a plain comment (`//`): those state reasons, where documentation states behaviour.
     pub(super) why: usize,
     pub(super) assertions: usize,
 }
@@ -48,26 +48,26 @@ impl Lines {
     }
 }
 
-/// The longest line of a kind: where, and how many columns.
+/// The longest line of a kind: file, line and columns.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Longest {
     pub(super) place: String,
     pub(super) columns: usize,
 }
 
-/// How long the lines of some files are.
+/// Line lengths of a group of files.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Lengths {
-    /// Lines above the bound.
+    /// Lines over the bound.
     pub(super) over: usize,
     pub(super) code: Longest,
     pub(super) comment: Longest,
 }
 
 impl Lengths {
-    /// Adds the lines of a page or a source file, tests included. Rows of tables are left out, since nothing
-    /// wraps them, and long lines that are one string: a message or a command line is found by searching for
-    /// it, which a break in it prevents.
+    /// Adds the lines of a page or a source file, tests included. Table rows are not counted, since they
+    /// cannot be wrapped, nor long lines that are one string: people search for messages and command lines,
+    /// and a break would hide them.
     pub(super) fn add(&mut self, file: &File) {
         let page = file.path.ends_with(".md");
         for (at, line) in file.text.lines().enumerate() {
@@ -89,7 +89,7 @@ impl Lengths {
     }
 }
 
-/// Whether a line of code is a string, or a part of one that goes on, or has one that fills half of it.
+/// True if a line of code is a string, is inside one that continues, or has one that fills half of it.
 fn is_mostly_a_string(text: &str) -> bool {
     let quoted = text.split('"').skip(1).step_by(2).map(|part| part.chars().count()).max();
     text.starts_with(['"'])
@@ -125,27 +125,27 @@ mod tests {
     }
 
     #[test]
-    fn comments_that_say_why_are_no_documentation() {
+    fn plain_comments_are_counted_apart_from_documentation() {
         check("//! What\n/// What\n// Why\n// and more\nfn f() {} // why\n", 5, 3, 0);
         check("fn f() { g(\"// no\") }\n/* why\n too */\n", 3, 2, 0);
     }
 
     #[test]
-    fn assertions_are_macros() {
+    fn assertion_macros_are_counted() {
         check("fn f() { assert!(a); debug_assert_eq!(a, b); unreachable!() }", 1, 0, 3);
         check("fn f() { assert(a); prop_assert!(b) } // assert!(c)", 1, 1, 0);
         check("use crate::invariant;\nfn f() { invariant::may_write(a); }", 2, 0, 1);
     }
 
     #[test]
-    fn long_lines_are_counted_by_character() {
+    fn line_length_is_counted_in_characters() {
         check_lengths("a.rs", &format!("{}\n{}\n", "é".repeat(110), "é".repeat(111)), 1, 111, 0);
         check_lengths("a.rs", &format!("    // {}\n", "x".repeat(111)), 1, 0, 118);
         check_lengths("a.md", &format!("{}\n", "x".repeat(120)), 1, 0, 120);
     }
 
     #[test]
-    fn long_strings_stay_whole() {
+    fn long_strings_are_not_counted() {
         check_lengths("a.rs", &format!("    f(\"{}\");\n", "x".repeat(120)), 0, 0, 0);
         check_lengths("a.rs", &format!("    {} \\\n", "x".repeat(120)), 0, 0, 0);
         check_lengths("a.rs", &format!("    // \"{}\"\n", "x".repeat(120)), 1, 0, 129);
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_tables_cannot_be_wrapped() {
+    fn table_rows_are_not_counted() {
         check_lengths("a.md", &format!("| {} |\n", "x".repeat(120)), 0, 0, 0);
         check_lengths("a.rs", &format!("/// | {} |\n", "x".repeat(120)), 0, 0, 0);
         check_lengths("a.rs", &format!("| {} |\n", "x".repeat(120)), 1, 124, 0);

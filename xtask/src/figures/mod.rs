@@ -1,4 +1,4 @@
-//! The structure of the project in figures, and the bounds that it keeps.
+//! Code metrics of the project, and their bounds.
 
 mod bounds;
 mod circles;
@@ -14,14 +14,14 @@ use lines::{Lengths, Lines, MAX_COLUMNS};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// The crate whose share is bounded.
+/// The crate whose share of the lines is bounded.
 const COMMAND: &str = "qcow2-cli";
-/// The crate that states what it relies on.
+/// The crate whose assertions are counted.
 const ENGINE: &str = "qcow2-core";
-/// The crate under `crates/` that is no part of the product: only tests use it.
+/// The crate under `crates/` that is not part of the product: only tests use it.
 const TEST_WORLD: &str = "qcow2-testkit";
 
-/// Prints every figure of the workspace under `root`, and fails where a bound is broken.
+/// Prints every metric of the workspace under `root`, and fails if a bound is exceeded.
 pub(crate) fn run(root: &Path) -> Result<(), String> {
     let files = tree::text_files(root).map_err(|e| format!("cannot read the workspace: {e}"))?;
     let crates = crates(&files);
@@ -34,7 +34,7 @@ pub(crate) fn run(root: &Path) -> Result<(), String> {
     report(Ok(bounds::judge(&measured, EXEMPT)))
 }
 
-/// The sources of every crate of the product, by its name.
+/// The sources of every product crate, by crate name.
 fn crates(files: &[File]) -> BTreeMap<&str, Vec<Source<'_>>> {
     let mut crates = BTreeMap::<_, Vec<_>>::new();
     for file in files.iter().filter(|file| file.path.ends_with(".rs")) {
@@ -96,7 +96,7 @@ fn import_circles(crates: &BTreeMap<&str, Vec<Source<'_>>>, measured: &mut Vec<M
     }
 }
 
-/// Structs and functions that are over the bound of their figure.
+/// Structs and functions over the bound of their metric.
 fn wide(crates: &BTreeMap<&str, Vec<Source<'_>>>, measured: &mut Vec<Measured>) {
     let kinds = [("fields", shapes::structs as Shapes), ("parameters", shapes::functions)];
     for (figure, shapes) in kinds {
@@ -143,7 +143,7 @@ fn long_lines(files: &[File], measured: &mut Vec<Measured>) {
     }
 }
 
-/// The crate or folder that a file belongs to; `pages` for those at the root.
+/// The crate or folder that a file belongs to; `pages` for files at the root.
 fn area(path: &str) -> &str {
     let below = path.strip_prefix("crates/").unwrap_or(path);
     below.split_once('/').map_or("pages", |(area, _)| area)

@@ -1,20 +1,20 @@
-//! How many fields a struct has, and how many parameters a function.
+//! Number of fields of each struct, and of parameters of each function.
 
 use crate::lex::{Kind, Token};
 use crate::source::{Source, matching};
 use std::ops::Range;
 
-/// A struct or a function of shipped code.
+/// A struct or a function in shipped code.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Shape {
     /// `Name`, or `Type::name` for a method.
     pub(super) name: String,
     pub(super) line: usize,
-    /// Fields, or parameters without `self`.
+    /// Number of fields, or of parameters without `self`.
     pub(super) count: usize,
 }
 
-/// Every struct, in order of its line.
+/// Every struct, in line order.
 pub(super) fn structs(source: &Source<'_>) -> Vec<Shape> {
     let tokens = &source.tokens;
     let mut found = Vec::new();
@@ -29,7 +29,7 @@ pub(super) fn structs(source: &Source<'_>) -> Vec<Shape> {
     found
 }
 
-/// Every function, methods that have no body included.
+/// Every function, including methods without a body.
 pub(super) fn functions(source: &Source<'_>) -> Vec<Shape> {
     let tokens = &source.tokens;
     let owners = owners(tokens);
@@ -45,7 +45,7 @@ pub(super) fn functions(source: &Source<'_>) -> Vec<Shape> {
         let close = matching(tokens, open);
         let parts = comma_parts(tokens, open + 1..close);
         let count = parts.iter().filter(|part| !is_self(&tokens[(*part).clone()])).count();
-        // The innermost owner is the last one that begins before the function and is still open there.
+        // The innermost owner is the last one that starts before the function and is still open there.
         let owner = owners.iter().rfind(|(body, _)| body.contains(&at));
         let name = match owner {
             Some((_, owner)) => format!("{owner}::{}", tokens[at + 1].text),
@@ -68,7 +68,7 @@ fn struct_body(tokens: &[Token<'_>], from: usize) -> Option<Range<usize>> {
         if token.is(";") {
             return None;
         }
-        // `where F: Fn(u8)` has parentheses too, which are no fields.
+        // `where F: Fn(u8)` has parentheses that are no fields.
         if token.is("{") || (token.is("(") && !bounds) {
             return Some(at + 1..matching(tokens, at));
         }
@@ -101,13 +101,13 @@ fn owners<'a>(tokens: &[Token<'a>]) -> Vec<(Range<usize>, &'a str)> {
     found
 }
 
-/// Whether an item can begin at `at`: `impl` in a type (`-> impl Read`) is no block.
+/// True if an item can start at `at`: `impl` in a type (`-> impl Read`) is no block.
 fn begins_item(tokens: &[Token<'_>], at: usize) -> bool {
     let Some(before) = at.checked_sub(1).map(|before| &tokens[before]) else { return true };
     ["{", "}", ";", "]", "unsafe"].iter().any(|text| before.is(text))
 }
 
-/// The type that an `impl` is for: its last name outside angle brackets.
+/// The type of an `impl`: its last name outside angle brackets.
 fn impl_name<'a>(tokens: &[Token<'a>], from: usize) -> &'a str {
     let mut name = "";
     let mut at = after_generics(tokens, from);
@@ -120,7 +120,7 @@ fn impl_name<'a>(tokens: &[Token<'a>], from: usize) -> &'a str {
     name
 }
 
-/// Past the `<...>` that may stand at `at`.
+/// The index after an optional `<...>` at `at`.
 fn after_generics(tokens: &[Token<'_>], at: usize) -> usize {
     let mut depth = 0usize;
     let mut inner = at;
@@ -138,12 +138,12 @@ fn after_generics(tokens: &[Token<'_>], at: usize) -> usize {
     tokens.len()
 }
 
-/// Whether the `>` at `at` ends a `->`.
+/// True if the `>` at `at` ends a `->`.
 fn is_arrow(tokens: &[Token<'_>], at: usize) -> bool {
     at > 0 && tokens[at - 1].is("-")
 }
 
-/// The parts of a list that commas separate; commas inside brackets of any kind do not count.
+/// Splits a list at its commas; commas inside brackets of any kind do not count.
 fn comma_parts(tokens: &[Token<'_>], list: Range<usize>) -> Vec<Range<usize>> {
     let end = list.end.min(tokens.len());
     let mut parts = Vec::new();
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn methods_have_the_name_of_their_type() {
+    fn methods_are_named_with_their_type() {
         check_functions("impl A { fn a(&self, b: u8) {} fn c(mut self) {} }", &[("A::a", 1), ("A::c", 0)]);
         check_functions(
             "impl<'a, T> b::B<T> for c::A<'a, T> where T: D { fn a(&'a mut self) {} }",
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn any_text_ends() {
+    fn any_text_terminates() {
         for text in [
             "struct A",
             "struct A<",

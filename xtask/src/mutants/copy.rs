@@ -1,4 +1,4 @@
-//! The copy of the tree that faults are put into.
+//! The copy of the tree that faults are applied to.
 
 use super::list::Fault;
 use std::collections::BTreeSet;
@@ -7,12 +7,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A copy of the tree as it is now, and a place for its build output.
+/// A copy of the current tree, and a folder for its build output.
 pub(super) struct Copy {
     folder: PathBuf,
 }
 
-/// A fault in the copy; dropped, the file is as it was.
+/// A fault in the copy; dropping this restores the file.
 pub(super) struct Back {
     path: PathBuf,
     text: String,
@@ -20,15 +20,14 @@ pub(super) struct Back {
 
 impl Drop for Back {
     fn drop(&mut self) {
-        // A later time than that of the fault: what was built with it is out of date. A next run copies what
-        // is left wrong.
+        // Restoring gives the file a newer time than the fault, so cargo rebuilds. If it fails, the next run
+        // copies the file again.
         let _ = fs::write(&self.path, &self.text);
     }
 }
 
 impl Copy {
-    /// Brings the copy up to date: files that differ are copied, others stay as they are, so that little is
-    /// built anew.
+    /// Updates the copy: only files that differ are copied, so that little is rebuilt.
     pub(super) fn new(root: &Path) -> Result<Self, String> {
         let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
         let copy = Self { folder: target.join("mutants") };
@@ -46,31 +45,31 @@ impl Copy {
             if let Some(folder) = to.parent() {
                 fs::create_dir_all(folder).map_err(failed(folder))?;
             }
-            // With the permissions too: some are scripts. The time is now.
+            // Copies the permissions too (some files are scripts). The modification time is now.
             fs::copy(&from, &to).map_err(failed(&from))?;
         }
         remove_others(&copy.tree(), Path::new(""), &files).map_err(failed(&copy.tree()))?;
         Ok(copy)
     }
 
-    /// Where the copy is.
+    /// Root of the copy.
     pub(super) fn tree(&self) -> PathBuf {
         self.folder.join("tree")
     }
 
-    /// Where it is built.
+    /// Target folder of its builds.
     pub(super) fn build(&self) -> PathBuf {
         self.folder.join("build")
     }
 
-    /// A file for what cargo says about the fault called `name`.
+    /// Log file for cargo's output about the fault `name`.
     pub(super) fn log(&self, name: &str) -> Result<PathBuf, String> {
         let logs = self.folder.join("logs");
         fs::create_dir_all(&logs).map_err(|e| format!("{}: {e}", logs.display()))?;
         Ok(logs.join(format!("{name}.txt")))
     }
 
-    /// Puts `fault` in. Errors: why it cannot be.
+    /// Applies `fault`. Errors: why it cannot be applied.
     pub(super) fn put_in(&self, fault: &Fault) -> Result<Back, String> {
         let path = self.tree().join(&fault.file);
         let text = fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
@@ -81,7 +80,7 @@ impl Copy {
     }
 }
 
-/// What git knows of the tree, and what is new in it and not ignored.
+/// Files that git tracks, and new ones that are not ignored.
 fn files(root: &Path) -> Result<BTreeSet<PathBuf>, String> {
     let args = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"];
     let output = Command::new("git").args(args).current_dir(root).output();
@@ -94,7 +93,7 @@ fn files(root: &Path) -> Result<BTreeSet<PathBuf>, String> {
     Ok(paths.filter(|path| root.join(path).is_file()).collect())
 }
 
-/// Removes files of the copy that the tree does not have any more.
+/// Removes files of the copy that no longer exist in the tree.
 fn remove_others(tree: &Path, below: &Path, files: &BTreeSet<PathBuf>) -> io::Result<()> {
     for entry in fs::read_dir(tree.join(below))? {
         let entry = entry?;

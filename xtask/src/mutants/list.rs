@@ -1,4 +1,4 @@
-//! The lists of faults. One fault is a few lines, and blank lines stand between two:
+//! The fault lists. A fault is a few lines; blank lines separate faults:
 //!
 //! ```text
 //! # Why it would hurt.
@@ -9,14 +9,13 @@
 //! test: -p qcow2-core --test flush
 //! ```
 //!
-//! Several `-` lines are lines that follow each other, and there may be no `+` at all. Indentation does not
-//! count; what `-` names must be in the file once. `test:` are arguments of `cargo test`, and there may be
-//! several.
+//! Several `-` lines are consecutive lines, and `+` lines are optional. Indentation is ignored; the `-` lines
+//! must occur in the file exactly once. `test:` gives arguments of `cargo test`; it may be repeated.
 
 use std::fs;
 use std::path::Path;
 
-/// A fault, and the tests that should see it.
+/// A fault, and the tests that must detect it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) name: String,
@@ -27,7 +26,7 @@ pub(super) struct Fault {
 }
 
 impl Fault {
-    /// The text of its file with the fault in it. Errors: its place is not there, or there more than once.
+    /// The file's text with the fault applied. Errors: its lines do not occur, or occur more than once.
     pub(super) fn apply(&self, text: &str) -> Result<String, String> {
         let lines: Vec<&str> = text.lines().collect();
         let is_place = |window: &&[&str]| window.iter().zip(&self.old).all(|(line, old)| line.trim() == old);
@@ -57,7 +56,7 @@ impl Fault {
     }
 }
 
-/// Every fault of every list in `folder`, list by list.
+/// Every fault of every list in `folder`.
 pub(super) fn load(folder: &Path) -> Result<Vec<Fault>, String> {
     let failed = |e: std::io::Error| format!("{}: {e}", folder.display());
     let mut paths = Vec::new();
@@ -104,7 +103,7 @@ fn parse_one(lines: Vec<&str>) -> Result<Fault, String> {
         } else if let Some(new) = value("+") {
             fault.new.push(new);
         } else {
-            return Err(format!("'{line}' is no line of a fault"));
+            return Err(format!("'{line}' is not a valid line of a fault"));
         }
     }
     fault.check()
@@ -117,7 +116,7 @@ mod tests {
     const LIST: &str = "# A list.\n\n# Why.\nname: one\nfile: a.rs\n- b\n- c\n+ d\ntest: -p x y\n\nname: two\nfile: a.rs\n- e\ntest: z\n";
 
     #[test]
-    fn a_list_is_read() {
+    fn a_list_is_parsed() {
         let faults = parse(LIST).unwrap();
         assert_eq!(faults.len(), 2);
         assert_eq!((&*faults[0].name, &*faults[0].file, &*faults[0].tests[0]), ("one", "a.rs", "-p x y"));
@@ -126,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_has_one_place() {
+    fn the_lines_of_a_fault_must_occur_exactly_once() {
         let faults = parse(LIST).unwrap();
         assert_eq!(faults[0].apply("a\n    b\n    c\ne\n").unwrap(), "a\nd\ne\n");
         assert_eq!(faults[1].apply("a\n  e\nb\n").unwrap(), "a\nb\n");
@@ -136,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lists_of_the_tree_are_lists() {
+    fn every_fault_in_the_lists_applies_to_the_tree() {
         let faults = load(&crate::tree::root().join("xtask/src/mutants")).unwrap();
         assert!(faults.iter().all(|fault| crate::tree::root().join(&fault.file).is_file()));
     }

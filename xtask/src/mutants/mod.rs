@@ -1,9 +1,9 @@
-//! Which faults the tests see: a list of faults of one line each, put into a copy of the tree one after the
+//! Measures which faults the tests detect: applies known one-line faults to a copy of the tree, one after the
 //! other.
 //!
-//! The lists are the `.txt` files beside this one; [`list`] has their format. The copy and its build output
-//! are in `target/mutants`, so that nothing here touches the tree that somebody works on, and a run that was
-//! stopped leaves nothing behind that the next one does not put right.
+//! The lists are the `.txt` files in this folder; [`list`] documents their format. The copy and its build
+//! output are in `target/mutants`, so the working tree is never touched, and the next run repairs what an
+//! aborted run leaves.
 
 mod copy;
 mod list;
@@ -15,22 +15,22 @@ use std::path::Path;
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-/// How long the tests that should see a fault may run before they count as hanging, which is seen too.
+/// Time limit for the tests of a fault. Past it they count as hanging, which detects the fault too.
 const PATIENCE: Duration = Duration::from_secs(180);
 
 const USAGE: &str = "usage: cargo xtask mutants [--list] [PATTERN...]
   --list    shows the faults, and which have lost their place in the sources
   PATTERN   only the faults whose name or file has one of these in it";
 
-/// What became of a fault.
+/// Result of a fault.
 enum Outcome {
     Caught(String),
     Missed,
-    /// It cannot be put in, or the tree does not build with it.
+    /// It cannot be applied, or the tree does not build with it.
     Stale(String),
 }
 
-/// Runs the faults that `args` ask for. An error where one is not seen, or has lost its place.
+/// Runs the faults that `args` select. Errors: a fault is not detected or does not apply.
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
     let (options, patterns): (Vec<&String>, Vec<&String>) = args.iter().partition(|arg| arg.starts_with('-'));
     let wanted = |fault: &Fault| {
@@ -59,7 +59,7 @@ fn show(root: &Path, faults: &[Fault]) -> Result<(), String> {
 
 fn run_all(root: &Path, faults: &[Fault]) -> Result<(), String> {
     let copy = Copy::new(root)?;
-    // Tests that fail, or do not run, without any fault would see every one of them.
+    // Tests that fail or do not run without a fault would seem to detect every fault.
     let tests: BTreeSet<&String> = faults.iter().flat_map(|fault| &fault.tests).collect();
     for test in &tests {
         println!("without a fault: {test}");
@@ -88,7 +88,10 @@ fn run_all(root: &Path, faults: &[Fault]) -> Result<(), String> {
         }
     }
     let tried = caught + missed.len();
-    println!("{caught} of {tried} faults were seen: {:.1} %", 100.0 * caught as f64 / tried.max(1) as f64);
+    println!(
+        "{caught} of {tried} faults were detected: {:.1} %",
+        100.0 * caught as f64 / tried.max(1) as f64
+    );
     match (missed.as_slice(), stale.as_slice()) {
         ([], []) => Ok(()),
         _ => Err(format!("missed: [{}], stale: [{}]", missed.join(", "), stale.join(", "))),
@@ -110,8 +113,8 @@ fn try_fault(copy: &Copy, fault: &Fault) -> Result<Outcome, String> {
     Ok(Outcome::Missed)
 }
 
-/// Builds and runs the tests that `test`, arguments of `cargo test`, names: `None` where they pass, else how
-/// they fail. An error where they cannot be built.
+/// Builds and runs the tests that `test`, arguments of `cargo test`, selects. `None` if they pass, else how
+/// they fail. Errors: they cannot be built.
 fn test_run(copy: &Copy, name: &str, test: &str) -> Result<Option<String>, String> {
     let args: Vec<&str> = test.split_whitespace().collect();
     let log = copy.log(name)?;
@@ -140,8 +143,7 @@ fn command(copy: &Copy, args: &[&str], log: &Path) -> Result<Command, String> {
     Ok(command)
 }
 
-/// Waits for the end of `command`; `None` where it was stopped after [`PATIENCE`], with all that it has
-/// started.
+/// Waits for `command` to end. `None` if it was killed after [`PATIENCE`], with all its child processes.
 fn in_time(mut command: Command) -> Result<Option<ExitStatus>, String> {
     #[cfg(unix)]
     std::os::unix::process::CommandExt::process_group(&mut command, 0);

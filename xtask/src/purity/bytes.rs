@@ -1,13 +1,13 @@
-//! The engine sees values, not bytes: how a number is stored, and which bits of an offset are a cluster's, is
-//! for the format crate alone.
+//! The engine handles values, not bytes: number encoding, and which bits of an offset select a cluster,
+//! belong to the format crate.
 
 use crate::finding::Finding;
 use crate::lex::{Kind, Token};
 use crate::source::Source;
 
-/// The crate that the rule is for.
+/// The crate the rule applies to.
 const ENGINE: &str = "crates/qcow2-core/src/";
-/// Methods between numbers and the bytes of the format.
+/// Methods that convert between numbers and the format's bytes.
 const CONVERSIONS: &[&str] = &["to_be_bytes", "from_be_bytes"];
 
 /// Checks one file.
@@ -27,7 +27,7 @@ pub(super) fn check(source: &Source<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-/// Whether the expression that ends with the word at `end` is what something is shifted by.
+/// True if the expression that ends with the word at `end` is a shift amount.
 fn is_shift(tokens: &[Token<'_>], end: usize) -> bool {
     let mut at = end;
     while let Some(before) = at.checked_sub(1) {
@@ -45,7 +45,7 @@ fn is_shift(tokens: &[Token<'_>], end: usize) -> bool {
     at > 1 && ["<", ">"].iter().any(|mark| tokens[at - 1].is(mark) && tokens[at - 2].is(mark))
 }
 
-/// The index of the parenthesis that the one at `close` closes, or 0.
+/// The index of the parenthesis that matches the one at `close`, or 0.
 fn opening(tokens: &[Token<'_>], close: usize) -> usize {
     let mut depth = 0usize;
     for at in (0..=close).rev() {
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_for_the_format_crate() {
+    fn byte_conversions_are_for_the_format_crate() {
         check_core("fn f() { x.to_be_bytes() }", &["bytes"]);
         check_core("fn f() { u64::from_be_bytes(x) }", &["bytes"]);
         check_core("// to_be_bytes\n#[cfg(test)]\nmod tests { fn f() { x.to_be_bytes() } }", &[]);
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn shifts_by_cluster_bits_are_for_the_geometry() {
+    fn shifts_by_cluster_bits_are_for_geometry() {
         check_core("fn f() { x >> self.geometry.cluster_bits() }", &["cluster-shift"]);
         check_core("fn f() { 1 << cluster_bits }", &["cluster-shift"]);
         check_core("fn f() { x <<= self.cluster_bits; }", &["cluster-shift"]);

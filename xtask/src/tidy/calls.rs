@@ -1,15 +1,15 @@
-//! Calls and attributes that do not ship.
+//! Calls and attributes that must not ship.
 
 use crate::finding::Finding;
 use crate::source::{Source, matching};
 
-/// Macros that mark unfinished work: nowhere, tests included.
+/// Macros for unfinished work: forbidden everywhere, tests included.
 const UNFINISHED: &[&str] = &["todo", "unimplemented", "dbg"];
-/// Macros that write to the terminal.
+/// Macros that print to the terminal.
 const PRINTS: &[&str] = &["print", "println", "eprint", "eprintln"];
-/// Where those belong; tests may print too.
+/// Where printing is allowed; tests may print too.
 const PRINTERS: &[&str] = &["crates/qcow2-cli/", "xtask/", "crates/qcow2-testkit/src/oracle.rs"];
-/// Examples show output and stop on errors; they print, but do not unwrap.
+/// Examples print and stop on errors, but must not unwrap.
 const EXAMPLES: &str = "/examples/";
 
 pub(super) fn check(source: &Source<'_>, findings: &mut Vec<Finding>) {
@@ -35,7 +35,7 @@ pub(super) fn check(source: &Source<'_>, findings: &mut Vec<Finding>) {
         } else if token.is("#") && source.matches(at + 1, &["[", "ignore"]) {
             found("ignore", token.line, "an ignored test".to_owned(), "a test that runs, or a printed skip");
         } else if token.is("#") && !source.path.contains(EXAMPLES) && is_silent_allow(source, at + 1) {
-            found("allow", token.line, "a lint switched off without a reason".to_owned(), "reason = \"...\"");
+            found("allow", token.line, "a lint is disabled without a reason".to_owned(), "reason = \"...\"");
         }
     }
 }
@@ -44,7 +44,7 @@ fn is_unwrap(source: &Source<'_>, at: usize) -> bool {
     ["unwrap", "unwrap_err"].iter().any(|name| source.matches(at, &[name, "(", ")"]))
 }
 
-/// `allow` and `expect` attributes say why, tests aside.
+/// True for `allow` and `expect` attributes without a reason, outside tests.
 fn is_silent_allow(source: &Source<'_>, at: usize) -> bool {
     let open = at + usize::from(source.matches(at, &["!"]));
     if !["allow", "expect"].iter().any(|word| source.matches(open, &["[", word])) {
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn unwrap_is_for_tests() {
+    fn unwrap_is_allowed_in_tests_only() {
         check_text("crates/a/src/x.rs", "fn f() { g().unwrap(); }", &["unwrap"]);
         check_text("crates/a/src/x.rs", "fn f() { g().unwrap_or(1); }", &[]);
         check_text("crates/a/src/x.rs", "#[cfg(test)]\nmod t { fn f() { g().unwrap(); } }", &[]);
@@ -82,14 +82,14 @@ mod tests {
     }
 
     #[test]
-    fn printing_is_for_the_outermost() {
+    fn printing_is_allowed_in_programs_only() {
         check_text("crates/qcow2-core/src/x.rs", "fn f() { println!(); }", &["print"]);
         check_text("crates/qcow2-cli/src/x.rs", "fn f() { eprintln!(); }", &[]);
         check_text("crates/qcow2-core/examples/x.rs", "fn f() { println!(); }", &[]);
     }
 
     #[test]
-    fn switched_off_lints_say_why() {
+    fn disabled_lints_need_a_reason() {
         check_text("crates/a/src/x.rs", "#[allow(dead_code)]\nfn f() {}", &["allow"]);
         check_text("crates/a/src/x.rs", "#![allow(dead_code)]\nfn f() {}", &["allow"]);
         check_text("crates/a/src/x.rs", "#[expect(dead_code, reason = \"x\")]\nfn f() {}", &[]);

@@ -1,26 +1,26 @@
-//! The exemptions of `tidy`, and how any such list is applied. It only shrinks: an entry that covers nothing
-//! is a finding itself.
+//! The exemptions of `tidy`, and how an exemption list is applied. The list only shrinks: an entry that
+//! covers nothing is a finding itself.
 
 use crate::finding::Finding;
 
-/// A rule that one file may break for now, and why.
+/// A rule that one file may break for now, and the reason.
 pub(crate) struct Exemption {
     pub(crate) rule: &'static str,
     pub(crate) path: &'static str,
     pub(crate) reason: &'static str,
 }
 
-/// How many exemptions there are. Lower it with the list; never raise it.
+/// Number of exemptions. Lower it when one is removed; never raise it.
 #[cfg(test)]
 const CEILING: usize = 0;
 
-/// Where the list is.
+/// Path of the list.
 pub(super) const LIST: &str = "xtask/src/tidy/exempt.rs";
 /// The exemptions.
 pub(super) const EXEMPT: &[Exemption] = &[];
 
-/// Drops the findings that `exempt` covers and adds one for each entry that covers none. `list`: the file of
-/// the exemptions.
+/// Drops the findings that `exempt` covers, and adds one for each exemption that covers none. `list`: the
+/// file with the exemptions.
 pub(crate) fn apply(findings: Vec<Finding>, exempt: &[Exemption], list: &str) -> Vec<Finding> {
     let covers = |e: &Exemption, f: &Finding| e.rule == f.rule && e.path == f.place;
     let stale: Vec<_> = exempt
@@ -47,14 +47,14 @@ mod tests {
     }
 
     #[test]
-    fn an_exemption_covers_its_rule_in_its_file_only() {
+    fn an_exemption_covers_one_rule_in_one_file() {
         check("unwrap", "a.rs", &[]);
         check("unwrap", "b.rs", &["unwrap", "stale-exemption"]);
         check("print", "a.rs", &["print", "stale-exemption"]);
     }
 
     #[test]
-    fn the_list_only_shrinks() {
+    fn the_number_of_exemptions_equals_the_ceiling() {
         assert_eq!(EXEMPT.len(), CEILING, "lower the ceiling with the list, and never raise it");
     }
 }

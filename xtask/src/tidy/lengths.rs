@@ -1,10 +1,10 @@
-//! Files and functions that fit a reader's head.
+//! Limits on the length of files and functions.
 
 use crate::finding::Finding;
 use crate::lex::Kind;
 use crate::source::{Source, matching};
 
-/// Lines of a file, its tests aside.
+/// Lines of a file, without its tests.
 const FILE_LINES: usize = 600;
 /// Lines of a function, from `fn` to its closing brace.
 const FUNCTION_LINES: usize = 70;
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_file_is_found_and_its_tests_do_not_count() {
+    fn long_files_are_found_without_counting_tests() {
         check_text(&"// x\n".repeat(600), &[]);
         check_text(&"// x\n".repeat(700), &["file-length"]);
         check_text(
@@ -80,14 +80,14 @@ mod tests {
     }
 
     #[test]
-    fn a_long_function_is_found() {
+    fn long_functions_are_found() {
         check_text(&function(70), &[]);
         check_text(&function(71), &["function-length"]);
         check_text(&format!("#[cfg(test)]\nmod tests {{\n{}}}\n", function(80)), &["function-length"]);
     }
 
     #[test]
-    fn what_has_no_body_is_no_function() {
+    fn declarations_without_a_body_are_no_functions() {
         check_text("trait A { fn f(&self) -> [u8; 3]; }\ntype F = fn(u8) -> u8;\n", &[]);
     }
 }

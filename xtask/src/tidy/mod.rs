@@ -1,4 +1,4 @@
-//! House rules that a machine can check: lengths, banned calls, stray text.
+//! House rules that a program can check: lengths, banned calls, stray text.
 
 mod calls;
 mod exempt;
@@ -11,7 +11,7 @@ use crate::tree::File;
 
 use exempt::apply as exempt;
 
-/// Checks every file; findings that the exemption list covers are left out, stale exemptions are findings.
+/// Checks every file. Findings that the exemption list covers are dropped; stale exemptions are findings.
 pub(crate) fn check(files: &[File]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for file in files {

@@ -3,7 +3,7 @@
 use crate::finding::Finding;
 use crate::tree::File;
 
-/// Places that exist on one machine only. Written in pieces, so that this file passes.
+/// Paths that exist on one machine only. Split into pieces, so that this file passes the check.
 const MACHINE_PATHS: &[&str] =
     &[concat!("/ro", "ot/"), concat!("/ho", "me/"), concat!("/wo", "rk/"), concat!("/Use", "rs/")];
 
@@ -12,7 +12,7 @@ pub(super) fn check(file: &File, findings: &mut Vec<Finding>) {
         findings.push(Finding::new(rule, file.path.as_str(), line, seen, allowed));
     };
     for (number, line) in file.text.split('\n').enumerate().map(|(at, line)| (at + 1, line)) {
-        // Recorded output of other programs ends as it ends.
+        // Recorded output of other programs may end with white space.
         if line.ends_with([' ', '\t']) && !file.path.ends_with(".txt") {
             found("trailing-space", number, "white space at the end of the line", "none");
         }
@@ -46,7 +46,7 @@ mod tests {
     }
 
     #[test]
-    fn stray_text_is_found() {
+    fn stray_white_space_and_machine_paths_are_found() {
         check_text("fine\n", &[]);
         check_text("a \n", &["trailing-space"]);
         check_text("a\tb\n", &["tab"]);

@@ -2,8 +2,8 @@
 
 use super::{GENERAL, OptionSpec, VERBS, Verb};
 use crate::failure::Failure;
-use crate::imagename::Driver;
 use crate::session::Session;
+use qcow2_blockdev::Driver;
 use std::fmt::Write;
 
 /// Prints the list of verbs and the options before them.

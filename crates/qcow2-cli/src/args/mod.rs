@@ -3,185 +3,24 @@
 mod describe;
 mod getopt;
 mod help;
+mod image;
+mod nearest;
 mod object;
+mod opt;
 mod table;
+mod verb;
 
 pub(crate) use describe::print_description;
 pub(crate) use getopt::{Getopt, Given, OptionSpec};
 pub(crate) use help::{print_general_help, print_verb_help, print_version};
+pub(crate) use image::ImageArgs;
 pub(crate) use object::Objects;
-pub(crate) use table::{GENERAL, VERBS, find_verb, known_but_missing};
+pub(crate) use opt::Opt;
+pub(crate) use table::{GENERAL, VERBS, find_verb, known_but_missing, meant_verb};
+pub(crate) use verb::{Arguments, Verb, hint_at};
 
 use crate::failure::Failure;
-use crate::session::Session;
 use qcow2_io::CacheMode;
-
-/// What an option means, whatever verb it belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Opt {
-    Help,
-    Version,
-    Trace,
-    Quiet,
-    Progress,
-    Format,
-    FormatOfSecond,
-    ImageOpts,
-    Object,
-    ForceShare,
-    Output,
-    Options,
-    Backing,
-    BackingFormat,
-    BackingUnsafe,
-    BackingChain,
-    Snapshot,
-    AddBitmap,
-    RemoveBitmap,
-    ClearBitmap,
-    EnableBitmap,
-    DisableBitmap,
-    MergeBitmap,
-    Granularity,
-    ListSnapshots,
-    ExternalSnapshot,
-    CreateSnapshot,
-    ApplySnapshot,
-    DeleteSnapshot,
-    Cache,
-    TargetFormat,
-    TargetImageOpts,
-    TargetCache,
-    Compress,
-    NoCreate,
-    TargetIsZero,
-    SparseSize,
-    Bitmaps,
-    SkipBrokenBitmaps,
-    Rate,
-    Parallel,
-    CopyRange,
-    Salvage,
-    OutOfOrder,
-    Strict,
-    StartOffset,
-    MaxLength,
-    Repair,
-    RequestCount,
-    Depth,
-    BufferSize,
-    StepSize,
-    Pattern,
-    FlushInterval,
-    NoDrain,
-    Write,
-    Native,
-    Aio,
-    Threads,
-    Command,
-    ReadOnly,
-    Scratch,
-    NoCache,
-    CopyOnRead,
-    Misalign,
-    NativeAio,
-    Discard,
-    Preallocation,
-    Shrink,
-    Drop,
-    BackingCache,
-    Force,
-    Size,
-    Blake3,
-    JsonProgress,
-    Describe,
-}
-
-/// One verb of the command line.
-#[derive(Debug)]
-pub(crate) struct Verb {
-    /// As typed.
-    pub(crate) name: &'static str,
-    /// One line for the list of verbs.
-    pub(crate) summary: &'static str,
-    /// What follows the verb, for the help.
-    pub(crate) synopsis: &'static str,
-    /// In the order in which lists of possibilities name them.
-    pub(crate) options: &'static [OptionSpec],
-    /// Operands and what they are.
-    pub(crate) operands: &'static [(&'static str, &'static str)],
-    /// Runs it. The code is for the caller of the program.
-    pub(crate) run: fn(&Session, Arguments) -> Result<u8, Failure>,
-}
-
-impl Verb {
-    /// Whether the tool that is stood in for has no such verb.
-    pub(crate) fn is_foreign(&self, session: &Session) -> bool {
-        session.is_drop_in() && matches!(self.name, "io" | "checksum")
-    }
-}
-
-/// The arguments of one verb while they are read.
-pub(crate) struct Arguments {
-    verb: &'static Verb,
-    getopt: Getopt<'static>,
-}
-
-impl Arguments {
-    /// `args`: what follows the verb.
-    pub(crate) fn new(session: &Session, verb: &'static Verb, args: Vec<String>, permute: bool) -> Self {
-        let getopt = Getopt::new(verb.options, args, permute);
-        Self { verb, getopt: if session.is_drop_in() { getopt.without_own() } else { getopt } }
-    }
-
-    /// Takes `-` and digits right after the first operand for an operand too.
-    pub(crate) fn with_signed_number(self) -> Self {
-        Self { getopt: self.getopt.with_signed_number(), ..self }
-    }
-
-    /// The next option. Asking for help prints it and ends the command.
-    pub(crate) fn next(&mut self, session: &Session) -> Result<Option<Given>, Failure> {
-        match self.getopt.next() {
-            Ok(Some(given)) if given.opt == Opt::Help => {
-                print_verb_help(session, self.verb)?;
-                Err(Failure::silent(crate::exit::SUCCESS))
-            }
-            Ok(given) => Ok(given),
-            Err(text) => Err(Failure::syntax(Some(self.verb), text)),
-        }
-    }
-
-    /// The operands; only complete when there are no more options.
-    pub(crate) fn into_operands(self) -> Vec<String> {
-        self.getopt.into_operands()
-    }
-
-    /// The only operand; `expected` is the complaint about fewer or more.
-    pub(crate) fn into_one_operand(self, expected: &str) -> Result<String, Failure> {
-        let verb = self.verb;
-        match <[String; 1]>::try_from(self.into_operands()) {
-            Ok([operand]) => Ok(operand),
-            Err(_) => Err(Failure::usage(verb, expected)),
-        }
-    }
-
-    /// The names of images: one, or several under our own name.
-    pub(crate) fn into_images(self, session: &Session) -> Result<Vec<String>, Failure> {
-        if session.is_drop_in() {
-            return self.into_one_operand("Expecting one image file name").map(|name| vec![name]);
-        }
-        let verb = self.verb;
-        match self.into_operands() {
-            names if names.is_empty() => Err(Failure::usage(verb, "Expecting at least one image file name")),
-            names => Ok(names),
-        }
-    }
-
-    /// The verb they belong to.
-    pub(crate) fn verb(&self) -> &'static Verb {
-        self.verb
-    }
-}
 
 /// Reads the name of a cache mode; `what` names the option in the error ("cache", "source cache").
 pub(crate) fn parse_cache(what: &str, text: &str) -> Result<CacheMode, Failure> {
@@ -204,30 +43,7 @@ impl OutputFormat {
         match text {
             "human" => Ok(Self::Human),
             "json" => Ok(Self::Json),
-            _ => Err(Failure::usage(verb, format!("--output expects 'human' or 'json' not '{text}'"))),
+            _ => Err(Failure::usage(verb.name, format!("--output expects 'human' or 'json' not '{text}'"))),
         }
-    }
-}
-
-/// How image names on the command line are meant: the options `-f`, `--image-opts` and `-U`.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct ImageArgs {
-    /// The format, where it is given; otherwise it is probed.
-    pub(crate) format: Option<String>,
-    /// Whether names are option strings.
-    pub(crate) image_opts: bool,
-    /// Whether images are opened without locks.
-    pub(crate) force_share: bool,
-    /// The objects that names may speak of.
-    pub(crate) objects: Objects,
-}
-
-impl ImageArgs {
-    /// Refuses a format beside an option string, which brings its own.
-    pub(crate) fn check(&self) -> Result<(), Failure> {
-        if self.image_opts && self.format.is_some() {
-            return Err(Failure::new("--image-opts and --format are mutually exclusive"));
-        }
-        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! Every verb and every option, in one place.
 
+use super::nearest::nearest;
 use super::{Opt, OptionSpec, Verb};
 use crate::command;
 
@@ -348,6 +349,11 @@ pub(crate) static GENERAL: &[OptionSpec] = &[
 /// The verb called `name`.
 pub(crate) fn find_verb(name: &str) -> Option<&'static Verb> {
     VERBS.iter().find(|verb| verb.name == name)
+}
+
+/// The verb that somebody meant who typed `name`.
+pub(crate) fn meant_verb(name: &str) -> Option<&'static str> {
+    nearest(name, VERBS.iter().map(|verb| verb.name))
 }
 
 /// Whether qemu-img has a verb `name` that this program lacks.

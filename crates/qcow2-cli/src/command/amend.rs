@@ -5,14 +5,13 @@ use crate::command::resize::refusal_text;
 use crate::crypt::{SlotOptions, SlotRequest};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::imageopts::{AmendOption, TargetFormat, print_amend_options, read_amend_options};
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, Sharing, close, open_to_change};
-use crate::optlist::OptList;
+use crate::open::{close, open_to_change, read_name};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::qemu_text;
 use crate::session::Session;
+use qcow2_blockdev::{KeyValues, Sharing};
 use qcow2_core::format::Version;
 use qcow2_core::{ErrorKind, HostOffset, ImageFormat};
 use qcow2_io::CacheMode;
@@ -39,7 +38,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
 struct Request {
     image: ImageArgs,
     cache: CacheMode,
-    list: OptList,
+    list: KeyValues,
     progress: bool,
     quiet: bool,
     force: bool,
@@ -57,7 +56,7 @@ impl Request {
                 Opt::Format => request.image.format = Some(given.value),
                 Opt::ImageOpts => request.image.image_opts = true,
                 Opt::Cache => cache = Some(given.value),
-                Opt::Options => texts.push(OptList::checked(given.value)?),
+                Opt::Options => texts.push(KeyValues::checked(given.value)?),
                 Opt::Progress => request.progress = true,
                 Opt::Quiet => request.quiet = true,
                 Opt::Force => request.force = true,
@@ -66,9 +65,9 @@ impl Request {
             }
         }
         if texts.is_empty() {
-            return Err(Failure::usage(verb, "Must specify options (-o)"));
+            return Err(Failure::usage(verb.name, "Must specify options (-o)"));
         }
-        request.list = OptList::parse_image_options(&texts);
+        request.list = KeyValues::parse_image_options(&texts);
         if let Some(format) = request.image.format.as_deref().filter(|_| request.list.asks_help()) {
             return match TargetFormat::parse(format).unwrap_or(TargetFormat::Qcow2) {
                 TargetFormat::Raw => Err(not_amended()),
@@ -85,10 +84,10 @@ impl Request {
 }
 
 fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
-    let name = ImageName::read(session, &request.filename, &request.image)?;
+    let name = read_name(session, &request.filename, &request.image)?;
     // Two that change the slots of one container would lose a password.
-    let how = OpenAs { cache: request.cache, sharing: Sharing::TopAlone, ..OpenAs::READ };
-    let open = || open_to_change(session, &name, &request.image, how);
+    let how = request.image.options().with_cache(request.cache).with_sharing(Sharing::TopAlone);
+    let open = || open_to_change(session, &name, &how);
     let opened = open()?;
     let format = match opened.format {
         ImageFormat::Qcow2 => TargetFormat::Qcow2,
@@ -130,7 +129,7 @@ fn could_not(reason: &str) -> Failure {
 }
 
 /// The options by name, those of key slots apart.
-fn settle(format: TargetFormat, list: &OptList) -> Result<(AmendOptions, SlotOptions), Failure> {
+fn settle(format: TargetFormat, list: &KeyValues) -> Result<(AmendOptions, SlotOptions), Failure> {
     let (mut options, mut slots) = (AmendOptions::default(), SlotOptions::default());
     let given: BTreeMap<_, _> = read_amend_options(format, list)?.into_iter().collect();
     for (name, option) in given {
@@ -167,17 +166,17 @@ fn failure(session: &Session, error: qcow2_ops::Error, options: &AmendOptions) -
     if error.kind() == qcow2_ops::ErrorKind::Stopped {
         return Failure::silent(exit::FAILURE);
     }
-    if let Some(refusal) = qemu_text::find::<resize::Refusal>(&error) {
+    if let Some(refusal) = persona::find::<resize::Refusal>(&error) {
         return refusal_text(session, refusal);
     }
-    let Some(refusal) = qemu_text::find::<Refusal>(&error) else {
+    let Some(refusal) = persona::find::<Refusal>(&error) else {
         if let (Some(engine), Some(bits)) = (error.core_error(), options.refcount_bits)
             && engine.kind() == ErrorKind::OutOfRange
         {
-            let reason = qemu_text::capitalized(&engine.to_string());
+            let reason = persona::capitalized(&engine.to_string());
             return Failure::new(format!("Cannot decrease refcount entry width to {bits} bits: {reason}"));
         }
-        let reason = error.core_error().map_or_else(|| qemu_text::chain(&error), |e| qemu_text::cause(e));
+        let reason = error.core_error().map_or_else(|| persona::chain(&error), |e| persona::cause(e));
         return could_not(&reason);
     };
     let needs = "compatibility level 1.1 and above (use compat=1.1 or greater)";

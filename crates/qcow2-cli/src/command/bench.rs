@@ -3,18 +3,18 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
 use crate::numbers::{SIGNED, parse_argument, parse_count};
-use crate::open::{NATIVE_NEEDS_DIRECT, OpenAs, open_image, open_to_change};
+use crate::open::{open_to_change, read_name};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::qemu_text;
 use crate::session::Session;
 use crate::threads::Threads;
+use qcow2_blockdev::open;
+use qcow2_exerciser::{Bench, BenchFailure, BenchRefusal};
 use qcow2_io::CacheMode;
-use qcow2_ops::{BenchOptions, Executor};
+use qcow2_ops::Executor;
 use std::ops::RangeInclusive;
-use std::time::Instant;
 
 /// Counts, depths and buffer sizes.
 const POSITIVE: RangeInclusive<u64> = 1..=i32::MAX as u64;
@@ -22,9 +22,8 @@ const POSITIVE: RangeInclusive<u64> = 1..=i32::MAX as u64;
 struct Request {
     image: ImageArgs,
     cache: CacheMode,
-    options: BenchOptions,
+    bench: Bench,
     step: Option<u64>,
-    depth: u64,
     write: bool,
     pattern: u8,
     native: bool,
@@ -34,57 +33,58 @@ struct Request {
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
-    let mut request = parse(session, args)?;
+    let request = parse(session, args)?;
     request.image.check()?;
-    check_flushes(&request)?;
-    let name = ImageName::read(session, &request.filename, &request.image)?;
+    let bench = &request.bench;
+    bench.check().map_err(|refusal| {
+        Failure::new(match refusal {
+            BenchRefusal::FlushesWithoutWrites => "--flush-interval is only available in write tests",
+            BenchRefusal::FlushesWithinDepth => "Flush interval can't be smaller than depth",
+        })
+    })?;
+    let name = read_name(session, &request.filename, &request.image)?;
     let refused = |reason| Err(Failure::could_not_open(&name.typed, reason));
     if request.write && request.image.force_share {
-        return refused("force-share=on can only be used with read-only images");
+        return refused(persona::SHARED_AND_WRITABLE);
     }
     if request.native && !request.cache.is_direct() {
         // What does not open at all is told first.
-        open_image(&name, &request.image, OpenAs::READ)?;
-        return refused(NATIVE_NEEDS_DIRECT);
+        open(&name, &request.image.options())?;
+        return refused(persona::NATIVE_NEEDS_DIRECT);
     }
-    let how = OpenAs { cache: request.cache, ..OpenAs::READ };
+    let how = request.image.options().with_cache(request.cache);
     let opened = match request.write {
-        true => open_to_change(session, &name, &request.image, how)?,
-        false => open_image(&name, &request.image, how)?,
+        true => open_to_change(session, &name, &how)?,
+        false => open(&name, &how)?,
     };
-    request.options.step = request.step.filter(|&step| step > 0).unwrap_or(request.options.buffer_size);
-    request.options.pattern = request.write.then_some(request.pattern);
-    let options = &request.options;
+    let options = &bench.requests;
     session.print(&format!(
         "Sending {} {} requests, {} bytes each, {} in parallel (starting at offset {}, step size {})\n",
         options.count,
         if request.write { "write" } else { "read" },
         options.buffer_size,
-        request.depth,
+        bench.depth,
         options.start,
         options.step,
     ))?;
     if let Some(interval) = options.flush_interval {
         session.print(&format!("Sending flush every {interval} requests\n"))?;
     }
-    let depth = usize::try_from(request.depth).unwrap_or(usize::MAX);
-    let workers = Threads::new(request.threads.unwrap_or_else(|| Threads::per_core().workers()).min(depth));
+    let workers = bench.workers(request.threads.unwrap_or_else(|| Threads::per_core().workers()));
     let interrupts = Interrupts::install();
     let meter = Meter::unasked(session, &interrupts);
-    let began = Instant::now();
-    let result = qcow2_ops::bench(&*opened.disk, options, &workers, &meter);
-    let seconds = began.elapsed().as_secs_f64();
-    let closed = opened.disk.as_image().map_or(Ok(()), |image| image.close());
+    let report = bench.run(&*opened.disk, &Threads::new(workers), &meter);
     interrupts.die_if_asked();
-    result.map_err(|error| {
-        // A request past the end fails as one that the device refuses.
-        let past_end = error.core_error().is_some_and(|e| e.kind() == qcow2_core::ErrorKind::OutOfRange);
-        let reason = if past_end { "Input/output error".to_owned() } else { qemu_text::cause(&error) };
+    report.sent.map_err(|failure| {
+        let reason = match failure {
+            BenchFailure::PastEnd => "Input/output error".to_owned(),
+            BenchFailure::Request(error) => persona::cause(&error),
+        };
         Failure::new(format!("Failed request: {reason}"))
     })?;
-    session.print(&format!("Run completed in {seconds:.3} seconds.\n"))?;
-    closed.map_err(|error| {
-        Failure::new(format!("error while closing the image: {}", qemu_text::cause(&error)))
+    session.print(&format!("Run completed in {:.3} seconds.\n", report.elapsed.as_secs_f64()))?;
+    report.closed.map_err(|error| {
+        Failure::new(format!("error while closing the image: {}", persona::cause(&error)))
     })?;
     Ok(exit::SUCCESS)
 }
@@ -93,15 +93,15 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
     let mut request = Request {
         image: ImageArgs::default(),
         cache: CacheMode::Writeback,
-        options: BenchOptions::new(),
+        bench: Bench::new(),
         step: None,
-        depth: 64,
         write: false,
         pattern: 0,
         native: false,
         threads: None,
         filename: String::new(),
     };
+    let options = &mut request.bench.requests;
     while let Some(given) = args.next(session)? {
         let number = |what: &str, range| parse_argument(what, &given.value, range);
         let count = |what: &str, range| parse_count(what, &given.value, range);
@@ -120,32 +120,24 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
                 "threads" | "io_uring" => request.native = false,
                 other => return Err(Failure::new(format!("Invalid aio option: {other}"))),
             },
-            Opt::RequestCount => request.options.count = count("request count", POSITIVE)?,
-            Opt::Depth => request.depth = count("queue depth", POSITIVE)?,
-            Opt::BufferSize => request.options.buffer_size = number("buffer size", POSITIVE)?,
+            Opt::RequestCount => options.count = count("request count", POSITIVE)?,
+            Opt::Depth => request.bench.depth = count("queue depth", POSITIVE)? as usize,
+            Opt::BufferSize => options.buffer_size = number("buffer size", POSITIVE)?,
             Opt::StepSize => request.step = Some(number("step size", 0..=i32::MAX as u64)?),
-            Opt::StartOffset => request.options.start = number("offset", SIGNED)?,
+            Opt::StartOffset => options.start = number("offset", SIGNED)?,
             Opt::Pattern => request.pattern = count("pattern byte", 0..=255)? as u8,
             Opt::FlushInterval => {
                 let interval = count("flush interval", 0..=i32::MAX as u64)?;
-                request.options.flush_interval = (interval > 0).then_some(interval);
+                options.flush_interval = (interval > 0).then_some(interval);
             }
-            Opt::NoDrain => request.options.drain = false,
+            Opt::NoDrain => options.drain = false,
             Opt::Write => request.write = true,
             Opt::Threads => request.threads = Some(number("thread count", 1..=1024)? as usize),
             _ => {}
         }
     }
+    options.step = request.step.filter(|&step| step > 0).unwrap_or(options.buffer_size);
+    options.pattern = request.write.then_some(request.pattern);
     request.filename = args.into_one_operand("Expecting one image file name")?;
     Ok(request)
-}
-
-fn check_flushes(request: &Request) -> Result<(), Failure> {
-    match request.options.flush_interval {
-        Some(_) if !request.write => Err(Failure::new("--flush-interval is only available in write tests")),
-        Some(interval) if interval < request.depth => {
-            Err(Failure::new("Flush interval can't be smaller than depth"))
-        }
-        _ => Ok(()),
-    }
 }

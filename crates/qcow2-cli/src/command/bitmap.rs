@@ -3,12 +3,12 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
 use crate::numbers::{SIGNED, parse_argument};
-use crate::open::{OpenAs, OpenedDisk, open_image, open_to_change};
-use crate::render::qemu_text;
+use crate::open::{open_to_change, read_name};
+use crate::persona;
 use crate::session::Session;
+use qcow2_blockdev::{ImageName, OpenOptions, OpenedDisk, open};
 use qcow2_core::format::Version;
 use qcow2_core::{ErrorKind, Image, Layers};
 use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
@@ -16,8 +16,8 @@ use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
-    let name = ImageName::read(session, &request.filename, &request.image)?;
-    let opened = open_to_change(session, &name, &request.image, ALONE)?;
+    let name = read_name(session, &request.filename, &request.image)?;
+    let opened = open_to_change(session, &name, &alone(&request.image))?;
     let source = request.open_source()?;
     // Bitmaps change in memory, however long that takes: a signal may end the program until they are stored.
     let interrupts = Interrupts::install();
@@ -28,7 +28,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     interrupts.die_if_asked();
     done?;
     closed.map_err(|error| {
-        Failure::new(format!("Error while closing the image: {}", qemu_text::cause(&error)))
+        Failure::new(format!("Error while closing the image: {}", persona::cause(&error)))
     })?;
     Ok(exit::SUCCESS)
 }
@@ -109,7 +109,7 @@ impl Request {
         let Some(source) = &self.source else { return Ok(None) };
         let (format, objects) = (self.source_format.clone(), self.image.objects.clone());
         let args = ImageArgs { format, objects, ..ImageArgs::default() };
-        open_image(&ImageName::parse(source, &args)?, &args, ALONE).map(Some)
+        Ok(Some(open(&ImageName::parse(source, &args.naming())?, &alone(&args))?))
     }
 
     fn change(
@@ -138,7 +138,7 @@ impl Request {
         };
         change_bitmap(image, &self.bitmap, action, other).map_err(|error| match error.core_error() {
             Some(engine) => self.refused(action, engine),
-            None => self.failure(action, &qemu_text::chain(&error)),
+            None => self.failure(action, &persona::chain(&error)),
         })
     }
 
@@ -170,9 +170,9 @@ impl Request {
     }
 
     fn refused(&self, action: &BitmapAction, error: &qcow2_core::Error) -> Failure {
-        let failure = self.failure(action, &qemu_text::capitalized(&qemu_text::cause(error)));
+        let failure = self.failure(action, &persona::capitalized(&persona::cause(error)));
         match error.kind() {
-            ErrorKind::Inconsistent => failure.hint(qemu_text::INCONSISTENT_HINT),
+            ErrorKind::Inconsistent => failure.hint(persona::INCONSISTENT_HINT),
             _ => failure,
         }
     }
@@ -191,7 +191,9 @@ impl Request {
 }
 
 /// Bitmaps are the image's own: its backing file need not be there.
-const ALONE: OpenAs = OpenAs { layers: Layers::NoBacking, ..OpenAs::READ };
+fn alone(args: &ImageArgs) -> OpenOptions {
+    args.options().with_layers(Layers::NoBacking)
+}
 /// What stands for the name of a node, which QEMU makes up anew each time.
 const NODE: &str = "#block100";
 const MAX_GRANULARITY: u64 = 1 << 31;

@@ -4,17 +4,18 @@ use crate::args::{Arguments, ImageArgs, Opt, OutputFormat, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
 use crate::findings::{complain, say};
-use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, complain_of_guess, open_below, open_file, open_layers};
+use crate::open::{complain_of_guess, read_name};
+use crate::persona;
 use crate::progress::Meter;
 use crate::render::check::Fixed;
-use crate::render::{check as render, json, qemu_text};
+use crate::render::{check as render, json};
 use crate::session::Session;
 use crate::threads::Threads;
+use qcow2_blockdev::{ImageName, open_below, open_bytes, open_layers};
 use qcow2_core::format::header::CryptMethod;
 use qcow2_core::walk::SnapshotFault;
-use qcow2_core::{EncryptedLayer, ImageFormat, Keyring, Layers, ResolvedSource};
+use qcow2_core::{EncryptedLayer, ImageFormat, Keyring, ResolvedSource};
 use qcow2_io::CacheMode;
 use qcow2_ops::ErrorKind;
 use qcow2_ops::check::{CheckReport, Finding, Found};
@@ -140,7 +141,7 @@ impl Request {
                 Opt::Repair if given.value == "all" => request.repair = Some(RepairMode::All),
                 Opt::Repair => {
                     let text = format!("--repair (-r) expects 'leaks' or 'all' not '{}'", given.value);
-                    return Err(Failure::usage(verb, text));
+                    return Err(Failure::usage(verb.name, text));
                 }
                 Opt::Object => request.image.objects.add(&given.value)?,
                 _ => {}
@@ -167,48 +168,48 @@ fn unlock(name: &ImageName, source: &ResolvedSource) -> Result<(), Failure> {
     let luks = header.extensions.luks;
     let layer = EncryptedLayer::new((0, &*source.name), header.crypt_method, luks, &*source.storage);
     let unlocked = name.keys.unlock(&layer).map(|_| ());
-    unlocked.map_err(|error| Failure::could_not_open(&name.typed, &error.to_string()))
+    unlocked.map_err(|error| Failure::could_not_open(&name.typed, &persona::unlock(&error)))
 }
 
 fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Repaired>), Failure> {
-    let name = ImageName::read(session, &request.filename, &request.image)?;
+    let name = read_name(session, &request.filename, &request.image)?;
     if request.repair.is_some() && request.image.force_share {
-        let reason = "force-share=on can only be used with read-only images";
-        return Err(Failure::could_not_open(&name.typed, reason));
+        return Err(Failure::could_not_open(&name.typed, persona::SHARED_AND_WRITABLE));
     }
-    let how = OpenAs { cache: request.cache, writable: request.repair.is_some(), ..OpenAs::READ };
-    let source = open_file(&name, &request.image, how)?;
+    let reading = request.image.options().with_cache(request.cache);
+    let mut how = reading.clone();
+    how.writable = request.repair.is_some();
+    let source = open_bytes(&name, &how)?.source;
     if request.repair.is_some() {
         complain_of_guess(session, &name, &source.format);
     }
     if source.format != ImageFormat::Qcow2 {
-        open_layers(&name, source, OpenAs { writable: false, ..how }, "")?;
+        open_layers(&name, source, &reading, 0)?;
         let failure = Failure::new("This image format does not support checks");
         return Err(failure.with_code(exit::CHECK_UNSUPPORTED));
     }
     unlock(&name, &source)?;
-    open_below(&name, &source, OpenAs { writable: false, ..how })?;
+    open_below(&name, &source, &reading)?;
     let interrupts = Interrupts::install();
     let meter = Meter::unasked(session, &interrupts);
     let workers = Threads::per_core();
     let failed = |error: qcow2_ops::Error| match (error.kind(), error.core_error()) {
-        (ErrorKind::Open, _) => error.caller_error().unwrap_or_else(|e| Failure::new(qemu_text::chain(&e))),
-        (ErrorKind::Write, Some(engine)) => {
-            Failure::new(format!("Check failed: {}", qemu_text::cause(engine)))
-        }
+        (ErrorKind::Open, _) => error.caller_error().unwrap_or_else(|e| Failure::new(persona::chain(&e))),
+        (ErrorKind::Write, Some(engine)) => Failure::new(format!("Check failed: {}", persona::cause(engine))),
         (ErrorKind::Stopped, _) => {
             interrupts.die_if_asked();
             Failure::silent(exit::FAILURE)
         }
-        (ErrorKind::Metadata, Some(engine)) => qemu_text::open_failure(&name.typed, "", engine),
-        _ => Failure::new(format!("Check failed: {}", qemu_text::chain(&error))),
+        (ErrorKind::Metadata, Some(engine)) => persona::engine_failure(&name.typed, engine),
+        _ => Failure::new(format!("Check failed: {}", persona::chain(&error))),
     };
     let storage = Arc::clone(&source.storage);
     let source = Cell::new(Some(source));
-    let how = OpenAs { layers: Layers::TopOnly, for_repair: true, ..how };
+    let mut how = how.top_only();
+    how.for_repair = true;
     let open = || {
         let source = source.take().ok_or_else(|| Failure::new("the image is opened for repair once"))?;
-        Ok(open_layers(&name, source, how, "")?.disk)
+        Ok(open_layers(&name, source, &how, 0).map_err(Failure::from)?.disk)
     };
     let checked = check_and_repair(&*storage, request.repair, &open, &workers, &meter).map_err(failed)?;
     match checked.repair {

@@ -3,13 +3,14 @@
 use crate::args::{Arguments, ImageArgs, Opt, OutputFormat, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, open_image, warn_of_missing_end};
+use crate::open::{read_name, warn_of_missing_end};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::{human, json, qemu_text};
+use crate::render::{human, json};
 use crate::session::Session;
 use crate::threads::Threads;
+use qcow2_blockdev::open;
 use qcow2_ops::ErrorKind;
 use serde_json::{Map, Value};
 use std::cell::OnceCell;
@@ -67,10 +68,9 @@ fn sum(
     filename: &str,
     interrupts: &OnceCell<Interrupts>,
 ) -> Result<Sum, Failure> {
-    let name = ImageName::read(session, filename, &request.image)?;
+    let name = read_name(session, filename, &request.image)?;
     let cache = request.cache.as_ref().map(|text| parse_cache("source cache", text)).transpose()?;
-    let how = OpenAs { cache: cache.unwrap_or_default(), ..OpenAs::READ };
-    let opened = open_image(&name, &request.image, how)?;
+    let opened = open(&name, &request.image.options().with_cache(cache.unwrap_or_default()))?;
     warn_of_missing_end(session, &opened);
     let disk = opened.disk;
     // A signal may end the program as ever while a file is being opened.
@@ -127,7 +127,7 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
 fn failure(error: &qcow2_ops::Error) -> Failure {
     match (error.kind(), error.core_error()) {
         (ErrorKind::Stopped, _) => Failure::silent(exit::FAILURE),
-        (_, Some(engine)) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
-        _ => Failure::new(qemu_text::chain(error)),
+        (_, Some(engine)) => Failure::new(format!("{error}: {}", persona::cause(engine))),
+        _ => Failure::new(persona::chain(error)),
     }
 }

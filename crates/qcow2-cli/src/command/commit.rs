@@ -1,17 +1,17 @@
 //! `commit`: what an image holds goes into its backing file, or into one further down.
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
-use crate::chain::{OpenedChain, open_down_to};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
+use crate::findings::tell_of_change;
 use crate::interrupt::Interrupts;
 use crate::numbers::{SIGNED, parse_argument};
-use crate::open::{OpenAs, close};
+use crate::open::{close, read_name};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::qemu_text;
 use crate::session::Session;
 use crate::threads::Threads;
+use qcow2_blockdev::{OpenedChain, open_down_to};
 use qcow2_ops::{CommitOptions, ErrorKind};
 
 /// Runs the verb.
@@ -19,14 +19,14 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let interrupts = Interrupts::install();
     let cache = request.cache.as_ref().map(|text| parse_cache("cache", text)).transpose()?;
-    let how = OpenAs {
-        cache: cache.unwrap_or_default(),
-        bytes_per_second: request.bytes_per_second,
-        ..OpenAs::READ
-    };
+    let mut how = request.image.options().with_cache(cache.unwrap_or_default());
+    how.bytes_per_second = request.bytes_per_second;
     request.image.check()?;
-    let name = ImageName::read(session, &request.filename, &request.image)?;
-    let chain = open_down_to(session, &name, &request.image, how, request.base.as_deref());
+    let name = read_name(session, &request.filename, &request.image)?;
+    let chain = open_down_to(&name, &how, request.base.as_deref(), &|warning, source| {
+        tell_of_change(session, warning, source);
+    });
+    let chain = chain.map_err(Failure::from);
     if chain.as_ref().is_err_and(Failure::is_of_opening) {
         return chain.map(|_| exit::SUCCESS);
     }
@@ -99,10 +99,10 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
     }
     match error.core_error() {
         Some(engine) if matches!(error.kind(), ErrorKind::Extents | ErrorKind::Read | ErrorKind::Write) => {
-            Failure::new(format!("Block job failed: {}", qemu_text::cause(engine)))
+            Failure::new(format!("Block job failed: {}", persona::cause(engine)))
         }
-        Some(engine) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
-        None => Failure::new(qemu_text::chain(error)),
+        Some(engine) => Failure::new(format!("{error}: {}", persona::cause(engine))),
+        None => Failure::new(persona::chain(error)),
     }
 }
 

@@ -3,13 +3,13 @@
 use crate::args::{Arguments, ImageArgs, Objects, Opt, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, OpenedDisk, open_image, warn_of_missing_end};
+use crate::open::{read_name, warn_of_missing_end};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::qemu_text;
 use crate::session::Session;
 use crate::threads::Threads;
+use qcow2_blockdev::{OpenedDisk, open};
 use qcow2_ops::compare::{CompareOptions, CompareReport, Comparison};
 use qcow2_ops::{Error, ErrorKind};
 
@@ -83,21 +83,22 @@ impl Request {
             }
         }
         let filenames = <[String; 2]>::try_from(args.into_operands());
-        request.filenames = filenames.map_err(|_| Failure::usage(verb, "Expecting two image file names"))?;
+        request.filenames =
+            filenames.map_err(|_| Failure::usage(verb.name, "Expecting two image file names"))?;
         Ok(request)
     }
 
     fn open(&self, session: &Session) -> Result<[OpenedDisk; 2], Failure> {
         let cache = self.cache.as_ref().map(|text| parse_cache("source cache", text)).transpose()?;
-        let how = OpenAs { cache: cache.unwrap_or_default(), ..OpenAs::READ };
-        let open = |filename: &str, format: &Option<String>| {
+        let opened = |filename: &str, format: &Option<String>| -> Result<_, Failure> {
             let (image_opts, force_share) = (self.image_opts, self.force_share);
             let objects = self.objects.clone();
             let args = ImageArgs { format: format.clone(), image_opts, force_share, objects };
             args.check()?;
-            open_image(&ImageName::read(session, filename, &args)?, &args, how)
+            let name = read_name(session, filename, &args)?;
+            Ok(open(&name, &args.options().with_cache(cache.unwrap_or_default()))?)
         };
-        Ok([open(&self.filenames[0], &self.format)?, open(&self.filenames[1], &self.second_format)?])
+        Ok([opened(&self.filenames[0], &self.format)?, opened(&self.filenames[1], &self.second_format)?])
     }
 }
 
@@ -125,14 +126,12 @@ fn failure(error: &Error) -> Failure {
     };
     let text = match error.core_error() {
         Some(_) if error.kind() == ErrorKind::Extents => {
-            let text = error.to_string();
-            let name = text.split_once(" of ").map_or("", |(_, name)| name);
-            format!("Sector allocation test failed for {name}")
+            format!("Sector allocation test failed for {}", error.disk().unwrap_or_default())
         }
         Some(engine) => {
-            format!("{}: {}", qemu_text::capitalized(&error.to_string()), qemu_text::cause(engine))
+            format!("{}: {}", persona::capitalized(&error.to_string()), persona::cause(engine))
         }
-        None => qemu_text::chain(error),
+        None => persona::chain(error),
     };
     Failure::new(text).with_code(code)
 }

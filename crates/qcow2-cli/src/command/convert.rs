@@ -7,13 +7,13 @@ mod target;
 use crate::args::Arguments;
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, OpenedDisk, open_image, open_snapshot, warn_of_missing_end};
+use crate::open::{read_name, warn_of_missing_end};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::qemu_text;
 use crate::session::Session;
 use crate::threads::Threads;
+use qcow2_blockdev::{ImageName, OpenedDisk, Sharing, open, open_snapshot};
 use qcow2_core::GuestDisk;
 use qcow2_core::format::Version;
 use qcow2_ops::snapshot::SnapshotName;
@@ -58,7 +58,7 @@ fn convert(
     let sources = open_sources(session, request)?;
     sources.iter().for_each(|source| warn_of_missing_end(session, source));
     let disks: Vec<Arc<dyn GuestDisk>> = sources.iter().map(|source| Arc::clone(&source.disk)).collect();
-    let size = converted_size(&disks).map_err(|error| Failure::new(qemu_text::chain(&error)))?;
+    let size = converted_size(&disks).map_err(|error| Failure::new(persona::chain(&error)))?;
     let target = target::open(session, request, &sources, size, interrupts)?;
     if target.size() < size {
         return Err(Failure::new("output file is smaller than input file"));
@@ -73,20 +73,21 @@ fn convert(
 }
 
 fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>, Failure> {
-    let how = OpenAs { cache: request.source.cache, ..OpenAs::COPY };
-    let read = |typed: &String| ImageName::read(session, typed, &request.source.args);
+    let source = &request.source;
+    let how = source.args.options().with_cache(source.cache).with_sharing(Sharing::Alone);
+    let read = |typed: &String| read_name(session, typed, &request.source.args);
     if let (Some(wanted), [only]) = (&request.source.snapshot, &request.source.names[..]) {
-        return Ok(vec![open_snapshot(&read(only)?, &request.source.args, how, wanted)?]);
+        return Ok(vec![open_snapshot(&read(only)?, &how, |all| wanted.position(all))?]);
     }
-    let open = |typed: &String| open_image(&read(typed)?, &request.source.args, how);
+    let open = |typed: &String| -> Result<_, Failure> { Ok(open(&read(typed)?, &how)?) };
     let mut sources = request.source.names.iter().map(open).collect::<Result<Vec<_>, _>>()?;
     match &request.source.snapshot {
         None => Ok(sources),
         Some(SnapshotName::Any(_)) => Err(Failure::new("No support for concatenating multiple snapshot")),
         // One that is named by what it must have is looked for in the first source, when all are open.
         Some(wanted) => {
-            let first = ImageName::parse(&request.source.names[0], &request.source.args)?;
-            sources[0] = open_snapshot(&first, &request.source.args, how, wanted)?;
+            let first = ImageName::parse(&request.source.names[0], &request.source.args.naming())?;
+            sources[0] = open_snapshot(&first, &how, |all| wanted.position(all))?;
             Ok(sources)
         }
     }
@@ -95,9 +96,7 @@ fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>,
 /// Makes all durable, as far as the cache mode wants it, and leaves the target clean.
 fn finish(target: &dyn GuestDisk) -> Result<(), Failure> {
     let done = target.flush().and_then(|()| target.as_image().map_or(Ok(()), |image| image.close()));
-    done.map_err(|error| {
-        Failure::new(format!("error while closing the target: {}", qemu_text::cause(&error)))
-    })
+    done.map_err(|error| Failure::new(format!("error while closing the target: {}", persona::cause(&error))))
 }
 
 /// The bitmaps of the one source go along, where that is wanted.
@@ -113,10 +112,8 @@ fn copy_bitmaps(
     let target = target.ok_or_else(|| Failure::new("Format driver 'qcow2' does not support bitmaps"))?;
     let skipped = qcow2_ops::bitmap::copy_bitmaps(source, target, request.copy.skip_broken_bitmaps);
     let skipped = skipped.map_err(|error| match error.core_error() {
-        Some(engine) => {
-            Failure::new(format!("{error}: {}", qemu_text::capitalized(&qemu_text::cause(engine))))
-        }
-        None => Failure::new(qemu_text::chain(&error)),
+        Some(engine) => Failure::new(format!("{error}: {}", persona::capitalized(&persona::cause(engine)))),
+        None => Failure::new(persona::chain(&error)),
     })?;
     skipped.iter().for_each(|name| session.warn(&format!("Skipping inconsistent bitmap '{name}'")));
     Ok(())
@@ -127,8 +124,8 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
         return Failure::silent(exit::FAILURE);
     }
     match error.core_error() {
-        Some(engine) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
-        None => Failure::new(qemu_text::chain(error)),
+        Some(engine) => Failure::new(format!("{error}: {}", persona::cause(engine))),
+        None => Failure::new(persona::chain(error)),
     }
 }
 

@@ -1,16 +1,16 @@
 //! `create`: a new image.
 
-use crate::args::{Arguments, Objects, Opt};
+use crate::args::{Arguments, ImageArgs, Objects, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::{NewTarget, new_target};
+use crate::files::open_files;
 use crate::imageopts::{ImageOptions, TargetFormat, print_options};
 use crate::interrupt::Interrupts;
-use crate::newbacking::{KeptBacking, open_backing};
 use crate::newimage;
 use crate::numbers::{SIGNED, parse_argument};
-use crate::optlist::OptList;
+use crate::persona;
 use crate::session::Session;
+use qcow2_blockdev::{KeptBacking, KeyValues, NewTarget, open_backing};
 use qcow2_core::ImageFormat;
 
 /// Runs the verb.
@@ -20,8 +20,10 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     };
     let about = |failure: Failure| failure.about(&request.filename);
     TargetFormat::parse(&request.format).map_err(about)?;
-    let target = match new_target(&request.filename) {
-        Err(reason) if !request.filename.is_empty() => return Err(about(Failure::new(reason))),
+    let target = match NewTarget::parse(&request.filename) {
+        Err(reason) if !request.filename.is_empty() => {
+            return Err(about(Failure::new(persona::in_one_line(&reason))));
+        }
         target => target.unwrap_or(NewTarget::File(String::new())),
     };
     let (options, _kept) = settle(&request).map_err(about)?;
@@ -45,7 +47,7 @@ struct Request {
     format: String,
     filename: String,
     size: Option<u64>,
-    list: OptList,
+    list: KeyValues,
     backing: Option<String>,
     backing_format: Option<String>,
     open_backing: bool,
@@ -65,12 +67,12 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
             Opt::Backing => backing = Some(given.value),
             Opt::BackingFormat => backing_format = Some(given.value),
             Opt::BackingUnsafe => open_backing = false,
-            Opt::Options => texts.push(OptList::checked(given.value)?),
+            Opt::Options => texts.push(KeyValues::checked(given.value)?),
             Opt::Object => objects.add(&given.value)?,
             _ => {}
         }
     }
-    let list = OptList::parse_image_options(&texts);
+    let list = KeyValues::parse_image_options(&texts);
     let mut operands = args.into_operands().into_iter();
     let filename = operands.next();
     let format = match format {
@@ -83,10 +85,10 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
         print_options(session, TargetFormat::parse(&format)?, filename.is_some())?;
         return Ok(None);
     }
-    let filename = filename.ok_or_else(|| Failure::usage(verb, "Expecting image file name"))?;
+    let filename = filename.ok_or_else(|| Failure::usage(verb.name, "Expecting image file name"))?;
     let size = operands.next().map(|text| parse_argument("image size", &text, SIGNED)).transpose()?;
     if let Some(extra) = operands.next() {
-        return Err(Failure::usage(verb, format!("Unexpected argument: {extra}")));
+        return Err(Failure::usage(verb.name, format!("Unexpected argument: {extra}")));
     }
     Ok(Some(Request { quiet, format, filename, size, list, backing, backing_format, open_backing, objects }))
 }
@@ -144,12 +146,14 @@ fn look_at_backing(
         return Err(Failure::new(text));
     }
     let without_format = || Failure::new("Backing file specified without backing format");
-    let kept = KeptBacking::unopened(&request.filename, name, format);
+    let kept = KeptBacking::unopened(open_files(), &request.filename, name);
     if !request.open_backing {
         return if format.is_some() { Ok((None, kept)) } else { Err(without_format()) };
     }
-    let opened = open_backing(&request.filename, name, format, &request.objects)
-        .map_err(|failure| failure.without_name().hint("Could not open backing image."))?;
+    let (format_name, objects) = (format.map(str::to_owned), request.objects.clone());
+    let args = ImageArgs { format: format_name, objects, ..ImageArgs::default() };
+    let opened = open_backing(&request.filename, name, &args.naming(), &args.options())
+        .map_err(|failure| Failure::from(failure).without_name().hint("Could not open backing image."))?;
     if format.is_none() {
         let detected = match opened.format {
             ImageFormat::Qcow2 => "qcow2",

@@ -3,17 +3,16 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::{Driver, ImageName, NewTarget, new_target};
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::newimage;
 use crate::numbers::{SIGNED, parse_argument, parse_count};
-use crate::open::{OpenAs, close, open_image, warn_of_missing_end};
-use crate::optlist::OptList;
+use crate::open::{close, read_name, warn_of_missing_end};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::qemu_text;
 use crate::session::Session;
 use crate::threads::Threads;
+use qcow2_blockdev::{KeyValues, NewTarget, open};
 use qcow2_ops::ErrorKind;
 use qcow2_ops::dd::{DdOptions, dd, dd_range};
 
@@ -85,30 +84,27 @@ impl Request {
 }
 
 fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result<(), Failure> {
-    let name = ImageName::read(session, &request.input, &request.image)?;
-    let opened = open_image(&name, &request.image, OpenAs::READ)?;
+    let name = read_name(session, &request.input, &request.image)?;
+    let opened = open(&name, &request.image.options())?;
     warn_of_missing_end(session, &opened);
     let source = opened.disk;
     let format =
         TargetFormat::parse(&request.target_format).map_err(|_| Failure::new("Unknown file format"))?;
     let wanted = dd_range(source.size(), &request.options);
     let range = wanted.clone().unwrap_or(0..0);
-    let mut options = ImageOptions::parse(format, &OptList::default())?;
+    let mut options = ImageOptions::parse(format, &KeyValues::default())?;
     options.set_number("size", range.end - range.start);
     let about = |failure: Failure| failure.about("error while creating output image").about(&request.output);
-    let made = match new_target(&request.output) {
-        Err(reason) if !request.output.is_empty() => return Err(about(Failure::new(reason))),
+    let made = match NewTarget::parse(&request.output) {
+        Err(reason) if !request.output.is_empty() => {
+            return Err(about(Failure::new(persona::in_one_line(&reason))));
+        }
         target => target.unwrap_or(NewTarget::File(String::new())),
     };
     newimage::make(session, &made, &options, interrupts).map_err(|not_made| about(not_made.into()))?;
-    let args = ImageArgs { format: Some(format.name().to_owned()), ..ImageArgs::default() };
-    let driver = match format {
-        TargetFormat::Raw => Driver::Raw,
-        TargetFormat::Qcow2 => Driver::Qcow2,
-        TargetFormat::Luks => Driver::Luks,
-    };
-    let target = ImageName::on(&request.output, made, driver, None, &args.objects);
-    let target = open_image(&target, &args, OpenAs { writable: true, ..OpenAs::READ })?.disk;
+    let args = ImageArgs::default();
+    let target = made.into_name(&request.output, format.driver(), None, args.objects.secrets());
+    let target = open(&target, &args.options().writable())?.disk;
     if wanted.is_none() {
         let text = format!("{}: {}: cannot skip to specified offset", session.program(), request.input);
         session.complain(&text);
@@ -130,8 +126,8 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
                 ErrorKind::Write => "error while writing to output image file".to_owned(),
                 _ => error.to_string(),
             };
-            Failure::new(format!("{step}: {}", qemu_text::cause(engine)))
+            Failure::new(format!("{step}: {}", persona::cause(engine)))
         }
-        None => Failure::new(qemu_text::chain(error)),
+        None => Failure::new(persona::chain(error)),
     }
 }

@@ -4,15 +4,15 @@
 use crate::args::{Arguments, ImageArgs, Opt, OutputFormat};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
-use crate::open::{OpenAs, OpenedFile, open_nodes};
+use crate::open::read_name;
+use crate::persona;
 use crate::render::info::{NamedInfo, to_json, to_text};
-use crate::render::{json, qemu_text};
+use crate::render::json;
 use crate::session::Session;
+use qcow2_blockdev::{ImageName, OpenedBytes, locate_backing, open_bytes};
+use qcow2_core::SourceId;
 use qcow2_core::chain::MAX_CHAIN_LEN;
 use qcow2_core::format::{FormatError, FormatErrorKind};
-use qcow2_core::{Reference, SourceId};
-use qcow2_io::{FileResolver, Policy};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
@@ -73,26 +73,26 @@ fn look(session: &Session, request: &Request, filename: &str) -> Result<Vec<Name
     let mut infos = Vec::new();
     let mut seen: BTreeSet<SourceId> = BTreeSet::new();
     let mut args = request.image.clone();
-    let mut next = Some(ImageName::read(session, filename, &args)?);
+    let mut next = Some(read_name(session, filename, &args)?);
     while let Some(name) = next.take() {
         if infos.len() >= MAX_CHAIN_LEN {
             return Err(Failure::new(format!("backing chain has more than {MAX_CHAIN_LEN} layers")));
         }
-        let OpenedFile { source, mut nodes, .. } = open_nodes(&name, &args, OpenAs::LOOK)?;
+        let OpenedBytes { source, mut nodes, .. } = open_bytes(&name, &args.options().top_only())?;
         if source.id.is_some_and(|id| !seen.insert(id)) {
             let message = format!("Backing file '{}' creates an infinite loop.", name.typed);
             return Err(Failure::new(message));
         }
         let report =
             qcow2_ops::info(&*source.storage, &source.format).map_err(|error| match error.core_error() {
-                Some(engine) => qemu_text::open_failure(&name.typed, "", engine),
+                Some(engine) => persona::engine_failure(&name.typed, engine),
                 None => Failure::could_not_open(&name.typed, &unreadable(&error)),
             })?;
         let backing = report.qcow2.as_ref().and_then(|qcow2| qcow2.backing.clone());
-        let full_backing = backing.as_ref().map(|b| full_name(name.path().unwrap_or_default(), &b.name));
+        let full_backing = backing.as_ref().map(|b| locate_backing(name.path().unwrap_or_default(), &b.name));
         if let Some((backing, full)) = backing.zip(full_backing.clone()).filter(|_| request.chain) {
             args = ImageArgs { format: backing.format, image_opts: false, ..args };
-            next = Some(ImageName::parse(&full, &args)?);
+            next = Some(ImageName::parse(&full, &args.naming())?);
         }
         let format = match name.node.driver().is_protocol() {
             true => nodes.remove(0).driver,
@@ -107,19 +107,8 @@ fn look(session: &Session, request: &Request, filename: &str) -> Result<Vec<Name
 
 /// Why nothing is known of an image.
 fn unreadable(error: &qcow2_ops::Error) -> String {
-    match qemu_text::find::<FormatError>(error).map(FormatError::kind) {
+    match persona::find::<FormatError>(error).map(FormatError::kind) {
         Some(FormatErrorKind::NotLuks) => "Volume is not in LUKS format".to_owned(),
-        _ => qemu_text::chain(error),
+        _ => persona::chain(error),
     }
-}
-
-/// Where the backing file `name` of the image at `path` leads; names of other kinds than files stay as they
-/// are.
-fn full_name(path: &str, name: &str) -> String {
-    let has_protocol = name.split_once(':').is_some_and(|(protocol, _)| !protocol.contains('/'));
-    if has_protocol {
-        return name.to_owned();
-    }
-    let located = FileResolver::new(path, Policy::Deny).locate(Reference::Backing { name, format: None });
-    located.map_or_else(|_| name.to_owned(), |full| full.to_string_lossy().into_owned())
 }

@@ -3,11 +3,11 @@
 use crate::args::{Arguments, ImageArgs, Opt, OutputFormat};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::numbers::{SIGNED, parse_argument};
-use crate::open::{OpenAs, OpenedDisk, open_image};
+use crate::open::read_name;
 use crate::render::map::{JsonRows, TextRows};
 use crate::session::Session;
+use qcow2_blockdev::{OpenedDisk, open};
 use qcow2_ops::{MapExtent, MapOptions};
 use std::ops::ControlFlow;
 
@@ -15,8 +15,8 @@ use std::ops::ControlFlow;
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = parse(session, args)?;
     request.image.check()?;
-    let name = ImageName::read(session, &request.filename, &request.image)?;
-    let opened = open_image(&name, &request.image, OpenAs::READ)?;
+    let name = read_name(session, &request.filename, &request.image)?;
+    let opened = open(&name, &request.image.options())?;
     match request.output {
         OutputFormat::Human => {
             let mut rows = TextRows::new(&opened.files);
@@ -90,7 +90,7 @@ fn walk(
         return Err(failure);
     }
     mapped.map_err(|error| {
-        Failure::new(format!("Could not read file metadata: {}", crate::render::qemu_text::cause(&error)))
+        Failure::new(format!("Could not read file metadata: {}", crate::persona::cause(&error)))
     })
 }
 

@@ -5,13 +5,13 @@ use crate::command::convert::parse_snapshot;
 use crate::crypt::{LUKS_NAMES, QCOW2_NAMES, read_options};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::numbers::{SIGNED, parse_argument};
-use crate::open::{OpenAs, open_image, open_snapshot};
-use crate::optlist::OptList;
-use crate::render::{json, qemu_text};
+use crate::open::read_name;
+use crate::persona;
+use crate::render::json;
 use crate::session::Session;
+use qcow2_blockdev::{KeyValues, open, open_snapshot};
 use qcow2_core::format::Version;
 use qcow2_core::{GuestDisk, Preallocation};
 use qcow2_ops::ErrorKind;
@@ -85,7 +85,7 @@ impl Request {
                 Opt::ForceShare => request.image.force_share = true,
                 Opt::Output => request.output = OutputFormat::parse(verb, &given.value)?,
                 Opt::TargetFormat => request.target_format = given.value,
-                Opt::Options => request.option_texts.push(OptList::checked(given.value)?),
+                Opt::Options => request.option_texts.push(KeyValues::checked(given.value)?),
                 Opt::Snapshot => request.snapshot = Some(parse_snapshot(&given.value)?),
                 Opt::Size => request.size = Some(parse_argument("image size", &given.value, SIGNED)?),
                 Opt::Object => request.image.objects.add(&given.value)?,
@@ -111,16 +111,16 @@ impl Request {
     fn open(&self, session: &Session) -> Result<Option<Source>, Failure> {
         let Some(filename) = &self.filename else { return Ok(None) };
         self.image.check()?;
-        let name = ImageName::read(session, filename, &self.image)?;
+        let (name, how) = (read_name(session, filename, &self.image)?, self.image.options());
         let opened = match &self.snapshot {
-            Some(snapshot) => open_snapshot(&name, &self.image, OpenAs::READ, snapshot)?,
-            None => open_image(&name, &self.image, OpenAs::READ)?,
+            Some(snapshot) => open_snapshot(&name, &how, |all| snapshot.position(all))?,
+            None => open(&name, &how)?,
         };
         Ok(Some(Source { disk: opened.disk, is_null: opened.is_null }))
     }
 
     fn options(&self, format: TargetFormat) -> Result<ImageOptions, Failure> {
-        let list = OptList::parse_image_options(&self.option_texts);
+        let list = KeyValues::parse_image_options(&self.option_texts);
         let parsed = match list.asks_help() {
             true => Err(Failure::new("Invalid parameter 'help'")),
             false => ImageOptions::parse(format, &list),
@@ -189,7 +189,7 @@ fn bitmap_bytes(disk: &Arc<dyn GuestDisk>, cluster_size: u64) -> Result<Option<u
     let Some(image) = disk.as_image().filter(|image| image.header().version >= Version::V3) else {
         return Ok(None);
     };
-    let bitmaps = image.bitmaps().map_err(|error| Failure::new(qemu_text::chain(&error)))?;
+    let bitmaps = image.bitmaps().map_err(|error| Failure::new(persona::chain(&error)))?;
     Ok(Some(measure_bitmaps(&bitmaps, disk.size(), cluster_size)))
 }
 
@@ -217,7 +217,7 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
         (ErrorKind::InvalidOption, _) => {
             Failure::new("The image size is too large (try using a larger cluster size)")
         }
-        (_, Some(engine)) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
-        _ => Failure::new(qemu_text::chain(error)),
+        (_, Some(engine)) => Failure::new(format!("{error}: {}", persona::cause(engine))),
+        _ => Failure::new(persona::chain(error)),
     }
 }

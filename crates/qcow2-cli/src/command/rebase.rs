@@ -4,16 +4,16 @@ use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::drivers;
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
 use crate::interrupt::Interrupts;
-use crate::open::{LayerFiles, OpenAs, OpenedDisk, close, open_image, open_to_change};
+use crate::open::{close, open_to_change, read_name};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::qemu_text;
 use crate::session::Session;
 use crate::threads::Threads;
+use qcow2_blockdev::{ImageName, LayerFiles, OpenedDisk, locate_backing, open};
 use qcow2_core::format::{AutoclearFeatures, FormatErrorKind};
-use qcow2_core::{BackingName, Layers, Reference};
-use qcow2_io::{CacheMode, FileResolver, Policy};
+use qcow2_core::{BackingName, Layers};
+use qcow2_io::CacheMode;
 use qcow2_ops::{ErrorKind, RebaseOptions};
 use std::path::PathBuf;
 
@@ -69,7 +69,7 @@ impl Request {
         }
         request.filename = args.into_one_operand("Expecting one image file name")?;
         if request.backing.is_none() && !request.unsafe_mode {
-            return Err(Failure::usage(verb, "Must specify backing file (-b) or use unsafe mode (-u)"));
+            return Err(Failure::usage(verb.name, "Must specify backing file (-b) or use unsafe mode (-u)"));
         }
         Ok(request)
     }
@@ -84,10 +84,10 @@ fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fai
     let cache = read_cache("cache", &request.cache)?;
     let backing_cache = read_cache("source cache", &request.backing_cache)?;
     request.image.check()?;
-    let name = ImageName::read(session, &request.filename, &request.image)?;
+    let name = read_name(session, &request.filename, &request.image)?;
     let layers = if request.unsafe_mode { Layers::NoBacking } else { Layers::Follow };
-    let how = OpenAs { cache, layers, ..OpenAs::READ };
-    let top = open_to_change(session, &name, &request.image, how)?;
+    let how = request.image.options().with_cache(cache).with_layers(layers);
+    let top = open_to_change(session, &name, &how)?;
     if request.compress && top.disk.as_image().is_none() {
         return Err(Failure::new("Compression not supported for this file format"));
     }
@@ -130,7 +130,7 @@ fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fai
         let reason = match error.format_error().map(|error| error.kind()) {
             Some(FormatErrorKind::HeaderFull { .. }) => "No space left in the file header".to_owned(),
             Some(FormatErrorKind::BackingNameTooLong(_)) => "Invalid argument".to_owned(),
-            _ => qemu_text::cause(&error),
+            _ => persona::cause(&error),
         };
         not_changed(request, &reason)
     })?;
@@ -151,16 +151,13 @@ fn open_new(
     let format = request.backing_format.as_deref();
     let image_opts = false;
     let args = ImageArgs { format: format.map(str::to_owned), image_opts, ..request.image.clone() };
-    let located = match backing.split_once(':') {
-        Some((protocol, _)) if !protocol.contains('/') => backing.to_owned(),
-        _ => FileResolver::new(name.path().unwrap_or_default(), Policy::Allow)
-            .locate(Reference::Backing { name: backing, format })
-            .map_or_else(|_| backing.to_owned(), |path| path.to_string_lossy().into_owned()),
-    };
-    let how = OpenAs { cache, ..OpenAs::READ };
-    let opened = ImageName::parse(&located, &args).and_then(|name| open_image(&name, &args, how));
+    let located = locate_backing(name.path().unwrap_or_default(), backing);
+    let how = args.options().with_cache(cache);
+    let opened = ImageName::parse(&located, &args.naming()).and_then(|name| open(&name, &how));
     opened.map_err(|failure| {
-        failure.without_name().after_words(&format!("Could not open new backing file '{backing}': "))
+        Failure::from(failure)
+            .without_name()
+            .after_words(&format!("Could not open new backing file '{backing}': "))
     })
 }
 
@@ -188,13 +185,13 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
     }
     match error.core_error() {
         Some(engine) if error.kind() == ErrorKind::Extents => {
-            Failure::new(format!("error while reading image metadata: {}", qemu_text::cause(engine)))
+            Failure::new(format!("error while reading image metadata: {}", persona::cause(engine)))
         }
         Some(engine) if error.kind() == ErrorKind::Write => {
-            Failure::new(format!("Error while writing to COW image: {}", qemu_text::cause(engine)))
+            Failure::new(format!("Error while writing to COW image: {}", persona::cause(engine)))
         }
-        Some(engine) => Failure::new(format!("{error}: {}", qemu_text::cause(engine))),
-        None => Failure::new(qemu_text::chain(error)),
+        Some(engine) => Failure::new(format!("{error}: {}", persona::cause(engine))),
+        None => Failure::new(persona::chain(error)),
     }
 }
 

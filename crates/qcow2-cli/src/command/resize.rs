@@ -3,21 +3,22 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::ImageName;
-use crate::imageopts::read_size;
 use crate::interrupt::Interrupts;
-use crate::open::{OpenAs, close, open_to_change};
+use crate::open::{close, open_to_change, read_name};
+use crate::persona;
 use crate::progress::Meter;
-use crate::render::qemu_text;
 use crate::session::Session;
+use qcow2_blockdev::read_size;
 use qcow2_core::{ErrorKind, GuestDisk, Preallocation};
 use qcow2_ops::resize::{MAX_DISK_SIZE, NewSize, Refusal, ResizeOptions};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
-    let name = ImageName::read(session, &request.filename, &request.image)?;
-    let disk = open_to_change(session, &name, &request.image, OpenAs { resizes: true, ..OpenAs::READ })?.disk;
+    let name = read_name(session, &request.filename, &request.image)?;
+    let mut how = request.image.options();
+    how.resizes = true;
+    let disk = open_to_change(session, &name, &how)?.disk;
     let interrupts = Interrupts::install();
     interrupts.hold();
     let meter = Meter::unasked(session, &interrupts);
@@ -60,9 +61,9 @@ impl Request {
         let [filename, size] = match <[String; 2]>::try_from(operands) {
             Ok(operands) => operands,
             Err(operands) if operands.len() > 2 => {
-                return Err(Failure::usage(verb, "Extra argument(s) in command line"));
+                return Err(Failure::usage(verb.name, "Extra argument(s) in command line"));
             }
-            Err(_) => return Err(Failure::usage(verb, "Expecting image file name and size")),
+            Err(_) => return Err(Failure::usage(verb.name, "Expecting image file name and size")),
         };
         let mut options = ResizeOptions::new(parse_size(&size)?);
         options.shrink = shrink;
@@ -83,7 +84,7 @@ fn parse_preallocation(text: &str) -> Result<Preallocation, Failure> {
 }
 
 fn parse_size(text: &str) -> Result<NewSize, Failure> {
-    let read = |text: &str| read_size("size", text);
+    let read = |text: &str| read_size("size", text).map_err(Failure::from);
     match text.strip_prefix('+') {
         Some(change) => read(change).map(NewSize::Plus),
         None => match text.strip_prefix('-') {
@@ -99,19 +100,18 @@ fn failure(
     preallocation: Preallocation,
     disk: &dyn GuestDisk,
 ) -> Failure {
-    let Some(refusal) = qemu_text::find::<Refusal>(error) else {
+    let Some(refusal) = persona::find::<Refusal>(error) else {
         if let Some(engine) = error.core_error().filter(|engine| engine.kind() == ErrorKind::Inconsistent) {
-            return Failure::new(qemu_text::capitalized(&engine.to_string()))
-                .hint(qemu_text::INCONSISTENT_HINT);
+            return Failure::new(persona::capitalized(&engine.to_string())).hint(persona::INCONSISTENT_HINT);
         }
-        let reason = error.core_error().map_or_else(|| qemu_text::chain(error), |e| qemu_text::cause(e));
+        let reason = error.core_error().map_or_else(|| persona::chain(error), |e| persona::cause(e));
         // A raw file gets its length and its space in one.
         let one_step = preallocation == Preallocation::Falloc && disk.as_raw().is_some();
         if error.kind() != qcow2_ops::ErrorKind::Preallocate && !one_step {
             return Failure::new(format!("Could not resize file: {reason}"));
         }
         let own_file = disk.as_image().is_some_and(|image| !image.header().has_data_file());
-        return Failure::new(format!("{}: {reason}", qemu_text::no_space(preallocation, own_file)));
+        return Failure::new(format!("{}: {reason}", persona::no_space(preallocation, own_file)));
     };
     refusal_text(session, refusal)
 }

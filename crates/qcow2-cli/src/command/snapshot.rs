@@ -3,15 +3,14 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imagename::{ImageName, NewTarget, new_target};
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::newimage;
-use crate::open::{OpenAs, complain_of_guess, open_image, open_to_change};
-use crate::optlist::OptList;
+use crate::open::{complain_of_guess, open_to_change, read_name};
+use crate::persona;
 use crate::render::info::snapshot_table;
-use crate::render::qemu_text;
 use crate::session::Session;
+use qcow2_blockdev::{ImageName, KeyValues, NewTarget, Sharing, open};
 use qcow2_core::{ErrorKind, Image, ImageFormat, NewSnapshot};
 use qcow2_ops::snapshot::{self, SnapshotName};
 use std::path::Path;
@@ -20,7 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
-    let name = ImageName::read(session, &request.filename, &request.image)?;
+    let name = read_name(session, &request.filename, &request.image)?;
     if let Action::External(new) = &request.action {
         return external(session, &name, &request.image, new).map(|()| exit::SUCCESS);
     }
@@ -30,8 +29,8 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         return Err(Failure::could_not_open(&name.typed, reason));
     }
     let opened = match writable {
-        true => open_to_change(session, &name, &request.image, OpenAs::READ)?,
-        false => open_image(&name, &request.image, OpenAs::READ)?,
+        true => open_to_change(session, &name, &request.image.options())?,
+        false => open(&name, &request.image.options())?,
     };
     let Some(image) = opened.disk.as_image() else {
         if matches!(request.action, Action::Apply(_)) {
@@ -100,7 +99,7 @@ impl Request {
                 _ => continue,
             };
             if action.replace(wanted).is_some() {
-                return Err(Failure::usage(verb, "Cannot mix '-l', '-a', '-c', '-d'"));
+                return Err(Failure::usage(verb.name, "Cannot mix '-l', '-a', '-c', '-d'"));
             }
         }
         let filename = args.into_one_operand("Expecting one image file name")?;
@@ -141,10 +140,10 @@ impl Action {
                 ErrorKind::Unsupported => NOT_SUPPORTED.to_owned(),
                 // A refcount or a table at its limit, not a full disk.
                 ErrorKind::NoSpace => "Invalid argument".to_owned(),
-                _ => qemu_text::cause(engine),
+                _ => persona::cause(engine),
             },
-            (_, _, Some(engine)) => qemu_text::cause(engine),
-            _ => qemu_text::chain(error),
+            (_, _, Some(engine)) => persona::cause(engine),
+            _ => persona::chain(error),
         };
         match self {
             Self::Apply(_) if reason == NOT_SUPPORTED => {
@@ -156,7 +155,7 @@ impl Action {
 }
 
 fn list(session: &Session, image: &Image) -> Result<(), Failure> {
-    let snapshots = image.snapshots().map_err(|error| Failure::new(qemu_text::chain(&error)))?;
+    let snapshots = image.snapshots().map_err(|error| Failure::new(persona::chain(&error)))?;
     if snapshots.is_empty() {
         return Ok(());
     }
@@ -180,18 +179,18 @@ fn change(image: &Image, action: &Action) -> Result<(), Failure> {
         }
     };
     done.map_err(|error| action.refused(&error))?;
-    image.close().map_err(|error| action.failure(&qemu_text::cause(&error)))
+    image.close().map_err(|error| action.failure(&persona::cause(&error)))
 }
 
 /// A new image on top of the one that `name` leads to, which nobody may be changing and which stays as it is.
 fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure> {
     let about = |failure: Failure| failure.about(new);
-    let opened = open_image(name, args, OpenAs::COPY)?;
+    let opened = open(name, &args.options().with_sharing(Sharing::Alone))?;
     if opened.format == ImageFormat::Raw && args.format.is_none() && !args.image_opts {
         let failure = Failure::new("The format of the image must be given (-f), for it was guessed");
         return Err(about(failure.hint("Detected format of raw.")));
     }
-    let target = new_target(new).map_err(Failure::new)?;
+    let target = NewTarget::parse(new).map_err(|kind| Failure::new(persona::in_one_line(&kind)))?;
     let (Some(old), NewTarget::File(path)) = (name.path(), &target) else {
         return Err(about(Failure::new("both images must be files")));
     };
@@ -200,7 +199,7 @@ fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) ->
     }
     let backing = backing_name(old, path)
         .map_err(|error| about(Failure::new(format!("cannot say where '{old}' is: {error}"))))?;
-    let mut options = ImageOptions::parse(TargetFormat::Qcow2, &OptList::parse_image_options(&[]))?;
+    let mut options = ImageOptions::parse(TargetFormat::Qcow2, &KeyValues::parse_image_options(&[]))?;
     options.set_text("backing_file", &backing);
     options.set_text("backing_fmt", if opened.format == ImageFormat::Raw { "raw" } else { "qcow2" });
     options.set_number("size", opened.disk.size().next_multiple_of(512));

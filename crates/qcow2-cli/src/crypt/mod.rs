@@ -1,13 +1,12 @@
 //! Encryption at the command line: secrets, what the operating system gives, passwords for layers, options of
 //! new volumes.
 
-mod keyring;
 mod options;
 mod prompt;
 mod slots;
 mod system;
 
-pub(crate) use keyring::{KEY_OPTIONS, Keys, LayerKey, reason};
 pub(crate) use options::{LUKS_NAMES, NewCrypt, QCOW2_NAMES, read_options};
+pub(crate) use prompt::Terminal;
 pub(crate) use slots::{SlotOptions, SlotRequest};
 pub(crate) use system::{SystemRandom, ThreadTime};

@@ -1,9 +1,10 @@
 //! How a new image is to be encrypted, from `-o`.
 
-use super::{SystemRandom, ThreadTime, reason};
+use super::{SystemRandom, ThreadTime};
 use crate::args::Objects;
 use crate::failure::Failure;
 use crate::imageopts::ImageOptions;
+use crate::persona;
 use qcow2_core::{LuksArea, NewEncryption};
 use qcow2_crypt::luks::{NewVolume, create};
 use qcow2_crypt::{CipherAlg, CipherMode, HashAlg, IvGen, Secret};
@@ -61,7 +62,7 @@ impl NewCrypt {
             Self::Aes => Ok(NewEncryption::Aes),
             Self::Luks(volume, password) => {
                 let area = create(volume, password, &mut SystemRandom, &ThreadTime::new())
-                    .map_err(|error| Failure::new(reason(&error)))?;
+                    .map_err(|error| Failure::new(persona::crypt(&error)))?;
                 Ok(NewEncryption::Luks(LuksArea(area.into())))
             }
         }
@@ -105,7 +106,7 @@ pub(crate) fn read_options(
     let Some(password) = secret(options, secret_name, objects)? else {
         return Ok(NewCrypt::NoSecret(secret_name));
     };
-    volume.spec.check().map_err(|error| Failure::new(not_together(&volume, &reason(&error))))?;
+    volume.spec.check().map_err(|error| Failure::new(not_together(&volume, &persona::crypt(&error))))?;
     Ok(NewCrypt::Luks(volume, password))
 }
 
@@ -123,7 +124,7 @@ fn choice<T>(
 
 /// The secret that the option `name` names, if it is given.
 fn secret(options: &ImageOptions, name: &str, objects: &Objects) -> Result<Option<Secret>, Failure> {
-    options.text(name).map(|id| objects.secret(id).map_err(Failure::new)).transpose()
+    options.text(name).map(|id| objects.secret(id)).transpose()
 }
 
 fn no_secret(name: &str) -> Failure {

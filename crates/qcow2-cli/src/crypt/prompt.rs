@@ -1,12 +1,29 @@
 //! Asking for a password on a terminal.
 
+use qcow2_blockdev::AskPassword;
 use qcow2_crypt::Secret;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Asks for the password of `name`, once; `None` where nobody can be asked, or in place of qemu-img, which
-/// never asks.
-pub(super) fn ask(name: &str) -> Option<Secret> {
+/// A person at the terminal, who is asked once for each name; nobody in place of qemu-img, which never asks.
+#[derive(Debug)]
+pub(crate) struct Terminal;
+
+impl AskPassword for Terminal {
+    fn is_possible(&self) -> bool {
+        is_possible()
+    }
+
+    fn ask(&self, name: &str) -> Option<Secret> {
+        ask(name)
+    }
+
+    fn forget(&self, name: &str) {
+        answers().retain(|(asked, _)| asked != name);
+    }
+}
+
+fn ask(name: &str) -> Option<Secret> {
     if !is_possible() {
         return None;
     }
@@ -29,19 +46,13 @@ pub(super) fn ask(name: &str) -> Option<Secret> {
     Some(secret)
 }
 
-/// Whether there is somebody who can be asked.
-pub(super) fn is_possible() -> bool {
+fn is_possible() -> bool {
     let stands_in = std::env::args_os().next().is_some_and(|called| {
         std::path::Path::new(&called)
             .file_name()
             .is_some_and(|name| name.to_string_lossy().starts_with("qemu-"))
     });
     !stands_in && io::stdin().is_terminal() && io::stderr().is_terminal()
-}
-
-/// Forgets what was answered for `name`: it was wrong.
-pub(super) fn forget(name: &str) {
-    answers().retain(|(asked, _)| asked != name);
 }
 
 /// What was answered, for images that are opened more than once.

@@ -1,9 +1,11 @@
 //! Passwords of an image that is there: added and erased by `amend`.
 
-use super::{Keys, SystemRandom, ThreadTime, reason};
+use super::{SystemRandom, ThreadTime};
 use crate::args::Objects;
 use crate::failure::Failure;
 use crate::imageopts::AmendOption;
+use crate::persona;
+use qcow2_blockdev::{KeyError, Keys};
 use qcow2_core::{HostOffset, Storage};
 use qcow2_crypt::luks::{NewPassword, NewVolume, SlotsToErase, add_password, erase_passwords};
 use qcow2_crypt::{CryptError, CryptErrorKind, SlotRefusal};
@@ -81,14 +83,14 @@ impl SlotRequest<'_> {
             return Err(Failure::new("'old-secret' must not be given when activating keyslots"));
         }
         let new = NewPassword {
-            password: &self.objects.secret(new_secret).map_err(Failure::new)?,
+            password: &self.objects.secret(new_secret)?,
             slot: options.slot,
             force: self.force,
             iter_time_ms: options.iter_time.unwrap_or(NewVolume::default().iter_time_ms),
-            limit: self.keys.limit(0).map_err(Failure::new)?,
+            limit: self.keys.limit(0).map_err(locked)?,
         };
         let container = volume.1 == HostOffset::default();
-        let current = || self.keys.password(0, self.name, container).map_err(Failure::new);
+        let current = || self.keys.password(0, self.name, container).map_err(locked);
         add_password(volume, &new, current, &mut SystemRandom, &ThreadTime::new())
     }
 
@@ -102,10 +104,10 @@ impl SlotRequest<'_> {
             }
         }
         let old = options.old_secret.as_ref().map(|id| self.objects.secret(id)).transpose();
-        let old = old.map_err(Failure::new)?;
+        let old = old?;
         let which = match (options.slot, &old) {
             (Some(slot), old) => SlotsToErase::Slot(slot, old.as_ref()),
-            (None, Some(old)) => SlotsToErase::OpenedBy(old),
+            (None, Some(old)) => SlotsToErase::UnlockedBy(old),
             (None, None) => {
                 return Err(Failure::new(
                     "To erase keyslot(s), either explicit keyslot index or the password currently contained in \
@@ -113,7 +115,7 @@ impl SlotRequest<'_> {
                 ));
             }
         };
-        let limit = self.keys.limit(0).map_err(Failure::new)?;
+        let limit = self.keys.limit(0).map_err(locked)?;
         Ok(erase_passwords(volume, which, self.force, limit, &mut SystemRandom)?)
     }
 }
@@ -124,8 +126,12 @@ impl From<CryptError> for Failure {
     }
 }
 
+fn locked(error: KeyError) -> Failure {
+    Failure::new(persona::key(&error))
+}
+
 fn failed(error: CryptError) -> Failure {
-    let CryptErrorKind::KeySlot(refusal) = error.kind() else { return Failure::new(reason(&error)) };
+    let CryptErrorKind::KeySlot(refusal) = error.kind() else { return Failure::new(persona::crypt(&error)) };
     let irreversibly = "will erase all the data in the image irreversibly - refusing operation";
     Failure::new(match refusal {
         SlotRefusal::NoSuchSlot(slot) => format!("Invalid keyslot {slot} specified, must be between 0 and 7"),
@@ -145,6 +151,6 @@ fn failed(error: CryptError) -> Failure {
         SlotRefusal::AllOpen => format!(
             "All the active keyslots match the (old) password that was given and erasing them {irreversibly}"
         ),
-        _ => reason(&error),
+        _ => persona::crypt(&error),
     })
 }

@@ -1,7 +1,7 @@
 //! What `info` shows, as JSON and for people.
 
 use super::human;
-use crate::open::NodeFacts;
+use qcow2_blockdev::NodeFacts;
 use qcow2_core::format::bitmap::Bitmap;
 use qcow2_core::format::crypt::{LuksHeader, LuksSlot};
 use qcow2_core::format::snapshot::Snapshot;

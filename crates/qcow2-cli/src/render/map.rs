@@ -2,7 +2,7 @@
 
 use super::human;
 use crate::failure::Failure;
-use crate::open::LayerFiles;
+use qcow2_blockdev::LayerFiles;
 use qcow2_ops::MapExtent;
 use std::fmt::Write;
 

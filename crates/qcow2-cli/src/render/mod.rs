@@ -5,4 +5,3 @@ pub(crate) mod human;
 pub(crate) mod info;
 pub(crate) mod json;
 pub(crate) mod map;
-pub(crate) mod qemu_text;

@@ -1,18 +1,18 @@
-//! Bits of a stream, lowest first, eight bytes at a time where there are so many.
+//! Bit reader, lowest bit first. Loads eight bytes at a time while that many are left.
 
-/// The unread rest of a stream.
+/// The unread part of a stream.
 ///
-/// Above its lowest `count` bits the buffer may hold bits of the bytes that come next: whoever fills it puts
-/// the same ones there again.
+/// Above its lowest `count` bits the buffer may already hold bits of the following bytes. That is harmless: a
+/// refill ORs the same bits into the same positions again.
 #[derive(Clone, Copy)]
 pub(super) struct Bits<'a> {
     stream: &'a [u8],
-    /// The next byte that is not counted in the buffer.
+    /// Index of the next byte that is not yet counted in the buffer.
     at: usize,
     buffer: u64,
-    /// The lowest six bits count; what is above them may be anything.
+    /// Valid bits in the buffer. Only the lowest six bits of this field count; the rest may be anything.
     count: u32,
-    /// Zero bytes that were taken for what is past the end.
+    /// Number of zero bytes supplied in place of bytes past the end.
     past_end: u32,
 }
 
@@ -21,7 +21,7 @@ impl<'a> Bits<'a> {
         Self { stream, at: 0, buffer: 0, count: 0, past_end: 0 }
     }
 
-    /// Fills the buffer to at least 56 bits, unless fewer than eight bytes are left.
+    /// Refills the buffer to at least 56 bits. Returns false, unchanged, if fewer than eight bytes are left.
     #[inline(always)]
     pub(super) fn refill(&mut self) -> bool {
         let Some(bytes) = self.stream.get(self.at..).and_then(|rest| rest.first_chunk::<8>()) else {
@@ -33,8 +33,8 @@ impl<'a> Bits<'a> {
         true
     }
 
-    /// Fills the buffer to at least 56 bits, past the end with zeroes, which [`is_cut`](Self::is_cut) tells
-    /// once they are used.
+    /// Refills the buffer to at least 56 bits. Past the end it supplies zeroes; [`is_cut`](Self::is_cut)
+    /// detects when they have been consumed.
     pub(super) fn refill_carefully(&mut self) {
         self.count &= 63;
         while self.count < 56 {
@@ -49,25 +49,25 @@ impl<'a> Bits<'a> {
         }
     }
 
-    /// Whether bits were used that are not there.
+    /// True if bits past the end of the stream have been consumed.
     pub(super) fn is_cut(&self) -> bool {
         self.past_end * 8 > (self.count & 63)
     }
 
-    /// What comes next; bits that were not filled in may have any value.
+    /// The next bits, lowest first. Bits beyond the refilled ones may have any value.
     #[inline(always)]
     pub(super) fn peek(&self) -> u64 {
         self.buffer
     }
 
-    /// Uses as many bits as the lowest six bits of `count` say, which were filled in.
+    /// Consumes as many bits as the lowest six bits of `count` say. They must have been refilled before.
     #[inline(always)]
     pub(super) fn skip(&mut self, count: u32) {
         self.buffer >>= count & 63;
         self.count = self.count.wrapping_sub(count);
     }
 
-    /// Uses `count` bits, at most 32, as a number.
+    /// Consumes and returns `count` bits, at most 32.
     #[inline(always)]
     pub(super) fn take(&mut self, count: u32) -> u32 {
         let value = self.buffer & ((1 << (count & 63)) - 1);
@@ -75,7 +75,7 @@ impl<'a> Bits<'a> {
         value as u32
     }
 
-    /// Goes on at the next whole byte, with `len` bytes as they are; `None` where there are fewer.
+    /// Skips to the next byte boundary and consumes `len` bytes. `None` if fewer are left.
     pub(super) fn take_bytes(&mut self, len: usize) -> Option<&'a [u8]> {
         let unused = ((self.count & 63) / 8).checked_sub(self.past_end)? as usize;
         let start = self.at - unused;

@@ -1,28 +1,28 @@
-//! The two codes of a block: the fixed ones, or those that its header gives. RFC 1951, 3.2.5 to 3.2.7.
+//! The two Huffman codes of a block: fixed, or read from the block's header. RFC 1951, 3.2.5 to 3.2.7.
 
 use super::Fault;
 use super::bits::Bits;
 use super::table::{Entry, Table};
 
-/// Bits of the first index for literals and lengths: most codes are not longer, and the table stays in the
-/// first-level cache.
+/// Index bits of the first-level table for literals and lengths. Most codes are not longer, and the table
+/// still fits into the L1 data cache.
 const LITLEN_BITS: usize = 11;
-/// At most 2342 entries are needed for 288 symbols.
+/// Upper bound for 288 symbols is 2342 entries; rounded up to a power of two.
 const LITLEN_SIZE: usize = 4096;
-/// Bits of the first index for distances.
+/// Index bits of the first-level table for distances.
 const DISTANCE_BITS: usize = 8;
-/// At most 402 entries are needed for 32 symbols.
+/// Upper bound for 32 symbols is 402 entries; rounded up to a power of two.
 const DISTANCE_SIZE: usize = 512;
-/// Bits of the index for code lengths: no code is longer.
+/// Index bits for code lengths: no code is longer.
 const LENGTH_BITS: usize = 7;
 const LENGTH_SIZE: usize = 128;
 
-/// The most symbols that a header may announce.
+/// The most symbols a header may define.
 const MAX_LITLEN: usize = 286;
 const MAX_DISTANCE: usize = 30;
 const END_OF_BLOCK: usize = 256;
 
-/// The order in which the lengths of the code length code come.
+/// The order in which a header sends the lengths of the code length code.
 const ORDER: [usize; 19] = [16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15];
 
 static LITLEN: [Entry; 288] = litlen_entries();
@@ -59,7 +59,7 @@ const fn distance_entries() -> [Entry; 32] {
     entries
 }
 
-/// The codes of the present block.
+/// The codes of the current block.
 pub(super) struct Codes {
     pub(super) litlen: Table<LITLEN_BITS, LITLEN_SIZE>,
     pub(super) distance: Table<DISTANCE_BITS, DISTANCE_SIZE>,
@@ -72,7 +72,8 @@ impl Codes {
         Self { litlen: Table::new(), distance: Table::new(), lengths: Table::new(), fixed: false }
     }
 
-    /// The codes that need no header.
+    /// Sets the fixed codes. They survive until a header replaces them, so repeated fixed blocks cost
+    /// nothing.
     pub(super) fn set_fixed(&mut self) -> Result<(), Fault> {
         if !self.fixed {
             let mut lengths = [8; 288];
@@ -85,7 +86,8 @@ impl Codes {
         Ok(())
     }
 
-    /// Reads a header. `at`: how many bytes came out so far, for the report of a cut stream.
+    /// Reads the codes from a block header. `at`: bytes of output so far, for the error of a truncated
+    /// stream.
     pub(super) fn read(&mut self, bits: &mut Bits<'_>, at: usize) -> Result<(), Fault> {
         self.fixed = false;
         bits.refill_carefully();

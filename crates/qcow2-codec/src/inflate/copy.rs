@@ -1,13 +1,13 @@
-//! Copies of earlier output, which may overlap what they make.
+//! Match copies within the output. Source and destination may overlap.
 
-/// Bytes that are copied at a time.
+/// Bytes copied per step.
 const STEP: usize = 16;
 
-/// Repeats the `len` bytes that stand `distance` bytes before `at`, as far as there is room; returns how many
-/// that was. `distance`: 1 to `at`.
+/// Copies `len` bytes from `distance` bytes before `at`, limited to the room in `out`. Returns the number of
+/// bytes copied. `distance`: 1 to `at`.
 #[inline(always)]
 pub(super) fn copy_match(out: &mut [u8], at: usize, distance: usize, len: usize) -> usize {
-    // Whole steps may write past the match, where something else will be written later.
+    // Whole steps may write past the end of the match. Later output overwrites those bytes.
     match out.get_mut(at - distance..at + len + STEP) {
         Some(region) if distance >= STEP => copy_steps(region, distance, len),
         Some(region) => repeat(region, distance, len),
@@ -25,7 +25,7 @@ fn copy_steps(region: &mut [u8], distance: usize, len: usize) {
     }
 }
 
-/// A pattern of fewer than 16 bytes, again and again.
+/// Repeats a pattern of fewer than 16 bytes.
 #[inline(always)]
 fn repeat(region: &mut [u8], distance: usize, len: usize) {
     let pattern = region.first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
@@ -49,8 +49,8 @@ fn repeat(region: &mut [u8], distance: usize, len: usize) {
     }
 }
 
-/// Eight bytes of the pattern that begins with the lowest `distance` bytes of `bytes`, and how many of them
-/// are whole repetitions.
+/// Widens a pattern of `distance` bytes (the lowest ones of `bytes`) to eight bytes. Returns it and the
+/// number of bytes that whole repetitions cover.
 #[inline(always)]
 fn widen(bytes: u64, distance: usize) -> (u64, usize) {
     let mut bits = 8 * distance;
@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_distance_and_length_repeats_what_was_there() {
+    fn every_distance_and_length_matches_a_byte_wise_copy() {
         for distance in 1..40 {
             for len in 3..=258 {
                 for room in [0, 1, 15, 16, 17, 400] {
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_than_there_is_room_for() {
+    fn copy_stops_at_the_end_of_the_output() {
         let mut out = *b"ab......";
         assert_eq!(copy_match(&mut out, 2, 2, 258), 6);
         assert_eq!(&out, b"abababab");

@@ -1,5 +1,5 @@
-//! A deflate reader for whole clusters: the stream and the room for what it gives lie in memory, so nothing
-//! is ever kept between two calls, and matches are copied inside the cluster itself. RFC 1951.
+//! A deflate reader for whole clusters. Stream and output are complete in memory, so no state survives
+//! between calls, and matches are copied within the cluster itself. RFC 1951.
 
 mod bits;
 mod codes;
@@ -12,50 +12,50 @@ use copy::copy_match;
 use std::fmt;
 use table::Entry;
 
-/// What is wrong with a stream.
+/// Why a stream is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// It ends in the middle; so many bytes came out before.
+    /// The stream is truncated; the number of bytes it gave.
     Cut(usize),
     /// Block type 3.
     BlockType,
-    /// A stored block's length and its complement do not agree.
+    /// The length of a stored block does not match its complement.
     StoredLength,
-    /// More symbols than there are.
+    /// A header defines more symbols than the format has.
     Symbols,
-    /// Code lengths that are no code, or that repeat what is not there.
+    /// The code lengths of a header form no valid code, or repeat a length that does not exist.
     Lengths,
-    /// A code without a symbol.
+    /// Bits that are not a code of any symbol.
     Code,
-    /// A match from before the cluster's start.
+    /// A match that starts before the cluster.
     Distance,
 }
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Cut(_) => "it has no end",
+            Self::Cut(_) => "it is truncated",
             Self::BlockType => "unknown block type",
-            Self::StoredLength => "length of a stored block is damaged",
+            Self::StoredLength => "length of a stored block does not match its complement",
             Self::Symbols => "too many length or distance symbols",
-            Self::Lengths => "code lengths make no code",
-            Self::Code => "code without a symbol",
-            Self::Distance => "match from before the start",
+            Self::Lengths => "code lengths form no valid code",
+            Self::Code => "bits are not a code of any symbol",
+            Self::Distance => "match starts before the cluster",
         })
     }
 }
 
-/// Why the quick loop stopped.
+/// Why the fast loop stopped.
 enum Stop {
-    /// The block is at its end.
+    /// The block ended.
     BlockEnd,
-    /// Input or room near their end: the next symbol needs a closer look.
+    /// Input or output is nearly exhausted; decode the next symbol with bounds checks.
     Near,
-    /// There is more output than room.
+    /// The output is full and the stream has more.
     Full,
 }
 
-/// Reusable state of one reader at a time.
+/// Reusable decoder state, for one stream at a time.
 pub(crate) struct Inflater {
     codes: Codes,
 }
@@ -65,9 +65,9 @@ impl Inflater {
         Self { codes: Codes::new() }
     }
 
-    /// Expands `stream` into the front of `out`; returns how many bytes it gave: fewer than `out.len()` where
-    /// it ends early. Of a stream that would give more it reads up to the first byte that has no room. What
-    /// follows the stream is ignored.
+    /// Expands `stream` into the front of `out`. Returns the number of bytes written, which is below
+    /// `out.len()` if the stream ends early. Stops at the first byte that does not fit. Ignores input after
+    /// the end of the stream.
     pub(crate) fn inflate(&mut self, stream: &[u8], out: &mut [u8]) -> Result<usize, Fault> {
         let mut bits = Bits::new(stream);
         let mut at = 0;
@@ -96,7 +96,7 @@ impl Inflater {
         }
     }
 
-    /// The symbols of a block, up to its end or the first byte without room.
+    /// Decodes the symbols of a block, until it ends or the output is full.
     fn coded(&self, bits: &mut Bits<'_>, out: &mut [u8], at: &mut usize) -> Result<Stop, Fault> {
         loop {
             match self.quick(bits, out, at)? {
@@ -110,14 +110,14 @@ impl Inflater {
         }
     }
 
-    /// Symbols as long as eight bytes of input and four of room are there.
+    /// The fast loop: runs while at least eight bytes of input and four bytes of output are left.
     fn quick(&self, from: &mut Bits<'_>, out: &mut [u8], reached: &mut usize) -> Result<Stop, Fault> {
         let (mut bits, mut at) = (*from, *reached);
         if !bits.refill() {
             return Ok(Stop::Near);
         }
-        // Always looked up before the last match is copied, and its first literal written: neither waits for
-        // the other.
+        // The next entry is looked up before the pending match is copied or the literal is written, so that
+        // the lookup and the copy run in parallel.
         let mut entry = self.codes.litlen.first(bits.peek());
         let stop = loop {
             let before = (bits, at);
@@ -127,7 +127,7 @@ impl Inflater {
             let Some(room) = out.get_mut(at..).and_then(|rest| rest.first_chunk_mut::<4>()) else {
                 break Stop::Near;
             };
-            // Three short codes and a long one are at most 48 of 56 bits.
+            // Three short codes (11 bits each) and a long one (15) use at most 48 of the 56 bits.
             if entry.is_literal() {
                 bits.skip(entry.bits());
                 room[0] = entry.byte();
@@ -161,7 +161,7 @@ impl Inflater {
             let len = entry.value_of(bits.peek());
             bits.skip(entry.bits());
             if !bits.refill() {
-                // The whole step once more, with care; the literals before it come out the same.
+                // Redo the whole step in the careful path. Literals it already wrote come out the same.
                 (bits, at) = before;
                 break Stop::Near;
             }
@@ -180,8 +180,8 @@ impl Inflater {
         Ok(stop)
     }
 
-    /// What a special entry, the first of a literal's or length's code, leads to; `None` at the end of a
-    /// block.
+    /// Resolves a special entry, the first lookup of a literal or length code: follows it to the second
+    /// table. `None` at the end of a block.
     #[inline(always)]
     fn rest_of_code(&self, bits: &mut Bits<'_>, first: Entry) -> Result<Option<Entry>, Fault> {
         let mut entry = first;
@@ -211,7 +211,7 @@ impl Inflater {
         Ok(distance)
     }
 
-    /// A single symbol, at the end of the input or the room.
+    /// Decodes a single symbol with bounds checks, near the end of the input or output.
     fn one(&self, bits: &mut Bits<'_>, out: &mut [u8], reached: &mut usize) -> Result<Stop, Fault> {
         bits.refill_carefully();
         let first = self.codes.litlen.first(bits.peek());
@@ -246,7 +246,7 @@ impl Inflater {
     }
 }
 
-/// The bytes of a block that are not compressed.
+/// Copies a stored (uncompressed) block.
 fn stored(bits: &mut Bits<'_>, out: &mut [u8], at: &mut usize) -> Result<Stop, Fault> {
     let cut = Fault::Cut(*at);
     let header = bits.take_bytes(4).ok_or(cut)?;
@@ -264,7 +264,7 @@ fn stored(bits: &mut Bits<'_>, out: &mut [u8], at: &mut usize) -> Result<Stop, F
     if taken == usize::from(len) {
         return Ok(Stop::BlockEnd);
     }
-    // One byte more has to be there for the stream to count as longer.
+    // Only one more byte of input shows that the stream continues past the full output.
     bits.take_bytes(1).ok_or(Fault::Cut(*at))?;
     Ok(Stop::Full)
 }

@@ -1,22 +1,21 @@
-//! Codes as tables: the next bits of a stream are an index, and the entry says everything about the symbol
-//! there.
+//! Huffman decoding tables: the next bits of the stream are the index, the entry describes the symbol.
 //!
-//! A code longer than the table's index leads to a second table behind the first. RFC 1951, 3.2.2.
+//! Codes longer than the index are resolved in second-level tables stored behind the first. RFC 1951, 3.2.2.
 
 use super::Fault;
 
-/// The longest code.
+/// The longest code, in bits.
 pub(super) const MAX_LENGTH: usize = 15;
-/// The most symbols of an alphabet.
+/// The largest alphabet.
 const MAX_SYMBOLS: usize = 288;
 
-/// What the bits at hand mean.
+/// One table entry:
 ///
-/// | bits | of a literal | of a length or distance | of a second table |
+/// | bits | literal | length or distance | link to a second table |
 /// |---|---|---|---|
-/// | 0 - 7 | bits to use | bits to use, those behind the code included | bits of the first index |
+/// | 0 - 7 | bits to consume | bits to consume, extra bits included | bits of the first index |
 /// | 8 - 13 | | bits of the code alone | bits of the second index |
-/// | 16 - 30 | the byte | smallest value | where the second table starts |
+/// | 16 - 30 | the byte | base value | start of the second table |
 #[derive(Clone, Copy, Default)]
 pub(super) struct Entry(u32);
 
@@ -32,12 +31,12 @@ impl Entry {
         Self(LITERAL | (byte as u32) << 16)
     }
 
-    /// A length or distance of at least `base`, with `extra` bits behind the code.
+    /// A length or distance of at least `base`, with `extra` bits after the code.
     pub(super) const fn value(base: u16, extra: u8) -> Self {
         Self((base as u32) << 16 | extra as u32)
     }
 
-    /// The end of a block.
+    /// The end-of-block symbol.
     pub(super) const fn end() -> Self {
         Self(SPECIAL | 1 << 16)
     }
@@ -46,7 +45,7 @@ impl Entry {
         Self(SPECIAL | SECOND | (start as u32) << 16 | (bits as u32) << 8 | first_bits as u32)
     }
 
-    /// The symbol's entry where `length` bits of its code are left.
+    /// This entry for a code with `length` bits left to consume.
     const fn with_code(self, length: usize) -> Self {
         Self(self.0 + (length as u32) + ((length as u32) << 8))
     }
@@ -56,7 +55,7 @@ impl Entry {
         self.0 & LITERAL != 0
     }
 
-    /// Neither a literal nor a value.
+    /// True for entries that are neither a literal nor a value.
     #[inline(always)]
     pub(super) fn is_special(self) -> bool {
         self.0 & SPECIAL != 0
@@ -67,7 +66,7 @@ impl Entry {
         self.0 & SECOND != 0
     }
 
-    /// Among special entries: whether the block ends.
+    /// For special entries: true for the end of a block.
     #[inline(always)]
     pub(super) fn is_end(self) -> bool {
         self.0 >> 16 != 0
@@ -78,27 +77,27 @@ impl Entry {
         (self.0 >> 16) as u8
     }
 
-    /// Bits to use, in the lowest six bits; what is above them is something else.
+    /// Bits to consume, in the lowest six bits of the result; the rest is unrelated.
     #[inline(always)]
     pub(super) fn bits(self) -> u32 {
         self.0
     }
 
-    /// The value that the bits `ahead` give, the code's own first.
+    /// Base value plus the extra bits from `ahead`, which starts with the code itself.
     #[inline(always)]
     pub(super) fn value_of(self, ahead: u64) -> usize {
         let extra = (ahead & ((1 << (self.bits() & 63)) - 1)) >> (self.0 >> 8 & 63);
         (self.0 >> 16) as usize + extra as usize
     }
 
-    /// The place in the table that the bits `ahead`, after the first index, lead to.
+    /// Index into the table for a linked entry. `ahead`: the bits after the first index.
     #[inline(always)]
     fn place_of(self, ahead: u64) -> usize {
         (self.0 >> 16 & 0x7fff) as usize + (ahead & ((1 << (self.0 >> 8 & 63)) - 1)) as usize
     }
 }
 
-/// The table of one code: `1 << BITS` entries, and second tables behind them. `SIZE` is a power of two.
+/// The table of one code: `1 << BITS` entries, then the second-level tables. `SIZE` is a power of two.
 pub(super) struct Table<const BITS: usize, const SIZE: usize> {
     entries: Box<[Entry; SIZE]>,
 }
@@ -108,22 +107,22 @@ impl<const BITS: usize, const SIZE: usize> Table<BITS, SIZE> {
         Self { entries: Box::new([Entry::INVALID; SIZE]) }
     }
 
-    /// The entry that the next bits lead to.
+    /// First-level lookup for the next bits.
     #[inline(always)]
     pub(super) fn first(&self, ahead: u64) -> Entry {
         self.entries[ahead as usize & ((1 << BITS) - 1)]
     }
 
-    /// The entry of the second table that `entry` leads to; the bits of the first index have been used.
+    /// Second-level lookup. The bits of the first index must have been consumed.
     #[inline(always)]
     pub(super) fn second(&self, entry: Entry, ahead: u64) -> Entry {
         self.entries[entry.place_of(ahead) & (SIZE - 1)]
     }
 
-    /// Makes the table of the code with these lengths; `meaning` gives the entry of a symbol.
+    /// Builds the table for a code with these lengths; `meaning` gives the entry of a symbol.
     ///
-    /// Errors: lengths that are no complete code. A code without symbols may be, and one of a single symbol
-    /// and bit.
+    /// Errors: lengths that form no complete code. As in zlib, two incomplete codes are accepted: no symbols
+    /// at all, and a single symbol of one bit.
     pub(super) fn build(&mut self, lengths: &[u8], meaning: impl Fn(usize) -> Entry) -> Result<(), Fault> {
         let sorted = Sorted::new(lengths);
         if sorted.is_complete()? {
@@ -138,8 +137,8 @@ impl<const BITS: usize, const SIZE: usize> Table<BITS, SIZE> {
         Ok(())
     }
 
-    /// Goes through the codes in order. Up to the length of the index the table is as large as the codes ask
-    /// for, and grows by repeating itself; what is longer goes to second tables.
+    /// Enters the codes in canonical order. Up to `BITS` the table doubles with each length by copying
+    /// itself; longer codes go to second-level tables.
     fn fill(&mut self, sorted: &Sorted, meaning: impl Fn(usize) -> Entry) {
         let (mut code, mut size) = (0, 1);
         for length in 1..=BITS {
@@ -169,8 +168,8 @@ impl<const BITS: usize, const SIZE: usize> Table<BITS, SIZE> {
     }
 }
 
-/// The next code of `length` bits, both with their first bit lowest. The code that follows with one bit more
-/// is the same number.
+/// The next canonical code of `length` bits, with codes stored first bit lowest. The first code of the next
+/// length is the same number with one more bit.
 #[inline(always)]
 fn after(code: usize, length: usize) -> usize {
     match code ^ ((1 << length) - 1) {
@@ -182,10 +181,10 @@ fn after(code: usize, length: usize) -> usize {
     }
 }
 
-/// The symbols of a code in order: by length, then by number.
+/// Symbols in canonical order: by length, then by number.
 struct Sorted {
     counts: [u16; MAX_LENGTH + 1],
-    /// Where the symbols of each length start.
+    /// Index of the first symbol of each length.
     starts: [u16; MAX_LENGTH + 2],
     symbols: [u16; MAX_SYMBOLS],
 }
@@ -217,8 +216,8 @@ impl Sorted {
         &self.symbols[self.starts[length].into()..self.starts[length + 1].into()]
     }
 
-    /// Whether every sequence of bits begins with a code. Errors: too many codes; too few, other than none or
-    /// one of a single bit.
+    /// True if the code is complete: every bit sequence starts with a code. Errors: an oversubscribed code,
+    /// or an incomplete one other than those that `build` accepts.
     fn is_complete(&self) -> Result<bool, Fault> {
         let mut left = 1i32;
         for &count in &self.counts[1..] {
@@ -235,9 +234,8 @@ impl Sorted {
         }
     }
 
-    /// How many bits index the second table that begins with a code of `length` bits: as many as the longest
-    /// code in it asks for. Codes come in order, so that the `left` ones of this length and then the longer
-    /// ones fill it up.
+    /// Index bits of the second table whose first code has `length` bits: enough for the longest code in it.
+    /// Codes come in canonical order, so the `left` ones of this length fill it first, then the longer ones.
     fn bits_of_second(&self, first_bits: usize, length: usize, left: usize) -> usize {
         let (mut bits, mut used) = (length - first_bits, left);
         while used < 1 << bits && first_bits + bits < MAX_LENGTH {

@@ -14,7 +14,7 @@ impl Rng {
     }
 }
 
-/// Noise, runs and copies from near and far.
+/// Noise, runs and copies over short and long distances.
 fn mixed(len: usize, rng: &mut Rng) -> Vec<u8> {
     let mut out: Vec<u8> = vec![1];
     while out.len() < len {
@@ -42,7 +42,8 @@ fn by_zlib(plain: &[u8], level: u32) -> Vec<u8> {
     out
 }
 
-/// What zlib-rs makes of a stream with `room` bytes of room: whether it ends inside the room, and the bytes.
+/// zlib-rs's result for a stream with `room` bytes of output. `None` if it fails or is truncated; otherwise
+/// the bytes.
 fn zlib_reads(stream: &[u8], room: usize) -> Option<Vec<u8>> {
     let mut out = vec![0; room + 1];
     let mut reader = Decompress::new(false);
@@ -71,7 +72,7 @@ fn check_same(reader: &mut Inflater, stream: &[u8], room: usize) -> bool {
 }
 
 #[test]
-fn streams_of_every_writer_come_back() {
+fn streams_of_zlib_and_our_writer_round_trip() {
     let (mut reader, mut rng) = (Inflater::new(), Rng(3));
     for round in 0..200 {
         let len = 1 + rng.below([40, 600, 70_000][round % 3]);
@@ -83,7 +84,8 @@ fn streams_of_every_writer_come_back() {
         streams.push(out[..own_len].to_vec());
         for mut stream in streams {
             assert!(we_read(&mut reader, &stream, len).as_deref() == Some(&plain), "{round}");
-            // With more room it ends early, with less it is full; what follows does not matter.
+            // With more room the stream ends early, with less the output is full. Bytes after the stream are
+            // ignored.
             stream.extend([0x5a; 3]);
             for room in [len + 500, len, len - 1, len / 2, 0] {
                 assert!(check_same(&mut reader, &stream, room), "{round}");
@@ -93,7 +95,7 @@ fn streams_of_every_writer_come_back() {
 }
 
 #[test]
-fn cut_streams_are_never_whole() {
+fn truncated_streams_are_refused() {
     let (mut reader, mut rng) = (Inflater::new(), Rng(9));
     for (len, level) in [(50, 6), (3000, 6), (3000, 1), (700, 0)] {
         let plain = mixed(len, &mut rng);
@@ -105,10 +107,9 @@ fn cut_streams_are_never_whole() {
     }
 }
 
-/// A stored block that promises more than there is room for: whether the stream goes on is seen from the next
-/// byte only.
+/// A stored block longer than the output: only the next byte shows whether the stream continues.
 #[test]
-fn a_stored_block_that_is_cut_where_the_room_ends_is_no_whole_cluster() {
+fn stored_block_truncated_at_the_end_of_the_output_is_refused() {
     let (mut reader, mut rng) = (Inflater::new(), Rng(11));
     let stream = by_zlib(&mixed(700, &mut rng), 0);
     let header = 5;
@@ -119,13 +120,13 @@ fn a_stored_block_that_is_cut_where_the_room_ends_is_no_whole_cluster() {
 }
 
 #[test]
-fn damage_is_judged_as_zlib_does() {
+fn damaged_streams_match_zlib() {
     let (mut reader, mut rng) = (Inflater::new(), Rng(21));
     let (mut taken, mut refused) = (0, 0);
     for round in 0..6000 {
         let len = 1 + rng.below(900);
         let mut stream = by_zlib(&mixed(len, &mut rng), [0, 1, 6, 6][round % 4]);
-        // Headers are where most can go wrong.
+        // Favour the header, where most faults have an effect.
         let place = if rng.below(2) == 0 { stream.len().min(90) } else { stream.len() };
         for _ in 0..1 + rng.below(3) {
             stream[rng.below(place)] ^= 1 << rng.below(8);
@@ -138,8 +139,8 @@ fn damage_is_judged_as_zlib_does() {
     assert!(taken > 500 && refused > 500, "{taken} taken, {refused} refused");
 }
 
-/// A header with these lengths for literals from 0 on, for the end of the block and for distances, and some
-/// symbols.
+/// A dynamic block header with these code lengths for literals from 0, for end-of-block and for distances,
+/// and some symbols.
 fn header(literals: &[u8], end: u8, distances: &[u8]) -> Vec<u8> {
     let mut bits: Vec<bool> = Vec::new();
     let mut put = |value: usize, count: usize| bits.extend((0..count).map(|bit| value >> bit & 1 == 1));
@@ -165,7 +166,7 @@ fn header(literals: &[u8], end: u8, distances: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn headers_are_judged_as_zlib_does() {
+fn block_headers_match_zlib() {
     let mut reader = Inflater::new();
     let cases: [(&[u8], u8, &[u8]); 12] = [
         (&[1], 1, &[1]),
@@ -174,7 +175,7 @@ fn headers_are_judged_as_zlib_does() {
         (&[2, 2], 1, &[0, 0, 1]),
         (&[1, 2, 3], 3, &[1, 2, 2]),
         (&[], 1, &[0]),
-        // No end of the block; too few codes; too many; the same for distances.
+        // No end of block; too few codes; too many; the same for distances.
         (&[1, 1], 0, &[1]),
         (&[2], 1, &[1]),
         (&[1, 1], 1, &[1]),
@@ -190,11 +191,11 @@ fn headers_are_judged_as_zlib_does() {
         }
     }
     let stream = header(&[1], 1, &[1]);
-    assert!(check_same(&mut reader, &stream, 1), "the first of them is a good one");
+    assert!(check_same(&mut reader, &stream, 1), "the first header is valid");
 }
 
 #[test]
-fn noise_is_judged_as_zlib_does() {
+fn random_streams_match_zlib() {
     let (mut reader, mut rng) = (Inflater::new(), Rng(77));
     for _ in 0..20_000 {
         let stream: Vec<u8> = (0..1 + rng.below(120)).map(|_| rng.below(256) as u8).collect();

@@ -1,4 +1,4 @@
-//! Bits, lowest first, into a buffer that may turn out too short.
+//! Bit writer, lowest bit first, into a buffer that may turn out too short.
 
 pub(super) struct BitWriter<'a> {
     out: &'a mut [u8],
@@ -13,14 +13,14 @@ impl<'a> BitWriter<'a> {
         Self { out, at: 0, bits: 0, count: 0, full: false }
     }
 
-    /// Adds `count` bits; at most 56 between two calls of [`flush`](Self::flush).
+    /// Appends `count` bits; at most 56 between two calls of [`flush`](Self::flush).
     #[inline(always)]
     pub(super) fn put(&mut self, value: u64, count: u32) {
         self.bits |= value << (self.count & 63);
         self.count += count;
     }
 
-    /// Writes whole bytes out; fewer than 8 bits stay behind.
+    /// Writes the complete bytes out; fewer than 8 bits remain.
     #[inline(always)]
     pub(super) fn flush(&mut self) {
         let bytes = (self.count / 8) as usize;
@@ -42,13 +42,13 @@ impl<'a> BitWriter<'a> {
         }
     }
 
-    /// Goes on at the next whole byte.
+    /// Pads with zero bits to the next byte boundary.
     pub(super) fn align(&mut self) {
         self.count = self.count.next_multiple_of(8);
         self.flush();
     }
 
-    /// Adds whole bytes; only after [`align`](Self::align).
+    /// Appends whole bytes; only valid right after [`align`](Self::align).
     pub(super) fn bytes(&mut self, bytes: &[u8]) {
         match self.out.get_mut(self.at..self.at + bytes.len()) {
             Some(place) => place.copy_from_slice(bytes),
@@ -57,12 +57,12 @@ impl<'a> BitWriter<'a> {
         self.at += bytes.len();
     }
 
-    /// Whether so many bits more are sure not to fit.
+    /// True if `bits` more bits certainly do not fit.
     pub(super) fn is_short_of(&self, bits: usize) -> bool {
         self.full || self.at * 8 + self.count as usize + bits > self.out.len() * 8
     }
 
-    /// The stream's length, unless the buffer was too short.
+    /// The length of the stream in bytes, or `None` if the buffer was too short.
     pub(super) fn finish(mut self) -> Option<usize> {
         self.align();
         (!self.full).then_some(self.at)

@@ -1,4 +1,4 @@
-//! Writes blocks: with codes of their own, with the fixed codes, or stored, whichever is shortest.
+//! Writes a block with dynamic codes, with the fixed codes, or stored, whichever is shortest.
 
 use super::bits::BitWriter;
 use super::header::Header;
@@ -17,7 +17,7 @@ pub(super) struct Lens {
     pub(super) distance: [u8; DISTANCE_SYMBOLS],
 }
 
-/// A code, with the bits behind it where there are any, and how many bits that is.
+/// A code with its extra bits, and the total number of bits.
 #[derive(Clone, Copy, Default)]
 struct Code(u32);
 
@@ -37,13 +37,13 @@ impl Code {
     }
 }
 
-/// The codes of one block, ready to be written.
+/// The codes of one block, in the form the writer needs.
 struct Codes {
     literals: [Code; 256],
     end: Code,
-    /// By length, extra bits included.
+    /// Indexed by match length, extra bits included.
     lengths: [Code; 512],
-    /// By distance symbol.
+    /// Indexed by distance symbol.
     distances: [Code; 32],
 }
 
@@ -66,8 +66,8 @@ impl BlockWriter {
         Self { counts: [0; LITLEN_SYMBOLS], own, fixed, header: Header::new(), codes }
     }
 
-    /// Writes `tokens`, which stand for the bytes `plain`. `None` as soon as it is clear that the buffer is
-    /// too short.
+    /// Writes `tokens`, which represent the bytes `plain`. Returns `None` as soon as the buffer is certain to
+    /// be too short.
     pub(super) fn write(
         &mut self,
         out: &mut BitWriter<'_>,
@@ -105,7 +105,7 @@ impl BlockWriter {
     }
 }
 
-/// Bits of the tokens with codes of these lengths.
+/// Size of the tokens in bits, with codes of these lengths.
 fn cost(litlen: &[u32], distance: &[u32], lens: &Lens) -> usize {
     let mut bits = 0;
     for (symbol, (&count, &len)) in litlen.iter().zip(&lens.litlen).enumerate() {

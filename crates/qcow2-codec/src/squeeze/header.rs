@@ -1,4 +1,4 @@
-//! The header of a block with codes of its own: how their lengths are sent. RFC 1951, 3.2.7.
+//! The header of a block with dynamic codes: encodes the code lengths. RFC 1951, 3.2.7.
 
 use super::bits::BitWriter;
 use super::block::Lens;
@@ -8,14 +8,14 @@ use super::token::{DISTANCE_SYMBOLS, LITLEN_SYMBOLS};
 /// The order in which the lengths of the code length code are sent.
 const ORDER: [usize; 19] = [16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15];
 
-/// A symbol with the bits that follow its code.
+/// A code length symbol with its extra bits.
 struct Extra {
     symbol: usize,
     bits: u32,
     value: u32,
 }
 
-/// Code lengths as they are sent: lengths and runs, with extra bits.
+/// The code lengths in their encoded form: lengths and runs, with extra bits.
 pub(super) struct Header {
     symbols: Vec<Extra>,
     lens: [u8; 19],
@@ -30,7 +30,7 @@ impl Header {
         Self { symbols: Vec::new(), lens: [0; 19], codes: [0; 19], litlen: 0, distance: 0, order: 0 }
     }
 
-    /// Decides how the code lengths are sent: as they are, or as runs.
+    /// Decides how to encode the code lengths: one by one, or as runs.
     pub(super) fn plan(&mut self, lens: &Lens) {
         let used = |lens: &[u8], least: usize| {
             lens.iter().rposition(|&len| len > 0).map_or(least, |i| (i + 1).max(least))
@@ -80,7 +80,7 @@ impl Header {
         }
     }
 
-    /// The header's bits.
+    /// The size of the header in bits.
     pub(super) fn cost(&self) -> usize {
         let symbols = self.symbols.iter().map(|s| usize::from(self.lens[s.symbol]) + s.bits as usize);
         14 + 3 * self.order + symbols.sum::<usize>()

@@ -1,11 +1,10 @@
-//! Code lengths with a limit, and the codes that follow from them.
+//! Length-limited Huffman codes.
 
-/// The longest code.
+/// The longest code, in bits.
 pub(crate) const MAX_BITS: usize = 15;
 
-/// Sets `lens[i]` to the code length of the symbol that occurs `counts[i]` times: 0 for those that do not, at
-/// most `limit` bits for the others. At least one code results even for an empty alphabet, as readers want
-/// it.
+/// Sets `lens[i]` to the code length of the symbol that occurs `counts[i]` times: 0 for unused symbols, at
+/// most `limit` bits for the others. Even an empty alphabet gets one code, because readers require it.
 pub(crate) fn code_lengths(counts: &[u32], limit: usize, lens: &mut [u8]) {
     lens.fill(0);
     let mut order = [0u64; 288];
@@ -86,7 +85,7 @@ fn minimum_redundancy(a: &mut [u32]) {
     }
 }
 
-/// Makes the lengths a complete code again after those above `limit` were cut down to it.
+/// Restores a complete code after lengths above `limit` have been cut down to it.
 fn enforce_limit(per_length: &mut [u32; 64], limit: usize) {
     let full = 1u64 << limit;
     let mut total: u64 = (1..=limit).map(|len| u64::from(per_length[len]) << (limit - len)).sum();
@@ -100,7 +99,7 @@ fn enforce_limit(per_length: &mut [u32; 64], limit: usize) {
     }
 }
 
-/// The canonical codes of these lengths, first bit lowest as deflate wants them.
+/// The canonical codes for these lengths, first bit lowest, as deflate stores them.
 pub(crate) fn codes(lens: &[u8], codes: &mut [u16]) {
     let mut per_length = [0u16; MAX_BITS + 1];
     for &len in lens {

@@ -1,9 +1,9 @@
-//! Finds matches: hash chains over the last 4 KiB, in tables that fit into the first-level cache.
+//! Match finder: hash chains over the last 4 KiB, in tables that fit into the L1 data cache.
 
 use super::ring::Ring;
 use super::token::{MAX_MATCH, MIN_MATCH};
 
-/// How far back a match reaches, at most (exclusive).
+/// Matches reach back less than this many bytes.
 pub(super) const WINDOW: usize = 4096;
 const HASH4_BITS: u32 = 12;
 const HASH3_BITS: u32 = 11;
@@ -11,27 +11,27 @@ const HASH3_BITS: u32 = 11;
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Match {
     pub(super) len: usize,
-    /// 0: there is no match.
+    /// 0 if there is no match.
     pub(super) distance: usize,
 }
 
-/// Where to search, and how hard.
+/// A position to search at, and the effort.
 #[derive(Clone, Copy)]
 pub(super) struct Search {
     /// Position in the cluster.
     pub(super) at: usize,
     /// Bytes from there to the end of the cluster.
     pub(super) left: usize,
-    /// Only longer matches count.
+    /// Only longer matches are accepted.
     pub(super) floor: usize,
-    /// How many earlier positions are looked at.
+    /// How many candidates are examined.
     pub(super) depth: u32,
-    /// A match of this length is taken without looking further.
+    /// A match of this length ends the search.
     pub(super) nice: usize,
 }
 
-/// The search tables: positions modulo 64 KiB. One that is stale points somewhere into the window all the
-/// same, and the bytes there decide.
+/// The search tables. They hold positions modulo 64 KiB, so an entry can be stale. A stale entry still points
+/// into the ring, and the comparison of the bytes decides whether it is a match.
 pub(super) struct Tables {
     head4: Box<[u16; 1 << HASH4_BITS]>,
     head3: Box<[u16; 1 << HASH3_BITS]>,
@@ -52,15 +52,15 @@ impl Tables {
         }
     }
 
-    /// Forgets what came before, so that the same bytes always give the same matches.
+    /// Clears the tables, so that the same cluster always gives the same matches.
     pub(super) fn reset(&mut self) {
         self.head4.fill(0);
         self.head3.fill(0);
         self.previous.fill(0);
     }
 
-    /// Enters position `at`, where the bytes `word` are; returns the last position with the same three and
-    /// four bytes.
+    /// Enters position `at`, where `word` was loaded. Returns the previous positions with the same hash of
+    /// three and of four bytes.
     #[inline(always)]
     fn insert(&mut self, at: u16, word: u32) -> (u16, u16) {
         let head3 = &mut self.head3[hash(word << 8, HASH3_BITS)];
@@ -80,7 +80,7 @@ impl Tables {
         }
     }
 
-    /// The longest match that the search asks for; enters the position too.
+    /// The longest match at the search position; also enters the position.
     #[inline(always)]
     pub(super) fn find(&mut self, ring: &Ring, search: Search) -> Match {
         let at = search.at as u16;

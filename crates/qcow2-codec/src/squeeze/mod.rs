@@ -1,8 +1,8 @@
-//! A deflate writer for whole clusters and a window of 4 KiB.
+//! A deflate writer for whole clusters with a 4 KiB window.
 //!
-//! A cluster lies in memory as a whole and matches reach back 4 KiB at most, so that everything the search
-//! touches fits into the first-level cache: three small tables of 16-bit positions. Positions are kept modulo
-//! 65536; one that is stale points somewhere into the window all the same, and the bytes there decide. RFC
+//! The cluster is complete in memory and matches reach back less than 4 KiB. The search therefore works on
+//! three small tables of 16-bit positions, which fit into the L1 data cache. Positions are modulo 65536. A
+//! stale entry still points into the ring, and the comparison of the bytes decides whether it is a match. RFC
 //! 1951.
 
 mod bits;
@@ -33,7 +33,8 @@ impl Squeezer {
         Self { parser: Parser::new(effort), tokens: Tokens::new(), blocks: BlockWriter::new() }
     }
 
-    /// Compresses `plain` into the front of `out`; the stream's length, or `None` where it does not fit.
+    /// Compresses `plain` into the front of `out`. Returns the length of the stream, or `None` if it does not
+    /// fit.
     pub(crate) fn compress(&mut self, plain: &[u8], out: &mut [u8]) -> Option<usize> {
         self.parser.reset();
         let mut writer = BitWriter::new(out);

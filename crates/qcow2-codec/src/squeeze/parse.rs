@@ -1,29 +1,29 @@
-//! Decides which literals and matches a block is made of: lazily, a match gives way to a better one a byte or
-//! two later.
+//! Splits a block into literals and matches, with lazy matching: a match is given up for a better one that
+//! starts one or two bytes later.
 
 use super::matcher::{Match, Search, Tables, WINDOW};
 use super::ring::Ring;
 use super::split::{Split, WATCH};
 use super::token::{MAX_MATCH, MIN_MATCH, Tokens};
 
-/// How hard to search.
+/// Search effort.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Effort {
-    /// How many earlier positions are looked at.
+    /// How many candidates are examined.
     pub(crate) depth: u32,
-    /// A match of this length is taken without looking further.
+    /// A match of this length ends the search.
     pub(crate) nice: usize,
-    /// How many positions ahead a better match is looked for: 0, 1 or 2.
+    /// How many positions ahead to look for a better match: 0, 1 or 2.
     pub(crate) lazy: u32,
 }
 
-/// After so many literals in a row one position is passed over for each that is searched, after twice as many
+/// After this many literals in a row, the search skips one position for each it tries; after twice as many,
 /// two.
 const HOPELESS: usize = 80;
-/// The most that are passed over.
+/// The most positions skipped at once.
 const MAX_PASSED: usize = 7;
 
-/// The ring is filled again when fewer bytes than this are ahead.
+/// The ring is refilled when fewer bytes than this are ahead.
 const AHEAD: usize = MAX_MATCH + 16;
 
 pub(super) struct Parser {
@@ -37,13 +37,13 @@ impl Parser {
         Self { effort, ring: Ring::new(), tables: Tables::new() }
     }
 
-    /// Starts with another cluster.
+    /// Resets the state for another cluster.
     pub(super) fn reset(&mut self) {
         self.ring.reset();
         self.tables.reset();
     }
 
-    /// Fills `tokens` with one block of `plain` from `start` on; returns where the next begins.
+    /// Fills `tokens` with one block of `plain` from `start`. Returns the start of the next block.
     pub(super) fn fill(&mut self, plain: &[u8], start: usize, tokens: &mut Tokens) -> usize {
         let end = plain.len();
         let mut at = start;
@@ -69,7 +69,7 @@ struct Piece {
 }
 
 impl Parser {
-    /// Adds to `tokens` up to `stop`; returns how far it got.
+    /// Adds tokens up to `stop`. Returns the position reached, which a match may carry past `stop`.
     fn run(&mut self, piece: Piece, tokens: &mut Tokens) -> usize {
         let Piece { mut at, stop, end } = piece;
         let Self { effort, ring, tables } = self;
@@ -78,7 +78,8 @@ impl Parser {
             let left = end - at;
             let mut found = tables.find(ring, Search { at, left, floor: MIN_MATCH - 1, depth, nice });
             if found.distance == 0 {
-                // Where nothing has been found for long, some positions are not even looked at.
+                // Where nothing has matched for long, skip some positions: the data is probably
+                // incompressible.
                 let passed = at + 1 + (tokens.rest() / HOPELESS).min(MAX_PASSED);
                 for at in at..passed.min(stop) {
                     tokens.literal(ring.byte(at as u16));
@@ -111,7 +112,8 @@ impl Parser {
     }
 }
 
-/// Whether to give up `found` for the match one byte later: a longer one, unless it costs more than it saves.
+/// True if `found` should be given up for the match one byte later: it is longer, and not by so little that
+/// its larger distance costs more bits than it saves.
 #[inline(always)]
 fn better(next: Match, found: Match) -> bool {
     if next.distance == 0 {

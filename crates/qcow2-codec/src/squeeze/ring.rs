@@ -1,13 +1,13 @@
-//! The bytes that matches are searched in: the window behind and the bytes ahead, in a ring of 64 KiB.
+//! The bytes that are searched for matches: the window behind and the bytes ahead, in a ring of 64 KiB.
 
-/// Length of the ring; a `u16` is a place in it.
+/// Size of the ring in bytes; a `u16` indexes it.
 const RING: usize = 1 << 16;
-/// The ring's first bytes once more behind its last, so that eight bytes can be loaded at every place.
+/// The first bytes of the ring, repeated behind its end, so that eight bytes can be loaded at any index.
 const MIRROR: usize = 8;
-/// Zeroes behind the last byte, so that loads there do not depend on what was compressed before.
+/// Zeroes behind the last byte of the cluster, so that loads there do not depend on earlier clusters.
 const ZEROES: usize = 16;
 
-/// A piece of the cluster, each byte at its position modulo 64 KiB.
+/// A part of the cluster; each byte is at its position modulo 64 KiB.
 pub(super) struct Ring {
     bytes: Box<[u8; RING + MIRROR]>,
     filled: usize,
@@ -18,17 +18,17 @@ impl Ring {
         Self { bytes: Box::new([0; RING + MIRROR]), filled: 0 }
     }
 
-    /// Forgets the cluster before.
+    /// Drops the previous cluster.
     pub(super) fn reset(&mut self) {
         self.filled = 0;
     }
 
-    /// How many bytes of the cluster were taken up.
+    /// Number of bytes of the cluster loaded so far.
     pub(super) fn filled(&self) -> usize {
         self.filled
     }
 
-    /// Takes up as much of `plain` as there is room for if only the bytes from `keep` on are needed still.
+    /// Loads as much of `plain` as fits while keeping the bytes from `keep` on.
     pub(super) fn fill(&mut self, plain: &[u8], keep: usize) {
         let until = plain.len().min(keep + RING - ZEROES);
         let mut rest = plain.get(self.filled..until).unwrap_or_default();
@@ -62,7 +62,7 @@ impl Ring {
         self.bytes[at..at + 8].first_chunk().map_or(0, |b| u64::from_le_bytes(*b))
     }
 
-    /// How many bytes at `a` and `b` are equal, from 4 (known to be) to `limit`.
+    /// Number of equal bytes at `a` and `b`, from 4 (already known) to `limit`.
     #[inline(always)]
     pub(super) fn common(&self, a: u16, b: u16, limit: usize) -> usize {
         let mut len = 4;

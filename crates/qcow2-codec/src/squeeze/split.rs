@@ -1,26 +1,26 @@
-//! Notices that the kind of content changes, where a new block with codes of its own pays.
+//! Detects a change in the kind of content, where a new block with its own codes pays off.
 
 use super::token::Tokens;
 
-/// Literals by their top bits and lowest bit, short and long matches.
+/// Token classes: literals by their top two bits and lowest bit, short matches, long matches.
 const KINDS: usize = 10;
-/// After how many bytes the tokens since the last look are compared with those before.
+/// Bytes between two checks. Each check compares the tokens since the last one with those before.
 pub(super) const WATCH: usize = 2048;
 /// The shortest block, in bytes.
 const MIN_BLOCK: usize = 5000;
-/// Fewer tokens say too little; they count as recent the next time too.
+/// With fewer tokens than this there is too little evidence; they count as recent in the next check too.
 const LEAST_RECENT: u64 = 300;
-/// Length symbols of up to 8 bytes.
+/// Number of length symbols that stand for up to 8 bytes.
 const SHORT_LENGTHS: usize = 6;
 
-/// The tokens of a block by kind, as they were when last looked at.
+/// The tokens of the block by class, as of the last check.
 #[derive(Default)]
 pub(super) struct Split {
     total: [u32; KINDS],
 }
 
 impl Split {
-    /// Whether the block, `len` bytes so far, should end here, `left` bytes before the end of the cluster.
+    /// True if the block, `len` bytes so far, should end here, `left` bytes before the end of the cluster.
     pub(super) fn is_due(&mut self, tokens: &Tokens, len: usize, left: usize) -> bool {
         let mut now = [0; KINDS];
         for (kind, counts) in tokens.literals.chunks_exact(64).enumerate() {
@@ -45,7 +45,7 @@ impl Split {
         for (&t, &n) in before.iter().zip(&now) {
             distance += (u64::from(t) * recent).abs_diff(u64::from(n - t) * total);
         }
-        // The difference of the two distributions, in parts of the recent one, against a price for a new
+        // The difference of the two distributions, scaled by the recent count, against a price for a new
         // header.
         distance + len as u64 / 4096 * total >= total * recent * 200 / 512
     }

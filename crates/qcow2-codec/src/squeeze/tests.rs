@@ -45,7 +45,7 @@ impl Rng {
 }
 
 #[test]
-fn small_and_extreme_inputs_come_back() {
+fn small_and_constant_inputs_round_trip() {
     for len in [1, 2, 3, 4, 5, 7, 8, 255, 257, 258, 259, 511, 512] {
         check(&vec![7; len]);
         check(&(0..len).map(|i| i as u8).collect::<Vec<_>>());
@@ -61,15 +61,14 @@ fn noise_is_stored() {
     assert!(check(&noise) <= noise.len() + 64);
 }
 
-/// A block may have more noise than one stored piece holds; only the piece that ends the stream says that it
-/// is the last.
+/// A block may hold more noise than one stored block can. Only the last stored block has the final flag.
 #[test]
-fn a_stored_block_of_more_than_65535_bytes_ends_once() {
+fn stored_blocks_above_65535_bytes_set_the_final_flag_once() {
     for (len, seed) in [(100_000, 3), (200_000, 5), (300_000, 7)] {
         let mut rng = Rng(seed);
         let mut noise: Vec<u8> = (0..len).map(|_| rng.next() as u8).collect();
-        // Short matches far apart: a block goes on behind them, and saves too little to be worth codes of its
-        // own.
+        // Short matches far apart: the block continues past them, and they save too little to pay for dynamic
+        // codes.
         for at in (20_000..len - 6).step_by(20_000) {
             noise.copy_within(at - 1000..at - 994, at);
         }
@@ -78,7 +77,7 @@ fn a_stored_block_of_more_than_65535_bytes_ends_once() {
 }
 
 #[test]
-fn text_gets_small() {
+fn text_compresses() {
     let mut rng = Rng(5);
     let words =
         ["cluster ", "table ", "refcount ", "backing ", "file ", "offset ", "guest ", "host ", "the ", "of "];
@@ -91,7 +90,7 @@ fn text_gets_small() {
 }
 
 #[test]
-fn random_structures_come_back() {
+fn random_structures_round_trip() {
     for seed in 1..60 {
         let mut rng = Rng(seed * 0x1234_5677);
         let mut plain: Vec<u8> = vec![rng.next() as u8];

@@ -1,21 +1,21 @@
-//! What a block is made of: literals and matches, and how often each symbol occurs.
+//! The tokens of a block (literals and matches) and the frequency of each symbol.
 
-/// Literals and match lengths: 256 literals, end of block, 29 lengths, and two that have a fixed code but no
-/// meaning.
+/// Literal/length symbols: 256 literals, end of block, 29 lengths, and two that have a fixed code but are
+/// unused.
 pub(super) const LITLEN_SYMBOLS: usize = 288;
-/// Distances: a window of 4 KiB uses 24 of the 30.
+/// Distance symbols. A 4 KiB window uses 24 of the 30.
 pub(super) const DISTANCE_SYMBOLS: usize = 30;
-/// The symbol that ends a block.
+/// The end-of-block symbol.
 pub(super) const END_OF_BLOCK: usize = 256;
-/// The shortest and the longest match.
+/// The shortest and the longest match in bytes.
 pub(super) const MIN_MATCH: usize = 3;
 pub(super) const MAX_MATCH: usize = 258;
 
-/// A block has at most so many matches.
+/// The most matches in a block.
 const MAX_MATCHES: usize = 8 << 10;
-/// The most matches between two looks at whether the block is full.
+/// The most matches between two checks whether the block is full.
 const STRETCH_MATCHES: usize = super::split::WATCH / MIN_MATCH + 1;
-/// A block ends after so many literals in a row.
+/// A block ends after this many literals in a row: `Step::literals` is 16 bits.
 const MAX_RUN: u32 = 0xf000;
 
 /// First length and extra bits of each length symbol from 257 on. RFC 1951, 3.2.5.
@@ -51,7 +51,7 @@ const LENGTHS: [(u16, u8); 29] = [
     (258, 0),
 ];
 
-/// The symbol (less 257) of each length.
+/// Length symbol, minus 257, for each length.
 static LENGTH_SYMBOL: [u8; 512] = length_symbols();
 
 const fn length_symbols() -> [u8; 512] {
@@ -76,19 +76,19 @@ pub(super) const fn distance_extra_bits(symbol: usize) -> u32 {
     if symbol < 4 { 0 } else { symbol as u32 / 2 - 1 }
 }
 
-/// Extra bits of each length symbol, counted from 257.
+/// Extra bits of each length symbol. `index`: the symbol minus 257.
 pub(super) fn length_extra_bits(index: usize) -> u32 {
     LENGTHS.get(index).map_or(0, |&(_, bits)| bits.into())
 }
 
-/// The length symbol (less 257), its extra bits, and their value. `len`: 3 to 258.
+/// The length symbol minus 257, its extra bits, and their value. `len`: 3 to 258.
 pub(super) fn length_code(len: usize) -> (usize, u32, u32) {
     let index = usize::from(LENGTH_SYMBOL[len]);
     let (first, bits) = LENGTHS[index];
     (index, bits.into(), (len - usize::from(first)) as u32)
 }
 
-/// The symbols of the distances 1..=256, and of those above in steps of 128.
+/// The symbols of distances 1..=256, then of larger ones in steps of 128.
 static DISTANCE_SYMBOL: [u8; 512] = distance_symbols();
 
 const fn distance_symbols() -> [u8; 512] {
@@ -115,7 +115,7 @@ pub(super) fn distance_symbol(distance: u16) -> usize {
     usize::from(DISTANCE_SYMBOL[index & 511])
 }
 
-/// Some literals, then a match. The literals' values are the cluster's bytes.
+/// A run of literals, then a match. The literals themselves are read from the cluster.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Step {
     pub(super) literals: u16,
@@ -124,7 +124,7 @@ pub(super) struct Step {
     pub(super) distance: u16,
 }
 
-/// The tokens of one block, and how often each symbol occurs.
+/// The tokens of one block and the frequency of each symbol.
 pub(super) struct Tokens {
     steps: Box<[Step; MAX_MATCHES]>,
     count: usize,
@@ -148,7 +148,7 @@ impl Tokens {
         self.distances.fill(0);
     }
 
-    /// Whether the block has to end, because there might be no room for the matches of another stretch.
+    /// True if the block has to end, because the matches of another stretch might not fit.
     #[inline(always)]
     pub(super) fn is_full(&self) -> bool {
         self.count + STRETCH_MATCHES >= MAX_MATCHES || self.run >= MAX_RUN
@@ -160,7 +160,7 @@ impl Tokens {
         self.literals[usize::from(byte)] += 1;
     }
 
-    /// A match of 3 to 258 bytes, 1 to 4095 bytes back.
+    /// Adds a match of 3 to 258 bytes, 1 to 4095 bytes back.
     #[inline(always)]
     pub(super) fn matched(&mut self, len: usize, distance: usize) {
         let (len, distance) = (len as u16, distance as u16);
@@ -171,12 +171,12 @@ impl Tokens {
         self.distances[distance_symbol(distance) & 31] += 1;
     }
 
-    /// Literals and match by turns; the literals after the last match are [`rest`](Self::rest).
+    /// The runs and matches, in order; the literals after the last match are [`rest`](Self::rest).
     pub(super) fn steps(&self) -> &[Step] {
         &self.steps[..self.count]
     }
 
-    /// How many literals follow the last match.
+    /// Number of literals after the last match.
     pub(super) fn rest(&self) -> usize {
         self.run as usize
     }

@@ -1,18 +1,18 @@
-//! A third opinion on deflate streams: slow, strict, and made from RFC 1951 alone.
+//! An independent, slow and strict deflate reader, written from RFC 1951 alone.
 
-/// What a stream turned out to be.
+/// The result of inflating a stream.
 #[derive(Debug)]
 pub(crate) struct Inflated {
     pub(crate) plain: Vec<u8>,
     window: usize,
-    /// The farthest that a match reached back.
+    /// The largest match distance.
     pub(crate) max_distance: usize,
     /// Bytes of input up to the end of the last block.
     pub(crate) read: usize,
 }
 
-/// Inflates one raw stream. Errors: anything that is not allowed in one, and a match that reaches back more
-/// than `window` bytes, as an inflater that keeps no more than that must say.
+/// Inflates one raw stream. Errors: any violation of the RFC, and a match distance above `window`, which a
+/// reader that keeps only that much output must refuse.
 pub(crate) fn inflate(stream: &[u8], window: usize) -> Result<Inflated, String> {
     let mut bits = Bits { stream, at: 0 };
     let mut out = Inflated { plain: Vec::new(), window, max_distance: 0, read: 0 };
@@ -92,7 +92,7 @@ fn dynamic_lengths(bits: &mut Bits<'_>) -> Result<(Vec<u8>, Vec<u8>), String> {
     Ok((lengths, distances))
 }
 
-/// A canonical code: how many symbols have each length, and the symbols in order of their codes.
+/// A canonical code: number of symbols per length, and the symbols in code order.
 struct Code {
     counts: [usize; 16],
     symbols: Vec<usize>,
@@ -152,8 +152,8 @@ fn coded(bits: &mut Bits<'_>, out: &mut Inflated, literals: &Code, distances: &C
     }
 }
 
-/// The base and extra bits of a length or distance symbol: `1 << shift` symbols for each number of extra
-/// bits.
+/// Base value plus extra bits of a length or distance symbol. Every `1 << shift` symbols have the same number
+/// of extra bits.
 fn stepped(bits: &mut Bits<'_>, index: usize, shift: u32) -> Result<usize, String> {
     let extra = (index >> shift) - 1;
     let base = ((1 << shift) + index % (1 << shift)) << extra;

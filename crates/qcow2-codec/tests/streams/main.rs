@@ -1,4 +1,4 @@
-//! What others make of our streams: a strict inflater of the tests' own, and qemu-img.
+//! Checks our streams with other readers: a strict inflater of these tests, and qemu-img.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "these are tests")]
 
 mod inflater;
@@ -15,7 +15,7 @@ fn random(seed: u64) -> impl FnMut() -> u64 {
     }
 }
 
-/// `len` bytes made of noise, runs, and copies from near and far: everything a match finder meets.
+/// `len` bytes of noise, runs, and copies over short and long distances: everything a match finder meets.
 fn mixed(len: usize, seed: u64) -> Vec<u8> {
     let mut next = random(seed);
     let mut out: Vec<u8> = Vec::with_capacity(len + 4096);

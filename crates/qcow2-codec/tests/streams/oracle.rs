@@ -1,4 +1,4 @@
-//! qemu-img reads clusters that these codecs made, in an image laid out by hand.
+//! qemu-img reads clusters that these codecs compressed, in a hand-made image.
 
 use crate::mixed;
 use qcow2_codec::{Deflate, DeflateOptions, Zstd};
@@ -10,7 +10,7 @@ const CLUSTER_BITS: u32 = 16;
 const CLUSTER: usize = 1 << CLUSTER_BITS;
 
 /// A version 3 image whose clusters are all compressed: header, refcount table, refcount block, L1 and L2
-/// table in the first five clusters, then the streams, each on a sector so that the arithmetic stays plain.
+/// table in the first five clusters, then the streams, each starting at a sector.
 fn image(codec: &dyn ClusterCodec, zstd: bool, plain: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 5 * CLUSTER];
     let put32 = |file: &mut Vec<u8>, at: usize, v: u32| file[at..at + 4].copy_from_slice(&v.to_be_bytes());
@@ -37,7 +37,7 @@ fn image(codec: &dyn ClusterCodec, zstd: bool, plain: &[u8]) -> Vec<u8> {
         let descriptor = (1 << 62) | (more_sectors << (62 - (CLUSTER_BITS - 8))) | offset;
         put64(&mut file, 4 * CLUSTER + 8 * i, descriptor);
         file.extend_from_slice(&stream[..len]);
-        file.resize(file.len().next_multiple_of(512), 0xee); // neighbours are garbage
+        file.resize(file.len().next_multiple_of(512), 0xee); // the rest of the sector is garbage
         for host in offset as usize / CLUSTER..=(offset as usize + len - 1) / CLUSTER {
             file[2 * CLUSTER + 2 * host + 1] += 1;
         }
@@ -63,7 +63,7 @@ fn check(name: &str, codec: &dyn ClusterCodec, zstd: bool) {
 }
 
 #[test]
-fn the_reference_reads_deflate_of_every_level() {
+fn qemu_img_reads_deflate_of_every_level() {
     for level in 1..=9 {
         let codec = Deflate::new(DeflateOptions::default().level(level)).unwrap();
         check(&format!("deflate {level}"), &codec, false);
@@ -71,7 +71,7 @@ fn the_reference_reads_deflate_of_every_level() {
 }
 
 #[test]
-fn the_reference_reads_zstd() {
+fn qemu_img_reads_zstd() {
     for level in [1, 3, 12] {
         check(&format!("zstd {level}"), &Zstd::new(level).unwrap(), true);
     }

@@ -1,5 +1,5 @@
-//! Streams by default reach back at most 4 KiB, so that readers which inflate a cluster in pieces take them
-//! too.
+//! By default matches reach back at most 4 KiB, so that readers which inflate a cluster in pieces accept the
+//! streams.
 
 use crate::inflater::inflate;
 use crate::{mixed, random};
@@ -14,7 +14,7 @@ fn packed(codec: &Deflate, plain: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn every_level_keeps_to_the_window() {
+fn every_level_keeps_the_4k_window() {
     for level in 1..=9 {
         let codec = Deflate::new(DeflateOptions::default().level(level)).unwrap();
         for (seed, len) in [512, 4096, 4097, 65536, 300_000].into_iter().enumerate() {
@@ -28,7 +28,7 @@ fn every_level_keeps_to_the_window() {
 }
 
 #[test]
-fn a_wider_window_is_an_option_that_pieces_show() {
+fn window_above_4k_breaks_chunked_readers() {
     let codec = Deflate::new(DeflateOptions::default().window_bits(15)).unwrap();
     let plain = mixed(65536, 1);
     let stream = packed(&codec, &plain);
@@ -37,14 +37,14 @@ fn a_wider_window_is_an_option_that_pieces_show() {
     assert!(strict.max_distance > 16384, "{}", strict.max_distance);
     assert!(inflate(&stream, 4096).unwrap_err().contains("too far back"));
     assert!(stream.len() < packed(&Deflate::default(), &plain).len());
-    // Our own reader takes it.
+    // Our own reader accepts it.
     let mut back = vec![0; plain.len()];
     Deflate::default().expand(&stream, &mut back).unwrap();
     assert!(back == plain);
 }
 
 #[test]
-fn the_strict_inflater_and_ours_agree_on_damage() {
+fn damaged_streams_match_the_strict_inflater() {
     let (codec, plain) = (Deflate::default(), mixed(2048, 5));
     let good = packed(&codec, &plain);
     let mut next = random(17);
@@ -59,7 +59,8 @@ fn the_strict_inflater_and_ours_agree_on_damage() {
         let ours = codec.expand(&bad, &mut out);
         match inflate(&bad, 32768) {
             Ok(strict) if strict.plain.len() >= out.len() => {
-                // Ours refuses incomplete codes that the strict one does not mind until it meets the gap.
+                // Ours refuses incomplete codes up front; the strict one fails only when it meets a missing
+                // code.
                 if ours.is_ok() {
                     assert!(out == strict.plain[..out.len()], "round {round}");
                     both += 1;

@@ -4,5 +4,6 @@ pub mod cipher;
 pub mod codec;
 pub mod disk;
 pub mod event;
+pub mod forward;
 pub mod resolver;
 pub mod storage;

@@ -1,4 +1,4 @@
-//! Modes of operation over whole sectors, in batches that keep the cipher's parallel instructions busy.
+//! Modes of operation over whole sectors, in batches that keep the CPU's parallel cipher instructions busy.
 
 mod modes;
 mod xts;
@@ -14,22 +14,23 @@ use serpent::Serpent;
 use twofish::Twofish;
 use xts::Xts;
 
-/// Bytes of a sector.
+/// Sector size in bytes.
 pub(crate) const SECTOR: usize = 512;
-/// Sectors that are worked on together: 512 blocks of 16 bytes, so that few are left over whatever number of
-/// blocks the cipher takes at once, and data and masks stay in the first cache.
+/// Sectors per batch. That is 512 blocks of 16 bytes: enough that few blocks are left over, however many the
+/// cipher processes in parallel, and small enough that data and masks stay in the L1 data cache.
 pub(crate) const BATCH: usize = 16;
 
-/// An initialization vector; ciphers with blocks of 8 bytes use the first half.
+/// An initialization vector. Ciphers with 8-byte blocks use the first half.
 pub(crate) type Iv = [u8; 16];
 
-/// A cipher with key and mode. `ivs`: one a sector, at most [`BATCH`]; used up. `data`: as many sectors.
+/// A keyed cipher in one mode. `ivs`: one per sector, at most [`BATCH`]; overwritten. `data`: as many
+/// sectors.
 pub(crate) trait SectorMode: Send + Sync {
     fn encrypt(&self, ivs: &mut [Iv], data: &mut [u8]);
     fn decrypt(&self, ivs: &mut [Iv], data: &mut [u8]);
 }
 
-/// Encrypts single blocks of 16 bytes: what ESSIV needs.
+/// Encrypts single blocks of 16 bytes, for ESSIV.
 pub(crate) trait BlockEncrypt: Send + Sync {
     fn encrypt_blocks(&self, blocks: &mut [Iv]);
 }
@@ -45,7 +46,7 @@ where
     }
 }
 
-/// Runs `$call` with `$c` bound to the type of cipher `$alg`.
+/// Evaluates `$call` (or `$small` for 8-byte blocks) with `$c` bound to the type of cipher `$alg`.
 macro_rules! with_cipher {
     ($alg:expr, $c:ident => $call:expr, 8 => $small:expr) => {
         match $alg {
@@ -77,8 +78,8 @@ macro_rules! with_cipher {
     };
 }
 
-/// The cipher `alg` in `mode` under `key`. Errors: `InvalidOption` for a key of the wrong length or XTS over
-/// small blocks.
+/// The cipher `alg` in `mode` with `key`. Errors: `InvalidOption` for a key of the wrong length, or XTS with
+/// 8-byte blocks.
 pub(crate) fn sector_mode(
     alg: CipherAlg,
     mode: CipherMode,
@@ -115,7 +116,8 @@ where
     })
 }
 
-/// The cipher of `family`'s that takes `key`, for single blocks. Errors: `InvalidOption` where there is none.
+/// The cipher of `family` whose key length is that of `key`, for single blocks. Errors: `InvalidOption` if
+/// there is none.
 pub(crate) fn block_cipher(family: &str, key: &[u8]) -> Result<Box<dyn BlockEncrypt>, CryptError> {
     let none = || CryptError::option(format!("no {family} cipher has a key of {} bytes", key.len()));
     let alg = CipherAlg::from_family(family, key.len()).ok_or_else(none)?;

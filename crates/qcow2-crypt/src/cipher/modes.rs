@@ -3,18 +3,19 @@
 use super::{BATCH, Iv, SECTOR, SectorMode, blocks_of};
 use cipher::{Block, BlockCipherDecrypt, BlockCipherEncrypt, BlockSizeUser};
 
-/// Each block is mixed with the encrypted one before it, the first with the initialization vector.
+/// CBC: each block is XORed with the previous ciphertext block, the first one with the initialization vector.
 pub(super) struct Cbc<C>(pub(super) C);
 
-/// The encrypted counter covers the data; the initialization vector is where it starts, counted big-endian.
+/// CTR: the data is XORed with the encrypted counter. The initialization vector is its start value,
+/// big-endian.
 pub(super) struct Ctr<C>(pub(super) C);
 
-/// Each block on its own.
+/// ECB: each block is encrypted independently.
 pub(super) struct Ecb<C>(pub(super) C);
 
 impl<C: BlockCipherEncrypt + BlockCipherDecrypt + Send + Sync> SectorMode for Cbc<C> {
-    /// The blocks of one sector must go one after the other, those of different sectors need not: the batch
-    /// goes through its sectors side by side.
+    /// CBC encryption is sequential within a sector but independent between sectors. So the batch encrypts
+    /// block `i` of all its sectors at once.
     fn encrypt(&self, ivs: &mut [Iv], data: &mut [u8]) {
         let size = C::block_size();
         let mut row: [Block<C>; BATCH] = core::array::from_fn(|_| Block::<C>::default());

@@ -1,7 +1,7 @@
-//! XTS: block `j` of a sector is masked with the encrypted sector number times x^j before and after the
-//! cipher.
+//! XTS: block `j` of a sector is XORed with a mask before and after the cipher. The mask is the encrypted
+//! sector number times x^j.
 //!
-//! The masks of a whole batch are made first, so that the cipher sees one long row of blocks.
+//! The masks of a whole batch are computed first, so that the cipher sees one long run of blocks.
 
 use super::{BATCH, Iv, SECTOR, SectorMode, blocks_of};
 use cipher::typenum::U16;
@@ -9,7 +9,7 @@ use cipher::{Array, BlockCipherDecrypt, BlockCipherEncrypt, BlockSizeUser};
 
 const BLOCKS: usize = SECTOR / 16;
 
-/// Two ciphers: one for the data, one for the sector numbers.
+/// Two keyed ciphers: one for the data, one for the tweak (the sector number).
 pub(super) struct Xts<C> {
     data: C,
     tweak: C,
@@ -23,7 +23,7 @@ where
         Self { data, tweak }
     }
 
-    /// The masks of every block of every sector.
+    /// The masks of all blocks of all sectors in the batch.
     fn masks(&self, ivs: &mut [Iv]) -> [[u128; BLOCKS]; BATCH] {
         self.tweak.encrypt_blocks(Array::cast_slice_from_core_mut(ivs));
         let mut masks = [[0; BLOCKS]; BATCH];
@@ -63,7 +63,7 @@ fn apply(masks: &[[u128; BLOCKS]; BATCH], data: &mut [u8]) {
     }
 }
 
-/// Multiplies in the field of 2^128 elements: a shift, and the polynomial where a bit falls out.
+/// Multiplies by x in GF(2^128): a shift, then a reduction by the polynomial if a bit is carried out.
 fn times_x(mask: u128) -> u128 {
     let carry = (mask.cast_signed() >> 127).cast_unsigned() & 0x87;
     (mask << 1) ^ carry

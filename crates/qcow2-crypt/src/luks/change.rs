@@ -1,4 +1,4 @@
-//! Passwords of a volume that is in use: one added, some erased, from reading the header to the last barrier.
+//! Adds and erases passwords of an existing volume: reads the header, changes it, waits for the last barrier.
 
 use super::create::count_iterations;
 use super::slots::{SlotsToErase, put_key};
@@ -14,22 +14,22 @@ use qcow2_core::{HostOffset, Storage};
 pub struct NewPassword<'a> {
     /// The password.
     pub password: &'a Secret,
-    /// The slot for it, 0 to 7; `None` takes the first free one.
+    /// The slot to fill, 0 to 7; `None` takes the first free one.
     pub slot: Option<u64>,
-    /// Whether a slot that is in use may be taken; what opened it opens it no longer.
+    /// Allow replacing a slot that is in use. Its old password then no longer unlocks it.
     pub force: bool,
-    /// How long trying the password is to take on this machine, in milliseconds of one core.
+    /// Target time for one password attempt, in milliseconds of CPU time on this machine.
     pub iter_time_ms: u64,
-    /// How much work the header may ask for while the volume is unlocked.
+    /// Limit on the key derivation work while the volume is unlocked.
     pub limit: IterationLimit,
 }
 
-/// Adds a password to the volume whose header is at `at`. `current`: gives a password that opens it; asked
-/// for only once a slot is found, so that nobody is asked in vain. Disk: reads the header and key material,
-/// then writes as [`SlotChange::apply`](super::SlotChange::apply); a slot in use is replaced so that a power
-/// cut leaves the old password or the new one.
+/// Adds a password to the volume whose header is at `at`. `current` returns a password that unlocks it; it is
+/// called only after a slot has been found, so that nobody is prompted in vain. Disk: reads the header and
+/// key material, then writes as [`SlotChange::apply`](super::SlotChange::apply). A slot in use is replaced in
+/// such an order that a power cut leaves the old or the new password.
 ///
-/// Errors: those of `current`; `KeySlot` for a slot that may not be taken; as [`Volume::read`],
+/// Errors: those of `current`; `KeySlot` for a slot that may not be filled; as [`Volume::read`],
 /// [`Volume::unlock`] and [`count_iterations`]; `Random`, `Storage`.
 pub fn add_password<E: From<CryptError>>(
     (storage, at): (&dyn Storage, HostOffset),
@@ -45,9 +45,10 @@ pub fn add_password<E: From<CryptError>>(
     Ok(put_key((storage, at), slot, (&key, new.password), rounds, random)?)
 }
 
-/// Erases the slots that `which` names in the volume whose header is at `at`. `force`: also the last slots
-/// that hold a key, after which nobody can read the data, and slots that hold none. Disk: reads the header
-/// and, where a password is given, key material; writes as [`SlotChange::apply`](super::SlotChange::apply).
+/// Erases the slots selected by `which` in the volume whose header is at `at`. `force`: also erase empty
+/// slots and the last slots that hold a key; after the latter the data is unrecoverable. Disk: reads the
+/// header and, if a password is given, key material; writes as
+/// [`SlotChange::apply`](super::SlotChange::apply).
 ///
 /// Errors: `KeySlot` for slots that may not be erased; as [`Volume::read`] and [`Volume::unlock`]; `Random`,
 /// `Storage`.

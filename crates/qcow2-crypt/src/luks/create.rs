@@ -1,4 +1,4 @@
-//! A new volume: a random key, sealed in slot 0.
+//! Creates a volume: a random master key, stored in slot 0.
 
 use super::volume::{ALIGNMENT_SECTORS, MIN_ITERATIONS, SECTOR, STRIPES, material_len, seal};
 use crate::error::CryptError;
@@ -8,14 +8,14 @@ use crate::spec::{CipherSpec, HashAlg};
 use qcow2_format::crypt::{LUKS_HEADER_LEN, LUKS_KEY_SLOTS, LuksHeader, LuksSlot};
 use std::time::Duration;
 
-/// What a new volume is to be. The defaults are QEMU's.
+/// Parameters of a new volume. The defaults are QEMU's.
 #[derive(Clone, Copy, Debug)]
 pub struct NewVolume {
-    /// How data is encrypted.
+    /// Cipher, mode and IV generator.
     pub spec: CipherSpec,
-    /// The hash of key derivation.
+    /// Hash for the key derivation.
     pub hash: HashAlg,
-    /// How long it takes to try a password, in milliseconds of this machine's time.
+    /// Target time for one password attempt, in milliseconds of CPU time on this machine.
     pub iter_time_ms: u64,
 }
 
@@ -26,15 +26,15 @@ impl Default for NewVolume {
 }
 
 impl NewVolume {
-    /// Bytes of the whole area before the payload. Needs no password: `measure` asks too.
+    /// Size of the area before the payload in bytes. Needs no password, so `measure` can use it.
     pub fn area_len(&self) -> u64 {
         SECTOR * (ALIGNMENT_SECTORS + LUKS_KEY_SLOTS as u64 * slot_sectors(&self.spec))
     }
 }
 
-/// Makes the whole area of a new volume that opens with `password`: header, the material of slot 0, zeroes up
-/// to where the payload starts. Errors: `InvalidOption` for parts that do not go together or too large an
-/// iteration time, before anything is computed; `Random`.
+/// Creates the area of a new volume: header, key material of slot 0 under `password`, zeroes up to the
+/// payload. Errors: `InvalidOption` for incompatible parameters or an iteration time that is too long;
+/// `Random`.
 pub fn create(
     volume: &NewVolume,
     password: &Secret,
@@ -60,7 +60,7 @@ pub fn create(
     Ok(area)
 }
 
-/// Puts `key` under `password` into `slot`; returns the key material.
+/// Stores `key` under `password` in `slot`. Returns the key material to write.
 pub(super) fn fill_slot(
     slot: &mut LuksSlot,
     (spec, hash): (&CipherSpec, HashAlg),
@@ -104,7 +104,7 @@ fn slot_sectors(spec: &CipherSpec) -> u64 {
     (material_len(spec.key_len()) / SECTOR).next_multiple_of(ALIGNMENT_SECTORS)
 }
 
-/// A version 4 UUID.
+/// A random (version 4) UUID.
 fn random_uuid(random: &mut dyn Random) -> Result<String, CryptError> {
     let mut bytes = [0; 16];
     random.fill(&mut bytes)?;
@@ -120,8 +120,8 @@ fn random_uuid(random: &mut dyn Random) -> Result<String, CryptError> {
     Ok(text)
 }
 
-/// How many rounds of `hash` for `key_len` bytes take `millis` milliseconds here; at least 1000. Errors:
-/// `InvalidOption` for more than 2^32 - 1.
+/// Number of PBKDF2 rounds of `hash` for `key_len` bytes that take `millis` milliseconds on this machine; at
+/// least 1000. Errors: `InvalidOption` above 2^32 - 1 rounds.
 pub fn count_iterations(
     hash: HashAlg,
     key_len: usize,
@@ -143,18 +143,19 @@ pub fn count_iterations(
     let nanos = taken.as_nanos().max(1);
     let wanted = u128::from(rounds) * u128::from(millis) * 1_000_000 / nanos;
     u32::try_from(wanted.max(u128::from(MIN_ITERATIONS))).map_err(|_| {
-        let message = format!("{millis} ms of key derivation are {wanted} rounds, allowed are {}", u32::MAX);
+        let message =
+            format!("{millis} ms of key derivation take {wanted} rounds, allowed are up to {}", u32::MAX);
         CryptError::option(message)
     })
 }
 
 fn impossible(error: qcow2_format::FormatError) -> CryptError {
-    CryptError::option("LUKS header cannot be made").with_source(error)
+    CryptError::option("LUKS header cannot be encoded").with_source(error)
 }
 
-/// Rounds of the first trial; each next one has twice as many.
+/// Rounds of the first trial; each following trial has twice as many.
 const FIRST_TRIAL: u32 = 1 << 10;
-/// Rounds of the last trial, whatever the stopwatch says.
+/// Rounds of the last trial, even if the stopwatch does not advance.
 const LAST_TRIAL: u32 = 1 << 26;
-/// A trial of so many milliseconds is exact enough.
+/// A trial of this many milliseconds is accurate enough.
 const LONGEST_TRIAL_MS: u64 = 200;

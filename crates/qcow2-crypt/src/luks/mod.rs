@@ -1,13 +1,13 @@
-//! LUKS version 1: the header, its eight key slots, and the volume's key behind them.
+//! LUKS version 1: the header, its eight key slots and the volume's master key.
 //!
-//! | where | what |
+//! | location | content |
 //! |---|---|
 //! | bytes 0..592 | the header, see `qcow2_format::crypt` |
 //! | from sector 8 | key material of slot 0, then of slots 1 to 7, each at a multiple of 4096 bytes |
-//! | payload offset | a container's data; not used inside qcow2, where the area ends here |
+//! | payload offset | data of a container; inside qcow2 the area ends here |
 //!
-//! A slot holds the volume's key, spread over 4000 stripes (`split`) and encrypted under a key that is
-//! derived from a password. Spec: LUKS On-Disk Format Specification 1.2.
+//! A slot holds the volume's key, spread over 4000 stripes (`split`) and encrypted under a key derived from a
+//! password. Spec: LUKS On-Disk Format Specification 1.2.
 
 mod change;
 mod create;

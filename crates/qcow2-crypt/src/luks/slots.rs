@@ -1,9 +1,9 @@
-//! Adding and erasing passwords.
+//! Adds and erases passwords.
 //!
-//! Order on disk, with a barrier after each step: a new slot's material, then the header that names it; for
-//! an erased slot the header that forgets it, then its material. Slot 6 lies on two sectors of the header,
-//! its state on the first: that one is written last for a new slot, and first for an erased one. A power cut
-//! leaves each slot opening or off, and never touches another one.
+//! Write order, with a barrier after each step. To fill a slot: its key material, then the header. To erase a
+//! slot: the header, then its key material. Slot 6 spans the header's two sectors; its state is in the first
+//! one. So the first sector is written last when filling a slot, and first when erasing one. After a power
+//! cut each slot either unlocks or is disabled, and no other slot is affected.
 
 use super::create::fill_slot;
 use super::unlock::IterationLimit;
@@ -14,7 +14,7 @@ use crate::secret::Secret;
 use qcow2_core::{HostOffset, Storage};
 use qcow2_format::crypt::{LUKS_HEADER_LEN, LUKS_KEY_SLOTS, LuksHeader};
 
-/// Bytes that change with a slot.
+/// A change of key slots, ready to be written.
 #[derive(Clone, Debug)]
 pub struct SlotChange {
     header: Vec<u8>,
@@ -23,9 +23,9 @@ pub struct SlotChange {
 }
 
 impl SlotChange {
-    /// Writes the change to the header at `at`, in the order that a power cut cannot hurt, and waits until it
-    /// is durable. What an erased slot held is overwritten 40 times, as often as QEMU and cryptsetup do, each
-    /// time down to the medium. Errors: `Random`, `Storage`.
+    /// Writes the change to the header at `at`, in crash-safe order (see above), and waits until it is
+    /// durable. The key material of an erased slot is overwritten 40 times, as QEMU and cryptsetup do, with a
+    /// barrier after each pass. Errors: `Random`, `Storage`.
     pub fn apply(
         &self,
         storage: &dyn Storage,
@@ -36,6 +36,7 @@ impl SlotChange {
             storage.write_at(place(at, *offset)?, material)?;
             storage.flush()?;
         }
+        // Both sectors go out separately, because a write of two sectors may be torn by a power cut.
         let (first, second) = self.header.split_at(SECTOR as usize);
         let mut sectors = [(0, first), (SECTOR, second)];
         if self.filled.is_some() {
@@ -58,13 +59,13 @@ impl SlotChange {
     }
 }
 
-/// Which slots are to be erased.
+/// Selects the slots to erase.
 #[derive(Clone, Copy, Debug)]
 pub enum SlotsToErase<'a> {
-    /// This one; where a password is given, only if that opens it.
+    /// This slot; with a password, only if the password unlocks it.
     Slot(u64, Option<&'a Secret>),
-    /// All that this password opens.
-    OpenedBy(&'a Secret),
+    /// All slots that this password unlocks.
+    UnlockedBy(&'a Secret),
 }
 
 impl Volume {
@@ -73,8 +74,8 @@ impl Volume {
         (0..LUKS_KEY_SLOTS).find(|&index| !self.header.slots[index].enabled)
     }
 
-    /// The slot that a new password goes to: `wanted`, or the first free one. `force`: also one that is in
-    /// use. Errors: `KeySlot`.
+    /// The slot for a new password: `wanted`, or the first free one. `force`: allow a slot that is in use.
+    /// Errors: `KeySlot`.
     pub fn slot_to_fill(&self, wanted: Option<u64>, force: bool) -> Result<usize, CryptError> {
         let Some(wanted) = wanted else {
             return self.free_slot().ok_or_else(|| SlotRefusal::AllInUse.into());
@@ -86,8 +87,8 @@ impl Volume {
         }
     }
 
-    /// The slots to erase. `force`: also the last ones that hold a key, and those that hold none. Disk: reads
-    /// key material where a password is given. Errors: `KeySlot`; with a password, as
+    /// Resolves `which` to slot numbers. `force`: allow empty slots and the last slots that hold a key. Disk:
+    /// reads key material if a password is given. Errors: `KeySlot`; with a password, as
     /// [`unlock`](Self::unlock).
     pub fn slots_to_erase(
         &self,
@@ -112,7 +113,7 @@ impl Volume {
                     _ => Ok(vec![index]),
                 }
             }
-            SlotsToErase::OpenedBy(password) => {
+            SlotsToErase::UnlockedBy(password) => {
                 let found = self.slots_of(storage, at, password, limit)?;
                 match found.len() {
                     0 => Err(SlotRefusal::NoneOpens.into()),
@@ -123,7 +124,7 @@ impl Volume {
         }
     }
 
-    /// The slots that `password` opens. Disk: reads key material. Errors: as [`unlock`](Self::unlock).
+    /// The slots that `password` unlocks. Disk: reads key material. Errors: as [`unlock`](Self::unlock).
     pub fn slots_of(
         &self,
         storage: &dyn Storage,
@@ -141,8 +142,9 @@ impl Volume {
         Ok(found)
     }
 
-    /// Puts `key`, the volume's, under `password` into slot `index`, which holds none. `iterations`: see
-    /// [`count_iterations`](super::count_iterations). Errors: `KeySlot`, `Random`.
+    /// Stores the volume's `key` under `password` in the empty slot `index`. `iterations`: see
+    /// [`count_iterations`](super::count_iterations). Disk: nothing until the change is applied. Errors:
+    /// `KeySlot`, `Random`.
     pub fn add_key(
         &self,
         index: usize,
@@ -160,7 +162,8 @@ impl Volume {
         Ok(SlotChange { header: encode(&header)?, filled, erased: Vec::new() })
     }
 
-    /// Erases slots `indexes`. What they held is overwritten with random bytes. Errors: `KeySlot`.
+    /// Erases the slots `indexes`; applying the change overwrites their key material with random bytes.
+    /// Errors: `KeySlot`.
     pub fn erase_keys(&self, indexes: &[usize]) -> Result<SlotChange, CryptError> {
         let mut header = self.header.clone();
         let mut erased = Vec::with_capacity(indexes.len());
@@ -173,10 +176,10 @@ impl Volume {
     }
 }
 
-/// Puts `key` under `password` into slot `index` of the volume at `at`, also where it holds another one. In
-/// that case the new password gets a spare slot first, so that at every moment the old password opens or the
-/// new one does; without a spare one, the others still do. Disk: as [`SlotChange::apply`], several times.
-/// Errors: as there, and those of [`Volume::read`].
+/// Stores `key` under `password` in slot `index` of the volume at `at`, even if the slot is in use. In that
+/// case the new password first gets a spare slot, so that at every moment the old or the new password unlocks
+/// the volume. If there is no spare slot, the other passwords still do. Disk: as [`SlotChange::apply`],
+/// several times. Errors: as there, and those of [`Volume::read`].
 pub fn put_key(
     (storage, at): (&dyn Storage, HostOffset),
     index: usize,
@@ -205,15 +208,15 @@ pub fn put_key(
 }
 
 fn place(at: HostOffset, offset: u64) -> Result<HostOffset, CryptError> {
-    at.checked_add(offset).ok_or_else(|| CryptError::damaged("LUKS key slot passes 2^64 - 1"))
+    at.checked_add(offset).ok_or_else(|| CryptError::damaged("LUKS key slot ends past 2^64 - 1"))
 }
 
 fn encode(header: &LuksHeader) -> Result<Vec<u8>, CryptError> {
     let bytes =
-        header.encode().map_err(|e| CryptError::damaged("LUKS header cannot be written").with_source(e))?;
+        header.encode().map_err(|e| CryptError::damaged("LUKS header cannot be encoded").with_source(e))?;
     debug_assert_eq!(bytes.len(), LUKS_HEADER_LEN);
     Ok(bytes)
 }
 
-/// How often an erased slot's material is overwritten. Origin: QEMU and cryptsetup.
+/// How often the key material of an erased slot is overwritten. Origin: QEMU and cryptsetup.
 const ERASE_PASSES: u32 = 40;

@@ -1,10 +1,10 @@
-//! The anti-forensic splitter: a key spread over many stripes, all of which are needed to have it back, so
-//! that wiping any of them wipes the key.
+//! The anti-forensic splitter: spreads a key over many stripes, all of which are needed to recover it. Wiping
+//! any stripe wipes the key.
 
 use crate::spec::HashAlg;
 
-/// Makes the last stripe of `stripes` such that [`merge`] gives `key`. `stripes`: random bytes, a multiple of
-/// the key's length.
+/// Computes the last of `stripes` such that [`merge`] gives `key`. `stripes`: random bytes, a multiple of the
+/// key length.
 pub(super) fn split(hash: HashAlg, key: &[u8], stripes: &mut [u8]) {
     let last = stripes.len() - key.len();
     let (random, last) = stripes.split_at_mut(last);
@@ -15,7 +15,7 @@ pub(super) fn split(hash: HashAlg, key: &[u8], stripes: &mut [u8]) {
     zeroize::Zeroize::zeroize(&mut mixed);
 }
 
-/// The key that `stripes` hold, into `key`.
+/// Recovers the key from `stripes` into `key`.
 pub(super) fn merge(hash: HashAlg, stripes: &[u8], key: &mut [u8]) {
     let (random, last) = stripes.split_at(stripes.len() - key.len());
     let mut mixed = mix(hash, random, key.len());
@@ -25,7 +25,7 @@ pub(super) fn merge(hash: HashAlg, stripes: &[u8], key: &mut [u8]) {
     zeroize::Zeroize::zeroize(&mut mixed);
 }
 
-/// All stripes but the last, each mixed into the hash of those before.
+/// Hash chain over all stripes but the last.
 fn mix(hash: HashAlg, stripes: &[u8], len: usize) -> Vec<u8> {
     let mut state = vec![0; len];
     for stripe in stripes.chunks_exact(len) {
@@ -37,7 +37,7 @@ fn mix(hash: HashAlg, stripes: &[u8], len: usize) -> Vec<u8> {
     state
 }
 
-/// Replaces each piece of `state`, as long as a digest, by the digest of its number and itself.
+/// Replaces each digest-sized piece of `state` with the hash of its big-endian number and itself.
 fn diffuse(hash: HashAlg, state: &mut [u8]) {
     for (number, piece) in (0u32..).zip(state.chunks_mut(hash.digest_len())) {
         let digest = hash.digest(&[&number.to_be_bytes(), piece]);
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_split_is_merged() {
+    fn split_and_merge_round_trip() {
         for hash in [HashAlg::Md5, HashAlg::Sha1, HashAlg::Sha256, HashAlg::Sha512] {
             for len in [16, 24, 32, 64] {
                 let key: Vec<u8> = (0..len).map(|i| i as u8).collect();

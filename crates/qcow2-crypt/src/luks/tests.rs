@@ -30,7 +30,7 @@ impl Random for Counter {
     }
 }
 
-/// Every look takes a second: the fewest iterations.
+/// Every call advances by a second, which gives the minimum number of iterations.
 #[derive(Default)]
 struct Slow(Cell<u64>);
 
@@ -62,7 +62,7 @@ fn unlock(storage: &MemoryStorage, password: &str) -> Result<Secret, CryptErrorK
 }
 
 #[test]
-fn the_layout_is_that_of_other_tools() {
+fn layout_matches_cryptsetup_and_qemu() {
     let new = |alg, mode| NewVolume {
         spec: CipherSpec { alg, mode, ..CipherSpec::default() },
         ..NewVolume::default()
@@ -81,7 +81,7 @@ fn the_layout_is_that_of_other_tools() {
 }
 
 #[test]
-fn every_combination_opens_with_its_password_only() {
+fn every_cipher_unlocks_with_the_right_password_only() {
     for alg in ["aes-128", "aes-192", "aes-256", "serpent-256", "twofish-192", "cast5-128"] {
         for (mode, ivgen) in [
             (CipherMode::Xts, IvGen::Plain64),
@@ -102,7 +102,7 @@ fn every_combination_opens_with_its_password_only() {
 }
 
 #[test]
-fn slots_come_and_go() {
+fn slots_are_added_and_erased() {
     let storage = make(&NewVolume::default());
     let volume = || Volume::read(&storage, START).unwrap();
     let key = unlock(&storage, "word").unwrap();
@@ -123,13 +123,13 @@ fn slots_come_and_go() {
     volume().erase_keys(&[0]).unwrap().apply(&storage, START, &mut Counter(3)).unwrap();
     let mut new = vec![0; 512];
     storage.read_at(HostOffset::new(before), &mut new).unwrap();
-    assert_ne!(old, new, "key material stays");
+    assert_ne!(old, new, "key material was not overwritten");
     assert_eq!(unlock(&storage, "word").unwrap_err(), CryptErrorKind::WrongPassword);
     assert!(unlock(&storage, "second").is_ok());
 }
 
 #[test]
-fn damage_is_named_and_work_is_bounded() {
+fn header_faults_are_reported_and_work_is_limited() {
     let good = make(&NewVolume::default());
     let mut bytes = vec![0; LUKS_HEADER_LEN];
     good.read_at(START, &mut bytes).unwrap();
@@ -161,8 +161,8 @@ fn damage_is_named_and_work_is_bounded() {
     assert_eq!(*error.unwrap_err().kind(), CryptErrorKind::Damaged);
 }
 
-/// `slots` passwords, whose slots take `rounds` rounds of key derivation together with the key's digest: a
-/// limit just below refuses to try them, and the limit itself does not.
+/// Creates `slots` passwords that take `rounds` PBKDF2 rounds to try, digests included. A limit just below
+/// must refuse to try them; the limit itself must not.
 #[track_caller]
 fn check_work(hash: HashAlg, alg: CipherAlg, slots: u64, rounds: u64) {
     let spec = CipherSpec { alg, ..CipherSpec::default() };
@@ -178,21 +178,22 @@ fn check_work(hash: HashAlg, alg: CipherAlg, slots: u64, rounds: u64) {
     assert_eq!(tried(rounds).unwrap().bytes(), key.bytes(), "{hash:?} {alg:?}");
 }
 
-/// A key longer than the hash is derived in several passes, each of which takes all rounds.
+/// A key longer than the digest takes several PBKDF2 passes, each with all rounds.
 #[test]
-fn the_work_of_a_slot_counts_every_pass_of_its_hash() {
+fn work_counts_every_pbkdf2_pass() {
     const ROUNDS: u64 = 1000;
-    // Two keys of 32 bytes from hashes of 20, 32 and 64 bytes; then the digest of 20 bytes.
+    // A 64-byte key takes 4, 2 and 1 passes with 20, 32 and 64-byte digests; then 1 pass for the 20-byte key
+    // digest.
     check_work(HashAlg::Sha1, CipherAlg::Aes256, 1, ROUNDS * (4 + 1));
     check_work(HashAlg::Sha256, CipherAlg::Aes256, 1, ROUNDS * (2 + 1));
     check_work(HashAlg::Sha512, CipherAlg::Aes256, 1, ROUNDS * (1 + 1));
-    // The digest takes two passes of a hash of 16 bytes.
+    // With a 16-byte hash the key digest takes two passes.
     check_work(HashAlg::Md5, CipherAlg::Aes128, 1, ROUNDS * (2 + 2));
     check_work(HashAlg::Sha1, CipherAlg::Aes256, 3, 3 * ROUNDS * (4 + 1));
 }
 
 #[test]
-fn an_erased_slot_keeps_no_sector_of_its_key_material() {
+fn erasing_overwrites_every_sector_of_key_material() {
     let (start, _) = with_passwords(&["word", "b", "c"]);
     let storage = PageStorage::new(start);
     let volume = Volume::read(&storage, START).unwrap();
@@ -204,17 +205,17 @@ fn an_erased_slot_keeps_no_sector_of_its_key_material() {
     let before = [0, 1, 2].map(material);
     volume.erase_keys(&[0, 2]).unwrap().apply(&storage, START, &mut Counter(9)).unwrap();
     let after = [0, 1, 2].map(material);
-    assert!(after[1] == before[1], "the slot between them is as it was");
+    assert!(after[1] == before[1], "the slot between them is unchanged");
     for index in [0, 2] {
         let sectors = before[index].chunks(SECTOR as usize).zip(after[index].chunks(SECTOR as usize));
         for (number, (old, new)) in sectors.enumerate() {
-            assert_ne!(old, new, "slot {index}: sector {number} stays");
+            assert_ne!(old, new, "slot {index}: sector {number} was not overwritten");
         }
     }
 }
 
 #[test]
-fn iterations_follow_the_clock() {
+fn iterations_scale_with_the_stopwatch() {
     struct Exact(Cell<Duration>);
     impl Stopwatch for Exact {
         fn now(&self) -> Duration {
@@ -223,8 +224,7 @@ fn iterations_follow_the_clock() {
         }
     }
     let watch = || Exact(Cell::new(Duration::ZERO));
-    // A trial takes a millisecond by this watch, so a trial of 1 ms is enough and 1024 rounds are counted for
-    // it.
+    // By this stopwatch every trial takes 1 ms, so for 1 ms the first trial of 1024 rounds is enough.
     assert_eq!(count_iterations(HashAlg::Md5, 16, 1, &watch()).unwrap(), 1024);
     assert_eq!(count_iterations(HashAlg::Md5, 16, 0, &watch()).unwrap(), 1000);
     assert!(count_iterations(HashAlg::Md5, 16, u64::MAX, &Slow::default()).is_err());
@@ -232,7 +232,7 @@ fn iterations_follow_the_clock() {
 
 proptest! {
     #[test]
-    fn any_header_is_judged(changes in proptest::collection::vec((0..LUKS_HEADER_LEN, any::<u8>()), 0..20)) {
+    fn headers_never_panic(changes in proptest::collection::vec((0..LUKS_HEADER_LEN, any::<u8>()), 0..20)) {
         let area = make(&NewVolume::default());
         let mut bytes = vec![0; LUKS_HEADER_LEN];
         area.read_at(START, &mut bytes).unwrap();
@@ -246,7 +246,7 @@ proptest! {
     }
 }
 
-/// A volume with `passwords` in its first slots, and its key.
+/// A volume with `passwords` in its first slots, and its master key.
 fn with_passwords(passwords: &[&str]) -> (PageBytes, Secret) {
     let spec = CipherSpec { alg: CipherAlg::Aes128, mode: CipherMode::Cbc, ..CipherSpec::default() };
     let made = make(&NewVolume { spec, iter_time_ms: 0, ..NewVolume::default() });
@@ -259,8 +259,9 @@ fn with_passwords(passwords: &[&str]) -> (PageBytes, Secret) {
     (PageBytes::from_bytes(&bytes), key)
 }
 
-/// Does `change` to a volume with `passwords` in its first slots, the power being cut at every step: each
-/// slot that is on must open with its password or with "new", and one must be on.
+/// Applies `change` to a volume with `passwords` in its first slots and cuts the power at every step.
+/// Afterwards each enabled slot must unlock with its password or with "new", and at least one must be
+/// enabled.
 #[track_caller]
 fn check_power_cuts(passwords: &[&str], change: impl FnOnce(&dyn Storage)) {
     let (bytes, _) = with_passwords(passwords);
@@ -277,13 +278,13 @@ fn check_power_cuts(passwords: &[&str], change: impl FnOnce(&dyn Storage)) {
             image.disks[0].read(0, &mut header);
             header
         };
-        // The many passes over erased material are all alike.
+        // The passes over erased material are all alike, so only a sample of them is checked.
         if header(cut.everything()) == header(cut.nothing()) && *step % 32 != 0 {
             return;
         }
         let mut images = vec![cut.everything()];
         images.extend((0..3).map(|_| cut.sample(rng)));
-        // The two sectors of a header on their own.
+        // Each of the two header sectors alone.
         images.extend((0..cut.combinations().min(4)).map(|number| cut.image(number)));
         for image in images {
             let storage = image.storage(0);
@@ -293,15 +294,15 @@ fn check_power_cuts(passwords: &[&str], change: impl FnOnce(&dyn Storage)) {
                 valid.into_iter().any(|p| volume.unlock_slot(index, &*storage, START, p).unwrap().is_some())
             };
             let on: Vec<usize> = volume.active_slots().collect();
-            assert!(!on.is_empty(), "step {step}: no slot is on");
-            assert!(on.iter().all(|&index| opens(index)), "step {step}: of {on:?} not all open");
+            assert!(!on.is_empty(), "step {step}: no slot is enabled");
+            assert!(on.iter().all(|&index| opens(index)), "step {step}: not all of {on:?} unlock");
         }
     })));
     change(&*storage);
 }
 
 #[test]
-fn a_power_cut_leaves_each_slot_opening_or_off() {
+fn power_cut_leaves_each_slot_usable_or_disabled() {
     let seven = ["word", "b", "c", "d", "e", "f", "g"];
     let eight = ["word", "b", "c", "d", "e", "f", "g", "h"];
     let put = |index: usize, password: &'static str, opens: &'static str| {
@@ -329,18 +330,18 @@ fn a_power_cut_leaves_each_slot_opening_or_off() {
     check_power_cuts(&eight, erase(&[0, 6, 7]));
 }
 
-/// Does `change` to a volume with `passwords` in its first slots, one call of its storage after the other
-/// failing, once or from then on: the change says so, each slot that is on still opens to the same key, with
-/// its password or with "new", and one is on.
+/// Applies `change` to a volume with `passwords` in its first slots while one storage call fails, once or
+/// from then on. The change must report the failure; each enabled slot must still unlock to the same key,
+/// with its password or with "new"; at least one must be enabled.
 #[track_caller]
 fn check_faults(passwords: &[&str], change: impl Fn(&dyn Storage, &Secret) -> Result<(), CryptError>) {
     let (start, key) = with_passwords(passwords);
     let secrets: Vec<Secret> = passwords.iter().map(|text| secret(text)).collect();
     let new = secret("new");
-    // A write of two sectors may land in part.
+    // A write of two sectors may be torn.
     let faults = [Fault::Io, Fault::Short { bytes: 512 }, Fault::LateIo];
     for (fault, sticky) in faults.into_iter().flat_map(|fault| [(fault, false), (fault, true)]) {
-        // The many passes over erased material are all alike.
+        // The passes over erased material are all alike, so only a sample of them is checked.
         for nth in (0..12).chain((12..).step_by(37)) {
             let bytes = Arc::new(PageStorage::new(start.clone()));
             let storage = FaultStorage::new(Arc::clone(&bytes) as Arc<dyn Storage>);
@@ -351,12 +352,13 @@ fn check_faults(passwords: &[&str], change: impl Fn(&dyn Storage, &Secret) -> Re
             assert_eq!(changed.is_err(), fired, "{what}: {changed:?}");
             let volume = Volume::read(&*bytes, START).unwrap();
             let on: Vec<usize> = volume.active_slots().collect();
-            assert!(!on.is_empty(), "{what}: no slot is on");
+            assert!(!on.is_empty(), "{what}: no slot is enabled");
             for index in on {
                 let valid = secrets.get(index).into_iter().chain([&new]);
                 let opened =
                     valid.filter_map(|p| volume.unlock_slot(index, &*bytes, START, p).unwrap()).next();
-                let opened = opened.unwrap_or_else(|| panic!("{what}: slot {index} is on and does not open"));
+                let opened =
+                    opened.unwrap_or_else(|| panic!("{what}: slot {index} is enabled but does not unlock"));
                 assert_eq!(opened.bytes(), key.bytes(), "{what}: slot {index}");
             }
             if !fired {
@@ -367,7 +369,7 @@ fn check_faults(passwords: &[&str], change: impl Fn(&dyn Storage, &Secret) -> Re
 }
 
 #[test]
-fn a_failing_write_leaves_each_slot_opening_or_off() {
+fn write_failure_leaves_each_slot_usable_or_disabled() {
     let eight = ["word", "b", "c", "d", "e", "f", "g", "h"];
     let put = |index: usize| {
         move |storage: &dyn Storage, key: &Secret| {
@@ -388,7 +390,7 @@ fn a_failing_write_leaves_each_slot_opening_or_off() {
 }
 
 #[test]
-fn what_is_refused_for_key_slots() {
+fn invalid_key_slot_changes_are_refused() {
     let storage = make(&NewVolume { iter_time_ms: 0, ..NewVolume::default() });
     let volume = || Volume::read(&storage, START).unwrap();
     let key = unlock(&storage, "word").unwrap();
@@ -407,13 +409,13 @@ fn what_is_refused_for_key_slots() {
     assert_eq!(erase(SlotsToErase::Slot(0, None), true), Ok(vec![0]));
     assert_eq!(erase(SlotsToErase::Slot(3, None), false), refused(SlotRefusal::Erased(3)));
     assert_eq!(erase(SlotsToErase::Slot(0, Some(&other)), true), refused(SlotRefusal::OtherPassword(0)));
-    assert_eq!(erase(SlotsToErase::OpenedBy(&other), true), refused(SlotRefusal::NoneOpens));
-    assert_eq!(erase(SlotsToErase::OpenedBy(&word), false), refused(SlotRefusal::AllOpen));
+    assert_eq!(erase(SlotsToErase::UnlockedBy(&other), true), refused(SlotRefusal::NoneOpens));
+    assert_eq!(erase(SlotsToErase::UnlockedBy(&word), false), refused(SlotRefusal::AllOpen));
     put_key((&storage, START), 4, (&key, &word), 1000, &mut Counter(3)).unwrap();
-    assert_eq!(erase(SlotsToErase::OpenedBy(&word), false), refused(SlotRefusal::AllOpen));
+    assert_eq!(erase(SlotsToErase::UnlockedBy(&word), false), refused(SlotRefusal::AllOpen));
     put_key((&storage, START), 4, (&key, &other), 1000, &mut Counter(4)).unwrap();
     assert_eq!(volume().active_slots().collect::<Vec<_>>(), [0, 4]);
-    assert_eq!(erase(SlotsToErase::OpenedBy(&word), false), Ok(vec![0]));
+    assert_eq!(erase(SlotsToErase::UnlockedBy(&word), false), Ok(vec![0]));
     for index in [1, 2, 3, 5, 6, 7] {
         put_key((&storage, START), index, (&key, &other), 1000, &mut Counter(5)).unwrap();
     }

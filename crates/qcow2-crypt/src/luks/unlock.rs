@@ -1,4 +1,4 @@
-//! From a password to the volume's key.
+//! Unlocks a volume: from a password to the master key.
 
 use super::split;
 use super::volume::{STRIPES, Volume};
@@ -8,11 +8,11 @@ use crate::sector::SectorCipher;
 use qcow2_core::{HostOffset, SectorNumbering, Storage};
 use subtle::ConstantTimeEq;
 
-/// Rounds of key derivation that one attempt to unlock may take, over all slots, unless the caller allows
-/// more. Origin: ours; some seconds of work, sixty times what is created by default.
+/// Default limit on the key derivation rounds of one attempt to unlock, over all slots. Origin: ours; a few
+/// seconds of work, sixty times what a default volume needs.
 pub const DEFAULT_ITERATION_LIMIT: u64 = 1 << 28;
 
-/// How much work a header may ask for.
+/// Limit on the key derivation work of one attempt to unlock, in rounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IterationLimit(pub u64);
 
@@ -23,10 +23,12 @@ impl Default for IterationLimit {
 }
 
 impl Volume {
-    /// The volume's key. `storage`, `at`: where the header was read. Tries every slot that holds a key, the
-    /// work of all being checked against `limit` first. Disk: reads key material.
+    /// Unlocks the volume: returns its master key. `storage`, `at`: where the header was read. Tries every
+    /// slot that holds a key, after checking the work of all of them against `limit`. Disk: reads key
+    /// material.
     ///
-    /// Errors: `WrongPassword`, `TooManyIterations`, `Damaged` for a slot past the end, `Storage`.
+    /// Errors: `WrongPassword`, `TooManyIterations`, `Damaged` for a slot past the end of the file,
+    /// `Storage`.
     pub fn unlock(
         &self,
         storage: &dyn Storage,
@@ -44,7 +46,7 @@ impl Volume {
         Err(CryptError::new(CryptErrorKind::WrongPassword, message))
     }
 
-    /// The volume's key, if `password` opens slot `index`. The caller has checked the work.
+    /// The master key if `password` unlocks slot `index`. The caller has checked the work.
     pub(super) fn unlock_slot(
         &self,
         index: usize,
@@ -60,7 +62,7 @@ impl Volume {
         let from = at.checked_add(self.slot_offset(index));
         let len = from.map_or(Ok(0), |from| storage.read_at(from, material.bytes_mut()))?;
         if len < material.bytes().len() {
-            return Err(CryptError::damaged(format!("LUKS key slot {index} passes the end of the file")));
+            return Err(CryptError::damaged(format!("LUKS key slot {index} ends past the end of the file")));
         }
         let mut slot_key = Secret::zeroed(self.spec.key_len());
         self.hash.derive(password.bytes(), &slot.salt, slot.iterations, slot_key.bytes_mut());
@@ -75,8 +77,8 @@ impl Volume {
         Ok(bool::from(digest.ct_eq(&header.digest)).then_some(key))
     }
 
-    /// Rounds that it takes to try every slot: a derivation and a digest each, as many times as the hash fits
-    /// into the key.
+    /// PBKDF2 rounds needed to try every slot: a derivation and a digest each. A key longer than the hash's
+    /// digest takes several passes of all rounds.
     pub(super) fn work(&self) -> u64 {
         let passes = |len: usize| len.div_ceil(self.hash.digest_len().max(1)) as u64;
         let digest = u64::from(self.header.digest_iterations) * passes(20);
@@ -90,7 +92,7 @@ impl Volume {
             return Ok(());
         }
         let message = format!(
-            "LUKS header asks for {work} rounds of key derivation, the limit is {}; a higher one must be allowed",
+            "LUKS header demands {work} rounds of key derivation, the limit is {}; the caller can allow more",
             limit.0
         );
         Err(CryptError::new(CryptErrorKind::TooManyIterations, message))

@@ -1,4 +1,4 @@
-//! The header of a volume: what makes sense of it, and where its parts are.
+//! A validated LUKS header with its cipher, its hash and the location of its parts.
 
 use super::split::split;
 use crate::error::{CryptError, SlotRefusal};
@@ -9,16 +9,17 @@ use qcow2_core::{HostOffset, SectorNumbering, Storage};
 use qcow2_format::FormatErrorKind;
 use qcow2_format::crypt::{LUKS_HEADER_LEN, LUKS_KEY_SLOTS, LuksHeader};
 
-/// Bytes of a sector, the unit of the header's offsets.
+/// Sector size in bytes, the unit of the header's offsets.
 pub(super) const SECTOR: u64 = 512;
-/// Stripes that key material is spread over. Origin: the specification; no other number is written or read.
+/// Stripes of the key material. Origin: the specification; no other number is accepted.
 pub(super) const STRIPES: u32 = 4000;
-/// Sectors before the first key material, and what key material is aligned to. Origin: QEMU and cryptsetup.
+/// First sector that may hold key material, and the alignment of key material in sectors. Origin: QEMU and
+/// cryptsetup.
 pub(super) const ALIGNMENT_SECTORS: u64 = 8;
-/// Rounds of key derivation at least. Origin: QEMU and cryptsetup.
+/// Minimum key derivation rounds. Origin: QEMU and cryptsetup.
 pub(super) const MIN_ITERATIONS: u64 = 1000;
 
-/// A header that makes sense, and what it names.
+/// A validated header with its cipher and hash.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Volume {
     pub(super) header: LuksHeader,
@@ -27,16 +28,16 @@ pub struct Volume {
 }
 
 impl Volume {
-    /// Reads the header at `at`: the start of a container, or where a qcow2 header points. Errors: `Damaged`
-    /// for bytes that are no header, or one whose slots lie outside or over each other; `Unsupported` for
-    /// version 2, and for a cipher or hash that is not known; `Storage`.
+    /// Reads the header at `at`: offset 0 of a container, or the area that a qcow2 header points to. Errors:
+    /// `Damaged` if there is no header, or slots lie outside the area or overlap; `Unsupported` for version 2
+    /// and for an unknown cipher or hash; `Storage`.
     pub fn read(storage: &dyn Storage, at: HostOffset) -> Result<Self, CryptError> {
         let mut bytes = [0; LUKS_HEADER_LEN];
         let len = storage.read_at(at, &mut bytes)?;
         Self::parse(&bytes[..len])
     }
 
-    /// The same from the header's bytes.
+    /// Like [`read`](Self::read), from the header's bytes.
     pub fn parse(bytes: &[u8]) -> Result<Self, CryptError> {
         let header = LuksHeader::parse(bytes).map_err(|e| match e.kind() {
             FormatErrorKind::LuksVersion(version) => {
@@ -45,7 +46,7 @@ impl Volume {
             FormatErrorKind::NotLuks => CryptError::damaged("volume is not in LUKS format"),
             _ => CryptError::damaged("LUKS header is damaged").with_source(e),
         })?;
-        // Checked before anything is computed with it: no cipher has longer keys.
+        // Checked before any arithmetic with the length. No cipher has longer keys.
         let key_len = usize::try_from(header.key_bytes).ok().filter(|&len| len <= MAX_KEY_LEN);
         let key_len = key_len.ok_or_else(|| {
             CryptError::damaged(format!("LUKS key has {} bytes, allowed are {MAX_KEY_LEN}", header.key_bytes))
@@ -58,7 +59,7 @@ impl Volume {
         Ok(volume)
     }
 
-    /// Slots must lie behind the header, before the payload, and apart.
+    /// Slots must lie after the header, before the payload, and must not overlap.
     fn check_layout(&self) -> Result<(), CryptError> {
         let payload = u64::from(self.header.payload_offset_sectors);
         if payload < ALIGNMENT_SECTORS {
@@ -87,37 +88,37 @@ impl Volume {
         Ok(())
     }
 
-    /// The header as it was read.
+    /// The parsed header.
     pub fn header(&self) -> &LuksHeader {
         &self.header
     }
 
-    /// How the volume is encrypted.
+    /// Cipher, mode and IV generator.
     pub fn spec(&self) -> &CipherSpec {
         &self.spec
     }
 
-    /// The hash of key derivation.
+    /// The hash for the key derivation.
     pub fn hash(&self) -> HashAlg {
         self.hash
     }
 
-    /// Where a container's data starts, in bytes.
+    /// Start of a container's data, in bytes.
     pub fn payload_offset(&self) -> u64 {
         u64::from(self.header.payload_offset_sectors) * SECTOR
     }
 
-    /// The cipher for guest data under the volume's `key`.
+    /// The cipher for guest data with the master key `key`.
     pub fn cipher(&self, key: &Secret, numbering: SectorNumbering) -> Result<SectorCipher, CryptError> {
         SectorCipher::new(&self.spec, key, numbering)
     }
 
-    /// Which slots hold a key.
+    /// The slots that hold a key.
     pub fn active_slots(&self) -> impl Iterator<Item = usize> {
         (0..LUKS_KEY_SLOTS).filter(|&index| self.header.slots[index].enabled)
     }
 
-    /// Bytes that a slot's key material takes: whole sectors.
+    /// Length of a slot's key material in bytes, rounded up to whole sectors.
     pub(super) fn material_len(&self) -> u64 {
         material_len(self.spec.key_len())
     }
@@ -127,15 +128,14 @@ impl Volume {
     }
 }
 
-/// Bytes of the longest key: two of 32.
+/// The longest master key in bytes: two cipher keys of 32 (XTS).
 const MAX_KEY_LEN: usize = 64;
 
 pub(super) fn material_len(key_len: usize) -> u64 {
     (key_len as u64 * u64::from(STRIPES)).next_multiple_of(SECTOR)
 }
 
-/// The key material of a slot: the volume's `key` spread out and encrypted under `slot_key`. `stripes`:
-/// random bytes.
+/// The key material of a slot: the master key `key`, split and encrypted under `slot_key`.
 pub(super) fn seal(
     spec: &CipherSpec,
     hash: HashAlg,

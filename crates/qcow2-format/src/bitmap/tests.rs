@@ -14,7 +14,7 @@ fn good() -> Bitmap {
 }
 
 #[test]
-fn one_rule_at_a_time() {
+fn each_constraint_is_checked_alone() {
     let geometry = geometry(16);
     let size = (65536 * 8) << 16;
     assert_eq!(good().validate(&geometry, size), Ok(()));
@@ -42,7 +42,7 @@ fn one_rule_at_a_time() {
 }
 
 #[test]
-fn a_directory_holds_exactly_its_bitmaps() {
+fn directory_entry_count_must_match_the_header() {
     let mut bytes = Vec::new();
     good().encode(&mut bytes).unwrap();
     assert_eq!(bytes.len(), 32);
@@ -62,7 +62,7 @@ fn a_directory_holds_exactly_its_bitmaps() {
 }
 
 #[test]
-fn table_entries() {
+fn table_entries_decode() {
     let geometry = geometry(16);
     let decode = |raw| BitmapTableEntry::decode(raw, &geometry).map_err(|e| e.kind().clone());
     assert_eq!(decode(0), Ok(BitmapTableEntry::Zeroes));
@@ -84,7 +84,7 @@ fn table_entries_for_a_disk() {
 
 proptest! {
     #[test]
-    fn what_is_written_is_read(
+    fn entries_round_trip(
         numbers in any::<(u64, u32, bool, bool, u8, u8)>(),
         flags in any::<u32>(),
         extra in proptest::collection::vec(any::<u8>(), 0..40),
@@ -107,7 +107,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_judged(
+    fn arbitrary_bytes_do_not_panic(
         bytes in proptest::collection::vec(any::<u8>(), 0..200),
         count in any::<u32>(),
         disk_size in any::<u64>(),
@@ -120,7 +120,7 @@ proptest! {
     }
 
     #[test]
-    fn any_table_entry_is_judged(raw in any::<u64>(), cluster_bits in 9..=21u32) {
+    fn valid_table_entries_round_trip(raw in any::<u64>(), cluster_bits in 9..=21u32) {
         if let Ok(entry) = BitmapTableEntry::decode(raw, &geometry(cluster_bits)) {
             prop_assert_eq!(entry.encode(), raw);
         }

@@ -6,7 +6,7 @@ fn fields(cluster_bits: u32, refcount_order: u32, extended_l2: bool) -> Geometry
 }
 
 #[test]
-fn limits() {
+fn fields_outside_the_limits_are_refused() {
     let kind = |f| Geometry::new(f).unwrap_err().kind().clone();
     assert_eq!(kind(fields(8, 4, false)), FormatErrorKind::ClusterBits(8));
     assert_eq!(kind(fields(22, 4, false)), FormatErrorKind::ClusterBits(22));
@@ -17,7 +17,7 @@ fn limits() {
 }
 
 #[test]
-fn figures_of_the_default_image() {
+fn default_image() {
     let g = Geometry::new(fields(16, 4, false)).unwrap();
     assert_eq!((g.cluster_size(), g.l2_entries(), g.l2_coverage()), (65536, 8192, 512 << 20));
     assert_eq!((g.refcount_block_entries(), g.subclusters(), g.subcluster_size()), (32768, 1, 65536));
@@ -32,7 +32,7 @@ fn figures_of_the_default_image() {
 }
 
 #[test]
-fn figures_with_subclusters() {
+fn extended_l2_image() {
     let g = Geometry::new(fields(16, 4, true)).unwrap();
     assert_eq!((g.l2_entry_size(), g.l2_entries(), g.l2_coverage()), (16, 4096, 256 << 20));
     assert_eq!((g.subclusters(), g.subcluster_size()), (32, 2048));
@@ -41,7 +41,7 @@ fn figures_with_subclusters() {
 }
 
 #[test]
-fn the_top_of_the_number_range() {
+fn conversions_near_u64_max() {
     let g = Geometry::new(fields(21, 0, false)).unwrap();
     assert_eq!(g.align_up(u64::MAX), None);
     assert_eq!(g.clusters_for(u64::MAX), 1 << 43);
@@ -52,7 +52,7 @@ fn the_top_of_the_number_range() {
 
 proptest! {
     #[test]
-    fn conversions_agree(bits in 9..=21u32, order in 0..=6u32, extended: bool, value: u64, size: u64) {
+    fn matches_plain_division(bits in 9..=21u32, order in 0..=6u32, extended: bool, value: u64, size: u64) {
         let bits = if extended { bits.max(14) } else { bits };
         let g = Geometry::new(fields(bits, order, extended)).unwrap();
         let cs = g.cluster_size();

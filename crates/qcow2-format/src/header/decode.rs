@@ -1,5 +1,5 @@
-//! From bytes to a [`Header`]. The checks run in QEMU's order, so that an image with several faults is
-//! refused for the same one.
+//! Decodes a [`Header`]. The checks run in QEMU's order, so that an image with several faults is refused for
+//! the same one.
 
 use super::{CompressionType, CryptMethod, Header, MAGIC, Version};
 use crate::bytes::{read_u32, read_u64};
@@ -14,11 +14,11 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 impl Header {
-    /// How many bytes [`probe_len`](Self::probe_len) looks at.
+    /// Number of bytes [`probe_len`](Self::probe_len) needs.
     pub const PROBE_LEN: usize = 24;
 
-    /// How many bytes from the start of the file [`parse`](Self::parse) wants: one cluster, at most 2 MiB.
-    /// `start`: the first 24 bytes of the file or more, or all of a shorter file.
+    /// Number of bytes that [`parse`](Self::parse) needs from the start of the file: one cluster, at most 2
+    /// MiB. `start`: at least the first 24 bytes of the file, or all of a shorter file.
     ///
     /// Errors: `NotQcow2`, `Version`, `ClusterBits`.
     pub fn probe_len(start: &[u8]) -> Result<usize, FormatError> {
@@ -27,17 +27,17 @@ impl Header {
         Ok(1 << fields.cluster_bits()?)
     }
 
-    /// Reads the header. `bytes`: the file's first cluster (see [`probe_len`](Self::probe_len)), or all of a
-    /// shorter file; what is missing counts as zeroes, what is too much is ignored.
+    /// Parses the header. `bytes`: the first cluster of the file (see [`probe_len`](Self::probe_len)), or all
+    /// of a shorter file. Missing bytes count as zeroes, excess bytes are ignored.
     ///
-    /// Everything is judged that QEMU judges before it opens an image, except for the dirty and corrupt bits
-    /// and what concerns the data file. Errors: one kind per fault, see [`FormatErrorKind`].
+    /// Makes all the checks that QEMU makes when it opens an image, except those of the dirty and corrupt
+    /// bits and of the data file. Errors: one kind per fault, see [`FormatErrorKind`].
     pub fn parse(bytes: &[u8]) -> Result<Self, FormatError> {
         parse(bytes, Purpose::Use)
     }
 
-    /// As [`parse`](Self::parse), but lets through what a check must be able to report: a missing refcount
-    /// table and a snapshot table whose place or length is impossible.
+    /// Like [`parse`](Self::parse), but accepts what a check must report instead: a missing refcount table,
+    /// and a snapshot table with an invalid offset or length.
     pub fn parse_for_check(bytes: &[u8]) -> Result<Self, FormatError> {
         parse(bytes, Purpose::Check)
     }
@@ -88,14 +88,13 @@ fn parse(bytes: &[u8], purpose: Purpose) -> Result<Header, FormatError> {
     Ok(header)
 }
 
-/// The first cluster, or less of it; what is missing reads as zeroes.
+/// The first cluster or a prefix of it; missing bytes read as zeroes.
 struct Fields<'a> {
     bytes: &'a [u8],
 }
 
 impl Fields<'_> {
-    /// `start..end`, which is inside the cluster, padded with zeroes; empty where the end is before the
-    /// start.
+    /// The bytes `start..end` of the cluster, padded with zeroes. Empty if `end` is before `start`.
     fn range(&self, start: usize, end: usize) -> Vec<u8> {
         let len = end.saturating_sub(start);
         let there = self.bytes.get(start..).unwrap_or_default();
@@ -310,7 +309,7 @@ fn check_extensions(header: &Header, geometry: &Geometry) -> Result<(), FormatEr
     Ok(())
 }
 
-/// A table that the header points to, as it stands there.
+/// Location and size of a table, as stored in the header.
 struct TablePlace {
     table: Table,
     offset: HostOffset,

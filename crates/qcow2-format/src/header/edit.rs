@@ -1,17 +1,17 @@
-//! A header's first cluster as bytes: where the extensions are, and what editing them has to know. Spec:
-//! "Header extensions", "Bitmaps extension".
+//! In-place edits of a header's first cluster, as bytes: where the extensions are, and the fields that an
+//! edit touches. Spec: "Header extensions", "Bitmaps extension".
 //!
-//! The list starts at the header's length: type (4 bytes), length (4), data padded to 8; type 0 ends it. The
-//! backing file's name comes somewhere after it.
+//! The list starts at offset `header_length`. Each extension: type (4 bytes), length (4), data padded to 8;
+//! type 0 ends the list. The backing file name follows somewhere after it.
 
 use crate::bytes::{read_u32, read_u64, write_u64};
 use crate::extension::{BITMAPS, BITMAPS_LEN, BitmapsExtension};
 use crate::feature::AutoclearFeatures;
 use core::ops::Range;
 
-/// Bytes of an extension's type and length, and of the end marker.
+/// Length of an extension's type and length fields, and of the end marker, in bytes.
 pub const EXTENSION_HEADER_LEN: usize = 8;
-/// Bytes of the bitmaps extension, type and length included.
+/// Length of the bitmaps extension in bytes, type and length fields included.
 pub const BITMAPS_RECORD_LEN: usize = EXTENSION_HEADER_LEN + BITMAPS_LEN as usize;
 
 const AUTOCLEAR: usize = 88;
@@ -19,17 +19,17 @@ const HEADER_LEN: usize = 100;
 const BACKING_OFFSET: usize = 8;
 const BACKING_LEN: usize = 16;
 
-/// Where things are in a version 3 header's first cluster.
+/// Byte offsets of extensions in the first cluster of a version 3 image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExtensionPlaces {
-    /// The bitmaps extension.
+    /// The bitmaps extension, if there is one.
     pub bitmaps: Option<usize>,
-    /// The end marker.
+    /// The end marker, or the end of the list if there is no marker.
     pub end: usize,
 }
 
 impl ExtensionPlaces {
-    /// Finds them in the bytes of a first cluster; `None` where the list passes its end.
+    /// Walks the extension list of a first cluster. `None` if the list runs past the end of the buffer.
     pub fn find(cluster: &[u8]) -> Option<Self> {
         let limit = backing_name(cluster).map_or(cluster.len(), |name| name.start);
         let mut at = read_u32(cluster, HEADER_LEN)? as usize;
@@ -47,28 +47,28 @@ impl ExtensionPlaces {
     }
 }
 
-/// Where the backing file's name is, if there is one.
+/// Byte range of the backing file name, if there is one.
 pub fn backing_name(cluster: &[u8]) -> Option<Range<usize>> {
     let start = usize::try_from(read_u64(cluster, BACKING_OFFSET)?).ok().filter(|&start| start != 0)?;
     Some(start..start.checked_add(read_u32(cluster, BACKING_LEN)? as usize)?)
 }
 
-/// Makes the header say that the backing file's name starts at byte `at`.
+/// Sets the header's offset of the backing file name to `at`.
 pub fn set_backing_name_start(cluster: &mut [u8], at: usize) {
     let _ = write_u64(cluster, BACKING_OFFSET, at as u64);
 }
 
-/// The autoclear features.
+/// The autoclear feature word.
 pub fn autoclear(cluster: &[u8]) -> AutoclearFeatures {
     AutoclearFeatures::from_bits(read_u64(cluster, AUTOCLEAR).unwrap_or(0))
 }
 
-/// Changes the autoclear features.
+/// Sets the autoclear feature word.
 pub fn set_autoclear(cluster: &mut [u8], features: AutoclearFeatures) {
     let _ = write_u64(cluster, AUTOCLEAR, features.bits());
 }
 
-/// The bitmaps extension as it is stored, type and length first.
+/// Encodes the bitmaps extension, type and length fields first.
 pub fn bitmaps_record(extension: &BitmapsExtension) -> [u8; BITMAPS_RECORD_LEN] {
     let mut bytes = [0; BITMAPS_RECORD_LEN];
     bytes[..4].copy_from_slice(&BITMAPS.to_be_bytes());
@@ -86,7 +86,7 @@ mod tests {
     use crate::units::HostOffset;
 
     #[test]
-    fn places_are_those_of_an_encoded_header() {
+    fn finds_and_edits_the_extensions_of_an_encoded_header() {
         let mut header = Header::new(Version::V3, 12);
         header.backing_file = Some(b"base".to_vec());
         header.extensions.backing_format = Some(b"raw".to_vec());

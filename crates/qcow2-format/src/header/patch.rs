@@ -1,48 +1,48 @@
-//! Single fields of a header, changed in its first sector. Spec: "Header".
+//! Changes of single header fields in the first sector. Spec: "Header".
 //!
 //! | bytes | field |
 //! |---|---|
 //! | 24-31 | size |
-//! | 36-39, 40-47 | entries and place of the L1 table |
-//! | 48-55, 56-59 | place and clusters of the refcount table |
-//! | 60-63, 64-71 | how many snapshots, and where their table is |
+//! | 36-39, 40-47 | L1 table: entries, offset |
+//! | 48-55, 56-59 | refcount table: offset, clusters |
+//! | 60-63, 64-71 | snapshot table: entries, offset |
 //! | 72-79 | incompatible features, version 3 |
 //! | 88-95 | autoclear features, version 3 |
 //!
-//! All lie in the first sector, so that one write of it changes any number of them at once.
+//! All fields lie in the first sector, so that one sector write changes any number of them at once.
 
 use super::Header;
 use crate::feature::{AutoclearFeatures, IncompatibleFeatures};
 use crate::units::HostOffset;
 
-/// Bytes that hold every field; a sector.
+/// Length of the sector that holds all these fields, in bytes.
 pub const SECTOR_LEN: usize = 512;
 
-/// A field with its new value. The feature words exist in version 3 only.
+/// A header field with its new value. The feature words exist in version 3 only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum HeaderField {
-    /// Bytes of the disk.
+    /// Virtual size in bytes.
     Size(u64),
     /// The active L1 table.
     L1 {
-        /// How many entries it has.
+        /// Number of entries.
         entries: u32,
-        /// Where it is.
+        /// Host offset of the table.
         offset: HostOffset,
     },
     /// The refcount table.
     RefcountTable {
-        /// Where it is.
+        /// Host offset of the table.
         offset: HostOffset,
-        /// How many clusters it has.
+        /// Number of clusters.
         clusters: u32,
     },
     /// The snapshot table.
     Snapshots {
-        /// How many snapshots there are.
+        /// Number of snapshots.
         count: u32,
-        /// Where the table is.
+        /// Host offset of the table.
         offset: HostOffset,
     },
     /// The incompatible features.
@@ -52,7 +52,8 @@ pub enum HeaderField {
 }
 
 impl HeaderField {
-    /// Changes the field in `header` and in `sector`, the bytes that it was parsed from.
+    /// Applies the change to `header` and to `sector`, the bytes it was parsed from, so that the two stay
+    /// equal.
     pub fn apply(self, header: &mut Header, sector: &mut [u8; SECTOR_LEN]) {
         let mut put = |at: usize, bytes: &[u8]| sector[at..at + bytes.len()].copy_from_slice(bytes);
         match self {
@@ -95,9 +96,9 @@ mod tests {
     use super::*;
     use crate::header::Version;
 
-    /// What is patched parses as what was set, and nothing else differs.
+    /// The patched sector parses to the header with the new value, and no other byte changes.
     #[test]
-    fn a_patched_sector_is_the_header_with_that_field() {
+    fn patched_sector_parses_to_the_changed_header() {
         let mut start = Header::new(Version::V3, 16);
         (start.size, start.l1_size) = (1 << 30, 2);
         start.l1_table_offset = HostOffset::new(0x30000);

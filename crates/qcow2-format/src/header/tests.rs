@@ -4,7 +4,7 @@ use crate::extension::{BitmapsExtension, LuksPointer, UnknownExtension};
 use crate::feature::{FeatureName, FeatureWord};
 use proptest::prelude::*;
 
-/// Cluster 0 of `qemu-img create -f qcow2 -b base.raw -F raw o.qcow2 1M`, without what is zero at its end.
+/// Cluster 0 of `qemu-img create -f qcow2 -b base.raw -F raw o.qcow2 1M`, without the trailing zeroes.
 fn overlay_of_qemu() -> Header {
     let mut header = Header::new(Version::V3, 16);
     header.backing_file = Some(b"base.raw".to_vec());
@@ -25,7 +25,7 @@ fn bytes() -> Vec<u8> {
     header.encode_cluster().unwrap()
 }
 
-/// What parsing says about a good header after `change`.
+/// The result of parsing a valid header after `change`.
 fn check(change: impl FnOnce(&mut Vec<u8>)) -> Result<Header, FormatErrorKind> {
     let mut bytes = bytes();
     change(&mut bytes);
@@ -49,7 +49,7 @@ fn extension(kind: u32, len: u32, data: &[u8]) -> impl FnOnce(&mut Vec<u8>) {
 }
 
 #[test]
-fn the_layout_is_that_of_qemu() {
+fn encoded_header_matches_qemu() {
     let bytes = overlay_of_qemu().encode().unwrap();
     assert_eq!(&bytes[..8], b"QFI\xfb\0\0\0\x03");
     assert_eq!(&bytes[8..20], &[0, 0, 0, 0, 0, 0, 2, 0x10, 0, 0, 0, 8], "name of 8 bytes at 528");
@@ -73,7 +73,7 @@ fn version_2_is_72_bytes() {
 }
 
 #[test]
-fn what_must_be_read_first() {
+fn probe_len_needs_24_bytes() {
     assert_eq!(Header::probe_len(&bytes()[..Header::PROBE_LEN]), Ok(65536));
     let kind = |b: &[u8]| Header::probe_len(b).unwrap_err().kind().clone();
     assert_eq!(kind(b""), FormatErrorKind::NotQcow2);
@@ -84,7 +84,7 @@ fn what_must_be_read_first() {
 }
 
 #[test]
-fn a_short_file_is_padded_with_zeroes() {
+fn short_file_reads_as_padded_with_zeroes() {
     let bytes = bytes();
     for len in [104, 105, 111, 112, 200] {
         assert!(Header::parse(&bytes[..len]).is_ok(), "{len} bytes");
@@ -99,7 +99,7 @@ fn a_short_file_is_padded_with_zeroes() {
 }
 
 #[test]
-fn fixed_fields_are_judged() {
+fn invalid_fixed_fields_are_refused() {
     use FormatErrorKind as K;
     assert_eq!(check(set32(0, 1)), Err(K::NotQcow2));
     assert_eq!(check(set32(4, 4)), Err(K::Version(4)));
@@ -128,7 +128,7 @@ fn fixed_fields_are_judged() {
 }
 
 #[test]
-fn tables_are_judged() {
+fn invalid_table_fields_are_refused() {
     use FormatErrorKind as K;
     assert_eq!(check(set32(56, 0)), Err(K::NoRefcountTable));
     assert!(check(set32(56, 128)).is_ok());
@@ -145,7 +145,7 @@ fn tables_are_judged() {
 }
 
 #[test]
-fn a_check_may_see_more() {
+fn parse_for_check_accepts_missing_refcount_and_bad_snapshot_tables() {
     let bytes = |change: &dyn Fn(&mut Vec<u8>)| {
         let mut bytes = bytes();
         change(&mut bytes);
@@ -158,7 +158,7 @@ fn a_check_may_see_more() {
 }
 
 #[test]
-fn unknown_incompatible_features_are_named() {
+fn unknown_incompatible_features_get_names_from_the_table() {
     let names = |names: &[FeatureName]| {
         let table = FeatureName::encode_table(names);
         check(|b| {
@@ -179,7 +179,7 @@ fn unknown_incompatible_features_are_named() {
 }
 
 #[test]
-fn backing_names_stay_in_the_first_cluster() {
+fn backing_name_must_end_inside_the_first_cluster() {
     use FormatErrorKind as K;
     let name = |offset: u64, len: u32| {
         check(|b| {
@@ -195,13 +195,13 @@ fn backing_names_stay_in_the_first_cluster() {
     assert_eq!(name(65536, 1), Err(K::BackingNameTooLong(1)));
     assert_eq!(name(1024, u32::MAX), Err(K::BackingNameTooLong(u32::MAX)));
     assert_eq!(name(1024, 0), Ok(None));
-    assert_eq!(name(0, 2000), Ok(None), "the length means nothing without an offset");
-    assert_eq!(name(100, 5), Ok(Some(5)), "as QEMU, even inside the header");
+    assert_eq!(name(0, 2000), Ok(None), "the length is ignored without an offset");
+    assert_eq!(name(100, 5), Ok(Some(5)), "like QEMU, accepted even inside the header");
     assert!(matches!(name(116, 1), Err(K::ExtensionTooLarge { .. })), "no room for an end marker");
 }
 
 #[test]
-fn extensions_are_judged() {
+fn invalid_extensions_are_refused() {
     use FormatErrorKind as K;
     let too_large = |kind, len| Err(K::ExtensionTooLarge { kind, len });
     assert!(check(extension(0x1234, 65536 - 120, &[])).is_ok());
@@ -211,7 +211,7 @@ fn extensions_are_judged() {
     assert!(check(extension(0xe279_2aca, 15, b"fifteen letters")).is_ok());
     assert_eq!(check(extension(0xe279_2aca, 16, &[])), Err(K::BackingFormatTooLong(16)));
     assert_eq!(check(extension(0x2385_2875, 23, &[])), Err(K::BitmapsExtensionLength(23)));
-    assert!(check(extension(0x2385_2875, 24, &[])).is_ok(), "not trusted, not judged");
+    assert!(check(extension(0x2385_2875, 24, &[])).is_ok(), "not checked without the autoclear bit");
     assert_eq!(check(extension(0x0537_be77, 15, &[])), Err(K::CryptoExtensionLength(15)));
     assert_eq!(check(extension(0x0537_be77, 16, &[])), Err(K::CryptoExtensionWithoutLuks));
     let luks = |offset: u8, len: u8| {
@@ -226,7 +226,7 @@ fn extensions_are_judged() {
 }
 
 #[test]
-fn trusted_bitmaps_are_judged() {
+fn bitmaps_extension_is_checked_with_the_autoclear_bit() {
     use FormatErrorKind as K;
     let bitmaps = |count: u32, reserved: u32, directory_size: u64, offset: u64| {
         let mut header = overlay_of_qemu();
@@ -246,7 +246,7 @@ fn trusted_bitmaps_are_judged() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused() {
+fn header_larger_than_a_cluster_is_refused() {
     let mut header = Header { cluster_bits: 9, ..overlay_of_qemu() };
     assert_eq!(
         header.encode().unwrap_err().kind(),
@@ -259,7 +259,7 @@ fn what_does_not_fit_is_refused() {
 }
 
 #[test]
-fn disk_size_is_whole_sectors() {
+fn disk_size_rounds_down_to_512() {
     let header = Header { size: 1_000_001, ..overlay_of_qemu() };
     assert_eq!(header.disk_size(), 999_936);
 }
@@ -294,7 +294,7 @@ fn any_extensions() -> impl Strategy<Value = Extensions> {
 
 proptest! {
     #[test]
-    fn what_is_written_is_read(
+    fn headers_round_trip(
         extensions in any_extensions(),
         words in any::<(u64, u64, u8)>(),
         size in 0..1u64 << 40,
@@ -318,7 +318,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_judged(
+    fn arbitrary_edits_do_not_panic(
         edits in proptest::collection::vec((0..600usize, any::<u8>()), 0..12),
         len in 0..600usize,
     ) {
@@ -339,7 +339,7 @@ proptest! {
     }
 
     #[test]
-    fn any_extension_area_is_judged(bytes in proptest::collection::vec(any::<u8>(), 0..300), small: bool) {
+    fn extension_areas_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), small: bool) {
         let mut bytes = bytes;
         if small {
             bytes.chunks_mut(4).for_each(|chunk| chunk[0] = 0);

@@ -1,5 +1,5 @@
-//! A whole L2 table for a check: what each entry refers to, and what is wrong with it, where
-//! [`decode`](super::L2Format::decode) would only refuse it.
+//! Scans an L2 table for a check. Reports what each entry refers to and every fault, where
+//! [`decode`](super::L2Format::decode) would return an error for the first one.
 
 use super::{
     COMPRESSED, COPIED, CompressedCluster, L2Format, MAX_HOST_OFFSET, OFFSET_MASK, RESERVED, SECTOR, ZERO,
@@ -7,7 +7,7 @@ use super::{
 use crate::bytes;
 use crate::units::{HostOffset, L2Index};
 
-/// What is wrong with an entry.
+/// A fault of an L2 entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum L2Fault {
@@ -15,47 +15,49 @@ pub enum L2Fault {
     ReservedBits,
     /// The copied flag of a compressed cluster is set.
     CompressedCopied,
-    /// A cluster is compressed although data lives in an external file. It refers to nothing.
+    /// A cluster is compressed although the image has an external data file. It is not reported as a
+    /// reference.
     CompressedInDataFile,
-    /// A compressed cluster has a subcluster bitmap. It refers to nothing.
+    /// A compressed cluster has a subcluster bitmap. It is not reported as a reference.
     CompressedWithBitmap,
     /// A subcluster is both allocated and zero.
     SubclusterBitmap,
     /// Subclusters are allocated in a cluster without a host offset.
     UnallocatedWithBitmap,
-    /// The host offset of a cluster that holds data is not cluster aligned.
+    /// The host offset of a data cluster is not cluster aligned.
     DataMisaligned,
-    /// The host offset of a cluster whose bytes do not matter is not cluster aligned.
+    /// The host offset of a preallocated zero or unallocated cluster, whose bytes are not used, is not
+    /// aligned.
     PreallocatedMisaligned,
 }
 
-/// What an entry, or a run of entries, says.
+/// A reference or a fault found by [`scan`](L2Format::scan).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum L2Item {
-    /// `count` entries from `index` on refer to host clusters that follow each other from `host` on, all with
-    /// or all without the copied flag. `host` is cluster aligned unless `count` is 1.
+    /// A run of `count` entries from `index` that refer to consecutive host clusters from `host`, all with
+    /// the same copied flag. `host` is cluster aligned unless `count` is 1.
     Clusters {
-        /// The first entry.
+        /// Index of the first entry.
         index: L2Index,
-        /// Where the first cluster is.
+        /// Host offset of the first cluster.
         host: HostOffset,
-        /// How many clusters, at least 1.
+        /// Number of clusters, at least 1.
         count: u64,
         /// Whether the copied flag is set.
         copied: bool,
     },
-    /// An entry refers to a compressed stream, whose place may be impossible.
+    /// A reference to a compressed stream. Its host offset is not checked.
     Compressed {
-        /// The entry.
+        /// Index of the entry.
         index: L2Index,
-        /// The stream.
+        /// Location of the stream.
         stream: CompressedCluster,
     },
-    /// Something is wrong with an entry. It comes before what the entry refers to, if it does.
+    /// A fault. It is reported before the reference of the same entry, if that has one.
     Fault {
-        /// The entry.
+        /// Index of the entry.
         index: L2Index,
-        /// What is wrong.
+        /// The fault.
         fault: L2Fault,
         /// The entry's first word.
         raw: u64,
@@ -63,9 +65,9 @@ pub enum L2Item {
 }
 
 impl L2Format {
-    /// Calls `visit` for everything that the entries of `table` refer to and for everything that is wrong
-    /// with them, in order. `table`: the bytes of an L2 table or the front of one; a torn last entry is
-    /// ignored. Plain zero and unallocated entries are passed over.
+    /// Calls `visit` for every reference and fault in `table`, in entry order. `table`: the bytes of an L2
+    /// table or a prefix of it; a partial entry at the end is ignored. Entries without a host cluster and
+    /// without faults are skipped.
     pub fn scan(&self, table: &[u8], mut visit: impl FnMut(L2Item)) {
         let step = self.geometry.l2_entry_size() as usize;
         let mut entries = table.chunks_exact(step).enumerate().peekable();
@@ -98,16 +100,15 @@ impl L2Format {
         }
     }
 
-    /// The first word of entry `index`, and its bitmap with extended L2 entries (else 0). `None` outside
-    /// `table`.
+    /// The two words of entry `index`; the second is 0 without extended L2 entries. `None` if the entry is
+    /// outside `table`.
     pub fn words_at(&self, table: &[u8], index: L2Index) -> Option<(u64, u64)> {
         let step = self.geometry.l2_entry_size() as usize;
         let at = usize::try_from(index.value()).ok()?.checked_mul(step)?;
         table.get(at..at.checked_add(step)?).map(|entry| self.entry_words(entry))
     }
 
-    /// The host offset in an entry's first word as it stands: exact to the byte where the cluster is
-    /// compressed.
+    /// The host offset in an entry's first word, unchecked. Exact to the byte for a compressed cluster.
     pub const fn offset_bits(&self, raw: u64) -> HostOffset {
         let mask = if raw & COMPRESSED != 0 { (1 << self.compressed_shift()) - 1 } else { OFFSET_MASK };
         HostOffset::new(raw & mask)

@@ -19,12 +19,12 @@ fn kind(entry: Result<L2Entry, FormatError>) -> FormatErrorKind {
 }
 
 #[test]
-fn the_five_states_without_subclusters() {
+fn decodes_every_state_without_subclusters() {
     let format = format(16, false);
     let host = Some(HostOffset::new(0x50000));
     let decode = |raw| standard(format.decode(raw, 0));
     assert_eq!(decode(0), ClusterEntry::UNALLOCATED);
-    assert_eq!(decode(COPIED), ClusterEntry::UNALLOCATED, "copied says nothing without a place");
+    assert_eq!(decode(COPIED), ClusterEntry::UNALLOCATED, "the copied flag is ignored without a host offset");
     let data = ClusterEntry { host, copied: true, allocated: 1, zero: 0 };
     assert_eq!(decode(0x8000_0000_0005_0000), data);
     assert_eq!(data.state(0), SubclusterState::Data);
@@ -32,12 +32,12 @@ fn the_five_states_without_subclusters() {
     assert_eq!(decode(1), plain);
     assert_eq!(plain.state(0), SubclusterState::Zero);
     assert_eq!(decode(0x8000_0000_0005_0001), ClusterEntry { host, copied: true, allocated: 0, zero: 1 });
-    assert_eq!(decode(0x0100_0000_0005_0000).host, host, "reserved bits are read over");
+    assert_eq!(decode(0x0100_0000_0005_0000).host, host, "reserved bits are ignored");
     assert_eq!(format.reserved_bits(0x3f00_0000_0005_01fe), 0x3f00_0000_0000_01fe);
 }
 
 #[test]
-fn offset_0_is_a_place_in_a_data_file() {
+fn host_offset_0_is_valid_in_a_data_file() {
     let format = L2Format { external_data: true, ..format(16, false) };
     let host = Some(HostOffset::new(0));
     assert_eq!(
@@ -65,9 +65,9 @@ fn unaligned_clusters_are_refused() {
     assert_eq!(standard(format(9, false).decode(0x50200, 0)).host, Some(HostOffset::new(0x50200)));
 }
 
-/// Bitmaps that qemu-io's writes left in images with extended L2 entries.
+/// Bitmaps that qemu-io left in images with extended L2 entries.
 #[test]
-fn subcluster_bitmaps_of_qemu() {
+fn decodes_subcluster_bitmaps_written_by_qemu() {
     let format = format(16, true);
     let entry = standard(format.decode(0x8000_0000_0005_0000, 0x0000_0300_0000_0004));
     assert_eq!((entry.allocated, entry.zero), (1 << 2, 0x300));
@@ -78,11 +78,11 @@ fn subcluster_bitmaps_of_qemu() {
     let zero = standard(format.decode(0, 0xffff_ffff_0000_0000));
     assert_eq!((zero.host, zero.zero), (None, u32::MAX));
     let reserved = standard(format.decode(0x50000 | ZERO, 0));
-    assert_eq!((reserved.allocated, reserved.zero), (0, 0), "the zero flag does not exist here");
+    assert_eq!((reserved.allocated, reserved.zero), (0, 0), "no zero flag with extended L2 entries");
 }
 
 #[test]
-fn impossible_subcluster_bitmaps() {
+fn contradictory_subcluster_bitmaps_are_refused() {
     let format = format(16, true);
     let both = 0x1_0000_0001;
     assert_eq!(kind(format.decode(0x50000, both)), FormatErrorKind::SubclusterBitmap(both));
@@ -92,7 +92,7 @@ fn impossible_subcluster_bitmaps() {
 
 /// Two streams that qemu-img packed into one cluster.
 #[test]
-fn compressed_descriptors_of_qemu() {
+fn decodes_compressed_descriptors_written_by_qemu() {
     let stream = |offset, len| L2Entry::Compressed(CompressedCluster { host: HostOffset::new(offset), len });
     let format = format(16, false);
     assert_eq!(format.decode(0x4000_0000_0005_0000, 0), Ok(stream(0x50000, 512)));
@@ -101,7 +101,7 @@ fn compressed_descriptors_of_qemu() {
 }
 
 #[test]
-fn the_descriptor_splits_where_the_cluster_size_says() {
+fn descriptor_fields_split_by_cluster_size() {
     for (bits, offset_bits, sector_bits) in [(9, 61, 1), (12, 58, 4), (14, 56, 6), (16, 54, 8), (21, 49, 13)]
     {
         let format = format(bits, false);
@@ -124,7 +124,7 @@ fn the_descriptor_splits_where_the_cluster_size_says() {
 }
 
 #[test]
-fn a_stream_that_cannot_be_described() {
+fn stream_outside_the_descriptor_fields_is_not_encoded() {
     let format = format(16, false);
     let encode = |offset, len| {
         format.encode(&L2Entry::Compressed(CompressedCluster { host: HostOffset::new(offset), len }))
@@ -149,7 +149,7 @@ fn any_format() -> impl Strategy<Value = L2Format> {
 
 proptest! {
     #[test]
-    fn any_entry_is_judged_and_kept(format in any_format(), raw: u64, bitmap: u64, sparse: bool) {
+    fn valid_entries_round_trip(format in any_format(), raw: u64, bitmap: u64, sparse: bool) {
         let bitmap = if sparse { bitmap & 0xffff_0000_0000_ffff } else { bitmap };
         let Ok(entry) = format.decode(raw, bitmap) else { return Ok(()) };
         let (word, second) = format.encode(&entry).unwrap();

@@ -1,10 +1,10 @@
-//! Runs of refcounts in the words of a block, changed many at once.
+//! Changes of many consecutive refcounts of a block, a word at a time where possible.
 
 use super::RefcountWidth;
 use core::ops::Range;
 
-/// Counts of one width side by side in a word. Sums and differences of whole words work on all of them at
-/// once as long as none overflows.
+/// The refcounts of one word as lanes of equal width. One addition or subtraction of a whole word changes all
+/// of them, as long as no lane overflows into the next.
 #[derive(Clone, Copy)]
 struct Lanes {
     count: u64,
@@ -24,21 +24,23 @@ impl Lanes {
         word.wrapping_sub(self.ones) & !word & self.highs != 0
     }
 
-    /// Whether the word of `slot` lies in `slots` as a whole.
+    /// True if all lanes of the word that starts at `slot` are inside `slots`.
     fn is_whole(self, slot: u64, slots: &Range<u64>) -> bool {
         slot.is_multiple_of(self.count) && slot + self.count <= slots.end
     }
 }
 
 impl RefcountWidth {
-    /// Adds `times` to the counts of `slots` in a block's `words`. A count of 0 belongs to nothing that could
-    /// get another reference. The error is the first slot whose count cannot be raised, and that count; those
-    /// before it are.
+    /// Adds `times` to the refcounts of `slots`. A refcount of 0 is an error: a free cluster has no reference
+    /// to share. On failure returns the first slot that cannot be raised and its refcount; the slots before
+    /// it are already raised.
     pub fn raise_run(self, words: &mut [u64], slots: Range<u64>, times: u64) -> Result<(), (u64, u64)> {
         let lanes = Lanes::new(self);
         let mut slot = slots.start;
         while slot < slots.end {
             let word = &mut words[self.word_index(slot)];
+            // The fast path needs the top bit of every lane clear: then adding one cannot carry into the next
+            // lane.
             if times == 1
                 && lanes.is_whole(slot, &slots)
                 && *word & lanes.highs == 0
@@ -56,8 +58,8 @@ impl RefcountWidth {
         Ok(())
     }
 
-    /// Takes `times` from the counts of `slots`, and names those that become 0. The error is the first slot
-    /// whose count is too low; those before it are lowered.
+    /// Subtracts `times` from the refcounts of `slots` and calls `freed` for each slot that reaches 0. On
+    /// failure returns the first slot whose refcount is too low; the slots before it are already lowered.
     pub fn lower_run(
         self,
         words: &mut [u64],
@@ -69,6 +71,7 @@ impl RefcountWidth {
         let mut slot = slots.start;
         while slot < slots.end {
             let word = &mut words[self.word_index(slot)];
+            // The fast path takes no lane from 1 to 0, so `freed` need not be called for it.
             if times == 1
                 && lanes.is_whole(slot, &slots)
                 && !lanes.any_zero(*word)
@@ -111,9 +114,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whole words at a time or one by one: the same counts, and the same refusals.
+        /// The word-wise path and the slot-wise path give the same refcounts and the same errors.
         #[test]
-        fn runs_are_as_good_as_single_counts(
+        fn runs_match_single_slot_updates(
             order in 0..7u32,
             start in proptest::collection::vec(0..4u64, 512),
             from in 0..512u64,

@@ -1,5 +1,5 @@
-//! What the tests share: a folder with images in it, and what QEMU says of them.
-#![allow(dead_code, reason = "each test takes what it needs")]
+//! Shared by the tests: a folder for images, and checks with QEMU.
+#![allow(dead_code, reason = "each test uses a part of it")]
 
 use qcow2_testkit::oracle::Tool;
 use std::path::{Path, PathBuf};
@@ -16,8 +16,8 @@ impl Folder {
         self.0.path().join(name)
     }
 
-    /// Lets `qemu-img` check an image, and compare it with the raw file `content`. `image_opts`: how it opens
-    /// the image, for those that need more than a name. A missing program is a printed skip.
+    /// Checks an image with `qemu-img check` and compares it with the raw `content`. `image_opts`: how
+    /// qemu-img opens the image. Prints a note and skips if qemu-img is missing.
     pub(crate) fn ask_qemu(&self, image_opts: &str, secret: Option<&str>, content: &[u8]) {
         let Some(qemu) = Tool::find("qemu-img") else { return };
         std::fs::write(self.path("expected.raw"), content).unwrap();
@@ -33,12 +33,12 @@ impl Folder {
     }
 }
 
-/// Bytes that differ everywhere, and compress a little.
+/// Bytes that differ everywhere and compress a little.
 pub(crate) fn pattern(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|i| ((i / 7) as u8).wrapping_mul(31).wrapping_add(seed)).collect()
 }
 
-/// The whole of a disk.
+/// The whole guest content.
 pub(crate) fn content(disk: &qcow2_image::Disk) -> Vec<u8> {
     let mut bytes = vec![0; disk.size() as usize];
     disk.read_at(0, &mut bytes).unwrap();

@@ -4,9 +4,10 @@
 //! What fails is told by rules, as QEMU's `blkdebug` driver has them: a step of the engine makes a rule
 //! active, and an active rule fails the calls that it fits until another step makes other rules active.
 
-use super::forward;
 use crate::error::Call;
-use qcow2_core::{Event, Events, HostOffset, Limits, Storage, StorageError, StorageExtent, ZeroMode};
+use qcow2_core::{
+    Event, Events, HostOffset, Storage, StorageError, StorageExtent, ZeroMode, forward_storage,
+};
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -128,7 +129,7 @@ impl BlkdebugStorage {
 }
 
 impl Storage for BlkdebugStorage {
-    forward!(len allocate set_len limits);
+    forward_storage!(inner: len allocate set_len limits);
 
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
         self.check(DebugCall::Read, Call::new("read", offset, buf.len() as u64))?;

@@ -1,7 +1,6 @@
 //! Cache modes as QEMU names them, and the two wrappers that make up the unusual ones.
 
-use super::forward;
-use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageExtent, ZeroMode};
+use qcow2_core::{HostOffset, Storage, StorageError, ZeroMode, forward_storage};
 use std::sync::Arc;
 
 /// What happens between a write and the medium.
@@ -82,8 +81,10 @@ impl NoFlush {
 }
 
 impl Storage for NoFlush {
-    forward!(len read_at write_at write_vectored_at write_zeroes discard allocate set_len extent_at limits used_bytes events
-        copy_from copy_source);
+    forward_storage!(inner:
+        len read_at write_at write_vectored_at write_zeroes discard allocate set_len extent_at limits
+        used_bytes events copy_from copy_source
+    );
 
     fn flush(&self) -> Result<(), StorageError> {
         Ok(())
@@ -107,7 +108,7 @@ impl FlushEachWrite {
 }
 
 impl Storage for FlushEachWrite {
-    forward!(len read_at discard flush extent_at limits used_bytes events copy_source);
+    forward_storage!(inner: len read_at discard flush extent_at limits used_bytes events copy_source);
 
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
         self.durable(self.inner.write_at(offset, buf))

@@ -1,8 +1,7 @@
 //! A storage that may not grow past a length: a full disk to order.
 
-use super::forward;
 use crate::error::Call;
-use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+use qcow2_core::{HostOffset, Storage, StorageError, StorageErrorKind, ZeroMode, forward_storage};
 use std::sync::Arc;
 
 /// Wraps a storage; every change that would make it longer than the limit fails with
@@ -33,7 +32,7 @@ impl LimitStorage {
 }
 
 impl Storage for LimitStorage {
-    forward!(len read_at discard flush extent_at limits used_bytes events);
+    forward_storage!(inner: len read_at discard flush extent_at limits used_bytes events);
 
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
         self.check(Call::new("write", offset, buf.len() as u64))?;

@@ -1,7 +1,6 @@
 //! Counts the calls that reach a storage, and writes them down where asked: how many barriers did that cost?
 
-use super::forward;
-use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageExtent, ZeroMode};
+use qcow2_core::{HostOffset, Storage, StorageError, ZeroMode, forward_storage};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -145,7 +144,7 @@ impl TraceStorage {
 }
 
 impl Storage for TraceStorage {
-    forward!(len extent_at limits used_bytes);
+    forward_storage!(inner: len extent_at limits used_bytes);
 
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
         self.note(StorageCall::Read, offset, buf.len() as u64);

@@ -1,9 +1,9 @@
 //! A part of a storage as a storage of its own.
 
-use super::forward;
 use crate::error::Call;
 use qcow2_core::{
     Events, HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
+    forward_storage,
 };
 use std::sync::Arc;
 
@@ -47,7 +47,7 @@ impl WindowStorage {
 }
 
 impl Storage for WindowStorage {
-    forward!(flush used_bytes);
+    forward_storage!(inner: flush used_bytes);
 
     fn len(&self) -> Result<u64, StorageError> {
         Ok(self.visible(self.inner.len()?))

@@ -1,4 +1,4 @@
-//! From a name to a disk: connecting, and what client and server agree on before the first request.
+//! Connecting to an NBD server and negotiating the export, before the first request.
 
 use super::wire::{long, nonsense, word};
 use crate::error::OsError;
@@ -7,17 +7,17 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
 
-/// Where a server listens.
+/// Address of an NBD server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NbdAddress {
-    /// A socket in the file system.
+    /// Path of a Unix socket.
     Unix(PathBuf),
-    /// A host and a port, which is a number.
+    /// A TCP host and port; the port is a decimal number.
     Tcp {
-        /// The host.
+        /// Host name or IP address.
         host: String,
-        /// The port.
+        /// Port number.
         port: String,
     },
 }
@@ -31,7 +31,7 @@ impl fmt::Display for NbdAddress {
     }
 }
 
-/// Why there is no disk. `Display` gives the reason in QEMU's words where it has some.
+/// Why the export could not be opened. `Display` uses QEMU's text where QEMU has one.
 #[derive(Debug)]
 pub struct NbdError {
     message: String,
@@ -49,12 +49,12 @@ impl NbdError {
         self
     }
 
-    /// What the server said of it, if it said something.
+    /// The message the server sent with its refusal, if any.
     pub fn server_message(&self) -> Option<&str> {
         self.server.as_deref()
     }
 
-    /// The operating system's error number, where there was one.
+    /// The operating system's error number, if there was one.
     pub fn os_code(&self) -> Option<i32> {
         self.code
     }
@@ -80,7 +80,7 @@ impl fmt::Display for NbdError {
 
 impl std::error::Error for NbdError {}
 
-/// A connection.
+/// A connected stream.
 pub(super) trait Conversation: Read + Write + Send {}
 
 impl<T: Read + Write + Send> Conversation for T {}
@@ -106,7 +106,7 @@ impl NbdAddress {
         }
     }
 
-    /// Where `host` and `port` lead to.
+    /// Resolves `host` and `port` to socket addresses.
     fn resolve(&self, host: &str, port: &str) -> Result<Vec<SocketAddr>, NbdError> {
         let unknown = |why: &str| NbdError::new(format!("address resolution failed for {self}: {why}"));
         let number = port.parse::<u16>().map_err(|_| unknown("Servname not supported for ai_socktype"))?;
@@ -118,7 +118,7 @@ impl NbdAddress {
     }
 }
 
-/// What connecting to nothing comes to.
+/// `ECONNREFUSED`, the error when a name resolves to no address.
 const CONNECTION_REFUSED: i32 = 111;
 
 #[cfg(unix)]
@@ -137,17 +137,17 @@ fn connect_tcp(addresses: &[SocketAddr]) -> io::Result<Stream> {
     Ok(Box::new(stream))
 }
 
-/// What both sides have agreed on.
+/// Result of the negotiation.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Agreed {
     pub(super) size: u64,
     pub(super) flags: u16,
     pub(super) structured: bool,
-    /// The number of the context `base:allocation`.
+    /// Id of the meta context `base:allocation`, if the server has it.
     pub(super) allocation: Option<u32>,
 }
 
-/// Speaks the fixed newstyle handshake and asks for `export`.
+/// Runs the fixed newstyle handshake and selects `export`.
 pub(super) fn agree(stream: &mut Stream, export: &str) -> Result<Agreed, NbdError> {
     if long(stream)? != GREETING || long(stream)? != OPTION_MAGIC {
         return Err(NbdError::new("Bad server magic received"));
@@ -164,7 +164,7 @@ pub(super) fn agree(stream: &mut Stream, export: &str) -> Result<Agreed, NbdErro
         let mut request = name(export);
         request.extend(1u32.to_be_bytes());
         request.extend(name(ALLOCATION));
-        // A server without it is asked nothing.
+        // A refusal is no error: block status is then never requested.
         let _ = ask(stream, SET_META_CONTEXT, &request, |kind, data| {
             if kind == REP_META_CONTEXT && data.get(4..) == Some(ALLOCATION.as_bytes()) {
                 allocation = data.first_chunk().map(|id| u32::from_be_bytes(*id));
@@ -191,7 +191,7 @@ pub(super) fn agree(stream: &mut Stream, export: &str) -> Result<Agreed, NbdErro
     Ok(Agreed { size, flags, structured, allocation })
 }
 
-/// Sends an option and takes every reply up to the last one. The inner error is the server's refusal.
+/// Sends an option and handles every reply up to the final one. The inner error is the server's refusal.
 fn ask(
     stream: &mut Stream,
     option: u32,
@@ -235,7 +235,7 @@ fn refusal(kind: u32, payload: &[u8]) -> NbdError {
     NbdError { server: Some(text).filter(|text| !text.is_empty()), ..NbdError::new(message) }
 }
 
-/// A length and the bytes of a name.
+/// A 32-bit length followed by the bytes of a name.
 fn name(text: &str) -> Vec<u8> {
     let mut bytes = (text.len() as u32).to_be_bytes().to_vec();
     bytes.extend(text.as_bytes());
@@ -261,6 +261,6 @@ const REP_INFO: u32 = 3;
 const REP_META_CONTEXT: u32 = 4;
 const REP_ERROR: u32 = 1 << 31;
 const ALLOCATION: &str = "base:allocation";
-/// The longest reply to an option, and how many there may be: what any honest server stays far below.
+/// The longest option reply accepted, and how many of them; real servers stay far below both.
 const MAX_REPLY: u32 = 64 << 10;
 const MAX_REPLIES: usize = 1000;

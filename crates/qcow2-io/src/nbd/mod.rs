@@ -1,7 +1,7 @@
-//! A disk that a server shows over the network block device protocol.
+//! Storage on an export of an NBD server.
 //!
-//! One connection, one request at a time. Where the server can say which parts are zeroes, it is asked
-//! (`base:allocation`). Encryption of the connection is not known here.
+//! One connection, one request in flight. If the server supports the meta context `base:allocation`, block
+//! status is read from it. TLS is not supported.
 
 mod handshake;
 mod wire;
@@ -15,11 +15,11 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use wire::{Command, Reply, Request, flag};
 
-/// A disk that a server shows.
+/// A connected NBD export.
 pub struct NbdStorage {
     agreed: Agreed,
     writable: bool,
-    /// `None` after a failure that leaves the two sides at different places of the conversation.
+    /// `None` after a failure that leaves the connection out of sync with the server.
     line: Mutex<Option<Line>>,
 }
 
@@ -29,9 +29,8 @@ struct Line {
 }
 
 impl NbdStorage {
-    /// Connects to the server at `address` and asks for `export`. `writable`: whether it will be changed.
-    /// Errors: no connection, a server that speaks otherwise, an export that is not there or not to be
-    /// written.
+    /// Connects to the server at `address` and opens `export`. `writable`: whether it will be changed.
+    /// Errors: connection failure, protocol violation, unknown export, or a read-only export with `writable`.
     pub fn connect(address: &NbdAddress, export: &str, writable: bool) -> Result<Self, NbdError> {
         let mut stream = address.connect()?;
         let agreed = handshake::agree(&mut stream, export)?;
@@ -41,8 +40,8 @@ impl NbdStorage {
         Ok(Self { agreed, writable, line: Mutex::new(Some(Line { stream, next_cookie: 1 })) })
     }
 
-    /// Sends one request and takes its reply. Errors: those of the server leave the connection usable, all
-    /// others end it.
+    /// Sends one request and receives its reply. An error reported by the server leaves the connection
+    /// usable; any other error closes it.
     fn request(&self, request: &Request<'_>, reply: &mut Reply<'_>) -> io::Result<()> {
         let mut line = self.line();
         let Some(open) = line.as_mut() else {
@@ -56,6 +55,7 @@ impl NbdStorage {
             Ok(0) => Ok(()),
             Ok(code) => Err(io::Error::from_raw_os_error(code)),
             Err(error) => {
+                // The rest of the reply may still arrive, and later requests would take it for their own.
                 *line = None;
                 Err(error)
             }
@@ -70,7 +70,7 @@ impl NbdStorage {
         self.agreed.flags & flag != 0
     }
 
-    /// Cuts `len` bytes at `offset` into requests of at most `max` bytes.
+    /// Splits `len` bytes at `offset` into requests of at most `max` bytes.
     fn each(
         call: Call,
         max: u64,
@@ -147,6 +147,7 @@ impl Storage for NbdStorage {
         if !self.writable {
             return Err(call.read_only());
         }
+        // A discard is a hint; the protocol forbids requests that the server did not offer.
         if !self.has(flag::SEND_TRIM) {
             return Ok(());
         }
@@ -166,7 +167,7 @@ impl Storage for NbdStorage {
             return Ok(());
         }
         let message =
-            format!("resize to {len} bytes: the server's disk has {} and cannot change", self.agreed.size);
+            format!("resize to {len} bytes: the export has a fixed size of {} bytes", self.agreed.size);
         Err(StorageError::new(StorageErrorKind::Unsupported, message))
     }
 
@@ -192,9 +193,11 @@ impl Storage for NbdStorage {
         )
         .map_err(|error| call.failed(error))?;
         let mut runs = extents.iter().map(|&(len, flags)| (u64::from(len), flags & wire::STATE_ZERO == 0));
+        // An empty answer would stop the caller's walk, so it counts as data.
         let Some((mut joined, data)) = runs.next().filter(|(len, _)| *len > 0) else {
             return Ok(StorageExtent { len, data: true });
         };
+        // Servers may split one run into several extents, and may report past the asked range.
         joined += runs.take_while(|(_, other)| *other == data).map(|(len, _)| len).sum::<u64>();
         Ok(StorageExtent { len: joined.min(len), data })
     }
@@ -207,11 +210,11 @@ impl Storage for NbdStorage {
     }
 }
 
-/// The most bytes that a request carries. Spec: what every server takes.
+/// The largest payload of a request: what the protocol says every server accepts.
 const MAX_PAYLOAD: u64 = 32 << 20;
-/// The most bytes that a request without payload is about.
+/// The largest range of a request without payload.
 const MAX_RANGE: u64 = 1 << 30;
-/// Zeroes written at once where the server has no request for them.
+/// Zeroes sent per request if the server does not support write-zeroes.
 const ZERO_BUFFER: u64 = 1 << 20;
-/// "Broken pipe": what a connection gives that has failed before.
+/// `EPIPE`: the error of every call after the connection has failed.
 const BROKEN: i32 = 32;

@@ -13,7 +13,7 @@
 
 use std::io::{self, Read, Write};
 
-/// What a request asks for.
+/// Command of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
     Read = 0,
@@ -29,7 +29,7 @@ pub(super) struct Request<'a> {
     command: Command,
     offset: u64,
     len: u64,
-    /// Zeroes that stay backed by space.
+    /// Zeroes must stay allocated (no hole).
     pub(super) no_hole: bool,
     pub(super) payload: &'a [u8],
 }
@@ -41,19 +41,19 @@ impl Request<'_> {
     }
 }
 
-/// Where a reply goes.
+/// What to do with a reply's payload.
 pub(super) enum Reply<'a> {
     Nothing,
-    /// As many bytes as were asked for.
+    /// Data of a read; exactly as many bytes as were requested.
     Data(&'a mut [u8]),
-    /// Length and flags of each run, of the context with this number.
+    /// Block status descriptors (length and flags) of the meta context with this id.
     Status {
         context: u32,
         extents: &'a mut Vec<(u32, u32)>,
     },
 }
 
-/// What the server can do.
+/// Transmission flags of an export.
 pub(super) mod flag {
     pub(crate) const READ_ONLY: u16 = 1 << 1;
     pub(crate) const SEND_FLUSH: u16 = 1 << 2;
@@ -61,7 +61,7 @@ pub(super) mod flag {
     pub(crate) const SEND_WRITE_ZEROES: u16 = 1 << 6;
 }
 
-/// Of a run: it reads as zeroes.
+/// Block status flag: the extent reads as zeroes.
 pub(super) const STATE_ZERO: u32 = 2;
 
 pub(super) fn send(out: &mut impl Write, request: &Request<'_>, cookie: u64) -> io::Result<()> {
@@ -78,8 +78,8 @@ pub(super) fn send(out: &mut impl Write, request: &Request<'_>, cookie: u64) -> 
     out.flush()
 }
 
-/// Takes the whole reply; returns the server's error, 0 for none. `Err`: the connection is of no use any
-/// more.
+/// Receives the whole reply and returns the server's error number, 0 for success. `Err`: the connection is
+/// out of sync and must be closed.
 pub(super) fn receive(
     from: &mut impl Read,
     request: &Request<'_>,
@@ -95,7 +95,9 @@ pub(super) fn receive(
                 expect_cookie(from, cookie)?;
                 if let (Reply::Data(buf), 0) = (&mut *reply, error) {
                     if structured {
-                        return Err(nonsense("an unstructured reply to a read"));
+                        return Err(nonsense(
+                            "a simple reply to a read after structured replies were negotiated",
+                        ));
                     }
                     from.read_exact(buf)?;
                 }
@@ -116,7 +118,7 @@ pub(super) fn receive(
                     break;
                 }
             }
-            _ => return Err(nonsense("a reply that is none")),
+            _ => return Err(nonsense("a reply with an unknown magic number")),
         }
     }
     if let Reply::Data(buf) = reply
@@ -134,7 +136,7 @@ struct Chunk {
     start: u64,
 }
 
-/// Takes a chunk's payload; returns the error it tells of. `covered` counts the bytes of a read.
+/// Receives a chunk's payload; returns the error number it reports. `covered` counts the bytes of a read.
 fn take_chunk(
     from: &mut impl Read,
     chunk: &Chunk,
@@ -173,18 +175,18 @@ fn take_chunk(
             io::copy(&mut from.take(u64::from(chunk.len) - 4), &mut io::sink())?;
             Ok(os_code(error.max(1)))
         }
-        _ => Err(nonsense("a chunk that does not belong there")),
+        _ => Err(nonsense("a chunk type that does not fit the request")),
     }
 }
 
 fn part_of(buf: &mut [u8], start: Option<u64>, len: u32) -> io::Result<&mut [u8]> {
     let start = start.and_then(|start| usize::try_from(start).ok());
     let range = start.and_then(|start| Some(start..start.checked_add(len as usize)?));
-    range.and_then(|range| buf.get_mut(range)).ok_or_else(|| nonsense("bytes that were not asked for"))
+    range.and_then(|range| buf.get_mut(range)).ok_or_else(|| nonsense("data outside the requested range"))
 }
 
 fn expect_cookie(from: &mut impl Read, cookie: u64) -> io::Result<()> {
-    if long(from)? == cookie { Ok(()) } else { Err(nonsense("a reply to nothing that was asked")) }
+    if long(from)? == cookie { Ok(()) } else { Err(nonsense("a reply with the cookie of another request")) }
 }
 
 pub(super) fn word(from: &mut impl Read) -> io::Result<u32> {
@@ -199,7 +201,7 @@ pub(super) fn long(from: &mut impl Read) -> io::Result<u64> {
     Ok(u64::from_be_bytes(bytes))
 }
 
-/// The protocol's error numbers are Linux's, but for a few.
+/// Converts a protocol error number to Linux's; only a few differ.
 fn os_code(error: u32) -> i32 {
     match error {
         0 => 0,
@@ -221,9 +223,9 @@ const OFFSET_DATA: u16 = 1;
 const OFFSET_HOLE: u16 = 2;
 const BLOCK_STATUS: u16 = 5;
 const ERROR_BIT: u16 = 1 << 15;
-/// The longest error chunk that is taken: a message of 4,096 bytes.
+/// The longest error chunk accepted: a message of 4,096 bytes.
 const MAX_ERROR: u32 = 4096 + 6 + 8;
-/// The longest list of runs that is taken. Origin: the protocol's advice, 2^20 runs.
+/// The longest list of descriptors accepted. Origin: the protocol's recommendation, 2^20 descriptors.
 const MAX_STATUS: u32 = (1 << 23) + 4;
 
 #[cfg(test)]
@@ -251,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_in_chunks_of_any_order() {
+    fn chunks_of_a_read_may_arrive_in_any_order() {
         let hole = [&data(100, &[])[..], &2u32.to_be_bytes()].concat();
         let bytes = [chunk(0, OFFSET_DATA, &data(102, &[1, 2])), chunk(DONE, OFFSET_HOLE, &hole)].concat();
         assert_eq!(read(&bytes), Ok((0, vec![0, 0, 1, 2])));
@@ -260,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn servers_that_lie_are_caught() {
+    fn invalid_replies_are_refused() {
         for bytes in [
             chunk(DONE, OFFSET_DATA, &data(102, &[1, 2])),
             chunk(DONE, OFFSET_DATA, &data(99, &[1, 2, 3, 4])),

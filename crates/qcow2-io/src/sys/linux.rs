@@ -1,4 +1,4 @@
-//! Linux: positional and vectored I/O, holes, punching, zeroing, space, sync.
+//! Linux: positional and vectored I/O, extents, hole punching, zeroing, preallocation, sync, locks.
 
 use super::Run;
 use crate::direct::Alignment;
@@ -12,20 +12,20 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
-/// Reads what one call gives.
+/// One `pread`; may return fewer bytes.
 pub(crate) fn read_some(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
     file.read_at(buf, offset)
 }
 
-/// Writes what one call takes.
+/// One `pwrite`; may write fewer bytes.
 pub(crate) fn write_some(file: &File, offset: u64, buf: &[u8]) -> io::Result<usize> {
     file.write_at(buf, offset)
 }
 
-/// The most buffers one vectored call takes (`IOV_MAX`).
+/// The most buffers in one vectored call (`IOV_MAX`).
 const MAX_VECTOR_COUNT: usize = 1024;
 
-/// Writes the buffers one after the other from `offset` on.
+/// Writes the buffers back to back from `offset` on.
 pub(crate) fn write_vectored_full(file: &File, offset: u64, bufs: &[&[u8]]) -> io::Result<()> {
     let mut slices: Vec<IoSlice<'_>> = bufs.iter().map(|buf| IoSlice::new(buf)).collect();
     let mut rest = &mut slices[..];
@@ -46,23 +46,23 @@ pub(crate) fn write_vectored_full(file: &File, offset: u64, bufs: &[&[u8]]) -> i
     Ok(())
 }
 
-/// Gives the space of a range back; it then reads as zeroes. The length stays.
+/// Punches a hole: the range is deallocated and reads as zeroes. The length stays.
 pub(crate) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
     change_space(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
 }
 
-/// Makes a range read as zeroes and keeps space for it, growing the file where the range passes its end.
+/// Zeroes a range and keeps it allocated; grows the file if the range ends past it.
 pub(crate) fn zero_range(file: &File, offset: u64, len: u64) -> io::Result<()> {
     change_space(file, FallocateFlags::ZERO_RANGE, offset, len)
 }
 
-/// Reserves space for a range, growing the file where the range passes its end.
+/// Reserves space for a range; grows the file if the range ends past it.
 pub(crate) fn reserve(file: &File, offset: u64, len: u64) -> io::Result<()> {
     change_space(file, FallocateFlags::empty(), offset, len)
 }
 
-/// One `fallocate`. All the ways to say "cannot" become `Unsupported`: file systems answer `EOPNOTSUPP`,
-/// block devices `EINVAL` or `ENODEV` for modes or alignments they do not know, old kernels `ENOSYS`.
+/// One `fallocate`. All refusals become `Unsupported`: file systems answer `EOPNOTSUPP`, block devices
+/// `EINVAL` or `ENODEV` for modes or alignments they do not know, old kernels `ENOSYS`.
 fn change_space(file: &File, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
     loop {
         return match fallocate(file, mode, offset, len) {
@@ -74,7 +74,7 @@ fn change_space(file: &File, mode: FallocateFlags, offset: u64, len: u64) -> io:
     }
 }
 
-/// What the file holds from `offset` (which lies before the end) on.
+/// The extent at `offset`, which must lie before the end of the file.
 pub(crate) fn run_at(file: &File, offset: u64) -> io::Result<Run> {
     match seek(file, SeekFrom::Data(offset)) {
         Ok(data) if data > offset => return Ok(Run::HoleUntil(data)),
@@ -83,7 +83,7 @@ pub(crate) fn run_at(file: &File, offset: u64) -> io::Result<Run> {
         Err(error) => return Err(cannot_seek(error)),
     }
     match seek(file, SeekFrom::Hole(offset)) {
-        // A hole that was punched between the two calls.
+        // The hole was punched between the two calls.
         Ok(hole) if hole <= offset => Ok(Run::DataUntil(offset + 1)),
         Ok(hole) => Ok(Run::DataUntil(hole)),
         Err(error) => Err(cannot_seek(error)),
@@ -97,8 +97,8 @@ fn cannot_seek(error: Errno) -> io::Error {
     }
 }
 
-/// Lets the kernel copy a range from one file to another; file systems that can share space do. Whatever says
-/// "not these files, not here" becomes `Unsupported`, and so does a source that ends early.
+/// Copies a range between two files with `copy_file_range`; file systems with reflinks share the blocks.
+/// Errors that mean "not for these files" become `Unsupported`, and so does a source that ends early.
 pub(crate) fn copy_range(
     source: &File,
     mut from: u64,
@@ -108,7 +108,7 @@ pub(crate) fn copy_range(
 ) -> io::Result<()> {
     let mut left = len;
     while left > 0 {
-        // Some kernels turn down counts near 2^63; 1 GiB is one call all the same.
+        // Some kernels refuse counts near 2^63, so ask for at most 1 GiB per call.
         let count = left.min(1 << 30) as usize;
         match copy_file_range(source, Some(&mut from), target, Some(&mut offset), count) {
             Ok(0) => return Err(Errno::OPNOTSUPP.into()),
@@ -129,7 +129,7 @@ pub(crate) fn copy_range(
     Ok(())
 }
 
-/// Makes content and length durable.
+/// Makes content and length durable (`fdatasync`).
 pub(crate) fn sync(file: &File) -> io::Result<()> {
     loop {
         match fdatasync(file) {
@@ -144,8 +144,8 @@ pub(crate) fn device_len(file: &File) -> io::Result<u64> {
     Ok(seek(file, SeekFrom::End(0))?)
 }
 
-/// Makes opening a pipe return at once, so that it can be looked at and refused (regular files do not care);
-/// bypasses the page cache and refuses a symbolic link where wanted.
+/// Opens pipes without blocking, so that they can be identified and refused (regular files ignore the flag);
+/// adds direct I/O and `O_NOFOLLOW` if asked for.
 pub(crate) fn set_open_flags(options: &mut OpenOptions, direct: bool, follow_links: bool) {
     let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     flags.set(OFlags::DIRECT, direct);
@@ -153,12 +153,12 @@ pub(crate) fn set_open_flags(options: &mut OpenOptions, direct: bool, follow_lin
     options.custom_flags(flags.bits() as i32);
 }
 
-/// Whether opening failed because the name is a symbolic link that was not to be followed.
+/// True if opening failed because the last component is a symbolic link and `O_NOFOLLOW` was set.
 pub(crate) fn is_link_refusal(error: &io::Error) -> bool {
     Errno::from_io_error(error) == Some(Errno::LOOP)
 }
 
-/// What a file that bypasses the page cache wants: what the kernel says (6.1 and later), else a device's
+/// Alignment that direct I/O on `file` needs: from the kernel (`statx`, 6.1 and later), else a device's
 /// logical block, else 4096 bytes, which satisfies every disk in use.
 pub(crate) fn direct_alignment(file: &File) -> io::Result<Alignment> {
     const SAFE: usize = 4096;
@@ -181,20 +181,20 @@ pub(crate) fn direct_alignment(file: &File) -> io::Result<Alignment> {
     Ok(Alignment { block: block.max(512), memory: SAFE })
 }
 
-/// Takes a shared lock on one byte, held until every copy of this opening is closed. Shared locks never wait
-/// for each other, and nobody takes exclusive ones.
+/// Takes a shared lock on one byte, held until every copy of this open file description is closed. Shared
+/// locks never wait for each other, and nobody takes exclusive ones.
 pub(crate) fn lock_byte(file: &File, byte: u64) -> io::Result<()> {
     let mut lock = lock_request(libc::F_RDLCK, byte);
     byte_lock_call(file, libc::F_OFD_SETLK, &mut lock)
 }
 
-/// Gives up the lock on one byte, for every copy of this opening.
+/// Releases the lock on one byte, for every copy of this open file description.
 pub(crate) fn unlock_byte(file: &File, byte: u64) -> io::Result<()> {
     let mut lock = lock_request(libc::F_UNLCK, byte);
     byte_lock_call(file, libc::F_OFD_SETLK, &mut lock)
 }
 
-/// Whether another opening holds a lock on this byte.
+/// True if another open file description holds a lock on this byte.
 pub(crate) fn is_byte_locked(file: &File, byte: u64) -> io::Result<bool> {
     let mut lock = lock_request(libc::F_WRLCK, byte);
     byte_lock_call(file, libc::F_OFD_GETLK, &mut lock)?;
@@ -211,8 +211,7 @@ fn lock_request(kind: libc::c_int, byte: u64) -> libc::flock64 {
     }
 }
 
-/// One lock call on the open file description. The 64-bit structure is what `F_OFD_*` takes on every
-/// architecture.
+/// One `fcntl` on the open file description. `F_OFD_*` takes the 64-bit structure on every architecture.
 #[allow(unsafe_code, reason = "the one system call that rustix does not have")]
 fn byte_lock_call(file: &File, command: libc::c_int, lock: &mut libc::flock64) -> io::Result<()> {
     use std::os::fd::AsRawFd;
@@ -234,7 +233,7 @@ fn byte_lock_call(file: &File, command: libc::c_int, lock: &mut libc::flock64) -
     }
 }
 
-/// The kernel's `struct fsxattr`: what can be asked of one file.
+/// The kernel's `struct fsxattr`.
 #[repr(C)]
 struct FileAttributes {
     flags: u32,
@@ -247,22 +246,22 @@ struct FileAttributes {
 
 const GET_ATTRIBUTES: Opcode = opcode::read::<FileAttributes>(b'X', 31);
 const SET_ATTRIBUTES: Opcode = opcode::write::<FileAttributes>(b'X', 32);
-/// `FS_XFLAG_EXTSIZE`: the extent size counts.
+/// `FS_XFLAG_EXTSIZE`: `extent_size` is valid.
 const EXTENT_SIZE_COUNTS: u32 = 0x800;
 
-/// Asks for space in pieces of so many bytes.
+/// Sets the extent size hint, in bytes.
 #[allow(unsafe_code, reason = "calls that rustix has no functions for")]
 pub(crate) fn set_extent_size_hint(file: &File, bytes: u32) -> io::Result<()> {
-    // SAFETY: the kernel writes such a structure for this call, and no more.
+    // SAFETY: for this ioctl the kernel writes exactly one such structure.
     let told = unsafe { ioctl(file, Getter::<GET_ATTRIBUTES, FileAttributes>::new()) };
     let Ok(mut attributes) = told else { return Err(io::ErrorKind::Unsupported.into()) };
     attributes.flags |= EXTENT_SIZE_COUNTS;
     attributes.extent_size = bytes;
-    // SAFETY: the kernel reads such a structure for this call, and no more.
+    // SAFETY: for this ioctl the kernel reads exactly one such structure.
     unsafe { ioctl(file, Setter::<SET_ATTRIBUTES, FileAttributes>::new(attributes)) }.map_err(io::Error::from)
 }
 
-/// Asks for a file that is written in place.
+/// Sets the no-copy-on-write attribute (`FS_NOCOW_FL`).
 pub(crate) fn set_no_cow(file: &File) -> io::Result<()> {
     let flags = ioctl_getflags(file)?;
     ioctl_setflags(file, flags | IFlags::NOCOW).map_err(io::Error::from)

@@ -1,7 +1,7 @@
-//! What differs between operating systems, each in its own room with the same function names.
+//! Operating system calls, one module per system with the same function names.
 //!
-//! Every function here does one thing and reports the system's own error. `Unsupported` (as an error kind)
-//! means that the file system or device cannot do it; whoever calls then takes a slower way.
+//! Every function makes one call and reports the system's own error. The error kind `Unsupported` means that
+//! the file system or device cannot do it; the caller then uses a slower way.
 
 #[cfg(target_os = "linux")]
 mod linux;
@@ -16,19 +16,19 @@ pub(crate) use other::*;
 use std::fs::File;
 use std::io;
 
-/// What a run of a file holds, as the file system tells it.
+/// An extent of a file, as the file system reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
 pub(crate) enum Run {
-    /// Data from the asked offset up to this one (past the offset).
+    /// Data from the queried offset up to this one (exclusive, larger than the queried offset).
     DataUntil(u64),
-    /// A hole from the asked offset up to this one (past the offset).
+    /// A hole from the queried offset up to this one (exclusive, larger than the queried offset).
     HoleUntil(u64),
-    /// A hole from the asked offset to the end of the file.
+    /// A hole from the queried offset to the end of the file.
     HoleToEnd,
 }
 
-/// Reads until `buf` is full or the file ends; returns the bytes read.
+/// Reads until `buf` is full or the file ends; returns the number of bytes read.
 pub(crate) fn read_full(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
     let mut done = 0;
     while done < buf.len() {
@@ -42,7 +42,7 @@ pub(crate) fn read_full(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<
     Ok(done)
 }
 
-/// Writes all of `buf`, however often the system stops short.
+/// Writes all of `buf`, repeating short writes.
 pub(crate) fn write_full(file: &File, offset: u64, buf: &[u8]) -> io::Result<()> {
     let mut done = 0;
     while done < buf.len() {

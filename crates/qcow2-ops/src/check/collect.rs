@@ -1,14 +1,14 @@
-//! Findings of all workers, in one order, and no more of them than were asked for.
+//! Collects the findings of all workers in a fixed order, up to a limit.
 
 use super::finding::{Class, Finding, Found};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Where in the report a finding belongs: phases in their order, then two numbers.
+/// Sort key of a finding: the phase, then two numbers that order findings within it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key(pub(super) Phase, pub(super) u64, pub(super) u64);
 
-/// The order in which findings are listed; that of QEMU.
+/// The order in which findings are listed; QEMU's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Phase {
     SnapshotTable,
@@ -22,7 +22,7 @@ pub(super) enum Phase {
     Copied,
 }
 
-/// Takes findings from any worker.
+/// Receives findings from any worker.
 pub(super) struct Collector {
     limit: usize,
     corruptions: AtomicU64,
@@ -33,7 +33,7 @@ pub(super) struct Collector {
     kept: Mutex<Vec<(Key, Found)>>,
 }
 
-/// What was collected.
+/// The collected findings and totals.
 pub(super) struct Collected {
     pub(super) corruptions: u64,
     pub(super) leaks: u64,
@@ -44,7 +44,7 @@ pub(super) struct Collected {
 }
 
 impl Collector {
-    /// Keeps the first `limit` findings in the order of their keys.
+    /// A collector that keeps the first `limit` findings in key order.
     pub(super) fn new(limit: usize) -> Self {
         Self {
             limit,
@@ -57,8 +57,8 @@ impl Collector {
         }
     }
 
-    /// Counts a finding and keeps it if there is room. Findings with equal keys stay in the order they came
-    /// in.
+    /// Counts a finding, and keeps it if it is among the first. Findings with equal keys stay in arrival
+    /// order.
     pub(super) fn add(&self, key: Key, finding: Finding, times: u64) {
         let count = match finding.class() {
             Class::Corruption => &self.corruptions,
@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keeps_the_first_in_order_and_counts_all() {
+    fn keeps_the_first_findings_and_counts_all() {
         let collector = Collector::new(3);
         for cluster in (0..5000).rev() {
             let finding = Finding::Refcount { cluster, stored: 1, references: cluster % 2 * 2 };

@@ -1,10 +1,10 @@
-//! How often each host cluster is referred to, for a window of the file.
+//! Number of references to each host cluster, for one window of the file.
 
 use qcow2_format::refcount::RefcountWidth;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Clusters in a chunk: the unit of locking and of lazy allocation.
+/// Clusters per chunk, the unit of locking and of lazy allocation.
 pub(super) const CHUNK: u64 = 1 << 16;
 
 /// Counts that stop at the largest refcount of the image's width (at 2^32 - 1 with 64 bits). Any number of
@@ -17,21 +17,21 @@ pub(crate) struct Counters {
 
 /// The counts of [`CHUNK`] clusters.
 pub(super) enum Chunk {
-    /// All zero, and no memory taken.
+    /// All zero; no memory allocated.
     Empty,
-    /// For refcounts of at most 16 bits.
+    /// For refcount widths up to 16 bits.
     Narrow(Box<[u16]>),
-    /// For wider ones.
+    /// For larger widths.
     Wide(Box<[u32]>),
 }
 
 impl Counters {
-    /// Bytes that one count takes.
+    /// Memory per cluster in bytes.
     pub(super) fn bytes_per_cluster(width: RefcountWidth) -> u64 {
         if width.bits() <= 16 { 2 } else { 4 }
     }
 
-    /// Zero for every cluster of `window`, which starts at a multiple of [`CHUNK`].
+    /// Counters at zero for the clusters of `window`, which must start at a multiple of [`CHUNK`].
     pub(super) fn new(window: Range<u64>, width: RefcountWidth) -> Self {
         let chunks = (window.end - window.start).div_ceil(CHUNK);
         Self { window, width, chunks: (0..chunks).map(|_| Mutex::new(Chunk::Empty)).collect() }
@@ -42,8 +42,8 @@ impl Counters {
         self.window.clone()
     }
 
-    /// Adds `times` to each of `clusters` that lies in the window. Where that passes what a refcount can
-    /// hold, the count stays at the largest one and `overflow` gets the cluster and how much was too much.
+    /// Adds `times` to the counts of `clusters`, as far as they are in the window. A count that would exceed
+    /// the largest refcount saturates, and `overflow` is called with the cluster and the excess.
     pub(super) fn add(&self, clusters: Range<u64>, times: u64, mut overflow: impl FnMut(u64, u64)) {
         let end = clusters.end.min(self.window.end);
         let mut at = clusters.start.max(self.window.start);
@@ -75,7 +75,8 @@ impl Counters {
         self.lock(index).count(slot as usize)
     }
 
-    /// The chunk that holds `cluster`, which is in the window, and the cluster's place in it.
+    /// Locks the chunk that holds `cluster`, which must be in the window. Also returns the cluster's slot in
+    /// it.
     pub(super) fn chunk_of(&self, cluster: u64) -> (MutexGuard<'_, Chunk>, u64) {
         let (index, slot) = self.place(cluster);
         (self.lock(index), slot)
@@ -87,7 +88,7 @@ impl Counters {
     }
 
     fn lock(&self, index: usize) -> MutexGuard<'_, Chunk> {
-        // A count is whole after every step, so a worker that panicked leaves nothing half done.
+        // Every count is valid after each step, so the chunk of a worker that panicked is still consistent.
         self.chunks[index].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -101,7 +102,7 @@ impl Counters {
 }
 
 impl Chunk {
-    /// The count at `slot`.
+    /// The count in `slot`.
     pub(super) fn count(&self, slot: usize) -> u64 {
         match self {
             Self::Empty => 0,
@@ -110,7 +111,7 @@ impl Chunk {
         }
     }
 
-    /// Whether every count in `slots` is `value`, which is 0 or 1.
+    /// True if every count in `slots` equals `value`, 0 or 1.
     pub(super) fn all(&self, slots: Range<usize>, value: u8) -> bool {
         match self {
             Self::Empty => value == 0,
@@ -120,7 +121,7 @@ impl Chunk {
     }
 }
 
-/// A count of one width.
+/// An integer type for counts.
 trait Count: Copy + Into<u64> + TryFrom<u64> {}
 impl Count for u16 {}
 impl Count for u32 {}
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn adds_across_chunks_and_inside_the_window_only() {
+    fn counts_across_chunks_inside_the_window() {
         let counters = Counters::new(CHUNK..4 * CHUNK, width(4));
         counters.add(0..2 * CHUNK + 3, 2, |_, _| panic!("no overflow"));
         counters.add(2 * CHUNK..u64::MAX, 1, |_, _| panic!("no overflow"));
@@ -157,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn stops_at_the_largest_refcount() {
+    fn saturates_at_the_largest_refcount() {
         for order in 0..=6 {
             let max = width(order).max().min(u32::MAX.into());
             let counters = Counters::new(0..1, width(order));
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn untouched_chunks_take_no_memory() {
+    fn untouched_chunks_are_not_allocated() {
         let counters = Counters::new(0..1 << 31, width(6));
         counters.add(5..6, 1, |_, _| ());
         let used = counters.chunks.iter().filter(|c| !matches!(*c.lock().unwrap(), Chunk::Empty)).count();

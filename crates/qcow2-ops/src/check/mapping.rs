@@ -1,7 +1,7 @@
-//! The mapping tables: what every L1 and L2 entry of the active state and of all snapshots refers to.
+//! Checks the mapping: the references of every L1 and L2 entry, of the active state and of all snapshots.
 //!
-//! L1 entries are gathered in batches, so that an L2 table is read once per batch however many entries lead
-//! to it, and in the order of the tables' places in the file.
+//! L1 entries are collected in batches and sorted by L2 table. So each L2 table is read once per batch,
+//! however many entries point to it, and in file order.
 
 use super::collect::{Key, Phase};
 use super::finding::Finding;
@@ -17,10 +17,10 @@ use qcow2_format::{FormatErrorKind, L1Index, L2Index};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// L1 entries gathered before their L2 tables are read; 32 MiB of memory at most.
+/// L1 entries per batch; 32 MiB of memory at most.
 const BATCH: usize = 1 << 20;
 
-/// What the active state uses; QEMU's statistics.
+/// QEMU's statistics of the active state.
 #[derive(Debug, Default)]
 pub(super) struct Statistics {
     pub(super) allocated: AtomicU64,
@@ -28,19 +28,20 @@ pub(super) struct Statistics {
     pub(super) compressed: AtomicU64,
 }
 
-/// An L2 table and how many L1 entries of a batch lead to it.
+/// An L2 table with the number of L1 entries in the batch that point to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct TableUse {
     table: HostOffset,
-    /// Entries of the active L1 table.
+    /// Number of entries in the active L1 table.
     active: u64,
-    /// Entries of snapshots' L1 tables.
+    /// Number of entries in snapshots' L1 tables.
     inactive: u64,
-    /// The first of these entries: an index, or a place in the file where only snapshots lead to the table.
+    /// Sort position of the first of these entries: its L1 index, or its host offset if only snapshots use
+    /// the table.
     first: u64,
 }
 
-/// Where an L1 entry stands.
+/// Location of an L1 entry.
 #[derive(Clone, Copy)]
 enum L1Place {
     Active(L1Index),
@@ -61,7 +62,7 @@ impl L1Place {
 }
 
 impl Pass<'_> {
-    /// Follows all L1 tables: the active one and those in `snapshots`.
+    /// Follows all L1 tables: the active one, then those in `snapshots`.
     pub(super) fn mapping(&self, snapshots: &[Segment]) -> Result<()> {
         let mut batch = Vec::new();
         let active = self.walk.active_l1();
@@ -101,7 +102,7 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Judges one L1 entry. Returns the use of an L2 table that can be read.
+    /// Checks one L1 entry. Returns its L2 table if that can be read.
     fn l1_entry(&self, place: L1Place, raw: u64) -> Result<Option<TableUse>> {
         let geometry = self.walk.geometry();
         let (key, times) = (place.key(), place.times());
@@ -155,13 +156,13 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Reads the batch's tables, each once, and empties the batch.
+    /// Reads each table of the batch once and empties the batch.
     fn l2_tables(&self, batch: &mut Vec<TableUse>) -> Result<()> {
         batch.sort_unstable_by_key(|used| used.table);
         batch.dedup_by(|next, kept| {
             let same = next.table == kept.table;
             if same {
-                // The place of an active entry goes first: the report follows the active state.
+                // The position of an active entry wins: the report follows the active state.
                 let next_first = (next.active == 0, next.first);
                 let kept_first = (kept.active == 0, kept.first);
                 kept.first = next_first.min(kept_first).1;
@@ -181,7 +182,7 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Reads and scans tables in the order of their places, neighbours together.
+    /// Reads and scans L2 tables in file order; adjacent tables are read together.
     fn read_tables(&self, tables: &[TableUse], buffer: &mut Vec<u8>) -> Result<()> {
         let size = self.walk.geometry().cluster_size();
         let adjacent = |a: &TableUse, b: &TableUse| a.table.checked_add(size) == Some(b.table);
@@ -204,7 +205,7 @@ fn expected(copied: bool) -> Ones {
     if copied { Ones::All } else { Ones::None }
 }
 
-/// One L2 table while it is looked at.
+/// The scan of one L2 table.
 struct TableScan<'a> {
     pass: &'a Pass<'a>,
     used: TableUse,
@@ -213,7 +214,7 @@ struct TableScan<'a> {
     allocated: u64,
     fragmented: u64,
     compressed: u64,
-    /// Where the next cluster would be if the file were in order.
+    /// Host offset of the next cluster if the data were contiguous.
     next_host: Option<HostOffset>,
 }
 
@@ -301,7 +302,7 @@ impl<'a> TableScan<'a> {
         Ok(())
     }
 
-    /// Compares the copied flags of a run with the stored refcounts.
+    /// Compares the copied flags of a run with the refcounts on disk.
     fn copied_flags(&self, index: L2Index, host: HostOffset, count: u64, copied: bool) -> Result<()> {
         let pass = self.pass;
         let first = pass.walk.geometry().host_cluster(host).value();
@@ -313,7 +314,8 @@ impl<'a> TableScan<'a> {
             if !pass.judges(cluster) || pass.stored.ones(cluster..cluster + 1) == expected(copied) {
                 continue;
             }
-            // Not one, one where it should not be, or a cluster that only a look at its block can tell about.
+            // The bitmap of ones says mismatch, or nothing: the cluster is outside the window. Read the
+            // refcount itself.
             if let Some(refcount) = pass.stored.refcount(cluster)?.filter(|&r| copied != (r == 1)) {
                 self.flag(L2Index::new(index.value() + n), refcount);
             }
@@ -333,7 +335,7 @@ impl<'a> TableScan<'a> {
     }
 }
 
-/// The clusters that `len` bytes from `offset` on touch; `len` is at least 1 and the end does not pass 2^64.
+/// The clusters touched by `len` bytes from `offset`. `len` is at least 1 and the end does not exceed 2^64.
 pub(super) fn touched(cluster_bits: u32, offset: HostOffset, len: u64) -> Range<u64> {
     offset.value() >> cluster_bits..((offset.value() + (len - 1)) >> cluster_bits) + 1
 }

@@ -1,4 +1,4 @@
-//! The refcounts as stored: which clusters have exactly one, and how the rest compares with the references.
+//! The refcounts on disk: a bitmap of those that are exactly one, and the comparison with the references.
 
 use super::Shared;
 use super::collect::{Key, Phase};
@@ -12,39 +12,39 @@ use qcow2_format::{bytes, limit};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What a refcount table entry leads to.
+/// A decoded refcount table entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Block {
     /// No block: all refcounts are 0.
     None,
-    /// A block, perhaps past the end of the file, where it is all zeroes.
+    /// Host offset of a block. It may be past the end of the file, where it reads as zeroes.
     At(HostOffset),
-    /// A place that cannot be read.
+    /// Not a valid offset.
     Unreadable,
 }
 
-/// The refcount table, and for a window of clusters which refcounts are exactly one.
+/// The refcount table, and for one window of clusters a bitmap of the refcounts that are exactly one.
 pub(super) struct Stored<'a> {
     walk: &'a Walk<'a>,
     table: &'a [u64],
     window: Range<u64>,
-    /// A bit for each cluster of the window.
+    /// One bit per cluster of the window: its refcount is one.
     ones: Vec<AtomicU64>,
 }
 
-/// What is known about the refcounts of a run of clusters without looking at each.
+/// Summary of the refcounts of a run of clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ones {
     /// All are exactly one.
     All,
-    /// None is.
+    /// None is exactly one.
     None,
-    /// Some are; or some clusters are outside the window.
+    /// Some are, or some clusters are outside the window.
     Mixed,
 }
 
 impl<'a> Stored<'a> {
-    /// Nothing is known yet about `window`, which starts at a multiple of the refcounts in a block.
+    /// Nothing is loaded yet. `window` must start at a multiple of the refcounts per block.
     pub(super) fn new(walk: &'a Walk<'a>, table: &'a [u64], window: Range<u64>) -> Self {
         let words = (window.end - window.start).div_ceil(64);
         Self { walk, table, window, ones: (0..words).map(|_| AtomicU64::new(0)).collect() }
@@ -63,16 +63,16 @@ impl<'a> Stored<'a> {
         }
     }
 
-    /// The table indexes whose blocks count the window's clusters.
+    /// The refcount table indexes whose blocks cover the window.
     fn indexes(&self) -> Range<u64> {
         let per = self.walk.geometry().refcount_block_entries();
         self.window.start / per..self.window.end.div_ceil(per)
     }
 
-    /// Reads all blocks of the window and notes which refcounts are one. All workers share the work.
+    /// Reads all blocks of the window with all workers and fills the bitmap.
     pub(super) fn load(&self, shared: &Shared<'_>) -> Result<()> {
         let indexes = self.indexes();
-        // Past the end of the table there are no blocks.
+        // There are no blocks past the end of the table.
         let end = indexes.end.min(self.table.len() as u64);
         let size = self.walk.geometry().cluster_size();
         let step = (PIECE_SIZE / size).max(1);
@@ -86,8 +86,8 @@ impl<'a> Stored<'a> {
         })
     }
 
-    /// Calls `visit` with the bytes of each block in `range`, neighbours in the file read together. `None`:
-    /// the block is missing or unreadable.
+    /// Calls `visit` with the bytes of each block in `range`; adjacent blocks are read together. `None` for a
+    /// missing or unreadable block.
     fn read_blocks(
         &self,
         range: Range<u64>,
@@ -120,7 +120,7 @@ impl<'a> Stored<'a> {
         let per = self.walk.geometry().refcount_block_entries();
         let per_word = 64 >> width.order();
         let pattern = all_ones(width);
-        // A block has a multiple of 64 refcounts, and so has the window's start.
+        // A block holds a multiple of 64 refcounts, and the window starts at a multiple of 64.
         let base = (index * per).saturating_sub(self.window.start) / 64;
         for (at, group) in (base as usize..).zip(block.chunks_exact(8 << width.order())) {
             let Some(ones) = self.ones.get(at) else { break };
@@ -137,7 +137,7 @@ impl<'a> Stored<'a> {
         }
     }
 
-    /// What is known about `clusters`, of which there is at least one.
+    /// Summary of `clusters`, which must not be empty.
     pub(super) fn ones(&self, clusters: Range<u64>) -> Ones {
         if clusters.start < self.window.start || clusters.end > self.window.end {
             return Ones::Mixed;
@@ -162,7 +162,7 @@ impl<'a> Stored<'a> {
         seen.unwrap_or(Ones::Mixed)
     }
 
-    /// The refcount of any cluster, read anew; `None` where it cannot be read.
+    /// The refcount of any cluster, read from disk again; `None` if it cannot be read.
     pub(super) fn refcount(&self, cluster: u64) -> Result<Option<u64>> {
         let geometry = self.walk.geometry();
         let per = geometry.refcount_block_entries();
@@ -179,9 +179,9 @@ impl<'a> Stored<'a> {
         Ok(Some(self.width().extract(u64::from_be_bytes(word), slot)))
     }
 
-    /// Compares the window's refcounts with the references. `clusters`: how many clusters the file has;
-    /// behind them only what is referred to counts. Returns one more than the highest cluster that is used in
-    /// either way.
+    /// Compares the window's refcounts with the references. `clusters`: number of clusters in the file; past
+    /// them only clusters with references are compared. Returns the end (exclusive) of the clusters that have
+    /// a refcount or a reference.
     pub(super) fn compare(&self, shared: &Shared<'_>, counters: &Counters, clusters: u64) -> Result<u64> {
         let per = self.walk.geometry().refcount_block_entries();
         let size = self.walk.geometry().cluster_size();
@@ -208,7 +208,7 @@ impl<'a> Stored<'a> {
     }
 }
 
-/// The word in which every refcount is one.
+/// A word of refcounts that are all one.
 fn all_ones(width: RefcountWidth) -> u64 {
     u64::MAX / width.max()
 }
@@ -221,8 +221,8 @@ struct Comparison<'a> {
 }
 
 impl Comparison<'_> {
-    /// Compares the refcounts of `clusters` in `block` (empty: all 0). Returns one more than the last that is
-    /// used.
+    /// Compares the refcounts of `clusters` in `block` (empty: all 0). Returns the end (exclusive) of the
+    /// used ones.
     fn block(&self, clusters: Range<u64>, block: &[u8]) -> u64 {
         let mut used_end = 0;
         let mut at = clusters.start;
@@ -237,7 +237,7 @@ impl Comparison<'_> {
                 let word = bytes::read_u64(block, self.width.word_index(first) * 8).unwrap_or(0);
                 let slots = (slot + done) as usize..(slot + done + n) as usize;
                 if word == 0 && chunk.all(slots.clone(), 0) {
-                    // Free, and nobody refers to it.
+                    // Free, and without references.
                 } else if word == all_ones(self.width)
                     && chunk.all(slots.clone(), 1)
                     && at + done + n <= self.clusters
@@ -258,12 +258,12 @@ impl Comparison<'_> {
         used_end
     }
 
-    /// Judges one cluster. Returns whether it is used.
+    /// Compares one cluster. Returns whether it is used.
     fn cluster(&self, cluster: u64, stored: u64, references: u64) -> bool {
         if cluster >= self.clusters && references == 0 {
             return false;
         }
-        // Counts of 64-bit refcounts stop at 2^32 - 1.
+        // Reference counts of 64-bit images saturate at 2^32 - 1, so a higher refcount may well be right.
         let saturated = references == u64::from(u32::MAX) && stored > references;
         if stored != references && !saturated {
             let finding = Finding::Refcount { cluster, stored, references };
@@ -272,7 +272,7 @@ impl Comparison<'_> {
         stored > 0 || references > 0
     }
 
-    /// Reports every cluster of a block that cannot be read. None of them counts as used.
+    /// Reports every cluster of an unreadable block. None of them counts as used.
     fn unreadable(&self, clusters: Range<u64>) -> u64 {
         for cluster in clusters {
             if cluster < self.clusters || self.counters.count(cluster) > 0 {

@@ -1,4 +1,4 @@
-//! What all workers of a check share: the work in pieces, the findings, the progress, the first error.
+//! State shared by all workers of a check: work distribution, findings, progress, first error.
 
 use super::collect::{Collector, Key};
 use super::finding::Finding;
@@ -16,18 +16,18 @@ pub(super) struct Shared<'a> {
 }
 
 impl Shared<'_> {
-    /// Notes a finding that counts `times` times.
+    /// Records a finding that counts `times` times.
     pub(super) fn found(&self, key: Key, finding: Finding, times: u64) {
         self.collector.add(key, finding, times);
     }
 
-    /// `bytes` of tables are done.
+    /// Reports `bytes` of tables as done.
     pub(super) fn advance(&self, bytes: u64) {
         self.progress.advance(bytes);
     }
 
-    /// Runs `work` on all of `range`, `step` at a time, each worker with a buffer of its own. Returns the
-    /// first error; `Stopped` where the progress said so.
+    /// Runs `work` on all of `range`, `step` items at a time; each worker has its own buffer. Returns the
+    /// first error, or `Stopped` if the progress asked to stop.
     pub(super) fn in_pieces(
         &self,
         range: Range<u64>,

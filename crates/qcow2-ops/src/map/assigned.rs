@@ -1,4 +1,4 @@
-//! Places that belong to a cluster of which no subcluster is allocated yet.
+//! Host offsets of clusters in which no subcluster is allocated.
 
 use qcow2_core::format::Header;
 use qcow2_core::format::l1::L1Entry;
@@ -6,27 +6,27 @@ use qcow2_core::format::l2::{L2Entry, L2Format};
 use qcow2_core::{GuestOffset, HostOffset, Image, Result, Storage};
 use std::sync::Arc;
 
-/// Looks into the L2 tables of an image with subclusters, which must not be written meanwhile. Spec:
-/// "Extended L2 Entries".
+/// Reads the L2 tables of an image with extended L2 entries. They must not change meanwhile. Spec: "Extended
+/// L2 Entries".
 pub(super) struct AssignedPlaces {
     storage: Arc<dyn Storage>,
     header: Header,
     format: L2Format,
-    /// The L2 table looked at last, by its index in the L1 table; `None` for one that is not there.
+    /// The last L2 table used: its L1 index and its host offset, `None` if there is no table.
     table: Option<(u64, Option<HostOffset>)>,
 }
 
 impl AssignedPlaces {
-    /// `None` for an image without subclusters.
+    /// `None` for an image without extended L2 entries.
     pub(super) fn new(image: &Image) -> Option<Self> {
         let header = image.header();
         let format = header.l2_format().ok().filter(|format| format.geometry.extended_l2())?;
         Some(Self { storage: Arc::clone(image.storage()), header, format, table: None })
     }
 
-    /// The place assigned to `offset`, and how many of the `len` bytes from there on it, or the lack of one,
-    /// holds for. `len`: at least 1, all of it unallocated. Disk: reads one L1 and one L2 entry for each
-    /// cluster.
+    /// The host offset for guest offset `offset`, if its cluster has one, and the number of bytes, at most
+    /// `len`, for which this holds. `len`: at least 1; the whole range must be unallocated. Disk: reads one
+    /// L1 and one L2 entry per cluster.
     pub(super) fn at(&mut self, offset: GuestOffset, len: u64) -> Result<(u64, Option<HostOffset>)> {
         let geometry = self.format.geometry;
         let mut covered = 0;

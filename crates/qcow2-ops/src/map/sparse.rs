@@ -1,11 +1,11 @@
-//! Whether an image's data area may have been reserved without being written.
+//! Detects an image whose data area was preallocated but not written.
 
 use qcow2_core::format::refcount::{RefcountWidth, decode_table_entry};
 use qcow2_core::{Image, Storage};
 use std::sync::Arc;
 
-/// The file with the image's data, if far more clusters of the image file are counted as used than space is
-/// in use: then data clusters may be holes. The rule is QEMU's, so that both show the same.
+/// The data storage, if the image file has far more clusters with a refcount than disk space in use. Data
+/// clusters may then be holes. The threshold is QEMU's, so that both show the same map.
 pub(super) fn find_sparse_storage(image: &Image) -> qcow2_core::Result<Option<Arc<dyn Storage>>> {
     let storage = image.storage();
     let Some(used_bytes) = storage.used_bytes()? else {
@@ -19,8 +19,8 @@ pub(super) fn find_sparse_storage(image: &Image) -> qcow2_core::Result<Option<Ar
     Ok(if sparse { image.data_storage().cloned() } else { None })
 }
 
-/// How many of the first `clusters` have a refcount; stops counting at `enough`. Reads no more refcount
-/// blocks than the space in use can hold, so that a small file cannot ask for much.
+/// Number of the first `clusters` clusters with a refcount; stops at `enough`. Reads no more refcount blocks
+/// than the used disk space can hold, so that a small crafted file cannot cause unbounded reads.
 fn count_used_clusters(image: &Image, clusters: u64, enough: u64) -> qcow2_core::Result<u64> {
     let (header, geometry, storage) = (image.header(), image.geometry(), image.storage());
     let per_block = geometry.refcount_block_entries();
@@ -32,7 +32,7 @@ fn count_used_clusters(image: &Image, clusters: u64, enough: u64) -> qcow2_core:
         let Some(entry) = header.refcount_table_offset.checked_add(index * 8) else { break };
         let mut raw = [0; 8];
         storage.read_padded(entry, &mut raw)?;
-        // A misplaced block is for a check to complain about.
+        // A misaligned block is skipped; reporting it is a check's job.
         let Ok(Some(offset)) = decode_table_entry(u64::from_be_bytes(raw), &geometry) else { continue };
         if count >= enough || blocks_left == 0 {
             break;
@@ -45,7 +45,7 @@ fn count_used_clusters(image: &Image, clusters: u64, enough: u64) -> qcow2_core:
     Ok(count)
 }
 
-/// How many of the first `slots` counts in a refcount block are not zero.
+/// Number of non-zero refcounts among the first `slots` of a refcount block.
 fn count_refcounts(block: &[u8], width: RefcountWidth, slots: u64) -> u64 {
     let mut count = 0;
     let per_word = u64::from(64 / width.bits());
@@ -61,9 +61,9 @@ fn count_refcounts(block: &[u8], width: RefcountWidth, slots: u64) -> u64 {
     count
 }
 
-/// The least space that a file system gives to a file, as a rule.
+/// Typical smallest allocation unit of a file system, in bytes.
 const SMALLEST_SPACE: u64 = 4096;
-/// How many refcount blocks may be read in any case.
+/// Number of refcount blocks that may be read in any case.
 const SPARE_BLOCKS: u64 = 64;
 
 #[cfg(test)]

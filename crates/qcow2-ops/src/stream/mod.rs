@@ -1,8 +1,8 @@
-//! Images through pipes: written front to back in one pass, read front to back as far as the order of bytes
+//! Images through pipes: written in one pass, and read in one pass as far as the order of the clusters
 //! allows.
 //!
-//! Nothing is kept in a temporary file. A stream that is written knows its tables before its first byte: they
-//! follow from what the source says of its ranges.
+//! No temporary files are used. A written stream contains its tables before the data; they are computed from
+//! the block status of the source.
 
 mod read;
 mod write;

@@ -1,7 +1,7 @@
-//! A disk from a stream of bytes.
+//! Reads a disk from a stream of bytes.
 //!
-//! A qcow2 image can be read front to back where each cluster comes after the table that says what it is, or
-//! not long before: clusters of which nothing is known yet are held in memory, up to a limit.
+//! A qcow2 image can be read in one pass if each cluster comes after the table that refers to it, or only
+//! shortly before it. Clusters that no table refers to yet are held in memory, up to a limit.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Progress;
@@ -15,12 +15,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::sync::Arc;
 
-/// The most bytes of clusters and tables that are held until it is known what they are. Origin: ours; an
-/// image that was written front to back needs a few megabytes.
+/// Memory limit for clusters and table entries that are held until they can be used, in bytes. Origin: ours;
+/// an image written front to back needs a few megabytes.
 pub const MAX_HELD: u64 = 256 << 20;
 
-/// Copies plain bytes to their end into `target`, which is made as long as they are. Zeroes are left out: the
-/// target must be new. Returns the bytes there were. Errors: `Read`, `Write`, `Stopped`.
+/// Copies a raw stream to `target`, which must be new: zeroes are not written. Resizes the target to the
+/// length of the stream, rounded up to a multiple of 512. Returns the length of the stream in bytes. Errors:
+/// `Read`, `Write`, `Stopped`.
 pub fn stream_raw_in(input: &mut dyn Read, target: &dyn GuestDisk, progress: &dyn Progress) -> Result<u64> {
     let mut buf = vec![0; PIECE as usize];
     let (mut at, mut room) = (0u64, target.size());
@@ -31,7 +32,7 @@ pub fn stream_raw_in(input: &mut dyn Read, target: &dyn GuestDisk, progress: &dy
         }
         let end = at + len as u64;
         if end > room {
-            // In steps that grow: each step may move a table.
+            // Grow by doubling: each resize may relocate a table of the target.
             room = end.max(room.saturating_mul(2)).next_multiple_of(SECTOR);
             target.resize(room).map_err(|e| writing(at, e))?;
         }
@@ -51,7 +52,7 @@ pub fn stream_raw_in(input: &mut dyn Read, target: &dyn GuestDisk, progress: &dy
     }
 }
 
-/// A qcow2 image whose first cluster was read from a stream.
+/// A qcow2 image in a stream, of which the first cluster has been read.
 pub struct StreamedImage<'a> {
     input: &'a mut dyn Read,
     header: Header,
@@ -59,10 +60,10 @@ pub struct StreamedImage<'a> {
 }
 
 impl<'a> StreamedImage<'a> {
-    /// Reads the header. Errors: `Read`; `Open` for bytes that are no such image; `Unsupported` for images
-    /// whose bytes are not all in the stream (a backing file, a data file), and for encrypted ones.
+    /// Reads the header. Errors: `Read`; `Open` if the bytes are no qcow2 image; `Unsupported` for images
+    /// with a backing file, an external data file or encryption.
     pub fn open(input: &'a mut dyn Read) -> Result<Self> {
-        let bad = |e| Error::new(ErrorKind::Open, "the stream is no usable qcow2 image").with_source(e);
+        let bad = |e| Error::new(ErrorKind::Open, "the stream is not a usable qcow2 image").with_source(e);
         let mut first = vec![0; Header::PROBE_LEN];
         let len = fill(input, &mut first)?;
         let wanted = Header::probe_len(&first[..len]).map_err(bad)?;
@@ -88,19 +89,19 @@ impl<'a> StreamedImage<'a> {
         Ok(Self { input, header, first })
     }
 
-    /// Bytes of the disk.
+    /// Virtual size in bytes.
     pub fn size(&self) -> u64 {
         self.header.disk_size()
     }
 
-    /// The header.
+    /// The parsed header.
     pub fn header(&self) -> &Header {
         &self.header
     }
 
-    /// Copies the disk into `target`, which must be new and at least as large. `codec`: for compressed
-    /// clusters. Memory: [`MAX_HELD`] and the target's. Errors: `Read`, also for a stream that ends too
-    /// early; `Metadata` for damaged tables; `Unsupported` where the bytes come in an order that needs more
+    /// Copies the disk to `target`, which must be new and at least as large. `codec`: for compressed
+    /// clusters. Memory: [`MAX_HELD`], and what the target needs. Errors: `Read`, also for a truncated
+    /// stream; `Metadata` for damaged tables; `Unsupported` if the order of the clusters would need more
     /// memory; `Write`, `Stopped`.
     pub fn copy_to(
         self,
@@ -135,34 +136,34 @@ impl<'a> StreamedImage<'a> {
     }
 }
 
-/// What is known so far.
+/// What is known of the image so far.
 struct Reader<'a> {
     format: L2Format,
     geometry: Geometry,
     size: u64,
     target: &'a dyn GuestDisk,
     codec: Option<&'a Arc<dyn ClusterCodec>>,
-    /// Clusters of the L1 table and of the refcount table that have not come yet.
+    /// The L1 table and the refcount table, as far as they have arrived.
     l1: Table,
     refcounts: Table,
-    /// Whether the L1 table is known.
+    /// True if the L1 table is complete.
     mapped: bool,
-    /// L2 tables that have not come yet: host cluster to L1 index.
+    /// L2 tables that have not arrived yet: host cluster to L1 index.
     tables: BTreeMap<u64, u64>,
-    /// Clusters that hold nothing of the guest's.
+    /// Host clusters without guest data, to be dropped when they arrive.
     ignored: BTreeSet<u64>,
-    /// Guest clusters by the host cluster that they wait for, in runs.
+    /// Guest clusters that wait for host clusters, as runs keyed by their first host cluster.
     places: BTreeMap<u64, Run>,
-    /// Streams by the last host cluster that they touch.
+    /// Compressed streams, keyed by the last host cluster they touch.
     streams: BTreeMap<u64, Vec<(u64, CompressedCluster)>>,
-    /// How many waiting streams begin in a host cluster.
+    /// Number of waiting streams that begin in each host cluster.
     begins: BTreeMap<u64, u64>,
-    /// How far from its beginning a held cluster is full of streams that have been expanded.
+    /// Length of the prefix of a held cluster that consists of expanded streams, in bytes.
     covered: BTreeMap<u64, u64>,
     held: BTreeMap<u64, Vec<u8>>,
 }
 
-/// A table that comes in pieces.
+/// A table that arrives in consecutive clusters.
 struct Table {
     first: u64,
     bytes: Vec<u8>,
@@ -173,7 +174,7 @@ struct Table {
 struct Run {
     guest: u64,
     count: u64,
-    /// Subclusters that are data.
+    /// Mask of the subclusters that hold data.
     data: u32,
 }
 
@@ -182,7 +183,7 @@ impl Table {
         Self { first, bytes: Vec::new(), missing: clusters }
     }
 
-    /// Takes cluster `number`, which is part of the table or not; `true` once all is there.
+    /// Adds cluster `number` if it belongs to the table. Returns `true` when the table is complete.
     fn take(&mut self, number: u64, bytes: &[u8]) -> bool {
         if self.missing == 0 || number < self.first {
             return false;
@@ -234,7 +235,7 @@ impl<'a> Reader<'a> {
         reader
     }
 
-    /// The next cluster of the stream.
+    /// Handles the next cluster of the stream.
     fn arrived(&mut self, number: u64, bytes: Vec<u8>) -> Result<()> {
         if self.refcounts.missing > 0 && number >= self.refcounts.first {
             if self.refcounts.take(number, &bytes) {
@@ -276,22 +277,22 @@ impl<'a> Reader<'a> {
                 L1Entry::decode(raw, &self.geometry).map_err(|e| damaged("l1 entry").with_source(e))?;
             let Some(table) = entry.l2_table else { continue };
             if self.tables.insert(self.geometry.host_cluster(table).value(), index).is_some() {
-                return Err(damaged("two l1 entries with one table"));
+                return Err(damaged("two l1 entries refer to one l2 table"));
             }
         }
         let here: Vec<u64> = self.held.keys().copied().filter(|c| self.tables.contains_key(c)).collect();
         here.into_iter().try_for_each(|cluster| self.settle(cluster))?;
-        self.forget_strangers();
+        self.drop_unreferenced();
         Ok(())
     }
 
-    /// Does what can be done now that host cluster `number` is there.
+    /// Does everything that is possible now that host cluster `number` has arrived.
     fn settle(&mut self, number: u64) -> Result<()> {
         if let Some(index) = self.tables.remove(&number) {
             let bytes = self.held.remove(&number).unwrap_or_default();
             self.take_l2(index, &bytes)?;
             if self.tables.is_empty() {
-                self.forget_strangers();
+                self.drop_unreferenced();
             }
             return Ok(());
         }
@@ -303,12 +304,12 @@ impl<'a> Reader<'a> {
             self.expand(guest, stream)?;
         }
         if self.mapped && self.tables.is_empty() {
-            self.forget_strangers();
+            self.drop_unreferenced();
         }
         Ok(())
     }
 
-    /// The guest cluster that waits for host cluster `number`, taken out of its run.
+    /// Removes the guest cluster that waits for host cluster `number` from its run and returns it.
     fn take_place(&mut self, number: u64) -> Option<Run> {
         let (&first, &run) = self.places.range(..=number).next_back()?;
         let into = number - first;
@@ -364,7 +365,7 @@ impl<'a> Reader<'a> {
     fn add_place(&mut self, host: u64, run: Run) -> Result<()> {
         if let Some((&first, last)) = self.places.range_mut(..=host).next_back() {
             if first + last.count > host {
-                return Err(damaged("a host cluster that is used twice"));
+                return Err(damaged("a host cluster is referenced twice"));
             }
             if first + last.count == host && last.guest + last.count == run.guest && last.data == run.data {
                 last.count += 1;
@@ -375,7 +376,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// The first and the last host cluster of a stream.
+    /// The first and the last host cluster of a compressed stream.
     fn clusters_of(&self, stream: &CompressedCluster) -> (u64, u64) {
         let last = stream.host.value().saturating_add(stream.len.saturating_sub(1));
         let start = self.geometry.host_cluster(stream.host).value();
@@ -398,7 +399,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Writes guest bytes as far as the disk goes, zeroes left out.
+    /// Writes guest bytes up to the end of the disk; skips zeroes.
     fn put(&self, start: u64, bytes: &[u8]) -> Result<()> {
         let inside = self.size.saturating_sub(start).min(bytes.len() as u64) as usize;
         if inside == 0 || is_zero(&bytes[..inside]) {
@@ -409,17 +410,19 @@ impl<'a> Reader<'a> {
 
     fn expand(&mut self, guest: u64, stream: CompressedCluster) -> Result<()> {
         let codec = self.codec.ok_or_else(|| {
-            Error::new(ErrorKind::Unsupported, "no codec at hand for the stream's compressed clusters")
+            Error::new(ErrorKind::Unsupported, "the stream has compressed clusters, but there is no codec")
         })?;
         let (start, end) = self.clusters_of(&stream);
         let size = self.geometry.cluster_size();
         if end - start > 2 {
-            return Err(damaged("a compressed cluster that is longer than its bytes"));
+            return Err(damaged("a compressed cluster spans more than three host clusters"));
         }
         let mut packed = Vec::with_capacity(stream.len as usize);
         for number in start..=end {
-            let bytes =
-                self.held.get(&number).ok_or_else(|| damaged("a compressed cluster without its bytes"))?;
+            let bytes = self
+                .held
+                .get(&number)
+                .ok_or_else(|| damaged("a compressed cluster lies in clusters that were not kept"))?;
             let base = number * size;
             let from = stream.host.value().max(base) - base;
             let to = (stream.host.value() + stream.len).min(base + size) - base;
@@ -441,8 +444,8 @@ impl<'a> Reader<'a> {
                 self.begins.remove(&start);
             }
         }
-        // Lengths are rounded up to sectors, so the last bytes of a full cluster may still be another
-        // stream's; not so where the next one is full too.
+        // Lengths are rounded up to sectors, so the end of a fully covered cluster may still belong to
+        // another stream. Only if the next cluster is fully covered as well can it be dropped.
         for number in start.saturating_sub(1)..=end {
             let full = |number| self.covered.get(&number).is_some_and(|covered| *covered >= size);
             if full(number) && full(number + 1) && !self.is_awaited(number) {
@@ -452,14 +455,14 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Whether a stream that is known, and not expanded yet, begins in host cluster `number`, or in one of
-    /// the two before, from which it may reach into it.
+    /// True if a waiting stream begins in host cluster `number` or in one of the two before it, from where it
+    /// may extend into `number`.
     fn is_awaited(&self, number: u64) -> bool {
         self.begins.range(number.saturating_sub(2)..=number).next().is_some()
     }
 
-    /// Lets go of what nobody will ask for: all tables are known.
-    fn forget_strangers(&mut self) {
+    /// Drops held clusters that no entry refers to. Only possible once all tables are known.
+    fn drop_unreferenced(&mut self) {
         if !self.mapped || !self.tables.is_empty() {
             return;
         }
@@ -484,9 +487,9 @@ impl<'a> Reader<'a> {
         ))
     }
 
-    /// The stream has ended after `clusters` clusters.
+    /// Handles the end of the stream after `clusters` clusters.
     fn ended(&mut self, clusters: u64) -> Result<()> {
-        // The last streams may claim bytes up to the end of a sector that the file does not have.
+        // The length of the last stream is rounded up to a sector, which may extend past the end of the file.
         if let Some(last) = self.streams.remove(&clusters) {
             self.held.insert(clusters, vec![0; self.geometry.cluster_size() as usize]);
             for (guest, stream) in last {
@@ -503,7 +506,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Reads until the buffer is full or the stream ends.
+/// Reads until the buffer is full or the stream ends. Returns the number of bytes read.
 fn fill(input: &mut dyn Read, buf: &mut [u8]) -> Result<usize> {
     let mut done = 0;
     while done < buf.len() {
@@ -528,9 +531,9 @@ fn writing(at: u64, error: qcow2_core::Error) -> Error {
 }
 
 const SECTOR: u64 = 512;
-/// Bytes of plain input read at once.
+/// Bytes of a raw stream read at once.
 const PIECE: u64 = 1 << 20;
-/// Bytes of plain input that are left out where they are zeroes.
+/// Unit in which zeroes of a raw stream are skipped, in bytes.
 const GRAIN: usize = 64 << 10;
-/// About what a waiting guest cluster costs in memory.
+/// Approximate memory for a waiting guest cluster, in bytes.
 const ENTRY: u64 = 64;

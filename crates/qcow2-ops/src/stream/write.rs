@@ -1,4 +1,4 @@
-//! A disk as a stream of bytes.
+//! Writes a disk as a stream of bytes.
 //!
 //! Order of a qcow2 stream: header, refcount table, refcount blocks, L1 table, L2 tables, then the data
 //! clusters in guest order. Spec: "Header", "Host cluster management", "Cluster mapping".
@@ -17,11 +17,11 @@ use std::io::Write;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// What the stream is to be.
+/// Properties of the streamed image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StreamOptions {
-    /// Bytes in a cluster: a power of two from 512 to 2 MiB.
+    /// Cluster size in bytes: a power of two from 512 to 2 MiB.
     pub cluster_size: u64,
 }
 
@@ -31,7 +31,7 @@ impl Default for StreamOptions {
     }
 }
 
-/// Writes the disks, one after the other, as plain bytes. Returns how many. Memory: 1 MiB. Errors: `Read`,
+/// Writes the concatenated disks as raw bytes. Returns the number of bytes. Memory: 1 MiB. Errors: `Read`,
 /// `Extents`, `Write`, `Stopped`.
 pub fn stream_raw(disks: &[Arc<dyn GuestDisk>], out: &mut dyn Write, progress: &dyn Progress) -> Result<u64> {
     let source = Source::new(disks)?;
@@ -47,12 +47,12 @@ pub fn stream_raw(disks: &[Arc<dyn GuestDisk>], out: &mut dyn Write, progress: &
     Ok(source.size())
 }
 
-/// Writes the disks, one after the other, as a qcow2 image without a backing file. Clusters of which the
-/// sources say that they hold zeroes are left out; others are written as they are, since a stream cannot go
-/// back. Returns the bytes of the image. Memory: a bit for each cluster in use and those near it, at most
-/// 2^32, a byte for each L2 table, and 1 MiB.
+/// Writes the concatenated disks as a qcow2 image without a backing file. Clusters that the block status
+/// shows as zero are left out. All others are written uncompressed, even if they turn out to be zero: the
+/// tables have already been written. Returns the size of the image in bytes. Memory: a bit per used cluster
+/// and its neighbours, at most 2^32 bits, a byte per L2 table, and 1 MiB.
 ///
-/// Errors: `InvalidOption` for a cluster size or a disk that the format does not allow; `Extents`, `Read`,
+/// Errors: `InvalidOption` for a cluster size or disk size that the format does not allow; `Extents`, `Read`,
 /// `Write`, `Stopped`.
 pub fn stream_qcow2(
     disks: &[Arc<dyn GuestDisk>],
@@ -100,7 +100,7 @@ fn header_for(options: &StreamOptions, size: u64) -> Result<Header> {
     Ok(header)
 }
 
-/// Before anything is looked for in a disk that no image can have.
+/// Refuses a disk that is too large before its block status is read.
 fn check_l1_size(geometry: &Geometry, size: u64) -> Result<()> {
     match geometry.l1_entries_for(size) > MAX_L1_ENTRIES {
         true => Err(too_large(size, "l1 table")),
@@ -114,20 +114,20 @@ fn too_large(size: u64, what: &str) -> Error {
 }
 
 fn invalid(error: qcow2_core::format::FormatError) -> Error {
-    Error::new(ErrorKind::InvalidOption, "image cannot be made").with_source(error)
+    Error::new(ErrorKind::InvalidOption, "invalid image parameters").with_source(error)
 }
 
-/// Which guest clusters have a place in the image: a bit each, in blocks that are there where one is set.
+/// The guest clusters to write: a bitmap in blocks, of which only those with a bit set exist.
 struct Used {
     blocks: BTreeMap<u64, Box<[u64; BLOCK_WORDS]>>,
     count: u64,
 }
 
-/// Words of a block: small beside the data of one cluster in it.
+/// Words per block: small compared with the data of a single cluster in it.
 const BLOCK_WORDS: usize = 64;
 const BLOCK_BITS: u64 = BLOCK_WORDS as u64 * 64;
-/// Blocks that may be there, in half a GiB of memory and some. Origin: ours, a disk of 256 TiB in clusters of
-/// 64 KiB.
+/// The most blocks, about half a GiB of memory. Origin: ours; enough for a disk of 256 TiB with 64 KiB
+/// clusters.
 const MAX_BLOCKS: usize = 1 << 20;
 
 impl Used {
@@ -151,7 +151,7 @@ impl Used {
         for index in clusters.start / BLOCK_BITS..clusters.end.div_ceil(BLOCK_BITS) {
             if self.blocks.len() == MAX_BLOCKS && !self.blocks.contains_key(&index) {
                 let message = format!(
-                    "a disk with more than {} clusters in use cannot be streamed; use larger ones",
+                    "a disk with more than {} used clusters cannot be streamed; use larger clusters",
                     self.count
                 );
                 return Err(Error::new(ErrorKind::InvalidOption, message));
@@ -178,7 +178,7 @@ impl Used {
         self.in_blocks(0..u64::MAX)
     }
 
-    /// The clusters in use in those blocks.
+    /// The used clusters in a range of blocks.
     fn in_blocks(&self, blocks: Range<u64>) -> impl Iterator<Item = u64> {
         let bits = |word: u64| (0..64u64).filter(move |bit| word >> bit & 1 == 1);
         self.blocks.range(blocks).flat_map(move |(&index, words)| {
@@ -187,7 +187,7 @@ impl Used {
         })
     }
 
-    /// Whether a cluster from `first` on, so many of them, is used.
+    /// True if any of the `count` clusters from `first` is used.
     fn any(&self, first: u64, count: u64) -> bool {
         let end = first + count;
         let mut near = self.in_blocks(first / BLOCK_BITS..end.div_ceil(BLOCK_BITS));
@@ -195,19 +195,19 @@ impl Used {
     }
 }
 
-/// A word of which the lowest `count` bits are set.
+/// A word with the lowest `count` bits set.
 fn below(count: u64) -> u64 {
     if count < 64 { (1 << count) - 1 } else { u64::MAX }
 }
 
-/// Where everything goes; counts and places in clusters.
+/// The layout of the image: sizes of its parts, in clusters.
 struct Layout {
     geometry: Geometry,
     table: u64,
     blocks: u64,
     l1: u64,
     l1_entries: u64,
-    /// For each L1 entry whether it has a table.
+    /// For each L1 entry: whether it has an L2 table.
     has_l2: Vec<bool>,
     l2: u64,
     data: u64,
@@ -228,6 +228,7 @@ impl Layout {
             has_l2,
             data: used.count,
         };
+        // Blocks and table count their own clusters too, so grow them until they suffice.
         loop {
             let blocks = layout.end().div_ceil(geometry.refcount_block_entries()).max(layout.blocks);
             let table = geometry.clusters_for(blocks * 8).max(layout.table);
@@ -266,7 +267,7 @@ impl Layout {
         self.data_start() + self.data
     }
 
-    /// The table and the blocks: every cluster counts one. Counts have 16 bits.
+    /// Writes the refcount table and the blocks. Every cluster has refcount 1; refcounts are 16 bits wide.
     fn write_refcounts(&self, put: &mut Put<'_>) -> Result<()> {
         let size = self.geometry.cluster_size();
         for i in 0..self.table * size / 8 {
@@ -279,7 +280,7 @@ impl Layout {
         Ok(())
     }
 
-    /// The L1 table and those L2 tables that map something.
+    /// Writes the L1 table and the L2 tables that map any cluster.
     fn write_mapping(&self, put: &mut Put<'_>, format: &L2Format, used: &Used) -> Result<()> {
         let (size, per_table) = (self.geometry.cluster_size(), self.geometry.l2_entries());
         let mut next = self.l2_start();
@@ -297,7 +298,7 @@ impl Layout {
                     let host = Some(self.at(data));
                     let entry = L2Entry::Standard(ClusterEntry { host, copied: true, allocated: 1, zero: 0 });
                     let encoded = format.encode(&entry).ok_or_else(|| {
-                        Error::new(ErrorKind::InvalidOption, "the image passes the largest host offset")
+                        Error::new(ErrorKind::InvalidOption, "the image exceeds the largest host offset")
                     })?;
                     raw = encoded.0;
                     data += 1;
@@ -309,7 +310,7 @@ impl Layout {
     }
 }
 
-/// Gathers small writes.
+/// Buffers small writes.
 struct Put<'a> {
     out: &'a mut dyn Write,
     bytes: Vec<u8>,
@@ -328,18 +329,18 @@ impl Put<'_> {
     }
 }
 
-/// From the source to the stream.
+/// Copies from the source to the stream.
 struct Copier<'a> {
     source: &'a Source,
     out: &'a mut dyn Write,
     progress: &'a dyn Progress,
     buf: Vec<u8>,
-    /// Whether the buffer holds zeroes only.
+    /// True if the buffer holds only zeroes.
     zeroes: bool,
 }
 
 impl Copier<'_> {
-    /// Bytes of the source, which must lie inside it.
+    /// Copies bytes of the source; the range must be inside it.
     fn bytes(&mut self, start: u64, len: u64, zero: bool) -> Result<()> {
         if self.progress.should_stop() {
             return Err(Error::new(ErrorKind::Stopped, format!("stopped at byte {start}")));
@@ -352,14 +353,14 @@ impl Copier<'_> {
         } else if !self.zeroes {
             buf.fill(0);
         }
-        // Only a buffer that was cleared as a whole stays clear.
+        // The buffer is known to be zero only if all of it was cleared.
         self.zeroes = zero && (self.zeroes || len as usize == self.buf.len());
         self.out.write_all(&self.buf[..len as usize]).map_err(broken)?;
         self.progress.advance(len);
         Ok(())
     }
 
-    /// A whole cluster; what lies past the end of the source is zeroes.
+    /// Copies a whole cluster; past the end of the source it is zero.
     fn cluster(&mut self, start: u64, size: u64) -> Result<()> {
         let inside = size.min(self.source.size() - start);
         self.bytes(start, inside, false)?;
@@ -378,5 +379,5 @@ fn broken(error: std::io::Error) -> Error {
     Error::new(ErrorKind::Write, "error while writing the stream").with_source(error)
 }
 
-/// Bytes that are moved at once.
+/// Bytes moved at once.
 const PIECE: u64 = 1 << 20;

@@ -1,4 +1,4 @@
-//! What else an image may hold: snapshots, bitmaps, a LUKS header.
+//! Snapshots, bitmaps and the LUKS header as owners of clusters.
 
 use super::{Owner, ProblemKind, Walk};
 
@@ -82,7 +82,7 @@ impl Walk<'_> {
     }
 }
 
-/// The big-endian number that `bytes` (at most 8) are.
+/// Reads `bytes` (at most 8) as a big-endian number.
 fn number(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |number, &byte| number << 8 | u64::from(byte))
 }

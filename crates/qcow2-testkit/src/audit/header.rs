@@ -1,4 +1,4 @@
-//! The header fields that an audit needs, read by hand.
+//! The header fields that an audit needs, parsed without the format crate.
 
 use crate::pages::PageBytes;
 use qcow2_format::l2::L2Format;
@@ -19,13 +19,13 @@ pub(super) struct RawHeader {
     pub(super) refcount_table_clusters: u64,
     pub(super) snapshot_count: u64,
     pub(super) snapshots_offset: u64,
-    /// Directory offset and size of the bitmaps extension, where it is there and trusted.
+    /// Offset and size of the bitmap directory, if the extension exists and its autoclear bit is set.
     pub(super) bitmaps: Option<(u64, u64)>,
-    /// Offset and length of the LUKS header.
+    /// Offset and length of the LUKS header, if any.
     pub(super) crypt: Option<(u64, u64)>,
 }
 
-/// Big-endian numbers at fixed places.
+/// Reads big-endian numbers at fixed offsets.
 struct Fields(Vec<u8>);
 
 impl Fields {
@@ -95,7 +95,7 @@ impl RawHeader {
     }
 }
 
-/// Where the content of header extension `wanted` starts.
+/// Offset of the content of header extension `wanted`.
 fn extension(fields: &Fields, header_len: u64, wanted: u64) -> Option<usize> {
     let mut at = header_len as usize;
     while at + 8 <= fields.0.len() {

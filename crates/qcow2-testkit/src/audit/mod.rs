@@ -1,10 +1,11 @@
-//! A judge of images that shares no code with the engine: references against refcounts, straight from the
-//! bytes. It decodes entries with qcow2-format, whose own faults are seen by that crate's tests and by QEMU's
-//! tools.
+//! An image checker that shares no code with the engine: it counts references and compares them with
+//! refcounts, straight from the bytes. Entries are decoded with qcow2-format, whose own bugs are caught by
+//! that crate's tests and by QEMU's tools.
 //!
 //! It is stricter than `qemu-img check` where a crash must not do damage: two owners of one cluster are a
-//! problem even when its refcount says two. Unless the dirty bit is set no count may be below the references
-//! (a crash may leak, never share), and the copied flag must say exactly that the count is one.
+//! problem even if the refcount is two. Unless the dirty bit is set, no refcount may be below the number of
+//! references (a crash may leak, never share), and the copied flag must be set exactly when the refcount is
+//! one.
 
 mod extras;
 mod header;
@@ -16,62 +17,63 @@ use qcow2_format::l1::{self, L1Entry};
 use qcow2_format::l2::{L2Entry, L2Format};
 use refcounts::Refcounts;
 
-/// What is wrong with an image.
+/// Class of a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProblemKind {
-    /// The header cannot be understood.
+    /// The header cannot be parsed.
     Header,
-    /// A table, an entry or a descriptor does not follow the format, or lies outside the file.
+    /// A table, entry or descriptor violates the format or lies outside the file.
     Broken,
-    /// One cluster belongs to two owners that may not share it.
+    /// Two owners reference one cluster that they may not share.
     Shared,
-    /// A refcount is below the number of references, and the dirty bit does not excuse it.
+    /// A refcount is below the number of references, and the dirty bit is not set.
     CountTooLow,
-    /// The copied flag is set on a cluster that has several references: a write in place would hit them all.
+    /// The copied flag is set on a cluster with several references: an in-place write would change all of
+    /// them.
     CopiedWhileShared,
-    /// The copied flag differs from "the refcount is one" in a way that harms nobody yet.
+    /// The copied flag differs from "refcount is one" in a way that is harmless so far.
     CopiedMismatch,
 }
 
-/// One thing that is wrong.
+/// One problem.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// What kind of thing.
+    /// Its class.
     pub kind: ProblemKind,
-    /// What was seen, where.
+    /// What was found, and where.
     pub message: String,
 }
 
-/// What was found in an image.
+/// The result of an audit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Audit {
-    /// Whether the dirty bit is set: refcounts below the references, and copied flags that follow them, are
-    /// then no problem.
+    /// The dirty bit is set: refcounts below the references, and copied flags that follow them, are then no
+    /// problem.
     pub dirty: bool,
-    /// Whether the corrupt bit is set.
+    /// The corrupt bit is set.
     pub corrupt: bool,
-    /// Whether there are persistent bitmaps that say they are up to date.
+    /// There are persistent bitmaps marked as consistent.
     pub bitmaps: bool,
-    /// How many bitmaps say that they were in use.
+    /// How many bitmaps are marked in use.
     pub bitmaps_in_use: u64,
     /// Clusters whose refcount is above their references.
     pub leaks: u64,
-    /// Clusters whose refcount is below their references, problem or not.
+    /// Clusters whose refcount is below their references, whether or not that is a problem.
     pub low_counts: u64,
-    /// Everything that is wrong, in the order it was met; at most [`MAX_PROBLEMS`].
+    /// All problems in the order they were found; at most [`MAX_PROBLEMS`].
     pub problems: Vec<Problem>,
 }
 
-/// More problems than this are not listed.
+/// Later problems are dropped.
 pub const MAX_PROBLEMS: usize = 50;
 
 impl Audit {
-    /// Whether nothing is wrong; leaks are allowed.
+    /// True without any problem; leaks are allowed.
     pub fn is_sound(&self) -> bool {
         self.problems.is_empty()
     }
 
-    /// Whether a problem of `kind` was found.
+    /// True if a problem of `kind` was found.
     pub fn has(&self, kind: ProblemKind) -> bool {
         self.problems.iter().any(|problem| problem.kind == kind)
     }
@@ -83,8 +85,8 @@ impl Audit {
     }
 }
 
-/// Checks `image`, the bytes of a whole qcow2 file. `data_len`: the length of its external data file, if it
-/// has one.
+/// Audits `image`, the bytes of a whole qcow2 file. `data_len`: length of its external data file, if it has
+/// one.
 pub fn audit(image: &PageBytes, data_len: Option<u64>) -> Audit {
     let mut audit = Audit::default();
     let header = match RawHeader::parse(image) {
@@ -130,7 +132,7 @@ enum Owner {
 struct Owned {
     owner: Owner,
     references: u64,
-    /// References from the active L1 tree.
+    /// References from the active L1 table and its L2 tables.
     active: u64,
 }
 
@@ -151,12 +153,12 @@ impl Walk<'_> {
         self.header.l2.geometry.cluster_size()
     }
 
-    /// Big-endian words from `offset` on; those past the end of the file are 0.
+    /// Big-endian 64-bit words from `offset` on; words past the end of the file are 0.
     fn words(&self, offset: u64, count: u64) -> Vec<u64> {
         read_words(self.image, offset, count)
     }
 
-    /// Notes that `owner` uses `count` clusters from byte `offset` on. False where one lies outside the file.
+    /// Records that `owner` uses `count` clusters from byte `offset` on. False if one lies outside the file.
     fn own(&mut self, offset: u64, count: u64, owner: Owner) -> bool {
         self.own_for(offset, count, owner, false)
     }
@@ -173,12 +175,12 @@ impl Walk<'_> {
             let owned = &mut self.owners[index as usize];
             let shareable = match owner {
                 Owner::Compressed => true,
-                // Several L1 tables may lead to it, one of them the active one.
+                // Several L1 tables may reference it, but the active one only once.
                 Owner::L2 | Owner::Data => !(active && owned.active > 0),
                 _ => false,
             };
             if owned.references > 0 && !(shareable && owned.owner == owner) {
-                let message = format!("cluster {index}: is {:?} and {owner:?} too", owned.owner);
+                let message = format!("cluster {index}: used as {:?} and as {owner:?}", owned.owner);
                 self.audit.problem(ProblemKind::Shared, message);
             }
             owned.owner = owner;
@@ -249,7 +251,8 @@ impl Walk<'_> {
         if !self.format().external_data {
             self.own_for(host, 1, Owner::Data, active);
         } else if host != guest {
-            let message = format!("guest {guest:#x} is at {host:#x} of the data file");
+            let message =
+                format!("guest {guest:#x}: mapped to {host:#x} of the data file, allowed is the same offset");
             self.audit.problem(ProblemKind::Broken, message);
         } else if self.data_len.is_some_and(|len| host >= len) {
             let message = format!("guest {guest:#x}: past the end of the data file");
@@ -259,16 +262,17 @@ impl Walk<'_> {
 
     fn compressed(&mut self, host: u64, len: u64, raw: u64, active: bool) {
         if self.format().external_data || L2Format::has_copied_flag(raw) {
-            let message = format!("compressed entry {raw:#x}: copied, or beside a data file");
+            let message =
+                format!("compressed entry {raw:#x}: has the copied flag, or the image has a data file");
             self.audit.problem(ProblemKind::Broken, message);
         }
-        // The last sector of the last stream need not be in the file as a whole, but its cluster must be.
+        // The file may end inside the last sector of the last stream, but not before its cluster.
         let first = host / self.cluster_size();
         let last = (host + len - 1) / self.cluster_size();
         self.own_for(first * self.cluster_size(), last - first + 1, Owner::Compressed, active);
     }
 
-    /// Compares every count with the references.
+    /// Compares every refcount with the references.
     fn compare(&mut self, counts: &Refcounts) {
         for (index, owned) in self.owners.iter().enumerate() {
             let count = counts.of(index as u64);
@@ -287,7 +291,7 @@ impl Walk<'_> {
         self.audit.leaks += counts.counted_from(self.owners.len() as u64);
     }
 
-    /// Compares the copied flags of the active tables with the counts.
+    /// Compares the copied flags in the active tables with the refcounts.
     fn copied_flags(&mut self, counts: &Refcounts) {
         let format = self.format();
         let l1 = self.words(self.header.l1_offset, self.header.l1_entries);
@@ -323,15 +327,14 @@ impl Walk<'_> {
     }
 }
 
-/// Big-endian words from `offset` on; those past the end of the file are 0.
+/// Big-endian 64-bit words from `offset` on; words past the end of the file are 0.
 fn read_words(image: &PageBytes, offset: u64, count: u64) -> Vec<u64> {
     let mut bytes = vec![0; count as usize * 8];
     image.read(offset, &mut bytes);
     bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect()
 }
 
-/// The entries of an L2 table that are not all zero: index, first word, second word (0 without extended
-/// entries).
+/// The nonzero entries of an L2 table: index, first word, second word (0 without extended L2 entries).
 fn l2_words(image: &PageBytes, format: L2Format, offset: u64) -> Vec<(u64, u64, u64)> {
     let step = (format.geometry.l2_entry_size() / 8) as usize;
     let words = read_words(image, offset, format.geometry.cluster_size() / 8);

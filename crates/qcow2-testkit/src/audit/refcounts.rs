@@ -1,4 +1,4 @@
-//! The refcounts as the image states them.
+//! The refcounts stored in the image.
 
 use super::{Owner, ProblemKind, Walk};
 use crate::pages::PageBytes;
@@ -6,7 +6,7 @@ use qcow2_format::refcount::{decode_table_entry, reserved_bits};
 use qcow2_format::{Geometry, HostCluster};
 use std::collections::BTreeMap;
 
-/// The refcounts of an image, its blocks read once.
+/// The refcounts of an image; each block is read once.
 pub(super) struct Refcounts {
     geometry: Geometry,
     /// The words of each refcount block, by refcount table index.
@@ -14,7 +14,7 @@ pub(super) struct Refcounts {
 }
 
 impl Refcounts {
-    /// The stored count of host cluster `index`; 0 where there is no block.
+    /// The stored refcount of host cluster `index`; 0 without a refcount block.
     pub(super) fn of(&self, index: u64) -> u64 {
         let cluster = HostCluster::new(index);
         let Some(words) = self.blocks.get(&self.geometry.refcount_table_index(cluster)) else { return 0 };
@@ -22,7 +22,7 @@ impl Refcounts {
         width.extract(words[width.word_index(slot)], slot)
     }
 
-    /// How many clusters from `first` on have a count.
+    /// How many clusters from `first` on are covered by refcount blocks.
     pub(super) fn counted_from(&self, first: u64) -> u64 {
         let entries = self.geometry.refcount_block_entries();
         let width = self.geometry.refcount_width();
@@ -40,7 +40,7 @@ impl Refcounts {
 }
 
 impl Walk<'_> {
-    /// Reads the refcount table and its blocks, noting what they occupy.
+    /// Reads the refcount table and its blocks and records the clusters they use.
     pub(super) fn refcounts(&mut self) -> Refcounts {
         let geometry = self.format().geometry;
         let mut counts = Refcounts { geometry, blocks: BTreeMap::new() };
@@ -68,7 +68,7 @@ impl Walk<'_> {
     }
 }
 
-/// The words of a block, the trailing zeroes left to reading past the end.
+/// The words of a refcount block without trailing zeroes; a read past the end gives 0.
 fn block_words(image: &PageBytes, offset: u64, geometry: &Geometry) -> Vec<u64> {
     super::read_words(image, offset, geometry.cluster_size() / 8)
 }

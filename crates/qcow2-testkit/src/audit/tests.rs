@@ -3,8 +3,8 @@ use crate::oracle::{Qemu, Tool};
 
 const COPIED: u64 = 1 << 63;
 
-/// A version 3 image of 512-byte clusters by hand: header, refcount table, refcount block, L1, L2, two data
-/// clusters.
+/// A version 3 image with 512-byte clusters: header, refcount table, refcount block, L1 table, L2 table, two
+/// data clusters.
 fn small() -> PageBytes {
     let mut image = PageBytes::new();
     let put32 = |image: &mut PageBytes, at, value: u32| image.write(at, &value.to_be_bytes());
@@ -37,14 +37,14 @@ fn set_count(image: &mut PageBytes, cluster: u64, count: u16) {
     image.write(2 * 512 + cluster * 2, &count.to_be_bytes());
 }
 
-/// What the audit says of the small image after `damage`.
+/// Audits the small image after `damage`.
 fn check(damage: impl Fn(&mut PageBytes)) -> Audit {
     let mut image = small();
     damage(&mut image);
     audit(&image, None)
 }
 
-/// The damage is a problem of `kind`, first of all.
+/// The first problem after `damage` is of `kind`.
 fn finds(kind: ProblemKind, damage: impl Fn(&mut PageBytes)) {
     let audit = check(damage);
     assert_eq!(audit.problems.first().map(|problem| problem.kind), Some(kind), "{audit:?}");
@@ -56,7 +56,7 @@ fn the_small_image_is_sound() {
 }
 
 #[test]
-fn counts_are_compared() {
+fn refcounts_are_compared_with_references() {
     finds(ProblemKind::CountTooLow, |image| set_count(image, 4, 0));
     let leaky = check(|image| {
         set_count(image, 0, 2);
@@ -67,7 +67,7 @@ fn counts_are_compared() {
 }
 
 #[test]
-fn the_dirty_bit_excuses_counts_but_not_sharing() {
+fn the_dirty_bit_allows_low_refcounts_but_not_sharing() {
     let dirty = |image: &mut PageBytes| put64(image, 72, 1);
     let audit = check(|image| {
         dirty(image);
@@ -81,7 +81,7 @@ fn the_dirty_bit_excuses_counts_but_not_sharing() {
 }
 
 #[test]
-fn sharing_is_a_problem_whatever_the_count() {
+fn sharing_is_a_problem_at_any_refcount() {
     finds(ProblemKind::Shared, |image| {
         put64(image, 4 * 512 + 8, 5 * 512);
         put64(image, 4 * 512, 5 * 512);
@@ -99,11 +99,11 @@ fn sharing_is_a_problem_whatever_the_count() {
 }
 
 #[test]
-fn copied_flags_are_compared() {
+fn copied_flags_are_compared_with_refcounts() {
     finds(ProblemKind::CopiedMismatch, |image| put64(image, 4 * 512, 5 * 512));
     finds(ProblemKind::CopiedMismatch, |image| put64(image, 3 * 512, 4 * 512));
     finds(ProblemKind::CopiedMismatch, |image| set_count(image, 5, 2));
-    // A snapshot whose L1 (cluster 7) leads to the same L2, its table in cluster 8.
+    // A snapshot whose L1 table (cluster 7) references the same L2 table; the snapshot table is in cluster 8.
     let shared = |image: &mut PageBytes, copied: u64, count: u16| {
         put64(image, 7 * 512, 4 * 512);
         put64(image, 8 * 512, 7 * 512);
@@ -123,7 +123,7 @@ fn copied_flags_are_compared() {
 }
 
 #[test]
-fn broken_places_are_found() {
+fn invalid_entries_and_offsets_are_found() {
     finds(ProblemKind::Header, |image| image.write(0, b"x"));
     finds(ProblemKind::Header, |image| image.write(36, &[0; 4]));
     finds(ProblemKind::Broken, |image| put64(image, 3 * 512, (4 * 512 + 1) | COPIED));
@@ -131,13 +131,13 @@ fn broken_places_are_found() {
     finds(ProblemKind::Broken, |image| put64(image, 4 * 512, (99 * 512) | COPIED));
     finds(ProblemKind::Broken, |image| put64(image, 512, 99 * 512));
     finds(ProblemKind::Broken, |image| image.set_len(6 * 512));
-    // The last cluster may be cut short.
+    // The file may end inside the last cluster.
     assert_eq!(check(|image| image.set_len(6 * 512 + 1)), Audit::default());
 }
 
-/// Images of QEMU with everything in them are sound, without a leak.
+/// Images made by QEMU with every feature are sound and leak nothing.
 #[test]
-fn agrees_with_qemu() {
+fn images_made_by_qemu_are_sound() {
     let (Some(_), Some(sh)) = (Qemu::find(), Tool::find("sh")) else { return };
     let dir = std::env::temp_dir().join(format!("qcow2-audit-{}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();

@@ -1,8 +1,8 @@
-//! A codec for simulations: runs of equal words. Cheap, and good enough for content of long patterns.
+//! A cheap run-length codec for simulations; it compresses content with long runs of equal words.
 
 use qcow2_core::{ClusterCodec, CodecError};
 
-/// Stores each run of equal 8-byte words as the word and how often it stands.
+/// Stores each run of equal 8-byte words as the word and its count.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RunCodec;
 
@@ -48,7 +48,7 @@ mod tests {
     use crate::pattern;
 
     #[test]
-    fn what_goes_in_comes_out() {
+    fn expanding_restores_the_input() {
         for (seed, fits) in [(0, true), (4, true), (8, true), (5, false)] {
             let plain = pattern::bytes(seed, 4096, 4096);
             let mut out = vec![0; 4095];
@@ -56,7 +56,7 @@ mod tests {
             assert_eq!(len.is_some(), fits, "{seed}");
             if let Some(len) = len {
                 let mut back = vec![9; 4096];
-                // What follows a stream in its sector belongs to somebody else.
+                // The bytes after a stream in its last sector belong to another stream.
                 RunCodec.expand(&out[..len.next_multiple_of(512).min(4095)], &mut back).unwrap();
                 assert!(back == plain);
                 assert!(RunCodec.expand(&out[..len - 1], &mut back).is_err());

@@ -1,8 +1,8 @@
-//! The fault simulation: one storage call of a workload fails, for every call in turn and in every way.
+//! Fault simulation: runs a workload once for every storage call and every way that call can fail.
 //!
-//! Whatever fails: no panic; a failed operation leaves each sector old or new; an image that refuses changes
-//! says `Poisoned` and still reads; and after reopening, or a power cut, the image is sound and holds what
-//! was flushed.
+//! Whatever fails: nothing panics; a failed operation leaves each sector old or new; an image that refuses
+//! changes returns `Poisoned` and still reads; and after reopening, or a power cut, the image is sound and
+//! holds what was flushed.
 
 use super::guest::Guest;
 use super::judge::Judge;
@@ -22,21 +22,21 @@ use std::sync::Arc;
 const STEPS: usize = 14;
 /// Power cuts after each run.
 const CUTS: usize = 3;
-/// Ways to fail that callers are told of. Writes are cut at a sector, so that a sector is old or new.
+/// Faults that are reported to the caller. Short writes end at a sector, so that each sector is old or new.
 const FAULTS: [Fault; 4] = [Fault::Io, Fault::NoSpace, Fault::Short { bytes: 512 }, Fault::LateIo];
 
-/// What was simulated.
+/// Counters of a simulation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultReport {
     /// Runs in which a call failed.
     pub runs: u64,
-    /// Runs after which the image refused changes.
+    /// Runs after which the image was poisoned.
     pub poisoned: u64,
     /// Images judged.
     pub images: u64,
 }
 
-/// The workload of `seed`, once for each storage call that it makes and each way that the call can fail.
+/// Runs the workload of `seed` once for each of its storage calls and each way that the call can fail.
 pub fn fault_seed(seed: u64) -> Result<FaultReport, Box<Violation>> {
     let mut rng = Rng::new(seed);
     let start = Arc::new(Start::draw(&mut rng));
@@ -72,7 +72,7 @@ fn ways() -> Vec<(Fault, &'static [Call], bool)> {
     ways
 }
 
-/// The step on whole sectors: only they are promised to be old or new.
+/// The step rounded to whole sectors: only whole sectors are guaranteed to be old or new.
 fn aligned(step: Step) -> Step {
     match step {
         Step::Plain(Operation::Write { range, seed }) => {
@@ -85,7 +85,7 @@ fn aligned(step: Step) -> Step {
     }
 }
 
-/// One run with one plan.
+/// One run with one fault plan.
 struct Run<'a> {
     start: &'a Arc<Start>,
     steps: &'a [Step],
@@ -93,7 +93,7 @@ struct Run<'a> {
     plan: &'a FaultPlan,
 }
 
-/// How a step or the whole run stands.
+/// State of a run.
 #[derive(Default)]
 struct Outcome {
     failed: bool,
@@ -101,7 +101,7 @@ struct Outcome {
 }
 
 impl Run<'_> {
-    /// Makes the steps and judges what is left. False where the plan's call was never made.
+    /// Runs the steps and judges the result. False if the workload never made the call that the plan fails.
     fn go(&self, report: &mut FaultReport) -> Result<bool, String> {
         let world = CrashWorld::new();
         let mut storages = vec![Arc::new(FaultStorage::new(world.add(self.start.image.clone())))];
@@ -184,7 +184,7 @@ impl Run<'_> {
                 let range = GuestRange::between(GuestOffset::new(offset), GuestOffset::new(end));
                 let bytes = pattern::bytes(seed, offset, range.len() as usize);
                 let write = |disk: &Image| match disk.write_compressed(range.start(), &bytes) {
-                    // The cluster is in use, or lives in a data file: nothing has happened.
+                    // The cluster is allocated already, or there is a data file: nothing has changed.
                     Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
                     other => other,
                 };
@@ -193,7 +193,7 @@ impl Run<'_> {
         }
     }
 
-    /// A change that may fail: what then reads back must be old or new, sector by sector, and stays.
+    /// Makes a change that may fail. Afterwards each sector must read as old or new, and keep that content.
     fn change(
         &self,
         disk: &Image,
@@ -206,7 +206,7 @@ impl Run<'_> {
         guest.start_write(range.start().value(), bytes);
         let result = make(disk);
         let mut seen = pattern::unread(around.len() as usize);
-        // A read may be the call that fails; then nothing is learned.
+        // The read itself may be the failing call; the content then stays unknown.
         if disk.read_at(around.start(), &mut seen).is_ok() {
             if let Err(what) = guest.judge_at(around.start().value(), &seen) {
                 panic!("after {result:?}: {what}");
@@ -216,9 +216,9 @@ impl Run<'_> {
         result
     }
 
-    /// A change of snapshots that may fail: then it may have happened or not.
+    /// Changes snapshots; if that fails, the change may or may not have happened.
     fn snapshot(&self, disk: &Image, step: Step, guest: &mut Guest) -> qcow2_core::Result<()> {
-        // After a step that failed it is not known what a snapshot will hold until one looks.
+        // After a failed step, what a snapshot holds is unknown until it is read.
         let mut seen = pattern::unread(disk.size() as usize);
         disk.read_at(GuestOffset::new(0), &mut seen)?;
         if let Err(what) = guest.judge(&seen) {
@@ -233,7 +233,7 @@ impl Run<'_> {
                 change.undo(guest);
                 return Ok(());
             }
-            // Later steps go on from what the image says, unless it refuses to go on.
+            // Later steps continue with what the image reports, unless it refuses further changes.
             Err(_) if disk.flush().is_ok() => change.settle(disk, guest),
             Err(_) => {}
         }
@@ -252,7 +252,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// The files as they are, and as a power cut would leave them.
+    /// Judges the files as they are, and as a power cut would leave them.
     fn judge(
         &self,
         world: &CrashWorld,
@@ -275,18 +275,18 @@ impl Run<'_> {
 }
 
 impl Outcome {
-    /// Takes a step's result in: an error is fine once something has failed, `Poisoned` only after another
+    /// Records a step's result. An error is allowed once a fault has fired; `Poisoned` only after another
     /// error.
     fn note(&mut self, result: qcow2_core::Result<()>, fired: bool) -> Result<(), String> {
         let Err(error) = result else { return Ok(()) };
         if !fired {
-            return Err(format!("fails although nothing else did: {}", chain(&error)));
+            return Err(format!("fails although no call failed: {}", chain(&error)));
         }
         match error.kind() {
             ErrorKind::Poisoned if !self.failed => return Err("poisoned without an error before".to_owned()),
             ErrorKind::Poisoned => self.poisoned = true,
             ErrorKind::Storage | ErrorKind::NoSpace => {}
-            kind => return Err(format!("a failing storage is called {kind:?}: {}", chain(&error))),
+            kind => return Err(format!("a storage failure is reported as {kind:?}: {}", chain(&error))),
         }
         self.failed = true;
         Ok(())

@@ -9,15 +9,14 @@ use std::sync::Arc;
 /// The content of one sector.
 pub(super) type Content = Arc<[u8; SECTOR as usize]>;
 
-/// Something whose value may be that of the last flush or any since: a sector's content, the disk's size.
+/// A value that may be the one of the last flush or any later one: a sector's content, or the disk's size.
 #[derive(Clone, Debug)]
 struct Register<T> {
-    /// Oldest first: what the last flush made durable, then everything since.
+    /// Oldest first: the value that the last flush made durable, then all later ones.
     allowed: Vec<T>,
-    /// How many of them belong to finished operations; a flush that starts now makes the last of these
-    /// durable.
+    /// How many of them finished operations wrote; a flush that starts now makes the last of these durable.
     finished: usize,
-    /// `finished` as it was when the flush that is under way began.
+    /// The value of `finished` when the flush in flight began.
     flushing: usize,
     /// Values that a flush has outdated, for messages.
     outdated: Vec<T>,
@@ -32,7 +31,7 @@ impl<T: PartialEq> Register<T> {
         self.allowed.last().unwrap_or_else(|| unreachable!("there is always a value"))
     }
 
-    /// The operation has returned, and `value` is what it left.
+    /// The operation has returned and left `value`.
     fn finish(&mut self, value: T) {
         if *self.latest() != value {
             self.allowed.push(value);
@@ -50,19 +49,19 @@ impl<T: PartialEq> Register<T> {
     }
 }
 
-/// The guest disk as a reader after a power cut may see it.
+/// What a reader may see of the guest disk after a power cut.
 #[derive(Clone, Debug)]
 pub(super) struct Guest {
-    /// Never fewer than the disk had at any time; those past its end are waiting for it to grow again.
+    /// Never shrinks; sectors past the current end are kept in case the disk grows again.
     sectors: Vec<Register<Content>>,
     size: Register<u64>,
-    /// The fewest bytes that the disk ever had, or was to have.
+    /// The smallest size the disk ever had, or was being resized to.
     smallest: u64,
     snapshots: Snapshots,
 }
 
 impl Guest {
-    /// A disk that durably holds `bytes`, a multiple of 512.
+    /// A disk with the durable content `bytes`, a multiple of 512 long.
     pub(super) fn new(bytes: &[u8]) -> Self {
         let sectors = bytes.as_chunks().0.iter().map(|content| Register::new(Arc::new(*content)));
         Self {
@@ -73,7 +72,7 @@ impl Guest {
         }
     }
 
-    /// The fewest bytes that the disk ever had, or was to have.
+    /// The smallest size the disk ever had, or was being resized to.
     pub(super) fn smallest_size(&self) -> u64 {
         self.smallest
     }
@@ -83,31 +82,32 @@ impl Guest {
         &mut self.snapshots
     }
 
-    /// The same, to look at.
+    /// The snapshots, read-only.
     pub(super) fn seen_snapshots(&self) -> &Snapshots {
         &self.snapshots
     }
 
-    /// Notes that the disk has gone back to `content`, durably.
+    /// Records that a snapshot with `content` was applied, durably.
     pub(super) fn finish_apply(&mut self, content: &[u8]) {
         let mut snapshots = std::mem::take(&mut self.snapshots);
         snapshots.going_back = None;
         *self = Self { snapshots, ..Self::new(content) };
     }
 
-    /// Everything the guest sees now.
+    /// The whole disk as the guest reads it now.
     pub(super) fn current(&self) -> Vec<u8> {
         let all = GuestRange::new(qcow2_core::GuestOffset::new(0), self.size());
         all.map(|all| self.current_at(all)).unwrap_or_default()
     }
 
-    /// Bytes of the disk as it is now.
+    /// Current size in bytes.
     pub(super) fn size(&self) -> u64 {
         *self.size.latest()
     }
 
-    /// Notes that the disk is about to become `size` bytes, a multiple of 512. What is cut off may also read
-    /// as zeroes or as `backing` does, should the old size come back; what is added is zeroes.
+    /// Records that a resize to `size` bytes, a multiple of 512, begins. If a crash restores the
+    /// old size, the bytes past the new end may also read as zeroes or as `backing` does. Added bytes are
+    /// zeroes.
     pub(super) fn start_resize(&mut self, size: u64, backing: &[u8]) {
         let zeroes = Arc::new([0; SECTOR as usize]);
         let old = self.size();
@@ -127,7 +127,7 @@ impl Guest {
         }
     }
 
-    /// Notes that the resize has returned and left `size`.
+    /// Records that the resize has returned and left `size`.
     pub(super) fn finish_resize(&mut self, size: u64) {
         self.size.finish(size);
         for sector in self.sectors.iter_mut().skip((size / SECTOR) as usize) {
@@ -135,13 +135,13 @@ impl Guest {
         }
     }
 
-    /// The sectors of `range` as they read now.
+    /// Current content of the sectors in `range`.
     pub(super) fn current_at(&self, range: GuestRange) -> Vec<u8> {
         let sectors = (range.start().value() / SECTOR) as usize..(range.end().value() / SECTOR) as usize;
         self.sectors[sectors].iter().flat_map(|sector| **sector.latest()).collect()
     }
 
-    /// Notes that `bytes` are about to be written at byte `offset`.
+    /// Records that a write of `bytes` at byte `offset` begins.
     pub(super) fn start_write(&mut self, offset: u64, bytes: &[u8]) {
         let mut done = 0;
         while done < bytes.len() {
@@ -156,7 +156,7 @@ impl Guest {
         }
     }
 
-    /// Notes that the operation on the `len` bytes at `offset` has returned and that `seen` reads back now.
+    /// Records that the operation on `len` bytes at `offset` has returned and that `seen` reads back.
     pub(super) fn finish(&mut self, offset: u64, seen: &[u8]) {
         let first = offset / SECTOR;
         for (index, content) in (first..).zip(seen.as_chunks().0) {
@@ -165,8 +165,7 @@ impl Guest {
         }
     }
 
-    /// Whether sector contents read back after an operation are among the allowed ones, as
-    /// [`judge`](Self::judge).
+    /// Like [`judge`](Self::judge), for a range read back after an operation without a crash.
     pub(super) fn judge_at(&self, offset: u64, seen: &[u8]) -> Result<(), String> {
         let first = (offset / SECTOR) as usize;
         for (index, content) in (first..).zip(seen.as_chunks().0) {
@@ -175,7 +174,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Whether `seen`, read from a crash image, holds in every sector a content that it may have.
+    /// Checks that every sector of `seen`, read from a crash image, holds an allowed content.
     pub(super) fn judge(&self, seen: &[u8]) -> Result<(), String> {
         if self.snapshots.going_back.as_ref().is_some_and(|content| content[..] == *seen) {
             return Ok(());
@@ -186,7 +185,7 @@ impl Guest {
         self.judge_at(0, seen)
     }
 
-    /// Notes that a flush starts.
+    /// Records that a flush starts.
     pub(super) fn start_flush(&mut self) {
         for sector in &mut self.sectors {
             sector.flushing = sector.finished;
@@ -194,7 +193,7 @@ impl Guest {
         self.size.flushing = self.size.finished;
     }
 
-    /// Notes that the flush has returned: what it covered is the oldest that may be left.
+    /// Records that the flush has returned: what it covered is now the oldest allowed content.
     pub(super) fn finish_flush(&mut self) {
         for sector in &mut self.sectors {
             sector.finish_flush();
@@ -218,7 +217,7 @@ impl Guest {
     }
 }
 
-/// So many outdated contents of a sector are remembered.
+/// How many outdated contents of a sector are kept for messages.
 const MOST_OUTDATED: usize = 4;
 
 impl Register<Content> {
@@ -226,16 +225,16 @@ impl Register<Content> {
         if self.allowed.iter().rev().any(|allowed| **allowed == *content) {
             Ok(())
         } else if self.outdated.iter().any(|outdated| **outdated == *content) {
-            Err("what a flush had outdated,")
+            Err("content that a flush had outdated,")
         } else if content.iter().all(|&byte| byte == 0) {
             Err("zeroes,")
         } else {
-            Err("something that was never written there,")
+            Err("content never written there,")
         }
     }
 }
 
-/// An allowed content, and from where to where the seen one differs from it.
+/// An allowed content, and the range in which the seen one differs from it.
 fn against(allowed: &[u8], seen: &[u8]) -> String {
     let differs = |index: &usize| allowed[*index] != seen[*index];
     let (first, last) = ((0..seen.len()).find(differs), (0..seen.len()).rfind(differs));
@@ -280,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flush_leaves_only_what_was_finished_before_it() {
+    fn a_flush_outdates_everything_before_the_last_finished_operation() {
         let mut guest = Guest::new(&disk(&[1, 2]));
         guest.start_write(0, &disk(&[5]));
         guest.finish(0, &disk(&[5]));
@@ -296,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resize_is_old_or_new_and_shows_nothing_old() {
+    fn a_resize_is_old_or_new_and_reveals_no_old_bytes() {
         let mut guest = Guest::new(&disk(&[1, 2, 3]));
         guest.start_resize(512, &[7; 1024]);
         for fine in [&[1, 2, 3][..], &[1], &[1, 0, 0], &[1, 7, 3]] {
@@ -315,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_sectors_keep_the_rest() {
+    fn writes_of_sector_parts_keep_the_rest() {
         let mut guest = Guest::new(&disk(&[1, 2]));
         guest.start_write(500, &[9; 20]);
         let mut new = disk(&[1, 2]);
@@ -328,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn an_operation_with_several_outcomes_settles_on_what_is_seen() {
+    fn an_ambiguous_operation_settles_on_what_is_read_back() {
         let mut guest = Guest::new(&disk(&[1, 2]));
         guest.start_write(0, &disk(&[0, 0]));
         guest.finish(0, &disk(&[1, 0]));

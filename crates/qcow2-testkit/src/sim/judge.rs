@@ -1,5 +1,5 @@
-//! Is a crash image harmless? Sound by an independent audit, readable, and without a byte that the guest did
-//! not ask for; and can work go on from it?
+//! Judges crash images: sound by an independent audit, readable, only allowed guest content, and usable for
+//! further work.
 
 use super::guest::Guest;
 use super::snapshots::{Taken, read_all};
@@ -18,9 +18,9 @@ use crate::world::keys;
 use qcow2_core::{GuestDisk, GuestOffset, Image, OpenOptions, Storage};
 use std::sync::{Arc, Mutex};
 
-/// How many operations follow when work goes on from a crash image.
+/// Operations made when work continues on a crash image.
 const RECOVERY_STEPS: usize = 12;
-/// In one of so many images, the content of the snapshots is judged too.
+/// The content of snapshots is read in one of this many images.
 const SNAPSHOTS_ONE_IN: u64 = 6;
 
 /// Judges the images of one simulation.
@@ -28,14 +28,14 @@ pub(super) struct Judge {
     start: Arc<Start>,
     options: SimOptions,
     buf: Vec<u8>,
-    /// Whether a raw data file is judged too. After a failed write the guest may read what was before and the
-    /// raw file hold what should have been.
+    /// Whether a raw data file is judged too. After a failed write the guest may read old data where the raw
+    /// file already holds new data.
     pub(super) raw: bool,
-    /// How many images were worked on after the crash.
+    /// How many crash images were worked on further.
     pub(super) continued: u64,
 }
 
-/// One image's files as storages that nothing else sees.
+/// The files of one image as storages of their own.
 struct Files {
     image: Arc<PageStorage>,
     data: Option<Arc<PageStorage>>,
@@ -70,7 +70,7 @@ impl Judge {
         Self { start, options, buf: Vec::new(), raw: true, continued: 0 }
     }
 
-    /// Judges `image`, in which every sector must hold what `guest` allows.
+    /// Judges `image`: every sector must hold a content that `guest` allows.
     pub(super) fn judge(&mut self, image: &CrashImage, guest: &Guest, rng: &mut Rng) -> Result<(), String> {
         let files = Files::of(image);
         let audit = files.audit();
@@ -105,14 +105,14 @@ impl Judge {
         if rng.one_in(self.options.continue_one_in) {
             self.continued += 1;
             self.go_on(&files, &seen, careful, rng)
-                .map_err(|what| format!("going on after the crash: {what}"))?;
+                .map_err(|what| format!("continuing after the crash: {what}"))?;
         }
         self.buf = seen;
         Ok(())
     }
 
-    /// A bitmap that is not in use knows every sector that has changed, or none where it records nothing.
-    /// What was cut off once is left out.
+    /// A consistent bitmap has a bit set for every changed sector, or no bits at all if it is disabled.
+    /// Sectors past the smallest size are left out.
     fn judge_bitmaps(&self, disk: &Image, guest: &Guest, seen: &[u8]) -> Result<(), String> {
         let failed = |error| format!("bitmaps do not read: {}", chain(&error));
         for bitmap in disk.bitmaps().map_err(failed)?.iter().filter(|bitmap| !bitmap.in_use) {
@@ -122,7 +122,7 @@ impl Judge {
             }
             if !bitmap.auto {
                 match bits.marked_runs().next() {
-                    Some(run) => return Err(format!("a bitmap that records nothing marks {run:?}")),
+                    Some(run) => return Err(format!("a disabled bitmap marks {run:?}")),
                     None => continue,
                 }
             }
@@ -130,15 +130,15 @@ impl Judge {
             let sectors = seen[..kept].chunks(SECTOR as usize).zip(self.start.guest.chunks(SECTOR as usize));
             for (index, (now, before)) in (0u64..).zip(sectors) {
                 if now != before && !bits.is_marked(index * SECTOR) {
-                    return Err(format!("a bitmap says that sector {index} has not changed, but it has"));
+                    return Err(format!("a bitmap has no bit for sector {index}, which has changed"));
                 }
             }
         }
         Ok(())
     }
 
-    /// The snapshots are those that there may be; what they hold is looked at while one changes, and now and
-    /// then.
+    /// The snapshot list must be an allowed one. Contents are read while a snapshot change is in flight, and
+    /// sometimes otherwise.
     fn judge_snapshots(
         &self,
         files: &Files,
@@ -155,7 +155,7 @@ impl Judge {
         if same { Ok(()) } else { Err(format!("snapshots {found:?}")) }
     }
 
-    /// A raw data file is the guest disk byte for byte, at every moment.
+    /// A raw data file equals the guest disk, byte for byte, at every moment.
     fn judge_raw_data(&self, image: &CrashImage, guest: &Guest, size: u64) -> Result<(), String> {
         if !self.raw || !self.start.shape.data_file.is_some_and(|file| file.raw) {
             return Ok(());
@@ -165,8 +165,8 @@ impl Judge {
         guest.judge(&bytes.to_vec()).map_err(|what| format!("raw data file: {what}"))
     }
 
-    /// Opens the image for writing, works on, closes: it must then be as if there had been no crash, but for
-    /// leaks.
+    /// Opens the image for writing, makes some operations, and closes it: it must then be as sound as without
+    /// a crash, except for leaks.
     fn go_on(&self, files: &Files, seen: &[u8], careful: bool, rng: &mut Rng) -> Result<(), String> {
         let open = Box::new(|options: &OpenOptions| files.open(&self.start, options));
         let mut options = OpenOptions::default();
@@ -190,7 +190,7 @@ impl Judge {
     }
 }
 
-/// `careful`: a copied flag may differ from the refcount where that harms nobody.
+/// `careful`: a copied flag may differ from the refcount where that is harmless.
 fn sound(audit: &Audit, careful: bool) -> Result<(), String> {
     let harmless = |problem: &&Problem| careful && problem.kind == ProblemKind::CopiedMismatch;
     let problems: Vec<_> = audit.problems.iter().filter(|problem| !harmless(problem)).take(5).collect();

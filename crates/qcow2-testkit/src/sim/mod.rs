@@ -1,8 +1,8 @@
-//! The crash simulation: random work on an image of random shape, the power cut at every moment in between,
-//! and every image that is left judged.
+//! Crash simulation: random operations on an image of random shape, a power cut at every moment in between,
+//! and a judgement of each possible crash image.
 //!
-//! A seed gives one run: its shape, start image, steps, cuts and choices. A violation carries the seed and
-//! all of these, and [`minimize`] leaves out the steps that it does not need.
+//! A seed determines the run: shape, start image, steps, cuts and choices. A violation carries the seed and
+//! all of these; [`minimize`] removes steps that are not needed to reproduce it.
 
 mod codec;
 mod faults;
@@ -31,28 +31,28 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use work::{Opener, Work, draw_work};
 
-/// Changes how the image under test is opened.
+/// Changes the options with which the image under test is opened.
 pub type Configure = Arc<dyn Fn(&mut OpenOptions) + Send + Sync>;
 
-/// A further judge of an image file: an error says what is wrong.
+/// An additional check of an image file; the error says what is wrong.
 pub type Check = Arc<dyn Fn(&Arc<dyn Storage>) -> Result<(), String> + Send + Sync>;
 
-/// How a simulation is run.
+/// Options of a simulation.
 #[derive(Clone)]
 pub struct SimOptions {
     /// Steps of a workload, at most.
     pub steps: u64,
-    /// Images drawn before every change of a storage, at most.
+    /// Crash images drawn before each change of a storage, at most.
     pub images_per_change: u64,
-    /// Images drawn before every flush of a storage, at most.
+    /// Crash images drawn before each flush of a storage, at most.
     pub images_per_flush: u64,
-    /// In one of so many images, work goes on after the crash.
+    /// One in this many crash images is worked on further.
     pub continue_one_in: u64,
-    /// Changes how the image under test is opened (not how crash images are read).
+    /// Changes the options of the image under test (not those with which crash images are opened).
     pub configure: Configure,
-    /// A further judge.
+    /// The additional check, if any.
     pub check: Option<Check>,
-    /// In one of so many images, the further judge is asked.
+    /// The additional check runs on one in this many crash images.
     pub check_one_in: u64,
 }
 
@@ -70,23 +70,23 @@ impl Default for SimOptions {
     }
 }
 
-/// What was simulated.
+/// Counters of a simulation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SimReport {
-    /// Runs.
+    /// Seeds run.
     pub seeds: u64,
     /// Steps of their workloads.
     pub steps: u64,
     /// Moments at which the power was cut.
     pub cuts: u64,
-    /// Images judged.
+    /// Crash images judged.
     pub images: u64,
-    /// Images that work went on from.
+    /// Crash images that were worked on further.
     pub continued: u64,
 }
 
 impl SimReport {
-    /// Adds another report's numbers.
+    /// Adds another report's counters.
     pub fn add(&mut self, other: &Self) {
         self.seeds += other.seeds;
         self.steps += other.steps;
@@ -96,7 +96,7 @@ impl SimReport {
     }
 }
 
-/// A run that went wrong.
+/// A failed run.
 #[derive(Clone, Debug)]
 pub struct Violation {
     /// The run's seed.
@@ -105,7 +105,7 @@ pub struct Violation {
     pub what: String,
     /// The shape of the image.
     pub shape: String,
-    /// The steps made, the last one under way.
+    /// The steps made; the last one was in flight.
     pub steps: Vec<Step>,
 }
 
@@ -117,7 +117,7 @@ impl fmt::Display for Violation {
     }
 }
 
-/// Runs one seed. The error is what went wrong; boxed, because it carries the whole story.
+/// Runs one seed. The error describes the violation; boxed because of its size.
 pub fn run_seed(seed: u64, options: &SimOptions) -> Result<SimReport, Box<Violation>> {
     let mut rng = Rng::new(seed);
     let start = Arc::new(Start::draw(&mut rng));
@@ -126,8 +126,8 @@ pub fn run_seed(seed: u64, options: &SimOptions) -> Result<SimReport, Box<Violat
     run(seed, rng.next_u64(), &start, &steps, options)
 }
 
-/// The same violation with as few steps as can be found: leaves steps out while some choice of images still
-/// shows it.
+/// Reduces a violation to as few steps as it finds: drops steps while some choice of crash images still
+/// reproduces it.
 pub fn minimize(violation: &Violation, options: &SimOptions) -> Violation {
     let start = Arc::new(Start::draw(&mut Rng::new(violation.seed)));
     let mut best = violation.clone();
@@ -144,22 +144,22 @@ pub fn minimize(violation: &Violation, options: &SimOptions) -> Violation {
     best
 }
 
-/// What ends a [`run_many`].
+/// Limits of a [`run_many`].
 #[derive(Clone, Copy, Debug)]
 pub struct Budget {
-    /// The first seed; the next ones follow.
+    /// The first seed; the following ones count up.
     pub first_seed: u64,
     /// How many seeds, at most.
     pub seeds: u64,
-    /// For how long new seeds are begun.
+    /// No new seed is started after this time.
     pub time: Duration,
-    /// How many threads take seeds.
+    /// Number of threads.
     pub threads: usize,
-    /// Stop at so many violations.
+    /// Stops after this many violations.
     pub violations: usize,
 }
 
-/// Runs seed after seed until the budget is used up.
+/// Runs seeds until the budget is used up.
 pub fn run_many(budget: &Budget, options: &SimOptions) -> (SimReport, Vec<Violation>) {
     let next = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
@@ -195,7 +195,7 @@ fn codecs() -> Codecs {
     Codecs::new(Arc::new(RunCodec), Arc::new(RunCodec))
 }
 
-/// Draws and judges crash images whenever the world lets it look.
+/// Draws and judges crash images at every event of the world.
 struct Explorer {
     guest: Arc<Mutex<Guest>>,
     judge: Judge,
@@ -211,7 +211,7 @@ impl Explorer {
             return;
         }
         let (wanted, combinations) = match (event, cut.combinations()) {
-            // Nothing changed since the flush before.
+            // Nothing changed since the previous flush.
             (Event::BeforeChange | Event::BeforeFlush, 1) => return,
             (Event::BeforeChange, n) => (self.options.images_per_change, n),
             (Event::BeforeFlush, n) => (self.options.images_per_flush, n),
@@ -251,7 +251,7 @@ fn run(
     let result = catch(|| drive(start, steps, &guest, &explorer, options, &made));
     let made = made.into_inner() as usize;
     let mut explorer = locked(&explorer);
-    // What the explorer saw came first; the workload may have stumbled over it afterwards.
+    // The explorer's violation came first; the workload may have failed because of it.
     match explorer.violation.take().map_or(result, Err) {
         Ok(()) => {
             let continued = explorer.judge.continued;
@@ -264,7 +264,7 @@ fn run(
     }
 }
 
-/// Makes the steps in a world whose every moment the explorer looks at.
+/// Runs the steps in a world with the explorer's hook set.
 fn drive(
     start: &Start,
     steps: &[Step],
@@ -289,7 +289,7 @@ fn drive(
         if let Some(what) = locked(explorer).violation.clone() {
             return Err(what);
         }
-        // Once more now that the step's promise (a flush!) holds.
+        // Judge again after the step, as a flush promises more once it has returned.
         if matches!(step, Step::Plain(crate::arbitrary::Operation::Flush)) {
             world.cut(|cut| locked(explorer).look(Event::AfterFlush, cut));
         }
@@ -305,7 +305,7 @@ fn drive(
     if leaked > 0 { Err(format!("{leaked} clusters leaked without a crash")) } else { Ok(()) }
 }
 
-/// Runs `work`; a panic is an error like any other.
+/// Runs `work`; a panic becomes an error.
 fn catch<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);

@@ -1,5 +1,5 @@
-//! What snapshots there may be after a power cut: those before the change that is under way, or those after
-//! it, each with the content that the disk had when it was taken.
+//! Which snapshots may exist after a power cut: the list before the change in flight or the list after it,
+//! each snapshot with the content of the disk when it was taken.
 
 use super::start::Start;
 use crate::model::chain;
@@ -10,20 +10,20 @@ use std::sync::Arc;
 /// A snapshot as it must be found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Taken {
-    /// Its name, which no other has.
+    /// Its name, which is unique.
     pub(super) name: Vec<u8>,
-    /// The disk when it was taken.
+    /// Content of the disk when it was taken.
     pub(super) content: Arc<Vec<u8>>,
 }
 
 /// The snapshots of a simulated image.
 #[derive(Clone, Debug)]
 pub(super) struct Snapshots {
-    /// Lists that may be found; the last one is what there is now.
+    /// Lists that may be found; the last one is the current list.
     allowed: Vec<Vec<Taken>>,
-    /// What the disk is being made to hold.
+    /// Content of the snapshot that is being applied.
     pub(super) going_back: Option<Arc<Vec<u8>>>,
-    /// A change is under way or has failed: copied flags may say less than they could.
+    /// A change is in flight or has failed: copied flags may be missing.
     pub(super) careful: bool,
 }
 
@@ -34,24 +34,24 @@ impl Default for Snapshots {
 }
 
 impl Snapshots {
-    /// The snapshots as they are now.
+    /// The current list.
     pub(super) fn now(&self) -> &[Taken] {
         self.allowed.last().map_or(&[], |list| list)
     }
 
-    /// Notes that `list` is about to be what there is.
+    /// Records that a change to `list` begins.
     pub(super) fn start(&mut self, list: Vec<Taken>) {
         self.careful = true;
         self.allowed.push(list);
     }
 
-    /// Notes that the change has returned and `list` is what there is.
+    /// Records that the change has returned and left `list`.
     pub(super) fn finish(&mut self, list: Vec<Taken>) {
         self.careful = false;
         self.allowed = vec![list];
     }
 
-    /// Whether what a crash image holds is one of the lists.
+    /// Checks that the snapshots of a crash image are one of the lists.
     pub(super) fn judge(&self, seen: &[Taken]) -> Result<(), String> {
         if self.allowed.iter().any(|list| list == seen) {
             return Ok(());

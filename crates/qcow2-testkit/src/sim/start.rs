@@ -1,5 +1,4 @@
-//! The image a simulation starts from: a drawn shape with every kind of cluster in it, built without the
-//! engine.
+//! The start image of a simulation: a random shape with every kind of cluster, built without the engine.
 
 use super::codec::RunCodec;
 use super::codecs;
@@ -20,22 +19,22 @@ use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleF
 use qcow2_format::header::{CompressionType, CryptMethod, Header, Version};
 use std::sync::Arc;
 
-/// Where a simulation starts.
+/// How a simulation starts.
 #[derive(Clone, Debug)]
 pub(super) struct Start {
     pub(super) shape: Shape,
     pub(super) image: PageBytes,
-    /// The data file, with a shape that has one.
+    /// The data file, if the shape has one.
     pub(super) data: Option<PageBytes>,
     backing_file: Option<PageBytes>,
     backing: Vec<u8>,
-    /// Whether freed clusters are given back to the storage.
+    /// Freed clusters are discarded in the storage.
     discard_freed: bool,
-    /// Whether discarded clusters keep their places.
+    /// Discarded guest clusters keep their host clusters.
     discard_no_unref: bool,
-    /// Bytes of tables in memory.
+    /// Limit of the table cache in bytes.
     cache: Option<u64>,
-    /// What the guest sees.
+    /// The guest content.
     pub(super) guest: Vec<u8>,
 }
 
@@ -50,7 +49,7 @@ impl Start {
         guest[..n].copy_from_slice(&backing[..n]);
         let mut builder = Builder::with_header(header(&shape));
         let chance = rng.pick(&[0, 4, 12, 15]);
-        // What is built is not encrypted: such images start empty.
+        // The builder cannot encrypt: encrypted images start empty.
         let chance = if shape.encryption.is_some() { 0 } else { chance };
         for index in 0..shape.size.div_ceil(shape.cluster_size()) {
             if rng.below(16) < chance {
@@ -58,7 +57,7 @@ impl Start {
             }
         }
         let bitmap = shape.version3 && rng.one_in(4);
-        // Told from what is drawn already: a further draw would make every seed another story.
+        // Derived from values already drawn: another draw would change the run of every known seed.
         let records = !(shape.size / 512).is_multiple_of(3);
         let mut built = if bitmap { with_bitmap(builder, records) } else { builder.build() };
         if shape.cluster_bits == 9 && shape.refcount_order >= 5 && rng.one_in(4) {
@@ -72,7 +71,7 @@ impl Start {
         Self { shape, image, data, backing_file, backing, discard_freed, discard_no_unref, cache, guest }
     }
 
-    /// How the image is opened for writing.
+    /// Options for opening the image for writing.
     pub(super) fn open_options(&self) -> OpenOptions {
         let mut options = OpenOptions::default();
         options.writable = true;
@@ -85,12 +84,12 @@ impl Start {
         options
     }
 
-    /// The bytes of the backing file; none without one.
+    /// Content of the backing file; empty without one.
     pub(super) fn backing(&self) -> &[u8] {
         &self.backing
     }
 
-    /// The image on `storage`, with `data` as its data file, as the engine wants to be given it.
+    /// The image on `storage` and its data file as a source for the engine.
     pub(super) fn source(&self, storage: Arc<dyn Storage>, data: Option<Arc<dyn Storage>>) -> ResolvedSource {
         let backing =
             self.backing_file.clone().map(|bytes| Arc::new(PageStorage::new(bytes)) as Arc<dyn Storage>);
@@ -104,7 +103,7 @@ impl Start {
     }
 }
 
-/// Opens the two names that a simulated image may give.
+/// Resolves the two names that a simulated image may contain.
 struct Neighbours {
     backing: Option<Arc<dyn Storage>>,
     data: Option<Arc<dyn Storage>>,
@@ -127,12 +126,12 @@ impl Resolver for Neighbours {
     }
 }
 
-/// The pattern of the backing file; workloads write others.
+/// Seed of the backing file's pattern; workloads use other seeds.
 const BACKING_SEED: u64 = 1;
-/// Bytes that no reader may see.
+/// Seed of bytes that no reader may see.
 const HIDDEN_SEED: u64 = 3;
 
-/// A small disk, so that one crash image costs little: tens of clusters, most of them small.
+/// A shape with a small disk, so that each crash image is cheap: tens of clusters, most of them small.
 fn draw_shape(rng: &mut Rng) -> Shape {
     let extended_l2 = rng.one_in(6);
     let cluster_bits = if extended_l2 { 14 } else { rng.pick(&[9, 9, 9, 9, 9, 9, 10, 10, 12, 16]) };
@@ -185,7 +184,7 @@ fn header(shape: &Shape) -> Header {
     header
 }
 
-/// Draws what guest cluster `index` holds, and shows it to `guest`.
+/// Draws the content of guest cluster `index` and writes it to `guest`.
 fn draw_cluster(rng: &mut Rng, shape: &Shape, index: u64, guest: &mut [u8]) -> Cluster {
     let (size, start) = (shape.cluster_size(), index * shape.cluster_size());
     let end = (start + size).min(shape.size);
@@ -232,12 +231,12 @@ fn draw_cluster(rng: &mut Rng, shape: &Shape, index: u64, guest: &mut [u8]) -> C
     }
 }
 
-/// Streams share host clusters, up to about six in one: the refcounts must have room for them.
+/// Up to about six streams share a host cluster, so refcounts need at least that range.
 fn compressible(shape: &Shape) -> bool {
     shape.refcount_order >= 3
 }
 
-/// The data file: as built, or with the raw flag byte for byte the guest disk.
+/// The data file: as built, or equal to the guest disk with the raw flag.
 fn data_file(shape: &Shape, built: &Built, guest: &[u8]) -> PageBytes {
     if shape.data_file.is_some_and(|file| file.raw) {
         return PageBytes::from_bytes(guest);
@@ -247,8 +246,8 @@ fn data_file(shape: &Shape, built: &Built, guest: &[u8]) -> PageBytes {
     bytes
 }
 
-/// Uses up (leaks) nearly every cluster that the first cluster of the refcount table can count, so that the
-/// table must move soon.
+/// Leaks nearly all clusters that the first cluster of the refcount table can cover, so that the table must
+/// soon move.
 fn crowd(rng: &mut Rng, shape: &Shape, built: &mut Built) {
     let size = shape.cluster_size();
     let counted = (size * 8) >> shape.refcount_order;
@@ -271,9 +270,8 @@ fn crowd(rng: &mut Rng, shape: &Shape, built: &mut Built) {
     }
 }
 
-/// The image with a persistent bitmap that has no bit set: a directory and a table, each in a cluster at the
-/// end. Without one where the refcount blocks have no room for them. `records`: whether the bitmap is
-/// enabled.
+/// Adds a persistent bitmap without any bit set: a directory and a table, each in a cluster at the end. Adds
+/// none if the refcount blocks cannot cover these. `records`: whether the bitmap is enabled.
 fn with_bitmap(mut builder: Builder, records: bool) -> Built {
     let built = builder.clone().build();
     let size = built.cluster_size();
@@ -292,7 +290,7 @@ fn with_bitmap(mut builder: Builder, records: bool) -> Built {
     let mut built = builder.build();
     built.set_refcount(first, 1).set_refcount(first + 1, 1);
     built.patch_u64(first * size, (first + 1) * size);
-    // One table entry, enabled or not; a dirty bitmap of 512-byte granules called "b".
+    // One directory entry: a bitmap "b" with 512-byte granularity, enabled or not.
     built.patch(
         first * size + 8,
         &[0, 0, 0, 1, 0, 0, 0, 2 * u8::from(records), 1, 9, 0, 1, 0, 0, 0, 0, b'b', 0, 0, 0, 0, 0, 0, 0],

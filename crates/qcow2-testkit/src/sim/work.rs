@@ -1,4 +1,4 @@
-//! The workload: what is done to the image, with every step's effect noted for the judge before it begins.
+//! The workload: operations on the image, each announced to the judge before it begins.
 
 use super::Configure;
 use super::guest::Guest;
@@ -16,30 +16,30 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// One step of a workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// An operation every disk knows. `Reopen` closes the image and opens it again.
+    /// An operation of any disk. `Reopen` closes the image and opens it again.
     Plain(Operation),
-    /// Makes the disk so many bytes.
+    /// Resizes the disk to this many bytes.
     Resize(u64),
-    /// Makes the layer say nothing.
+    /// Drops all allocations of the overlay.
     MakeEmpty,
-    /// A compressed write of the whole guest cluster at `offset` with the pattern of `seed`, if the engine
-    /// takes it; of three clusters in one call where bit 2 of the seed is set.
+    /// A compressed write of the guest cluster at `offset` with the pattern of `seed`, if the engine accepts
+    /// it; three clusters in one call if bit 2 of the seed is set.
     Compressed {
         /// Cluster aligned.
         offset: u64,
-        /// Which content.
+        /// Seed of the content.
         seed: u64,
     },
-    /// Takes a snapshot with this number as its name.
+    /// Takes a snapshot named after this number.
     TakeSnapshot(u64),
-    /// Goes back to one of the snapshots, where there are any.
+    /// Applies one of the snapshots, if there are any.
     ApplySnapshot(u64),
-    /// Deletes one of the snapshots, where there are any.
+    /// Deletes one of the snapshots, if there are any.
     DeleteSnapshot(u64),
 }
 
 impl Step {
-    /// The step on a disk of `size` bytes: cut at its end, `None` where nothing is left.
+    /// The step limited to a disk of `size` bytes; `None` if nothing is left.
     pub(super) fn clipped(self, size: u64) -> Option<Self> {
         let clip = |range: GuestRange| {
             let end = GuestOffset::new(range.end().value().min(size));
@@ -60,9 +60,9 @@ impl Step {
     }
 }
 
-/// Draws `count` steps. Every write has content of its own, so that no byte can be taken for another's.
+/// Draws `count` steps. Every write gets unique content, so that misplaced bytes are detected.
 pub(super) fn draw_work(rng: &mut Rng, shape: &Shape, count: usize) -> Vec<Step> {
-    // Seeds divisible by 4 compress; small ones belong to the start image.
+    // Seeds divisible by 4 compress; small seeds belong to the start image.
     let base = rng.next_u64() << 12 | 1 << 11;
     let draw = |index| {
         let seed = base + 4 * index as u64 + u64::from(!rng.one_in(3));
@@ -95,7 +95,7 @@ pub(super) fn draw_work(rng: &mut Rng, shape: &Shape, count: usize) -> Vec<Step>
 /// Opens the image under test with these options.
 pub(super) type Opener<'a> = Box<dyn Fn(&OpenOptions) -> Result<Arc<Image>, String> + 'a>;
 
-/// An image being worked on.
+/// An image under test and its expected content.
 pub(super) struct Work<'a> {
     open: Opener<'a>,
     options: OpenOptions,
@@ -106,7 +106,7 @@ pub(super) struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    /// Opens the image for writing; it must read as `guest` says.
+    /// Opens the image for writing; it must read as `guest` expects.
     pub(super) fn start(
         start: &'a Start,
         guest: Arc<Mutex<Guest>>,
@@ -121,7 +121,7 @@ impl<'a> Work<'a> {
         Ok(work)
     }
 
-    /// Makes one step, as far as it lies inside the disk, and checks that the image then reads as it should.
+    /// Runs one step, limited to the disk's size, and checks that the image then reads as it should.
     pub(super) fn step(&mut self, step: &Step) -> Result<(), String> {
         let Some(step) = step.clipped(self.guest().size()) else { return Ok(()) };
         match step {
@@ -166,7 +166,7 @@ impl<'a> Work<'a> {
         self.check_all()
     }
 
-    /// Afterwards the disk is what lies below; until then every sector may be that or as before.
+    /// Afterwards the disk reads as the backing file; until then every sector may read as that or as before.
     fn make_empty(&self) -> Result<(), String> {
         let mut below = self.backing.to_vec();
         below.resize(self.disk.size() as usize, 0);
@@ -176,7 +176,7 @@ impl<'a> Work<'a> {
         self.check_all()
     }
 
-    /// Ends the work; everything must then be durable.
+    /// Closes the image; everything must then be durable.
     pub(super) fn close(&self) -> Result<(), String> {
         self.check_all()?;
         self.durably(Image::close)
@@ -229,14 +229,14 @@ impl<'a> Work<'a> {
         self.guest().start_write(offset, &bytes);
         match self.disk.write_compressed(range.start(), &bytes) {
             Ok(()) => self.guest().finish(offset, &bytes),
-            // The cluster is in use, or lives in a data file: nothing has happened.
+            // The cluster is allocated already, or there is a data file: nothing has changed.
             Err(error) if error.kind() == ErrorKind::Unsupported => self.guest().finish(offset, &old),
             Err(error) => return Err(chain(&error)),
         }
         self.expect(range)
     }
 
-    /// Three clusters in one call; where one of them is not taken those before it are stored.
+    /// Three clusters in one call; if one is refused, those before it are stored.
     fn compressed_together(&self, offset: u64, seed: u64) -> Result<(), String> {
         let size = self.shape.cluster_size();
         let end = (offset + 3 * size).min(self.disk.size());
@@ -249,7 +249,7 @@ impl<'a> Work<'a> {
             plain.resize(size as usize, 0);
             let mut stream = vec![0; size as usize - 1];
             let len = codec.compress(&plain, &mut stream).map_err(|error| error.to_string())?;
-            // What does not shrink is for another step.
+            // Incompressible clusters are left to another step.
             let Some(len) = len else { return self.compressed(offset, seed) };
             stream.truncate(len);
             streams.push(stream);
@@ -297,7 +297,7 @@ impl<'a> Work<'a> {
         self.expect(GuestRange::between(GuestOffset::new(0), GuestOffset::new(size)))
     }
 
-    /// The range must read as the last operation on every sector left it.
+    /// The range must read as the last operation on each sector left it.
     fn expect(&self, range: GuestRange) -> Result<(), String> {
         let around = sectors_around(range);
         let seen = self.read(around)?;
@@ -316,17 +316,17 @@ impl<'a> Work<'a> {
     }
 }
 
-/// A step that changes snapshots, and what there was before it.
+/// A step that changes snapshots, and the list before it.
 pub(super) struct SnapshotChange {
     step: Step,
     before: Vec<Taken>,
     after: Vec<Taken>,
-    /// The snapshot that it is about.
+    /// Index of the snapshot it is about.
     index: usize,
 }
 
 impl SnapshotChange {
-    /// Notes that the step begins; `None` where there is no snapshot that it could be about.
+    /// Records that the step begins; `None` if there is no snapshot to work on.
     pub(super) fn start(step: Step, guest: &mut Guest) -> Option<Self> {
         let before = guest.seen_snapshots().now().to_vec();
         let mut after = before.clone();
@@ -356,7 +356,7 @@ impl SnapshotChange {
 
     pub(super) fn make(&self, disk: &Image) -> qcow2_core::Result<()> {
         let snapshots = disk.snapshots()?;
-        // An image that refuses changes may not know the snapshot, and says first that it refuses.
+        // A poisoned image may not list the snapshot; its refusal comes first then.
         let missing = || qcow2_core::Error::new(ErrorKind::NotFound, "the simulation's snapshot is gone");
         let chosen = || match (snapshots.get(self.index), disk.flush()) {
             (_, Err(error)) => Err(error),
@@ -373,7 +373,7 @@ impl SnapshotChange {
         }
     }
 
-    /// The step was made: everything is durable.
+    /// The step succeeded: everything is durable.
     pub(super) fn finish(&self, guest: &mut Guest) {
         guest.finish_flush();
         guest.snapshots().finish(self.after.clone());
@@ -382,13 +382,13 @@ impl SnapshotChange {
         }
     }
 
-    /// The image cannot do that: nothing has happened.
+    /// True if the image does not support the step: nothing has changed.
     pub(super) fn is_refusal(&self, error: &qcow2_core::Error) -> bool {
         let at_limit = error.kind() == ErrorKind::NoSpace && error.storage_error().is_none();
         at_limit || error.kind() == ErrorKind::Unsupported
     }
 
-    /// The step failed and the image goes on: takes what it says now.
+    /// The step failed and the image still accepts changes: takes over what it lists now.
     pub(super) fn settle(&self, disk: &Image, guest: &mut Guest) {
         let names: Vec<Vec<u8>> =
             disk.snapshots().unwrap_or_default().into_iter().map(|snapshot| snapshot.name).collect();
@@ -408,21 +408,21 @@ impl SnapshotChange {
         read.is_ok() && seen == *self.before[self.index].content
     }
 
-    /// Notes that nothing has happened.
+    /// Records that nothing has changed.
     pub(super) fn undo(&self, guest: &mut Guest) {
         guest.snapshots().going_back = None;
         guest.snapshots().finish(self.before.clone());
     }
 }
 
-/// Whether an image must not be resized: version 2 under snapshots, or with bitmaps that nobody can trust.
+/// True if the image must not be resized: version 2 with snapshots, or inconsistent bitmaps.
 pub(super) fn refuses_resize(disk: &Image) -> bool {
     let header = disk.header();
     (header.version == Version::V2 && header.nb_snapshots > 0)
         || disk.bitmaps().is_ok_and(|bitmaps| bitmaps.iter().any(|bitmap| bitmap.in_use))
 }
 
-/// The whole sectors that hold `range`.
+/// The whole sectors that cover `range`.
 pub(super) fn sectors_around(range: GuestRange) -> GuestRange {
     let start = range.start().value() / SECTOR * SECTOR;
     GuestRange::between(

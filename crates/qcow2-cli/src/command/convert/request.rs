@@ -6,9 +6,8 @@ use crate::failure::Failure;
 use crate::imageopts::{TargetFormat, print_options};
 use crate::newimage::format_of_name;
 use crate::numbers::{SIGNED, parse_argument, parse_count};
-use crate::open::is_block_device;
-use crate::optlist::OptList;
 use crate::session::Session;
+use qcow2_blockdev::{KeyValues, is_block_device};
 use qcow2_io::CacheMode;
 use qcow2_ops::ConvertOptions;
 use qcow2_ops::convert::MAX_SPARSE_SIZE;
@@ -42,7 +41,7 @@ pub(super) struct TargetArgs {
     /// Whether it is made, and not there already.
     pub(super) create: bool,
     /// What it is made with.
-    pub(super) list: OptList,
+    pub(super) list: KeyValues,
     pub(super) backing: Option<String>,
     pub(super) backing_format: Option<String>,
     pub(super) image_opts: bool,
@@ -90,7 +89,7 @@ impl Request {
             request.take(given.opt, given.value, &mut texts)?;
         }
         request.check_together(&texts)?;
-        let mut list = OptList::parse_image_options(&texts.options);
+        let mut list = KeyValues::parse_image_options(&texts.options);
         if list.asks_help() {
             let format = TargetFormat::parse(request.target.format.as_deref().unwrap_or("raw"))?;
             print_options(session, format, !args.into_operands().is_empty())?;
@@ -160,7 +159,7 @@ impl Request {
             Opt::TargetFormat => target.format = Some(value),
             Opt::TargetImageOpts => target.image_opts = true,
             Opt::TargetCache => target.cache = Some(value),
-            Opt::Options => texts.options.push(OptList::checked(value)?),
+            Opt::Options => texts.options.push(KeyValues::checked(value)?),
             Opt::Backing => target.backing = Some(value),
             Opt::BackingFormat => target.backing_format = Some(value),
             Opt::Salvage => copy.salvage = true,
@@ -233,7 +232,8 @@ pub(crate) fn parse_snapshot(text: &str) -> Result<SnapshotName, Failure> {
         // Two messages, each with the program's name.
         Failure::new(format!("Failed in parsing snapshot param '{text}'")).after(message)
     };
-    let list = OptList::parse_pairs(text, None).map_err(failed)?;
+    let list =
+        KeyValues::parse_pairs(text, None).map_err(|error| failed(Failure::from(error).to_string()))?;
     if let Some(pair) = list.pairs().iter().find(|p| p.key != "snapshot.id" && p.key != "snapshot.name") {
         return Err(failed(format!("Invalid parameter '{}'", pair.key)));
     }

@@ -2,11 +2,13 @@
 
 use super::request::Request;
 use super::{failure, finish, open_sources, target};
+use crate::compression::Compression;
 use crate::exit;
 use crate::failure::Failure;
+use crate::files::open_files;
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
-use crate::open::{codecs, open_files, warn_of_missing_end};
+use crate::open::warn_of_missing_end;
 use crate::progress::Meter;
 use crate::session::{Session, unfinished_stream};
 use qcow2_core::GuestDisk;
@@ -84,7 +86,7 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
         }
         _ => stream_raw(&disks, &mut out, meter),
     };
-    written.map(|_| ()).map_err(|error| match crate::render::qemu_text::find::<io::Error>(&error) {
+    written.map(|_| ()).map_err(|error| match crate::persona::find::<io::Error>(&error) {
         // An error of the source may have one of the system below it too.
         Some(broken) if error.kind() == ErrorKind::Write => unfinished_stream(broken),
         _ => failure(&error),
@@ -113,7 +115,7 @@ fn read(session: &Session, request: &Request, interrupts: &Interrupts, meter: &M
         }
         true => {
             let image = StreamedImage::open(&mut input).map_err(|error| failure(&error))?;
-            let codecs = codecs();
+            let codecs = Compression::DEFAULT.codecs()?;
             let codec = match image.header().compression_type {
                 CompressionType::Zstd => codecs.zstd,
                 _ => codecs.deflate,

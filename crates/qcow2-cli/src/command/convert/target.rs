@@ -3,14 +3,14 @@
 use super::request::Request;
 use crate::args::ImageArgs;
 use crate::failure::Failure;
-use crate::imagename::{Driver, ImageName, NewTarget, new_target};
+use crate::files::open_files;
 use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
-use crate::newbacking::{KeptBacking, open_backing};
 use crate::newimage;
-use crate::open::{OpenAs, OpenedDisk, open_target};
-use crate::render::qemu_text;
+use crate::open::{open_target, read_name};
+use crate::persona;
 use crate::session::Session;
+use qcow2_blockdev::{Driver, KeptBacking, NewTarget, OpenedDisk, open_backing};
 use qcow2_core::GuestDisk;
 use qcow2_core::format::Version;
 use std::sync::Arc;
@@ -27,8 +27,10 @@ pub(super) fn open(
     let mut args = ImageArgs { format: request.target.format.clone(), objects, ..ImageArgs::default() };
     let name = if request.target.create {
         TargetFormat::parse(request.target.format())?;
-        let made = match new_target(&request.target.name) {
-            Err(reason) if !request.target.name.is_empty() => return Err(Failure::new(reason)),
+        let made = match NewTarget::parse(&request.target.name) {
+            Err(reason) if !request.target.name.is_empty() => {
+                return Err(Failure::new(persona::in_one_line(&reason)));
+            }
             target => target.unwrap_or(NewTarget::File(String::new())),
         };
         let options = settle(request, sources, size)?;
@@ -36,9 +38,11 @@ pub(super) fn open(
         // What it is to stand on is not emptied for it.
         let _kept = options.text("backing_file").map(|backing| {
             let (new, format) = (&request.target.name, options.text("backing_fmt"));
-            let kept = KeptBacking::unopened(new, backing, format);
+            let kept = KeptBacking::unopened(open_files(), new, backing);
             // What cannot be opened is complained of when the new image is.
-            match open_backing(new, backing, format, options.objects()) {
+            let (format, objects) = (format.map(str::to_owned), options.objects().clone());
+            let args = ImageArgs { format, objects, ..ImageArgs::default() };
+            match open_backing(new, backing, &args.naming(), &args.options()) {
                 Ok(chain) => kept.with(chain),
                 Err(_) => kept,
             }
@@ -49,14 +53,10 @@ pub(super) fn open(
                 .about(&format!("error while converting {format}"))
                 .about(&request.target.name)
         })?;
-        let driver = match options.format() {
-            TargetFormat::Raw => Driver::Raw,
-            TargetFormat::Qcow2 => Driver::Qcow2,
-            TargetFormat::Luks => Driver::Luks,
-        };
+        let driver = options.format().driver();
         let key = if driver == Driver::Luks { "key-secret" } else { "encrypt.key-secret" };
         let secret = options.text(key).map(|id| (key, id));
-        ImageName::on(&request.target.name, made, driver, secret, &args.objects)
+        made.into_name(&request.target.name, driver, secret, args.objects.secrets())
     } else {
         args.image_opts = request.target.image_opts;
         args.check()?;
@@ -65,17 +65,12 @@ pub(super) fn open(
         }
         check_bitmaps(request, sources)?;
         request.target.cache()?;
-        ImageName::read(session, &request.target.name, &args)?
+        read_name(session, &request.target.name, &args)?
     };
-    let bytes_per_second = request.target.bytes_per_second;
-    let how = OpenAs {
-        writable: true,
-        cache: request.target.cache()?,
-        bytes_per_second,
-        compression: request.copy.compression,
-        ..OpenAs::READ
-    };
-    let target = open_target(session, &name, &args, how)?.disk;
+    let mut how = args.options().with_cache(request.target.cache()?);
+    how.bytes_per_second = request.target.bytes_per_second;
+    how.codecs = Some(request.copy.compression.codecs()?);
+    let target = open_target(session, &name, &how)?.disk;
     if request.copy.compress && target.as_image().is_none() {
         return Err(Failure::new(NO_COMPRESSION));
     }
@@ -143,7 +138,7 @@ fn check_bitmaps(request: &Request, sources: &[OpenedDisk]) -> Result<(), Failur
     }
     let with_bitmaps = source.disk.as_image().filter(|image| image.header().version >= Version::V3);
     let image = with_bitmaps.ok_or_else(|| Failure::new("Source lacks bitmap support"))?;
-    let bitmaps = image.bitmaps().map_err(|error| Failure::new(qemu_text::chain(&error)))?;
+    let bitmaps = image.bitmaps().map_err(|error| Failure::new(persona::chain(&error)))?;
     let broken = bitmaps.iter().find(|bitmap| bitmap.in_use && !request.copy.skip_broken_bitmaps);
     if let Some(bitmap) = broken {
         let name = bitmap.name_text();

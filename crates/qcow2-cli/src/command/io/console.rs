@@ -1,50 +1,41 @@
 //! Where the text goes: results to standard output, complaints to standard error, each at once and in order.
 
 use crate::failure::Failure;
-use crate::session::printed;
-use std::io::{self, Write};
+use crate::session::Session;
+use qcow2_exerciser::Console;
+use std::cell::RefCell;
 
 /// Both outputs of the program.
-pub(super) struct Console<'a> {
-    program: &'a str,
-    out: Box<dyn Write + 'a>,
-    err: Box<dyn Write + 'a>,
+pub(super) struct Streams<'a> {
+    session: &'a Session,
     /// Why text for standard output was lost, the first time.
-    lost: Option<Failure>,
+    lost: RefCell<Option<Failure>>,
 }
 
-impl<'a> Console<'a> {
-    /// `program` stands before complaints about more than the command line.
-    pub(super) fn new(program: &'a str, out: Box<dyn Write + 'a>, err: Box<dyn Write + 'a>) -> Self {
-        Self { program, out, err, lost: None }
-    }
-
-    /// The program's own outputs.
-    pub(super) fn standard(program: &'a str) -> Self {
-        Self::new(program, Box::new(io::stdout()), Box::new(io::stderr()))
-    }
-
-    /// Text for standard output.
-    pub(super) fn out(&mut self, text: &str) {
-        // Commands go on where text is lost: a script that stopped halfway would leave half of its changes.
-        if let Err(failure) = printed(self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush())) {
-            self.lost.get_or_insert(failure);
-        }
-    }
-
-    /// A line for standard error.
-    pub(super) fn err(&mut self, line: &str) {
-        // Nobody is left to hear that complaining failed.
-        let _ = writeln!(self.err, "{line}").and_then(|()| self.err.flush());
-    }
-
-    /// A line for standard error, after the program's name.
-    pub(super) fn named(&mut self, text: &str) {
-        self.err(&format!("{}: {text}", self.program));
+impl<'a> Streams<'a> {
+    pub(super) fn new(session: &'a Session) -> Self {
+        Self { session, lost: RefCell::new(None) }
     }
 
     /// Why text for standard output was lost that somebody still wanted, if it was.
-    pub(super) fn take_lost(&mut self) -> Option<Failure> {
+    pub(super) fn take_lost(&self) -> Option<Failure> {
         self.lost.take()
+    }
+}
+
+impl Console for Streams<'_> {
+    fn out(&self, text: &str) {
+        // Commands go on where text is lost: a script that stopped halfway would leave half of its changes.
+        if let Err(failure) = self.session.print(text) {
+            self.lost.borrow_mut().get_or_insert(failure);
+        }
+    }
+
+    fn complain(&self, line: &str) {
+        self.session.complain(line);
+    }
+
+    fn complain_named(&self, text: &str) {
+        self.complain(&format!("{}: {text}", self.session.program()));
     }
 }

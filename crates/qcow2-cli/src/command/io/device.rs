@@ -1,24 +1,18 @@
 //! Opens what the exerciser asks for: files with their chains, scratch overlays, copies to the top layer.
 
-use super::copy_on_read::CopyOnRead;
-use super::exerciser::{OpenedFile, Opener};
-use super::guarded_raw::GuardedRaw;
-use super::report::size;
-use super::request::OpenRequest;
-use super::target::{Target, reason};
 use crate::args::{ImageArgs, Objects};
-use crate::crypt::Keys;
+use crate::compression::Compression;
 use crate::failure::Failure;
-use crate::findings::bitmaps_to_lose;
-use crate::imagename::ImageName;
-use crate::open::{NATIVE_NEEDS_DIRECT, OpenAs, codecs, guess_warning, open_file, open_image};
-use crate::optlist::{OptList, escape_commas};
-use crate::render::{human, info::specific_text, qemu_text};
+use crate::persona::{self, NATIVE_NEEDS_DIRECT, SHARED_AND_WRITABLE};
+use qcow2_blockdev::{ImageName, KeyValues, Keys, Warning, bitmaps_to_lose, escape_commas, open_bytes};
 use qcow2_core::{
-    BackingName, CreateOptions, GuestDisk, Image, ImageFormat, OpenOptions, Reference, ResolveError,
-    ResolvedSource, Resolver, Storage,
+    BackingName, CreateOptions, GuestDisk, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource,
+    Resolver, Storage,
 };
-use qcow2_io::{CacheMode, FileStorage, NoFlush};
+use qcow2_exerciser::{OpenRequest, OpenedDisk, Opener, Refusal};
+use qcow2_io::{CacheMode, CopyOnRead, FileStorage, GuardedRaw, NoFlush};
+use std::fs::File;
+use std::io::{self, Read};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Opens files.
@@ -28,15 +22,19 @@ pub(super) struct Files {
 }
 
 impl Opener for Files {
-    fn open(&self, request: &OpenRequest) -> Result<OpenedFile, Vec<String>> {
-        let request = understood(request).map_err(|text| vec![text])?;
+    fn open(&self, request: &OpenRequest) -> Result<OpenedDisk, Refusal> {
+        let request = understood(request).map_err(Refusal::new)?;
         open(&request, &self.objects).map_err(|failure| {
-            let mut lines = failure.without_name().lines("", "");
-            if let Some(first) = lines.first_mut() {
-                *first = first.trim_start_matches(": ").to_owned();
-            }
-            lines
+            let mut lines = failure.without_name().lines("", "").into_iter();
+            let reason = lines.next().unwrap_or_default();
+            Refusal { reason: reason.trim_start_matches(": ").to_owned(), hints: lines.collect() }
         })
+    }
+
+    fn read_file(&self, name: &str, limit: u64) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        File::open(name)?.take(limit).read_to_end(&mut bytes)?;
+        Ok(bytes)
     }
 }
 
@@ -44,8 +42,9 @@ impl Opener for Files {
 fn understood(request: &OpenRequest) -> Result<OpenRequest, String> {
     let mut request = request.clone();
     let list = match request.options.is_empty() {
-        true => OptList::default(),
-        false => OptList::parse_pairs(&request.options.join(","), None)?,
+        true => KeyValues::default(),
+        false => KeyValues::parse_pairs(&request.options.join(","), None)
+            .map_err(|error| Failure::from(error).to_string())?,
     };
     let mut rest = Vec::new();
     let (mut direct, mut no_flush) = (None, None);
@@ -67,7 +66,7 @@ fn understood(request: &OpenRequest) -> Result<OpenRequest, String> {
     request.options = rest;
     request.cache = with_flags(request.cache, direct, no_flush);
     if request.force_share && !request.read_only {
-        return Err("force-share=on can only be used with read-only images".to_owned());
+        return Err(SHARED_AND_WRITABLE.to_owned());
     }
     if request.native_aio && !request.cache.is_direct() {
         return Err(NATIVE_NEEDS_DIRECT.to_owned());
@@ -88,9 +87,9 @@ fn with_flags(mode: CacheMode, direct: Option<bool>, no_flush: Option<bool>) -> 
     }
 }
 
-fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedFile, Failure> {
+fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedDisk, Failure> {
     let (typed, args) = name_and_args(request, objects);
-    let name = ImageName::parse(&typed, &args)?;
+    let name = ImageName::parse(&typed, &args.naming())?;
     // Durable writes are made by flushing after each, above the image; its own tables need no flush each.
     let cache = match request.cache {
         CacheMode::None | CacheMode::Directsync => CacheMode::None,
@@ -100,39 +99,39 @@ fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedFile, Failure>
     let guessed = name.node.is_probed();
     let scratch = request.snapshot && !request.read_only;
     let writable = !request.read_only;
-    let how = OpenAs { writable: writable && !scratch, cache, ..OpenAs::READ };
-    let opened = open_image(&name, &args, how)?;
+    let mut how = args.options().with_cache(cache);
+    how.writable = writable && !scratch;
+    let opened = qcow2_blockdev::open(&name, &how)?;
     let debugger = opened.debugger.clone();
     let (mut disk, format) = match scratch {
         true => {
             let size = opened.disk.size();
             drop(opened);
-            (scratch_overlay(open_file(&name, &args, how)?, size, name.keys.above())?, ImageFormat::Qcow2)
+            (scratch_overlay(open_bytes(&name, &how)?.source, size, name.keys.above())?, ImageFormat::Qcow2)
         }
         false => (opened.disk, opened.format),
     };
     let mut warnings = Vec::new();
     if guessed && writable && format == ImageFormat::Raw {
         disk = Arc::new(GuardedRaw::new(disk));
-        warnings = guess_warning(&name.typed);
+        warnings = persona::warning(&Warning::GuessedRaw(name.typed.clone()));
     }
     if let Some(image) = disk.as_image().filter(|_| how.writable) {
         let lost = bitmaps_to_lose(&**image.storage(), &image.header());
-        warnings.extend(lost.map(|text| format!("warning: {text}")));
+        warnings.extend(lost.map(|lost| format!("warning: {}", persona::warning(&lost).join("\n"))));
     }
-    let info = info_of(Arc::clone(&disk), format);
     if request.copy_on_read && writable {
         disk = Arc::new(CopyOnRead::new(disk));
     }
-    let target = Target {
-        disk,
-        durable_writes: request.cache.is_writethrough() && writable,
-        discards: match name.node.options.text("discard").as_deref() {
-            Some(mode) => matches!(mode, "unmap" | "on"),
-            None => request.discards,
-        },
+    let mut opened = OpenedDisk::new(disk, writable);
+    opened.durable_writes = request.cache.is_writethrough() && writable;
+    opened.discards = match name.node.options.text("discard").as_deref() {
+        Some(mode) => matches!(mode, "unmap" | "on"),
+        None => request.discards,
     };
-    Ok(OpenedFile { target, writable, info, warnings, debugger })
+    opened.warnings = warnings;
+    opened.debugger = debugger;
+    Ok(opened)
 }
 
 /// What the request's name is, and how it is meant: options turn it into an option string.
@@ -178,9 +177,9 @@ fn scratch_overlay(base: ResolvedSource, size: u64, keys: Keys) -> Result<Arc<dy
     };
     let mut options = OpenOptions::default();
     options.writable = true;
-    options.codecs = codecs();
+    options.codecs = Compression::DEFAULT.codecs()?;
     options.keys = Some(Arc::new(keys));
-    qcow2_core::open_disk(source, &options).map_err(|error| qemu_text::open_failure("", "", &error))
+    qcow2_core::open_disk(source, &options).map_err(|error| persona::engine_failure("", &error))
 }
 
 /// Resolves the one name of a scratch overlay to the source that is open already.
@@ -193,46 +192,15 @@ impl Resolver for Handover {
     }
 }
 
-fn info_of(disk: Arc<dyn GuestDisk>, format: ImageFormat) -> Box<dyn Fn() -> Result<String, String>> {
-    Box::new(move || {
-        let Some(image) = disk.as_image() else {
-            return Ok(format!(
-                "format name: raw\ncluster size: {}\nvm state offset: {}\n",
-                size(0),
-                size(0)
-            ));
-        };
-        let head = format!(
-            "format name: qcow2\ncluster size: {}\nvm state offset: {}\n",
-            size(image.cluster_size()),
-            size(vm_state_offset(image))
-        );
-        let report =
-            qcow2_ops::info(&**image.storage(), &format).map_err(|error| match error.core_error() {
-                Some(error) => reason(error),
-                None => human::escaped(&qemu_text::chain(&error)),
-            })?;
-        let specific = report.qcow2.as_ref().map(specific_text).unwrap_or_default();
-        Ok(format!("{head}{specific}"))
-    })
-}
-
-/// Where the machine's state begins: behind the last L2 table that the disk needs.
-fn vm_state_offset(image: &Image) -> u64 {
-    let covered = image.geometry().l2_coverage();
-    image.size().div_ceil(covered.max(1)).saturating_mul(covered)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn with_options(options: &str) -> Result<OpenRequest, String> {
-        understood(&OpenRequest {
-            path: Some("disk".to_owned()),
-            options: vec![options.to_owned()],
-            ..OpenRequest::default()
-        })
+        let mut request = OpenRequest::default();
+        request.path = Some("disk".to_owned());
+        request.options = vec![options.to_owned()];
+        understood(&request)
     }
 
     #[test]

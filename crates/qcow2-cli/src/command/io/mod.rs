@@ -1,37 +1,22 @@
 //! `io`: reads, writes and looks at a disk by commands. Called as `qemu-io` it behaves as that tool.
 //!
-//! `parse` turns words into commands, `exerciser` runs them, `target` makes the requests, `report` tells of
-//! them.
+//! The commands are the exerciser's. Here are its options, its disks (`device`), its outputs (`console`) and
+//! the words for errors (`words`).
 
-mod background;
-mod command;
 mod console;
-mod copy_on_read;
 mod device;
-mod exerciser;
-mod guarded_raw;
-mod help;
-mod parse;
-mod report;
-mod request;
-mod source;
-mod table;
-mod target;
-#[cfg(test)]
-mod tests;
-mod vmstate;
 mod words;
 
 use crate::args::{Arguments, Getopt, Objects, Opt, Verb, print_verb_help, print_version};
 use crate::exit;
 use crate::failure::Failure;
 use crate::session::Session;
-use console::Console;
+use console::Streams;
 use device::Files;
-use exerciser::{Exerciser, Flow};
+use qcow2_exerciser::{Console, Exerciser, Flow, OpenRequest, Ports};
 use qcow2_io::CacheMode;
-use request::OpenRequest;
 use std::io::BufRead;
+use words::QemuWords;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, mut args: Arguments) -> Result<u8, Failure> {
@@ -42,7 +27,7 @@ pub(crate) fn run(session: &Session, mut args: Arguments) -> Result<u8, Failure>
     }
     let mut operands = args.into_operands();
     if operands.len() > 1 {
-        return Err(Failure::usage(verb, "Expecting at most one image file name"));
+        return Err(Failure::usage(verb.name, "Expecting at most one image file name"));
     }
     exercise(session, request, operands.pop())
 }
@@ -111,35 +96,49 @@ fn exercise(session: &Session, mut request: Request, path: Option<String>) -> Re
         return Err(Failure::new("--image-opts and -f are mutually exclusive"));
     }
     let opener = Files { objects: request.objects };
-    let mut exerciser = Exerciser::new(Console::standard(session.program()), &opener);
+    let console = Streams::new(session);
+    let mut exerciser = Exerciser::new(Ports { opener: &opener, console: &console, words: &QemuWords });
     if let Some(path) = path {
         request.open.path = Some(path);
-        if !exerciser.open_first(request.open) {
+        if !exerciser.open(request.open) {
             return Ok(exit::FAILURE);
         }
     }
     match request.commands.is_empty() {
-        true => interactive(session, &mut exerciser),
+        true => interactive(session, &console, &mut exerciser),
         false => {
-            let _ = request.commands.iter().all(|line| exerciser.execute(line) == Flow::Continue);
+            let _ = request.commands.iter().all(|line| goes_on(exerciser.execute(line)));
         }
     }
     exerciser.finish();
-    if let Some(lost) = exerciser.console().take_lost() {
+    if let Some(lost) = console.take_lost() {
         return Err(lost);
     }
     Ok(if exerciser.has_failed() { exit::FAILURE } else { exit::SUCCESS })
 }
 
 /// Runs the lines of standard input, each after a prompt.
-fn interactive(session: &Session, exerciser: &mut Exerciser<'_>) {
+fn interactive(session: &Session, console: &Streams<'_>, exerciser: &mut Exerciser<'_>) {
     let prompt = format!("{}> ", session.program());
     let mut lines = std::io::stdin().lock().lines();
     loop {
-        exerciser.console().out(&prompt);
+        console.out(&prompt);
         match lines.next() {
-            Some(Ok(line)) if exerciser.execute(&line) == Flow::Continue => {}
+            Some(Ok(line)) if goes_on(exerciser.execute(&line)) => {}
             _ => break,
         }
     }
+}
+
+/// Does to this process what a command asks for. Returns whether there is a next one.
+fn goes_on(flow: Flow) -> bool {
+    match flow {
+        Flow::Quit => return false,
+        Flow::Abort => std::process::abort(),
+        // A number that is no signal does nothing.
+        #[cfg(unix)]
+        Flow::Raise(signal) => drop(signal_hook::low_level::raise(signal)),
+        _ => {}
+    }
+    true
 }

@@ -1,0 +1,166 @@
+//! The drivers, their names, and the options that each has.
+
+/// The drivers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Driver {
+    /// A qcow2 image.
+    Qcow2,
+    /// A raw disk, or a part of one.
+    Raw,
+    /// A LUKS container.
+    Luks,
+    /// A regular file.
+    File,
+    /// A block device.
+    HostDevice,
+    /// A disk that holds nothing.
+    NullCo,
+    /// The same under another name.
+    NullAio,
+    /// Faults at chosen steps.
+    Blkdebug,
+    /// The disk of a server.
+    Nbd,
+}
+
+impl Driver {
+    /// All names, in the order of letters.
+    pub const NAMES: [&'static str; 9] =
+        ["blkdebug", "file", "host_device", "luks", "nbd", "null-aio", "null-co", "qcow2", "raw"];
+
+    /// The driver called `name`.
+    pub fn parse(name: &str) -> Option<Self> {
+        Some(match name {
+            "qcow2" => Self::Qcow2,
+            "raw" => Self::Raw,
+            "luks" => Self::Luks,
+            "file" => Self::File,
+            "host_device" => Self::HostDevice,
+            "null-co" => Self::NullCo,
+            "null-aio" => Self::NullAio,
+            "blkdebug" => Self::Blkdebug,
+            "nbd" => Self::Nbd,
+            _ => return None,
+        })
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+            Self::Luks => "luks",
+            Self::File => "file",
+            Self::HostDevice => "host_device",
+            Self::NullCo => "null-co",
+            Self::NullAio => "null-aio",
+            Self::Blkdebug => "blkdebug",
+            Self::Nbd => "nbd",
+        }
+    }
+
+    /// Whether it is about where bytes are, not about what they mean.
+    pub fn is_protocol(self) -> bool {
+        !matches!(self, Self::Qcow2 | Self::Raw | Self::Luks)
+    }
+
+    /// What it calls the node that it stands on.
+    pub fn child(self) -> Option<&'static str> {
+        match self {
+            Self::Qcow2 | Self::Raw | Self::Luks => Some("file"),
+            Self::Blkdebug => Some("image"),
+            _ => None,
+        }
+    }
+
+    /// Options that change what is read, and so belong to the name.
+    pub(crate) fn is_strong(self, key: &str) -> bool {
+        match self {
+            Self::Qcow2 => key.starts_with("encrypt."),
+            Self::Raw => matches!(key, "offset" | "size"),
+            Self::Luks => KEY_OPTIONS.contains(&key),
+            Self::File | Self::HostDevice => key == "filename",
+            Self::NullCo | Self::NullAio => matches!(key, "size" | "read-zeroes"),
+            Self::Blkdebug => {
+                key == "config" || key.starts_with("inject-error.") || key.starts_with("set-state.")
+            }
+            Self::Nbd => !GENERAL.contains(&key),
+        }
+    }
+
+    /// Whether it knows option `key`, which begins none of its children's.
+    pub(crate) fn knows(self, key: &str) -> bool {
+        let own: &[&str] = match self {
+            Self::Qcow2 => &QCOW2,
+            Self::Raw => &["offset", "size"],
+            Self::Luks => &[],
+            Self::File | Self::HostDevice => &FILE,
+            Self::NullCo | Self::NullAio => &["size", "read-zeroes", "latency-ns"],
+            Self::Blkdebug => &BLKDEBUG,
+            Self::Nbd => &NBD,
+        };
+        GENERAL.contains(&key)
+            || own.contains(&key)
+            || (self != Self::Raw && self.is_strong(key) && self != Self::Nbd)
+            || (self == Self::Nbd && key.starts_with("server."))
+            || (self == Self::Blkdebug && key.contains("-child-perms."))
+    }
+}
+
+/// The options that name the secret of an encrypted layer and limit the work that its header may ask for,
+/// without `encrypt.`.
+pub(crate) const KEY_OPTIONS: [&str; 2] = ["key-secret", "max-iterations"];
+
+/// What every driver takes.
+const GENERAL: [&str; 9] = [
+    "node-name",
+    "read-only",
+    "auto-read-only",
+    "discard",
+    "detect-zeroes",
+    "force-share",
+    "cache.direct",
+    "cache.no-flush",
+    "cache.writeback",
+];
+/// What a file takes; none of it but the name changes what is read.
+const FILE: [&str; 7] =
+    ["filename", "locking", "aio", "aio-max-batch", "drop-cache", "pr-manager", "x-check-cache-dropped"];
+/// What a qcow2 image takes; none of it changes what is read.
+const QCOW2: [&str; 21] = [
+    "lazy-refcounts",
+    "pass-discard-request",
+    "pass-discard-snapshot",
+    "pass-discard-other",
+    "discard-no-unref",
+    "overlap-check",
+    "overlap-check.template",
+    "overlap-check.main-header",
+    "overlap-check.active-l1",
+    "overlap-check.active-l2",
+    "overlap-check.refcount-table",
+    "overlap-check.refcount-block",
+    "overlap-check.snapshot-table",
+    "overlap-check.inactive-l1",
+    "overlap-check.inactive-l2",
+    "overlap-check.bitmap-directory",
+    "cache-size",
+    "l2-cache-size",
+    "l2-cache-entry-size",
+    "refcount-cache-size",
+    "cache-clean-interval",
+];
+const BLKDEBUG: [&str; 7] =
+    ["config", "align", "max-transfer", "opt-write-zero", "max-write-zero", "opt-discard", "max-discard"];
+const NBD: [&str; 9] = [
+    "host",
+    "port",
+    "path",
+    "export",
+    "tls-creds",
+    "tls-hostname",
+    "x-dirty-bitmap",
+    "reconnect-delay",
+    "open-timeout",
+];

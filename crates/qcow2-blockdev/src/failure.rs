@@ -1,0 +1,340 @@
+//! Why a disk was not opened: one error for names, trees, options, files, keys and chains.
+
+use crate::driver::{AddressError, Driver, RuleError, TuningError, WindowError};
+use crate::keyvalue::KeyValueError;
+use crate::scalar::OptionError;
+use crate::tree::JsonError;
+use crate::warning::Warning;
+use qcow2_core::StorageError;
+use qcow2_io::{LockConflict, NbdError, OsError, SourceError};
+use std::error::Error;
+use std::fmt;
+
+/// A disk that was not opened. `Display` is one sentence; [`kind`](Self::kind) is what callers match, and
+/// [`cause`](Self::cause) finds an error of another crate below it.
+#[derive(Debug)]
+pub struct OpenFailure(Box<Details>);
+
+#[derive(Debug)]
+struct Details {
+    name: String,
+    layer: usize,
+    kind: FailureKind,
+    missing_backing: Option<MissingBacking>,
+    warnings: Vec<Warning>,
+}
+
+/// A backing file that is not there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MissingBacking {
+    /// Its name, as the image above records it.
+    pub recorded: String,
+    /// The image above, to whose directory that name is relative.
+    pub above: String,
+}
+
+/// What kind of trouble it is, with what a caller may want to know of it.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum FailureKind {
+    /// No driver has this name.
+    UnknownDriver(String),
+    /// No driver takes names that begin so.
+    UnknownProtocol(String),
+    /// Neither a driver nor what it should stand on is given.
+    NoDriver,
+    /// This driver needs the name of a file.
+    NoFileName(Driver),
+    /// A node is referred to by a name, and no node has one.
+    UnknownNode(String),
+    /// The same of a backing file.
+    UnknownBackingNode(String),
+    /// A node stands on nothing, where something must be in this role.
+    NothingBelow(&'static str),
+    /// A disk of this driver, which holds nothing, has no such name.
+    NameOfNull(Driver),
+    /// A name with `blkdebug:` lacks the second colon.
+    NameOfBlkdebug,
+    /// A name has more nodes than this, each below the one before.
+    TooManyNodes(usize),
+    /// What follows `json:` is not one object.
+    Json(JsonError),
+    /// A list of `key=value` is none.
+    KeyValues(KeyValueError),
+    /// The server is not to be found by these options.
+    Server(AddressError),
+    /// New images cannot be put where this driver leads.
+    CreatesNothing(Driver),
+
+    /// An option that the driver does not have.
+    UnknownOption {
+        /// The driver.
+        driver: Driver,
+        /// The option.
+        option: String,
+    },
+    /// A backing file is given for a format that has none.
+    NoBackingFiles,
+    /// A data file is given for an image that has none.
+    NoDataFile,
+    /// A value that its option does not take.
+    Option(OptionError),
+    /// A part of a raw disk that is not there.
+    Window(WindowError),
+    /// Rules for faults that are none.
+    Rules(RuleError),
+    /// Options of a qcow2 image that do not go together.
+    Tuning(TuningError),
+
+    /// An option wants a node left alone that is to be written to.
+    ReadOnlyNode,
+    /// Locks are to be ignored, and the disk is to be written to.
+    SharedAndWritable,
+    /// Requests are to be queued by the system while its page cache is in use.
+    QueuedThroughCache,
+
+    /// A device is asked for, and the name leads to something else.
+    NotADevice(String),
+    /// A device is asked for, and the name leads nowhere.
+    NoDevice {
+        /// The name.
+        path: String,
+        /// The system's answer.
+        error: OsError,
+    },
+    /// The file cannot be opened, or read to learn its format.
+    File {
+        /// Its name.
+        path: String,
+        /// Why.
+        error: Box<SourceError>,
+    },
+    /// The server gives no disk.
+    Connect(Box<NbdError>),
+    /// What is at the bottom cannot be read to learn its format.
+    Probe(StorageError),
+    /// What is at the bottom cannot be read.
+    Storage(StorageError),
+    /// A format that only its name is known of.
+    UnsupportedFormat(String),
+    /// An image inside another one, or a filter, is deeper than this.
+    TooDeep(usize),
+    /// One image and those below it name more files than this.
+    TooManyNamed(usize),
+    /// A chain of backing files has more layers than this.
+    ChainTooLong(usize),
+    /// The file called so stands below itself.
+    Loop(String),
+    /// The engine does not open the image. A layer that stays locked is among the causes:
+    /// [`KeyError`](crate::KeyError).
+    Engine(qcow2_core::Error),
+
+    /// A snapshot is asked for of a disk that has none.
+    NoSnapshots,
+    /// There is no such snapshot.
+    NoSuchSnapshot,
+    /// The chain of `name` has no layer called `base`; `None`: no layer but the top.
+    NoBase {
+        /// The image.
+        name: String,
+        /// What was looked for.
+        base: Option<String>,
+    },
+}
+
+impl OpenFailure {
+    /// The disk called `name` fails as `kind` says.
+    pub fn new(name: impl Into<String>, kind: impl Into<FailureKind>) -> Self {
+        let (name, kind) = (name.into(), kind.into());
+        Self(Box::new(Details { name, layer: 0, kind, missing_backing: None, warnings: Vec::new() }))
+    }
+
+    /// The same in the backing file that is so many layers further down.
+    #[must_use]
+    pub(crate) fn below(mut self, layers: usize) -> Self {
+        self.0.layer += layers;
+        self
+    }
+
+    pub(crate) fn with_missing_backing(mut self, missing: MissingBacking) -> Self {
+        self.0.missing_backing = Some(missing);
+        self
+    }
+
+    pub(crate) fn with_warnings(mut self, warnings: Vec<Warning>) -> Self {
+        self.0.warnings = warnings;
+        self
+    }
+
+    /// The disk, as its name was typed.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// Which layer is at fault: 0 is the image itself, 1 its backing file, and so on.
+    pub fn layer(&self) -> usize {
+        self.0.layer
+    }
+
+    /// What kind of trouble it is.
+    pub fn kind(&self) -> &FailureKind {
+        &self.0.kind
+    }
+
+    /// The kind of the name at fault: where an image names another one that fails, that of the other, however
+    /// deep.
+    pub fn origin(&self) -> &FailureKind {
+        let mut kind = self.kind();
+        while let Some(deeper) = kind.source().and_then(find::<FailureKind>) {
+            kind = deeper;
+        }
+        kind
+    }
+
+    /// The kind alone.
+    pub fn into_kind(self) -> FailureKind {
+        self.0.kind
+    }
+
+    /// The backing file that is not there, where that is the reason.
+    pub fn missing_backing(&self) -> Option<&MissingBacking> {
+        self.0.missing_backing.as_ref()
+    }
+
+    /// What there was to be warned of in the name.
+    pub fn warnings(&self) -> &[Warning] {
+        &self.0.warnings
+    }
+
+    /// The lock that was not to be had, where that is the reason.
+    pub fn lock_conflict(&self) -> Option<&LockConflict> {
+        self.cause()
+    }
+
+    /// The first error of type `T` among the causes.
+    pub fn cause<T: Error + 'static>(&self) -> Option<&T> {
+        find(&self.0.kind)
+    }
+}
+
+impl fmt::Display for OpenFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Details { name, layer, kind, .. } = &*self.0;
+        match layer {
+            0 => write!(f, "could not open '{name}': {kind}"),
+            1 => write!(f, "could not open the backing file of '{name}': {kind}"),
+            layer => write!(f, "could not open the backing file {layer} layers below '{name}': {kind}"),
+        }
+    }
+}
+
+impl Error for OpenFailure {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.0.kind.source()
+    }
+}
+
+/// The first error of type `T` in `error` and below.
+pub(crate) fn find<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a T> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref::<T>() {
+            return Some(found);
+        }
+        next = error.source();
+    }
+    None
+}
+
+/// A sentence that follows "could not open 'name': ".
+impl fmt::Display for FailureKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::UnknownDriver(name) => write!(f, "there is no driver '{name}'"),
+            Self::UnknownProtocol(name) => write!(f, "no driver takes names that begin with '{name}:'"),
+            Self::NoDriver => f.write_str("neither 'driver' nor 'file' is given"),
+            Self::NoFileName(driver) => write!(f, "the driver '{}' needs the name of a file", driver.name()),
+            Self::UnknownNode(name) => write!(f, "there is no node called '{name}'"),
+            Self::UnknownBackingNode(name) => {
+                write!(f, "there is no node called '{name}' for the backing file")
+            }
+            Self::NothingBelow(role) => write!(f, "nothing is given for '{role}'"),
+            Self::NameOfNull(driver) => write!(f, "the only name of a '{0}' disk is '{0}://'", driver.name()),
+            Self::NameOfBlkdebug => f.write_str("the name is not of the form 'blkdebug:rules:image'"),
+            Self::TooManyNodes(most) => {
+                write!(f, "more than {most} images and filters stand below one another")
+            }
+            Self::Json(error) => write!(f, "the description is not one JSON object: {error}"),
+            Self::KeyValues(error) => error.fmt(f),
+            Self::Server(error) => error.fmt(f),
+            Self::CreatesNothing(driver) => write!(f, "the driver '{}' makes no images", driver.name()),
+            Self::UnknownOption { driver, option } => {
+                write!(f, "the driver '{}' has no option '{option}'", driver.name())
+            }
+            Self::NoBackingFiles => f.write_str("a disk of this format has no backing file"),
+            Self::NoDataFile => f.write_str("the image has no external data file"),
+            Self::Option(error) => error.fmt(f),
+            Self::Window(error) => error.fmt(f),
+            Self::Rules(error) => error.fmt(f),
+            Self::Tuning(error) => error.fmt(f),
+            Self::ReadOnlyNode => f.write_str("an option allows reading only"),
+            Self::SharedAndWritable => f.write_str("locks are ignored only where nothing is written"),
+            Self::QueuedThroughCache => f.write_str("aio=native takes cache.direct=on"),
+            Self::NotADevice(path) => write!(f, "'{path}' is not a block device"),
+            Self::NoDevice { path, error } => write!(f, "no device at '{path}': {error}"),
+            Self::File { error, .. } => error.fmt(f),
+            Self::Connect(error) => error.fmt(f),
+            Self::Probe(error) => write!(f, "the format cannot be found out: {error}"),
+            Self::Storage(error) => error.fmt(f),
+            Self::UnsupportedFormat(name) => {
+                write!(f, "format '{name}' is not supported, only qcow2, raw and luks are")
+            }
+            Self::TooDeep(most) => write!(f, "more than {most} images and filters stand inside one another"),
+            Self::TooManyNamed(most) => {
+                write!(f, "more than {most} files are named by one image and those below it")
+            }
+            Self::ChainTooLong(most) => write!(f, "backing chain has more than {most} layers"),
+            Self::Loop(name) => write!(f, "'{name}' stands below itself in the backing chain"),
+            Self::Engine(error) => error.fmt(f),
+            Self::NoSnapshots => f.write_str("a disk of this format has no snapshots"),
+            Self::NoSuchSnapshot => f.write_str("there is no such snapshot"),
+            Self::NoBase { base: Some(base), .. } => write!(f, "'{base}' is not in its backing chain"),
+            Self::NoBase { base: None, .. } => f.write_str("it has no backing file"),
+        }
+    }
+}
+
+impl Error for FailureKind {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Window(error) => error.source(),
+            Self::NoDevice { error, .. } => error.source(),
+            Self::File { error, .. } => error.source(),
+            Self::Connect(error) => error.source(),
+            Self::Probe(error) | Self::Storage(error) => error.source(),
+            Self::Engine(error) => error.source(),
+            _ => None,
+        }
+    }
+}
+
+macro_rules! from {
+    ($($error:ty => $kind:ident),* $(,)?) => {$(
+        impl From<$error> for FailureKind {
+            fn from(error: $error) -> Self {
+                Self::$kind(error)
+            }
+        }
+    )*};
+}
+
+from!(
+    JsonError => Json,
+    KeyValueError => KeyValues,
+    AddressError => Server,
+    OptionError => Option,
+    WindowError => Window,
+    RuleError => Rules,
+    TuningError => Tuning,
+    qcow2_core::Error => Engine,
+);

@@ -1,0 +1,60 @@
+//! The backing file of an image that is about to be made: what is asked of it, and that the new image does
+//! not replace it.
+
+use super::layers::{OpenedDisk, open};
+use super::options::OpenOptions;
+use crate::failure::OpenFailure;
+use crate::name::{ImageName, Naming};
+use qcow2_core::Reference;
+use qcow2_io::{FileResolver, HeldFile, OpenFiles, Policy};
+use std::path::Path;
+
+/// The files below a new image, which are not written to until it is made.
+pub struct KeptBacking {
+    /// `None`: there is none yet, or the name leads to no file.
+    _first: Option<HeldFile>,
+    /// `None`: it is not to be opened, or cannot be.
+    _chain: Option<OpenedDisk>,
+}
+
+impl KeptBacking {
+    /// Keeps the file that the image `new` is to call `name`, without opening it: none of those among `files`
+    /// may write to it.
+    pub fn unopened(files: &OpenFiles, new: &str, name: &str) -> Self {
+        let named = ImageName::parse(&locate_backing(new, name), &Naming::default());
+        let path = named.as_ref().ok().and_then(ImageName::path);
+        let called = format!("the backing file '{name}'");
+        // Nothing is written yet, so it is kept if it is there.
+        let held = path.map(|path| files.hold_path(Path::new(path), &called));
+        Self { _first: held.and_then(Result::ok).flatten(), _chain: None }
+    }
+
+    /// Keeps the files of its chain too.
+    pub fn with(self, chain: OpenedDisk) -> Self {
+        Self { _chain: Some(chain), ..self }
+    }
+}
+
+/// Opens what the image `new` is to call `name`, with its chain. Only the size is asked for, which another
+/// program may well be using: locks are ignored, and no password is needed.
+pub fn open_backing(
+    new: &str,
+    name: &str,
+    naming: &Naming,
+    how: &OpenOptions,
+) -> Result<OpenedDisk, OpenFailure> {
+    let name = ImageName::parse(&locate_backing(new, name), naming)?.sealed();
+    open(&name, &how.clone().with_force_share(true))
+}
+
+/// Where `name` leads as the image at `image` calls it: names of files are relative to the image, those of
+/// other kinds stay as they are. Opens nothing.
+pub fn locate_backing(image: &str, name: &str) -> String {
+    let has_protocol = name.split_once(':').is_some_and(|(protocol, _)| !protocol.contains('/'));
+    if has_protocol {
+        return name.to_owned();
+    }
+    FileResolver::new(image, Policy::Allow)
+        .locate(Reference::Backing { name, format: None })
+        .map_or_else(|_| name.to_owned(), |path| path.to_string_lossy().into_owned())
+}

@@ -1,0 +1,326 @@
+//! From a tree of drivers to bytes: the one place where storages are chosen and stacked.
+
+use super::named::NamedBacking;
+use super::options::{OpenOptions, Sharing, default_codecs};
+use super::trail::Trail;
+use crate::driver::{
+    Driver, KEY_OPTIONS, check_values, debug_rules, is_block_device, is_window, nbd, null, window,
+};
+use crate::failure::FailureKind;
+use crate::keys::{Keys, Secrets};
+use crate::name::filename;
+use crate::scalar::parse_switch;
+use crate::target::check_device;
+use crate::tree::Node;
+use qcow2_core::{
+    ImageFormat, Layers, NoResolver, OpenOptions as EngineOptions, ResolvedSource, Resolver, SourceId,
+    Storage,
+};
+use qcow2_io::{
+    BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, Policy, SourceOptions,
+    open_source, probe_format,
+};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Bytes, and what is known of them.
+pub(super) struct Bytes {
+    pub(super) storage: Arc<dyn Storage>,
+    pub(super) id: Option<SourceId>,
+    /// What opens plain names in them; `None`: nothing does.
+    resolver: Option<Arc<dyn Resolver>>,
+    /// The format, where opening has found it out.
+    format: Option<ImageFormat>,
+    /// From the outermost node to the bottom.
+    pub(super) nodes: Vec<NodeFacts>,
+    pub(super) debugger: Option<Arc<Debugger>>,
+}
+
+/// What is told of one node.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct NodeFacts {
+    /// The driver's name.
+    pub driver: &'static str,
+    /// What the node above calls it.
+    pub role: &'static str,
+    /// Its name.
+    pub filename: String,
+    /// Its bytes.
+    pub len: u64,
+    /// Bytes of real space, where that is known.
+    pub used: Option<u64>,
+    /// Whether it is a file.
+    pub is_file: bool,
+}
+
+impl NodeFacts {
+    /// Whether it is a null device, which stores nothing.
+    pub(super) fn is_null(&self) -> bool {
+        matches!(self.driver, "null-co" | "null-aio")
+    }
+}
+
+type Opened<T> = Result<T, FailureKind>;
+
+/// Bytes with their format, what is known of the nodes below it, and the way to breakpoints.
+type OpenedTree = (ResolvedSource, Vec<NodeFacts>, Option<Arc<Debugger>>);
+
+/// How the bytes below a format are opened.
+#[derive(Clone, Copy)]
+pub(super) struct Opening<'a> {
+    how: &'a OpenOptions,
+    secrets: &'a Secrets,
+    /// The format that stands on them, where it is known.
+    format: Option<&'a ImageFormat>,
+    /// Whether whoever stands on them relies on their length.
+    is_part: bool,
+    /// How they were reached.
+    trail: &'a Trail,
+}
+
+impl<'a> Opening<'a> {
+    pub(super) fn new(
+        how: &'a OpenOptions,
+        secrets: &'a Secrets,
+        format: Option<&'a ImageFormat>,
+        trail: &'a Trail,
+    ) -> Self {
+        Self { how, secrets, format, is_part: false, trail }
+    }
+
+    /// The same for somebody who relies on the length.
+    pub(super) fn as_part(self) -> Self {
+        Self { is_part: true, ..self }
+    }
+}
+
+impl Opening<'_> {
+    fn file(&self) -> OpenFile {
+        let file = if self.how.writable { OpenFile::writable() } else { OpenFile::read_only() };
+        let mut file = file.with_cache(self.how.cache).with_locking(self.locking());
+        file.open_files.clone_from(&self.how.open_files);
+        file.resizes = self.how.resizes;
+        file.metadata_only = self.how.layers == Layers::TopOnly;
+        file
+    }
+
+    fn locking(&self) -> Locking {
+        let has_metadata = self.format == Some(&ImageFormat::Qcow2);
+        match self.how.sharing {
+            _ if self.how.force_share => Locking::Shared,
+            Sharing::Alone | Sharing::TopAlone => Locking::NoOtherWriters,
+            Sharing::ByFormat if self.is_part && !has_metadata => Locking::FixedLength,
+            Sharing::ByFormat => Locking::Auto,
+        }
+    }
+
+    /// That of the files which the image names.
+    fn locking_below(&self) -> Locking {
+        Opening { how: &self.how.below(false), is_part: false, ..*self }.locking()
+    }
+
+    /// Opens the whole tree. The format on top is probed where it is not given.
+    pub(super) fn open(&self, top: &Node) -> Opened<OpenedTree> {
+        check_aio(top, self.how.cache.is_direct())?;
+        let shared = check_access(top, self.how.writable)?;
+        let how = self.how.clone().with_force_share(self.how.force_share || shared);
+        Opening { how: &how, ..*self }.open_tree(top)
+    }
+
+    fn open_tree(&self, top: &Node) -> Opened<OpenedTree> {
+        let mut bytes = match (top.driver().is_protocol(), top.child()) {
+            (false, Some(child)) => self.on(top).bytes(child, "file")?,
+            _ => self.bytes(top, "")?,
+        };
+        let format = match (self.format, bytes.format.take()) {
+            (Some(format), _) => format.clone(),
+            (None, _) if top.driver().is_protocol() => ImageFormat::Raw,
+            (None, Some(format)) => format,
+            (None, None) => probe_format(&*bytes.storage).map_err(FailureKind::Probe)?,
+        };
+        let probed = match format {
+            ImageFormat::Qcow2 => Driver::Qcow2,
+            ImageFormat::Luks => Driver::Luks,
+            _ => Driver::Raw,
+        };
+        if !top.driver().is_protocol() {
+            if probed == Driver::Raw {
+                bytes.storage = window_of(top, bytes.storage)?;
+            }
+            let is_locked = top.driver() == Driver::Luks && top.options.text(KEY_OPTIONS[0]).is_none();
+            // That there is no key is said first.
+            if !is_locked || self.how.layers == Layers::TopOnly {
+                check_options(top, probed, self.how.layers == Layers::Follow)?;
+            }
+        }
+        let resolver = self.resolver(&bytes);
+        let Bytes { storage, id, nodes, debugger, .. } = bytes;
+        Ok((
+            ResolvedSource { storage, format, name: filename(top, probed.name()), id, resolver },
+            nodes,
+            debugger,
+        ))
+    }
+
+    /// The same for what `node` stands on.
+    fn on(&self, node: &Node) -> Self {
+        Self { is_part: self.is_part || is_part(node), ..*self }
+    }
+
+    /// What opens the names in `bytes`.
+    fn resolver(&self, bytes: &Bytes) -> Arc<dyn Resolver> {
+        let Some(inner) = bytes.resolver.clone() else { return Arc::new(NoResolver) };
+        if self.how.policy() != Policy::Allow {
+            return inner;
+        }
+        let (secrets, how) = (self.secrets.clone(), self.how.clone());
+        Arc::new(NamedBacking { inner, secrets, how, trail: self.trail.with_file(bytes.id) })
+    }
+
+    /// Opens a node that gives bytes.
+    fn bytes(&self, node: &Node, role: &'static str) -> Opened<Bytes> {
+        let trail = &self.trail.deeper()?;
+        let mut bytes = Opening { trail, ..*self }.driver_bytes(node)?;
+        check_options(node, node.driver(), role.is_empty() && self.how.layers == Layers::Follow)?;
+        let is_file = matches!(node.driver(), Driver::File | Driver::HostDevice);
+        let path = node.path().filter(|_| is_file);
+        let facts = NodeFacts {
+            driver: if path.is_some_and(is_block_device) { "host_device" } else { node.driver().name() },
+            role,
+            filename: filename(node, "raw"),
+            len: bytes.storage.len().map_err(FailureKind::Storage)?,
+            used: bytes.storage.used_bytes().map_err(FailureKind::Storage)?,
+            is_file,
+        };
+        bytes.nodes.insert(0, facts);
+        Ok(bytes)
+    }
+
+    fn driver_bytes(&self, node: &Node) -> Opened<Bytes> {
+        Ok(match node.driver() {
+            Driver::File | Driver::HostDevice => self.file_bytes(node)?,
+            Driver::NullCo | Driver::NullAio => Bytes::of(Arc::new(null(&node.options)?)),
+            Driver::Nbd => Bytes::of(self.nbd(node)?),
+            Driver::Blkdebug => {
+                let rules = debug_rules(&node.options)?;
+                let mut bytes = self.bytes(below(node)?, "image")?;
+                let debug = BlkdebugStorage::new(bytes.storage, rules);
+                bytes.debugger = Some(Arc::clone(debug.debugger()));
+                bytes.storage = Arc::new(debug);
+                bytes
+            }
+            Driver::Raw => {
+                let mut bytes = self.on(node).bytes(below(node)?, "file")?;
+                bytes.storage = window_of(node, bytes.storage)?;
+                bytes
+            }
+            Driver::Qcow2 => self.image_bytes(node, ImageFormat::Qcow2)?,
+            Driver::Luks => self.image_bytes(node, ImageFormat::Luks)?,
+        })
+    }
+
+    fn file_bytes(&self, node: &Node) -> Opened<Bytes> {
+        let path = node.path().unwrap_or_default();
+        let file_text = node.options.text("locking");
+        let mut file = self.file();
+        if file_text.as_deref() == Some("off") {
+            file = file.with_locking(Locking::Off);
+        }
+        if node.driver() == Driver::HostDevice {
+            check_device(path)?;
+        }
+        let mut options = SourceOptions::new(file).with_policy(self.how.policy());
+        options.locking_below = Some(self.locking_below());
+        if let Some(format) = self.format {
+            options = options.with_format(format.clone());
+        }
+        let source = open_source(Path::new(path), &options)
+            .map_err(|error| FailureKind::File { path: path.to_owned(), error: Box::new(error) })?;
+        self.trail.check_new(source.id, &filename(node, "raw"))?;
+        let mut bytes = Bytes::of(source.storage);
+        (bytes.id, bytes.resolver, bytes.format) = (source.id, Some(source.resolver), Some(source.format));
+        Ok(bytes)
+    }
+
+    fn nbd(&self, node: &Node) -> Opened<Arc<dyn Storage>> {
+        let (address, export) = nbd::server(&node.options)?;
+        let storage = NbdStorage::connect(&address, &export, self.how.writable)
+            .map_err(|error| FailureKind::Connect(Box::new(error)))?;
+        Ok(self.how.cache.wrap(Arc::new(storage)))
+    }
+
+    /// An image's guest disk as the bytes of what stands on it.
+    fn image_bytes(&self, node: &Node, format: ImageFormat) -> Opened<Bytes> {
+        let inner = Opening { format: Some(&format), ..*self };
+        let mut bytes = inner.bytes(below(node)?, "file")?;
+        let resolver = self.resolver(&bytes);
+        let source = ResolvedSource {
+            storage: bytes.storage,
+            format: format.clone(),
+            name: filename(node, node.driver().name()),
+            id: bytes.id,
+            resolver,
+        };
+        let mut options = EngineOptions::default();
+        options.writable = self.how.writable;
+        options.codecs = default_codecs();
+        options.keys = Some(Arc::new(Keys::of(node, self.secrets)));
+        let disk = qcow2_core::open_disk(source, &options)?;
+        bytes.storage = Arc::new(DiskStorage::new(disk));
+        bytes.format = None;
+        Ok(bytes)
+    }
+}
+
+impl Bytes {
+    fn of(storage: Arc<dyn Storage>) -> Self {
+        Self { storage, id: None, resolver: None, format: None, nodes: Vec::new(), debugger: None }
+    }
+}
+
+fn below(node: &Node) -> Opened<&Node> {
+    let role = node.driver().child().unwrap_or("file");
+    node.child().ok_or(FailureKind::NothingBelow(role))
+}
+
+/// Refuses to change what the options want left alone. Returns whether they want no locks.
+fn check_access(node: &Node, writable: bool) -> Opened<bool> {
+    let is_on = |key: &str| node.options.text(key).and_then(|text| parse_switch(&text)).unwrap_or(false);
+    if writable && is_on("read-only") {
+        return Err(FailureKind::ReadOnlyNode);
+    }
+    let shared = is_on("force-share");
+    if writable && shared {
+        return Err(FailureKind::SharedAndWritable);
+    }
+    Ok(node.child().map_or(Ok(false), |child| check_access(child, writable))? || shared)
+}
+
+/// Refuses requests that the system is to queue where its page cache stands between. `direct`: whether it
+/// does not, as far as the nodes above say.
+fn check_aio(node: &Node, direct: bool) -> Opened<()> {
+    let said = node.options.text("cache.direct").and_then(|text| parse_switch(&text));
+    let direct = said.unwrap_or(direct);
+    if node.options.text("aio").as_deref() == Some("native") && !direct {
+        return Err(FailureKind::QueuedThroughCache);
+    }
+    node.child().map_or(Ok(()), |child| check_aio(child, direct))
+}
+
+fn check_options(node: &Node, probed: Driver, follows: bool) -> Opened<()> {
+    match node.unknown_option(probed, follows) {
+        Some(unknown) => Err(unknown),
+        None => Ok(check_values(&node.options)?),
+    }
+}
+
+/// Whether `node` is a part of what it stands on.
+fn is_part(node: &Node) -> bool {
+    node.driver() == Driver::Raw && is_window(&node.options)
+}
+
+/// The part of `storage` that `node` is.
+fn window_of(node: &Node, storage: Arc<dyn Storage>) -> Opened<Arc<dyn Storage>> {
+    if is_part(node) { Ok(window(&node.options, storage)?) } else { Ok(storage) }
+}

@@ -1,0 +1,272 @@
+//! From bytes to a disk with its chain.
+
+use super::bytes::{NodeFacts, Opening};
+use super::look::{Tell, warnings_of_change};
+use super::named::{OtherBacking, OtherDataFile, format_of};
+use super::options::{OpenOptions, Sharing};
+use super::record::{LayerFiles, Recorder};
+use super::trail::Trail;
+use crate::driver::tune;
+use crate::failure::{FailureKind, MissingBacking, OpenFailure, find};
+use crate::name::{ImageName, filename};
+use crate::tree::Node;
+use qcow2_core::format::snapshot::Snapshot;
+use qcow2_core::walk::read_header;
+use qcow2_core::{
+    Error, ErrorKind, GuestDisk, Image, ImageFormat, OpenOptions as EngineOptions, Reference, ResolvedSource,
+    Storage,
+};
+use qcow2_io::{Debugger, LockConflict, OpenError, OpenErrorKind, ThrottleStorage};
+use std::error::Error as _;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// An open disk and the names of the files it is made of.
+#[non_exhaustive]
+pub struct OpenedDisk {
+    /// The disk with its chain.
+    pub disk: Arc<dyn GuestDisk>,
+    /// Its own format.
+    pub format: ImageFormat,
+    /// The bytes that the format stands on.
+    pub storage: Arc<dyn Storage>,
+    /// The files, top layer first.
+    pub files: Vec<LayerFiles>,
+    /// Start of the raw window, in bytes: added to the host offsets of a raw disk, which are relative to it.
+    pub host_start: u64,
+    /// Whether it is a null device, which stores nothing.
+    pub is_null: bool,
+    /// The way to breakpoints, where there is one.
+    pub debugger: Option<Arc<Debugger>>,
+}
+
+/// The bytes of an image, and what is known of the nodes below it.
+#[non_exhaustive]
+pub struct OpenedBytes {
+    /// The bytes and their format.
+    pub source: ResolvedSource,
+    /// The nodes that the format stands on, from the top; the protocol itself first, where there is no
+    /// format.
+    pub nodes: Vec<NodeFacts>,
+    debugger: Option<Arc<Debugger>>,
+}
+
+/// Opens the disk that `name` leads to, with the files that it names as `how` says.
+///
+/// Files are opened from the bottom of the tree up, then the backing chain from the top down, each with the
+/// data file of its layer; every one is locked as QEMU locks it. Nothing is written, but by `how.writable` to
+/// an image that was not closed cleanly. A disk that was opened for changes is closed by flushing it and then
+/// closing its image. Errors: [`OpenFailure`]; whatever was opened before is closed again.
+pub fn open(name: &ImageName, how: &OpenOptions) -> Result<OpenedDisk, OpenFailure> {
+    open_with(name, how, None)
+}
+
+/// The same for changes; `tell` hears what opening the image is about to put right or to lose, before that.
+/// Disk: reads the tables of bitmaps besides.
+pub fn open_telling(name: &ImageName, how: &OpenOptions, tell: Tell<'_>) -> Result<OpenedDisk, OpenFailure> {
+    open_with(name, how, Some(tell))
+}
+
+fn open_with(name: &ImageName, how: &OpenOptions, tell: Option<Tell<'_>>) -> Result<OpenedDisk, OpenFailure> {
+    let OpenedBytes { mut source, debugger, nodes } = open_bytes(name, how)?;
+    if let Some(tell) = tell {
+        warnings_of_change(&source).iter().for_each(|warning| tell(warning, &source));
+    }
+    if let Some(kind) = name.node.unknown_below() {
+        return Err(OpenFailure::new(&name.typed, kind));
+    }
+    let (secrets, how_below) = (name.keys.secrets(), || how.clone());
+    if let Some(node) = &name.node.data_file {
+        let (inner, node) = (source.resolver, (**node).clone());
+        let (secrets, how) = (secrets.clone(), how_below());
+        source.resolver = Arc::new(OtherDataFile { inner, node, secrets, how });
+    }
+    if let Some(node) = name.node.other_backing() {
+        let (inner, secrets, how) = (source.resolver, secrets.clone(), how_below());
+        source.resolver = Arc::new(OtherBacking { inner, node, secrets, how });
+    }
+    let mut opened = OpenedDisk { debugger, ..open_layers(name, source, how, 0)? };
+    if opened.format == ImageFormat::Raw
+        && let (Some(bottom), Some(top)) = (nodes.last(), opened.files.first_mut())
+    {
+        // The place of a raw byte is known down to the bottom.
+        top.image = bottom.filename.clone();
+        opened.host_start = name.node.raw_start();
+        opened.is_null = bottom.is_null();
+    }
+    Ok(opened)
+}
+
+/// Opens what `name` leads to below the format, and learns the format; opens no image yet. The first step of
+/// [`open`], for whoever looks at the bytes.
+pub fn open_bytes(name: &ImageName, how: &OpenOptions) -> Result<OpenedBytes, OpenFailure> {
+    let format = format_of(&name.node);
+    let trail = Trail::default();
+    let opening = Opening::new(how, name.keys.secrets(), format.as_ref(), &trail);
+    let failed = |kind| OpenFailure::new(&name.typed, kind);
+    let (mut source, nodes, debugger) = opening.open(&name.node).map_err(failed)?;
+    if let ImageFormat::Other(other) = &source.format {
+        return Err(failed(FailureKind::UnsupportedFormat(other.clone())));
+    }
+    if let Some(rate) = how.bytes_per_second {
+        source.storage = Arc::new(ThrottleStorage::new(source.storage, rate));
+    }
+    Ok(OpenedBytes { source, nodes, debugger })
+}
+
+/// Opens the bytes that `node` leads to, which are there already, for writing; they are locked as a raw disk.
+pub fn open_existing(node: &Node, how: &OpenOptions) -> Result<Arc<dyn Storage>, OpenFailure> {
+    let name = ImageName::of_node(&filename(node, "raw"), node.clone(), &Default::default());
+    let (how, trail) = (how.clone().writable(), Trail::default());
+    let opening = Opening::new(&how, name.keys.secrets(), Some(&ImageFormat::Raw), &trail);
+    match opening.open(node) {
+        Ok((source, ..)) => Ok(source.storage),
+        Err(kind) => Err(OpenFailure::new(name.typed, kind)),
+    }
+}
+
+/// Opens the image that `name` leads to as it was when the snapshot was taken whose position among all
+/// `position` gives.
+pub fn open_snapshot(
+    name: &ImageName,
+    how: &OpenOptions,
+    position: impl Fn(&[Snapshot]) -> Option<usize>,
+) -> Result<OpenedDisk, OpenFailure> {
+    let source = open_bytes(name, how)?.source;
+    if source.format != ImageFormat::Qcow2 {
+        return Err(OpenFailure::new(&name.typed, FailureKind::NoSnapshots));
+    }
+    let mut missing = false;
+    let opened = open_layers_by(name, source, how, 0, |source, options| {
+        let opened = Image::open_snapshot(source, options, position);
+        missing = opened.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound);
+        Ok(opened?)
+    });
+    if missing {
+        // What else is wrong with the image comes first.
+        open(name, how)?;
+        return Err(OpenFailure::new(&name.typed, FailureKind::NoSuchSnapshot));
+    }
+    opened
+}
+
+/// Opens the image in `source`, with the files that it names as `how` says. The last step of [`open`].
+/// `layer`: how many others stand on it, for failures.
+pub fn open_layers(
+    name: &ImageName,
+    source: ResolvedSource,
+    how: &OpenOptions,
+    layer: usize,
+) -> Result<OpenedDisk, OpenFailure> {
+    open_layers_by(name, source, how, layer, qcow2_core::open_disk)
+}
+
+/// The same, the top layer being opened by `open`.
+fn open_layers_by(
+    name: &ImageName,
+    mut source: ResolvedSource,
+    how: &OpenOptions,
+    layer: usize,
+    open: impl FnOnce(ResolvedSource, &EngineOptions) -> qcow2_core::Result<Arc<dyn GuestDisk>>,
+) -> Result<OpenedDisk, OpenFailure> {
+    let (format, storage) = (source.format.clone(), Arc::clone(&source.storage));
+    let files = Arc::new(Mutex::new(vec![LayerFiles {
+        image: source.name.clone(),
+        raw: format == ImageFormat::Raw,
+        ..LayerFiles::default()
+    }]));
+    source.resolver = Arc::new(Recorder { inner: source.resolver, files: Arc::clone(&files) });
+    let options = engine_options(name, &source, how, layer)?;
+    let opened = open(source, &options);
+    let files = files.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    match opened {
+        Ok(disk) => {
+            Ok(OpenedDisk { disk, format, storage, files, is_null: false, debugger: None, host_start: 0 })
+        }
+        Err(error) => Err(engine_failure(name, error, how, (layer, &files))),
+    }
+}
+
+/// What the engine is told of the top layer, which is in `source`.
+fn engine_options(
+    name: &ImageName,
+    source: &ResolvedSource,
+    how: &OpenOptions,
+    layer: usize,
+) -> Result<EngineOptions, OpenFailure> {
+    let mut options = EngineOptions::default();
+    options.writable = how.writable;
+    options.for_repair = how.for_repair;
+    options.layers = how.layers;
+    options.codecs = how.codecs();
+    options.keys = Some(Arc::new(name.keys.clone()));
+    options.discard_freed = how.writable;
+    let node = &name.node;
+    if source.format == ImageFormat::Qcow2 && (!node.options.is_empty() || node.data_file.is_some()) {
+        let failed = |kind: FailureKind| OpenFailure::new(&name.typed, kind);
+        let header = read_header(&*source.storage).map_err(|error| failed(error.into()).below(layer))?;
+        if node.data_file.is_some() && !header.has_data_file() {
+            return Err(failed(FailureKind::NoDataFile));
+        }
+        tune(&mut options, &node.options, &header).map_err(|error| failed(error.into()))?;
+    }
+    Ok(options)
+}
+
+/// The failure for `error`, met while the chain was opened from its layer `top` on as far as `files` say.
+fn engine_failure(
+    name: &ImageName,
+    error: Error,
+    how: &OpenOptions,
+    (top, files): (usize, &[LayerFiles]),
+) -> OpenFailure {
+    let below = match how.sharing == Sharing::Alone && is_raw_in_use(&error, files) {
+        true => 0,
+        false => files.len() - 1,
+    };
+    let missing = match (is_not_there(&error), files) {
+        (true, [.., above, missing]) => {
+            Some(MissingBacking { recorded: missing.recorded.clone(), above: above.image.clone() })
+        }
+        _ => None,
+    };
+    let failure = OpenFailure::new(&name.typed, error).below(top + below);
+    missing.into_iter().fold(failure, OpenFailure::with_missing_backing)
+}
+
+/// Whether `error` is about a raw layer that others write to. Where nobody else may, QEMU asks for that from
+/// the top when all layers are open, and so says nothing of backing files.
+fn is_raw_in_use(error: &Error, files: &[LayerFiles]) -> bool {
+    find::<LockConflict>(error).is_some() && files.last().is_some_and(|layer| layer.raw)
+}
+
+/// Whether `error` is about a file that an image names by its path and that is not there.
+fn is_not_there(error: &Error) -> bool {
+    let mut next = error.source();
+    while let Some(error) = next {
+        if error.is::<FailureKind>() {
+            return false;
+        }
+        if let Some(open) = error.downcast_ref::<OpenError>() {
+            return open.kind() == OpenErrorKind::NotFound;
+        }
+        next = error.source();
+    }
+    false
+}
+
+/// Opens, and closes again, the files that the qcow2 image in `source` names, for whoever needs them to be
+/// there.
+pub fn open_below(name: &ImageName, source: &ResolvedSource, how: &OpenOptions) -> Result<(), OpenFailure> {
+    let failed = |error: Error| OpenFailure::new(&name.typed, error);
+    let header = read_header(&*source.storage).map_err(failed)?;
+    if let Some(data) = header.extensions.data_file_name().filter(|_| header.has_data_file()) {
+        let opened = source.resolver.resolve(Reference::DataFile { name: &data }, false);
+        opened.map_err(|error| failed(error.into()))?;
+    }
+    let Some(backing) = header.backing_file_name() else { return Ok(()) };
+    let format = header.extensions.backing_format_name();
+    let reference = Reference::Backing { name: &backing, format: format.as_deref() };
+    let below = source.resolver.resolve(reference, false).map_err(|error| failed(error.into()).below(1))?;
+    let name = &ImageName { keys: name.keys.below(), ..name.clone() };
+    open_layers(name, below, how, 1).map(|_| ())
+}

@@ -1,0 +1,26 @@
+//! From a name to an opened disk.
+//!
+//! [`bytes`] opens the nodes below the format, from the bottom; `layers` has the engine open the image in
+//! them and its chain; `named` and `other` open what the image or the user names beside it, along a `trail`.
+
+mod backing;
+mod bytes;
+mod chain;
+mod cut_short;
+mod layers;
+mod look;
+mod named;
+mod options;
+mod record;
+mod trail;
+
+pub use backing::{KeptBacking, locate_backing, open_backing};
+pub use bytes::NodeFacts;
+pub use chain::{OpenedChain, open_down_to};
+pub use layers::{
+    OpenedBytes, OpenedDisk, open, open_below, open_bytes, open_existing, open_layers, open_snapshot,
+    open_telling,
+};
+pub use look::{Tell, bitmaps_to_lose, warnings_of_change};
+pub use options::{Follow, OpenOptions, Sharing};
+pub use record::LayerFiles;

@@ -1,0 +1,129 @@
+//! Backing files that an image names by more than a path: `nbd://host/export`, `json:{...}`; and files that
+//! the user names instead of those that the image does.
+//!
+//! The former are followed as paths are, where names inside images lead anywhere, and by nobody who only
+//! looks at an image. A name of this kind is complete; nothing in it is relative to the image.
+
+use super::bytes::Opening;
+use super::options::OpenOptions;
+use super::trail::Trail;
+use crate::driver::Driver;
+use crate::failure::FailureKind;
+use crate::keys::Secrets;
+use crate::name::{ImageName, Naming};
+use crate::tree::Node;
+use qcow2_core::{ImageFormat, NoResolver, Reference, ResolveError, ResolvedSource, Resolver};
+use qcow2_io::MemoryStorage;
+use std::sync::Arc;
+
+/// Resolves paths as `inner` does, and other names of backing files as those on the command line.
+pub(super) struct NamedBacking {
+    pub(super) inner: Arc<dyn Resolver>,
+    pub(super) secrets: Secrets,
+    pub(super) how: OpenOptions,
+    /// How the image whose names these are was reached.
+    pub(super) trail: Trail,
+}
+
+impl Resolver for NamedBacking {
+    fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError> {
+        self.trail.count_named().map_err(in_image)?;
+        match reference {
+            Reference::Backing { name, format } if is_more_than_a_path(name) => {
+                self.open(name, format, writable)
+            }
+            reference => {
+                let source = self.inner.resolve(reference, writable)?;
+                let resolver = Arc::new(Self {
+                    inner: source.resolver,
+                    secrets: self.secrets.clone(),
+                    how: self.how.clone(),
+                    trail: self.trail.with_file(source.id),
+                });
+                Ok(ResolvedSource { resolver, ..source })
+            }
+        }
+    }
+}
+
+impl NamedBacking {
+    fn open(&self, name: &str, format: Option<&str>, writable: bool) -> Result<ResolvedSource, ResolveError> {
+        let naming = Naming::new(&self.secrets).with_format(format.map(str::to_owned));
+        let node = ImageName::parse(name, &naming).map_err(|failure| in_image(failure.into_kind()))?.node;
+        let (how, format) = (self.how.below(writable), format_of(&node));
+        let opening = Opening::new(&how, &self.secrets, format.as_ref(), &self.trail);
+        opening.open(&node).map(|(source, ..)| source).map_err(in_image)
+    }
+}
+
+/// Whether `name` begins with the name of a protocol that is not that of files.
+fn is_more_than_a_path(name: &str) -> bool {
+    name.split_once(':').is_some_and(|(prefix, _)| prefix != "file" && !prefix.contains('/'))
+}
+
+/// Resolves what an image names, but for the backing file, which the user has named.
+pub(super) struct OtherBacking {
+    pub(super) inner: Arc<dyn Resolver>,
+    /// `None`: none at all.
+    pub(super) node: Option<Node>,
+    pub(super) secrets: Secrets,
+    pub(super) how: OpenOptions,
+}
+
+impl Resolver for OtherBacking {
+    fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError> {
+        if !matches!(reference, Reference::Backing { .. }) {
+            return self.inner.resolve(reference, writable);
+        }
+        let Some(node) = &self.node else {
+            // A backing file without a byte hides nothing and shows nothing.
+            return Ok(ResolvedSource {
+                storage: Arc::new(MemoryStorage::new()),
+                format: ImageFormat::Raw,
+                name: String::new(),
+                id: None,
+                resolver: Arc::new(NoResolver),
+            });
+        };
+        let (how, format, trail) = (self.how.below(false), format_of(node), Trail::default());
+        let opening = Opening::new(&how, &self.secrets, format.as_ref(), &trail);
+        opening.open(node).map(|(source, ..)| source).map_err(in_image)
+    }
+}
+
+/// Resolves what an image names, but for the data file, which the user has named.
+pub(super) struct OtherDataFile {
+    pub(super) inner: Arc<dyn Resolver>,
+    pub(super) node: Node,
+    pub(super) secrets: Secrets,
+    pub(super) how: OpenOptions,
+}
+
+impl Resolver for OtherDataFile {
+    fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError> {
+        if !matches!(reference, Reference::DataFile { .. }) {
+            return self.inner.resolve(reference, writable);
+        }
+        let mut how = self.how.below(false);
+        (how.writable, how.resizes) = (writable, true);
+        let trail = Trail::default();
+        let opening = Opening::new(&how, &self.secrets, Some(&ImageFormat::Raw), &trail).as_part();
+        opening.open(&self.node).map(|(source, ..)| source).map_err(in_image)
+    }
+}
+
+/// The failure of a name in an image, as the engine passes it on.
+fn in_image(kind: FailureKind) -> ResolveError {
+    ResolveError::failed("what it names cannot be opened").with_source(kind)
+}
+
+/// The format that a name gives.
+pub(super) fn format_of(node: &Node) -> Option<ImageFormat> {
+    match node.driver() {
+        _ if node.is_probed() => None,
+        Driver::Qcow2 => Some(ImageFormat::Qcow2),
+        Driver::Luks => Some(ImageFormat::Luks),
+        Driver::Raw => Some(ImageFormat::Raw),
+        _ => None,
+    }
+}

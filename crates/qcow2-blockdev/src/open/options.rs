@@ -1,0 +1,178 @@
+//! How a disk is opened.
+
+use qcow2_codec::{Deflate, Zstd};
+use qcow2_core::{Codecs, Layers};
+use qcow2_io::{CacheMode, OpenFiles, Policy};
+use std::fmt;
+use std::sync::Arc;
+
+/// How a disk is opened; the names of what it consists of are not its business.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct OpenOptions {
+    /// Whether it is changed.
+    pub writable: bool,
+    /// How changes reach the medium.
+    pub cache: CacheMode,
+    /// Which of the files that it names are opened.
+    pub layers: Layers,
+    /// Which names inside images lead anywhere. A name that the user gives always does.
+    pub follow: Follow,
+    /// How many bytes a second are written at most.
+    pub bytes_per_second: Option<u64>,
+    /// How clusters are compressed; `None`: as is best by default.
+    pub codecs: Option<Codecs>,
+    /// Whether damaged images are opened for writing too.
+    pub for_repair: bool,
+    /// Who else may write to its files meanwhile.
+    pub sharing: Sharing,
+    /// Whether a raw disk's length is changed.
+    pub resizes: bool,
+    /// Whether other programs' locks are ignored: for reading only.
+    pub force_share: bool,
+    /// The files that are open together with those of this disk, none of which is written to and opened a
+    /// second time; `None`: nobody looks.
+    pub open_files: Option<OpenFiles>,
+}
+
+/// Which names inside images lead anywhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Follow {
+    /// None: an image that names another file does not open.
+    #[default]
+    Nothing,
+    /// Regular files in the directory of the image that names them.
+    SameDirectory,
+    /// All: any file and device, servers, `json:` descriptions. For images whose makers are trusted.
+    All,
+}
+
+impl Follow {
+    pub(crate) fn policy(self) -> Policy {
+        match self {
+            Self::Nothing => Policy::Deny,
+            Self::SameDirectory => Policy::SameDirectory,
+            Self::All => Policy::Allow,
+        }
+    }
+}
+
+/// Who else may write to the files of an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sharing {
+    /// As QEMU has it for each format: others may write to raw disks, and keep the length of data files.
+    #[default]
+    ByFormat,
+    /// Nobody to the image itself, whatever it is.
+    TopAlone,
+    /// Nobody to any of them.
+    Alone,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for OpenOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OpenOptions")
+            .field("writable", &self.writable)
+            .field("cache", &self.cache)
+            .field("layers", &self.layers)
+            .field("follow", &self.follow)
+            .finish_non_exhaustive()
+    }
+}
+
+impl OpenOptions {
+    /// For reading; follows no name inside images.
+    pub fn new() -> Self {
+        Self {
+            writable: false,
+            cache: CacheMode::Writeback,
+            layers: Layers::Follow,
+            follow: Follow::Nothing,
+            bytes_per_second: None,
+            codecs: None,
+            for_repair: false,
+            sharing: Sharing::ByFormat,
+            resizes: false,
+            force_share: false,
+            open_files: None,
+        }
+    }
+
+    /// For changes too.
+    #[must_use]
+    pub fn writable(self) -> Self {
+        Self { writable: true, ..self }
+    }
+
+    /// For looking at it, and at nothing that it names.
+    #[must_use]
+    pub fn top_only(self) -> Self {
+        self.with_layers(Layers::TopOnly)
+    }
+
+    /// With another cache mode.
+    #[must_use]
+    pub fn with_cache(self, cache: CacheMode) -> Self {
+        Self { cache, ..self }
+    }
+
+    /// With other layers of the chain.
+    #[must_use]
+    pub fn with_layers(self, layers: Layers) -> Self {
+        Self { layers, ..self }
+    }
+
+    /// With other names inside images followed.
+    #[must_use]
+    pub fn with_follow(self, follow: Follow) -> Self {
+        Self { follow, ..self }
+    }
+
+    /// With other company.
+    #[must_use]
+    pub fn with_sharing(self, sharing: Sharing) -> Self {
+        Self { sharing, ..self }
+    }
+
+    /// With other programs' locks ignored, or not.
+    #[must_use]
+    pub fn with_force_share(self, force_share: bool) -> Self {
+        Self { force_share, ..self }
+    }
+
+    /// With the files that are open together with those of this disk.
+    #[must_use]
+    pub fn among(self, open_files: &OpenFiles) -> Self {
+        Self { open_files: Some(open_files.clone()), ..self }
+    }
+
+    /// The same for the backing file; a writable one is changed below other disks, which do not expect it.
+    pub(crate) fn below(&self, writable: bool) -> Self {
+        let sharing = match self.sharing {
+            Sharing::Alone => Sharing::Alone,
+            _ if writable => Sharing::TopAlone,
+            _ => Sharing::ByFormat,
+        };
+        Self { writable, sharing, resizes: false, ..self.clone() }
+    }
+
+    pub(crate) fn codecs(&self) -> Codecs {
+        self.codecs.clone().unwrap_or_else(default_codecs)
+    }
+
+    /// What files may be opened because an image names them.
+    pub(crate) fn policy(&self) -> Policy {
+        if self.layers == Layers::TopOnly { Policy::Deny } else { self.follow.policy() }
+    }
+}
+
+/// Every compression method.
+pub(crate) fn default_codecs() -> Codecs {
+    Codecs::new(Arc::new(Deflate::default()), Arc::new(Zstd::default()))
+}

@@ -1,0 +1,111 @@
+//! Where a new image goes: a file, made anew, or something that is there already and is written over.
+
+use crate::driver::{Driver, is_block_device, not_a_device};
+use crate::failure::FailureKind;
+use crate::keys::Secrets;
+use crate::name::{ImageName, protocol_below, protocol_of};
+use crate::tree::{Node, Scalar};
+use qcow2_io::OsError;
+
+/// Where a new image goes.
+#[derive(Debug)]
+pub enum NewTarget {
+    /// A file, made anew, or a block device.
+    File(String),
+    /// Something that is there already and cannot be made: a server's disk.
+    Existing(Node),
+    /// The same, with a name that leads nowhere.
+    OutOfReach {
+        /// What the name begins with.
+        driver: Driver,
+        /// Why it leads nowhere.
+        reason: FailureKind,
+    },
+}
+
+impl NewTarget {
+    /// The target that `name` means: a path that may start with `file:`, a device, or a server's disk. Disk:
+    /// looks whether a device is there; opens nothing.
+    pub fn parse(name: &str) -> Result<Self, FailureKind> {
+        if name.is_empty() {
+            return Err(FailureKind::NoFileName(Driver::File));
+        }
+        if name.starts_with("json:") {
+            return Err(FailureKind::UnknownProtocol("json".to_owned()));
+        }
+        if name == "file:" {
+            return Ok(Self::File(String::new()));
+        }
+        let driver = protocol_of(name)?;
+        let node = match (protocol_below(name, 0), driver) {
+            (Ok(node), _) => node,
+            (Err(reason), Driver::Nbd | Driver::HostDevice) => {
+                return Ok(Self::OutOfReach { driver, reason });
+            }
+            (Err(_), Driver::Blkdebug) => return Err(FailureKind::CreatesNothing(driver)),
+            (Err(reason), _) => return Err(reason),
+        };
+        match (driver, node.path()) {
+            (Driver::File, Some(path)) => Ok(Self::File(path.to_owned())),
+            (Driver::HostDevice, Some(path)) => Ok(match check_device(path) {
+                Err(reason) => Self::OutOfReach { driver, reason },
+                Ok(()) => Self::File(path.to_owned()),
+            }),
+            (Driver::Nbd, _) => Ok(Self::Existing(node)),
+            _ => Err(FailureKind::CreatesNothing(driver)),
+        }
+    }
+
+    /// What was made there, typed so, in a format. `secret`: the option that names its secret, and what it
+    /// names.
+    pub fn into_name(
+        self,
+        typed: &str,
+        format: Driver,
+        secret: Option<(&str, &str)>,
+        secrets: &Secrets,
+    ) -> ImageName {
+        let below = match self {
+            Self::File(path) => Node::file(&path),
+            Self::Existing(node) => node,
+            Self::OutOfReach { .. } => Node::file(typed),
+        };
+        let mut node = Node::on(Some(format), below);
+        if let Some((key, id)) = secret {
+            node.options.set(key, Scalar::text(id));
+        }
+        ImageName::of_node(typed, node, secrets)
+    }
+
+    /// Whether it is a block device, which has a size of its own and a content from before.
+    pub fn is_device(&self) -> bool {
+        matches!(self, Self::File(path) if is_block_device(path))
+    }
+}
+
+/// Refuses a name that leads to no device.
+pub(crate) fn check_device(path: &str) -> Result<(), FailureKind> {
+    match not_a_device(path) {
+        None => Ok(()),
+        Some(None) => Err(FailureKind::NotADevice(path.to_owned())),
+        Some(Some(error)) => Err(FailureKind::NoDevice { path: path.to_owned(), error: OsError::new(error) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_new_images_can_go() {
+        assert!(matches!(NewTarget::parse("file:a"), Ok(NewTarget::File(path)) if path == "a"));
+        assert!(matches!(
+            NewTarget::parse("blkdebug::a"),
+            Err(FailureKind::CreatesNothing(Driver::Blkdebug))
+        ));
+        assert!(matches!(NewTarget::parse("nbd:unix:/s"), Ok(NewTarget::Existing(_))));
+        let out = NewTarget::parse("host_device:/no/such");
+        assert!(matches!(out, Ok(NewTarget::OutOfReach { reason: FailureKind::NoDevice { .. }, .. })));
+        assert!(matches!(NewTarget::parse("json:{}"), Err(FailureKind::UnknownProtocol(_))));
+    }
+}

@@ -1,0 +1,16 @@
+//! What a name is made of: drivers with their options, one on another.
+
+mod dictionary;
+mod json;
+mod node;
+mod options;
+mod parse;
+mod scalar;
+
+pub use dictionary::json_text;
+pub(crate) use dictionary::object;
+pub use json::JsonError;
+pub use node::{Backing, Node};
+pub use options::Options;
+pub(crate) use parse::from_options;
+pub use scalar::Scalar;

@@ -1,0 +1,153 @@
+//! What an image is made of: a format on a protocol, perhaps with filters between them.
+
+use super::options::Options;
+use super::scalar::Scalar;
+use crate::driver::Driver;
+use crate::failure::FailureKind;
+use crate::size::parse_size;
+
+/// One driver with its options, and what it stands on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// `None`: a format that is to be probed.
+    driver: Option<Driver>,
+    /// Its own options.
+    pub options: Options,
+    /// What it stands on.
+    pub(crate) below: Option<Box<Self>>,
+    /// What is opened instead of the backing file that the image names.
+    pub backing: Backing,
+    /// What is opened instead of the data file that the image names.
+    pub data_file: Option<Box<Self>>,
+}
+
+/// The backing file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// The one that the image names.
+    AsNamed,
+    /// None, whatever the image names.
+    Nothing,
+    /// The same, said by an empty name.
+    Empty,
+    /// This one.
+    Node(Box<Node>),
+    /// The one that the image names, with these options for its secrets.
+    Keys(Box<Node>),
+}
+
+impl Node {
+    /// A node on nothing, without options.
+    pub fn new(driver: Option<Driver>) -> Self {
+        Self { driver, options: Options::default(), below: None, backing: Backing::AsNamed, data_file: None }
+    }
+
+    /// A file.
+    pub fn file(path: &str) -> Self {
+        let mut node = Self::new(Some(Driver::File));
+        node.options.set("filename", Scalar::text(path));
+        node
+    }
+
+    /// A node on another one.
+    pub fn on(driver: Option<Driver>, below: Self) -> Self {
+        Self { below: Some(Box::new(below)), ..Self::new(driver) }
+    }
+
+    /// Its driver; raw where that is to be probed.
+    pub fn driver(&self) -> Driver {
+        self.driver.unwrap_or(Driver::Raw)
+    }
+
+    /// Whether the format is to be probed.
+    pub fn is_probed(&self) -> bool {
+        self.driver.is_none()
+    }
+
+    /// What the options say of the backing file: nothing, that there is none, or which one.
+    pub(crate) fn other_backing(&self) -> Option<Option<Self>> {
+        match &self.backing {
+            Backing::AsNamed | Backing::Keys(_) => None,
+            Backing::Nothing | Backing::Empty => Some(None),
+            Backing::Node(node) => Some(Some((**node).clone())),
+        }
+    }
+
+    /// Whether a layer is said to have no backing file by an empty name for it.
+    pub(crate) fn names_empty_backing(&self) -> bool {
+        match &self.backing {
+            Backing::Empty => true,
+            Backing::Node(below) | Backing::Keys(below) => below.names_empty_backing(),
+            Backing::AsNamed | Backing::Nothing => false,
+        }
+    }
+
+    /// The failure for an option that one of the layers below does not have.
+    pub(crate) fn unknown_below(&self) -> Option<FailureKind> {
+        match &self.backing {
+            Backing::Keys(below) => {
+                below.unknown_option(Driver::Qcow2, true).or_else(|| below.unknown_below())
+            }
+            _ => None,
+        }
+    }
+
+    /// The node below.
+    pub fn child(&self) -> Option<&Self> {
+        self.below.as_deref()
+    }
+
+    /// The file at the bottom, if there is one.
+    pub fn path(&self) -> Option<&str> {
+        match (self.child(), self.driver()) {
+            (Some(child), _) => child.path(),
+            (None, Driver::File | Driver::HostDevice) => {
+                self.options.iter().find(|(key, _)| *key == "filename").and_then(|(_, value)| match value {
+                    Scalar::Text(path) => Some(path.as_str()),
+                    _ => None,
+                })
+            }
+            _ => None,
+        }
+    }
+
+    /// Where the first byte of a raw node is, in what is at the bottom of nothing but raw nodes and filters.
+    pub(crate) fn raw_start(&self) -> u64 {
+        let own = match self.driver() {
+            Driver::Raw => self.options.text("offset").and_then(|text| parse_size(&text).ok()).unwrap_or(0),
+            Driver::Blkdebug => 0,
+            _ => return 0,
+        };
+        self.child().map_or(own, |child| own.saturating_add(child.raw_start()))
+    }
+
+    /// Options that change what is read.
+    pub(crate) fn strong(&self) -> impl Iterator<Item = (&str, &Scalar)> {
+        self.options.iter().filter(|(key, _)| self.driver().is_strong(key))
+    }
+
+    /// An option about the layer below.
+    fn backing_option(&self) -> Option<String> {
+        match &self.backing {
+            Backing::Node(below) if below.is_probed() => Some("backing.file.filename".to_owned()),
+            Backing::Node(_) => Some("backing.driver".to_owned()),
+            Backing::Keys(below) => below.options.iter().next().map(|(key, _)| format!("backing.{key}")),
+            Backing::AsNamed | Backing::Nothing | Backing::Empty => None,
+        }
+    }
+
+    /// The failure for an option that the driver does not have. `probed`: the driver where none is named;
+    /// `follows`: whether backing files are opened too.
+    pub(crate) fn unknown_option(&self, probed: Driver, follows: bool) -> Option<FailureKind> {
+        let driver = self.driver.unwrap_or(probed);
+        let unknown = |key: &&str| !driver.knows(key);
+        let own = || self.options.iter().map(|(key, _)| key).filter(unknown);
+        let below = self.backing_option().filter(|_| driver != Driver::Qcow2);
+        let is_below = |key: &str| key == "backing" || key.starts_with("backing.");
+        if follows && (below.is_some() || own().any(is_below)) {
+            return Some(FailureKind::NoBackingFiles);
+        }
+        let option = own().next().map(str::to_owned).or(below)?;
+        Some(FailureKind::UnknownOption { driver, option })
+    }
+}

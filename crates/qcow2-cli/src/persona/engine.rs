@@ -1,0 +1,203 @@
+//! Errors of the engine, of storages and of new images.
+
+use super::keys::unlock;
+use super::opening::reason;
+use super::text::{capitalized, chain, find, storage};
+use crate::failure::Failure;
+use qcow2_blockdev::FailureKind;
+use qcow2_core::format::{FormatError, FormatErrorKind as Kind, Table};
+use qcow2_core::{Error, ErrorKind, Preallocation, ResolveError, UnlockError};
+use qcow2_io::{OpenError, OpenErrorKind, SourceError};
+use qcow2_ops::create::Refusal;
+use qcow2_ops::resize::MAX_DISK_SIZE;
+
+/// Why the file at `path` could not be opened, and a hint that follows on a line of its own.
+pub(crate) fn source_reason(error: &SourceError, path: &str) -> (String, Option<String>) {
+    match error {
+        SourceError::Open(error) => open_reason(error, path),
+        SourceError::Probe(error) => {
+            (format!("Could not read image for determining its format: {}", storage(error)), None)
+        }
+        other => (chain(other), None),
+    }
+}
+
+/// The failure to open `name`, whose image the engine refuses.
+pub(crate) fn engine_failure(name: &str, error: &Error) -> Failure {
+    let (reason, hint) = engine_reason(error);
+    let failure = Failure::could_not_open(name, &reason);
+    hint.into_iter().fold(failure, Failure::hint)
+}
+
+/// Why the engine refused an image, and a hint that follows on a line of its own.
+pub(super) fn engine_reason(error: &Error) -> (String, Option<String>) {
+    if let Some(below) = find::<ResolveError>(error) {
+        if let Some(kind) = find::<FailureKind>(below) {
+            let (reason, hints) = reason(kind);
+            let lines: Vec<String> = std::iter::once(reason).chain(hints).collect();
+            return (capitalized(&lines.join("\n")), None);
+        }
+        return match find::<OpenError>(below) {
+            Some(open) => open_reason(open, &open.path().to_string_lossy()),
+            None => (capitalized(&below.to_string()), None),
+        };
+    }
+    if let Some(locked) = find::<UnlockError>(error) {
+        return (unlock(locked), None);
+    }
+    let reason = match (error.format_error(), error.storage_error()) {
+        (Some(format), _) => format_reason(format),
+        (None, Some(error)) => storage(error),
+        (None, None) => match error.kind() {
+            ErrorKind::MarkedCorrupt => "qcow2: Image is corrupt; cannot be opened read/write".to_owned(),
+            ErrorKind::Encrypted => "Parameter 'encrypt.key-secret' is required for cipher".to_owned(),
+            _ => capitalized(&error.to_string()),
+        },
+    };
+    (reason, None)
+}
+
+/// What follows the complaint about a bitmap that was in use.
+pub(crate) const INCONSISTENT_HINT: &str = "Try block-dirty-bitmap-remove to delete this bitmap from disk";
+
+/// Options of a new image that are not possible.
+pub(crate) fn refusal(refusal: &Refusal) -> String {
+    let needs_v3 = "compatibility level 1.1 and above (use version=v3 or greater)";
+    match refusal {
+        Refusal::ExtendedL2NeedsVersion3 => format!("Extended L2 entries are only supported with {needs_v3}"),
+        Refusal::ClusterSize(_) => "Cluster size must be a power of two between 512 and 2048k".to_owned(),
+        Refusal::ExtendedL2ClusterSize(_) => {
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes".to_owned()
+        }
+        Refusal::BackingAndPreallocation => {
+            "Backing file and preallocation can only be used at the same time if extended_l2 is on".to_owned()
+        }
+        Refusal::BackingFormatWithoutFile => "Backing format cannot be used without backing file".to_owned(),
+        Refusal::LazyRefcountsNeedVersion3 => format!("Lazy refcounts only supported with {needs_v3}"),
+        Refusal::RefcountBits(_) => {
+            "Refcount width must be a power of two and may not exceed 64 bits".to_owned()
+        }
+        Refusal::RefcountBitsNeedVersion3(_) => {
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)"
+                .to_owned()
+        }
+        Refusal::DataFileRawWithoutFile => "data-file-raw requires data-file".to_owned(),
+        Refusal::BackingAndDataFileRaw => {
+            "Backing file and data-file-raw cannot be used at the same time".to_owned()
+        }
+        Refusal::DataFileNeedsVersion3 => format!("External data files are only supported with {needs_v3}"),
+        Refusal::CompressionTypeNeedsVersion3 => {
+            format!("Non-zlib compression type is only supported with {needs_v3}")
+        }
+        Refusal::SizeTooLarge(size) if size.checked_next_multiple_of(512).is_none_or(|size| size > i64::MAX as u64) => {
+            "Could not resize image: Image size cannot be negative".to_owned()
+        }
+        Refusal::SizeTooLarge(size) if *size > MAX_DISK_SIZE => {
+            let size = size.next_multiple_of(512);
+            format!("Could not resize image: offset({size}) exceeds maximum({MAX_DISK_SIZE})")
+        }
+        Refusal::SizeTooLarge(_) => {
+            "The image size is too large for file format 'qcow2' (try using a larger cluster size)".to_owned()
+        }
+        Refusal::RawMetadataPreallocation => "Unsupported preallocation mode: metadata".to_owned(),
+        other => capitalized(&other.to_string()),
+    }
+}
+
+/// What could not be done where a disk or its new part gets no space. `own_file`: a qcow2 image that has the
+/// data itself.
+pub(crate) fn no_space(preallocation: Preallocation, own_file: bool) -> String {
+    let step = match preallocation {
+        Preallocation::Off => "Could not resize file",
+        Preallocation::Metadata => return "Allocating clusters failed".to_owned(),
+        Preallocation::Falloc => "Could not preallocate new data",
+        Preallocation::Full => "Could not write zeros for preallocation",
+    };
+    if own_file { format!("Failed to resize underlying file: {step}") } else { step.to_owned() }
+}
+
+fn open_reason(error: &OpenError, path: &str) -> (String, Option<String>) {
+    match error.kind() {
+        OpenErrorKind::NotRegular if error.is_directory_to_write() => {
+            (format!("Could not open '{path}': Is a directory"), None)
+        }
+        OpenErrorKind::NotRegular | OpenErrorKind::SameFile => (error.reason(), None),
+        OpenErrorKind::Locked => {
+            (error.reason(), Some(format!("Is another process using the image [{path}]?")))
+        }
+        _ => (format!("Could not open '{path}': {}", error.reason()), None),
+    }
+}
+
+fn format_reason(error: &FormatError) -> String {
+    match error.kind() {
+        Kind::NotQcow2 => "Image is not in qcow2 format".to_owned(),
+        Kind::Version(n) => format!("Unsupported qcow2 version {n}"),
+        Kind::ClusterBits(n) => format!("Unsupported cluster size: 2^{n}"),
+        Kind::HeaderTooShort(_) => "qcow2 header too short".to_owned(),
+        Kind::HeaderExceedsCluster(_) => "qcow2 header exceeds cluster size".to_owned(),
+        Kind::BackingOffset(_) => "Invalid backing file offset".to_owned(),
+        Kind::CompressionType(n) => format!("qcow2: unknown compression type: {n}"),
+        Kind::CompressionBitMissing => {
+            "qcow2: Compression type incompatible feature bit must be set".to_owned()
+        }
+        Kind::CompressionBitSet => {
+            "qcow2: Compression type incompatible feature bit must not be set".to_owned()
+        }
+        Kind::UnknownIncompatible { names, unnamed } => unknown_features(names, *unnamed),
+        Kind::SubclusterSize(n) => format!("Unsupported subcluster size: {n}"),
+        Kind::RefcountOrder(_) => "Reference count entry width too large; may not exceed 64 bits".to_owned(),
+        Kind::NoRefcountTable => "Image does not contain a reference count table".to_owned(),
+        Kind::TableTooLarge(table) => format!("{} too large", table_name(*table)),
+        Kind::TableOffset(table) => format!("{} offset invalid", table_name(*table)),
+        Kind::ImageTooBig(_) => "Image is too big".to_owned(),
+        Kind::L1TooSmall { .. } => "L1 table is too small".to_owned(),
+        Kind::CryptMethod(n) => format!("Unsupported encryption method {n}"),
+        Kind::ExtensionTooLarge { .. } => "Header extension too large".to_owned(),
+        Kind::BackingFormatTooLong(n) => format!("ERROR: ext_backing_format: len={n} too large (>=16)"),
+        Kind::CryptoExtensionWithoutLuks => {
+            "CRYPTO header extension only expected with LUKS encryption method".to_owned()
+        }
+        Kind::CryptoExtensionLength(n) => format!("CRYPTO header extension size {n}, but expected size 16"),
+        Kind::CryptoOffset { offset, cluster_size } => {
+            format!("Encryption header offset '{offset}' is not a multiple of cluster size '{cluster_size}'")
+        }
+        Kind::MissingCryptoHeader(n) => format!("Missing CRYPTO header for crypt method {n}"),
+        Kind::BackingNameTooLong(_) => "Backing file name too long".to_owned(),
+        _ => bitmap_reason(error),
+    }
+}
+
+fn bitmap_reason(error: &FormatError) -> String {
+    match error.kind() {
+        Kind::BitmapsExtensionLength(_) => "bitmaps_ext: Invalid extension length".to_owned(),
+        Kind::BitmapsReserved(_) => "bitmaps_ext: Reserved field is not zero".to_owned(),
+        Kind::BitmapsCount(0) => "found bitmaps extension with zero bitmaps".to_owned(),
+        Kind::BitmapsCount(n) => {
+            format!("bitmaps_ext: Image has {n} bitmaps, exceeding the QEMU supported maximum of 65535")
+        }
+        Kind::BitmapDirectoryOffset(_) => "bitmaps_ext: invalid bitmap directory offset".to_owned(),
+        Kind::BitmapDirectorySize(0) => "Requested bitmap directory size is zero".to_owned(),
+        Kind::BitmapDirectorySize(n) => {
+            format!("bitmaps_ext: bitmap directory size ({n}) exceeds the maximum supported size (67107840)")
+        }
+        _ => capitalized(&error.to_string()),
+    }
+}
+
+fn unknown_features(names: &[String], unnamed: u64) -> String {
+    let mut features: Vec<String> = names.iter().map(|name| crate::render::human::escaped(name)).collect();
+    if unnamed != 0 {
+        features.push(format!("Unknown incompatible feature: {unnamed:x}"));
+    }
+    format!("Unsupported qcow2 feature(s): {}", features.join(", "))
+}
+
+fn table_name(table: Table) -> &'static str {
+    match table {
+        Table::Refcount => "Reference count table",
+        Table::Snapshots => "Snapshot table",
+        Table::ActiveL1 => "Active L1 table",
+        _ => "Snapshot L1 table",
+    }
+}

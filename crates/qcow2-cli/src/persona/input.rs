@@ -1,0 +1,18 @@
+//! Texts of options that are not what they should be.
+
+use super::name::{key_values, option};
+use crate::failure::Failure;
+use qcow2_blockdev::{KeyValueError, OptionError};
+
+impl From<KeyValueError> for Failure {
+    fn from(error: KeyValueError) -> Self {
+        Self::new(key_values(&error))
+    }
+}
+
+impl From<OptionError> for Failure {
+    fn from(error: OptionError) -> Self {
+        let (reason, hints) = option(&error);
+        hints.into_iter().fold(Self::new(reason), Self::hint)
+    }
+}

@@ -1,0 +1,73 @@
+//! Secrets, and layers that stay locked.
+
+use super::name::key_values;
+use super::text::{capitalized, chain, find};
+use crate::failure::Failure;
+use qcow2_blockdev::{KeyError, SecretError};
+use qcow2_core::UnlockError;
+use qcow2_crypt::{CryptError, CryptErrorKind};
+
+/// Why a layer stays locked.
+pub(crate) fn unlock(error: &UnlockError) -> String {
+    find::<KeyError>(error).map_or_else(|| error.to_string(), key)
+}
+
+/// The same, as the keyring says it.
+pub(crate) fn key(error: &KeyError) -> String {
+    match error {
+        KeyError::NoSecret(id) => no_secret(id),
+        KeyError::NotNamed { container } => {
+            let prefix = if *container { "" } else { "encrypt." };
+            format!("Parameter '{prefix}key-secret' is required for cipher")
+        }
+        KeyError::BadLimit(_) => "Parameter 'max-iterations' expects a number".to_owned(),
+        KeyError::Crypt(error) => crypt(error),
+        other => capitalized(&other.to_string()),
+    }
+}
+
+/// An error of keys.
+pub(crate) fn crypt(error: &CryptError) -> String {
+    match error.kind() {
+        CryptErrorKind::WrongPassword => "Invalid password, cannot unlock any keyslot".to_owned(),
+        _ => capitalized(&chain(error)),
+    }
+}
+
+/// What is said of a secret that there is not.
+pub(crate) fn no_secret(id: &str) -> String {
+    format!("No secret with id '{id}'")
+}
+
+impl From<SecretError> for Failure {
+    fn from(error: SecretError) -> Self {
+        Self::new(match &error {
+            SecretError::Syntax(error) => key_values(error),
+            SecretError::Missing(key) => format!("Parameter '{key}' is missing"),
+            SecretError::UnknownType(kind) => format!("Parameter 'qom-type' does not accept value '{kind}'"),
+            SecretError::NotAnIdentifier(_) => {
+                return Self::new("Parameter 'id' expects an identifier").hint(IDENTIFIER_HINT);
+            }
+            SecretError::Unexpected(key) => format!("Parameter '{key}' is unexpected"),
+            SecretError::UnknownFormat(format) => {
+                format!("Parameter 'format' does not accept value '{format}'")
+            }
+            SecretError::DataAndFile => "'file' and 'data' are mutually exclusive".to_owned(),
+            SecretError::NoData => "Either 'file' or 'data' must be provided".to_owned(),
+            SecretError::Unreadable { path, error } => {
+                format!("Unable to read {path}: Failed to open file \u{201c}{path}\u{201d}: {error}")
+            }
+            SecretError::NoKey(id) => no_secret(id),
+            SecretError::NoIv => "IV is required to decrypt secret".to_owned(),
+            SecretError::NotBase64 => "The secret is not valid base64 data".to_owned(),
+            SecretError::Wrapped(error) => crypt(error),
+            SecretError::Exists(id) => {
+                format!("attempt to add duplicate property '{id}' to object (type 'container')")
+            }
+            other => capitalized(&other.to_string()),
+        })
+    }
+}
+
+const IDENTIFIER_HINT: &str =
+    "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.";

@@ -1,0 +1,17 @@
+//! The words of qemu-img, as whom the command also appears: how errors, refusals and warnings of the
+//! libraries are put. Scripts read them, so each is QEMU's to the letter where QEMU has one.
+//!
+//! The libraries' errors say what happened by kinds and fields; here, and nowhere else, a text is made of
+//! them.
+
+mod engine;
+mod input;
+mod keys;
+mod name;
+mod opening;
+mod text;
+
+pub(crate) use engine::{INCONSISTENT_HINT, engine_failure, no_space, refusal, source_reason};
+pub(crate) use keys::{crypt, key, no_secret, unlock};
+pub(crate) use opening::{NATIVE_NEEDS_DIRECT, SHARED_AND_WRITABLE, in_one_line, warning};
+pub(crate) use text::{capitalized, cause, chain, find, storage};

@@ -1,0 +1,47 @@
+//! Errors in one line.
+
+use qcow2_core::StorageError;
+use qcow2_io::os_error_text;
+use std::error::Error as StdError;
+
+/// Said before the reason for each layer above the one at fault.
+pub(super) const BACKING: &str = "Could not open backing file: ";
+
+/// The operating system's text for a failed storage call, or our own.
+pub(crate) fn storage(error: &StorageError) -> String {
+    error.os_code().map_or_else(|| chain(error), os_error_text)
+}
+
+/// An error of the engine in one line: the system's text where a storage failed, else all that is known.
+pub(crate) fn cause(error: &(dyn StdError + 'static)) -> String {
+    find::<StorageError>(error).map_or_else(|| chain(error), storage)
+}
+
+/// An error and its sources, joined.
+pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        text = format!("{text}: {error}");
+        next = error.source();
+    }
+    text
+}
+
+/// The first error of type `T` in `error` and below.
+pub(crate) fn find<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Option<&'a T> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref::<T>() {
+            return Some(found);
+        }
+        next = error.source();
+    }
+    None
+}
+
+/// With a large first letter.
+pub(crate) fn capitalized(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| first.to_uppercase().chain(chars).collect())
+}

@@ -1,0 +1,175 @@
+//! The header's bitmaps extension: put in, changed, taken out.
+//!
+//! The header has one place, so its sectors are changed in an order in which each step alone is a whole
+//! header: what an older header does not look at is written first, the sector that makes it count last. Only
+//! a list of extensions by others that has to move across sectors is not changed in one step; bitmaps are not
+//! trusted meanwhile. Spec: "Header extensions", "Bitmaps extension".
+
+use super::{HeaderState, HeaderStore};
+use crate::error::{Error, ErrorKind, Result};
+use crate::invariant;
+use crate::meta::file::ImageFile;
+use crate::meta::page::SECTOR_SIZE;
+use crate::sync::lock;
+use ::alloc::format;
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use core::ops::Range;
+use qcow2_format::extension::BitmapsExtension;
+use qcow2_format::feature::AutoclearFeatures;
+use qcow2_format::header::edit::{
+    BITMAPS_RECORD_LEN as RECORD, EXTENSION_HEADER_LEN as MARKER, ExtensionPlaces, autoclear, backing_name,
+    bitmaps_record, set_autoclear, set_backing_name_start,
+};
+use qcow2_format::{Header, HostOffset, Version};
+
+const SECTOR: usize = SECTOR_SIZE as usize;
+
+/// The header's cluster, and which of its sectors are to be written.
+struct Draft<'a> {
+    file: &'a ImageFile,
+    bytes: Vec<u8>,
+    /// As they are on disk.
+    before: Vec<u8>,
+}
+
+impl HeaderStore {
+    /// Makes the header name this bitmap directory, or none, and vouch for it. Durable when it returns.
+    /// Errors: `NoSpace` where the first cluster has no room; `Unsupported` in version 2; `Storage`, which
+    /// poisons the image.
+    pub(crate) fn set_bitmaps_extension(&self, extension: Option<BitmapsExtension>) -> Result<()> {
+        let mut state = lock(&self.state);
+        if state.header.version < Version::V3 {
+            return Err(Error::new(ErrorKind::Unsupported, "a version 2 image cannot store bitmaps"));
+        }
+        let mut draft = Draft::new(&self.file, &state)?;
+        let list = draft.places()?;
+        let done = match (extension, list.bitmaps) {
+            (Some(extension), Some(at)) => draft.change(at, &extension),
+            (Some(extension), None) => draft.insert(&list, &extension),
+            (None, Some(at)) => draft.remove(at, &list),
+            (None, None) => draft.trust(false),
+        };
+        // What was written is what counts from now on, whole or not.
+        let adopted = draft.adopt(&mut state);
+        self.file.poison_on_error(done.and(adopted))
+    }
+}
+
+impl<'a> Draft<'a> {
+    fn new(file: &'a ImageFile, state: &HeaderState) -> Result<Self> {
+        let mut bytes = vec![0; file.geometry().cluster_size() as usize];
+        file.storage().read_padded(HostOffset::new(0), &mut bytes)?;
+        bytes[..SECTOR].copy_from_slice(&state.sector);
+        Ok(Self { file, before: bytes.clone(), bytes })
+    }
+
+    fn places(&self) -> Result<ExtensionPlaces> {
+        ExtensionPlaces::find(&self.bytes)
+            .ok_or_else(|| Error::corrupt("header extensions pass the first cluster"))
+    }
+
+    /// Writes the sectors in `range` that differ from the disk, the last one first unless `forward`, and
+    /// waits.
+    fn write(&mut self, range: Range<usize>, forward: bool) -> Result<()> {
+        assert!(range.end <= self.bytes.len(), "bytes {range:?} leave the header's cluster");
+        let mut sectors: Vec<usize> = (range.start / SECTOR..range.end.div_ceil(SECTOR)).collect();
+        if !forward {
+            sectors.reverse();
+        }
+        for sector in sectors {
+            let place = sector * SECTOR..(sector + 1) * SECTOR;
+            if self.bytes[place.clone()] != self.before[place.clone()] {
+                let at = HostOffset::new(place.start as u64);
+                invariant::may_write(self.file.is_writable());
+                if sector == 0 {
+                    invariant::is_header(&self.bytes);
+                }
+                self.file.storage().write_at(at, &self.bytes[place.clone()])?;
+                self.file.flush()?;
+                self.before[place.clone()].copy_from_slice(&self.bytes[place]);
+            }
+        }
+        Ok(())
+    }
+
+    fn set_trust(&mut self, trusted: bool) {
+        let features = autoclear(&self.bytes).with(AutoclearFeatures::BITMAPS, trusted);
+        set_autoclear(&mut self.bytes, features);
+    }
+
+    fn trust(&mut self, trusted: bool) -> Result<()> {
+        self.set_trust(trusted);
+        self.write(0..SECTOR, true)
+    }
+
+    fn is_trusted(&self) -> bool {
+        autoclear(&self.bytes).contains(AutoclearFeatures::BITMAPS)
+    }
+
+    /// Another directory in the extension at `at`: one sector makes the change.
+    fn change(&mut self, at: usize, extension: &BitmapsExtension) -> Result<()> {
+        let data = at + MARKER..at + RECORD;
+        let one_sector = data.start / SECTOR == (data.end - 1) / SECTOR;
+        if !one_sector && self.is_trusted() {
+            self.trust(false)?;
+        }
+        self.bytes[data.clone()].copy_from_slice(&bitmaps_record(extension)[MARKER..]);
+        self.write(data, false)?;
+        self.trust(true)
+    }
+
+    /// The extension at the end of the list: first what lies behind the old end marker, then the marker's
+    /// sector.
+    fn insert(&mut self, list: &ExtensionPlaces, extension: &BitmapsExtension) -> Result<()> {
+        let end = list.end + RECORD + MARKER;
+        if self.is_trusted() {
+            self.trust(false)?;
+        }
+        if let Some(name) = backing_name(&self.bytes).filter(|name| name.start < end) {
+            self.move_backing_name(name, end)?;
+        }
+        if end > self.bytes.len() {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!("header has no room for bitmaps in {} bytes", self.bytes.len()),
+            ));
+        }
+        self.bytes[list.end..list.end + RECORD].copy_from_slice(&bitmaps_record(extension));
+        self.bytes[list.end + RECORD..end].fill(0);
+        self.write(list.end..end, false)?;
+        self.trust(true)
+    }
+
+    /// The backing file's name from byte `end` of the header on: a copy, then the pointer to it.
+    fn move_backing_name(&mut self, name: Range<usize>, end: usize) -> Result<()> {
+        let (len, new) = (name.len(), end.max(name.end).next_multiple_of(8));
+        if new + len > self.bytes.len() {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!("header has no room for bitmaps beside a backing file name of {len} bytes"),
+            ));
+        }
+        self.bytes.copy_within(name, new);
+        self.write(new..new + len, true)?;
+        set_backing_name_start(&mut self.bytes, new);
+        self.write(0..SECTOR, true)
+    }
+
+    /// Without the extension at `at`: those behind it move up.
+    fn remove(&mut self, at: usize, list: &ExtensionPlaces) -> Result<()> {
+        self.trust(false)?;
+        let end = (list.end + MARKER).min(self.bytes.len());
+        self.bytes.copy_within(at + RECORD..end, at);
+        self.bytes[end - RECORD..end].fill(0);
+        self.write(at..end, true)
+    }
+
+    /// The header is what was written.
+    fn adopt(&self, state: &mut HeaderState) -> Result<()> {
+        state.sector.copy_from_slice(&self.before[..SECTOR]);
+        let bad = |e| Error::corrupt("header is damaged").with_source(e);
+        state.header = Header::parse(&self.before).map_err(bad)?;
+        Ok(())
+    }
+}

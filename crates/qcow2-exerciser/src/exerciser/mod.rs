@@ -1,0 +1,324 @@
+//! Runs commands one after the other on the disk that is open.
+
+mod breakpoints;
+mod opening;
+
+use crate::background::Background;
+use crate::grammar::{
+    self, Command, Complaint, Content, Manner, Range, Read, Spec, Write, find, parse, split,
+};
+use crate::outcome::Outcome;
+use crate::port::{OpenedDisk, Ports};
+use crate::reason::Reason;
+use crate::report::{map_line, size};
+use crate::request::OpenRequest;
+use crate::source::Source;
+use crate::target::Target;
+use qcow2_core::{GuestDisk, ImageFormat};
+use qcow2_io::OsError;
+use std::time::Duration;
+
+/// What comes after a line. The exerciser does nothing to the process that it runs in: signals and aborts are
+/// the caller's to carry out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Flow {
+    /// The next line.
+    Continue,
+    /// `sigraise`: the signal of this number, from 1 on, is to be sent to the process; then the next line.
+    Raise(i32),
+    /// `quit`: no further line.
+    Quit,
+    /// `abort`: the process is to end as by a crash, without [`Exerciser::finish`].
+    Abort,
+}
+
+/// Runs qemu-io's commands, a line each, on one disk at a time.
+pub struct Exerciser<'a> {
+    ports: Ports<'a>,
+    open: Option<Open>,
+    background: Background,
+    failed: bool,
+}
+
+/// The disk that is open, and how it was asked for.
+struct Open {
+    disk: OpenedDisk,
+    target: Target,
+    request: OpenRequest,
+}
+
+/// A command that failed; all was said already.
+struct Failed;
+
+impl<'a> Exerciser<'a> {
+    /// An exerciser without an open disk.
+    pub fn new(ports: Ports<'a>) -> Self {
+        Self { ports, open: None, background: Background::default(), failed: false }
+    }
+
+    /// Opens a disk, as the command `open` does. Returns whether that went well; if not, the console has the
+    /// reason and [`has_failed`](Self::has_failed) is true.
+    pub fn open(&mut self, request: OpenRequest) -> bool {
+        let result = self.open_as(request, false);
+        self.failed |= result.is_err();
+        result.is_ok()
+    }
+
+    /// Runs one line: a command and its words, separated by blanks, without quoting. An empty line does
+    /// nothing. Whatever the line is, the outcome is on the console, and a failure is remembered.
+    ///
+    /// Background requests (`aio_read`, `aio_write`) run on threads of their own, at most 128 of them; their
+    /// outcome is told after a later command. `sleep` and `wait_break` block the caller.
+    pub fn execute(&mut self, line: &str) -> Flow {
+        self.command(line).unwrap_or_else(|Failed| {
+            self.failed = true;
+            Flow::Continue
+        })
+    }
+
+    /// Waits for requests in the background, tells how they went, and closes the disk. To be called after
+    /// the last line: an exerciser that is dropped waits for nothing.
+    pub fn finish(&mut self) {
+        if self.close().is_err() {
+            self.failed = true;
+        }
+    }
+
+    /// Whether any command failed. That a background request failed does not count, as in qemu-io.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    fn command(&mut self, line: &str) -> Result<Flow, Failed> {
+        let words = split(line);
+        let Some((&name, words)) = words.split_first() else {
+            return Ok(Flow::Continue);
+        };
+        let Some(spec) = find(name) else {
+            return Err(self.complain(&format!("command \"{name}\" not found")));
+        };
+        if spec.needs_file && self.open.is_none() {
+            return Err(self.complain("no file open, try 'help open'"));
+        }
+        spec.check_count(name, words.len()).map_err(|text| self.complain(&text))?;
+        if spec.writes && self.open.as_ref().is_some_and(|open| !open.disk.writable) {
+            return Err(self.complain_named("Block node is read-only"));
+        }
+        match parse(spec, words) {
+            Ok(Command::Quit) => Ok(Flow::Quit),
+            Ok(Command::Abort) => Ok(Flow::Abort),
+            Ok(Command::Raise { signal }) if signal > 0 => Ok(Flow::Raise(signal)),
+            Ok(command) => self.run(command).map(|()| Flow::Continue),
+            Err(complaint) => Err(self.refuse(spec, name, complaint)),
+        }
+    }
+
+    fn refuse(&self, spec: &Spec, typed: &str, complaint: Complaint) -> Failed {
+        match complaint {
+            Complaint::Out(text) => self.out(&format!("{text}\n")),
+            Complaint::Named(text) => self.ports.console.complain_named(&text),
+            Complaint::Usage(text) => {
+                if let Some(text) = text {
+                    self.ports.console.complain(&text);
+                }
+                self.out(&spec.usage(typed));
+            }
+        }
+        Failed
+    }
+
+    fn run(&mut self, command: Command) -> Result<(), Failed> {
+        match command {
+            Command::Read(request) => self.read(request),
+            Command::Write(request) => self.write(request),
+            Command::Discard { range, style } => self.foreground(|target| target.discard(range, style)),
+            Command::Flush => self.flush(),
+            Command::AioFlush => {
+                let finished = self.background.wait();
+                self.tell_all(finished);
+                Ok(())
+            }
+            Command::Alloc(range) => self.alloc(range),
+            Command::Map => self.map(),
+            Command::Truncate { size, preallocation } => self.truncate(size, preallocation.as_deref()),
+            Command::Length => {
+                let len = self.target()?.len();
+                self.out(&format!("{}\n", size(len)));
+                Ok(())
+            }
+            Command::Info => self.info(),
+            Command::Sleep { milliseconds } => {
+                std::thread::sleep(Duration::from_millis(milliseconds));
+                let finished = self.background.finished();
+                self.tell_all(finished);
+                Ok(())
+            }
+            Command::Open(open) => self.open_command(open),
+            Command::Close => self.close(),
+            Command::Reopen(reopen) => self.reopen(reopen),
+            Command::Help { command } => self.help(command.as_deref()),
+            Command::Break(command) => self.breakpoint(command),
+            Command::Inject(text) => {
+                self.out(&format!("{text}\n"));
+                Ok(())
+            }
+            Command::Impossible(text) => {
+                self.out(&format!("{text}\n"));
+                Err(Failed)
+            }
+            // These end in `command`, but for the signal that is none.
+            Command::Quit | Command::Abort | Command::Raise { .. } => Ok(()),
+        }
+    }
+
+    fn target(&self) -> Result<&Target, Failed> {
+        self.open.as_ref().map(|open| &open.target).ok_or(Failed)
+    }
+
+    /// Makes a request and tells how it went, and what else has finished meanwhile.
+    fn foreground(&mut self, request: impl FnOnce(&Target) -> Outcome) -> Result<(), Failed> {
+        let outcome = request(self.target()?);
+        let failed = outcome.failed;
+        self.tell(outcome);
+        let finished = self.background.finished();
+        self.tell_all(finished);
+        if failed { Err(Failed) } else { Ok(()) }
+    }
+
+    fn read(&mut self, request: Read) -> Result<(), Failed> {
+        if request.manner != Manner::Background {
+            return self.foreground(|target| target.read(&request));
+        }
+        let target = self.target()?.clone();
+        let finished = self.background.start(move || target.read(&request));
+        self.tell_all(finished);
+        Ok(())
+    }
+
+    fn write(&mut self, request: Write) -> Result<(), Failed> {
+        let source = match self.source(&request) {
+            Ok(source) => source,
+            Err(complaint) => return self.foreground(|_| Outcome::complaint(complaint)),
+        };
+        if request.manner != Manner::Background {
+            return self.foreground(|target| target.write(&request, source));
+        }
+        let target = self.target()?.clone();
+        let finished = self.background.start(move || target.write(&request, source));
+        self.tell_all(finished);
+        Ok(())
+    }
+
+    /// What a write takes its bytes from. Errors: the complaint.
+    fn source(&self, request: &Write) -> Result<Source, String> {
+        match &request.content {
+            Content::Zeroes { .. } => Ok(Source::byte(0)),
+            Content::Byte(byte) => Ok(Source::byte(*byte)),
+            Content::File(name) => match self.ports.opener.read_file(name, request.range.len) {
+                Ok(bytes) => Source::repeated(bytes).ok_or_else(|| format!("{name}: file is empty")),
+                Err(error) => Err(format!("{name}: {}", OsError::new(error))),
+            },
+        }
+    }
+
+    fn tell(&self, outcome: Outcome) {
+        if let Some(complaint) = outcome.complaint {
+            self.ports.console.complain(&complaint);
+        }
+        if let Some((name, reason)) = outcome.refused {
+            self.out(&format!("{name} failed: {}\n", self.reason(&reason)));
+        }
+        self.out(&outcome.text);
+    }
+
+    /// Tells of requests in the background; that they failed does not count.
+    fn tell_all(&self, outcomes: Vec<Outcome>) {
+        for outcome in outcomes {
+            self.tell(outcome);
+        }
+    }
+
+    fn flush(&self) -> Result<(), Failed> {
+        let flushed = self.target()?.disk.flush();
+        flushed
+            .map_err(|error| self.complain(&format!("flush failed: {}", self.reason(&Reason::from(error)))))
+    }
+
+    fn alloc(&self, range: Range) -> Result<(), Failed> {
+        match self.target()?.allocated(range) {
+            Ok((sum, len)) => {
+                let offset = size(range.offset);
+                self.out(&format!("{sum}/{len} bytes allocated at offset {offset}\n"));
+                Ok(())
+            }
+            Err(reason) => {
+                self.out(&format!("is_allocated failed: {}\n", self.reason(&reason)));
+                Err(Failed)
+            }
+        }
+    }
+
+    fn map(&self) -> Result<(), Failed> {
+        let mut show = |range: Range, allocated| self.out(&map_line(range.offset, range.len, allocated));
+        self.target()?.map(&mut show).map_err(|reason| {
+            self.complain_named(&format!("Failed to query allocation status: {}", self.reason(&reason)))
+        })
+    }
+
+    fn truncate(&self, size: u64, preallocation: Option<&str>) -> Result<(), Failed> {
+        let target = self.target()?;
+        target.refuse_resize(size, preallocation).map_err(|text| self.complain_named(text))?;
+        target
+            .resize(size, preallocation)
+            .map_err(|reason| self.complain_named(&format!("Could not resize: {}", self.reason(&reason))))
+    }
+
+    fn info(&self) -> Result<(), Failed> {
+        let target = self.target()?;
+        let image = target.disk.as_image();
+        let details = match image.map(|image| qcow2_ops::info(&**image.storage(), &ImageFormat::Qcow2)) {
+            Some(Ok(report)) => report.qcow2.as_ref().map(|info| self.ports.words.details(info)),
+            Some(Err(error)) => return Err(self.complain_named(&self.reason(&Reason::from(error)))),
+            None => None,
+        };
+        self.out(&format!(
+            "format name: {}\ncluster size: {}\nvm state offset: {}\n{}",
+            if image.is_some() { "qcow2" } else { "raw" },
+            size(image.map_or(0, |image| image.cluster_size())),
+            size(target.vm_state_offset()),
+            details.unwrap_or_default(),
+        ));
+        Ok(())
+    }
+
+    fn help(&self, command: Option<&str>) -> Result<(), Failed> {
+        match command.map(|name| (name, find(name))) {
+            None => self.out(&grammar::help_for_all()),
+            Some((name, Some(spec))) => self.out(&grammar::help_for_one(spec, name)),
+            Some((name, None)) => {
+                self.out(&format!("command {name} not found\n"));
+                return Err(Failed);
+            }
+        }
+        Ok(())
+    }
+
+    fn reason(&self, reason: &Reason) -> String {
+        reason.text(self.ports.words)
+    }
+
+    fn out(&self, text: &str) {
+        self.ports.console.out(text);
+    }
+
+    fn complain(&self, line: &str) -> Failed {
+        self.ports.console.complain(line);
+        Failed
+    }
+
+    fn complain_named(&self, text: &str) -> Failed {
+        self.ports.console.complain_named(text);
+        Failed
+    }
+}

@@ -1,0 +1,76 @@
+//! `open`, `close`, `reopen`.
+
+use super::{Exerciser, Failed, Open};
+use crate::grammar;
+use crate::reason::Reason;
+use crate::request::{OpenRequest, changed, request_of};
+use crate::target::Target;
+use std::sync::Arc;
+
+impl Exerciser<'_> {
+    pub(super) fn open_command(&mut self, open: grammar::Open) -> Result<(), Failed> {
+        let request = request_of(open).map_err(|text| self.complain_named(&text))?;
+        self.open_as(request, false)
+    }
+
+    /// Opens a disk; `reopened`: one that was open a moment ago.
+    pub(super) fn open_as(&mut self, request: OpenRequest, reopened: bool) -> Result<(), Failed> {
+        if self.open.is_some() {
+            return Err(self.complain_named("file open already, try 'help close'"));
+        }
+        match self.ports.opener.open(&request) {
+            Ok(disk) => {
+                for line in &disk.warnings {
+                    self.ports.console.complain(line);
+                }
+                let target = Target {
+                    disk: Arc::clone(&disk.disk),
+                    durable_writes: disk.durable_writes,
+                    discards: disk.discards,
+                };
+                self.open = Some(Open { disk, target, request });
+                Ok(())
+            }
+            Err(refusal) => {
+                let device = request.path.as_ref().filter(|_| !request.image_opts);
+                let what = match (reopened, device) {
+                    (true, _) => String::new(),
+                    (false, Some(path)) => format!("can't open device {path}: "),
+                    (false, None) => "can't open: ".to_owned(),
+                };
+                self.ports.console.complain_named(&format!("{what}{}", refusal.reason));
+                for line in &refusal.hints {
+                    self.ports.console.complain(line);
+                }
+                Err(Failed)
+            }
+        }
+    }
+
+    pub(super) fn close(&mut self) -> Result<(), Failed> {
+        let finished = self.background.wait();
+        self.tell_all(finished);
+        let Some(Open { disk, target, .. }) = self.open.take() else {
+            return Ok(());
+        };
+        let closed = match target.disk.as_image().filter(|_| disk.writable) {
+            Some(image) => image.close(),
+            None => Ok(()),
+        };
+        closed.map_err(|error| {
+            let reason = self.reason(&Reason::from(error));
+            self.complain_named(&format!("could not close the image cleanly: {reason}"))
+        })
+    }
+
+    /// Closes the disk and opens it again in another way; in the old one, if that fails.
+    pub(super) fn reopen(&mut self, reopen: grammar::Reopen) -> Result<(), Failed> {
+        let old = self.open.as_ref().map(|open| open.request.clone()).ok_or(Failed)?;
+        let new = changed(&old, reopen).map_err(|text| self.complain_named(&text))?;
+        self.close()?;
+        self.open_as(new, true).map_err(|Failed| {
+            let _ = self.open_as(old, false);
+            Failed
+        })
+    }
+}

@@ -1,0 +1,61 @@
+//! What is written: one byte all over, or the content of a file again and again.
+
+use crate::reason::{OUT_OF_MEMORY, Reason};
+
+/// What writes take their bytes from: a run of bytes, again and again.
+pub(crate) struct Source {
+    /// Not empty.
+    period: Vec<u8>,
+    /// Bytes given so far, modulo the period.
+    phase: usize,
+    piece: Vec<u8>,
+}
+
+impl Source {
+    /// One byte all over.
+    pub(crate) fn byte(byte: u8) -> Self {
+        Self { period: vec![byte], phase: 0, piece: Vec::new() }
+    }
+
+    /// `period` again and again; `None` where it is empty.
+    pub(crate) fn repeated(period: Vec<u8>) -> Option<Self> {
+        (!period.is_empty()).then_some(Self { period, phase: 0, piece: Vec::new() })
+    }
+
+    /// The next `len` bytes. Errors: the system's where memory is short.
+    pub(crate) fn next(&mut self, len: u64) -> Result<&[u8], Reason> {
+        let len = len as usize;
+        if self.period.len() == 1 && self.piece.len() >= len {
+            return Ok(&self.piece[..len]);
+        }
+        self.piece.clear();
+        self.piece.try_reserve_exact(len).map_err(|_| Reason::System(OUT_OF_MEMORY))?;
+        let first = &self.period[self.phase..];
+        self.piece.extend_from_slice(&first[..first.len().min(len)]);
+        while self.piece.len() < len {
+            let rest = (len - self.piece.len()).min(self.period.len());
+            self.piece.extend_from_slice(&self.period[..rest]);
+        }
+        self.phase = (self.phase + len) % self.period.len();
+        Ok(&self.piece)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_period_goes_on_where_it_stopped() {
+        let mut source = Source::repeated(b"abc".to_vec()).unwrap();
+        assert_eq!(source.next(2).unwrap(), b"ab");
+        assert_eq!(source.next(5).unwrap(), b"cabca");
+        assert_eq!(source.next(0).unwrap(), b"");
+        assert_eq!(source.next(4).unwrap(), b"bcab");
+        let mut source = Source::byte(7);
+        assert_eq!(source.next(3).unwrap(), [7; 3]);
+        assert_eq!(source.next(2).unwrap(), [7; 2]);
+        assert_eq!(source.next(4).unwrap(), [7; 4]);
+        assert!(Source::repeated(Vec::new()).is_none());
+    }
+}
