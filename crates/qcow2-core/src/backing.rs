@@ -18,11 +18,11 @@ impl Image {
     pub fn change_backing(&self, backing: Option<&BackingName>) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         let mut header = self.header();
         header.backing_file = backing.map(|backing| backing.name.clone().into_bytes());
         header.extensions.backing_format =
             backing.and_then(|backing| backing.format.clone()).map(String::into_bytes);
-        self.meta.switch_header(header)
+        self.header.switch_to(header)
     }
 }

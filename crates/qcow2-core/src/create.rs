@@ -5,6 +5,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
+use crate::invariant;
 use crate::open::OpenOptions;
 use crate::port::resolver::ResolvedSource;
 use crate::port::storage::Storage;
@@ -132,7 +133,8 @@ impl Image {
     /// [`create`] takes; otherwise as [`create`] and [`open`](Self::open).
     ///
     /// ```
-    /// use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat, OpenOptions, ResolvedSource};
+    /// use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat};
+    /// use qcow2_core::{OpenOptions, ResolvedSource};
     /// use qcow2_io::MemoryStorage;
     /// use std::sync::Arc;
     ///
@@ -321,6 +323,8 @@ fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
         }
         (layout.blocks, layout.table) = (blocks.max(layout.blocks), table.max(layout.table));
     }
+    invariant::all_counted(layout.blocks, per_block, layout.end());
+    assert!(layout.table * cluster_size / 8 >= layout.blocks, "a block that no table entry leads to");
     if layout.table * cluster_size > MAX_REFCOUNT_TABLE_SIZE.max(cluster_size) {
         let message = format!("refcount table would need {} clusters of {cluster_size} bytes", layout.table);
         return Err(option_error(message));

@@ -4,22 +4,16 @@
 //! Invariant: no plain byte of the guest reaches the storage of an encrypted image, and the caller's buffer
 //! is never changed. Zeroes on the storage are not zeroes for the guest here. Spec: "Data encryption".
 
+mod guest;
+
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::Image;
 use crate::open::OpenOptions;
-use crate::port::cipher::{CIPHER_SECTOR, ClusterCipher, EncryptedLayer, SectorNumbering};
-use crate::port::disk::GuestDisk;
+use crate::port::cipher::{CIPHER_SECTOR, ClusterCipher, EncryptedLayer};
 use crate::port::resolver::ResolvedSource;
-use crate::port::storage::Storage;
 use crate::sync::{Rank, RwLock, RwLockReadGuard, RwLockWriteGuard, read, write};
-use crate::write::apply::move_data;
 use ::alloc::sync::Arc;
 use qcow2_format::header::CryptMethod;
-use qcow2_format::{GuestOffset, GuestRange, Header, HostOffset};
-
-/// The most bytes that are encrypted at once: the largest cluster, so that no cluster is written in two
-/// halves.
-const PIECE: u64 = 2 << 20;
+use qcow2_format::{GuestOffset, GuestRange, Header};
 
 /// How an image's guest data is stored.
 pub(crate) enum Crypt {
@@ -45,6 +39,8 @@ impl SectorLock {
 
     /// What a change of `range` holds while it is made.
     pub(crate) fn hold(&self, range: GuestRange) -> Hold<'_> {
+        // A part of a sector is read, changed and encrypted as a whole: two such changes at once would undo
+        // each other. Changes of whole sectors read nothing and need not wait for each other.
         let whole = |offset: GuestOffset| offset.value().is_multiple_of(CIPHER_SECTOR);
         if whole(range.start()) && whole(range.end()) {
             Hold::Shared(read(&self.partial))
@@ -114,80 +110,6 @@ pub(crate) fn locked(error: crate::port::cipher::UnlockError) -> Error {
     Error::new(ErrorKind::Encrypted, "image cannot be unlocked").with_source(error)
 }
 
-impl Image {
-    /// Reads stored guest bytes: those of guest byte `guest` and after it are at `host` and after it.
-    pub(crate) fn read_encrypted(&self, guest: GuestOffset, host: HostOffset, buf: &mut [u8]) -> Result<()> {
-        let cipher = self.crypt.cipher()?;
-        let data = self.meta.data()?;
-        // Host and guest place of a sector are equally far from its start.
-        read_sectors(guest.value(), buf, |at, sectors| {
-            let host = HostOffset::new(host.value() + at - guest.value());
-            read_sealed(&**data, cipher, (GuestOffset::new(at), host), sectors)
-        })
-    }
-
-    /// Writes `buf` at `offset`: the rest of sectors that it covers in part is read first, and nobody else
-    /// changes parts of sectors meanwhile.
-    pub(crate) fn write_encrypted(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
-        self.crypt.cipher()?;
-        let read = |at: u64, sector: &mut [u8]| {
-            let inside = self.size().saturating_sub(at).min(sector.len() as u64) as usize;
-            sector[inside..].fill(0);
-            self.read_range(GuestOffset::new(at), &mut sector[..inside])
-        };
-        write_sectors(offset.value(), buf, read, |at, sectors| self.write_whole_sectors(at, sectors))
-    }
-
-    fn write_whole_sectors(&self, offset: u64, sectors: &[u8]) -> Result<()> {
-        let (mut at, mut rest) = (offset, sectors);
-        while !rest.is_empty() {
-            let wanted = (rest.len() as u64).min(PIECE - at % PIECE);
-            let prepared = self.prepare(GuestOffset::new(at), wanted)?;
-            let (part, next) = rest.split_at(prepared.len as usize);
-            let mut sealed = self.scratch.take_exact(part.len());
-            sealed.copy_from_slice(part);
-            self.seal(GuestOffset::new(at), prepared.host, &mut sealed)?;
-            let batch = [(prepared, &sealed[..])];
-            let moved = move_data(&**self.meta.data()?, &batch);
-            let [(prepared, _)] = batch;
-            self.scratch.give(sealed);
-            moved?;
-            prepared.commit()?;
-            at += part.len() as u64;
-            rest = next;
-        }
-        Ok(())
-    }
-
-    /// Encrypts whole sectors of guest bytes for their place; does nothing where the image is not encrypted.
-    pub(crate) fn seal(&self, guest: GuestOffset, host: HostOffset, sectors: &mut [u8]) -> Result<()> {
-        if !self.crypt.is_plain() {
-            let cipher = self.crypt.cipher()?;
-            cipher.encrypt(number(cipher, guest, host), sectors);
-        }
-        Ok(())
-    }
-}
-
-/// Reads and decrypts whole sectors.
-fn read_sealed(
-    data: &dyn Storage,
-    cipher: &dyn ClusterCipher,
-    (guest, host): (GuestOffset, HostOffset),
-    sectors: &mut [u8],
-) -> Result<()> {
-    data.read_padded(host, sectors)?;
-    cipher.decrypt(number(cipher, guest, host), sectors);
-    Ok(())
-}
-
-fn number(cipher: &dyn ClusterCipher, guest: GuestOffset, host: HostOffset) -> u64 {
-    match cipher.numbering() {
-        SectorNumbering::Guest => guest.value() / CIPHER_SECTOR,
-        SectorNumbering::Host => host.value() / CIPHER_SECTOR,
-    }
-}
-
 /// Fills `buf` with bytes from `offset` on through `read`, which reads whole sectors only.
 pub(crate) fn read_sectors(
     offset: u64,
@@ -242,6 +164,7 @@ pub(crate) fn write_sectors(
 /// Bytes from `at` on that are whole sectors, or else lie within one.
 fn piece_len(at: u64, len: usize) -> usize {
     let size = CIPHER_SECTOR as usize;
+    debug_assert!(len > 0, "a piece of nothing at {at:#x}");
     let inside = (at % CIPHER_SECTOR) as usize;
     match inside {
         0 if len >= size => len - len % size,

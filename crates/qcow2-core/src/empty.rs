@@ -1,4 +1,4 @@
-//! Making a layer say nothing: every byte then comes from below.
+//! Dropping all allocations of an overlay: every byte then comes from the backing file.
 //!
 //! Order on disk: the emptied L1 table; barrier; then nothing but header, L1 table and refcount structure is
 //! in use, and counts only go down: refcount table entries of blocks that are not needed; barrier; the blocks
@@ -6,11 +6,11 @@
 
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::meta::Meta;
 use crate::meta::overlap::OverlapChecks;
+use crate::meta::run::ClusterRun;
 use crate::port::disk::GuestDisk;
 use crate::port::storage::StorageErrorKind;
-use crate::sync::{lock, write};
+use crate::sync::write;
 use ::alloc::collections::{BTreeMap, BTreeSet};
 use ::alloc::format;
 use ::alloc::vec;
@@ -26,30 +26,30 @@ impl Image {
     /// discard does. Errors: `Storage`, `Corrupt`, `ReadOnly`, `Poisoned`.
     pub fn make_empty(&self) -> Result<()> {
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         self.begin_change()?;
         self.bitmaps.mark(GuestRange::between(GuestOffset::new(0), GuestOffset::new(self.size())));
         let header = self.header();
         let others = header.nb_snapshots > 0
             || header.extensions.luks.is_some()
             || header.extensions.bitmaps.is_some()
-            || self.meta.has_data_file();
+            || self.file.has_data_file();
         if others {
-            let end = self.meta.geometry.align_up(self.size()).unwrap_or(self.size());
+            let end = self.file.geometry().align_up(self.size()).unwrap_or(self.size());
             self.forget_clusters(GuestRange::between(GuestOffset::new(0), GuestOffset::new(end)))?;
-            self.meta.settle()?;
+            self.flusher.settle()?;
             return self.give_back_data_file();
         }
-        self.meta.settle()?;
-        let result = self.meta.drop_all_clusters();
-        self.meta.poison_on_error(result)
+        self.flusher.settle()?;
+        let result = self.drop_all_clusters();
+        self.file.poison_on_error(result)
     }
 }
 
 impl Image {
     /// Nothing leads to the bytes of the external data file any more.
     fn give_back_data_file(&self) -> Result<()> {
-        let Some(data) = self.meta.data.as_ref().filter(|_| self.meta.has_data_file()) else { return Ok(()) };
+        let Some(data) = self.file.opened_data().filter(|_| self.file.has_data_file()) else { return Ok(()) };
         let len = data.len()?;
         if len > 0 {
             data.discard(HostOffset::new(0), len)?;
@@ -61,56 +61,56 @@ impl Image {
 /// Refcount blocks that stay: index in the refcount table to place.
 type Blocks = BTreeMap<u64, HostOffset>;
 
-impl Meta {
+impl Image {
     /// The fast way, for an image in which every cluster belongs to the active disk.
     fn drop_all_clusters(&self) -> Result<()> {
-        let (l1_offset, l1) = self.l1.contents();
-        let (mut table, table_offset, table_clusters) = {
-            let refcounts = lock(&self.refcounts);
-            (refcounts.table.clone(), refcounts.table_offset, refcounts.table_clusters)
-        };
+        let (l1_offset, l1) = self.mapping().l1_contents();
+        let (mut table, table_run) = self.refcounts.copy_table();
+        let table_offset = table_run.offset(self.file.geometry());
         let mut used: BTreeSet<u64> = [0].into();
-        for (start, clusters) in
-            [(l1_offset, self.geometry.clusters_for(l1.len() as u64 * 8)), (table_offset, table_clusters)]
-        {
-            let first = self.geometry.host_cluster(start).value();
-            used.extend(first..first + clusters);
-        }
+        let l1_run = ClusterRun::touched(self.file.geometry(), l1_offset, l1.len() as u64 * 8);
+        used.extend(l1_run.clusters().chain(table_run.clusters()));
         let blocks = self.blocks_for(&mut used, &table)?;
-        self.check_places((l1_offset, l1.len() as u64 * 8), (table_offset, table_clusters), &blocks)?;
-        self.write_words(OverlapChecks::ACTIVE_L1, l1_offset, &vec![0; l1.len()])?;
-        self.storage.flush()?;
-        self.l1.replace(l1_offset, vec![0; l1.len()]);
-        self.expanded.clear();
+        let per_block = self.file.geometry().refcount_block_entries();
+        debug_assert!(used.iter().all(|cluster| blocks.contains_key(&(cluster / per_block))), "{used:?}");
+        self.check_places(l1_run, table_run, &blocks)?;
+        // The links go first: a crash after this leaves clusters counted that nothing refers to, which is a
+        // leak. The other way round it would leave links to clusters that count as free.
+        self.tables.write_words(OverlapChecks::ACTIVE_L1, l1_offset, &vec![0; l1.len()])?;
+        self.file.flush()?;
+        self.mapping().replace_l1(l1_offset, vec![0; l1.len()]);
+        self.mapping().expanded().clear();
         let mut changed = false;
         for (index, entry) in table.iter_mut().enumerate().filter(|(_, entry)| **entry != 0) {
             if !blocks.contains_key(&(index as u64)) {
                 (*entry, changed) = (encode_table_entry(None), true);
             }
         }
+        // Entries before blocks: a block that an entry on disk still leads to must keep its content.
         if changed {
-            self.write_words(OverlapChecks::REFCOUNT_TABLE, table_offset, &table)?;
-            self.storage.flush()?;
+            self.tables.write_words(OverlapChecks::REFCOUNT_TABLE, table_offset, &table)?;
+            self.file.flush()?;
         }
         self.write_blocks(&blocks, &used)?;
-        self.storage.flush()?;
-        self.adopt_table(table, table_offset, table_clusters);
+        self.file.flush()?;
+        self.refcounts.adopt_table(table, table_run);
         self.learn_metadata()?;
         self.cut_after(used.last().map_or(1, |last| last + 1))
     }
 
     /// Asks for all that is to be written, before anything is thrown away.
-    fn check_places(&self, l1: (HostOffset, u64), table: (HostOffset, u64), blocks: &Blocks) -> Result<()> {
-        let size = self.geometry.cluster_size();
-        self.check_table_place(OverlapChecks::ACTIVE_L1, l1.0, l1.1)?;
-        self.check_table_place(OverlapChecks::REFCOUNT_TABLE, table.0, table.1 * size)?;
+    fn check_places(&self, l1: ClusterRun, table: ClusterRun, blocks: &Blocks) -> Result<()> {
+        let size = self.file.geometry().cluster_size();
+        for (kind, run) in [(OverlapChecks::ACTIVE_L1, l1), (OverlapChecks::REFCOUNT_TABLE, table)] {
+            self.tables.check_place(kind, run.offset(self.file.geometry()), run.len(self.file.geometry()))?;
+        }
         let mut places = blocks.values();
-        places.try_for_each(|&block| self.check_table_place(OverlapChecks::REFCOUNT_BLOCK, block, size))
+        places.try_for_each(|&block| self.tables.check_place(OverlapChecks::REFCOUNT_BLOCK, block, size))
     }
 
     /// The blocks that count the clusters in `used`, and each other; their clusters join `used`.
     fn blocks_for(&self, used: &mut BTreeSet<u64>, table: &[u64]) -> Result<Blocks> {
-        let per_block = self.geometry.refcount_block_entries();
+        let per_block = self.file.geometry().refcount_block_entries();
         let (mut blocks, mut open) = (Blocks::new(), used.iter().copied().collect::<Vec<_>>());
         while let Some(cluster) = open.pop() {
             let index = cluster / per_block;
@@ -118,40 +118,43 @@ impl Meta {
                 continue;
             }
             let raw = table.get(index as usize).copied().unwrap_or(0);
-            let block = decode_table_entry(raw, &self.geometry).ok().flatten().ok_or_else(|| {
+            let block = decode_table_entry(raw, self.file.geometry()).ok().flatten().ok_or_else(|| {
                 Error::corrupt(format!("host cluster {cluster} is in use and has no refcount block"))
             })?;
             blocks.insert(index, block);
-            let cluster = self.geometry.host_cluster(block).value();
+            let cluster = self.file.geometry().host_cluster(block).value();
             if !used.insert(cluster) {
-                return Err(self.mark_corrupt(format!("refcount block at {block} is something else too")));
+                return Err(self
+                    .header
+                    .mark_corrupt(format!("refcount block at {block} is something else too")));
             }
             open.push(cluster);
         }
         Ok(blocks)
     }
 
-    /// Writes the blocks anew: a count of one for the clusters in `used`.
+    /// Overwrites the blocks: a count of one for the clusters in `used`.
     fn write_blocks(&self, blocks: &Blocks, used: &BTreeSet<u64>) -> Result<()> {
-        let (per_block, width) = (self.geometry.refcount_block_entries(), self.geometry.refcount_width());
+        let (per_block, width) =
+            (self.file.geometry().refcount_block_entries(), self.file.geometry().refcount_width());
         for (index, &block) in blocks {
-            let mut words = vec![0u64; (self.geometry.cluster_size() / 8) as usize];
+            let mut words = vec![0u64; (self.file.geometry().cluster_size() / 8) as usize];
             for cluster in used.range(index * per_block..(index + 1) * per_block) {
                 let word = &mut words[width.word_index(cluster % per_block)];
                 *word = width.insert(*word, cluster % per_block, 1);
             }
-            self.write_words(OverlapChecks::REFCOUNT_BLOCK, block, &words)?;
+            self.tables.write_words(OverlapChecks::REFCOUNT_BLOCK, block, &words)?;
         }
         Ok(())
     }
 
     /// Cuts the file after its first `clusters` clusters, where it can be cut.
     fn cut_after(&self, clusters: u64) -> Result<()> {
-        let end = clusters * self.geometry.cluster_size();
-        if self.storage.len()? <= end {
+        let end = clusters * self.file.geometry().cluster_size();
+        if self.file.storage().len()? <= end {
             return Ok(());
         }
-        match self.storage.set_len(end) {
+        match self.file.storage().set_len(end) {
             Err(error) if error.kind() != StorageErrorKind::Unsupported => Err(error.into()),
             _ => Ok(()),
         }

@@ -5,7 +5,14 @@
 use crate::bitmap::Bitmaps;
 use crate::crypt::Crypt;
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::Meta;
+use crate::meta::bulk::Bulk;
+use crate::meta::file::ImageFile;
+use crate::meta::flush::Flusher;
+use crate::meta::header::HeaderStore;
+use crate::meta::mapping::Mapping;
+use crate::meta::page::SECTOR_SIZE;
+use crate::meta::refcount::RefcountStore;
+use crate::meta::tables::Tables;
 use crate::port::codec::ClusterCodec;
 use crate::port::disk::{DiskExtent, ExtentState, GuestDisk};
 use crate::port::storage::{Storage, ZeroMode};
@@ -17,13 +24,16 @@ use crate::write::plan::ZeroKind;
 use ::alloc::format;
 use ::alloc::string::String;
 use ::alloc::sync::Arc;
-use qcow2_format::HeaderField;
-use qcow2_format::feature::{AutoclearFeatures, IncompatibleFeatures};
-use qcow2_format::{Geometry, GuestOffset, GuestRange, Header, Version};
+use core::any::Any;
+use qcow2_format::{Geometry, GuestOffset, GuestRange, Header};
 
 /// An open qcow2 image and the layers below it.
 pub struct Image {
-    pub(crate) meta: Meta,
+    pub(crate) file: Arc<ImageFile>,
+    pub(crate) header: Arc<HeaderStore>,
+    pub(crate) tables: Arc<Tables>,
+    pub(crate) refcounts: Arc<RefcountStore>,
+    pub(crate) flusher: Flusher,
     pub(crate) size: AtomicU64,
     pub(crate) backing: Option<Arc<dyn GuestDisk>>,
     /// The image names a backing file that was not opened.
@@ -37,27 +47,29 @@ pub struct Image {
     pub(crate) bitmaps: Bitmaps,
     /// The external data file is the guest disk byte for byte, so zeroes are written there too.
     pub(crate) raw_data_file: bool,
+    /// Discarded and zeroed clusters keep their host clusters.
+    pub(crate) discard_no_unref: bool,
 }
 
 impl Image {
     /// The header as it is now.
     pub fn header(&self) -> Header {
-        self.meta.header()
+        self.header.current()
     }
 
     /// The image's geometry.
     pub fn geometry(&self) -> Geometry {
-        self.meta.geometry
+        *self.file.geometry()
     }
 
     /// The image file.
     pub fn storage(&self) -> &Arc<dyn Storage> {
-        &self.meta.storage
+        self.file.shared_storage()
     }
 
     /// Where guest data lives: the image file or the external data file; `None` where that was not opened.
     pub fn data_storage(&self) -> Option<&Arc<dyn Storage>> {
-        self.meta.data.as_ref()
+        self.file.opened_data()
     }
 
     /// The codec of this image's compression type. Errors: `Unsupported` where none was given on opening.
@@ -89,16 +101,42 @@ impl Image {
     /// Errors: `Storage`, `Poisoned`.
     pub fn close(&self) -> Result<()> {
         let _alone = write(&self.structure);
-        if !self.meta.writable {
+        if !self.file.is_writable() {
             return Ok(());
         }
-        self.meta.check_writable()?;
-        self.meta.pad_end()?;
-        self.meta.settle()?;
+        self.file.check_writable()?;
+        if self.header.is_changing() {
+            self.pad_file()?;
+        }
+        // Bitmaps after everything that they record, warnings after everything that they warn of.
+        self.flusher.settle()?;
+        // Nobody else is in an operation, so nothing could still be seen by one.
+        debug_assert!(self.refcounts.is_settled(), "clusters wait to be freed when the image is closed");
         self.store_bitmaps()?;
-        self.meta.retract_warnings()?;
-        self.meta.poisoned.store(true, Ordering::Release);
+        self.header.retract_warnings()?;
+        self.file.poison();
         Ok(())
+    }
+
+    /// Which guest range lives where.
+    pub(crate) fn mapping(&self) -> &Mapping {
+        self.flusher.mapping()
+    }
+
+    /// Changes of whole trees of L2 tables and what they refer to. The caller is alone with the image.
+    pub(crate) fn bulk(&self) -> Bulk<'_> {
+        Bulk::new(&self.tables, &self.refcounts, &self.flusher)
+    }
+
+    /// Learns again which clusters hold metadata, from what is on disk.
+    pub(crate) fn learn_metadata(&self) -> Result<()> {
+        let (_, l1) = self.mapping().l1_contents();
+        self.refcounts.with_table(|refcount_table| self.tables.learn(&l1, refcount_table))
+    }
+
+    /// Ends the image file where other readers expect an end; see [`ImageFile::pad_end`].
+    pub(crate) fn pad_file(&self) -> Result<()> {
+        self.file.pad_end(self.refcounts.next_packed(), SECTOR_SIZE)
     }
 
     pub(crate) fn check_range(&self, start: GuestOffset, len: u64) -> Result<GuestRange> {
@@ -114,13 +152,13 @@ impl Image {
     /// Checks that a change of `len` bytes at `start` is possible now.
     pub(crate) fn check_change(&self, start: GuestOffset, len: u64) -> Result<GuestRange> {
         let range = self.check_range(start, len)?;
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         Ok(range)
     }
 
-    /// What this layer says from `range.start()` on. The caller runs inside an operation.
+    /// What this layer has from `range.start()` on. The caller runs inside an operation.
     pub(crate) fn extent_of(&self, range: GuestRange) -> Result<DiskExtent> {
-        let run = self.meta.lookup(range.start(), range.len())?;
+        let run = self.mapping().lookup(range.start(), range.len())?;
         let plain = self.crypt.is_plain();
         let state = match run.place {
             Place::Unallocated => ExtentState::Unallocated,
@@ -139,14 +177,15 @@ impl Image {
     ) -> Result<()> {
         let range = self.check_change(start, len)?;
         {
+            // Held to the end of the change and let go before the flush, which may wait for others.
             let _structure = read(&self.structure);
-            let _operation = self.meta.operations.enter();
+            let _operation = self.flusher.enter();
             let _sectors = self.crypt.hold(range);
             self.begin_change()?;
             self.bitmaps.mark(range);
             make(range)?;
         }
-        self.meta.flush_if_pressed()
+        self.flusher.flush_if_pressed()
     }
 
     /// Writes one whole cluster compressed; a cluster that does not get smaller is stored plain, the end of a
@@ -157,10 +196,10 @@ impl Image {
     /// Errors: `Unsupported` with an external data file or where the cluster is allocated already,
     /// `OutOfRange`.
     pub fn write_compressed(&self, offset: GuestOffset, cluster: &[u8]) -> Result<()> {
-        let size = self.meta.geometry.cluster_size() as usize;
+        let size = self.file.geometry().cluster_size() as usize;
         let whole = cluster.len() == size
             || offset.checked_add(cluster.len() as u64) == Some(GuestOffset::new(self.size()));
-        if !self.meta.geometry.is_aligned(offset.value()) || !whole || cluster.len() > size {
+        if !self.file.geometry().is_aligned(offset.value()) || !whole || cluster.len() > size {
             let message = format!(
                 "compressed write of {} bytes at {offset}: allowed are whole clusters",
                 cluster.len()
@@ -194,8 +233,15 @@ impl Image {
     /// After an error a first part of them may be stored.
     pub fn write_compressed_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
         let (Some(&(first, _)), Some(&(last, _))) = (streams.first(), streams.last()) else { return Ok(()) };
-        let end = last.value().saturating_add(self.meta.geometry.cluster_size()).min(self.size());
+        let end = last.value().saturating_add(self.file.geometry().cluster_size()).min(self.size());
         self.change(first, end.saturating_sub(first.value()), |_| self.pack_streams(streams))
+    }
+}
+
+impl dyn GuestDisk + '_ {
+    /// This disk as a qcow2 image, where it is one.
+    pub fn as_image(&self) -> Option<&Image> {
+        self.as_any()?.downcast_ref()
     }
 }
 
@@ -207,7 +253,7 @@ impl GuestDisk for Image {
     fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
         let _structure = read(&self.structure);
-        let _operation = self.meta.operations.enter();
+        let _operation = self.flusher.enter();
         self.read_range(offset, buf)
     }
 
@@ -219,20 +265,20 @@ impl GuestDisk for Image {
         if !self.crypt.is_plain() {
             return parts.iter().try_for_each(|(offset, buf)| self.write_at(*offset, buf));
         }
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         for (offset, buf) in parts {
             self.check_range(*offset, buf.len() as u64)?;
         }
         {
             let _structure = read(&self.structure);
-            let _operation = self.meta.operations.enter();
+            let _operation = self.flusher.enter();
             self.begin_change()?;
             for (offset, buf) in parts {
                 self.bitmaps.mark(self.check_range(*offset, buf.len() as u64)?);
             }
             self.write_batches(parts)?;
         }
-        self.meta.flush_if_pressed()
+        self.flusher.flush_if_pressed()
     }
 
     fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
@@ -248,18 +294,18 @@ impl GuestDisk for Image {
     }
 
     fn flush(&self) -> Result<()> {
-        if !self.meta.writable {
+        if !self.file.is_writable() {
             return Ok(());
         }
         let _structure = read(&self.structure);
-        self.meta.check_writable()?;
-        self.meta.flush()
+        self.file.check_writable()?;
+        self.flusher.flush()
     }
 
     fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
         self.check_range(range.start(), range.len())?;
         let _structure = read(&self.structure);
-        let _operation = self.meta.operations.enter();
+        let _operation = self.flusher.enter();
         self.extent_of(range)
     }
 
@@ -268,41 +314,18 @@ impl GuestDisk for Image {
     }
 
     fn cluster_size(&self) -> u64 {
-        self.meta.geometry.cluster_size()
+        self.file.geometry().cluster_size()
     }
 
     fn zero_granularity(&self) -> u64 {
-        self.meta.geometry.subcluster_size()
+        self.file.geometry().subcluster_size()
     }
 
     fn resize(&self, size: u64) -> Result<()> {
         self.change_size(size)
     }
 
-    fn as_image(&self) -> Option<&Image> {
+    fn as_any(&self) -> Option<&dyn Any> {
         Some(self)
-    }
-}
-
-impl Meta {
-    /// Takes back what the image says of its bitmaps.
-    pub(crate) fn distrust_bitmaps(&self) -> Result<()> {
-        let features = self.header().autoclear_features;
-        if features.contains(AutoclearFeatures::BITMAPS) {
-            let without = features.with(AutoclearFeatures::BITMAPS, false);
-            self.warn_in_header(HeaderField::Autoclear(without))?;
-        }
-        Ok(())
-    }
-
-    /// Takes back the dirty bit once everything is durable. A repair may leave refcounts that are too low:
-    /// there the bit goes with [`clear_damage_marks`](Image::clear_damage_marks) only (I1).
-    pub(crate) fn retract_warnings(&self) -> Result<()> {
-        let header = self.header();
-        if self.for_repair || header.version < Version::V3 || !header.is_dirty() {
-            return Ok(());
-        }
-        let clean = header.incompatible_features.with(IncompatibleFeatures::DIRTY, false);
-        self.update_header(&[HeaderField::Incompatible(clean)])
     }
 }

@@ -1,5 +1,5 @@
-//! Who is in the middle of something: operations that may hold an old mapping, and guest clusters whose
-//! mapping is being changed.
+//! What is under way: operations that may hold an old mapping, and guest clusters whose mapping is being
+//! changed.
 //!
 //! Invariant I3: a cluster that was unlinked in epoch `e` is handed out again only in epoch `e + 2` or later,
 //! and the epoch moves on only when no operation of the one before is left.
@@ -7,6 +7,8 @@
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, Rank, lock, wait};
 use ::alloc::vec::Vec;
+use core::ops::Range;
+use qcow2_format::{Geometry, GuestCluster, GuestOffset};
 
 /// Counts running operations by epoch.
 #[derive(Debug, Default)]
@@ -35,6 +37,8 @@ impl Operations {
             let epoch = self.epoch.load(Ordering::SeqCst);
             let active = &self.active[(epoch & 1) as usize];
             active.fetch_add(1, Ordering::SeqCst);
+            // Read again: between the load and the count the epoch may have moved on twice, and then nobody
+            // would wait for this operation.
             if self.epoch.load(Ordering::SeqCst) == epoch {
                 return Operation { active };
             }
@@ -52,6 +56,8 @@ impl Operations {
     pub(crate) fn advance(&self) -> u64 {
         for _ in 0..2 {
             let epoch = self.epoch.load(Ordering::SeqCst);
+            // The next epoch reuses the counter of the one before: its operations must have ended, since they
+            // may still look at what was unlinked in it.
             if self.active[((epoch + 1) & 1) as usize].load(Ordering::SeqCst) != 0 {
                 break;
             }
@@ -85,11 +91,17 @@ struct Held {
     waiting: usize,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct ClaimedRange {
-    start: u64,
-    end: u64,
+    clusters: Range<GuestCluster>,
     shared: bool,
+}
+
+/// The guest clusters that `len` bytes from `offset` on touch; at least the one that holds `offset`.
+pub(crate) fn touched_clusters(geometry: &Geometry, offset: GuestOffset, len: u64) -> Range<GuestCluster> {
+    let last = GuestOffset::new(offset.value().saturating_add(len.max(1) - 1));
+    let end = GuestCluster::new(geometry.guest_cluster(last).value() + 1);
+    geometry.guest_cluster(offset)..end
 }
 
 /// The right to change the mapping of guest clusters, or (shared) to write through it.
@@ -100,31 +112,33 @@ pub(crate) struct Claim<'a> {
 }
 
 impl Claims {
-    /// Waits until nobody else changes or writes through one of the clusters `start..end`, then claims them.
+    /// Waits until nobody else changes or writes through one of `clusters`, then claims them.
     /// A thread that holds claims already takes further ones only for later clusters (as a batch of writes
     /// does): two threads that do so never wait for each other.
-    pub(crate) fn claim(&self, start: u64, end: u64) -> Claim<'_> {
-        self.enter(ClaimedRange { start, end, shared: false })
+    pub(crate) fn claim(&self, clusters: Range<GuestCluster>) -> Claim<'_> {
+        self.enter(ClaimedRange { clusters, shared: false })
     }
 
-    /// Waits until nobody changes the mapping of one of the clusters `start..end`, and keeps it from being
-    /// changed.
-    pub(crate) fn share(&self, start: u64, end: u64) -> Claim<'_> {
-        self.enter(ClaimedRange { start, end, shared: true })
+    /// Waits until nobody changes the mapping of one of `clusters`, and keeps it from being changed.
+    pub(crate) fn share(&self, clusters: Range<GuestCluster>) -> Claim<'_> {
+        self.enter(ClaimedRange { clusters, shared: true })
     }
 
     fn enter(&self, range: ClaimedRange) -> Claim<'_> {
         let meets = |other: &ClaimedRange| {
-            other.start < range.end && range.start < other.end && !(other.shared && range.shared)
+            let (ours, theirs) = (&range.clusters, &other.clusters);
+            theirs.start < ours.end && ours.start < theirs.end && !(other.shared && range.shared)
         };
-        debug_assert!(range.start < range.end, "a claim of nothing");
+        debug_assert!(range.clusters.start < range.clusters.end, "a claim of nothing");
         let mut held = lock(&self.held);
         while held.ranges.iter().any(meets) {
+            // Woken by every release, wanted or not: claims are few and short, a queue for each is not worth
+            // its cost.
             held.waiting += 1;
             held = wait(&self.released, held);
             held.waiting -= 1;
         }
-        held.ranges.push(range);
+        held.ranges.push(range.clone());
         Claim { claims: self, range }
     }
 }
@@ -133,7 +147,7 @@ impl Drop for Claim<'_> {
     fn drop(&mut self) {
         let mut held = lock(&self.claims.held);
         debug_assert!(held.ranges.contains(&self.range), "a claim is given up twice");
-        if let Some(at) = held.ranges.iter().position(|&r| r == self.range) {
+        if let Some(at) = held.ranges.iter().position(|range| *range == self.range) {
             held.ranges.swap_remove(at);
         }
         let awaited = held.waiting > 0;
@@ -148,6 +162,10 @@ impl Drop for Claim<'_> {
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicBool;
+
+    fn clusters(range: Range<u64>) -> Range<GuestCluster> {
+        GuestCluster::new(range.start)..GuestCluster::new(range.end)
+    }
 
     #[test]
     fn the_epoch_waits_for_running_operations() {
@@ -164,12 +182,12 @@ mod tests {
     fn shared_claims_keep_changes_out_and_nothing_else() {
         let claims = Claims::default();
         let released = AtomicBool::new(false);
-        let (first, _second) = (claims.share(10, 20), claims.share(25, 30));
-        drop(claims.share(15, 25));
-        drop(claims.claim(20, 25));
+        let (first, _second) = (claims.share(clusters(10..20)), claims.share(clusters(25..30)));
+        drop(claims.share(clusters(15..25)));
+        drop(claims.claim(clusters(20..25)));
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let _change = claims.claim(5, 15);
+                let _change = claims.claim(clusters(5..15));
                 assert!(released.load(Ordering::SeqCst));
             });
             std::thread::sleep(std::time::Duration::from_millis(20));
@@ -182,11 +200,11 @@ mod tests {
     fn overlapping_claims_wait_and_others_do_not() {
         let claims = Claims::default();
         let released = AtomicBool::new(false);
-        let first = claims.claim(10, 20);
-        drop(claims.claim(20, 30));
+        let first = claims.claim(clusters(10..20));
+        drop(claims.claim(clusters(20..30)));
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let _second = claims.claim(15, 25);
+                let _second = claims.claim(clusters(15..25));
                 assert!(released.load(Ordering::SeqCst));
             });
             std::thread::sleep(std::time::Duration::from_millis(20));

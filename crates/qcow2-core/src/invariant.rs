@@ -5,11 +5,16 @@
 //! what a file holds: damaged content is an error before it comes here. What costs nothing beside the work
 //! around it is asserted in release builds too.
 
+use crate::meta::overlap::OverlapChecks;
+use crate::meta::run::ClusterRun;
 use crate::read::resolve::Run;
 use core::ops::Range;
+use qcow2_format::feature::AutoclearFeatures;
+use qcow2_format::header::edit::autoclear;
+use qcow2_format::l1::without_copied;
 use qcow2_format::l2::{ClusterEntry, L2Entry};
 use qcow2_format::refcount::RefcountWidth;
-use qcow2_format::{Geometry, HostOffset};
+use qcow2_format::{Geometry, GuestOffset, Header, HostOffset, Version};
 
 /// I1: a refcount fits its width, so that none wraps around and falls below the references.
 pub(crate) fn count_fits(width: RefcountWidth, count: u64) {
@@ -17,8 +22,25 @@ pub(crate) fn count_fits(width: RefcountWidth, count: u64) {
 }
 
 /// I1, I5: clusters that are handed out are some, and not the header's.
-pub(crate) fn handed_out(first: u64, count: u64) {
-    assert!(first > 0 && count > 0, "clusters {first} and {count} after it are handed out");
+pub(crate) fn handed_out(run: ClusterRun) {
+    assert!(run.first() > 0 && !run.is_empty(), "{run:?} are handed out");
+}
+
+/// I1: refcount blocks in a row count all clusters up to `end`, their own included.
+pub(crate) fn all_counted(blocks: u64, per_block: u64, end: u64) {
+    assert!(blocks.saturating_mul(per_block) >= end, "{blocks} refcount blocks do not count cluster {end}");
+}
+
+/// I2: what is written beside a write's own bytes does not touch them, and stays in the place of its
+/// clusters.
+pub(crate) fn edges_apart(edges: impl Iterator<Item = Range<u64>>, own: Range<u64>, place: Range<u64>) {
+    for edge in edges {
+        debug_assert!(place.start <= edge.start && edge.end <= place.end, "{edge:?} outside of {place:?}");
+        debug_assert!(
+            edge.end <= own.start || own.end <= edge.start,
+            "{edge:?} touches the write at {own:?}"
+        );
+    }
 }
 
 /// I2: an entry that the engine makes leads to a whole cluster.
@@ -39,6 +61,19 @@ pub(crate) fn ours_alone(reserved: bool, was_copied: bool, data_file: bool) {
     assert!(reserved || was_copied || data_file, "a cluster of others is written in place");
 }
 
+/// I4: what snapshots share with the active disk has no copied flag, neither here nor there.
+pub(crate) fn none_copied(l1_entries: &[u64]) {
+    debug_assert!(
+        l1_entries.iter().all(|&raw| raw == without_copied(raw)),
+        "a shared l2 table is marked as the active disk's alone"
+    );
+}
+
+/// I5: the header is never given up, and nothing is freed in its cluster.
+pub(crate) fn not_the_header(kinds: OverlapChecks, cluster: u64) {
+    assert!(!kinds.any_of(OverlapChecks::MAIN_HEADER), "host cluster {cluster} is freed as {}", kinds.text());
+}
+
 /// I5: a table's bytes are whole words, and none lies past what an entry can lead to.
 pub(crate) fn table_words(offset: HostOffset, len: usize) {
     debug_assert!(len.is_multiple_of(8), "{len} bytes of a table");
@@ -48,6 +83,20 @@ pub(crate) fn table_words(offset: HostOffset, len: usize) {
 /// I6: the sector that is about to be the header's is one.
 pub(crate) fn is_header(sector: &[u8]) {
     assert!(sector.starts_with(b"QFI\xfb"), "the first sector would be no header");
+}
+
+/// I6: an image that takes changes makes no promise that this engine does not know of.
+pub(crate) fn no_unknown_promise(header: &Header) {
+    let unknown = header.autoclear_features.unknown();
+    assert!(unknown == AutoclearFeatures::NONE, "autoclear bits {:#x} are kept in a change", unknown.bits());
+}
+
+/// I6: the features in memory are those of the sector.
+pub(crate) fn same_features(header: &Header, sector: &[u8]) {
+    debug_assert!(
+        header.version < Version::V3 || autoclear(sector) == header.autoclear_features,
+        "the header's sector has other autoclear bits than the header"
+    );
 }
 
 /// I7: only an image that was opened for writing is written.
@@ -65,6 +114,16 @@ pub(crate) fn covers(run: &Run, asked: u64) {
     );
 }
 
+/// I8: bytes are as far into their host cluster as into their guest cluster. In debug builds only, as
+/// [`covers`].
+pub(crate) fn equally_far(geometry: &Geometry, guest: GuestOffset, host: HostOffset) {
+    debug_assert_eq!(
+        geometry.in_cluster(guest.value()),
+        geometry.in_cluster(host.value()),
+        "guest offset {guest} is mapped to {host}"
+    );
+}
+
 /// I8: the bytes beside a write lie in its cluster, in order, and do not touch each other or the write's own.
 pub(crate) fn beside(ranges: &[(u64, u64)], write: Range<u64>, cluster_size: u64) {
     debug_assert!(ranges.iter().all(|range| range.0 < range.1 && range.1 <= cluster_size), "{ranges:?}");
@@ -79,6 +138,7 @@ pub(crate) fn beside(ranges: &[(u64, u64)], write: Range<u64>, cluster_size: u64
 mod tests {
     use super::*;
     use crate::read::resolve::Place;
+    use qcow2_format::GeometryFields;
 
     #[track_caller]
     fn check(broken: impl FnOnce() + std::panic::UnwindSafe) {
@@ -89,8 +149,21 @@ mod tests {
     fn broken_promises_are_noticed() {
         let width = RefcountWidth::from_order(3).unwrap();
         check(move || count_fits(width, 256));
-        check(|| handed_out(0, 1));
-        check(|| handed_out(1, 0));
+        check(|| handed_out(ClusterRun::one(0)));
+        check(|| handed_out(ClusterRun::new(1, 0)));
+        check(|| all_counted(2, 100, 201));
+        check(|| edges_apart(core::iter::once(5..10), 10..20, 6..30));
+        check(|| edges_apart(core::iter::once(5..11), 10..20, 0..30));
+        check(|| none_copied(&[0x50000 | 1 << 63]));
+        check(|| not_the_header(OverlapChecks::ALL, 0));
+        let geometry =
+            Geometry::new(GeometryFields { cluster_bits: 9, refcount_order: 4, extended_l2: false });
+        check(move || equally_far(&geometry.unwrap(), GuestOffset::new(5), HostOffset::new(512)));
+        let mut header = Header::new(Version::V3, 16);
+        header.autoclear_features = AutoclearFeatures::from_bits(1 << 60);
+        let other = header.clone();
+        check(move || no_unknown_promise(&header));
+        check(move || same_features(&other, &[0; 512]));
         check(|| unseen(5, 6));
         check(|| ours_alone(false, false, false));
         check(|| is_header(&[0; 512]));
@@ -105,7 +178,13 @@ mod tests {
     #[test]
     fn kept_promises_pass() {
         count_fits(RefcountWidth::from_order(3).unwrap(), 255);
-        handed_out(1, 1);
+        handed_out(ClusterRun::one(1));
+        all_counted(2, 100, 200);
+        edges_apart([0..10, 20..30].into_iter(), 10..20, 0..30);
+        none_copied(&[0, 0x50000]);
+        not_the_header(OverlapChecks::L2, 1);
+        no_unknown_promise(&Header::new(Version::V3, 16));
+        same_features(&Header::new(Version::V3, 16), &[0; 512]);
         unseen(5, 7);
         ours_alone(false, true, false);
         is_header(b"QFI\xfb\0\0\0\x03");

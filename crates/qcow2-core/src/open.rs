@@ -3,174 +3,49 @@
 //! Invariants I6 and I7: unknown incompatible bits stop the open; unknown autoclear bits are cleared before
 //! the first write; opening for reading writes nothing.
 
-use crate::bitmap::{Bitmaps, MAX_BITS_MEMORY};
+mod options;
+
+pub use options::{Codecs, DEFAULT_L2_CACHE, DEFAULT_REFCOUNT_CACHE, Layers, OpenOptions};
+
+use crate::bitmap::Bitmaps;
 use crate::chain;
 use crate::crypt::Crypt;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::inflight::{Claims, Operations};
-use crate::meta::Meta;
-use crate::meta::alloc::Refcounts;
 use crate::meta::cache::PageCache;
+use crate::meta::file::{ImageFile, read_words};
+use crate::meta::flush::Flusher;
 use crate::meta::guard::{Guard, MetadataMap};
-use crate::meta::header::HeaderState;
+use crate::meta::header::HeaderStore;
 use crate::meta::known::known_metadata;
-use crate::meta::l1::L1Table;
-use crate::meta::overlap::OverlapChecks;
+use crate::meta::mapping::Mapping;
 use crate::meta::page::SECTOR_SIZE;
-use crate::port::cipher::Keyring;
-use crate::port::codec::ClusterCodec;
+use crate::meta::refcount::{RefcountStore, Refcounts};
+use crate::meta::tables::Tables;
 use crate::port::disk::GuestDisk;
 use crate::port::resolver::{Reference, ResolvedSource};
 use crate::port::storage::Storage;
-use crate::read::expanded::{ExpandedClusters, Scratch};
-#[cfg(feature = "mutants")]
-use crate::rules::OrderingRule;
-use crate::rules::Rules;
-use crate::sync::atomic::{AtomicBool, AtomicU64};
-use crate::sync::{LockOwner, Mutex, Rank, RwLock};
+use crate::read::expanded::Scratch;
+use crate::sync::atomic::AtomicU64;
+use crate::sync::{LockOwner, Rank, RwLock};
 use ::alloc::sync::Arc;
 use ::alloc::vec;
-use ::alloc::vec::Vec;
-use qcow2_format::HeaderField;
-use qcow2_format::feature::AutoclearFeatures;
+use qcow2_format::feature::{AutoclearFeatures, IncompatibleFeatures};
 use qcow2_format::header::CompressionType;
 use qcow2_format::header::SECTOR_LEN;
 use qcow2_format::{Geometry, Header, HostOffset, Version};
 
-/// Bytes of L2 tables kept in memory at most, by default. Origin: QEMU on Linux.
-pub const DEFAULT_L2_CACHE: u64 = 32 << 20;
-/// Bytes of refcount blocks kept in memory at most, by default.
-pub const DEFAULT_REFCOUNT_CACHE: u64 = 4 << 20;
-/// Bytes of a table read at once when it is read whole.
-const TABLE_PIECE: u64 = 1 << 20;
 /// The largest cached piece of a table.
 const MAX_PAGE: u64 = 64 << 10;
 /// The cached piece of a table on disks that the cache does not cover.
 const SMALL_PAGE: u64 = 4 << 10;
 
-/// The compression methods that an image may ask for.
-#[derive(Clone, Default)]
-#[non_exhaustive]
-pub struct Codecs {
-    /// Raw deflate, compression type 0.
-    pub deflate: Option<Arc<dyn ClusterCodec>>,
-    /// Zstandard, compression type 1.
-    pub zstd: Option<Arc<dyn ClusterCodec>>,
-}
-
-impl Codecs {
-    /// Both methods.
-    pub fn new(deflate: Arc<dyn ClusterCodec>, zstd: Arc<dyn ClusterCodec>) -> Self {
-        Self { deflate: Some(deflate), zstd: Some(zstd) }
-    }
-}
-
-/// Which files are opened besides the image itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Layers {
-    /// The data file and the whole backing chain, as the source's resolver allows.
-    Follow,
-    /// The data file, but no backing file: bytes that this layer does not have cannot be read.
-    NoBacking,
-    /// Nothing: for looking at metadata. Data in an external file cannot be read.
-    TopOnly,
-}
-
-/// How an image is opened.
-#[derive(Clone)]
-#[non_exhaustive]
-pub struct OpenOptions {
-    /// Whether changes will be made.
-    pub writable: bool,
-    /// Which other files are opened.
-    pub layers: Layers,
-    /// The compression methods at hand; without the one an image uses, its compressed clusters cannot be
-    /// read.
-    pub codecs: Codecs,
-    /// Bytes of L2 tables to keep in memory; `None`: as much as covers the disk, at most
-    /// [`DEFAULT_L2_CACHE`].
-    pub l2_cache_size: Option<u64>,
-    /// Bytes of refcount blocks to keep in memory; `None`: [`DEFAULT_REFCOUNT_CACHE`] at most.
-    pub refcount_cache_size: Option<u64>,
-    /// Bytes of memory that the bits of all bitmaps may take: by default as much as the bits of the largest
-    /// bitmap and half as much. An image whose bitmaps do not fit takes no changes until some are removed.
-    pub bitmap_memory: u64,
-    /// Whether host clusters that become free are given back to the storage (QEMU's `pass-discard-request`).
-    pub discard_freed: bool,
-    /// Whether a discarded or zeroed cluster keeps its host cluster, so that writing it again takes no other
-    /// place (QEMU's `discard-no-unref`). Version 3 only.
-    pub discard_no_unref: bool,
-    /// What guest data may not be written over.
-    pub overlap_checks: OverlapChecks,
-    /// Opens damaged and uncleanly closed images for writing too; for repair.
-    pub for_repair: bool,
-    /// Opens encrypted images although there is no key: metadata can be seen, data can not.
-    pub metadata_only: bool,
-    /// Has the keys of encrypted layers.
-    pub keys: Option<Arc<dyn Keyring>>,
-    /// Switches one ordering rule off; for tests that must see the crash simulation fail.
-    #[cfg(feature = "mutants")]
-    pub broken_rule: Option<OrderingRule>,
-}
-
-impl Default for OpenOptions {
-    fn default() -> Self {
-        Self {
-            writable: false,
-            layers: Layers::Follow,
-            codecs: Codecs::default(),
-            l2_cache_size: None,
-            refcount_cache_size: None,
-            bitmap_memory: MAX_BITS_MEMORY,
-            discard_freed: false,
-            discard_no_unref: false,
-            overlap_checks: OverlapChecks::CACHED,
-            for_repair: false,
-            metadata_only: false,
-            keys: None,
-            #[cfg(feature = "mutants")]
-            broken_rule: None,
-        }
-    }
-}
-
-impl OpenOptions {
-    /// For reading; the same as `Default`.
-    pub fn read_only() -> Self {
-        Self::default()
-    }
-
-    /// For reading and writing. The source's storage must be writable too.
-    pub fn writable() -> Self {
-        Self { writable: true, ..Self::default() }
-    }
-
-    /// These options with the compression methods at hand.
-    #[must_use]
-    pub fn with_codecs(self, codecs: Codecs) -> Self {
-        Self { codecs, ..self }
-    }
-
-    /// These options with the keys of encrypted layers.
-    #[must_use]
-    pub fn with_keys(self, keys: Arc<dyn Keyring>) -> Self {
-        Self { keys: Some(keys), ..self }
-    }
-
-    /// These options with another answer to which files are opened besides the image.
-    #[must_use]
-    pub fn with_layers(self, layers: Layers) -> Self {
-        Self { layers, ..self }
-    }
-}
-
 impl Image {
-    /// Opens an image and, as `options` say, what it names. Disk: reads header and tables; opened for
-    /// writing, clears unknown autoclear bits and, where the image was not closed cleanly, counts its
-    /// refcounts anew. Errors: `Format` for bytes that are no such image, `Unsupported` for unknown features,
-    /// `Corrupt` for an image marked so that is to be written, `Encrypted`, `Resolve`, `Chain`, `Storage`.
+    /// Opens an image and those of the files it names that `options` ask for. Disk: reads header and tables;
+    /// opened for writing, clears unknown autoclear bits and, where the image was not closed cleanly,
+    /// recounts its refcounts. Errors: `Format` for bytes that are no such image, `Unsupported` for unknown
+    /// features, `Corrupt` for an image marked so that is to be written, `Encrypted`, `Resolve`, `Chain`,
+    /// `Storage`.
     ///
     /// Spec: "Header", "Header extensions".
     pub fn open(source: ResolvedSource, options: &OpenOptions) -> Result<Arc<Self>> {
@@ -203,18 +78,23 @@ impl Image {
         let _owner = LockOwner::new();
         let crypt = Crypt::unlock(source, &header, options, depth)?;
         let data = open_data(source, &header, options)?;
-        let meta = build_meta(source, header, sector, data, options)?;
+        let Parts { tables, refcounts, flusher } = build_parts(source, (header, sector), data, options)?;
+        let (file, store) = (Arc::clone(tables.file()), Arc::clone(tables.header()));
         if options.writable {
-            clear_autoclear(&meta)?;
+            store.clear_unknown_autoclear()?;
         }
-        let header = meta.header();
+        let header = store.current();
         let codec = match header.compression_type {
             CompressionType::Zstd => options.codecs.zstd.clone(),
             _ => options.codecs.deflate.clone(),
         };
         Ok(Self {
+            file,
+            header: store,
+            tables,
+            refcounts,
+            flusher,
             size: AtomicU64::new(header.disk_size()),
-            meta,
             backing: None,
             backing_unopened: header.backing_file.is_some(),
             codec,
@@ -223,6 +103,7 @@ impl Image {
             structure: RwLock::new(Rank::Structure, ()),
             bitmaps: Bitmaps::new(options.bitmap_memory),
             raw_data_file: header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE),
+            discard_no_unref: options.discard_no_unref,
         })
     }
 }
@@ -278,117 +159,57 @@ fn open_data(
     Ok(Some(opened.storage))
 }
 
-fn build_meta(
+/// The parts of an image that the caller of [`build_parts`] puts together.
+struct Parts {
+    tables: Arc<Tables>,
+    refcounts: Arc<RefcountStore>,
+    flusher: Flusher,
+}
+
+/// Builds the parts in the order in which they stand on each other. `sector`: the header's first. Disk: reads
+/// the L1 table and, for writing, the refcount table and where metadata is.
+fn build_parts(
     source: &ResolvedSource,
-    header: Header,
-    sector: [u8; SECTOR_LEN],
+    (header, sector): (Header, [u8; SECTOR_LEN]),
     data: Option<Arc<dyn Storage>>,
     options: &OpenOptions,
-) -> Result<Meta> {
-    let storage = Arc::clone(&source.storage);
+) -> Result<Parts> {
     let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
-    let (geometry, l2_format) = (header.geometry().map_err(bad)?, header.l2_format().map_err(bad)?);
-    let l1 = read_words(&*storage, header.l1_table_offset, u64::from(header.l1_size))?;
-    let refcounts =
-        if options.writable { load_refcounts(&*storage, &header, &geometry)? } else { empty_refcounts() };
-    let metadata = if options.writable {
-        known_metadata(&*storage, &header, (&l1, &refcounts), options.overlap_checks)?
+    // Unknown ones were an error of the parser's: what it lets through must be what this engine knows (I6).
+    assert!(header.incompatible_features.unknown() == IncompatibleFeatures::NONE, "{header:?}");
+    let l2_format = header.l2_format().map_err(bad)?;
+    let file = Arc::new(ImageFile::new(l2_format, Arc::clone(&source.storage), data, options));
+    let (geometry, storage) = (file.geometry(), file.storage());
+    let l1 = read_words(storage, header.l1_table_offset, u64::from(header.l1_size))?;
+    let (refcounts, metadata) = if options.writable {
+        let refcounts = Refcounts::load(storage, &header, geometry)?;
+        let known = known_metadata(storage, &header, (&l1, refcounts.table()), options.overlap_checks)?;
+        (refcounts, known)
     } else {
-        MetadataMap::default()
+        (Refcounts::default(), MetadataMap::default())
     };
-    let l2_bytes = header.size.div_ceil(geometry.cluster_size()).saturating_mul(geometry.l2_entry_size());
-    let l2_cache = options.l2_cache_size.unwrap_or(DEFAULT_L2_CACHE.min(l2_bytes));
-    let page = if l2_cache >= l2_bytes { MAX_PAGE } else { SMALL_PAGE }.min(geometry.cluster_size());
-    // Who only reads has no use for refcounts; a chain may have a thousand such layers.
-    let refcount_cache = match options.writable {
+    let l2_cache = l2_cache(&header, geometry, options);
+    // A reader has no use for refcounts, and a chain may have a thousand layers that are only read.
+    let refcount_bytes = match options.writable {
         true => options.refcount_cache_size.unwrap_or(DEFAULT_REFCOUNT_CACHE),
         false => 0,
     };
-    Ok(Meta {
-        l1: L1Table::new(header.l1_table_offset, l1),
-        geometry,
-        l2_format,
-        storage,
-        data,
-        header: Mutex::new(Rank::Header, HeaderState { header, sector }),
-        l2_cache: PageCache::new(page, l2_cache, l2_bytes),
-        refcount_cache: PageCache::new(geometry.cluster_size().min(MAX_PAGE), refcount_cache, u64::MAX),
-        refcounts: Mutex::new(Rank::Refcounts, refcounts),
-        refcount_io: Mutex::new(Rank::RefcountIo, ()),
-        guard: Guard::new(metadata, options.overlap_checks),
-        pending: Mutex::new(Rank::Pending, Default::default()),
-        gate: RwLock::new(Rank::Gate, ()),
-        table_lock: Mutex::new(Rank::NewTable, ()),
-        flushing: Mutex::new(Rank::Flushing, ()),
-        flush_rounds: AtomicU64::new(0),
-        expanded: ExpandedClusters::default(),
-        operations: Operations::default(),
-        claims: Claims::default(),
-        poisoned: AtomicBool::new(false),
-        changing: AtomicBool::new(false),
-        writable: options.writable,
-        for_repair: options.for_repair,
-        discard_freed: options.discard_freed,
-        discard_no_unref: options.discard_no_unref,
-        overlap_checks: options.overlap_checks,
-        rules: rules(options),
-        events: source.storage.events(),
-    })
+    let refcount_cache = PageCache::new(geometry.cluster_size().min(MAX_PAGE), refcount_bytes, u64::MAX);
+    let l1 = (header.l1_table_offset, l1);
+    let header = Arc::new(HeaderStore::new(Arc::clone(&file), header, sector));
+    let guard = Guard::new(metadata, options.overlap_checks);
+    let tables = Arc::new(Tables::new(file, header, guard, options.overlap_checks));
+    let refcounts =
+        Arc::new(RefcountStore::new(Arc::clone(&tables), refcounts, refcount_cache, options.discard_freed));
+    let mapping = Mapping::new(Arc::clone(&refcounts), l1, l2_cache);
+    let flusher = Flusher::new(Arc::clone(&refcounts), mapping);
+    Ok(Parts { tables, refcounts, flusher })
 }
 
-#[cfg(feature = "mutants")]
-fn rules(options: &OpenOptions) -> Rules {
-    Rules { broken: options.broken_rule }
-}
-
-#[cfg(not(feature = "mutants"))]
-fn rules(_options: &OpenOptions) -> Rules {
-    Rules::default()
-}
-
-/// `count` big-endian words at `offset`; past the end of the file they are zero. `count` was checked against
-/// a limit.
-pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) -> Result<Vec<u64>> {
-    // Piece by piece: a table may have 32 MiB, and need not be in memory twice.
-    let mut words = Vec::with_capacity(count as usize);
-    let mut piece = vec![0; (count * 8).min(TABLE_PIECE) as usize];
-    while (words.len() as u64) < count {
-        let done = words.len() as u64 * 8;
-        let bytes = &mut piece[..(count * 8 - done).min(TABLE_PIECE) as usize];
-        storage.read_padded(HostOffset::new(offset.value() + done), bytes)?;
-        words.extend(qcow2_format::bytes::words(bytes));
-    }
-    Ok(words)
-}
-
-fn empty_refcounts() -> Refcounts {
-    Refcounts {
-        table: Vec::new(),
-        table_offset: HostOffset::new(0),
-        table_clusters: 0,
-        dirty_sectors: Default::default(),
-        first_free: 0,
-        pack: None,
-    }
-}
-
-fn load_refcounts(storage: &dyn Storage, header: &Header, geometry: &Geometry) -> Result<Refcounts> {
-    let clusters = u64::from(header.refcount_table_clusters);
-    let table = read_words(storage, header.refcount_table_offset, clusters * geometry.cluster_size() / 8)?;
-    Ok(Refcounts {
-        table,
-        table_offset: header.refcount_table_offset,
-        table_clusters: clusters,
-        ..empty_refcounts()
-    })
-}
-
-/// Clears the autoclear bits that this engine does not keep up to date.
-fn clear_autoclear(meta: &Meta) -> Result<()> {
-    let features = meta.header().autoclear_features;
-    let known = AutoclearFeatures::from_bits(features.bits() & !features.unknown().bits());
-    if known != features {
-        meta.update_header(&[HeaderField::Autoclear(known)])?;
-    }
-    Ok(())
+/// The cache of L2 tables: small pages where it does not cover the disk, so that a miss reads little.
+fn l2_cache(header: &Header, geometry: &Geometry, options: &OpenOptions) -> PageCache {
+    let needed = header.size.div_ceil(geometry.cluster_size()).saturating_mul(geometry.l2_entry_size());
+    let bytes = options.l2_cache_size.unwrap_or(DEFAULT_L2_CACHE.min(needed));
+    let page = if bytes >= needed { MAX_PAGE } else { SMALL_PAGE }.min(geometry.cluster_size());
+    PageCache::new(page, bytes, needed)
 }

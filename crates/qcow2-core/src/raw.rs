@@ -7,6 +7,7 @@ use crate::port::storage::{Storage, ZeroMode};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use ::alloc::format;
 use ::alloc::sync::Arc;
+use core::any::Any;
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
 /// A raw disk: guest offset and host offset are the same number, the size is the storage's length to the
@@ -56,6 +57,13 @@ fn host(offset: GuestOffset) -> HostOffset {
     HostOffset::new(offset.value())
 }
 
+impl dyn GuestDisk + '_ {
+    /// This disk as a raw one, where it is one.
+    pub fn as_raw(&self) -> Option<&RawDisk> {
+        self.as_any()?.downcast_ref()
+    }
+}
+
 impl GuestDisk for RawDisk {
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
@@ -103,7 +111,7 @@ impl GuestDisk for RawDisk {
         Ok(DiskExtent { len: extent.len, state })
     }
 
-    fn as_raw(&self) -> Option<&RawDisk> {
+    fn as_any(&self) -> Option<&dyn Any> {
         Some(self)
     }
 

@@ -1,38 +1,36 @@
-//! Repair on request: refcounts as the tables say, copied flags as the refcounts say, and then no mark of
-//! damage.
+//! Repair on request: refcounts from the tables, copied flags from the refcounts, and then the marks of
+//! damage are cleared.
 //!
 //! Nothing here touches what the guest sees. Order on disk: refcounts, barrier; copied flags, barrier; the
-//! header's marks. A crash leaves an image that wants a repair as before, but less.
+//! header's marks. A crash leaves an image that still needs repair, with fewer errors left.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
+use crate::meta::file::read_words;
 use crate::meta::overlap::OverlapChecks;
-use crate::open::read_words;
-use crate::sync::{lock, read, write};
+use crate::sync::write;
 use ::alloc::format;
-use qcow2_format::HeaderField;
-use qcow2_format::feature::IncompatibleFeatures;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry};
-use qcow2_format::{HostOffset, L1Index, Version};
+use qcow2_format::{HostOffset, L1Index};
 
 impl Image {
-    /// Makes refcounts what the tables say they should be, all of them or (`only_lower`) those that are too
-    /// high. The image was opened for repair. Errors: `Corrupt` where tables are damaged, so that nothing may
-    /// be concluded from them, nothing having changed; `Unsupported` where only lowering cannot do;
+    /// Makes refcounts the number of references in the tables, all of them or (`only_lower`) those that are
+    /// too high. The image was opened for repair. Errors: `Corrupt` where tables are damaged, so that nothing
+    /// may be concluded from them, nothing having changed; `Unsupported` where only lowering cannot do;
     /// `ReadOnly`, `Poisoned`, `Storage`. Spec: "Refcount blocks".
     pub fn repair_refcounts(&self, only_lower: bool) -> Result<()> {
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
-        let counts = self.meta.count_references()?;
-        if !self.meta.correct_blocks(&counts, only_lower)? {
+        self.file.check_writable()?;
+        let counts = self.recount().references()?;
+        if !self.correct_refcounts(&counts, only_lower)? {
             if only_lower {
                 let message = "the refcount structure must be made anew, which was not asked for";
                 return Err(Error::new(ErrorKind::Unsupported, message));
             }
-            self.meta.rebuild_refcounts(&counts)?;
+            self.rebuild_refcounts(&counts)?;
         }
-        self.meta.settle()
+        self.flusher.settle()
     }
 
     /// Sets the copied flag of exactly those L2 tables and clusters of the active disk whose refcount is one.
@@ -40,70 +38,60 @@ impl Image {
     /// Errors: `Corrupt` for damaged tables; `ReadOnly`, `Poisoned`, `Storage`. Spec: "Cluster mapping".
     pub fn repair_copied_flags(&self) -> Result<()> {
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
-        let meta = &self.meta;
-        let (l1, entries) = meta.l1.contents();
+        self.file.check_writable()?;
+        let (l1, entries) = self.mapping().l1_contents();
         if !self.is_certain(OverlapChecks::ACTIVE_L1, l1, entries.len() as u64 * 8, 1)? {
             return Err(Error::corrupt(format!("l1 table at {l1}: something else is there too")));
         }
-        let named = meta.named_l2_tables()?;
+        let named = self.recount().named_l2_tables()?;
         for (index, raw) in (0u64..).zip(entries) {
             let index = L1Index::new(index);
-            let entry = L1Entry::decode(raw, &meta.geometry)
+            let entry = L1Entry::decode(raw, self.file.geometry())
                 .map_err(|e| Error::corrupt(format!("l1 entry {index} is damaged")).with_source(e))?;
             let Some(table) = entry.l2_table else { continue };
             let copied = self.is_sole(table)?;
             if entry.copied != copied {
-                let _open = read(&meta.gate);
-                meta.l1.set(index, L1Entry { l2_table: Some(table), copied }.encode());
+                self.mapping().set_l1_entry(index, L1Entry { l2_table: Some(table), copied });
             }
             let times = named.get(&table.value()).copied().unwrap_or(0);
-            if self.is_certain(OverlapChecks::L2, table, meta.geometry.cluster_size(), times)? {
+            if self.is_certain(OverlapChecks::L2, table, self.file.geometry().cluster_size(), times)? {
                 self.repair_l2_flags(table)?;
             }
         }
-        meta.settle()
+        self.flusher.settle()
     }
 
     /// Clears the marks of an unclean end and of damage. Errors: `ReadOnly`, `Poisoned`, `Storage`.
     pub fn clear_damage_marks(&self) -> Result<()> {
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
-        let header = self.header();
-        let features = header.incompatible_features;
-        let clean =
-            features.with(IncompatibleFeatures::DIRTY, false).with(IncompatibleFeatures::CORRUPT, false);
-        if header.version < Version::V3 || clean == features {
-            return Ok(());
-        }
-        self.meta.update_header(&[HeaderField::Incompatible(clean)])
+        self.file.check_writable()?;
+        self.header.clear_damage_marks()
     }
 
     fn repair_l2_flags(&self, table: HostOffset) -> Result<()> {
-        let meta = &self.meta;
-        let size = meta.geometry.cluster_size();
-        let mut words = read_words(&*meta.storage, table, size / 8)?;
+        let size = self.file.geometry().cluster_size();
+        let mut words = read_words(self.file.storage(), table, size / 8)?;
         let mut changed = false;
-        for entry in words.chunks_exact_mut((meta.geometry.l2_entry_size() / 8) as usize) {
+        for entry in words.chunks_exact_mut((self.file.geometry().l2_entry_size() / 8) as usize) {
             let bitmap = entry.get(1).copied().unwrap_or(0);
-            let decoded = meta.l2_format.decode(entry[0], bitmap);
+            let decoded = self.file.l2_format().decode(entry[0], bitmap);
             let decoded = decoded
                 .map_err(|e| Error::corrupt(format!("l2 table at {table} is damaged")).with_source(e))?;
             let L2Entry::Standard(cluster @ ClusterEntry { host: Some(host), .. }) = decoded else {
                 continue;
             };
-            let copied = meta.has_data_file() || self.is_sole(host)?;
+            let copied = self.file.has_data_file() || self.is_sole(host)?;
             if copied != cluster.copied {
                 let new = L2Entry::Standard(ClusterEntry { copied, ..cluster });
-                if let Some((raw, _)) = meta.l2_format.encode(&new) {
+                if let Some((raw, _)) = self.file.l2_format().encode(&new) {
                     (entry[0], changed) = (raw, true);
                 }
             }
         }
         if changed {
-            meta.write_words(OverlapChecks::L2, table, &words)?;
-            meta.storage.flush()?;
-            meta.l2_cache.forget(table, size);
+            self.tables.write_words(OverlapChecks::L2, table, &words)?;
+            self.file.flush()?;
+            self.mapping().forget_table(table);
         }
         Ok(())
     }
@@ -111,23 +99,15 @@ impl Image {
     /// Whether a table of `kinds` has its clusters for itself: no other metadata is known there, and their
     /// refcounts are the `times` that it is named. One that is higher counts another owner, who may be right.
     fn is_certain(&self, kinds: OverlapChecks, table: HostOffset, len: u64, times: u64) -> Result<bool> {
-        let meta = &self.meta;
-        let run = meta.table_run(kinds, table, len);
-        if meta.guard.hit_by(kinds, run.first, run.count).is_some() {
+        let run = self.tables.run_of(kinds, table, len);
+        if self.tables.guard().hit_by(kinds, run.clusters).is_some() {
             return Ok(false);
         }
-        let refcounts = lock(&meta.refcounts);
-        for cluster in run.first..run.first + run.count {
-            if meta.refcount_of(&refcounts, cluster)? != times {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        self.refcounts.all_have(run.clusters, times)
     }
 
     /// Whether the refcount of the cluster at `host` is one.
     fn is_sole(&self, host: HostOffset) -> Result<bool> {
-        let refcounts = lock(&self.meta.refcounts);
-        Ok(self.meta.refcount_of(&refcounts, self.meta.geometry.host_cluster(host).value())? == 1)
+        Ok(self.refcounts.count(self.file.geometry().host_cluster(host).value())? == 1)
     }
 }

@@ -41,13 +41,13 @@ impl Image {
     /// otherwise as `resize`.
     pub fn resize_while(&self, size: u64, go_on: &mut dyn FnMut() -> ControlFlow<()>) -> Result<()> {
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         let old = self.size();
         if !size.is_multiple_of(512) {
             return Err(invalid(format!("new size {size} is not a multiple of 512")));
         }
         let header = self.header();
-        if header.nb_snapshots > 0 && !self.meta.l2_format.zero_flag {
+        if header.nb_snapshots > 0 && !self.file.l2_format().zero_flag {
             let message = "a version 2 image with snapshots cannot be resized";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
@@ -59,8 +59,8 @@ impl Image {
             self.grow(old, size)?;
         }
         debug_assert_eq!(self.size(), size, "the disk has another size than its header will have");
-        self.meta.update_header(&[HeaderField::Size(size)])?;
-        if let (true, Some(data)) = (self.meta.has_data_file(), &self.meta.data) {
+        self.header.update(&[HeaderField::Size(size)])?;
+        if let Some(data) = self.file.data_file() {
             data.set_len(size)?;
         }
         self.resize_bitmaps(size)?;
@@ -73,7 +73,9 @@ impl Image {
     fn grow(&self, old: u64, size: u64) -> Result<()> {
         self.cover_with_l1(size)?;
         self.size.store(size, Ordering::Release);
-        let result = self.zero_new_area(old, size).and_then(|()| self.meta.flush());
+        // The size is in memory first, because zeroing asks for ranges inside the disk, and on disk last: a
+        // crash in between leaves the old size.
+        let result = self.zero_new_area(old, size).and_then(|()| self.flusher.flush());
         if result.is_err() {
             self.size.store(old, Ordering::Release);
         }
@@ -83,11 +85,11 @@ impl Image {
     /// What lies behind the old end must not show: the rest of its last cluster, a longer backing file, and
     /// what a machine's state left there.
     fn zero_new_area(&self, old: u64, size: u64) -> Result<()> {
-        let geometry = &self.meta.geometry;
+        let geometry = self.file.geometry();
         let cluster_end = geometry.align_up(old).unwrap_or(old).min(size);
         let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size());
         let first = geometry.l1_entries_for(old);
-        let left_over = (first..geometry.l1_entries_for(size)).rev().find(|&i| self.meta.l1.is_mapped(i));
+        let left_over = (first..geometry.l1_entries_for(size)).rev().find(|&i| self.mapping().is_mapped(i));
         let left_end = left_over.map_or(0, |index| (index + 1).saturating_mul(geometry.l2_coverage()));
         let end =
             if self.backing_unopened { size } else { cluster_end.max(backing_end).max(left_end).min(size) };
@@ -96,41 +98,41 @@ impl Image {
 
     /// Makes the L1 table long enough for `size` guest bytes. The caller is alone with the image.
     pub(crate) fn cover_with_l1(&self, size: u64) -> Result<()> {
-        let needed = self.meta.geometry.l1_entries_for(size);
+        let needed = self.file.geometry().l1_entries_for(size);
         if needed > MAX_L1_TABLE_SIZE / 8 {
             return Err(invalid(format!(
                 "size {size} needs {needed} l1 entries, allowed are {}",
                 MAX_L1_TABLE_SIZE / 8
             )));
         }
-        if needed > self.meta.l1.len() { self.move_l1(needed) } else { Ok(()) }
+        if needed > self.mapping().l1_len() { self.move_l1(needed) } else { Ok(()) }
     }
 
     /// Puts the L1 table elsewhere with `entries` entries.
     fn move_l1(&self, entries: u64) -> Result<()> {
-        let meta = &self.meta;
-        meta.flush()?;
-        let (old_offset, mut table) = meta.l1.contents();
-        let old_run = meta.table_run(OverlapChecks::ACTIVE_L1, old_offset, table.len() as u64 * 8);
-        meta.check_freeable(old_run)?;
+        self.flusher.flush()?;
+        let (old_offset, mut table) = self.mapping().l1_contents();
+        let old_run = self.tables.run_of(OverlapChecks::ACTIVE_L1, old_offset, table.len() as u64 * 8);
+        self.refcounts.check_freeable(old_run)?;
+        assert!(entries > table.len() as u64, "an l1 table moves to have {entries} entries, and has them");
         table.resize(entries as usize, 0);
-        let clusters = meta.geometry.clusters_for(entries * 8);
-        let place = meta.allocate_with_space(OverlapChecks::ACTIVE_L1, clusters)?;
+        let clusters = self.file.geometry().clusters_for(entries * 8);
+        let place = self.refcounts.allocate_with_space(OverlapChecks::ACTIVE_L1, clusters)?;
         let bytes = table_bytes(table.iter().copied());
-        meta.event(Event::L1GrowWriteTable);
-        meta.write_table(OverlapChecks::ACTIVE_L1, place.offset, &bytes)?;
-        meta.flush()?;
-        meta.event(Event::L1GrowActivateTable);
-        meta.update_header(&[HeaderField::L1 { entries: entries as u32, offset: place.offset }])?;
-        meta.l1.replace(place.offset, table);
-        meta.unlink(old_run);
+        self.file.event(Event::L1GrowWriteTable);
+        self.tables.write(OverlapChecks::ACTIVE_L1, place.offset, &bytes)?;
+        self.flusher.flush()?;
+        self.file.event(Event::L1GrowActivateTable);
+        self.header.update(&[HeaderField::L1 { entries: entries as u32, offset: place.offset }])?;
+        self.mapping().replace_l1(place.offset, table);
+        self.refcounts.unlink(old_run);
         Ok(())
     }
 
     /// Forgets what lies behind the new end; a backing file must not show there should the disk grow again,
     /// which growing sees to. Returns the size that the disk has now.
     fn shrink(&self, old: u64, size: u64, go_on: &mut dyn FnMut() -> ControlFlow<()>) -> Result<u64> {
-        let geometry = &self.meta.geometry;
+        let geometry = self.file.geometry();
         let start = geometry.align_up(size).unwrap_or(old);
         let piece = SHRINK_CLUSTERS * geometry.cluster_size();
         let (mut end, mut size) = (old, size);
@@ -141,12 +143,13 @@ impl Image {
             }
             // What is left then ends with a piece, and so with a cluster.
             let first = ((end - 1) / piece * piece).max(start);
+            assert!(first < end, "shrinking makes no progress at {end:#x}");
             self.forget_clusters(between(first, end))?;
-            self.meta.flush_if_pressed()?;
+            self.flusher.flush_if_pressed()?;
             end = first;
         }
         self.size.store(size, Ordering::Release);
-        self.meta.settle()?;
+        self.flusher.settle()?;
         Ok(size)
     }
 }

@@ -14,8 +14,10 @@ use qcow2_format::GuestOffset;
 impl Image {
     /// Where the machine's state begins: a guest offset at or behind the end of the disk.
     pub fn vm_state_offset(&self) -> u64 {
-        let covered = self.meta.geometry.l2_coverage();
-        self.size().div_ceil(covered).saturating_mul(covered)
+        let covered = self.file.geometry().l2_coverage();
+        let offset = self.size().div_ceil(covered).saturating_mul(covered);
+        debug_assert!(offset >= self.size(), "a machine's state at {offset:#x} is inside the disk");
+        offset
     }
 
     /// Fills `buf` with the state from its byte `offset` on; what was never written reads as zeroes. Disk:
@@ -24,11 +26,11 @@ impl Image {
     pub fn read_vm_state(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let start = self.state_range(offset, buf.len())?.0;
         let _structure = read(&self.structure);
-        let _operation = self.meta.operations.enter();
+        let _operation = self.flusher.enter();
         let (mut at, mut rest) = (start, buf);
         while !rest.is_empty() {
             let here = GuestOffset::new(at);
-            let run = self.meta.lookup(here, rest.len() as u64)?;
+            let run = self.mapping().lookup(here, rest.len() as u64)?;
             let (part, next) = rest.split_at_mut(run.len as usize);
             match run.place {
                 Place::Unallocated => part.fill(0),
@@ -45,24 +47,24 @@ impl Image {
     /// for a state that no L1 table can map, `ReadOnly`, `Poisoned`, `NoSpace`.
     pub fn write_vm_state(&self, offset: u64, buf: &[u8]) -> Result<()> {
         let (start, end) = self.state_range(offset, buf.len())?;
-        self.meta.check_writable()?;
-        if self.meta.geometry.l1_entries_for(end) > self.meta.l1.len() {
+        self.file.check_writable()?;
+        if self.file.geometry().l1_entries_for(end) > self.mapping().l1_len() {
             let _alone = write(&self.structure);
             self.begin_change()?;
             self.cover_with_l1(end)?;
         }
         {
             let _structure = read(&self.structure);
-            let _operation = self.meta.operations.enter();
+            let _operation = self.flusher.enter();
             self.begin_change()?;
             self.write_range(GuestOffset::new(start), buf)?;
         }
-        self.meta.flush_if_pressed()
+        self.flusher.flush_if_pressed()
     }
 
     /// The guest offsets of the state's bytes.
     fn state_range(&self, offset: u64, len: usize) -> Result<(u64, u64)> {
-        if self.meta.has_data_file() {
+        if self.file.has_data_file() {
             let message = "a machine's state cannot be kept with an external data file";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }

@@ -1,19 +1,19 @@
 //! Version 2 again: no zero flag, no features, no bitmaps.
 //!
-//! Order on disk: in every L2 table, snapshots' included, each zero cluster becomes what version 2 can say:
-//! unallocated without a backing file, zeroes that are written otherwise; their refcounts and bytes, barrier,
-//! the table, barrier. Then the header. Then what only bitmaps used is free. Until the header changes, the
-//! image is a version 3 image with the same disk.
+//! Order on disk: in every L2 table, snapshots' included, each zero cluster becomes what version 2 has for
+//! it: unallocated without a backing file, zeroes that are written otherwise; their refcounts and bytes,
+//! barrier, the table, barrier. Then the header. Then what only bitmaps used is free. Until the header
+//! changes, the image is a version 3 image with the same disk.
 
 use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::meta::Meta;
+use crate::meta::file::read_words;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
-use crate::open::read_words;
+use crate::meta::run::ClusterRun;
 use crate::port::disk::GuestDisk;
-use crate::sync::{lock, write};
+use crate::sync::write;
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;
 use ::alloc::vec;
@@ -22,7 +22,7 @@ use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleF
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry};
 use qcow2_format::limit::MAX_L1_ENTRIES;
-use qcow2_format::{CompressionType, HostOffset, Version};
+use qcow2_format::{CompressionType, Geometry, HostOffset, Version};
 
 impl Image {
     /// Makes a version 3 image a version 2 one, and ends its use. Persistent bitmaps go, and their clusters
@@ -33,26 +33,26 @@ impl Image {
     pub fn downgrade(&self, progress: &mut AmendProgress<'_>) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         let header = self.header();
         if header.version < Version::V3 {
             return Ok(());
         }
         self.check_fits_version_2()?;
-        self.meta.settle()?;
-        let bitmaps = self.meta.count_trusted_bitmaps()?;
+        self.flusher.settle()?;
+        let bitmaps = self.recount().trusted_bitmaps()?;
         for (cluster, _) in bitmaps.used() {
-            self.meta.check_owner(bitmap_run(cluster))?;
+            self.tables.check_owner(bitmap_run(cluster))?;
         }
         let tables = self.all_l2_tables()?;
         for &table in &tables {
-            self.meta.check_table_place(OverlapChecks::L2, table, self.meta.geometry.cluster_size())?;
+            self.tables.check_place(OverlapChecks::L2, table, self.file.geometry().cluster_size())?;
         }
         let expanded = self.expand_zero_clusters(&tables, progress);
         if expanded.as_ref().is_err_and(|error| error.kind() == ErrorKind::Stopped) {
-            return self.meta.settle().and(expanded);
+            return self.flusher.settle().and(expanded);
         }
-        self.meta.poison_on_error(expanded)?;
+        self.file.poison_on_error(expanded)?;
         let mut header = self.header();
         header.version = Version::V2;
         header.incompatible_features = IncompatibleFeatures::NONE;
@@ -61,11 +61,11 @@ impl Image {
         header.compression_type = CompressionType::Deflate;
         header.unknown_fields.clear();
         header.extensions.bitmaps = None;
-        self.meta.switch_header(header)?;
+        self.header.switch_to(header)?;
         for (cluster, count) in bitmaps.used() {
-            (0..count).for_each(|_| self.meta.unlink(bitmap_run(cluster)));
+            (0..count).for_each(|_| self.refcounts.unlink(bitmap_run(cluster)));
         }
-        self.meta.settle()?;
+        self.flusher.settle()?;
         self.end_use();
         Ok(())
     }
@@ -73,10 +73,10 @@ impl Image {
     fn check_fits_version_2(&self) -> Result<()> {
         let header = self.header();
         let unsupported = |message: ::alloc::string::String| Err(Error::new(ErrorKind::Unsupported, message));
-        if self.meta.geometry.refcount_width().bits() != 16 {
+        if self.file.geometry().refcount_width().bits() != 16 {
             return unsupported(format!(
                 "refcounts of version 2 have 16 bits, these have {}",
-                self.meta.geometry.refcount_width().bits()
+                self.file.geometry().refcount_width().bits()
             ));
         }
         // The compression type may go where nothing is compressed.
@@ -88,7 +88,7 @@ impl Image {
         if header.compression_type != CompressionType::Deflate && self.has_compressed_clusters()? {
             return unsupported("version 2 has no other compression than deflate".into());
         }
-        for snapshot in crate::snapshot::read_snapshots(&*self.meta.storage, &header)? {
+        for snapshot in crate::snapshot::read_snapshots(self.file.storage(), &header)? {
             if snapshot.disk_size != header.disk_size() || snapshot.vm_state_size > u64::from(u32::MAX) {
                 return unsupported(format!(
                     "snapshot '{}' has a disk of another size or too large a machine state for version 2",
@@ -100,10 +100,9 @@ impl Image {
     }
 
     fn has_compressed_clusters(&self) -> Result<bool> {
-        let meta = &self.meta;
         for table in self.all_l2_tables()? {
-            for raw in read_words(&*meta.storage, table, meta.geometry.cluster_size() / 8)? {
-                let entry = meta.l2_format.decode(raw, 0);
+            for raw in read_words(self.file.storage(), table, self.file.geometry().cluster_size() / 8)? {
+                let entry = self.file.l2_format().decode(raw, 0);
                 if matches!(entry, Ok(L2Entry::Compressed(_))) {
                     return Ok(true);
                 }
@@ -112,15 +111,14 @@ impl Image {
         Ok(false)
     }
 
-    /// Every L2 table once, whoever refers to it.
+    /// Every L2 table once, however often it is referred to.
     fn all_l2_tables(&self) -> Result<BTreeSet<HostOffset>> {
-        let meta = &self.meta;
         let mut tables = BTreeSet::new();
-        meta.l2_tables_of(&meta.l1.contents().1, &mut tables)?;
-        for snapshot in crate::snapshot::read_snapshots(&*meta.storage, &self.header())? {
+        l2_tables_of(self.file.geometry(), &self.mapping().l1_contents().1, &mut tables)?;
+        for snapshot in crate::snapshot::read_snapshots(self.file.storage(), &self.header())? {
             let entries = u64::from(snapshot.l1_size).min(MAX_L1_ENTRIES);
-            let words = read_words(&*meta.storage, snapshot.l1_table_offset, entries)?;
-            meta.l2_tables_of(&words, &mut tables)?;
+            let words = read_words(self.file.storage(), snapshot.l1_table_offset, entries)?;
+            l2_tables_of(self.file.geometry(), &words, &mut tables)?;
         }
         Ok(tables)
     }
@@ -130,35 +128,24 @@ impl Image {
         tables: &BTreeSet<HostOffset>,
         progress: &mut AmendProgress<'_>,
     ) -> Result<()> {
-        let meta = &self.meta;
         let backing = self.backing.is_some() || self.backing_unopened;
         for (done, &table) in (1..).zip(tables) {
-            meta.expand_table(table, backing)?;
+            self.expand_table(table, backing)?;
             stopped(progress(done, tables.len() as u64))?;
-        }
-        Ok(())
-    }
-}
-
-impl Meta {
-    fn l2_tables_of(&self, l1: &[u64], tables: &mut BTreeSet<HostOffset>) -> Result<()> {
-        for &raw in l1 {
-            let entry = L1Entry::decode(raw, &self.geometry)
-                .map_err(|e| Error::corrupt("an l1 table is damaged").with_source(e))?;
-            tables.extend(entry.l2_table);
         }
         Ok(())
     }
 
     /// Rewrites one L2 table without zero flags. Subclusters do not occur: they are a feature.
     fn expand_table(&self, table: HostOffset, backing: bool) -> Result<()> {
-        let size = self.geometry.cluster_size();
-        let mut words = read_words(&*self.storage, table, size / 8)?;
+        let size = self.file.geometry().cluster_size();
+        let mut words = read_words(self.file.storage(), table, size / 8)?;
         let references = self.refcount_at(table)?;
         let (mut changed, mut unlinked) = (false, Vec::new());
         for word in &mut words {
             let entry = self
-                .l2_format
+                .file
+                .l2_format()
                 .decode(*word, 0)
                 .map_err(|e| Error::corrupt(format!("l2 table at {table} is damaged")).with_source(e))?;
             let L2Entry::Standard(cluster) = entry else { continue };
@@ -171,8 +158,8 @@ impl Meta {
             };
             if let Some(host) = cluster.host.filter(|_| !own) {
                 // Somebody else has other bytes there.
-                let first = self.geometry.host_cluster(host).value();
-                unlinked.extend((0..references).map(|_| Unlinked::data(first, 1)));
+                let shared = ClusterRun::one(self.file.geometry().host_cluster(host).value());
+                unlinked.extend((0..references).map(|_| Unlinked::data(shared)));
             }
             let new = match cluster.host.filter(|_| own) {
                 Some(host) => {
@@ -180,49 +167,51 @@ impl Meta {
                     ClusterEntry { allocated: 1, zero: 0, ..cluster }
                 }
                 None if backing => {
-                    let host = self.allocate_shared(references)?;
+                    let host = self.refcounts.allocate_shared(references)?;
                     self.write_zero_cluster(host)?;
                     ClusterEntry { host: Some(host), copied: references == 1, allocated: 1, zero: 0 }
                 }
                 None => ClusterEntry::UNALLOCATED,
             };
-            let encoded = self.l2_format.encode(&L2Entry::Standard(new));
+            debug_assert!(new.zero == 0, "version 2 has no zero flag");
+            let encoded = self.file.l2_format().encode(&L2Entry::Standard(new));
             *word = encoded.ok_or_else(|| Error::new(ErrorKind::NoSpace, "host offset is too large"))?.0;
             changed = true;
         }
         if !changed {
             return Ok(());
         }
-        self.flush()?;
-        self.storage.flush()?;
-        self.write_words(OverlapChecks::L2, table, &words)?;
-        self.storage.flush()?;
-        self.l2_cache.forget(table, size);
-        unlinked.into_iter().for_each(|run| self.unlink(run));
+        self.flusher.flush()?;
+        self.file.flush()?;
+        self.tables.write_words(OverlapChecks::L2, table, &words)?;
+        self.file.flush()?;
+        self.mapping().forget_table(table);
+        unlinked.into_iter().for_each(|run| self.refcounts.unlink(run));
         Ok(())
     }
 
     fn refcount_at(&self, host: HostOffset) -> Result<u64> {
-        let refcounts = lock(&self.refcounts);
-        self.refcount_of(&refcounts, self.geometry.host_cluster(host).value())
-    }
-
-    /// A cluster with so many references.
-    fn allocate_shared(&self, references: u64) -> Result<HostOffset> {
-        let reserved = self.allocate(1)?;
-        let refcounts = lock(&self.refcounts);
-        self.set_refcount(&refcounts, reserved.first, references)?;
-        Ok(reserved.offset)
+        self.refcounts.count(self.file.geometry().host_cluster(host).value())
     }
 
     fn write_zero_cluster(&self, host: HostOffset) -> Result<()> {
-        let zeroes = vec![0; self.geometry.cluster_size() as usize];
-        self.check_data_place(host, zeroes.len() as u64)?;
-        Ok(self.storage.write_at(host, &zeroes)?)
+        let zeroes = vec![0; self.file.geometry().cluster_size() as usize];
+        self.tables.check_data_place(host, zeroes.len() as u64)?;
+        Ok(self.file.storage().write_at(host, &zeroes)?)
     }
+}
+
+/// Adds the L2 tables that the raw entries of an L1 table name.
+fn l2_tables_of(geometry: &Geometry, l1: &[u64], tables: &mut BTreeSet<HostOffset>) -> Result<()> {
+    for &raw in l1 {
+        let entry = L1Entry::decode(raw, geometry)
+            .map_err(|e| Error::corrupt("an l1 table is damaged").with_source(e))?;
+        tables.extend(entry.l2_table);
+    }
+    Ok(())
 }
 
 /// A reference from a bitmap, its table or the directory.
 fn bitmap_run(cluster: u64) -> Unlinked {
-    Unlinked { first: cluster, count: 1, kinds: OverlapChecks::BITMAP_DIRECTORY }
+    Unlinked { clusters: ClusterRun::one(cluster), kinds: OverlapChecks::BITMAP_DIRECTORY }
 }

@@ -2,8 +2,8 @@
 //!
 //! Each change is prepared on disk, made durable, and then comes true with one sector of the header; a crash
 //! leaves the image before it or after it. What the open image knows of itself (the width of refcounts,
-//! whether there is a zero flag) may be of the past afterwards: such a call ends the use of the image, and
-//! whoever goes on opens it anew.
+//! whether there is a zero flag) is stale after such calls: they end the use of the image, and the caller who
+//! goes on opens it again.
 
 mod downgrade;
 mod width;
@@ -11,15 +11,14 @@ mod width;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::port::disk::GuestDisk;
-use crate::sync::atomic::Ordering;
 use crate::sync::write;
 use ::alloc::string::String;
 use core::ops::ControlFlow;
 use qcow2_format::Version;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures};
 
-/// Told how many of how many steps are done; says whether to go on. Who stops finds the image as it was, or
-/// still on its way, with the same disk.
+/// Called with the number of steps done and the number of all steps; returns whether to go on. A caller that
+/// stops finds the image as it was, or partly changed with the same guest content.
 pub type AmendProgress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
 
 /// The error of a caller that stopped.
@@ -49,7 +48,7 @@ impl Image {
     pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         let mut header = self.header();
         if let Some(lazy) = change.lazy_refcounts {
             if lazy && header.version < Version::V3 {
@@ -72,7 +71,7 @@ impl Image {
         if header == self.header() {
             return Ok(());
         }
-        self.meta.switch_header(header)
+        self.header.switch_to(header)
     }
 
     /// Makes a version 2 image a version 3 one, and ends its use. Disk: a snapshot table whose entries say
@@ -81,23 +80,23 @@ impl Image {
     pub fn upgrade(&self) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         if self.header().version >= Version::V3 {
             return Ok(());
         }
         if self.header().nb_snapshots > 0 {
             self.rewrite_snapshot_table()?;
         }
-        self.meta.settle()?;
+        self.flusher.settle()?;
         let mut header = self.header();
         header.version = Version::V3;
-        self.meta.switch_header(header)?;
+        self.header.switch_to(header)?;
         self.end_use();
         Ok(())
     }
 
     /// Nothing is changed through this image any more: it is not what it was.
     fn end_use(&self) {
-        self.meta.poisoned.store(true, Ordering::Release);
+        self.file.poison();
     }
 }

@@ -1,4 +1,4 @@
-//! Another width of refcounts: every block anew, in the new width, behind everything in use.
+//! Another width of refcounts: every block written again in the new width, behind everything in use.
 //!
 //! Order on disk: the new blocks, which count themselves and no longer the old ones, and the new table;
 //! barrier; the header's width and table in one sector; barrier. The places of the old structure are free
@@ -7,25 +7,9 @@
 use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::meta::Meta;
-use crate::meta::alloc::Refcounts;
-use crate::meta::overlap::OverlapChecks;
-use crate::sync::{lock, write};
-use ::alloc::collections::BTreeSet;
+use crate::sync::write;
 use ::alloc::format;
-use ::alloc::vec;
-use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
-use qcow2_format::{Geometry, HostOffset, Version};
-
-/// Where the new structure goes.
-struct Plan {
-    geometry: Geometry,
-    first: u64,
-    blocks: u64,
-    table: u64,
-    /// Clusters of the old structure.
-    old: BTreeSet<u64>,
-}
+use qcow2_format::Version;
 
 impl Image {
     /// Gives every refcount `bits` bits, a power of two up to 64, and ends the image's use. `progress` is
@@ -35,151 +19,33 @@ impl Image {
     /// "Refcount blocks".
     pub fn set_refcount_bits(&self, bits: u32, progress: &mut AmendProgress<'_>) -> Result<()> {
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         if !bits.is_power_of_two() || bits > 64 {
             let message = format!("refcount width is {bits}, allowed are powers of two up to 64");
             return Err(Error::new(ErrorKind::InvalidOption, message));
         }
         let header = self.header();
-        if bits == self.meta.geometry.refcount_width().bits() {
+        if bits == self.file.geometry().refcount_width().bits() {
             return Ok(());
         }
         if header.version < Version::V3 {
             return Err(Error::new(ErrorKind::Unsupported, "refcounts of version 2 have 16 bits"));
         }
-        self.meta.settle()?;
-        let plan = self.meta.plan_width(bits)?;
-        let written = self.meta.write_width(&plan, progress);
+        self.flusher.settle()?;
+        let plan = self.refcounts.plan_width(bits)?;
+        let written = self.refcounts.write_width(&plan, &mut |done, of| stopped(progress(done, of)));
         let harmless = |error: &Error| matches!(error.kind(), ErrorKind::OutOfRange | ErrorKind::Stopped);
         if written.as_ref().is_err_and(harmless) {
             // Nothing leads to what was written.
             return written;
         }
-        self.meta.poison_on_error(written)?;
+        self.file.poison_on_error(written)?;
         let mut header = self.header();
         header.refcount_order = bits.trailing_zeros();
         header.refcount_table_offset = plan.table_offset();
-        header.refcount_table_clusters = plan.table as u32;
-        self.meta.switch_header(header)?;
+        header.refcount_table_clusters = plan.table_clusters() as u32;
+        self.header.switch_to(header)?;
         self.end_use();
         Ok(())
     }
-}
-
-impl Plan {
-    fn block_offset(&self, block: u64) -> HostOffset {
-        HostOffset::new((self.first + block) * self.geometry.cluster_size())
-    }
-
-    fn table_offset(&self) -> HostOffset {
-        self.block_offset(self.blocks)
-    }
-}
-
-impl Meta {
-    fn plan_width(&self, bits: u32) -> Result<Plan> {
-        let geometry = self
-            .geometry
-            .with_refcount_order(bits.trailing_zeros())
-            .map_err(|e| Error::new(ErrorKind::InvalidOption, "refcount width").with_source(e))?;
-        let refcounts = lock(&self.refcounts);
-        self.check_counted(&refcounts)?;
-        let start = self.geometry.host_cluster(refcounts.table_offset).value();
-        let mut old: BTreeSet<u64> = (start..start + refcounts.table_clusters).collect();
-        let mut first = self.geometry.clusters_for(self.storage.len()?);
-        let per_old = self.geometry.refcount_block_entries();
-        for (index, &raw) in (0u64..).zip(&refcounts.table) {
-            let block = decode_table_entry(raw, &self.geometry).map_err(|e| {
-                Error::corrupt(format!("refcount table entry {index} is damaged")).with_source(e)
-            })?;
-            let Some(block) = block else { continue };
-            old.insert(self.geometry.host_cluster(block).value());
-            self.check_table_place(OverlapChecks::REFCOUNT_BLOCK, block, self.geometry.cluster_size())?;
-            // Clusters may be counted that lie past the end of the file.
-            let start = (index * per_old).max(first);
-            if let Some(last) = self.last_counted(&refcounts, start, (index + 1) * per_old)? {
-                first = last + 1;
-            }
-        }
-        let (mut blocks, mut table) = (0, 0);
-        loop {
-            let needed = (first + blocks + table).div_ceil(geometry.refcount_block_entries());
-            let clusters = geometry.clusters_for(needed * 8);
-            if (needed, clusters) == (blocks, table) {
-                break;
-            }
-            (blocks, table) = (needed, clusters);
-        }
-        if table * geometry.cluster_size() > qcow2_format::limit::MAX_REFCOUNT_TABLE_SIZE {
-            return Err(Error::new(ErrorKind::NoSpace, "the refcount table would pass its limit"));
-        }
-        Ok(Plan { geometry, first, blocks, table, old })
-    }
-
-    /// Refuses refcounts that are none: a table that the header does not find, or that is something else,
-    /// counts neither the header nor itself.
-    fn check_counted(&self, refcounts: &Refcounts) -> Result<()> {
-        let len = self.geometry.bytes_of(refcounts.table_clusters);
-        self.check_table_place(OverlapChecks::REFCOUNT_TABLE, refcounts.table_offset, len)?;
-        for cluster in [0, self.geometry.host_cluster(refcounts.table_offset).value()] {
-            if self.refcount_of(refcounts, cluster)? == 0 {
-                let message = format!("host cluster {cluster} holds metadata but its refcount is 0");
-                return Err(self.mark_corrupt(message));
-            }
-        }
-        Ok(())
-    }
-
-    /// The last cluster of `first..end` that has a refcount.
-    fn last_counted(&self, refcounts: &Refcounts, first: u64, end: u64) -> Result<Option<u64>> {
-        for cluster in (first..end).rev() {
-            if self.refcount_of(refcounts, cluster)? > 0 {
-                return Ok(Some(cluster));
-            }
-        }
-        Ok(None)
-    }
-
-    fn write_width(&self, plan: &Plan, progress: &mut AmendProgress<'_>) -> Result<()> {
-        let per_block = plan.geometry.refcount_block_entries();
-        let own = plan.first..plan.first + plan.blocks + plan.table;
-        let mut table = vec![0u64; (plan.table * plan.geometry.cluster_size() / 8) as usize];
-        for block in 0..plan.blocks {
-            let mut words = vec![0u64; (plan.geometry.cluster_size() / 8) as usize];
-            for slot in 0..per_block {
-                let cluster = block * per_block + slot;
-                let count = match own.contains(&cluster) {
-                    true => 1,
-                    false => self.count_without(cluster, &plan.old)?,
-                };
-                put(&mut words, &plan.geometry, cluster, count)?;
-            }
-            self.write_words(OverlapChecks::NONE, plan.block_offset(block), &words)?;
-            table[block as usize] = encode_table_entry(Some(plan.block_offset(block)));
-            stopped(progress(block + 1, plan.blocks))?;
-        }
-        self.write_words(OverlapChecks::NONE, plan.table_offset(), &table)?;
-        Ok(self.storage.flush()?)
-    }
-
-    /// The refcount of `cluster` once the old structure is gone.
-    fn count_without(&self, cluster: u64, old: &BTreeSet<u64>) -> Result<u64> {
-        let refcounts = lock(&self.refcounts);
-        let count = self.refcount_of(&refcounts, cluster)?;
-        Ok(count.saturating_sub(u64::from(old.contains(&cluster))))
-    }
-}
-
-fn put(words: &mut [u64], geometry: &Geometry, cluster: u64, count: u64) -> Result<()> {
-    let (width, cluster_size) = (geometry.refcount_width(), geometry.cluster_size());
-    let slot = cluster % geometry.refcount_block_entries();
-    if count > width.max() {
-        let message = format!("cluster at offset {:#x} has a refcount of {count}", cluster * cluster_size);
-        return Err(Error::new(ErrorKind::OutOfRange, message));
-    }
-    if count > 0 {
-        let word = &mut words[width.word_index(slot)];
-        *word = width.insert(*word, slot, count);
-    }
-    Ok(())
 }

@@ -57,6 +57,7 @@ impl Bits {
             let end = self.tree.next(first, false).unwrap_or(self.tree.count());
             bit = end;
             let start = first * granularity;
+            debug_assert!(first < end && start < self.size, "marks from {start:#x} on, past the disk's end");
             Some((start, (end * granularity).min(self.size) - start))
         })
     }
@@ -203,7 +204,9 @@ mod tests {
         #[test]
         fn bits_of_larger_disks(
             size in 1..60_000_000u64,
-            marks in proptest::collection::vec((0..60_000_000u64, prop_oneof![1..5000u64, 1..30_000_000u64]), 0..6),
+            marks in proptest::collection::vec(
+                (0..60_000_000u64, prop_oneof![1..5000u64, 1..30_000_000u64]), 0..6
+            ),
             granularity_bits in 9..20u8,
             cluster_bits in 9..13u32,
         ) {

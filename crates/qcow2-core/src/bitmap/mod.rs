@@ -1,8 +1,8 @@
 //! Persistent bitmaps: which parts of the disk were changed since somebody looked.
 //!
 //! Enabled bitmaps are marked before anything is written. On disk they are marked as in use before the first
-//! change, and stored anew when the image is closed: a crash in between leaves them in use, which says that
-//! their bits mean nothing. So a bitmap may be lost, but never lies. Spec: "Bitmaps".
+//! change, and stored again when the image is closed: a crash in between leaves them in use, which means that
+//! their bits are invalid. So a bitmap may be lost, but never lies. Spec: "Bitmaps".
 //!
 //! The bits in memory have a limit for all bitmaps of an image. A bitmap is neither lost nor made coarser
 //! because of it while somebody can still decide: what is to record and does not fit makes the first change
@@ -12,123 +12,27 @@
 
 mod bits;
 mod room;
+mod state;
 mod store;
 mod tree;
 
 pub use bits::Bits;
+pub(crate) use room::MAX_BITS_MEMORY;
+pub(crate) use state::Bitmaps;
 pub use store::{check_bitmaps, read_bitmaps};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::port::disk::GuestDisk;
-use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{Rank, RwLock, read, write};
-use ::alloc::collections::BTreeMap;
+use crate::sync::atomic::Ordering;
+use crate::sync::{read, write};
 use ::alloc::format;
 use ::alloc::string::String;
 use ::alloc::vec::Vec;
 use qcow2_format::bitmap::Bitmap;
-use qcow2_format::{GuestRange, Version, limit};
-pub(crate) use room::MAX_BITS_MEMORY;
+use qcow2_format::{Version, limit};
 use room::Room;
-
-/// The bitmaps of an open image.
-#[derive(Debug)]
-pub(crate) struct Bitmaps {
-    state: RwLock<State>,
-    /// Whether there is an enabled bitmap to be marked.
-    recording: AtomicBool,
-    /// Where the bits' memory comes from, and how much of it there is.
-    room: Room,
-    memory: u64,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    /// Whether the directory was read.
-    known: bool,
-    /// Whether the tables that it names were judged.
-    judged: bool,
-    live: Vec<Live>,
-    /// The first bitmap of each name.
-    by_name: BTreeMap<Vec<u8>, usize>,
-    /// Whether the directory on disk is not what it should be when the image is closed.
-    changed: bool,
-}
-
-/// One bitmap.
-#[derive(Debug)]
-struct Live {
-    entry: Bitmap,
-    /// Its bits, where they were needed.
-    bits: Option<Bits>,
-    /// Whether its bits on disk are not what they should be when the image is closed.
-    changed: bool,
-    /// Whether it is marked as in use on disk because of us.
-    marked: bool,
-}
-
-impl State {
-    fn new(live: Vec<Live>) -> Self {
-        let mut state = Self { known: true, live, ..Self::default() };
-        state.find_names();
-        state
-    }
-
-    fn find_names(&mut self) {
-        self.by_name.clear();
-        for (index, live) in self.live.iter().enumerate() {
-            self.by_name.entry(live.entry.name.clone()).or_insert(index);
-        }
-    }
-
-    fn position(&self, name: &[u8]) -> Option<usize> {
-        self.by_name.get(name).copied()
-    }
-
-    fn usable(&self, name: &[u8]) -> Result<usize> {
-        let index = self.position(name).ok_or_else(|| missing(name))?;
-        if self.live[index].entry.in_use { Err(inconsistent(name)) } else { Ok(index) }
-    }
-}
-
-impl Live {
-    fn new(entry: Bitmap) -> Self {
-        Self { entry, bits: None, changed: false, marked: false }
-    }
-
-    fn records(&self) -> bool {
-        self.entry.auto && !self.entry.in_use
-    }
-}
-
-impl Bitmaps {
-    /// Nothing is known of them yet. `memory`: bytes that their bits may take.
-    pub(crate) fn new(memory: u64) -> Self {
-        let (state, recording) = (RwLock::new(Rank::Bitmaps, State::default()), AtomicBool::new(false));
-        Self { state, recording, room: Room::new(memory), memory }
-    }
-
-    /// Notes that `range` is about to change.
-    pub(crate) fn mark(&self, range: GuestRange) {
-        if self.recording.load(Ordering::Acquire) {
-            let state = read(&self.state);
-            for bits in state.live.iter().filter(|live| live.records()).filter_map(|live| live.bits.as_ref())
-            {
-                // Without room more is marked, which does no harm.
-                let _exact = bits.mark(range.start().value(), range.len());
-            }
-        }
-    }
-
-    fn no_room(&self, name: &[u8]) -> Error {
-        let (name, memory) = (text(name), self.memory);
-        let message = format!(
-            "bitmap '{name}' does not fit: the bits of an image's bitmaps may take {memory} bytes of memory in all"
-        );
-        Error::new(ErrorKind::NoSpace, message)
-    }
-}
+use state::{Live, State, inconsistent, missing, text};
 
 impl Image {
     /// The image's bitmaps as they are now, in the order of the directory; those that the image does not
@@ -218,7 +122,7 @@ impl Image {
     pub fn enable_bitmap(&self, name: &[u8], enable: bool) -> Result<()> {
         self.change_bitmaps(|state| {
             let index = state.usable(name)?;
-            if enable && self.meta.changing.load(Ordering::Acquire) {
+            if enable && self.header.is_changing() {
                 // It records from now on, so it must not be enabled where its bits cannot be there.
                 self.loaded(state, index)?;
             }
@@ -252,11 +156,11 @@ impl Image {
 
     fn change_bitmaps(&self, change: impl FnOnce(&mut State) -> Result<()>) -> Result<()> {
         let _alone = write(&self.structure);
-        self.meta.check_writable()?;
+        self.file.check_writable()?;
         let mut state = self.known_bitmaps()?;
         change(&mut state)?;
         state.changed = true;
-        if self.meta.changing.load(Ordering::Acquire) {
+        if self.header.is_changing() {
             // Others may have become enabled: their bits must be there before the next change.
             self.start_recording(&mut state)?;
         }
@@ -266,7 +170,7 @@ impl Image {
     fn known_bitmaps(&self) -> Result<crate::sync::RwLockWriteGuard<'_, State>> {
         let mut state = write(&self.bitmaps.state);
         if !state.known {
-            let entries = read_bitmaps(&*self.meta.storage, &self.header())?;
+            let entries = read_bitmaps(self.file.storage(), &self.header())?;
             *state = State::new(entries.into_iter().map(Live::new).collect());
         }
         Ok(state)
@@ -286,7 +190,7 @@ impl Image {
 
     fn judge_tables(&self, state: &mut State) -> Result<()> {
         if !state.judged {
-            check_bitmaps(&*self.meta.storage, &self.header())?;
+            check_bitmaps(self.file.storage(), &self.header())?;
             state.judged = true;
         }
         Ok(())
@@ -296,7 +200,7 @@ impl Image {
     /// cannot be read makes all of them untrusted. Errors: `NoSpace` where they are sound and have no room in
     /// memory: they stay as they are, and so does everything else. `Storage`.
     pub(crate) fn begin_change(&self) -> Result<()> {
-        if self.meta.changing.load(Ordering::Acquire) {
+        if self.header.is_changing() {
             return Ok(());
         }
         if self.header().trusted_bitmaps().is_some() {
@@ -305,7 +209,7 @@ impl Image {
                 Err(error) if error.storage_error().is_none() && error.kind() != ErrorKind::NoSpace => {
                     self.bitmaps.recording.store(false, Ordering::Release);
                     *write(&self.bitmaps.state) = State::new(Vec::new());
-                    self.meta.distrust_bitmaps()?;
+                    self.header.distrust_bitmaps()?;
                 }
                 other => other?,
             }
@@ -314,7 +218,7 @@ impl Image {
             let mut state = self.known_bitmaps()?;
             self.start_recording(&mut state)?;
         }
-        self.meta.changing.store(true, Ordering::Release);
+        self.header.set_changing(true);
         Ok(())
     }
 
@@ -322,6 +226,8 @@ impl Image {
         self.load_all(state, Live::records)?;
         state.live.iter_mut().filter(|live| live.records()).for_each(|live| live.changed = true);
         self.mark_in_use(state, |live| live.records())?;
+        let lost = |live: &Live| live.records() && live.bits.is_none();
+        assert!(!state.live.iter().any(lost), "a bitmap records changes without its bits");
         let records = state.live.iter().any(Live::records);
         self.bitmaps.recording.store(records, Ordering::Release);
         Ok(())
@@ -356,7 +262,7 @@ impl Image {
         // All of them are replaced in the end: what cannot be given up then is refused before the size
         // changes.
         let header = self.header();
-        let old = read_bitmaps(&*self.meta.storage, &header)?;
+        let old = read_bitmaps(self.file.storage(), &header)?;
         self.replaced_bitmaps(&header, &old, &State::default())?;
         self.mark_in_use(&mut state, |_| true)?;
         state.live.iter_mut().for_each(|live| live.changed = true);
@@ -374,18 +280,4 @@ impl Image {
         }
         Ok(())
     }
-}
-
-fn missing(name: &[u8]) -> Error {
-    Error::new(ErrorKind::NotFound, format!("dirty bitmap '{}' not found", text(name)))
-}
-
-fn inconsistent(name: &[u8]) -> Error {
-    let message = format!("bitmap '{}' is inconsistent and cannot be used", text(name));
-    Error::new(ErrorKind::Inconsistent, message)
-}
-
-/// A name as text.
-fn text(name: &[u8]) -> String {
-    String::from_utf8_lossy(name).into_owned()
 }

@@ -5,18 +5,18 @@
 //! it alone had, free. Marking bitmaps as in use changes their entries in place: each is one bit in one
 //! sector.
 
+use super::bits::Bits;
 use super::room::Room;
-use super::{Bits, Live, State};
+use super::state::{Live, State};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
+use crate::meta::file::read_words;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
-use crate::open::read_words;
 use crate::port::disk::GuestDisk;
 use crate::port::storage::Storage;
 use crate::rules::OrderingRule;
-use crate::sync::atomic::Ordering;
 use crate::sync::write;
 use ::alloc::collections::{BTreeMap, BTreeSet};
 use ::alloc::format;
@@ -122,7 +122,7 @@ impl Image {
     /// Reads the bits of `bitmap`, which [`check_bitmaps`] has judged, from disk into memory out of `room`.
     /// Errors: `NoSpace` where that does not suffice; `Corrupt`, `Storage`.
     pub(super) fn read_bits(&self, bitmap: &Bitmap, room: &Room) -> Result<Bits> {
-        let geometry = &self.meta.geometry;
+        let geometry = self.file.geometry();
         let bits = Bits::new(bitmap.granularity_bits, self.size(), room)?;
         let entries = geometry.clusters_for(bits.stored_len());
         check_table_size(bitmap, entries)?;
@@ -130,7 +130,7 @@ impl Image {
         let mut cluster = vec![0; size as usize];
         // Ones are set when their run is known, so that a whole node of them is one.
         let mut ones = 0..0;
-        for (index, raw) in (0u64..).zip(read_words(&*self.meta.storage, bitmap.table_offset, entries)?) {
+        for (index, raw) in (0u64..).zip(read_words(self.file.storage(), bitmap.table_offset, entries)?) {
             let entry =
                 BitmapTableEntry::decode(raw, geometry).map_err(damaged("bitmap table is damaged"))?;
             let exact = match entry {
@@ -144,7 +144,7 @@ impl Image {
                     bits.load_ones(before.start * size, (before.end - before.start) * size)
                 }
                 BitmapTableEntry::Data(host) => {
-                    self.meta.storage.read_padded(host, &mut cluster)?;
+                    self.file.storage().read_padded(host, &mut cluster)?;
                     bits.load(index * size, &cluster)
                 }
             };
@@ -163,7 +163,7 @@ impl Image {
     pub(super) fn mark_in_use(&self, state: &mut State, pick: impl Fn(&Live) -> bool) -> Result<()> {
         let header = self.header();
         let Some(extension) = header.trusted_bitmaps() else { return Ok(()) };
-        let mut directory = read_directory(&*self.meta.storage, extension)?;
+        let mut directory = read_directory(self.file.storage(), extension)?;
         let entries = Bitmap::parse_directory(&directory, extension.count)
             .map_err(damaged("bitmap directory is damaged"))?;
         // The first of those that have a table in common, which only a damaged image has.
@@ -192,11 +192,12 @@ impl Image {
             let start = (sector * SECTOR_SIZE) as usize;
             let bytes = &directory[start..directory.len().min(start + SECTOR_SIZE as usize)];
             let place = HostOffset::new(extension.directory_offset.value() + sector * SECTOR_SIZE);
-            let written = self.meta.write_table(OverlapChecks::BITMAP_DIRECTORY, place, bytes);
-            self.meta.poison_on_error(written)?;
+            let written = self.tables.write(OverlapChecks::BITMAP_DIRECTORY, place, bytes);
+            self.file.poison_on_error(written)?;
         }
-        if !sectors.is_empty() && self.meta.rules.keep(OrderingRule::WarningBeforeChange) {
-            self.meta.poison_on_error(self.meta.storage.flush().map_err(Error::from))?;
+        // Durable before the first change: after a crash the old bits would otherwise pass for complete.
+        if !sectors.is_empty() && self.file.keeps(OrderingRule::WarningBeforeChange) {
+            self.file.poison_on_error(self.file.flush())?;
         }
         Ok(())
     }
@@ -208,7 +209,7 @@ impl Image {
             return Ok(());
         }
         let header = self.header();
-        let old = read_bitmaps(&*self.meta.storage, &header)?;
+        let old = read_bitmaps(self.file.storage(), &header)?;
         let mut new = Stored::default();
         let freed = self
             .reserve_bitmaps(&mut state, &mut new)
@@ -216,28 +217,29 @@ impl Image {
         let freed = match freed {
             Ok(freed) => freed,
             Err(error) => {
-                new.places.iter().for_each(|&run| self.meta.unlink(run));
-                if !self.meta.poisoned.load(Ordering::Acquire) {
-                    self.meta.settle()?;
+                new.places.iter().for_each(|&run| self.refcounts.unlink(run));
+                if !self.file.is_poisoned() {
+                    self.flusher.settle()?;
                 }
                 return Err(error);
             }
         };
-        self.meta.flush()?;
-        self.meta.poison_on_error(self.write_bitmaps(&state, &new))?;
-        self.meta.set_bitmaps_extension(new.extension)?;
+        self.flusher.flush()?;
+        self.file.poison_on_error(self.write_bitmaps(&state, &new))?;
+        self.header.set_bitmaps_extension(new.extension)?;
         // Should the image be changed once more, they are in use again first.
-        self.meta.changing.store(false, Ordering::Release);
-        freed.into_iter().for_each(|run| self.meta.unlink(run));
+        self.header.set_changing(false);
+        // Only now: until the header has switched, the old directory is what a crash would leave.
+        freed.into_iter().for_each(|run| self.refcounts.unlink(run));
         state.live.iter_mut().for_each(|live| (live.changed, live.marked) = (false, false));
         state.changed = false;
-        self.meta.settle()?;
-        self.meta.pad_file()
+        self.flusher.settle()?;
+        self.pad_file()
     }
 
     /// Finds room for the bits and tables of all bitmaps that changed, and for a directory of all.
     fn reserve_bitmaps(&self, state: &mut State, new: &mut Stored) -> Result<()> {
-        let geometry = self.meta.geometry;
+        let geometry = self.file.geometry();
         for (index, live) in state.live.iter_mut().enumerate() {
             let bits = match &live.bits {
                 Some(bits) if live.changed => bits,
@@ -268,15 +270,14 @@ impl Image {
     }
 
     fn reserve_area(&self, len: u64, new: &mut Stored) -> Result<HostOffset> {
-        let clusters = self.meta.geometry.clusters_for(len);
-        let offset = self.meta.allocate_metadata(OverlapChecks::BITMAP_DIRECTORY, clusters)?.offset;
+        let clusters = self.file.geometry().clusters_for(len);
+        let offset = self.refcounts.allocate_metadata(OverlapChecks::BITMAP_DIRECTORY, clusters)?.offset;
         new.places.push(self.bitmap_run(offset, len));
         Ok(offset)
     }
 
     fn write_bitmaps(&self, state: &State, new: &Stored) -> Result<()> {
-        let meta = &self.meta;
-        let size = meta.geometry.cluster_size();
+        let size = self.file.geometry().cluster_size();
         for (index, places) in &new.bits {
             let live = &state.live[*index];
             let Some(bits) = &live.bits else { continue };
@@ -287,7 +288,7 @@ impl Image {
                 let place = if all { None } else { places.next() };
                 let entry = match place {
                     Some(&host) => {
-                        meta.write_table(
+                        self.tables.write(
                             OverlapChecks::BITMAP_DIRECTORY,
                             host,
                             &bits.stored(index * size, size),
@@ -298,15 +299,17 @@ impl Image {
                 };
                 table[index as usize] = entry.encode();
             }
+            assert!(places.next().is_none(), "bitmap {index} has room for more bits than it has");
             let bytes = table_bytes(table);
-            meta.write_table(OverlapChecks::BITMAP_DIRECTORY, live.entry.table_offset, &bytes)?;
+            self.tables.write(OverlapChecks::BITMAP_DIRECTORY, live.entry.table_offset, &bytes)?;
         }
         if let Some(extension) = new.extension {
             let at = extension.directory_offset;
-            meta.write_table(OverlapChecks::BITMAP_DIRECTORY, at, &new.directory)?;
+            self.tables.write(OverlapChecks::BITMAP_DIRECTORY, at, &new.directory)?;
         }
-        if meta.rules.keep(OrderingRule::BitmapsBeforeHeader) {
-            meta.storage.flush()?;
+        // The header's extension makes the new directory count, with everything that it leads to.
+        if self.file.keeps(OrderingRule::BitmapsBeforeHeader) {
+            self.file.flush()?;
         }
         Ok(())
     }
@@ -319,7 +322,7 @@ impl Image {
         old: &[Bitmap],
         state: &State,
     ) -> Result<Vec<Unlinked>> {
-        let geometry: Geometry = self.meta.geometry;
+        let geometry = self.file.geometry();
         let mut replaced = Vec::new();
         // Bitmaps of a damaged image may have a table in common, which is given up once.
         let mut kept: BTreeSet<HostOffset> = state.live.iter().map(|live| live.entry.table_offset).collect();
@@ -328,8 +331,8 @@ impl Image {
                 continue;
             }
             let entries = u64::from(bitmap.table_entries);
-            for raw in read_words(&*self.meta.storage, bitmap.table_offset, entries)? {
-                if let Ok(BitmapTableEntry::Data(host)) = BitmapTableEntry::decode(raw, &geometry) {
+            for raw in read_words(self.file.storage(), bitmap.table_offset, entries)? {
+                if let Ok(BitmapTableEntry::Data(host)) = BitmapTableEntry::decode(raw, geometry) {
                     replaced.push(self.bitmap_run(host, geometry.cluster_size()));
                 }
             }
@@ -338,12 +341,12 @@ impl Image {
         if let Some(extension) = header.trusted_bitmaps() {
             replaced.push(self.bitmap_run(extension.directory_offset, extension.directory_size));
         }
-        replaced.iter().try_for_each(|&run| self.meta.check_freeable(run))?;
+        replaced.iter().try_for_each(|&run| self.refcounts.check_freeable(run))?;
         Ok(replaced)
     }
 
     fn bitmap_run(&self, offset: HostOffset, len: u64) -> Unlinked {
-        self.meta.table_run(OverlapChecks::BITMAP_DIRECTORY, offset, len)
+        self.tables.run_of(OverlapChecks::BITMAP_DIRECTORY, offset, len)
     }
 }
 

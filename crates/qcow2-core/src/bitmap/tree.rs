@@ -70,6 +70,7 @@ impl Place {
 
     /// Which node below this one has `bit`; the first or last one for a bit outside.
     fn index_of(self, bit: u64) -> usize {
+        debug_assert!(self.level > 0, "a leaf has no nodes below");
         let index = bit.saturating_sub(self.base) >> span_bits(self.level - 1);
         index.min(FAN_OUT as u64 - 1) as usize
     }
@@ -188,6 +189,7 @@ impl Tree {
     /// Sets the bits from `first` to `last`, both below the count. Returns whether no others were set for
     /// want of room.
     pub(super) fn set(&self, first: u64, last: u64) -> bool {
+        debug_assert!(first <= last && last < self.count, "bits {first} to {last} of {}", self.count);
         self.set_below(&self.root, self.root_place(), first, last)
     }
 
@@ -294,6 +296,7 @@ impl Tree {
 
     /// The words of the leaf whose first bit is `base`; bits past the count are clear.
     pub(super) fn words(&self, base: u64) -> Words {
+        debug_assert!(base.is_multiple_of(LEAF_BITS), "words from bit {base} on");
         let (mut slot, mut place) = (&self.root, self.root_place());
         let mut words = loop {
             match slot.get() {

@@ -38,6 +38,7 @@ impl PageCache {
     /// A cache of about `bytes` bytes in pages of `page_size`, a power of two of at least 512. `needed`:
     /// bytes of all tables there can be; where they fit, changed pages need not be written to make room.
     pub(crate) fn new(page_size: u64, bytes: u64, needed: u64) -> Self {
+        assert!(page_size.is_power_of_two() && page_size >= 512, "pages of {page_size} bytes");
         let pages = (bytes / page_size).max(WAYS as u64);
         let set_count = (pages / WAYS as u64).clamp(1, MAX_SETS).next_power_of_two();
         let ways = pages.div_ceil(set_count).max(4) as usize;
@@ -89,6 +90,8 @@ impl PageCache {
         }
         debug_assert!(page.value().is_multiple_of(self.page_size), "a page at {page}");
         let set = self.set(page);
+        // One loader per set, over its I/O: two that read the same page would make two copies, and a change
+        // to one of them would be lost. Hits in the set do not wait for it.
         let _loading = lock(&set.loading);
         if let Some(found) = self.cached(page) {
             return Ok(found);
@@ -119,8 +122,12 @@ impl PageCache {
     }
 
     /// Drops every cached page of the table of `len` bytes at `table`, changes included: the table has left
-    /// the image, or its place is about to be filled anew.
+    /// the image, or its clusters are about to be used for another table.
     pub(crate) fn forget(&self, table: HostOffset, len: u64) {
+        debug_assert!(
+            table.value().is_multiple_of(self.page_size),
+            "a table at {table} begins inside a page"
+        );
         let mut at = table.value();
         while at < table.value() + len {
             let set = self.set(HostOffset::new(at));
@@ -152,7 +159,7 @@ impl PageCache {
         }
     }
 
-    /// Whether so many pages wait for write-back that it should happen now.
+    /// Whether enough pages wait for write-back that it should happen now.
     pub(crate) fn is_pressed(&self) -> bool {
         self.dirty_count.load(Ordering::Relaxed) >= self.dirty_limit
     }
@@ -182,5 +189,11 @@ pub(crate) fn join_runs(runs: Vec<DirtyRun>) -> Vec<DirtyRun> {
             _ => joined.push(run),
         }
     }
+    debug_assert!(
+        joined
+            .windows(2)
+            .all(|pair| pair[0].offset.value() + (pair[0].bytes.len() as u64) < pair[1].offset.value()),
+        "a sector of a table is written twice in one round"
+    );
     joined
 }

@@ -1,22 +1,18 @@
-//! Which host clusters hold metadata, and the questions that come before any of them is written over or
-//! freed.
+//! Which host clusters hold metadata. [`Tables`](super::tables::Tables) asks here before any of them is
+//! written over or freed.
 //!
 //! Invariant I5: metadata overlaps nothing. On a damaged image it does: a mapping may point at a refcount
-//! block, an L1 entry at the refcount table. What tables say is therefore never believed against this map. It
+//! block, an L1 entry at the refcount table. Entries are therefore never believed against this map. It
 //! knows the tables that header, L1 and refcount table named when the image was opened, and every table that
 //! the engine has placed since; a cluster leaves it only when the table that was there is freed as such.
 
-use super::Meta;
 use super::overlap::OverlapChecks;
-use super::pending::Unlinked;
-use crate::error::Result;
+use super::run::ClusterRun;
 use crate::invariant;
-use crate::sync::{Rank, RwLock, lock, read, write};
+use crate::sync::{Rank, RwLock, read, write};
 use ::alloc::boxed::Box;
 use ::alloc::collections::BTreeMap;
-use ::alloc::format;
 use core::ops::Range;
-use qcow2_format::HostOffset;
 
 /// A metadata cluster that is in the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,13 +44,15 @@ impl Guard {
         *write(&self.map) = map;
     }
 
-    /// Notes that `count` clusters from `first` on hold metadata of `kinds`.
-    pub(crate) fn note(&self, kinds: OverlapChecks, first: u64, count: u64) {
-        write(&self.map).insert(kinds, first, count);
+    /// Notes that the clusters of `run` hold metadata of `kinds`.
+    pub(crate) fn note(&self, kinds: OverlapChecks, run: ClusterRun) {
+        debug_assert!(kinds != OverlapChecks::NONE, "{run:?} are noted as nothing");
+        write(&self.map).insert(kinds, run);
     }
 
     /// Notes that `cluster` no longer holds metadata of `kinds`: it was freed as such.
     pub(crate) fn forget(&self, kinds: OverlapChecks, cluster: u64) {
+        invariant::not_the_header(kinds, cluster);
         if kinds != OverlapChecks::NONE && self.kinds_at(cluster).any_of(kinds) {
             write(&self.map).remove(kinds, cluster);
         }
@@ -65,83 +63,14 @@ impl Guard {
         read(&self.map).kinds_at(cluster)
     }
 
-    /// The first of `count` clusters from `first` on that guest data must not be written to.
-    pub(crate) fn hit_by_data(&self, first: u64, count: u64) -> Option<Hit> {
-        read(&self.map).first_of(self.checks, first, count)
+    /// The first cluster of `run` that guest data must not be written to.
+    pub(crate) fn hit_by_data(&self, run: ClusterRun) -> Option<Hit> {
+        read(&self.map).first_of(self.checks, run)
     }
 
-    /// The first of those clusters that holds any other metadata than `own`.
-    pub(crate) fn hit_by(&self, own: OverlapChecks, first: u64, count: u64) -> Option<Hit> {
-        read(&self.map).first_of(OverlapChecks::ALL.without(own), first, count)
-    }
-}
-
-impl Meta {
-    /// The host clusters that `len` bytes at `offset` touch.
-    fn clusters_of(&self, offset: HostOffset, len: u64) -> (u64, u64) {
-        let first = self.geometry.host_cluster(offset).value();
-        (first, self.geometry.clusters_for(self.geometry.in_cluster(offset.value()).saturating_add(len)))
-    }
-
-    /// Refuses guest data that would land on metadata: the mapping that leads there is damaged.
-    pub(crate) fn check_data_place(&self, offset: HostOffset, len: u64) -> Result<()> {
-        if self.has_data_file() {
-            return Ok(());
-        }
-        let (first, count) = self.clusters_of(offset, len);
-        match self.guard.hit_by_data(first, count) {
-            None => Ok(()),
-            Some(Hit { cluster, kinds }) => Err(self.mark_corrupt(format!(
-                "guest data is mapped to host cluster {cluster}, which holds {}",
-                kinds.text()
-            ))),
-        }
-    }
-
-    /// Refuses a table of `kinds` that would land on other metadata. Asked before anything depends on the
-    /// table, and again by [`write_table`](Self::write_table).
-    pub(crate) fn check_table_place(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Result<()> {
-        let (first, count) = self.clusters_of(offset, len);
-        match self.guard.hit_by(kinds, first, count) {
-            None => Ok(()),
-            Some(Hit { cluster, kinds: other }) => Err(self.mark_corrupt(format!(
-                "{} at {offset} takes host cluster {cluster}, which holds {}",
-                kinds.text(),
-                other.text()
-            ))),
-        }
-    }
-
-    /// Writes a piece of a table of `kinds` to the image file: the one way for every table but the header.
-    /// Errors: `Corrupt` where other metadata is in the way, nothing having been written; `Storage`,
-    /// `NoSpace`.
-    pub(crate) fn write_table(&self, kinds: OverlapChecks, offset: HostOffset, bytes: &[u8]) -> Result<()> {
-        invariant::may_write(self.writable);
-        invariant::table_words(offset, bytes.len());
-        self.check_table_place(kinds, offset, bytes.len() as u64)?;
-        Ok(self.storage.write_at(offset, bytes)?)
-    }
-
-    /// [`check_owner`](Self::check_owner), and that the refcounts of `run` can be changed: a procedure that
-    /// ends with giving it up must not fail there. Disk: may read refcount blocks.
-    pub(crate) fn check_freeable(&self, run: Unlinked) -> Result<()> {
-        self.check_owner(run)?;
-        let refcounts = lock(&self.refcounts);
-        (run.first..run.first.saturating_add(run.count))
-            .try_for_each(|cluster| self.check_counting(&refcounts, cluster))
-    }
-
-    /// Refuses to give up clusters that hold other metadata than what is said to be there. Asked before a
-    /// procedure unlinks them, so that it fails while nothing has changed.
-    pub(crate) fn check_owner(&self, run: Unlinked) -> Result<()> {
-        match self.guard.hit_by(run.kinds, run.first, run.count) {
-            None => Ok(()),
-            Some(Hit { cluster, kinds }) => Err(self.mark_corrupt(format!(
-                "{} is said to be in host cluster {cluster}, which holds {}",
-                run.kinds.text(),
-                kinds.text()
-            ))),
-        }
+    /// The first cluster of `run` that holds any other metadata than `own`.
+    pub(crate) fn hit_by(&self, own: OverlapChecks, run: ClusterRun) -> Option<Hit> {
+        read(&self.map).first_of(OverlapChecks::ALL.without(own), run)
     }
 }
 
@@ -154,9 +83,9 @@ pub(crate) struct MetadataMap {
 }
 
 impl MetadataMap {
-    /// Adds `count` clusters from `first` on; `count` is bounded by the limits on table sizes.
-    pub(crate) fn insert(&mut self, kinds: OverlapChecks, first: u64, count: u64) {
-        let clusters = first..first.saturating_add(count);
+    /// Adds the clusters of `run`, whose count is bounded by the limits on table sizes.
+    pub(crate) fn insert(&mut self, kinds: OverlapChecks, run: ClusterRun) {
+        let clusters = run.clusters();
         for (index, _) in kinds.each() {
             self.kinds[index].insert(clusters.clone());
         }
@@ -175,6 +104,7 @@ impl MetadataMap {
         if self.kinds_at(cluster) == OverlapChecks::NONE {
             self.any.remove(cluster);
         }
+        debug_assert!(!self.kinds_at(cluster).any_of(kinds), "cluster {cluster} is still there");
     }
 
     fn kinds_at(&self, cluster: u64) -> OverlapChecks {
@@ -182,10 +112,14 @@ impl MetadataMap {
         held.fold(OverlapChecks::NONE, |kinds, (_, kind)| kinds.with(kind))
     }
 
-    /// The first of `count` clusters from `first` on that holds one of `kinds`.
-    fn first_of(&self, kinds: OverlapChecks, first: u64, count: u64) -> Option<Hit> {
-        let mut rest = first..first.saturating_add(count);
+    /// The first cluster of `run` that holds one of `kinds`.
+    fn first_of(&self, kinds: OverlapChecks, run: ClusterRun) -> Option<Hit> {
+        let mut rest = run.clusters();
         while let Some(cluster) = self.any.first_in(rest.clone()) {
+            debug_assert!(
+                self.kinds_at(cluster) != OverlapChecks::NONE,
+                "cluster {cluster} holds no metadata"
+            );
             let found = self.kinds_at(cluster).common(kinds);
             if found != OverlapChecks::NONE {
                 return Some(Hit { cluster, kinds: found });
@@ -279,17 +213,23 @@ mod tests {
     fn a_cluster_holds_metadata_until_every_kind_of_it_is_gone() {
         let (l2, table) = (OverlapChecks::ACTIVE_L2, OverlapChecks::REFCOUNT_TABLE);
         let guard = Guard::new(MetadataMap::default(), OverlapChecks::CACHED.without(l2));
-        guard.note(l2, 7, 1);
-        guard.note(table, 7, 2);
-        assert_eq!(guard.hit_by(l2, 0, 100), Some(Hit { cluster: 7, kinds: table }));
-        assert_eq!(guard.hit_by(l2.with(table), 0, 100), None);
-        assert_eq!(guard.hit_by_data(0, 8), Some(Hit { cluster: 7, kinds: table }));
+        guard.note(l2, ClusterRun::new(7, 1));
+        guard.note(table, ClusterRun::new(7, 2));
+        assert_eq!(guard.hit_by(l2, ClusterRun::new(0, 100)), Some(Hit { cluster: 7, kinds: table }));
+        assert_eq!(guard.hit_by(l2.with(table), ClusterRun::new(0, 100)), None);
+        assert_eq!(guard.hit_by_data(ClusterRun::new(0, 8)), Some(Hit { cluster: 7, kinds: table }));
         guard.forget(OverlapChecks::NONE, 7);
         guard.forget(table, 7);
-        assert_eq!(guard.hit_by_data(0, 8), None, "guest data over l2 tables was allowed");
-        assert_eq!(guard.hit_by(OverlapChecks::NONE, 7, 1), Some(Hit { cluster: 7, kinds: l2 }));
+        assert_eq!(guard.hit_by_data(ClusterRun::new(0, 8)), None, "guest data over l2 tables was allowed");
+        assert_eq!(
+            guard.hit_by(OverlapChecks::NONE, ClusterRun::new(7, 1)),
+            Some(Hit { cluster: 7, kinds: l2 })
+        );
         guard.forget(l2, 7);
-        assert_eq!(guard.hit_by(OverlapChecks::NONE, 0, 8), None);
-        assert_eq!(guard.hit_by(OverlapChecks::NONE, 0, 9), Some(Hit { cluster: 8, kinds: table }));
+        assert_eq!(guard.hit_by(OverlapChecks::NONE, ClusterRun::new(0, 8)), None);
+        assert_eq!(
+            guard.hit_by(OverlapChecks::NONE, ClusterRun::new(0, 9)),
+            Some(Hit { cluster: 8, kinds: table })
+        );
     }
 }

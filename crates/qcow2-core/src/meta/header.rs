@@ -3,46 +3,142 @@
 //! Invariant: one sector write switches the image from one state to the next; whatever this engine does not
 //! know in the header stays as it is, byte for byte (I6).
 
-use super::Meta;
-use crate::error::Result;
+mod extension;
+mod switch;
+
+use super::file::ImageFile;
+use crate::error::{Error, Result};
 use crate::invariant;
 use crate::rules::OrderingRule;
-use crate::sync::lock;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, Rank, lock};
+use ::alloc::string::String;
+use ::alloc::sync::Arc;
+use qcow2_format::feature::{AutoclearFeatures, IncompatibleFeatures};
 use qcow2_format::header::SECTOR_LEN;
-use qcow2_format::{Header, HeaderField, HostOffset};
+use qcow2_format::{Header, HeaderField, HostOffset, Version};
 
-/// The parsed header and the sector it came from.
-pub(crate) struct HeaderState {
-    pub(crate) header: Header,
-    pub(crate) sector: [u8; SECTOR_LEN],
+/// The header of an open image, in memory and on disk.
+pub(crate) struct HeaderStore {
+    file: Arc<ImageFile>,
+    // Held while the sector is written too: two changes of different fields are two whole sectors, and the
+    // later one must contain the earlier one, in memory and on disk.
+    state: Mutex<HeaderState>,
+    /// Whether the header's warnings for a changing image are on disk.
+    changing: AtomicBool,
 }
 
-impl Meta {
+/// The parsed header and the sector it came from.
+struct HeaderState {
+    header: Header,
+    sector: [u8; SECTOR_LEN],
+}
+
+impl HeaderStore {
+    /// `header` as parsed from the storage, and its first sector.
+    pub(crate) fn new(file: Arc<ImageFile>, header: Header, sector: [u8; SECTOR_LEN]) -> Self {
+        let state = Mutex::new(Rank::Header, HeaderState { header, sector });
+        Self { file, state, changing: AtomicBool::new(false) }
+    }
+
     /// A copy of the header as it is now.
-    pub(crate) fn header(&self) -> Header {
-        lock(&self.header).header.clone()
+    pub(crate) fn current(&self) -> Header {
+        lock(&self.state).header.clone()
     }
 
     /// Changes header fields with one sector write and waits until it is durable. The feature words exist in
     /// version 3 only: the caller asks for them there only.
-    pub(crate) fn update_header(&self, fields: &[HeaderField]) -> Result<()> {
-        self.write_header(fields, true)
+    pub(crate) fn update(&self, fields: &[HeaderField]) -> Result<()> {
+        self.write_fields(fields, true)
     }
 
     /// Puts a warning on disk before the change it warns of.
-    pub(crate) fn warn_in_header(&self, field: HeaderField) -> Result<()> {
-        self.write_header(&[field], self.rules.keep(OrderingRule::WarningBeforeChange))
+    fn warn(&self, field: HeaderField) -> Result<()> {
+        self.write_fields(&[field], self.file.keeps(OrderingRule::WarningBeforeChange))
     }
 
-    fn write_header(&self, fields: &[HeaderField], durable: bool) -> Result<()> {
-        let mut state = lock(&self.header);
+    fn write_fields(&self, fields: &[HeaderField], durable: bool) -> Result<()> {
+        let mut state = lock(&self.state);
         let HeaderState { header, sector } = &mut *state;
-        invariant::may_write(self.writable);
+        invariant::may_write(self.file.is_writable());
         fields.iter().for_each(|field| field.apply(header, sector));
         invariant::is_header(sector);
-        let written = self.storage.write_at(HostOffset::new(0), &state.sector);
-        self.poison_on_error(
-            written.and_then(|()| if durable { self.storage.flush() } else { Ok(()) }).map_err(Into::into),
-        )
+        invariant::same_features(header, sector);
+        let written = self.file.storage().write_at(HostOffset::new(0), &state.sector).map_err(Error::from);
+        let written = written.and_then(|()| if durable { self.file.flush() } else { Ok(()) });
+        self.file.poison_on_error(written)
+    }
+
+    /// Whether changes have begun: the warnings that come before the first one are on disk.
+    pub(crate) fn is_changing(&self) -> bool {
+        self.changing.load(Ordering::Acquire)
+    }
+
+    /// Records that the warnings are on disk (`true`), or that they are needed again before the next change.
+    pub(crate) fn set_changing(&self, changing: bool) {
+        if changing {
+            invariant::no_unknown_promise(&lock(&self.state).header);
+        }
+        self.changing.store(changing, Ordering::Release);
+    }
+
+    /// Sets the header's corrupt bit and refuses every further change; returns the error to report. Where the
+    /// bit cannot be written (version 2, a failing storage) the refusal alone remains. An image that is open
+    /// for repair is not marked: its damage is known.
+    pub(crate) fn mark_corrupt(&self, message: String) -> Error {
+        let header = self.current();
+        let repairing = self.file.is_for_repair();
+        if self.file.is_writable() && !repairing && header.version >= Version::V3 && !header.is_corrupt() {
+            let marked = header.incompatible_features.with(IncompatibleFeatures::CORRUPT, true);
+            let _ = self.update(&[HeaderField::Incompatible(marked)]);
+        }
+        if !repairing {
+            self.file.poison();
+        }
+        Error::corrupt(message)
+    }
+
+    /// Clears the autoclear bits that this engine does not keep up to date.
+    pub(crate) fn clear_unknown_autoclear(&self) -> Result<()> {
+        let features = self.current().autoclear_features;
+        let known = AutoclearFeatures::from_bits(features.bits() & !features.unknown().bits());
+        if known != features {
+            self.update(&[HeaderField::Autoclear(known)])?;
+        }
+        invariant::no_unknown_promise(&lock(&self.state).header);
+        Ok(())
+    }
+
+    /// Clears the autoclear bit that vouches for the bitmaps.
+    pub(crate) fn distrust_bitmaps(&self) -> Result<()> {
+        let features = self.current().autoclear_features;
+        if features.contains(AutoclearFeatures::BITMAPS) {
+            let without = features.with(AutoclearFeatures::BITMAPS, false);
+            self.warn(HeaderField::Autoclear(without))?;
+        }
+        Ok(())
+    }
+
+    /// Clears the dirty bit once everything is durable. A repair may leave refcounts that are too low: there
+    /// the bit goes with [`clear_damage_marks`](Self::clear_damage_marks) only (I1).
+    pub(crate) fn retract_warnings(&self) -> Result<()> {
+        let header = self.current();
+        if self.file.is_for_repair() || header.version < Version::V3 || !header.is_dirty() {
+            return Ok(());
+        }
+        let clean = header.incompatible_features.with(IncompatibleFeatures::DIRTY, false);
+        self.update(&[HeaderField::Incompatible(clean)])
+    }
+
+    /// Clears the dirty and the corrupt bit.
+    pub(crate) fn clear_damage_marks(&self) -> Result<()> {
+        let header = self.current();
+        let features = header.incompatible_features;
+        let clean =
+            features.with(IncompatibleFeatures::DIRTY, false).with(IncompatibleFeatures::CORRUPT, false);
+        if header.version < Version::V3 || clean == features {
+            return Ok(());
+        }
+        self.update(&[HeaderField::Incompatible(clean)])
     }
 }

@@ -1,12 +1,10 @@
 //! Which host clusters hold metadata when an image is opened.
 
-use super::Meta;
-use super::alloc::Refcounts;
 use super::guard::MetadataMap;
 use super::overlap::OverlapChecks;
+use super::run::ClusterRun;
 use crate::error::Result;
 use crate::port::storage::Storage;
-use crate::sync::lock;
 use crate::walk::{Walk, overlay};
 use qcow2_format::bitmap::BitmapTableEntry;
 use qcow2_format::l1::L1Entry;
@@ -20,22 +18,14 @@ const MAX_NOTED: u64 = 1 << 22;
 /// snapshots of 1 TiB, so that opening stays quick.
 pub(crate) const MAX_L1_UNASKED: u64 = 4 << 20;
 
-impl Meta {
-    /// Learns anew which clusters hold metadata, from what is on disk.
-    pub(crate) fn learn_metadata(&self) -> Result<()> {
-        let tables = (&self.l1.contents().1[..], &*lock(&self.refcounts));
-        self.guard.replace(known_metadata(&*self.storage, &self.header(), tables, self.overlap_checks)?);
-        Ok(())
-    }
-}
-
-/// The clusters that header and tables say hold metadata. Disk: reads the snapshot table and the snapshots'
+/// The clusters that hold metadata according to the header, to the raw entries of the L1 table and to those
+/// of the refcount table. Disk: reads the snapshot table and the snapshots'
 /// L1 tables, these where they are short or `checks` has [`INACTIVE_L2`](OverlapChecks::INACTIVE_L2), and the
 /// tables of bitmaps. Damage in them is left to a check. Errors: `Storage`.
 pub(crate) fn known_metadata(
     storage: &dyn Storage,
     header: &Header,
-    (l1, refcounts): (&[u64], &Refcounts),
+    (l1, refcount_table): (&[u64], &[u64]),
     checks: OverlapChecks,
 ) -> Result<MetadataMap> {
     let walk = Walk::new(storage, header)?;
@@ -44,9 +34,9 @@ pub(crate) fn known_metadata(
     let mut noted = Noted { map: MetadataMap::default(), geometry, left: u64::MAX };
     noted.add(OverlapChecks::MAIN_HEADER, HostOffset::new(0), size);
     noted.add(OverlapChecks::ACTIVE_L1, header.l1_table_offset, u64::from(header.l1_size) * 8);
-    let table_len = refcounts.table_clusters * size;
+    let table_len = u64::from(header.refcount_table_clusters) * size;
     noted.add(OverlapChecks::REFCOUNT_TABLE, header.refcount_table_offset, table_len);
-    for &raw in refcounts.table.iter().filter(|&&raw| raw != 0) {
+    for &raw in refcount_table.iter().filter(|&&raw| raw != 0) {
         if let Ok(Some(block)) = decode_table_entry(raw, geometry) {
             // A block that two entries lead to counts for neither: as another kind too, it is not written.
             noted.add_once(OverlapChecks::REFCOUNT_BLOCK, OverlapChecks::REFCOUNT_TABLE, block);
@@ -62,6 +52,7 @@ pub(crate) fn known_metadata(
     noted.left = MAX_NOTED;
     noted.add_bitmaps(&walk)?;
     noted.add_snapshots(&walk, checks.contains(OverlapChecks::INACTIVE_L2))?;
+    debug_assert!(noted.map.holds(OverlapChecks::MAIN_HEADER, 0), "the header's cluster is not known");
     Ok(noted.map)
 }
 
@@ -77,10 +68,9 @@ impl Noted<'_> {
         if len == 0 {
             return;
         }
-        let inside = self.geometry.in_cluster(offset.value());
-        let count = self.geometry.clusters_for(len.saturating_add(inside)).min(self.left);
-        self.left -= count;
-        self.map.insert(kind, self.geometry.host_cluster(offset).value(), count);
+        let run = ClusterRun::touched(self.geometry, offset, len).cut(self.left);
+        self.left -= run.count();
+        self.map.insert(kind, run);
     }
 
     /// Notes a table of one cluster; where there is one of its kind already, of the kind `twice` too.

@@ -2,23 +2,52 @@
 //!
 //! Invariant I2: an entry changes only after everything it leads to has been written.
 
-use super::Meta;
-use super::overlap::OverlapChecks;
-use super::page::{Page, SECTOR_SIZE};
+mod l1;
+mod table;
+
+use self::l1::L1Table;
+use super::cache::PageCache;
+use super::file::ImageFile;
+use super::header::HeaderStore;
+use super::page::{DirtyRun, Page};
 use super::pending::Unlinked;
+use super::refcount::RefcountStore;
+use super::tables::Tables;
 use crate::error::{Error, ErrorKind, Result};
+use crate::inflight::{Claim, Claims, touched_clusters};
 use crate::invariant;
 use crate::port::event::Event;
-use crate::port::storage::ZeroMode;
+use crate::read::expanded::ExpandedClusters;
 use crate::read::resolve::{Place, Run, resolve_run};
-use crate::rules::OrderingRule;
-use crate::sync::{lock, read};
+use crate::sync::{Mutex, Rank, RwLock, RwLockWriteGuard, read, write};
 use ::alloc::format;
 use ::alloc::sync::Arc;
-use ::alloc::vec;
+use ::alloc::vec::Vec;
 use qcow2_format::l1::L1Entry;
-use qcow2_format::l2::{ClusterEntry, L2Entry};
+use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
 use qcow2_format::{FormatError, GuestOffset, HostOffset, L1Index};
+
+/// L1 entries that are looked at for one run: a whole table is 64 runs then.
+const MAX_UNMAPPED_ENTRIES: u64 = 1 << 16;
+
+/// Which guest range lives where: the active L1 table, the cached L2 tables, and who is changing them.
+pub(crate) struct Mapping {
+    // The file has it too; here every lookup finds it without following a pointer.
+    format: L2Format,
+    file: Arc<ImageFile>,
+    header: Arc<HeaderStore>,
+    tables: Arc<Tables>,
+    refcounts: Arc<RefcountStore>,
+    l1: L1Table,
+    cache: PageCache,
+    /// Open (read) while entries change, closed (write) while a write-back copies them.
+    gate: RwLock<()>,
+    // Two writers that miss the same table must not make it twice: the second copy would lose what was
+    // written through the first.
+    table_lock: Mutex<()>,
+    claims: Claims,
+    expanded: ExpandedClusters,
+}
 
 /// A cached piece of an L2 table and the entry in it that maps a guest offset.
 #[derive(Clone)]
@@ -36,29 +65,60 @@ impl L2Place {
 
     fn raw(&self, index: u64) -> (u64, u64) {
         let at = self.word + index as usize * self.words_per_entry;
+        debug_assert!(at + self.words_per_entry <= self.page.len(), "entry {index} is not in this page");
         if self.words_per_entry == 2 { self.page.pair(at) } else { (self.page.word(at), 0) }
     }
 }
 
-/// L1 entries that are looked at for one run: a whole table is 64 runs then.
-const MAX_UNMAPPED_ENTRIES: u64 = 1 << 16;
+/// Changed sectors of the mapping, as they were at one moment.
+pub(crate) struct MappingChanges {
+    pub(crate) l2: Vec<DirtyRun>,
+    pub(crate) l1: Vec<DirtyRun>,
+    /// Keeps the pages in the cache until their sectors are written: read from the disk before that, they
+    /// would be the old ones.
+    _pages: Vec<Arc<Page>>,
+}
 
-impl Meta {
+impl Mapping {
+    /// `l1`: where the active L1 table is, and its raw entries. `cache`: for L2 tables.
+    pub(crate) fn new(refcounts: Arc<RefcountStore>, l1: (HostOffset, Vec<u64>), cache: PageCache) -> Self {
+        let tables = refcounts.tables();
+        let file = Arc::clone(tables.file());
+        Self {
+            format: *file.l2_format(),
+            file,
+            header: Arc::clone(tables.header()),
+            tables: Arc::clone(tables),
+            refcounts,
+            l1: L1Table::new(l1.0, l1.1),
+            cache,
+            gate: RwLock::new(Rank::Gate, ()),
+            table_lock: Mutex::new(Rank::NewTable, ()),
+            claims: Claims::default(),
+            expanded: ExpandedClusters::default(),
+        }
+    }
+
     /// Where the bytes from `offset` on live: one run of at most `max_len` bytes. Disk: may read an L2 table.
     /// Errors: `Corrupt` for a broken entry, `Storage`.
     pub(crate) fn lookup(&self, offset: GuestOffset, max_len: u64) -> Result<Run> {
         let Some(place) = self.l2_place(offset)? else {
-            return Ok(Run { len: self.unmapped_len(offset, max_len), place: Place::Unallocated });
+            let run = Run { len: self.unmapped_len(offset, max_len), place: Place::Unallocated };
+            invariant::covers(&run, max_len);
+            return Ok(run);
         };
         let entry = |i| {
             let (raw, bitmap) = place.raw(i);
-            self.l2_format.decode(raw, bitmap)
+            self.format.decode(raw, bitmap)
         };
-        let run = resolve_run(&self.l2_format, offset, max_len, place.entries(), entry)
+        let run = resolve_run(&self.format, offset, max_len, place.entries(), entry)
             .map_err(|e| self.entry_error(offset, e))?;
         invariant::covers(&run, max_len);
         match run.place {
-            Place::Data { host, .. } => self.check_place(offset, host)?,
+            Place::Data { host, .. } => {
+                invariant::equally_far(&self.format.geometry, offset, host);
+                self.check_place(offset, host)?;
+            }
             Place::Compressed(_) => self.check_compressed(offset)?,
             _ => {}
         }
@@ -67,10 +127,10 @@ impl Meta {
 
     /// In a data file bytes are where the guest has them; anything else is damage.
     fn check_place(&self, offset: GuestOffset, host: HostOffset) -> Result<()> {
-        if !self.has_data_file() || host.value() == offset.value() {
+        if !self.format.external_data || host.value() == offset.value() {
             return Ok(());
         }
-        Err(self.mark_corrupt(format!(
+        Err(self.header.mark_corrupt(format!(
             "l2 entry of guest offset {offset}: host offset {host} in the data file, allowed is {offset}"
         )))
     }
@@ -78,24 +138,25 @@ impl Meta {
     /// In a data file nothing is compressed: such an entry would have its cluster replaced by one of the
     /// image file, whose place in the data file is another guest cluster's.
     fn check_compressed(&self, offset: GuestOffset) -> Result<()> {
-        if !self.has_data_file() {
+        if !self.format.external_data {
             return Ok(());
         }
         Err(self
+            .header
             .mark_corrupt(format!("l2 entry of guest offset {offset}: compressed in an external data file")))
     }
 
     /// An entry that cannot be right: an image open for writing is marked, so that nothing is built on it.
     fn entry_error(&self, offset: GuestOffset, error: FormatError) -> Error {
-        self.mark_corrupt(format!("l2 entry of guest offset {offset} is damaged")).with_source(error)
+        self.header.mark_corrupt(format!("l2 entry of guest offset {offset} is damaged")).with_source(error)
     }
 
-    /// How far L1 entries without a table reach from `offset` on, at most `max_len`, as far as it is told
-    /// cheaply: whoever walks over two disks asks one of them again and again.
+    /// How far L1 entries without a table reach from `offset` on, at most `max_len`, as far as that is cheap
+    /// to find out: a comparison of two disks asks one of them again and again.
     fn unmapped_len(&self, offset: GuestOffset, max_len: u64) -> u64 {
-        let (coverage, start) = (self.geometry.l2_coverage(), offset.value());
+        let (coverage, start) = (self.format.geometry.l2_coverage(), offset.value());
         let limit = start.saturating_add(max_len);
-        // Past its end the table has nothing, however large the disk is said to be.
+        // Past its end the table has nothing, however large the header's disk size is.
         let (first, end) = (start / coverage + 1, limit.div_ceil(coverage).min(self.l1.len()));
         let looked_at = end.min(first.saturating_add(MAX_UNMAPPED_ENTRIES));
         match self.l1.next_mapped(first..looked_at) {
@@ -107,38 +168,42 @@ impl Meta {
 
     fn l1_entry(&self, index: L1Index) -> Result<L1Entry> {
         let raw = self.l1.entry(index);
-        L1Entry::decode(raw, &self.geometry)
-            .map_err(|e| self.mark_corrupt(format!("l1 entry {index} is damaged")).with_source(e))
+        L1Entry::decode(raw, &self.format.geometry)
+            .map_err(|e| self.header.mark_corrupt(format!("l1 entry {index} is damaged")).with_source(e))
     }
 
     /// The L2 entry that maps `offset`, or `None` where there is no table.
     fn l2_place(&self, offset: GuestOffset) -> Result<Option<L2Place>> {
-        match self.l1_entry(self.geometry.l1_index(offset))?.l2_table {
+        match self.l1_entry(self.format.geometry.l1_index(offset))?.l2_table {
             Some(table) => self.place_in_table(table, offset).map(Some),
             None => Ok(None),
         }
     }
 
     fn place_in_table(&self, table: HostOffset, offset: GuestOffset) -> Result<L2Place> {
-        let entry_size = self.geometry.l2_entry_size();
-        let byte = self.geometry.l2_index(offset).value() * entry_size;
+        let entry_size = self.format.geometry.l2_entry_size();
+        let byte = self.format.geometry.l2_index(offset).value() * entry_size;
         let at = table
             .checked_add(byte)
             .ok_or_else(|| Error::corrupt(format!("l2 table at {table} passes 2^64")))?;
-        let (start, word) = self.l2_cache.locate(at);
-        if self.events.is_some() && self.l2_cache.cached(start).is_none() {
-            self.event(Event::L2Load);
-        }
-        let page = self.l2_cache.load(&*self.storage, start)?;
+        let (start, word) = self.cache.locate(at);
+        let page = match self.cache.cached(start) {
+            Some(page) => page,
+            None => {
+                self.file.event(Event::L2Load);
+                self.cache.load(self.file.storage(), start)?
+            }
+        };
         Ok(L2Place { page, word, words_per_entry: (entry_size / 8) as usize })
     }
 
     /// The `index`-th entry counted from the one at `place`. `offset` names it in errors.
     pub(crate) fn entry(&self, place: &L2Place, index: u64, offset: GuestOffset) -> Result<L2Entry> {
         let (raw, bitmap) = place.raw(index);
-        let entry = self.l2_format.decode(raw, bitmap).map_err(|e| self.entry_error(offset, e))?;
+        let entry = self.format.decode(raw, bitmap).map_err(|e| self.entry_error(offset, e))?;
         // Of clusters that are not read too: a write would go there.
-        let start = self.geometry.align_down(offset.value()) + index * self.geometry.cluster_size();
+        let geometry = &self.format.geometry;
+        let start = geometry.align_down(offset.value()) + index * geometry.cluster_size();
         match entry {
             L2Entry::Standard(ClusterEntry { host: Some(host), .. }) => {
                 self.check_place(GuestOffset::new(start), host)?;
@@ -147,93 +212,6 @@ impl Meta {
             L2Entry::Compressed(_) => self.check_compressed(GuestOffset::new(start))?,
         }
         Ok(entry)
-    }
-
-    /// The L2 entry of `offset` in a table that may be changed: a missing table is made, a shared one copied.
-    /// The caller has claimed the cluster. Disk: the new table's content; its L1 entry waits for the next
-    /// write-back.
-    pub(crate) fn writable_place(&self, offset: GuestOffset) -> Result<L2Place> {
-        let index = self.geometry.l1_index(offset);
-        let entry = self.l1_entry(index)?;
-        if let (Some(table), true) = (entry.l2_table, entry.copied) {
-            return self.place_to_change(table, offset);
-        }
-        let _making = lock(&self.table_lock);
-        let entry = self.l1_entry(index)?;
-        let table = match entry.l2_table {
-            Some(table) if entry.copied => table,
-            old => self.make_l2_table(index, old)?,
-        };
-        self.place_to_change(table, offset)
-    }
-
-    /// The entry of `offset` in `table`, which is about to be changed: an L1 entry that points at other
-    /// metadata stops here.
-    fn place_to_change(&self, table: HostOffset, offset: GuestOffset) -> Result<L2Place> {
-        let place = self.place_in_table(table, offset)?;
-        if !place.page.is_queued() {
-            let (at, len) = (place.page.offset(), self.l2_cache.page_size());
-            self.check_table_place(OverlapChecks::ACTIVE_L2, at, len)?;
-        }
-        Ok(place)
-    }
-
-    fn make_l2_table(&self, index: L1Index, old: Option<HostOffset>) -> Result<HostOffset> {
-        if index.value() >= self.l1.len() {
-            return Err(Error::corrupt(format!(
-                "l1 table has {} entries, entry {index} is needed",
-                self.l1.len()
-            )));
-        }
-        self.check_table_place(OverlapChecks::ACTIVE_L1, self.l1.sector_of(index), SECTOR_SIZE)?;
-        let old_run = old.map(|old| Unlinked {
-            first: self.geometry.host_cluster(old).value(),
-            count: 1,
-            kinds: OverlapChecks::ACTIVE_L2,
-        });
-        if let Some(old) = old {
-            // Snapshots share it; anything else there is no table to copy.
-            self.check_table_place(OverlapChecks::L2, old, self.geometry.cluster_size())?;
-        }
-        let cluster = self.allocate_metadata(OverlapChecks::ACTIVE_L2, 1)?;
-        let table = cluster.offset;
-        if let Err(error) = self.fill_l2_table(table, old, cluster.fresh) {
-            let kinds = OverlapChecks::ACTIVE_L2;
-            self.release(Unlinked { first: cluster.first, count: cluster.count, kinds })?;
-            return Err(error);
-        }
-        let _open = read(&self.gate);
-        self.l1.set(index, L1Entry { l2_table: Some(table), copied: true }.encode());
-        if let Some(run) = old_run {
-            lock(&self.pending).push(run);
-        }
-        Ok(table)
-    }
-
-    fn fill_l2_table(&self, table: HostOffset, old: Option<HostOffset>, fresh: bool) -> Result<()> {
-        let size = self.geometry.cluster_size();
-        self.l2_cache.forget(table, size);
-        if !self.rules.keep(OrderingRule::TableBeforeEntry) {
-            return Ok(());
-        }
-        match old {
-            Some(old) => {
-                let mut bytes = vec![0; size as usize];
-                self.event(Event::L2AllocCowRead);
-                self.storage.read_padded(old, &mut bytes)?;
-                self.event(Event::L2AllocWrite);
-                self.write_table(OverlapChecks::ACTIVE_L2, table, &bytes)?;
-            }
-            None if fresh => {
-                self.event(Event::L2AllocWrite);
-                self.write_empty_table(OverlapChecks::ACTIVE_L2, table)?;
-            }
-            None => {
-                self.event(Event::L2AllocWrite);
-                self.storage.write_zeroes(table, size, ZeroMode::KeepAllocated)?;
-            }
-        }
-        Ok(())
     }
 
     /// Sets the entries from `place` on, `entry(i)` giving the `i`-th of `count`. The caller has claimed
@@ -246,13 +224,15 @@ impl Meta {
         unlinked: &[Unlinked],
         entry: impl Fn(u64) -> L2Entry,
     ) -> Result<()> {
-        invariant::may_write(self.writable);
+        invariant::may_write(self.file.is_writable());
         assert!(count <= place.entries(), "{count} entries are changed in a page that has fewer");
+        // Open for all of it: entries and the references they gave up belong to one round. One dropped in a
+        // round before would free a cluster that the disk still leads to.
         let _open = read(&self.gate);
         for i in 0..count {
-            invariant::leads_to_cluster(&self.geometry, &entry(i));
+            invariant::leads_to_cluster(&self.format.geometry, &entry(i));
             let (raw, bitmap) = self
-                .l2_format
+                .format
                 .encode(&entry(i))
                 .ok_or_else(|| Error::new(ErrorKind::NoSpace, "host offset is too large for an l2 entry"))?;
             let at = place.word + i as usize * place.words_per_entry;
@@ -262,13 +242,81 @@ impl Meta {
                 place.page.set_word(at, raw);
             }
         }
-        self.l2_cache.note_dirty(&place.page);
-        if !unlinked.is_empty() && !self.has_data_file() {
-            let mut pending = lock(&self.pending);
-            for &run in unlinked {
-                pending.push(run);
-            }
+        self.cache.note_dirty(&place.page);
+        if !unlinked.is_empty() && !self.format.external_data {
+            self.refcounts.unlink_all(unlinked);
         }
         Ok(())
+    }
+
+    /// Waits until nobody else changes or writes through the mapping of `len` bytes from `offset` on, then
+    /// claims its clusters; see [`Claims::claim`].
+    pub(crate) fn claim(&self, offset: GuestOffset, len: u64) -> Claim<'_> {
+        self.claims.claim(touched_clusters(&self.format.geometry, offset, len))
+    }
+
+    /// Keeps the mapping of `len` bytes from `offset` on as it is; see [`Claims::share`].
+    pub(crate) fn share(&self, offset: GuestOffset, len: u64) -> Claim<'_> {
+        self.claims.share(touched_clusters(&self.format.geometry, offset, len))
+    }
+
+    /// What compressed clusters expand to, for those that were read lately.
+    pub(crate) fn expanded(&self) -> &ExpandedClusters {
+        &self.expanded
+    }
+
+    /// Where the active L1 table is, and a copy of its raw entries.
+    pub(crate) fn l1_contents(&self) -> (HostOffset, Vec<u64>) {
+        self.l1.contents()
+    }
+
+    /// How many entries the active L1 table has.
+    pub(crate) fn l1_len(&self) -> u64 {
+        self.l1.len()
+    }
+
+    /// Whether the L1 entry at `index` leads anywhere.
+    pub(crate) fn is_mapped(&self, index: u64) -> bool {
+        self.l1.is_mapped(index)
+    }
+
+    /// Goes on with an L1 table at `offset` with these raw entries, which are on disk already.
+    pub(crate) fn replace_l1(&self, offset: HostOffset, entries: Vec<u64>) {
+        self.l1.replace(offset, entries);
+    }
+
+    /// Changes an L1 entry. `index` must be below [`l1_len`](Self::l1_len). Disk: with the next flush.
+    pub(crate) fn set_l1_entry(&self, index: L1Index, entry: L1Entry) {
+        debug_assert!(index.value() < self.l1.len(), "l1 entry {index} is not in the table");
+        let _open = read(&self.gate);
+        self.l1.set(index, entry.encode());
+    }
+
+    /// Keeps entries from changing until the guard is dropped.
+    pub(crate) fn close_gate(&self) -> RwLockWriteGuard<'_, ()> {
+        write(&self.gate)
+    }
+
+    /// Takes the changed sectors for write-back. The caller has closed the gate.
+    pub(crate) fn take_changes(&self) -> MappingChanges {
+        let (pages, l2) = self.cache.take_dirty();
+        let mut l1 = Vec::new();
+        self.l1.take_dirty(&mut l1);
+        MappingChanges { l2, l1, _pages: pages }
+    }
+
+    /// Whether enough L2 tables wait for write-back that it should happen now.
+    pub(crate) fn is_pressed(&self) -> bool {
+        self.cache.is_pressed()
+    }
+
+    /// Drops the cached L2 table at `table`, changes included: the disk has another one.
+    pub(crate) fn forget_table(&self, table: HostOffset) {
+        self.cache.forget(table, self.format.geometry.cluster_size());
+    }
+
+    /// Drops all cached L2 tables: the disk has others now.
+    pub(crate) fn forget_tables(&self) {
+        self.cache.clear();
     }
 }

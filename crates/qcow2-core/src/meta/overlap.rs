@@ -30,7 +30,7 @@ impl OverlapChecks {
     pub const INACTIVE_L2: Self = Self(1 << 7);
     /// The bitmap directory, and the tables and bits of bitmaps.
     pub const BITMAP_DIRECTORY: Self = Self(1 << 8);
-    /// What the header tells without reading anything.
+    /// What is known from the header alone.
     pub const CONSTANT: Self = Self::MAIN_HEADER
         .with(Self::ACTIVE_L1)
         .with(Self::REFCOUNT_TABLE)
@@ -62,7 +62,7 @@ impl OverlapChecks {
         self.0 & kinds.0 != 0
     }
 
-    /// L2 tables, whoever's: snapshots share them with the active disk.
+    /// L2 tables of either: snapshots share them with the active disk.
     pub(crate) const L2: Self = Self::ACTIVE_L2.with(Self::INACTIVE_L2);
     /// How many kinds there are.
     pub(crate) const COUNT: usize = 9;

@@ -37,6 +37,7 @@ pub(crate) struct DirtyRun {
 impl Page {
     /// A page at `offset` from the bytes on disk; `bytes` is a multiple of 512 long.
     pub(crate) fn from_bytes(offset: HostOffset, bytes: &[u8]) -> Self {
+        debug_assert!(bytes.len().is_multiple_of(SECTOR_SIZE as usize), "a page of {} bytes", bytes.len());
         let words = words(bytes).map(AtomicU64::new).collect::<Box<[_]>>();
         let sectors = words.len().div_ceil(SECTOR_WORDS);
         let dirty = (0..sectors.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
@@ -68,6 +69,8 @@ impl Page {
 
     /// Changes a word and marks its sector. The caller keeps the commit gate open and then queues the page.
     pub(crate) fn set_word(&self, index: usize, value: u64) {
+        // The word before its mark: a write-back that saw the mark first would copy the old word and call the
+        // sector clean. (With the gate closed it sees both or none.)
         self.words[index].store(value, Ordering::SeqCst);
         let sector = index / SECTOR_WORDS;
         self.dirty[sector / 64].fetch_or(1 << (sector % 64), Ordering::AcqRel);
@@ -75,6 +78,7 @@ impl Page {
 
     /// The words at `index` and after it, as they were at one moment.
     pub(crate) fn pair(&self, index: usize) -> (u64, u64) {
+        // No lock: readers are many and a pair changes rarely, so they look again where one has changed.
         loop {
             let before = self.version.load(Ordering::SeqCst);
             if before & 1 == 0 {
@@ -91,7 +95,8 @@ impl Page {
     /// Changes the words at `index` and after it together; otherwise like [`set_word`](Self::set_word).
     pub(crate) fn set_pair(&self, index: usize, first: u64, second: u64) {
         let _writer = lock(&self.pair_writer);
-        self.version.fetch_add(1, Ordering::SeqCst);
+        let before = self.version.fetch_add(1, Ordering::SeqCst);
+        debug_assert!(before & 1 == 0, "two threads change pairs of a page at once");
         self.set_word(index, first);
         self.set_word(index + 1, second);
         self.version.fetch_add(1, Ordering::SeqCst);
@@ -150,6 +155,7 @@ impl Page {
     }
 
     fn copy_sectors(&self, first: usize, end: usize) -> DirtyRun {
+        debug_assert!(first < end, "sectors {first} to {end} of a page");
         let words = &self.words[first * SECTOR_WORDS..(end * SECTOR_WORDS).min(self.words.len())];
         let bytes = table_bytes(words.iter().map(|word| word.load(Ordering::Acquire)));
         let offset = HostOffset::new(self.offset.value() + first as u64 * SECTOR_SIZE);

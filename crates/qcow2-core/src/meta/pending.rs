@@ -4,23 +4,34 @@
 //! them.
 
 use super::overlap::OverlapChecks;
+use super::run::ClusterRun;
 use crate::invariant;
 use ::alloc::vec::Vec;
+use qcow2_format::{Geometry, HostOffset};
 
-/// References to drop: one from each of `count` host clusters from `first` on.
+/// References to drop: one from each of some host clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Unlinked {
-    pub(crate) first: u64,
-    pub(crate) count: u64,
+    pub(crate) clusters: ClusterRun,
     /// What was referred to: kinds of metadata, or none for guest data. Clusters that hold other metadata are
     /// not freed.
     pub(crate) kinds: OverlapChecks,
 }
 
 impl Unlinked {
+    /// The reference to a table of `kinds` with `len` bytes at `offset`, a multiple of the cluster size.
+    pub(crate) fn table(geometry: &Geometry, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Self {
+        Self { clusters: ClusterRun::touched(geometry, offset, len), kinds }
+    }
+
+    /// The reference to a table of one cluster.
+    pub(crate) fn one(geometry: &Geometry, kinds: OverlapChecks, table: HostOffset) -> Self {
+        Self { clusters: ClusterRun::one(geometry.host_cluster(table).value()), kinds }
+    }
+
     /// References to guest data.
-    pub(crate) fn data(first: u64, count: u64) -> Self {
-        Self { first, count, kinds: OverlapChecks::NONE }
+    pub(crate) fn data(clusters: ClusterRun) -> Self {
+        Self { clusters, kinds: OverlapChecks::NONE }
     }
 }
 
@@ -34,11 +45,11 @@ pub(crate) struct PendingFrees {
 impl PendingFrees {
     /// Adds a run whose unlink was just made in memory.
     pub(crate) fn push(&mut self, run: Unlinked) {
+        debug_assert!(!run.clusters.is_empty(), "a reference to nothing is given up");
         if let Some(last) = self.fresh.last_mut()
-            && last.first + last.count == run.first
             && last.kinds == run.kinds
+            && last.clusters.join(run.clusters)
         {
-            last.count += run.count;
             return;
         }
         self.fresh.push(run);
@@ -89,15 +100,16 @@ mod tests {
     #[test]
     fn runs_are_freed_two_epochs_after_they_are_durable() {
         let mut pending = PendingFrees::default();
-        pending.push(Unlinked::data(5, 1));
-        pending.push(Unlinked::data(6, 2));
-        let table = Unlinked { first: 8, count: 1, kinds: OverlapChecks::L2 };
+        let data = |first, count| Unlinked::data(ClusterRun::new(first, count));
+        pending.push(data(5, 1));
+        pending.push(data(6, 2));
+        let table = Unlinked { clusters: ClusterRun::one(8), kinds: OverlapChecks::L2 };
         pending.push(table);
         let fresh = pending.take_fresh();
-        assert_eq!(fresh, [Unlinked::data(5, 3), table]);
+        assert_eq!(fresh, [data(5, 3), table]);
         pending.made_durable(7, fresh);
         assert!(pending.take_reusable(8).is_empty() && !pending.is_empty());
-        assert_eq!(pending.take_reusable(9), [Unlinked::data(5, 3), table]);
+        assert_eq!(pending.take_reusable(9), [data(5, 3), table]);
         assert!(pending.is_empty());
     }
 }

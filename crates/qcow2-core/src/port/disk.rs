@@ -1,15 +1,16 @@
-//! What a machine sees: a disk of so many bytes.
+//! What a machine sees: a disk of a given size.
 
 use super::storage::ZeroMode;
 use crate::error::Result;
 use alloc::sync::Arc;
+use core::any::Any;
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
-/// What one layer says about a run of guest bytes.
+/// How one layer stores a run of guest bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentState {
-    /// This layer says nothing: the bytes come from the layer below, or are zeroes without one (or past its
-    /// end).
+    /// Not allocated in this layer: the bytes come from the layer below, or are zeroes without one (or past
+    /// its end).
     Unallocated,
     /// The bytes are zeroes. `host`: the place assigned to them all the same (a preallocated zero cluster).
     Zero {
@@ -31,7 +32,7 @@ pub enum ExtentState {
 pub struct DiskExtent {
     /// Bytes in the run, at least 1.
     pub len: u64,
-    /// What this layer says about them.
+    /// How this layer stores them.
     pub state: ExtentState,
 }
 
@@ -71,11 +72,11 @@ pub trait GuestDisk: Send + Sync {
     /// Returns when every change whose call returned before this one is durable.
     fn flush(&self) -> Result<()>;
 
-    /// What this layer alone says from `range.start()` on: a run of at most `range.len()` bytes, as long as
-    /// it can be told cheaply. `range` must not be empty.
+    /// How this layer alone stores the bytes from `range.start()` on: a run of at most `range.len()` bytes,
+    /// as long as is cheap to find out. `range` must not be empty.
     fn extent_at(&self, range: GuestRange) -> Result<DiskExtent>;
 
-    /// The layer below, whose bytes show through where this one says nothing.
+    /// The layer below, whose bytes show through where this one has none allocated.
     fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
         None
     }
@@ -91,13 +92,10 @@ pub trait GuestDisk: Send + Sync {
         512
     }
 
-    /// This disk as a qcow2 image, where it is one.
-    fn as_image(&self) -> Option<&crate::image::Image> {
-        None
-    }
-
-    /// This disk as a raw one, where it is one.
-    fn as_raw(&self) -> Option<&crate::raw::RawDisk> {
+    /// The disk itself, for callers that know kinds of disks: `disk.as_image()` and `disk.as_raw()` downcast
+    /// it. A wrapper through which the inner disk may be used directly returns the inner disk's. The default:
+    /// `None`, a disk of no known kind.
+    fn as_any(&self) -> Option<&dyn Any> {
         None
     }
 

@@ -1,13 +1,14 @@
-//! What the engine is about to do, for whoever injects faults or stops requests at chosen moments.
+//! Steps of the engine, for tests that inject faults or stop requests at chosen moments.
 
-/// A step of the engine, named as QEMU's `blkdebug` names it. It is told right before the step's storage
+/// A step of the engine, named as QEMU's `blkdebug` names it. It is reported right before the step's storage
 /// call.
 ///
-/// Not every step that QEMU has is one here: what this engine never does is known by name, and never told.
+/// Not every step that QEMU has is one here: what this engine never does is known by name, and never
+/// reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Event {
-    /// The storage was opened; told by the storage itself.
+    /// The storage was opened; reported by the storage itself.
     None,
     /// L1 entries or header fields about the L1 table are written.
     L1Update,
@@ -57,13 +58,13 @@ pub enum Event {
     ClusterFree,
     /// Changed tables are handed to the storage.
     FlushToOs,
-    /// The storage is told to make all durable.
+    /// The storage is flushed.
     FlushToDisk,
-    /// A write reaches the storage; told by the storage itself.
+    /// A write reaches the storage; reported by the storage itself.
     Pwritev,
-    /// Zeroes reach the storage; told by the storage itself.
+    /// Zeroes reach the storage; reported by the storage itself.
     PwritevZero,
-    /// A write is done; told by the storage itself.
+    /// A write is done; reported by the storage itself.
     PwritevDone,
     /// A step that this engine does not have, by its number in [`Event::NAMES`].
     Foreign(u8),
@@ -166,7 +167,7 @@ impl Event {
     }
 }
 
-/// Is told of the engine's steps. A storage that wants to be hands one out by
+/// Observes the engine's steps. A storage that is to be observed hands one out by
 /// [`Storage::events`](crate::Storage::events).
 pub trait Events: Send + Sync {
     /// The engine is about to make this step. May take as long as it likes: the request waits.

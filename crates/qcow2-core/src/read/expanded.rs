@@ -44,6 +44,7 @@ impl ExpandedClusters {
             kept.remove(0);
         }
         kept.push((stream, Arc::new(bytes)));
+        debug_assert!(kept.len() <= PER_SHARD, "more expanded clusters are kept than there is room for");
     }
 
     /// Forgets everything: places in the file are about to be used again.

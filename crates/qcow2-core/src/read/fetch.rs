@@ -18,18 +18,18 @@ impl Image {
         let (mut at, mut rest) = (offset.value(), buf);
         while !rest.is_empty() {
             let here = GuestOffset::new(at);
-            let run = self.meta.lookup(here, rest.len() as u64)?;
+            let run = self.mapping().lookup(here, rest.len() as u64)?;
             invariant::covers(&run, rest.len() as u64);
             let (part, next) = rest.split_at_mut(run.len as usize);
             match run.place {
                 Place::Zero { .. } => part.fill(0),
                 Place::Unallocated => self.read_backing(here, part)?,
                 Place::Data { host, .. } if self.crypt.is_plain() => {
-                    self.meta.event(Event::ReadAio);
-                    self.meta.data()?.read_padded(host, part)?;
+                    self.file.event(Event::ReadAio);
+                    self.file.data()?.read_padded(host, part)?;
                 }
                 Place::Data { host, .. } => {
-                    self.meta.event(Event::ReadAio);
+                    self.file.event(Event::ReadAio);
                     self.read_encrypted(here, host, part)?;
                 }
                 Place::Compressed(stream) => self.read_compressed(here, stream, part)?,
@@ -55,15 +55,16 @@ impl Image {
         if part.is_empty() {
             return Ok(());
         }
-        self.meta.event(Event::ReadBackingAio);
+        self.file.event(Event::ReadBackingAio);
         backing.read_at(offset, part)
     }
 
     fn read_compressed(&self, offset: GuestOffset, stream: CompressedCluster, buf: &mut [u8]) -> Result<()> {
-        let geometry = &self.meta.geometry;
+        let geometry = self.file.geometry();
         let inside = geometry.in_cluster(offset.value()) as usize;
         let cluster_size = geometry.cluster_size() as usize;
-        if let Some(cluster) = self.meta.expanded.find(stream) {
+        debug_assert!(inside + buf.len() <= cluster_size, "a run of a compressed cluster passes its end");
+        if let Some(cluster) = self.mapping().expanded().find(stream) {
             buf.copy_from_slice(&cluster[inside..inside + buf.len()]);
             return Ok(());
         }
@@ -73,18 +74,19 @@ impl Image {
         let mut cluster = vec![0; cluster_size];
         self.expand(offset, stream, &mut cluster)?;
         buf.copy_from_slice(&cluster[inside..inside + buf.len()]);
-        self.meta.expanded.keep(stream, cluster);
+        self.mapping().expanded().keep(stream, cluster);
         Ok(())
     }
 
     fn expand(&self, offset: GuestOffset, stream: CompressedCluster, cluster: &mut [u8]) -> Result<()> {
+        debug_assert_eq!(cluster.len() as u64, self.file.geometry().cluster_size());
         let codec = self.codec()?;
         // A stream never needs more than its cluster and a sector; what the entry claims beyond is not read.
-        let limit = 2 * self.meta.geometry.cluster_size() + SECTOR_SIZE;
+        let limit = 2 * self.file.geometry().cluster_size() + SECTOR_SIZE;
         let len = stream.len.min(limit) as usize;
         let mut bytes = self.scratch.take(len);
-        self.meta.event(Event::ReadCompressed);
-        self.meta.storage.read_padded(stream.host, &mut bytes[..len])?;
+        self.file.event(Event::ReadCompressed);
+        self.file.storage().read_padded(stream.host, &mut bytes[..len])?;
         let result = codec.expand(&bytes[..len], cluster).map_err(|e| {
             Error::corrupt(format!(
                 "compressed cluster of guest offset {offset} at host offset {} does not expand",
@@ -100,7 +102,7 @@ impl Image {
     pub(crate) fn reads_zero(&self, range: GuestRange) -> Result<bool> {
         let (mut at, end) = (range.start().value(), range.end().value());
         while at < end {
-            let run = self.meta.lookup(GuestOffset::new(at), end - at)?;
+            let run = self.mapping().lookup(GuestOffset::new(at), end - at)?;
             let zero = match run.place {
                 Place::Zero { .. } => true,
                 Place::Unallocated => self.backing_reads_zero(at, run.len)?,
@@ -114,7 +116,7 @@ impl Image {
         Ok(true)
     }
 
-    /// Whether the layer below has nothing to say about `len` bytes from `offset` on.
+    /// Whether `len` bytes from `offset` on read as zeroes from the layer below.
     pub(crate) fn backing_reads_zero(&self, offset: u64, len: u64) -> Result<bool> {
         let Some(backing) = &self.backing else { return Ok(!self.backing_unopened) };
         let end = backing.size().min(offset.saturating_add(len));

@@ -1,9 +1,10 @@
 //! Counts the references to every host cluster, from the tables alone.
 
 use crate::error::{Error, Result};
-use crate::meta::Meta;
+use crate::meta::file::{ImageFile, read_words};
 use crate::meta::overlap::OverlapChecks;
-use crate::open::read_words;
+use crate::meta::run::ClusterRun;
+use crate::meta::tables::Tables;
 use crate::walk::{Owner, Reference, Segment, SnapshotFault, TablePlace, Walk, overlay};
 use ::alloc::boxed::Box;
 use ::alloc::collections::BTreeMap;
@@ -12,7 +13,7 @@ use ::alloc::vec::Vec;
 use qcow2_format::bitmap::BitmapTableEntry;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::L2Entry;
-use qcow2_format::{FormatError, HostOffset};
+use qcow2_format::{FormatError, Header, HostOffset};
 
 const CHUNK_BITS: u32 = 9;
 const CHUNK: usize = 1 << CHUNK_BITS;
@@ -49,20 +50,22 @@ impl ReferenceCounts {
         })
     }
 
-    /// Counts `times` references to each of `count` clusters. Errors: `Corrupt` where they pass the end of
+    /// Counts `times` references to each cluster of `run`. Errors: `Corrupt` where they pass the end of
     /// the file: counting them would take a refcount structure as large as the tables please.
-    pub(crate) fn add(&mut self, first: u64, count: u64, times: u64) -> Result<()> {
-        let end = first.saturating_add(count);
-        if end > self.end {
+    pub(crate) fn add(&mut self, run: ClusterRun, times: u64) -> Result<()> {
+        if run.end() > self.end {
             return Err(Error::corrupt(format!(
-                "clusters {first} to {end} are in use and past the end of the file"
+                "clusters {} to {} are in use and past the end of the file",
+                run.first(),
+                run.end()
             )));
         }
-        for cluster in first..end {
+        for cluster in run.clusters() {
             let chunk = cluster >> CHUNK_BITS;
             if !self.chunks.contains_key(&chunk) && self.chunks.len() == MAX_CHUNKS {
                 return Err(Error::corrupt("image uses too many clusters to recount its refcounts"));
             }
+            debug_assert!(self.chunks.len() <= MAX_CHUNKS, "counts take more memory than allowed");
             let counts = self.chunks.entry(chunk).or_insert_with(|| Box::new([0; CHUNK]));
             let count = &mut counts[cluster as usize % CHUNK];
             *count = count.saturating_add(times);
@@ -75,14 +78,34 @@ fn damaged(what: &'static str) -> impl Fn(FormatError) -> Error {
     move |e| Error::corrupt(format!("{what} is damaged: refcounts cannot be recounted")).with_source(e)
 }
 
-impl Meta {
+/// Counts what the tables of an image on disk refer to. Everything that the open image had in memory has been
+/// flushed.
+pub(crate) struct Recount<'a> {
+    tables: &'a Tables,
+    header: Header,
+}
+
+impl<'a> Recount<'a> {
+    /// `header`: as it is on disk.
+    pub(crate) fn new(tables: &'a Tables, header: Header) -> Self {
+        Self { tables, header }
+    }
+
+    fn file(&self) -> &'a ImageFile {
+        self.tables.file()
+    }
+
+    fn walk(&self) -> Result<Walk<'_>> {
+        Walk::new(self.file().storage(), &self.header)
+    }
+
     /// The references that header, tables and snapshots hold, but for the refcount structures themselves.
     /// Disk: reads every table once, however often it is named. Errors: `Corrupt` where a table is damaged,
     /// so that nothing may be concluded from it.
-    pub(crate) fn count_references(&self) -> Result<ReferenceCounts> {
-        let header = self.header();
-        let walk = Walk::new(&*self.storage, &header)?;
-        let mut counts = ReferenceCounts::new(self.geometry.clusters_for(walk.file_len()));
+    pub(crate) fn references(&self) -> Result<ReferenceCounts> {
+        let header = &self.header;
+        let walk = self.walk()?;
+        let mut counts = ReferenceCounts::new(self.file().geometry().clusters_for(walk.file_len()));
         let own = [Owner::RefcountTable, Owner::ActiveL1];
         for Reference { offset, len, .. } in walk.header_references().filter(|r| !own.contains(&r.owner)) {
             self.count_bytes(&mut counts, offset, len, 1)?;
@@ -102,11 +125,10 @@ impl Meta {
     }
 
     /// Every L2 table that the active disk and the snapshots name, with how often they do. Errors: as
-    /// [`count_references`](Self::count_references).
+    /// [`references`](Self::references).
     pub(crate) fn named_l2_tables(&self) -> Result<BTreeMap<u64, u64>> {
-        let header = self.header();
-        let walk = Walk::new(&*self.storage, &header)?;
-        let mut counts = ReferenceCounts::new(self.geometry.clusters_for(walk.file_len()));
+        let walk = self.walk()?;
+        let mut counts = ReferenceCounts::new(self.file().geometry().clusters_for(walk.file_len()));
         self.count_l1_tables(&mut counts, &walk)
     }
 
@@ -116,7 +138,7 @@ impl Meta {
         let mut l1_tables = ::alloc::vec![walk.active_l1()];
         if header.nb_snapshots > 0 {
             let mut lost = false;
-            // Entries that lack later fields still say where their tables are.
+            // Entries that lack later fields still have the place of their tables.
             let table =
                 walk.snapshots(&mut |fault| lost |= !matches!(fault, SnapshotFault::Incomplete { .. }))?;
             let (Some(table), false) = (table, lost) else {
@@ -129,11 +151,11 @@ impl Meta {
     }
 
     /// The references that trusted bitmaps hold, their directory included. Errors: as
-    /// [`count_references`](Self::count_references).
-    pub(crate) fn count_trusted_bitmaps(&self) -> Result<ReferenceCounts> {
-        let header = self.header();
-        let walk = Walk::new(&*self.storage, &header)?;
-        let mut counts = ReferenceCounts::new(self.geometry.clusters_for(walk.file_len()));
+    /// [`references`](Self::references).
+    pub(crate) fn trusted_bitmaps(&self) -> Result<ReferenceCounts> {
+        let header = &self.header;
+        let walk = self.walk()?;
+        let mut counts = ReferenceCounts::new(self.file().geometry().clusters_for(walk.file_len()));
         let Some(directory) = header.trusted_bitmaps() else { return Ok(counts) };
         self.count_bytes(&mut counts, directory.directory_offset, directory.directory_size, 1)?;
         let (tables, fault) = walk.bitmaps()?;
@@ -154,15 +176,14 @@ impl Meta {
         if len == 0 {
             return Ok(());
         }
-        let first = self.geometry.host_cluster(start).value();
-        let last = start.value().checked_add(len - 1).ok_or_else(|| Error::corrupt("a table passes 2^64"))?;
-        counts.add(first, self.geometry.host_cluster(HostOffset::new(last)).value() - first + 1, times)
+        let run = ClusterRun::of_bytes(self.file().geometry(), start, len);
+        counts.add(run.ok_or_else(|| Error::corrupt("a table passes 2^64"))?, times)
     }
 
     /// Counts the clusters that tables occupy, a reference for each table; returns their entries, each part
     /// once.
     fn count_places(&self, counts: &mut ReferenceCounts, tables: &[TablePlace]) -> Result<Vec<Segment>> {
-        let per_cluster = self.geometry.cluster_size() / 8;
+        let per_cluster = self.file().geometry().cluster_size() / 8;
         let whole: Vec<TablePlace> = tables
             .iter()
             .map(|table| TablePlace { entries: table.entries.next_multiple_of(per_cluster), ..*table })
@@ -186,7 +207,7 @@ impl Meta {
             pieces.start(segment.offset, segment.len);
             while let Some((_, bytes)) = pieces.read_next()? {
                 for raw in qcow2_format::bytes::words(bytes).filter(|&raw| raw != 0) {
-                    let entry = L1Entry::decode(raw, &self.geometry).map_err(damaged("l1 table"))?;
+                    let entry = L1Entry::decode(raw, self.file().geometry()).map_err(damaged("l1 table"))?;
                     let Some(table) = entry.l2_table else { continue };
                     let times = l2_tables.entry(table.value()).or_insert(0u64);
                     *times = times.saturating_add(segment.times);
@@ -200,9 +221,9 @@ impl Meta {
     }
 
     fn count_l2(&self, counts: &mut ReferenceCounts, table: HostOffset, times: u64) -> Result<()> {
-        let size = self.geometry.cluster_size();
-        let cluster = self.geometry.host_cluster(table).value();
-        if let Some(hit) = self.guard.hit_by(OverlapChecks::L2, cluster, 1) {
+        let size = self.file().geometry().cluster_size();
+        let cluster = ClusterRun::one(self.file().geometry().host_cluster(table).value());
+        if let Some(hit) = self.tables.guard().hit_by(OverlapChecks::L2, cluster) {
             // Its words are no L2 entries: counted as such they would make more damage.
             return Err(Error::corrupt(format!(
                 "an l1 entry leads to {table}, which is {}",
@@ -210,17 +231,17 @@ impl Meta {
             )));
         }
         self.count_bytes(counts, table, size, times)?;
-        let extent = self.storage.extent_at(table, size)?;
+        let extent = self.file().storage().extent_at(table, size)?;
         if !extent.data && extent.len >= size {
             return Ok(());
         }
-        let words = read_words(&*self.storage, table, size / 8)?;
-        for entry in words.chunks_exact((self.geometry.l2_entry_size() / 8) as usize) {
+        let words = read_words(self.file().storage(), table, size / 8)?;
+        for entry in words.chunks_exact((self.file().geometry().l2_entry_size() / 8) as usize) {
             let bitmap = entry.get(1).copied().unwrap_or(0);
-            match self.l2_format.decode(entry[0], bitmap).map_err(damaged("l2 table"))? {
+            match self.file().l2_format().decode(entry[0], bitmap).map_err(damaged("l2 table"))? {
                 L2Entry::Compressed(stream) => self.count_bytes(counts, stream.host, stream.len, times)?,
                 L2Entry::Standard(cluster) => {
-                    if let (Some(host), false) = (cluster.host, self.has_data_file()) {
+                    if let (Some(host), false) = (cluster.host, self.file().has_data_file()) {
                         self.count_bytes(counts, host, size, times)?;
                     }
                 }
@@ -240,10 +261,10 @@ impl Meta {
             pieces.start(segment.offset, segment.len);
             while let Some((_, bytes)) = pieces.read_next()? {
                 for raw in qcow2_format::bytes::words(bytes) {
-                    let entry =
-                        BitmapTableEntry::decode(raw, &self.geometry).map_err(damaged("bitmap table"))?;
+                    let entry = BitmapTableEntry::decode(raw, self.file().geometry())
+                        .map_err(damaged("bitmap table"))?;
                     if let BitmapTableEntry::Data(host) = entry {
-                        self.count_bytes(counts, host, self.geometry.cluster_size(), segment.times)?;
+                        self.count_bytes(counts, host, self.file().geometry().cluster_size(), segment.times)?;
                     }
                 }
             }

@@ -1,4 +1,4 @@
-//! Recovery of an image that was not closed cleanly: its refcounts are counted anew.
+//! Recovery of an image that was not closed cleanly: its refcounts are recounted.
 //!
 //! Order on disk: corrected refcount blocks, or a new refcount structure behind everything in use and the
 //! header's switch to it; barrier; only then the dirty bit is cleared. A crash in between leaves the bit set,
@@ -8,143 +8,35 @@ pub(crate) mod count;
 
 use crate::error::Result;
 use crate::image::Image;
-use crate::meta::Meta;
-use crate::meta::overlap::OverlapChecks;
-use crate::sync::lock;
-use ::alloc::vec;
-use count::ReferenceCounts;
-use qcow2_format::HeaderField;
-use qcow2_format::HostOffset;
-use qcow2_format::bytes::table_bytes;
-use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
+use count::{Recount, ReferenceCounts};
 
 impl Image {
     /// Makes every refcount exact and clears the dirty bit. The image was opened for writing and nobody uses
     /// it yet. Errors: `Corrupt` where tables are damaged: such an image needs a repair that may lose data,
     /// not a recount.
     pub(crate) fn recover(&self) -> Result<()> {
-        let counts = self.meta.count_references()?;
-        if !self.meta.correct_blocks(&counts, false)? {
-            self.meta.rebuild_refcounts(&counts)?;
+        let counts = self.recount().references()?;
+        if !self.correct_refcounts(&counts, false)? {
+            self.rebuild_refcounts(&counts)?;
         }
-        self.meta.settle()?;
-        self.meta.retract_warnings()
+        self.flusher.settle()?;
+        self.header.retract_warnings()
     }
-}
 
-impl Meta {
     /// Corrects the counts in the blocks that there are, or only those that are too high. `false` where a
     /// cluster in use has no block to count it, or the refcount structures themselves are damaged.
-    pub(crate) fn correct_blocks(&self, counts: &ReferenceCounts, only_lower: bool) -> Result<bool> {
-        let table = lock(&self.refcounts).table.clone();
-        let Some(own) = self.own_clusters(&table)? else { return Ok(false) };
-        if own.used().any(|(cluster, times)| times > 1 || counts.of(cluster) > 0) {
-            // Somebody else refers to a block: whose bytes it holds is in doubt, so nothing is written there.
-            return Ok(false);
-        }
-        let per_block = self.geometry.refcount_block_entries();
-        let has_block = |cluster: u64| table.get((cluster / per_block) as usize).is_some_and(|&raw| raw != 0);
-        if !counts.used().chain(own.used()).all(|(cluster, _)| has_block(cluster)) {
-            return Ok(false);
-        }
-        for (index, _) in table.iter().enumerate().filter(|&(_, &raw)| raw != 0) {
-            let first = index as u64 * per_block;
-            for cluster in first..first + per_block {
-                self.correct(cluster, counts.of(cluster) + own.of(cluster), only_lower)?;
-            }
-            self.flush_if_pressed()?;
-        }
-        Ok(true)
-    }
-
-    fn correct(&self, cluster: u64, count: u64, only_lower: bool) -> Result<()> {
-        let refcounts = lock(&self.refcounts);
-        let old = self.refcount_of(&refcounts, cluster)?;
-        if old != count && (old > count || !only_lower) {
-            self.check_fits(count)?;
-            self.set_refcount(&refcounts, cluster, count)?;
-        }
-        Ok(())
-    }
-
-    fn check_fits(&self, count: u64) -> Result<()> {
-        let max = self.geometry.refcount_width().max();
-        if count > max {
-            let message =
-                ::alloc::format!("a cluster has {count} references, its refcount holds at most {max}");
-            return Err(crate::error::Error::corrupt(message));
-        }
-        Ok(())
-    }
-
-    /// The clusters of the refcount structures, or `None` where the table is damaged.
-    fn own_clusters(&self, table: &[u64]) -> Result<Option<ReferenceCounts>> {
-        let mut own = ReferenceCounts::new(self.geometry.clusters_for(self.storage.len()?));
-        let (first, count) = {
-            let refcounts = lock(&self.refcounts);
-            (self.geometry.host_cluster(refcounts.table_offset).value(), refcounts.table_clusters)
-        };
-        if own.add(first, count, 1).is_err() {
-            return Ok(None);
-        }
-        for &raw in table.iter().filter(|&&raw| raw != 0) {
-            match decode_table_entry(raw, &self.geometry) {
-                Ok(None) => {}
-                Ok(Some(block)) if own.add(self.geometry.host_cluster(block).value(), 1, 1).is_ok() => {}
-                _ => return Ok(None),
-            }
-        }
-        Ok(Some(own))
+    pub(crate) fn correct_refcounts(&self, counts: &ReferenceCounts, only_lower: bool) -> Result<bool> {
+        self.refcounts.correct_blocks(counts, only_lower, &mut || self.flusher.flush_if_pressed())
     }
 
     /// Writes a new refcount structure behind the last cluster in use and switches to it.
     pub(crate) fn rebuild_refcounts(&self, counts: &ReferenceCounts) -> Result<()> {
-        let (size, per_block) = (self.geometry.cluster_size(), self.geometry.refcount_block_entries());
-        let file_end = self.geometry.clusters_for(self.storage.len()?);
-        let first = counts.used().last().map_or(0, |(cluster, _)| cluster + 1).max(file_end);
-        let (mut blocks, mut table) = (1u64, 1u64);
-        while (blocks, table) != self.needed(first + blocks + table) {
-            let needed = self.needed(first + blocks + table);
-            (blocks, table) = (needed.0.max(blocks), needed.1.max(table));
-        }
-        let place = HostOffset::new(first * size);
-        let table_offset = HostOffset::new((first + blocks) * size);
-        let width = self.geometry.refcount_width();
-        for block in 0..blocks {
-            let mut words = vec![0u64; (size / 8) as usize];
-            for slot in 0..per_block {
-                let cluster = block * per_block + slot;
-                let own = (first..first + blocks + table).contains(&cluster);
-                let count = counts.of(cluster) + u64::from(own);
-                self.check_fits(count)?;
-                if count > 0 {
-                    let word = &mut words[width.word_index(slot)];
-                    *word = width.insert(*word, slot, count);
-                }
-            }
-            let at = HostOffset::new(place.value() + block * size);
-            self.write_words(OverlapChecks::NONE, at, &words)?;
-        }
-        let mut entries = vec![0u64; (table * size / 8) as usize];
-        for (block, entry) in (0..blocks).zip(&mut entries) {
-            *entry = encode_table_entry(Some(HostOffset::new(place.value() + block * size)));
-        }
-        self.write_words(OverlapChecks::NONE, table_offset, &entries)?;
-        self.storage.flush()?;
-        self.update_header(&[HeaderField::RefcountTable { offset: table_offset, clusters: table as u32 }])?;
-        self.adopt_table(entries, table_offset, table);
-        self.learn_metadata()?;
-        Ok(())
+        self.refcounts.rebuild(counts)?;
+        self.learn_metadata()
     }
 
-    /// How many blocks and table clusters count `clusters` clusters.
-    fn needed(&self, clusters: u64) -> (u64, u64) {
-        let blocks = clusters.div_ceil(self.geometry.refcount_block_entries());
-        (blocks, self.geometry.clusters_for(blocks * 8))
-    }
-
-    /// Writes a table of `kinds` at a place that holds nothing else.
-    pub(crate) fn write_words(&self, kinds: OverlapChecks, at: HostOffset, words: &[u64]) -> Result<()> {
-        self.write_table(kinds, at, &table_bytes(words.iter().copied()))
+    /// Counts what the tables on disk refer to.
+    pub(crate) fn recount(&self) -> Recount<'_> {
+        Recount::new(&self.tables, self.header())
     }
 }

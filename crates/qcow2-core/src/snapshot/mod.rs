@@ -13,11 +13,13 @@ pub use table::read_snapshots;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
+use crate::invariant;
 use crate::meta::bulk::Tree;
+use crate::meta::file::read_words;
 use crate::meta::known::MAX_L1_UNASKED;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
-use crate::open::read_words;
+use crate::meta::run::ClusterRun;
 use crate::port::disk::GuestDisk;
 use crate::rules::OrderingRule;
 use crate::sync::atomic::Ordering;
@@ -53,7 +55,7 @@ impl Image {
     /// The image's snapshots, in the order of the table. Errors: `Corrupt` for a damaged table, `Storage`.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
         let _structure = read(&self.structure);
-        read_snapshots(&*self.meta.storage, &self.header())
+        read_snapshots(self.file.storage(), &self.header())
     }
 
     /// Takes a snapshot of the disk as it is now. Its id is one more than the largest number among the
@@ -73,13 +75,12 @@ impl Image {
                 format!("image has {MAX_SNAPSHOTS} snapshots already"),
             ));
         }
-        let meta = &self.meta;
         let header = self.header();
-        let (active, entries) = meta.l1.contents();
-        meta.check_table_place(OverlapChecks::ACTIVE_L1, active, entries.len() as u64 * 8)?;
-        let tree = Tree::new(&entries, &meta.geometry)?;
+        let (active, entries) = self.mapping().l1_contents();
+        self.tables.check_place(OverlapChecks::ACTIVE_L1, active, entries.len() as u64 * 8)?;
+        let tree = Tree::new(&entries, self.file.geometry())?;
         let old_table = self.old_table(&table)?;
-        meta.check_tables(&tree)?;
+        self.bulk().check_tables(&tree)?;
         let copy = self.reserve_l1(OverlapChecks::INACTIVE_L1, entries.len())?;
         let snapshot = Snapshot {
             l1_table_offset: copy,
@@ -95,16 +96,16 @@ impl Image {
             unknown_extra: Vec::new(),
         };
         table.snapshots.push(snapshot.clone());
-        let copy_run = meta.table_run(OverlapChecks::INACTIVE_L1, copy, entries.len() as u64 * 8);
-        let new_table = match meta.reserve_snapshot_table(&table.snapshots) {
+        let copy_run = self.tables.run_of(OverlapChecks::INACTIVE_L1, copy, entries.len() as u64 * 8);
+        let new_table = match self.reserve_snapshot_table(&table.snapshots) {
             Ok(new_table) => new_table,
             Err(error) => return self.abandon(&[copy_run], error),
         };
-        if let Err(error) = meta.flush().and_then(|()| meta.raise_tree(&tree)) {
-            return self.abandon(&[copy_run, new_table.run(meta)], error);
+        if let Err(error) = self.flusher.flush().and_then(|()| self.bulk().raise_tree(&tree)) {
+            return self.abandon(&[copy_run, new_table.run(self.file.geometry())], error);
         }
-        meta.poison_on_error(self.write_snapshot(&tree, entries, copy, &new_table))?;
-        meta.unlink(old_table);
+        self.file.poison_on_error(self.write_snapshot(&tree, entries, copy, &new_table))?;
+        self.refcounts.unlink(old_table);
         self.finish()?;
         Ok(snapshot)
     }
@@ -116,17 +117,19 @@ impl Image {
         copy: HostOffset,
         table: &NewTable,
     ) -> Result<()> {
-        let meta = &self.meta;
-        meta.clear_copied(tree)?;
-        let (active, _) = meta.l1.contents();
+        self.bulk().clear_copied(tree)?;
+        let (active, _) = self.mapping().l1_contents();
         entries.iter_mut().for_each(|raw| *raw = without_copied(*raw));
+        invariant::none_copied(&entries);
         let bytes = table_bytes(entries.iter().copied());
-        if self.meta.rules.keep(OrderingRule::CopiedClearedBeforeSnapshot) {
-            meta.write_table(OverlapChecks::ACTIVE_L1, active, &bytes)?;
+        // Before the header shows the snapshot: an active table whose flag is still set would be written in
+        // place, and the snapshot would change with it (I4).
+        if self.file.keeps(OrderingRule::CopiedClearedBeforeSnapshot) {
+            self.tables.write(OverlapChecks::ACTIVE_L1, active, &bytes)?;
         }
-        meta.write_table(OverlapChecks::INACTIVE_L1, copy, &bytes)?;
-        meta.l1.replace(active, entries);
-        meta.switch_snapshot_table(table)
+        self.tables.write(OverlapChecks::INACTIVE_L1, copy, &bytes)?;
+        self.mapping().replace_l1(active, entries);
+        self.switch_snapshot_table(table)
     }
 
     /// Makes the disk what it was when `snapshot`, one of [`snapshots`](Self::snapshots), was taken, its size
@@ -138,45 +141,47 @@ impl Image {
     /// for another size in version 2; otherwise as [`create_snapshot`](Self::create_snapshot).
     pub fn apply_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         let _alone = write(&self.structure);
-        let meta = &self.meta;
         let size = snapshot.disk_size & !511;
-        meta.check_writable()?;
+        self.file.check_writable()?;
         self.check_applicable(snapshot, size)?;
         let table = self.begin_snapshot_change()?;
         find(&table, snapshot)?;
         self.begin_change()?;
         let mut entries = self.snapshot_l1(snapshot)?;
-        let tree = Tree::new(&entries, &meta.geometry)?;
-        let (old_offset, old_entries) = meta.l1.contents();
-        let old_tree = Tree::new(&old_entries, &meta.geometry)?;
-        let needed = meta.geometry.l1_entries_for(size).max(old_entries.len() as u64);
+        let tree = Tree::new(&entries, self.file.geometry())?;
+        let (old_offset, old_entries) = self.mapping().l1_contents();
+        let old_tree = Tree::new(&old_entries, self.file.geometry())?;
+        let needed = self.file.geometry().l1_entries_for(size).max(old_entries.len() as u64);
         entries.resize(entries.len().max(needed as usize), 0);
         entries.iter_mut().for_each(|raw| *raw = without_copied(*raw));
-        let old_l1 = meta.table_run(OverlapChecks::ACTIVE_L1, old_offset, old_entries.len() as u64 * 8);
-        meta.check_tables(&tree)?;
-        meta.check_freeable(old_l1)?;
-        meta.check_lowering(&old_tree, &self.trees_of(&table)?)?;
+        let old_l1 = self.tables.run_of(OverlapChecks::ACTIVE_L1, old_offset, old_entries.len() as u64 * 8);
+        self.bulk().check_tables(&tree)?;
+        self.refcounts.check_freeable(old_l1)?;
+        self.bulk().check_lowering(&old_tree, &self.trees_of(&table)?)?;
         let l1 = self.reserve_l1(OverlapChecks::ACTIVE_L1, entries.len())?;
-        if let Err(error) = meta.flush().and_then(|()| meta.raise_tree(&tree)) {
-            let run = meta.table_run(OverlapChecks::ACTIVE_L1, l1, entries.len() as u64 * 8);
+        if let Err(error) = self.flusher.flush().and_then(|()| self.bulk().raise_tree(&tree)) {
+            let run = self.tables.run_of(OverlapChecks::ACTIVE_L1, l1, entries.len() as u64 * 8);
             return self.abandon(&[run], error);
         }
-        let switched = meta.lower_tree(&old_tree, &[], None, || self.switch_disk(&tree, l1, entries, size));
-        meta.poison_on_error(switched)?;
-        meta.unlink(old_l1);
+        let switched =
+            self.bulk().lower_tree(&old_tree, &[], None, || self.switch_disk(&tree, l1, entries, size));
+        self.file.poison_on_error(switched)?;
+        self.refcounts.unlink(old_l1);
         self.finish()
     }
 
     fn switch_disk(&self, tree: &Tree, l1: HostOffset, entries: Vec<u64>, size: u64) -> Result<()> {
-        let meta = &self.meta;
-        meta.clear_copied(tree)?;
-        meta.write_table(OverlapChecks::ACTIVE_L1, l1, &table_bytes(entries.iter().copied()))?;
-        if meta.rules.keep(OrderingRule::SnapshotBeforeHeader) {
-            meta.storage.flush()?;
+        self.bulk().clear_copied(tree)?;
+        self.tables.write(OverlapChecks::ACTIVE_L1, l1, &table_bytes(entries.iter().copied()))?;
+        // The header's sector makes the change; what it leads to must be there before.
+        if self.file.keeps(OrderingRule::SnapshotBeforeHeader) {
+            self.file.flush()?;
         }
+        invariant::none_copied(&entries);
+        assert!(entries.len() as u64 <= MAX_L1_ENTRIES, "an l1 table of {} entries", entries.len());
         let count = entries.len() as u32;
-        meta.update_header(&[HeaderField::Size(size), HeaderField::L1 { entries: count, offset: l1 }])?;
-        meta.l1.replace(l1, entries);
+        self.header.update(&[HeaderField::Size(size), HeaderField::L1 { entries: count, offset: l1 }])?;
+        self.mapping().replace_l1(l1, entries);
         self.size.store(size, Ordering::Release);
         Ok(())
     }
@@ -186,10 +191,10 @@ impl Image {
         if self.header().trusted_bitmaps().is_some() {
             return unsupported("image has persistent bitmaps, which do not go back in time");
         }
-        if size != self.size() && !self.meta.l2_format.zero_flag {
+        if size != self.size() && !self.file.l2_format().zero_flag {
             return unsupported("a version 2 image cannot go back to a snapshot of another size");
         }
-        check_size(snapshot, &self.meta.geometry)
+        check_size(snapshot, self.file.geometry())
     }
 
     /// Deletes `snapshot`, one of [`snapshots`](Self::snapshots). What only it had is freed and given back to
@@ -202,34 +207,34 @@ impl Image {
         let _alone = write(&self.structure);
         let mut table = self.begin_snapshot_change()?;
         let index = find(&table, snapshot)?;
-        let meta = &self.meta;
-        let tree = Tree::new(&self.snapshot_l1(snapshot)?, &meta.geometry)?;
+        let tree = Tree::new(&self.snapshot_l1(snapshot)?, self.file.geometry())?;
         let l1_len = u64::from(snapshot.l1_size) * 8;
-        let old_l1 = meta.table_run(OverlapChecks::INACTIVE_L1, snapshot.l1_table_offset, l1_len);
+        let old_l1 = self.tables.run_of(OverlapChecks::INACTIVE_L1, snapshot.l1_table_offset, l1_len);
         let old_table = self.old_table(&table)?;
-        meta.check_freeable(old_l1)?;
-        let (l1_offset, mut entries) = meta.l1.contents();
-        meta.check_table_place(OverlapChecks::ACTIVE_L1, l1_offset, entries.len() as u64 * 8)?;
+        self.refcounts.check_freeable(old_l1)?;
+        let (l1_offset, mut entries) = self.mapping().l1_contents();
+        self.tables.check_place(OverlapChecks::ACTIVE_L1, l1_offset, entries.len() as u64 * 8)?;
         table.snapshots.remove(index);
         let mut kept = self.trees_of(&table)?;
-        kept.push(Tree::new(&entries, &meta.geometry)?);
-        let new_table = meta.reserve_snapshot_table(&table.snapshots)?;
-        meta.flush()?;
+        kept.push(Tree::new(&entries, self.file.geometry())?);
+        let new_table = self.reserve_snapshot_table(&table.snapshots)?;
+        self.flusher.flush()?;
+        // Until the header has switched, giving up is harmless; afterwards memory and disk may differ.
         let mut unlinked = false;
-        let lowered = meta.lower_tree(&tree, &kept, Some(&mut entries), || {
+        let lowered = self.bulk().lower_tree(&tree, &kept, Some(&mut entries), || {
             unlinked = true;
-            meta.switch_snapshot_table(&new_table)
+            self.switch_snapshot_table(&new_table)
         });
         match lowered {
-            Err(error) if !unlinked => return self.abandon(&[new_table.run(meta)], error),
-            lowered => meta.poison_on_error(lowered)?,
+            Err(error) if !unlinked => return self.abandon(&[new_table.run(self.file.geometry())], error),
+            lowered => self.file.poison_on_error(lowered)?,
         }
         let written =
-            meta.write_table(OverlapChecks::ACTIVE_L1, l1_offset, &table_bytes(entries.iter().copied()));
-        meta.poison_on_error(written)?;
-        meta.l1.replace(l1_offset, entries);
-        meta.unlink(old_l1);
-        meta.unlink(old_table);
+            self.tables.write(OverlapChecks::ACTIVE_L1, l1_offset, &table_bytes(entries.iter().copied()));
+        self.file.poison_on_error(written)?;
+        self.mapping().replace_l1(l1_offset, entries);
+        self.refcounts.unlink(old_l1);
+        self.refcounts.unlink(old_table);
         self.finish()
     }
 
@@ -240,7 +245,7 @@ impl Image {
         if table.snapshots.iter().map(bytes).sum::<u64>() > MAX_L1_UNASKED {
             return Ok(Vec::new());
         }
-        let tree = |snapshot| Tree::new(&self.snapshot_l1(snapshot)?, &self.meta.geometry);
+        let tree = |snapshot| Tree::new(&self.snapshot_l1(snapshot)?, self.file.geometry());
         table.snapshots.iter().map(tree).collect()
     }
 
@@ -248,15 +253,15 @@ impl Image {
     fn check_apart(&self, table: &Table) -> Result<()> {
         let run = |snapshot: &Snapshot| {
             let len = u64::from(snapshot.l1_size) * 8;
-            self.meta.table_run(OverlapChecks::INACTIVE_L1, snapshot.l1_table_offset, len)
+            ClusterRun::touched(self.file.geometry(), snapshot.l1_table_offset, len)
         };
-        let mut runs: Vec<Unlinked> = table.snapshots.iter().map(run).filter(|run| run.count > 0).collect();
-        runs.sort_unstable_by_key(|run| run.first);
-        match runs.windows(2).find(|pair| pair[0].first + pair[0].count > pair[1].first) {
+        let mut runs: Vec<_> = table.snapshots.iter().map(run).filter(|run| !run.is_empty()).collect();
+        runs.sort_unstable_by_key(|run| run.first());
+        match runs.windows(2).find(|pair| pair[0].end() > pair[1].first()) {
             None => Ok(()),
-            Some(pair) => Err(self.meta.mark_corrupt(format!(
+            Some(pair) => Err(self.header.mark_corrupt(format!(
                 "two snapshots have their l1 tables in host cluster {}",
-                pair[1].first
+                pair[1].first()
             ))),
         }
     }
@@ -264,56 +269,56 @@ impl Image {
     /// The clusters of the snapshot table as it is on disk, which can be given up.
     fn old_table(&self, table: &Table) -> Result<Unlinked> {
         let offset = self.header().snapshots_offset;
-        let run = self.meta.table_run(OverlapChecks::SNAPSHOT_TABLE, offset, table.len);
-        self.meta.check_freeable(run)?;
+        let run = self.tables.run_of(OverlapChecks::SNAPSHOT_TABLE, offset, table.len);
+        self.refcounts.check_freeable(run)?;
         Ok(run)
     }
 
-    /// Writes the snapshot table anew, with everything in each entry that version 3 wants.
+    /// Rewrites the snapshot table, with everything in each entry that version 3 requires.
     pub(crate) fn rewrite_snapshot_table(&self) -> Result<()> {
         let table = self.begin_snapshot_change()?;
-        let (meta, old_table) = (&self.meta, self.old_table(&table)?);
-        let new_table = meta.reserve_snapshot_table(&table.snapshots)?;
-        meta.flush()?;
-        meta.poison_on_error(meta.switch_snapshot_table(&new_table))?;
-        meta.unlink(old_table);
+        let old_table = self.old_table(&table)?;
+        let new_table = self.reserve_snapshot_table(&table.snapshots)?;
+        self.flusher.flush()?;
+        self.file.poison_on_error(self.switch_snapshot_table(&new_table))?;
+        self.refcounts.unlink(old_table);
         self.finish()
     }
 
     /// What every change begins with: all tables on disk, nothing waiting to be freed, the snapshot table
     /// known.
     fn begin_snapshot_change(&self) -> Result<Table> {
-        self.meta.check_writable()?;
-        if self.meta.has_data_file() {
+        self.file.check_writable()?;
+        if self.file.has_data_file() {
             let message = "an image with an external data file has no snapshots";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        let table = Table::read(&*self.meta.storage, &self.header())?;
+        let table = Table::read(self.file.storage(), &self.header())?;
         self.check_apart(&table)?;
-        self.meta.settle()?;
+        self.flusher.settle()?;
         Ok(table)
     }
 
     /// What every change ends with: what was unlinked is free, on disk too, and the tables that snapshots
     /// have now are known as such.
     fn finish(&self) -> Result<()> {
-        self.meta.settle()?;
-        self.meta.learn_metadata()?;
-        self.meta.pad_file()
+        self.flusher.settle()?;
+        self.learn_metadata()?;
+        self.pad_file()
     }
 
-    /// Room for an L1 table; a table without entries is nowhere.
+    /// Reserves clusters for an L1 table; none, and offset 0, for a table without entries.
     fn reserve_l1(&self, kind: OverlapChecks, entries: usize) -> Result<HostOffset> {
-        match self.meta.geometry.clusters_for(entries as u64 * 8) {
+        match self.file.geometry().clusters_for(entries as u64 * 8) {
             0 => Ok(HostOffset::new(0)),
-            clusters => Ok(self.meta.allocate_with_space(kind, clusters)?.offset),
+            clusters => Ok(self.refcounts.allocate_with_space(kind, clusters)?.offset),
         }
     }
 
     /// Gives back what was reserved for a change that cannot be made because of `error`.
     fn abandon<T>(&self, reserved: &[Unlinked], error: Error) -> Result<T> {
-        reserved.iter().for_each(|&run| self.meta.unlink(run));
-        if !self.meta.poisoned.load(Ordering::Acquire) {
+        reserved.iter().for_each(|&run| self.refcounts.unlink(run));
+        if !self.file.is_poisoned() {
             self.finish()?;
         }
         Err(error)
@@ -321,25 +326,26 @@ impl Image {
 
     /// The raw entries of a snapshot's L1 table.
     fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
-        check_l1(snapshot, &self.meta.geometry)?;
-        read_words(&*self.meta.storage, snapshot.l1_table_offset, u64::from(snapshot.l1_size))
+        check_l1(snapshot, self.file.geometry())?;
+        read_words(self.file.storage(), snapshot.l1_table_offset, u64::from(snapshot.l1_size))
     }
 }
 
-/// Judges where a snapshot's L1 table is said to be.
+/// Checks the place and length that a snapshot's entry gives for its L1 table.
 fn check_l1(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()> {
     let (offset, entries) = (snapshot.l1_table_offset, u64::from(snapshot.l1_size));
     let end = offset.checked_add(entries * 8);
     if entries > MAX_L1_ENTRIES || !geometry.is_aligned(offset.value()) || end.is_none() {
         return Err(Error::corrupt(format!(
-            "snapshot '{}': l1 table of {entries} entries at {offset}, allowed are {MAX_L1_ENTRIES} at a cluster",
+            "snapshot '{}': l1 table of {entries} entries at {offset}, allowed are {MAX_L1_ENTRIES} at a \
+             cluster",
             snapshot.id_text().escape_debug()
         )));
     }
     Ok(())
 }
 
-/// Judges the size that a snapshot's disk is said to have.
+/// Checks the disk size in a snapshot's entry.
 fn check_size(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()> {
     match geometry.l1_entries_for(snapshot.disk_size & !511) > MAX_L1_ENTRIES {
         true => Err(Error::corrupt(format!("snapshot's disk of {} bytes is too large", snapshot.disk_size))),

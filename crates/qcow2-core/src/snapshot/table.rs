@@ -4,17 +4,16 @@
 //! only then is the old table free. Spec: "Snapshots".
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::Meta;
+use crate::image::Image;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use crate::port::storage::Storage;
 use crate::rules::OrderingRule;
-use crate::sync::lock;
 use ::alloc::format;
 use ::alloc::vec::Vec;
 use qcow2_format::HeaderField;
 use qcow2_format::snapshot::{MAX_ENTRY_LEN, Snapshot};
-use qcow2_format::{FormatError, Header, HostOffset, limit};
+use qcow2_format::{FormatError, Geometry, Header, HostOffset, limit};
 
 /// Bytes of the table read at once.
 const PIECE: usize = 8 * MAX_ENTRY_LEN;
@@ -62,8 +61,9 @@ impl Table {
     }
 }
 
-impl Meta {
-    /// Finds room for a table of `snapshots`. Disk: refcounts only. An empty table is nowhere.
+impl Image {
+    /// Reserves clusters for a table of `snapshots`; none, and offset 0, for an empty one. Disk: refcounts
+    /// only.
     pub(super) fn reserve_snapshot_table(&self, snapshots: &[Snapshot]) -> Result<NewTable> {
         let bad =
             |e: FormatError| Error::new(ErrorKind::InvalidOption, "snapshot cannot be stored").with_source(e);
@@ -76,9 +76,9 @@ impl Meta {
             let message = format!("{} snapshots in {len} bytes are more than allowed", snapshots.len());
             return Err(Error::new(ErrorKind::NoSpace, message));
         }
-        let offset = match self.geometry.clusters_for(len) {
+        let offset = match self.file.geometry().clusters_for(len) {
             0 => HostOffset::new(0),
-            clusters => self.allocate_with_space(OverlapChecks::SNAPSHOT_TABLE, clusters)?.offset,
+            clusters => self.refcounts.allocate_with_space(OverlapChecks::SNAPSHOT_TABLE, clusters)?.offset,
         };
         Ok(NewTable { offset, bytes, count: snapshots.len() as u32 })
     }
@@ -87,27 +87,17 @@ impl Meta {
     /// that.
     pub(super) fn switch_snapshot_table(&self, table: &NewTable) -> Result<()> {
         let (count, offset) = (table.count, table.offset);
-        debug_assert!(count == 0 || self.geometry.is_aligned(offset.value()), "a snapshot table at {offset}");
+        debug_assert!(
+            count == 0 || self.file.geometry().is_aligned(offset.value()),
+            "a snapshot table at {offset}"
+        );
         if count > 0 {
-            self.write_table(OverlapChecks::SNAPSHOT_TABLE, offset, &table.bytes)?;
+            self.tables.write(OverlapChecks::SNAPSHOT_TABLE, offset, &table.bytes)?;
         }
-        if self.rules.keep(OrderingRule::SnapshotBeforeHeader) {
-            self.storage.flush()?;
+        if self.file.keeps(OrderingRule::SnapshotBeforeHeader) {
+            self.file.flush()?;
         }
-        self.update_header(&[HeaderField::Snapshots { count, offset }])
-    }
-
-    /// The clusters of a table of `kinds` with `len` bytes at `offset`, which is cluster aligned.
-    pub(crate) fn table_run(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Unlinked {
-        let (first, count) = (self.geometry.host_cluster(offset).value(), self.geometry.clusters_for(len));
-        Unlinked { first, count, kinds }
-    }
-
-    /// Gives clusters up that nothing names any more; [`check_owner`](Self::check_owner) came before.
-    pub(crate) fn unlink(&self, run: Unlinked) {
-        if run.count > 0 {
-            lock(&self.pending).push(run);
-        }
+        self.header.update(&[HeaderField::Snapshots { count, offset }])
     }
 }
 
@@ -120,7 +110,7 @@ pub(super) struct NewTable {
 
 impl NewTable {
     /// The clusters it will be in.
-    pub(super) fn run(&self, meta: &Meta) -> Unlinked {
-        meta.table_run(OverlapChecks::SNAPSHOT_TABLE, self.offset, self.bytes.len() as u64)
+    pub(super) fn run(&self, geometry: &Geometry) -> Unlinked {
+        Unlinked::table(geometry, OverlapChecks::SNAPSHOT_TABLE, self.offset, self.bytes.len() as u64)
     }
 }

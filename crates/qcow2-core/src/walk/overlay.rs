@@ -59,8 +59,10 @@ pub fn overlay(tables: &[TablePlace]) -> Vec<Segment> {
             segments.push(Segment { offset: HostOffset::new(last), len: at - last, times: open });
         }
         last = at;
+        debug_assert!(opens || open > 0, "a table ends before it begins");
         open = if opens { open + 1 } else { open - 1 };
     }
+    debug_assert_eq!(open, 0, "a table does not end");
     segments
 }
 

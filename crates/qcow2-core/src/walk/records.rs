@@ -190,6 +190,7 @@ impl<'a> Records<'a> {
         }
         Ok(parsed.map(|(entry, len)| {
             self.used += len;
+            debug_assert!(self.used <= self.window.len(), "an entry is longer than what was read");
             self.consumed += len as u64;
             entry
         }))

@@ -41,6 +41,7 @@ impl Pieces<'_> {
                 continue;
             }
             let len = (self.data.end.min(file_end) - self.at).min(PIECE_SIZE).next_multiple_of(8);
+            debug_assert!(len > 0 && len.is_multiple_of(8), "a piece of {len} bytes");
             let offset = HostOffset::new(self.at);
             self.buffer.resize(len as usize, 0);
             self.walk.read(offset, &mut self.buffer)?;

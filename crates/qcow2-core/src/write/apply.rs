@@ -21,10 +21,11 @@ impl Image {
         while !rest.is_empty() {
             let prepared = self.prepare(GuestOffset::new(at), rest.len() as u64)?;
             let (part, next) = rest.split_at(prepared.len as usize);
+            assert!(!part.is_empty(), "writing at {at:#x} makes no progress");
             let cow = !prepared.edges.is_empty();
-            self.meta.event(if cow { Event::CowWrite } else { Event::WriteAio });
+            self.file.event(if cow { Event::CowWrite } else { Event::WriteAio });
             let batch = [(prepared, part)];
-            move_data(&**self.meta.data()?, &batch)?;
+            move_data(&**self.file.data()?, &batch)?;
             let [(prepared, _)] = batch;
             prepared.commit()?;
             at += part.len() as u64;

@@ -43,12 +43,13 @@ impl Image {
         let mut rest = Rest { parts, done: 0 };
         while rest.next().is_some() {
             let (batch, failed) = self.prepare_batch(&mut rest);
-            move_data(&**self.meta.data()?, &batch)?;
+            move_data(&**self.file.data()?, &batch)?;
             for (prepared, _) in batch {
                 prepared.commit()?;
             }
             failed.map_or(Ok(()), Err)?;
         }
+        debug_assert!(rest.parts.is_empty(), "{} parts were not written", rest.parts.len());
         Ok(())
     }
 
@@ -58,7 +59,7 @@ impl Image {
         &'a self,
         rest: &mut Rest<'b>,
     ) -> (Vec<(Prepared<'a>, &'b [u8])>, Option<Error>) {
-        let cluster = |at: u64| self.meta.geometry.guest_cluster(GuestOffset::new(at)).value();
+        let cluster = |at: u64| self.file.geometry().guest_cluster(GuestOffset::new(at)).value();
         let (mut batch, mut free_from, mut beside) = (Vec::new(), 0, 0);
         while let Some((offset, bytes)) = rest.next() {
             if cluster(offset.value()) < free_from || batch.len() == MAX_BATCH || beside > MAX_BESIDE {
@@ -70,7 +71,7 @@ impl Image {
             };
             beside += prepared.edges.iter().map(Edge::held).sum::<usize>();
             let cow = !prepared.edges.is_empty();
-            self.meta.event(if cow { Event::CowWrite } else { Event::WriteAio });
+            self.file.event(if cow { Event::CowWrite } else { Event::WriteAio });
             assert!(prepared.len > 0 && prepared.len <= bytes.len() as u64, "a place for other bytes");
             free_from = cluster(offset.value() + prepared.len - 1) + 1;
             rest.done += prepared.len as usize;

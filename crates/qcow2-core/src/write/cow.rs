@@ -23,6 +23,7 @@ pub(crate) struct ClusterEdges {
 
 /// The guest ranges that are needed but not covered by the write, in order.
 pub(crate) fn ranges_to_copy(format: &L2Format, edges: &ClusterEdges) -> Vec<GuestRange> {
+    debug_assert!(edges.start < edges.end && edges.end <= format.geometry.cluster_size(), "{edges:?}");
     let size = format.geometry.subcluster_size();
     let count = u64::from(format.geometry.subclusters());
     let mut ranges: Vec<(u64, u64)> = Vec::new();

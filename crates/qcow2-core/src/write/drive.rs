@@ -58,7 +58,7 @@ impl Image {
     /// Starts reading the data plane directly. Not to be held while the same thread asks the image for
     /// anything else.
     pub fn pin(&self) -> Pin<'_> {
-        Pin { image: self, _structure: read(&self.structure), _operation: self.meta.operations.enter() }
+        Pin { image: self, _structure: read(&self.structure), _operation: self.flusher.enter() }
     }
 
     /// Finds a place for a first part of a write to `range` (not empty, inside the disk). Disk: may read L2
@@ -74,10 +74,11 @@ impl Image {
         let range = self.check_change(range.start(), range.len())?;
         self.crypt.check_plain("bytes of an encrypted image cannot be moved by the caller")?;
         let structure = read(&self.structure);
-        let operation = self.meta.operations.enter();
+        let operation = self.flusher.enter();
         self.begin_change()?;
         self.bitmaps.mark(range);
         let prepared = self.prepare(range.start(), range.len())?;
+        assert!(prepared.len > 0 && prepared.len <= range.len(), "a ticket for other bytes than asked for");
         self.grow_to_pieces(&prepared)?;
         let range =
             GuestRange::between(range.start(), GuestOffset::new(range.start().value() + prepared.len));
@@ -89,7 +90,7 @@ impl Image {
     /// would truncate the data, and clusters past the cached end that were used and freed would be taken for
     /// a hole.
     fn grow_to_pieces(&self, prepared: &Prepared<'_>) -> Result<()> {
-        let data = self.meta.data()?;
+        let data = self.file.data()?;
         let place = |edge: &Edge| match edge {
             Edge::Bytes { host, bytes } => (host.value(), host.value() + bytes.len() as u64),
             Edge::Zeroes { host, len } => (host.value(), host.value() + len),
@@ -144,6 +145,6 @@ impl WriteTicket<'_> {
         prepared.commit()?;
         drop(_operation);
         drop(_structure);
-        image.meta.flush_if_pressed()
+        image.flusher.flush_if_pressed()
     }
 }

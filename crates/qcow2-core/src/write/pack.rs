@@ -4,11 +4,8 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::meta::Meta;
 use crate::meta::mapping::L2Place;
-use crate::meta::pending::Unlinked;
 use crate::port::event::Event;
-use crate::sync::lock;
 use ::alloc::format;
 use ::alloc::vec::Vec;
 use qcow2_format::l2::{ClusterEntry, CompressedCluster, L2Entry};
@@ -28,8 +25,8 @@ impl Image {
     pub(crate) fn pack_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
         self.check_streams(streams)?;
         let (Some((first, _)), Some((last, _))) = (streams.first(), streams.last()) else { return Ok(()) };
-        let cluster = |offset: &GuestOffset| self.meta.geometry.guest_cluster(*offset).value();
-        let _claim = self.meta.claims.claim(cluster(first), cluster(last) + 1);
+        let len = last.value().saturating_sub(first.value()) + 1;
+        let _claim = self.mapping().claim(*first, len);
         let mut packed = Vec::with_capacity(streams.len());
         let reserved =
             streams.iter().try_for_each(|&(offset, stream)| self.reserve_stream(offset, stream, &mut packed));
@@ -44,6 +41,7 @@ impl Image {
                 joins
             });
             let count = run.count();
+            assert!(count > 0, "streams that no run begins with");
             let (run, later) = rest.split_at(count);
             let (linked, result) = self.store_run(start, run);
             if result.is_err() {
@@ -58,10 +56,10 @@ impl Image {
     }
 
     fn check_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
-        let geometry = &self.meta.geometry;
+        let geometry = self.file.geometry();
         let impossible_with = if !self.crypt.is_plain() {
             "encryption"
-        } else if self.meta.has_data_file() {
+        } else if self.file.has_data_file() {
             "an external data file"
         } else {
             ""
@@ -92,27 +90,27 @@ impl Image {
         stream: &'a [u8],
         packed: &mut Vec<Packed<'a>>,
     ) -> Result<()> {
-        let place = self.meta.writable_place(offset)?;
-        if !is_free(&self.meta.entry(&place, 0, offset)?) {
+        let place = self.mapping().writable_place(offset)?;
+        if !is_free(&self.mapping().entry(&place, 0, offset)?) {
             let message =
                 format!("guest offset {offset} is allocated: a compressed write needs an unused cluster");
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
         let len = stream.len() as u64;
-        let descriptor = CompressedCluster { host: self.meta.reserve_packed(len)?, len };
+        let descriptor = CompressedCluster { host: self.refcounts.reserve_packed(len)?, len };
         packed.push(Packed { place, descriptor, stream });
         Ok(())
     }
 
-    /// Writes streams that follow each other from `start` on, then links them; says how many are linked.
+    /// Writes streams that follow each other from `start` on, then links them; returns how many are linked.
     fn store_run(&self, start: HostOffset, run: &[Packed<'_>]) -> (usize, Result<()>) {
-        run.iter().for_each(|_| self.meta.event(Event::WriteCompressed));
+        run.iter().for_each(|_| self.file.event(Event::WriteCompressed));
         let bytes: Vec<&[u8]> = run.iter().map(|p| p.stream).collect();
-        if let Err(error) = self.meta.storage.write_vectored_at(start, &bytes) {
+        if let Err(error) = self.file.storage().write_vectored_at(start, &bytes) {
             return (0, Err(error.into()));
         }
         for (index, Packed { place, descriptor, .. }) in run.iter().enumerate() {
-            let linked = self.meta.commit(place, 1, &[], |_| L2Entry::Compressed(*descriptor));
+            let linked = self.mapping().commit(place, 1, &[], |_| L2Entry::Compressed(*descriptor));
             if linked.is_err() {
                 return (index, linked);
             }
@@ -122,7 +120,7 @@ impl Image {
 
     fn release_stream(&self, packed: &Packed<'_>) -> Result<()> {
         match self.unlinked(&L2Entry::Compressed(packed.descriptor)) {
-            Some(run) => self.meta.release(run),
+            Some(run) => self.refcounts.release(run),
             None => Ok(()),
         }
     }
@@ -130,57 +128,4 @@ impl Image {
 
 fn is_free(entry: &L2Entry) -> bool {
     matches!(entry, L2Entry::Standard(ClusterEntry { host: None, .. }))
-}
-
-impl Meta {
-    /// Reserves `len` bytes for a stream, less than a cluster: behind the last stream where its cluster has
-    /// room or the next one can be had, else at the start of a new cluster.
-    fn reserve_packed(&self, len: u64) -> Result<HostOffset> {
-        let size = self.geometry.cluster_size();
-        if let Some((start, end)) = self.join_pack()?
-            && let Some(host) = self.extend_packed(start, end, len)?
-        {
-            return Ok(host);
-        }
-        let reserved = self.allocate(1)?;
-        let start = reserved.offset.value();
-        self.set_pack(start + len, start + size);
-        Ok(reserved.offset)
-    }
-
-    /// Takes the place behind the last stream and adds a reference to its host cluster: in one step, because
-    /// the cluster may be freed, and used for something else, as soon as nobody holds one.
-    fn join_pack(&self) -> Result<Option<(u64, u64)>> {
-        let mut refcounts = lock(&self.refcounts);
-        let Some((start, end)) = refcounts.pack.take() else { return Ok(None) };
-        let first = self.geometry.host_cluster(HostOffset::new(start)).value();
-        if start >= end || self.refcount_of(&refcounts, first)? == 0 {
-            return Ok(None);
-        }
-        match self.raise(&refcounts, first, 1) {
-            Ok(()) => Ok(Some((start, end))),
-            Err(error) if error.kind() == ErrorKind::NoSpace => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// A place for `len` bytes from `start` on, in a cluster that ends at `end` and has been joined.
-    fn extend_packed(&self, start: u64, end: u64, len: u64) -> Result<Option<HostOffset>> {
-        let size = self.geometry.cluster_size();
-        let first = self.geometry.host_cluster(HostOffset::new(start)).value();
-        if len <= end - start {
-            self.set_pack(start + len, end);
-            return Ok(Some(HostOffset::new(start)));
-        }
-        if self.reserve_at(self.geometry.clusters_below(end))? {
-            self.set_pack(start + len, end + size);
-            return Ok(Some(HostOffset::new(start)));
-        }
-        self.release(Unlinked::data(first, 1))?;
-        Ok(None)
-    }
-
-    fn set_pack(&self, start: u64, end: u64) {
-        lock(&self.refcounts).pack = (start < end).then_some((start, end));
-    }
 }

@@ -44,6 +44,7 @@ pub(crate) fn plan_write<E>(
     entries: u64,
     mut entry: impl FnMut(u64) -> Result<L2Entry, E>,
 ) -> Result<WritePlan, E> {
+    debug_assert!(len > 0 && entries > 0, "a write of {len} bytes in {entries} entries");
     let geometry = &format.geometry;
     let size = geometry.cluster_size();
     let inside = geometry.in_cluster(offset.value());
@@ -66,7 +67,7 @@ fn kind_of(format: &L2Format, guest: GuestOffset, entry: &L2Entry, touched: u32)
     match cluster.host {
         Some(host) if cluster.copied && cluster.allocated & touched == touched => WriteKind::InPlace { host },
         Some(host) if cluster.copied => WriteKind::Fill { host },
-        // With a data file the place of a cluster is its guest offset, whatever the entry says.
+        // With a data file the place of a cluster is its guest offset, not what the entry has.
         _ if format.external_data => {
             WriteKind::Fill { host: HostOffset::new(format.geometry.align_down(guest.value())) }
         }
@@ -92,6 +93,7 @@ pub(crate) fn touched(format: &L2Format, inside: u64, len: u64) -> u32 {
 
 /// Bits `first..end`.
 pub(crate) fn mask(first: u64, end: u64) -> u32 {
+    debug_assert!(first <= end && end <= 32, "subclusters {first} to {end}");
     (((1u64 << end) - 1) & !((1u64 << first) - 1)) as u32
 }
 
@@ -124,7 +126,7 @@ pub(crate) enum ZeroKind {
     Unmap,
     /// Their content no longer matters; whole clusters only.
     Discard,
-    /// The layer shall say nothing about them any more; whole clusters only.
+    /// The layer shall not allocate them any more, so that the backing file shows; whole clusters only.
     Forget,
 }
 
@@ -140,7 +142,7 @@ pub(crate) enum ZeroPlan {
         /// Whether the old entry's place is given up.
         free: bool,
     },
-    /// It can only be said by writing zeroes.
+    /// No entry can express it: zeroes must be written.
     WriteData,
 }
 
@@ -153,6 +155,7 @@ pub(crate) fn plan_zero(
     kind: ZeroKind,
     backing: bool,
 ) -> ZeroPlan {
+    debug_assert!(subclusters != 0 && subclusters & !format.all_subclusters() == 0, "{subclusters:#x}");
     let whole = subclusters == format.all_subclusters();
     let blank = |zero| L2Entry::Standard(ClusterEntry { zero, ..ClusterEntry::UNALLOCATED });
     if kind == ZeroKind::Forget {
@@ -191,6 +194,7 @@ pub(crate) fn plan_zero(
     } else {
         ClusterEntry { zero: cluster.zero | subclusters, ..ClusterEntry::UNALLOCATED }
     };
+    debug_assert!(entry.allocated & entry.zero == 0, "a subcluster is zero and data");
     let new = L2Entry::Standard(entry);
     if new == *old {
         return ZeroPlan::Nothing;

@@ -1,4 +1,4 @@
-//! The first half of a write: a place for its bytes, and the bytes that must stand beside them.
+//! The first half of a write: reserves clusters for its bytes and collects the copy-on-write edges.
 //!
 //! Invariant: between prepare and commit the clusters are claimed, so that nobody else changes their mapping;
 //! readers go on seeing the old one. What was reserved and is not committed is given back, exactly once.
@@ -12,12 +12,14 @@ use crate::invariant;
 use crate::meta::mapping::L2Place;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
 use crate::port::disk::GuestDisk;
 use crate::port::event::Event;
 use crate::port::storage::StorageErrorKind;
 use crate::read::resolve::Place;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
+use core::ops::Range;
 use qcow2_format::l2::L2Entry;
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
@@ -37,6 +39,14 @@ pub(crate) enum Edge {
 }
 
 impl Edge {
+    /// Where it goes.
+    fn host_bytes(&self) -> Range<u64> {
+        match self {
+            Self::Bytes { host, bytes } => host.value()..host.value() + bytes.len() as u64,
+            Self::Zeroes { host, len } => host.value()..host.value() + len,
+        }
+    }
+
     /// Bytes of memory that it holds.
     pub(crate) fn held(&self) -> usize {
         match self {
@@ -80,24 +90,21 @@ impl Image {
     /// inside an operation. Disk: may read L2 tables and the bytes around the write, may write a new L2
     /// table.
     pub(crate) fn prepare(&self, offset: GuestOffset, len: u64) -> Result<Prepared<'_>> {
-        let geometry = &self.meta.geometry;
+        let geometry = self.file.geometry();
         let len = len.min(MAX_RUN - geometry.in_cluster(offset.value()));
-        let cluster_of = |at: u64| geometry.guest_cluster(GuestOffset::new(at)).value();
-        let first = cluster_of(offset.value());
-        let run = self.meta.lookup(offset, len)?;
+        let run = self.mapping().lookup(offset, len)?;
         if let Place::Data { copied: true, .. } = run.place {
-            let claim = self.meta.claims.share(first, cluster_of(offset.value() + run.len - 1) + 1);
+            let claim = self.mapping().share(offset, run.len);
             // Asked again, now that the answer cannot change any more.
-            let run = self.meta.lookup(offset, run.len)?;
+            let run = self.mapping().lookup(offset, run.len)?;
             if let Place::Data { host, copied: true } = run.place {
                 return self.prepare_in_place(host, run.len, claim);
             }
         }
-        let last = cluster_of(offset.value() + len - 1);
-        let claim = self.meta.claims.claim(first, last + 1);
-        let place = self.meta.writable_place(offset)?;
-        let entry = |i| self.meta.entry(&place, i, offset);
-        let plan = plan_write(&self.meta.l2_format, offset, len, place.entries(), entry)?;
+        let claim = self.mapping().claim(offset, len);
+        let place = self.mapping().writable_place(offset)?;
+        let entry = |i| self.mapping().entry(&place, i, offset);
+        let plan = plan_write(self.file.l2_format(), offset, len, place.entries(), entry)?;
         assert!(plan.len > 0 && plan.len <= len && plan.clusters > 0, "{plan:?} for {len} bytes");
         if let WriteKind::InPlace { host } = plan.kind {
             let host = HostOffset::new(host.value() + geometry.in_cluster(offset.value()));
@@ -118,8 +125,9 @@ impl Image {
     }
 
     fn prepare_in_place<'a>(&'a self, host: HostOffset, len: u64, claim: Claim<'a>) -> Result<Prepared<'a>> {
-        invariant::may_write(self.meta.writable);
-        self.meta.check_data_place(host, len)?;
+        invariant::may_write(self.file.is_writable());
+        debug_assert!(len > 0, "a write of nothing is prepared");
+        self.tables.check_data_place(host, len)?;
         self.cover_sector(host.value() + len)?;
         Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None, _in_place: Some(claim) })
     }
@@ -128,7 +136,7 @@ impl Image {
     /// the file longer, because length and bytes reach the disk apart and could leave half a sector.
     fn cover_sector(&self, end: u64) -> Result<()> {
         let sector_end = end.next_multiple_of(SECTOR_SIZE);
-        let data = self.meta.data()?;
+        let data = self.file.data()?;
         if end == sector_end || data.len()? >= sector_end {
             return Ok(());
         }
@@ -146,22 +154,23 @@ impl Image {
         place: L2Place,
         claim: Claim<'a>,
     ) -> Result<Change<'a>> {
-        let geometry = &self.meta.geometry;
+        let geometry = self.file.geometry();
         let (base, reserved, fresh) = match plan.kind {
             WriteKind::InPlace { host } | WriteKind::Fill { host } => {
-                self.meta.check_data_place(host, plan.clusters * geometry.cluster_size())?;
-                let fresh = self.meta.has_data_file() && self.meta.data()?.len()? <= host.value();
+                self.tables.check_data_place(host, plan.clusters * geometry.cluster_size())?;
+                let fresh = self.file.has_data_file() && self.file.data()?.len()? <= host.value();
                 (host, None, fresh)
             }
             WriteKind::Allocate => {
-                let reserved = self.meta.allocate(plan.clusters)?;
-                plan.clusters = reserved.count;
-                let room = reserved.count * geometry.cluster_size() - geometry.in_cluster(offset.value());
+                let reserved = self.refcounts.allocate(plan.clusters)?;
+                plan.clusters = reserved.run.count();
+                let room = reserved.run.len(geometry) - geometry.in_cluster(offset.value());
                 plan.len = plan.len.min(room);
-                (reserved.offset, Some(Unlinked::data(reserved.first, reserved.count)), reserved.fresh)
+                assert!(plan.clusters > 0 && plan.len > 0, "{plan:?} after {reserved:?}");
+                (reserved.offset, Some(Unlinked::data(reserved.run)), reserved.fresh)
             }
         };
-        let old = (0..plan.clusters).map(|i| self.meta.entry(&place, i, offset)).collect::<Result<_>>();
+        let old = (0..plan.clusters).map(|i| self.mapping().entry(&place, i, offset)).collect::<Result<_>>();
         let change = Change { offset, plan, place, old: Vec::new(), base, reserved, fresh, _claim: claim };
         match old {
             Ok(old) => Ok(Change { old, ..change }),
@@ -173,7 +182,7 @@ impl Image {
     }
 
     fn give_back(&self, change: &Change<'_>) -> Result<()> {
-        change.reserved.map_or(Ok(()), |run| self.meta.release(run))
+        change.reserved.map_or(Ok(()), |run| self.refcounts.release(run))
     }
 
     /// The bytes around the write that its clusters need.
@@ -181,18 +190,22 @@ impl Image {
         let mut ranges = Vec::new();
         let last = change.plan.clusters - 1;
         for index in [0, last].into_iter().take(if last == 0 { 1 } else { 2 }) {
-            ranges.extend(ranges_to_copy(&self.meta.l2_format, &change.cluster_edges(self, index)));
+            ranges.extend(ranges_to_copy(self.file.l2_format(), &change.cluster_edges(self, index)));
         }
         let mut edges = Vec::with_capacity(ranges.len());
         for range in ranges {
             edges.extend(self.edge(range, change)?);
         }
+        let base = change.base.value();
+        let own = base + self.file.geometry().in_cluster(change.offset.value());
+        let place = base..base + change.plan.clusters * self.file.geometry().cluster_size();
+        invariant::edges_apart(edges.iter().map(Edge::host_bytes), own..own + change.plan.len, place);
         Ok(edges)
     }
 
     /// One run of guest bytes as it reads now, for its new place. Bytes past the end of the disk are zeroes.
     fn edge(&self, range: GuestRange, change: &Change<'_>) -> Result<Vec<Edge>> {
-        let base = self.meta.geometry.align_down(change.offset.value());
+        let base = self.file.geometry().align_down(change.offset.value());
         let host = HostOffset::new(change.base.value() + (range.start().value() - base));
         // Behind the disk there is a machine's state, and its clusters are whole.
         let limit = if range.start().value() < self.vm_state_offset() { self.size() } else { u64::MAX };
@@ -203,18 +216,18 @@ impl Image {
         let mut bytes = self.scratch.take_exact(range.len() as usize);
         let (part, past) = bytes.split_at_mut(inside.len() as usize);
         past.fill(0);
-        self.meta.event(Event::CowRead);
+        self.file.event(Event::CowRead);
         self.read_range(range.start(), part)?;
         self.seal(range.start(), host, &mut bytes)?;
         Ok(vec![Edge::Bytes { host, bytes }])
     }
 
-    /// Whether neither this layer nor a backing file has bytes in `range`, told from tables alone.
+    /// Whether neither this layer nor a backing file has bytes in `range`, as far as tables show.
     fn has_nothing(&self, range: GuestRange) -> Result<bool> {
         let (mut at, end) = (range.start().value(), range.end().value());
         let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size());
         while at < end {
-            let run = self.meta.lookup(GuestOffset::new(at), end - at)?;
+            let run = self.mapping().lookup(GuestOffset::new(at), end - at)?;
             let nothing = match run.place {
                 Place::Zero { .. } => true,
                 Place::Unallocated => at >= backing_end && !self.backing_unopened,
@@ -230,17 +243,15 @@ impl Image {
 
     /// The references that an entry holds to clusters of the image file.
     pub(crate) fn unlinked(&self, entry: &L2Entry) -> Option<Unlinked> {
-        if self.meta.has_data_file() {
+        if self.file.has_data_file() {
             return None;
         }
-        let geometry = &self.meta.geometry;
+        let geometry = self.file.geometry();
         let (start, len) = match entry {
             L2Entry::Standard(cluster) => (cluster.host?, geometry.cluster_size()),
             L2Entry::Compressed(stream) => (stream.host, stream.len),
         };
-        let first = geometry.host_cluster(start).value();
-        let last = geometry.host_cluster(HostOffset::new(start.value() + len.max(1) - 1)).value();
-        Some(Unlinked::data(first, last - first + 1))
+        Some(Unlinked::data(ClusterRun::touched(geometry, start, len.max(1))))
     }
 }
 
@@ -272,11 +283,12 @@ fn zero_edges(host: HostOffset, len: u64, fresh: bool) -> Vec<Edge> {
 impl Change<'_> {
     /// What the `index`-th cluster of the run needs.
     fn cluster_edges(&self, image: &Image, index: u64) -> ClusterEdges {
-        let format = &image.meta.l2_format;
+        let format = image.file.l2_format();
         let size = format.geometry.cluster_size();
         let inside = format.geometry.in_cluster(self.offset.value());
         let start = if index == 0 { inside } else { 0 };
         let end = (inside + self.plan.len - index * size).min(size);
+        debug_assert!(start < end, "the write has no byte in cluster {index} of its run");
         let written = touched(format, start, end - start);
         let old = &self.old[index as usize];
         let needed = match self.plan.kind {
@@ -306,7 +318,7 @@ impl Prepared<'_> {
             }
         }
         let Some(change) = self.change.as_ref() else { return Ok(()) };
-        let format = &image.meta.l2_format;
+        let format = image.file.l2_format();
         let size = format.geometry.cluster_size();
         let mut unlinked = Vec::new();
         if change.plan.kind == WriteKind::Allocate {
@@ -314,7 +326,7 @@ impl Prepared<'_> {
         }
         let was_copied = |old: &L2Entry| matches!(old, L2Entry::Standard(cluster) if cluster.copied);
         let all_copied = change.old.iter().all(was_copied);
-        invariant::ours_alone(change.reserved.is_some(), all_copied, image.meta.has_data_file());
+        invariant::ours_alone(change.reserved.is_some(), all_copied, image.file.has_data_file());
         debug_assert_eq!(change.old.len() as u64, change.plan.clusters);
         let entry = |i: u64| {
             let edges = change.cluster_edges(image, i);
@@ -323,7 +335,7 @@ impl Prepared<'_> {
             let host = HostOffset::new(change.base.value() + i * size);
             written_entry(old, host, written, kept_subclusters(format, old))
         };
-        image.meta.commit(&change.place, change.plan.clusters, &unlinked, entry)?;
+        image.mapping().commit(&change.place, change.plan.clusters, &unlinked, entry)?;
         self.change = None;
         Ok(())
     }
@@ -335,7 +347,7 @@ impl Drop for Prepared<'_> {
         if let Some(run) = change.as_ref().and_then(|change| change.reserved) {
             // A part may be written: on a full disk the space is wanted. A count that cannot be lowered stays
             // too high: a leak, which harms nothing.
-            let _ = self.image.meta.free_reusable(&[run]);
+            let _ = self.image.flusher.free(&[run]);
         }
     }
 }

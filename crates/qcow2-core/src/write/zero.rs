@@ -22,8 +22,8 @@ impl Image {
     /// operation.
     pub(crate) fn zero_range(&self, range: GuestRange, kind: ZeroKind) -> Result<()> {
         let unit = match kind {
-            ZeroKind::Discard | ZeroKind::Forget => self.meta.geometry.cluster_size(),
-            ZeroKind::Keep | ZeroKind::Unmap => self.meta.geometry.subcluster_size(),
+            ZeroKind::Discard | ZeroKind::Forget => self.file.geometry().cluster_size(),
+            ZeroKind::Keep | ZeroKind::Unmap => self.file.geometry().subcluster_size(),
         };
         let (start, end) = (range.start().value(), range.end().value());
         // The last unit of the disk counts as whole although the disk ends inside it.
@@ -50,8 +50,7 @@ impl Image {
     /// it that is under way may be about to uncover bytes which an earlier write left in the same host
     /// cluster.
     fn stays_zero(&self, range: GuestRange) -> Result<bool> {
-        let cluster = self.meta.geometry.guest_cluster(range.start()).value();
-        let _claim = self.meta.claims.claim(cluster, cluster + 1);
+        let _claim = self.mapping().claim(range.start(), 1);
         self.reads_zero(range)
     }
 
@@ -86,8 +85,8 @@ impl Image {
     fn skip_untouched(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
         let shows_below = self.backing.is_some() || self.backing_unopened;
         let run = match kind {
-            ZeroKind::Discard if !shows_below => self.meta.lookup(offset, len)?,
-            ZeroKind::Forget => self.meta.lookup(offset, len)?,
+            ZeroKind::Discard if !shows_below => self.mapping().lookup(offset, len)?,
+            ZeroKind::Forget => self.mapping().lookup(offset, len)?,
             _ => return Ok(0),
         };
         let untouched = matches!(run.place, Place::Unallocated | Place::Zero { host: None })
@@ -98,19 +97,18 @@ impl Image {
     /// Zeroes a first part of `len` bytes from `offset` on, within one piece of an L2 table; returns its
     /// length.
     fn zero_clusters(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
-        let format = &self.meta.l2_format;
+        let format = self.file.l2_format();
         let (geometry, size) = (&format.geometry, format.geometry.cluster_size());
         let inside = geometry.in_cluster(offset.value());
-        let first = geometry.guest_cluster(offset).value();
         let wanted = geometry.clusters_for(inside + len).min(MAX_CLUSTERS);
-        let claim = self.meta.claims.claim(first, first + wanted);
-        let place = self.meta.writable_place(offset)?;
+        let claim = self.mapping().claim(offset, wanted * size - inside);
+        let place = self.mapping().writable_place(offset)?;
         let count = wanted.min(place.entries());
         let backing = self.backing.is_some() || self.backing_unopened;
         let (mut entries, mut by_data) = (Vec::new(), Vec::new());
         let (mut unlinked, mut emptied) = (Vec::new(), Vec::new());
         for i in 0..count {
-            let old = self.meta.entry(&place, i, offset)?;
+            let old = self.mapping().entry(&place, i, offset)?;
             let start = if i == 0 { inside } else { 0 };
             let end = (inside + len - i * size).min(size);
             let unit = geometry.subcluster_size();
@@ -133,6 +131,8 @@ impl Image {
             });
         }
         let done = (count * size - inside).min(len);
+        assert!(done > 0, "zeroing at {offset} makes no progress");
+        debug_assert_eq!(entries.len() as u64, count, "a cluster has no entry, or two");
         // The file first: where that fails, guest and raw data file must not differ.
         self.zero_data_file(offset, done, kind)?;
         self.commit_zero(&place, &entries, &unlinked)?;
@@ -150,7 +150,7 @@ impl Image {
     fn kind_with_places_kept(&self, kind: ZeroKind, old: &L2Entry) -> ZeroKind {
         match (kind, old) {
             (ZeroKind::Unmap | ZeroKind::Discard, L2Entry::Standard(ClusterEntry { host: Some(_), .. }))
-                if self.meta.discard_no_unref =>
+                if self.discard_no_unref =>
             {
                 ZeroKind::Keep
             }
@@ -162,12 +162,12 @@ impl Image {
     /// bytes are in there yet; a failed discard loses nothing. Encrypted bytes stay, see
     /// [`zero_data_file`](Self::zero_data_file).
     fn discard_emptied(&self, emptied: &[Unlinked]) {
-        if !self.meta.discard_freed || self.meta.has_data_file() || !self.crypt.is_plain() {
+        if !self.refcounts.discards_freed() || self.file.has_data_file() || !self.crypt.is_plain() {
             return;
         }
-        let size = self.meta.geometry.cluster_size();
-        for run in emptied.iter().filter(|run| !self.meta.is_guarded(**run)) {
-            let _ = self.meta.storage.discard(HostOffset::new(run.first * size), run.count * size);
+        let geometry = self.file.geometry();
+        for run in emptied.iter().filter(|run| !self.tables.is_guarded(**run)) {
+            let _ = self.file.storage().discard(run.clusters.offset(geometry), run.clusters.len(geometry));
         }
     }
 
@@ -177,7 +177,7 @@ impl Image {
         entries: &[L2Entry],
         unlinked: &[Unlinked],
     ) -> Result<()> {
-        self.meta.commit(place, entries.len() as u64, unlinked, |i| entries[i as usize])
+        self.mapping().commit(place, entries.len() as u64, unlinked, |i| entries[i as usize])
     }
 
     /// An external data file follows: a raw one must read as the guest disk does, another may give space
@@ -185,10 +185,10 @@ impl Image {
     fn zero_data_file(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<()> {
         // Zeroes there are noise to the guest while a mapping on disk still leads to them, so encrypted bytes
         // stay.
-        if !self.meta.has_data_file() || !self.crypt.is_plain() {
+        if !self.file.has_data_file() || !self.crypt.is_plain() {
             return Ok(());
         }
-        let data = self.meta.data()?;
+        let data = self.file.data()?;
         let host = HostOffset::new(offset.value());
         let len = len.min(self.size().saturating_sub(offset.value()));
         if self.raw_data_file {

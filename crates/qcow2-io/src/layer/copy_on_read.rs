@@ -1,6 +1,7 @@
 //! A disk that keeps what it reads from below.
 
 use qcow2_core::{DiskExtent, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Result, ZeroMode};
+use std::any::Any;
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// Wraps a disk with a backing file: every cluster that a read touches and that the top layer does not have
@@ -97,8 +98,8 @@ impl GuestDisk for CopyOnRead {
         self.inner.zero_granularity()
     }
 
-    fn as_image(&self) -> Option<&Image> {
-        self.inner.as_image()
+    fn as_any(&self) -> Option<&dyn Any> {
+        self.inner.as_any().filter(|disk| disk.is::<Image>())
     }
 
     fn resize(&self, size: u64) -> Result<()> {

@@ -13,30 +13,53 @@ mod window;
 
 pub(crate) use tree::Tree;
 
-use super::Meta;
-use super::alloc::Refcounts;
+use super::flush::Flusher;
 use super::overlap::OverlapChecks;
-use crate::error::{Error, Result};
+use super::refcount::{HeldRefcounts, RefcountStore};
+use super::run::ClusterRun;
+use super::tables::Tables;
+use crate::error::{ErrorKind, Result};
 use crate::rules::OrderingRule;
-use crate::sync::{MutexGuard, lock};
+use crate::sync::MutexGuard;
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;
 use ::alloc::vec::Vec;
-use qcow2_format::HostOffset;
-use window::{Spans, Window};
+use qcow2_format::l1::L1Entry;
+use qcow2_format::l2::L2Item;
+use qcow2_format::{Geometry, L2Index};
+use window::{Spans, Window, uncounted};
 
 /// The refcounts while a bulk change goes on: nobody else touches them, in memory or on disk.
 struct Held<'a> {
-    refcounts: MutexGuard<'a, Refcounts>,
-    _writing: MutexGuard<'a, ()>,
+    refcounts: HeldRefcounts<'a>,
+    // Dropped last: a round that began before the refcounts are let go would wait for them.
     _flushing: MutexGuard<'a, ()>,
 }
 
-impl Meta {
-    fn hold_refcounts(&self) -> Held<'_> {
-        let flushing = lock(&self.flushing);
-        let refcounts = lock(&self.refcounts);
-        Held { refcounts, _writing: lock(&self.refcount_io), _flushing: flushing }
+/// A change of whole trees of an image.
+pub(crate) struct Bulk<'a> {
+    tables: &'a Tables,
+    refcounts: &'a RefcountStore,
+    flusher: &'a Flusher,
+}
+
+impl<'a> Bulk<'a> {
+    /// The three are of one image.
+    pub(crate) fn new(tables: &'a Tables, refcounts: &'a RefcountStore, flusher: &'a Flusher) -> Self {
+        Self { tables, refcounts, flusher }
+    }
+
+    fn hold(&self) -> Held<'a> {
+        let flushing = self.flusher.hold();
+        Held { refcounts: self.refcounts.hold(), _flushing: flushing }
+    }
+
+    fn geometry(&self) -> &'a Geometry {
+        self.tables.file().geometry()
+    }
+
+    fn spans(&self, held: &Held<'_>) -> Spans {
+        Spans::new(self.geometry(), held.refcounts.table().len() as u64)
     }
 
     /// Adds one reference to every L2 table of `tree`, and to everything that they refer to. Disk: reads the
@@ -44,25 +67,25 @@ impl Meta {
     /// largest value, `Corrupt` for a damaged table or a cluster that is not counted; nothing was written
     /// then. After an error of the storage some counts may be too high.
     pub(crate) fn raise_tree(&self, tree: &Tree) -> Result<()> {
-        let held = self.hold_refcounts();
-        let spans = Spans::new(&self.geometry, held.refcounts.table.len() as u64);
-        let touched = self.touched(tree, &spans, &held.refcounts)?;
+        let held = self.hold();
+        let spans = self.spans(&held);
+        let touched = self.touched(tree, &spans, held.refcounts.table())?;
         if touched.len() > 1 {
             // All must fit before anything is written.
             for &span in &touched {
-                self.raised(tree, spans.window(self, &held.refcounts, span))?;
+                self.raised(tree, spans.window(self.tables, held.refcounts.table(), span))?;
             }
         }
         for &span in &touched {
-            let window = self.raised(tree, spans.window(self, &held.refcounts, span))?;
-            self.poison_on_error(window.store())?;
+            let window = self.raised(tree, spans.window(self.tables, held.refcounts.table(), span))?;
+            self.tables.file().poison_on_error(window.store())?;
         }
         self.forget_tables();
         Ok(())
     }
 
-    fn raised<'a>(&self, tree: &Tree, mut window: Window<'a>) -> Result<Window<'a>> {
-        self.for_each_run(tree, &mut |run, times| window.raise(run.first, run.count, times))?;
+    fn raised<'w>(&self, tree: &Tree, mut window: Window<'w>) -> Result<Window<'w>> {
+        tree.for_each_run(self.tables, &mut |run, times| window.raise(run.clusters, times))?;
         Ok(window)
     }
 
@@ -75,7 +98,7 @@ impl Meta {
     ///
     /// Disk: reads the tables; `unlink`; writes the refcount blocks and L2 tables whose flags change,
     /// barrier; then discards. Errors: `Corrupt` for a damaged table or a count that is too low, nothing
-    /// having changed; what `unlink` says; `Storage`, counts being left too high.
+    /// having changed; those of `unlink`; `Storage`, counts being left too high.
     pub(crate) fn lower_tree(
         &self,
         tree: &Tree,
@@ -83,58 +106,57 @@ impl Meta {
         mut active: Option<&mut [u64]>,
         unlink: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let mut held = self.hold_refcounts();
-        let spans = Spans::new(&self.geometry, held.refcounts.table.len() as u64);
-        let mut touched = self.touched(tree, &spans, &held.refcounts)?;
-        let active_tree = active.as_deref().map(|entries| Tree::new(entries, &self.geometry)).transpose()?;
+        let mut held = self.hold();
+        let spans = self.spans(&held);
+        let mut touched = self.touched(tree, &spans, held.refcounts.table())?;
+        let active_tree = active.as_deref().map(|entries| Tree::new(entries, self.geometry())).transpose()?;
         active_tree.iter().try_for_each(|tree| self.check_tables(tree))?;
         let marked = match &active_tree {
-            Some(active) => self.touched(active, &spans, &held.refcounts)?,
+            Some(active) => self.touched(active, &spans, held.refcounts.table())?,
             None => BTreeSet::new(),
         };
         // All must fit before anything is unlinked. One window is kept, several would take too much memory.
         let mut only = None;
         for &span in &touched {
-            let mut window = self.lowered(tree, spans.window(self, &held.refcounts, span))?;
+            let mut window = self.lowered(tree, spans.window(self.tables, held.refcounts.table(), span))?;
             self.check_kept(kept, &mut window)?;
             only = Some(window).filter(|_| touched.len() == 1);
         }
-        let (before, after) = match self.rules.keep(OrderingRule::UnlinkBeforeFree) {
+        // Links first, then counts: the other way round a crash would leave links to clusters that count as
+        // free (I1).
+        let (before, after) = match self.tables.file().keeps(OrderingRule::UnlinkBeforeFree) {
             true => (Some(unlink), None),
             false => (None, Some(unlink)),
         };
         before.map_or(Ok(()), |unlink| unlink())?;
         touched.extend(marked);
-        let mut freed = Vec::new();
+        let mut freed = None;
         for &span in &touched {
             let mut window = match only.take() {
                 Some(window) if touched.len() == 1 => window,
-                _ => self.lowered(tree, spans.window(self, &held.refcounts, span))?,
+                _ => self.lowered(tree, spans.window(self.tables, held.refcounts.table(), span))?,
             };
             if let (Some(tree), Some(entries)) = (&active_tree, active.as_deref_mut()) {
                 self.mark_copied(tree, entries, &mut window)?;
             }
             window.store()?;
-            self.storage.flush()?;
-            window.for_each_freed(&mut |first, count| self.give_back_freed(first, count, &mut freed));
+            self.tables.file().flush()?;
+            window.for_each_freed(&mut |run| self.give_back_freed(run, &mut freed));
         }
         after.map_or(Ok(()), |unlink| unlink())?;
         self.forget_tables();
-        self.expanded.clear();
-        held.refcounts.pack = None;
-        if let Some(&lowest) = freed.iter().min() {
-            held.refcounts.first_free = held.refcounts.first_free.min(lowest);
-        }
+        self.flusher.mapping().expanded().clear();
+        held.refcounts.lowered(freed);
         Ok(())
     }
 
     /// Makes sure that [`lower_tree`](Self::lower_tree) can lower every count, before a change that it is the
     /// end of.
     pub(crate) fn check_lowering(&self, tree: &Tree, kept: &[Tree]) -> Result<()> {
-        let held = self.hold_refcounts();
-        let spans = Spans::new(&self.geometry, held.refcounts.table.len() as u64);
-        for &span in &self.touched(tree, &spans, &held.refcounts)? {
-            let mut window = self.lowered(tree, spans.window(self, &held.refcounts, span))?;
+        let held = self.hold();
+        let spans = self.spans(&held);
+        for &span in &self.touched(tree, &spans, held.refcounts.table())? {
+            let mut window = self.lowered(tree, spans.window(self.tables, held.refcounts.table(), span))?;
             self.check_kept(kept, &mut window)?;
         }
         Ok(())
@@ -143,18 +165,21 @@ impl Meta {
     /// Refuses counts so low that a table which stays would be freed with those that go.
     fn check_kept(&self, kept: &[Tree], window: &mut Window<'_>) -> Result<()> {
         for table in kept.iter().flat_map(Tree::offsets) {
-            let cluster = self.geometry.host_cluster(table).value();
+            let cluster = self.geometry().host_cluster(table).value();
             if window.holds(cluster) && window.count(cluster)? == 0 {
-                return Err(self.mark_corrupt(format!("the refcount of the l2 table at {table} is too low")));
+                return Err(self
+                    .tables
+                    .header()
+                    .mark_corrupt(format!("the refcount of the l2 table at {table} is too low")));
             }
         }
         Ok(())
     }
 
-    fn lowered<'a>(&self, tree: &Tree, mut window: Window<'a>) -> Result<Window<'a>> {
-        let lowered = self.for_each_run(tree, &mut |run, times| {
-            self.check_owner(run)?;
-            window.lower(run.first, run.count, times)
+    fn lowered<'w>(&self, tree: &Tree, mut window: Window<'w>) -> Result<Window<'w>> {
+        let lowered = tree.for_each_run(self.tables, &mut |run, times| {
+            self.tables.check_owner(run)?;
+            window.lower(run.clusters, times)
         });
         lowered?;
         window.check_places()?;
@@ -163,30 +188,29 @@ impl Meta {
 
     /// Refuses a tree one of whose tables is other metadata.
     pub(crate) fn check_tables(&self, tree: &Tree) -> Result<()> {
-        let size = self.geometry.cluster_size();
-        tree.offsets().try_for_each(|table| self.check_table_place(OverlapChecks::L2, table, size))
+        let size = self.geometry().cluster_size();
+        tree.offsets().try_for_each(|table| self.tables.check_place(OverlapChecks::L2, table, size))
     }
 
     /// A freed run: no longer metadata, and the storage may have its space. A failed discard loses nothing.
-    fn give_back_freed(&self, first: u64, count: u64, lowest: &mut Vec<u64>) {
-        if lowest.first().is_none_or(|&so_far| first < so_far) {
-            *lowest = ::alloc::vec![first];
-        }
-        (first..first + count).for_each(|cluster| self.guard.forget(OverlapChecks::L2, cluster));
-        let size = self.geometry.cluster_size();
-        let _ = self.storage.discard(HostOffset::new(first * size), count * size);
+    fn give_back_freed(&self, run: ClusterRun, lowest: &mut Option<u64>) {
+        assert!(run.first() > 0, "the header's cluster is freed with a tree");
+        *lowest = Some(lowest.map_or(run.first(), |so_far| so_far.min(run.first())));
+        run.clusters().for_each(|cluster| self.tables.guard().forget(OverlapChecks::L2, cluster));
+        let _ = self.tables.file().storage().discard(run.offset(self.geometry()), run.len(self.geometry()));
     }
 
     /// Which windows `tree` has references in.
-    fn touched(&self, tree: &Tree, spans: &Spans, refcounts: &Refcounts) -> Result<BTreeSet<u64>> {
+    fn touched(&self, tree: &Tree, spans: &Spans, table: &[u64]) -> Result<BTreeSet<u64>> {
         if spans.count() <= 1 {
             return Ok(BTreeSet::from([0]));
         }
         let mut touched = BTreeSet::new();
-        let per_block = self.geometry.refcount_block_entries();
-        self.for_each_run(tree, &mut |run, _| {
-            let (first, last) = (run.first, run.first + run.count - 1);
-            if last / per_block >= refcounts.table.len() as u64 {
+        let per_block = self.geometry().refcount_block_entries();
+        tree.for_each_run(self.tables, &mut |run, _| {
+            debug_assert!(!run.clusters.is_empty(), "a tree refers to no cluster");
+            let (first, last) = (run.clusters.first(), run.clusters.end() - 1);
+            if last / per_block >= table.len() as u64 {
                 return Err(uncounted(last));
             }
             touched.extend(spans.of(first)..=spans.of(last));
@@ -196,12 +220,53 @@ impl Meta {
     }
 
     /// Drops all cached tables: the disk has others now.
-    pub(crate) fn forget_tables(&self) {
-        self.l2_cache.clear();
-        self.refcount_cache.clear();
+    fn forget_tables(&self) {
+        self.flusher.mapping().forget_tables();
+        self.refcounts.forget_cached();
     }
-}
 
-fn uncounted(cluster: u64) -> Error {
-    Error::corrupt(format!("host cluster {cluster} is in use but its refcount is 0"))
+    /// Clears the copied flag in every L2 table of `tree`: everything below has several references from now
+    /// on, or may be treated so. Disk: writes the tables that had one set; no barrier.
+    pub(crate) fn clear_copied(&self, tree: &Tree) -> Result<()> {
+        let format = self.tables.file().l2_format();
+        tree.for_each_table(self.tables, &mut |_, _, bytes| Ok(format.clear_copied_flags(bytes)))?;
+        self.flusher.mapping().forget_tables();
+        Ok(())
+    }
+
+    /// Makes the copied flags of those clusters that `window` counts say whether the count is one: in the L2
+    /// tables of `tree`, on disk, and in `entries`, the L1 entries that it was made of.
+    fn mark_copied(&self, tree: &Tree, entries: &mut [u64], window: &mut Window<'_>) -> Result<()> {
+        let (geometry, format) = (self.geometry(), self.tables.file().l2_format());
+        for raw in entries.iter_mut().filter(|raw| **raw != 0) {
+            let Ok(L1Entry { l2_table: Some(table), .. }) = L1Entry::decode(*raw, geometry) else {
+                continue;
+            };
+            let cluster = geometry.host_cluster(table).value();
+            if window.holds(cluster) {
+                // What no block counts is not ours alone, and no reason to fail now.
+                let copied = match window.count(cluster) {
+                    Err(error) if error.kind() == ErrorKind::Corrupt => false,
+                    count => count? == 1,
+                };
+                *raw = L1Entry { l2_table: Some(table), copied }.encode();
+            }
+        }
+        let mut wrong: Vec<L2Index> = Vec::new();
+        tree.for_each_table(self.tables, &mut |_, _, bytes| {
+            wrong.clear();
+            let mut result = Ok(());
+            format.scan(bytes, |item| {
+                if let (true, L2Item::Clusters { index, host, count, copied }) = (result.is_ok(), item) {
+                    let run = ClusterRun::new(geometry.host_cluster(host).value(), count);
+                    result = window.mismatches(run, copied, &mut |at| {
+                        wrong.push(L2Index::new(index.value() + at));
+                    });
+                }
+            });
+            debug_assert!(wrong.iter().all(|index| index.value() < geometry.l2_entries()), "{wrong:?}");
+            wrong.iter().for_each(|&index| format.flip_copied_flag(bytes, index));
+            result.map(|()| !wrong.is_empty())
+        })
+    }
 }

@@ -1,20 +1,20 @@
 //! Passes over all L2 tables of an L1 table, each read once however often it is named.
 
-use super::window::Window;
-use crate::error::{Error, ErrorKind, Result};
-use crate::meta::Meta;
+use crate::error::{Error, Result};
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
+use crate::meta::tables::Tables;
 use ::alloc::format;
 use ::alloc::vec::Vec;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{L2Fault, L2Item};
-use qcow2_format::{Geometry, HostOffset, L2Index};
+use qcow2_format::{Geometry, HostOffset};
 
 /// Bytes of neighbouring L2 tables that are read or written at once, but never less than one table.
 const PIECE: u64 = 1 << 20;
 
-/// Sees an L2 table's place, how often it is named, and its bytes; says whether it has changed them.
+/// Sees an L2 table's place, how often it is named, and its bytes; returns whether it has changed them.
 type VisitTable<'a> = dyn FnMut(HostOffset, u64, &mut [u8]) -> Result<bool> + 'a;
 
 /// The L2 tables below an L1 table, in host order, and how many entries name each.
@@ -39,6 +39,7 @@ impl Tree {
                 _ => tables.push((offset, 1)),
             }
         }
+        debug_assert!(tables.windows(2).all(|pair| pair[0].0 < pair[1].0), "a table is read twice");
         Ok(Self { tables })
     }
 
@@ -46,125 +47,53 @@ impl Tree {
     pub(crate) fn offsets(&self) -> impl Iterator<Item = HostOffset> + '_ {
         self.tables.iter().map(|&(offset, _)| offset)
     }
-}
 
-impl Meta {
-    /// Visits every run of host clusters that is referred to from `tree`, the L2 tables themselves included,
-    /// with how often each is. Errors: `Corrupt` for a damaged entry.
+    /// Visits every run of host clusters that the tree refers to, its L2 tables included, with how often each
+    /// is referred to. Errors: `Corrupt` for a damaged entry.
     pub(super) fn for_each_run(
         &self,
-        tree: &Tree,
+        tables: &Tables,
         visit: &mut dyn FnMut(Unlinked, u64) -> Result<()>,
     ) -> Result<()> {
-        let geometry = self.geometry;
-        for &(offset, times) in &tree.tables {
-            let first = geometry.host_cluster(offset).value();
-            visit(Unlinked { first, count: 1, kinds: OverlapChecks::L2 }, times)?;
+        let format = tables.file().l2_format();
+        for &(offset, times) in &self.tables {
+            visit(Unlinked::one(&format.geometry, OverlapChecks::L2, offset), times)?;
         }
-        self.for_each_table(tree, &mut |table, times, bytes| {
+        self.for_each_table(tables, &mut |table, times, bytes| {
             let mut result = Ok(());
-            self.l2_format.scan(bytes, |item| {
+            format.scan(bytes, |item| {
                 if result.is_ok() {
-                    result = self.visit_item(table, item, &mut |first, count| {
-                        visit(Unlinked::data(first, count), times)
-                    });
+                    let at = (&format.geometry, table);
+                    result = visit_item(at, item, &mut |run| visit(Unlinked::data(run), times));
                 }
             });
             result.map(|()| false)
         })
     }
 
-    fn visit_item(
-        &self,
-        table: HostOffset,
-        item: L2Item,
-        visit: &mut dyn FnMut(u64, u64) -> Result<()>,
-    ) -> Result<()> {
-        let geometry = &self.geometry;
-        match item {
-            L2Item::Clusters { host, count, .. } => visit(geometry.host_cluster(host).value(), count),
-            L2Item::Compressed { stream, .. } => {
-                let first = geometry.host_cluster(stream.host).value();
-                let last = stream.host.checked_add(stream.len.max(1) - 1);
-                let last = last.ok_or_else(|| Error::corrupt("a compressed stream passes 2^64"))?;
-                visit(first, geometry.host_cluster(last).value() - first + 1)
-            }
-            L2Item::Fault { fault: L2Fault::ReservedBits | L2Fault::CompressedCopied, .. } => Ok(()),
-            L2Item::Fault { index, fault, raw } => {
-                Err(Error::corrupt(format!("l2 entry {index} of table at {table}: {fault:?} in {raw:#018x}")))
-            }
-        }
-    }
-
-    /// Clears the copied flag in every L2 table of `tree`: everything below has several references from now
-    /// on, or may be treated so. Disk: writes the tables that had one set; no barrier.
-    pub(crate) fn clear_copied(&self, tree: &Tree) -> Result<()> {
-        self.for_each_table(tree, &mut |_, _, bytes| Ok(self.l2_format.clear_copied_flags(bytes)))?;
-        self.l2_cache.clear();
-        Ok(())
-    }
-
-    /// Makes the copied flags of those clusters that `window` counts say whether the count is one: in the L2
-    /// tables of `tree`, on disk, and in `entries`, the L1 entries that it was made of.
-    pub(super) fn mark_copied(
-        &self,
-        tree: &Tree,
-        entries: &mut [u64],
-        window: &mut Window<'_>,
-    ) -> Result<()> {
-        let geometry = self.geometry;
-        for raw in entries.iter_mut().filter(|raw| **raw != 0) {
-            let Ok(L1Entry { l2_table: Some(table), .. }) = L1Entry::decode(*raw, &geometry) else {
-                continue;
-            };
-            let cluster = geometry.host_cluster(table).value();
-            if window.holds(cluster) {
-                // What no block counts is not ours alone, and no reason to fail now.
-                let copied = match window.count(cluster) {
-                    Err(error) if error.kind() == ErrorKind::Corrupt => false,
-                    count => count? == 1,
-                };
-                *raw = L1Entry { l2_table: Some(table), copied }.encode();
-            }
-        }
-        let mut wrong: Vec<L2Index> = Vec::new();
-        self.for_each_table(tree, &mut |_, _, bytes| {
-            wrong.clear();
-            let mut result = Ok(());
-            self.l2_format.scan(bytes, |item| {
-                if let (true, L2Item::Clusters { index, host, count, copied }) = (result.is_ok(), item) {
-                    let first = geometry.host_cluster(host).value();
-                    result = window.mismatches(first, count, copied, &mut |at| {
-                        wrong.push(L2Index::new(index.value() + at));
-                    });
-                }
-            });
-            wrong.iter().for_each(|&index| self.l2_format.flip_copied_flag(bytes, index));
-            result.map(|()| !wrong.is_empty())
-        })
-    }
-
     /// Reads the tables in pieces and gives each to `visit` with its place and how often it is named; those
     /// that it says it has changed are written back. Tables in holes of the storage are passed over.
-    fn for_each_table(&self, tree: &Tree, visit: &mut VisitTable<'_>) -> Result<()> {
-        let size = self.geometry.cluster_size();
-        let mut buffer = Vec::new();
-        let mut rest = &tree.tables[..];
+    pub(super) fn for_each_table(&self, tables: &Tables, visit: &mut VisitTable<'_>) -> Result<()> {
+        let (file, mut buffer) = (tables.file(), Vec::new());
+        let size = file.geometry().cluster_size();
+        let mut rest = &self.tables[..];
         while let Some(&(start, _)) = rest.first() {
             let most = (PIECE / size).max(1) as usize;
             let follows = |(index, (offset, _)): (usize, &(HostOffset, u64))| {
                 start.checked_add(index as u64 * size) == Some(*offset)
             };
             let count = rest.iter().enumerate().take(most).take_while(|&next| follows(next)).count();
-            let (piece, later) = rest.split_at(count.max(1));
+            // The first table follows itself, so that every piece has one and the loop ends.
+            assert!(count > 0, "a piece of no tables");
+            let (piece, later) = rest.split_at(count);
             rest = later;
             let len = piece.len() as u64 * size;
-            let extent = self.storage.extent_at(start, len)?;
+            let extent = file.storage().extent_at(start, len)?;
             if !extent.data && extent.len >= len {
                 continue;
             }
             buffer.resize(len as usize, 0);
-            self.storage.read_padded(start, &mut buffer)?;
+            file.storage().read_padded(start, &mut buffer)?;
             let mut changed: Option<(usize, usize)> = None;
             for (index, (&(offset, times), bytes)) in
                 piece.iter().zip(buffer.chunks_exact_mut(size as usize)).enumerate()
@@ -176,9 +105,29 @@ impl Meta {
             if let Some((first, end)) = changed {
                 let at = HostOffset::new(start.value() + first as u64 * size);
                 let bytes = &buffer[first * size as usize..end * size as usize];
-                self.write_table(OverlapChecks::L2, at, bytes)?;
+                tables.write(OverlapChecks::L2, at, bytes)?;
             }
         }
         Ok(())
+    }
+}
+
+fn visit_item(
+    (geometry, table): (&Geometry, HostOffset),
+    item: L2Item,
+    visit: &mut dyn FnMut(ClusterRun) -> Result<()>,
+) -> Result<()> {
+    match item {
+        L2Item::Clusters { host, count, .. } => {
+            visit(ClusterRun::new(geometry.host_cluster(host).value(), count))
+        }
+        L2Item::Compressed { stream, .. } => {
+            let run = ClusterRun::of_bytes(geometry, stream.host, stream.len.max(1));
+            visit(run.ok_or_else(|| Error::corrupt("a compressed stream passes 2^64"))?)
+        }
+        L2Item::Fault { fault: L2Fault::ReservedBits | L2Fault::CompressedCopied, .. } => Ok(()),
+        L2Item::Fault { index, fault, raw } => {
+            Err(Error::corrupt(format!("l2 entry {index} of table at {table}: {fault:?} in {raw:#018x}")))
+        }
     }
 }

@@ -2,11 +2,10 @@
 //!
 //! Invariant I1: no count goes below the number of references, because each drop stands for one that is gone.
 
-use super::uncounted;
 use crate::error::{Error, ErrorKind, Result};
-use crate::meta::Meta;
-use crate::meta::alloc::Refcounts;
 use crate::meta::overlap::OverlapChecks;
+use crate::meta::run::ClusterRun;
+use crate::meta::tables::Tables;
 use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
@@ -18,6 +17,11 @@ use qcow2_format::{Geometry, HostOffset};
 /// Bytes of refcount blocks in memory at most (but always one block): enough for a disk of 1 TiB as it is
 /// made by default.
 const WINDOW_BYTES: u64 = 48 << 20;
+
+/// The error where something is referred to that no refcount counts.
+pub(super) fn uncounted(cluster: u64) -> Error {
+    Error::corrupt(format!("host cluster {cluster} is in use but its refcount is 0"))
+}
 
 /// How the refcount table is cut into windows.
 pub(super) struct Spans {
@@ -44,7 +48,9 @@ impl Spans {
     }
 
     /// Window `number`, no block of which has been read yet.
-    pub(super) fn window<'a>(&self, meta: &'a Meta, refcounts: &'a Refcounts, number: u64) -> Window<'a> {
+    pub(super) fn window<'a>(&self, tables: &'a Tables, table: &'a [u64], number: u64) -> Window<'a> {
+        let geometry = tables.file().geometry();
+        debug_assert!(number < self.count().max(1), "window {number} of {}", self.count());
         let first_block = number * self.blocks_per_window;
         let len = self.table_entries.saturating_sub(first_block).min(self.blocks_per_window);
         // With one window nothing lies outside, so that a cluster past the table is noticed.
@@ -53,10 +59,10 @@ impl Spans {
             _ => number * self.clusters_per_window..(number + 1) * self.clusters_per_window,
         };
         Window {
-            meta,
-            table: &refcounts.table,
-            per_block: meta.geometry.refcount_block_entries(),
-            width: meta.geometry.refcount_width(),
+            tables,
+            table,
+            per_block: geometry.refcount_block_entries(),
+            width: geometry.refcount_width(),
             clusters,
             first_block,
             blocks: (0..len).map(|_| None).collect(),
@@ -66,7 +72,8 @@ impl Spans {
 
 /// The counts of a range of clusters.
 pub(super) struct Window<'a> {
-    meta: &'a Meta,
+    tables: &'a Tables,
+    /// The raw entries of the refcount table.
     table: &'a [u64],
     per_block: u64,
     width: RefcountWidth,
@@ -86,10 +93,10 @@ struct Block {
 }
 
 impl Window<'_> {
-    /// Adds `times` to the counts of those of the `count` clusters from `first` on that are in the window.
-    pub(super) fn raise(&mut self, first: u64, count: u64, times: u64) -> Result<()> {
+    /// Adds `times` to the counts of those clusters of `run` that are in the window.
+    pub(super) fn raise(&mut self, run: ClusterRun, times: u64) -> Result<()> {
         let width = self.width;
-        self.change(first, count, |block, slots, base| {
+        self.change(run, |block, slots, base| {
             block.raise(width, slots, times).map_err(|(slot, old)| match old {
                 0 => uncounted(base + slot),
                 _ => Error::new(
@@ -105,20 +112,19 @@ impl Window<'_> {
     }
 
     /// Takes `times` from those counts.
-    pub(super) fn lower(&mut self, first: u64, count: u64, times: u64) -> Result<()> {
+    pub(super) fn lower(&mut self, run: ClusterRun, times: u64) -> Result<()> {
         let width = self.width;
-        self.change(first, count, |block, slots, base| {
+        self.change(run, |block, slots, base| {
             block.lower(width, slots, times).map_err(|slot| uncounted(base + slot))
         })
     }
 
     fn change(
         &mut self,
-        first: u64,
-        count: u64,
+        run: ClusterRun,
         mut change: impl FnMut(&mut Block, Range<u64>, u64) -> Result<()>,
     ) -> Result<()> {
-        let (mut at, end) = (first.max(self.clusters.start), (first + count).min(self.clusters.end));
+        let (mut at, end) = (run.first().max(self.clusters.start), run.end().min(self.clusters.end));
         while at < end {
             let base = at - at % self.per_block;
             let stop = end.min(base + self.per_block);
@@ -139,18 +145,17 @@ impl Window<'_> {
         Ok(width.extract(self.block(cluster)?.words[width.word_index(slot)], slot))
     }
 
-    /// Visits those of the `count` clusters from `first` on that the window holds and whose count says
-    /// otherwise than `copied`, as distances from `first`. What no block counts is passed over: by now the
+    /// Visits those clusters of `run` that the window holds and whose count disagrees with `copied`, as
+    /// distances from its first. What no block counts is passed over: by now the
     /// change that this is the end of has happened, and must not fail because of something else that is
     /// damaged.
     pub(super) fn mismatches(
         &mut self,
-        first: u64,
-        count: u64,
+        run: ClusterRun,
         copied: bool,
         visit: &mut dyn FnMut(u64),
     ) -> Result<()> {
-        let (mut at, end) = (first.max(self.clusters.start), (first + count).min(self.clusters.end));
+        let (mut at, end) = (run.first().max(self.clusters.start), run.end().min(self.clusters.end));
         let (width, per_block) = (self.width, self.per_block);
         while at < end {
             let base = at - at % per_block;
@@ -166,7 +171,7 @@ impl Window<'_> {
             for cluster in at..stop {
                 let slot = cluster - base;
                 if (width.extract(words[width.word_index(slot)], slot) == 1) != copied {
-                    visit(cluster - first);
+                    visit(cluster - run.first());
                 }
             }
             at = stop;
@@ -183,14 +188,16 @@ impl Window<'_> {
             .ok_or_else(|| uncounted(cluster))?;
         if place.is_none() {
             let raw = self.table.get(index as usize).copied().unwrap_or(0);
-            let offset = decode_table_entry(raw, &self.meta.geometry)
+            let offset = decode_table_entry(raw, self.tables.file().geometry())
                 .map_err(|e| {
                     Error::corrupt(format!("refcount table entry {index} is damaged")).with_source(e)
                 })?
                 .ok_or_else(|| uncounted(cluster))?;
-            let mut bytes = vec![0; self.meta.geometry.cluster_size() as usize];
-            self.meta.storage.read_padded(offset, &mut bytes)?;
-            let words = words(&bytes).collect();
+            let file = self.tables.file();
+            let mut bytes = vec![0; file.geometry().cluster_size() as usize];
+            file.storage().read_padded(offset, &mut bytes)?;
+            let words: Vec<u64> = words(&bytes).collect();
+            debug_assert_eq!(words.len() as u64 * u64::from(64 / self.width.bits()), self.per_block);
             *place = Some(Block { offset, words, dirty: false, freed: Vec::new() });
         }
         place.as_mut().ok_or_else(|| uncounted(cluster))
@@ -199,45 +206,46 @@ impl Window<'_> {
     /// Makes sure that the changed blocks can be written: none takes the place of other metadata. Errors:
     /// `Corrupt`.
     pub(super) fn check_places(&self) -> Result<()> {
-        let size = self.meta.geometry.cluster_size();
+        let size = self.tables.file().geometry().cluster_size();
         let mut changed = self.blocks.iter().flatten().filter(|block| block.dirty);
-        changed.try_for_each(|block| {
-            self.meta.check_table_place(OverlapChecks::REFCOUNT_BLOCK, block.offset, size)
-        })
+        changed
+            .try_for_each(|block| self.tables.check_place(OverlapChecks::REFCOUNT_BLOCK, block.offset, size))
     }
 
     /// Writes the changed blocks, in host order.
     pub(super) fn store(&self) -> Result<()> {
         let mut changed: Vec<&Block> = self.blocks.iter().flatten().filter(|block| block.dirty).collect();
         changed.sort_by_key(|block| block.offset);
-        let mut bytes = Vec::with_capacity(self.meta.geometry.cluster_size() as usize);
+        let mut bytes = Vec::with_capacity(self.tables.file().geometry().cluster_size() as usize);
         for block in changed {
             bytes.clear();
             push_words(&mut bytes, block.words.iter().copied());
-            self.meta.write_table(OverlapChecks::REFCOUNT_BLOCK, block.offset, &bytes)?;
+            self.tables.write(OverlapChecks::REFCOUNT_BLOCK, block.offset, &bytes)?;
         }
         Ok(())
     }
 
     /// The runs of clusters whose counts have become zero, in order.
-    pub(super) fn for_each_freed(&self, visit: &mut dyn FnMut(u64, u64)) {
-        let mut run: Option<Range<u64>> = None;
+    pub(super) fn for_each_freed(&self, visit: &mut dyn FnMut(ClusterRun)) {
+        let mut run = ClusterRun::NONE;
         for (index, block) in (self.first_block..).zip(&self.blocks) {
             let Some(block) = block else { continue };
             for slot in block.freed_slots() {
-                let cluster = index * self.per_block + slot;
-                match &mut run {
-                    Some(run) if run.end == cluster => run.end += 1,
-                    other => {
-                        if let Some(done) = other.replace(cluster..cluster + 1) {
-                            visit(done.start, done.end - done.start);
-                        }
-                    }
+                debug_assert_eq!(
+                    self.width.extract(block.words[self.width.word_index(slot)], slot),
+                    0,
+                    "a cluster that is referred to is freed"
+                );
+                let cluster = ClusterRun::one(index * self.per_block + slot);
+                if run.is_empty() {
+                    run = cluster;
+                } else if !run.join(cluster) {
+                    visit(core::mem::replace(&mut run, cluster));
                 }
             }
         }
-        if let Some(run) = run {
-            visit(run.start, run.end - run.start);
+        if !run.is_empty() {
+            visit(run);
         }
     }
 }

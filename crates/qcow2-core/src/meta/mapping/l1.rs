@@ -1,6 +1,6 @@
 //! The active L1 table, kept whole in memory.
 
-use super::page::{DirtyRun, SECTOR_SIZE};
+use crate::meta::page::{DirtyRun, SECTOR_SIZE};
 use crate::sync::{Mutex, Rank, RwLock, lock, read, write};
 use ::alloc::collections::BTreeSet;
 use ::alloc::vec::Vec;
@@ -8,14 +8,14 @@ use qcow2_format::bytes::table_bytes;
 use qcow2_format::{HostOffset, L1Index};
 
 /// The active L1 table and which of its sectors differ from the disk.
-pub(crate) struct L1Table {
+pub(super) struct L1Table {
     table: RwLock<(HostOffset, Vec<u64>)>,
     dirty: Mutex<BTreeSet<u64>>,
 }
 
 impl L1Table {
     /// The table at `offset` with these raw entries.
-    pub(crate) fn new(offset: HostOffset, entries: Vec<u64>) -> Self {
+    pub(super) fn new(offset: HostOffset, entries: Vec<u64>) -> Self {
         Self {
             table: RwLock::new(Rank::L1Table, (offset, entries)),
             dirty: Mutex::new(Rank::L1Dirty, BTreeSet::new()),
@@ -23,17 +23,17 @@ impl L1Table {
     }
 
     /// The raw entry at `index`; 0 past the end.
-    pub(crate) fn entry(&self, index: L1Index) -> u64 {
+    pub(super) fn entry(&self, index: L1Index) -> u64 {
         read(&self.table).1.get(index.value() as usize).copied().unwrap_or(0)
     }
 
     /// Whether the entry at `index` leads anywhere.
-    pub(crate) fn is_mapped(&self, index: u64) -> bool {
+    pub(super) fn is_mapped(&self, index: u64) -> bool {
         read(&self.table).1.get(index as usize).is_some_and(|&raw| raw != 0)
     }
 
     /// The first entry in `range` that leads anywhere; none where that passes the end.
-    pub(crate) fn next_mapped(&self, range: core::ops::Range<u64>) -> Option<u64> {
+    pub(super) fn next_mapped(&self, range: core::ops::Range<u64>) -> Option<u64> {
         let table = read(&self.table);
         let entries = table.1.get(range.start as usize..range.end as usize)?;
         let index = entries.iter().position(|&raw| raw != 0)?;
@@ -41,36 +41,36 @@ impl L1Table {
     }
 
     /// How many entries the table has.
-    pub(crate) fn len(&self) -> u64 {
+    pub(super) fn len(&self) -> u64 {
         read(&self.table).1.len() as u64
     }
 
     /// Where the sector that holds entry `index` is.
-    pub(crate) fn sector_of(&self, index: L1Index) -> HostOffset {
+    pub(super) fn sector_of(&self, index: L1Index) -> HostOffset {
         let sector = index.value() * 8 / SECTOR_SIZE * SECTOR_SIZE;
         HostOffset::new(read(&self.table).0.value().saturating_add(sector))
     }
 
     /// Where the table is, and a copy of its raw entries.
-    pub(crate) fn contents(&self) -> (HostOffset, Vec<u64>) {
+    pub(super) fn contents(&self) -> (HostOffset, Vec<u64>) {
         read(&self.table).clone()
     }
 
     /// Replaces table and place; everything in it is on disk already.
-    pub(crate) fn replace(&self, offset: HostOffset, entries: Vec<u64>) {
+    pub(super) fn replace(&self, offset: HostOffset, entries: Vec<u64>) {
         debug_assert!(offset.value().is_multiple_of(SECTOR_SIZE), "an l1 table at {offset}");
         *write(&self.table) = (offset, entries);
         lock(&self.dirty).clear();
     }
 
     /// Changes an entry; the caller keeps the commit gate open. `index` must be below [`len`](Self::len).
-    pub(crate) fn set(&self, index: L1Index, raw: u64) {
+    pub(super) fn set(&self, index: L1Index, raw: u64) {
         write(&self.table).1[index.value() as usize] = raw;
         lock(&self.dirty).insert(index.value() * 8 / SECTOR_SIZE);
     }
 
     /// Takes the changed sectors for write-back. The caller has closed the commit gate.
-    pub(crate) fn take_dirty(&self, runs: &mut Vec<DirtyRun>) {
+    pub(super) fn take_dirty(&self, runs: &mut Vec<DirtyRun>) {
         let dirty = core::mem::take(&mut *lock(&self.dirty));
         if dirty.is_empty() {
             return;
@@ -80,6 +80,7 @@ impl L1Table {
         let per_sector = (SECTOR_SIZE / 8) as usize;
         for sector in dirty {
             let first = sector as usize * per_sector;
+            debug_assert!(first < entries.len(), "sector {sector} of an l1 table that is shorter");
             let words = &entries[first..entries.len().min(first + per_sector)];
             let bytes = table_bytes(words.iter().copied());
             runs.push(DirtyRun { offset: HostOffset::new(base + sector * SECTOR_SIZE), bytes });

@@ -3,11 +3,12 @@
 //! Order on disk: changed refcount blocks, the new blocks, the new table; barrier; the header; barrier. Only
 //! then is the old table free.
 
-use super::Meta;
-use super::alloc::Refcounts;
-use super::overlap::OverlapChecks;
-use super::pending::Unlinked;
+use super::{RefcountStore, Refcounts};
 use crate::error::{Error, ErrorKind, Result};
+use crate::invariant;
+use crate::meta::overlap::OverlapChecks;
+use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
 use crate::port::event::Event;
 use crate::rules::OrderingRule;
 use crate::sync::lock;
@@ -24,26 +25,24 @@ const MAX_TABLE_BYTES: u64 = 8 << 20;
 
 /// Where the new structures go: blocks first, the table right after them.
 struct Layout {
-    first: u64,
-    blocks: u64,
-    table_clusters: u64,
+    blocks: ClusterRun,
+    table: ClusterRun,
 }
 
-impl Meta {
+impl RefcountStore {
     /// Makes the refcount table long enough for entry `index` and gives the new places refcounts. The new
     /// structures lie where no block of the old table reaches, so that they count themselves. Errors: also
     /// `NoSpace`, nothing having changed.
-    pub(crate) fn grow_refcount_table(&self, refcounts: &mut Refcounts, index: u64) -> Result<()> {
+    pub(super) fn grow_table(&self, refcounts: &mut Refcounts, index: u64) -> Result<()> {
         let layout = self.plan_growth(refcounts, index)?;
-        let size = self.geometry.cluster_size();
-        let len = (layout.blocks + layout.table_clusters) * size;
-        self.reserve_space(HostOffset::new(layout.first * size), len)?;
+        let len = layout.blocks.len(self.geometry()) + layout.table.len(self.geometry());
+        self.file.reserve_space(layout.blocks.offset(self.geometry()), len)?;
         let result = self.write_growth(refcounts, &layout);
-        self.poison_on_error(result)
+        self.file.poison_on_error(result)
     }
 
     fn plan_growth(&self, refcounts: &Refcounts, index: u64) -> Result<Layout> {
-        let geometry = &self.geometry;
+        let geometry = self.geometry();
         let (cluster_size, per_block) = (geometry.cluster_size(), geometry.refcount_block_entries());
         let old_entries = refcounts.table.len() as u64;
         let first = old_entries * per_block;
@@ -67,54 +66,58 @@ impl Meta {
                 ),
             ));
         }
-        Ok(Layout { first, blocks, table_clusters })
+        assert!(table_clusters * cluster_size / 8 > index, "a refcount table without entry {index}");
+        let blocks = ClusterRun::new(first, blocks);
+        let layout = Layout { blocks, table: ClusterRun::new(blocks.end(), table_clusters) };
+        invariant::all_counted(old_entries + layout.blocks.count(), per_block, layout.table.end());
+        Ok(layout)
     }
 
     fn write_growth(&self, refcounts: &mut Refcounts, layout: &Layout) -> Result<()> {
-        let _writing = lock(&self.refcount_io);
-        let geometry = &self.geometry;
+        // A write-back under way has copies of the blocks that are written below, older ones.
+        let _writing = lock(&self.io);
+        let geometry = self.geometry();
         let size = geometry.cluster_size();
-        let used = layout.blocks + layout.table_clusters;
+        let used = layout.blocks.count() + layout.table.count();
         let old_entries = refcounts.table.len();
         let mut table = refcounts.table.clone();
-        assert!(layout.table_clusters * size / 8 > old_entries as u64, "a refcount table that does not grow");
-        table.resize((layout.table_clusters * size / 8) as usize, 0);
-        for block in 0..layout.blocks {
-            table[old_entries + block as usize] =
-                encode_table_entry(Some(HostOffset::new((layout.first + block) * size)));
+        let entries = layout.table.len(geometry) / 8;
+        assert!(entries > old_entries as u64, "a refcount table that does not grow");
+        table.resize(entries as usize, 0);
+        for (block, entry) in layout.blocks.clusters().zip(&mut table[old_entries..]) {
+            *entry = encode_table_entry(Some(HostOffset::new(block * size)));
         }
-        let (pages, runs) = self.refcount_cache.take_dirty();
-        self.write_runs(OverlapChecks::REFCOUNT_BLOCK, &runs)?;
+        let (pages, runs) = self.cache.take_dirty();
+        self.tables.write_runs(OverlapChecks::REFCOUNT_BLOCK, &runs)?;
         drop(pages);
-        let place = HostOffset::new(layout.first * size);
-        self.refcount_cache.forget(place, used * size);
-        let mut bytes = self_counting_blocks(geometry.refcount_width(), layout.blocks * size, used);
+        let place = layout.blocks.offset(geometry);
+        self.cache.forget(place, used * size);
+        let mut bytes = self_counting_blocks(geometry.refcount_width(), layout.blocks.len(geometry), used);
         push_words(&mut bytes, table.iter().copied());
-        self.event(Event::RefblockAllocWriteTable);
-        self.write_table(OverlapChecks::NONE, place, &bytes)?;
-        if self.rules.keep(OrderingRule::TableBeforeHeader) {
-            self.storage.flush()?;
+        self.file.event(Event::RefblockAllocWriteTable);
+        self.tables.write(OverlapChecks::NONE, place, &bytes)?;
+        // The header's sector makes the new table count: table and blocks must be whole before.
+        if self.file.keeps(OrderingRule::TableBeforeHeader) {
+            self.file.flush()?;
         }
-        let offset = HostOffset::new((layout.first + layout.blocks) * size);
-        self.event(Event::RefblockAllocSwitchTable);
-        self.update_header(&[HeaderField::RefcountTable { offset, clusters: layout.table_clusters as u32 }])?;
-        self.guard.note(OverlapChecks::REFCOUNT_BLOCK, layout.first, layout.blocks);
-        self.guard.note(OverlapChecks::REFCOUNT_TABLE, layout.first + layout.blocks, layout.table_clusters);
-        let old = (refcounts.table_offset.value() / size, refcounts.table_clusters);
+        let (offset, clusters) = (layout.table.offset(geometry), layout.table.count());
+        self.file.event(Event::RefblockAllocSwitchTable);
+        self.header.update(&[HeaderField::RefcountTable { offset, clusters: clusters as u32 }])?;
+        self.tables.guard().note(OverlapChecks::REFCOUNT_BLOCK, layout.blocks);
+        self.tables.guard().note(OverlapChecks::REFCOUNT_TABLE, layout.table);
+        let old = refcounts.table_run(geometry);
         refcounts.table = table;
         refcounts.table_offset = offset;
-        refcounts.table_clusters = layout.table_clusters;
+        refcounts.table_clusters = clusters;
         refcounts.dirty_sectors.clear();
-        self.lower_in(
-            refcounts,
-            Unlinked { first: old.0, count: old.1, kinds: OverlapChecks::REFCOUNT_TABLE },
-        )
+        self.lower_in(refcounts, Unlinked { clusters: old, kinds: OverlapChecks::REFCOUNT_TABLE })
     }
 }
 
 /// Refcount blocks of `len` bytes in all, whose first `used` counts are one.
 fn self_counting_blocks(width: RefcountWidth, len: u64, used: u64) -> Vec<u8> {
     let mut words = vec![0u64; (len / 8) as usize];
+    debug_assert!(used <= words.len() as u64 * u64::from(64 / width.bits()), "{used} counts in {len} bytes");
     for slot in 0..used {
         let word = &mut words[width.word_index(slot)];
         *word = width.insert(*word, slot, 1);

@@ -3,38 +3,39 @@
 //! Order on disk, where more than the first sector changes: the backing file's name in a place of its own
 //! that nothing uses; barrier; a first sector that leads to it and has every extension but the names of
 //! features; barrier; everything behind the first sector; barrier; the first sector; barrier. At every moment
-//! the first sector alone says what holds.
+//! the first sector alone decides which header is valid.
 
-use super::Meta;
-use super::page::SECTOR_SIZE;
+use super::HeaderStore;
 use crate::error::{Error, ErrorKind, Result};
 use crate::invariant;
+use crate::meta::page::SECTOR_SIZE;
 use crate::sync::lock;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
 use qcow2_format::{FormatError, Header, HostOffset};
 
-impl Meta {
+impl HeaderStore {
     /// Puts `new` on disk in place of the header there is, and returns when it is durable. Errors: `Format`
     /// where it does not fit into the first cluster; `Storage`, which poisons the image.
-    pub(crate) fn switch_header(&self, new: Header) -> Result<()> {
+    pub(crate) fn switch_to(&self, new: Header) -> Result<()> {
         let plan = {
-            let mut old = vec![0; self.geometry.cluster_size() as usize];
-            self.storage.read_padded(HostOffset::new(0), &mut old)?;
+            let mut old = vec![0; self.file.geometry().cluster_size() as usize];
+            self.file.storage().read_padded(HostOffset::new(0), &mut old)?;
             plan_switch(&old, &new).map_err(|e| {
                 Error::new(ErrorKind::Format, "the new header cannot be written").with_source(e)
             })?
         };
+        assert!(plan.iter().any(|step| step.offset == 0), "the header is switched without its first sector");
         let written = plan.iter().try_for_each(|step| {
-            invariant::may_write(self.writable);
+            invariant::may_write(self.file.is_writable());
             if step.offset == 0 {
                 invariant::is_header(&step.bytes);
             }
-            self.storage.write_at(HostOffset::new(step.offset), &step.bytes)?;
-            self.storage.flush()
+            self.file.storage().write_at(HostOffset::new(step.offset), &step.bytes)?;
+            self.file.flush()
         });
-        self.poison_on_error(written.map_err(Into::into))?;
-        let mut state = lock(&self.header);
+        self.file.poison_on_error(written)?;
+        let mut state = lock(&self.state);
         if let Some(last) = plan.iter().rev().find(|step| step.offset == 0) {
             state.sector.copy_from_slice(&last.bytes[..SECTOR_SIZE as usize]);
         }
@@ -85,6 +86,14 @@ fn plan_switch(old: &[u8], new: &Header) -> Result<Vec<Step>, FormatError> {
     if !name.is_empty() {
         steps.push(apart(&[]));
     }
+    debug_assert!(
+        steps.iter().all(|step| step.offset as usize + step.bytes.len() <= target.len()),
+        "a step leaves the header's cluster"
+    );
+    debug_assert!(
+        steps.iter().rfind(|step| step.offset == 0).is_some_and(|last| last.bytes == target[..sector]),
+        "the last first sector is not the new header's"
+    );
     Ok(steps)
 }
 

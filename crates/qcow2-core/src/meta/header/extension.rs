@@ -5,11 +5,11 @@
 //! a list of extensions by others that has to move across sectors is not changed in one step; bitmaps are not
 //! trusted meanwhile. Spec: "Header extensions", "Bitmaps extension".
 
-use super::Meta;
-use super::header::HeaderState;
-use super::page::SECTOR_SIZE;
+use super::{HeaderState, HeaderStore};
 use crate::error::{Error, ErrorKind, Result};
 use crate::invariant;
+use crate::meta::file::ImageFile;
+use crate::meta::page::SECTOR_SIZE;
 use crate::sync::lock;
 use ::alloc::format;
 use ::alloc::vec;
@@ -27,22 +27,22 @@ const SECTOR: usize = SECTOR_SIZE as usize;
 
 /// The header's cluster, and which of its sectors are to be written.
 struct Draft<'a> {
-    meta: &'a Meta,
+    file: &'a ImageFile,
     bytes: Vec<u8>,
     /// As they are on disk.
     before: Vec<u8>,
 }
 
-impl Meta {
+impl HeaderStore {
     /// Makes the header name this bitmap directory, or none, and vouch for it. Durable when it returns.
     /// Errors: `NoSpace` where the first cluster has no room; `Unsupported` in version 2; `Storage`, which
     /// poisons the image.
     pub(crate) fn set_bitmaps_extension(&self, extension: Option<BitmapsExtension>) -> Result<()> {
-        let mut state = lock(&self.header);
+        let mut state = lock(&self.state);
         if state.header.version < Version::V3 {
             return Err(Error::new(ErrorKind::Unsupported, "a version 2 image cannot store bitmaps"));
         }
-        let mut draft = Draft::new(self, &state)?;
+        let mut draft = Draft::new(&self.file, &state)?;
         let list = draft.places()?;
         let done = match (extension, list.bitmaps) {
             (Some(extension), Some(at)) => draft.change(at, &extension),
@@ -52,16 +52,16 @@ impl Meta {
         };
         // What was written is what counts from now on, whole or not.
         let adopted = draft.adopt(&mut state);
-        self.poison_on_error(done.and(adopted))
+        self.file.poison_on_error(done.and(adopted))
     }
 }
 
 impl<'a> Draft<'a> {
-    fn new(meta: &'a Meta, state: &HeaderState) -> Result<Self> {
-        let mut bytes = vec![0; meta.geometry.cluster_size() as usize];
-        meta.storage.read_padded(HostOffset::new(0), &mut bytes)?;
+    fn new(file: &'a ImageFile, state: &HeaderState) -> Result<Self> {
+        let mut bytes = vec![0; file.geometry().cluster_size() as usize];
+        file.storage().read_padded(HostOffset::new(0), &mut bytes)?;
         bytes[..SECTOR].copy_from_slice(&state.sector);
-        Ok(Self { meta, before: bytes.clone(), bytes })
+        Ok(Self { file, before: bytes.clone(), bytes })
     }
 
     fn places(&self) -> Result<ExtensionPlaces> {
@@ -72,6 +72,7 @@ impl<'a> Draft<'a> {
     /// Writes the sectors in `range` that differ from the disk, the last one first unless `forward`, and
     /// waits.
     fn write(&mut self, range: Range<usize>, forward: bool) -> Result<()> {
+        assert!(range.end <= self.bytes.len(), "bytes {range:?} leave the header's cluster");
         let mut sectors: Vec<usize> = (range.start / SECTOR..range.end.div_ceil(SECTOR)).collect();
         if !forward {
             sectors.reverse();
@@ -80,12 +81,12 @@ impl<'a> Draft<'a> {
             let place = sector * SECTOR..(sector + 1) * SECTOR;
             if self.bytes[place.clone()] != self.before[place.clone()] {
                 let at = HostOffset::new(place.start as u64);
-                invariant::may_write(self.meta.writable);
+                invariant::may_write(self.file.is_writable());
                 if sector == 0 {
                     invariant::is_header(&self.bytes);
                 }
-                self.meta.storage.write_at(at, &self.bytes[place.clone()])?;
-                self.meta.storage.flush()?;
+                self.file.storage().write_at(at, &self.bytes[place.clone()])?;
+                self.file.flush()?;
                 self.before[place.clone()].copy_from_slice(&self.bytes[place]);
             }
         }

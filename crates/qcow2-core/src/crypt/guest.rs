@@ -1,0 +1,94 @@
+//! Guest bytes of an encrypted image, on their way to and from its data storage.
+
+use super::{read_sectors, write_sectors};
+use crate::error::Result;
+use crate::image::Image;
+use crate::port::cipher::{CIPHER_SECTOR, ClusterCipher, SectorNumbering};
+use crate::port::disk::GuestDisk;
+use crate::port::storage::Storage;
+use crate::write::apply::move_data;
+use qcow2_format::{GuestOffset, HostOffset};
+
+/// The most bytes that are encrypted at once: the largest cluster, so that no cluster is written in two
+/// halves.
+const PIECE: u64 = 2 << 20;
+
+impl Image {
+    /// Reads stored guest bytes: those of guest byte `guest` and after it are at `host` and after it.
+    pub(crate) fn read_encrypted(&self, guest: GuestOffset, host: HostOffset, buf: &mut [u8]) -> Result<()> {
+        let cipher = self.crypt.cipher()?;
+        let data = self.file.data()?;
+        // Host and guest place of a sector are equally far from its start.
+        read_sectors(guest.value(), buf, |at, sectors| {
+            let host = HostOffset::new(host.value() + at - guest.value());
+            read_sealed(&**data, cipher, (GuestOffset::new(at), host), sectors)
+        })
+    }
+
+    /// Writes `buf` at `offset`: the rest of sectors that it covers in part is read first, and nobody else
+    /// changes parts of sectors meanwhile.
+    pub(crate) fn write_encrypted(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
+        self.crypt.cipher()?;
+        let read = |at: u64, sector: &mut [u8]| {
+            let inside = self.size().saturating_sub(at).min(sector.len() as u64) as usize;
+            sector[inside..].fill(0);
+            self.read_range(GuestOffset::new(at), &mut sector[..inside])
+        };
+        write_sectors(offset.value(), buf, read, |at, sectors| self.write_whole_sectors(at, sectors))
+    }
+
+    fn write_whole_sectors(&self, offset: u64, sectors: &[u8]) -> Result<()> {
+        let (mut at, mut rest) = (offset, sectors);
+        while !rest.is_empty() {
+            let wanted = (rest.len() as u64).min(PIECE - at % PIECE);
+            let prepared = self.prepare(GuestOffset::new(at), wanted)?;
+            let (part, next) = rest.split_at(prepared.len as usize);
+            assert!(!part.is_empty(), "writing at {at:#x} makes no progress");
+            let mut sealed = self.scratch.take_exact(part.len());
+            sealed.copy_from_slice(part);
+            self.seal(GuestOffset::new(at), prepared.host, &mut sealed)?;
+            let batch = [(prepared, &sealed[..])];
+            let moved = move_data(&**self.file.data()?, &batch);
+            let [(prepared, _)] = batch;
+            self.scratch.give(sealed);
+            moved?;
+            prepared.commit()?;
+            at += part.len() as u64;
+            rest = next;
+        }
+        Ok(())
+    }
+
+    /// Encrypts whole sectors of guest bytes for their place; does nothing where the image is not encrypted.
+    pub(crate) fn seal(&self, guest: GuestOffset, host: HostOffset, sectors: &mut [u8]) -> Result<()> {
+        if !self.crypt.is_plain() {
+            let cipher = self.crypt.cipher()?;
+            debug_assert!(
+                (guest.value() | sectors.len() as u64).is_multiple_of(CIPHER_SECTOR),
+                "parts of sectors are encrypted"
+            );
+            cipher.encrypt(number(cipher, guest, host), sectors);
+        }
+        Ok(())
+    }
+}
+
+/// Reads and decrypts whole sectors.
+fn read_sealed(
+    data: &dyn Storage,
+    cipher: &dyn ClusterCipher,
+    (guest, host): (GuestOffset, HostOffset),
+    sectors: &mut [u8],
+) -> Result<()> {
+    debug_assert!(sectors.len().is_multiple_of(CIPHER_SECTOR as usize), "parts of sectors are decrypted");
+    data.read_padded(host, sectors)?;
+    cipher.decrypt(number(cipher, guest, host), sectors);
+    Ok(())
+}
+
+fn number(cipher: &dyn ClusterCipher, guest: GuestOffset, host: HostOffset) -> u64 {
+    match cipher.numbering() {
+        SectorNumbering::Guest => guest.value() / CIPHER_SECTOR,
+        SectorNumbering::Host => host.value() / CIPHER_SECTOR,
+    }
+}

@@ -1,0 +1,202 @@
+//! The files of an open image and what holds for all of their users: the ground that the other parts stand
+//! on.
+//!
+//! Invariant I7: whoever changes something asks [`check_writable`](ImageFile::check_writable) first. After a
+//! failed metadata write the image is poisoned: memory and disk may differ, so no further change may build on
+//! either; reads go on.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::invariant;
+use crate::open::OpenOptions;
+use crate::port::event::{Event, Events};
+use crate::port::storage::{Storage, StorageErrorKind};
+use crate::rules::{OrderingRule, Rules};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use ::alloc::sync::Arc;
+use ::alloc::vec;
+use ::alloc::vec::Vec;
+use qcow2_format::l2::L2Format;
+use qcow2_format::{Geometry, HostOffset};
+
+/// Bytes of a table read at once when it is read whole.
+const TABLE_PIECE: u64 = 1 << 20;
+
+/// The image file and, where there is one, the external data file.
+pub(crate) struct ImageFile {
+    l2_format: L2Format,
+    storage: Arc<dyn Storage>,
+    /// The image file itself, or the external data file; `None` where that was not opened.
+    data: Option<Arc<dyn Storage>>,
+    writable: bool,
+    /// Opened to be repaired: damage is expected.
+    for_repair: bool,
+    poisoned: AtomicBool,
+    rules: Rules,
+    events: Option<Arc<dyn Events>>,
+}
+
+impl ImageFile {
+    /// `data`: where guest data lives, `storage` again without an external data file.
+    pub(crate) fn new(
+        l2_format: L2Format,
+        storage: Arc<dyn Storage>,
+        data: Option<Arc<dyn Storage>>,
+        options: &OpenOptions,
+    ) -> Self {
+        Self {
+            l2_format,
+            data,
+            writable: options.writable,
+            for_repair: options.for_repair,
+            poisoned: AtomicBool::new(false),
+            rules: rules(options),
+            events: storage.events(),
+            storage,
+        }
+    }
+
+    pub(crate) fn geometry(&self) -> &Geometry {
+        &self.l2_format.geometry
+    }
+
+    pub(crate) fn l2_format(&self) -> &L2Format {
+        &self.l2_format
+    }
+
+    /// The image file.
+    pub(crate) fn storage(&self) -> &dyn Storage {
+        &*self.storage
+    }
+
+    /// The image file, for callers that keep it.
+    pub(crate) fn shared_storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    /// Where guest data lives. Errors: `Resolve` where the data file was not opened.
+    pub(crate) fn data(&self) -> Result<&Arc<dyn Storage>> {
+        self.data
+            .as_ref()
+            .ok_or_else(|| Error::new(ErrorKind::Resolve, "the external data file was not opened"))
+    }
+
+    /// Where guest data lives, if that was opened.
+    pub(crate) fn opened_data(&self) -> Option<&Arc<dyn Storage>> {
+        self.data.as_ref()
+    }
+
+    /// Whether guest data lives outside the image file.
+    pub(crate) fn has_data_file(&self) -> bool {
+        self.l2_format.external_data
+    }
+
+    /// The external data file, where there is one and it was opened.
+    pub(crate) fn data_file(&self) -> Option<&Arc<dyn Storage>> {
+        self.data.as_ref().filter(|_| self.has_data_file())
+    }
+
+    pub(crate) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    pub(crate) fn is_for_repair(&self) -> bool {
+        self.for_repair
+    }
+
+    /// Refuses changes to an image that was opened for reading or whose metadata could not be written.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if !self.writable {
+            return Err(Error::new(ErrorKind::ReadOnly, "image is opened for reading only"));
+        }
+        if self.is_poisoned() {
+            return Err(Error::new(
+                ErrorKind::Poisoned,
+                "an earlier metadata write failed; the image takes no changes until it is reopened",
+            ));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Refuses every change from now on.
+    pub(crate) fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+    }
+
+    /// Passes a metadata result through; a failure poisons the image.
+    pub(crate) fn poison_on_error<T>(&self, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            self.poison();
+        }
+        result
+    }
+
+    /// Reports a step right before its storage call.
+    pub(crate) fn event(&self, event: Event) {
+        if let Some(events) = &self.events {
+            events.event(event);
+        }
+    }
+
+    /// Whether `rule` is to be kept: always, but in tests that break one.
+    pub(crate) fn keeps(&self, rule: OrderingRule) -> bool {
+        self.rules.keep(rule)
+    }
+
+    /// Returns when everything that was written to the image file is durable.
+    pub(crate) fn flush(&self) -> Result<()> {
+        Ok(self.storage.flush()?)
+    }
+
+    /// Has the storage reserve space for tables of `len` bytes, where it can. Errors: `NoSpace`, `Storage`.
+    pub(crate) fn reserve_space(&self, tables: HostOffset, len: u64) -> Result<()> {
+        invariant::may_write(self.writable);
+        match self.storage.allocate(tables, len) {
+            Err(error) if error.kind() != StorageErrorKind::Unsupported => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends the image file with a whole (sub)cluster, or with a whole sector of `sector` bytes where the last
+    /// cluster holds compressed streams (`packed`: where the next of them goes). The bytes in between were
+    /// never written, and some readers take no short read.
+    pub(crate) fn pad_end(&self, packed: Option<u64>, sector: u64) -> Result<()> {
+        let (geometry, len) = (self.geometry(), self.storage.len()?);
+        let packed = packed.is_some_and(|start| geometry.align_down(start) == geometry.align_down(len));
+        let unit = if packed { sector } else { geometry.subcluster_size() };
+        if !len.is_multiple_of(unit) && self.storage.limits().growable {
+            invariant::may_write(self.writable);
+            self.storage.set_len(len.next_multiple_of(unit))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(feature = "mutants")]
+fn rules(options: &OpenOptions) -> Rules {
+    Rules { broken: options.broken_rule }
+}
+
+#[cfg(not(feature = "mutants"))]
+fn rules(_options: &OpenOptions) -> Rules {
+    Rules::default()
+}
+
+/// `count` big-endian words at `offset`; past the end of the file they are zero. `count` was checked against
+/// a limit.
+pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) -> Result<Vec<u64>> {
+    // Piece by piece: a table may have 32 MiB, and need not be in memory twice.
+    let mut words = Vec::with_capacity(count as usize);
+    let mut piece = vec![0; (count * 8).min(TABLE_PIECE) as usize];
+    while (words.len() as u64) < count {
+        let done = words.len() as u64 * 8;
+        let bytes = &mut piece[..(count * 8 - done).min(TABLE_PIECE) as usize];
+        storage.read_padded(HostOffset::new(offset.value() + done), bytes)?;
+        words.extend(qcow2_format::bytes::words(bytes));
+    }
+    debug_assert_eq!(words.len() as u64, count, "a table of another length than asked for");
+    Ok(words)
+}

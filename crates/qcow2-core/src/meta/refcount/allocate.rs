@@ -1,0 +1,204 @@
+//! Finding and reserving free host clusters.
+//!
+//! A cluster counts as free only if its refcount is zero and no metadata is known to live there (I5).
+
+use super::{RefcountStore, Refcounts};
+use crate::error::{Error, ErrorKind, Result};
+use crate::invariant;
+use crate::meta::overlap::OverlapChecks;
+use crate::meta::page::SECTOR_SIZE;
+use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
+use crate::port::event::Event;
+use crate::port::storage::ZeroMode;
+use crate::sync::lock;
+use qcow2_format::refcount::encode_table_entry;
+use qcow2_format::{HostCluster, HostOffset};
+
+/// The largest host offset that a table entry can hold. Spec: "Cluster mapping".
+const MAX_HOST_END: u64 = 1 << 56;
+
+/// Host clusters that were just reserved: their refcount is one and nothing refers to them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reserved {
+    /// Where the first of them is.
+    pub(crate) offset: HostOffset,
+    pub(crate) run: ClusterRun,
+    /// The clusters lie past the end of the file: they read as zeroes once the file is longer.
+    pub(crate) fresh: bool,
+}
+
+/// What a search for free clusters has found.
+struct Found {
+    run: ClusterRun,
+    /// The first free cluster of all.
+    lowest: u64,
+}
+
+impl RefcountStore {
+    /// Reserves up to `want` clusters that follow each other; fewer where the free run is shorter. Disk: may
+    /// read refcount blocks and write new ones. Errors: `NoSpace`, `Corrupt`, `Storage`.
+    pub(crate) fn allocate(&self, want: u64) -> Result<Reserved> {
+        self.reserve(want, false)
+    }
+
+    /// Reserves exactly `count` clusters in a row for metadata of `kind`. Disk and errors: as
+    /// [`allocate`](Self::allocate).
+    pub(crate) fn allocate_metadata(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
+        let reserved = self.reserve(count, true)?;
+        self.tables.guard().note(kind, reserved.run);
+        Ok(reserved)
+    }
+
+    /// [`allocate_metadata`](Self::allocate_metadata) with space on the disk, for tables that are written
+    /// when much has changed already. Errors: also `NoSpace`, nothing having changed.
+    pub(crate) fn allocate_with_space(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
+        let reserved = self.allocate_metadata(kind, count)?;
+        let len = reserved.run.len(self.geometry());
+        if let Err(error) = self.file.reserve_space(reserved.offset, len) {
+            self.release(Unlinked { clusters: reserved.run, kinds: kind })?;
+            return Err(error);
+        }
+        Ok(reserved)
+    }
+
+    /// One cluster with `references` references from the start.
+    pub(crate) fn allocate_shared(&self, references: u64) -> Result<HostOffset> {
+        let reserved = self.allocate(1)?;
+        self.set_count(&lock(&self.state), reserved.run.first(), references)?;
+        Ok(reserved.offset)
+    }
+
+    fn reserve(&self, want: u64, exact: bool) -> Result<Reserved> {
+        self.file.event(Event::ClusterAlloc);
+        let mut refcounts = lock(&self.state);
+        let Found { run, lowest } = self.find_free(&mut refcounts, want.max(1), exact)?;
+        assert!(
+            run.count() <= want.max(1) && (!exact || run.count() == want),
+            "{run:?} where {want} are wanted"
+        );
+        if run.end() > self.geometry().clusters_below(MAX_HOST_END) {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "image file has reached its largest size of 2^56 bytes",
+            ));
+        }
+        self.tables.check_unused(run)?;
+        invariant::handed_out(run);
+        let offset = run.offset(self.geometry());
+        let fresh = self.file.storage().len()? <= offset.value();
+        for cluster in run.clusters() {
+            self.set_count(&refcounts, cluster, 1)?;
+        }
+        refcounts.first_free = if run.first() == lowest { run.end() } else { lowest };
+        Ok(Reserved { offset, run, fresh })
+    }
+
+    /// Reserves `cluster` if it is free and its refcount block exists.
+    pub(super) fn reserve_at(&self, cluster: u64) -> Result<bool> {
+        let mut refcounts = lock(&self.state);
+        let counted = self.slot(&refcounts, cluster)?.is_some();
+        if !counted
+            || self.count_in(&refcounts, cluster)? != 0
+            || self.tables.guard().kinds_at(cluster) != OverlapChecks::NONE
+        {
+            return Ok(false);
+        }
+        invariant::handed_out(ClusterRun::one(cluster));
+        self.set_count(&refcounts, cluster, 1)?;
+        if refcounts.first_free == cluster {
+            refcounts.first_free += 1;
+        }
+        Ok(true)
+    }
+
+    /// The first free run: exactly `want` clusters, or (not `exact`) the first free cluster and up to
+    /// `want - 1` after it.
+    fn find_free(&self, refcounts: &mut Refcounts, want: u64, exact: bool) -> Result<Found> {
+        let width = self.geometry().refcount_width();
+        let mut at = refcounts.first_free;
+        let (mut first, mut count, mut lowest) = (at, 0, u64::MAX);
+        loop {
+            let Some(slot) = self.slot(refcounts, at)? else {
+                if count > 0 && !exact {
+                    break;
+                }
+                let blocks = if exact { self.blocks_ahead(refcounts, at, want) } else { 1 };
+                let index = self.geometry().refcount_table_index(HostCluster::new(at));
+                if index + blocks > refcounts.table.len() as u64 {
+                    self.grow_table(refcounts, index + blocks - 1)?;
+                    continue;
+                }
+                for block in 0..blocks {
+                    self.add_block(refcounts, index + block, at + block)?;
+                }
+                // A new block takes the first cluster that it counts: a run goes on after the blocks only.
+                at += blocks;
+                (first, count) = (at, 0);
+                continue;
+            };
+            while at < slot.end && count < want {
+                let number = at - slot.base;
+                if width.extract(slot.page.word(width.word_index(number)), number) == 0 {
+                    if count == 0 {
+                        first = at;
+                    }
+                    lowest = lowest.min(at);
+                    count += 1;
+                } else if count > 0 && !exact {
+                    break;
+                } else {
+                    count = 0;
+                }
+                at += 1;
+            }
+            if count == want || (count > 0 && !exact && at < slot.end) {
+                break;
+            }
+        }
+        debug_assert!(count > 0 && lowest <= first, "cluster {first} is free, and {lowest} before it");
+        Ok(Found { run: ClusterRun::new(first, count), lowest })
+    }
+
+    /// How many refcount blocks to put one after the other from `at` on, which has none. More than one for a
+    /// run of `want` clusters that is as long as what a block counts: it would find no place between blocks
+    /// that each take the first cluster they count.
+    fn blocks_ahead(&self, refcounts: &Refcounts, at: u64, want: u64) -> u64 {
+        let per_block = self.geometry().refcount_block_entries();
+        if want < per_block {
+            return 1;
+        }
+        // As many as count the run and themselves.
+        let blocks = (want + at % per_block).div_ceil(per_block - 1);
+        let later = refcounts.table.iter().skip((at / per_block + 1) as usize);
+        if later.take(blocks as usize - 1).all(|&entry| entry == 0) { blocks } else { 1 }
+    }
+
+    /// Puts the refcount block of table entry `index` at `cluster`, which it or a block before it counts.
+    fn add_block(&self, refcounts: &mut Refcounts, index: u64, cluster: u64) -> Result<()> {
+        self.tables.check_unused(ClusterRun::one(cluster))?;
+        let sector = index * 8 / SECTOR_SIZE;
+        let entries = HostOffset::new(refcounts.table_offset.value() + sector * SECTOR_SIZE);
+        self.tables.check_place(OverlapChecks::REFCOUNT_TABLE, entries, SECTOR_SIZE)?;
+        let size = self.geometry().cluster_size();
+        let offset = HostOffset::new(self.geometry().bytes_of(cluster));
+        self.cache.forget(offset, size);
+        if self.file.storage().len()? > offset.value() {
+            self.file.storage().write_zeroes(offset, size, ZeroMode::KeepAllocated)?;
+        } else {
+            self.tables.write_empty(OverlapChecks::REFCOUNT_BLOCK, offset)?;
+        }
+        self.file.event(Event::RefblockAlloc);
+        debug_assert_eq!(refcounts.table[index as usize], 0, "a refcount block is replaced");
+        refcounts.table[index as usize] = encode_table_entry(Some(offset));
+        if let Err(error) = self.set_count(refcounts, cluster, 1) {
+            // A block that does not count itself must not stay.
+            refcounts.table[index as usize] = encode_table_entry(None);
+            return Err(error);
+        }
+        debug_assert!(matches!(self.count_in(refcounts, cluster), Ok(1)), "a block that is not counted");
+        refcounts.dirty_sectors.insert(sector);
+        self.tables.guard().note(OverlapChecks::REFCOUNT_BLOCK, ClusterRun::one(cluster));
+        Ok(())
+    }
+}

@@ -1,0 +1,76 @@
+//! Room for compressed streams: one behind the other, sharing host clusters.
+//!
+//! Each host cluster that a stream touches has one reference for it. Spec: "Compressed Clusters Descriptor".
+
+use super::RefcountStore;
+use crate::error::{ErrorKind, Result};
+use crate::meta::pending::Unlinked;
+use crate::meta::run::ClusterRun;
+use crate::sync::lock;
+use core::ops::Range;
+use qcow2_format::HostOffset;
+
+impl RefcountStore {
+    /// Reserves `len` bytes for a stream, less than a cluster: behind the last stream where its cluster has
+    /// room or the next one can be had, else at the start of a new cluster.
+    pub(crate) fn reserve_packed(&self, len: u64) -> Result<HostOffset> {
+        debug_assert!(len > 0 && len < self.geometry().cluster_size(), "a stream of {len} bytes");
+        if let Some(room) = self.join_pack()?
+            && let Some(host) = self.extend_packed(room, len)?
+        {
+            return Ok(host);
+        }
+        let reserved = self.allocate(1)?;
+        let start = reserved.offset.value();
+        self.set_pack(start + len..start + self.geometry().cluster_size());
+        Ok(reserved.offset)
+    }
+
+    /// The host offset where the next stream goes, if the last cluster of streams has room.
+    pub(crate) fn next_packed(&self) -> Option<u64> {
+        lock(&self.state).pack.as_ref().map(|room| room.start)
+    }
+
+    /// Takes the room behind the last stream and adds a reference to its host cluster: in one step, because
+    /// the cluster may be freed, and used for something else, as soon as nobody holds one.
+    fn join_pack(&self) -> Result<Option<Range<u64>>> {
+        let mut refcounts = lock(&self.state);
+        let Some(room) = refcounts.pack.take() else { return Ok(None) };
+        let first = self.cluster_at(room.start);
+        if room.is_empty() || self.count_in(&refcounts, first)? == 0 {
+            return Ok(None);
+        }
+        match self.raise(&refcounts, ClusterRun::one(first)) {
+            Ok(()) => Ok(Some(room)),
+            Err(error) if error.kind() == ErrorKind::NoSpace => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Room for `len` bytes from `room.start` on, in a cluster that ends at `room.end` and has been joined.
+    fn extend_packed(&self, room: Range<u64>, len: u64) -> Result<Option<HostOffset>> {
+        let start = HostOffset::new(room.start);
+        if len <= room.end - room.start {
+            self.set_pack(room.start + len..room.end);
+            return Ok(Some(start));
+        }
+        if self.reserve_at(self.geometry().clusters_below(room.end))? {
+            self.set_pack(room.start + len..room.end + self.geometry().cluster_size());
+            return Ok(Some(start));
+        }
+        self.release(Unlinked::data(ClusterRun::one(self.cluster_at(room.start))))?;
+        Ok(None)
+    }
+
+    fn cluster_at(&self, host: u64) -> u64 {
+        self.geometry().host_cluster(HostOffset::new(host)).value()
+    }
+
+    fn set_pack(&self, room: Range<u64>) {
+        debug_assert!(
+            room.start <= room.end && self.geometry().is_aligned(room.end),
+            "streams go to {room:?}, which does not end with a cluster"
+        );
+        lock(&self.state).pack = Some(room).filter(|room| !room.is_empty());
+    }
+}

@@ -1,0 +1,53 @@
+//! Step 2 of a flush round: changed refcounts on their way to the disk.
+
+use super::RefcountStore;
+use crate::error::Result;
+use crate::invariant;
+use crate::meta::cache::join_runs;
+use crate::meta::overlap::OverlapChecks;
+use crate::meta::page::{DirtyRun, SECTOR_SIZE};
+use crate::port::event::Event;
+use crate::rules::OrderingRule;
+use crate::sync::lock;
+use ::alloc::vec::Vec;
+use qcow2_format::HostOffset;
+use qcow2_format::bytes::table_bytes;
+
+impl RefcountStore {
+    /// Writes the refcount blocks that changed up to now and, behind a barrier, the refcount table entries of
+    /// new ones. Nothing is durable yet when it returns. Errors: `Storage`, `NoSpace`, `Corrupt`.
+    pub(crate) fn write_back(&self) -> Result<()> {
+        invariant::may_write(self.file.is_writable());
+        let mut refcounts = lock(&self.state);
+        let (_pages, blocks) = self.cache.take_dirty();
+        let mut entries = Vec::new();
+        for sector in core::mem::take(&mut refcounts.dirty_sectors) {
+            entries.push(table_sector(&refcounts.table, refcounts.table_offset, sector));
+        }
+        // Taken before the refcounts are let go: whoever changes them next must not write them first.
+        let _writing = lock(&self.io);
+        drop(refcounts);
+        if !blocks.is_empty() {
+            self.file.event(Event::RefblockUpdatePart);
+        }
+        self.tables.write_runs(OverlapChecks::REFCOUNT_BLOCK, &blocks)?;
+        if !entries.is_empty() {
+            // An entry that leads to a block which is not there would count its clusters with stale bytes.
+            if self.file.keeps(OrderingRule::BlockBeforeTableEntry) {
+                self.file.flush()?;
+            }
+            self.file.event(Event::ReftableUpdate);
+            self.tables.write_runs(OverlapChecks::REFCOUNT_TABLE, &join_runs(entries))?;
+        }
+        Ok(())
+    }
+}
+
+fn table_sector(table: &[u64], offset: HostOffset, sector: u64) -> DirtyRun {
+    let per_sector = (SECTOR_SIZE / 8) as usize;
+    let first = sector as usize * per_sector;
+    debug_assert!(first < table.len(), "sector {sector} of a refcount table that is shorter");
+    let words = &table[first..table.len().min(first + per_sector)];
+    let bytes = table_bytes(words.iter().copied());
+    DirtyRun { offset: HostOffset::new(offset.value() + sector * SECTOR_SIZE), bytes }
+}

@@ -1,0 +1,131 @@
+//! How an image is opened: what the caller decides, as values.
+
+use crate::bitmap::MAX_BITS_MEMORY;
+use crate::meta::overlap::OverlapChecks;
+use crate::port::cipher::Keyring;
+use crate::port::codec::ClusterCodec;
+#[cfg(feature = "mutants")]
+use crate::rules::OrderingRule;
+use ::alloc::sync::Arc;
+
+/// Bytes of L2 tables kept in memory at most, by default. Origin: QEMU on Linux.
+pub const DEFAULT_L2_CACHE: u64 = 32 << 20;
+/// Bytes of refcount blocks kept in memory at most, by default.
+pub const DEFAULT_REFCOUNT_CACHE: u64 = 4 << 20;
+
+/// The compression methods that an image may ask for.
+#[derive(Clone, Default)]
+#[non_exhaustive]
+pub struct Codecs {
+    /// Raw deflate, compression type 0.
+    pub deflate: Option<Arc<dyn ClusterCodec>>,
+    /// Zstandard, compression type 1.
+    pub zstd: Option<Arc<dyn ClusterCodec>>,
+}
+
+impl Codecs {
+    /// Both methods.
+    pub fn new(deflate: Arc<dyn ClusterCodec>, zstd: Arc<dyn ClusterCodec>) -> Self {
+        Self { deflate: Some(deflate), zstd: Some(zstd) }
+    }
+}
+
+/// Which files are opened besides the image itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Layers {
+    /// The data file and the whole backing chain, as the source's resolver allows.
+    Follow,
+    /// The data file, but no backing file: bytes that this layer does not have cannot be read.
+    NoBacking,
+    /// Nothing: for looking at metadata. Data in an external file cannot be read.
+    TopOnly,
+}
+
+/// How an image is opened.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct OpenOptions {
+    /// Whether changes will be made.
+    pub writable: bool,
+    /// Which other files are opened.
+    pub layers: Layers,
+    /// The compression methods at hand; without the one an image uses, its compressed clusters cannot be
+    /// read.
+    pub codecs: Codecs,
+    /// Bytes of L2 tables to keep in memory; `None`: as much as covers the disk, at most
+    /// [`DEFAULT_L2_CACHE`].
+    pub l2_cache_size: Option<u64>,
+    /// Bytes of refcount blocks to keep in memory; `None`: [`DEFAULT_REFCOUNT_CACHE`] at most.
+    pub refcount_cache_size: Option<u64>,
+    /// Bytes of memory that the bits of all bitmaps may take: by default as much as the bits of the largest
+    /// bitmap and half as much. An image whose bitmaps do not fit takes no changes until some are removed.
+    pub bitmap_memory: u64,
+    /// Whether host clusters that become free are given back to the storage (QEMU's `pass-discard-request`).
+    pub discard_freed: bool,
+    /// Whether a discarded or zeroed cluster keeps its host cluster, so that writing it again takes no other
+    /// place (QEMU's `discard-no-unref`). Version 3 only.
+    pub discard_no_unref: bool,
+    /// What guest data may not be written over.
+    pub overlap_checks: OverlapChecks,
+    /// Opens damaged and uncleanly closed images for writing too; for repair.
+    pub for_repair: bool,
+    /// Opens encrypted images although there is no key: metadata can be seen, data can not.
+    pub metadata_only: bool,
+    /// Has the keys of encrypted layers.
+    pub keys: Option<Arc<dyn Keyring>>,
+    /// Switches one ordering rule off; for tests that must see the crash simulation fail.
+    #[cfg(feature = "mutants")]
+    pub broken_rule: Option<OrderingRule>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            writable: false,
+            layers: Layers::Follow,
+            codecs: Codecs::default(),
+            l2_cache_size: None,
+            refcount_cache_size: None,
+            bitmap_memory: MAX_BITS_MEMORY,
+            discard_freed: false,
+            discard_no_unref: false,
+            overlap_checks: OverlapChecks::CACHED,
+            for_repair: false,
+            metadata_only: false,
+            keys: None,
+            #[cfg(feature = "mutants")]
+            broken_rule: None,
+        }
+    }
+}
+
+impl OpenOptions {
+    /// For reading; the same as `Default`.
+    pub fn read_only() -> Self {
+        Self::default()
+    }
+
+    /// For reading and writing. The source's storage must be writable too.
+    pub fn writable() -> Self {
+        Self { writable: true, ..Self::default() }
+    }
+
+    /// These options with the compression methods at hand.
+    #[must_use]
+    pub fn with_codecs(self, codecs: Codecs) -> Self {
+        Self { codecs, ..self }
+    }
+
+    /// These options with the keys of encrypted layers.
+    #[must_use]
+    pub fn with_keys(self, keys: Arc<dyn Keyring>) -> Self {
+        Self { keys: Some(keys), ..self }
+    }
+
+    /// These options with another answer to which files are opened besides the image.
+    #[must_use]
+    pub fn with_layers(self, layers: Layers) -> Self {
+        Self { layers, ..self }
+    }
+}

@@ -1,0 +1,48 @@
+//! What a walk finds: who refers to which bytes of the image file.
+
+use qcow2_format::HostOffset;
+
+/// Who a reference belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Owner {
+    /// The header.
+    Header,
+    /// The L1 table of the active state.
+    ActiveL1,
+    /// The L1 table of a snapshot.
+    SnapshotL1,
+    /// An L2 table.
+    L2Table,
+    /// A cluster of guest data, or one assigned to it.
+    Data,
+    /// A compressed cluster of guest data.
+    Compressed,
+    /// The snapshot table.
+    SnapshotTable,
+    /// The refcount table.
+    RefcountTable,
+    /// A refcount block.
+    RefcountBlock,
+    /// The LUKS header area.
+    Luks,
+    /// The bitmap directory.
+    BitmapDirectory,
+    /// A bitmap's table.
+    BitmapTable,
+    /// A cluster of a bitmap's bits.
+    BitmapData,
+}
+
+/// A stretch of the image file that something refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reference {
+    /// Who refers to it.
+    pub owner: Owner,
+    /// Its first byte; any alignment, may be past the end of the file.
+    pub offset: HostOffset,
+    /// Its bytes, at least 1.
+    pub len: u64,
+    /// How often it is referred to: several L1 entries may lead to one L2 table.
+    pub times: u64,
+}
