@@ -16,6 +16,11 @@ pub enum Fix {
         /// Where the new table is.
         offset: HostOffset,
     },
+    /// The header leads to the active L1 table again.
+    ActiveL1 {
+        /// Where the table is.
+        offset: HostOffset,
+    },
     /// An entry of a bitmap's table becomes "all ones": whoever copies what the bitmap marks copies too much,
     /// never too little.
     BitmapEntry {
@@ -66,6 +71,7 @@ impl fmt::Display for Fix {
             Self::SnapshotTable { kept, dropped, offset } => {
                 write!(f, "new snapshot table at {offset}: {kept} snapshots, {dropped} empty entries dropped")
             }
+            Self::ActiveL1 { offset } => write!(f, "active l1 table is at {offset}"),
             Self::BitmapEntry { at, entry } => {
                 write!(f, "bitmap table entry at {at}: {entry:#x} becomes all ones")
             }

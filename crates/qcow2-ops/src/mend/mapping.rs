@@ -64,6 +64,7 @@ impl Job<'_> {
     /// Mends every entry that can be mended without a guess. Entries that are past the end of the file, and
     /// those that contradict themselves, stay as they are.
     pub(super) fn mend_mapping(&mut self) -> Result<()> {
+        self.mend_active_l1()?;
         let header = self.header.clone();
         let mut tables = vec![];
         self.walk(&header, |walk| {
@@ -126,6 +127,11 @@ impl Job<'_> {
         let format = self.format;
         let geometry = format.geometry;
         let len = self.draft.len().map_err(storage)?;
+        if segment.offset.value() < geometry.cluster_size() {
+            // The header is no table.
+            self.tables_missing = true;
+            return Ok(());
+        }
         self.tables_missing |= segment.offset.value() >= len;
         let end = segment.offset.value().saturating_add(segment.len).min(len);
         let mut at = segment.offset.value();

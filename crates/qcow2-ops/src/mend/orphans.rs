@@ -7,10 +7,11 @@ use crate::check::{count_references, stored_refcount};
 use crate::error::Result;
 use qcow2_core::walk::{Owner, Reference, TablePlace};
 use qcow2_core::{HostOffset, Storage};
-use qcow2_format::L2Index;
+use qcow2_format::header::HeaderField;
 use qcow2_format::l1::{self, L1Entry};
 use qcow2_format::l2::L2Entry;
 use qcow2_format::refcount::decode_table_entry;
+use qcow2_format::{L2Index, bytes};
 use std::collections::BTreeSet;
 
 /// Clusters that are looked at as perhaps a lost L2 table. Origin: ours; each is read.
@@ -58,11 +59,7 @@ impl Job<'_> {
                 found.claimed.extend(run(walk.header().snapshots_offset, table.len));
             }
             let refcounts = walk.refcount_table().map_err(failed)?;
-            let blocks =
-                refcounts.iter().filter_map(|&raw| decode_table_entry(raw, &geometry).ok().flatten());
-            let mut own: BTreeSet<u64> =
-                blocks.flat_map(|block| run(block, geometry.cluster_size())).collect();
-            own.extend(run(header.refcount_table_offset, refcounts.len() as u64 * 8));
+            let mut own = self.refcount_clusters(&refcounts);
             // A structure that counts the header and itself is one.
             let table = geometry.host_cluster(header.refcount_table_offset).value();
             let counts = |cluster| {
@@ -75,6 +72,55 @@ impl Job<'_> {
             Ok(())
         })?;
         Ok(found)
+    }
+
+    /// The clusters of the refcount structure with the table `refcounts`, as far as they lie in the file.
+    pub(super) fn refcount_clusters(&self, refcounts: &[u64]) -> BTreeSet<u64> {
+        let geometry = self.format.geometry;
+        let first = geometry.host_cluster(self.header.refcount_table_offset).value();
+        let table = first..first.saturating_add(geometry.clusters_for(refcounts.len() as u64 * 8));
+        let blocks = refcounts.iter().filter_map(|&raw| decode_table_entry(raw, &geometry).ok().flatten());
+        let blocks = blocks.map(|block| geometry.host_cluster(block).value());
+        table.chain(blocks).filter(|&cluster| cluster < self.end).collect()
+    }
+
+    /// Finds the active L1 table where the header leads to something else: the only unreferenced place whose
+    /// entries all lead to L2 tables, if the entries where the header leads do not.
+    pub(super) fn mend_active_l1(&mut self) -> Result<()> {
+        let entries = self.header.l1_size;
+        if entries == 0 || self.is_l1_table(self.header.l1_table_offset, entries)? {
+            return Ok(());
+        }
+        let Some((candidates, _)) = self.unreferenced()? else { return Ok(()) };
+        let mut found = Vec::new();
+        for cluster in candidates {
+            let offset = HostOffset::new(cluster * self.format.geometry.cluster_size());
+            if self.is_l1_table(offset, entries)? {
+                found.push(offset);
+            }
+        }
+        if let [offset] = found[..] {
+            self.set_header(&[HeaderField::L1 { entries, offset }])?;
+            self.fixed(Fix::ActiveL1 { offset });
+        }
+        Ok(())
+    }
+
+    /// Whether the words at `offset` look like an L1 table: some are set, and all of these lead to what looks
+    /// like an L2 table.
+    fn is_l1_table(&self, offset: HostOffset, entries: u32) -> Result<bool> {
+        let mut content = vec![0; entries as usize * 8];
+        self.draft.read_padded(offset, &mut content).map_err(storage)?;
+        let len = self.draft.len().map_err(storage)?;
+        let mut any = false;
+        for raw in bytes::words(&content).filter(|&raw| raw != 0) {
+            let table = L1Entry::decode(raw, &self.format.geometry).ok().and_then(|entry| entry.l2_table);
+            match table.filter(|table| table.value() < len && l1::reserved_bits(raw) == 0) {
+                Some(table) if self.is_l2_table(table)? => any = true,
+                _ => return Ok(false),
+            }
+        }
+        Ok(any)
     }
 
     /// Makes `slots` lead to the L2 table that they lost, where there is exactly one such table: counted as

@@ -36,6 +36,7 @@ impl Job<'_> {
         let place = self.place(&geometry)?;
         let old = self.header.clone();
         let old_table = self.walk(&old, |walk| walk.refcount_table().map_err(failed))?;
+        let old_clusters = self.refcount_clusters(&old_table);
         // Counted without the old structure, which nothing refers to afterwards.
         let mut bare = old.clone();
         bare.refcount_table_clusters = 0;
@@ -49,7 +50,11 @@ impl Job<'_> {
                 let mut count = |cluster: u64| {
                     let counted = counters.count(cluster);
                     let own = u64::from(place.own().contains(&cluster));
-                    this.kept_count(counted, cluster, walk, &old_table).map(|count| count + own)
+                    match counted == 0 && old_clusters.contains(&cluster) {
+                        // The old structure itself is given up.
+                        true => Ok(own),
+                        false => this.kept_count(counted, cluster, walk, &old_table).map(|count| count + own),
+                    }
                 };
                 let per_block = geometry.refcount_block_entries();
                 while next < place.blocks && next * per_block < counters.window().end {

@@ -121,10 +121,9 @@ impl Job<'_> {
     }
 }
 
-/// An entry of zeroes: what a table that is shorter than the header says is followed by.
+/// True for an entry that names nothing: without an id and a name it cannot be chosen, and an L1 table at
+/// offset 0 is the header. A table that is shorter than the header says is followed by such entries.
 fn is_empty(snapshot: &Snapshot) -> bool {
-    snapshot.id.is_empty()
-        && snapshot.name.is_empty()
-        && snapshot.l1_size == 0
-        && snapshot.l1_table_offset == HostOffset::default()
+    let unnamed = snapshot.id.is_empty() && snapshot.name.is_empty();
+    unnamed || (snapshot.l1_size > 0 && snapshot.l1_table_offset == HostOffset::default())
 }
