@@ -109,13 +109,35 @@ pub fn check_and_repair(
             Ok(repaired) => return Ok(Checked { report, repair: Outcome::Repaired(repaired) }),
         }
     }
-    let now = done.as_ref().and_then(|done| done.after.as_ref()).unwrap_or(&report);
-    let repair = match (mend::plan(storage, now, executor, progress)?, done) {
-        (Some(plan), _) => Outcome::Repaired(mended(&report, plan)?),
-        (None, Some(done)) => Outcome::Repaired(done),
-        (None, None) => Outcome::Untouched,
-    };
-    Ok(Checked { report, repair })
+    // What one repair takes apart may let the next one see more.
+    for _ in 0..MAX_PLANS {
+        let now = done.as_ref().and_then(|done| done.after.as_ref()).unwrap_or(&report);
+        if !is_damaged(now) && now.leaks == 0 && done.is_some() {
+            break;
+        }
+        let Some(plan) = mend::plan(storage, now, executor, progress)? else { break };
+        let next = mended(&report, plan)?;
+        done = Some(match done {
+            Some(done) if done.counted.is_some() => together(done, next),
+            _ => next,
+        });
+    }
+    Ok(Checked { report, repair: done.map_or(Outcome::Untouched, Outcome::Repaired) })
+}
+
+/// How often a repair is planned at most.
+const MAX_PLANS: usize = 4;
+
+/// Two repairs, one after the other, as one.
+fn together(first: Repaired, second: Repaired) -> Repaired {
+    let mut fixes = first.fixes;
+    fixes.extend(second.fixes);
+    Repaired {
+        leaks_fixed: first.leaks_fixed.saturating_add(second.leaks_fixed),
+        corruptions_fixed: first.corruptions_fixed.max(second.corruptions_fixed),
+        fixes,
+        ..second
+    }
 }
 
 /// Whether the image has a refcount table, without which it cannot be opened.

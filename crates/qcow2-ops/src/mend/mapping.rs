@@ -330,7 +330,7 @@ impl Job<'_> {
         let mut content = vec![0; format.geometry.cluster_size() as usize];
         self.draft.read_padded(host, &mut content).map_err(storage)?;
         let len = self.draft.len().map_err(storage)?;
-        let mut any = false;
+        let (mut any, mut guest_start) = (false, None);
         for index in 0..format.geometry.l2_entries() {
             let Some((raw, bitmap)) = format.words_at(&content, L2Index::new(index)) else { break };
             if raw == 0 && bitmap == 0 {
@@ -338,9 +338,13 @@ impl Job<'_> {
             }
             any = true;
             let inside = match format.decode(raw, bitmap) {
-                Ok(L2Entry::Standard(entry)) => {
-                    format.external_data || entry.host.is_none_or(|host| host.value() < len)
-                }
+                Ok(L2Entry::Standard(entry)) if format.external_data => entry.host.is_none_or(|host| {
+                    // In a data file every cluster is where the guest has it.
+                    let start = host.value().checked_sub(index * format.geometry.cluster_size());
+                    let aligned = start.is_some_and(|start| start % format.geometry.l2_coverage() == 0);
+                    aligned && *guest_start.get_or_insert(start) == start
+                }),
+                Ok(L2Entry::Standard(entry)) => entry.host.is_none_or(|host| host.value() < len),
                 Ok(L2Entry::Compressed(stream)) => stream.host.value() < len,
                 Err(_) => false,
             };

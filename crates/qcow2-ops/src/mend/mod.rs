@@ -152,6 +152,9 @@ impl Plan<'_> {
             self.draft.changed(range, |at, bytes| self.base.write_at(at, bytes))?;
             self.base.flush()
         };
+        // Read before the mark is written: what the draft did not change it reads from the image.
+        let mut last = [0; SECTOR_LEN];
+        self.draft.read_padded(HostOffset::default(), &mut last)?;
         let mut old = [0; SECTOR_LEN];
         self.base.read_padded(HostOffset::default(), &mut old)?;
         let mut marked = Header::clone(&self.header);
@@ -170,6 +173,8 @@ impl Plan<'_> {
             self.base.set_len(end)?;
         }
         write(SECTOR_LEN as u64..self.fresh)?;
-        write(0..SECTOR_LEN as u64)
+        // Written even where the draft did not change it: the mark of the first step has to go.
+        self.base.write_at(HostOffset::default(), &last)?;
+        self.base.flush()
     }
 }

@@ -88,14 +88,19 @@ impl Job<'_> {
     /// entries all lead to L2 tables, if the entries where the header leads do not.
     pub(super) fn mend_active_l1(&mut self) -> Result<()> {
         let entries = self.header.l1_size;
-        if entries == 0 || self.is_l1_table(self.header.l1_table_offset, entries)? {
+        if entries == 0 || self.l2_tables_of(self.header.l1_table_offset, entries)?.0 > 0 {
             return Ok(());
         }
-        let Some((candidates, _)) = self.unreferenced()? else { return Ok(()) };
+        let header = self.header.clone();
+        let refcounts = self.walk(&header, |walk| walk.refcount_table().map_err(failed))?;
+        let own = self.refcount_clusters(&refcounts);
+        let Some((mut candidates, _)) = self.unreferenced()? else { return Ok(()) };
+        candidates.retain(|cluster| !own.contains(cluster));
         let mut found = Vec::new();
         for cluster in candidates {
             let offset = HostOffset::new(cluster * self.format.geometry.cluster_size());
-            if self.is_l1_table(offset, entries)? {
+            let (tables, others) = self.l2_tables_of(offset, entries)?;
+            if tables > 0 && others == 0 {
                 found.push(offset);
             }
         }
@@ -106,21 +111,22 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Whether the words at `offset` look like an L1 table: some are set, and all of these lead to what looks
-    /// like an L2 table.
-    fn is_l1_table(&self, offset: HostOffset, entries: u32) -> Result<bool> {
+    /// How many of the `entries` words at `offset`, taken for L1 entries, lead to what looks like an L2 table,
+    /// and how many of those that are set do not.
+    fn l2_tables_of(&self, offset: HostOffset, entries: u32) -> Result<(u64, u64)> {
         let mut content = vec![0; entries as usize * 8];
         self.draft.read_padded(offset, &mut content).map_err(storage)?;
         let len = self.draft.len().map_err(storage)?;
-        let mut any = false;
+        let (mut tables, mut others) = (0, 0);
         for raw in bytes::words(&content).filter(|&raw| raw != 0) {
-            let table = L1Entry::decode(raw, &self.format.geometry).ok().and_then(|entry| entry.l2_table);
-            match table.filter(|table| table.value() < len && l1::reserved_bits(raw) == 0) {
-                Some(table) if self.is_l2_table(table)? => any = true,
-                _ => return Ok(false),
+            let table = HostOffset::new(l1::without_copied(l1::rounded(raw, &self.format.geometry)));
+            let inside = table.value() > 0 && table.value() < len;
+            match inside && self.is_l2_table(table)? {
+                true => tables += 1,
+                false => others += 1,
             }
         }
-        Ok(any)
+        Ok((tables, others))
     }
 
     /// Makes `slots` lead to the L2 table that they lost, where there is exactly one such table: counted as
@@ -177,11 +183,11 @@ impl Job<'_> {
                 if metadata.contains(cluster) { &mut known } else { &mut unknown }.push(host);
             }
         }
-        // What else is known as metadata comes last: either of both claims may be wrong.
+        // What is known as other metadata is taken only where the slot says so: either claim may be wrong.
         Ok(Some(match said.filter(|said| known.contains(said)) {
             _ if !unknown.is_empty() => unknown,
             Some(said) => vec![said],
-            None => known,
+            None => Vec::new(),
         }))
     }
 
