@@ -103,14 +103,17 @@ impl Damaged {
         }
     }
 
-    /// Every cluster that could be read reads the same, or as it did before the damage.
+    /// Every cluster that the damage did not reach reads the same. One that read something else, a table that
+    /// its entry pointed to, say, may read anything.
     fn judge(&self, image: &PageBytes) -> Result<(), String> {
         let now = clusters(image);
         for (index, before) in self.before.iter().enumerate() {
-            let Some(before) = before else { continue };
-            let now = now.get(index).and_then(Option::as_ref);
-            if now != Some(before) && now != self.whole.get(index).and_then(Option::as_ref) {
-                return Err(format!("{}: guest cluster {index} was readable, and is another now", self.kind));
+            let whole = self.whole.get(index).and_then(Option::as_ref);
+            if before.is_none() || before.as_ref() != whole {
+                continue;
+            }
+            if now.get(index).and_then(Option::as_ref) != whole {
+                return Err(format!("{}: guest cluster {index} was right, and is another now", self.kind));
             }
         }
         Ok(())

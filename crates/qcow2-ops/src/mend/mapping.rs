@@ -72,6 +72,12 @@ impl Job<'_> {
             tables.extend(walk.snapshots(&mut |_| {}).map_err(failed)?.unwrap_or_default().l1_tables);
             Ok(())
         })?;
+        // A table that passes the end of the file is counted nowhere, and what lies in its range may be anything.
+        let len = self.draft.len().map_err(storage)?;
+        let limit = len.saturating_add(self.format.geometry.cluster_size());
+        let all = tables.len();
+        tables.retain(|table| table.offset.value().checked_add(table.len()).is_some_and(|end| end < limit));
+        self.tables_missing |= tables.len() < all;
         let mut round = Round::default();
         let metadata = self.metadata(&tables)?;
         let mut parts = Parts::new();

@@ -18,11 +18,12 @@ impl Job<'_> {
     /// refers to. Entries whose L1 tables cannot be found stay as they are.
     pub(super) fn mend_snapshots(&mut self) -> Result<()> {
         let header = self.header.clone();
-        if header.nb_snapshots == 0 {
-            return Ok(());
-        }
         let mut faults = Vec::new();
         self.walk(&header, |walk| walk.snapshots(&mut |fault| faults.push(fault)).map_err(failed))?;
+        if header.nb_snapshots == 0 {
+            // A table without entries may still be said to be at an impossible place.
+            return if faults.is_empty() { Ok(()) } else { self.write_snapshots(&[], 0) };
+        }
         let lost = |fault: &SnapshotFault| {
             matches!(fault, SnapshotFault::L1Misaligned { .. } | SnapshotFault::L1TooLarge { .. })
         };
