@@ -329,6 +329,23 @@ impl Job<'_> {
         Ok(tables)
     }
 
+    /// Whether at least half of the entries of a table that are set can be entries of this file.
+    pub(super) fn is_mostly_l2(&self, content: &[u8]) -> Result<bool> {
+        let (format, len) = (self.format, self.draft.len().map_err(storage)?);
+        let (mut good, mut bad) = (0u64, 0u64);
+        for index in 0..format.geometry.l2_entries() {
+            let Some((raw, bitmap)) = format.words_at(content, L2Index::new(index)) else { break };
+            match format.decode(raw, bitmap) {
+                _ if raw == 0 && bitmap == 0 => {}
+                Ok(L2Entry::Standard(entry)) if entry.host.is_none_or(|host| host.value() < len) => good += 1,
+                Ok(L2Entry::Standard(_)) if format.external_data => good += 1,
+                Ok(L2Entry::Compressed(stream)) if stream.host.value() < len => good += 1,
+                _ => bad += 1,
+            }
+        }
+        Ok(good >= bad)
+    }
+
     /// Whether the cluster at `host` looks like an L2 table: it has entries, all of them sound, and all of
     /// them name clusters of this file.
     pub(super) fn is_l2_table(&self, host: HostOffset) -> Result<bool> {

@@ -84,6 +84,12 @@ impl Job<'_> {
         table.chain(blocks).filter(|&cluster| cluster < self.end).collect()
     }
 
+    /// The same for the table that the header leads to.
+    pub(super) fn refcount_clusters_now(&self) -> Result<BTreeSet<u64>> {
+        let refcounts = self.walk(&self.header, |walk| walk.refcount_table().map_err(failed))?;
+        Ok(self.refcount_clusters(&refcounts))
+    }
+
     /// Finds the active L1 table where the header leads to something else: the only unreferenced place whose
     /// entries all lead to L2 tables, if the entries where the header leads do not.
     pub(super) fn mend_active_l1(&mut self) -> Result<()> {
@@ -91,9 +97,7 @@ impl Job<'_> {
         if entries == 0 || self.l2_tables_of(self.header.l1_table_offset, entries)?.0 > 0 {
             return Ok(());
         }
-        let header = self.header.clone();
-        let refcounts = self.walk(&header, |walk| walk.refcount_table().map_err(failed))?;
-        let own = self.refcount_clusters(&refcounts);
+        let own = self.refcount_clusters_now()?;
         let Some((mut candidates, _)) = self.unreferenced()? else { return Ok(()) };
         candidates.retain(|cluster| !own.contains(cluster));
         let mut found = Vec::new();
@@ -113,7 +117,7 @@ impl Job<'_> {
 
     /// How many of the `entries` words at `offset`, taken for L1 entries, lead to what looks like an L2 table,
     /// and how many of those that are set do not.
-    fn l2_tables_of(&self, offset: HostOffset, entries: u32) -> Result<(u64, u64)> {
+    pub(super) fn l2_tables_of(&self, offset: HostOffset, entries: u32) -> Result<(u64, u64)> {
         let mut content = vec![0; entries as usize * 8];
         self.draft.read_padded(offset, &mut content).map_err(storage)?;
         let len = self.draft.len().map_err(storage)?;

@@ -176,6 +176,10 @@ impl Job<'_> {
             }
             let mut content = vec![0; geometry.cluster_size() as usize];
             self.draft.read_padded(table, &mut content).map_err(storage)?;
+            if !self.is_mostly_l2(&content)? {
+                // An L1 entry that leads to a guest's bytes: no flag of theirs is a copied flag.
+                continue;
+            }
             for index in 0..geometry.l2_entries() {
                 let Some((raw, bitmap)) = format.words_at(&content, L2Index::new(index)) else { break };
                 let Some(host) = standard_host(format, raw, bitmap) else { continue };

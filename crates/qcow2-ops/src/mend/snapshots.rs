@@ -35,13 +35,70 @@ impl Job<'_> {
             self.fixed(Fix::SnapshotTable { kept: count, dropped: 0, offset });
             return Ok(());
         }
-        let sound = whole && count == header.nb_snapshots && faults.iter().all(lost);
-        self.tables_missing |= sound && !faults.is_empty();
+        // What cannot be read names nothing either.
+        let mut entries = entries.unwrap_or_default();
+        let found = self.find_l1_tables(&mut entries)?;
+        let sound = whole && count == header.nb_snapshots && faults.iter().all(lost) && !found;
         match sound {
             true => Ok(()),
-            // What cannot be read names nothing either.
-            false => self.write_snapshots(&entries.unwrap_or_default(), header.nb_snapshots),
+            false => self.write_snapshots(&entries, header.nb_snapshots),
         }
+    }
+
+    /// Looks for the L1 tables of snapshots whose entries lead nowhere: misaligned, past the end of the file or
+    /// too large. One that has lost its table gets the only unreferenced place that looks like one. If there is
+    /// none, nothing is left of the snapshot but its name, and it goes; if there are several, it stays as it is.
+    /// Returns whether an entry changed or went.
+    fn find_l1_tables(&mut self, entries: &mut Vec<Snapshot>) -> Result<bool> {
+        let geometry = self.format.geometry;
+        let end = self.draft.len().map_err(storage)?.saturating_add(geometry.cluster_size());
+        let lost = |snapshot: &Snapshot| {
+            let start = snapshot.l1_table_offset.value();
+            let past = start.checked_add(u64::from(snapshot.l1_size) * 8).is_none_or(|last| last >= end);
+            !geometry.is_aligned(start) || past || u64::from(snapshot.l1_size) > limit::MAX_L1_ENTRIES
+        };
+        if !entries.iter().any(lost) {
+            return Ok(false);
+        }
+        let tables = self.lost_l1_tables()?;
+        match tables.as_deref() {
+            Some([]) => entries.retain(|snapshot| !lost(snapshot)),
+            Some(&[table]) if entries.iter().filter(|snapshot| lost(snapshot)).count() == 1 => {
+                for snapshot in entries.iter_mut().filter(|snapshot| lost(snapshot)) {
+                    snapshot.l1_table_offset = table;
+                    let covers = u64::from(snapshot.l1_size) * 8 < geometry.cluster_size();
+                    if !covers {
+                        snapshot.l1_size = self.header.l1_size;
+                    }
+                }
+            }
+            _ => {
+                self.tables_missing = true;
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The unreferenced places that look like L1 tables; `None` if there are too many clusters to look at.
+    fn lost_l1_tables(&mut self) -> Result<Option<Vec<HostOffset>>> {
+        let saved = (self.header.nb_snapshots, self.header.snapshots_offset);
+        // Without the snapshots: they cannot be counted, or lead to the very tables that are looked for.
+        self.set_header(&[HeaderField::Snapshots { count: 0, offset: HostOffset::default() }])?;
+        let unreferenced = self.unreferenced()?;
+        let own = self.refcount_clusters_now()?;
+        self.set_header(&[HeaderField::Snapshots { count: saved.0, offset: saved.1 }])?;
+        let Some((candidates, _)) = unreferenced else { return Ok(None) };
+        let mut found = Vec::new();
+        for cluster in candidates.into_iter().filter(|cluster| !own.contains(cluster)) {
+            let offset = HostOffset::new(cluster * self.format.geometry.cluster_size());
+            let words = (self.format.geometry.cluster_size() / 8).min(self.header.l1_size.max(1).into());
+            let (tables, others) = self.l2_tables_of(offset, words as u32)?;
+            if tables > 0 && others == 0 {
+                found.push(offset);
+            }
+        }
+        Ok(Some(found))
     }
 
     /// The only unreferenced place that holds a table of `count` whole entries, if there is exactly one.
