@@ -15,9 +15,8 @@ use qcow2_blockdev::{
     FailureKind, Follow, NewFile, NewTarget, Node, OpenOptions, is_block_device, open_existing,
 };
 use qcow2_core::format::{CompressionType, FormatErrorKind, Version};
-use qcow2_core::{NewEncryption, Preallocation, Storage, StorageError};
+use qcow2_core::{CreateOptions, NewEncryption, Preallocation, RawOptions, Refusal, Storage, StorageError};
 use qcow2_io::{Create, FileStorage, OpenFile, SourceError, os_error_text};
-use qcow2_ops::create::{Qcow2Request, RawRequest, Refusal, plan, plan_raw};
 use qcow2_ops::resize::MAX_DISK_SIZE;
 use std::io;
 use std::path::Path;
@@ -102,7 +101,7 @@ pub(crate) fn make(
 /// A container: the header, and behind it as much as the disk has.
 fn make_luks(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(), NotMade> {
     let file = prepare(path)?;
-    let planned = luks_request(options).and_then(|(request, crypt)| match plan_raw(&request) {
+    let planned = luks_request(options).and_then(|(request, crypt)| match request.check() {
         Err(refusal) => Err(Failure::new(container_refusal(&refusal))),
         Ok(()) if request.size > MAX_DISK_SIZE => Err(Failure::new(exceeds(request.size))),
         Ok(()) => Ok((request, crypt.make()?)),
@@ -134,21 +133,21 @@ fn exceeds(size: u64) -> String {
 }
 
 /// The whole container as a file, and its encryption.
-fn luks_request(options: &ImageOptions) -> Result<(RawRequest, NewCrypt), Failure> {
+fn luks_request(options: &ImageOptions) -> Result<(RawOptions, NewCrypt), Failure> {
     let crypt = read_options(options, "luks", &LUKS_NAMES, options.objects())?.with_secret()?;
     let preallocation =
         preallocation(options).map_err(|text| Failure::new(format!("invalid parameter value: {text}")))?;
     let size = options.number("size").unwrap_or(0).saturating_add(crypt.area_len());
-    Ok((RawRequest { size, preallocation }, crypt))
+    Ok((RawOptions { size, preallocation }, crypt))
 }
 
 fn make_container(
     storage: &Arc<dyn Storage>,
-    request: &RawRequest,
+    request: &RawOptions,
     encryption: &NewEncryption,
 ) -> Result<(), NotMade> {
     let NewEncryption::Luks(area) = encryption else { return Ok(()) };
-    qcow2_ops::create::create_container(storage, request, area).map_err(|error| {
+    qcow2_core::create_container(storage, request, area).map_err(|error| {
         let not_made = failed(&error, &persona::no_space(request.preallocation, false), "");
         if not_made.too_long { Failure::new(TOO_LARGE).into() } else { not_made }
     })
@@ -179,9 +178,9 @@ fn make_raw(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(),
     let size = options.number("size").unwrap_or(0);
     let preallocation =
         preallocation(options).map_err(|text| Failure::new(format!("invalid parameter value: {text}")))?;
-    let request = RawRequest { size, preallocation };
+    let request = RawOptions { size, preallocation };
     let file = prepare(path)?;
-    if let Err(refusal) = plan_raw(&request) {
+    if let Err(refusal) = request.check() {
         file.undo();
         return Err(Failure::new(match refusal {
             Refusal::SizeTooLarge(_) => "Could not resize file: Invalid argument".to_owned(),
@@ -194,7 +193,7 @@ fn make_raw(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(),
         return Ok(fit_device(&*storage, size, "device files")?);
     }
     let step = persona::no_space(preallocation, false);
-    qcow2_ops::create_raw(&storage, &request).map_err(|error| failed(&error, &step, ""))
+    qcow2_core::create_raw(&storage, &request).map_err(|error| failed(&error, &step, ""))
 }
 
 /// A server's disk is there already: it must be large enough, and loses the beginning that an older image may
@@ -209,14 +208,14 @@ fn make_in_existing(node: &Node, options: &ImageOptions) -> Result<(), NotMade> 
         TargetFormat::Luks => {
             let (request, crypt) = luks_request(options)?;
             fit_device(&*storage, request.size, "NBD nodes")?;
-            make_container(&storage, &RawRequest { size: 0, ..request }, &crypt.make()?)
+            make_container(&storage, &RawOptions { size: 0, ..request }, &crypt.make()?)
         }
         TargetFormat::Qcow2 => {
             if options.text("data_file").is_some() {
                 return Err(Failure::new("A data file is a file beside the image, which is none here").into());
             }
             let request = planned(options)?;
-            qcow2_ops::create(&storage, None, &request)
+            qcow2_core::create(&storage, None, &request)
                 .map_err(|error| failed(&error, &step_words(&request), &backing_words(&request)))
         }
     }
@@ -261,24 +260,24 @@ fn make_qcow2(path: &str, options: &ImageOptions, files: &Files<'_>) -> Result<(
         Some((path, file)) => Some(files.open_empty(path, file)?),
         None => None,
     };
-    qcow2_ops::create(&storage, data.as_ref(), &request)
+    qcow2_core::create(&storage, data.as_ref(), &request)
         .map_err(|error| failed(&error, &step_words(&request), &backing_words(&request)))
 }
 
 /// Everything that is known to be possible, the encryption header included, which takes its time.
-fn planned(options: &ImageOptions) -> Result<Qcow2Request, Failure> {
+fn planned(options: &ImageOptions) -> Result<CreateOptions, Failure> {
     let (mut request, crypt) = qcow2_request(options)?;
-    request.encrypted = crypt.is_some();
-    plan(&request).map_err(|refusal| Failure::new(persona::refusal(&refusal)))?;
+    request.encryption = crypt.is_some().then_some(NewEncryption::Pending);
+    request.check().map_err(|refusal| Failure::new(persona::refusal(&refusal)))?;
     request.encryption = crypt.map(|crypt| crypt.make()).transpose()?;
     Ok(request)
 }
 
 /// Reads the options that name one of several choices, in QEMU's order.
-fn qcow2_request(options: &ImageOptions) -> Result<(Qcow2Request, Option<NewCrypt>), Failure> {
+fn qcow2_request(options: &ImageOptions) -> Result<(CreateOptions, Option<NewCrypt>), Failure> {
     let no_such =
         |name: &str, value: &str| Failure::new(format!("Parameter '{name}' does not accept value '{value}'"));
-    let mut request = Qcow2Request::new(options.number("size").unwrap_or(0));
+    let mut request = CreateOptions::new(options.number("size").unwrap_or(0));
     request.version = match options.text("compat") {
         None | Some("1.1" | "v3") => Version::V3,
         Some("0.10" | "v2") => Version::V2,
@@ -392,11 +391,11 @@ impl Files<'_> {
 
 /// A procedure that failed: a refused option, a name that does not fit (`naming` says what could not be done
 /// with it), or a storage that does not take it (`step` says what).
-fn failed(error: &qcow2_ops::Error, step: &str, naming: &str) -> NotMade {
+fn failed(error: &qcow2_core::Error, step: &str, naming: &str) -> NotMade {
     if let Some(refusal) = persona::find::<Refusal>(error) {
         return Failure::new(persona::refusal(refusal)).into();
     }
-    match error.core_error().and_then(|error| error.format_error()).map(|error| error.kind()) {
+    match error.format_error().map(|error| error.kind()) {
         Some(FormatErrorKind::HeaderFull { .. }) => {
             Failure::new(format!("{naming}: No space left on device")).into()
         }
@@ -408,7 +407,7 @@ fn failed(error: &qcow2_ops::Error, step: &str, naming: &str) -> NotMade {
                 failure: Box::new(Failure::new(format!("{step}: {}", persona::storage(storage)))),
                 too_long: storage.os_code().is_some_and(is_too_long),
             },
-            None => Failure::new(persona::chain(error)).into(),
+            None => Failure::new(format!("creating the image: {}", persona::chain(error))).into(),
         },
     }
 }
@@ -418,7 +417,7 @@ fn is_too_long(code: i32) -> bool {
 }
 
 /// What making an image comes down to where it fails.
-fn step_words(request: &Qcow2Request) -> String {
+fn step_words(request: &CreateOptions) -> String {
     let own_file = request.data_file.is_none();
     match request.preallocation {
         Preallocation::Off if own_file => "Could not write the image".to_owned(),
@@ -426,7 +425,7 @@ fn step_words(request: &Qcow2Request) -> String {
     }
 }
 
-fn backing_words(request: &Qcow2Request) -> String {
+fn backing_words(request: &CreateOptions) -> String {
     match (&request.backing_file, &request.backing_format) {
         (Some(name), Some(format)) => {
             format!("Could not assign backing file '{name}' with format '{format}'")

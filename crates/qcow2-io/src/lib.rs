@@ -53,7 +53,7 @@ pub use nbd::{NbdAddress, NbdError, NbdStorage};
 pub use null::NullStorage;
 pub use open::{Create, OpenError, OpenErrorKind, OpenFile};
 pub use open_files::{HeldFile, OpenFiles, SameFile};
-pub use probe::{format_from_name, probe_format};
+pub use probe::probe_format;
 /// Writes the rest of a wrapper: the calls that it hands on.
 pub use qcow2_core::forward_storage;
 pub use resolve::{FileResolver, Policy, SourceError, SourceOptions, open_source};

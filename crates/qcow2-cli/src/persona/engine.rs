@@ -6,9 +6,8 @@ use super::text::{capitalized, chain, find, storage};
 use crate::failure::Failure;
 use qcow2_blockdev::FailureKind;
 use qcow2_core::format::{FormatError, FormatErrorKind as Kind, Table};
-use qcow2_core::{Error, ErrorKind, Preallocation, ResolveError, UnlockError};
+use qcow2_core::{Error, ErrorKind, Preallocation, Refusal, ResolveError, UnlockError};
 use qcow2_io::{OpenError, OpenErrorKind, SourceError};
-use qcow2_ops::create::Refusal;
 use qcow2_ops::resize::MAX_DISK_SIZE;
 
 /// Why the file at `path` could not be opened, and a hint that follows on a line of its own.
@@ -100,6 +99,7 @@ pub(crate) fn refusal(refusal: &Refusal) -> String {
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)".to_owned()
         }
         Refusal::RawMetadataPreallocation => "Unsupported preallocation mode: metadata".to_owned(),
+        Refusal::RefcountTableTooLarge { .. } => format!("creating the image: {refusal}"),
         other => capitalized(&other.to_string()),
     }
 }
