@@ -123,7 +123,6 @@ mod newfile;
 mod options;
 mod password;
 mod snapshot;
-mod system;
 mod threads;
 #[cfg(any(doc, doctest))]
 pub mod vmm;
@@ -136,7 +135,6 @@ pub use error::{Error, ErrorKind, Result};
 pub use look::{check, info, repair};
 pub use new::NewDisk;
 pub use options::DiskOptions;
-pub use system::{SystemRandom, ThreadTime};
 pub use threads::Threads;
 
 pub use qcow2_core::format::snapshot::Snapshot;

@@ -5,7 +5,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::names::Given;
 use crate::newfile::NewFile;
 use crate::options::DiskOptions;
-use crate::system::{SystemRandom, ThreadTime};
 use qcow2_core::format::CompressionType;
 use qcow2_core::{
     CreateOptions, ImageFormat, LuksArea, NewEncryption, Preallocation, RawOptions, Reference,
@@ -13,7 +12,7 @@ use qcow2_core::{
 };
 use qcow2_crypt::luks::{NewVolume, create as create_volume};
 use qcow2_crypt::{CryptError, Secret};
-use qcow2_io::{FileResolver, Policy};
+use qcow2_io::{FileResolver, Policy, ThreadClock, random_bytes};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -259,7 +258,8 @@ impl NewDisk {
         let Some(password) = &self.password else { return Ok(None) };
         let iter_time_ms = u64::try_from(self.unlock_time.as_millis()).unwrap_or(u64::MAX);
         let volume = NewVolume { iter_time_ms, ..NewVolume::default() };
-        let area = create_volume(&volume, password, &mut SystemRandom, &ThreadTime::start())?;
+        let clock = ThreadClock::start();
+        let area = create_volume(&volume, password, &mut random_bytes, &|| clock.now())?;
         Ok(Some(NewEncryption::Luks(LuksArea(area.into()))))
     }
 }
