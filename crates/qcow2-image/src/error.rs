@@ -188,7 +188,7 @@ fn kind_here(error: &(dyn StdError + 'static)) -> Option<ErrorKind> {
     if let Some(error) = error.downcast_ref::<OpenError>() {
         return Some(of_file(error.kind()));
     }
-    if error.is::<qcow2_ops::create::Refusal>() {
+    if error.is::<qcow2_core::Refusal>() {
         return Some(ErrorKind::InvalidOption);
     }
     error.downcast_ref::<CryptError>().and_then(|error| of_keys(error.kind()))

@@ -10,8 +10,8 @@ use crate::open::{close, read_name};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use crate::threads::Threads;
 use qcow2_blockdev::{OpenedChain, open_down_to};
+use qcow2_image::Threads;
 use qcow2_ops::{CommitOptions, ErrorKind};
 
 /// Runs the verb.

@@ -1,7 +1,6 @@
 //! `rebase`: another backing file, and the same disk all the same; or, unsafe, another name for it.
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
-use crate::drivers;
 use crate::exit;
 use crate::failure::Failure;
 use crate::interrupt::Interrupts;
@@ -9,10 +8,10 @@ use crate::open::{close, open_to_change, read_name};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use crate::threads::Threads;
-use qcow2_blockdev::{ImageName, LayerFiles, OpenedDisk, locate_backing, open};
+use qcow2_blockdev::{ImageName, LayerFiles, OpenedDisk, is_known_driver, locate_backing, open};
 use qcow2_core::format::{AutoclearFeatures, FormatErrorKind};
 use qcow2_core::{BackingName, Layers};
+use qcow2_image::Threads;
 use qcow2_io::CacheMode;
 use qcow2_ops::{ErrorKind, RebaseOptions};
 use std::path::PathBuf;
@@ -91,7 +90,7 @@ fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fai
     if request.compress && top.disk.as_image().is_none() {
         return Err(Failure::new("Compression not supported for this file format"));
     }
-    if let Some(format) = request.backing_format.as_deref().filter(|format| !drivers::is_known(format)) {
+    if let Some(format) = request.backing_format.as_deref().filter(|format| !is_known_driver(format)) {
         return Err(Failure::new(format!("Invalid format name: '{format}'")));
     }
     // What can have no backing file is not written to. It goes before the new backing file comes, which it

@@ -3,14 +3,13 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
-use crate::newimage;
+use crate::newimage::make;
 use crate::open::{complain_of_guess, open_to_change, read_name};
 use crate::persona;
 use crate::render::info::snapshot_table;
 use crate::session::Session;
-use qcow2_blockdev::{ImageName, KeyValues, NewTarget, Sharing, open};
+use qcow2_blockdev::{ImageName, KeyValues, NewOptions, NewTarget, Sharing, open};
 use qcow2_core::{ErrorKind, Image, ImageFormat, NewSnapshot};
 use qcow2_ops::snapshot::{self, SnapshotName};
 use std::path::Path;
@@ -199,17 +198,14 @@ fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) ->
     }
     let backing = backing_name(old, path)
         .map_err(|error| about(Failure::new(format!("cannot say where '{old}' is: {error}"))))?;
-    let mut options = ImageOptions::parse(TargetFormat::Qcow2, &KeyValues::parse_image_options(&[]))?;
+    let mut options = NewOptions::parse(&ImageFormat::Qcow2, &KeyValues::default())?;
     options.set_text("backing_file", &backing);
     options.set_text("backing_fmt", if opened.format == ImageFormat::Raw { "raw" } else { "qcow2" });
     options.set_number("size", opened.disk.size().next_multiple_of(512));
     let interrupts = Interrupts::install();
-    let made = newimage::make(session, &target, &options, &interrupts);
-    match &made {
-        Ok(()) => interrupts.finish_files(),
-        Err(_) => interrupts.discard_files(),
-    }
-    made.map_err(|not_made| about(not_made.into()))
+    make(session, &target, &options, &args.objects, &interrupts).map_err(|failure| about(failure.into()))?;
+    interrupts.finish_files();
+    Ok(())
 }
 
 /// What the image `new` calls the file `old`: its bare name in the same folder, else the whole path.
