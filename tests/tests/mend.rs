@@ -273,8 +273,8 @@ struct Table {
     ours_kept: u64,
 }
 
-/// Guest clusters of `image` that hold what they held in the whole image, zeroes not counted. The judge is the
-/// reference.
+/// Guest clusters of `image` that hold what they held in the whole image, zeroes not counted. The judge is
+/// the reference.
 fn kept(qemu: &Tool, folder: &Path, image: &str, whole: &[Option<Vec<u8>>]) -> u64 {
     let convert = ["convert", "--salvage", "-f", "qcow2", "-O", "raw", image, "kept.raw"];
     if qemu.run_in(folder, &convert).code != Some(0) {
@@ -290,8 +290,8 @@ fn kept(qemu: &Tool, folder: &Path, image: &str, whole: &[Option<Vec<u8>>]) -> u
     same.count() as u64
 }
 
-/// The verdicts of both checks agree in 99.5 %. Where the reference's repair ends clean, ours keeps at least as
-/// many guest clusters, and ends clean by the reference's own check in all but 1 %.
+/// The verdicts of both checks agree in 99.5 %. Where the reference's repair ends clean, ours keeps at least
+/// as many guest clusters, and ends clean by the reference's own check in all but 1 %.
 #[test]
 fn repairs_reach_what_the_reference_reaches() {
     let Some(Qemu { img: qemu, .. }) = Qemu::find() else { return };

@@ -233,8 +233,9 @@ impl Bitmap {
         None
     }
 
-    /// Judges whether the table has as many entries as a disk of `disk_size` bytes needs, as QEMU does when it
-    /// reads the bits: not of a bitmap that is in use, whose bits are never read. Errors: `BitmapConstraints`.
+    /// Judges whether the table has as many entries as a disk of `disk_size` bytes needs, as QEMU does when
+    /// it reads the bits: not of a bitmap that is in use, whose bits are never read. Errors:
+    /// `BitmapConstraints`.
     pub fn validate_table_size(&self, geometry: &Geometry, disk_size: u64) -> Result<(), FormatError> {
         let needed = Self::table_entries_for(geometry, disk_size, self.granularity_bits).unwrap_or(0);
         if self.in_use || u64::from(self.table_entries) == needed {

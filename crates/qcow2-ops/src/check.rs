@@ -184,8 +184,8 @@ fn in_windows(
 }
 
 /// Counts the references to every cluster of the image in `walk`, a window of the file at a time, and calls
-/// `visit` with each window's counts. Disk: reads all tables once for each window. Errors: `Metadata`, `Stopped`; damaged
-/// entries are no error: they count as the check counts them.
+/// `visit` with each window's counts. Disk: reads all tables once for each window. Errors: `Metadata`,
+/// `Stopped`; damaged entries are no error: they count as the check counts them.
 pub(crate) fn count_references(
     walk: &Walk<'_>,
     executor: &dyn Executor,

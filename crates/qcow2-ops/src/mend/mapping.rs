@@ -72,7 +72,8 @@ impl Job<'_> {
             tables.extend(walk.snapshots(&mut |_| {}).map_err(failed)?.unwrap_or_default().l1_tables);
             Ok(())
         })?;
-        // A table that passes the end of the file is counted nowhere, and what lies in its range may be anything.
+        // A table that passes the end of the file is counted nowhere, and what lies in its range may be
+        // anything.
         let len = self.draft.len().map_err(storage)?;
         let limit = len.saturating_add(self.format.geometry.cluster_size());
         let all = tables.len();
@@ -192,8 +193,8 @@ impl Job<'_> {
         }
     }
 
-    /// Writes `edits`, but for those into a cluster that something else refers to too: what looks like a table
-    /// there may be a guest's bytes. `parts`: how many tables each cluster is part of.
+    /// Writes `edits`, but for those into a cluster that something else refers to too: what looks like a
+    /// table there may be a guest's bytes. `parts`: how many tables each cluster is part of.
     fn edit(&mut self, edits: Vec<Edit>, parts: &Parts) -> Result<()> {
         if edits.is_empty() {
             return Ok(());

@@ -115,8 +115,8 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// How many of the `entries` words at `offset`, taken for L1 entries, lead to what looks like an L2 table,
-    /// and how many of those that are set do not.
+    /// How many of the `entries` words at `offset`, taken for L1 entries, lead to what looks like an L2
+    /// table, and how many of those that are set do not.
     pub(super) fn l2_tables_of(&self, offset: HostOffset, entries: u32) -> Result<(u64, u64)> {
         let mut content = vec![0; entries as usize * 8];
         self.draft.read_padded(offset, &mut content).map_err(storage)?;
@@ -134,8 +134,8 @@ impl Job<'_> {
     }
 
     /// Makes `slots` lead to the L2 table that they lost, where there is exactly one such table: counted as
-    /// used, referred to by nothing, and mapping clusters that nothing else maps. Slots with the same word led
-    /// to the same table. Returns the table.
+    /// used, referred to by nothing, and mapping clusters that nothing else maps. Slots with the same word
+    /// led to the same table. Returns the table.
     pub(super) fn fill_slots(&mut self, slots: &[Slot], metadata: &Metadata) -> Result<Option<u64>> {
         if slots.is_empty() {
             return Ok(None);

@@ -45,10 +45,10 @@ impl Job<'_> {
         }
     }
 
-    /// Looks for the L1 tables of snapshots whose entries lead nowhere: misaligned, past the end of the file or
-    /// too large. One that has lost its table gets the only unreferenced place that looks like one. If there is
-    /// none, nothing is left of the snapshot but its name, and it goes; if there are several, it stays as it is.
-    /// Returns whether an entry changed or went.
+    /// Looks for the L1 tables of snapshots whose entries lead nowhere: misaligned, past the end of the file
+    /// or too large. One that has lost its table gets the only unreferenced place that looks like one. If
+    /// there is none, nothing is left of the snapshot but its name, and it goes; if there are several, it
+    /// stays as it is. Returns whether an entry changed or went.
     fn find_l1_tables(&mut self, entries: &mut Vec<Snapshot>) -> Result<bool> {
         let geometry = self.format.geometry;
         let end = self.draft.len().map_err(storage)?.saturating_add(geometry.cluster_size());
