@@ -28,7 +28,6 @@ const EDGES: &[(&str, &[&str])] = &[
             "qcow2-format",
             "qcow2-ops",
             "qcow2-io",
-            "qcow2-codec",
             "qcow2-crypt",
             "qcow2-blockdev",
             "qcow2-exerciser",

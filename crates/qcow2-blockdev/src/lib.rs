@@ -26,6 +26,7 @@
 //! | a new image | [`NewTarget`], [`NewOptions`], then [`create`] |
 //! | its options as a table | [`create_options`], [`amend_options`] |
 //! | that no half of one stays | [`Unfinished`] |
+//! | levels of compression, which images do not record | [`Compression`] |
 //! | passwords | [`Secrets`], [`AskPassword`], [`Keys`] |
 //! | a number of bytes as people type it: `10G`, `0x200`, `1.5k` | [`parse_size`] |
 //! | `key=value,key=value` | [`KeyValues`] |
@@ -52,6 +53,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod compression;
 mod driver;
 mod failure;
 mod keys;
@@ -64,6 +66,7 @@ mod size;
 mod tree;
 mod warning;
 
+pub use compression::{Compression, CompressionError};
 pub use driver::{
     AddressError, AddressPart, Driver, LineError, RuleError, TuningError, WindowError, is_block_device,
     is_known_driver,

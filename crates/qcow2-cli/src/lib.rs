@@ -7,7 +7,6 @@
 
 mod args;
 mod command;
-mod compression;
 mod crypt;
 mod exit;
 mod failure;

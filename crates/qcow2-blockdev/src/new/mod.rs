@@ -1,6 +1,6 @@
 //! New images: from a name, a format and options to a file that is whole, or not there.
 //!
-//! [`NewTarget`] says where the image goes, [`NewOptions`] what it is to be, [`create`] makes it. Nothing
+//! [`NewTarget`] says where the image goes, [`NewOptions`] what it is to be, [`create()`] makes it. Nothing
 //! that was there before is touched until the options are known to be possible, and what was made for an
 //! image that fails is taken away.
 

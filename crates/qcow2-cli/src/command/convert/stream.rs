@@ -2,7 +2,6 @@
 
 use super::request::Request;
 use super::{failure, finish, open_sources, target};
-use crate::compression::Compression;
 use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_files;
@@ -10,7 +9,7 @@ use crate::interrupt::Interrupts;
 use crate::open::warn_of_missing_end;
 use crate::progress::Meter;
 use crate::session::{Session, unfinished_stream};
-use qcow2_blockdev::{NewOptions, new_image_format};
+use qcow2_blockdev::{Compression, NewOptions, new_image_format};
 use qcow2_core::format::CompressionType;
 use qcow2_core::{GuestDisk, ImageFormat};
 use qcow2_ops::{ErrorKind, StreamOptions, StreamedImage, stream_qcow2, stream_raw, stream_raw_in};
@@ -115,7 +114,7 @@ fn read(session: &Session, request: &Request, interrupts: &Interrupts, meter: &M
         }
         true => {
             let image = StreamedImage::open(&mut input).map_err(|error| failure(&error))?;
-            let codecs = Compression::DEFAULT.codecs()?;
+            let codecs = Compression::default().codecs()?;
             let codec = match image.header().compression_type {
                 CompressionType::Zstd => codecs.zstd,
                 _ => codecs.deflate,

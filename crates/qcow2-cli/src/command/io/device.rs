@@ -1,10 +1,11 @@
 //! Opens what the exerciser asks for: files with their chains, scratch overlays, copies to the top layer.
 
 use crate::args::{ImageArgs, Objects};
-use crate::compression::Compression;
 use crate::failure::Failure;
 use crate::persona::{self, NATIVE_NEEDS_DIRECT, SHARED_AND_WRITABLE};
-use qcow2_blockdev::{ImageName, KeyValues, Keys, Warning, bitmaps_to_lose, escape_commas, open_bytes};
+use qcow2_blockdev::{
+    Compression, ImageName, KeyValues, Keys, Warning, bitmaps_to_lose, escape_commas, open_bytes,
+};
 use qcow2_core::{
     CreateOptions, GuestDisk, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver,
     Storage,
@@ -177,7 +178,7 @@ fn scratch_overlay(base: ResolvedSource, size: u64, keys: Keys) -> Result<Arc<dy
     };
     let mut options = OpenOptions::default();
     options.writable = true;
-    options.codecs = Compression::DEFAULT.codecs()?;
+    options.codecs = Compression::default().codecs()?;
     options.keys = Some(Arc::new(keys));
     qcow2_core::open_disk(source, &options).map_err(|error| persona::engine_failure("", &error))
 }
