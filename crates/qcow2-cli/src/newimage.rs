@@ -15,10 +15,11 @@ use qcow2_blockdev::{
     FailureKind, Follow, NewFile, NewTarget, Node, OpenOptions, is_block_device, open_existing,
 };
 use qcow2_core::format::{CompressionType, FormatErrorKind, Version};
-use qcow2_core::{NewEncryption, Preallocation, Storage, StorageError};
+use qcow2_core::{BackingName, NewEncryption, Preallocation, Storage, StorageError};
 use qcow2_io::{Create, FileStorage, OpenFile, SourceError, os_error_text};
 use qcow2_ops::create::{Qcow2Request, RawRequest, Refusal, plan, plan_raw};
 use qcow2_ops::resize::MAX_DISK_SIZE;
+use qcow2_ops::{CallerError, NewStorage};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -387,6 +388,41 @@ impl Files<'_> {
             }
             _ => {}
         }
+    }
+}
+
+/// The file of an image that a procedure makes, in the usual layout.
+pub(crate) struct NewImageFile<'a> {
+    files: Files<'a>,
+    path: &'a str,
+}
+
+impl<'a> NewImageFile<'a> {
+    /// A file that is to be made at `path`.
+    pub(crate) fn new(session: &'a Session, interrupts: &'a Interrupts, path: &'a str) -> Self {
+        let layout = Layout { extent_size: (Layout::EXTENT_SIZE, false), no_cow: false };
+        Self { files: Files { session, interrupts, layout }, path }
+    }
+
+    /// The failure that `error` of the procedure is. `backing`: what the image records as its backing file.
+    pub(crate) fn failure(&self, error: qcow2_ops::Error, backing: BackingName) -> Failure {
+        let error = match error.caller_error::<Failure>() {
+            Ok(failure) => return failure,
+            Err(error) => error,
+        };
+        let mut request = Qcow2Request::new(0);
+        (request.backing_file, request.backing_format) = (Some(backing.name), backing.format);
+        failed(&error, &step_words(&request), &backing_words(&request)).into()
+    }
+}
+
+impl NewStorage for NewImageFile<'_> {
+    fn make(&self) -> Result<Arc<dyn Storage>, CallerError> {
+        Ok(self.files.open_empty(self.path, prepare(self.path)?)?)
+    }
+
+    fn discard(&self) {
+        self.files.interrupts.discard_files();
     }
 }
 

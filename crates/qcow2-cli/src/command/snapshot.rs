@@ -3,15 +3,15 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
-use crate::newimage;
+use crate::newimage::NewImageFile;
 use crate::open::{complain_of_guess, open_to_change, read_name};
 use crate::persona;
 use crate::render::info::snapshot_table;
 use crate::session::Session;
-use qcow2_blockdev::{ImageName, KeyValues, NewTarget, Sharing, open};
-use qcow2_core::{ErrorKind, Image, ImageFormat, NewSnapshot};
+use qcow2_blockdev::{ImageName, NewTarget, Sharing, open};
+use qcow2_core::{BackingName, ErrorKind, Image, ImageFormat, NewSnapshot};
+use qcow2_io::{FileResolver, Policy};
 use qcow2_ops::snapshot::{self, SnapshotName};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -75,28 +75,15 @@ impl Request {
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             let wanted = match given.opt {
-                Opt::Format => {
-                    image.format = Some(given.value);
-                    continue;
-                }
-                Opt::ImageOpts => {
-                    image.image_opts = true;
-                    continue;
-                }
-                Opt::ForceShare => {
-                    image.force_share = true;
-                    continue;
-                }
-                Opt::Object => {
-                    image.objects.add(&given.value)?;
-                    continue;
-                }
                 Opt::ListSnapshots => Action::List,
                 Opt::CreateSnapshot => Action::Create(given.value),
                 Opt::ApplySnapshot => Action::Apply(given.value),
                 Opt::DeleteSnapshot => Action::Delete(given.value),
                 Opt::ExternalSnapshot => Action::External(given.value),
-                _ => continue,
+                opt => {
+                    image.take(opt, given.value)?;
+                    continue;
+                }
             };
             if action.replace(wanted).is_some() {
                 return Err(Failure::usage(verb.name, "Cannot mix '-l', '-a', '-c', '-d'"));
@@ -197,32 +184,17 @@ fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) ->
     if Path::new(path).exists() {
         return Err(about(Failure::new("the file exists already")));
     }
-    let backing = backing_name(old, path)
-        .map_err(|error| about(Failure::new(format!("cannot say where '{old}' is: {error}"))))?;
-    let mut options = ImageOptions::parse(TargetFormat::Qcow2, &KeyValues::parse_image_options(&[]))?;
-    options.set_text("backing_file", &backing);
-    options.set_text("backing_fmt", if opened.format == ImageFormat::Raw { "raw" } else { "qcow2" });
-    options.set_number("size", opened.disk.size().next_multiple_of(512));
+    let backing = FileResolver::new(path, Policy::Deny).name_for(Path::new(old));
+    let backing =
+        backing.map_err(|error| about(Failure::new(format!("cannot say where '{old}' is: {error}"))))?;
     let interrupts = Interrupts::install();
-    let made = newimage::make(session, &target, &options, &interrupts);
-    match &made {
-        Ok(()) => interrupts.finish_files(),
-        Err(_) => interrupts.discard_files(),
-    }
-    made.map_err(|not_made| about(not_made.into()))
-}
-
-/// What the image `new` calls the file `old`: its bare name in the same folder, else the whole path.
-fn backing_name(old: &str, new: &str) -> std::io::Result<String> {
-    let old = Path::new(old).canonicalize()?;
-    let folder = Path::new(new).parent().filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new(".")).canonicalize()?;
-    let name = match (old.parent(), old.file_name()) {
-        (Some(parent), Some(name)) if parent == folder => Path::new("./").join(name),
-        _ => old,
-    };
-    let text = name.to_string_lossy();
-    Ok(text.strip_prefix("./").filter(|rest| !rest.contains(':')).unwrap_or(&text).to_owned())
+    let file = NewImageFile::new(session, &interrupts, path);
+    let made = snapshot::external(&*opened.disk, &opened.format, &backing, &file);
+    interrupts.finish_files();
+    made.map_err(|error| {
+        let format = snapshot::format_name(&opened.format).map(str::to_owned);
+        about(file.failure(error, BackingName { name: backing, format }))
+    })
 }
 
 /// Now, with the name as far as it goes: 255 bytes.

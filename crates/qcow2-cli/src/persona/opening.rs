@@ -5,6 +5,7 @@ use super::name;
 use super::text::{BACKING, capitalized, chain, storage};
 use crate::failure::Failure;
 use qcow2_blockdev::{FailureKind, OpenFailure, Warning};
+use qcow2_ops::ChainError;
 
 /// Said of requests that the system is to queue where its page cache stands between.
 pub(crate) const NATIVE_NEEDS_DIRECT: &str =
@@ -41,16 +42,12 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
         }
         FailureKind::Storage(error) => storage(error),
         FailureKind::UnsupportedFormat(_) => kind.to_string(),
-        FailureKind::Loop(name) => format!("Backing file '{name}' creates an infinite loop"),
+        FailureKind::Loop(name) => endless(name),
         FailureKind::NoSnapshots => format!(
             "{NOT_LOADED}Block format 'raw' used by device '' does not support temporarily loading internal \
              snapshots"
         ),
         FailureKind::NoSuchSnapshot => format!("{NOT_LOADED}Can't find snapshot"),
-        FailureKind::NoBase { name, base: Some(base) } => {
-            format!("Did not find '{base}' in the backing chain of '{name}'")
-        }
-        FailureKind::NoBase { base: None, .. } => "Image does not have a backing file".to_owned(),
         other => capitalized(&other.to_string()),
     };
     (reason, Vec::new())
@@ -67,14 +64,30 @@ pub(crate) fn in_one_line(kind: &FailureKind) -> String {
     reason(kind).0
 }
 
+fn endless(name: &str) -> String {
+    format!("Backing file '{name}' creates an infinite loop")
+}
+
+/// What is wrong with the backing chain of `name`.
+pub(crate) fn chain_failure(name: &str, error: &ChainError) -> Failure {
+    let (reason, depth) = match error {
+        ChainError::NoBase(Some(base)) => {
+            return Failure::new(format!("Did not find '{base}' in the backing chain of '{name}'"));
+        }
+        ChainError::NoBase(None) => return Failure::new("Image does not have a backing file"),
+        ChainError::Loop { name, depth } => (endless(name), *depth),
+        ChainError::TooLong(most) => (capitalized(&error.to_string()), *most),
+        other => (capitalized(&other.to_string()), 0),
+    };
+    Failure::could_not_open(name, &format!("{}{reason}", BACKING.repeat(depth)))
+}
+
 impl From<OpenFailure> for Failure {
     fn from(failure: OpenFailure) -> Self {
         let (reason, hints) = reason(failure.kind());
         let told = match failure.kind() {
             // What was asked for is not there; the image opens.
-            FailureKind::NoSnapshots | FailureKind::NoSuchSnapshot | FailureKind::NoBase { .. } => {
-                Self::new(reason)
-            }
+            FailureKind::NoSnapshots | FailureKind::NoSuchSnapshot => Self::new(reason),
             _ => {
                 let reason = format!("{}{reason}", BACKING.repeat(failure.layer()));
                 Self::could_not_open(failure.name(), &reason)
