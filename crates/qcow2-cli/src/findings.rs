@@ -3,9 +3,9 @@
 use crate::persona;
 use crate::render::check as render;
 use crate::session::Session;
-use crate::threads::Threads;
 use qcow2_blockdev::Warning;
 use qcow2_core::ResolvedSource;
+use qcow2_image::Threads;
 use qcow2_ops::Silent;
 use qcow2_ops::check::{CheckOptions, CheckReport, Finding, Found, check};
 use qcow2_ops::repair::is_refcount;

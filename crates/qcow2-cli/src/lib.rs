@@ -23,7 +23,6 @@ mod persona;
 mod progress;
 mod render;
 mod session;
-mod threads;
 mod trace;
 
 use args::{Arguments, Getopt, Opt};

@@ -9,8 +9,8 @@ use crate::persona;
 use crate::progress::Meter;
 use crate::render::{human, json};
 use crate::session::Session;
-use crate::threads::Threads;
 use qcow2_blockdev::open;
+use qcow2_image::Threads;
 use serde_json::{Map, Value};
 use std::cell::OnceCell;
 

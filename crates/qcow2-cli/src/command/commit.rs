@@ -10,9 +10,9 @@ use crate::open::read_name;
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use crate::threads::Threads;
 use qcow2_blockdev::{ChainFiles, OpenFailure, Warning};
 use qcow2_core::ResolvedSource;
+use qcow2_image::Threads;
 use qcow2_ops::{ChainError, CommitOptions, ErrorKind};
 
 /// Runs the verb.

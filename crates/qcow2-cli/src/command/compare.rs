@@ -8,8 +8,8 @@ use crate::open::{read_name, warn_of_missing_end};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use crate::threads::Threads;
 use qcow2_blockdev::{OpenedDisk, open};
+use qcow2_image::Threads;
 use qcow2_ops::compare::{CompareOptions, CompareReport, Comparison};
 use qcow2_ops::{Error, ErrorKind};
 

@@ -8,14 +8,14 @@ use crate::args::Arguments;
 use crate::exit;
 use crate::failure::Failure;
 use crate::interrupt::Interrupts;
-use crate::open::{read_name, warn_of_missing_end};
+use crate::open::{close, read_name, warn_of_missing_end};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use crate::threads::Threads;
 use qcow2_blockdev::{ImageName, OpenedDisk, Sharing, open, open_snapshot};
 use qcow2_core::GuestDisk;
 use qcow2_core::format::Version;
+use qcow2_image::Threads;
 use qcow2_ops::snapshot::SnapshotName;
 use qcow2_ops::{CopyReport, converted_size};
 use request::Request;
@@ -94,10 +94,9 @@ fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>,
     }
 }
 
-/// Makes all durable, as far as the cache mode wants it, and leaves the target clean.
+/// Leaves the target clean.
 fn finish(target: &dyn GuestDisk) -> Result<(), Failure> {
-    let done = target.flush().and_then(|()| target.as_image().map_or(Ok(()), |image| image.close()));
-    done.map_err(|error| Failure::new(format!("error while closing the target: {}", persona::cause(&error))))
+    close(target).map_err(|reason| Failure::new(format!("error while closing the target: {reason}")))
 }
 
 /// The bitmaps of the one source go along, where that is wanted.

@@ -11,8 +11,8 @@ use crate::open::{close, read_name, warn_of_missing_end};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use crate::threads::Threads;
 use qcow2_blockdev::{KeyValues, NewTarget, open};
+use qcow2_image::Threads;
 use qcow2_ops::ErrorKind;
 use qcow2_ops::dd::{DdOptions, dd, dd_range};
 

@@ -4,9 +4,8 @@
 mod options;
 mod prompt;
 mod slots;
-mod system;
 
 pub(crate) use options::{LUKS_NAMES, NewCrypt, QCOW2_NAMES, read_options};
 pub(crate) use prompt::Terminal;
+pub(crate) use qcow2_image::{SystemRandom, ThreadTime};
 pub(crate) use slots::{SlotOptions, SlotRequest};
-pub(crate) use system::{SystemRandom, ThreadTime};

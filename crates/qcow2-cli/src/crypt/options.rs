@@ -61,7 +61,7 @@ impl NewCrypt {
             Self::NoSecret(name) => Err(no_secret(name)),
             Self::Aes => Ok(NewEncryption::Aes),
             Self::Luks(volume, password) => {
-                let area = create(volume, password, &mut SystemRandom, &ThreadTime::new())
+                let area = create(volume, password, &mut SystemRandom, &ThreadTime::start())
                     .map_err(|error| Failure::new(persona::crypt(&error)))?;
                 Ok(NewEncryption::Luks(LuksArea(area.into())))
             }

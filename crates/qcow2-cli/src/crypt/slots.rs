@@ -91,7 +91,7 @@ impl SlotRequest<'_> {
         };
         let container = volume.1 == HostOffset::default();
         let current = || self.keys.password(0, self.name, container).map_err(locked);
-        add_password(volume, &new, current, &mut SystemRandom, &ThreadTime::new())
+        add_password(volume, &new, current, &mut SystemRandom, &ThreadTime::start())
     }
 
     fn erase(&self, volume: (&dyn Storage, HostOffset)) -> Result<(), Failure> {

@@ -1,6 +1,6 @@
 //! Disks that are not opened, and what is worth a word though they are.
 
-use super::engine::{engine_reason, source_reason};
+use super::engine::{engine_reason, source_reason, unopened};
 use super::name;
 use super::text::{BACKING, capitalized, chain, storage};
 use crate::failure::Failure;
@@ -82,6 +82,25 @@ pub(crate) fn chain_failure(name: &str, error: &ChainError) -> Failure {
     Failure::could_not_open(name, &format!("{}{reason}", BACKING.repeat(depth)))
 }
 
+/// The same in our own words, which name each file once, and shorter for whoever has named the disk already.
+/// `None`: the words are QEMU's.
+fn one_sentence(failure: &OpenFailure, reason: &str) -> Option<(String, Option<String>)> {
+    let name = failure.name();
+    let sentence = match (unopened(failure.kind()), failure.layer()) {
+        (None, 0) => return None,
+        (None, 1) => format!("Could not open the backing file of '{name}': {reason}"),
+        (None, n) => format!("Could not open the backing file {n} layers below '{name}': {reason}"),
+        (Some((file, text)), 0) if file == name => {
+            return Some((format!("Could not open '{name}': {text}"), Some(text)));
+        }
+        (Some((file, text)), 0) => format!("Could not open '{file}' of '{name}': {text}"),
+        (Some((file, text)), _) => {
+            format!("Could not open '{file}' in the backing chain of '{name}': {text}")
+        }
+    };
+    Some((sentence, None))
+}
+
 impl From<OpenFailure> for Failure {
     fn from(failure: OpenFailure) -> Self {
         let (reason, hints) = reason(failure.kind());
@@ -89,8 +108,13 @@ impl From<OpenFailure> for Failure {
             // What was asked for is not there; the image opens.
             FailureKind::NoSnapshots | FailureKind::NoSuchSnapshot => Self::new(reason),
             _ => {
-                let reason = format!("{}{reason}", BACKING.repeat(failure.layer()));
-                Self::could_not_open(failure.name(), &reason)
+                let hintless = reason;
+                let reason = format!("{}{hintless}", BACKING.repeat(failure.layer()));
+                let told = Self::could_not_open(failure.name(), &reason);
+                match one_sentence(&failure, &hintless) {
+                    Some((sentence, short)) => told.in_own_words(sentence, short),
+                    None => told,
+                }
             }
         };
         let told = hints.into_iter().fold(told, Self::hint);
