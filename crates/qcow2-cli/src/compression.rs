@@ -67,7 +67,8 @@ const WINDOW_BITS: &str = "compression_window_bits";
 /// What help says of the options of this room.
 pub(crate) const HELP: &str = "\nWith -c also, not recorded in the image:\n\
     \x20 compression_level=<num> - zlib: 1 (quick) to 9 (small), 6 by default; zstd: up to 22, 3 by default\n\
-    \x20 compression_window_bits=<num> - zlib: 12 by default, up to 15 for smaller clusters that not every reader takes\n";
+    \x20 compression_window_bits=<num> - zlib: 12 by default, up to 15 for smaller clusters that not every \
+    reader takes\n";
 
 #[cfg(test)]
 mod tests {

@@ -225,8 +225,9 @@ fn make_in_existing(node: &Node, options: &ImageOptions) -> Result<(), NotMade> 
 
 fn not_opened(driver: &str, reason: &str) -> Failure {
     Failure::new(format!(
-        "Protocol driver '{driver}' does not support creating new images, so an existing image must be selected as the \
-         target; however, opening the given target as an existing image failed: {reason}"
+        "Protocol driver '{driver}' does not support creating new images, \
+         so an existing image must be selected as the target; \
+         however, opening the given target as an existing image failed: {reason}"
     ))
 }
 

@@ -254,15 +254,15 @@ fn header_for(options: &CreateOptions) -> Result<Header> {
     header.refcount_order = options.refcount_bits.trailing_zeros();
     header.compression_type = options.compression_type;
     let zstd = options.compression_type == CompressionType::Zstd;
-    header.incompatible_features.set(IncompatibleFeatures::COMPRESSION_TYPE, zstd);
-    header.incompatible_features.set(IncompatibleFeatures::EXTENDED_L2, options.extended_l2);
-    header.incompatible_features.set(IncompatibleFeatures::DATA_FILE, options.data_file.is_some());
-    header.compatible_features.set(CompatibleFeatures::LAZY_REFCOUNTS, options.lazy_refcounts);
+    header.features.incompatible.set(IncompatibleFeatures::COMPRESSION_TYPE, zstd);
+    header.features.incompatible.set(IncompatibleFeatures::EXTENDED_L2, options.extended_l2);
+    header.features.incompatible.set(IncompatibleFeatures::DATA_FILE, options.data_file.is_some());
+    header.features.compatible.set(CompatibleFeatures::LAZY_REFCOUNTS, options.lazy_refcounts);
     if let Some(data) = &options.data_file {
         if data.raw && options.backing.is_some() {
             return Err(option_error("a raw data file and a backing file exclude each other"));
         }
-        header.autoclear_features.set(AutoclearFeatures::RAW_DATA_FILE, data.raw);
+        header.features.autoclear.set(AutoclearFeatures::RAW_DATA_FILE, data.raw);
         header.extensions.data_file = Some(data.name.clone().into_bytes());
     }
     header.crypt_method = match &options.encryption {

@@ -132,7 +132,7 @@ pub fn rebase(
     let Some((top, image)) = top.as_ref().and_then(|top| Some((top, top.disk.as_image()?))) else {
         return Err(refused(Refusal::NotAnImage));
     };
-    let raw_data = image.header().autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE);
+    let raw_data = image.header().features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE);
     if raw_data && options.backing_file.is_some() {
         return Err(refused(Refusal::RawDataFile));
     }

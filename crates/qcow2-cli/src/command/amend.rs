@@ -186,7 +186,8 @@ fn failure(session: &Session, error: qcow2_ops::Error, options: &AmendOptions) -
         Refusal::NoDataFile => "data-file can only be set for images that use an external data file".to_owned(),
         Refusal::DataFileRaw => "data-file-raw cannot be set on existing images".to_owned(),
         Refusal::BackingFile => {
-            return Failure::new("Cannot amend the backing file").hint("You can use 'qemu-img rebase' instead.");
+            let hint = "You can use 'qemu-img rebase' instead.";
+            return Failure::new("Cannot amend the backing file").hint(hint);
         }
         Refusal::LazyRefcountsNeedVersion3 => format!("Lazy refcounts only supported with {needs}"),
         Refusal::DowngradeDataFile => "Cannot downgrade an image with a data file".to_owned(),

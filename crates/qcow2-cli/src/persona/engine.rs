@@ -78,7 +78,8 @@ pub(crate) fn refusal(refusal: &Refusal) -> String {
             "Refcount width must be a power of two and may not exceed 64 bits".to_owned()
         }
         Refusal::RefcountBitsNeedVersion3(_) => {
-            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use version=v3 or greater)"
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above \
+             (use version=v3 or greater)"
                 .to_owned()
         }
         Refusal::DataFileRawWithoutFile => "data-file-raw requires data-file".to_owned(),
@@ -89,7 +90,9 @@ pub(crate) fn refusal(refusal: &Refusal) -> String {
         Refusal::CompressionTypeNeedsVersion3 => {
             format!("Non-zlib compression type is only supported with {needs_v3}")
         }
-        Refusal::SizeTooLarge(size) if size.checked_next_multiple_of(512).is_none_or(|size| size > i64::MAX as u64) => {
+        Refusal::SizeTooLarge(size)
+            if size.checked_next_multiple_of(512).is_none_or(|size| size > i64::MAX as u64) =>
+        {
             "Could not resize image: Image size cannot be negative".to_owned()
         }
         Refusal::SizeTooLarge(size) if *size > MAX_DISK_SIZE => {

@@ -155,8 +155,8 @@ pub(crate) fn warning(warning: &Warning) -> Vec<String> {
         }
         Warning::NotClosedCleanly => vec!["the image was not closed cleanly".to_owned()],
         Warning::MissingEnd { file, len, end } => vec![format!(
-            "'{file}' ends at byte {len}, but clusters in use reach up to {end}: it may have been cut short. What is \
-             missing reads as zeroes"
+            "'{file}' ends at byte {len}, but clusters in use reach up to {end}: \
+             it may have been cut short. What is missing reads as zeroes"
         )],
         other => vec![format!("{other:?}")],
     }
