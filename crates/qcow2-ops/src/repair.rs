@@ -312,7 +312,7 @@ mod tests {
         let data = |byte| Cluster::Data(vec![byte; CLUSTER as usize]);
         let mut builder = Builder::new(16, 1 << 20).cluster(0, data(1)).cluster(1, data(2));
         let marks = [IncompatibleFeatures::CORRUPT, IncompatibleFeatures::DIRTY];
-        marks.into_iter().for_each(|mark| builder.header_mut().incompatible_features.set(mark, true));
+        marks.into_iter().for_each(|mark| builder.header_mut().features.incompatible.set(mark, true));
         let mut image = builder.build();
         spoil.iter().for_each(|spoil| spoil(&mut image));
         let storage: Arc<dyn Storage> = Arc::new(image.storage());

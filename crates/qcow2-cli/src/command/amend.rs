@@ -53,15 +53,12 @@ impl Request {
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             match given.opt {
-                Opt::Format => request.image.format = Some(given.value),
-                Opt::ImageOpts => request.image.image_opts = true,
                 Opt::Cache => cache = Some(given.value),
                 Opt::Options => texts.push(KeyValues::checked(given.value)?),
                 Opt::Progress => request.progress = true,
                 Opt::Quiet => request.quiet = true,
                 Opt::Force => request.force = true,
-                Opt::Object => request.image.objects.add(&given.value)?,
-                _ => {}
+                opt => request.image.take(opt, given.value)?,
             }
         }
         if texts.is_empty() {
@@ -187,7 +184,8 @@ fn failure(session: &Session, error: qcow2_ops::Error, options: &AmendOptions) -
         Refusal::NoDataFile => "data-file can only be set for images that use an external data file".to_owned(),
         Refusal::DataFileRaw => "data-file-raw cannot be set on existing images".to_owned(),
         Refusal::BackingFile => {
-            return Failure::new("Cannot amend the backing file").hint("You can use 'qemu-img rebase' instead.");
+            let hint = "You can use 'qemu-img rebase' instead.";
+            return Failure::new("Cannot amend the backing file").hint(hint);
         }
         Refusal::LazyRefcountsNeedVersion3 => format!("Lazy refcounts only supported with {needs}"),
         Refusal::DowngradeDataFile => "Cannot downgrade an image with a data file".to_owned(),

@@ -131,9 +131,6 @@ impl Request {
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             match given.opt {
-                Opt::Format => request.image.format = Some(given.value),
-                Opt::ImageOpts => request.image.image_opts = true,
-                Opt::ForceShare => request.image.force_share = true,
                 Opt::Output => request.output = OutputFormat::parse(verb, &given.value)?,
                 Opt::Quiet => request.quiet = true,
                 Opt::Cache => cache = Some(given.value),
@@ -143,8 +140,7 @@ impl Request {
                     let text = format!("--repair (-r) expects 'leaks' or 'all' not '{}'", given.value);
                     return Err(Failure::usage(verb.name, text));
                 }
-                Opt::Object => request.image.objects.add(&given.value)?,
-                _ => {}
+                opt => request.image.take(opt, given.value)?,
             }
         }
         request.filename = args.into_one_operand("Expecting one image file name")?;

@@ -8,7 +8,7 @@ use crate::args::Arguments;
 use crate::exit;
 use crate::failure::Failure;
 use crate::interrupt::Interrupts;
-use crate::open::{read_name, warn_of_missing_end};
+use crate::open::{close, read_name, warn_of_missing_end};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
@@ -17,7 +17,7 @@ use qcow2_core::GuestDisk;
 use qcow2_core::format::Version;
 use qcow2_image::Threads;
 use qcow2_ops::snapshot::SnapshotName;
-use qcow2_ops::{CopyReport, ErrorKind, converted_size};
+use qcow2_ops::{CopyReport, converted_size};
 use request::Request;
 pub(crate) use request::parse_snapshot;
 use std::sync::Arc;
@@ -65,7 +65,8 @@ fn convert(
     }
     let options = request.options(target.backing().is_some())?;
     let workers = request.copy.workers.map_or_else(Threads::per_core, Threads::new);
-    let report = qcow2_ops::convert(&disks, &*target, &options, &workers, meter).map_err(|e| failure(&e))?;
+    let report = qcow2_ops::convert(&disks, &*target, &options, &workers, meter)
+        .map_err(|e| persona::procedure(&e))?;
     interrupts.stop_watching();
     warn_of_losses(session, request, &report);
     copy_bitmaps(session, request, &disks, &*target)?;
@@ -93,10 +94,9 @@ fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>,
     }
 }
 
-/// Makes all durable, as far as the cache mode wants it, and leaves the target clean.
+/// Leaves the target clean.
 fn finish(target: &dyn GuestDisk) -> Result<(), Failure> {
-    let done = target.flush().and_then(|()| target.as_image().map_or(Ok(()), |image| image.close()));
-    done.map_err(|error| Failure::new(format!("error while closing the target: {}", persona::cause(&error))))
+    close(target).map_err(|reason| Failure::new(format!("error while closing the target: {reason}")))
 }
 
 /// The bitmaps of the one source go along, where that is wanted.
@@ -117,16 +117,6 @@ fn copy_bitmaps(
     })?;
     skipped.iter().for_each(|name| session.warn(&format!("Skipping inconsistent bitmap '{name}'")));
     Ok(())
-}
-
-fn failure(error: &qcow2_ops::Error) -> Failure {
-    if error.kind() == ErrorKind::Stopped {
-        return Failure::silent(exit::FAILURE);
-    }
-    match error.core_error() {
-        Some(engine) => Failure::new(format!("{error}: {}", persona::cause(engine))),
-        None => Failure::new(persona::chain(error)),
-    }
 }
 
 fn warn_of_losses(session: &Session, request: &Request, report: &CopyReport) {

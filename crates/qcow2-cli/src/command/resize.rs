@@ -49,12 +49,9 @@ impl Request {
         while let Some(given) = args.next(session)? {
             match given.opt {
                 Opt::Quiet => quiet = true,
-                Opt::Format => image.format = Some(given.value),
-                Opt::ImageOpts => image.image_opts = true,
-                Opt::Object => image.objects.add(&given.value)?,
                 Opt::Shrink => shrink = true,
                 Opt::Preallocation => preallocation = parse_preallocation(&given.value)?,
-                _ => {}
+                opt => image.take(opt, given.value)?,
             }
         }
         let operands = args.into_operands();

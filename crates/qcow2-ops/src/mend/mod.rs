@@ -110,7 +110,7 @@ pub fn plan<'a>(
         return Ok(None);
     }
     if bad(&after) == 0 && job.header.version >= Version::V3 {
-        let marks = job.header.incompatible_features;
+        let marks = job.header.features.incompatible;
         let clear = marks.with(IncompatibleFeatures::DIRTY, false).with(IncompatibleFeatures::CORRUPT, false);
         if clear != marks {
             job.set_header(&[HeaderField::Incompatible(clear)])?;
@@ -160,7 +160,7 @@ impl Plan<'_> {
         let mut marked = Header::clone(&self.header);
         if marked.version >= Version::V3 {
             let mut sector = old;
-            let features = marked.incompatible_features.with(IncompatibleFeatures::CORRUPT, true);
+            let features = marked.features.incompatible.with(IncompatibleFeatures::CORRUPT, true);
             HeaderField::Incompatible(features).apply(&mut marked, &mut sector);
             self.base.write_at(HostOffset::default(), &sector)?;
             self.base.flush()?;
