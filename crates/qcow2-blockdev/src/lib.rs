@@ -27,7 +27,7 @@
 //! | its options as a table | [`create_options`], [`amend_options`] |
 //! | that no half of one stays | [`Unfinished`] |
 //! | levels of compression, which images do not record | [`Compression`] |
-//! | passwords | [`Secrets`], [`AskPassword`], [`Keys`] |
+//! | passwords, and others for an image that is there | [`Secrets`], [`AskPassword`], [`Keys`], [`SlotChange`] |
 //! | a number of bytes as people type it: `10G`, `0x200`, `1.5k` | [`parse_size`] |
 //! | `key=value,key=value` | [`KeyValues`] |
 //!
@@ -72,12 +72,14 @@ pub use driver::{
     is_known_driver,
 };
 pub use failure::{FailureKind, MissingBacking, OpenFailure};
-pub use keys::{AskPassword, KeyError, Keys, LayerKey, SecretError, Secrets};
+pub use keys::{
+    AskPassword, KeyError, Keys, LayerKey, SecretError, Secrets, SlotChange, SlotError, SlotOptions,
+};
 pub use keyvalue::{KeyValueError, KeyValues, Pair, ShortForm, escape_commas};
 pub use name::{ImageName, Naming, filename};
 pub use new::{
     CreateFailure, CreateFailureKind, CreateHow, NewFile, NewOptions, NewTarget, OptionSpec, OptionType,
-    OptionValue, Unfinished, amend_options, create, create_options, format_of_ending, new_image_format,
+    Unfinished, amend_options, create, create_options, format_of_ending, new_image_format,
     read_amend_options,
 };
 pub use open::{
@@ -85,7 +87,9 @@ pub use open::{
     Tell, bitmaps_to_lose, locate_backing, open, open_backing, open_below, open_bytes, open_down_to,
     open_existing, open_layers, open_snapshot, open_telling, warnings_of_change,
 };
-pub use scalar::{OptionError, OptionErrorKind, parse_switch, read_number, read_size, read_switch};
+pub use scalar::{
+    OptionError, OptionErrorKind, OptionValue, parse_switch, read_number, read_size, read_switch,
+};
 pub use size::{SizeError, parse_size};
 pub use tree::{Backing, JsonError, Node, Options, Scalar, json_text};
 pub use warning::Warning;

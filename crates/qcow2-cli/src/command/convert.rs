@@ -8,7 +8,7 @@ use crate::args::Arguments;
 use crate::exit;
 use crate::failure::Failure;
 use crate::interrupt::Interrupts;
-use crate::open::{read_name, warn_of_missing_end};
+use crate::open::{close, read_name, warn_of_missing_end};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
@@ -37,12 +37,9 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         false => Meter::new(session, &interrupts, wanted, PROGRESS_STEP),
     };
     let converted = convert(session, &request, &interrupts, &meter);
-    match &converted {
-        Ok(()) => {
-            interrupts.finish_files();
-            meter.complete_again();
-        }
-        Err(_) => interrupts.discard_files(),
+    interrupts.end_files(converted.is_ok());
+    if converted.is_ok() {
+        meter.complete_again();
     }
     meter.end();
     interrupts.die_if_asked();
@@ -94,9 +91,8 @@ fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>,
 }
 
 /// Makes all durable, as far as the cache mode wants it, and leaves the target clean.
-fn finish(target: &dyn GuestDisk) -> Result<(), Failure> {
-    let done = target.flush().and_then(|()| target.as_image().map_or(Ok(()), |image| image.close()));
-    done.map_err(|error| Failure::new(format!("error while closing the target: {}", persona::cause(&error))))
+pub(super) fn finish(target: &dyn GuestDisk) -> Result<(), Failure> {
+    close(target).map_err(|reason| Failure::new(format!("error while closing the target: {reason}")))
 }
 
 /// The bitmaps of the one source go along, where that is wanted.

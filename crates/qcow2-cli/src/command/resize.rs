@@ -53,7 +53,10 @@ impl Request {
                 Opt::ImageOpts => image.image_opts = true,
                 Opt::Object => image.objects.add(&given.value)?,
                 Opt::Shrink => shrink = true,
-                Opt::Preallocation => preallocation = parse_preallocation(&given.value)?,
+                Opt::Preallocation => {
+                    let no_such = || Failure::new(format!("Invalid preallocation mode '{}'", given.value));
+                    preallocation = Preallocation::from_name(&given.value).ok_or_else(no_such)?;
+                }
                 _ => {}
             }
         }
@@ -70,16 +73,6 @@ impl Request {
         options.preallocation = preallocation;
         image.check()?;
         Ok(Self { quiet, image, options, filename })
-    }
-}
-
-fn parse_preallocation(text: &str) -> Result<Preallocation, Failure> {
-    match text {
-        "off" => Ok(Preallocation::Off),
-        "metadata" => Ok(Preallocation::Metadata),
-        "falloc" => Ok(Preallocation::Falloc),
-        "full" => Ok(Preallocation::Full),
-        _ => Err(Failure::new(format!("Invalid preallocation mode '{text}'"))),
     }
 }
 

@@ -204,7 +204,7 @@ fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) ->
     options.set_number("size", opened.disk.size().next_multiple_of(512));
     let interrupts = Interrupts::install();
     make(session, &target, &options, &args.objects, &interrupts).map_err(|failure| about(failure.into()))?;
-    interrupts.finish_files();
+    interrupts.end_files(true);
     Ok(())
 }
 
