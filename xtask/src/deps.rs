@@ -74,7 +74,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("signal-hook", &["qcow2-cli"]),
     ("sm3", &["qcow2-crypt"]),
     ("subtle", &["qcow2-crypt"]),
-    ("tempfile", &["qcow2-cli", "qcow2-testkit", "qcow2-tests"]),
+    ("tempfile", &["qcow2-blockdev", "qcow2-testkit", "qcow2-tests"]),
     ("twofish", &["qcow2-crypt"]),
     ("zeroize", &["qcow2-crypt"]),
     ("zstd", &["qcow2-codec"]),

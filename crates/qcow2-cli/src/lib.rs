@@ -7,7 +7,6 @@
 
 mod args;
 mod command;
-mod crypt;
 mod exit;
 mod failure;
 mod files;
@@ -18,6 +17,7 @@ mod numbers;
 mod open;
 mod persona;
 mod progress;
+mod prompt;
 mod render;
 mod session;
 mod trace;

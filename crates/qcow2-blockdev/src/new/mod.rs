@@ -19,7 +19,7 @@ pub use create::{CreateHow, create};
 pub use failure::{CreateFailure, CreateFailureKind};
 pub use file::NewFile;
 pub use format::{format_of_ending, new_image_format};
-pub use options::{NewOptions, OptionValue, read_amend_options};
+pub use options::{NewOptions, read_amend_options};
 pub use table::{OptionSpec, OptionType, amend_options, create_options};
 pub use target::NewTarget;
 pub use unfinished::Unfinished;

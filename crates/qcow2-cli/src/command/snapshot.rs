@@ -11,6 +11,7 @@ use crate::render::info::snapshot_table;
 use crate::session::Session;
 use qcow2_blockdev::{ImageName, KeyValues, NewOptions, NewTarget, Sharing, open};
 use qcow2_core::{ErrorKind, Image, ImageFormat, NewSnapshot};
+use qcow2_io::{FileResolver, Policy};
 use qcow2_ops::snapshot::{self, SnapshotName};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -183,7 +184,8 @@ fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) ->
     if Path::new(path).exists() {
         return Err(about(Failure::new("the file exists already")));
     }
-    let backing = backing_name(old, path)
+    let backing = FileResolver::new(path, Policy::Deny)
+        .name_for(Path::new(old))
         .map_err(|error| about(Failure::new(format!("cannot say where '{old}' is: {error}"))))?;
     let mut options = NewOptions::parse(&ImageFormat::Qcow2, &KeyValues::default())?;
     options.set_text("backing_file", &backing);
@@ -191,21 +193,8 @@ fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) ->
     options.set_number("size", opened.disk.size().next_multiple_of(512));
     let interrupts = Interrupts::install();
     make(session, &target, &options, &args.objects, &interrupts).map_err(|failure| about(failure.into()))?;
-    interrupts.finish_files();
+    interrupts.end_files(true);
     Ok(())
-}
-
-/// What the image `new` calls the file `old`: its bare name in the same folder, else the whole path.
-fn backing_name(old: &str, new: &str) -> std::io::Result<String> {
-    let old = Path::new(old).canonicalize()?;
-    let folder = Path::new(new).parent().filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new(".")).canonicalize()?;
-    let name = match (old.parent(), old.file_name()) {
-        (Some(parent), Some(name)) if parent == folder => Path::new("./").join(name),
-        _ => old,
-    };
-    let text = name.to_string_lossy();
-    Ok(text.strip_prefix("./").filter(|rest| !rest.contains(':')).unwrap_or(&text).to_owned())
 }
 
 /// Now, with the name as far as it goes: 255 bytes.

@@ -2,7 +2,7 @@
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::failure::Failure;
-use crate::newimage::{format_of_name, print_options};
+use crate::newimage::{format_of, print_options};
 use crate::numbers::{SIGNED, parse_argument, parse_count};
 use crate::session::Session;
 use qcow2_blockdev::{Compression, KeyValues, is_block_device, new_image_format};
@@ -109,8 +109,8 @@ impl Request {
         let target = request.source.names.pop().filter(|_| !request.source.names.is_empty());
         request.target.name = target.ok_or_else(|| Failure::new("Must specify image file name"))?;
         if request.target.format.is_none() && !request.target.image_opts {
-            let format = format_of_name(session, &request.target.name)?;
-            request.target.format = Some(format.name().to_owned()).filter(|_| format != ImageFormat::Raw);
+            let format = format_of(session, None, &request.target.name)?;
+            request.target.format = Some(format).filter(|format| format != "raw");
         }
         if let Some(text) = &texts.source_cache {
             request.source.cache = parse_cache("source cache", text)?;

@@ -53,12 +53,9 @@ pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
         true => read(session, request, &interrupts, &meter),
         false => write(session, request, &meter),
     };
-    match &done {
-        Ok(()) => {
-            interrupts.finish_files();
-            meter.complete();
-        }
-        Err(_) => interrupts.discard_files(),
+    interrupts.end_files(done.is_ok());
+    if done.is_ok() {
+        meter.complete();
     }
     meter.end();
     interrupts.die_if_asked();
