@@ -3,8 +3,8 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use qcow2_core::{
-    BackingName, CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, Layers,
-    NewSnapshot, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
+    CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, Layers, NewSnapshot,
+    OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
 };
 use qcow2_format::Version;
 use qcow2_ops::{
@@ -169,12 +169,10 @@ impl Start {
             let mut options = CreateOptions::new(512 * rng.between(scale.sectors.0, scale.sectors.1));
             options.cluster_size = rng.pick(&scale.clusters);
             options.refcount_bits = rng.pick(&[1, 16, 64]);
-            let backing =
-                |name: &str| BackingName { name: name.to_owned(), format: Some("qcow2".to_owned()) };
-            options.backing = match index {
-                0 | 1 => Some(backing(NAMES[index + 1])),
-                3 if rng.one_in(2) => Some(backing(NAMES[2])),
-                _ => None,
+            options = match index {
+                0 | 1 => options.with_backing(NAMES[index + 1], "qcow2"),
+                3 if rng.one_in(2) => options.with_backing(NAMES[2], "qcow2"),
+                _ => options,
             };
             create(&files[index], None, &options).unwrap();
             let disk = open(&files, index, true, Layers::Follow).unwrap();

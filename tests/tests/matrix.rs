@@ -6,8 +6,7 @@
 
 use qcow2_core::walk::{Walk, read_header};
 use qcow2_core::{
-    BackingName, CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions,
-    ZeroMode, create,
+    CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions, ZeroMode, create,
 };
 use qcow2_io::{Create, OpenFile, Policy, SourceOptions, open_source};
 use qcow2_testkit::oracle::Tool;
@@ -69,7 +68,7 @@ fn step(image: &Image, model: &mut [u8], rng: &mut Rng) {
 fn check(folder: &Path, qemu: &Tool, options: &CreateOptions, seed: u64, count: u64) {
     let mut rng = Rng::new(seed);
     let mut model = vec![0; SIZE as usize];
-    if options.backing.is_some() {
+    if options.backing_file.is_some() {
         // Shorter than the disk, and no multiple of a cluster.
         let len = SIZE as usize / 4 * 3 / 512 * 512 + 512;
         rng.fill(&mut model[..len]);
@@ -115,8 +114,9 @@ fn qemu_agrees_after_random_operations_on_every_geometry() {
                 options.cluster_size = cluster_size;
                 options.extended_l2 = extended_l2;
                 options.refcount_bits = refcount_bits;
-                let format = Some("raw".to_owned());
-                options.backing = backed.then(|| BackingName { name: "base.raw".to_owned(), format });
+                if backed {
+                    options = options.with_backing("base.raw", "raw");
+                }
                 check(folder.path(), &qemu, &options, seed, count);
             }
         }

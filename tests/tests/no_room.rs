@@ -26,7 +26,7 @@ struct Run {
 }
 
 impl Run {
-    fn new(seed: u64, (cluster_size, refcount_bits): (u64, u32)) -> Self {
+    fn new(seed: u64, (cluster_size, refcount_bits): (u64, u64)) -> Self {
         let room = Arc::new(RoomStorage::new(Arc::new(PageStorage::default()), u64::MAX));
         let storage: Arc<dyn qcow2_core::Storage> = room.clone();
         let mut options = CreateOptions::new(SIZE);

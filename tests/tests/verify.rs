@@ -4,9 +4,7 @@
 //! `QCOW2_VERIFY_SECONDS` sets the duration (600 for a campaign), `QCOW2_SEED` the seed of the offsets.
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, clippy::field_reassign_with_default)]
 
-use qcow2_core::{
-    BackingName, CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat, OpenOptions, create,
-};
+use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat, OpenOptions, create};
 use qcow2_io::{Create, OpenFile, Policy, SourceOptions, open_source};
 use qcow2_testkit::oracle::Tool;
 use qcow2_testkit::rng::Rng;
@@ -121,7 +119,7 @@ fn make(folder: &Path) -> Arc<Image> {
     std::fs::write(folder.join("base.raw"), base).unwrap();
     let path = folder.join("over.qcow2");
     let mut options = CreateOptions::new(SIZE);
-    options.backing = Some(BackingName { name: "base.raw".to_owned(), format: Some("raw".to_owned()) });
+    options = options.with_backing("base.raw", "raw");
     create(&OpenFile::writable().with_create(Create::New).open(&path).unwrap(), None, &options).unwrap();
     let image = open(&path);
     // Warm: every L2 table exists and is cached. The first bytes of the disk belong to no job.

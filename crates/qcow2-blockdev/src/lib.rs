@@ -1,4 +1,4 @@
-//! From what people type to opened disks.
+//! From what people type to opened disks, and to new ones.
 //!
 //! ```text
 //!  "disk.qcow2"   "json:{...}"   "driver=qcow2,file.filename=x"
@@ -12,8 +12,9 @@
 //!
 //! Names become a tree of drivers with their options, the tree becomes storages from `qcow2-io` stacked on
 //! one another, and the engine opens the image in them, its data file and its backing chain. Names inside
-//! images lead nowhere unless [`Follow`] says so. Whatever goes wrong is one [`OpenFailure`], to be matched
-//! by its [`kind`](OpenFailure::kind); what is only worth a word is a [`Warning`].
+//! images lead nowhere unless [`Follow`] says so. Whatever goes wrong is one [`OpenFailure`], or, where an
+//! image is made, one [`CreateFailure`], to be matched by its kind; what is only worth a word is a
+//! [`Warning`].
 //!
 //! | need | here |
 //! |---|---|
@@ -22,7 +23,9 @@
 //! | the same as it was at a snapshot | [`open_snapshot`] |
 //! | to hear before what opening for changes puts right | [`open_telling`] |
 //! | a chain to write into below its top, for `qcow2_ops::commit` | [`ChainFiles`] |
-//! | where a new image goes, and that no half of one stays | [`NewTarget`], [`NewFile`] |
+//! | a new image | [`NewTarget`], [`NewOptions`], then [`create`] |
+//! | its options as a table | [`create_options`], [`amend_options`] |
+//! | that no half of one stays | [`Unfinished`] |
 //! | passwords | [`Secrets`], [`AskPassword`], [`Keys`] |
 //! | a number of bytes as people type it: `10G`, `0x200`, `1.5k` | [`parse_size`] |
 //! | `key=value,key=value` | [`KeyValues`] |
@@ -54,22 +57,26 @@ mod failure;
 mod keys;
 mod keyvalue;
 mod name;
-mod newfile;
+mod new;
 mod open;
 mod scalar;
 mod size;
-mod target;
 mod tree;
 mod warning;
 
 pub use driver::{
     AddressError, AddressPart, Driver, LineError, RuleError, TuningError, WindowError, is_block_device,
+    is_known_driver,
 };
 pub use failure::{FailureKind, MissingBacking, OpenFailure};
 pub use keys::{AskPassword, KeyError, Keys, LayerKey, SecretError, Secrets};
 pub use keyvalue::{KeyValueError, KeyValues, Pair, ShortForm, escape_commas};
 pub use name::{ImageName, Naming, filename};
-pub use newfile::NewFile;
+pub use new::{
+    CreateFailure, CreateFailureKind, CreateHow, NewFile, NewImageFile, NewOptions, NewTarget, OptionSpec,
+    OptionType, OptionValue, Unfinished, amend_options, create, create_options, format_of_ending,
+    new_image_format, read_amend_options,
+};
 pub use open::{
     ChainFiles, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes, OpenedDisk, Sharing,
     Tell, bitmaps_to_lose, locate_backing, open, open_backing, open_below, open_bytes, open_existing,
@@ -77,6 +84,5 @@ pub use open::{
 };
 pub use scalar::{OptionError, OptionErrorKind, parse_switch, read_number, read_size, read_switch};
 pub use size::{SizeError, parse_size};
-pub use target::NewTarget;
 pub use tree::{Backing, JsonError, Node, Options, Scalar, json_text};
 pub use warning::Warning;

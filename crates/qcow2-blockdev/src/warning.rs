@@ -1,6 +1,7 @@
 //! What a caller may want to tell the user though nothing has failed.
 
 use crate::keyvalue::ShortForm;
+use qcow2_io::OsError;
 use std::sync::Arc;
 
 /// Something that the user should know.
@@ -17,6 +18,8 @@ pub enum Warning {
     BitmapsToLose(Arc<qcow2_core::Error>),
     /// The image was not closed cleanly: opening it for changes counts its references anew.
     NotClosedCleanly,
+    /// The file system does not take the extent size hint that was asked for.
+    NoExtentSizeHint(Arc<OsError>),
     /// The file of a layer ends before what is in it does: what is missing reads as zeroes.
     MissingEnd {
         /// The file.

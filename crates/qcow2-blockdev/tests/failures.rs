@@ -5,7 +5,7 @@ use qcow2_blockdev::{
     ChainFiles, Driver, FailureKind, Follow, ImageName, KeyError, Keys, Naming, OpenFailure, OpenOptions,
     OptionErrorKind, Secrets, TuningError, Warning, WindowError, open, open_bytes, open_snapshot,
 };
-use qcow2_core::{BackingName, CreateOptions, ImageFormat, ResolveError};
+use qcow2_core::{CreateOptions, ImageFormat, ResolveError};
 use qcow2_io::{Create, OpenErrorKind, OpenFile, SourceError};
 use qcow2_ops::{ChainError, CommitOptions, Inline, Silent, commit};
 use std::path::{Path, PathBuf};
@@ -32,8 +32,9 @@ impl Folder {
 fn image_at(path: &Path, backing: Option<(&str, &str)>) -> String {
     let storage = OpenFile::writable().with_create(Create::Truncate).open(path).unwrap();
     let mut options = CreateOptions::new(1 << 20);
-    options.backing =
-        backing.map(|(name, format)| BackingName { name: name.to_owned(), format: Some(format.to_owned()) });
+    if let Some((name, format)) = backing {
+        options = options.with_backing(name, format);
+    }
     qcow2_core::create(&storage, None, &options).unwrap();
     path.to_str().unwrap().to_owned()
 }

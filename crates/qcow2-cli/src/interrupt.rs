@@ -1,9 +1,9 @@
 //! Ctrl-C and its kin: work stops at the next good place, what is half made is taken away, and the program
 //! dies of the signal, so that its caller sees what happened.
 
-use qcow2_blockdev::NewFile;
+use qcow2_blockdev::Unfinished;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What signals ask for, and what must go when one ends the program.
 #[derive(Clone, Debug, Default)]
@@ -20,7 +20,7 @@ struct Shared {
     /// Whether progress was asked for.
     progress: AtomicBool,
     /// Files that are not whole yet.
-    unfinished: Mutex<Vec<NewFile>>,
+    unfinished: Unfinished,
 }
 
 /// Has SIGUSR1, which asks for progress, end no verb that has none to show: as in QEMU's tools nothing
@@ -71,19 +71,19 @@ impl Interrupts {
         self.shared.progress.swap(false, Ordering::Relaxed)
     }
 
-    /// Has `file` taken away if the program ends before [`finish_files`](Self::finish_files).
-    pub(crate) fn add_file(&self, file: NewFile) {
-        self.shared.files().push(file);
+    /// The files that are taken away if the program ends before [`finish_files`](Self::finish_files).
+    pub(crate) fn unfinished(&self) -> &Unfinished {
+        &self.shared.unfinished
     }
 
     /// The files are whole: they stay.
     pub(crate) fn finish_files(&self) {
-        self.shared.files().clear();
+        self.shared.unfinished.finish();
     }
 
     /// Takes away what is not whole.
     pub(crate) fn discard_files(&self) {
-        self.shared.discard_files();
+        self.shared.unfinished.discard();
     }
 
     /// Dies of the signal that asked to stop, if one did.
@@ -103,19 +103,9 @@ impl Shared {
     fn die_if_asked(&self) {
         let signal = self.signal.load(Ordering::SeqCst);
         if signal != 0 {
-            self.discard_files();
+            self.unfinished.discard();
             system::die(signal);
         }
-    }
-
-    fn discard_files(&self) {
-        for file in self.files().drain(..) {
-            file.discard();
-        }
-    }
-
-    fn files(&self) -> MutexGuard<'_, Vec<NewFile>> {
-        self.unfinished.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -3,129 +3,35 @@
 //! Clusters in order: header, refcount table, refcount blocks, L1 table, then (preallocated) L2 tables and
 //! data. Order on disk: everything else first, barrier, the header, barrier: an image that opens is whole.
 
+mod options;
+mod raw;
+mod refusal;
+
+pub use options::{BackingName, CreateOptions, LuksArea, NewEncryption, Preallocation, RawOptions};
+pub use raw::{create_container, create_raw};
+pub use refusal::Refusal;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::invariant;
 use crate::open::OpenOptions;
 use crate::port::resolver::ResolvedSource;
 use crate::port::storage::Storage;
-use ::alloc::format;
 use ::alloc::string::String;
 use ::alloc::sync::Arc;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
-use core::fmt;
 use qcow2_format::bytes::push_words;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, FeatureName, IncompatibleFeatures};
 use qcow2_format::header::{CompressionType, CryptMethod};
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
-use qcow2_format::limit::{MAX_L1_TABLE_SIZE, MAX_REFCOUNT_TABLE_SIZE};
+use qcow2_format::limit::MAX_REFCOUNT_TABLE_SIZE;
 use qcow2_format::refcount::encode_table_entry;
 use qcow2_format::{Geometry, Header, HostOffset, LuksPointer, Version};
 
 /// Bytes of a table that are written at a time.
 const BATCH: u64 = 1 << 20;
-
-/// How much of a new image is there from the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Preallocation {
-    /// Nothing: clusters are allocated as they are written.
-    #[default]
-    Off,
-    /// All tables; the data area is a hole.
-    Metadata,
-    /// All tables; space for the data area is reserved.
-    Falloc,
-    /// All tables; the data area is written with zeroes.
-    Full,
-}
-
-/// The backing file that a new image stands on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BackingName {
-    /// Its name as it is to be recorded, at most 1023 bytes.
-    pub name: String,
-    /// Its format as it is to be recorded, at most 15 bytes; `None` leaves later readers to guess, which is
-    /// unsafe.
-    pub format: Option<String>,
-}
-
-/// The external data file of a new image.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DataFileName {
-    /// Its name as it is to be recorded.
-    pub name: String,
-    /// Whether the data file is to be the guest disk byte for byte; excludes a backing file.
-    pub raw: bool,
-}
-
-/// How the guest data of a new image is encrypted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NewEncryption {
-    /// By the old AES method, which records nothing but its name.
-    Aes,
-    /// By LUKS.
-    Luks(LuksArea),
-}
-
-/// The encryption header of a new image: everything from the LUKS header to the last key slot, as it will be
-/// stored.
-#[derive(Clone, PartialEq, Eq)]
-pub struct LuksArea(pub Arc<[u8]>);
-
-impl fmt::Debug for LuksArea {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "LuksArea({} bytes)", self.0.len())
-    }
-}
-
-/// What a new image is to be. Start from [`CreateOptions::new`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct CreateOptions {
-    /// Bytes of the disk; rounded up to a multiple of 512.
-    pub size: u64,
-    /// The version of the format; features need version 3.
-    pub version: Version,
-    /// Bytes in a cluster: a power of two from 512 to 2 MiB, from 16 KiB with extended L2 entries.
-    pub cluster_size: u64,
-    /// Bits in a refcount: a power of two from 1 to 64; 16 in version 2.
-    pub refcount_bits: u32,
-    /// Whether writers may postpone refcounts.
-    pub lazy_refcounts: bool,
-    /// Whether clusters have 32 subclusters.
-    pub extended_l2: bool,
-    /// How compressed clusters will be compressed.
-    pub compression_type: CompressionType,
-    /// How much is there from the start.
-    pub preallocation: Preallocation,
-    /// The backing file, if any.
-    pub backing: Option<BackingName>,
-    /// The external data file, if any.
-    pub data_file: Option<DataFileName>,
-    /// How guest data is encrypted, if it is.
-    pub encryption: Option<NewEncryption>,
-}
-
-impl CreateOptions {
-    /// A version 3 image of `size` bytes with 64 KiB clusters, 16-bit refcounts and nothing optional.
-    pub fn new(size: u64) -> Self {
-        Self {
-            size,
-            version: Version::V3,
-            cluster_size: 64 << 10,
-            refcount_bits: 16,
-            lazy_refcounts: false,
-            extended_l2: false,
-            compression_type: CompressionType::Deflate,
-            preallocation: Preallocation::Off,
-            backing: None,
-            data_file: None,
-            encryption: None,
-        }
-    }
-}
 
 impl Image {
     /// Makes a new image in `source`, whose storage is empty, and opens it as `options` say, for writing in
@@ -146,7 +52,8 @@ impl Image {
     /// ```
     pub fn create(source: ResolvedSource, new: &CreateOptions, options: &OpenOptions) -> Result<Arc<Self>> {
         if new.data_file.is_some() {
-            return Err(option_error("an image with an external data file is made from two storages"));
+            let message = "an image with an external data file is made from two storages";
+            return Err(Error::new(ErrorKind::InvalidOption, message));
         }
         create(&source.storage, None, new)?;
         Self::open(source, &OpenOptions { writable: true, ..options.clone() })
@@ -189,15 +96,17 @@ impl Layout {
 }
 
 /// Writes a new image. `storage`: empty; `data`: the external data file's storage, needed with preallocation
-/// on it. Disk: the length, all tables, barrier, the header, barrier; what the storage held before is not
-/// looked at.
+/// on it; it becomes as long as the disk. Disk: the length, all tables, barrier, the header, barrier; what
+/// the storage held before is not looked at.
 ///
-/// Errors: `InvalidOption` for a combination that the format does not allow, `NoSpace`, `Storage`.
+/// Errors: `InvalidOption`, before anything is written: with a [`Refusal`] as source, or for a name that the
+/// header has no room for; `NoSpace`, `Storage`.
 pub fn create(
     storage: &Arc<dyn Storage>,
     data: Option<&Arc<dyn Storage>>,
     options: &CreateOptions,
 ) -> Result<()> {
+    options.check().map_err(refused)?;
     let mut header = header_for(options)?;
     let format = header.l2_format().map_err(invalid)?;
     let geometry = format.geometry;
@@ -232,25 +141,14 @@ fn invalid(error: qcow2_format::FormatError) -> Error {
     Error::new(ErrorKind::InvalidOption, "image cannot be made").with_source(error)
 }
 
-fn option_error(message: impl Into<String>) -> Error {
-    Error::new(ErrorKind::InvalidOption, message)
+fn refused(refusal: Refusal) -> Error {
+    Error::new(ErrorKind::InvalidOption, "image cannot be made").with_source(refusal)
 }
 
+/// The header of an image whose options were checked, but for where its tables are.
 fn header_for(options: &CreateOptions) -> Result<Header> {
-    if !options.cluster_size.is_power_of_two() {
-        return Err(option_error(format!(
-            "cluster size is {}, allowed are powers of two",
-            options.cluster_size
-        )));
-    }
-    if !options.refcount_bits.is_power_of_two() || options.refcount_bits > 64 {
-        let message =
-            format!("refcount width is {} bits, allowed are powers of two to 64", options.refcount_bits);
-        return Err(option_error(message));
-    }
-    let size = options.size.checked_next_multiple_of(512).filter(|&s| s <= i64::MAX as u64);
     let mut header = Header::new(options.version, options.cluster_size.trailing_zeros());
-    header.size = size.ok_or_else(|| option_error(format!("size {} is past 2^63 - 1", options.size)))?;
+    header.size = options.size.next_multiple_of(512);
     header.refcount_order = options.refcount_bits.trailing_zeros();
     header.compression_type = options.compression_type;
     let zstd = options.compression_type == CompressionType::Zstd;
@@ -258,30 +156,17 @@ fn header_for(options: &CreateOptions) -> Result<Header> {
     header.features.incompatible.set(IncompatibleFeatures::EXTENDED_L2, options.extended_l2);
     header.features.incompatible.set(IncompatibleFeatures::DATA_FILE, options.data_file.is_some());
     header.features.compatible.set(CompatibleFeatures::LAZY_REFCOUNTS, options.lazy_refcounts);
-    if let Some(data) = &options.data_file {
-        if data.raw && options.backing.is_some() {
-            return Err(option_error("a raw data file and a backing file exclude each other"));
-        }
-        header.features.autoclear.set(AutoclearFeatures::RAW_DATA_FILE, data.raw);
-        header.extensions.data_file = Some(data.name.clone().into_bytes());
-    }
+    header.features.autoclear.set(AutoclearFeatures::RAW_DATA_FILE, options.data_file_raw);
+    let bytes = |name: &Option<String>| name.clone().map(String::into_bytes);
+    header.extensions.data_file = bytes(&options.data_file);
+    header.backing_file = bytes(&options.backing_file);
+    header.extensions.backing_format = bytes(&options.backing_format);
     header.crypt_method = match &options.encryption {
         None => CryptMethod::None,
+        Some(NewEncryption::Pending) => return Err(refused(Refusal::NoEncryptionHeader)),
         Some(NewEncryption::Aes) => CryptMethod::Aes,
         Some(NewEncryption::Luks(_)) => CryptMethod::Luks,
     };
-    if options.encryption.is_some() && options.version < Version::V3 && preallocates(options) {
-        return Err(option_error(
-            "preallocated clusters of an encrypted version 2 image would read as noise",
-        ));
-    }
-    if let Some(backing) = &options.backing {
-        if options.preallocation != Preallocation::Off && !options.extended_l2 {
-            return Err(option_error("a backing file and preallocation need extended l2 entries"));
-        }
-        header.backing_file = Some(backing.name.clone().into_bytes());
-        header.extensions.backing_format = backing.format.clone().map(String::into_bytes);
-    }
     if options.version >= Version::V3 && options.cluster_size > 4096 {
         header.extensions.feature_names = Some(FeatureName::standard());
     }
@@ -289,18 +174,13 @@ fn header_for(options: &CreateOptions) -> Result<Header> {
 }
 
 fn preallocates(options: &CreateOptions) -> bool {
-    options.preallocation != Preallocation::Off || options.data_file.as_ref().is_some_and(|data| data.raw)
+    options.preallocation != Preallocation::Off || options.data_file_raw
 }
 
 fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
     let size = options.size.next_multiple_of(512);
     let (cluster_size, per_block) = (geometry.cluster_size(), geometry.refcount_block_entries());
     let l1_entries = geometry.l1_entries_for(size);
-    if l1_entries * 8 > MAX_L1_TABLE_SIZE {
-        let message =
-            format!("size {size} needs {l1_entries} l1 entries, allowed are {}", MAX_L1_TABLE_SIZE / 8);
-        return Err(option_error(message));
-    }
     let filled = preallocates(options);
     let guest = geometry.clusters_for(size);
     let mut layout = Layout {
@@ -326,8 +206,8 @@ fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
     invariant::all_counted(layout.blocks, per_block, layout.end());
     assert!(layout.table * cluster_size / 8 >= layout.blocks, "a block that no table entry leads to");
     if layout.table * cluster_size > MAX_REFCOUNT_TABLE_SIZE.max(cluster_size) {
-        let message = format!("refcount table would need {} clusters of {cluster_size} bytes", layout.table);
-        return Err(option_error(message));
+        let clusters = layout.table;
+        return Err(refused(Refusal::RefcountTableTooLarge { clusters, cluster_size }));
     }
     Ok(layout)
 }

@@ -38,7 +38,10 @@ mod write;
 pub use amend::{AmendProgress, HeaderChange};
 pub use chain::open_disk;
 pub use container::ContainerDisk;
-pub use create::{BackingName, CreateOptions, DataFileName, LuksArea, NewEncryption, Preallocation, create};
+pub use create::{
+    BackingName, CreateOptions, LuksArea, NewEncryption, Preallocation, RawOptions, Refusal, create,
+    create_container, create_raw,
+};
 pub use error::{Error, ErrorKind, Result};
 pub use image::Image;
 pub use meta::overlap::OverlapChecks;

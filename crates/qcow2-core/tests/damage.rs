@@ -92,7 +92,7 @@ fn a_damaged_entry_marks_an_image_that_is_open_for_writing() {
         assert_eq!(error.kind(), ErrorKind::Poisoned);
         let again = open(&storage, &writable(OverlapChecks::CACHED)).map(|_| ());
         let kind = again.map_err(|error| error.kind());
-        assert_eq!(kind, if version2 { Ok(()) } else { Err(ErrorKind::Corrupt) });
+        assert_eq!(kind, if version2 { Ok(()) } else { Err(ErrorKind::MarkedCorrupt) });
     }
 }
 

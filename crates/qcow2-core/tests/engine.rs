@@ -2,8 +2,9 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
-    CreateOptions, DataFileName, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Image,
-    ImageFormat, NoResolver, OpenOptions, OverlapChecks, ResolvedSource, Storage, ZeroMode, create,
+    CreateOptions, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat,
+    NewEncryption, NoResolver, OpenOptions, OverlapChecks, Preallocation, Refusal, ResolvedSource, Storage,
+    ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::arbitrary::{BackingShape, Operation, Shape};
@@ -46,11 +47,33 @@ impl Rng {
 fn an_image_with_a_data_file_is_not_made_from_one_storage() {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
     let source = ResolvedSource::new(Arc::clone(&storage), ImageFormat::Qcow2, "memory");
-    let mut new = CreateOptions::new(1 << 20);
-    new.data_file = Some(DataFileName { name: "data".into(), raw: false });
+    let new = CreateOptions::new(1 << 20).with_data_file("data");
     let error = Image::create(source, &new, &OpenOptions::writable()).map(|_| ()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidOption);
     assert!(storage.is_empty().unwrap(), "refused before anything is written");
+}
+
+/// What only the layout shows, and what the caller still owes, is refused before anything is written.
+#[test]
+fn impossible_images_are_not_begun() {
+    let mut crowded = CreateOptions::new(64 << 30).with_cluster_size(512);
+    (crowded.refcount_bits, crowded.preallocation) = (64, Preallocation::Metadata);
+    let pending = CreateOptions::new(1 << 20).with_encryption(NewEncryption::Pending);
+    for (options, expected) in [
+        (crowded, "refcount table would need 33825 clusters of 512 bytes"),
+        (pending, "the encryption header has not been made"),
+        (
+            CreateOptions::new(u64::MAX),
+            "size 18446744073709551615 needs too large an l1 table; use larger clusters",
+        ),
+    ] {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let error = create(&storage, None, &options).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidOption);
+        let refusal = std::error::Error::source(&error).and_then(|e| e.downcast_ref::<Refusal>());
+        assert_eq!(refusal.map(ToString::to_string).as_deref(), Some(expected));
+        assert_eq!(storage.len().unwrap(), 0);
+    }
 }
 
 fn history(options: &CreateOptions, seed: u64) {

@@ -31,7 +31,7 @@ fn open<S: Storage + 'static>(storage: &Arc<S>, writable: bool) -> Arc<Image> {
 /// An image with data whose dirty bit is set and whose refcount structures `spoil` has been at, and the data.
 fn spoilt(
     cluster_size: u64,
-    refcount_bits: u32,
+    refcount_bits: u64,
     spoil: impl Fn(&PageStorage, &qcow2_core::format::Header),
 ) -> (Arc<PageStorage>, Vec<u8>) {
     let storage = Arc::new(PageStorage::new(PageBytes::new()));
@@ -52,7 +52,7 @@ fn spoilt(
 /// Opened for writing the image is clean, and its refcounts exact; a power cut on the way leaves it marked or
 /// exact.
 #[track_caller]
-fn check(cluster_size: u64, refcount_bits: u32, spoil: impl Fn(&PageStorage, &qcow2_core::format::Header)) {
+fn check(cluster_size: u64, refcount_bits: u64, spoil: impl Fn(&PageStorage, &qcow2_core::format::Header)) {
     let (storage, data) = spoilt(cluster_size, refcount_bits, spoil);
     let what = format!("{cluster_size} {refcount_bits}");
     check_power_cuts(&storage, &what);
@@ -96,7 +96,7 @@ fn block(storage: &PageStorage, header: &qcow2_core::format::Header, index: u64)
     HostOffset::new(u64::from_be_bytes(raw))
 }
 
-const SHAPES: [(u64, u32); 4] = [(512, 16), (4096, 1), (65536, 16), (65536, 64)];
+const SHAPES: [(u64, u64); 4] = [(512, 16), (4096, 1), (65536, 16), (65536, 64)];
 
 #[test]
 fn counts_that_are_too_low_or_too_high_are_corrected() {

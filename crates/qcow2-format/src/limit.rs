@@ -54,3 +54,5 @@ pub const MAX_HOST_OFFSET: u64 = (1 << 56) - 1;
 pub const MAX_FILE_OFFSET: u64 = i64::MAX as u64;
 /// The largest number of L1 entries a virtual size may need before it is "too big". Origin: QEMU.
 pub const MAX_SIZE_L1_ENTRIES: u64 = i32::MAX as u64;
+/// Bytes of the largest disk that QEMU opens or makes: 2^63 rounded down to whole GiB. Origin: QEMU.
+pub const MAX_DISK_SIZE: u64 = i64::MAX as u64 & !((1 << 30) - 1);

@@ -208,7 +208,7 @@ fn kind_here(error: &(dyn StdError + 'static)) -> Option<ErrorKind> {
             _ => ErrorKind::BrokenChain,
         });
     }
-    if error.is::<qcow2_ops::create::Refusal>() {
+    if error.is::<qcow2_core::Refusal>() {
         return Some(ErrorKind::InvalidOption);
     }
     error.downcast_ref::<CryptError>().and_then(|error| of_keys(error.kind()))

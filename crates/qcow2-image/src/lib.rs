@@ -125,7 +125,6 @@ mod newfile;
 mod options;
 mod password;
 mod snapshot;
-mod system;
 mod threads;
 #[cfg(any(doc, doctest))]
 pub mod vmm;
@@ -138,17 +137,15 @@ pub use error::{Error, ErrorKind, Result};
 pub use look::{check, info, repair};
 pub use new::NewDisk;
 pub use options::DiskOptions;
-pub use system::{SystemRandom, ThreadTime};
 pub use threads::Threads;
 
 pub use qcow2_core::format::snapshot::Snapshot;
-pub use qcow2_core::{ImageFormat, Preallocation};
+pub use qcow2_core::{CreateOptions, ImageFormat, Preallocation};
 pub use qcow2_io::{CacheMode, Locking, Policy};
 pub use qcow2_ops::CopyReport;
 pub use qcow2_ops::bitmap::BitmapAction;
 pub use qcow2_ops::check::CheckReport;
 pub use qcow2_ops::compare::Comparison;
-pub use qcow2_ops::create::Qcow2Request;
 pub use qcow2_ops::info::InfoReport;
 pub use qcow2_ops::rebase::RebaseReport;
 pub use qcow2_ops::repair::Repaired;

@@ -5,13 +5,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::names::Given;
 use crate::newfile::NewFile;
 use crate::options::DiskOptions;
-use crate::system::{SystemRandom, ThreadTime};
 use qcow2_core::format::CompressionType;
-use qcow2_core::{ImageFormat, LuksArea, NewEncryption, Preallocation, Reference, ResolvedSource, SourceId};
+use qcow2_core::{
+    CreateOptions, ImageFormat, LuksArea, NewEncryption, Preallocation, RawOptions, Reference,
+    ResolvedSource, SourceId,
+};
 use qcow2_crypt::luks::{NewVolume, create as create_volume};
 use qcow2_crypt::{CryptError, Secret};
-use qcow2_io::{FileResolver, Policy};
-use qcow2_ops::create::{Qcow2Request, RawRequest, plan, plan_raw};
+use qcow2_io::{FileResolver, Policy, ThreadClock, random_bytes};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,7 +42,7 @@ pub struct NewDisk {
     raw: bool,
     /// `None`: the size of the backing file, or of the disk to convert.
     size: Option<u64>,
-    request: Qcow2Request,
+    options: CreateOptions,
     password: Option<Secret>,
     unlock_time: Duration,
     overwrite: bool,
@@ -55,7 +56,7 @@ impl NewDisk {
         Self {
             raw: false,
             size: None,
-            request: Qcow2Request::new(0),
+            options: CreateOptions::new(0),
             password: None,
             unlock_time: Duration::from_millis(NewVolume::default().iter_time_ms),
             overwrite: false,
@@ -78,20 +79,20 @@ impl NewDisk {
 
     /// Cluster size in bytes: a power of two from 512 to 2 MiB; default 64 KiB.
     pub fn cluster_size(mut self, cluster_size: u64) -> Self {
-        self.request.cluster_size = cluster_size;
+        self.options.cluster_size = cluster_size;
         self
     }
 
     /// Compresses clusters with zstd instead of deflate. It is faster in both directions, but programs from
     /// before 2020 cannot read it.
     pub fn zstd(mut self) -> Self {
-        self.request.compression_type = CompressionType::Zstd;
+        self.options.compression_type = CompressionType::Zstd;
         self
     }
 
     /// What to allocate up front; nothing by default.
     pub fn preallocation(mut self, preallocation: Preallocation) -> Self {
-        self.request.preallocation = preallocation;
+        self.options.preallocation = preallocation;
         self
     }
 
@@ -99,7 +100,7 @@ impl NewDisk {
     /// to the directory of the new image. The file must exist. It is opened because you name it here; files
     /// that it names in turn are not, unless [`follow_backing_files`](Self::follow_backing_files) allows it.
     pub fn backing_file(mut self, name: impl Into<String>, format: ImageFormat) -> Self {
-        self.request.backing_file = Some(name.into());
+        self.options.backing_file = Some(name.into());
         self.below = self.below.format(format);
         self
     }
@@ -127,7 +128,7 @@ impl NewDisk {
     /// Stores guest data in an external data file, which is created as well. `name` is stored unchanged; a
     /// relative name is relative to the directory of the new image.
     pub fn data_file(mut self, name: impl Into<String>) -> Self {
-        self.request.data_file = Some(name.into());
+        self.options.data_file = Some(name.into());
         self
     }
 
@@ -149,10 +150,10 @@ impl NewDisk {
     ///
     /// ```
     /// # use qcow2_image::NewDisk;
-    /// let new = NewDisk::qcow2().size(1 << 30).with(|request| request.extended_l2 = true);
+    /// let new = NewDisk::qcow2().size(1 << 30).with(|options| options.extended_l2 = true);
     /// ```
-    pub fn with(mut self, change: impl FnOnce(&mut Qcow2Request)) -> Self {
-        change(&mut self.request);
+    pub fn with(mut self, change: impl FnOnce(&mut CreateOptions)) -> Self {
+        change(&mut self.options);
         self
     }
 
@@ -178,19 +179,19 @@ impl NewDisk {
     pub(crate) fn make(&self, path: &Path, converted: Option<SourceId>) -> Result<(Disk, Vec<NewFile>)> {
         let failed = |cause| Error::from_cause(path, MAKING, cause);
         let backing = self.open_backing(path)?;
-        let request = self.plan(path, backing.as_ref())?;
-        let data_path = self.locate(path, |name| Reference::DataFile { name }, &request.data_file)?;
+        let new = self.plan(path, backing.as_ref())?;
+        let data_path = self.locate(path, |name| Reference::DataFile { name }, &new.data_file)?;
         let in_use = [converted, backing.as_ref().and_then(|backing| backing.id)];
         let file = NewFile::open(path, self.overwrite, &in_use)?;
         let in_use = [in_use[0], in_use[1], file.source().id];
         let data = data_path.map(|path| NewFile::open(&path, self.overwrite, &in_use)).transpose()?;
         let storage = Arc::clone(&file.source().storage);
         if self.raw {
-            let raw = RawRequest { size: request.size, preallocation: request.preallocation };
-            qcow2_ops::create_raw(&storage, &raw).map_err(failed)?;
+            let raw = RawOptions { size: new.size, preallocation: new.preallocation };
+            qcow2_core::create_raw(&storage, &raw).map_err(failed)?;
         } else {
             let data = data.as_ref().map(|data| &data.source().storage);
-            qcow2_ops::create(&storage, data, &request).map_err(failed)?;
+            qcow2_core::create(&storage, data, &new).map_err(failed)?;
         }
         let given = Given { backing, data: data.as_ref().map(|data| data.source().clone()) };
         let mut source = file.source().clone().with_resolver(given.into_resolver());
@@ -219,43 +220,46 @@ impl NewDisk {
 
     fn open_backing(&self, path: &Path) -> Result<Option<ResolvedSource>> {
         let backing = |name| Reference::Backing { name, format: None };
-        let path = self.locate(path, backing, &self.request.backing_file)?;
+        let path = self.locate(path, backing, &self.options.backing_file)?;
         path.map(|path| self.below.open_backing(&path)).transpose()
     }
 
     /// Checks the options and creates the encryption header, which takes [`unlock_time`](Self::unlock_time).
-    fn plan(&self, path: &Path, backing: Option<&ResolvedSource>) -> Result<Qcow2Request> {
+    fn plan(&self, path: &Path, backing: Option<&ResolvedSource>) -> Result<CreateOptions> {
         let refused =
             |reason: &str| Error::new(ErrorKind::InvalidOption, path, format!("{MAKING}: {reason}"));
-        let mut request = self.request.clone();
-        request.size = match (self.size, backing) {
+        let mut new = self.options.clone();
+        new.size = match (self.size, backing) {
             (Some(size), _) => size,
             (None, Some(backing)) => size_of(backing).map_err(|e| Error::from_cause(path, MAKING, e))?,
             (None, None) => return Err(refused("no size is given")),
         };
-        request.encrypted = self.password.is_some() || request.encryption.is_some();
-        request.backing_format = backing.map(|backing| backing_format(&backing.format));
+        if self.password.is_some() {
+            new.encryption = Some(NewEncryption::Pending);
+        }
+        new.backing_format = backing.map(|backing| backing.format.name().to_owned());
         let checked = if self.raw {
-            let (mut plain, preallocation) = (Qcow2Request::new(request.size), request.preallocation);
-            plain.preallocation = preallocation;
-            if request != plain {
+            let raw = RawOptions { size: new.size, preallocation: new.preallocation };
+            if new != CreateOptions::new(raw.size).with_preallocation(raw.preallocation) {
                 return Err(refused("a raw disk only has a size and preallocation"));
             }
-            plan_raw(&RawRequest { size: request.size, preallocation })
+            raw.check()
         } else {
-            plan(&request).map(|_| ())
+            new.check()
         };
         checked.map_err(|e| Error::from_cause(path, MAKING, e))?;
-        let encryption = self.encryption().map_err(|e| Error::from_cause(path, MAKING, e))?;
-        request.encryption = encryption.or(request.encryption);
-        Ok(request)
+        if let Some(made) = self.encryption().map_err(|e| Error::from_cause(path, MAKING, e))? {
+            new.encryption = Some(made);
+        }
+        Ok(new)
     }
 
     fn encryption(&self) -> Result<Option<NewEncryption>, CryptError> {
         let Some(password) = &self.password else { return Ok(None) };
         let iter_time_ms = u64::try_from(self.unlock_time.as_millis()).unwrap_or(u64::MAX);
         let volume = NewVolume { iter_time_ms, ..NewVolume::default() };
-        let area = create_volume(&volume, password, &mut SystemRandom, &ThreadTime::start())?;
+        let clock = ThreadClock::start();
+        let area = create_volume(&volume, password, &mut random_bytes, &|| clock.now())?;
         Ok(Some(NewEncryption::Luks(LuksArea(area.into()))))
     }
 }
@@ -263,16 +267,6 @@ impl NewDisk {
 /// Virtual size of the disk in `source` in bytes; no key is needed.
 fn size_of(source: &ResolvedSource) -> qcow2_ops::Result<u64> {
     qcow2_ops::info(&*source.storage, &source.format).map(|info| info.virtual_size)
-}
-
-/// The name of a format, as stored in images.
-fn backing_format(format: &ImageFormat) -> String {
-    match format {
-        ImageFormat::Raw => "raw".to_owned(),
-        ImageFormat::Luks => "luks".to_owned(),
-        ImageFormat::Other(name) => name.clone(),
-        _ => "qcow2".to_owned(),
-    }
 }
 
 const MAKING: &str = "creating the image";

@@ -5,7 +5,7 @@ mod common;
 
 use common::{Folder, assert_clean, content, pattern};
 use qcow2_image::{
-    BitmapAction, Comparison, Disk, ErrorKind, ImageFormat, Locking, NewDisk, Preallocation, Qcow2Request,
+    BitmapAction, Comparison, CreateOptions, Disk, ErrorKind, ImageFormat, Locking, NewDisk, Preallocation,
 };
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -115,7 +115,7 @@ fn invalid_requests_create_no_files() {
     check(into_itself.clone().create(&path), ErrorKind::Exists);
     check(into_itself.overwrite().create(&path), ErrorKind::InUse);
     // Encryption without a key is an error, not silently dropped.
-    let aes = |new: &mut Qcow2Request| new.encryption = Some(qcow2_image::core::NewEncryption::Aes);
+    let aes = |new: &mut CreateOptions| new.encryption = Some(qcow2_image::core::NewEncryption::Aes);
     check(NewDisk::qcow2().size(MIB).with(aes).create(&path), ErrorKind::Password);
     assert_eq!(std::fs::read_dir(folder.path("")).unwrap().count(), 0);
 }

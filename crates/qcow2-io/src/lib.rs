@@ -19,6 +19,7 @@
 //! | to write such a wrapper | [`forward_storage`] |
 //! | the export of an NBD server | [`NbdStorage`] |
 //! | a null device | [`NullStorage`] |
+//! | random bytes and time for encryption keys | [`random_bytes`], [`ThreadClock`] |
 //! | a test suite for adapters of your own | `conformance` (a feature) |
 #![deny(unsafe_code)]
 
@@ -39,6 +40,7 @@ mod probe;
 mod resolve;
 mod space;
 mod sys;
+mod system;
 
 pub use error::{OsError, os_error_text};
 pub use file::FileStorage;
@@ -53,7 +55,8 @@ pub use nbd::{NbdAddress, NbdError, NbdStorage};
 pub use null::NullStorage;
 pub use open::{Create, OpenError, OpenErrorKind, OpenFile};
 pub use open_files::{HeldFile, OpenFiles, SameFile};
-pub use probe::{format_from_name, probe_format};
+pub use probe::probe_format;
 /// Writes the rest of a wrapper: the calls that it hands on.
 pub use qcow2_core::forward_storage;
 pub use resolve::{FileResolver, Policy, SourceError, SourceOptions, open_source};
+pub use system::{ThreadClock, random_bytes};

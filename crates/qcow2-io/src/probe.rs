@@ -49,23 +49,7 @@ fn format_of(head: &[u8; PROBE_LEN]) -> ImageFormat {
         }
     }
     let found = SIGNATURES.iter().find(|(at, bytes, _)| head[*at..].starts_with(bytes));
-    found.map_or(ImageFormat::Raw, |(_, _, name)| format_from_name(name))
-}
-
-/// The format with this name, as users and images write it.
-///
-/// ```
-/// use qcow2_core::ImageFormat;
-/// assert_eq!(qcow2_io::format_from_name("raw"), ImageFormat::Raw);
-/// assert_eq!(qcow2_io::format_from_name("vmdk"), ImageFormat::Other("vmdk".into()));
-/// ```
-pub fn format_from_name(name: &str) -> ImageFormat {
-    match name {
-        "raw" => ImageFormat::Raw,
-        "qcow2" => ImageFormat::Qcow2,
-        "luks" => ImageFormat::Luks,
-        other => ImageFormat::Other(other.to_owned()),
-    }
+    found.map_or(ImageFormat::Raw, |(_, _, name)| ImageFormat::from_name(name))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 use crate::file::FileStorage;
 use crate::lock::Locking;
 use crate::open::{OpenError, OpenFile};
-use crate::probe::{format_from_name, probe_format};
+use crate::probe::probe_format;
 use qcow2_core::{ImageFormat, Reference, ResolveError, ResolvedSource, Resolver, StorageError};
 use std::fmt;
 use std::io;
@@ -253,7 +253,7 @@ impl Resolver for FileResolver {
     fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError> {
         let path = self.locate(reference)?;
         let (name, format) = match reference {
-            Reference::Backing { name, format } => (name, format.map(format_from_name)),
+            Reference::Backing { name, format } => (name, format.map(ImageFormat::from_name)),
             Reference::DataFile { name } => (name, Some(ImageFormat::Raw)),
             _ => return Err(ResolveError::failed("unsupported kind of reference")),
         };

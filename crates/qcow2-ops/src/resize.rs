@@ -3,15 +3,13 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Progress;
 use qcow2_core::format::Version;
+pub use qcow2_core::format::limit::MAX_DISK_SIZE;
 use qcow2_core::format::limit::MAX_L1_ENTRIES;
 use qcow2_core::{
     GuestDisk, GuestOffset, GuestRange, HostOffset, Image, Piece, Preallocation, Storage, ZeroMode,
 };
 use std::fmt;
 use std::ops::ControlFlow;
-
-/// The largest disk size in bytes. Origin: QEMU's block layer.
-pub const MAX_DISK_SIZE: u64 = i64::MAX as u64 & !((1 << 30) - 1);
 
 /// The requested size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,10 +1,9 @@
 //! Snapshots: internal ones (find one by id or name, create, apply, delete), and external ones.
 
-use crate::create::{Qcow2Request, create as create_image, plan};
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::NewStorage;
 use qcow2_core::format::snapshot::Snapshot;
-use qcow2_core::{ErrorKind as CoreErrorKind, GuestDisk, Image, ImageFormat, NewSnapshot};
+use qcow2_core::{CreateOptions, ErrorKind as CoreErrorKind, GuestDisk, Image, ImageFormat, NewSnapshot};
 
 /// Selects a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,8 +61,8 @@ pub fn delete(image: &Image, name: &SnapshotName) -> Result<()> {
 /// well. The new image has the size of `old`, rounded up to whole sectors; it is a version 3 image with the
 /// default options.
 ///
-/// Disk: makes the new file, then as [`create`](crate::create()). The file is discarded if the image cannot
-/// be completed. Errors: `InvalidOption` with a [`Refusal`](crate::create::Refusal) as source, before
+/// Disk: makes the new file, then as [`create`](qcow2_core::create()). The file is discarded if the image
+/// cannot be completed. Errors: `InvalidOption` with a [`Refusal`](qcow2_core::Refusal) as source, before
 /// anything is made; `Unsupported` for a format that cannot be recorded; `Create` with the caller's or the
 /// engine's error.
 pub fn external(
@@ -75,13 +74,16 @@ pub fn external(
     let format = format_name(old_format)
         .ok_or_else(|| Error::new(ErrorKind::Unsupported, "the format of the old image has no name"))?;
     // Raw disks may end inside a sector.
-    let mut request = Qcow2Request::new(old.size().checked_next_multiple_of(512).unwrap_or(old.size()));
-    request.backing_file = Some(backing_file.to_owned());
-    request.backing_format = Some(format.to_owned());
-    plan(&request).map_err(|e| Error::new(ErrorKind::InvalidOption, "creating the image").with_source(e))?;
+    let mut options = CreateOptions::new(old.size().checked_next_multiple_of(512).unwrap_or(old.size()));
+    options.backing_file = Some(backing_file.to_owned());
+    options.backing_format = Some(format.to_owned());
+    options.check().map_err(|e| Error::new(ErrorKind::InvalidOption, "creating the image").with_source(e))?;
     let storage =
         new.make().map_err(|e| Error::new(ErrorKind::Create, "making the file").with_boxed_source(e))?;
-    create_image(&storage, None, &request).inspect_err(|_| new.discard())
+    qcow2_core::create(&storage, None, &options).map_err(|e| {
+        new.discard();
+        Error::new(ErrorKind::Create, "creating the image").with_source(e)
+    })
 }
 
 /// The name of a format, as images record it; `None` for one that has no name there.

@@ -9,9 +9,8 @@
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::format::header::CompressionType;
 use qcow2_core::{
-    BackingName, Codecs, CreateOptions, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat,
-    NoResolver, OpenOptions, RawDisk, Reference, ResolveError, ResolvedSource, Resolver, Storage, ZeroMode,
-    create,
+    Codecs, CreateOptions, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver,
+    OpenOptions, RawDisk, Reference, ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
 use qcow2_ops::{ConvertOptions, CopyReport, Executor, Silent, convert};
@@ -264,7 +263,7 @@ fn overlay(base: &Arc<dyn Storage>, size: u64, cluster_size: u64, extended_l2: b
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
     let mut options = CreateOptions::new(size);
     (options.cluster_size, options.extended_l2) = (cluster_size, extended_l2);
-    options.backing = Some(BackingName { name: "base".into(), format: Some("raw".into()) });
+    options = options.with_backing("base", "raw");
     create(&storage, None, &options).unwrap();
     open_on(&storage, true, Arc::new(Base(Arc::clone(base))))
 }

@@ -9,9 +9,9 @@ use crate::rng::Rng;
 use crate::storage::PageStorage;
 use crate::toy::ToyKeyring;
 use qcow2_core::{
-    BackingName, Codecs, CreateOptions, DataFileName, ErrorKind, GuestOffset, Image, ImageFormat, Keyring,
-    LuksArea, NewEncryption, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, SectorNumbering,
-    SourceId, Storage, create,
+    Codecs, CreateOptions, ErrorKind, GuestOffset, Image, ImageFormat, Keyring, LuksArea, NewEncryption,
+    OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, SectorNumbering, SourceId, Storage,
+    create,
 };
 use qcow2_format::header::{CompressionType, Version};
 use std::collections::BTreeMap;
@@ -89,17 +89,18 @@ pub fn create_options(shape: &Shape) -> CreateOptions {
     options.lazy_refcounts = shape.lazy_refcounts;
     options.extended_l2 = shape.extended_l2;
     options.compression_type = if shape.zstd { CompressionType::Zstd } else { CompressionType::Deflate };
-    options.backing = shape.backing.map(|backing| {
+    if let Some(backing) = shape.backing {
         let format = if backing.qcow2 { "qcow2" } else { "raw" };
-        BackingName { name: format!("base.{format}"), format: Some(format.to_owned()) }
-    });
+        options = options.with_backing(format!("base.{format}"), format);
+    }
     // Two clusters and 700 bytes, so that the area does not end at a cluster boundary.
     let area = || LuksArea(vec![0xa5; 2 * shape.cluster_size() as usize + 700].into());
     options.encryption = shape.encryption.map(|numbering| match numbering {
         SectorNumbering::Guest => NewEncryption::Aes,
         SectorNumbering::Host => NewEncryption::Luks(area()),
     });
-    options.data_file = shape.data_file.map(|file| DataFileName { name: DATA.to_owned(), raw: file.raw });
+    options.data_file = shape.data_file.map(|_| DATA.to_owned());
+    options.data_file_raw = shape.data_file.is_some_and(|file| file.raw);
     options
 }
 

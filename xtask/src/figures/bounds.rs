@@ -56,12 +56,11 @@ const fn today(figure: &'static str, place: &'static str, today: usize) -> Exemp
 
 /// Number of exemptions. Lower it when one is removed; never raise it.
 #[cfg(test)]
-const CEILING: usize = 2;
+const CEILING: usize = 1;
 
 /// The exemptions. They only shrink: an exemption that is not needed any more, or that is 10 % too high, is a
 /// finding itself.
-pub(super) const EXEMPT: &[Exemption] =
-    &[today("cli-lines", "qcow2-cli", 8_668), today("cli-share", "qcow2-cli", 18)];
+pub(super) const EXEMPT: &[Exemption] = &[today("cli-lines", "qcow2-cli", 7_775)];
 
 /// A measured value.
 #[derive(Clone, Debug)]

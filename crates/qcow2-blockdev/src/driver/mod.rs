@@ -2,6 +2,7 @@
 
 mod blkdebug;
 mod file;
+mod known;
 pub(crate) mod nbd;
 mod null;
 mod qcow2;
@@ -13,6 +14,8 @@ pub(crate) use blkdebug::rules as debug_rules;
 pub use blkdebug::{LineError, RuleError};
 pub use file::is_block_device;
 pub(crate) use file::not_a_device;
+pub use known::is_known_driver;
+pub(crate) use known::{makes_no_images, may_be_recorded};
 pub use nbd::{AddressError, AddressPart};
 pub(crate) use null::null;
 pub use qcow2::TuningError;

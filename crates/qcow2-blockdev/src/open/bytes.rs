@@ -4,20 +4,20 @@ use super::named::NamedBacking;
 use super::options::{OpenOptions, Sharing, default_codecs};
 use super::trail::Trail;
 use crate::driver::{
-    Driver, KEY_OPTIONS, check_values, debug_rules, is_block_device, is_window, nbd, null, window,
+    Driver, KEY_OPTIONS, check_values, debug_rules, is_block_device, is_window, nbd, not_a_device, null,
+    window,
 };
 use crate::failure::FailureKind;
 use crate::keys::{Keys, Secrets};
 use crate::name::filename;
 use crate::scalar::parse_switch;
-use crate::target::check_device;
 use crate::tree::Node;
 use qcow2_core::{
     ImageFormat, Layers, NoResolver, OpenOptions as EngineOptions, ResolvedSource, Resolver, SourceId,
     Storage,
 };
 use qcow2_io::{
-    BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, Policy, SourceOptions,
+    BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, OsError, Policy, SourceOptions,
     open_source, probe_format,
 };
 use std::path::Path;
@@ -323,4 +323,13 @@ fn is_part(node: &Node) -> bool {
 /// The part of `storage` that `node` is.
 fn window_of(node: &Node, storage: Arc<dyn Storage>) -> Opened<Arc<dyn Storage>> {
     if is_part(node) { Ok(window(&node.options, storage)?) } else { Ok(storage) }
+}
+
+/// Refuses a name that leads to no device.
+pub(crate) fn check_device(path: &str) -> Result<(), FailureKind> {
+    match not_a_device(path) {
+        None => Ok(()),
+        Some(None) => Err(FailureKind::NotADevice(path.to_owned())),
+        Some(Some(error)) => Err(FailureKind::NoDevice { path: path.to_owned(), error: OsError::new(error) }),
+    }
 }

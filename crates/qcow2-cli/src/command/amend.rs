@@ -5,13 +5,13 @@ use crate::command::resize::refusal_text;
 use crate::crypt::{SlotOptions, SlotRequest};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imageopts::{AmendOption, TargetFormat, print_amend_options, read_amend_options};
 use crate::interrupt::Interrupts;
+use crate::newimage::print_amend_options;
 use crate::open::{close, open_to_change, read_name};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use qcow2_blockdev::{KeyValues, Sharing};
+use qcow2_blockdev::{KeyValues, OptionValue, Sharing, new_image_format, read_amend_options};
 use qcow2_core::format::Version;
 use qcow2_core::{ErrorKind, HostOffset, ImageFormat};
 use qcow2_io::CacheMode;
@@ -66,9 +66,9 @@ impl Request {
         }
         request.list = KeyValues::parse_image_options(&texts);
         if let Some(format) = request.image.format.as_deref().filter(|_| request.list.asks_help()) {
-            return match TargetFormat::parse(format).unwrap_or(TargetFormat::Qcow2) {
-                TargetFormat::Raw => Err(not_amended()),
-                format => print_amend_options(session, format).map(|()| None),
+            return match new_image_format(format).unwrap_or(ImageFormat::Qcow2) {
+                ImageFormat::Raw => Err(not_amended()),
+                format => print_amend_options(session, &format).map(|()| None),
             };
         }
         let operands = <[String; 1]>::try_from(args.into_operands());
@@ -86,15 +86,13 @@ fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<()
     let how = request.image.options().with_cache(request.cache).with_sharing(Sharing::TopAlone);
     let open = || open_to_change(session, &name, &how);
     let opened = open()?;
-    let format = match opened.format {
-        ImageFormat::Qcow2 => TargetFormat::Qcow2,
-        ImageFormat::Luks => TargetFormat::Luks,
-        _ => return Err(not_amended()),
-    };
-    if request.list.asks_help() {
-        return print_amend_options(session, format);
+    if !matches!(opened.format, ImageFormat::Qcow2 | ImageFormat::Luks) {
+        return Err(not_amended());
     }
-    let (options, slots) = settle(format, &request.list)?;
+    if request.list.asks_help() {
+        return print_amend_options(session, &opened.format);
+    }
+    let (options, slots) = settle(&opened.format, &request.list)?;
     // The name under which the password was asked for.
     let asked = opened.files.first().map_or(&*request.filename, |file| &*file.image).to_owned();
     let slots = SlotRequest {
@@ -104,7 +102,7 @@ fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<()
         objects: &request.image.objects,
         force: request.force,
     };
-    if format == TargetFormat::Luks {
+    if opened.format == ImageFormat::Luks {
         // A container has nothing but its slots.
         slots.apply(&*opened.storage, HostOffset::default())?;
         return close(&*opened.disk).map_err(|reason| could_not(&reason));
@@ -126,7 +124,7 @@ fn could_not(reason: &str) -> Failure {
 }
 
 /// The options by name, those of key slots apart.
-fn settle(format: TargetFormat, list: &KeyValues) -> Result<(AmendOptions, SlotOptions), Failure> {
+fn settle(format: &ImageFormat, list: &KeyValues) -> Result<(AmendOptions, SlotOptions), Failure> {
     let (mut options, mut slots) = (AmendOptions::default(), SlotOptions::default());
     let given: BTreeMap<_, _> = read_amend_options(format, list)?.into_iter().collect();
     for (name, option) in given {
@@ -134,21 +132,21 @@ fn settle(format: TargetFormat, list: &KeyValues) -> Result<(AmendOptions, SlotO
             continue;
         }
         match (name, option) {
-            ("compat", AmendOption::Text(level)) => {
+            ("compat", OptionValue::Text(level)) => {
                 options.version = Some(match level.as_str() {
                     "0.10" | "v2" => Version::V2,
                     "1.1" | "v3" => Version::V3,
                     _ => return Err(Failure::new(format!("Unknown compatibility level {level}"))),
                 });
             }
-            ("backing_file", AmendOption::Text(name)) => options.backing_file = Some(name),
-            ("backing_fmt", AmendOption::Text(name)) => options.backing_format = Some(name),
-            ("data_file", AmendOption::Text(name)) => options.data_file = Some(name),
-            ("data_file_raw", AmendOption::Switch(on)) => options.data_file_raw = Some(on),
-            ("lazy_refcounts", AmendOption::Switch(on)) => options.lazy_refcounts = Some(on),
-            ("refcount_bits", AmendOption::Number(bits)) => options.refcount_bits = Some(bits),
+            ("backing_file", OptionValue::Text(name)) => options.backing_file = Some(name),
+            ("backing_fmt", OptionValue::Text(name)) => options.backing_format = Some(name),
+            ("data_file", OptionValue::Text(name)) => options.data_file = Some(name),
+            ("data_file_raw", OptionValue::Switch(on, _)) => options.data_file_raw = Some(on),
+            ("lazy_refcounts", OptionValue::Switch(on, _)) => options.lazy_refcounts = Some(on),
+            ("refcount_bits", OptionValue::Number(bits)) => options.refcount_bits = Some(bits),
             // As in QEMU, a disk is not made empty so.
-            ("size", AmendOption::Number(size)) => options.size = Some(size).filter(|&size| size > 0),
+            ("size", OptionValue::Number(size)) => options.size = Some(size).filter(|&size| size > 0),
             _ => {}
         }
     }

@@ -4,13 +4,12 @@ use crate::args::{Arguments, ImageArgs, Objects, Opt};
 use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_files;
-use crate::imageopts::{ImageOptions, TargetFormat, print_options};
 use crate::interrupt::Interrupts;
-use crate::newimage;
+use crate::newimage::{announcement, format_of_name, make, print_options, target_of};
 use crate::numbers::{SIGNED, parse_argument};
 use crate::persona;
 use crate::session::Session;
-use qcow2_blockdev::{KeptBacking, KeyValues, NewTarget, open_backing};
+use qcow2_blockdev::{KeptBacking, KeyValues, NewOptions, new_image_format, open_backing};
 use qcow2_core::ImageFormat;
 
 /// Runs the verb.
@@ -19,26 +18,16 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         return Ok(exit::SUCCESS);
     };
     let about = |failure: Failure| failure.about(&request.filename);
-    TargetFormat::parse(&request.format).map_err(about)?;
-    let target = match NewTarget::parse(&request.filename) {
-        Err(reason) if !request.filename.is_empty() => {
-            return Err(about(Failure::new(persona::in_one_line(&reason))));
-        }
-        target => target.unwrap_or(NewTarget::File(String::new())),
-    };
-    let (options, _kept) = settle(&request).map_err(about)?;
+    let format = new_image_format(&request.format).map_err(|failure| about(failure.into()))?;
+    let target = target_of(&request.filename).map_err(about)?;
+    let (options, _kept) = settle(&request, &format).map_err(about)?;
     if !request.quiet {
-        session.print(&format!("{}\n", options.announcement(&request.filename)))?;
+        session.print(&format!("{}\n", announcement(&options, &request.filename)))?;
     }
     let interrupts = Interrupts::install();
-    let made = newimage::make(session, &target, &options, &interrupts);
-    match made {
-        Ok(()) => interrupts.finish_files(),
-        Err(not_made) => {
-            interrupts.discard_files();
-            return Err(about(not_made.in_short(options.format())));
-        }
-    }
+    let made = make(session, &target, &options, &request.objects, &interrupts);
+    made.map_err(|failure| about(persona::created(failure)))?;
+    interrupts.finish_files();
     Ok(exit::SUCCESS)
 }
 
@@ -77,12 +66,10 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
     let filename = operands.next();
     let format = match format {
         Some(format) => format,
-        None => newimage::format_of_name(session, filename.as_deref().unwrap_or_default())
-            .map_err(|failure| failure.about(filename.as_deref().unwrap_or_default()))?
-            .to_owned(),
+        None => format_of_name(session, filename.as_deref().unwrap_or_default())?.name().to_owned(),
     };
     if list.asks_help() {
-        print_options(session, TargetFormat::parse(&format)?, filename.is_some())?;
+        print_options(session, &new_image_format(&format)?, filename.is_some())?;
         return Ok(None);
     }
     let filename = filename.ok_or_else(|| Failure::usage(verb.name, "Expecting image file name"))?;
@@ -95,17 +82,15 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
 
 /// The options with everything that comes from elsewhere: the size operand, `-b`, `-F`, the backing file's
 /// size. And the backing file, where there is to be one.
-fn settle(request: &Request) -> Result<(ImageOptions, Option<KeptBacking>), Failure> {
-    let format = TargetFormat::parse(&request.format)?;
-    let mut options = ImageOptions::parse(format, &request.list)?;
-    options.set_objects(&request.objects);
+fn settle(request: &Request, format: &ImageFormat) -> Result<(NewOptions, Option<KeptBacking>), Failure> {
+    let mut options = NewOptions::parse(format, &request.list)?;
     match (request.size, options.number("size")) {
         (Some(_), Some(_)) => return Err(Failure::new("The image size must be specified only once")),
         (Some(size), None) => options.set_number("size", size),
         _ => {}
     }
     let layered = |what: &str, value: &Option<String>| match value {
-        Some(_) if !format.is_layered() => {
+        Some(_) if *format != ImageFormat::Qcow2 => {
             Err(Failure::new(format!("Backing {what} not supported for file format '{}'", format.name())))
         }
         _ => Ok(()),
@@ -155,12 +140,7 @@ fn look_at_backing(
     let opened = open_backing(&request.filename, name, &args.naming(), &args.options())
         .map_err(|failure| Failure::from(failure).without_name().hint("Could not open backing image."))?;
     if format.is_none() {
-        let detected = match opened.format {
-            ImageFormat::Qcow2 => "qcow2",
-            ImageFormat::Luks => "luks",
-            _ => "raw",
-        };
-        return Err(without_format().hint(format!("Detected format of {detected}.")));
+        return Err(without_format().hint(format!("Detected format of {}.", opened.format.name())));
     }
     Ok((opened.disk.size().checked_next_multiple_of(512), kept.with(opened)))
 }

@@ -3,15 +3,14 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
-use crate::newimage;
+use crate::newimage::{format_of_name, make, target_of};
 use crate::numbers::{SIGNED, parse_argument, parse_count};
 use crate::open::{close, read_name, warn_of_missing_end};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use qcow2_blockdev::{KeyValues, NewTarget, open};
+use qcow2_blockdev::{KeyValues, NewOptions, new_image_format, open};
 use qcow2_image::Threads;
 use qcow2_ops::ErrorKind;
 use qcow2_ops::dd::{DdOptions, dd, dd_range};
@@ -72,9 +71,7 @@ impl Request {
                 image.check()?;
                 let target_format = match target_format {
                     Some(format) => format,
-                    None => newimage::format_of_name(session, &output)
-                        .map_err(|failure| failure.about(&output))?
-                        .to_owned(),
+                    None => format_of_name(session, &output)?.name().to_owned(),
                 };
                 Ok(Self { image, target_format, options, input, output })
             }
@@ -88,22 +85,15 @@ fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result
     let opened = open(&name, &request.image.options())?;
     warn_of_missing_end(session, &opened);
     let source = opened.disk;
-    let format =
-        TargetFormat::parse(&request.target_format).map_err(|_| Failure::new("Unknown file format"))?;
+    let format = new_image_format(&request.target_format).map_err(|_| Failure::new("Unknown file format"))?;
     let wanted = dd_range(source.size(), &request.options);
     let range = wanted.clone().unwrap_or(0..0);
-    let mut options = ImageOptions::parse(format, &KeyValues::default())?;
+    let mut options = NewOptions::parse(&format, &KeyValues::default())?;
     options.set_number("size", range.end - range.start);
     let about = |failure: Failure| failure.about("error while creating output image").about(&request.output);
-    let made = match NewTarget::parse(&request.output) {
-        Err(reason) if !request.output.is_empty() => {
-            return Err(about(Failure::new(persona::in_one_line(&reason))));
-        }
-        target => target.unwrap_or(NewTarget::File(String::new())),
-    };
-    newimage::make(session, &made, &options, interrupts).map_err(|not_made| about(not_made.into()))?;
-    let args = ImageArgs::default();
-    let target = made.into_name(&request.output, format.driver(), None, args.objects.secrets());
+    let (made, args) = (target_of(&request.output).map_err(about)?, ImageArgs::default());
+    make(session, &made, &options, &args.objects, interrupts).map_err(|failure| about(failure.into()))?;
+    let target = made.into_name(&request.output, &options, args.objects.secrets());
     let target = open(&target, &args.options().writable())?.disk;
     if wanted.is_none() {
         let text = format!("{}: {}: cannot skip to specified offset", session.program(), request.input);

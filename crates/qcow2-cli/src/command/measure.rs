@@ -2,18 +2,16 @@
 
 use crate::args::{Arguments, ImageArgs, Opt, OutputFormat};
 use crate::command::convert::parse_snapshot;
-use crate::crypt::{LUKS_NAMES, QCOW2_NAMES, read_options};
 use crate::exit;
 use crate::failure::Failure;
-use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::numbers::{SIGNED, parse_argument};
 use crate::open::read_name;
 use crate::persona;
 use crate::render::json;
 use crate::session::Session;
-use qcow2_blockdev::{KeyValues, open, open_snapshot};
+use qcow2_blockdev::{KeyValues, NewOptions, new_image_format, open, open_snapshot};
 use qcow2_core::format::Version;
-use qcow2_core::{GuestDisk, Preallocation};
+use qcow2_core::{GuestDisk, ImageFormat, Preallocation};
 use qcow2_ops::ErrorKind;
 use qcow2_ops::measure::{
     Measure, MeasureOptions, Measured, measure_bitmaps, measure_container, measure_qcow2, measure_raw,
@@ -25,8 +23,8 @@ use std::sync::Arc;
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let source = request.open(session)?;
-    let format = TargetFormat::parse(&request.target_format)?;
-    let options = request.options(format)?;
+    let format = new_image_format(&request.target_format)?;
+    let options = request.options(&format)?;
     let what = match (&source, request.size) {
         (Some(Source { disk, is_null: true }), _) if !options.given("backing_file") => {
             Measured::Size(disk.size())
@@ -35,18 +33,19 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         (None, size) => Measured::Size(size.unwrap_or(0)),
     };
     let (measured, bitmaps) = match format {
-        TargetFormat::Raw => (measure_raw(what), None),
-        TargetFormat::Luks => {
-            let volume = read_options(&options, "luks", &LUKS_NAMES, options.objects())?.with_secret()?;
-            (measure_container(what, volume.area_len()), None)
+        ImageFormat::Luks => {
+            let area_len = options.luks_header_len(request.image.objects.secrets())?;
+            (measure_container(what, area_len), None)
         }
-        TargetFormat::Qcow2 => {
-            let wanted = qcow2_options(&options)?;
+        ImageFormat::Qcow2 => {
+            let mut wanted = qcow2_options(&options)?;
+            wanted.luks_len = options.luks_header_len(request.image.objects.secrets())?;
             let bitmaps = source.as_ref().filter(|_| keeps_bitmaps(&options));
             let bitmaps =
                 bitmaps.map(|source| bitmap_bytes(&source.disk, wanted.cluster_size)).transpose()?;
             (measure_qcow2(what, &wanted), bitmaps.flatten())
         }
+        _ => (measure_raw(what), None),
     };
     let measured = measured.map_err(|error| failure(&error))?;
     session.print(&match request.output {
@@ -119,22 +118,20 @@ impl Request {
         Ok(Some(Source { disk: opened.disk, is_null: opened.is_null }))
     }
 
-    fn options(&self, format: TargetFormat) -> Result<ImageOptions, Failure> {
+    fn options(&self, format: &ImageFormat) -> Result<NewOptions, Failure> {
         let list = KeyValues::parse_image_options(&self.option_texts);
         let parsed = match list.asks_help() {
             true => Err(Failure::new("Invalid parameter 'help'")),
-            false => ImageOptions::parse(format, &list),
+            false => NewOptions::parse(format, &list).map_err(Failure::from),
         };
-        let mut options = parsed.map_err(|failure| {
+        parsed.map_err(|failure| {
             Failure::new(format!("Invalid options for file format '{}'", format.name())).after(failure.text())
-        })?;
-        options.set_objects(&self.image.objects);
-        Ok(options)
+        })
     }
 }
 
 /// The options that matter, checked in QEMU's order.
-fn qcow2_options(options: &ImageOptions) -> Result<MeasureOptions, Failure> {
+fn qcow2_options(options: &NewOptions) -> Result<MeasureOptions, Failure> {
     let mut wanted = MeasureOptions::default();
     wanted.cluster_size = options.number("cluster_size").unwrap_or(wanted.cluster_size);
     wanted.refcount_bits = options.number("refcount_bits").unwrap_or(wanted.refcount_bits);
@@ -168,19 +165,15 @@ fn qcow2_options(options: &ImageOptions) -> Result<MeasureOptions, Failure> {
         Some("full") => Preallocation::Full,
         Some(other) => return refused(format!("invalid parameter value: {other}")),
     };
-    if options.text("encrypt.format") == Some("luks") {
-        let crypt = read_options(options, "luks", &QCOW2_NAMES, options.objects())?.with_secret()?;
-        wanted.luks_len = crypt.area_len();
-    }
     Ok(wanted)
 }
 
-fn version(options: &ImageOptions) -> Version {
+fn version(options: &NewOptions) -> Version {
     if options.text("compat") == Some("0.10") { Version::V2 } else { Version::V3 }
 }
 
 /// Bitmaps need version 3 on both sides.
-fn keeps_bitmaps(options: &ImageOptions) -> bool {
+fn keeps_bitmaps(options: &NewOptions) -> bool {
     version(options) >= Version::V3
 }
 

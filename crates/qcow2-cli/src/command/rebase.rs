@@ -1,7 +1,6 @@
 //! `rebase`: another backing file, and the same disk all the same; or, unsafe, another name for it.
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
-use crate::drivers;
 use crate::exit;
 use crate::failure::Failure;
 use crate::interrupt::Interrupts;
@@ -9,7 +8,7 @@ use crate::open::{open_to_change, read_name};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use qcow2_blockdev::{ImageName, OpenFailure, locate_backing, open};
+use qcow2_blockdev::{ImageName, OpenFailure, is_known_driver, locate_backing, open};
 use qcow2_core::Layers;
 use qcow2_core::format::FormatErrorKind;
 use qcow2_image::Threads;
@@ -103,7 +102,7 @@ struct NewFile<'a> {
 
 impl NewBacking for NewFile<'_> {
     fn is_format(&self, format: &str) -> bool {
-        drivers::is_known(format)
+        is_known_driver(format)
     }
 
     fn open(&self) -> Result<Chain, CallerError> {

@@ -1,14 +1,13 @@
 //! Passwords of an image that is there: added and erased by `amend`.
 
-use super::{SystemRandom, ThreadTime};
 use crate::args::Objects;
 use crate::failure::Failure;
-use crate::imageopts::AmendOption;
 use crate::persona;
-use qcow2_blockdev::{KeyError, Keys};
+use qcow2_blockdev::{KeyError, Keys, OptionValue};
 use qcow2_core::{HostOffset, Storage};
 use qcow2_crypt::luks::{NewPassword, NewVolume, SlotsToErase, add_password, erase_passwords};
 use qcow2_crypt::{CryptError, CryptErrorKind, SlotRefusal};
+use qcow2_io::{ThreadClock, random_bytes};
 use qcow2_ops::{CallerError, KeySlots};
 
 /// What options say of key slots, as they were given.
@@ -43,14 +42,14 @@ impl KeySlots for SlotRequest<'_> {
 
 impl SlotOptions {
     /// Takes the option called `name`, without `encrypt.`. Returns whether it is one of these.
-    pub(crate) fn take(&mut self, name: &str, option: &AmendOption) -> bool {
+    pub(crate) fn take(&mut self, name: &str, option: &OptionValue) -> bool {
         match (name, option) {
-            ("state", AmendOption::Text(text)) => self.state = Some(text.clone()),
-            ("old-secret", AmendOption::Text(text)) => self.old_secret = Some(text.clone()),
-            ("new-secret", AmendOption::Text(text)) => self.new_secret = Some(text.clone()),
+            ("state", OptionValue::Text(text)) => self.state = Some(text.clone()),
+            ("old-secret", OptionValue::Text(text)) => self.old_secret = Some(text.clone()),
+            ("new-secret", OptionValue::Text(text)) => self.new_secret = Some(text.clone()),
             // As in QEMU, whose slot numbers have 32 bits.
-            ("keyslot", &AmendOption::Number(slot)) => self.slot = Some(slot & u64::from(u32::MAX)),
-            ("iter-time", &AmendOption::Number(millis)) => self.iter_time = Some(millis),
+            ("keyslot", &OptionValue::Number(slot)) => self.slot = Some(slot & u64::from(u32::MAX)),
+            ("iter-time", &OptionValue::Number(millis)) => self.iter_time = Some(millis),
             _ => return false,
         }
         true
@@ -91,7 +90,8 @@ impl SlotRequest<'_> {
         };
         let container = volume.1 == HostOffset::default();
         let current = || self.keys.password(0, self.name, container).map_err(locked);
-        add_password(volume, &new, current, &mut SystemRandom, &ThreadTime::start())
+        let clock = ThreadClock::start();
+        add_password(volume, &new, current, &mut random_bytes, &|| clock.now())
     }
 
     fn erase(&self, volume: (&dyn Storage, HostOffset)) -> Result<(), Failure> {
@@ -116,7 +116,7 @@ impl SlotRequest<'_> {
             }
         };
         let limit = self.keys.limit(0).map_err(locked)?;
-        Ok(erase_passwords(volume, which, self.force, limit, &mut SystemRandom)?)
+        Ok(erase_passwords(volume, which, self.force, limit, &mut random_bytes)?)
     }
 }
 

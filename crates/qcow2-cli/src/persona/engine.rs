@@ -8,8 +8,6 @@ use qcow2_blockdev::FailureKind;
 use qcow2_core::format::{FormatError, FormatErrorKind as Kind, Table};
 use qcow2_core::{Error, ErrorKind, Preallocation, ResolveError, UnlockError};
 use qcow2_io::{OpenError, OpenErrorKind, SourceError};
-use qcow2_ops::create::Refusal;
-use qcow2_ops::resize::MAX_DISK_SIZE;
 
 /// Why the file at `path` could not be opened, and a hint that follows on a line of its own.
 pub(crate) fn source_reason(error: &SourceError, path: &str) -> (String, Option<String>) {
@@ -59,53 +57,6 @@ pub(super) fn engine_reason(error: &Error) -> (String, Option<String>) {
 
 /// What follows the complaint about a bitmap that was in use.
 pub(crate) const INCONSISTENT_HINT: &str = "Try block-dirty-bitmap-remove to delete this bitmap from disk";
-
-/// Options of a new image that are not possible.
-pub(crate) fn refusal(refusal: &Refusal) -> String {
-    let needs_v3 = "compatibility level 1.1 and above (use version=v3 or greater)";
-    match refusal {
-        Refusal::ExtendedL2NeedsVersion3 => format!("Extended L2 entries are only supported with {needs_v3}"),
-        Refusal::ClusterSize(_) => "Cluster size must be a power of two between 512 and 2048k".to_owned(),
-        Refusal::ExtendedL2ClusterSize(_) => {
-            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes".to_owned()
-        }
-        Refusal::BackingAndPreallocation => {
-            "Backing file and preallocation can only be used at the same time if extended_l2 is on".to_owned()
-        }
-        Refusal::BackingFormatWithoutFile => "Backing format cannot be used without backing file".to_owned(),
-        Refusal::LazyRefcountsNeedVersion3 => format!("Lazy refcounts only supported with {needs_v3}"),
-        Refusal::RefcountBits(_) => {
-            "Refcount width must be a power of two and may not exceed 64 bits".to_owned()
-        }
-        Refusal::RefcountBitsNeedVersion3(_) => {
-            "Different refcount widths than 16 bits require compatibility level 1.1 or above \
-             (use version=v3 or greater)"
-                .to_owned()
-        }
-        Refusal::DataFileRawWithoutFile => "data-file-raw requires data-file".to_owned(),
-        Refusal::BackingAndDataFileRaw => {
-            "Backing file and data-file-raw cannot be used at the same time".to_owned()
-        }
-        Refusal::DataFileNeedsVersion3 => format!("External data files are only supported with {needs_v3}"),
-        Refusal::CompressionTypeNeedsVersion3 => {
-            format!("Non-zlib compression type is only supported with {needs_v3}")
-        }
-        Refusal::SizeTooLarge(size)
-            if size.checked_next_multiple_of(512).is_none_or(|size| size > i64::MAX as u64) =>
-        {
-            "Could not resize image: Image size cannot be negative".to_owned()
-        }
-        Refusal::SizeTooLarge(size) if *size > MAX_DISK_SIZE => {
-            let size = size.next_multiple_of(512);
-            format!("Could not resize image: offset({size}) exceeds maximum({MAX_DISK_SIZE})")
-        }
-        Refusal::SizeTooLarge(_) => {
-            "The image size is too large for file format 'qcow2' (try using a larger cluster size)".to_owned()
-        }
-        Refusal::RawMetadataPreallocation => "Unsupported preallocation mode: metadata".to_owned(),
-        other => capitalized(&other.to_string()),
-    }
-}
 
 /// What could not be done where a disk or its new part gets no space. `own_file`: a qcow2 image that has the
 /// data itself.

@@ -4,6 +4,7 @@
 //! The libraries' errors say what happened by kinds and fields; here, and nowhere else, a text is made of
 //! them.
 
+mod creation;
 mod engine;
 mod input;
 mod keys;
@@ -11,7 +12,8 @@ mod name;
 mod opening;
 mod text;
 
-pub(crate) use engine::{INCONSISTENT_HINT, engine_failure, no_space, refusal, source_reason};
+pub(crate) use creation::created;
+pub(crate) use engine::{INCONSISTENT_HINT, engine_failure, no_space};
 pub(crate) use keys::{crypt, key, no_secret, unlock};
 pub(crate) use opening::{NATIVE_NEEDS_DIRECT, SHARED_AND_WRITABLE, chain_failure, in_one_line, warning};
-pub(crate) use text::{capitalized, cause, chain, find, procedure, storage};
+pub(crate) use text::{capitalized, cause, chain, find, procedure};

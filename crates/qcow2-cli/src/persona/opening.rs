@@ -55,7 +55,7 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
 
 const NOT_LOADED: &str = "Failed to load snapshot: ";
 
-fn with_hint((reason, hint): (String, Option<String>)) -> (String, Vec<String>) {
+pub(super) fn with_hint((reason, hint): (String, Option<String>)) -> (String, Vec<String>) {
     (reason, hint.into_iter().collect())
 }
 
@@ -142,6 +142,7 @@ pub(crate) fn warning(warning: &Warning) -> Vec<String> {
         Warning::EmptyBacking => {
             vec!["Use of \"backing\": \"\" is deprecated; use \"backing\": null instead".to_owned()]
         }
+        Warning::NoExtentSizeHint(error) => vec![format!("Failed to set extent size hint: {error}")],
         // The word stands in the first line already.
         Warning::GuessedRaw(name) => vec![
             format!("WARNING: Image format was not specified for '{name}' and probing guessed raw."),

@@ -20,6 +20,34 @@ pub enum ImageFormat {
     Other(String),
 }
 
+impl ImageFormat {
+    /// The format called `name`, as users and images write it.
+    ///
+    /// ```
+    /// use qcow2_core::ImageFormat;
+    /// assert_eq!(ImageFormat::from_name("raw"), ImageFormat::Raw);
+    /// assert_eq!(ImageFormat::from_name("vmdk"), ImageFormat::Other("vmdk".into()));
+    /// ```
+    pub fn from_name(name: &str) -> Self {
+        match name {
+            "raw" => Self::Raw,
+            "qcow2" => Self::Qcow2,
+            "luks" => Self::Luks,
+            other => Self::Other(other.into()),
+        }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Luks => "luks",
+            Self::Other(name) => name,
+        }
+    }
+}
+
 /// A name that an image gives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

@@ -3,8 +3,7 @@
 #![allow(dead_code, reason = "each test takes what it needs")]
 
 use qcow2_core::{
-    BackingName, CreateOptions, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver,
-    Storage,
+    CreateOptions, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, Storage,
 };
 use qcow2_exerciser::{Console, OpenRequest, OpenedDisk, Opener, Refusal};
 use qcow2_io::{CopyOnRead, MemoryStorage};
@@ -34,7 +33,7 @@ impl OneDisk {
         let mut options = CreateOptions::new(size);
         options.cluster_size = cluster_size;
         if below.is_some() {
-            options.backing = Some(BackingName { name: "below".to_owned(), format: Some("raw".to_owned()) });
+            options = options.with_backing("below", "raw");
         }
         qcow2_core::create(&storage, None, &options).unwrap();
         let below = below.map(|bytes| Arc::new(MemoryStorage::from(bytes)) as Arc<dyn Storage>);

@@ -112,8 +112,7 @@ mod tests {
     use super::*;
     use crate::MemoryStorage;
     use qcow2_core::{
-        BackingName, CreateOptions, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource,
-        Resolver,
+        CreateOptions, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver,
     };
 
     /// Resolves every name to the same bytes.
@@ -131,7 +130,7 @@ mod tests {
         let below = Arc::new(MemoryStorage::from(bytes));
         let storage: Arc<dyn qcow2_core::Storage> = Arc::new(MemoryStorage::new());
         let mut options = CreateOptions::new(size);
-        options.backing = Some(BackingName { name: "below".to_owned(), format: Some("raw".to_owned()) });
+        options = options.with_backing("below", "raw");
         qcow2_core::create(&storage, None, &options).unwrap();
         let source = ResolvedSource::new(storage, ImageFormat::Qcow2, "top");
         let mut options = OpenOptions::default();

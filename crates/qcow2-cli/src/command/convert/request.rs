@@ -3,11 +3,11 @@
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::compression::{self, Compression};
 use crate::failure::Failure;
-use crate::imageopts::{TargetFormat, print_options};
-use crate::newimage::format_of_name;
+use crate::newimage::{format_of_name, print_options};
 use crate::numbers::{SIGNED, parse_argument, parse_count};
 use crate::session::Session;
-use qcow2_blockdev::{KeyValues, is_block_device};
+use qcow2_blockdev::{KeyValues, is_block_device, new_image_format};
+use qcow2_core::ImageFormat;
 use qcow2_io::CacheMode;
 use qcow2_ops::ConvertOptions;
 use qcow2_ops::convert::MAX_SPARSE_SIZE;
@@ -91,9 +91,9 @@ impl Request {
         request.check_together(&texts)?;
         let mut list = KeyValues::parse_image_options(&texts.options);
         if list.asks_help() {
-            let format = TargetFormat::parse(request.target.format.as_deref().unwrap_or("raw"))?;
-            print_options(session, format, !args.into_operands().is_empty())?;
-            if format.is_layered() && !session.is_drop_in() {
+            let format = new_image_format(request.target.format())?;
+            print_options(session, &format, !args.into_operands().is_empty())?;
+            if format == ImageFormat::Qcow2 && !session.is_drop_in() {
                 session.print(compression::HELP)?;
             }
             return Ok(None);
@@ -110,9 +110,8 @@ impl Request {
         let target = request.source.names.pop().filter(|_| !request.source.names.is_empty());
         request.target.name = target.ok_or_else(|| Failure::new("Must specify image file name"))?;
         if request.target.format.is_none() && !request.target.image_opts {
-            let name = &request.target.name;
-            let format = format_of_name(session, name).map_err(|failure| failure.about(name))?;
-            request.target.format = Some(format.to_owned()).filter(|_| format != "raw");
+            let format = format_of_name(session, &request.target.name)?;
+            request.target.format = Some(format.name().to_owned()).filter(|_| format != ImageFormat::Raw);
         }
         if let Some(text) = &texts.source_cache {
             request.source.cache = parse_cache("source cache", text)?;

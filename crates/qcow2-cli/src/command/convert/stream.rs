@@ -6,14 +6,14 @@ use crate::compression::Compression;
 use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_files;
-use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
 use crate::open::warn_of_missing_end;
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::{Session, unfinished_stream};
-use qcow2_core::GuestDisk;
+use qcow2_blockdev::{NewOptions, new_image_format};
 use qcow2_core::format::CompressionType;
+use qcow2_core::{GuestDisk, ImageFormat};
 use qcow2_ops::{ErrorKind, StreamOptions, StreamedImage, stream_qcow2, stream_raw, stream_raw_in};
 use std::io::{self, IsTerminal, Read};
 use std::sync::Arc;
@@ -70,8 +70,8 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
     if io::stdout().is_terminal() {
         return Err(Failure::new("standard output is a terminal; send it to a file or another program"));
     }
-    let format = TargetFormat::parse(request.target.format())?;
-    let given = ImageOptions::parse(format, &request.target.list)?;
+    let format = new_image_format(request.target.format())?;
+    let given = NewOptions::parse(&format, &request.target.list)?;
     if let Some(pair) = request.target.list.pairs().iter().find(|pair| pair.key != "cluster_size") {
         return Err(Failure::new(format!("option '{}' is not possible when streaming", pair.key)));
     }
@@ -80,7 +80,7 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
     let disks: Vec<Arc<dyn GuestDisk>> = sources.iter().map(|source| Arc::clone(&source.disk)).collect();
     let mut out = io::stdout().lock();
     let written = match format {
-        TargetFormat::Qcow2 => {
+        ImageFormat::Qcow2 => {
             let mut options = StreamOptions::default();
             options.cluster_size = given.number("cluster_size").unwrap_or(options.cluster_size);
             stream_qcow2(&disks, &options, &mut out, meter)

@@ -4,15 +4,14 @@ use super::request::Request;
 use crate::args::ImageArgs;
 use crate::failure::Failure;
 use crate::files::open_files;
-use crate::imageopts::{ImageOptions, TargetFormat};
 use crate::interrupt::Interrupts;
-use crate::newimage;
+use crate::newimage::{make, target_of};
 use crate::open::{open_target, read_name};
 use crate::persona;
 use crate::session::Session;
-use qcow2_blockdev::{Driver, KeptBacking, NewTarget, OpenedDisk, open_backing};
-use qcow2_core::GuestDisk;
+use qcow2_blockdev::{KeptBacking, NewOptions, OpenedDisk, new_image_format, open_backing};
 use qcow2_core::format::Version;
+use qcow2_core::{GuestDisk, ImageFormat};
 use std::sync::Arc;
 
 /// Makes the target of `size` bytes, unless it is to exist, and opens it for writing.
@@ -26,37 +25,27 @@ pub(super) fn open(
     let objects = request.source.args.objects.clone();
     let mut args = ImageArgs { format: request.target.format.clone(), objects, ..ImageArgs::default() };
     let name = if request.target.create {
-        TargetFormat::parse(request.target.format())?;
-        let made = match NewTarget::parse(&request.target.name) {
-            Err(reason) if !request.target.name.is_empty() => {
-                return Err(Failure::new(persona::in_one_line(&reason)));
-            }
-            target => target.unwrap_or(NewTarget::File(String::new())),
-        };
-        let options = settle(request, sources, size)?;
+        let format = new_image_format(request.target.format())?;
+        let made = target_of(&request.target.name)?;
+        let options = settle(request, &format, sources, size)?;
         request.target.cache()?;
         // What it is to stand on is not emptied for it.
         let _kept = options.text("backing_file").map(|backing| {
             let (new, format) = (&request.target.name, options.text("backing_fmt"));
             let kept = KeptBacking::unopened(open_files(), new, backing);
             // What cannot be opened is complained of when the new image is.
-            let (format, objects) = (format.map(str::to_owned), options.objects().clone());
+            let (format, objects) = (format.map(str::to_owned), args.objects.clone());
             let args = ImageArgs { format, objects, ..ImageArgs::default() };
             match open_backing(new, backing, &args.naming(), &args.options()) {
                 Ok(chain) => kept.with(chain),
                 Err(_) => kept,
             }
         });
-        let format = options.format().name();
-        newimage::make(session, &made, &options, interrupts).map_err(|not_made| {
-            Failure::from(not_made)
-                .about(&format!("error while converting {format}"))
-                .about(&request.target.name)
+        make(session, &made, &options, &args.objects, interrupts).map_err(|failure| {
+            let what = format!("error while converting {}", format.name());
+            Failure::from(failure).about(&what).about(&request.target.name)
         })?;
-        let driver = options.format().driver();
-        let key = if driver == Driver::Luks { "key-secret" } else { "encrypt.key-secret" };
-        let secret = options.text(key).map(|id| (key, id));
-        made.into_name(&request.target.name, driver, secret, args.objects.secrets())
+        made.into_name(&request.target.name, &options, args.objects.secrets())
     } else {
         args.image_opts = request.target.image_opts;
         args.check()?;
@@ -78,11 +67,16 @@ pub(super) fn open(
 }
 
 /// The options of the new image, checked against each other and against the sources.
-fn settle(request: &Request, sources: &[OpenedDisk], size: u64) -> Result<ImageOptions, Failure> {
-    let format = TargetFormat::parse(request.target.format())?;
-    let mut options = ImageOptions::parse(format, &request.target.list)?;
-    options.set_objects(&request.source.args.objects);
-    if (request.target.backing.is_some() || request.target.backing_format.is_some()) && !format.is_layered() {
+fn settle(
+    request: &Request,
+    format: &ImageFormat,
+    sources: &[OpenedDisk],
+    size: u64,
+) -> Result<NewOptions, Failure> {
+    let mut options = NewOptions::parse(format, &request.target.list)?;
+    if (request.target.backing.is_some() || request.target.backing_format.is_some())
+        && *format != ImageFormat::Qcow2
+    {
         let what = if request.target.backing.is_some() { "file" } else { "file format" };
         return Err(Failure::new(format!(
             "Backing {what} not supported for file format '{}'",
@@ -115,14 +109,14 @@ fn settle(request: &Request, sources: &[OpenedDisk], size: u64) -> Result<ImageO
     Ok(options)
 }
 
-fn check_compression(options: &ImageOptions) -> Result<(), Failure> {
+fn check_compression(options: &NewOptions) -> Result<(), Failure> {
     let encrypted = options.switch("encryption") || options.text("encrypt.format").is_some();
     let preallocated = options.text("preallocation").is_some_and(|mode| mode != "off");
     let text = match options.format() {
-        TargetFormat::Raw | TargetFormat::Luks => NO_COMPRESSION,
-        TargetFormat::Qcow2 if encrypted => "Compression and encryption not supported at the same time",
-        TargetFormat::Qcow2 if preallocated => "Compression and preallocation not supported at the same time",
-        TargetFormat::Qcow2 => return Ok(()),
+        ImageFormat::Qcow2 if encrypted => "Compression and encryption not supported at the same time",
+        ImageFormat::Qcow2 if preallocated => "Compression and preallocation not supported at the same time",
+        ImageFormat::Qcow2 => return Ok(()),
+        _ => NO_COMPRESSION,
     };
     Err(Failure::new(text))
 }

@@ -6,8 +6,8 @@ use crate::failure::Failure;
 use crate::persona::{self, NATIVE_NEEDS_DIRECT, SHARED_AND_WRITABLE};
 use qcow2_blockdev::{ImageName, KeyValues, Keys, Warning, bitmaps_to_lose, escape_commas, open_bytes};
 use qcow2_core::{
-    BackingName, CreateOptions, GuestDisk, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource,
-    Resolver, Storage,
+    CreateOptions, GuestDisk, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver,
+    Storage,
 };
 use qcow2_exerciser::{OpenRequest, OpenedDisk, Opener, Refusal};
 use qcow2_io::{CacheMode, CopyOnRead, FileStorage, GuardedRaw, NoFlush};
@@ -170,7 +170,7 @@ fn scratch_overlay(base: ResolvedSource, size: u64, keys: Keys) -> Result<Arc<dy
     let file = file.map_err(|error| failed(&error))?;
     let storage: Arc<dyn Storage> = Arc::new(NoFlush::new(Arc::new(file)));
     let mut options = CreateOptions::new(size);
-    options.backing = Some(BackingName { name: base.name.clone(), format: None });
+    options.backing_file = Some(base.name.clone());
     qcow2_core::create(&storage, None, &options).map_err(|error| failed(&error))?;
     let source = ResolvedSource {
         storage,

@@ -1,21 +1,21 @@
-//! What QEMU calls its drivers, so far as its answers tell one from another: most of them are not built in
-//! here.
+//! QEMU's drivers by name, most of which are not built in here: a new image may record any of them as the
+//! format of its backing file.
 
 /// A driver of QEMU.
-struct Driver {
+struct Known {
     name: &'static str,
-    /// Whether `create` may record it as the format of a backing file. `rebase` records all of them.
+    /// Whether a new image may record it as the format of a backing file; an image that is there already may
+    /// record all of them.
     recorded: bool,
-    /// Whether it is known and makes no images, which QEMU says; of others it says that they are unknown, or
-    /// makes one.
+    /// Whether QEMU makes no images of it.
     makes_none: bool,
 }
 
-const fn driver(name: &'static str, recorded: bool, makes_none: bool) -> Driver {
-    Driver { name, recorded, makes_none }
+const fn driver(name: &'static str, recorded: bool, makes_none: bool) -> Known {
+    Known { name, recorded, makes_none }
 }
 
-const DRIVERS: [Driver; 38] = [
+const DRIVERS: [Known; 38] = [
     driver("blkdebug", true, true),
     driver("blklogwrites", false, true),
     driver("blkverify", true, true),
@@ -56,8 +56,8 @@ const DRIVERS: [Driver; 38] = [
     driver("vvfat", false, true),
 ];
 
-/// Whether there is such a format, here or in QEMU.
-pub(crate) fn is_known(name: &str) -> bool {
+/// Whether QEMU has a driver called `name`, built in here or not.
+pub fn is_known_driver(name: &str) -> bool {
     find(name).is_some()
 }
 
@@ -71,6 +71,19 @@ pub(crate) fn makes_no_images(name: &str) -> bool {
     find(name).is_some_and(|driver| driver.makes_none)
 }
 
-fn find(name: &str) -> Option<&'static Driver> {
+fn find(name: &str) -> Option<&'static Known> {
     DRIVERS.iter().find(|driver| driver.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_in_order_and_ours_among_them() {
+        assert!(DRIVERS.is_sorted_by_key(|driver| driver.name));
+        assert!(crate::Driver::NAMES.iter().all(|name| is_known_driver(name)));
+        assert!(may_be_recorded("vmdk") && !may_be_recorded("throttle") && !may_be_recorded("ext4"));
+        assert!(makes_no_images("quorum") && !makes_no_images("vmdk"));
+    }
 }

@@ -1,11 +1,13 @@
 //! Where a new image goes: a file, made anew, or something that is there already and is written over.
 
-use crate::driver::{Driver, is_block_device, not_a_device};
+use super::options::NewOptions;
+use crate::driver::{Driver, is_block_device};
 use crate::failure::FailureKind;
 use crate::keys::Secrets;
 use crate::name::{ImageName, protocol_below, protocol_of};
+use crate::open::check_device;
 use crate::tree::{Node, Scalar};
-use qcow2_io::OsError;
+use std::sync::Arc;
 
 /// Where a new image goes.
 #[derive(Debug)]
@@ -19,7 +21,7 @@ pub enum NewTarget {
         /// What the name begins with.
         driver: Driver,
         /// Why it leads nowhere.
-        reason: FailureKind,
+        reason: Arc<FailureKind>,
     },
 }
 
@@ -40,7 +42,7 @@ impl NewTarget {
         let node = match (protocol_below(name, 0), driver) {
             (Ok(node), _) => node,
             (Err(reason), Driver::Nbd | Driver::HostDevice) => {
-                return Ok(Self::OutOfReach { driver, reason });
+                return Ok(Self::OutOfReach { driver, reason: Arc::new(reason) });
             }
             (Err(_), Driver::Blkdebug) => return Err(FailureKind::CreatesNothing(driver)),
             (Err(reason), _) => return Err(reason),
@@ -48,7 +50,7 @@ impl NewTarget {
         match (driver, node.path()) {
             (Driver::File, Some(path)) => Ok(Self::File(path.to_owned())),
             (Driver::HostDevice, Some(path)) => Ok(match check_device(path) {
-                Err(reason) => Self::OutOfReach { driver, reason },
+                Err(reason) => Self::OutOfReach { driver, reason: Arc::new(reason) },
                 Ok(()) => Self::File(path.to_owned()),
             }),
             (Driver::Nbd, _) => Ok(Self::Existing(node)),
@@ -56,23 +58,18 @@ impl NewTarget {
         }
     }
 
-    /// What was made there, typed so, in a format. `secret`: the option that names its secret, and what it
-    /// names.
-    pub fn into_name(
-        self,
-        typed: &str,
-        format: Driver,
-        secret: Option<(&str, &str)>,
-        secrets: &Secrets,
-    ) -> ImageName {
+    /// The name of what was made there as `options` say, typed so; its secret is among `secrets`.
+    pub fn into_name(self, typed: &str, options: &NewOptions, secrets: &Secrets) -> ImageName {
         let below = match self {
             Self::File(path) => Node::file(&path),
             Self::Existing(node) => node,
             Self::OutOfReach { .. } => Node::file(typed),
         };
-        let mut node = Node::on(Some(format), below);
-        if let Some((key, id)) = secret {
-            node.options.set(key, Scalar::text(id));
+        let mut node = Node::on(Driver::parse(options.format().name()), below);
+        for key in ["key-secret", "encrypt.key-secret"] {
+            if let Some(id) = options.text(key) {
+                node.options.set(key, Scalar::text(id));
+            }
         }
         ImageName::of_node(typed, node, secrets)
     }
@@ -80,15 +77,6 @@ impl NewTarget {
     /// Whether it is a block device, which has a size of its own and a content from before.
     pub fn is_device(&self) -> bool {
         matches!(self, Self::File(path) if is_block_device(path))
-    }
-}
-
-/// Refuses a name that leads to no device.
-pub(crate) fn check_device(path: &str) -> Result<(), FailureKind> {
-    match not_a_device(path) {
-        None => Ok(()),
-        Some(None) => Err(FailureKind::NotADevice(path.to_owned())),
-        Some(Some(error)) => Err(FailureKind::NoDevice { path: path.to_owned(), error: OsError::new(error) }),
     }
 }
 
@@ -105,7 +93,8 @@ mod tests {
         ));
         assert!(matches!(NewTarget::parse("nbd:unix:/s"), Ok(NewTarget::Existing(_))));
         let out = NewTarget::parse("host_device:/no/such");
-        assert!(matches!(out, Ok(NewTarget::OutOfReach { reason: FailureKind::NoDevice { .. }, .. })));
+        let Ok(NewTarget::OutOfReach { reason, .. }) = out else { panic!("{out:?}") };
+        assert!(matches!(*reason, FailureKind::NoDevice { .. }));
         assert!(matches!(NewTarget::parse("json:{}"), Err(FailureKind::UnknownProtocol(_))));
     }
 }

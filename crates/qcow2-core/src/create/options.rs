@@ -1,0 +1,183 @@
+//! What a new image is to be.
+
+use super::Refusal;
+use ::alloc::string::String;
+use ::alloc::sync::Arc;
+use core::fmt;
+use qcow2_format::Version;
+use qcow2_format::header::CompressionType;
+
+/// The properties of a new qcow2 image. Every combination can be written down; [`check`](Self::check) says
+/// which are impossible. Start from [`CreateOptions::new`].
+///
+/// ```
+/// use qcow2_core::{CreateOptions, Preallocation, Refusal};
+///
+/// let overlay = CreateOptions::new(1 << 30).with_cluster_size(16 << 10).with_backing("base.raw", "raw");
+/// assert_eq!(overlay.check(), Ok(()));
+/// let full = overlay.with_preallocation(Preallocation::Full);
+/// assert_eq!(full.check(), Err(Refusal::BackingAndPreallocation));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CreateOptions {
+    /// Virtual size in bytes; rounded up to a multiple of 512.
+    pub size: u64,
+    /// The format version; features need version 3.
+    pub version: Version,
+    /// Cluster size in bytes: a power of two from 512 to 2 MiB, from 16 KiB with extended L2 entries.
+    pub cluster_size: u64,
+    /// Refcount width in bits: a power of two from 1 to 64; 16 in version 2.
+    pub refcount_bits: u64,
+    /// Writers may postpone refcount updates.
+    pub lazy_refcounts: bool,
+    /// Extended L2 entries: 32 subclusters per cluster.
+    pub extended_l2: bool,
+    /// Algorithm of compressed clusters.
+    pub compression_type: CompressionType,
+    /// What is allocated up front.
+    pub preallocation: Preallocation,
+    /// Name of the backing file as it is recorded, at most 1023 bytes.
+    pub backing_file: Option<String>,
+    /// Format of the backing file as it is recorded, at most 15 bytes; `None` leaves later readers to guess,
+    /// which is unsafe.
+    pub backing_format: Option<String>,
+    /// Name of the external data file as it is recorded.
+    pub data_file: Option<String>,
+    /// The data file is the guest disk byte for byte; excludes a backing file.
+    pub data_file_raw: bool,
+    /// How guest data is encrypted, if it is.
+    pub encryption: Option<NewEncryption>,
+}
+
+impl CreateOptions {
+    /// A version 3 image of `size` bytes with 64 KiB clusters, 16-bit refcounts and nothing optional.
+    pub fn new(size: u64) -> Self {
+        Self {
+            size,
+            version: Version::V3,
+            cluster_size: 64 << 10,
+            refcount_bits: 16,
+            lazy_refcounts: false,
+            extended_l2: false,
+            compression_type: CompressionType::Deflate,
+            preallocation: Preallocation::Off,
+            backing_file: None,
+            backing_format: None,
+            data_file: None,
+            data_file_raw: false,
+            encryption: None,
+        }
+    }
+
+    /// These options with another version.
+    #[must_use]
+    pub fn with_version(self, version: Version) -> Self {
+        Self { version, ..self }
+    }
+
+    /// These options with clusters of `cluster_size` bytes.
+    #[must_use]
+    pub fn with_cluster_size(self, cluster_size: u64) -> Self {
+        Self { cluster_size, ..self }
+    }
+
+    /// These options with another preallocation.
+    #[must_use]
+    pub fn with_preallocation(self, preallocation: Preallocation) -> Self {
+        Self { preallocation, ..self }
+    }
+
+    /// These options on top of the backing file `name`, which is of `format`.
+    #[must_use]
+    pub fn with_backing(self, name: impl Into<String>, format: impl Into<String>) -> Self {
+        Self { backing_file: Some(name.into()), backing_format: Some(format.into()), ..self }
+    }
+
+    /// These options with guest data in the external data file `name`.
+    #[must_use]
+    pub fn with_data_file(self, name: impl Into<String>) -> Self {
+        Self { data_file: Some(name.into()), ..self }
+    }
+
+    /// These options with encrypted guest data.
+    #[must_use]
+    pub fn with_encryption(self, encryption: NewEncryption) -> Self {
+        Self { encryption: Some(encryption), ..self }
+    }
+
+    /// Checks the options together. No I/O. Errors: the first rule that is broken, in QEMU's order, so that
+    /// options with several faults are refused for the same one.
+    pub fn check(&self) -> Result<(), Refusal> {
+        super::refusal::check(self)
+    }
+}
+
+/// The properties of a new raw disk, or of the file of a LUKS container.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RawOptions {
+    /// Bytes of the file; rounded up to a multiple of 512.
+    pub size: u64,
+    /// What is allocated up front; there is no metadata to preallocate.
+    pub preallocation: Preallocation,
+}
+
+impl RawOptions {
+    /// Checks the options of a raw disk. No I/O.
+    pub fn check(&self) -> Result<(), Refusal> {
+        super::refusal::check_raw(self)
+    }
+
+    /// Checks the options of a LUKS container. No I/O.
+    pub fn check_container(&self) -> Result<(), Refusal> {
+        super::refusal::check_container(self)
+    }
+}
+
+/// How much of a new image is there from the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing: clusters are allocated as they are written.
+    #[default]
+    Off,
+    /// All tables; the data area is a hole.
+    Metadata,
+    /// All tables; space for the data area is reserved.
+    Falloc,
+    /// All tables; the data area is written with zeroes.
+    Full,
+}
+
+/// The backing file of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingName {
+    /// Its name as it is to be recorded, at most 1023 bytes.
+    pub name: String,
+    /// Its format as it is to be recorded, at most 15 bytes; `None` leaves later readers to guess, which is
+    /// unsafe.
+    pub format: Option<String>,
+}
+
+/// How the guest data of a new image is encrypted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum NewEncryption {
+    /// By a method whose header is not made yet: options can be checked before a key is made, which takes
+    /// long. [`create`](super::create()) refuses it.
+    Pending,
+    /// By the old AES method, which records nothing but its name.
+    Aes,
+    /// By LUKS.
+    Luks(LuksArea),
+}
+
+/// The encryption header of a new image: everything from the LUKS header to the last key slot, as it will be
+/// stored.
+#[derive(Clone, PartialEq, Eq)]
+pub struct LuksArea(pub Arc<[u8]>);
+
+impl fmt::Debug for LuksArea {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LuksArea({} bytes)", self.0.len())
+    }
+}

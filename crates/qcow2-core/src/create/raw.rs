@@ -1,0 +1,42 @@
+//! New disks without metadata of ours: raw ones, and LUKS containers.
+
+use super::options::{LuksArea, Preallocation, RawOptions};
+use super::{refused, write_zeroes};
+use crate::error::Result;
+use crate::port::storage::Storage;
+use ::alloc::sync::Arc;
+use qcow2_format::HostOffset;
+
+/// Creates a raw disk. `storage`: empty. Disk: sets the length, reserves space or writes zeroes, then a
+/// barrier.
+///
+/// Errors: `InvalidOption` with a [`Refusal`](super::Refusal) as source, before anything is written;
+/// `NoSpace`, `Storage`.
+pub fn create_raw(storage: &Arc<dyn Storage>, options: &RawOptions) -> Result<()> {
+    options.check().map_err(refused)?;
+    let size = options.size.next_multiple_of(512);
+    match options.preallocation {
+        Preallocation::Falloc if size > 0 => storage.allocate(HostOffset::default(), size)?,
+        Preallocation::Full => {
+            // An impossible length fails before any data is written.
+            storage.set_len(size)?;
+            write_zeroes(&**storage, 0, size)?;
+        }
+        _ => storage.set_len(size)?,
+    }
+    Ok(storage.flush()?)
+}
+
+/// Creates a LUKS container. `storage`: empty, unless it is a device. `options`: the whole container, header
+/// included; a `size` of 0 keeps the current length. `area`: the header. Disk: sets the length, reserves
+/// space or writes zeroes, barrier; then the header, barrier.
+///
+/// Errors: as [`create_raw`].
+pub fn create_container(storage: &Arc<dyn Storage>, options: &RawOptions, area: &LuksArea) -> Result<()> {
+    options.check_container().map_err(refused)?;
+    if options.size > 0 {
+        create_raw(storage, options)?;
+    }
+    storage.write_at(HostOffset::default(), &area.0)?;
+    Ok(storage.flush()?)
+}
