@@ -79,8 +79,8 @@ pub use keys::{
 pub use keyvalue::{KeyValueError, KeyValues, Pair, ShortForm, escape_commas};
 pub use name::{ImageName, Naming, filename};
 pub use new::{
-    CreateFailure, CreateFailureKind, CreateHow, NewFile, NewOptions, NewTarget, OptionSpec, OptionType,
-    Unfinished, amend_options, create, create_options, format_of_ending, new_image_format,
+    CreateFailure, CreateFailureKind, CreateHow, NewFile, NewImageFile, NewOptions, NewTarget, OptionSpec,
+    OptionType, Unfinished, amend_options, create, create_options, format_of_ending, new_image_format,
     read_amend_options,
 };
 pub use open::{

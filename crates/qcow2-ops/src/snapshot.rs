@@ -61,8 +61,8 @@ pub fn delete(image: &Image, name: &SnapshotName) -> Result<()> {
 /// well. The new image has the size of `old`, rounded up to whole sectors; it is a version 3 image with the
 /// default options.
 ///
-/// Disk: makes the new file, then as [`create`](crate::create()). The file is discarded if the image cannot
-/// be completed. Errors: `InvalidOption` with a [`Refusal`](crate::create::Refusal) as source, before
+/// Disk: makes the new file, then as [`create`](qcow2_core::create()). The file is discarded if the image
+/// cannot be completed. Errors: `InvalidOption` with a [`Refusal`](qcow2_core::Refusal) as source, before
 /// anything is made; `Unsupported` for a format that cannot be recorded; `Create` with the caller's or the
 /// engine's error.
 pub fn external(

@@ -19,6 +19,7 @@ use qcow2_core::{
     create_raw,
 };
 use qcow2_io::{Create, FileStorage, OpenFile, OpenFiles, OsError, SourceError};
+use qcow2_ops::{CallerError, NewStorage};
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
@@ -88,6 +89,55 @@ pub fn create(target: &NewTarget, options: &NewOptions, how: &CreateHow<'_>) -> 
         how.unfinished.discard();
         CreateFailure::new(options.format(), kind)
     })
+}
+
+/// The file of an image that a procedure makes, in the layout of all new images.
+pub struct NewImageFile<'a> {
+    path: &'a str,
+    files: Files<'a>,
+}
+
+impl<'a> NewImageFile<'a> {
+    /// A file to be made at `path`.
+    pub fn new(path: &'a str, how: &'a CreateHow<'a>) -> Self {
+        let layout = Layout { extent_size: (Layout::EXTENT_SIZE, false), no_cow: false };
+        Self { path, files: Files { how, layout } }
+    }
+
+    /// The failure that `error` of the procedure is. `backing`: the backing file that the image was to
+    /// record. Errors: `error` itself, if it is about something else than the new image.
+    pub fn failure(
+        &self,
+        error: qcow2_ops::Error,
+        backing: BackingName,
+    ) -> Result<CreateFailure, qcow2_ops::Error> {
+        if let Some(&refusal) = find::<Refusal>(&error) {
+            return Ok(of_image(CreateFailureKind::Refused(refusal)));
+        }
+        let error = match error.caller_error::<CreateFailure>() {
+            Ok(failure) => return Ok(failure),
+            Err(error) => error,
+        };
+        let mut new = CreateOptions::new(0);
+        (new.backing_file, new.backing_format) = (Some(backing.name), backing.format);
+        error.caller_error::<qcow2_core::Error>().map(|error| of_image(of_qcow2(new, error)))
+    }
+}
+
+impl NewStorage for NewImageFile<'_> {
+    fn make(&self) -> Result<Arc<dyn Storage>, CallerError> {
+        let mut prepared = Prepared::default();
+        let made = prepared.add(self.path).and_then(|()| self.files.open_empty(&mut prepared));
+        Ok(made.map_err(of_image)?)
+    }
+
+    fn discard(&self) {
+        self.files.how.unfinished.discard();
+    }
+}
+
+fn of_image(kind: CreateFailureKind) -> CreateFailure {
+    CreateFailure::new(&ImageFormat::Qcow2, kind)
 }
 
 type Made<T> = Result<T, CreateFailureKind>;

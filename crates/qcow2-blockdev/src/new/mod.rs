@@ -15,7 +15,7 @@ mod table;
 mod target;
 mod unfinished;
 
-pub use create::{CreateHow, create};
+pub use create::{CreateHow, NewImageFile, create};
 pub use failure::{CreateFailure, CreateFailureKind};
 pub use file::NewFile;
 pub use format::{format_of_ending, new_image_format};

@@ -3,14 +3,14 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
+use crate::files::open_files;
 use crate::interrupt::Interrupts;
-use crate::newimage::make;
 use crate::open::{complain_of_guess, open_to_change, read_name};
 use crate::persona;
 use crate::render::info::snapshot_table;
 use crate::session::Session;
-use qcow2_blockdev::{ImageName, KeyValues, NewOptions, NewTarget, Sharing, open};
-use qcow2_core::{ErrorKind, Image, ImageFormat, NewSnapshot};
+use qcow2_blockdev::{CreateHow, ImageName, NewImageFile, NewTarget, Sharing, open};
+use qcow2_core::{BackingName, ErrorKind, Image, ImageFormat, NewSnapshot};
 use qcow2_io::{FileResolver, Policy};
 use qcow2_ops::snapshot::{self, SnapshotName};
 use std::path::Path;
@@ -21,7 +21,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let name = read_name(session, &request.filename, &request.image)?;
     if let Action::External(new) = &request.action {
-        return external(session, &name, &request.image, new).map(|()| exit::SUCCESS);
+        return external(&name, &request.image, new).map(|()| exit::SUCCESS);
     }
     let writable = !matches!(request.action, Action::List);
     if writable && request.image.force_share {
@@ -170,7 +170,7 @@ fn change(image: &Image, action: &Action) -> Result<(), Failure> {
 }
 
 /// A new image on top of the one that `name` leads to, which nobody may be changing and which stays as it is.
-fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure> {
+fn external(name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure> {
     let about = |failure: Failure| failure.about(new);
     let opened = open(name, &args.options().with_sharing(Sharing::Alone))?;
     if opened.format == ImageFormat::Raw && args.format.is_none() && !args.image_opts {
@@ -184,17 +184,19 @@ fn external(session: &Session, name: &ImageName, args: &ImageArgs, new: &str) ->
     if Path::new(path).exists() {
         return Err(about(Failure::new("the file exists already")));
     }
-    let backing = FileResolver::new(path, Policy::Deny)
-        .name_for(Path::new(old))
-        .map_err(|error| about(Failure::new(format!("cannot say where '{old}' is: {error}"))))?;
-    let mut options = NewOptions::parse(&ImageFormat::Qcow2, &KeyValues::default())?;
-    options.set_text("backing_file", &backing);
-    options.set_text("backing_fmt", if opened.format == ImageFormat::Raw { "raw" } else { "qcow2" });
-    options.set_number("size", opened.disk.size().next_multiple_of(512));
+    let backing = FileResolver::new(path, Policy::Deny).name_for(Path::new(old));
+    let backing =
+        backing.map_err(|error| about(Failure::new(format!("cannot say where '{old}' is: {error}"))))?;
     let interrupts = Interrupts::install();
-    make(session, &target, &options, &args.objects, &interrupts).map_err(|failure| about(failure.into()))?;
-    interrupts.end_files(true);
-    Ok(())
+    let how = CreateHow::new().among(open_files()).with_unfinished(interrupts.unfinished());
+    let file = NewImageFile::new(path, &how);
+    let made = snapshot::external(&*opened.disk, &opened.format, &backing, &file);
+    interrupts.end_files(made.is_ok());
+    made.map_err(|error| {
+        let format = snapshot::format_name(&opened.format).map(str::to_owned);
+        let failure = file.failure(error, BackingName { name: backing, format });
+        about(failure.map_or_else(|error| persona::procedure(&error), Failure::from))
+    })
 }
 
 /// Now, with the name as far as it goes: 255 bytes.
