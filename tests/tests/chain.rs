@@ -3,13 +3,13 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use qcow2_core::{
-    BackingName, CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, Layers,
-    NewSnapshot, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
+    CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, Layers, NewSnapshot,
+    OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
 };
 use qcow2_format::Version;
 use qcow2_ops::{
-    AmendOptions, CallerError, CommitOptions, ConvertOptions, ErrorKind, Inline, Progress, RebaseOptions,
-    Silent,
+    AmendOptions, CallerError, Chain, CommitOptions, ConvertOptions, ErrorKind, Inline, LayerRole,
+    NewBacking, NextLayer, OpenChain, Progress, RebaseOptions, Silent,
 };
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::{CrashWorld, Event};
@@ -310,32 +310,72 @@ fn attempt(files: &Files, what: Act, progress: &dyn Progress) -> Result<Done, St
 }
 
 fn commit(files: &Files, last: usize, progress: &dyn Progress) -> Result<Done, String> {
-    let above = (0..last).map(|i| open_to(files, i, i == 0, Layers::NoBacking));
-    let above: Vec<_> = above.collect::<Result<_, _>>()?;
-    let base = open_to(files, last, true, Layers::Follow)?;
-    let mut options = CommitOptions::default();
-    options.empty_top = last == 1;
-    let layers: Vec<_> = above.iter().map(|image| Arc::clone(image) as Arc<dyn GuestDisk>).collect();
-    let disk: Arc<dyn GuestDisk> = base.clone();
-    finish(qcow2_ops::commit(&layers, &disk, &options, &Inline, progress), &[&base, &above[0]])
+    let options = CommitOptions::default().with_base(Some(NAMES[last].to_owned())).with_empty_top(last == 1);
+    finish(qcow2_ops::commit(&Layered(files), &options, &Inline, progress), &[])
+}
+
+/// The chain, layer by layer.
+struct Layered<'a>(&'a Files);
+
+impl OpenChain for Layered<'_> {
+    fn open_top(&self) -> Result<ResolvedSource, CallerError> {
+        Ok(source(self.0, 0))
+    }
+
+    fn look_below(
+        &self,
+        _: &ResolvedSource,
+        depth: usize,
+        base: Option<&str>,
+    ) -> Result<NextLayer, CallerError> {
+        Ok(match base {
+            _ if depth + 2 == NAMES.len() => NextLayer::None,
+            Some(base) if base != NAMES[depth + 1] => NextLayer::Middle,
+            _ => NextLayer::Base,
+        })
+    }
+
+    fn open_below(&self, _: &ResolvedSource, depth: usize, _: bool) -> Result<ResolvedSource, CallerError> {
+        Ok(source(self.0, depth))
+    }
+
+    fn open_layer(
+        &self,
+        _: ResolvedSource,
+        depth: usize,
+        role: LayerRole,
+    ) -> Result<Arc<dyn GuestDisk>, CallerError> {
+        let layers = if role == LayerRole::Base { Layers::Follow } else { Layers::NoBacking };
+        Ok(open_to(self.0, depth, role != LayerRole::Middle, layers)?)
+    }
 }
 
 fn rebase(files: &Files, to: Option<usize>, progress: &dyn Progress) -> Result<Done, String> {
-    let top = open_to(files, 0, true, Layers::Follow)?;
-    let new = to.map(|to| open_to(files, to, false, Layers::Follow)).transpose()?;
-    let new = new.map(|image| image as Arc<dyn GuestDisk>);
-    let mut options = RebaseOptions::default();
-    options.shared = (to == Some(2)).then_some((1, 0));
-    if let Err(error) = qcow2_ops::rebase(&top, new.as_ref(), &options, &Inline, progress) {
-        return finish(Err::<(), _>(error), &[&top]);
-    }
+    let mut top = Chain::new(open_to(files, 0, true, Layers::Follow)?);
+    top.layers = (0..3).map(|layer| Some(NAMES[layer].to_owned())).collect();
     // Long enough to reach into another sector of the header.
-    let name = |to: usize| BackingName {
-        name: "./".repeat(100 * (to - 2)) + NAMES[to],
-        format: Some("qcow2".to_owned()),
-    };
-    top.change_backing(to.map(name).as_ref()).map_err(|error| text(&error))?;
-    finish(Ok(()), &[&top])
+    let name = |to: usize| "./".repeat(100 * (to - 2)) + NAMES[to];
+    let options = to.map_or_else(RebaseOptions::default, |to| RebaseOptions::onto(name(to), "qcow2"));
+    finish(qcow2_ops::rebase(top, &Onto { files, to }, &options, &Inline, progress), &[])
+}
+
+/// The layer that is to be the new backing file.
+struct Onto<'a> {
+    files: &'a Files,
+    to: Option<usize>,
+}
+
+impl NewBacking for Onto<'_> {
+    fn is_format(&self, format: &str) -> bool {
+        format == "qcow2"
+    }
+
+    fn open(&self) -> Result<Chain, CallerError> {
+        let to = self.to.ok_or("there is none")?;
+        let mut chain = Chain::new(open_to(self.files, to, false, Layers::Follow)?);
+        chain.layers = vec![Some(NAMES[to].to_owned())];
+        Ok(chain)
+    }
 }
 
 /// Rewrites a part of the disk with its own content, so that there are unflushed changes and clusters waiting

@@ -167,7 +167,7 @@ fn everything_the_same() {
     h.refcount_table_offset = HostOffset::new(1000 * CLUSTER);
     h.size = 1 << 30;
     h.l1_size = 2;
-    h.autoclear_features = AutoclearFeatures::BITMAPS;
+    h.features.autoclear = AutoclearFeatures::BITMAPS;
     let mut bitmap = Bitmap::new(*b"name", 31);
     bitmap.table_offset = HostOffset::new(2000 * CLUSTER);
     bitmap.table_entries = 8192;

@@ -119,7 +119,7 @@ fn huge_tables_in_small_files_cost_little_memory() {
     };
     let many_bitmaps = header(|h| {
         h.extensions.bitmaps = Some(bitmaps);
-        h.autoclear_features = AutoclearFeatures::BITMAPS;
+        h.features.autoclear = AutoclearFeatures::BITMAPS;
     });
     write("bitmaps", &many_bitmaps);
     write("other", b"");
@@ -186,7 +186,7 @@ fn info_opens_only_the_named_file() {
     let image = header(|h| {
         h.backing_file = Some(b"secret".to_vec());
         h.extensions.backing_format = Some(b"raw".to_vec());
-        h.incompatible_features.set(qcow2_core::format::IncompatibleFeatures::DATA_FILE, true);
+        h.features.incompatible.set(qcow2_core::format::IncompatibleFeatures::DATA_FILE, true);
         h.extensions.data_file = Some(b"secret".to_vec());
     });
     fs::write(folder.path().join("image"), image).unwrap();

@@ -111,3 +111,71 @@ fn a_missing_image_does_not_hide_the_others() {
         assert!(seen.stderr.contains("'none'") && seen.stderr.contains("No such file"), "{seen}");
     }
 }
+
+#[test]
+fn an_error_is_one_sentence_and_as_qemu_img_the_same_as_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    for line in [
+        "create -q a.qcow2 1M",
+        "create -q -u -F qcow2 -b gone b.qcow2 1M",
+        "create -q -u -F qcow2 -b b.qcow2 c.qcow2 1M",
+        "create -q -u -F qcow2 -b junk d.qcow2 1M",
+        "create -q -u -F qcow2 -b d.qcow2 e.qcow2 1M",
+    ] {
+        run(folder, line).success();
+    }
+    std::fs::write(folder.join("junk"), "junk").unwrap();
+    let gone = "No such file or directory";
+    for (line, own, there) in [
+        (
+            "info x",
+            format!("Could not open 'x': {gone}"),
+            format!("Could not open 'x': Could not open 'x': {gone}"),
+        ),
+        (
+            "map --image-opts driver=qcow2,file.filename=x",
+            format!("Could not open 'x' of 'driver=qcow2,file.filename=x': {gone}"),
+            format!("Could not open 'driver=qcow2,file.filename=x': Could not open 'x': {gone}"),
+        ),
+        (
+            "map c.qcow2",
+            format!("Could not open 'gone' in the backing chain of 'c.qcow2': {gone}"),
+            "Could not open 'c.qcow2': Could not open backing file: Could not open backing file: \
+             Could not open 'gone': No such file or directory"
+                .to_owned(),
+        ),
+        (
+            "map d.qcow2",
+            "Could not open the backing file of 'd.qcow2': Image is not in qcow2 format".to_owned(),
+            "Could not open 'd.qcow2': Could not open backing file: Image is not in qcow2 format".to_owned(),
+        ),
+        (
+            "map e.qcow2",
+            "Could not open the backing file 2 layers below 'e.qcow2': Image is not in qcow2 format"
+                .to_owned(),
+            "Could not open 'e.qcow2': Could not open backing file: Could not open backing file: \
+             Image is not in qcow2 format"
+                .to_owned(),
+        ),
+        (
+            "create -q -f qcow2 -F qcow2 -b x y 1M",
+            format!("y: Could not open 'x': {gone}"),
+            format!("y: Could not open 'x': {gone}"),
+        ),
+        (
+            "rebase -F qcow2 -b x a.qcow2",
+            format!("Could not open 'x': {gone}"),
+            format!("Could not open new backing file 'x': Could not open 'x': {gone}"),
+        ),
+    ] {
+        let args: Vec<&str> = line.split_whitespace().collect();
+        let first = |told: Outcome| told.stderr.lines().next().unwrap_or_default().to_owned();
+        assert_eq!(first(run(folder, line).expect_code(1)), format!("qcow2: {own}"), "{line}");
+        let told = drop_in(folder).run_in(folder, &args).expect_code(1);
+        assert_eq!(first(told), format!("qemu-img: {there}"), "{line}");
+        let Some(qemu) = Tool::find("qemu-img") else { continue };
+        assert_eq!(first(qemu.run_in(folder, &args)), format!("qemu-img: {there}"), "{line}");
+    }
+    assert_eq!(run(folder, "io x").expect_code(1).stderr, format!("qcow2: can't open device x: {gone}\n"));
+}

@@ -19,7 +19,10 @@ const EDGES: &[(&str, &[&str])] = &[
     ("qcow2-crypt", &["qcow2-core", "qcow2-format"]),
     ("qcow2-testkit", &["qcow2-core", "qcow2-format"]),
     ("qcow2-image", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-codec", "qcow2-crypt"]),
-    ("qcow2-blockdev", &["qcow2-core", "qcow2-format", "qcow2-io", "qcow2-codec", "qcow2-crypt"]),
+    (
+        "qcow2-blockdev",
+        &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-codec", "qcow2-crypt"],
+    ),
     ("qcow2-exerciser", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
     (
         "qcow2-cli",

@@ -121,8 +121,6 @@ pub enum FailureKind {
     TooDeep(usize),
     /// One image and those below it name more files than this.
     TooManyNamed(usize),
-    /// A chain of backing files has more layers than this.
-    ChainTooLong(usize),
     /// The file called so stands below itself.
     Loop(String),
     /// The engine does not open the image. A layer that stays locked is among the causes:
@@ -133,13 +131,6 @@ pub enum FailureKind {
     NoSnapshots,
     /// There is no such snapshot.
     NoSuchSnapshot,
-    /// The chain of `name` has no layer called `base`; `None`: no layer but the top.
-    NoBase {
-        /// The image.
-        name: String,
-        /// What was looked for.
-        base: Option<String>,
-    },
 }
 
 impl OpenFailure {
@@ -293,13 +284,10 @@ impl fmt::Display for FailureKind {
             Self::TooManyNamed(most) => {
                 write!(f, "more than {most} files are named by one image and those below it")
             }
-            Self::ChainTooLong(most) => write!(f, "backing chain has more than {most} layers"),
             Self::Loop(name) => write!(f, "'{name}' stands below itself in the backing chain"),
             Self::Engine(error) => error.fmt(f),
             Self::NoSnapshots => f.write_str("a disk of this format has no snapshots"),
             Self::NoSuchSnapshot => f.write_str("there is no such snapshot"),
-            Self::NoBase { base: Some(base), .. } => write!(f, "'{base}' is not in its backing chain"),
-            Self::NoBase { base: None, .. } => f.write_str("it has no backing file"),
         }
     }
 }

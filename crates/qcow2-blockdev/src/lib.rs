@@ -22,7 +22,7 @@
 //! | its bytes and format alone | [`open_bytes`]; the rest of the way is [`open_layers`] |
 //! | the same as it was at a snapshot | [`open_snapshot`] |
 //! | to hear before what opening for changes puts right | [`open_telling`] |
-//! | a chain to write into below its top | [`open_down_to`] |
+//! | a chain to write into below its top, for `qcow2_ops::commit` | [`ChainFiles`] |
 //! | a new image | [`NewTarget`], [`NewOptions`], then [`create`] |
 //! | its options as a table | [`create_options`], [`amend_options`] |
 //! | that no half of one stays | [`Unfinished`] |
@@ -83,9 +83,9 @@ pub use new::{
     read_amend_options,
 };
 pub use open::{
-    Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes, OpenedChain, OpenedDisk, Sharing,
-    Tell, bitmaps_to_lose, locate_backing, open, open_backing, open_below, open_bytes, open_down_to,
-    open_existing, open_layers, open_snapshot, open_telling, warnings_of_change,
+    ChainFiles, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes, OpenedDisk, Sharing,
+    Tell, bitmaps_to_lose, locate_backing, open, open_backing, open_below, open_bytes, open_existing,
+    open_layers, open_snapshot, open_telling, warnings_of_change,
 };
 pub use scalar::{
     OptionError, OptionErrorKind, OptionValue, parse_switch, read_number, read_size, read_switch,

@@ -2,12 +2,12 @@
 #![allow(clippy::unwrap_used)]
 
 use qcow2_blockdev::{
-    Driver, FailureKind, Follow, ImageName, KeyError, Keys, Naming, OpenFailure, OpenOptions,
-    OptionErrorKind, Secrets, TuningError, Warning, WindowError, open, open_bytes, open_down_to,
-    open_snapshot,
+    ChainFiles, Driver, FailureKind, Follow, ImageName, KeyError, Keys, Naming, OpenFailure, OpenOptions,
+    OptionErrorKind, Secrets, TuningError, Warning, WindowError, open, open_bytes, open_snapshot,
 };
 use qcow2_core::{CreateOptions, ImageFormat, ResolveError};
 use qcow2_io::{Create, OpenErrorKind, OpenFile, SourceError};
+use qcow2_ops::{ChainError, CommitOptions, Inline, Silent, commit};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -234,8 +234,16 @@ fn snapshots_and_bases_that_are_not_there() {
     let raw = ImageName::parse(folder.path("raw").to_str().unwrap(), &Naming::default()).unwrap();
     let failure = open_snapshot(&raw, &all(), |_| None).map(|_| ()).unwrap_err();
     assert!(matches!(failure.kind(), FailureKind::NoSnapshots));
-    let failure = open_down_to(&name, &all(), Some("b"), &|_, _| {}).map(|_| ()).unwrap_err();
-    assert!(matches!(failure.kind(), FailureKind::NoBase { base: Some(base), .. } if base == "b"));
+    let chain = ChainFiles::new(&name, &all(), &|_, _| {});
+    let options = CommitOptions::default().with_base(Some("b".to_owned()));
+    let error = commit(&chain, &options, &Inline, &Silent).unwrap_err();
+    assert_eq!(error.caller_error::<ChainError>().unwrap(), ChainError::NoBase(Some("b".to_owned())));
+    let missing = folder.path("none").to_str().unwrap().to_owned();
+    let missing = ImageName::parse(&missing, &Naming::default()).unwrap();
+    let chain = ChainFiles::new(&missing, &all(), &|_, _| {});
+    let error = commit(&chain, &CommitOptions::default(), &Inline, &Silent).unwrap_err();
+    let failure = error.caller_error::<OpenFailure>().unwrap();
+    assert!(matches!(failure.kind(), FailureKind::File { .. }));
 }
 
 #[test]

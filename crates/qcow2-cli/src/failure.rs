@@ -4,20 +4,30 @@ use crate::exit;
 use std::fmt;
 
 /// A command that did not do what was asked. `Display` gives the message without the program's name.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Failure {
     kind: Kind,
     message: String,
     /// The message without the image that it is about.
     reason: Option<Box<str>>,
+    /// The message in our own words.
+    own: Option<Box<Own>>,
     /// A message that comes first, with the program's name too.
     before: Option<Box<str>>,
     hints: Vec<Hint>,
     code: u8,
 }
 
+/// A message in other words than those of the tool that is stood in for.
+#[derive(Clone, Debug)]
+struct Own {
+    sentence: String,
+    /// What is left of it where the image is named already.
+    short: Option<String>,
+}
+
 /// A line that follows the message.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Hint {
     line: String,
     /// Whether the tool that is stood in for has no such line.
@@ -44,6 +54,7 @@ impl Failure {
             kind: Kind::Plain,
             message: message.into(),
             reason: None,
+            own: None,
             before: None,
             hints: Vec::new(),
             code: exit::FAILURE,
@@ -69,6 +80,23 @@ impl Failure {
     pub(crate) fn could_not_open(name: &str, reason: &str) -> Self {
         let message = format!("Could not open '{name}': {reason}");
         Self { reason: Some(reason.into()), ..Self::new(message) }
+    }
+
+    /// Gives the message in our own words too, and shorter where the image is named already.
+    pub(crate) fn in_own_words(self, sentence: String, short: Option<String>) -> Self {
+        Self { own: Some(Box::new(Own { sentence, short })), ..self }
+    }
+
+    /// With the message in our own words, if it has any.
+    pub(crate) fn own_words(mut self) -> Self {
+        self.message = self.own.take().map_or(self.message, |own| own.sentence);
+        self
+    }
+
+    /// The same for who has named the image already.
+    pub(crate) fn own_reason(mut self) -> Self {
+        self.message = self.own.take().and_then(|own| own.short).unwrap_or(self.message);
+        self
     }
 
     /// A failure that prints nothing more.
@@ -108,6 +136,7 @@ impl Failure {
     /// Puts `name: ` before the message, as creating an image does.
     pub(crate) fn about(mut self, name: &str) -> Self {
         self.message = format!("{name}: {}", self.message);
+        self.own.iter_mut().for_each(|own| own.sentence = format!("{name}: {}", own.sentence));
         self
     }
 

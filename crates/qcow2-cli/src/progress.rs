@@ -5,13 +5,14 @@ use crate::session::Session;
 use indicatif::{ProgressBar, ProgressStyle};
 use qcow2_ops::Progress;
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Shows how far a procedure is, and tells it to stop when a signal asks.
 #[derive(Debug)]
 pub(crate) struct Meter {
     interrupts: Interrupts,
     shape: Shape,
+    begun: AtomicBool,
     total: AtomicU64,
     done: AtomicU64,
     /// The share shown last, in hundredths of a percent.
@@ -36,23 +37,34 @@ enum Shape {
 impl Meter {
     /// `wanted`: whether `-p` was given (and not `-q`). `step`: hundredths of a percent between two outputs.
     pub(crate) fn new(session: &Session, interrupts: &Interrupts, wanted: bool, step: u64) -> Self {
+        let meter = Self::waiting(session, interrupts, wanted, step);
+        meter.begin();
+        meter
+    }
+
+    /// The same, but nothing is shown before the work begins: for procedures that open their images.
+    pub(crate) fn waiting(session: &Session, interrupts: &Interrupts, wanted: bool, step: u64) -> Self {
         let shape = match wanted {
             false => Shape::OnRequest,
             true if session.draws() => Shape::Bar(bar()),
             true => Shape::Percent,
         };
-        let (total, done, shown) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-        let meter = Self { interrupts: interrupts.clone(), shape, total, done, shown, step };
-        meter.show(0);
-        meter
+        let (begun, [total, done, shown]) = Default::default();
+        Self { interrupts: interrupts.clone(), shape, begun, total, done, shown, step }
+    }
+
+    /// Shows that nothing is done yet, if that is not shown already.
+    pub(crate) fn begin(&self) {
+        if !self.begun.swap(true, Ordering::Relaxed) {
+            self.show(0);
+        }
     }
 
     /// For verbs without `-p`: SIGUSR1 asks. In place of qemu-img, which shows nothing then, they do as it
     /// does.
     pub(crate) fn unasked(session: &Session, interrupts: &Interrupts) -> Self {
         let shape = if session.is_drop_in() { Shape::Silent } else { Shape::OnRequest };
-        let (total, done, shown) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-        Self { interrupts: interrupts.clone(), shape, total, done, shown, step: ALL }
+        Self { shape, begun: true.into(), ..Self::waiting(session, interrupts, false, ALL) }
     }
 
     /// For verbs that have data for standard output, where progress must not go. `json`: lines for programs
@@ -63,8 +75,7 @@ impl Meter {
             (false, true) => Shape::Bar(bar()),
             (false, false) => Shape::Silent,
         };
-        let (total, done, shown) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-        Self { interrupts: interrupts.clone(), shape, total, done, shown, step: JSON_STEP }
+        Self { shape, begun: true.into(), ..Self::waiting(session, interrupts, false, JSON_STEP) }
     }
 
     /// Shows that all is done, if that is not shown already.
@@ -116,6 +127,7 @@ impl Meter {
 
 impl Progress for Meter {
     fn set_total(&self, bytes: u64) {
+        self.begin();
         self.total.store(bytes, Ordering::Relaxed);
         if let Shape::Bar(bar) = &self.shape {
             bar.set_length(bytes);

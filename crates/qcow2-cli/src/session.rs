@@ -42,6 +42,11 @@ impl Session {
         self.drop_in
     }
 
+    /// Whether the program is called by its own name, and speaks its own words.
+    pub(crate) fn is_own(&self) -> bool {
+        self.program == OWN_NAME
+    }
+
     /// Whether the program stands in for qemu-io.
     pub(crate) fn is_qemu_io(&self) -> bool {
         self.program == QEMU_IO
@@ -66,7 +71,8 @@ impl Session {
 
     /// Writes why a command, or a part of one, was not done to standard error.
     pub(crate) fn report(&self, failure: &Failure) {
-        failure.lines(self.program(), self.called()).iter().for_each(|line| self.complain(line));
+        let words = if self.is_own() { failure.clone().own_words() } else { failure.clone() };
+        words.lines(self.program(), self.called()).iter().for_each(|line| self.complain(line));
         failure.advice().filter(|_| !self.drop_in).for_each(|line| self.complain(line));
     }
 

@@ -152,11 +152,11 @@ fn header_for(options: &CreateOptions) -> Result<Header> {
     header.refcount_order = options.refcount_bits.trailing_zeros();
     header.compression_type = options.compression_type;
     let zstd = options.compression_type == CompressionType::Zstd;
-    header.incompatible_features.set(IncompatibleFeatures::COMPRESSION_TYPE, zstd);
-    header.incompatible_features.set(IncompatibleFeatures::EXTENDED_L2, options.extended_l2);
-    header.incompatible_features.set(IncompatibleFeatures::DATA_FILE, options.data_file.is_some());
-    header.compatible_features.set(CompatibleFeatures::LAZY_REFCOUNTS, options.lazy_refcounts);
-    header.autoclear_features.set(AutoclearFeatures::RAW_DATA_FILE, options.data_file_raw);
+    header.features.incompatible.set(IncompatibleFeatures::COMPRESSION_TYPE, zstd);
+    header.features.incompatible.set(IncompatibleFeatures::EXTENDED_L2, options.extended_l2);
+    header.features.incompatible.set(IncompatibleFeatures::DATA_FILE, options.data_file.is_some());
+    header.features.compatible.set(CompatibleFeatures::LAZY_REFCOUNTS, options.lazy_refcounts);
+    header.features.autoclear.set(AutoclearFeatures::RAW_DATA_FILE, options.data_file_raw);
     let bytes = |name: &Option<String>| name.clone().map(String::into_bytes);
     header.extensions.data_file = bytes(&options.data_file);
     header.backing_file = bytes(&options.backing_file);

@@ -87,14 +87,14 @@ pub(crate) fn is_header(sector: &[u8]) {
 
 /// I6: an image that takes changes makes no promise that this engine does not know of.
 pub(crate) fn no_unknown_promise(header: &Header) {
-    let unknown = header.autoclear_features.unknown();
+    let unknown = header.features.autoclear.unknown();
     assert!(unknown == AutoclearFeatures::NONE, "autoclear bits {:#x} are kept in a change", unknown.bits());
 }
 
 /// I6: the features in memory are those of the sector.
 pub(crate) fn same_features(header: &Header, sector: &[u8]) {
     debug_assert!(
-        header.version < Version::V3 || autoclear(sector) == header.autoclear_features,
+        header.version < Version::V3 || autoclear(sector) == header.features.autoclear,
         "the header's sector has other autoclear bits than the header"
     );
 }
@@ -160,7 +160,7 @@ mod tests {
             Geometry::new(GeometryFields { cluster_bits: 9, refcount_order: 4, extended_l2: false });
         check(move || equally_far(&geometry.unwrap(), GuestOffset::new(5), HostOffset::new(512)));
         let mut header = Header::new(Version::V3, 16);
-        header.autoclear_features = AutoclearFeatures::from_bits(1 << 60);
+        header.features.autoclear = AutoclearFeatures::from_bits(1 << 60);
         let other = header.clone();
         check(move || no_unknown_promise(&header));
         check(move || same_features(&other, &[0; 512]));

@@ -102,7 +102,7 @@ impl Image {
             crypt,
             structure: RwLock::new(Rank::Structure, ()),
             bitmaps: Bitmaps::new(options.bitmap_memory),
-            raw_data_file: header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE),
+            raw_data_file: header.features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE),
             discard_no_unref: options.discard_no_unref,
         })
     }
@@ -142,7 +142,7 @@ fn open_data(
     options: &OpenOptions,
 ) -> Result<Option<Arc<dyn Storage>>> {
     if !header.has_data_file() {
-        let raw = header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE);
+        let raw = header.features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE);
         if raw && options.layers != Layers::TopOnly {
             let message = "image promises a raw external data file (autoclear bit 1), but has no data file";
             return Err(Error::new(ErrorKind::Format, message));
@@ -176,7 +176,7 @@ fn build_parts(
 ) -> Result<Parts> {
     let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
     // Unknown ones were an error of the parser's: what it lets through must be what this engine knows (I6).
-    assert!(header.incompatible_features.unknown() == IncompatibleFeatures::NONE, "{header:?}");
+    assert!(header.features.incompatible.unknown() == IncompatibleFeatures::NONE, "{header:?}");
     let l2_format = header.l2_format().map_err(bad)?;
     let file = Arc::new(ImageFile::new(l2_format, Arc::clone(&source.storage), data, options));
     let (geometry, storage) = (file.geometry(), file.storage());

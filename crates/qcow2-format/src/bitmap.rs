@@ -233,8 +233,22 @@ impl Bitmap {
         None
     }
 
-    /// Number of table entries a bitmap needs for a disk of `disk_size` bytes. `None` if `granularity_bits`
-    /// is 64 or more.
+    /// Judges whether the table has as many entries as a disk of `disk_size` bytes needs, as QEMU does when
+    /// it reads the bits: not of a bitmap that is in use, whose bits are never read. Errors:
+    /// `BitmapConstraints`.
+    pub fn validate_table_size(&self, geometry: &Geometry, disk_size: u64) -> Result<(), FormatError> {
+        let needed = Self::table_entries_for(geometry, disk_size, self.granularity_bits).unwrap_or(0);
+        if self.in_use || u64::from(self.table_entries) == needed {
+            return Ok(());
+        }
+        let name = self.name_text();
+        let message =
+            format!("bitmap '{name}': {} table entries, its disk needs {needed}", self.table_entries);
+        Err(FormatError::new(FormatErrorKind::BitmapConstraints(name), message))
+    }
+
+    /// How many table entries a bitmap of this granularity needs for a disk of `disk_size` bytes; `None` for
+    /// a granularity that no number can hold.
     pub fn table_entries_for(geometry: &Geometry, disk_size: u64, granularity_bits: u8) -> Option<u64> {
         let granularity = 1u64.checked_shl(granularity_bits.into())?;
         let bytes = disk_size.div_ceil(granularity).div_ceil(8);

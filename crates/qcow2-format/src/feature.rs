@@ -17,6 +17,17 @@ const NAME_ENTRY_LEN: usize = 48;
 /// Length of its name field in bytes.
 const NAME_LEN: usize = 46;
 
+/// The three feature words of a header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Features {
+    /// Features that a program must know to open the image.
+    pub incompatible: IncompatibleFeatures,
+    /// Features that a program may ignore.
+    pub compatible: CompatibleFeatures,
+    /// Features that a program which does not know them must clear before it writes.
+    pub autoclear: AutoclearFeatures,
+}
+
 macro_rules! feature_word {
     ($(#[$doc:meta])* $name:ident { $($(#[$bit_doc:meta])* $bit:ident = $number:literal;)* }) => {
         $(#[$doc])*

@@ -22,7 +22,7 @@
 
 use crate::error::{FormatError, FormatErrorKind};
 use crate::extension::Extensions;
-use crate::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
+use crate::feature::{AutoclearFeatures, Features, IncompatibleFeatures};
 use crate::geometry::{Geometry, GeometryFields};
 use crate::l2::L2Format;
 use crate::limit;
@@ -116,12 +116,8 @@ pub struct Header {
     pub nb_snapshots: u32,
     /// Host offset of the snapshot table.
     pub snapshots_offset: HostOffset,
-    /// Features that a program must know to open the image. Empty in version 2.
-    pub incompatible_features: IncompatibleFeatures,
-    /// Features that a program may ignore. Empty in version 2.
-    pub compatible_features: CompatibleFeatures,
-    /// Features that a program which does not know them must clear before it writes. Empty in version 2.
-    pub autoclear_features: AutoclearFeatures,
+    /// The feature words. Empty in version 2.
+    pub features: Features,
     /// log2 of the refcount width in bits, 0..=6. 4 in version 2.
     pub refcount_order: u32,
     /// Algorithm of compressed clusters. Always deflate in version 2.
@@ -148,9 +144,7 @@ impl Header {
             refcount_table_clusters: 0,
             nb_snapshots: 0,
             snapshots_offset: HostOffset::default(),
-            incompatible_features: IncompatibleFeatures::NONE,
-            compatible_features: CompatibleFeatures::NONE,
-            autoclear_features: AutoclearFeatures::NONE,
+            features: Features::default(),
             refcount_order: 4,
             compression_type: CompressionType::Deflate,
             unknown_fields: Vec::new(),
@@ -163,7 +157,7 @@ impl Header {
         Geometry::new(GeometryFields {
             cluster_bits: self.cluster_bits,
             refcount_order: self.refcount_order,
-            extended_l2: self.incompatible_features.contains(IncompatibleFeatures::EXTENDED_L2),
+            extended_l2: self.features.incompatible.contains(IncompatibleFeatures::EXTENDED_L2),
         })
     }
 
@@ -172,7 +166,7 @@ impl Header {
         Ok(L2Format {
             geometry: self.geometry()?,
             zero_flag: self.version >= Version::V3,
-            external_data: self.incompatible_features.contains(IncompatibleFeatures::DATA_FILE),
+            external_data: self.features.incompatible.contains(IncompatibleFeatures::DATA_FILE),
         })
     }
 
@@ -183,22 +177,22 @@ impl Header {
 
     /// True if refcounts may be stale.
     pub const fn is_dirty(&self) -> bool {
-        self.incompatible_features.contains(IncompatibleFeatures::DIRTY)
+        self.features.incompatible.contains(IncompatibleFeatures::DIRTY)
     }
 
     /// True if the image is marked corrupt.
     pub const fn is_corrupt(&self) -> bool {
-        self.incompatible_features.contains(IncompatibleFeatures::CORRUPT)
+        self.features.incompatible.contains(IncompatibleFeatures::CORRUPT)
     }
 
     /// True if guest data is in an external data file.
     pub const fn has_data_file(&self) -> bool {
-        self.incompatible_features.contains(IncompatibleFeatures::DATA_FILE)
+        self.features.incompatible.contains(IncompatibleFeatures::DATA_FILE)
     }
 
     /// The bitmaps extension, if present and its autoclear bit is set; without the bit it is stale.
     pub fn trusted_bitmaps(&self) -> Option<&crate::extension::BitmapsExtension> {
-        let trusted = self.autoclear_features.contains(AutoclearFeatures::BITMAPS);
+        let trusted = self.features.autoclear.contains(AutoclearFeatures::BITMAPS);
         self.extensions.bitmaps.as_ref().filter(|_| trusted)
     }
 
@@ -263,9 +257,9 @@ impl Header {
     }
 
     fn check_version_2(&self) -> Result<(), FormatError> {
-        let plain = self.incompatible_features.is_empty()
-            && self.compatible_features.is_empty()
-            && self.autoclear_features.is_empty()
+        let plain = self.features.incompatible.is_empty()
+            && self.features.compatible.is_empty()
+            && self.features.autoclear.is_empty()
             && self.refcount_order == 4
             && self.compression_type == CompressionType::Deflate
             && self.unknown_fields.is_empty();
@@ -293,9 +287,9 @@ impl Header {
         put32(&mut out, self.nb_snapshots);
         put64(&mut out, self.snapshots_offset.value());
         if self.version >= Version::V3 {
-            put64(&mut out, self.incompatible_features.bits());
-            put64(&mut out, self.compatible_features.bits());
-            put64(&mut out, self.autoclear_features.bits());
+            put64(&mut out, self.features.incompatible.bits());
+            put64(&mut out, self.features.compatible.bits());
+            put64(&mut out, self.features.autoclear.bits());
             put32(&mut out, self.refcount_order);
             let header_len = (limit::HEADER_LEN_V3 + self.unknown_fields.len()).next_multiple_of(8);
             put32(&mut out, header_len as u32);

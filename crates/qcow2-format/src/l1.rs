@@ -49,7 +49,17 @@ impl L1Entry {
     }
 }
 
-/// A raw L1 entry with its copied flag cleared.
+/// A raw L1 entry with its copied flag set or cleared.
+pub const fn with_copied(raw: u64, copied: bool) -> u64 {
+    if copied { raw | COPIED } else { raw & !COPIED }
+}
+
+/// A raw L1 entry with the offset of its table rounded down to a cluster, and without reserved bits.
+pub fn rounded(raw: u64, geometry: &Geometry) -> u64 {
+    raw & COPIED | geometry.align_down(raw & OFFSET_MASK)
+}
+
+/// A raw L1 entry without its copied flag.
 pub const fn without_copied(raw: u64) -> u64 {
     raw & !COPIED
 }

@@ -20,8 +20,10 @@ use crate::limit::MAX_HOST_OFFSET;
 use crate::units::{HostOffset, L2Index};
 use alloc::format;
 
+mod mend;
 mod scan;
 
+pub use mend::L2Mend;
 pub use scan::{L2Fault, L2Item};
 
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;

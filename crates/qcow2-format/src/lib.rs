@@ -39,7 +39,7 @@ pub mod units;
 pub use bitmap::{Bitmap, BitmapTableEntry};
 pub use error::{FormatError, FormatErrorKind, Table};
 pub use extension::{BitmapsExtension, Extensions, LuksPointer, UnknownExtension};
-pub use feature::{AutoclearFeatures, CompatibleFeatures, FeatureName, IncompatibleFeatures};
+pub use feature::{AutoclearFeatures, CompatibleFeatures, FeatureName, Features, IncompatibleFeatures};
 pub use geometry::{Geometry, GeometryFields};
 pub use header::{CompressionType, CryptMethod, Header, HeaderField, Version};
 pub use snapshot::Snapshot;

@@ -22,7 +22,9 @@ use alloc::vec::Vec;
 
 /// Length of an entry before its extra data, in bytes.
 const FIXED_LEN: usize = 40;
-/// Length of the extra data that this crate knows, in bytes.
+/// Where the length of the extra data is.
+const EXTRA_LEN_AT: usize = 36;
+/// Bytes of the extra data that this crate knows.
 const KNOWN_EXTRA: usize = 24;
 /// Minimum length of the extra data in version 3, in bytes: VM state size and virtual size.
 pub const MIN_EXTRA_V3: u32 = 16;
@@ -78,20 +80,28 @@ impl Snapshot {
     /// Errors: `Truncated` if `bytes` ends inside the entry or its padding; `SnapshotExtra` for more than
     /// 1024 bytes of extra data.
     pub fn parse(bytes: &[u8], current_size: u64) -> Result<ParsedSnapshot, FormatError> {
-        let mut reader = Reader::new(bytes, 0);
-        let fixed = Fixed::read(&mut reader).ok_or_else(truncated)?;
-        if fixed.extra_len > limit::MAX_SNAPSHOT_EXTRA {
+        let parsed = Self::parse_for_repair(bytes, current_size);
+        let extra_len = Reader::new(bytes, EXTRA_LEN_AT).u32().unwrap_or(0);
+        if extra_len > limit::MAX_SNAPSHOT_EXTRA {
             return Err(FormatError::new(
-                FormatErrorKind::SnapshotExtra(fixed.extra_len),
+                FormatErrorKind::SnapshotExtra(extra_len),
                 format!(
-                    "snapshot table entry: {} bytes of extra data, allowed are {}",
-                    fixed.extra_len,
+                    "snapshot table entry: {extra_len} bytes of extra data, allowed are {}",
                     limit::MAX_SNAPSHOT_EXTRA
                 ),
             ));
         }
+        parsed
+    }
+
+    /// As [`parse`](Self::parse), but an entry with more extra data than is allowed passes and keeps as much
+    /// of it as is: a repair writes it back so. Errors: `Truncated`.
+    pub fn parse_for_repair(bytes: &[u8], current_size: u64) -> Result<ParsedSnapshot, FormatError> {
+        let mut reader = Reader::new(bytes, 0);
+        let fixed = Fixed::read(&mut reader).ok_or_else(truncated)?;
         let mut take = |len: usize| reader.take(len).ok_or_else(truncated);
         let extra = take(fixed.extra_len as usize)?;
+        let kept = &extra[..extra.len().min(limit::MAX_SNAPSHOT_EXTRA as usize)];
         let id = take(fixed.id_len.into())?.to_vec();
         let name = take(fixed.name_len.into())?.to_vec();
         let len = reader.position().next_multiple_of(8);
@@ -109,7 +119,7 @@ impl Snapshot {
             vm_state_size: read_u64(extra, 0).unwrap_or(fixed.vm_state_size.into()),
             disk_size: read_u64(extra, 8).unwrap_or(current_size),
             icount: read_u64(extra, 16).filter(|&n| n != NO_ICOUNT),
-            unknown_extra: extra.get(KNOWN_EXTRA..).unwrap_or_default().to_vec(),
+            unknown_extra: kept.get(KNOWN_EXTRA..).unwrap_or_default().to_vec(),
         };
         Ok(ParsedSnapshot { snapshot, len, extra_len: fixed.extra_len })
     }

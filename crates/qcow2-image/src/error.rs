@@ -3,7 +3,7 @@
 use qcow2_core::{ErrorKind as CoreKind, ResolveError, StorageError, StorageErrorKind};
 use qcow2_crypt::{CryptError, CryptErrorKind};
 use qcow2_io::{OpenError, OpenErrorKind, SourceError};
-use qcow2_ops::ErrorKind as OpsKind;
+use qcow2_ops::{ChainError, ErrorKind as OpsKind};
 use std::error::Error as StdError;
 use std::fmt;
 use std::io;
@@ -89,6 +89,16 @@ impl Error {
     ) -> Self {
         let kind = kind_of(&cause);
         Self { source: Some(Box::new(cause)), ..Self::new(kind, path, step) }
+    }
+
+    /// The same for a request that was refused because of one of its values, whatever the cause says about
+    /// it.
+    pub(crate) fn refused(
+        path: &Path,
+        step: impl Into<String>,
+        cause: impl StdError + Send + Sync + 'static,
+    ) -> Self {
+        Self { kind: ErrorKind::InvalidOption, ..Self::from_cause(path, step, cause) }
     }
 
     /// The kind of error, for matching.
@@ -187,6 +197,16 @@ fn kind_here(error: &(dyn StdError + 'static)) -> Option<ErrorKind> {
     }
     if let Some(error) = error.downcast_ref::<OpenError>() {
         return Some(of_file(error.kind()));
+    }
+    if let Some(error) = error.downcast_ref::<Error>() {
+        return Some(error.kind);
+    }
+    if let Some(error) = error.downcast_ref::<ChainError>() {
+        return Some(match error {
+            ChainError::NoBase(Some(_)) => ErrorKind::NotFound,
+            ChainError::NoBase(None) => ErrorKind::Unsupported,
+            _ => ErrorKind::BrokenChain,
+        });
     }
     if error.is::<qcow2_core::Refusal>() {
         return Some(ErrorKind::InvalidOption);

@@ -57,6 +57,7 @@
 //! | read, write, zero, discard, resize, flush | the methods of [`Disk`], from any number of threads |
 //! | use it as `Read`, `Write` and `Seek` | [`Disk::cursor`] |
 //! | take, read, apply and delete internal snapshots | [`Disk::create_snapshot`], [`Disk::open_snapshot`] |
+//! | put an overlay on it, commit the overlay, rebase it | [methods of `DiskOptions`](DiskOptions::commit) |
 //! | make incremental backups | [`Disk::add_bitmap`], [`Bitmap`] |
 //! | convert to another format, with other options, compressed | [`Disk::convert`] |
 //! | compare the content of two disks | [`Disk::compare`], [`Disk::checksum`] |
@@ -112,6 +113,7 @@
 #![forbid(unsafe_code)]
 
 mod bitmap;
+mod chain;
 mod convert;
 mod cursor;
 mod disk;
@@ -145,6 +147,7 @@ pub use qcow2_ops::bitmap::BitmapAction;
 pub use qcow2_ops::check::CheckReport;
 pub use qcow2_ops::compare::Comparison;
 pub use qcow2_ops::info::InfoReport;
+pub use qcow2_ops::rebase::RebaseReport;
 pub use qcow2_ops::repair::Repaired;
 pub use {
     qcow2_codec as codec, qcow2_core as core, qcow2_crypt as crypt, qcow2_format as format, qcow2_io as io,

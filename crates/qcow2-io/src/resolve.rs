@@ -10,6 +10,7 @@ use crate::open::{OpenError, OpenFile};
 use crate::probe::probe_format;
 use qcow2_core::{ImageFormat, Reference, ResolveError, ResolvedSource, Resolver, StorageError};
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -195,6 +196,23 @@ impl FileResolver {
         }
         let directory = self.image.parent().unwrap_or(Path::new(""));
         Ok(directory.join(name))
+    }
+
+    /// Returns the name by which the image refers to the existing file at `file`, the inverse of
+    /// [`locate`](Self::locate): its bare name in the image's directory, otherwise its absolute path. The
+    /// image need not exist yet, but its directory must. A bare name with a colon would be taken for a
+    /// protocol, so it begins with `./`. Bytes that are not UTF-8 are replaced. Disk: reads directories.
+    /// Errors: the system's, if one of the two does not exist.
+    pub fn name_for(&self, file: &Path) -> io::Result<String> {
+        let file = file.canonicalize()?;
+        let folder = self.image.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new(".")).canonicalize()?;
+        let name = match (file.parent(), file.file_name()) {
+            (Some(parent), Some(name)) if parent == folder => Path::new("./").join(name),
+            _ => file,
+        };
+        let text = name.to_string_lossy();
+        Ok(text.strip_prefix("./").filter(|rest| !rest.contains(':')).unwrap_or(&text).to_owned())
     }
 
     /// Checks `path` against the policy and returns how to open it.

@@ -235,7 +235,7 @@ fn check_features(image: &Image, options: &AmendOptions) -> Result<(), Refusal> 
     if options.data_file.is_some() && !header.has_data_file() {
         return Err(Refusal::NoDataFile);
     }
-    let raw = header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE);
+    let raw = header.features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE);
     if options.data_file_raw == Some(true) && !raw {
         return Err(Refusal::DataFileRaw);
     }
@@ -254,7 +254,7 @@ fn check_features(image: &Image, options: &AmendOptions) -> Result<(), Refusal> 
     if named && (other || half) {
         return Err(Refusal::BackingFile);
     }
-    let lazy = header.compatible_features.contains(CompatibleFeatures::LAZY_REFCOUNTS);
+    let lazy = header.features.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS);
     if options.lazy_refcounts == Some(true) && !lazy && wanted < Version::V3 {
         return Err(Refusal::LazyRefcountsNeedVersion3);
     }
@@ -272,7 +272,7 @@ fn check_downgrade(image: &Image, options: &AmendOptions) -> Result<(), Refusal>
     }
     // The compression type bit may be set if no cluster is compressed; the engine checks that.
     let may_go = IncompatibleFeatures::DIRTY.bits() | IncompatibleFeatures::COMPRESSION_TYPE.bits();
-    let features = IncompatibleFeatures::from_bits(header.incompatible_features.bits() & !may_go);
+    let features = IncompatibleFeatures::from_bits(header.features.incompatible.bits() & !may_go);
     if !features.is_empty() {
         return Err(Refusal::DowngradeFeatures(features.bits()));
     }

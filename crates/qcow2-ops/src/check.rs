@@ -10,7 +10,7 @@
 //! requested number of findings.
 
 mod collect;
-mod counters;
+pub(crate) mod counters;
 mod finding;
 mod mapping;
 mod refcounts;
@@ -135,37 +135,78 @@ fn references(
     options: &CheckOptions,
     report: &mut CheckReport,
 ) -> Result<()> {
-    let clusters = walk.geometry().clusters_for(walk.file_len());
-    let width = walk.geometry().refcount_width();
-    // A window must start on a counter chunk and on a refcount block; both sizes are powers of two.
-    let unit = walk.geometry().refcount_block_entries().max(CHUNK);
-    let counters_size = options.counters_size.min(MAX_COUNTERS_SIZE);
-    let window = (counters_size / Counters::bytes_per_cluster(width) / unit).max(1) * unit;
-    let (statistics, expected) = (Statistics::default(), AtomicU64::new(0));
+    let statistics = Statistics::default();
     let mut used_end = 0;
-    let mut start = 0;
-    // One cluster past the end is included: a region may end in it.
-    while start <= clusters {
-        let range = start..(clusters + 1).min(start + window);
-        let pass = Pass {
-            walk,
-            shared,
-            stored: Stored::new(walk, &tables.refcounts, range.clone()),
-            counters: Counters::new(range.clone(), width),
-            statistics: &statistics,
-            first: start == 0,
-            clusters,
-            expected: &expected,
-        };
+    in_windows(walk, shared, tables, (options, &statistics), &mut |pass| {
         used_end = used_end.max(pass.run(tables)?);
-        start = range.end;
-    }
+        Ok(())
+    })?;
     report.total_clusters = walk.geometry().clusters_for(walk.header().disk_size());
     report.allocated_clusters = statistics.allocated.into_inner();
     report.fragmented_clusters = statistics.fragmented.into_inner();
     report.compressed_clusters = statistics.compressed.into_inner();
     report.image_end_offset = used_end.max(1) << walk.geometry().cluster_bits();
     Ok(())
+}
+
+/// Calls `visit` with a pass for each window of the file.
+fn in_windows(
+    walk: &Walk<'_>,
+    shared: &Shared<'_>,
+    tables: &Tables,
+    (options, statistics): (&CheckOptions, &Statistics),
+    visit: &mut dyn FnMut(&Pass<'_>) -> Result<()>,
+) -> Result<()> {
+    let clusters = walk.geometry().clusters_for(walk.file_len());
+    let width = walk.geometry().refcount_width();
+    // A window starts where a chunk of counters and a refcount block start; both are powers of two.
+    let unit = walk.geometry().refcount_block_entries().max(CHUNK);
+    let counters_size = options.counters_size.min(MAX_COUNTERS_SIZE);
+    let window = (counters_size / Counters::bytes_per_cluster(width) / unit).max(1) * unit;
+    let expected = AtomicU64::new(0);
+    let mut start = 0;
+    // A reference may reach into the cluster behind the last one.
+    while start <= clusters {
+        let range = start..(clusters + 1).min(start + window);
+        visit(&Pass {
+            walk,
+            shared,
+            stored: Stored::new(walk, &tables.refcounts, range.clone()),
+            counters: Counters::new(range.clone(), width),
+            statistics,
+            first: start == 0,
+            clusters,
+            expected: &expected,
+        })?;
+        start = range.end;
+    }
+    Ok(())
+}
+
+/// Counts the references to every cluster of the image in `walk`, a window of the file at a time, and calls
+/// `visit` with each window's counts. Disk: reads all tables once for each window. Errors: `Metadata`,
+/// `Stopped`; damaged entries are no error: they count as the check counts them.
+pub(crate) fn count_references(
+    walk: &Walk<'_>,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+    visit: &mut dyn FnMut(&Counters) -> Result<()>,
+) -> Result<()> {
+    let shared = Shared { executor, progress, collector: Collector::new(0) };
+    let Some(tables) = Tables::read(walk, &shared)? else {
+        return Err(Error::new(ErrorKind::Metadata, "the snapshot table cannot be read"));
+    };
+    let (options, statistics) = (CheckOptions::default(), Statistics::default());
+    in_windows(walk, &shared, &tables, (&options, &statistics), &mut |pass| {
+        pass.count_references(&tables)?;
+        visit(&pass.counters)
+    })
+}
+
+/// The refcount of `cluster` as the image in `walk` stores it; `table`: its refcount table. `None` where it
+/// cannot be read. Disk: a word of a refcount block.
+pub(crate) fn stored_refcount(walk: &Walk<'_>, table: &[u64], cluster: u64) -> Result<Option<u64>> {
+    Stored::new(walk, table, 0..0).refcount(cluster)
 }
 
 fn metadata_error(error: qcow2_core::Error) -> Error {
@@ -232,6 +273,12 @@ struct Pass<'a> {
 impl Pass<'_> {
     /// Returns the end (exclusive) of the used clusters in this window.
     fn run(&self, tables: &Tables) -> Result<u64> {
+        self.count_references(tables)?;
+        self.stored.compare(self.shared, &self.counters, self.clusters)
+    }
+
+    /// Counts the references to the window's clusters.
+    fn count_references(&self, tables: &Tables) -> Result<()> {
         let window = self.counters.window();
         let width = self.walk.geometry().refcount_width();
         self.expect_bytes((window.end - window.start) * u64::from(width.bits()) / 8 * 2);
@@ -243,7 +290,7 @@ impl Pass<'_> {
         self.snapshot_references(tables);
         self.bitmap_references(tables)?;
         self.refcount_blocks(tables);
-        self.stored.compare(self.shared, &self.counters, self.clusters)
+        Ok(())
     }
 
     /// Adds bytes of tables to the progress total.

@@ -1,29 +1,73 @@
 //! Commit: writes the data of the upper layers of a backing chain into a lower layer, the base.
 
 use crate::above::Above;
+use crate::chain::OpenedChain;
 use crate::copy::{CopyPlan, CopyReport, copy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::map::Layers;
 use crate::pipeline::Order;
+use crate::port::OpenChain;
 use crate::progress::Progress;
 use crate::source::{Below, Source};
 use qcow2_core::GuestDisk;
 use std::sync::Arc;
 
 /// Options of a commit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CommitOptions {
+    /// The layer to commit into, by a name that the caller's [`OpenChain`] understands; `None`: the backing
+    /// file of the top.
+    pub base: Option<String>,
     /// Drop all allocations of the top layer afterwards. Only valid if no layer lies between the top and the
     /// base.
     pub empty_top: bool,
 }
 
-/// Writes the data that `above` allocates into `base`, and grows `base` if the top is larger. `above`: the
-/// layers over the base, top first, each opened without its backing file; the top for writing if it is to be
-/// emptied. `base`: the base with its own backing chain, open for writing. It is durable afterwards; the
-/// caller closes it.
+impl CommitOptions {
+    /// With another layer to commit into.
+    #[must_use]
+    pub fn with_base(self, base: Option<String>) -> Self {
+        Self { base, ..self }
+    }
+
+    /// With the top layer emptied afterwards, or not.
+    #[must_use]
+    pub fn with_empty_top(self, empty_top: bool) -> Self {
+        Self { empty_top, ..self }
+    }
+}
+
+/// Commits the layers of a chain into one of them, from the first file to the last close.
+///
+/// 1. Opens the chain from the top down: the top for writing, the layers below it for reading, the base for
+///    writing with its own chain. The file of a layer is opened before the image above it. A layer that is
+///    the same file as one above, and a chain of more than
+///    [`MAX_CHAIN_LEN`](qcow2_core::chain::MAX_CHAIN_LEN) layers, are refused.
+/// 2. Copies, and empties the top if the options ask for it: [`commit_layers`].
+/// 3. Closes the base, then the top; also after an error.
+///
+/// Errors: `Open` with the caller's error or a [`ChainError`](crate::ChainError) as source; `NotFound` with
+/// [`ChainError::NoBase`](crate::ChainError::NoBase) as source; those of [`commit_layers`]; `Close`. After an
+/// error the chain still reads as before.
+pub fn commit(
+    chain: &dyn OpenChain,
+    options: &CommitOptions,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<CopyReport> {
+    let opened = OpenedChain::down_to(chain, options.base.as_deref())?;
+    let committed = commit_layers(&opened.above, &opened.base, options, executor, progress);
+    let closed = opened.close();
+    let report = committed?;
+    closed.map(|()| report)
+}
+
+/// Writes the data that `above` allocates into `base`, and grows `base` if the top is larger: the middle part
+/// of [`commit`], for layers that are open already. `above`: the layers over the base, top first, each opened
+/// without its backing file; the top for writing if it is to be emptied. `base`: the base with its own
+/// backing chain, open for writing. It is durable afterwards; the caller closes it.
 ///
 /// Disk: writes the data, makes `base` durable, and only then empties the top. A crash leaves a chain that
 /// reads as before. Zeroes that `base` already has are not written. Memory: at most four chunks per worker; a
@@ -31,7 +75,7 @@ pub struct CommitOptions {
 ///
 /// Errors: `Extents`, `Read`, `Write` with the first byte of the failed range; `Stopped`; `Unsupported` for a
 /// top that cannot be emptied. After an error the chain still reads as before.
-pub fn commit(
+pub fn commit_layers(
     above: &[Arc<dyn GuestDisk>],
     base: &Arc<dyn GuestDisk>,
     options: &CommitOptions,
@@ -103,7 +147,8 @@ mod tests {
             };
             let alone = |i: u64| -> Arc<dyn GuestDisk> { Arc::new(disk(i)) };
             let target: Arc<dyn GuestDisk> = base.clone();
-            commit(&[alone(2), alone(1)], &target, &CommitOptions::default(), &Threads(3), &Silent).unwrap();
+            let options = CommitOptions::default();
+            commit_layers(&[alone(2), alone(1)], &target, &options, &Threads(3), &Silent).unwrap();
             assert!(base.content() == expected, "seed {seed}");
         }
     }

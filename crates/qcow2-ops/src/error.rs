@@ -29,6 +29,8 @@ pub enum ErrorKind {
     InvalidOption,
     /// This kind of disk does not support the operation.
     Unsupported,
+    /// Closing an image after the procedure.
+    Close,
     /// [`Progress::should_stop`](crate::Progress::should_stop) returned true.
     Stopped,
 }
@@ -60,8 +62,8 @@ impl Error {
         self
     }
 
-    /// The caller's own error of type `T`, if it is the direct source: errors that a port
-    /// ([`Reopen`](crate::Reopen), [`KeySlots`](crate::KeySlots)) returned. Errors: this error unchanged, if
+    /// The caller's own error of type `T`, if it is the direct source: errors that one of the
+    /// [ports](crate::port) returned. Errors: this error unchanged, if
     /// it has another source.
     pub fn caller_error<T: std::error::Error + 'static>(mut self) -> Result<T, Self> {
         match self.source.take().map(|source| source.downcast::<T>()) {

@@ -120,16 +120,16 @@ fn describe(storage: &dyn Storage, header: &Header) -> Result<Qcow2Info> {
         cluster_size: 1 << header.cluster_bits,
         compression_type: header.compression_type,
         refcount_bits: 1 << header.refcount_order,
-        lazy_refcounts: header.compatible_features.contains(CompatibleFeatures::LAZY_REFCOUNTS),
+        lazy_refcounts: header.features.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS),
         dirty: header.is_dirty(),
         corrupt: header.is_corrupt(),
-        extended_l2: header.incompatible_features.contains(IncompatibleFeatures::EXTENDED_L2),
+        extended_l2: header.features.incompatible.contains(IncompatibleFeatures::EXTENDED_L2),
         backing: header
             .backing_file_name()
             .map(|name| BackingName { name, format: extensions.backing_format_name() }),
         data_file: header.has_data_file().then(|| DataFileName {
             name: extensions.data_file_name(),
-            raw: header.autoclear_features.contains(AutoclearFeatures::RAW_DATA_FILE),
+            raw: header.features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE),
         }),
         encryption: read_encryption(storage, header)?,
         snapshots: read_snapshots(storage, header)?,

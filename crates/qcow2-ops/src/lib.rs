@@ -11,6 +11,7 @@ pub mod amend;
 pub mod bench;
 pub mod bitmap;
 mod buffer;
+pub mod chain;
 pub mod check;
 pub mod checksum;
 pub mod commit;
@@ -24,6 +25,7 @@ pub mod executor;
 pub mod info;
 pub mod map;
 pub mod measure;
+pub mod mend;
 mod offload;
 mod pipeline;
 pub mod port;
@@ -39,9 +41,10 @@ mod zeroes;
 
 pub use amend::{AmendOptions, amend};
 pub use bench::{BenchOptions, bench};
+pub use chain::ChainError;
 pub use check::{CheckOptions, CheckReport, check};
 pub use checksum::{Checksum, checksum};
-pub use commit::{CommitOptions, commit};
+pub use commit::{CommitOptions, commit, commit_layers};
 pub use compare::{CompareOptions, CompareReport, Comparison, compare};
 pub use convert::{ConvertOptions, convert, converted_size};
 pub use copy::CopyReport;
@@ -50,7 +53,9 @@ pub use error::{Error, ErrorKind, Result};
 pub use executor::{Executor, Inline};
 pub use info::{InfoReport, info};
 pub use map::{MapExtent, MapOptions, map};
-pub use port::{CallerError, KeySlots, Reopen};
+pub use port::{
+    CallerError, Chain, KeySlots, LayerRole, NewBacking, NewStorage, NextLayer, OpenChain, Reopen,
+};
 pub use progress::{Progress, Silent};
 pub use rebase::{RebaseOptions, RebaseReport, rebase};
 pub use resize::{NewSize, ResizeOptions, resize};

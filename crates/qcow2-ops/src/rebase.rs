@@ -1,26 +1,83 @@
 //! Rebase: gives an overlay another backing file while its guest content stays the same.
 
+use crate::chain::close;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::pipeline::{Order, Stages, run};
+use crate::port::{Chain, NewBacking};
 use crate::progress::Progress;
 use crate::source::Source;
 use crate::zeroes::is_zero;
-use qcow2_core::format::Version;
-use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ZeroMode};
+use qcow2_core::format::{AutoclearFeatures, FormatErrorKind, Version};
+use qcow2_core::{BackingName, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ZeroMode};
+use std::fmt;
 use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Options of a rebase.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RebaseOptions {
-    /// The first layer shared by both chains, as its depth in the old and in the new chain (0 is the backing
-    /// file). Ranges that neither chain allocates above it are equal and are not compared.
-    pub shared: Option<(u32, u32)>,
+    /// Name of the new backing file, as it is to be recorded; `None`: no backing file.
+    pub backing_file: Option<String>,
+    /// Its format, which must be recorded with it.
+    pub backing_format: Option<String>,
+    /// Only record the name. Neither chain is read, and the guest content changes if they differ: for a
+    /// backing file that was moved.
+    pub name_only: bool,
     /// Store clusters compressed if that makes them smaller.
     pub compress: bool,
 }
+
+impl RebaseOptions {
+    /// A rebase onto the file that is to be recorded as `name`, of `format`.
+    pub fn onto(name: impl Into<String>, format: impl Into<String>) -> Self {
+        let (name, format) = (Some(name.into()), Some(format.into()));
+        Self { backing_file: name, backing_format: format, ..Self::default() }
+    }
+
+    /// With only the name recorded, or not.
+    #[must_use]
+    pub fn with_name_only(self, name_only: bool) -> Self {
+        Self { name_only, ..self }
+    }
+
+    /// With clusters compressed, or not.
+    #[must_use]
+    pub fn with_compress(self, compress: bool) -> Self {
+        Self { compress, ..self }
+    }
+}
+
+/// Why an image cannot be rebased as requested. The image is unchanged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// Clusters of this disk cannot be compressed.
+    Compression,
+    /// The format of the backing file cannot be recorded.
+    UnknownFormat(String),
+    /// A backing file without its format, which would have to be guessed whenever the image is opened.
+    FormatMissing,
+    /// Only a qcow2 image has a backing file.
+    NotAnImage,
+    /// The external data file is a raw copy of the guest disk, so nothing may be read from a backing file.
+    RawDataFile,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Compression => f.write_str("clusters of this disk cannot be compressed"),
+            Self::UnknownFormat(name) => write!(f, "format '{name}' cannot be recorded for a backing file"),
+            Self::FormatMissing => f.write_str("the format of the backing file must be given"),
+            Self::NotAnImage => f.write_str("only a qcow2 image has a backing file"),
+            Self::RawDataFile => f.write_str("an image with a raw data file has no backing file"),
+        }
+    }
+}
+
+impl std::error::Error for Refusal {}
 
 /// The result of a rebase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,37 +89,123 @@ pub struct RebaseReport {
     pub zeroed_bytes: u64,
 }
 
-/// Copies into `top` all unallocated ranges in which the old backing chain and `new` (`None`: no backing
-/// file) differ. Afterwards `new` can become its backing file ([`Image::change_backing`]). `top`: open for
-/// writing, with its backing chain.
+/// Gives an overlay another backing file, from the first check to the close. `top`: the overlay, open for
+/// writing: with its backing chain, or without it for [`name_only`](RebaseOptions::name_only). `new`: opens
+/// the new backing file; not called for `name_only`.
 ///
-/// Disk: reads both chains, except where tables, holes or a shared layer show that they are equal. Everything
-/// is durable at the end. The guest content is the same at every moment. Memory: at most four chunks of both
-/// chains per worker; a chunk is 1 MiB, or a cluster if that is larger. Errors: `Extents`, `Read`, `Write`
-/// with the first byte of the failed range; `Unsupported` for a compressed rebase of an image without a
-/// codec; `Stopped`.
+/// Disk: reads both chains, except where tables, holes or a layer that both have show that they are equal,
+/// and copies into the overlay what differs. Everything is durable before the name is changed, the last write
+/// of which is one sector: the guest content is the same at every moment, and a crash or an error leaves the
+/// old backing file or the new one. The image is closed at the end, also after an error of copying. Memory:
+/// at most four chunks of both chains per worker; a chunk is 1 MiB, or a cluster if that is larger.
+///
+/// Errors: `InvalidOption` or `Unsupported` with a [`Refusal`] as source; `Open` with the error of `new`;
+/// `Extents`, `Read`, `Write` with the first byte of the failed range; `Unsupported` for a compressed rebase
+/// of an image without a codec; `InvalidOption` with the engine's error for a name that is too long;
+/// `Metadata` if it cannot be written; `Stopped`; `Close`.
 pub fn rebase(
-    top: &Image,
-    new: Option<&Arc<dyn GuestDisk>>,
+    top: Chain,
+    new: &dyn NewBacking,
     options: &RebaseOptions,
     executor: &dyn Executor,
     progress: &dyn Progress,
 ) -> Result<RebaseReport> {
-    if options.compress {
+    if options.compress && top.disk.as_image().is_none() {
+        return Err(refused(Refusal::Compression));
+    }
+    if let Some(format) = options.backing_format.as_ref().filter(|format| !new.is_format(format)) {
+        return Err(refused(Refusal::UnknownFormat(format.clone())));
+    }
+    // A disk that cannot have a backing file is dropped before the new one is opened, which may be the same
+    // file.
+    let top = Some(top).filter(|top| top.disk.as_image().is_some());
+    let opened =
+        match options.backing_file.is_some() && !options.name_only {
+            true => Some(new.open().map_err(|e| {
+                Error::new(ErrorKind::Open, "opening the new backing file").with_boxed_source(e)
+            })?),
+            false => None,
+        };
+    if options.backing_file.is_some() && options.backing_format.is_none() {
+        return Err(refused(Refusal::FormatMissing));
+    }
+    let Some((top, image)) = top.as_ref().and_then(|top| Some((top, top.disk.as_image()?))) else {
+        return Err(refused(Refusal::NotAnImage));
+    };
+    let raw_data = image.header().features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE);
+    if raw_data && options.backing_file.is_some() {
+        return Err(refused(Refusal::RawDataFile));
+    }
+    let copied = match options.name_only {
+        true => Ok(RebaseReport::default()),
+        false => copy_difference(top, opened.as_ref(), options.compress, executor, progress),
+    };
+    let renamed = copied.and_then(|report| change_name(image, options).map(|()| report));
+    // Copied data is also right with the old backing file, so the image is left clean after an error too.
+    let closed = close(&*top.disk);
+    let report = renamed?;
+    closed.map(|()| report)
+}
+
+fn refused(refusal: Refusal) -> Error {
+    let kind = match refusal {
+        Refusal::UnknownFormat(_) | Refusal::FormatMissing => ErrorKind::InvalidOption,
+        _ => ErrorKind::Unsupported,
+    };
+    Error::new(kind, "rebasing").with_source(refusal)
+}
+
+fn change_name(image: &Image, options: &RebaseOptions) -> Result<()> {
+    let format = options.backing_format.clone();
+    let backing = options.backing_file.clone().map(|name| BackingName { name, format });
+    image.change_backing(backing.as_ref()).map_err(|e| {
+        let kind = match e.format_error().map(|error| error.kind()) {
+            Some(FormatErrorKind::HeaderFull { .. } | FormatErrorKind::BackingNameTooLong(_)) => {
+                ErrorKind::InvalidOption
+            }
+            _ => ErrorKind::Metadata,
+        };
+        Error::new(kind, "recording the new backing file").with_source(e)
+    })
+}
+
+/// The first layer below the overlay that the new chain has too, as its depth below the overlay and in the
+/// new chain (0 is the backing file). Ranges that neither chain allocates above it are equal.
+fn shared_layer(top: &Chain, new: &Chain) -> Option<(u32, u32)> {
+    (0..).zip(top.layers.iter().skip(1)).find_map(|(depth, layer)| {
+        let layer = layer.as_ref()?;
+        let at = new.layers.iter().position(|other| other.as_ref() == Some(layer))?;
+        Some((depth, u32::try_from(at).ok()?))
+    })
+}
+
+/// Copies into the overlay all unallocated ranges in which its chain and `new` (`None`: no backing file)
+/// differ. Durable afterwards.
+fn copy_difference(
+    overlay: &Chain,
+    new: Option<&Chain>,
+    compress: bool,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<RebaseReport> {
+    let Some(top) = overlay.disk.as_image() else { return Err(refused(Refusal::NotAnImage)) };
+    let shared = new.and_then(|new| shared_layer(overlay, new));
+    if compress {
         top.codec().map_err(|e| {
             Error::new(ErrorKind::Unsupported, "compression not supported for this image").with_source(e)
         })?;
     }
-    let sides = [Side::new(top.backing())?, Side::new(new)?];
+    let sides = [Side::new(top.backing())?, Side::new(new.map(|new| &new.disk))?];
     let largest = sides.iter().map(Side::cluster_size).max().unwrap_or(0);
     let rebasing = Rebasing {
         top,
         size: top.size(),
-        unit: if options.compress { top.cluster_size() } else { top.zero_granularity() },
+        unit: if compress { top.cluster_size() } else { top.zero_granularity() },
         chunk: CHUNK.max(top.cluster_size()).max(largest),
         zero_flag: top.header().version >= Version::V3,
         sides,
-        options: *options,
+        shared,
+        compress,
         progress,
         report: Mutex::default(),
     };
@@ -130,7 +273,9 @@ struct Rebasing<'a> {
     /// True if the image can record zeroes without writing them.
     zero_flag: bool,
     sides: [Side; 2],
-    options: RebaseOptions,
+    /// The first layer of both chains, as its depth in each.
+    shared: Option<(u32, u32)>,
+    compress: bool,
     progress: &'a dyn Progress,
     report: Mutex<RebaseReport>,
 }
@@ -166,7 +311,7 @@ impl Rebasing<'_> {
     fn known_same(&self, at: u64, end: u64) -> Result<(u64, bool)> {
         let old = self.sides[0].known_at(at, end - at)?;
         let new = self.sides[1].known_at(at, old.len)?;
-        let shared = self.options.shared.is_some_and(|(a, b)| old.depth >= a && new.depth >= b);
+        let shared = self.shared.is_some_and(|(a, b)| old.depth >= a && new.depth >= b);
         Ok((new.len, shared || (old.zero && new.zero)))
     }
 
@@ -219,7 +364,7 @@ impl Rebasing<'_> {
                 let zero = is_zero(old);
                 match slot.steps.last_mut() {
                     Some(Step::Zeroes(last)) if zero && last.end == at => last.end = end,
-                    Some(Step::Data(last)) if !zero && last.end == at && !self.options.compress => {
+                    Some(Step::Data(last)) if !zero && last.end == at && !self.compress => {
                         last.end = end;
                     }
                     _ if zero => slot.steps.push(Step::Zeroes(at..end)),
@@ -240,7 +385,7 @@ impl Rebasing<'_> {
                 let range = GuestRange::between(start, GuestOffset::new(range.end));
                 self.top.write_zeroes(range, ZeroMode::MayUnmap)
             }
-            Step::Data(_) if self.options.compress && self.is_whole(range)? => {
+            Step::Data(_) if self.compress && self.is_whole(range)? => {
                 self.top.write_compressed(start, bytes)
             }
             _ => self.top.write_at(start, bytes),
@@ -337,5 +482,62 @@ impl Stages for Rebasing<'_> {
         report.data_bytes += done.data_bytes;
         report.zeroed_bytes += done.zeroed_bytes;
         Ok(ControlFlow::Continue(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executor::Inline;
+    use crate::port::CallerError;
+    use crate::progress::Silent;
+    use crate::testing::TestDisk;
+
+    fn chain(layers: &[&str]) -> Chain {
+        let mut chain = Chain::new(Arc::new(TestDisk::data(vec![1; 512])));
+        chain.layers = layers.iter().map(|name| Some((*name).to_owned()).filter(|_| *name != "?")).collect();
+        chain
+    }
+
+    #[test]
+    fn the_first_layer_of_both_chains_is_shared() {
+        let found = |old: &[&str], new: &[&str]| shared_layer(&chain(old), &chain(new));
+        assert_eq!(found(&["top", "a", "b"], &["b"]), Some((1, 0)));
+        assert_eq!(found(&["top", "a", "b"], &["x", "a", "b"]), Some((0, 1)));
+        // The overlay itself is not below itself, and what is not known is not the same.
+        assert_eq!(found(&["top", "a"], &["top", "x"]), None);
+        assert_eq!(found(&["top", "?"], &["?"]), None);
+        assert_eq!(found(&[], &["a"]), None);
+    }
+
+    struct Refuse;
+
+    impl NewBacking for Refuse {
+        fn is_format(&self, format: &str) -> bool {
+            format == "qcow2"
+        }
+
+        fn open(&self) -> Result<Chain, CallerError> {
+            Err("not opened".into())
+        }
+    }
+
+    #[track_caller]
+    fn check(options: &RebaseOptions, refusal: Refusal, kind: ErrorKind) {
+        let error = rebase(chain(&[]), &Refuse, options, &Inline, &Silent).unwrap_err();
+        assert_eq!(error.kind(), kind);
+        assert_eq!(error.caller_error::<Refusal>().unwrap(), refusal);
+    }
+
+    #[test]
+    fn refusals_come_in_order() {
+        let onto = RebaseOptions::onto("x", "nope").with_name_only(true);
+        check(&onto.clone().with_compress(true), Refusal::Compression, ErrorKind::Unsupported);
+        check(&onto, Refusal::UnknownFormat("nope".into()), ErrorKind::InvalidOption);
+        let options = RebaseOptions { backing_format: None, ..onto };
+        check(&options, Refusal::FormatMissing, ErrorKind::InvalidOption);
+        check(&RebaseOptions::default(), Refusal::NotAnImage, ErrorKind::Unsupported);
+        let opened = rebase(chain(&[]), &Refuse, &RebaseOptions::onto("x", "qcow2"), &Inline, &Silent);
+        assert_eq!(opened.unwrap_err().kind(), ErrorKind::Open);
     }
 }

@@ -3,6 +3,7 @@
 use crate::check::{CheckOptions, CheckReport, Finding, Found, check};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
+use crate::mend::{self, Fix};
 use crate::port::Reopen;
 use crate::progress::Progress;
 use qcow2_core::{GuestDisk, Image, Storage};
@@ -28,7 +29,11 @@ pub struct Repaired {
     pub copied: Vec<Found>,
     /// True if those flags were repaired.
     pub copied_fixed: bool,
-    /// The result of a check afterwards; `None` if nothing was repaired.
+    /// What changed where tables were damaged, as far as it is listed.
+    pub fixes: Vec<Fix>,
+    /// Where tables were damaged: what a check found once their entries were mended.
+    pub counted: Option<CheckReport>,
+    /// What a check then finds; `None` where nothing changed that it would see.
     pub after: Option<CheckReport>,
 }
 
@@ -84,24 +89,120 @@ pub fn check_and_repair(
     progress: &dyn Progress,
 ) -> Result<Checked> {
     let report = check(storage, &CheckOptions::default(), executor, progress)?;
-    let Some(mode) = mode.filter(|_| !report.incomplete) else {
+    let Some(mode) = mode.filter(|&mode| mode == RepairMode::All || !report.incomplete) else {
         return Ok(Checked { report, repair: Outcome::Untouched });
     };
     if mode == RepairMode::Leaks && needs_all(&report) {
         return Ok(Checked { report, repair: Outcome::NeedsAll });
     }
+    if mode == RepairMode::Leaks {
+        let repair = Outcome::Repaired(repair_in_place(&report, mode, open, executor, progress)?);
+        return Ok(Checked { report, repair });
+    }
+    let mut done = None;
+    if is_sound(&report) && has_refcounts(storage)? {
+        match repair_in_place(&report, mode, open, executor, progress) {
+            // The engine takes no tables that lie over each other; they are taken apart below.
+            Err(error) if is_damage(&error) => {}
+            Err(error) => return Err(error),
+            Ok(repaired) if repaired.after.as_ref().is_some_and(is_damaged) => done = Some(repaired),
+            Ok(repaired) => return Ok(Checked { report, repair: Outcome::Repaired(repaired) }),
+        }
+    }
+    // What one repair takes apart may let the next one see more.
+    for _ in 0..MAX_PLANS {
+        let now = done.as_ref().and_then(|done| done.after.as_ref()).unwrap_or(&report);
+        if !is_damaged(now) && now.leaks == 0 && done.is_some() {
+            break;
+        }
+        let Some(plan) = mend::plan(storage, now, executor, progress)? else { break };
+        let next = mended(&report, plan)?;
+        done = Some(match done {
+            Some(done) if done.counted.is_some() => together(done, next),
+            _ => next,
+        });
+    }
+    Ok(Checked { report, repair: done.map_or(Outcome::Untouched, Outcome::Repaired) })
+}
+
+/// How often a repair is planned at most.
+const MAX_PLANS: usize = 4;
+
+/// Two repairs, one after the other, as one.
+fn together(first: Repaired, second: Repaired) -> Repaired {
+    let mut fixes = first.fixes;
+    fixes.extend(second.fixes);
+    Repaired {
+        leaks_fixed: first.leaks_fixed.saturating_add(second.leaks_fixed),
+        corruptions_fixed: first.corruptions_fixed.max(second.corruptions_fixed),
+        fixes,
+        ..second
+    }
+}
+
+/// Whether the image has a refcount table, without which it cannot be opened.
+fn has_refcounts(storage: &dyn Storage) -> Result<bool> {
+    let header = qcow2_core::walk::read_header(storage)
+        .map_err(|e| Error::new(ErrorKind::Metadata, "repairing the image").with_source(e))?;
+    Ok(header.refcount_table_clusters > 0)
+}
+
+fn is_damaged(report: &CheckReport) -> bool {
+    report.corruptions > 0 || report.check_errors > 0
+}
+
+/// Whether nothing but refcounts and copied flags is wrong, so that the engine can put them right in place.
+fn is_sound(report: &CheckReport) -> bool {
+    let others = |found: &Found| !is_refcount(&found.finding) && !is_copied_flag(&found.finding);
+    report.check_errors == 0
+        && !report.incomplete
+        && !report.findings.iter().any(others)
+        && report.omitted == 0
+}
+
+fn is_damage(error: &Error) -> bool {
+    error.core_error().is_some_and(|error| error.kind() == qcow2_core::ErrorKind::Corrupt)
+}
+
+fn mended(report: &CheckReport, plan: mend::Plan<'_>) -> Result<Repaired> {
+    let (fixes, counted) = (plan.fixes().0.to_vec(), plan.counted().clone());
+    let after = plan.apply()?;
+    let bad = |report: &CheckReport| report.corruptions.saturating_add(report.check_errors);
+    let others = |report: &CheckReport| {
+        let others = |found: &&Found| !is_refcount(&found.finding) && !is_copied_flag(&found.finding);
+        report.findings.iter().filter(others).map(|found| found.times).sum::<u64>()
+    };
+    let entries = others(report).saturating_sub(others(&counted));
+    Ok(Repaired {
+        leaks_fixed: counted.leaks.saturating_sub(after.leaks),
+        corruptions_fixed: entries.saturating_add(bad(&counted).saturating_sub(bad(&after))),
+        copied: Vec::new(),
+        copied_fixed: false,
+        fixes,
+        counted: Some(counted),
+        after: Some(after),
+    })
+}
+
+fn repair_in_place(
+    report: &CheckReport,
+    mode: RepairMode,
+    open: &dyn Reopen,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<Repaired> {
     let disk = open
         .reopen()
         .map_err(|e| Error::new(ErrorKind::Open, "opening the image for repair").with_boxed_source(e))?;
     let image = disk
         .as_image()
         .ok_or_else(|| Error::new(ErrorKind::Unsupported, "only a qcow2 image can be repaired"))?;
-    let repaired = repair(image, &report, mode, executor, progress);
-    // Close the image even after an error: the repairs made so far are valid.
+    let repaired = repair(image, report, mode, executor, progress);
+    // Left clean whatever happened: what was repaired is right.
     let closed = image.flush().and_then(|()| image.close());
     let repaired = repaired?;
     closed.map_err(|e| Error::new(ErrorKind::Write, "closing the repaired image").with_source(e))?;
-    Ok(Checked { report, repair: Outcome::Repaired(repaired) })
+    Ok(repaired)
 }
 
 /// Repairs `image`, which was opened for repair, by the `report` of a check. If any finding is not a refcount
@@ -123,14 +224,11 @@ pub fn repair(
         corruptions_fixed: 0,
         copied: Vec::new(),
         copied_fixed: false,
+        fixes: Vec::new(),
+        counted: None,
         after: None,
     };
-    let others = |found: &Found| !is_refcount(&found.finding) && !is_copied_flag(&found.finding);
-    if report.check_errors > 0
-        || report.incomplete
-        || report.findings.iter().any(others)
-        || report.omitted > 0
-    {
+    if !is_sound(report) {
         return Ok(done);
     }
     if mode == RepairMode::Leaks && needs_all(report) {
@@ -214,7 +312,7 @@ mod tests {
         let data = |byte| Cluster::Data(vec![byte; CLUSTER as usize]);
         let mut builder = Builder::new(16, 1 << 20).cluster(0, data(1)).cluster(1, data(2));
         let marks = [IncompatibleFeatures::CORRUPT, IncompatibleFeatures::DIRTY];
-        marks.into_iter().for_each(|mark| builder.header_mut().incompatible_features.set(mark, true));
+        marks.into_iter().for_each(|mark| builder.header_mut().features.incompatible.set(mark, true));
         let mut image = builder.build();
         spoil.iter().for_each(|spoil| spoil(&mut image));
         let storage: Arc<dyn Storage> = Arc::new(image.storage());

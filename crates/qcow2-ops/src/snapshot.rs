@@ -1,8 +1,9 @@
-//! Internal snapshots: find one by id or name, create, apply and delete.
+//! Snapshots: internal ones (find one by id or name, create, apply, delete), and external ones.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::port::NewStorage;
 use qcow2_core::format::snapshot::Snapshot;
-use qcow2_core::{ErrorKind as CoreErrorKind, Image, NewSnapshot};
+use qcow2_core::{CreateOptions, ErrorKind as CoreErrorKind, GuestDisk, Image, ImageFormat, NewSnapshot};
 
 /// Selects a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +56,45 @@ pub fn delete(image: &Image, name: &SnapshotName) -> Result<()> {
     image.delete_snapshot(&snapshot).map_err(|error| failed("deleting the snapshot", error))
 }
 
+/// Creates an external snapshot: a new image on top of `old`, which is only read and becomes its backing
+/// file. `backing_file`: the name that the new image records for it. `old_format`: its format, recorded as
+/// well. The new image has the size of `old`, rounded up to whole sectors; it is a version 3 image with the
+/// default options.
+///
+/// Disk: makes the new file, then as [`create`](crate::create()). The file is discarded if the image cannot
+/// be completed. Errors: `InvalidOption` with a [`Refusal`](crate::create::Refusal) as source, before
+/// anything is made; `Unsupported` for a format that cannot be recorded; `Create` with the caller's or the
+/// engine's error.
+pub fn external(
+    old: &dyn GuestDisk,
+    old_format: &ImageFormat,
+    backing_file: &str,
+    new: &dyn NewStorage,
+) -> Result<()> {
+    let format = format_name(old_format)
+        .ok_or_else(|| Error::new(ErrorKind::Unsupported, "the format of the old image has no name"))?;
+    // Raw disks may end inside a sector.
+    let size = old.size().checked_next_multiple_of(512).unwrap_or(old.size());
+    let options = CreateOptions::new(size).with_backing(backing_file, format);
+    options.check().map_err(|e| Error::new(ErrorKind::InvalidOption, "creating the image").with_source(e))?;
+    let storage =
+        new.make().map_err(|e| Error::new(ErrorKind::Create, "making the file").with_boxed_source(e))?;
+    qcow2_core::create(&storage, None, &options)
+        .map_err(|e| Error::new(ErrorKind::Create, "creating the image").with_source(e))
+        .inspect_err(|_| new.discard())
+}
+
+/// The name of a format, as images record it; `None` for one that has no name there.
+pub fn format_name(format: &ImageFormat) -> Option<&str> {
+    match format {
+        ImageFormat::Raw => Some("raw"),
+        ImageFormat::Qcow2 => Some("qcow2"),
+        ImageFormat::Luks => Some("luks"),
+        ImageFormat::Other(name) => Some(name),
+        _ => None,
+    }
+}
+
 fn find(image: &Image, name: &SnapshotName) -> Result<Snapshot> {
     let snapshots = image.snapshots().map_err(|error| failed("reading the snapshot table", error))?;
     let found = name.position(&snapshots).map(|index| snapshots[index].clone());
@@ -73,7 +113,13 @@ fn failed(step: &str, error: qcow2_core::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qcow2_core::HostOffset;
+    use crate::port::CallerError;
+    use crate::testing::TestDisk;
+    use qcow2_core::walk::read_header;
+    use qcow2_core::{HostOffset, Storage};
+    use qcow2_io::MemoryStorage;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn snapshot(id: &str, name: &str) -> Snapshot {
         Snapshot {
@@ -106,5 +152,47 @@ mod tests {
         assert_eq!(exact(Some("3"), Some("a")).as_deref(), Some("3"));
         assert_eq!(exact(Some("1"), Some("a")), None);
         assert_eq!(exact(None, None), None);
+    }
+
+    /// Counts what is made and discarded.
+    struct File {
+        storage: Arc<dyn Storage>,
+        made: AtomicUsize,
+        discarded: AtomicUsize,
+    }
+
+    impl NewStorage for File {
+        fn make(&self) -> Result<Arc<dyn Storage>, CallerError> {
+            self.made.fetch_add(1, Ordering::Relaxed);
+            Ok(Arc::clone(&self.storage))
+        }
+
+        fn discard(&self) {
+            self.discarded.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes an external snapshot of a disk of `len` bytes; returns how often the file was made and
+    /// discarded.
+    fn take(len: usize, name: &str, storage: &Arc<dyn Storage>) -> (Result<()>, [usize; 2]) {
+        let (made, discarded) = Default::default();
+        let file = File { storage: Arc::clone(storage), made, discarded };
+        let taken = external(&TestDisk::data(vec![1; len]), &ImageFormat::Raw, name, &file);
+        (taken, [file.made.into_inner(), file.discarded.into_inner()])
+    }
+
+    #[test]
+    fn an_external_snapshot_is_whole_or_not_there() {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let (taken, counts) = take(700, "old.raw", &storage);
+        taken.unwrap();
+        assert_eq!(counts, [1, 0]);
+        let header = read_header(&*storage).unwrap();
+        assert_eq!(header.size, 1024);
+        assert_eq!(header.backing_file_name().as_deref(), Some("old.raw"));
+        assert_eq!(header.extensions.backing_format_name().as_deref(), Some("raw"));
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let (taken, counts) = take(512, &"n".repeat(2000), &storage);
+        assert_eq!((taken.unwrap_err().kind(), counts), (ErrorKind::Create, [1, 1]));
     }
 }

@@ -192,7 +192,7 @@ struct Layout {
 impl Layout {
     fn new(builder: Builder) -> Self {
         let Builder { header, clusters } = builder;
-        let has = |feature| header.incompatible_features.contains(feature);
+        let has = |feature| header.features.incompatible.contains(feature);
         let entry_size = if has(IncompatibleFeatures::EXTENDED_L2) { 16 } else { 8 };
         let external = has(IncompatibleFeatures::DATA_FILE);
         let cluster_size = 1u64 << header.cluster_bits;
@@ -424,8 +424,8 @@ mod tests {
         }
         let streams = [(4, Cluster::Compressed(stored.clone())), (5, Cluster::Compressed(stored))];
         check("compressed", Header::new(Version::V3, 9), &streams);
-        let incompatible_features = IncompatibleFeatures::EXTENDED_L2;
-        let header = Header { incompatible_features, ..Header::new(Version::V3, 14) };
+        let mut header = Header::new(Version::V3, 14);
+        header.features.incompatible = IncompatibleFeatures::EXTENDED_L2;
         let some = Cluster::Subclusters { allocated: 0, zero: 0xf0, data: stale };
         check("subclusters", header, &[zeroes[0].clone(), zeroes[1].clone(), (60, some)]);
     }

@@ -16,6 +16,7 @@ pub mod pages;
 pub mod pattern;
 pub mod rng;
 pub mod room;
+pub mod semantic;
 pub mod sim;
 pub mod storage;
 pub mod toy;

@@ -60,7 +60,7 @@ const CEILING: usize = 1;
 
 /// The exemptions. They only shrink: an exemption that is not needed any more, or that is 10 % too high, is a
 /// finding itself.
-pub(super) const EXEMPT: &[Exemption] = &[today("fields", "qcow2-format::Header", 18)];
+pub(super) const EXEMPT: &[Exemption] = &[today("cli-lines", "qcow2-cli", 7_569)];
 
 /// A measured value.
 #[derive(Clone, Debug)]

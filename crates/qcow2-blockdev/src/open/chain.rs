@@ -1,137 +1,144 @@
 //! A chain whose layers are opened one by one, so that one below the top can be changed.
 
-use super::layers::{open_bytes, open_layers};
+use super::layers::{OpenedDisk, open_bytes, open_layers};
 use super::look::{Tell, warnings_of_change};
 use super::options::{OpenOptions, Sharing};
 use crate::failure::{FailureKind, OpenFailure};
 use crate::name::ImageName;
 use crate::tree::Node;
-use qcow2_core::chain::MAX_CHAIN_LEN;
 use qcow2_core::walk::read_header;
-use qcow2_core::{GuestDisk, ImageFormat, Layers, Reference, ResolvedSource, SourceId};
+use qcow2_core::{GuestDisk, ImageFormat, Layers, Reference, ResolvedSource};
 use qcow2_io::ThrottleStorage;
-use std::collections::BTreeSet;
+use qcow2_ops::{CallerError, Chain, LayerRole, NextLayer, OpenChain};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The layers of a chain down to one that takes changes.
-#[non_exhaustive]
-pub struct OpenedChain {
-    /// The layers over the base, top first, each without what is below it.
-    pub above: Vec<Arc<dyn GuestDisk>>,
-    /// The base with its own chain, writable.
-    pub base: Arc<dyn GuestDisk>,
+/// Opens the chain of an image for [`commit`](qcow2_ops::commit()). Errors it returns are [`OpenFailure`]s.
+pub struct ChainFiles<'a> {
+    name: &'a ImageName,
+    how: OpenOptions,
+    /// Limit for writes to the base.
+    bytes_per_second: Option<u64>,
+    tell: Tell<'a>,
 }
 
-/// Opens the image that `name` leads to for changes, and below it every layer down to `base`, that one for
-/// changes too. `base`: as the user names it; `None` is the backing file of the top. `tell` hears whether the
-/// top was taken for raw by its looks, and what opening it for changes is about to put right, before that.
-/// Errors: as [`open`](super::open); [`FailureKind::NoBase`].
-pub fn open_down_to(
-    name: &ImageName,
-    how: &OpenOptions,
-    base: Option<&str>,
-    tell: Tell<'_>,
-) -> Result<OpenedChain, OpenFailure> {
-    let mut writable = how.clone().writable();
-    writable.bytes_per_second = None;
-    let mut source = open_bytes(name, &writable)?.source;
-    name.guess_warning(&source.format).iter().for_each(|warning| tell(warning, &source));
-    let mut above: Vec<Arc<dyn GuestDisk>> = Vec::new();
-    let mut seen: BTreeSet<SourceId> = source.id.into_iter().collect();
-    // Each layer has its own password.
-    let mut layer_name = name.clone();
-    loop {
-        let is_top = above.is_empty();
-        // The user may have named another one for the top.
-        let other = if is_top { name.node.other_backing() } else { None };
-        let recorded = backing_of(&source).map_err(|error| failed(name, error.into(), above.len()))?;
-        let below = match &other {
-            Some(node) => node.as_ref().map(Backing::named_by_user),
-            None => recorded,
+impl<'a> ChainFiles<'a> {
+    /// The chain of the image that `name` leads to. Names of bases are paths relative to the directory of the
+    /// image that refers to them. `tell`: called with the warnings for the top image, before it is opened for
+    /// writing.
+    pub fn new(name: &'a ImageName, how: &OpenOptions, tell: Tell<'a>) -> Self {
+        let mut writable = how.clone().writable();
+        writable.bytes_per_second = None;
+        Self { name, how: writable, bytes_per_second: how.bytes_per_second, tell }
+    }
+
+    /// The backing file that the user named for the layer at `depth` instead of the recorded one;
+    /// `Some(None)`: none.
+    fn named_by_user(&self, depth: usize) -> Option<Option<Node>> {
+        if depth == 0 { self.name.node.other_backing() } else { None }
+    }
+
+    fn failed(&self, kind: impl Into<FailureKind>, depth: usize) -> CallerError {
+        OpenFailure::new(&self.name.typed, kind).below(depth).into()
+    }
+
+    /// The name with the keys of the layer at `depth`: each layer has its own.
+    fn layer_name(&self, depth: usize) -> ImageName {
+        let keys = (0..depth).fold(self.name.keys.clone(), |keys, _| keys.below());
+        ImageName { keys, ..self.name.clone() }
+    }
+}
+
+impl OpenChain for ChainFiles<'_> {
+    fn open_top(&self) -> Result<ResolvedSource, CallerError> {
+        let source = open_bytes(self.name, &self.how)?.source;
+        self.name.guess_warning(&source.format).iter().for_each(|warning| (self.tell)(warning, &source));
+        Ok(source)
+    }
+
+    fn look_below(
+        &self,
+        above: &ResolvedSource,
+        depth: usize,
+        base: Option<&str>,
+    ) -> Result<NextLayer, CallerError> {
+        // A damaged header is reported even if the backing file it records is not used.
+        let recorded = backing_of(above).map_err(|error| self.failed(error, depth))?;
+        let path = match self.named_by_user(depth) {
+            Some(node) => node.map(|node| PathBuf::from(node.path().unwrap_or_default())),
+            None => recorded.map(|backing| beside(&above.name, &backing.name)),
         };
-        let mut layer = writable.clone().with_layers(Layers::NoBacking);
-        layer.writable = is_top;
-        let Some(below) = below else {
-            tell_of_change(is_top, &source, tell);
-            // What does not open is told first.
-            open_layers(&layer_name, source, &layer, above.len())?;
-            let (name, base) = (name.typed.clone(), base.map(str::to_owned));
-            return Err(OpenFailure::new(name.clone(), FailureKind::NoBase { name, base }));
-        };
-        let is_base = base.is_none_or(|base| is_same(&source.name, base, &below.path));
-        let next = match other.flatten() {
-            Some(node) => {
-                let mut how = writable.clone();
-                how.writable = is_base;
-                how.sharing = if is_base { Sharing::TopAlone } else { how.sharing };
-                let named = ImageName { node, ..name.clone() };
-                open_bytes(&named, &how).map_err(|failure| failure.below(1))?.source
-            }
-            None => source
-                .resolver
-                .resolve(below.reference(), is_base)
-                .map_err(|error| failed(name, qcow2_core::Error::from(error).into(), above.len() + 1))?,
-        };
-        check_chain(&next, &mut seen, above.len()).map_err(|kind| failed(name, kind, above.len() + 1))?;
-        tell_of_change(is_top, &source, tell);
-        let opened = open_layers(&layer_name, source, &layer, above.len())?;
-        above.push(opened.disk);
-        layer_name.keys = layer_name.keys.below();
-        source = next;
-        if is_base {
-            break;
+        Ok(match path {
+            None => NextLayer::None,
+            Some(path) if base.is_none_or(|base| is_same(&above.name, base, &path)) => NextLayer::Base,
+            Some(_) => NextLayer::Middle,
+        })
+    }
+
+    fn open_below(
+        &self,
+        above: &ResolvedSource,
+        depth: usize,
+        writable: bool,
+    ) -> Result<ResolvedSource, CallerError> {
+        if let Some(node) = self.named_by_user(depth - 1).flatten() {
+            let mut how = self.how.clone();
+            how.writable = writable;
+            how.sharing = if writable { Sharing::TopAlone } else { how.sharing };
+            let named = ImageName { node, ..self.name.clone() };
+            return Ok(open_bytes(&named, &how).map_err(|failure| failure.below(depth))?.source);
         }
+        let backing = backing_of(above).map_err(|error| self.failed(error, depth - 1))?.unwrap_or_default();
+        let reference = Reference::Backing { name: &backing.name, format: backing.format.as_deref() };
+        let resolved = above.resolver.resolve(reference, writable);
+        resolved.map_err(|error| self.failed(qcow2_core::Error::from(error), depth))
     }
-    if let Some(rate) = how.bytes_per_second {
-        source.storage = Arc::new(ThrottleStorage::new(source.storage, rate));
-    }
-    let base = open_layers(&layer_name, source, &writable, above.len())?.disk;
-    Ok(OpenedChain { above, base })
-}
 
-fn failed(name: &ImageName, kind: FailureKind, layer: usize) -> OpenFailure {
-    OpenFailure::new(&name.typed, kind).below(layer)
-}
-
-fn tell_of_change(is_changed: bool, source: &ResolvedSource, tell: Tell<'_>) {
-    if is_changed {
-        warnings_of_change(source).iter().for_each(|warning| tell(warning, source));
-    }
-}
-
-/// Refuses a layer that is one of those above it, and a chain that is too long, as the engine does where it
-/// opens one.
-fn check_chain(
-    next: &ResolvedSource,
-    seen: &mut BTreeSet<SourceId>,
-    above: usize,
-) -> Result<(), FailureKind> {
-    if above + 2 > MAX_CHAIN_LEN {
-        return Err(FailureKind::ChainTooLong(MAX_CHAIN_LEN));
-    }
-    match next.id {
-        Some(id) if !seen.insert(id) => Err(FailureKind::Loop(next.name.clone())),
-        _ => Ok(()),
+    fn open_layer(
+        &self,
+        mut source: ResolvedSource,
+        depth: usize,
+        role: LayerRole,
+    ) -> Result<Arc<dyn GuestDisk>, CallerError> {
+        let mut how = self.how.clone().with_layers(Layers::NoBacking);
+        match role {
+            LayerRole::Top => {
+                warnings_of_change(&source).iter().for_each(|warning| (self.tell)(warning, &source));
+            }
+            LayerRole::Middle => how.writable = false,
+            LayerRole::Base => {
+                how = self.how.clone();
+                if let Some(rate) = self.bytes_per_second {
+                    source.storage = Arc::new(ThrottleStorage::new(source.storage, rate));
+                }
+            }
+        }
+        Ok(open_layers(&self.layer_name(depth), source, &how, depth)?.disk)
     }
 }
 
-/// What an image says of its backing file.
+impl From<&OpenedDisk> for Chain {
+    /// Two layers are the same if they are the same file by its path, opened in the same format. Not by its
+    /// inode: names recorded in an image are relative to the path by which it is opened.
+    fn from(opened: &OpenedDisk) -> Self {
+        let mut chain = Self::new(Arc::clone(&opened.disk));
+        chain.layers = opened
+            .files
+            .iter()
+            .map(|layer| {
+                let path = Path::new(&layer.image).canonicalize().ok()?;
+                Some(format!("{} {}", if layer.raw { "raw" } else { "image" }, path.to_str()?))
+            })
+            .collect();
+        chain
+    }
+}
+
+/// What an image records of its backing file.
+#[derive(Default)]
 struct Backing {
     name: String,
     format: Option<String>,
-    /// Where the name leads.
-    path: PathBuf,
-}
-
-impl Backing {
-    fn named_by_user(node: &Node) -> Self {
-        Self { name: String::new(), format: None, path: PathBuf::from(node.path().unwrap_or_default()) }
-    }
-
-    fn reference(&self) -> Reference<'_> {
-        Reference::Backing { name: &self.name, format: self.format.as_deref() }
-    }
 }
 
 fn backing_of(source: &ResolvedSource) -> qcow2_core::Result<Option<Backing>> {
@@ -140,10 +147,8 @@ fn backing_of(source: &ResolvedSource) -> qcow2_core::Result<Option<Backing>> {
     }
     let header = read_header(&*source.storage)?;
     let format = header.extensions.backing_format_name();
-    Ok(header.backing_file_name().filter(|name| !name.is_empty()).map(|backing| {
-        let path = beside(&source.name, &backing);
-        Backing { name: backing, format, path }
-    }))
+    let name = header.backing_file_name().filter(|name| !name.is_empty());
+    Ok(name.map(|name| Backing { name, format }))
 }
 
 /// `name` as an image at `image` means it.

@@ -17,7 +17,7 @@ mod trail;
 pub use backing::{KeptBacking, locate_backing, open_backing};
 pub use bytes::NodeFacts;
 pub(crate) use bytes::check_device;
-pub use chain::{OpenedChain, open_down_to};
+pub use chain::ChainFiles;
 pub use layers::{
     OpenedBytes, OpenedDisk, open, open_below, open_bytes, open_existing, open_layers, open_snapshot,
     open_telling,

@@ -1,6 +1,6 @@
 //! How images are named and opened, as the options of a verb say.
 
-use super::Objects;
+use super::{Objects, Opt};
 use crate::failure::Failure;
 use crate::files::open_files;
 use qcow2_blockdev::{Follow, Naming, OpenOptions};
@@ -19,6 +19,18 @@ pub(crate) struct ImageArgs {
 }
 
 impl ImageArgs {
+    /// Takes an option that says how image names are meant; leaves any other.
+    pub(crate) fn take(&mut self, opt: Opt, value: String) -> Result<(), Failure> {
+        match opt {
+            Opt::Format => self.format = Some(value),
+            Opt::ImageOpts => self.image_opts = true,
+            Opt::ForceShare => self.force_share = true,
+            Opt::Object => self.objects.add(&value)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// How names are meant.
     pub(crate) fn naming(&self) -> Naming {
         Naming::new(self.objects.secrets()).with_format(self.format.clone()).as_list(self.image_opts)

@@ -54,15 +54,12 @@ impl Request {
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             match given.opt {
-                Opt::Format => request.image.format = Some(given.value),
-                Opt::ImageOpts => request.image.image_opts = true,
                 Opt::Cache => cache = Some(given.value),
                 Opt::Options => texts.push(KeyValues::checked(given.value)?),
                 Opt::Progress => request.progress = true,
                 Opt::Quiet => request.quiet = true,
                 Opt::Force => request.force = true,
-                Opt::Object => request.image.objects.add(&given.value)?,
-                _ => {}
+                opt => request.image.take(opt, given.value)?,
             }
         }
         if texts.is_empty() {

@@ -106,10 +106,6 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
         let number = |what: &str, range| parse_argument(what, &given.value, range);
         let count = |what: &str, range| parse_count(what, &given.value, range);
         match given.opt {
-            Opt::Format => request.image.format = Some(given.value),
-            Opt::ImageOpts => request.image.image_opts = true,
-            Opt::ForceShare => request.image.force_share = true,
-            Opt::Object => request.image.objects.add(&given.value)?,
             Opt::Cache => {
                 request.cache =
                     CacheMode::parse(&given.value).ok_or_else(|| Failure::new("Invalid cache mode"))?;
@@ -133,7 +129,7 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
             Opt::NoDrain => options.drain = false,
             Opt::Write => request.write = true,
             Opt::Threads => request.threads = Some(number("thread count", 1..=1024)? as usize),
-            _ => {}
+            opt => request.image.take(opt, given.value)?,
         }
     }
     options.step = request.step.filter(|&step| step > 0).unwrap_or(options.buffer_size);

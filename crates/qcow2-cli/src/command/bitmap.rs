@@ -49,9 +49,6 @@ impl Request {
         let mut request = Self::default();
         while let Some(given) = args.next(session)? {
             match given.opt {
-                Opt::Format => request.image.format = Some(given.value),
-                Opt::ImageOpts => request.image.image_opts = true,
-                Opt::Object => request.image.objects.add(&given.value)?,
                 Opt::AddBitmap => request.actions.push(BitmapAction::Add { granularity: None }),
                 Opt::RemoveBitmap => request.actions.push(BitmapAction::Remove),
                 Opt::ClearBitmap => request.actions.push(BitmapAction::Clear),
@@ -64,7 +61,7 @@ impl Request {
                 }
                 Opt::Backing => request.source = Some(given.value),
                 Opt::BackingFormat => request.source_format = Some(given.value),
-                _ => {}
+                opt => request.image.take(opt, given.value)?,
             }
         }
         let operands = args.into_operands();

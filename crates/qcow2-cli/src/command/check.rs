@@ -18,7 +18,7 @@ use qcow2_core::{EncryptedLayer, ImageFormat, Keyring, ResolvedSource};
 use qcow2_image::Threads;
 use qcow2_io::CacheMode;
 use qcow2_ops::ErrorKind;
-use qcow2_ops::check::{CheckReport, Finding};
+use qcow2_ops::check::{CheckReport, Finding, Found};
 use qcow2_ops::repair::{Outcome, RepairMode, Repaired, check_and_repair, is_copied_flag, is_refcount};
 use std::cell::Cell;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ use std::sync::Arc;
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let (report, repaired) = check(session, &request)?;
-    if report.incomplete {
+    if report.incomplete && repaired.is_none() {
         complain(session, &report, &|_| true);
         return Err(Failure::new(format!("Check failed: {}", why_incomplete(&report))));
     }
@@ -63,6 +63,10 @@ fn tell(
     report: &CheckReport,
     repaired: &Repaired,
 ) -> Result<Fixed, Failure> {
+    if let (Some(counted), Some(after)) = (&repaired.counted, &repaired.after) {
+        tell_mended(session, report, counted, after);
+        return summary(session, request, repaired);
+    }
     let touched = repaired.after.is_some() || !repaired.copied.is_empty();
     complain(session, report, &|finding| !touched || !is_copied_flag(finding));
     if !touched {
@@ -78,6 +82,25 @@ fn tell(
         say(session, found, fixed);
     }
     repaired.copied.iter().for_each(|found| say(session, found, repaired.copied_fixed));
+    summary(session, request, repaired)
+}
+
+/// Says what was wrong with entries of tables, then with the refcounts, and what of it is repaired.
+fn tell_mended(session: &Session, report: &CheckReport, counted: &CheckReport, after: &CheckReport) {
+    let of_entries = |finding: &Finding| !is_refcount(finding) && !is_copied_flag(finding);
+    for found in report.findings.iter().filter(|found| of_entries(&found.finding)) {
+        say(session, found, !after.findings.contains(found));
+    }
+    complain(session, counted, &is_refcount);
+    let rest = [is_refcount, is_copied_flag];
+    for wanted in rest {
+        let fixed = |found: &&Found| wanted(&found.finding) && !after.findings.contains(found);
+        counted.findings.iter().filter(fixed).for_each(|found| say(session, found, true));
+    }
+}
+
+/// The numbers, and what is found now.
+fn summary(session: &Session, request: &Request, repaired: &Repaired) -> Result<Fixed, Failure> {
     let (leaks, corruptions) = (repaired.leaks_fixed, repaired.corruptions_fixed);
     if let Some(after) = &repaired.after {
         if request.output == OutputFormat::Human && !request.quiet {
@@ -108,9 +131,6 @@ impl Request {
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             match given.opt {
-                Opt::Format => request.image.format = Some(given.value),
-                Opt::ImageOpts => request.image.image_opts = true,
-                Opt::ForceShare => request.image.force_share = true,
                 Opt::Output => request.output = OutputFormat::parse(verb, &given.value)?,
                 Opt::Quiet => request.quiet = true,
                 Opt::Cache => cache = Some(given.value),
@@ -120,8 +140,7 @@ impl Request {
                     let text = format!("--repair (-r) expects 'leaks' or 'all' not '{}'", given.value);
                     return Err(Failure::usage(verb.name, text));
                 }
-                Opt::Object => request.image.objects.add(&given.value)?,
-                _ => {}
+                opt => request.image.take(opt, given.value)?,
             }
         }
         request.filename = args.into_one_operand("Expecting one image file name")?;

@@ -11,7 +11,6 @@ use crate::render::{human, json};
 use crate::session::Session;
 use qcow2_blockdev::open;
 use qcow2_image::Threads;
-use qcow2_ops::ErrorKind;
 use serde_json::{Map, Value};
 use std::cell::OnceCell;
 
@@ -87,7 +86,7 @@ fn sum(
     }
     meter.end();
     interrupts.die_if_asked();
-    let digest = digest.map_err(|error| failure(&error))?;
+    let digest = digest.map_err(|error| persona::procedure(&error))?;
     let method = if request.blake3 { "blake3" } else { "crc32" };
     Ok(Sum { method, digest, size: disk.size() })
 }
@@ -108,26 +107,14 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
     let verb = args.verb();
     while let Some(given) = args.next(session)? {
         match given.opt {
-            Opt::Format => request.image.format = Some(given.value),
-            Opt::ImageOpts => request.image.image_opts = true,
-            Opt::ForceShare => request.image.force_share = true,
             Opt::Cache => request.cache = Some(given.value),
             Opt::Output => request.output = OutputFormat::parse(verb, &given.value)?,
             Opt::Blake3 => request.blake3 = true,
             Opt::Progress => request.progress = true,
             Opt::JsonProgress => request.json_progress = true,
-            Opt::Object => request.image.objects.add(&given.value)?,
-            _ => {}
+            opt => request.image.take(opt, given.value)?,
         }
     }
     request.filenames = args.into_images(session)?;
     Ok(request)
-}
-
-fn failure(error: &qcow2_ops::Error) -> Failure {
-    match (error.kind(), error.core_error()) {
-        (ErrorKind::Stopped, _) => Failure::silent(exit::FAILURE),
-        (_, Some(engine)) => Failure::new(format!("{error}: {}", persona::cause(engine))),
-        _ => Failure::new(persona::chain(error)),
-    }
 }

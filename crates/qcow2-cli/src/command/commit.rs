@@ -6,13 +6,14 @@ use crate::failure::Failure;
 use crate::findings::tell_of_change;
 use crate::interrupt::Interrupts;
 use crate::numbers::{SIGNED, parse_argument};
-use crate::open::{close, read_name};
+use crate::open::read_name;
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use qcow2_blockdev::{OpenedChain, open_down_to};
+use qcow2_blockdev::{ChainFiles, OpenFailure, Warning};
+use qcow2_core::ResolvedSource;
 use qcow2_image::Threads;
-use qcow2_ops::{CommitOptions, ErrorKind};
+use qcow2_ops::{ChainError, CommitOptions, ErrorKind};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
@@ -23,15 +24,16 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     how.bytes_per_second = request.bytes_per_second;
     request.image.check()?;
     let name = read_name(session, &request.filename, &request.image)?;
-    let chain = open_down_to(&name, &how, request.base.as_deref(), &|warning, source| {
-        tell_of_change(session, warning, source);
-    });
-    let chain = chain.map_err(Failure::from);
-    if chain.as_ref().is_err_and(Failure::is_of_opening) {
-        return chain.map(|_| exit::SUCCESS);
+    let tell = |warning: &Warning, source: &ResolvedSource| tell_of_change(session, warning, source);
+    let chain = ChainFiles::new(&name, &how, &tell);
+    let options = CommitOptions::default().with_base(request.base.clone()).with_empty_top(!request.drop);
+    let meter = Meter::waiting(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
+    let committed = qcow2_ops::commit(&chain, &options, &Threads::per_core(), &meter);
+    let committed = committed.map_err(|error| failure(error, &name.typed));
+    if committed.as_ref().is_err_and(Failure::is_of_opening) {
+        return committed.map(|_| exit::SUCCESS);
     }
-    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
-    let committed = chain.and_then(|chain| commit(&request, &chain, &meter));
+    meter.begin();
     if committed.is_ok() {
         meter.complete_again();
     }
@@ -61,8 +63,6 @@ impl Request {
         let mut request = Self::default();
         while let Some(given) = args.next(session)? {
             match given.opt {
-                Opt::Format => request.image.format = Some(given.value),
-                Opt::ImageOpts => request.image.image_opts = true,
                 Opt::Cache => request.cache = Some(given.value),
                 Opt::Backing => (request.base, request.drop) = (Some(given.value), true),
                 Opt::Drop => request.drop = true,
@@ -72,8 +72,7 @@ impl Request {
                 }
                 Opt::Progress => request.progress = true,
                 Opt::Quiet => request.quiet = true,
-                Opt::Object => request.image.objects.add(&given.value)?,
-                _ => {}
+                opt => request.image.take(opt, given.value)?,
             }
         }
         request.filename = args.into_one_operand("Expecting one image file name")?;
@@ -81,28 +80,22 @@ impl Request {
     }
 }
 
-fn commit(request: &Request, chain: &OpenedChain, meter: &Meter) -> Result<(), Failure> {
-    let mut options = CommitOptions::default();
-    options.empty_top = !request.drop;
-    let workers = Threads::per_core();
-    let committed = qcow2_ops::commit(&chain.above, &chain.base, &options, &workers, meter);
-    // Both are left clean whatever happened.
-    let closed = [&chain.base, &chain.above[0]].map(|disk| close(&**disk));
-    committed.map_err(|error| failure(&error))?;
-    let closed: Result<Vec<()>, String> = closed.into_iter().collect();
-    closed.map(|_| ()).map_err(|reason| Failure::new(format!("Could not commit the image: {reason}")))
-}
-
-fn failure(error: &qcow2_ops::Error) -> Failure {
-    if error.kind() == ErrorKind::Stopped {
-        return Failure::silent(exit::FAILURE);
+fn failure(error: qcow2_ops::Error, name: &str) -> Failure {
+    let error = match error.caller_error::<OpenFailure>() {
+        Ok(failure) => return failure.into(),
+        Err(error) => error,
+    };
+    if let Some(chain) = persona::find::<ChainError>(&error) {
+        return persona::chain_failure(name, chain);
     }
-    match error.core_error() {
-        Some(engine) if matches!(error.kind(), ErrorKind::Extents | ErrorKind::Read | ErrorKind::Write) => {
+    match (error.kind(), error.core_error()) {
+        (ErrorKind::Extents | ErrorKind::Read | ErrorKind::Write, Some(engine)) => {
             Failure::new(format!("Block job failed: {}", persona::cause(engine)))
         }
-        Some(engine) => Failure::new(format!("{error}: {}", persona::cause(engine))),
-        None => Failure::new(persona::chain(error)),
+        (ErrorKind::Close, Some(engine)) => {
+            Failure::new(format!("Could not commit the image: {}", persona::cause(engine)))
+        }
+        _ => persona::procedure(&error),
     }
 }
 

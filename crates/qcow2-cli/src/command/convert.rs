@@ -17,7 +17,7 @@ use qcow2_core::GuestDisk;
 use qcow2_core::format::Version;
 use qcow2_image::Threads;
 use qcow2_ops::snapshot::SnapshotName;
-use qcow2_ops::{CopyReport, ErrorKind, converted_size};
+use qcow2_ops::{CopyReport, converted_size};
 use request::Request;
 pub(crate) use request::parse_snapshot;
 use std::sync::Arc;
@@ -62,7 +62,8 @@ fn convert(
     }
     let options = request.options(target.backing().is_some())?;
     let workers = request.copy.workers.map_or_else(Threads::per_core, Threads::new);
-    let report = qcow2_ops::convert(&disks, &*target, &options, &workers, meter).map_err(|e| failure(&e))?;
+    let report = qcow2_ops::convert(&disks, &*target, &options, &workers, meter)
+        .map_err(|e| persona::procedure(&e))?;
     interrupts.stop_watching();
     warn_of_losses(session, request, &report);
     copy_bitmaps(session, request, &disks, &*target)?;
@@ -90,7 +91,7 @@ fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>,
     }
 }
 
-/// Makes all durable, as far as the cache mode wants it, and leaves the target clean.
+/// Leaves the target clean.
 pub(super) fn finish(target: &dyn GuestDisk) -> Result<(), Failure> {
     close(target).map_err(|reason| Failure::new(format!("error while closing the target: {reason}")))
 }
@@ -113,16 +114,6 @@ fn copy_bitmaps(
     })?;
     skipped.iter().for_each(|name| session.warn(&format!("Skipping inconsistent bitmap '{name}'")));
     Ok(())
-}
-
-fn failure(error: &qcow2_ops::Error) -> Failure {
-    if error.kind() == ErrorKind::Stopped {
-        return Failure::silent(exit::FAILURE);
-    }
-    match error.core_error() {
-        Some(engine) => Failure::new(format!("{error}: {}", persona::cause(engine))),
-        None => Failure::new(persona::chain(error)),
-    }
 }
 
 fn warn_of_losses(session: &Session, request: &Request, report: &CopyReport) {

@@ -55,13 +55,9 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
     let verb = args.verb();
     while let Some(given) = args.next(session)? {
         match given.opt {
-            Opt::Format => image.format = Some(given.value),
-            Opt::ImageOpts => image.image_opts = true,
-            Opt::ForceShare => image.force_share = true,
             Opt::BackingChain => chain = true,
             Opt::Output => output = OutputFormat::parse(verb, &given.value)?,
-            Opt::Object => image.objects.add(&given.value)?,
-            _ => {}
+            opt => image.take(opt, given.value)?,
         }
     }
     let filenames = args.into_images(session)?;

@@ -44,14 +44,10 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
     let verb = args.verb();
     while let Some(given) = args.next(session)? {
         match given.opt {
-            Opt::Format => image.format = Some(given.value),
-            Opt::ImageOpts => image.image_opts = true,
-            Opt::ForceShare => image.force_share = true,
             Opt::Output => output = OutputFormat::parse(verb, &given.value)?,
             Opt::StartOffset => options.start = parse_argument("start offset", &given.value, SIGNED)?,
             Opt::MaxLength => options.len = Some(parse_argument("max length", &given.value, SIGNED)?),
-            Opt::Object => image.objects.add(&given.value)?,
-            _ => {}
+            opt => image.take(opt, given.value)?,
         }
     }
     let filename = args.into_one_operand("Expecting one image file name")?;

@@ -195,11 +195,10 @@ fn value(measured: &Measure, bitmaps: Option<u64>) -> serde_json::Value {
 }
 
 fn failure(error: &qcow2_ops::Error) -> Failure {
-    match (error.kind(), error.core_error()) {
-        (ErrorKind::InvalidOption, _) => {
+    match error.kind() {
+        ErrorKind::InvalidOption => {
             Failure::new("The image size is too large (try using a larger cluster size)")
         }
-        (_, Some(engine)) => Failure::new(format!("{error}: {}", persona::cause(engine))),
-        _ => Failure::new(persona::chain(error)),
+        _ => persona::procedure(error),
     }
 }

@@ -49,15 +49,12 @@ impl Request {
         while let Some(given) = args.next(session)? {
             match given.opt {
                 Opt::Quiet => quiet = true,
-                Opt::Format => image.format = Some(given.value),
-                Opt::ImageOpts => image.image_opts = true,
-                Opt::Object => image.objects.add(&given.value)?,
                 Opt::Shrink => shrink = true,
                 Opt::Preallocation => {
                     let no_such = || Failure::new(format!("Invalid preallocation mode '{}'", given.value));
                     preallocation = Preallocation::from_name(&given.value).ok_or_else(no_such)?;
                 }
-                _ => {}
+                opt => image.take(opt, given.value)?,
             }
         }
         let operands = args.into_operands();

@@ -74,28 +74,15 @@ impl Request {
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             let wanted = match given.opt {
-                Opt::Format => {
-                    image.format = Some(given.value);
-                    continue;
-                }
-                Opt::ImageOpts => {
-                    image.image_opts = true;
-                    continue;
-                }
-                Opt::ForceShare => {
-                    image.force_share = true;
-                    continue;
-                }
-                Opt::Object => {
-                    image.objects.add(&given.value)?;
-                    continue;
-                }
                 Opt::ListSnapshots => Action::List,
                 Opt::CreateSnapshot => Action::Create(given.value),
                 Opt::ApplySnapshot => Action::Apply(given.value),
                 Opt::DeleteSnapshot => Action::Delete(given.value),
                 Opt::ExternalSnapshot => Action::External(given.value),
-                _ => continue,
+                opt => {
+                    image.take(opt, given.value)?;
+                    continue;
+                }
             };
             if action.replace(wanted).is_some() {
                 return Err(Failure::usage(verb.name, "Cannot mix '-l', '-a', '-c', '-d'"));

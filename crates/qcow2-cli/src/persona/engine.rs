@@ -71,15 +71,39 @@ pub(crate) fn no_space(preallocation: Preallocation, own_file: bool) -> String {
 }
 
 fn open_reason(error: &OpenError, path: &str) -> (String, Option<String>) {
+    if let Some(text) = system_reason(error) {
+        return (format!("Could not open '{path}': {text}"), None);
+    }
+    let is_locked = error.kind() == OpenErrorKind::Locked;
+    (error.reason(), is_locked.then(|| format!("Is another process using the image [{path}]?")))
+}
+
+/// Why the system does not open a file. `None`: it does, and we refuse.
+fn system_reason(error: &OpenError) -> Option<String> {
     match error.kind() {
-        OpenErrorKind::NotRegular if error.is_directory_to_write() => {
-            (format!("Could not open '{path}': Is a directory"), None)
+        OpenErrorKind::NotRegular if error.is_directory_to_write() => Some("Is a directory".to_owned()),
+        OpenErrorKind::NotRegular | OpenErrorKind::SameFile | OpenErrorKind::Locked => None,
+        _ => Some(error.reason()),
+    }
+}
+
+/// The file that the system does not open, and why, if that is the reason for a failure.
+pub(super) fn unopened(kind: &FailureKind) -> Option<(String, String)> {
+    let of_error = |error: &OpenError, path: &str| Some((path.to_owned(), system_reason(error)?));
+    match kind {
+        FailureKind::File { path, error } => match &**error {
+            SourceError::Open(error) => of_error(error, path),
+            _ => None,
+        },
+        FailureKind::NoDevice { path, error } => Some((path.clone(), error.to_string())),
+        FailureKind::Engine(error) => {
+            let below = find::<ResolveError>(error)?;
+            match find::<FailureKind>(below) {
+                Some(kind) => unopened(kind),
+                None => find::<OpenError>(below).and_then(|e| of_error(e, &e.path().to_string_lossy())),
+            }
         }
-        OpenErrorKind::NotRegular | OpenErrorKind::SameFile => (error.reason(), None),
-        OpenErrorKind::Locked => {
-            (error.reason(), Some(format!("Is another process using the image [{path}]?")))
-        }
-        _ => (format!("Could not open '{path}': {}", error.reason()), None),
+        _ => None,
     }
 }
 

@@ -1,10 +1,11 @@
 //! Disks that are not opened, and what is worth a word though they are.
 
-use super::engine::{engine_reason, source_reason};
+use super::engine::{engine_reason, source_reason, unopened};
 use super::name;
 use super::text::{BACKING, capitalized, chain, storage};
 use crate::failure::Failure;
 use qcow2_blockdev::{FailureKind, OpenFailure, Warning};
+use qcow2_ops::ChainError;
 
 /// Said of requests that the system is to queue where its page cache stands between.
 pub(crate) const NATIVE_NEEDS_DIRECT: &str =
@@ -41,16 +42,12 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
         }
         FailureKind::Storage(error) => storage(error),
         FailureKind::UnsupportedFormat(_) => kind.to_string(),
-        FailureKind::Loop(name) => format!("Backing file '{name}' creates an infinite loop"),
+        FailureKind::Loop(name) => endless(name),
         FailureKind::NoSnapshots => format!(
             "{NOT_LOADED}Block format 'raw' used by device '' does not support temporarily loading internal \
              snapshots"
         ),
         FailureKind::NoSuchSnapshot => format!("{NOT_LOADED}Can't find snapshot"),
-        FailureKind::NoBase { name, base: Some(base) } => {
-            format!("Did not find '{base}' in the backing chain of '{name}'")
-        }
-        FailureKind::NoBase { base: None, .. } => "Image does not have a backing file".to_owned(),
         other => capitalized(&other.to_string()),
     };
     (reason, Vec::new())
@@ -67,17 +64,57 @@ pub(crate) fn in_one_line(kind: &FailureKind) -> String {
     reason(kind).0
 }
 
+fn endless(name: &str) -> String {
+    format!("Backing file '{name}' creates an infinite loop")
+}
+
+/// What is wrong with the backing chain of `name`.
+pub(crate) fn chain_failure(name: &str, error: &ChainError) -> Failure {
+    let (reason, depth) = match error {
+        ChainError::NoBase(Some(base)) => {
+            return Failure::new(format!("Did not find '{base}' in the backing chain of '{name}'"));
+        }
+        ChainError::NoBase(None) => return Failure::new("Image does not have a backing file"),
+        ChainError::Loop { name, depth } => (endless(name), *depth),
+        ChainError::TooLong(most) => (capitalized(&error.to_string()), *most),
+        other => (capitalized(&other.to_string()), 0),
+    };
+    Failure::could_not_open(name, &format!("{}{reason}", BACKING.repeat(depth)))
+}
+
+/// The same in our own words, which name each file once, and shorter for whoever has named the disk already.
+/// `None`: the words are QEMU's.
+fn one_sentence(failure: &OpenFailure, reason: &str) -> Option<(String, Option<String>)> {
+    let name = failure.name();
+    let sentence = match (unopened(failure.kind()), failure.layer()) {
+        (None, 0) => return None,
+        (None, 1) => format!("Could not open the backing file of '{name}': {reason}"),
+        (None, n) => format!("Could not open the backing file {n} layers below '{name}': {reason}"),
+        (Some((file, text)), 0) if file == name => {
+            return Some((format!("Could not open '{name}': {text}"), Some(text)));
+        }
+        (Some((file, text)), 0) => format!("Could not open '{file}' of '{name}': {text}"),
+        (Some((file, text)), _) => {
+            format!("Could not open '{file}' in the backing chain of '{name}': {text}")
+        }
+    };
+    Some((sentence, None))
+}
+
 impl From<OpenFailure> for Failure {
     fn from(failure: OpenFailure) -> Self {
         let (reason, hints) = reason(failure.kind());
         let told = match failure.kind() {
             // What was asked for is not there; the image opens.
-            FailureKind::NoSnapshots | FailureKind::NoSuchSnapshot | FailureKind::NoBase { .. } => {
-                Self::new(reason)
-            }
+            FailureKind::NoSnapshots | FailureKind::NoSuchSnapshot => Self::new(reason),
             _ => {
-                let reason = format!("{}{reason}", BACKING.repeat(failure.layer()));
-                Self::could_not_open(failure.name(), &reason)
+                let hintless = reason;
+                let reason = format!("{}{hintless}", BACKING.repeat(failure.layer()));
+                let told = Self::could_not_open(failure.name(), &reason);
+                match one_sentence(&failure, &hintless) {
+                    Some((sentence, short)) => told.in_own_words(sentence, short),
+                    None => told,
+                }
             }
         };
         let told = hints.into_iter().fold(told, Self::hint);
@@ -119,8 +156,8 @@ pub(crate) fn warning(warning: &Warning) -> Vec<String> {
         }
         Warning::NotClosedCleanly => vec!["the image was not closed cleanly".to_owned()],
         Warning::MissingEnd { file, len, end } => vec![format!(
-            "'{file}' ends at byte {len}, but clusters in use reach up to {end}: it may have been cut short. What is \
-             missing reads as zeroes"
+            "'{file}' ends at byte {len}, but clusters in use reach up to {end}: \
+             it may have been cut short. What is missing reads as zeroes"
         )],
         other => vec![format!("{other:?}")],
     }

@@ -1,5 +1,7 @@
 //! Errors in one line.
 
+use crate::exit;
+use crate::failure::Failure;
 use qcow2_core::StorageError;
 use qcow2_io::os_error_text;
 use std::error::Error as StdError;
@@ -26,6 +28,15 @@ pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
         next = error.source();
     }
     text
+}
+
+/// A procedure that failed, for which there are no other words; nothing is said of one that was stopped.
+pub(crate) fn procedure(error: &qcow2_ops::Error) -> Failure {
+    match (error.kind(), error.core_error()) {
+        (qcow2_ops::ErrorKind::Stopped, _) => Failure::silent(exit::FAILURE),
+        (_, Some(engine)) => Failure::new(format!("{error}: {}", cause(engine))),
+        (_, None) => Failure::new(chain(error)),
+    }
 }
 
 /// The first error of type `T` in `error` and below.

@@ -55,9 +55,9 @@ impl Image {
         self.file.poison_on_error(expanded)?;
         let mut header = self.header();
         header.version = Version::V2;
-        header.incompatible_features = IncompatibleFeatures::NONE;
-        header.compatible_features = CompatibleFeatures::NONE;
-        header.autoclear_features = AutoclearFeatures::NONE;
+        header.features.incompatible = IncompatibleFeatures::NONE;
+        header.features.compatible = CompatibleFeatures::NONE;
+        header.features.autoclear = AutoclearFeatures::NONE;
         header.compression_type = CompressionType::Deflate;
         header.unknown_fields.clear();
         header.extensions.bitmaps = None;
@@ -81,7 +81,7 @@ impl Image {
         }
         // The compression type may go where nothing is compressed.
         let may_go = IncompatibleFeatures::DIRTY.bits() | IncompatibleFeatures::COMPRESSION_TYPE.bits();
-        let features = header.incompatible_features.bits() & !may_go;
+        let features = header.features.incompatible.bits() & !may_go;
         if features != 0 {
             return unsupported(format!("version 2 has no incompatible features, these are {features:#x}"));
         }

@@ -55,8 +55,8 @@ impl Image {
                 let message = "lazy refcounts are for version 3";
                 return Err(Error::new(ErrorKind::Unsupported, message));
             }
-            header.compatible_features =
-                header.compatible_features.with(CompatibleFeatures::LAZY_REFCOUNTS, lazy);
+            header.features.compatible =
+                header.features.compatible.with(CompatibleFeatures::LAZY_REFCOUNTS, lazy);
         }
         if let Some(name) = &change.data_file {
             if !header.has_data_file() {
@@ -65,8 +65,8 @@ impl Image {
             header.extensions.data_file = Some(name.clone().into_bytes()).filter(|name| !name.is_empty());
         }
         if change.forget_raw_data_file {
-            header.autoclear_features =
-                header.autoclear_features.with(AutoclearFeatures::RAW_DATA_FILE, false);
+            header.features.autoclear =
+                header.features.autoclear.with(AutoclearFeatures::RAW_DATA_FILE, false);
         }
         if header == self.header() {
             return Ok(());

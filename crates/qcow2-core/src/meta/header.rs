@@ -89,7 +89,7 @@ impl HeaderStore {
         let header = self.current();
         let repairing = self.file.is_for_repair();
         if self.file.is_writable() && !repairing && header.version >= Version::V3 && !header.is_corrupt() {
-            let marked = header.incompatible_features.with(IncompatibleFeatures::CORRUPT, true);
+            let marked = header.features.incompatible.with(IncompatibleFeatures::CORRUPT, true);
             let _ = self.update(&[HeaderField::Incompatible(marked)]);
         }
         if !repairing {
@@ -100,7 +100,7 @@ impl HeaderStore {
 
     /// Clears the autoclear bits that this engine does not keep up to date.
     pub(crate) fn clear_unknown_autoclear(&self) -> Result<()> {
-        let features = self.current().autoclear_features;
+        let features = self.current().features.autoclear;
         let known = AutoclearFeatures::from_bits(features.bits() & !features.unknown().bits());
         if known != features {
             self.update(&[HeaderField::Autoclear(known)])?;
@@ -111,7 +111,7 @@ impl HeaderStore {
 
     /// Clears the autoclear bit that vouches for the bitmaps.
     pub(crate) fn distrust_bitmaps(&self) -> Result<()> {
-        let features = self.current().autoclear_features;
+        let features = self.current().features.autoclear;
         if features.contains(AutoclearFeatures::BITMAPS) {
             let without = features.with(AutoclearFeatures::BITMAPS, false);
             self.warn(HeaderField::Autoclear(without))?;
@@ -126,14 +126,14 @@ impl HeaderStore {
         if self.file.is_for_repair() || header.version < Version::V3 || !header.is_dirty() {
             return Ok(());
         }
-        let clean = header.incompatible_features.with(IncompatibleFeatures::DIRTY, false);
+        let clean = header.features.incompatible.with(IncompatibleFeatures::DIRTY, false);
         self.update(&[HeaderField::Incompatible(clean)])
     }
 
     /// Clears the dirty and the corrupt bit.
     pub(crate) fn clear_damage_marks(&self) -> Result<()> {
         let header = self.current();
-        let features = header.incompatible_features;
+        let features = header.features.incompatible;
         let clean =
             features.with(IncompatibleFeatures::DIRTY, false).with(IncompatibleFeatures::CORRUPT, false);
         if header.version < Version::V3 || clean == features {

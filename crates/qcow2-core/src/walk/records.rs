@@ -140,7 +140,10 @@ impl Walk<'_> {
                 return Ok((tables, Some(BitmapFault { index, error })));
             }
             let judged = records.next(Bitmap::parse)?.and_then(|bitmap| {
-                bitmap.validate(self.geometry(), self.header.disk_size()).map(|()| bitmap)
+                let disk_size = self.header.disk_size();
+                bitmap.validate(self.geometry(), disk_size)?;
+                bitmap.validate_table_size(self.geometry(), disk_size)?;
+                Ok(bitmap)
             });
             match judged {
                 Ok(bitmap) => tables

@@ -67,14 +67,14 @@ fn parse(bytes: &[u8], purpose: Purpose) -> Result<Header, FormatError> {
     header.nb_snapshots = fields.u32(60);
     header.snapshots_offset = HostOffset::new(fields.u64(64));
     if version >= Version::V3 {
-        header.incompatible_features = IncompatibleFeatures::from_bits(fields.u64(72));
-        header.compatible_features = CompatibleFeatures::from_bits(fields.u64(80));
-        header.autoclear_features = AutoclearFeatures::from_bits(fields.u64(88));
+        header.features.incompatible = IncompatibleFeatures::from_bits(fields.u64(72));
+        header.features.compatible = CompatibleFeatures::from_bits(fields.u64(80));
+        header.features.autoclear = AutoclearFeatures::from_bits(fields.u64(88));
         header.refcount_order = fields.u32(96);
         header.unknown_fields = fields.range(limit::HEADER_LEN_V3, header_len);
-        header.compression_type = fields.compression_type(header_len, header.incompatible_features)?;
+        header.compression_type = fields.compression_type(header_len, header.features.incompatible)?;
     }
-    check_incompatible(header.incompatible_features, &area)?;
+    check_incompatible(header.features.incompatible, &area)?;
     let geometry = header.geometry()?;
     check_refcount_table(&header, &geometry, purpose)?;
     if purpose == Purpose::Use {

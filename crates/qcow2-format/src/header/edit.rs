@@ -97,7 +97,7 @@ mod tests {
             directory_offset: HostOffset::new(0x5000),
         };
         header.extensions.bitmaps = Some(extension);
-        header.autoclear_features = AutoclearFeatures::BITMAPS;
+        header.features.autoclear = AutoclearFeatures::BITMAPS;
         let mut cluster = header.encode_cluster().unwrap();
         let places = ExtensionPlaces::find(&cluster).unwrap();
         let at = places.bitmaps.unwrap();

@@ -80,11 +80,11 @@ impl HeaderField {
                 put(64, &offset.value().to_be_bytes());
             }
             Self::Incompatible(features) => {
-                header.incompatible_features = features;
+                header.features.incompatible = features;
                 put(72, &features.bits().to_be_bytes());
             }
             Self::Autoclear(features) => {
-                header.autoclear_features = features;
+                header.features.autoclear = features;
                 put(88, &features.bits().to_be_bytes());
             }
         }

@@ -1,7 +1,7 @@
 use super::*;
 use crate::error::Table;
 use crate::extension::{BitmapsExtension, LuksPointer, UnknownExtension};
-use crate::feature::{FeatureName, FeatureWord};
+use crate::feature::{CompatibleFeatures, FeatureName, FeatureWord};
 use proptest::prelude::*;
 
 /// Cluster 0 of `qemu-img create -f qcow2 -b base.raw -F raw o.qcow2 1M`, without the trailing zeroes.
@@ -233,7 +233,7 @@ fn bitmaps_extension_is_checked_with_the_autoclear_bit() {
         let directory_offset = HostOffset::new(offset);
         header.extensions.bitmaps =
             Some(BitmapsExtension { count, reserved, directory_size, directory_offset });
-        header.autoclear_features.set(AutoclearFeatures::BITMAPS, true);
+        header.features.autoclear.set(AutoclearFeatures::BITMAPS, true);
         Header::parse(&header.encode().unwrap()).map(|_| ()).map_err(|e| e.kind().clone())
     };
     assert_eq!(bitmaps(65535, 0, 67_107_840, 0x10000), Ok(()));
@@ -304,9 +304,9 @@ proptest! {
     ) {
         let mut header = Header { size, extensions, backing_file: name, ..overlay_of_qemu() };
         header.l1_size = 1 << 12;
-        header.incompatible_features = IncompatibleFeatures::from_bits(words.0 & 0b10111);
-        header.compatible_features = CompatibleFeatures::from_bits(words.1);
-        header.autoclear_features = AutoclearFeatures::from_bits(words.1 & !1);
+        header.features.incompatible = IncompatibleFeatures::from_bits(words.0 & 0b10111);
+        header.features.compatible = CompatibleFeatures::from_bits(words.1);
+        header.features.autoclear = AutoclearFeatures::from_bits(words.1 & !1);
         header.refcount_order = u32::from(words.2 % 7);
         header.unknown_fields = unknown.iter().flat_map(|&b| [b, 1, 2, 3, 4, 5, 6, 7]).collect();
         if luks {

@@ -7,9 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Clusters per chunk, the unit of locking and of lazy allocation.
 pub(super) const CHUNK: u64 = 1 << 16;
 
-/// Reference counts that saturate at the largest refcount of the image's width (at 2^32 - 1 for 64 bits). Any
-/// number of workers may add concurrently.
-pub(super) struct Counters {
+/// Counts that stop at the largest refcount of the image's width (at 2^32 - 1 with 64 bits). Any number of
+/// workers may add at once.
+pub(crate) struct Counters {
     window: Range<u64>,
     width: RefcountWidth,
     chunks: Vec<Mutex<Chunk>>,
@@ -37,8 +37,8 @@ impl Counters {
         Self { window, width, chunks: (0..chunks).map(|_| Mutex::new(Chunk::Empty)).collect() }
     }
 
-    /// The clusters covered.
-    pub(super) fn window(&self) -> Range<u64> {
+    /// The clusters that are counted.
+    pub(crate) fn window(&self) -> Range<u64> {
         self.window.clone()
     }
 
@@ -67,7 +67,7 @@ impl Counters {
     }
 
     /// The count of `cluster`; 0 outside the window.
-    pub(super) fn count(&self, cluster: u64) -> u64 {
+    pub(crate) fn count(&self, cluster: u64) -> u64 {
         if !self.window.contains(&cluster) {
             return 0;
         }

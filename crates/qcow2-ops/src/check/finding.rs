@@ -164,6 +164,9 @@ impl Finding {
         match self {
             Self::Refcount { stored, references, .. } if stored > references => Class::Leak,
             Self::RefcountUnreadable { .. }
+            // QEMU does not open such an image, so it cannot say more of it either.
+            | Self::Bitmap(_)
+            | Self::BitmapTableEntry { .. }
             | Self::Snapshot(
                 SnapshotFault::TooMany { .. }
                 | SnapshotFault::Misplaced { .. }

@@ -170,12 +170,12 @@ fn header(shape: &Shape) -> Header {
     if shape.encryption.is_some() {
         header.crypt_method = CryptMethod::Aes;
     }
-    header.compatible_features.set(CompatibleFeatures::LAZY_REFCOUNTS, shape.lazy_refcounts);
-    header.incompatible_features.set(IncompatibleFeatures::EXTENDED_L2, shape.extended_l2);
-    header.incompatible_features.set(IncompatibleFeatures::DATA_FILE, shape.data_file.is_some());
+    header.features.compatible.set(CompatibleFeatures::LAZY_REFCOUNTS, shape.lazy_refcounts);
+    header.features.incompatible.set(IncompatibleFeatures::EXTENDED_L2, shape.extended_l2);
+    header.features.incompatible.set(IncompatibleFeatures::DATA_FILE, shape.data_file.is_some());
     if let Some(file) = shape.data_file {
         header.extensions.data_file = Some(b"data".to_vec());
-        header.autoclear_features.set(AutoclearFeatures::RAW_DATA_FILE, file.raw);
+        header.features.autoclear.set(AutoclearFeatures::RAW_DATA_FILE, file.raw);
     }
     if shape.backing.is_some() {
         header.backing_file = Some(b"backing".to_vec());
@@ -280,7 +280,7 @@ fn with_bitmap(mut builder: Builder, records: bool) -> Built {
         return built;
     }
     let header = builder.header_mut();
-    header.autoclear_features.set(AutoclearFeatures::BITMAPS, true);
+    header.features.autoclear.set(AutoclearFeatures::BITMAPS, true);
     header.extensions.bitmaps = Some(BitmapsExtension {
         count: 1,
         reserved: 0,

@@ -1,12 +1,13 @@
 //! Images through pipes: `-` as the target is standard output, `-` as the source standard input.
 
 use super::request::Request;
-use super::{failure, finish, open_sources, target};
+use super::{finish, open_sources, target};
 use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_files;
 use crate::interrupt::Interrupts;
 use crate::open::warn_of_missing_end;
+use crate::persona;
 use crate::progress::Meter;
 use crate::session::{Session, unfinished_stream};
 use qcow2_blockdev::{Compression, NewOptions, new_image_format};
@@ -85,7 +86,7 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
     written.map(|_| ()).map_err(|error| match crate::persona::find::<io::Error>(&error) {
         // An error of the source may have one of the system below it too.
         Some(broken) if error.kind() == ErrorKind::Write => unfinished_stream(broken),
-        _ => failure(&error),
+        _ => persona::procedure(&error),
     })
 }
 
@@ -106,18 +107,18 @@ fn read(session: &Session, request: &Request, interrupts: &Interrupts, meter: &M
     let target = match qcow2 {
         false => {
             let target = target::open(session, request, &[], 0, interrupts)?;
-            stream_raw_in(&mut input, &*target, meter).map_err(|error| failure(&error))?;
+            stream_raw_in(&mut input, &*target, meter).map_err(|error| persona::procedure(&error))?;
             target
         }
         true => {
-            let image = StreamedImage::open(&mut input).map_err(|error| failure(&error))?;
+            let image = StreamedImage::open(&mut input).map_err(|error| persona::procedure(&error))?;
             let codecs = Compression::default().codecs()?;
             let codec = match image.header().compression_type {
                 CompressionType::Zstd => codecs.zstd,
                 _ => codecs.deflate,
             };
             let target = target::open(session, request, &[], image.size(), interrupts)?;
-            image.copy_to(&*target, codec.as_ref(), meter).map_err(|error| failure(&error))?;
+            image.copy_to(&*target, codec.as_ref(), meter).map_err(|error| persona::procedure(&error))?;
             target
         }
     };

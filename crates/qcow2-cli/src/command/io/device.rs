@@ -20,13 +20,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(super) struct Files {
     /// What names may speak of.
     pub(super) objects: Objects,
+    /// Whether reasons are in our own words.
+    pub(super) own: bool,
 }
 
 impl Opener for Files {
     fn open(&self, request: &OpenRequest) -> Result<OpenedDisk, Refusal> {
         let request = understood(request).map_err(Refusal::new)?;
         open(&request, &self.objects).map_err(|failure| {
-            let mut lines = failure.without_name().lines("", "").into_iter();
+            let failure = failure.without_name();
+            let failure = if self.own { failure.own_reason() } else { failure };
+            let mut lines = failure.lines("", "").into_iter();
             let reason = lines.next().unwrap_or_default();
             Refusal { reason: reason.trim_start_matches(": ").to_owned(), hints: lines.collect() }
         })

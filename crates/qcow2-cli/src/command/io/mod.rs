@@ -95,7 +95,7 @@ fn exercise(session: &Session, mut request: Request, path: Option<String>) -> Re
     if request.open.image_opts && request.open.format.is_some() {
         return Err(Failure::new("--image-opts and -f are mutually exclusive"));
     }
-    let opener = Files { objects: request.objects };
+    let opener = Files { objects: request.objects, own: session.is_own() };
     let console = Streams::new(session);
     let mut exerciser = Exerciser::new(Ports { opener: &opener, console: &console, words: &QemuWords });
     if let Some(path) = path {

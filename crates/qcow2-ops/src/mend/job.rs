@@ -1,0 +1,88 @@
+//! What every step of a repair works on.
+
+use super::draft::Draft;
+use super::fix::Fix;
+use crate::error::{Error, ErrorKind, Result};
+use crate::executor::Executor;
+use crate::progress::Progress;
+use qcow2_core::walk::Walk;
+use qcow2_core::{HostOffset, Storage};
+use qcow2_format::header::{HeaderField, SECTOR_LEN};
+use qcow2_format::l2::L2Format;
+use qcow2_format::{Header, bytes};
+use std::collections::BTreeSet;
+
+/// Fixes that are listed; all are counted.
+const MAX_LISTED: usize = 10_000;
+
+/// A repair under way: the draft, the header as it is there, and what is known by now.
+pub(super) struct Job<'a> {
+    pub(super) draft: Draft<'a>,
+    pub(super) base: &'a dyn Storage,
+    pub(super) header: Header,
+    pub(super) format: L2Format,
+    pub(super) executor: &'a dyn Executor,
+    pub(super) progress: &'a dyn Progress,
+    pub(super) fixes: Vec<Fix>,
+    pub(super) omitted: u64,
+    /// A table could not be found or read: clusters that nothing seems to refer to may be its.
+    pub(super) tables_missing: bool,
+    /// Clusters that an undecided entry may mean.
+    pub(super) kept: BTreeSet<u64>,
+    /// The first cluster that nothing uses, and nothing behind it.
+    pub(super) end: u64,
+}
+
+impl Job<'_> {
+    pub(super) fn fixed(&mut self, fix: Fix) {
+        match self.fixes.len() < MAX_LISTED {
+            true => self.fixes.push(fix),
+            false => self.omitted += 1,
+        }
+    }
+
+    /// Changes header fields in the draft.
+    pub(super) fn set_header(&mut self, fields: &[HeaderField]) -> Result<()> {
+        let mut sector = [0; SECTOR_LEN];
+        self.draft.read_padded(HostOffset::default(), &mut sector).map_err(storage)?;
+        fields.iter().for_each(|field| field.apply(&mut self.header, &mut sector));
+        self.draft.write_at(HostOffset::default(), &sector).map_err(storage)
+    }
+
+    pub(super) fn word(&self, at: HostOffset) -> Result<u64> {
+        let mut word = [0; 8];
+        self.draft.read_padded(at, &mut word).map_err(storage)?;
+        Ok(bytes::read_u64(&word, 0).unwrap_or(0))
+    }
+
+    pub(super) fn set_words(&self, at: HostOffset, words: &[u64]) -> Result<()> {
+        self.draft.write_at(at, &bytes::table_bytes(words.iter().copied())).map_err(storage)
+    }
+
+    /// Takes `count` clusters behind all others. Errors: `Unsupported` where the storage ends before.
+    pub(super) fn take(&mut self, count: u64) -> Result<u64> {
+        let (first, end) = (self.end, self.end.saturating_add(count));
+        let len = end.saturating_mul(self.format.geometry.cluster_size());
+        if !self.base.limits().growable && len > self.base.len().map_err(storage)? {
+            let text =
+                format!("a repair needs {count} free clusters behind the image, and the device ends there");
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        self.end = end;
+        Ok(first)
+    }
+
+    /// A walk over the draft.
+    pub(super) fn walk<T>(&self, header: &Header, work: impl FnOnce(&Walk<'_>) -> Result<T>) -> Result<T> {
+        let walk = Walk::new(&self.draft, header).map_err(failed)?;
+        work(&walk)
+    }
+}
+
+pub(super) fn storage(error: qcow2_core::StorageError) -> Error {
+    failed(qcow2_core::Error::from(error))
+}
+
+pub(super) fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::new(ErrorKind::Metadata, "planning the repair").with_source(error)
+}

@@ -1,0 +1,406 @@
+//! L1 and L2 entries of the active disk and of all snapshots, and the tables of bitmaps.
+
+use super::fix::Fix;
+use super::job::{Job, failed, storage};
+use super::orphans::Metadata;
+use crate::check::{count_references, stored_refcount};
+use crate::error::{Error, ErrorKind, Result};
+use qcow2_core::walk::{Segment, TablePlace, overlay};
+use qcow2_core::{HostOffset, Storage};
+use qcow2_format::bitmap::BitmapTableEntry;
+use qcow2_format::l1::{self, L1Entry};
+use qcow2_format::l2::{L2Entry, L2Mend};
+use qcow2_format::{FormatErrorKind, L2Index, bytes};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// L2 tables that are looked at. Origin: as many as a recount takes.
+const MAX_L2_TABLES: usize = 1 << 24;
+/// Entries that are judged by what the rest of the image refers to. Origin: ours; each costs memory.
+const MAX_DOUBTS: usize = 1 << 20;
+/// How often tables found in one round lead to more of them.
+const MAX_ROUNDS: usize = 4;
+
+/// An entry that names a cluster only if nothing else does.
+#[derive(Clone, Copy, Debug)]
+struct Doubt {
+    at: HostOffset,
+    from: (u64, u64),
+    to: (u64, u64),
+    /// Where the cluster is that it would name.
+    host: HostOffset,
+    /// The L2 table and index that it is, or `None` for an L1 entry.
+    entry: Option<(HostOffset, u64)>,
+}
+
+/// An L1 entry that does not lead to an L2 table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    pub(super) at: HostOffset,
+    pub(super) raw: u64,
+}
+
+/// Words that are to be written into a table, if that is a table and nothing else.
+#[derive(Clone, Debug)]
+struct Edit {
+    at: HostOffset,
+    words: (u64, u64),
+    fix: Fix,
+}
+
+/// Of how many L1 tables, and of how many L2 tables, a cluster is part.
+type Parts = BTreeMap<u64, (u64, u64)>;
+
+/// What one round has found.
+#[derive(Default)]
+struct Round {
+    /// L2 tables, with how many L1 entries lead to each.
+    tables: BTreeMap<u64, u64>,
+    edits: Vec<Edit>,
+    doubts: Vec<Doubt>,
+    slots: Vec<Slot>,
+}
+
+impl Job<'_> {
+    /// Mends every entry that can be mended without a guess. Entries that are past the end of the file, and
+    /// those that contradict themselves, stay as they are.
+    pub(super) fn mend_mapping(&mut self) -> Result<()> {
+        self.mend_active_l1()?;
+        let header = self.header.clone();
+        let mut tables = vec![];
+        self.walk(&header, |walk| {
+            tables.push(walk.active_l1());
+            tables.extend(walk.snapshots(&mut |_| {}).map_err(failed)?.unwrap_or_default().l1_tables);
+            Ok(())
+        })?;
+        // A table that passes the end of the file is counted nowhere, and what lies in its range may be
+        // anything.
+        let len = self.draft.len().map_err(storage)?;
+        let limit = len.saturating_add(self.format.geometry.cluster_size());
+        let all = tables.len();
+        tables.retain(|table| table.offset.value().checked_add(table.len()).is_some_and(|end| end < limit));
+        self.tables_missing |= tables.len() < all;
+        let mut round = Round::default();
+        let metadata = self.metadata(&tables)?;
+        let mut parts = Parts::new();
+        for segment in overlay(&tables) {
+            self.mend_l1(segment, &metadata, &mut round)?;
+        }
+        for table in tables {
+            let first = self.format.geometry.host_cluster(table.offset).value();
+            let count = self.format.geometry.clusters_for(table.len());
+            (first..first.saturating_add(count)).for_each(|part| parts.entry(part).or_default().0 += 1);
+        }
+        let mut seen = BTreeSet::new();
+        for _ in 0..MAX_ROUNDS {
+            let new: Vec<u64> = round.tables.keys().filter(|table| !seen.contains(*table)).copied().collect();
+            if new.is_empty() && round.doubts.is_empty() && round.slots.is_empty() && round.edits.is_empty() {
+                return Ok(());
+            }
+            for (&table, &uses) in &round.tables {
+                let cluster = self.format.geometry.host_cluster(HostOffset::new(table)).value();
+                parts.entry(cluster).or_default().1 += uses;
+            }
+            for &table in &new {
+                self.mend_l2(HostOffset::new(table), &mut round)?;
+            }
+            seen.extend(new);
+            let Round { edits, mut doubts, mut slots, .. } = std::mem::take(&mut round);
+            self.edit(edits, &parts)?;
+            if !doubts.is_empty() || !slots.is_empty() {
+                let words = doubts.iter().map(|doubt| (doubt.at, doubt.from.0));
+                let words: Vec<_> = words.chain(slots.iter().map(|slot| (slot.at, slot.raw))).collect();
+                // Judged without them: one may lead to the very table that it is in.
+                words.iter().try_for_each(|&(at, _)| self.set_words(at, &[0]))?;
+                let tables = self.sole_tables(words.iter().map(|&(at, _)| at), &parts)?;
+                let sole = |at: HostOffset| tables.contains(&self.format.geometry.host_cluster(at).value());
+                for &(at, raw) in words.iter().filter(|(at, _)| !sole(*at)) {
+                    self.set_words(at, &[raw])?;
+                    self.tables_missing = true;
+                }
+                doubts.retain(|doubt| sole(doubt.at));
+                slots.retain(|slot| sole(slot.at));
+            }
+            let found = self.decide(doubts, &mut slots, &metadata)?;
+            round.tables.extend(found.into_iter().map(|table| (table, 1)));
+            if let Some(table) = self.fill_slots(&slots, &metadata)? {
+                round.tables.insert(table, slots.len() as u64);
+            }
+        }
+        self.tables_missing |= !round.tables.is_empty();
+        Ok(())
+    }
+
+    fn mend_l1(&mut self, segment: Segment, metadata: &Metadata, round: &mut Round) -> Result<()> {
+        let format = self.format;
+        let geometry = format.geometry;
+        let len = self.draft.len().map_err(storage)?;
+        if segment.offset.value() < geometry.cluster_size() {
+            // The header is no table.
+            self.tables_missing = true;
+            return Ok(());
+        }
+        self.tables_missing |= segment.offset.value() >= len;
+        let end = segment.offset.value().saturating_add(segment.len).min(len);
+        let mut at = segment.offset.value();
+        let mut buffer = vec![0; 1 << 16];
+        while at < end {
+            let piece = (end - at).min(buffer.len() as u64) as usize;
+            let whole = piece.next_multiple_of(8);
+            self.draft.read_padded(HostOffset::new(at), &mut buffer[..whole]).map_err(storage)?;
+            let words: Vec<u64> = bytes::words(&buffer[..whole]).collect();
+            for (place, raw) in (at..).step_by(8).map(HostOffset::new).zip(words) {
+                if raw == 0 {
+                    continue;
+                }
+                let rounded = l1::rounded(raw, &geometry);
+                match L1Entry::decode(raw, &geometry) {
+                    Ok(entry) => {
+                        let clean = L1Entry::encode(&entry);
+                        if clean != raw {
+                            let fix = Fix::L1Entry { at: place, from: raw, to: clean };
+                            self.plan_edit(round, Edit { at: place, words: (clean, 0), fix });
+                        }
+                        let Some(table) = entry.l2_table else { continue };
+                        let cluster = geometry.host_cluster(table).value();
+                        match table.value() >= len || metadata.contains(cluster) {
+                            true => self.slot(round, Slot { at: place, raw: clean }),
+                            false => *round.tables.entry(table.value()).or_insert(0) += segment.times,
+                        }
+                    }
+                    Err(e) => {
+                        debug_assert!(matches!(e.kind(), FormatErrorKind::Misaligned(_)));
+                        let host = HostOffset::new(l1::without_copied(rounded));
+                        let doubt = Doubt { at: place, from: (raw, 0), to: (rounded, 0), host, entry: None };
+                        self.doubt(round, doubt);
+                    }
+                }
+            }
+            if round.tables.len() > MAX_L2_TABLES {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "image has too many l2 tables to be repaired",
+                ));
+            }
+            at += piece as u64;
+        }
+        Ok(())
+    }
+
+    fn plan_edit(&mut self, round: &mut Round, edit: Edit) {
+        match round.edits.len() < MAX_DOUBTS {
+            true => round.edits.push(edit),
+            false => self.omitted += 1,
+        }
+    }
+
+    /// Writes `edits`, but for those into a cluster that something else refers to too: what looks like a
+    /// table there may be a guest's bytes. `parts`: how many tables each cluster is part of.
+    fn edit(&mut self, edits: Vec<Edit>, parts: &Parts) -> Result<()> {
+        if edits.is_empty() {
+            return Ok(());
+        }
+        let geometry = self.format.geometry;
+        let cluster = |edit: &Edit| geometry.host_cluster(edit.at).value();
+        let tables = self.sole_tables(edits.iter().map(|edit| edit.at), parts)?;
+        for edit in edits {
+            if !tables.contains(&cluster(&edit)) {
+                continue;
+            }
+            match (&edit.fix, geometry.extended_l2()) {
+                (Fix::L2Entry { .. }, true) => self.set_words(edit.at, &[edit.words.0, edit.words.1])?,
+                _ => self.set_words(edit.at, &[edit.words.0])?,
+            }
+            self.fixed(edit.fix);
+        }
+        Ok(())
+    }
+
+    /// The clusters of `places` that are part of tables and of nothing else. `parts`: of how many.
+    fn sole_tables(&self, places: impl Iterator<Item = HostOffset>, parts: &Parts) -> Result<BTreeSet<u64>> {
+        let geometry = self.format.geometry;
+        let counts = self.references(places.map(|at| geometry.host_cluster(at).value()))?;
+        let sole = counts.into_iter().filter(|(cluster, count)| {
+            let (l1, l2) = parts.get(cluster).copied().unwrap_or_default();
+            // A table of both kinds is one of them at most, and nobody knows which.
+            (l1 == 0 || l2 == 0) && l1 + l2 == *count
+        });
+        Ok(sole.map(|(cluster, _)| cluster).collect())
+    }
+
+    /// How many references the draft holds to each of `clusters`, those of the refcount structure aside.
+    fn references(&self, clusters: impl Iterator<Item = u64>) -> Result<BTreeMap<u64, u64>> {
+        let mut wanted: BTreeMap<u64, u64> = clusters.map(|cluster| (cluster, 0)).collect();
+        let mut bare = self.header.clone();
+        bare.refcount_table_clusters = 0;
+        self.walk(&bare, |walk| {
+            count_references(walk, self.executor, self.progress, &mut |counters| {
+                let window = counters.window();
+                wanted.range_mut(window).for_each(|(&cluster, count)| *count = counters.count(cluster));
+                Ok(())
+            })
+        })?;
+        Ok(wanted)
+    }
+
+    fn slot(&mut self, round: &mut Round, slot: Slot) {
+        match round.slots.len() < MAX_DOUBTS {
+            true => round.slots.push(slot),
+            false => self.tables_missing = true,
+        }
+    }
+
+    fn doubt(&mut self, round: &mut Round, doubt: Doubt) {
+        match round.doubts.len() < MAX_DOUBTS {
+            true => round.doubts.push(doubt),
+            false => self.tables_missing = true,
+        }
+    }
+
+    fn mend_l2(&mut self, table: HostOffset, round: &mut Round) -> Result<()> {
+        let format = self.format;
+        let geometry = format.geometry;
+        let mut content = vec![0; geometry.cluster_size() as usize];
+        self.draft.read_padded(table, &mut content).map_err(storage)?;
+        for index in 0..geometry.l2_entries() {
+            let Some((raw, bitmap)) = format.words_at(&content, L2Index::new(index)) else { break };
+            if raw == 0 && bitmap == 0 {
+                continue;
+            }
+            let at = HostOffset::new(table.value().saturating_add(index * geometry.l2_entry_size()));
+            let (from, entry) = ((raw, bitmap), Some((table, index)));
+            match format.mend(raw, bitmap) {
+                L2Mend::Same(first, second) => {
+                    let words = (first, second);
+                    let fix = Fix::L2Entry { table, index, from, to: words };
+                    self.plan_edit(round, Edit { at, words, fix });
+                }
+                L2Mend::IfOwned { words, host } if !format.external_data => {
+                    self.doubt(round, Doubt { at, from, to: words, host, entry });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Decides what doubtful entries mean: the cluster that their rounded offset names, where that is counted
+    /// as used and nothing else refers to it. Returns the L2 tables that are found so.
+    fn decide(
+        &mut self,
+        doubts: Vec<Doubt>,
+        slots: &mut Vec<Slot>,
+        metadata: &Metadata,
+    ) -> Result<BTreeSet<u64>> {
+        if doubts.is_empty() {
+            return Ok(BTreeSet::new());
+        }
+        let format = self.format;
+        let geometry = format.geometry;
+        // Counted without them: what is counted then refers to their clusters for other reasons.
+        doubts.iter().try_for_each(|doubt| self.set_words(doubt.at, &[0]))?;
+        let wanted = self.references(doubts.iter().map(|doubt| geometry.host_cluster(doubt.host).value()))?;
+        let header = self.header.clone();
+        let refcounts = self.walk(&header, |walk| walk.refcount_table().map_err(failed))?;
+        let clusters = geometry.clusters_for(self.draft.len().map_err(storage)?);
+        let (mut taken, mut tables) = (BTreeSet::new(), BTreeSet::new());
+        for doubt in doubts {
+            let cluster = geometry.host_cluster(doubt.host).value();
+            let stored = self.walk(&header, |walk| stored_refcount(walk, &refcounts, cluster))?;
+            let alone =
+                wanted.get(&cluster) == Some(&0) && !taken.contains(&cluster) && !metadata.contains(cluster);
+            let used = cluster < clusters && stored.is_some_and(|count| count > 0);
+            let sound = alone && used && (doubt.entry.is_some() || self.is_l2_table(doubt.host)?);
+            let words = if sound { doubt.to } else { doubt.from };
+            self.set_words(doubt.at, &[words.0])?;
+            match (sound, doubt.entry) {
+                (true, Some((table, index))) => {
+                    self.fixed(Fix::L2Entry { table, index, from: doubt.from, to: doubt.to });
+                }
+                (true, None) => {
+                    self.fixed(Fix::L1Entry { at: doubt.at, from: doubt.from.0, to: doubt.to.0 });
+                    tables.insert(doubt.host.value());
+                }
+                (false, Some(_)) => self.kept.extend([cluster, cluster + 1]),
+                (false, None) => slots.push(Slot { at: doubt.at, raw: doubt.from.0 }),
+            }
+            if sound {
+                taken.insert(cluster);
+            }
+        }
+        Ok(tables)
+    }
+
+    /// Whether at least half of the entries of a table that are set can be entries of this file.
+    pub(super) fn is_mostly_l2(&self, content: &[u8]) -> Result<bool> {
+        let (format, len) = (self.format, self.draft.len().map_err(storage)?);
+        let (mut good, mut bad) = (0u64, 0u64);
+        for index in 0..format.geometry.l2_entries() {
+            let Some((raw, bitmap)) = format.words_at(content, L2Index::new(index)) else { break };
+            match format.decode(raw, bitmap) {
+                _ if raw == 0 && bitmap == 0 => {}
+                Ok(L2Entry::Standard(entry)) if entry.host.is_none_or(|host| host.value() < len) => good += 1,
+                Ok(L2Entry::Standard(_)) if format.external_data => good += 1,
+                Ok(L2Entry::Compressed(stream)) if stream.host.value() < len => good += 1,
+                _ => bad += 1,
+            }
+        }
+        Ok(good >= bad)
+    }
+
+    /// Whether the cluster at `host` looks like an L2 table: it has entries, all of them sound, and all of
+    /// them name clusters of this file.
+    pub(super) fn is_l2_table(&self, host: HostOffset) -> Result<bool> {
+        let format = self.format;
+        let mut content = vec![0; format.geometry.cluster_size() as usize];
+        self.draft.read_padded(host, &mut content).map_err(storage)?;
+        let len = self.draft.len().map_err(storage)?;
+        let (mut any, mut guest_start) = (false, None);
+        for index in 0..format.geometry.l2_entries() {
+            let Some((raw, bitmap)) = format.words_at(&content, L2Index::new(index)) else { break };
+            if raw == 0 && bitmap == 0 {
+                continue;
+            }
+            any = true;
+            let inside = match format.decode(raw, bitmap) {
+                Ok(L2Entry::Standard(entry)) if format.external_data => entry.host.is_none_or(|host| {
+                    // In a data file every cluster is where the guest has it.
+                    let start = host.value().checked_sub(index * format.geometry.cluster_size());
+                    let aligned = start.is_some_and(|start| start % format.geometry.l2_coverage() == 0);
+                    aligned && *guest_start.get_or_insert(start) == start
+                }),
+                Ok(L2Entry::Standard(entry)) => entry.host.is_none_or(|host| host.value() < len),
+                Ok(L2Entry::Compressed(stream)) => stream.host.value() < len,
+                Err(_) => false,
+            };
+            if !inside || format.mend(raw, bitmap) != L2Mend::Sound {
+                return Ok(false);
+            }
+        }
+        Ok(any)
+    }
+
+    /// Entries of bitmap tables that mean nothing become "all ones". Directories that cannot be read stay.
+    pub(super) fn mend_bitmaps(&mut self) -> Result<()> {
+        let header = self.header.clone();
+        let (tables, fault) = self.walk(&header, |walk| walk.bitmaps().map_err(failed))?;
+        self.tables_missing |= fault.is_some();
+        let geometry = self.format.geometry;
+        let len = self.draft.len().map_err(storage)?;
+        for TablePlace { offset, entries } in tables {
+            for index in 0..entries {
+                let at = HostOffset::new(offset.value().saturating_add(index * 8));
+                let entry = self.word(at)?;
+                let sound = match BitmapTableEntry::decode(entry, &geometry) {
+                    Ok(BitmapTableEntry::Data(bits)) => bits.value() < len,
+                    Ok(_) => true,
+                    Err(_) => false,
+                };
+                if !sound {
+                    self.set_words(at, &[BitmapTableEntry::Ones.encode()])?;
+                    self.fixed(Fix::BitmapEntry { at, entry });
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,245 @@
+//! L1 entries that lead to no L2 table, and the L2 tables that no L1 entry leads to.
+
+use super::fix::Fix;
+use super::job::{Job, failed, storage};
+use super::mapping::Slot;
+use crate::check::{count_references, stored_refcount};
+use crate::error::Result;
+use qcow2_core::walk::{Owner, Reference, TablePlace};
+use qcow2_core::{HostOffset, Storage};
+use qcow2_format::header::HeaderField;
+use qcow2_format::l1::{self, L1Entry};
+use qcow2_format::l2::L2Entry;
+use qcow2_format::refcount::decode_table_entry;
+use qcow2_format::{L2Index, bytes};
+use std::collections::BTreeSet;
+
+/// Clusters that are looked at as perhaps a lost L2 table. Origin: ours; each is read.
+const MAX_CANDIDATES: usize = 1 << 14;
+
+/// Clusters that are metadata of another kind than L2 tables.
+#[derive(Debug, Default)]
+pub(super) struct Metadata {
+    /// The header, the active L1 table, and a refcount structure that is one.
+    certain: BTreeSet<u64>,
+    /// What other tables say; they may be wrong.
+    claimed: BTreeSet<u64>,
+}
+
+impl Metadata {
+    pub(super) fn contains(&self, cluster: u64) -> bool {
+        self.certain.contains(&cluster) || self.claimed.contains(&cluster)
+    }
+}
+
+impl Job<'_> {
+    /// The clusters of all metadata but L2 tables, as the header and the tables tell. `l1_tables`: the active
+    /// one, then those of snapshots.
+    pub(super) fn metadata(&self, l1_tables: &[TablePlace]) -> Result<Metadata> {
+        let geometry = self.format.geometry;
+        let header = self.header.clone();
+        let clusters = geometry.clusters_for(self.draft.len().map_err(storage)?);
+        let run = |start: HostOffset, len: u64| {
+            let first = geometry.host_cluster(start).value();
+            let end = geometry.clusters_for(start.value().saturating_add(len)).min(clusters);
+            first..end.max(first)
+        };
+        let mut found = Metadata::default();
+        self.walk(&header, |walk| {
+            for Reference { owner, offset, len, .. } in walk.header_references() {
+                match owner {
+                    Owner::Header | Owner::ActiveL1 => found.certain.extend(run(offset, len)),
+                    _ => found.claimed.extend(run(offset, len)),
+                }
+            }
+            for table in l1_tables.iter().skip(1).copied().chain(walk.bitmaps().map_err(failed)?.0) {
+                found.claimed.extend(run(table.offset, table.len()));
+            }
+            if let Some(table) = walk.snapshots(&mut |_| {}).map_err(failed)? {
+                found.claimed.extend(run(walk.header().snapshots_offset, table.len));
+            }
+            let refcounts = walk.refcount_table().map_err(failed)?;
+            let mut own = self.refcount_clusters(&refcounts);
+            // A structure that counts the header and itself is one.
+            let table = geometry.host_cluster(header.refcount_table_offset).value();
+            let counts = |cluster| {
+                stored_refcount(walk, &refcounts, cluster).map(|count| count.is_some_and(|count| count > 0))
+            };
+            match counts(0)? && counts(table)? {
+                true => found.certain.append(&mut own),
+                false => found.claimed.append(&mut own),
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// The clusters of the refcount structure with the table `refcounts`, as far as they lie in the file.
+    pub(super) fn refcount_clusters(&self, refcounts: &[u64]) -> BTreeSet<u64> {
+        let geometry = self.format.geometry;
+        let first = geometry.host_cluster(self.header.refcount_table_offset).value();
+        let table = first..first.saturating_add(geometry.clusters_for(refcounts.len() as u64 * 8));
+        let blocks = refcounts.iter().filter_map(|&raw| decode_table_entry(raw, &geometry).ok().flatten());
+        let blocks = blocks.map(|block| geometry.host_cluster(block).value());
+        table.chain(blocks).filter(|&cluster| cluster < self.end).collect()
+    }
+
+    /// The same for the table that the header leads to.
+    pub(super) fn refcount_clusters_now(&self) -> Result<BTreeSet<u64>> {
+        let refcounts = self.walk(&self.header, |walk| walk.refcount_table().map_err(failed))?;
+        Ok(self.refcount_clusters(&refcounts))
+    }
+
+    /// Finds the active L1 table where the header leads to something else: the only unreferenced place whose
+    /// entries all lead to L2 tables, if the entries where the header leads do not.
+    pub(super) fn mend_active_l1(&mut self) -> Result<()> {
+        let entries = self.header.l1_size;
+        if entries == 0 || self.l2_tables_of(self.header.l1_table_offset, entries)?.0 > 0 {
+            return Ok(());
+        }
+        let own = self.refcount_clusters_now()?;
+        let Some((mut candidates, _)) = self.unreferenced()? else { return Ok(()) };
+        candidates.retain(|cluster| !own.contains(cluster));
+        let mut found = Vec::new();
+        for cluster in candidates {
+            let offset = HostOffset::new(cluster * self.format.geometry.cluster_size());
+            let (tables, others) = self.l2_tables_of(offset, entries)?;
+            if tables > 0 && others == 0 {
+                found.push(offset);
+            }
+        }
+        if let [offset] = found[..] {
+            self.set_header(&[HeaderField::L1 { entries, offset }])?;
+            self.fixed(Fix::ActiveL1 { offset });
+        }
+        Ok(())
+    }
+
+    /// How many of the `entries` words at `offset`, taken for L1 entries, lead to what looks like an L2
+    /// table, and how many of those that are set do not.
+    pub(super) fn l2_tables_of(&self, offset: HostOffset, entries: u32) -> Result<(u64, u64)> {
+        let mut content = vec![0; entries as usize * 8];
+        self.draft.read_padded(offset, &mut content).map_err(storage)?;
+        let len = self.draft.len().map_err(storage)?;
+        let (mut tables, mut others) = (0, 0);
+        for raw in bytes::words(&content).filter(|&raw| raw != 0) {
+            let table = HostOffset::new(l1::without_copied(l1::rounded(raw, &self.format.geometry)));
+            let inside = table.value() > 0 && table.value() < len;
+            match inside && self.is_l2_table(table)? {
+                true => tables += 1,
+                false => others += 1,
+            }
+        }
+        Ok((tables, others))
+    }
+
+    /// Makes `slots` lead to the L2 table that they lost, where there is exactly one such table: counted as
+    /// used, referred to by nothing, and mapping clusters that nothing else maps. Slots with the same word
+    /// led to the same table. Returns the table.
+    pub(super) fn fill_slots(&mut self, slots: &[Slot], metadata: &Metadata) -> Result<Option<u64>> {
+        if slots.is_empty() {
+            return Ok(None);
+        }
+        slots.iter().try_for_each(|slot| self.set_words(slot.at, &[0]))?;
+        let said = L1Entry::decode(slots[0].raw, &self.format.geometry).ok().and_then(|entry| entry.l2_table);
+        let orphans = self.orphans(said, metadata)?;
+        let one_word =
+            slots.iter().all(|slot| l1::without_copied(slot.raw) == l1::without_copied(slots[0].raw));
+        let table = match (orphans.as_deref(), one_word) {
+            (Some([only]), true) => *only,
+            _ => {
+                // What they may have led to is kept; where there is nothing of the kind, nothing is lost.
+                self.tables_missing |= orphans.is_none_or(|orphans| !orphans.is_empty());
+                slots.iter().try_for_each(|slot| self.set_words(slot.at, &[slot.raw]))?;
+                return Ok(None);
+            }
+        };
+        let refcounts = self.walk(&self.header, |walk| walk.refcount_table().map_err(failed))?;
+        let cluster = self.format.geometry.host_cluster(table).value();
+        let stored = self.walk(&self.header, |walk| stored_refcount(walk, &refcounts, cluster))?;
+        for slot in slots {
+            let copied = stored == Some(1);
+            let to = L1Entry { l2_table: Some(table), copied }.encode();
+            self.set_words(slot.at, &[to])?;
+            if to != slot.raw {
+                self.fixed(Fix::L1Entry { at: slot.at, from: slot.raw, to });
+            }
+        }
+        Ok(Some(table.value()))
+    }
+
+    /// The L2 tables that a slot may have led to: what nothing refers to and looks like one; `None` where
+    /// there are too many candidates to look at. `said`: where the slot leads.
+    fn orphans(&self, said: Option<HostOffset>, metadata: &Metadata) -> Result<Option<Vec<HostOffset>>> {
+        let Some((candidates, free)) = self.unreferenced()? else { return Ok(None) };
+        let cluster = |table: HostOffset| self.format.geometry.host_cluster(table).value();
+        // The slot may be right, and wrong what claims its table for something else.
+        if let Some(said) = said.filter(|&said| !metadata.certain.contains(&cluster(said)))
+            && self.is_l2_table(said)?
+            && self.maps_any(said, &free)?
+        {
+            return Ok(Some(vec![said]));
+        }
+        let (mut known, mut unknown) = (Vec::new(), Vec::new());
+        for cluster in candidates {
+            let host = HostOffset::new(cluster * self.format.geometry.cluster_size());
+            if self.is_l2_table(host)? && self.maps_any(host, &free)? {
+                if metadata.contains(cluster) { &mut known } else { &mut unknown }.push(host);
+            }
+        }
+        // What is known as other metadata is taken only where the slot says so: either claim may be wrong.
+        Ok(Some(match said.filter(|said| known.contains(said)) {
+            _ if !unknown.is_empty() => unknown,
+            Some(said) => vec![said],
+            None => Vec::new(),
+        }))
+    }
+
+    /// The clusters that are counted as used and that nothing refers to, as a list and as a set; `None` where
+    /// there are too many to look at each. The refcount structure refers to nothing here: its own entries may
+    /// be what is wrong.
+    pub(super) fn unreferenced(&self) -> Result<Option<(Vec<u64>, BTreeSet<u64>)>> {
+        let mut bare = self.header.clone();
+        bare.refcount_table_clusters = 0;
+        let table = self.walk(&self.header, |walk| walk.refcount_table().map_err(failed))?;
+        let clusters = self.format.geometry.clusters_for(self.draft.len().map_err(storage)?);
+        let (mut free, mut many) = (BTreeSet::new(), false);
+        self.walk(&bare, |walk| {
+            count_references(walk, self.executor, self.progress, &mut |counters| {
+                for cluster in counters.window().filter(|&cluster| cluster > 0 && cluster < clusters) {
+                    many |= free.len() >= MAX_CANDIDATES;
+                    if many {
+                        return Ok(());
+                    }
+                    if counters.count(cluster) == 0
+                        && stored_refcount(walk, &table, cluster)?.is_some_and(|stored| stored > 0)
+                    {
+                        free.insert(cluster);
+                    }
+                }
+                Ok(())
+            })
+        })?;
+        Ok((!many).then(|| (free.iter().copied().collect(), free)))
+    }
+
+    /// Whether the table at `host` maps a cluster of `free`; in an external data file, whether it maps
+    /// anything.
+    fn maps_any(&self, host: HostOffset, free: &BTreeSet<u64>) -> Result<bool> {
+        let format = self.format;
+        let mut content = vec![0; format.geometry.cluster_size() as usize];
+        self.draft.read_padded(host, &mut content).map_err(storage)?;
+        let is_free = |offset: HostOffset| free.contains(&format.geometry.host_cluster(offset).value());
+        Ok((0..format.geometry.l2_entries()).any(|index| {
+            let words = format.words_at(&content, L2Index::new(index)).unwrap_or_default();
+            match format.decode(words.0, words.1) {
+                Ok(L2Entry::Standard(entry)) => match entry.host {
+                    Some(host) => format.external_data || is_free(host),
+                    None => false,
+                },
+                Ok(L2Entry::Compressed(stream)) => is_free(stream.host),
+                Err(_) => false,
+            }
+        }))
+    }
+}
