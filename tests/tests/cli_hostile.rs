@@ -131,7 +131,9 @@ fn huge_tables_in_small_files_cost_little_memory() {
     for name in ["l1", "refcounts", "snapshots", "bitmaps"] {
         run(folder.path(), &format!("map {name}")).success();
         run(folder.path(), &format!("compare {name} other")).success();
-        let checked = run(folder.path(), &format!("check {name}")).expect_code(2);
+        // Damaged bitmaps are what cannot be checked; QEMU does not open such an image.
+        let code = if name == "bitmaps" { 1 } else { 2 };
+        let checked = run(folder.path(), &format!("check {name}")).expect_code(code);
         assert!(checked.stderr.lines().count() <= 10_001, "{}", checked.stderr.len());
     }
 }

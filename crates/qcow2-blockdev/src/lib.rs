@@ -22,11 +22,13 @@
 //! | its bytes and format alone | [`open_bytes`]; the rest of the way is [`open_layers`] |
 //! | the same as it was at a snapshot | [`open_snapshot`] |
 //! | to hear before what opening for changes puts right | [`open_telling`] |
+//! | a disk whose changes go away with the program | [`open_scratch`] |
 //! | a chain to write into below its top, for `qcow2_ops::commit` | [`ChainFiles`] |
 //! | a new image | [`NewTarget`], [`NewOptions`], then [`create`] |
 //! | its options as a table | [`create_options`], [`amend_options`] |
 //! | that no half of one stays | [`Unfinished`] |
-//! | passwords | [`Secrets`], [`AskPassword`], [`Keys`] |
+//! | levels of compression, which images do not record | [`Compression`] |
+//! | passwords, and others for an image that is there | [`Secrets`], [`AskPassword`], [`Keys`], [`SlotChange`] |
 //! | a number of bytes as people type it: `10G`, `0x200`, `1.5k` | [`parse_size`] |
 //! | `key=value,key=value` | [`KeyValues`] |
 //!
@@ -65,6 +67,7 @@
 //! | parse or write the on-disk structures, `no_std` | `qcow2-format` |
 #![forbid(unsafe_code)]
 
+mod compression;
 mod driver;
 mod failure;
 mod keys;
@@ -77,25 +80,30 @@ mod size;
 mod tree;
 mod warning;
 
+pub use compression::{Compression, CompressionError};
 pub use driver::{
     AddressError, AddressPart, Driver, LineError, RuleError, TuningError, WindowError, is_block_device,
     is_known_driver,
 };
 pub use failure::{FailureKind, MissingBacking, OpenFailure};
-pub use keys::{AskPassword, KeyError, Keys, LayerKey, SecretError, Secrets};
+pub use keys::{
+    AskPassword, KeyError, Keys, LayerKey, SecretError, Secrets, SlotChange, SlotError, SlotOptions,
+};
 pub use keyvalue::{KeyValueError, KeyValues, Pair, ShortForm, escape_commas};
 pub use name::{ImageName, Naming, filename};
 pub use new::{
     CreateFailure, CreateFailureKind, CreateHow, NewFile, NewImageFile, NewOptions, NewTarget, OptionSpec,
-    OptionType, OptionValue, Unfinished, amend_options, create, create_options, format_of_ending,
-    new_image_format, read_amend_options,
+    OptionType, Unfinished, amend_options, create, create_options, format_of_ending, new_image_format,
+    read_amend_options,
 };
 pub use open::{
     ChainFiles, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes, OpenedDisk, Sharing,
     Tell, bitmaps_to_lose, locate_backing, open, open_backing, open_below, open_bytes, open_existing,
-    open_layers, open_snapshot, open_telling, warnings_of_change,
+    open_layers, open_scratch, open_snapshot, open_telling, warnings_of_change,
 };
-pub use scalar::{OptionError, OptionErrorKind, parse_switch, read_number, read_size, read_switch};
+pub use scalar::{
+    OptionError, OptionErrorKind, OptionValue, parse_switch, read_number, read_size, read_switch,
+};
 pub use size::{SizeError, parse_size};
 pub use tree::{Backing, JsonError, Node, Options, Scalar, json_text};
 pub use warning::Warning;

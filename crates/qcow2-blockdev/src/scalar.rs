@@ -3,6 +3,17 @@
 use crate::size::{SizeError, parse_size};
 use std::fmt;
 
+/// The value of an option.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OptionValue {
+    /// A text.
+    Text(String),
+    /// What it means, and how it was written.
+    Switch(bool, String),
+    /// A number, or a number of bytes.
+    Number(u64),
+}
+
 /// A value that an option does not take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OptionError {

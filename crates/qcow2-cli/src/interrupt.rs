@@ -71,19 +71,15 @@ impl Interrupts {
         self.shared.progress.swap(false, Ordering::Relaxed)
     }
 
-    /// The files that are taken away if the program ends before [`finish_files`](Self::finish_files).
+    /// The files that are taken away if the program ends before [`end_files`](Self::end_files).
     pub(crate) fn unfinished(&self) -> &Unfinished {
         &self.shared.unfinished
     }
 
-    /// The files are whole: they stay.
-    pub(crate) fn finish_files(&self) {
-        self.shared.unfinished.finish();
-    }
-
-    /// Takes away what is not whole.
-    pub(crate) fn discard_files(&self) {
-        self.shared.unfinished.discard();
+    /// The files are whole and stay, or go.
+    pub(crate) fn end_files(&self, whole: bool) {
+        let files = &self.shared.unfinished;
+        if whole { files.finish() } else { files.discard() }
     }
 
     /// Dies of the signal that asked to stop, if one did.

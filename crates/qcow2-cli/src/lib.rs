@@ -7,8 +7,6 @@
 
 mod args;
 mod command;
-mod compression;
-mod crypt;
 mod exit;
 mod failure;
 mod files;
@@ -19,6 +17,7 @@ mod numbers;
 mod open;
 mod persona;
 mod progress;
+mod prompt;
 mod render;
 mod session;
 mod trace;

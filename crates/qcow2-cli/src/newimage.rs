@@ -14,16 +14,18 @@ use qcow2_blockdev::{
 use qcow2_core::ImageFormat;
 use std::fmt::Write;
 
-/// The format of a new image for which none was given: raw, as qemu-img has it; under our own name what the
-/// ending of its name says. Errors: an ending of a format that is not made here.
-pub(crate) fn format_of_name(session: &Session, filename: &str) -> Result<ImageFormat, Failure> {
-    if session.is_drop_in() {
-        return Ok(ImageFormat::Raw);
-    }
-    format_of_ending(filename).map_err(|failure| {
+/// The name of the format of a new image, which may be `given`. If not it is raw, as qemu-img has it; under
+/// our own name what the ending of its name says. Errors: an ending of a format that is not made here.
+pub(crate) fn format_of(session: &Session, given: Option<String>, file: &str) -> Result<String, Failure> {
+    let format = match given {
+        Some(given) => return Ok(given),
+        None if session.is_drop_in() => Ok(ImageFormat::Raw),
+        None => format_of_ending(file),
+    };
+    format.map(|format| format.name().to_owned()).map_err(|failure| {
         let ending = failure.format().name();
         let text = format!("no {ending} images can be made; for another format name it (raw, qcow2, luks)");
-        Failure::new(text).about(filename)
+        Failure::new(text).about(file)
     })
 }
 
@@ -33,6 +35,23 @@ pub(crate) fn target_of(name: &str) -> Result<NewTarget, Failure> {
         Err(_) if name.is_empty() => Ok(NewTarget::File(String::new())),
         target => target.map_err(|reason| Failure::new(persona::in_one_line(&reason))),
     }
+}
+
+/// Has the new image stand on the backing file that options of the verb name.
+pub(crate) fn set_backing(
+    options: &mut NewOptions,
+    file: &Option<String>,
+    format: &Option<String>,
+) -> Result<(), Failure> {
+    for (option, what, value) in [("backing_file", "file", file), ("backing_fmt", "file format", format)] {
+        let Some(value) = value else { continue };
+        if *options.format() != ImageFormat::Qcow2 {
+            let name = options.format().name();
+            return Err(Failure::new(format!("Backing {what} not supported for file format '{name}'")));
+        }
+        options.set_text(option, value);
+    }
+    Ok(())
 }
 
 /// Makes the image that `options` describe at `target`. Its files are unfinished until the verb says that
@@ -71,10 +90,9 @@ pub(crate) fn print_options(session: &Session, format: &ImageFormat, with_file: 
         true => "Supported options:\n".to_owned(),
         false => format!("Supported {} options:\n", format.name()),
     };
-    let mut shown: Vec<&OptionSpec> =
-        create_options(format).iter().filter(|option| with_file || !option.of_file).collect();
+    let mut shown = create_options(format).to_vec();
     shown.sort_by_key(|option| option.name);
-    shown.into_iter().for_each(|option| text += &line(option));
+    shown.iter().filter(|option| with_file || !option.of_file).for_each(|option| text += &line(option));
     if !with_file {
         text.push_str(
             "\nThe protocol level may support further options.\n\

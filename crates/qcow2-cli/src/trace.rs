@@ -8,11 +8,8 @@ use qcow2_blockdev::KeyValues;
 /// asked for, which ends the program. Errors: an option that is not one; a list of events that cannot be
 /// read.
 pub(crate) fn accept(session: &Session, text: &str) -> Result<bool, Failure> {
-    if text == "help" || text == "?" {
-        return Ok(true);
-    }
-    if text.is_empty() {
-        return Ok(false);
+    if matches!(text, "help" | "?" | "") {
+        return Ok(!text.is_empty());
     }
     let list = KeyValues::parse_pairs(text, Some("enable"))?;
     if let Some(pair) = list.pairs().iter().find(|pair| !OPTIONS.contains(&pair.key.as_str())) {
@@ -33,26 +30,18 @@ pub(crate) fn accept(session: &Session, text: &str) -> Result<bool, Failure> {
         return Ok(false);
     }
     let events = std::fs::read_to_string(path).map_err(|error| {
-        session.complain(&format!("{program}:{path}: {}", system_text(&error)));
+        let text = error.raw_os_error().map_or_else(|| error.to_string(), qcow2_io::os_error_text);
+        session.complain(&format!("{program}:{path}: {text}"));
         Failure::silent(crate::exit::FAILURE)
     })?;
-    // As in QEMU, the last byte of a line is its end.
-    let lines = events.split_inclusive('\n').map(|line| &line[..line.len() - last_len(line)]);
-    for (number, line) in (1..).zip(lines) {
+    for (number, line) in (1..).zip(events.split_inclusive('\n')) {
+        // As in QEMU, the last character of a line is its end.
+        let line = line.char_indices().next_back().map_or("", |(end, _)| &line[..end]);
         if !line.is_empty() && !line.starts_with('#') {
             unknown(&format!("{path}:{number}:"), line);
         }
     }
     Ok(false)
-}
-
-/// Bytes of the last character of `text`.
-fn last_len(text: &str) -> usize {
-    text.chars().next_back().map_or(0, char::len_utf8)
-}
-
-fn system_text(error: &std::io::Error) -> String {
-    error.raw_os_error().map_or_else(|| error.to_string(), qcow2_io::os_error_text)
 }
 
 const OPTIONS: [&str; 3] = ["enable", "events", "file"];

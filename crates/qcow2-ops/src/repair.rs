@@ -73,7 +73,7 @@ pub enum Outcome {
     /// Only leaks were to be repaired, which is not enough: see [`needs_all`].
     NeedsAll,
     /// The image was repaired as far as possible.
-    Repaired(Repaired),
+    Repaired(Box<Repaired>),
 }
 
 /// Checks the image in `storage` and, with a `mode`, repairs it. `open`: opens that image for repair
@@ -96,7 +96,7 @@ pub fn check_and_repair(
         return Ok(Checked { report, repair: Outcome::NeedsAll });
     }
     if mode == RepairMode::Leaks {
-        let repair = Outcome::Repaired(repair_in_place(&report, mode, open, executor, progress)?);
+        let repair = Outcome::Repaired(Box::new(repair_in_place(&report, mode, open, executor, progress)?));
         return Ok(Checked { report, repair });
     }
     let mut done = None;
@@ -106,7 +106,7 @@ pub fn check_and_repair(
             Err(error) if is_damage(&error) => {}
             Err(error) => return Err(error),
             Ok(repaired) if repaired.after.as_ref().is_some_and(is_damaged) => done = Some(repaired),
-            Ok(repaired) => return Ok(Checked { report, repair: Outcome::Repaired(repaired) }),
+            Ok(repaired) => return Ok(Checked { report, repair: Outcome::Repaired(Box::new(repaired)) }),
         }
     }
     // What one repair takes apart may let the next one see more.
@@ -122,7 +122,7 @@ pub fn check_and_repair(
             _ => next,
         });
     }
-    Ok(Checked { report, repair: done.map_or(Outcome::Untouched, Outcome::Repaired) })
+    Ok(Checked { report, repair: done.map_or(Outcome::Untouched, |done| Outcome::Repaired(Box::new(done))) })
 }
 
 /// How often a repair is planned at most.

@@ -74,16 +74,14 @@ pub fn external(
     let format = format_name(old_format)
         .ok_or_else(|| Error::new(ErrorKind::Unsupported, "the format of the old image has no name"))?;
     // Raw disks may end inside a sector.
-    let mut options = CreateOptions::new(old.size().checked_next_multiple_of(512).unwrap_or(old.size()));
-    options.backing_file = Some(backing_file.to_owned());
-    options.backing_format = Some(format.to_owned());
+    let size = old.size().checked_next_multiple_of(512).unwrap_or(old.size());
+    let options = CreateOptions::new(size).with_backing(backing_file, format);
     options.check().map_err(|e| Error::new(ErrorKind::InvalidOption, "creating the image").with_source(e))?;
     let storage =
         new.make().map_err(|e| Error::new(ErrorKind::Create, "making the file").with_boxed_source(e))?;
-    qcow2_core::create(&storage, None, &options).map_err(|e| {
-        new.discard();
-        Error::new(ErrorKind::Create, "creating the image").with_source(e)
-    })
+    qcow2_core::create(&storage, None, &options)
+        .map_err(|e| Error::new(ErrorKind::Create, "creating the image").with_source(e))
+        .inspect_err(|_| new.discard())
 }
 
 /// The name of a format, as images record it; `None` for one that has no name there.

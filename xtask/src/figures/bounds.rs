@@ -50,17 +50,19 @@ pub(super) struct Exemption {
     pub(super) today: usize,
 }
 
+/// An exemption; none is left, and none should come.
+#[cfg(test)]
 const fn today(figure: &'static str, place: &'static str, today: usize) -> Exemption {
     Exemption { figure, place, today }
 }
 
 /// Number of exemptions. Lower it when one is removed; never raise it.
 #[cfg(test)]
-const CEILING: usize = 1;
+const CEILING: usize = 0;
 
 /// The exemptions. They only shrink: an exemption that is not needed any more, or that is 10 % too high, is a
 /// finding itself.
-pub(super) const EXEMPT: &[Exemption] = &[today("cli-lines", "qcow2-cli", 7_775)];
+pub(super) const EXEMPT: &[Exemption] = &[];
 
 /// A measured value.
 #[derive(Clone, Debug)]

@@ -2,6 +2,8 @@
 
 mod keyring;
 mod secrets;
+mod slots;
 
 pub use keyring::{KeyError, Keys, LayerKey};
 pub use secrets::{AskPassword, SecretError, Secrets};
+pub use slots::{SlotChange, SlotError, SlotOptions};

@@ -1,6 +1,6 @@
 //! New images: from a name, a format and options to a file that is whole, or not there.
 //!
-//! [`NewTarget`] says where the image goes, [`NewOptions`] what it is to be, [`create`] makes it. Nothing
+//! [`NewTarget`] says where the image goes, [`NewOptions`] what it is to be, [`create()`] makes it. Nothing
 //! that was there before is touched until the options are known to be possible, and what was made for an
 //! image that fails is taken away.
 
@@ -19,7 +19,7 @@ pub use create::{CreateHow, NewImageFile, create};
 pub use failure::{CreateFailure, CreateFailureKind};
 pub use file::NewFile;
 pub use format::{format_of_ending, new_image_format};
-pub use options::{NewOptions, OptionValue, read_amend_options};
+pub use options::{NewOptions, read_amend_options};
 pub use table::{OptionSpec, OptionType, amend_options, create_options};
 pub use target::NewTarget;
 pub use unfinished::Unfinished;

@@ -3,7 +3,7 @@
 use super::failure::{CreateFailure, CreateFailureKind};
 use super::table::{OptionSpec, amend_options, create_options};
 use crate::keyvalue::{KeyValues, Pair};
-use crate::scalar::{OptionError, OptionErrorKind};
+use crate::scalar::{OptionError, OptionErrorKind, OptionValue};
 use qcow2_core::{ImageFormat, Preallocation};
 use std::collections::BTreeMap;
 
@@ -12,17 +12,6 @@ use std::collections::BTreeMap;
 pub struct NewOptions {
     format: ImageFormat,
     values: BTreeMap<&'static str, OptionValue>,
-}
-
-/// The value of an option.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum OptionValue {
-    /// A text.
-    Text(String),
-    /// What it means, and how it was written.
-    Switch(bool, String),
-    /// A number, or a number of bytes.
-    Number(u64),
 }
 
 impl NewOptions {
@@ -103,15 +92,10 @@ impl NewOptions {
         self.values.insert(name, OptionValue::Number(number));
     }
 
-    /// What is allocated up front.
-    pub(super) fn preallocation(&self) -> Result<Preallocation, OptionError> {
-        match self.text("preallocation") {
-            None | Some("off") => Ok(Preallocation::Off),
-            Some("metadata") => Ok(Preallocation::Metadata),
-            Some("falloc") => Ok(Preallocation::Falloc),
-            Some("full") => Ok(Preallocation::Full),
-            Some(other) => Err(no_such("preallocation", other)),
-        }
+    /// What is allocated up front. Errors: `NotAChoice`.
+    pub fn preallocation(&self) -> Result<Preallocation, OptionError> {
+        let Some(text) = self.text("preallocation") else { return Ok(Preallocation::Off) };
+        Preallocation::from_name(text).ok_or_else(|| no_such("preallocation", text))
     }
 }
 

@@ -1,8 +1,7 @@
 //! Which options there are, of what type, and in which order they are shown: QEMU's tables, which scripts
 //! read.
 
-use super::options::OptionValue;
-use crate::scalar::{OptionError, read_number, read_size, read_switch};
+use crate::scalar::{OptionError, OptionValue, read_number, read_size, read_switch};
 use qcow2_core::ImageFormat;
 
 /// An option of a new image, or of one that is changed.

@@ -11,6 +11,8 @@ use std::path::Path;
 
 /// The files below a new image, which are not written to until it is made.
 pub struct KeptBacking {
+    /// The new image, and what it calls the file below it.
+    names: (String, String),
     /// `None`: there is none yet, or the name leads to no file.
     _first: Option<HeldFile>,
     /// `None`: it is not to be opened, or cannot be.
@@ -26,12 +28,21 @@ impl KeptBacking {
         let called = format!("the backing file '{name}'");
         // Nothing is written yet, so it is kept if it is there.
         let held = path.map(|path| files.hold_path(Path::new(path), &called));
-        Self { _first: held.and_then(Result::ok).flatten(), _chain: None }
+        let names = (new.to_owned(), name.to_owned());
+        Self { names, _first: held.and_then(Result::ok).flatten(), _chain: None }
     }
 
     /// Keeps the files of its chain too.
     pub fn with(self, chain: OpenedDisk) -> Self {
         Self { _chain: Some(chain), ..self }
+    }
+
+    /// Keeps the files of its chain too, if it can be opened.
+    pub fn with_what_opens(self, naming: &Naming, how: &OpenOptions) -> Self {
+        match open_backing(&self.names.0, &self.names.1, naming, how) {
+            Ok(chain) => self.with(chain),
+            Err(_) => self,
+        }
     }
 }
 

@@ -12,6 +12,7 @@ mod look;
 mod named;
 mod options;
 mod record;
+mod scratch;
 mod trail;
 
 pub use backing::{KeptBacking, locate_backing, open_backing};
@@ -25,3 +26,4 @@ pub use layers::{
 pub use look::{Tell, bitmaps_to_lose, warnings_of_change};
 pub use options::{Follow, OpenOptions, Sharing};
 pub use record::LayerFiles;
+pub use scratch::open_scratch;

@@ -1,10 +1,8 @@
 //! `--object`: secrets, by identifier.
 
-use crate::crypt::Terminal;
 use crate::failure::Failure;
-use crate::persona;
+use crate::prompt::Terminal;
 use qcow2_blockdev::Secrets;
-use qcow2_crypt::Secret;
 use std::sync::Arc;
 
 /// The objects defined on the command line; for what they do not have, a person at the terminal is asked.
@@ -21,11 +19,6 @@ impl Objects {
     /// Adds the object that `text` defines.
     pub(crate) fn add(&mut self, text: &str) -> Result<(), Failure> {
         Ok(self.0.define(text)?)
-    }
-
-    /// The secret called `id`.
-    pub(crate) fn secret(&self, id: &str) -> Result<Secret, Failure> {
-        self.0.secret(id).ok_or_else(|| Failure::new(persona::no_secret(id)))
     }
 
     /// All of them.

@@ -2,7 +2,6 @@
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::command::resize::refusal_text;
-use crate::crypt::{SlotOptions, SlotRequest};
 use crate::exit;
 use crate::failure::Failure;
 use crate::interrupt::Interrupts;
@@ -11,12 +10,14 @@ use crate::open::{close, open_to_change, read_name};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use qcow2_blockdev::{KeyValues, OptionValue, Sharing, new_image_format, read_amend_options};
+use qcow2_blockdev::{
+    KeyValues, OptionValue, Sharing, SlotChange, SlotOptions, new_image_format, read_amend_options,
+};
 use qcow2_core::format::Version;
-use qcow2_core::{ErrorKind, HostOffset, ImageFormat};
+use qcow2_core::{ErrorKind, HostOffset, ImageFormat, Storage};
 use qcow2_io::CacheMode;
 use qcow2_ops::amend::{AmendOptions, Refusal, amend};
-use qcow2_ops::{KeySlots, resize};
+use qcow2_ops::{CallerError, KeySlots, resize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -95,11 +96,11 @@ fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<()
     let (options, slots) = settle(&opened.format, &request.list)?;
     // The name under which the password was asked for.
     let asked = opened.files.first().map_or(&*request.filename, |file| &*file.image).to_owned();
-    let slots = SlotRequest {
+    let slots = SlotChange {
         options: &slots,
         name: &asked,
         keys: &name.keys,
-        objects: &request.image.objects,
+        secrets: request.image.objects.secrets(),
         force: request.force,
     };
     if opened.format == ImageFormat::Luks {
@@ -107,12 +108,22 @@ fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<()
         slots.apply(&*opened.storage, HostOffset::default())?;
         return close(&*opened.disk).map_err(|reason| could_not(&reason));
     }
-    let key_slots = slots.options.is_some().then_some(&slots as &dyn KeySlots);
+    let slots = Slots(slots);
+    let key_slots = slots.0.options.is_some().then_some(&slots as &dyn KeySlots);
     let reopen = || Ok(open()?.disk);
     // Nothing but the disk may hold the file: its lock has to go before the image is opened anew.
     let disk = Arc::clone(&opened.disk);
     drop(opened);
     amend(disk, &reopen, &options, key_slots, meter).map_err(|error| failure(session, error, &options))
+}
+
+/// The change of the key slots of an image.
+struct Slots<'a>(SlotChange<'a>);
+
+impl KeySlots for Slots<'_> {
+    fn change(&self, storage: &dyn Storage, at: HostOffset) -> Result<(), CallerError> {
+        Ok(self.0.apply(storage, at).map_err(Failure::from)?)
+    }
 }
 
 fn not_amended() -> Failure {

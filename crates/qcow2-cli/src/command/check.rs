@@ -209,7 +209,7 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
     };
     let checked = check_and_repair(&*storage, request.repair, &open, &workers, &meter).map_err(failed)?;
     match checked.repair {
-        Outcome::Repaired(repaired) => Ok((checked.report, Some(repaired))),
+        Outcome::Repaired(repaired) => Ok((checked.report, Some(*repaired))),
         Outcome::NeedsAll => {
             complain(session, &checked.report, &|finding| !is_copied_flag(finding));
             session.complain("ERROR need to rebuild refcount structures");

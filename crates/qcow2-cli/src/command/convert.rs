@@ -16,8 +16,7 @@ use qcow2_blockdev::{ImageName, OpenedDisk, Sharing, open, open_snapshot};
 use qcow2_core::GuestDisk;
 use qcow2_core::format::Version;
 use qcow2_image::Threads;
-use qcow2_ops::snapshot::SnapshotName;
-use qcow2_ops::{CopyReport, converted_size};
+use qcow2_ops::{CopyReport, converted_size, snapshot::SnapshotName};
 use request::Request;
 pub(crate) use request::parse_snapshot;
 use std::sync::Arc;
@@ -37,12 +36,9 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         false => Meter::new(session, &interrupts, wanted, PROGRESS_STEP),
     };
     let converted = convert(session, &request, &interrupts, &meter);
-    match &converted {
-        Ok(()) => {
-            interrupts.finish_files();
-            meter.complete_again();
-        }
-        Err(_) => interrupts.discard_files(),
+    interrupts.end_files(converted.is_ok());
+    if converted.is_ok() {
+        meter.complete_again();
     }
     meter.end();
     interrupts.die_if_asked();
@@ -94,8 +90,8 @@ fn open_sources(session: &Session, request: &Request) -> Result<Vec<OpenedDisk>,
     }
 }
 
-/// Leaves the target clean.
-fn finish(target: &dyn GuestDisk) -> Result<(), Failure> {
+/// Makes all durable, as far as the cache mode wants it, and leaves the target clean.
+pub(super) fn finish(target: &dyn GuestDisk) -> Result<(), Failure> {
     close(target).map_err(|reason| Failure::new(format!("error while closing the target: {reason}")))
 }
 

@@ -5,7 +5,7 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_files;
 use crate::interrupt::Interrupts;
-use crate::newimage::{announcement, format_of_name, make, print_options, target_of};
+use crate::newimage::{announcement, format_of, make, print_options, set_backing, target_of};
 use crate::numbers::{SIGNED, parse_argument};
 use crate::persona;
 use crate::session::Session;
@@ -27,7 +27,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let interrupts = Interrupts::install();
     let made = make(session, &target, &options, &request.objects, &interrupts);
     made.map_err(|failure| about(persona::created(failure)))?;
-    interrupts.finish_files();
+    interrupts.end_files(true);
     Ok(exit::SUCCESS)
 }
 
@@ -64,10 +64,7 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
     let list = KeyValues::parse_image_options(&texts);
     let mut operands = args.into_operands().into_iter();
     let filename = operands.next();
-    let format = match format {
-        Some(format) => format,
-        None => format_of_name(session, filename.as_deref().unwrap_or_default())?.name().to_owned(),
-    };
+    let format = format_of(session, format, filename.as_deref().unwrap_or_default())?;
     if list.asks_help() {
         print_options(session, &new_image_format(&format)?, filename.is_some())?;
         return Ok(None);
@@ -89,20 +86,7 @@ fn settle(request: &Request, format: &ImageFormat) -> Result<(NewOptions, Option
         (Some(size), None) => options.set_number("size", size),
         _ => {}
     }
-    let layered = |what: &str, value: &Option<String>| match value {
-        Some(_) if *format != ImageFormat::Qcow2 => {
-            Err(Failure::new(format!("Backing {what} not supported for file format '{}'", format.name())))
-        }
-        _ => Ok(()),
-    };
-    layered("file", &request.backing)?;
-    layered("file format", &request.backing_format)?;
-    if let Some(backing) = &request.backing {
-        options.set_text("backing_file", backing);
-    }
-    if let Some(backing_format) = &request.backing_format {
-        options.set_text("backing_fmt", backing_format);
-    }
+    set_backing(&mut options, &request.backing, &request.backing_format)?;
     let mut kept = None;
     if let Some(backing) = options.text("backing_file") {
         let (found, files) = look_at_backing(request, backing, options.text("backing_fmt"))?;

@@ -1,12 +1,13 @@
 //! `dd`: a part of an image as a new image.
 
 use crate::args::{Arguments, ImageArgs, Opt};
+use crate::command::convert::finish;
 use crate::exit;
 use crate::failure::Failure;
 use crate::interrupt::Interrupts;
-use crate::newimage::{format_of_name, make, target_of};
+use crate::newimage::{format_of, make, target_of};
 use crate::numbers::{SIGNED, parse_argument, parse_count};
-use crate::open::{close, read_name, warn_of_missing_end};
+use crate::open::{read_name, warn_of_missing_end};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
@@ -20,10 +21,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let interrupts = Interrupts::install();
     let copied = copy(session, &request, &interrupts);
-    match &copied {
-        Ok(()) => interrupts.finish_files(),
-        Err(_) => interrupts.discard_files(),
-    }
+    interrupts.end_files(copied.is_ok());
     interrupts.die_if_asked();
     copied.map(|()| exit::SUCCESS)
 }
@@ -69,10 +67,7 @@ impl Request {
         match (input, output) {
             (Some(input), Some(output)) => {
                 image.check()?;
-                let target_format = match target_format {
-                    Some(format) => format,
-                    None => format_of_name(session, &output)?.name().to_owned(),
-                };
+                let target_format = format_of(session, target_format, &output)?;
                 Ok(Self { image, target_format, options, input, output })
             }
             _ => Err(Failure::new("Must specify both input and output files")),
@@ -102,7 +97,7 @@ fn copy(session: &Session, request: &Request, interrupts: &Interrupts) -> Result
     let meter = Meter::unasked(session, interrupts);
     dd(&source, range, &*target, &Threads::per_core(), &meter).map_err(|error| failure(&error))?;
     interrupts.stop_watching();
-    close(&*target).map_err(|reason| Failure::new(format!("error while closing the target: {reason}")))
+    finish(&*target)
 }
 
 fn failure(error: &qcow2_ops::Error) -> Failure {

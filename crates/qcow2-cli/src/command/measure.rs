@@ -11,7 +11,7 @@ use crate::render::json;
 use crate::session::Session;
 use qcow2_blockdev::{KeyValues, NewOptions, new_image_format, open, open_snapshot};
 use qcow2_core::format::Version;
-use qcow2_core::{GuestDisk, ImageFormat, Preallocation};
+use qcow2_core::{GuestDisk, ImageFormat};
 use qcow2_ops::ErrorKind;
 use qcow2_ops::measure::{
     Measure, MeasureOptions, Measured, measure_bitmaps, measure_container, measure_qcow2, measure_raw,
@@ -40,7 +40,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         ImageFormat::Qcow2 => {
             let mut wanted = qcow2_options(&options)?;
             wanted.luks_len = options.luks_header_len(request.image.objects.secrets())?;
-            let bitmaps = source.as_ref().filter(|_| keeps_bitmaps(&options));
+            let bitmaps = source.as_ref().filter(|_| version(&options) >= Version::V3);
             let bitmaps =
                 bitmaps.map(|source| bitmap_bytes(&source.disk, wanted.cluster_size)).transpose()?;
             (measure_qcow2(what, &wanted), bitmaps.flatten())
@@ -158,23 +158,12 @@ fn qcow2_options(options: &NewOptions) -> Result<MeasureOptions, Failure> {
                 .to_owned(),
         );
     }
-    wanted.preallocation = match options.text("preallocation") {
-        None | Some("off") => Preallocation::Off,
-        Some("metadata") => Preallocation::Metadata,
-        Some("falloc") => Preallocation::Falloc,
-        Some("full") => Preallocation::Full,
-        Some(other) => return refused(format!("invalid parameter value: {other}")),
-    };
+    wanted.preallocation = options.preallocation()?;
     Ok(wanted)
 }
 
 fn version(options: &NewOptions) -> Version {
     if options.text("compat") == Some("0.10") { Version::V2 } else { Version::V3 }
-}
-
-/// Bitmaps need version 3 on both sides.
-fn keeps_bitmaps(options: &NewOptions) -> bool {
-    version(options) >= Version::V3
 }
 
 /// Bytes for the bitmaps of a source that can have some.

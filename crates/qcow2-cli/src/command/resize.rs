@@ -50,7 +50,10 @@ impl Request {
             match given.opt {
                 Opt::Quiet => quiet = true,
                 Opt::Shrink => shrink = true,
-                Opt::Preallocation => preallocation = parse_preallocation(&given.value)?,
+                Opt::Preallocation => {
+                    let no_such = || Failure::new(format!("Invalid preallocation mode '{}'", given.value));
+                    preallocation = Preallocation::from_name(&given.value).ok_or_else(no_such)?;
+                }
                 opt => image.take(opt, given.value)?,
             }
         }
@@ -67,16 +70,6 @@ impl Request {
         options.preallocation = preallocation;
         image.check()?;
         Ok(Self { quiet, image, options, filename })
-    }
-}
-
-fn parse_preallocation(text: &str) -> Result<Preallocation, Failure> {
-    match text {
-        "off" => Ok(Preallocation::Off),
-        "metadata" => Ok(Preallocation::Metadata),
-        "falloc" => Ok(Preallocation::Falloc),
-        "full" => Ok(Preallocation::Full),
-        _ => Err(Failure::new(format!("Invalid preallocation mode '{text}'"))),
     }
 }
 

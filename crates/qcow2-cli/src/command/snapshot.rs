@@ -191,7 +191,7 @@ fn external(name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure
     let how = CreateHow::new().among(open_files()).with_unfinished(interrupts.unfinished());
     let file = NewImageFile::new(path, &how);
     let made = snapshot::external(&*opened.disk, &opened.format, &backing, &file);
-    interrupts.finish_files();
+    interrupts.end_files(made.is_ok());
     made.map_err(|error| {
         let format = snapshot::format_name(&opened.format).map(str::to_owned);
         let failure = file.failure(error, BackingName { name: backing, format });

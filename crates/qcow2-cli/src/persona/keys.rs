@@ -3,9 +3,9 @@
 use super::name::key_values;
 use super::text::{capitalized, chain, find};
 use crate::failure::Failure;
-use qcow2_blockdev::{KeyError, SecretError};
+use qcow2_blockdev::{KeyError, SecretError, SlotError};
 use qcow2_core::UnlockError;
-use qcow2_crypt::{CryptError, CryptErrorKind};
+use qcow2_crypt::{CryptError, CryptErrorKind, SlotRefusal};
 
 /// Why a layer stays locked.
 pub(crate) fn unlock(error: &UnlockError) -> String {
@@ -13,7 +13,7 @@ pub(crate) fn unlock(error: &UnlockError) -> String {
 }
 
 /// The same, as the keyring says it.
-pub(crate) fn key(error: &KeyError) -> String {
+pub(super) fn key(error: &KeyError) -> String {
     match error {
         KeyError::NoSecret(id) => no_secret(id),
         KeyError::NotNamed { container } => {
@@ -27,7 +27,7 @@ pub(crate) fn key(error: &KeyError) -> String {
 }
 
 /// An error of keys.
-pub(crate) fn crypt(error: &CryptError) -> String {
+pub(super) fn crypt(error: &CryptError) -> String {
     match error.kind() {
         CryptErrorKind::WrongPassword => "Invalid password, cannot unlock any keyslot".to_owned(),
         _ => capitalized(&chain(error)),
@@ -35,7 +35,7 @@ pub(crate) fn crypt(error: &CryptError) -> String {
 }
 
 /// What is said of a secret that there is not.
-pub(crate) fn no_secret(id: &str) -> String {
+pub(super) fn no_secret(id: &str) -> String {
     format!("No secret with id '{id}'")
 }
 
@@ -66,6 +66,55 @@ impl From<SecretError> for Failure {
             }
             other => capitalized(&other.to_string()),
         })
+    }
+}
+
+impl From<SlotError> for Failure {
+    fn from(error: SlotError) -> Self {
+        Self::new(match &error {
+            SlotError::State(None) => "Parameter 'state' is missing".to_owned(),
+            SlotError::State(Some(other)) => format!("Parameter 'state' does not accept value '{other}'"),
+            SlotError::NoNewSecret => "'new-secret' is required to activate a keyslot".to_owned(),
+            SlotError::OldSecretWhenAdding => {
+                "'old-secret' must not be given when activating keyslots".to_owned()
+            }
+            SlotError::NotWhenErasing(name) => format!("'{name}' must not be given when erasing keyslots"),
+            SlotError::NothingToErase => {
+                "To erase keyslot(s), either explicit keyslot index or the password \
+                                          currently contained in them must be given"
+                    .to_owned()
+            }
+            SlotError::NoSecret(id) => no_secret(id),
+            SlotError::Key(error) => key(error),
+            SlotError::Crypt(error) => slot(error),
+            other => capitalized(&other.to_string()),
+        })
+    }
+}
+
+/// Why a slot is not changed.
+fn slot(error: &CryptError) -> String {
+    let CryptErrorKind::KeySlot(refusal) = error.kind() else { return crypt(error) };
+    let irreversibly = "will erase all the data in the image irreversibly - refusing operation";
+    match refusal {
+        SlotRefusal::NoSuchSlot(slot) => format!("Invalid keyslot {slot} specified, must be between 0 and 7"),
+        SlotRefusal::InUse(slot) => {
+            format!("Refusing to overwrite active keyslot {slot} - please erase it first")
+        }
+        SlotRefusal::AllInUse => "Can't add a keyslot - all keyslots are in use".to_owned(),
+        SlotRefusal::OtherPassword(slot) => {
+            format!("Given keyslot {slot} doesn't contain the given old password for erase operation")
+        }
+        // The blank at the end is QEMU's.
+        SlotRefusal::Erased(slot) => format!("Given keyslot {slot} is already erased (inactive) "),
+        SlotRefusal::LastOne(slot) => {
+            format!("Attempt to erase the only active keyslot {slot} which {irreversibly}")
+        }
+        SlotRefusal::NoneOpens => "No keyslots match given (old) password for erase operation".to_owned(),
+        SlotRefusal::AllOpen => format!(
+            "All the active keyslots match the (old) password that was given and erasing them {irreversibly}"
+        ),
+        _ => crypt(error),
     }
 }
 

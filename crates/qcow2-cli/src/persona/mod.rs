@@ -14,6 +14,6 @@ mod text;
 
 pub(crate) use creation::created;
 pub(crate) use engine::{INCONSISTENT_HINT, engine_failure, no_space};
-pub(crate) use keys::{crypt, key, no_secret, unlock};
+pub(crate) use keys::unlock;
 pub(crate) use opening::{NATIVE_NEEDS_DIRECT, SHARED_AND_WRITABLE, chain_failure, in_one_line, warning};
 pub(crate) use text::{capitalized, cause, chain, find, procedure};

@@ -148,6 +148,19 @@ pub enum Preallocation {
     Full,
 }
 
+impl Preallocation {
+    /// The preallocation called `name`: `off`, `metadata`, `falloc` or `full`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "off" => Self::Off,
+            "metadata" => Self::Metadata,
+            "falloc" => Self::Falloc,
+            "full" => Self::Full,
+            _ => return None,
+        })
+    }
+}
+
 /// The backing file of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingName {

@@ -57,6 +57,21 @@ impl CacheMode {
         matches!(self, Self::Writethrough | Self::Directsync)
     }
 
+    /// The mode with single properties changed: whether the page cache is passed by, and whether flushes are
+    /// dropped. Whether each write is durable when it returns stays as it is.
+    #[must_use]
+    pub fn with_flags(self, direct: Option<bool>, no_flush: Option<bool>) -> Self {
+        let direct = direct.unwrap_or_else(|| self.is_direct());
+        let no_flush = no_flush.unwrap_or(self == Self::Unsafe);
+        match (direct, no_flush, self.is_writethrough()) {
+            (_, true, _) => Self::Unsafe,
+            (true, false, true) => Self::Directsync,
+            (true, false, false) => Self::None,
+            (false, false, true) => Self::Writethrough,
+            (false, false, false) => Self::Writeback,
+        }
+    }
+
     /// `storage` with this mode's way to flush. Bypassing the page cache is not done here: that is a matter
     /// of how the file was opened.
     pub fn wrap(self, storage: Arc<dyn Storage>) -> Arc<dyn Storage> {

@@ -159,7 +159,7 @@ impl Job<'_> {
     fn write_snapshots(&mut self, snapshots: &[Snapshot], counted: u32) -> Result<()> {
         let mut bytes = Vec::new();
         for snapshot in snapshots {
-            snapshot.encode(&mut bytes).map_err(|e| failed(e))?;
+            snapshot.encode(&mut bytes).map_err(failed)?;
         }
         let geometry = self.format.geometry;
         let kept = u32::try_from(snapshots.len()).unwrap_or(u32::MAX);

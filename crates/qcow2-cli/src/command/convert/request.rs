@@ -1,12 +1,11 @@
 //! What `convert` is asked to do.
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
-use crate::compression::{self, Compression};
 use crate::failure::Failure;
-use crate::newimage::{format_of_name, print_options};
+use crate::newimage::{format_of, print_options};
 use crate::numbers::{SIGNED, parse_argument, parse_count};
 use crate::session::Session;
-use qcow2_blockdev::{KeyValues, is_block_device, new_image_format};
+use qcow2_blockdev::{Compression, KeyValues, is_block_device, new_image_format};
 use qcow2_core::ImageFormat;
 use qcow2_io::CacheMode;
 use qcow2_ops::ConvertOptions;
@@ -94,7 +93,7 @@ impl Request {
             let format = new_image_format(request.target.format())?;
             print_options(session, &format, !args.into_operands().is_empty())?;
             if format == ImageFormat::Qcow2 && !session.is_drop_in() {
-                session.print(compression::HELP)?;
+                session.print(COMPRESSION_HELP)?;
             }
             return Ok(None);
         }
@@ -110,8 +109,8 @@ impl Request {
         let target = request.source.names.pop().filter(|_| !request.source.names.is_empty());
         request.target.name = target.ok_or_else(|| Failure::new("Must specify image file name"))?;
         if request.target.format.is_none() && !request.target.image_opts {
-            let format = format_of_name(session, &request.target.name)?;
-            request.target.format = Some(format.name().to_owned()).filter(|_| format != ImageFormat::Raw);
+            let format = format_of(session, None, &request.target.name)?;
+            request.target.format = Some(format).filter(|format| format != "raw");
         }
         if let Some(text) = &texts.source_cache {
             request.source.cache = parse_cache("source cache", text)?;
@@ -239,3 +238,9 @@ pub(crate) fn parse_snapshot(text: &str) -> Result<SnapshotName, Failure> {
     let get = |key: &str| list.last(key).map(str::to_owned);
     Ok(SnapshotName::Exact { id: get("snapshot.id"), name: get("snapshot.name") })
 }
+
+/// What help says of the options that an image does not record and qemu-img does not have.
+const COMPRESSION_HELP: &str = "\nWith -c also, not recorded in the image:\n\
+    \x20 compression_level=<num> - zlib: 1 (quick) to 9 (small), 6 by default; zstd: up to 22, 3 by default\n\
+    \x20 compression_window_bits=<num> - zlib: 12 by default, up to 15 for smaller clusters that not every \
+    reader takes\n";

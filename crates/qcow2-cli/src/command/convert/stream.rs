@@ -2,7 +2,6 @@
 
 use super::request::Request;
 use super::{finish, open_sources, target};
-use crate::compression::Compression;
 use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_files;
@@ -11,7 +10,7 @@ use crate::open::warn_of_missing_end;
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::{Session, unfinished_stream};
-use qcow2_blockdev::{NewOptions, new_image_format};
+use qcow2_blockdev::{Compression, NewOptions, new_image_format};
 use qcow2_core::format::CompressionType;
 use qcow2_core::{GuestDisk, ImageFormat};
 use qcow2_ops::{ErrorKind, StreamOptions, StreamedImage, stream_qcow2, stream_raw, stream_raw_in};
@@ -54,12 +53,9 @@ pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
         true => read(session, request, &interrupts, &meter),
         false => write(session, request, &meter),
     };
-    match &done {
-        Ok(()) => {
-            interrupts.finish_files();
-            meter.complete();
-        }
-        Err(_) => interrupts.discard_files(),
+    interrupts.end_files(done.is_ok());
+    if done.is_ok() {
+        meter.complete();
     }
     meter.end();
     interrupts.die_if_asked();
@@ -116,7 +112,7 @@ fn read(session: &Session, request: &Request, interrupts: &Interrupts, meter: &M
         }
         true => {
             let image = StreamedImage::open(&mut input).map_err(|error| persona::procedure(&error))?;
-            let codecs = Compression::DEFAULT.codecs()?;
+            let codecs = Compression::default().codecs()?;
             let codec = match image.header().compression_type {
                 CompressionType::Zstd => codecs.zstd,
                 _ => codecs.deflate,

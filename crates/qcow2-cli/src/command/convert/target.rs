@@ -5,11 +5,11 @@ use crate::args::ImageArgs;
 use crate::failure::Failure;
 use crate::files::open_files;
 use crate::interrupt::Interrupts;
-use crate::newimage::{make, target_of};
+use crate::newimage::{make, set_backing, target_of};
 use crate::open::{open_target, read_name};
 use crate::persona;
 use crate::session::Session;
-use qcow2_blockdev::{KeptBacking, NewOptions, OpenedDisk, new_image_format, open_backing};
+use qcow2_blockdev::{KeptBacking, NewOptions, OpenedDisk, new_image_format};
 use qcow2_core::format::Version;
 use qcow2_core::{GuestDisk, ImageFormat};
 use std::sync::Arc;
@@ -31,15 +31,11 @@ pub(super) fn open(
         request.target.cache()?;
         // What it is to stand on is not emptied for it.
         let _kept = options.text("backing_file").map(|backing| {
-            let (new, format) = (&request.target.name, options.text("backing_fmt"));
-            let kept = KeptBacking::unopened(open_files(), new, backing);
+            let format = options.text("backing_fmt").map(str::to_owned);
+            let args = ImageArgs { format, ..args.clone() };
             // What cannot be opened is complained of when the new image is.
-            let (format, objects) = (format.map(str::to_owned), args.objects.clone());
-            let args = ImageArgs { format, objects, ..ImageArgs::default() };
-            match open_backing(new, backing, &args.naming(), &args.options()) {
-                Ok(chain) => kept.with(chain),
-                Err(_) => kept,
-            }
+            let kept = KeptBacking::unopened(open_files(), &request.target.name, backing);
+            kept.with_what_opens(&args.naming(), &args.options())
         });
         make(session, &made, &options, &args.objects, interrupts).map_err(|failure| {
             let what = format!("error while converting {}", format.name());
@@ -74,21 +70,7 @@ fn settle(
     size: u64,
 ) -> Result<NewOptions, Failure> {
     let mut options = NewOptions::parse(format, &request.target.list)?;
-    if (request.target.backing.is_some() || request.target.backing_format.is_some())
-        && *format != ImageFormat::Qcow2
-    {
-        let what = if request.target.backing.is_some() { "file" } else { "file format" };
-        return Err(Failure::new(format!(
-            "Backing {what} not supported for file format '{}'",
-            format.name()
-        )));
-    }
-    if let Some(backing) = &request.target.backing {
-        options.set_text("backing_file", backing);
-    }
-    if let Some(backing_format) = &request.target.backing_format {
-        options.set_text("backing_fmt", backing_format);
-    }
+    set_backing(&mut options, &request.target.backing, &request.target.backing_format)?;
     options.set_number("size", size);
     let has_backing = options.text("backing_file").is_some();
     if has_backing && sources.len() > 1 {

@@ -1,19 +1,17 @@
 //! Opens what the exerciser asks for: files with their chains, scratch overlays, copies to the top layer.
 
 use crate::args::{ImageArgs, Objects};
-use crate::compression::Compression;
 use crate::failure::Failure;
 use crate::persona::{self, NATIVE_NEEDS_DIRECT, SHARED_AND_WRITABLE};
-use qcow2_blockdev::{ImageName, KeyValues, Keys, Warning, bitmaps_to_lose, escape_commas, open_bytes};
-use qcow2_core::{
-    CreateOptions, GuestDisk, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver,
-    Storage,
+use qcow2_blockdev::{
+    ImageName, KeyValues, Warning, bitmaps_to_lose, escape_commas, open_bytes, open_scratch,
 };
+use qcow2_core::ImageFormat;
 use qcow2_exerciser::{OpenRequest, OpenedDisk, Opener, Refusal};
-use qcow2_io::{CacheMode, CopyOnRead, FileStorage, GuardedRaw, NoFlush};
+use qcow2_io::{CacheMode, CopyOnRead, GuardedRaw};
 use std::fs::File;
 use std::io::{self, Read};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Opens files.
 pub(super) struct Files {
@@ -68,7 +66,7 @@ fn understood(request: &OpenRequest) -> Result<OpenRequest, String> {
         }
     }
     request.options = rest;
-    request.cache = with_flags(request.cache, direct, no_flush);
+    request.cache = request.cache.with_flags(direct, no_flush);
     if request.force_share && !request.read_only {
         return Err(SHARED_AND_WRITABLE.to_owned());
     }
@@ -76,19 +74,6 @@ fn understood(request: &OpenRequest) -> Result<OpenRequest, String> {
         return Err(NATIVE_NEEDS_DIRECT.to_owned());
     }
     Ok(request)
-}
-
-/// A cache mode with single properties changed; whether writes are durable at once stays as it is.
-fn with_flags(mode: CacheMode, direct: Option<bool>, no_flush: Option<bool>) -> CacheMode {
-    let direct = direct.unwrap_or_else(|| mode.is_direct());
-    let no_flush = no_flush.unwrap_or(mode == CacheMode::Unsafe);
-    match (direct, no_flush, mode.is_writethrough()) {
-        (_, true, _) => CacheMode::Unsafe,
-        (true, false, true) => CacheMode::Directsync,
-        (true, false, false) => CacheMode::None,
-        (false, false, true) => CacheMode::Writethrough,
-        (false, false, false) => CacheMode::Writeback,
-    }
 }
 
 fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedDisk, Failure> {
@@ -111,7 +96,9 @@ fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedDisk, Failure>
         true => {
             let size = opened.disk.size();
             drop(opened);
-            (scratch_overlay(open_bytes(&name, &how)?.source, size, name.keys.above())?, ImageFormat::Qcow2)
+            let base = open_bytes(&name, &how)?.source;
+            let disk = open_scratch(base, size, name.keys.above());
+            (disk.map_err(|error| persona::engine_failure("", &error))?, ImageFormat::Qcow2)
         }
         false => (opened.disk, opened.format),
     };
@@ -160,40 +147,6 @@ fn name_and_args(request: &OpenRequest, objects: &Objects) -> (String, ImageArgs
     parts.extend(request.options.iter().cloned());
     args.image_opts = true;
     (parts.join(","), args)
-}
-
-/// A new overlay on `base` in a file without a name, which goes away with the program.
-fn scratch_overlay(base: ResolvedSource, size: u64, keys: Keys) -> Result<Arc<dyn GuestDisk>, Failure> {
-    let failed =
-        |error: &dyn std::fmt::Display| Failure::new(format!("Could not make a temporary overlay: {error}"));
-    let file = tempfile::tempfile().and_then(|file| FileStorage::from_file(file, true));
-    let file = file.map_err(|error| failed(&error))?;
-    let storage: Arc<dyn Storage> = Arc::new(NoFlush::new(Arc::new(file)));
-    let mut options = CreateOptions::new(size);
-    options.backing_file = Some(base.name.clone());
-    qcow2_core::create(&storage, None, &options).map_err(|error| failed(&error))?;
-    let source = ResolvedSource {
-        storage,
-        format: ImageFormat::Qcow2,
-        name: "temporary overlay".to_owned(),
-        id: None,
-        resolver: Arc::new(Handover(Mutex::new(Some(base)))),
-    };
-    let mut options = OpenOptions::default();
-    options.writable = true;
-    options.codecs = Compression::DEFAULT.codecs()?;
-    options.keys = Some(Arc::new(keys));
-    qcow2_core::open_disk(source, &options).map_err(|error| persona::engine_failure("", &error))
-}
-
-/// Resolves the one name of a scratch overlay to the source that is open already.
-struct Handover(Mutex<Option<ResolvedSource>>);
-
-impl Resolver for Handover {
-    fn resolve(&self, _: Reference<'_>, _: bool) -> Result<ResolvedSource, ResolveError> {
-        let source = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        source.ok_or_else(|| ResolveError::failed("the base of the temporary overlay was taken already"))
-    }
 }
 
 #[cfg(test)]
