@@ -5,9 +5,9 @@
 #![allow(clippy::field_reassign_with_default, reason = "option structs may grow")]
 
 use qcow2_core::{
-    CIPHER_SECTOR, ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NewSnapshot,
-    NoResolver, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, SectorNumbering, Storage,
-    ZeroMode, create,
+    CIPHER_SECTOR, ErrorKind, GuestOffset, GuestRange, Image, ImageFormat, NewSnapshot, NoResolver,
+    OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, SectorNumbering, Storage, ZeroMode,
+    create,
 };
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::arbitrary::{BackingShape, DataFileShape, Shape, write_whole_or_in_parts};

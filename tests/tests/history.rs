@@ -6,9 +6,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default, clippy::print_stderr)]
 
 use qcow2_codec::{Deflate, Zstd};
-use qcow2_core::{
-    Codecs, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NewSnapshot, OpenOptions, ZeroMode,
-};
+use qcow2_core::{Codecs, GuestOffset, GuestRange, Image, ImageFormat, NewSnapshot, OpenOptions, ZeroMode};
 use qcow2_io::{OpenFile, Policy, SourceOptions, open_source};
 use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
 use qcow2_ops::snapshot::{self, SnapshotName};

@@ -5,9 +5,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::walk::{Walk, read_header};
-use qcow2_core::{
-    CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions, ZeroMode, create,
-};
+use qcow2_core::{CreateOptions, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions, ZeroMode, create};
 use qcow2_io::{Create, OpenFile, Policy, SourceOptions, open_source};
 use qcow2_testkit::oracle::Tool;
 use qcow2_testkit::pattern;

@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may stop, and says what it did")]
 
 use qcow2_core::{
-    CreateOptions, Error, GuestDisk, GuestOffset, GuestRange, Image, Layers, NewSnapshot, OpenOptions,
-    StorageErrorKind, ZeroMode, create,
+    CreateOptions, Error, GuestOffset, GuestRange, Image, Layers, NewSnapshot, OpenOptions, StorageErrorKind,
+    ZeroMode, create,
 };
 use qcow2_ops::{CheckOptions, Inline, Silent, check};
 use qcow2_testkit::pattern;

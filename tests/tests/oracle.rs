@@ -5,7 +5,7 @@
 //! histories.
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test may stop, and says what it did")]
 
-use qcow2_core::{GuestDisk, GuestOffset, Image, ImageFormat, OpenOptions, ZeroMode};
+use qcow2_core::{GuestOffset, Image, ImageFormat, OpenOptions, ZeroMode};
 use qcow2_testkit::arbitrary::{BackingShape, DataFileShape, Operation, Shape};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::oracle::Qemu;

@@ -3,7 +3,7 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test may stop, and says what it did")]
 
 use qcow2_core::{
-    GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions, Reference, ResolveError,
+    GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions, Reference, ResolveError,
     ResolvedSource, Resolver, Storage, ZeroMode, create,
 };
 use qcow2_testkit::arbitrary::{BackingShape, Shape};

@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_core::{
-    CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, Layers, NewSnapshot,
-    NoResolver, OpenOptions, ResolvedSource, Storage, ZeroMode, create,
+    CreateOptions, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, Layers, NewSnapshot, NoResolver,
+    OpenOptions, ResolvedSource, Storage, ZeroMode, create,
 };
 use qcow2_ops::repair::{RepairMode, repair};
 use qcow2_ops::{CheckOptions, CheckReport, Error, ErrorKind, Inline, Progress, Silent, check};

@@ -4,7 +4,7 @@
 //! `QCOW2_VERIFY_SECONDS` sets the duration (600 for a campaign), `QCOW2_SEED` the seed of the offsets.
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, clippy::field_reassign_with_default)]
 
-use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat, OpenOptions, create};
+use qcow2_core::{CreateOptions, GuestOffset, Image, ImageFormat, OpenOptions, create};
 use qcow2_io::{Create, OpenFile, Policy, SourceOptions, open_source};
 use qcow2_testkit::oracle::Tool;
 use qcow2_testkit::rng::Rng;

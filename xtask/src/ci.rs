@@ -110,7 +110,7 @@ fn doctest(root: &Path) -> Result<(), String> {
 }
 
 fn shuttle(root: &Path) -> Result<(), String> {
-    let features = ["--features", "shuttle", "--test", "shuttle"];
+    let features = ["--features", "unstable-shuttle", "--test", "shuttle"];
     command(root, &[&["test", "--package", "qcow2-core", "--locked", "--quiet"], &features[..]].concat(), &[])
 }
 

@@ -52,6 +52,19 @@
 //! # std::fs::remove_dir_all(&folder)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! # Which crate do I want?
+//!
+//! | you want to | take |
+//! |---|---|
+//! | use images in files | `qcow2-image` |
+//! | open disks by QEMU's names: `json:`, `nbd:`, option lists | `qcow2-blockdev` |
+//! | read and write images in your own storage, `no_std` | `qcow2-core` |
+//! | run the procedures (convert, check, commit, ...) on your own disks and threads | `qcow2-ops` |
+//! | use files, block devices, memory or NBD as storage, with locks | `qcow2-io` |
+//! | compress and expand clusters | `qcow2-codec` |
+//! | use LUKS headers, key slots and sector encryption | `qcow2-crypt` |
+//! | parse or write the on-disk structures, `no_std` | `qcow2-format` |
 #![forbid(unsafe_code)]
 
 mod compression;

@@ -4,8 +4,8 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use qcow2_core::{
-    CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions,
-    ResolvedSource, Storage, create,
+    CreateOptions, GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions, ResolvedSource,
+    Storage, create,
 };
 use qcow2_io::MemoryStorage;
 use std::hint::black_box;

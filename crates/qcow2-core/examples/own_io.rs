@@ -6,7 +6,7 @@
 //! ```
 #![allow(clippy::print_stdout)]
 use qcow2_core::{
-    CreateOptions, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions, Piece,
+    CreateOptions, ExtentState, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions, Piece,
     ResolvedSource,
 };
 use qcow2_io::OpenFile;

@@ -3,7 +3,6 @@
 use crate::create::BackingName;
 use crate::error::Result;
 use crate::image::Image;
-use crate::port::disk::GuestDisk;
 use crate::sync::write;
 use ::alloc::string::String;
 

@@ -8,7 +8,6 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;
-use crate::port::disk::GuestDisk;
 use crate::port::storage::StorageErrorKind;
 use crate::sync::write;
 use ::alloc::collections::{BTreeMap, BTreeSet};

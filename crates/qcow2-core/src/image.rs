@@ -245,23 +245,33 @@ impl dyn GuestDisk + '_ {
     }
 }
 
-impl GuestDisk for Image {
-    fn size(&self) -> u64 {
+/// Guest I/O: what [`GuestDisk`] has, without the trait in scope.
+impl Image {
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }
 
-    fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
+    /// Fills `buf` with the guest bytes from `offset` on, through all layers below. Errors: `OutOfRange`,
+    /// `Corrupt`, `Encrypted` without a key, `Storage`.
+    pub fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
         let _structure = read(&self.structure);
         let _operation = self.flusher.enter();
         self.read_range(offset, buf)
     }
 
-    fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
+    /// Writes `buf` from guest byte `offset` on. Durable after the next [`flush`](Self::flush). Where the
+    /// storage is full, a first part may be written and nothing else is lost. Errors: `OutOfRange`,
+    /// `ReadOnly`, `NoSpace`, `Corrupt`, `Poisoned`, `Storage`.
+    pub fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
         self.change(offset, buf.len() as u64, |range| self.write_range(range.start(), buf))
     }
 
-    fn write_parts(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
+    /// Writes each part at its guest offset; faster than single calls where the parts ascend and have their
+    /// clusters to themselves. Errors: as of [`write_at`](Self::write_at) for one of the parts; any of them
+    /// may be written then.
+    pub fn write_parts(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
         if !self.crypt.is_plain() {
             return parts.iter().try_for_each(|(offset, buf)| self.write_at(*offset, buf));
         }
@@ -281,7 +291,8 @@ impl GuestDisk for Image {
         self.flusher.flush_if_pressed()
     }
 
-    fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
+    /// Makes `range` read as zeroes. Errors: as [`write_at`](Self::write_at).
+    pub fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
         let kind = match mode {
             ZeroMode::KeepAllocated => ZeroKind::Keep,
             ZeroMode::MayUnmap => ZeroKind::Unmap,
@@ -289,11 +300,16 @@ impl GuestDisk for Image {
         self.change(range.start(), range.len(), |range| self.zero_range(range, kind))
     }
 
-    fn discard(&self, range: GuestRange) -> Result<()> {
+    /// Says that nobody needs the content of `range`: whole clusters are freed. They read as zeroes
+    /// afterwards where the image can record that, otherwise as before. Errors: as
+    /// [`write_at`](Self::write_at).
+    pub fn discard(&self, range: GuestRange) -> Result<()> {
         self.change(range.start(), range.len(), |range| self.zero_range(range, ZeroKind::Discard))
     }
 
-    fn flush(&self) -> Result<()> {
+    /// Returns when all changes completed before this call are durable. Errors: `NoSpace`, `Poisoned`,
+    /// `Storage`.
+    pub fn flush(&self) -> Result<()> {
         if !self.file.is_writable() {
             return Ok(());
         }
@@ -302,27 +318,85 @@ impl GuestDisk for Image {
         self.flusher.flush()
     }
 
-    fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
+    /// How this layer stores the bytes from `range.start()` on, at most `range`. Disk: may read tables.
+    /// Errors: `OutOfRange`, `Corrupt`, `Storage`.
+    pub fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
         self.check_range(range.start(), range.len())?;
         let _structure = read(&self.structure);
         let _operation = self.flusher.enter();
         self.extent_of(range)
     }
 
-    fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
+    /// The disk below, which unallocated bytes are read from.
+    pub fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
         self.backing.as_ref()
     }
 
-    fn cluster_size(&self) -> u64 {
+    /// Bytes of a cluster.
+    pub fn cluster_size(&self) -> u64 {
         self.file.geometry().cluster_size()
     }
 
-    fn zero_granularity(&self) -> u64 {
+    /// Bytes of the unit in which the mapping changes: a subcluster.
+    pub fn zero_granularity(&self) -> u64 {
         self.file.geometry().subcluster_size()
     }
 
-    fn resize(&self, size: u64) -> Result<()> {
+    /// Grows or shrinks the disk to `size` bytes, a multiple of 512; new bytes read as zeroes. Durable after
+    /// the next [`flush`](Self::flush). Errors: `InvalidOption`, `Unsupported`, `ReadOnly`, `NoSpace`,
+    /// `Poisoned`, `Storage`.
+    pub fn resize(&self, size: u64) -> Result<()> {
         self.change_size(size)
+    }
+}
+
+impl GuestDisk for Image {
+    fn size(&self) -> u64 {
+        Image::size(self)
+    }
+
+    fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
+        Image::read_at(self, offset, buf)
+    }
+
+    fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
+        Image::write_at(self, offset, buf)
+    }
+
+    fn write_parts(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
+        Image::write_parts(self, parts)
+    }
+
+    fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
+        Image::write_zeroes(self, range, mode)
+    }
+
+    fn discard(&self, range: GuestRange) -> Result<()> {
+        Image::discard(self, range)
+    }
+
+    fn flush(&self) -> Result<()> {
+        Image::flush(self)
+    }
+
+    fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
+        Image::extent_at(self, range)
+    }
+
+    fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
+        Image::backing(self)
+    }
+
+    fn cluster_size(&self) -> u64 {
+        Image::cluster_size(self)
+    }
+
+    fn zero_granularity(&self) -> u64 {
+        Image::zero_granularity(self)
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        Image::resize(self, size)
     }
 
     fn as_any(&self) -> Option<&dyn Any> {

@@ -7,7 +7,6 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::overlap::OverlapChecks;
-use crate::port::disk::GuestDisk;
 use crate::port::event::Event;
 use crate::sync::atomic::Ordering;
 use crate::sync::write;
@@ -36,7 +35,7 @@ impl Image {
         self.resize_while(size, &mut || ControlFlow::Continue(()))
     }
 
-    /// [`resize`](GuestDisk::resize) that can be stopped while the disk gets shorter: `go_on` is asked every
+    /// [`resize`](Image::resize) that can be stopped while the disk gets shorter: `go_on` is asked every
     /// 2^18 clusters, the end going first. Errors: `Stopped`, the disk having one of the sizes between;
     /// otherwise as `resize`.
     pub fn resize_while(&self, size: u64, go_on: &mut dyn FnMut() -> ControlFlow<()>) -> Result<()> {

@@ -3,6 +3,7 @@
 /// One rule of the order on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
+#[cfg_attr(not(feature = "unstable-mutants"), allow(unreachable_pub, reason = "public for tests only"))]
 pub enum OrderingRule {
     /// Refcounts and data are durable before the mapping entries that need them are written.
     RefcountsBeforeLinks,
@@ -29,19 +30,19 @@ pub enum OrderingRule {
 /// Which rules hold: all of them, unless a test says otherwise.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Rules {
-    #[cfg(feature = "mutants")]
+    #[cfg(feature = "unstable-mutants")]
     pub(crate) broken: Option<OrderingRule>,
 }
 
 impl Rules {
     /// Whether `rule` is to be kept.
-    #[cfg(feature = "mutants")]
+    #[cfg(feature = "unstable-mutants")]
     pub(crate) fn keep(&self, rule: OrderingRule) -> bool {
         self.broken != Some(rule)
     }
 
     /// Whether `rule` is to be kept: always.
-    #[cfg(not(feature = "mutants"))]
+    #[cfg(not(feature = "unstable-mutants"))]
     pub(crate) const fn keep(&self, _rule: OrderingRule) -> bool {
         true
     }

@@ -1,8 +1,8 @@
 //! The one door to locks, atomics and the standard library; nothing else in this crate can name `std`.
 //!
 //! A lock whose holder panicked is taken all the same: no data under these locks is left half-changed by a
-//! panic, and a second panic would help nobody. With the feature `shuttle` the same types come from a
-//! scheduler that tries orders of execution, so that a test can look for the one that hurts.
+//! panic, and a second panic would help nobody. With the feature `unstable-shuttle` the same types come from
+//! a scheduler that tries orders of execution, so that a test can look for the one that hurts.
 //!
 //! Every lock has a [`Rank`], and a thread takes the locks of one image in the order of their ranks only. So
 //! two threads never wait for each other, whatever they do. Builds with debug assertions check it at every
@@ -11,9 +11,9 @@
 #[cfg_attr(test, allow(unused_extern_crates))]
 extern crate std;
 
-#[cfg(feature = "shuttle")]
+#[cfg(feature = "unstable-shuttle")]
 use shuttle::sync as locks;
-#[cfg(not(feature = "shuttle"))]
+#[cfg(not(feature = "unstable-shuttle"))]
 use std::sync as locks;
 
 use core::ops::{Deref, DerefMut};
@@ -145,15 +145,15 @@ pub(crate) fn wait<'a, T>(condition: &Condvar, held: MutexGuard<'a, T>) -> Mutex
 
 /// Lets whoever is being waited for go on.
 pub(crate) fn spin() {
-    #[cfg(feature = "shuttle")]
+    #[cfg(feature = "unstable-shuttle")]
     shuttle::thread::yield_now();
-    #[cfg(not(feature = "shuttle"))]
+    #[cfg(not(feature = "unstable-shuttle"))]
     core::hint::spin_loop();
 }
 
 /// The check of the order. Which locks a thread holds is known to that thread alone, so that the check itself
 /// neither waits nor changes what it looks at.
-#[cfg(all(debug_assertions, not(feature = "shuttle")))]
+#[cfg(all(debug_assertions, not(feature = "unstable-shuttle")))]
 mod order {
     use super::Rank;
     use super::std::cell::{Cell, RefCell};
@@ -244,7 +244,7 @@ mod order {
 }
 
 /// The order is not checked here.
-#[cfg(any(not(debug_assertions), feature = "shuttle"))]
+#[cfg(any(not(debug_assertions), feature = "unstable-shuttle"))]
 mod order {
     use super::Rank;
 
@@ -277,7 +277,7 @@ mod order {
     pub(super) struct Entered;
 }
 
-#[cfg(all(test, debug_assertions, not(feature = "shuttle")))]
+#[cfg(all(test, debug_assertions, not(feature = "unstable-shuttle")))]
 mod tests {
     use super::*;
 

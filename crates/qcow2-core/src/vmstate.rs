@@ -5,7 +5,6 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::port::disk::GuestDisk;
 use crate::read::resolve::Place;
 use crate::sync::{read, write};
 use ::alloc::format;

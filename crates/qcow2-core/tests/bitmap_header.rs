@@ -1,9 +1,7 @@
 //! The header's bitmaps extension is put in and taken out beside whatever else the header holds.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
-use qcow2_core::{
-    GuestDisk, GuestOffset, Image, ImageFormat, Layers, NoResolver, OpenOptions, ResolvedSource, Storage,
-};
+use qcow2_core::{GuestOffset, Image, ImageFormat, Layers, NoResolver, OpenOptions, ResolvedSource, Storage};
 use qcow2_format::extension::UnknownExtension;
 use qcow2_format::feature::FeatureName;
 use qcow2_format::header::{Header, Version};

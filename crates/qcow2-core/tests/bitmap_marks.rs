@@ -2,8 +2,8 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
-    Codecs, CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions,
-    Piece, ResolvedSource, Storage, ZeroMode, create,
+    Codecs, CreateOptions, GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions, Piece,
+    ResolvedSource, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::pattern;

@@ -4,8 +4,8 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use qcow2_core::{
-    ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, Layers, NoResolver, OpenOptions,
-    ResolvedSource, Storage, ZeroMode,
+    ErrorKind, GuestOffset, GuestRange, Image, ImageFormat, Layers, NoResolver, OpenOptions, ResolvedSource,
+    Storage, ZeroMode,
 };
 use qcow2_format::bitmap::Bitmap;
 use qcow2_format::header::{Header, Version};

@@ -2,8 +2,8 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
-    CreateOptions, ErrorKind, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat,
-    NewSnapshot, NoResolver, OpenOptions, OverlapChecks, ResolvedSource, Storage, create,
+    CreateOptions, ErrorKind, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, NewSnapshot,
+    NoResolver, OpenOptions, OverlapChecks, ResolvedSource, Storage, create,
 };
 use qcow2_testkit::arbitrary::{DataFileShape, Shape};
 use qcow2_testkit::pages::PageBytes;

@@ -2,9 +2,9 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
-    CreateOptions, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat,
-    NewEncryption, NoResolver, OpenOptions, OverlapChecks, Preallocation, Refusal, ResolvedSource, Storage,
-    ZeroMode, create,
+    CreateOptions, ErrorKind, ExtentState, GuestOffset, GuestRange, Image, ImageFormat, NewEncryption,
+    NoResolver, OpenOptions, OverlapChecks, Preallocation, Refusal, ResolvedSource, Storage, ZeroMode,
+    create,
 };
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::arbitrary::{BackingShape, Operation, Shape};

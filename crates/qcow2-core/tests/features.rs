@@ -2,8 +2,8 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
-    CreateOptions, ErrorKind, GuestDisk, GuestOffset, HostOffset, Image, ImageFormat, NoResolver,
-    OpenOptions, ResolvedSource, Storage, create,
+    CreateOptions, ErrorKind, GuestOffset, HostOffset, Image, ImageFormat, NoResolver, OpenOptions,
+    ResolvedSource, Storage, create,
 };
 use qcow2_testkit::crash::{CrashStorage, CrashWorld};
 use qcow2_testkit::pages::PageBytes;

@@ -3,8 +3,8 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
-    Codecs, CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, Limits,
-    NoResolver, OpenOptions, ResolvedSource, Storage, StorageError, StorageExtent, ZeroMode, create,
+    Codecs, CreateOptions, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, Limits, NoResolver,
+    OpenOptions, ResolvedSource, Storage, StorageError, StorageExtent, ZeroMode, create,
 };
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::{CrashStorage, CrashWorld};

@@ -4,7 +4,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use qcow2_core::{
-    CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions, Piece, ResolvedSource,
+    CreateOptions, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions, Piece, ResolvedSource,
 };
 use qcow2_io::OpenFile;
 use std::fs::File;

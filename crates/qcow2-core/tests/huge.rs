@@ -3,8 +3,8 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
-    CreateOptions, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, Image,
-    ImageFormat, NoResolver, OpenOptions, ResolvedSource, Storage, create,
+    CreateOptions, ErrorKind, ExtentState, GuestOffset, GuestRange, HostOffset, Image, ImageFormat,
+    NoResolver, OpenOptions, ResolvedSource, Storage, create,
 };
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::pages::PageBytes;

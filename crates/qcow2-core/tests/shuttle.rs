@@ -7,8 +7,8 @@ mod power;
 
 use qcow2_core::StorageError;
 use qcow2_core::{
-    CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, NoResolver,
-    OpenOptions, ResolvedSource, Storage, ZeroMode, create,
+    CreateOptions, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, NoResolver, OpenOptions,
+    ResolvedSource, Storage, ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::pattern;

@@ -1,5 +1,16 @@
 //! Encoding and decoding of the qcow2 on-disk format.
 //!
+//! ```
+//! use qcow2_format::{Header, HostOffset, Version};
+//!
+//! let mut header = Header::new(Version::V3, 16);
+//! (header.size, header.l1_size) = (1 << 30, 2);
+//! header.l1_table_offset = HostOffset::new(0x30000);
+//! (header.refcount_table_offset, header.refcount_table_clusters) = (HostOffset::new(0x10000), 1);
+//! assert_eq!(Header::parse(&header.encode()?)?, header);
+//! # Ok::<(), qcow2_format::FormatError>(())
+//! ```
+//!
 //! Every parser is total: any input gives a value or a [`FormatError`], never a panic, and never an
 //! allocation above a named [`limit`]. The crate does no I/O.
 //!
@@ -16,6 +27,19 @@
 //! | Bitmaps | [`bitmap`] |
 //! | Encryption | [`crypt`] |
 //! | (every limit) | [`limit`] |
+//!
+//! # Which crate do I want?
+//!
+//! | you want to | take |
+//! |---|---|
+//! | use images in files | `qcow2-image` |
+//! | open disks by QEMU's names: `json:`, `nbd:`, option lists | `qcow2-blockdev` |
+//! | read and write images in your own storage, `no_std` | `qcow2-core` |
+//! | run the procedures (convert, check, commit, ...) on your own disks and threads | `qcow2-ops` |
+//! | use files, block devices, memory or NBD as storage, with locks | `qcow2-io` |
+//! | compress and expand clusters | `qcow2-codec` |
+//! | use LUKS headers, key slots and sector encryption | `qcow2-crypt` |
+//! | parse or write the on-disk structures, `no_std` | `qcow2-format` |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 

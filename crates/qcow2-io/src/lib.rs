@@ -1,5 +1,20 @@
 //! Storage adapters for qcow2 images: the only crate that touches files.
 //!
+//! ```
+//! use qcow2_core::{CreateOptions, Image, ImageFormat, OpenOptions};
+//! use qcow2_io::{Create, OpenFile, SourceOptions, open_source};
+//!
+//! let path = std::env::temp_dir().join(format!("qcow2-io-{}.qcow2", std::process::id()));
+//! let file = OpenFile::writable().with_create(Create::Truncate).open(&path)?;
+//! qcow2_core::create(&file, None, &CreateOptions::new(1 << 20))?;
+//! drop(file);
+//! let source = open_source(&path, &SourceOptions::new(OpenFile::read_only()))?;
+//! assert_eq!(source.format, ImageFormat::Qcow2);
+//! assert_eq!(Image::open(source, &OpenOptions::default())?.size(), 1 << 20);
+//! # std::fs::remove_file(&path)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! | need | adapter |
 //! |---|---|
 //! | an image in a file or on a block device | [`OpenFile`], which makes a [`FileStorage`] |
@@ -21,6 +36,19 @@
 //! | a null device | [`NullStorage`] |
 //! | random bytes and time for encryption keys | [`random_bytes`], [`ThreadClock`] |
 //! | a test suite for adapters of your own | `conformance` (a feature) |
+//!
+//! # Which crate do I want?
+//!
+//! | you want to | take |
+//! |---|---|
+//! | use images in files | `qcow2-image` |
+//! | open disks by QEMU's names: `json:`, `nbd:`, option lists | `qcow2-blockdev` |
+//! | read and write images in your own storage, `no_std` | `qcow2-core` |
+//! | run the procedures (convert, check, commit, ...) on your own disks and threads | `qcow2-ops` |
+//! | use files, block devices, memory or NBD as storage, with locks | `qcow2-io` |
+//! | compress and expand clusters | `qcow2-codec` |
+//! | use LUKS headers, key slots and sector encryption | `qcow2-crypt` |
+//! | parse or write the on-disk structures, `no_std` | `qcow2-format` |
 #![deny(unsafe_code)]
 
 #[cfg(feature = "conformance")]

@@ -1,8 +1,38 @@
 //! Procedures on disk images. Each file has one procedure: an options struct in, a report or an effect out.
 //!
+//! ```
+//! use qcow2_core::{GuestDisk, RawDisk};
+//! use qcow2_io::MemoryStorage;
+//! use qcow2_ops::{CompareOptions, Comparison, Inline, Silent, compare};
+//! use std::sync::Arc;
+//!
+//! let disk = || -> qcow2_core::Result<Arc<dyn GuestDisk>> {
+//!     Ok(Arc::new(RawDisk::new(Arc::new(MemoryStorage::new()), true)?))
+//! };
+//! let (a, b) = (disk()?, disk()?);
+//! a.resize(1 << 20)?;
+//! // A shorter disk counts as followed by zeroes.
+//! let report = compare([&a, &b], &CompareOptions::default(), &Inline, &Silent)?;
+//! assert_eq!(report.result, Comparison::Identical);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! Sources and targets are [`GuestDisk`](qcow2_core::GuestDisk)s, opened by the caller. The crate uses no
 //! files, sockets, clocks, threads or environment variables: parallel work goes through an [`Executor`],
 //! progress through a [`Progress`].
+//!
+//! # Which crate do I want?
+//!
+//! | you want to | take |
+//! |---|---|
+//! | use images in files | `qcow2-image` |
+//! | open disks by QEMU's names: `json:`, `nbd:`, option lists | `qcow2-blockdev` |
+//! | read and write images in your own storage, `no_std` | `qcow2-core` |
+//! | run the procedures (convert, check, commit, ...) on your own disks and threads | `qcow2-ops` |
+//! | use files, block devices, memory or NBD as storage, with locks | `qcow2-io` |
+//! | compress and expand clusters | `qcow2-codec` |
+//! | use LUKS headers, key slots and sector encryption | `qcow2-crypt` |
+//! | parse or write the on-disk structures, `no_std` | `qcow2-format` |
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 

@@ -6,7 +6,7 @@ use crate::executor::Executor;
 use crate::mend::{self, Fix};
 use crate::port::Reopen;
 use crate::progress::Progress;
-use qcow2_core::{GuestDisk, Image, Storage};
+use qcow2_core::{Image, Storage};
 
 /// What to repair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

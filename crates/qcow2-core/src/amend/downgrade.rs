@@ -12,7 +12,6 @@ use crate::meta::file::read_words;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use crate::meta::run::ClusterRun;
-use crate::port::disk::GuestDisk;
 use crate::sync::write;
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;

@@ -10,7 +10,6 @@ mod width;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::port::disk::GuestDisk;
 use crate::sync::write;
 use ::alloc::string::String;
 use core::ops::ControlFlow;

@@ -23,7 +23,6 @@ pub use store::{check_bitmaps, read_bitmaps};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::port::disk::GuestDisk;
 use crate::sync::atomic::Ordering;
 use crate::sync::{read, write};
 use ::alloc::format;

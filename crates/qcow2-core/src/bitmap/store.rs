@@ -14,7 +14,6 @@ use crate::meta::file::read_words;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
-use crate::port::disk::GuestDisk;
 use crate::port::storage::Storage;
 use crate::rules::OrderingRule;
 use crate::sync::write;

@@ -4,7 +4,6 @@ use super::{read_sectors, write_sectors};
 use crate::error::Result;
 use crate::image::Image;
 use crate::port::cipher::{CIPHER_SECTOR, ClusterCipher, SectorNumbering};
-use crate::port::disk::GuestDisk;
 use crate::port::storage::Storage;
 use crate::write::apply::move_data;
 use qcow2_format::{GuestOffset, HostOffset};

@@ -175,12 +175,12 @@ impl ImageFile {
     }
 }
 
-#[cfg(feature = "mutants")]
+#[cfg(feature = "unstable-mutants")]
 fn rules(options: &OpenOptions) -> Rules {
     Rules { broken: options.broken_rule }
 }
 
-#[cfg(not(feature = "mutants"))]
+#[cfg(not(feature = "unstable-mutants"))]
 fn rules(_options: &OpenOptions) -> Rules {
     Rules::default()
 }

@@ -4,7 +4,7 @@ use crate::bitmap::MAX_BITS_MEMORY;
 use crate::meta::overlap::OverlapChecks;
 use crate::port::cipher::Keyring;
 use crate::port::codec::ClusterCodec;
-#[cfg(feature = "mutants")]
+#[cfg(feature = "unstable-mutants")]
 use crate::rules::OrderingRule;
 use ::alloc::sync::Arc;
 
@@ -75,7 +75,7 @@ pub struct OpenOptions {
     /// Has the keys of encrypted layers.
     pub keys: Option<Arc<dyn Keyring>>,
     /// Switches one ordering rule off; for tests that must see the crash simulation fail.
-    #[cfg(feature = "mutants")]
+    #[cfg(feature = "unstable-mutants")]
     pub broken_rule: Option<OrderingRule>,
 }
 
@@ -94,7 +94,7 @@ impl Default for OpenOptions {
             for_repair: false,
             metadata_only: false,
             keys: None,
-            #[cfg(feature = "mutants")]
+            #[cfg(feature = "unstable-mutants")]
             broken_rule: None,
         }
     }

@@ -20,7 +20,6 @@ use crate::meta::known::MAX_L1_UNASKED;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use crate::meta::run::ClusterRun;
-use crate::port::disk::GuestDisk;
 use crate::rules::OrderingRule;
 use crate::sync::atomic::Ordering;
 use crate::sync::{read, write};

@@ -1,5 +1,6 @@
-//! Visits every reference in an image: which tables there are, what they point to, and what is wrong with
-//! them.
+//! Looks at an image without opening it: its header ([`read_header`]), and every reference in it ([`Walk`]):
+//! which tables there are, what they point to, and what is wrong with them. For checks, repairs and programs
+//! that only describe an image.
 //!
 //! Nothing here changes anything or believes anything: offsets may point anywhere, tables may overlap, and
 //! the same table may be named four million times. Memory stays below the named limits, and a table's bytes

@@ -13,7 +13,6 @@ use crate::meta::mapping::L2Place;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
 use crate::meta::run::ClusterRun;
-use crate::port::disk::GuestDisk;
 use crate::port::event::Event;
 use crate::port::storage::StorageErrorKind;
 use crate::read::resolve::Place;

@@ -6,7 +6,6 @@ use crate::error::Result;
 use crate::image::Image;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
-use crate::port::disk::GuestDisk;
 use crate::port::storage::ZeroMode;
 use crate::read::resolve::Place;
 use ::alloc::vec::Vec;

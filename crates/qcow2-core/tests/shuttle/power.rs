@@ -2,9 +2,7 @@
 //! cluster never shows another's bytes, and the file is sound.
 
 use super::{CLUSTER, Yielding, open_as};
-use qcow2_core::{
-    CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, OpenOptions, Storage, ZeroMode, create,
-};
+use qcow2_core::{CreateOptions, GuestOffset, GuestRange, Image, OpenOptions, Storage, ZeroMode, create};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::{CrashWorld, Event, SECTOR};
 use qcow2_testkit::cut::{CrashImage, Cut};

@@ -14,7 +14,7 @@ use crate::report::{map_line, size};
 use crate::request::OpenRequest;
 use crate::source::Source;
 use crate::target::Target;
-use qcow2_core::{GuestDisk, ImageFormat};
+use qcow2_core::ImageFormat;
 use qcow2_io::OsError;
 use std::time::Duration;
 

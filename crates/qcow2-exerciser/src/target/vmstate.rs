@@ -4,7 +4,7 @@ use super::{PIECE_LEN, Target};
 use crate::grammar::Range;
 use crate::reason::{FILE_TOO_LARGE, NOT_SUPPORTED, Reason};
 use crate::source::Source;
-use qcow2_core::{Error, ErrorKind, GuestDisk};
+use qcow2_core::{Error, ErrorKind};
 
 impl Target {
     /// Fills `buf` with the state from its byte `offset` on.

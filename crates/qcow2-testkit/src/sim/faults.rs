@@ -15,7 +15,7 @@ use crate::fault::{CHANGING_CALLS, Call, Fault, FaultPlan, FaultStorage};
 use crate::model::chain;
 use crate::pattern;
 use crate::rng::Rng;
-use qcow2_core::{ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, Storage};
+use qcow2_core::{ErrorKind, GuestOffset, GuestRange, Image, Storage};
 use std::sync::Arc;
 
 /// Steps of a workload.

@@ -15,7 +15,7 @@ use crate::pattern;
 use crate::rng::Rng;
 use crate::storage::PageStorage;
 use crate::world::keys;
-use qcow2_core::{GuestDisk, GuestOffset, Image, OpenOptions, Storage};
+use qcow2_core::{GuestOffset, Image, OpenOptions, Storage};
 use std::sync::{Arc, Mutex};
 
 /// Operations made when work continues on a crash image.

@@ -4,7 +4,7 @@
 use super::start::Start;
 use crate::model::chain;
 use crate::pattern;
-use qcow2_core::{GuestDisk, GuestOffset, Image, OpenOptions, Storage};
+use qcow2_core::{GuestOffset, Image, OpenOptions, Storage};
 use std::sync::Arc;
 
 /// A snapshot as it must be found.

@@ -9,7 +9,7 @@ use crate::crash::SECTOR;
 use crate::model::chain;
 use crate::pattern;
 use crate::rng::Rng;
-use qcow2_core::{ErrorKind, GuestDisk, GuestOffset, GuestRange, Image, NewSnapshot, OpenOptions};
+use qcow2_core::{ErrorKind, GuestOffset, GuestRange, Image, NewSnapshot, OpenOptions};
 use qcow2_format::Version;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
