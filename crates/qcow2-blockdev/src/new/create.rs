@@ -127,7 +127,9 @@ impl<'a> NewImageFile<'a> {
 impl NewStorage for NewImageFile<'_> {
     fn make(&self) -> Result<Arc<dyn Storage>, CallerError> {
         let mut prepared = Prepared::default();
-        let made = prepared.add(self.path).and_then(|()| self.files.open_empty(&mut prepared));
+        let made = prepared
+            .add(self.path, &self.files.how.unfinished)
+            .and_then(|()| self.files.open_empty(&mut prepared));
         Ok(made.map_err(of_image)?)
     }
 
@@ -162,7 +164,7 @@ fn make(target: &NewTarget, options: &NewOptions, how: &CreateHow<'_>) -> Made<(
 fn make_raw(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<()> {
     let raw = RawOptions { size: size(options), preallocation: options.preallocation()? };
     let mut prepared = Prepared::default();
-    prepared.add(path)?;
+    prepared.add(path, &files.how.unfinished)?;
     raw.check().map_err(CreateFailureKind::Refused)?;
     let storage = files.open_empty(&mut prepared)?;
     if is_block_device(path) {
@@ -173,9 +175,9 @@ fn make_raw(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<()> {
 
 fn make_qcow2(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<()> {
     let mut prepared = Prepared::default();
-    prepared.add(path)?;
+    prepared.add(path, &files.how.unfinished)?;
     let data_path = data_file(options);
-    data_path.map(|path| prepared.add(path)).transpose()?;
+    data_path.map(|path| prepared.add(path, &files.how.unfinished)).transpose()?;
     let new = plan(options, &files.how.secrets)?;
     let storage = files.open_empty(&mut prepared)?;
     let data = data_path.map(|_| files.open_empty(&mut prepared)).transpose()?;
@@ -185,7 +187,7 @@ fn make_qcow2(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<()> {
 /// A container: the header, and behind it as much as the disk has.
 fn make_container(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<()> {
     let mut prepared = Prepared::default();
-    prepared.add(path)?;
+    prepared.add(path, &files.how.unfinished)?;
     let (raw, encryption) = plan_container(options, files.how)?;
     raw.check_container().map_err(CreateFailureKind::Refused)?;
     let encryption = encryption.make()?;
@@ -274,8 +276,8 @@ fn of_qcow2(new: CreateOptions, error: qcow2_core::Error) -> CreateFailureKind {
 struct Prepared<'a>(VecDeque<(&'a str, NewFile)>);
 
 impl<'a> Prepared<'a> {
-    fn add(&mut self, path: &'a str) -> Made<()> {
-        let file = NewFile::prepare(Path::new(path)).map_err(|error| CreateFailureKind::NotWritable {
+    fn add(&mut self, path: &'a str, unfinished: &Unfinished) -> Made<()> {
+        let file = unfinished.prepare(Path::new(path)).map_err(|error| CreateFailureKind::NotWritable {
             path: path.to_owned(),
             error: OsError::new(error),
         })?;

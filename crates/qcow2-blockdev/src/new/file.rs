@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// A file that was opened to be written anew.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct NewFile {
     path: PathBuf,
     /// Whether it was not there before.
@@ -30,6 +30,11 @@ impl NewFile {
         };
         let identity = file.metadata().ok().as_ref().and_then(identity);
         Ok(Self { path: path.to_owned(), created, identity })
+    }
+
+    /// Whether it was not there before.
+    pub(super) fn is_new(&self) -> bool {
+        self.created
     }
 
     /// Undoes: a file that was not there before goes; one that was is kept as it is.

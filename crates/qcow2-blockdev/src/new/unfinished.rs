@@ -1,6 +1,8 @@
 //! The files of images that are not whole yet.
 
 use super::file::NewFile;
+use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The files that are written and would be taken for whole images. Whoever ends the work early, a signal
@@ -9,6 +11,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Unfinished(Arc<Mutex<Vec<NewFile>>>);
 
 impl Unfinished {
+    /// [`NewFile::prepare`], with a file that it made on the list from the moment it is there: whoever ends the
+    /// work just then waits for the list, and takes the file away.
+    pub(super) fn prepare(&self, path: &Path) -> io::Result<NewFile> {
+        let mut files = self.files();
+        let file = NewFile::prepare(path)?;
+        if file.is_new() {
+            files.push(file.clone());
+        }
+        Ok(file)
+    }
+
     /// Adds a file, until it is finished or discarded.
     pub fn add(&self, file: NewFile) {
         self.files().push(file);
