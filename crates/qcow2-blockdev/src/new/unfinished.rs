@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Unfinished(Arc<Mutex<Vec<NewFile>>>);
 
 impl Unfinished {
-    /// [`NewFile::prepare`], with a file that it made on the list from the moment it is there: whoever ends the
-    /// work just then waits for the list, and takes the file away.
+    /// [`NewFile::prepare`], with a file that it made on the list from the moment it is there: whoever ends
+    /// the work just then waits for the list, and takes the file away.
     pub(super) fn prepare(&self, path: &Path) -> io::Result<NewFile> {
         let mut files = self.files();
         let file = NewFile::prepare(path)?;
