@@ -1,6 +1,7 @@
 //! JSON as qemu-img lays it out: four spaces, one item a line, empty lists and objects on two lines, ASCII
 //! only.
 
+use qcow2_blockdev::json_text;
 use serde_json::Value;
 use std::fmt::Write;
 
@@ -14,13 +15,13 @@ pub(crate) fn pretty(value: &Value) -> String {
 
 fn push_value(out: &mut String, value: &Value, depth: usize) {
     match value {
-        Value::String(text) => push_string(out, text),
+        Value::String(text) => out.push_str(&json_text(text)),
         Value::Array(items) => {
             push_block(out, ['[', ']'], items, depth, |out, item| push_value(out, item, depth + 1));
         }
         Value::Object(fields) => {
             push_block(out, ['{', '}'], fields, depth, |out, (key, item)| {
-                push_string(out, key);
+                out.push_str(&json_text(key));
                 out.push_str(": ");
                 push_value(out, item, depth + 1);
             });
@@ -53,28 +54,6 @@ fn indent(out: &mut String, depth: usize) {
     for _ in 0..depth {
         out.push_str("    ");
     }
-}
-
-fn push_string(out: &mut String, text: &str) {
-    out.push('"');
-    for c in text.chars() {
-        match c {
-            '"' => out.push_str("\\\""),
-            '\\' => out.push_str("\\\\"),
-            '\u{8}' => out.push_str("\\b"),
-            '\u{c}' => out.push_str("\\f"),
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            ' '..='~' => out.push(c),
-            _ => {
-                for unit in c.encode_utf16(&mut [0; 2]) {
-                    let _ = write!(out, "\\u{unit:04X}");
-                }
-            }
-        }
-    }
-    out.push('"');
 }
 
 #[cfg(test)]

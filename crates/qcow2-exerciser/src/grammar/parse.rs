@@ -144,16 +144,19 @@ fn read(arguments: &Arguments<'_>) -> Parsed {
     Ok(Command::Read(Read { range, manner: Manner::Plain, style, dump: arguments.has('v'), check, vm_state }))
 }
 
+/// The range of a request in several buffers: an offset, and one length or more.
+fn vector_range(arguments: &Arguments<'_>) -> Result<Range, Complaint> {
+    match &arguments.operands[..] {
+        [offset, lens @ ..] if !lens.is_empty() => {
+            Ok(Range { offset: number(offset)?, len: request_lens(lens)?.iter().sum() })
+        }
+        _ => Err(Complaint::Usage(None)),
+    }
+}
+
 fn readv(arguments: &Arguments<'_>, manner: Manner) -> Parsed {
     let byte = pattern_option(arguments)?;
-    let [offset, lens @ ..] = &arguments.operands[..] else {
-        return Err(Complaint::Usage(None));
-    };
-    if lens.is_empty() {
-        return Err(Complaint::Usage(None));
-    }
-    let offset = number(offset)?;
-    let range = Range { offset, len: request_lens(lens)?.iter().sum() };
+    let range = vector_range(arguments)?;
     let check = byte.map(|byte| Check { byte, skip: 0, len: range.len });
     let style = style(arguments);
     Ok(Command::Read(Read { range, manner, style, dump: arguments.has('v'), check, vm_state: false }))
@@ -217,14 +220,7 @@ const DEFAULT_BYTE: u8 = 0xcd;
 
 fn writev(arguments: &Arguments<'_>) -> Parsed {
     let byte = pattern_option(arguments)?;
-    let [offset, lens @ ..] = &arguments.operands[..] else {
-        return Err(Complaint::Usage(None));
-    };
-    if lens.is_empty() {
-        return Err(Complaint::Usage(None));
-    }
-    let offset = number(offset)?;
-    let range = Range { offset, len: request_lens(lens)?.iter().sum() };
+    let range = vector_range(arguments)?;
     let content = Content::Byte(byte.unwrap_or(DEFAULT_BYTE));
     Ok(background_or_vectored(arguments, range, Manner::Vectored, content))
 }
