@@ -2,14 +2,15 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of a test")]
 
+use qcow2_testkit::locks::{Holder, locked_bytes};
 use qcow2_testkit::oracle::{Outcome, Qemu, Tool, skip};
 use qcow2_tests::side_by_side::words;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -265,30 +266,6 @@ fn legitimate_double_opens_are_allowed() {
     }
 }
 
-/// A qemu-io process that has an image open until it is dropped.
-struct Holder(Child);
-
-impl Holder {
-    fn new(program: &Path, folder: &Path, line: &str) -> Self {
-        let mut command = Command::new(program);
-        command.args(words(line)).current_dir(folder).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        child.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
-        // qemu-io answers once the image is open, and keeps it open until its input ends.
-        let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.contains("iB") || line.contains("bytes"), "{line}");
-        Self(child)
-    }
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        let _ = self.0.wait();
-    }
-}
-
 /// A disk that another program writes to: every verb opens or refuses it as qemu-img does.
 #[test]
 fn lock_conflicts_match_qemu_img() {
@@ -303,7 +280,7 @@ fn lock_conflicts_match_qemu_img() {
         "-f raw data.new",
         "a.qcow2",
     ] {
-        let _holder = Holder::new(world.qemu.io.path(), &world.folder(), holder);
+        let _holder = Holder::new(world.qemu.io.path(), &world.folder(), words(holder)).unwrap();
         for line in [
             "convert -f raw -O raw y.raw new",
             "convert -O raw y.raw new",
@@ -351,21 +328,6 @@ fn lock_conflicts_match_qemu_img() {
     }
 }
 
-/// The bytes of `path` that any process has locked.
-fn locked_bytes(path: &Path) -> Vec<u64> {
-    let inode = format!(":{}", fs::metadata(path).unwrap().ino());
-    let mut bytes = Vec::new();
-    for line in fs::read_to_string("/proc/locks").unwrap().lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        if words[1] == "OFDLCK" && words[5].ends_with(&inode) {
-            let (start, end): (u64, u64) = (words[6].parse().unwrap(), words[7].parse().unwrap());
-            bytes.extend(start..=end);
-        }
-    }
-    bytes.sort_unstable();
-    bytes
-}
-
 /// Every file of an image is locked as by qemu-io, through filter drivers too.
 #[test]
 fn lock_bytes_match_qemu_io() {
@@ -403,8 +365,8 @@ fn lock_bytes_match_qemu_io() {
         r#"-r 'json:{"driver":"raw","size":512,"file":{"driver":"file","filename":"y.raw"}}'"#,
     ] {
         let [theirs, ours] = [world.qemu.io.path(), &world.path("bin/qemu-io")].map(|program| {
-            let _holder = Holder::new(program, &world.folder(), line);
-            files.map(|file| (file, locked_bytes(&world.file(file))))
+            let holder = Holder::new(program, &world.folder(), words(line)).unwrap();
+            files.map(|file| (file, holder.locked_bytes(&world.file(file)).unwrap()))
         });
         assert_eq!(theirs, ours, "{line}");
         assert!(
@@ -430,7 +392,8 @@ fn a_source_stays_locked_while_it_is_copied() {
         // The disk does not fit into a pipe, so the program waits for a reader.
         let mut out = child.stdout.take().unwrap();
         out.read_exact(&mut [0; 512]).unwrap();
-        assert_eq!(locked_bytes(&world.file(locked)), [100, 201, 203], "{line}");
+        let bytes = locked_bytes(child.id(), &world.file(locked)).unwrap();
+        assert_eq!(bytes, BTreeSet::from([100, 201, 203]), "{line}");
         let started = Instant::now();
         let seen = world.theirs(&format!("qemu-io -f raw -c 'write 0 512' {locked}"));
         assert!(seen.expect_code(1).stderr.contains("Failed to get \"write\" lock"), "{line}");
@@ -503,8 +466,8 @@ fn block_devices_are_locked_and_identified() {
                 vec![100, 203],
             ),
         ] {
-            let _holder = Holder::new(program, &world.folder(), &line);
-            assert_eq!(locked_bytes(Path::new(name)), locked, "{line}");
+            let holder = Holder::new(program, &world.folder(), words(&line)).unwrap();
+            assert_eq!(holder.locked_bytes(Path::new(name)).unwrap(), BTreeSet::from_iter(locked), "{line}");
         }
     }
 }

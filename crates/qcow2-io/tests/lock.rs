@@ -4,10 +4,11 @@
 
 use qcow2_core::ImageFormat;
 use qcow2_io::{Create, Locking, OpenError, OpenErrorKind, OpenFile, SourceOptions, open_source};
+use qcow2_testkit::locks::{Holder, locked_bytes};
 use qcow2_testkit::oracle::Qemu;
-use std::io::{BufRead, BufReader, Write};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Serializes the tests: a child process that another test is just starting holds a copy of every descriptor,
@@ -35,32 +36,11 @@ fn qemu_io(path: &Path, options: &[&str]) -> Result<(), String> {
     if output.status.success() { Ok(()) } else { Err(String::from_utf8(output.stderr).unwrap()) }
 }
 
-/// A qemu-io process that keeps the image open until it is dropped.
-struct Holder(Child);
-
-impl Holder {
-    fn new(path: &Path, options: &[&str]) -> Self {
-        let mut child = Command::new("qemu-io")
-            .args(options)
-            .arg(path)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        child.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
-        // qemu-io answers once the image is open, and keeps it open until its input ends.
-        let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.contains("iB"), "{line}");
-        Self(child)
-    }
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        let _ = self.0.wait();
-    }
+/// A qemu-io with `options` that keeps the image open.
+fn hold(path: &Path, options: &[&str]) -> Holder {
+    let folder = path.parent().unwrap();
+    Holder::new(Path::new("qemu-io"), folder, options.iter().map(OsStr::new).chain([path.as_os_str()]))
+        .unwrap()
 }
 
 fn refused(options: &OpenFile, path: &Path) -> OpenError {
@@ -104,7 +84,7 @@ fn qemu_io_respects_our_locks() {
 fn we_respect_the_locks_of_qemu_io() {
     let _alone = alone();
     let Some((_dir, path)) = image() else { return };
-    let holder = Holder::new(&path, &[]);
+    let holder = hold(&path, &[]);
     let error = refused(&OpenFile::writable(), &path);
     assert_eq!(error.qemu_message(), expected(&path, "\"write\""));
     let error = refused(&OpenFile::read_only(), &path);
@@ -114,13 +94,13 @@ fn we_respect_the_locks_of_qemu_io() {
     drop(holder);
     OpenFile::writable().open(&path).unwrap();
 
-    let holder = Holder::new(&path, &["-r"]);
+    let holder = hold(&path, &["-r"]);
     let error = refused(&OpenFile::writable(), &path);
     assert_eq!(error.qemu_message(), expected(&path, "\"write\""));
     OpenFile::read_only().open(&path).unwrap();
     drop(holder);
 
-    let holder = Holder::new(&path, &["-r", "-U"]);
+    let holder = hold(&path, &["-r", "-U"]);
     OpenFile::writable().open(&path).unwrap();
     drop(holder);
 }
@@ -129,28 +109,12 @@ fn we_respect_the_locks_of_qemu_io() {
 fn a_locked_file_is_not_truncated() {
     let _alone = alone();
     let Some((_dir, path)) = image() else { return };
-    let holder = Holder::new(&path, &[]);
+    let holder = hold(&path, &[]);
     let len = std::fs::metadata(&path).unwrap().len();
     assert!(len > 0);
     refused(&OpenFile::writable().with_create(Create::Truncate), &path);
     assert_eq!(std::fs::metadata(&path).unwrap().len(), len);
     drop(holder);
-}
-
-/// The bytes of `path` that any process has locked.
-fn locked_bytes(path: &Path) -> Vec<u64> {
-    use std::os::unix::fs::MetadataExt;
-    let inode = format!(":{}", std::fs::metadata(path).unwrap().ino());
-    let mut bytes = Vec::new();
-    for line in std::fs::read_to_string("/proc/locks").unwrap().lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        if words[1] == "OFDLCK" && words[5].ends_with(&inode) {
-            let (start, end): (u64, u64) = (words[6].parse().unwrap(), words[7].parse().unwrap());
-            bytes.extend(start..=end);
-        }
-    }
-    bytes.sort_unstable();
-    bytes
 }
 
 #[test]
@@ -170,8 +134,8 @@ fn our_lock_bytes_equal_those_of_qemu() {
         (shared(), &["-f", "raw", "-r", "-U"], true),
     ];
     for (file, theirs, raw) in cases {
-        let holder = Holder::new(&path, theirs);
-        let expected = locked_bytes(&path);
+        let holder = hold(&path, theirs);
+        let expected = holder.locked_bytes(&path).unwrap();
         drop(holder);
         assert!(!expected.is_empty());
         let mut options = SourceOptions::new(file);
@@ -179,8 +143,8 @@ fn our_lock_bytes_equal_those_of_qemu() {
             options = options.with_format(ImageFormat::Raw);
         }
         let ours = open_source(&path, &options).unwrap();
-        assert_eq!(locked_bytes(&path), expected, "{theirs:?}");
+        assert_eq!(locked_bytes(std::process::id(), &path).unwrap(), expected, "{theirs:?}");
         drop(ours);
-        assert!(locked_bytes(&path).is_empty());
+        assert!(locked_bytes(std::process::id(), &path).unwrap().is_empty());
     }
 }

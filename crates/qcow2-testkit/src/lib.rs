@@ -10,6 +10,7 @@ pub mod cut;
 pub mod fault;
 pub mod fuzz;
 pub mod history;
+pub mod locks;
 pub mod model;
 pub mod oracle;
 pub mod pages;
