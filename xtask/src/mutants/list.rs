@@ -142,4 +142,28 @@ mod tests {
             assert!(fault.apply(&text).is_ok(), "{}: its lines are not in {}", fault.name, fault.file);
         }
     }
+
+    /// A renamed feature or test would otherwise be noticed only by the long run.
+    #[test]
+    fn every_test_in_the_lists_is_in_the_tree() {
+        let root = crate::tree::root();
+        for test in load(&root.join("xtask/src/mutants")).unwrap().iter().flat_map(|fault| &fault.tests) {
+            let words: Vec<&str> = test.split_whitespace().collect();
+            let value = |option| words.iter().position(|&word| word == option).map(|at| words[at + 1]);
+            let folder = match value("-p").unwrap() {
+                "qcow2-tests" => root.join("tests"),
+                package => root.join("crates").join(package),
+            };
+            let manifest = fs::read_to_string(folder.join("Cargo.toml")).unwrap();
+            if let Some(feature) = value("--features") {
+                let declared = manifest.lines().any(|line| line.starts_with(&format!("{feature} = [")));
+                assert!(declared, "{test}: no feature {feature}");
+            }
+            if let Some(name) = value("--test") {
+                let files = [format!("tests/{name}.rs"), format!("tests/{name}/main.rs")];
+                let found = files.iter().any(|file| folder.join(file).is_file());
+                assert!(found, "{test}: no test {name}");
+            }
+        }
+    }
 }
