@@ -173,18 +173,24 @@ fn backing_chain_loops_and_long_chains() {
     assert!(check_refused(folder.path(), "map c1100", 1).contains("more than 1024 layers"));
 }
 
-/// `info` opens only the file it is given, whatever that file names.
-#[test]
-fn info_opens_only_the_named_file() {
-    let folder = tempfile::tempdir().unwrap();
-    let Some(strace) = Tool::find("strace") else { return };
-    let traces = strace.run_in(folder.path(), &["-o", "/dev/null", "true"]);
+/// strace; `None`, with a printed skip, if it is missing or may not trace.
+fn strace(folder: &Path) -> Option<Tool> {
+    let strace = Tool::find("strace")?;
+    let traces = strace.run_in(folder, &["-o", "/dev/null", "true"]);
     if traces.code != Some(0) {
         // Some machines forbid tracing, which no package can fix: skip.
         assert!(traces.stderr.contains("Operation not permitted"), "{traces}");
         println!("skipped: tracing is not allowed here");
-        return;
+        return None;
     }
+    Some(strace)
+}
+
+/// `info` opens only the file it is given, whatever that file names.
+#[test]
+fn info_opens_only_the_named_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(strace) = strace(folder.path()) else { return };
     let image = header(|h| {
         h.backing_file = Some(b"secret".to_vec());
         h.extensions.backing_format = Some(b"raw".to_vec());
@@ -197,6 +203,29 @@ fn info_opens_only_the_named_file() {
     strace.run_in(folder.path(), &args).success();
     let trace = fs::read_to_string(folder.path().join("trace")).unwrap();
     assert!(trace.contains("\"image\"") && !trace.contains("secret"), "{trace}");
+}
+
+/// File systems have many ways of saying that they have no locks: every verb goes on without.
+#[test]
+fn images_open_where_the_file_system_has_no_locks() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(strace) = strace(folder.path()) else { return };
+    run(folder.path(), "create -q -f qcow2 a.qcow2 1M").success();
+    for error in ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EACCES"] {
+        let inject = format!("inject=fcntl:error={error}");
+        for line in [
+            "info a.qcow2",
+            "check a.qcow2",
+            "map a.qcow2",
+            "convert -O qcow2 a.qcow2 b.qcow2",
+            "resize a.qcow2 2M",
+        ] {
+            let mut args = vec!["-f", "-o", "/dev/null", "-e", &inject, OURS];
+            args.extend(line.split(' '));
+            let outcome = strace.run_in(folder.path(), &args);
+            assert_eq!(outcome.code, Some(0), "{error}: {line}: {outcome}");
+        }
+    }
 }
 
 #[test]

@@ -18,7 +18,8 @@
 //! The last four use resize too if [`OpenFile::resizes`](crate::OpenFile::resizes) is set. Reading with
 //! [`OpenFile::metadata_only`](crate::OpenFile::metadata_only) does not use consistent read.
 //!
-//! On systems and file systems without such locks nothing is locked, as in QEMU.
+//! On systems and file systems without such locks nothing is locked, as in QEMU: NFS without a lock daemon,
+//! some FUSE and 9p mounts. One question to the file tells.
 
 use crate::sys;
 use std::fmt;
@@ -141,15 +142,12 @@ pub(crate) fn lock_image(file: &File, locking: Locking, access: Access) -> Resul
     let used = [(ConsistentRead, access.consistent), (Write, access.writable), (Resize, resizes)];
     let uses: Vec<Permission> =
         used.iter().filter(|(_, used)| *used).map(|(permission, _)| *permission).collect();
-    match take(file, &uses, unshared) {
-        // No such locks on this system or file system: continue unlocked, as QEMU does.
-        Err(LockError::System(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-        Err(error) => {
-            unlock_image(file);
-            Err(error)
-        }
-        Ok(()) => Ok(()),
+    // What file systems without locks answer is not only "unsupported": ENOLCK, ENOSYS, EINVAL and EACCES are
+    // in use. A file that answers the question has locks, and then every error counts.
+    if sys::is_byte_locked(file, 0).is_err() {
+        return Ok(());
     }
+    take(file, &uses, unshared).inspect_err(|_| unlock_image(file))
 }
 
 /// Releases the locks that [`lock_image`] took. Closing the file is not enough: while another thread forks
