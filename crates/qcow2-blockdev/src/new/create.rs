@@ -130,7 +130,7 @@ impl NewStorage for NewImageFile<'_> {
         let made = prepared
             .add(self.path, &self.files.how.unfinished)
             .and_then(|()| self.files.open_empty(&mut prepared));
-        Ok(made.map_err(of_image)?)
+        Ok(made.inspect_err(|_| self.discard()).map_err(of_image)?)
     }
 
     fn discard(&self) {
@@ -270,8 +270,8 @@ fn of_qcow2(new: CreateOptions, error: qcow2_core::Error) -> CreateFailureKind {
     }
 }
 
-/// Files that can be written to and were not touched yet; those that are still here when it is dropped are as
-/// before.
+/// Files that can be written to and were not touched yet. The ones made for it are on the list of unfinished
+/// files, which takes them away if the image is not made.
 #[derive(Default)]
 struct Prepared<'a>(VecDeque<(&'a str, NewFile)>);
 
@@ -283,12 +283,6 @@ impl<'a> Prepared<'a> {
         })?;
         self.0.push_back((path, file));
         Ok(())
-    }
-}
-
-impl Drop for Prepared<'_> {
-    fn drop(&mut self) {
-        self.0.drain(..).for_each(|(_, file)| file.undo());
     }
 }
 

@@ -37,13 +37,6 @@ impl NewFile {
         self.created
     }
 
-    /// Undoes: a file that was not there before goes; one that was is kept as it is.
-    pub fn undo(self) {
-        if self.created && self.is_still_there() {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-
     /// Takes away what was written: a new file goes; one that was there before is emptied, so that a part of
     /// an image is not taken for a whole one.
     pub fn discard(self) {
@@ -83,8 +76,6 @@ mod tests {
     fn a_new_file_goes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
-        NewFile::prepare(&path).unwrap().undo();
-        assert!(!path.exists());
         let file = NewFile::prepare(&path).unwrap();
         fs::write(&path, "part").unwrap();
         file.discard();
@@ -92,15 +83,13 @@ mod tests {
     }
 
     #[test]
-    fn an_old_file_stays_or_is_emptied() {
+    fn an_old_file_is_emptied() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         fs::write(&path, "old").unwrap();
         let file = NewFile::prepare(&path).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"old");
-        file.undo();
-        assert_eq!(fs::read(&path).unwrap(), b"old");
-        NewFile::prepare(&path).unwrap().discard();
+        file.discard();
         assert_eq!(fs::read(&path).unwrap(), b"");
     }
 
