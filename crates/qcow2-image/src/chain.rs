@@ -78,7 +78,7 @@ impl DiskOptions {
         let mut options = RebaseOptions::default();
         if let Some((name, format)) = &new {
             options.backing_file = Some((*name).to_owned());
-            options.backing_format = snapshot::format_name(format).map(str::to_owned);
+            options.backing_format = Some(format.name().to_owned());
         }
         let top = open_disk(overlay.open_file(path)?, &overlay.engine());
         let top = Chain::new(top.map_err(|e| Error::from_cause(path, REBASING, e))?);

@@ -63,36 +63,22 @@ pub fn delete(image: &Image, name: &SnapshotName) -> Result<()> {
 ///
 /// Disk: makes the new file, then as [`create`](qcow2_core::create()). The file is discarded if the image
 /// cannot be completed. Errors: `InvalidOption` with a [`Refusal`](qcow2_core::Refusal) as source, before
-/// anything is made; `Unsupported` for a format that cannot be recorded; `Create` with the caller's or the
-/// engine's error.
+/// anything is made; `Create` with the caller's or the engine's error.
 pub fn external(
     old: &dyn GuestDisk,
     old_format: &ImageFormat,
     backing_file: &str,
     new: &dyn NewStorage,
 ) -> Result<()> {
-    let format = format_name(old_format)
-        .ok_or_else(|| Error::new(ErrorKind::Unsupported, "the format of the old image has no name"))?;
     // Raw disks may end inside a sector.
     let size = old.size().checked_next_multiple_of(512).unwrap_or(old.size());
-    let options = CreateOptions::new(size).with_backing(backing_file, format);
+    let options = CreateOptions::new(size).with_backing(backing_file, old_format.name());
     options.check().map_err(|e| Error::new(ErrorKind::InvalidOption, "creating the image").with_source(e))?;
     let storage =
         new.make().map_err(|e| Error::new(ErrorKind::Create, "making the file").with_boxed_source(e))?;
     qcow2_core::create(&storage, None, &options)
         .map_err(|e| Error::new(ErrorKind::Create, "creating the image").with_source(e))
         .inspect_err(|_| new.discard())
-}
-
-/// The name of a format, as images record it; `None` for one that has no name there.
-pub fn format_name(format: &ImageFormat) -> Option<&str> {
-    match format {
-        ImageFormat::Raw => Some("raw"),
-        ImageFormat::Qcow2 => Some("qcow2"),
-        ImageFormat::Luks => Some("luks"),
-        ImageFormat::Other(name) => Some(name),
-        _ => None,
-    }
 }
 
 fn find(image: &Image, name: &SnapshotName) -> Result<Snapshot> {

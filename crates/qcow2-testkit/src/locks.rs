@@ -7,8 +7,8 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// The bytes of `path` on which process `pid` holds locks (of open file descriptions), from the locks that the
-/// kernel lists for each of its descriptors.
+/// The bytes of `path` on which process `pid` holds locks (of open file descriptions), from the locks that
+/// the kernel lists for each of its descriptors.
 ///
 /// `/proc/locks` would not do: it knows inode numbers only, which files elsewhere share, and while other
 /// processes lock and unlock, one read of it may give a lock twice.

@@ -1,5 +1,7 @@
 //! The drivers, their names, and the options that each has.
 
+use qcow2_core::ImageFormat;
+
 /// The drivers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -60,17 +62,31 @@ impl Driver {
         }
     }
 
+    /// The image format that it reads; `None` for a protocol.
+    pub fn format(self) -> Option<ImageFormat> {
+        match self {
+            Self::Qcow2 => Some(ImageFormat::Qcow2),
+            Self::Raw => Some(ImageFormat::Raw),
+            Self::Luks => Some(ImageFormat::Luks),
+            Self::File | Self::HostDevice | Self::NullCo | Self::NullAio | Self::Blkdebug | Self::Nbd => None,
+        }
+    }
+
+    /// The driver that reads images of `format`; `None` if no driver here does.
+    pub fn of_format(format: &ImageFormat) -> Option<Self> {
+        Self::parse(format.name()).filter(|driver| driver.format().is_some())
+    }
+
     /// Whether it is about where bytes are, not about what they mean.
     pub fn is_protocol(self) -> bool {
-        !matches!(self, Self::Qcow2 | Self::Raw | Self::Luks)
+        self.format().is_none()
     }
 
     /// What it calls the node that it stands on.
     pub fn child(self) -> Option<&'static str> {
         match self {
-            Self::Qcow2 | Self::Raw | Self::Luks => Some("file"),
             Self::Blkdebug => Some("image"),
-            _ => None,
+            _ => self.format().map(|_| "file"),
         }
     }
 

@@ -139,11 +139,8 @@ impl Opening<'_> {
             (None, Some(format)) => format,
             (None, None) => probe_format(&*bytes.storage).map_err(FailureKind::Probe)?,
         };
-        let probed = match format {
-            ImageFormat::Qcow2 => Driver::Qcow2,
-            ImageFormat::Luks => Driver::Luks,
-            _ => Driver::Raw,
-        };
+        // A format that no driver reads is refused where the disk is opened, by its name.
+        let probed = Driver::of_format(&format).unwrap_or(Driver::Raw);
         if !top.driver().is_protocol() {
             if probed == Driver::Raw {
                 bytes.storage = window_of(top, bytes.storage)?;

@@ -7,7 +7,6 @@
 use super::bytes::Opening;
 use super::options::OpenOptions;
 use super::trail::Trail;
-use crate::driver::Driver;
 use crate::failure::FailureKind;
 use crate::keys::Secrets;
 use crate::name::{ImageName, Naming};
@@ -119,11 +118,5 @@ fn in_image(kind: FailureKind) -> ResolveError {
 
 /// The format that a name gives.
 pub(super) fn format_of(node: &Node) -> Option<ImageFormat> {
-    match node.driver() {
-        _ if node.is_probed() => None,
-        Driver::Qcow2 => Some(ImageFormat::Qcow2),
-        Driver::Luks => Some(ImageFormat::Luks),
-        Driver::Raw => Some(ImageFormat::Raw),
-        _ => None,
-    }
+    if node.is_probed() { None } else { node.driver().format() }
 }

@@ -25,7 +25,7 @@ pub(crate) static VERBS: &[Verb] = &[
             FORMAT,
             IMAGE_OPTS,
             option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode (writeback)"),
-            option(Opt::Force, None, "force", None, "also what may lose the key to the data"),
+            option(Opt::Force, None, "force", None, "allow changes that can make the data unrecoverable"),
         ],
         operands: &[FILENAME],
         run: command::amend::run,

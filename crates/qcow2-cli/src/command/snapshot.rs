@@ -193,7 +193,7 @@ fn external(name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure
     let made = snapshot::external(&*opened.disk, &opened.format, &backing, &file);
     interrupts.end_files(made.is_ok());
     made.map_err(|error| {
-        let format = snapshot::format_name(&opened.format).map(str::to_owned);
+        let format = Some(opened.format.name().to_owned());
         let failure = file.failure(error, BackingName { name: backing, format });
         about(failure.map_or_else(|error| persona::procedure(&error), Failure::from))
     })

@@ -15,6 +15,7 @@ use super::pending::Unlinked;
 use super::run::ClusterRun;
 use crate::error::Result;
 use crate::invariant;
+use crate::port::storage::ZeroMode;
 use ::alloc::format;
 use ::alloc::sync::Arc;
 use ::alloc::vec;
@@ -119,6 +120,14 @@ impl Tables {
     /// Writes sectors of tables of one kind.
     pub(crate) fn write_runs(&self, kind: OverlapChecks, runs: &[DirtyRun]) -> Result<()> {
         runs.iter().try_for_each(|run| self.write(kind, run.offset, &run.bytes))
+    }
+
+    /// Empties the cluster of a new table inside the file; it keeps its space on the disk, for the reason in
+    /// [`write_empty`](Self::write_empty).
+    pub(crate) fn zero(&self, kind: OverlapChecks, table: HostOffset) -> Result<()> {
+        let size = self.file.geometry().cluster_size();
+        self.check_place(kind, table, size)?;
+        Ok(self.file.storage().write_zeroes(table, size, ZeroMode::KeepAllocated)?)
     }
 
     /// Writes the zeroes of a new table of one cluster at the end of the file, though it reads as zeroes

@@ -76,7 +76,7 @@ impl Image {
                 return Err(Error::new(ErrorKind::InvalidOption, message));
             }
             if offset.value() < next {
-                let message = format!("compressed stream at {offset}: not behind the one before");
+                let message = format!("compressed stream at {offset}: streams must be in ascending order");
                 return Err(Error::new(ErrorKind::InvalidOption, message));
             }
             next = offset.value() + 1;

@@ -9,7 +9,6 @@ use crate::meta::overlap::OverlapChecks;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
 use crate::port::event::Event;
-use crate::port::storage::ZeroMode;
 use crate::rules::OrderingRule;
 use crate::sync::{lock, read};
 use ::alloc::format;
@@ -104,7 +103,7 @@ impl Mapping {
             }
             None => {
                 self.file.event(Event::L2AllocWrite);
-                self.file.storage().write_zeroes(table, size, ZeroMode::KeepAllocated)?;
+                self.tables.zero(OverlapChecks::ACTIVE_L2, table)?;
             }
         }
         Ok(())

@@ -10,7 +10,6 @@ use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
 use crate::meta::run::ClusterRun;
 use crate::port::event::Event;
-use crate::port::storage::ZeroMode;
 use crate::sync::lock;
 use qcow2_format::refcount::encode_table_entry;
 use qcow2_format::{HostCluster, HostOffset};
@@ -184,7 +183,7 @@ impl RefcountStore {
         let offset = HostOffset::new(self.geometry().bytes_of(cluster));
         self.cache.forget(offset, size);
         if self.file.storage().len()? > offset.value() {
-            self.file.storage().write_zeroes(offset, size, ZeroMode::KeepAllocated)?;
+            self.tables.zero(OverlapChecks::REFCOUNT_BLOCK, offset)?;
         } else {
             self.tables.write_empty(OverlapChecks::REFCOUNT_BLOCK, offset)?;
         }
