@@ -6,11 +6,9 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
-use qcow2_testkit::oracle::Tool;
 use qcow2_tests::copies::copy_folder;
 use qcow2_tests::side_by_side::{SideBySide, made_once};
 use qcow2_tests::start::make_start;
-use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
