@@ -29,6 +29,20 @@ pub(crate) fn created(failure: CreateFailure) -> Failure {
     }
 }
 
+/// What `measure` says, which checks the options of a new image in words of its own.
+pub(crate) fn measured(failure: CreateFailure) -> Failure {
+    match failure.kind() {
+        Kind::Refused(Refusal::RefcountBitsNeedVersion3(_)) => Failure::new(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)",
+        ),
+        Kind::Option(error) if error.option == "compat" => {
+            Failure::new(format!("Invalid compatibility level: '{}'", error.value))
+        }
+        Kind::Option(error) if error.option == "preallocation" => error.clone().into(),
+        _ => failure.into(),
+    }
+}
+
 fn too_large(format: &ImageFormat) -> String {
     let hint = if *format == ImageFormat::Qcow2 { " (try using a larger cluster size)" } else { "" };
     format!("The image size is too large for file format '{}'{hint}", format.name())
