@@ -8,8 +8,8 @@ use qcow2_core::{ImageFormat, Refusal};
 use qcow2_ops::measure::{MeasureOptions, MeasureTarget};
 
 impl NewOptions {
-    /// What [`measure`](qcow2_ops::measure::measure) measures for, known to be possible. Errors: the first one
-    /// in QEMU's order, the options of encryption last.
+    /// What [`measure`](qcow2_ops::measure::measure()) measures for, known to be possible. Errors: the first
+    /// one in QEMU's order, the options of encryption last.
     pub fn measure_target(&self, secrets: &Secrets) -> Result<MeasureTarget, CreateFailure> {
         Ok(match self.format() {
             ImageFormat::Qcow2 => {

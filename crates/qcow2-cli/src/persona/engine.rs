@@ -74,8 +74,17 @@ fn open_reason(error: &OpenError, path: &str) -> (String, Option<String>) {
     if let Some(text) = system_reason(error) {
         return (format!("Could not open '{path}': {text}"), None);
     }
-    let is_locked = error.kind() == OpenErrorKind::Locked;
-    (error.reason(), is_locked.then(|| format!("Is another process using the image [{path}]?")))
+    match error.lock_conflict() {
+        Some(conflict) => {
+            let shared = if conflict.is_shared() { "shared " } else { "" };
+            let reason = format!("Failed to get {shared}\"{}\" lock", conflict.permission().name());
+            (reason, Some(format!("Is another process using the image [{path}]?")))
+        }
+        None if error.kind() == OpenErrorKind::NotRegular => {
+            (format!("'file' driver requires '{}' to be a regular file", error.path().display()), None)
+        }
+        None => (error.reason(), None),
+    }
 }
 
 /// Why the system does not open a file. `None`: it does, and we refuse.
