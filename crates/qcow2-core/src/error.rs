@@ -6,7 +6,7 @@ use crate::port::storage::{StorageError, StorageErrorKind};
 use alloc::boxed::Box;
 use alloc::string::String;
 use core::fmt;
-use qcow2_format::FormatError;
+use qcow2_format::{FormatError, GuestOffset, HostOffset};
 
 /// The result of an engine call.
 pub type Result<T, E = Error> = core::result::Result<T, E>;
@@ -51,24 +51,83 @@ pub enum ErrorKind {
     Stopped,
 }
 
+/// A kind of table inside an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TableKind {
+    /// An L1 table, the active one or that of a snapshot.
+    L1,
+    /// An L2 table.
+    L2,
+    /// The refcount table.
+    RefcountTable,
+    /// A refcount block.
+    RefcountBlock,
+    /// The snapshot table.
+    Snapshots,
+    /// The bitmap directory.
+    BitmapDirectory,
+    /// The table of one bitmap.
+    BitmapTable,
+}
+
+/// Where it happened, as far as that is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Place {
+    /// The byte of the guest disk.
+    pub guest: Option<GuestOffset>,
+    /// The byte of the image file: the start of the table or of the data at fault.
+    pub host: Option<HostOffset>,
+    /// The table at fault.
+    pub table: Option<TableKind>,
+}
+
 /// An engine error. `Display` prints this layer only; follow `source()` for the rest.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
     message: String,
+    place: Place,
     source: Option<Box<dyn core::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind`; `message` is lower case and says what was seen, where, and what is allowed.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self { kind, message: message.into(), place: Place::default(), source: None }
     }
 
     /// Adds the underlying error.
     pub fn with_source(mut self, source: impl core::error::Error + Send + Sync + 'static) -> Self {
         self.source = Some(Box::new(source));
         self
+    }
+
+    /// Adds the byte of the guest disk that it is about.
+    #[must_use]
+    pub fn at_guest(mut self, offset: GuestOffset) -> Self {
+        self.place.guest = Some(offset);
+        self
+    }
+
+    /// Adds the byte of the image file that it is about.
+    #[must_use]
+    pub fn at_host(mut self, offset: HostOffset) -> Self {
+        self.place.host = Some(offset);
+        self
+    }
+
+    /// Adds the kind of table that it is about.
+    #[must_use]
+    pub fn in_table(mut self, table: TableKind) -> Self {
+        self.place.table = Some(table);
+        self
+    }
+
+    /// Where it happened, as far as that is known: for callers that act on it. `Display` says it too.
+    pub fn place(&self) -> Place {
+        self.place
     }
 
     /// What kind of trouble it is.
