@@ -7,3 +7,4 @@ pub mod fuzz;
 pub mod jitter;
 pub mod patience;
 pub mod side_by_side;
+pub mod stop;

@@ -137,31 +137,38 @@ impl Error {
 
     /// The storage error underneath, where there is one.
     pub fn storage_error(&self) -> Option<&StorageError> {
-        let mut at: Option<&(dyn core::error::Error + 'static)> = core::error::Error::source(self);
-        while let Some(error) = at {
-            if let Some(found) = error.downcast_ref::<StorageError>() {
-                return Some(found);
-            }
-            at = error.source();
-        }
-        None
+        find_cause(self)
     }
 
     /// The format error underneath, where there is one.
     pub fn format_error(&self) -> Option<&FormatError> {
-        let mut at: Option<&(dyn core::error::Error + 'static)> = core::error::Error::source(self);
-        while let Some(error) = at {
-            if let Some(found) = error.downcast_ref::<FormatError>() {
-                return Some(found);
-            }
-            at = error.source();
-        }
-        None
+        find_cause(self)
     }
 
     pub(crate) fn corrupt(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Corrupt, message)
     }
+}
+
+/// The first error of type `T` in `error` and its sources.
+///
+/// ```
+/// use qcow2_core::{Error, StorageError, StorageErrorKind, find_cause};
+///
+/// let error = Error::from(StorageError::new(StorageErrorKind::Io, "the cable is out"));
+/// assert_eq!(find_cause(&error).map(StorageError::kind), Some(StorageErrorKind::Io));
+/// ```
+pub fn find_cause<'a, T: core::error::Error + 'static>(
+    error: &'a (dyn core::error::Error + 'static),
+) -> Option<&'a T> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref::<T>() {
+            return Some(found);
+        }
+        next = error.source();
+    }
+    None
 }
 
 impl fmt::Display for Error {

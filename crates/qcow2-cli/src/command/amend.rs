@@ -13,7 +13,7 @@ use crate::session::Session;
 use qcow2_blockdev::{
     CreateFailureKind, ImageChanges, KeyValues, OptionError, Sharing, SlotChange, SlotError, new_image_format,
 };
-use qcow2_core::{ErrorKind, HostOffset, ImageFormat};
+use qcow2_core::{ErrorKind, HostOffset, ImageFormat, find_cause};
 use qcow2_io::CacheMode;
 use qcow2_ops::amend::{AmendOptions, Refusal, amend};
 use qcow2_ops::{KeySlots, resize};
@@ -135,10 +135,10 @@ fn failure(session: &Session, error: qcow2_ops::Error, options: &AmendOptions) -
     if error.kind() == qcow2_ops::ErrorKind::Stopped {
         return Failure::silent(exit::FAILURE);
     }
-    if let Some(refusal) = persona::find::<resize::Refusal>(&error) {
+    if let Some(refusal) = find_cause::<resize::Refusal>(&error) {
         return refusal_text(session, refusal);
     }
-    let Some(refusal) = persona::find::<Refusal>(&error) else {
+    let Some(refusal) = find_cause::<Refusal>(&error) else {
         if let (Some(engine), Some(bits)) = (error.core_error(), options.refcount_bits)
             && engine.kind() == ErrorKind::OutOfRange
         {

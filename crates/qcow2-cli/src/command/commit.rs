@@ -11,7 +11,7 @@ use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{ChainFiles, OpenFailure, Warning};
-use qcow2_core::ResolvedSource;
+use qcow2_core::{ResolvedSource, find_cause};
 use qcow2_image::Threads;
 use qcow2_ops::{ChainError, CommitOptions, ErrorKind};
 
@@ -80,7 +80,7 @@ fn failure(error: qcow2_ops::Error, name: &str) -> Failure {
         Ok(failure) => return failure.into(),
         Err(error) => error,
     };
-    if let Some(chain) = persona::find::<ChainError>(&error) {
+    if let Some(chain) = find_cause::<ChainError>(&error) {
         return persona::chain_failure(name, chain);
     }
     match (error.kind(), error.core_error()) {

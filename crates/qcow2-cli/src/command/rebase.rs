@@ -9,8 +9,8 @@ use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{BackingFile, OpenFailure};
-use qcow2_core::Layers;
 use qcow2_core::format::FormatErrorKind;
+use qcow2_core::{Layers, find_cause};
 use qcow2_image::Threads;
 use qcow2_ops::rebase::Refusal;
 use qcow2_ops::{Chain, ErrorKind, RebaseOptions};
@@ -106,7 +106,7 @@ fn failure(error: qcow2_ops::Error, request: &Request) -> Failure {
         }
         Err(error) => error,
     };
-    if let Some(refusal) = persona::find::<Refusal>(&error) {
+    if let Some(refusal) = find_cause::<Refusal>(&error) {
         return refused(refusal, request);
     }
     match (error.kind(), error.core_error()) {
