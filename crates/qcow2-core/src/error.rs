@@ -88,14 +88,15 @@ pub struct Place {
 pub struct Error {
     kind: ErrorKind,
     message: String,
-    place: Place,
+    /// In a box of its own, which most errors do not need: errors are returned by value everywhere.
+    place: Option<Box<Place>>,
     source: Option<Box<dyn core::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind`; `message` is lower case and says what was seen, where, and what is allowed.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), place: Place::default(), source: None }
+        Self { kind, message: message.into(), place: None, source: None }
     }
 
     /// Adds the underlying error.
@@ -107,27 +108,27 @@ impl Error {
     /// Adds the byte of the guest disk that it is about.
     #[must_use]
     pub fn at_guest(mut self, offset: GuestOffset) -> Self {
-        self.place.guest = Some(offset);
+        self.place.get_or_insert_default().guest = Some(offset);
         self
     }
 
     /// Adds the byte of the image file that it is about.
     #[must_use]
     pub fn at_host(mut self, offset: HostOffset) -> Self {
-        self.place.host = Some(offset);
+        self.place.get_or_insert_default().host = Some(offset);
         self
     }
 
     /// Adds the kind of table that it is about.
     #[must_use]
     pub fn in_table(mut self, table: TableKind) -> Self {
-        self.place.table = Some(table);
+        self.place.get_or_insert_default().table = Some(table);
         self
     }
 
     /// Where it happened, as far as that is known: for callers that act on it. `Display` says it too.
     pub fn place(&self) -> Place {
-        self.place
+        self.place.as_deref().copied().unwrap_or_default()
     }
 
     /// What kind of trouble it is.

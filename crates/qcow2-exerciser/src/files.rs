@@ -206,10 +206,8 @@ mod tests {
     use super::*;
 
     fn with_options(options: &str) -> Result<OpenRequest, FilesError> {
-        let mut request = OpenRequest::default();
-        request.path = Some("disk".to_owned());
-        request.options = vec![options.to_owned()];
-        understood(&request)
+        let (path, options) = (Some("disk".to_owned()), vec![options.to_owned()]);
+        understood(&OpenRequest { path, options, ..OpenRequest::default() })
     }
 
     #[test]
