@@ -9,3 +9,4 @@ pub mod jitter;
 pub mod patience;
 pub mod side_by_side;
 pub mod start;
+pub mod stop;

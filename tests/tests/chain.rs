@@ -19,6 +19,7 @@ use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::storage::PageStorage;
+use qcow2_tests::stop::StopsAfter;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -102,27 +103,6 @@ impl Act {
     /// True if the operation changes the top alone, so that its snapshots must read as before too.
     fn is_amend(self) -> bool {
         matches!(self, Self::Width(_) | Self::Versions)
-    }
-}
-
-/// Asks the work to stop once it has asked `left` times whether it should.
-struct StopsAfter {
-    left: AtomicU64,
-}
-
-impl StopsAfter {
-    fn new(left: u64) -> Self {
-        Self { left: AtomicU64::new(left) }
-    }
-}
-
-impl Progress for StopsAfter {
-    fn set_total(&self, _bytes: u64) {}
-
-    fn advance(&self, _bytes: u64) {}
-
-    fn should_stop(&self) -> bool {
-        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_err()
     }
 }
 

@@ -17,9 +17,9 @@ use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::semantic;
 use qcow2_testkit::storage::PageStorage;
+use qcow2_tests::stop::StopsAfter;
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Number of damaged images; `QCOW2_MEND_SEEDS` raises it.
@@ -229,19 +229,6 @@ fn a_storage_error_during_a_repair_of_tables_does_no_harm() {
     }
 }
 
-/// Cancels the work after this many `should_stop` calls.
-struct StopsAfter(AtomicU64);
-
-impl Progress for StopsAfter {
-    fn set_total(&self, _bytes: u64) {}
-
-    fn advance(&self, _bytes: u64) {}
-
-    fn should_stop(&self) -> bool {
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_err()
-    }
-}
-
 #[test]
 fn a_cancelled_repair_of_tables_does_no_harm() {
     for seed in 0..seeds(60) / 4 {
@@ -251,7 +238,7 @@ fn a_cancelled_repair_of_tables_does_no_harm() {
         }
         for left in 0..60 {
             let file = Arc::new(PageStorage::new(start.bytes.clone()));
-            let done = run(&(Arc::clone(&file) as Arc<dyn Storage>), &StopsAfter(AtomicU64::new(left)));
+            let done = run(&(Arc::clone(&file) as Arc<dyn Storage>), &StopsAfter::new(left));
             let judged = start.judge_to_the_end(&file.bytes());
             judged.unwrap_or_else(|what| panic!("seed {seed}, after {left}: {what}"));
             if done.is_ok() {

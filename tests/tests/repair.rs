@@ -15,7 +15,7 @@ use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::storage::PageStorage;
-use std::sync::atomic::{AtomicU64, Ordering};
+use qcow2_tests::stop::StopsAfter;
 use std::sync::{Arc, Mutex};
 
 /// Number of images; `QCOW2_REPAIR_SEEDS` raises it.
@@ -195,19 +195,6 @@ fn a_power_cut_during_repair_does_no_harm() {
     assert!(damaged > seeds() / 2, "{damaged} images had damage");
 }
 
-/// Cancels the work after this many `should_stop` calls.
-struct StopsAfter(AtomicU64);
-
-impl Progress for StopsAfter {
-    fn set_total(&self, _bytes: u64) {}
-
-    fn advance(&self, _bytes: u64) {}
-
-    fn should_stop(&self) -> bool {
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_err()
-    }
-}
-
 #[test]
 fn a_cancelled_repair_does_no_harm() {
     let (mut stopped, mut half) = (0, 0);
@@ -215,7 +202,7 @@ fn a_cancelled_repair_does_no_harm() {
         let start = Damaged::draw(&mut Rng::new(seed));
         for left in 0.. {
             let file = Arc::new(PageStorage::new(start.bytes.clone()));
-            let done = run(&(Arc::clone(&file) as Arc<dyn Storage>), &StopsAfter(AtomicU64::new(left)));
+            let done = run(&(Arc::clone(&file) as Arc<dyn Storage>), &StopsAfter::new(left));
             let image = file.bytes();
             start.judge_to_the_end(&image).unwrap_or_else(|what| panic!("seed {seed}, after {left}: {what}"));
             match done {

@@ -5,7 +5,7 @@ use crate::keyvalue::KeyValueError;
 use crate::scalar::OptionError;
 use crate::tree::JsonError;
 use crate::warning::Warning;
-use qcow2_core::StorageError;
+use qcow2_core::{StorageError, find_cause};
 use qcow2_io::{LockConflict, NbdError, OsError, SourceError};
 use std::error::Error;
 use std::fmt;
@@ -176,7 +176,7 @@ impl OpenFailure {
     /// deep.
     pub fn origin(&self) -> &FailureKind {
         let mut kind = self.kind();
-        while let Some(deeper) = kind.source().and_then(find::<FailureKind>) {
+        while let Some(deeper) = kind.source().and_then(find_cause::<FailureKind>) {
             kind = deeper;
         }
         kind
@@ -204,7 +204,7 @@ impl OpenFailure {
 
     /// The first error of type `T` among the causes.
     pub fn cause<T: Error + 'static>(&self) -> Option<&T> {
-        find(&self.0.kind)
+        find_cause(&self.0.kind)
     }
 }
 
@@ -223,18 +223,6 @@ impl Error for OpenFailure {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         self.0.kind.source()
     }
-}
-
-/// The first error of type `T` in `error` and below.
-pub(crate) fn find<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a T> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(found) = error.downcast_ref::<T>() {
-            return Some(found);
-        }
-        next = error.source();
-    }
-    None
 }
 
 /// A sentence that follows "could not open 'name': ".

@@ -25,7 +25,9 @@
 //! | a disk whose changes go away with the program | [`open_scratch`] |
 //! | a chain to write into below its top, for `qcow2_ops::commit` | [`ChainFiles`] |
 //! | a new image | [`NewTarget`], [`NewOptions`], then [`create`] |
-//! | its options as a table | [`create_options`], [`amend_options`] |
+//! | a change of one that is there, for `qcow2_ops::amend` | [`ImageChanges`], [`SlotChange`] |
+//! | a new backing file for one, for `qcow2_ops::rebase` | [`BackingFile`] |
+//! | the options of both as tables | [`create_options`], [`amend_options`] |
 //! | that no half of one stays | [`Unfinished`] |
 //! | levels of compression, which images do not record | [`Compression`] |
 //! | passwords, and others for an image that is there | [`Secrets`], [`AskPassword`], [`Keys`], [`SlotChange`] |
@@ -92,14 +94,14 @@ pub use keys::{
 pub use keyvalue::{KeyValueError, KeyValues, Pair, ShortForm, escape_commas};
 pub use name::{ImageName, Naming, filename};
 pub use new::{
-    CreateFailure, CreateFailureKind, CreateHow, NewFile, NewImageFile, NewOptions, NewTarget, OptionSpec,
-    OptionType, Unfinished, amend_options, create, create_options, format_of_ending, new_image_format,
-    read_amend_options,
+    CreateFailure, CreateFailureKind, CreateHow, ImageChanges, NewFile, NewImageFile, NewOptions, NewTarget,
+    OptionSpec, OptionType, Unfinished, amend_options, create, create_options, format_of_ending,
+    new_image_format,
 };
 pub use open::{
-    ChainFiles, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes, OpenedDisk, Sharing,
-    Tell, bitmaps_to_lose, locate_backing, open, open_backing, open_below, open_bytes, open_existing,
-    open_layers, open_scratch, open_snapshot, open_telling, warnings_of_change,
+    BackingFile, ChainFiles, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes,
+    OpenedDisk, Sharing, Tell, bitmaps_to_lose, locate_backing, open, open_backing, open_below, open_bytes,
+    open_existing, open_layers, open_scratch, open_snapshot, open_telling, warnings_of_change,
 };
 pub use scalar::{
     OptionError, OptionErrorKind, OptionValue, parse_switch, read_number, read_size, read_switch,

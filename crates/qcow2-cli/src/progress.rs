@@ -1,5 +1,6 @@
 //! Progress on the command line: qemu-img's percentages, or a bar for a person at a terminal.
 
+use crate::failure::Failure;
 use crate::interrupt::Interrupts;
 use crate::session::Session;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -35,22 +36,30 @@ enum Shape {
 }
 
 impl Meter {
-    /// `wanted`: whether `-p` was given (and not `-q`). `step`: hundredths of a percent between two outputs.
-    pub(crate) fn new(session: &Session, interrupts: &Interrupts, wanted: bool, step: u64) -> Self {
-        let meter = Self::waiting(session, interrupts, wanted, step);
+    /// `wanted`: whether `-p` was given (and not `-q`). `json`: lines for programs are wanted instead.
+    pub(crate) fn new(session: &Session, interrupts: &Interrupts, wanted: bool, json: bool) -> Self {
+        if json {
+            return Self::beside_data(session, interrupts, wanted, true);
+        }
+        let meter = Self::waiting(session, interrupts, wanted);
         meter.begin();
         meter
     }
 
+    /// With this much between two outputs, in hundredths of a percent.
+    pub(crate) fn in_steps_of(self, step: u64) -> Self {
+        Self { step, ..self }
+    }
+
     /// The same, but nothing is shown before the work begins: for procedures that open their images.
-    pub(crate) fn waiting(session: &Session, interrupts: &Interrupts, wanted: bool, step: u64) -> Self {
+    pub(crate) fn waiting(session: &Session, interrupts: &Interrupts, wanted: bool) -> Self {
         let shape = match wanted {
             false => Shape::OnRequest,
             true if session.draws() => Shape::Bar(bar()),
             true => Shape::Percent,
         };
         let (begun, [total, done, shown]) = Default::default();
-        Self { interrupts: interrupts.clone(), shape, begun, total, done, shown, step }
+        Self { interrupts: interrupts.clone(), shape, begun, total, done, shown, step: PERCENT }
     }
 
     /// Shows that nothing is done yet, if that is not shown already.
@@ -64,7 +73,7 @@ impl Meter {
     /// does.
     pub(crate) fn unasked(session: &Session, interrupts: &Interrupts) -> Self {
         let shape = if session.is_drop_in() { Shape::Silent } else { Shape::OnRequest };
-        Self { shape, begun: true.into(), ..Self::waiting(session, interrupts, false, ALL) }
+        Self { shape, begun: true.into(), step: ALL, ..Self::waiting(session, interrupts, false) }
     }
 
     /// For verbs that have data for standard output, where progress must not go. `json`: lines for programs
@@ -75,7 +84,7 @@ impl Meter {
             (false, true) => Shape::Bar(bar()),
             (false, false) => Shape::Silent,
         };
-        Self { shape, begun: true.into(), ..Self::waiting(session, interrupts, false, JSON_STEP) }
+        Self { shape, begun: true.into(), ..Self::waiting(session, interrupts, false) }
     }
 
     /// Shows that all is done, if that is not shown already.
@@ -100,6 +109,16 @@ impl Meter {
             Shape::Percent => write_out("\n"),
             Shape::Bar(bar) => bar.abandon(),
         }
+    }
+
+    /// Ends the line of a procedure that came out as `done`, and the program where a signal asked for that.
+    pub(crate) fn finish<T>(&self, done: Result<T, Failure>) -> Result<T, Failure> {
+        if done.is_ok() {
+            self.complete_again();
+        }
+        self.end();
+        self.interrupts.die_if_asked();
+        done
     }
 
     fn show(&self, share: u64) {
@@ -177,8 +196,8 @@ fn bar() -> ProgressBar {
     }
 }
 
-/// Hundredths of a percent between two lines for programs.
-const JSON_STEP: u64 = 100;
+/// One percent, in hundredths.
+const PERCENT: u64 = 100;
 /// Everything, in hundredths of a percent.
 const ALL: u64 = 10_000;
 

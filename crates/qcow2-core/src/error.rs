@@ -6,7 +6,7 @@ use crate::port::storage::{StorageError, StorageErrorKind};
 use alloc::boxed::Box;
 use alloc::string::String;
 use core::fmt;
-use qcow2_format::FormatError;
+use qcow2_format::{FormatError, GuestOffset, HostOffset};
 
 /// The result of an engine call.
 pub type Result<T, E = Error> = core::result::Result<T, E>;
@@ -51,24 +51,84 @@ pub enum ErrorKind {
     Stopped,
 }
 
+/// A kind of table inside an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TableKind {
+    /// An L1 table, the active one or that of a snapshot.
+    L1,
+    /// An L2 table.
+    L2,
+    /// The refcount table.
+    RefcountTable,
+    /// A refcount block.
+    RefcountBlock,
+    /// The snapshot table.
+    Snapshots,
+    /// The bitmap directory.
+    BitmapDirectory,
+    /// The table of one bitmap.
+    BitmapTable,
+}
+
+/// Where it happened, as far as that is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Place {
+    /// The byte of the guest disk.
+    pub guest: Option<GuestOffset>,
+    /// The byte of the image file: the start of the table or of the data at fault.
+    pub host: Option<HostOffset>,
+    /// The table at fault.
+    pub table: Option<TableKind>,
+}
+
 /// An engine error. `Display` prints this layer only; follow `source()` for the rest.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
     message: String,
+    /// In a box of its own, which most errors do not need: errors are returned by value everywhere.
+    place: Option<Box<Place>>,
     source: Option<Box<dyn core::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind`; `message` is lower case and says what was seen, where, and what is allowed.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self { kind, message: message.into(), place: None, source: None }
     }
 
     /// Adds the underlying error.
     pub fn with_source(mut self, source: impl core::error::Error + Send + Sync + 'static) -> Self {
         self.source = Some(Box::new(source));
         self
+    }
+
+    /// Adds the byte of the guest disk that it is about.
+    #[must_use]
+    pub fn at_guest(mut self, offset: GuestOffset) -> Self {
+        self.place.get_or_insert_default().guest = Some(offset);
+        self
+    }
+
+    /// Adds the byte of the image file that it is about.
+    #[must_use]
+    pub fn at_host(mut self, offset: HostOffset) -> Self {
+        self.place.get_or_insert_default().host = Some(offset);
+        self
+    }
+
+    /// Adds the kind of table that it is about.
+    #[must_use]
+    pub fn in_table(mut self, table: TableKind) -> Self {
+        self.place.get_or_insert_default().table = Some(table);
+        self
+    }
+
+    /// Where it happened, as far as that is known: for callers that act on it. `Display` says it too.
+    pub fn place(&self) -> Place {
+        self.place.as_deref().copied().unwrap_or_default()
     }
 
     /// What kind of trouble it is.
@@ -78,31 +138,38 @@ impl Error {
 
     /// The storage error underneath, where there is one.
     pub fn storage_error(&self) -> Option<&StorageError> {
-        let mut at: Option<&(dyn core::error::Error + 'static)> = core::error::Error::source(self);
-        while let Some(error) = at {
-            if let Some(found) = error.downcast_ref::<StorageError>() {
-                return Some(found);
-            }
-            at = error.source();
-        }
-        None
+        find_cause(self)
     }
 
     /// The format error underneath, where there is one.
     pub fn format_error(&self) -> Option<&FormatError> {
-        let mut at: Option<&(dyn core::error::Error + 'static)> = core::error::Error::source(self);
-        while let Some(error) = at {
-            if let Some(found) = error.downcast_ref::<FormatError>() {
-                return Some(found);
-            }
-            at = error.source();
-        }
-        None
+        find_cause(self)
     }
 
     pub(crate) fn corrupt(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Corrupt, message)
     }
+}
+
+/// The first error of type `T` in `error` and its sources.
+///
+/// ```
+/// use qcow2_core::{Error, StorageError, StorageErrorKind, find_cause};
+///
+/// let error = Error::from(StorageError::new(StorageErrorKind::Io, "the cable is out"));
+/// assert_eq!(find_cause(&error).map(StorageError::kind), Some(StorageErrorKind::Io));
+/// ```
+pub fn find_cause<'a, T: core::error::Error + 'static>(
+    error: &'a (dyn core::error::Error + 'static),
+) -> Option<&'a T> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref::<T>() {
+            return Some(found);
+        }
+        next = error.source();
+    }
+    None
 }
 
 impl fmt::Display for Error {

@@ -142,10 +142,9 @@ impl Image {
     pub(crate) fn check_range(&self, start: GuestOffset, len: u64) -> Result<GuestRange> {
         let size = self.size();
         GuestRange::new(start, len).filter(|range| range.end().value() <= size).ok_or_else(|| {
-            Error::new(
-                ErrorKind::OutOfRange,
-                format!("{len} bytes at guest offset {start} pass the end of the disk at {size:#x}"),
-            )
+            let message =
+                format!("{len} bytes at guest offset {start} pass the end of the disk at {size:#x}");
+            Error::new(ErrorKind::OutOfRange, message).at_guest(start)
         })
     }
 

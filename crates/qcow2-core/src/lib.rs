@@ -70,7 +70,7 @@ pub use create::{
     BackingName, CreateOptions, LuksArea, NewEncryption, Preallocation, RawOptions, Refusal, create,
     create_container, create_raw,
 };
-pub use error::{Error, ErrorKind, Result};
+pub use error::{Error, ErrorKind, Place, Result, TableKind, find_cause};
 pub use image::Image;
 pub use meta::overlap::OverlapChecks;
 pub use open::{Codecs, Layers, OpenOptions};

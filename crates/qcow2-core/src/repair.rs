@@ -4,7 +4,7 @@
 //! Nothing here touches what the guest sees. Order on disk: refcounts, barrier; copied flags, barrier; the
 //! header's marks. A crash leaves an image that still needs repair, with fewer errors left.
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::image::Image;
 use crate::meta::file::read_words;
 use crate::meta::overlap::OverlapChecks;
@@ -41,13 +41,19 @@ impl Image {
         self.file.check_writable()?;
         let (l1, entries) = self.mapping().l1_contents();
         if !self.is_certain(OverlapChecks::ACTIVE_L1, l1, entries.len() as u64 * 8, 1)? {
-            return Err(Error::corrupt(format!("l1 table at {l1}: something else is there too")));
+            return Err(Error::corrupt(format!("l1 table at {l1}: something else is there too"))
+                .in_table(TableKind::L1)
+                .at_host(l1));
         }
         let named = self.recount().named_l2_tables()?;
         for (index, raw) in (0u64..).zip(entries) {
             let index = L1Index::new(index);
-            let entry = L1Entry::decode(raw, self.file.geometry())
-                .map_err(|e| Error::corrupt(format!("l1 entry {index} is damaged")).with_source(e))?;
+            let entry = L1Entry::decode(raw, self.file.geometry()).map_err(|e| {
+                Error::corrupt(format!("l1 entry {index} is damaged"))
+                    .in_table(TableKind::L1)
+                    .at_host(l1)
+                    .with_source(e)
+            })?;
             let Some(table) = entry.l2_table else { continue };
             let copied = self.is_sole(table)?;
             if entry.copied != copied {
@@ -75,8 +81,12 @@ impl Image {
         for entry in words.chunks_exact_mut((self.file.geometry().l2_entry_size() / 8) as usize) {
             let bitmap = entry.get(1).copied().unwrap_or(0);
             let decoded = self.file.l2_format().decode(entry[0], bitmap);
-            let decoded = decoded
-                .map_err(|e| Error::corrupt(format!("l2 table at {table} is damaged")).with_source(e))?;
+            let decoded = decoded.map_err(|e| {
+                Error::corrupt(format!("l2 table at {table} is damaged"))
+                    .in_table(TableKind::L2)
+                    .at_host(table)
+                    .with_source(e)
+            })?;
             let L2Entry::Standard(cluster @ ClusterEntry { host: Some(host), .. }) = decoded else {
                 continue;
             };

@@ -3,7 +3,7 @@
 
 use qcow2_core::{
     CreateOptions, ErrorKind, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, NewSnapshot,
-    NoResolver, OpenOptions, OverlapChecks, ResolvedSource, Storage, create,
+    NoResolver, OpenOptions, OverlapChecks, ResolvedSource, Storage, TableKind, create,
 };
 use qcow2_testkit::arbitrary::{DataFileShape, Shape};
 use qcow2_testkit::pages::PageBytes;
@@ -67,6 +67,26 @@ fn all_bytes(storage: &PageStorage) -> Vec<u8> {
 
 fn is_marked(storage: &Arc<PageStorage>) -> bool {
     open(storage, &OpenOptions::default()).unwrap().header().is_corrupt()
+}
+
+#[test]
+fn an_error_has_its_place_as_fields() {
+    let place = |storage: &Arc<PageStorage>, offset: u64| {
+        let image = open(storage, &OpenOptions::default()).unwrap();
+        let error = image.read_at(GuestOffset::new(offset), &mut [0; 512]).unwrap_err();
+        (error.kind(), error.place())
+    };
+    let (storage, l2) = image(false);
+    let offset = 2 * CLUSTER + 512;
+    set_word(&storage, l2 + 2 * 8, word(&storage, l2 + 2 * 8) | 0x200);
+    let (kind, seen) = place(&storage, offset);
+    assert_eq!((kind, seen.table), (ErrorKind::Corrupt, Some(TableKind::L2)));
+    assert_eq!((seen.guest, seen.host), (Some(GuestOffset::new(offset)), None));
+    let l1 = open(&storage, &OpenOptions::default()).unwrap().header().l1_table_offset.value();
+    set_word(&storage, l1, word(&storage, l1) | 0x200);
+    assert_eq!(place(&storage, offset).1.table, Some(TableKind::L1));
+    let past_end = place(&storage, 64 << 20);
+    assert_eq!((past_end.0, past_end.1.guest), (ErrorKind::OutOfRange, Some(GuestOffset::new(64 << 20))));
 }
 
 #[test]

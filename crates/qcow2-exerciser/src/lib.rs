@@ -92,6 +92,7 @@
 mod background;
 mod bench;
 mod exerciser;
+mod files;
 mod grammar;
 mod outcome;
 mod port;
@@ -107,5 +108,6 @@ mod totality;
 
 pub use bench::{Bench, BenchFailure, BenchRefusal, BenchReport};
 pub use exerciser::{Exerciser, Flow};
+pub use files::{FilesError, OpenedFiles, open_files};
 pub use port::{Console, OpenedDisk, Opener, Ports, Refusal, Words};
-pub use request::OpenRequest;
+pub use request::{OpenRequest, RequestError};

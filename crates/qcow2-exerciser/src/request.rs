@@ -2,6 +2,7 @@
 
 use crate::grammar::{Open, Reopen};
 use qcow2_io::CacheMode;
+use std::fmt;
 
 /// How a disk is asked for: the options of `open` and of the program.
 ///
@@ -53,42 +54,65 @@ impl Default for OpenRequest {
 }
 
 impl OpenRequest {
-    /// Sets the cache mode by its name (`none`, `writeback`, ...), if one is given. Errors: the text for the
-    /// user.
-    pub fn set_cache(&mut self, name: Option<&str>) -> Result<(), String> {
+    /// Sets the cache mode by its name (`none`, `writeback`, ...), if one is given.
+    pub fn set_cache(&mut self, name: Option<&str>) -> Result<(), RequestError> {
         if let Some(name) = name {
-            self.cache = CacheMode::parse(name).ok_or_else(|| format!("Invalid cache option: {name}"))?;
+            self.cache = CacheMode::parse(name).ok_or_else(|| RequestError::Cache(name.to_owned()))?;
         }
         Ok(())
     }
 
-    /// Sets whether discards count (`unmap`, `on`, `ignore`, `off`), if it is said. Errors: the text for the
-    /// user.
-    pub fn set_discard(&mut self, name: Option<&str>) -> Result<(), String> {
+    /// Sets whether discards count (`unmap`, `on`, `ignore`, `off`), if it is said.
+    pub fn set_discard(&mut self, name: Option<&str>) -> Result<(), RequestError> {
         self.discards = match name {
             None => return Ok(()),
             Some("unmap" | "on") => true,
             Some("ignore" | "off") => false,
-            Some(other) => return Err(format!("Invalid discard option: {other}")),
+            Some(other) => return Err(RequestError::Discard(other.to_owned())),
         };
         Ok(())
     }
 
     /// Notes the way of asynchronous I/O (`threads`, `native`, `io_uring`); all are one here, but for what
-    /// they ask of the cache mode. Errors: the text for the user.
-    pub fn set_aio(&mut self, name: Option<&str>) -> Result<(), String> {
+    /// they ask of the cache mode.
+    pub fn set_aio(&mut self, name: Option<&str>) -> Result<(), RequestError> {
         match name {
             None => {}
             Some("native") => self.native_aio = true,
             Some("threads" | "io_uring") => self.native_aio = false,
-            Some(other) => return Err(format!("Invalid aio option: {other}")),
+            Some(other) => return Err(RequestError::Aio(other.to_owned())),
         }
         Ok(())
     }
 }
 
-/// What `open` asks for. Errors: the text after the program's name.
-pub(crate) fn request_of(open: Open) -> Result<OpenRequest, String> {
+/// A word that an option of opening does not take. `Display` is qemu-io's line, which both the command line
+/// and the commands `open` and `reopen` print.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// No cache mode.
+    Cache(String),
+    /// No way to treat discards.
+    Discard(String),
+    /// No way of asynchronous I/O.
+    Aio(String),
+}
+
+impl fmt::Display for RequestError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cache(word) => write!(f, "Invalid cache option: {word}"),
+            Self::Discard(word) => write!(f, "Invalid discard option: {word}"),
+            Self::Aio(word) => write!(f, "Invalid aio option: {word}"),
+        }
+    }
+}
+
+impl std::error::Error for RequestError {}
+
+/// What `open` asks for.
+pub(crate) fn request_of(open: Open) -> Result<OpenRequest, RequestError> {
     let mut request = OpenRequest {
         path: open.path,
         read_only: open.read_only,
@@ -108,10 +132,10 @@ pub(crate) fn request_of(open: Open) -> Result<OpenRequest, String> {
     Ok(request)
 }
 
-/// The request for the same disk in another way.
+/// The request for the same disk in another way. Errors: the text after the program's name.
 pub(crate) fn changed(old: &OpenRequest, reopen: Reopen) -> Result<OpenRequest, String> {
     let mut new = old.clone();
-    new.set_cache(reopen.cache.as_deref())?;
+    new.set_cache(reopen.cache.as_deref()).map_err(|error| error.to_string())?;
     if let Some(read_only) = reopen.read_only {
         new.read_only = read_only;
     }

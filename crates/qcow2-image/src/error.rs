@@ -1,6 +1,6 @@
 //! The error of this crate: a kind, the file, the failed step, and the cause.
 
-use qcow2_core::{ErrorKind as CoreKind, ResolveError, StorageError, StorageErrorKind};
+use qcow2_core::{ErrorKind as CoreKind, Place, ResolveError, StorageError, StorageErrorKind, find_cause};
 use qcow2_crypt::{CryptError, CryptErrorKind};
 use qcow2_io::{OpenError, OpenErrorKind, SourceError};
 use qcow2_ops::{ChainError, ErrorKind as OpsKind};
@@ -109,6 +109,11 @@ impl Error {
     /// The path of the image concerned, as the caller gave it.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Where in the image it happened, as far as that is known.
+    pub fn place(&self) -> Place {
+        find_cause::<qcow2_core::Error>(self).map(qcow2_core::Error::place).unwrap_or_default()
     }
 }
 

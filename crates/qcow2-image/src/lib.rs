@@ -140,7 +140,7 @@ pub use options::DiskOptions;
 pub use threads::Threads;
 
 pub use qcow2_core::format::snapshot::Snapshot;
-pub use qcow2_core::{CreateOptions, ImageFormat, Preallocation};
+pub use qcow2_core::{CreateOptions, ImageFormat, Place, Preallocation};
 pub use qcow2_io::{CacheMode, Locking, Policy};
 pub use qcow2_ops::CopyReport;
 pub use qcow2_ops::bitmap::BitmapAction;

@@ -81,7 +81,7 @@ impl Permission {
     }
 }
 
-/// Another program holds a conflicting lock. `Display` is QEMU's text: `Failed to get "write" lock`.
+/// Another program holds a conflicting lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LockConflict {
     permission: Permission,
@@ -103,8 +103,11 @@ impl LockConflict {
 
 impl fmt::Display for LockConflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shared = if self.shared { "shared " } else { "" };
-        write!(f, "Failed to get {shared}\"{}\" lock", self.permission.name())
+        let what = self.permission.name();
+        match self.shared {
+            true => write!(f, "another program has \"{what}\" permission, which must not be shared"),
+            false => write!(f, "another program does not share \"{what}\" permission"),
+        }
     }
 }
 
@@ -186,20 +189,21 @@ mod tests {
 
     type Opening = (Locking, Access);
 
-    /// The second opener's lock conflict, if any, while the first opening exists.
-    fn second(first: Opening, second: Opening) -> Option<String> {
+    /// The second opener's lock conflict, if any, while the first opening exists: the permission, and whether
+    /// the first one has it.
+    fn second(first: Opening, second: Opening) -> Option<(&'static str, bool)> {
         let file = tempfile::NamedTempFile::new().unwrap();
         let one = file.reopen().unwrap();
         lock_image(&one, first.0, first.1).unwrap();
         let result = lock_image(&file.reopen().unwrap(), second.0, second.1);
-        let text = match result {
+        let conflict = match result {
             Ok(()) => None,
-            Err(LockError::Conflict(conflict)) => Some(conflict.to_string()),
+            Err(LockError::Conflict(conflict)) => Some((conflict.permission().name(), conflict.is_shared())),
             Err(LockError::System(error)) => panic!("{error}"),
         };
         drop(one);
         lock_image(&file.reopen().unwrap(), Locking::Auto, WRITE.1).unwrap();
-        text
+        conflict
     }
 
     const fn access(writable: bool, resizes: bool) -> Access {
@@ -221,26 +225,26 @@ mod tests {
         assert_eq!(second(WRITE, FORCE), None);
         assert_eq!(second(FORCE, WRITE), None);
         assert_eq!(second(WRITE_RAW, WRITE_RAW), None);
-        assert_eq!(second(READ, WRITE_RAW).as_deref(), Some("Failed to get \"write\" lock"));
-        assert_eq!(second(WRITE_RAW, READ).as_deref(), Some("Failed to get shared \"write\" lock"));
+        assert_eq!(second(READ, WRITE_RAW), Some(("write", false)));
+        assert_eq!(second(WRITE_RAW, READ), Some(("write", true)));
         assert_eq!(second(WRITE, (Locking::Off, WRITE.1)), None);
-        assert_eq!(second(WRITE, WRITE).as_deref(), Some("Failed to get \"write\" lock"));
-        assert_eq!(second(READ, WRITE).as_deref(), Some("Failed to get \"write\" lock"));
-        assert_eq!(second(WRITE, READ).as_deref(), Some("Failed to get shared \"write\" lock"));
+        assert_eq!(second(WRITE, WRITE), Some(("write", false)));
+        assert_eq!(second(READ, WRITE), Some(("write", false)));
+        assert_eq!(second(WRITE, READ), Some(("write", true)));
     }
 
     #[test]
     fn fixed_length_locking_shares_write_but_not_resize() {
-        let no_resize = Some("Failed to get \"resize\" lock");
-        let resized = Some("Failed to get shared \"resize\" lock");
+        let no_resize = Some(("resize", false));
+        let resized = Some(("resize", true));
         for other in [FORCE, WRITE_RAW, READ_PART, WRITE_PART] {
             assert_eq!(second(READ_PART, other), None);
             assert_eq!(second(WRITE_PART, other), None);
         }
-        assert_eq!(second(READ_PART, RESIZE_RAW).as_deref(), no_resize);
-        assert_eq!(second(RESIZE_RAW, READ_PART).as_deref(), resized);
-        assert_eq!(second(READ_PART, WRITE_DATA_FILE).as_deref(), no_resize);
-        assert_eq!(second(WRITE_DATA_FILE, WRITE_DATA_FILE).as_deref(), no_resize);
+        assert_eq!(second(READ_PART, RESIZE_RAW), no_resize);
+        assert_eq!(second(RESIZE_RAW, READ_PART), resized);
+        assert_eq!(second(READ_PART, WRITE_DATA_FILE), no_resize);
+        assert_eq!(second(WRITE_DATA_FILE, WRITE_DATA_FILE), no_resize);
         assert_eq!(second(WRITE_RAW, RESIZE_RAW), None);
     }
 
@@ -248,10 +252,7 @@ mod tests {
     fn metadata_only_readers_do_not_use_consistent_read() {
         let look = |locking| (locking, Access { consistent: false, ..READ.1 });
         assert_eq!(second(WRITE, look(Locking::Shared)), None);
-        assert_eq!(
-            second(WRITE, look(Locking::Auto)).as_deref(),
-            Some("Failed to get shared \"write\" lock")
-        );
-        assert_eq!(second(look(Locking::Auto), WRITE).as_deref(), Some("Failed to get \"write\" lock"));
+        assert_eq!(second(WRITE, look(Locking::Auto)), Some(("write", true)));
+        assert_eq!(second(look(Locking::Auto), WRITE), Some(("write", false)));
     }
 }

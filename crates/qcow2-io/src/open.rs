@@ -337,44 +337,32 @@ impl OpenError {
     }
 
     /// The reason alone, for example "No such file or directory".
-    pub fn reason(&self) -> String {
-        match &self.cause {
-            Some(Cause::System(error)) => error.to_string(),
-            Some(Cause::Lock(conflict)) => conflict.to_string(),
-            Some(Cause::SameFile(same)) => same.to_string(),
-            None => format!("'file' driver requires '{}' to be a regular file", self.path.display()),
-        }
-    }
-
-    /// The whole message in QEMU's words, for programs that stand in for its tools: two lines for a lock
-    /// conflict, one for everything else.
     ///
     /// ```
     /// use qcow2_io::OpenFile;
     /// use std::path::Path;
     ///
     /// let error = OpenFile::read_only().open(Path::new("nofile")).err().ok_or("it exists")?;
-    /// assert_eq!(error.qemu_message(), "Could not open 'nofile': No such file or directory");
+    /// assert_eq!(error.to_string(), "could not open 'nofile'");
+    /// assert_eq!(error.reason(), "No such file or directory");
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn qemu_message(&self) -> String {
-        let path = self.path.display();
+    pub fn reason(&self) -> String {
         match &self.cause {
-            Some(Cause::System(error)) => format!("Could not open '{path}': {error}"),
+            Some(Cause::System(error)) => error.to_string(),
+            Some(Cause::Lock(conflict)) => conflict.to_string(),
             Some(Cause::SameFile(same)) => same.to_string(),
-            Some(Cause::Lock(conflict)) => {
-                format!("{conflict}\nIs another process using the image [{path}]?")
-            }
-            None => self.reason(),
+            None => "it is not a regular file".to_owned(),
         }
     }
 }
 
 impl fmt::Display for OpenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "could not open '{}'", self.path.display())?;
         match self.cause {
-            Some(_) => write!(f, "could not open '{}'", self.path.display()),
-            None => f.write_str(&self.reason()),
+            Some(_) => Ok(()),
+            None => write!(f, ": {}", self.reason()),
         }
     }
 }

@@ -64,6 +64,12 @@ impl SourceOptions {
         self.policy = policy;
         self
     }
+
+    /// These options with another locking of the files that it names.
+    #[must_use]
+    pub fn with_locking_below(self, locking_below: Locking) -> Self {
+        Self { locking_below: Some(locking_below), ..self }
+    }
 }
 
 /// Opens the file a user named. The source's name is `path` as given. Errors: [`SourceError`].

@@ -121,12 +121,13 @@ fn protocols_and_json_names_are_refused() {
 }
 
 #[test]
-fn a_missing_file_has_qemus_message() {
+fn a_missing_file_is_named_by_its_place() {
     let resolver = FileResolver::new("some/where/top", Policy::Allow);
     let error = refusal(resolver.resolve(backing("nofile", None), false));
     assert!(!error.is_denied());
-    let text = open_error(&error).qemu_message();
-    assert_eq!(text, "Could not open 'some/where/nofile': No such file or directory");
+    let error = open_error(&error);
+    assert_eq!(error.to_string(), "could not open 'some/where/nofile'");
+    assert_eq!(error.reason(), "No such file or directory");
 }
 
 #[cfg(target_os = "linux")]

@@ -34,6 +34,56 @@ pub struct AmendOptions {
     pub backing_format: Option<String>,
 }
 
+impl AmendOptions {
+    /// With another format version.
+    #[must_use]
+    pub fn with_version(self, version: Version) -> Self {
+        Self { version: Some(version), ..self }
+    }
+
+    /// With lazy refcounts, or without.
+    #[must_use]
+    pub fn with_lazy_refcounts(self, lazy_refcounts: bool) -> Self {
+        Self { lazy_refcounts: Some(lazy_refcounts), ..self }
+    }
+
+    /// With refcounts of another width.
+    #[must_use]
+    pub fn with_refcount_bits(self, refcount_bits: u64) -> Self {
+        Self { refcount_bits: Some(refcount_bits), ..self }
+    }
+
+    /// With another virtual size in bytes.
+    #[must_use]
+    pub fn with_size(self, size: u64) -> Self {
+        Self { size: Some(size), ..self }
+    }
+
+    /// With another name of the external data file; empty removes the recorded one.
+    #[must_use]
+    pub fn with_data_file(self, data_file: impl Into<String>) -> Self {
+        Self { data_file: Some(data_file.into()), ..self }
+    }
+
+    /// With a data file that is a raw copy of the guest disk, or not.
+    #[must_use]
+    pub fn with_data_file_raw(self, data_file_raw: bool) -> Self {
+        Self { data_file_raw: Some(data_file_raw), ..self }
+    }
+
+    /// With this backing file, which must be the current one.
+    #[must_use]
+    pub fn with_backing_file(self, backing_file: impl Into<String>) -> Self {
+        Self { backing_file: Some(backing_file.into()), ..self }
+    }
+
+    /// With this format of the backing file, which must be the current one.
+    #[must_use]
+    pub fn with_backing_format(self, backing_format: impl Into<String>) -> Self {
+        Self { backing_format: Some(backing_format.into()), ..self }
+    }
+}
+
 /// Why an image cannot be amended as requested. The image is unchanged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

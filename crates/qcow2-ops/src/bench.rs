@@ -40,6 +40,48 @@ impl BenchOptions {
             drain: true,
         }
     }
+
+    /// With this many requests.
+    #[must_use]
+    pub fn with_count(self, count: u64) -> Self {
+        Self { count, ..self }
+    }
+
+    /// With requests of this many bytes.
+    #[must_use]
+    pub fn with_buffer_size(self, buffer_size: u64) -> Self {
+        Self { buffer_size, ..self }
+    }
+
+    /// With this many bytes from the start of one request to that of the next.
+    #[must_use]
+    pub fn with_step(self, step: u64) -> Self {
+        Self { step, ..self }
+    }
+
+    /// From another guest offset on.
+    #[must_use]
+    pub fn with_start(self, start: u64) -> Self {
+        Self { start, ..self }
+    }
+
+    /// Writing this byte; `None`: reading.
+    #[must_use]
+    pub fn with_pattern(self, pattern: Option<u8>) -> Self {
+        Self { pattern, ..self }
+    }
+
+    /// With a flush after this many requests; `None`: no flushes.
+    #[must_use]
+    pub fn with_flush_interval(self, flush_interval: Option<u64>) -> Self {
+        Self { flush_interval, ..self }
+    }
+
+    /// With no request running during a flush, or with some.
+    #[must_use]
+    pub fn with_drain(self, drain: bool) -> Self {
+        Self { drain, ..self }
+    }
 }
 
 impl Default for BenchOptions {

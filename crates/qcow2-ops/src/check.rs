@@ -58,6 +58,20 @@ impl Default for CheckOptions {
     }
 }
 
+impl CheckOptions {
+    /// With at most this many findings listed.
+    #[must_use]
+    pub fn with_max_findings(self, max_findings: usize) -> Self {
+        Self { max_findings, ..self }
+    }
+
+    /// With this many bytes of memory for reference counts.
+    #[must_use]
+    pub fn with_counters_size(self, counters_size: u64) -> Self {
+        Self { counters_size, ..self }
+    }
+}
+
 /// The result of a check.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]

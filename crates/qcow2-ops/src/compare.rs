@@ -31,6 +31,20 @@ impl Default for CompareOptions {
     }
 }
 
+impl CompareOptions {
+    /// With equal sizes and equal allocation required, or not.
+    #[must_use]
+    pub fn with_strict(self, strict: bool) -> Self {
+        Self { strict, ..self }
+    }
+
+    /// With other names of the disks in error messages.
+    #[must_use]
+    pub fn with_names(self, names: [String; 2]) -> Self {
+        Self { names, ..self }
+    }
+}
+
 /// The result of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

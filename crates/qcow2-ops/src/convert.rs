@@ -55,6 +55,50 @@ impl Default for ConvertOptions {
     }
 }
 
+impl ConvertOptions {
+    /// With runs of zeroes left out from this many bytes on; 0: none.
+    #[must_use]
+    pub fn with_sparse_size(self, sparse_size: u64) -> Self {
+        Self { sparse_size, ..self }
+    }
+
+    /// With a target that reads as zeroes, or not.
+    #[must_use]
+    pub fn with_target_is_zero(self, target_is_zero: bool) -> Self {
+        Self { target_is_zero, ..self }
+    }
+
+    /// With the target's backing file showing through, or not.
+    #[must_use]
+    pub fn with_keep_backing(self, keep_backing: bool) -> Self {
+        Self { keep_backing, ..self }
+    }
+
+    /// With compressed clusters, or without.
+    #[must_use]
+    pub fn with_compress(self, compress: bool) -> Self {
+        Self { compress, ..self }
+    }
+
+    /// With clusters written in any order, or in theirs.
+    #[must_use]
+    pub fn with_out_of_order(self, out_of_order: bool) -> Self {
+        Self { out_of_order, ..self }
+    }
+
+    /// With unreadable sectors replaced by zeroes, or not.
+    #[must_use]
+    pub fn with_salvage(self, salvage: bool) -> Self {
+        Self { salvage, ..self }
+    }
+
+    /// With copy offload, or without.
+    #[must_use]
+    pub fn with_offload(self, offload: bool) -> Self {
+        Self { offload, ..self }
+    }
+}
+
 /// Total size of the sources in bytes, each rounded up to a multiple of 512. The target must be at least that
 /// large. Errors: `InvalidOption` past 2^64 - 1.
 pub fn converted_size(sources: &[Arc<dyn GuestDisk>]) -> Result<u64> {

@@ -32,6 +32,26 @@ impl Default for DdOptions {
     }
 }
 
+impl DdOptions {
+    /// With blocks of this many bytes.
+    #[must_use]
+    pub fn with_block_size(self, block_size: u64) -> Self {
+        Self { block_size, ..self }
+    }
+
+    /// With an end in blocks from the start of the disk; `None`: that of the disk.
+    #[must_use]
+    pub fn with_count(self, count: Option<u64>) -> Self {
+        Self { count, ..self }
+    }
+
+    /// With this many blocks skipped at the start.
+    #[must_use]
+    pub fn with_skip(self, skip: u64) -> Self {
+        Self { skip, ..self }
+    }
+}
+
 /// The bytes selected by `options` on a disk of `size` bytes, rounded up to a multiple of 512. `None` if the
 /// range would start past the end of the disk or past `count`.
 pub fn dd_range(size: u64, options: &DdOptions) -> Option<Range<u64>> {

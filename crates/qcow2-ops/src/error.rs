@@ -1,5 +1,6 @@
 //! The error of all procedures: a matchable kind, the failed step, and the cause.
 
+use qcow2_core::find_cause;
 use std::fmt;
 
 /// The result of a procedure.
@@ -95,14 +96,7 @@ impl Error {
 
     /// The first engine error among the sources, if there is one.
     pub fn core_error(&self) -> Option<&qcow2_core::Error> {
-        let mut at: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(self);
-        while let Some(error) = at {
-            if let Some(found) = error.downcast_ref::<qcow2_core::Error>() {
-                return Some(found);
-            }
-            at = error.source();
-        }
-        None
+        find_cause(self)
     }
 }
 

@@ -24,6 +24,18 @@ impl MapOptions {
     pub fn new() -> Self {
         Self { start: 0, len: None }
     }
+
+    /// From another guest offset on.
+    #[must_use]
+    pub fn with_start(self, start: u64) -> Self {
+        Self { start, ..self }
+    }
+
+    /// Of at most this many bytes; `None`: up to the end of the disk.
+    #[must_use]
+    pub fn with_len(self, len: Option<u64>) -> Self {
+        Self { len, ..self }
+    }
 }
 
 impl Default for MapOptions {

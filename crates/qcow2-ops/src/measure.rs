@@ -4,17 +4,34 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::source::{Below, Content, Source};
 use qcow2_core::format::bitmap::Bitmap;
 use qcow2_core::format::limit::MAX_L1_ENTRIES;
-use qcow2_core::format::{Geometry, GeometryFields};
-use qcow2_core::{GuestDisk, Preallocation};
+use qcow2_core::format::{Geometry, GeometryFields, Version};
+use qcow2_core::{GuestDisk, Preallocation, Refusal};
 use std::sync::Arc;
+
+/// The image to measure for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MeasureTarget {
+    /// A raw image.
+    Raw,
+    /// A LUKS container.
+    Container {
+        /// Length of its header and key slots in bytes.
+        area_len: u64,
+    },
+    /// A qcow2 image.
+    Qcow2(MeasureOptions),
+}
 
 /// The qcow2 image to measure for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MeasureOptions {
+    /// The version, which decides whether the image can have bitmaps.
+    pub version: Version,
     /// Cluster size in bytes, a power of two from 512 to 2 MiB.
     pub cluster_size: u64,
-    /// Refcount width in bits, a power of two up to 64.
+    /// Refcount width in bits, a power of two up to 64; 16 in version 2.
     pub refcount_bits: u64,
     /// Use extended L2 entries (subclusters).
     pub extended_l2: bool,
@@ -30,12 +47,76 @@ pub struct MeasureOptions {
 impl Default for MeasureOptions {
     fn default() -> Self {
         Self {
+            version: Version::V3,
             cluster_size: 65536,
             refcount_bits: 16,
             extended_l2: false,
             preallocation: Preallocation::Off,
             has_backing: false,
             luks_len: 0,
+        }
+    }
+}
+
+impl MeasureOptions {
+    /// With this version.
+    #[must_use]
+    pub fn with_version(self, version: Version) -> Self {
+        Self { version, ..self }
+    }
+
+    /// With clusters of `bytes`.
+    #[must_use]
+    pub fn with_cluster_size(self, bytes: u64) -> Self {
+        Self { cluster_size: bytes, ..self }
+    }
+
+    /// With refcounts of `bits`.
+    #[must_use]
+    pub fn with_refcount_bits(self, bits: u64) -> Self {
+        Self { refcount_bits: bits, ..self }
+    }
+
+    /// With extended L2 entries or without.
+    #[must_use]
+    pub fn with_extended_l2(self, extended_l2: bool) -> Self {
+        Self { extended_l2, ..self }
+    }
+
+    /// With this much allocated up front.
+    #[must_use]
+    pub fn with_preallocation(self, preallocation: Preallocation) -> Self {
+        Self { preallocation, ..self }
+    }
+
+    /// With a backing file or without.
+    #[must_use]
+    pub fn with_backing(self, has_backing: bool) -> Self {
+        Self { has_backing, ..self }
+    }
+
+    /// With an encryption header of `bytes`.
+    #[must_use]
+    pub fn with_luks_len(self, bytes: u64) -> Self {
+        Self { luks_len: bytes, ..self }
+    }
+
+    /// Checks the options against each other, in QEMU's order, which differs from that of a new image: of
+    /// extended L2 entries in version 2 nothing is said. [`measure`] does the same.
+    pub fn check(&self) -> std::result::Result<(), Refusal> {
+        let (size, bits) = (self.cluster_size, self.refcount_bits);
+        if !size.is_power_of_two() || !(512..=2 << 20).contains(&size) {
+            return Err(Refusal::ClusterSize(size));
+        }
+        if self.extended_l2 && size < 16 << 10 {
+            return Err(Refusal::ExtendedL2ClusterSize(size));
+        }
+        if !bits.is_power_of_two() || bits > 64 {
+            return Err(Refusal::RefcountBits(bits));
+        }
+        match self.version < Version::V3 && bits != 16 {
+            true => Err(Refusal::RefcountBitsNeedVersion3(bits)),
+            false => Ok(()),
         }
     }
 }
@@ -48,6 +129,8 @@ pub struct Measure {
     pub required: u64,
     /// With all clusters allocated.
     pub fully_allocated: u64,
+    /// What the bitmaps of the source would take in addition; `None` where source or target can have none.
+    pub bitmaps: Option<u64>,
 }
 
 /// What to measure.
@@ -59,28 +142,33 @@ pub enum Measured<'a> {
     Disk(&'a Arc<dyn GuestDisk>),
 }
 
-/// Measures a raw image. Errors: `InvalidOption` past 2^64 - 1.
-pub fn measure_raw(what: Measured<'_>) -> Result<Measure> {
-    let size = size_of(what)?;
-    Ok(Measure { required: size, fully_allocated: size })
-}
-
-/// Measures a LUKS container whose header and key slots take `area_len` bytes. Errors: `InvalidOption` past
-/// 2^64 - 1.
-pub fn measure_container(what: Measured<'_>, area_len: u64) -> Result<Measure> {
-    let size = match what {
-        Measured::Size(size) => size,
-        Measured::Disk(_) => size_of(what)?,
+/// Measures an image. For qcow2: all tables for its size, and the clusters in which the source is not known
+/// to be zero. Disk: reads tables and the directory of bitmaps, no data. Errors: `InvalidOption` for options
+/// that [`MeasureOptions::check`] refuses, with the [`Refusal`] as source, for a size past 2^64 - 1, and for
+/// one that needs an L1 table above the limit; `Metadata` for bitmaps that cannot be read; `Extents`.
+pub fn measure(what: Measured<'_>, target: &MeasureTarget) -> Result<Measure> {
+    let all = match target {
+        MeasureTarget::Qcow2(options) => return measure_qcow2(what, options),
+        MeasureTarget::Raw => size_of(what)?,
+        MeasureTarget::Container { area_len } => {
+            let size = match what {
+                Measured::Size(size) => size,
+                Measured::Disk(_) => size_of(what)?,
+            };
+            size.checked_add(*area_len).ok_or_else(past_2_64)?
+        }
     };
-    let too_large = || Error::new(ErrorKind::InvalidOption, "the size exceeds 2^64 - 1 bytes");
-    let all = size.checked_add(area_len).ok_or_else(too_large)?;
-    Ok(Measure { required: all, fully_allocated: all })
+    Ok(Measure { required: all, fully_allocated: all, bitmaps: None })
 }
 
-/// Measures a qcow2 image: all tables for its size, and the clusters in which the source is not known to be
-/// zero. Disk: reads tables, no data. Errors: `InvalidOption` for an invalid cluster size or refcount width,
-/// and for a size that needs an L1 table above the limit; `Extents`.
-pub fn measure_qcow2(what: Measured<'_>, options: &MeasureOptions) -> Result<Measure> {
+fn measure_qcow2(what: Measured<'_>, options: &MeasureOptions) -> Result<Measure> {
+    options.check().map_err(|refusal| {
+        Error::new(ErrorKind::InvalidOption, "checking the options of the image").with_source(refusal)
+    })?;
+    let bitmaps = match what {
+        Measured::Disk(disk) => bitmaps_of(disk, options)?,
+        Measured::Size(_) => None,
+    };
     let size = size_of(what)?;
     let tables = table_bytes(size, options)?;
     let too_large = || Error::new(ErrorKind::InvalidOption, "the image size is too large");
@@ -94,12 +182,22 @@ pub fn measure_qcow2(what: Measured<'_>, options: &MeasureOptions) -> Result<Mea
         Measured::Disk(_) if options.has_backing => data,
         Measured::Disk(disk) => used_clusters(disk, options.cluster_size)? * options.cluster_size,
     };
-    Ok(Measure { required: tables + used, fully_allocated })
+    Ok(Measure { required: tables + used, fully_allocated, bitmaps })
+}
+
+/// Bytes for the bitmaps of a source that can have some.
+fn bitmaps_of(disk: &Arc<dyn GuestDisk>, options: &MeasureOptions) -> Result<Option<u64>> {
+    let image = disk.as_image().filter(|image| image.header().version >= Version::V3);
+    let Some(image) = image.filter(|_| options.version >= Version::V3) else { return Ok(None) };
+    let bitmaps = image.bitmaps().map_err(|error| {
+        Error::new(ErrorKind::Metadata, "reading the bitmaps of the source").with_source(error)
+    })?;
+    Ok(Some(measure_bitmaps(&bitmaps, disk.size(), options.cluster_size)))
 }
 
 /// Size in bytes of the persistent bitmaps of a disk of `disk_size` bytes: bits, tables and directory, in
 /// whole clusters of `cluster_size` bytes.
-pub fn measure_bitmaps(bitmaps: &[Bitmap], disk_size: u64, cluster_size: u64) -> u64 {
+fn measure_bitmaps(bitmaps: &[Bitmap], disk_size: u64, cluster_size: u64) -> u64 {
     let clusters = |bytes: u64| bytes.div_ceil(cluster_size);
     let mut directory = 0;
     let each: u64 = bitmaps
@@ -118,8 +216,11 @@ fn size_of(what: Measured<'_>) -> Result<u64> {
         Measured::Size(size) => size,
         Measured::Disk(disk) => disk.size(),
     };
-    let too_large = || Error::new(ErrorKind::InvalidOption, "the size exceeds 2^64 - 1 bytes");
-    size.checked_next_multiple_of(512).ok_or_else(too_large)
+    size.checked_next_multiple_of(512).ok_or_else(past_2_64)
+}
+
+fn past_2_64() -> Error {
+    Error::new(ErrorKind::InvalidOption, "the size exceeds 2^64 - 1 bytes")
 }
 
 /// Size of the header, the L1 table, the L2 tables, and the refcount table and blocks of a full image.
@@ -199,8 +300,30 @@ mod tests {
         check(1 << 30, |o| o.has_backing = true, 393_216, 1_074_135_040);
         let huge = measure_qcow2(Measured::Size(4 << 60), &MeasureOptions::default());
         assert_eq!(huge.unwrap_err().kind(), ErrorKind::InvalidOption);
-        let raw = measure_raw(Measured::Size(i64::MAX as u64)).unwrap();
+        let raw = measure(Measured::Size(i64::MAX as u64), &MeasureTarget::Raw).unwrap();
         assert_eq!(raw.required, 1 << 63);
+        let container = measure(Measured::Size(100), &MeasureTarget::Container { area_len: 4096 }).unwrap();
+        assert_eq!(container.fully_allocated, 4196);
+    }
+
+    #[test]
+    fn impossible_options_are_refused() {
+        use Refusal::*;
+        let options = MeasureOptions::default;
+        for (options, refusal) in [
+            (options().with_cluster_size(0), ClusterSize(0)),
+            (options().with_cluster_size(3), ClusterSize(3)),
+            (options().with_cluster_size(4 << 20), ClusterSize(4 << 20)),
+            (options().with_cluster_size(8192).with_extended_l2(true), ExtendedL2ClusterSize(8192)),
+            (options().with_refcount_bits(0), RefcountBits(0)),
+            (options().with_refcount_bits(1 << 32), RefcountBits(1 << 32)),
+            (options().with_refcount_bits(8).with_version(Version::V2), RefcountBitsNeedVersion3(8)),
+        ] {
+            let error = measure(Measured::Size(512), &MeasureTarget::Qcow2(options)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidOption);
+            let source = std::error::Error::source(&error).and_then(|source| source.downcast_ref());
+            assert_eq!(source, Some(&refusal));
+        }
     }
 
     /// Numbers from qemu-img measure: bits, tables and directory each take whole clusters.

@@ -39,6 +39,18 @@ impl ResizeOptions {
     pub fn new(size: NewSize) -> Self {
         Self { size, shrink: false, preallocation: Preallocation::Off }
     }
+
+    /// With shrinking allowed, or not.
+    #[must_use]
+    pub fn with_shrink(self, shrink: bool) -> Self {
+        Self { shrink, ..self }
+    }
+
+    /// With another preallocation of the new part.
+    #[must_use]
+    pub fn with_preallocation(self, preallocation: Preallocation) -> Self {
+        Self { preallocation, ..self }
+    }
 }
 
 /// Why a disk cannot be resized as requested. The disk is unchanged.

@@ -7,6 +7,7 @@ use qcow2_core::{HostOffset, Storage};
 use qcow2_crypt::luks::{NewPassword, NewVolume, SlotsToErase, add_password, erase_passwords};
 use qcow2_crypt::{CryptError, Secret};
 use qcow2_io::{ThreadClock, random_bytes};
+use qcow2_ops::{CallerError, KeySlots};
 use std::error::Error;
 use std::fmt;
 
@@ -110,6 +111,13 @@ impl SlotChange<'_> {
         };
         let limit = self.keys.limit(0)?;
         Ok(erase_passwords(volume, which, self.force, limit, &mut random_bytes)?)
+    }
+}
+
+/// Errors it returns are [`SlotError`]s.
+impl KeySlots for SlotChange<'_> {
+    fn change(&self, storage: &dyn Storage, at: HostOffset) -> Result<(), CallerError> {
+        Ok(self.apply(storage, at)?)
     }
 }
 

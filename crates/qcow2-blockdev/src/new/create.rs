@@ -8,7 +8,7 @@ use super::qcow2::{data_file, plan};
 use super::target::NewTarget;
 use super::unfinished::Unfinished;
 use crate::driver::{Driver, is_block_device};
-use crate::failure::{FailureKind, find};
+use crate::failure::FailureKind;
 use crate::keys::Secrets;
 use crate::open::{Follow, OpenOptions, open_existing};
 use crate::tree::Node;
@@ -16,7 +16,7 @@ use crate::warning::Warning;
 use qcow2_core::format::FormatErrorKind;
 use qcow2_core::{
     BackingName, CreateOptions, ImageFormat, NewEncryption, RawOptions, Refusal, Storage, create_container,
-    create_raw,
+    create_raw, find_cause,
 };
 use qcow2_io::{Create, FileStorage, OpenFile, OpenFiles, OsError, SourceError};
 use qcow2_ops::{CallerError, NewStorage};
@@ -111,7 +111,7 @@ impl<'a> NewImageFile<'a> {
         error: qcow2_ops::Error,
         backing: BackingName,
     ) -> Result<CreateFailure, qcow2_ops::Error> {
-        if let Some(&refusal) = find::<Refusal>(&error) {
+        if let Some(&refusal) = find_cause::<Refusal>(&error) {
             return Ok(of_image(CreateFailureKind::Refused(refusal)));
         }
         let error = match error.caller_error::<CreateFailure>() {
@@ -254,7 +254,7 @@ fn of_raw(raw: &RawOptions, error: qcow2_core::Error) -> CreateFailureKind {
 
 /// What the engine's error on a new image is: its layout may turn out impossible, a name may not fit.
 fn of_qcow2(new: CreateOptions, error: qcow2_core::Error) -> CreateFailureKind {
-    if let Some(&refusal) = find::<Refusal>(&error) {
+    if let Some(&refusal) = find_cause::<Refusal>(&error) {
         return CreateFailureKind::Refused(refusal);
     }
     match error.format_error().map(|error| error.kind()) {

@@ -1,9 +1,9 @@
 //! Why an image was not made: one error for formats, options, files, keys and the engine.
 
 use crate::driver::Driver;
-use crate::failure::{FailureKind, find};
+use crate::failure::FailureKind;
 use crate::scalar::OptionError;
-use qcow2_core::{BackingName, ImageFormat, Preallocation, Refusal, StorageError};
+use qcow2_core::{BackingName, ImageFormat, Preallocation, Refusal, StorageError, find_cause};
 use qcow2_crypt::{CipherSpec, CryptError};
 use qcow2_io::{OsError, SourceError};
 use std::error::Error;
@@ -123,7 +123,7 @@ impl CreateFailure {
 
     /// The first error of type `T` among the causes.
     pub fn cause<T: Error + 'static>(&self) -> Option<&T> {
-        find(self.kind())
+        find_cause(self.kind())
     }
 
     /// Whether the file would be longer than its file system allows.

@@ -4,22 +4,25 @@
 //! that was there before is touched until the options are known to be possible, and what was made for an
 //! image that fails is taken away.
 
+mod amend;
 mod create;
 mod encryption;
 mod failure;
 mod file;
 mod format;
+mod measure;
 mod options;
 mod qcow2;
 mod table;
 mod target;
 mod unfinished;
 
+pub use amend::ImageChanges;
 pub use create::{CreateHow, NewImageFile, create};
 pub use failure::{CreateFailure, CreateFailureKind};
 pub use file::NewFile;
 pub use format::{format_of_ending, new_image_format};
-pub use options::{NewOptions, read_amend_options};
+pub use options::NewOptions;
 pub use table::{OptionSpec, OptionType, amend_options, create_options};
 pub use target::NewTarget;
 pub use unfinished::Unfinished;

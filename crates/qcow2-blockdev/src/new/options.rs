@@ -104,26 +104,8 @@ pub(super) fn no_such(option: &str, value: &str) -> OptionError {
     OptionError::new(option, value, OptionErrorKind::NotAChoice)
 }
 
-/// Reads `list` by the table of what can be changed in an image of `format`. Errors: `UnknownOption`, or
-/// `OnlyWhenCreated` if all would be options of a new image; `Option`.
-pub fn read_amend_options(
-    format: &ImageFormat,
-    list: &KeyValues,
-) -> Result<Vec<(&'static str, OptionValue)>, CreateFailure> {
-    let read = |Pair { key, value }: &Pair| {
-        let option = amend_options(format).iter().find(|option| option.name == key);
-        let option = option.ok_or_else(|| match could_be_new(format, list) {
-            true => CreateFailureKind::OnlyWhenCreated(key.clone()),
-            false => CreateFailureKind::UnknownOption(key.clone()),
-        })?;
-        Ok((option.name, option.read(value)?))
-    };
-    let read = list.pairs().iter().map(read).collect::<Result<_, _>>();
-    read.map_err(|kind| CreateFailure::new(format, kind))
-}
-
 /// Whether every option in `list` can be changed or is one of a new image, and is of its type.
-fn could_be_new(format: &ImageFormat, list: &KeyValues) -> bool {
+pub(super) fn could_be_new(format: &ImageFormat, list: &KeyValues) -> bool {
     let of_format = || create_options(format).iter().filter(|option| !option.of_file);
     list.pairs().iter().all(|Pair { key, value }| {
         let mut known = amend_options(format).iter().chain(of_format());
@@ -174,23 +156,5 @@ mod tests {
         ] {
             assert!(matches!(refused(text), K::Option(error) if error.kind == expected), "{text}");
         }
-    }
-
-    #[test]
-    fn options_that_only_a_new_image_has() {
-        let amend = |text: &str| {
-            let list = KeyValues::parse_image_options(&[text.to_owned()]);
-            read_amend_options(&ImageFormat::Qcow2, &list)
-        };
-        let read = amend("compat=v3,size=1M").unwrap();
-        assert_eq!(
-            read,
-            [("compat", OptionValue::Text("v3".to_owned())), ("size", OptionValue::Number(1 << 20)),]
-        );
-        let kind = |text: &str| amend(text).unwrap_err().into_kind();
-        assert!(matches!(kind("cluster_size=4k"), K::OnlyWhenCreated(key) if key == "cluster_size"));
-        assert!(matches!(kind("cluster_size=4k,nope=1"), K::UnknownOption(key) if key == "cluster_size"));
-        assert!(matches!(kind("cluster_size=q"), K::UnknownOption(_)));
-        assert!(matches!(kind("nocow=on"), K::UnknownOption(_)), "an option of the file");
     }
 }

@@ -3,10 +3,12 @@
 
 use super::layers::{OpenedDisk, open};
 use super::options::OpenOptions;
+use crate::driver::is_known_driver;
 use crate::failure::OpenFailure;
 use crate::name::{ImageName, Naming};
 use qcow2_core::Reference;
 use qcow2_io::{FileResolver, HeldFile, OpenFiles, Policy};
+use qcow2_ops::{CallerError, Chain, NewBacking};
 use std::path::Path;
 
 /// The files below a new image, which are not written to until it is made.
@@ -43,6 +45,30 @@ impl KeptBacking {
             Ok(chain) => self.with(chain),
             Err(_) => self,
         }
+    }
+}
+
+/// The file that an overlay is to stand on, for [`rebase`](qcow2_ops::rebase()). Errors it returns are
+/// [`OpenFailure`]s.
+pub struct BackingFile<'a> {
+    /// The path of the overlay: names of files are relative to its directory.
+    pub overlay: &'a str,
+    /// The name, as the overlay is to record it.
+    pub name: &'a str,
+    /// How the name is meant.
+    pub naming: Naming,
+    /// How the file is opened.
+    pub how: OpenOptions,
+}
+
+impl NewBacking for BackingFile<'_> {
+    fn is_format(&self, format: &str) -> bool {
+        is_known_driver(format)
+    }
+
+    fn open(&self) -> Result<Chain, CallerError> {
+        let name = ImageName::parse(&locate_backing(self.overlay, self.name), &self.naming)?;
+        Ok(Chain::from(&open(&name, &self.how)?))
     }
 }
 

@@ -7,14 +7,14 @@ use super::options::{OpenOptions, Sharing};
 use super::record::{LayerFiles, Recorder};
 use super::trail::Trail;
 use crate::driver::tune;
-use crate::failure::{FailureKind, MissingBacking, OpenFailure, find};
+use crate::failure::{FailureKind, MissingBacking, OpenFailure};
 use crate::name::{ImageName, filename};
 use crate::tree::Node;
 use qcow2_core::format::snapshot::Snapshot;
 use qcow2_core::walk::read_header;
 use qcow2_core::{
     Error, ErrorKind, GuestDisk, Image, ImageFormat, OpenOptions as EngineOptions, Reference, ResolvedSource,
-    Storage,
+    Storage, find_cause,
 };
 use qcow2_io::{Debugger, LockConflict, OpenError, OpenErrorKind, ThrottleStorage};
 use std::error::Error as _;
@@ -236,7 +236,7 @@ fn engine_failure(
 /// Whether `error` is about a raw layer that others write to. Where nobody else may, QEMU asks for that from
 /// the top when all layers are open, and so says nothing of backing files.
 fn is_raw_in_use(error: &Error, files: &[LayerFiles]) -> bool {
-    find::<LockConflict>(error).is_some() && files.last().is_some_and(|layer| layer.raw)
+    find_cause::<LockConflict>(error).is_some() && files.last().is_some_and(|layer| layer.raw)
 }
 
 /// Whether `error` is about a file that an image names by its path and that is not there.

@@ -15,7 +15,7 @@ mod record;
 mod scratch;
 mod trail;
 
-pub use backing::{KeptBacking, locate_backing, open_backing};
+pub use backing::{BackingFile, KeptBacking, locate_backing, open_backing};
 pub use bytes::NodeFacts;
 pub(crate) use bytes::check_device;
 pub use chain::ChainFiles;

@@ -170,6 +170,30 @@ impl OpenOptions {
     pub(crate) fn policy(&self) -> Policy {
         if self.layers == Layers::TopOnly { Policy::Deny } else { self.follow.policy() }
     }
+
+    /// With another limit for writes; `None`: none.
+    #[must_use]
+    pub fn with_bytes_per_second(self, bytes_per_second: Option<u64>) -> Self {
+        Self { bytes_per_second, ..self }
+    }
+
+    /// With other compression methods at hand.
+    #[must_use]
+    pub fn with_codecs(self, codecs: Codecs) -> Self {
+        Self { codecs: Some(codecs), ..self }
+    }
+
+    /// For repair, or not.
+    #[must_use]
+    pub fn with_for_repair(self, for_repair: bool) -> Self {
+        Self { for_repair, ..self }
+    }
+
+    /// With the length of the disk changed, or not.
+    #[must_use]
+    pub fn with_resizes(self, resizes: bool) -> Self {
+        Self { resizes, ..self }
+    }
 }
 
 /// Every compression method.

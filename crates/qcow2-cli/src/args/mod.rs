@@ -22,9 +22,12 @@ pub(crate) use verb::{Arguments, Verb, hint_at};
 use crate::failure::Failure;
 use qcow2_io::CacheMode;
 
-/// Reads the name of a cache mode; `what` names the option in the error ("cache", "source cache").
-pub(crate) fn parse_cache(what: &str, text: &str) -> Result<CacheMode, Failure> {
-    CacheMode::parse(text).ok_or_else(|| Failure::new(format!("Invalid {what} option: {text}")))
+/// Reads the name of a cache mode, writeback where none is given; `what` names the option in the error
+/// ("cache", "source cache").
+pub(crate) fn parse_cache(what: &str, text: Option<&str>) -> Result<CacheMode, Failure> {
+    let parse =
+        |text| CacheMode::parse(text).ok_or_else(|| Failure::new(format!("Invalid {what} option: {text}")));
+    text.map_or(Ok(CacheMode::default()), parse)
 }
 
 /// How results are written.

@@ -13,18 +13,12 @@ pub(crate) static VERBS: &[Verb] = &[
         options: &[
             HELP,
             OBJECT,
-            option(
-                Opt::Options,
-                Some('o'),
-                "options",
-                Some("OPTIONS"),
-                "key=value,... ('-o help' lists them)",
-            ),
+            OPTIONS,
             QUIET,
-            option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+            PROGRESS,
             FORMAT,
             IMAGE_OPTS,
-            option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode (writeback)"),
+            WRITE_CACHE,
             option(Opt::Force, None, "force", None, "allow changes that can make the data unrecoverable"),
         ],
         operands: &[FILENAME],
@@ -76,7 +70,7 @@ pub(crate) static VERBS: &[Verb] = &[
             OBJECT,
             IMAGE_OPTS,
             FORCE_SHARE,
-            option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+            PROGRESS,
             JSON_PROGRESS,
             option(Opt::Blake3, None, "blake3", None, "BLAKE3 instead of CRC-32"),
         ],
@@ -90,10 +84,10 @@ pub(crate) static VERBS: &[Verb] = &[
         options: &[
             HELP,
             QUIET,
-            option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+            PROGRESS,
             FORMAT,
             IMAGE_OPTS,
-            option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode (writeback)"),
+            WRITE_CACHE,
             option(Opt::Drop, Some('d'), "drop", None, "leave FILENAME as it is instead of emptying it"),
             option(
                 Opt::Backing,
@@ -124,7 +118,7 @@ pub(crate) static VERBS: &[Verb] = &[
             option(Opt::FormatOfSecond, None, "right-format", Some("FMT"), ""),
             FORCE_SHARE,
             option(Opt::Strict, Some('s'), "strict", None, "sizes and allocation must be equal too"),
-            option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+            PROGRESS,
             JSON_PROGRESS,
         ],
         operands: &[("FILENAME1", "an image"), ("FILENAME2", "the image to compare it with")],
@@ -153,13 +147,7 @@ pub(crate) static VERBS: &[Verb] = &[
             BACKING,
             BACKING_FORMAT,
             option(Opt::BackingUnsafe, Some('u'), "backing-unsafe", None, "do not open the backing file"),
-            option(
-                Opt::Options,
-                Some('o'),
-                "options",
-                Some("OPTIONS"),
-                "key=value,... ('-o help' lists them)",
-            ),
+            OPTIONS,
         ],
         operands: &[
             ("FILENAME", "image to make; an existing file is overwritten"),
@@ -261,7 +249,7 @@ pub(crate) static VERBS: &[Verb] = &[
         options: &[
             HELP,
             QUIET,
-            option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+            PROGRESS,
             FORMAT,
             IMAGE_OPTS,
             option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode of FILENAME (writeback)"),
@@ -400,7 +388,7 @@ static CONVERT: &[OptionSpec] = &[
         "zeroes from this length on become holes (4k)",
     ),
     option(Opt::TargetFormat, Some('O'), "output-format", Some("FMT"), "format of the target (raw)"),
-    option(Opt::Options, Some('o'), "options", Some("OPTIONS"), "key=value,... ('-o help' lists them)"),
+    OPTIONS,
     option(Opt::TargetCache, Some('t'), "output-cache", Some("CACHE"), "cache mode of the target (unsafe)"),
     option(Opt::Backing, Some('B'), "backing", Some("FILE"), "backing file of the target"),
     BACKING_FORMAT,
@@ -451,7 +439,7 @@ static BENCH: &[OptionSpec] = &[
     IMAGE_OPTS,
     OptionSpec { own: true, ..OBJECT },
     FORCE_SHARE,
-    option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode (writeback)"),
+    WRITE_CACHE,
     option(Opt::RequestCount, Some('c'), "count", Some("COUNT"), "how many requests (75000)"),
     option(Opt::Depth, Some('d'), "depth", Some("DEPTH"), "how many requests at a time (64)"),
     option(Opt::StartOffset, Some('o'), "offset", Some("OFFSET"), "where the first request is (0)"),
@@ -478,6 +466,10 @@ const HELP: OptionSpec = option(Opt::Help, Some('h'), "help", None, "show this h
 const QUIET: OptionSpec = option(Opt::Quiet, Some('q'), "quiet", None, "print errors only");
 const FORMAT: OptionSpec = option(Opt::Format, Some('f'), "format", Some("FMT"), "format of the image");
 const CACHE: OptionSpec = option(Opt::Cache, Some('T'), "cache", Some("CACHE"), "cache mode (writeback)");
+const WRITE_CACHE: OptionSpec = OptionSpec { short: Some('t'), ..CACHE };
+const PROGRESS: OptionSpec = option(Opt::Progress, Some('p'), "progress", None, "show progress");
+const OPTIONS: OptionSpec =
+    option(Opt::Options, Some('o'), "options", Some("OPTIONS"), "key=value,... ('-o help' lists them)");
 const OUTPUT: OptionSpec =
     option(Opt::Output, None, "output", Some("human|json"), "form of the output (human)");
 const OBJECT: OptionSpec =

@@ -11,28 +11,20 @@ use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{
-    KeyValues, OptionValue, Sharing, SlotChange, SlotOptions, new_image_format, read_amend_options,
+    CreateFailureKind, ImageChanges, KeyValues, OptionError, Sharing, SlotChange, SlotError, new_image_format,
 };
-use qcow2_core::format::Version;
-use qcow2_core::{ErrorKind, HostOffset, ImageFormat, Storage};
+use qcow2_core::{ErrorKind, HostOffset, ImageFormat, find_cause};
 use qcow2_io::CacheMode;
 use qcow2_ops::amend::{AmendOptions, Refusal, amend};
-use qcow2_ops::{CallerError, KeySlots, resize};
-use std::collections::BTreeMap;
+use qcow2_ops::{KeySlots, resize};
 use std::sync::Arc;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let Some(request) = Request::parse(session, args)? else { return Ok(exit::SUCCESS) };
     let interrupts = Interrupts::install();
-    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
-    let amended = amend_image(session, &request, &meter);
-    if amended.is_ok() {
-        meter.complete_again();
-    }
-    meter.end();
-    interrupts.die_if_asked();
-    amended.map(|()| exit::SUCCESS)
+    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, false);
+    meter.finish(amend_image(session, &request, &meter)).map(|()| exit::SUCCESS)
 }
 
 #[derive(Debug, Default)]
@@ -75,7 +67,7 @@ impl Request {
         let operands = <[String; 1]>::try_from(args.into_operands());
         let [filename] = operands.map_err(|_| Failure::new("Expecting one image file name"))?;
         request.filename = filename;
-        request.cache = cache.map_or(Ok(CacheMode::default()), |text| parse_cache("cache", &text))?;
+        request.cache = parse_cache("cache", cache.as_deref())?;
         request.image.check()?;
         Ok(Some(request))
     }
@@ -93,7 +85,7 @@ fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<()
     if request.list.asks_help() {
         return print_amend_options(session, &opened.format);
     }
-    let (options, slots) = settle(&opened.format, &request.list)?;
+    let ImageChanges { options, slots, .. } = changes(&opened.format, &request.list)?;
     // The name under which the password was asked for.
     let asked = opened.files.first().map_or(&*request.filename, |file| &*file.image).to_owned();
     let slots = SlotChange {
@@ -108,22 +100,12 @@ fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<()
         slots.apply(&*opened.storage, HostOffset::default())?;
         return close(&*opened.disk).map_err(|reason| could_not(&reason));
     }
-    let slots = Slots(slots);
-    let key_slots = slots.0.options.is_some().then_some(&slots as &dyn KeySlots);
+    let key_slots = slots.options.is_some().then_some(&slots as &dyn KeySlots);
     let reopen = || Ok(open()?.disk);
     // Nothing but the disk may hold the file: its lock has to go before the image is opened anew.
     let disk = Arc::clone(&opened.disk);
     drop(opened);
     amend(disk, &reopen, &options, key_slots, meter).map_err(|error| failure(session, error, &options))
-}
-
-/// The change of the key slots of an image.
-struct Slots<'a>(SlotChange<'a>);
-
-impl KeySlots for Slots<'_> {
-    fn change(&self, storage: &dyn Storage, at: HostOffset) -> Result<(), CallerError> {
-        Ok(self.0.apply(storage, at).map_err(Failure::from)?)
-    }
 }
 
 fn not_amended() -> Failure {
@@ -134,48 +116,29 @@ fn could_not(reason: &str) -> Failure {
     Failure::new(format!("Could not amend the image: {reason}"))
 }
 
-/// The options by name, those of key slots apart.
-fn settle(format: &ImageFormat, list: &KeyValues) -> Result<(AmendOptions, SlotOptions), Failure> {
-    let (mut options, mut slots) = (AmendOptions::default(), SlotOptions::default());
-    let given: BTreeMap<_, _> = read_amend_options(format, list)?.into_iter().collect();
-    for (name, option) in given {
-        if slots.take(name.strip_prefix("encrypt.").unwrap_or(name), &option) {
-            continue;
+/// What is to change. The level of compatibility has words of its own.
+fn changes(format: &ImageFormat, list: &KeyValues) -> Result<ImageChanges, Failure> {
+    ImageChanges::parse(format, list).map_err(|failure| match failure.kind() {
+        CreateFailureKind::Option(OptionError { option, value, .. }) if option == "compat" => {
+            Failure::new(format!("Unknown compatibility level {value}"))
         }
-        match (name, option) {
-            ("compat", OptionValue::Text(level)) => {
-                options.version = Some(match level.as_str() {
-                    "0.10" | "v2" => Version::V2,
-                    "1.1" | "v3" => Version::V3,
-                    _ => return Err(Failure::new(format!("Unknown compatibility level {level}"))),
-                });
-            }
-            ("backing_file", OptionValue::Text(name)) => options.backing_file = Some(name),
-            ("backing_fmt", OptionValue::Text(name)) => options.backing_format = Some(name),
-            ("data_file", OptionValue::Text(name)) => options.data_file = Some(name),
-            ("data_file_raw", OptionValue::Switch(on, _)) => options.data_file_raw = Some(on),
-            ("lazy_refcounts", OptionValue::Switch(on, _)) => options.lazy_refcounts = Some(on),
-            ("refcount_bits", OptionValue::Number(bits)) => options.refcount_bits = Some(bits),
-            // As in QEMU, a disk is not made empty so.
-            ("size", OptionValue::Number(size)) => options.size = Some(size).filter(|&size| size > 0),
-            _ => {}
-        }
-    }
-    Ok((options, slots))
+        _ => failure.into(),
+    })
 }
 
 fn failure(session: &Session, error: qcow2_ops::Error, options: &AmendOptions) -> Failure {
-    let error = match error.caller_error::<Failure>() {
-        Ok(failure) => return failure,
-        Err(error) => error,
+    let error = match error.caller_error::<SlotError>().map_err(qcow2_ops::Error::caller_error::<Failure>) {
+        Ok(unchanged) => return unchanged.into(),
+        Err(Ok(failure)) => return failure,
+        Err(Err(error)) => error,
     };
     if error.kind() == qcow2_ops::ErrorKind::Stopped {
         return Failure::silent(exit::FAILURE);
     }
-    if let Some(refusal) = persona::find::<resize::Refusal>(&error) {
+    if let Some(refusal) = find_cause::<resize::Refusal>(&error) {
         return refusal_text(session, refusal);
     }
-    let Some(refusal) = persona::find::<Refusal>(&error) else {
+    let Some(refusal) = find_cause::<Refusal>(&error) else {
         if let (Some(engine), Some(bits)) = (error.core_error(), options.refcount_bits)
             && engine.kind() == ErrorKind::OutOfRange
         {
@@ -210,6 +173,3 @@ fn failure(session: &Session, error: qcow2_ops::Error, options: &AmendOptions) -
         other => other.to_string(),
     })
 }
-
-/// Hundredths of a percent between two outputs.
-const PROGRESS_STEP: u64 = 100;

@@ -144,9 +144,7 @@ impl Request {
             }
         }
         request.filename = args.into_one_operand("Expecting one image file name")?;
-        if let Some(text) = cache {
-            request.cache = parse_cache("source cache", &text)?;
-        }
+        request.cache = parse_cache("source cache", cache.as_deref())?;
         request.image.check()?;
         Ok(request)
     }

@@ -68,8 +68,8 @@ fn sum(
     interrupts: &OnceCell<Interrupts>,
 ) -> Result<Sum, Failure> {
     let name = read_name(session, filename, &request.image)?;
-    let cache = request.cache.as_ref().map(|text| parse_cache("source cache", text)).transpose()?;
-    let opened = open(&name, &request.image.options().with_cache(cache.unwrap_or_default()))?;
+    let cache = parse_cache("source cache", request.cache.as_deref())?;
+    let opened = open(&name, &request.image.options().with_cache(cache))?;
     warn_of_missing_end(session, &opened);
     let disk = opened.disk;
     // A signal may end the program as ever while a file is being opened.

@@ -11,7 +11,7 @@ use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{ChainFiles, OpenFailure, Warning};
-use qcow2_core::ResolvedSource;
+use qcow2_core::{ResolvedSource, find_cause};
 use qcow2_image::Threads;
 use qcow2_ops::{ChainError, CommitOptions, ErrorKind};
 
@@ -19,27 +19,22 @@ use qcow2_ops::{ChainError, CommitOptions, ErrorKind};
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let interrupts = Interrupts::install();
-    let cache = request.cache.as_ref().map(|text| parse_cache("cache", text)).transpose()?;
-    let mut how = request.image.options().with_cache(cache.unwrap_or_default());
+    let cache = parse_cache("cache", request.cache.as_deref())?;
+    let mut how = request.image.options().with_cache(cache);
     how.bytes_per_second = request.bytes_per_second;
     request.image.check()?;
     let name = read_name(session, &request.filename, &request.image)?;
     let tell = |warning: &Warning, source: &ResolvedSource| tell_of_change(session, warning, source);
     let chain = ChainFiles::new(&name, &how, &tell);
     let options = CommitOptions::default().with_base(request.base.clone()).with_empty_top(!request.drop);
-    let meter = Meter::waiting(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
+    let meter = Meter::waiting(session, &interrupts, request.progress && !request.quiet);
     let committed = qcow2_ops::commit(&chain, &options, &Threads::per_core(), &meter);
     let committed = committed.map_err(|error| failure(error, &name.typed));
     if committed.as_ref().is_err_and(Failure::is_of_opening) {
         return committed.map(|_| exit::SUCCESS);
     }
     meter.begin();
-    if committed.is_ok() {
-        meter.complete_again();
-    }
-    meter.end();
-    interrupts.die_if_asked();
-    committed?;
+    meter.finish(committed)?;
     if !request.quiet {
         session.print("Image committed.\n")?;
     }
@@ -85,7 +80,7 @@ fn failure(error: qcow2_ops::Error, name: &str) -> Failure {
         Ok(failure) => return failure.into(),
         Err(error) => error,
     };
-    if let Some(chain) = persona::find::<ChainError>(&error) {
+    if let Some(chain) = find_cause::<ChainError>(&error) {
         return persona::chain_failure(name, chain);
     }
     match (error.kind(), error.core_error()) {
@@ -98,6 +93,3 @@ fn failure(error: qcow2_ops::Error, name: &str) -> Failure {
         _ => persona::procedure(&error),
     }
 }
-
-/// Hundredths of a percent between two outputs.
-const PROGRESS_STEP: u64 = 100;

@@ -18,10 +18,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let interrupts = Interrupts::install();
     let wanted = request.progress && !request.quiet;
-    let meter = match request.json_progress {
-        true => Meter::beside_data(session, &interrupts, wanted, true),
-        false => Meter::new(session, &interrupts, wanted, PROGRESS_STEP),
-    };
+    let meter = Meter::new(session, &interrupts, wanted, request.json_progress).in_steps_of(PROGRESS_STEP);
     let opened = request.open(session).map_err(|failure| failure.with_code(exit::COMPARE_OPEN));
     let [a, b] = opened.inspect_err(|_| meter.end())?;
     [&a, &b].into_iter().for_each(|opened| warn_of_missing_end(session, opened));
@@ -89,14 +86,14 @@ impl Request {
     }
 
     fn open(&self, session: &Session) -> Result<[OpenedDisk; 2], Failure> {
-        let cache = self.cache.as_ref().map(|text| parse_cache("source cache", text)).transpose()?;
+        let cache = parse_cache("source cache", self.cache.as_deref())?;
         let opened = |filename: &str, format: &Option<String>| -> Result<_, Failure> {
             let (image_opts, force_share) = (self.image_opts, self.force_share);
             let objects = self.objects.clone();
             let args = ImageArgs { format: format.clone(), image_opts, force_share, objects };
             args.check()?;
             let name = read_name(session, filename, &args)?;
-            Ok(open(&name, &args.options().with_cache(cache.unwrap_or_default()))?)
+            Ok(open(&name, &args.options().with_cache(cache))?)
         };
         Ok([opened(&self.filenames[0], &self.format)?, opened(&self.filenames[1], &self.second_format)?])
     }

@@ -31,18 +31,10 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     }
     let interrupts = Interrupts::install();
     let wanted = request.shown.progress && !request.shown.quiet;
-    let meter = match request.shown.json_progress {
-        true => Meter::beside_data(session, &interrupts, wanted, true),
-        false => Meter::new(session, &interrupts, wanted, PROGRESS_STEP),
-    };
+    let meter = Meter::new(session, &interrupts, wanted, request.shown.json_progress);
     let converted = convert(session, &request, &interrupts, &meter);
     interrupts.end_files(converted.is_ok());
-    if converted.is_ok() {
-        meter.complete_again();
-    }
-    meter.end();
-    interrupts.die_if_asked();
-    converted.map(|()| exit::SUCCESS)
+    meter.finish(converted).map(|()| exit::SUCCESS)
 }
 
 fn convert(
@@ -129,6 +121,3 @@ fn warn_of_losses(session: &Session, request: &Request, report: &CopyReport) {
         session.warn(&format!("{} sectors could not be read and are zeroes now", report.unreadable_sectors));
     }
 }
-
-/// Hundredths of a percent between two outputs.
-const PROGRESS_STEP: u64 = 100;

@@ -10,9 +10,9 @@ use crate::render::info::{NamedInfo, to_json, to_text};
 use crate::render::json;
 use crate::session::Session;
 use qcow2_blockdev::{ImageName, OpenedBytes, locate_backing, open_bytes};
-use qcow2_core::SourceId;
 use qcow2_core::chain::MAX_CHAIN_LEN;
 use qcow2_core::format::{FormatError, FormatErrorKind};
+use qcow2_core::{SourceId, find_cause};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
@@ -103,7 +103,7 @@ fn look(session: &Session, request: &Request, filename: &str) -> Result<Vec<Name
 
 /// Why nothing is known of an image.
 fn unreadable(error: &qcow2_ops::Error) -> String {
-    match persona::find::<FormatError>(error).map(FormatError::kind) {
+    match find_cause::<FormatError>(error).map(FormatError::kind) {
         Some(FormatErrorKind::NotLuks) => "Volume is not in LUKS format".to_owned(),
         _ => persona::chain(error),
     }

@@ -8,26 +8,19 @@ use crate::open::{open_to_change, read_name};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use qcow2_blockdev::{ImageName, OpenFailure, is_known_driver, locate_backing, open};
-use qcow2_core::Layers;
+use qcow2_blockdev::{BackingFile, OpenFailure};
 use qcow2_core::format::FormatErrorKind;
+use qcow2_core::{Layers, find_cause};
 use qcow2_image::Threads;
-use qcow2_io::CacheMode;
 use qcow2_ops::rebase::Refusal;
-use qcow2_ops::{CallerError, Chain, ErrorKind, NewBacking, RebaseOptions};
+use qcow2_ops::{Chain, ErrorKind, RebaseOptions};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let interrupts = Interrupts::install();
-    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, PROGRESS_STEP);
-    let rebased = rebase(session, &request, &meter);
-    if rebased.is_ok() {
-        meter.complete_again();
-    }
-    meter.end();
-    interrupts.die_if_asked();
-    rebased.map(|()| exit::SUCCESS)
+    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, false);
+    meter.finish(rebase(session, &request, &meter)).map(|()| exit::SUCCESS)
 }
 
 #[derive(Debug, Default)]
@@ -76,8 +69,8 @@ impl Request {
 }
 
 fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
-    let cache = read_cache("cache", &request.cache)?;
-    let backing_cache = read_cache("source cache", &request.backing_cache)?;
+    let cache = parse_cache("cache", request.cache.as_deref())?;
+    let backing_cache = parse_cache("source cache", request.backing_cache.as_deref())?;
     request.image.check()?;
     let name = read_name(session, &request.filename, &request.image)?;
     let layers = if request.unsafe_mode { Layers::NoBacking } else { Layers::Follow };
@@ -87,35 +80,16 @@ fn rebase(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fai
     options.compress = request.compress;
     options.backing_file = request.new_backing().map(str::to_owned);
     options.backing_format.clone_from(&request.backing_format);
-    let new = NewFile { request, overlay: name.path().unwrap_or_default(), cache: backing_cache };
+    let format = request.backing_format.clone();
+    let below = ImageArgs { format, image_opts: false, ..request.image.clone() };
+    let new = BackingFile {
+        overlay: name.path().unwrap_or_default(),
+        name: request.new_backing().unwrap_or_default(),
+        naming: below.naming(),
+        how: below.options().with_cache(backing_cache),
+    };
     let rebased = qcow2_ops::rebase(top, &new, &options, &Threads::per_core(), meter);
     rebased.map(|_| ()).map_err(|error| failure(error, request))
-}
-
-/// The new backing file.
-struct NewFile<'a> {
-    request: &'a Request,
-    /// The path of the overlay; names of files are relative to its directory.
-    overlay: &'a str,
-    cache: CacheMode,
-}
-
-impl NewBacking for NewFile<'_> {
-    fn is_format(&self, format: &str) -> bool {
-        is_known_driver(format)
-    }
-
-    fn open(&self) -> Result<Chain, CallerError> {
-        let backing = self.request.new_backing().unwrap_or_default();
-        let format = self.request.backing_format.clone();
-        let args = ImageArgs { format, image_opts: false, ..self.request.image.clone() };
-        let name = ImageName::parse(&locate_backing(self.overlay, backing), &args.naming())?;
-        Ok(Chain::from(&open(&name, &args.options().with_cache(self.cache))?))
-    }
-}
-
-fn read_cache(what: &str, text: &Option<String>) -> Result<CacheMode, Failure> {
-    text.as_ref().map_or(Ok(CacheMode::default()), |text| parse_cache(what, text))
 }
 
 fn not_changed(request: &Request, reason: &str) -> Failure {
@@ -132,7 +106,7 @@ fn failure(error: qcow2_ops::Error, request: &Request) -> Failure {
         }
         Err(error) => error,
     };
-    if let Some(refusal) = persona::find::<Refusal>(&error) {
+    if let Some(refusal) = find_cause::<Refusal>(&error) {
         return refused(refusal, request);
     }
     match (error.kind(), error.core_error()) {
@@ -171,6 +145,3 @@ fn reason(error: &qcow2_core::Error) -> String {
         _ => persona::cause(error),
     }
 }
-
-/// Hundredths of a percent between two outputs.
-const PROGRESS_STEP: u64 = 100;

@@ -9,7 +9,7 @@ use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::read_size;
-use qcow2_core::{ErrorKind, GuestDisk, Preallocation};
+use qcow2_core::{ErrorKind, GuestDisk, Preallocation, find_cause};
 use qcow2_ops::resize::{MAX_DISK_SIZE, NewSize, Refusal, ResizeOptions};
 
 /// Runs the verb.
@@ -90,7 +90,7 @@ fn failure(
     preallocation: Preallocation,
     disk: &dyn GuestDisk,
 ) -> Failure {
-    let Some(refusal) = persona::find::<Refusal>(error) else {
+    let Some(refusal) = find_cause::<Refusal>(error) else {
         if let Some(engine) = error.core_error().filter(|engine| engine.kind() == ErrorKind::Inconsistent) {
             return Failure::new(persona::capitalized(&engine.to_string())).hint(persona::INCONSISTENT_HINT);
         }

@@ -4,12 +4,12 @@ use super::engine::{no_space, source_reason};
 use super::keys::{crypt, no_secret};
 use super::name;
 use super::opening::{reason, with_hint};
-use super::text::{capitalized, chain, find, storage};
+use super::text::{capitalized, chain, storage};
 use crate::failure::Failure;
 use qcow2_blockdev::{CreateFailure, CreateFailureKind as Kind, Driver, OptionError, OptionErrorKind};
 use qcow2_core::format::FormatErrorKind;
 use qcow2_core::format::limit::{MAX_DISK_SIZE, MAX_FILE_OFFSET};
-use qcow2_core::{Error, ImageFormat, Preallocation, Refusal, StorageError};
+use qcow2_core::{Error, ImageFormat, Preallocation, Refusal, StorageError, find_cause};
 use qcow2_crypt::{CipherMode, CipherSpec, CryptError};
 
 impl From<CreateFailure> for Failure {
@@ -25,6 +25,20 @@ pub(crate) fn created(failure: CreateFailure) -> Failure {
         format @ (ImageFormat::Raw | ImageFormat::Qcow2) if failure.is_too_long() => {
             Failure::new(too_large(format))
         }
+        _ => failure.into(),
+    }
+}
+
+/// What `measure` says, which checks the options of a new image in words of its own.
+pub(crate) fn measured(failure: CreateFailure) -> Failure {
+    match failure.kind() {
+        Kind::Refused(Refusal::RefcountBitsNeedVersion3(_)) => Failure::new(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)",
+        ),
+        Kind::Option(error) if error.option == "compat" => {
+            Failure::new(format!("Invalid compatibility level: '{}'", error.value))
+        }
+        Kind::Option(error) if error.option == "preallocation" => error.clone().into(),
         _ => failure.into(),
     }
 }
@@ -99,7 +113,7 @@ fn told(failure: &CreateFailure) -> (String, Vec<String>) {
 
 /// What making an image comes down to where it fails.
 fn not_written(preallocation: Preallocation, in_image: bool, format: &ImageFormat, error: &Error) -> String {
-    let Some(cause) = find::<StorageError>(error) else {
+    let Some(cause) = find_cause::<StorageError>(error) else {
         return format!("creating the image: {}", chain(error));
     };
     let step = match preallocation {

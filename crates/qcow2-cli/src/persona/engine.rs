@@ -2,11 +2,11 @@
 
 use super::keys::unlock;
 use super::opening::reason;
-use super::text::{capitalized, chain, find, storage};
+use super::text::{capitalized, chain, storage};
 use crate::failure::Failure;
 use qcow2_blockdev::FailureKind;
 use qcow2_core::format::{FormatError, FormatErrorKind as Kind, Table};
-use qcow2_core::{Error, ErrorKind, Preallocation, ResolveError, UnlockError};
+use qcow2_core::{Error, ErrorKind, Preallocation, ResolveError, UnlockError, find_cause};
 use qcow2_io::{OpenError, OpenErrorKind, SourceError};
 
 /// Why the file at `path` could not be opened, and a hint that follows on a line of its own.
@@ -29,18 +29,18 @@ pub(crate) fn engine_failure(name: &str, error: &Error) -> Failure {
 
 /// Why the engine refused an image, and a hint that follows on a line of its own.
 pub(super) fn engine_reason(error: &Error) -> (String, Option<String>) {
-    if let Some(below) = find::<ResolveError>(error) {
-        if let Some(kind) = find::<FailureKind>(below) {
+    if let Some(below) = find_cause::<ResolveError>(error) {
+        if let Some(kind) = find_cause::<FailureKind>(below) {
             let (reason, hints) = reason(kind);
             let lines: Vec<String> = std::iter::once(reason).chain(hints).collect();
             return (capitalized(&lines.join("\n")), None);
         }
-        return match find::<OpenError>(below) {
+        return match find_cause::<OpenError>(below) {
             Some(open) => open_reason(open, &open.path().to_string_lossy()),
             None => (capitalized(&below.to_string()), None),
         };
     }
-    if let Some(locked) = find::<UnlockError>(error) {
+    if let Some(locked) = find_cause::<UnlockError>(error) {
         return (unlock(locked), None);
     }
     let reason = match (error.format_error(), error.storage_error()) {
@@ -74,8 +74,17 @@ fn open_reason(error: &OpenError, path: &str) -> (String, Option<String>) {
     if let Some(text) = system_reason(error) {
         return (format!("Could not open '{path}': {text}"), None);
     }
-    let is_locked = error.kind() == OpenErrorKind::Locked;
-    (error.reason(), is_locked.then(|| format!("Is another process using the image [{path}]?")))
+    match error.lock_conflict() {
+        Some(conflict) => {
+            let shared = if conflict.is_shared() { "shared " } else { "" };
+            let reason = format!("Failed to get {shared}\"{}\" lock", conflict.permission().name());
+            (reason, Some(format!("Is another process using the image [{path}]?")))
+        }
+        None if error.kind() == OpenErrorKind::NotRegular => {
+            (format!("'file' driver requires '{}' to be a regular file", error.path().display()), None)
+        }
+        None => (error.reason(), None),
+    }
 }
 
 /// Why the system does not open a file. `None`: it does, and we refuse.
@@ -97,10 +106,10 @@ pub(super) fn unopened(kind: &FailureKind) -> Option<(String, String)> {
         },
         FailureKind::NoDevice { path, error } => Some((path.clone(), error.to_string())),
         FailureKind::Engine(error) => {
-            let below = find::<ResolveError>(error)?;
-            match find::<FailureKind>(below) {
+            let below = find_cause::<ResolveError>(error)?;
+            match find_cause::<FailureKind>(below) {
                 Some(kind) => unopened(kind),
-                None => find::<OpenError>(below).and_then(|e| of_error(e, &e.path().to_string_lossy())),
+                None => find_cause::<OpenError>(below).and_then(|e| of_error(e, &e.path().to_string_lossy())),
             }
         }
         _ => None,

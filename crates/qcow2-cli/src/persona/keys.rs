@@ -1,15 +1,15 @@
 //! Secrets, and layers that stay locked.
 
 use super::name::key_values;
-use super::text::{capitalized, chain, find};
+use super::text::{capitalized, chain};
 use crate::failure::Failure;
 use qcow2_blockdev::{KeyError, SecretError, SlotError};
-use qcow2_core::UnlockError;
+use qcow2_core::{UnlockError, find_cause};
 use qcow2_crypt::{CryptError, CryptErrorKind, SlotRefusal};
 
 /// Why a layer stays locked.
 pub(crate) fn unlock(error: &UnlockError) -> String {
-    find::<KeyError>(error).map_or_else(|| error.to_string(), key)
+    find_cause::<KeyError>(error).map_or_else(|| error.to_string(), key)
 }
 
 /// The same, as the keyring says it.

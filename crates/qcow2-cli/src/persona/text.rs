@@ -2,7 +2,7 @@
 
 use crate::exit;
 use crate::failure::Failure;
-use qcow2_core::StorageError;
+use qcow2_core::{StorageError, find_cause};
 use qcow2_io::os_error_text;
 use std::error::Error as StdError;
 
@@ -16,7 +16,7 @@ pub(crate) fn storage(error: &StorageError) -> String {
 
 /// An error of the engine in one line: the system's text where a storage failed, else all that is known.
 pub(crate) fn cause(error: &(dyn StdError + 'static)) -> String {
-    find::<StorageError>(error).map_or_else(|| chain(error), storage)
+    find_cause::<StorageError>(error).map_or_else(|| chain(error), storage)
 }
 
 /// An error and its sources, joined.
@@ -37,18 +37,6 @@ pub(crate) fn procedure(error: &qcow2_ops::Error) -> Failure {
         (_, Some(engine)) => Failure::new(format!("{error}: {}", cause(engine))),
         (_, None) => Failure::new(chain(error)),
     }
-}
-
-/// The first error of type `T` in `error` and below.
-pub(crate) fn find<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Option<&'a T> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(found) = error.downcast_ref::<T>() {
-            return Some(found);
-        }
-        next = error.source();
-    }
-    None
 }
 
 /// With a large first letter.

@@ -6,7 +6,7 @@
 //! changes, the image is a version 3 image with the same disk.
 
 use super::{AmendProgress, stopped};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::image::Image;
 use crate::meta::file::read_words;
 use crate::meta::overlap::OverlapChecks;
@@ -142,11 +142,12 @@ impl Image {
         let references = self.refcount_at(table)?;
         let (mut changed, mut unlinked) = (false, Vec::new());
         for word in &mut words {
-            let entry = self
-                .file
-                .l2_format()
-                .decode(*word, 0)
-                .map_err(|e| Error::corrupt(format!("l2 table at {table} is damaged")).with_source(e))?;
+            let entry = self.file.l2_format().decode(*word, 0).map_err(|e| {
+                Error::corrupt(format!("l2 table at {table} is damaged"))
+                    .in_table(TableKind::L2)
+                    .at_host(table)
+                    .with_source(e)
+            })?;
             let L2Entry::Standard(cluster) = entry else { continue };
             if cluster.zero == 0 {
                 continue;

@@ -10,7 +10,8 @@ use ::alloc::vec::Vec;
 /// Bytes of bits that one bitmap may have: the most that the format allows. Origin: QEMU.
 const MAX_BYTES: u64 = qcow2_format::limit::MAX_BITMAP_DATA_SIZE;
 
-/// The bits of a bitmap. Any thread may mark while others look. Memory follows the granules that are marked
+/// The bits of a bitmap: what [`Image::bitmap_bits`](crate::Image::bitmap_bits) returns, a copy to look at.
+/// In an image any thread may mark while others look. Memory follows the granules that are marked
 /// beside others that are not, up to a limit for all bitmaps of an image; what is marked past it is marked in
 /// larger pieces.
 #[derive(Clone, Debug)]

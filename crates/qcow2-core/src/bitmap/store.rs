@@ -8,7 +8,7 @@
 use super::bits::Bits;
 use super::room::Room;
 use super::state::{Live, State};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::image::Image;
 use crate::meta::file::read_words;
 use crate::meta::overlap::OverlapChecks;
@@ -82,11 +82,12 @@ fn check_table_size(bitmap: &Bitmap, needed: u64) -> Result<()> {
     if u64::from(bitmap.table_entries) == needed {
         return Ok(());
     }
-    Err(Error::corrupt(format!(
+    let message = format!(
         "bitmap '{}' has {} table entries, its disk needs {needed}",
         bitmap.name_text().escape_debug(),
         bitmap.table_entries
-    )))
+    );
+    Err(Error::corrupt(message).in_table(TableKind::BitmapTable).at_host(bitmap.table_offset))
 }
 
 /// Judges how many bytes the bitmaps have on disk.
@@ -106,7 +107,9 @@ fn check_stored(storage: &dyn Storage, geometry: &Geometry, bytes: u64) -> Resul
 fn read_directory(storage: &dyn Storage, extension: &BitmapsExtension) -> Result<Vec<u8>> {
     let (offset, size) = (extension.directory_offset, extension.directory_size);
     if offset.checked_add(size).is_none_or(|end| end.value() > storage.len().unwrap_or(0)) {
-        return Err(Error::corrupt("bitmap directory passes the end of the image"));
+        return Err(Error::corrupt("bitmap directory passes the end of the image")
+            .in_table(TableKind::BitmapDirectory)
+            .at_host(offset));
     }
     let mut directory = vec![0; size as usize];
     storage.read_padded(offset, &mut directory)?;

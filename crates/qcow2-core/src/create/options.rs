@@ -106,6 +106,36 @@ impl CreateOptions {
         Self { encryption: Some(encryption), ..self }
     }
 
+    /// These options with refcounts of `refcount_bits`.
+    #[must_use]
+    pub fn with_refcount_bits(self, refcount_bits: u64) -> Self {
+        Self { refcount_bits, ..self }
+    }
+
+    /// These options with lazy refcounts, or without.
+    #[must_use]
+    pub fn with_lazy_refcounts(self, lazy_refcounts: bool) -> Self {
+        Self { lazy_refcounts, ..self }
+    }
+
+    /// These options with extended L2 entries, or without.
+    #[must_use]
+    pub fn with_extended_l2(self, extended_l2: bool) -> Self {
+        Self { extended_l2, ..self }
+    }
+
+    /// These options with another algorithm of compressed clusters.
+    #[must_use]
+    pub fn with_compression_type(self, compression_type: CompressionType) -> Self {
+        Self { compression_type, ..self }
+    }
+
+    /// These options with a data file that is the guest disk byte for byte, or not.
+    #[must_use]
+    pub fn with_data_file_raw(self, data_file_raw: bool) -> Self {
+        Self { data_file_raw, ..self }
+    }
+
     /// Checks the options together. No I/O. Errors: the first rule that is broken, in QEMU's order, so that
     /// options with several faults are refused for the same one.
     pub fn check(&self) -> Result<(), Refusal> {

@@ -13,7 +13,7 @@ use super::page::{DirtyRun, Page};
 use super::pending::Unlinked;
 use super::refcount::RefcountStore;
 use super::tables::Tables;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::inflight::{Claim, Claims, touched_clusters};
 use crate::invariant;
 use crate::port::event::Event;
@@ -141,14 +141,14 @@ impl Mapping {
         if !self.format.external_data {
             return Ok(());
         }
-        Err(self
-            .header
-            .mark_corrupt(format!("l2 entry of guest offset {offset}: compressed in an external data file")))
+        let message = format!("l2 entry of guest offset {offset}: compressed in an external data file");
+        Err(self.header.mark_corrupt(message).in_table(TableKind::L2).at_guest(offset))
     }
 
     /// An entry that cannot be right: an image open for writing is marked, so that nothing is built on it.
     fn entry_error(&self, offset: GuestOffset, error: FormatError) -> Error {
-        self.header.mark_corrupt(format!("l2 entry of guest offset {offset} is damaged")).with_source(error)
+        let damaged = self.header.mark_corrupt(format!("l2 entry of guest offset {offset} is damaged"));
+        damaged.in_table(TableKind::L2).at_guest(offset).with_source(error)
     }
 
     /// How far L1 entries without a table reach from `offset` on, at most `max_len`, as far as that is cheap
@@ -168,8 +168,10 @@ impl Mapping {
 
     fn l1_entry(&self, index: L1Index) -> Result<L1Entry> {
         let raw = self.l1.entry(index);
-        L1Entry::decode(raw, &self.format.geometry)
-            .map_err(|e| self.header.mark_corrupt(format!("l1 entry {index} is damaged")).with_source(e))
+        L1Entry::decode(raw, &self.format.geometry).map_err(|e| {
+            let damaged = self.header.mark_corrupt(format!("l1 entry {index} is damaged"));
+            damaged.in_table(TableKind::L1).with_source(e)
+        })
     }
 
     /// The L2 entry that maps `offset`, or `None` where there is no table.
@@ -183,9 +185,9 @@ impl Mapping {
     fn place_in_table(&self, table: HostOffset, offset: GuestOffset) -> Result<L2Place> {
         let entry_size = self.format.geometry.l2_entry_size();
         let byte = self.format.geometry.l2_index(offset).value() * entry_size;
-        let at = table
-            .checked_add(byte)
-            .ok_or_else(|| Error::corrupt(format!("l2 table at {table} passes 2^64")))?;
+        let at = table.checked_add(byte).ok_or_else(|| {
+            Error::corrupt(format!("l2 table at {table} passes 2^64")).in_table(TableKind::L2).at_host(table)
+        })?;
         let (start, word) = self.cache.locate(at);
         let page = match self.cache.cached(start) {
             Some(page) => page,

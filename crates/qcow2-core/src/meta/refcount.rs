@@ -19,7 +19,7 @@ use super::page::Page;
 use super::pending::PendingFrees;
 use super::run::ClusterRun;
 use super::tables::Tables;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::invariant;
 use crate::port::event::Event;
 use crate::port::storage::Storage;
@@ -197,15 +197,20 @@ impl RefcountStore {
         let (geometry, host) = (self.geometry(), HostCluster::new(cluster));
         let index = geometry.refcount_table_index(host);
         let raw = refcounts.table.get(index as usize).copied().unwrap_or(0);
-        let block = decode_table_entry(raw, geometry)
-            .map_err(|e| Error::corrupt(format!("refcount table entry {index} is damaged")).with_source(e))?;
+        let block = decode_table_entry(raw, geometry).map_err(|e| {
+            Error::corrupt(format!("refcount table entry {index} is damaged"))
+                .in_table(TableKind::RefcountTable)
+                .with_source(e)
+        })?;
         let Some(block) = block else { return Ok(None) };
         let number = geometry.refcount_block_slot(host);
         let width = geometry.refcount_width();
         let word = width.word_index(number) as u64;
-        let at = block
-            .checked_add(word * 8)
-            .ok_or_else(|| Error::corrupt(format!("refcount block at {block} passes 2^64")))?;
+        let at = block.checked_add(word * 8).ok_or_else(|| {
+            Error::corrupt(format!("refcount block at {block} passes 2^64"))
+                .in_table(TableKind::RefcountBlock)
+                .at_host(block)
+        })?;
         let (start, _) = self.cache.locate(at);
         let page = match self.cache.cached(start) {
             Some(page) => page,
@@ -220,9 +225,10 @@ impl RefcountStore {
     }
 
     fn set_count(&self, refcounts: &Refcounts, cluster: u64, count: u64) -> Result<()> {
-        let slot = self
-            .slot(refcounts, cluster)?
-            .ok_or_else(|| Error::corrupt(format!("host cluster {cluster} has no refcount block")))?;
+        let slot = self.slot(refcounts, cluster)?.ok_or_else(|| {
+            Error::corrupt(format!("host cluster {cluster} has no refcount block"))
+                .in_table(TableKind::RefcountTable)
+        })?;
         if !slot.page.is_queued() {
             self.check_block_place(&slot)?;
         }

@@ -94,11 +94,11 @@ impl Tables {
     pub(crate) fn check_place(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Result<()> {
         match self.guard.hit_by(kinds, ClusterRun::touched(self.file.geometry(), offset, len)) {
             None => Ok(()),
-            Some(Hit { cluster, kinds: other }) => Err(self.header.mark_corrupt(format!(
-                "{} at {offset} takes host cluster {cluster}, which holds {}",
-                kinds.text(),
-                other.text()
-            ))),
+            Some(Hit { cluster, kinds: other }) => {
+                let (new, there) = (kinds.text(), other.text());
+                let message = format!("{new} at {offset} takes host cluster {cluster}, which holds {there}");
+                Err(self.header.mark_corrupt(message).at_host(offset))
+            }
         }
     }
 

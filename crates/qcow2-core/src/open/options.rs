@@ -128,4 +128,52 @@ impl OpenOptions {
     pub fn with_layers(self, layers: Layers) -> Self {
         Self { layers, ..self }
     }
+
+    /// These options with another limit for L2 tables in memory.
+    #[must_use]
+    pub fn with_l2_cache_size(self, l2_cache_size: Option<u64>) -> Self {
+        Self { l2_cache_size, ..self }
+    }
+
+    /// These options with another limit for refcount blocks in memory.
+    #[must_use]
+    pub fn with_refcount_cache_size(self, refcount_cache_size: Option<u64>) -> Self {
+        Self { refcount_cache_size, ..self }
+    }
+
+    /// These options with another limit for the bits of all bitmaps.
+    #[must_use]
+    pub fn with_bitmap_memory(self, bitmap_memory: u64) -> Self {
+        Self { bitmap_memory, ..self }
+    }
+
+    /// These options with freed clusters given back to the storage, or kept.
+    #[must_use]
+    pub fn with_discard_freed(self, discard_freed: bool) -> Self {
+        Self { discard_freed, ..self }
+    }
+
+    /// These options with host clusters kept when they are discarded, or freed.
+    #[must_use]
+    pub fn with_discard_no_unref(self, discard_no_unref: bool) -> Self {
+        Self { discard_no_unref, ..self }
+    }
+
+    /// These options with other checks of what guest data may be written over.
+    #[must_use]
+    pub fn with_overlap_checks(self, overlap_checks: OverlapChecks) -> Self {
+        Self { overlap_checks, ..self }
+    }
+
+    /// These options for repair, or not.
+    #[must_use]
+    pub fn with_for_repair(self, for_repair: bool) -> Self {
+        Self { for_repair, ..self }
+    }
+
+    /// These options for looking at metadata without a key, or not.
+    #[must_use]
+    pub fn with_metadata_only(self, metadata_only: bool) -> Self {
+        Self { metadata_only, ..self }
+    }
 }

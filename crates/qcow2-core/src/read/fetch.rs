@@ -92,6 +92,8 @@ impl Image {
                 "compressed cluster of guest offset {offset} at host offset {} does not expand",
                 stream.host
             ))
+            .at_guest(offset)
+            .at_host(stream.host)
             .with_source(e)
         });
         self.scratch.give(bytes);

@@ -1,6 +1,6 @@
 //! Counts the references to every host cluster, from the tables alone.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TableKind};
 use crate::meta::file::{ImageFile, read_words};
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;
@@ -225,10 +225,8 @@ impl<'a> Recount<'a> {
         let cluster = ClusterRun::one(self.file().geometry().host_cluster(table).value());
         if let Some(hit) = self.tables.guard().hit_by(OverlapChecks::L2, cluster) {
             // Its words are no L2 entries: counted as such they would make more damage.
-            return Err(Error::corrupt(format!(
-                "an l1 entry leads to {table}, which is {}",
-                hit.kinds.text()
-            )));
+            let message = format!("an l1 entry leads to {table}, which is {}", hit.kinds.text());
+            return Err(Error::corrupt(message).in_table(TableKind::L2).at_host(table));
         }
         self.count_bytes(counts, table, size, times)?;
         let extent = self.file().storage().extent_at(table, size)?;

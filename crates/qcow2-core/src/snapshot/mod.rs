@@ -11,7 +11,7 @@ mod table;
 
 pub use table::read_snapshots;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::image::Image;
 use crate::invariant;
 use crate::meta::bulk::Tree;
@@ -335,11 +335,12 @@ fn check_l1(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()
     let (offset, entries) = (snapshot.l1_table_offset, u64::from(snapshot.l1_size));
     let end = offset.checked_add(entries * 8);
     if entries > MAX_L1_ENTRIES || !geometry.is_aligned(offset.value()) || end.is_none() {
-        return Err(Error::corrupt(format!(
+        let message = format!(
             "snapshot '{}': l1 table of {entries} entries at {offset}, allowed are {MAX_L1_ENTRIES} at a \
              cluster",
             snapshot.id_text().escape_debug()
-        )));
+        );
+        return Err(Error::corrupt(message).in_table(TableKind::L1).at_host(offset));
     }
     Ok(())
 }

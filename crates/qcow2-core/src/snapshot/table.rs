@@ -3,7 +3,7 @@
 //! Order on disk: the new table elsewhere; barrier; the header's count and pointer in one sector; barrier;
 //! only then is the old table free. Spec: "Snapshots".
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::image::Image;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
@@ -48,12 +48,16 @@ impl Table {
                 piece.truncate(n.next_multiple_of(8));
                 used = 0;
             }
-            let parsed = Snapshot::parse(&piece[used..], header.disk_size())
-                .map_err(|e| Error::corrupt(format!("snapshot {index} is damaged")).with_source(e))?;
+            let parsed = Snapshot::parse(&piece[used..], header.disk_size()).map_err(|e| {
+                Error::corrupt(format!("snapshot {index} is damaged"))
+                    .in_table(TableKind::Snapshots)
+                    .with_source(e)
+            })?;
             used += parsed.len;
             if passed + used as u64 > limit::MAX_SNAPSHOT_TABLE_SIZE {
                 let max = limit::MAX_SNAPSHOT_TABLE_SIZE;
-                return Err(Error::corrupt(format!("snapshot table has more than {max} bytes")));
+                return Err(Error::corrupt(format!("snapshot table has more than {max} bytes"))
+                    .in_table(TableKind::Snapshots));
             }
             snapshots.push(parsed.snapshot);
         }

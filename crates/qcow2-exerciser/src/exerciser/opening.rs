@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 impl Exerciser<'_> {
     pub(super) fn open_command(&mut self, open: grammar::Open) -> Result<(), Failed> {
-        let request = request_of(open).map_err(|text| self.complain_named(&text))?;
+        let request = request_of(open).map_err(|error| self.complain_named(&error.to_string()))?;
         self.open_as(request, false)
     }
 

@@ -31,6 +31,14 @@ impl Default for StreamOptions {
     }
 }
 
+impl StreamOptions {
+    /// With clusters of this many bytes.
+    #[must_use]
+    pub fn with_cluster_size(self, cluster_size: u64) -> Self {
+        Self { cluster_size, ..self }
+    }
+}
+
 /// Writes the concatenated disks as raw bytes. Returns the number of bytes. Memory: 1 MiB. Errors: `Read`,
 /// `Extents`, `Write`, `Stopped`.
 pub fn stream_raw(disks: &[Arc<dyn GuestDisk>], out: &mut dyn Write, progress: &dyn Progress) -> Result<u64> {

@@ -112,9 +112,7 @@ impl Request {
             let format = format_of(session, None, &request.target.name)?;
             request.target.format = Some(format).filter(|format| format != "raw");
         }
-        if let Some(text) = &texts.source_cache {
-            request.source.cache = parse_cache("source cache", text)?;
-        }
+        request.source.cache = parse_cache("source cache", texts.source_cache.as_deref())?;
         request.source.args.check()?;
         Ok(Some(request))
     }
@@ -201,7 +199,10 @@ impl Request {
 impl TargetArgs {
     /// How it is written. Errors: no such mode.
     pub(super) fn cache(&self) -> Result<CacheMode, Failure> {
-        self.cache.as_ref().map_or(Ok(CacheMode::Unsafe), |text| parse_cache("cache", text))
+        match self.cache.as_deref() {
+            None => Ok(CacheMode::Unsafe),
+            given => parse_cache("cache", given),
+        }
     }
 
     /// Its format's name; raw where none was given.

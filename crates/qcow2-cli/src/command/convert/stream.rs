@@ -12,7 +12,7 @@ use crate::progress::Meter;
 use crate::session::{Session, unfinished_stream};
 use qcow2_blockdev::{Compression, NewOptions, new_image_format};
 use qcow2_core::format::CompressionType;
-use qcow2_core::{GuestDisk, ImageFormat};
+use qcow2_core::{GuestDisk, ImageFormat, find_cause};
 use qcow2_ops::{ErrorKind, StreamOptions, StreamedImage, stream_qcow2, stream_raw, stream_raw_in};
 use std::io::{self, IsTerminal, Read};
 use std::sync::Arc;
@@ -83,7 +83,7 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
         }
         _ => stream_raw(&disks, &mut out, meter),
     };
-    written.map(|_| ()).map_err(|error| match crate::persona::find::<io::Error>(&error) {
+    written.map(|_| ()).map_err(|error| match find_cause::<io::Error>(&error) {
         // An error of the source may have one of the system below it too.
         Some(broken) if error.kind() == ErrorKind::Write => unfinished_stream(broken),
         _ => persona::procedure(&error),

@@ -13,7 +13,7 @@ use crate::failure::Failure;
 use crate::session::Session;
 use console::Streams;
 use device::Files;
-use qcow2_exerciser::{Console, Exerciser, Flow, OpenRequest, Ports};
+use qcow2_exerciser::{Console, Exerciser, Flow, OpenRequest, Ports, RequestError};
 use qcow2_io::CacheMode;
 use std::io::BufRead;
 use words::QemuWords;
@@ -70,6 +70,7 @@ struct Request {
 impl Request {
     fn take(&mut self, opt: Opt, value: String) -> Result<(), Failure> {
         let open = &mut self.open;
+        let refused = |error: RequestError| Failure::new(error.to_string());
         match opt {
             Opt::Command => self.commands.push(value),
             Opt::Format => open.format = Some(value),
@@ -80,9 +81,9 @@ impl Request {
             Opt::CopyOnRead => open.copy_on_read = true,
             Opt::NoCache => open.cache = CacheMode::None,
             Opt::NativeAio => open.native_aio = true,
-            Opt::Cache => open.set_cache(Some(&value)).map_err(Failure::new)?,
-            Opt::Discard => open.set_discard(Some(&value)).map_err(Failure::new)?,
-            Opt::Aio => open.set_aio(Some(&value)).map_err(Failure::new)?,
+            Opt::Cache => open.set_cache(Some(&value)).map_err(refused)?,
+            Opt::Discard => open.set_discard(Some(&value)).map_err(refused)?,
+            Opt::Aio => open.set_aio(Some(&value)).map_err(refused)?,
             Opt::Object => self.objects.add(&value)?,
             // Buffers are placed as the storage wants them anyway; traces are not kept.
             _ => {}

@@ -2,7 +2,7 @@
 
 use crate::persona;
 use crate::render::{human, info::specific_text};
-use qcow2_core::{Error, ErrorKind};
+use qcow2_core::{Error, ErrorKind, find_cause};
 use qcow2_exerciser::Words;
 use qcow2_io::os_error_text;
 use qcow2_ops::info::Qcow2Info;
@@ -13,7 +13,7 @@ pub(super) struct QemuWords;
 
 impl Words for QemuWords {
     fn error(&self, error: &(dyn StdError + 'static)) -> String {
-        match persona::find::<Error>(error) {
+        match find_cause::<Error>(error) {
             Some(error) => reason(error),
             None => human::escaped(&persona::chain(error)),
         }

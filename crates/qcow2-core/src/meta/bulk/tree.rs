@@ -1,6 +1,6 @@
 //! Passes over all L2 tables of an L1 table, each read once however often it is named.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TableKind};
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use crate::meta::run::ClusterRun;
@@ -27,8 +27,9 @@ impl Tree {
     pub(crate) fn new(entries: &[u64], geometry: &Geometry) -> Result<Self> {
         let mut offsets = Vec::new();
         for (index, &raw) in entries.iter().enumerate().filter(|(_, raw)| **raw != 0) {
-            let entry = L1Entry::decode(raw, geometry)
-                .map_err(|e| Error::corrupt(format!("l1 entry {index} is damaged")).with_source(e))?;
+            let entry = L1Entry::decode(raw, geometry).map_err(|e| {
+                Error::corrupt(format!("l1 entry {index} is damaged")).in_table(TableKind::L1).with_source(e)
+            })?;
             offsets.extend(entry.l2_table);
         }
         offsets.sort_unstable();
@@ -127,7 +128,8 @@ fn visit_item(
         }
         L2Item::Fault { fault: L2Fault::ReservedBits | L2Fault::CompressedCopied, .. } => Ok(()),
         L2Item::Fault { index, fault, raw } => {
-            Err(Error::corrupt(format!("l2 entry {index} of table at {table}: {fault:?} in {raw:#018x}")))
+            let message = format!("l2 entry {index} of table at {table}: {fault:?} in {raw:#018x}");
+            Err(Error::corrupt(message).in_table(TableKind::L2).at_host(table))
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Invariant I1: no count goes below the number of references, because each drop stands for one that is gone.
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;
 use crate::meta::tables::Tables;
@@ -190,7 +190,9 @@ impl Window<'_> {
             let raw = self.table.get(index as usize).copied().unwrap_or(0);
             let offset = decode_table_entry(raw, self.tables.file().geometry())
                 .map_err(|e| {
-                    Error::corrupt(format!("refcount table entry {index} is damaged")).with_source(e)
+                    Error::corrupt(format!("refcount table entry {index} is damaged"))
+                        .in_table(TableKind::RefcountTable)
+                        .with_source(e)
                 })?
                 .ok_or_else(|| uncounted(cluster))?;
             let file = self.tables.file();

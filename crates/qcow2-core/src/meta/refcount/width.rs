@@ -4,7 +4,7 @@
 //! has switched.
 
 use super::{RefcountStore, Refcounts};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::invariant;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;
@@ -52,7 +52,9 @@ impl RefcountStore {
         let per_old = self.geometry().refcount_block_entries();
         for (index, &raw) in (0u64..).zip(&refcounts.table) {
             let block = decode_table_entry(raw, self.geometry()).map_err(|e| {
-                Error::corrupt(format!("refcount table entry {index} is damaged")).with_source(e)
+                Error::corrupt(format!("refcount table entry {index} is damaged"))
+                    .in_table(TableKind::RefcountTable)
+                    .with_source(e)
             })?;
             let Some(block) = block else { continue };
             old.insert(self.geometry().host_cluster(block).value());

@@ -1,0 +1,236 @@
+//! Disks in files, for an [`Opener`](crate::Opener) that opens some: what a request's options ask for becomes
+//! a name, the name a disk, and the disk gets what stands above it.
+
+use crate::port::OpenedDisk;
+use crate::request::{OpenRequest, RequestError};
+use qcow2_blockdev::{
+    FailureKind, Follow, ImageName, KeyValueError, KeyValues, Naming, OpenFailure, OpenOptions, OptionError,
+    OptionErrorKind, Secrets, Warning, bitmaps_to_lose, escape_commas, open, open_bytes, open_scratch,
+};
+use qcow2_core::ImageFormat;
+use qcow2_io::{CacheMode, CopyOnRead, GuardedRaw, OpenFiles};
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+
+/// A disk that [`open_files`] opened, and what the user should know of it.
+#[non_exhaustive]
+pub struct OpenedFiles {
+    /// The disk, its own list of warnings empty.
+    pub opened: OpenedDisk,
+    /// The warnings, in the order in which they are told.
+    pub warnings: Vec<Warning>,
+}
+
+/// Opens the files that `request` names, with everything named inside images. `secrets`: what options name;
+/// `among`: the files that this process has open.
+///
+/// A raw disk that was taken for one by its looks is guarded: its first sector cannot be made that of another
+/// format. Disk: a scratch overlay is a temporary file without a name; else as
+/// [`qcow2_blockdev::open`] for reading, or for changes. Errors: options that are not understood or exclude
+/// each other, before anything is opened; `Open`.
+pub fn open_files(
+    request: &OpenRequest,
+    secrets: &Secrets,
+    among: &OpenFiles,
+) -> Result<OpenedFiles, FilesError> {
+    let request = understood(request)?;
+    let (typed, naming) = name_of(&request, secrets);
+    let name = ImageName::parse(&typed, &naming)?;
+    // Durable writes are made by flushing after each, above the image; its own tables need no flush each.
+    let cache = match request.cache {
+        CacheMode::None | CacheMode::Directsync => CacheMode::None,
+        CacheMode::Unsafe => CacheMode::Unsafe,
+        _ => CacheMode::Writeback,
+    };
+    let guessed = name.node.is_probed();
+    let writable = !request.read_only;
+    let scratch = request.snapshot && writable;
+    let mut how = OpenOptions::new().with_follow(Follow::All).among(among).with_cache(cache);
+    how = how.with_force_share(request.force_share);
+    how.writable = writable && !scratch;
+    let opened = open(&name, &how)?;
+    let debugger = opened.debugger.clone();
+    let (mut disk, format) = match scratch {
+        true => {
+            let size = opened.disk.size();
+            drop(opened);
+            let base = open_bytes(&name, &how)?.source;
+            let disk = open_scratch(base, size, name.keys.above());
+            (disk.map_err(|error| OpenFailure::new(&typed, error))?, ImageFormat::Qcow2)
+        }
+        false => (opened.disk, opened.format),
+    };
+    let mut warnings = Vec::new();
+    if guessed && writable && format == ImageFormat::Raw {
+        disk = Arc::new(GuardedRaw::new(disk));
+        warnings.push(Warning::GuessedRaw(name.typed.clone()));
+    }
+    if let Some(image) = disk.as_image().filter(|_| how.writable) {
+        warnings.extend(bitmaps_to_lose(&**image.storage(), &image.header()));
+    }
+    if request.copy_on_read && writable {
+        disk = Arc::new(CopyOnRead::new(disk));
+    }
+    let mut opened = OpenedDisk::new(disk, writable);
+    opened.durable_writes = request.cache.is_writethrough() && writable;
+    opened.discards = match name.node.options.text("discard").as_deref() {
+        Some(mode) => matches!(mode, "unmap" | "on"),
+        None => request.discards,
+    };
+    opened.debugger = debugger;
+    Ok(OpenedFiles { opened, warnings })
+}
+
+/// The request with the options that are about opening taken out of its option strings.
+fn understood(request: &OpenRequest) -> Result<OpenRequest, FilesError> {
+    let mut request = request.clone();
+    let list = match request.options.is_empty() {
+        true => KeyValues::default(),
+        false => KeyValues::parse_pairs(&request.options.join(","), None)?,
+    };
+    let mut rest = Vec::new();
+    let (mut direct, mut no_flush) = (None, None);
+    for pair in list.pairs() {
+        // The other spellings of on and off are for options of drivers.
+        let on = || match &*pair.value {
+            "on" => Ok(true),
+            "off" => Ok(false),
+            _ => {
+                let (option, value) = (pair.key.clone(), pair.value.clone());
+                Err(OptionError { option, value, kind: OptionErrorKind::NotASwitch })
+            }
+        };
+        match &*pair.key {
+            "read-only" => request.read_only = on()?,
+            "force-share" => request.force_share = on()?,
+            "cache.direct" => direct = Some(on()?),
+            "cache.no-flush" => no_flush = Some(on()?),
+            "discard" => request.set_discard(Some(&pair.value))?,
+            _ => rest.push(format!("{}={}", pair.key, escape_commas(&pair.value))),
+        }
+    }
+    request.options = rest;
+    request.cache = request.cache.with_flags(direct, no_flush);
+    let refused =
+        |kind: FailureKind| Err(OpenFailure::new(request.path.as_deref().unwrap_or_default(), kind).into());
+    if request.force_share && !request.read_only {
+        return refused(FailureKind::SharedAndWritable);
+    }
+    if request.native_aio && !request.cache.is_direct() {
+        return refused(FailureKind::QueuedThroughCache);
+    }
+    Ok(request)
+}
+
+/// What the request's name is, and how it is meant: options turn it into an option string.
+fn name_of(request: &OpenRequest, secrets: &Secrets) -> (String, Naming) {
+    let naming = Naming::new(secrets);
+    let path = request.path.clone().unwrap_or_default();
+    if request.options.is_empty() {
+        return (path, naming.with_format(request.format.clone()).as_list(request.image_opts));
+    }
+    let mut parts = Vec::new();
+    match &request.path {
+        Some(path) if request.image_opts => parts.push(path.clone()),
+        Some(path) => parts.push(format!("file.filename={}", escape_commas(path))),
+        None => {}
+    }
+    parts.extend(request.format.as_ref().map(|format| format!("driver={format}")));
+    parts.extend(request.options.iter().cloned());
+    (parts.join(","), naming.as_list(true))
+}
+
+/// Why files are not opened.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum FilesError {
+    /// The options are no list of `key=value`.
+    List(KeyValueError),
+    /// A value that its option does not take.
+    Option(OptionError),
+    /// The same of an option that the program has too.
+    Request(RequestError),
+    /// The disk is not opened.
+    Open(OpenFailure),
+}
+
+impl fmt::Display for FilesError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::List(error) => error.fmt(f),
+            Self::Option(error) => error.fmt(f),
+            Self::Request(error) => error.fmt(f),
+            Self::Open(failure) => failure.fmt(f),
+        }
+    }
+}
+
+impl Error for FilesError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::List(error) => error.source(),
+            Self::Option(error) => error.source(),
+            Self::Request(error) => error.source(),
+            Self::Open(failure) => failure.source(),
+        }
+    }
+}
+
+impl From<KeyValueError> for FilesError {
+    fn from(error: KeyValueError) -> Self {
+        Self::List(error)
+    }
+}
+
+impl From<OptionError> for FilesError {
+    fn from(error: OptionError) -> Self {
+        Self::Option(error)
+    }
+}
+
+impl From<RequestError> for FilesError {
+    fn from(error: RequestError) -> Self {
+        Self::Request(error)
+    }
+}
+
+impl From<OpenFailure> for FilesError {
+    fn from(failure: OpenFailure) -> Self {
+        Self::Open(failure)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_options(options: &str) -> Result<OpenRequest, FilesError> {
+        let (path, options) = (Some("disk".to_owned()), vec![options.to_owned()]);
+        understood(&OpenRequest { path, options, ..OpenRequest::default() })
+    }
+
+    #[test]
+    fn options_about_opening_are_taken_out() {
+        let request =
+            with_options("read-only=on,cache.direct=on,driver=qcow2,discard=ignore,a=b,,c").unwrap();
+        assert!(request.read_only && !request.discards);
+        assert_eq!(request.cache, CacheMode::Directsync);
+        assert_eq!(request.options, ["driver=qcow2", "a=b,,c"]);
+        let (typed, _) = name_of(&request, &Secrets::default());
+        assert_eq!(typed, "file.filename=disk,driver=qcow2,a=b,,c");
+        let request = with_options("cache.no-flush=on").unwrap();
+        assert_eq!(request.cache, CacheMode::Unsafe);
+    }
+
+    #[test]
+    fn options_that_are_refused() {
+        let refused = |options| with_options(options).map(|_| ()).unwrap_err();
+        let FilesError::Open(failure) = refused("force-share=on") else { panic!("opened") };
+        assert!(matches!(failure.kind(), FailureKind::SharedAndWritable));
+        let FilesError::Option(error) = refused("read-only=maybe") else { panic!("opened") };
+        assert_eq!((&*error.option, error.kind), ("read-only", OptionErrorKind::NotASwitch));
+        let FilesError::Request(error) = refused("discard=maybe") else { panic!("opened") };
+        assert_eq!(error, RequestError::Discard("maybe".to_owned()));
+    }
+}
