@@ -40,7 +40,7 @@ impl ContainerDisk {
         let mut bytes = [0; LUKS_HEADER_LEN];
         let len = source.storage.read_at(HostOffset::new(0), &mut bytes)?;
         let bad = |e| Error::new(ErrorKind::Format, "not a usable LUKS container").with_source(e);
-        // With a keyring a bad header is not an error here: the keyring reads it too and has a better message.
+        // With a keyring a bad header is no error here: the keyring parses it too and says what is wrong.
         let payload = match LuksHeader::parse(&bytes[..len]) {
             Ok(header) => u64::from(header.payload_offset_sectors) * CIPHER_SECTOR,
             Err(error) if keys.is_none() => return Err(bad(error)),

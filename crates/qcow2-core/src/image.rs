@@ -177,8 +177,8 @@ impl Image {
     ) -> Result<()> {
         let range = self.check_change(start, len)?;
         {
-            // Released before the flush: the flush takes none of them, and an operation that waits for it would
-            // hold up the epoch.
+            // Released before the flush: an operation that is still running keeps the epoch from advancing, and
+            // the flush could then free less.
             let _structure = read(&self.structure);
             let _operation = self.flusher.enter();
             let _sectors = self.crypt.hold(range);

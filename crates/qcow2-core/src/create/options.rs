@@ -175,8 +175,8 @@ pub struct BackingName {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NewEncryption {
-    /// LUKS, whose header does not exist yet: allows [`check`](CreateOptions::check) before a key is derived,
-    /// which takes long. [`create`](super::create()) refuses it.
+    /// A method whose header does not exist yet: allows [`check`](CreateOptions::check) before a key is
+    /// derived, which takes long. [`create`](super::create()) refuses it.
     Pending,
     /// The old AES method, which has no encryption header.
     Aes,
