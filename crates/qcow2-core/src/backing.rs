@@ -9,8 +9,8 @@ use ::alloc::string::String;
 impl Image {
     /// Records another backing file, or none. Copies no data: unallocated clusters read from the new backing
     /// file afterwards, so a caller that wants to keep the guest data copies the differences first. The open
-    /// image keeps reading from the old chain until it is reopened. Disk: flushes all changes, then writes the
-    /// header in steps, the last of which is one sector.
+    /// image keeps reading from the old chain until it is reopened. Disk: flushes all changes, then writes
+    /// the header in steps, the last of which is one sector.
     ///
     /// Errors: `Format` for a name that does not fit, before anything has changed; `ReadOnly`, `Poisoned`,
     /// `Storage`. Spec: "Header", "Header extensions".

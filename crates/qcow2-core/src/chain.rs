@@ -109,8 +109,8 @@ impl Layer {
     }
 }
 
-/// True if the tables show that `range` reads as zeroes. Reads no data, so `false` does not mean that there is
-/// a nonzero byte. `range` lies inside `disk`. Disk: may read tables. Errors: as [`GuestDisk::extent_at`].
+/// True if the tables show that `range` reads as zeroes. Reads no data, so `false` does not mean that there
+/// is a nonzero byte. `range` lies inside `disk`. Disk: may read tables. Errors: as [`GuestDisk::extent_at`].
 pub fn reads_zero(disk: &dyn GuestDisk, range: GuestRange) -> Result<bool> {
     let (mut at, end) = (range.start().value(), range.end().value());
     while at < end {

@@ -1,8 +1,8 @@
 //! The layout of a new empty image.
 //!
-//! Clusters in order: header, refcount table, refcount blocks, L1 table, LUKS area, then with preallocation L2
-//! tables and data. Order on disk: everything but the header, barrier, the header, barrier: an image that opens
-//! is complete.
+//! Clusters in order: header, refcount table, refcount blocks, L1 table, LUKS area, then with preallocation
+//! L2 tables and data. Order on disk: everything but the header, barrier, the header, barrier: an image that
+//! opens is complete.
 
 mod options;
 mod raw;
@@ -36,8 +36,8 @@ const BATCH: u64 = 1 << 20;
 
 impl Image {
     /// Creates an image in `source`, whose storage is empty, and opens it with `options`, always for writing.
-    /// Disk: as [`create`]. Errors: `InvalidOption` with an external data file: use [`create`], which takes its
-    /// storage too; otherwise as [`create`] and [`open`](Self::open).
+    /// Disk: as [`create`]. Errors: `InvalidOption` with an external data file: use [`create`], which takes
+    /// its storage too; otherwise as [`create`] and [`open`](Self::open).
     ///
     /// ```
     /// use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat};
@@ -266,7 +266,8 @@ fn write_mapping(
     }
     let guest = format.geometry.clusters_for(options.size.next_multiple_of(512));
     let first = if options.data_file.is_some() { 0 } else { layout.data_start() };
-    // Unwritten clusters of an encrypted image would decrypt to noise, so they are preallocated zero clusters.
+    // Unwritten clusters of an encrypted image would decrypt to noise, so they are preallocated zero
+    // clusters.
     let (allocated, zero) = match &options.encryption {
         _ if options.extended_l2 => (0, 0),
         Some(_) => (0, 1),

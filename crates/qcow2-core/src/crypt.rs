@@ -27,8 +27,8 @@ pub(crate) enum Crypt {
 /// A cipher, and the lock for changes of parts of sectors.
 pub(crate) struct SectorLock {
     pub(crate) cipher: Arc<dyn ClusterCipher>,
-    /// Write-locked by changes of parts of sectors, which read the rest first; read-locked by changes of whole
-    /// sectors.
+    /// Write-locked by changes of parts of sectors, which read the rest first; read-locked by changes of
+    /// whole sectors.
     partial: RwLock<()>,
 }
 
@@ -39,8 +39,8 @@ impl SectorLock {
 
     /// Takes the lock for a change of `range`; the caller holds it until the bytes are written.
     pub(crate) fn hold(&self, range: GuestRange) -> Hold<'_> {
-        // A part of a sector is a read-modify-write of the sector: of two concurrent ones, the later write would
-        // undo the earlier. Changes of whole sectors read nothing and need not exclude each other.
+        // A part of a sector is a read-modify-write of the sector: of two concurrent ones, the later write
+        // would undo the earlier. Changes of whole sectors read nothing and need not exclude each other.
         let whole = |offset: GuestOffset| offset.value().is_multiple_of(CIPHER_SECTOR);
         if whole(range.start()) && whole(range.end()) {
             Hold::Shared(read(&self.partial))
@@ -134,8 +134,8 @@ pub(crate) fn read_sectors(
     Ok(())
 }
 
-/// Writes `buf` at `offset` through `write`, which writes whole sectors only. `read` reads the present content
-/// of sectors that `buf` covers in part.
+/// Writes `buf` at `offset` through `write`, which writes whole sectors only. `read` reads the present
+/// content of sectors that `buf` covers in part.
 pub(crate) fn write_sectors(
     offset: u64,
     buf: &[u8],

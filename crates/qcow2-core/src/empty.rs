@@ -2,8 +2,8 @@
 //!
 //! Order on disk: the emptied L1 table; barrier. From then on only the header, the L1 table and the refcount
 //! structure are in use, and refcounts only go down: the refcount table without the blocks that are no longer
-//! needed; barrier; the remaining blocks; barrier; the file is truncated. A crash before the first barrier may
-//! keep some of the layer's clusters; a later one leaks clusters.
+//! needed; barrier; the remaining blocks; barrier; the file is truncated. A crash before the first barrier
+//! may keep some of the layer's clusters; a later one leaks clusters.
 
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -88,8 +88,8 @@ impl Image {
                 (*entry, changed) = (encode_table_entry(None), true);
             }
         }
-        // Table entries before blocks: the cluster of a dropped block is free once the blocks are written, so no
-        // entry on disk may point to it then.
+        // Table entries before blocks: the cluster of a dropped block is free once the blocks are written, so
+        // no entry on disk may point to it then.
         if changed {
             self.tables.write_words(OverlapChecks::REFCOUNT_TABLE, table_offset, &table)?;
             self.file.flush()?;

@@ -33,8 +33,8 @@ pub enum ErrorKind {
     NotFound,
     /// A bitmap of that name exists already.
     Exists,
-    /// The bitmap's in-use flag was set when the image was opened: it was not stored cleanly, and its bits are
-    /// invalid.
+    /// The bitmap's in-use flag was set when the image was opened: it was not stored cleanly, and its bits
+    /// are invalid.
     Inconsistent,
     /// The range passes the end of the disk, or a value does not fit.
     OutOfRange,

@@ -45,7 +45,8 @@ pub struct Image {
     /// resize).
     pub(crate) structure: RwLock<()>,
     pub(crate) bitmaps: Bitmaps,
-    /// True if the external data file is the guest disk byte for byte, so that zeroes must be written there too.
+    /// True if the external data file is the guest disk byte for byte, so that zeroes must be written there
+    /// too.
     pub(crate) raw_data_file: bool,
     /// True if discarded and zeroed clusters keep their host clusters.
     pub(crate) discard_no_unref: bool,
@@ -95,10 +96,11 @@ impl Image {
         self
     }
 
-    /// Closes the image. Waits for running requests, flushes, frees all unlinked clusters, stores the bitmaps,
-    /// clears the dirty bit, and pads the file to a whole cluster (or sector). Later changes fail with
-    /// `Poisoned`; reads still work. Call it before the last reference is dropped: without it flushed data is
-    /// safe, but clusters may leak and changed bitmaps are lost. Errors: `Storage`, `NoSpace`, `Poisoned`.
+    /// Closes the image. Waits for running requests, flushes, frees all unlinked clusters, stores the
+    /// bitmaps, clears the dirty bit, and pads the file to a whole cluster (or sector). Later changes fail
+    /// with `Poisoned`; reads still work. Call it before the last reference is dropped: without it flushed
+    /// data is safe, but clusters may leak and changed bitmaps are lost. Errors: `Storage`, `NoSpace`,
+    /// `Poisoned`.
     pub fn close(&self) -> Result<()> {
         let _alone = write(&self.structure);
         if !self.file.is_writable() {
@@ -123,7 +125,8 @@ impl Image {
         self.flusher.mapping()
     }
 
-    /// Changes of whole trees of L2 tables and their clusters. The caller holds the structure lock for writing.
+    /// Changes of whole trees of L2 tables and their clusters. The caller holds the structure lock for
+    /// writing.
     pub(crate) fn bulk(&self) -> Bulk<'_> {
         Bulk::new(&self.tables, &self.refcounts, &self.flusher)
     }
@@ -177,8 +180,8 @@ impl Image {
     ) -> Result<()> {
         let range = self.check_change(start, len)?;
         {
-            // Released before the flush: an operation that is still running keeps the epoch from advancing, and
-            // the flush could then free less.
+            // Released before the flush: an operation that is still running keeps the epoch from advancing,
+            // and the flush could then free less.
             let _structure = read(&self.structure);
             let _operation = self.flusher.enter();
             let _sectors = self.crypt.hold(range);
@@ -189,9 +192,9 @@ impl Image {
         self.flusher.flush_if_pressed()
     }
 
-    /// Compresses and writes one cluster; if it does not get smaller, writes it uncompressed. `offset`: cluster
-    /// aligned. `cluster`: the bytes of the whole cluster; at the end of the disk only as many as the disk has.
-    /// Disk: as [`write_compressed_stream`](Self::write_compressed_stream).
+    /// Compresses and writes one cluster; if it does not get smaller, writes it uncompressed. `offset`:
+    /// cluster aligned. `cluster`: the bytes of the whole cluster; at the end of the disk only as many as the
+    /// disk has. Disk: as [`write_compressed_stream`](Self::write_compressed_stream).
     ///
     /// Errors: `InvalidOption` for a part of a cluster; `Unsupported` without a codec, with an external data
     /// file, with encryption, or if the cluster is allocated already; as [`write_at`](Self::write_at).
@@ -229,8 +232,8 @@ impl Image {
     }
 
     /// Stores several compressed clusters, in ascending order of their offsets: the same as
-    /// [`write_compressed_stream`](Self::write_compressed_stream) for each, with fewer and longer writes. After
-    /// an error the first ones may be stored.
+    /// [`write_compressed_stream`](Self::write_compressed_stream) for each, with fewer and longer writes.
+    /// After an error the first ones may be stored.
     pub fn write_compressed_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
         let (Some(&(first, _)), Some(&(last, _))) = (streams.first(), streams.last()) else { return Ok(()) };
         let end = last.value().saturating_add(self.file.geometry().cluster_size()).min(self.size());
@@ -252,9 +255,9 @@ impl Image {
         self.size.load(Ordering::Acquire)
     }
 
-    /// Fills `buf` with the guest bytes at `offset`; unallocated clusters come from the backing chain. Errors:
-    /// `OutOfRange`, `Corrupt`, `Encrypted` without a key, `Resolve` if the backing file or data file was not
-    /// opened, `Unsupported` without a codec, `Storage`.
+    /// Fills `buf` with the guest bytes at `offset`; unallocated clusters come from the backing chain.
+    /// Errors: `OutOfRange`, `Corrupt`, `Encrypted` without a key, `Resolve` if the backing file or data file
+    /// was not opened, `Unsupported` without a codec, `Storage`.
     pub fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
         let _structure = read(&self.structure);
@@ -262,15 +265,15 @@ impl Image {
         self.read_range(offset, buf)
     }
 
-    /// Writes `buf` at guest offset `offset`. Durable after the next [`flush`](Self::flush). After `NoSpace` a
-    /// first part may be written; the image stays usable, and the write can be repeated. Errors: `OutOfRange`,
-    /// `ReadOnly`, `NoSpace`, `Corrupt`, `Poisoned`, `Storage`.
+    /// Writes `buf` at guest offset `offset`. Durable after the next [`flush`](Self::flush). After `NoSpace`
+    /// a first part may be written; the image stays usable, and the write can be repeated. Errors:
+    /// `OutOfRange`, `ReadOnly`, `NoSpace`, `Corrupt`, `Poisoned`, `Storage`.
     pub fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
         self.change(offset, buf.len() as u64, |range| self.write_range(range.start(), buf))
     }
 
-    /// Writes each part at its guest offset. Faster than single calls if the parts ascend and no two touch the
-    /// same cluster. Errors: as [`write_at`](Self::write_at); any of the parts may be written then.
+    /// Writes each part at its guest offset. Faster than single calls if the parts ascend and no two touch
+    /// the same cluster. Errors: as [`write_at`](Self::write_at); any of the parts may be written then.
     pub fn write_parts(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
         if !self.crypt.is_plain() {
             return parts.iter().try_for_each(|(offset, buf)| self.write_at(*offset, buf));
@@ -319,8 +322,8 @@ impl Image {
         self.flusher.flush()
     }
 
-    /// How this layer stores the bytes at `range.start()`: an extent of at most `range.len()` bytes. Disk: may
-    /// read tables. Errors: `OutOfRange`, `Corrupt`, `Storage`.
+    /// How this layer stores the bytes at `range.start()`: an extent of at most `range.len()` bytes. Disk:
+    /// may read tables. Errors: `OutOfRange`, `Corrupt`, `Storage`.
     pub fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
         self.check_range(range.start(), range.len())?;
         let _structure = read(&self.structure);

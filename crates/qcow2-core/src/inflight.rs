@@ -50,8 +50,8 @@ impl Operations {
         self.epoch.load(Ordering::SeqCst)
     }
 
-    /// Advances the epoch as far as running operations allow, at most by two. Returns the new epoch. The caller
-    /// holds the flush lock, so that nobody else advances it.
+    /// Advances the epoch as far as running operations allow, at most by two. Returns the new epoch. The
+    /// caller holds the flush lock, so that nobody else advances it.
     pub(crate) fn advance(&self) -> u64 {
         for _ in 0..2 {
             let epoch = self.epoch.load(Ordering::SeqCst);
@@ -113,14 +113,14 @@ pub(crate) struct Claim<'a> {
 
 impl Claims {
     /// Waits until no other claim covers any of `clusters`, then claims them. A thread that already holds
-    /// claims takes further ones only for later clusters (as a batch of writes does), so that two threads never
-    /// wait for each other.
+    /// claims takes further ones only for later clusters (as a batch of writes does), so that two threads
+    /// never wait for each other.
     pub(crate) fn claim(&self, clusters: Range<GuestCluster>) -> Claim<'_> {
         self.enter(ClaimedRange { clusters, shared: false })
     }
 
-    /// Waits until no exclusive claim covers any of `clusters`, then claims them as shared: their mapping cannot
-    /// change.
+    /// Waits until no exclusive claim covers any of `clusters`, then claims them as shared: their mapping
+    /// cannot change.
     pub(crate) fn share(&self, clusters: Range<GuestCluster>) -> Claim<'_> {
         self.enter(ClaimedRange { clusters, shared: true })
     }

@@ -2,8 +2,8 @@
 //!
 //! The numbers are those of ARCHITECTURE.md. Each invariant is asserted where something is decided and again
 //! where it is written or read back, so that a bug in one place is caught in the other. No file content can
-//! make an assertion fail: damaged content is an error before it gets here. Checks that cost little compared to
-//! the work around them stay on in release builds.
+//! make an assertion fail: damaged content is an error before it gets here. Checks that cost little compared
+//! to the work around them stay on in release builds.
 
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;

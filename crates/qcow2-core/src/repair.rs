@@ -33,16 +33,18 @@ impl Image {
         self.flusher.settle()
     }
 
-    /// Makes the copied flags of the active disk's L2 tables and clusters agree with the refcounts: set if the
-    /// refcount is one, clear otherwise. An L2 table that is referenced as other metadata or data too is not
-    /// written: its bytes may not be entries. Errors: `Corrupt` for damaged tables; `ReadOnly`, `Poisoned`,
-    /// `Storage`. Spec: "Cluster mapping".
+    /// Makes the copied flags of the active disk's L2 tables and clusters agree with the refcounts: set if
+    /// the refcount is one, clear otherwise. An L2 table that is referenced as other metadata or data too is
+    /// not written: its bytes may not be entries. Errors: `Corrupt` for damaged tables; `ReadOnly`,
+    /// `Poisoned`, `Storage`. Spec: "Cluster mapping".
     pub fn repair_copied_flags(&self) -> Result<()> {
         let _alone = write(&self.structure);
         self.file.check_writable()?;
         let (l1, entries) = self.mapping().l1_contents();
         if !self.is_certain(OverlapChecks::ACTIVE_L1, l1, entries.len() as u64 * 8, 1)? {
-            return Err(Error::corrupt(format!("l1 table at {l1} shares clusters with other metadata or data")));
+            return Err(Error::corrupt(format!(
+                "l1 table at {l1} shares clusters with other metadata or data"
+            )));
         }
         let named = self.recount().named_l2_tables()?;
         for (index, raw) in (0u64..).zip(entries) {

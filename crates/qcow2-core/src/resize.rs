@@ -2,8 +2,8 @@
 //!
 //! Order on disk when growing: a larger L1 table and its refcounts, barrier, the header's pointer to it,
 //! barrier; entries and data that make the new area read as zeroes, barrier; the size last. Shrinking
-//! deallocates clusters before the size changes. A crash leaves the old size or the new one, and new bytes read
-//! as zeroes either way.
+//! deallocates clusters before the size changes. A crash leaves the old size or the new one, and new bytes
+//! read as zeroes either way.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -19,17 +19,17 @@ use qcow2_format::bytes::table_bytes;
 use qcow2_format::limit::MAX_L1_TABLE_SIZE;
 use qcow2_format::{GuestOffset, GuestRange};
 
-/// Clusters that are deallocated between two calls of `go_on`. Origin: ours, less than a second of work if all
-/// are allocated. A hostile file of a few MB can map so many clusters that shrinking it takes hours.
+/// Clusters that are deallocated between two calls of `go_on`. Origin: ours, less than a second of work if
+/// all are allocated. A hostile file of a few MB can map so many clusters that shrinking it takes hours.
 const SHRINK_CLUSTERS: u64 = 1 << 18;
 
 impl Image {
-    /// Makes the disk `size` bytes long, a multiple of 512. New bytes read as zeroes, even if the backing file
-    /// is longer or the disk was longer before.
+    /// Makes the disk `size` bytes long, a multiple of 512. New bytes read as zeroes, even if the backing
+    /// file is longer or the disk was longer before.
     ///
-    /// Disk: in the order above; an external data file gets exactly `size` bytes. Errors: `InvalidOption` for a
-    /// size that is no multiple of 512 or needs a larger L1 table than allowed; `Unsupported` for a version 2
-    /// image with snapshots; `NoSpace`, `Storage`. Spec: "Header", "Cluster mapping".
+    /// Disk: in the order above; an external data file gets exactly `size` bytes. Errors: `InvalidOption` for
+    /// a size that is no multiple of 512 or needs a larger L1 table than allowed; `Unsupported` for a version
+    /// 2 image with snapshots; `NoSpace`, `Storage`. Spec: "Header", "Cluster mapping".
     pub(crate) fn change_size(&self, size: u64) -> Result<()> {
         self.resize_while(size, &mut || ControlFlow::Continue(()))
     }
@@ -80,8 +80,8 @@ impl Image {
         result
     }
 
-    /// Zeroes everything past the old end that could show through: the rest of the last cluster, the rest of a
-    /// longer backing file, and clusters of a VM state.
+    /// Zeroes everything past the old end that could show through: the rest of the last cluster, the rest of
+    /// a longer backing file, and clusters of a VM state.
     fn zero_new_area(&self, old: u64, size: u64) -> Result<()> {
         let geometry = self.file.geometry();
         let cluster_end = geometry.align_up(old).unwrap_or(old).min(size);
@@ -94,7 +94,8 @@ impl Image {
         self.zero_range(between(old, end), ZeroKind::Unmap)
     }
 
-    /// Makes the L1 table long enough for `size` guest bytes. The caller holds the structure lock for writing.
+    /// Makes the L1 table long enough for `size` guest bytes. The caller holds the structure lock for
+    /// writing.
     pub(crate) fn cover_with_l1(&self, size: u64) -> Result<()> {
         let needed = self.file.geometry().l1_entries_for(size);
         if needed > MAX_L1_TABLE_SIZE / 8 {

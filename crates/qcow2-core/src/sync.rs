@@ -26,8 +26,8 @@ pub(crate) use std::sync::OnceLock;
 /// of an overlay may take any lock of its backing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
-    /// Read-locked by every request, write-locked by changes of the whole image: snapshots, resize, close. The
-    /// only lock that a thread may read-lock more than once, with one write ticket each.
+    /// Read-locked by every request, write-locked by changes of the whole image: snapshots, resize, close.
+    /// The only lock that a thread may read-lock more than once, with one write ticket each.
     Structure,
     /// Encrypted images: write-locked by a change of a part of a sector, which reads the rest of it first.
     PartialSector,
@@ -59,8 +59,8 @@ pub(crate) enum Rank {
     Pending,
     /// A change of both words of an extended L2 entry.
     WordPair,
-    /// The list of claims; held only to look at the list, not as long as a claim. A claim itself is taken under
-    /// [`Structure`](Self::Structure), several in ascending order of clusters.
+    /// The list of claims; held only to look at the list, not as long as a claim. A claim itself is taken
+    /// under [`Structure`](Self::Structure), several in ascending order of clusters.
     Claims,
     /// The cache of expanded clusters.
     Expanded,
@@ -150,8 +150,8 @@ pub(crate) fn spin() {
     core::hint::spin_loop();
 }
 
-/// The check of the lock order. The list of held locks is thread-local, so that the check itself takes no lock
-/// and adds no synchronisation that would hide a bug.
+/// The check of the lock order. The list of held locks is thread-local, so that the check itself takes no
+/// lock and adds no synchronisation that would hide a bug.
 #[cfg(all(debug_assertions, not(feature = "unstable-shuttle")))]
 mod order {
     use super::Rank;

@@ -18,8 +18,8 @@ impl Image {
         offset
     }
 
-    /// Fills `buf` with the VM state from its byte `offset` on; unwritten bytes read as zeroes. Disk: may read
-    /// L2 tables. Errors: `OutOfRange` past 2^63, `Unsupported` with an external data file, `Corrupt`,
+    /// Fills `buf` with the VM state from its byte `offset` on; unwritten bytes read as zeroes. Disk: may
+    /// read L2 tables. Errors: `OutOfRange` past 2^63, `Unsupported` with an external data file, `Corrupt`,
     /// `Storage`.
     pub fn read_vm_state(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let start = self.state_range(offset, buf.len())?.0;

@@ -1,10 +1,10 @@
 //! Downgrade to version 2, which has no zero flag, no features and no bitmaps.
 //!
-//! In every L2 table, snapshots' included, a zero cluster with a host cluster of its own becomes a data cluster
-//! of zeroes; any other one becomes a new data cluster of zeroes if there is a backing file, else unallocated.
-//! Order on disk, for each table: refcounts and bytes of the data clusters, barrier, the table, barrier. Then
-//! the header. Then the clusters of bitmaps are freed. Until the header changes, the image is a valid version 3
-//! image with the same guest data.
+//! In every L2 table, snapshots' included, a zero cluster with a host cluster of its own becomes a data
+//! cluster of zeroes; any other one becomes a new data cluster of zeroes if there is a backing file, else
+//! unallocated. Order on disk, for each table: refcounts and bytes of the data clusters, barrier, the table,
+//! barrier. Then the header. Then the clusters of bitmaps are freed. Until the header changes, the image is a
+//! valid version 3 image with the same guest data.
 
 use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
@@ -27,8 +27,8 @@ use qcow2_format::{CompressionType, Geometry, HostOffset, Version};
 impl Image {
     /// Downgrades a version 3 image to version 2. The image takes no changes afterwards: reopen it. Removes
     /// persistent bitmaps and frees their clusters. Errors: `Unsupported` for what version 2 does not have
-    /// (another refcount width than 16 bits, incompatible features, snapshots of another size or with 4 GiB or
-    /// more of VM state), before anything has changed; `Stopped`: the image is still version 3 and usable;
+    /// (another refcount width than 16 bits, incompatible features, snapshots of another size or with 4 GiB
+    /// or more of VM state), before anything has changed; `Stopped`: the image is still version 3 and usable;
     /// `Corrupt`, `ReadOnly`, `Poisoned`, `Storage`. Spec: "Header".
     pub fn downgrade(&self, progress: &mut AmendProgress<'_>) -> Result<()> {
         self.flush()?;
@@ -158,7 +158,8 @@ impl Image {
                 None => false,
             };
             if let Some(host) = cluster.host.filter(|_| !own) {
-                // The host cluster is shared: it may hold data for another table, so it must not be overwritten.
+                // The host cluster is shared: it may hold data for another table, so it must not be
+                // overwritten.
                 let shared = ClusterRun::one(self.file.geometry().host_cluster(host).value());
                 unlinked.extend((0..references).map(|_| Unlinked::data(shared)));
             }

@@ -1,8 +1,8 @@
 //! Changes version, features and names in the header of an image.
 //!
-//! Each change is prepared on disk, made durable, and switched on with one sector of the header; a crash leaves
-//! the old image or the new one. Cached properties of the open image (refcount width, zero flag) are stale
-//! after some of these calls, so they poison the image: the caller reopens it to go on.
+//! Each change is prepared on disk, made durable, and switched on with one sector of the header; a crash
+//! leaves the old image or the new one. Cached properties of the open image (refcount width, zero flag) are
+//! stale after some of these calls, so they poison the image: the caller reopens it to go on.
 
 mod downgrade;
 mod width;
@@ -15,8 +15,8 @@ use core::ops::ControlFlow;
 use qcow2_format::Version;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures};
 
-/// Called with the number of finished steps and the total; returns whether to go on. After a stop the image is
-/// unchanged, or partly changed with the same guest data.
+/// Called with the number of finished steps and the total; returns whether to go on. After a stop the image
+/// is unchanged, or partly changed with the same guest data.
 pub type AmendProgress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
 
 /// Turns a caller's `Break` into the error `Stopped`.
@@ -41,9 +41,9 @@ pub struct HeaderChange {
 }
 
 impl Image {
-    /// Writes `change` to the header; durable when it returns. The open image keeps using the data file that it
-    /// has opened. Errors: `Unsupported` for lazy refcounts in version 2, or a data file's name without a data
-    /// file; `Format` if the header gets too long; `ReadOnly`, `Poisoned`, `Storage`.
+    /// Writes `change` to the header; durable when it returns. The open image keeps using the data file that
+    /// it has opened. Errors: `Unsupported` for lazy refcounts in version 2, or a data file's name without a
+    /// data file; `Format` if the header gets too long; `ReadOnly`, `Poisoned`, `Storage`.
     pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
@@ -73,9 +73,9 @@ impl Image {
         self.header.switch_to(header)
     }
 
-    /// Upgrades a version 2 image to version 3. The image takes no changes afterwards: reopen it. Disk: writes a
-    /// snapshot table with the fields that version 3 requires, then the header. Errors: `Corrupt` for a damaged
-    /// snapshot table; `ReadOnly`, `Poisoned`, `Storage`.
+    /// Upgrades a version 2 image to version 3. The image takes no changes afterwards: reopen it. Disk:
+    /// writes a snapshot table with the fields that version 3 requires, then the header. Errors: `Corrupt`
+    /// for a damaged snapshot table; `ReadOnly`, `Poisoned`, `Storage`.
     pub fn upgrade(&self) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);

@@ -1,8 +1,8 @@
 //! Changes the refcount width: writes every block again in the new width, behind all clusters in use.
 //!
-//! Order on disk: the new blocks, which count themselves and not the old structure, and the new table; barrier;
-//! the header's width and table offset in one sector; barrier. From then on the clusters of the old structure
-//! are free.
+//! Order on disk: the new blocks, which count themselves and not the old structure, and the new table;
+//! barrier; the header's width and table offset in one sector; barrier. From then on the clusters of the old
+//! structure are free.
 
 use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
@@ -15,8 +15,8 @@ impl Image {
     /// Changes the refcount width to `bits`, a power of two up to 64. The image takes no changes afterwards:
     /// reopen it. `progress` gets the number of written blocks and the total. Errors: `InvalidOption` for
     /// another number of bits; `Unsupported` for version 2, which has 16; `OutOfRange` if a refcount does not
-    /// fit, and `Stopped`, both without a change; `Corrupt`, `ReadOnly`, `Poisoned`, `Storage`. Spec: "Refcount
-    /// blocks".
+    /// fit, and `Stopped`, both without a change; `Corrupt`, `ReadOnly`, `Poisoned`, `Storage`. Spec:
+    /// "Refcount blocks".
     pub fn set_refcount_bits(&self, bits: u32, progress: &mut AmendProgress<'_>) -> Result<()> {
         let _alone = write(&self.structure);
         self.file.check_writable()?;

@@ -21,8 +21,8 @@ pub struct Bits {
 }
 
 impl Bits {
-    /// Bits for a disk of `size` bytes, all clear. Memory is taken from `room`. Errors: `NoSpace` above 512 MiB
-    /// of bits.
+    /// Bits for a disk of `size` bytes, all clear. Memory is taken from `room`. Errors: `NoSpace` above 512
+    /// MiB of bits.
     pub(super) fn new(granularity_bits: u8, size: u64, room: &Room) -> Result<Self> {
         let count = checked_count(granularity_bits, size)?;
         Ok(Self { granularity_bits, size, tree: Tree::new(count, room) })
@@ -64,8 +64,8 @@ impl Bits {
         })
     }
 
-    /// Marks the granules that `len` bytes at `start` touch, up to the end of the disk. Returns false if memory
-    /// ran out and other granules were marked too.
+    /// Marks the granules that `len` bytes at `start` touch, up to the end of the disk. Returns false if
+    /// memory ran out and other granules were marked too.
     pub(super) fn mark(&self, start: u64, len: u64) -> bool {
         let end = start.saturating_add(len).min(self.size);
         start >= end || self.tree.set(start >> self.granularity_bits, (end - 1) >> self.granularity_bits)
@@ -116,8 +116,8 @@ impl Bits {
         self.tree.count().div_ceil(8)
     }
 
-    /// Sets the bits that are set in `bytes`, the stored form from byte `start` on. Ignores bits past the end.
-    /// `start`: a multiple of 512. Returns false as [`mark`](Self::mark).
+    /// Sets the bits that are set in `bytes`, the stored form from byte `start` on. Ignores bits past the
+    /// end. `start`: a multiple of 512. Returns false as [`mark`](Self::mark).
     pub(super) fn load(&self, start: u64, bytes: &[u8]) -> bool {
         debug_assert!((start * 8).is_multiple_of(LEAF_BITS));
         let mut exact = true;

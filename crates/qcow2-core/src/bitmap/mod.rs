@@ -1,14 +1,14 @@
 //! Persistent dirty bitmaps: which parts of the disk have changed, for incremental backups.
 //!
-//! A write marks the enabled bitmaps before it changes anything. The in-use flag of their directory entries is
-//! set on disk before the first change, and [`close`](Image::close) stores the bits and clears it: after a
-//! crash in between the flag is still set, and the bits are invalid. So a crash may lose a bitmap, but a valid
-//! bitmap never misses a change. Spec: "Bitmaps".
+//! A write marks the enabled bitmaps before it changes anything. The in-use flag of their directory entries
+//! is set on disk before the first change, and [`close`](Image::close) stores the bits and clears it: after a
+//! crash in between the flag is still set, and the bits are invalid. So a crash may lose a bitmap, but a
+//! valid bitmap never misses a change. Spec: "Bitmaps".
 //!
 //! The bits of all bitmaps of an image share one memory limit. If the recording bitmaps do not fit, the first
-//! change fails with `NoSpace` before anything is written; so does a merge. The caller can then remove bitmaps,
-//! which needs no memory. Marks that a running guest makes past the limit are widened instead, because a guest
-//! write must not fail for a bitmap, and extra marks are harmless.
+//! change fails with `NoSpace` before anything is written; so does a merge. The caller can then remove
+//! bitmaps, which needs no memory. Marks that a running guest makes past the limit are widened instead,
+//! because a guest write must not fail for a bitmap, and extra marks are harmless.
 
 mod bits;
 mod room;
@@ -59,9 +59,9 @@ impl Image {
     }
 
     /// Adds an enabled bitmap without marks. `name`: 1 to 1023 bytes. `granularity_bits`: 9 to 31. Disk:
-    /// unchanged until [`close`](Self::close). Errors: `Exists`; `InvalidOption` for a bad name or granularity
-    /// and for a disk of 0 bytes; `Unsupported` in version 2; `NoSpace` for too many bitmaps or too many bits;
-    /// `ReadOnly`, `Poisoned`.
+    /// unchanged until [`close`](Self::close). Errors: `Exists`; `InvalidOption` for a bad name or
+    /// granularity and for a disk of 0 bytes; `Unsupported` in version 2; `NoSpace` for too many bitmaps or
+    /// too many bits; `ReadOnly`, `Poisoned`.
     pub fn add_bitmap(&self, name: &[u8], granularity_bits: u8) -> Result<()> {
         self.change_bitmaps(|state| {
             let invalid = |message: String| Err(Error::new(ErrorKind::InvalidOption, message));
@@ -131,10 +131,11 @@ impl Image {
         })
     }
 
-    /// Adds the marks of `source` to a bitmap. `source` must be of a disk of the same size; its granularity may
-    /// differ. Disk: may read the bitmap. Errors: `InvalidOption` for another size; `NoSpace` if the marks
-    /// exceed the memory limit: the bitmap is then unchanged, or, if it has been changed or is recording, has
-    /// more marks than both together; as [`bitmap_bits`](Self::bitmap_bits), `ReadOnly`, `Poisoned`.
+    /// Adds the marks of `source` to a bitmap. `source` must be of a disk of the same size; its granularity
+    /// may differ. Disk: may read the bitmap. Errors: `InvalidOption` for another size; `NoSpace` if the
+    /// marks exceed the memory limit: the bitmap is then unchanged, or, if it has been changed or is
+    /// recording, has more marks than both together; as [`bitmap_bits`](Self::bitmap_bits), `ReadOnly`,
+    /// `Poisoned`.
     pub fn merge_bitmap(&self, name: &[u8], source: &Bits) -> Result<()> {
         self.change_bitmaps(|state| {
             let index = state.usable(name)?;
@@ -196,9 +197,9 @@ impl Image {
         Ok(())
     }
 
-    /// Must run before the first change: sets the in-use flag of enabled bitmaps on disk and starts recording.
-    /// If a bitmap cannot be read, clears the autoclear bit, so that all bitmaps are invalid. Errors: `NoSpace`
-    /// if the bits exceed the memory limit; nothing has changed then. `Storage`.
+    /// Must run before the first change: sets the in-use flag of enabled bitmaps on disk and starts
+    /// recording. If a bitmap cannot be read, clears the autoclear bit, so that all bitmaps are invalid.
+    /// Errors: `NoSpace` if the bits exceed the memory limit; nothing has changed then. `Storage`.
     pub(crate) fn begin_change(&self) -> Result<()> {
         if self.header.is_changing() {
             return Ok(());

@@ -1,9 +1,9 @@
 //! Reads and stores bitmaps: the directory, tables and bits.
 //!
-//! Order on disk when storing: refcounts of the new clusters; barrier; bits, tables and a new directory in new
-//! clusters; barrier; the header's extension; barrier; only then the old directory is freed, with the tables
-//! and bits that the new one does not use. Setting an in-use flag changes the directory entry in place: one
-//! bit in one sector.
+//! Order on disk when storing: refcounts of the new clusters; barrier; bits, tables and a new directory in
+//! new clusters; barrier; the header's extension; barrier; only then the old directory is freed, with the
+//! tables and bits that the new one does not use. Setting an in-use flag changes the directory entry in
+//! place: one bit in one sector.
 
 use super::bits::Bits;
 use super::room::Room;
@@ -36,8 +36,8 @@ const IN_USE: u8 = 1;
 /// Bytes of an entry before its extra data and name.
 const FIXED_LEN: u64 = 24;
 
-/// Reads the bitmap directory. Returns no bitmaps if the header's autoclear bit for bitmaps is not set. Errors:
-/// `Corrupt` for a damaged directory, `Storage`.
+/// Reads the bitmap directory. Returns no bitmaps if the header's autoclear bit for bitmaps is not set.
+/// Errors: `Corrupt` for a damaged directory, `Storage`.
 pub fn read_bitmaps(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap>> {
     let Some(extension) = header.trusted_bitmaps() else { return Ok(Vec::new()) };
     let directory = read_directory(storage, extension)?;
@@ -126,7 +126,8 @@ impl Image {
         check_table_size(bitmap, entries)?;
         let size = geometry.cluster_size();
         let mut cluster = vec![0; size as usize];
-        // A run of all-ones clusters is set in one call, so that a fully set node of the tree takes no memory.
+        // A run of all-ones clusters is set in one call, so that a fully set node of the tree takes no
+        // memory.
         let mut ones = 0..0;
         for (index, raw) in (0u64..).zip(read_words(self.file.storage(), bitmap.table_offset, entries)?) {
             let entry =

@@ -1,12 +1,13 @@
 //! A bit set as a tree of 64-way nodes. Ranges that are all clear or all set take no memory.
 //!
-//! Invariant: a bit that was set stays set, even if memory runs out. Bits past the count may be set and have no
-//! meaning.
+//! Invariant: a bit that was set stays set, even if memory runs out. Bits past the count may be set and have
+//! no meaning.
 //!
-//! A node covers one range of bits. An empty slot has no bit set; the first mark fills it, once. A leaf has 64
-//! words, an inner node 64 slots for nodes of the level below. Setting a bit takes no lock: it walks down with
-//! loads only, and changes one word of a leaf if the bit is not set yet. If the memory limit does not allow a
-//! new node, the whole range of its slot is set: a bitmap may then have extra marks, never missing ones.
+//! A node covers one range of bits. An empty slot has no bit set; the first mark fills it, once. A leaf has
+//! 64 words, an inner node 64 slots for nodes of the level below. Setting a bit takes no lock: it walks down
+//! with loads only, and changes one word of a leaf if the bit is not set yet. If the memory limit does not
+//! allow a new node, the whole range of its slot is set: a bitmap may then have extra marks, never missing
+//! ones.
 
 use super::room::{MAX_BITS_MEMORY, Room};
 use crate::sync::OnceLock;
@@ -186,8 +187,8 @@ impl Tree {
         next(&self.root, self.root_place(), from, set).filter(|&bit| bit < self.count)
     }
 
-    /// Sets the bits from `first` to `last`, both included and below the count. Returns false if memory ran out
-    /// and other bits were set too.
+    /// Sets the bits from `first` to `last`, both included and below the count. Returns false if memory ran
+    /// out and other bits were set too.
     pub(super) fn set(&self, first: u64, last: u64) -> bool {
         debug_assert!(first <= last && last < self.count, "bits {first} to {last} of {}", self.count);
         self.set_below(&self.root, self.root_place(), first, last)
@@ -238,8 +239,8 @@ impl Tree {
         }
     }
 
-    /// The node in `slot`. Fills an empty slot: with `Ones` if all bits are `wanted` or if memory has run out,
-    /// else with an empty node. Also returns false if bits were set that are not wanted.
+    /// The node in `slot`. Fills an empty slot: with `Ones` if all bits are `wanted` or if memory has run
+    /// out, else with an empty node. Also returns false if bits were set that are not wanted.
     fn filled<'a>(&self, slot: &'a Slot, place: Place, wanted: bool) -> (&'a Node, bool) {
         let mut exact = true;
         if slot.get().is_none() {

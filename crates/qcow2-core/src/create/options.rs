@@ -39,8 +39,8 @@ pub struct CreateOptions {
     pub preallocation: Preallocation,
     /// Name of the backing file as it is recorded, at most 1023 bytes.
     pub backing_file: Option<String>,
-    /// Format of the backing file as it is recorded, at most 15 bytes. With `None` later readers have to probe
-    /// the format, which is unsafe for raw files.
+    /// Format of the backing file as it is recorded, at most 15 bytes. With `None` later readers have to
+    /// probe the format, which is unsafe for raw files.
     pub backing_format: Option<String>,
     /// Name of the external data file as it is recorded.
     pub data_file: Option<String>,
@@ -106,8 +106,8 @@ impl CreateOptions {
         Self { encryption: Some(encryption), ..self }
     }
 
-    /// Checks the options. No I/O. Errors: the first broken rule, in QEMU's order, so that both report the same
-    /// one of several faults.
+    /// Checks the options. No I/O. Errors: the first broken rule, in QEMU's order, so that both report the
+    /// same one of several faults.
     pub fn check(&self) -> Result<(), Refusal> {
         super::refusal::check(self)
     }

@@ -24,8 +24,8 @@ impl Image {
         })
     }
 
-    /// Encrypts and writes `buf` at `offset`. Reads the rest of sectors that it covers in part first; the caller
-    /// excludes concurrent changes of parts of sectors, see [`Crypt::hold`](super::Crypt::hold).
+    /// Encrypts and writes `buf` at `offset`. Reads the rest of sectors that it covers in part first; the
+    /// caller excludes concurrent changes of parts of sectors, see [`Crypt::hold`](super::Crypt::hold).
     pub(crate) fn write_encrypted(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
         self.crypt.cipher()?;
         let read = |at: u64, sector: &mut [u8]| {
@@ -58,7 +58,8 @@ impl Image {
         Ok(())
     }
 
-    /// Encrypts whole sectors of guest bytes for their host offset; does nothing if the image is not encrypted.
+    /// Encrypts whole sectors of guest bytes for their host offset; does nothing if the image is not
+    /// encrypted.
     pub(crate) fn seal(&self, guest: GuestOffset, host: HostOffset, sectors: &mut [u8]) -> Result<()> {
         if !self.crypt.is_plain() {
             let cipher = self.crypt.cipher()?;

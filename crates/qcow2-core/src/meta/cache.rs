@@ -1,8 +1,8 @@
 //! The cache of table pages, set associative. A hit takes the read lock of one set, which is never held over
 //! I/O.
 //!
-//! Invariant: a page is evicted only if it is clean and has no user, and a page is read from disk only while no
-//! other copy of it can exist. So there is at most one copy of a page in memory, and no change is lost.
+//! Invariant: a page is evicted only if it is clean and has no user, and a page is read from disk only while
+//! no other copy of it can exist. So there is at most one copy of a page in memory, and no change is lost.
 
 use super::page::{DirtyRun, Page};
 use crate::error::Result;
@@ -35,8 +35,9 @@ pub(crate) struct PageCache {
 }
 
 impl PageCache {
-    /// A cache of about `bytes` bytes, in pages of `page_size` bytes, a power of two of at least 512. `needed`:
-    /// bytes of all tables of this kind; if they fit, changed pages never have to be written to make room.
+    /// A cache of about `bytes` bytes, in pages of `page_size` bytes, a power of two of at least 512.
+    /// `needed`: bytes of all tables of this kind; if they fit, changed pages never have to be written to
+    /// make room.
     pub(crate) fn new(page_size: u64, bytes: u64, needed: u64) -> Self {
         assert!(page_size.is_power_of_two() && page_size >= 512, "pages of {page_size} bytes");
         let pages = (bytes / page_size).max(WAYS as u64);
@@ -83,15 +84,16 @@ impl PageCache {
         Some(Arc::clone(found))
     }
 
-    /// The page that starts at `page`, read from `storage` if it is not cached; bytes past the end are zeroes.
+    /// The page that starts at `page`, read from `storage` if it is not cached; bytes past the end are
+    /// zeroes.
     pub(crate) fn load(&self, storage: &dyn Storage, page: HostOffset) -> Result<Arc<Page>> {
         if let Some(found) = self.cached(page) {
             return Ok(found);
         }
         debug_assert!(page.value().is_multiple_of(self.page_size), "a page at {page}");
         let set = self.set(page);
-        // Only one thread per set loads, and it holds the lock over its I/O: two threads that load the same page
-        // would make two copies, and a change of one copy would be lost. Hits in the set do not wait.
+        // Only one thread per set loads, and it holds the lock over its I/O: two threads that load the same
+        // page would make two copies, and a change of one copy would be lost. Hits in the set do not wait.
         let _loading = lock(&set.loading);
         if let Some(found) = self.cached(page) {
             return Ok(found);
@@ -121,8 +123,8 @@ impl PageCache {
         pages.push(page);
     }
 
-    /// Drops every cached page of the table of `len` bytes at `table`, changes included: the table was freed, or
-    /// its clusters are going to be used for another table.
+    /// Drops every cached page of the table of `len` bytes at `table`, changes included: the table was freed,
+    /// or its clusters are going to be used for another table.
     pub(crate) fn forget(&self, table: HostOffset, len: u64) {
         debug_assert!(
             table.value().is_multiple_of(self.page_size),
@@ -164,8 +166,8 @@ impl PageCache {
         self.dirty_count.load(Ordering::Relaxed) >= self.dirty_limit
     }
 
-    /// Takes copies of all changed sectors for writeback, in host order, and marks the pages clean. The caller
-    /// has closed the commit gate, and keeps the pages until the sectors are written: a page that were evicted
+    /// Takes copies of all changed sectors for writeback, in host order, and marks the pages clean. The
+    /// caller has closed the commit gate, and keeps the pages until the sectors are written: a page evicted
     /// before that would be read back from disk without its changes.
     pub(crate) fn take_dirty(&self) -> (Vec<Arc<Page>>, Vec<DirtyRun>) {
         let mut pages = core::mem::take(&mut *lock(&self.dirty));

@@ -1,7 +1,7 @@
 //! The files of an open image, and the state that all parts above share: writable, poisoned, ordering rules.
 //!
-//! Invariant I7: every change calls [`check_writable`](ImageFile::check_writable) first. After a failed metadata
-//! write the image is poisoned: memory and disk may differ, so changes are refused; reads go on.
+//! Invariant I7: every change calls [`check_writable`](ImageFile::check_writable) first. After a failed
+//! metadata write the image is poisoned: memory and disk may differ, so changes are refused; reads go on.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::invariant;
@@ -101,8 +101,8 @@ impl ImageFile {
         self.for_repair
     }
 
-    /// Fails with `ReadOnly` if the image was opened for reading, with `Poisoned` after a failed metadata write
-    /// or a close.
+    /// Fails with `ReadOnly` if the image was opened for reading, with `Poisoned` after a failed metadata
+    /// write or a close.
     pub(crate) fn check_writable(&self) -> Result<()> {
         if !self.writable {
             return Err(Error::new(ErrorKind::ReadOnly, "image is opened for reading only"));
@@ -159,9 +159,9 @@ impl ImageFile {
         }
     }
 
-    /// Pads the image file to a whole (sub)cluster, or to a whole sector of `sector` bytes if the last cluster
-    /// holds compressed streams (`packed`: host offset behind the last stream). Some other readers treat a short
-    /// read of the last cluster as an error.
+    /// Pads the image file to a whole (sub)cluster, or to a whole sector of `sector` bytes if the last
+    /// cluster holds compressed streams (`packed`: host offset behind the last stream). Some other readers
+    /// treat a short read of the last cluster as an error.
     pub(crate) fn pad_end(&self, packed: Option<u64>, sector: u64) -> Result<()> {
         let (geometry, len) = (self.geometry(), self.storage.len()?);
         let packed = packed.is_some_and(|start| geometry.align_down(start) == geometry.align_down(len));
@@ -184,8 +184,8 @@ fn rules(_options: &OpenOptions) -> Rules {
     Rules::default()
 }
 
-/// Reads `count` big-endian words at `offset`; words past the end of the file are zero. The caller has checked
-/// `count` against a limit.
+/// Reads `count` big-endian words at `offset`; words past the end of the file are zero. The caller has
+/// checked `count` against a limit.
 pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) -> Result<Vec<u64>> {
     // Piece by piece, so that a table of up to 32 MiB is not in memory twice.
     let mut words = Vec::with_capacity(count as usize);

@@ -7,8 +7,9 @@
 //! 4. write the copied mapping sectors; barrier: links and unlinks are durable;
 //! 5. free what was unlinked before step 1, once no running operation can still use it.
 //!
-//! So a single write needs no barrier, and at every moment no refcount on disk is below the number of references
-//! (I1), no entry points to bytes that are not written (I2), and no entry points to a freed cluster (I3).
+//! So a single write needs no barrier, and at every moment no refcount on disk is below the number of
+//! references (I1), no entry points to bytes that are not written (I2), and no entry points to a freed
+//! cluster (I3).
 
 use super::file::ImageFile;
 use super::mapping::{Mapping, MappingChanges};
@@ -79,7 +80,8 @@ impl Flusher {
         let seen = self.rounds.load(Ordering::SeqCst);
         let _flushing = lock(&self.flushing);
         if self.rounds.load(Ordering::SeqCst) > seen {
-            // Another thread's round started after this call and has ended: it included this caller's changes.
+            // Another thread's round started after this call and has ended: it included this caller's
+            // changes.
             return self.file.check_writable();
         }
         self.rounds.fetch_add(1, Ordering::SeqCst);
@@ -93,8 +95,8 @@ impl Flusher {
         if pressed { self.flush() } else { Ok(()) }
     }
 
-    /// Flushes until nothing waits to be freed and every refcount on disk is exact. The caller makes sure that
-    /// no operation is running.
+    /// Flushes until nothing waits to be freed and every refcount on disk is exact. The caller makes sure
+    /// that no operation is running.
     pub(crate) fn settle(&self) -> Result<()> {
         // The first round writes the unlinks and lowers the refcounts in memory, the second one writes those.
         self.flush()?;
@@ -173,8 +175,8 @@ impl Flusher {
 
     /// Frees `runs`, which no entry on disk and no running operation uses.
     pub(crate) fn free(&self, runs: &[Unlinked]) -> Result<()> {
-        // Before the clusters can be reused: a new stream at the same host offset would be taken for the cached
-        // one.
+        // Before the clusters can be reused: a new stream at the same host offset would be taken for the
+        // cached one.
         if !runs.is_empty() {
             self.mapping.expanded().clear();
         }

@@ -1,5 +1,5 @@
-//! The map of host clusters that hold metadata. [`Tables`](super::tables::Tables) checks it before it writes or
-//! frees any cluster.
+//! The map of host clusters that hold metadata. [`Tables`](super::tables::Tables) checks it before it writes
+//! or frees any cluster.
 //!
 //! Invariant I5: metadata overlaps nothing. On a damaged image it does: an L2 entry may point to a refcount
 //! block, an L1 entry to the refcount table. So no entry is trusted over this map. It has the tables that the
@@ -32,7 +32,8 @@ pub(crate) struct Guard {
 impl Guard {
     /// `map`: the metadata clusters. `checks`: the kinds that guest data must not overwrite.
     pub(crate) fn new(map: MetadataMap, checks: OverlapChecks) -> Self {
-        // Snapshots' L2 tables are in the map if reading them was cheap; the default checks then include them.
+        // Snapshots' L2 tables are in the map if reading them was cheap; the default checks then include
+        // them.
         let default = checks.contains(OverlapChecks::CACHED);
         let checks = if default { checks.with(OverlapChecks::INACTIVE_L2) } else { checks };
         Self { map: RwLock::new(Rank::Metadata, map), checks }
@@ -155,7 +156,8 @@ impl ClusterSet {
         }
     }
 
-    /// The first of `clusters` that is in the set. Searches chunk by chunk, so that long empty ranges are cheap.
+    /// The first of `clusters` that is in the set. Searches chunk by chunk, so that long empty ranges are
+    /// cheap.
     fn first_in(&self, clusters: Range<u64>) -> Option<u64> {
         let last = clusters.end.checked_sub(1).filter(|&last| last >= clusters.start)?;
         for (&number, chunk) in self.chunks.range(clusters.start >> CHUNK_BITS..=last >> CHUNK_BITS) {

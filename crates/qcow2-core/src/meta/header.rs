@@ -46,8 +46,8 @@ impl HeaderStore {
         lock(&self.state).header.clone()
     }
 
-    /// Changes header fields with one sector write, then a barrier. Feature words exist in version 3 only: the
-    /// caller checks the version.
+    /// Changes header fields with one sector write, then a barrier. Feature words exist in version 3 only:
+    /// the caller checks the version.
     pub(crate) fn update(&self, fields: &[HeaderField]) -> Result<()> {
         self.write_fields(fields, true)
     }
@@ -74,7 +74,8 @@ impl HeaderStore {
         self.changing.load(Ordering::Acquire)
     }
 
-    /// Records that the warnings are on disk (true), or that they must be written again before the next change.
+    /// Records that the warnings are on disk (true), or that they must be written again before the next
+    /// change.
     pub(crate) fn set_changing(&self, changing: bool) {
         if changing {
             invariant::no_unknown_promise(&lock(&self.state).header);
@@ -82,10 +83,10 @@ impl HeaderStore {
         self.changing.store(changing, Ordering::Release);
     }
 
-    /// Marks the image corrupt (sets the header's corrupt bit) and poisons it; returns the error to report. If
-    /// the bit cannot be set (version 2, a failing storage), the image is only poisoned. An image that is open
-    /// for repair is neither marked nor poisoned: its damage is known. An image that is open for reading is not
-    /// marked.
+    /// Marks the image corrupt (sets the header's corrupt bit) and poisons it; returns the error to report.
+    /// If the bit cannot be set (version 2, a failing storage), the image is only poisoned. An image that is
+    /// open for repair is neither marked nor poisoned: its damage is known. An image that is open for reading
+    /// is not marked.
     pub(crate) fn mark_corrupt(&self, message: String) -> Error {
         let header = self.current();
         let repairing = self.file.is_for_repair();
@@ -120,8 +121,8 @@ impl HeaderStore {
         Ok(())
     }
 
-    /// Clears the dirty bit; the caller has made everything durable. Not if open for repair: refcounts may still
-    /// be too low then, so only [`clear_damage_marks`](Self::clear_damage_marks) clears the bit (I1).
+    /// Clears the dirty bit; the caller has made everything durable. Not if open for repair: refcounts may
+    /// still be too low then, so only [`clear_damage_marks`](Self::clear_damage_marks) clears the bit (I1).
     pub(crate) fn retract_warnings(&self) -> Result<()> {
         let header = self.current();
         if self.file.is_for_repair() || header.version < Version::V3 || !header.is_dirty() {

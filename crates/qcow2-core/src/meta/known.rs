@@ -20,9 +20,9 @@ const MAX_NOTED: u64 = 1 << 22;
 pub(crate) const MAX_L1_UNASKED: u64 = 4 << 20;
 
 /// The clusters that hold metadata, according to the header and to the raw entries of the L1 table and the
-/// refcount table. Disk: reads the snapshot table, the tables of bitmaps, and the snapshots' L1 tables if they
-/// are short or `checks` has [`INACTIVE_L2`](OverlapChecks::INACTIVE_L2). Ignores damaged entries: finding them
-/// is the task of a check. Errors: `Storage`.
+/// refcount table. Disk: reads the snapshot table, the tables of bitmaps, and the snapshots' L1 tables if
+/// they are short or `checks` has [`INACTIVE_L2`](OverlapChecks::INACTIVE_L2). Ignores damaged entries:
+/// finding them is the task of a check. Errors: `Storage`.
 pub(crate) fn known_metadata(
     storage: &dyn Storage,
     header: &Header,
@@ -75,7 +75,8 @@ impl Noted<'_> {
         self.map.insert(kind, run);
     }
 
-    /// Adds a table of one cluster as `kind`; if the cluster is in the map as `kind` already, also as `twice`.
+    /// Adds a table of one cluster as `kind`; if the cluster is in the map as `kind` already, also as
+    /// `twice`.
     fn add_once(&mut self, kind: OverlapChecks, twice: OverlapChecks, table: HostOffset) {
         if self.map.holds(kind, self.geometry.host_cluster(table).value()) {
             self.add(twice, table, self.geometry.cluster_size());
@@ -87,8 +88,8 @@ impl Noted<'_> {
         for raw in l1.filter(|&raw| raw != 0) {
             if let Ok(L1Entry { l2_table: Some(table), .. }) = L1Entry::decode(raw, self.geometry) {
                 // A table that two entries of the active L1 table point to is treated like one that is shared
-                // with a snapshot: a change of one range must not change the other, and unlinking one must not
-                // free the table.
+                // with a snapshot: a change of one range must not change the other, and unlinking one must
+                // not free the table.
                 let twice = if kind == OverlapChecks::ACTIVE_L2 { OverlapChecks::INACTIVE_L2 } else { kind };
                 self.add_once(kind, twice, table);
             }

@@ -101,8 +101,8 @@ impl Mapping {
         }
     }
 
-    /// Looks up the bytes at `offset`: one run of at most `max_len` bytes. Disk: may read a page of an L2 table.
-    /// Errors: `Corrupt` for a damaged entry, `Storage`.
+    /// Looks up the bytes at `offset`: one run of at most `max_len` bytes. Disk: may read a page of an L2
+    /// table. Errors: `Corrupt` for a damaged entry, `Storage`.
     pub(crate) fn lookup(&self, offset: GuestOffset, max_len: u64) -> Result<Run> {
         let Some(place) = self.l2_place(offset)? else {
             let run = Run { len: self.unmapped_len(offset, max_len), place: Place::Unallocated };
@@ -137,9 +137,9 @@ impl Mapping {
         )))
     }
 
-    /// Refuses a compressed entry in an image with an external data file. A write would replace it by a cluster
-    /// that is allocated in the image file, and that host offset belongs to another guest cluster in the data
-    /// file.
+    /// Refuses a compressed entry in an image with an external data file. A write would replace it by a
+    /// cluster that is allocated in the image file, and that host offset belongs to another guest cluster in
+    /// the data file.
     fn check_compressed(&self, offset: GuestOffset) -> Result<()> {
         if !self.format.external_data {
             return Ok(());
@@ -149,8 +149,8 @@ impl Mapping {
             .mark_corrupt(format!("l2 entry of guest offset {offset}: compressed in an external data file")))
     }
 
-    /// The error for a damaged entry. Marks an image that is open for writing corrupt, so that no change builds
-    /// on it.
+    /// The error for a damaged entry. Marks an image that is open for writing corrupt, so that no change
+    /// builds on it.
     fn entry_error(&self, offset: GuestOffset, error: FormatError) -> Error {
         self.header.mark_corrupt(format!("l2 entry of guest offset {offset} is damaged")).with_source(error)
     }
@@ -220,8 +220,8 @@ impl Mapping {
     }
 
     /// Sets `count` entries from `place` on; `entry(i)` is the `i`-th new one. The caller has claimed their
-    /// clusters and has written everything that the new entries point to. `unlinked`: the clusters that the old
-    /// entries referred to.
+    /// clusters and has written everything that the new entries point to. `unlinked`: the clusters that the
+    /// old entries referred to.
     pub(crate) fn commit(
         &self,
         place: &L2Place,
@@ -231,8 +231,9 @@ impl Mapping {
     ) -> Result<()> {
         invariant::may_write(self.file.is_writable());
         assert!(count <= place.entries(), "{count} entries are changed in a page that has fewer");
-        // Open for all of it, so that entries and unlinked clusters are in the same flush round. If the clusters
-        // were in an earlier round, it would free them while the entries on disk still point to them.
+        // Open for all of it, so that entries and unlinked clusters are in the same flush round. If the
+        // clusters were in an earlier round, it would free them while the entries on disk still point to
+        // them.
         let _open = read(&self.gate);
         for i in 0..count {
             invariant::leads_to_cluster(&self.format.geometry, &entry(i));

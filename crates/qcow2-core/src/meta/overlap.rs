@@ -1,10 +1,10 @@
 //! The kinds of metadata that a host cluster can hold.
 
-/// A set of kinds of metadata that guest data must not overwrite. A write that would do so fails and marks the
-/// image corrupt. The names are QEMU's (`overlap-check`).
+/// A set of kinds of metadata that guest data must not overwrite. A write that would do so fails and marks
+/// the image corrupt. The names are QEMU's (`overlap-check`).
 ///
-/// The choice concerns guest data only. Tables never overwrite metadata of another kind, and metadata is never
-/// freed because an L2 entry points to it, whatever the choice.
+/// The choice concerns guest data only. Tables never overwrite metadata of another kind, and metadata is
+/// never freed because an L2 entry points to it, whatever the choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OverlapChecks(u16);
 
@@ -25,8 +25,8 @@ impl OverlapChecks {
     pub const SNAPSHOT_TABLE: Self = Self(1 << 5);
     /// L1 tables of snapshots.
     pub const INACTIVE_L1: Self = Self(1 << 6);
-    /// L2 tables of snapshots. With this kind, opening an image for writing reads the L1 tables of all snapshots;
-    /// without it, only if they are short.
+    /// L2 tables of snapshots. With this kind, opening an image for writing reads the L1 tables of all
+    /// snapshots; without it, only if they are short.
     pub const INACTIVE_L2: Self = Self(1 << 7);
     /// The bitmap directory, and the tables and bits of bitmaps.
     pub const BITMAP_DIRECTORY: Self = Self(1 << 8);

@@ -1,5 +1,5 @@
-//! A cached page of a metadata table: words that threads read without a lock, and a dirty mask of its 512-byte
-//! sectors.
+//! A cached page of a metadata table: words that threads read without a lock, and a dirty mask of its
+//! 512-byte sectors.
 //!
 //! Invariant: writeback never comes between a change and its dirty mark, because words change only while the
 //! commit gate is open, and writeback copies them while it is closed.
@@ -68,11 +68,11 @@ impl Page {
         self.words[index].load(Ordering::Acquire)
     }
 
-    /// Changes a word and marks its sector dirty. The caller keeps the commit gate open until it has queued the
-    /// page.
+    /// Changes a word and marks its sector dirty. The caller keeps the commit gate open until it has queued
+    /// the page.
     pub(crate) fn set_word(&self, index: usize, value: u64) {
-        // The word before its mark: writeback that saw only the mark would copy the old word and clear the mark.
-        // (With the gate closed it sees both or none.)
+        // The word before its mark: writeback that saw only the mark would copy the old word and clear the
+        // mark. (With the gate closed it sees both or none.)
         self.words[index].store(value, Ordering::SeqCst);
         let sector = index / SECTOR_WORDS;
         self.dirty[sector / 64].fetch_or(1 << (sector % 64), Ordering::AcqRel);
@@ -80,7 +80,8 @@ impl Page {
 
     /// The words at `index` and `index + 1`, as they were at one moment.
     pub(crate) fn pair(&self, index: usize) -> (u64, u64) {
-        // No lock: there are many readers and few changes, so a reader retries if the pair has changed meanwhile.
+        // No lock: there are many readers and few changes, so a reader retries if the pair has changed
+        // meanwhile.
         loop {
             let before = self.version.load(Ordering::SeqCst);
             if before & 1 == 0 {
@@ -138,7 +139,8 @@ impl Page {
         }
     }
 
-    /// Appends copies of the dirty sectors to `runs` and marks them clean. The caller has closed the commit gate.
+    /// Appends copies of the dirty sectors to `runs` and marks them clean. The caller has closed the commit
+    /// gate.
     pub(crate) fn take_dirty(&self, runs: &mut Vec<DirtyRun>) {
         self.queued.store(false, Ordering::Release);
         let sectors = self.words.len().div_ceil(SECTOR_WORDS);

@@ -13,8 +13,8 @@ use qcow2_format::{Geometry, HostOffset};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Unlinked {
     pub(crate) clusters: ClusterRun,
-    /// What the dropped reference was for: a kind of metadata, or none for guest data. Clusters that hold other
-    /// metadata are not freed.
+    /// What the dropped reference was for: a kind of metadata, or none for guest data. Clusters that hold
+    /// other metadata are not freed.
     pub(crate) kinds: OverlapChecks,
 }
 

@@ -40,8 +40,8 @@ pub(crate) struct RefcountStore {
     tables: Arc<Tables>,
     cache: PageCache,
     state: Mutex<Refcounts>,
-    // Separate from `state`, so that allocation does not wait while blocks are written. Only one thread writes
-    // blocks at a time: of two, the one with the older copy of a block could write last.
+    // Separate from `state`, so that allocation does not wait while blocks are written. Only one thread
+    // writes blocks at a time: of two, the one with the older copy of a block could write last.
     io: Mutex<()>,
     pending: Mutex<PendingFrees>,
     /// True if freed host clusters are discarded in the storage.
@@ -58,7 +58,8 @@ pub(crate) struct Refcounts {
     dirty_sectors: BTreeSet<u64>,
     /// No cluster below this one is free.
     first_free: u64,
-    /// Free bytes behind the last compressed stream, in its host cluster: the next stream goes there. Not empty.
+    /// Free bytes behind the last compressed stream, in its host cluster: the next stream goes there. Not
+    /// empty.
     pack: Option<Range<u64>>,
 }
 

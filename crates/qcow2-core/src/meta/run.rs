@@ -15,8 +15,8 @@ impl ClusterRun {
     /// No clusters at all.
     pub(crate) const NONE: Self = Self { first: 0, count: 0 };
 
-    /// `count` clusters from cluster `first` on. Both come from byte numbers divided by at least 512, so no file
-    /// content can make their sum pass 2^64.
+    /// `count` clusters from cluster `first` on. Both come from byte numbers divided by at least 512, so no
+    /// file content can make their sum pass 2^64.
     pub(crate) fn new(first: u64, count: u64) -> Self {
         assert!(first.checked_add(count).is_some(), "{count} clusters from cluster {first} on");
         Self { first, count }

@@ -1,8 +1,8 @@
 //! All writes of tables to the image file, and the checks before metadata is overwritten or freed.
 //!
 //! Invariant I5: no write of data or of a table overwrites metadata of another kind, and no metadata is freed
-//! because something else points to it. Each check runs twice: early, so that a procedure fails before anything
-//! has changed, and again in the write itself.
+//! because something else points to it. Each check runs twice: early, so that a procedure fails before
+//! anything has changed, and again in the write itself.
 
 use super::file::ImageFile;
 use super::guard::{Guard, Hit};
@@ -74,8 +74,8 @@ impl Tables {
         Unlinked::table(self.file.geometry(), kinds, offset, len)
     }
 
-    /// Refuses a write of guest data that would overwrite metadata: the L2 entry that points there is damaged.
-    /// Marks the image corrupt.
+    /// Refuses a write of guest data that would overwrite metadata: the L2 entry that points there is
+    /// damaged. Marks the image corrupt.
     pub(crate) fn check_data_place(&self, offset: HostOffset, len: u64) -> Result<()> {
         if self.file.has_data_file() {
             return Ok(());
@@ -89,8 +89,8 @@ impl Tables {
         }
     }
 
-    /// Refuses a table of `kinds` that would overwrite other metadata, and marks the image corrupt. Called before
-    /// anything depends on the table, and again by [`write`](Self::write).
+    /// Refuses a table of `kinds` that would overwrite other metadata, and marks the image corrupt. Called
+    /// before anything depends on the table, and again by [`write`](Self::write).
     pub(crate) fn check_place(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Result<()> {
         match self.guard.hit_by(kinds, ClusterRun::touched(self.file.geometry(), offset, len)) {
             None => Ok(()),
@@ -102,9 +102,9 @@ impl Tables {
         }
     }
 
-    /// Writes a part of a table of `kinds` to the image file. All tables except the header are written through
-    /// this method. Errors: `Corrupt` if it would overwrite other metadata, before anything is written;
-    /// `Storage`, `NoSpace`.
+    /// Writes a part of a table of `kinds` to the image file. All tables except the header are written
+    /// through this method. Errors: `Corrupt` if it would overwrite other metadata, before anything is
+    /// written; `Storage`, `NoSpace`.
     pub(crate) fn write(&self, kinds: OverlapChecks, offset: HostOffset, bytes: &[u8]) -> Result<()> {
         invariant::may_write(self.file.is_writable());
         invariant::table_words(offset, bytes.len());
@@ -122,18 +122,19 @@ impl Tables {
         runs.iter().try_for_each(|run| self.write(kind, run.offset, &run.bytes))
     }
 
-    /// Zeroes the cluster of a new table inside the file. It stays allocated in the storage, for the reason in
-    /// [`write_empty`](Self::write_empty).
+    /// Zeroes the cluster of a new table inside the file. It stays allocated in the storage, for the reason
+    /// in [`write_empty`](Self::write_empty).
     pub(crate) fn zero(&self, kind: OverlapChecks, table: HostOffset) -> Result<()> {
         let size = self.file.geometry().cluster_size();
         self.check_place(kind, table, size)?;
         Ok(self.file.storage().write_zeroes(table, size, ZeroMode::KeepAllocated)?)
     }
 
-    /// Writes the zeroes of a new table of one cluster at the end of the file, although it would read as zeroes
-    /// without that: it then has space in the storage before anything depends on it. So a full disk fails the
-    /// request that needs the table, which can be repeated, and not a flush, which would poison the image. It
-    /// writes instead of reserving, so that the file system places the table next to the data around it.
+    /// Writes the zeroes of a new table of one cluster at the end of the file, although it would read as
+    /// zeroes without that: it then has space in the storage before anything depends on it. So a full disk
+    /// fails the request that needs the table, which can be repeated, and not a flush, which would poison the
+    /// image. It writes instead of reserving, so that the file system places the table next to the data
+    /// around it.
     pub(crate) fn write_empty(&self, kind: OverlapChecks, table: HostOffset) -> Result<()> {
         debug_assert!(self.file.geometry().is_aligned(table.value()), "an empty table at {table}");
         let size = self.file.geometry().cluster_size();

@@ -57,9 +57,9 @@ pub struct OpenOptions {
     /// Size of the refcount block cache in bytes; `None`: [`DEFAULT_REFCOUNT_CACHE`]. Ignored if opened for
     /// reading.
     pub refcount_cache_size: Option<u64>,
-    /// Memory limit for the bits of all bitmaps, in bytes. Default: 1.5 times the bits of the largest possible
-    /// bitmap. If the recording bitmaps of an image do not fit, changes fail with `NoSpace` until some are
-    /// removed.
+    /// Memory limit for the bits of all bitmaps, in bytes. Default: 1.5 times the bits of the largest
+    /// possible bitmap. If the recording bitmaps of an image do not fit, changes fail with `NoSpace` until
+    /// some are removed.
     pub bitmap_memory: u64,
     /// True to discard freed host clusters in the storage (QEMU's `pass-discard-request`).
     pub discard_freed: bool,

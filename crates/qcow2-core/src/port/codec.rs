@@ -26,11 +26,12 @@ impl core::error::Error for CodecError {}
 
 /// One compression method. Any number of threads may use it concurrently; it reuses its contexts.
 pub trait ClusterCodec: Send + Sync {
-    /// Compresses `plain` (a whole cluster) into the start of `out`. Returns the stream's length, or `None` if
-    /// it does not fit into `out`. Deterministic: the same input always gives the same stream.
+    /// Compresses `plain` (a whole cluster) into the start of `out`. Returns the stream's length, or `None`
+    /// if it does not fit into `out`. Deterministic: the same input always gives the same stream.
     fn compress(&self, plain: &[u8], out: &mut [u8]) -> Result<Option<usize>, CodecError>;
 
-    /// Expands `stream` into `out` (a whole cluster). Ignores bytes of `stream` after the end of the compressed
-    /// data, and output past the end of `out`. Errors: damaged data, or data that does not fill `out`.
+    /// Expands `stream` into `out` (a whole cluster). Ignores bytes of `stream` after the end of the
+    /// compressed data, and output past the end of `out`. Errors: damaged data, or data that does not fill
+    /// `out`.
     fn expand(&self, stream: &[u8], out: &mut [u8]) -> Result<(), CodecError>;
 }

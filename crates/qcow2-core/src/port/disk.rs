@@ -26,7 +26,8 @@ pub enum ExtentState {
     Compressed,
 }
 
-/// A run of guest bytes with one state. If the state has a host offset, the whole run is contiguous in the file.
+/// A run of guest bytes with one state. If the state has a host offset, the whole run is contiguous in the
+/// file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskExtent {
     /// Bytes in the run, at least 1.
@@ -50,12 +51,12 @@ pub trait GuestDisk: Send + Sync {
 
     /// Writes `buf` at `offset`. Durable after the next [`flush`](Self::flush).
     ///
-    /// If the storage is full (`NoSpace`) a first part may be written. A qcow2 image stays usable, and the same
-    /// write succeeds once there is space.
+    /// If the storage is full (`NoSpace`) a first part may be written. A qcow2 image stays usable, and the
+    /// same write succeeds once there is space.
     fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()>;
 
-    /// Writes each part at its offset, in any order if they do not overlap. A qcow2 image needs fewer and longer
-    /// writes to its file if the parts ascend and no two touch the same cluster. Errors: as
+    /// Writes each part at its offset, in any order if they do not overlap. A qcow2 image needs fewer and
+    /// longer writes to its file if the parts ascend and no two touch the same cluster. Errors: as
     /// [`write_at`](Self::write_at); any of the parts may be written then.
     fn write_parts(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
         parts.iter().try_for_each(|(offset, buf)| self.write_at(*offset, buf))
@@ -64,15 +65,15 @@ pub trait GuestDisk: Send + Sync {
     /// Makes `range` read as zeroes.
     fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()>;
 
-    /// Discards `range`: its content no longer matters. Whole clusters read as zeroes afterwards, or as before
-    /// if the disk cannot record that.
+    /// Discards `range`: its content no longer matters. Whole clusters read as zeroes afterwards, or as
+    /// before if the disk cannot record that.
     fn discard(&self, range: GuestRange) -> Result<()>;
 
     /// Makes all changes durable whose calls returned before this one.
     fn flush(&self) -> Result<()>;
 
-    /// How this layer alone stores the bytes at `range.start()`: a run of 1 to `range.len()` bytes. The run may
-    /// be shorter than possible if finding its end is expensive. `range` must not be empty.
+    /// How this layer alone stores the bytes at `range.start()`: a run of 1 to `range.len()` bytes. The run
+    /// may be shorter than possible if finding its end is expensive. `range` must not be empty.
     fn extent_at(&self, range: GuestRange) -> Result<DiskExtent>;
 
     /// The backing file, which unallocated bytes are read from.
@@ -90,8 +91,8 @@ pub trait GuestDisk: Send + Sync {
         512
     }
 
-    /// The disk itself, for downcasts: `disk.as_image()` and `disk.as_raw()` use it. A wrapper that callers may
-    /// bypass returns the inner disk's. Default: `None`, a disk of no known kind.
+    /// The disk itself, for downcasts: `disk.as_image()` and `disk.as_raw()` use it. A wrapper that callers
+    /// may bypass returns the inner disk's. Default: `None`, a disk of no known kind.
     fn as_any(&self) -> Option<&dyn Any> {
         None
     }

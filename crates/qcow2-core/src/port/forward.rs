@@ -3,11 +3,11 @@
 #[doc(hidden)]
 pub use alloc::sync::Arc;
 
-/// Implements the named [`Storage`](crate::Storage) methods by calling the same method of a field. For storages
-/// that wrap another one and change some of its calls.
+/// Implements the named [`Storage`](crate::Storage) methods by calling the same method of a field. For
+/// storages that wrap another one and change some of its calls.
 ///
-/// The wrapper lists the methods to forward, not the exceptions: a wrapper that observes, limits or delays all
-/// I/O must not forward a method that is added to the trait later. A method that is neither forwarded nor
+/// The wrapper lists the methods to forward, not the exceptions: a wrapper that observes, limits or delays
+/// all I/O must not forward a method that is added to the trait later. A method that is neither forwarded nor
 /// written has the trait's default body, which may be slower and is never wrong.
 ///
 /// ```

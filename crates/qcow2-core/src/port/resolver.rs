@@ -91,8 +91,8 @@ pub struct ResolvedSource {
 }
 
 impl ResolvedSource {
-    /// A source with this storage, format and name, without an identity. Its resolver is [`NoResolver`]: names
-    /// in its header are not opened.
+    /// A source with this storage, format and name, without an identity. Its resolver is [`NoResolver`]:
+    /// names in its header are not opened.
     pub fn new(storage: Arc<dyn Storage>, format: ImageFormat, name: impl Into<String>) -> Self {
         Self { storage, format, name: name.into(), id: None, resolver: Arc::new(NoResolver) }
     }

@@ -113,13 +113,13 @@ impl Default for Limits {
 
 /// The bytes of an image file: a file, a block device, memory, or a wrapper around another storage.
 ///
-/// Calls block, have explicit offsets, and may come from any number of threads concurrently. Calls on disjoint
-/// ranges do not affect each other. After overlapping concurrent writes each 512-byte sector has the bytes of
-/// one of them.
+/// Calls block, have explicit offsets, and may come from any number of threads concurrently. Calls on
+/// disjoint ranges do not affect each other. After overlapping concurrent writes each 512-byte sector has the
+/// bytes of one of them.
 ///
 /// For crash safety the engine assumes: after a crash a 512-byte sector has its old or its new bytes, never a
-/// mix; of the writes since the last [`flush`](Self::flush) any subset may be on the medium; everything before a
-/// successful flush is.
+/// mix; of the writes since the last [`flush`](Self::flush) any subset may be on the medium; everything
+/// before a successful flush is.
 pub trait Storage: Send + Sync {
     /// The length in bytes. Reading at or past it returns no bytes.
     fn len(&self) -> Result<u64, StorageError>;
@@ -129,7 +129,8 @@ pub trait Storage: Send + Sync {
         Ok(self.len()? == 0)
     }
 
-    /// Reads into `buf` at `offset`. Returns the number of bytes read: fewer than `buf.len()` only at the end.
+    /// Reads into `buf` at `offset`. Returns the number of bytes read: fewer than `buf.len()` only at the
+    /// end.
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError>;
 
     /// Writes all of `buf` at `offset`. Grows a growable storage; the gap before `offset` reads as zeroes.
@@ -147,15 +148,16 @@ pub trait Storage: Send + Sync {
         Ok(())
     }
 
-    /// Makes `len` bytes at `offset` read as zeroes. Grows a growable storage. Never fails with `Unsupported`:
-    /// an adapter without a faster way writes zeroes.
+    /// Makes `len` bytes at `offset` read as zeroes. Grows a growable storage. Never fails with
+    /// `Unsupported`: an adapter without a faster way writes zeroes.
     fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError>;
 
     /// Deallocates space; a hint. The range reads as zeroes or as before afterwards. It never passes the end.
     fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError>;
 
     /// Reserves space for `len` bytes at `offset` and makes the storage at least that long. Content does not
-    /// change; new bytes read as zeroes. Errors: `NoSpace`; `Unsupported` if the storage cannot reserve space.
+    /// change; new bytes read as zeroes. Errors: `NoSpace`; `Unsupported` if the storage cannot reserve
+    /// space.
     fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError>;
 
     /// Truncates or extends the storage to `len` bytes; new bytes read as zeroes. Errors: `Unsupported` on a
@@ -166,8 +168,8 @@ pub trait Storage: Send + Sync {
     /// length.
     fn flush(&self) -> Result<(), StorageError>;
 
-    /// The data or hole at `offset`, at most `len` bytes of it. `offset + len` must not pass the end; `len` must
-    /// not be 0. Default: everything is data, which is correct and slower.
+    /// The data or hole at `offset`, at most `len` bytes of it. `offset + len` must not pass the end; `len`
+    /// must not be 0. Default: everything is data, which is correct and slower.
     fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
         let _ = offset;
         Ok(StorageExtent { len, data: true })
@@ -188,11 +190,11 @@ pub trait Storage: Send + Sync {
         None
     }
 
-    /// Copy offload: the system copies `len` bytes at `from` in `source` to `offset` in this storage, or makes
-    /// both files share the space. The range must lie before the end of `source`; a growable storage grows.
-    /// After an error the target range may hold anything; the caller then copies with reads and writes, which
-    /// also shows which side fails. Errors: `Unsupported` if these two storages cannot do it (the default);
-    /// `ReadOnly`; errors of the system.
+    /// Copy offload: the system copies `len` bytes at `from` in `source` to `offset` in this storage, or
+    /// makes both files share the space. The range must lie before the end of `source`; a growable storage
+    /// grows. After an error the target range may hold anything; the caller then copies with reads and
+    /// writes, which also shows which side fails. Errors: `Unsupported` if these two storages cannot do it
+    /// (the default); `ReadOnly`; errors of the system.
     fn copy_from(
         &self,
         source: &dyn Storage,
@@ -204,8 +206,8 @@ pub trait Storage: Send + Sync {
         Err(StorageError::new(StorageErrorKind::Unsupported, "this storage copies nothing by itself"))
     }
 
-    /// The storage itself for downcasts: [`copy_from`](Self::copy_from) of an adapter looks for its own type in
-    /// the source. Default: `None`: every byte has to be read through this storage.
+    /// The storage itself for downcasts: [`copy_from`](Self::copy_from) of an adapter looks for its own type
+    /// in the source. Default: `None`: every byte has to be read through this storage.
     fn copy_source(&self) -> Option<&dyn Any> {
         None
     }

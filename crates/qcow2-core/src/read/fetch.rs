@@ -81,8 +81,8 @@ impl Image {
     fn expand(&self, offset: GuestOffset, stream: CompressedCluster, cluster: &mut [u8]) -> Result<()> {
         debug_assert_eq!(cluster.len() as u64, self.file.geometry().cluster_size());
         let codec = self.codec()?;
-        // The entry gives the length in whole sectors, and a hostile one far too many. A valid stream needs at
-        // most its cluster and a sector; the rest of the limit is slack.
+        // The entry gives the length in whole sectors, and a hostile one far too many. A valid stream needs
+        // at most its cluster and a sector; the rest of the limit is slack.
         let limit = 2 * self.file.geometry().cluster_size() + SECTOR_SIZE;
         let len = stream.len.min(limit) as usize;
         let mut bytes = self.scratch.take(len);

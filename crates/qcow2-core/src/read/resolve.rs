@@ -25,8 +25,8 @@ pub(crate) struct Run {
     pub(crate) place: Place,
 }
 
-/// The longest run at `offset`, at most `max_len` bytes. `entry(i)` is the `i`-th L2 entry counted from the one
-/// that maps `offset`; `i` is below `entries`.
+/// The longest run at `offset`, at most `max_len` bytes. `entry(i)` is the `i`-th L2 entry counted from the
+/// one that maps `offset`; `i` is below `entries`.
 pub(crate) fn resolve_run(
     format: &L2Format,
     offset: GuestOffset,
@@ -68,7 +68,8 @@ fn place_at(cluster: &ClusterEntry, subcluster: u32, inside: u64) -> Place {
     }
 }
 
-/// Where the state of subcluster `first` ends: offset in the cluster of the next subcluster with another state.
+/// Where the state of subcluster `first` ends: offset in the cluster of the next subcluster with another
+/// state.
 fn same_state_end(format: &L2Format, cluster: &ClusterEntry, first: u32) -> u64 {
     let (count, state) = (format.geometry.subclusters(), cluster.state(first));
     let end = (first + 1..count).find(|&i| cluster.state(i) != state).unwrap_or(count);

@@ -98,9 +98,9 @@ impl<'a> Recount<'a> {
         Walk::new(self.file().storage(), &self.header)
     }
 
-    /// All references in header, tables, snapshots and bitmaps, except those to the refcount structure itself.
-    /// Disk: reads every table once, however many references it has. Errors: `Corrupt` for a damaged table: its
-    /// references are unknown, so no count would be reliable.
+    /// All references in header, tables, snapshots and bitmaps, except those to the refcount structure
+    /// itself. Disk: reads every table once, however many references it has. Errors: `Corrupt` for a damaged
+    /// table: its references are unknown, so no count would be reliable.
     pub(crate) fn references(&self) -> Result<ReferenceCounts> {
         let header = &self.header;
         let walk = self.walk()?;
@@ -149,8 +149,8 @@ impl<'a> Recount<'a> {
         self.count_l1(counts, walk, &l1_tables)
     }
 
-    /// The references of the bitmaps, their directory included; none if their autoclear bit is not set. Errors:
-    /// as [`references`](Self::references).
+    /// The references of the bitmaps, their directory included; none if their autoclear bit is not set.
+    /// Errors: as [`references`](Self::references).
     pub(crate) fn trusted_bitmaps(&self) -> Result<ReferenceCounts> {
         let header = &self.header;
         let walk = self.walk()?;
@@ -179,8 +179,8 @@ impl<'a> Recount<'a> {
         counts.add(run.ok_or_else(|| Error::corrupt("a table passes 2^64"))?, times)
     }
 
-    /// Adds one reference for each table to the clusters that it occupies. Returns the tables as segments that
-    /// do not overlap.
+    /// Adds one reference for each table to the clusters that it occupies. Returns the tables as segments
+    /// that do not overlap.
     fn count_places(&self, counts: &mut ReferenceCounts, tables: &[TablePlace]) -> Result<Vec<Segment>> {
         let per_cluster = self.file().geometry().cluster_size() / 8;
         let whole: Vec<TablePlace> = tables

@@ -11,8 +11,8 @@ use ::alloc::sync::Arc;
 use qcow2_format::snapshot::Snapshot;
 
 impl Image {
-    /// Opens the disk as it was when a snapshot was taken. `choose` gets the image's snapshots and returns the
-    /// index of one. Always read-only, even if `options` are for writing. The caller must not delete the
+    /// Opens the disk as it was when a snapshot was taken. `choose` gets the image's snapshots and returns
+    /// the index of one. Always read-only, even if `options` are for writing. The caller must not delete the
     /// snapshot while this image is open. Disk: as [`open`](Self::open) for reading, and reads the snapshot
     /// table. Clusters past the end of the snapshot's L1 table are unallocated.
     ///

@@ -130,8 +130,8 @@ impl Image {
         self.switch_snapshot_table(table)
     }
 
-    /// Reverts the disk, its size included, to `snapshot`, one of [`snapshots`](Self::snapshots). The snapshot
-    /// itself and its VM state do not change.
+    /// Reverts the disk, its size included, to `snapshot`, one of [`snapshots`](Self::snapshots). The
+    /// snapshot itself and its VM state do not change.
     ///
     /// Disk: flushes everything; raises the refcounts of all clusters below the snapshot's L1 table; writes a
     /// new active L1 table at a new host offset; barrier; the header's size and L1 table in one sector;
@@ -200,8 +200,8 @@ impl Image {
     /// discards them in the storage.
     ///
     /// Disk: flushes everything; writes a new snapshot table; barrier; the header; barrier; lowers refcounts
-    /// and sets the copied flag of clusters with one reference left; barrier. Errors: `NotFound`; otherwise as
-    /// [`create_snapshot`](Self::create_snapshot).
+    /// and sets the copied flag of clusters with one reference left; barrier. Errors: `NotFound`; otherwise
+    /// as [`create_snapshot`](Self::create_snapshot).
     pub fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         let _alone = write(&self.structure);
         let mut table = self.begin_snapshot_change()?;
@@ -299,8 +299,8 @@ impl Image {
         Ok(table)
     }
 
-    /// Common end of every change: frees what was unlinked, on disk too, and reloads the metadata map with the
-    /// snapshots' new tables.
+    /// Common end of every change: frees what was unlinked, on disk too, and reloads the metadata map with
+    /// the snapshots' new tables.
     fn finish(&self) -> Result<()> {
         self.flusher.settle()?;
         self.learn_metadata()?;

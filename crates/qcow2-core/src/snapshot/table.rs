@@ -62,8 +62,8 @@ impl Table {
 }
 
 impl Image {
-    /// Reserves clusters for a table of `snapshots`. For an empty one: no clusters and offset 0. Disk: changes
-    /// refcounts, and reserves space.
+    /// Reserves clusters for a table of `snapshots`. For an empty one: no clusters and offset 0. Disk:
+    /// changes refcounts, and reserves space.
     pub(super) fn reserve_snapshot_table(&self, snapshots: &[Snapshot]) -> Result<NewTable> {
         let bad =
             |e: FormatError| Error::new(ErrorKind::InvalidOption, "snapshot cannot be stored").with_source(e);

@@ -13,8 +13,9 @@ impl Walk<'_> {
     /// the last cluster may be short. A shorter file was truncated, for example by an interrupted copy; the
     /// missing part reads as zeroes.
     ///
-    /// Disk: reads the refcount table and the last refcount blocks. A block past the end of the file counts as
-    /// in use itself. If the file ends before these tables, it may have been longer still. Errors: `Storage`.
+    /// Disk: reads the refcount table and the last refcount blocks. A block past the end of the file counts
+    /// as in use itself. If the file ends before these tables, it may have been longer still. Errors:
+    /// `Storage`.
     pub fn used_end(&self) -> Result<u64> {
         let ends = self.header_references().map(|place| place.offset.value().saturating_add(place.len));
         let end = ends.max().unwrap_or(0);

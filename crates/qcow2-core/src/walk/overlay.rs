@@ -1,8 +1,8 @@
 //! Overlapping tables: how many tables each byte belongs to.
 //!
-//! A hostile image may have 65536 snapshots whose L1 tables of 32 MiB overlap each other, or are all the same.
-//! Entries of all tables lie at multiples of 8, so visiting each entry once, with the number of tables it
-//! belongs to, replaces visiting every table.
+//! A hostile image may have 65536 snapshots whose L1 tables of 32 MiB overlap each other, or are all the
+//! same. Entries of all tables lie at multiples of 8, so visiting each entry once, with the number of tables
+//! it belongs to, replaces visiting every table.
 
 use ::alloc::vec::Vec;
 use qcow2_format::HostOffset;
@@ -94,7 +94,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_byte_has_the_number_of_its_tables(tables in proptest::collection::vec((0..20u64, 0..6u64), 0..12)) {
+        fn segments_count_tables_per_byte(tables in proptest::collection::vec((0..20u64, 0..6u64), 0..12)) {
             let places: Vec<_> = tables.iter().map(|&(at, entries)| place(at * 8, entries)).collect();
             let mut expected: BTreeMap<u64, u64> = BTreeMap::new();
             for (at, entries) in tables {

@@ -129,8 +129,8 @@ impl Walk<'_> {
     }
 
     /// Reads the bitmap directory, if its autoclear bit is set, and checks its entries as an open does.
-    /// Returns offset and length of each bitmap's table, and the fault that ended the reading, if any. Errors:
-    /// `Storage`.
+    /// Returns offset and length of each bitmap's table, and the fault that ended the reading, if any.
+    /// Errors: `Storage`.
     pub fn bitmaps(&self) -> Result<(Vec<TablePlace>, Option<BitmapFault>)> {
         let mut tables = Vec::new();
         let Some(directory) = self.header.trusted_bitmaps() else { return Ok((tables, None)) };

@@ -31,8 +31,8 @@ impl Pieces<'_> {
         self.end = self.at.saturating_add(len);
     }
 
-    /// The next piece that may have nonzero bytes: its offset and its bytes, a multiple of 8. `None` after the
-    /// last one. Errors: `Storage`.
+    /// The next piece that may have nonzero bytes: its offset and its bytes, a multiple of 8. `None` after
+    /// the last one. Errors: `Storage`.
     pub fn read_next(&mut self) -> Result<Option<(HostOffset, &[u8])>> {
         let file_end = self.walk.file_len.next_multiple_of(8).min(self.end);
         while self.at < file_end {

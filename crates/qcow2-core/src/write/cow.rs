@@ -1,6 +1,7 @@
 //! Which bytes around a partial write must be copied. Pure.
 //!
-//! Invariant I2: when a new host cluster becomes visible, every byte of its data subclusters has been written.
+//! Invariant I2: when a new host cluster becomes visible, every byte of its data subclusters has been
+//! written.
 
 use super::plan::mask;
 use crate::invariant;

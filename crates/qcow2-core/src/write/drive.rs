@@ -1,7 +1,7 @@
 //! Prepare, move, commit for callers that do the data I/O themselves: an io_uring loop, a VMM.
 //!
-//! The engine gives host offsets and never sees the guest's bytes. The caller may write the pieces of a prepared
-//! write in any order and concurrently, and calls `commit` after the last one has been written.
+//! The engine gives host offsets and never sees the guest's bytes. The caller may write the pieces of a
+//! prepared write in any order and concurrently, and calls `commit` after the last one has been written.
 
 use super::prepare::{Edge, Prepared};
 use crate::error::Result;
@@ -57,7 +57,8 @@ pub enum Piece<'a> {
 
 impl Image {
     /// Starts a read by the caller's own I/O. The thread must not call other methods of the image while it
-    /// holds the pin: changes of the whole image wait for the pin, and a second request behind them deadlocks.
+    /// holds the pin: changes of the whole image wait for the pin, and a second request behind them
+    /// deadlocks.
     pub fn pin(&self) -> Pin<'_> {
         Pin { image: self, _structure: read(&self.structure), _operation: self.flusher.enter() }
     }
@@ -69,8 +70,8 @@ impl Image {
     ///
     /// Waits for claims of other requests on the same clusters, and other requests wait until this ticket is
     /// committed or dropped. So a thread that holds a ticket must not prepare another write to one of its
-    /// clusters, nor zero or discard one. A thread that holds several tickets must take them in ascending order
-    /// of guest offsets.
+    /// clusters, nor zero or discard one. A thread that holds several tickets must take them in ascending
+    /// order of guest offsets.
     ///
     /// Errors: as [`GuestDisk::write_at`](crate::GuestDisk::write_at).
     pub fn prepare_write(&self, range: GuestRange) -> Result<WriteTicket<'_>> {
@@ -104,7 +105,8 @@ impl Image {
         if end <= len || !data.limits().growable {
             return Ok(());
         }
-        // The range is reserved for this write and lies past the end of the file, so zeroing destroys no data.
+        // The range is reserved for this write and lies past the end of the file, so zeroing destroys no
+        // data.
         let start = start.max(len);
         Ok(data.write_zeroes(HostOffset::new(start), end - start, ZeroMode::MayUnmap)?)
     }

@@ -1,12 +1,13 @@
 //! Decides what a guest write does, from the L2 entries alone. Holds no port.
 //!
-//! Invariant: a host cluster is written in place only if its copied flag is set, that is, its refcount is one.
+//! Invariant: a host cluster is written in place only if its copied flag is set, that is, its refcount is
+//! one.
 
 use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
 use qcow2_format::{GuestOffset, HostOffset};
 
-/// How the clusters of a run are written. Not covered: `prepare` handles most in-place writes before it plans,
-/// and compressed writes are in [`pack`](super::pack).
+/// How the clusters of a run are written. Not covered: `prepare` handles most in-place writes before it
+/// plans, and compressed writes are in [`pack`](super::pack).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WriteKind {
     /// The clusters are data already; no entry changes.

@@ -1,7 +1,8 @@
 //! The first half of a write: reserves clusters for its bytes and collects the copy-on-write edges.
 //!
-//! Invariant: between prepare and commit the guest clusters are claimed, so that no other request changes their
-//! mapping; readers use the old mapping. Reserved clusters that are not committed are freed exactly once.
+//! Invariant: between prepare and commit the guest clusters are claimed, so that no other request changes
+//! their mapping; readers use the old mapping. Reserved clusters that are not committed are freed exactly
+//! once.
 
 use super::cow::{ClusterEdges, ranges_to_copy};
 use super::plan::{WriteKind, WritePlan, kept_subclusters, plan_write, touched, written_entry};
@@ -144,8 +145,8 @@ impl Image {
         }
     }
 
-    /// Allocates host clusters for the run, if `plan` needs new ones. Shortens the run if there is no free run
-    /// of that length.
+    /// Allocates host clusters for the run, if `plan` needs new ones. Shortens the run if there is no free
+    /// run of that length.
     fn reserve_place<'a>(
         &'a self,
         offset: GuestOffset,
@@ -346,8 +347,8 @@ impl Drop for Prepared<'_> {
     fn drop(&mut self) {
         let change = self.change.take();
         if let Some(run) = change.as_ref().and_then(|change| change.reserved) {
-            // `free`, not `release`: some bytes may be written, and on a full disk the space is needed. If the
-            // refcount cannot be lowered the clusters leak, which is harmless.
+            // `free`, not `release`: some bytes may be written, and on a full disk the space is needed. If
+            // the refcount cannot be lowered the clusters leak, which is harmless.
             let _ = self.image.flusher.free(&[run]);
         }
     }

@@ -43,9 +43,9 @@ impl Image {
         self.write_zero_bytes(range)
     }
 
-    /// True if `range`, within one cluster, reads as zeroes and no write is in flight in that cluster. The claim
-    /// waits for such a write: its commit may turn a zero cluster into data, and expose bytes that an earlier
-    /// write has left in the host cluster.
+    /// True if `range`, within one cluster, reads as zeroes and no write is in flight in that cluster. The
+    /// claim waits for such a write: its commit may turn a zero cluster into data, and expose bytes that an
+    /// earlier write has left in the host cluster.
     fn stays_zero(&self, range: GuestRange) -> Result<bool> {
         let _claim = self.mapping().claim(range.start(), 1);
         self.reads_zero(range)
@@ -154,8 +154,8 @@ impl Image {
         }
     }
 
-    /// Discards the storage of host clusters that stay allocated. The caller still holds the claim, so that no
-    /// new bytes can be in them yet. A failed discard is ignored: it is a hint. Encrypted clusters are not
+    /// Discards the storage of host clusters that stay allocated. The caller still holds the claim, so that
+    /// no new bytes can be in them yet. A failed discard is ignored: it is a hint. Encrypted clusters are not
     /// discarded, see [`zero_data_file`](Self::zero_data_file).
     fn discard_emptied(&self, emptied: &[Unlinked]) {
         if !self.refcounts.discards_freed() || self.file.has_data_file() || !self.crypt.is_plain() {
@@ -177,11 +177,11 @@ impl Image {
     }
 
     /// Zeroes or discards the same range of the external data file. A raw one must always read like the guest
-    /// disk; in another one the space may be released. Not for `Forget`: after a crash the old entry may still be
-    /// on disk, and the range must then read as the old data, not as zeroes.
+    /// disk; in another one the space may be released. Not for `Forget`: after a crash the old entry may
+    /// still be on disk, and the range must then read as the old data, not as zeroes.
     fn zero_data_file(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<()> {
-        // After a crash the mapping on disk may still point to the cluster; zeroes in it would decrypt to noise,
-        // so encrypted clusters keep their bytes.
+        // After a crash the mapping on disk may still point to the cluster; zeroes in it would decrypt to
+        // noise, so encrypted clusters keep their bytes.
         if !self.file.has_data_file() || !self.crypt.is_plain() {
             return Ok(());
         }

@@ -1,9 +1,9 @@
 //! Changes of the refcounts of whole trees: made in memory, each block written once.
 //!
-//! A snapshot is a second L1 table above the same clusters, so taking, applying and deleting one adds or drops
-//! one reference to everything below an L1 table. That takes two passes over the L2 tables and one over the
-//! refcount blocks, without a lookup for each cluster. Refcount blocks are processed in windows of bounded size,
-//! which bounds memory.
+//! A snapshot is a second L1 table above the same clusters, so taking, applying and deleting one adds or
+//! drops one reference to everything below an L1 table. That takes two passes over the L2 tables and one over
+//! the refcount blocks, without a lookup for each cluster. Refcount blocks are processed in windows of
+//! bounded size, which bounds memory.
 //!
 //! The caller holds the structure lock for writing (there is no guest I/O) and has flushed everything: the
 //! passes read and write the storage directly, and empty the caches at the end.
@@ -32,7 +32,7 @@ use window::{Spans, Window, uncounted};
 /// The locks of a bulk change: nothing else reads or writes refcounts, in memory or on disk.
 struct Held<'a> {
     refcounts: HeldRefcounts<'a>,
-    // Dropped last: a flush round that started earlier would only wait for the refcounts.
+    // Dropped last: a flush round that started before that would only wait for the refcounts.
     _flushing: MutexGuard<'a, ()>,
 }
 
@@ -62,10 +62,10 @@ impl<'a> Bulk<'a> {
         Spans::new(self.geometry(), held.refcounts.table().len() as u64)
     }
 
-    /// Adds one reference to every L2 table of `tree`, and to every cluster that they refer to. Disk: reads the
-    /// tables, then writes the refcount blocks; no barrier. Errors: `NoSpace` if a refcount is at its maximum,
-    /// `Corrupt` for a damaged table or a referenced cluster with refcount 0, both before anything is written;
-    /// `Storage`: some refcounts may be too high then.
+    /// Adds one reference to every L2 table of `tree`, and to every cluster that they refer to. Disk: reads
+    /// the tables, then writes the refcount blocks; no barrier. Errors: `NoSpace` if a refcount is at its
+    /// maximum, `Corrupt` for a damaged table or a referenced cluster with refcount 0, both before anything
+    /// is written; `Storage`: some refcounts may be too high then.
     pub(crate) fn raise_tree(&self, tree: &Tree) -> Result<()> {
         let held = self.hold();
         let spans = self.spans(&held);
@@ -89,13 +89,14 @@ impl<'a> Bulk<'a> {
         Ok(window)
     }
 
-    /// Drops one reference to every L2 table of `tree`, and to every cluster that they refer to. Clusters whose
-    /// refcount gets zero are free, and are discarded in the storage.
+    /// Drops one reference to every L2 table of `tree`, and to every cluster that they refer to. Clusters
+    /// whose refcount gets zero are free, and are discarded in the storage.
     ///
-    /// `unlink` removes the pointer to the tree on disk. It is called after these checks: every refcount can be
-    /// lowered, nothing below the tree is other metadata, and the L2 tables of `kept` keep a nonzero refcount.
-    /// So a tree that cannot be freed stays linked. `active`: the raw entries of the active L1 table; the copied
-    /// flags in it and in its L2 tables are made to agree with the refcounts, and the caller writes the entries.
+    /// `unlink` removes the pointer to the tree on disk. It is called after these checks: every refcount can
+    /// be lowered, nothing below the tree is other metadata, and the L2 tables of `kept` keep a nonzero
+    /// refcount. So a tree that cannot be freed stays linked. `active`: the raw entries of the active L1
+    /// table; the copied flags in it and in its L2 tables are made to agree with the refcounts, and the
+    /// caller writes the entries.
     ///
     /// Disk: reads the tables; `unlink`; writes the refcount blocks and the L2 tables whose flags change,
     /// barrier; then discards. Errors: `Corrupt` for a damaged table or a refcount that is too low, before
@@ -116,8 +117,8 @@ impl<'a> Bulk<'a> {
             Some(active) => self.touched(active, &spans, held.refcounts.table())?,
             None => BTreeSet::new(),
         };
-        // Check that all can be lowered before anything is unlinked. A single window is kept for the second pass;
-        // several would take too much memory.
+        // Check that all can be lowered before anything is unlinked. A single window is kept for the second
+        // pass; several would take too much memory.
         let mut only = None;
         for &span in &touched {
             let mut window = self.lowered(tree, spans.window(self.tables, held.refcounts.table(), span))?;
@@ -152,8 +153,8 @@ impl<'a> Bulk<'a> {
         Ok(())
     }
 
-    /// Checks that [`lower_tree`](Self::lower_tree) will be able to lower every refcount, for a change that ends
-    /// with it.
+    /// Checks that [`lower_tree`](Self::lower_tree) will be able to lower every refcount, for a change that
+    /// ends with it.
     pub(crate) fn check_lowering(&self, tree: &Tree, kept: &[Tree]) -> Result<()> {
         let held = self.hold();
         let spans = self.spans(&held);
@@ -228,8 +229,8 @@ impl<'a> Bulk<'a> {
         self.refcounts.forget_cached();
     }
 
-    /// Clears the copied flags in every L2 table of `tree`, because its clusters are shared from now on. Disk:
-    /// writes the tables that had a flag set; no barrier.
+    /// Clears the copied flags in every L2 table of `tree`, because its clusters are shared from now on.
+    /// Disk: writes the tables that had a flag set; no barrier.
     pub(crate) fn clear_copied(&self, tree: &Tree) -> Result<()> {
         let format = self.tables.file().l2_format();
         tree.for_each_table(self.tables, &mut |_, _, bytes| Ok(format.clear_copied_flags(bytes)))?;
@@ -237,8 +238,9 @@ impl<'a> Bulk<'a> {
         Ok(())
     }
 
-    /// Sets the copied flag of clusters with refcount 1 and clears it for others, as far as `window` holds their
-    /// refcounts: in the L2 tables of `tree`, on disk, and in `entries`, the L1 entries of the tree, in memory.
+    /// Sets the copied flag of clusters with refcount 1 and clears it for others, as far as `window` holds
+    /// their refcounts: in the L2 tables of `tree`, on disk, and in `entries`, the L1 entries of the tree, in
+    /// memory.
     fn mark_copied(&self, tree: &Tree, entries: &mut [u64], window: &mut Window<'_>) -> Result<()> {
         let (geometry, format) = (self.geometry(), self.tables.file().l2_format());
         for raw in entries.iter_mut().filter(|raw| **raw != 0) {
@@ -247,8 +249,8 @@ impl<'a> Bulk<'a> {
             };
             let cluster = geometry.host_cluster(table).value();
             if window.holds(cluster) {
-                // Without a refcount block the flag stays clear, which is safe; the change itself is done and must
-                // not fail any more.
+                // Without a refcount block the flag stays clear, which is safe; the change itself is done and
+                // must not fail any more.
                 let copied = match window.count(cluster) {
                     Err(error) if error.kind() == ErrorKind::Corrupt => false,
                     count => count? == 1,

@@ -14,8 +14,8 @@ use qcow2_format::{Geometry, HostOffset};
 /// Bytes of adjacent L2 tables that are read or written at a time, but never less than one table.
 const PIECE: u64 = 1 << 20;
 
-/// Gets the host offset of an L2 table, the number of L1 entries that point to it, and its bytes. Returns true
-/// if it has changed the bytes.
+/// Gets the host offset of an L2 table, the number of L1 entries that point to it, and its bytes. Returns
+/// true if it has changed the bytes.
 type VisitTable<'a> = dyn FnMut(HostOffset, u64, &mut [u8]) -> Result<bool> + 'a;
 
 /// The L2 tables of an L1 table in host order, and for each the number of L1 entries that point to it.
@@ -72,8 +72,8 @@ impl Tree {
         })
     }
 
-    /// Reads the tables in pieces and calls `visit` for each; writes back the tables that `visit` has changed.
-    /// Skips tables in holes of the storage: they are all zero.
+    /// Reads the tables in pieces and calls `visit` for each; writes back the tables that `visit` has
+    /// changed. Skips tables in holes of the storage: they are all zero.
     pub(super) fn for_each_table(&self, tables: &Tables, visit: &mut VisitTable<'_>) -> Result<()> {
         let (file, mut buffer) = (tables.file(), Vec::new());
         let size = file.geometry().cluster_size();

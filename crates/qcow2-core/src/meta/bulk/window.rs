@@ -147,8 +147,8 @@ impl Window<'_> {
     }
 
     /// Calls `visit` for the clusters of `run` in the window whose refcount disagrees with the copied flag
-    /// `copied`, with the index in `run`. Skips clusters without a refcount block: at this point the change has
-    /// been made already, and must not fail because of other damage.
+    /// `copied`, with the index in `run`. Skips clusters without a refcount block: at this point the change
+    /// has been made already, and must not fail because of other damage.
     pub(super) fn mismatches(
         &mut self,
         run: ClusterRun,
@@ -203,8 +203,8 @@ impl Window<'_> {
         place.as_mut().ok_or_else(|| uncounted(cluster))
     }
 
-    /// Checks that no changed block shares its cluster with other metadata, so that all can be written. Errors:
-    /// `Corrupt`.
+    /// Checks that no changed block shares its cluster with other metadata, so that all can be written.
+    /// Errors: `Corrupt`.
     pub(super) fn check_places(&self) -> Result<()> {
         let size = self.tables.file().geometry().cluster_size();
         let mut changed = self.blocks.iter().flatten().filter(|block| block.dirty);

@@ -1,9 +1,9 @@
 //! Adds, changes and removes the header's bitmaps extension.
 //!
 //! The header cannot move, so its sectors are written in an order in which each step leaves a valid header:
-//! first bytes that the present header does not use, last the sector that makes them part of it. The exception:
-//! removing the extension may move other extensions across sectors, which takes several writes; the bitmaps'
-//! autoclear bit is clear meanwhile. Spec: "Header extensions", "Bitmaps extension".
+//! first bytes that the present header does not use, last the sector that makes them part of it. The
+//! exception: removing the extension may move other extensions across sectors, which takes several writes;
+//! the bitmaps' autoclear bit is clear meanwhile. Spec: "Header extensions", "Bitmaps extension".
 
 use super::{HeaderState, HeaderStore};
 use crate::error::{Error, ErrorKind, Result};
@@ -34,9 +34,9 @@ struct Draft<'a> {
 }
 
 impl HeaderStore {
-    /// Makes the header point to this bitmap directory and sets the autoclear bit, or removes both. Durable when
-    /// it returns. Errors: `NoSpace` if the extension does not fit into the first cluster; `Unsupported` in
-    /// version 2; `Storage`. Errors from the disk or the header's content poison the image.
+    /// Makes the header point to this bitmap directory and sets the autoclear bit, or removes both. Durable
+    /// when it returns. Errors: `Unsupported` in version 2; `NoSpace` if the extension does not fit into the
+    /// first cluster, and `Storage`, which poison the image.
     pub(crate) fn set_bitmaps_extension(&self, extension: Option<BitmapsExtension>) -> Result<()> {
         let mut state = lock(&self.state);
         if state.header.version < Version::V3 {
@@ -120,8 +120,8 @@ impl<'a> Draft<'a> {
         self.trust(true)
     }
 
-    /// Appends the extension to the list. Writes the bytes behind the old end marker first, the marker's sector
-    /// last.
+    /// Appends the extension to the list. Writes the bytes behind the old end marker first, the marker's
+    /// sector last.
     fn insert(&mut self, list: &ExtensionPlaces, extension: &BitmapsExtension) -> Result<()> {
         let end = list.end + RECORD + MARKER;
         if self.is_trusted() {
@@ -142,7 +142,8 @@ impl<'a> Draft<'a> {
         self.trust(true)
     }
 
-    /// Moves the backing file's name to byte `end` of the header or later: writes a copy, then the pointer to it.
+    /// Moves the backing file's name to byte `end` of the header or later: writes a copy, then the pointer to
+    /// it.
     fn move_backing_name(&mut self, name: Range<usize>, end: usize) -> Result<()> {
         let (len, new) = (name.len(), end.max(name.end).next_multiple_of(8));
         if new + len > self.bytes.len() {

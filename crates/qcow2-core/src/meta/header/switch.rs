@@ -15,8 +15,8 @@ use ::alloc::vec::Vec;
 use qcow2_format::{FormatError, Header, HostOffset};
 
 impl HeaderStore {
-    /// Replaces the header on disk by `new`; durable when it returns. Errors: `Format` if it does not fit into
-    /// the first cluster; `Storage`, which poisons the image.
+    /// Replaces the header on disk by `new`; durable when it returns. Errors: `Format` if it does not fit
+    /// into the first cluster; `Storage`, which poisons the image.
     pub(crate) fn switch_to(&self, new: Header) -> Result<()> {
         let plan = {
             let mut old = vec![0; self.file.geometry().cluster_size() as usize];
@@ -66,8 +66,8 @@ fn plan_switch(old: &[u8], new: &Header) -> Result<Vec<Step>, FormatError> {
     let mut first = short.encode_with_name_at(end as u64)?;
     let room = end + name.len() <= target.len();
     if first.len() > sector || !room {
-        // The extensions do not fit into the first sector, or the cluster has no unused bytes for the name: there
-        // is no safe order, so one write.
+        // The extensions do not fit into the first sector, or the cluster has no unused bytes for the name:
+        // there is no safe order, so one write.
         return Ok(vec![step(0, end)]);
     }
     first.resize(sector, 0);

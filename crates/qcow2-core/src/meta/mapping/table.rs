@@ -1,7 +1,7 @@
 //! Makes L2 tables writable: allocates missing ones, copies shared ones.
 //!
-//! Order on disk: the new table's content; then, with the next flush, its refcount, and after a barrier the L1
-//! entry that points to it (I1, I2).
+//! Order on disk: the new table's content; then, with the next flush, its refcount, and after a barrier the
+//! L1 entry that points to it (I1, I2).
 
 use super::{L2Place, Mapping};
 use crate::error::{Error, Result};
@@ -17,9 +17,9 @@ use qcow2_format::l1::L1Entry;
 use qcow2_format::{GuestOffset, HostOffset, L1Index};
 
 impl Mapping {
-    /// The L2 entry of `offset`, in a table that may be changed: allocates a missing table, copies a shared one.
-    /// The caller has claimed the cluster. Disk: writes the new table; the next flush writes its L1 entry.
-    /// Errors: `NoSpace`, `Corrupt`, `Storage`.
+    /// The L2 entry of `offset`, in a table that may be changed: allocates a missing table, copies a shared
+    /// one. The caller has claimed the cluster. Disk: writes the new table; the next flush writes its L1
+    /// entry. Errors: `NoSpace`, `Corrupt`, `Storage`.
     pub(crate) fn writable_place(&self, offset: GuestOffset) -> Result<L2Place> {
         let index = self.format.geometry.l1_index(offset);
         let entry = self.l1_entry(index)?;
@@ -40,8 +40,8 @@ impl Mapping {
         self.place_to_change(table, offset)
     }
 
-    /// The entry of `offset` in `table`, for a change. Fails if `table` is other metadata, because the L1 entry
-    /// is damaged.
+    /// The entry of `offset` in `table`, for a change. Fails if `table` is other metadata, because the L1
+    /// entry is damaged.
     fn place_to_change(&self, table: HostOffset, offset: GuestOffset) -> Result<L2Place> {
         let place = self.place_in_table(table, offset)?;
         // A queued page was checked when it was changed first.
@@ -73,8 +73,8 @@ impl Mapping {
             self.refcounts.release(Unlinked { clusters: cluster.run, kinds: OverlapChecks::ACTIVE_L2 })?;
             return Err(error);
         }
-        // Link and unlink under one open gate, so that they are in the same flush round: the old table is freed
-        // only when the new entry is on disk.
+        // Link and unlink under one open gate, so that they are in the same flush round: the old table is
+        // freed only when the new entry is on disk.
         let _open = read(&self.gate);
         self.l1.set(index, L1Entry { l2_table: Some(table), copied: true }.encode());
         if let Some(run) = old_run {

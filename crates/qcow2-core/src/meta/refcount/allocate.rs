@@ -49,8 +49,8 @@ impl RefcountStore {
         Ok(reserved)
     }
 
-    /// [`allocate_metadata`](Self::allocate_metadata) that also reserves space in the storage. For tables that
-    /// are written in the middle of a procedure, where a full disk would poison the image. Errors: also
+    /// [`allocate_metadata`](Self::allocate_metadata) that also reserves space in the storage. For tables
+    /// that are written in the middle of a procedure, where a full disk would poison the image. Errors: also
     /// `NoSpace`; nothing is allocated then.
     pub(crate) fn allocate_with_space(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
         let reserved = self.allocate_metadata(kind, count)?;
@@ -112,8 +112,8 @@ impl RefcountStore {
         Ok(true)
     }
 
-    /// Finds the first free run of exactly `want` clusters, or, with `exact` false, the first free cluster and
-    /// up to `want - 1` free ones after it. Adds refcount blocks at the end as needed.
+    /// Finds the first free run of exactly `want` clusters, or, with `exact` false, the first free cluster
+    /// and up to `want - 1` free ones after it. Adds refcount blocks at the end as needed.
     fn find_free(&self, refcounts: &mut Refcounts, want: u64, exact: bool) -> Result<Found> {
         let width = self.geometry().refcount_width();
         let mut at = refcounts.first_free;
@@ -160,9 +160,9 @@ impl RefcountStore {
         Ok(Found { run: ClusterRun::new(first, count), lowest })
     }
 
-    /// How many consecutive refcount blocks to add at cluster `at`, which has none. More than one if the run of
-    /// `want` clusters is at least as long as the range of a block: it would not fit between blocks that each
-    /// occupy the first cluster of their range.
+    /// How many consecutive refcount blocks to add at cluster `at`, which has none. More than one if the run
+    /// of `want` clusters is at least as long as the range of a block: it would not fit between blocks that
+    /// each occupy the first cluster of their range.
     fn blocks_ahead(&self, refcounts: &Refcounts, at: u64, want: u64) -> u64 {
         let per_block = self.geometry().refcount_block_entries();
         if want < per_block {
@@ -174,8 +174,8 @@ impl RefcountStore {
         if later.take(blocks as usize - 1).all(|&entry| entry == 0) { blocks } else { 1 }
     }
 
-    /// Adds the refcount block of table entry `index` at `cluster`, which lies in its own range or in that of a
-    /// block before it.
+    /// Adds the refcount block of table entry `index` at `cluster`, which lies in its own range or in that of
+    /// a block before it.
     fn add_block(&self, refcounts: &mut Refcounts, index: u64, cluster: u64) -> Result<()> {
         self.tables.check_unused(ClusterRun::one(cluster))?;
         let sector = index * 8 / SECTOR_SIZE;

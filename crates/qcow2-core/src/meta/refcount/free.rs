@@ -1,7 +1,7 @@
 //! Drops references and frees clusters.
 //!
-//! Invariant I3: an unlinked cluster waits here until the unlink is on disk and no running operation can still
-//! use it.
+//! Invariant I3: an unlinked cluster waits here until the unlink is on disk and no running operation can
+//! still use it.
 
 use super::{RefcountStore, Refcounts};
 use crate::error::Result;
@@ -46,8 +46,8 @@ impl RefcountStore {
         self.cache.is_pressed() || lock(&self.pending).fresh_count() >= MAX_UNLINKED_RUNS
     }
 
-    /// Takes the runs whose unlinks the present flush writes. The caller has closed the gate, so that the flush
-    /// writes the entries of each of them.
+    /// Takes the runs whose unlinks the present flush writes. The caller has closed the gate, so that the
+    /// flush writes the entries of each of them.
     pub(crate) fn take_unlinked(&self) -> Vec<Unlinked> {
         lock(&self.pending).take_fresh()
     }
@@ -76,15 +76,15 @@ impl RefcountStore {
         })
     }
 
-    /// Drops one reference to each cluster of `run`. No entry on disk may refer to them through this reference
-    /// any more.
+    /// Drops one reference to each cluster of `run`. No entry on disk may refer to them through this
+    /// reference any more.
     pub(crate) fn release(&self, run: Unlinked) -> Result<()> {
         self.lower_in(&mut lock(&self.state), run)
     }
 
-    /// [`release`](Self::release) for a caller that has locked the refcounts. On a damaged image the reference
-    /// may have pointed to other metadata, whose refcount then never goes below 1, or to a cluster with
-    /// refcount 0, which is left alone.
+    /// [`release`](Self::release) for a caller that has locked the refcounts. On a damaged image the
+    /// reference may have pointed to other metadata, whose refcount then never goes below 1, or to a cluster
+    /// with refcount 0, which is left alone.
     pub(super) fn lower_in(&self, refcounts: &mut Refcounts, run: Unlinked) -> Result<()> {
         // One lookup for the whole run first: it is nearly always false, and saves a lookup for each cluster.
         let guarded = self.tables.is_guarded(run);
@@ -115,7 +115,8 @@ impl RefcountStore {
             self.file.event(Event::ClusterFree);
         }
         for run in runs {
-            // Before the refcounts go down: after that another thread may allocate the cluster and write to it.
+            // Before the refcounts go down: after that another thread may allocate the cluster and write to
+            // it.
             if self.discard_freed {
                 self.discard_unshared(*run)?;
             }
@@ -124,8 +125,8 @@ impl RefcountStore {
         Ok(())
     }
 
-    /// True if `cluster`, which held `kinds`, has refcount 1. Also keeps compressed streams from adding another
-    /// reference from now on.
+    /// True if `cluster`, which held `kinds`, has refcount 1. Also keeps compressed streams from adding
+    /// another reference from now on.
     fn is_last_reference(&self, cluster: u64, kinds: OverlapChecks) -> Result<bool> {
         if self.tables.is_guarded(Unlinked { clusters: ClusterRun::one(cluster), kinds }) {
             return Ok(false);

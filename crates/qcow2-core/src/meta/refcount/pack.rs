@@ -12,8 +12,8 @@ use core::ops::Range;
 use qcow2_format::HostOffset;
 
 impl RefcountStore {
-    /// Reserves `len` bytes for a stream, less than a cluster: directly behind the last stream, if its cluster
-    /// has enough space or the next cluster is free, else at the start of a new cluster.
+    /// Reserves `len` bytes for a stream, less than a cluster: directly behind the last stream, if its
+    /// cluster has enough space or the next cluster is free, else at the start of a new cluster.
     pub(crate) fn reserve_packed(&self, len: u64) -> Result<HostOffset> {
         debug_assert!(len > 0 && len < self.geometry().cluster_size(), "a stream of {len} bytes");
         if let Some(room) = self.join_pack()?

@@ -1,7 +1,7 @@
 //! Makes refcounts agree with the tables: corrects them in place, or writes a new refcount structure.
 //!
-//! Order on disk for a new structure: blocks and table behind all clusters in use; barrier; the header's switch
-//! to them; barrier.
+//! Order on disk for a new structure: blocks and table behind all clusters in use; barrier; the header's
+//! switch to them; barrier.
 
 use super::RefcountStore;
 use crate::error::{Error, Result};

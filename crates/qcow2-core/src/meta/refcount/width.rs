@@ -39,8 +39,8 @@ impl WidthPlan {
 
 impl RefcountStore {
     /// Plans a structure with refcounts of `bits` bits, a power of two up to 64. Disk: reads every refcount
-    /// block. Errors: `Corrupt` if the present refcount structure is damaged, `NoSpace` if the new table would
-    /// exceed its limit, `Storage`.
+    /// block. Errors: `Corrupt` if the present refcount structure is damaged, `NoSpace` if the new table
+    /// would exceed its limit, `Storage`.
     pub(crate) fn plan_width(&self, bits: u32) -> Result<WidthPlan> {
         let geometry = self
             .geometry()
@@ -106,9 +106,9 @@ impl RefcountStore {
         Ok(None)
     }
 
-    /// Writes the new blocks and the new table; durable when it returns. Nothing points to them yet. `progress`
-    /// gets the number of written blocks and the total; its error stops the work. Errors: those of `progress`;
-    /// `OutOfRange` if a refcount does not fit; `Storage`.
+    /// Writes the new blocks and the new table; durable when it returns. Nothing points to them yet.
+    /// `progress` gets the number of written blocks and the total; its error stops the work. Errors: those of
+    /// `progress`; `OutOfRange` if a refcount does not fit; `Storage`.
     pub(crate) fn write_width(
         &self,
         plan: &WidthPlan,

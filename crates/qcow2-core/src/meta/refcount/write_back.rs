@@ -24,8 +24,8 @@ impl RefcountStore {
         for sector in core::mem::take(&mut refcounts.dirty_sectors) {
             entries.push(table_sector(&refcounts.table, refcounts.table_offset, sector));
         }
-        // Taken before the refcounts are unlocked: otherwise a later copy of a block could be written first, and
-        // this older one over it.
+        // Taken before the refcounts are unlocked: otherwise a later copy of a block could be written first,
+        // and this older one over it.
         let _writing = lock(&self.io);
         drop(refcounts);
         if !blocks.is_empty() {
