@@ -130,7 +130,7 @@ pub fn reads_zero(disk: &dyn GuestDisk, range: GuestRange) -> Result<bool> {
         if !zero {
             return Ok(false);
         }
-        assert!(extent.len > 0, "a disk has a run of no bytes at {at:#x}");
+        assert!(extent.len > 0, "the disk returned an empty extent at {at:#x}");
         at += extent.len;
     }
     Ok(true)

@@ -197,6 +197,7 @@ fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
         l2_tables: if filled { guest.div_ceil(geometry.l2_entries()) } else { 0 },
         data: if filled && options.data_file.is_none() { guest } else { 0 },
     };
+    // A fixed point: blocks and table must also cover their own clusters.
     loop {
         let blocks = layout.end().div_ceil(per_block);
         let table = geometry.clusters_for(blocks * 8);
@@ -206,7 +207,7 @@ fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
         (layout.blocks, layout.table) = (blocks.max(layout.blocks), table.max(layout.table));
     }
     invariant::all_counted(layout.blocks, per_block, layout.end());
-    assert!(layout.table * cluster_size / 8 >= layout.blocks, "a block that no table entry leads to");
+    assert!(layout.table * cluster_size / 8 >= layout.blocks, "more refcount blocks than table entries");
     if layout.table * cluster_size > MAX_REFCOUNT_TABLE_SIZE.max(cluster_size) {
         let clusters = layout.table;
         return Err(refused(Refusal::RefcountTableTooLarge { clusters, cluster_size }));

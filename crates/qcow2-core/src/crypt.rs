@@ -52,8 +52,8 @@ impl SectorLock {
 
 /// See [`SectorLock::hold`].
 pub(crate) enum Hold<'a> {
-    Shared(#[expect(dead_code, reason = "held, not looked at")] RwLockReadGuard<'a, ()>),
-    Alone(#[expect(dead_code, reason = "held, not looked at")] RwLockWriteGuard<'a, ()>),
+    Shared(#[expect(dead_code, reason = "held, never read")] RwLockReadGuard<'a, ()>),
+    Alone(#[expect(dead_code, reason = "held, never read")] RwLockWriteGuard<'a, ()>),
 }
 
 impl Crypt {
@@ -164,7 +164,7 @@ pub(crate) fn write_sectors(
 /// Length of the next piece at `at`: as many whole sectors as possible, or else a part of one sector.
 fn piece_len(at: u64, len: usize) -> usize {
     let size = CIPHER_SECTOR as usize;
-    debug_assert!(len > 0, "a piece of nothing at {at:#x}");
+    debug_assert!(len > 0, "an empty piece at {at:#x}");
     let inside = (at % CIPHER_SECTOR) as usize;
     match inside {
         0 if len >= size => len - len % size,

@@ -212,6 +212,7 @@ impl Image {
         let mut plain = self.scratch.take(size);
         plain[..cluster.len()].copy_from_slice(cluster);
         plain[cluster.len()..size].fill(0);
+        // One byte short of a cluster: a stream as long as the cluster saves nothing.
         let mut out = self.scratch.take(size);
         let stream = self.codec()?.compress(&plain[..size], &mut out[..size - 1])?;
         let result = match stream {

@@ -25,7 +25,7 @@ pub(crate) struct Operation<'a> {
 impl Drop for Operation<'_> {
     fn drop(&mut self) {
         let before = self.active.fetch_sub(1, Ordering::SeqCst);
-        debug_assert!(before > 0, "more operations end than have begun");
+        debug_assert!(before > 0, "more operations end than have started");
     }
 }
 
@@ -130,7 +130,7 @@ impl Claims {
             let (ours, theirs) = (&range.clusters, &other.clusters);
             theirs.start < ours.end && ours.start < theirs.end && !(other.shared && range.shared)
         };
-        debug_assert!(range.clusters.start < range.clusters.end, "a claim of nothing");
+        debug_assert!(range.clusters.start < range.clusters.end, "an empty claim");
         let mut held = lock(&self.held);
         while held.ranges.iter().any(meets) {
             // Every release wakes all waiting threads: claims are few and short, so a queue for each is not
@@ -147,7 +147,7 @@ impl Claims {
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
         let mut held = lock(&self.claims.held);
-        debug_assert!(held.ranges.contains(&self.range), "a claim is given up twice");
+        debug_assert!(held.ranges.contains(&self.range), "a claim is released twice");
         if let Some(at) = held.ranges.iter().position(|range| *range == self.range) {
             held.ranges.swap_remove(at);
         }
@@ -174,7 +174,7 @@ mod tests {
         assert_eq!(operations.advance(), 2);
         let running = operations.enter();
         assert_eq!(operations.advance(), 3);
-        assert_eq!(operations.advance(), 3, "the operation began in epoch 2");
+        assert_eq!(operations.advance(), 3, "the operation started in epoch 2");
         drop(running);
         assert_eq!(operations.advance(), 5);
     }

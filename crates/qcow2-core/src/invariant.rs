@@ -23,12 +23,12 @@ pub(crate) fn count_fits(width: RefcountWidth, count: u64) {
 
 /// I1, I5: an allocation has at least one cluster, and not the header's.
 pub(crate) fn handed_out(run: ClusterRun) {
-    assert!(run.first() > 0 && !run.is_empty(), "{run:?} are handed out");
+    assert!(run.first() > 0 && !run.is_empty(), "{run:?} are allocated");
 }
 
 /// I1: `blocks` consecutive refcount blocks cover all clusters up to `end`, their own included.
 pub(crate) fn all_counted(blocks: u64, per_block: u64, end: u64) {
-    assert!(blocks.saturating_mul(per_block) >= end, "{blocks} refcount blocks do not count cluster {end}");
+    assert!(blocks.saturating_mul(per_block) >= end, "{blocks} refcount blocks do not cover cluster {end}");
 }
 
 /// I2: the copy-on-write edges of a write do not overlap its own bytes, and stay inside its host clusters.
@@ -45,26 +45,26 @@ pub(crate) fn edges_apart(edges: impl Iterator<Item = Range<u64>>, own: Range<u6
 /// I2: an L2 entry that the engine writes points to the start of a cluster.
 pub(crate) fn leads_to_cluster(geometry: &Geometry, entry: &L2Entry) {
     if let L2Entry::Standard(ClusterEntry { host: Some(host), allocated, zero, .. }) = entry {
-        debug_assert!(geometry.is_aligned(host.value()), "an entry leads to {host}");
+        debug_assert!(geometry.is_aligned(host.value()), "an l2 entry points to {host}");
         debug_assert!(allocated & zero == 0, "subclusters {allocated:#x} and {zero:#x} overlap");
     }
 }
 
 /// I3: a cluster that was unlinked in epoch `unlinked` may be freed in epoch `now`: no operation uses it.
 pub(crate) fn unseen(unlinked: u64, now: u64) {
-    assert!(unlinked + 2 <= now, "unlinked in epoch {unlinked}, used again in {now}");
+    assert!(unlinked + 2 <= now, "a cluster unlinked in epoch {unlinked} is freed in epoch {now}");
 }
 
 /// I4: a cluster that gets the copied flag was just allocated, or had the flag already.
 pub(crate) fn ours_alone(reserved: bool, was_copied: bool, data_file: bool) {
-    assert!(reserved || was_copied || data_file, "a cluster of others is written in place");
+    assert!(reserved || was_copied || data_file, "a shared cluster is written in place");
 }
 
 /// I4: L2 tables that a snapshot shares with the active disk have no copied flag in either L1 table.
 pub(crate) fn none_copied(l1_entries: &[u64]) {
     debug_assert!(
         l1_entries.iter().all(|&raw| raw == without_copied(raw)),
-        "a shared l2 table is marked as the active disk's alone"
+        "the entry of a shared l2 table has the copied flag"
     );
 }
 
@@ -81,13 +81,13 @@ pub(crate) fn table_words(offset: HostOffset, len: usize) {
 
 /// I6: the sector that is going to be written at offset 0 is a header.
 pub(crate) fn is_header(sector: &[u8]) {
-    assert!(sector.starts_with(b"QFI\xfb"), "the first sector would be no header");
+    assert!(sector.starts_with(b"QFI\xfb"), "the new first sector is not a header");
 }
 
 /// I6: an image that is being changed has no unknown autoclear bits.
 pub(crate) fn no_unknown_promise(header: &Header) {
     let unknown = header.features.autoclear.unknown();
-    assert!(unknown == AutoclearFeatures::NONE, "autoclear bits {:#x} are kept in a change", unknown.bits());
+    assert!(unknown == AutoclearFeatures::NONE, "unknown autoclear bits {:#x} at a change", unknown.bits());
 }
 
 /// I6: the parsed header and its sector have the same autoclear bits.
@@ -100,7 +100,7 @@ pub(crate) fn same_features(header: &Header, sector: &[u8]) {
 
 /// I7: only an image that was opened for writing is written to.
 pub(crate) fn may_write(writable: bool) {
-    assert!(writable, "an image that was opened for reading is written");
+    assert!(writable, "write to an image that was opened for reading");
 }
 
 /// I8: a run is not empty, and no longer than asked for. Debug builds only: it is on the path of every read,
@@ -108,7 +108,7 @@ pub(crate) fn may_write(writable: bool) {
 pub(crate) fn covers(run: &Run, asked: u64) {
     debug_assert!(
         run.len > 0 && run.len <= asked || asked == 0,
-        "a run of {} bytes where {asked} were asked for",
+        "a run of {} bytes, asked for at most {asked}",
         run.len
     );
 }

@@ -145,7 +145,7 @@ fn open_data(
     if !header.has_data_file() {
         let raw = header.features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE);
         if raw && options.layers != Layers::TopOnly {
-            let message = "image promises a raw external data file (autoclear bit 1), but has no data file";
+            let message = "autoclear bit 1 (raw external data file) is set, but the image has no data file";
             return Err(Error::new(ErrorKind::Format, message));
         }
         return Ok(Some(Arc::clone(&source.storage)));
@@ -154,7 +154,8 @@ fn open_data(
         return Ok(None);
     }
     let Some(name) = header.extensions.data_file_name() else {
-        return Err(Error::new(ErrorKind::Resolve, "image needs an external data file but names none"));
+        let message = "image needs an external data file, but its header has no name for it";
+        return Err(Error::new(ErrorKind::Resolve, message));
     };
     let opened = source.resolver.resolve(Reference::DataFile { name: &name }, options.writable)?;
     Ok(Some(opened.storage))

@@ -56,7 +56,7 @@ impl Image {
         if size > old {
             self.grow(old, size)?;
         }
-        debug_assert_eq!(self.size(), size, "the disk has another size than its header will have");
+        debug_assert_eq!(self.size(), size, "the size in memory is not the one for the header");
         self.header.update(&[HeaderField::Size(size)])?;
         if let Some(data) = self.file.data_file() {
             data.set_len(size)?;
@@ -109,11 +109,13 @@ impl Image {
 
     /// Moves the L1 table to new clusters, with `entries` entries.
     fn move_l1(&self, entries: u64) -> Result<()> {
+        // The new table is written with all links that are in memory: what they point to, and its refcounts,
+        // must be durable first (I1, I2).
         self.flusher.flush()?;
         let (old_offset, mut table) = self.mapping().l1_contents();
         let old_run = self.tables.run_of(OverlapChecks::ACTIVE_L1, old_offset, table.len() as u64 * 8);
         self.refcounts.check_freeable(old_run)?;
-        assert!(entries > table.len() as u64, "an l1 table moves to have {entries} entries, and has them");
+        assert!(entries > table.len() as u64, "an l1 table of {entries} entries or more is moved to grow");
         table.resize(entries as usize, 0);
         let clusters = self.file.geometry().clusters_for(entries * 8);
         let place = self.refcounts.allocate_with_space(OverlapChecks::ACTIVE_L1, clusters)?;

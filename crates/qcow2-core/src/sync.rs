@@ -301,7 +301,7 @@ mod tests {
         let twice = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let (_one, _two) = (read(&second), read(&second));
         }));
-        assert!(twice.is_err(), "a reader that reads again waits for a writer who waits for it");
+        assert!(twice.is_err(), "a second read lock waits for a writer that waits for the first one");
         // Locks of another image have an order of their own.
         let _other_owner = LockOwner::new();
         let other = Mutex::new(Rank::Structure, 4);

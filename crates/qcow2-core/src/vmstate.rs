@@ -47,6 +47,7 @@ impl Image {
         let (start, end) = self.state_range(offset, buf.len())?;
         self.file.check_writable()?;
         if self.file.geometry().l1_entries_for(end) > self.mapping().l1_len() {
+            // The length was read without this lock; `cover_with_l1` reads it again.
             let _alone = write(&self.structure);
             self.begin_change()?;
             self.cover_with_l1(end)?;

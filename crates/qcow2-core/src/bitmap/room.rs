@@ -26,7 +26,7 @@ impl Room {
         self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
     }
 
-    /// Gives back what was taken.
+    /// Returns `bytes` that were taken.
     pub(super) fn give(&self, bytes: u64) {
         self.left.fetch_add(bytes, Ordering::Relaxed);
     }

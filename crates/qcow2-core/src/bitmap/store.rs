@@ -298,7 +298,7 @@ impl Image {
                 };
                 table[index as usize] = entry.encode();
             }
-            assert!(places.next().is_none(), "bitmap {index} has room for more bits than it has");
+            assert!(places.next().is_none(), "bitmap {index} has more reserved clusters than it needs");
             let bytes = table_bytes(table);
             self.tables.write(OverlapChecks::BITMAP_DIRECTORY, live.entry.table_offset, &bytes)?;
         }

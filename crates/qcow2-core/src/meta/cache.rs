@@ -54,6 +54,7 @@ impl PageCache {
             ways,
             dirty: Mutex::new(Rank::CacheDirty, Vec::new()),
             dirty_count: AtomicUsize::new(0),
+            // Dirty pages cannot be evicted, so a flush is due before they fill the cache.
             dirty_limit: if bytes >= needed { usize::MAX } else { (pages as usize * 3 / 4).max(4) },
         }
     }
@@ -71,6 +72,7 @@ impl PageCache {
 
     fn set(&self, page: HostOffset) -> &Set {
         let number = page.value() / self.page_size;
+        // Fibonacci hashing: tables often lie at regular distances, which must not meet in one set.
         let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let index = if self.set_bits == 0 { 0 } else { (hash >> (64 - self.set_bits)) as usize };
         &self.sets[index]
@@ -108,6 +110,8 @@ impl PageCache {
     fn insert(&self, set: &Set, page: Arc<Page>) {
         let mut pages = write(&set.pages);
         debug_assert!(pages.iter().all(|other| other.offset() != page.offset()), "a second copy of a page");
+        // Two passes: the first one clears the used marks, so that the second one finds a victim. If all
+        // pages are dirty or in use, the set gets larger than `ways` for a while.
         let mut tries = pages.len() * 2;
         let mut at = 0;
         while pages.len() >= self.ways && tries > 0 {
@@ -128,7 +132,7 @@ impl PageCache {
     pub(crate) fn forget(&self, table: HostOffset, len: u64) {
         debug_assert!(
             table.value().is_multiple_of(self.page_size),
-            "a table at {table} begins inside a page"
+            "a table at {table} starts inside a page"
         );
         let mut at = table.value();
         while at < table.value() + len {

@@ -196,6 +196,6 @@ pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) 
         storage.read_padded(HostOffset::new(offset.value() + done), bytes)?;
         words.extend(qcow2_format::bytes::words(bytes));
     }
-    debug_assert_eq!(words.len() as u64, count, "a table of another length than asked for");
+    debug_assert_eq!(words.len() as u64, count, "a wrong number of words");
     Ok(words)
 }

@@ -46,13 +46,14 @@ impl Guard {
 
     /// Records that the clusters of `run` hold metadata of `kinds`.
     pub(crate) fn note(&self, kinds: OverlapChecks, run: ClusterRun) {
-        debug_assert!(kinds != OverlapChecks::NONE, "{run:?} are noted as nothing");
+        debug_assert!(kinds != OverlapChecks::NONE, "{run:?} are recorded without a kind");
         write(&self.map).insert(kinds, run);
     }
 
     /// Records that `cluster` no longer holds metadata of `kinds`: it was freed as that.
     pub(crate) fn forget(&self, kinds: OverlapChecks, cluster: u64) {
         invariant::not_the_header(kinds, cluster);
+        // Looked up under the read lock first: most freed clusters are not in the map.
         if kinds != OverlapChecks::NONE && self.kinds_at(cluster).any_of(kinds) {
             write(&self.map).remove(kinds, cluster);
         }
@@ -104,7 +105,7 @@ impl MetadataMap {
         if self.kinds_at(cluster) == OverlapChecks::NONE {
             self.any.remove(cluster);
         }
-        debug_assert!(!self.kinds_at(cluster).any_of(kinds), "cluster {cluster} is still there");
+        debug_assert!(!self.kinds_at(cluster).any_of(kinds), "cluster {cluster} is still in the map");
     }
 
     fn kinds_at(&self, cluster: u64) -> OverlapChecks {
@@ -221,7 +222,7 @@ mod tests {
         assert_eq!(guard.hit_by_data(ClusterRun::new(0, 8)), Some(Hit { cluster: 7, kinds: table }));
         guard.forget(OverlapChecks::NONE, 7);
         guard.forget(table, 7);
-        assert_eq!(guard.hit_by_data(ClusterRun::new(0, 8)), None, "guest data over l2 tables was allowed");
+        assert_eq!(guard.hit_by_data(ClusterRun::new(0, 8)), None, "l2 tables are not among the checks");
         assert_eq!(
             guard.hit_by(OverlapChecks::NONE, ClusterRun::new(7, 1)),
             Some(Hit { cluster: 7, kinds: l2 })

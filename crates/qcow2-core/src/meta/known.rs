@@ -54,7 +54,10 @@ pub(crate) fn known_metadata(
     noted.left = MAX_NOTED;
     noted.add_bitmaps(&walk)?;
     noted.add_snapshots(&walk, checks.contains(OverlapChecks::INACTIVE_L2))?;
-    debug_assert!(noted.map.holds(OverlapChecks::MAIN_HEADER, 0), "the header's cluster is not known");
+    debug_assert!(
+        noted.map.holds(OverlapChecks::MAIN_HEADER, 0),
+        "the header's cluster is not in the metadata map"
+    );
     Ok(noted.map)
 }
 

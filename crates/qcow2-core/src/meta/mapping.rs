@@ -230,7 +230,7 @@ impl Mapping {
         entry: impl Fn(u64) -> L2Entry,
     ) -> Result<()> {
         invariant::may_write(self.file.is_writable());
-        assert!(count <= place.entries(), "{count} entries are changed in a page that has fewer");
+        assert!(count <= place.entries(), "{count} entries pass the end of their page");
         // Open for all of it, so that entries and unlinked clusters are in the same flush round. If the
         // clusters were in an earlier round, it would free them while the entries on disk still point to
         // them.

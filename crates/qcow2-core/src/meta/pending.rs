@@ -45,7 +45,7 @@ pub(crate) struct PendingFrees {
 impl PendingFrees {
     /// Adds a run that was unlinked in memory.
     pub(crate) fn push(&mut self, run: Unlinked) {
-        debug_assert!(!run.clusters.is_empty(), "a reference to nothing is given up");
+        debug_assert!(!run.clusters.is_empty(), "an empty run is unlinked");
         if let Some(last) = self.fresh.last_mut()
             && last.kinds == run.kinds
             && last.clusters.join(run.clusters)
@@ -67,7 +67,7 @@ impl PendingFrees {
 
     /// Adds runs whose unlinks are on disk now. `epoch`: the current one.
     pub(crate) fn made_durable(&mut self, epoch: u64, runs: Vec<Unlinked>) {
-        debug_assert!(self.durable.last().is_none_or(|(last, _)| *last <= epoch), "epochs go on only");
+        debug_assert!(self.durable.last().is_none_or(|(last, _)| *last <= epoch), "the epoch went back");
         if !runs.is_empty() {
             self.durable.push((epoch, runs));
         }

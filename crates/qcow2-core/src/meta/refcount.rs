@@ -262,7 +262,7 @@ impl RefcountStore {
     /// cached pages at their offsets are stale and dropped.
     pub(crate) fn adopt_table(&self, table: Vec<u64>, place: ClusterRun) {
         let entries = place.len(self.geometry()) / 8;
-        assert_eq!(table.len() as u64, entries, "a refcount table of another length than its clusters");
+        assert_eq!(table.len() as u64, entries, "a refcount table that does not fill its clusters");
         let mut refcounts = lock(&self.state);
         for &raw in &table {
             if let Ok(Some(block)) = decode_table_entry(raw, self.geometry()) {

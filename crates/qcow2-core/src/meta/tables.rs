@@ -65,7 +65,10 @@ impl Tables {
     pub(crate) fn learn(&self, l1: &[u64], refcount_table: &[u64]) -> Result<()> {
         let header = self.header.current();
         self.guard.replace(known_metadata(self.file.storage(), &header, (l1, refcount_table), self.checks)?);
-        debug_assert!(self.guard.kinds_at(0).contains(OverlapChecks::MAIN_HEADER), "the header is forgotten");
+        debug_assert!(
+            self.guard.kinds_at(0).contains(OverlapChecks::MAIN_HEADER),
+            "the header's cluster is not in the metadata map"
+        );
         Ok(())
     }
 
@@ -95,7 +98,7 @@ impl Tables {
         match self.guard.hit_by(kinds, ClusterRun::touched(self.file.geometry(), offset, len)) {
             None => Ok(()),
             Some(Hit { cluster, kinds: other }) => Err(self.header.mark_corrupt(format!(
-                "{} at {offset} takes host cluster {cluster}, which holds {}",
+                "{} at {offset} would overwrite host cluster {cluster}, which holds {}",
                 kinds.text(),
                 other.text()
             ))),
@@ -162,7 +165,7 @@ impl Tables {
         match self.guard.hit_by(run.kinds, run.clusters) {
             None => Ok(()),
             Some(Hit { cluster, kinds }) => Err(self.header.mark_corrupt(format!(
-                "{} is said to be in host cluster {cluster}, which holds {}",
+                "{} in host cluster {cluster} cannot be freed: the cluster holds {}",
                 run.kinds.text(),
                 kinds.text()
             ))),

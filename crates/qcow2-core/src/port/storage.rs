@@ -203,7 +203,7 @@ pub trait Storage: Send + Sync {
         len: u64,
     ) -> Result<(), StorageError> {
         let _ = (source, from, offset, len);
-        Err(StorageError::new(StorageErrorKind::Unsupported, "this storage copies nothing by itself"))
+        Err(StorageError::new(StorageErrorKind::Unsupported, "this storage has no copy offload"))
     }
 
     /// The storage itself for downcasts: [`copy_from`](Self::copy_from) of an adapter looks for its own type

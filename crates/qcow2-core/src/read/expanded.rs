@@ -44,7 +44,7 @@ impl ExpandedClusters {
             kept.remove(0);
         }
         kept.push((stream, Arc::new(bytes)));
-        debug_assert!(kept.len() <= PER_SHARD, "more expanded clusters are kept than there is room for");
+        debug_assert!(kept.len() <= PER_SHARD, "the cache of expanded clusters exceeds its limit");
     }
 
     /// Empties the cache. Called before host clusters are freed.

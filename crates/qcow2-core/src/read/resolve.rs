@@ -34,7 +34,7 @@ pub(crate) fn resolve_run(
     entries: u64,
     mut entry: impl FnMut(u64) -> Result<L2Entry, FormatError>,
 ) -> Result<Run, FormatError> {
-    debug_assert!(entries > 0, "no entry may be asked for");
+    debug_assert!(entries > 0, "a lookup without entries");
     let geometry = &format.geometry;
     let cluster_size = geometry.cluster_size();
     let inside = geometry.in_cluster(offset.value());
@@ -73,7 +73,7 @@ fn place_at(cluster: &ClusterEntry, subcluster: u32, inside: u64) -> Place {
 fn same_state_end(format: &L2Format, cluster: &ClusterEntry, first: u32) -> u64 {
     let (count, state) = (format.geometry.subclusters(), cluster.state(first));
     let end = (first + 1..count).find(|&i| cluster.state(i) != state).unwrap_or(count);
-    debug_assert!(end > first, "a run of no subclusters");
+    debug_assert!(end > first, "an empty run of subclusters");
     u64::from(end) * format.geometry.subcluster_size()
 }
 

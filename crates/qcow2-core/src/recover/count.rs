@@ -65,7 +65,7 @@ impl ReferenceCounts {
             if !self.chunks.contains_key(&chunk) && self.chunks.len() == MAX_CHUNKS {
                 return Err(Error::corrupt("image uses too many clusters to recount its refcounts"));
             }
-            debug_assert!(self.chunks.len() <= MAX_CHUNKS, "counts take more memory than allowed");
+            debug_assert!(self.chunks.len() <= MAX_CHUNKS, "reference counts exceed their memory limit");
             let counts = self.chunks.entry(chunk).or_insert_with(|| Box::new([0; CHUNK]));
             let count = &mut counts[cluster as usize % CHUNK];
             *count = count.saturating_add(times);
@@ -225,7 +225,7 @@ impl<'a> Recount<'a> {
         if let Some(hit) = self.tables.guard().hit_by(OverlapChecks::L2, cluster) {
             // Its words are not L2 entries; counting them as references would corrupt the refcounts.
             return Err(Error::corrupt(format!(
-                "an l1 entry leads to {table}, which is {}",
+                "an l1 entry points to {table}, which holds {}",
                 hit.kinds.text()
             )));
         }

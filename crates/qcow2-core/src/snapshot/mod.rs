@@ -188,10 +188,10 @@ impl Image {
     fn check_applicable(&self, snapshot: &Snapshot, size: u64) -> Result<()> {
         let unsupported = |message| Err(Error::new(ErrorKind::Unsupported, message));
         if self.header().trusted_bitmaps().is_some() {
-            return unsupported("image has persistent bitmaps, which do not go back in time");
+            return unsupported("image has persistent bitmaps, which cannot be reverted to a snapshot");
         }
         if size != self.size() && !self.file.l2_format().zero_flag {
-            return unsupported("a version 2 image cannot go back to a snapshot of another size");
+            return unsupported("a version 2 image cannot be reverted to a snapshot of another size");
         }
         check_size(snapshot, self.file.geometry())
     }

@@ -4,7 +4,7 @@
 //!
 //! A walk changes nothing and trusts nothing: offsets may point anywhere, tables may overlap, and four
 //! million entries may refer to the same table. Memory stays below the named limits, and each table is read
-//! once, however many references it has ([`overlay`]).
+//! once, however many references it has ([`overlay()`]).
 //!
 //! A walk reads the storage directly. If the image is open for writing, flush it first.
 

@@ -60,6 +60,7 @@ impl Pieces<'_> {
         }
         let extent = self.walk.storage.extent_at(HostOffset::new(self.at), left)?;
         let whole_entries = extent.len / 8 * 8;
+        // A hole shorter than an entry: the entry has data in its other bytes, so it is read.
         if extent.data || whole_entries == 0 {
             self.data = self.at..self.at.saturating_add(extent.len.max(8));
             return Ok(true);

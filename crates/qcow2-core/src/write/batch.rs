@@ -72,7 +72,7 @@ impl Image {
             beside += prepared.edges.iter().map(Edge::held).sum::<usize>();
             let cow = !prepared.edges.is_empty();
             self.file.event(if cow { Event::CowWrite } else { Event::WriteAio });
-            assert!(prepared.len > 0 && prepared.len <= bytes.len() as u64, "a place for other bytes");
+            assert!(prepared.len > 0 && prepared.len <= bytes.len() as u64, "prepared for a wrong length");
             free_from = cluster(offset.value() + prepared.len - 1) + 1;
             rest.done += prepared.len as usize;
             let (part, later) = bytes.split_at(prepared.len as usize);

@@ -82,7 +82,7 @@ impl Image {
         self.begin_change()?;
         self.bitmaps.mark(range);
         let prepared = self.prepare(range.start(), range.len())?;
-        assert!(prepared.len > 0 && prepared.len <= range.len(), "a ticket for other bytes than asked for");
+        assert!(prepared.len > 0 && prepared.len <= range.len(), "a ticket for a wrong length");
         self.grow_to_pieces(&prepared)?;
         let range =
             GuestRange::between(range.start(), GuestOffset::new(range.start().value() + prepared.len));

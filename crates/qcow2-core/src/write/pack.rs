@@ -43,7 +43,7 @@ impl Image {
                 joins
             });
             let count = run.count();
-            assert!(count > 0, "streams that no run begins with");
+            assert!(count > 0, "an empty run of compressed streams");
             let (run, later) = rest.split_at(count);
             let (linked, result) = self.store_run(start, run);
             if result.is_err() {
@@ -74,7 +74,10 @@ impl Image {
         for (offset, stream) in streams {
             let len = stream.len() as u64;
             if !geometry.is_aligned(offset.value()) || len == 0 || len >= geometry.cluster_size() {
-                let message = format!("compressed stream of {len} bytes at {offset}: not a smaller cluster");
+                let most = geometry.cluster_size() - 1;
+                let message = format!(
+                    "compressed stream of {len} bytes at {offset}: allowed are 1 to {most} bytes at a cluster"
+                );
                 return Err(Error::new(ErrorKind::InvalidOption, message));
             }
             if offset.value() < next {
@@ -94,8 +97,9 @@ impl Image {
     ) -> Result<()> {
         let place = self.mapping().writable_place(offset)?;
         if !is_free(&self.mapping().entry(&place, 0, offset)?) {
-            let message =
-                format!("guest offset {offset} is allocated: a compressed write needs an unused cluster");
+            let message = format!(
+                "guest offset {offset} is allocated: a compressed write needs an unallocated cluster"
+            );
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
         let len = stream.len() as u64;

@@ -100,7 +100,7 @@ pub(crate) fn mask(first: u64, end: u64) -> u32 {
 /// the subclusters that were copied there, or are there already.
 pub(crate) fn written_entry(old: &L2Entry, host: HostOffset, touched: u32, kept: u32) -> L2Entry {
     let data = touched | kept;
-    debug_assert!(host.value() > 0 || data != 0, "nothing is written nowhere");
+    debug_assert!(host.value() > 0 || data != 0, "a written entry without data and host offset");
     let zero = match old {
         L2Entry::Standard(cluster) => cluster.zero & !data,
         L2Entry::Compressed(_) => 0,
@@ -193,7 +193,7 @@ pub(crate) fn plan_zero(
     } else {
         ClusterEntry { zero: cluster.zero | subclusters, ..ClusterEntry::UNALLOCATED }
     };
-    debug_assert!(entry.allocated & entry.zero == 0, "a subcluster is zero and data");
+    debug_assert!(entry.allocated & entry.zero == 0, "a subcluster is both zero and data");
     let new = L2Entry::Standard(entry);
     if new == *old {
         return ZeroPlan::Nothing;

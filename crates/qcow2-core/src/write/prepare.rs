@@ -125,7 +125,7 @@ impl Image {
 
     fn prepare_in_place<'a>(&'a self, host: HostOffset, len: u64, claim: Claim<'a>) -> Result<Prepared<'a>> {
         invariant::may_write(self.file.is_writable());
-        debug_assert!(len > 0, "a write of nothing is prepared");
+        debug_assert!(len > 0, "an empty write is prepared");
         self.tables.check_data_place(host, len)?;
         self.cover_sector(host.value() + len)?;
         Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None, _in_place: Some(claim) })

@@ -129,7 +129,7 @@ impl Image {
         }
         let done = (count * size - inside).min(len);
         assert!(done > 0, "zeroing at {offset} makes no progress");
-        debug_assert_eq!(entries.len() as u64, count, "a cluster has no entry, or two");
+        debug_assert_eq!(entries.len() as u64, count, "not one new entry for each cluster");
         // The data file before the mapping: if it fails, guest and raw data file must still agree.
         self.zero_data_file(offset, done, kind)?;
         self.commit_zero(&place, &entries, &unlinked)?;

@@ -212,7 +212,7 @@ impl<'a> Bulk<'a> {
         let mut touched = BTreeSet::new();
         let per_block = self.geometry().refcount_block_entries();
         tree.for_each_run(self.tables, &mut |run, _| {
-            debug_assert!(!run.clusters.is_empty(), "a tree refers to no cluster");
+            debug_assert!(!run.clusters.is_empty(), "an empty run in a tree");
             let (first, last) = (run.clusters.first(), run.clusters.end() - 1);
             if last / per_block >= table.len() as u64 {
                 return Err(uncounted(last));

@@ -40,7 +40,7 @@ impl Tree {
                 _ => tables.push((offset, 1)),
             }
         }
-        debug_assert!(tables.windows(2).all(|pair| pair[0].0 < pair[1].0), "a table is read twice");
+        debug_assert!(tables.windows(2).all(|pair| pair[0].0 < pair[1].0), "a table is in the tree twice");
         Ok(Self { tables })
     }
 
@@ -85,7 +85,7 @@ impl Tree {
             };
             let count = rest.iter().enumerate().take(most).take_while(|&next| follows(next)).count();
             // The first table always matches, so every piece has at least one and the loop ends.
-            assert!(count > 0, "a piece of no tables");
+            assert!(count > 0, "an empty piece of tables");
             let (piece, later) = rest.split_at(count);
             rest = later;
             let len = piece.len() as u64 * size;

@@ -35,7 +35,7 @@ impl Mapping {
         };
         debug_assert!(
             self.l1_entry(index).is_ok_and(|entry| entry.copied && entry.l2_table == Some(table)),
-            "an l2 table that is not the active disk's alone is about to change"
+            "a shared l2 table is about to change"
         );
         self.place_to_change(table, offset)
     }

@@ -75,7 +75,7 @@ impl RefcountStore {
         let Found { run, lowest } = self.find_free(&mut refcounts, want.max(1), exact)?;
         assert!(
             run.count() <= want.max(1) && (!exact || run.count() == want),
-            "{run:?} where {want} are wanted"
+            "{run:?}, asked for {want} clusters"
         );
         if run.end() > self.geometry().clusters_below(MAX_HOST_END) {
             return Err(Error::new(
@@ -90,6 +90,7 @@ impl RefcountStore {
         for cluster in run.clusters() {
             self.set_count(&refcounts, cluster, 1)?;
         }
+        // A search for a longer run may have skipped free clusters before it.
         refcounts.first_free = if run.first() == lowest { run.end() } else { lowest };
         Ok(Reserved { offset, run, fresh })
     }
@@ -197,7 +198,10 @@ impl RefcountStore {
             refcounts.table[index as usize] = encode_table_entry(None);
             return Err(error);
         }
-        debug_assert!(matches!(self.count_in(refcounts, cluster), Ok(1)), "a block that is not counted");
+        debug_assert!(
+            matches!(self.count_in(refcounts, cluster), Ok(1)),
+            "a refcount block without refcount"
+        );
         refcounts.dirty_sectors.insert(sector);
         self.tables.guard().note(OverlapChecks::REFCOUNT_BLOCK, ClusterRun::one(cluster));
         Ok(())

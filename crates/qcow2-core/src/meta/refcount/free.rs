@@ -56,7 +56,7 @@ impl RefcountStore {
     /// `operations` can still use. The caller holds the flush lock.
     pub(crate) fn made_durable(&self, unlinked: Vec<Unlinked>, operations: &Operations) -> Vec<Unlinked> {
         let mut pending = lock(&self.pending);
-        debug_assert!(unlinked.iter().all(|run| !run.clusters.is_empty()), "references to nothing");
+        debug_assert!(unlinked.iter().all(|run| !run.clusters.is_empty()), "an empty run is unlinked");
         pending.made_durable(operations.epoch(), unlinked);
         if pending.is_empty() {
             return Vec::new();
@@ -110,7 +110,7 @@ impl RefcountStore {
     /// Frees `runs`, which no entry on disk and no running operation uses; discards their space first if
     /// `discard_freed` is set. The caller has cleared the cache of expanded clusters.
     pub(crate) fn free(&self, runs: &[Unlinked]) -> Result<()> {
-        debug_assert!(runs.iter().all(|run| !run.clusters.is_empty()), "references to nothing are dropped");
+        debug_assert!(runs.iter().all(|run| !run.clusters.is_empty()), "an empty run is freed");
         if !runs.is_empty() {
             self.file.event(Event::ClusterFree);
         }

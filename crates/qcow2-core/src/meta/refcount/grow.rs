@@ -46,7 +46,9 @@ impl RefcountStore {
         let (cluster_size, per_block) = (geometry.cluster_size(), geometry.refcount_block_entries());
         let old_entries = refcounts.table.len() as u64;
         let first = old_entries * per_block;
+        // At least half as much again, so that the table moves ever more rarely as the file grows.
         let wanted = (index + 1).max(old_entries + old_entries / 2);
+        // A fixed point: blocks and table must also cover their own clusters.
         let (mut blocks, mut table_clusters) = (1u64, 1u64);
         loop {
             let new_blocks = (blocks + table_clusters).div_ceil(per_block);

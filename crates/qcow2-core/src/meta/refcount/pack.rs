@@ -71,7 +71,7 @@ impl RefcountStore {
     fn set_pack(&self, room: Range<u64>) {
         debug_assert!(
             room.start <= room.end && self.geometry().is_aligned(room.end),
-            "streams go to {room:?}, which does not end with a cluster"
+            "free bytes {room:?} for streams do not end at a cluster boundary"
         );
         lock(&self.state).pack = Some(room).filter(|room| !room.is_empty());
     }

@@ -92,6 +92,7 @@ impl RefcountStore {
         let (size, per_block) = (self.geometry().cluster_size(), self.geometry().refcount_block_entries());
         let file_end = self.geometry().clusters_for(self.file.storage().len()?);
         let first = counts.used().last().map_or(0, |(cluster, _)| cluster + 1).max(file_end);
+        // A fixed point: blocks and table must also cover their own clusters.
         let (mut blocks, mut table) = (1u64, 1u64);
         while (blocks, table) != self.needed(first + blocks + table) {
             let needed = self.needed(first + blocks + table);

@@ -64,6 +64,7 @@ impl RefcountStore {
                 first = last + 1;
             }
         }
+        // A fixed point: blocks and table must also cover their own clusters.
         let (mut blocks, mut table) = (0, 0);
         loop {
             let needed = (first + blocks + table).div_ceil(geometry.refcount_block_entries());
