@@ -174,6 +174,7 @@ fn backing_chain_loops_and_long_chains() {
 }
 
 /// strace; `None`, with a printed skip, if it is missing or may not trace.
+#[allow(clippy::print_stdout, reason = "a skip must be seen")]
 fn strace(folder: &Path) -> Option<Tool> {
     let strace = Tool::find("strace")?;
     let traces = strace.run_in(folder, &["-o", "/dev/null", "true"]);
