@@ -1,5 +1,4 @@
-//! How long the engine's own work takes, on memory: looking a place up, preparing a write, reading through
-//! it.
+//! Benchmarks of the engine's own work, with the image in memory: lookup, preparing a write, reading.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -29,7 +28,7 @@ fn image(extended_l2: bool) -> Arc<Image> {
     image
 }
 
-/// Offsets that jump about in the first half of the disk.
+/// Pseudo-random offsets in the first half of the disk.
 fn offsets() -> impl Iterator<Item = GuestOffset> {
     (0u64..).map(|i| GuestOffset::new(i.wrapping_mul(2_654_435_761) % (SIZE / 2 / 4096) * 4096))
 }

@@ -1,5 +1,5 @@
-//! Drives the data plane with its own I/O: the engine says where bytes are, this program moves them with
-//! `pread` and `pwrite` of its own, as an io_uring loop or a virtual machine monitor would.
+//! Does the data I/O itself: the engine gives host offsets, and this program reads and writes there with its
+//! own `pread` and `pwrite`, as an io_uring loop or a virtual machine monitor would.
 //!
 //! ```text
 //! cargo run -p qcow2-core --example own_io
@@ -20,7 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let image = Image::create(source, &CreateOptions::new(64 << 20), &OpenOptions::writable())?;
     let own = file.reopen()?;
 
-    // Write: prepare a place, move the bytes, commit the mapping.
+    // Write: prepare, move the bytes, commit.
     let message = b"written without the engine seeing a byte";
     let request = GuestRange::new(GuestOffset::new(5_000_000), message.len() as u64).ok_or("range")?;
     let ticket = image.prepare_write(request)?;
@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     ticket.commit()?;
     image.flush()?;
 
-    // Read: pin the mapping, look the place up, fetch the bytes.
+    // Read: pin the mapping, look up the host offset, read the bytes.
     let mut seen = vec![0; message.len()];
     let pin = image.pin();
     let extent = pin.extent_at(request)?;

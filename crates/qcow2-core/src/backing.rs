@@ -1,4 +1,4 @@
-//! Another backing file's name in the header.
+//! Changes the backing file's name in the header.
 
 use crate::create::BackingName;
 use crate::error::Result;
@@ -7,12 +7,12 @@ use crate::sync::write;
 use ::alloc::string::String;
 
 impl Image {
-    /// Records another backing file, or none. What the guest sees where this layer has nothing changes with
-    /// it: whoever wants the same disk has copied the difference before. The open image keeps showing the old
-    /// chain; open it anew. Disk: all changes so far, then the header in steps of which the last is one
-    /// sector.
+    /// Records another backing file, or none. Copies no data: unallocated clusters read from the new backing
+    /// file afterwards, so a caller that wants to keep the guest data copies the differences first. The open
+    /// image keeps reading from the old chain until it is reopened. Disk: flushes all changes, then writes
+    /// the header in steps, the last of which is one sector.
     ///
-    /// Errors: `Format` for a name that does not fit, nothing having changed; `ReadOnly`, `Poisoned`,
+    /// Errors: `Format` for a name that does not fit, before anything has changed; `ReadOnly`, `Poisoned`,
     /// `Storage`. Spec: "Header", "Header extensions".
     pub fn change_backing(&self, backing: Option<&BackingName>) -> Result<()> {
         self.flush()?;

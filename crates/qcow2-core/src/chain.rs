@@ -1,4 +1,4 @@
-//! The chain of backing files: opened without recursion, loops and depth bounded.
+//! Opens the backing chain: without recursion, with a limit on its length, and loops are found.
 
 use crate::container::ContainerDisk;
 use crate::error::{Error, ErrorKind, Result};
@@ -18,11 +18,11 @@ use qcow2_format::{GuestOffset, GuestRange};
 /// The longest chain that is followed. Origin: ours; QEMU has no limit.
 pub const MAX_CHAIN_LEN: usize = 1024;
 
-/// Opens a disk and every layer below it. `source`: the top layer; its resolver opens what it names. Layers
-/// below the top are opened for reading. Disk: reads headers and L1 tables.
+/// Opens a disk and its backing chain. `source`: the top layer; its resolver opens the names in its header.
+/// Backing files are opened for reading. Disk: reads headers and L1 tables.
 ///
-/// Errors: `Format`, `Unsupported`, `Encrypted`, `Corrupt`, `Resolve` where a layer cannot be opened, `Chain`
-/// for a loop or more than [`MAX_CHAIN_LEN`] layers.
+/// Errors: as [`Image::open`]; `Resolve` if a layer cannot be opened, `Chain` for a loop or more than
+/// [`MAX_CHAIN_LEN`] layers.
 pub fn open_disk(source: ResolvedSource, options: &OpenOptions) -> Result<Arc<dyn GuestDisk>> {
     match source.format {
         ImageFormat::Raw => Ok(Arc::new(RawDisk::new(source.storage, options.writable)?)),
@@ -109,8 +109,8 @@ impl Layer {
     }
 }
 
-/// Whether `range`, inside `disk`, is known to read as zeroes without looking at data. Disk: may read tables.
-/// Errors: as [`GuestDisk::extent_at`].
+/// True if the tables show that `range` reads as zeroes. Reads no data, so `false` does not mean that there
+/// is a nonzero byte. `range` lies inside `disk`. Disk: may read tables. Errors: as [`GuestDisk::extent_at`].
 pub fn reads_zero(disk: &dyn GuestDisk, range: GuestRange) -> Result<bool> {
     let (mut at, end) = (range.start().value(), range.end().value());
     while at < end {
@@ -130,7 +130,7 @@ pub fn reads_zero(disk: &dyn GuestDisk, range: GuestRange) -> Result<bool> {
         if !zero {
             return Ok(false);
         }
-        assert!(extent.len > 0, "a disk has a run of no bytes at {at:#x}");
+        assert!(extent.len > 0, "the disk returned an empty extent at {at:#x}");
         at += extent.len;
     }
     Ok(true)

@@ -1,4 +1,4 @@
-//! A LUKS container seen as a guest disk: everything behind its header, decrypted.
+//! A LUKS container as a guest disk: the decrypted payload behind its header.
 
 use crate::crypt::{SectorLock, locked, read_sectors, write_sectors};
 use crate::error::{Error, ErrorKind, Result};
@@ -14,11 +14,11 @@ use qcow2_format::crypt::{LUKS_HEADER_LEN, LuksHeader};
 use qcow2_format::header::CryptMethod;
 use qcow2_format::{GuestOffset, GuestRange, HostOffset, LuksPointer};
 
-/// Bytes that are encrypted at once.
+/// Bytes that are encrypted at a time.
 const PIECE: usize = 1 << 20;
 
-/// A disk inside a LUKS container. Its sectors are numbered from the start of the payload; bytes that nobody
-/// wrote read as noise, as they do for every other user of the container.
+/// A disk inside a LUKS container. Sectors are numbered from the start of the payload. Bytes that were never
+/// written read as noise, because the storage's zeroes are decrypted too.
 pub struct ContainerDisk {
     storage: Arc<dyn Storage>,
     lock: SectorLock,
@@ -28,8 +28,8 @@ pub struct ContainerDisk {
 }
 
 impl ContainerDisk {
-    /// Opens the container in `source` with a key from `keys`; `depth`: how many layers stand on it. Disk:
-    /// reads the header; the keyring reads key material. Errors: `Format` for bytes that are no LUKS header,
+    /// Opens the container in `source` with a key from `keys`. `depth`: how many overlays are above it. Disk:
+    /// reads the header; the keyring reads key material. Errors: `Format` for an invalid LUKS header,
     /// `Encrypted`, `Storage`.
     pub fn open(
         source: &ResolvedSource,
@@ -40,7 +40,7 @@ impl ContainerDisk {
         let mut bytes = [0; LUKS_HEADER_LEN];
         let len = source.storage.read_at(HostOffset::new(0), &mut bytes)?;
         let bad = |e| Error::new(ErrorKind::Format, "not a usable LUKS container").with_source(e);
-        // What else is wrong with the header is the keyring's to say.
+        // With a keyring a bad header is no error here: the keyring parses it too and says what is wrong.
         let payload = match LuksHeader::parse(&bytes[..len]) {
             Ok(header) => u64::from(header.payload_offset_sectors) * CIPHER_SECTOR,
             Err(error) if keys.is_none() => return Err(bad(error)),
@@ -54,7 +54,7 @@ impl ContainerDisk {
         Self::new(Arc::clone(&source.storage), payload, cipher, writable)
     }
 
-    /// The disk that begins at byte `payload` of `storage`. `cipher`: its sector 0 is the payload's first.
+    /// The disk that begins at byte `payload` of `storage`. Sector 0 of `cipher` is the first of the payload.
     /// Errors: `Storage`.
     pub fn new(
         storage: Arc<dyn Storage>,
@@ -90,7 +90,7 @@ impl ContainerDisk {
         Ok(())
     }
 
-    /// Writes whole sectors, except that the last one ends where the disk does.
+    /// Encrypts and writes whole sectors. `sealed`: a buffer as long as the longest piece.
     fn write(&self, at: u64, sectors: &[u8], sealed: &mut [u8]) -> Result<()> {
         let mut at = at;
         for piece in sectors.chunks(PIECE) {
@@ -135,7 +135,7 @@ impl GuestDisk for ContainerDisk {
         Ok(())
     }
 
-    /// Nothing is given back: holes of the container would tell where the disk is empty, and read as noise.
+    /// Discards nothing: holes would reveal which parts of the disk are unused, and would read as noise.
     fn discard(&self, range: GuestRange) -> Result<()> {
         self.check_change(range.start(), range.len()).map(|_| ())
     }

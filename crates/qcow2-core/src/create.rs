@@ -1,7 +1,8 @@
 //! The layout of a new empty image.
 //!
-//! Clusters in order: header, refcount table, refcount blocks, L1 table, then (preallocated) L2 tables and
-//! data. Order on disk: everything else first, barrier, the header, barrier: an image that opens is whole.
+//! Clusters in order: header, refcount table, refcount blocks, L1 table, LUKS area, then with preallocation
+//! L2 tables and data. Order on disk: everything but the header, barrier, the header, barrier: an image that
+//! opens is complete.
 
 mod options;
 mod raw;
@@ -30,13 +31,13 @@ use qcow2_format::limit::MAX_REFCOUNT_TABLE_SIZE;
 use qcow2_format::refcount::encode_table_entry;
 use qcow2_format::{Geometry, Header, HostOffset, LuksPointer, Version};
 
-/// Bytes of a table that are written at a time.
+/// Bytes written at a time.
 const BATCH: u64 = 1 << 20;
 
 impl Image {
-    /// Makes a new image in `source`, whose storage is empty, and opens it as `options` say, for writing in
-    /// any case. Disk: as [`create`]. Errors: `InvalidOption` for an external data file, whose storage
-    /// [`create`] takes; otherwise as [`create`] and [`open`](Self::open).
+    /// Creates an image in `source`, whose storage is empty, and opens it with `options`, always for writing.
+    /// Disk: as [`create`]. Errors: `InvalidOption` with an external data file: use [`create`], which takes
+    /// its storage too; otherwise as [`create`] and [`open`](Self::open).
     ///
     /// ```
     /// use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat};
@@ -52,7 +53,7 @@ impl Image {
     /// ```
     pub fn create(source: ResolvedSource, new: &CreateOptions, options: &OpenOptions) -> Result<Arc<Self>> {
         if new.data_file.is_some() {
-            let message = "an image with an external data file is made from two storages";
+            let message = "an image with an external data file needs a second storage";
             return Err(Error::new(ErrorKind::InvalidOption, message));
         }
         create(&source.storage, None, new)?;
@@ -60,7 +61,8 @@ impl Image {
     }
 }
 
-/// Where everything goes; offsets and lengths in clusters.
+/// The length of each part of the new image, in clusters (`l1_entries`: in entries). The parts follow each
+/// other.
 struct Layout {
     table: u64,
     blocks: u64,
@@ -95,12 +97,12 @@ impl Layout {
     }
 }
 
-/// Writes a new image. `storage`: empty; `data`: the external data file's storage, needed with preallocation
-/// on it; it becomes as long as the disk. Disk: the length, all tables, barrier, the header, barrier; what
-/// the storage held before is not looked at.
+/// Writes a new image. `storage`: empty. `data`: the external data file's storage; with preallocation it
+/// becomes as long as the disk. Disk: sets the length, writes all tables, barrier, the header, barrier. Does
+/// not read what the storage held before.
 ///
-/// Errors: `InvalidOption`, before anything is written: with a [`Refusal`] as source, or for a name that the
-/// header has no room for; `NoSpace`, `Storage`.
+/// Errors: `InvalidOption`, before anything is written, with a [`Refusal`] as source or for a name that does
+/// not fit into the header; `NoSpace`, `Storage`.
 pub fn create(
     storage: &Arc<dyn Storage>,
     data: Option<&Arc<dyn Storage>>,
@@ -138,14 +140,14 @@ pub fn create(
 }
 
 fn invalid(error: qcow2_format::FormatError) -> Error {
-    Error::new(ErrorKind::InvalidOption, "image cannot be made").with_source(error)
+    Error::new(ErrorKind::InvalidOption, "image cannot be created").with_source(error)
 }
 
 fn refused(refusal: Refusal) -> Error {
-    Error::new(ErrorKind::InvalidOption, "image cannot be made").with_source(refusal)
+    Error::new(ErrorKind::InvalidOption, "image cannot be created").with_source(refusal)
 }
 
-/// The header of an image whose options were checked, but for where its tables are.
+/// The header for checked options, without the offsets of the tables.
 fn header_for(options: &CreateOptions) -> Result<Header> {
     let mut header = Header::new(options.version, options.cluster_size.trailing_zeros());
     header.size = options.size.next_multiple_of(512);
@@ -195,6 +197,7 @@ fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
         l2_tables: if filled { guest.div_ceil(geometry.l2_entries()) } else { 0 },
         data: if filled && options.data_file.is_none() { guest } else { 0 },
     };
+    // A fixed point: blocks and table must also cover their own clusters.
     loop {
         let blocks = layout.end().div_ceil(per_block);
         let table = geometry.clusters_for(blocks * 8);
@@ -204,7 +207,7 @@ fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
         (layout.blocks, layout.table) = (blocks.max(layout.blocks), table.max(layout.table));
     }
     invariant::all_counted(layout.blocks, per_block, layout.end());
-    assert!(layout.table * cluster_size / 8 >= layout.blocks, "a block that no table entry leads to");
+    assert!(layout.table * cluster_size / 8 >= layout.blocks, "more refcount blocks than table entries");
     if layout.table * cluster_size > MAX_REFCOUNT_TABLE_SIZE.max(cluster_size) {
         let clusters = layout.table;
         return Err(refused(Refusal::RefcountTableTooLarge { clusters, cluster_size }));
@@ -212,9 +215,9 @@ fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
     Ok(layout)
 }
 
-/// Makes the storage as long as its tables before anything is written: file systems that reserve space ahead
-/// of a file that grows by its writes (XFS, as much again as the file has) give it back only once while the
-/// file is in memory, and that once is wanted for the data that comes later.
+/// Makes the storage as long as its tables before anything is written. A file system with speculative
+/// preallocation (XFS: as much again as the file has) reserves space behind a file that grows by writes, and
+/// releases it only once while the inode is cached; that once is needed for the data that comes later.
 fn make_room(storage: &dyn Storage, header: &Header) -> Result<()> {
     let end = header.l1_table_offset.value() + u64::from(header.l1_size) * 8;
     if storage.limits().growable && storage.len()? < end {
@@ -223,7 +226,7 @@ fn make_room(storage: &dyn Storage, header: &Header) -> Result<()> {
     Ok(())
 }
 
-/// The refcount table, and blocks in which every cluster of the layout counts one.
+/// Writes the refcount table, and blocks in which every cluster of the layout has refcount 1.
 fn write_refcounts(storage: &dyn Storage, geometry: &Geometry, layout: &Layout) -> Result<()> {
     let size = geometry.cluster_size();
     let block = |i: u64| HostOffset::new((layout.blocks_start() + i) * size);
@@ -245,7 +248,7 @@ fn write_refcounts(storage: &dyn Storage, geometry: &Geometry, layout: &Layout) 
     })
 }
 
-/// The L1 table and, preallocated, the L2 tables.
+/// Writes the L1 table and, with preallocation, the L2 tables.
 fn write_mapping(
     storage: &dyn Storage,
     format: &L2Format,
@@ -264,8 +267,8 @@ fn write_mapping(
     }
     let guest = format.geometry.clusters_for(options.size.next_multiple_of(512));
     let first = if options.data_file.is_some() { 0 } else { layout.data_start() };
-    // Unwritten clusters of an encrypted image would read as noise: they are marked as zeroes that have a
-    // place.
+    // Unwritten clusters of an encrypted image would decrypt to noise, so they are preallocated zero
+    // clusters.
     let (allocated, zero) = match &options.encryption {
         _ if options.extended_l2 => (0, 0),
         Some(_) => (0, 1),
@@ -309,8 +312,8 @@ fn preallocate_data(
     Ok(())
 }
 
-/// Real zeroes, so that no later write can run out of room. A file that cannot be so long is not filled
-/// first.
+/// Writes zeroes, so that no later write can run out of space. Sets the length first, so that a length that
+/// the storage cannot have fails before anything is written.
 fn write_zeroes(target: &dyn Storage, start: u64, end: u64) -> Result<()> {
     if target.limits().growable && target.len()? < end {
         target.set_len(end)?;
@@ -325,7 +328,7 @@ fn write_zeroes(target: &dyn Storage, start: u64, end: u64) -> Result<()> {
     Ok(())
 }
 
-/// Writes `count` big-endian words, `word(i)` giving the `i`-th, in large pieces.
+/// Writes `count` big-endian words at `at`, the `i`-th being `word(i)`, in large pieces.
 fn write_words(storage: &dyn Storage, at: HostOffset, count: u64, word: impl Fn(u64) -> u64) -> Result<()> {
     let mut bytes: Vec<u8> = Vec::with_capacity((count * 8).min(BATCH) as usize);
     let mut done = 0;

@@ -1,8 +1,7 @@
-//! Encrypted guest data: decrypted behind every read, encrypted before every write, in whole 512-byte
-//! sectors.
+//! Encrypted guest data: decrypted after every read, encrypted before every write, in whole 512-byte sectors.
 //!
 //! Invariant: no plain byte of the guest reaches the storage of an encrypted image, and the caller's buffer
-//! is never changed. Zeroes on the storage are not zeroes for the guest here. Spec: "Data encryption".
+//! does not change. Zeroes in the storage decrypt to noise. Spec: "Data encryption".
 
 mod guest;
 
@@ -15,20 +14,21 @@ use ::alloc::sync::Arc;
 use qcow2_format::header::CryptMethod;
 use qcow2_format::{GuestOffset, GuestRange, Header};
 
-/// How an image's guest data is stored.
+/// The encryption of an image's guest data.
 pub(crate) enum Crypt {
-    /// As it is.
+    /// None.
     Plain,
-    /// Encrypted, and nobody has the key.
+    /// Encrypted, opened without a key.
     Locked,
     /// Encrypted.
     Cipher(SectorLock),
 }
 
-/// A cipher, and who may change parts of sectors.
+/// A cipher, and the lock for changes of parts of sectors.
 pub(crate) struct SectorLock {
     pub(crate) cipher: Arc<dyn ClusterCipher>,
-    /// A change of a part of a sector reads the rest first: it is alone, changes of whole sectors are not.
+    /// Write-locked by changes of parts of sectors, which read the rest first; read-locked by changes of
+    /// whole sectors.
     partial: RwLock<()>,
 }
 
@@ -37,10 +37,10 @@ impl SectorLock {
         Self { cipher, partial: RwLock::new(Rank::PartialSector, ()) }
     }
 
-    /// What a change of `range` holds while it is made.
+    /// Takes the lock for a change of `range`; the caller holds it until the bytes are written.
     pub(crate) fn hold(&self, range: GuestRange) -> Hold<'_> {
-        // A part of a sector is read, changed and encrypted as a whole: two such changes at once would undo
-        // each other. Changes of whole sectors read nothing and need not wait for each other.
+        // A part of a sector is a read-modify-write of the sector: of two concurrent ones, the later write
+        // would undo the earlier. Changes of whole sectors read nothing and need not exclude each other.
         let whole = |offset: GuestOffset| offset.value().is_multiple_of(CIPHER_SECTOR);
         if whole(range.start()) && whole(range.end()) {
             Hold::Shared(read(&self.partial))
@@ -52,12 +52,12 @@ impl SectorLock {
 
 /// See [`SectorLock::hold`].
 pub(crate) enum Hold<'a> {
-    Shared(#[expect(dead_code, reason = "held, not looked at")] RwLockReadGuard<'a, ()>),
-    Alone(#[expect(dead_code, reason = "held, not looked at")] RwLockWriteGuard<'a, ()>),
+    Shared(#[expect(dead_code, reason = "held, never read")] RwLockReadGuard<'a, ()>),
+    Alone(#[expect(dead_code, reason = "held, never read")] RwLockWriteGuard<'a, ()>),
 }
 
 impl Crypt {
-    /// The cipher of the layer in `source`, as far as `options` have the key. Disk: the keyring may read the
+    /// Gets the cipher of the layer in `source` from the keyring in `options`. Disk: the keyring may read the
     /// encryption header. Errors: `Encrypted`.
     pub(crate) fn unlock(
         source: &ResolvedSource,
@@ -80,12 +80,12 @@ impl Crypt {
         Ok(Self::Cipher(SectorLock::new(cipher)))
     }
 
-    /// Whether guest bytes are stored as they are.
+    /// True if guest data is not encrypted.
     pub(crate) fn is_plain(&self) -> bool {
         matches!(self, Self::Plain)
     }
 
-    /// Refuses what only works where guest bytes are stored as they are.
+    /// Fails with `Encrypted` and the message `what` if guest data is encrypted.
     pub(crate) fn check_plain(&self, what: &str) -> Result<()> {
         if self.is_plain() { Ok(()) } else { Err(Error::new(ErrorKind::Encrypted, what)) }
     }
@@ -110,7 +110,7 @@ pub(crate) fn locked(error: crate::port::cipher::UnlockError) -> Error {
     Error::new(ErrorKind::Encrypted, "image cannot be unlocked").with_source(error)
 }
 
-/// Fills `buf` with bytes from `offset` on through `read`, which reads whole sectors only.
+/// Fills `buf` with the bytes at `offset` through `read`, which reads whole sectors only.
 pub(crate) fn read_sectors(
     offset: u64,
     buf: &mut [u8],
@@ -134,8 +134,8 @@ pub(crate) fn read_sectors(
     Ok(())
 }
 
-/// Writes `buf` at `offset` through `write`, which takes whole sectors only; `read` gives what a sector holds
-/// now.
+/// Writes `buf` at `offset` through `write`, which writes whole sectors only. `read` reads the present
+/// content of sectors that `buf` covers in part.
 pub(crate) fn write_sectors(
     offset: u64,
     buf: &[u8],
@@ -161,10 +161,10 @@ pub(crate) fn write_sectors(
     Ok(())
 }
 
-/// Bytes from `at` on that are whole sectors, or else lie within one.
+/// Length of the next piece at `at`: as many whole sectors as possible, or else a part of one sector.
 fn piece_len(at: u64, len: usize) -> usize {
     let size = CIPHER_SECTOR as usize;
-    debug_assert!(len > 0, "a piece of nothing at {at:#x}");
+    debug_assert!(len > 0, "an empty piece at {at:#x}");
     let inside = (at % CIPHER_SECTOR) as usize;
     match inside {
         0 if len >= size => len - len % size,
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_sectors() {
+    fn any_alignment_uses_whole_sectors_only() {
         for offset in [0, 1, 511, 512, 700, 1024, 1535] {
             for len in [0, 1, 2, 511, 512, 513, 1024, 1500, 2048] {
                 check(offset, len);

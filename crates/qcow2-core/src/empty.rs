@@ -1,8 +1,9 @@
-//! Dropping all allocations of an overlay: every byte then comes from the backing file.
+//! Drops all allocations of an overlay: every byte then comes from the backing file.
 //!
-//! Order on disk: the emptied L1 table; barrier; then nothing but header, L1 table and refcount structure is
-//! in use, and counts only go down: refcount table entries of blocks that are not needed; barrier; the blocks
-//! that stay; barrier; the file's end. A crash leaves some clusters of the layer in place, or leaks.
+//! Order on disk: the emptied L1 table; barrier. From then on only the header, the L1 table and the refcount
+//! structure are in use, and refcounts only go down: the refcount table without the blocks that are no longer
+//! needed; barrier; the remaining blocks; barrier; the file is truncated. A crash before the first barrier
+//! may keep some of the layer's clusters; a later one leaks clusters.
 
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -18,11 +19,13 @@ use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
 impl Image {
-    /// Forgets every cluster of this layer, so that all of the disk comes from the backing file. Internal
-    /// snapshots keep theirs. An image without anything else in it gets as short as a new one.
+    /// Deallocates every cluster of this layer, so that the whole disk comes from the backing file. Internal
+    /// snapshots keep their clusters. Without snapshots, bitmaps, LUKS or a data file, the image file gets as
+    /// short as that of a new image.
     ///
-    /// Disk: see the order above; with snapshots, bitmaps, encryption or a data file cluster by cluster, as a
-    /// discard does. Errors: `Storage`, `Corrupt`, `ReadOnly`, `Poisoned`.
+    /// Disk: writes the empty L1 table, then the refcounts, with a barrier after each, then truncates the
+    /// file. With snapshots, bitmaps, LUKS or a data file: cluster by cluster, as a discard does. Errors:
+    /// `Storage`, `Corrupt`, `ReadOnly`, `Poisoned`.
     pub fn make_empty(&self) -> Result<()> {
         let _alone = write(&self.structure);
         self.file.check_writable()?;
@@ -46,7 +49,7 @@ impl Image {
 }
 
 impl Image {
-    /// Nothing leads to the bytes of the external data file any more.
+    /// Discards the whole external data file, which no L2 entry refers to any more.
     fn give_back_data_file(&self) -> Result<()> {
         let Some(data) = self.file.opened_data().filter(|_| self.file.has_data_file()) else { return Ok(()) };
         let len = data.len()?;
@@ -57,11 +60,11 @@ impl Image {
     }
 }
 
-/// Refcount blocks that stay: index in the refcount table to place.
+/// The remaining refcount blocks: index in the refcount table, and host offset.
 type Blocks = BTreeMap<u64, HostOffset>;
 
 impl Image {
-    /// The fast way, for an image in which every cluster belongs to the active disk.
+    /// The fast path, for an image in which every data cluster belongs to the active disk.
     fn drop_all_clusters(&self) -> Result<()> {
         let (l1_offset, l1) = self.mapping().l1_contents();
         let (mut table, table_run) = self.refcounts.copy_table();
@@ -73,8 +76,8 @@ impl Image {
         let per_block = self.file.geometry().refcount_block_entries();
         debug_assert!(used.iter().all(|cluster| blocks.contains_key(&(cluster / per_block))), "{used:?}");
         self.check_places(l1_run, table_run, &blocks)?;
-        // The links go first: a crash after this leaves clusters counted that nothing refers to, which is a
-        // leak. The other way round it would leave links to clusters that count as free.
+        // Links before refcounts: a crash in between leaks clusters. The other order would leave links to
+        // clusters that count as free (I1).
         self.tables.write_words(OverlapChecks::ACTIVE_L1, l1_offset, &vec![0; l1.len()])?;
         self.file.flush()?;
         self.mapping().replace_l1(l1_offset, vec![0; l1.len()]);
@@ -85,7 +88,8 @@ impl Image {
                 (*entry, changed) = (encode_table_entry(None), true);
             }
         }
-        // Entries before blocks: a block that an entry on disk still leads to must keep its content.
+        // Table entries before blocks: the cluster of a dropped block is free once the blocks are written, so
+        // no entry on disk may point to it then.
         if changed {
             self.tables.write_words(OverlapChecks::REFCOUNT_TABLE, table_offset, &table)?;
             self.file.flush()?;
@@ -97,7 +101,7 @@ impl Image {
         self.cut_after(used.last().map_or(1, |last| last + 1))
     }
 
-    /// Asks for all that is to be written, before anything is thrown away.
+    /// Checks that no write of this procedure would hit other metadata, before anything has changed.
     fn check_places(&self, l1: ClusterRun, table: ClusterRun, blocks: &Blocks) -> Result<()> {
         let size = self.file.geometry().cluster_size();
         for (kind, run) in [(OverlapChecks::ACTIVE_L1, l1), (OverlapChecks::REFCOUNT_TABLE, table)] {
@@ -107,7 +111,8 @@ impl Image {
         places.try_for_each(|&block| self.tables.check_place(OverlapChecks::REFCOUNT_BLOCK, block, size))
     }
 
-    /// The blocks that count the clusters in `used`, and each other; their clusters join `used`.
+    /// The blocks that hold the refcounts of the clusters in `used` and of the blocks themselves. Adds the
+    /// blocks' clusters to `used`.
     fn blocks_for(&self, used: &mut BTreeSet<u64>, table: &[u64]) -> Result<Blocks> {
         let per_block = self.file.geometry().refcount_block_entries();
         let (mut blocks, mut open) = (Blocks::new(), used.iter().copied().collect::<Vec<_>>());
@@ -132,7 +137,7 @@ impl Image {
         Ok(blocks)
     }
 
-    /// Overwrites the blocks: a count of one for the clusters in `used`.
+    /// Overwrites the blocks: refcount 1 for the clusters in `used`, 0 for all others.
     fn write_blocks(&self, blocks: &Blocks, used: &BTreeSet<u64>) -> Result<()> {
         let (per_block, width) =
             (self.file.geometry().refcount_block_entries(), self.file.geometry().refcount_width());
@@ -147,7 +152,7 @@ impl Image {
         Ok(())
     }
 
-    /// Cuts the file after its first `clusters` clusters, where it can be cut.
+    /// Truncates the file after its first `clusters` clusters, if the storage can do that.
     fn cut_after(&self, clusters: u64) -> Result<()> {
         let end = clusters * self.file.geometry().cluster_size();
         if self.file.storage().len()? <= end {

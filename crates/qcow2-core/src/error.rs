@@ -1,4 +1,4 @@
-//! One error for the engine: a small kind, where it happened, and the cause.
+//! The engine's error type: a kind, a message with the location, and the cause.
 
 use crate::port::codec::CodecError;
 use crate::port::resolver::ResolveError;
@@ -11,43 +11,44 @@ use qcow2_format::{FormatError, GuestOffset, HostOffset};
 /// The result of an engine call.
 pub type Result<T, E = Error> = core::result::Result<T, E>;
 
-/// What kind of trouble it is; enough to decide what to do next.
+/// What kind of error it is; enough to decide what to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// The storage failed; see the source.
     Storage,
-    /// There is no room: in the storage, or in a table at its limit.
+    /// The storage is full, or a table, a refcount or the memory for bitmaps is at its limit.
     NoSpace,
-    /// The bytes of the image are not valid qcow2 from the start (not an image, bad header).
+    /// Not a qcow2 image, or one with an invalid header.
     Format,
     /// Metadata inside the image is damaged.
     Corrupt,
-    /// The image is marked as damaged, and so is opened for reading or repair only.
+    /// The corrupt bit is set: the image can be opened for reading or repair only.
     MarkedCorrupt,
-    /// The image or the request needs something that is not supported, or not allowed together.
+    /// The image or the request needs a feature that is not supported, or features that exclude each other.
     Unsupported,
-    /// An option's value is not allowed.
+    /// The value of an option or argument is not allowed.
     InvalidOption,
-    /// There is no snapshot or bitmap of that name.
+    /// The image has no such snapshot or bitmap.
     NotFound,
-    /// There is a bitmap of that name already.
+    /// A bitmap of that name exists already.
     Exists,
-    /// A bitmap was in use when the image was last closed: its bits mean nothing.
+    /// The bitmap's in-use flag was set when the image was opened: it was not stored cleanly, and its bits
+    /// are invalid.
     Inconsistent,
-    /// The range passes the end of the disk.
+    /// The range passes the end of the disk, or a value does not fit.
     OutOfRange,
     /// The image was opened for reading only.
     ReadOnly,
     /// An earlier metadata write failed; the image refuses changes until it is reopened.
     Poisoned,
-    /// A backing file or data file could not be opened, or may not be.
+    /// A backing file or data file was not opened: an error, or the resolver denied it.
     Resolve,
     /// The chain of backing files loops or is too long.
     Chain,
-    /// The image is encrypted and no key was given.
+    /// The image is encrypted and could not be unlocked.
     Encrypted,
-    /// The caller asked to stop; the image is whole.
+    /// The caller stopped the procedure; the image is consistent.
     Stopped,
 }
 
@@ -131,17 +132,17 @@ impl Error {
         self.place.as_deref().copied().unwrap_or_default()
     }
 
-    /// What kind of trouble it is.
+    /// The kind of the error.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// The storage error underneath, where there is one.
+    /// The storage error among the causes, if any.
     pub fn storage_error(&self) -> Option<&StorageError> {
         find_cause(self)
     }
 
-    /// The format error underneath, where there is one.
+    /// The format error among the causes, if any.
     pub fn format_error(&self) -> Option<&FormatError> {
         find_cause(self)
     }

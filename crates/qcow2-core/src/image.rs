@@ -1,6 +1,6 @@
-//! An open qcow2 image: what a machine asks of it, each as a list of steps.
+//! An open qcow2 image: guest I/O, flush, resize, close; each call is a short list of steps.
 //!
-//! All calls take `&self`; any number of threads may make them at once.
+//! All calls take `&self`, and any number of threads may make them concurrently.
 
 use crate::bitmap::Bitmaps;
 use crate::crypt::Crypt;
@@ -27,7 +27,7 @@ use ::alloc::sync::Arc;
 use core::any::Any;
 use qcow2_format::{Geometry, GuestOffset, GuestRange, Header};
 
-/// An open qcow2 image and the layers below it.
+/// An open qcow2 image and its backing chain.
 pub struct Image {
     pub(crate) file: Arc<ImageFile>,
     pub(crate) header: Arc<HeaderStore>,
@@ -36,18 +36,19 @@ pub struct Image {
     pub(crate) flusher: Flusher,
     pub(crate) size: AtomicU64,
     pub(crate) backing: Option<Arc<dyn GuestDisk>>,
-    /// The image names a backing file that was not opened.
+    /// True if the header names a backing file that was not opened.
     pub(crate) backing_unopened: bool,
     pub(crate) codec: Option<Arc<dyn ClusterCodec>>,
     pub(crate) scratch: Scratch,
     pub(crate) crypt: Crypt,
-    /// Taken for reading by every guest request, for writing by what must be alone (close, snapshots,
+    /// Read-locked by every guest request, write-locked by changes of the whole image (close, snapshots,
     /// resize).
     pub(crate) structure: RwLock<()>,
     pub(crate) bitmaps: Bitmaps,
-    /// The external data file is the guest disk byte for byte, so zeroes are written there too.
+    /// True if the external data file is the guest disk byte for byte, so that zeroes must be written there
+    /// too.
     pub(crate) raw_data_file: bool,
-    /// Discarded and zeroed clusters keep their host clusters.
+    /// True if discarded and zeroed clusters keep their host clusters.
     pub(crate) discard_no_unref: bool,
 }
 
@@ -67,20 +68,20 @@ impl Image {
         self.file.shared_storage()
     }
 
-    /// Where guest data lives: the image file or the external data file; `None` where that was not opened.
+    /// The storage of guest data: the image file or the external data file; `None` if that was not opened.
     pub fn data_storage(&self) -> Option<&Arc<dyn Storage>> {
         self.file.opened_data()
     }
 
-    /// The codec of this image's compression type. Errors: `Unsupported` where none was given on opening.
+    /// The codec of this image's compression type. Errors: `Unsupported` if the open options had none.
     pub fn codec(&self) -> Result<&Arc<dyn ClusterCodec>> {
         self.codec.as_ref().ok_or_else(|| {
             let kind = self.header().compression_type;
-            Error::new(ErrorKind::Unsupported, format!("no codec at hand for compression type {kind:?}"))
+            Error::new(ErrorKind::Unsupported, format!("no codec for compression type {kind:?}"))
         })
     }
 
-    /// The backing file's name and format as the header has them.
+    /// The backing file's name and format in the header.
     pub fn backing_reference(&self) -> Option<(String, Option<String>)> {
         let header = self.header();
         let name = header.backing_file_name().filter(|name| !name.is_empty())?;
@@ -95,10 +96,11 @@ impl Image {
         self
     }
 
-    /// Ends the image's use: everything durable, every refcount exact, warning bits cleared, the file's end
-    /// where other readers expect it. The image takes no changes afterwards. Call it before the last
-    /// reference is dropped; without it nothing is lost that was flushed, but clusters may be left leaked.
-    /// Errors: `Storage`, `Poisoned`.
+    /// Closes the image. Waits for running requests, flushes, frees all unlinked clusters, stores the
+    /// bitmaps, clears the dirty bit, and pads the file to a whole cluster (or sector). Later changes fail
+    /// with `Poisoned`; reads still work. Call it before the last reference is dropped: without it flushed
+    /// data is safe, but clusters may leak and changed bitmaps are lost. Errors: `Storage`, `NoSpace`,
+    /// `Poisoned`.
     pub fn close(&self) -> Result<()> {
         let _alone = write(&self.structure);
         if !self.file.is_writable() {
@@ -108,9 +110,9 @@ impl Image {
         if self.header.is_changing() {
             self.pad_file()?;
         }
-        // Bitmaps after everything that they record, warnings after everything that they warn of.
+        // Bitmaps after all changes that they record; the dirty bit after everything that it warns of.
         self.flusher.settle()?;
-        // Nobody else is in an operation, so nothing could still be seen by one.
+        // No operation is running, so no unlinked cluster can still be in use.
         debug_assert!(self.refcounts.is_settled(), "clusters wait to be freed when the image is closed");
         self.store_bitmaps()?;
         self.header.retract_warnings()?;
@@ -118,23 +120,24 @@ impl Image {
         Ok(())
     }
 
-    /// Which guest range lives where.
+    /// The mapping of guest ranges to host offsets.
     pub(crate) fn mapping(&self) -> &Mapping {
         self.flusher.mapping()
     }
 
-    /// Changes of whole trees of L2 tables and what they refer to. The caller is alone with the image.
+    /// Changes of whole trees of L2 tables and their clusters. The caller holds the structure lock for
+    /// writing.
     pub(crate) fn bulk(&self) -> Bulk<'_> {
         Bulk::new(&self.tables, &self.refcounts, &self.flusher)
     }
 
-    /// Learns again which clusters hold metadata, from what is on disk.
+    /// Rebuilds the map of clusters that hold metadata from the tables on disk.
     pub(crate) fn learn_metadata(&self) -> Result<()> {
         let (_, l1) = self.mapping().l1_contents();
         self.refcounts.with_table(|refcount_table| self.tables.learn(&l1, refcount_table))
     }
 
-    /// Ends the image file where other readers expect an end; see [`ImageFile::pad_end`].
+    /// Pads the image file to a whole cluster or sector; see [`ImageFile::pad_end`].
     pub(crate) fn pad_file(&self) -> Result<()> {
         self.file.pad_end(self.refcounts.next_packed(), SECTOR_SIZE)
     }
@@ -148,14 +151,14 @@ impl Image {
         })
     }
 
-    /// Checks that a change of `len` bytes at `start` is possible now.
+    /// Checks that `len` bytes at `start` are inside the disk and that the image can be changed.
     pub(crate) fn check_change(&self, start: GuestOffset, len: u64) -> Result<GuestRange> {
         let range = self.check_range(start, len)?;
         self.file.check_writable()?;
         Ok(range)
     }
 
-    /// What this layer has from `range.start()` on. The caller runs inside an operation.
+    /// The extent of this layer at `range.start()`. The caller runs inside an operation.
     pub(crate) fn extent_of(&self, range: GuestRange) -> Result<DiskExtent> {
         let run = self.mapping().lookup(range.start(), range.len())?;
         let plain = self.crypt.is_plain();
@@ -176,7 +179,8 @@ impl Image {
     ) -> Result<()> {
         let range = self.check_change(start, len)?;
         {
-            // Held to the end of the change and let go before the flush, which may wait for others.
+            // Released before the flush: an operation that is still running keeps the epoch from advancing,
+            // and the flush could then free less.
             let _structure = read(&self.structure);
             let _operation = self.flusher.enter();
             let _sectors = self.crypt.hold(range);
@@ -187,13 +191,12 @@ impl Image {
         self.flusher.flush_if_pressed()
     }
 
-    /// Writes one whole cluster compressed; a cluster that does not get smaller is stored plain, the end of a
-    /// disk that is no multiple of the cluster size counts as whole. `offset`: cluster aligned. `cluster`: a
-    /// cluster's bytes, at the end of the disk as many as are left. Disk: as
-    /// [`write_compressed_stream`](Self::write_compressed_stream).
+    /// Compresses and writes one cluster; if it does not get smaller, writes it uncompressed. `offset`:
+    /// cluster aligned. `cluster`: the bytes of the whole cluster; at the end of the disk only as many as the
+    /// disk has. Disk: as [`write_compressed_stream`](Self::write_compressed_stream).
     ///
-    /// Errors: `Unsupported` with an external data file or where the cluster is allocated already,
-    /// `OutOfRange`.
+    /// Errors: `InvalidOption` for a part of a cluster; `Unsupported` without a codec, with an external data
+    /// file, with encryption, or if the cluster is allocated already; as [`write_at`](Self::write_at).
     pub fn write_compressed(&self, offset: GuestOffset, cluster: &[u8]) -> Result<()> {
         let size = self.file.geometry().cluster_size() as usize;
         let whole = cluster.len() == size
@@ -208,6 +211,7 @@ impl Image {
         let mut plain = self.scratch.take(size);
         plain[..cluster.len()].copy_from_slice(cluster);
         plain[cluster.len()..size].fill(0);
+        // One byte short of a cluster: a stream as long as the cluster saves nothing.
         let mut out = self.scratch.take(size);
         let stream = self.codec()?.compress(&plain[..size], &mut out[..size - 1])?;
         let result = match stream {
@@ -219,17 +223,17 @@ impl Image {
         result
     }
 
-    /// Stores a cluster that is compressed already. `offset`: cluster aligned; `stream`: what
-    /// [`codec`](Self::codec) made of the cluster's bytes, shorter than a cluster. The cluster must be
-    /// unallocated or plain zero. Disk: the stream is written behind the last one; mapping and refcounts
-    /// follow at the next flush.
+    /// Stores a compressed cluster. `offset`: cluster aligned. `stream`: the output of [`codec`](Self::codec)
+    /// for the cluster's bytes, shorter than a cluster. The cluster must have no host cluster: unallocated or
+    /// zero. Disk: writes the stream behind the last one; mapping and refcounts follow with the next flush.
+    /// Errors: as [`write_compressed`](Self::write_compressed).
     pub fn write_compressed_stream(&self, offset: GuestOffset, stream: &[u8]) -> Result<()> {
         self.write_compressed_streams(&[(offset, stream)])
     }
 
-    /// Stores several clusters that are compressed already, in ascending order of their offsets: as
-    /// [`write_compressed_stream`](Self::write_compressed_stream) one by one, with fewer and longer writes.
-    /// After an error a first part of them may be stored.
+    /// Stores several compressed clusters, in ascending order of their offsets: the same as
+    /// [`write_compressed_stream`](Self::write_compressed_stream) for each, with fewer and longer writes.
+    /// After an error the first ones may be stored.
     pub fn write_compressed_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
         let (Some(&(first, _)), Some(&(last, _))) = (streams.first(), streams.last()) else { return Ok(()) };
         let end = last.value().saturating_add(self.file.geometry().cluster_size()).min(self.size());
@@ -238,21 +242,22 @@ impl Image {
 }
 
 impl dyn GuestDisk + '_ {
-    /// This disk as a qcow2 image, where it is one.
+    /// This disk as a qcow2 image, or `None` if it is of another kind.
     pub fn as_image(&self) -> Option<&Image> {
         self.as_any()?.downcast_ref()
     }
 }
 
-/// Guest I/O: what [`GuestDisk`] has, without the trait in scope.
+/// Guest I/O: the methods of [`GuestDisk`], usable without importing the trait.
 impl Image {
     /// Bytes of the disk.
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }
 
-    /// Fills `buf` with the guest bytes from `offset` on, through all layers below. Errors: `OutOfRange`,
-    /// `Corrupt`, `Encrypted` without a key, `Storage`.
+    /// Fills `buf` with the guest bytes at `offset`; unallocated clusters come from the backing chain.
+    /// Errors: `OutOfRange`, `Corrupt`, `Encrypted` without a key, `Resolve` if the backing file or data file
+    /// was not opened, `Unsupported` without a codec, `Storage`.
     pub fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
         let _structure = read(&self.structure);
@@ -260,16 +265,15 @@ impl Image {
         self.read_range(offset, buf)
     }
 
-    /// Writes `buf` from guest byte `offset` on. Durable after the next [`flush`](Self::flush). Where the
-    /// storage is full, a first part may be written and nothing else is lost. Errors: `OutOfRange`,
-    /// `ReadOnly`, `NoSpace`, `Corrupt`, `Poisoned`, `Storage`.
+    /// Writes `buf` at guest offset `offset`. Durable after the next [`flush`](Self::flush). After `NoSpace`
+    /// a first part may be written; the image stays usable, and the write can be repeated. Errors:
+    /// `OutOfRange`, `ReadOnly`, `NoSpace`, `Corrupt`, `Poisoned`, `Storage`.
     pub fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
         self.change(offset, buf.len() as u64, |range| self.write_range(range.start(), buf))
     }
 
-    /// Writes each part at its guest offset; faster than single calls where the parts ascend and have their
-    /// clusters to themselves. Errors: as of [`write_at`](Self::write_at) for one of the parts; any of them
-    /// may be written then.
+    /// Writes each part at its guest offset. Faster than single calls if the parts ascend and no two touch
+    /// the same cluster. Errors: as [`write_at`](Self::write_at); any of the parts may be written then.
     pub fn write_parts(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
         if !self.crypt.is_plain() {
             return parts.iter().try_for_each(|(offset, buf)| self.write_at(*offset, buf));
@@ -290,7 +294,8 @@ impl Image {
         self.flusher.flush_if_pressed()
     }
 
-    /// Makes `range` read as zeroes. Errors: as [`write_at`](Self::write_at).
+    /// Makes `range` read as zeroes, without writing data if the mapping can record it. Errors: as
+    /// [`write_at`](Self::write_at).
     pub fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
         let kind = match mode {
             ZeroMode::KeepAllocated => ZeroKind::Keep,
@@ -299,14 +304,14 @@ impl Image {
         self.change(range.start(), range.len(), |range| self.zero_range(range, kind))
     }
 
-    /// Says that nobody needs the content of `range`: whole clusters are freed. They read as zeroes
-    /// afterwards where the image can record that, otherwise as before. Errors: as
+    /// Discards `range`: frees its whole clusters. They read as zeroes afterwards, or as before if the image
+    /// cannot record that (version 2 with a backing file). Parts of clusters do not change. Errors: as
     /// [`write_at`](Self::write_at).
     pub fn discard(&self, range: GuestRange) -> Result<()> {
         self.change(range.start(), range.len(), |range| self.zero_range(range, ZeroKind::Discard))
     }
 
-    /// Returns when all changes completed before this call are durable. Errors: `NoSpace`, `Poisoned`,
+    /// Makes all changes durable whose calls returned before this one. Errors: `NoSpace`, `Poisoned`,
     /// `Storage`.
     pub fn flush(&self) -> Result<()> {
         if !self.file.is_writable() {
@@ -317,8 +322,8 @@ impl Image {
         self.flusher.flush()
     }
 
-    /// How this layer stores the bytes from `range.start()` on, at most `range`. Disk: may read tables.
-    /// Errors: `OutOfRange`, `Corrupt`, `Storage`.
+    /// How this layer stores the bytes at `range.start()`: an extent of at most `range.len()` bytes. Disk:
+    /// may read tables. Errors: `OutOfRange`, `Corrupt`, `Storage`.
     pub fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
         self.check_range(range.start(), range.len())?;
         let _structure = read(&self.structure);
@@ -326,17 +331,17 @@ impl Image {
         self.extent_of(range)
     }
 
-    /// The disk below, which unallocated bytes are read from.
+    /// The backing file, which unallocated clusters are read from.
     pub fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
         self.backing.as_ref()
     }
 
-    /// Bytes of a cluster.
+    /// The cluster size in bytes.
     pub fn cluster_size(&self) -> u64 {
         self.file.geometry().cluster_size()
     }
 
-    /// Bytes of the unit in which the mapping changes: a subcluster.
+    /// The smallest unit of the mapping in bytes: a subcluster with extended L2 entries, else a cluster.
     pub fn zero_granularity(&self) -> u64 {
         self.file.geometry().subcluster_size()
     }

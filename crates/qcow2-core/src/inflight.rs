@@ -1,8 +1,7 @@
-//! What is under way: operations that may hold an old mapping, and guest clusters whose mapping is being
-//! changed.
+//! Requests in flight: operations that may still use an old mapping, and claims on guest clusters.
 //!
-//! Invariant I3: a cluster that was unlinked in epoch `e` is handed out again only in epoch `e + 2` or later,
-//! and the epoch moves on only when no operation of the one before is left.
+//! Invariant I3: a cluster that was unlinked in epoch `e` is allocated again only in epoch `e + 2` or later,
+//! and the epoch advances only if no operation of the previous epoch is running.
 
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, Rank, lock, wait};
@@ -26,7 +25,7 @@ pub(crate) struct Operation<'a> {
 impl Drop for Operation<'_> {
     fn drop(&mut self) {
         let before = self.active.fetch_sub(1, Ordering::SeqCst);
-        debug_assert!(before > 0, "more operations end than have begun");
+        debug_assert!(before > 0, "more operations end than have started");
     }
 }
 
@@ -37,8 +36,8 @@ impl Operations {
             let epoch = self.epoch.load(Ordering::SeqCst);
             let active = &self.active[(epoch & 1) as usize];
             active.fetch_add(1, Ordering::SeqCst);
-            // Read again: between the load and the count the epoch may have moved on twice, and then nobody
-            // would wait for this operation.
+            // Read again: between load and increment the epoch may have advanced twice, and then `advance`
+            // would not wait for this operation.
             if self.epoch.load(Ordering::SeqCst) == epoch {
                 return Operation { active };
             }
@@ -46,18 +45,18 @@ impl Operations {
         }
     }
 
-    /// The current epoch: what is unlinked now is tagged with it.
+    /// The current epoch, the tag of clusters that are unlinked now.
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::SeqCst)
     }
 
-    /// Moves the epoch on as far as running operations allow, at most two steps. The caller holds the flush
-    /// lock, so that nobody else moves it.
+    /// Advances the epoch as far as running operations allow, at most by two. Returns the new epoch. The
+    /// caller holds the flush lock, so that nobody else advances it.
     pub(crate) fn advance(&self) -> u64 {
         for _ in 0..2 {
             let epoch = self.epoch.load(Ordering::SeqCst);
-            // The next epoch reuses the counter of the one before: its operations must have ended, since they
-            // may still look at what was unlinked in it.
+            // The next epoch reuses the counter of the previous one, whose operations must have ended: they
+            // may still use clusters that were unlinked in it.
             if self.active[((epoch + 1) & 1) as usize].load(Ordering::SeqCst) != 0 {
                 break;
             }
@@ -67,11 +66,11 @@ impl Operations {
     }
 }
 
-/// Guest clusters whose mapping somebody is changing, or writes through.
+/// Claims on guest clusters: exclusive ones for changing the mapping, shared ones for writing in place.
 ///
-/// A write in place shares its clusters with others of its kind and keeps out whoever changes the mapping:
-/// zeroes would otherwise be recorded while its bytes are still on their way, and a later write beside them
-/// would uncover those.
+/// In-place writes share claims with each other and exclude mapping changes. Without that, a cluster could be
+/// marked zero while the bytes of an in-place write are in flight to it; a later partial write that makes it
+/// data again would expose them.
 #[derive(Debug)]
 pub(crate) struct Claims {
     held: Mutex<Held>,
@@ -87,7 +86,7 @@ impl Default for Claims {
 #[derive(Debug, Default)]
 struct Held {
     ranges: Vec<ClaimedRange>,
-    /// How many threads wait; where none does, letting go costs no system call.
+    /// How many threads wait; if none does, releasing a claim makes no system call.
     waiting: usize,
 }
 
@@ -97,14 +96,15 @@ struct ClaimedRange {
     shared: bool,
 }
 
-/// The guest clusters that `len` bytes from `offset` on touch; at least the one that holds `offset`.
+/// The guest clusters that `len` bytes at `offset` touch; at least the cluster of `offset`.
 pub(crate) fn touched_clusters(geometry: &Geometry, offset: GuestOffset, len: u64) -> Range<GuestCluster> {
     let last = GuestOffset::new(offset.value().saturating_add(len.max(1) - 1));
     let end = GuestCluster::new(geometry.guest_cluster(last).value() + 1);
     geometry.guest_cluster(offset)..end
 }
 
-/// The right to change the mapping of guest clusters, or (shared) to write through it.
+/// The right to change the mapping of guest clusters, or (shared) to write through it in place. Dropping it
+/// releases the clusters.
 #[derive(Debug)]
 pub(crate) struct Claim<'a> {
     claims: &'a Claims,
@@ -112,14 +112,15 @@ pub(crate) struct Claim<'a> {
 }
 
 impl Claims {
-    /// Waits until nobody else changes or writes through one of `clusters`, then claims them.
-    /// A thread that holds claims already takes further ones only for later clusters (as a batch of writes
-    /// does): two threads that do so never wait for each other.
+    /// Waits until no other claim covers any of `clusters`, then claims them. A thread that already holds
+    /// claims takes further ones only for later clusters (as a batch of writes does), so that two threads
+    /// never wait for each other.
     pub(crate) fn claim(&self, clusters: Range<GuestCluster>) -> Claim<'_> {
         self.enter(ClaimedRange { clusters, shared: false })
     }
 
-    /// Waits until nobody changes the mapping of one of `clusters`, and keeps it from being changed.
+    /// Waits until no exclusive claim covers any of `clusters`, then claims them as shared: their mapping
+    /// cannot change.
     pub(crate) fn share(&self, clusters: Range<GuestCluster>) -> Claim<'_> {
         self.enter(ClaimedRange { clusters, shared: true })
     }
@@ -129,11 +130,11 @@ impl Claims {
             let (ours, theirs) = (&range.clusters, &other.clusters);
             theirs.start < ours.end && ours.start < theirs.end && !(other.shared && range.shared)
         };
-        debug_assert!(range.clusters.start < range.clusters.end, "a claim of nothing");
+        debug_assert!(range.clusters.start < range.clusters.end, "an empty claim");
         let mut held = lock(&self.held);
         while held.ranges.iter().any(meets) {
-            // Woken by every release, wanted or not: claims are few and short, a queue for each is not worth
-            // its cost.
+            // Every release wakes all waiting threads: claims are few and short, so a queue for each is not
+            // worth its cost.
             held.waiting += 1;
             held = wait(&self.released, held);
             held.waiting -= 1;
@@ -146,7 +147,7 @@ impl Claims {
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
         let mut held = lock(&self.claims.held);
-        debug_assert!(held.ranges.contains(&self.range), "a claim is given up twice");
+        debug_assert!(held.ranges.contains(&self.range), "a claim is released twice");
         if let Some(at) = held.ranges.iter().position(|range| *range == self.range) {
             held.ranges.swap_remove(at);
         }
@@ -168,18 +169,18 @@ mod tests {
     }
 
     #[test]
-    fn the_epoch_waits_for_running_operations() {
+    fn epoch_waits_for_running_operations() {
         let operations = Operations::default();
         assert_eq!(operations.advance(), 2);
         let running = operations.enter();
         assert_eq!(operations.advance(), 3);
-        assert_eq!(operations.advance(), 3, "the operation began in epoch 2");
+        assert_eq!(operations.advance(), 3, "the operation started in epoch 2");
         drop(running);
         assert_eq!(operations.advance(), 5);
     }
 
     #[test]
-    fn shared_claims_keep_changes_out_and_nothing_else() {
+    fn shared_claims_exclude_exclusive_ones_only() {
         let claims = Claims::default();
         let released = AtomicBool::new(false);
         let (first, _second) = (claims.share(clusters(10..20)), claims.share(clusters(25..30)));
@@ -197,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn overlapping_claims_wait_and_others_do_not() {
+    fn only_overlapping_exclusive_claims_wait() {
         let claims = Claims::default();
         let released = AtomicBool::new(false);
         let first = claims.claim(clusters(10..20));

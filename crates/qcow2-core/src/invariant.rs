@@ -1,9 +1,9 @@
-//! The engine's promises to itself, as assertions.
+//! The engine's invariants as assertions.
 //!
-//! The numbers are those of ARCHITECTURE.md. Each is asserted where something is decided and once more where
-//! it is written or read back, so that one place alone cannot break it unnoticed. None can fail because of
-//! what a file holds: damaged content is an error before it comes here. What costs nothing beside the work
-//! around it is asserted in release builds too.
+//! The numbers are those of ARCHITECTURE.md. Each invariant is asserted where something is decided and again
+//! where it is written or read back, so that a bug in one place is caught in the other. No file content can
+//! make an assertion fail: damaged content is an error before it gets here. Checks that cost little compared
+//! to the work around them stay on in release builds.
 
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;
@@ -16,23 +16,22 @@ use qcow2_format::l2::{ClusterEntry, L2Entry};
 use qcow2_format::refcount::RefcountWidth;
 use qcow2_format::{Geometry, GuestOffset, Header, HostOffset, Version};
 
-/// I1: a refcount fits its width, so that none wraps around and falls below the references.
+/// I1: a refcount fits its width; it would otherwise wrap around and fall below the references.
 pub(crate) fn count_fits(width: RefcountWidth, count: u64) {
     assert!(count <= width.max(), "refcount {count} in {} bits", width.bits());
 }
 
-/// I1, I5: clusters that are handed out are some, and not the header's.
+/// I1, I5: an allocation has at least one cluster, and not the header's.
 pub(crate) fn handed_out(run: ClusterRun) {
-    assert!(run.first() > 0 && !run.is_empty(), "{run:?} are handed out");
+    assert!(run.first() > 0 && !run.is_empty(), "{run:?} are allocated");
 }
 
-/// I1: refcount blocks in a row count all clusters up to `end`, their own included.
+/// I1: `blocks` consecutive refcount blocks cover all clusters up to `end`, their own included.
 pub(crate) fn all_counted(blocks: u64, per_block: u64, end: u64) {
-    assert!(blocks.saturating_mul(per_block) >= end, "{blocks} refcount blocks do not count cluster {end}");
+    assert!(blocks.saturating_mul(per_block) >= end, "{blocks} refcount blocks do not cover cluster {end}");
 }
 
-/// I2: what is written beside a write's own bytes does not touch them, and stays in the place of its
-/// clusters.
+/// I2: the copy-on-write edges of a write do not overlap its own bytes, and stay inside its host clusters.
 pub(crate) fn edges_apart(edges: impl Iterator<Item = Range<u64>>, own: Range<u64>, place: Range<u64>) {
     for edge in edges {
         debug_assert!(place.start <= edge.start && edge.end <= place.end, "{edge:?} outside of {place:?}");
@@ -43,55 +42,55 @@ pub(crate) fn edges_apart(edges: impl Iterator<Item = Range<u64>>, own: Range<u6
     }
 }
 
-/// I2: an entry that the engine makes leads to a whole cluster.
+/// I2: an L2 entry that the engine writes points to the start of a cluster.
 pub(crate) fn leads_to_cluster(geometry: &Geometry, entry: &L2Entry) {
     if let L2Entry::Standard(ClusterEntry { host: Some(host), allocated, zero, .. }) = entry {
-        debug_assert!(geometry.is_aligned(host.value()), "an entry leads to {host}");
+        debug_assert!(geometry.is_aligned(host.value()), "an l2 entry points to {host}");
         debug_assert!(allocated & zero == 0, "subclusters {allocated:#x} and {zero:#x} overlap");
     }
 }
 
-/// I3: what was unlinked in epoch `unlinked` is used again in epoch `now` only when nobody can see it.
+/// I3: a cluster that was unlinked in epoch `unlinked` may be freed in epoch `now`: no operation uses it.
 pub(crate) fn unseen(unlinked: u64, now: u64) {
-    assert!(unlinked + 2 <= now, "unlinked in epoch {unlinked}, used again in {now}");
+    assert!(unlinked + 2 <= now, "a cluster unlinked in epoch {unlinked} is freed in epoch {now}");
 }
 
-/// I4: a cluster whose copied flag is set was reserved for this image alone, or had the flag already.
+/// I4: a cluster that gets the copied flag was just allocated, or had the flag already.
 pub(crate) fn ours_alone(reserved: bool, was_copied: bool, data_file: bool) {
-    assert!(reserved || was_copied || data_file, "a cluster of others is written in place");
+    assert!(reserved || was_copied || data_file, "a shared cluster is written in place");
 }
 
-/// I4: what snapshots share with the active disk has no copied flag, neither here nor there.
+/// I4: L2 tables that a snapshot shares with the active disk have no copied flag in either L1 table.
 pub(crate) fn none_copied(l1_entries: &[u64]) {
     debug_assert!(
         l1_entries.iter().all(|&raw| raw == without_copied(raw)),
-        "a shared l2 table is marked as the active disk's alone"
+        "the entry of a shared l2 table has the copied flag"
     );
 }
 
-/// I5: the header is never given up, and nothing is freed in its cluster.
+/// I5: the header's cluster is never freed.
 pub(crate) fn not_the_header(kinds: OverlapChecks, cluster: u64) {
     assert!(!kinds.any_of(OverlapChecks::MAIN_HEADER), "host cluster {cluster} is freed as {}", kinds.text());
 }
 
-/// I5: a table's bytes are whole words, and none lies past what an entry can lead to.
+/// I5: a table has whole words, and its end is a valid offset.
 pub(crate) fn table_words(offset: HostOffset, len: usize) {
     debug_assert!(len.is_multiple_of(8), "{len} bytes of a table");
     debug_assert!(offset.checked_add(len as u64).is_some(), "a table at {offset} with {len} bytes");
 }
 
-/// I6: the sector that is about to be the header's is one.
+/// I6: the sector that is going to be written at offset 0 is a header.
 pub(crate) fn is_header(sector: &[u8]) {
-    assert!(sector.starts_with(b"QFI\xfb"), "the first sector would be no header");
+    assert!(sector.starts_with(b"QFI\xfb"), "the new first sector is not a header");
 }
 
-/// I6: an image that takes changes makes no promise that this engine does not know of.
+/// I6: an image that is being changed has no unknown autoclear bits.
 pub(crate) fn no_unknown_promise(header: &Header) {
     let unknown = header.features.autoclear.unknown();
-    assert!(unknown == AutoclearFeatures::NONE, "autoclear bits {:#x} are kept in a change", unknown.bits());
+    assert!(unknown == AutoclearFeatures::NONE, "unknown autoclear bits {:#x} at a change", unknown.bits());
 }
 
-/// I6: the features in memory are those of the sector.
+/// I6: the parsed header and its sector have the same autoclear bits.
 pub(crate) fn same_features(header: &Header, sector: &[u8]) {
     debug_assert!(
         header.version < Version::V3 || autoclear(sector) == header.features.autoclear,
@@ -99,22 +98,22 @@ pub(crate) fn same_features(header: &Header, sector: &[u8]) {
     );
 }
 
-/// I7: only an image that was opened for writing is written.
+/// I7: only an image that was opened for writing is written to.
 pub(crate) fn may_write(writable: bool) {
-    assert!(writable, "an image that was opened for reading is written");
+    assert!(writable, "write to an image that was opened for reading");
 }
 
-/// I8: a run covers bytes, and no more than were asked for. In debug builds only: on the path of every read
-/// the check alone cost 7 % of 4 KiB random reads.
+/// I8: a run is not empty, and no longer than asked for. Debug builds only: it is on the path of every read,
+/// where the check cost 7 % of 4 KiB random reads.
 pub(crate) fn covers(run: &Run, asked: u64) {
     debug_assert!(
         run.len > 0 && run.len <= asked || asked == 0,
-        "a run of {} bytes where {asked} were asked for",
+        "a run of {} bytes, asked for at most {asked}",
         run.len
     );
 }
 
-/// I8: bytes are as far into their host cluster as into their guest cluster. In debug builds only, as
+/// I8: guest and host offset have the same distance from the start of their clusters. Debug builds only, as
 /// [`covers`].
 pub(crate) fn equally_far(geometry: &Geometry, guest: GuestOffset, host: HostOffset) {
     debug_assert_eq!(
@@ -124,7 +123,7 @@ pub(crate) fn equally_far(geometry: &Geometry, guest: GuestOffset, host: HostOff
     );
 }
 
-/// I8: the bytes beside a write lie in its cluster, in order, and do not touch each other or the write's own.
+/// I8: the copy-on-write ranges of a write lie in its cluster, in order, with gaps, and outside the write.
 pub(crate) fn beside(ranges: &[(u64, u64)], write: Range<u64>, cluster_size: u64) {
     debug_assert!(ranges.iter().all(|range| range.0 < range.1 && range.1 <= cluster_size), "{ranges:?}");
     debug_assert!(ranges.windows(2).all(|pair| pair[0].1 < pair[1].0), "{ranges:?}");
@@ -142,11 +141,11 @@ mod tests {
 
     #[track_caller]
     fn check(broken: impl FnOnce() + std::panic::UnwindSafe) {
-        assert!(std::panic::catch_unwind(broken).is_err(), "a broken promise was not noticed");
+        assert!(std::panic::catch_unwind(broken).is_err(), "a broken invariant was not noticed");
     }
 
     #[test]
-    fn broken_promises_are_noticed() {
+    fn broken_invariants_panic() {
         let width = RefcountWidth::from_order(3).unwrap();
         check(move || count_fits(width, 256));
         check(|| handed_out(ClusterRun::one(0)));
@@ -176,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn kept_promises_pass() {
+    fn valid_values_pass() {
         count_fits(RefcountWidth::from_order(3).unwrap(), 255);
         handed_out(ClusterRun::one(1));
         all_counted(2, 100, 200);

@@ -1,4 +1,4 @@
-//! The qcow2 engine: what is where, what goes where, and in which order it reaches the disk.
+//! The qcow2 engine: maps guest offsets, allocates clusters, orders writes.
 //!
 //! ```
 //! use qcow2_core::{CreateOptions, GuestOffset, Image, ImageFormat, OpenOptions, ResolvedSource};
@@ -15,9 +15,45 @@
 //! # Ok::<(), qcow2_core::Error>(())
 //! ```
 //!
-//! The engine never touches the operating system. Bytes come and go through [`Storage`], compression through
-//! [`ClusterCodec`], and a name found inside an image (a backing file, a data file) is opened by a
-//! [`Resolver`] that the caller chooses, or not at all. What a machine would see is a [`GuestDisk`].
+//! The engine does no I/O of its own; it calls ports that the caller implements or takes from our other
+//! crates:
+//!
+//! | port | what the engine does through it |
+//! |---|---|
+//! | [`Storage`] | reads, writes and flushes the bytes of an image file |
+//! | [`GuestDisk`] | offers a disk to a machine; reads from a backing file |
+//! | [`ClusterCodec`] | compresses and expands one cluster |
+//! | [`Keyring`], [`ClusterCipher`] | unlocks an encrypted layer, encrypts and decrypts its sectors |
+//! | [`Resolver`] | opens a name found inside an image: a backing file, an external data file |
+//!
+//! The default resolver, [`NoResolver`], opens nothing. The engine never sees a password: the [`Keyring`]
+//! turns it into a cipher.
+//!
+//! # Moving the bytes yourself
+//!
+//! [`Image::read_at`] and [`Image::write_at`] block until the storage has answered. An event loop or a VMM
+//! does the data I/O itself: [`Image::pin`] gives host offsets that stay valid while the [`Pin`] is held, for
+//! reads; [`Image::prepare_write`] gives a [`WriteTicket`] with the pieces to write, and
+//! [`WriteTicket::commit`] makes them visible.
+//!
+//! # What a storage must guarantee
+//!
+//! The order of writes relies on these four, see [`Storage`]:
+//!
+//! - A sector of 512 bytes at a multiple of 512 is written whole or not at all.
+//! - Between two flushes any subset of the writes may reach the medium, in any order. The engine asks for no
+//!   more.
+//! - When [`Storage::flush`] returns success, everything written before it is durable, the file's length
+//!   included.
+//! - Bytes that were written and flushed read back unchanged.
+//!
+//! Nobody else may change the image file while it is open for writing; file locks are the adapter's task.
+//!
+//! # `no_std`
+//!
+//! The crate is `no_std` with `alloc`, except for its locks: one private module links `std` for `Mutex`,
+//! `RwLock`, `Condvar`, `OnceLock` and, in debug builds, the check of the lock order. So it needs a target
+//! that has `std`, but no file system, sockets, clock or threads of it.
 //!
 //! # Which crate do I want?
 //!
@@ -25,7 +61,7 @@
 //! |---|---|
 //! | use images in files | `qcow2-image` |
 //! | open disks by QEMU's names: `json:`, `nbd:`, option lists | `qcow2-blockdev` |
-//! | read and write images in your own storage, `no_std` | `qcow2-core` |
+//! | read and write images in your own storage | `qcow2-core` |
 //! | run the procedures (convert, check, commit, ...) on your own disks and threads | `qcow2-ops` |
 //! | use files, block devices, memory or NBD as storage, with locks | `qcow2-io` |
 //! | compress and expand clusters | `qcow2-codec` |

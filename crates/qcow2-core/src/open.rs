@@ -1,4 +1,4 @@
-//! From a header to a usable image: which images are opened, and how.
+//! Opens an image: checks the header, loads the tables, builds the parts of the engine.
 //!
 //! Invariants I6 and I7: unknown incompatible bits stop the open; unknown autoclear bits are cleared before
 //! the first write; opening for reading writes nothing.
@@ -35,17 +35,18 @@ use qcow2_format::header::CompressionType;
 use qcow2_format::header::SECTOR_LEN;
 use qcow2_format::{Geometry, Header, HostOffset, Version};
 
-/// The largest cached piece of a table.
+/// The largest cache page, in bytes.
 const MAX_PAGE: u64 = 64 << 10;
-/// The cached piece of a table on disks that the cache does not cover.
+/// Bytes of a cache page if the cache is smaller than all L2 tables: a miss then reads little.
 const SMALL_PAGE: u64 = 4 << 10;
 
 impl Image {
-    /// Opens an image and those of the files it names that `options` ask for. Disk: reads header and tables;
-    /// opened for writing, clears unknown autoclear bits and, where the image was not closed cleanly,
-    /// recounts its refcounts. Errors: `Format` for bytes that are no such image, `Unsupported` for unknown
-    /// features, `Corrupt` for an image marked so that is to be written, `Encrypted`, `Resolve`, `Chain`,
-    /// `Storage`.
+    /// Opens an image and, as far as `options` ask for them, its data file and backing chain. Disk: reads the
+    /// header and tables. For writing, clears unknown autoclear bits and, if the dirty bit is set, recounts
+    /// and corrects the refcounts. Errors: `Format` for a bad header or unknown incompatible bits;
+    /// `MarkedCorrupt` if the corrupt bit is set and `options` are for writing, but not for repair;
+    /// `Unsupported` for a layer of another format than raw, qcow2 and LUKS; `InvalidOption`, `Corrupt`,
+    /// `Encrypted`, `Resolve`, `Chain`, `Storage`.
     ///
     /// Spec: "Header", "Header extensions".
     pub fn open(source: ResolvedSource, options: &OpenOptions) -> Result<Arc<Self>> {
@@ -57,7 +58,7 @@ impl Image {
         Ok(Arc::new(image.with_backing(backing)))
     }
 
-    /// Opens the chain below this layer, as far as `options` want it.
+    /// Opens the backing chain of this layer; `None` without a backing file, or if `options` exclude it.
     pub(crate) fn open_below(
         &self,
         source: &ResolvedSource,
@@ -71,7 +72,7 @@ impl Image {
         }
     }
 
-    /// Opens one layer without what is below it. `depth`: how many layers stand on it.
+    /// Opens one layer without its backing file. `depth`: how many overlays are above it.
     pub(crate) fn open_layer(source: &ResolvedSource, options: &OpenOptions, depth: usize) -> Result<Self> {
         let (header, sector) = read_header(&*source.storage)?;
         check_usable(&header, options)?;
@@ -108,7 +109,7 @@ impl Image {
     }
 }
 
-/// Reads and parses the header: the first cluster, at most 2 MiB.
+/// Reads and parses the header: the first cluster, at most 2 MiB. Also returns the first sector as it is.
 pub(crate) fn read_header(storage: &dyn Storage) -> Result<(Header, [u8; SECTOR_LEN])> {
     let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
     let mut start = vec![0; SECTOR_SIZE as usize];
@@ -144,7 +145,7 @@ fn open_data(
     if !header.has_data_file() {
         let raw = header.features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE);
         if raw && options.layers != Layers::TopOnly {
-            let message = "image promises a raw external data file (autoclear bit 1), but has no data file";
+            let message = "autoclear bit 1 (raw external data file) is set, but the image has no data file";
             return Err(Error::new(ErrorKind::Format, message));
         }
         return Ok(Some(Arc::clone(&source.storage)));
@@ -153,21 +154,22 @@ fn open_data(
         return Ok(None);
     }
     let Some(name) = header.extensions.data_file_name() else {
-        return Err(Error::new(ErrorKind::Resolve, "image needs an external data file but names none"));
+        let message = "image needs an external data file, but its header has no name for it";
+        return Err(Error::new(ErrorKind::Resolve, message));
     };
     let opened = source.resolver.resolve(Reference::DataFile { name: &name }, options.writable)?;
     Ok(Some(opened.storage))
 }
 
-/// The parts of an image that the caller of [`build_parts`] puts together.
+/// The parts of the engine for one image.
 struct Parts {
     tables: Arc<Tables>,
     refcounts: Arc<RefcountStore>,
     flusher: Flusher,
 }
 
-/// Builds the parts in the order in which they stand on each other. `sector`: the header's first. Disk: reads
-/// the L1 table and, for writing, the refcount table and where metadata is.
+/// Builds the parts, each on the ones before it. `sector`: the first sector of the header. Disk: reads the L1
+/// table; for writing, also the refcount table and whatever [`known_metadata`] needs.
 fn build_parts(
     source: &ResolvedSource,
     (header, sector): (Header, [u8; SECTOR_LEN]),
@@ -175,7 +177,7 @@ fn build_parts(
     options: &OpenOptions,
 ) -> Result<Parts> {
     let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
-    // Unknown ones were an error of the parser's: what it lets through must be what this engine knows (I6).
+    // The parser has refused unknown incompatible bits already (I6).
     assert!(header.features.incompatible.unknown() == IncompatibleFeatures::NONE, "{header:?}");
     let l2_format = header.l2_format().map_err(bad)?;
     let file = Arc::new(ImageFile::new(l2_format, Arc::clone(&source.storage), data, options));
@@ -189,7 +191,7 @@ fn build_parts(
         (Refcounts::default(), MetadataMap::default())
     };
     let l2_cache = l2_cache(&header, geometry, options);
-    // A reader has no use for refcounts, and a chain may have a thousand layers that are only read.
+    // A read-only layer never looks at refcounts, and a chain may have a thousand of them.
     let refcount_bytes = match options.writable {
         true => options.refcount_cache_size.unwrap_or(DEFAULT_REFCOUNT_CACHE),
         false => 0,
@@ -206,7 +208,7 @@ fn build_parts(
     Ok(Parts { tables, refcounts, flusher })
 }
 
-/// The cache of L2 tables: small pages where it does not cover the disk, so that a miss reads little.
+/// The cache of L2 tables. Its pages are small if it cannot hold all L2 tables, so that a miss reads little.
 fn l2_cache(header: &Header, geometry: &Geometry, options: &OpenOptions) -> PageCache {
     let needed = header.size.div_ceil(geometry.cluster_size()).saturating_mul(geometry.l2_entry_size());
     let bytes = options.l2_cache_size.unwrap_or(DEFAULT_L2_CACHE.min(needed));

@@ -1,4 +1,4 @@
-//! A storage seen as a guest disk: every byte is itself.
+//! A raw disk: a storage as a guest disk.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::disk::{DiskExtent, ExtentState, GuestDisk};
@@ -10,8 +10,7 @@ use ::alloc::sync::Arc;
 use core::any::Any;
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
-/// A raw disk: guest offset and host offset are the same number, the size is the storage's length to the
-/// byte.
+/// A raw disk: guest offset and host offset are the same, and the size is the storage's length in bytes.
 pub struct RawDisk {
     storage: Arc<dyn Storage>,
     size: AtomicU64,
@@ -20,14 +19,14 @@ pub struct RawDisk {
 }
 
 impl RawDisk {
-    /// A disk of the storage's present length. Disk: asks for the length only. Errors: `Storage`.
+    /// A disk of the storage's present length. Disk: only queries the length. Errors: `Storage`.
     pub fn new(storage: Arc<dyn Storage>, writable: bool) -> Result<Self> {
         let size = AtomicU64::new(storage.len()?);
         let events = storage.events();
         Ok(Self { storage, size, writable, events })
     }
 
-    /// The bytes underneath.
+    /// The storage.
     pub fn storage(&self) -> &Arc<dyn Storage> {
         &self.storage
     }
@@ -58,7 +57,7 @@ fn host(offset: GuestOffset) -> HostOffset {
 }
 
 impl dyn GuestDisk + '_ {
-    /// This disk as a raw one, where it is one.
+    /// This disk as a raw disk, or `None` if it is of another kind.
     pub fn as_raw(&self) -> Option<&RawDisk> {
         self.as_any()?.downcast_ref()
     }

@@ -1,8 +1,8 @@
-//! Repair on request: refcounts from the tables, copied flags from the refcounts, and then the marks of
-//! damage are cleared.
+//! Repair on request: recomputes refcounts from the tables and copied flags from the refcounts, then clears
+//! the dirty and the corrupt bit.
 //!
-//! Nothing here touches what the guest sees. Order on disk: refcounts, barrier; copied flags, barrier; the
-//! header's marks. A crash leaves an image that still needs repair, with fewer errors left.
+//! The guest data does not change. Order on disk: refcounts, barrier; copied flags, barrier; the header's
+//! bits. A crash leaves an image that still needs repair, with fewer errors left.
 
 use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::image::Image;
@@ -15,17 +15,17 @@ use qcow2_format::l2::{ClusterEntry, L2Entry};
 use qcow2_format::{HostOffset, L1Index};
 
 impl Image {
-    /// Makes refcounts the number of references in the tables, all of them or (`only_lower`) those that are
-    /// too high. The image was opened for repair. Errors: `Corrupt` where tables are damaged, so that nothing
-    /// may be concluded from them, nothing having changed; `Unsupported` where only lowering cannot do;
-    /// `ReadOnly`, `Poisoned`, `Storage`. Spec: "Refcount blocks".
+    /// Sets every refcount to the number of references in the tables; with `only_lower`, only refcounts that
+    /// are too high. The image must be open for repair. Errors: `Corrupt` for damaged tables, before anything
+    /// has changed; `Unsupported` with `only_lower` if the refcount structure has to be rebuilt; `ReadOnly`,
+    /// `Poisoned`, `Storage`. Spec: "Refcount blocks".
     pub fn repair_refcounts(&self, only_lower: bool) -> Result<()> {
         let _alone = write(&self.structure);
         self.file.check_writable()?;
         let counts = self.recount().references()?;
         if !self.correct_refcounts(&counts, only_lower)? {
             if only_lower {
-                let message = "the refcount structure must be made anew, which was not asked for";
+                let message = "the refcount structure has to be rebuilt; lowering refcounts is not enough";
                 return Err(Error::new(ErrorKind::Unsupported, message));
             }
             self.rebuild_refcounts(&counts)?;
@@ -33,17 +33,17 @@ impl Image {
         self.flusher.settle()
     }
 
-    /// Sets the copied flag of exactly those L2 tables and clusters of the active disk whose refcount is one.
-    /// A table that somebody else refers to as something else is left as it is: its bytes may not be entries.
-    /// Errors: `Corrupt` for damaged tables; `ReadOnly`, `Poisoned`, `Storage`. Spec: "Cluster mapping".
+    /// Makes the copied flags of the active disk's L2 tables and clusters agree with the refcounts: set if
+    /// the refcount is one, clear otherwise. An L2 table that is referenced as other metadata or data too is
+    /// not written: its bytes may not be entries. Errors: `Corrupt` for damaged tables; `ReadOnly`,
+    /// `Poisoned`, `Storage`. Spec: "Cluster mapping".
     pub fn repair_copied_flags(&self) -> Result<()> {
         let _alone = write(&self.structure);
         self.file.check_writable()?;
         let (l1, entries) = self.mapping().l1_contents();
         if !self.is_certain(OverlapChecks::ACTIVE_L1, l1, entries.len() as u64 * 8, 1)? {
-            return Err(Error::corrupt(format!("l1 table at {l1}: something else is there too"))
-                .in_table(TableKind::L1)
-                .at_host(l1));
+            let message = format!("l1 table at {l1} shares clusters with other metadata or data");
+            return Err(Error::corrupt(message).in_table(TableKind::L1).at_host(l1));
         }
         let named = self.recount().named_l2_tables()?;
         for (index, raw) in (0u64..).zip(entries) {
@@ -67,7 +67,7 @@ impl Image {
         self.flusher.settle()
     }
 
-    /// Clears the marks of an unclean end and of damage. Errors: `ReadOnly`, `Poisoned`, `Storage`.
+    /// Clears the dirty and the corrupt bit. Errors: `ReadOnly`, `Poisoned`, `Storage`.
     pub fn clear_damage_marks(&self) -> Result<()> {
         let _alone = write(&self.structure);
         self.file.check_writable()?;
@@ -106,8 +106,9 @@ impl Image {
         Ok(())
     }
 
-    /// Whether a table of `kinds` has its clusters for itself: no other metadata is known there, and their
-    /// refcounts are the `times` that it is named. One that is higher counts another owner, who may be right.
+    /// True if nothing else uses the clusters of a table of `kinds`: no other metadata is known there, and
+    /// their refcounts equal `times`, the number of references to the table. A higher refcount means another
+    /// owner, and nothing shows which of the two is right.
     fn is_certain(&self, kinds: OverlapChecks, table: HostOffset, len: u64, times: u64) -> Result<bool> {
         let run = self.tables.run_of(kinds, table, len);
         if self.tables.guard().hit_by(kinds, run.clusters).is_some() {
@@ -116,7 +117,7 @@ impl Image {
         self.refcounts.all_have(run.clusters, times)
     }
 
-    /// Whether the refcount of the cluster at `host` is one.
+    /// True if the refcount of the cluster at `host` is one.
     fn is_sole(&self, host: HostOffset) -> Result<bool> {
         Ok(self.refcounts.count(self.file.geometry().host_cluster(host).value())? == 1)
     }

@@ -1,8 +1,9 @@
-//! Changing the size of the disk.
+//! Changes the size of the disk.
 //!
-//! Order on disk: a larger L1 table and its refcounts, barrier, the header's pointer to it, barrier; what is
-//! to read as zeroes in the new area, barrier; the size last. Shrinking forgets clusters before the size
-//! changes. A crash leaves the old size or the new one, and new bytes read as zeroes either way.
+//! Order on disk when growing: a larger L1 table and its refcounts, barrier, the header's pointer to it,
+//! barrier; entries and data that make the new area read as zeroes, barrier; the size last. Shrinking
+//! deallocates clusters before the size changes. A crash leaves the old size or the new one, and new bytes
+//! read as zeroes either way.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -18,26 +19,24 @@ use qcow2_format::bytes::table_bytes;
 use qcow2_format::limit::MAX_L1_TABLE_SIZE;
 use qcow2_format::{GuestOffset, GuestRange};
 
-/// Clusters that are forgotten before the caller is asked whether to go on. Origin: ours, a part of a second
-/// where all of them are somewhere; an L1 table for the largest disk, in a file of some MB, leads to as many
-/// as take hours.
+/// Clusters that are deallocated between two calls of `go_on`. Origin: ours, less than a second of work if
+/// all are allocated. A hostile file of a few MB can map so many clusters that shrinking it takes hours.
 const SHRINK_CLUSTERS: u64 = 1 << 18;
 
 impl Image {
-    /// Makes the disk `size` bytes: a multiple of 512. Bytes that are new read as zeroes, also where a
-    /// backing file is longer and where an earlier, longer disk had something else.
+    /// Makes the disk `size` bytes long, a multiple of 512. New bytes read as zeroes, even if the backing
+    /// file is longer or the disk was longer before.
     ///
-    /// Disk: see the order above; an external data file is cut or made longer to the byte. Errors:
-    /// `InvalidOption` for a size that is no multiple of 512 or needs a larger L1 table than allowed;
-    /// `Unsupported` for a version 2 image with snapshots; `NoSpace`, `Storage`. Spec: "Header", "Cluster
-    /// mapping".
+    /// Disk: in the order above; an external data file gets exactly `size` bytes. Errors: `InvalidOption` for
+    /// a size that is no multiple of 512 or needs a larger L1 table than allowed; `Unsupported` for a version
+    /// 2 image with snapshots; `NoSpace`, `Storage`. Spec: "Header", "Cluster mapping".
     pub(crate) fn change_size(&self, size: u64) -> Result<()> {
         self.resize_while(size, &mut || ControlFlow::Continue(()))
     }
 
-    /// [`resize`](Image::resize) that can be stopped while the disk gets shorter: `go_on` is asked every
-    /// 2^18 clusters, the end going first. Errors: `Stopped`, the disk having one of the sizes between;
-    /// otherwise as `resize`.
+    /// [`resize`](Image::resize) that the caller can stop while the disk shrinks, from the end downwards:
+    /// `go_on` is called every 2^18 clusters. Errors: `Stopped`: the disk has a size between the old and the
+    /// new one; otherwise as `resize`.
     pub fn resize_while(&self, size: u64, go_on: &mut dyn FnMut() -> ControlFlow<()>) -> Result<()> {
         let _alone = write(&self.structure);
         self.file.check_writable()?;
@@ -57,7 +56,7 @@ impl Image {
         if size > old {
             self.grow(old, size)?;
         }
-        debug_assert_eq!(self.size(), size, "the disk has another size than its header will have");
+        debug_assert_eq!(self.size(), size, "the size in memory is not the one for the header");
         self.header.update(&[HeaderField::Size(size)])?;
         if let Some(data) = self.file.data_file() {
             data.set_len(size)?;
@@ -72,8 +71,8 @@ impl Image {
     fn grow(&self, old: u64, size: u64) -> Result<()> {
         self.cover_with_l1(size)?;
         self.size.store(size, Ordering::Release);
-        // The size is in memory first, because zeroing asks for ranges inside the disk, and on disk last: a
-        // crash in between leaves the old size.
+        // The size in memory changes first, because `zero_range` needs ranges inside the disk; on disk it
+        // changes last, so that a crash in between leaves the old size.
         let result = self.zero_new_area(old, size).and_then(|()| self.flusher.flush());
         if result.is_err() {
             self.size.store(old, Ordering::Release);
@@ -81,8 +80,8 @@ impl Image {
         result
     }
 
-    /// What lies behind the old end must not show: the rest of its last cluster, a longer backing file, and
-    /// what a machine's state left there.
+    /// Zeroes everything past the old end that could show through: the rest of the last cluster, the rest of
+    /// a longer backing file, and clusters of a VM state.
     fn zero_new_area(&self, old: u64, size: u64) -> Result<()> {
         let geometry = self.file.geometry();
         let cluster_end = geometry.align_up(old).unwrap_or(old).min(size);
@@ -95,7 +94,8 @@ impl Image {
         self.zero_range(between(old, end), ZeroKind::Unmap)
     }
 
-    /// Makes the L1 table long enough for `size` guest bytes. The caller is alone with the image.
+    /// Makes the L1 table long enough for `size` guest bytes. The caller holds the structure lock for
+    /// writing.
     pub(crate) fn cover_with_l1(&self, size: u64) -> Result<()> {
         let needed = self.file.geometry().l1_entries_for(size);
         if needed > MAX_L1_TABLE_SIZE / 8 {
@@ -107,13 +107,15 @@ impl Image {
         if needed > self.mapping().l1_len() { self.move_l1(needed) } else { Ok(()) }
     }
 
-    /// Puts the L1 table elsewhere with `entries` entries.
+    /// Moves the L1 table to new clusters, with `entries` entries.
     fn move_l1(&self, entries: u64) -> Result<()> {
+        // The new table is written with all links that are in memory: what they point to, and its refcounts,
+        // must be durable first (I1, I2).
         self.flusher.flush()?;
         let (old_offset, mut table) = self.mapping().l1_contents();
         let old_run = self.tables.run_of(OverlapChecks::ACTIVE_L1, old_offset, table.len() as u64 * 8);
         self.refcounts.check_freeable(old_run)?;
-        assert!(entries > table.len() as u64, "an l1 table moves to have {entries} entries, and has them");
+        assert!(entries > table.len() as u64, "an l1 table of {entries} entries or more is moved to grow");
         table.resize(entries as usize, 0);
         let clusters = self.file.geometry().clusters_for(entries * 8);
         let place = self.refcounts.allocate_with_space(OverlapChecks::ACTIVE_L1, clusters)?;
@@ -128,8 +130,8 @@ impl Image {
         Ok(())
     }
 
-    /// Forgets what lies behind the new end; a backing file must not show there should the disk grow again,
-    /// which growing sees to. Returns the size that the disk has now.
+    /// Deallocates the clusters past the new end. (If the disk grows again, growing hides the backing file
+    /// there.) Returns the new size, which is larger than `size` if `go_on` has stopped the work.
     fn shrink(&self, old: u64, size: u64, go_on: &mut dyn FnMut() -> ControlFlow<()>) -> Result<u64> {
         let geometry = self.file.geometry();
         let start = geometry.align_up(size).unwrap_or(old);
@@ -140,7 +142,7 @@ impl Image {
                 size = end;
                 break;
             }
-            // What is left then ends with a piece, and so with a cluster.
+            // Pieces start at multiples of their length, so that the rest always ends with a cluster.
             let first = ((end - 1) / piece * piece).max(start);
             assert!(first < end, "shrinking makes no progress at {end:#x}");
             self.forget_clusters(between(first, end))?;

@@ -1,6 +1,7 @@
-//! The ordering rules by name, so that a test can switch one off and see the crash simulation notice.
+//! Names for the ordering rules, so that a test can switch one off and check that the crash simulation
+//! notices.
 
-/// One rule of the order on disk.
+/// One rule about the order of writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 #[cfg_attr(not(feature = "unstable-mutants"), allow(unreachable_pub, reason = "public for tests only"))]
@@ -9,7 +10,7 @@ pub enum OrderingRule {
     RefcountsBeforeLinks,
     /// Mapping entries are durable when a flush returns.
     LinksBeforeFlushReturns,
-    /// A refcount block is durable before the refcount table entry that leads to it.
+    /// A refcount block is durable before the refcount table entry that points to it.
     BlockBeforeTableEntry,
     /// An unlink is durable before the cluster's refcount goes down.
     UnlinkBeforeFree,
@@ -17,17 +18,17 @@ pub enum OrderingRule {
     TableBeforeEntry,
     /// A moved refcount table is durable before the header points to it.
     TableBeforeHeader,
-    /// A snapshot's tables and refcounts are durable before the header leads to them.
+    /// A snapshot's tables and refcounts are durable before the header points to them.
     SnapshotBeforeHeader,
-    /// The copied flags of the active tables are cleared before a snapshot shares what they lead to.
+    /// The copied flags of the active tables are cleared before a snapshot shares their clusters.
     CopiedClearedBeforeSnapshot,
-    /// Bitmaps are durable before the header leads to them.
+    /// Bitmaps are durable before the header points to them.
     BitmapsBeforeHeader,
-    /// The header's warning bits are durable before the change they warn of.
+    /// Warning bits (bitmaps in use, bitmaps untrusted) are durable before the change they warn of.
     WarningBeforeChange,
 }
 
-/// Which rules hold: all of them, unless a test says otherwise.
+/// Which rules are kept: all of them, unless a test switches one off.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Rules {
     #[cfg(feature = "unstable-mutants")]
@@ -35,13 +36,13 @@ pub(crate) struct Rules {
 }
 
 impl Rules {
-    /// Whether `rule` is to be kept.
+    /// True if `rule` is kept.
     #[cfg(feature = "unstable-mutants")]
     pub(crate) fn keep(&self, rule: OrderingRule) -> bool {
         self.broken != Some(rule)
     }
 
-    /// Whether `rule` is to be kept: always.
+    /// Always true: only tests can switch a rule off.
     #[cfg(not(feature = "unstable-mutants"))]
     pub(crate) const fn keep(&self, _rule: OrderingRule) -> bool {
         true

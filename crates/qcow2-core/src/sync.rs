@@ -1,12 +1,11 @@
-//! The one door to locks, atomics and the standard library; nothing else in this crate can name `std`.
+//! Locks and atomics. The only module of this crate that uses `std`.
 //!
 //! A lock whose holder panicked is taken all the same: no data under these locks is left half-changed by a
-//! panic, and a second panic would help nobody. With the feature `unstable-shuttle` the same types come from
-//! a scheduler that tries orders of execution, so that a test can look for the one that hurts.
+//! panic, and a second panic would not help. With the feature `unstable-shuttle` the types come from the
+//! shuttle scheduler, which explores thread interleavings in tests.
 //!
-//! Every lock has a [`Rank`], and a thread takes the locks of one image in the order of their ranks only. So
-//! two threads never wait for each other, whatever they do. Builds with debug assertions check it at every
-//! lock.
+//! Every lock has a [`Rank`]. A thread takes the locks of one image in ascending order of rank, so that two
+//! threads never deadlock. Builds with debug assertions check the order each time a lock is taken.
 
 #[cfg_attr(test, allow(unused_extern_crates))]
 extern crate std;
@@ -19,59 +18,59 @@ use std::sync as locks;
 use core::ops::{Deref, DerefMut};
 pub(crate) use locks::{Condvar, atomic};
 pub(crate) use order::LockOwner;
-/// Filled without waiting for anybody, so there is no order to explore.
+/// From `std` even with shuttle: it is set without waiting, so there are no interleavings to explore.
 pub(crate) use std::sync::OnceLock;
 
-/// The order of all locks: whoever holds one may take only those below it. Two locks of the same rank are
-/// never held at once. Layers of a chain are images of their own: who holds locks of an overlay may take any
-/// of its backing file's.
+/// The order of all locks: a thread that holds one may take only those further down in this list. A thread
+/// never holds two locks of the same rank. Each layer of a chain has its own order: a thread that holds locks
+/// of an overlay may take any lock of its backing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
-    /// Shared by every request, alone for what changes the image as a whole: snapshots, resize, close. The
-    /// one lock that a thread may share several times over, with a write ticket each.
+    /// Read-locked by every request, write-locked by changes of the whole image: snapshots, resize, close.
+    /// The only lock that a thread may read-lock more than once, with one write ticket each.
     Structure,
-    /// Encrypted images: alone for a change of a part of a sector, which reads the rest of it first.
+    /// Encrypted images: write-locked by a change of a part of a sector, which reads the rest of it first.
     PartialSector,
     /// The bitmaps and their bits.
     Bitmaps,
-    /// A missing or shared L2 table is being replaced.
+    /// Creation of a missing L2 table, or the copy of a shared one.
     NewTable,
-    /// A flush round, or a change of whole trees of refcounts.
+    /// A flush round, or a change of the refcounts of whole trees.
     Flushing,
-    /// Shared while mapping words change, alone while a flush copies them.
+    /// Read-locked while mapping words change, write-locked while a flush copies them.
     Gate,
-    /// The refcount table and where free clusters are looked for.
+    /// The refcount table and the start of the search for free clusters.
     Refcounts,
-    /// Refcount blocks or the table are being written.
+    /// Writeback of refcount blocks and of the refcount table.
     RefcountIo,
     /// The header, also while its sector is written.
     Header,
-    /// A cached page of a table is being read: held over I/O, by those who miss in the same set only.
+    /// A read of a table page into the cache: held over I/O; only misses in the same set wait for it.
     CacheLoading,
     /// The cached pages of a set.
     CachePages,
-    /// Which cached pages wait for write-back.
+    /// The list of cached pages that wait for writeback.
     CacheDirty,
     /// The L1 table in memory.
     L1Table,
-    /// Which of its sectors wait for write-back.
+    /// The sectors of the L1 table that wait for writeback.
     L1Dirty,
-    /// Clusters that wait to be freed.
+    /// The clusters that wait to be freed.
     Pending,
-    /// Two words of an L2 entry are being changed together.
+    /// A change of both words of an extended L2 entry.
     WordPair,
-    /// Who claims which guest clusters: held to look, not for the claim's time. A claim itself is taken under
-    /// [`Structure`](Self::Structure), several of them in ascending order of clusters.
+    /// The list of claims; held only to look at the list, not as long as a claim. A claim itself is taken
+    /// under [`Structure`](Self::Structure), several in ascending order of clusters.
     Claims,
-    /// A few expanded clusters.
+    /// The cache of expanded clusters.
     Expanded,
-    /// Buffers for reuse.
+    /// The pool of reusable buffers.
     Scratch,
-    /// Which clusters hold metadata.
+    /// The map of clusters that hold metadata.
     Metadata,
 }
 
-/// A mutual exclusion lock with a place in the order.
+/// A mutex with a rank.
 #[derive(Debug)]
 pub(crate) struct Mutex<T> {
     place: order::Place,
@@ -84,7 +83,7 @@ impl<T> Mutex<T> {
     }
 }
 
-/// A lock for many readers or one writer, with a place in the order.
+/// A reader-writer lock with a rank.
 #[derive(Debug)]
 pub(crate) struct RwLock<T> {
     place: order::Place,
@@ -97,7 +96,7 @@ impl<T> RwLock<T> {
     }
 }
 
-/// A lock that is held. Let go before its place in the order is.
+/// The guard of a held lock. The fields are dropped in order: the lock is released before its rank.
 #[derive(Debug)]
 pub(crate) struct Held<G> {
     guard: G,
@@ -137,13 +136,13 @@ pub(crate) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     Held { guard: lock.inner.write().unwrap_or_else(std::sync::PoisonError::into_inner), entered }
 }
 
-/// Lets the lock go until `condition` is signalled.
+/// Waits for `condition`; the lock is released meanwhile.
 pub(crate) fn wait<'a, T>(condition: &Condvar, held: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     let Held { guard, entered } = held;
     Held { guard: condition.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner), entered }
 }
 
-/// Lets whoever is being waited for go on.
+/// Yields in a loop that waits for another thread.
 pub(crate) fn spin() {
     #[cfg(feature = "unstable-shuttle")]
     shuttle::thread::yield_now();
@@ -151,8 +150,8 @@ pub(crate) fn spin() {
     core::hint::spin_loop();
 }
 
-/// The check of the order. Which locks a thread holds is known to that thread alone, so that the check itself
-/// neither waits nor changes what it looks at.
+/// The check of the lock order. The list of held locks is thread-local, so that the check itself takes no
+/// lock and adds no synchronisation that would hide a bug.
 #[cfg(all(debug_assertions, not(feature = "unstable-shuttle")))]
 mod order {
     use super::Rank;
@@ -167,7 +166,7 @@ mod order {
         static HELD: RefCell<Vec<(u64, Rank)>> = const { RefCell::new(Vec::new()) };
     }
 
-    /// While it lives, the locks that this thread makes belong to one image.
+    /// Locks that this thread creates while the value lives belong to one image.
     pub(crate) struct LockOwner {
         before: u64,
     }
@@ -196,12 +195,13 @@ mod order {
             Self { owner: MAKING.get(), rank }
         }
 
-        /// Notes that this thread is about to wait for the lock; panics where it holds one that comes later.
+        /// Records that this thread is about to take the lock. Panics if it holds one of the same or a later
+        /// rank.
         pub(super) fn enter(self) -> Entered {
             self.enter_after(|last| last < self.rank)
         }
 
-        /// The same for a reader. A thread may hold several write tickets, each of which shares the
+        /// The same for a read lock. A thread may hold several write tickets, each with a read lock of the
         /// structure.
         pub(super) fn enter_shared(self) -> Entered {
             let again = self.rank == Rank::Structure;
@@ -223,7 +223,7 @@ mod order {
         }
     }
 
-    /// A place that the thread has entered.
+    /// An entry in the thread's list of held locks; dropping it removes the entry.
     #[derive(Debug)]
     pub(super) struct Entered {
         place: Place,
@@ -232,7 +232,7 @@ mod order {
     impl Drop for Entered {
         fn drop(&mut self) {
             let wanted = (self.place.owner, self.place.rank);
-            // At the end of a thread its list may be gone before a lock is let go.
+            // When a thread ends, its list may be destroyed before it releases its last lock.
             let _ = HELD.try_with(|held| {
                 let mut held = held.borrow_mut();
                 if let Some(at) = held.iter().rposition(|held| *held == wanted) {
@@ -243,7 +243,7 @@ mod order {
     }
 }
 
-/// The order is not checked here.
+/// Without debug assertions, and under shuttle, the order is not checked.
 #[cfg(any(not(debug_assertions), feature = "unstable-shuttle"))]
 mod order {
     use super::Rank;
@@ -282,7 +282,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lock_out_of_order_is_caught() {
+    fn taking_a_lock_out_of_order_panics() {
         let _owner = LockOwner::new();
         let (first, second) = (Mutex::new(Rank::Refcounts, 1), RwLock::new(Rank::Header, 2));
         {
@@ -301,8 +301,8 @@ mod tests {
         let twice = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let (_one, _two) = (read(&second), read(&second));
         }));
-        assert!(twice.is_err(), "a reader that reads again waits for a writer who waits for it");
-        // Another image's locks are in another order.
+        assert!(twice.is_err(), "a second read lock waits for a writer that waits for the first one");
+        // Locks of another image have an order of their own.
         let _other_owner = LockOwner::new();
         let other = Mutex::new(Rank::Structure, 4);
         let (_second, _other) = (read(&second), lock(&other));

@@ -1,7 +1,6 @@
-//! The machine's state: bytes that the image holds behind the guest disk, for snapshots of a running machine.
+//! The VM state: bytes past the end of the guest disk, for snapshots of a running machine.
 //!
-//! The state begins where the first L2 table begins that maps nothing of the disk. Spec: "Snapshots" (VM
-//! state).
+//! It starts at the first guest offset that none of the disk's L2 tables maps. Spec: "Snapshots" (VM state).
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -11,17 +10,17 @@ use ::alloc::format;
 use qcow2_format::GuestOffset;
 
 impl Image {
-    /// Where the machine's state begins: a guest offset at or behind the end of the disk.
+    /// The guest offset at which the VM state starts: at or past the end of the disk.
     pub fn vm_state_offset(&self) -> u64 {
         let covered = self.file.geometry().l2_coverage();
         let offset = self.size().div_ceil(covered).saturating_mul(covered);
-        debug_assert!(offset >= self.size(), "a machine's state at {offset:#x} is inside the disk");
+        debug_assert!(offset >= self.size(), "vm state at {offset:#x} is inside the disk");
         offset
     }
 
-    /// Fills `buf` with the state from its byte `offset` on; what was never written reads as zeroes. Disk:
-    /// may read L2 tables. Errors: `OutOfRange` past 2^63, `Unsupported` with an external data file,
-    /// `Corrupt`, `Storage`.
+    /// Fills `buf` with the VM state from its byte `offset` on; unwritten bytes read as zeroes. Disk: may
+    /// read L2 tables. Errors: `OutOfRange` past 2^63, `Unsupported` with an external data file, `Corrupt`,
+    /// `Storage`.
     pub fn read_vm_state(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let start = self.state_range(offset, buf.len())?.0;
         let _structure = read(&self.structure);
@@ -41,13 +40,14 @@ impl Image {
         Ok(())
     }
 
-    /// Writes `buf` as the state from its byte `offset` on. Disk: as a guest write; a longer L1 table first,
-    /// where the present one ends before. Errors: as [`read_vm_state`](Self::read_vm_state), `InvalidOption`
-    /// for a state that no L1 table can map, `ReadOnly`, `Poisoned`, `NoSpace`.
+    /// Writes `buf` to the VM state at its byte `offset`. Disk: as a guest write; first a longer L1 table, if
+    /// the present one is too short. Errors: as [`read_vm_state`](Self::read_vm_state), `InvalidOption` for a
+    /// state too large for any L1 table, `ReadOnly`, `Poisoned`, `NoSpace`.
     pub fn write_vm_state(&self, offset: u64, buf: &[u8]) -> Result<()> {
         let (start, end) = self.state_range(offset, buf.len())?;
         self.file.check_writable()?;
         if self.file.geometry().l1_entries_for(end) > self.mapping().l1_len() {
+            // The length was read without this lock; `cover_with_l1` reads it again.
             let _alone = write(&self.structure);
             self.begin_change()?;
             self.cover_with_l1(end)?;
@@ -61,10 +61,10 @@ impl Image {
         self.flusher.flush_if_pressed()
     }
 
-    /// The guest offsets of the state's bytes.
+    /// Start and end of the VM state's bytes as guest offsets.
     fn state_range(&self, offset: u64, len: usize) -> Result<(u64, u64)> {
         if self.file.has_data_file() {
-            let message = "a machine's state cannot be kept with an external data file";
+            let message = "vm state is not supported with an external data file";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
         let start = self.vm_state_offset().checked_add(offset);
@@ -74,7 +74,7 @@ impl Image {
             .ok_or_else(|| {
                 Error::new(
                     ErrorKind::OutOfRange,
-                    format!("{len} bytes at {offset:#x} of the machine's state pass 2^63"),
+                    format!("{len} bytes at {offset:#x} of the vm state pass 2^63"),
                 )
             })
     }

@@ -1,4 +1,4 @@
-//! The header's bitmaps extension is put in and taken out beside whatever else the header holds.
+//! Adding and removing the header's bitmaps extension keeps everything else in the header.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{GuestOffset, Image, ImageFormat, Layers, NoResolver, OpenOptions, ResolvedSource, Storage};
@@ -27,14 +27,15 @@ fn open<S: Storage + 'static>(storage: &Arc<S>, writable: bool) -> Arc<Image> {
     Image::open(source, &options).unwrap()
 }
 
-/// Adds, changes and removes bitmaps in an image with this header; everything else in it must stay.
+/// Adds, changes and removes bitmaps in an image with this header. Everything else in the header must stay
+/// the same, also after a power cut at any step.
 fn check(header: Header) {
     let built = Builder::with_header(header).build();
     let world = CrashWorld::new();
     let storage = world.add(PageBytes::from_bytes(&built.bytes));
     let before = open(&storage, false).header();
     let wanted = before.clone();
-    // Whenever the power goes.
+    // At every storage call: what a power cut there could leave.
     world.set_hook(Some(Arc::new(move |_, cut: &Cut<'_>| {
         for number in 0..cut.combinations().min(8) {
             let mut start = vec![0; 4096];
@@ -84,7 +85,7 @@ fn header(cluster_bits: u32) -> Header {
 }
 
 #[test]
-fn beside_a_backing_file_name_of_any_length() {
+fn bitmaps_extension_keeps_a_backing_file_name_of_any_length() {
     for cluster_bits in [12, 16] {
         for len in [1, 7, 8, 100, 400, 480, 1000, 1023] {
             for names in [false, true] {
@@ -99,7 +100,7 @@ fn beside_a_backing_file_name_of_any_length() {
 }
 
 #[test]
-fn beside_extensions_that_nobody_knows() {
+fn bitmaps_extension_keeps_unknown_extensions() {
     for len in [0, 8, 300, 368, 376, 384, 392, 400, 900] {
         let mut header = header(16);
         header.extensions.unknown = vec![
@@ -111,7 +112,7 @@ fn beside_extensions_that_nobody_knows() {
 }
 
 #[test]
-fn a_header_without_room_refuses() {
+fn a_full_header_refuses_bitmaps_and_stays_intact() {
     let mut header = header(9);
     header.backing_file = Some(vec![b'b'; 380]);
     let built = Builder::with_header(header).build();

@@ -1,4 +1,4 @@
-//! What an enabled bitmap records: every guest byte that was changed, by whatever call.
+//! An enabled bitmap records every changed guest byte, whichever call changes it.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
@@ -26,7 +26,7 @@ fn open(storage: &Arc<dyn Storage>, writable: bool) -> Arc<Image> {
     Image::open(source, &options).unwrap()
 }
 
-/// Clusters 8 to 15 have data; of its bitmaps "fine" records and "off" does not, and both are empty.
+/// An image with data in clusters 8 to 15 and two empty bitmaps: "fine" is enabled, "off" is disabled.
 fn image() -> Arc<dyn Storage> {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
     let mut options = CreateOptions::new(SIZE);
@@ -50,8 +50,8 @@ fn content(image: &Image) -> Vec<u8> {
     bytes
 }
 
-/// Makes `change`, which is about `start..end`: the bitmap that records marks that and nothing else, the
-/// other one nothing.
+/// Makes `change`, which affects guest bytes `start..end`. The enabled bitmap must mark exactly those, the
+/// disabled one nothing.
 #[track_caller]
 fn check(start: u64, end: u64, change: impl FnOnce(&Image)) {
     let storage = image();
@@ -79,7 +79,7 @@ fn range(start: u64, end: u64) -> GuestRange {
     GuestRange::between(GuestOffset::new(start), GuestOffset::new(end))
 }
 
-/// Writes by the caller's own hand, as an event loop does.
+/// Writes with a ticket and the caller's own I/O, as an event loop does.
 fn write_by_ticket(image: &Image, start: u64, bytes: &[u8]) {
     let (mut at, mut rest) = (start, bytes);
     while !rest.is_empty() {
@@ -102,7 +102,7 @@ fn write_by_ticket(image: &Image, start: u64, bytes: &[u8]) {
 
 #[test]
 fn every_kind_of_change_is_marked() {
-    // In unallocated clusters, in data, and from one to the other; whole clusters and parts of sectors.
+    // In unallocated clusters, in data, and across both; whole clusters and parts of sectors.
     for (start, end) in [
         (2 * CLUSTER, 3 * CLUSTER),
         (8 * CLUSTER, 9 * CLUSTER),
@@ -131,7 +131,7 @@ fn compressed_writes_are_marked() {
     let cluster = |index: u64| pattern::bytes(COMPRESSIBLE, index * CLUSTER, CLUSTER as usize);
     let offset = |index: u64| GuestOffset::new(index * CLUSTER);
     check(2 * CLUSTER, 3 * CLUSTER, |image| image.write_compressed(offset(2), &cluster(2)).unwrap());
-    // What does not shrink is stored as it is.
+    // A cluster that does not shrink is stored uncompressed.
     let noise = pattern::bytes(3, 2 * CLUSTER, CLUSTER as usize);
     check(2 * CLUSTER, 3 * CLUSTER, |image| image.write_compressed(offset(2), &noise).unwrap());
     check(2 * CLUSTER, 5 * CLUSTER, |image| {
@@ -147,7 +147,7 @@ fn compressed_writes_are_marked() {
     });
 }
 
-/// Before the first byte of a change is on its way the bitmap is in use on disk: a crash leaves it so.
+/// The in-use flag is on disk before the first byte of a change is written, so that a crash leaves it set.
 #[test]
 fn a_recording_bitmap_is_in_use_before_the_first_change() {
     let bytes = [7; 1000];
@@ -166,7 +166,7 @@ fn a_recording_bitmap_is_in_use_before_the_first_change() {
         };
         assert_eq!(in_use(), [false, false]);
         change(&image);
-        // Of a longer disk all bitmaps change, those that do not record too.
+        // A resize changes all bitmaps, also disabled ones.
         assert_eq!(in_use(), [true, index == 3], "change {index}");
         image.close().unwrap();
         assert_eq!(in_use(), [false, false]);

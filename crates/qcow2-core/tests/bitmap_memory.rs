@@ -1,6 +1,5 @@
-//! The bits of bitmaps have a limit in memory: past it a bitmap is told to be too large or names more than
-//! was changed, but it is neither lost nor lies. Tables that name the same clusters again and again are
-//! damage.
+//! The memory limit for bitmaps: past it a call fails with `NoSpace`, or a bitmap gets extra marks. No bitmap
+//! is lost, and none misses a change. Bitmap tables that share clusters are damage.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use qcow2_core::{
@@ -16,9 +15,9 @@ use qcow2_testkit::storage::PageStorage;
 use std::sync::Arc;
 
 const SIZE: u64 = 1 << 30;
-/// Disk that one leaf of bits is about, at the finest granularity.
+/// Bytes of the disk that one leaf of bits covers, at the finest granularity.
 const STEP: u64 = 4096 * 512;
-/// Enough for the bits of about 100 such places.
+/// Enough memory for about 100 leaves.
 const LITTLE: u64 = 64 << 10;
 
 fn new_image() -> Arc<PageStorage> {
@@ -42,7 +41,7 @@ fn open(storage: &Arc<PageStorage>, memory: Option<u64>) -> Arc<Image> {
     Image::open(source, &options).unwrap()
 }
 
-/// Writes a sector in so many places that each have bits of their own.
+/// Writes `count` sectors, each in the range of another leaf.
 fn write_places(image: &Image, count: u64) {
     for place in 0..count {
         image.write_at(GuestOffset::new(place * STEP), &[1; 512]).unwrap();
@@ -66,9 +65,9 @@ fn check_refused<T>(result: Result<T, qcow2_core::Error>) {
     assert!(error.to_string().contains("bitmap 'one' does not fit"), "{error}");
 }
 
-/// Bitmaps that do not fit refuse the first change, which changes nothing; they can be removed.
+/// If recording bitmaps do not fit, the first change fails and changes nothing; the bitmaps can be removed.
 #[test]
-fn bitmaps_that_do_not_fit_refuse_changes() {
+fn recording_bitmaps_over_the_limit_fail_the_first_change() {
     let storage = new_image();
     let image = open(&storage, None);
     image.add_bitmap(b"one", 9).unwrap();
@@ -86,7 +85,7 @@ fn bitmaps_that_do_not_fit_refuse_changes() {
     image.close().unwrap();
     assert!(bytes(&storage) == before, "nothing has changed");
     let image = open(&storage, Some(LITTLE));
-    // One that does not record is not read.
+    // A disabled bitmap is not read.
     image.enable_bitmap(b"one", false).unwrap();
     image.write_at(GuestOffset::new(0), &[2; 512]).unwrap();
     check_refused(image.enable_bitmap(b"one", true));
@@ -99,9 +98,9 @@ fn bitmaps_that_do_not_fit_refuse_changes() {
     assert!(audit.is_sound() && audit.leaks == 0);
 }
 
-/// Marks past the limit take in more than was changed, and stay so.
+/// Guest writes past the limit succeed, with extra marks, which are stored.
 #[test]
-fn a_guest_that_changes_more_is_not_refused() {
+fn guest_writes_over_the_limit_succeed_with_extra_marks() {
     let storage = new_image();
     let image = open(&storage, Some(LITTLE));
     image.add_bitmap(b"one", 9).unwrap();
@@ -118,9 +117,9 @@ fn a_guest_that_changes_more_is_not_refused() {
     }
 }
 
-/// A merge that has no room is told, and leaves the bitmap as it was.
+/// A merge over the limit fails and leaves the bitmap unchanged.
 #[test]
-fn a_merge_is_exact_or_refused() {
+fn a_merge_is_exact_or_fails() {
     let (rich, poor) = (new_image(), new_image());
     let source = open(&rich, None);
     source.add_bitmap(b"many", 9).unwrap();
@@ -137,9 +136,9 @@ fn a_merge_is_exact_or_refused() {
     assert_eq!(marked, [(0, 512)]);
 }
 
-/// A disk that has too many bytes for a bitmap's granularity is refused before its size changes.
+/// A resize to more bytes than a bitmap of this granularity can cover fails before the size changes.
 #[test]
-fn a_disk_that_a_bitmap_cannot_follow_is_refused() {
+fn a_resize_too_large_for_a_bitmap_is_refused() {
     let storage = new_image();
     let image = open(&storage, None);
     image.add_bitmap(b"one", 9).unwrap();
@@ -152,9 +151,9 @@ fn a_disk_that_a_bitmap_cannot_follow_is_refused() {
     assert!(open(&storage, None).bitmap_bits(b"one").unwrap().is_marked(0));
 }
 
-/// What is marked as a whole takes no space, in memory or on disk.
+/// Fully marked ranges take no space, in memory or on disk.
 #[test]
-fn ones_cost_nothing() {
+fn fully_marked_bitmaps_take_no_space() {
     let storage = new_image();
     let image = open(&storage, Some(LITTLE));
     for name in 0..50u8 {
@@ -163,7 +162,7 @@ fn ones_cost_nothing() {
     image.write_zeroes(range(SIZE), ZeroMode::MayUnmap).unwrap();
     let before = storage.len().unwrap();
     image.close().unwrap();
-    // A table takes a cluster.
+    // Only the bitmap's table takes a cluster.
     assert!(storage.len().unwrap() <= before + 52 * 4096);
     let image = open(&storage, Some(LITTLE));
     image.write_at(GuestOffset::new(0), &[1; 512]).unwrap();
@@ -174,9 +173,9 @@ fn ones_cost_nothing() {
     assert_eq!(runs, [(0, SIZE)]);
 }
 
-/// Tables that name more than the file has are damage, found before anything is read of what they name.
+/// Bitmap tables that refer to more bytes than the file has are damage, found before the bits are read.
 #[test]
-fn clusters_that_are_shared_are_damage() {
+fn bitmap_tables_that_share_clusters_are_damage() {
     let storage = new_image();
     let image = open(&storage, None);
     image.add_bitmap(b"one", 9).unwrap();

@@ -1,4 +1,4 @@
-//! Damage that is met while an image is in use: refused, and the image marked.
+//! Damage that is found while an image is in use: the call fails, and the image is marked corrupt.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
@@ -34,7 +34,7 @@ fn writable(checks: OverlapChecks) -> OpenOptions {
     options
 }
 
-/// An image with four clusters of data, and where its L2 table is.
+/// An image with four clusters of data, and the host offset of its L2 table.
 fn image(version2: bool) -> (Arc<PageStorage>, u64) {
     let storage = Arc::new(PageStorage::new(PageBytes::new()));
     let mut options = CreateOptions::new(64 << 20);
@@ -90,7 +90,7 @@ fn an_error_has_its_place_as_fields() {
 }
 
 #[test]
-fn a_damaged_entry_marks_an_image_that_is_open_for_writing() {
+fn a_damaged_l2_entry_marks_a_writable_image_corrupt() {
     for (version2, for_writing) in [(false, true), (true, true), (false, false)] {
         let (storage, l2) = image(version2);
         set_word(&storage, l2 + 8, COPIED | 0x51200);
@@ -116,7 +116,8 @@ fn a_damaged_entry_marks_an_image_that_is_open_for_writing() {
     }
 }
 
-/// Gives the image a snapshot whose tables lie behind everything else; returns their places: table, L1, L2.
+/// Adds a snapshot whose tables lie behind everything else. Returns the host offsets of the snapshot table,
+/// its L1 table and its L2 table.
 fn add_snapshot(storage: &PageStorage) -> [u64; 3] {
     let end = storage.len().unwrap().next_multiple_of(CLUSTER);
     let (table, l1, l2) = (end, end + CLUSTER, end + 2 * CLUSTER);
@@ -143,7 +144,7 @@ fn add_snapshot(storage: &PageStorage) -> [u64; 3] {
     [table, l1, l2]
 }
 
-/// Data mapped to `place`, written under `checks`: whether the write happened.
+/// Maps guest data to host offset `place` and writes it under `checks`. Returns true if the write succeeded.
 fn is_overwritten(storage: &Arc<PageStorage>, l2: u64, place: u64, checks: OverlapChecks) -> bool {
     let storage = Arc::new(PageStorage::new(storage.bytes()));
     set_word(&storage, l2 + 16, COPIED | place);
@@ -175,7 +176,7 @@ fn guest_data_is_not_written_over_metadata() {
         assert!(!is_overwritten(&storage, l2, place, OverlapChecks::ALL), "{kind:?}");
         assert!(!is_overwritten(&storage, l2, place, kind), "{kind:?} alone");
         assert!(!is_overwritten(&storage, l2, place, OverlapChecks::CACHED), "{kind:?} by default");
-        // Snapshots' L2 tables are few here: they are guarded by default as well.
+        // The snapshots' L1 tables are short here, so their L2 tables are guarded by default too.
         if kind != OverlapChecks::INACTIVE_L2 {
             assert!(is_overwritten(&storage, l2, place, OverlapChecks::ALL.without(kind)), "not {kind:?}");
         }
@@ -183,9 +184,9 @@ fn guest_data_is_not_written_over_metadata() {
     }
 }
 
-/// A count of 0 says that a cluster is free: where a table lives in it all the same, nobody gets it.
+/// A metadata cluster with refcount 0 looks free, and must not be allocated.
 #[test]
-fn a_cluster_of_metadata_is_not_given_away_whatever_its_refcount_says() {
+fn a_metadata_cluster_with_refcount_0_is_not_allocated() {
     let (storage, l2) = image(false);
     let header = open(&storage, &OpenOptions::default()).unwrap().header();
     let refcount_table = header.refcount_table_offset.value();
@@ -203,7 +204,7 @@ fn a_cluster_of_metadata_is_not_given_away_whatever_its_refcount_says() {
     }
 }
 
-/// Where the tables of the image that `image` makes are: header, L1 table, refcount table, refcount block.
+/// Host offsets of the metadata in the image from `image`: header, L1 table, refcount table, refcount block.
 fn tables(storage: &Arc<PageStorage>) -> [u64; 4] {
     let header = open(storage, &OpenOptions::default()).unwrap().header();
     let refcount_table = header.refcount_table_offset.value();
@@ -222,10 +223,10 @@ fn freeing() -> OpenOptions {
     options
 }
 
-/// An L2 entry leads to metadata and is then overwritten, discarded or zeroed: the entry goes, the metadata
-/// stays.
+/// A damaged L2 entry points to metadata and is then overwritten, discarded or zeroed: the entry changes, the
+/// metadata stays allocated.
 #[test]
-fn metadata_is_not_freed_because_an_entry_points_at_it() {
+fn metadata_is_not_freed_because_an_l2_entry_points_to_it() {
     let range = GuestRange::new(GuestOffset::new(CLUSTER), CLUSTER).unwrap();
     let (whole, _) = image(false);
     for flags in [0, 1 << 62] {
@@ -246,12 +247,12 @@ fn metadata_is_not_freed_because_an_entry_points_at_it() {
                 .unwrap();
                 opened.flush().unwrap();
                 opened.flush().unwrap();
-                // Enough to take what was freed.
+                // Enough writes to reuse what was freed.
                 opened.write_at(GuestOffset::new(16 * CLUSTER), &vec![8; 8 * CLUSTER as usize]).unwrap();
                 opened.close().unwrap();
                 let after = cluster_at(&storage, place);
                 let same = before.iter().zip(&after).filter(|(a, b)| a == b).count();
-                // Tables change as tables do: a few entries.
+                // Only a few entries of the metadata change: it was not overwritten by data.
                 assert!(same > CLUSTER as usize - 512, "{flags:#x} {place:#x} {work}: {same} bytes are left");
                 let mut seen = vec![0xee; CLUSTER as usize];
                 let again = open(&storage, &OpenOptions::default()).unwrap();
@@ -264,7 +265,7 @@ fn metadata_is_not_freed_because_an_entry_points_at_it() {
     }
 }
 
-/// An L1 entry, the header or the refcount table leads to other metadata: what would be written there is
+/// An L1 entry, the header or the refcount table points to other metadata: writes of tables there are
 /// refused.
 #[test]
 fn tables_are_not_written_over_other_metadata() {
@@ -296,7 +297,7 @@ fn tables_are_not_written_over_other_metadata() {
 }
 
 #[test]
-fn a_cluster_that_nobody_counts_is_no_obstacle_to_shrinking() {
+fn shrinking_succeeds_over_a_data_cluster_with_refcount_0() {
     let (storage, l2) = image(false);
     let [.., block] = tables(&storage);
     let host = word(&storage, l2 + 24) & OFFSET_MASK;
@@ -311,10 +312,9 @@ fn a_cluster_that_nobody_counts_is_no_obstacle_to_shrinking() {
     assert!(seen.iter().all(|&byte| byte == 7));
 }
 
-/// A snapshot below which something is damaged is deleted or applied: refused, and the image as before but
-/// for the mark.
+/// Deleting or applying a snapshot with damaged tables fails, and changes nothing but the corrupt bit.
 #[test]
-fn what_cannot_be_freed_stays_linked() {
+fn a_snapshot_that_cannot_be_freed_stays_linked() {
     for apply in [false, true] {
         for damage in 0..3 {
             let (storage, l2) = image(false);
@@ -348,14 +348,14 @@ fn what_cannot_be_freed_stays_linked() {
     }
 }
 
-/// Repairs write flags into L2 tables only where they are certain to be some.
+/// A repair sets copied flags only in clusters that are L2 tables and nothing else.
 #[test]
-fn repair_leaves_tables_alone_that_may_be_something_else() {
+fn copied_flag_repair_skips_l2_tables_with_another_owner() {
     let (storage, l2) = image(false);
     let [_, l1, refcount_table, _] = tables(&storage);
     let mut options = freeing();
     options.for_repair = true;
-    // The table that counts everything is said to be an L2 table.
+    // An L1 entry claims that the refcount table is an L2 table.
     set_word(&storage, l1, refcount_table);
     let before = all_bytes(&storage);
     let opened = open(&storage, &options).unwrap();
@@ -363,7 +363,7 @@ fn repair_leaves_tables_alone_that_may_be_something_else() {
     opened.repair_copied_flags().unwrap();
     let place = refcount_table as usize..(refcount_table + CLUSTER) as usize;
     assert!(before[place.clone()] == all_bytes(&storage)[place]);
-    // Guest data is said to be in the L2 table: two owners, so its flags stay as they are.
+    // An L2 entry claims that the L2 table is guest data: two owners, so its flags stay as they are.
     let (storage, _) = image(false);
     set_word(&storage, l2 + 8, l2);
     let opened = open(&storage, &options).unwrap();
@@ -374,8 +374,8 @@ fn repair_leaves_tables_alone_that_may_be_something_else() {
     assert_eq!(word(&storage, l2 + 8), l2);
 }
 
-/// An image of two clusters in a data file, whose second L2 entry is `entry` (and `subclusters`, where it is
-/// extended).
+/// An image with a data file and two clusters, whose second L2 entry is `entry` (with extended L2 entries
+/// also `subclusters`).
 fn with_data_file(entry: u64, subclusters: Option<u64>) -> Shelf {
     let shelf = Shelf::default();
     let mut shape = Shape { data_file: Some(DataFileShape { raw: false }), ..Shape::plain(4 * CLUSTER) };
@@ -398,10 +398,10 @@ fn with_data_file(entry: u64, subclusters: Option<u64>) -> Shelf {
 }
 
 #[test]
-fn an_entry_that_leads_elsewhere_in_the_data_file_is_damage() {
+fn a_data_file_entry_with_another_host_than_guest_offset_is_damage() {
     const ALL: u64 = 0xffff_ffff;
     for subclusters in [None, Some(ALL)] {
-        // The first cluster's place, and one past the end of the data file.
+        // The host offset of the first cluster, and one past the end of the data file.
         for place in [0, 2 * CLUSTER] {
             let shelf = with_data_file(COPIED | place, subclusters);
             let opened = Image::open(shelf.source(TOP, ImageFormat::Qcow2), &OpenOptions::default()).unwrap();
@@ -425,15 +425,15 @@ fn marked(shelf: &Shelf) -> bool {
     Image::open(source, &OpenOptions::default()).unwrap().header().is_corrupt()
 }
 
-/// Entries whose bytes are not read, but whose place a write would take.
+/// Damaged zero entries: reads do not use their host offset, but a write would.
 #[test]
-fn a_write_never_follows_an_entry_to_another_place_in_the_data_file() {
+fn a_write_refuses_a_wrong_host_offset_in_the_data_file() {
     const ZERO: u64 = 1;
     const ALL_ZERO: u64 = 0xffff_ffff << 32;
     for (entry, subclusters) in
         [(COPIED | (2 * CLUSTER) | ZERO, None), (COPIED | (2 * CLUSTER), Some(ALL_ZERO)), (COPIED, Some(0))]
     {
-        // The damaged entry is that of the first or of the second cluster of the write.
+        // The damaged entry is the first or the second one of the write.
         for start in [CLUSTER + 512, CLUSTER - 512] {
             let shelf = with_data_file(entry, subclusters);
             let options = writable(OverlapChecks::CACHED);
@@ -450,10 +450,10 @@ fn a_write_never_follows_an_entry_to_another_place_in_the_data_file() {
     }
 }
 
-/// A compressed entry in an image with a data file: the cluster that would replace it is another guest's
-/// there.
+/// A compressed entry in an image with a data file: the cluster that a write would allocate belongs to
+/// another guest cluster there.
 #[test]
-fn nothing_is_compressed_in_a_data_file() {
+fn a_compressed_entry_with_a_data_file_is_damage() {
     for write in [CLUSTER, 512] {
         let shelf = with_data_file(1 << 62, None);
         let options = writable(OverlapChecks::CACHED);
@@ -465,9 +465,9 @@ fn nothing_is_compressed_in_a_data_file() {
     }
 }
 
-/// Refcounts get no other width where the table or a block of it is something else: refused, and soon.
+/// A change of the refcount width fails early if the refcount table or a block is other metadata.
 #[test]
-fn refcounts_that_are_none_are_not_converted() {
+fn a_damaged_refcount_structure_refuses_another_width() {
     let (whole, l2) = image(false);
     let [_, l1, refcount_table, block] = tables(&whole);
     for (field, value) in [
@@ -490,7 +490,7 @@ fn refcounts_that_are_none_are_not_converted() {
     }
 }
 
-/// A snapshot that cannot be taken leaves no refcount raised.
+/// A failed snapshot raises no refcount.
 #[test]
 fn a_refused_snapshot_leaks_nothing() {
     let (storage, _) = image(false);
@@ -503,10 +503,10 @@ fn a_refused_snapshot_leaks_nothing() {
     assert!(cluster_at(&storage, block) == before && is_marked(&storage));
 }
 
-/// A bitmap's table is said to be the refcount table: a shrink that could not end is refused before it
-/// begins.
+/// A bitmap claims the refcount table as its table: shrinking could not free it, and fails before it
+/// deallocates anything.
 #[test]
-fn a_refused_shrink_drops_nothing() {
+fn a_refused_shrink_deallocates_nothing() {
     let (storage, _) = image(false);
     let [_, _, refcount_table, _] = tables(&storage);
     let opened = open(&storage, &freeing()).unwrap();

@@ -16,7 +16,7 @@ use qcow2_testkit::storage::PageStorage;
 use qcow2_testkit::world::{Shelf, TOP, create_options};
 use std::sync::Arc;
 
-/// Opens for writing in one of several manners, by `seed`.
+/// Opens for writing with options that depend on `seed`.
 fn open_as(storage: &Arc<dyn Storage>, seed: u64) -> Arc<Image> {
     let source = ResolvedSource {
         storage: Arc::clone(storage),
@@ -44,7 +44,7 @@ impl Rng {
 }
 
 #[test]
-fn an_image_with_a_data_file_is_not_made_from_one_storage() {
+fn create_from_one_storage_refuses_a_data_file() {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
     let source = ResolvedSource::new(Arc::clone(&storage), ImageFormat::Qcow2, "memory");
     let new = CreateOptions::new(1 << 20).with_data_file("data");
@@ -53,9 +53,9 @@ fn an_image_with_a_data_file_is_not_made_from_one_storage() {
     assert!(storage.is_empty().unwrap(), "refused before anything is written");
 }
 
-/// What only the layout shows, and what the caller still owes, is refused before anything is written.
+/// Also refusals that only the layout or a missing encryption header causes come before anything is written.
 #[test]
-fn impossible_images_are_not_begun() {
+fn refused_options_write_nothing() {
     let mut crowded = CreateOptions::new(64 << 30).with_cluster_size(512);
     (crowded.refcount_bits, crowded.preallocation) = (64, Preallocation::Metadata);
     let pending = CreateOptions::new(1 << 20).with_encryption(NewEncryption::Pending);
@@ -120,7 +120,7 @@ fn history(options: &CreateOptions, seed: u64) {
 }
 
 #[test]
-fn random_histories_read_back() {
+fn random_operations_match_a_flat_array() {
     for (cluster_size, refcount_bits, extended) in [
         (512, 16, false),
         (512, 64, false),
@@ -141,7 +141,7 @@ fn random_histories_read_back() {
     }
 }
 
-/// The place of the cluster at `offset`, and whether it reads as zeroes.
+/// The host offset of the cluster at `offset`, and true if it reads as zeroes.
 fn place_of(image: &Image, offset: u64) -> (Option<u64>, bool) {
     let range = GuestRange::new(GuestOffset::new(offset), 1).unwrap();
     match image.extent_at(range).unwrap().state {
@@ -152,7 +152,7 @@ fn place_of(image: &Image, offset: u64) -> (Option<u64>, bool) {
 }
 
 #[test]
-fn a_discarded_cluster_keeps_its_place_where_that_is_asked_for() {
+fn discard_no_unref_keeps_the_host_cluster() {
     for keep in [false, true] {
         let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
         create(&storage, None, &CreateOptions::new(1 << 20)).unwrap();
@@ -177,7 +177,7 @@ fn a_discarded_cluster_keeps_its_place_where_that_is_asked_for() {
 }
 
 #[test]
-fn a_machines_state_lies_behind_the_disk() {
+fn vm_state_lies_past_the_disk() {
     for extended in [false, true] {
         let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
         let mut options = CreateOptions::new((1 << 20) + 512);
@@ -200,7 +200,7 @@ fn a_machines_state_lies_behind_the_disk() {
         let mut disk = vec![9; image.size() as usize];
         image.read_at(GuestOffset::new(0), &mut disk).unwrap();
         assert!(disk.iter().all(|&byte| byte == 0));
-        // A disk that grows over the state does not show it.
+        // A disk that grows over the VM state does not expose it.
         image.resize(image.geometry().l2_coverage() * 2).unwrap();
         let mut shown = vec![9; 1 << 20];
         image.read_at(GuestOffset::new(image.geometry().l2_coverage()), &mut shown).unwrap();
@@ -210,10 +210,10 @@ fn a_machines_state_lies_behind_the_disk() {
     }
 }
 
-/// Tables reach the disk sector by sector: one entry is changed in every sector of a table, or in many of a
-/// large one, in one image for all and in an image that is opened anew for each.
+/// Writeback is by sector: changes one entry in every sector of a table (many sectors of a large one), in one
+/// open image, and in an image that is reopened for each.
 #[test]
-fn every_sector_of_a_table_reaches_the_disk() {
+fn every_changed_sector_of_a_table_is_written_back() {
     for (cluster_size, extended) in
         [(512, false), (4096, false), (65536, false), (65536, true), (2 << 20, false)]
     {
@@ -250,10 +250,10 @@ fn every_sector_of_a_table_reaches_the_disk() {
     }
 }
 
-/// The end of a backing file lies inside a cluster of the overlay, before, in and behind what is written
-/// there.
+/// The backing file ends inside a cluster of the overlay: before, inside and after the bytes of a partial
+/// write.
 #[test]
-fn a_partial_write_keeps_what_a_short_backing_file_has_beside_it() {
+fn copy_on_write_handles_a_backing_file_that_ends_in_the_cluster() {
     for extended_l2 in [false, true] {
         for end in [512, 1000, 4096, 20_000, 32_768, 65_000] {
             for (start, len) in
@@ -281,7 +281,7 @@ fn a_partial_write_keeps_what_a_short_backing_file_has_beside_it() {
     }
 }
 
-/// An event loop has many writes under way on one thread.
+/// An event loop has many writes in flight on one thread.
 #[test]
 fn one_thread_holds_several_tickets() {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());

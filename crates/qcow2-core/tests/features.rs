@@ -27,7 +27,7 @@ fn open(storage: &Arc<CrashStorage>, writable: bool) -> qcow2_core::Result<Arc<I
     Image::open(source, &options)
 }
 
-/// An image with data and a bitmap, whose word at `at` has `bits` set too. All of it is durable.
+/// An image with data and a bitmap, with `bits` set in the header word at `at`. All of it is durable.
 fn image(at: u64, bits: u64) -> (Arc<CrashWorld>, Arc<CrashStorage>) {
     let world = CrashWorld::new();
     let storage = world.add(PageBytes::new());
@@ -53,7 +53,7 @@ fn unknown_bits(first: u32) -> impl Iterator<Item = u64> {
 }
 
 #[test]
-fn unknown_autoclear_bits_are_gone_before_the_first_change() {
+fn unknown_autoclear_bits_are_cleared_before_the_first_change() {
     for bits in unknown_bits(2) {
         let (world, storage) = image(AUTOCLEAR, bits);
         assert_eq!(word(&storage.live(), AUTOCLEAR), bits | BITMAPS);
@@ -91,7 +91,7 @@ fn unknown_incompatible_bits_stop_the_open() {
 }
 
 #[test]
-fn unknown_compatible_bits_stay() {
+fn unknown_compatible_bits_are_kept() {
     for bits in unknown_bits(1) {
         let (_, storage) = image(COMPATIBLE, bits);
         let image = open(&storage, true).unwrap();

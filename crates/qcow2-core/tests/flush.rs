@@ -1,5 +1,5 @@
-//! Somebody works on the image while somebody else flushes it: at every storage call of the flush another
-//! thread makes its whole change, and then the power is cut.
+//! Changes during a flush: at each storage call of the flush in turn another thread makes a whole change, and
+//! then the power is cut.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
@@ -19,12 +19,13 @@ use std::time::Duration;
 
 const CLUSTER: u64 = 512;
 const SIZE: u64 = 64 * CLUSTER;
-/// How long a flush waits for the change that meets it; one that needs a lock of the flush ends behind it.
+/// How long the flush waits for the other thread's change. A change that needs a lock of the flush finishes
+/// after it.
 const PATIENCE: Duration = Duration::from_millis(50);
 
 type Meeting = Box<dyn FnOnce() + Send>;
 
-/// A storage that at its n-th change or flush from now on lets somebody in first.
+/// A storage that runs a closure right before its n-th write, discard or flush from now on.
 struct Door {
     inner: Arc<CrashStorage>,
     visit: Mutex<Option<(u64, Meeting)>>,
@@ -41,7 +42,7 @@ impl Door {
             }
             None => None,
         };
-        // Whoever comes in uses this storage too.
+        // The closure uses this storage too.
         drop(visit);
         if let Some((_, visit)) = due {
             visit();
@@ -102,7 +103,7 @@ fn open(storage: Arc<dyn Storage>, writable: bool) -> Arc<Image> {
     Image::open(source, &options).unwrap()
 }
 
-/// A seed whose pattern is compressed.
+/// Seeds of the bytes before and after a change. `OLD` gives a pattern that the codec compresses.
 const OLD: u64 = 4;
 const NEW: u64 = 5;
 
@@ -115,7 +116,8 @@ fn range(cluster: u64, count: u64) -> GuestRange {
 }
 
 impl Bench {
-    /// Clusters 0 to 7 hold data and 8 to 11 compressed streams, durably; then cluster 20 was written.
+    /// An image with data in clusters 0 to 7 and compressed clusters 8 to 11, flushed; then a write to
+    /// cluster 20.
     fn new() -> Self {
         let world = CrashWorld::new();
         let door = Arc::new(Door { inner: world.add(PageBytes::new()), visit: Mutex::default() });
@@ -138,8 +140,8 @@ impl Bench {
         self.image.write_at(range(cluster, 1).start(), &bytes(seed, cluster)).unwrap();
     }
 
-    /// Flushes; at the flush's storage call number `moment` another thread makes `change`. `None`: there are
-    /// fewer calls.
+    /// Flushes; at the flush's storage call number `moment` another thread makes `change`. Returns `None` if
+    /// the flush has fewer calls, else the receiver of the change's result.
     fn flush_and_meet<R: Send + 'static>(
         &self,
         moment: u64,
@@ -169,7 +171,7 @@ impl Bench {
         Some(told)
     }
 
-    /// Some of what a power cut now may leave.
+    /// Some of the states that a power cut now could leave.
     fn cuts(&self) -> Vec<CrashImage> {
         let mut rng = Rng::new(3);
         self.world.cut(|cut| {
@@ -180,8 +182,8 @@ impl Bench {
     }
 }
 
-/// Every cluster of a crash image holds what it may, by the seeds that `allowed` names (`None` is zeroes),
-/// and the image is sound.
+/// Checks that the crash image is sound, and that every cluster has the bytes of one of the seeds that
+/// `allowed` returns (`None`: zeroes).
 #[track_caller]
 fn judge(image: &CrashImage, allowed: impl Fn(u64) -> Vec<Option<u64>>, what: &str) {
     let found = audit(&image.disks[0], None);
@@ -198,7 +200,7 @@ fn judge(image: &CrashImage, allowed: impl Fn(u64) -> Vec<Option<u64>>, what: &s
     }
 }
 
-/// `unlink` takes the old content of some clusters `gone` away while a flush is under way.
+/// Runs `unlink`, which unlinks the host clusters of the guest clusters `gone`, during a flush.
 #[track_caller]
 fn check_unlinked(gone: std::ops::Range<u64>, unlink: impl Fn(&Bench) + Clone + Send + 'static) {
     let mut moments = 0;
@@ -207,7 +209,7 @@ fn check_unlinked(gone: std::ops::Range<u64>, unlink: impl Fn(&Bench) + Clone + 
         let unlink = unlink.clone();
         let Some(told) = bench.flush_and_meet(moment, unlink) else { break };
         told.recv_timeout(Duration::from_secs(10)).unwrap();
-        // Whatever is free is used; nothing of this is flushed.
+        // Reuses every free cluster, without a flush.
         (40..60).for_each(|cluster| bench.write(NEW, cluster));
         for image in bench.cuts() {
             let allowed = |cluster: u64| match cluster {
@@ -224,14 +226,14 @@ fn check_unlinked(gone: std::ops::Range<u64>, unlink: impl Fn(&Bench) + Clone + 
 }
 
 #[test]
-fn a_cluster_that_is_unlinked_during_a_flush_is_reused_only_behind_the_next() {
+fn a_cluster_unlinked_during_a_flush_is_not_reused_before_the_next_flush() {
     check_unlinked(2..5, |bench| bench.image.discard(range(2, 3)).unwrap());
     check_unlinked(2..5, |bench| bench.image.write_zeroes(range(2, 3), ZeroMode::MayUnmap).unwrap());
     check_unlinked(8..10, |bench| (8..10).for_each(|cluster| bench.write(NEW, cluster)));
 }
 
 #[test]
-fn a_flush_covers_what_was_written_while_another_was_under_way() {
+fn a_flush_covers_writes_made_during_an_earlier_flush() {
     for moment in 0.. {
         let bench = Bench::new();
         let change = |bench: &Bench| {

@@ -1,5 +1,4 @@
-//! Prepared writes whose bytes are written through a file descriptor of the caller's own, not through the
-//! storage.
+//! Prepared writes whose bytes the caller writes through its own file descriptor, bypassing the storage.
 #![cfg(unix)]
 #![allow(missing_docs, clippy::unwrap_used)]
 

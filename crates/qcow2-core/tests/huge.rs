@@ -1,5 +1,5 @@
-//! Disks that are said to be huge: no more is walked over than what tables lead to, and what takes long can
-//! be stopped.
+//! Images that claim to be huge: the work is proportional to the tables in the file, and long work can be
+//! stopped.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
@@ -36,7 +36,7 @@ fn open(storage: &Arc<PageStorage>) -> Arc<Image> {
     Image::open(source(storage), &options).unwrap()
 }
 
-/// The runs of the disk.
+/// All runs of the disk.
 fn extents(image: &Image) -> Vec<(u64, ExtentState)> {
     let (mut runs, mut at) = (Vec::new(), 0);
     while at < image.size() {
@@ -52,7 +52,7 @@ fn extents(image: &Image) -> Vec<(u64, ExtentState)> {
 const LARGEST: u64 = 1 << 37;
 
 #[test]
-fn snapshots_of_disks_that_cannot_be() {
+fn a_snapshot_of_an_impossible_disk_size_is_refused() {
     let storage = new_image(512, 1 << 20);
     let image = open(&storage);
     image.write_at(GuestOffset::new(0), &[1; 512]).unwrap();
@@ -68,7 +68,7 @@ fn snapshots_of_disks_that_cannot_be() {
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert_eq!(error.to_string(), format!("snapshot's disk of {size} bytes is too large"));
     }
-    // Its own table is too short: nobody can have written what that does not map.
+    // The largest size: the snapshot's L1 table is much shorter, and everything past it is unallocated.
     let old = snapshot(LARGEST).unwrap();
     assert_eq!(old.size(), LARGEST);
     let runs = extents(&old);
@@ -79,9 +79,9 @@ fn snapshots_of_disks_that_cannot_be() {
     assert_eq!(byte, [0]);
 }
 
-/// A table of four million entries is some runs, wherever something is.
+/// An empty L1 table of four million entries is a few runs; so is one with a single entry.
 #[test]
-fn tables_that_lead_nowhere() {
+fn large_empty_l1_tables_are_a_few_runs() {
     let size = (2 << 20) * ((2 << 20) / 8) * (4 << 20) - (2 << 20);
     let image = open(&new_image(2 << 20, size));
     assert!(extents(&image).len() <= 64);
@@ -92,13 +92,13 @@ fn tables_that_lead_nowhere() {
     assert!(matches!(data[..], [(len, ExtentState::Data { .. })] if *len == 2 << 20), "{data:?}");
     let first = runs.iter().take_while(|run| run.1 == ExtentState::Unallocated).map(|run| run.0).sum::<u64>();
     assert_eq!(first, middle - middle % (2 << 20));
-    // The table that is there is looked at piece by piece.
+    // The only L2 table gives one run for each of its pages.
     assert!(runs.len() <= 64 + 520, "{}", runs.len());
 }
 
-/// A disk that gets much shorter can be stopped, and has one of the sizes between then.
+/// Shrinking can be stopped, and leaves a size between the old and the new one.
 #[test]
-fn getting_shorter_can_be_stopped() {
+fn shrinking_can_be_stopped_in_between() {
     const GIB: u64 = 1 << 30;
     for asked in [0, 1, 5, 15, 16, 100] {
         let storage = new_image(512, 2 * GIB + 1024);

@@ -1,4 +1,4 @@
-//! Images that were not closed cleanly: opened for writing, their refcounts are exact again.
+//! Images with the dirty bit set: opening for writing makes their refcounts exact.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
@@ -28,7 +28,7 @@ fn open<S: Storage + 'static>(storage: &Arc<S>, writable: bool) -> Arc<Image> {
     Image::open(source, &options).unwrap()
 }
 
-/// An image with data whose dirty bit is set and whose refcount structures `spoil` has been at, and the data.
+/// An image with data and the dirty bit set, after `spoil` has damaged its refcount structure; and the data.
 fn spoilt(
     cluster_size: u64,
     refcount_bits: u64,
@@ -49,8 +49,8 @@ fn spoilt(
     (storage, data)
 }
 
-/// Opened for writing the image is clean, and its refcounts exact; a power cut on the way leaves it marked or
-/// exact.
+/// Opens the image for writing: it must be clean and its refcounts exact. A power cut during that must leave
+/// it dirty or exact.
 #[track_caller]
 fn check(cluster_size: u64, refcount_bits: u64, spoil: impl Fn(&PageStorage, &qcow2_core::format::Header)) {
     let (storage, data) = spoilt(cluster_size, refcount_bits, spoil);
@@ -69,7 +69,7 @@ fn check(cluster_size: u64, refcount_bits: u64, spoil: impl Fn(&PageStorage, &qc
     assert!(audit.is_sound() && audit.leaks == 0 && !audit.dirty, "{what}: {audit:?}");
 }
 
-/// Opens a copy for writing, the power being cut at every step.
+/// Opens a copy for writing, with a power cut at every step.
 #[track_caller]
 fn check_power_cuts(storage: &PageStorage, what: &str) {
     let world = CrashWorld::new();
@@ -99,7 +99,7 @@ fn block(storage: &PageStorage, header: &qcow2_core::format::Header, index: u64)
 const SHAPES: [(u64, u64); 4] = [(512, 16), (4096, 1), (65536, 16), (65536, 64)];
 
 #[test]
-fn counts_that_are_too_low_or_too_high_are_corrected() {
+fn refcounts_too_low_or_too_high_are_corrected() {
     for (cluster_size, refcount_bits) in SHAPES {
         for byte in [0, 0xff] {
             check(cluster_size, refcount_bits, |storage, header| {
@@ -111,7 +111,7 @@ fn counts_that_are_too_low_or_too_high_are_corrected() {
 }
 
 #[test]
-fn missing_blocks_lead_to_a_new_structure() {
+fn missing_refcount_blocks_cause_a_rebuild() {
     for (cluster_size, refcount_bits) in SHAPES {
         check(cluster_size, refcount_bits, |storage, header| {
             storage.write_at(header.refcount_table_offset, &vec![0; cluster_size as usize]).unwrap();
@@ -120,7 +120,7 @@ fn missing_blocks_lead_to_a_new_structure() {
 }
 
 #[test]
-fn a_damaged_table_leads_to_a_new_structure() {
+fn a_damaged_refcount_table_causes_a_rebuild() {
     for (cluster_size, refcount_bits) in SHAPES {
         check(cluster_size, refcount_bits, |storage, header| {
             storage.write_at(header.refcount_table_offset, &[0x12; 8]).unwrap();
@@ -128,9 +128,9 @@ fn a_damaged_table_leads_to_a_new_structure() {
     }
 }
 
-/// Two million L1 entries that all lead to one full L2 table: read once for each, that would be 128 GiB.
+/// Two million L1 entries that all point to one full L2 table: reading it for each would be 128 GiB.
 #[test]
-fn a_table_that_is_named_often_is_read_once() {
+fn an_l2_table_with_many_references_is_read_once() {
     const TABLES: u64 = 2 << 20;
     let storage = Arc::new(PageStorage::new(PageBytes::new()));
     let mut options = CreateOptions::new(TABLES << 29);

@@ -1,5 +1,5 @@
-//! The engine under a scheduler that tries orders of execution: allocator, cache, claims, flush and delayed
-//! reuse together, on an image so small that everything collides.
+//! The engine under the shuttle scheduler, which explores thread interleavings: allocator, cache, claims,
+//! flush and delayed reuse together, on an image so small that threads always collide.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 #[path = "shuttle/power.rs"]
@@ -33,14 +33,14 @@ fn open_as(storage: &Arc<dyn Storage>, options: &OpenOptions) -> Arc<Image> {
     Image::open(source, options).unwrap()
 }
 
-/// A storage whose every call first lets others run.
+/// A storage that yields to other threads before every call.
 struct Yielding<S>(S);
 
 impl<S: std::ops::Deref<Target: Storage> + Send + Sync> Storage for Yielding<S> {
     fn len(&self) -> Result<u64, StorageError> {
         self.0.len()
     }
-    /// Slow, so that a cluster can be freed and used again before its old bytes are fetched.
+    /// Yields more than once, so that a cluster can be freed and reused before its old bytes are read.
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
         for _ in 0..100 {
             shuttle::thread::yield_now();
@@ -71,8 +71,8 @@ impl<S: std::ops::Deref<Target: Storage> + Send + Sync> Storage for Yielding<S> 
     }
 }
 
-/// Every thread owns every third sector-sized piece of each cluster's neighbourhood: pieces of different
-/// threads lie in the same clusters, but only their owner knows what they hold.
+/// Each thread owns one quarter of every cluster, so that pieces of different threads share clusters, and
+/// only the owner writes a piece. Returns the bytes that the thread expects.
 fn work(image: &Image, me: u64) -> Vec<u8> {
     let piece = CLUSTER / 4;
     let mut known = vec![0u8; DISK as usize];
@@ -116,8 +116,8 @@ fn work(image: &Image, me: u64) -> Vec<u8> {
     known
 }
 
-/// Where a thread's pieces begin in some neighbouring clusters, up or down: others want the same clusters the
-/// other way round.
+/// Offsets of a thread's pieces in some adjacent clusters, ascending or descending, so that threads claim the
+/// same clusters in opposite order.
 fn piece_starts(rng: &mut impl Rng, me: u64) -> Vec<u64> {
     let count = rng.gen_range(2..5);
     let first = rng.gen_range(0..DISK / CLUSTER - count);
@@ -129,8 +129,8 @@ fn piece_starts(rng: &mut impl Rng, me: u64) -> Vec<u64> {
     starts
 }
 
-/// A cluster that is freed and reused all the time holds what was written to it or zeroes, never what its old
-/// place was used for next.
+/// Reads a cluster that is freed and reused all the time: it must have its own bytes or zeroes, never those
+/// of the next user of its old host cluster.
 fn look_at_churn(image: &Image, cluster: u64) {
     let mut seen = [pattern::UNREAD; CLUSTER as usize];
     image.read_at(GuestOffset::new(DISK + cluster * CLUSTER), &mut seen).unwrap();
@@ -142,8 +142,8 @@ fn look_at_churn(image: &Image, cluster: u64) {
     );
 }
 
-/// One thread writes and discards whole clusters behind the others' part, so that clusters are freed and used
-/// again; in the end all are discarded.
+/// Writes and discards whole clusters past the part of the other threads, so that host clusters are freed and
+/// reused; in the end all are discarded.
 fn churn(image: &Image) {
     let mut rng = shuttle::rand::thread_rng();
     for step in 0..24 {
@@ -199,11 +199,11 @@ fn schedules() -> usize {
 }
 
 #[test]
-fn threads_on_the_same_clusters_lose_nothing() {
+fn random_schedules_lose_no_write() {
     shuttle::check_random(scenario, schedules());
 }
 
 #[test]
-fn rare_preemptions_lose_nothing() {
+fn schedules_with_rare_preemptions_lose_no_write() {
     shuttle::check_pct(scenario, schedules(), 3);
 }

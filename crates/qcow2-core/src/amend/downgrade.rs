@@ -1,9 +1,10 @@
-//! Version 2 again: no zero flag, no features, no bitmaps.
+//! Downgrade to version 2, which has no zero flag, no features and no bitmaps.
 //!
-//! Order on disk: in every L2 table, snapshots' included, each zero cluster becomes what version 2 has for
-//! it: unallocated without a backing file, zeroes that are written otherwise; their refcounts and bytes,
-//! barrier, the table, barrier. Then the header. Then what only bitmaps used is free. Until the header
-//! changes, the image is a version 3 image with the same disk.
+//! In every L2 table, snapshots' included, a zero cluster with a host cluster of its own becomes a data
+//! cluster of zeroes; any other one becomes a new data cluster of zeroes if there is a backing file, else
+//! unallocated. Order on disk, for each table: refcounts and bytes of the data clusters, barrier, the table,
+//! barrier. Then the header. Then the clusters of bitmaps are freed. Until the header changes, the image is a
+//! valid version 3 image with the same guest data.
 
 use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result, TableKind};
@@ -24,11 +25,11 @@ use qcow2_format::limit::MAX_L1_ENTRIES;
 use qcow2_format::{CompressionType, Geometry, HostOffset, Version};
 
 impl Image {
-    /// Makes a version 3 image a version 2 one, and ends its use. Persistent bitmaps go, and their clusters
-    /// are free. Errors: `Unsupported` for what version 2 cannot have: another refcount width than 16 bits,
-    /// incompatible features, snapshots of another size or with 4 GiB of machine state; nothing has changed
-    /// then. `Stopped`: the image is a version 3 one still, in use. `Corrupt`, `ReadOnly`, `Poisoned`,
-    /// `Storage`. Spec: "Header".
+    /// Downgrades a version 3 image to version 2. The image takes no changes afterwards: reopen it. Removes
+    /// persistent bitmaps and frees their clusters. Errors: `Unsupported` for what version 2 does not have
+    /// (another refcount width than 16 bits, incompatible features, snapshots of another size or with 4 GiB
+    /// or more of VM state), before anything has changed; `Stopped`: the image is still version 3 and usable;
+    /// `Corrupt`, `ReadOnly`, `Poisoned`, `Storage`. Spec: "Header".
     pub fn downgrade(&self, progress: &mut AmendProgress<'_>) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
@@ -78,7 +79,7 @@ impl Image {
                 self.file.geometry().refcount_width().bits()
             ));
         }
-        // The compression type may go where nothing is compressed.
+        // The compression type bit may be set as long as nothing is compressed.
         let may_go = IncompatibleFeatures::DIRTY.bits() | IncompatibleFeatures::COMPRESSION_TYPE.bits();
         let features = header.features.incompatible.bits() & !may_go;
         if features != 0 {
@@ -110,7 +111,7 @@ impl Image {
         Ok(false)
     }
 
-    /// Every L2 table once, however often it is referred to.
+    /// Every L2 table of the active disk and the snapshots, once.
     fn all_l2_tables(&self) -> Result<BTreeSet<HostOffset>> {
         let mut tables = BTreeSet::new();
         l2_tables_of(self.file.geometry(), &self.mapping().l1_contents().1, &mut tables)?;
@@ -135,7 +136,8 @@ impl Image {
         Ok(())
     }
 
-    /// Rewrites one L2 table without zero flags. Subclusters do not occur: they are a feature.
+    /// Rewrites one L2 table without zero flags. There are no subclusters: extended L2 entries are an
+    /// incompatible feature and were refused.
     fn expand_table(&self, table: HostOffset, backing: bool) -> Result<()> {
         let size = self.file.geometry().cluster_size();
         let mut words = read_words(self.file.storage(), table, size / 8)?;
@@ -157,7 +159,8 @@ impl Image {
                 None => false,
             };
             if let Some(host) = cluster.host.filter(|_| !own) {
-                // Somebody else has other bytes there.
+                // The host cluster is shared: it may hold data for another table, so it must not be
+                // overwritten.
                 let shared = ClusterRun::one(self.file.geometry().host_cluster(host).value());
                 unlinked.extend((0..references).map(|_| Unlinked::data(shared)));
             }
@@ -201,7 +204,7 @@ impl Image {
     }
 }
 
-/// Adds the L2 tables that the raw entries of an L1 table name.
+/// Adds the L2 tables that the raw entries of an L1 table point to.
 fn l2_tables_of(geometry: &Geometry, l1: &[u64], tables: &mut BTreeSet<HostOffset>) -> Result<()> {
     for &raw in l1 {
         let entry = L1Entry::decode(raw, geometry)
@@ -211,7 +214,7 @@ fn l2_tables_of(geometry: &Geometry, l1: &[u64], tables: &mut BTreeSet<HostOffse
     Ok(())
 }
 
-/// A reference from a bitmap, its table or the directory.
+/// A reference to a cluster of a bitmap, of its table or of the directory.
 fn bitmap_run(cluster: u64) -> Unlinked {
     Unlinked { clusters: ClusterRun::one(cluster), kinds: OverlapChecks::BITMAP_DIRECTORY }
 }

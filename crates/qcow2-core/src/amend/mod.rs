@@ -1,9 +1,8 @@
-//! Changing what an image is: version, features, names in the header.
+//! Changes version, features and names in the header of an image.
 //!
-//! Each change is prepared on disk, made durable, and then comes true with one sector of the header; a crash
-//! leaves the image before it or after it. What the open image knows of itself (the width of refcounts,
-//! whether there is a zero flag) is stale after such calls: they end the use of the image, and the caller who
-//! goes on opens it again.
+//! Each change is prepared on disk, made durable, and switched on with one sector of the header; a crash
+//! leaves the old image or the new one. Cached properties of the open image (refcount width, zero flag) are
+//! stale after some of these calls, so they poison the image: the caller reopens it to go on.
 
 mod downgrade;
 mod width;
@@ -16,11 +15,11 @@ use core::ops::ControlFlow;
 use qcow2_format::Version;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures};
 
-/// Called with the number of steps done and the number of all steps; returns whether to go on. A caller that
-/// stops finds the image as it was, or partly changed with the same guest content.
+/// Called with the number of finished steps and the total; returns whether to go on. After a stop the image
+/// is unchanged, or partly changed with the same guest data.
 pub type AmendProgress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
 
-/// The error of a caller that stopped.
+/// Turns a caller's `Break` into the error `Stopped`.
 fn stopped(flow: ControlFlow<()>) -> Result<()> {
     match flow {
         ControlFlow::Continue(()) => Ok(()),
@@ -28,22 +27,23 @@ fn stopped(flow: ControlFlow<()>) -> Result<()> {
     }
 }
 
-/// Changes that take place in the header alone; `None` leaves a thing as it is.
+/// Changes in the header only. `None` leaves a field as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HeaderChange {
-    /// Whether refcounts may be brought up to date later. Version 3 only.
+    /// True to allow writers to postpone refcount updates. Version 3 only.
     pub lazy_refcounts: Option<bool>,
-    /// The external data file's name; empty: none is recorded. Only where there is such a file.
+    /// The external data file's name; empty removes the name. Only for an image with a data file.
     pub data_file: Option<String>,
-    /// The external data file need not be the guest disk byte for byte any more.
+    /// True to clear the autoclear bit for a raw data file, which promises that the external data file is the
+    /// guest disk byte for byte.
     pub forget_raw_data_file: bool,
 }
 
 impl Image {
-    /// Makes `change` durable. The open image goes on with the data file it has. Errors: `Unsupported` for
-    /// what the version or the image does not have; `Format` where the header gets too long; `ReadOnly`,
-    /// `Poisoned`, `Storage`.
+    /// Writes `change` to the header; durable when it returns. The open image keeps using the data file that
+    /// it has opened. Errors: `Unsupported` for lazy refcounts in version 2, or a data file's name without a
+    /// data file; `Format` if the header gets too long; `ReadOnly`, `Poisoned`, `Storage`.
     pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
@@ -51,7 +51,7 @@ impl Image {
         let mut header = self.header();
         if let Some(lazy) = change.lazy_refcounts {
             if lazy && header.version < Version::V3 {
-                let message = "lazy refcounts are for version 3";
+                let message = "lazy refcounts need version 3";
                 return Err(Error::new(ErrorKind::Unsupported, message));
             }
             header.features.compatible =
@@ -73,9 +73,9 @@ impl Image {
         self.header.switch_to(header)
     }
 
-    /// Makes a version 2 image a version 3 one, and ends its use. Disk: a snapshot table whose entries say
-    /// all that version 3 wants, then the header. Errors: `Corrupt` for a damaged snapshot table; `ReadOnly`,
-    /// `Poisoned`, `Storage`.
+    /// Upgrades a version 2 image to version 3. The image takes no changes afterwards: reopen it. Disk:
+    /// writes a snapshot table with the fields that version 3 requires, then the header. Errors: `Corrupt`
+    /// for a damaged snapshot table; `ReadOnly`, `Poisoned`, `Storage`.
     pub fn upgrade(&self) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
@@ -94,7 +94,7 @@ impl Image {
         Ok(())
     }
 
-    /// Nothing is changed through this image any more: it is not what it was.
+    /// Refuses further changes through this `Image`: its cached properties are stale.
     fn end_use(&self) {
         self.file.poison();
     }

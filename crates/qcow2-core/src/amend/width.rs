@@ -1,8 +1,8 @@
-//! Another width of refcounts: every block written again in the new width, behind everything in use.
+//! Changes the refcount width: writes every block again in the new width, behind all clusters in use.
 //!
-//! Order on disk: the new blocks, which count themselves and no longer the old ones, and the new table;
-//! barrier; the header's width and table in one sector; barrier. The places of the old structure are free
-//! from then on.
+//! Order on disk: the new blocks, which count themselves and not the old structure, and the new table;
+//! barrier; the header's width and table offset in one sector; barrier. From then on the clusters of the old
+//! structure are free.
 
 use super::{AmendProgress, stopped};
 use crate::error::{Error, ErrorKind, Result};
@@ -12,10 +12,10 @@ use ::alloc::format;
 use qcow2_format::Version;
 
 impl Image {
-    /// Gives every refcount `bits` bits, a power of two up to 64, and ends the image's use. `progress` is
-    /// told how many of how many blocks are written. Errors: `InvalidOption` for another number of bits;
-    /// `Unsupported` for a version 2 image, which has 16; `OutOfRange` where a refcount does not fit, nothing
-    /// having changed; `Corrupt`, `ReadOnly`, `Poisoned`, `Storage`; `Stopped`, nothing having changed. Spec:
+    /// Changes the refcount width to `bits`, a power of two up to 64. The image takes no changes afterwards:
+    /// reopen it. `progress` gets the number of written blocks and the total. Errors: `InvalidOption` for
+    /// another number of bits; `Unsupported` for version 2, which has 16; `OutOfRange` if a refcount does not
+    /// fit, and `Stopped`, both without a change; `Corrupt`, `ReadOnly`, `Poisoned`, `Storage`. Spec:
     /// "Refcount blocks".
     pub fn set_refcount_bits(&self, bits: u32, progress: &mut AmendProgress<'_>) -> Result<()> {
         let _alone = write(&self.structure);
@@ -36,7 +36,7 @@ impl Image {
         let written = self.refcounts.write_width(&plan, &mut |done, of| stopped(progress(done, of)));
         let harmless = |error: &Error| matches!(error.kind(), ErrorKind::OutOfRange | ErrorKind::Stopped);
         if written.as_ref().is_err_and(harmless) {
-            // Nothing leads to what was written.
+            // Nothing points to the new blocks yet.
             return written;
         }
         self.file.poison_on_error(written)?;

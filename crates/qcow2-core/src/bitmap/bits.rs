@@ -1,4 +1,4 @@
-//! The bits of one bitmap in memory: which granules of the disk were changed.
+//! The bits of one bitmap in memory: which granules of the disk have changed.
 
 use super::room::Room;
 use super::tree::{FAN_OUT, LEAF_BITS, Tree, Words};
@@ -7,13 +7,13 @@ use ::alloc::format;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
 
-/// Bytes of bits that one bitmap may have: the most that the format allows. Origin: QEMU.
+/// Size limit of one bitmap's bits, in bytes: the limit of the format crate. Origin: QEMU.
 const MAX_BYTES: u64 = qcow2_format::limit::MAX_BITMAP_DATA_SIZE;
 
-/// The bits of a bitmap: what [`Image::bitmap_bits`](crate::Image::bitmap_bits) returns, a copy to look at.
-/// In an image any thread may mark while others look. Memory follows the granules that are marked
-/// beside others that are not, up to a limit for all bitmaps of an image; what is marked past it is marked in
-/// larger pieces.
+/// The bits of a bitmap, a copy to read: what [`Image::bitmap_bits`](crate::Image::bitmap_bits) returns.
+/// Threads may mark and read concurrently. Ranges that are all clear or all marked take
+/// no memory; mixed ranges do, up to a limit for all bitmaps of an image. Past the limit whole nodes of the
+/// tree are marked, so that a bitmap may have more marks than there were changes, never fewer.
 #[derive(Clone, Debug)]
 pub struct Bits {
     granularity_bits: u8,
@@ -22,34 +22,36 @@ pub struct Bits {
 }
 
 impl Bits {
-    /// No bit set, for a disk of `size` bytes; memory comes out of `room`. Errors: `NoSpace` above 512 MiB of
-    /// bits.
+    /// Bits for a disk of `size` bytes, all clear. Memory is taken from `room`. Errors: `NoSpace` above 512
+    /// MiB of bits.
     pub(super) fn new(granularity_bits: u8, size: u64, room: &Room) -> Result<Self> {
         let count = checked_count(granularity_bits, size)?;
         Ok(Self { granularity_bits, size, tree: Tree::new(count, room) })
     }
 
-    /// Judges whether a disk of `size` bytes can have a bitmap. Errors: as [`new`](Self::new).
+    /// Checks that a disk of `size` bytes can have a bitmap of this granularity. Errors: as
+    /// [`new`](Self::new).
     pub(super) fn check_size(granularity_bits: u8, size: u64) -> Result<()> {
         checked_count(granularity_bits, size).map(drop)
     }
 
-    /// Bytes that one bit stands for: a power of two.
+    /// Bytes per bit, a power of two.
     pub fn granularity(&self) -> u64 {
         1 << self.granularity_bits
     }
 
-    /// Bytes of the disk that the bits are about.
+    /// The size of the disk, in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Whether the granule that holds byte `offset` is marked.
+    /// True if the granule of guest byte `offset` is marked.
     pub fn is_marked(&self, offset: u64) -> bool {
         self.tree.is_set(offset >> self.granularity_bits)
     }
 
-    /// The marked runs of the disk as start and length, in order; the last one is cut at the disk's end.
+    /// The marked ranges of the disk as start and length in bytes, in ascending order. The last one is cut at
+    /// the end of the disk.
     pub fn marked_runs(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let granularity = self.granularity();
         let mut bit = 0;
@@ -63,14 +65,14 @@ impl Bits {
         })
     }
 
-    /// Marks the granules that `len` bytes from `start` on touch; what lies past the disk's end is left out.
-    /// Returns whether no others were marked for want of room.
+    /// Marks the granules that `len` bytes at `start` touch, up to the end of the disk. Returns false if
+    /// memory ran out and other granules were marked too.
     pub(super) fn mark(&self, start: u64, len: u64) -> bool {
         let end = start.saturating_add(len).min(self.size);
         start >= end || self.tree.set(start >> self.granularity_bits, (end - 1) >> self.granularity_bits)
     }
 
-    /// Marks everything that is marked in `other`. Returns as [`mark`](Self::mark).
+    /// Marks everything that is marked in `other`. Returns false as [`mark`](Self::mark).
     pub(super) fn merge(&self, other: &Self) -> bool {
         if (self.granularity_bits, self.size) == (other.granularity_bits, other.size) {
             return self.tree.merge(&other.tree);
@@ -78,14 +80,14 @@ impl Bits {
         other.marked_runs().fold(true, |exact, (start, len)| self.mark(start, len) && exact)
     }
 
-    /// The same bits for a disk of another size: what is new is not marked. Errors: as [`new`](Self::new).
+    /// The same bits for a disk of another size; new granules are clear. Errors: as [`new`](Self::new).
     pub(super) fn resized(self, size: u64) -> Result<Self> {
         let count = checked_count(self.granularity_bits, size)?;
         Ok(Self { tree: self.tree.resized(count), size, ..self })
     }
 
-    /// The pieces of `len` bytes of the stored bits in which a bit is set: their index, and whether all of
-    /// them are.
+    /// Splits the stored bits into pieces of `len` bytes and returns those with a set bit: the piece's index,
+    /// and true if all its bits are set.
     pub(super) fn marked_pieces(&self, len: u64) -> impl Iterator<Item = (u64, bool)> + '_ {
         let bits = len * 8;
         let mut at = 0;
@@ -96,8 +98,8 @@ impl Bits {
         })
     }
 
-    /// Bytes of the bits as they are stored, from byte `start` on, zeroes past the end. `start`: a multiple
-    /// of 512.
+    /// `len` bytes of the bits in their stored form, from byte `start` on, zeroes past the end. `start`: a
+    /// multiple of 512.
     pub(super) fn stored(&self, start: u64, len: u64) -> Vec<u8> {
         debug_assert!((start * 8).is_multiple_of(LEAF_BITS));
         let mut bytes = vec![0; len as usize];
@@ -110,13 +112,13 @@ impl Bits {
         bytes
     }
 
-    /// Bytes of the bits as they are stored.
+    /// Length of the bits in their stored form, in bytes.
     pub(super) fn stored_len(&self) -> u64 {
         self.tree.count().div_ceil(8)
     }
 
-    /// Takes stored bytes in, from byte `start` of the bits on; bits past the end do not count. `start`: a
-    /// multiple of 512. Returns as [`mark`](Self::mark).
+    /// Sets the bits that are set in `bytes`, the stored form from byte `start` on. Ignores bits past the
+    /// end. `start`: a multiple of 512. Returns false as [`mark`](Self::mark).
     pub(super) fn load(&self, start: u64, bytes: &[u8]) -> bool {
         debug_assert!((start * 8).is_multiple_of(LEAF_BITS));
         let mut exact = true;
@@ -142,7 +144,7 @@ impl Bits {
         exact
     }
 
-    /// The same for `len` bytes of ones.
+    /// [`load`](Self::load) of `len` bytes of ones.
     pub(super) fn load_ones(&self, start: u64, len: u64) -> bool {
         let end = self.tree.count().min((start + len) * 8);
         start * 8 >= end || self.tree.set(start * 8, end - 1)
@@ -171,7 +173,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn bits_are_a_list_of_granules(
+        fn bits_behave_like_a_bool_per_granule(
             size in 1..200_000u64,
             marks in proptest::collection::vec((0..220_000u64, 0..5000u64), 0..12),
             other_size in 1..200_000u64,
@@ -201,9 +203,9 @@ mod tests {
             prop_assert_eq!(model(&other), wanted);
         }
 
-        /// Many leaves of bits, other granularities, and what a table would say of clusters of bits.
+        /// Several leaves, other granularities, and the pieces that a bitmap table would have.
         #[test]
-        fn bits_of_larger_disks(
+        fn merge_and_stored_pieces_agree_with_the_bits(
             size in 1..60_000_000u64,
             marks in proptest::collection::vec(
                 (0..60_000_000u64, prop_oneof![1..5000u64, 1..30_000_000u64]), 0..6
@@ -241,7 +243,7 @@ mod tests {
         }
 
         #[test]
-        fn bits_past_the_end_do_not_count(size in 1..100_000u64) {
+        fn loading_ignores_bits_past_the_end(size in 1..100_000u64) {
             let bits = Bits::new(9, size, &Room::default()).unwrap();
             bits.load(0, &[0xff; 32]);
             let marked: u64 = bits.marked_runs().map(|(_, len)| len).sum();

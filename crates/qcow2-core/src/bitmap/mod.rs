@@ -1,14 +1,14 @@
-//! Persistent bitmaps: which parts of the disk were changed since somebody looked.
+//! Persistent dirty bitmaps: which parts of the disk have changed, for incremental backups.
 //!
-//! Enabled bitmaps are marked before anything is written. On disk they are marked as in use before the first
-//! change, and stored again when the image is closed: a crash in between leaves them in use, which means that
-//! their bits are invalid. So a bitmap may be lost, but never lies. Spec: "Bitmaps".
+//! A write marks the enabled bitmaps before it changes anything. The in-use flag of their directory entries
+//! is set on disk before the first change, and [`close`](Image::close) stores the bits and clears it: after a
+//! crash in between the flag is still set, and the bits are invalid. So a crash may lose a bitmap, but a
+//! valid bitmap never misses a change. Spec: "Bitmaps".
 //!
-//! The bits in memory have a limit for all bitmaps of an image. A bitmap is neither lost nor made coarser
-//! because of it while somebody can still decide: what is to record and does not fit makes the first change
-//! fail with `NoSpace`, before anything is written, and so do merges; bitmaps can be removed without being
-//! read. Only marks that a running guest makes past the limit are made in larger pieces, since a write must
-//! not fail for them and a bitmap may name more than was changed.
+//! The bits of all bitmaps of an image share one memory limit. If the recording bitmaps do not fit, the first
+//! change fails with `NoSpace` before anything is written; so does a merge. The caller can then remove
+//! bitmaps, which needs no memory. Marks that a running guest makes past the limit are widened instead,
+//! because a guest write must not fail for a bitmap, and extra marks are harmless.
 
 mod bits;
 mod room;
@@ -34,18 +34,17 @@ use room::Room;
 use state::{Live, State, inconsistent, missing, text};
 
 impl Image {
-    /// The image's bitmaps as they are now, in the order of the directory; those that the image does not
-    /// vouch for any more are left out. Disk: reads the directory. Errors: `Corrupt` for a damaged directory,
-    /// `Storage`.
+    /// The image's bitmaps, in the order of the directory. Empty if the bitmaps' autoclear bit is not set.
+    /// Disk: reads the directory. Errors: `Corrupt` for a damaged directory, `Storage`.
     pub fn bitmaps(&self) -> Result<Vec<Bitmap>> {
         let _structure = read(&self.structure);
         let state = self.known_bitmaps()?;
         Ok(state.live.iter().map(|live| live.entry.clone()).collect())
     }
 
-    /// A copy of a bitmap's bits. Disk: may read them. Errors: `NotFound`; `Inconsistent` for a bitmap that
-    /// was in use when the image was last closed; `NoSpace` where they have no room in memory; `Corrupt`,
-    /// `Storage`.
+    /// A copy of a bitmap's bits. Disk: may read them. Errors: `NotFound`; `Inconsistent` for a bitmap whose
+    /// in-use flag was set when the image was opened; `NoSpace` if the bits exceed the memory limit;
+    /// `Corrupt`, `Storage`.
     pub fn bitmap_bits(&self, name: &[u8]) -> Result<Bits> {
         let _structure = read(&self.structure);
         let mut state = self.known_bitmaps()?;
@@ -54,14 +53,15 @@ impl Image {
             return Ok(bits.clone());
         }
         self.judge_tables(&mut state)?;
-        // The image itself may never need them, and many that are asked for one by one take room one by one.
+        // Not kept in the image, and a limit of their own: a caller may read many bitmaps one by one that do
+        // not fit into memory together.
         self.read_bits(&state.live[index].entry, &Room::new(self.bitmaps.memory))
     }
 
     /// Adds an enabled bitmap without marks. `name`: 1 to 1023 bytes. `granularity_bits`: 9 to 31. Disk:
-    /// untouched until [`close`](Self::close). Errors: `Exists`; `InvalidOption` for a name, a granularity or
-    /// a disk that cannot be; `Unsupported` in version 2; `NoSpace` for more bitmaps than allowed;
-    /// `ReadOnly`, `Poisoned`.
+    /// unchanged until [`close`](Self::close). Errors: `Exists`; `InvalidOption` for a bad name or
+    /// granularity and for a disk of 0 bytes; `Unsupported` in version 2; `NoSpace` for too many bitmaps or
+    /// too many bits; `ReadOnly`, `Poisoned`.
     pub fn add_bitmap(&self, name: &[u8], granularity_bits: u8) -> Result<()> {
         self.change_bitmaps(|state| {
             let invalid = |message: String| Err(Error::new(ErrorKind::InvalidOption, message));
@@ -92,20 +92,21 @@ impl Image {
         })
     }
 
-    /// Removes a bitmap, usable or not. Disk: untouched until [`close`](Self::close). Errors: `NotFound`.
+    /// Removes a bitmap, also an inconsistent one. Disk: unchanged until [`close`](Self::close). Errors:
+    /// `NotFound`, `ReadOnly`, `Poisoned`.
     pub fn remove_bitmap(&self, name: &[u8]) -> Result<()> {
         self.change_bitmaps(|state| {
             let index = state.position(name).ok_or_else(|| missing(name))?;
             let removed = state.live.remove(index);
-            // What it had on disk is found again by comparing directories.
+            // Its clusters are freed when the bitmaps are stored: the new directory lacks them.
             drop(removed);
             state.find_names();
             Ok(())
         })
     }
 
-    /// Takes all marks out of a bitmap. Disk: untouched until [`close`](Self::close). Errors: as
-    /// [`bitmap_bits`](Self::bitmap_bits).
+    /// Clears all marks of a bitmap. Disk: unchanged until [`close`](Self::close). Errors: as
+    /// [`bitmap_bits`](Self::bitmap_bits), `ReadOnly`, `Poisoned`.
     pub fn clear_bitmap(&self, name: &[u8]) -> Result<()> {
         self.change_bitmaps(|state| {
             let index = state.usable(name)?;
@@ -116,13 +117,13 @@ impl Image {
         })
     }
 
-    /// Lets a bitmap record changes, or not. Disk: untouched until [`close`](Self::close). Errors: as
-    /// [`bitmap_bits`](Self::bitmap_bits).
+    /// Enables or disables a bitmap; an enabled one records changes. Disk: unchanged until
+    /// [`close`](Self::close). Errors: as [`bitmap_bits`](Self::bitmap_bits), `ReadOnly`, `Poisoned`.
     pub fn enable_bitmap(&self, name: &[u8], enable: bool) -> Result<()> {
         self.change_bitmaps(|state| {
             let index = state.usable(name)?;
             if enable && self.header.is_changing() {
-                // It records from now on, so it must not be enabled where its bits cannot be there.
+                // It records from now on, so its bits must be in memory before it is enabled.
                 self.loaded(state, index)?;
             }
             state.live[index].entry.auto = enable;
@@ -130,10 +131,11 @@ impl Image {
         })
     }
 
-    /// Marks in a bitmap everything that `source` marks, which is of a disk of the same size and may have
-    /// another granularity. Disk: may read the bitmap. Errors: `InvalidOption` for another size; `NoSpace`
-    /// where the marks have no room in memory: the bitmap is as it was, or has more of them than both had if
-    /// it is recording; as [`bitmap_bits`](Self::bitmap_bits).
+    /// Adds the marks of `source` to a bitmap. `source` must be of a disk of the same size; its granularity
+    /// may differ. Disk: may read the bitmap. Errors: `InvalidOption` for another size; `NoSpace` if the
+    /// marks exceed the memory limit: the bitmap is then unchanged, or, if it has been changed or is
+    /// recording, has more marks than both together; as [`bitmap_bits`](Self::bitmap_bits), `ReadOnly`,
+    /// `Poisoned`.
     pub fn merge_bitmap(&self, name: &[u8], source: &Bits) -> Result<()> {
         self.change_bitmaps(|state| {
             let index = state.usable(name)?;
@@ -160,7 +162,7 @@ impl Image {
         change(&mut state)?;
         state.changed = true;
         if self.header.is_changing() {
-            // Others may have become enabled: their bits must be there before the next change.
+            // Bitmaps may have become enabled: their bits must be in memory before the next change.
             self.start_recording(&mut state)?;
         }
         Ok(())
@@ -175,7 +177,7 @@ impl Image {
         Ok(state)
     }
 
-    /// The bits of a usable bitmap, read at the first use.
+    /// The bits of a bitmap that is not inconsistent, read from disk at the first use.
     fn loaded<'a>(&self, state: &'a mut State, index: usize) -> Result<&'a Bits> {
         let bits = match state.live[index].bits.take() {
             Some(bits) => bits,
@@ -195,9 +197,9 @@ impl Image {
         Ok(())
     }
 
-    /// What comes before the first change: enabled bitmaps are in use, on disk, and recording. A bitmap that
-    /// cannot be read makes all of them untrusted. Errors: `NoSpace` where they are sound and have no room in
-    /// memory: they stay as they are, and so does everything else. `Storage`.
+    /// Must run before the first change: sets the in-use flag of enabled bitmaps on disk and starts
+    /// recording. If a bitmap cannot be read, clears the autoclear bit, so that all bitmaps are invalid.
+    /// Errors: `NoSpace` if the bits exceed the memory limit; nothing has changed then. `Storage`.
     pub(crate) fn begin_change(&self) -> Result<()> {
         if self.header.is_changing() {
             return Ok(());
@@ -213,7 +215,7 @@ impl Image {
                 other => other?,
             }
         } else if read(&self.bitmaps.state).changed {
-            // Added since the image was opened.
+            // The image had no bitmaps; some were added since.
             let mut state = self.known_bitmaps()?;
             self.start_recording(&mut state)?;
         }
@@ -232,7 +234,8 @@ impl Image {
         Ok(())
     }
 
-    /// Has the bits in memory of all bitmaps that `pick` takes, or of none that were not there before.
+    /// Loads the bits of all bitmaps that `pick` accepts. After an error none of them stays in memory that is
+    /// not needed there.
     fn load_all(&self, state: &mut State, pick: impl Fn(&Live) -> bool) -> Result<()> {
         let picked = |state: &State, index: usize| pick(&state.live[index]);
         let loaded = (0..state.live.len()).try_for_each(|index| match picked(state, index) {
@@ -246,8 +249,8 @@ impl Image {
         loaded
     }
 
-    /// What comes before the disk gets `size` bytes: all bitmaps are in use, and their bits in memory.
-    /// Errors: `Inconsistent` or `NoSpace` where one of them cannot follow.
+    /// Must run before the disk is resized to `size` bytes: loads all bitmaps and sets their in-use flags on
+    /// disk. Errors: `Inconsistent` or `NoSpace` if a bitmap cannot be resized.
     pub(crate) fn begin_resize_of_bitmaps(&self, size: u64) -> Result<()> {
         if self.header().trusted_bitmaps().is_none() && !read(&self.bitmaps.state).changed {
             return Ok(());
@@ -258,7 +261,7 @@ impl Image {
         }
         state.live.iter().try_for_each(|live| Bits::check_size(live.entry.granularity_bits, size))?;
         self.load_all(&mut state, |_| true)?;
-        // All of them are replaced in the end: what cannot be given up then is refused before the size
+        // Closing replaces all of them on disk. Check now that the old ones can be freed, before the size
         // changes.
         let header = self.header();
         let old = read_bitmaps(self.file.storage(), &header)?;
@@ -269,7 +272,7 @@ impl Image {
         Ok(())
     }
 
-    /// The disk has `size` bytes now.
+    /// Resizes the bits to a disk of `size` bytes.
     pub(crate) fn resize_bitmaps(&self, size: u64) -> Result<()> {
         let mut state = write(&self.bitmaps.state);
         for live in &mut state.live {

@@ -1,4 +1,4 @@
-//! What is known of an image's bitmaps while it is open.
+//! The bitmaps of an open image, in memory.
 
 use super::bits::Bits;
 use super::room::Room;
@@ -16,23 +16,23 @@ use qcow2_format::bitmap::Bitmap;
 #[derive(Debug)]
 pub(crate) struct Bitmaps {
     pub(super) state: RwLock<State>,
-    /// Whether there is an enabled bitmap to be marked.
+    /// True if there is an enabled bitmap that writes must mark.
     pub(super) recording: AtomicBool,
-    /// Where the bits' memory comes from, and how much of it there is.
+    /// The rest of the memory limit, and the limit itself in bytes.
     pub(super) room: Room,
     pub(super) memory: u64,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct State {
-    /// Whether the directory was read.
+    /// True if the directory was read.
     pub(super) known: bool,
-    /// Whether the tables that it names were judged.
+    /// True if the bitmaps' tables were checked.
     pub(super) judged: bool,
     pub(super) live: Vec<Live>,
     /// The first bitmap of each name.
     pub(super) by_name: BTreeMap<Vec<u8>, usize>,
-    /// Whether the directory on disk is not what it should be when the image is closed.
+    /// True if closing the image must write a new directory.
     pub(super) changed: bool,
 }
 
@@ -40,11 +40,11 @@ pub(super) struct State {
 #[derive(Debug)]
 pub(super) struct Live {
     pub(super) entry: Bitmap,
-    /// Its bits, where they were needed.
+    /// Its bits, if loaded.
     pub(super) bits: Option<Bits>,
-    /// Whether its bits on disk are not what they should be when the image is closed.
+    /// True if closing the image must write its bits.
     pub(super) changed: bool,
-    /// Whether it is marked as in use on disk because of us.
+    /// True if this open image has set its in-use flag on disk.
     pub(super) marked: bool,
 }
 
@@ -84,19 +84,19 @@ impl Live {
 }
 
 impl Bitmaps {
-    /// Nothing is known of them yet. `memory`: bytes that their bits may take.
+    /// The directory is read at the first use. `memory`: limit for the bits, in bytes.
     pub(crate) fn new(memory: u64) -> Self {
         let (state, recording) = (RwLock::new(Rank::Bitmaps, State::default()), AtomicBool::new(false));
         Self { state, recording, room: Room::new(memory), memory }
     }
 
-    /// Notes that `range` is about to change.
+    /// Marks `range` in every recording bitmap. Called before `range` changes.
     pub(crate) fn mark(&self, range: GuestRange) {
         if self.recording.load(Ordering::Acquire) {
             let state = read(&self.state);
             for bits in state.live.iter().filter(|live| live.records()).filter_map(|live| live.bits.as_ref())
             {
-                // Without room more is marked, which does no harm.
+                // Past the memory limit it marks more, which is harmless.
                 let _exact = bits.mark(range.start().value(), range.len());
             }
         }

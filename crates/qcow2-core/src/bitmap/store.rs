@@ -1,9 +1,9 @@
-//! Bitmaps on disk: the directory, tables and bits, read and stored.
+//! Reads and stores bitmaps: the directory, tables and bits.
 //!
-//! Order on disk when they are stored: refcounts of all that is new; barrier; bits, tables and a new
-//! directory elsewhere; barrier; the header's extension; barrier; only then is the old directory, with what
-//! it alone had, free. Marking bitmaps as in use changes their entries in place: each is one bit in one
-//! sector.
+//! Order on disk when storing: refcounts of the new clusters; barrier; bits, tables and a new directory in
+//! new clusters; barrier; the header's extension; barrier; only then the old directory is freed, with the
+//! tables and bits that the new one does not use. Setting an in-use flag changes the directory entry in
+//! place: one bit in one sector.
 
 use super::bits::Bits;
 use super::room::Room;
@@ -26,18 +26,18 @@ use qcow2_format::bytes::table_bytes;
 use qcow2_format::extension::BitmapsExtension;
 use qcow2_format::{FormatError, Geometry, Header, HostOffset};
 
-/// Bytes of tables and bits that all bitmaps of an image may have on disk. Origin: ours, the bits of 128
-/// bitmaps of the largest size; a file with holes costs nobody anything and takes time to read all the same.
+/// Limit for the tables and bits of all bitmaps of an image on disk, in bytes: 128 bitmaps of the largest
+/// size. Origin: ours; a sparse file can claim any amount for free, and reading it takes time all the same.
 const MAX_STORED_BITS: u64 = 128 * qcow2_format::limit::MAX_BITMAP_DATA_SIZE;
 
-/// Where a directory entry has its flags, and the one that says it is in use.
+/// Offset of the last byte of the flags in a directory entry, and the in-use flag in it.
 const FLAGS_END: u64 = 15;
 const IN_USE: u8 = 1;
 /// Bytes of an entry before its extra data and name.
 const FIXED_LEN: u64 = 24;
 
-/// Reads the bitmaps that the image vouches for, in the order of the directory; none where it does not.
-/// Errors: `Corrupt` for a directory that cannot be, `Storage`.
+/// Reads the bitmap directory. Returns no bitmaps if the header's autoclear bit for bitmaps is not set.
+/// Errors: `Corrupt` for a damaged directory, `Storage`.
 pub fn read_bitmaps(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap>> {
     let Some(extension) = header.trusted_bitmaps() else { return Ok(Vec::new()) };
     let directory = read_directory(storage, extension)?;
@@ -50,13 +50,12 @@ pub fn read_bitmaps(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap
     Ok(bitmaps)
 }
 
-/// Judges whether the bitmaps that the image vouches for can be read. Where they cannot and one of them
-/// records, the first change of the image makes all of them untrusted. Disk: reads the directory and the
-/// tables.
+/// Checks that the bitmaps of an image can be read. If they cannot and one of them records, the first change
+/// of the image clears the autoclear bit, which invalidates all of them. Disk: reads the directory and the
+/// tables. Bitmaps whose in-use flag is set are not checked.
 ///
-/// Errors: `Corrupt` for a directory or a table that cannot be, and for tables that have more clusters than
-/// the file, since then they share some; `NoSpace` for bitmaps of more than 64 GiB in a file that is as long;
-/// `Storage`.
+/// Errors: `Corrupt` for a damaged directory or table, and for tables that need more bytes than the file has,
+/// since they then share clusters; `NoSpace` for bitmaps of more than 64 GiB; `Storage`.
 pub fn check_bitmaps(storage: &dyn Storage, header: &Header) -> Result<()> {
     let geometry = header.geometry().map_err(damaged("header is damaged"))?;
     let mut bytes = 0;
@@ -90,7 +89,7 @@ fn check_table_size(bitmap: &Bitmap, needed: u64) -> Result<()> {
     Err(Error::corrupt(message).in_table(TableKind::BitmapTable).at_host(bitmap.table_offset))
 }
 
-/// Judges how many bytes the bitmaps have on disk.
+/// Checks `bytes`, what the bitmaps so far need on disk, against the file's length and the limit.
 fn check_stored(storage: &dyn Storage, geometry: &Geometry, bytes: u64) -> Result<()> {
     let len = storage.len()?.next_multiple_of(geometry.cluster_size());
     if bytes > len {
@@ -121,8 +120,8 @@ fn damaged(what: &'static str) -> impl Fn(FormatError) -> Error {
 }
 
 impl Image {
-    /// Reads the bits of `bitmap`, which [`check_bitmaps`] has judged, from disk into memory out of `room`.
-    /// Errors: `NoSpace` where that does not suffice; `Corrupt`, `Storage`.
+    /// Reads the bits of `bitmap`, which [`check_bitmaps`] has accepted. Memory is taken from `room`. Errors:
+    /// `NoSpace` if it does not suffice; `Corrupt`, `Storage`.
     pub(super) fn read_bits(&self, bitmap: &Bitmap, room: &Room) -> Result<Bits> {
         let geometry = self.file.geometry();
         let bits = Bits::new(bitmap.granularity_bits, self.size(), room)?;
@@ -130,7 +129,8 @@ impl Image {
         check_table_size(bitmap, entries)?;
         let size = geometry.cluster_size();
         let mut cluster = vec![0; size as usize];
-        // Ones are set when their run is known, so that a whole node of them is one.
+        // A run of all-ones clusters is set in one call, so that a fully set node of the tree takes no
+        // memory.
         let mut ones = 0..0;
         for (index, raw) in (0u64..).zip(read_words(self.file.storage(), bitmap.table_offset, entries)?) {
             let entry =
@@ -160,15 +160,15 @@ impl Image {
         }
     }
 
-    /// Sets the in-use flag, on disk, of the bitmaps that `pick` takes and of those on disk that are no
-    /// longer among ours.
+    /// Sets the in-use flag on disk of the bitmaps that `pick` accepts, and of bitmaps that were removed in
+    /// memory. Durable when it returns.
     pub(super) fn mark_in_use(&self, state: &mut State, pick: impl Fn(&Live) -> bool) -> Result<()> {
         let header = self.header();
         let Some(extension) = header.trusted_bitmaps() else { return Ok(()) };
         let mut directory = read_directory(self.file.storage(), extension)?;
         let entries = Bitmap::parse_directory(&directory, extension.count)
             .map_err(damaged("bitmap directory is damaged"))?;
-        // The first of those that have a table in common, which only a damaged image has.
+        // Of bitmaps with the same table the first one wins; only a damaged image has such bitmaps.
         let by_table = state.live.iter_mut().rev().map(|live| (live.entry.table_offset, live));
         let mut ours: BTreeMap<HostOffset, &mut Live> = by_table.collect();
         let mut at = 0;
@@ -197,14 +197,14 @@ impl Image {
             let written = self.tables.write(OverlapChecks::BITMAP_DIRECTORY, place, bytes);
             self.file.poison_on_error(written)?;
         }
-        // Durable before the first change: after a crash the old bits would otherwise pass for complete.
+        // Durable before the first change: otherwise a crash could leave stale bits that look valid.
         if !sectors.is_empty() && self.file.keeps(OrderingRule::WarningBeforeChange) {
             self.file.poison_on_error(self.file.flush())?;
         }
         Ok(())
     }
 
-    /// Stores what changed, for the end of the image's use. Everything else is on disk.
+    /// Stores the changed bitmaps when the image is closed. All other changes are on disk already.
     pub(crate) fn store_bitmaps(&self) -> Result<()> {
         let mut state = write(&self.bitmaps.state);
         if !state.changed && !state.live.iter().any(|live| live.changed || live.marked) {
@@ -229,9 +229,9 @@ impl Image {
         self.flusher.flush()?;
         self.file.poison_on_error(self.write_bitmaps(&state, &new))?;
         self.header.set_bitmaps_extension(new.extension)?;
-        // Should the image be changed once more, they are in use again first.
+        // Another change of the image must set the in-use flags again first.
         self.header.set_changing(false);
-        // Only now: until the header has switched, the old directory is what a crash would leave.
+        // Only now: until the header has switched, a crash leaves the old directory.
         freed.into_iter().for_each(|run| self.refcounts.unlink(run));
         state.live.iter_mut().for_each(|live| (live.changed, live.marked) = (false, false));
         state.changed = false;
@@ -239,7 +239,7 @@ impl Image {
         self.pad_file()
     }
 
-    /// Finds room for the bits and tables of all bitmaps that changed, and for a directory of all.
+    /// Reserves clusters for the bits and tables of all changed bitmaps, and for a directory of all bitmaps.
     fn reserve_bitmaps(&self, state: &mut State, new: &mut Stored) -> Result<()> {
         let geometry = self.file.geometry();
         for (index, live) in state.live.iter_mut().enumerate() {
@@ -285,7 +285,7 @@ impl Image {
             let Some(bits) = &live.bits else { continue };
             let mut table = vec![0; live.entry.table_entries as usize];
             let mut places = places.iter();
-            // The bits are as they were when their places were counted: the state is locked.
+            // The state is locked, so the bits are the same as when the clusters were reserved.
             for (index, all) in bits.marked_pieces(size) {
                 let place = if all { None } else { places.next() };
                 let entry = match place {
@@ -301,7 +301,7 @@ impl Image {
                 };
                 table[index as usize] = entry.encode();
             }
-            assert!(places.next().is_none(), "bitmap {index} has room for more bits than it has");
+            assert!(places.next().is_none(), "bitmap {index} has more reserved clusters than it needs");
             let bytes = table_bytes(table);
             self.tables.write(OverlapChecks::BITMAP_DIRECTORY, live.entry.table_offset, &bytes)?;
         }
@@ -309,15 +309,15 @@ impl Image {
             let at = extension.directory_offset;
             self.tables.write(OverlapChecks::BITMAP_DIRECTORY, at, &new.directory)?;
         }
-        // The header's extension makes the new directory count, with everything that it leads to.
+        // The header extension is the switch: the new directory and everything below must be durable before.
         if self.file.keeps(OrderingRule::BitmapsBeforeHeader) {
             self.file.flush()?;
         }
         Ok(())
     }
 
-    /// What the new directory replaces: the old one, and the tables and bits that the new one does not have.
-    /// Errors: `Corrupt` where one of them is other metadata.
+    /// The clusters that the new directory replaces: the old directory, and the tables and bits that the new
+    /// one does not use. Errors: `Corrupt` if one of them holds other metadata.
     pub(super) fn replaced_bitmaps(
         &self,
         header: &Header,
@@ -326,7 +326,7 @@ impl Image {
     ) -> Result<Vec<Unlinked>> {
         let geometry = self.file.geometry();
         let mut replaced = Vec::new();
-        // Bitmaps of a damaged image may have a table in common, which is given up once.
+        // Bitmaps of a damaged image may share a table, which is freed once.
         let mut kept: BTreeSet<HostOffset> = state.live.iter().map(|live| live.entry.table_offset).collect();
         for bitmap in old {
             if !kept.insert(bitmap.table_offset) {
@@ -352,12 +352,12 @@ impl Image {
     }
 }
 
-/// What is about to be written.
+/// What is going to be written.
 #[derive(Default)]
 struct Stored {
-    /// All that was reserved.
+    /// All reserved clusters.
     places: Vec<Unlinked>,
-    /// For each bitmap that changed, by its index, the places of those clusters of bits that are neither all
+    /// For each changed bitmap its index, and the host offsets for its clusters of bits that are neither all
     /// clear nor all set.
     bits: Vec<(usize, Vec<HostOffset>)>,
     directory: Vec<u8>,

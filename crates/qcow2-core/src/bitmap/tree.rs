@@ -1,12 +1,13 @@
-//! Bits that cost memory where they are neither all clear nor all set.
+//! A bit set as a tree of 64-way nodes. Ranges that are all clear or all set take no memory.
 //!
-//! Invariant: a bit that was set stays set, whatever runs out. Bits past the count may be set and mean
-//! nothing.
+//! Invariant: a bit that was set stays set, even if memory runs out. Bits past the count may be set and have
+//! no meaning.
 //!
-//! A node is for one range of bits. An empty slot is a node without a bit set; its first mark fills it, once.
-//! 64 words are a leaf, 64 nodes a node of the next level. Whoever sets a bit walks down through loads alone,
-//! and changes one word of a leaf where the bit is not set yet. Where no room is left for a node its whole
-//! range is set: a bitmap may then name more than was changed, never less.
+//! A node covers one range of bits. An empty slot has no bit set; the first mark fills it, once. A leaf has
+//! 64 words, an inner node 64 slots for nodes of the level below. Setting a bit takes no lock: it walks down
+//! with loads only, and changes one word of a leaf if the bit is not set yet. If the memory limit does not
+//! allow a new node, the whole range of its slot is set: a bitmap may then have extra marks, never missing
+//! ones.
 
 use super::room::{MAX_BITS_MEMORY, Room};
 use crate::sync::OnceLock;
@@ -15,25 +16,25 @@ use ::alloc::boxed::Box;
 use core::array;
 use core::mem::size_of;
 
-/// Words of a leaf, and nodes below a node.
+/// Words of a leaf, and slots of an inner node.
 pub(super) const FAN_OUT: usize = 64;
 /// Bits of a leaf.
 pub(super) const LEAF_BITS: u64 = FAN_OUT as u64 * 64;
-/// Bytes that an allocation costs beside its own.
+/// Allocator overhead per allocation, in bytes: an estimate.
 const OVERHEAD: u64 = 16;
 
 /// The words of a leaf, lowest bits first.
 pub(super) type Words = [u64; FAN_OUT];
 
-/// A number of bits.
+/// A set of bits.
 #[derive(Debug)]
 pub(super) struct Tree {
     root: Slot,
-    /// How many levels the root is above the leaves.
+    /// Levels of the root above the leaves.
     level: u32,
     count: u64,
     room: Room,
-    /// Bytes taken of the room.
+    /// Bytes taken from `room`.
     taken: AtomicU64,
 }
 
@@ -47,14 +48,14 @@ enum Node {
     Leaf(Box<[AtomicU64; FAN_OUT]>),
 }
 
-/// Where a node is: it has [`span`] of its level bits from `base` on.
+/// Position of a node: it covers `span(level)` bits from `base` on.
 #[derive(Clone, Copy)]
 struct Place {
     level: u32,
     base: u64,
 }
 
-/// Bits of a node so many levels above the leaves.
+/// Bits that a node `level` levels above the leaves covers.
 fn span(level: u32) -> u64 {
     1 << span_bits(level)
 }
@@ -68,7 +69,7 @@ impl Place {
         self.base + span(self.level)
     }
 
-    /// Which node below this one has `bit`; the first or last one for a bit outside.
+    /// Index of the slot that covers `bit`; the first or last one for a bit outside the node.
     fn index_of(self, bit: u64) -> usize {
         debug_assert!(self.level > 0, "a leaf has no nodes below");
         let index = bit.saturating_sub(self.base) >> span_bits(self.level - 1);
@@ -86,7 +87,7 @@ impl Node {
         Self::Leaf(Box::new(array::from_fn(|index| AtomicU64::new(words(index)))))
     }
 
-    /// Bytes of memory beside its slot.
+    /// Bytes of memory of this node, without its slot.
     fn bytes(&self) -> u64 {
         match self {
             Self::Ones => 0,
@@ -105,7 +106,7 @@ impl Node {
         }
     }
 
-    /// The same bits, and the memory they take.
+    /// A copy of the node, and the bytes of memory that it takes.
     fn copy(&self) -> (Self, u64) {
         let mut below = 0;
         let copied = match self {
@@ -124,7 +125,7 @@ impl Node {
         (copied, bytes + below)
     }
 
-    /// The node with all of its bits set, as a node that says each of them.
+    /// The node with all its bits set, in a form in which single bits can be cleared.
     fn filled(mut self) -> Self {
         match &mut self {
             Self::Ones => {}
@@ -142,7 +143,7 @@ const fn inner_bytes() -> u64 {
 }
 
 impl Tree {
-    /// `count` bits, at most 2^32, none of them set. Memory comes out of `room`.
+    /// `count` bits, at most 2^32, all clear. Memory is taken from `room`.
     pub(super) fn new(count: u64, room: &Room) -> Self {
         Self {
             root: Slot::new(),
@@ -181,13 +182,13 @@ impl Tree {
         }
     }
 
-    /// The first bit from `from` on that is set (or, not `set`, clear).
+    /// The first set bit from `from` on, or with `set` false the first clear one.
     pub(super) fn next(&self, from: u64, set: bool) -> Option<u64> {
         next(&self.root, self.root_place(), from, set).filter(|&bit| bit < self.count)
     }
 
-    /// Sets the bits from `first` to `last`, both below the count. Returns whether no others were set for
-    /// want of room.
+    /// Sets the bits from `first` to `last`, both included and below the count. Returns false if memory ran
+    /// out and other bits were set too.
     pub(super) fn set(&self, first: u64, last: u64) -> bool {
         debug_assert!(first <= last && last < self.count, "bits {first} to {last} of {}", self.count);
         self.set_below(&self.root, self.root_place(), first, last)
@@ -218,7 +219,8 @@ impl Tree {
         }
     }
 
-    /// Sets the bits of one leaf's `words`, of which the first is bit `base`. Returns as [`set`](Self::set).
+    /// Sets the bits that are set in `words`, those of the leaf that starts at bit `base`. Returns false as
+    /// [`set`](Self::set).
     pub(super) fn set_words(&self, base: u64, words: &Words) -> bool {
         let (mut slot, mut place) = (&self.root, self.root_place());
         loop {
@@ -237,14 +239,14 @@ impl Tree {
         }
     }
 
-    /// The node in `slot`, which is made where there is none: one with all bits set if they are `wanted`, or
-    /// if there is no room. Returns too whether the node names no more than is wanted.
+    /// The node in `slot`. Fills an empty slot: with `Ones` if all bits are `wanted` or if memory has run
+    /// out, else with an empty node. Also returns false if bits were set that are not wanted.
     fn filled<'a>(&self, slot: &'a Slot, place: Place, wanted: bool) -> (&'a Node, bool) {
         let mut exact = true;
         if slot.get().is_none() {
             let node = if wanted { None } else { self.make(place.level) };
             exact = wanted || node.is_some();
-            // Somebody may have been quicker; then that node counts.
+            // Another thread may have filled the slot meanwhile; its node stays.
             if let Err(node) = slot.set(node.unwrap_or(Node::Ones)) {
                 self.give(node.bytes());
                 exact = true;
@@ -253,7 +255,7 @@ impl Tree {
         (slot.get_or_init(|| Node::Ones), exact)
     }
 
-    /// A node without a bit set, if there is room.
+    /// A node with all bits clear; `None` if memory has run out.
     fn make(&self, level: u32) -> Option<Node> {
         let bytes = if level == 0 { LEAF_BYTES } else { inner_bytes() };
         if !self.room.take(bytes) {
@@ -271,7 +273,7 @@ impl Tree {
         self.taken.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Sets the bits that are set in `other`, which has as many. Returns as [`set`](Self::set).
+    /// Sets the bits that are set in `other`, which has the same count. Returns false as [`set`](Self::set).
     pub(super) fn merge(&self, other: &Self) -> bool {
         self.merge_below(&other.root, other.root_place())
     }
@@ -294,7 +296,7 @@ impl Tree {
         }
     }
 
-    /// The words of the leaf whose first bit is `base`; bits past the count are clear.
+    /// The words of the leaf that starts at bit `base`; bits past the count are clear.
     pub(super) fn words(&self, base: u64) -> Words {
         debug_assert!(base.is_multiple_of(LEAF_BITS), "words from bit {base} on");
         let (mut slot, mut place) = (&self.root, self.root_place());
@@ -318,13 +320,13 @@ impl Tree {
         words
     }
 
-    /// The same bits, but `count` of them; new ones are clear, where there is room to say so.
+    /// The same bits with another count. New bits are clear, unless memory has run out.
     pub(super) fn resized(mut self, count: u64) -> Self {
         let mut root = core::mem::take(&mut self.root);
         self.cut(&mut root, self.root_place(), self.count.min(count));
         let level = level_for(count);
         for _ in level..self.level {
-            // All bits that are left are below the first of its nodes.
+            // `cut` has left bits in the first slot only.
             root = match root.take() {
                 Some(Node::Inner(nodes)) => {
                     self.give(inner_bytes());
@@ -352,7 +354,7 @@ impl Tree {
         self
     }
 
-    /// Clears the bits from `count` on, where there is room for nodes that say so.
+    /// Clears the bits from `count` on, unless the nodes for that exceed the memory limit.
     fn cut(&self, slot: &mut Slot, place: Place, count: u64) {
         if place.end() <= count {
             return;
@@ -384,7 +386,7 @@ impl Tree {
 }
 
 impl Clone for Tree {
-    /// A copy that has room of its own.
+    /// A copy with a memory limit of its own.
     fn clone(&self) -> Self {
         let (root, bytes) = match self.root.get().map(Node::copy) {
             Some((node, bytes)) => (Slot::from(node), bytes),
@@ -401,7 +403,7 @@ impl Drop for Tree {
     }
 }
 
-/// The level of the smallest node that has `count` bits.
+/// The level of the smallest node that covers `count` bits.
 fn level_for(count: u64) -> u32 {
     let mut level = 0;
     while span(level) < count {
@@ -410,7 +412,7 @@ fn level_for(count: u64) -> u32 {
     level
 }
 
-/// A word of which the lowest `count` bits are set.
+/// A word with the lowest `count` bits set.
 fn below(count: u64) -> u64 {
     if count >= 64 { u64::MAX } else { (1 << count) - 1 }
 }
@@ -421,7 +423,7 @@ fn set_word(word: &AtomicU64, mask: u64) {
     }
 }
 
-/// The first bit of a node, from `from` on, that is set (or, not `set`, clear).
+/// The first set bit of a node from `from` on, or with `set` false the first clear one.
 fn next(slot: &Slot, place: Place, from: u64, set: bool) -> Option<u64> {
     let from = from.max(place.base);
     match slot.get() {

@@ -1,4 +1,4 @@
-//! What a new image is to be.
+//! Options for a new image.
 
 use super::Refusal;
 use ::alloc::string::String;
@@ -7,8 +7,8 @@ use core::fmt;
 use qcow2_format::Version;
 use qcow2_format::header::CompressionType;
 
-/// The properties of a new qcow2 image. Every combination can be written down; [`check`](Self::check) says
-/// which are impossible. Start from [`CreateOptions::new`].
+/// The properties of a new qcow2 image. Not every combination is valid: [`check`](Self::check). Start from
+/// [`CreateOptions::new`].
 ///
 /// ```
 /// use qcow2_core::{CreateOptions, Preallocation, Refusal};
@@ -39,8 +39,8 @@ pub struct CreateOptions {
     pub preallocation: Preallocation,
     /// Name of the backing file as it is recorded, at most 1023 bytes.
     pub backing_file: Option<String>,
-    /// Format of the backing file as it is recorded, at most 15 bytes; `None` leaves later readers to guess,
-    /// which is unsafe.
+    /// Format of the backing file as it is recorded, at most 15 bytes. With `None` later readers have to
+    /// probe the format, which is unsafe for raw files.
     pub backing_format: Option<String>,
     /// Name of the external data file as it is recorded.
     pub data_file: Option<String>,
@@ -88,7 +88,7 @@ impl CreateOptions {
         Self { preallocation, ..self }
     }
 
-    /// These options on top of the backing file `name`, which is of `format`.
+    /// These options with the backing file `name` of the given `format`.
     #[must_use]
     pub fn with_backing(self, name: impl Into<String>, format: impl Into<String>) -> Self {
         Self { backing_file: Some(name.into()), backing_format: Some(format.into()), ..self }
@@ -136,8 +136,8 @@ impl CreateOptions {
         Self { data_file_raw, ..self }
     }
 
-    /// Checks the options together. No I/O. Errors: the first rule that is broken, in QEMU's order, so that
-    /// options with several faults are refused for the same one.
+    /// Checks the options. No I/O. Errors: the first broken rule, in QEMU's order, so that both report the
+    /// same one of several faults.
     pub fn check(&self) -> Result<(), Refusal> {
         super::refusal::check(self)
     }
@@ -164,10 +164,10 @@ impl RawOptions {
     }
 }
 
-/// How much of a new image is there from the start.
+/// What is allocated when an image is created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Preallocation {
-    /// Nothing: clusters are allocated as they are written.
+    /// Nothing: writes allocate clusters.
     #[default]
     Off,
     /// All tables; the data area is a hole.
@@ -196,8 +196,8 @@ impl Preallocation {
 pub struct BackingName {
     /// Its name as it is to be recorded, at most 1023 bytes.
     pub name: String,
-    /// Its format as it is to be recorded, at most 15 bytes; `None` leaves later readers to guess, which is
-    /// unsafe.
+    /// Its format as it is to be recorded, at most 15 bytes. With `None` later readers have to probe the
+    /// format, which is unsafe for raw files.
     pub format: Option<String>,
 }
 
@@ -205,17 +205,16 @@ pub struct BackingName {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NewEncryption {
-    /// By a method whose header is not made yet: options can be checked before a key is made, which takes
-    /// long. [`create`](super::create()) refuses it.
+    /// A method whose header does not exist yet: allows [`check`](CreateOptions::check) before a key is
+    /// derived, which takes long. [`create`](super::create()) refuses it.
     Pending,
-    /// By the old AES method, which records nothing but its name.
+    /// The old AES method, which has no encryption header.
     Aes,
-    /// By LUKS.
+    /// LUKS.
     Luks(LuksArea),
 }
 
-/// The encryption header of a new image: everything from the LUKS header to the last key slot, as it will be
-/// stored.
+/// The encryption header of a new image: the stored bytes from the LUKS header to the last key slot.
 #[derive(Clone, PartialEq, Eq)]
 pub struct LuksArea(pub Arc<[u8]>);
 

@@ -1,4 +1,4 @@
-//! New disks without metadata of ours: raw ones, and LUKS containers.
+//! Creates disks of other formats: raw disks and LUKS containers.
 
 use super::options::{LuksArea, Preallocation, RawOptions};
 use super::{refused, write_zeroes};
@@ -18,7 +18,7 @@ pub fn create_raw(storage: &Arc<dyn Storage>, options: &RawOptions) -> Result<()
     match options.preallocation {
         Preallocation::Falloc if size > 0 => storage.allocate(HostOffset::default(), size)?,
         Preallocation::Full => {
-            // An impossible length fails before any data is written.
+            // A length that the storage cannot have fails before any data is written.
             storage.set_len(size)?;
             write_zeroes(&**storage, 0, size)?;
         }
@@ -27,9 +27,9 @@ pub fn create_raw(storage: &Arc<dyn Storage>, options: &RawOptions) -> Result<()
     Ok(storage.flush()?)
 }
 
-/// Creates a LUKS container. `storage`: empty, unless it is a device. `options`: the whole container, header
-/// included; a `size` of 0 keeps the current length. `area`: the header. Disk: sets the length, reserves
-/// space or writes zeroes, barrier; then the header, barrier.
+/// Creates a LUKS container. `storage`: empty, unless it is a device. `options.size` includes the header; 0
+/// keeps the current length. `area`: the header. Disk: sets the length, reserves space or writes zeroes,
+/// barrier; the header, barrier.
 ///
 /// Errors: as [`create_raw`].
 pub fn create_container(storage: &Arc<dyn Storage>, options: &RawOptions, area: &LuksArea) -> Result<()> {

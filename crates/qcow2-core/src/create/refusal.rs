@@ -1,4 +1,4 @@
-//! Why a new image cannot be: the options that exclude each other.
+//! The rules for the options of a new image.
 
 use super::options::{CreateOptions, Preallocation, RawOptions};
 use core::fmt;
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn each_fault_is_refused_alone() {
+    fn each_single_fault_is_refused() {
         use Refusal::*;
         let v2 = |r: &mut CreateOptions| r.version = Version::V2;
         assert_eq!(refusal(|_| {}), None);
@@ -237,7 +237,7 @@ mod tests {
         assert_eq!(raw(largest, Preallocation::Off).check_container(), Err(Refusal::SizeTooLarge(largest)));
     }
 
-    /// Of two faults QEMU reports the left one.
+    /// With two faults the earlier rule of QEMU's order is reported.
     #[test]
     fn first_fault_is_the_one_qemu_reports() {
         use Refusal::*;

@@ -1,4 +1,4 @@
-//! Guest bytes of an encrypted image, on their way to and from its data storage.
+//! Reads and writes of encrypted guest data.
 
 use super::{read_sectors, write_sectors};
 use crate::error::Result;
@@ -8,24 +8,24 @@ use crate::port::storage::Storage;
 use crate::write::apply::move_data;
 use qcow2_format::{GuestOffset, HostOffset};
 
-/// The most bytes that are encrypted at once: the largest cluster, so that no cluster is written in two
+/// Bytes that are encrypted at a time at most: the largest cluster, so that no cluster is written in two
 /// halves.
 const PIECE: u64 = 2 << 20;
 
 impl Image {
-    /// Reads stored guest bytes: those of guest byte `guest` and after it are at `host` and after it.
+    /// Reads and decrypts the guest bytes at `guest`, which are stored at `host`.
     pub(crate) fn read_encrypted(&self, guest: GuestOffset, host: HostOffset, buf: &mut [u8]) -> Result<()> {
         let cipher = self.crypt.cipher()?;
         let data = self.file.data()?;
-        // Host and guest place of a sector are equally far from its start.
+        // Guest and host offset have the same position within a sector.
         read_sectors(guest.value(), buf, |at, sectors| {
             let host = HostOffset::new(host.value() + at - guest.value());
             read_sealed(&**data, cipher, (GuestOffset::new(at), host), sectors)
         })
     }
 
-    /// Writes `buf` at `offset`: the rest of sectors that it covers in part is read first, and nobody else
-    /// changes parts of sectors meanwhile.
+    /// Encrypts and writes `buf` at `offset`. Reads the rest of sectors that it covers in part first; the
+    /// caller excludes concurrent changes of parts of sectors, see [`Crypt::hold`](super::Crypt::hold).
     pub(crate) fn write_encrypted(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
         self.crypt.cipher()?;
         let read = |at: u64, sector: &mut [u8]| {
@@ -58,7 +58,8 @@ impl Image {
         Ok(())
     }
 
-    /// Encrypts whole sectors of guest bytes for their place; does nothing where the image is not encrypted.
+    /// Encrypts whole sectors of guest bytes for their host offset; does nothing if the image is not
+    /// encrypted.
     pub(crate) fn seal(&self, guest: GuestOffset, host: HostOffset, sectors: &mut [u8]) -> Result<()> {
         if !self.crypt.is_plain() {
             let cipher = self.crypt.cipher()?;

@@ -1,8 +1,8 @@
-//! Cached table pages. A hit takes one set's read lock, which never waits for I/O.
+//! The cache of table pages, set associative. A hit takes the read lock of one set, which is never held over
+//! I/O.
 //!
-//! Invariant: a page leaves the cache only when nobody holds it and it is clean, and a page is read from disk
-//! only while no other copy of it can exist. So there is at most one copy of a table page, and no change is
-//! lost.
+//! Invariant: a page is evicted only if it is clean and has no user, and a page is read from disk only while
+//! no other copy of it can exist. So there is at most one copy of a page in memory, and no change is lost.
 
 use super::page::{DirtyRun, Page};
 use crate::error::Result;
@@ -23,7 +23,7 @@ struct Set {
     loading: Mutex<()>,
 }
 
-/// Pages of one kind of table, by host offset.
+/// A cache for the pages of one kind of table, by host offset.
 pub(crate) struct PageCache {
     sets: Box<[Set]>,
     page_size: u64,
@@ -35,8 +35,9 @@ pub(crate) struct PageCache {
 }
 
 impl PageCache {
-    /// A cache of about `bytes` bytes in pages of `page_size`, a power of two of at least 512. `needed`:
-    /// bytes of all tables there can be; where they fit, changed pages need not be written to make room.
+    /// A cache of about `bytes` bytes, in pages of `page_size` bytes, a power of two of at least 512.
+    /// `needed`: bytes of all tables of this kind; if they fit, changed pages never have to be written to
+    /// make room.
     pub(crate) fn new(page_size: u64, bytes: u64, needed: u64) -> Self {
         assert!(page_size.is_power_of_two() && page_size >= 512, "pages of {page_size} bytes");
         let pages = (bytes / page_size).max(WAYS as u64);
@@ -53,16 +54,17 @@ impl PageCache {
             ways,
             dirty: Mutex::new(Rank::CacheDirty, Vec::new()),
             dirty_count: AtomicUsize::new(0),
+            // Dirty pages cannot be evicted, so a flush is due before they fill the cache.
             dirty_limit: if bytes >= needed { usize::MAX } else { (pages as usize * 3 / 4).max(4) },
         }
     }
 
-    /// Bytes in a page.
+    /// The page size in bytes.
     pub(crate) fn page_size(&self) -> u64 {
         self.page_size
     }
 
-    /// Where the page that holds `offset` starts, and the word within it.
+    /// The start of the page that holds `offset`, and the index of the word in it.
     pub(crate) fn locate(&self, offset: HostOffset) -> (HostOffset, usize) {
         let inside = offset.value() & (self.page_size - 1);
         (HostOffset::new(offset.value() - inside), (inside / 8) as usize)
@@ -70,12 +72,13 @@ impl PageCache {
 
     fn set(&self, page: HostOffset) -> &Set {
         let number = page.value() / self.page_size;
+        // Fibonacci hashing: tables often lie at regular distances, which must not meet in one set.
         let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let index = if self.set_bits == 0 { 0 } else { (hash >> (64 - self.set_bits)) as usize };
         &self.sets[index]
     }
 
-    /// The cached page that starts at `page`, if there is one. Disk: untouched.
+    /// The page that starts at `page`, if it is cached. No I/O.
     pub(crate) fn cached(&self, page: HostOffset) -> Option<Arc<Page>> {
         let pages = read(&self.set(page).pages);
         let found = pages.iter().find(|p| p.offset() == page)?;
@@ -83,15 +86,16 @@ impl PageCache {
         Some(Arc::clone(found))
     }
 
-    /// The page that starts at `page`, read from `storage` if need be; bytes past the end read as zeroes.
+    /// The page that starts at `page`, read from `storage` if it is not cached; bytes past the end are
+    /// zeroes.
     pub(crate) fn load(&self, storage: &dyn Storage, page: HostOffset) -> Result<Arc<Page>> {
         if let Some(found) = self.cached(page) {
             return Ok(found);
         }
         debug_assert!(page.value().is_multiple_of(self.page_size), "a page at {page}");
         let set = self.set(page);
-        // One loader per set, over its I/O: two that read the same page would make two copies, and a change
-        // to one of them would be lost. Hits in the set do not wait for it.
+        // Only one thread per set loads, and it holds the lock over its I/O: two threads that load the same
+        // page would make two copies, and a change of one copy would be lost. Hits in the set do not wait.
         let _loading = lock(&set.loading);
         if let Some(found) = self.cached(page) {
             return Ok(found);
@@ -106,6 +110,8 @@ impl PageCache {
     fn insert(&self, set: &Set, page: Arc<Page>) {
         let mut pages = write(&set.pages);
         debug_assert!(pages.iter().all(|other| other.offset() != page.offset()), "a second copy of a page");
+        // Two passes: the first one clears the used marks, so that the second one finds a victim. If all
+        // pages are dirty or in use, the set gets larger than `ways` for a while.
         let mut tries = pages.len() * 2;
         let mut at = 0;
         while pages.len() >= self.ways && tries > 0 {
@@ -121,12 +127,12 @@ impl PageCache {
         pages.push(page);
     }
 
-    /// Drops every cached page of the table of `len` bytes at `table`, changes included: the table has left
-    /// the image, or its clusters are about to be used for another table.
+    /// Drops every cached page of the table of `len` bytes at `table`, changes included: the table was freed,
+    /// or its clusters are going to be used for another table.
     pub(crate) fn forget(&self, table: HostOffset, len: u64) {
         debug_assert!(
             table.value().is_multiple_of(self.page_size),
-            "a table at {table} begins inside a page"
+            "a table at {table} starts inside a page"
         );
         let mut at = table.value();
         while at < table.value() + len {
@@ -143,7 +149,7 @@ impl PageCache {
         }
     }
 
-    /// Drops every cached page. Nothing is changed that was not written, and nobody uses the image meanwhile.
+    /// Drops every cached page. The caller makes sure that no page is dirty or in use.
     pub(crate) fn clear(&self) {
         for set in &self.sets {
             let _loading = lock(&set.loading);
@@ -151,7 +157,7 @@ impl PageCache {
         }
     }
 
-    /// Puts a changed page on the list for write-back. The caller keeps the commit gate open.
+    /// Queues a changed page for writeback. The caller keeps the commit gate open.
     pub(crate) fn note_dirty(&self, page: &Arc<Page>) {
         if page.queue() {
             lock(&self.dirty).push(Arc::clone(page));
@@ -159,13 +165,14 @@ impl PageCache {
         }
     }
 
-    /// Whether enough pages wait for write-back that it should happen now.
+    /// True if so many pages are queued that a flush is due.
     pub(crate) fn is_pressed(&self) -> bool {
         self.dirty_count.load(Ordering::Relaxed) >= self.dirty_limit
     }
 
-    /// Takes all changes out for write-back, in host order. The caller has closed the commit gate and keeps
-    /// the pages until they are written, so that none is read from disk in between.
+    /// Takes copies of all changed sectors for writeback, in host order, and marks the pages clean. The
+    /// caller has closed the commit gate, and keeps the pages until the sectors are written: a page evicted
+    /// before that would be read back from disk without its changes.
     pub(crate) fn take_dirty(&self) -> (Vec<Arc<Page>>, Vec<DirtyRun>) {
         let mut pages = core::mem::take(&mut *lock(&self.dirty));
         self.dirty_count.store(0, Ordering::Relaxed);
@@ -178,7 +185,7 @@ impl PageCache {
     }
 }
 
-/// Joins runs that continue each other, so that neighbouring tables go out in one write.
+/// Joins adjacent runs, so that adjacent tables go out in one write.
 pub(crate) fn join_runs(runs: Vec<DirtyRun>) -> Vec<DirtyRun> {
     let mut joined: Vec<DirtyRun> = Vec::with_capacity(runs.len());
     for run in runs {

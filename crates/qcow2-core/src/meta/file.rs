@@ -1,9 +1,7 @@
-//! The files of an open image and what holds for all of their users: the ground that the other parts stand
-//! on.
+//! The files of an open image, and the state that all parts above share: writable, poisoned, ordering rules.
 //!
-//! Invariant I7: whoever changes something asks [`check_writable`](ImageFile::check_writable) first. After a
-//! failed metadata write the image is poisoned: memory and disk may differ, so no further change may build on
-//! either; reads go on.
+//! Invariant I7: every change calls [`check_writable`](ImageFile::check_writable) first. After a failed
+//! metadata write the image is poisoned: memory and disk may differ, so changes are refused; reads go on.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::invariant;
@@ -18,17 +16,17 @@ use ::alloc::vec::Vec;
 use qcow2_format::l2::L2Format;
 use qcow2_format::{Geometry, HostOffset};
 
-/// Bytes of a table read at once when it is read whole.
+/// Bytes of a table read at a time.
 const TABLE_PIECE: u64 = 1 << 20;
 
-/// The image file and, where there is one, the external data file.
+/// The image file and the external data file, if there is one.
 pub(crate) struct ImageFile {
     l2_format: L2Format,
     storage: Arc<dyn Storage>,
-    /// The image file itself, or the external data file; `None` where that was not opened.
+    /// The storage of guest data: the image file, or the external data file; `None` if that was not opened.
     data: Option<Arc<dyn Storage>>,
     writable: bool,
-    /// Opened to be repaired: damage is expected.
+    /// True if opened for repair: damage is expected.
     for_repair: bool,
     poisoned: AtomicBool,
     rules: Rules,
@@ -36,7 +34,7 @@ pub(crate) struct ImageFile {
 }
 
 impl ImageFile {
-    /// `data`: where guest data lives, `storage` again without an external data file.
+    /// `data`: the storage of guest data; the same as `storage` without an external data file.
     pub(crate) fn new(
         l2_format: L2Format,
         storage: Arc<dyn Storage>,
@@ -68,29 +66,29 @@ impl ImageFile {
         &*self.storage
     }
 
-    /// The image file, for callers that keep it.
+    /// The image file, for callers that keep a reference.
     pub(crate) fn shared_storage(&self) -> &Arc<dyn Storage> {
         &self.storage
     }
 
-    /// Where guest data lives. Errors: `Resolve` where the data file was not opened.
+    /// The storage of guest data. Errors: `Resolve` if the external data file was not opened.
     pub(crate) fn data(&self) -> Result<&Arc<dyn Storage>> {
         self.data
             .as_ref()
             .ok_or_else(|| Error::new(ErrorKind::Resolve, "the external data file was not opened"))
     }
 
-    /// Where guest data lives, if that was opened.
+    /// The storage of guest data; `None` if the external data file was not opened.
     pub(crate) fn opened_data(&self) -> Option<&Arc<dyn Storage>> {
         self.data.as_ref()
     }
 
-    /// Whether guest data lives outside the image file.
+    /// True if the image has an external data file.
     pub(crate) fn has_data_file(&self) -> bool {
         self.l2_format.external_data
     }
 
-    /// The external data file, where there is one and it was opened.
+    /// The external data file, if there is one and it was opened.
     pub(crate) fn data_file(&self) -> Option<&Arc<dyn Storage>> {
         self.data.as_ref().filter(|_| self.has_data_file())
     }
@@ -103,7 +101,8 @@ impl ImageFile {
         self.for_repair
     }
 
-    /// Refuses changes to an image that was opened for reading or whose metadata could not be written.
+    /// Fails with `ReadOnly` if the image was opened for reading, with `Poisoned` after a failed metadata
+    /// write or a close.
     pub(crate) fn check_writable(&self) -> Result<()> {
         if !self.writable {
             return Err(Error::new(ErrorKind::ReadOnly, "image is opened for reading only"));
@@ -121,12 +120,12 @@ impl ImageFile {
         self.poisoned.load(Ordering::Acquire)
     }
 
-    /// Refuses every change from now on.
+    /// Poisons the image: every change fails from now on.
     pub(crate) fn poison(&self) {
         self.poisoned.store(true, Ordering::Release);
     }
 
-    /// Passes a metadata result through; a failure poisons the image.
+    /// Returns `result`, and poisons the image if it is an error.
     pub(crate) fn poison_on_error<T>(&self, result: Result<T>) -> Result<T> {
         if result.is_err() {
             self.poison();
@@ -134,24 +133,24 @@ impl ImageFile {
         result
     }
 
-    /// Reports a step right before its storage call.
+    /// Reports a step to the storage's observer, right before the step's storage call.
     pub(crate) fn event(&self, event: Event) {
         if let Some(events) = &self.events {
             events.event(event);
         }
     }
 
-    /// Whether `rule` is to be kept: always, but in tests that break one.
+    /// True if `rule` is kept: always, except in tests that switch it off.
     pub(crate) fn keeps(&self, rule: OrderingRule) -> bool {
         self.rules.keep(rule)
     }
 
-    /// Returns when everything that was written to the image file is durable.
+    /// A barrier: makes everything durable that was written to the image file.
     pub(crate) fn flush(&self) -> Result<()> {
         Ok(self.storage.flush()?)
     }
 
-    /// Has the storage reserve space for tables of `len` bytes, where it can. Errors: `NoSpace`, `Storage`.
+    /// Reserves space for tables of `len` bytes, if the storage can. Errors: `NoSpace`, `Storage`.
     pub(crate) fn reserve_space(&self, tables: HostOffset, len: u64) -> Result<()> {
         invariant::may_write(self.writable);
         match self.storage.allocate(tables, len) {
@@ -160,9 +159,9 @@ impl ImageFile {
         }
     }
 
-    /// Ends the image file with a whole (sub)cluster, or with a whole sector of `sector` bytes where the last
-    /// cluster holds compressed streams (`packed`: where the next of them goes). The bytes in between were
-    /// never written, and some readers take no short read.
+    /// Pads the image file to a whole (sub)cluster, or to a whole sector of `sector` bytes if the last
+    /// cluster holds compressed streams (`packed`: host offset behind the last stream). Some other readers
+    /// treat a short read of the last cluster as an error.
     pub(crate) fn pad_end(&self, packed: Option<u64>, sector: u64) -> Result<()> {
         let (geometry, len) = (self.geometry(), self.storage.len()?);
         let packed = packed.is_some_and(|start| geometry.align_down(start) == geometry.align_down(len));
@@ -185,10 +184,10 @@ fn rules(_options: &OpenOptions) -> Rules {
     Rules::default()
 }
 
-/// `count` big-endian words at `offset`; past the end of the file they are zero. `count` was checked against
-/// a limit.
+/// Reads `count` big-endian words at `offset`; words past the end of the file are zero. The caller has
+/// checked `count` against a limit.
 pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) -> Result<Vec<u64>> {
-    // Piece by piece: a table may have 32 MiB, and need not be in memory twice.
+    // Piece by piece, so that a table of up to 32 MiB is not in memory twice.
     let mut words = Vec::with_capacity(count as usize);
     let mut piece = vec![0; (count * 8).min(TABLE_PIECE) as usize];
     while (words.len() as u64) < count {
@@ -197,6 +196,6 @@ pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) 
         storage.read_padded(HostOffset::new(offset.value() + done), bytes)?;
         words.extend(qcow2_format::bytes::words(bytes));
     }
-    debug_assert_eq!(words.len() as u64, count, "a table of another length than asked for");
+    debug_assert_eq!(words.len() as u64, count, "a wrong number of words");
     Ok(words)
 }

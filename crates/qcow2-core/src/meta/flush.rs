@@ -1,15 +1,15 @@
-//! Writing changes back, in the order that makes a crash harmless.
+//! Writeback of metadata, in an order that makes a crash harmless.
 //!
-//! One round, whatever its size, is:
+//! One round, whatever its size:
 //! 1. close the gate, copy the changed mapping sectors, open the gate;
-//! 2. write the refcount blocks that changed up to now (and behind a barrier, the refcount table entries of
-//!    new ones);
+//! 2. write the changed refcount blocks (and, after a barrier, the refcount table entries of new blocks);
 //! 3. barrier: refcounts, new tables and guest data are durable;
-//! 4. write the copied mapping sectors; barrier: the links and unlinks are durable;
-//! 5. what was unlinked before step 1 may be freed once nobody can see it.
+//! 4. write the copied mapping sectors; barrier: links and unlinks are durable;
+//! 5. free what was unlinked before step 1, once no running operation can still use it.
 //!
-//! So no barrier is spent per write, and at every moment the disk has no more references than refcounts (I1),
-//! no link to bytes that are not there (I2), and no freed cluster that a link on disk still leads to (I3).
+//! So a single write needs no barrier, and at every moment no refcount on disk is below the number of
+//! references (I1), no entry points to bytes that are not written (I2), and no entry points to a freed
+//! cluster (I3).
 
 use super::file::ImageFile;
 use super::mapping::{Mapping, MappingChanges};
@@ -27,30 +27,29 @@ use crate::sync::{Mutex, MutexGuard, Rank, lock};
 use ::alloc::sync::Arc;
 use ::alloc::vec::Vec;
 
-/// Writes back what mapping and refcounts have changed, and frees what nobody can see any more.
+/// Writes back the changes of mapping and refcounts, and frees unlinked clusters.
 ///
-/// The mapping is a field and no shared part: nothing else stands on it, and a read finds it without one more
-/// pointer.
+/// It owns the mapping instead of sharing it: nothing else uses the mapping, and a read saves a pointer.
 pub(crate) struct Flusher {
     file: Arc<ImageFile>,
     tables: Arc<Tables>,
     refcounts: Arc<RefcountStore>,
     mapping: Mapping,
     operations: Operations,
-    /// Held for a round.
+    /// Held during a round.
     flushing: Mutex<()>,
-    /// How many rounds have begun.
+    /// Number of rounds that have started.
     rounds: AtomicU64,
 }
 
-/// What one round writes after the barrier.
+/// What one round writes and frees after the barrier of step 3.
 struct Links {
     changes: MappingChanges,
     unlinked: Vec<Unlinked>,
 }
 
 impl Flusher {
-    /// `mapping` stands on `refcounts`.
+    /// `mapping` was made with the same `refcounts`.
     pub(crate) fn new(refcounts: Arc<RefcountStore>, mapping: Mapping) -> Self {
         let tables = Arc::clone(refcounts.tables());
         Self {
@@ -64,24 +63,25 @@ impl Flusher {
         }
     }
 
-    /// Which guest range lives where.
+    /// The mapping of guest offsets to host offsets.
     pub(crate) fn mapping(&self) -> &Mapping {
         &self.mapping
     }
 
-    /// Starts an operation: until it is dropped, no cluster whose mapping it has looked up is freed.
+    /// Starts an operation: until it is dropped, no cluster is freed whose mapping it has looked up.
     pub(crate) fn enter(&self) -> Operation<'_> {
         self.operations.enter()
     }
 
-    /// Makes every change durable whose call returned before this one. Errors: `Storage`, `NoSpace`; a
-    /// failure poisons the image.
+    /// Makes all changes durable whose calls returned before this one. Errors: `Storage`, `NoSpace`, and the
+    /// image is poisoned.
     pub(crate) fn flush(&self) -> Result<()> {
-        // Read before waiting: a round that begins later sees everything this caller has done.
+        // Read before waiting for the lock: a round that starts later includes all changes of this caller.
         let seen = self.rounds.load(Ordering::SeqCst);
         let _flushing = lock(&self.flushing);
         if self.rounds.load(Ordering::SeqCst) > seen {
-            // Another round began after this call did, and has ended: it covered this caller too.
+            // Another thread's round started after this call and has ended: it included this caller's
+            // changes.
             return self.file.check_writable();
         }
         self.rounds.fetch_add(1, Ordering::SeqCst);
@@ -89,20 +89,21 @@ impl Flusher {
         self.file.poison_on_error(result)
     }
 
-    /// A flush where many changes wait already, so that memory stays bounded.
+    /// Flushes if many changes are waiting, so that memory stays bounded.
     pub(crate) fn flush_if_pressed(&self) -> Result<()> {
         let pressed = self.mapping.is_pressed() || self.refcounts.is_pressed();
         if pressed { self.flush() } else { Ok(()) }
     }
 
-    /// Flushes until every refcount on disk is exact; for the end of an image's use.
+    /// Flushes until nothing waits to be freed and every refcount on disk is exact. The caller makes sure
+    /// that no operation is running.
     pub(crate) fn settle(&self) -> Result<()> {
-        // The first round writes the unlinks and frees what they unlinked, the second one the lower counts.
+        // The first round writes the unlinks and lowers the refcounts in memory, the second one writes those.
         self.flush()?;
         self.flush()
     }
 
-    /// Keeps rounds from beginning until the guard is dropped.
+    /// Keeps rounds from starting until the guard is dropped.
     pub(crate) fn hold(&self) -> MutexGuard<'_, ()> {
         lock(&self.flushing)
     }
@@ -124,23 +125,23 @@ impl Flusher {
                 self.file.flush()?;
             }
         }
-        // After the links are durable: what they replaced could otherwise be used again while the disk still
-        // leads to it (I3).
+        // Only after the links are durable: a freed cluster could otherwise be reused while an entry on disk
+        // still points to it (I3).
         if self.file.keeps(OrderingRule::UnlinkBeforeFree) {
             self.free_unlinked(links.unlinked)?;
         }
         Ok(())
     }
 
-    /// Step 1: the mapping as it is at one moment, and what was unlinked up to then.
+    /// Step 1: copies the mapping changes of one moment, and takes what was unlinked up to then.
     fn take_links(&self) -> Links {
         let _closed = self.mapping.close_gate();
         Links { changes: self.mapping.take_changes(), unlinked: self.refcounts.take_unlinked() }
     }
 
-    /// Step 3: everything written so far is durable, guest data included.
+    /// Step 3: makes everything durable that was written so far, guest data included.
     fn barrier(&self, links_follow: bool) -> Result<()> {
-        // The data file too: entries that are written next lead to bytes in it (I2).
+        // The data file too: the entries that are written next point to bytes in it (I2).
         if let Some(data) = self.file.data_file() {
             data.flush()?;
         }
@@ -166,15 +167,16 @@ impl Flusher {
         Ok(())
     }
 
-    /// Step 5: lowers the refcounts of what no running operation can see.
+    /// Step 5: frees the unlinked clusters that no running operation can use.
     fn free_unlinked(&self, unlinked: Vec<Unlinked>) -> Result<()> {
         let reusable = self.refcounts.made_durable(unlinked, &self.operations);
         self.free(&reusable)
     }
 
-    /// Frees what nobody can see any more.
+    /// Frees `runs`, which no entry on disk and no running operation uses.
     pub(crate) fn free(&self, runs: &[Unlinked]) -> Result<()> {
-        // Before the clusters can be used again: a stream at the same place would be taken for the old one.
+        // Before the clusters can be reused: a new stream at the same host offset would be taken for the
+        // cached one.
         if !runs.is_empty() {
             self.mapping.expanded().clear();
         }

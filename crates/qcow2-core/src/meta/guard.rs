@@ -1,10 +1,10 @@
-//! Which host clusters hold metadata. [`Tables`](super::tables::Tables) asks here before any of them is
-//! written over or freed.
+//! The map of host clusters that hold metadata. [`Tables`](super::tables::Tables) checks it before it writes
+//! or frees any cluster.
 //!
-//! Invariant I5: metadata overlaps nothing. On a damaged image it does: a mapping may point at a refcount
-//! block, an L1 entry at the refcount table. Entries are therefore never believed against this map. It
-//! knows the tables that header, L1 and refcount table named when the image was opened, and every table that
-//! the engine has placed since; a cluster leaves it only when the table that was there is freed as such.
+//! Invariant I5: metadata overlaps nothing. On a damaged image it does: an L2 entry may point to a refcount
+//! block, an L1 entry to the refcount table. So no entry is trusted over this map. It has the tables that the
+//! header, the L1 table and the refcount table pointed to when the image was opened, and every table that the
+//! engine has allocated since. A cluster leaves it only when the table in it is freed.
 
 use super::overlap::OverlapChecks;
 use super::run::ClusterRun;
@@ -14,51 +14,52 @@ use ::alloc::boxed::Box;
 use ::alloc::collections::BTreeMap;
 use core::ops::Range;
 
-/// A metadata cluster that is in the way.
+/// A metadata cluster that a write or a free would hit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Hit {
     pub(crate) cluster: u64,
-    /// What it holds, of the kinds that were asked about.
+    /// The kinds of metadata in it, among those of the query.
     pub(crate) kinds: OverlapChecks,
 }
 
-/// The metadata clusters of an open image. Its lock is taken last of all and held for a look-up only.
+/// The metadata clusters of an open image. Its lock has the last rank and is held for a lookup only.
 pub(crate) struct Guard {
     map: RwLock<MetadataMap>,
-    /// What guest data may not be written over.
+    /// The kinds that guest data must not overwrite.
     checks: OverlapChecks,
 }
 
 impl Guard {
-    /// Guards the clusters in `map`; guest data is kept from those of the kinds in `checks`.
+    /// `map`: the metadata clusters. `checks`: the kinds that guest data must not overwrite.
     pub(crate) fn new(map: MetadataMap, checks: OverlapChecks) -> Self {
-        // Snapshots' L2 tables are known where that costs little, and then count as if they had been asked
-        // for.
+        // Snapshots' L2 tables are in the map if reading them was cheap; the default checks then include
+        // them.
         let default = checks.contains(OverlapChecks::CACHED);
         let checks = if default { checks.with(OverlapChecks::INACTIVE_L2) } else { checks };
         Self { map: RwLock::new(Rank::Metadata, map), checks }
     }
 
-    /// Replaces all that is known.
+    /// Replaces the map.
     pub(crate) fn replace(&self, map: MetadataMap) {
         *write(&self.map) = map;
     }
 
-    /// Notes that the clusters of `run` hold metadata of `kinds`.
+    /// Records that the clusters of `run` hold metadata of `kinds`.
     pub(crate) fn note(&self, kinds: OverlapChecks, run: ClusterRun) {
-        debug_assert!(kinds != OverlapChecks::NONE, "{run:?} are noted as nothing");
+        debug_assert!(kinds != OverlapChecks::NONE, "{run:?} are recorded without a kind");
         write(&self.map).insert(kinds, run);
     }
 
-    /// Notes that `cluster` no longer holds metadata of `kinds`: it was freed as such.
+    /// Records that `cluster` no longer holds metadata of `kinds`: it was freed as that.
     pub(crate) fn forget(&self, kinds: OverlapChecks, cluster: u64) {
         invariant::not_the_header(kinds, cluster);
+        // Looked up under the read lock first: most freed clusters are not in the map.
         if kinds != OverlapChecks::NONE && self.kinds_at(cluster).any_of(kinds) {
             write(&self.map).remove(kinds, cluster);
         }
     }
 
-    /// What `cluster` holds.
+    /// The kinds of metadata in `cluster`.
     pub(crate) fn kinds_at(&self, cluster: u64) -> OverlapChecks {
         read(&self.map).kinds_at(cluster)
     }
@@ -77,13 +78,13 @@ impl Guard {
 /// Host clusters by the kinds of metadata in them.
 #[derive(Default)]
 pub(crate) struct MetadataMap {
-    /// Clusters that hold metadata of any kind: what nearly every question is answered by.
+    /// Clusters with metadata of any kind: answers almost every query with one lookup.
     any: ClusterSet,
     kinds: [ClusterSet; OverlapChecks::COUNT],
 }
 
 impl MetadataMap {
-    /// Adds the clusters of `run`, whose count is bounded by the limits on table sizes.
+    /// Adds the clusters of `run`. The limits on table sizes bound their number.
     pub(crate) fn insert(&mut self, kinds: OverlapChecks, run: ClusterRun) {
         let clusters = run.clusters();
         for (index, _) in kinds.each() {
@@ -92,7 +93,7 @@ impl MetadataMap {
         self.any.insert(clusters);
     }
 
-    /// Whether `cluster` holds metadata of `kind`.
+    /// True if `cluster` holds metadata of `kind`.
     pub(crate) fn holds(&self, kind: OverlapChecks, cluster: u64) -> bool {
         self.kinds_at(cluster).contains(kind)
     }
@@ -104,7 +105,7 @@ impl MetadataMap {
         if self.kinds_at(cluster) == OverlapChecks::NONE {
             self.any.remove(cluster);
         }
-        debug_assert!(!self.kinds_at(cluster).any_of(kinds), "cluster {cluster} is still there");
+        debug_assert!(!self.kinds_at(cluster).any_of(kinds), "cluster {cluster} is still in the map");
     }
 
     fn kinds_at(&self, cluster: u64) -> OverlapChecks {
@@ -156,7 +157,8 @@ impl ClusterSet {
         }
     }
 
-    /// The first of `clusters` that is in the set: chunk by chunk, so that long runs without any cost little.
+    /// The first of `clusters` that is in the set. Searches chunk by chunk, so that long empty ranges are
+    /// cheap.
     fn first_in(&self, clusters: Range<u64>) -> Option<u64> {
         let last = clusters.end.checked_sub(1).filter(|&last| last >= clusters.start)?;
         for (&number, chunk) in self.chunks.range(clusters.start >> CHUNK_BITS..=last >> CHUNK_BITS) {
@@ -194,7 +196,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_set_of_runs() {
+    fn cluster_set_insert_remove_and_search() {
         let mut set = ClusterSet::default();
         set.insert(4090..4110);
         set.insert(1 << 40..(1 << 40) + 1);
@@ -210,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cluster_holds_metadata_until_every_kind_of_it_is_gone() {
+    fn a_cluster_is_guarded_until_every_kind_in_it_is_forgotten() {
         let (l2, table) = (OverlapChecks::ACTIVE_L2, OverlapChecks::REFCOUNT_TABLE);
         let guard = Guard::new(MetadataMap::default(), OverlapChecks::CACHED.without(l2));
         guard.note(l2, ClusterRun::new(7, 1));
@@ -220,7 +222,7 @@ mod tests {
         assert_eq!(guard.hit_by_data(ClusterRun::new(0, 8)), Some(Hit { cluster: 7, kinds: table }));
         guard.forget(OverlapChecks::NONE, 7);
         guard.forget(table, 7);
-        assert_eq!(guard.hit_by_data(ClusterRun::new(0, 8)), None, "guest data over l2 tables was allowed");
+        assert_eq!(guard.hit_by_data(ClusterRun::new(0, 8)), None, "l2 tables are not among the checks");
         assert_eq!(
             guard.hit_by(OverlapChecks::NONE, ClusterRun::new(7, 1)),
             Some(Hit { cluster: 7, kinds: l2 })

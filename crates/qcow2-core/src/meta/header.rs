@@ -1,7 +1,7 @@
-//! The header as it stands on disk, changed field by field in its first sector.
+//! The header, in memory and on disk; fields are changed in its first sector.
 //!
-//! Invariant: one sector write switches the image from one state to the next; whatever this engine does not
-//! know in the header stays as it is, byte for byte (I6).
+//! Invariant: one sector write switches the image from one state to the next; everything in the header that
+//! this engine does not know stays as it is, byte for byte (I6).
 
 mod extension;
 mod switch;
@@ -21,10 +21,10 @@ use qcow2_format::{Header, HeaderField, HostOffset, Version};
 /// The header of an open image, in memory and on disk.
 pub(crate) struct HeaderStore {
     file: Arc<ImageFile>,
-    // Held while the sector is written too: two changes of different fields are two whole sectors, and the
-    // later one must contain the earlier one, in memory and on disk.
+    // Held while the sector is written too: changes of different fields write the same sector, and the later
+    // write must include the earlier change.
     state: Mutex<HeaderState>,
-    /// Whether the header's warnings for a changing image are on disk.
+    /// True if the warnings that a changing image needs are on disk (bitmaps in use).
     changing: AtomicBool,
 }
 
@@ -35,7 +35,7 @@ struct HeaderState {
 }
 
 impl HeaderStore {
-    /// `header` as parsed from the storage, and its first sector.
+    /// `header`: parsed from the storage. `sector`: the first sector there.
     pub(crate) fn new(file: Arc<ImageFile>, header: Header, sector: [u8; SECTOR_LEN]) -> Self {
         let state = Mutex::new(Rank::Header, HeaderState { header, sector });
         Self { file, state, changing: AtomicBool::new(false) }
@@ -46,13 +46,13 @@ impl HeaderStore {
         lock(&self.state).header.clone()
     }
 
-    /// Changes header fields with one sector write and waits until it is durable. The feature words exist in
-    /// version 3 only: the caller asks for them there only.
+    /// Changes header fields with one sector write, then a barrier. Feature words exist in version 3 only:
+    /// the caller checks the version.
     pub(crate) fn update(&self, fields: &[HeaderField]) -> Result<()> {
         self.write_fields(fields, true)
     }
 
-    /// Puts a warning on disk before the change it warns of.
+    /// Writes a warning bit before the change that it warns of.
     fn warn(&self, field: HeaderField) -> Result<()> {
         self.write_fields(&[field], self.file.keeps(OrderingRule::WarningBeforeChange))
     }
@@ -69,12 +69,13 @@ impl HeaderStore {
         self.file.poison_on_error(written)
     }
 
-    /// Whether changes have begun: the warnings that come before the first one are on disk.
+    /// True if the image may be changed: the warnings that must come before the first change are on disk.
     pub(crate) fn is_changing(&self) -> bool {
         self.changing.load(Ordering::Acquire)
     }
 
-    /// Records that the warnings are on disk (`true`), or that they are needed again before the next change.
+    /// Records that the warnings are on disk (true), or that they must be written again before the next
+    /// change.
     pub(crate) fn set_changing(&self, changing: bool) {
         if changing {
             invariant::no_unknown_promise(&lock(&self.state).header);
@@ -82,9 +83,10 @@ impl HeaderStore {
         self.changing.store(changing, Ordering::Release);
     }
 
-    /// Sets the header's corrupt bit and refuses every further change; returns the error to report. Where the
-    /// bit cannot be written (version 2, a failing storage) the refusal alone remains. An image that is open
-    /// for repair is not marked: its damage is known.
+    /// Marks the image corrupt (sets the header's corrupt bit) and poisons it; returns the error to report.
+    /// If the bit cannot be set (version 2, a failing storage), the image is only poisoned. An image that is
+    /// open for repair is neither marked nor poisoned: its damage is known. An image that is open for reading
+    /// is not marked.
     pub(crate) fn mark_corrupt(&self, message: String) -> Error {
         let header = self.current();
         let repairing = self.file.is_for_repair();
@@ -98,7 +100,7 @@ impl HeaderStore {
         Error::corrupt(message)
     }
 
-    /// Clears the autoclear bits that this engine does not keep up to date.
+    /// Clears unknown autoclear bits: this engine does not keep up to date what they promise.
     pub(crate) fn clear_unknown_autoclear(&self) -> Result<()> {
         let features = self.current().features.autoclear;
         let known = AutoclearFeatures::from_bits(features.bits() & !features.unknown().bits());
@@ -109,7 +111,7 @@ impl HeaderStore {
         Ok(())
     }
 
-    /// Clears the autoclear bit that vouches for the bitmaps.
+    /// Clears the autoclear bit of the bitmaps, which invalidates them.
     pub(crate) fn distrust_bitmaps(&self) -> Result<()> {
         let features = self.current().features.autoclear;
         if features.contains(AutoclearFeatures::BITMAPS) {
@@ -119,8 +121,8 @@ impl HeaderStore {
         Ok(())
     }
 
-    /// Clears the dirty bit once everything is durable. A repair may leave refcounts that are too low: there
-    /// the bit goes with [`clear_damage_marks`](Self::clear_damage_marks) only (I1).
+    /// Clears the dirty bit; the caller has made everything durable. Not if open for repair: refcounts may
+    /// still be too low then, so only [`clear_damage_marks`](Self::clear_damage_marks) clears the bit (I1).
     pub(crate) fn retract_warnings(&self) -> Result<()> {
         let header = self.current();
         if self.file.is_for_repair() || header.version < Version::V3 || !header.is_dirty() {

@@ -1,4 +1,4 @@
-//! Which host clusters hold metadata when an image is opened.
+//! Builds the map of host clusters that hold metadata, when an image is opened.
 
 use super::guard::MetadataMap;
 use super::overlap::OverlapChecks;
@@ -11,17 +11,18 @@ use qcow2_format::l1::L1Entry;
 use qcow2_format::refcount::decode_table_entry;
 use qcow2_format::{Geometry, Header, HostOffset};
 
-/// The most clusters of snapshots' tables that are noted; a hostile image may name far more than it has.
+/// Limit on the clusters of bitmaps and snapshots' tables in the map; a hostile image may refer to far more
+/// clusters than it has.
 const MAX_NOTED: u64 = 1 << 22;
 
-/// The most bytes of snapshots' L1 tables that are read without having been asked to: those of some dozen
-/// snapshots of 1 TiB, so that opening stays quick.
+/// Bytes of snapshots' L1 tables up to which they are read even if the caller has not chosen
+/// [`INACTIVE_L2`](OverlapChecks::INACTIVE_L2): a few dozen snapshots of 1 TiB, so that opening stays fast.
 pub(crate) const MAX_L1_UNASKED: u64 = 4 << 20;
 
-/// The clusters that hold metadata according to the header, to the raw entries of the L1 table and to those
-/// of the refcount table. Disk: reads the snapshot table and the snapshots'
-/// L1 tables, these where they are short or `checks` has [`INACTIVE_L2`](OverlapChecks::INACTIVE_L2), and the
-/// tables of bitmaps. Damage in them is left to a check. Errors: `Storage`.
+/// The clusters that hold metadata, according to the header and to the raw entries of the L1 table and the
+/// refcount table. Disk: reads the snapshot table, the tables of bitmaps, and the snapshots' L1 tables if
+/// they are short or `checks` has [`INACTIVE_L2`](OverlapChecks::INACTIVE_L2). Ignores damaged entries:
+/// finding them is the task of a check. Errors: `Storage`.
 pub(crate) fn known_metadata(
     storage: &dyn Storage,
     header: &Header,
@@ -38,7 +39,8 @@ pub(crate) fn known_metadata(
     noted.add(OverlapChecks::REFCOUNT_TABLE, header.refcount_table_offset, table_len);
     for &raw in refcount_table.iter().filter(|&&raw| raw != 0) {
         if let Ok(Some(block)) = decode_table_entry(raw, geometry) {
-            // A block that two entries lead to counts for neither: as another kind too, it is not written.
+            // A block that two entries point to is wrong for at least one of them. Entered as a second kind
+            // too, it is never written.
             noted.add_once(OverlapChecks::REFCOUNT_BLOCK, OverlapChecks::REFCOUNT_TABLE, block);
         }
     }
@@ -52,14 +54,17 @@ pub(crate) fn known_metadata(
     noted.left = MAX_NOTED;
     noted.add_bitmaps(&walk)?;
     noted.add_snapshots(&walk, checks.contains(OverlapChecks::INACTIVE_L2))?;
-    debug_assert!(noted.map.holds(OverlapChecks::MAIN_HEADER, 0), "the header's cluster is not known");
+    debug_assert!(
+        noted.map.holds(OverlapChecks::MAIN_HEADER, 0),
+        "the header's cluster is not in the metadata map"
+    );
     Ok(noted.map)
 }
 
 struct Noted<'a> {
     map: MetadataMap,
     geometry: &'a Geometry,
-    /// How many more clusters are noted.
+    /// How many more clusters may be added.
     left: u64,
 }
 
@@ -73,7 +78,8 @@ impl Noted<'_> {
         self.map.insert(kind, run);
     }
 
-    /// Notes a table of one cluster; where there is one of its kind already, of the kind `twice` too.
+    /// Adds a table of one cluster as `kind`; if the cluster is in the map as `kind` already, also as
+    /// `twice`.
     fn add_once(&mut self, kind: OverlapChecks, twice: OverlapChecks, table: HostOffset) {
         if self.map.holds(kind, self.geometry.host_cluster(table).value()) {
             self.add(twice, table, self.geometry.cluster_size());
@@ -84,8 +90,9 @@ impl Noted<'_> {
     fn add_l2_tables(&mut self, kind: OverlapChecks, l1: impl Iterator<Item = u64>) {
         for raw in l1.filter(|&raw| raw != 0) {
             if let Ok(L1Entry { l2_table: Some(table), .. }) = L1Entry::decode(raw, self.geometry) {
-                // A table that two entries of the active L1 table lead to is shared, as with a snapshot: no
-                // change of one disk's part may show in the other, and it stays when one of them goes.
+                // A table that two entries of the active L1 table point to is treated like one that is shared
+                // with a snapshot: a change of one range must not change the other, and unlinking one must
+                // not free the table.
                 let twice = if kind == OverlapChecks::ACTIVE_L2 { OverlapChecks::INACTIVE_L2 } else { kind };
                 self.add_once(kind, twice, table);
             }

@@ -1,6 +1,6 @@
-//! L1 and L2 lookups, and the one way an L2 entry changes.
+//! The mapping: L1 and L2 lookups, and all changes of L2 entries.
 //!
-//! Invariant I2: an entry changes only after everything it leads to has been written.
+//! Invariant I2: an entry changes only after everything that it points to has been written.
 
 mod l1;
 mod table;
@@ -27,12 +27,13 @@ use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
 use qcow2_format::{FormatError, GuestOffset, HostOffset, L1Index};
 
-/// L1 entries that are looked at for one run: a whole table is 64 runs then.
+/// L1 entries that one lookup examines at most: a whole table of the largest size then is 64 runs.
 const MAX_UNMAPPED_ENTRIES: u64 = 1 << 16;
 
-/// Which guest range lives where: the active L1 table, the cached L2 tables, and who is changing them.
+/// The mapping of guest offsets to host offsets: the active L1 table, the cached L2 tables, and the claims of
+/// requests that are changing it.
 pub(crate) struct Mapping {
-    // The file has it too; here every lookup finds it without following a pointer.
+    // A copy of the one in `file`: saves every lookup a pointer.
     format: L2Format,
     file: Arc<ImageFile>,
     header: Arc<HeaderStore>,
@@ -40,16 +41,17 @@ pub(crate) struct Mapping {
     refcounts: Arc<RefcountStore>,
     l1: L1Table,
     cache: PageCache,
-    /// Open (read) while entries change, closed (write) while a write-back copies them.
+    /// The commit gate: open (read-locked) while entries change, closed (write-locked) while writeback copies
+    /// them.
     gate: RwLock<()>,
-    // Two writers that miss the same table must not make it twice: the second copy would lose what was
-    // written through the first.
+    // Two writers that need the same new table must not both make one: entries that were written through the
+    // first would be lost.
     table_lock: Mutex<()>,
     claims: Claims,
     expanded: ExpandedClusters,
 }
 
-/// A cached piece of an L2 table and the entry in it that maps a guest offset.
+/// A cached page of an L2 table, and the entry in it that maps a guest offset.
 #[derive(Clone)]
 pub(crate) struct L2Place {
     page: Arc<Page>,
@@ -58,7 +60,7 @@ pub(crate) struct L2Place {
 }
 
 impl L2Place {
-    /// How many entries this page holds from the found one on.
+    /// Number of entries in the page from this one on.
     pub(crate) fn entries(&self) -> u64 {
         ((self.page.len() - self.word) / self.words_per_entry) as u64
     }
@@ -70,17 +72,17 @@ impl L2Place {
     }
 }
 
-/// Changed sectors of the mapping, as they were at one moment.
+/// Copies of the changed sectors of the mapping, all of one moment.
 pub(crate) struct MappingChanges {
     pub(crate) l2: Vec<DirtyRun>,
     pub(crate) l1: Vec<DirtyRun>,
-    /// Keeps the pages in the cache until their sectors are written: read from the disk before that, they
-    /// would be the old ones.
+    /// Keeps the pages in the cache until their sectors are written: an evicted page would be read back from
+    /// disk without its changes.
     _pages: Vec<Arc<Page>>,
 }
 
 impl Mapping {
-    /// `l1`: where the active L1 table is, and its raw entries. `cache`: for L2 tables.
+    /// `l1`: host offset and raw entries of the active L1 table. `cache`: for L2 tables.
     pub(crate) fn new(refcounts: Arc<RefcountStore>, l1: (HostOffset, Vec<u64>), cache: PageCache) -> Self {
         let tables = refcounts.tables();
         let file = Arc::clone(tables.file());
@@ -99,8 +101,8 @@ impl Mapping {
         }
     }
 
-    /// Where the bytes from `offset` on live: one run of at most `max_len` bytes. Disk: may read an L2 table.
-    /// Errors: `Corrupt` for a broken entry, `Storage`.
+    /// Looks up the bytes at `offset`: one run of at most `max_len` bytes. Disk: may read a page of an L2
+    /// table. Errors: `Corrupt` for a damaged entry, `Storage`.
     pub(crate) fn lookup(&self, offset: GuestOffset, max_len: u64) -> Result<Run> {
         let Some(place) = self.l2_place(offset)? else {
             let run = Run { len: self.unmapped_len(offset, max_len), place: Place::Unallocated };
@@ -125,7 +127,7 @@ impl Mapping {
         Ok(run)
     }
 
-    /// In a data file bytes are where the guest has them; anything else is damage.
+    /// In an external data file host offset and guest offset must be equal; anything else is damage.
     fn check_place(&self, offset: GuestOffset, host: HostOffset) -> Result<()> {
         if !self.format.external_data || host.value() == offset.value() {
             return Ok(());
@@ -135,8 +137,9 @@ impl Mapping {
         )))
     }
 
-    /// In a data file nothing is compressed: such an entry would have its cluster replaced by one of the
-    /// image file, whose place in the data file is another guest cluster's.
+    /// Refuses a compressed entry in an image with an external data file. A write would replace it by a
+    /// cluster that is allocated in the image file, and that host offset belongs to another guest cluster in
+    /// the data file.
     fn check_compressed(&self, offset: GuestOffset) -> Result<()> {
         if !self.format.external_data {
             return Ok(());
@@ -145,18 +148,20 @@ impl Mapping {
         Err(self.header.mark_corrupt(message).in_table(TableKind::L2).at_guest(offset))
     }
 
-    /// An entry that cannot be right: an image open for writing is marked, so that nothing is built on it.
+    /// The error for a damaged entry. Marks an image that is open for writing corrupt, so that no change
+    /// builds on it.
     fn entry_error(&self, offset: GuestOffset, error: FormatError) -> Error {
         let damaged = self.header.mark_corrupt(format!("l2 entry of guest offset {offset} is damaged"));
         damaged.in_table(TableKind::L2).at_guest(offset).with_source(error)
     }
 
-    /// How far L1 entries without a table reach from `offset` on, at most `max_len`, as far as that is cheap
-    /// to find out: a comparison of two disks asks one of them again and again.
+    /// Length of the run of L1 entries without an L2 table at `offset`, at most `max_len`. Examines only
+    /// [`MAX_UNMAPPED_ENTRIES`] entries: a comparison of two disks may look up the same long run again and
+    /// again.
     fn unmapped_len(&self, offset: GuestOffset, max_len: u64) -> u64 {
         let (coverage, start) = (self.format.geometry.l2_coverage(), offset.value());
         let limit = start.saturating_add(max_len);
-        // Past its end the table has nothing, however large the header's disk size is.
+        // Everything past the end of the table is unmapped, however large the disk size in the header is.
         let (first, end) = (start / coverage + 1, limit.div_ceil(coverage).min(self.l1.len()));
         let looked_at = end.min(first.saturating_add(MAX_UNMAPPED_ENTRIES));
         match self.l1.next_mapped(first..looked_at) {
@@ -174,7 +179,7 @@ impl Mapping {
         })
     }
 
-    /// The L2 entry that maps `offset`, or `None` where there is no table.
+    /// The L2 entry that maps `offset`, or `None` if there is no L2 table.
     fn l2_place(&self, offset: GuestOffset) -> Result<Option<L2Place>> {
         match self.l1_entry(self.format.geometry.l1_index(offset))?.l2_table {
             Some(table) => self.place_in_table(table, offset).map(Some),
@@ -199,11 +204,11 @@ impl Mapping {
         Ok(L2Place { page, word, words_per_entry: (entry_size / 8) as usize })
     }
 
-    /// The `index`-th entry counted from the one at `place`. `offset` names it in errors.
+    /// The `index`-th entry counted from the one at `place`, which maps `offset`.
     pub(crate) fn entry(&self, place: &L2Place, index: u64, offset: GuestOffset) -> Result<L2Entry> {
         let (raw, bitmap) = place.raw(index);
         let entry = self.format.decode(raw, bitmap).map_err(|e| self.entry_error(offset, e))?;
-        // Of clusters that are not read too: a write would go there.
+        // Also for zero clusters, which a lookup does not check: a write would go to their host cluster.
         let geometry = &self.format.geometry;
         let start = geometry.align_down(offset.value()) + index * geometry.cluster_size();
         match entry {
@@ -216,9 +221,9 @@ impl Mapping {
         Ok(entry)
     }
 
-    /// Sets the entries from `place` on, `entry(i)` giving the `i`-th of `count`. The caller has claimed
-    /// their clusters, and everything the new entries lead to has been written. `unlinked` are the references
-    /// the old ones held.
+    /// Sets `count` entries from `place` on; `entry(i)` is the `i`-th new one. The caller has claimed their
+    /// clusters and has written everything that the new entries point to. `unlinked`: the clusters that the
+    /// old entries referred to.
     pub(crate) fn commit(
         &self,
         place: &L2Place,
@@ -227,9 +232,10 @@ impl Mapping {
         entry: impl Fn(u64) -> L2Entry,
     ) -> Result<()> {
         invariant::may_write(self.file.is_writable());
-        assert!(count <= place.entries(), "{count} entries are changed in a page that has fewer");
-        // Open for all of it: entries and the references they gave up belong to one round. One dropped in a
-        // round before would free a cluster that the disk still leads to.
+        assert!(count <= place.entries(), "{count} entries pass the end of their page");
+        // Open for all of it, so that entries and unlinked clusters are in the same flush round. If the
+        // clusters were in an earlier round, it would free them while the entries on disk still point to
+        // them.
         let _open = read(&self.gate);
         for i in 0..count {
             invariant::leads_to_cluster(&self.format.geometry, &entry(i));
@@ -251,55 +257,55 @@ impl Mapping {
         Ok(())
     }
 
-    /// Waits until nobody else changes or writes through the mapping of `len` bytes from `offset` on, then
-    /// claims its clusters; see [`Claims::claim`].
+    /// Claims the clusters of `len` bytes at `offset` exclusively; see [`Claims::claim`].
     pub(crate) fn claim(&self, offset: GuestOffset, len: u64) -> Claim<'_> {
         self.claims.claim(touched_clusters(&self.format.geometry, offset, len))
     }
 
-    /// Keeps the mapping of `len` bytes from `offset` on as it is; see [`Claims::share`].
+    /// Takes a shared claim on the clusters of `len` bytes at `offset`; see [`Claims::share`].
     pub(crate) fn share(&self, offset: GuestOffset, len: u64) -> Claim<'_> {
         self.claims.share(touched_clusters(&self.format.geometry, offset, len))
     }
 
-    /// What compressed clusters expand to, for those that were read lately.
+    /// The cache of recently expanded compressed clusters.
     pub(crate) fn expanded(&self) -> &ExpandedClusters {
         &self.expanded
     }
 
-    /// Where the active L1 table is, and a copy of its raw entries.
+    /// Host offset of the active L1 table, and a copy of its raw entries.
     pub(crate) fn l1_contents(&self) -> (HostOffset, Vec<u64>) {
         self.l1.contents()
     }
 
-    /// How many entries the active L1 table has.
+    /// Number of entries of the active L1 table.
     pub(crate) fn l1_len(&self) -> u64 {
         self.l1.len()
     }
 
-    /// Whether the L1 entry at `index` leads anywhere.
+    /// True if the L1 entry at `index` points to an L2 table.
     pub(crate) fn is_mapped(&self, index: u64) -> bool {
         self.l1.is_mapped(index)
     }
 
-    /// Goes on with an L1 table at `offset` with these raw entries, which are on disk already.
+    /// Replaces the L1 table in memory by one at `offset` with these raw entries, which are on disk already.
     pub(crate) fn replace_l1(&self, offset: HostOffset, entries: Vec<u64>) {
         self.l1.replace(offset, entries);
     }
 
-    /// Changes an L1 entry. `index` must be below [`l1_len`](Self::l1_len). Disk: with the next flush.
+    /// Changes an L1 entry in memory; the next flush writes it. `index` must be below
+    /// [`l1_len`](Self::l1_len).
     pub(crate) fn set_l1_entry(&self, index: L1Index, entry: L1Entry) {
         debug_assert!(index.value() < self.l1.len(), "l1 entry {index} is not in the table");
         let _open = read(&self.gate);
         self.l1.set(index, entry.encode());
     }
 
-    /// Keeps entries from changing until the guard is dropped.
+    /// Closes the commit gate: no entry changes until the guard is dropped.
     pub(crate) fn close_gate(&self) -> RwLockWriteGuard<'_, ()> {
         write(&self.gate)
     }
 
-    /// Takes the changed sectors for write-back. The caller has closed the gate.
+    /// Takes copies of the changed sectors for writeback. The caller has closed the commit gate.
     pub(crate) fn take_changes(&self) -> MappingChanges {
         let (pages, l2) = self.cache.take_dirty();
         let mut l1 = Vec::new();
@@ -307,17 +313,17 @@ impl Mapping {
         MappingChanges { l2, l1, _pages: pages }
     }
 
-    /// Whether enough L2 tables wait for write-back that it should happen now.
+    /// True if so many pages of L2 tables are queued that a flush is due.
     pub(crate) fn is_pressed(&self) -> bool {
         self.cache.is_pressed()
     }
 
-    /// Drops the cached L2 table at `table`, changes included: the disk has another one.
+    /// Drops the cached L2 table at `table`, changes included: the one on disk has changed.
     pub(crate) fn forget_table(&self, table: HostOffset) {
         self.cache.forget(table, self.format.geometry.cluster_size());
     }
 
-    /// Drops all cached L2 tables: the disk has others now.
+    /// Drops all cached L2 tables: those on disk have changed.
     pub(crate) fn forget_tables(&self) {
         self.cache.clear();
     }

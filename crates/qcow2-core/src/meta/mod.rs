@@ -1,11 +1,11 @@
-//! The tables of an image: cached, changed, and written back in an order that survives a crash.
+//! The metadata of an image: cached, changed, and written back in an order that survives a crash.
 //!
-//! Five parts, each with its own locks and no public field, each standing on those before it:
-//! [`ImageFile`](file::ImageFile) (the files, and whether they may be written),
-//! [`HeaderStore`](header::HeaderStore) (the header), [`Tables`](tables::Tables) (where tables may go, and
-//! how they are written), [`RefcountStore`](refcount::RefcountStore) (which clusters are in use),
-//! [`Mapping`](mapping::Mapping) (which guest range lives where). [`Flusher`](flush::Flusher) writes back
-//! what they have changed; [`bulk`] changes whole trees of them at once.
+//! Five parts with private fields and locks of their own; each uses only those before it:
+//! [`ImageFile`](file::ImageFile) (the files, whether they may be written),
+//! [`HeaderStore`](header::HeaderStore) (the header), [`Tables`](tables::Tables) (where tables may be, and
+//! all writes of tables), [`RefcountStore`](refcount::RefcountStore) (refcounts, allocation),
+//! [`Mapping`](mapping::Mapping) (guest offsets to host offsets). [`Flusher`](flush::Flusher) writes back the
+//! changes of all; [`bulk`] changes the refcounts of whole trees of tables.
 
 pub(crate) mod bulk;
 pub(crate) mod cache;

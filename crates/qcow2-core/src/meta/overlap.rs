@@ -1,15 +1,15 @@
 //! The kinds of metadata that a host cluster can hold.
 
-/// Kinds of metadata that guest data may not be written over. A write that would land there is refused and
-/// marks the image corrupt. The names are QEMU's (`overlap-check`).
+/// A set of kinds of metadata that guest data must not overwrite. A write that would do so fails and marks
+/// the image corrupt. The names are QEMU's (`overlap-check`).
 ///
-/// The choice is about guest data only: no table is ever written over metadata of another kind, and no
-/// metadata is freed because a guest's mapping points at it, whatever is chosen.
+/// The choice concerns guest data only. Tables never overwrite metadata of another kind, and metadata is
+/// never freed because an L2 entry points to it, whatever the choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OverlapChecks(u16);
 
 impl OverlapChecks {
-    /// No check at all.
+    /// No kind: no check.
     pub const NONE: Self = Self(0);
     /// The header's cluster.
     pub const MAIN_HEADER: Self = Self(1);
@@ -25,21 +25,21 @@ impl OverlapChecks {
     pub const SNAPSHOT_TABLE: Self = Self(1 << 5);
     /// L1 tables of snapshots.
     pub const INACTIVE_L1: Self = Self(1 << 6);
-    /// L2 tables of snapshots. Opening the image for writing reads all their L1 tables; without this kind it
-    /// does so where they are short.
+    /// L2 tables of snapshots. With this kind, opening an image for writing reads the L1 tables of all
+    /// snapshots; without it, only if they are short.
     pub const INACTIVE_L2: Self = Self(1 << 7);
     /// The bitmap directory, and the tables and bits of bitmaps.
     pub const BITMAP_DIRECTORY: Self = Self(1 << 8);
-    /// What is known from the header alone.
+    /// The kinds whose place the header gives.
     pub const CONSTANT: Self = Self::MAIN_HEADER
         .with(Self::ACTIVE_L1)
         .with(Self::REFCOUNT_TABLE)
         .with(Self::SNAPSHOT_TABLE)
         .with(Self::BITMAP_DIRECTORY);
-    /// What is in memory anyway; the default.
+    /// The kinds whose place is in memory anyway; the default.
     pub const CACHED: Self =
         Self::CONSTANT.with(Self::ACTIVE_L2).with(Self::REFCOUNT_BLOCK).with(Self::INACTIVE_L1);
-    /// Everything.
+    /// All kinds.
     pub const ALL: Self = Self::CACHED.with(Self::INACTIVE_L2);
 
     /// These kinds and those of `more`.
@@ -52,32 +52,32 @@ impl OverlapChecks {
         Self(self.0 & !less.0)
     }
 
-    /// Whether all kinds of `kinds` are among these.
+    /// True if the set has all of `kinds`.
     pub const fn contains(self, kinds: Self) -> bool {
         self.0 & kinds.0 == kinds.0
     }
 
-    /// Whether any of `kinds` is among these.
+    /// True if the set has any of `kinds`.
     pub(crate) const fn any_of(self, kinds: Self) -> bool {
         self.0 & kinds.0 != 0
     }
 
-    /// L2 tables of either: snapshots share them with the active disk.
+    /// Both kinds of L2 tables: a table can be shared by snapshots and the active disk.
     pub(crate) const L2: Self = Self::ACTIVE_L2.with(Self::INACTIVE_L2);
-    /// How many kinds there are.
+    /// Number of kinds.
     pub(crate) const COUNT: usize = 9;
 
-    /// The kinds that are among both.
+    /// The intersection.
     pub(crate) const fn common(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
 
-    /// Each kind by itself, as its number and its mask.
+    /// The kinds in the set, each with its index.
     pub(crate) fn each(self) -> impl Iterator<Item = (usize, Self)> {
         (0..Self::COUNT).map(|index| (index, Self(1 << index))).filter(move |(_, kind)| self.any_of(*kind))
     }
 
-    /// What the first of these kinds is called in messages.
+    /// The name of the first kind, for messages.
     pub(crate) fn text(self) -> &'static str {
         const NAMES: [&str; OverlapChecks::COUNT] = [
             "the header",

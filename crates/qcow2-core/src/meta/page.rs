@@ -1,8 +1,8 @@
-//! One cached piece of a metadata table: words that any thread reads without a lock, and which of its
-//! 512-byte sectors differ from the disk.
+//! A cached page of a metadata table: words that threads read without a lock, and a dirty mask of its
+//! 512-byte sectors.
 //!
-//! Invariant: a change and its dirty mark are never separated by a write-back, because words change only
-//! while the commit gate is open and write-back copies them with the gate closed.
+//! Invariant: writeback never comes between a change and its dirty mark, because words change only while the
+//! commit gate is open, and writeback copies them while it is closed.
 
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Mutex, Rank, lock};
@@ -11,7 +11,7 @@ use ::alloc::vec::Vec;
 use qcow2_format::HostOffset;
 use qcow2_format::bytes::{table_bytes, words};
 
-/// Bytes that reach the disk whole or not at all.
+/// Bytes that the medium writes whole or not at all.
 pub(crate) const SECTOR_SIZE: u64 = 512;
 const SECTOR_WORDS: usize = 64;
 
@@ -23,19 +23,20 @@ pub(crate) struct Page {
     dirty: Box<[AtomicU64]>,
     queued: AtomicBool,
     used: AtomicBool,
-    /// Odd while a pair of words is being changed; lets readers of pairs see both words of one moment.
+    /// Sequence lock for pairs of words: odd while a pair is being changed, so that readers get both words of
+    /// one moment.
     version: AtomicU64,
     pair_writer: Mutex<()>,
 }
 
-/// A run of changed sectors as it goes to the disk.
+/// A copy of consecutive changed sectors, for writeback.
 pub(crate) struct DirtyRun {
     pub(crate) offset: HostOffset,
     pub(crate) bytes: Vec<u8>,
 }
 
 impl Page {
-    /// A page at `offset` from the bytes on disk; `bytes` is a multiple of 512 long.
+    /// A clean page at `offset` with the bytes on disk. The length of `bytes` is a multiple of 512.
     pub(crate) fn from_bytes(offset: HostOffset, bytes: &[u8]) -> Self {
         debug_assert!(bytes.len().is_multiple_of(SECTOR_SIZE as usize), "a page of {} bytes", bytes.len());
         let words = words(bytes).map(AtomicU64::new).collect::<Box<[_]>>();
@@ -52,7 +53,7 @@ impl Page {
         }
     }
 
-    /// Where the page starts in the image file.
+    /// The page's offset in the image file.
     pub(crate) fn offset(&self) -> HostOffset {
         self.offset
     }
@@ -67,18 +68,20 @@ impl Page {
         self.words[index].load(Ordering::Acquire)
     }
 
-    /// Changes a word and marks its sector. The caller keeps the commit gate open and then queues the page.
+    /// Changes a word and marks its sector dirty. The caller keeps the commit gate open until it has queued
+    /// the page.
     pub(crate) fn set_word(&self, index: usize, value: u64) {
-        // The word before its mark: a write-back that saw the mark first would copy the old word and call the
-        // sector clean. (With the gate closed it sees both or none.)
+        // The word before its mark: writeback that saw only the mark would copy the old word and clear the
+        // mark. (With the gate closed it sees both or none.)
         self.words[index].store(value, Ordering::SeqCst);
         let sector = index / SECTOR_WORDS;
         self.dirty[sector / 64].fetch_or(1 << (sector % 64), Ordering::AcqRel);
     }
 
-    /// The words at `index` and after it, as they were at one moment.
+    /// The words at `index` and `index + 1`, as they were at one moment.
     pub(crate) fn pair(&self, index: usize) -> (u64, u64) {
-        // No lock: readers are many and a pair changes rarely, so they look again where one has changed.
+        // No lock: there are many readers and few changes, so a reader retries if the pair has changed
+        // meanwhile.
         loop {
             let before = self.version.load(Ordering::SeqCst);
             if before & 1 == 0 {
@@ -92,7 +95,7 @@ impl Page {
         }
     }
 
-    /// Changes the words at `index` and after it together; otherwise like [`set_word`](Self::set_word).
+    /// Changes the words at `index` and `index + 1` together; otherwise like [`set_word`](Self::set_word).
     pub(crate) fn set_pair(&self, index: usize, first: u64, second: u64) {
         let _writer = lock(&self.pair_writer);
         let before = self.version.fetch_add(1, Ordering::SeqCst);
@@ -102,41 +105,42 @@ impl Page {
         self.version.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Marks the page as waiting for write-back; true the first time since the last write-back took it.
+    /// Marks the page as queued for writeback. Returns true if it was not queued yet.
     pub(crate) fn queue(&self) -> bool {
         !self.queued.swap(true, Ordering::AcqRel)
     }
 
-    /// Whether the page waits for write-back.
+    /// True if the page is queued for writeback.
     pub(crate) fn is_queued(&self) -> bool {
         self.queued.load(Ordering::Acquire)
     }
 
-    /// Notes a use, for eviction.
+    /// Records a use, for eviction.
     pub(crate) fn touch(&self) {
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Whether the page was used since this was last asked.
+    /// True if the page was used since the last call.
     pub(crate) fn take_used(&self) -> bool {
         self.used.swap(false, Ordering::Relaxed)
     }
 
-    /// Whether a sector differs from the disk.
+    /// True if the page is queued or a sector differs from the disk.
     pub(crate) fn is_dirty(&self) -> bool {
         self.queued.load(Ordering::Acquire) || self.dirty.iter().any(|d| d.load(Ordering::Acquire) != 0)
     }
 
-    /// Forgets all changes: the table is no longer part of the image.
+    /// Drops all dirty marks: the table is no longer part of the image.
     pub(crate) fn forget_changes(&self) {
         for mask in &self.dirty {
             mask.store(0, Ordering::Release);
         }
     }
 
-    /// Copies the changed sectors out as runs and calls them clean. The caller has closed the commit gate.
+    /// Appends copies of the dirty sectors to `runs` and marks them clean. The caller has closed the commit
+    /// gate.
     pub(crate) fn take_dirty(&self, runs: &mut Vec<DirtyRun>) {
         self.queued.store(false, Ordering::Release);
         let sectors = self.words.len().div_ceil(SECTOR_WORDS);
@@ -168,7 +172,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_changed_sectors_are_written_back() {
+    fn only_dirty_sectors_are_written_back() {
         let page = Page::from_bytes(HostOffset::new(0x10000), &[0; 4096]);
         page.set_word(0, 1);
         page.set_word(65, 2);
@@ -182,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_word_makes_its_own_sector_dirty() {
+    fn a_changed_word_marks_its_own_sector_only() {
         let page = Page::from_bytes(HostOffset::new(0), &[0; 64 << 10]);
         for sector in 0..128 {
             page.set_word(sector * SECTOR_WORDS + sector % SECTOR_WORDS, 1);

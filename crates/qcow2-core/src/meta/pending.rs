@@ -1,7 +1,7 @@
 //! Clusters that were unlinked and wait to be freed.
 //!
-//! Invariant I3: their refcounts go down only after the unlink is on disk and no operation can still see
-//! them.
+//! Invariant I3: their refcounts go down only after the unlink is on disk and no running operation can still
+//! use them.
 
 use super::overlap::OverlapChecks;
 use super::run::ClusterRun;
@@ -9,22 +9,22 @@ use crate::invariant;
 use ::alloc::vec::Vec;
 use qcow2_format::{Geometry, HostOffset};
 
-/// References to drop: one from each of some host clusters.
+/// A run of host clusters that lose one reference each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Unlinked {
     pub(crate) clusters: ClusterRun,
-    /// What was referred to: kinds of metadata, or none for guest data. Clusters that hold other metadata are
-    /// not freed.
+    /// What the dropped reference was for: a kind of metadata, or none for guest data. Clusters that hold
+    /// other metadata are not freed.
     pub(crate) kinds: OverlapChecks,
 }
 
 impl Unlinked {
-    /// The reference to a table of `kinds` with `len` bytes at `offset`, a multiple of the cluster size.
+    /// A reference to a table of `kinds` with `len` bytes at `offset`, a multiple of the cluster size.
     pub(crate) fn table(geometry: &Geometry, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Self {
         Self { clusters: ClusterRun::touched(geometry, offset, len), kinds }
     }
 
-    /// The reference to a table of one cluster.
+    /// A reference to a table of one cluster.
     pub(crate) fn one(geometry: &Geometry, kinds: OverlapChecks, table: HostOffset) -> Self {
         Self { clusters: ClusterRun::one(geometry.host_cluster(table).value()), kinds }
     }
@@ -35,7 +35,7 @@ impl Unlinked {
     }
 }
 
-/// Unlinked clusters by how far they have come.
+/// Unlinked clusters: `fresh` while the unlink is in memory only, `durable` with their epoch after that.
 #[derive(Debug, Default)]
 pub(crate) struct PendingFrees {
     fresh: Vec<Unlinked>,
@@ -43,9 +43,9 @@ pub(crate) struct PendingFrees {
 }
 
 impl PendingFrees {
-    /// Adds a run whose unlink was just made in memory.
+    /// Adds a run that was unlinked in memory.
     pub(crate) fn push(&mut self, run: Unlinked) {
-        debug_assert!(!run.clusters.is_empty(), "a reference to nothing is given up");
+        debug_assert!(!run.clusters.is_empty(), "an empty run is unlinked");
         if let Some(last) = self.fresh.last_mut()
             && last.kinds == run.kinds
             && last.clusters.join(run.clusters)
@@ -55,25 +55,25 @@ impl PendingFrees {
         self.fresh.push(run);
     }
 
-    /// How many runs wait for their unlink to be written.
+    /// Number of runs whose unlink is not on disk yet.
     pub(crate) fn fresh_count(&self) -> usize {
         self.fresh.len()
     }
 
-    /// Takes the runs whose unlinks are about to be written.
+    /// Takes the runs whose unlinks the present flush writes.
     pub(crate) fn take_fresh(&mut self) -> Vec<Unlinked> {
         core::mem::take(&mut self.fresh)
     }
 
-    /// Gives runs back whose unlinks are now on disk; `epoch` is the current one.
+    /// Adds runs whose unlinks are on disk now. `epoch`: the current one.
     pub(crate) fn made_durable(&mut self, epoch: u64, runs: Vec<Unlinked>) {
-        debug_assert!(self.durable.last().is_none_or(|(last, _)| *last <= epoch), "epochs go on only");
+        debug_assert!(self.durable.last().is_none_or(|(last, _)| *last <= epoch), "the epoch went back");
         if !runs.is_empty() {
             self.durable.push((epoch, runs));
         }
     }
 
-    /// Takes the runs that nobody can see any more in epoch `now`.
+    /// Takes the runs that can be freed in epoch `now`: no running operation uses them.
     pub(crate) fn take_reusable(&mut self, now: u64) -> Vec<Unlinked> {
         let mut reusable = Vec::new();
         self.durable.retain_mut(|(epoch, runs)| {
@@ -87,7 +87,7 @@ impl PendingFrees {
         reusable
     }
 
-    /// Whether nothing waits at all.
+    /// True if no run waits.
     pub(crate) fn is_empty(&self) -> bool {
         self.fresh.is_empty() && self.durable.is_empty()
     }

@@ -1,7 +1,7 @@
-//! Refcounts in memory: the table, the cached blocks, and the one way in which a count changes.
+//! Refcounts in memory: the refcount table, the cached blocks, and all changes of refcounts.
 //!
-//! Invariant I1: a refcount goes up in memory before anything refers to the cluster, and down only after
-//! nothing on disk does.
+//! Invariant I1: a refcount goes up in memory before anything refers to the cluster, and down only when no
+//! entry on disk refers to it any more.
 
 mod allocate;
 mod free;
@@ -32,23 +32,23 @@ use core::ops::Range;
 use qcow2_format::refcount::decode_table_entry;
 use qcow2_format::{Geometry, Header, HostCluster, HostOffset};
 
-/// The refcounts of an open image, and the clusters that wait to be freed. An image that is open for reading
-/// has an empty one.
+/// The refcounts of an open image, and the clusters that wait to be freed. Empty if the image is open for
+/// reading.
 pub(crate) struct RefcountStore {
     file: Arc<ImageFile>,
     header: Arc<HeaderStore>,
     tables: Arc<Tables>,
     cache: PageCache,
     state: Mutex<Refcounts>,
-    // Apart from `state`: blocks are written without keeping allocation waiting, but never by two at once,
-    // since the older copy of a block could then reach the disk last.
+    // Separate from `state`, so that allocation does not wait while blocks are written. Only one thread
+    // writes blocks at a time: of two, the one with the older copy of a block could write last.
     io: Mutex<()>,
     pending: Mutex<PendingFrees>,
-    /// Whether freed host clusters are given back to the storage.
+    /// True if freed host clusters are discarded in the storage.
     discard_freed: bool,
 }
 
-/// The refcount table and where to look for free clusters.
+/// The refcount table and the start of the search for free clusters.
 #[derive(Default)]
 pub(crate) struct Refcounts {
     table: Vec<u64>,
@@ -58,12 +58,13 @@ pub(crate) struct Refcounts {
     dirty_sectors: BTreeSet<u64>,
     /// No cluster below this one is free.
     first_free: u64,
-    /// Where the next compressed stream goes: host bytes of a cluster that others share, not empty.
+    /// Free bytes behind the last compressed stream, in its host cluster: the next stream goes there. Not
+    /// empty.
     pack: Option<Range<u64>>,
 }
 
 impl Refcounts {
-    /// Reads the table that `header` names, which was checked against its limit.
+    /// Reads the refcount table. The header's parser has checked its length against the limit.
     pub(crate) fn load(storage: &dyn Storage, header: &Header, geometry: &Geometry) -> Result<Self> {
         let table_clusters = u64::from(header.refcount_table_clusters);
         let table_offset = header.refcount_table_offset;
@@ -81,7 +82,7 @@ impl Refcounts {
         ClusterRun::new(geometry.host_cluster(self.table_offset).value(), self.table_clusters)
     }
 
-    /// Puts no further compressed stream into host cluster `cluster`.
+    /// Lets no further compressed stream share host cluster `cluster`.
     fn leave_pack(&mut self, cluster: u64, geometry: &Geometry) {
         let packed = |pack: &Range<u64>| geometry.host_cluster(HostOffset::new(pack.start)).value();
         if self.pack.as_ref().is_some_and(|pack| packed(pack) == cluster) {
@@ -90,16 +91,16 @@ impl Refcounts {
     }
 }
 
-/// The cached page that counts a cluster.
+/// The cached page that holds a cluster's refcount.
 struct Slot {
     page: Arc<Page>,
-    /// Clusters from `base` to `end` have their counts in `page`; slot numbers within it start at 0.
+    /// The clusters from `base` up to `end` (excluded) have their refcounts in `page`, from slot 0 on.
     base: u64,
     end: u64,
 }
 
-/// The refcounts while somebody changes many of them at once on disk: nobody else touches them meanwhile, in
-/// memory or on disk.
+/// All refcounts locked, for a change of many of them directly on disk: nothing else reads or writes them
+/// meanwhile, in memory or on disk.
 pub(crate) struct HeldRefcounts<'a> {
     state: MutexGuard<'a, Refcounts>,
     _writing: MutexGuard<'a, ()>,
@@ -111,10 +112,10 @@ impl HeldRefcounts<'_> {
         &self.state.table
     }
 
-    /// Records that counts on disk have gone down; `lowest` is the first cluster that is free now, if one is.
+    /// Records that refcounts on disk have gone down. `lowest`: the first cluster that is free now, if any.
     pub(crate) fn lowered(&mut self, lowest: Option<u64>) {
         debug_assert!(lowest != Some(0), "the header's cluster is free");
-        // The cluster that streams were packed into may be one of those that are free now.
+        // The cluster of the last compressed stream may have been freed.
         self.state.pack = None;
         if let Some(lowest) = lowest {
             self.state.first_free = self.state.first_free.min(lowest);
@@ -123,7 +124,7 @@ impl HeldRefcounts<'_> {
 }
 
 impl RefcountStore {
-    /// `refcounts`: as on disk. `cache`: for refcount blocks.
+    /// `refcounts`: loaded from disk. `cache`: for refcount blocks.
     pub(crate) fn new(
         tables: Arc<Tables>,
         refcounts: Refcounts,
@@ -142,7 +143,7 @@ impl RefcountStore {
         }
     }
 
-    /// The tables that the refcounts stand on.
+    /// The part below: all writes of tables go through it.
     pub(crate) fn tables(&self) -> &Arc<Tables> {
         &self.tables
     }
@@ -151,13 +152,13 @@ impl RefcountStore {
         self.file.geometry()
     }
 
-    /// Holds all refcounts for a change of many of them on disk. The caller holds back flushes.
+    /// Locks all refcounts for a change of many of them on disk. The caller holds the flush lock.
     pub(crate) fn hold(&self) -> HeldRefcounts<'_> {
         let state = lock(&self.state);
         HeldRefcounts { state, _writing: lock(&self.io) }
     }
 
-    /// Calls `see` with the raw entries of the refcount table, which does not change meanwhile.
+    /// Calls `see` with the raw entries of the refcount table, which is locked meanwhile.
     pub(crate) fn with_table<T>(&self, see: impl FnOnce(&[u64]) -> T) -> T {
         see(&lock(&self.state).table)
     }
@@ -168,12 +169,12 @@ impl RefcountStore {
         (refcounts.table.clone(), refcounts.table_run(self.geometry()))
     }
 
-    /// The refcount of `cluster`; 0 where no block counts it. Disk: may read a refcount block.
+    /// The refcount of `cluster`; 0 if it has no refcount block. Disk: may read a refcount block.
     pub(crate) fn count(&self, cluster: u64) -> Result<u64> {
         self.count_in(&lock(&self.state), cluster)
     }
 
-    /// Whether each cluster of `run` has the refcount `count`. Disk: may read refcount blocks.
+    /// True if each cluster of `run` has the refcount `count`. Disk: may read refcount blocks.
     pub(crate) fn all_have(&self, run: ClusterRun, count: u64) -> Result<bool> {
         let refcounts = lock(&self.state);
         for cluster in run.clusters() {
@@ -192,7 +193,7 @@ impl RefcountStore {
         }))
     }
 
-    /// The page that counts `cluster`, or `None` where there is no refcount block.
+    /// The page with the refcount of `cluster`, or `None` if it has no refcount block.
     fn slot(&self, refcounts: &Refcounts, cluster: u64) -> Result<Option<Slot>> {
         let (geometry, host) = (self.geometry(), HostCluster::new(cluster));
         let index = geometry.refcount_table_index(host);
@@ -241,21 +242,21 @@ impl RefcountStore {
         Ok(())
     }
 
-    /// A table entry that points at something else must not get it counted over.
+    /// Refuses to write to a refcount block that is other metadata: its refcount table entry is damaged.
     fn check_block_place(&self, slot: &Slot) -> Result<()> {
         let (at, len) = (slot.page.offset(), self.cache.page_size());
         self.tables.check_place(OverlapChecks::REFCOUNT_BLOCK, at, len)
     }
 
-    /// Adds one reference to each cluster of `run`. Errors: `NoSpace` where the refcount is at its largest
-    /// value; clusters before it keep the raise.
+    /// Adds one reference to each cluster of `run`. Errors: `NoSpace` if a refcount is at its maximum; the
+    /// clusters before it stay raised.
     fn raise(&self, refcounts: &Refcounts, run: ClusterRun) -> Result<()> {
         for cluster in run.clusters() {
             let old = self.count_in(refcounts, cluster)?;
             if old >= self.geometry().refcount_width().max() {
                 return Err(Error::new(
                     ErrorKind::NoSpace,
-                    format!("host cluster {cluster}: refcount {old} is the largest that fits"),
+                    format!("host cluster {cluster}: refcount {old} is at its maximum"),
                 ));
             }
             self.set_count(refcounts, cluster, old + 1)?;
@@ -263,10 +264,11 @@ impl RefcountStore {
         Ok(())
     }
 
-    /// Goes on with another refcount table at `place`, whose blocks are all on disk and not yet in the cache.
+    /// Replaces the refcount table in memory by `table` in the clusters of `place`. Its blocks are on disk;
+    /// cached pages at their offsets are stale and dropped.
     pub(crate) fn adopt_table(&self, table: Vec<u64>, place: ClusterRun) {
         let entries = place.len(self.geometry()) / 8;
-        assert_eq!(table.len() as u64, entries, "a refcount table of another length than its clusters");
+        assert_eq!(table.len() as u64, entries, "a refcount table that does not fill its clusters");
         let mut refcounts = lock(&self.state);
         for &raw in &table {
             if let Ok(Some(block)) = decode_table_entry(raw, self.geometry()) {
@@ -277,7 +279,7 @@ impl RefcountStore {
         *refcounts = Refcounts { table, table_offset, table_clusters, ..Refcounts::default() };
     }
 
-    /// Drops all cached refcount blocks: the disk has others now.
+    /// Drops all cached refcount blocks: those on disk have changed.
     pub(crate) fn forget_cached(&self) {
         self.cache.clear();
     }

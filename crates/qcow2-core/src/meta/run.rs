@@ -1,10 +1,10 @@
-//! Runs of host clusters, as one value: first and count are never mixed up, and no end passes 2^64.
+//! Runs of host clusters as one type, so that first and count cannot be mixed up and no end passes 2^64.
 
 use core::fmt;
 use core::ops::Range;
 use qcow2_format::{Geometry, HostOffset};
 
-/// Host clusters that follow each other; may be none.
+/// Consecutive host clusters; may be empty.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ClusterRun {
     first: u64,
@@ -15,8 +15,8 @@ impl ClusterRun {
     /// No clusters at all.
     pub(crate) const NONE: Self = Self { first: 0, count: 0 };
 
-    /// `count` clusters from number `first` on. Both are numbers of bytes divided by at least 512, so that no
-    /// content of a file makes their sum pass 2^64.
+    /// `count` clusters from cluster `first` on. Both come from byte numbers divided by at least 512, so no
+    /// file content can make their sum pass 2^64.
     pub(crate) fn new(first: u64, count: u64) -> Self {
         assert!(first.checked_add(count).is_some(), "{count} clusters from cluster {first} on");
         Self { first, count }
@@ -27,31 +27,31 @@ impl ClusterRun {
         Self::new(cluster, 1)
     }
 
-    /// The clusters from `range.start` up to, not including, `range.end`.
+    /// The clusters from `range.start` up to `range.end`, excluded.
     pub(crate) fn between(range: Range<u64>) -> Self {
         debug_assert!(range.start <= range.end, "clusters {range:?} end before they start");
         Self { first: range.start, count: range.end - range.start }
     }
 
-    /// The clusters that `len` bytes from `offset` on touch; bytes past 2^64 - 1 are left out. A table of no
-    /// bytes at a cluster touches none.
+    /// The clusters that `len` bytes at `offset` touch; bytes past 2^64 - 1 are ignored. An empty table at a
+    /// cluster boundary touches none.
     pub(crate) fn touched(geometry: &Geometry, offset: HostOffset, len: u64) -> Self {
         let first = geometry.host_cluster(offset).value();
         Self::between(first..geometry.clusters_for(offset.value().saturating_add(len)))
     }
 
-    /// [`touched`](Self::touched) for bytes that a table names: `None` where they pass 2^64 - 1.
+    /// [`touched`](Self::touched) for an unchecked range from a table: `None` if it passes 2^64 - 1.
     pub(crate) fn of_bytes(geometry: &Geometry, offset: HostOffset, len: u64) -> Option<Self> {
         let end = offset.checked_add(len)?;
         Some(Self::between(geometry.host_cluster(offset).value()..geometry.clusters_for(end.value())))
     }
 
-    /// Its first cluster; of an empty run, where it would begin.
+    /// The first cluster; for an empty run the cluster at which it would start.
     pub(crate) fn first(self) -> u64 {
         self.first
     }
 
-    /// How many clusters.
+    /// Number of clusters.
     pub(crate) fn count(self) -> u64 {
         self.count
     }
@@ -61,27 +61,27 @@ impl ClusterRun {
         self.first + self.count
     }
 
-    /// Whether there is no cluster in it.
+    /// True if it has no cluster.
     pub(crate) fn is_empty(self) -> bool {
         self.count == 0
     }
 
-    /// The numbers of its clusters.
+    /// The cluster numbers.
     pub(crate) fn clusters(self) -> Range<u64> {
         self.first..self.end()
     }
 
-    /// Where its first cluster is in the image file.
+    /// Host offset of the first cluster.
     pub(crate) fn offset(self, geometry: &Geometry) -> HostOffset {
         HostOffset::new(geometry.bytes_of(self.first))
     }
 
-    /// Bytes of its clusters.
+    /// Length in bytes.
     pub(crate) fn len(self, geometry: &Geometry) -> u64 {
         geometry.bytes_of(self.count)
     }
 
-    /// Takes `next` in where it begins right after this run; returns whether it did.
+    /// Appends `next` if it starts right behind this run. Returns true if it did.
     pub(crate) fn join(&mut self, next: Self) -> bool {
         let joins = self.end() == next.first;
         if joins {
@@ -90,7 +90,7 @@ impl ClusterRun {
         joins
     }
 
-    /// Its first `count` clusters, or all of it where it has no more.
+    /// The first `count` clusters, or all if there are fewer.
     pub(crate) fn cut(self, count: u64) -> Self {
         Self { count: self.count.min(count), ..self }
     }
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_touch_every_cluster_they_have_a_byte_in() {
+    fn a_byte_range_touches_the_clusters_of_all_its_bytes() {
         check(0, 0, Some(0..0));
         check(512, 512, Some(1..2));
         check(511, 2, Some(0..2));
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_join() {
+    fn only_adjacent_runs_join() {
         let mut run = ClusterRun::new(5, 2);
         assert!(!run.join(ClusterRun::one(8)) && run.join(ClusterRun::one(7)));
         assert_eq!((run.first(), run.count(), run.end()), (5, 3, 8));
@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "clusters from cluster")]
-    fn a_run_past_the_last_number_is_our_mistake() {
+    fn a_run_past_u64_max_panics() {
         let _ = ClusterRun::new(u64::MAX, 1);
     }
 }

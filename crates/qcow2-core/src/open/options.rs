@@ -1,4 +1,4 @@
-//! How an image is opened: what the caller decides, as values.
+//! Options for opening an image.
 
 use crate::bitmap::MAX_BITS_MEMORY;
 use crate::meta::overlap::OverlapChecks;
@@ -8,12 +8,12 @@ use crate::port::codec::ClusterCodec;
 use crate::rules::OrderingRule;
 use ::alloc::sync::Arc;
 
-/// Bytes of L2 tables kept in memory at most, by default. Origin: QEMU on Linux.
+/// Default size limit of the L2 table cache, in bytes. Origin: QEMU on Linux.
 pub const DEFAULT_L2_CACHE: u64 = 32 << 20;
-/// Bytes of refcount blocks kept in memory at most, by default.
+/// Default size of the refcount block cache, in bytes.
 pub const DEFAULT_REFCOUNT_CACHE: u64 = 4 << 20;
 
-/// The compression methods that an image may ask for.
+/// The codecs for the compression types that an image can have.
 #[derive(Clone, Default)]
 #[non_exhaustive]
 pub struct Codecs {
@@ -34,11 +34,11 @@ impl Codecs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Layers {
-    /// The data file and the whole backing chain, as the source's resolver allows.
+    /// The data file and the whole backing chain; the source's resolver opens or denies each.
     Follow,
-    /// The data file, but no backing file: bytes that this layer does not have cannot be read.
+    /// The data file, but no backing file: reading an unallocated cluster fails with `Resolve`.
     NoBacking,
-    /// Nothing: for looking at metadata. Data in an external file cannot be read.
+    /// Nothing, for looking at metadata. Data in an external data file cannot be read.
     TopOnly,
 }
 
@@ -46,35 +46,35 @@ pub enum Layers {
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct OpenOptions {
-    /// Whether changes will be made.
+    /// True to open for writing.
     pub writable: bool,
     /// Which other files are opened.
     pub layers: Layers,
-    /// The compression methods at hand; without the one an image uses, its compressed clusters cannot be
-    /// read.
+    /// The available codecs. Without the image's one, its compressed clusters cannot be read.
     pub codecs: Codecs,
-    /// Bytes of L2 tables to keep in memory; `None`: as much as covers the disk, at most
-    /// [`DEFAULT_L2_CACHE`].
+    /// Size of the L2 table cache in bytes; `None`: enough for all L2 tables, at most [`DEFAULT_L2_CACHE`].
     pub l2_cache_size: Option<u64>,
-    /// Bytes of refcount blocks to keep in memory; `None`: [`DEFAULT_REFCOUNT_CACHE`] at most.
+    /// Size of the refcount block cache in bytes; `None`: [`DEFAULT_REFCOUNT_CACHE`]. Ignored if opened for
+    /// reading.
     pub refcount_cache_size: Option<u64>,
-    /// Bytes of memory that the bits of all bitmaps may take: by default as much as the bits of the largest
-    /// bitmap and half as much. An image whose bitmaps do not fit takes no changes until some are removed.
+    /// Memory limit for the bits of all bitmaps, in bytes. Default: 1.5 times the bits of the largest
+    /// possible bitmap. If the recording bitmaps of an image do not fit, changes fail with `NoSpace` until
+    /// some are removed.
     pub bitmap_memory: u64,
-    /// Whether host clusters that become free are given back to the storage (QEMU's `pass-discard-request`).
+    /// True to discard freed host clusters in the storage (QEMU's `pass-discard-request`).
     pub discard_freed: bool,
-    /// Whether a discarded or zeroed cluster keeps its host cluster, so that writing it again takes no other
-    /// place (QEMU's `discard-no-unref`). Version 3 only.
+    /// True if a discarded or zeroed cluster keeps its host cluster, so that the next write goes to the same
+    /// host offset (QEMU's `discard-no-unref`). Version 3 only.
     pub discard_no_unref: bool,
-    /// What guest data may not be written over.
+    /// The kinds of metadata that guest data must not overwrite.
     pub overlap_checks: OverlapChecks,
-    /// Opens damaged and uncleanly closed images for writing too; for repair.
+    /// True to open images marked corrupt or dirty for writing, without recounting; for repair.
     pub for_repair: bool,
-    /// Opens encrypted images although there is no key: metadata can be seen, data can not.
+    /// True to open encrypted images without a key: metadata can be read, guest data cannot.
     pub metadata_only: bool,
-    /// Has the keys of encrypted layers.
+    /// Unlocks encrypted layers.
     pub keys: Option<Arc<dyn Keyring>>,
-    /// Switches one ordering rule off; for tests that must see the crash simulation fail.
+    /// Switches one ordering rule off, so that a test can check that the crash simulation notices.
     #[cfg(feature = "unstable-mutants")]
     pub broken_rule: Option<OrderingRule>,
 }
@@ -111,7 +111,7 @@ impl OpenOptions {
         Self { writable: true, ..Self::default() }
     }
 
-    /// These options with the compression methods at hand.
+    /// These options with these codecs.
     #[must_use]
     pub fn with_codecs(self, codecs: Codecs) -> Self {
         Self { codecs, ..self }
@@ -123,7 +123,7 @@ impl OpenOptions {
         Self { keys: Some(keys), ..self }
     }
 
-    /// These options with another answer to which files are opened besides the image.
+    /// These options with these layers opened besides the image.
     #[must_use]
     pub fn with_layers(self, layers: Layers) -> Self {
         Self { layers, ..self }

@@ -1,4 +1,4 @@
-//! Encrypting guest data, and the keys that it takes.
+//! The ports for encryption: ciphers, and the keyring that unlocks them.
 
 use super::storage::Storage;
 use alloc::boxed::Box;
@@ -7,28 +7,28 @@ use alloc::sync::Arc;
 use core::fmt;
 use qcow2_format::{CryptMethod, LuksPointer};
 
-/// Bytes that are encrypted as one unit. Spec: "Data encryption".
+/// The unit of encryption in bytes. Spec: "Data encryption".
 pub const CIPHER_SECTOR: u64 = 512;
 
-/// Which number a sector is encrypted under. Spec: "Data encryption".
+/// The sector number that goes into the encryption of a sector. Spec: "Data encryption".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SectorNumbering {
     /// Guest offset / 512: the old AES method.
     Guest,
-    /// Host offset / 512, in the file that holds the data: LUKS. Moved bytes must be encrypted anew.
+    /// Host offset / 512, in the file that holds the data: LUKS. Bytes that move must be encrypted again.
     Host,
 }
 
-/// A cipher with its key. Holds no state besides; usable from any number of threads.
+/// A cipher with its key. It has no other state; any number of threads may use it concurrently.
 pub trait ClusterCipher: Send + Sync {
-    /// Which numbers the sectors have.
+    /// How sectors are numbered.
     fn numbering(&self) -> SectorNumbering;
 
     /// Encrypts whole sectors in place. `data`: a multiple of 512 bytes; its sectors have the numbers
     /// `first_sector`, `first_sector + 1`, and so on.
     fn encrypt(&self, first_sector: u64, data: &mut [u8]);
 
-    /// Undoes [`encrypt`](Self::encrypt).
+    /// The reverse of [`encrypt`](Self::encrypt).
     fn decrypt(&self, first_sector: u64, data: &mut [u8]);
 }
 
@@ -36,20 +36,20 @@ pub trait ClusterCipher: Send + Sync {
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct EncryptedLayer<'a> {
-    /// How many layers stand on this one; 0 is the image itself.
+    /// The number of overlays above this layer; 0 is the image itself.
     pub depth: usize,
-    /// Its name for messages, as resolved.
+    /// Its resolved name, for messages.
     pub name: &'a str,
-    /// How it is encrypted.
+    /// The encryption method.
     pub method: CryptMethod,
-    /// Where its encryption header is; LUKS only.
+    /// Offset and length of its encryption header; LUKS only.
     pub luks: Option<LuksPointer>,
     /// The file with the encryption header.
     pub storage: &'a dyn Storage,
 }
 
 impl<'a> EncryptedLayer<'a> {
-    /// The layer `name` with `depth` others on it, encrypted by `method` with its header at `luks` in
+    /// The layer `name` with `depth` overlays above it, encrypted with `method`, its header at `luks` in
     /// `storage`.
     pub fn new(
         (depth, name): (usize, &'a str),
@@ -61,13 +61,13 @@ impl<'a> EncryptedLayer<'a> {
     }
 }
 
-/// Has the secrets of encrypted layers. The engine never sees one.
+/// Unlocks encrypted layers. The engine never sees a password or key, only the cipher.
 pub trait Keyring: Send + Sync {
-    /// The cipher that `layer` needs. Disk: may read its encryption header.
+    /// The cipher for `layer`. Disk: may read its encryption header.
     fn unlock(&self, layer: &EncryptedLayer<'_>) -> Result<Arc<dyn ClusterCipher>, UnlockError>;
 }
 
-/// A layer that stays locked: no secret, a wrong one, or a damaged encryption header.
+/// A layer that could not be unlocked: no secret, a wrong one, or a damaged encryption header.
 #[derive(Debug)]
 pub struct UnlockError {
     message: String,
@@ -75,7 +75,7 @@ pub struct UnlockError {
 }
 
 impl UnlockError {
-    /// `message` says why, and never what the secret is.
+    /// `message`: the reason. It must not contain the secret.
     pub fn new(message: impl Into<String>) -> Self {
         Self { message: message.into(), source: None }
     }

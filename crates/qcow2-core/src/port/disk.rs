@@ -1,4 +1,4 @@
-//! What a machine sees: a disk of a given size.
+//! The port for guest disks: what a machine sees.
 
 use super::storage::ZeroMode;
 use crate::error::Result;
@@ -9,25 +9,25 @@ use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 /// How one layer stores a run of guest bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentState {
-    /// Not allocated in this layer: the bytes come from the layer below, or are zeroes without one (or past
-    /// its end).
+    /// Not allocated in this layer: the bytes come from the backing file, or are zeroes without one and past
+    /// its end.
     Unallocated,
-    /// The bytes are zeroes. `host`: the place assigned to them all the same (a preallocated zero cluster).
+    /// The bytes are zeroes.
     Zero {
-        /// Where the run would be stored, if a place is assigned.
+        /// The host offset, if clusters are allocated all the same (preallocated zero clusters).
         host: Option<HostOffset>,
     },
-    /// The bytes are stored as they are. `host`: where, in the file that holds this layer's data; `None`
-    /// where the stored bytes are not the guest's (encrypted).
+    /// The bytes are stored uncompressed.
     Data {
-        /// Where the run is stored.
+        /// The host offset, in the file that holds this layer's data; `None` if the data is encrypted.
         host: Option<HostOffset>,
     },
     /// The bytes are stored compressed.
     Compressed,
 }
 
-/// A run of guest bytes with one state; where there is a host offset, it runs on with the guest offset.
+/// A run of guest bytes with one state. If the state has a host offset, the whole run is contiguous in the
+/// file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskExtent {
     /// Bytes in the run, at least 1.
@@ -36,28 +36,28 @@ pub struct DiskExtent {
     pub state: ExtentState,
 }
 
-/// A disk as a machine sees it: a qcow2 image, a raw file, zeroes. Any number of threads may use it at once.
+/// A disk as a machine sees it: a qcow2 image, a raw file, a null device. Any number of threads may use it
+/// concurrently.
 ///
 /// Ranges must lie inside `size()`; any alignment is allowed. Errors: `OutOfRange` for a range past the end,
-/// `ReadOnly` for a change to a disk opened for reading, `Storage`, `Corrupt`, `Poisoned` after a failed
-/// metadata write.
+/// `ReadOnly` for a change to a disk opened for reading, `NoSpace`, `Storage`, `Corrupt`, `Poisoned` after a
+/// failed metadata write.
 pub trait GuestDisk: Send + Sync {
-    /// Bytes of the disk.
+    /// The size of the disk in bytes.
     fn size(&self) -> u64;
 
-    /// Fills `buf` with the bytes from `offset` on, through all layers below.
+    /// Fills `buf` with the bytes at `offset`; unallocated bytes come from the backing chain.
     fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()>;
 
-    /// Writes `buf` from `offset` on. Durable after the next [`flush`](Self::flush).
+    /// Writes `buf` at `offset`. Durable after the next [`flush`](Self::flush).
     ///
-    /// Where the storage is full (`Storage`, [`NoSpace`](crate::StorageErrorKind::NoSpace) below) a first
-    /// part may be written and nothing else is lost: a qcow2 image goes on, and the same write succeeds when
-    /// there is room.
+    /// If the storage is full (`NoSpace`) a first part may be written. A qcow2 image stays usable, and the
+    /// same write succeeds once there is space.
     fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()>;
 
-    /// Writes each part at its offset, in any order if they do not overlap. A qcow2 image does it in fewer
-    /// and longer writes to its file where the parts ascend and have their clusters to themselves. Errors: as
-    /// of [`write_at`](Self::write_at) for one of the parts; any of them may be written then.
+    /// Writes each part at its offset, in any order if they do not overlap. A qcow2 image needs fewer and
+    /// longer writes to its file if the parts ascend and no two touch the same cluster. Errors: as
+    /// [`write_at`](Self::write_at); any of the parts may be written then.
     fn write_parts(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
         parts.iter().try_for_each(|(offset, buf)| self.write_at(*offset, buf))
     }
@@ -65,40 +65,38 @@ pub trait GuestDisk: Send + Sync {
     /// Makes `range` read as zeroes.
     fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()>;
 
-    /// Says that the content of `range` no longer matters; whole clusters of it then read as zeroes (or,
-    /// where that cannot be recorded, as before).
+    /// Discards `range`: its content no longer matters. Whole clusters read as zeroes afterwards, or as
+    /// before if the disk cannot record that.
     fn discard(&self, range: GuestRange) -> Result<()>;
 
-    /// Returns when every change whose call returned before this one is durable.
+    /// Makes all changes durable whose calls returned before this one.
     fn flush(&self) -> Result<()>;
 
-    /// How this layer alone stores the bytes from `range.start()` on: a run of at most `range.len()` bytes,
-    /// as long as is cheap to find out. `range` must not be empty.
+    /// How this layer alone stores the bytes at `range.start()`: a run of 1 to `range.len()` bytes. The run
+    /// may be shorter than possible if finding its end is expensive. `range` must not be empty.
     fn extent_at(&self, range: GuestRange) -> Result<DiskExtent>;
 
-    /// The layer below, whose bytes show through where this one has none allocated.
+    /// The backing file, which unallocated bytes are read from.
     fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
         None
     }
 
-    /// Bytes that are best changed together (the cluster size), a power of two; 0 where it makes no
-    /// difference.
+    /// The preferred unit of changes in bytes (the cluster size), a power of two; 0 if there is none.
     fn cluster_size(&self) -> u64 {
         0
     }
 
-    /// Bytes that can be unallocated or zero on their own (the subcluster size), a power of two.
+    /// The smallest unit in bytes that can be unallocated or zero (the subcluster size), a power of two.
     fn zero_granularity(&self) -> u64 {
         512
     }
 
-    /// The disk itself, for callers that know kinds of disks: `disk.as_image()` and `disk.as_raw()` downcast
-    /// it. A wrapper through which the inner disk may be used directly returns the inner disk's. The default:
-    /// `None`, a disk of no known kind.
+    /// The disk itself, for downcasts: `disk.as_image()` and `disk.as_raw()` use it. A wrapper that callers
+    /// may bypass returns the inner disk's. Default: `None`, a disk of no known kind.
     fn as_any(&self) -> Option<&dyn Any> {
         None
     }
 
-    /// Makes the disk `size` bytes. Errors: `Unsupported` where this kind of disk cannot.
+    /// Makes the disk `size` bytes long. Errors: `Unsupported` if this kind of disk has a fixed size.
     fn resize(&self, size: u64) -> Result<()>;
 }

@@ -1,9 +1,8 @@
-//! Steps of the engine, for tests that inject faults or stop requests at chosen moments.
+//! Steps of the engine, for tests that inject faults or suspend requests at chosen steps.
 
-/// A step of the engine, named as QEMU's `blkdebug` names it. It is reported right before the step's storage
-/// call.
+/// A step of the engine, with the name of QEMU's `blkdebug`. Reported right before the step's storage call.
 ///
-/// Not every step that QEMU has is one here: what this engine never does is known by name, and never
+/// This engine does not have all of QEMU's steps: the others are known by name ([`Event::Foreign`]) and never
 /// reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -22,11 +21,11 @@ pub enum Event {
     L2Update,
     /// A new L2 table is written.
     L2AllocWrite,
-    /// The L2 table that a new one is a copy of is read.
+    /// A shared L2 table is read to be copied.
     L2AllocCowRead,
     /// Guest bytes are read.
     ReadAio,
-    /// Guest bytes are read from the layer below.
+    /// Guest bytes are read from the backing file.
     ReadBackingAio,
     /// A compressed cluster is read.
     ReadCompressed,
@@ -34,9 +33,9 @@ pub enum Event {
     WriteAio,
     /// A compressed cluster is written.
     WriteCompressed,
-    /// The edges of a partly written cluster are read.
+    /// Copy-on-write edges are read.
     CowRead,
-    /// The edges of a partly written cluster are written.
+    /// Copy-on-write edges are written.
     CowWrite,
     /// The refcount table is read.
     ReftableLoad,
@@ -46,17 +45,17 @@ pub enum Event {
     RefblockLoad,
     /// A part of a refcount block is written.
     RefblockUpdatePart,
-    /// A refcount block is made.
+    /// A refcount block is allocated.
     RefblockAlloc,
     /// A larger refcount table is written.
     RefblockAllocWriteTable,
     /// The header is switched to a larger refcount table.
     RefblockAllocSwitchTable,
-    /// Clusters are looked for.
+    /// Clusters are allocated.
     ClusterAlloc,
-    /// Clusters are given back.
+    /// Clusters are freed.
     ClusterFree,
-    /// Changed tables are handed to the storage.
+    /// A flush starts to write changed tables.
     FlushToOs,
     /// The storage is flushed.
     FlushToDisk,
@@ -71,7 +70,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// Every name, those of steps that this engine does not have included.
+    /// All of `blkdebug`'s names, also of steps that this engine does not have.
     pub const NAMES: [&'static str; 48] = [
         "l1_update",
         "l1_grow_alloc_table",
@@ -123,7 +122,7 @@ impl Event {
         "none",
     ];
 
-    /// The event called `name`; `None` for a name that is not known.
+    /// The event with this name; `None` for an unknown name.
     ///
     /// ```
     /// use qcow2_core::Event;
@@ -167,10 +166,9 @@ impl Event {
     }
 }
 
-/// Observes the engine's steps. A storage that is to be observed hands one out by
-/// [`Storage::events`](crate::Storage::events).
+/// Observes the engine's steps on a storage that returns it from [`Storage::events`](crate::Storage::events).
 pub trait Events: Send + Sync {
-    /// The engine is about to make this step. May take as long as it likes: the request waits.
+    /// Called before the step; the request waits until it returns.
     fn event(&self, event: Event);
 }
 
@@ -179,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_name_is_its_own_event() {
+    fn every_name_parses_to_a_different_event() {
         let mut events: ::alloc::vec::Vec<_> = Event::NAMES.iter().filter_map(|n| Event::parse(n)).collect();
         assert_eq!(events.len(), Event::NAMES.len());
         events.sort_unstable();

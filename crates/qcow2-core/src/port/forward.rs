@@ -1,20 +1,20 @@
-//! The rest of a storage that wraps another one.
+//! A macro for storages that wrap another one.
 
 #[doc(hidden)]
 pub use alloc::sync::Arc;
 
-/// Writes the [`Storage`](crate::Storage) methods named, each handing over to the field named first. For
+/// Implements the named [`Storage`](crate::Storage) methods by calling the same method of a field. For
 /// storages that wrap another one and change some of its calls.
 ///
-/// The methods are named one by one and not "all but these": a wrapper that is to see, limit or delay every
-/// byte must not let a method through that the port gets later. One that is not named and not written has the
-/// port's own body, which may be slower and is never wrong.
+/// The wrapper lists the methods to forward, not the exceptions: a wrapper that observes, limits or delays
+/// all I/O must not forward a method that is added to the trait later. A method that is neither forwarded nor
+/// written has the trait's default body, which may be slower and is never wrong.
 ///
 /// ```
 /// use qcow2_core::{HostOffset, Storage, StorageError, StorageErrorKind, ZeroMode, forward_storage};
 /// use std::sync::Arc;
 ///
-/// /// Takes no change.
+/// /// Refuses all changes.
 /// struct ReadOnly {
 ///     inner: Arc<dyn Storage>,
 /// }

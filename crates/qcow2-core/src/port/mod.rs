@@ -1,4 +1,4 @@
-//! The ports: what the engine asks of the world, and what it offers to it.
+//! The ports: traits through which the engine does I/O, and which it implements for its callers.
 
 pub mod cipher;
 pub mod codec;

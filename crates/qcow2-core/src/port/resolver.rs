@@ -1,4 +1,4 @@
-//! Turning a name found inside an image into an opened source, or refusing to.
+//! The port for names found inside an image: opens them, or refuses to.
 
 use super::storage::Storage;
 use alloc::boxed::Box;
@@ -6,7 +6,7 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use core::fmt;
 
-/// How the bytes of a source are to be understood.
+/// The format of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ImageFormat {
@@ -16,12 +16,12 @@ pub enum ImageFormat {
     Qcow2,
     /// A LUKS container.
     Luks,
-    /// Something that this toolkit knows by name only.
+    /// A format that this toolkit does not implement.
     Other(String),
 }
 
 impl ImageFormat {
-    /// The format called `name`, as users and images write it.
+    /// The format with this name, as users write it and images record it.
     ///
     /// ```
     /// use qcow2_core::ImageFormat;
@@ -48,63 +48,62 @@ impl ImageFormat {
     }
 }
 
-/// A name that an image gives.
+/// A name in an image's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reference<'a> {
-    /// Its backing file, with the format recorded beside it. Names are bytes in the image; these are UTF-8
-    /// with broken sequences replaced.
+    /// The backing file. Names in images are bytes; here invalid UTF-8 sequences are replaced.
     Backing {
-        /// The name as it stands in the image.
+        /// The name in the header.
         name: &'a str,
-        /// The recorded format; `None` asks the resolver to probe, if it dares.
+        /// The recorded format. If `None`, the resolver may probe the format or refuse.
         format: Option<&'a str>,
     },
-    /// Its external data file: always raw bytes, always a plain file name.
+    /// The external data file: always raw, always a plain file name.
     DataFile {
-        /// The name as it stands in the image.
+        /// The name in the header.
         name: &'a str,
     },
 }
 
-/// What makes two openings the same source; used to find loops in a backing chain.
+/// The identity of a source: equal for two opens of the same file. Used to find loops in a backing chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SourceId {
-    /// The device the file is on, or any number for sources that are not files.
+    /// The file's device number; any number for sources that are not files.
     pub device: u64,
-    /// The file's number on that device.
+    /// The file's inode number on that device.
     pub file: u64,
 }
 
-/// An opened source. A clone is the same source again: it shares the storage.
+/// An opened source. Clones share the storage.
 #[derive(Clone)]
 pub struct ResolvedSource {
-    /// Its bytes, opened for reading, or for writing too where that was asked for.
+    /// Its bytes, opened for reading, and for writing if requested.
     pub storage: Arc<dyn Storage>,
-    /// How to understand them.
+    /// The format of the bytes.
     pub format: ImageFormat,
-    /// Its name for messages, as resolved.
+    /// Its resolved name, for messages.
     pub name: String,
-    /// Its identity, where it has one.
+    /// Its identity, if known.
     pub id: Option<SourceId>,
-    /// Resolves the names that this source gives in turn (relative to its own place).
+    /// Resolves the names in this source's own header, relative to this source.
     pub resolver: Arc<dyn Resolver>,
 }
 
 impl ResolvedSource {
-    /// The source `name` in `storage`, which is of `format`; it has no identity and opens no name that it
-    /// gives.
+    /// A source with this storage, format and name, without an identity. Its resolver is [`NoResolver`]:
+    /// names in its header are not opened.
     pub fn new(storage: Arc<dyn Storage>, format: ImageFormat, name: impl Into<String>) -> Self {
         Self { storage, format, name: name.into(), id: None, resolver: Arc::new(NoResolver) }
     }
 
-    /// This source with an identity, by which loops in a backing chain are found.
+    /// This source with an identity, for finding loops in a backing chain.
     #[must_use]
     pub fn with_id(self, id: Option<SourceId>) -> Self {
         Self { id, ..self }
     }
 
-    /// This source with another resolver for the names that it gives.
+    /// This source with another resolver for the names in its header.
     #[must_use]
     pub fn with_resolver(self, resolver: Arc<dyn Resolver>) -> Self {
         Self { resolver, ..self }
@@ -142,7 +141,7 @@ impl ResolveError {
         self
     }
 
-    /// Whether policy, not failure, was the reason.
+    /// True if a policy denied the name; false if opening it failed.
     pub fn is_denied(&self) -> bool {
         self.denied
     }
@@ -162,13 +161,13 @@ impl core::error::Error for ResolveError {
 
 /// Opens names found inside an image. The engine never opens one itself.
 pub trait Resolver: Send + Sync {
-    /// Opens what `reference` names, relative to the image this resolver belongs to. `writable`: whether
-    /// changes will be made. The engine itself asks so for data files of images open for writing only; commit
-    /// asks so for the backing file that it writes to, and for no other.
+    /// Opens `reference`, relative to the image that this resolver belongs to. `writable`: true to open for
+    /// writing. The engine passes true only for the data file of an image that is open for writing; commit
+    /// passes true for the backing file that it writes to.
     fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError>;
 }
 
-/// Opens nothing: the choice for whoever only looks at an image.
+/// Refuses every name: for programs that only inspect an image.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoResolver;
 

@@ -1,4 +1,4 @@
-//! The bytes an image lives in.
+//! The port for the bytes of an image file.
 
 use super::event::Events;
 use alloc::boxed::Box;
@@ -8,17 +8,17 @@ use core::any::Any;
 use core::fmt;
 use qcow2_format::HostOffset;
 
-/// What kind of trouble a storage had.
+/// The kind of a storage error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StorageErrorKind {
     /// The device or file failed.
     Io,
-    /// There is no room left.
+    /// No space is left.
     NoSpace,
     /// The storage was opened for reading only.
     ReadOnly,
-    /// This storage cannot do what was asked, on any range.
+    /// This storage does not have the operation, for any range.
     Unsupported,
     /// Past the end of a storage that cannot grow, or past 2^63 - 1.
     OutOfRange,
@@ -51,12 +51,12 @@ impl StorageError {
         self
     }
 
-    /// What kind of trouble it was.
+    /// The kind of the error.
     pub fn kind(&self) -> StorageErrorKind {
         self.kind
     }
 
-    /// The operating system's error number, where there was one.
+    /// The operating system's error number, if there was one.
     pub fn os_code(&self) -> Option<i32> {
         self.os_code
     }
@@ -74,12 +74,12 @@ impl core::error::Error for StorageError {
     }
 }
 
-/// How zeroes may be written.
+/// What writing zeroes may do with the space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ZeroMode {
-    /// The range stays backed by space, so that a later write cannot run out of room.
+    /// The range stays allocated, so that a later write cannot run out of space.
     KeepAllocated,
-    /// The space may be given back.
+    /// The space may be deallocated.
     MayUnmap,
 }
 
@@ -88,20 +88,20 @@ pub enum ZeroMode {
 pub struct StorageExtent {
     /// Bytes in the run, at least 1.
     pub len: u64,
-    /// Whether the run may hold something else than zeroes. `false` promises zeroes.
+    /// False if the run is a hole, which reads as zeroes. True if it may have nonzero bytes.
     pub data: bool,
 }
 
-/// What a storage wants of its callers, and what it promises.
+/// Properties of a storage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Offsets and lengths that are multiples of this (a power of two) are served without a detour. Others
-    /// are served too: an adapter that cannot do them natively buffers them itself.
+    /// The alignment of offsets and lengths for the fast path, a power of two. Other requests work too: an
+    /// adapter that cannot do them natively goes through a buffer.
     pub alignment: u32,
-    /// Whether a write past the end makes the storage longer.
+    /// True if a write past the end makes the storage longer.
     pub growable: bool,
-    /// Whether [`Storage::write_zeroes`] is cheaper than writing zeroes.
+    /// True if [`Storage::write_zeroes`] is cheaper than writing zeroes.
     pub fast_zeroes: bool,
 }
 
@@ -111,28 +111,32 @@ impl Default for Limits {
     }
 }
 
-/// The bytes an image lives in: a file, a block device, memory, or a wrapper around another storage.
+/// The bytes of an image file: a file, a block device, memory, or a wrapper around another storage.
 ///
-/// Blocking, positional, usable from any number of threads. Calls on disjoint ranges never influence each
-/// other; of overlapping concurrent writes the result per 512-byte sector is that of one of them. Nothing is
-/// durable before [`flush`](Self::flush) returns.
+/// Calls block, have explicit offsets, and may come from any number of threads concurrently. Calls on
+/// disjoint ranges do not affect each other. After overlapping concurrent writes each 512-byte sector has the
+/// bytes of one of them.
+///
+/// For crash safety the engine assumes: after a crash a 512-byte sector has its old or its new bytes, never a
+/// mix; of the writes since the last [`flush`](Self::flush) any subset may be on the medium; everything
+/// before a successful flush is.
 pub trait Storage: Send + Sync {
-    /// Bytes that may be read; reading at or after it gives nothing.
+    /// The length in bytes. Reading at or past it returns no bytes.
     fn len(&self) -> Result<u64, StorageError>;
 
-    /// Whether the storage has no byte.
+    /// True if the length is 0.
     fn is_empty(&self) -> Result<bool, StorageError> {
         Ok(self.len()? == 0)
     }
 
-    /// Fills `buf` from `offset` on. Returns how many bytes were read: fewer than `buf.len()` only at the
+    /// Reads into `buf` at `offset`. Returns the number of bytes read: fewer than `buf.len()` only at the
     /// end.
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError>;
 
-    /// Writes all of `buf`; makes a growable storage longer, the gap before `offset` reading as zeroes.
+    /// Writes all of `buf` at `offset`. Grows a growable storage; the gap before `offset` reads as zeroes.
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError>;
 
-    /// Writes the buffers one after the other as one run from `offset` on. The default writes each in turn.
+    /// Writes the buffers one after the other at `offset`. Default: one write for each.
     fn write_vectored_at(&self, offset: HostOffset, bufs: &[&[u8]]) -> Result<(), StorageError> {
         let mut at = offset;
         for buf in bufs {
@@ -144,53 +148,53 @@ pub trait Storage: Send + Sync {
         Ok(())
     }
 
-    /// Makes `len` bytes from `offset` read as zeroes, growing a growable storage. Never `Unsupported`: an
-    /// adapter without a faster way writes zeroes.
+    /// Makes `len` bytes at `offset` read as zeroes. Grows a growable storage. Never fails with
+    /// `Unsupported`: an adapter without a faster way writes zeroes.
     fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError>;
 
-    /// Gives space back; a hint. Afterwards the range reads as zeroes or as before. Never past the end.
+    /// Deallocates space; a hint. The range reads as zeroes or as before afterwards. It never passes the end.
     fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError>;
 
-    /// Reserves space for `len` bytes from `offset` and makes the storage at least that long; content does
-    /// not change and new bytes read as zeroes. Errors: `NoSpace`; `Unsupported` where space cannot be
-    /// reserved.
+    /// Reserves space for `len` bytes at `offset` and makes the storage at least that long. Content does not
+    /// change; new bytes read as zeroes. Errors: `NoSpace`; `Unsupported` if the storage cannot reserve
+    /// space.
     fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError>;
 
-    /// Cuts the storage or makes it longer; new bytes read as zeroes. Errors: `Unsupported` on a fixed-size
-    /// device (unless `len` is its length already).
+    /// Truncates or extends the storage to `len` bytes; new bytes read as zeroes. Errors: `Unsupported` on a
+    /// device of fixed size, unless `len` is its length already.
     fn set_len(&self, len: u64) -> Result<(), StorageError>;
 
-    /// Returns when everything written by calls that returned before this one is durable, and so is the
+    /// A barrier: makes everything durable that was written by calls that returned before this one, and the
     /// length.
     fn flush(&self) -> Result<(), StorageError>;
 
-    /// The run that starts at `offset`, cut at `len` bytes; `offset + len` must not pass the end and `len`
-    /// must not be 0. The default calls everything data, which is merely slower.
+    /// The data or hole at `offset`, at most `len` bytes of it. `offset + len` must not pass the end; `len`
+    /// must not be 0. Default: everything is data, which is correct and slower.
     fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
         let _ = offset;
         Ok(StorageExtent { len, data: true })
     }
 
-    /// Wishes and promises of this storage.
+    /// The properties of this storage.
     fn limits(&self) -> Limits {
         Limits::default()
     }
 
-    /// Bytes of real space used ("disk size"), where that is known.
+    /// Bytes of space that the storage uses ("disk size"); `None` if unknown.
     fn used_bytes(&self) -> Result<Option<u64>, StorageError> {
         Ok(None)
     }
 
-    /// Who wants to be told of the engine's steps on this storage, if anybody does. The default: nobody.
+    /// An observer of the engine's steps on this storage, for fault injection in tests. Default: `None`.
     fn events(&self) -> Option<Arc<dyn Events>> {
         None
     }
 
-    /// Copies `len` bytes from `from` of `source` to `offset` without their passing through the program: the
-    /// system does it, or makes both files share the space. All of the source's range must lie before its
-    /// end; a growable storage grows. After an error the range may hold anything, and nothing was lost but
-    /// time: whoever asked reads and writes instead, and learns which of both fails. Errors: `Unsupported`
-    /// where these two storages cannot (the default); `ReadOnly`; the system's own.
+    /// Copy offload: the system copies `len` bytes at `from` in `source` to `offset` in this storage, or
+    /// makes both files share the space. The range must lie before the end of `source`; a growable storage
+    /// grows. After an error the target range may hold anything; the caller then copies with reads and
+    /// writes, which also shows which side fails. Errors: `Unsupported` if these two storages cannot do it
+    /// (the default); `ReadOnly`; errors of the system.
     fn copy_from(
         &self,
         source: &dyn Storage,
@@ -199,16 +203,16 @@ pub trait Storage: Send + Sync {
         len: u64,
     ) -> Result<(), StorageError> {
         let _ = (source, from, offset, len);
-        Err(StorageError::new(StorageErrorKind::Unsupported, "this storage copies nothing by itself"))
+        Err(StorageError::new(StorageErrorKind::Unsupported, "this storage has no copy offload"))
     }
 
-    /// What an adapter of the same kind looks for in the source of [`copy_from`](Self::copy_from): its own
-    /// type. `None` (the default) where every byte has to be read through this storage.
+    /// The storage itself for downcasts: [`copy_from`](Self::copy_from) of an adapter looks for its own type
+    /// in the source. Default: `None`: every byte has to be read through this storage.
     fn copy_source(&self) -> Option<&dyn Any> {
         None
     }
 
-    /// Fills `buf` like [`read_at`](Self::read_at); bytes past the end become zeroes.
+    /// Fills all of `buf` like [`read_at`](Self::read_at); bytes past the end are zeroes.
     fn read_padded(&self, offset: HostOffset, buf: &mut [u8]) -> Result<(), StorageError> {
         let n = self.read_at(offset, buf)?;
         buf[n..].fill(0);

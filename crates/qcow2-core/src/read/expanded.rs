@@ -1,6 +1,6 @@
-//! A few expanded clusters, so that small reads of one compressed cluster expand it once.
+//! A small cache of expanded clusters, so that small reads of one compressed cluster expand it once.
 //!
-//! Invariant: a stream's bytes are forgotten before its place in the file can be used again.
+//! Invariant: the cache is cleared before the host clusters of a stream can be reused.
 
 use crate::sync::{Mutex, Rank, lock};
 use ::alloc::sync::Arc;
@@ -12,7 +12,7 @@ const PER_SHARD: usize = 4;
 
 type Kept = (CompressedCluster, Arc<Vec<u8>>);
 
-/// Expanded clusters by the stream they came from; at most 32 of them.
+/// At most 32 expanded clusters, by host offset and length of the stream.
 #[derive(Debug)]
 pub(crate) struct ExpandedClusters {
     shards: [Mutex<Vec<Kept>>; SHARDS],
@@ -30,13 +30,13 @@ impl ExpandedClusters {
         &self.shards[hash as usize % SHARDS]
     }
 
-    /// The expanded bytes of `stream`, if they are kept.
+    /// The expanded bytes of `stream`, if cached.
     pub(crate) fn find(&self, stream: CompressedCluster) -> Option<Arc<Vec<u8>>> {
         let kept = lock(self.shard(stream));
         kept.iter().find(|(s, _)| *s == stream).map(|(_, bytes)| Arc::clone(bytes))
     }
 
-    /// Keeps `bytes` as what `stream` expands to.
+    /// Caches `bytes`, the expanded `stream`.
     pub(crate) fn keep(&self, stream: CompressedCluster, bytes: Vec<u8>) {
         let mut kept = lock(self.shard(stream));
         kept.retain(|(s, _)| *s != stream);
@@ -44,10 +44,10 @@ impl ExpandedClusters {
             kept.remove(0);
         }
         kept.push((stream, Arc::new(bytes)));
-        debug_assert!(kept.len() <= PER_SHARD, "more expanded clusters are kept than there is room for");
+        debug_assert!(kept.len() <= PER_SHARD, "the cache of expanded clusters exceeds its limit");
     }
 
-    /// Forgets everything: places in the file are about to be used again.
+    /// Empties the cache. Called before host clusters are freed.
     pub(crate) fn clear(&self) {
         for shard in &self.shards {
             lock(shard).clear();
@@ -55,7 +55,7 @@ impl ExpandedClusters {
     }
 }
 
-/// Byte buffers that are used again and again.
+/// A pool of byte buffers.
 #[derive(Debug)]
 pub(crate) struct Scratch {
     buffers: Mutex<Vec<Vec<u8>>>,
@@ -68,7 +68,7 @@ impl Default for Scratch {
 }
 
 impl Scratch {
-    /// A buffer of at least `len` bytes of any content.
+    /// A buffer of at least `len` bytes, with arbitrary content.
     pub(crate) fn take(&self, len: usize) -> Vec<u8> {
         let mut buffer = lock(&self.buffers).pop().unwrap_or_default();
         if buffer.len() < len {
@@ -77,14 +77,14 @@ impl Scratch {
         buffer
     }
 
-    /// A buffer of exactly `len` bytes of any content.
+    /// A buffer of exactly `len` bytes, with arbitrary content.
     pub(crate) fn take_exact(&self, len: usize) -> Vec<u8> {
         let mut buffer = self.take(len);
         buffer.truncate(len);
         buffer
     }
 
-    /// Gives a buffer back.
+    /// Returns a buffer to the pool.
     pub(crate) fn give(&self, buffer: Vec<u8>) {
         let mut buffers = lock(&self.buffers);
         if buffers.len() < 64 {

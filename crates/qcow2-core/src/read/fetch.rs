@@ -1,4 +1,4 @@
-//! Extents to bytes, through the ports.
+//! From extents to bytes: reads through the ports.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -12,7 +12,7 @@ use qcow2_format::l2::CompressedCluster;
 use qcow2_format::{GuestOffset, GuestRange};
 
 impl Image {
-    /// Fills `buf` with guest bytes from `offset` on, through this layer and those below. The caller has
+    /// Fills `buf` with the guest bytes at `offset`, from this layer and its backing chain. The caller has
     /// checked the range and runs inside an operation.
     pub(crate) fn read_range(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
         let (mut at, mut rest) = (offset.value(), buf);
@@ -40,7 +40,7 @@ impl Image {
         Ok(())
     }
 
-    /// Bytes that this layer does not have: from the backing file as far as it goes, then zeroes.
+    /// Reads unallocated bytes: from the backing file up to its end, then zeroes.
     fn read_backing(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
         let Some(backing) = &self.backing else {
             if self.backing_unopened {
@@ -81,7 +81,8 @@ impl Image {
     fn expand(&self, offset: GuestOffset, stream: CompressedCluster, cluster: &mut [u8]) -> Result<()> {
         debug_assert_eq!(cluster.len() as u64, self.file.geometry().cluster_size());
         let codec = self.codec()?;
-        // A stream never needs more than its cluster and a sector; what the entry claims beyond is not read.
+        // The entry gives the length in whole sectors, and a hostile one far too many. A valid stream needs
+        // at most its cluster and a sector; the rest of the limit is slack.
         let limit = 2 * self.file.geometry().cluster_size() + SECTOR_SIZE;
         let len = stream.len.min(limit) as usize;
         let mut bytes = self.scratch.take(len);
@@ -100,7 +101,7 @@ impl Image {
         result
     }
 
-    /// Whether `range` is known to read as zeroes without looking at data.
+    /// True if the tables of this layer and the chain show that `range` reads as zeroes. Reads no data.
     pub(crate) fn reads_zero(&self, range: GuestRange) -> Result<bool> {
         let (mut at, end) = (range.start().value(), range.end().value());
         while at < end {
@@ -118,7 +119,7 @@ impl Image {
         Ok(true)
     }
 
-    /// Whether `len` bytes from `offset` on read as zeroes from the layer below.
+    /// True if the tables of the backing chain show that `len` bytes at `offset` read as zeroes there.
     pub(crate) fn backing_reads_zero(&self, offset: u64, len: u64) -> Result<bool> {
         let Some(backing) = &self.backing else { return Ok(!self.backing_unopened) };
         let end = backing.size().min(offset.saturating_add(len));

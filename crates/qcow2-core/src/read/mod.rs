@@ -1,4 +1,4 @@
-//! Where guest bytes are, and how they come from there.
+//! Guest reads: from a guest range to extents, from extents to bytes.
 
 pub(crate) mod expanded;
 pub(crate) mod fetch;

@@ -1,32 +1,32 @@
-//! Guest range to extents: pure decisions on table entries.
+//! From a guest range to runs: pure functions of L2 entries.
 //!
-//! Invariant I8 begins here: every guest byte is in exactly one run, and a run says where it lives.
+//! Invariant I8 starts here: every guest byte is in exactly one run.
 
 use qcow2_format::l2::{ClusterEntry, CompressedCluster, L2Entry, L2Format, SubclusterState};
 use qcow2_format::{FormatError, GuestOffset, HostOffset};
 
-/// Where a run of guest bytes lives.
+/// How a run of guest bytes is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     /// Not in this layer.
     Unallocated,
-    /// Zeroes; `host` is the place kept for them, if any.
+    /// Zeroes. `host`: the host offset allocated for them, if any.
     Zero { host: Option<HostOffset> },
-    /// At `host`; `copied`: this image alone refers to it, so that it may be written in place.
+    /// Data at `host`. `copied`: the copied flag is set, so that it may be written in place.
     Data { host: HostOffset, copied: bool },
-    /// Inside a compressed stream; the run never passes the end of its cluster.
+    /// Part of a compressed cluster; the run ends with the cluster at the latest.
     Compressed(CompressedCluster),
 }
 
-/// A run of guest bytes that live in one place.
+/// A run of guest bytes that are stored alike and, with a host offset, contiguously.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
     pub(crate) len: u64,
     pub(crate) place: Place,
 }
 
-/// The longest run from `offset` on, at most `max_len` bytes. `entry(i)` gives the `i`-th L2 entry counted
-/// from the one that maps `offset`; `entries` of them may be asked for.
+/// The longest run at `offset`, at most `max_len` bytes. `entry(i)` is the `i`-th L2 entry counted from the
+/// one that maps `offset`; `i` is below `entries`.
 pub(crate) fn resolve_run(
     format: &L2Format,
     offset: GuestOffset,
@@ -34,7 +34,7 @@ pub(crate) fn resolve_run(
     entries: u64,
     mut entry: impl FnMut(u64) -> Result<L2Entry, FormatError>,
 ) -> Result<Run, FormatError> {
-    debug_assert!(entries > 0, "no entry may be asked for");
+    debug_assert!(entries > 0, "a lookup without entries");
     let geometry = &format.geometry;
     let cluster_size = geometry.cluster_size();
     let inside = geometry.in_cluster(offset.value());
@@ -68,11 +68,12 @@ fn place_at(cluster: &ClusterEntry, subcluster: u32, inside: u64) -> Place {
     }
 }
 
-/// The first byte of the cluster after `first` whose subcluster has another state.
+/// Where the state of subcluster `first` ends: offset in the cluster of the next subcluster with another
+/// state.
 fn same_state_end(format: &L2Format, cluster: &ClusterEntry, first: u32) -> u64 {
     let (count, state) = (format.geometry.subclusters(), cluster.state(first));
     let end = (first + 1..count).find(|&i| cluster.state(i) != state).unwrap_or(count);
-    debug_assert!(end > first, "a run of no subclusters");
+    debug_assert!(end > first, "an empty run of subclusters");
     u64::from(end) * format.geometry.subcluster_size()
 }
 
@@ -114,7 +115,7 @@ mod tests {
     const COPIED: u64 = 1 << 63;
 
     #[test]
-    fn neighbours_that_continue_on_the_host_are_joined() {
+    fn adjacent_host_clusters_are_one_run() {
         let format = format(16, false);
         let words = [(COPIED | 0x50000, 0), (COPIED | 0x60000, 0), (COPIED | 0x90000, 0)];
         check(&format, 0x10, 1 << 20, &words, Run { len: 0x1fff0, place: data(0x50010, true) });
@@ -122,13 +123,13 @@ mod tests {
     }
 
     #[test]
-    fn a_shared_cluster_ends_a_run_that_may_be_written_in_place() {
+    fn a_run_ends_where_the_copied_flag_changes() {
         let words = [(COPIED | 0x50000, 0), (0x60000, 0)];
         check(&format(16, false), 0, 1 << 20, &words, Run { len: 0x10000, place: data(0x50000, true) });
     }
 
     #[test]
-    fn zero_and_unallocated_are_told_apart() {
+    fn zero_and_unallocated_are_different_runs() {
         let format = format(16, false);
         check(
             &format,
@@ -156,14 +157,14 @@ mod tests {
     }
 
     #[test]
-    fn a_compressed_run_stays_in_its_cluster() {
+    fn a_compressed_run_ends_with_its_cluster() {
         let words = [(1 << 62 | 0x5004f, 0), (1 << 62 | 0x60000, 0)];
         let place = Place::Compressed(CompressedCluster { host: HostOffset::new(0x5004f), len: 512 - 0x4f });
         check(&format(16, false), 0x100, 1 << 20, &words, Run { len: 0xff00, place });
     }
 
     #[test]
-    fn a_broken_entry_is_an_error_only_where_it_begins_the_run() {
+    fn a_damaged_entry_is_an_error_only_at_the_start_of_a_run() {
         let format = format(16, false);
         let entry = |i| format.decode(if i == 0 { COPIED | 0x50000 } else { 0x1234 << 9 | 0x200 }, 0);
         let run = resolve_run(&format, GuestOffset::new(0), 1 << 20, 2, entry).unwrap();

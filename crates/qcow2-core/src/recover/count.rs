@@ -1,4 +1,4 @@
-//! Counts the references to every host cluster, from the tables alone.
+//! Counts the references to every host cluster, from the tables alone, without using the refcounts.
 
 use crate::error::{Error, Result, TableKind};
 use crate::meta::file::{ImageFile, read_words};
@@ -17,22 +17,22 @@ use qcow2_format::{FormatError, Header, HostOffset};
 
 const CHUNK_BITS: u32 = 9;
 const CHUNK: usize = 1 << CHUNK_BITS;
-/// The most chunks that are kept: counts for 2^27 clusters, 1 GiB.
+/// Limit on chunks: counts for 2^27 clusters, 1 GiB of memory.
 const MAX_CHUNKS: usize = 1 << 18;
-/// The most L2 tables that are counted.
+/// Limit on L2 tables.
 const MAX_L2_TABLES: usize = 1 << 24;
 
-/// A count per host cluster; clusters that nobody refers to take no room.
+/// The number of references per host cluster. Sparse: chunks without references take no memory.
 #[derive(Debug)]
 pub(crate) struct ReferenceCounts {
     chunks: BTreeMap<u64, Box<[u64; CHUNK]>>,
-    /// The first cluster that nothing may refer to.
+    /// The first cluster that must not have a reference.
     end: u64,
 }
 
 impl ReferenceCounts {
-    /// No references yet, to a file of `clusters` clusters. One more may be referred to: the file need not
-    /// end with a whole cluster.
+    /// No references yet. References up to cluster `clusters`, one past the end of the file, are valid: a
+    /// reserved cluster at the end may not be written yet.
     pub(crate) fn new(clusters: u64) -> Self {
         Self { chunks: BTreeMap::new(), end: clusters.saturating_add(1) }
     }
@@ -42,7 +42,7 @@ impl ReferenceCounts {
         self.chunks.get(&(cluster >> CHUNK_BITS)).map_or(0, |c| c[cluster as usize % CHUNK])
     }
 
-    /// Every cluster that somebody refers to, with its count, in order.
+    /// All clusters with references and their counts, in ascending order.
     pub(crate) fn used(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.chunks.iter().flat_map(|(chunk, counts)| {
             let base = chunk << CHUNK_BITS;
@@ -50,8 +50,8 @@ impl ReferenceCounts {
         })
     }
 
-    /// Counts `times` references to each cluster of `run`. Errors: `Corrupt` where they pass the end of
-    /// the file: counting them would take a refcount structure as large as the tables please.
+    /// Adds `times` references to each cluster of `run`. Errors: `Corrupt` past the end of the file: hostile
+    /// tables could otherwise demand a refcount structure of any size.
     pub(crate) fn add(&mut self, run: ClusterRun, times: u64) -> Result<()> {
         if run.end() > self.end {
             return Err(Error::corrupt(format!(
@@ -65,7 +65,7 @@ impl ReferenceCounts {
             if !self.chunks.contains_key(&chunk) && self.chunks.len() == MAX_CHUNKS {
                 return Err(Error::corrupt("image uses too many clusters to recount its refcounts"));
             }
-            debug_assert!(self.chunks.len() <= MAX_CHUNKS, "counts take more memory than allowed");
+            debug_assert!(self.chunks.len() <= MAX_CHUNKS, "reference counts exceed their memory limit");
             let counts = self.chunks.entry(chunk).or_insert_with(|| Box::new([0; CHUNK]));
             let count = &mut counts[cluster as usize % CHUNK];
             *count = count.saturating_add(times);
@@ -78,8 +78,7 @@ fn damaged(what: &'static str) -> impl Fn(FormatError) -> Error {
     move |e| Error::corrupt(format!("{what} is damaged: refcounts cannot be recounted")).with_source(e)
 }
 
-/// Counts what the tables of an image on disk refer to. Everything that the open image had in memory has been
-/// flushed.
+/// Counts the references in the tables on disk. The caller has flushed the open image.
 pub(crate) struct Recount<'a> {
     tables: &'a Tables,
     header: Header,
@@ -99,9 +98,9 @@ impl<'a> Recount<'a> {
         Walk::new(self.file().storage(), &self.header)
     }
 
-    /// The references that header, tables and snapshots hold, but for the refcount structures themselves.
-    /// Disk: reads every table once, however often it is named. Errors: `Corrupt` where a table is damaged,
-    /// so that nothing may be concluded from it.
+    /// All references in header, tables, snapshots and bitmaps, except those to the refcount structure
+    /// itself. Disk: reads every table once, however many references it has. Errors: `Corrupt` for a damaged
+    /// table: its references are unknown, so no count would be reliable.
     pub(crate) fn references(&self) -> Result<ReferenceCounts> {
         let header = &self.header;
         let walk = self.walk()?;
@@ -124,21 +123,21 @@ impl<'a> Recount<'a> {
         Ok(counts)
     }
 
-    /// Every L2 table that the active disk and the snapshots name, with how often they do. Errors: as
-    /// [`references`](Self::references).
+    /// Every L2 table of the active disk and of the snapshots, by host offset, with its number of references.
+    /// Errors: as [`references`](Self::references).
     pub(crate) fn named_l2_tables(&self) -> Result<BTreeMap<u64, u64>> {
         let walk = self.walk()?;
         let mut counts = ReferenceCounts::new(self.file().geometry().clusters_for(walk.file_len()));
         self.count_l1_tables(&mut counts, &walk)
     }
 
-    /// Counts the snapshot table and all L1 tables; returns the L2 tables that they name.
+    /// Counts the snapshot table and all L1 tables. Returns the L2 tables with their numbers of references.
     fn count_l1_tables(&self, counts: &mut ReferenceCounts, walk: &Walk<'_>) -> Result<BTreeMap<u64, u64>> {
         let header = walk.header();
         let mut l1_tables = ::alloc::vec![walk.active_l1()];
         if header.nb_snapshots > 0 {
             let mut lost = false;
-            // Entries that lack later fields still have the place of their tables.
+            // Entries without the version 3 fields still have offset and length of the L1 table.
             let table =
                 walk.snapshots(&mut |fault| lost |= !matches!(fault, SnapshotFault::Incomplete { .. }))?;
             let (Some(table), false) = (table, lost) else {
@@ -150,8 +149,8 @@ impl<'a> Recount<'a> {
         self.count_l1(counts, walk, &l1_tables)
     }
 
-    /// The references that trusted bitmaps hold, their directory included. Errors: as
-    /// [`references`](Self::references).
+    /// The references of the bitmaps, their directory included; none if their autoclear bit is not set.
+    /// Errors: as [`references`](Self::references).
     pub(crate) fn trusted_bitmaps(&self) -> Result<ReferenceCounts> {
         let header = &self.header;
         let walk = self.walk()?;
@@ -180,8 +179,8 @@ impl<'a> Recount<'a> {
         counts.add(run.ok_or_else(|| Error::corrupt("a table passes 2^64"))?, times)
     }
 
-    /// Counts the clusters that tables occupy, a reference for each table; returns their entries, each part
-    /// once.
+    /// Adds one reference for each table to the clusters that it occupies. Returns the tables as segments
+    /// that do not overlap.
     fn count_places(&self, counts: &mut ReferenceCounts, tables: &[TablePlace]) -> Result<Vec<Segment>> {
         let per_cluster = self.file().geometry().cluster_size() / 8;
         let whole: Vec<TablePlace> = tables
@@ -194,7 +193,7 @@ impl<'a> Recount<'a> {
         Ok(overlay(tables))
     }
 
-    /// Every L2 table with the number of L1 entries that lead to it.
+    /// Counts L1 tables. Returns every L2 table with the number of L1 entries that point to it.
     fn count_l1(
         &self,
         counts: &mut ReferenceCounts,
@@ -224,8 +223,8 @@ impl<'a> Recount<'a> {
         let size = self.file().geometry().cluster_size();
         let cluster = ClusterRun::one(self.file().geometry().host_cluster(table).value());
         if let Some(hit) = self.tables.guard().hit_by(OverlapChecks::L2, cluster) {
-            // Its words are no L2 entries: counted as such they would make more damage.
-            let message = format!("an l1 entry leads to {table}, which is {}", hit.kinds.text());
+            // Its words are not L2 entries; counting them as references would corrupt the refcounts.
+            let message = format!("an l1 entry points to {table}, which holds {}", hit.kinds.text());
             return Err(Error::corrupt(message).in_table(TableKind::L2).at_host(table));
         }
         self.count_bytes(counts, table, size, times)?;

@@ -1,4 +1,4 @@
-//! A snapshot as a disk of its own, for reading.
+//! Opens a snapshot as a read-only disk.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -11,13 +11,13 @@ use ::alloc::sync::Arc;
 use qcow2_format::snapshot::Snapshot;
 
 impl Image {
-    /// Opens the disk as it was when a snapshot was taken: the one that `choose` picks, by its place, from
-    /// the image's snapshots. For reading only, even where `options` are for writing; the snapshot must not
-    /// be deleted meanwhile. Disk: as [`open`](Self::open) for reading, and the snapshot table.
+    /// Opens the disk as it was when a snapshot was taken. `choose` gets the image's snapshots and returns
+    /// the index of one. Always read-only, even if `options` are for writing. The caller must not delete the
+    /// snapshot while this image is open. Disk: as [`open`](Self::open) for reading, and reads the snapshot
+    /// table. Clusters past the end of the snapshot's L1 table are unallocated.
     ///
-    /// Errors: `NotFound` where `choose` picks none; `Corrupt` for a damaged table, and for a disk larger
-    /// than any L1 table can map; as [`open`](Self::open). What the snapshot's own table is too short for was
-    /// never written.
+    /// Errors: `NotFound` if `choose` returns no valid index; `Corrupt` for a damaged table, and for a disk
+    /// larger than any L1 table can map; as [`open`](Self::open).
     pub fn open_snapshot(
         source: ResolvedSource,
         options: &OpenOptions,

@@ -1,10 +1,9 @@
 //! Internal snapshots: taken, applied, deleted, and opened as disks of their own.
 //!
-//! A snapshot is an L1 table, a size and a name; everything below the table is shared by refcount. Each
-//! change is: what is needed elsewhere, barrier, one sector of the header, barrier, and then what is no
-//! longer needed is freed. A crash leaves the snapshot there or not there, the disk as before or as in the
-//! snapshot, and at worst leaked clusters and copied flags that are more careful than they need be. Spec:
-//! "Snapshots".
+//! A snapshot is a copy of the L1 table, a size and a name; it shares L2 tables and data clusters with the
+//! active disk through refcounts. The order of each change: new tables and refcounts, barrier, one sector of
+//! the header, barrier, then the old tables are freed. A crash leaves either the old or the new state; at
+//! worst clusters leak, and copied flags are clear where they could be set. Spec: "Snapshots".
 
 mod disk;
 mod table;
@@ -34,7 +33,7 @@ use qcow2_format::limit::{MAX_L1_ENTRIES, MAX_SNAPSHOTS};
 use qcow2_format::snapshot::Snapshot;
 use table::{NewTable, Table};
 
-/// What is recorded of a snapshot when it is taken.
+/// The caller's part of a new snapshot's table entry.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NewSnapshot {
@@ -46,7 +45,7 @@ pub struct NewSnapshot {
     pub date_nanoseconds: u32,
     /// How long the guest had run, in nanoseconds.
     pub vm_clock_nanoseconds: u64,
-    /// How many instructions the guest had executed, where that is known.
+    /// How many instructions the guest had executed, if known.
     pub icount: Option<u64>,
 }
 
@@ -57,14 +56,14 @@ impl Image {
         read_snapshots(self.file.storage(), &self.header())
     }
 
-    /// Takes a snapshot of the disk as it is now. Its id is one more than the largest number among the
-    /// others'. Waits for requests under way and holds others back meanwhile.
+    /// Takes a snapshot of the disk as it is now. Its id is the largest numeric id so far plus one. Waits for
+    /// running requests and blocks new ones until it returns.
     ///
-    /// Disk: everything flushed; refcounts of all that the active L1 table leads to raised, copied flags
-    /// cleared, a copy of the table and a new snapshot table written; barrier; the header; barrier. Errors:
-    /// `Unsupported` with an external data file; `NoSpace` for more than 65536 snapshots or where a refcount
-    /// cannot be raised, nothing having changed; `Corrupt` for damaged tables; `ReadOnly`, `Poisoned`,
-    /// `Storage`.
+    /// Disk: flushes everything; raises the refcounts of all clusters below the active L1 table, clears the
+    /// copied flags, writes a copy of the L1 table and a new snapshot table; barrier; the header; barrier.
+    /// Errors: `Unsupported` with an external data file; `NoSpace` for more than 65536 snapshots or if a
+    /// refcount is at its maximum, before anything has changed; `Corrupt` for damaged tables; `ReadOnly`,
+    /// `Poisoned`, `Storage`.
     pub fn create_snapshot(&self, new: &NewSnapshot) -> Result<Snapshot> {
         let _alone = write(&self.structure);
         let mut table = self.begin_snapshot_change()?;
@@ -121,7 +120,7 @@ impl Image {
         entries.iter_mut().for_each(|raw| *raw = without_copied(*raw));
         invariant::none_copied(&entries);
         let bytes = table_bytes(entries.iter().copied());
-        // Before the header shows the snapshot: an active table whose flag is still set would be written in
+        // Before the header switch: an active L2 table whose copied flag is still set would be written in
         // place, and the snapshot would change with it (I4).
         if self.file.keeps(OrderingRule::CopiedClearedBeforeSnapshot) {
             self.tables.write(OverlapChecks::ACTIVE_L1, active, &bytes)?;
@@ -131,13 +130,14 @@ impl Image {
         self.switch_snapshot_table(table)
     }
 
-    /// Makes the disk what it was when `snapshot`, one of [`snapshots`](Self::snapshots), was taken, its size
-    /// included. The snapshot stays. Machine state stays where it is.
+    /// Reverts the disk, its size included, to `snapshot`, one of [`snapshots`](Self::snapshots). The
+    /// snapshot itself and its VM state do not change.
     ///
-    /// Disk: everything flushed; refcounts of all that the snapshot leads to raised; a new active L1 table
-    /// elsewhere; barrier; the header's size and L1 table in one sector; barrier; what only the old disk had
-    /// is freed. Errors: `NotFound`; `Unsupported` with an external data file, with persistent bitmaps, or
-    /// for another size in version 2; otherwise as [`create_snapshot`](Self::create_snapshot).
+    /// Disk: flushes everything; raises the refcounts of all clusters below the snapshot's L1 table; writes a
+    /// new active L1 table at a new host offset; barrier; the header's size and L1 table in one sector;
+    /// barrier; frees the clusters that only the old disk used. Errors: `NotFound`; `Unsupported` with an
+    /// external data file, with persistent bitmaps, or for another size in version 2; otherwise as
+    /// [`create_snapshot`](Self::create_snapshot).
     pub fn apply_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         let _alone = write(&self.structure);
         let size = snapshot.disk_size & !511;
@@ -172,7 +172,7 @@ impl Image {
     fn switch_disk(&self, tree: &Tree, l1: HostOffset, entries: Vec<u64>, size: u64) -> Result<()> {
         self.bulk().clear_copied(tree)?;
         self.tables.write(OverlapChecks::ACTIVE_L1, l1, &table_bytes(entries.iter().copied()))?;
-        // The header's sector makes the change; what it leads to must be there before.
+        // The header sector is the switch: everything it points to must be durable before.
         if self.file.keeps(OrderingRule::SnapshotBeforeHeader) {
             self.file.flush()?;
         }
@@ -188,20 +188,20 @@ impl Image {
     fn check_applicable(&self, snapshot: &Snapshot, size: u64) -> Result<()> {
         let unsupported = |message| Err(Error::new(ErrorKind::Unsupported, message));
         if self.header().trusted_bitmaps().is_some() {
-            return unsupported("image has persistent bitmaps, which do not go back in time");
+            return unsupported("image has persistent bitmaps, which cannot be reverted to a snapshot");
         }
         if size != self.size() && !self.file.l2_format().zero_flag {
-            return unsupported("a version 2 image cannot go back to a snapshot of another size");
+            return unsupported("a version 2 image cannot be reverted to a snapshot of another size");
         }
         check_size(snapshot, self.file.geometry())
     }
 
-    /// Deletes `snapshot`, one of [`snapshots`](Self::snapshots). What only it had is freed and given back to
-    /// the storage.
+    /// Deletes `snapshot`, one of [`snapshots`](Self::snapshots). Frees the clusters that only it used, and
+    /// discards them in the storage.
     ///
-    /// Disk: everything flushed; a new snapshot table; barrier; the header; barrier; refcounts lowered and
-    /// copied flags set where a cluster has one reference left; barrier. Errors: `NotFound`; otherwise as
-    /// [`create_snapshot`](Self::create_snapshot).
+    /// Disk: flushes everything; writes a new snapshot table; barrier; the header; barrier; lowers refcounts
+    /// and sets the copied flag of clusters with one reference left; barrier. Errors: `NotFound`; otherwise
+    /// as [`create_snapshot`](Self::create_snapshot).
     pub fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         let _alone = write(&self.structure);
         let mut table = self.begin_snapshot_change()?;
@@ -218,7 +218,8 @@ impl Image {
         kept.push(Tree::new(&entries, self.file.geometry())?);
         let new_table = self.reserve_snapshot_table(&table.snapshots)?;
         self.flusher.flush()?;
-        // Until the header has switched, giving up is harmless; afterwards memory and disk may differ.
+        // Until the header has switched, an error changes nothing; after that memory and disk may differ, so
+        // the image is poisoned.
         let mut unlinked = false;
         let lowered = self.bulk().lower_tree(&tree, &kept, Some(&mut entries), || {
             unlinked = true;
@@ -237,8 +238,8 @@ impl Image {
         self.finish()
     }
 
-    /// What the snapshots in `table` lead to; nothing where their L1 tables are so long that reading them
-    /// would cost more than it saves.
+    /// The L2 tables of the snapshots in `table`. Empty if all their L1 tables together exceed
+    /// [`MAX_L1_UNASKED`]: reading them would take too long for an extra check.
     fn trees_of(&self, table: &Table) -> Result<Vec<Tree>> {
         let bytes = |snapshot: &Snapshot| u64::from(snapshot.l1_size) * 8;
         if table.snapshots.iter().map(bytes).sum::<u64>() > MAX_L1_UNASKED {
@@ -248,7 +249,7 @@ impl Image {
         table.snapshots.iter().map(tree).collect()
     }
 
-    /// Refuses snapshots whose L1 tables share clusters: deleting one would free what the other leads to.
+    /// Refuses snapshots whose L1 tables share clusters: deleting one would free the other's table.
     fn check_apart(&self, table: &Table) -> Result<()> {
         let run = |snapshot: &Snapshot| {
             let len = u64::from(snapshot.l1_size) * 8;
@@ -265,7 +266,7 @@ impl Image {
         }
     }
 
-    /// The clusters of the snapshot table as it is on disk, which can be given up.
+    /// The clusters of the snapshot table on disk, after checking that they can be freed.
     fn old_table(&self, table: &Table) -> Result<Unlinked> {
         let offset = self.header().snapshots_offset;
         let run = self.tables.run_of(OverlapChecks::SNAPSHOT_TABLE, offset, table.len);
@@ -273,7 +274,7 @@ impl Image {
         Ok(run)
     }
 
-    /// Rewrites the snapshot table, with everything in each entry that version 3 requires.
+    /// Rewrites the snapshot table with the extra fields that version 3 requires in each entry.
     pub(crate) fn rewrite_snapshot_table(&self) -> Result<()> {
         let table = self.begin_snapshot_change()?;
         let old_table = self.old_table(&table)?;
@@ -284,8 +285,8 @@ impl Image {
         self.finish()
     }
 
-    /// What every change begins with: all tables on disk, nothing waiting to be freed, the snapshot table
-    /// known.
+    /// Common start of every change: reads and checks the snapshot table, flushes all tables and frees
+    /// everything that is waiting to be freed.
     fn begin_snapshot_change(&self) -> Result<Table> {
         self.file.check_writable()?;
         if self.file.has_data_file() {
@@ -298,15 +299,15 @@ impl Image {
         Ok(table)
     }
 
-    /// What every change ends with: what was unlinked is free, on disk too, and the tables that snapshots
-    /// have now are known as such.
+    /// Common end of every change: frees what was unlinked, on disk too, and reloads the metadata map with
+    /// the snapshots' new tables.
     fn finish(&self) -> Result<()> {
         self.flusher.settle()?;
         self.learn_metadata()?;
         self.pad_file()
     }
 
-    /// Reserves clusters for an L1 table; none, and offset 0, for a table without entries.
+    /// Reserves clusters for an L1 table. For a table without entries: no clusters and offset 0.
     fn reserve_l1(&self, kind: OverlapChecks, entries: usize) -> Result<HostOffset> {
         match self.file.geometry().clusters_for(entries as u64 * 8) {
             0 => Ok(HostOffset::new(0)),
@@ -314,7 +315,7 @@ impl Image {
         }
     }
 
-    /// Gives back what was reserved for a change that cannot be made because of `error`.
+    /// Frees what was reserved for a change that failed with `error`.
     fn abandon<T>(&self, reserved: &[Unlinked], error: Error) -> Result<T> {
         reserved.iter().for_each(|&run| self.refcounts.unlink(run));
         if !self.file.is_poisoned() {
@@ -330,7 +331,7 @@ impl Image {
     }
 }
 
-/// Checks the place and length that a snapshot's entry gives for its L1 table.
+/// Checks offset and length of a snapshot's L1 table.
 fn check_l1(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()> {
     let (offset, entries) = (snapshot.l1_table_offset, u64::from(snapshot.l1_size));
     let end = offset.checked_add(entries * 8);
@@ -360,7 +361,7 @@ fn find(table: &Table, snapshot: &Snapshot) -> Result<usize> {
     })
 }
 
-/// One more than the largest id that is a number.
+/// The largest id that is a number, plus one.
 fn next_id(snapshots: &[Snapshot]) -> u64 {
     let ids = snapshots.iter().filter_map(|s| core::str::from_utf8(&s.id).ok()?.parse::<u64>().ok());
     ids.max().unwrap_or(0).saturating_add(1)

@@ -1,7 +1,7 @@
 //! The snapshot table: read piece by piece, and replaced as a whole.
 //!
-//! Order on disk: the new table elsewhere; barrier; the header's count and pointer in one sector; barrier;
-//! only then is the old table free. Spec: "Snapshots".
+//! Order on disk: the new table in new clusters; barrier; the header's count and offset in one sector;
+//! barrier; only then the old table is freed. Spec: "Snapshots".
 
 use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::image::Image;
@@ -26,8 +26,8 @@ pub(super) struct Table {
     pub(super) len: u64,
 }
 
-/// Reads the snapshots that `header` counts, in the order of the table. Memory follows what is really there.
-/// Errors: `Corrupt` for an entry that cannot be read or a table above 64 MiB, `Storage`.
+/// Reads the snapshot table that `header` points to, in order. Allocates as entries are parsed, not by the
+/// header's count. Errors: `Corrupt` for an entry that cannot be parsed or a table above 64 MiB, `Storage`.
 pub fn read_snapshots(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
     Table::read(storage, header).map(|table| table.snapshots)
 }
@@ -66,8 +66,8 @@ impl Table {
 }
 
 impl Image {
-    /// Reserves clusters for a table of `snapshots`; none, and offset 0, for an empty one. Disk: refcounts
-    /// only.
+    /// Reserves clusters for a table of `snapshots`. For an empty one: no clusters and offset 0. Disk:
+    /// changes refcounts, and reserves space.
     pub(super) fn reserve_snapshot_table(&self, snapshots: &[Snapshot]) -> Result<NewTable> {
         let bad =
             |e: FormatError| Error::new(ErrorKind::InvalidOption, "snapshot cannot be stored").with_source(e);
@@ -87,8 +87,8 @@ impl Image {
         Ok(NewTable { offset, bytes, count: snapshots.len() as u32 })
     }
 
-    /// Writes `table` and makes the header name it, durably. What the caller wrote before is durable before
-    /// that.
+    /// Writes `table`; barrier; makes the header point to it; barrier. The first barrier covers the caller's
+    /// earlier writes too.
     pub(super) fn switch_snapshot_table(&self, table: &NewTable) -> Result<()> {
         let (count, offset) = (table.count, table.offset);
         debug_assert!(
@@ -105,7 +105,7 @@ impl Image {
     }
 }
 
-/// A snapshot table that has room but is not written yet.
+/// A snapshot table whose clusters are reserved and not written yet.
 pub(super) struct NewTable {
     offset: HostOffset,
     bytes: Vec<u8>,
@@ -113,7 +113,7 @@ pub(super) struct NewTable {
 }
 
 impl NewTable {
-    /// The clusters it will be in.
+    /// Its clusters.
     pub(super) fn run(&self, geometry: &Geometry) -> Unlinked {
         Unlinked::table(geometry, OverlapChecks::SNAPSHOT_TABLE, self.offset, self.bytes.len() as u64)
     }

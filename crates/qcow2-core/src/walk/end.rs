@@ -1,28 +1,28 @@
-//! How long the file of an image has to be.
+//! The length that the file of an image must at least have.
 
 use super::Walk;
 use crate::error::Result;
 use ::alloc::vec;
 use qcow2_format::refcount::decode_table_entry;
 
-/// How many refcount blocks without a count are passed over before the search ends.
+/// How many refcount blocks without a nonzero count are skipped before the search ends.
 const MAX_EMPTY_BLOCKS: usize = 64;
 
 impl Walk<'_> {
-    /// The byte behind the last cluster that is in use: a whole file is longer than this less one cluster,
-    /// since the last cluster may end early. A shorter one was cut, by a copy that broke off for example;
-    /// what is missing reads as zeroes.
+    /// End of the last cluster in use, in bytes. A complete file is longer than this minus one cluster, since
+    /// the last cluster may be short. A shorter file was truncated, for example by an interrupted copy; the
+    /// missing part reads as zeroes.
     ///
-    /// Looked at are the header, the refcount table and the last refcount blocks that are there; a block past
-    /// the end of the file counts with its own place. Where the file ends before all of that it may have been
-    /// longer still. Errors: `Storage`.
+    /// Disk: reads the refcount table and the last refcount blocks. A block past the end of the file counts
+    /// as in use itself. If the file ends before these tables, it may have been longer still. Errors:
+    /// `Storage`.
     pub fn used_end(&self) -> Result<u64> {
         let ends = self.header_references().map(|place| place.offset.value().saturating_add(place.len));
         let end = ends.max().unwrap_or(0);
         Ok(end.max(self.counted_end()?))
     }
 
-    /// The byte behind the last cluster whose refcount is not zero.
+    /// End of the last cluster whose refcount is not zero, in bytes.
     fn counted_end(&self) -> Result<u64> {
         let (geometry, size) = (self.geometry(), self.geometry().cluster_size());
         let width = geometry.refcount_width();

@@ -1,12 +1,12 @@
-//! Looks at an image without opening it: its header ([`read_header`]), and every reference in it ([`Walk`]):
-//! which tables there are, what they point to, and what is wrong with them. For checks, repairs and programs
-//! that only describe an image.
+//! Reads an image without opening it: its header ([`read_header`]) and every reference in it ([`Walk`]): the
+//! tables, what they point to, and what is wrong with them. For checks, repairs and programs that only
+//! describe an image.
 //!
-//! Nothing here changes anything or believes anything: offsets may point anywhere, tables may overlap, and
-//! the same table may be named four million times. Memory stays below the named limits, and a table's bytes
-//! are visited once, however often it is named ([`overlay`]).
+//! A walk changes nothing and trusts nothing: offsets may point anywhere, tables may overlap, and four
+//! million entries may refer to the same table. Memory stays below the named limits, and each table is read
+//! once, however many references it has ([`overlay()`]).
 //!
-//! A walk reads the storage itself, so what an open image still holds in memory must be flushed first.
+//! A walk reads the storage directly. If the image is open for writing, flush it first.
 
 mod end;
 mod overlay;
@@ -25,10 +25,10 @@ use ::alloc::vec;
 use qcow2_format::l2::L2Format;
 use qcow2_format::{Geometry, Header, HostOffset};
 
-/// The largest piece that a table is read in, but never less than a cluster.
+/// Bytes of a table read at a time.
 pub const PIECE_SIZE: u64 = 1 << 20;
 
-/// Reads the header of an image that is to be checked: what only a check may see passes, see
+/// Reads the header of an image for a check, which accepts more than an open does; see
 /// [`Header::parse_for_check`]. Errors: `Format`, `Storage`.
 pub fn read_header(storage: &dyn Storage) -> Result<Header> {
     let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
@@ -40,7 +40,7 @@ pub fn read_header(storage: &dyn Storage) -> Result<Header> {
     Header::parse_for_check(&cluster).map_err(bad)
 }
 
-/// One image, for looking at its references.
+/// Reads the references of one image.
 pub struct Walk<'a> {
     storage: &'a dyn Storage,
     header: &'a Header,
@@ -49,8 +49,8 @@ pub struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    /// `header`: what the storage starts with, possibly accepted for a check only. Errors: `Format` for an
-    /// impossible geometry, `Storage`.
+    /// `header`: the header in `storage`, from [`read_header`] or an open. Errors: `Format` for an impossible
+    /// geometry, `Storage`.
     pub fn new(storage: &'a dyn Storage, header: &'a Header) -> Result<Self> {
         let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
         let format = header.l2_format().map_err(bad)?;
@@ -67,7 +67,7 @@ impl<'a> Walk<'a> {
         &self.format.geometry
     }
 
-    /// How L2 entries are to be read.
+    /// The format of the L2 entries.
     pub fn l2_format(&self) -> &L2Format {
         &self.format
     }
@@ -77,8 +77,8 @@ impl<'a> Walk<'a> {
         self.file_len
     }
 
-    /// The references that the header itself makes: its own cluster, the active L1 table, the refcount table,
-    /// the LUKS area and the bitmap directory. Tables without entries refer to nothing.
+    /// The references in the header: its own cluster, the active L1 table, the refcount table, the LUKS area
+    /// and the bitmap directory. Empty tables are left out.
     pub fn header_references(&self) -> impl Iterator<Item = Reference> + use<> {
         let header = self.header;
         let size = self.geometry().cluster_size();
@@ -103,7 +103,7 @@ impl<'a> Walk<'a> {
         used.map(|(owner, offset, len)| Reference { owner, offset, len, times: 1 })
     }
 
-    /// The place of the active L1 table.
+    /// Offset and length of the active L1 table.
     pub fn active_l1(&self) -> TablePlace {
         TablePlace { offset: self.header.l1_table_offset, entries: self.header.l1_size.into() }
     }

@@ -1,8 +1,8 @@
-//! Tables laid over each other: which bytes are part of how many tables.
+//! Overlapping tables: how many tables each byte belongs to.
 //!
-//! A hostile image may have 65536 snapshots whose L1 tables of 32 MiB overlap each other, or all be the same.
-//! Since entries of all tables lie at multiples of 8, one visit of each entry that says how many tables it is
-//! part of is as good as a visit of every table.
+//! A hostile image may have 65536 snapshots whose L1 tables of 32 MiB overlap each other, or are all the
+//! same. Entries of all tables lie at multiples of 8, so visiting each entry once, with the number of tables
+//! it belongs to, replaces visiting every table.
 
 use ::alloc::vec::Vec;
 use qcow2_format::HostOffset;
@@ -22,25 +22,25 @@ impl TablePlace {
         self.entries.saturating_mul(8)
     }
 
-    /// Whether the table has no entry.
+    /// True if the table has no entry.
     pub const fn is_empty(&self) -> bool {
         self.entries == 0
     }
 }
 
-/// A stretch of bytes that is part of the same number of tables throughout.
+/// A range of bytes that belong to the same number of tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// Its first byte.
     pub offset: HostOffset,
     /// Its bytes, at least 1.
     pub len: u64,
-    /// How many tables it is part of, at least 1.
+    /// How many tables it belongs to, at least 1.
     pub times: u64,
 }
 
-/// Lays tables over each other. Returns the segments in the order of their offsets: they do not overlap, and
-/// there are at most twice as many as tables. Tables that would end past 2^64 - 1 are cut there.
+/// Splits the union of `tables` into segments. Returns them in ascending order of offset, without overlap, at
+/// most twice as many as tables. A table that would end past 2^64 - 1 is cut there.
 pub fn overlay(tables: &[TablePlace]) -> Vec<Segment> {
     let mut edges: Vec<(u64, bool)> = Vec::with_capacity(tables.len() * 2);
     for table in tables {
@@ -94,7 +94,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_byte_counts_its_tables(tables in proptest::collection::vec((0..20u64, 0..6u64), 0..12)) {
+        fn segments_count_tables_per_byte(tables in proptest::collection::vec((0..20u64, 0..6u64), 0..12)) {
             let places: Vec<_> = tables.iter().map(|&(at, entries)| place(at * 8, entries)).collect();
             let mut expected: BTreeMap<u64, u64> = BTreeMap::new();
             for (at, entries) in tables {

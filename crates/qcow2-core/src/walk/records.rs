@@ -1,4 +1,4 @@
-//! Tables whose entries differ in length: the snapshot table and the bitmap directory, read a window at a
+//! Tables with entries of varying length: the snapshot table and the bitmap directory, read a window at a
 //! time.
 
 use super::{TablePlace, Walk};
@@ -14,24 +14,24 @@ use qcow2_format::{FormatError, HostOffset, limit};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SnapshotFault {
-    /// The header counts more snapshots than there may be. The table was not read.
+    /// The header has more snapshots than allowed. The table was not read.
     TooMany {
-        /// How many it counts.
+        /// The number in the header.
         count: u32,
     },
     /// The table is not cluster aligned or ends past 2^63 - 1. It was not read.
     Misplaced {
-        /// Where the header says it is.
+        /// The offset in the header.
         offset: HostOffset,
     },
-    /// An entry cannot be read, or the entries so far pass 64 MiB. The rest of the table was not read.
+    /// An entry cannot be parsed, or the entries so far exceed 64 MiB. The rest of the table was not read.
     Unreadable {
         /// The entry's index.
         index: u32,
-        /// Why; `None` where the table is too large.
+        /// What is wrong with the entry; `None` if the table is too large.
         error: Option<FormatError>,
     },
-    /// A version 3 entry lacks fields that it must have.
+    /// A version 3 entry lacks required fields.
     Incomplete {
         /// The entry's index.
         index: u32,
@@ -40,19 +40,19 @@ pub enum SnapshotFault {
     L1Misaligned {
         /// The snapshot's id and name.
         snapshot: (String, String),
-        /// Where the entry says the table is.
+        /// The offset in the entry.
         offset: HostOffset,
     },
     /// The snapshot's L1 table is larger than 32 MiB.
     L1TooLarge {
         /// The snapshot's id and name.
         snapshot: (String, String),
-        /// How many entries it would have.
+        /// The number of entries that the snapshot's entry gives.
         entries: u32,
     },
 }
 
-/// What is wrong with the bitmap directory; nothing after it was read.
+/// What is wrong with the bitmap directory. Nothing after this entry was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BitmapFault {
     /// The bitmap's index.
@@ -61,7 +61,7 @@ pub struct BitmapFault {
     pub error: FormatError,
 }
 
-/// The snapshot table as far as references go.
+/// The snapshot table, as far as a reference count needs it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SnapshotTable {
     /// Bytes of the table.
@@ -71,8 +71,8 @@ pub struct SnapshotTable {
 }
 
 impl Walk<'_> {
-    /// Reads the snapshot table, telling `fault` what is wrong. `None` where it cannot be read to its end:
-    /// then nobody knows what the snapshots refer to. Errors: `Storage`.
+    /// Reads the snapshot table and calls `fault` for everything wrong in it. Returns `None` if it cannot be
+    /// read to its end: the references of the snapshots are then unknown. Errors: `Storage`.
     pub fn snapshots(&self, fault: &mut dyn FnMut(SnapshotFault)) -> Result<Option<SnapshotTable>> {
         let (count, offset) = (self.header.nb_snapshots, self.header.snapshots_offset);
         if count > limit::MAX_SNAPSHOTS {
@@ -128,8 +128,9 @@ impl Walk<'_> {
         }
     }
 
-    /// Reads the bitmap directory, where there is a trusted one, and judges its entries as an open does.
-    /// Returns the place of each bitmap's table and what stopped the reading. Errors: `Storage`.
+    /// Reads the bitmap directory, if its autoclear bit is set, and checks its entries as an open does.
+    /// Returns offset and length of each bitmap's table, and the fault that ended the reading, if any.
+    /// Errors: `Storage`.
     pub fn bitmaps(&self) -> Result<(Vec<TablePlace>, Option<BitmapFault>)> {
         let mut tables = Vec::new();
         let Some(directory) = self.header.trusted_bitmaps() else { return Ok((tables, None)) };
@@ -159,12 +160,12 @@ impl Walk<'_> {
     }
 }
 
-/// Reads entries of any length one after the other through a window of the file.
+/// Reads entries of varying length in sequence through a window of the file.
 struct Records<'a> {
     walk: &'a Walk<'a>,
-    /// Where the window's bytes end in the file.
+    /// End of the window in the file.
     at: HostOffset,
-    /// Bytes of the table behind the window; `None` where its end is not known.
+    /// Bytes of the table after the window; `None` if the table's length is unknown.
     left: Option<u64>,
     window: Vec<u8>,
     /// How much of the window is used up.
@@ -173,7 +174,7 @@ struct Records<'a> {
     consumed: u64,
 }
 
-/// Bytes of the window; more than any entry that is accepted.
+/// Bytes of the window; larger than any accepted entry.
 const WINDOW: usize = 256 << 10;
 const _: () = assert!(WINDOW > MAX_ENTRY_LEN);
 
@@ -182,7 +183,7 @@ impl<'a> Records<'a> {
         Self { walk, at, left, window: Vec::new(), used: 0, consumed: 0 }
     }
 
-    /// The next entry as `parse` reads it from the front of the bytes, or why it cannot.
+    /// The next entry as `parse` reads it from the start of the window, or the parser's error.
     fn next<T>(
         &mut self,
         parse: impl Fn(&[u8]) -> Result<(T, usize), FormatError>,
@@ -199,7 +200,7 @@ impl<'a> Records<'a> {
         }))
     }
 
-    /// Moves the window on so that it starts with the next entry. False where that brings nothing.
+    /// Moves the window so that it starts with the next entry. Returns false if it cannot get longer.
     fn fill(&mut self) -> Result<bool> {
         self.window.drain(..self.used);
         self.used = 0;

@@ -1,8 +1,8 @@
-//! What a walk finds: who refers to which bytes of the image file.
+//! What a walk finds: references to ranges of the image file.
 
 use qcow2_format::HostOffset;
 
-/// Who a reference belongs to.
+/// What the referenced bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Owner {
@@ -14,7 +14,7 @@ pub enum Owner {
     SnapshotL1,
     /// An L2 table.
     L2Table,
-    /// A cluster of guest data, or one assigned to it.
+    /// A cluster of guest data, or one allocated for it (preallocated zero cluster).
     Data,
     /// A compressed cluster of guest data.
     Compressed,
@@ -34,15 +34,15 @@ pub enum Owner {
     BitmapData,
 }
 
-/// A stretch of the image file that something refers to.
+/// A range of the image file that is referenced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reference {
-    /// Who refers to it.
+    /// What the bytes are.
     pub owner: Owner,
     /// Its first byte; any alignment, may be past the end of the file.
     pub offset: HostOffset,
     /// Its bytes, at least 1.
     pub len: u64,
-    /// How often it is referred to: several L1 entries may lead to one L2 table.
+    /// Number of references: several L1 entries may point to one L2 table.
     pub times: u64,
 }

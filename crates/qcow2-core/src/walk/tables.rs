@@ -1,39 +1,38 @@
-//! Reading tables in large sequential pieces, passing over holes.
+//! Reads tables in large sequential pieces and skips holes.
 
 use super::{PIECE_SIZE, Walk};
 use crate::error::Result;
 use ::alloc::vec::Vec;
 use qcow2_format::HostOffset;
 
-/// Reads a stretch of 8-byte entries piece by piece. What is not delivered is zeroes: holes of the storage
-/// and what lies past its end.
+/// Reads a range of 8-byte entries piece by piece. It skips holes of the storage and everything past the end
+/// of the file: those entries are zero.
 pub struct Pieces<'a> {
     walk: &'a Walk<'a>,
     at: u64,
     end: u64,
-    /// Where the storage said last that there is data: asking costs some file systems as much as the data are
-    /// long.
+    /// The last data extent that the storage has reported. Kept across tables, because on some file systems
+    /// the cost of a query grows with the length of the extent.
     data: core::ops::Range<u64>,
     buffer: Vec<u8>,
 }
 
 impl<'a> Walk<'a> {
-    /// A reader of tables, which has none to read yet.
+    /// A reader of tables; [`Pieces::start`] gives it a range.
     pub fn pieces(&'a self) -> Pieces<'a> {
         Pieces { walk: self, at: 0, end: 0, data: 0..0, buffer: Vec::new() }
     }
 }
 
 impl Pieces<'_> {
-    /// Starts with `len` bytes from `offset` on, both multiples of 8. What is known of the storage stays
-    /// known.
+    /// Starts reading `len` bytes at `offset`, both multiples of 8.
     pub fn start(&mut self, offset: HostOffset, len: u64) {
         self.at = offset.value();
         self.end = self.at.saturating_add(len);
     }
 
-    /// The next piece that may hold something else than zeroes: its offset and its bytes, a multiple of 8 of
-    /// them. `None` after the last one. Errors: `Storage`.
+    /// The next piece that may have nonzero bytes: its offset and its bytes, a multiple of 8. `None` after
+    /// the last one. Errors: `Storage`.
     pub fn read_next(&mut self) -> Result<Option<(HostOffset, &[u8])>> {
         let file_end = self.walk.file_len.next_multiple_of(8).min(self.end);
         while self.at < file_end {
@@ -51,8 +50,8 @@ impl Pieces<'_> {
         Ok(None)
     }
 
-    /// Asks the storage what is at `at`, and how far, also past this stretch. False where it is a hole, which
-    /// has been passed then.
+    /// Queries the extent at `at`, which may reach past the current range. Returns false for a hole, after
+    /// moving `at` behind it.
     fn find_data(&mut self) -> Result<bool> {
         let left = self.walk.file_len.saturating_sub(self.at);
         if left == 0 {
@@ -61,6 +60,7 @@ impl Pieces<'_> {
         }
         let extent = self.walk.storage.extent_at(HostOffset::new(self.at), left)?;
         let whole_entries = extent.len / 8 * 8;
+        // A hole shorter than an entry: the entry has data in its other bytes, so it is read.
         if extent.data || whole_entries == 0 {
             self.data = self.at..self.at.saturating_add(extent.len.max(8));
             return Ok(true);

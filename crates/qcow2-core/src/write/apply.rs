@@ -1,7 +1,6 @@
-//! Carries a write out: prepare the place, move the bytes, commit the mapping.
+//! Carries out a write: prepare, move the bytes, commit the mapping.
 //!
-//! No metadata lock is held while data moves; what holds others back is the claim on the guest clusters
-//! alone.
+//! No metadata lock is held while data moves; only the claim on the guest clusters holds back other writers.
 
 use super::prepare::{Edge, Prepared};
 use crate::error::Result;
@@ -35,8 +34,8 @@ impl Image {
     }
 }
 
-/// Puts the bytes of prepared writes and those they need around them into their places, neighbours in one
-/// call.
+/// Writes the bytes of prepared writes and their copy-on-write edges to `data`. Bytes that follow each other
+/// go out in one vectored write.
 pub(crate) fn move_data(data: &dyn Storage, batch: &[(Prepared<'_>, &[u8])]) -> Result<()> {
     if let [(prepared, buf)] = batch
         && prepared.edges.is_empty()

@@ -1,8 +1,8 @@
-//! Several writes at once: places for all of them first, then their bytes, neighbours in the file in one
-//! call.
+//! Several writes at once: prepares all of them, then moves their bytes, neighbours in the file in one
+//! call, then commits them.
 //!
-//! Invariant: whoever holds several claims took them in ascending order of guest clusters, so that two
-//! batches never wait for each other.
+//! Invariant: a batch takes its claims in ascending order of guest clusters, so that two batches never wait
+//! for each other.
 
 use super::apply::move_data;
 use super::prepare::{Edge, Prepared};
@@ -12,11 +12,11 @@ use crate::port::event::Event;
 use ::alloc::vec::Vec;
 use qcow2_format::GuestOffset;
 
-/// The most places that are prepared at once, and with how many bytes that stand beside the parts.
+/// Limits of one batch: prepared writes, and bytes of copy-on-write edges in memory.
 const MAX_BATCH: usize = 128;
 const MAX_BESIDE: usize = 4 << 20;
 
-/// What of the parts is still to be written.
+/// The parts that are still to be written.
 struct Rest<'a> {
     parts: &'a [(GuestOffset, &'a [u8])],
     /// How many bytes of the first part are written.
@@ -24,7 +24,7 @@ struct Rest<'a> {
 }
 
 impl<'a> Rest<'a> {
-    /// The next bytes and where they go.
+    /// The next bytes and their guest offset.
     fn next(&mut self) -> Option<(GuestOffset, &'a [u8])> {
         loop {
             let &(offset, bytes) = self.parts.first()?;
@@ -37,8 +37,8 @@ impl<'a> Rest<'a> {
 }
 
 impl Image {
-    /// Writes the parts one after the other, as far as they ascend in one go. The caller has checked the
-    /// ranges and runs inside an operation. After an error a first part of them may be written.
+    /// Writes the parts in order, in batches of ascending parts. The caller has checked the ranges and runs
+    /// inside an operation. After an error the first parts may be written.
     pub(crate) fn write_batches(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
         let mut rest = Rest { parts, done: 0 };
         while rest.next().is_some() {
@@ -53,8 +53,8 @@ impl Image {
         Ok(())
     }
 
-    /// Places for the next parts: up to the first that cannot have one now, because it touches a cluster that
-    /// the batch holds or lies before it, or for good, which is the error.
+    /// Prepares the next parts: up to the first one that touches a cluster of the batch or lies before it, or
+    /// whose preparation fails. Returns the batch and that error.
     fn prepare_batch<'a, 'b>(
         &'a self,
         rest: &mut Rest<'b>,
@@ -72,13 +72,14 @@ impl Image {
             beside += prepared.edges.iter().map(Edge::held).sum::<usize>();
             let cow = !prepared.edges.is_empty();
             self.file.event(if cow { Event::CowWrite } else { Event::WriteAio });
-            assert!(prepared.len > 0 && prepared.len <= bytes.len() as u64, "a place for other bytes");
+            assert!(prepared.len > 0 && prepared.len <= bytes.len() as u64, "prepared for a wrong length");
             free_from = cluster(offset.value() + prepared.len - 1) + 1;
             rest.done += prepared.len as usize;
             let (part, later) = bytes.split_at(prepared.len as usize);
             batch.push((prepared, part));
             if !later.is_empty() {
-                // What was asked for is claimed as a whole, what comes later too.
+                // `prepare` has claimed the clusters of all of `bytes`: preparing the rest now would wait for
+                // this thread's own claim.
                 break;
             }
         }

@@ -1,6 +1,7 @@
 //! Which bytes around a partial write must be copied. Pure.
 //!
-//! Invariant I2: when a new place becomes visible, every byte of it that counts as data has been written.
+//! Invariant I2: when a new host cluster becomes visible, every byte of its data subclusters has been
+//! written.
 
 use super::plan::mask;
 use crate::invariant;
@@ -8,7 +9,7 @@ use ::alloc::vec::Vec;
 use qcow2_format::l2::L2Format;
 use qcow2_format::{GuestOffset, GuestRange};
 
-/// One cluster of a write: where the write's bytes are in it and what has to be in place besides.
+/// One cluster of a write: which of its bytes are written, and which subclusters must be complete.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ClusterEdges {
     /// The first byte of the cluster.
@@ -17,11 +18,11 @@ pub(crate) struct ClusterEdges {
     pub(crate) start: u64,
     /// See `start`.
     pub(crate) end: u64,
-    /// Subclusters that must hold their bytes afterwards, whether the write covers them or not.
+    /// Mask of subclusters that are data after the commit, so that all their bytes must be written.
     pub(crate) needed: u32,
 }
 
-/// The guest ranges that are needed but not covered by the write, in order.
+/// The guest ranges of the needed subclusters that the write does not cover, in ascending order.
 pub(crate) fn ranges_to_copy(format: &L2Format, edges: &ClusterEdges) -> Vec<GuestRange> {
     debug_assert!(edges.start < edges.end && edges.end <= format.geometry.cluster_size(), "{edges:?}");
     let size = format.geometry.subcluster_size();

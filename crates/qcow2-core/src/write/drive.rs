@@ -1,7 +1,7 @@
-//! Prepare, move, commit for callers that move the bytes themselves: an io_uring loop, a VMM.
+//! Prepare, move, commit for callers that do the data I/O themselves: an io_uring loop, a VMM.
 //!
-//! The engine says where bytes are and where they go; it never sees them. The pieces of a prepared write may
-//! be written in any order and at the same time; `commit` comes after the last one has been written.
+//! The engine gives host offsets and never sees the guest's bytes. The caller may write the pieces of a
+//! prepared write in any order and concurrently, and calls `commit` after the last one has been written.
 
 use super::prepare::{Edge, Prepared};
 use crate::error::Result;
@@ -12,15 +12,16 @@ use crate::port::storage::ZeroMode;
 use crate::sync::{RwLockReadGuard, read};
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
-/// Keeps every mapping that was looked up through it valid: no cluster that an extent named is used for
-/// anything else before the pin is dropped. Drop it as soon as the bytes are read; freed space waits for it.
+/// Keeps the host offsets valid that are looked up through it: none of their clusters is freed before the pin
+/// is dropped. Drop it as soon as the bytes are read: unlinked clusters cannot be freed while it is held.
 pub struct Pin<'a> {
     image: &'a Image,
     _structure: RwLockReadGuard<'a, ()>,
     _operation: Operation<'a>,
 }
 
-/// A place for a first part of a guest write. Dropped without [`commit`](Self::commit), nothing has happened.
+/// A prepared write of a first part of a range. Holds the claim on its guest clusters. Dropping it without
+/// [`commit`](Self::commit) frees the reserved clusters and leaves the mapping as it was.
 pub struct WriteTicket<'a> {
     image: &'a Image,
     range: GuestRange,
@@ -29,45 +30,48 @@ pub struct WriteTicket<'a> {
     _operation: Operation<'a>,
 }
 
-/// Something to be written before the commit, at a place in the [data storage](Image::data_storage).
+/// A piece to write to the [data storage](Image::data_storage) before the commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Piece<'a> {
     /// The caller's own bytes, the whole of [`WriteTicket::range`].
     Guest {
-        /// Where they go.
+        /// The host offset to write to.
         host: HostOffset,
     },
-    /// Bytes that have to stand beside the caller's (copied from where they were).
+    /// A copy-on-write edge: bytes of the same clusters from their old host offset.
     Bytes {
-        /// Where they go.
+        /// The host offset to write to.
         host: HostOffset,
-        /// What they are.
+        /// The bytes.
         bytes: &'a [u8],
     },
-    /// Zeroes.
+    /// A copy-on-write edge of zeroes.
     Zeroes {
-        /// Where they go.
+        /// The host offset to write to.
         host: HostOffset,
-        /// How many bytes.
+        /// Length in bytes.
         len: u64,
     },
 }
 
 impl Image {
-    /// Starts reading the data plane directly. Not to be held while the same thread asks the image for
-    /// anything else.
+    /// Starts a read by the caller's own I/O. The thread must not call other methods of the image while it
+    /// holds the pin: changes of the whole image wait for the pin, and a second request behind them
+    /// deadlocks.
     pub fn pin(&self) -> Pin<'_> {
         Pin { image: self, _structure: read(&self.structure), _operation: self.flusher.enter() }
     }
 
-    /// Finds a place for a first part of a write to `range` (not empty, inside the disk). Disk: may read L2
-    /// tables and the bytes around the write; a new L2 table may be written; the data storage grows to the
-    /// end of the pieces, so that its length is right even where they are written through another file
-    /// descriptor. Waits while somebody else changes the mapping of the same clusters, and changes of it wait
-    /// until the ticket is committed or dropped: a thread must not hold a ticket while it prepares another
-    /// write to one of its clusters, or zeroes or discards one, and threads that hold several at once take
-    /// them in ascending order of guest offsets.
+    /// Prepares a write of a first part of `range` (not empty, inside the disk): reserves host clusters and
+    /// collects the copy-on-write edges. Disk: may read L2 tables and the bytes around the write; may write a
+    /// new L2 table; grows the data storage to the end of the pieces, so that its length is right even if the
+    /// caller writes through another file descriptor.
+    ///
+    /// Waits for claims of other requests on the same clusters, and other requests wait until this ticket is
+    /// committed or dropped. So a thread that holds a ticket must not prepare another write to one of its
+    /// clusters, nor zero or discard one. A thread that holds several tickets must take them in ascending
+    /// order of guest offsets.
     ///
     /// Errors: as [`GuestDisk::write_at`](crate::GuestDisk::write_at).
     pub fn prepare_write(&self, range: GuestRange) -> Result<WriteTicket<'_>> {
@@ -78,17 +82,17 @@ impl Image {
         self.begin_change()?;
         self.bitmaps.mark(range);
         let prepared = self.prepare(range.start(), range.len())?;
-        assert!(prepared.len > 0 && prepared.len <= range.len(), "a ticket for other bytes than asked for");
+        assert!(prepared.len > 0 && prepared.len <= range.len(), "a ticket for a wrong length");
         self.grow_to_pieces(&prepared)?;
         let range =
             GuestRange::between(range.start(), GuestOffset::new(range.start().value() + prepared.len));
         Ok(WriteTicket { image: self, range, prepared, _structure: structure, _operation: operation })
     }
 
-    /// Grows the storage to the end of the pieces before anybody writes them. The caller may write through a
-    /// file descriptor of its own, which a storage that caches its length does not notice: its next `set_len`
-    /// would truncate the data, and clusters past the cached end that were used and freed would be taken for
-    /// a hole.
+    /// Grows the storage to the end of the pieces before the caller writes them. The caller may use a file
+    /// descriptor of its own, and a storage that caches its length would not notice: its next `set_len` would
+    /// truncate the data, and it would take clusters past the cached end for a hole even after they were used
+    /// and freed.
     fn grow_to_pieces(&self, prepared: &Prepared<'_>) -> Result<()> {
         let data = self.file.data()?;
         let place = |edge: &Edge| match edge {
@@ -101,7 +105,7 @@ impl Image {
         if end <= len || !data.limits().growable {
             return Ok(());
         }
-        // The range is claimed for this write, and past the end it holds nothing yet: zeroing destroys no
+        // The range is reserved for this write and lies past the end of the file, so zeroing destroys no
         // data.
         let start = start.max(len);
         Ok(data.write_zeroes(HostOffset::new(start), end - start, ZeroMode::MayUnmap)?)
@@ -109,8 +113,8 @@ impl Image {
 }
 
 impl Pin<'_> {
-    /// Where the bytes from `range.start()` on are in this layer; see
-    /// [`GuestDisk::extent_at`](crate::GuestDisk::extent_at). Host offsets are places in the [data
+    /// How this layer stores the bytes at `range.start()`; see
+    /// [`GuestDisk::extent_at`](crate::GuestDisk::extent_at). Host offsets are offsets in the [data
     /// storage](Image::data_storage).
     pub fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
         self.image.check_range(range.start(), range.len())?;
@@ -119,7 +123,7 @@ impl Pin<'_> {
 }
 
 impl WriteTicket<'_> {
-    /// The part of the request that this ticket is for: it begins where the request did.
+    /// The part of the requested range that this ticket covers; it starts at the same offset.
     pub fn range(&self) -> GuestRange {
         self.range
     }
@@ -133,13 +137,14 @@ impl WriteTicket<'_> {
         }))
     }
 
-    /// Whether the commit changes the mapping. If not, the bytes go where they already are.
+    /// True if the commit changes the mapping; false if the write goes in place.
     pub fn changes_mapping(&self) -> bool {
         self.prepared.changes_mapping()
     }
 
-    /// Makes the written bytes visible. Durable after the next [`flush`](crate::GuestDisk::flush), which
-    /// makes the data storage durable first: all pieces must have reached it.
+    /// Makes the written bytes visible to readers. All pieces must have been written to the data storage.
+    /// Durable after the next [`flush`](crate::GuestDisk::flush), which flushes the data storage before the
+    /// mapping.
     pub fn commit(self) -> Result<()> {
         let Self { image, prepared, _structure, _operation, .. } = self;
         prepared.commit()?;

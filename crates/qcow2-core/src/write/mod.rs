@@ -1,4 +1,4 @@
-//! Where guest writes go: decided in [`plan`], carried out in [`apply`].
+//! Guest writes: decided in [`plan`], carried out in [`apply`].
 
 pub(crate) mod apply;
 pub(crate) mod batch;

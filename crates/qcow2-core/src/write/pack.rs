@@ -1,6 +1,7 @@
-//! Where compressed streams go: one behind the other, sharing host clusters.
+//! Compressed writes: streams are stored one behind the other and share host clusters.
 //!
-//! Each host cluster that a stream touches has one reference for it. Spec: "Compressed Clusters Descriptor".
+//! A stream adds one to the refcount of each host cluster that it touches. Spec: "Compressed Clusters
+//! Descriptor".
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -11,7 +12,7 @@ use ::alloc::vec::Vec;
 use qcow2_format::l2::{ClusterEntry, CompressedCluster, L2Entry};
 use qcow2_format::{GuestOffset, HostOffset};
 
-/// A stream with a place of its own, not linked yet.
+/// A stream whose bytes in the file are reserved, and that no L2 entry points to yet.
 struct Packed<'a> {
     place: L2Place,
     descriptor: CompressedCluster,
@@ -19,9 +20,9 @@ struct Packed<'a> {
 }
 
 impl Image {
-    /// Stores each stream as the cluster at its offset: those that come to lie one behind the other in one
-    /// write. The caller has checked that the clusters are inside the disk. After an error a first part of
-    /// them may be stored.
+    /// Stores each stream as the cluster at its offset. Streams that follow each other in the file go out in
+    /// one write. The caller has checked that the clusters are inside the disk. After an error the first
+    /// streams may be stored.
     pub(crate) fn pack_streams(&self, streams: &[(GuestOffset, &[u8])]) -> Result<()> {
         self.check_streams(streams)?;
         let (Some((first, _)), Some((last, _))) = (streams.first(), streams.last()) else { return Ok(()) };
@@ -30,7 +31,8 @@ impl Image {
         let mut packed = Vec::with_capacity(streams.len());
         let reserved =
             streams.iter().try_for_each(|&(offset, stream)| self.reserve_stream(offset, stream, &mut packed));
-        // What has its place is stored even if the next has none: as if the streams had come one by one.
+        // After a failed reservation the streams before it are stored all the same, as if they had been
+        // written one by one.
         let mut rest = &packed[..];
         while let Some(first) = rest.first() {
             let start = first.descriptor.host;
@@ -41,7 +43,7 @@ impl Image {
                 joins
             });
             let count = run.count();
-            assert!(count > 0, "streams that no run begins with");
+            assert!(count > 0, "an empty run of compressed streams");
             let (run, later) = rest.split_at(count);
             let (linked, result) = self.store_run(start, run);
             if result.is_err() {
@@ -72,7 +74,10 @@ impl Image {
         for (offset, stream) in streams {
             let len = stream.len() as u64;
             if !geometry.is_aligned(offset.value()) || len == 0 || len >= geometry.cluster_size() {
-                let message = format!("compressed stream of {len} bytes at {offset}: not a smaller cluster");
+                let most = geometry.cluster_size() - 1;
+                let message = format!(
+                    "compressed stream of {len} bytes at {offset}: allowed are 1 to {most} bytes at a cluster"
+                );
                 return Err(Error::new(ErrorKind::InvalidOption, message));
             }
             if offset.value() < next {
@@ -92,8 +97,9 @@ impl Image {
     ) -> Result<()> {
         let place = self.mapping().writable_place(offset)?;
         if !is_free(&self.mapping().entry(&place, 0, offset)?) {
-            let message =
-                format!("guest offset {offset} is allocated: a compressed write needs an unused cluster");
+            let message = format!(
+                "guest offset {offset} is allocated: a compressed write needs an unallocated cluster"
+            );
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
         let len = stream.len() as u64;
@@ -102,7 +108,8 @@ impl Image {
         Ok(())
     }
 
-    /// Writes streams that follow each other from `start` on, then links them; returns how many are linked.
+    /// Writes streams that follow each other at `start`, then sets their L2 entries. Returns for how many of
+    /// them the entry was set.
     fn store_run(&self, start: HostOffset, run: &[Packed<'_>]) -> (usize, Result<()>) {
         run.iter().for_each(|_| self.file.event(Event::WriteCompressed));
         let bytes: Vec<&[u8]> = run.iter().map(|p| p.stream).collect();

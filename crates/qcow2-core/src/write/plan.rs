@@ -1,27 +1,26 @@
-//! What a write to a guest range does, decided from its L2 entries alone. Holds no port.
+//! Decides what a guest write does, from the L2 entries alone. Holds no port.
 //!
-//! Invariant: a host cluster is written in place only if this image alone refers to it (its copied flag is
-//! set).
+//! Invariant: a host cluster is written in place only if its copied flag is set, that is, its refcount is
+//! one.
 
 use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
 use qcow2_format::{GuestOffset, HostOffset};
 
-/// How the clusters of a run are written. Every way in which a plain write changes the mapping is one arm; a
-/// write to data that is mapped and copied already needs no plan (`prepare` sees it first), and a compressed
-/// one is packed.
+/// How the clusters of a run are written. Not covered: `prepare` handles most in-place writes before it
+/// plans, and compressed writes are in [`pack`](super::pack).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WriteKind {
-    /// The bytes go where they are; no entry changes.
+    /// The clusters are data already; no entry changes.
     InPlace {
-        /// Where the first cluster of the run is.
+        /// Host offset of the run's first cluster.
         host: HostOffset,
     },
-    /// The bytes go into the host cluster that is already assigned; touched subclusters become data.
+    /// The host clusters are allocated already, but some written subclusters are not data; they become data.
     Fill {
-        /// Where the first cluster of the run is.
+        /// Host offset of the run's first cluster.
         host: HostOffset,
     },
-    /// New host clusters are needed; the old ones, if any, lose a reference.
+    /// New host clusters are allocated; the old ones, if any, lose a reference.
     Allocate,
 }
 
@@ -29,14 +28,14 @@ pub(crate) enum WriteKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct WritePlan {
     pub(crate) kind: WriteKind,
-    /// How many clusters, at least 1.
+    /// Number of clusters, at least 1.
     pub(crate) clusters: u64,
-    /// How many bytes of the request fall into them.
+    /// How many bytes of the request are in these clusters.
     pub(crate) len: u64,
 }
 
-/// Plans the write of `len` bytes at `offset`. `entry(i)` is the L2 entry of the `i`-th cluster from the one
-/// that holds `offset`; at most `entries` are asked for.
+/// Plans the write of `len` bytes at `offset`: a run of clusters from the one that holds `offset`. `entry(i)`
+/// is the L2 entry of the run's `i`-th cluster; `i` is below `entries`.
 pub(crate) fn plan_write<E>(
     format: &L2Format,
     offset: GuestOffset,
@@ -67,7 +66,7 @@ fn kind_of(format: &L2Format, guest: GuestOffset, entry: &L2Entry, touched: u32)
     match cluster.host {
         Some(host) if cluster.copied && cluster.allocated & touched == touched => WriteKind::InPlace { host },
         Some(host) if cluster.copied => WriteKind::Fill { host },
-        // With a data file the place of a cluster is its guest offset, not what the entry has.
+        // In an external data file the host offset always equals the guest offset.
         _ if format.external_data => {
             WriteKind::Fill { host: HostOffset::new(format.geometry.align_down(guest.value())) }
         }
@@ -84,7 +83,7 @@ fn follows(first: WriteKind, next: WriteKind, distance: u64) -> bool {
     }
 }
 
-/// The subclusters that `len` bytes from byte `inside` of a cluster on touch, as a mask.
+/// Mask of the subclusters that `len` bytes at byte `inside` of a cluster touch.
 pub(crate) fn touched(format: &L2Format, inside: u64, len: u64) -> u32 {
     let size = format.geometry.subcluster_size();
     let end = inside.saturating_add(len).min(format.geometry.cluster_size());
@@ -97,11 +96,11 @@ pub(crate) fn mask(first: u64, end: u64) -> u32 {
     (((1u64 << end) - 1) & !((1u64 << first) - 1)) as u32
 }
 
-/// The entry of a cluster after `touched` of its subclusters were written to the host cluster at `host`,
-/// together with the subclusters `kept` that were copied there.
+/// The new entry of a cluster whose `touched` subclusters were written to the host cluster at `host`. `kept`:
+/// the subclusters that were copied there, or are there already.
 pub(crate) fn written_entry(old: &L2Entry, host: HostOffset, touched: u32, kept: u32) -> L2Entry {
     let data = touched | kept;
-    debug_assert!(host.value() > 0 || data != 0, "nothing is written nowhere");
+    debug_assert!(host.value() > 0 || data != 0, "a written entry without data and host offset");
     let zero = match old {
         L2Entry::Standard(cluster) => cluster.zero & !data,
         L2Entry::Compressed(_) => 0,
@@ -109,7 +108,7 @@ pub(crate) fn written_entry(old: &L2Entry, host: HostOffset, touched: u32, kept:
     L2Entry::Standard(ClusterEntry { host: Some(host), copied: true, allocated: data, zero })
 }
 
-/// The subclusters whose bytes must move along when `old` is replaced by a new host cluster.
+/// Mask of the subclusters that must be copied when a new host cluster replaces `old`.
 pub(crate) fn kept_subclusters(format: &L2Format, old: &L2Entry) -> u32 {
     match old {
         L2Entry::Standard(cluster) => cluster.allocated,
@@ -117,37 +116,37 @@ pub(crate) fn kept_subclusters(format: &L2Format, old: &L2Entry) -> u32 {
     }
 }
 
-/// Why subclusters are to read as zeroes.
+/// What a zeroing request is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ZeroKind {
-    /// They shall; their space stays assigned.
+    /// Write zeroes; allocated clusters stay allocated.
     Keep,
-    /// They shall; their space may go.
+    /// Write zeroes; clusters may be freed.
     Unmap,
-    /// Their content no longer matters; whole clusters only.
+    /// Discard: the content no longer matters. Whole clusters only.
     Discard,
-    /// The layer shall not allocate them any more, so that the backing file shows; whole clusters only.
+    /// Deallocate in this layer, so that reads go to the backing file. Whole clusters only.
     Forget,
 }
 
 /// What zeroing does to one cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ZeroPlan {
-    /// Nothing: it is so already, or it cannot be recorded and need not.
+    /// Nothing: the entry is right already, or a discard that the entry cannot record.
     Nothing,
-    /// The entry changes; with `free`, what the old one led to loses a reference.
+    /// The entry changes.
     Change {
         /// The new entry.
         entry: L2Entry,
-        /// Whether the old entry's place is given up.
+        /// True if the host clusters of the old entry lose a reference.
         free: bool,
     },
-    /// No entry can express it: zeroes must be written.
+    /// No entry can record it: zeroes must be written as data.
     WriteData,
 }
 
-/// Plans the zeroing of `subclusters` of one cluster. `backing`: whether an unallocated cluster may show
-/// bytes of a layer below. Spec: "Cluster mapping", "Extended L2 Entries".
+/// Plans the zeroing of `subclusters` (a mask) of one cluster. `backing`: true if there is a backing file, so
+/// that an unallocated cluster may not read as zeroes. Spec: "Cluster mapping", "Extended L2 Entries".
 pub(crate) fn plan_zero(
     format: &L2Format,
     old: &L2Entry,
@@ -194,7 +193,7 @@ pub(crate) fn plan_zero(
     } else {
         ClusterEntry { zero: cluster.zero | subclusters, ..ClusterEntry::UNALLOCATED }
     };
-    debug_assert!(entry.allocated & entry.zero == 0, "a subcluster is zero and data");
+    debug_assert!(entry.allocated & entry.zero == 0, "a subcluster is both zero and data");
     let new = L2Entry::Standard(entry);
     if new == *old {
         return ZeroPlan::Nothing;
@@ -202,7 +201,7 @@ pub(crate) fn plan_zero(
     ZeroPlan::Change { entry: new, free: cluster.host.is_some() && !keep_host }
 }
 
-/// Without a zero flag a discard changes nothing, and zeroes must be written.
+/// If the entry cannot record zeroes, a discard does nothing and zeroes are written as data.
 fn without_flag(kind: ZeroKind) -> ZeroPlan {
     if kind == ZeroKind::Discard { ZeroPlan::Nothing } else { ZeroPlan::WriteData }
 }
@@ -230,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cluster_is_written_in_place_only_if_it_is_ours_alone() {
+    fn a_cluster_is_written_in_place_only_if_its_copied_flag_is_set() {
         let format = format(false, true);
         let ours = plan(&format, 0x100, 16, &[cluster(0x50000, true, 1, 0)]);
         assert_eq!(ours.kind, WriteKind::InPlace { host: HostOffset::new(0x50000) });
@@ -239,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_end_where_the_kind_or_the_place_changes() {
+    fn runs_end_where_the_kind_changes_or_host_clusters_are_not_adjacent() {
         let format = format(false, true);
         let entries = [cluster(0, false, 0, 0), cluster(0, false, 0, 1), cluster(0x50000, true, 1, 0)];
         let run = plan(&format, 0x8000, 1 << 20, &entries);
@@ -249,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn untouched_subclusters_do_not_matter_for_writing_in_place() {
+    fn in_place_needs_only_the_written_subclusters_to_be_data() {
         let format = format(true, true);
         let entry = cluster(0x50000, true, 0b10, 0);
         assert_eq!(
@@ -260,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroing_follows_the_table() {
+    fn version_3_zeroing_sets_the_zero_flag_and_frees_unless_kept() {
         let format3 = format(false, true);
         let data = cluster(0x50000, true, 1, 0);
         let keep = plan_zero(&format3, &data, 1, ZeroKind::Keep, false);
@@ -276,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn version_2_never_uncovers_the_backing_file() {
+    fn version_2_zeroing_never_exposes_the_backing_file() {
         let format2 = format(false, false);
         let data = cluster(0x50000, true, 1, 0);
         assert_eq!(plan_zero(&format2, &data, 1, ZeroKind::Unmap, true), ZeroPlan::WriteData);
@@ -286,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_partly_zeroed_cluster_keeps_its_place() {
+    fn a_partly_zeroed_cluster_keeps_its_host_cluster() {
         let format = format(true, true);
         let old = cluster(0x50000, true, 0xff, 0);
         let wanted = ZeroPlan::Change { entry: cluster(0x50000, true, 0xf0, 0x0f), free: false };

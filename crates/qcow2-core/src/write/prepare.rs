@@ -1,7 +1,8 @@
 //! The first half of a write: reserves clusters for its bytes and collects the copy-on-write edges.
 //!
-//! Invariant: between prepare and commit the clusters are claimed, so that nobody else changes their mapping;
-//! readers go on seeing the old one. What was reserved and is not committed is given back, exactly once.
+//! Invariant: between prepare and commit the guest clusters are claimed, so that no other request changes
+//! their mapping; readers use the old mapping. Reserved clusters that are not committed are freed exactly
+//! once.
 
 use super::cow::{ClusterEdges, ranges_to_copy};
 use super::plan::{WriteKind, WritePlan, kept_subclusters, plan_write, touched, written_entry};
@@ -22,13 +23,12 @@ use core::ops::Range;
 use qcow2_format::l2::L2Entry;
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
-/// The most bytes that are prepared as one run: long enough for large writes, short enough not to hold others
-/// back.
+/// Bytes of a run at most: long enough for large writes, short enough not to hold back other writers.
 const MAX_RUN: u64 = 4 << 20;
-/// Zeroes up to this length come as bytes, so that they go out in one piece with their neighbours.
+/// Zero edges up to this length are bytes in memory, so that they go out in one write with their neighbours.
 const SHORT_ZEROES: u64 = 32 << 10;
 
-/// Bytes that a write needs beside its own.
+/// A copy-on-write edge: bytes beside the write that must be written to its host clusters too.
 #[derive(Debug)]
 pub(crate) enum Edge {
     /// These bytes at `host`.
@@ -38,7 +38,7 @@ pub(crate) enum Edge {
 }
 
 impl Edge {
-    /// Where it goes.
+    /// The host bytes that it covers.
     fn host_bytes(&self) -> Range<u64> {
         match self {
             Self::Bytes { host, bytes } => host.value()..host.value() + bytes.len() as u64,
@@ -46,7 +46,7 @@ impl Edge {
         }
     }
 
-    /// Bytes of memory that it holds.
+    /// Bytes of memory that it takes.
     pub(crate) fn held(&self) -> usize {
         match self {
             Self::Bytes { bytes, .. } => bytes.len(),
@@ -55,17 +55,17 @@ impl Edge {
     }
 }
 
-/// A place for a first part of a write.
+/// A prepared write of a first part of a request.
 pub(crate) struct Prepared<'a> {
     image: &'a Image,
     /// How many bytes of the request were prepared.
     pub(crate) len: u64,
-    /// Where they go.
+    /// The host offset to write them to.
     pub(crate) host: HostOffset,
-    /// What must be written besides, before the commit; in host order.
+    /// What must be written too before the commit, in host order.
     pub(crate) edges: Vec<Edge>,
     change: Option<Change<'a>>,
-    /// Keeps the mapping as it is while bytes go where they are.
+    /// For an in-place write: keeps the mapping from changing.
     _in_place: Option<Claim<'a>>,
 }
 
@@ -75,11 +75,11 @@ struct Change<'a> {
     plan: WritePlan,
     place: L2Place,
     old: Vec<L2Entry>,
-    /// Where the first cluster of the run goes.
+    /// Host offset of the run's first cluster.
     base: HostOffset,
-    /// The clusters were reserved for this write.
+    /// The host clusters, if they were allocated for this write.
     reserved: Option<Unlinked>,
-    /// The place reads as zeroes already.
+    /// True if the host clusters read as zeroes already.
     fresh: bool,
     _claim: Claim<'a>,
 }
@@ -94,7 +94,7 @@ impl Image {
         let run = self.mapping().lookup(offset, len)?;
         if let Place::Data { copied: true, .. } = run.place {
             let claim = self.mapping().share(offset, run.len);
-            // Asked again, now that the answer cannot change any more.
+            // Looked up again: only under the claim the mapping cannot change.
             let run = self.mapping().lookup(offset, run.len)?;
             if let Place::Data { host, copied: true } = run.place {
                 return self.prepare_in_place(host, run.len, claim);
@@ -125,14 +125,14 @@ impl Image {
 
     fn prepare_in_place<'a>(&'a self, host: HostOffset, len: u64, claim: Claim<'a>) -> Result<Prepared<'a>> {
         invariant::may_write(self.file.is_writable());
-        debug_assert!(len > 0, "a write of nothing is prepared");
+        debug_assert!(len > 0, "an empty write is prepared");
         self.tables.check_data_place(host, len)?;
         self.cover_sector(host.value() + len)?;
         Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None, _in_place: Some(claim) })
     }
 
-    /// Keeps the end of the file on a sector: a write that ends inside one at `end` must not be what makes
-    /// the file longer, because length and bytes reach the disk apart and could leave half a sector.
+    /// Keeps the end of the file on a sector boundary. A write that ends inside a sector, at `end`, must not
+    /// grow the file: length and bytes reach the disk separately, and a crash could leave half a sector.
     fn cover_sector(&self, end: u64) -> Result<()> {
         let sector_end = end.next_multiple_of(SECTOR_SIZE);
         let data = self.file.data()?;
@@ -145,7 +145,8 @@ impl Image {
         }
     }
 
-    /// Finds the place; a run that does not fit into one piece of the file is cut shorter.
+    /// Allocates host clusters for the run, if `plan` needs new ones. Shortens the run if there is no free
+    /// run of that length.
     fn reserve_place<'a>(
         &'a self,
         offset: GuestOffset,
@@ -184,7 +185,7 @@ impl Image {
         change.reserved.map_or(Ok(()), |run| self.refcounts.release(run))
     }
 
-    /// The bytes around the write that its clusters need.
+    /// The copy-on-write edges: only the first and the last cluster of a run can have some.
     fn edges(&self, change: &mut Change<'_>) -> Result<Vec<Edge>> {
         let mut ranges = Vec::new();
         let last = change.plan.clusters - 1;
@@ -202,11 +203,12 @@ impl Image {
         Ok(edges)
     }
 
-    /// One run of guest bytes as it reads now, for its new place. Bytes past the end of the disk are zeroes.
+    /// Reads one range of guest bytes as edges for the new host clusters. Bytes past the end of the disk are
+    /// zeroes.
     fn edge(&self, range: GuestRange, change: &Change<'_>) -> Result<Vec<Edge>> {
         let base = self.file.geometry().align_down(change.offset.value());
         let host = HostOffset::new(change.base.value() + (range.start().value() - base));
-        // Behind the disk there is a machine's state, and its clusters are whole.
+        // The VM state lies past the end of the disk; its clusters are copied as a whole.
         let limit = if range.start().value() < self.vm_state_offset() { self.size() } else { u64::MAX };
         let inside = GuestRange::between(range.start(), GuestOffset::new(range.end().value().min(limit)));
         if self.crypt.is_plain() && self.has_nothing(inside)? {
@@ -221,7 +223,8 @@ impl Image {
         Ok(vec![Edge::Bytes { host, bytes }])
     }
 
-    /// Whether neither this layer nor a backing file has bytes in `range`, as far as tables show.
+    /// True if `range` reads as zeroes because this layer has no data there and the backing file ends before
+    /// it. Reads tables only.
     fn has_nothing(&self, range: GuestRange) -> Result<bool> {
         let (mut at, end) = (range.start().value(), range.end().value());
         let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size());
@@ -240,7 +243,7 @@ impl Image {
         Ok(true)
     }
 
-    /// The references that an entry holds to clusters of the image file.
+    /// The host clusters of the image file that `entry` refers to.
     pub(crate) fn unlinked(&self, entry: &L2Entry) -> Option<Unlinked> {
         if self.file.has_data_file() {
             return None;
@@ -254,9 +257,9 @@ impl Image {
     }
 }
 
-/// `len` zeroes at `host`. Parts of sectors come as bytes, because they share a sector with the write's own
-/// bytes and a sector is written once; so does everything short. `fresh`: the whole sectors read as zeroes
-/// already.
+/// Edges for `len` zeroes at `host`. Parts of sectors are bytes, because they share a sector with the write's
+/// own bytes, and a sector must be written in one piece; short runs are bytes too. `fresh`: the whole sectors
+/// read as zeroes already and need no write.
 fn zero_edges(host: HostOffset, len: u64, fresh: bool) -> Vec<Edge> {
     let bytes =
         |host: u64, len: u64| Edge::Bytes { host: HostOffset::new(host), bytes: vec![0; len as usize] };
@@ -280,7 +283,7 @@ fn zero_edges(host: HostOffset, len: u64, fresh: bool) -> Vec<Edge> {
 }
 
 impl Change<'_> {
-    /// What the `index`-th cluster of the run needs.
+    /// What must be written to the `index`-th cluster of the run.
     fn cluster_edges(&self, image: &Image, index: u64) -> ClusterEdges {
         let format = image.file.l2_format();
         let size = format.geometry.cluster_size();
@@ -303,12 +306,12 @@ impl Change<'_> {
 }
 
 impl Prepared<'_> {
-    /// Whether the mapping changes at the commit; otherwise the bytes go where they are.
+    /// True if the commit changes the mapping; false for an in-place write.
     pub(crate) fn changes_mapping(&self) -> bool {
         self.change.is_some()
     }
 
-    /// Makes the written clusters visible. Everything has been written.
+    /// Makes the written clusters visible. The caller has written the bytes and all edges.
     pub(crate) fn commit(mut self) -> Result<()> {
         let image = self.image;
         for edge in self.edges.drain(..) {
@@ -344,8 +347,8 @@ impl Drop for Prepared<'_> {
     fn drop(&mut self) {
         let change = self.change.take();
         if let Some(run) = change.as_ref().and_then(|change| change.reserved) {
-            // A part may be written: on a full disk the space is wanted. A count that cannot be lowered stays
-            // too high: a leak, which harms nothing.
+            // `free`, not `release`: some bytes may be written, and on a full disk the space is needed. If
+            // the refcount cannot be lowered the clusters leak, which is harmless.
             let _ = self.image.flusher.free(&[run]);
         }
     }

@@ -1,5 +1,4 @@
-//! Write zeroes and discard: mapping changes where whole (sub)clusters are concerned, written zeroes
-//! elsewhere.
+//! Write zeroes and discard: mapping changes for whole (sub)clusters, written zeroes for the rest.
 
 use super::plan::{ZeroKind, ZeroPlan, mask, plan_zero};
 use crate::error::Result;
@@ -12,20 +11,20 @@ use ::alloc::vec::Vec;
 use qcow2_format::l2::{ClusterEntry, L2Entry};
 use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
-/// The most clusters that are changed under one claim.
+/// Clusters that are changed under one claim at most.
 const MAX_CLUSTERS: u64 = 1 << 12;
 static ZEROES: [u8; 16 << 10] = [0; 16 << 10];
 
 impl Image {
-    /// Makes `range` read as zeroes (or forgets it). The caller has checked the range and runs inside an
-    /// operation.
+    /// Zeroes, discards or deallocates `range`, as `kind` says. The caller has checked the range and runs
+    /// inside an operation.
     pub(crate) fn zero_range(&self, range: GuestRange, kind: ZeroKind) -> Result<()> {
         let unit = match kind {
             ZeroKind::Discard | ZeroKind::Forget => self.file.geometry().cluster_size(),
             ZeroKind::Keep | ZeroKind::Unmap => self.file.geometry().subcluster_size(),
         };
         let (start, end) = (range.start().value(), range.end().value());
-        // The last unit of the disk counts as whole although the disk ends inside it.
+        // The last unit counts as whole even if the disk ends inside it.
         let whole_end = if end == self.size() { end.next_multiple_of(unit) } else { end - end % unit };
         let whole_start = start.next_multiple_of(unit);
         if whole_start >= whole_end {
@@ -36,8 +35,7 @@ impl Image {
         self.zero_part(between(whole_end, end), kind)
     }
 
-    /// Bytes that do not fill a (sub)cluster: written, unless they read as zeroes already. A discard leaves
-    /// them.
+    /// Zeroes a part of a (sub)cluster by writing, unless it reads as zeroes already. A discard does nothing.
     fn zero_part(&self, range: GuestRange, kind: ZeroKind) -> Result<()> {
         if kind == ZeroKind::Discard || range.is_empty() || self.stays_zero(range)? {
             return Ok(());
@@ -45,9 +43,9 @@ impl Image {
         self.write_zero_bytes(range)
     }
 
-    /// Whether `range`, within one cluster, reads as zeroes with nobody about to change that: a write beside
-    /// it that is under way may be about to uncover bytes which an earlier write left in the same host
-    /// cluster.
+    /// True if `range`, within one cluster, reads as zeroes and no write is in flight in that cluster. The
+    /// claim waits for such a write: its commit may turn a zero cluster into data, and expose bytes that an
+    /// earlier write has left in the host cluster.
     fn stays_zero(&self, range: GuestRange) -> Result<bool> {
         let _claim = self.mapping().claim(range.start(), 1);
         self.reads_zero(range)
@@ -56,7 +54,7 @@ impl Image {
     fn write_zero_bytes(&self, range: GuestRange) -> Result<()> {
         let (mut at, end) = (range.start().value(), range.end().value().min(self.size()));
         while at < end {
-            // Pieces end with a sector, so that no sector is written in two halves.
+            // Pieces end at sector boundaries, so that no sector is written in two halves.
             let len = (end - at).min(ZEROES.len() as u64 - at % SECTOR_SIZE);
             self.write_range(GuestOffset::new(at), &ZEROES[..len as usize])?;
             at += len;
@@ -64,7 +62,7 @@ impl Image {
         Ok(())
     }
 
-    /// Whole (sub)clusters from guest byte `start` to `end`.
+    /// Zeroes the whole (sub)clusters from guest byte `start` to `end`.
     fn zero_whole(&self, start: u64, end: u64, kind: ZeroKind) -> Result<()> {
         let mut at = start;
         while at < end {
@@ -75,12 +73,13 @@ impl Image {
         Ok(())
     }
 
-    /// Makes whole clusters unallocated, so that what they held no longer shows; `range` begins at a cluster.
+    /// Deallocates whole clusters in this layer. `range` starts at a cluster.
     pub(crate) fn forget_clusters(&self, range: GuestRange) -> Result<()> {
         self.zero_whole(range.start().value(), range.end().value(), ZeroKind::Forget)
     }
 
-    /// How many bytes from `offset` on need no change: a discard of what was never written.
+    /// How many bytes at `offset` need no change. For a discard without a backing file: those without a host
+    /// cluster; for `Forget`: unallocated ones. Skipping them allocates no L2 tables.
     fn skip_untouched(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
         let shows_below = self.backing.is_some() || self.backing_unopened;
         let run = match kind {
@@ -93,8 +92,7 @@ impl Image {
         Ok(if untouched { run.len } else { 0 })
     }
 
-    /// Zeroes a first part of `len` bytes from `offset` on, within one piece of an L2 table; returns its
-    /// length.
+    /// Zeroes a first part of `len` bytes at `offset`, within one page of an L2 table. Returns its length.
     fn zero_clusters(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
         let format = self.file.l2_format();
         let (geometry, size) = (&format.geometry, format.geometry.cluster_size());
@@ -131,8 +129,8 @@ impl Image {
         }
         let done = (count * size - inside).min(len);
         assert!(done > 0, "zeroing at {offset} makes no progress");
-        debug_assert_eq!(entries.len() as u64, count, "a cluster has no entry, or two");
-        // The file first: where that fails, guest and raw data file must not differ.
+        debug_assert_eq!(entries.len() as u64, count, "not one new entry for each cluster");
+        // The data file before the mapping: if it fails, guest and raw data file must still agree.
         self.zero_data_file(offset, done, kind)?;
         self.commit_zero(&place, &entries, &unlinked)?;
         self.discard_emptied(&emptied);
@@ -144,8 +142,7 @@ impl Image {
         Ok(done)
     }
 
-    /// `kind` as far as one cluster is concerned: where places are to be kept, nothing is given up that can
-    /// be written again in place.
+    /// `kind` for one cluster: with `discard_no_unref` a cluster with a host cluster keeps it.
     fn kind_with_places_kept(&self, kind: ZeroKind, old: &L2Entry) -> ZeroKind {
         match (kind, old) {
             (ZeroKind::Unmap | ZeroKind::Discard, L2Entry::Standard(ClusterEntry { host: Some(_), .. }))
@@ -157,9 +154,9 @@ impl Image {
         }
     }
 
-    /// Gives the space of clusters back that keep their place. The caller still claims them, so that no new
-    /// bytes are in there yet; a failed discard loses nothing. Encrypted bytes stay, see
-    /// [`zero_data_file`](Self::zero_data_file).
+    /// Discards the storage of host clusters that stay allocated. The caller still holds the claim, so that
+    /// no new bytes can be in them yet. A failed discard is ignored: it is a hint. Encrypted clusters are not
+    /// discarded, see [`zero_data_file`](Self::zero_data_file).
     fn discard_emptied(&self, emptied: &[Unlinked]) {
         if !self.refcounts.discards_freed() || self.file.has_data_file() || !self.crypt.is_plain() {
             return;
@@ -179,11 +176,12 @@ impl Image {
         self.mapping().commit(place, entries.len() as u64, unlinked, |i| entries[i as usize])
     }
 
-    /// An external data file follows: a raw one must read as the guest disk does, another may give space
-    /// back, but not while entries on disk still lead to bytes that a lower layer has otherwise.
+    /// Zeroes or discards the same range of the external data file. A raw one must always read like the guest
+    /// disk; in another one the space may be released. Not for `Forget`: after a crash the old entry may
+    /// still be on disk, and the range must then read as the old data, not as zeroes.
     fn zero_data_file(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<()> {
-        // Zeroes there are noise to the guest while a mapping on disk still leads to them, so encrypted bytes
-        // stay.
+        // After a crash the mapping on disk may still point to the cluster; zeroes in it would decrypt to
+        // noise, so encrypted clusters keep their bytes.
         if !self.file.has_data_file() || !self.crypt.is_plain() {
             return Ok(());
         }

@@ -1,5 +1,5 @@
-//! The power is cut while several threads write, discard and flush: what a thread has flushed is there, a
-//! cluster never shows another's bytes, and the file is sound.
+//! Power cuts while several threads write, discard and flush: flushed data is there, no cluster has another
+//! one's bytes, and the image is sound.
 
 use super::{CLUSTER, Yielding, open_as};
 use qcow2_core::{CreateOptions, GuestOffset, GuestRange, Image, OpenOptions, Storage, ZeroMode, create};
@@ -13,14 +13,14 @@ use shuttle::rand::Rng;
 use std::sync::{Arc, Mutex};
 
 const THREADS: u64 = 3;
-/// Clusters of each thread, one after the other: nobody else touches them.
+/// Number of consecutive clusters that only one thread uses.
 const OWN: u64 = 5;
 const STEPS: u8 = 14;
-/// Images that are judged of each run.
+/// Crash images that are checked in each run.
 const IMAGES: usize = 12;
 
-/// What a cluster may hold after a power cut: what was there at the last flush of its thread, or anything
-/// since. A cluster is a sector, and filled with one byte.
+/// The bytes that each cluster of a thread may have after a power cut: those at the thread's last flush, and
+/// all later ones. A cluster is one sector, filled with one byte.
 #[derive(Clone, Debug)]
 struct Book(Vec<Vec<u8>>);
 
@@ -29,12 +29,12 @@ impl Book {
         self.0[clusters.start as usize..clusters.end as usize].iter_mut().for_each(|may| may.push(fill));
     }
 
-    /// A flush has returned that began after every change.
+    /// A flush of the thread has returned: only the last bytes of each cluster are allowed.
     fn flushed(&mut self) {
         self.0.iter_mut().for_each(|may| drop(may.drain(..may.len() - 1)));
     }
 
-    /// A discarded cluster may be as before.
+    /// Records what a discarded cluster reads as now: its old bytes or zeroes.
     fn settle(&mut self, cluster: u64, fill: u8) {
         self.0[cluster as usize].push(fill);
     }
@@ -86,8 +86,8 @@ fn work(image: &Image, books: &Books, me: u64) {
     }
 }
 
-/// Crash images of one run, with what they may hold. Judged when the run is over: the engine may not be
-/// called at a cut.
+/// Crash images of one run, with the bytes that they may have. Checked at the end of the run, because the
+/// hook of a cut must not call the engine.
 #[derive(Default)]
 struct Album {
     seen: u64,
@@ -95,7 +95,7 @@ struct Album {
 }
 
 impl Album {
-    /// Keeps some of all moments, each as likely as any other.
+    /// Reservoir sampling: keeps some crash images, each moment with the same probability.
     fn look(&mut self, cut: &Cut<'_>, books: &[Book], rng: &mut CutRng) {
         self.seen += 1;
         let slot = if self.images.len() < IMAGES { self.images.len() as u64 } else { rng.below(self.seen) };
@@ -158,11 +158,11 @@ fn scenario() {
 }
 
 #[test]
-fn a_power_cut_under_several_threads_loses_nothing_that_was_flushed() {
+fn a_power_cut_under_random_schedules_keeps_flushed_data() {
     shuttle::check_random(scenario, super::schedules());
 }
 
 #[test]
-fn a_power_cut_under_rare_preemptions_loses_nothing_that_was_flushed() {
+fn a_power_cut_under_rare_preemptions_keeps_flushed_data() {
     shuttle::check_pct(scenario, super::schedules(), 3);
 }

@@ -4,7 +4,7 @@ use ::alloc::vec::Vec;
 use ::std::collections::BTreeSet;
 use proptest::prelude::*;
 
-/// Enough for several levels, few enough to look at each bit.
+/// Enough for several levels, few enough to check each bit.
 const COUNT: u64 = 3 * 64 * LEAF_BITS + 777;
 
 fn runs(tree: &Tree) -> Vec<(u64, u64)> {
@@ -17,7 +17,7 @@ fn runs(tree: &Tree) -> Vec<(u64, u64)> {
     .collect()
 }
 
-/// The bits from the first to the last, in order and joined.
+/// The runs that these marks give, sorted and joined.
 fn model(marks: &[(u64, u64)], count: u64) -> Vec<(u64, u64)> {
     let mut set = vec![false; count as usize];
     for &(first, last) in marks {
@@ -39,7 +39,7 @@ fn filled(marks: &[(u64, u64)], count: u64, room: &Room) -> Tree {
     tree
 }
 
-/// Ranges from single bits to all, ends of nodes among them.
+/// Ranges from single bits to all bits, some of which start or end with a node.
 fn marks() -> impl Strategy<Value = Vec<(u64, u64)>> {
     let place = prop_oneof![
         0..COUNT,
@@ -50,7 +50,7 @@ fn marks() -> impl Strategy<Value = Vec<(u64, u64)>> {
     proptest::collection::vec((place, len).prop_map(|(at, len)| (at, (at + len).min(COUNT) - 1)), 0..8)
 }
 
-/// Everything that was taken is given back in the end.
+/// Checks that all memory was given back.
 #[track_caller]
 fn check_room(room: Room) {
     assert_eq!(room.left.load(Ordering::Relaxed), MAX_BITS_MEMORY);
@@ -58,7 +58,7 @@ fn check_room(room: Room) {
 
 proptest! {
     #[test]
-    fn a_tree_is_a_list_of_bits(a in marks(), b in marks(), count in 1..COUNT) {
+    fn a_tree_behaves_like_a_bool_per_bit(a in marks(), b in marks(), count in 1..COUNT) {
         let room = Room::default();
         let tree = filled(&a, COUNT, &room);
         prop_assert_eq!(runs(&tree), model(&a, COUNT));
@@ -73,7 +73,7 @@ proptest! {
         let both = filled(&b, COUNT, &room);
         prop_assert!(both.merge(&tree));
         prop_assert_eq!(runs(&both), model(&[&a[..], &b[..]].concat(), COUNT));
-        // Shorter, and longer again: what was cut off is gone.
+        // Shorter, and longer again: bits that were cut off do not come back.
         let cut = tree.resized(count);
         prop_assert_eq!(runs(&cut), model(&a, count));
         prop_assert_eq!(cut.taken.load(Ordering::Relaxed), cut.root.get().map_or(0, Node::all_bytes));
@@ -85,9 +85,9 @@ proptest! {
         check_room(room);
     }
 
-    /// Whatever runs out, no bit is lost, and whoever can still refuse is told.
+    /// If memory runs out, no bit is lost, and the return value tells about extra bits.
     #[test]
-    fn without_room_more_is_set_and_never_less(
+    fn past_the_memory_limit_extra_bits_are_set_and_none_is_lost(
         a in marks(), b in marks(), bytes in 0..40_000u64, count in 1..COUNT,
     ) {
         let room = Room::new(bytes);
@@ -112,9 +112,9 @@ proptest! {
     }
 }
 
-/// A bit more or less than a node, than the rest of the disk.
+/// Ranges that are a bit longer or shorter than a node or than the whole tree.
 #[test]
-fn ends_of_nodes() {
+fn ranges_around_node_boundaries_are_exact() {
     for (base, end) in [
         (0, LEAF_BITS),
         (LEAF_BITS, 2 * LEAF_BITS),
@@ -136,9 +136,9 @@ fn ends_of_nodes() {
     }
 }
 
-/// The most bits that there are, and the memory they take.
+/// The largest tree, and the memory that it takes.
 #[test]
-fn memory_follows_what_is_set() {
+fn memory_grows_with_mixed_ranges_only() {
     let (count, room) = (1 << 32, Room::default());
     let tree = Tree::new(count, &room);
     let taken = || tree.taken.load(Ordering::Relaxed);
@@ -157,9 +157,9 @@ fn memory_follows_what_is_set() {
     check_room(room);
 }
 
-/// Threads that meet at the first mark of a node lose none.
+/// Threads that fill the same slot at the same time lose no mark.
 #[test]
-fn marks_of_many_threads_are_all_there() {
+fn concurrent_first_marks_lose_nothing() {
     for round in 0..20u64 {
         let room = Room::default();
         let tree = Tree::new(COUNT, &room);

@@ -1,12 +1,12 @@
-//! Refcounts of whole trees: changed in memory, written once.
+//! Changes of the refcounts of whole trees: made in memory, each block written once.
 //!
-//! A snapshot is a second L1 table above the same clusters, so taking, applying and deleting one adds a
-//! reference to everything below a table, or drops one. That is two passes over the tables and one over the
-//! refcount blocks; nothing is looked up by cluster. Refcount blocks are held in windows of bounded size, so
-//! that memory is too.
+//! A snapshot is a second L1 table above the same clusters, so taking, applying and deleting one adds or
+//! drops one reference to everything below an L1 table. That takes two passes over the L2 tables and one over
+//! the refcount blocks, without a lookup for each cluster. Refcount blocks are processed in windows of
+//! bounded size, which bounds memory.
 //!
-//! The caller is alone (nobody reads or writes guest data), and everything that was changed before is on
-//! disk: the passes go to the storage itself, and the caches are empty afterwards.
+//! The caller holds the structure lock for writing (there is no guest I/O) and has flushed everything: the
+//! passes read and write the storage directly, and empty the caches at the end.
 
 mod tree;
 mod window;
@@ -29,14 +29,14 @@ use qcow2_format::l2::L2Item;
 use qcow2_format::{Geometry, L2Index};
 use window::{Spans, Window, uncounted};
 
-/// The refcounts while a bulk change goes on: nobody else touches them, in memory or on disk.
+/// The locks of a bulk change: nothing else reads or writes refcounts, in memory or on disk.
 struct Held<'a> {
     refcounts: HeldRefcounts<'a>,
-    // Dropped last: a round that began before the refcounts are let go would wait for them.
+    // Dropped last: a flush round that started before that would only wait for the refcounts.
     _flushing: MutexGuard<'a, ()>,
 }
 
-/// A change of whole trees of an image.
+/// Changes of the refcounts of whole trees of an image.
 pub(crate) struct Bulk<'a> {
     tables: &'a Tables,
     refcounts: &'a RefcountStore,
@@ -44,7 +44,7 @@ pub(crate) struct Bulk<'a> {
 }
 
 impl<'a> Bulk<'a> {
-    /// The three are of one image.
+    /// All three belong to one image.
     pub(crate) fn new(tables: &'a Tables, refcounts: &'a RefcountStore, flusher: &'a Flusher) -> Self {
         Self { tables, refcounts, flusher }
     }
@@ -62,16 +62,16 @@ impl<'a> Bulk<'a> {
         Spans::new(self.geometry(), held.refcounts.table().len() as u64)
     }
 
-    /// Adds one reference to every L2 table of `tree`, and to everything that they refer to. Disk: reads the
-    /// tables, then writes the refcount blocks; no barrier. Errors: `NoSpace` where a refcount is at its
-    /// largest value, `Corrupt` for a damaged table or a cluster that is not counted; nothing was written
-    /// then. After an error of the storage some counts may be too high.
+    /// Adds one reference to every L2 table of `tree`, and to every cluster that they refer to. Disk: reads
+    /// the tables, then writes the refcount blocks; no barrier. Errors: `NoSpace` if a refcount is at its
+    /// maximum, `Corrupt` for a damaged table or a referenced cluster with refcount 0, both before anything
+    /// is written; `Storage`: some refcounts may be too high then.
     pub(crate) fn raise_tree(&self, tree: &Tree) -> Result<()> {
         let held = self.hold();
         let spans = self.spans(&held);
         let touched = self.touched(tree, &spans, held.refcounts.table())?;
         if touched.len() > 1 {
-            // All must fit before anything is written.
+            // Check that all can be raised before anything is written.
             for &span in &touched {
                 self.raised(tree, spans.window(self.tables, held.refcounts.table(), span))?;
             }
@@ -89,16 +89,18 @@ impl<'a> Bulk<'a> {
         Ok(window)
     }
 
-    /// Drops one reference from every L2 table of `tree`, and from everything that they refer to. `unlink`
-    /// makes the disk lead there no more; it is called once it is certain that every count can be lowered,
-    /// that nothing below the tree is other metadata and that the tables of `kept` stay counted, so that what
-    /// cannot be freed stays linked. What nobody refers to then is free and given back to the storage. With
-    /// `active`, the raw entries of the active L1 table, the copied flags below and in it are made to agree
-    /// with the refcounts; the caller writes the entries.
+    /// Drops one reference to every L2 table of `tree`, and to every cluster that they refer to. Clusters
+    /// whose refcount gets zero are free, and are discarded in the storage.
     ///
-    /// Disk: reads the tables; `unlink`; writes the refcount blocks and L2 tables whose flags change,
-    /// barrier; then discards. Errors: `Corrupt` for a damaged table or a count that is too low, nothing
-    /// having changed; those of `unlink`; `Storage`, counts being left too high.
+    /// `unlink` removes the pointer to the tree on disk. It is called after these checks: every refcount can
+    /// be lowered, nothing below the tree is other metadata, and the L2 tables of `kept` keep a nonzero
+    /// refcount. So a tree that cannot be freed stays linked. `active`: the raw entries of the active L1
+    /// table; the copied flags in it and in its L2 tables are made to agree with the refcounts, and the
+    /// caller writes the entries.
+    ///
+    /// Disk: reads the tables; `unlink`; writes the refcount blocks and the L2 tables whose flags change,
+    /// barrier; then discards. Errors: `Corrupt` for a damaged table or a refcount that is too low, before
+    /// anything has changed; those of `unlink`; `Storage`: some refcounts may be too high then.
     pub(crate) fn lower_tree(
         &self,
         tree: &Tree,
@@ -115,15 +117,16 @@ impl<'a> Bulk<'a> {
             Some(active) => self.touched(active, &spans, held.refcounts.table())?,
             None => BTreeSet::new(),
         };
-        // All must fit before anything is unlinked. One window is kept, several would take too much memory.
+        // Check that all can be lowered before anything is unlinked. A single window is kept for the second
+        // pass; several would take too much memory.
         let mut only = None;
         for &span in &touched {
             let mut window = self.lowered(tree, spans.window(self.tables, held.refcounts.table(), span))?;
             self.check_kept(kept, &mut window)?;
             only = Some(window).filter(|_| touched.len() == 1);
         }
-        // Links first, then counts: the other way round a crash would leave links to clusters that count as
-        // free (I1).
+        // Links before refcounts: in the other order a crash would leave links to clusters that count as free
+        // (I1).
         let (before, after) = match self.tables.file().keeps(OrderingRule::UnlinkBeforeFree) {
             true => (Some(unlink), None),
             false => (None, Some(unlink)),
@@ -150,8 +153,8 @@ impl<'a> Bulk<'a> {
         Ok(())
     }
 
-    /// Makes sure that [`lower_tree`](Self::lower_tree) can lower every count, before a change that it is the
-    /// end of.
+    /// Checks that [`lower_tree`](Self::lower_tree) will be able to lower every refcount, for a change that
+    /// ends with it.
     pub(crate) fn check_lowering(&self, tree: &Tree, kept: &[Tree]) -> Result<()> {
         let held = self.hold();
         let spans = self.spans(&held);
@@ -162,7 +165,7 @@ impl<'a> Bulk<'a> {
         Ok(())
     }
 
-    /// Refuses counts so low that a table which stays would be freed with those that go.
+    /// Refuses a refcount so low that an L2 table of `kept` would be freed.
     fn check_kept(&self, kept: &[Tree], window: &mut Window<'_>) -> Result<()> {
         for table in kept.iter().flat_map(Tree::offsets) {
             let cluster = self.geometry().host_cluster(table).value();
@@ -186,13 +189,14 @@ impl<'a> Bulk<'a> {
         Ok(window)
     }
 
-    /// Refuses a tree one of whose tables is other metadata.
+    /// Refuses a tree if one of its L2 tables is other metadata.
     pub(crate) fn check_tables(&self, tree: &Tree) -> Result<()> {
         let size = self.geometry().cluster_size();
         tree.offsets().try_for_each(|table| self.tables.check_place(OverlapChecks::L2, table, size))
     }
 
-    /// A freed run: no longer metadata, and the storage may have its space. A failed discard loses nothing.
+    /// Records that `run` was freed: removes it from the metadata map and discards it. A failed discard is
+    /// ignored: it is a hint.
     fn give_back_freed(&self, run: ClusterRun, lowest: &mut Option<u64>) {
         assert!(run.first() > 0, "the header's cluster is freed with a tree");
         *lowest = Some(lowest.map_or(run.first(), |so_far| so_far.min(run.first())));
@@ -200,7 +204,7 @@ impl<'a> Bulk<'a> {
         let _ = self.tables.file().storage().discard(run.offset(self.geometry()), run.len(self.geometry()));
     }
 
-    /// Which windows `tree` has references in.
+    /// The windows that hold refcounts of clusters of `tree`.
     fn touched(&self, tree: &Tree, spans: &Spans, table: &[u64]) -> Result<BTreeSet<u64>> {
         if spans.count() <= 1 {
             return Ok(BTreeSet::from([0]));
@@ -208,7 +212,7 @@ impl<'a> Bulk<'a> {
         let mut touched = BTreeSet::new();
         let per_block = self.geometry().refcount_block_entries();
         tree.for_each_run(self.tables, &mut |run, _| {
-            debug_assert!(!run.clusters.is_empty(), "a tree refers to no cluster");
+            debug_assert!(!run.clusters.is_empty(), "an empty run in a tree");
             let (first, last) = (run.clusters.first(), run.clusters.end() - 1);
             if last / per_block >= table.len() as u64 {
                 return Err(uncounted(last));
@@ -219,14 +223,14 @@ impl<'a> Bulk<'a> {
         Ok(touched)
     }
 
-    /// Drops all cached tables: the disk has others now.
+    /// Drops all cached tables: those on disk have changed.
     fn forget_tables(&self) {
         self.flusher.mapping().forget_tables();
         self.refcounts.forget_cached();
     }
 
-    /// Clears the copied flag in every L2 table of `tree`: everything below has several references from now
-    /// on, or may be treated so. Disk: writes the tables that had one set; no barrier.
+    /// Clears the copied flags in every L2 table of `tree`, because its clusters are shared from now on.
+    /// Disk: writes the tables that had a flag set; no barrier.
     pub(crate) fn clear_copied(&self, tree: &Tree) -> Result<()> {
         let format = self.tables.file().l2_format();
         tree.for_each_table(self.tables, &mut |_, _, bytes| Ok(format.clear_copied_flags(bytes)))?;
@@ -234,8 +238,9 @@ impl<'a> Bulk<'a> {
         Ok(())
     }
 
-    /// Makes the copied flags of those clusters that `window` counts say whether the count is one: in the L2
-    /// tables of `tree`, on disk, and in `entries`, the L1 entries that it was made of.
+    /// Sets the copied flag of clusters with refcount 1 and clears it for others, as far as `window` holds
+    /// their refcounts: in the L2 tables of `tree`, on disk, and in `entries`, the L1 entries of the tree, in
+    /// memory.
     fn mark_copied(&self, tree: &Tree, entries: &mut [u64], window: &mut Window<'_>) -> Result<()> {
         let (geometry, format) = (self.geometry(), self.tables.file().l2_format());
         for raw in entries.iter_mut().filter(|raw| **raw != 0) {
@@ -244,7 +249,8 @@ impl<'a> Bulk<'a> {
             };
             let cluster = geometry.host_cluster(table).value();
             if window.holds(cluster) {
-                // What no block counts is not ours alone, and no reason to fail now.
+                // Without a refcount block the flag stays clear, which is safe; the change itself is done and
+                // must not fail any more.
                 let copied = match window.count(cluster) {
                     Err(error) if error.kind() == ErrorKind::Corrupt => false,
                     count => count? == 1,

@@ -1,4 +1,4 @@
-//! Passes over all L2 tables of an L1 table, each read once however often it is named.
+//! Passes over all L2 tables of an L1 table; each is read once, however many L1 entries point to it.
 
 use crate::error::{Error, Result, TableKind};
 use crate::meta::overlap::OverlapChecks;
@@ -11,19 +11,20 @@ use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{L2Fault, L2Item};
 use qcow2_format::{Geometry, HostOffset};
 
-/// Bytes of neighbouring L2 tables that are read or written at once, but never less than one table.
+/// Bytes of adjacent L2 tables that are read or written at a time, but never less than one table.
 const PIECE: u64 = 1 << 20;
 
-/// Sees an L2 table's place, how often it is named, and its bytes; returns whether it has changed them.
+/// Gets the host offset of an L2 table, the number of L1 entries that point to it, and its bytes. Returns
+/// true if it has changed the bytes.
 type VisitTable<'a> = dyn FnMut(HostOffset, u64, &mut [u8]) -> Result<bool> + 'a;
 
-/// The L2 tables below an L1 table, in host order, and how many entries name each.
+/// The L2 tables of an L1 table in host order, and for each the number of L1 entries that point to it.
 pub(crate) struct Tree {
     tables: Vec<(HostOffset, u64)>,
 }
 
 impl Tree {
-    /// The tables that these raw L1 entries name. Errors: `Corrupt` for a misaligned one.
+    /// The L2 tables that these raw L1 entries point to. Errors: `Corrupt` for a misaligned entry.
     pub(crate) fn new(entries: &[u64], geometry: &Geometry) -> Result<Self> {
         let mut offsets = Vec::new();
         for (index, &raw) in entries.iter().enumerate().filter(|(_, raw)| **raw != 0) {
@@ -40,17 +41,17 @@ impl Tree {
                 _ => tables.push((offset, 1)),
             }
         }
-        debug_assert!(tables.windows(2).all(|pair| pair[0].0 < pair[1].0), "a table is read twice");
+        debug_assert!(tables.windows(2).all(|pair| pair[0].0 < pair[1].0), "a table is in the tree twice");
         Ok(Self { tables })
     }
 
-    /// The tables' places.
+    /// The host offsets of the tables.
     pub(crate) fn offsets(&self) -> impl Iterator<Item = HostOffset> + '_ {
         self.tables.iter().map(|&(offset, _)| offset)
     }
 
-    /// Visits every run of host clusters that the tree refers to, its L2 tables included, with how often each
-    /// is referred to. Errors: `Corrupt` for a damaged entry.
+    /// Calls `visit` for every run of host clusters that the tree refers to, its L2 tables included, with the
+    /// number of references. Errors: `Corrupt` for a damaged entry.
     pub(super) fn for_each_run(
         &self,
         tables: &Tables,
@@ -72,8 +73,8 @@ impl Tree {
         })
     }
 
-    /// Reads the tables in pieces and gives each to `visit` with its place and how often it is named; those
-    /// that it says it has changed are written back. Tables in holes of the storage are passed over.
+    /// Reads the tables in pieces and calls `visit` for each; writes back the tables that `visit` has
+    /// changed. Skips tables in holes of the storage: they are all zero.
     pub(super) fn for_each_table(&self, tables: &Tables, visit: &mut VisitTable<'_>) -> Result<()> {
         let (file, mut buffer) = (tables.file(), Vec::new());
         let size = file.geometry().cluster_size();
@@ -84,8 +85,8 @@ impl Tree {
                 start.checked_add(index as u64 * size) == Some(*offset)
             };
             let count = rest.iter().enumerate().take(most).take_while(|&next| follows(next)).count();
-            // The first table follows itself, so that every piece has one and the loop ends.
-            assert!(count > 0, "a piece of no tables");
+            // The first table always matches, so every piece has at least one and the loop ends.
+            assert!(count > 0, "an empty piece of tables");
             let (piece, later) = rest.split_at(count);
             rest = later;
             let len = piece.len() as u64 * size;

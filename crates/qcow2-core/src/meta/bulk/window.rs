@@ -1,6 +1,7 @@
-//! Refcount blocks in memory while many of their counts change.
+//! Refcount blocks in memory while many of their refcounts change.
 //!
-//! Invariant I1: no count goes below the number of references, because each drop stands for one that is gone.
+//! Invariant I1: no refcount goes below the number of references, because each decrement stands for a removed
+//! reference.
 
 use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::meta::overlap::OverlapChecks;
@@ -14,16 +15,16 @@ use qcow2_format::bytes::{push_words, words};
 use qcow2_format::refcount::{RefcountWidth, decode_table_entry};
 use qcow2_format::{Geometry, HostOffset};
 
-/// Bytes of refcount blocks in memory at most (but always one block): enough for a disk of 1 TiB as it is
-/// made by default.
+/// Bytes of refcount blocks in memory at most (but always one block): enough for a disk of 1 TiB with default
+/// options.
 const WINDOW_BYTES: u64 = 48 << 20;
 
-/// The error where something is referred to that no refcount counts.
+/// The error for a referenced cluster with refcount 0.
 pub(super) fn uncounted(cluster: u64) -> Error {
     Error::corrupt(format!("host cluster {cluster} is in use but its refcount is 0"))
 }
 
-/// How the refcount table is cut into windows.
+/// The division of the refcount table into windows.
 pub(super) struct Spans {
     blocks_per_window: u64,
     clusters_per_window: u64,
@@ -42,18 +43,18 @@ impl Spans {
         self.table_entries.div_ceil(self.blocks_per_window)
     }
 
-    /// The window that counts `cluster`.
+    /// The window that holds the refcount of `cluster`.
     pub(super) fn of(&self, cluster: u64) -> u64 {
         cluster / self.clusters_per_window
     }
 
-    /// Window `number`, no block of which has been read yet.
+    /// Window `number`; reads its blocks when they are needed.
     pub(super) fn window<'a>(&self, tables: &'a Tables, table: &'a [u64], number: u64) -> Window<'a> {
         let geometry = tables.file().geometry();
         debug_assert!(number < self.count().max(1), "window {number} of {}", self.count());
         let first_block = number * self.blocks_per_window;
         let len = self.table_entries.saturating_sub(first_block).min(self.blocks_per_window);
-        // With one window nothing lies outside, so that a cluster past the table is noticed.
+        // A single window covers all clusters, so that one past the refcount table is found as an error.
         let clusters = match self.count() {
             0 | 1 => 0..u64::MAX,
             _ => number * self.clusters_per_window..(number + 1) * self.clusters_per_window,
@@ -70,14 +71,14 @@ impl Spans {
     }
 }
 
-/// The counts of a range of clusters.
+/// The refcounts of a range of clusters.
 pub(super) struct Window<'a> {
     tables: &'a Tables,
     /// The raw entries of the refcount table.
     table: &'a [u64],
     per_block: u64,
     width: RefcountWidth,
-    /// The clusters that it is responsible for.
+    /// The clusters whose refcounts it holds.
     clusters: Range<u64>,
     first_block: u64,
     blocks: Vec<Option<Block>>,
@@ -88,12 +89,12 @@ struct Block {
     offset: HostOffset,
     words: Vec<u64>,
     dirty: bool,
-    /// A bit for each cluster whose count has become zero; empty while there is none.
+    /// A bitmap of the clusters whose refcount has become zero; empty as long as there is none.
     freed: Vec<u64>,
 }
 
 impl Window<'_> {
-    /// Adds `times` to the counts of those clusters of `run` that are in the window.
+    /// Adds `times` to the refcounts of the clusters of `run` that are in the window.
     pub(super) fn raise(&mut self, run: ClusterRun, times: u64) -> Result<()> {
         let width = self.width;
         self.change(run, |block, slots, base| {
@@ -111,7 +112,7 @@ impl Window<'_> {
         })
     }
 
-    /// Takes `times` from those counts.
+    /// Subtracts `times` from those refcounts.
     pub(super) fn lower(&mut self, run: ClusterRun, times: u64) -> Result<()> {
         let width = self.width;
         self.change(run, |block, slots, base| {
@@ -134,21 +135,20 @@ impl Window<'_> {
         Ok(())
     }
 
-    /// Whether the window is responsible for `cluster`.
+    /// True if the window holds the refcount of `cluster`.
     pub(super) fn holds(&self, cluster: u64) -> bool {
         self.clusters.contains(&cluster)
     }
 
-    /// The count of a cluster that the window [holds](Self::holds).
+    /// The refcount of a cluster that the window [holds](Self::holds).
     pub(super) fn count(&mut self, cluster: u64) -> Result<u64> {
         let (width, slot) = (self.width, cluster % self.per_block);
         Ok(width.extract(self.block(cluster)?.words[width.word_index(slot)], slot))
     }
 
-    /// Visits those clusters of `run` that the window holds and whose count disagrees with `copied`, as
-    /// distances from its first. What no block counts is passed over: by now the
-    /// change that this is the end of has happened, and must not fail because of something else that is
-    /// damaged.
+    /// Calls `visit` for the clusters of `run` in the window whose refcount disagrees with the copied flag
+    /// `copied`, with the index in `run`. Skips clusters without a refcount block: at this point the change
+    /// has been made already, and must not fail because of other damage.
     pub(super) fn mismatches(
         &mut self,
         run: ClusterRun,
@@ -179,7 +179,7 @@ impl Window<'_> {
         Ok(())
     }
 
-    /// The block that counts `cluster`, read at the first use.
+    /// The block with the refcount of `cluster`, read at the first use.
     fn block(&mut self, cluster: u64) -> Result<&mut Block> {
         let index = cluster / self.per_block;
         let place = index
@@ -205,8 +205,8 @@ impl Window<'_> {
         place.as_mut().ok_or_else(|| uncounted(cluster))
     }
 
-    /// Makes sure that the changed blocks can be written: none takes the place of other metadata. Errors:
-    /// `Corrupt`.
+    /// Checks that no changed block shares its cluster with other metadata, so that all can be written.
+    /// Errors: `Corrupt`.
     pub(super) fn check_places(&self) -> Result<()> {
         let size = self.tables.file().geometry().cluster_size();
         let mut changed = self.blocks.iter().flatten().filter(|block| block.dirty);
@@ -227,7 +227,7 @@ impl Window<'_> {
         Ok(())
     }
 
-    /// The runs of clusters whose counts have become zero, in order.
+    /// Calls `visit` for the runs of clusters whose refcount has become zero, in ascending order.
     pub(super) fn for_each_freed(&self, visit: &mut dyn FnMut(ClusterRun)) {
         let mut run = ClusterRun::NONE;
         for (index, block) in (self.first_block..).zip(&self.blocks) {
@@ -253,13 +253,13 @@ impl Window<'_> {
 }
 
 impl Block {
-    /// The error is the slot whose count cannot be raised, and that count.
+    /// Error: the slot whose refcount cannot be raised, and that refcount.
     fn raise(&mut self, width: RefcountWidth, slots: Range<u64>, times: u64) -> Result<(), (u64, u64)> {
         self.dirty = true;
         width.raise_run(&mut self.words, slots, times)
     }
 
-    /// The error is the slot whose count is too low.
+    /// Error: the slot whose refcount is too low.
     fn lower(&mut self, width: RefcountWidth, slots: Range<u64>, times: u64) -> Result<(), u64> {
         self.dirty = true;
         let all = self.words.len() as u64 * u64::from(64 / width.bits());

@@ -1,9 +1,9 @@
-//! The header's bitmaps extension: put in, changed, taken out.
+//! Adds, changes and removes the header's bitmaps extension.
 //!
-//! The header has one place, so its sectors are changed in an order in which each step alone is a whole
-//! header: what an older header does not look at is written first, the sector that makes it count last. Only
-//! a list of extensions by others that has to move across sectors is not changed in one step; bitmaps are not
-//! trusted meanwhile. Spec: "Header extensions", "Bitmaps extension".
+//! The header cannot move, so its sectors are written in an order in which each step leaves a valid header:
+//! first bytes that the present header does not use, last the sector that makes them part of it. The
+//! exception: removing the extension may move other extensions across sectors, which takes several writes;
+//! the bitmaps' autoclear bit is clear meanwhile. Spec: "Header extensions", "Bitmaps extension".
 
 use super::{HeaderState, HeaderStore};
 use crate::error::{Error, ErrorKind, Result};
@@ -25,18 +25,18 @@ use qcow2_format::{Header, HostOffset, Version};
 
 const SECTOR: usize = SECTOR_SIZE as usize;
 
-/// The header's cluster, and which of its sectors are to be written.
+/// The header's cluster, in its new and its old form; the sectors that differ are written.
 struct Draft<'a> {
     file: &'a ImageFile,
     bytes: Vec<u8>,
-    /// As they are on disk.
+    /// The bytes on disk.
     before: Vec<u8>,
 }
 
 impl HeaderStore {
-    /// Makes the header name this bitmap directory, or none, and vouch for it. Durable when it returns.
-    /// Errors: `NoSpace` where the first cluster has no room; `Unsupported` in version 2; `Storage`, which
-    /// poisons the image.
+    /// Makes the header point to this bitmap directory and sets the autoclear bit, or removes both. Durable
+    /// when it returns. Errors: `Unsupported` in version 2; `NoSpace` if the extension does not fit into the
+    /// first cluster, and `Storage`, which poison the image.
     pub(crate) fn set_bitmaps_extension(&self, extension: Option<BitmapsExtension>) -> Result<()> {
         let mut state = lock(&self.state);
         if state.header.version < Version::V3 {
@@ -50,7 +50,7 @@ impl HeaderStore {
             (None, Some(at)) => draft.remove(at, &list),
             (None, None) => draft.trust(false),
         };
-        // What was written is what counts from now on, whole or not.
+        // Even after an error: memory must have what was written so far.
         let adopted = draft.adopt(&mut state);
         self.file.poison_on_error(done.and(adopted))
     }
@@ -69,8 +69,8 @@ impl<'a> Draft<'a> {
             .ok_or_else(|| Error::corrupt("header extensions pass the first cluster"))
     }
 
-    /// Writes the sectors in `range` that differ from the disk, the last one first unless `forward`, and
-    /// waits.
+    /// Writes the sectors in `range` that differ from the disk, in ascending order if `forward`, else in
+    /// descending order, each followed by a barrier.
     fn write(&mut self, range: Range<usize>, forward: bool) -> Result<()> {
         assert!(range.end <= self.bytes.len(), "bytes {range:?} leave the header's cluster");
         let mut sectors: Vec<usize> = (range.start / SECTOR..range.end.div_ceil(SECTOR)).collect();
@@ -107,7 +107,8 @@ impl<'a> Draft<'a> {
         autoclear(&self.bytes).contains(AutoclearFeatures::BITMAPS)
     }
 
-    /// Another directory in the extension at `at`: one sector makes the change.
+    /// Changes the extension at `at`. One sector write, if the extension does not cross a sector boundary;
+    /// otherwise the bitmaps' autoclear bit is cleared first.
     fn change(&mut self, at: usize, extension: &BitmapsExtension) -> Result<()> {
         let data = at + MARKER..at + RECORD;
         let one_sector = data.start / SECTOR == (data.end - 1) / SECTOR;
@@ -119,8 +120,8 @@ impl<'a> Draft<'a> {
         self.trust(true)
     }
 
-    /// The extension at the end of the list: first what lies behind the old end marker, then the marker's
-    /// sector.
+    /// Appends the extension to the list. Writes the bytes behind the old end marker first, the marker's
+    /// sector last.
     fn insert(&mut self, list: &ExtensionPlaces, extension: &BitmapsExtension) -> Result<()> {
         let end = list.end + RECORD + MARKER;
         if self.is_trusted() {
@@ -141,7 +142,8 @@ impl<'a> Draft<'a> {
         self.trust(true)
     }
 
-    /// The backing file's name from byte `end` of the header on: a copy, then the pointer to it.
+    /// Moves the backing file's name to byte `end` of the header or later: writes a copy, then the pointer to
+    /// it.
     fn move_backing_name(&mut self, name: Range<usize>, end: usize) -> Result<()> {
         let (len, new) = (name.len(), end.max(name.end).next_multiple_of(8));
         if new + len > self.bytes.len() {
@@ -156,7 +158,7 @@ impl<'a> Draft<'a> {
         self.write(0..SECTOR, true)
     }
 
-    /// Without the extension at `at`: those behind it move up.
+    /// Removes the extension at `at`; the ones behind it move up.
     fn remove(&mut self, at: usize, list: &ExtensionPlaces) -> Result<()> {
         self.trust(false)?;
         let end = (list.end + MARKER).min(self.bytes.len());
@@ -165,7 +167,7 @@ impl<'a> Draft<'a> {
         self.write(at..end, true)
     }
 
-    /// The header is what was written.
+    /// Updates the header in memory to what was written.
     fn adopt(&self, state: &mut HeaderState) -> Result<()> {
         state.sector.copy_from_slice(&self.before[..SECTOR]);
         let bad = |e| Error::corrupt("header is damaged").with_source(e);

@@ -1,9 +1,9 @@
-//! Another header in place of the one there is: names, formats, versions, features that span sectors.
+//! Replaces the header: for changes of names, formats, versions or features that span sectors.
 //!
-//! Order on disk, where more than the first sector changes: the backing file's name in a place of its own
-//! that nothing uses; barrier; a first sector that leads to it and has every extension but the names of
-//! features; barrier; everything behind the first sector; barrier; the first sector; barrier. At every moment
-//! the first sector alone decides which header is valid.
+//! Order on disk, if more than the first sector changes: the backing file's name in unused bytes of the first
+//! cluster; barrier; a first sector that points to it and has every extension but the feature names; barrier;
+//! everything behind the first sector; barrier; the new header's first sector; barrier. At every moment the
+//! first sector alone decides which header is valid.
 
 use super::HeaderStore;
 use crate::error::{Error, ErrorKind, Result};
@@ -15,8 +15,8 @@ use ::alloc::vec::Vec;
 use qcow2_format::{FormatError, Header, HostOffset};
 
 impl HeaderStore {
-    /// Puts `new` on disk in place of the header there is, and returns when it is durable. Errors: `Format`
-    /// where it does not fit into the first cluster; `Storage`, which poisons the image.
+    /// Replaces the header on disk by `new`; durable when it returns. Errors: `Format` if it does not fit
+    /// into the first cluster; `Storage`, which poisons the image.
     pub(crate) fn switch_to(&self, new: Header) -> Result<()> {
         let plan = {
             let mut old = vec![0; self.file.geometry().cluster_size() as usize];
@@ -44,14 +44,14 @@ impl HeaderStore {
     }
 }
 
-/// Bytes that are written and then made durable.
+/// One write, followed by a barrier.
 #[derive(Debug, PartialEq, Eq)]
 struct Step {
     offset: u64,
     bytes: Vec<u8>,
 }
 
-/// The steps from the first cluster `old` to the header `new`.
+/// The steps from the first cluster with the bytes `old` to the header `new`.
 fn plan_switch(old: &[u8], new: &Header) -> Result<Vec<Step>, FormatError> {
     let sector = SECTOR_SIZE as usize;
     let target = new.encode_cluster()?;
@@ -66,8 +66,8 @@ fn plan_switch(old: &[u8], new: &Header) -> Result<Vec<Step>, FormatError> {
     let mut first = short.encode_with_name_at(end as u64)?;
     let room = end + name.len() <= target.len();
     if first.len() > sector || !room {
-        // So many extensions that no first sector can hold them, or a cluster so small that no place is free:
-        // one write.
+        // The extensions do not fit into the first sector, or the cluster has no unused bytes for the name:
+        // there is no safe order, so one write.
         return Ok(vec![step(0, end)]);
     }
     first.resize(sector, 0);
@@ -97,7 +97,7 @@ fn plan_switch(old: &[u8], new: &Header) -> Result<Vec<Step>, FormatError> {
     Ok(steps)
 }
 
-/// Bytes up to the last one that is not zero.
+/// Length up to the last nonzero byte.
 fn used(cluster: &[u8]) -> usize {
     cluster.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1)
 }
@@ -120,7 +120,7 @@ mod tests {
         header
     }
 
-    /// After every whole step, and after any one sector of it, the cluster says the old or the new.
+    /// After every step, and after any single sector of it, the cluster parses as the old or the new header.
     #[track_caller]
     fn check(old: &Header, new: &Header) {
         let mut disk = old.encode_cluster().unwrap();
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_leaves_the_old_name_or_the_new_one() {
+    fn a_crash_leaves_the_old_name_or_the_new_one() {
         let long = "x".repeat(1000);
         let names = [None, Some("a"), Some("some/longer/name.qcow2"), Some(&*long)];
         for from in names {
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_in_the_first_sector_is_one_write() {
+    fn a_change_within_the_first_sector_is_one_write() {
         let old = header(None, None, true);
         let new = Header { size: 2 << 20, ..old.clone() };
         assert_eq!(plan_switch(&old.encode_cluster().unwrap(), &new).unwrap().len(), 1);

@@ -1,4 +1,4 @@
-//! The active L1 table, kept whole in memory.
+//! The active L1 table; all of it is in memory.
 
 use crate::meta::page::{DirtyRun, SECTOR_SIZE};
 use crate::sync::{Mutex, Rank, RwLock, lock, read, write};
@@ -27,12 +27,12 @@ impl L1Table {
         read(&self.table).1.get(index.value() as usize).copied().unwrap_or(0)
     }
 
-    /// Whether the entry at `index` leads anywhere.
+    /// True if the entry at `index` is not zero.
     pub(super) fn is_mapped(&self, index: u64) -> bool {
         read(&self.table).1.get(index as usize).is_some_and(|&raw| raw != 0)
     }
 
-    /// The first entry in `range` that leads anywhere; none where that passes the end.
+    /// Index of the first nonzero entry in `range`; `None` if there is none or `range` passes the end.
     pub(super) fn next_mapped(&self, range: core::ops::Range<u64>) -> Option<u64> {
         let table = read(&self.table);
         let entries = table.1.get(range.start as usize..range.end as usize)?;
@@ -40,23 +40,23 @@ impl L1Table {
         Some(range.start + index as u64)
     }
 
-    /// How many entries the table has.
+    /// Number of entries.
     pub(super) fn len(&self) -> u64 {
         read(&self.table).1.len() as u64
     }
 
-    /// Where the sector that holds entry `index` is.
+    /// Host offset of the sector that holds entry `index`.
     pub(super) fn sector_of(&self, index: L1Index) -> HostOffset {
         let sector = index.value() * 8 / SECTOR_SIZE * SECTOR_SIZE;
         HostOffset::new(read(&self.table).0.value().saturating_add(sector))
     }
 
-    /// Where the table is, and a copy of its raw entries.
+    /// The table's host offset, and a copy of its raw entries.
     pub(super) fn contents(&self) -> (HostOffset, Vec<u64>) {
         read(&self.table).clone()
     }
 
-    /// Replaces table and place; everything in it is on disk already.
+    /// Replaces the table by the one at `offset`, which is on disk already.
     pub(super) fn replace(&self, offset: HostOffset, entries: Vec<u64>) {
         debug_assert!(offset.value().is_multiple_of(SECTOR_SIZE), "an l1 table at {offset}");
         *write(&self.table) = (offset, entries);
@@ -69,7 +69,7 @@ impl L1Table {
         lock(&self.dirty).insert(index.value() * 8 / SECTOR_SIZE);
     }
 
-    /// Takes the changed sectors for write-back. The caller has closed the commit gate.
+    /// Takes copies of the changed sectors for writeback. The caller has closed the commit gate.
     pub(super) fn take_dirty(&self, runs: &mut Vec<DirtyRun>) {
         let dirty = core::mem::take(&mut *lock(&self.dirty));
         if dirty.is_empty() {

@@ -1,7 +1,7 @@
-//! L2 tables that may be changed: missing ones are made, shared ones copied.
+//! Makes L2 tables writable: allocates missing ones, copies shared ones.
 //!
-//! Order on disk: the new table's content; then, with the next flush, its refcount and the L1 entry that
-//! leads to it (I1, I2).
+//! Order on disk: the new table's content; then, with the next flush, its refcount, and after a barrier the
+//! L1 entry that points to it (I1, I2).
 
 use super::{L2Place, Mapping};
 use crate::error::{Error, Result};
@@ -17,9 +17,9 @@ use qcow2_format::l1::L1Entry;
 use qcow2_format::{GuestOffset, HostOffset, L1Index};
 
 impl Mapping {
-    /// The L2 entry of `offset` in a table that may be changed: a missing table is made, a shared one copied.
-    /// The caller has claimed the cluster. Disk: the new table's content; its L1 entry waits for the next
-    /// write-back. Errors: `NoSpace`, `Corrupt`, `Storage`.
+    /// The L2 entry of `offset`, in a table that may be changed: allocates a missing table, copies a shared
+    /// one. The caller has claimed the cluster. Disk: writes the new table; the next flush writes its L1
+    /// entry. Errors: `NoSpace`, `Corrupt`, `Storage`.
     pub(crate) fn writable_place(&self, offset: GuestOffset) -> Result<L2Place> {
         let index = self.format.geometry.l1_index(offset);
         let entry = self.l1_entry(index)?;
@@ -27,7 +27,7 @@ impl Mapping {
             return self.place_to_change(table, offset);
         }
         let _making = lock(&self.table_lock);
-        // Asked again: somebody may have made the table while this thread waited.
+        // Read again: another thread may have made the table while this one waited for the lock.
         let entry = self.l1_entry(index)?;
         let table = match entry.l2_table {
             Some(table) if entry.copied => table,
@@ -35,16 +35,16 @@ impl Mapping {
         };
         debug_assert!(
             self.l1_entry(index).is_ok_and(|entry| entry.copied && entry.l2_table == Some(table)),
-            "an l2 table that is not the active disk's alone is about to change"
+            "a shared l2 table is about to change"
         );
         self.place_to_change(table, offset)
     }
 
-    /// The entry of `offset` in `table`, which is about to be changed: an L1 entry that points at other
-    /// metadata stops here.
+    /// The entry of `offset` in `table`, for a change. Fails if `table` is other metadata, because the L1
+    /// entry is damaged.
     fn place_to_change(&self, table: HostOffset, offset: GuestOffset) -> Result<L2Place> {
         let place = self.place_in_table(table, offset)?;
-        // A page that waits for write-back was asked about when it was first changed.
+        // A queued page was checked when it was changed first.
         if !place.page.is_queued() {
             let (at, len) = (place.page.offset(), self.cache.page_size());
             self.tables.check_place(OverlapChecks::ACTIVE_L2, at, len)?;
@@ -63,7 +63,7 @@ impl Mapping {
         self.tables.check_place(OverlapChecks::ACTIVE_L1, self.l1.sector_of(index), SECTOR_SIZE)?;
         let old_run = old.map(|old| Unlinked::one(geometry, OverlapChecks::ACTIVE_L2, old));
         if let Some(old) = old {
-            // Snapshots share it; anything else there is no table to copy.
+            // It may be shared with a snapshot; if it is any other metadata, there is no table to copy.
             self.tables.check_place(OverlapChecks::L2, old, geometry.cluster_size())?;
         }
         let cluster = self.refcounts.allocate_metadata(OverlapChecks::ACTIVE_L2, 1)?;
@@ -73,7 +73,8 @@ impl Mapping {
             self.refcounts.release(Unlinked { clusters: cluster.run, kinds: OverlapChecks::ACTIVE_L2 })?;
             return Err(error);
         }
-        // Link and unlink belong to one round: the old table is freed only when the new entry is on disk.
+        // Link and unlink under one open gate, so that they are in the same flush round: the old table is
+        // freed only when the new entry is on disk.
         let _open = read(&self.gate);
         self.l1.set(index, L1Entry { l2_table: Some(table), copied: true }.encode());
         if let Some(run) = old_run {
@@ -84,7 +85,7 @@ impl Mapping {
 
     fn fill_l2_table(&self, table: HostOffset, old: Option<HostOffset>, fresh: bool) -> Result<()> {
         let size = self.format.geometry.cluster_size();
-        // The cluster may have been a table before; its old pages must not be found as the new one's.
+        // The cluster may have been a table before, whose pages may still be cached.
         self.cache.forget(table, size);
         if !self.file.keeps(OrderingRule::TableBeforeEntry) {
             return Ok(());

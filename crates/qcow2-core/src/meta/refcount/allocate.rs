@@ -1,6 +1,6 @@
-//! Finding and reserving free host clusters.
+//! Allocation of host clusters.
 //!
-//! A cluster counts as free only if its refcount is zero and no metadata is known to live there (I5).
+//! A cluster is free only if its refcount is zero and no metadata is known to be in it (I5).
 
 use super::{RefcountStore, Refcounts};
 use crate::error::{Error, ErrorKind, Result};
@@ -14,34 +14,34 @@ use crate::sync::lock;
 use qcow2_format::refcount::encode_table_entry;
 use qcow2_format::{HostCluster, HostOffset};
 
-/// The largest host offset that a table entry can hold. Spec: "Cluster mapping".
+/// Table entries hold host offsets below this. Spec: "Cluster mapping".
 const MAX_HOST_END: u64 = 1 << 56;
 
-/// Host clusters that were just reserved: their refcount is one and nothing refers to them.
+/// Newly allocated host clusters: their refcount is one, and nothing refers to them yet.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reserved {
-    /// Where the first of them is.
+    /// Host offset of the first one.
     pub(crate) offset: HostOffset,
     pub(crate) run: ClusterRun,
-    /// The clusters lie past the end of the file: they read as zeroes once the file is longer.
+    /// True if the clusters lie past the end of the file, so that they read as zeroes.
     pub(crate) fresh: bool,
 }
 
-/// What a search for free clusters has found.
+/// The result of a search for free clusters.
 struct Found {
     run: ClusterRun,
-    /// The first free cluster of all.
+    /// The first free cluster of the file, possibly before `run`.
     lowest: u64,
 }
 
 impl RefcountStore {
-    /// Reserves up to `want` clusters that follow each other; fewer where the free run is shorter. Disk: may
-    /// read refcount blocks and write new ones. Errors: `NoSpace`, `Corrupt`, `Storage`.
+    /// Allocates up to `want` consecutive clusters, fewer if the first free run is shorter. Disk: may read
+    /// refcount blocks and write new ones. Errors: `NoSpace`, `Corrupt`, `Storage`.
     pub(crate) fn allocate(&self, want: u64) -> Result<Reserved> {
         self.reserve(want, false)
     }
 
-    /// Reserves exactly `count` clusters in a row for metadata of `kind`. Disk and errors: as
+    /// Allocates exactly `count` consecutive clusters for metadata of `kind`. Disk and errors: as
     /// [`allocate`](Self::allocate).
     pub(crate) fn allocate_metadata(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
         let reserved = self.reserve(count, true)?;
@@ -49,8 +49,9 @@ impl RefcountStore {
         Ok(reserved)
     }
 
-    /// [`allocate_metadata`](Self::allocate_metadata) with space on the disk, for tables that are written
-    /// when much has changed already. Errors: also `NoSpace`, nothing having changed.
+    /// [`allocate_metadata`](Self::allocate_metadata) that also reserves space in the storage. For tables
+    /// that are written in the middle of a procedure, where a full disk would poison the image. Errors: also
+    /// `NoSpace`; nothing is allocated then.
     pub(crate) fn allocate_with_space(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
         let reserved = self.allocate_metadata(kind, count)?;
         let len = reserved.run.len(self.geometry());
@@ -61,7 +62,7 @@ impl RefcountStore {
         Ok(reserved)
     }
 
-    /// One cluster with `references` references from the start.
+    /// Allocates one cluster with the refcount `references`.
     pub(crate) fn allocate_shared(&self, references: u64) -> Result<HostOffset> {
         let reserved = self.allocate(1)?;
         self.set_count(&lock(&self.state), reserved.run.first(), references)?;
@@ -74,7 +75,7 @@ impl RefcountStore {
         let Found { run, lowest } = self.find_free(&mut refcounts, want.max(1), exact)?;
         assert!(
             run.count() <= want.max(1) && (!exact || run.count() == want),
-            "{run:?} where {want} are wanted"
+            "{run:?}, asked for {want} clusters"
         );
         if run.end() > self.geometry().clusters_below(MAX_HOST_END) {
             return Err(Error::new(
@@ -89,11 +90,12 @@ impl RefcountStore {
         for cluster in run.clusters() {
             self.set_count(&refcounts, cluster, 1)?;
         }
+        // A search for a longer run may have skipped free clusters before it.
         refcounts.first_free = if run.first() == lowest { run.end() } else { lowest };
         Ok(Reserved { offset, run, fresh })
     }
 
-    /// Reserves `cluster` if it is free and its refcount block exists.
+    /// Allocates `cluster` if it is free and its refcount block exists. Returns true if it did.
     pub(super) fn reserve_at(&self, cluster: u64) -> Result<bool> {
         let mut refcounts = lock(&self.state);
         let counted = self.slot(&refcounts, cluster)?.is_some();
@@ -111,8 +113,8 @@ impl RefcountStore {
         Ok(true)
     }
 
-    /// The first free run: exactly `want` clusters, or (not `exact`) the first free cluster and up to
-    /// `want - 1` after it.
+    /// Finds the first free run of exactly `want` clusters, or, with `exact` false, the first free cluster
+    /// and up to `want - 1` free ones after it. Adds refcount blocks at the end as needed.
     fn find_free(&self, refcounts: &mut Refcounts, want: u64, exact: bool) -> Result<Found> {
         let width = self.geometry().refcount_width();
         let mut at = refcounts.first_free;
@@ -131,7 +133,7 @@ impl RefcountStore {
                 for block in 0..blocks {
                     self.add_block(refcounts, index + block, at + block)?;
                 }
-                // A new block takes the first cluster that it counts: a run goes on after the blocks only.
+                // A new block occupies the first cluster that it covers, so the run starts after the blocks.
                 at += blocks;
                 (first, count) = (at, 0);
                 continue;
@@ -159,21 +161,22 @@ impl RefcountStore {
         Ok(Found { run: ClusterRun::new(first, count), lowest })
     }
 
-    /// How many refcount blocks to put one after the other from `at` on, which has none. More than one for a
-    /// run of `want` clusters that is as long as what a block counts: it would find no place between blocks
-    /// that each take the first cluster they count.
+    /// How many consecutive refcount blocks to add at cluster `at`, which has none. More than one if the run
+    /// of `want` clusters is at least as long as the range of a block: it would not fit between blocks that
+    /// each occupy the first cluster of their range.
     fn blocks_ahead(&self, refcounts: &Refcounts, at: u64, want: u64) -> u64 {
         let per_block = self.geometry().refcount_block_entries();
         if want < per_block {
             return 1;
         }
-        // As many as count the run and themselves.
+        // As many as cover the run and themselves.
         let blocks = (want + at % per_block).div_ceil(per_block - 1);
         let later = refcounts.table.iter().skip((at / per_block + 1) as usize);
         if later.take(blocks as usize - 1).all(|&entry| entry == 0) { blocks } else { 1 }
     }
 
-    /// Puts the refcount block of table entry `index` at `cluster`, which it or a block before it counts.
+    /// Adds the refcount block of table entry `index` at `cluster`, which lies in its own range or in that of
+    /// a block before it.
     fn add_block(&self, refcounts: &mut Refcounts, index: u64, cluster: u64) -> Result<()> {
         self.tables.check_unused(ClusterRun::one(cluster))?;
         let sector = index * 8 / SECTOR_SIZE;
@@ -191,11 +194,14 @@ impl RefcountStore {
         debug_assert_eq!(refcounts.table[index as usize], 0, "a refcount block is replaced");
         refcounts.table[index as usize] = encode_table_entry(Some(offset));
         if let Err(error) = self.set_count(refcounts, cluster, 1) {
-            // A block that does not count itself must not stay.
+            // Without its own refcount the block's cluster would count as free.
             refcounts.table[index as usize] = encode_table_entry(None);
             return Err(error);
         }
-        debug_assert!(matches!(self.count_in(refcounts, cluster), Ok(1)), "a block that is not counted");
+        debug_assert!(
+            matches!(self.count_in(refcounts, cluster), Ok(1)),
+            "a refcount block without refcount"
+        );
         refcounts.dirty_sectors.insert(sector);
         self.tables.guard().note(OverlapChecks::REFCOUNT_BLOCK, ClusterRun::one(cluster));
         Ok(())

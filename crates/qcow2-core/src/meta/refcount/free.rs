@@ -1,6 +1,7 @@
-//! Dropping references, and giving clusters back that nobody refers to any more.
+//! Drops references and frees clusters.
 //!
-//! Invariant I3: what was unlinked waits here until the unlink is on disk and no operation can still see it.
+//! Invariant I3: an unlinked cluster waits here until the unlink is on disk and no running operation can
+//! still use it.
 
 use super::{RefcountStore, Refcounts};
 use crate::error::Result;
@@ -12,50 +13,50 @@ use crate::port::event::Event;
 use crate::sync::lock;
 use ::alloc::vec::Vec;
 
-/// How many unlinked runs may wait before a write-back is due.
+/// Number of waiting unlinked runs above which a flush is due.
 const MAX_UNLINKED_RUNS: usize = 1 << 14;
 
 impl RefcountStore {
-    /// Whether freed host clusters are given back to the storage.
+    /// True if freed host clusters are discarded in the storage.
     pub(crate) fn discards_freed(&self) -> bool {
         self.discard_freed
     }
 
-    /// Gives up references that nothing names any more, in memory: they are dropped when the unlink is on
-    /// disk. For tables [`check_freeable`](Self::check_freeable) came before.
+    /// Records that the entries that referred to `run` were changed in memory. The refcounts go down when the
+    /// change is on disk. For tables the caller has called [`check_freeable`](Self::check_freeable) first.
     pub(crate) fn unlink(&self, run: Unlinked) {
         if !run.clusters.is_empty() {
             lock(&self.pending).push(run);
         }
     }
 
-    /// Whether no cluster waits to be freed.
+    /// True if no cluster waits to be freed.
     pub(crate) fn is_settled(&self) -> bool {
         lock(&self.pending).is_empty()
     }
 
-    /// [`unlink`](Self::unlink) of several.
+    /// [`unlink`](Self::unlink) for several runs.
     pub(crate) fn unlink_all(&self, runs: &[Unlinked]) {
         let mut pending = lock(&self.pending);
         runs.iter().filter(|run| !run.clusters.is_empty()).for_each(|&run| pending.push(run));
     }
 
-    /// Whether so much waits for write-back that it should happen now.
+    /// True if so many changes wait that a flush is due.
     pub(crate) fn is_pressed(&self) -> bool {
         self.cache.is_pressed() || lock(&self.pending).fresh_count() >= MAX_UNLINKED_RUNS
     }
 
-    /// Takes the references whose unlinks are about to be written. The caller has closed the gate, so that
-    /// each of them belongs to a change that is written with them.
+    /// Takes the runs whose unlinks the present flush writes. The caller has closed the gate, so that the
+    /// flush writes the entries of each of them.
     pub(crate) fn take_unlinked(&self) -> Vec<Unlinked> {
         lock(&self.pending).take_fresh()
     }
 
-    /// Takes references in whose unlinks are on disk now, and returns those that none of `operations` can see
-    /// any more. The caller holds back other flushes.
+    /// Adds runs whose unlinks are on disk now. Advances the epoch and returns the runs that none of
+    /// `operations` can still use. The caller holds the flush lock.
     pub(crate) fn made_durable(&self, unlinked: Vec<Unlinked>, operations: &Operations) -> Vec<Unlinked> {
         let mut pending = lock(&self.pending);
-        debug_assert!(unlinked.iter().all(|run| !run.clusters.is_empty()), "references to nothing");
+        debug_assert!(unlinked.iter().all(|run| !run.clusters.is_empty()), "an empty run is unlinked");
         pending.made_durable(operations.epoch(), unlinked);
         if pending.is_empty() {
             return Vec::new();
@@ -63,9 +64,9 @@ impl RefcountStore {
         pending.take_reusable(operations.advance())
     }
 
-    /// [`Tables::check_owner`](crate::meta::tables::Tables::check_owner), and that the refcounts of `run` can
-    /// be changed: a procedure that ends with giving it up must not fail there. Disk: may read refcount
-    /// blocks.
+    /// Checks that freeing `run` later cannot fail: that it holds no other metadata
+    /// ([`Tables::check_owner`](crate::meta::tables::Tables::check_owner)) and that its refcounts can be
+    /// written. For procedures that free their old tables last. Disk: may read refcount blocks.
     pub(crate) fn check_freeable(&self, run: Unlinked) -> Result<()> {
         self.tables.check_owner(run)?;
         let refcounts = lock(&self.state);
@@ -75,16 +76,17 @@ impl RefcountStore {
         })
     }
 
-    /// Drops the references of `run`. Nothing on disk may hold them any more.
+    /// Drops one reference to each cluster of `run`. No entry on disk may refer to them through this
+    /// reference any more.
     pub(crate) fn release(&self, run: Unlinked) -> Result<()> {
         self.lower_in(&mut lock(&self.state), run)
     }
 
-    /// [`release`](Self::release) for a caller that holds the refcounts. On a damaged image a reference may
-    /// have led to other metadata, which stays counted once whoever pointed at it, or to a cluster that
-    /// nobody counts, which is free already.
+    /// [`release`](Self::release) for a caller that has locked the refcounts. On a damaged image the
+    /// reference may have pointed to other metadata, whose refcount then never goes below 1, or to a cluster
+    /// with refcount 0, which is left alone.
     pub(super) fn lower_in(&self, refcounts: &mut Refcounts, run: Unlinked) -> Result<()> {
-        // Asked for the whole run first: nearly always the answer is no, and then no cluster is asked about.
+        // One lookup for the whole run first: it is nearly always false, and saves a lookup for each cluster.
         let guarded = self.tables.is_guarded(run);
         for cluster in run.clusters.clusters() {
             let one = Unlinked { clusters: ClusterRun::one(cluster), ..run };
@@ -105,15 +107,16 @@ impl RefcountStore {
         Ok(())
     }
 
-    /// Frees what nobody can see any more, giving the space back to the storage first where that is wanted.
-    /// What was read from there has been forgotten.
+    /// Frees `runs`, which no entry on disk and no running operation uses; discards their space first if
+    /// `discard_freed` is set. The caller has cleared the cache of expanded clusters.
     pub(crate) fn free(&self, runs: &[Unlinked]) -> Result<()> {
-        debug_assert!(runs.iter().all(|run| !run.clusters.is_empty()), "references to nothing are dropped");
+        debug_assert!(runs.iter().all(|run| !run.clusters.is_empty()), "an empty run is freed");
         if !runs.is_empty() {
             self.file.event(Event::ClusterFree);
         }
         for run in runs {
-            // Before the counts go down: afterwards the cluster may be somebody else's, with new bytes.
+            // Before the refcounts go down: after that another thread may allocate the cluster and write to
+            // it.
             if self.discard_freed {
                 self.discard_unshared(*run)?;
             }
@@ -122,8 +125,8 @@ impl RefcountStore {
         Ok(())
     }
 
-    /// Whether `cluster`, which held `kinds`, has one reference, and from now on no compressed stream will
-    /// add another.
+    /// True if `cluster`, which held `kinds`, has refcount 1. Also keeps compressed streams from adding
+    /// another reference from now on.
     fn is_last_reference(&self, cluster: u64, kinds: OverlapChecks) -> Result<bool> {
         if self.tables.is_guarded(Unlinked { clusters: ClusterRun::one(cluster), kinds }) {
             return Ok(false);
@@ -136,7 +139,7 @@ impl RefcountStore {
         Ok(last)
     }
 
-    /// Gives the space of those clusters back whose last reference this is. A failed discard loses nothing.
+    /// Discards the clusters of `run` with refcount 1. A failed discard is ignored: it is a hint.
     fn discard_unshared(&self, run: Unlinked) -> Result<()> {
         let (mut first, end) = (run.clusters.first(), run.clusters.end());
         while first < end {

@@ -1,7 +1,7 @@
-//! Moving the refcount table to a larger place.
+//! Grows the refcount table by moving it to new clusters.
 //!
 //! Order on disk: changed refcount blocks, the new blocks, the new table; barrier; the header; barrier. Only
-//! then is the old table free.
+//! then the old table is freed.
 
 use super::{RefcountStore, Refcounts};
 use crate::error::{Error, ErrorKind, Result};
@@ -23,16 +23,16 @@ use qcow2_format::refcount::{RefcountWidth, encode_table_entry};
 /// The largest refcount table in bytes. Origin: QEMU.
 const MAX_TABLE_BYTES: u64 = 8 << 20;
 
-/// Where the new structures go: blocks first, the table right after them.
+/// The clusters of the new structure: blocks first, the table right behind them.
 struct Layout {
     blocks: ClusterRun,
     table: ClusterRun,
 }
 
 impl RefcountStore {
-    /// Makes the refcount table long enough for entry `index` and gives the new places refcounts. The new
-    /// structures lie where no block of the old table reaches, so that they count themselves. Errors: also
-    /// `NoSpace`, nothing having changed.
+    /// Makes the refcount table long enough for entry `index`. The new blocks and the new table lie past the
+    /// range of the old table, so that the new blocks cover both. Errors: also `NoSpace`, before anything has
+    /// changed.
     pub(super) fn grow_table(&self, refcounts: &mut Refcounts, index: u64) -> Result<()> {
         let layout = self.plan_growth(refcounts, index)?;
         let len = layout.blocks.len(self.geometry()) + layout.table.len(self.geometry());
@@ -46,7 +46,9 @@ impl RefcountStore {
         let (cluster_size, per_block) = (geometry.cluster_size(), geometry.refcount_block_entries());
         let old_entries = refcounts.table.len() as u64;
         let first = old_entries * per_block;
+        // At least half as much again, so that the table moves ever more rarely as the file grows.
         let wanted = (index + 1).max(old_entries + old_entries / 2);
+        // A fixed point: blocks and table must also cover their own clusters.
         let (mut blocks, mut table_clusters) = (1u64, 1u64);
         loop {
             let new_blocks = (blocks + table_clusters).div_ceil(per_block);
@@ -74,7 +76,7 @@ impl RefcountStore {
     }
 
     fn write_growth(&self, refcounts: &mut Refcounts, layout: &Layout) -> Result<()> {
-        // A write-back under way has copies of the blocks that are written below, older ones.
+        // Waits for a running writeback: it has older copies of the blocks that are written below.
         let _writing = lock(&self.io);
         let geometry = self.geometry();
         let size = geometry.cluster_size();
@@ -96,7 +98,7 @@ impl RefcountStore {
         push_words(&mut bytes, table.iter().copied());
         self.file.event(Event::RefblockAllocWriteTable);
         self.tables.write(OverlapChecks::NONE, place, &bytes)?;
-        // The header's sector makes the new table count: table and blocks must be whole before.
+        // The header sector is the switch: the new table and blocks must be durable before.
         if self.file.keeps(OrderingRule::TableBeforeHeader) {
             self.file.flush()?;
         }
@@ -114,7 +116,7 @@ impl RefcountStore {
     }
 }
 
-/// Refcount blocks of `len` bytes in all, whose first `used` counts are one.
+/// The bytes of refcount blocks, `len` in all, whose first `used` refcounts are one and the rest zero.
 fn self_counting_blocks(width: RefcountWidth, len: u64, used: u64) -> Vec<u8> {
     let mut words = vec![0u64; (len / 8) as usize];
     debug_assert!(used <= words.len() as u64 * u64::from(64 / width.bits()), "{used} counts in {len} bytes");

@@ -1,6 +1,7 @@
-//! Room for compressed streams: one behind the other, sharing host clusters.
+//! Allocation for compressed streams, which follow each other and share host clusters.
 //!
-//! Each host cluster that a stream touches has one reference for it. Spec: "Compressed Clusters Descriptor".
+//! A stream adds one to the refcount of each host cluster that it touches. Spec: "Compressed Clusters
+//! Descriptor".
 
 use super::RefcountStore;
 use crate::error::{ErrorKind, Result};
@@ -11,8 +12,8 @@ use core::ops::Range;
 use qcow2_format::HostOffset;
 
 impl RefcountStore {
-    /// Reserves `len` bytes for a stream, less than a cluster: behind the last stream where its cluster has
-    /// room or the next one can be had, else at the start of a new cluster.
+    /// Reserves `len` bytes for a stream, less than a cluster: directly behind the last stream, if its
+    /// cluster has enough space or the next cluster is free, else at the start of a new cluster.
     pub(crate) fn reserve_packed(&self, len: u64) -> Result<HostOffset> {
         debug_assert!(len > 0 && len < self.geometry().cluster_size(), "a stream of {len} bytes");
         if let Some(room) = self.join_pack()?
@@ -26,13 +27,13 @@ impl RefcountStore {
         Ok(reserved.offset)
     }
 
-    /// The host offset where the next stream goes, if the last cluster of streams has room.
+    /// The host offset behind the last stream, if its cluster has space left.
     pub(crate) fn next_packed(&self) -> Option<u64> {
         lock(&self.state).pack.as_ref().map(|room| room.start)
     }
 
-    /// Takes the room behind the last stream and adds a reference to its host cluster: in one step, because
-    /// the cluster may be freed, and used for something else, as soon as nobody holds one.
+    /// Takes the space behind the last stream and adds a reference to its host cluster. Both under one lock:
+    /// without a reference the cluster could be freed and reused in between.
     fn join_pack(&self) -> Result<Option<Range<u64>>> {
         let mut refcounts = lock(&self.state);
         let Some(room) = refcounts.pack.take() else { return Ok(None) };
@@ -47,7 +48,8 @@ impl RefcountStore {
         }
     }
 
-    /// Room for `len` bytes from `room.start` on, in a cluster that ends at `room.end` and has been joined.
+    /// Reserves `len` bytes at `room.start`, in a cluster that ends at `room.end` and already has the new
+    /// stream's reference. Takes the next cluster too if they do not fit; `None` if that is not free.
     fn extend_packed(&self, room: Range<u64>, len: u64) -> Result<Option<HostOffset>> {
         let start = HostOffset::new(room.start);
         if len <= room.end - room.start {
@@ -69,7 +71,7 @@ impl RefcountStore {
     fn set_pack(&self, room: Range<u64>) {
         debug_assert!(
             room.start <= room.end && self.geometry().is_aligned(room.end),
-            "streams go to {room:?}, which does not end with a cluster"
+            "free bytes {room:?} for streams do not end at a cluster boundary"
         );
         lock(&self.state).pack = Some(room).filter(|room| !room.is_empty());
     }

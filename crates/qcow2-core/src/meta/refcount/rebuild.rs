@@ -1,7 +1,7 @@
-//! Refcounts that agree with the tables: corrected where they are, or all of them in a new place.
+//! Makes refcounts agree with the tables: corrects them in place, or writes a new refcount structure.
 //!
-//! Order on disk of a new place: blocks and table behind everything in use; barrier; the header's switch to
-//! them; barrier.
+//! Order on disk for a new structure: blocks and table behind all clusters in use; barrier; the header's
+//! switch to them; barrier.
 
 use super::RefcountStore;
 use crate::error::{Error, Result};
@@ -16,8 +16,9 @@ use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
 use qcow2_format::{HeaderField, HostOffset};
 
 impl RefcountStore {
-    /// Corrects the counts in the blocks that there are, or only those that are too high. `false` where a
-    /// cluster in use has no block to count it, or the refcount structures themselves are damaged.
+    /// Corrects the refcounts in the existing blocks, with `only_lower` only those that are too high. Returns
+    /// false, without a change, if a cluster in use has no refcount block or the refcount structure itself is
+    /// damaged. Calls `relieve` after each block, to flush if much has changed.
     pub(crate) fn correct_blocks(
         &self,
         counts: &ReferenceCounts,
@@ -27,7 +28,7 @@ impl RefcountStore {
         let table = lock(&self.state).table.clone();
         let Some(own) = self.own_clusters(&table)? else { return Ok(false) };
         if own.used().any(|(cluster, times)| times > 1 || counts.of(cluster) > 0) {
-            // Somebody else refers to a block: whose bytes it holds is in doubt, so nothing is written there.
+            // A block has another reference: it may hold that owner's bytes, so it must not be written.
             return Ok(false);
         }
         let per_block = self.geometry().refcount_block_entries();
@@ -64,7 +65,7 @@ impl RefcountStore {
         Ok(())
     }
 
-    /// The clusters of the refcount structures, or `None` where the table is damaged.
+    /// The clusters of the refcount structure itself, or `None` if the table is damaged.
     fn own_clusters(&self, table: &[u64]) -> Result<Option<ReferenceCounts>> {
         let mut own = ReferenceCounts::new(self.geometry().clusters_for(self.file.storage().len()?));
         let table_run = lock(&self.state).table_run(self.geometry());
@@ -86,11 +87,12 @@ impl RefcountStore {
         Ok(Some(own))
     }
 
-    /// Writes a new refcount structure behind the last cluster in use and switches to it.
+    /// Writes a new refcount structure behind the last cluster in use, and switches the header to it.
     pub(crate) fn rebuild(&self, counts: &ReferenceCounts) -> Result<()> {
         let (size, per_block) = (self.geometry().cluster_size(), self.geometry().refcount_block_entries());
         let file_end = self.geometry().clusters_for(self.file.storage().len()?);
         let first = counts.used().last().map_or(0, |(cluster, _)| cluster + 1).max(file_end);
+        // A fixed point: blocks and table must also cover their own clusters.
         let (mut blocks, mut table) = (1u64, 1u64);
         while (blocks, table) != self.needed(first + blocks + table) {
             let needed = self.needed(first + blocks + table);
@@ -127,7 +129,7 @@ impl RefcountStore {
         Ok(())
     }
 
-    /// How many blocks and table clusters count `clusters` clusters.
+    /// The numbers of blocks and of table clusters that `clusters` clusters need.
     fn needed(&self, clusters: u64) -> (u64, u64) {
         let blocks = clusters.div_ceil(self.geometry().refcount_block_entries());
         (blocks, self.geometry().clusters_for(blocks * 8))

@@ -1,7 +1,7 @@
-//! Refcounts of another width: every block again, in the new width, behind everything in use.
+//! Changes the refcount width: writes every block again in the new width, behind all clusters in use.
 //!
-//! The new blocks count themselves and no longer the old structure, whose clusters are free once the header
-//! has switched.
+//! The new blocks count themselves, and not the old structure: its clusters are free once the header has
+//! switched.
 
 use super::{RefcountStore, Refcounts};
 use crate::error::{Error, ErrorKind, Result, TableKind};
@@ -15,7 +15,7 @@ use ::alloc::vec;
 use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
 use qcow2_format::{Geometry, HostOffset};
 
-/// Where the new structure goes.
+/// The clusters of the new structure.
 pub(crate) struct WidthPlan {
     /// The image's geometry with the new width.
     geometry: Geometry,
@@ -26,20 +26,21 @@ pub(crate) struct WidthPlan {
 }
 
 impl WidthPlan {
-    /// Where the new refcount table is.
+    /// Host offset of the new refcount table.
     pub(crate) fn table_offset(&self) -> HostOffset {
         self.table.offset(&self.geometry)
     }
 
-    /// How many clusters it has.
+    /// Number of clusters of the new refcount table.
     pub(crate) fn table_clusters(&self) -> u64 {
         self.table.count()
     }
 }
 
 impl RefcountStore {
-    /// Plans refcounts of `bits` bits, a power of two up to 64. Disk: reads every refcount block. Errors:
-    /// `Corrupt` where the counts there are cannot be right, `NoSpace` for too large a table, `Storage`.
+    /// Plans a structure with refcounts of `bits` bits, a power of two up to 64. Disk: reads every refcount
+    /// block. Errors: `Corrupt` if the present refcount structure is damaged, `NoSpace` if the new table
+    /// would exceed its limit, `Storage`.
     pub(crate) fn plan_width(&self, bits: u32) -> Result<WidthPlan> {
         let geometry = self
             .geometry()
@@ -59,12 +60,13 @@ impl RefcountStore {
             let Some(block) = block else { continue };
             old.insert(self.geometry().host_cluster(block).value());
             self.tables.check_place(OverlapChecks::REFCOUNT_BLOCK, block, self.geometry().cluster_size())?;
-            // Clusters may be counted that lie past the end of the file.
+            // Clusters past the end of the file can have refcounts too.
             let start = (index * per_old).max(first);
             if let Some(last) = self.last_counted(&refcounts, start, (index + 1) * per_old)? {
                 first = last + 1;
             }
         }
+        // A fixed point: blocks and table must also cover their own clusters.
         let (mut blocks, mut table) = (0, 0);
         loop {
             let needed = (first + blocks + table).div_ceil(geometry.refcount_block_entries());
@@ -83,8 +85,8 @@ impl RefcountStore {
         Ok(WidthPlan { geometry, blocks, table, old })
     }
 
-    /// Refuses refcounts that are none: a table that the header does not find, or that is something else,
-    /// counts neither the header nor itself.
+    /// Refuses a refcount table that is obviously wrong: one in the place of other metadata, or in which the
+    /// header's cluster or the table's own has refcount 0.
     fn check_counted(&self, refcounts: &Refcounts) -> Result<()> {
         let len = self.geometry().bytes_of(refcounts.table_clusters);
         self.tables.check_place(OverlapChecks::REFCOUNT_TABLE, refcounts.table_offset, len)?;
@@ -97,7 +99,7 @@ impl RefcountStore {
         Ok(())
     }
 
-    /// The last cluster of `first..end` that has a refcount.
+    /// The last cluster in `first..end` with a nonzero refcount.
     fn last_counted(&self, refcounts: &Refcounts, first: u64, end: u64) -> Result<Option<u64>> {
         for cluster in (first..end).rev() {
             if self.count_in(refcounts, cluster)? > 0 {
@@ -107,9 +109,9 @@ impl RefcountStore {
         Ok(None)
     }
 
-    /// Writes the new blocks and the new table; durable when it returns. Nothing leads to them yet.
-    /// `progress` gets how many of how many blocks are written, and an error of its ends the work. Errors:
-    /// those of `progress`; `OutOfRange` where a count does not fit; `Storage`.
+    /// Writes the new blocks and the new table; durable when it returns. Nothing points to them yet.
+    /// `progress` gets the number of written blocks and the total; its error stops the work. Errors: those of
+    /// `progress`; `OutOfRange` if a refcount does not fit; `Storage`.
     pub(crate) fn write_width(
         &self,
         plan: &WidthPlan,
@@ -137,7 +139,7 @@ impl RefcountStore {
         self.file.flush()
     }
 
-    /// The refcount of `cluster` once the old structure is gone.
+    /// The refcount of `cluster` without the reference from the old structure.
     fn count_without(&self, cluster: u64, old: &BTreeSet<u64>) -> Result<u64> {
         let refcounts = lock(&self.state);
         let count = self.count_in(&refcounts, cluster)?;

@@ -1,4 +1,4 @@
-//! Step 2 of a flush round: changed refcounts on their way to the disk.
+//! Step 2 of a flush round: writeback of changed refcounts.
 
 use super::RefcountStore;
 use crate::error::Result;
@@ -14,8 +14,8 @@ use qcow2_format::HostOffset;
 use qcow2_format::bytes::table_bytes;
 
 impl RefcountStore {
-    /// Writes the refcount blocks that changed up to now and, behind a barrier, the refcount table entries of
-    /// new ones. Nothing is durable yet when it returns. Errors: `Storage`, `NoSpace`, `Corrupt`.
+    /// Writes the changed refcount blocks and, after a barrier, the refcount table entries of new blocks. The
+    /// last writes are not durable yet when it returns. Errors: `Storage`, `NoSpace`, `Corrupt`.
     pub(crate) fn write_back(&self) -> Result<()> {
         invariant::may_write(self.file.is_writable());
         let mut refcounts = lock(&self.state);
@@ -24,7 +24,8 @@ impl RefcountStore {
         for sector in core::mem::take(&mut refcounts.dirty_sectors) {
             entries.push(table_sector(&refcounts.table, refcounts.table_offset, sector));
         }
-        // Taken before the refcounts are let go: whoever changes them next must not write them first.
+        // Taken before the refcounts are unlocked: otherwise a later copy of a block could be written first,
+        // and this older one over it.
         let _writing = lock(&self.io);
         drop(refcounts);
         if !blocks.is_empty() {
@@ -32,7 +33,7 @@ impl RefcountStore {
         }
         self.tables.write_runs(OverlapChecks::REFCOUNT_BLOCK, &blocks)?;
         if !entries.is_empty() {
-            // An entry that leads to a block which is not there would count its clusters with stale bytes.
+            // Block before entry: after a crash the entry would point to stale bytes as refcounts.
             if self.file.keeps(OrderingRule::BlockBeforeTableEntry) {
                 self.file.flush()?;
             }
