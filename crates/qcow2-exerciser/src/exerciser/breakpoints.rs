@@ -1,4 +1,4 @@
-//! `break`, `resume` and their kin: stops at steps of the engine, where the disk has them.
+//! `break`, `resume`, `remove_break`, `wait_break`: breakpoints of a blkdebug driver below the disk.
 
 use super::{Exerciser, Failed};
 use crate::grammar::Break;
