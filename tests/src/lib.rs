@@ -4,6 +4,8 @@
 pub mod copies;
 pub mod fixtures;
 pub mod fuzz;
+pub mod hunt;
 pub mod jitter;
 pub mod patience;
 pub mod side_by_side;
+pub mod start;

@@ -185,8 +185,7 @@ fn said_differently(reference: &Outcome, ours: &Outcome, our_tool: &Tool, their_
     }
     // Some messages begin with the program's own path.
     let plain = |text: &str, tool: &Tool| {
-        let text = without_progress(&text.replace(&tool.path().display().to_string(), "qemu-img"));
-        without_numbers(&without_numbers(&text, NODE), DURATION)
+        without_varying(&text.replace(&tool.path().display().to_string(), "qemu-img"))
     };
     for (what, theirs, own) in
         [("stdout", &reference.stdout, &ours.stdout), ("stderr", &reference.stderr, &ours.stderr)]
@@ -197,6 +196,11 @@ fn said_differently(reference: &Outcome, ours: &Outcome, our_tool: &Tool, their_
         }
     }
     differences
+}
+
+/// Removes what differs from run to run: progress, the numbers of nodes, durations.
+pub(crate) fn without_varying(text: &str) -> String {
+    without_numbers(&without_numbers(&without_progress(text), NODE), DURATION)
 }
 
 /// Removes ` (12.34/100%)` and carriage returns: how often progress is printed depends on timing.

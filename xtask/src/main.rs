@@ -3,8 +3,8 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a tool for the terminal")]
 
 mod bench;
+mod campaign;
 mod ci;
-mod crash;
 mod deps;
 mod dist;
 mod docs;
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
 fn run(args: &[String]) -> Result<(), String> {
     let root = tree::root();
     match args {
-        [name, rest @ ..] if name == "crash" => return crash::run(&root, rest),
+        [name, rest @ ..] if ["crash", "hunt"].contains(&&**name) => return campaign::run(&root, name, rest),
         [name, rest @ ..] if name == "docs" => return docs::run(&root, rest),
         [name, rest @ ..] if name == "libvirt" => return libvirt::run(&root, rest),
         [name, rest @ ..] if name == "bench" => return bench::run(&root, rest),
@@ -70,6 +70,9 @@ fn usage() -> String {
     text.push_str("\n  libvirt   libvirt with ours as qemu-img (needs root, libvirtd, virsh): volumes,");
     text.push_str("\n            and, given the path of a qemu-system, snapshots of a domain");
     text.push_str("\n  crash     simulate power cuts during random operations: --seconds N, --seed N");
+    text.push_str(
+        "\n  hunt      look for differences from qemu-img and qemu-io: --seconds N, --lines N, --seed N",
+    );
     text.push_str("\n  mutants   apply known faults to a copy of the tree, one by one, and see whether");
     text.push_str("\n            the tests notice: --list, PATTERN");
     text.push_str("\n  bench     time our command against qemu-img in pairs:");

@@ -1,0 +1,79 @@
+//! What two runs of a line differ in, reduced to what the same cause has in common everywhere.
+
+use crate::side_by_side::without_varying;
+use qcow2_testkit::oracle::Outcome;
+
+/// How two outcomes differ; `None` if they do not. `verb`: the first words of the line.
+pub(super) fn of_outcomes(verb: &str, theirs: &Outcome, ours: &Outcome) -> Option<String> {
+    if theirs.code != ours.code {
+        let code = |outcome: &Outcome| outcome.code.map_or("signal".to_owned(), |code| code.to_string());
+        let text = |outcome: &Outcome| plain(first_line(&outcome.stderr, &outcome.stdout));
+        return Some(format!(
+            "{verb}: exit code {} and {}: {} | {}",
+            code(theirs),
+            code(ours),
+            text(theirs),
+            text(ours)
+        ));
+    }
+    for (what, theirs, ours) in
+        [("stderr", &theirs.stderr, &ours.stderr), ("stdout", &theirs.stdout, &ours.stdout)]
+    {
+        let (theirs, ours) = (without_varying(theirs), without_varying(ours));
+        if theirs != ours {
+            let (one, other) = first_difference(&theirs, &ours);
+            return Some(format!("{verb}: {what}: {} | {}", plain(one), plain(other)));
+        }
+    }
+    None
+}
+
+fn first_line<'a>(text: &'a str, or: &'a str) -> &'a str {
+    text.lines().next().or_else(|| or.lines().next()).unwrap_or("")
+}
+
+fn first_difference<'a>(one: &'a str, other: &'a str) -> (&'a str, &'a str) {
+    let (mut one, mut other) = (one.lines(), other.lines());
+    loop {
+        match (one.next(), other.next()) {
+            (Some(a), Some(b)) if a == b => {}
+            (None, None) => return ("", ""),
+            (a, b) => return (a.unwrap_or("(end)"), b.unwrap_or("(end)")),
+        }
+    }
+}
+
+/// A text without names and numbers, which say where it happened and not why.
+pub(super) fn plain(text: &str) -> String {
+    let word = |word: &str| {
+        let bare = word.trim_matches(|c: char| !c.is_alphanumeric());
+        let names_a_file =
+            bare.contains('.') || matches!(bare, "n0" | "n1" | "x8" | "zero" | "tiny" | "rnd" | "nofile");
+        if names_a_file || bare.chars().any(|c| c.is_ascii_digit()) {
+            word.replace(bare, "_")
+        } else {
+            word.to_owned()
+        }
+    };
+    text.split_whitespace().map(word).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_numbers_are_no_cause() {
+        assert_eq!(
+            plain("qemu-img: Could not open 'n2.qcow2': at 512 bytes"),
+            "qemu-img: Could not open '_': at _ bytes"
+        );
+        assert_eq!(plain("'n0' is  there"), "'_' is there");
+    }
+
+    #[test]
+    fn the_first_differing_lines_count() {
+        assert_eq!(first_difference("a\nb\n", "a\nc\n"), ("b", "c"));
+        assert_eq!(first_difference("a\n", "a\nc\n"), ("(end)", "c"));
+    }
+}
