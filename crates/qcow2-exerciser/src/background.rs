@@ -17,25 +17,25 @@ impl Background {
     /// Starts a request on a new thread. Returns the outcomes of older requests that had to be waited for, or
     /// the failure to start a thread.
     pub(crate) fn start(&mut self, request: impl FnOnce() -> Outcome + Send + 'static) -> Vec<Outcome> {
-        let mut told = Vec::new();
+        let mut outcomes = Vec::new();
         while self.running.len() >= MAX_IN_FLIGHT {
-            told.extend(self.running.pop_front().map(finish));
+            outcomes.extend(self.running.pop_front().map(finish));
         }
         match Builder::new().spawn(request) {
             Ok(thread) => self.running.push_back(thread),
-            Err(error) => told.push(Outcome::complaint(format!("cannot start a thread: {error}"))),
+            Err(error) => outcomes.push(Outcome::complaint(format!("cannot start a thread: {error}"))),
         }
-        told
+        outcomes
     }
 
     /// Outcomes of the requests that have finished, in the order in which they were started. Stops at the
     /// first one that is still running, so that the order of reports is the order of the commands.
     pub(crate) fn finished(&mut self) -> Vec<Outcome> {
-        let mut told = Vec::new();
+        let mut outcomes = Vec::new();
         while self.running.front().is_some_and(JoinHandle::is_finished) {
-            told.extend(self.running.pop_front().map(finish));
+            outcomes.extend(self.running.pop_front().map(finish));
         }
-        told
+        outcomes
     }
 
     /// Waits for all requests in flight and returns their outcomes, oldest first.
@@ -82,11 +82,11 @@ mod tests {
     #[test]
     fn at_most_128_requests_are_in_flight() {
         let mut background = Background::default();
-        let mut told = 0;
+        let mut reported = 0;
         for _ in 0..MAX_IN_FLIGHT + 10 {
-            told += background.start(|| outcome("")).len();
+            reported += background.start(|| outcome("")).len();
         }
-        assert_eq!(told, 10);
+        assert_eq!(reported, 10);
         assert_eq!(background.wait().len(), MAX_IN_FLIGHT);
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::reason::Reason;
 
-/// What a request prints, and whether it failed. Printed in the order `complaint`, `refused`, `text`.
+/// The output of a request, and if it failed. Printed in the order `complaint`, `refused`, `text`.
 #[derive(Debug, Default)]
 pub(crate) struct Outcome {
     /// Results, for standard output.

@@ -25,6 +25,7 @@ impl Source {
     /// The next `len` bytes. Errors: `OUT_OF_MEMORY` if the buffer cannot be allocated.
     pub(crate) fn next(&mut self, len: u64) -> Result<&[u8], Reason> {
         let len = len as usize;
+        // One byte repeated looks the same at every phase, so the last buffer can be used again.
         if self.period.len() == 1 && self.piece.len() >= len {
             return Ok(&self.piece[..len]);
         }

@@ -34,24 +34,24 @@ impl Model {
     fn next(&mut self) -> (String, Vec<String>) {
         let (offset, len) = self.range();
         let byte = self.rng.below(4) as u8;
-        let told = |verb: &str| vec![format!("{verb} {len}/{len} bytes at offset {offset}")];
+        let report = |verb: &str| vec![format!("{verb} {len}/{len} bytes at offset {offset}")];
         match self.rng.below(10) {
             0..=2 => {
                 self.bytes[offset..offset + len].fill(byte);
                 let (line, verb) = self.rng.pick(&[("write", "wrote"), ("writev", "wrote")]);
-                (format!("{line} -P {byte} {offset} {len}"), told(verb))
+                (format!("{line} -P {byte} {offset} {len}"), report(verb))
             }
             3 => {
                 self.bytes[offset..offset + len].fill(0);
                 let unmap = self.rng.pick(&["", "u"]);
-                (format!("write -z{unmap} {offset} {len}"), told("wrote"))
+                (format!("write -z{unmap} {offset} {len}"), report("wrote"))
             }
             4 => {
                 self.bytes[offset..offset + len].fill(byte);
                 (format!("aio_write -q -P {byte} {offset} {len}"), Vec::new())
             }
             5 => {
-                let mut expected = told("read");
+                let mut expected = report("read");
                 if self.bytes[offset..offset + len].iter().any(|b| *b != byte) {
                     expected
                         .insert(0, format!("Pattern verification failed at offset {offset}, {len} bytes"));

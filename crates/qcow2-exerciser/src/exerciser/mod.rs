@@ -98,6 +98,7 @@ impl<'a> Exerciser<'a> {
         let Some(spec) = find(name) else {
             return Err(self.complain(&format!("command \"{name}\" not found")));
         };
+        // Three complaints in qemu-io's order: no disk, wrong number of words, read-only disk.
         if spec.needs_file && self.open.is_none() {
             return Err(self.complain("no file open, try 'help open'"));
         }
@@ -136,7 +137,7 @@ impl<'a> Exerciser<'a> {
             Command::Flush => self.flush(),
             Command::AioFlush => {
                 let finished = self.background.wait();
-                self.tell_all(finished);
+                self.print_background(finished);
                 Ok(())
             }
             Command::Alloc(range) => self.alloc(range),
@@ -151,7 +152,7 @@ impl<'a> Exerciser<'a> {
             Command::Sleep { milliseconds } => {
                 std::thread::sleep(Duration::from_millis(milliseconds));
                 let finished = self.background.finished();
-                self.tell_all(finished);
+                self.print_background(finished);
                 Ok(())
             }
             Command::Open(open) => self.open_command(open),
@@ -180,9 +181,9 @@ impl<'a> Exerciser<'a> {
     fn foreground(&mut self, request: impl FnOnce(&Target) -> Outcome) -> Result<(), Failed> {
         let outcome = request(self.target()?);
         let failed = outcome.failed;
-        self.tell(outcome);
+        self.print(outcome);
         let finished = self.background.finished();
-        self.tell_all(finished);
+        self.print_background(finished);
         if failed { Err(Failed) } else { Ok(()) }
     }
 
@@ -192,7 +193,7 @@ impl<'a> Exerciser<'a> {
         }
         let target = self.target()?.clone();
         let finished = self.background.start(move || target.read(&request));
-        self.tell_all(finished);
+        self.print_background(finished);
         Ok(())
     }
 
@@ -206,7 +207,7 @@ impl<'a> Exerciser<'a> {
         }
         let target = self.target()?.clone();
         let finished = self.background.start(move || target.write(&request, source));
-        self.tell_all(finished);
+        self.print_background(finished);
         Ok(())
     }
 
@@ -222,7 +223,7 @@ impl<'a> Exerciser<'a> {
         }
     }
 
-    fn tell(&self, outcome: Outcome) {
+    fn print(&self, outcome: Outcome) {
         if let Some(complaint) = outcome.complaint {
             self.ports.console.complain(&complaint);
         }
@@ -233,9 +234,9 @@ impl<'a> Exerciser<'a> {
     }
 
     /// Prints the outcomes of background requests. Their failures don't set `failed`, as in qemu-io.
-    fn tell_all(&self, outcomes: Vec<Outcome>) {
+    fn print_background(&self, outcomes: Vec<Outcome>) {
         for outcome in outcomes {
-            self.tell(outcome);
+            self.print(outcome);
         }
     }
 

@@ -49,7 +49,7 @@ impl Exerciser<'_> {
 
     pub(super) fn close(&mut self) -> Result<(), Failed> {
         let finished = self.background.wait();
-        self.tell_all(finished);
+        self.print_background(finished);
         let Some(Open { disk, target, .. }) = self.open.take() else {
             return Ok(());
         };

@@ -120,7 +120,7 @@ impl Target {
     }
 }
 
-fn told(verb: &'static str, range: Range, elapsed: Duration, style: Style) -> String {
+fn report(verb: &'static str, range: Range, elapsed: Duration, style: Style) -> String {
     let finished = Finished { verb, offset: range.offset, len: range.len, elapsed };
     match style {
         Style { quiet: true, .. } => String::new(),

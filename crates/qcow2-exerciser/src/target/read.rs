@@ -1,6 +1,6 @@
 //! `read`, `readv` and `aio_read`: read, verify and print data.
 
-use super::{PIECE_LEN, Target, told};
+use super::{PIECE_LEN, Target, report};
 use crate::grammar::{Check, Manner, Read};
 use crate::outcome::Outcome;
 use crate::reason::{OUT_OF_MEMORY, Reason};
@@ -22,6 +22,7 @@ impl Target {
         let mut bytes = Vec::new();
         let mut elapsed = Duration::ZERO;
         let mut done = 0;
+        // A request without bytes is made once too: its offset may be past the end of the disk.
         while done < request.range.len || (done == 0 && request.range.len == 0) {
             let len = piece_len.min(request.range.len - done);
             let started = Instant::now();
@@ -44,7 +45,7 @@ impl Target {
         if request.dump && !request.style.quiet {
             outcome.text += &dump(request.range.offset, &bytes);
         }
-        outcome.text += &told("read", request.range, elapsed, request.style);
+        outcome.text += &report("read", request.range, elapsed, request.style);
         outcome
     }
 

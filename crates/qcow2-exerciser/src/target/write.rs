@@ -1,6 +1,6 @@
 //! `write` with all its options, and `discard`.
 
-use super::{PIECE_LEN, Target, guest, told};
+use super::{PIECE_LEN, Target, guest, report};
 use crate::grammar::{Content, Manner, Place, Range, Style, Write};
 use crate::outcome::Outcome;
 use crate::reason::{INVALID_ARGUMENT, IO_ERROR, NOT_SUPPORTED, Reason};
@@ -25,7 +25,7 @@ impl Target {
             false => Ok(()),
         });
         match result {
-            Ok(()) => Outcome::success(told("wrote", request.range, started.elapsed(), request.style)),
+            Ok(()) => Outcome::success(report("wrote", request.range, started.elapsed(), request.style)),
             Err(reason) => {
                 let name = match request.manner {
                     Manner::Plain => "write",
@@ -105,13 +105,14 @@ impl Target {
     pub(crate) fn discard(&self, range: Range, style: Style) -> Outcome {
         let started = Instant::now();
         match self.discard_there(range) {
-            Ok(()) => Outcome::success(told("discard", range, started.elapsed(), style)),
+            Ok(()) => Outcome::success(report("discard", range, started.elapsed(), style)),
             Err(reason) => Outcome::refused("discard", reason),
         }
     }
 
     fn discard_there(&self, range: Range) -> Result<(), Reason> {
         self.check_range(range.offset, range.len)?;
+        // The padding after the end of the disk is no part of it.
         let there = self.disk.size().saturating_sub(range.offset).min(range.len);
         match self.discards {
             true => Ok(self.disk.discard(guest(Range { len: there, ..range })?)?),
