@@ -25,7 +25,7 @@
 //! |---|---|
 //! | use images in files | `qcow2-image` |
 //! | open disks by QEMU's names: `json:`, `nbd:`, option lists | `qcow2-blockdev` |
-//! | read and write images in your own storage, `no_std` | `qcow2-core` |
+//! | read and write images in your own storage; `std` for locks only | `qcow2-core` |
 //! | run the procedures (convert, check, commit, ...) on your own disks and threads | `qcow2-ops` |
 //! | use files, block devices, memory or NBD as storage, with locks | `qcow2-io` |
 //! | compress and expand clusters | `qcow2-codec` |

@@ -1,7 +1,7 @@
-//! Runs commands on an image in memory: those of the command line, each in quotes, or a few of its own.
+//! Runs qemu-io commands on an image in memory: one per argument, or a built-in sequence without arguments.
 //!
 //!     cargo run -p qcow2-exerciser --example exercise -- "write -P 7 0 1M" "map" "read -v 0 32"
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "an example talks")]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "an example prints")]
 
 use qcow2_core::{CreateOptions, ImageFormat, OpenOptions, ResolvedSource, Storage};
 use qcow2_exerciser::{Console, Exerciser, Flow, OpenRequest, OpenedDisk, Opener, Ports, Refusal};
@@ -10,7 +10,7 @@ use std::error::Error;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-/// The image; any name opens it.
+/// The image file; every name opens it.
 struct InMemory(Arc<dyn Storage>);
 
 impl Opener for InMemory {

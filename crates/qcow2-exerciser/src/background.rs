@@ -1,42 +1,44 @@
-//! Requests in the background: each on a thread of its own, told when somebody waits for them.
+//! Background requests: one thread each, reported when a later command collects them.
 
 use crate::outcome::Outcome;
 use std::collections::VecDeque;
 use std::thread::{Builder, JoinHandle};
 
-/// The requests that were made and not yet told, oldest first.
+/// Requests that have been started and not yet reported, oldest first.
 #[derive(Default)]
 pub(crate) struct Background {
     running: VecDeque<JoinHandle<Outcome>>,
 }
 
-/// How many requests may be in flight; the next one waits for the oldest.
+/// Maximum number of requests in flight. Starting one more waits for the oldest.
 const MAX_IN_FLIGHT: usize = 128;
 
 impl Background {
-    /// Starts a request. Returns what there is to tell of older ones.
+    /// Starts a request on a new thread. Returns the outcomes of older requests that had to be waited for, or
+    /// the failure to start a thread.
     pub(crate) fn start(&mut self, request: impl FnOnce() -> Outcome + Send + 'static) -> Vec<Outcome> {
-        let mut told = Vec::new();
+        let mut outcomes = Vec::new();
         while self.running.len() >= MAX_IN_FLIGHT {
-            told.extend(self.running.pop_front().map(finish));
+            outcomes.extend(self.running.pop_front().map(finish));
         }
         match Builder::new().spawn(request) {
             Ok(thread) => self.running.push_back(thread),
-            Err(error) => told.push(Outcome::complaint(format!("cannot start a thread: {error}"))),
+            Err(error) => outcomes.push(Outcome::complaint(format!("cannot start a thread: {error}"))),
         }
-        told
+        outcomes
     }
 
-    /// What has finished meanwhile, in the order in which it was started.
+    /// Outcomes of the requests that have finished, in the order in which they were started. Stops at the
+    /// first one that is still running, so that the order of reports is the order of the commands.
     pub(crate) fn finished(&mut self) -> Vec<Outcome> {
-        let mut told = Vec::new();
+        let mut outcomes = Vec::new();
         while self.running.front().is_some_and(JoinHandle::is_finished) {
-            told.extend(self.running.pop_front().map(finish));
+            outcomes.extend(self.running.pop_front().map(finish));
         }
-        told
+        outcomes
     }
 
-    /// Waits for all.
+    /// Waits for all requests in flight and returns their outcomes, oldest first.
     pub(crate) fn wait(&mut self) -> Vec<Outcome> {
         self.running.drain(..).map(finish).collect()
     }
@@ -60,10 +62,10 @@ mod tests {
     }
 
     #[test]
-    fn requests_run_side_by_side_and_are_told_in_order() {
+    fn requests_run_in_parallel_and_are_reported_in_start_order() {
         let mut background = Background::default();
         let (sender, receiver) = mpsc::channel();
-        // The first ends only after the second: they must run at the same time.
+        // The first request ends only after the second has run: they must run in parallel.
         background.start(move || {
             receiver.recv().unwrap();
             outcome("first")
@@ -78,13 +80,13 @@ mod tests {
     }
 
     #[test]
-    fn the_number_in_flight_is_bounded() {
+    fn at_most_128_requests_are_in_flight() {
         let mut background = Background::default();
-        let mut told = 0;
+        let mut reported = 0;
         for _ in 0..MAX_IN_FLIGHT + 10 {
-            told += background.start(|| outcome("")).len();
+            reported += background.start(|| outcome("")).len();
         }
-        assert_eq!(told, 10);
+        assert_eq!(reported, 10);
         assert_eq!(background.wait().len(), MAX_IN_FLIGHT);
     }
 }

@@ -1,36 +1,37 @@
-//! Requests at equal steps, timed: qemu-img's `bench`, as a library.
+//! Timed requests at equal steps: qemu-img's `bench`, as a library.
 
 use qcow2_core::GuestDisk;
 use qcow2_ops::{BenchOptions, Error, Executor, Progress};
 use std::time::{Duration, Instant};
 
-/// A run of requests to time. `qcow2_ops::bench` sends them; here are its depth, its clock and its end.
+/// A timed series of requests. `qcow2_ops::bench` sends them; this type adds the queue depth, the clock and
+/// closing the image.
 #[derive(Clone, Copy, Debug)]
 pub struct Bench {
-    /// The requests.
+    /// Kind, size, step and number of the requests.
     pub requests: BenchOptions,
-    /// How many requests may be in flight, at least 1.
+    /// Maximum number of requests in flight, at least 1.
     pub depth: usize,
 }
 
-/// What does not go together in a [`Bench`].
+/// Contradictions in a [`Bench`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BenchRefusal {
-    /// Flushes between reads.
+    /// A flush interval without writes.
     FlushesWithoutWrites,
-    /// Flushes more often than the requests in flight allow.
+    /// A flush interval shorter than the queue depth.
     FlushesWithinDepth,
 }
 
-/// How a run went.
+/// Result of a run.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct BenchReport {
-    /// From the first request to the end of the last one.
+    /// Time from the first request to the end of the last one, without closing the image.
     pub elapsed: Duration,
-    /// Whether all requests were made. Errors: the first that failed, which ended the run.
+    /// `Ok` if all requests succeeded. Errors: the first failure, which ended the run.
     pub sent: Result<(), BenchFailure>,
-    /// Whether the image below could be closed; `Ok` for a disk that is none.
+    /// Result of closing the image; `Ok` if the disk is not an image.
     pub closed: Result<(), qcow2_core::Error>,
 }
 
@@ -39,18 +40,19 @@ pub struct BenchReport {
 pub enum BenchFailure {
     /// A request reached past the end of the disk, which a device refuses.
     PastEnd,
-    /// The disk could not do what was asked.
+    /// The disk failed a request.
     Request(Error),
 }
 
 impl Bench {
-    /// qemu-img's own: 75000 reads of 4096 bytes, up to 64 in flight.
+    /// qemu-img's defaults: 75000 reads of 4096 bytes, up to 64 in flight.
     pub fn new() -> Self {
         Self { requests: BenchOptions::new(), depth: 64 }
     }
 
-    /// Checks what the disk plays no part in. A flush interval that is shorter than the depth would wait for
-    /// requests that wait for it.
+    /// Checks the options that don't depend on the disk. A flush interval below the
+    /// depth is refused, as in qemu-img: a flush that waits until no request is in flight would keep the
+    /// queue from ever filling.
     pub fn check(&self) -> Result<(), BenchRefusal> {
         match self.requests.flush_interval {
             Some(_) if self.requests.pattern.is_none() => Err(BenchRefusal::FlushesWithoutWrites),
@@ -59,13 +61,14 @@ impl Bench {
         }
     }
 
-    /// How many threads the requests need where `wanted` are there: each has one request in flight.
+    /// Number of threads to use if `wanted` are available. Each thread has one request in flight, so more
+    /// than `depth` threads would exceed the queue depth.
     pub fn workers(&self, wanted: usize) -> usize {
         wanted.min(self.depth).max(1)
     }
 
-    /// Sends the requests from as many threads as `executor` has and closes the image, if it is one. Disk:
-    /// reads or overwrites guest bytes; closing makes durable what was written.
+    /// Sends the requests from as many threads as `executor` has, then closes the disk if it is an image.
+    /// Disk: reads or overwrites guest data; closing makes the writes durable.
     pub fn run(&self, disk: &dyn GuestDisk, executor: &dyn Executor, progress: &dyn Progress) -> BenchReport {
         let began = Instant::now();
         let sent = qcow2_ops::bench(disk, &self.requests, executor, progress);
@@ -105,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_are_sent_and_timed() {
+    fn run_sends_every_request_and_measures_the_time() {
         let storage = Arc::new(TraceStorage::new(Arc::new(MemoryStorage::with_len(1 << 20))));
         let disk = RawDisk::new(storage.clone(), true).unwrap();
         let report = bench(10, Some(3)).run(&disk, &Inline, &Silent);
@@ -114,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_the_disk_is_told_from_a_failure() {
+    fn past_end_is_distinguished_from_a_failed_request() {
         let disk = |len, writable| RawDisk::new(Arc::new(MemoryStorage::with_len(len)), writable).unwrap();
         let sent = |disk: RawDisk, bench: Bench| bench.run(&disk, &Inline, &Silent).sent;
         assert!(matches!(sent(disk(10_000, false), bench(3, None)), Err(BenchFailure::PastEnd)));
@@ -122,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_go_together() {
+    fn flush_interval_needs_writes_and_must_not_be_below_the_depth() {
         let flushes = |pattern, interval, depth| {
             let mut bench = Bench { depth, ..bench(1, pattern) };
             bench.requests.flush_interval = Some(interval);

@@ -1,7 +1,7 @@
-//! What qemu-io does, as a library: lines of text that read, write and look at a disk.
+//! qemu-io as a library: lines of text that read, write and examine a disk.
 //!
 //! A line is a command of qemu-io (`write -P 7 0 64k`); `help` lists them all. The [`Exerciser`] runs it on
-//! the disk that is open and says how it went in qemu-io's words. It knows no file name, terminal or process:
+//! the open disk and reports the result in qemu-io's format. It uses no file, terminal or process itself:
 //!
 //! ```text
 //!              a line                       Ports
@@ -12,17 +12,17 @@
 //!          +-----------+      +-------------------------------------+
 //!                |
 //!                v
-//!      what comes next (Flow): the next line, the end, a signal to raise
+//!      what the caller does next (Flow): the next line, the end, send a signal
 //! ```
 //!
 //! | need | here |
 //! |---|---|
-//! | to run commands | [`Exerciser::execute`] |
-//! | disks from names, from memory, from a server | an [`Opener`]: an [`OpenedDisk`] or a [`Refusal`] |
-//! | how a disk was asked for: read-only, cache mode, options | [`OpenRequest`] |
-//! | the text in a string, on a terminal, in a log | a [`Console`] |
-//! | to time requests at a depth, as qemu-img's `bench` | [`Bench`] |
-//! | errors in words of your own | [`Words`]; a function from an error to its text is one |
+//! | run commands | [`Exerciser::execute`] |
+//! | open disks by name, in memory, on a server | an [`Opener`]: returns an [`OpenedDisk`] or a [`Refusal`] |
+//! | the options to open a disk with: read-only, cache mode, ... | [`OpenRequest`] |
+//! | send the output to a string, a terminal, a log | a [`Console`] |
+//! | time requests at a queue depth, as qemu-img's `bench` | [`Bench`] |
+//! | word the errors yourself | [`Words`]; any function from an error to its text is one |
 //!
 //! ```
 //! use qcow2_core::{CreateOptions, ImageFormat, OpenOptions, ResolvedSource, Storage};

@@ -1,17 +1,18 @@
-//! What came of a request.
+//! Outcome of a request.
 
 use crate::reason::Reason;
 
-/// How a request went: what there is to tell, and whether it failed.
+/// The output of a request, and if it failed. Printed in the order `complaint`, `refused`, `text`.
 #[derive(Debug, Default)]
 pub(crate) struct Outcome {
-    /// For the output.
+    /// Results, for standard output.
     pub(crate) text: String,
-    /// What was refused, `read` or `aio_write`, and why; told on the output, before `text`.
+    /// Name of the request that failed (`read`, `aio_write`) and the reason; goes to standard output as `NAME
+    /// failed: REASON`.
     pub(crate) refused: Option<(&'static str, Reason)>,
-    /// A complaint, told first.
+    /// A line for standard error.
     pub(crate) complaint: Option<String>,
-    /// Whether it failed.
+    /// True if the request failed.
     pub(crate) failed: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What the exerciser asks of the program around it.
+//! Ports: what the exerciser needs from the program around it.
 
 use crate::request::OpenRequest;
 use qcow2_core::GuestDisk;
@@ -11,91 +11,91 @@ use std::sync::Arc;
 /// The ports of an exerciser.
 #[derive(Clone, Copy)]
 pub struct Ports<'a> {
-    /// Where disks come from.
+    /// Opens disks.
     pub opener: &'a dyn Opener,
-    /// Where text goes.
+    /// Receives the output.
     pub console: &'a dyn Console,
-    /// How errors are worded.
+    /// Words the errors.
     pub words: &'a dyn Words,
 }
 
-/// Opens what commands name. The exerciser opens nothing by itself.
+/// Opens disks and files by name. The exerciser opens nothing itself.
 pub trait Opener {
-    /// Opens the disk that `request` asks for, its backing chain included. Called by
-    /// [`Exerciser::open`](crate::Exerciser::open) and by the commands `open` and `reopen`; no other disk is
-    /// open then. Errors: what is told to the user.
+    /// Opens the disk that `request` describes, with its backing chain.
+    /// [`Exerciser::open`](crate::Exerciser::open) and the commands `open` and `reopen` call it, always while
+    /// no other disk is open. Errors: the text for the user.
     fn open(&self, request: &OpenRequest) -> Result<OpenedDisk, Refusal>;
 
-    /// The first bytes of the file `name`, at most `limit`, for `write -s`. No file is read unless an opener
-    /// allows it: by default this is an error.
+    /// Reads at most `limit` bytes from the start of the file `name`, for `write -s`. The default refuses: no
+    /// file is read unless an opener allows it.
     fn read_file(&self, name: &str, limit: u64) -> io::Result<Vec<u8>> {
         let _ = (name, limit);
         Err(io::ErrorKind::Unsupported.into())
     }
 }
 
-/// A disk that an [`Opener`] opened, and how requests treat it.
+/// An open disk and how requests treat it.
 #[non_exhaustive]
 pub struct OpenedDisk {
     /// The disk with its chain.
     pub disk: Arc<dyn GuestDisk>,
-    /// Whether it may be changed. An image that may is closed by the exerciser.
+    /// True if the disk may be changed. If it is an image, the exerciser then closes it.
     pub writable: bool,
-    /// Whether every write is followed by a flush before it is reported.
+    /// True if every write is followed by a flush before it is reported.
     pub durable_writes: bool,
-    /// Whether discards reach the disk; if not, they are reported and left out.
+    /// True if discards reach the disk. Otherwise they are ignored and reported as successful.
     pub discards: bool,
-    /// Lines for the user, each as it is.
+    /// Lines for the user, printed as they are.
     pub warnings: Vec<String>,
-    /// The breakpoints of a [`BlkdebugStorage`](qcow2_io::BlkdebugStorage) below the disk.
+    /// Breakpoints of a [`BlkdebugStorage`](qcow2_io::BlkdebugStorage) below the disk.
     pub debugger: Option<Arc<Debugger>>,
 }
 
 impl OpenedDisk {
-    /// A disk whose discards count, whose writes are durable when they are flushed, and about which there is
-    /// nothing to say.
+    /// A disk with discards enabled, writes that become durable when flushed, no warnings and no breakpoints.
     pub fn new(disk: Arc<dyn GuestDisk>, writable: bool) -> Self {
         Self { disk, writable, durable_writes: false, discards: true, warnings: Vec::new(), debugger: None }
     }
 }
 
-/// Why a disk is not opened.
+/// Why a disk could not be opened.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Refusal {
-    /// What follows `can't open device NAME: `.
+    /// The text after `can't open device NAME: `.
     pub reason: String,
-    /// Further lines, each as it is.
+    /// Further lines, printed as they are.
     pub hints: Vec<String>,
 }
 
 impl Refusal {
-    /// A reason without further lines.
+    /// A refusal without further lines.
     pub fn new(reason: impl Into<String>) -> Self {
         Self { reason: reason.into(), hints: Vec::new() }
     }
 }
 
-/// Where text goes, in the order in which it is given.
+/// Receives the output, in order.
 pub trait Console {
-    /// Results, line ends included.
+    /// Results, for standard output. `text` includes its line ends.
     fn out(&self, text: &str);
 
-    /// A line for those who look for trouble, without its end.
+    /// A line for standard error, without its line end.
     fn complain(&self, line: &str);
 
-    /// The same for a trouble that is not about the form of a command: a program has its name before it.
+    /// Like [`complain`](Self::complain), but a program prints its name first: used for all errors except
+    /// wrong syntax.
     fn complain_named(&self, text: &str);
 }
 
-/// How the caller words what the engine says.
+/// Words the errors of the engine.
 ///
-/// A function from an error to its text is one, and shows nothing in `info` beyond qemu-io's own lines.
+/// Any function from an error to its text implements it; `info` then prints qemu-io's own lines only.
 pub trait Words {
-    /// The text of `error`, which follows `read failed: ` and its like: an error of the engine, or of a
-    /// procedure with the engine's among its sources.
+    /// The text after `read failed: ` and the like. `error` is an error of the engine, or of a procedure
+    /// (`qcow2_ops`) with the engine's error among its sources.
     fn error(&self, error: &(dyn Error + 'static)) -> String;
 
-    /// What `info` shows of an image after cluster size and offset of the machine's state; whole lines.
+    /// Lines that `info` prints after the cluster size and the offset of the VM state; whole lines.
     fn details(&self, info: &Qcow2Info) -> String {
         let _ = info;
         String::new()

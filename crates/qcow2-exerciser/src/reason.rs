@@ -1,5 +1,5 @@
-//! Why requests fail: an error of the engine, which the caller words, or an error number, as the block layer
-//! of QEMU would give it.
+//! Why requests fail: an error of the engine, which the caller words, or an errno, as QEMU's block layer
+//! would return it.
 
 use crate::port::Words;
 use qcow2_io::os_error_text;
@@ -8,14 +8,14 @@ use std::error::Error;
 /// Why a request failed.
 #[derive(Debug)]
 pub(crate) enum Reason {
-    /// An error number of the system, told by the system's text.
+    /// An errno, printed as the system's text.
     System(i32),
     /// An error of the engine or of a procedure.
     Engine(Box<dyn Error + Send + Sync>),
 }
 
 impl Reason {
-    /// The text for people.
+    /// The text to print.
     pub(crate) fn text(&self, words: &dyn Words) -> String {
         match self {
             Self::System(code) => os_error_text(*code),
@@ -36,7 +36,7 @@ impl From<qcow2_ops::Error> for Reason {
     }
 }
 
-/// Error numbers of Linux.
+/// Linux errno values, the same on every platform: the text is part of the output.
 pub(crate) const NOT_FOUND: i32 = 2;
 pub(crate) const IO_ERROR: i32 = 5;
 pub(crate) const OUT_OF_MEMORY: i32 = 12;

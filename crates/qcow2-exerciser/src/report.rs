@@ -1,23 +1,23 @@
-//! What is said about finished requests: sizes, times, rates, dumps. Pure text.
+//! Formats reports of finished requests: sizes, times, rates, dumps. Pure text.
 
 use std::fmt::Write;
 use std::time::Duration;
 
-/// A finished request.
+/// A finished request, as its report shows it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Finished {
     /// `read`, `wrote` or `discard`.
     pub(crate) verb: &'static str,
-    /// From where on.
+    /// First byte.
     pub(crate) offset: u64,
-    /// How many bytes.
+    /// Length in bytes.
     pub(crate) len: u64,
-    /// How long it took.
+    /// Duration.
     pub(crate) elapsed: Duration,
 }
 
 impl Finished {
-    /// The two lines for people.
+    /// The two lines of the normal report.
     pub(crate) fn text(&self) -> String {
         let Self { verb, offset, len, .. } = self;
         format!(
@@ -29,7 +29,7 @@ impl Finished {
         )
     }
 
-    /// The line for programs.
+    /// The line of comma-separated values (`-C`).
     pub(crate) fn csv(&self) -> String {
         let elapsed = long_time(self.elapsed);
         let (bytes, ops) = (self.per_second(self.len), self.per_second(1));
@@ -37,7 +37,7 @@ impl Finished {
     }
 
     fn per_second(&self, amount: u64) -> f64 {
-        // A clock that did not move would make it infinite.
+        // At least 1 ns: a clock that has not advanced would make the rate infinite.
         amount as f64 / self.elapsed.max(Duration::from_nanos(1)).as_secs_f64()
     }
 }
@@ -74,7 +74,8 @@ fn long_time(elapsed: Duration) -> String {
     format!("{hours}:{minutes:02}:{:02}.{:02}", seconds % 60, elapsed.subsec_millis() / 10)
 }
 
-/// `bytes`, which start at `offset` of the disk: sixteen in a line, as numbers and as characters.
+/// Hex dump of `bytes`, which start at guest offset `offset`: sixteen bytes per line, as numbers and as
+/// characters.
 pub(crate) fn dump(offset: u64, bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len() * 5);
     for (index, line) in bytes.chunks(16).enumerate() {
@@ -103,7 +104,7 @@ mod tests {
 
     /// Sizes as qemu-io 10.0.2 shows them.
     #[test]
-    fn sizes() {
+    fn sizes_use_the_largest_unit() {
         for (bytes, text) in [
             (0, "0 bytes"),
             (20, "20 bytes"),
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn reports() {
+    fn reports_have_sizes_times_and_rates() {
         let quick = finished(65536, Duration::from_millis(39));
         assert_eq!(
             quick.text(),
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn dumps() {
+    fn dump_lines_start_with_the_offset() {
         let mut bytes = b"abc 09AZaz\x00\x7f~[{:".to_vec();
         bytes.extend([0xfe, 0x31]);
         assert_eq!(
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn map_lines() {
+    fn map_lines_show_size_and_offset() {
         assert_eq!(
             map_line(0, 0x30000, true),
             "192 KiB (0x30000) bytes     allocated at offset 0 bytes (0x0)\n"

@@ -1,37 +1,37 @@
-//! How a disk is to be opened, as options and commands ask for it.
+//! How to open a disk, from the options of the program and of the commands.
 
 use crate::grammar::{Open, Reopen};
 use qcow2_io::CacheMode;
 use std::fmt;
 
-/// How a disk is asked for: the options of `open` and of the program.
+/// Options for opening a disk: those of `open` and of the program.
 ///
-/// The default is what qemu-io does without options: for reading and writing, each write durable when it is
-/// reported, discards counted.
+/// The default is qemu-io's without options: read-write, every write durable before it is reported, discards
+/// enabled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct OpenRequest {
-    /// The name as typed; `None` where the options say it all.
+    /// File name as typed; `None` if the options name the file.
     pub path: Option<String>,
-    /// Whether the name is an option string.
+    /// True if `path` is an option string (`driver=...,file.filename=...`).
     pub image_opts: bool,
-    /// The format, where it is given.
+    /// Format, if given; otherwise it is probed.
     pub format: Option<String>,
-    /// Whether it is only read.
+    /// Open for reading only.
     pub read_only: bool,
-    /// Whether changes go to a scratch overlay.
+    /// Write to a temporary overlay instead of the disk.
     pub snapshot: bool,
-    /// Whether what is read from below is copied to the top.
+    /// Copy data that is read from the backing chain to the top layer.
     pub copy_on_read: bool,
-    /// Whether other users do not matter.
+    /// Open even if other programs have the file locked.
     pub force_share: bool,
-    /// Whether discards reach the disk.
+    /// Discards reach the disk.
     pub discards: bool,
-    /// How changes reach the medium.
+    /// Cache mode: page cache or not, flushes or not.
     pub cache: CacheMode,
-    /// Whether the kernel's own asynchronous I/O was asked for, which needs a cache mode without page cache.
+    /// The kernel's native asynchronous I/O was requested; it requires a cache mode without page cache.
     pub native_aio: bool,
-    /// Further options, `key=value,...` each.
+    /// Further options, each `key=value,...`.
     pub options: Vec<String>,
 }
 
@@ -54,16 +54,28 @@ impl Default for OpenRequest {
 }
 
 impl OpenRequest {
+<<<<<<< HEAD
     /// Sets the cache mode by its name (`none`, `writeback`, ...), if one is given.
     pub fn set_cache(&mut self, name: Option<&str>) -> Result<(), RequestError> {
+=======
+    /// Sets the cache mode by name (`none`, `writeback`, ...); `None` changes nothing. Errors: the text for
+    /// the user.
+    pub fn set_cache(&mut self, name: Option<&str>) -> Result<(), String> {
+>>>>>>> words2
         if let Some(name) = name {
             self.cache = CacheMode::parse(name).ok_or_else(|| RequestError::Cache(name.to_owned()))?;
         }
         Ok(())
     }
 
+<<<<<<< HEAD
     /// Sets whether discards count (`unmap`, `on`, `ignore`, `off`), if it is said.
     pub fn set_discard(&mut self, name: Option<&str>) -> Result<(), RequestError> {
+=======
+    /// Enables (`unmap`, `on`) or disables (`ignore`, `off`) discards; `None` changes nothing. Errors: the
+    /// text for the user.
+    pub fn set_discard(&mut self, name: Option<&str>) -> Result<(), String> {
+>>>>>>> words2
         self.discards = match name {
             None => return Ok(()),
             Some("unmap" | "on") => true,
@@ -73,9 +85,15 @@ impl OpenRequest {
         Ok(())
     }
 
+<<<<<<< HEAD
     /// Notes the way of asynchronous I/O (`threads`, `native`, `io_uring`); all are one here, but for what
     /// they ask of the cache mode.
     pub fn set_aio(&mut self, name: Option<&str>) -> Result<(), RequestError> {
+=======
+    /// Sets the kind of asynchronous I/O (`threads`, `native`, `io_uring`); `None` changes nothing. All kinds
+    /// work the same here; `native` only restricts the cache mode. Errors: the text for the user.
+    pub fn set_aio(&mut self, name: Option<&str>) -> Result<(), String> {
+>>>>>>> words2
         match name {
             None => {}
             Some("native") => self.native_aio = true,
@@ -86,6 +104,7 @@ impl OpenRequest {
     }
 }
 
+<<<<<<< HEAD
 /// A word that an option of opening does not take. `Display` is qemu-io's line, which both the command line
 /// and the commands `open` and `reopen` print.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,6 +132,10 @@ impl std::error::Error for RequestError {}
 
 /// What `open` asks for.
 pub(crate) fn request_of(open: Open) -> Result<OpenRequest, RequestError> {
+=======
+/// The request of an `open` command. Errors: the text to print after the program's name.
+pub(crate) fn request_of(open: Open) -> Result<OpenRequest, String> {
+>>>>>>> words2
     let mut request = OpenRequest {
         path: open.path,
         read_only: open.read_only,
@@ -132,7 +155,12 @@ pub(crate) fn request_of(open: Open) -> Result<OpenRequest, RequestError> {
     Ok(request)
 }
 
+<<<<<<< HEAD
 /// The request for the same disk in another way. Errors: the text after the program's name.
+=======
+/// The request of a `reopen` command: the old one with some options changed. Errors: the text to print after
+/// the program's name.
+>>>>>>> words2
 pub(crate) fn changed(old: &OpenRequest, reopen: Reopen) -> Result<OpenRequest, String> {
     let mut new = old.clone();
     new.set_cache(reopen.cache.as_deref()).map_err(|error| error.to_string())?;
@@ -157,7 +185,7 @@ pub(crate) fn changed(old: &OpenRequest, reopen: Reopen) -> Result<OpenRequest, 
     Ok(new)
 }
 
-/// The options that may change while a disk is open.
+/// The options that `reopen -o` may change.
 const CHANGEABLE: [&str; 9] = [
     "read-only",
     "cache.direct",

@@ -1,30 +1,31 @@
-//! What is written: one byte all over, or the content of a file again and again.
+//! Data of writes: one byte everywhere, or the content of a file, repeated.
 
 use crate::reason::{OUT_OF_MEMORY, Reason};
 
-/// What writes take their bytes from: a run of bytes, again and again.
+/// Endless data: a run of bytes, repeated.
 pub(crate) struct Source {
-    /// Not empty.
+    /// The repeated run, not empty.
     period: Vec<u8>,
-    /// Bytes given so far, modulo the period.
+    /// Number of bytes returned so far, modulo the length of `period`.
     phase: usize,
     piece: Vec<u8>,
 }
 
 impl Source {
-    /// One byte all over.
+    /// The same byte everywhere.
     pub(crate) fn byte(byte: u8) -> Self {
         Self { period: vec![byte], phase: 0, piece: Vec::new() }
     }
 
-    /// `period` again and again; `None` where it is empty.
+    /// Repeats `period`; `None` if it is empty.
     pub(crate) fn repeated(period: Vec<u8>) -> Option<Self> {
         (!period.is_empty()).then_some(Self { period, phase: 0, piece: Vec::new() })
     }
 
-    /// The next `len` bytes. Errors: the system's where memory is short.
+    /// The next `len` bytes. Errors: `OUT_OF_MEMORY` if the buffer cannot be allocated.
     pub(crate) fn next(&mut self, len: u64) -> Result<&[u8], Reason> {
         let len = len as usize;
+        // One byte repeated looks the same at every phase, so the last buffer can be used again.
         if self.period.len() == 1 && self.piece.len() >= len {
             return Ok(&self.piece[..len]);
         }
@@ -46,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_period_goes_on_where_it_stopped() {
+    fn repeated_data_continues_across_calls() {
         let mut source = Source::repeated(b"abc".to_vec()).unwrap();
         assert_eq!(source.next(2).unwrap(), b"ab");
         assert_eq!(source.next(5).unwrap(), b"cabca");

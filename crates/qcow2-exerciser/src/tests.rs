@@ -6,7 +6,7 @@ use qcow2_io::{CacheMode, MemoryStorage, TraceStorage};
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
-/// Opens the same memory again and again.
+/// Opens the same memory every time.
 struct Memory {
     storage: Arc<TraceStorage>,
     opened: Cell<u32>,
@@ -35,7 +35,7 @@ impl Opener for Memory {
     }
 }
 
-/// Both outputs in one, in order; complaints after `! `.
+/// Both streams in one, in order; lines of standard error start with `! `.
 #[derive(Default)]
 struct Heard(RefCell<String>);
 
@@ -61,8 +61,7 @@ struct Run {
     flows: Vec<Flow>,
 }
 
-/// Runs commands on a disk of 1 MiB in memory, opened as `request` says; times and rates are left out of the
-/// text.
+/// Runs commands on a 1 MiB disk in memory, opened with `request`. Times and rates are removed from the text.
 fn run(request: OpenRequest, commands: &[&str]) -> Run {
     let storage = Arc::new(TraceStorage::new(Arc::new(MemoryStorage::with_len(1 << 20))));
     let opener = Memory { storage: storage.clone(), opened: Cell::new(0) };
@@ -124,7 +123,7 @@ fn writes_are_read_back() {
 }
 
 #[test]
-fn a_long_request_is_checked_in_every_piece() {
+fn pattern_is_verified_in_every_piece_of_a_long_request() {
     let long = "truncate 200M";
     let expected = [
         "Pattern verification failed at offset 100000000, 200 bytes",
@@ -154,7 +153,7 @@ fn a_long_request_is_checked_in_every_piece() {
 }
 
 #[test]
-fn failures_do_not_stop_the_rest() {
+fn commands_after_a_failed_one_still_run() {
     check(
         &["foo", "read 0", "read 2M 1", "write -x 0 1", "length", "", "quit", "length"],
         &[
@@ -171,7 +170,7 @@ fn failures_do_not_stop_the_rest() {
 }
 
 #[test]
-fn a_disk_opened_for_reading_is_not_written() {
+fn read_only_disk_refuses_every_writing_command() {
     let request = OpenRequest { read_only: true, ..writable() };
     let run =
         run(request, &["write", "write x", "write 1 2 3", "discard 0 1", "truncate 0", "flush", "length"]);
@@ -184,7 +183,7 @@ fn a_disk_opened_for_reading_is_not_written() {
 }
 
 #[test]
-fn every_write_is_durable_unless_the_cache_mode_says_otherwise() {
+fn only_writethrough_flushes_after_every_write() {
     let commands = [
         "write -q 0 512",
         "writev -q 0 512",
@@ -202,7 +201,7 @@ fn every_write_is_durable_unless_the_cache_mode_says_otherwise() {
 }
 
 #[test]
-fn discards_are_left_out_where_they_are_ignored() {
+fn ignored_discards_are_reported_and_change_nothing() {
     for (discards, count) in [(true, 1), (false, 0)] {
         let run = run(OpenRequest { discards, ..writable() }, &["discard 0 64k"]);
         assert_eq!(run.heard, "discard 65536/65536 bytes at offset 0\n64 KiB, 1 ops");
@@ -211,7 +210,7 @@ fn discards_are_left_out_where_they_are_ignored() {
 }
 
 #[test]
-fn background_requests_are_told_when_they_are_waited_for() {
+fn background_requests_are_reported_in_order_when_waited_for() {
     check(
         &[
             "aio_write -P 3 0 4k",
@@ -234,12 +233,12 @@ fn background_requests_are_told_when_they_are_waited_for() {
         ],
         true,
     );
-    // That they fail does not count.
+    // Their failures don't count.
     assert!(!run(writable(), &["aio_read 2M 1"]).failed);
 }
 
 #[test]
-fn disks_are_opened_closed_and_opened_again() {
+fn open_close_and_reopen() {
     let run = run(
         OpenRequest::default(),
         &[
@@ -276,7 +275,7 @@ fn disks_are_opened_closed_and_opened_again() {
 }
 
 #[test]
-fn a_file_is_written_again_and_again() {
+fn write_s_repeats_the_content_of_a_file() {
     check(
         &[
             "write -q -s abc 5 7",
@@ -299,14 +298,14 @@ fn a_file_is_written_again_and_again() {
 }
 
 #[test]
-fn the_process_belongs_to_the_caller() {
+fn sigraise_and_abort_are_left_to_the_caller() {
     let run = run(writable(), &["sigraise 0", "sigraise 10", "abort", "sigraise 66", "quit", "length"]);
     assert_eq!(run.flows, [Flow::Continue, Flow::Raise(10), Flow::Abort, Flow::Continue, Flow::Quit]);
     assert_eq!(run.heard, "signal argument '66' is too large to be a valid signal");
 }
 
 #[test]
-fn a_disk_that_ends_inside_a_sector_is_seen_as_whole_sectors() {
+fn partial_last_sector_is_shown_as_a_whole_one() {
     check(
         &[
             "truncate 1000",

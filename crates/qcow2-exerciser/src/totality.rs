@@ -1,5 +1,5 @@
-//! Any text is a line: mutations of commands, and whatever else there is. No panic, no hang, no memory beyond
-//! a request's.
+//! Any text is a valid input: random mutations of commands must cause no panic, no hang, and no more memory
+//! than one request needs.
 
 use crate::grammar::{Command, Content, Place, find, parse, split};
 use crate::{Console, Exerciser, Flow, OpenRequest, OpenedDisk, Opener, Ports, Refusal};
@@ -10,10 +10,10 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 const SIZE: u64 = 1 << 20;
-/// What a line may cost in a test; a larger request is understood but not made.
+/// Limit in bytes for a request that a test runs; larger ones are parsed but not run.
 const MOST: u64 = 64 << 20;
 
-/// Commands with most of what they take; mutations reach the rest.
+/// Starting points of the mutations: every command with most of its options.
 const SEEDS: &[&str] = &[
     "read -v -P 7 -s 10 -l 20 1k 512",
     "read -b -q 0 512",
@@ -51,7 +51,7 @@ const SEEDS: &[&str] = &[
     "quit",
 ];
 
-/// Pieces that mutations put in.
+/// Pieces that mutations insert.
 const PIECES: &[&str] = &[
     "-",
     "--",
@@ -113,7 +113,7 @@ fn mutated(rng: &mut Rng) -> String {
     chars.into_iter().collect()
 }
 
-/// Whether a test has the time and the memory for a command.
+/// True if a test has the time and memory to run the command.
 fn is_cheap(command: &Command) -> bool {
     match command {
         Command::Sleep { milliseconds } => *milliseconds == 0,
@@ -144,7 +144,7 @@ impl Opener for Memory {
     }
 }
 
-/// Counts what is said.
+/// Counts the bytes of the output.
 #[derive(Default)]
 struct Counter(Cell<usize>);
 
@@ -163,7 +163,7 @@ impl Console for Counter {
 }
 
 #[test]
-fn every_line_is_understood_or_refused() {
+fn mutated_lines_parse_or_are_refused() {
     let mut rng = Rng::new(1);
     let mut understood = 0;
     for _ in 0..60_000 {
@@ -184,7 +184,7 @@ fn every_line_is_understood_or_refused() {
 }
 
 #[test]
-fn every_line_is_run_or_refused() {
+fn mutated_lines_run_or_are_refused() {
     for format in [ImageFormat::Raw, ImageFormat::Qcow2] {
         let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::with_len(match format {
             ImageFormat::Raw => SIZE,
@@ -203,7 +203,7 @@ fn every_line_is_run_or_refused() {
             let typed = split(&line);
             let spec = typed.first().and_then(|name| find(name));
             let command = spec.and_then(|spec| parse(spec, &typed[1..]).ok());
-            // A wrong number of words may mean anything to a command that never sees them.
+            // With a wrong number of words the command is refused before it runs, however expensive it looks.
             let counted = spec.is_none_or(|spec| spec.check_count(typed[0], typed.len() - 1).is_ok());
             if counted && command.is_some_and(|command| !is_cheap(&command)) {
                 continue;
@@ -215,7 +215,7 @@ fn every_line_is_run_or_refused() {
         }
         exerciser.finish();
         assert!(ends > 10 && counter.0.get() > 100_000, "{format:?}: {ends} {}", counter.0.get());
-        // Whatever was done to it, it is a disk.
+        // Whatever the commands did, the disk still opens.
         match format {
             ImageFormat::Raw => drop(RawDisk::new(storage, false).unwrap()),
             _ => {

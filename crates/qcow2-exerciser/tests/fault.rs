@@ -1,4 +1,4 @@
-//! A storage that fails: what is said, that it is remembered, and that the disk goes on.
+//! A failing storage: the error is reported and counted, and the disk can still be used.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
@@ -16,7 +16,7 @@ fn plan(call: Call, fault: Fault) -> Option<FaultPlan> {
     Some(FaultPlan { calls: vec![call], nth: 0, sticky: true, fault })
 }
 
-/// Runs `line` on a raw disk whose calls of the kind fail, and then, without faults, a write and a read.
+/// Runs `line` on a raw disk whose calls of one kind fail; then, without faults, a write and a read.
 #[track_caller]
 fn check(call: Call, fault: Fault, line: &str, expected: &str, counts: bool) {
     let storage = Arc::new(FaultStorage::new(Arc::new(MemoryStorage::with_len(SIZE))));
@@ -37,7 +37,7 @@ fn check(call: Call, fault: Fault, line: &str, expected: &str, counts: bool) {
 }
 
 #[test]
-fn requests_say_what_failed() {
+fn failed_requests_report_the_error() {
     check(Call::Read, Fault::Io, "read 0 512", "read failed: <Io>", true);
     check(Call::Read, Fault::Io, "readv -P 0 -v 0 512", "readv failed: <Io>", true);
     check(Call::Write, Fault::Io, "write 0 512", "write failed: <Io>", true);
@@ -55,7 +55,7 @@ fn requests_say_what_failed() {
 }
 
 #[test]
-fn a_flush_that_fails_fails_the_write_that_was_to_be_durable() {
+fn failed_flush_fails_a_writethrough_write() {
     check(Call::Flush, Fault::Io, "flush", "! flush failed: <Io>", true);
     check(Call::Flush, Fault::Io, "write -q 0 512", "write failed: <Io>", true);
     check(Call::Flush, Fault::Io, "write -q -z 0 512", "write failed: <Io>", true);
@@ -63,12 +63,12 @@ fn a_flush_that_fails_fails_the_write_that_was_to_be_durable() {
 }
 
 #[test]
-fn failures_in_the_background_are_told_and_do_not_count() {
+fn background_failures_are_reported_and_do_not_count() {
     check(Call::Read, Fault::Io, "aio_read 0 512", "readv failed: <Io>", false);
     check(Call::Write, Fault::Io, "aio_write 0 512", "aio_write failed: <Io>", false);
 }
 
-/// Runs lines on an image in which every call of the kind fails from the line `from` on.
+/// Runs lines on an image. From line `from` on, every call of the kind fails.
 fn on_image(lines: &[&str], from: usize, call: Call) -> (String, bool) {
     let storage = Arc::new(FaultStorage::new(Arc::new(MemoryStorage::new())));
     let disk = OneDisk::qcow2(storage.clone(), SIZE, 65536, None);
@@ -85,7 +85,7 @@ fn on_image(lines: &[&str], from: usize, call: Call) -> (String, bool) {
 }
 
 #[test]
-fn images_say_when_they_cannot_be_opened_or_closed() {
+fn failed_open_and_close_are_reported() {
     let (text, failed) = on_image(&["open disk", "length"], 0, Call::Read);
     assert_eq!(text, "! tool: can't open device disk: <Io>\n! no file open, try 'help open'");
     assert!(failed);
@@ -96,7 +96,7 @@ fn images_say_when_they_cannot_be_opened_or_closed() {
 }
 
 #[test]
-fn reopening_what_does_not_open_leaves_nothing_open() {
+fn failed_reopen_leaves_no_disk_open() {
     let (text, failed) = on_image(&["open disk", "reopen -r", "length"], 1, Call::Read);
     assert_eq!(text, "! tool: <Io>\n! tool: can't open device disk: <Io>\n! no file open, try 'help open'");
     assert!(failed);

@@ -1,4 +1,4 @@
-//! Random commands against an array of bytes: what is shown and checked is what was written.
+//! Random commands compared with a byte array: reads, dumps and verification show what was written.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
@@ -13,11 +13,11 @@ use std::sync::Arc;
 const SIZE: u64 = 300 * 1024 + 512;
 const COMMANDS: u32 = 400;
 
-/// The disk as it must be.
+/// The expected content of the disk.
 struct Model {
     rng: Rng,
     bytes: Vec<u8>,
-    /// Whether an image, whose size is whole sectors.
+    /// True for an image, whose size is a multiple of 512.
     is_image: bool,
 }
 
@@ -30,28 +30,28 @@ impl Model {
         (offset as usize, len as usize)
     }
 
-    /// The next line, made on the model already, and what must be said of it.
+    /// The next line, already applied to the model, and its expected output.
     fn next(&mut self) -> (String, Vec<String>) {
         let (offset, len) = self.range();
         let byte = self.rng.below(4) as u8;
-        let told = |verb: &str| vec![format!("{verb} {len}/{len} bytes at offset {offset}")];
+        let report = |verb: &str| vec![format!("{verb} {len}/{len} bytes at offset {offset}")];
         match self.rng.below(10) {
             0..=2 => {
                 self.bytes[offset..offset + len].fill(byte);
                 let (line, verb) = self.rng.pick(&[("write", "wrote"), ("writev", "wrote")]);
-                (format!("{line} -P {byte} {offset} {len}"), told(verb))
+                (format!("{line} -P {byte} {offset} {len}"), report(verb))
             }
             3 => {
                 self.bytes[offset..offset + len].fill(0);
                 let unmap = self.rng.pick(&["", "u"]);
-                (format!("write -z{unmap} {offset} {len}"), told("wrote"))
+                (format!("write -z{unmap} {offset} {len}"), report("wrote"))
             }
             4 => {
                 self.bytes[offset..offset + len].fill(byte);
                 (format!("aio_write -q -P {byte} {offset} {len}"), Vec::new())
             }
             5 => {
-                let mut expected = told("read");
+                let mut expected = report("read");
                 if self.bytes[offset..offset + len].iter().any(|b| *b != byte) {
                     expected
                         .insert(0, format!("Pattern verification failed at offset {offset}, {len} bytes"));
@@ -92,10 +92,10 @@ fn check(name: &str, seed: u64, disk: &OneDisk, is_image: bool, start: Vec<u8>) 
     for number in 0..COMMANDS {
         let (line, expected) = model.next();
         assert_eq!(exerciser.execute(&line), Flow::Continue);
-        // Requests in the background may meet each other, and that is not what is tested here.
+        // Background requests could overlap the next command, which is not what this test is about.
         exerciser.execute("aio_flush");
         let said = text.take();
-        // The line about times is left out of what a report must say.
+        // The line with times and rates is not compared.
         let said: Vec<&str> = said.lines().filter(|line| !line.ends_with(", 1")).collect();
         assert_eq!(said, expected, "{name}, seed {seed}, command {number}: {line}");
     }
@@ -103,7 +103,7 @@ fn check(name: &str, seed: u64, disk: &OneDisk, is_image: bool, start: Vec<u8>) 
 }
 
 #[test]
-fn commands_do_what_a_byte_array_does() {
+fn random_commands_match_a_byte_array() {
     let below: Vec<u8> = (0..SIZE).map(|at| (at / 7 % 4) as u8).collect();
     for seed in 0..6 {
         let storage = || Arc::new(MemoryStorage::new());

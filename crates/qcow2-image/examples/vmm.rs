@@ -3,8 +3,9 @@
 #![allow(clippy::print_stdout)]
 use qcow2_image::Disk;
 use qcow2_image::core::{ExtentState, GuestOffset, GuestRange, Piece};
+use std::io::ErrorKind;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::{error::Error, fs::File, ops::Range, os::unix::fs::FileExt, path::Path, thread};
+use std::{error::Error, fs::File, ops::Range, os::unix::fs::FileExt, path::Path, sync::Arc, thread};
 
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -19,7 +20,13 @@ pub(crate) struct Device(pub(crate) Disk, File);
 
 impl Device {
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        Ok(Self(Disk::options().writable().open(path)?, File::options().read(true).write(true).open(path)?))
+        let disk = Disk::options().writable().open(path)?;
+        let image = disk.as_image().ok_or("not a qcow2 image")?;
+        // Host offsets are offsets in the data storage, so it has to be the file that is opened here.
+        if !image.data_storage().is_some_and(|data| Arc::ptr_eq(data, image.storage())) {
+            return Err("the image has an external data file".into());
+        }
+        Ok(Self(disk, File::options().read(true).write(true).open(path)?))
     }
 
     /// Serves one queue on the calling thread, until its sender is dropped. Answers each request, a read with
@@ -44,14 +51,21 @@ impl Device {
             let pin = image.pin(); // The extent's clusters are not reused while the pin lives.
             let extent = pin.extent_at(range(at, rest.len())?)?;
             let (now, later) = rest.split_at_mut(extent.len as usize);
-            match extent.state {
-                ExtentState::Zero { .. } => now.fill(0),
-                ExtentState::Data { host: Some(h) } if self.1.read_exact_at(now, h.value()).is_ok() => {}
-                // Compressed, from the backing file, or past the end of the file: let the engine read.
-                _ => {
-                    drop(pin);
-                    self.0.read_at(at, now)?;
+            let done = match extent.state {
+                ExtentState::Zero { .. } => {
+                    now.fill(0);
+                    true
                 }
+                ExtentState::Data { host: Some(host) } => match self.1.read_exact_at(now, host.value()) {
+                    // Past the end of the file, where the engine reads zeroes.
+                    Err(error) if error.kind() == ErrorKind::UnexpectedEof => false,
+                    read => read.map(|()| true)?,
+                },
+                _ => false, // Compressed, or from the backing file.
+            };
+            drop(pin); // The engine must not be called while this thread holds a pin.
+            if !done {
+                self.0.read_at(at, now)?;
             }
             (at, rest) = (at + extent.len, later);
         }
@@ -61,11 +75,11 @@ impl Device {
     fn write(&self, mut at: u64, mut bytes: &[u8]) -> Result<()> {
         let image = self.0.as_image().ok_or("not a qcow2 image")?;
         while !bytes.is_empty() {
-            let ticket = image.prepare_write(range(at, bytes.len())?)?; // Prepare: allocate clusters;
+            let ticket = image.prepare_write(range(at, bytes.len())?)?; // Prepare: allocate clusters.
             let (now, later) = bytes.split_at(ticket.range().len() as usize);
             for piece in ticket.pieces() {
                 match piece {
-                    Piece::Guest { host } => self.1.write_all_at(now, host.value())?, // move the data;
+                    Piece::Guest { host } => self.1.write_all_at(now, host.value())?, // Move the data.
                     Piece::Bytes { host, bytes } => self.1.write_all_at(bytes, host.value())?,
                     Piece::Zeroes { host, len } => {
                         self.1.write_all_at(&vec![0; len as usize], host.value())?
@@ -73,7 +87,8 @@ impl Device {
                     _ => return Err("unknown kind of piece".into()),
                 }
             }
-            ticket.commit()?; // commit: readers see the data from here on.
+            // Commit: readers see the data from here on. This thread holds no ticket when it takes the next.
+            ticket.commit()?;
             (at, bytes) = (at + now.len() as u64, later);
         }
         Ok(())

@@ -111,7 +111,7 @@ const COMMITTING: &str = "committing the image";
 const REBASING: &str = "rebasing the image";
 const SNAPSHOTTING: &str = "creating an external snapshot";
 
-/// The layers of the image at `path`.
+/// Opens the layers of the image at `path`, as the options allow.
 struct Layered<'a> {
     path: &'a Path,
     options: DiskOptions,
@@ -142,7 +142,8 @@ impl OpenChain for Layered<'_> {
         base: Option<&str>,
     ) -> Result<NextLayer, CallerError> {
         let Some(base) = base.map(Path::new) else {
-            // Whether there is one is known when it is opened.
+            // Without a base the layer directly below is the target, and `open_below` reports a file that is
+            // missing.
             let named = above.format == ImageFormat::Qcow2
                 && read_header(&*above.storage)?.backing_file_name().is_some_and(|name| !name.is_empty());
             return Ok(if named { NextLayer::Base } else { NextLayer::None });
@@ -160,7 +161,9 @@ impl OpenChain for Layered<'_> {
         _: usize,
         writable: bool,
     ) -> Result<ResolvedSource, CallerError> {
-        let missing = || qcow2_core::Error::new(qcow2_core::ErrorKind::Chain, "the backing file has gone");
+        let missing = || {
+            qcow2_core::Error::new(qcow2_core::ErrorKind::Chain, "the image no longer names a backing file")
+        };
         Ok(Self::open_named(above, writable)?.ok_or_else(missing)?)
     }
 
@@ -181,7 +184,7 @@ impl OpenChain for Layered<'_> {
     }
 }
 
-/// The new backing file of a rebase.
+/// Opens the new backing file of a rebase. The caller named it, so no policy applies to it.
 struct Onto<'a> {
     overlay: &'a Path,
     options: &'a DiskOptions,
@@ -205,7 +208,7 @@ impl NewBacking for Onto<'_> {
     }
 }
 
-/// The file of an overlay.
+/// The file of a new overlay, deleted unless it is kept.
 struct OverlayFile<'a> {
     path: &'a Path,
     in_use: [Option<qcow2_core::SourceId>; 1],

@@ -54,7 +54,7 @@
 //! |---|---|
 //! | open an image | [`Disk::open`], [`Disk::options`] |
 //! | create one: with other options, encrypted, with a backing file, raw | [`Disk::create`], [`NewDisk`] |
-//! | read, write, zero, discard, resize, flush | the methods of [`Disk`], from any number of threads |
+//! | read, write, zero, discard, resize, flush | the methods of [`Disk`], from any number of threads; blocking |
 //! | use it as `Read`, `Write` and `Seek` | [`Disk::cursor`] |
 //! | take, read, apply and delete internal snapshots | [`Disk::create_snapshot`], [`Disk::open_snapshot`] |
 //! | put an overlay on it, commit the overlay, rebase it | [methods of `DiskOptions`](DiskOptions::commit) |
@@ -75,13 +75,16 @@
 //!   and its guest would see the content. So an image that names a file is not opened
 //!   ([`ErrorKind::NameDenied`]) unless [`DiskOptions::follow_backing_files`] or another [`Policy`] allows
 //!   it. `json:` names and servers are never followed.
-//! - **Locks**: compatible with QEMU, so that its programs, this crate, and several disks in one program keep
-//!   each other out. An image has one writer or any number of readers; everyone else gets
-//!   [`ErrorKind::InUse`]. Linux only.
+//! - **Locks**: QEMU's byte locks, so that its programs, this crate, and several disks in one program keep
+//!   each other out. A qcow2 image has one writer or any number of readers; everyone else gets
+//!   [`ErrorKind::InUse`]. Raw disks and LUKS containers are not protected against other writers, unless
+//!   [`DiskOptions::locking`] demands it. Linux only, and only where the file system supports locks:
+//!   elsewhere nothing is locked.
 //! - **Writing** needs [`DiskOptions::writable`]. A disk opened for reading never writes, not even to recover
 //!   from an unclean close.
 //! - **Durability**: writes are durable after [`Disk::flush`] or [`Disk::close`]. A crash before that leaves
-//!   a consistent image with some, all or none of the writes since then.
+//!   a consistent image with some, all or none of the writes since then. A write may survive in part, but
+//!   never with a part of a 512-byte sector: the medium must write such sectors whole.
 //! - **Compression**: both algorithms can be read. New images use deflate, which every reader supports, or
 //!   [zstd](NewDisk::zstd).
 //! - **Encryption**: with a [password](DiskOptions::password) or a [callback](DiskOptions::password_from).
@@ -94,7 +97,7 @@
 //! | you want to | take |
 //! |---|---|
 //! | use images in files | this one |
-//! | read and write images in your own storage, `no_std` | [`qcow2-core`](core) |
+//! | read and write images in your own storage; `std` for locks only | [`qcow2-core`](core) |
 //! | run the procedures on your own disks and threads | [`qcow2-ops`](ops) |
 //! | use files, block devices, memory or NBD as storage, with locks | [`qcow2-io`](io) |
 //! | compress and expand clusters | [`qcow2-codec`](codec) |
@@ -108,7 +111,8 @@
 //!
 //! Every call returns an [`Error`] with a [kind](ErrorKind) to match on, the [path](Error::path) of the
 //! image, and its causes as [`source`](std::error::Error::source). `{error:#}` prints them all on one line.
-//! No content of an image makes this crate panic. In debug builds, dropping a disk panics if closing it fails
+//! No content of an image makes this crate panic; the fuzz targets in `fuzz/` run the parsers, the codecs,
+//! the engine and the check on damaged images. In debug builds, dropping a disk panics if closing it fails
 //! and no earlier call has reported an error: see [`Disk`].
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,5 @@
-//! The backing file and the data file of a new image. The caller named them, so no policy applies.
+//! Resolver for the backing file and the data file of a new image. The caller named them, so no policy
+//! applies.
 
 use qcow2_core::{Reference, ResolveError, ResolvedSource, Resolver};
 use std::sync::Arc;

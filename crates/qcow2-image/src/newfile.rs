@@ -63,7 +63,7 @@ impl NewFile {
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        // Ignore errors here: the error that caused the drop is reported.
+        // Errors are ignored: the one that caused the drop is reported.
         match (self.kept, self.is_new) {
             (true, _) => {}
             (false, true) => drop(fs::remove_file(&self.path)),
@@ -72,5 +72,5 @@ impl Drop for NewFile {
     }
 }
 
-/// Allocation unit for the file system in bytes.
+/// Hint for the file system: allocate the file in units of this many bytes.
 const EXTENT_SIZE: u32 = 1 << 20;

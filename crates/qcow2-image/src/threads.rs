@@ -4,8 +4,8 @@ use qcow2_ops::Executor;
 use std::num::NonZero;
 use std::thread;
 
-/// Runs jobs of `qcow2-ops` on a fixed number of threads, including the caller's own. The threads are started
-/// for each call and end with it.
+/// Runs jobs of `qcow2-ops` on a fixed number of threads, one of which is the caller's. Each call of `run`
+/// starts the others and waits for all of them.
 ///
 /// ```
 /// use qcow2_image::Threads;

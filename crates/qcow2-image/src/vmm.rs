@@ -1,9 +1,8 @@
 //! A block device for a virtual machine monitor: four queues, each served by its own thread, and data that
 //! the monitor transfers with its own file descriptor. This page is documentation only.
 //!
-//! A monitor does not want the engine between its guest's memory and the file: it has the pages mapped, maybe
-//! an io_uring, and its own threads. The engine only tells it where data is and where to write data; it never
-//! touches the data.
+//! A VMM has its own path from guest memory to the file: mapped pages, perhaps an io_uring, and its own
+//! threads. The engine stays out of that path: it only returns where data is, or where to write it.
 //!
 //! # Reading
 //!
@@ -12,6 +11,10 @@
 //! clusters are not reused. Drop it as soon as the data has been read, because freed clusters wait for it.
 //! Let the engine read everything that is not plain data, with [`Disk::read_at`](crate::Disk::read_at), which
 //! must not be called while the pin is held.
+//!
+//! Host offsets, here and in the pieces of a write, are offsets in the [data
+//! storage](crate::core::Image::data_storage): the image file, or the external data file of an image that has
+//! one. The device below opens the image file only, so it refuses images with an external data file.
 //!
 //! # Writing: prepare, move, commit
 //!
@@ -24,8 +27,19 @@
 //!    written. From here on readers see the new data. Dropping a ticket without committing it undoes the
 //!    allocation.
 //!
-//! Two rules prevent deadlocks. A thread that holds a ticket for a cluster must not write, zero or discard
-//! that cluster again before it commits. A thread that holds several tickets takes them in ascending order.
+//! A ticket or a pin holds a read lock on the image, and stays on the thread that took it (neither is
+//! `Send`). Resize, snapshots, changes of bitmaps and close take the write lock, and a waiting writer goes
+//! before new readers. Four rules prevent deadlocks:
+//!
+//! - A thread that holds a pin does not call the image, except to look up extents through the pin.
+//! - A thread that holds a ticket does not take the write lock itself. And if any other thread may take it,
+//!   the ticket's thread commits or drops the ticket before it calls the image again, even for
+//!   `prepare_write`, `read_at` or `flush`: that call would wait behind the writer, the writer waits for the
+//!   ticket, and neither would ever continue. So with live resizes or snapshots a thread holds one ticket at
+//!   a time, as the device below does.
+//! - Otherwise a thread may hold several tickets. It must not write, zero or discard a cluster that it holds
+//!   a ticket for.
+//! - It takes them in ascending order of guest offsets.
 //!
 //! # The rest
 //!
@@ -35,8 +49,8 @@
 //! and pins, and holds new ones back. Encrypted images must be read and written through the engine, because
 //! the bytes in the file are not the guest's.
 //!
-//! # The whole
+//! # The whole device
 //!
-//! The device takes about eighty lines and ends with `range`; the rest is a guest. `cargo run -p qcow2-image
+//! The device takes about 90 lines and ends with `range`; the rest is a guest. `cargo run -p qcow2-image
 //! --example vmm` runs it. A test runs four guests on it while the disk grows.
 #![doc = concat!("```no_run\n", include_str!("../examples/vmm.rs"), "```")]

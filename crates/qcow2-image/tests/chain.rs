@@ -12,7 +12,7 @@ fn trusted() -> DiskOptions {
     Disk::options().follow_backing_files()
 }
 
-/// base.qcow2 <- middle.qcow2 <- top.qcow2, each with bytes of its own; returns what the top shows.
+/// base.qcow2 <- middle.qcow2 <- top.qcow2, each with data of its own; returns the guest content of the top.
 fn chain(folder: &Folder) -> Vec<u8> {
     let base = Disk::create(folder.path("base.qcow2"), MIB).unwrap();
     base.write_at(0, &pattern(300_000, 1)).unwrap();
@@ -32,7 +32,7 @@ fn shown(folder: &Folder, name: &str) -> Vec<u8> {
 }
 
 #[test]
-fn a_commit_moves_the_data_down_and_empties_the_overlay() {
+fn commit_moves_the_data_down_and_empties_the_overlay() {
     let folder = Folder::new();
     let expected = chain(&folder);
     assert!(trusted().commit(folder.path("top.qcow2")).unwrap().data_bytes > 0);
@@ -46,7 +46,7 @@ fn a_commit_moves_the_data_down_and_empties_the_overlay() {
 }
 
 #[test]
-fn a_commit_into_a_deeper_layer() {
+fn commit_into_a_deeper_layer_keeps_the_overlay() {
     let folder = Folder::new();
     let expected = chain(&folder);
     trusted().commit_into(folder.path("top.qcow2"), folder.path("base.qcow2")).unwrap();
@@ -63,7 +63,7 @@ fn a_commit_into_a_deeper_layer() {
 }
 
 #[test]
-fn a_rebase_keeps_what_the_guest_sees() {
+fn rebase_keeps_the_guest_content() {
     let folder = Folder::new();
     let expected = chain(&folder);
     let path = folder.path("top.qcow2");
@@ -86,7 +86,7 @@ fn a_rebase_keeps_what_the_guest_sees() {
 }
 
 #[test]
-fn an_external_snapshot_replaces_nothing_and_needs_a_quiet_image() {
+fn external_snapshot_refuses_existing_files_and_images_in_use() {
     let folder = Folder::new();
     chain(&folder);
     let (base, new) = (folder.path("base.qcow2"), folder.path("new.qcow2"));

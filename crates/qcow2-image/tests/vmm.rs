@@ -27,6 +27,14 @@ fn four_queues_match_their_models_while_the_disk_grows() {
 }
 
 #[test]
+fn image_with_an_external_data_file_is_refused() {
+    let folder = Folder::new();
+    let path = folder.path("disk.qcow2");
+    NewDisk::qcow2().size(MIB).data_file("data.raw").create(&path).unwrap().close().unwrap();
+    assert!(Device::open(&path).is_err());
+}
+
+#[test]
 fn four_queues_on_a_compressed_image() {
     let folder = Folder::new();
     let raw = pattern(4 * PART as usize, 5);

@@ -26,7 +26,8 @@ pub struct AmendOptions {
     pub size: Option<u64>,
     /// Name of the external data file; empty removes the recorded name.
     pub data_file: Option<String>,
-    /// Whether the external data file is a raw copy of the guest disk; can only be turned off.
+    /// Set to `false` to record that the external data file is no longer a raw copy of the guest disk. It
+    /// cannot be declared one.
     pub data_file_raw: Option<bool>,
     /// Name of the backing file; must equal the current one.
     pub backing_file: Option<String>,
@@ -220,8 +221,7 @@ fn volume(image: &Image) -> Result<HostOffset, Refusal> {
     }
 }
 
-/// Checks whether `image` can be amended as requested. Changes nothing. Errors: as [`amend`]'s
-/// `InvalidOption`.
+/// Checks that `image` can be amended as requested. Changes nothing. Errors: as [`amend`]'s `InvalidOption`.
 fn check(image: &Image, options: &AmendOptions) -> Result<()> {
     let refused = |refusal| Error::new(ErrorKind::InvalidOption, "amending").with_source(refusal);
     check_features(image, options).map_err(refused)?;
@@ -247,6 +247,8 @@ fn step(image: &Image, options: &AmendOptions, progress: &dyn Progress) -> qcow2
             false => ControlFlow::Continue(()),
         }
     };
+    // Only version 3 has other refcount widths and the header fields, so the upgrade comes first. The
+    // downgrade comes last: it needs an image that version 2 can represent already.
     let wanted = options.version.unwrap_or(header.version);
     if wanted > header.version {
         image.upgrade()?;

@@ -1,4 +1,4 @@
-//! Sends requests at equal distances, to measure how many a disk serves. The caller measures the time.
+//! Sends requests at equal distances, to measure the throughput of a disk. The caller measures the time.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;

@@ -1,4 +1,4 @@
-//! A backing chain opened layer by layer down to its base, and closed again.
+//! Opens a backing chain layer by layer, from the top down to a base, and closes it again.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::{LayerRole, NextLayer, OpenChain};
@@ -8,20 +8,20 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
-/// What is wrong with a chain whose layers open.
+/// What is wrong with a backing chain whose layers can all be opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ChainError {
-    /// The layer that was asked for is not in the chain; `None`: the image has no backing file at all.
+    /// The requested base is not in the chain; `None`: the image has no backing file.
     NoBase(Option<String>),
-    /// A layer is the same file as one above it.
+    /// A layer is the same file as a layer above it.
     Loop {
-        /// Its name.
+        /// Name of the layer.
         name: String,
-        /// How many layers are above it.
+        /// Number of layers above it.
         depth: usize,
     },
-    /// The chain has more layers than this.
+    /// The chain has more than this many layers.
     TooLong(usize),
 }
 
@@ -40,30 +40,30 @@ impl fmt::Display for ChainError {
 
 impl std::error::Error for ChainError {}
 
-/// The layers of a chain down to its base.
+/// The layers of a chain, from the top down to its base.
 pub(crate) struct OpenedChain {
-    /// The layers over the base, top first, each without what is below it; the first is writable.
+    /// The layers above the base, top first, each opened without its backing file. The first is writable.
     pub(crate) above: Vec<Arc<dyn GuestDisk>>,
-    /// The base with its own chain; writable.
+    /// The base with its own backing chain; writable.
     pub(crate) base: Arc<dyn GuestDisk>,
 }
 
 impl OpenedChain {
-    /// Opens the chain from the top down to `base`. A layer's file is opened before the image above it, so
-    /// that nothing is changed (an unclean image recovers when it is opened for writing) before it is known
-    /// that the next layer is there. After an error the top is closed again.
+    /// Opens the chain from the top down to `base`. The file of a layer is opened before the image above it:
+    /// opening an unclean image for writing repairs its refcounts, and nothing may change before it is known
+    /// that the next layer exists. After an error the top is closed again.
     pub(crate) fn down_to(chain: &dyn OpenChain, base: Option<&str>) -> Result<Self> {
         let mut above = Vec::new();
         let opened = walk(chain, base, &mut above);
         if let (Err(_), Some(top)) = (&opened, above.first()) {
-            // The error that ended the walk is the one to return.
+            // The error of the walk is the one to return.
             let _ = close(&**top);
         }
         Ok(Self { base: opened?, above })
     }
 
-    /// Makes the base durable and closes it, then the top, which may have been emptied; the layers between
-    /// them were only read. Both are closed whatever happens; the first error is returned.
+    /// Flushes and closes the base, then the top, which may have been emptied. The layers between them were
+    /// only read. Both are closed even if one fails; the first error is returned.
     pub(crate) fn close(&self) -> Result<()> {
         let closed = close(&*self.base);
         let top = self.above.first().map_or(Ok(()), |top| close(&**top));
@@ -77,7 +77,7 @@ pub(crate) fn close(disk: &dyn GuestDisk) -> Result<()> {
     closed.map_err(|e| Error::new(ErrorKind::Close, "closing the image").with_source(e))
 }
 
-/// Opens the layers over the base into `above`, and returns the base.
+/// Opens the layers above the base into `above` and returns the base.
 fn walk(
     chain: &dyn OpenChain,
     base: Option<&str>,
@@ -91,7 +91,7 @@ fn walk(
         let role = if depth == 0 { LayerRole::Top } else { LayerRole::Middle };
         let below = chain.look_below(&source, depth, base).map_err(failed)?;
         if below == NextLayer::None {
-            // An image that cannot be opened is a better answer than a layer that is not below it.
+            // Try to open the image first: if it cannot be opened, that error says more than a missing layer.
             above.push(chain.open_layer(source, depth, role).map_err(failed)?);
             let missing = ChainError::NoBase(base.map(str::to_owned));
             return Err(Error::new(ErrorKind::NotFound, "looking for the base").with_source(missing));
@@ -107,8 +107,8 @@ fn walk(
     }
 }
 
-/// Refuses a layer that is one of those above it, and a chain that is too long, as the engine does when it
-/// opens one.
+/// Refuses a layer that is the same file as one above it, and a chain that is too long. The engine has the
+/// same two rules when it opens a chain.
 fn check(next: &ResolvedSource, seen: &mut BTreeSet<SourceId>, depth: usize) -> Result<(), ChainError> {
     if depth + 1 > MAX_CHAIN_LEN {
         return Err(ChainError::TooLong(MAX_CHAIN_LEN));
@@ -127,11 +127,11 @@ mod tests {
     use qcow2_io::MemoryStorage;
     use std::sync::Mutex;
 
-    /// A chain whose layers are empty raw disks; writes down what is asked for.
+    /// A chain whose layers are empty raw disks. Records every call.
     struct Listed {
-        /// The file of each layer, from the top down.
+        /// File id of each layer, from the top down.
         files: Vec<u64>,
-        /// The layer whose image does not open.
+        /// The layer whose image cannot be opened.
         broken: Option<usize>,
         log: Mutex<Vec<String>>,
     }
@@ -216,21 +216,21 @@ mod tests {
     }
 
     #[test]
-    fn chains_without_the_base() {
+    fn missing_base_is_reported_unless_a_layer_does_not_open() {
         let error = check_walk(&Listed::new(&[1]), None, "file 0 rw, image 0 Top");
         assert_eq!(error.as_ref().unwrap().kind(), ErrorKind::NotFound);
         assert_eq!(cause(error), ChainError::NoBase(None));
         let log = "file 0 rw, file 1 r, image 0 Top, image 1 Middle";
         let error = check_walk(&Listed::new(&[1, 2]), Some("x"), log);
         assert_eq!(cause(error), ChainError::NoBase(Some("x".into())));
-        // What does not open comes first.
+        // An image that cannot be opened is reported first.
         let broken = Listed { broken: Some(0), ..Listed::new(&[1]) };
         let error = check_walk(&broken, None, "file 0 rw").unwrap();
         assert_eq!((error.kind(), error.core_error().unwrap().kind()), (ErrorKind::Open, CoreKind::Corrupt));
     }
 
     #[test]
-    fn loops_and_endless_chains() {
+    fn loops_and_chains_above_the_limit_are_refused() {
         let log = "file 0 rw, file 1 r, image 0 Top, file 2 r";
         let error = check_walk(&Listed::new(&[1, 2, 1]), Some("x"), log);
         assert_eq!(cause(error), ChainError::Loop { name: "2".into(), depth: 2 });

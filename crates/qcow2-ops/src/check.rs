@@ -163,7 +163,7 @@ fn references(
     Ok(())
 }
 
-/// Calls `visit` with a pass for each window of the file.
+/// Calls `visit` with a pass for each window of the file, in ascending order.
 fn in_windows(
     walk: &Walk<'_>,
     shared: &Shared<'_>,
@@ -179,7 +179,7 @@ fn in_windows(
     let window = (counters_size / Counters::bytes_per_cluster(width) / unit).max(1) * unit;
     let expected = AtomicU64::new(0);
     let mut start = 0;
-    // A reference may reach into the cluster behind the last one.
+    // One cluster more: a reference may reach into the cluster after the last one.
     while start <= clusters {
         let range = start..(clusters + 1).min(start + window);
         visit(&Pass {
@@ -197,9 +197,9 @@ fn in_windows(
     Ok(())
 }
 
-/// Counts the references to every cluster of the image in `walk`, a window of the file at a time, and calls
-/// `visit` with each window's counts. Disk: reads all tables once for each window. Errors: `Metadata`,
-/// `Stopped`; damaged entries are no error: they count as the check counts them.
+/// Counts the references to every cluster of the image in `walk`, one window of the file at a time, and calls
+/// `visit` with the counts of each window. Disk: reads all tables once for each window. Errors: `Metadata`,
+/// `Stopped`. Damaged entries are not an error: they count as in a check.
 pub(crate) fn count_references(
     walk: &Walk<'_>,
     executor: &dyn Executor,
@@ -217,8 +217,8 @@ pub(crate) fn count_references(
     })
 }
 
-/// The refcount of `cluster` as the image in `walk` stores it; `table`: its refcount table. `None` where it
-/// cannot be read. Disk: a word of a refcount block.
+/// The refcount of `cluster` on disk. `table`: the image's refcount table. `None` if it cannot be read. Disk:
+/// reads one word of a refcount block.
 pub(crate) fn stored_refcount(walk: &Walk<'_>, table: &[u64], cluster: u64) -> Result<Option<u64>> {
     Stored::new(walk, table, 0..0).refcount(cluster)
 }

@@ -17,36 +17,35 @@ use std::sync::Arc;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CommitOptions {
-    /// The layer to commit into, by a name that the caller's [`OpenChain`] understands; `None`: the backing
-    /// file of the top.
+    /// Name of the layer to commit into, for the caller's [`OpenChain`]; `None`: the backing file of the top.
     pub base: Option<String>,
-    /// Drop all allocations of the top layer afterwards. Only valid if no layer lies between the top and the
-    /// base.
+    /// Drop all allocations of the top layer afterwards. Only valid if the base is the backing file of the
+    /// top.
     pub empty_top: bool,
 }
 
 impl CommitOptions {
-    /// With another layer to commit into.
+    /// Sets the layer to commit into.
     #[must_use]
     pub fn with_base(self, base: Option<String>) -> Self {
         Self { base, ..self }
     }
 
-    /// With the top layer emptied afterwards, or not.
+    /// Sets whether to empty the top layer.
     #[must_use]
     pub fn with_empty_top(self, empty_top: bool) -> Self {
         Self { empty_top, ..self }
     }
 }
 
-/// Commits the layers of a chain into one of them, from the first file to the last close.
+/// Commits the upper layers of a chain into its base. Opens the files, copies, and closes them.
 ///
 /// 1. Opens the chain from the top down: the top for writing, the layers below it for reading, the base for
 ///    writing with its own chain. The file of a layer is opened before the image above it. A layer that is
 ///    the same file as one above, and a chain of more than
 ///    [`MAX_CHAIN_LEN`](qcow2_core::chain::MAX_CHAIN_LEN) layers, are refused.
-/// 2. Copies, and empties the top if the options ask for it: [`commit_layers`].
-/// 3. Closes the base, then the top; also after an error.
+/// 2. Copies, and empties the top if the options say so: see [`commit_layers`].
+/// 3. Closes the base, then the top, also after an error.
 ///
 /// Errors: `Open` with the caller's error or a [`ChainError`](crate::ChainError) as source; `NotFound` with
 /// [`ChainError::NoBase`](crate::ChainError::NoBase) as source; those of [`commit_layers`]; `Close`. After an
@@ -64,10 +63,10 @@ pub fn commit(
     closed.map(|()| report)
 }
 
-/// Writes the data that `above` allocates into `base`, and grows `base` if the top is larger: the middle part
-/// of [`commit`], for layers that are open already. `above`: the layers over the base, top first, each opened
-/// without its backing file; the top for writing if it is to be emptied. `base`: the base with its own
-/// backing chain, open for writing. It is durable afterwards; the caller closes it.
+/// The copying step of [`commit`], for layers that are open already. Writes the data that `above` allocates
+/// into `base`, which grows if the top is larger. `above`: the layers above the base, top first, each opened
+/// without its backing file; the top for writing if it is to be emptied. `base`: opened for writing, with its
+/// own backing chain. It is durable on return; the caller closes it.
 ///
 /// Disk: writes the data, makes `base` durable, and only then empties the top. A crash leaves a chain that
 /// reads as before. Zeroes that `base` already has are not written. Memory: at most four chunks per worker; a
@@ -108,7 +107,8 @@ pub fn commit_layers(
         salvage: false,
     };
     let copied = copy(&plan, executor, progress);
-    // What has been written equals what the upper layers show, so it stays after a stop.
+    // Flush after an error or a stop too: what has been written equals the content of the upper layers, so it
+    // may stay.
     let flushed = base.flush().map_err(write_error("making the base durable"));
     let report = copied?;
     flushed?;
@@ -131,7 +131,7 @@ mod tests {
     use crate::testing::{TestDisk, Threads};
 
     #[test]
-    fn base_reads_like_the_chain_afterwards() {
+    fn committed_base_reads_like_the_chain() {
         for seed in 0..40 {
             let size = |i: u64| [3 << 20, 1 << 20, (2 << 20) + 512][((seed + i) % 3) as usize];
             let disk = |i: u64| TestDisk::mixed(size(i), 200_000, seed * 3 + i);

@@ -258,6 +258,7 @@ impl Copying<'_> {
     fn write_steps(&self, slot: &Slot) -> Result<Option<CopyReport>> {
         let mut done = CopyReport::default();
         let image = self.plan.target.as_image().is_some();
+        // For an image, parts passed in one call share their table updates. A raw disk gains nothing from it.
         let together = |a: &Step, b: &Step| match (a, b) {
             (Step::Stream(..), Step::Stream(..)) => true,
             (Step::Data(_), Step::Data(_)) => image,
@@ -290,7 +291,11 @@ impl Copying<'_> {
         if run.content == Content::Data || written_anyway || run.end() < chunk_end {
             return Ok(None);
         }
+        // Less than a chunk at the end of the hole is left to the next claim, together with the data after
+        // it.
         let mut hole_end = if run.end() == end { end } else { run.end() - run.end() % chunk };
+        // From `zero_from` on nothing has to be written, so this claim ends there. It ends at a chunk
+        // boundary, like all claims, so that no two workers write to the same cluster.
         if run.content == Content::Zero && !self.may_skip(&run) {
             let chunks = |bytes: u64| bytes.checked_next_multiple_of(chunk).unwrap_or(u64::MAX);
             let zero_from = self.plan.zero_from.map_or(u64::MAX, chunks);
@@ -424,6 +429,7 @@ impl Copying<'_> {
 
     /// Plans writing zeroes where the target may hold other data, in whole units.
     fn add_zeroes(&self, range: Range<u64>, steps: &mut Vec<Step>) -> Result<()> {
+        // A unit that the backing file ends in still shows its data, so it is zeroed as a whole.
         let units = |bytes: u64| bytes.checked_next_multiple_of(self.grid.unit).unwrap_or(u64::MAX);
         let end = self.plan.zero_from.map_or(range.end, |from| range.end.min(units(from)));
         let Some(target) = self.plan.target_layers.filter(|_| range.start < end) else {
@@ -471,6 +477,7 @@ impl Copying<'_> {
                 // overwrite the bytes after it.
                 slot.steps.push(Step::Data(at..end));
             } else {
+                // The stream must be shorter than a cluster: otherwise storing it would save nothing.
                 let room = packed + cluster as usize - 1;
                 let stream = codec.compress(plain, &mut slot.packed[packed..room]).map_err(|e| {
                     Error::new(ErrorKind::Write, format!("error while compressing at byte {at}"))

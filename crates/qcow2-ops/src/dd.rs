@@ -1,4 +1,4 @@
-//! A byte range of a disk, copied to a target of its own.
+//! Copies a byte range of a disk to the start of another.
 
 use crate::copy::{CopyPlan, CopyReport, copy};
 use crate::error::{Error, ErrorKind, Result};
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn the_range_is_copied() {
+    fn range_is_copied_to_the_start_of_the_target() {
         let disk = TestDisk::mixed((3 << 20) + 5, 300_000, 11);
         let mut content = disk.content();
         content.resize(content.len().next_multiple_of(512), 0);

@@ -1,4 +1,4 @@
-//! BLAKE3 digest of a disk. Slower than CRC-32, but collision resistant.
+//! BLAKE3 digest of the guest content. Slower than CRC-32, but collision resistant.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;

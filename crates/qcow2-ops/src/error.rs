@@ -51,7 +51,7 @@ impl Error {
         Self { kind, context: context.into(), disk: None, source: None }
     }
 
-    /// Adds which of several disks it is about, by its name.
+    /// Sets the name of the disk that failed, for procedures with several disks.
     pub fn with_disk(mut self, name: impl Into<String>) -> Self {
         self.disk = Some(name.into());
         self
@@ -63,9 +63,8 @@ impl Error {
         self
     }
 
-    /// The caller's own error of type `T`, if it is the direct source: errors that one of the
-    /// [ports](crate::port) returned. Errors: this error unchanged, if
-    /// it has another source.
+    /// The source of this error, if it is directly an error of type `T`: the caller's own error, which one of
+    /// the [ports](crate::port) returned. Errors: this error unchanged, if its source is another.
     pub fn caller_error<T: std::error::Error + 'static>(mut self) -> Result<T, Self> {
         match self.source.take().map(|source| source.downcast::<T>()) {
             Some(Ok(found)) => Ok(*found),

@@ -68,6 +68,7 @@ impl<'a> Offload<'a> {
     }
 
     fn refuse(&self) -> Moved {
+        // A worker that sees this late makes one more attempt, which is harmless.
         self.refused.store(true, Ordering::Relaxed);
         Moved::Refused
     }
@@ -126,6 +127,7 @@ impl<'a> From<'a> {
                 Piece::Guest { host } if self.copy_to(&**data, host, len)? => {}
                 Piece::Bytes { host, bytes } => data.write_at(host, bytes)?,
                 Piece::Zeroes { host, len } => data.write_zeroes(host, len, ZeroMode::KeepAllocated)?,
+                // Dropping the ticket gives its clusters back.
                 _ => return Ok(None),
             }
         }

@@ -117,6 +117,7 @@ impl<S: Stages> Pipeline<'_, S> {
                 }
             }
         }
+        // Not dropped: the guard is for panics only.
         std::mem::forget(guard);
     }
 
@@ -151,6 +152,7 @@ impl<S: Stages> Pipeline<'_, S> {
                 claims.cursor = None;
                 return None;
             }
+            // An error is numbered like a piece and finished in its turn, so that the earliest error wins.
             Err(error) => {
                 claims.cursor = None;
                 Err(error)
@@ -170,6 +172,7 @@ impl<S: Stages> Pipeline<'_, S> {
             queue.ready.resize_with(index + 1, || None);
         }
         queue.ready[index] = Some((slot, prepared));
+        // The worker that is finishing looks at the queue again after each piece, and will find this one.
         if queue.finishing {
             return;
         }

@@ -1,14 +1,14 @@
-//! Ports for what only the caller can do: open images, make a file, and change key slots.
+//! Ports: what only the caller can do. Open images, create a file, change key slots.
 
 use qcow2_core::{GuestDisk, HostOffset, ResolvedSource, Storage};
 use std::sync::Arc;
 
-/// The caller's own error, returned through a port. It becomes the source of the procedure's error.
+/// An error of the caller's own, returned by a port. It becomes the source of the procedure's error.
 pub type CallerError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Opens the image of a procedure again, with the same options each time. Closures implement it.
+/// Opens the image of a procedure again, with the same options each time. Closures implement this trait.
 ///
-/// A procedure drops the open image first, so that the locks on its file are free.
+/// The procedure drops the open image before it calls this, so that the locks on the file are free.
 pub trait Reopen {
     /// Opens the image. Errors: the caller's; the procedure returns them as the source of an
     /// [`Open`](crate::ErrorKind::Open) error.
@@ -21,18 +21,19 @@ impl<F: Fn() -> Result<Arc<dyn GuestDisk>, CallerError>> Reopen for F {
     }
 }
 
-/// Opens the layers of a backing chain one by one, so that one below the top can be changed. The procedure
-/// decides the order, where the chain ends, and which layer is writable; the caller knows files, locks, keys,
-/// and which names inside images may be followed.
+/// Opens the layers of a backing chain one by one, so that a layer below the top can be opened for writing.
+/// The procedure decides in which order, where the chain ends, and which layers are writable; the caller
+/// decides how files, locks and keys are handled, and which names inside images may be followed.
 ///
-/// In all methods `depth` counts layers: 0 is the top. Errors are the caller's; the procedure returns them as
-/// the source of an [`Open`](crate::ErrorKind::Open) error.
+/// `depth` is the position in the chain: 0 is the top. All errors are the caller's; the procedure returns
+/// them as the source of an [`Open`](crate::ErrorKind::Open) error.
 pub trait OpenChain {
-    /// Opens the file of the top image for writing; not the image in it.
+    /// Opens the file of the top image for writing, without opening the image in it.
     fn open_top(&self) -> Result<ResolvedSource, CallerError>;
 
-    /// Looks what is below the layer in `above`. `base`: the caller's name of the layer to find; `None`: the
-    /// first one below. Disk: reads the header; opens nothing that is named there.
+    /// Reports what kind of layer is below `above`. `base`: the name of the layer to find, as the caller
+    /// passed it to the procedure; `None`: the first layer below. Disk: reads the header of `above`; the file
+    /// that it names need not be opened.
     fn look_below(
         &self,
         above: &ResolvedSource,
@@ -40,7 +41,8 @@ pub trait OpenChain {
         base: Option<&str>,
     ) -> Result<NextLayer, CallerError>;
 
-    /// Opens the file of the backing file of `above`, itself at `depth`; for writing if it is the base.
+    /// Opens the backing file of `above`, without opening the image in it; for writing if it is the base.
+    /// `depth`: its position.
     fn open_below(
         &self,
         above: &ResolvedSource,
@@ -48,7 +50,7 @@ pub trait OpenChain {
         writable: bool,
     ) -> Result<ResolvedSource, CallerError>;
 
-    /// Opens the image in `source` as `role` needs it.
+    /// Opens the image in `source` according to `role`.
     fn open_layer(
         &self,
         source: ResolvedSource,
@@ -57,62 +59,63 @@ pub trait OpenChain {
     ) -> Result<Arc<dyn GuestDisk>, CallerError>;
 }
 
-/// What is below a layer.
+/// What is below a layer of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NextLayer {
-    /// No backing file.
+    /// Nothing: the layer has no backing file.
     None,
-    /// A layer that is not the base.
+    /// A layer above the base.
     Middle,
     /// The base.
     Base,
 }
 
-/// What a layer of a chain is opened for.
+/// The role of a layer, which decides how it is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LayerRole {
-    /// The top: for writing, without its backing file.
+    /// The top: writable, without its backing file.
     Top,
-    /// A layer between the top and the base: for reading, without its backing file.
+    /// A layer between the top and the base: read-only, without its backing file.
     Middle,
-    /// The base: for writing, with its own chain below it for reading.
+    /// The base: writable, with its own backing chain, which is read-only.
     Base,
 }
 
-/// The backing file that an overlay is to get.
+/// Opens the new backing file of an overlay.
 pub trait NewBacking {
-    /// Whether `format` is one that can be recorded.
+    /// True if a file of this `format` can be opened as a backing file. Only such a format is recorded.
     fn is_format(&self, format: &str) -> bool;
 
-    /// Opens the new backing file with its chain, for reading. Errors: the caller's; the procedure returns
+    /// Opens the new backing file with its own chain, read-only. Errors: the caller's; the procedure returns
     /// them as the source of an [`Open`](crate::ErrorKind::Open) error.
     fn open(&self) -> Result<Chain, CallerError>;
 }
 
-/// An open disk with its backing chain, and what makes its layers the same as those of another chain.
+/// An open disk with its backing chain, and the identity of each layer.
 #[derive(Clone)]
 pub struct Chain {
     /// The disk.
     pub disk: Arc<dyn GuestDisk>,
-    /// For each layer from the top down a text that another chain's layer has only if it is the same file,
-    /// opened in the same way; `None`: not known. May be shorter than the chain.
+    /// For each layer, top first, a text that identifies the file and how it was opened: layers of two chains
+    /// with equal texts have the same content. `None`: not known, so equal to no other. May be shorter than
+    /// the chain.
     pub layers: Vec<Option<String>>,
 }
 
 impl Chain {
-    /// A chain about whose layers nothing is known.
+    /// A chain whose layers have no known identity.
     pub fn new(disk: Arc<dyn GuestDisk>) -> Self {
         Self { disk, layers: Vec::new() }
     }
 }
 
-/// The file of a new image.
+/// Creates the file of a new image.
 pub trait NewStorage {
-    /// Makes the file, empty, or fails without a trace; a file that exists is not touched. Errors: the
+    /// Creates an empty file. It must not exist yet, and after an error there must be no file. Errors: the
     /// caller's; the procedure returns them as the source of a [`Create`](crate::ErrorKind::Create) error.
     fn make(&self) -> Result<Arc<dyn Storage>, CallerError>;
 
-    /// Deletes the file that was made. Called if the image in it cannot be completed.
+    /// Deletes the created file. Called if the image in it cannot be completed.
     fn discard(&self);
 }
 

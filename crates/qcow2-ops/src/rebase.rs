@@ -1,4 +1,4 @@
-//! Rebase: gives an overlay another backing file while its guest content stays the same.
+//! Rebase: changes the backing file of an overlay and keeps the guest content.
 
 use crate::chain::close;
 use crate::error::{Error, ErrorKind, Result};
@@ -18,31 +18,31 @@ use std::sync::{Arc, Mutex, PoisonError};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RebaseOptions {
-    /// Name of the new backing file, as it is to be recorded; `None`: no backing file.
+    /// Name of the new backing file, recorded unchanged; `None`: no backing file.
     pub backing_file: Option<String>,
-    /// Its format, which must be recorded with it.
+    /// Format of the new backing file; required if there is one.
     pub backing_format: Option<String>,
-    /// Only record the name. Neither chain is read, and the guest content changes if they differ: for a
-    /// backing file that was moved.
+    /// Change only the recorded name, for a backing file that has moved. Neither chain is read; if their
+    /// contents differ, the guest content changes.
     pub name_only: bool,
     /// Store clusters compressed if that makes them smaller.
     pub compress: bool,
 }
 
 impl RebaseOptions {
-    /// A rebase onto the file that is to be recorded as `name`, of `format`.
+    /// Rebases onto the backing file `name` of the given `format`.
     pub fn onto(name: impl Into<String>, format: impl Into<String>) -> Self {
         let (name, format) = (Some(name.into()), Some(format.into()));
         Self { backing_file: name, backing_format: format, ..Self::default() }
     }
 
-    /// With only the name recorded, or not.
+    /// Sets whether to change only the recorded name.
     #[must_use]
     pub fn with_name_only(self, name_only: bool) -> Self {
         Self { name_only, ..self }
     }
 
-    /// With clusters compressed, or not.
+    /// Sets whether to compress clusters.
     #[must_use]
     pub fn with_compress(self, compress: bool) -> Self {
         Self { compress, ..self }
@@ -53,15 +53,16 @@ impl RebaseOptions {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// Clusters of this disk cannot be compressed.
+    /// The clusters of this disk cannot be compressed.
     Compression,
-    /// The format of the backing file cannot be recorded.
+    /// The port does not know this format.
     UnknownFormat(String),
-    /// A backing file without its format, which would have to be guessed whenever the image is opened.
+    /// No format was given for the backing file. Without one it would be probed at every opening.
     FormatMissing,
     /// Only a qcow2 image has a backing file.
     NotAnImage,
-    /// The external data file is a raw copy of the guest disk, so nothing may be read from a backing file.
+    /// The external data file is a raw copy of the guest disk, so the image must not read from a backing
+    /// file.
     RawDataFile,
 }
 
@@ -89,15 +90,16 @@ pub struct RebaseReport {
     pub zeroed_bytes: u64,
 }
 
-/// Gives an overlay another backing file, from the first check to the close. `top`: the overlay, open for
-/// writing: with its backing chain, or without it for [`name_only`](RebaseOptions::name_only). `new`: opens
-/// the new backing file; not called for `name_only`.
+/// Changes the backing file of an overlay. `top`: the overlay, opened for writing, with its backing chain or,
+/// for [`name_only`](RebaseOptions::name_only), without it. `new`: opens the new backing file; not called for
+/// `name_only`.
 ///
-/// Disk: reads both chains, except where tables, holes or a layer that both have show that they are equal,
-/// and copies into the overlay what differs. Everything is durable before the name is changed, the last write
-/// of which is one sector: the guest content is the same at every moment, and a crash or an error leaves the
-/// old backing file or the new one. The image is closed at the end, also after an error of copying. Memory:
-/// at most four chunks of both chains per worker; a chunk is 1 MiB, or a cluster if that is larger.
+/// Disk: copies into the overlay all ranges in which the two chains differ. Ranges that are equal by their
+/// tables, by holes or by a shared layer are not read. The data is durable before the recorded name changes,
+/// and the last write of that change is a single sector: the guest content is the same at every moment, and a
+/// crash or an error leaves the old backing file or the new one. The image is closed at the end, also after
+/// an error. Memory: at most four chunks of both chains per worker; a chunk is 1 MiB, or a cluster if that is
+/// larger.
 ///
 /// Errors: `InvalidOption` or `Unsupported` with a [`Refusal`] as source; `Open` with the error of `new`;
 /// `Extents`, `Read`, `Write` with the first byte of the failed range; `Unsupported` for a compressed rebase
@@ -116,8 +118,8 @@ pub fn rebase(
     if let Some(format) = options.backing_format.as_ref().filter(|format| !new.is_format(format)) {
         return Err(refused(Refusal::UnknownFormat(format.clone())));
     }
-    // A disk that cannot have a backing file is dropped before the new one is opened, which may be the same
-    // file.
+    // A disk that cannot have a backing file is dropped before the new one is opened: they may be the same
+    // file, and the lock would be in the way.
     let top = Some(top).filter(|top| top.disk.as_image().is_some());
     let opened =
         match options.backing_file.is_some() && !options.name_only {
@@ -141,7 +143,7 @@ pub fn rebase(
         false => copy_difference(top, opened.as_ref(), options.compress, executor, progress),
     };
     let renamed = copied.and_then(|report| change_name(image, options).map(|()| report));
-    // Copied data is also right with the old backing file, so the image is left clean after an error too.
+    // Close after an error too: copied data is correct with the old backing file as well.
     let closed = close(&*top.disk);
     let report = renamed?;
     closed.map(|()| report)
@@ -169,8 +171,9 @@ fn change_name(image: &Image, options: &RebaseOptions) -> Result<()> {
     })
 }
 
-/// The first layer below the overlay that the new chain has too, as its depth below the overlay and in the
-/// new chain (0 is the backing file). Ranges that neither chain allocates above it are equal.
+/// Finds the first layer below the overlay that the new chain also has. Returns its depth below the overlay
+/// and its depth in the new chain, 0 for the backing file. Where neither chain allocates a range above that
+/// layer, both read the same.
 fn shared_layer(top: &Chain, new: &Chain) -> Option<(u32, u32)> {
     (0..).zip(top.layers.iter().skip(1)).find_map(|(depth, layer)| {
         let layer = layer.as_ref()?;
@@ -180,7 +183,7 @@ fn shared_layer(top: &Chain, new: &Chain) -> Option<(u32, u32)> {
 }
 
 /// Copies into the overlay all unallocated ranges in which its chain and `new` (`None`: no backing file)
-/// differ. Durable afterwards.
+/// differ. The copies are durable on return.
 fn copy_difference(
     overlay: &Chain,
     new: Option<&Chain>,
@@ -220,12 +223,12 @@ fn copy_difference(
 /// Bytes per chunk; at least a cluster.
 const CHUNK: u64 = 1 << 20;
 
-/// A backing chain. Past its end, or without one, everything is zero.
+/// One of the two backing chains. Everything past its end, or without a chain, is zero.
 struct Side {
     source: Option<Source>,
 }
 
-/// What is known about a run of a chain without reading its data.
+/// What tables and holes show about a run of a chain, without reading its data.
 struct Known {
     len: u64,
     zero: bool,
@@ -267,13 +270,14 @@ impl Side {
 struct Rebasing<'a> {
     top: &'a Image,
     size: u64,
-    /// The unit of copying in bytes: a subcluster, or a cluster if it is compressed.
+    /// Unit of copying in bytes: a subcluster; a cluster if the overlay has no subclusters or the copy is
+    /// compressed.
     unit: u64,
     chunk: u64,
     /// True if the image can record zeroes without writing them.
     zero_flag: bool,
     sides: [Side; 2],
-    /// The first layer of both chains, as its depth in each.
+    /// The first layer that both chains share, as its depth in each.
     shared: Option<(u32, u32)>,
     compress: bool,
     progress: &'a dyn Progress,
@@ -297,7 +301,7 @@ enum Step {
 }
 
 impl Rebasing<'_> {
-    /// The length of the run at `at`, and whether the overlay leaves it unallocated.
+    /// Length of the run at `at`, and true if the overlay leaves it unallocated.
     fn shows_below(&self, at: u64, end: u64) -> Result<(u64, bool)> {
         let range = GuestRange::between(GuestOffset::new(at), GuestOffset::new(end));
         let own = self.top.extent_at(range).map_err(|e| {
@@ -307,7 +311,7 @@ impl Rebasing<'_> {
         Ok((own.len, own.state == ExtentState::Unallocated))
     }
 
-    /// The length of the run at `at`, and whether both chains are known to be equal there.
+    /// Length of the run at `at`, and true if both chains are known to be equal there.
     fn known_same(&self, at: u64, end: u64) -> Result<(u64, bool)> {
         let old = self.sides[0].known_at(at, end - at)?;
         let new = self.sides[1].known_at(at, old.len)?;
@@ -315,8 +319,7 @@ impl Rebasing<'_> {
         Ok((new.len, shared || (old.zero && new.zero)))
     }
 
-    /// The whole units of `region` that are not known to be equal. The overlay must not allocate any of
-    /// `region`.
+    /// The parts of `region`, in whole units, that may differ. The overlay must not allocate any of `region`.
     fn doubtful(&self, region: Range<u64>) -> Result<Vec<Range<u64>>> {
         let (mut at, mut found): (u64, Vec<Range<u64>>) = (region.start, Vec::new());
         while at < region.end {
@@ -413,7 +416,8 @@ impl Stages for Rebasing<'_> {
         Slot::default()
     }
 
-    /// Skips runs that need no comparison. A chunk starts at a run that does, and ends at a chunk boundary.
+    /// Skips runs that need no comparison. A chunk starts at the first run that needs one, and ends at a
+    /// chunk boundary.
     fn claim(&self, cursor: &mut u64, slot: &mut Slot) -> Result<bool> {
         while *cursor < self.size {
             if self.progress.should_stop() {
@@ -447,7 +451,7 @@ impl Stages for Rebasing<'_> {
             if !below {
                 continue;
             }
-            // An unallocated region may be reported as several runs.
+            // `extent_at` may report one unallocated region as several runs.
             while at < slot.range.end {
                 let (len, below) = self.shows_below(at, slot.range.end)?;
                 if !below {
@@ -500,11 +504,11 @@ mod tests {
     }
 
     #[test]
-    fn the_first_layer_of_both_chains_is_shared() {
+    fn first_common_layer_is_shared() {
         let found = |old: &[&str], new: &[&str]| shared_layer(&chain(old), &chain(new));
         assert_eq!(found(&["top", "a", "b"], &["b"]), Some((1, 0)));
         assert_eq!(found(&["top", "a", "b"], &["x", "a", "b"]), Some((0, 1)));
-        // The overlay itself is not below itself, and what is not known is not the same.
+        // The overlay itself does not count, and a layer without identity is not equal to any other.
         assert_eq!(found(&["top", "a"], &["top", "x"]), None);
         assert_eq!(found(&["top", "?"], &["?"]), None);
         assert_eq!(found(&[], &["a"]), None);
@@ -530,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_come_in_order() {
+    fn refusals_are_checked_in_a_fixed_order() {
         let onto = RebaseOptions::onto("x", "nope").with_name_only(true);
         check(&onto.clone().with_compress(true), Refusal::Compression, ErrorKind::Unsupported);
         check(&onto, Refusal::UnknownFormat("nope".into()), ErrorKind::InvalidOption);

@@ -29,11 +29,11 @@ pub struct Repaired {
     pub copied: Vec<Found>,
     /// True if those flags were repaired.
     pub copied_fixed: bool,
-    /// What changed where tables were damaged, as far as it is listed.
+    /// The changes to damaged tables; a limited number is listed.
     pub fixes: Vec<Fix>,
-    /// Where tables were damaged: what a check found once their entries were mended.
+    /// If tables were damaged: the result of a check after their entries were repaired.
     pub counted: Option<CheckReport>,
-    /// What a check then finds; `None` where nothing changed that it would see.
+    /// The result of a check after the repair; `None` if nothing changed.
     pub after: Option<CheckReport>,
 }
 
@@ -64,7 +64,7 @@ pub struct Checked {
     pub repair: Outcome,
 }
 
-/// Whether and how an image was repaired.
+/// How far an image was repaired.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Outcome {
@@ -102,14 +102,14 @@ pub fn check_and_repair(
     let mut done = None;
     if is_sound(&report) && has_refcounts(storage)? {
         match repair_in_place(&report, mode, open, executor, progress) {
-            // The engine takes no tables that lie over each other; they are taken apart below.
+            // The engine refuses tables that overlap. The repair below separates them.
             Err(error) if is_damage(&error) => {}
             Err(error) => return Err(error),
             Ok(repaired) if repaired.after.as_ref().is_some_and(is_damaged) => done = Some(repaired),
             Ok(repaired) => return Ok(Checked { report, repair: Outcome::Repaired(Box::new(repaired)) }),
         }
     }
-    // What one repair takes apart may let the next one see more.
+    // A repair may uncover damage that only the next one can see.
     for _ in 0..MAX_PLANS {
         let now = done.as_ref().and_then(|done| done.after.as_ref()).unwrap_or(&report);
         if !is_damaged(now) && now.leaks == 0 && done.is_some() {
@@ -125,10 +125,10 @@ pub fn check_and_repair(
     Ok(Checked { report, repair: done.map_or(Outcome::Untouched, |done| Outcome::Repaired(Box::new(done))) })
 }
 
-/// How often a repair is planned at most.
+/// Limit for the number of repairs in a row.
 const MAX_PLANS: usize = 4;
 
-/// Two repairs, one after the other, as one.
+/// Combines the results of two consecutive repairs.
 fn together(first: Repaired, second: Repaired) -> Repaired {
     let mut fixes = first.fixes;
     fixes.extend(second.fixes);
@@ -140,7 +140,7 @@ fn together(first: Repaired, second: Repaired) -> Repaired {
     }
 }
 
-/// Whether the image has a refcount table, without which it cannot be opened.
+/// True if the image has a refcount table. Without one it cannot be opened.
 fn has_refcounts(storage: &dyn Storage) -> Result<bool> {
     let header = qcow2_core::walk::read_header(storage)
         .map_err(|e| Error::new(ErrorKind::Metadata, "repairing the image").with_source(e))?;
@@ -151,7 +151,7 @@ fn is_damaged(report: &CheckReport) -> bool {
     report.corruptions > 0 || report.check_errors > 0
 }
 
-/// Whether nothing but refcounts and copied flags is wrong, so that the engine can put them right in place.
+/// True if only refcounts and copied flags are wrong, which the engine corrects in place.
 fn is_sound(report: &CheckReport) -> bool {
     let others = |found: &Found| !is_refcount(&found.finding) && !is_copied_flag(&found.finding);
     report.check_errors == 0
@@ -198,7 +198,7 @@ fn repair_in_place(
         .as_image()
         .ok_or_else(|| Error::new(ErrorKind::Unsupported, "only a qcow2 image can be repaired"))?;
     let repaired = repair(image, report, mode, executor, progress);
-    // Left clean whatever happened: what was repaired is right.
+    // Close after an error too: what has been repaired is correct.
     let closed = image.flush().and_then(|()| image.close());
     let repaired = repaired?;
     closed.map_err(|e| Error::new(ErrorKind::Write, "closing the repaired image").with_source(e))?;

@@ -221,6 +221,7 @@ fn reserve(
 ) -> qcow2_core::Result<()> {
     match mode {
         Preallocation::Falloc => {
+            // Zeroed first: `allocate` keeps the content.
             storage.write_zeroes(start, len, ZeroMode::KeepAllocated)?;
             storage.allocate(start, len)?;
         }

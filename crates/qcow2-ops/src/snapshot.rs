@@ -1,4 +1,4 @@
-//! Snapshots: internal ones (find one by id or name, create, apply, delete), and external ones.
+//! Snapshots: internal ones (find, create, apply, delete) and external ones.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::NewStorage;
@@ -56,14 +56,13 @@ pub fn delete(image: &Image, name: &SnapshotName) -> Result<()> {
     image.delete_snapshot(&snapshot).map_err(|error| failed("deleting the snapshot", error))
 }
 
-/// Creates an external snapshot: a new image on top of `old`, which is only read and becomes its backing
-/// file. `backing_file`: the name that the new image records for it. `old_format`: its format, recorded as
-/// well. The new image has the size of `old`, rounded up to whole sectors; it is a version 3 image with the
-/// default options.
+/// Creates an external snapshot: a new overlay of `old`, which is only read. `backing_file` and `old_format`:
+/// the name and the format of `old` that the overlay records. It has the size of `old`, rounded up to whole
+/// sectors, and is a version 3 image with the default options.
 ///
-/// Disk: makes the new file, then as [`create`](qcow2_core::create()). The file is discarded if the image
-/// cannot be completed. Errors: `InvalidOption` with a [`Refusal`](qcow2_core::Refusal) as source, before
-/// anything is made; `Create` with the caller's or the engine's error.
+/// Disk: creates the file, then writes as [`create`](qcow2_core::create()). The file is discarded if the
+/// image cannot be completed. Errors: `InvalidOption` with a [`Refusal`](qcow2_core::Refusal) as source,
+/// before the file is created; `Create` with the caller's or the engine's error.
 pub fn external(
     old: &dyn GuestDisk,
     old_format: &ImageFormat,
@@ -140,7 +139,7 @@ mod tests {
         assert_eq!(exact(None, None), None);
     }
 
-    /// Counts what is made and discarded.
+    /// Counts how often the file was created and discarded.
     struct File {
         storage: Arc<dyn Storage>,
         made: AtomicUsize,
@@ -158,7 +157,7 @@ mod tests {
         }
     }
 
-    /// Takes an external snapshot of a disk of `len` bytes; returns how often the file was made and
+    /// Takes an external snapshot of a disk of `len` bytes. Also returns how often the file was created and
     /// discarded.
     fn take(len: usize, name: &str, storage: &Arc<dyn Storage>) -> (Result<()>, [usize; 2]) {
         let (made, discarded) = Default::default();
@@ -168,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn an_external_snapshot_is_whole_or_not_there() {
+    fn failed_external_snapshot_leaves_no_file() {
         let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
         let (taken, counts) = take(700, "old.raw", &storage);
         taken.unwrap();

@@ -141,6 +141,7 @@ impl Source {
     pub(crate) fn layer_at(&self, at: u64, depth: u32) -> Option<(&Arc<dyn GuestDisk>, u64, u64)> {
         let part = self.part_at(at);
         let inside = at - part.start;
+        // `None` in the padding after the end of a raw disk, where no layer has bytes to copy.
         Some((part.layers.disk(depth)?, inside, part.disk.size().checked_sub(inside)?))
     }
 

@@ -38,7 +38,7 @@ fn open(storage: &Arc<dyn Storage>, writable: bool) -> Arc<Image> {
     Image::open(source, &options).unwrap()
 }
 
-/// Name, log2 of the granularity, whether it is enabled, and its marked runs.
+/// Name, log2 of the granularity, enabled or not, and the marked runs.
 type Seen = (String, u8, bool, Vec<(u64, u64)>);
 
 fn bitmaps(storage: &Arc<dyn Storage>) -> Vec<Seen> {

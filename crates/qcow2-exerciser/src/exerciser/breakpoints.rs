@@ -1,4 +1,4 @@
-//! `break`, `resume` and their kin: stops at steps of the engine, where the disk has them.
+//! `break`, `resume`, `remove_break`, `wait_break`: breakpoints of a blkdebug driver below the disk.
 
 use super::{Exerciser, Failed};
 use crate::grammar::Break;
@@ -27,7 +27,7 @@ impl Exerciser<'_> {
                 true
             }
         };
-        self.tell_of_stops(debugger);
+        self.print_stops(debugger);
         if done { Ok(()) } else { Err(self.no_breakpoint(&command, NOT_FOUND)) }
     }
 
@@ -43,7 +43,7 @@ impl Exerciser<'_> {
         Failed
     }
 
-    fn tell_of_stops(&self, debugger: &Debugger) {
+    fn print_stops(&self, debugger: &Debugger) {
         for news in debugger.take_news() {
             self.out(&match news {
                 StopNews::Stopped(tag) => format!("blkdebug: Suspended request '{tag}'\n"),

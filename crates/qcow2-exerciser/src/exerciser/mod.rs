@@ -1,4 +1,4 @@
-//! Runs commands one after the other on the disk that is open.
+//! Runs commands, one after the other, on the open disk.
 
 mod breakpoints;
 mod opening;
@@ -18,22 +18,22 @@ use qcow2_core::ImageFormat;
 use qcow2_io::OsError;
 use std::time::Duration;
 
-/// What comes after a line. The exerciser does nothing to the process that it runs in: signals and aborts are
-/// the caller's to carry out.
+/// What the caller does after a line. The exerciser never touches its own process: sending signals and
+/// aborting are left to the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Flow {
-    /// The next line.
+    /// Go on with the next line.
     Continue,
-    /// `sigraise`: the signal of this number, from 1 on, is to be sent to the process; then the next line.
+    /// `sigraise`: send this signal (1 or above) to the process, then go on with the next line.
     Raise(i32),
-    /// `quit`: no further line.
+    /// `quit`: stop reading lines.
     Quit,
-    /// `abort`: the process is to end as by a crash, without [`Exerciser::finish`].
+    /// `abort`: end the process as by a crash, without calling [`Exerciser::finish`].
     Abort,
 }
 
-/// Runs qemu-io's commands, a line each, on one disk at a time.
+/// Runs qemu-io's commands, one per line, on one disk at a time.
 pub struct Exerciser<'a> {
     ports: Ports<'a>,
     open: Option<Open>,
@@ -41,14 +41,14 @@ pub struct Exerciser<'a> {
     failed: bool,
 }
 
-/// The disk that is open, and how it was asked for.
+/// The open disk and the request that opened it.
 struct Open {
     disk: OpenedDisk,
     target: Target,
     request: OpenRequest,
 }
 
-/// A command that failed; all was said already.
+/// A command failed and its error has been printed.
 struct Failed;
 
 impl<'a> Exerciser<'a> {
@@ -57,19 +57,19 @@ impl<'a> Exerciser<'a> {
         Self { ports, open: None, background: Background::default(), failed: false }
     }
 
-    /// Opens a disk, as the command `open` does. Returns whether that went well; if not, the console has the
-    /// reason and [`has_failed`](Self::has_failed) is true.
+    /// Opens a disk like the command `open`. Returns true on success; otherwise the reason is on the console
+    /// and [`has_failed`](Self::has_failed) is true.
     pub fn open(&mut self, request: OpenRequest) -> bool {
         let result = self.open_as(request, false);
         self.failed |= result.is_err();
         result.is_ok()
     }
 
-    /// Runs one line: a command and its words, separated by blanks, without quoting. An empty line does
-    /// nothing. Whatever the line is, the outcome is on the console, and a failure is remembered.
+    /// Runs one line: a command and its arguments, separated by spaces, without quoting. An empty line does
+    /// nothing. All results and errors go to the console; a failure sets [`has_failed`](Self::has_failed).
     ///
-    /// Background requests (`aio_read`, `aio_write`) run on threads of their own, at most 128 of them; their
-    /// outcome is told after a later command. `sleep` and `wait_break` block the caller.
+    /// Background requests (`aio_read`, `aio_write`) run on threads of their own, at most 128 at a time; the
+    /// outcome is printed after a later command. `sleep` and `wait_break` block the caller.
     pub fn execute(&mut self, line: &str) -> Flow {
         self.command(line).unwrap_or_else(|Failed| {
             self.failed = true;
@@ -77,15 +77,15 @@ impl<'a> Exerciser<'a> {
         })
     }
 
-    /// Waits for requests in the background, tells how they went, and closes the disk. To be called after
-    /// the last line: an exerciser that is dropped waits for nothing.
+    /// Waits for background requests, prints their outcomes, and closes the disk. Call it after the last
+    /// line: dropping an exerciser neither waits nor closes.
     pub fn finish(&mut self) {
         if self.close().is_err() {
             self.failed = true;
         }
     }
 
-    /// Whether any command failed. That a background request failed does not count, as in qemu-io.
+    /// True if any command failed. Failed background requests don't count, as in qemu-io.
     pub fn has_failed(&self) -> bool {
         self.failed
     }
@@ -98,6 +98,7 @@ impl<'a> Exerciser<'a> {
         let Some(spec) = find(name) else {
             return Err(self.complain(&format!("command \"{name}\" not found")));
         };
+        // Three complaints in qemu-io's order: no disk, wrong number of words, read-only disk.
         if spec.needs_file && self.open.is_none() {
             return Err(self.complain("no file open, try 'help open'"));
         }
@@ -136,7 +137,7 @@ impl<'a> Exerciser<'a> {
             Command::Flush => self.flush(),
             Command::AioFlush => {
                 let finished = self.background.wait();
-                self.tell_all(finished);
+                self.print_background(finished);
                 Ok(())
             }
             Command::Alloc(range) => self.alloc(range),
@@ -151,7 +152,7 @@ impl<'a> Exerciser<'a> {
             Command::Sleep { milliseconds } => {
                 std::thread::sleep(Duration::from_millis(milliseconds));
                 let finished = self.background.finished();
-                self.tell_all(finished);
+                self.print_background(finished);
                 Ok(())
             }
             Command::Open(open) => self.open_command(open),
@@ -167,7 +168,7 @@ impl<'a> Exerciser<'a> {
                 self.out(&format!("{text}\n"));
                 Err(Failed)
             }
-            // These end in `command`, but for the signal that is none.
+            // `command` has handled these already, except signal 0, which does nothing.
             Command::Quit | Command::Abort | Command::Raise { .. } => Ok(()),
         }
     }
@@ -176,13 +177,13 @@ impl<'a> Exerciser<'a> {
         self.open.as_ref().map(|open| &open.target).ok_or(Failed)
     }
 
-    /// Makes a request and tells how it went, and what else has finished meanwhile.
+    /// Runs a request and prints its outcome, then the outcomes of background requests that have finished.
     fn foreground(&mut self, request: impl FnOnce(&Target) -> Outcome) -> Result<(), Failed> {
         let outcome = request(self.target()?);
         let failed = outcome.failed;
-        self.tell(outcome);
+        self.print(outcome);
         let finished = self.background.finished();
-        self.tell_all(finished);
+        self.print_background(finished);
         if failed { Err(Failed) } else { Ok(()) }
     }
 
@@ -192,7 +193,7 @@ impl<'a> Exerciser<'a> {
         }
         let target = self.target()?.clone();
         let finished = self.background.start(move || target.read(&request));
-        self.tell_all(finished);
+        self.print_background(finished);
         Ok(())
     }
 
@@ -206,11 +207,11 @@ impl<'a> Exerciser<'a> {
         }
         let target = self.target()?.clone();
         let finished = self.background.start(move || target.write(&request, source));
-        self.tell_all(finished);
+        self.print_background(finished);
         Ok(())
     }
 
-    /// What a write takes its bytes from. Errors: the complaint.
+    /// The data of a write. Errors: the line to print, if the file of `-s` is empty or cannot be read.
     fn source(&self, request: &Write) -> Result<Source, String> {
         match &request.content {
             Content::Zeroes { .. } => Ok(Source::byte(0)),
@@ -222,7 +223,7 @@ impl<'a> Exerciser<'a> {
         }
     }
 
-    fn tell(&self, outcome: Outcome) {
+    fn print(&self, outcome: Outcome) {
         if let Some(complaint) = outcome.complaint {
             self.ports.console.complain(&complaint);
         }
@@ -232,10 +233,10 @@ impl<'a> Exerciser<'a> {
         self.out(&outcome.text);
     }
 
-    /// Tells of requests in the background; that they failed does not count.
-    fn tell_all(&self, outcomes: Vec<Outcome>) {
+    /// Prints the outcomes of background requests. Their failures don't set `failed`, as in qemu-io.
+    fn print_background(&self, outcomes: Vec<Outcome>) {
         for outcome in outcomes {
-            self.tell(outcome);
+            self.print(outcome);
         }
     }
 

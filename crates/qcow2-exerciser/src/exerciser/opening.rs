@@ -1,4 +1,4 @@
-//! `open`, `close`, `reopen`.
+//! `open`, `close` and `reopen`.
 
 use super::{Exerciser, Failed, Open};
 use crate::grammar;
@@ -13,7 +13,7 @@ impl Exerciser<'_> {
         self.open_as(request, false)
     }
 
-    /// Opens a disk; `reopened`: one that was open a moment ago.
+    /// Opens a disk. With `reopened` an error is printed without `can't open device NAME: `.
     pub(super) fn open_as(&mut self, request: OpenRequest, reopened: bool) -> Result<(), Failed> {
         if self.open.is_some() {
             return Err(self.complain_named("file open already, try 'help close'"));
@@ -49,7 +49,7 @@ impl Exerciser<'_> {
 
     pub(super) fn close(&mut self) -> Result<(), Failed> {
         let finished = self.background.wait();
-        self.tell_all(finished);
+        self.print_background(finished);
         let Some(Open { disk, target, .. }) = self.open.take() else {
             return Ok(());
         };
@@ -63,7 +63,7 @@ impl Exerciser<'_> {
         })
     }
 
-    /// Closes the disk and opens it again in another way; in the old one, if that fails.
+    /// Closes the disk and opens it with changed options. If that fails, opens it again with the old ones.
     pub(super) fn reopen(&mut self, reopen: grammar::Reopen) -> Result<(), Failed> {
         let old = self.open.as_ref().map(|open| open.request.clone()).ok_or(Failed)?;
         let new = changed(&old, reopen).map_err(|text| self.complain_named(&text))?;

@@ -1,6 +1,6 @@
-//! The commands as values.
+//! Parsed commands.
 
-/// A command, understood.
+/// A parsed command with its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
     Read(Read),
@@ -34,16 +34,16 @@ pub(crate) enum Command {
     },
     Quit,
     Break(Break),
-    /// A request that is said to be impossible, and counted, without being made.
+    /// Prints the text without running a request and counts as success (`aio_read -i`).
     Inject(&'static str),
-    /// Something that no disk here can do; the text says so.
+    /// A command that no disk here supports; fails with this text.
     Impossible(String),
 }
 
-/// Stops at steps of the engine, where the disk has them.
+/// A breakpoint command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Break {
-    /// The next request that reaches this step stops there.
+    /// Suspends the next request that reaches this event.
     Set {
         event: String,
         tag: String,
@@ -54,101 +54,102 @@ pub(crate) enum Break {
     Resume {
         tag: String,
     },
-    /// Waits until a request has stopped.
+    /// Waits until a request is suspended.
     Wait {
         tag: String,
     },
 }
 
-/// Bytes of the disk.
+/// A byte range of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Range {
-    /// The first byte.
+    /// First byte.
     pub(crate) offset: u64,
-    /// How many.
+    /// Length in bytes.
     pub(crate) len: u64,
 }
 
-/// How the end of a request is told.
+/// How the end of a request is reported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Style {
-    /// Not at all.
+    /// No report.
     pub(crate) quiet: bool,
-    /// In one line for programs.
+    /// One line of comma-separated values.
     pub(crate) csv: bool,
 }
 
-/// Whether a request is waited for, and what it is called when it fails.
+/// How a request is run; also decides its name in error messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Manner {
-    /// One buffer.
+    /// One buffer (`read`, `write`).
     Plain,
-    /// Several buffers.
+    /// Several buffers (`readv`, `writev`).
     Vectored,
-    /// In the background.
+    /// On a thread of its own (`aio_read`, `aio_write`).
     Background,
 }
 
-/// `read`, `readv`, `aio_read`.
+/// Arguments of `read`, `readv` and `aio_read`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Read {
     pub(crate) range: Range,
     pub(crate) manner: Manner,
     pub(crate) style: Style,
-    /// Show the bytes.
+    /// Print the bytes.
     pub(crate) dump: bool,
-    /// The byte that all of them must be.
+    /// The expected content.
     pub(crate) check: Option<Check>,
-    /// Of the machine's state instead of its disk.
+    /// Read the VM state instead of the disk.
     pub(crate) vm_state: bool,
 }
 
-/// What the bytes read must be.
+/// Pattern verification: all bytes of a part of the request must have one value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Check {
     pub(crate) byte: u8,
-    /// Bytes of the request before the checked ones.
+    /// Bytes to skip from the start of the request.
     pub(crate) skip: u64,
-    /// How many are checked.
+    /// Number of bytes to check.
     pub(crate) len: u64,
 }
 
-/// `write`, `writev`, `aio_write`.
+/// Arguments of `write`, `writev` and `aio_write`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Write {
     pub(crate) range: Range,
     pub(crate) manner: Manner,
     pub(crate) style: Style,
     pub(crate) content: Content,
-    /// Durable at once.
+    /// Flush before the request is reported.
     pub(crate) durable: bool,
-    /// Where the bytes go, and how.
+    /// Where the data goes.
     pub(crate) place: Place,
 }
 
-/// What is written.
+/// The data of a write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Content {
-    /// The same byte all over.
+    /// The same byte everywhere.
     Byte(u8),
-    /// The content of a file, again and again.
+    /// The content of this file, repeated.
     File(String),
-    /// Zeroes that need no data: `may_unmap`: the space may go; `only_fast`: fail rather than write them.
+    /// Zeroes, by metadata where possible. `may_unmap`: clusters may be deallocated; `only_fast`: fail rather
+    /// than write zeroes as data.
     Zeroes { may_unmap: bool, only_fast: bool },
 }
 
-/// Where bytes are written.
+/// Destination of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// On the disk.
+    /// The disk.
     Disk,
-    /// On the disk, compressed.
+    /// The disk, as compressed clusters.
     Compressed,
-    /// In the machine's state.
+    /// The VM state.
     VmState,
 }
 
-/// `open`.
+/// Arguments of `open`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Open {
     pub(crate) path: Option<String>,
@@ -164,7 +165,7 @@ pub(crate) struct Open {
     pub(crate) options: Vec<String>,
 }
 
-/// `reopen`.
+/// Arguments of `reopen`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Reopen {
     /// `Some(true)` for `-r`, `Some(false)` for `-w`.

@@ -1,9 +1,9 @@
-//! What `help` says.
+//! Text of `help`.
 
 use super::table::{COMMANDS, Spec};
 use std::fmt::Write;
 
-/// All commands, a line each.
+/// All commands, one per line.
 pub(crate) fn all() -> String {
     let mut text: String = COMMANDS.iter().map(|spec| spec.usage(spec.name)).collect();
     text.push_str("\nUse 'help commandname' for more about one of them.\n");
@@ -26,38 +26,38 @@ pub(crate) fn one(spec: &Spec, typed: &str) -> String {
     text
 }
 
-/// What a letter means to a command.
+/// Description of one option letter of a command.
 fn meaning(command: &str, letter: char) -> &'static str {
     match (command, letter) {
-        ("open", 'r') | ("reopen", 'r') => "for reading only",
-        ("reopen", 'w') => "for reading and writing",
+        ("open", 'r') | ("reopen", 'r') => "read-only",
+        ("reopen", 'w') => "read-write",
         ("open", 's') => "changes go to a scratch overlay",
-        ("open", 'C') => "copy to the top layer what is read from below",
-        ("open", 'n') => "around the page cache, as -t none",
-        ("open", 'k') => "the kernel's asynchronous I/O, as -i native",
+        ("open", 'C') => "copy data read from the backing chain to the top layer",
+        ("open", 'n') => "bypass the page cache, same as -t none",
+        ("open", 'k') => "the kernel's asynchronous I/O, same as -i native",
         ("open", 'i') => "asynchronous I/O: threads, native or io_uring",
-        ("open", 'U') => "even if another program writes to it",
+        ("open", 'U') => "open even if another program writes to it",
         ("open", 't') | ("reopen", 'c') => "cache mode: none, writeback, writethrough, directsync or unsafe",
         ("open", 'd') => "discards: ignore or unmap",
         ("open", 'o') | ("reopen", 'o') => "further options, key=value,...",
-        ("truncate", 'm') => "what to do with new space: off, metadata, falloc or full",
-        ("write", 's') => "write the content of this file, again and again",
-        ("read", 's') => "with -P: skip so many bytes",
-        ("read", 'l') => "with -P: check so many bytes",
+        ("truncate", 'm') => "preallocation of new space: off, metadata, falloc or full",
+        ("write", 's') => "write the content of this file, repeated",
+        ("read", 's') => "with -P: number of bytes to skip",
+        ("read", 'l') => "with -P: number of bytes to check",
         ("read" | "readv" | "aio_read", 'P') => "all bytes must be this one",
         (_, 'P') => "the byte to write (0xcd)",
-        (_, 'b') => "the machine's state instead of the disk",
-        (_, 'C') => "report in one line for programs",
+        (_, 'b') => "the VM state instead of the disk",
+        (_, 'C') => "report in one line of comma-separated values",
         (_, 'c') => "compressed",
-        (_, 'f') => "durable when reported",
-        (_, 'i') => "only count a request that is not possible",
+        (_, 'f') => "flush before reporting",
+        (_, 'i') => "inject an invalid request",
         (_, 'n') => "with -z: fail rather than write zeroes as data",
-        (_, 'p') => "nothing; accepted for old scripts",
+        (_, 'p') => "no effect; accepted for old scripts",
         (_, 'q') => "no report",
-        (_, 'r') => "nothing here: registers the buffer",
-        (_, 'u') => "with -z: the space may be given back",
+        (_, 'r') => "no effect; qemu-io registers the buffer",
+        (_, 'u') => "with -z: clusters may be deallocated",
         (_, 'v') => "show the bytes",
-        (_, 'z') => "zeroes, without data where that is possible",
+        (_, 'z') => "write zeroes, by metadata where possible",
         _ => "",
     }
 }

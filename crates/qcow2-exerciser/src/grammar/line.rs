@@ -1,28 +1,29 @@
-//! The words of a command line: split, options by letter, numbers, patterns. Pure text.
+//! Splits a command line into words and parses options, numbers and patterns. Pure text.
 
 use qcow2_blockdev::{SizeError, parse_size};
 
-/// The longest request: below 2 GiB by one sector, as the block layer of QEMU has it.
+/// Longest request: one sector less than 2 GiB, the limit of QEMU's block layer.
 pub(crate) const MAX_REQUEST: u64 = 2_147_483_136;
 
-/// The words of a line; spaces only, and no quoting.
+/// Splits a line into words at spaces; there is no quoting.
 pub(crate) fn split(line: &str) -> Vec<&str> {
     line.split(' ').filter(|word| !word.is_empty()).collect()
 }
 
-/// Options and operands of one command, in the manner of `getopt`: letters may be joined, values may follow
-/// at once or as the next word, options may follow operands, `--` ends them.
+/// Options and operands of one command, as `getopt` parses them: letters may be joined, a value may follow
+/// its letter directly or as the next word, options may come after operands, `--` ends them.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Arguments<'a> {
-    /// Each letter with its value; empty for letters that take none.
+    /// Each letter with its value, in order; an empty value for letters that take none.
     pub(crate) options: Vec<(char, &'a str)>,
-    /// The rest, in order.
+    /// The other words, in order.
     pub(crate) operands: Vec<&'a str>,
 }
 
 impl<'a> Arguments<'a> {
-    /// Reads the words after the command's name. `letters`: as for `getopt`, a colon after each that takes a
-    /// value. Returns what there is before the first error, and the text that `getopt` would print for it.
+    /// Parses the words after the command's name. `letters`: as for `getopt`, a colon after each letter that
+    /// takes a value. Returns everything before the first error, and the text that `getopt` would print for
+    /// it.
     pub(crate) fn parse(letters: &str, words: &[&'a str]) -> (Self, Option<String>) {
         let mut arguments = Self::default();
         let error = arguments.fill(letters, words).err();
@@ -66,23 +67,23 @@ impl<'a> Arguments<'a> {
         Ok(())
     }
 
-    /// Whether the letter was given.
+    /// True if the letter was given.
     pub(crate) fn has(&self, letter: char) -> bool {
         self.options.iter().any(|(given, _)| *given == letter)
     }
 
-    /// How often the letter was given.
+    /// How many times the letter was given.
     pub(crate) fn count(&self, letter: char) -> usize {
         self.options.iter().filter(|(given, _)| *given == letter).count()
     }
 
-    /// The value that counts for the letter: the last one.
+    /// The value of the letter's last occurrence, which is the one that counts.
     pub(crate) fn last(&self, letter: char) -> Option<&'a str> {
         self.options.iter().rev().find(|(given, _)| *given == letter).map(|(_, value)| *value)
     }
 }
 
-/// Reads a size that fits a signed 64-bit number. Errors: the line for standard output.
+/// Parses a size that fits a signed 64-bit number. Errors: the line for standard output.
 pub(crate) fn number(text: &str) -> Result<u64, String> {
     match parse_size(text) {
         Ok(value) if value <= i64::MAX as u64 => Ok(value),
@@ -93,7 +94,7 @@ pub(crate) fn number(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Reads the length of a request.
+/// Parses the length of a request. Errors: the line for standard output.
 pub(crate) fn request_len(text: &str) -> Result<u64, String> {
     match number(text)? {
         len if len <= MAX_REQUEST => Ok(len),
@@ -101,7 +102,7 @@ pub(crate) fn request_len(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Reads the lengths of a request of several buffers.
+/// Parses the lengths of a request with several buffers. Errors: the line for standard output.
 pub(crate) fn request_lens(texts: &[&str]) -> Result<Vec<u64>, String> {
     let mut lens = Vec::new();
     let mut total = 0;
@@ -119,14 +120,14 @@ pub(crate) fn request_lens(texts: &[&str]) -> Result<Vec<u64>, String> {
     Ok(lens)
 }
 
-/// Reads a byte: decimal, `0x` hexadecimal or `0` octal.
+/// Parses a pattern byte: decimal, `0x` hexadecimal or `0` octal. Errors: the line for standard output.
 pub(crate) fn pattern(text: &str) -> Result<u8, String> {
     c_integer(text)
         .and_then(|value| u8::try_from(value).ok())
         .ok_or_else(|| format!("{text} is not a valid pattern byte"))
 }
 
-/// A whole number as C's `strtol` with base 0 reads it, all of `text`.
+/// Parses all of `text` as a whole number, like C's `strtol` with base 0.
 pub(crate) fn c_integer(text: &str) -> Option<i64> {
     let text = text.trim_start_matches([' ', '\t', '\n', '\r', '\u{b}', '\u{c}']);
     let (negative, digits) = match text.as_bytes().first()? {
@@ -159,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn options_go_anywhere() {
+    fn options_may_precede_and_follow_operands() {
         check("P:qv", "0 512", &[], &["0", "512"]);
         check("P:qv", "-q  -v 0 -P 7 512", &[('q', ""), ('v', ""), ('P', "7")], &["0", "512"]);
         check("P:qv", "-qvP7 0", &[('q', ""), ('v', ""), ('P', "7")], &["0"]);

@@ -1,6 +1,6 @@
-//! The language of the commands: from a line to a value, and what the help says of it. Pure text.
+//! The command language: turns a line into a [`Command`] and prints the help. Pure text.
 //!
-//! `line` splits words and reads numbers, `table` knows the commands, `parse` turns words into a `Command`.
+//! `line` splits words and parses numbers, `table` lists the commands, `parse` turns words into a `Command`.
 
 mod command;
 mod help;

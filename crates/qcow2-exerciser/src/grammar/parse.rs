@@ -1,4 +1,4 @@
-//! From words to a command: which options it takes, what they mean, which of them exclude each other. Pure.
+//! Turns words into a command: which options a command takes, and which exclude each other. Pure.
 
 use super::command::{
     Break, Check, Command, Content, Manner, Open, Place, Range, Read, Reopen, Style, Write,
@@ -6,14 +6,14 @@ use super::command::{
 use super::line::{Arguments, MAX_REQUEST, c_integer, number, pattern, request_len, request_lens};
 use super::table::Spec;
 
-/// Why there is no command, and where that is said.
+/// Why a line is not a command, and where the text goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Complaint {
-    /// On standard output.
+    /// To standard output.
     Out(String),
-    /// On standard error after the program's name.
+    /// To standard error, after the program's name.
     Named(String),
-    /// The usage line on standard output, after what getopt has to say.
+    /// The usage line on standard output; getopt's text, if any, on standard error before it.
     Usage(Option<String>),
 }
 
@@ -25,7 +25,7 @@ impl From<String> for Complaint {
 
 type Parsed = Result<Command, Complaint>;
 
-/// Understands the words after the name of `spec`; their number is right already.
+/// Parses the words after the name of `spec`. The caller has checked their number (`Spec::check_count`).
 pub(crate) fn parse(spec: &Spec, words: &[&str]) -> Parsed {
     let Some(letters) = spec.letters else {
         return without_options(spec.name, words);
@@ -52,7 +52,8 @@ pub(crate) fn parse(spec: &Spec, words: &[&str]) -> Parsed {
     }
 }
 
-/// What `-i` of a background command says, unless an option before it is wrong; what follows does not matter.
+/// What `aio_read -i` and `aio_write -i` print. Like qemu-io, options are read from left to right and `-i`
+/// ends the command at once: an invalid `-P` before it is an error, anything after it is ignored.
 fn injection(name: &str, arguments: &Arguments<'_>) -> Result<Option<&'static str>, Complaint> {
     let text = match name {
         "aio_read" => "injecting invalid read request",
@@ -105,7 +106,7 @@ fn style(arguments: &Arguments<'_>) -> Style {
     Style { quiet: arguments.has('q'), csv: arguments.has('C') }
 }
 
-/// Every `-P`, checked; the last one counts.
+/// Checks every `-P`; the last one counts.
 fn pattern_option(arguments: &Arguments<'_>) -> Result<Option<u8>, Complaint> {
     let mut byte = None;
     for (_, text) in arguments.options.iter().filter(|(letter, _)| *letter == 'P') {
@@ -144,7 +145,7 @@ fn read(arguments: &Arguments<'_>) -> Parsed {
     Ok(Command::Read(Read { range, manner: Manner::Plain, style, dump: arguments.has('v'), check, vm_state }))
 }
 
-/// The range of a request in several buffers: an offset, and one length or more.
+/// Range of a request with several buffers: an offset and one or more lengths.
 fn vector_range(arguments: &Arguments<'_>) -> Result<Range, Complaint> {
     match &arguments.operands[..] {
         [offset, lens @ ..] if !lens.is_empty() => {
@@ -212,10 +213,10 @@ fn write(arguments: &Arguments<'_>) -> Parsed {
     Ok(Command::Write(write))
 }
 
-/// Zeroes have no buffer that could be registered.
+/// Zero writes have no buffer that could be registered.
 const ZEROES_IN_BUFFER: &str = "cannot combine zero write with registered I/O buffer";
 
-/// What is written where no other byte is asked for.
+/// The byte that writes use without `-P`.
 const DEFAULT_BYTE: u8 = 0xcd;
 
 fn writev(arguments: &Arguments<'_>) -> Parsed {
@@ -331,7 +332,7 @@ fn sleep(text: &str) -> Parsed {
     }
 }
 
-/// The largest signal number that is tried.
+/// The largest signal number that is accepted.
 const MAX_SIGNAL: u64 = 65;
 
 fn raise(text: &str) -> Parsed {
@@ -345,7 +346,7 @@ fn complain(text: &str) -> Complaint {
     Complaint::Out(text.to_owned())
 }
 
-/// Compressed data and machine state are addressed in whole sectors.
+/// Compressed data and VM state are addressed in whole sectors.
 fn whole_sectors(range: Range) -> Result<(), Complaint> {
     for (value, what) in [(range.offset, "offset"), (range.len, "count")] {
         if value % 512 != 0 {

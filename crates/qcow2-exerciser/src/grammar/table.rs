@@ -1,30 +1,30 @@
-//! The commands: names, numbers of words, options, and what the help says.
+//! Table of the commands: names, number of words, options, help.
 
-/// One command.
+/// Description of one command.
 #[derive(Debug)]
 pub(crate) struct Spec {
-    /// Its name.
+    /// Name.
     pub(crate) name: &'static str,
-    /// Its short name.
+    /// Short name.
     pub(crate) alias: Option<&'static str>,
-    /// How many words must follow, options included.
+    /// Minimum number of words after the name, options included.
     pub(crate) min_words: usize,
-    /// How many may; `None`: any number.
+    /// Maximum number; `None`: no limit.
     pub(crate) max_words: Option<usize>,
-    /// The letters of its options, as for getopt; `None`: words are taken as they are.
+    /// Option letters, in `getopt`'s form; `None`: the command takes no options.
     pub(crate) letters: Option<&'static str>,
-    /// What follows the name, for the help; `None`: nothing.
+    /// Arguments as shown in the help; `None`: no arguments.
     pub(crate) synopsis: Option<&'static str>,
-    /// What it does.
+    /// One-line description for the help.
     pub(crate) summary: &'static str,
-    /// Whether a disk must be open.
+    /// True if a disk must be open.
     pub(crate) needs_file: bool,
-    /// Whether it changes the disk.
+    /// True if the command changes the disk.
     pub(crate) writes: bool,
 }
 
 impl Spec {
-    /// Complains about a wrong number of words, as standard error has it.
+    /// Checks the number of words. Errors: the line for standard error.
     pub(crate) fn check_count(&self, typed: &str, count: usize) -> Result<(), String> {
         let expected = match (self.min_words, self.max_words) {
             (min, None) if count < min => format!("at least {min}"),
@@ -35,7 +35,7 @@ impl Spec {
         Err(format!("bad argument count {count} to {typed}, expected {expected} arguments"))
     }
 
-    /// The usage line, for the command as it was typed.
+    /// The usage line; `typed` is the name that the user typed.
     pub(crate) fn usage(&self, typed: &str) -> String {
         match self.synopsis {
             Some(synopsis) => format!("{typed} {synopsis} -- {}\n", self.summary),
@@ -44,12 +44,12 @@ impl Spec {
     }
 }
 
-/// The command called `name`.
+/// Finds a command by its name or short name.
 pub(crate) fn find(name: &str) -> Option<&'static Spec> {
     COMMANDS.iter().find(|spec| spec.name == name || spec.alias == Some(name))
 }
 
-/// A command without options that needs an open disk.
+/// A command without options that needs an open disk and takes exactly `words` words.
 const fn plain(name: &'static str, words: usize, summary: &'static str) -> Spec {
     Spec {
         name,
@@ -82,7 +82,7 @@ const fn with_options(
 
 /// All commands, sorted by name.
 pub(crate) static COMMANDS: &[Spec] = &[
-    Spec { needs_file: false, ..plain("abort", 0, "end the program as a crash would") },
+    Spec { needs_file: false, ..plain("abort", 0, "abort the program, as if it had crashed") },
     plain("aio_flush", 0, "wait for all background requests"),
     with_options("aio_read", "CiP:qrv", "[-Ciqrv] [-P pattern] off len [len..]", "read in the background"),
     Spec {
@@ -98,14 +98,14 @@ pub(crate) static COMMANDS: &[Spec] = &[
         alias: Some("a"),
         max_words: Some(2),
         synopsis: Some("offset [count]"),
-        ..plain("alloc", 1, "count the bytes of a range that the top layer has")
+        ..plain("alloc", 1, "count the bytes of a range that are allocated in the top layer")
     },
-    Spec { synopsis: Some("event tag"), ..plain("break", 2, "stop a request at a debug event") },
+    Spec { synopsis: Some("event tag"), ..plain("break", 2, "suspend a request at a debug event") },
     Spec { alias: Some("c"), ..plain("close", 0, "close the disk") },
     Spec {
         alias: Some("d"),
         writes: true,
-        ..with_options("discard", "Cq", "[-Cq] off len", "say that a range is no longer needed")
+        ..with_options("discard", "Cq", "[-Cq] off len", "discard a range")
     },
     Spec { alias: Some("f"), ..plain("flush", 0, "make all writes durable") },
     Spec {
@@ -117,7 +117,7 @@ pub(crate) static COMMANDS: &[Spec] = &[
     },
     Spec { alias: Some("i"), ..plain("info", 0, "describe the disk") },
     Spec { alias: Some("l"), ..plain("length", 0, "show the size of the disk") },
-    Spec { synopsis: Some(""), ..plain("map", 0, "list what the top layer has") },
+    Spec { synopsis: Some(""), ..plain("map", 0, "list the allocated ranges of the top layer") },
     Spec {
         alias: Some("o"),
         min_words: 1,
@@ -136,7 +136,7 @@ pub(crate) static COMMANDS: &[Spec] = &[
             "read",
             "bCl:pP:qrs:v",
             "[-abCqrv] [-P pattern [-s off] [-l len]] off len",
-            "read, and perhaps check or show",
+            "read, and optionally verify or print the data",
         )
     },
     with_options(
@@ -145,19 +145,19 @@ pub(crate) static COMMANDS: &[Spec] = &[
         "[-Cqrv] [-P pattern] off len [len..]",
         "read into several buffers at once",
     ),
-    Spec { synopsis: Some("tag"), ..plain("remove_break", 1, "remove a debug stop") },
+    Spec { synopsis: Some("tag"), ..plain("remove_break", 1, "remove a breakpoint") },
     Spec {
         min_words: 0,
         ..with_options(
             "reopen",
             "c:o:rw",
             "[(-r|-w)] [-c cache] [-o options]",
-            "close the disk and open it in another way",
+            "reopen the disk with other options",
         )
     },
-    Spec { synopsis: Some("tag"), ..plain("resume", 1, "go on with a stopped request") },
+    Spec { synopsis: Some("tag"), ..plain("resume", 1, "resume a suspended request") },
     Spec { synopsis: Some("signal"), needs_file: false, ..plain("sigraise", 1, "send the program a signal") },
-    Spec { needs_file: false, ..plain("sleep", 1, "wait for so many milliseconds") },
+    Spec { needs_file: false, ..plain("sleep", 1, "wait for a number of milliseconds") },
     Spec {
         alias: Some("t"),
         min_words: 1,
@@ -165,7 +165,7 @@ pub(crate) static COMMANDS: &[Spec] = &[
         writes: true,
         ..with_options("truncate", "m:", "[-m prealloc_mode] off", "change the size of the disk")
     },
-    Spec { synopsis: Some("tag"), ..plain("wait_break", 1, "wait until a request is stopped") },
+    Spec { synopsis: Some("tag"), ..plain("wait_break", 1, "wait until a request is suspended") },
     Spec {
         alias: Some("w"),
         writes: true,

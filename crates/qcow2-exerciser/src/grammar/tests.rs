@@ -1,11 +1,11 @@
-//! Lines of commands: what each command takes, and what it refuses in which words. What is refused, and
-//! where, is as in qemu-io 10.0.2; `tests/tests/cli_io/lines.txt` has the same lines side by side with it.
+//! Command lines: how each is parsed, and the error text of each that is refused. What is refused, and on
+//! which stream, is as in qemu-io 10.0.2; `tests/tests/cli_io/lines.txt` compares the same lines with it.
 
 use super::table::COMMANDS;
 use super::*;
 use std::collections::BTreeSet;
 
-/// What a line is understood as. Errors: a wrong number of words, or the complaint of the command.
+/// Parses a line. Errors: the complaint about the number of words, or of the command's parser.
 fn understand(line: &str) -> Result<Command, String> {
     let words = split(line);
     let spec = find(words[0]).unwrap();
@@ -18,7 +18,7 @@ fn understand(line: &str) -> Result<Command, String> {
     })
 }
 
-/// A command in one line: what is not as it is without options.
+/// A command in one line, showing only what differs from the defaults.
 fn short(command: &Command) -> String {
     match command {
         Command::Read(read) => {
@@ -50,7 +50,7 @@ fn short(command: &Command) -> String {
     }
 }
 
-/// Lines that are understood, and as what.
+/// Accepted lines and the parsed command.
 const ACCEPTED: &[(&str, &str)] = &[
     ("abort", "Abort"),
     ("aio_flush", "AioFlush"),
@@ -128,7 +128,7 @@ const ACCEPTED: &[(&str, &str)] = &[
     ("zone_reset 0 1", r#"Impossible("zone reset failed: Operation not supported")"#),
 ];
 
-/// Lines that are refused, and in which words.
+/// Refused lines and the error text.
 const REFUSED: &[(&str, &str)] = &[
     ("abort 1", "bad argument count 1 to abort, expected 0 arguments"),
     ("aio_flush 1", "bad argument count 1 to aio_flush, expected 0 arguments"),
@@ -223,7 +223,7 @@ const REFUSED: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn accepted_lines() {
+fn accepted_lines_parse_to_the_expected_command() {
     for (line, expected) in ACCEPTED {
         let seen = understand(line).map(|command| short(&command));
         assert!(seen.as_ref().is_ok_and(|seen| seen.starts_with(expected)), "{line}: {seen:?}");
@@ -231,19 +231,19 @@ fn accepted_lines() {
 }
 
 #[test]
-fn refused_lines() {
+fn refused_lines_give_qemu_ios_text() {
     for (line, expected) in REFUSED {
         assert_eq!(understand(line).unwrap_err(), *expected, "{line}");
     }
 }
 
 #[test]
-fn every_command_is_among_the_lines() {
+fn tables_above_cover_every_command() {
     let named = |lines: &[(&str, &str)]| -> BTreeSet<&str> {
         lines.iter().filter_map(|(line, _)| find(line.split(' ').next()?)).map(|spec| spec.name).collect()
     };
     let all: BTreeSet<&str> = COMMANDS.iter().map(|spec| spec.name).collect();
     assert_eq!(named(ACCEPTED), all);
-    // Whatever follows it, `quit` is understood.
+    // `quit` accepts any arguments, so it is never refused.
     assert_eq!(all.difference(&named(REFUSED)).collect::<Vec<_>>(), [&"quit"]);
 }

@@ -1,4 +1,4 @@
-//! Requests on an open disk: each makes calls of the disk and says how it went.
+//! Requests on an open disk: each calls the disk and returns an outcome.
 
 mod read;
 mod vmstate;
@@ -12,28 +12,29 @@ use qcow2_ops::{NewSize, ResizeOptions};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What requests need to know of an open disk; cheap to copy for requests in the background.
+/// The part of an open disk that requests need; cheap to clone for background requests.
 #[derive(Clone)]
 pub(crate) struct Target {
-    /// The disk with its chain.
+    /// The disk with its backing chain.
     pub(crate) disk: Arc<dyn GuestDisk>,
-    /// Whether every write is durable when it is reported.
+    /// True if every write is flushed before it is reported.
     pub(crate) durable_writes: bool,
-    /// Whether discards reach the disk.
+    /// True if discards reach the disk.
     pub(crate) discards: bool,
 }
 
-/// Bytes that are moved at once where a request may go in pieces.
+/// Bytes per call for requests that may be split.
 const PIECE_LEN: u64 = 32 << 20;
 
 impl Target {
-    /// Bytes of the disk as the tools see it: whole sectors.
+    /// Size of the disk in bytes, rounded up to whole sectors as qemu-io does.
     pub(crate) fn len(&self) -> u64 {
         let size = self.disk.size();
         size.checked_next_multiple_of(512).unwrap_or(size)
     }
 
-    /// How much of the range is allocated in the top layer, and how much of it is on the disk at all.
+    /// Number of bytes of the range that are allocated in the top layer, and number of bytes of the range
+    /// that are inside the disk.
     pub(crate) fn allocated(&self, range: Range) -> Result<(u64, u64), Reason> {
         let len = range.len.min(self.len().saturating_sub(range.offset));
         let mut sum = 0;
@@ -46,7 +47,7 @@ impl Target {
         Ok((sum, len))
     }
 
-    /// The runs of the whole disk that are allocated in the top layer, or are not.
+    /// Calls `visit` for every run of the disk, with true if the top layer has it allocated.
     pub(crate) fn map(&self, visit: &mut dyn FnMut(Range, bool)) -> Result<(), Reason> {
         let len = self.len();
         let (mut start, mut at, mut state) = (0, 0, false);
@@ -65,7 +66,8 @@ impl Target {
         Ok(())
     }
 
-    /// The first bytes of `range`, and whether they are allocated.
+    /// Length of the run at the start of `range`, and true if the top layer has it allocated. The padding
+    /// after the end of the disk, up to a whole sector, counts as allocated.
     fn run_at(&self, range: Range) -> Result<(u64, bool), Reason> {
         let there = self.disk.size().saturating_sub(range.offset).min(range.len);
         if there == 0 {
@@ -75,7 +77,8 @@ impl Target {
         Ok((extent.len, extent.state != ExtentState::Unallocated))
     }
 
-    /// Why the disk cannot be made `size` bytes in this way, where that is plain before it is tried.
+    /// Refuses sizes and preallocation modes that qemu-io refuses before it tries. Errors: the text for the
+    /// user.
     pub(crate) fn refuse_resize(&self, size: u64, preallocation: Option<&str>) -> Result<(), &'static str> {
         let shrinks = size < self.disk.size() && preallocation.is_some();
         match self.disk.as_image() {
@@ -87,7 +90,7 @@ impl Target {
         }
     }
 
-    /// Changes the size of the disk; what is new gets its space as `preallocation` says.
+    /// Resizes the disk. Added space is preallocated according to `preallocation`.
     pub(crate) fn resize(&self, size: u64, preallocation: Option<&str>) -> Result<(), Reason> {
         let mode = match preallocation {
             Some("metadata") => Preallocation::Metadata,
@@ -103,12 +106,12 @@ impl Target {
         Ok(qcow2_ops::resize(&*self.disk, &options, &qcow2_ops::Silent)?)
     }
 
-    /// The disk as an image, for what only images can do.
+    /// The disk as an image. Errors: `NOT_SUPPORTED` for a raw disk.
     fn image(&self) -> Result<&Image, Reason> {
         self.disk.as_image().ok_or(Reason::System(NOT_SUPPORTED))
     }
 
-    /// Requests past the end are failures of the device.
+    /// Checks that a request ends inside the disk. Errors: `IO_ERROR`, as a device returns.
     fn check_range(&self, offset: u64, len: u64) -> Result<(), Reason> {
         match offset.checked_add(len) {
             Some(end) if end <= self.len() => Ok(()),
@@ -117,7 +120,7 @@ impl Target {
     }
 }
 
-fn told(verb: &'static str, range: Range, elapsed: Duration, style: Style) -> String {
+fn report(verb: &'static str, range: Range, elapsed: Duration, style: Style) -> String {
     let finished = Finished { verb, offset: range.offset, len: range.len, elapsed };
     match style {
         Style { quiet: true, .. } => String::new(),

@@ -1,6 +1,6 @@
-//! `read` and its kin: bytes of the disk, checked and shown.
+//! `read`, `readv` and `aio_read`: read, verify and print data.
 
-use super::{PIECE_LEN, Target, told};
+use super::{PIECE_LEN, Target, report};
 use crate::grammar::{Check, Manner, Read};
 use crate::outcome::Outcome;
 use crate::reason::{OUT_OF_MEMORY, Reason};
@@ -8,19 +8,21 @@ use crate::report::dump;
 use qcow2_core::GuestOffset;
 use std::time::{Duration, Instant};
 
-/// What a buffer holds before it is read into.
+/// Content of a buffer before it is read into.
 const FRESH_BYTE: u8 = 0xab;
 
 impl Target {
-    /// `read` and its kin.
+    /// Runs `read`, `readv` or `aio_read`.
     pub(crate) fn read(&self, request: &Read) -> Outcome {
         let name = if request.manner == Manner::Plain { "read" } else { "readv" };
-        // Shown bytes are kept until the end, so that what is said of them comes first.
+        // A dump is printed after the result of the verification, so its bytes are kept until all are read:
+        // in one piece.
         let piece_len = if request.dump { request.range.len } else { PIECE_LEN };
         let mut bad = false;
         let mut bytes = Vec::new();
         let mut elapsed = Duration::ZERO;
         let mut done = 0;
+        // A request without bytes is made once too: its offset may be past the end of the disk.
         while done < request.range.len || (done == 0 && request.range.len == 0) {
             let len = piece_len.min(request.range.len - done);
             let started = Instant::now();
@@ -43,15 +45,15 @@ impl Target {
         if request.dump && !request.style.quiet {
             outcome.text += &dump(request.range.offset, &bytes);
         }
-        outcome.text += &told("read", request.range, elapsed, request.style);
+        outcome.text += &report("read", request.range, elapsed, request.style);
         outcome
     }
 
-    /// Makes `bytes` the `len` bytes that come after `done` others of the request.
+    /// Sets `bytes` to `len` bytes of the request, starting `done` bytes into it.
     fn read_piece(&self, request: &Read, done: u64, len: u64, bytes: &mut Vec<u8>) -> Result<(), Reason> {
         let offset = request.range.offset + done;
         if !request.vm_state {
-            // Before there is a buffer: a wrong length costs no memory.
+            // Check first, so that a wrong length allocates no memory.
             self.check_range(offset, len)?;
         }
         fresh_buffer(bytes, len)?;
@@ -61,8 +63,8 @@ impl Target {
         }
     }
 
-    /// Fills `buf`, which lies inside the disk; a last sector that the disk only begins is zeroes where it
-    /// ends.
+    /// Reads into `buf`, which lies inside the disk rounded up to whole sectors. Bytes after the end of the
+    /// disk are zeroes.
     fn fill(&self, offset: u64, buf: &mut [u8]) -> Result<(), Reason> {
         let there = self.disk.size().saturating_sub(offset).min(buf.len() as u64) as usize;
         let (there, beyond) = buf.split_at_mut(there);
@@ -72,7 +74,7 @@ impl Target {
 }
 
 impl Check {
-    /// Whether `bytes`, which come after `done` others of the request, are what they must be.
+    /// True if `bytes`, which start `done` bytes into the request, match the pattern where the check applies.
     fn holds(&self, done: u64, bytes: &[u8]) -> bool {
         let inside = |position: u64| position.saturating_sub(done).min(bytes.len() as u64) as usize;
         bytes[inside(self.skip)..inside(self.skip + self.len)].iter().all(|byte| *byte == self.byte)

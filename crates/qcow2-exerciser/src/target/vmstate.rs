@@ -1,4 +1,4 @@
-//! `read -b` and `write -b`: the machine's state that an image can hold behind its disk.
+//! `read -b` and `write -b`: the VM state, which an image stores after the end of its disk.
 
 use super::{PIECE_LEN, Target};
 use crate::grammar::Range;
@@ -7,12 +7,12 @@ use crate::source::Source;
 use qcow2_core::{Error, ErrorKind};
 
 impl Target {
-    /// Fills `buf` with the state from its byte `offset` on.
+    /// Reads the VM state from its byte `offset` on.
     pub(super) fn read_vm_state(&self, offset: u64, buf: &mut [u8]) -> Result<(), Reason> {
         self.image()?.read_vm_state(offset, buf).map_err(state_reason)
     }
 
-    /// Writes the state's bytes in `range`.
+    /// Writes the range of the VM state.
     pub(super) fn write_vm_state(&self, range: Range, source: &mut Source) -> Result<(), Reason> {
         let image = self.image()?;
         let mut done = 0;
@@ -25,8 +25,8 @@ impl Target {
         Ok(())
     }
 
-    /// The offset of the machine's state: behind the last L2 table that the disk needs. 0 for a disk that has
-    /// no place for one.
+    /// Guest offset of the VM state: after the last L2 table that the disk needs. 0 for a raw disk, which has
+    /// no VM state.
     pub(crate) fn vm_state_offset(&self) -> u64 {
         self.disk.as_image().map_or(0, |image| {
             let covered = image.geometry().l2_coverage();
@@ -35,7 +35,7 @@ impl Target {
     }
 }
 
-/// A state that no table can map is too large for the file.
+/// A VM state that no L2 table can map gives "file too large", as in qemu-io.
 fn state_reason(error: Error) -> Reason {
     match error.kind() {
         ErrorKind::InvalidOption | ErrorKind::OutOfRange => Reason::System(FILE_TOO_LARGE),

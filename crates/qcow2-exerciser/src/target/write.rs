@@ -1,6 +1,6 @@
-//! `write` in all its ways, and `discard`.
+//! `write` with all its options, and `discard`.
 
-use super::{PIECE_LEN, Target, guest, told};
+use super::{PIECE_LEN, Target, guest, report};
 use crate::grammar::{Content, Manner, Place, Range, Style, Write};
 use crate::outcome::Outcome;
 use crate::reason::{INVALID_ARGUMENT, IO_ERROR, NOT_SUPPORTED, Reason};
@@ -9,12 +9,12 @@ use qcow2_core::{ErrorKind, ExtentState, GuestDisk, GuestOffset, Image, ZeroMode
 use std::time::Instant;
 
 impl Target {
-    /// `write` and its kin; `source` has the bytes, where there are any.
+    /// Runs `write`, `writev` or `aio_write`. `source` has the data.
     pub(crate) fn write(&self, request: &Write, mut source: Source) -> Outcome {
         let started = Instant::now();
         let result = match (&request.content, request.place) {
             (_, Place::VmState) => self.write_vm_state(request.range, &mut source),
-            // As in the original, zeroes stay zeroes where compressed ones are asked for.
+            // As in qemu-io, `-z` wins over `-c`: zeroes are never compressed.
             (Content::Zeroes { may_unmap, only_fast }, _) => self.zero(request.range, *may_unmap, *only_fast),
             (_, Place::Compressed) => self.write_compressed(request.range, &mut source),
             (_, Place::Disk) => self.write_data(request.range, &mut source),
@@ -25,7 +25,7 @@ impl Target {
             false => Ok(()),
         });
         match result {
-            Ok(()) => Outcome::success(told("wrote", request.range, started.elapsed(), request.style)),
+            Ok(()) => Outcome::success(report("wrote", request.range, started.elapsed(), request.style)),
             Err(reason) => {
                 let name = match request.manner {
                     Manner::Plain => "write",
@@ -58,8 +58,8 @@ impl Target {
         Ok(self.disk.write_zeroes(guest(range)?, mode)?)
     }
 
-    /// Whether `range` can become zeroes by metadata alone: its ends lie on clusters, or in what reads as
-    /// zeroes.
+    /// True if `range` can become zeroes by metadata alone: its partial first and last clusters (subclusters,
+    /// if the image has them) read as zeroes already.
     fn can_zero_fast(&self, range: Range) -> Result<bool, Reason> {
         let Some(image) = self.disk.as_image() else {
             return Ok(true);
@@ -101,17 +101,18 @@ impl Target {
         Ok(())
     }
 
-    /// `discard`.
+    /// Runs `discard`. A disabled discard (`-d ignore`) succeeds without effect, but the range is checked.
     pub(crate) fn discard(&self, range: Range, style: Style) -> Outcome {
         let started = Instant::now();
         match self.discard_there(range) {
-            Ok(()) => Outcome::success(told("discard", range, started.elapsed(), style)),
+            Ok(()) => Outcome::success(report("discard", range, started.elapsed(), style)),
             Err(reason) => Outcome::refused("discard", reason),
         }
     }
 
     fn discard_there(&self, range: Range) -> Result<(), Reason> {
         self.check_range(range.offset, range.len)?;
+        // The padding after the end of the disk is no part of it.
         let there = self.disk.size().saturating_sub(range.offset).min(range.len);
         match self.discards {
             true => Ok(self.disk.discard(guest(Range { len: there, ..range })?)?),
@@ -119,7 +120,8 @@ impl Target {
         }
     }
 
-    /// Checks the range of a write; a disk that ends inside the sector that is written gets all of it.
+    /// Checks the range of a write. If the write reaches into the padding of a disk that ends inside a
+    /// sector, grows the disk to whole sectors first.
     fn complete_last_sector(&self, range: Range) -> Result<(), Reason> {
         self.check_range(range.offset, range.len)?;
         if range.offset + range.len > self.disk.size() {
@@ -129,7 +131,7 @@ impl Target {
     }
 }
 
-/// Whether metadata alone says that `range`, as far as the disk has it, reads as zeroes.
+/// True if metadata alone shows that `range`, up to the end of the disk, reads as zeroes.
 fn reads_as_zeroes(disk: &dyn GuestDisk, range: Range) -> Result<bool, Reason> {
     let end = disk.size().min(range.offset + range.len);
     let mut at = range.offset;
@@ -150,6 +152,7 @@ fn reads_as_zeroes(disk: &dyn GuestDisk, range: Range) -> Result<bool, Reason> {
     Ok(true)
 }
 
+// The engine compresses only into clusters that are not allocated yet; qemu-io reports EIO for others.
 fn write_cluster(image: &Image, range: Range, bytes: &[u8]) -> Result<(), Reason> {
     image.write_compressed(GuestOffset::new(range.offset), bytes).map_err(|error| {
         let taken = error.kind() == ErrorKind::Unsupported

@@ -1,6 +1,6 @@
-//! Disks in memory and a console that remembers.
+//! Disks in memory and a console that records the output.
 
-#![allow(dead_code, reason = "each test takes what it needs")]
+#![allow(dead_code, reason = "each test uses a part")]
 
 use qcow2_core::{
     CreateOptions, ImageFormat, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, Storage,
@@ -11,7 +11,7 @@ use std::cell::RefCell;
 use std::error::Error;
 use std::sync::Arc;
 
-/// One disk in a storage, which `open` opens whatever the name.
+/// A disk in a storage; `open` opens it whatever the name.
 pub(crate) struct OneDisk {
     storage: Arc<dyn Storage>,
     format: ImageFormat,
@@ -23,7 +23,7 @@ impl OneDisk {
         Self { storage, format: ImageFormat::Raw, below: None }
     }
 
-    /// A new image of `size` bytes in `storage`, on a raw disk where there is one.
+    /// Creates an image of `size` bytes in `storage`; with `below` as its raw backing file, if given.
     pub(crate) fn qcow2(
         storage: Arc<dyn Storage>,
         size: u64,
@@ -69,12 +69,12 @@ impl Opener for OneDisk {
     }
 }
 
-/// Every text in order; complaints after `! `.
+/// All output in order; lines of standard error start with `! `.
 #[derive(Default)]
 pub(crate) struct Transcript(RefCell<String>);
 
 impl Transcript {
-    /// What was said since the last call, without times and rates.
+    /// The output since the last call, without times and rates.
     pub(crate) fn take(&self) -> String {
         let text = self.0.take();
         let lines = text.lines().map(|line| line.split_once(" ops; ").map_or(line, |(start, _)| start));
@@ -96,7 +96,7 @@ impl Console for Transcript {
     }
 }
 
-/// The kind of the storage's trouble, or of the engine's.
+/// The kind of the storage's error, or else of the engine's.
 pub(crate) fn words(error: &(dyn Error + 'static)) -> String {
     let mut next = Some(error);
     let mut last = String::new();

@@ -164,7 +164,7 @@ impl Finding {
         match self {
             Self::Refcount { stored, references, .. } if stored > references => Class::Leak,
             Self::RefcountUnreadable { .. }
-            // QEMU does not open such an image, so it cannot say more of it either.
+            // QEMU does not open such an image, so its check has no class for it.
             | Self::Bitmap(_)
             | Self::BitmapTableEntry { .. }
             | Self::Snapshot(

@@ -258,7 +258,8 @@ impl Comparison<'_> {
         used_end
     }
 
-    /// Compares one cluster. Returns whether it is used.
+    /// Compares the refcount of one cluster with its references. Returns true if either is above 0; past the
+    /// end of the file only references count.
     fn cluster(&self, cluster: u64, stored: u64, references: u64) -> bool {
         if cluster >= self.clusters && references == 0 {
             return false;

@@ -1,4 +1,4 @@
-//! Host offsets of clusters in which no subcluster is allocated.
+//! Finds the host clusters of guest clusters in which no subcluster is allocated.
 
 use qcow2_core::format::Header;
 use qcow2_core::format::l1::L1Entry;

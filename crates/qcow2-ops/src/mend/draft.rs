@@ -1,19 +1,19 @@
-//! A storage whose changes stay in memory: a repair is made here, judged here, and only then written.
+//! A storage that keeps changes in memory. A repair is planned and checked in it, and written only then.
 
 use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, ZeroMode};
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Bytes of a page: what is kept of the storage where a byte of it changes.
+/// Size of a page in bytes: the unit in which changes are kept.
 pub(super) const PAGE: u64 = 4096;
 
-/// Bytes that a draft changes at most. Origin: ours; a new refcount structure for 16 TiB in clusters of 64
-/// KiB has 512 MiB.
+/// Limit for the changed bytes of a draft. Origin: ours; a new refcount structure for 16 TiB with 64 KiB
+/// clusters takes 512 MiB.
 pub const MAX_CHANGED: u64 = 512 << 20;
 
 type Page = Box<[u8; PAGE as usize]>;
 
-/// `base` with changes laid over it. Nothing is written to `base`.
+/// `base` with changes on top. Nothing is written to `base`.
 pub(super) struct Draft<'a> {
     base: &'a dyn Storage,
     base_len: u64,
@@ -31,8 +31,8 @@ impl<'a> Draft<'a> {
         Ok(Self { base, base_len: len, state: RwLock::new(State { pages: BTreeMap::new(), len }) })
     }
 
-    /// The changed pages from byte `start` on and before `end`, in order: offset and bytes, cut at the end of
-    /// the draft.
+    /// Calls `visit` with offset and bytes of each changed page from byte `start` up to `end`, in ascending
+    /// order. The last page is cut at the end of the draft.
     pub(super) fn changed(
         &self,
         range: std::ops::Range<u64>,
@@ -58,7 +58,7 @@ impl<'a> Draft<'a> {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The page as it is on the base.
+    /// Reads a page from the base.
     fn load(&self, number: u64) -> Result<Page, StorageError> {
         let mut page = Box::new([0; PAGE as usize]);
         if number * PAGE < self.base_len {
@@ -135,7 +135,7 @@ impl Storage for Draft<'_> {
     }
 
     fn set_len(&self, len: u64) -> Result<(), StorageError> {
-        // Only longer: nothing that the base has is cut off by a repair.
+        // Only grows: a repair never truncates the base.
         let mut state = self.write();
         state.len = state.len.max(len);
         Ok(())
@@ -183,7 +183,7 @@ mod tests {
         let mut seen = vec![0; first.len()];
         base.read_padded(at(0), &mut seen).unwrap();
         assert!(seen == first && base.len().unwrap() == first.len() as u64);
-        // All changes together make the model out of the base.
+        // All changes together turn the base into the model.
         let mut made = first;
         made.resize(model.len(), 0);
         draft

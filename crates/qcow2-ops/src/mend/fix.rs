@@ -1,67 +1,67 @@
-//! What a repair changes, as values.
+//! The changes that a repair makes, as values.
 
 use qcow2_format::HostOffset;
 use std::fmt;
 
-/// One change of a planned repair.
+/// One change of a planned repair. Offsets are host offsets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fix {
-    /// The snapshot table is written anew.
+    /// The snapshot table is rewritten at a new offset.
     SnapshotTable {
-        /// Snapshots that stay, all of them that there are.
+        /// Number of snapshots in the new table.
         kept: u32,
-        /// Entries that named nothing.
+        /// Number of dropped entries: those that are empty, unreadable, or without an L1 table.
         dropped: u32,
-        /// Where the new table is.
+        /// Offset of the new table.
         offset: HostOffset,
     },
-    /// The header leads to the active L1 table again.
+    /// The header points to the active L1 table again.
     ActiveL1 {
-        /// Where the table is.
+        /// Offset of the table.
         offset: HostOffset,
     },
-    /// An entry of a bitmap's table becomes "all ones": whoever copies what the bitmap marks copies too much,
-    /// never too little.
+    /// A bitmap table entry becomes "all ones": a backup by this bitmap then copies too much, never too
+    /// little.
     BitmapEntry {
-        /// Where the entry is.
+        /// Offset of the entry.
         at: HostOffset,
-        /// What it was.
+        /// The old entry.
         entry: u64,
     },
-    /// An L1 entry.
+    /// An L1 entry changes.
     L1Entry {
-        /// Where the entry is.
+        /// Offset of the entry.
         at: HostOffset,
-        /// What it was.
+        /// The old entry.
         from: u64,
-        /// What it becomes.
+        /// The new entry.
         to: u64,
     },
-    /// An L2 entry.
+    /// An L2 entry changes.
     L2Entry {
-        /// Where its L2 table is.
+        /// Offset of its L2 table.
         table: HostOffset,
-        /// Its index in the table.
+        /// Index in the table.
         index: u64,
-        /// Its words as they were.
+        /// The old words: entry and subcluster bitmap.
         from: (u64, u64),
-        /// What they become.
+        /// The new words.
         to: (u64, u64),
     },
-    /// Refcount table and blocks are written anew.
+    /// Refcount table and refcount blocks are rewritten at new offsets.
     Refcounts {
-        /// Where the new blocks begin; the table follows them.
+        /// Offset of the first new block. The table follows the blocks.
         offset: HostOffset,
-        /// How many blocks.
+        /// Number of blocks.
         blocks: u64,
     },
-    /// Copied flags that did not go with the refcounts.
+    /// Copied flags are set or cleared to match the refcounts.
     CopiedFlags {
-        /// How many.
+        /// Number of flags.
         count: u64,
     },
-    /// The marks of an unclean end and of damage go.
+    /// The dirty bit and the corrupt bit are cleared.
     Marks,
 }
 

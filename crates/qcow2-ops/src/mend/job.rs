@@ -1,4 +1,4 @@
-//! What every step of a repair works on.
+//! The state that all steps of a repair share.
 
 use super::draft::Draft;
 use super::fix::Fix;
@@ -12,10 +12,10 @@ use qcow2_format::l2::L2Format;
 use qcow2_format::{Header, bytes};
 use std::collections::BTreeSet;
 
-/// Fixes that are listed; all are counted.
+/// Number of fixes that are listed; all are counted.
 const MAX_LISTED: usize = 10_000;
 
-/// A repair under way: the draft, the header as it is there, and what is known by now.
+/// A repair in progress: the draft, its header, and what the steps have found out.
 pub(super) struct Job<'a> {
     pub(super) draft: Draft<'a>,
     pub(super) base: &'a dyn Storage,
@@ -25,11 +25,12 @@ pub(super) struct Job<'a> {
     pub(super) progress: &'a dyn Progress,
     pub(super) fixes: Vec<Fix>,
     pub(super) omitted: u64,
-    /// A table could not be found or read: clusters that nothing seems to refer to may be its.
+    /// True if a table could not be found or read. Clusters without references may then be mapped by it, so
+    /// they keep a refcount.
     pub(super) tables_missing: bool,
-    /// Clusters that an undecided entry may mean.
+    /// Clusters that an ambiguous entry may refer to. They keep a refcount.
     pub(super) kept: BTreeSet<u64>,
-    /// The first cluster that nothing uses, and nothing behind it.
+    /// The first cluster after all used ones; new tables are allocated from here on.
     pub(super) end: u64,
 }
 
@@ -41,7 +42,7 @@ impl Job<'_> {
         }
     }
 
-    /// Changes header fields in the draft.
+    /// Sets header fields in the draft and in `header`.
     pub(super) fn set_header(&mut self, fields: &[HeaderField]) -> Result<()> {
         let mut sector = [0; SECTOR_LEN];
         self.draft.read_padded(HostOffset::default(), &mut sector).map_err(storage)?;
@@ -59,7 +60,8 @@ impl Job<'_> {
         self.draft.write_at(at, &bytes::table_bytes(words.iter().copied())).map_err(storage)
     }
 
-    /// Takes `count` clusters behind all others. Errors: `Unsupported` where the storage ends before.
+    /// Allocates `count` clusters after all others. Returns the first. Errors: `Unsupported` if the storage
+    /// cannot grow that far.
     pub(super) fn take(&mut self, count: u64) -> Result<u64> {
         let (first, end) = (self.end, self.end.saturating_add(count));
         let len = end.saturating_mul(self.format.geometry.cluster_size());
@@ -72,7 +74,8 @@ impl Job<'_> {
         Ok(first)
     }
 
-    /// A walk over the draft.
+    /// Calls `work` with a walk over the draft. `header` may differ from the draft's, for example to leave a
+    /// table out.
     pub(super) fn walk<T>(&self, header: &Header, work: impl FnOnce(&Walk<'_>) -> Result<T>) -> Result<T> {
         let walk = Walk::new(&self.draft, header).map_err(failed)?;
         work(&walk)

@@ -1,4 +1,4 @@
-//! L1 and L2 entries of the active disk and of all snapshots, and the tables of bitmaps.
+//! Repairs L1 and L2 entries of the active state and of all snapshots, and the tables of bitmaps.
 
 use super::fix::Fix;
 use super::job::{Job, failed, storage};
@@ -13,33 +13,34 @@ use qcow2_format::l2::{L2Entry, L2Mend};
 use qcow2_format::{FormatErrorKind, L2Index, bytes};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// L2 tables that are looked at. Origin: as many as a recount takes.
+/// Limit for the L2 tables of an image. Origin: the limit of the engine's recount.
 const MAX_L2_TABLES: usize = 1 << 24;
-/// Entries that are judged by what the rest of the image refers to. Origin: ours; each costs memory.
+/// Limit for the ambiguous entries of a round. Origin: ours; each takes memory.
 const MAX_DOUBTS: usize = 1 << 20;
-/// How often tables found in one round lead to more of them.
+/// Rounds: an L2 table found in one round may have damaged entries that are repaired in the next.
 const MAX_ROUNDS: usize = 4;
 
-/// An entry that names a cluster only if nothing else does.
+/// A damaged entry with a candidate for its cluster. The repair is made only if nothing else refers to that
+/// cluster.
 #[derive(Clone, Copy, Debug)]
 struct Doubt {
     at: HostOffset,
     from: (u64, u64),
     to: (u64, u64),
-    /// Where the cluster is that it would name.
+    /// Host offset of the candidate.
     host: HostOffset,
-    /// The L2 table and index that it is, or `None` for an L1 entry.
+    /// Offset of the L2 table and index in it; `None` for an L1 entry.
     entry: Option<(HostOffset, u64)>,
 }
 
-/// An L1 entry that does not lead to an L2 table.
+/// An L1 entry that does not point to an L2 table.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Slot {
     pub(super) at: HostOffset,
     pub(super) raw: u64,
 }
 
-/// Words that are to be written into a table, if that is a table and nothing else.
+/// New words for an entry. They are written only if the cluster they are in is a table and nothing else.
 #[derive(Clone, Debug)]
 struct Edit {
     at: HostOffset,
@@ -47,13 +48,13 @@ struct Edit {
     fix: Fix,
 }
 
-/// Of how many L1 tables, and of how many L2 tables, a cluster is part.
+/// For each cluster the number of L1 tables and the number of L2 tables that it is part of.
 type Parts = BTreeMap<u64, (u64, u64)>;
 
-/// What one round has found.
+/// The results of one round.
 #[derive(Default)]
 struct Round {
-    /// L2 tables, with how many L1 entries lead to each.
+    /// Offsets of L2 tables, with the number of L1 entries that point to each.
     tables: BTreeMap<u64, u64>,
     edits: Vec<Edit>,
     doubts: Vec<Doubt>,
@@ -61,8 +62,8 @@ struct Round {
 }
 
 impl Job<'_> {
-    /// Mends every entry that can be mended without a guess. Entries that are past the end of the file, and
-    /// those that contradict themselves, stay as they are.
+    /// Repairs every entry that can be repaired without guessing. Entries past the end of the file, and
+    /// entries that contradict themselves, stay as they are.
     pub(super) fn mend_mapping(&mut self) -> Result<()> {
         self.mend_active_l1()?;
         let header = self.header.clone();
@@ -72,8 +73,8 @@ impl Job<'_> {
             tables.extend(walk.snapshots(&mut |_| {}).map_err(failed)?.unwrap_or_default().l1_tables);
             Ok(())
         })?;
-        // A table that passes the end of the file is counted nowhere, and what lies in its range may be
-        // anything.
+        // The check does not follow a table that ends past the end of the file, and the bytes in its range
+        // may belong to anything, so it is left alone.
         let len = self.draft.len().map_err(storage)?;
         let limit = len.saturating_add(self.format.geometry.cluster_size());
         let all = tables.len();
@@ -109,7 +110,8 @@ impl Job<'_> {
             if !doubts.is_empty() || !slots.is_empty() {
                 let words = doubts.iter().map(|doubt| (doubt.at, doubt.from.0));
                 let words: Vec<_> = words.chain(slots.iter().map(|slot| (slot.at, slot.raw))).collect();
-                // Judged without them: one may lead to the very table that it is in.
+                // The clusters are counted without these entries: an entry may refer to the table that it is
+                // in.
                 words.iter().try_for_each(|&(at, _)| self.set_words(at, &[0]))?;
                 let tables = self.sole_tables(words.iter().map(|&(at, _)| at), &parts)?;
                 let sole = |at: HostOffset| tables.contains(&self.format.geometry.host_cluster(at).value());
@@ -193,8 +195,8 @@ impl Job<'_> {
         }
     }
 
-    /// Writes `edits`, but for those into a cluster that something else refers to too: what looks like a
-    /// table there may be a guest's bytes. `parts`: how many tables each cluster is part of.
+    /// Writes `edits`, except those in clusters that something else refers to as well: such a cluster may
+    /// hold guest data that looks like a table. `parts`: the tables that each cluster is part of.
     fn edit(&mut self, edits: Vec<Edit>, parts: &Parts) -> Result<()> {
         if edits.is_empty() {
             return Ok(());
@@ -215,19 +217,20 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// The clusters of `places` that are part of tables and of nothing else. `parts`: of how many.
+    /// The clusters of `places` that are part of tables and that nothing else refers to. `parts`: the tables
+    /// that each cluster is part of.
     fn sole_tables(&self, places: impl Iterator<Item = HostOffset>, parts: &Parts) -> Result<BTreeSet<u64>> {
         let geometry = self.format.geometry;
         let counts = self.references(places.map(|at| geometry.host_cluster(at).value()))?;
         let sole = counts.into_iter().filter(|(cluster, count)| {
             let (l1, l2) = parts.get(cluster).copied().unwrap_or_default();
-            // A table of both kinds is one of them at most, and nobody knows which.
+            // Referred to as an L1 table and as an L2 table: at least one of the two is wrong.
             (l1 == 0 || l2 == 0) && l1 + l2 == *count
         });
         Ok(sole.map(|(cluster, _)| cluster).collect())
     }
 
-    /// How many references the draft holds to each of `clusters`, those of the refcount structure aside.
+    /// Number of references in the draft to each of `clusters`, without those of the refcount structure.
     fn references(&self, clusters: impl Iterator<Item = u64>) -> Result<BTreeMap<u64, u64>> {
         let mut wanted: BTreeMap<u64, u64> = clusters.map(|cluster| (cluster, 0)).collect();
         let mut bare = self.header.clone();
@@ -283,8 +286,9 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Decides what doubtful entries mean: the cluster that their rounded offset names, where that is counted
-    /// as used and nothing else refers to it. Returns the L2 tables that are found so.
+    /// Decides about ambiguous entries. An entry gets its candidate (the offset rounded to a cluster) if the
+    /// cluster has a refcount above 0 and nothing else refers to it. Returns the L2 tables that are found
+    /// this way.
     fn decide(
         &mut self,
         doubts: Vec<Doubt>,
@@ -296,7 +300,7 @@ impl Job<'_> {
         }
         let format = self.format;
         let geometry = format.geometry;
-        // Counted without them: what is counted then refers to their clusters for other reasons.
+        // All references are counted without the ambiguous entries, so that what is left comes from others.
         doubts.iter().try_for_each(|doubt| self.set_words(doubt.at, &[0]))?;
         let wanted = self.references(doubts.iter().map(|doubt| geometry.host_cluster(doubt.host).value()))?;
         let header = self.header.clone();
@@ -330,7 +334,7 @@ impl Job<'_> {
         Ok(tables)
     }
 
-    /// Whether at least half of the entries of a table that are set can be entries of this file.
+    /// True if at least half of the nonzero entries are valid and point into the file.
     pub(super) fn is_mostly_l2(&self, content: &[u8]) -> Result<bool> {
         let (format, len) = (self.format, self.draft.len().map_err(storage)?);
         let (mut good, mut bad) = (0u64, 0u64);
@@ -347,8 +351,8 @@ impl Job<'_> {
         Ok(good >= bad)
     }
 
-    /// Whether the cluster at `host` looks like an L2 table: it has entries, all of them sound, and all of
-    /// them name clusters of this file.
+    /// True if the cluster at `host` looks like an L2 table: it has nonzero entries, all of them are valid,
+    /// and all of them point into the file.
     pub(super) fn is_l2_table(&self, host: HostOffset) -> Result<bool> {
         let format = self.format;
         let mut content = vec![0; format.geometry.cluster_size() as usize];
@@ -363,7 +367,7 @@ impl Job<'_> {
             any = true;
             let inside = match format.decode(raw, bitmap) {
                 Ok(L2Entry::Standard(entry)) if format.external_data => entry.host.is_none_or(|host| {
-                    // In a data file every cluster is where the guest has it.
+                    // In an external data file every cluster is at its guest offset.
                     let start = host.value().checked_sub(index * format.geometry.cluster_size());
                     let aligned = start.is_some_and(|start| start % format.geometry.l2_coverage() == 0);
                     aligned && *guest_start.get_or_insert(start) == start
@@ -379,7 +383,8 @@ impl Job<'_> {
         Ok(any)
     }
 
-    /// Entries of bitmap tables that mean nothing become "all ones". Directories that cannot be read stay.
+    /// Sets invalid entries of bitmap tables to "all ones". Bitmap directories that cannot be read stay as
+    /// they are.
     pub(super) fn mend_bitmaps(&mut self) -> Result<()> {
         let header = self.header.clone();
         let (tables, fault) = self.walk(&header, |walk| walk.bitmaps().map_err(failed))?;

@@ -1,18 +1,18 @@
-//! Repairs of damaged tables: planned in memory, judged there by the check, and then written.
+//! Repairs damaged tables: planned in memory, checked there, and only then written.
 //!
-//! What a repair may do is narrow. It keeps everything that can be read as it reads. An entry that cannot be
-//! read is changed only where its meaning is proved from two sides: by what the entry itself says, and by
-//! refcounts and the rest of the image. Everything else stays, and so does every cluster that may belong to
-//! it. Refcounts and copied flags follow from the references, and are written anew beside the old ones.
+//! A repair is conservative. Whatever can be read keeps its content. An entry that cannot be read is changed
+//! only if two sources agree on its meaning: the entry itself, and the refcounts with the rest of the image.
+//! All other entries stay as they are, and so does every cluster that they may refer to. Refcounts and copied
+//! flags are derived from the references and written to new clusters, beside the old ones.
 //!
 //! | order on disk | what |
 //! |---|---|
-//! | 1 | the mark of damage, version 3: no writer takes the image before the repair has ended |
-//! | 2 | new tables, in clusters that nothing uses; barrier |
-//! | 3 | entries of the tables that stay; barrier |
-//! | 4 | the header: new tables, and without the mark where nothing is wrong any more; barrier |
+//! | 1 | version 3: the corrupt bit, so that nobody writes to the image before the repair is complete |
+//! | 2 | new tables, in unused clusters; barrier |
+//! | 3 | changed entries of existing tables; barrier |
+//! | 4 | the header: offsets of the new tables, and without the corrupt bit if no error is left; barrier |
 //!
-//! A power cut leaves an image that reads as before, which the next repair finishes.
+//! After a power cut the image reads as before; the next repair completes it.
 
 mod draft;
 mod fix;
@@ -42,7 +42,7 @@ pub struct Plan<'a> {
     base: &'a dyn Storage,
     draft: Draft<'a>,
     header: Header,
-    /// The first byte of the clusters that nothing uses.
+    /// Offset of the first cluster that the image does not use; new tables start there.
     fresh: u64,
     fixes: Vec<Fix>,
     omitted: u64,
@@ -56,12 +56,12 @@ impl std::fmt::Debug for Plan<'_> {
     }
 }
 
-/// Plans the repair of the image in `storage`, in which a check found `report`. Nothing is written. `None`
-/// where nothing can be made better. Disk: reads all tables several times. Memory: what changes, at most
-/// [`MAX_CHANGED`], and what [`check`] takes.
+/// Plans the repair of the image in `storage`, for which a check returned `report`. Writes nothing. `None` if
+/// no repair would leave fewer errors. Disk: reads all tables several times. Memory: the changed pages, at
+/// most [`MAX_CHANGED`], and that of [`check`].
 ///
-/// Errors: `Metadata` where the header is not accepted or the storage fails; `Unsupported` where the repair
-/// needs more space than the device has, or a wider refcount; `Stopped`.
+/// Errors: `Metadata` if the header is invalid or the storage fails; `Unsupported` if the repair needs more
+/// space than the device has, or a larger refcount than the image's width allows; `Stopped`.
 pub fn plan<'a>(
     storage: &'a dyn Storage,
     report: &CheckReport,
@@ -73,7 +73,7 @@ pub fn plan<'a>(
     let geometry = format.geometry;
     let len = storage.len().map_err(job::storage)?;
     let end = match storage.limits().growable {
-        // One more: a reference may reach into the cluster that the file ends in.
+        // One more: a reference may reach into the cluster after the last one.
         true => geometry.clusters_for(len) + 1,
         false => geometry.clusters_for(report.image_end_offset.min(len)),
     };
@@ -123,23 +123,23 @@ pub fn plan<'a>(
 }
 
 impl Plan<'_> {
-    /// What changes, and how many changes are not listed.
+    /// The changes, and the number of changes that are not listed.
     pub fn fixes(&self) -> (&[Fix], u64) {
         (&self.fixes, self.omitted)
     }
 
-    /// What a check finds once the entries are mended, and refcounts and copied flags are not.
+    /// The result of a check after the entries are repaired, but before refcounts and copied flags are.
     pub fn counted(&self) -> &CheckReport {
         &self.counted
     }
 
-    /// What a check finds afterwards.
+    /// The result of a check after the whole repair.
     pub fn after(&self) -> &CheckReport {
         &self.after
     }
 
-    /// Writes the repair. Disk: in the order that the module's page gives. Errors: `Write` with the
-    /// storage's; the image reads as before then.
+    /// Writes the repair, in the order of the table on the module's page. Errors: `Write` with the storage's
+    /// error; the image then reads as before.
     pub fn apply(self) -> Result<CheckReport> {
         self.write().map_err(|e| {
             Error::new(ErrorKind::Write, "repairing the image").with_source(qcow2_core::Error::from(e))
@@ -152,7 +152,7 @@ impl Plan<'_> {
             self.draft.changed(range, |at, bytes| self.base.write_at(at, bytes))?;
             self.base.flush()
         };
-        // Read before the mark is written: what the draft did not change it reads from the image.
+        // Read both before the corrupt bit is written: the draft reads unchanged pages from the image.
         let mut last = [0; SECTOR_LEN];
         self.draft.read_padded(HostOffset::default(), &mut last)?;
         let mut old = [0; SECTOR_LEN];
@@ -173,7 +173,7 @@ impl Plan<'_> {
             self.base.set_len(end)?;
         }
         write(SECTOR_LEN as u64..self.fresh)?;
-        // Written even where the draft did not change it: the mark of the first step has to go.
+        // Written even if the draft did not change it, because the first step set the corrupt bit.
         self.base.write_at(HostOffset::default(), &last)?;
         self.base.flush()
     }

@@ -1,4 +1,4 @@
-//! L1 entries that lead to no L2 table, and the L2 tables that no L1 entry leads to.
+//! Repairs L1 entries that point to no L2 table, with L2 tables that no L1 entry points to.
 
 use super::fix::Fix;
 use super::job::{Job, failed, storage};
@@ -14,15 +14,15 @@ use qcow2_format::refcount::decode_table_entry;
 use qcow2_format::{L2Index, bytes};
 use std::collections::BTreeSet;
 
-/// Clusters that are looked at as perhaps a lost L2 table. Origin: ours; each is read.
+/// Limit for the clusters that are examined as possible L2 tables. Origin: ours; each is read.
 const MAX_CANDIDATES: usize = 1 << 14;
 
-/// Clusters that are metadata of another kind than L2 tables.
+/// Clusters that hold metadata other than L2 tables.
 #[derive(Debug, Default)]
 pub(super) struct Metadata {
-    /// The header, the active L1 table, and a refcount structure that is one.
+    /// The header, the active L1 table, and a refcount structure that counts itself.
     certain: BTreeSet<u64>,
-    /// What other tables say; they may be wrong.
+    /// Clusters that other tables point to. These tables may be damaged.
     claimed: BTreeSet<u64>,
 }
 
@@ -33,8 +33,8 @@ impl Metadata {
 }
 
 impl Job<'_> {
-    /// The clusters of all metadata but L2 tables, as the header and the tables tell. `l1_tables`: the active
-    /// one, then those of snapshots.
+    /// The clusters of all metadata except L2 tables, according to the header and the tables. `l1_tables`:
+    /// the active L1 table, then those of snapshots.
     pub(super) fn metadata(&self, l1_tables: &[TablePlace]) -> Result<Metadata> {
         let geometry = self.format.geometry;
         let header = self.header.clone();
@@ -60,7 +60,7 @@ impl Job<'_> {
             }
             let refcounts = walk.refcount_table().map_err(failed)?;
             let mut own = self.refcount_clusters(&refcounts);
-            // A structure that counts the header and itself is one.
+            // A refcount structure that counts the header and itself can be trusted.
             let table = geometry.host_cluster(header.refcount_table_offset).value();
             let counts = |cluster| {
                 stored_refcount(walk, &refcounts, cluster).map(|count| count.is_some_and(|count| count > 0))
@@ -74,7 +74,8 @@ impl Job<'_> {
         Ok(found)
     }
 
-    /// The clusters of the refcount structure with the table `refcounts`, as far as they lie in the file.
+    /// The clusters of a refcount structure, as far as they are in the file. `refcounts`: the entries of its
+    /// table.
     pub(super) fn refcount_clusters(&self, refcounts: &[u64]) -> BTreeSet<u64> {
         let geometry = self.format.geometry;
         let first = geometry.host_cluster(self.header.refcount_table_offset).value();
@@ -84,14 +85,15 @@ impl Job<'_> {
         table.chain(blocks).filter(|&cluster| cluster < self.end).collect()
     }
 
-    /// The same for the table that the header leads to.
+    /// The same for the table that the header points to.
     pub(super) fn refcount_clusters_now(&self) -> Result<BTreeSet<u64>> {
         let refcounts = self.walk(&self.header, |walk| walk.refcount_table().map_err(failed))?;
         Ok(self.refcount_clusters(&refcounts))
     }
 
-    /// Finds the active L1 table where the header leads to something else: the only unreferenced place whose
-    /// entries all lead to L2 tables, if the entries where the header leads do not.
+    /// Searches for the active L1 table if the header points to something else, that is, if none of the
+    /// entries there points to an L2 table. Repairs the header if exactly one unreferenced cluster starts a
+    /// table whose nonzero entries all point to L2 tables.
     pub(super) fn mend_active_l1(&mut self) -> Result<()> {
         let entries = self.header.l1_size;
         if entries == 0 || self.l2_tables_of(self.header.l1_table_offset, entries)?.0 > 0 {
@@ -115,8 +117,8 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// How many of the `entries` words at `offset`, taken for L1 entries, lead to what looks like an L2
-    /// table, and how many of those that are set do not.
+    /// Interprets the `entries` words at `offset` as L1 entries. Returns the number of those that point to
+    /// something that looks like an L2 table, and the number of other nonzero ones.
     pub(super) fn l2_tables_of(&self, offset: HostOffset, entries: u32) -> Result<(u64, u64)> {
         let mut content = vec![0; entries as usize * 8];
         self.draft.read_padded(offset, &mut content).map_err(storage)?;
@@ -133,9 +135,9 @@ impl Job<'_> {
         Ok((tables, others))
     }
 
-    /// Makes `slots` lead to the L2 table that they lost, where there is exactly one such table: counted as
-    /// used, referred to by nothing, and mapping clusters that nothing else maps. Slots with the same word
-    /// led to the same table. Returns the table.
+    /// Points `slots` to the L2 table that they lost, if exactly one table is a candidate: it has a refcount
+    /// above 0, nothing refers to it, and it maps clusters that nothing else maps. All slots must have the
+    /// same word, which means that they pointed to the same table. Returns the table.
     pub(super) fn fill_slots(&mut self, slots: &[Slot], metadata: &Metadata) -> Result<Option<u64>> {
         if slots.is_empty() {
             return Ok(None);
@@ -148,7 +150,8 @@ impl Job<'_> {
         let table = match (orphans.as_deref(), one_word) {
             (Some([only]), true) => *only,
             _ => {
-                // What they may have led to is kept; where there is nothing of the kind, nothing is lost.
+                // Unreferenced clusters are kept if any of them may be the lost table; if none looks like
+                // one, nothing is lost.
                 self.tables_missing |= orphans.is_none_or(|orphans| !orphans.is_empty());
                 slots.iter().try_for_each(|slot| self.set_words(slot.at, &[slot.raw]))?;
                 return Ok(None);
@@ -168,12 +171,12 @@ impl Job<'_> {
         Ok(Some(table.value()))
     }
 
-    /// The L2 tables that a slot may have led to: what nothing refers to and looks like one; `None` where
-    /// there are too many candidates to look at. `said`: where the slot leads.
+    /// The L2 tables that a slot may have pointed to: unreferenced clusters that look like one. `None` if
+    /// there are too many clusters to examine. `said`: the table that the slot points to now.
     fn orphans(&self, said: Option<HostOffset>, metadata: &Metadata) -> Result<Option<Vec<HostOffset>>> {
         let Some((candidates, free)) = self.unreferenced()? else { return Ok(None) };
         let cluster = |table: HostOffset| self.format.geometry.host_cluster(table).value();
-        // The slot may be right, and wrong what claims its table for something else.
+        // The slot may be right, and the metadata that claims its cluster wrong.
         if let Some(said) = said.filter(|&said| !metadata.certain.contains(&cluster(said)))
             && self.is_l2_table(said)?
             && self.maps_any(said, &free)?
@@ -187,7 +190,8 @@ impl Job<'_> {
                 if metadata.contains(cluster) { &mut known } else { &mut unknown }.push(host);
             }
         }
-        // What is known as other metadata is taken only where the slot says so: either claim may be wrong.
+        // A cluster that other metadata claims counts only if the slot itself points to it: one of the two is
+        // wrong.
         Ok(Some(match said.filter(|said| known.contains(said)) {
             _ if !unknown.is_empty() => unknown,
             Some(said) => vec![said],
@@ -195,9 +199,9 @@ impl Job<'_> {
         }))
     }
 
-    /// The clusters that are counted as used and that nothing refers to, as a list and as a set; `None` where
-    /// there are too many to look at each. The refcount structure refers to nothing here: its own entries may
-    /// be what is wrong.
+    /// The clusters with a refcount above 0 and without references, as a list and as a set. `None` if there
+    /// are too many to examine. References from the refcount structure don't count: its entries may be the
+    /// damaged ones.
     pub(super) fn unreferenced(&self) -> Result<Option<(Vec<u64>, BTreeSet<u64>)>> {
         let mut bare = self.header.clone();
         bare.refcount_table_clusters = 0;
@@ -223,8 +227,7 @@ impl Job<'_> {
         Ok((!many).then(|| (free.iter().copied().collect(), free)))
     }
 
-    /// Whether the table at `host` maps a cluster of `free`; in an external data file, whether it maps
-    /// anything.
+    /// True if the table at `host` maps a cluster in `free`; with an external data file, if it maps anything.
     fn maps_any(&self, host: HostOffset, free: &BTreeSet<u64>) -> Result<bool> {
         let format = self.format;
         let mut content = vec![0; format.geometry.cluster_size() as usize];

@@ -1,4 +1,4 @@
-//! Refcounts made anew from the references, at a place that nothing uses, and copied flags that go with them.
+//! Derives new refcounts from the references, writes them to unused clusters, and corrects the copied flags.
 
 use super::fix::Fix;
 use super::job::{Job, failed, storage};
@@ -13,7 +13,7 @@ use qcow2_format::refcount::encode_table_entry;
 use qcow2_format::{Geometry, L2Index, bytes};
 use std::ops::Range;
 
-/// Where the new structure is: blocks, then the table.
+/// Location of the new structure, in clusters: the blocks, followed by the table.
 struct Place {
     blocks: u64,
     table: u64,
@@ -27,9 +27,9 @@ impl Place {
 }
 
 impl Job<'_> {
-    /// Writes a refcount structure that counts what the draft refers to, and makes the copied flags of the
-    /// active disk go with it. What nothing refers to becomes free, unless a table is missing, whose clusters
-    /// they may be.
+    /// Writes a new refcount structure with the references of the draft, and corrects the copied flags of the
+    /// active state. Clusters without references become free, unless a table is missing that may refer to
+    /// them.
     pub(super) fn mend_refcounts(&mut self) -> Result<()> {
         let format = self.format;
         let geometry = format.geometry;
@@ -37,7 +37,7 @@ impl Job<'_> {
         let old = self.header.clone();
         let old_table = self.walk(&old, |walk| walk.refcount_table().map_err(failed))?;
         let old_clusters = self.refcount_clusters(&old_table);
-        // Counted without the old structure, which nothing refers to afterwards.
+        // Counted without the old structure, which becomes free.
         let mut bare = old.clone();
         bare.refcount_table_clusters = 0;
         let (executor, progress) = (self.executor, self.progress);
@@ -51,7 +51,7 @@ impl Job<'_> {
                     let counted = counters.count(cluster);
                     let own = u64::from(place.own().contains(&cluster));
                     match counted == 0 && old_clusters.contains(&cluster) {
-                        // The old structure itself is given up.
+                        // The old structure becomes free.
                         true => Ok(own),
                         false => this.kept_count(counted, cluster, walk, &old_table).map(|count| count + own),
                     }
@@ -85,7 +85,7 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Takes clusters for as many blocks as count everything, and for their table.
+    /// Allocates clusters for the blocks, which count themselves and the table as well, and for the table.
     fn place(&mut self, geometry: &Geometry) -> Result<Place> {
         let needed = |clusters: u64| {
             let blocks = clusters.div_ceil(geometry.refcount_block_entries());
@@ -100,8 +100,8 @@ impl Job<'_> {
         Ok(Place { blocks, table, first })
     }
 
-    /// The refcount that `cluster` gets for `counted` references: 1 for a cluster that seems to be free and
-    /// may not be.
+    /// The new refcount of `cluster` with `counted` references. A cluster without references that had a
+    /// refcount keeps 1 if an ambiguous entry or a missing table may refer to it.
     fn kept_count(
         &self,
         counted: u64,
@@ -141,7 +141,7 @@ impl Job<'_> {
         self.set_words(HostOffset::new((place.first + block) * geometry.cluster_size()), &words)
     }
 
-    /// The entries of the active L1 table that lead to a table of this file: their places and themselves.
+    /// The valid entries of the active L1 table that point into the file: host offset and value of each.
     fn active_tables(&self, format: &L2Format) -> Result<Vec<(HostOffset, u64)>> {
         let (start, entries) = (self.header.l1_table_offset, u64::from(self.header.l1_size));
         let len = self.draft.len().map_err(storage)?;
@@ -155,7 +155,8 @@ impl Job<'_> {
         Ok(places.zip(bytes::words(&content)).filter(|&(_, raw)| leads(raw)).collect())
     }
 
-    /// Makes the flags of the active disk go with the counts of the window. Returns how many were wrong.
+    /// Corrects the copied flags of the active state, as far as the counts of this window tell. Returns the
+    /// number of changed flags.
     fn copied_flags(
         &self,
         format: &L2Format,
@@ -177,7 +178,7 @@ impl Job<'_> {
             let mut content = vec![0; geometry.cluster_size() as usize];
             self.draft.read_padded(table, &mut content).map_err(storage)?;
             if !self.is_mostly_l2(&content)? {
-                // An L1 entry that leads to a guest's bytes: no flag of theirs is a copied flag.
+                // The L1 entry points to guest data, not to a table: writing flags there would change it.
                 continue;
             }
             for index in 0..geometry.l2_entries() {
@@ -201,7 +202,7 @@ impl Job<'_> {
     }
 }
 
-/// The host cluster of an entry that is sound and not compressed.
+/// The host cluster of a valid entry that is not compressed.
 fn standard_host(format: &L2Format, raw: u64, bitmap: u64) -> Option<HostOffset> {
     match format.decode(raw, bitmap) {
         Ok(L2Entry::Standard(entry)) => entry.host,

@@ -1,4 +1,4 @@
-//! The snapshot table: every entry that can be read stays.
+//! Repairs the snapshot table and keeps every entry that can be read.
 
 use super::fix::Fix;
 use super::job::{Job, failed, storage};
@@ -9,19 +9,19 @@ use qcow2_format::header::HeaderField;
 use qcow2_format::limit;
 use qcow2_format::snapshot::Snapshot;
 
-/// Bytes of the table that are read at first.
+/// Bytes that are read first; the rest only if the table is longer.
 const FIRST_READ: u64 = 1 << 20;
 
 impl Job<'_> {
-    /// Writes the table anew where an entry has too much or too little extra data, and without entries that
-    /// name nothing. A table that is not where the header says is looked for among the clusters that nothing
-    /// refers to. Entries whose L1 tables cannot be found stay as they are.
+    /// Rewrites the table if an entry has too much or too little extra data, and drops empty entries. If the
+    /// table is not where the header points, searches for it in the unreferenced clusters. Entries whose L1
+    /// tables cannot be found stay as they are.
     pub(super) fn mend_snapshots(&mut self) -> Result<()> {
         let header = self.header.clone();
         let mut faults = Vec::new();
         self.walk(&header, |walk| walk.snapshots(&mut |fault| faults.push(fault)).map_err(failed))?;
         if header.nb_snapshots == 0 {
-            // A table without entries may still be said to be at an impossible place.
+            // The header may give an invalid offset for a table without entries.
             return if faults.is_empty() { Ok(()) } else { self.write_snapshots(&[], 0) };
         }
         let lost = |fault: &SnapshotFault| {
@@ -35,7 +35,7 @@ impl Job<'_> {
             self.fixed(Fix::SnapshotTable { kept: count, dropped: 0, offset });
             return Ok(());
         }
-        // What cannot be read names nothing either.
+        // An unreadable table counts as empty.
         let mut entries = entries.unwrap_or_default();
         let found = self.find_l1_tables(&mut entries)?;
         let sound = whole && count == header.nb_snapshots && faults.iter().all(lost) && !found;
@@ -45,10 +45,10 @@ impl Job<'_> {
         }
     }
 
-    /// Looks for the L1 tables of snapshots whose entries lead nowhere: misaligned, past the end of the file
-    /// or too large. One that has lost its table gets the only unreferenced place that looks like one. If
-    /// there is none, nothing is left of the snapshot but its name, and it goes; if there are several, it
-    /// stays as it is. Returns whether an entry changed or went.
+    /// Searches for the L1 tables of snapshots whose entries are misaligned, past the end of the file or too
+    /// large. If exactly one entry is damaged and exactly one unreferenced cluster looks like an L1 table,
+    /// the entry gets it. If no cluster looks like one, the damaged entries are dropped: only the names of
+    /// the snapshots are left. Otherwise the entries stay. Returns true if an entry was changed or dropped.
     fn find_l1_tables(&mut self, entries: &mut Vec<Snapshot>) -> Result<bool> {
         let geometry = self.format.geometry;
         let end = self.draft.len().map_err(storage)?.saturating_add(geometry.cluster_size());
@@ -80,10 +80,12 @@ impl Job<'_> {
         Ok(true)
     }
 
-    /// The unreferenced places that look like L1 tables; `None` if there are too many clusters to look at.
+    /// Offsets of unreferenced clusters that look like L1 tables; `None` if there are too many clusters to
+    /// examine.
     fn lost_l1_tables(&mut self) -> Result<Option<Vec<HostOffset>>> {
         let saved = (self.header.nb_snapshots, self.header.snapshots_offset);
-        // Without the snapshots: they cannot be counted, or lead to the very tables that are looked for.
+        // Hide the snapshots while counting: their entries are invalid, or point to the tables that are
+        // searched for.
         self.set_header(&[HeaderField::Snapshots { count: 0, offset: HostOffset::default() }])?;
         let unreferenced = self.unreferenced()?;
         let own = self.refcount_clusters_now()?;
@@ -101,10 +103,10 @@ impl Job<'_> {
         Ok(Some(found))
     }
 
-    /// The only unreferenced place that holds a table of `count` whole entries, if there is exactly one.
+    /// The offset of the only unreferenced cluster that starts with a table of `count` valid entries.
     fn find_table(&mut self, count: u32) -> Result<Option<HostOffset>> {
         let saved = (self.header.nb_snapshots, self.header.snapshots_offset);
-        // Nothing can be counted while the header leads to a table that cannot be read.
+        // Nothing can be counted while the header points to an unreadable table.
         self.set_header(&[HeaderField::Snapshots { count: 0, offset: HostOffset::default() }])?;
         let candidates = self.unreferenced()?.map(|(candidates, _)| candidates).unwrap_or_default();
         let mut found = Vec::new();
@@ -123,7 +125,7 @@ impl Job<'_> {
         })
     }
 
-    /// Whether an entry is what a snapshot looks like: a number as its id, and an L1 table in this file.
+    /// True if an entry looks like a snapshot: its id is a number, and its L1 table is inside the file.
     fn is_plausible(&self, snapshot: &Snapshot) -> bool {
         let geometry = self.format.geometry;
         let (start, len) = (snapshot.l1_table_offset.value(), u64::from(snapshot.l1_size) * 8);
@@ -132,7 +134,7 @@ impl Job<'_> {
         id && start > 0 && geometry.is_aligned(start) && len > 0 && inside
     }
 
-    /// The `count` entries of the table at `start` but for empty ones; `None` where one cannot be read.
+    /// The `count` entries of the table at `start`, without empty ones; `None` if one cannot be read.
     fn entries(&self, start: HostOffset, count: u32) -> Result<Option<Vec<Snapshot>>> {
         let mut len = FIRST_READ;
         'read: loop {
@@ -179,8 +181,8 @@ impl Job<'_> {
     }
 }
 
-/// True for an entry that names nothing: without an id and a name it cannot be chosen, and an L1 table at
-/// offset 0 is the header. A table that is shorter than the header says is followed by such entries.
+/// True for an entry without id and name, which nobody can select, and for an L1 table at offset 0, which is
+/// the header. Bytes after the end of a table read as such entries.
 fn is_empty(snapshot: &Snapshot) -> bool {
     let unnamed = snapshot.id.is_empty() && snapshot.name.is_empty();
     unnamed || (snapshot.l1_size > 0 && snapshot.l1_table_offset == HostOffset::default())

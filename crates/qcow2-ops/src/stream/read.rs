@@ -222,6 +222,7 @@ impl<'a> Reader<'a> {
             ),
             mapped: l1_clusters == 0,
             tables: BTreeMap::new(),
+            // Cluster 0 is the header, which has been parsed already.
             ignored: BTreeSet::from([0]),
             places: BTreeMap::new(),
             streams: BTreeMap::new(),
@@ -240,6 +241,7 @@ impl<'a> Reader<'a> {
         if self.refcounts.missing > 0 && number >= self.refcounts.first {
             if self.refcounts.take(number, &bytes) {
                 let geometry = self.geometry;
+                // A damaged entry is skipped: refcounts only tell which clusters hold no guest data.
                 let block = |raw: u64| decode_table_entry(raw, &geometry).ok().flatten();
                 let blocks: Vec<u64> = self
                     .refcounts
@@ -363,6 +365,8 @@ impl<'a> Reader<'a> {
     }
 
     fn add_place(&mut self, host: u64, run: Run) -> Result<()> {
+        // Joined with the run before it if possible: an image whose clusters are in guest order then needs
+        // one run instead of an entry per cluster.
         if let Some((&first, last)) = self.places.range_mut(..=host).next_back() {
             if first + last.count > host {
                 return Err(damaged("a host cluster is referenced twice"));
@@ -414,6 +418,7 @@ impl<'a> Reader<'a> {
         })?;
         let (start, end) = self.clusters_of(&stream);
         let size = self.geometry.cluster_size();
+        // `is_awaited` and `drop_unreferenced` rely on this limit.
         if end - start > 2 {
             return Err(damaged("a compressed cluster spans more than three host clusters"));
         }
@@ -467,6 +472,8 @@ impl<'a> Reader<'a> {
             return;
         }
         let begins = &self.begins;
+        // Still needed: the clusters of streams whose last cluster has not arrived, at most two after the one
+        // where the stream begins.
         self.held.retain(|&number, _| begins.range(number.saturating_sub(2)..=number).next().is_some());
         let first = self.held.keys().next().copied().unwrap_or(u64::MAX);
         self.covered = self.covered.split_off(&first);

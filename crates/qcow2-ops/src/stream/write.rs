@@ -215,7 +215,7 @@ struct Layout {
     blocks: u64,
     l1: u64,
     l1_entries: u64,
-    /// For each L1 entry: whether it has an L2 table.
+    /// True for each L1 entry that has an L2 table.
     has_l2: Vec<bool>,
     l2: u64,
     data: u64,
