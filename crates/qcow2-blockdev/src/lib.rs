@@ -12,7 +12,7 @@
 //!
 //! Names become a tree of drivers with their options, the tree becomes storages from `qcow2-io` stacked on
 //! one another, and the engine opens the image in them, its data file and its backing chain. Names inside
-//! images lead nowhere unless [`Follow`] says so. Whatever goes wrong is one [`OpenFailure`], or, where an
+//! images lead nowhere unless the [`Policy`] says so, which also limits what opening may cost. Whatever goes wrong is one [`OpenFailure`], or, where an
 //! image is made, one [`CreateFailure`], to be matched by its kind; what is only worth a word is a
 //! [`Warning`].
 //!
@@ -97,9 +97,10 @@ pub use new::{
     read_amend_options,
 };
 pub use open::{
-    ChainFiles, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes, OpenedDisk, Sharing,
-    Tell, bitmaps_to_lose, locate_backing, open, open_backing, open_below, open_bytes, open_existing,
-    open_layers, open_scratch, open_snapshot, open_telling, warnings_of_change,
+    ChainFiles, Feature, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes, OpenedDisk,
+    Policy, PolicyError, Refusal, Sharing, Tell, bitmaps_to_lose, locate_backing, open, open_backing,
+    open_below, open_bytes, open_existing, open_layers, open_scratch, open_snapshot, open_telling,
+    warnings_of_change,
 };
 pub use scalar::{
     OptionError, OptionErrorKind, OptionValue, parse_switch, read_number, read_size, read_switch,

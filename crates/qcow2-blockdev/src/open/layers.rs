@@ -11,6 +11,7 @@ use crate::failure::{FailureKind, MissingBacking, OpenFailure, find};
 use crate::name::{ImageName, filename};
 use crate::tree::Node;
 use qcow2_core::format::snapshot::Snapshot;
+use qcow2_core::open::{DEFAULT_L2_CACHE, DEFAULT_REFCOUNT_CACHE};
 use qcow2_core::walk::read_header;
 use qcow2_core::{
     Error, ErrorKind, GuestDisk, Image, ImageFormat, OpenOptions as EngineOptions, Reference, ResolvedSource,
@@ -200,6 +201,11 @@ fn engine_options(
     options.codecs = how.codecs();
     options.keys = Some(Arc::new(name.keys.clone()));
     options.discard_freed = how.writable;
+    if let Some(most) = how.policy.max_memory {
+        options.l2_cache_size = Some(most).filter(|&most| most < DEFAULT_L2_CACHE);
+        options.refcount_cache_size = Some(most).filter(|&most| most < DEFAULT_REFCOUNT_CACHE);
+        options.bitmap_memory = options.bitmap_memory.min(most);
+    }
     let node = &name.node;
     if source.format == ImageFormat::Qcow2 && (!node.options.is_empty() || node.data_file.is_some()) {
         let failed = |kind: FailureKind| OpenFailure::new(&name.typed, kind);

@@ -7,11 +7,12 @@ use crate::findings::{complain, say};
 use crate::interrupt::Interrupts;
 use crate::open::{complain_of_guess, read_name};
 use crate::persona;
+use crate::policy::policy;
 use crate::progress::Meter;
 use crate::render::check::Fixed;
 use crate::render::{check as render, json};
 use crate::session::Session;
-use qcow2_blockdev::{ImageName, open_below, open_bytes, open_layers};
+use qcow2_blockdev::{Follow, ImageName, open_below, open_bytes, open_layers};
 use qcow2_core::format::header::CryptMethod;
 use qcow2_core::walk::SnapshotFault;
 use qcow2_core::{EncryptedLayer, ImageFormat, Keyring, ResolvedSource};
@@ -185,7 +186,10 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
         return Err(failure.with_code(exit::CHECK_UNSUPPORTED));
     }
     unlock(&name, &source)?;
-    open_below(&name, &source, &reading)?;
+    // qemu-img opens the backing chain for it, and fails without.
+    if session.is_drop_in() && policy().follow == Follow::All {
+        open_below(&name, &source, &reading)?;
+    }
     let interrupts = Interrupts::install();
     let meter = Meter::unasked(session, &interrupts);
     let workers = Threads::per_core();

@@ -13,6 +13,7 @@ use qcow2_blockdev::{ImageName, OpenedBytes, locate_backing, open_bytes};
 use qcow2_core::SourceId;
 use qcow2_core::chain::MAX_CHAIN_LEN;
 use qcow2_core::format::{FormatError, FormatErrorKind};
+use qcow2_ops::vet::references;
 use serde_json::Value;
 use std::collections::BTreeSet;
 
@@ -96,7 +97,8 @@ fn look(session: &Session, request: &Request, filename: &str) -> Result<Vec<Name
             false if report.luks.is_some() => "luks",
             false => "raw",
         };
-        infos.push(NamedInfo { filename: source.name, format, full_backing, nodes, report });
+        let references = session.is_own().then(|| references(&report));
+        infos.push(NamedInfo { filename: source.name, format, full_backing, nodes, report, references });
     }
     Ok(infos)
 }

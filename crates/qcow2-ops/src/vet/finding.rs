@@ -282,6 +282,12 @@ impl Finding {
 /// How much of a name is kept; a path is not longer on any system.
 const MAX_NAME: usize = 4096;
 
+/// `text` without anything that a terminal would obey.
+fn printable(text: &str) -> String {
+    let one = |c: char| if c == '\'' || c == '"' { String::from(c) } else { c.escape_debug().collect() };
+    text.chars().map(one).collect()
+}
+
 /// One sentence, without anything that a terminal would obey.
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -305,7 +311,7 @@ impl fmt::Display for Finding {
                 write!(f, "format is {}, which is not among the accepted ones", container.name())
             }
             Self::Malformed { container, why } => {
-                write!(f, "{} metadata is not valid: {}", container.name(), why.escape_debug())
+                write!(f, "{} metadata is not valid: {}", container.name(), printable(why))
             }
             Self::Name { role, kind, name, at: place } => {
                 write!(f, "{} '{}'", role.words(), name.escape_debug())?;
