@@ -14,8 +14,8 @@ use qcow2_core::format::snapshot::Snapshot;
 use qcow2_core::open::{DEFAULT_L2_CACHE, DEFAULT_REFCOUNT_CACHE};
 use qcow2_core::walk::read_header;
 use qcow2_core::{
-    Error, ErrorKind, GuestDisk, Image, ImageFormat, OpenOptions as EngineOptions, Reference, ResolvedSource,
-    Storage,
+    Error, ErrorKind, GuestDisk, Image, ImageFormat, Layers, OpenOptions as EngineOptions, Reference,
+    ResolvedSource, Storage,
 };
 use qcow2_io::{Debugger, LockConflict, OpenError, OpenErrorKind, ThrottleStorage};
 use std::error::Error as _;
@@ -260,8 +260,8 @@ fn is_not_there(error: &Error) -> bool {
     false
 }
 
-/// Opens, and closes again, the files that the qcow2 image in `source` names, for whoever needs them to be
-/// there.
+/// Opens, and closes again, the files that the qcow2 image in `source` names, as far as `how.layers` says, for
+/// whoever needs them to be there.
 pub fn open_below(name: &ImageName, source: &ResolvedSource, how: &OpenOptions) -> Result<(), OpenFailure> {
     let failed = |error: Error| OpenFailure::new(&name.typed, error);
     let header = read_header(&*source.storage).map_err(failed)?;
@@ -269,7 +269,8 @@ pub fn open_below(name: &ImageName, source: &ResolvedSource, how: &OpenOptions) 
         let opened = source.resolver.resolve(Reference::DataFile { name: &data }, false);
         opened.map_err(|error| failed(error.into()))?;
     }
-    let Some(backing) = header.backing_file_name() else { return Ok(()) };
+    let backing = header.backing_file_name().filter(|_| how.layers == Layers::Follow);
+    let Some(backing) = backing else { return Ok(()) };
     let format = header.extensions.backing_format_name();
     let reference = Reference::Backing { name: &backing, format: format.as_deref() };
     let below = source.resolver.resolve(reference, false).map_err(|error| failed(error.into()).below(1))?;

@@ -48,7 +48,7 @@ impl Default for VetOptions {
             max_l2_size: 256 << 20,
             max_ratio: 200,
             max_snapshots: 0,
-            max_iterations: 12_000_000,
+            max_iterations: 100_000_000,
             codecs: Codecs::default(),
         }
     }
