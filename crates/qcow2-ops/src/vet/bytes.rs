@@ -60,13 +60,13 @@ pub(super) const MAX_READ: u64 = 1 << 20;
 /// How many bytes are looked through for content behind the end of an image.
 const MAX_SCAN: u64 = 8 << 20;
 
-/// A little-endian number of `bytes`; missing bytes are zeroes.
+/// The little-endian number in `len` bytes at `at`, at most 8; missing bytes are zeroes.
 pub(super) fn little(bytes: &[u8], at: usize, len: usize) -> u64 {
     let part = bytes.get(at..).unwrap_or_default();
     part.iter().take(len).rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte))
 }
 
-/// The same, big-endian.
+/// The big-endian number in `len` bytes at `at`, at most 8; 0 if any of them is missing.
 pub(super) fn big(bytes: &[u8], at: usize, len: usize) -> u64 {
     let part = bytes.get(at..at.saturating_add(len)).unwrap_or_default();
     part.iter().fold(0, |sum, &byte| sum << 8 | u64::from(byte))

@@ -20,8 +20,9 @@ pub(super) fn vet(file: &Bytes<'_>, report: &mut VetReport) -> Result<(), Storag
     let old = file.tail(FOOTER - 1)?;
     let is_footer = |bytes: &[u8]| bytes.starts_with(b"conectix");
     let footers: Vec<&Vec<u8>> = [&first, &last, &old].into_iter().filter(|bytes| is_footer(bytes)).collect();
+    let fields = |footer: &[u8]| (big(footer, 16, 8), big(footer, 48, 8), big(footer, 60, 4));
     if let [one, other, ..] = footers[..]
-        && (big(one, 16, 8), big(one, 48, 16)) != (big(other, 16, 8), big(other, 48, 16))
+        && fields(one) != fields(other)
     {
         report.found(Finding::malformed(Container::Vhd, "the footer and its copy differ"));
     }
