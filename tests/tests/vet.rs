@@ -71,7 +71,8 @@ fn little(len: usize, fields: &[(usize, &[u8])]) -> Vec<u8> {
     bytes
 }
 
-const SPARSE: &str = "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"monolithicSparse\"\n\
+const SPARSE: &str = "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\n\
+                      createType=\"monolithicSparse\"\n\
                       RW 2048 SPARSE \"disk.vmdk\"\nddb.adapterType = \"ide\"\n";
 
 /// A sparse extent of so many sectors around this description.
@@ -516,28 +517,15 @@ fn a_line_and_an_exit_code_for_every_verdict() {
     Tool::at(folder.join("qemu-img")).run_in(folder, &["vet", "good"]).expect_code(1);
 }
 
-/// OpenStack's inspector calls nothing unsafe that we call safe, and we call nothing unsafe or unknown that it
-/// calls safe, but for what it does not look at.
-#[test]
-fn format_inspector_agrees() {
-    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let own = tests.join("../target/readers/bin/python3");
-    let Some(python) = (if own.is_file() { Some(Tool::at(own)) } else { Tool::find("python3") }) else {
-        return;
-    };
-    let folder = tempfile::tempdir().unwrap();
-    let imported = python.run_in(folder.path(), &["-c", "import oslo_utils.imageutils.format_inspector"]);
-    if imported.code != Some(0) {
-        return skip("oslo.utils with its format_inspector not found");
-    }
+/// Files for both, and whether we see more in them.
+fn inspected() -> Vec<(&'static str, Vec<u8>, bool)> {
     let mut both = iso();
     both[..512].copy_from_slice(&qcow2(|_| {})[..512]);
     let header = |change: &dyn Fn(&mut Header)| qcow2(|header| change(header));
     let version = |version| little(512, &[(0, b"QFI\xfb"), (7, &[version])]);
     let flat = SPARSE.replace("monolithicSparse", "monolithicFlat");
     let extent = |line: &str| vmdk(2048, &format!("{SPARSE}{line}\n"));
-    // The last column: whether we see more.
-    let files: Vec<(&str, Vec<u8>, bool)> = vec![
+    vec![
         ("qcow2", qcow2(|_| {}), false),
         ("qcow2-backing", header(&|h| h.backing_file = Some(b"x".to_vec())), false),
         ("qcow2-data", header(&|h| set_data_file(h, "x")), false),
@@ -573,7 +561,24 @@ fn format_inspector_agrees() {
         ("luks", luks(1), true),
         ("luks2", luks(2), false),
         ("raw", vec![7; 65536], false),
-    ];
+    ]
+}
+
+/// OpenStack's inspector calls nothing unsafe that we call safe, and we call nothing unsafe or unknown that
+/// it calls safe, but for what it does not look at.
+#[test]
+fn format_inspector_agrees() {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let own = tests.join("../target/readers/bin/python3");
+    let Some(python) = (if own.is_file() { Some(Tool::at(own)) } else { Tool::find("python3") }) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let imported = python.run_in(folder.path(), &["-c", "import oslo_utils.imageutils.format_inspector"]);
+    if imported.code != Some(0) {
+        return skip("oslo.utils with its format_inspector not found");
+    }
+    let files = inspected();
     for (name, bytes, _) in &files {
         std::fs::write(folder.path().join(name), bytes).unwrap();
     }

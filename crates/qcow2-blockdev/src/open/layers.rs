@@ -260,8 +260,8 @@ fn is_not_there(error: &Error) -> bool {
     false
 }
 
-/// Opens, and closes again, the files that the qcow2 image in `source` names, as far as `how.layers` says, for
-/// whoever needs them to be there.
+/// Opens, and closes again, the files that the qcow2 image in `source` names, as far as `how.layers` says,
+/// for whoever needs them to be there.
 pub fn open_below(name: &ImageName, source: &ResolvedSource, how: &OpenOptions) -> Result<(), OpenFailure> {
     let failed = |error: Error| OpenFailure::new(&name.typed, error);
     let header = read_header(&*source.storage).map_err(failed)?;

@@ -29,7 +29,9 @@ pub(crate) fn run(session: &Session, mut args: Arguments) -> Result<u8, Failure>
             Ok(report) => {
                 code = code.max(exit_code(report.verdict()));
                 match output {
-                    OutputFormat::Human => session.print(&to_line(filename, &report))?,
+                    OutputFormat::Human => {
+                        session.print(&format!("{}: {report}\n", human::escaped(filename)))?
+                    }
                     OutputFormat::Json => values.push(to_json(filename, &report)),
                 }
             }
@@ -68,13 +70,6 @@ fn exit_code(verdict: Verdict) -> u8 {
         Verdict::Unknown => exit::VET_UNKNOWN,
         Verdict::Unsafe => exit::VET_UNSAFE,
     }
-}
-
-fn to_line(filename: &str, report: &VetReport) -> String {
-    let reasons = report.findings.iter().map(Finding::to_string).collect::<Vec<_>>().join("; ");
-    let colon = if reasons.is_empty() { "" } else { ": " };
-    let (verdict, format) = (report.verdict().name(), report.format_name());
-    format!("{}: {verdict} ({format}){colon}{reasons}\n", human::escaped(filename))
 }
 
 fn to_json(filename: &str, report: &VetReport) -> Value {

@@ -48,8 +48,8 @@ impl Stream {
         self.limit = self.limit.filter(|&limit| Some(limit) == self.timeout);
     }
 
-    /// Calls `step` with what is left of the time. The socket is told only what it does not nearly know, which
-    /// saves a system call for each step: the last one may take half as long again.
+    /// Calls `step` with what is left of the time. The socket is told anew only where much of the time is
+    /// gone, which saves a system call for each step: the last one may take half as long again.
     fn within<T>(&mut self, step: impl FnOnce(&mut dyn Socket) -> io::Result<T>) -> io::Result<T> {
         if let Some(deadline) = self.deadline {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -70,7 +70,8 @@ impl Stream {
 
     fn late(&self) -> io::Error {
         let seconds = self.timeout.unwrap_or_default().as_secs();
-        io::Error::new(io::ErrorKind::TimedOut, format!("the server did not answer within {seconds} seconds"))
+        let text = format!("the server did not answer within {seconds} seconds");
+        io::Error::new(io::ErrorKind::TimedOut, text)
     }
 }
 
@@ -91,6 +92,7 @@ impl Write for Stream {
 }
 
 #[cfg(all(test, unix))]
+#[allow(clippy::unwrap_used, reason = "a test may stop")]
 mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;

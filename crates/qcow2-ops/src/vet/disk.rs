@@ -2,8 +2,9 @@
 
 use super::bytes::{Bytes, big, little};
 use super::finding::{Doubt, Finding, NamedBy};
+use super::name::NameKind;
 use super::options::VetOptions;
-use super::{NameKind, VetReport};
+use super::report::VetReport;
 use qcow2_core::StorageError;
 use qcow2_core::format::crypt::LuksHeader;
 use qcow2_core::format::signature::Container;

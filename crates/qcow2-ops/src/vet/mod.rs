@@ -1,7 +1,7 @@
 //! Judges whether an image of unknown origin is safe to accept.
 //!
-//! Looks at the bytes only: opens nothing that they name, follows nothing, decrypts nothing, believes nothing.
-//! Any bytes give a report; memory and reads stay below named limits.
+//! Looks at the bytes only: opens nothing that they name, and decrypts nothing. Any bytes give a report;
+//! memory and reads stay below named limits.
 //!
 //! | what | file |
 //! |---|---|
@@ -18,6 +18,7 @@ mod name;
 mod options;
 mod qcow2;
 mod recognise;
+mod report;
 mod vhd;
 mod vhdx;
 mod vmdk;
@@ -25,54 +26,19 @@ mod vmdk;
 pub use finding::{BitsOf, Doubt, Finding, NamedBy, Verdict};
 pub use name::{NameKind, NamedFile, references};
 pub use options::VetOptions;
+pub use report::{MAX_FINDINGS, VetReport};
 
 use crate::error::{Error, ErrorKind, Result};
 use bytes::Bytes;
-use qcow2_core::Storage;
 use qcow2_core::format::signature::Container;
+use qcow2_core::{Storage, StorageError};
 use std::sync::Arc;
-
-/// What was found in an image.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct VetReport {
-    /// The format that it would be opened in; `None`: raw.
-    pub format: Option<Container>,
-    /// Length of the file in bytes.
-    pub file_len: u64,
-    /// The virtual size that its header states, in bytes; of a raw disk the length of the file. `None` if it
-    /// cannot be read.
-    pub virtual_size: Option<u64>,
-    /// The reasons not to accept it, at most [`MAX_FINDINGS`].
-    pub findings: Vec<Finding>,
-}
-
-impl VetReport {
-    /// The worst of the findings.
-    pub fn verdict(&self) -> Verdict {
-        self.findings.iter().map(Finding::verdict).max().unwrap_or(Verdict::Safe)
-    }
-
-    /// Name of the format.
-    pub fn format_name(&self) -> &'static str {
-        self.format.map_or("raw", Container::name)
-    }
-
-    fn found(&mut self, finding: Finding) {
-        if self.findings.len() < MAX_FINDINGS && !self.findings.contains(&finding) {
-            self.findings.push(finding);
-        }
-    }
-}
-
-/// The most findings that a report has; a file of one line each could name thousands of files.
-pub const MAX_FINDINGS: usize = 64;
 
 /// Judges the bytes in `storage`. Disk: reads headers, tables and, at most 16 MiB each, descriptors and what
 /// follows the end of an image; writes nothing. Errors: `Read`: the storage failed.
 ///
 /// ```
-/// use qcow2_core::Storage;
+/// use qcow2_core::{Storage, StorageError};
 /// use qcow2_io::MemoryStorage;
 /// use qcow2_ops::vet::{Verdict, VetOptions, vet};
 /// use std::sync::Arc;
@@ -88,7 +54,7 @@ pub fn vet(storage: &Arc<dyn Storage>, options: &VetOptions) -> Result<VetReport
     look(storage, &file, options).map_err(failed)
 }
 
-fn failed(error: qcow2_core::StorageError) -> Error {
+fn failed(error: StorageError) -> Error {
     Error::new(ErrorKind::Read, "reading the image").with_source(error)
 }
 
@@ -96,10 +62,10 @@ fn look(
     storage: &Arc<dyn Storage>,
     file: &Bytes<'_>,
     options: &VetOptions,
-) -> Result<VetReport, qcow2_core::StorageError> {
+) -> Result<VetReport, StorageError> {
     let seen = recognise::containers(file)?;
     let format = recognise::chosen(&seen, file)?;
-    let mut report = VetReport { format, file_len: file.len(), virtual_size: None, findings: Vec::new() };
+    let mut report = VetReport::new(format, file.len());
     for finding in recognise::judge(&seen, format, options) {
         report.found(finding);
     }

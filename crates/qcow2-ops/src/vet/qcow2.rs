@@ -1,9 +1,10 @@
 //! qcow2: what the header names and asks for, and what the file holds.
 
 use super::bytes::{Bytes, big};
+use super::disk;
 use super::finding::{BitsOf, Doubt, Finding, NamedBy};
 use super::options::VetOptions;
-use super::{VetReport, disk};
+use super::report::VetReport;
 use qcow2_core::format::bytes::words;
 use qcow2_core::format::crypt::LuksHeader;
 use qcow2_core::format::l1::L1Entry;

@@ -8,9 +8,9 @@
 //! | 48 | 8 | virtual size | | 576 | 8 * 24 | parent locators: code (4), space (4), |
 //! | 60 | 4 | type: 2 fixed, 3 growing, 4 with a parent | | | | length (4), reserved (4), place (8) |
 
-use super::VetReport;
 use super::bytes::{Bytes, big, wide_text};
 use super::finding::{Finding, NamedBy};
+use super::report::VetReport;
 use qcow2_core::StorageError;
 use qcow2_core::format::signature::Container;
 

@@ -1,13 +1,14 @@
 //! VHDX: a region table leads to the metadata table, which leads to items. All numbers are little-endian.
 //!
-//! | region table | metadata table | parent locator |
+//! | table | head | entries |
 //! |---|---|---|
-//! | `regi`, checksum, count (4), reserved | `metadata`, reserved (2), count (2), 20 reserved | type (16), reserved (2), count (2) |
-//! | entries of 32: GUID (16), place (8), length (4), required (4) | entries of 32: GUID (16), offset (4), length (4), flags (4), reserved | entries of 12: offsets (4) of key and value, lengths (2) |
+//! | regions | `regi`, checksum (4), count (4), 4 more | GUID (16), place (8), length (4), 4 more |
+//! | metadata | `metadata`, 2, count (2), 20 more | GUID (16), offset (4), length (4), 8 more |
+//! | locator | type (16), 2, count (2) | offsets of key and value (4 each), lengths (2 each) |
 
-use super::VetReport;
 use super::bytes::{Bytes, little, wide_text};
 use super::finding::{Finding, NamedBy};
+use super::report::VetReport;
 use qcow2_core::StorageError;
 use qcow2_core::format::signature::Container;
 

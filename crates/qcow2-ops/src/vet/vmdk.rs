@@ -8,13 +8,11 @@
 //! | 28, 36 | 8 each | the text: first sector, sectors |
 //! | 56 | 8 | grain directory, or all ones: a footer at the end of the file has it |
 //!
-//! The text is lines: comments with `#`, `key=value`, `ddb.key = "value"`, and extents: access, sectors, type,
-//! `"file"`, offset. A line that is none of these is refused, since nobody knows what other programs make of
-//! it.
+//! The text is lines: comments with `#`, `key=value`, `ddb.key = "value"`, and extents: access, sectors,
+//! type, `"file"`, offset. A line that is none of these is refused, since nobody knows what other programs
+//! make of it.
 
-use super::VetReport;
-use super::bytes::{Bytes, MAX_READ, little};
-use super::finding::{Finding, NamedBy};
+use super::report::VetReport;
 use qcow2_core::StorageError;
 use qcow2_core::format::signature::Container;
 
