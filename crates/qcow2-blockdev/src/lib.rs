@@ -12,9 +12,9 @@
 //!
 //! Names become a tree of drivers with their options, the tree becomes storages from `qcow2-io` stacked on
 //! one another, and the engine opens the image in them, its data file and its backing chain. Names inside
-//! images lead nowhere unless the [`Policy`] says so, which also limits what opening may cost. Whatever goes
-//! wrong is one [`OpenFailure`], or, where an image is made, one [`CreateFailure`], to be matched by its kind;
-//! what is only worth a word is a [`Warning`].
+//! images lead nowhere unless the [`Policy`] says so, which also limits what opening may cost. Whatever
+//! goes wrong is one [`OpenFailure`], or, where an image is made, one [`CreateFailure`], to be matched by
+//! its kind; what is only worth a word is a [`Warning`].
 //!
 //! | need | here |
 //! |---|---|

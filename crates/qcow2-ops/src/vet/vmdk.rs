@@ -12,6 +12,8 @@
 //! type, `"file"`, offset. A line that is none of these is refused, since nobody knows what other programs
 //! make of it.
 
+use super::bytes::{Bytes, MAX_READ, little};
+use super::finding::{Finding, NamedBy};
 use super::report::VetReport;
 use qcow2_core::StorageError;
 use qcow2_core::format::signature::Container;
