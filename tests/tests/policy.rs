@@ -101,6 +101,22 @@ fn names_are_opened_as_far_as_the_policy_follows_them() {
     run(folder, &format!("map --follow none --image-opts {own}")).success();
     run(folder, "info --follow none far").success();
     run(folder, "map --follow some top").expect_code(1);
+    // Looking at a whole chain is following it.
+    std::os::unix::fs::symlink("sub/base.raw", folder.join("link")).unwrap();
+    run(folder, "create -q -f qcow2 -u -b link -F raw linked 1M").success();
+    for (options, image, part) in [
+        ("--follow none", "top", "follow=none"),
+        ("--follow same-directory", "far", "follow=same-directory"),
+        ("--follow same-directory", "json", "follow=same-directory"),
+        ("--follow same-directory", "linked", "follow=same-directory"),
+        ("--policy depth=1", "top", "depth=1"),
+    ] {
+        let refused = run(folder, &format!("info --backing-chain {options} {image}")).expect_code(1);
+        assert!(refused.stdout.is_empty() && refused.stderr.contains(part), "{refused}");
+        run(folder, &format!("map {options} {image}")).expect_code(1);
+    }
+    let whole = run(folder, "info --backing-chain --follow same-directory top").success().stdout;
+    assert_eq!(whole.matches("image: ").count(), 3, "{whole}");
 }
 
 #[test]

@@ -301,6 +301,16 @@ fn vmdk_extents_that_name_files() {
     // Not every program wants the first line.
     let bare = flat.split_once('\n').unwrap().1;
     check(bare.as_bytes(), Verdict::Unsafe, &["malformed", "extent"]);
+    // QEMU wants nothing but a version, and reads no further than the first zero.
+    for text in
+        ["# \u{e9}\nversion=1\nRW 2 FLAT \"/etc/Shadow\" 0\n", "version=1\nrw 2 FLAT \"/etc/Shadow\" 0\n"]
+    {
+        let padded = [text.as_bytes(), &[0; 700]].concat();
+        let report = judge(&padded, &options());
+        assert_eq!((report.verdict(), report.format_name()), (Verdict::Unsafe, "vmdk"), "{report}");
+        check_named(&report, "/etc/Shadow", "path");
+        assert_eq!(judge(&padded, &options().with_format(Some(ImageFormat::Raw))).verdict(), Verdict::Unsafe);
+    }
     let none = SPARSE.replace("RW 2048 SPARSE \"disk.vmdk\"\n", "");
     check(&vmdk(2048, &none), Verdict::Unsafe, &["malformed"]);
 }

@@ -25,6 +25,7 @@ pub use layers::{
     open_telling,
 };
 pub use look::{Tell, bitmaps_to_lose, warnings_of_change};
+pub use named::permit_backing;
 pub use options::{OpenOptions, Sharing};
 pub use policy::{Feature, Follow, Policy, PolicyError, Refusal};
 pub use record::LayerFiles;

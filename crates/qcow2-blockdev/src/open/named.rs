@@ -6,7 +6,7 @@
 
 use super::bytes::Opening;
 use super::options::OpenOptions;
-use super::policy::{Follow, Refusal};
+use super::policy::{Follow, Policy, Refusal};
 use super::trail::Trail;
 use crate::driver::Driver;
 use crate::failure::FailureKind;
@@ -14,7 +14,7 @@ use crate::keys::Secrets;
 use crate::name::{ImageName, Naming};
 use crate::tree::Node;
 use qcow2_core::{ImageFormat, NoResolver, Reference, ResolveError, ResolvedSource, Resolver};
-use qcow2_io::MemoryStorage;
+use qcow2_io::{FileResolver, MemoryStorage};
 use std::sync::Arc;
 
 /// Resolves the names in one image as far as the policy allows: paths as `inner` does, other names of backing
@@ -108,6 +108,23 @@ impl NamedFiles {
         let (how, format) = (self.how.below(writable), format_of(&node));
         let opening = Opening::new(&how, &self.secrets, format.as_ref(), trail);
         opening.open(&node).map(|(source, ..)| source).map_err(in_image)
+    }
+}
+
+/// Says whether `policy` allows opening the backing file that the image at `image` calls `name`, for whoever
+/// opens it as a name of its own. `depth`: how many layers stand on that image. Opens nothing.
+pub fn permit_backing(policy: &Policy, image: &str, name: &str, depth: usize) -> Result<(), Refusal> {
+    let (owned, follow) = ((image.to_owned(), name.to_owned()), policy.follow);
+    let files = FileResolver::new(image, follow.files());
+    let allowed = match follow {
+        Follow::All => true,
+        _ => !is_more_than_a_path(name) && files.check(Reference::Backing { name, format: None }).is_ok(),
+    };
+    let (image, name) = owned;
+    match depth >= policy.max_depth {
+        _ if !allowed => Err(Refusal::Name { image, name, follow }),
+        true => Err(Refusal::Depth { image, name, allowed: policy.max_depth }),
+        false => Ok(()),
     }
 }
 

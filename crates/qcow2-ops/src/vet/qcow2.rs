@@ -181,14 +181,14 @@ fn content(
         for place in entries.filter_map(|entry| entry.l2_table) {
             *tables.entry(place.value()).or_default() += 1;
         }
+        if (tables.len() as u64).saturating_mul(size) > options.max_l2_size {
+            report.found(Finding::doubt(Doubt::MoreTables, Some(header.l1_table_offset.value())));
+            return Ok(());
+        }
         if whole == 0 {
             break;
         }
         at += whole as u64;
-    }
-    if (tables.len() as u64).saturating_mul(size) > options.max_l2_size {
-        report.found(Finding::doubt(Doubt::MoreTables, Some(header.l1_table_offset.value())));
-        return Ok(());
     }
     let mut guest = 0u64;
     for (place, times) in tables {

@@ -18,16 +18,18 @@ use super::report::VetReport;
 use qcow2_core::StorageError;
 use qcow2_core::format::signature::Container;
 
-/// True if the file is a text that describes extents. Bytes of a sparse extent are not.
+/// True if the file is a text that describes extents: one whose first line that is neither blank nor a comment
+/// is a version, which is all that QEMU wants, or a text with a subformat.
 pub(super) fn is_descriptor(file: &Bytes<'_>) -> Result<bool, StorageError> {
-    let head = file.read(0, 512)?;
-    if head.is_empty() || head.iter().any(|&byte| !byte.is_ascii_graphic() && !byte.is_ascii_whitespace()) {
-        return Ok(false);
+    let head = file.read(0, HEAD)?;
+    let lines = head.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii);
+    let mut lines = lines.filter(|line| !line.is_empty() && !line.starts_with(b"#"));
+    if lines.next().is_some_and(|line| line.to_ascii_lowercase().starts_with(b"version=")) {
+        return Ok(true);
     }
-    let text = text_of(&file.read(0, MAX_TEXT)?);
-    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let is_version = lines.next().is_some_and(|line| line.starts_with("version="));
-    Ok(is_version || text.contains(CREATE_TYPE) || text.starts_with("# disk descriptorfile"))
+    let first = head.get(..512).unwrap_or(&head);
+    let is_text = first.iter().all(|&byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace());
+    Ok(is_text && text_of(&head).contains(CREATE_TYPE))
 }
 
 /// Judges the header, the text and the footer.
@@ -152,5 +154,7 @@ const ACCEPTED: [&str; 2] = ["monolithicsparse", "streamoptimized"];
 const AT_END: u64 = u64::MAX;
 /// Type of the marker before a footer.
 const FOOTER: u64 = 3;
+/// How much is looked at to see whether a file is a text.
+const HEAD: u64 = 64 << 10;
 /// The largest text, as in QEMU.
 const MAX_TEXT: u64 = MAX_READ - 1;
