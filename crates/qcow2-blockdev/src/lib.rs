@@ -100,7 +100,7 @@ pub use open::{
     ChainFiles, Feature, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes, OpenedDisk,
     Policy, PolicyError, Refusal, Sharing, Tell, bitmaps_to_lose, locate_backing, open, open_backing,
     open_below, open_bytes, open_existing, open_layers, open_scratch, open_snapshot, open_telling,
-    warnings_of_change,
+    permit_backing, warnings_of_change,
 };
 pub use scalar::{
     OptionError, OptionErrorKind, OptionValue, parse_switch, read_number, read_size, read_switch,

@@ -67,6 +67,9 @@ fn describe(bytes: &[u8], at: u64, others: bool, report: &mut VetReport) {
     if !text.is_ascii() {
         report.found(malformed("the description is not ASCII"));
     }
+    // Bytes that are not UTF-8 are replaced in the text, which moves what follows.
+    let original =
+        Some(bytes).filter(|bytes| bytes.get(..text.len()).is_some_and(|b| str::from_utf8(b).is_ok()));
     let subformat = text.split_once(CREATE_TYPE).and_then(|(_, rest)| rest.split_once('"'));
     let subformat = subformat.map_or("", |(subformat, _)| subformat);
     if !ACCEPTED.contains(&subformat) {
@@ -84,7 +87,7 @@ fn describe(bytes: &[u8], at: u64, others: bool, report: &mut VetReport) {
                 report.found(malformed(format!("the description has the line '{line}'")));
             }
             _ if key == "parentfilenamehint" => {
-                report.found(name(NamedBy::Parent, (bytes, at), &text, value.trim().trim_matches('"')));
+                report.found(name(NamedBy::Parent, (original, at), &text, value.trim().trim_matches('"')));
             }
             _ if key == "parentcid" && value.trim() != "ffffffff" => {
                 report.found(Finding::NoName { role: NamedBy::Parent });
@@ -99,16 +102,16 @@ fn describe(bytes: &[u8], at: u64, others: bool, report: &mut VetReport) {
     for line in extents {
         let file = line.split('"').nth(1).unwrap_or(line);
         if others || several || line.contains(['/', '\\']) || file.contains(':') {
-            report.found(name(NamedBy::Extent, (bytes, at), &text, file));
+            report.found(name(NamedBy::Extent, (original, at), &text, file));
         }
     }
 }
 
-/// The finding for `part` of the lower-case `text` of the description `bytes`, which is at `at`.
-fn name(role: NamedBy, (bytes, at): (&[u8], u64), text: &str, part: &str) -> Finding {
+/// The finding for `part` of the lower-case `text` of a description at `at`. `original`: the description
+/// itself, if it has as many bytes as the text.
+fn name(role: NamedBy, (original, at): (Option<&[u8]>, u64), text: &str, part: &str) -> Finding {
     let index = part.as_ptr() as usize - text.as_ptr() as usize;
-    // The text has as many bytes as the description where that is ASCII.
-    let original = bytes.get(index..index + part.len()).filter(|_| text.is_ascii());
+    let original = original.and_then(|bytes| bytes.get(index..index + part.len()));
     let original = original.map_or(part.into(), String::from_utf8_lossy);
     Finding::name(role, &original, Some(at.saturating_add(index as u64)))
 }
