@@ -215,8 +215,8 @@ impl FileResolver {
         Ok(text.strip_prefix("./").filter(|rest| !rest.contains(':')).unwrap_or(&text).to_owned())
     }
 
-    /// Says whether the policy allows opening what `reference` names, for callers that open it by other means.
-    /// Opens nothing. Errors: as [`Resolver::resolve`], before anything is opened; with
+    /// Says whether the policy allows opening what `reference` names, for callers that open it by other
+    /// means. Opens nothing. Errors: as [`Resolver::resolve`], before anything is opened; with
     /// [`Policy::SameDirectory`] a symbolic link too.
     pub fn check(&self, reference: Reference<'_>) -> Result<(), ResolveError> {
         let path = self.locate(reference)?;

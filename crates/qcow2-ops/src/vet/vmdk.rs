@@ -18,8 +18,8 @@ use super::report::VetReport;
 use qcow2_core::StorageError;
 use qcow2_core::format::signature::Container;
 
-/// True if the file is a text that describes extents: one whose first line that is neither blank nor a comment
-/// is a version, which is all that QEMU wants, or a text with a subformat.
+/// True if the file is a text that describes extents: one whose first line that is neither blank nor a
+/// comment is a version, which is all that QEMU wants, or a text with a subformat.
 pub(super) fn is_descriptor(file: &Bytes<'_>) -> Result<bool, StorageError> {
     let head = file.read(0, HEAD)?;
     let lines = head.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii);
