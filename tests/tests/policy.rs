@@ -284,7 +284,7 @@ fn a_server_that_is_silent_or_endless_meets_a_timeout() {
             let _ = socket.write_all(b"NBDMAGICIHAVEOPT\x00\x03");
             let _ = socket.read(&mut [0; 64]);
             while socket.write_all(&[0]).is_ok() {
-                thread::sleep(Duration::from_millis(100));
+                thread::sleep(Duration::from_millis(300));
             }
         },
     ];
@@ -299,9 +299,6 @@ fn a_server_that_is_silent_or_endless_meets_a_timeout() {
         let (code, said) = run_as("qemu-img", "timeout=1", folder.path(), &format!("info nbd://{address}/x"));
         assert!(code == Some(1) && started.elapsed() < Duration::from_secs(20), "{said}");
         serving.join().unwrap();
-        assert!(
-            said.contains("did not answer within 1 seconds") || said.contains("the server sent"),
-            "{said}"
-        );
+        assert!(said.contains("did not answer within 1 seconds"), "{said}");
     }
 }

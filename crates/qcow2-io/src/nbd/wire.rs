@@ -269,6 +269,24 @@ mod tests {
     }
 
     #[test]
+    fn replies_without_end_are_refused() {
+        let last = chunk(DONE, OFFSET_DATA, &data(100, &[1, 2, 3, 4]));
+        let after = |count| [chunk(0, 0, &[]).repeat(count), last.clone()].concat();
+        assert!(read(&after(MAX_CHUNKS - 1)).is_ok());
+        assert!(read(&after(MAX_CHUNKS)).unwrap_err().contains("without end"));
+        let status = [&7u32.to_be_bytes()[..], &[0; 8]].concat();
+        let twice = [chunk(0, BLOCK_STATUS, &status), chunk(DONE, BLOCK_STATUS, &status)].concat();
+        for (bytes, is_ok) in [(&twice[20 + 12..], true), (&twice, false)] {
+            let mut extents = Vec::new();
+            let request = Request::new(Command::BlockStatus, 0, 512);
+            let mut reply = Reply::Status { context: 7, extents: &mut extents };
+            let received = receive(&mut &bytes[..], &request, 9, true, &mut reply);
+            assert_eq!(received.is_ok(), is_ok, "{extents:?}");
+            assert_eq!(extents.len(), 1);
+        }
+    }
+
+    #[test]
     fn invalid_replies_are_refused() {
         for bytes in [
             chunk(DONE, OFFSET_DATA, &data(102, &[1, 2])),
