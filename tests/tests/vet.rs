@@ -359,6 +359,18 @@ fn vhdx_parent_locators() {
     let report = check(&vhdx(Some("..\\..\\secret.vhdx")), Verdict::Unsafe, &["parent", "parent"]);
     check_named(&report, "..\\..\\secret.vhdx", "path");
     check(b"vhdxfile", Verdict::Unsafe, &["malformed"]);
+    // Tables full of the same entry cost no more than one of them.
+    let mut image = vhdx(Some("x"));
+    image[(2 << 20) + 84..(2 << 20) + 88].copy_from_slice(&0x10000u32.to_le_bytes());
+    for (table, at, entry) in [(192 << 10, 8, 16), (2 << 20, 10, 64)] {
+        image[table + at..table + at + 2].copy_from_slice(&1900u16.to_le_bytes());
+        let entry = image[table + entry..table + entry + 32].to_vec();
+        let first = table + if table == 2 << 20 { 32 } else { 16 };
+        (0..1900).for_each(|n| image[first + 32 * n..first + 32 * n + 32].copy_from_slice(&entry));
+    }
+    let started = std::time::Instant::now();
+    let report = judge(&image, &options());
+    assert!(report.verdict() == Verdict::Unsafe && started.elapsed().as_secs() < 4, "{report}");
 }
 
 #[test]

@@ -20,7 +20,9 @@ pub(super) fn vet(file: &Bytes<'_>, report: &mut VetReport) -> Result<(), Storag
         if !table.starts_with(b"regi") {
             continue;
         }
-        for entry in entries(&table, 8, 16, 4).filter(|entry| entry.starts_with(&METADATA)) {
+        // A second one would be a second image, which nobody reads.
+        let mut regions = entries(&table, 8, 16, 4).filter(|entry| entry.starts_with(&METADATA));
+        if let Some(entry) = regions.next() {
             found = true;
             metadata(file, little(entry, 16, 8), report)?;
         }
@@ -37,16 +39,26 @@ fn metadata(file: &Bytes<'_>, region: u64, report: &mut VetReport) -> Result<(),
         report.found(Finding::malformed(Container::Vhdx, format!("no metadata table at {region:#x}")));
         return Ok(());
     }
+    let mut seen = Vec::new();
     for entry in entries(&table, 10, 32, 2) {
+        let guid = entry.first_chunk::<16>().copied().unwrap_or_default();
+        if ![DISK_SIZE, PARAMETERS, LOCATOR].contains(&guid) {
+            continue;
+        }
+        if seen.contains(&guid) {
+            report.found(Finding::malformed(Container::Vhdx, "the metadata table has an item twice"));
+            continue;
+        }
+        seen.push(guid);
         let (offset, len) = (little(entry, 16, 4), little(entry, 20, 4));
         let place = region.saturating_add(offset);
         let item = || file.read(place, len.min(MAX_ITEM));
-        match entry.first_chunk::<16>() {
-            Some(&DISK_SIZE) => report.virtual_size = Some(little(&item()?, 0, 8)),
-            Some(&PARAMETERS) if little(&item()?, 4, 4) & HAS_PARENT != 0 => {
+        match guid {
+            DISK_SIZE => report.virtual_size = Some(little(&item()?, 0, 8)),
+            PARAMETERS if little(&item()?, 4, 4) & HAS_PARENT != 0 => {
                 report.found(Finding::NoName { role: NamedBy::Parent });
             }
-            Some(&LOCATOR) => locator(&item()?, place, report),
+            LOCATOR => locator(&item()?, place, report),
             _ => {}
         }
     }
