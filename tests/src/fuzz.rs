@@ -20,6 +20,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "open_write", seeds: "images", body: open_write },
     Target { name: "open_change", seeds: "images", body: open_change },
     Target { name: "check_then_read", seeds: "images", body: check_then_read },
+    Target { name: "vet", seeds: "images", body: vet },
 ];
 
 /// The most extents that are queried, and the most bytes that are read of each.
@@ -42,6 +43,31 @@ pub fn expand(data: &[u8]) {
     codec.expand(stream, &mut again).expect("the same stream expands again");
     assert_eq!(cluster, again, "every byte of the cluster is written");
     round_trip(&**codec, &cluster);
+}
+
+/// Judges the bytes, also as those of a raw disk, with and without what follows a header of another format.
+pub fn vet(data: &[u8]) {
+    use qcow2_ops::vet::{MAX_FINDINGS, VetOptions, vet};
+    let storage = storage(data);
+    let shared: Arc<dyn Storage> = Arc::clone(&storage) as _;
+    let options = || VetOptions::default().with_codecs(CODECS.clone());
+    for options in [options(), options().with_format(Some(ImageFormat::Raw))] {
+        let report = vet(&shared, &options).expect("memory can be read");
+        assert!(report.findings.len() <= MAX_FINDINGS);
+        for finding in &report.findings {
+            assert!(!finding.to_string().contains(|c: char| c.is_control()), "{finding}");
+        }
+    }
+    assert_eq!(storage.to_vec(), data, "judging never writes");
+    for head in
+        [&b"KDMV\x01"[..], b"conectix", b"vhdxfile", b"LUKS\xBA\xBE\x00\x01", b"# Disk DescriptorFile\n"]
+    {
+        let mut other = data.to_vec();
+        let len = head.len().min(other.len());
+        other[..len].copy_from_slice(&head[..len]);
+        let other: Arc<dyn Storage> = Arc::new(MemoryStorage::from(other));
+        vet(&other, &options()).expect("memory can be read");
+    }
 }
 
 fn round_trip(codec: &dyn ClusterCodec, cluster: &[u8]) {

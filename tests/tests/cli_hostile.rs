@@ -157,12 +157,15 @@ fn backing_chain_loops_and_long_chains() {
         check_refused(folder.path(), "info --backing-chain a", 1),
         "qcow2: Backing file 'a' creates an infinite loop."
     );
-    for line in ["map a", "check a", "map self", "check self", "convert a target", "convert self target"] {
+    for line in ["map a", "map self", "convert a target", "convert self target"] {
         assert!(check_refused(folder.path(), line, 1).contains("creates an infinite loop"));
     }
     assert!(check_refused(folder.path(), "compare a self", 2).contains("creates an infinite loop"));
     for name in ["a", "self"] {
         run(folder.path(), &format!("info {name}")).success();
+        // Checked by qemu-img too, the references are in the image alone.
+        let checked = run(folder.path(), &format!("check {name}"));
+        assert!(!checked.stderr.contains("loop"), "{checked}");
     }
     make("c0", None);
     for i in 1..=1100 {

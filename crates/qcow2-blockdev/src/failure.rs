@@ -2,6 +2,7 @@
 
 use crate::driver::{AddressError, Driver, RuleError, TuningError, WindowError};
 use crate::keyvalue::KeyValueError;
+use crate::open::Refusal;
 use crate::scalar::OptionError;
 use crate::tree::JsonError;
 use crate::warning::Warning;
@@ -123,6 +124,8 @@ pub enum FailureKind {
     TooManyNamed(usize),
     /// The file called so stands below itself.
     Loop(String),
+    /// The policy does not allow it.
+    Refused(Refusal),
     /// The engine does not open the image. A layer that stays locked is among the causes:
     /// [`KeyError`](crate::KeyError).
     Engine(qcow2_core::Error),
@@ -273,6 +276,7 @@ impl fmt::Display for FailureKind {
                 write!(f, "more than {most} files are named by one image and those below it")
             }
             Self::Loop(name) => write!(f, "'{name}' stands below itself in the backing chain"),
+            Self::Refused(refusal) => refusal.fmt(f),
             Self::Engine(error) => error.fmt(f),
             Self::NoSnapshots => f.write_str("a disk of this format has no snapshots"),
             Self::NoSuchSnapshot => f.write_str("there is no such snapshot"),
@@ -312,5 +316,6 @@ from!(
     WindowError => Window,
     RuleError => Rules,
     TuningError => Tuning,
+    Refusal => Refused,
     qcow2_core::Error => Engine,
 );

@@ -12,9 +12,9 @@
 //!
 //! Names become a tree of drivers with their options, the tree becomes storages from `qcow2-io` stacked on
 //! one another, and the engine opens the image in them, its data file and its backing chain. Names inside
-//! images lead nowhere unless [`Follow`] says so. Whatever goes wrong is one [`OpenFailure`], or, where an
-//! image is made, one [`CreateFailure`], to be matched by its kind; what is only worth a word is a
-//! [`Warning`].
+//! images lead nowhere unless the [`Policy`] says so, which also limits what opening may cost. Whatever
+//! goes wrong is one [`OpenFailure`], or, where an image is made, one [`CreateFailure`], to be matched by
+//! its kind; what is only worth a word is a [`Warning`].
 //!
 //! | need | here |
 //! |---|---|
@@ -99,9 +99,10 @@ pub use new::{
     new_image_format,
 };
 pub use open::{
-    BackingFile, ChainFiles, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes,
-    OpenedDisk, Sharing, Tell, bitmaps_to_lose, locate_backing, open, open_backing, open_below, open_bytes,
-    open_existing, open_layers, open_scratch, open_snapshot, open_telling, warnings_of_change,
+    BackingFile, ChainFiles, Feature, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes,
+    OpenedDisk, Policy, PolicyError, Refusal, Sharing, Tell, bitmaps_to_lose, locate_backing, open,
+    open_backing, open_below, open_bytes, open_existing, open_layers, open_scratch, open_snapshot,
+    open_telling, permit_backing, warnings_of_change,
 };
 pub use scalar::{
     OptionError, OptionErrorKind, OptionValue, parse_switch, read_number, read_size, read_switch,

@@ -10,6 +10,10 @@ pub(crate) const CHECK_CORRUPT: u8 = 2;
 pub(crate) const CHECK_LEAKS: u8 = 3;
 /// `check`: the format has no check.
 pub(crate) const CHECK_UNSUPPORTED: u8 = 63;
+/// `vet`: something cannot be judged, or the image cannot be read.
+pub(crate) const VET_UNKNOWN: u8 = 1;
+/// `vet`: the image is not safe.
+pub(crate) const VET_UNSAFE: u8 = 2;
 /// `compare`: an image could not be opened, or the result not be told.
 pub(crate) const COMPARE_OPEN: u8 = 2;
 /// `compare`: an image could not say what is allocated.

@@ -16,6 +16,7 @@ mod newimage;
 mod numbers;
 mod open;
 mod persona;
+mod policy;
 mod progress;
 mod prompt;
 mod render;
@@ -50,6 +51,7 @@ fn utf8(args: impl Iterator<Item = OsString>) -> Result<Vec<String>, Failure> {
 }
 
 fn dispatch(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
+    policy::take_environment()?;
     if let Some(verb) = args::find_verb("io").filter(|_| session.is_qemu_io()) {
         return command::io::run_as_tool(session, verb, args);
     }

@@ -54,28 +54,17 @@ impl Default for OpenRequest {
 }
 
 impl OpenRequest {
-<<<<<<< HEAD
-    /// Sets the cache mode by its name (`none`, `writeback`, ...), if one is given.
+    /// Sets the cache mode by name (`none`, `writeback`, ...); `None` changes nothing. Errors: no such word.
     pub fn set_cache(&mut self, name: Option<&str>) -> Result<(), RequestError> {
-=======
-    /// Sets the cache mode by name (`none`, `writeback`, ...); `None` changes nothing. Errors: the text for
-    /// the user.
-    pub fn set_cache(&mut self, name: Option<&str>) -> Result<(), String> {
->>>>>>> words2
         if let Some(name) = name {
             self.cache = CacheMode::parse(name).ok_or_else(|| RequestError::Cache(name.to_owned()))?;
         }
         Ok(())
     }
 
-<<<<<<< HEAD
-    /// Sets whether discards count (`unmap`, `on`, `ignore`, `off`), if it is said.
+    /// Enables (`unmap`, `on`) or disables (`ignore`, `off`) discards; `None` changes nothing. Errors: no such
+    /// word.
     pub fn set_discard(&mut self, name: Option<&str>) -> Result<(), RequestError> {
-=======
-    /// Enables (`unmap`, `on`) or disables (`ignore`, `off`) discards; `None` changes nothing. Errors: the
-    /// text for the user.
-    pub fn set_discard(&mut self, name: Option<&str>) -> Result<(), String> {
->>>>>>> words2
         self.discards = match name {
             None => return Ok(()),
             Some("unmap" | "on") => true,
@@ -85,15 +74,9 @@ impl OpenRequest {
         Ok(())
     }
 
-<<<<<<< HEAD
-    /// Notes the way of asynchronous I/O (`threads`, `native`, `io_uring`); all are one here, but for what
-    /// they ask of the cache mode.
-    pub fn set_aio(&mut self, name: Option<&str>) -> Result<(), RequestError> {
-=======
     /// Sets the kind of asynchronous I/O (`threads`, `native`, `io_uring`); `None` changes nothing. All kinds
-    /// work the same here; `native` only restricts the cache mode. Errors: the text for the user.
-    pub fn set_aio(&mut self, name: Option<&str>) -> Result<(), String> {
->>>>>>> words2
+    /// work the same here; `native` only restricts the cache mode. Errors: no such word.
+    pub fn set_aio(&mut self, name: Option<&str>) -> Result<(), RequestError> {
         match name {
             None => {}
             Some("native") => self.native_aio = true,
@@ -104,7 +87,6 @@ impl OpenRequest {
     }
 }
 
-<<<<<<< HEAD
 /// A word that an option of opening does not take. `Display` is qemu-io's line, which both the command line
 /// and the commands `open` and `reopen` print.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,12 +112,8 @@ impl fmt::Display for RequestError {
 
 impl std::error::Error for RequestError {}
 
-/// What `open` asks for.
+/// The request of an `open` command. Errors: a word that an option does not take.
 pub(crate) fn request_of(open: Open) -> Result<OpenRequest, RequestError> {
-=======
-/// The request of an `open` command. Errors: the text to print after the program's name.
-pub(crate) fn request_of(open: Open) -> Result<OpenRequest, String> {
->>>>>>> words2
     let mut request = OpenRequest {
         path: open.path,
         read_only: open.read_only,
@@ -155,12 +133,7 @@ pub(crate) fn request_of(open: Open) -> Result<OpenRequest, String> {
     Ok(request)
 }
 
-<<<<<<< HEAD
 /// The request for the same disk in another way. Errors: the text after the program's name.
-=======
-/// The request of a `reopen` command: the old one with some options changed. Errors: the text to print after
-/// the program's name.
->>>>>>> words2
 pub(crate) fn changed(old: &OpenRequest, reopen: Reopen) -> Result<OpenRequest, String> {
     let mut new = old.clone();
     new.set_cache(reopen.cache.as_deref()).map_err(|error| error.to_string())?;

@@ -26,6 +26,7 @@
 //! | Snapshots | [`snapshot`] |
 //! | Bitmaps | [`bitmap`] |
 //! | Encryption | [`crypt`] |
+//! | (signatures of this and other formats) | [`signature`] |
 //! | (every limit) | [`limit`] |
 //!
 //! # Which crate do I want?
@@ -57,6 +58,7 @@ pub mod l1;
 pub mod l2;
 pub mod limit;
 pub mod refcount;
+pub mod signature;
 pub mod snapshot;
 pub mod units;
 

@@ -1,25 +1,8 @@
 //! Detects the format of an image by its first bytes. Only safe for trusted content: whoever can write to a
 //! raw disk can make it look like any format.
 
+use qcow2_core::format::signature::{PROBE_LEN, probe};
 use qcow2_core::{HostOffset, ImageFormat, Storage, StorageError};
-
-/// Bytes that are examined, as in QEMU.
-const PROBE_LEN: usize = 512;
-
-/// Signatures of formats that are recognised but not supported: offset, bytes, and QEMU's name.
-const SIGNATURES: &[(usize, &[u8], &str)] = &[
-    (0, b"LUKS\xBA\xBE\x00\x01", "luks"),
-    (0, b"KDMV", "vmdk"),
-    (0, b"COWD", "vmdk"),
-    (0, b"# Disk DescriptorFile", "vmdk"),
-    (64, b"\x7F\x10\xDA\xBE", "vdi"),
-    (0, b"conectix", "vpc"),
-    (0, b"vhdxfile", "vhdx"),
-    (0, b"QED\x00", "qed"),
-    (0, b"WithoutFreeSpace", "parallels"),
-    (0, b"WithouFreSpacExt", "parallels"),
-    (0, b"Bochs Virtual HD Image", "bochs"),
-];
 
 /// Detects the format of `storage` by its first 512 bytes. Raw if nothing matches, so an empty storage is raw
 /// too. A qcow2 signature with any version from 2 on is qcow2 (the open may still refuse the version).
@@ -41,15 +24,7 @@ pub fn probe_format(storage: &dyn Storage) -> Result<ImageFormat, StorageError> 
 }
 
 fn format_of(head: &[u8; PROBE_LEN]) -> ImageFormat {
-    if head.starts_with(b"QFI\xFB") {
-        match u32::from_be_bytes([head[4], head[5], head[6], head[7]]) {
-            0 => {}
-            1 => return ImageFormat::Other("qcow".to_owned()),
-            _ => return ImageFormat::Qcow2,
-        }
-    }
-    let found = SIGNATURES.iter().find(|(at, bytes, _)| head[*at..].starts_with(bytes));
-    found.map_or(ImageFormat::Raw, |(_, _, name)| ImageFormat::from_name(name))
+    probe(head).map_or(ImageFormat::Raw, |container| ImageFormat::from_name(container.name()))
 }
 
 #[cfg(test)]

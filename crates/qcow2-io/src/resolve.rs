@@ -221,6 +221,19 @@ impl FileResolver {
         Ok(text.strip_prefix("./").filter(|rest| !rest.contains(':')).unwrap_or(&text).to_owned())
     }
 
+    /// Says whether the policy allows opening what `reference` names, for callers that open it by other
+    /// means. Opens nothing. Errors: as [`Resolver::resolve`], before anything is opened; with
+    /// [`Policy::SameDirectory`] a symbolic link too.
+    pub fn check(&self, reference: Reference<'_>) -> Result<(), ResolveError> {
+        let path = self.locate(reference)?;
+        let name = path.to_string_lossy();
+        let file = self.permit(&path, &name)?;
+        if !file.follow_links && path.symlink_metadata().is_ok_and(|data| data.is_symlink()) {
+            return Err(ResolveError::denied(format!("opening '{name}' is not allowed: it is a link")));
+        }
+        Ok(())
+    }
+
     /// Checks `path` against the policy and returns how to open it.
     fn permit(&self, path: &Path, name: &str) -> Result<OpenFile, ResolveError> {
         let mut file = self.file.clone();

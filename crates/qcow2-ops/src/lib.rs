@@ -67,6 +67,7 @@ pub mod snapshot;
 mod source;
 pub mod stream;
 mod testing;
+pub mod vet;
 mod zeroes;
 
 pub use amend::{AmendOptions, amend};
@@ -90,3 +91,4 @@ pub use progress::{Progress, Silent};
 pub use rebase::{RebaseOptions, RebaseReport, rebase};
 pub use resize::{NewSize, ResizeOptions, resize};
 pub use stream::{StreamOptions, StreamedImage, stream_qcow2, stream_raw, stream_raw_in};
+pub use vet::{VetOptions, VetReport, vet};

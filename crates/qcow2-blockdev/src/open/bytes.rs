@@ -1,6 +1,6 @@
 //! From a tree of drivers to bytes: the one place where storages are chosen and stacked.
 
-use super::named::NamedBacking;
+use super::named::NamedFiles;
 use super::options::{OpenOptions, Sharing, default_codecs};
 use super::trail::Trail;
 use crate::driver::{
@@ -17,7 +17,7 @@ use qcow2_core::{
     Storage,
 };
 use qcow2_io::{
-    BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, OsError, Policy, SourceOptions,
+    BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, OsError, SourceOptions,
     open_source, probe_format,
 };
 use std::path::Path;
@@ -151,13 +151,12 @@ impl Opening<'_> {
                 check_options(top, probed, self.how.layers == Layers::Follow)?;
             }
         }
-        let resolver = self.resolver(&bytes);
+        let name = filename(top, probed.name());
+        let resolver = self.resolver(&bytes, &name);
         let Bytes { storage, id, nodes, debugger, .. } = bytes;
-        Ok((
-            ResolvedSource { storage, format, name: filename(top, probed.name()), id, resolver },
-            nodes,
-            debugger,
-        ))
+        let source = ResolvedSource { storage, format, name, id, resolver };
+        self.how.policy.check(&source, self.how.looks())?;
+        Ok((source, nodes, debugger))
     }
 
     /// The same for what `node` stands on.
@@ -165,14 +164,15 @@ impl Opening<'_> {
         Self { is_part: self.is_part || is_part(node), ..*self }
     }
 
-    /// What opens the names in `bytes`.
-    fn resolver(&self, bytes: &Bytes) -> Arc<dyn Resolver> {
+    /// What opens the names in the image called `image`, which is in `bytes`.
+    fn resolver(&self, bytes: &Bytes, image: &str) -> Arc<dyn Resolver> {
         let Some(inner) = bytes.resolver.clone() else { return Arc::new(NoResolver) };
-        if self.how.policy() != Policy::Allow {
+        if self.how.looks() {
             return inner;
         }
         let (secrets, how) = (self.secrets.clone(), self.how.clone());
-        Arc::new(NamedBacking { inner, secrets, how, trail: self.trail.with_file(bytes.id) })
+        let (trail, image) = (self.trail.with_file(bytes.id), image.to_owned());
+        Arc::new(NamedFiles { inner, image, secrets, how, trail })
     }
 
     /// Opens a node that gives bytes.
@@ -227,7 +227,7 @@ impl Opening<'_> {
         if node.driver() == Driver::HostDevice {
             check_device(path)?;
         }
-        let mut options = SourceOptions::new(file).with_policy(self.how.policy());
+        let mut options = SourceOptions::new(file).with_policy(self.how.files());
         options.locking_below = Some(self.locking_below());
         if let Some(format) = self.format {
             options = options.with_format(format.clone());
@@ -242,7 +242,8 @@ impl Opening<'_> {
 
     fn nbd(&self, node: &Node) -> Opened<Arc<dyn Storage>> {
         let (address, export) = nbd::server(&node.options)?;
-        let storage = NbdStorage::connect(&address, &export, self.how.writable)
+        let timeout = self.how.policy.timeout;
+        let storage = NbdStorage::connect_within(&address, &export, self.how.writable, timeout)
             .map_err(|error| FailureKind::Connect(Box::new(error)))?;
         Ok(self.how.cache.wrap(Arc::new(storage)))
     }
@@ -251,14 +252,11 @@ impl Opening<'_> {
     fn image_bytes(&self, node: &Node, format: ImageFormat) -> Opened<Bytes> {
         let inner = Opening { format: Some(&format), ..*self };
         let mut bytes = inner.bytes(below(node)?, "file")?;
-        let resolver = self.resolver(&bytes);
-        let source = ResolvedSource {
-            storage: bytes.storage,
-            format: format.clone(),
-            name: filename(node, node.driver().name()),
-            id: bytes.id,
-            resolver,
-        };
+        let name = filename(node, node.driver().name());
+        let resolver = self.resolver(&bytes, &name);
+        let (storage, format, id) = (bytes.storage, format.clone(), bytes.id);
+        let source = ResolvedSource { storage, format, name, id, resolver };
+        self.how.policy.check(&source, false)?;
         let mut options = EngineOptions::default();
         options.writable = self.how.writable;
         options.codecs = default_codecs();

@@ -11,10 +11,11 @@ use crate::failure::{FailureKind, MissingBacking, OpenFailure};
 use crate::name::{ImageName, filename};
 use crate::tree::Node;
 use qcow2_core::format::snapshot::Snapshot;
+use qcow2_core::open::{DEFAULT_L2_CACHE, DEFAULT_REFCOUNT_CACHE};
 use qcow2_core::walk::read_header;
 use qcow2_core::{
-    Error, ErrorKind, GuestDisk, Image, ImageFormat, OpenOptions as EngineOptions, Reference, ResolvedSource,
-    Storage, find_cause,
+    Error, ErrorKind, GuestDisk, Image, ImageFormat, Layers, OpenOptions as EngineOptions, Reference,
+    ResolvedSource, Storage, find_cause,
 };
 use qcow2_io::{Debugger, LockConflict, OpenError, OpenErrorKind, ThrottleStorage};
 use std::error::Error as _;
@@ -200,6 +201,11 @@ fn engine_options(
     options.codecs = how.codecs();
     options.keys = Some(Arc::new(name.keys.clone()));
     options.discard_freed = how.writable;
+    if let Some(most) = how.policy.max_memory {
+        options.l2_cache_size = Some(most).filter(|&most| most < DEFAULT_L2_CACHE);
+        options.refcount_cache_size = Some(most).filter(|&most| most < DEFAULT_REFCOUNT_CACHE);
+        options.bitmap_memory = options.bitmap_memory.min(most);
+    }
     let node = &name.node;
     if source.format == ImageFormat::Qcow2 && (!node.options.is_empty() || node.data_file.is_some()) {
         let failed = |kind: FailureKind| OpenFailure::new(&name.typed, kind);
@@ -254,8 +260,8 @@ fn is_not_there(error: &Error) -> bool {
     false
 }
 
-/// Opens, and closes again, the files that the qcow2 image in `source` names, for whoever needs them to be
-/// there.
+/// Opens, and closes again, the files that the qcow2 image in `source` names, as far as `how.layers` says,
+/// for whoever needs them to be there.
 pub fn open_below(name: &ImageName, source: &ResolvedSource, how: &OpenOptions) -> Result<(), OpenFailure> {
     let failed = |error: Error| OpenFailure::new(&name.typed, error);
     let header = read_header(&*source.storage).map_err(failed)?;
@@ -263,7 +269,8 @@ pub fn open_below(name: &ImageName, source: &ResolvedSource, how: &OpenOptions) 
         let opened = source.resolver.resolve(Reference::DataFile { name: &data }, false);
         opened.map_err(|error| failed(error.into()))?;
     }
-    let Some(backing) = header.backing_file_name() else { return Ok(()) };
+    let backing = header.backing_file_name().filter(|_| how.layers == Layers::Follow);
+    let Some(backing) = backing else { return Ok(()) };
     let format = header.extensions.backing_format_name();
     let reference = Reference::Backing { name: &backing, format: format.as_deref() };
     let below = source.resolver.resolve(reference, false).map_err(|error| failed(error.into()).below(1))?;

@@ -11,6 +11,7 @@ mod layers;
 mod look;
 mod named;
 mod options;
+mod policy;
 mod record;
 mod scratch;
 mod trail;
@@ -24,6 +25,8 @@ pub use layers::{
     open_telling,
 };
 pub use look::{Tell, bitmaps_to_lose, warnings_of_change};
-pub use options::{Follow, OpenOptions, Sharing};
+pub use named::permit_backing;
+pub use options::{OpenOptions, Sharing};
+pub use policy::{Feature, Follow, Policy, PolicyError, Refusal};
 pub use record::LayerFiles;
 pub use scratch::open_scratch;

@@ -1,8 +1,9 @@
 //! How a disk is opened.
 
+use super::policy::{Follow, Policy};
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::{Codecs, Layers};
-use qcow2_io::{CacheMode, OpenFiles, Policy};
+use qcow2_io::{CacheMode, OpenFiles};
 use std::fmt;
 use std::sync::Arc;
 
@@ -16,8 +17,8 @@ pub struct OpenOptions {
     pub cache: CacheMode,
     /// Which of the files that it names are opened.
     pub layers: Layers,
-    /// Which names inside images lead anywhere. A name that the user gives always does.
-    pub follow: Follow,
+    /// Which names inside images lead anywhere, and what opening may cost.
+    pub policy: Policy,
     /// How many bytes a second are written at most.
     pub bytes_per_second: Option<u64>,
     /// How clusters are compressed; `None`: as is best by default.
@@ -33,28 +34,6 @@ pub struct OpenOptions {
     /// The files that are open together with those of this disk, none of which is written to and opened a
     /// second time; `None`: nobody looks.
     pub open_files: Option<OpenFiles>,
-}
-
-/// Which names inside images lead anywhere.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Follow {
-    /// None: an image that names another file does not open.
-    #[default]
-    Nothing,
-    /// Regular files in the directory of the image that names them.
-    SameDirectory,
-    /// All: any file and device, servers, `json:` descriptions. For images whose makers are trusted.
-    All,
-}
-
-impl Follow {
-    pub(crate) fn policy(self) -> Policy {
-        match self {
-            Self::Nothing => Policy::Deny,
-            Self::SameDirectory => Policy::SameDirectory,
-            Self::All => Policy::Allow,
-        }
-    }
 }
 
 /// Who else may write to the files of an image.
@@ -81,7 +60,7 @@ impl fmt::Debug for OpenOptions {
             .field("writable", &self.writable)
             .field("cache", &self.cache)
             .field("layers", &self.layers)
-            .field("follow", &self.follow)
+            .field("policy", &self.policy)
             .finish_non_exhaustive()
     }
 }
@@ -93,7 +72,7 @@ impl OpenOptions {
             writable: false,
             cache: CacheMode::Writeback,
             layers: Layers::Follow,
-            follow: Follow::Nothing,
+            policy: Policy::default(),
             bytes_per_second: None,
             codecs: None,
             for_repair: false,
@@ -131,7 +110,14 @@ impl OpenOptions {
     /// With other names inside images followed.
     #[must_use]
     pub fn with_follow(self, follow: Follow) -> Self {
-        Self { follow, ..self }
+        let policy = self.policy.clone().with_follow(follow);
+        self.with_policy(policy)
+    }
+
+    /// With another policy.
+    #[must_use]
+    pub fn with_policy(self, policy: Policy) -> Self {
+        Self { policy, ..self }
     }
 
     /// With other company.
@@ -162,13 +148,19 @@ impl OpenOptions {
         Self { writable, sharing, resizes: false, ..self.clone() }
     }
 
-    pub(crate) fn codecs(&self) -> Codecs {
+    /// The compression methods: the given ones, or all.
+    pub fn codecs(&self) -> Codecs {
         self.codecs.clone().unwrap_or_else(default_codecs)
     }
 
+    /// Whether only the image itself is looked at.
+    pub(crate) fn looks(&self) -> bool {
+        self.layers == Layers::TopOnly
+    }
+
     /// What files may be opened because an image names them.
-    pub(crate) fn policy(&self) -> Policy {
-        if self.layers == Layers::TopOnly { Policy::Deny } else { self.follow.policy() }
+    pub(crate) fn files(&self) -> qcow2_io::Policy {
+        if self.looks() { qcow2_io::Policy::Deny } else { self.policy.follow.files() }
     }
 
     /// With another limit for writes; `None`: none.

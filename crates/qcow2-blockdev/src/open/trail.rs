@@ -18,6 +18,8 @@ pub(super) struct Trail {
     last: Option<Arc<Step>>,
     /// Nodes whose opening is not finished.
     depth: usize,
+    /// Backing files between the image that the user names and this one, itself included.
+    layers: usize,
     /// Files that images have named, on all trails from the same image.
     named: Arc<AtomicUsize>,
 }
@@ -34,6 +36,16 @@ impl Trail {
             return Err(FailureKind::TooDeep(MAX_DEPTH));
         }
         Ok(Self { depth: self.depth + 1, ..self.clone() })
+    }
+
+    /// The trail to the backing file of the image that it leads to.
+    pub(super) fn below(&self) -> Self {
+        Self { layers: self.layers + 1, ..self.clone() }
+    }
+
+    /// How many backing files it goes through.
+    pub(super) fn layers(&self) -> usize {
+        self.layers
     }
 
     /// The trail with one more file. `None`: the system does not tell which one it is.

@@ -1,5 +1,6 @@
 //! `--describe`: every verb and option as JSON, for programs that make manual pages and completions of them.
 
+use super::table::COMMON;
 use super::{GENERAL, OptionSpec, VERBS};
 use crate::failure::Failure;
 use crate::render::json::pretty;
@@ -17,18 +18,18 @@ pub(crate) fn print_description(session: &Session) -> Result<(), Failure> {
                 "name": verb.name,
                 "summary": verb.summary,
                 "synopsis": verb.synopsis,
-                "options": options(verb.options),
+                "options": options(verb.options.iter().chain(COMMON)),
                 "operands": operands,
             })
         })
         .collect();
     let version = env!("CARGO_PKG_VERSION");
-    session.print(&pretty(&json!({"version": version, "options": options(GENERAL), "verbs": verbs})))
+    session.print(&pretty(&json!({"version": version, "options": options(GENERAL.iter()), "verbs": verbs})))
 }
 
 /// Those that the help shows.
-fn options(specs: &[OptionSpec]) -> Vec<Value> {
-    let shown = specs.iter().filter(|spec| !spec.help.is_empty());
+fn options(specs: impl Iterator<Item = &'static OptionSpec>) -> Vec<Value> {
+    let shown = specs.filter(|spec| !spec.help.is_empty());
     shown
         .map(|spec| {
             json!({

@@ -44,6 +44,8 @@ pub(crate) struct Given {
 /// Walks over arguments, giving options one by one and keeping operands for the end.
 pub(crate) struct Getopt<'a> {
     specs: &'a [OptionSpec],
+    /// Those of every verb.
+    common: &'a [OptionSpec],
     args: std::vec::IntoIter<String>,
     /// What is left of a cluster of short options.
     cluster: String,
@@ -60,6 +62,7 @@ impl<'a> Getopt<'a> {
     pub(crate) fn new(specs: &'a [OptionSpec], args: Vec<String>, permute: bool) -> Self {
         Self {
             specs,
+            common: &[],
             args: args.into_iter(),
             cluster: String::new(),
             operands: Vec::new(),
@@ -76,9 +79,14 @@ impl<'a> Getopt<'a> {
         self
     }
 
+    /// Knows these options too.
+    pub(crate) fn with_common(self, common: &'a [OptionSpec]) -> Self {
+        Self { common, ..self }
+    }
+
     fn specs(&self) -> impl Iterator<Item = &'a OptionSpec> + use<'a> {
         let without_own = self.without_own;
-        self.specs.iter().filter(move |spec| !(spec.own && without_own))
+        self.specs.iter().chain(self.common).filter(move |spec| !(spec.own && without_own))
     }
 
     /// Takes `-` and digits right after the first operand for an operand too.

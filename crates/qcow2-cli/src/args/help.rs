@@ -1,5 +1,6 @@
 //! `--help` and `--version`, made from the tables.
 
+use super::table::COMMON;
 use super::{GENERAL, OptionSpec, VERBS, Verb};
 use crate::failure::Failure;
 use crate::session::Session;
@@ -30,6 +31,10 @@ pub(crate) fn print_verb_help(session: &Session, verb: &Verb) -> Result<(), Fail
     let _ = write!(text, " {}\n\n", verb.synopsis);
     text.push_str("Options:\n");
     push_options(&mut text, verb.options);
+    if session.is_own() {
+        text.push_str("\nWhat images may lead to:\n");
+        push_options(&mut text, COMMON);
+    }
     if !verb.operands.is_empty() {
         text.push_str("\nOperands:\n");
     }

@@ -3,7 +3,8 @@
 use super::{Objects, Opt};
 use crate::failure::Failure;
 use crate::files::open_files;
-use qcow2_blockdev::{Follow, Naming, OpenOptions};
+use crate::policy::policy;
+use qcow2_blockdev::{Naming, OpenOptions};
 
 /// How image names on the command line are meant: the options `-f`, `--image-opts` and `-U`.
 #[derive(Clone, Debug, Default)]
@@ -36,9 +37,9 @@ impl ImageArgs {
         Naming::new(self.objects.secrets()).with_format(self.format.clone()).as_list(self.image_opts)
     }
 
-    /// How images are opened for reading: with all that they name, among the files of this run.
+    /// How images are opened for reading: by the policy and among the files of this run.
     pub(crate) fn options(&self) -> OpenOptions {
-        let options = OpenOptions::new().with_follow(Follow::All).among(open_files());
+        let options = OpenOptions::new().with_policy(policy()).among(open_files());
         options.with_force_share(self.force_share)
     }
 

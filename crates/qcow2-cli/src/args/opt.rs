@@ -79,4 +79,7 @@ pub(crate) enum Opt {
     Blake3,
     JsonProgress,
     Describe,
+    Follow,
+    Untrusted,
+    Policy,
 }

@@ -324,6 +324,31 @@ pub(crate) static VERBS: &[Verb] = &[
         operands: &[FILENAME],
         run: command::snapshot::run,
     },
+    Verb {
+        name: "vet",
+        summary: "Judge whether images of unknown origin are safe to accept",
+        synopsis: "[-f FMT] [-U] [--output human|json] FILENAME...",
+        options: &[HELP, FORMAT, OUTPUT, FORCE_SHARE],
+        operands: &[("FILENAME", "an image; exit code 0: safe, 1: cannot be judged, 2: not safe")],
+        run: command::vet::run,
+    },
+];
+
+/// Options of every verb.
+pub(crate) static COMMON: &[OptionSpec] = &[
+    own_value(
+        Opt::Follow,
+        "follow",
+        "WHICH",
+        "names inside images to open: none, same-directory or all (all)",
+    ),
+    own(Opt::Untrusted, "untrusted", "open no name inside images, and limit what they may cost"),
+    own_value(
+        Opt::Policy,
+        "policy",
+        "LIST",
+        "limits, as in the variable QCOW2_POLICY: depth=2,memory=64M,...",
+    ),
 ];
 
 /// Options before the verb.
@@ -502,6 +527,10 @@ const fn option(
 
 const fn own(opt: Opt, long: &'static str, help: &'static str) -> OptionSpec {
     OptionSpec { own: true, ..option(opt, None, long, None, help) }
+}
+
+const fn own_value(opt: Opt, long: &'static str, value: &'static str, help: &'static str) -> OptionSpec {
+    OptionSpec { value: Some(value), ..own(opt, long, help) }
 }
 
 const fn short(opt: Opt, letter: char, help: &'static str) -> OptionSpec {

@@ -1,7 +1,9 @@
 //! Verbs, and their arguments while these are read.
 
+use super::table::COMMON;
 use super::{Getopt, Given, Opt, OptionSpec, print_verb_help};
 use crate::failure::Failure;
+use crate::policy;
 use crate::session::Session;
 
 /// One verb of the command line.
@@ -24,7 +26,7 @@ pub(crate) struct Verb {
 impl Verb {
     /// Whether the tool that is stood in for has no such verb.
     pub(crate) fn is_foreign(&self, session: &Session) -> bool {
-        session.is_drop_in() && matches!(self.name, "io" | "checksum")
+        session.is_drop_in() && matches!(self.name, "io" | "checksum" | "vet")
     }
 }
 
@@ -37,7 +39,7 @@ pub(crate) struct Arguments {
 impl Arguments {
     /// `args`: what follows the verb.
     pub(crate) fn new(session: &Session, verb: &'static Verb, args: Vec<String>, permute: bool) -> Self {
-        let getopt = Getopt::new(verb.options, args, permute);
+        let getopt = Getopt::new(verb.options, args, permute).with_common(COMMON);
         Self { verb, getopt: if session.is_drop_in() { getopt.without_own() } else { getopt } }
     }
 
@@ -53,6 +55,7 @@ impl Arguments {
                 print_verb_help(session, self.verb)?;
                 Err(Failure::silent(crate::exit::SUCCESS))
             }
+            Ok(Some(given)) if policy::take(given.opt, &given.value)? => self.next(session),
             Ok(given) => Ok(given),
             Err(text) => {
                 let failure = Failure::syntax(Some(self.verb.name), text);

@@ -7,14 +7,15 @@ use crate::findings::{complain, say};
 use crate::interrupt::Interrupts;
 use crate::open::{complain_of_guess, read_name};
 use crate::persona;
+use crate::policy::policy;
 use crate::progress::Meter;
 use crate::render::check::Fixed;
 use crate::render::{check as render, json};
 use crate::session::Session;
-use qcow2_blockdev::{ImageName, open_below, open_bytes, open_layers};
+use qcow2_blockdev::{Follow, ImageName, open_below, open_bytes, open_layers};
 use qcow2_core::format::header::CryptMethod;
 use qcow2_core::walk::SnapshotFault;
-use qcow2_core::{EncryptedLayer, ImageFormat, Keyring, ResolvedSource};
+use qcow2_core::{EncryptedLayer, ImageFormat, Keyring, Layers, ResolvedSource};
 use qcow2_image::Threads;
 use qcow2_io::CacheMode;
 use qcow2_ops::ErrorKind;
@@ -183,7 +184,13 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
         return Err(failure.with_code(exit::CHECK_UNSUPPORTED));
     }
     unlock(&name, &source)?;
-    open_below(&name, &source, &reading)?;
+    // A check reads no other file. qemu-img opens the chain, and fails without; a repair must not change a
+    // data file that is the image itself.
+    let as_qemu_img = session.is_drop_in() && policy().follow == Follow::All;
+    if as_qemu_img || request.repair.is_some() {
+        let layers = if as_qemu_img { Layers::Follow } else { Layers::NoBacking };
+        open_below(&name, &source, &reading.clone().with_layers(layers))?;
+    }
     let interrupts = Interrupts::install();
     let meter = Meter::unasked(session, &interrupts);
     let workers = Threads::per_core();

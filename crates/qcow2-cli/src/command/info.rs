@@ -6,13 +6,15 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::open::read_name;
 use crate::persona;
+use crate::policy::policy;
 use crate::render::info::{NamedInfo, to_json, to_text};
 use crate::render::json;
 use crate::session::Session;
-use qcow2_blockdev::{ImageName, OpenedBytes, locate_backing, open_bytes};
+use qcow2_blockdev::{ImageName, OpenFailure, OpenedBytes, locate_backing, open_bytes, permit_backing};
 use qcow2_core::chain::MAX_CHAIN_LEN;
 use qcow2_core::format::{FormatError, FormatErrorKind};
 use qcow2_core::{SourceId, find_cause};
+use qcow2_ops::vet::references;
 use serde_json::Value;
 use std::collections::BTreeSet;
 
@@ -87,6 +89,8 @@ fn look(session: &Session, request: &Request, filename: &str) -> Result<Vec<Name
         let backing = report.qcow2.as_ref().and_then(|qcow2| qcow2.backing.clone());
         let full_backing = backing.as_ref().map(|b| locate_backing(name.path().unwrap_or_default(), &b.name));
         if let Some((backing, full)) = backing.zip(full_backing.clone()).filter(|_| request.chain) {
+            permit_backing(&policy(), &source.name, &backing.name, infos.len())
+                .map_err(|refusal| OpenFailure::new(&name.typed, refusal))?;
             args = ImageArgs { format: backing.format, image_opts: false, ..args };
             next = Some(ImageName::parse(&full, &args.naming())?);
         }
@@ -96,7 +100,8 @@ fn look(session: &Session, request: &Request, filename: &str) -> Result<Vec<Name
             false if report.luks.is_some() => "luks",
             false => "raw",
         };
-        infos.push(NamedInfo { filename: source.name, format, full_backing, nodes, report });
+        let references = session.is_own().then(|| references(&report));
+        infos.push(NamedInfo { filename: source.name, format, full_backing, nodes, report, references });
     }
     Ok(infos)
 }

@@ -17,3 +17,4 @@ pub(crate) mod measure;
 pub(crate) mod rebase;
 pub(crate) mod resize;
 pub(crate) mod snapshot;
+pub(crate) mod vet;

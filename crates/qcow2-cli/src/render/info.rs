@@ -7,6 +7,7 @@ use qcow2_core::format::crypt::{LuksHeader, LuksSlot};
 use qcow2_core::format::snapshot::Snapshot;
 use qcow2_core::format::{CompressionType, Version};
 use qcow2_ops::info::{Encryption, InfoReport, Qcow2Info};
+use qcow2_ops::vet::NamedFile;
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 
@@ -23,6 +24,8 @@ pub(crate) struct NamedInfo {
     pub(crate) nodes: Vec<NodeFacts>,
     /// What was learned.
     pub(crate) report: InfoReport,
+    /// What it names, where the JSON says so.
+    pub(crate) references: Option<Vec<NamedFile>>,
 }
 
 /// The report as qemu-img's JSON object, keys in its order.
@@ -51,7 +54,15 @@ pub(crate) fn to_json(info: &NamedInfo) -> Value {
         .put_some("encrypted", encrypted.then_some(true))
         .put_some("backing-filename", backing.map(|b| &*b.name))
         .put_some("dirty-flag", flag.then(|| qcow2.is_some_and(|q| q.dirty)))
+        .put_some(
+            "references",
+            info.references.as_ref().map(|all| all.iter().map(named_json).collect::<Value>()),
+        )
         .into_value()
+}
+
+fn named_json(named: &NamedFile) -> Value {
+    json!({"role": named.role, "kind": named.kind.name(), "name": named.name, "format": named.format})
 }
 
 /// The report for people.

@@ -1,11 +1,13 @@
 //! Connecting to an NBD server and negotiating the export, before the first request.
 
+use super::stream::Stream;
 use super::wire::{long, nonsense, word};
 use crate::error::OsError;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Address of an NBD server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +65,7 @@ impl NbdError {
 impl From<io::Error> for NbdError {
     fn from(error: io::Error) -> Self {
         let text = match error.kind() {
+            io::ErrorKind::TimedOut => error.to_string(),
             io::ErrorKind::UnexpectedEof => {
                 "Failed to read data: Unexpected end-of-file before all data were read".into()
             }
@@ -80,15 +83,9 @@ impl fmt::Display for NbdError {
 
 impl std::error::Error for NbdError {}
 
-/// A connected stream.
-pub(super) trait Conversation: Read + Write + Send {}
-
-impl<T: Read + Write + Send> Conversation for T {}
-
-pub(super) type Stream = Box<dyn Conversation>;
-
 impl NbdAddress {
-    pub(super) fn connect(&self) -> Result<Stream, NbdError> {
+    /// `timeout`: how long connecting may take, to each address that the host has.
+    pub(super) fn connect(&self, timeout: Option<Duration>) -> Result<Stream, NbdError> {
         let failed = |error: io::Error| {
             let code = error.raw_os_error();
             let text = format!("Failed to connect to '{self}': {}", OsError::new(error));
@@ -98,10 +95,10 @@ impl NbdAddress {
             Self::Unix(path) if path.as_os_str().is_empty() => {
                 Err(failed(io::Error::from_raw_os_error(CONNECTION_REFUSED)))
             }
-            Self::Unix(path) => connect_unix(path).map_err(failed),
+            Self::Unix(path) => connect_unix(path, timeout).map_err(failed),
             Self::Tcp { host, port } => {
                 let addresses = self.resolve(host, port)?;
-                connect_tcp(&addresses).map_err(failed)
+                connect_tcp(&addresses, timeout).map_err(failed)
             }
         }
     }
@@ -122,19 +119,31 @@ impl NbdAddress {
 const CONNECTION_REFUSED: i32 = 111;
 
 #[cfg(unix)]
-fn connect_unix(path: &std::path::Path) -> io::Result<Stream> {
-    Ok(Box::new(std::os::unix::net::UnixStream::connect(path)?))
+fn connect_unix(path: &std::path::Path, timeout: Option<Duration>) -> io::Result<Stream> {
+    Ok(Stream::new(std::os::unix::net::UnixStream::connect(path)?, timeout))
 }
 
 #[cfg(not(unix))]
-fn connect_unix(_path: &std::path::Path) -> io::Result<Stream> {
+fn connect_unix(_path: &std::path::Path, _timeout: Option<Duration>) -> io::Result<Stream> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-fn connect_tcp(addresses: &[SocketAddr]) -> io::Result<Stream> {
-    let stream = TcpStream::connect(addresses)?;
-    stream.set_nodelay(true)?;
-    Ok(Box::new(stream))
+fn connect_tcp(addresses: &[SocketAddr], timeout: Option<Duration>) -> io::Result<Stream> {
+    let mut last = io::Error::from_raw_os_error(CONNECTION_REFUSED);
+    for address in addresses {
+        let connected = match timeout {
+            Some(timeout) => TcpStream::connect_timeout(address, timeout),
+            None => TcpStream::connect(address),
+        };
+        match connected {
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                return Ok(Stream::new(stream, timeout));
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 /// Result of the negotiation.
@@ -149,6 +158,7 @@ pub(super) struct Agreed {
 
 /// Runs the fixed newstyle handshake and selects `export`.
 pub(super) fn agree(stream: &mut Stream, export: &str) -> Result<Agreed, NbdError> {
+    stream.begin();
     if long(stream)? != GREETING || long(stream)? != OPTION_MAGIC {
         return Err(NbdError::new("Bad server magic received"));
     }

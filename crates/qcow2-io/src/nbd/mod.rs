@@ -4,15 +4,18 @@
 //! status is read from it. TLS is not supported.
 
 mod handshake;
+mod stream;
 mod wire;
 
 pub use handshake::{NbdAddress, NbdError};
 
 use crate::error::Call;
-use handshake::{Agreed, Stream};
+use handshake::Agreed;
 use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use stream::Stream;
 use wire::{Command, Reply, Request, flag};
 
 /// A connected NBD export.
@@ -29,10 +32,26 @@ struct Line {
 }
 
 impl NbdStorage {
+    /// How long a server may take to connect, to negotiate, and to answer one request: far more than a disk
+    /// that is waking up needs.
+    pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
+
     /// Connects to the server at `address` and opens `export`. `writable`: whether it will be changed.
-    /// Errors: connection failure, protocol violation, unknown export, or a read-only export with `writable`.
+    /// Errors: connection failure, protocol violation, unknown export, a read-only export with `writable`, or
+    /// no answer within [`DEFAULT_TIMEOUT`](Self::DEFAULT_TIMEOUT).
     pub fn connect(address: &NbdAddress, export: &str, writable: bool) -> Result<Self, NbdError> {
-        let mut stream = address.connect()?;
+        Self::connect_within(address, export, writable, Some(Self::DEFAULT_TIMEOUT))
+    }
+
+    /// Like [`connect`](Self::connect), with another time for each answer; `None`: without end. A request
+    /// that is late fails, and so do all later ones.
+    pub fn connect_within(
+        address: &NbdAddress,
+        export: &str,
+        writable: bool,
+        timeout: Option<Duration>,
+    ) -> Result<Self, NbdError> {
+        let mut stream = address.connect(timeout)?;
         let agreed = handshake::agree(&mut stream, export)?;
         if writable && agreed.flags & flag::READ_ONLY != 0 {
             return Err(NbdError::new("Could not open image: Permission denied").with_code(13));
@@ -49,6 +68,7 @@ impl NbdStorage {
         };
         let cookie = open.next_cookie;
         open.next_cookie += 1;
+        open.stream.begin();
         let answered = wire::send(&mut open.stream, request, cookie)
             .and_then(|()| wire::receive(&mut open.stream, request, cookie, self.agreed.structured, reply));
         match answered {

@@ -88,7 +88,7 @@ pub(super) fn receive(
     reply: &mut Reply<'_>,
 ) -> io::Result<i32> {
     let (mut code, mut covered) = (0, 0);
-    loop {
+    for _ in 0..MAX_CHUNKS {
         match word(from)? {
             SIMPLE => {
                 let error = word(from)?;
@@ -115,19 +115,21 @@ pub(super) fn receive(
                     _ => {}
                 }
                 if flags & DONE != 0 {
-                    break;
+                    return finish(code, covered, reply);
                 }
             }
             _ => return Err(nonsense("a reply with an unknown magic number")),
         }
     }
-    if let Reply::Data(buf) = reply
-        && code == 0
-        && covered != buf.len()
-    {
-        return Err(nonsense("a read with gaps"));
+    Err(nonsense("chunks without end"))
+}
+
+/// The error number of a whole reply. Errors: a read lacks bytes, or has some twice.
+fn finish(code: i32, covered: usize, reply: &Reply<'_>) -> io::Result<i32> {
+    match reply {
+        Reply::Data(buf) if code == 0 && covered != buf.len() => Err(nonsense("a read with gaps")),
+        _ => Ok(code),
     }
-    Ok(code)
 }
 
 struct Chunk {
@@ -162,6 +164,9 @@ fn take_chunk(
             if chunk.len >= 12 && chunk.len % 8 == 4 && chunk.len <= MAX_STATUS =>
         {
             let wanted = word(from)? == *context;
+            if wanted && !extents.is_empty() {
+                return Err(nonsense("the block status of one context twice"));
+            }
             for _ in 0..chunk.len / 8 {
                 let extent = (word(from)?, word(from)?);
                 if wanted {
@@ -223,6 +228,8 @@ const OFFSET_DATA: u16 = 1;
 const OFFSET_HOLE: u16 = 2;
 const BLOCK_STATUS: u16 = 5;
 const ERROR_BIT: u16 = 1 << 15;
+/// Chunks of one reply, at most: a read of 32 MiB in pieces of 512 bytes.
+const MAX_CHUNKS: usize = 1 << 16;
 /// The longest error chunk accepted: a message of 4,096 bytes.
 const MAX_ERROR: u32 = 4096 + 6 + 8;
 /// The longest list of descriptors accepted. Origin: the protocol's recommendation, 2^20 descriptors.
@@ -259,6 +266,24 @@ mod tests {
         assert_eq!(read(&bytes), Ok((0, vec![0, 0, 1, 2])));
         let error = [&5u32.to_be_bytes()[..], &[0, 2], b"no"].concat();
         assert_eq!(read(&chunk(DONE, 0x8001, &error)), Ok((5, vec![9; 4])));
+    }
+
+    #[test]
+    fn replies_without_end_are_refused() {
+        let last = chunk(DONE, OFFSET_DATA, &data(100, &[1, 2, 3, 4]));
+        let after = |count| [chunk(0, 0, &[]).repeat(count), last.clone()].concat();
+        assert!(read(&after(MAX_CHUNKS - 1)).is_ok());
+        assert!(read(&after(MAX_CHUNKS)).unwrap_err().contains("without end"));
+        let status = [&7u32.to_be_bytes()[..], &[0; 8]].concat();
+        let twice = [chunk(0, BLOCK_STATUS, &status), chunk(DONE, BLOCK_STATUS, &status)].concat();
+        for (bytes, is_ok) in [(&twice[20 + 12..], true), (&twice, false)] {
+            let mut extents = Vec::new();
+            let request = Request::new(Command::BlockStatus, 0, 512);
+            let mut reply = Reply::Status { context: 7, extents: &mut extents };
+            let received = receive(&mut &bytes[..], &request, 9, true, &mut reply);
+            assert_eq!(received.is_ok(), is_ok, "{extents:?}");
+            assert_eq!(extents.len(), 1);
+        }
     }
 
     #[test]
