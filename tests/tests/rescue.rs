@@ -285,7 +285,9 @@ fn check(bench: &Bench, what: &str, bytes: PageBytes, tree: &Path, damages: &[&s
             whole.clusters.len(),
             summary(&report),
         );
-        if std::env::var_os("KEEP").is_some() { continue; }
+        if std::env::var_os("KEEP").is_some() {
+            continue;
+        }
         assert!(recovered * 1000 >= derivable.len() * 999, "{what}, {damage}");
         let lost = whole.clusters.len() - all;
         assert!(lost == 0 || !report.is_complete(), "{what}, {damage}");

@@ -79,4 +79,7 @@ pub(crate) enum Opt {
     Blake3,
     JsonProgress,
     Describe,
+    ClusterSize,
+    L1Table,
+    DataFile,
 }

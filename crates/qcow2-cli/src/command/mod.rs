@@ -15,5 +15,6 @@ pub(crate) mod io;
 pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod rebase;
+pub(crate) mod rescue;
 pub(crate) mod resize;
 pub(crate) mod snapshot;

@@ -22,6 +22,7 @@ mod marks;
 mod place;
 mod report;
 mod tables;
+mod text;
 
 pub use disk::RescuedDisk;
 pub use report::{Evidence, HeaderSource, L1Source, MAX_RANGES, Range, Ranges, Reason, RescueReport};
@@ -240,8 +241,12 @@ impl Job<'_> {
 
     /// Whether an L2 table of zeroes was one with entries: clusters are in use that no table maps.
     fn has_lost_tables(&self, slots: &[Slot]) -> Result<bool> {
-        let empty = slots.iter().any(|slot| matches!(slot, Slot::Empty(_)));
-        let Some(counts) = self.counts.as_ref().filter(|_| empty) else { return Ok(false) };
+        Ok(slots.iter().any(|slot| matches!(slot, Slot::Empty(_))) && self.has_leaks()?)
+    }
+
+    /// Whether clusters are in use by the refcounts and by nothing else that is known.
+    fn has_leaks(&self) -> Result<bool> {
+        let Some(counts) = &self.counts else { return Ok(false) };
         for cluster in 0..self.known.format.geometry.clusters_for(self.bytes.len) {
             let known = self.mapped.contains(cluster) || self.known.metadata.contains(cluster);
             if !known && counts.count(cluster)?.is_some_and(|count| count > 0) {

@@ -12,7 +12,7 @@ use crate::error::Result;
 use qcow2_core::HostOffset;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::limit::MAX_L1_ENTRIES;
-use qcow2_format::{bytes, l2::L2Format};
+use qcow2_format::{bytes, l1, l2::L2Format};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What one L1 entry comes to.
@@ -51,7 +51,7 @@ pub(super) type Place = (HostOffset, u64);
 
 /// Older L1 tables that are looked into, and entries of all of them. Origin: ours.
 const MAX_OLDER: usize = 1000;
-const MAX_OLDER_ENTRIES: u64 = 1 << 25;
+const MAX_OLDER_ENTRIES: u64 = MAX_L1_ENTRIES;
 
 /// As many of the older L1 tables as are looked into, each once.
 fn limited(older: Vec<Place>) -> Vec<Place> {
@@ -74,7 +74,8 @@ impl Job<'_> {
         entries: Option<u64>,
     ) -> Result<Placement> {
         let mut older = limited(older.to_vec());
-        let l1 = l1.map(|l1| Ok(self.leads_to_tables(l1)?.then_some(l1))).transpose()?.flatten();
+        let said = l1;
+        let l1 = l1.map(|l1| Ok(self.is_l1(l1)?.then_some(l1))).transpose()?.flatten();
         for &(at, count) in l1.iter().chain(&older) {
             let clusters = self.known.clusters(at, count.saturating_mul(8));
             self.known.metadata.insert_each(clusters);
@@ -88,52 +89,57 @@ impl Job<'_> {
         let candidates = self.candidates()?;
         self.find_counts(&candidates)?;
         let Found { l2, l1: found } = self.classify(candidates)?;
-        let named = slots.iter().any(|slot| matches!(slot, Slot::Table(..) | Slot::Empty(_)));
-        let best = if named { None } else { self.best_l1(&found)? };
+        let best = if l1.is_some() { None } else { self.best_l1(&found)? };
         if let Some(best) = best {
             slots = self.adopt(best)?;
             source = L1Source::Found(best.0);
-        } else if !named {
-            source = L1Source::None;
         }
-        let others = found.into_iter().filter(|place| Some(*place) != best);
+        let others: Vec<Place> = found.into_iter().filter(|place| Some(*place) != best).collect();
+        self.claim_older(&others)?;
         older.extend(others);
         older = limited(older);
-        let rest = l2
-            .into_iter()
-            .filter(|c| !self.mapped.contains(c.cluster) && !self.known.metadata.contains(c.cluster));
-        let mut orphans = self.accept(rest.collect())?;
+        let is_free =
+            |c: &Candidate| !self.mapped.contains(c.cluster) && !self.known.metadata.contains(c.cluster);
+        let rest = l2.into_iter().filter(is_free).collect();
+        let mut orphans = self.accept(rest)?;
+        if source == L1Source::None && orphans.is_empty() && !self.has_leaks()? {
+            // Nothing was ever written: the table of zeroes is whole.
+            source = said.map_or(source, |(at, _)| L1Source::Named(at));
+        }
         let known = entries.unwrap_or(match source {
             L1Source::None => orphans.len() as u64,
             _ => slots.len() as u64,
         });
         let unknown = if source == L1Source::None { Slot::Lost(Reason::NoTable) } else { Slot::None };
-        if source == L1Source::None {
-            slots.clear();
-        }
         slots.resize(known.min(MAX_L1_ENTRIES) as usize, unknown);
         self.by_older(&mut slots, &mut orphans, &older)?;
         let mut orphans = orphans.into_iter().map(|orphan| (orphan.cluster, orphan)).collect();
         by_order(&mut slots, &mut orphans, self.known.format, self.counts.is_some());
+        self.by_age(&mut slots, &older)?;
         let mapped = orphans.values().filter_map(|c: &Candidate| c.l2).map(|shape| shape.mapped).sum();
         let unplaced = (orphans.len() as u64, mapped);
         let other_l1 = older.into_iter().map(|(at, _)| at).collect();
         Ok(Placement { slots, l1: source, other_l1, unplaced })
     }
 
-    /// Whether an entry of what should be an L1 table leads to an L2 table with entries.
-    fn leads_to_tables(&self, l1: Place) -> Result<bool> {
-        for raw in self.l1_words(l1)? {
-            let Ok(L1Entry { l2_table: Some(table), .. }) = L1Entry::decode(raw, &self.known.format.geometry)
-            else {
-                continue;
+    /// Whether what should be an L1 table is one: most of its entries lead to an L2 table, or past the end of
+    /// the file, which may have been cut.
+    fn is_l1(&self, l1: Place) -> Result<bool> {
+        let (mut good, mut bad) = (0u64, 0u64);
+        for raw in self.l1_words(l1)?.into_iter().filter(|&raw| raw != 0) {
+            let entry = L1Entry::decode(raw, &self.known.format.geometry);
+            let table = entry.ok().and_then(|entry| entry.l2_table).filter(|_| l1::reserved_bits(raw) == 0);
+            let is_table = match table {
+                None => false,
+                Some(table) if table.value() >= self.bytes.len => true,
+                Some(table) => {
+                    let cluster = self.known.format.geometry.host_cluster(table).value();
+                    cluster > 0 && self.known.worth(&self.cluster(cluster)?) != Worth::Other
+                }
             };
-            let content = self.cluster(self.known.format.geometry.host_cluster(table).value())?;
-            if table.value() < self.bytes.len && self.known.worth(&content) == Worth::Table {
-                return Ok(true);
-            }
+            *(if is_table { &mut good } else { &mut bad }) += 1;
         }
-        Ok(false)
+        Ok(good > bad)
     }
 
     /// The words of an L1 table, without zeroes at its end.
@@ -220,66 +226,89 @@ impl Job<'_> {
     }
 
     /// The L1 table that is the disk's own, among several: the one with the most tables whose copied flags
-    /// go with the refcounts; of equal ones the first, where a new image has it.
+    /// go with the refcounts; of equal ones the first, where a new image has it. One that leads to tables of a
+    /// snapshot is a snapshot's.
     fn best_l1(&self, found: &[Place]) -> Result<Option<Place>> {
         let mut best: Option<((u64, u64), Place)> = None;
         for &place in found {
-            let (mut tables, mut agreeing) = (0u64, 0u64);
+            let (mut tables, mut agreeing, mut others) = (0u64, 0u64, 0u64);
             for raw in self.l1_words(place)? {
-                let Ok(L1Entry { l2_table: Some(table), copied }) =
-                    L1Entry::decode(raw, &self.known.format.geometry)
-                else {
-                    continue;
-                };
+                let entry = L1Entry::decode(raw, &self.known.format.geometry);
+                let Ok(L1Entry { l2_table: Some(table), copied }) = entry else { continue };
                 let cluster = self.known.format.geometry.host_cluster(table).value();
                 tables += 1;
                 let stored = self.counts.as_ref().map(|counts| counts.count(cluster)).transpose()?.flatten();
                 agreeing += u64::from(stored.map_or(copied, |count| copied == (count == 1) && count > 0));
+                others += u64::from(self.flags_agree(cluster)? == Some(false));
             }
             let score = (agreeing, tables);
-            if best.is_none_or(|(other, _)| score > other) {
+            if others * 20 <= tables && best.is_none_or(|(other, _)| score > other) {
                 best = Some((score, place));
             }
         }
         Ok(best.map(|(_, place)| place))
     }
 
-    /// Fills ranges that lost their table from what older L1 tables have there.
-    fn by_older(&mut self, slots: &mut [Slot], orphans: &mut Vec<Candidate>, older: &[Place]) -> Result<()> {
-        if older.is_empty() || !slots.iter().any(|slot| matches!(slot, Slot::Lost(_))) {
-            return Ok(());
+    /// The slots that lost their table, with the one that the older L1 table has there: if that is a table,
+    /// and no slot has it yet.
+    fn older_tables(&self, slots: &[Slot], older: Place) -> Result<Vec<(usize, HostOffset)>> {
+        let mut found = Vec::new();
+        for (index, raw) in self.l1_words(older)?.into_iter().enumerate().take(slots.len()) {
+            let entry = L1Entry::decode(raw, &self.known.format.geometry);
+            let table = entry.ok().and_then(|entry| entry.l2_table);
+            let Some(table) = table.filter(|_| matches!(slots[index], Slot::Lost(_))) else { continue };
+            let content = self.cluster(self.known.format.geometry.host_cluster(table).value())?;
+            if table.value() < self.bytes.len && self.known.worth(&content) == Worth::Table {
+                found.push((index, table));
+            }
         }
-        let samples = self.samples(orphans)?;
-        let tables = slots.iter().filter_map(|slot| slot.table().map(HostOffset::value));
-        let mut used: BTreeSet<u64> = tables.collect();
+        Ok(found)
+    }
+
+    /// Fills ranges that lost their table by what older L1 tables prove of it.
+    fn by_older(&mut self, slots: &mut [Slot], orphans: &mut Vec<Candidate>, older: &[Place]) -> Result<()> {
+        let mut named: BTreeMap<u64, u64> = BTreeMap::new();
+        for &place in older {
+            for (_, table) in self.older_tables(slots, place)? {
+                *named.entry(table.value()).or_default() += 1;
+            }
+        }
+        let samples = if named.is_empty() { BTreeMap::new() } else { self.samples(orphans)? };
+        let mut used = used_tables(slots);
         let mut placed = BTreeSet::new();
         for &place in older {
-            for (slot, raw) in slots.iter_mut().zip(self.l1_words(place)?) {
-                let entry = L1Entry::decode(raw, &self.known.format.geometry);
-                let Ok(L1Entry { l2_table: Some(table), .. }) = entry else { continue };
-                let lost = matches!(slot, Slot::Lost(_));
-                if !lost || table.value() >= self.bytes.len || used.contains(&table.value()) {
-                    continue;
-                }
+            for (index, table) in self.older_tables(slots, place)? {
                 let cluster = self.known.format.geometry.host_cluster(table).value();
-                let content = self.cluster(cluster)?;
-                if self.known.worth(&content) != Worth::Table {
+                let stored = self.counts.as_ref().map(|counts| counts.count(cluster)).transpose()?.flatten();
+                let times = named.get(&table.value()).copied().unwrap_or(u64::MAX);
+                if stored.is_some_and(|count| count > times) && used.insert(table.value()) {
+                    self.known.metadata.insert(cluster);
+                    slots[index] = Slot::Table(table, Evidence::Shared);
                     continue;
                 }
-                let overlapping = self.overlapping(&content, &samples);
+                let overlapping = self.overlapping(&self.cluster(cluster)?, &samples);
                 if let Some(orphan) = overlapping.filter(|orphan| placed.insert(*orphan)) {
                     let at = self.known.format.geometry.bytes_of(orphans[orphan].cluster);
-                    *slot = Slot::Table(HostOffset::new(at), Evidence::Overlap);
-                    continue;
+                    slots[index] = Slot::Table(HostOffset::new(at), Evidence::Overlap);
                 }
-                placed.extend(orphans.iter().position(|orphan| orphan.cluster == cluster));
-                used.insert(table.value());
-                self.known.metadata.insert(cluster);
-                *slot = Slot::Table(table, Evidence::OldTable);
             }
         }
         let mut numbers = 0..;
         orphans.retain(|_| !numbers.next().is_some_and(|number| placed.contains(&number)));
+        Ok(())
+    }
+
+    /// Fills ranges for which nothing else was found by what they were in an older L1 table.
+    fn by_age(&mut self, slots: &mut [Slot], older: &[Place]) -> Result<()> {
+        let mut used = used_tables(slots);
+        for &place in older {
+            for (index, table) in self.older_tables(slots, place)? {
+                if used.insert(table.value()) {
+                    self.known.metadata.insert(self.known.format.geometry.host_cluster(table).value());
+                    slots[index] = Slot::Table(table, Evidence::OldTable);
+                }
+            }
+        }
         Ok(())
     }
 
@@ -313,6 +342,10 @@ impl Job<'_> {
         });
         votes.into_iter().max_by_key(|(_, count)| *count).map(|(orphan, _)| orphan)
     }
+}
+
+fn used_tables(slots: &[Slot]) -> BTreeSet<u64> {
+    slots.iter().filter_map(|slot| slot.table().map(HostOffset::value)).collect()
 }
 
 /// Entries that are remembered to compare tables by.

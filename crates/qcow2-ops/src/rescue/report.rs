@@ -105,6 +105,8 @@ impl fmt::Display for Reason {
 pub enum Evidence {
     /// An entry of the L1 table.
     L1,
+    /// A snapshot's L1 table has it there, and its refcount is higher than the snapshots make it.
+    Shared,
     /// A snapshot's or an old L1 table has an entry there, whose table maps some of the same clusters.
     Overlap,
     /// A snapshot's or an old L1 table has it there: a guess, the disk may have changed since.
@@ -123,6 +125,7 @@ impl Evidence {
     pub const fn name(self) -> &'static str {
         match self {
             Self::L1 => "l1-entry",
+            Self::Shared => "shared-with-snapshot",
             Self::Overlap => "overlap",
             Self::OldTable => "old-l1-table",
             Self::Order => "order",
@@ -134,6 +137,7 @@ impl fmt::Display for Evidence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::L1 => "an l1 entry",
+            Self::Shared => "a snapshot's l1 table and the refcount, which tell that the disk has it too",
             Self::Overlap => "clusters it shares with an older table of that range",
             Self::OldTable => "a snapshot's or an old l1 table, and may be older",
             Self::Order => "the order of the tables in the file",

@@ -7,6 +7,7 @@ use super::marks::Marks;
 use crate::error::Result;
 use qcow2_format::l2::{L2Format, L2Shape};
 use qcow2_format::{Geometry, GeometryFields, Header, HostOffset, bytes, l1};
+use std::collections::BTreeSet;
 
 /// Clusters that are remembered as perhaps a table. Origin: ours; 64 MiB of memory, tables of 32 TiB in
 /// clusters of 64 KiB.
@@ -116,7 +117,8 @@ impl Job<'_> {
             for raw in bytes::words(&content).filter(|&raw| raw != 0) {
                 let host = HostOffset::new(l1::without_copied(l1::rounded(raw, &self.known.format.geometry)));
                 let to = self.known.format.geometry.host_cluster(host).value();
-                all += 1;
+                // What is past the end of a file that was cut may have been a table.
+                all += u64::from(host.value() < self.bytes.len);
                 leading += u64::from(tables.contains(to) || self.known.metadata.contains(to));
             }
             match leading > 0 && leading * 2 >= all {
@@ -128,38 +130,46 @@ impl Job<'_> {
         Ok(Found { l1: self.l1_runs(&l1)?, l2 })
     }
 
-    /// Joins the clusters of L1 tables that are longer than one; clusters of zeroes may be in between.
+    /// Joins the clusters of L1 tables that are longer than one: those that are side by side, or have nothing
+    /// but zeroes between them in clusters that are in use, and that do not lead to the same tables.
     fn l1_runs(&self, clusters: &[u64]) -> Result<Vec<(HostOffset, u64)>> {
         let geometry = self.known.format.geometry;
-        let per_cluster = geometry.cluster_size() / 8;
         let mut runs: Vec<(u64, u64)> = Vec::new();
+        let mut tables = BTreeSet::new();
         for &cluster in clusters {
-            let next = match runs.last_mut() {
-                // A disk of less than a cluster of L1 entries has one of them; a snapshot's may follow.
-                Some((_, end)) if cluster - *end <= MAX_GAP && self.is_full(*end - 1, per_cluster)? => {
-                    let mut zero = true;
-                    for between in *end..cluster {
-                        zero &= self.known.worth(&self.cluster(between)?) == Worth::Empty;
-                    }
-                    zero.then_some(end)
-                }
-                _ => None,
+            let words: Vec<u64> = bytes::words(&self.cluster(cluster)?).filter(|&raw| raw != 0).collect();
+            let words: BTreeSet<u64> = words.into_iter().map(l1::without_copied).collect();
+            let follows = match runs.last() {
+                Some(&(_, end)) => tables.is_disjoint(&words) && self.is_gap(end, cluster)?,
+                None => false,
             };
-            match next {
-                Some(end) => *end = cluster + 1,
-                None => runs.push((cluster, cluster + 1)),
+            match runs.last_mut().filter(|_| follows) {
+                Some((_, end)) => *end = cluster + 1,
+                None => {
+                    runs.push((cluster, cluster + 1));
+                    tables.clear();
+                }
             }
+            tables.extend(words);
         }
         let place = |(start, end): (u64, u64)| {
-            (HostOffset::new(geometry.bytes_of(start)), (end - start).saturating_mul(per_cluster))
+            let entries = geometry.bytes_of(end - start) / 8;
+            (HostOffset::new(geometry.bytes_of(start)), entries)
         };
         Ok(runs.into_iter().map(place).collect())
     }
 
-    /// Whether an L1 table that has `cluster` goes on: its last entry there is set.
-    fn is_full(&self, cluster: u64, per_cluster: u64) -> Result<bool> {
-        let last = bytes::words(&self.cluster(cluster)?).nth(per_cluster as usize - 1);
-        Ok(last.is_some_and(|raw| raw != 0))
+    /// Whether the clusters from `start` to before `end` can be a part of an L1 table without entries.
+    fn is_gap(&self, start: u64, end: u64) -> Result<bool> {
+        let most = if self.counts.is_some() { MAX_GAP } else { 1 };
+        for cluster in start..end {
+            let stored = self.counts.as_ref().map(|counts| counts.count(cluster)).transpose()?.flatten();
+            let zero = self.known.worth(&self.cluster(cluster)?) == Worth::Empty;
+            if end - start > most || !zero || stored == Some(0) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The candidates that are L2 tables of one state of the disk, in the order of the file. No two of them map the same cluster: what overlaps is a snapshot's, an old or a
@@ -191,7 +201,7 @@ impl Job<'_> {
                         && targets.any(|t| self.mapped.contains(t) || self.known.metadata.contains(t)),
                 );
             });
-            if rank == Rank::Old || self.mapped.contains(candidate.cluster) || old * 2 > all {
+            if rank <= Rank::Snapshot || self.mapped.contains(candidate.cluster) || old * 2 > all {
                 continue;
             }
             self.claim(&content);
@@ -212,7 +222,7 @@ impl Job<'_> {
         if is_mapped {
             return Ok(Rank::Mapped);
         }
-        let agrees = self.flags_agree(candidate)?;
+        let agrees = self.flags_agree(candidate.cluster)?;
         let copied = candidate.l2.is_some_and(|shape| shape.copied > 0);
         Ok(match (agrees, copied) {
             (Some(false), _) => Rank::Snapshot,
@@ -224,9 +234,9 @@ impl Job<'_> {
 
     /// Whether the copied flags of a table go with the refcounts, as in tables of the disk itself: a
     /// snapshot's has clusters that are only its own, without the flag. `None` if there are no refcounts.
-    fn flags_agree(&self, candidate: &Candidate) -> Result<Option<bool>> {
+    pub(super) fn flags_agree(&self, table: u64) -> Result<Option<bool>> {
         let Some(counts) = &self.counts else { return Ok(None) };
-        let content = self.cluster(candidate.cluster)?;
+        let content = self.cluster(table)?;
         let mut samples = Vec::new();
         self.known.entries(&content, |_, raw, bitmap| {
             let targets = self.known.targets(raw, bitmap);
