@@ -4,8 +4,9 @@ use super::job::Bytes;
 use crate::error::Result;
 use qcow2_core::HostOffset;
 use qcow2_format::refcount::decode_table_entry;
-use qcow2_format::{Geometry, Header, bytes, limit};
+use qcow2_format::{Geometry, Header, Version, bytes, limit};
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 
 /// Stored refcounts, if the structure that holds them is one.
 pub(super) struct Counts<'a> {
@@ -79,23 +80,24 @@ impl<'a> Counts<'a> {
     }
 }
 
-/// How many clusters the refcount table at `table` has, if it is one that counts itself.
+/// The refcounts of the refcount table at `table`, in an image with clusters of 2^`bits` bytes and no header,
+/// as a header leads to them. `None` unless the structure counts all that it has itself, once.
 pub(super) fn certified(bytes: Bytes<'_>, bits: u32, table: HostOffset) -> Result<Option<Header>> {
+    let mut header = Header::new(Version::V3, bits);
+    let Ok(geometry) = header.geometry() else { return Ok(None) };
+    header.refcount_table_offset = table;
+    header.refcount_table_clusters = table_clusters(bytes, &geometry, table)?;
     // 16 bits are what nearly all images have.
     for order in [4, 3, 5, 6, 2, 1, 0] {
-        let mut header = Header::new(qcow2_format::Version::V3, bits);
-        (header.refcount_order, header.refcount_table_offset) = (order, table);
-        header.refcount_table_clusters = 1;
+        header.refcount_order = order;
         let Ok(geometry) = header.geometry() else { continue };
         let Some(counts) = Counts::read(bytes, &header, geometry)? else { continue };
-        let own: Vec<u64> = counts.own_clusters().collect();
         let mut sound = counts.count(0)? == Some(1);
-        for &cluster in own.iter().take(MAX_PROVED) {
+        for cluster in counts.own_clusters().take(MAX_PROVED) {
             // A block behind the end of a cut file cannot be counted by a block that is there.
             sound &= counts.count(cluster)?.is_none_or(|count| count == 1);
         }
         if sound {
-            header.refcount_table_clusters = clusters_of_table(&counts, bytes, geometry)?;
             return Ok(Some(header));
         }
     }
@@ -105,24 +107,34 @@ pub(super) fn certified(bytes: Bytes<'_>, bits: u32, table: HostOffset) -> Resul
 /// Clusters of a refcount structure that must have a refcount of one.
 const MAX_PROVED: usize = 1000;
 
-/// The table goes on while its last cluster is not the end of what can be entries.
-fn clusters_of_table(counts: &Counts<'_>, bytes: Bytes<'_>, geometry: Geometry) -> Result<u32> {
-    let first = geometry.host_cluster(counts.table_at).value();
+/// How many clusters from `table` on can be a refcount table: they have entries, and nothing else.
+fn table_clusters(bytes: Bytes<'_>, geometry: &Geometry, table: HostOffset) -> Result<u32> {
+    let first = geometry.host_cluster(table).value();
     let most = limit::MAX_REFCOUNT_TABLE_SIZE / geometry.cluster_size();
-    let blocks: Vec<u64> = counts.own_clusters().skip(1).collect();
+    let mut blocks = BTreeSet::new();
     let mut content = vec![0; geometry.cluster_size() as usize];
-    for more in 1..most {
-        let at = HostOffset::new(geometry.bytes_of(first + more));
-        if blocks.contains(&(first + more)) || at.value() >= bytes.len {
-            return Ok(more as u32);
+    for count in 0..most {
+        let cluster = first + count;
+        if blocks.contains(&cluster) {
+            return Ok(count as u32);
         }
-        bytes.read(at, &mut content)?;
-        let entry =
-            |raw: u64| matches!(decode_table_entry(raw, &geometry), Ok(Some(at)) if at.value() < bytes.len);
-        let mut set = bytes::words(&content).filter(|&raw| raw != 0).peekable();
-        if set.peek().is_none() || !set.all(entry) {
-            return Ok(more as u32);
+        bytes.read(HostOffset::new(geometry.bytes_of(cluster)), &mut content)?;
+        let before = blocks.len();
+        for raw in bytes::words(&content).filter(|&raw| raw != 0) {
+            match decode_table_entry(raw, geometry) {
+                // A file that was cut has the places of blocks that it lacks.
+                Ok(Some(block)) if block.value() / MAX_CUT < bytes.len => {
+                    blocks.insert(geometry.host_cluster(block).value());
+                }
+                _ => return Ok(count as u32),
+            }
+        }
+        if blocks.len() == before {
+            return Ok(count as u32);
         }
     }
-    Ok(most.max(1) as u32)
+    Ok(most as u32)
 }
+
+/// A file was cut to no less than this part of its length. Origin: ours.
+const MAX_CUT: u64 = 16;
