@@ -6,7 +6,7 @@ use super::place::{Placement, Slot};
 use super::report::{L1Source, MAX_RANGES, Ranges, Reason};
 use qcow2_core::{
     CIPHER_SECTOR, ClusterCipher, Codecs, DiskExtent, Error, ErrorKind, ExtentState, GuestDisk, GuestOffset,
-    GuestRange, HostOffset, Result, SectorNumbering, Storage, ZeroMode,
+    GuestRange, HostOffset, Result, SectorNumbering, Storage, StorageExtent, ZeroMode,
 };
 use qcow2_format::l2::{CompressedCluster, L2Entry, SubclusterState};
 use qcow2_format::{CompressionType, L2Index};
@@ -219,6 +219,23 @@ impl RescuedDisk {
         }
     }
 
+    /// A run of clusters, of which those that are holes of the file are zeroes: a preallocated disk of a
+    /// terabyte is read in a moment.
+    fn stored_at(&self, host: HostOffset, len: u64) -> DiskExtent {
+        let data = self.files.data.as_ref().unwrap_or(&self.files.image);
+        let left = self.known.data_len.saturating_sub(host.value()).min(len);
+        let run = match left {
+            _ if self.files.cipher.is_some() => StorageExtent { len, data: true },
+            0 => StorageExtent { len, data: false },
+            // A device that cannot tell is all data.
+            left => data.extent_at(host, left).unwrap_or(StorageExtent { len: left, data: true }),
+        };
+        // Where it is is of no use to anybody: not even a copy may bypass this disk.
+        let state =
+            if run.data { ExtentState::Data { host: None } } else { ExtentState::Zero { host: None } };
+        DiskExtent { len: run.len.clamp(1, len), state }
+    }
+
     fn is_locked(&self) -> bool {
         self.files.encrypted && self.files.cipher.is_none()
     }
@@ -349,8 +366,7 @@ impl GuestDisk for RescuedDisk {
         let state = match place {
             Place::Zero | Place::Lost(_) => ExtentState::Zero { host: None },
             Place::Below => ExtentState::Unallocated,
-            // Where it is is of no use to anybody: not even a copy may bypass this disk.
-            Place::Data(_) => ExtentState::Data { host: None },
+            Place::Data(host) => return Ok(self.stored_at(host, len)),
             Place::Stream(_) => ExtentState::Compressed,
         };
         Ok(DiskExtent { len, state })

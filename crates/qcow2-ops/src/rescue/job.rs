@@ -75,6 +75,8 @@ pub(super) struct Job<'a> {
     pub(super) header: Header,
     pub(super) known: Known,
     pub(super) counts: Option<Counts<'a>>,
+    /// L2 tables that an L1 table leads to.
+    pub(super) tables: Marks,
     /// Clusters that a table maps.
     pub(super) mapped: Marks,
     pub(super) progress: &'a dyn Progress,

@@ -123,7 +123,15 @@ pub fn rescue(files: &RescueFiles<'_>, options: &RescueOptions, progress: &dyn P
     };
     let cipher = unlock(files, &header)?;
     let known = Known { format, image_len: bytes.len, data_len, metadata: Marks::default() };
-    let mut job = Job { bytes, header, known, counts: None, mapped: Marks::default(), progress };
+    let mut job = Job {
+        bytes,
+        header,
+        known,
+        counts: None,
+        tables: Marks::default(),
+        mapped: Marks::default(),
+        progress,
+    };
     let older = job.note_metadata(source)?;
     let entries = size.map(|size| format.geometry.l1_entries_for(size));
     let l1 = job.l1_place(options, source, entries);

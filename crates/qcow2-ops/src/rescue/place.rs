@@ -190,6 +190,7 @@ impl Job<'_> {
             return Ok(Slot::Lost(Reason::TableDamaged));
         }
         self.known.metadata.insert(cluster);
+        self.tables.insert(cluster);
         self.claim(&content);
         Ok(match worth {
             Worth::Empty => Slot::Empty(table),
@@ -219,6 +220,7 @@ impl Job<'_> {
                 if self.known.worth(&content) != Worth::Other {
                     self.claim(&content);
                     self.mapped.insert(cluster);
+                    self.tables.insert(cluster);
                 }
             }
         }

@@ -119,7 +119,7 @@ impl Job<'_> {
                 let to = self.known.format.geometry.host_cluster(host).value();
                 // What is past the end of a file that was cut may have been a table.
                 all += u64::from(host.value() < self.bytes.len);
-                leading += u64::from(tables.contains(to) || self.known.metadata.contains(to));
+                leading += u64::from(tables.contains(to) || self.tables.contains(to));
             }
             match leading > 0 && leading * 2 >= all {
                 true => l1.push(candidate.cluster),
