@@ -1,8 +1,9 @@
 //! Which L2 table maps which part of the disk.
 //!
 //! The L1 table tells. What it does not tell (any more) older L1 tables may tell: a table that maps some of
-//! the clusters that an older table of a range maps belongs to that range. The rest is put where ranges are
-//! left over, in the order of the file, and is said to be guessed.
+//! the clusters that an older table of a range maps belongs to that range. So does one whose data has a
+//! landmark of that range. The rest is put where ranges are left over, in the order of the file, and is said
+//! to be guessed.
 
 use super::entry::Worth;
 use super::job::Job;
@@ -29,7 +30,7 @@ pub(super) enum Slot {
 }
 
 impl Slot {
-    fn table(&self) -> Option<HostOffset> {
+    pub(super) fn table(&self) -> Option<HostOffset> {
         match self {
             Self::Table(table, _) | Self::Empty(table) => Some(*table),
             _ => None,
@@ -114,6 +115,9 @@ impl Job<'_> {
         slots.resize(known.min(MAX_L1_ENTRIES) as usize, unknown);
         self.by_older(&mut slots, &mut orphans, &older)?;
         let mut orphans = orphans.into_iter().map(|orphan| (orphan.cluster, orphan)).collect();
+        if slots.iter().any(|slot| matches!(slot, Slot::Lost(_))) {
+            self.by_landmarks(&mut slots, &mut orphans, entries.is_none() && source == L1Source::None)?;
+        }
         by_order(&mut slots, &mut orphans, self.known.format, self.counts.is_some());
         self.by_age(&mut slots, &older)?;
         let mapped = orphans.values().filter_map(|c: &Candidate| c.l2).map(|shape| shape.mapped).sum();

@@ -109,6 +109,8 @@ pub enum Evidence {
     Shared,
     /// A snapshot's or an old L1 table has an entry there, whose table maps some of the same clusters.
     Overlap,
+    /// The guest's data has a structure that says where on the disk it is.
+    Content,
     /// A snapshot's or an old L1 table has it there: a guess, the disk may have changed since.
     OldTable,
     /// The order of the tables in the file: a guess.
@@ -127,6 +129,7 @@ impl Evidence {
             Self::L1 => "l1-entry",
             Self::Shared => "shared-with-snapshot",
             Self::Overlap => "overlap",
+            Self::Content => "content",
             Self::OldTable => "old-l1-table",
             Self::Order => "order",
         }
@@ -139,6 +142,7 @@ impl fmt::Display for Evidence {
             Self::L1 => "an l1 entry",
             Self::Shared => "a snapshot's l1 table and the refcount, which tell that the disk has it too",
             Self::Overlap => "clusters it shares with an older table of that range",
+            Self::Content => "a structure in the data that says where on the disk it is",
             Self::OldTable => "a snapshot's or an old l1 table, and may be older",
             Self::Order => "the order of the tables in the file",
         })
