@@ -74,7 +74,7 @@ impl Job<'_> {
             return self.guest(first, offset, partition, looks);
         }
         for &cluster in orphans.keys() {
-            let read = self.guest(cluster, offset, partition, looks)?;
+            let read = *looks <= MAX_LOOKS && self.guest(cluster, offset, partition, looks)?;
             if read && !of_file_system(offset, partition).is_empty() {
                 return Ok(true);
             }
@@ -101,6 +101,9 @@ impl Job<'_> {
         let mut window = vec![0; WINDOW];
         for &cluster in orphans.keys() {
             self.go_on()?;
+            if *looks > MAX_LOOKS {
+                return Ok(());
+            }
             if self.guest(cluster, landmark.offset, &mut window, looks)? && landmark.is_in(&window) {
                 found.push(cluster);
             }

@@ -24,6 +24,8 @@ mod marks;
 mod place;
 mod report;
 mod tables;
+#[cfg(test)]
+mod tests;
 mod text;
 
 pub use disk::RescuedDisk;
@@ -40,6 +42,7 @@ use qcow2_core::{ClusterCipher, Codecs, EncryptedLayer, GuestDisk, HostOffset, K
 use qcow2_format::feature::IncompatibleFeatures;
 use qcow2_format::limit::MAX_DISK_SIZE;
 use qcow2_format::{CryptMethod, Header};
+use std::cell::RefCell;
 use std::sync::Arc;
 
 /// What a rescue reads. No name inside the image is followed: what it stands on has to be given.
@@ -132,6 +135,7 @@ pub fn rescue(files: &RescueFiles<'_>, options: &RescueOptions, progress: &dyn P
         counts: None,
         tables: Marks::default(),
         mapped: Marks::default(),
+        worths: RefCell::default(),
         progress,
     };
     let older = job.note_metadata(source)?;

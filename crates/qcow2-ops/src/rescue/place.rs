@@ -7,13 +7,14 @@
 
 use super::entry::Worth;
 use super::job::Job;
+use super::marks::Marks;
 use super::report::{Evidence, L1Source, Reason};
 use super::tables::{Candidate, Found};
 use crate::error::Result;
 use qcow2_core::HostOffset;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::limit::MAX_L1_ENTRIES;
-use qcow2_format::{bytes, l1, l2::L2Format};
+use qcow2_format::{Geometry, bytes, l1, l2::L2Format};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What one L1 entry comes to.
@@ -52,7 +53,9 @@ pub(super) type Place = (HostOffset, u64);
 
 /// Older L1 tables that are looked into, and entries of all of them. Origin: ours.
 const MAX_OLDER: usize = 1000;
-const MAX_OLDER_ENTRIES: u64 = MAX_L1_ENTRIES;
+const MAX_OLDER_ENTRIES: u64 = 1 << 21;
+/// Tables of one L1 table whose flags are compared with the refcounts.
+const MAX_COMPARED: usize = 256;
 
 /// As many of the older L1 tables as are looked into, each once.
 fn limited(older: Vec<Place>) -> Vec<Place> {
@@ -90,6 +93,7 @@ impl Job<'_> {
         let candidates = self.candidates()?;
         self.find_counts(&candidates)?;
         let Found { l2, l1: found } = self.classify(candidates)?;
+        let found = limited(found);
         let best = if l1.is_some() { None } else { self.best_l1(&found)? };
         if let Some(best) = best {
             slots = self.adopt(best)?;
@@ -138,7 +142,7 @@ impl Job<'_> {
                 Some(table) if table.value() >= self.bytes.len => true,
                 Some(table) => {
                     let cluster = self.known.format.geometry.host_cluster(table).value();
-                    cluster > 0 && self.known.worth(&self.cluster(cluster)?) != Worth::Other
+                    cluster > 0 && self.worth_at(cluster)? != Worth::Other
                 }
             };
             *(if is_table { &mut good } else { &mut bad }) += 1;
@@ -159,7 +163,7 @@ impl Job<'_> {
 
     /// What the entries of an L1 table lead to. No table is used twice.
     fn adopt(&mut self, l1: Place) -> Result<Vec<Slot>> {
-        let mut used = BTreeSet::new();
+        let mut used = Marks::default();
         let mut slots = Vec::new();
         for raw in self.l1_words(l1)? {
             let slot = match L1Entry::decode(raw, &self.known.format.geometry) {
@@ -204,7 +208,7 @@ impl Job<'_> {
 
     /// Takes the clusters of older L1 tables' trees: none of them is a lost table.
     fn claim_older(&mut self, older: &[Place]) -> Result<()> {
-        let mut seen = BTreeSet::new();
+        let mut seen = Marks::default();
         for &place in older {
             for raw in self.l1_words(place)? {
                 let Ok(L1Entry { l2_table: Some(table), .. }) =
@@ -220,8 +224,8 @@ impl Job<'_> {
                     continue;
                 }
                 self.go_on()?;
-                let content = self.cluster(cluster)?;
-                if self.known.worth(&content) != Worth::Other {
+                if self.worth_at(cluster)? != Worth::Other {
+                    let content = self.cluster(cluster)?;
                     self.claim(&content);
                     self.mapped.insert(cluster);
                     self.tables.insert(cluster);
@@ -238,6 +242,7 @@ impl Job<'_> {
         let mut best: Option<((u64, u64), Place)> = None;
         for &place in found {
             let (mut tables, mut agreeing, mut others) = (0u64, 0u64, 0u64);
+            let mut compared = BTreeSet::new();
             for raw in self.l1_words(place)? {
                 let entry = L1Entry::decode(raw, &self.known.format.geometry);
                 let Ok(L1Entry { l2_table: Some(table), copied }) = entry else { continue };
@@ -245,10 +250,12 @@ impl Job<'_> {
                 tables += 1;
                 let stored = self.counts.as_ref().map(|counts| counts.count(cluster)).transpose()?.flatten();
                 agreeing += u64::from(stored.map_or(copied, |count| copied == (count == 1) && count > 0));
-                others += u64::from(self.flags_agree(cluster)? == Some(false));
+                if compared.len() < MAX_COMPARED && compared.insert(cluster) {
+                    others += u64::from(self.flags_agree(cluster)? == Some(false));
+                }
             }
             let score = (agreeing, tables);
-            if others * 20 <= tables && best.is_none_or(|(other, _)| score > other) {
+            if others * 20 <= compared.len() as u64 && best.is_none_or(|(other, _)| score > other) {
                 best = Some((score, place));
             }
         }
@@ -263,8 +270,8 @@ impl Job<'_> {
             let entry = L1Entry::decode(raw, &self.known.format.geometry);
             let table = entry.ok().and_then(|entry| entry.l2_table);
             let Some(table) = table.filter(|_| matches!(slots[index], Slot::Lost(_))) else { continue };
-            let content = self.cluster(self.known.format.geometry.host_cluster(table).value())?;
-            if table.value() < self.bytes.len && self.known.worth(&content) == Worth::Table {
+            let cluster = self.known.format.geometry.host_cluster(table).value();
+            if table.value() < self.bytes.len && self.worth_at(cluster)? == Worth::Table {
                 found.push((index, table));
             }
         }
@@ -280,14 +287,14 @@ impl Job<'_> {
             }
         }
         let samples = if named.is_empty() { BTreeMap::new() } else { self.samples(orphans)? };
-        let mut used = used_tables(slots);
+        let mut used = used_tables(slots, &self.known.format.geometry);
         let mut placed = BTreeSet::new();
         for &place in older {
             for (index, table) in self.older_tables(slots, place)? {
                 let cluster = self.known.format.geometry.host_cluster(table).value();
                 let stored = self.counts.as_ref().map(|counts| counts.count(cluster)).transpose()?.flatten();
                 let times = named.get(&table.value()).copied().unwrap_or(u64::MAX);
-                if stored.is_some_and(|count| count > times) && used.insert(table.value()) {
+                if stored.is_some_and(|count| count > times) && used.insert(cluster) {
                     self.known.metadata.insert(cluster);
                     slots[index] = Slot::Table(table, Evidence::Shared);
                     continue;
@@ -306,11 +313,12 @@ impl Job<'_> {
 
     /// Fills ranges for which nothing else was found by what they were in an older L1 table.
     fn by_age(&mut self, slots: &mut [Slot], older: &[Place]) -> Result<()> {
-        let mut used = used_tables(slots);
+        let mut used = used_tables(slots, &self.known.format.geometry);
         for &place in older {
             for (index, table) in self.older_tables(slots, place)? {
-                if used.insert(table.value()) {
-                    self.known.metadata.insert(self.known.format.geometry.host_cluster(table).value());
+                let cluster = self.known.format.geometry.host_cluster(table).value();
+                if used.insert(cluster) {
+                    self.known.metadata.insert(cluster);
                     slots[index] = Slot::Table(table, Evidence::OldTable);
                 }
             }
@@ -350,8 +358,13 @@ impl Job<'_> {
     }
 }
 
-fn used_tables(slots: &[Slot]) -> BTreeSet<u64> {
-    slots.iter().filter_map(|slot| slot.table().map(HostOffset::value)).collect()
+/// The clusters of the tables that have a slot.
+fn used_tables(slots: &[Slot], geometry: &Geometry) -> Marks {
+    let mut used = Marks::default();
+    used.insert_each(
+        slots.iter().filter_map(|slot| slot.table()).map(|at| geometry.host_cluster(at).value()),
+    );
+    used
 }
 
 /// Entries that are remembered to compare tables by.

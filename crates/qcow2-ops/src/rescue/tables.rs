@@ -126,8 +126,30 @@ impl Job<'_> {
                 false => l2.extend(candidate.l2.map(|_| candidate)),
             }
         }
+        let guests = self.guests(&l2)?;
+        l1.retain(|&cluster| !guests.contains(cluster));
         self.known.metadata.insert_each(l1.iter().copied());
         Ok(Found { l1: self.l1_runs(&l1)?, l2 })
+    }
+
+    /// What candidates map that look like the disk's own tables and that no other candidate maps: guest data,
+    /// an image inside the disk for example.
+    fn guests(&self, candidates: &[Candidate]) -> Result<Marks> {
+        let mut all = Marks::default();
+        for candidate in candidates {
+            self.go_on()?;
+            let content = self.cluster(candidate.cluster)?;
+            self.known.entries(&content, |_, raw, bitmap| all.insert_each(self.known.targets(raw, bitmap)));
+        }
+        let mut guests = Marks::default();
+        for candidate in candidates.iter().filter(|candidate| !all.contains(candidate.cluster)) {
+            if self.rank(candidate, false)? >= Rank::Copied {
+                let content = self.cluster(candidate.cluster)?;
+                self.known
+                    .entries(&content, |_, raw, bitmap| guests.insert_each(self.known.targets(raw, bitmap)));
+            }
+        }
+        Ok(guests)
     }
 
     /// Joins the clusters of L1 tables that are longer than one: those that are side by side, or have nothing
@@ -150,7 +172,9 @@ impl Job<'_> {
                     tables.clear();
                 }
             }
-            tables.extend(words);
+            if tables.len() < MAX_COMPARED {
+                tables.extend(words);
+            }
         }
         let place = |(start, end): (u64, u64)| {
             let entries = geometry.bytes_of(end - start) / 8;
@@ -262,6 +286,8 @@ impl Job<'_> {
 const MAX_TRIED: usize = 1000;
 /// Entries of a table whose refcounts are looked at.
 const MAX_SAMPLES: usize = 64;
+/// L1 entries that the next cluster of the table must not have again.
+const MAX_COMPARED: usize = 1 << 16;
 /// Clusters of zeroes inside an L1 table.
 const MAX_GAP: u64 = 1 << 12;
 
