@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn tables_that_writers_make_have_a_shape() {
-        let words = [0, COPIED | 0x50000, 1, 0x60000, COMPRESSED | 0x71234, COPIED | 2 * MIB];
+        let words = [0, COPIED | 0x50000, 1, 0x60000, COMPRESSED | 0x71234, COPIED | (2 * MIB)];
         let expected = L2Shape { mapped: 4, copied: 2, compressed: 1, inside: 3, zero: 1 };
         assert_eq!(shape(false, &words), Some(expected));
         let words = [COPIED | 0x50000, 7, 0, 7 << 32];
@@ -106,8 +106,8 @@ mod tests {
             COPIED | 0x60000 | 1 << 60, // reserved bits
             COPIED,                     // the flag without a cluster
             COPIED | COMPRESSED | 0x60000,
-            COPIED | 16 * MIB, // far past the end
-            COPIED | 0x50000,  // the cluster of the entry before
+            COPIED | (16 * MIB), // far past the end
+            COPIED | 0x50000,    // the cluster of the entry before
             u64::from_be_bytes(*b"some tex"),
         ] {
             assert_eq!(shape(false, &[COPIED | 0x50000, word]), None, "{word:#x}");

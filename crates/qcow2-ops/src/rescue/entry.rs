@@ -107,25 +107,9 @@ impl Known {
 }
 
 impl Job<'_> {
-    /// Marks what `table` maps. Returns how many entries map something, and how many of those a cluster that
-    /// was marked already; streams share clusters, and do not count.
-    pub(super) fn claim(&mut self, table: &[u8]) -> (u64, u64) {
-        let (mut all, mut old) = (0, 0);
-        let mut targets = Vec::new();
-        self.known.entries(table, |_, raw, bitmap| {
-            let clusters = self.known.targets(raw, bitmap);
-            let stream = self
-                .known
-                .format
-                .decode(raw, bitmap)
-                .is_ok_and(|entry| matches!(entry, L2Entry::Compressed(_)));
-            targets.push((clusters, stream));
-        });
-        for (clusters, stream) in targets.into_iter().filter(|(clusters, _)| !clusters.is_empty()) {
-            let new = clusters.fold(true, |new, cluster| self.mapped.insert(cluster) && new);
-            all += 1;
-            old += u64::from(!new && !stream);
-        }
-        (all, old)
+    /// Marks what `table` maps.
+    pub(super) fn claim(&mut self, table: &[u8]) {
+        let Self { known, mapped, .. } = self;
+        known.entries(table, |_, raw, bitmap| mapped.insert_each(known.targets(raw, bitmap)));
     }
 }

@@ -80,7 +80,9 @@ impl Job<'_> {
         let mut older = limited(older.to_vec());
         let said = l1;
         let l1 = l1.map(|l1| Ok(self.is_l1(l1)?.then_some(l1))).transpose()?.flatten();
-        for &(at, count) in l1.iter().chain(&older) {
+        // A table of zeroes is one too, and may be whole.
+        let zeroes = said.map(|l1| Ok(self.l1_words(l1)?.is_empty().then_some(l1))).transpose()?.flatten();
+        for &(at, count) in l1.iter().chain(&zeroes).chain(&older) {
             let clusters = self.known.clusters(at, count.saturating_mul(8));
             self.known.metadata.insert_each(clusters);
         }
@@ -109,7 +111,7 @@ impl Job<'_> {
         let mut orphans = self.accept(rest)?;
         if source == L1Source::None && orphans.is_empty() && !self.has_leaks()? {
             // Nothing was ever written: the table of zeroes is whole.
-            source = said.map_or(source, |(at, _)| L1Source::Named(at));
+            source = zeroes.map_or(source, |(at, _)| L1Source::Named(at));
         }
         let known = entries.unwrap_or(match source {
             L1Source::None => orphans.len() as u64,
