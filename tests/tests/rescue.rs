@@ -75,7 +75,7 @@ impl Bench {
         let (tree_name, raw_name) = (tree.to_str().unwrap(), raw.to_str().unwrap());
         let inodes = (files_of(&tree).len() + 20).to_string();
         let mut args = vec!["-q", "-t", "ext4", "-m", "0", "-N", &inodes];
-        // A journal and spare inodes are zeroes, which an image does not have: parts of a disk without a table.
+        // A journal and spare inodes are zeroes, which an image does not have: ranges without a table.
         if self.dense {
             args.extend(["-O", "^has_journal,^resize_inode"]);
         }

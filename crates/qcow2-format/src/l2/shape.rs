@@ -20,8 +20,8 @@ pub struct L2Shape {
 }
 
 impl L2Format {
-    /// What `table` is like, taken for an L2 table or the beginning of one. `file_len`: bytes of the file with
-    /// the data. `None` if any entry is not one that a writer makes: reserved bits, a misaligned or
+    /// What `table` is like, taken for an L2 table or the beginning of one. `file_len`: bytes of the file
+    /// with the data. `None` if any entry is not one that a writer makes: reserved bits, a misaligned or
     /// impossible offset, a bitmap that contradicts itself, a flag that does not go with the rest, an offset
     /// far past the end of the file (which may have been cut), or a host cluster that occurs twice.
     pub fn shape(&self, table: &[u8], file_len: u64) -> Option<L2Shape> {

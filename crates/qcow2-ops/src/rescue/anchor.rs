@@ -20,8 +20,8 @@ const START: usize = 40 * WINDOW;
 
 impl Job<'_> {
     /// Gives those of `orphans` a slot that map a landmark, if only one of them does and the slot lost its
-    /// table. `grows`: how many ranges the disk has is not known. Disk: reads of each table and of the guest's
-    /// data where landmarks would be.
+    /// table. `grows`: how many ranges the disk has is not known. Disk: reads of each table and of guest data
+    /// where landmarks would be.
     pub(super) fn by_landmarks(
         &mut self,
         slots: &mut Vec<Slot>,

@@ -2,7 +2,7 @@
 //!
 //! | evidence | what it proves |
 //! |---|---|
-//! | a refcount table in cluster 1 that counts the header, itself and its blocks | cluster size, refcount width |
+//! | a refcount table in cluster 1 that counts the header, itself and its blocks | cluster size, refcounts |
 //! | entries one after the other whose host offsets differ by one cluster | cluster size, width of an entry |
 //! | compressed streams that begin where those before them end | cluster size |
 //! | offsets that all have the same alignment | cluster size, at most |

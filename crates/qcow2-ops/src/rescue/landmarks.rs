@@ -4,7 +4,7 @@
 //! | structure | where | what it says |
 //! |---|---|---|
 //! | GPT header, the second one | at the end of the disk, as the first one says | its own sector |
-//! | ext2, ext3, ext4 superblock | the first, and copies in block groups 1 and powers of 3, 5, 7 | its group |
+//! | ext2, ext3, ext4 superblock | the first, and copies in groups 1 and powers of 3, 5, 7 | its group |
 //! | XFS allocation group header | at the start of each group | the number of its group |
 //!
 //! A partition begins where an MBR or a GPT says, or the whole disk is one.

@@ -36,7 +36,7 @@ use crate::progress::Progress;
 use disk::Files;
 use job::{Bytes, Job, Known, failed, go_on, storage};
 use marks::Marks;
-use place::{Place, Slot};
+use place::{Place, Placement, Slot};
 use qcow2_core::walk::{Owner, Walk, overlay};
 use qcow2_core::{ClusterCipher, Codecs, EncryptedLayer, GuestDisk, HostOffset, Keyring, Storage};
 use qcow2_format::feature::IncompatibleFeatures;
@@ -142,22 +142,7 @@ pub fn rescue(files: &RescueFiles<'_>, options: &RescueOptions, progress: &dyn P
     let entries = size.map(|size| format.geometry.l1_entries_for(size));
     let l1 = job.l1_place(options, source, entries);
     let placement = job.place(l1, &older, entries)?;
-    let used = placement.slots.iter().rposition(|slot| *slot != Slot::None).map_or(0, |last| last as u64 + 1);
-    let reach = used.saturating_mul(format.geometry.l2_coverage()).min(MAX_DISK_SIZE);
-    let mut report = RescueReport {
-        header: source,
-        cluster_size: format.geometry.cluster_size(),
-        extended_l2: format.geometry.extended_l2(),
-        size: size.unwrap_or(reach),
-        size_known: size.is_some(),
-        refcounts: job.counts.is_some(),
-        l1: placement.l1,
-        other_l1: placement.other_l1.clone(),
-        tables: placement.slots.iter().filter(|slot| matches!(slot, Slot::Table(..))).count() as u64,
-        unplaced: (placement.unplaced.0, placement.unplaced.1.saturating_mul(format.geometry.cluster_size())),
-        lost: Ranges::default(),
-        placed: Ranges::default(),
-    };
+    let mut report = job.first_report(source, size, &placement);
     let leaky = job.has_lost_tables(&placement.slots)?;
     let whole = source == HeaderSource::Found;
     let files = Files {
@@ -209,6 +194,28 @@ fn note_places(disk: &RescuedDisk, coverage: u64, report: &mut RescueReport) {
 }
 
 impl Job<'_> {
+    /// The report before anything of the disk is looked at. `size`: of the disk, if it is known.
+    fn first_report(&self, header: HeaderSource, size: Option<u64>, placement: &Placement) -> RescueReport {
+        let (geometry, slots) = (self.known.format.geometry, &placement.slots);
+        let used = slots.iter().rposition(|slot| *slot != Slot::None).map_or(0, |last| last as u64 + 1);
+        let reach = used.saturating_mul(geometry.l2_coverage()).min(MAX_DISK_SIZE);
+        let (unplaced, clusters) = placement.unplaced;
+        RescueReport {
+            header,
+            cluster_size: geometry.cluster_size(),
+            extended_l2: geometry.extended_l2(),
+            size: size.unwrap_or(reach),
+            size_known: size.is_some(),
+            refcounts: self.counts.is_some(),
+            l1: placement.l1,
+            other_l1: placement.other_l1.clone(),
+            tables: slots.iter().filter(|slot| matches!(slot, Slot::Table(..))).count() as u64,
+            unplaced: (unplaced, clusters.saturating_mul(geometry.cluster_size())),
+            lost: Ranges::default(),
+            placed: Ranges::default(),
+        }
+    }
+
     /// Takes the clusters of all metadata that is known by the header, and the refcounts. Returns the L1
     /// tables of snapshots.
     fn note_metadata(&mut self, source: HeaderSource) -> Result<Vec<Place>> {

@@ -68,9 +68,9 @@ fn limited(older: Vec<Place>) -> Vec<Place> {
 }
 
 impl Job<'_> {
-    /// Places all tables. `l1`: where the header has the L1 table; `older`: those of snapshots; `entries`: how
-    /// many ranges the disk has, if that is known. Disk: reads every table, and looks at every cluster that
-    /// none of them leads to.
+    /// Places all tables. `l1`: where the header has the L1 table; `older`: those of snapshots; `entries`:
+    /// how many ranges the disk has, if that is known. Disk: reads every table, and looks at every cluster
+    /// that none of them leads to.
     pub(super) fn place(
         &mut self,
         l1: Option<Place>,
@@ -238,8 +238,8 @@ impl Job<'_> {
     }
 
     /// The L1 table that is the disk's own, among several: the one with the most tables whose copied flags
-    /// go with the refcounts; of equal ones the first, where a new image has it. One that leads to tables of a
-    /// snapshot is a snapshot's.
+    /// go with the refcounts; of equal ones the first, where a new image has it. One that leads to a
+    /// snapshot's tables is a snapshot's.
     fn best_l1(&self, found: &[Place]) -> Result<Option<Place>> {
         let mut best: Option<((u64, u64), Place)> = None;
         for &place in found {

@@ -196,9 +196,9 @@ impl Job<'_> {
         Ok(true)
     }
 
-    /// The candidates that are L2 tables of one state of the disk, in the order of the file. No two of them map
-    /// the same cluster: what overlaps is a snapshot's, an old or a nested table, and the more likely one is
-    /// taken.
+    /// The candidates that are L2 tables of one state of the disk, in the order of the file. No two of them
+    /// map the same cluster: what overlaps is a snapshot's, an old or a nested table, and the more likely one
+    /// is taken.
     pub(super) fn accept(&mut self, candidates: Vec<Candidate>) -> Result<Vec<Candidate>> {
         let mut targets = Marks::default();
         for candidate in &candidates {
