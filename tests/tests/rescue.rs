@@ -356,7 +356,7 @@ const DAMAGES: &[&str] =
 fn check_kind(what: &str, kind: Kind) {
     let Some(bench) = Bench::find() else { return };
     let mib = disk_mib();
-    let disk = bench.make_disk(1, mib, mib * 23 / 20);
+    let disk = bench.make_disk(1, mib, mib * 11 / 10);
     check(&bench, what, image(kind, &[&disk]), &disk.tree, DAMAGES);
 }
 
@@ -404,7 +404,7 @@ fn extended_l2_entries_of_16k() {
 fn check_snapshots(cluster_size: u64) {
     let Some(bench) = Bench::find() else { return };
     let mib = disk_mib();
-    let disks = [1, 2].map(|seed| bench.make_disk(seed, mib, mib * 23 / 20));
+    let disks = [1, 2].map(|seed| bench.make_disk(seed, mib, mib * 11 / 10));
     let bytes = image(Kind { cluster_size, ..PLAIN }, &[&disks[0], &disks[1]]);
     let damages: Vec<&str> = DAMAGES.iter().copied().chain(["snapshot table"]).collect();
     check(&bench, &format!("snapshot, {cluster_size}"), bytes, &disks[1].tree, &damages);
