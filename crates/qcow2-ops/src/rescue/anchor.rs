@@ -92,7 +92,7 @@ impl Job<'_> {
     ) -> Result<()> {
         let geometry = self.known.format.geometry;
         let index = geometry.l1_index(GuestOffset::new(landmark.offset)).value();
-        let lost = |slot: &Slot| matches!(slot, Slot::Lost(_));
+        let lost = Slot::is_open;
         let free = usize::try_from(index).ok().and_then(|index| slots.get(index)).map_or(grows, lost);
         if !free || index >= MAX_L1_ENTRIES {
             return Ok(());
@@ -157,7 +157,7 @@ fn settle(
     if grows && slots.len() <= index {
         slots.resize(index + 1, Slot::Lost(Reason::NoTable));
     }
-    if let Some(slot) = slots.get_mut(index).filter(|slot| matches!(slot, Slot::Lost(_))) {
+    if let Some(slot) = slots.get_mut(index).filter(|slot| slot.is_open()) {
         *slot = Slot::Table(HostOffset::new(cluster * cluster_size), Evidence::Content);
         orphans.remove(&cluster);
     }

@@ -1,6 +1,7 @@
 //! The refcounts that an image stores, as evidence: which clusters were in use, and which tables are old.
 
 use super::job::Bytes;
+use super::place::MAX_CUT;
 use crate::error::Result;
 use qcow2_core::HostOffset;
 use qcow2_format::refcount::decode_table_entry;
@@ -135,6 +136,3 @@ fn table_clusters(bytes: Bytes<'_>, geometry: &Geometry, table: HostOffset) -> R
     }
     Ok(most as u32)
 }
-
-/// A file was cut to no less than this part of its length. Origin: ours.
-const MAX_CUT: u64 = 16;

@@ -31,6 +31,11 @@ pub(super) enum Slot {
 }
 
 impl Slot {
+    /// Whether any table may belong here. One that was cut off is known to be none of those in the file.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self, Self::Lost(reason) if *reason != Reason::TablePastEnd)
+    }
+
     pub(super) fn table(&self) -> Option<HostOffset> {
         match self {
             Self::Table(table, _) | Self::Empty(table) => Some(*table),
@@ -50,6 +55,9 @@ pub(super) struct Placement {
 
 /// An L1 table: offset and entries.
 pub(super) type Place = (HostOffset, u64);
+
+/// A file was cut to no less than this part of its length. Origin: ours.
+pub(super) const MAX_CUT: u64 = 16;
 
 /// Older L1 tables that are looked into, and entries of all of them. Origin: ours.
 const MAX_OLDER: usize = 1000;
@@ -188,7 +196,9 @@ impl Job<'_> {
     fn look_at(&mut self, table: HostOffset) -> Result<Slot> {
         self.go_on()?;
         if table.value() >= self.bytes.len {
-            return Ok(Slot::Lost(Reason::TablePastEnd));
+            // So far behind the end no file was cut: the entry itself is damaged.
+            let cut = table.value() / MAX_CUT < self.bytes.len;
+            return Ok(Slot::Lost(if cut { Reason::TablePastEnd } else { Reason::NoTable }));
         }
         let cluster = self.known.format.geometry.host_cluster(table).value();
         if self.known.metadata.contains(cluster) {
@@ -380,8 +390,8 @@ fn without_flags(raw: u64) -> u64 {
 /// those that are between them in the file, then all others from the beginning. Ranges that lost their table
 /// come first, then those that have none, if refcounts tell that the tables are in use (`counted`).
 fn by_order(slots: &mut [Slot], orphans: &mut BTreeMap<u64, Candidate>, format: L2Format, counted: bool) {
-    let lost = |slot: &Slot| matches!(slot, Slot::Lost(_));
-    let either = |slot: &Slot| matches!(slot, Slot::Lost(_) | Slot::None);
+    let lost = |slot: &Slot| slot.is_open();
+    let either = |slot: &Slot| slot.is_open() || *slot == Slot::None;
     fill(slots, orphans, format, &lost);
     if counted {
         fill(slots, orphans, format, &either);

@@ -99,6 +99,18 @@ fn tables_that_are_gone_are_reported() {
 }
 
 #[test]
+fn no_other_table_takes_the_place_of_one_that_was_cut_off() {
+    let mut image = built();
+    let end = image.bytes.len() as u64 + CLUSTER;
+    image.patch_u64(image.l1 + 16, 1 << 63 | end);
+    check_lost(&image, &[(1024, 512, Reason::TablePastEnd)]);
+    // No file was cut as far as that.
+    image.patch_u64(image.l1 + 16, 1 << 63 | end.next_power_of_two() << 8);
+    let report = rescued(&image, |_, _| ()).unwrap().report();
+    assert_eq!((report.lost.bytes, report.placed.bytes), (0, COVERAGE), "{report}");
+}
+
+#[test]
 fn a_table_maps_one_range() {
     let mut image = built();
     let first = image.read_u64(image.l1);
