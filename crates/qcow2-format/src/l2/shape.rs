@@ -68,8 +68,8 @@ impl L2Format {
     }
 }
 
-/// A file was cut to no less than this part of its length. Origin: ours.
-const MAX_CUT: u64 = 16;
+/// A file that was cut is taken to have been at most so many times as long. Origin: ours.
+pub const MAX_CUT: u64 = 16;
 
 #[cfg(test)]
 mod tests {

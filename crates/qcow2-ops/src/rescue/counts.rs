@@ -1,9 +1,9 @@
 //! The refcounts that an image stores, as evidence: which clusters were in use, and which tables are old.
 
 use super::job::Bytes;
-use super::place::MAX_CUT;
 use crate::error::Result;
 use qcow2_core::HostOffset;
+use qcow2_format::l2::MAX_CUT;
 use qcow2_format::refcount::decode_table_entry;
 use qcow2_format::{Geometry, Header, Version, bytes, limit};
 use std::cell::RefCell;

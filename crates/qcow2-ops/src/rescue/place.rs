@@ -13,6 +13,7 @@ use super::tables::{Candidate, Found};
 use crate::error::Result;
 use qcow2_core::HostOffset;
 use qcow2_format::l1::L1Entry;
+use qcow2_format::l2::MAX_CUT;
 use qcow2_format::limit::MAX_L1_ENTRIES;
 use qcow2_format::{Geometry, bytes, l1, l2::L2Format};
 use std::collections::{BTreeMap, BTreeSet};
@@ -55,9 +56,6 @@ pub(super) struct Placement {
 
 /// An L1 table: offset and entries.
 pub(super) type Place = (HostOffset, u64);
-
-/// A file was cut to no less than this part of its length. Origin: ours.
-pub(super) const MAX_CUT: u64 = 16;
 
 /// Older L1 tables that are looked into, and entries of all of them. Origin: ours.
 const MAX_OLDER: usize = 1000;
