@@ -9,7 +9,7 @@ use qcow2_core::{
 };
 use qcow2_format::Version;
 use qcow2_io::MemoryStorage;
-use qcow2_ops::{CheckOptions, CheckReport, Inline, Silent, check};
+use qcow2_ops::{CheckOptions, CheckReport, Inline, RescueFiles, RescueOptions, Silent, check};
 use qcow2_testkit::fuzz::Target;
 use std::sync::{Arc, LazyLock};
 
@@ -21,6 +21,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "open_change", seeds: "images", body: open_change },
     Target { name: "check_then_read", seeds: "images", body: check_then_read },
     Target { name: "vet", seeds: "images", body: vet },
+    Target { name: "rescue", seeds: "images", body: rescue },
 ];
 
 /// The most extents that are queried, and the most bytes that are read of each.
@@ -249,6 +250,31 @@ pub fn check_then_read(data: &[u8]) {
     if clean && header.version >= Version::V3 && !header.has_data_file() {
         assert_eq!(extents(&*image, 0, |_| ()), Ok(()), "{report:?}");
     }
+}
+
+/// Rescues the image, as it is and by a cluster size that the first byte chooses. Whatever the bytes are, the
+/// disk can be read, and nothing is written.
+pub fn rescue(data: &[u8]) {
+    let storage = storage(data);
+    let files = RescueFiles::new(Arc::clone(&storage) as _, CODECS.clone());
+    let chosen = data.first().map(|byte| 512 << (byte % 13));
+    for cluster_size in [None, chosen] {
+        let mut options = RescueOptions::default();
+        options.cluster_size = cluster_size;
+        let Ok(rescued) = qcow2_ops::rescue(&files, &options, &Silent) else { continue };
+        let (disk, before) = (rescued.disk(), rescued.report());
+        let mut buf = Vec::new();
+        let read = extents(&*disk, 0, |range| {
+            buf.resize(range.len().min(READ_SIZE) as usize, 0);
+            disk.read_at(range.start(), &mut buf).expect("a rescued disk can be read");
+        });
+        assert_eq!(read, Ok(()));
+        let after = rescued.report();
+        assert!(after.lost.bytes >= before.lost.bytes, "a loss is not forgotten");
+        assert_eq!((after.size, disk.size()), (before.size, before.size));
+        assert!(!format!("{after}").is_empty());
+    }
+    assert_eq!(storage.to_vec(), data, "a rescue never writes");
 }
 
 fn report(storage: &dyn Storage, counters_size: u64) -> Option<CheckReport> {

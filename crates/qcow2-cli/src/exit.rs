@@ -20,3 +20,5 @@ pub(crate) const COMPARE_OPEN: u8 = 2;
 pub(crate) const COMPARE_EXTENTS: u8 = 3;
 /// `compare`: an image could not be read.
 pub(crate) const COMPARE_READ: u8 = 4;
+/// `rescue`: the new image is complete, but something of the disk was lost or its place guessed.
+pub(crate) const RESCUE_LOST: u8 = 3;

@@ -1,18 +1,19 @@
 //! New images as the verbs that make them have them: names as they were typed, tables and announcements as
 //! qemu-img prints them, files that a signal takes away.
 
-use crate::args::Objects;
+use crate::args::{ImageArgs, Objects};
 use crate::failure::Failure;
 use crate::files::open_files;
 use crate::interrupt::Interrupts;
 use crate::persona;
 use crate::session::Session;
 use qcow2_blockdev::{
-    CreateFailure, CreateHow, NewOptions, NewTarget, OptionSpec, OptionValue, amend_options, create,
-    create_options, escape_commas, format_of_ending,
+    CreateFailure, CreateHow, KeyValues, NewOptions, NewTarget, OptionSpec, OptionValue, amend_options,
+    create, create_options, escape_commas, format_of_ending, new_image_format, open,
 };
-use qcow2_core::ImageFormat;
+use qcow2_core::{GuestDisk, ImageFormat};
 use std::fmt::Write;
+use std::sync::Arc;
 
 /// The name of the format of a new image, which may be `given`. If not it is raw, as qemu-img has it; under
 /// our own name what the ending of its name says. Errors: an ending of a format that is not made here.
@@ -68,6 +69,24 @@ pub(crate) fn make(
     create(target, options, &how.with_unfinished(interrupts.unfinished()))
 }
 
+/// Makes an image of `size` bytes as the copy of another disk, and opens it for writing.
+pub(crate) fn make_disk(
+    session: &Session,
+    file: &str,
+    format: &str,
+    size: u64,
+    interrupts: &Interrupts,
+) -> Result<Arc<dyn GuestDisk>, Failure> {
+    let format = new_image_format(format).map_err(|_| Failure::new("Unknown file format"))?;
+    let mut options = NewOptions::parse(&format, &KeyValues::default())?;
+    options.set_number("size", size);
+    let about = |failure: Failure| failure.about("error while creating output image").about(file);
+    let (made, args) = (target_of(file).map_err(about)?, ImageArgs::default());
+    make(session, &made, &options, &args.objects, interrupts).map_err(|failure| about(failure.into()))?;
+    let target = made.into_name(file, &options, args.objects.secrets());
+    Ok(open(&target, &args.options().writable())?.disk)
+}
+
 /// The line that announces a new image, without its end.
 pub(crate) fn announcement(options: &NewOptions, file: &str) -> String {
     let mut line = format!("Formatting '{file}', fmt={}", options.format().name());
@@ -117,7 +136,6 @@ fn line(option: &OptionSpec) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qcow2_blockdev::KeyValues;
 
     fn parse(format: &ImageFormat, text: &str) -> Result<NewOptions, Failure> {
         let texts = if text.is_empty() { Vec::new() } else { vec![text.to_owned()] };

@@ -62,8 +62,8 @@ impl OpenRequest {
         Ok(())
     }
 
-    /// Enables (`unmap`, `on`) or disables (`ignore`, `off`) discards; `None` changes nothing. Errors: no such
-    /// word.
+    /// Enables (`unmap`, `on`) or disables (`ignore`, `off`) discards; `None` changes nothing. Errors: no
+    /// such word.
     pub fn set_discard(&mut self, name: Option<&str>) -> Result<(), RequestError> {
         self.discards = match name {
             None => return Ok(()),

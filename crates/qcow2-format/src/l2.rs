@@ -22,9 +22,11 @@ use alloc::format;
 
 mod mend;
 mod scan;
+mod shape;
 
 pub use mend::L2Mend;
 pub use scan::{L2Fault, L2Item};
+pub use shape::{L2Shape, MAX_CUT};
 
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;

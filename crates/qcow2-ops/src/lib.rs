@@ -62,6 +62,7 @@ pub mod port;
 pub mod progress;
 pub mod rebase;
 pub mod repair;
+pub mod rescue;
 pub mod resize;
 pub mod snapshot;
 mod source;
@@ -89,6 +90,7 @@ pub use port::{
 };
 pub use progress::{Progress, Silent};
 pub use rebase::{RebaseOptions, RebaseReport, rebase};
+pub use rescue::{Rescue, RescueFiles, RescueOptions, RescueReport, rescue};
 pub use resize::{NewSize, ResizeOptions, resize};
 pub use stream::{StreamOptions, StreamedImage, stream_qcow2, stream_raw, stream_raw_in};
 pub use vet::{VetOptions, VetReport, vet};

@@ -82,4 +82,7 @@ pub(crate) enum Opt {
     Follow,
     Untrusted,
     Policy,
+    ClusterSize,
+    L1Table,
+    DataFile,
 }

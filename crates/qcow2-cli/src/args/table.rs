@@ -271,6 +271,14 @@ pub(crate) static VERBS: &[Verb] = &[
         run: command::rebase::run,
     },
     Verb {
+        name: "rescue",
+        summary: "Read what is left of a damaged image; exits with 3 if something was lost or guessed",
+        synopsis: "[-O FMT] [--cluster-size SIZE] [--size SIZE] [--backing FILE [-F FMT]] [-p] [...] FILENAME TARGET",
+        options: RESCUE,
+        operands: &[FILENAME, ("TARGET", "image to make; an existing file is overwritten")],
+        run: command::rescue::run,
+    },
+    Verb {
         name: "resize",
         summary: "Make an image longer or shorter",
         synopsis: "[-f FMT | --image-opts] [--preallocation MODE] [--shrink] [-q] FILENAME [+|-]SIZE",
@@ -483,6 +491,22 @@ static BENCH: &[OptionSpec] = &[
         Some("COUNT"),
         "threads that send requests (one a core, at most DEPTH)",
     ),
+];
+
+static RESCUE: &[OptionSpec] = &[
+    HELP,
+    option(Opt::TargetFormat, Some('O'), "target-format", Some("FMT"), "format of TARGET (by its ending)"),
+    option(Opt::ClusterSize, None, "cluster-size", Some("SIZE"), "bytes of a cluster (what the file tells)"),
+    option(Opt::Size, None, "size", Some("SIZE"), "bytes of the disk (what the header tells)"),
+    option(Opt::L1Table, None, "l1-table", Some("OFFSET"), "read this L1 table, of a snapshot for example"),
+    option(Opt::Backing, Some('b'), "backing", Some("FILE"), "its backing file (none is opened by name)"),
+    BACKING_FORMAT,
+    option(Opt::DataFile, None, "data-file", Some("FILE"), "its external data file"),
+    option(Opt::Progress, Some('p'), "progress", None, "show progress"),
+    OUTPUT,
+    OBJECT,
+    IMAGE_OPTS,
+    FORCE_SHARE,
 ];
 
 const FILENAME: (&str, &str) = ("FILENAME", "the image, or an option string with --image-opts");

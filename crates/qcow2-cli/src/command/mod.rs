@@ -15,6 +15,7 @@ pub(crate) mod io;
 pub(crate) mod map;
 pub(crate) mod measure;
 pub(crate) mod rebase;
+pub(crate) mod rescue;
 pub(crate) mod resize;
 pub(crate) mod snapshot;
 pub(crate) mod vet;

@@ -5,3 +5,4 @@ pub(crate) mod human;
 pub(crate) mod info;
 pub(crate) mod json;
 pub(crate) mod map;
+pub(crate) mod rescue;

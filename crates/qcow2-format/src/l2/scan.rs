@@ -114,7 +114,7 @@ impl L2Format {
         HostOffset::new(raw & mask)
     }
 
-    fn entry_words(&self, entry: &[u8]) -> (u64, u64) {
+    pub(super) fn entry_words(&self, entry: &[u8]) -> (u64, u64) {
         let word = |at| bytes::read_u64(entry, at).unwrap_or_default();
         (word(0), if self.geometry.extended_l2() { word(8) } else { 0 })
     }
