@@ -42,7 +42,7 @@ pub(crate) fn tell_of_change(session: &Session, warning: &Warning, source: &Reso
         Warning::GuessedRaw(_) => {
             persona::warning(warning).iter().for_each(|line| session.complain(line));
         }
-        _ => session.warn(&persona::warning(warning).join("\n")),
+        _ => session.warn_lines(&persona::warning(warning)),
     }
 }
 

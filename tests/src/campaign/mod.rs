@@ -67,7 +67,8 @@ impl Campaign {
     /// Runs the campaign in folders of `folder`. `None` where the reference is missing.
     pub fn run(&self, folder: &Path) -> Option<Table> {
         let Qemu { img: reference, .. } = Qemu::find()?;
-        let (next, table, end) = (AtomicU64::new(0), Mutex::new(Table::default()), Instant::now() + self.time);
+        let (next, table, end) =
+            (AtomicU64::new(0), Mutex::new(Table::default()), Instant::now() + self.time);
         thread::scope(|scope| {
             for number in 0..self.threads {
                 let (folder, reference) = (folder.join(number.to_string()), reference.clone());

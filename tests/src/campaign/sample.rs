@@ -3,8 +3,8 @@
 use crate::fixtures::codecs;
 use qcow2_core::format::Version;
 use qcow2_core::{
-    CreateOptions, GuestOffset, GuestRange, Image, ImageFormat, NewSnapshot, OpenOptions, Storage,
-    ZeroMode, create,
+    CreateOptions, GuestOffset, GuestRange, Image, ImageFormat, NewSnapshot, OpenOptions, Storage, ZeroMode,
+    create,
 };
 use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
@@ -119,7 +119,11 @@ impl Whole {
         }
         image.close().expect("a whole image closes");
         let bytes = |name| shelf.file(name).bytes().to_vec();
-        Self { bytes: bytes(IMAGE), data: data.map(|_| bytes(DATA)), clusters: clusters(&open(&shelf, false)) }
+        Self {
+            bytes: bytes(IMAGE),
+            data: data.map(|_| bytes(DATA)),
+            clusters: clusters(&open(&shelf, false)),
+        }
     }
 }
 

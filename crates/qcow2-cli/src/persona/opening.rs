@@ -25,7 +25,7 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
         FailureKind::Rules(error) => return name::rules(error),
         FailureKind::Tuning(error) => return name::tuning(error),
         FailureKind::File { path, error } => return with_hint(source_reason(error, path)),
-        FailureKind::Engine(error) => return with_hint(engine_reason(error)),
+        FailureKind::Engine(error) => return engine_reason(error),
         FailureKind::Connect(error) => {
             let server = error.server_message().map(|text| format!("server reported: {text}"));
             return (error.to_string(), server.into_iter().collect());
@@ -118,10 +118,7 @@ impl From<OpenFailure> for Failure {
             }
         };
         let told = hints.into_iter().fold(told, Self::hint);
-        let told = failure
-            .warnings()
-            .iter()
-            .fold(told, |told, warned| told.after(format!("warning: {}", warning(warned).join("\n"))));
+        let told = failure.warnings().iter().fold(told, |told, warned| told.after(warning_lines(warned)));
         match failure.missing_backing() {
             Some(missing) => told.advise(format!(
                 "backing file '{}' not found; it was recorded relative to '{}'",
@@ -130,6 +127,13 @@ impl From<OpenFailure> for Failure {
             None => told,
         }
     }
+}
+
+/// The lines of a warning, with the word before the first.
+pub(crate) fn warning_lines(told: &Warning) -> Vec<String> {
+    let mut lines = warning(told);
+    lines.first_mut().into_iter().for_each(|line| line.insert_str(0, "warning: "));
+    lines
 }
 
 /// The lines of a warning, without the word itself.

@@ -109,7 +109,7 @@ fn open(request: &OpenRequest, objects: &Objects) -> Result<OpenedDisk, Failure>
     }
     if let Some(image) = disk.as_image().filter(|_| how.writable) {
         let lost = bitmaps_to_lose(&**image.storage(), &image.header());
-        warnings.extend(lost.map(|lost| format!("warning: {}", persona::warning(&lost).join("\n"))));
+        warnings.extend(lost.iter().flat_map(persona::warning_lines));
     }
     if request.copy_on_read && writable {
         disk = Arc::new(CopyOnRead::new(disk));
