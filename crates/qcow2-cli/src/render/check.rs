@@ -7,6 +7,10 @@ use qcow2_ops::check::{CheckReport, Finding};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 
+/// What is left to do where a cluster has more references than a refcount holds.
+const WIDEN: &str = "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a \
+                     clean copy if the image cannot be opened for writing";
+
 /// One finding, as it stands on standard error, perhaps of several lines. `program`: its own name.
 pub(crate) fn finding(finding: &Finding, program: &str) -> String {
     match finding {
@@ -15,7 +19,9 @@ pub(crate) fn finding(finding: &Finding, program: &str) -> String {
              offset {:#x} size {len:#x}",
             offset.value()
         ),
-        Finding::Overflow { offset } => format!("ERROR: overflow cluster offset={:#x}", offset.value()),
+        Finding::Overflow { offset } => {
+            format!("ERROR: overflow cluster offset={:#x}\n{WIDEN}", offset.value())
+        }
         Finding::L1Reserved { entry } => format!("ERROR found L1 entry with reserved bits set: {entry:x}"),
         Finding::L2TableMisaligned { offset } => {
             format!("ERROR l2_offset={:x}: Table is not cluster aligned; L1 entry corrupted", offset.value())

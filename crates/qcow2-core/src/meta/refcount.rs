@@ -197,8 +197,10 @@ impl RefcountStore {
         let (geometry, host) = (self.geometry(), HostCluster::new(cluster));
         let index = geometry.refcount_table_index(host);
         let raw = refcounts.table.get(index as usize).copied().unwrap_or(0);
-        let block = decode_table_entry(raw, geometry)
-            .map_err(|e| Error::corrupt(format!("refcount table entry {index} is damaged")).with_source(e))?;
+        let block = decode_table_entry(raw, geometry).map_err(|e| {
+            // Marked: whoever goes on would count into a place that is no refcount block.
+            self.header.mark_corrupt(format!("refcount table entry {index} is damaged")).with_source(e)
+        })?;
         let Some(block) = block else { return Ok(None) };
         let number = geometry.refcount_block_slot(host);
         let width = geometry.refcount_width();

@@ -90,6 +90,7 @@ impl Job<'_> {
             let count = self.format.geometry.clusters_for(table.len());
             (first..first.saturating_add(count)).for_each(|part| parts.entry(part).or_default().0 += 1);
         }
+        let refcounts = self.walk(&header, |walk| walk.refcount_table().map_err(failed))?;
         let mut seen = BTreeSet::new();
         for _ in 0..MAX_ROUNDS {
             let new: Vec<u64> = round.tables.keys().filter(|table| !seen.contains(*table)).copied().collect();
@@ -101,7 +102,7 @@ impl Job<'_> {
                 parts.entry(cluster).or_default().1 += uses;
             }
             for &table in &new {
-                self.mend_l2(HostOffset::new(table), &mut round)?;
+                self.mend_l2(HostOffset::new(table), &refcounts, &mut round)?;
             }
             seen.extend(new);
             let Round { edits, mut doubts, mut slots, .. } = std::mem::take(&mut round);
@@ -256,11 +257,12 @@ impl Job<'_> {
         }
     }
 
-    fn mend_l2(&mut self, table: HostOffset, round: &mut Round) -> Result<()> {
+    fn mend_l2(&mut self, table: HostOffset, refcounts: &[u64], round: &mut Round) -> Result<()> {
         let format = self.format;
         let geometry = format.geometry;
         let mut content = vec![0; geometry.cluster_size() as usize];
         self.draft.read_padded(table, &mut content).map_err(storage)?;
+        let len = self.draft.len().map_err(storage)?;
         for index in 0..geometry.l2_entries() {
             let Some((raw, bitmap)) = format.words_at(&content, L2Index::new(index)) else { break };
             if raw == 0 && bitmap == 0 {
@@ -277,10 +279,30 @@ impl Job<'_> {
                 L2Mend::IfOwned { words, host } if !format.external_data => {
                     self.doubt(round, Doubt { at, from, to: words, host, entry });
                 }
+                L2Mend::Sound => {
+                    if let Some((words, host)) = format.as_zeroes(raw, bitmap)
+                        && host.value() >= len
+                        && self.was_never_counted(host, refcounts)?
+                    {
+                        let fix = Fix::L2Entry { table, index, from, to: words };
+                        self.plan_edit(round, Edit { at, words, fix });
+                    }
+                }
                 _ => {}
             }
         }
         Ok(())
+    }
+
+    /// Whether the refcount structure never had a count for the cluster at `host`. What was cut off the end of
+    /// an image had one.
+    fn was_never_counted(&self, host: HostOffset, refcounts: &[u64]) -> Result<bool> {
+        let cluster = self.format.geometry.host_cluster(host);
+        let index = self.format.geometry.refcount_table_index(cluster) as usize;
+        if refcounts.get(index).is_none_or(|&raw| raw == 0) {
+            return Ok(true);
+        }
+        self.walk(&self.header, |walk| Ok(stored_refcount(walk, refcounts, cluster.value())? == Some(0)))
     }
 
     /// Decides what doubtful entries mean: the cluster that their rounded offset names, where that is counted

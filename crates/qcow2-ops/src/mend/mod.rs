@@ -100,7 +100,16 @@ pub fn plan<'a>(
         0 if !counted.incomplete => counted.clone(),
         _ => {
             job.mend_refcounts()?;
-            judge(&job)?
+            let after = judge(&job)?;
+            match bad(&after) == 0 && after.leaks > 0 {
+                // Nothing is damaged any more, so no entry is left that could mean what was kept for it.
+                true => {
+                    (job.tables_missing, job.kept) = (false, BTreeSet::new());
+                    job.mend_refcounts()?;
+                    judge(&job)?
+                }
+                false => after,
+            }
         }
     };
     if job.end > end {

@@ -28,7 +28,11 @@ impl Job<'_> {
             matches!(fault, SnapshotFault::L1Misaligned { .. } | SnapshotFault::L1TooLarge { .. })
         };
         let count = header.nb_snapshots.min(limit::MAX_SNAPSHOTS);
-        let entries = self.entries(header.snapshots_offset, count)?;
+        let entries = match header.snapshots_offset.value() < self.format.geometry.cluster_size() {
+            // The header is no table, whatever its bytes look like.
+            true => None,
+            false => self.entries(header.snapshots_offset, count)?,
+        };
         let whole = entries.as_ref().is_some_and(|entries| entries.len() == count as usize);
         if !whole && let Some(offset) = self.find_table(count)? {
             self.set_header(&[HeaderField::Snapshots { count, offset }])?;
