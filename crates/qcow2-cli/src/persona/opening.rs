@@ -30,6 +30,8 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
             let server = error.server_message().map(|text| format!("server reported: {text}"));
             return (error.to_string(), server.into_iter().collect());
         }
+        FailureKind::UnnamedDataFile => "'data-file' is required for this image".to_owned(),
+        FailureKind::RawWithoutDataFile => "data-file-raw requires a data file".to_owned(),
         FailureKind::ReadOnlyNode => "Block node is read-only".to_owned(),
         FailureKind::SharedAndWritable => SHARED_AND_WRITABLE.to_owned(),
         FailureKind::QueuedThroughCache => NATIVE_NEEDS_DIRECT.to_owned(),

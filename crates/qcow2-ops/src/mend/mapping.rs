@@ -7,7 +7,7 @@ use crate::check::{count_references, stored_refcount};
 use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::walk::{Segment, TablePlace, overlay};
 use qcow2_core::{HostOffset, Storage};
-use qcow2_format::bitmap::BitmapTableEntry;
+use qcow2_format::bitmap::{Bitmap, BitmapTableEntry};
 use qcow2_format::l1::{self, L1Entry};
 use qcow2_format::l2::{L2Entry, L2Mend};
 use qcow2_format::{FormatErrorKind, L2Index, bytes};
@@ -17,6 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const MAX_L2_TABLES: usize = 1 << 24;
 /// Entries that are judged by what the rest of the image refers to. Origin: ours; each costs memory.
 const MAX_DOUBTS: usize = 1 << 20;
+/// Bytes of a bitmap table that is made anew. Origin: ours; bitmaps of 4 TiB in granules of 64 KiB have less.
+const MAX_NEW_TABLE: u64 = 1 << 20;
 /// How often tables found in one round lead to more of them.
 const MAX_ROUNDS: usize = 4;
 
@@ -163,7 +165,8 @@ impl Job<'_> {
                         }
                         let Some(table) = entry.l2_table else { continue };
                         let cluster = geometry.host_cluster(table).value();
-                        match table.value() >= len || metadata.contains(cluster) {
+                        let elsewhere = table.value() >= len || metadata.contains(cluster);
+                        match elsewhere || !self.may_be_l2_table(table)? {
                             true => self.slot(round, Slot { at: place, raw: clean }),
                             false => *round.tables.entry(table.value()).or_insert(0) += segment.times,
                         }
@@ -369,6 +372,13 @@ impl Job<'_> {
         Ok(good >= bad)
     }
 
+    /// Whether at least half of what is set in the cluster at `host` can be entries of this file.
+    fn may_be_l2_table(&self, host: HostOffset) -> Result<bool> {
+        let mut content = vec![0; self.format.geometry.cluster_size() as usize];
+        self.draft.read_padded(host, &mut content).map_err(storage)?;
+        self.is_mostly_l2(&content)
+    }
+
     /// Whether the cluster at `host` looks like an L2 table: it has entries, all of them sound, and all of
     /// them name clusters of this file.
     pub(super) fn is_l2_table(&self, host: HostOffset) -> Result<bool> {
@@ -401,8 +411,39 @@ impl Job<'_> {
         Ok(any)
     }
 
+    /// A bitmap whose table is past the end of the file gets a new one, "all ones".
+    fn replace_bitmap_tables(&mut self) -> Result<()> {
+        let header = self.header.clone();
+        let (tables, fault) = self.walk(&header, |walk| walk.bitmaps().map_err(failed))?;
+        let geometry = self.format.geometry;
+        let len = self.draft.len().map_err(storage)?;
+        let past = |table: &TablePlace| table.offset.value() >= len && table.len() <= MAX_NEW_TABLE;
+        let Some(extension) = header.trusted_bitmaps().filter(|_| fault.is_none()) else { return Ok(()) };
+        if !tables.iter().any(past) {
+            return Ok(());
+        }
+        let mut directory = vec![0; extension.directory_size as usize];
+        self.draft.read_padded(extension.directory_offset, &mut directory).map_err(storage)?;
+        let mut at = 0;
+        for table in tables {
+            let entry = extension.directory_offset.value() + at as u64;
+            at += Bitmap::parse(&directory[at..]).map_err(failed)?.1;
+            if past(&table) {
+                let first = self.take(geometry.clusters_for(table.len()))?;
+                let offset = HostOffset::new(first * geometry.cluster_size());
+                let entries = geometry.clusters_for(table.len()) * geometry.cluster_size() / 8;
+                let word = |index| if index < table.entries { BitmapTableEntry::Ones.encode() } else { 0 };
+                self.set_words(offset, &(0..entries).map(word).collect::<Vec<_>>())?;
+                self.set_words(HostOffset::new(entry), &[offset.value()])?;
+                self.fixed(Fix::BitmapTable { at: HostOffset::new(entry), from: table.offset, to: offset });
+            }
+        }
+        Ok(())
+    }
+
     /// Entries of bitmap tables that mean nothing become "all ones". Directories that cannot be read stay.
     pub(super) fn mend_bitmaps(&mut self) -> Result<()> {
+        self.replace_bitmap_tables()?;
         let header = self.header.clone();
         let (tables, fault) = self.walk(&header, |walk| walk.bitmaps().map_err(failed))?;
         self.tables_missing |= fault.is_some();

@@ -195,15 +195,16 @@ impl Job<'_> {
         }))
     }
 
-    /// The clusters that are counted as used and that nothing refers to, as a list and as a set; `None` where
-    /// there are too many to look at each. The refcount structure refers to nothing here: its own entries may
+    /// The clusters that are counted as used and that nothing refers to, and those that are counted more often
+    /// than something refers to them: what lost tables map, snapshots' too. `None` where there are too many to
+    /// look at each. The refcount structure refers to nothing here: its own entries may
     /// be what is wrong.
     pub(super) fn unreferenced(&self) -> Result<Option<(Vec<u64>, BTreeSet<u64>)>> {
         let mut bare = self.header.clone();
         bare.refcount_table_clusters = 0;
         let table = self.walk(&self.header, |walk| walk.refcount_table().map_err(failed))?;
         let clusters = self.format.geometry.clusters_for(self.draft.len().map_err(storage)?);
-        let (mut free, mut many) = (BTreeSet::new(), false);
+        let (mut free, mut short, mut many) = (Vec::new(), BTreeSet::new(), false);
         self.walk(&bare, |walk| {
             count_references(walk, self.executor, self.progress, &mut |counters| {
                 for cluster in counters.window().filter(|&cluster| cluster > 0 && cluster < clusters) {
@@ -211,16 +212,21 @@ impl Job<'_> {
                     if many {
                         return Ok(());
                     }
-                    if counters.count(cluster) == 0
-                        && stored_refcount(walk, &table, cluster)?.is_some_and(|stored| stored > 0)
-                    {
-                        free.insert(cluster);
+                    let (count, stored) = (counters.count(cluster), stored_refcount(walk, &table, cluster)?);
+                    if stored.is_none_or(|stored| stored <= count) {
+                        continue;
+                    }
+                    if count == 0 {
+                        free.push(cluster);
+                    }
+                    if count == 0 || short.len() < 2 * MAX_CANDIDATES {
+                        short.insert(cluster);
                     }
                 }
                 Ok(())
             })
         })?;
-        Ok((!many).then(|| (free.iter().copied().collect(), free)))
+        Ok((!many).then_some((free, short)))
     }
 
     /// Whether the table at `host` maps a cluster of `free`; in an external data file, whether it maps

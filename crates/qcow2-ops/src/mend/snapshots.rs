@@ -8,6 +8,7 @@ use qcow2_core::{HostOffset, Storage};
 use qcow2_format::header::HeaderField;
 use qcow2_format::limit;
 use qcow2_format::snapshot::Snapshot;
+use std::collections::BTreeSet;
 
 /// Bytes of the table that are read at first.
 const FIRST_READ: u64 = 1 << 20;
@@ -41,7 +42,8 @@ impl Job<'_> {
         }
         // What cannot be read names nothing either.
         let mut entries = entries.unwrap_or_default();
-        let found = self.find_l1_tables(&mut entries)?;
+        let cut = entries.iter_mut().filter_map(cut_name).count() > 0;
+        let found = self.find_l1_tables(&mut entries)? || cut;
         let sound = whole && count == header.nb_snapshots && faults.iter().all(lost) && !found;
         match sound {
             true => Ok(()),
@@ -64,7 +66,19 @@ impl Job<'_> {
         if !entries.iter().any(lost) {
             return Ok(false);
         }
-        let tables = self.lost_l1_tables()?;
+        let mut tables = self.lost_l1_tables()?;
+        let others: BTreeSet<_> = entries
+            .iter()
+            .filter(|snapshot| !lost(snapshot))
+            .map(|snapshot| snapshot.l1_table_offset)
+            .collect();
+        tables.iter_mut().for_each(|tables| tables.retain(|table| !others.contains(table)));
+        let named = |snapshot: &Snapshot| snapshot.id.iter().chain(&snapshot.name).any(|&byte| byte != 0);
+        let all = entries.len();
+        entries.retain(|snapshot| named(snapshot) || !lost(snapshot));
+        if !entries.iter().any(lost) {
+            return Ok(all > entries.len());
+        }
         match tables.as_deref() {
             Some([]) => entries.retain(|snapshot| !lost(snapshot)),
             Some(&[table]) if entries.iter().filter(|snapshot| lost(snapshot)).count() == 1 => {
@@ -181,6 +195,14 @@ impl Job<'_> {
         self.fixed(Fix::SnapshotTable { kept, dropped: counted.saturating_sub(kept), offset });
         Ok(())
     }
+}
+
+/// Cuts a name at its first zero byte, which no name has: its length is damaged, and what follows is another
+/// entry or none. `None` where there is nothing to cut.
+fn cut_name(snapshot: &mut Snapshot) -> Option<()> {
+    let end = snapshot.name.iter().position(|&byte| byte == 0).filter(|&end| end > 0)?;
+    snapshot.name.truncate(end);
+    Some(())
 }
 
 /// True for an entry that names nothing: without an id and a name it cannot be chosen, and an L1 table at
