@@ -66,13 +66,20 @@ impl Job<'_> {
         if !entries.iter().any(lost) {
             return Ok(false);
         }
+        // The table of the snapshots begins with an offset, as an L1 table does.
+        let mut encoded = Vec::new();
+        entries.iter().try_for_each(|snapshot| snapshot.encode(&mut encoded)).map_err(failed)?;
+        let own = self.header.snapshots_offset.value();
+        let own = own..own.saturating_add(encoded.len() as u64);
         let mut tables = self.lost_l1_tables()?;
         let others: BTreeSet<_> = entries
             .iter()
             .filter(|snapshot| !lost(snapshot))
             .map(|snapshot| snapshot.l1_table_offset)
             .collect();
-        tables.iter_mut().for_each(|tables| tables.retain(|table| !others.contains(table)));
+        tables.iter_mut().for_each(|tables| {
+            tables.retain(|table| !others.contains(table) && !own.contains(&table.value()));
+        });
         let named = |snapshot: &Snapshot| snapshot.id.iter().chain(&snapshot.name).any(|&byte| byte != 0);
         let all = entries.len();
         entries.retain(|snapshot| named(snapshot) || !lost(snapshot));
