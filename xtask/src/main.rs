@@ -5,6 +5,7 @@
 mod bench;
 mod ci;
 mod crash;
+mod damage;
 mod deps;
 mod dist;
 mod docs;
@@ -41,6 +42,7 @@ fn run(args: &[String]) -> Result<(), String> {
     let root = tree::root();
     match args {
         [name, rest @ ..] if name == "crash" => return crash::run(&root, rest),
+        [name, rest @ ..] if name == "damage" => return damage::run(&root, rest),
         [name, rest @ ..] if name == "docs" => return docs::run(&root, rest),
         [name, rest @ ..] if name == "libvirt" => return libvirt::run(&root, rest),
         [name, rest @ ..] if name == "bench" => return bench::run(&root, rest),
@@ -70,6 +72,10 @@ fn usage() -> String {
     text.push_str("\n  libvirt   libvirt with ours as qemu-img (needs root, libvirtd, virsh): volumes,");
     text.push_str("\n            and, given the path of a qemu-system, snapshots of a domain");
     text.push_str("\n  crash     simulate power cuts during random operations: --seconds N, --seed N");
+    text.push_str(
+        "\n  damage    damage images, check and repair them beside qemu-img: --images N, --seconds N,",
+    );
+    text.push_str("\n            --seed N, --keep FOLDER");
     text.push_str("\n  mutants   apply known faults to a copy of the tree, one by one, and see whether");
     text.push_str("\n            the tests notice: --list, PATTERN");
     text.push_str("\n  bench     time our command against qemu-img in pairs:");

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 const USAGE: &str =
     "usage: cargo xtask damage [--images N | --seconds N] [--seed N] [--threads N] [--keep FOLDER]
-  two of five images are damaged at random, the others are semantic mutants; --images 1 --seed N is one again";
+  two of five images are damaged at random, the others are semantic mutants;
+  --images 1 --seed N is one of them again";
 
 fn main() -> ExitCode {
     match run() {
@@ -50,7 +51,9 @@ fn run() -> Result<bool, String> {
     let removed = std::fs::remove_dir_all(&folder);
     let table = table.ok_or("qemu-img is not installed")?;
     removed.map_err(|e| format!("{}: {e}", folder.display()))?;
-    table.notes.iter().for_each(|note| println!("note: {note}"));
+    for note in &table.notes {
+        println!("note: {note}");
+    }
     let broken = table.broken();
     broken.iter().for_each(|what| println!("WRONG: {what}"));
     println!("{table}first seed {}, {} rules broken", campaign.seed, broken.len());

@@ -187,6 +187,22 @@ pub(crate) fn to_json(report: &CheckReport, fixed: &Fixed, filename: &str, forma
     Value::Object(out)
 }
 
+/// What a repair would change, below the counts.
+pub(crate) fn changes_text(changes: Option<&[String]>) -> String {
+    let Some(changes) = changes else { return String::new() };
+    let lines: String = changes.iter().map(|change| format!("    {change}\n")).collect();
+    format!("\nNothing was written. A repair would change:\n{lines}")
+}
+
+/// The same in the JSON object.
+pub(crate) fn with_changes(mut told: Value, changes: Option<Vec<String>>) -> Value {
+    if let (Some(changes), Some(map)) = (changes, told.as_object_mut()) {
+        map.insert("dry-run".to_owned(), json!(true));
+        map.insert("changes".to_owned(), json!(changes));
+    }
+    told
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

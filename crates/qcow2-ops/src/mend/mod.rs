@@ -29,7 +29,7 @@ use crate::check::{CheckOptions, CheckReport, check};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::progress::Progress;
-use draft::Draft;
+pub(crate) use draft::Draft;
 use job::{Job, failed};
 use qcow2_core::{HostOffset, Storage, StorageError};
 use qcow2_format::feature::IncompatibleFeatures;
