@@ -130,6 +130,8 @@ pub struct Repair {
     pub success: bool,
     /// Guest clusters that read as in the whole image, those of zeroes not counted.
     pub kept: u64,
+    /// Snapshots that the header counts.
+    pub snapshots: u32,
 }
 
 struct Bench<'a> {
@@ -198,7 +200,14 @@ impl Bench<'_> {
             clean: clean == Some(Verdict::Clean),
             success: run.is_some_and(|run| run.code == Some(0)),
             kept: self.kept(case, name, &sample.whole).unwrap_or(0),
+            snapshots: self.snapshots(name),
         }
+    }
+
+    fn snapshots(&self, name: &str) -> u32 {
+        let mut header = [0; 64];
+        let read = File::open(self.folder.join(name)).and_then(|mut file| file.read_exact(&mut header));
+        read.map_or(0, |()| u32::from_be_bytes([header[60], header[61], header[62], header[63]]))
     }
 
     /// The judge of what is kept is the reference.

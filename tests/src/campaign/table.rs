@@ -29,6 +29,7 @@ pub struct Column {
     pub reference_clean: u64,
     pub ours_clean: u64,
     pub only_reference_clean: u64,
+    pub lost_snapshots: u64,
     pub said_clean: u64,
     pub reference_kept: u64,
     pub ours_kept: u64,
@@ -41,10 +42,17 @@ impl Case {
     /// Whether the case breaks a rule.
     pub(super) fn is_wrong(&self) -> bool {
         let worse = |(mine, other): (Repair, Repair)| {
-            (other.clean && (!mine.clean || mine.kept < other.kept)) || (mine.success && !mine.clean)
+            let clean = mine.clean || !other.clean || lost_snapshots(mine, other);
+            !clean || (other.clean && mine.kept < other.kept) || (mine.success && !mine.clean)
         };
         !self.failures.is_empty() || self.repairs.is_some_and(worse)
     }
+}
+
+/// Whether the reference has fewer snapshots. It writes a header without any where it opens an image with bitmaps
+/// for a repair: what is wrong in snapshots is gone then, and so are they.
+fn lost_snapshots(mine: Repair, other: Repair) -> bool {
+    other.snapshots < mine.snapshots
 }
 
 impl Table {
@@ -96,6 +104,8 @@ impl Column {
         self.reference_clean += u64::from(other.clean);
         self.ours_clean += u64::from(mine.clean);
         self.only_reference_clean += u64::from(other.clean && !mine.clean);
+        let lost = lost_snapshots(mine, other);
+        self.lost_snapshots += u64::from(other.clean && !mine.clean && lost);
         self.said_clean += u64::from(mine.success && !mine.clean);
         self.reference_kept += other.kept;
         self.ours_kept += mine.kept;
@@ -104,7 +114,7 @@ impl Column {
         self.less_of_clean += u64::from(other.clean && mine.kept < other.kept);
     }
 
-    fn rows(&self) -> [(&'static str, u64); 18] {
+    fn rows(&self) -> [(&'static str, u64); 19] {
         [
             ("images", self.images),
             ("  check by the reference: clean", self.verdicts[0]),
@@ -118,6 +128,7 @@ impl Column {
             ("  clean after the reference", self.reference_clean),
             ("  clean after ours", self.ours_clean),
             ("  clean after the reference alone", self.only_reference_clean),
+            ("    which lost the snapshots", self.lost_snapshots),
             ("  ours says clean, the reference does not", self.said_clean),
             ("  guest clusters kept by the reference", self.reference_kept),
             ("  guest clusters kept by ours", self.ours_kept),

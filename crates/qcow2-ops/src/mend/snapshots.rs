@@ -204,12 +204,15 @@ impl Job<'_> {
     }
 }
 
-/// Cuts a name at its first zero byte, which no name has: its length is damaged, and what follows is another
-/// entry or none. `None` where there is nothing to cut.
+/// Cuts id and name at their first zero byte, which neither has: a length is damaged, and what follows is
+/// another entry or none. `None` where there is nothing to cut.
 fn cut_name(snapshot: &mut Snapshot) -> Option<()> {
-    let end = snapshot.name.iter().position(|&byte| byte == 0).filter(|&end| end > 0)?;
-    snapshot.name.truncate(end);
-    Some(())
+    let cut = |text: &mut Vec<u8>| {
+        let end = text.iter().position(|&byte| byte == 0).filter(|&end| end > 0);
+        end.map(|end| text.truncate(end))
+    };
+    let (id, name) = (cut(&mut snapshot.id), cut(&mut snapshot.name));
+    id.or(name)
 }
 
 /// True for an entry that names nothing: without an id and a name it cannot be chosen, and an L1 table at
