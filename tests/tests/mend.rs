@@ -1,5 +1,5 @@
-//! Repairs of damaged tables under power cuts, faults and stops: what could be read reads the same, and a repair
-//! settles. `campaign.rs` judges repairs by the reference.
+//! Repairs of damaged tables under power cuts, faults and stops: what could be read reads the same, and a
+//! repair settles. `campaign.rs` judges repairs by the reference.
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_codec::{Deflate, Zstd};

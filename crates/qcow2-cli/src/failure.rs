@@ -13,7 +13,7 @@ pub(crate) struct Failure {
     /// The message in our own words.
     own: Option<Box<Own>>,
     /// Lines that come first, the first of them with the program's name too.
-    before: Vec<String>,
+    before: Option<Box<[String]>>,
     hints: Vec<Hint>,
     code: u8,
 }
@@ -55,7 +55,7 @@ impl Failure {
             message: message.into(),
             reason: None,
             own: None,
-            before: Vec::new(),
+            before: None,
             hints: Vec::new(),
             code: exit::FAILURE,
         }
@@ -112,7 +112,7 @@ impl Failure {
 
     /// Puts the lines of another message before this one.
     pub(crate) fn after(self, message: Vec<String>) -> Self {
-        Self { before: message, ..self }
+        Self { before: Some(message.into()), ..self }
     }
 
     /// Adds a line that follows the message, without the program's name.
@@ -177,7 +177,7 @@ impl Failure {
             Kind::Syntax(None) => (called.to_owned(), Some(None)),
             Kind::Syntax(Some(verb)) => (format!("{called} {verb}"), Some(Some(verb))),
         };
-        let mut lines = self.before.clone();
+        let mut lines = self.before.clone().map_or_else(Vec::new, Vec::from);
         lines.first_mut().into_iter().for_each(|text| text.insert_str(0, &format!("{program}: ")));
         lines.push(format!("{name}: {}", self.message));
         lines.extend(self.hints.iter().filter(|hint| !hint.own).map(|hint| hint.line.clone()));

@@ -127,8 +127,8 @@ impl L2Format {
     /// Decodes an entry. `raw`: its first word. `bitmap`: its second word; ignored without extended L2
     /// entries. Reserved bits are ignored (see [`reserved_bits`](Self::reserved_bits)).
     ///
-    /// The subcluster bitmap of a compressed cluster is ignored too, as other readers do: its stream holds the
-    /// whole cluster. A check reports it.
+    /// The subcluster bitmap of a compressed cluster is ignored too: its stream holds the whole cluster. A
+    /// check reports it.
     ///
     /// Errors: `Misaligned`, `ZeroFlagInVersion2`, `SubclusterBitmap`, `CompressedOffset`.
     pub fn decode(&self, raw: u64, bitmap: u64) -> Result<L2Entry, FormatError> {

@@ -49,8 +49,8 @@ impl Case {
     }
 }
 
-/// Whether the reference has fewer snapshots. It writes a header without any where it opens an image with bitmaps
-/// for a repair: what is wrong in snapshots is gone then, and so are they.
+/// Whether the reference has fewer snapshots. It writes a header without any where it opens an image with
+/// bitmaps for a repair: what is wrong in snapshots is gone then, and so are they.
 fn lost_snapshots(mine: Repair, other: Repair) -> bool {
     other.snapshots < mine.snapshots
 }

@@ -74,8 +74,8 @@ impl L2Format {
     }
 
     /// The words of an entry that has no host cluster and reads zeroes where this one reads its host cluster,
-    /// and where that is. `None` where it reads none, and where no entry says so: in version 2, in an external
-    /// data file, and for compressed clusters.
+    /// and where that is. `None` where it reads none, and where no entry says so: in version 2, in an
+    /// external data file, and for compressed clusters.
     pub fn as_zeroes(&self, raw: u64, bitmap: u64) -> Option<((u64, u64), HostOffset)> {
         let Ok(L2Entry::Standard(entry)) = self.decode(raw, bitmap) else { return None };
         let host = entry.host.filter(|_| self.zero_flag && !self.external_data)?;

@@ -297,8 +297,8 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Whether the refcount structure never had a count for the cluster at `host`. What was cut off the end of
-    /// an image had one.
+    /// Whether the refcount structure never had a count for the cluster at `host`. What was cut off the end
+    /// of an image had one.
     fn was_never_counted(&self, host: HostOffset, refcounts: &[u64]) -> Result<bool> {
         let cluster = self.format.geometry.host_cluster(host);
         let index = self.format.geometry.refcount_table_index(cluster) as usize;

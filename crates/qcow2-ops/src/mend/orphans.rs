@@ -195,9 +195,9 @@ impl Job<'_> {
         }))
     }
 
-    /// The clusters that are counted as used and that nothing refers to, and those that are counted more often
-    /// than something refers to them: what lost tables map, snapshots' too. `None` where there are too many to
-    /// look at each. The refcount structure refers to nothing here: its own entries may
+    /// The clusters that are counted as used and that nothing refers to, and those that are counted more
+    /// often than something refers to them: what lost tables map, snapshots' too. `None` where there are too
+    /// many to look at each. The refcount structure refers to nothing here: its own entries may
     /// be what is wrong.
     pub(super) fn unreferenced(&self) -> Result<Option<(Vec<u64>, BTreeSet<u64>)>> {
         let mut bare = self.header.clone();
