@@ -216,6 +216,11 @@ mod tests {
     #[test]
     fn findings() {
         check(
+            &Finding::Overflow { offset: HostOffset::new(0x5000) },
+            "ERROR: overflow cluster offset=0x5000\nUse qemu-img amend to increase the refcount entry width or \
+             qemu-img convert to create a clean copy if the image cannot be opened for writing",
+        );
+        check(
             &Finding::Refcount { cluster: 3, stored: 2, references: 1 },
             "Leaked cluster 3 refcount=2 reference=1",
         );
