@@ -5,14 +5,14 @@
 use qcow2_tests::campaign::Campaign;
 use std::time::Duration;
 
-/// The first 100 images: 40 with random damage, 60 semantic mutants. `QCOW2_DAMAGE_IMAGES` and `QCOW2_SEED`
+/// The first 120 images: 48 with random damage, 72 semantic mutants. `QCOW2_DAMAGE_IMAGES` and `QCOW2_SEED`
 /// choose others.
 #[test]
 fn damaged_images_end_no_worse_than_by_the_reference() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let campaign = Campaign {
         ours: env!("CARGO_BIN_EXE_qcow2-under-test").into(),
-        images: number("QCOW2_DAMAGE_IMAGES").unwrap_or(100),
+        images: number("QCOW2_DAMAGE_IMAGES").unwrap_or(120),
         time: Duration::from_secs(24 * 3600),
         seed: number("QCOW2_SEED").unwrap_or(0),
         threads: std::thread::available_parallelism().map_or(1, usize::from),
