@@ -1,6 +1,7 @@
 //! Helpers for the test suites across the crates, which are in `tests/`.
 #![forbid(unsafe_code)]
 
+pub mod campaign;
 pub mod copies;
 pub mod fixtures;
 pub mod fuzz;

@@ -1,5 +1,5 @@
-//! Repairs of damaged tables, judged against the reference and under power cuts: what could be read reads the
-//! same, what the reference repairs is repaired, and nothing is lost that the reference keeps.
+//! Repairs of damaged tables under power cuts, faults and stops: what could be read reads the same, and a
+//! repair settles. `campaign.rs` judges repairs by the reference.
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_codec::{Deflate, Zstd};
@@ -7,19 +7,16 @@ use qcow2_core::{
     Codecs, CreateOptions, GuestDisk, GuestOffset, HostOffset, Image, ImageFormat, Layers, NewSnapshot,
     NoResolver, OpenOptions, ResolvedSource, Storage, create,
 };
-use qcow2_ops::repair::{Outcome, RepairMode, check_and_repair};
+use qcow2_ops::repair::{Outcome, RepairMode, check_and_repair, rehearse};
 use qcow2_ops::{CallerError, CheckOptions, CheckReport, Error, Inline, Progress, Silent, check};
 use qcow2_testkit::crash::{CrashWorld, Event};
 use qcow2_testkit::fault::{CHANGING_CALLS, Fault, FaultPlan, FaultStorage};
-use qcow2_testkit::oracle::{Qemu, Tool};
 use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::semantic;
 use qcow2_testkit::storage::PageStorage;
 use qcow2_tests::stop::StopsAfter;
-use std::fs;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 /// Number of damaged images; `QCOW2_MEND_SEEDS` raises it.
@@ -143,13 +140,15 @@ fn bad(report: &CheckReport) -> u64 {
     report.corruptions + report.check_errors
 }
 
+fn open_for_repair(storage: Arc<dyn Storage>) -> qcow2_core::Result<Arc<Image>> {
+    open(storage, |options| {
+        (options.writable, options.for_repair, options.layers) = (true, true, Layers::TopOnly);
+    })
+}
+
 /// Checks and repairs everything, as the command does.
 fn run(storage: &Arc<dyn Storage>, progress: &dyn Progress) -> Result<Outcome, Error> {
-    let reopen = || -> Result<Arc<dyn GuestDisk>, CallerError> {
-        Ok(open(Arc::clone(storage), |options| {
-            (options.writable, options.for_repair, options.layers) = (true, true, Layers::TopOnly);
-        })?)
-    };
+    let reopen = || -> Result<Arc<dyn GuestDisk>, CallerError> { Ok(open_for_repair(Arc::clone(storage))?) };
     check_and_repair(&**storage, Some(RepairMode::All), &reopen, &Inline, progress)
         .map(|checked| checked.repair)
 }
@@ -248,81 +247,32 @@ fn a_cancelled_repair_of_tables_does_no_harm() {
     }
 }
 
-/// What became of the damaged images, by both.
-#[derive(Default, Debug)]
-struct Table {
-    images: u64,
-    same_verdict: u64,
-    reference_clean: u64,
-    ours_clean: u64,
-    only_reference_clean: u64,
-    reference_kept: u64,
-    ours_kept: u64,
-}
-
-/// Guest clusters of `image` that hold what they held in the whole image, zeroes not counted. The judge is
-/// the reference.
-fn kept(qemu: &Tool, folder: &Path, image: &str, whole: &[Option<Vec<u8>>]) -> u64 {
-    let convert = ["convert", "--salvage", "-f", "qcow2", "-O", "raw", image, "kept.raw"];
-    if qemu.run_in(folder, &convert).code != Some(0) {
-        return 0;
-    }
-    let bytes = fs::read(folder.join("kept.raw")).unwrap();
-    let mut at = 0;
-    let same = whole.iter().flatten().filter(|cluster| {
-        let start = at;
-        at += cluster.len();
-        cluster.iter().any(|&byte| byte != 0) && bytes.get(start..at) == Some(&cluster[..])
-    });
-    same.count() as u64
-}
-
-/// The verdicts of both checks agree in 99.5 %. Where the reference's repair ends clean, ours keeps at least
-/// as many guest clusters, and ends clean by the reference's own check in all but 1 %.
+/// A dry run finds what the repair does, for both modes, and writes nothing.
 #[test]
-fn repairs_reach_what_the_reference_reaches() {
-    let Some(Qemu { img: qemu, .. }) = Qemu::find() else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let (folder, mut table) = (folder.path(), Table::default());
-    let ours = Tool::at(env!("CARGO_BIN_EXE_qcow2-under-test"));
-    let mut wrong = Vec::new();
-    for seed in 0..seeds(60) {
-        let start = Damaged::draw(&mut Rng::new(seed + 1_000_000));
-        for name in ["ours.qcow2", "theirs.qcow2"] {
-            fs::write(folder.join(name), start.bytes.to_vec()).unwrap();
-        }
-        let code = |tool: &Tool, name: &str, repair: bool| {
-            let mut args = vec!["check", "-q", "-f", "qcow2"];
-            args.extend(if repair { &["-r", "all"][..] } else { &[] });
-            args.push(name);
-            tool.run_in(folder, &args).code
-        };
-        let verdicts = (code(&ours, "ours.qcow2", false), code(&qemu, "theirs.qcow2", false));
-        table.images += 1;
-        table.same_verdict += u64::from(verdicts.0 == verdicts.1);
-        if verdicts.1 == Some(0) {
+fn a_rehearsal_tells_what_a_repair_does() {
+    let mut changed = 0;
+    for seed in 0..seeds(120) {
+        let start = Damaged::draw(&mut Rng::new(seed + 2_000_000));
+        if !can_be_checked(&start.bytes) {
             continue;
         }
-        code(&ours, "ours.qcow2", true);
-        code(&qemu, "theirs.qcow2", true);
-        let [mine, other] = ["ours.qcow2", "theirs.qcow2"]
-            .map(|name| (code(&qemu, name, false) == Some(0), kept(&qemu, folder, name, &start.whole)));
-        table.ours_clean += u64::from(mine.0);
-        table.reference_clean += u64::from(other.0);
-        table.ours_kept += mine.1;
-        table.reference_kept += other.1;
-        if other.0 && mine.1 < other.1 {
-            wrong.push(format!("seed {seed}, {}: ours {mine:?}, theirs {other:?}", start.kind));
+        for mode in [RepairMode::Leaks, RepairMode::All] {
+            let file = || Arc::new(PageStorage::new(start.bytes.clone()));
+            let (rehearsed, repaired) = (file(), file());
+            let open = |storage| -> Result<Arc<dyn GuestDisk>, CallerError> { Ok(open_for_repair(storage)?) };
+            let told = rehearse(Arc::clone(&rehearsed) as Arc<dyn Storage>, mode, &open, &Inline, &Silent);
+            let storage = Arc::clone(&repaired) as Arc<dyn Storage>;
+            let reopen = || open(Arc::clone(&storage));
+            let done = check_and_repair(&*storage, Some(mode), &reopen, &Inline, &Silent);
+            assert!(rehearsed.bytes().to_vec() == start.bytes.to_vec(), "seed {seed}: a dry run wrote");
+            match (told, done) {
+                (Ok(told), Ok(done)) => assert_eq!(told, done, "seed {seed}, {mode:?}"),
+                (told, done) => assert!(told.is_err() && done.is_err(), "seed {seed}: {told:?}, {done:?}"),
+            }
+            changed += u64::from(repaired.bytes().to_vec() != start.bytes.to_vec());
         }
-        table.only_reference_clean += u64::from(other.0 && !mine.0);
     }
-    println!("{table:?}");
-    assert!(wrong.is_empty(), "{wrong:#?}");
-    assert!(table.same_verdict * 1000 >= table.images * 995, "{table:?}");
-    assert!(
-        table.ours_clean >= table.reference_clean && table.ours_kept >= table.reference_kept,
-        "{table:?}"
-    );
+    assert!(changed > seeds(120) / 2, "{changed} repairs changed something");
 }
 
 #[test]

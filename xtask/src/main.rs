@@ -40,7 +40,9 @@ fn main() -> ExitCode {
 fn run(args: &[String]) -> Result<(), String> {
     let root = tree::root();
     match args {
-        [name, rest @ ..] if ["crash", "hunt"].contains(&&**name) => return campaign::run(&root, name, rest),
+        [name, rest @ ..] if ["crash", "damage", "hunt"].contains(&&**name) => {
+            return campaign::run(&root, name, rest);
+        }
         [name, rest @ ..] if name == "docs" => return docs::run(&root, rest),
         [name, rest @ ..] if name == "libvirt" => return libvirt::run(&root, rest),
         [name, rest @ ..] if name == "bench" => return bench::run(&root, rest),
@@ -70,6 +72,10 @@ fn usage() -> String {
     text.push_str("\n  libvirt   libvirt with ours as qemu-img (needs root, libvirtd, virsh): volumes,");
     text.push_str("\n            and, given the path of a qemu-system, snapshots of a domain");
     text.push_str("\n  crash     simulate power cuts during random operations: --seconds N, --seed N");
+    text.push_str(
+        "\n  damage    damage images, check and repair them beside qemu-img: --images N, --seconds N,",
+    );
+    text.push_str("\n            --seed N, --keep FOLDER");
     text.push_str(
         "\n  hunt      look for differences from qemu-img and qemu-io: --seconds N, --lines N, --seed N",
     );

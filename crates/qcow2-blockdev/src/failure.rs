@@ -132,6 +132,10 @@ pub enum FailureKind {
 
     /// A snapshot is asked for of a disk that has none.
     NoSnapshots,
+    /// The image needs an external data file and names none.
+    UnnamedDataFile,
+    /// The image promises that its external data file is raw, and has none.
+    RawWithoutDataFile,
     /// There is no such snapshot.
     NoSuchSnapshot,
 }
@@ -278,6 +282,10 @@ impl fmt::Display for FailureKind {
             Self::Loop(name) => write!(f, "'{name}' stands below itself in the backing chain"),
             Self::Refused(refusal) => refusal.fmt(f),
             Self::Engine(error) => error.fmt(f),
+            Self::UnnamedDataFile => f.write_str("image needs an external data file but names none"),
+            Self::RawWithoutDataFile => {
+                f.write_str("image promises a raw external data file (autoclear bit 1), but has no data file")
+            }
             Self::NoSnapshots => f.write_str("a disk of this format has no snapshots"),
             Self::NoSuchSnapshot => f.write_str("there is no such snapshot"),
         }

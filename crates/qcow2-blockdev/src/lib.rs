@@ -79,6 +79,7 @@ mod new;
 mod open;
 mod scalar;
 mod size;
+mod text;
 mod tree;
 mod warning;
 
@@ -108,5 +109,6 @@ pub use scalar::{
     OptionError, OptionErrorKind, OptionValue, parse_switch, read_number, read_size, read_switch,
 };
 pub use size::{SizeError, parse_size};
+pub use text::escaped;
 pub use tree::{Backing, JsonError, Node, Options, Scalar, json_text};
 pub use warning::Warning;

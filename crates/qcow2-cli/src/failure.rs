@@ -12,8 +12,8 @@ pub(crate) struct Failure {
     reason: Option<Box<str>>,
     /// The message in our own words.
     own: Option<Box<Own>>,
-    /// A message that comes first, with the program's name too.
-    before: Option<Box<str>>,
+    /// Lines that come first, the first of them with the program's name too.
+    before: Option<Box<[String]>>,
     hints: Vec<Hint>,
     code: u8,
 }
@@ -104,16 +104,15 @@ impl Failure {
         Self { kind: Kind::Silent, code, ..Self::new("") }
     }
 
-    /// The message and what follows it.
-    pub(crate) fn text(&self) -> String {
-        let hints = self.hints.iter().filter(|hint| !hint.own).map(|hint| &*hint.line);
-        std::iter::once(&*self.message).chain(hints).collect::<Vec<_>>().join("\n")
+    /// The message and what follows it, as lines.
+    pub(crate) fn texts(&self) -> Vec<String> {
+        let hints = self.hints.iter().filter(|hint| !hint.own).map(|hint| hint.line.clone());
+        std::iter::once(self.message.clone()).chain(hints).collect()
     }
 
-    /// Puts another message before this one.
-    pub(crate) fn after(mut self, message: impl Into<String>) -> Self {
-        self.before = Some(message.into().into());
-        self
+    /// Puts the lines of another message before this one.
+    pub(crate) fn after(self, message: Vec<String>) -> Self {
+        Self { before: Some(message.into()), ..self }
     }
 
     /// Adds a line that follows the message, without the program's name.
@@ -178,7 +177,8 @@ impl Failure {
             Kind::Syntax(None) => (called.to_owned(), Some(None)),
             Kind::Syntax(Some(verb)) => (format!("{called} {verb}"), Some(Some(verb))),
         };
-        let mut lines: Vec<String> = self.before.iter().map(|text| format!("{program}: {text}")).collect();
+        let mut lines = self.before.clone().map_or_else(Vec::new, Vec::from);
+        lines.first_mut().into_iter().for_each(|text| text.insert_str(0, &format!("{program}: ")));
         lines.push(format!("{name}: {}", self.message));
         lines.extend(self.hints.iter().filter(|hint| !hint.own).map(|hint| hint.line.clone()));
         match verb {
@@ -211,8 +211,9 @@ mod tests {
     fn how_failures_are_put() {
         let info = "info";
         check(Failure::new("no").hint("perhaps"), &["qemu-img: no", "perhaps"]);
+        let two = vec!["first".to_owned(), "second".to_owned()];
         check(Failure::new("no").about("x"), &["qemu-img: x: no"]);
-        check(Failure::new("no").after("first"), &["qemu-img: first", "qemu-img: no"]);
+        check(Failure::new("no").after(two), &["qemu-img: first", "second", "qemu-img: no"]);
         check(Failure::could_not_open("x", "why"), &["qemu-img: Could not open 'x': why"]);
         check(Failure::could_not_open("x", "why").without_name(), &["qemu-img: why"]);
         let advised = Failure::new("no").advise("look there");

@@ -17,7 +17,12 @@ pub(crate) fn say(session: &Session, found: &Found, fixed: bool) {
         Some(rest) if fixed => format!("Repairing {rest}"),
         _ => line,
     };
-    (0..found.times.min(MAX_LINES as u64)).for_each(|_| session.complain(&line));
+    (0..found.times.min(MAX_LINES as u64)).for_each(|_| say_lines(session, &line));
+}
+
+/// A finding has names only with their line feeds escaped.
+fn say_lines(session: &Session, finding: &str) {
+    finding.lines().for_each(|line| session.complain(line));
 }
 
 /// Prints the findings, one a line; a damaged image may have any number of them.
@@ -26,7 +31,7 @@ pub(crate) fn complain(session: &Session, report: &CheckReport, wanted: &dyn Fn(
     let findings = report.findings.iter().filter(|found| wanted(&found.finding));
     let lines = findings.flat_map(|found| std::iter::repeat_n(found, times(found)));
     for found in lines.take(MAX_LINES) {
-        session.complain(&render::finding(&found.finding, session.program()));
+        say_lines(session, &render::finding(&found.finding, session.program()));
     }
     let all = report.findings.iter().map(|found| found.times).fold(report.omitted, u64::saturating_add);
     if all > MAX_LINES as u64 {
@@ -42,7 +47,7 @@ pub(crate) fn tell_of_change(session: &Session, warning: &Warning, source: &Reso
         Warning::GuessedRaw(_) => {
             persona::warning(warning).iter().for_each(|line| session.complain(line));
         }
-        _ => session.warn(&persona::warning(warning).join("\n")),
+        _ => session.warn_lines(&persona::warning(warning)),
     }
 }
 

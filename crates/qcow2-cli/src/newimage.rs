@@ -64,7 +64,7 @@ pub(crate) fn make(
     objects: &Objects,
     interrupts: &Interrupts,
 ) -> Result<(), CreateFailure> {
-    let warn = |warning: &_| session.warn(&persona::warning(warning).join("\n"));
+    let warn = |warning: &_| session.warn_lines(&persona::warning(warning));
     let how = CreateHow::new().with_secrets(objects.secrets()).among(open_files()).telling(&warn);
     create(target, options, &how.with_unfinished(interrupts.unfinished()))
 }

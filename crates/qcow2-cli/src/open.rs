@@ -11,7 +11,7 @@ use qcow2_core::{GuestDisk, ImageFormat};
 /// Understands the name `typed`, and says on standard error what is deprecated in it.
 pub(crate) fn read_name(session: &Session, typed: &str, args: &ImageArgs) -> Result<ImageName, Failure> {
     let name = ImageName::parse(typed, &args.naming())?;
-    name.warnings.iter().for_each(|warning| session.warn(&persona::warning(warning).join("\n")));
+    name.warnings.iter().for_each(|warning| session.warn_lines(&persona::warning(warning)));
     Ok(name)
 }
 
@@ -49,7 +49,7 @@ pub(crate) fn complain_of_guess(session: &Session, name: &ImageName, format: &Im
 /// qemu-img's name, which says nothing.
 pub(crate) fn warn_of_missing_end(session: &Session, opened: &OpenedDisk) {
     if !session.is_drop_in() {
-        opened.missing_ends().iter().for_each(|warning| session.warn(&persona::warning(warning).join("\n")));
+        opened.missing_ends().iter().for_each(|warning| session.warn_lines(&persona::warning(warning)));
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::exit;
 use crate::failure::Failure;
+use crate::render::human::escaped;
 use std::io::{self, IsTerminal, Write};
 
 /// One run of the program.
@@ -63,10 +64,12 @@ impl Session {
         printed(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
     }
 
-    /// Writes a line to standard error.
+    /// Writes a line to standard error. Control characters in it are escaped, a line feed too: names, and all
+    /// else that images, servers and files say, are quoted in errors, and must neither drive a terminal nor
+    /// look like a line of ours.
     pub(crate) fn complain(&self, line: &str) {
         // Nobody is left to hear that complaining failed.
-        let _ = writeln!(io::stderr().lock(), "{line}");
+        let _ = writeln!(io::stderr().lock(), "{}", escaped(line));
     }
 
     /// Writes why a command, or a part of one, was not done to standard error.
@@ -79,6 +82,14 @@ impl Session {
     /// Writes a warning to standard error.
     pub(crate) fn warn(&self, text: &str) {
         self.complain(&format!("{}: warning: {text}", self.program));
+    }
+
+    /// Writes a warning of several lines to standard error.
+    pub(crate) fn warn_lines(&self, lines: &[String]) {
+        if let Some((first, rest)) = lines.split_first() {
+            self.warn(first);
+            rest.iter().for_each(|line| self.complain(line));
+        }
     }
 }
 

@@ -200,8 +200,6 @@ pub enum FormatErrorKind {
     ZeroFlagInVersion2,
     /// A subcluster is both allocated and zero, or allocated in a cluster without a host offset.
     SubclusterBitmap(u64),
-    /// A compressed cluster has a subcluster bitmap.
-    CompressedWithBitmap(u64),
     /// A compressed cluster starts past the largest host offset that the format allows.
     CompressedOffset(u64),
 }

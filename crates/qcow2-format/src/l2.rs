@@ -129,11 +129,13 @@ impl L2Format {
     /// Decodes an entry. `raw`: its first word. `bitmap`: its second word; ignored without extended L2
     /// entries. Reserved bits are ignored (see [`reserved_bits`](Self::reserved_bits)).
     ///
-    /// Errors: `Misaligned`, `ZeroFlagInVersion2`, `SubclusterBitmap`, `CompressedWithBitmap`,
-    /// `CompressedOffset`.
+    /// The subcluster bitmap of a compressed cluster is ignored too: its stream holds the whole cluster. A
+    /// check reports it.
+    ///
+    /// Errors: `Misaligned`, `ZeroFlagInVersion2`, `SubclusterBitmap`, `CompressedOffset`.
     pub fn decode(&self, raw: u64, bitmap: u64) -> Result<L2Entry, FormatError> {
         if raw & COMPRESSED != 0 {
-            return self.decode_compressed(raw, bitmap).map(L2Entry::Compressed);
+            return self.decode_compressed(raw).map(L2Entry::Compressed);
         }
         let offset = raw & OFFSET_MASK;
         let copied = raw & COPIED != 0;
@@ -168,13 +170,7 @@ impl L2Format {
         Ok(L2Entry::Standard(ClusterEntry { host, copied: copied && assigned, allocated, zero }))
     }
 
-    fn decode_compressed(&self, raw: u64, bitmap: u64) -> Result<CompressedCluster, FormatError> {
-        if self.geometry.extended_l2() && bitmap != 0 {
-            return Err(FormatError::new(
-                FormatErrorKind::CompressedWithBitmap(bitmap),
-                format!("compressed cluster has subcluster bitmap {bitmap:#018x}, allowed is 0"),
-            ));
-        }
+    fn decode_compressed(&self, raw: u64) -> Result<CompressedCluster, FormatError> {
         let shift = self.compressed_shift();
         let offset = raw & ((1 << shift) - 1);
         if offset > MAX_HOST_OFFSET {

@@ -1,12 +1,14 @@
 //! Repairs the findings of a check: refcounts, copied flags, and the dirty and corrupt bits.
 
+use crate::CallerError;
 use crate::check::{CheckOptions, CheckReport, Finding, Found, check};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::mend::{self, Fix};
 use crate::port::Reopen;
 use crate::progress::Progress;
-use qcow2_core::{Image, Storage};
+use qcow2_core::{GuestDisk, Image, Storage};
+use std::sync::Arc;
 
 /// What to repair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,6 +125,44 @@ pub fn check_and_repair(
         });
     }
     Ok(Checked { report, repair: done.map_or(Outcome::Untouched, |done| Outcome::Repaired(Box::new(done))) })
+}
+
+/// Does what [`check_and_repair`] does, and writes nothing: changes stay in memory, at most
+/// [`MAX_CHANGED`](mend::MAX_CHANGED) bytes of them, and are dropped. `open`: opens the image in the storage
+/// that it is given for repair. What is returned is what a repair would return.
+///
+/// Errors: as [`check_and_repair`].
+pub fn rehearse(
+    storage: Arc<dyn Storage>,
+    mode: RepairMode,
+    open: &dyn Fn(Arc<dyn Storage>) -> std::result::Result<Arc<dyn GuestDisk>, CallerError>,
+    executor: &dyn Executor,
+    progress: &dyn Progress,
+) -> Result<Checked> {
+    let draft = mend::Draft::shared(storage)
+        .map_err(|e| Error::new(ErrorKind::Metadata, "checking the image").with_source(e))?;
+    let draft = Arc::new(draft) as Arc<dyn Storage>;
+    check_and_repair(&*draft, Some(mode), &|| open(Arc::clone(&draft)), executor, progress)
+}
+
+impl Repaired {
+    /// What changed, in words. `report`: what the check found before.
+    pub fn changes(&self, report: &CheckReport) -> Vec<String> {
+        if !self.fixes.is_empty() {
+            return self.fixes.iter().map(ToString::to_string).collect();
+        }
+        let after = self.after.as_ref();
+        let gone = |found: &&Found| after.is_some_and(|after| !after.findings.contains(found));
+        let counts = report.findings.iter().filter(gone).filter_map(|found| match found.finding {
+            Finding::Refcount { cluster, stored, references } => {
+                Some(format!("refcount of cluster {cluster}: {stored} becomes {references}"))
+            }
+            _ => None,
+        });
+        let flags = self.copied.len();
+        let flags = (self.copied_fixed && flags > 0).then(|| format!("{flags} copied flags"));
+        counts.chain(flags).collect()
+    }
 }
 
 /// Limit for the number of repairs in a row.

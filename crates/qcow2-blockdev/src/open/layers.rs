@@ -10,6 +10,7 @@ use crate::driver::tune;
 use crate::failure::{FailureKind, MissingBacking, OpenFailure};
 use crate::name::{ImageName, filename};
 use crate::tree::Node;
+use qcow2_core::format::AutoclearFeatures;
 use qcow2_core::format::snapshot::Snapshot;
 use qcow2_core::open::{DEFAULT_L2_CACHE, DEFAULT_REFCOUNT_CACHE};
 use qcow2_core::walk::read_header;
@@ -265,6 +266,13 @@ fn is_not_there(error: &Error) -> bool {
 pub fn open_below(name: &ImageName, source: &ResolvedSource, how: &OpenOptions) -> Result<(), OpenFailure> {
     let failed = |error: Error| OpenFailure::new(&name.typed, error);
     let header = read_header(&*source.storage).map_err(failed)?;
+    let names_data = header.extensions.data_file_name().is_some();
+    if header.has_data_file() && !names_data {
+        return Err(OpenFailure::new(&name.typed, FailureKind::UnnamedDataFile));
+    }
+    if !header.has_data_file() && header.features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE) {
+        return Err(OpenFailure::new(&name.typed, FailureKind::RawWithoutDataFile));
+    }
     if let Some(data) = header.extensions.data_file_name().filter(|_| header.has_data_file()) {
         let opened = source.resolver.resolve(Reference::DataFile { name: &data }, false);
         opened.map_err(|error| failed(error.into()))?;

@@ -51,6 +51,7 @@ pub(crate) enum Opt {
     StartOffset,
     MaxLength,
     Repair,
+    DryRun,
     RequestCount,
     Depth,
     BufferSize,

@@ -43,13 +43,14 @@ pub(crate) static VERBS: &[Verb] = &[
     Verb {
         name: "check",
         summary: "Check the references and refcounts of an image",
-        synopsis: "[-f FMT | --image-opts] [-T CACHE] [-U] [--output human|json] [-r leaks|all] FILENAME",
+        synopsis: "[-f FMT | --image-opts] [-T CACHE] [-U] [--output human|json] [-r leaks|all [--dry-run]] FILENAME",
         options: &[
             HELP,
             QUIET,
             FORMAT,
             CACHE,
             option(Opt::Repair, Some('r'), "repair", Some("leaks|all"), "what to repair"),
+            own(Opt::DryRun, "dry-run", "with -r: show what would change, and write nothing"),
             OUTPUT,
             OBJECT,
             IMAGE_OPTS,

@@ -15,12 +15,14 @@ use crate::session::Session;
 use qcow2_blockdev::{Follow, ImageName, open_below, open_bytes, open_layers};
 use qcow2_core::format::header::CryptMethod;
 use qcow2_core::walk::SnapshotFault;
-use qcow2_core::{EncryptedLayer, ImageFormat, Keyring, Layers, ResolvedSource};
+use qcow2_core::{EncryptedLayer, ImageFormat, Keyring, Layers, ResolvedSource, Storage};
 use qcow2_image::Threads;
 use qcow2_io::CacheMode;
 use qcow2_ops::ErrorKind;
 use qcow2_ops::check::{CheckReport, Finding, Found};
-use qcow2_ops::repair::{Outcome, RepairMode, Repaired, check_and_repair, is_copied_flag, is_refcount};
+use qcow2_ops::repair::{
+    Outcome, RepairMode, Repaired, check_and_repair, is_copied_flag, is_refcount, rehearse,
+};
 use std::cell::Cell;
 use std::sync::Arc;
 
@@ -39,13 +41,20 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
             Fixed::default()
         }
     };
+    let changes = repaired.as_ref().filter(|_| request.dry_run).map(|repaired| repaired.changes(&report));
+    let before = report.clone();
     let after = repaired.and_then(|repaired| repaired.after).unwrap_or(report);
     let text = match request.output {
         _ if request.quiet => String::new(),
-        OutputFormat::Human => render::to_text(&after),
-        OutputFormat::Json => json::pretty(&render::to_json(&after, &fixed, &request.filename, "qcow2")),
+        OutputFormat::Human => render::to_text(&after) + &render::changes_text(changes.as_deref()),
+        OutputFormat::Json => {
+            let told = render::to_json(&after, &fixed, &request.filename, "qcow2");
+            json::pretty(&render::with_changes(told, changes))
+        }
     };
-    let code = match (after.check_errors, after.corruptions, after.leaks) {
+    // A dry run leaves the image as it is.
+    let left = if request.dry_run { &before } else { &after };
+    let code = match (left.check_errors, left.corruptions, left.leaks) {
         (0, 0, 0) => exit::SUCCESS,
         (0, 0, _) => exit::CHECK_LEAKS,
         (0, _, _) => exit::CHECK_CORRUPT,
@@ -106,8 +115,9 @@ fn summary(session: &Session, request: &Request, repaired: &Repaired) -> Result<
     if let Some(after) = &repaired.after {
         if request.output == OutputFormat::Human && !request.quiet {
             session.print(&format!(
-                "The following inconsistencies were found and repaired:\n\n    {leaks} leaked clusters\n    \
-                 {corruptions} corruptions\n\nDouble checking the fixed image now...\n"
+                "The following inconsistencies {}:\n\n    {leaks} leaked clusters\n    \
+                 {corruptions} corruptions\n\nDouble checking the fixed image now...\n",
+                if request.dry_run { "would be repaired" } else { "were found and repaired" }
             ))?;
         }
         complain(session, after, &|_| true);
@@ -121,6 +131,7 @@ struct Request {
     output: OutputFormat,
     cache: CacheMode,
     repair: Option<RepairMode>,
+    dry_run: bool,
     quiet: bool,
     filename: String,
 }
@@ -137,6 +148,7 @@ impl Request {
                 Opt::Cache => cache = Some(given.value),
                 Opt::Repair if given.value == "leaks" => request.repair = Some(RepairMode::Leaks),
                 Opt::Repair if given.value == "all" => request.repair = Some(RepairMode::All),
+                Opt::DryRun => request.dry_run = true,
                 Opt::Repair => {
                     let text = format!("--repair (-r) expects 'leaks' or 'all' not '{}'", given.value);
                     return Err(Failure::usage(verb.name, text));
@@ -147,6 +159,9 @@ impl Request {
         request.filename = args.into_one_operand("Expecting one image file name")?;
         request.cache = parse_cache("source cache", cache.as_deref())?;
         request.image.check()?;
+        if request.dry_run && request.repair.is_none() {
+            return Err(Failure::usage(verb.name, "--dry-run needs --repair (-r)"));
+        }
         Ok(request)
     }
 }
@@ -168,14 +183,14 @@ fn unlock(name: &ImageName, source: &ResolvedSource) -> Result<(), Failure> {
 
 fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Repaired>), Failure> {
     let name = read_name(session, &request.filename, &request.image)?;
-    if request.repair.is_some() && request.image.force_share {
+    if request.repair.is_some() && !request.dry_run && request.image.force_share {
         return Err(Failure::could_not_open(&name.typed, persona::SHARED_AND_WRITABLE));
     }
     let reading = request.image.options().with_cache(request.cache);
     let mut how = reading.clone();
-    how.writable = request.repair.is_some();
+    how.writable = request.repair.is_some() && !request.dry_run;
     let source = open_bytes(&name, &how)?.source;
-    if request.repair.is_some() {
+    if how.writable {
         complain_of_guess(session, &name, &source.format);
     }
     if source.format != ImageFormat::Qcow2 {
@@ -207,12 +222,17 @@ fn check(session: &Session, request: &Request) -> Result<(CheckReport, Option<Re
     let storage = Arc::clone(&source.storage);
     let source = Cell::new(Some(source));
     let mut how = how.top_only();
-    how.for_repair = true;
-    let open = || {
-        let source = source.take().ok_or_else(|| Failure::new("the image is opened for repair once"))?;
+    (how.for_repair, how.writable) = (true, request.repair.is_some());
+    let open = |storage: Option<Arc<dyn Storage>>| {
+        let mut source = source.take().ok_or_else(|| Failure::new("the image is opened for repair once"))?;
+        source.storage = storage.unwrap_or(source.storage);
         Ok(open_layers(&name, source, &how, 0).map_err(Failure::from)?.disk)
     };
-    let checked = check_and_repair(&*storage, request.repair, &open, &workers, &meter).map_err(failed)?;
+    let checked = match request.repair.filter(|_| request.dry_run) {
+        Some(mode) => rehearse(storage, mode, &|draft| open(Some(draft)), &workers, &meter),
+        None => check_and_repair(&*storage, request.repair, &|| open(None), &workers, &meter),
+    };
+    let checked = checked.map_err(failed)?;
     match checked.repair {
         Outcome::Repaired(repaired) => Ok((checked.report, Some(*repaired))),
         Outcome::NeedsAll => {

@@ -99,7 +99,8 @@ impl Request {
             false => NewOptions::parse(format, &list).map_err(Failure::from),
         };
         parsed.map_err(|failure| {
-            Failure::new(format!("Invalid options for file format '{}'", format.name())).after(failure.text())
+            Failure::new(format!("Invalid options for file format '{}'", format.name()))
+                .after(failure.texts())
         })
     }
 }

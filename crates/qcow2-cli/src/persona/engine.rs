@@ -1,7 +1,7 @@
 //! Errors of the engine, of storages and of new images.
 
 use super::keys::unlock;
-use super::opening::reason;
+use super::opening::{reason, with_hint};
 use super::text::{capitalized, chain, storage};
 use crate::failure::Failure;
 use qcow2_blockdev::FailureKind;
@@ -22,26 +22,25 @@ pub(crate) fn source_reason(error: &SourceError, path: &str) -> (String, Option<
 
 /// The failure to open `name`, whose image the engine refuses.
 pub(crate) fn engine_failure(name: &str, error: &Error) -> Failure {
-    let (reason, hint) = engine_reason(error);
+    let (reason, hints) = engine_reason(error);
     let failure = Failure::could_not_open(name, &reason);
-    hint.into_iter().fold(failure, Failure::hint)
+    hints.into_iter().fold(failure, Failure::hint)
 }
 
-/// Why the engine refused an image, and a hint that follows on a line of its own.
-pub(super) fn engine_reason(error: &Error) -> (String, Option<String>) {
+/// Why the engine refused an image, and what follows on lines of their own.
+pub(super) fn engine_reason(error: &Error) -> (String, Vec<String>) {
     if let Some(below) = find_cause::<ResolveError>(error) {
         if let Some(kind) = find_cause::<FailureKind>(below) {
             let (reason, hints) = reason(kind);
-            let lines: Vec<String> = std::iter::once(reason).chain(hints).collect();
-            return (capitalized(&lines.join("\n")), None);
+            return (capitalized(&reason), hints);
         }
         return match find_cause::<OpenError>(below) {
-            Some(open) => open_reason(open, &open.path().to_string_lossy()),
-            None => (capitalized(&below.to_string()), None),
+            Some(open) => with_hint(open_reason(open, &open.path().to_string_lossy())),
+            None => (capitalized(&below.to_string()), Vec::new()),
         };
     }
     if let Some(locked) = find_cause::<UnlockError>(error) {
-        return (unlock(locked), None);
+        return (unlock(locked), Vec::new());
     }
     let reason = match (error.format_error(), error.storage_error()) {
         (Some(format), _) => format_reason(format),
@@ -52,7 +51,7 @@ pub(super) fn engine_reason(error: &Error) -> (String, Option<String>) {
             _ => capitalized(&error.to_string()),
         },
     };
-    (reason, None)
+    (reason, Vec::new())
 }
 
 /// What follows the complaint about a bitmap that was in use.

@@ -15,5 +15,7 @@ mod text;
 pub(crate) use creation::{created, measured};
 pub(crate) use engine::{INCONSISTENT_HINT, engine_failure, no_space};
 pub(crate) use keys::unlock;
-pub(crate) use opening::{NATIVE_NEEDS_DIRECT, SHARED_AND_WRITABLE, chain_failure, in_one_line, warning};
+pub(crate) use opening::{
+    NATIVE_NEEDS_DIRECT, SHARED_AND_WRITABLE, chain_failure, in_one_line, warning, warning_lines,
+};
 pub(crate) use text::{capitalized, cause, chain, procedure};

@@ -25,11 +25,13 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
         FailureKind::Rules(error) => return name::rules(error),
         FailureKind::Tuning(error) => return name::tuning(error),
         FailureKind::File { path, error } => return with_hint(source_reason(error, path)),
-        FailureKind::Engine(error) => return with_hint(engine_reason(error)),
+        FailureKind::Engine(error) => return engine_reason(error),
         FailureKind::Connect(error) => {
             let server = error.server_message().map(|text| format!("server reported: {text}"));
             return (error.to_string(), server.into_iter().collect());
         }
+        FailureKind::UnnamedDataFile => "'data-file' is required for this image".to_owned(),
+        FailureKind::RawWithoutDataFile => "data-file-raw requires a data file".to_owned(),
         FailureKind::ReadOnlyNode => "Block node is read-only".to_owned(),
         FailureKind::SharedAndWritable => SHARED_AND_WRITABLE.to_owned(),
         FailureKind::QueuedThroughCache => NATIVE_NEEDS_DIRECT.to_owned(),
@@ -118,10 +120,7 @@ impl From<OpenFailure> for Failure {
             }
         };
         let told = hints.into_iter().fold(told, Self::hint);
-        let told = failure
-            .warnings()
-            .iter()
-            .fold(told, |told, warned| told.after(format!("warning: {}", warning(warned).join("\n"))));
+        let told = failure.warnings().iter().fold(told, |told, warned| told.after(warning_lines(warned)));
         match failure.missing_backing() {
             Some(missing) => told.advise(format!(
                 "backing file '{}' not found; it was recorded relative to '{}'",
@@ -130,6 +129,13 @@ impl From<OpenFailure> for Failure {
             None => told,
         }
     }
+}
+
+/// The lines of a warning, with the word before the first.
+pub(crate) fn warning_lines(told: &Warning) -> Vec<String> {
+    let mut lines = warning(told);
+    lines.first_mut().into_iter().for_each(|line| line.insert_str(0, "warning: "));
+    lines
 }
 
 /// The lines of a warning, without the word itself.
@@ -253,9 +259,10 @@ mod tests {
     #[test]
     fn deprecated_forms_come_before_the_failure() {
         let lines = told("driver=nope,read-only", true).lines("p", "p");
-        assert_eq!(
-            lines[0],
-            "p: warning: short-form boolean option 'read-only' deprecated\nPlease use read-only=on instead"
-        );
+        let warned = [
+            "p: warning: short-form boolean option 'read-only' deprecated",
+            "Please use read-only=on instead",
+        ];
+        assert_eq!(lines[..2], warned);
     }
 }

@@ -7,6 +7,10 @@ use qcow2_ops::check::{CheckReport, Finding};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 
+/// What is left to do where a cluster has more references than a refcount holds.
+const WIDEN: &str = "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a \
+                     clean copy if the image cannot be opened for writing";
+
 /// One finding, as it stands on standard error, perhaps of several lines. `program`: its own name.
 pub(crate) fn finding(finding: &Finding, program: &str) -> String {
     match finding {
@@ -15,7 +19,9 @@ pub(crate) fn finding(finding: &Finding, program: &str) -> String {
              offset {:#x} size {len:#x}",
             offset.value()
         ),
-        Finding::Overflow { offset } => format!("ERROR: overflow cluster offset={:#x}", offset.value()),
+        Finding::Overflow { offset } => {
+            format!("ERROR: overflow cluster offset={:#x}\n{WIDEN}", offset.value())
+        }
         Finding::L1Reserved { entry } => format!("ERROR found L1 entry with reserved bits set: {entry:x}"),
         Finding::L2TableMisaligned { offset } => {
             format!("ERROR l2_offset={:x}: Table is not cluster aligned; L1 entry corrupted", offset.value())
@@ -181,6 +187,22 @@ pub(crate) fn to_json(report: &CheckReport, fixed: &Fixed, filename: &str, forma
     Value::Object(out)
 }
 
+/// What a repair would change, below the counts.
+pub(crate) fn changes_text(changes: Option<&[String]>) -> String {
+    let Some(changes) = changes else { return String::new() };
+    let lines: String = changes.iter().map(|change| format!("    {change}\n")).collect();
+    format!("\nNothing was written. A repair would change:\n{lines}")
+}
+
+/// The same in the JSON object.
+pub(crate) fn with_changes(mut told: Value, changes: Option<Vec<String>>) -> Value {
+    if let (Some(changes), Some(map)) = (changes, told.as_object_mut()) {
+        map.insert("dry-run".to_owned(), json!(true));
+        map.insert("changes".to_owned(), json!(changes));
+    }
+    told
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,6 +215,11 @@ mod tests {
 
     #[test]
     fn findings() {
+        check(
+            &Finding::Overflow { offset: HostOffset::new(0x5000) },
+            "ERROR: overflow cluster offset=0x5000\nUse qemu-img amend to increase the refcount entry width or \
+             qemu-img convert to create a clean copy if the image cannot be opened for writing",
+        );
         check(
             &Finding::Refcount { cluster: 3, stored: 2, references: 1 },
             "Leaked cluster 3 refcount=2 reference=1",

@@ -199,7 +199,9 @@ impl RefcountStore {
         let index = geometry.refcount_table_index(host);
         let raw = refcounts.table.get(index as usize).copied().unwrap_or(0);
         let block = decode_table_entry(raw, geometry).map_err(|e| {
-            Error::corrupt(format!("refcount table entry {index} is damaged"))
+            // Marked: whoever goes on would count into a place that is no refcount block.
+            self.header
+                .mark_corrupt(format!("refcount table entry {index} is damaged"))
                 .in_table(TableKind::RefcountTable)
                 .with_source(e)
         })?;

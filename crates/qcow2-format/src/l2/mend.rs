@@ -1,6 +1,8 @@
 //! What a damaged L2 entry can become without a guess.
 
-use super::{COMPRESSED, COPIED, L2Format, MAX_HOST_OFFSET, OFFSET_MASK, RESERVED, ZERO};
+use super::{
+    COMPRESSED, COPIED, ClusterEntry, L2Entry, L2Format, MAX_HOST_OFFSET, OFFSET_MASK, RESERVED, ZERO,
+};
 use crate::units::HostOffset;
 
 /// What a repair may make of an entry that a check complains of.
@@ -69,6 +71,17 @@ impl L2Format {
             true => L2Mend::Sound,
             false => L2Mend::Same(clean, 0),
         }
+    }
+
+    /// The words of an entry that has no host cluster and reads zeroes where this one reads its host cluster,
+    /// and where that is. `None` where it reads none, and where no entry says so: in version 2, in an
+    /// external data file, and for compressed clusters.
+    pub fn as_zeroes(&self, raw: u64, bitmap: u64) -> Option<((u64, u64), HostOffset)> {
+        let Ok(L2Entry::Standard(entry)) = self.decode(raw, bitmap) else { return None };
+        let host = entry.host.filter(|_| self.zero_flag && !self.external_data)?;
+        let zero = entry.zero | entry.allocated;
+        let plain = ClusterEntry { host: None, copied: false, allocated: 0, zero };
+        (entry.allocated != 0).then(|| (self.encode_standard(&plain), host))
     }
 
     /// An entry's first word with its copied flag set or cleared.

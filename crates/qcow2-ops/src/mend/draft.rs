@@ -2,7 +2,7 @@
 
 use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, ZeroMode};
 use std::collections::BTreeMap;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Size of a page in bytes: the unit in which changes are kept.
 pub(super) const PAGE: u64 = 4096;
@@ -13,11 +13,28 @@ pub const MAX_CHANGED: u64 = 512 << 20;
 
 type Page = Box<[u8; PAGE as usize]>;
 
-/// `base` with changes on top. Nothing is written to `base`.
-pub(super) struct Draft<'a> {
-    base: &'a dyn Storage,
+/// A storage with changes on top. Nothing is written to the storage.
+pub(crate) struct Draft<'a> {
+    base: Base<'a>,
     base_len: u64,
     state: RwLock<State>,
+}
+
+/// What lies under a draft.
+enum Base<'a> {
+    Borrowed(&'a dyn Storage),
+    Shared(Arc<dyn Storage>),
+}
+
+impl<'a> std::ops::Deref for Base<'a> {
+    type Target = dyn Storage + 'a;
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Base::Borrowed(base) => *base,
+            Base::Shared(base) => &**base,
+        }
+    }
 }
 
 struct State {
@@ -27,6 +44,15 @@ struct State {
 
 impl<'a> Draft<'a> {
     pub(super) fn new(base: &'a dyn Storage) -> Result<Self, StorageError> {
+        Self::over(Base::Borrowed(base))
+    }
+
+    /// A draft that lives as long as it is needed.
+    pub(crate) fn shared(base: Arc<dyn Storage>) -> Result<Self, StorageError> {
+        Self::over(Base::Shared(base))
+    }
+
+    fn over(base: Base<'a>) -> Result<Self, StorageError> {
         let len = base.len()?;
         Ok(Self { base, base_len: len, state: RwLock::new(State { pages: BTreeMap::new(), len }) })
     }

@@ -21,6 +21,15 @@ pub enum Fix {
         /// Offset of the table.
         offset: HostOffset,
     },
+    /// A bitmap has a new table, "all ones".
+    BitmapTable {
+        /// Where its entry in the directory is.
+        at: HostOffset,
+        /// Where the table was said to be.
+        from: HostOffset,
+        /// Where it is.
+        to: HostOffset,
+    },
     /// A bitmap table entry becomes "all ones": a backup by this bitmap then copies too much, never too
     /// little.
     BitmapEntry {
@@ -74,6 +83,9 @@ impl fmt::Display for Fix {
             Self::ActiveL1 { offset } => write!(f, "active l1 table is at {offset}"),
             Self::BitmapEntry { at, entry } => {
                 write!(f, "bitmap table entry at {at}: {entry:#x} becomes all ones")
+            }
+            Self::BitmapTable { at, from, to } => {
+                write!(f, "bitmap of the entry at {at}: table at {from} becomes one of all ones at {to}")
             }
             Self::L1Entry { at, from, to } => write!(f, "l1 entry at {at}: {from:#018x} becomes {to:#018x}"),
             Self::L2Entry { table, index, from: (from, _), to: (to, _) } if from != to => {

@@ -7,7 +7,7 @@ use crate::check::{count_references, stored_refcount};
 use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::walk::{Segment, TablePlace, overlay};
 use qcow2_core::{HostOffset, Storage};
-use qcow2_format::bitmap::BitmapTableEntry;
+use qcow2_format::bitmap::{Bitmap, BitmapTableEntry};
 use qcow2_format::l1::{self, L1Entry};
 use qcow2_format::l2::{L2Entry, L2Mend};
 use qcow2_format::{FormatErrorKind, L2Index, bytes};
@@ -17,6 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const MAX_L2_TABLES: usize = 1 << 24;
 /// Limit for the ambiguous entries of a round. Origin: ours; each takes memory.
 const MAX_DOUBTS: usize = 1 << 20;
+/// Bytes of a bitmap table that is made anew. Origin: ours; bitmaps of 4 TiB in granules of 64 KiB have less.
+const MAX_NEW_TABLE: u64 = 1 << 20;
 /// Rounds: an L2 table found in one round may have damaged entries that are repaired in the next.
 const MAX_ROUNDS: usize = 4;
 
@@ -91,6 +93,7 @@ impl Job<'_> {
             let count = self.format.geometry.clusters_for(table.len());
             (first..first.saturating_add(count)).for_each(|part| parts.entry(part).or_default().0 += 1);
         }
+        let refcounts = self.walk(&header, |walk| walk.refcount_table().map_err(failed))?;
         let mut seen = BTreeSet::new();
         for _ in 0..MAX_ROUNDS {
             let new: Vec<u64> = round.tables.keys().filter(|table| !seen.contains(*table)).copied().collect();
@@ -102,7 +105,7 @@ impl Job<'_> {
                 parts.entry(cluster).or_default().1 += uses;
             }
             for &table in &new {
-                self.mend_l2(HostOffset::new(table), &mut round)?;
+                self.mend_l2(HostOffset::new(table), &refcounts, &mut round)?;
             }
             seen.extend(new);
             let Round { edits, mut doubts, mut slots, .. } = std::mem::take(&mut round);
@@ -164,7 +167,8 @@ impl Job<'_> {
                         }
                         let Some(table) = entry.l2_table else { continue };
                         let cluster = geometry.host_cluster(table).value();
-                        match table.value() >= len || metadata.contains(cluster) {
+                        let elsewhere = table.value() >= len || metadata.contains(cluster);
+                        match elsewhere || !self.may_be_l2_table(table)? {
                             true => self.slot(round, Slot { at: place, raw: clean }),
                             false => *round.tables.entry(table.value()).or_insert(0) += segment.times,
                         }
@@ -259,11 +263,12 @@ impl Job<'_> {
         }
     }
 
-    fn mend_l2(&mut self, table: HostOffset, round: &mut Round) -> Result<()> {
+    fn mend_l2(&mut self, table: HostOffset, refcounts: &[u64], round: &mut Round) -> Result<()> {
         let format = self.format;
         let geometry = format.geometry;
         let mut content = vec![0; geometry.cluster_size() as usize];
         self.draft.read_padded(table, &mut content).map_err(storage)?;
+        let len = self.draft.len().map_err(storage)?;
         for index in 0..geometry.l2_entries() {
             let Some((raw, bitmap)) = format.words_at(&content, L2Index::new(index)) else { break };
             if raw == 0 && bitmap == 0 {
@@ -280,10 +285,30 @@ impl Job<'_> {
                 L2Mend::IfOwned { words, host } if !format.external_data => {
                     self.doubt(round, Doubt { at, from, to: words, host, entry });
                 }
+                L2Mend::Sound => {
+                    if let Some((words, host)) = format.as_zeroes(raw, bitmap)
+                        && host.value() >= len
+                        && self.was_never_counted(host, refcounts)?
+                    {
+                        let fix = Fix::L2Entry { table, index, from, to: words };
+                        self.plan_edit(round, Edit { at, words, fix });
+                    }
+                }
                 _ => {}
             }
         }
         Ok(())
+    }
+
+    /// Whether the refcount structure never had a count for the cluster at `host`. What was cut off the end
+    /// of an image had one.
+    fn was_never_counted(&self, host: HostOffset, refcounts: &[u64]) -> Result<bool> {
+        let cluster = self.format.geometry.host_cluster(host);
+        let index = self.format.geometry.refcount_table_index(cluster) as usize;
+        if refcounts.get(index).is_none_or(|&raw| raw == 0) {
+            return Ok(true);
+        }
+        self.walk(&self.header, |walk| Ok(stored_refcount(walk, refcounts, cluster.value())? == Some(0)))
     }
 
     /// Decides about ambiguous entries. An entry gets its candidate (the offset rounded to a cluster) if the
@@ -351,6 +376,13 @@ impl Job<'_> {
         Ok(good >= bad)
     }
 
+    /// Whether at least half of what is set in the cluster at `host` can be entries of this file.
+    fn may_be_l2_table(&self, host: HostOffset) -> Result<bool> {
+        let mut content = vec![0; self.format.geometry.cluster_size() as usize];
+        self.draft.read_padded(host, &mut content).map_err(storage)?;
+        self.is_mostly_l2(&content)
+    }
+
     /// True if the cluster at `host` looks like an L2 table: it has nonzero entries, all of them are valid,
     /// and all of them point into the file.
     pub(super) fn is_l2_table(&self, host: HostOffset) -> Result<bool> {
@@ -383,9 +415,40 @@ impl Job<'_> {
         Ok(any)
     }
 
+    /// A bitmap whose table is past the end of the file gets a new one, "all ones".
+    fn replace_bitmap_tables(&mut self) -> Result<()> {
+        let header = self.header.clone();
+        let (tables, fault) = self.walk(&header, |walk| walk.bitmaps().map_err(failed))?;
+        let geometry = self.format.geometry;
+        let len = self.draft.len().map_err(storage)?;
+        let past = |table: &TablePlace| table.offset.value() >= len && table.len() <= MAX_NEW_TABLE;
+        let Some(extension) = header.trusted_bitmaps().filter(|_| fault.is_none()) else { return Ok(()) };
+        if !tables.iter().any(past) {
+            return Ok(());
+        }
+        let mut directory = vec![0; extension.directory_size as usize];
+        self.draft.read_padded(extension.directory_offset, &mut directory).map_err(storage)?;
+        let mut at = 0;
+        for table in tables {
+            let entry = extension.directory_offset.value() + at as u64;
+            at += Bitmap::parse(&directory[at..]).map_err(failed)?.1;
+            if past(&table) {
+                let first = self.take(geometry.clusters_for(table.len()))?;
+                let offset = HostOffset::new(first * geometry.cluster_size());
+                let entries = geometry.clusters_for(table.len()) * geometry.cluster_size() / 8;
+                let word = |index| if index < table.entries { BitmapTableEntry::Ones.encode() } else { 0 };
+                self.set_words(offset, &(0..entries).map(word).collect::<Vec<_>>())?;
+                self.set_words(HostOffset::new(entry), &[offset.value()])?;
+                self.fixed(Fix::BitmapTable { at: HostOffset::new(entry), from: table.offset, to: offset });
+            }
+        }
+        Ok(())
+    }
+
     /// Sets invalid entries of bitmap tables to "all ones". Bitmap directories that cannot be read stay as
     /// they are.
     pub(super) fn mend_bitmaps(&mut self) -> Result<()> {
+        self.replace_bitmap_tables()?;
         let header = self.header.clone();
         let (tables, fault) = self.walk(&header, |walk| walk.bitmaps().map_err(failed))?;
         self.tables_missing |= fault.is_some();

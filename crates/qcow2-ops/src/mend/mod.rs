@@ -29,7 +29,7 @@ use crate::check::{CheckOptions, CheckReport, check};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::progress::Progress;
-use draft::Draft;
+pub(crate) use draft::Draft;
 use job::{Job, failed};
 use qcow2_core::{HostOffset, Storage, StorageError};
 use qcow2_format::feature::IncompatibleFeatures;
@@ -100,7 +100,16 @@ pub fn plan<'a>(
         0 if !counted.incomplete => counted.clone(),
         _ => {
             job.mend_refcounts()?;
-            judge(&job)?
+            let after = judge(&job)?;
+            match bad(&after) == 0 && after.leaks > 0 {
+                // Nothing is damaged any more, so no entry is left that could mean what was kept for it.
+                true => {
+                    (job.tables_missing, job.kept) = (false, BTreeSet::new());
+                    job.mend_refcounts()?;
+                    judge(&job)?
+                }
+                false => after,
+            }
         }
     };
     if job.end > end {

@@ -199,15 +199,15 @@ impl Job<'_> {
         }))
     }
 
-    /// The clusters with a refcount above 0 and without references, as a list and as a set. `None` if there
-    /// are too many to examine. References from the refcount structure don't count: its entries may be the
-    /// damaged ones.
+    /// The clusters with a refcount above 0 and without references, and those with a refcount above the number
+    /// of their references: what lost tables map, snapshots' too. `None` if there are too many to examine.
+    /// References from the refcount structure don't count: its entries may be the damaged ones.
     pub(super) fn unreferenced(&self) -> Result<Option<(Vec<u64>, BTreeSet<u64>)>> {
         let mut bare = self.header.clone();
         bare.refcount_table_clusters = 0;
         let table = self.walk(&self.header, |walk| walk.refcount_table().map_err(failed))?;
         let clusters = self.format.geometry.clusters_for(self.draft.len().map_err(storage)?);
-        let (mut free, mut many) = (BTreeSet::new(), false);
+        let (mut free, mut short, mut many) = (Vec::new(), BTreeSet::new(), false);
         self.walk(&bare, |walk| {
             count_references(walk, self.executor, self.progress, &mut |counters| {
                 for cluster in counters.window().filter(|&cluster| cluster > 0 && cluster < clusters) {
@@ -215,16 +215,21 @@ impl Job<'_> {
                     if many {
                         return Ok(());
                     }
-                    if counters.count(cluster) == 0
-                        && stored_refcount(walk, &table, cluster)?.is_some_and(|stored| stored > 0)
-                    {
-                        free.insert(cluster);
+                    let (count, stored) = (counters.count(cluster), stored_refcount(walk, &table, cluster)?);
+                    if stored.is_none_or(|stored| stored <= count) {
+                        continue;
+                    }
+                    if count == 0 {
+                        free.push(cluster);
+                    }
+                    if count == 0 || short.len() < 2 * MAX_CANDIDATES {
+                        short.insert(cluster);
                     }
                 }
                 Ok(())
             })
         })?;
-        Ok((!many).then(|| (free.iter().copied().collect(), free)))
+        Ok((!many).then_some((free, short)))
     }
 
     /// True if the table at `host` maps a cluster in `free`; with an external data file, if it maps anything.

@@ -8,6 +8,7 @@ use qcow2_core::{HostOffset, Storage};
 use qcow2_format::header::HeaderField;
 use qcow2_format::limit;
 use qcow2_format::snapshot::Snapshot;
+use std::collections::BTreeSet;
 
 /// Bytes that are read first; the rest only if the table is longer.
 const FIRST_READ: u64 = 1 << 20;
@@ -28,7 +29,11 @@ impl Job<'_> {
             matches!(fault, SnapshotFault::L1Misaligned { .. } | SnapshotFault::L1TooLarge { .. })
         };
         let count = header.nb_snapshots.min(limit::MAX_SNAPSHOTS);
-        let entries = self.entries(header.snapshots_offset, count)?;
+        let entries = match header.snapshots_offset.value() < self.format.geometry.cluster_size() {
+            // The header is no table, whatever its bytes look like.
+            true => None,
+            false => self.entries(header.snapshots_offset, count)?,
+        };
         let whole = entries.as_ref().is_some_and(|entries| entries.len() == count as usize);
         if !whole && let Some(offset) = self.find_table(count)? {
             self.set_header(&[HeaderField::Snapshots { count, offset }])?;
@@ -37,7 +42,8 @@ impl Job<'_> {
         }
         // An unreadable table counts as empty.
         let mut entries = entries.unwrap_or_default();
-        let found = self.find_l1_tables(&mut entries)?;
+        let cut = entries.iter_mut().filter_map(cut_name).count() > 0;
+        let found = self.find_l1_tables(&mut entries)? || cut;
         let sound = whole && count == header.nb_snapshots && faults.iter().all(lost) && !found;
         match sound {
             true => Ok(()),
@@ -60,7 +66,26 @@ impl Job<'_> {
         if !entries.iter().any(lost) {
             return Ok(false);
         }
-        let tables = self.lost_l1_tables()?;
+        // The table of the snapshots begins with an offset, as an L1 table does.
+        let mut encoded = Vec::new();
+        entries.iter().try_for_each(|snapshot| snapshot.encode(&mut encoded)).map_err(failed)?;
+        let own = self.header.snapshots_offset.value();
+        let own = own..own.saturating_add(encoded.len() as u64);
+        let mut tables = self.lost_l1_tables()?;
+        let others: BTreeSet<_> = entries
+            .iter()
+            .filter(|snapshot| !lost(snapshot))
+            .map(|snapshot| snapshot.l1_table_offset)
+            .collect();
+        tables.iter_mut().for_each(|tables| {
+            tables.retain(|table| !others.contains(table) && !own.contains(&table.value()));
+        });
+        let named = |snapshot: &Snapshot| snapshot.id.iter().chain(&snapshot.name).any(|&byte| byte != 0);
+        let all = entries.len();
+        entries.retain(|snapshot| named(snapshot) || !lost(snapshot));
+        if !entries.iter().any(lost) {
+            return Ok(all > entries.len());
+        }
         match tables.as_deref() {
             Some([]) => entries.retain(|snapshot| !lost(snapshot)),
             Some(&[table]) if entries.iter().filter(|snapshot| lost(snapshot)).count() == 1 => {
@@ -179,6 +204,17 @@ impl Job<'_> {
         self.fixed(Fix::SnapshotTable { kept, dropped: counted.saturating_sub(kept), offset });
         Ok(())
     }
+}
+
+/// Cuts id and name at their first zero byte, which neither has: a length is damaged, and what follows is
+/// another entry or none. `None` where there is nothing to cut.
+fn cut_name(snapshot: &mut Snapshot) -> Option<()> {
+    let cut = |text: &mut Vec<u8>| {
+        let end = text.iter().position(|&byte| byte == 0).filter(|&end| end > 0);
+        end.map(|end| text.truncate(end))
+    };
+    let (id, name) = (cut(&mut snapshot.id), cut(&mut snapshot.name));
+    id.or(name)
 }
 
 /// True for an entry without id and name, which nobody can select, and for an L1 table at offset 0, which is

@@ -229,7 +229,7 @@ pub(crate) fn parse_snapshot(text: &str) -> Result<SnapshotName, Failure> {
     }
     let failed = |message: String| {
         // Two messages, each with the program's name.
-        Failure::new(format!("Failed in parsing snapshot param '{text}'")).after(message)
+        Failure::new(format!("Failed in parsing snapshot param '{text}'")).after(vec![message])
     };
     let list =
         KeyValues::parse_pairs(text, None).map_err(|error| failed(Failure::from(error).to_string()))?;

@@ -48,9 +48,8 @@ fn failure(error: FilesError) -> Failure {
 }
 
 fn lines(warning: &Warning) -> Vec<String> {
-    let lines = persona::warning(warning);
     match warning {
-        Warning::GuessedRaw(_) => lines,
-        _ => vec![format!("warning: {}", lines.join("\n"))],
+        Warning::GuessedRaw(_) => persona::warning(warning),
+        _ => persona::warning_lines(warning),
     }
 }
