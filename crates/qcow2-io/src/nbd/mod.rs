@@ -32,7 +32,18 @@ impl NbdStorage {
     /// Connects to the server at `address` and opens `export`. `writable`: whether it will be changed.
     /// Errors: connection failure, protocol violation, unknown export, or a read-only export with `writable`.
     pub fn connect(address: &NbdAddress, export: &str, writable: bool) -> Result<Self, NbdError> {
-        let mut stream = address.connect()?;
+        Self::over(address.connect()?, export, writable)
+    }
+
+    /// The same on a connection that is there already: an inherited socket, a tunnel, another program's pipes.
+    /// `stream`: everything that the server sends, from its greeting on, and a way to answer. Errors: as for
+    /// [`connect`](Self::connect).
+    pub fn over(
+        stream: impl io::Read + io::Write + Send + 'static,
+        export: &str,
+        writable: bool,
+    ) -> Result<Self, NbdError> {
+        let mut stream: Stream = Box::new(stream);
         let agreed = handshake::agree(&mut stream, export)?;
         if writable && agreed.flags & flag::READ_ONLY != 0 {
             return Err(NbdError::new("Could not open image: Permission denied").with_code(13));
