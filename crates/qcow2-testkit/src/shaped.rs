@@ -3,6 +3,7 @@
 
 use crate::arbitrary::{BackingShape, DataFileShape, ENCRYPTIONS, Operation, Shape};
 use crate::model::Model;
+use crate::pages::PageBytes;
 use crate::rng::Rng;
 use crate::semantic;
 use crate::world::{Shelf, TOP, World};
@@ -84,14 +85,14 @@ pub fn act(world: &mut World, rng: &mut Rng, step: u64) -> Result<(), String> {
 impl Shaped {
     /// Damages up to `most` fields of the image. Returns what kinds of fields they were.
     pub fn damage(&self, rng: &mut Rng, most: u64) -> Vec<&'static str> {
-        let mut bytes = self.bytes();
+        let mut bytes = self.bytes().to_vec();
         let kinds = (0..rng.between(1, most)).filter_map(|_| semantic::damage(&mut bytes, rng)).collect();
         self.shelf.put(TOP, &bytes);
         kinds
     }
 
     /// The bytes of the image file.
-    pub fn bytes(&self) -> Vec<u8> {
-        self.shelf.file(TOP).bytes().to_vec()
+    pub fn bytes(&self) -> PageBytes {
+        self.shelf.file(TOP).bytes()
     }
 }

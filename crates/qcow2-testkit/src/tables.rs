@@ -4,7 +4,9 @@
 //! Guest data that is written during the work consists of [`MARK`], so a table that data was written over
 //! shows it.
 
-use std::collections::BTreeMap;
+use crate::pages::PageBytes;
+use qcow2_format::snapshot::{MAX_ENTRY_LEN, Snapshot};
+use std::collections::BTreeSet;
 
 /// Eight bytes of guest data, which no table contains: every bit that an entry reserves is set in one of the
 /// two halves.
@@ -39,15 +41,15 @@ pub enum Role {
 
 /// An image file and the clusters that hold its tables.
 pub struct Tables {
-    bytes: Vec<u8>,
+    bytes: PageBytes,
     cluster: u64,
-    found: BTreeMap<(u64, Role), ()>,
+    found: BTreeSet<(u64, Role)>,
 }
 
 impl Tables {
     /// Finds the tables in `bytes`, an image file that may be damaged.
-    pub fn find(bytes: Vec<u8>) -> Self {
-        let mut tables = Self { cluster: 512, bytes, found: BTreeMap::new() };
+    pub fn find(bytes: PageBytes) -> Self {
+        let mut tables = Self { cluster: 512, bytes, found: BTreeSet::new() };
         tables.cluster = 1 << tables.u32(20).clamp(9, 21);
         tables.add(Role::Header, 0, tables.cluster);
         let (table, len) = (tables.u64(48), u64::from(tables.u32(56)).min(MOST) * tables.cluster);
@@ -59,26 +61,34 @@ impl Tables {
         tables
     }
 
+    /// A snapshot table that cannot be read to its end is none: nothing uses any of it.
     fn add_snapshots(&mut self) {
-        let start = self.u64(64);
-        let mut at = start;
+        let (start, mut at, mut l1_tables) = (self.u64(64), self.u64(64), Vec::new());
+        let mut entry = Vec::new();
+        if !start.is_multiple_of(self.cluster) {
+            return;
+        }
         for _ in 0..u64::from(self.u32(60)).min(MOST) {
-            if at >= self.bytes.len() as u64 {
-                return;
-            }
-            let (l1, entries) = (self.u64(at), u64::from(self.u32(at + 8)));
+            // A file may end without the padding of the last entry.
+            let left = self.bytes.len().saturating_sub(at).next_multiple_of(8);
+            entry.resize(left.min(MAX_ENTRY_LEN as u64) as usize, 0);
+            self.bytes.read(at, &mut entry);
+            let Ok(parsed) = Snapshot::parse(&entry, 0) else { return };
+            l1_tables.push((parsed.snapshot.l1_table_offset.value(), u64::from(parsed.snapshot.l1_size)));
+            at += parsed.len as u64;
+        }
+        self.add(Role::Snapshots, start, at - start);
+        for (l1, entries) in l1_tables {
             self.add_mapping((Role::SnapshotL1, Role::SnapshotL2), l1, entries);
-            let names = u64::from(self.u32(at + 12) >> 16) + u64::from(self.u32(at + 12) & 0xffff);
-            let next = (at + 40 + u64::from(self.u32(at + 36)) + names).next_multiple_of(8);
-            self.add(Role::Snapshots, at, next - at);
-            at = next;
         }
     }
 
     fn add_mapping(&mut self, (l1_role, l2_role): (Role, Role), l1: u64, entries: u64) {
         let entries = entries.min(MOST);
-        self.add(l1_role, l1, entries * 8);
-        self.add_each(l2_role, l1, entries, OFFSET);
+        if l1.is_multiple_of(self.cluster) {
+            self.add(l1_role, l1, entries * 8);
+            self.add_each(l2_role, l1, entries, OFFSET);
+        }
     }
 
     fn add_each(&mut self, role: Role, table: u64, entries: u64, mask: u64) {
@@ -93,15 +103,18 @@ impl Tables {
     /// A misaligned table is none: nothing uses it.
     fn add(&mut self, role: Role, at: u64, len: u64) {
         let (first, end) = (at / self.cluster, at.saturating_add(len).div_ceil(self.cluster));
-        let inside = (self.bytes.len() as u64).div_ceil(self.cluster);
-        let aligned = at.is_multiple_of(self.cluster) || role == Role::Snapshots;
+        let inside = (self.bytes.len()).div_ceil(self.cluster);
+        let aligned = at.is_multiple_of(self.cluster);
         let clusters = first..end.min(inside);
-        self.found.extend(clusters.filter(|_| aligned).map(|cluster| ((cluster, role), ())));
+        self.found.extend(clusters.filter(|_| aligned).map(|cluster| (cluster, role)));
     }
 
     fn u64(&self, at: u64) -> u64 {
-        let bytes = usize::try_from(at).ok().and_then(|at| self.bytes.get(at..)?.first_chunk::<8>());
-        bytes.map_or(0, |bytes| u64::from_be_bytes(*bytes))
+        let mut word = [0; 8];
+        if at < self.bytes.len() {
+            self.bytes.read(at, &mut word);
+        }
+        u64::from_be_bytes(word)
     }
 
     fn u32(&self, at: u64) -> u32 {
@@ -147,9 +160,8 @@ impl Tables {
     }
 
     fn shows_mark(&self, cluster: u64) -> bool {
-        let start = (cluster * self.cluster) as usize;
-        let bytes = self.bytes.get(start..).unwrap_or_default();
-        let bytes = &bytes[..bytes.len().min(self.cluster as usize)];
+        let mut bytes = vec![0; self.cluster as usize];
+        self.bytes.read(cluster * self.cluster, &mut bytes);
         bytes.as_chunks::<8>().0.contains(&MARK)
     }
 
@@ -162,7 +174,7 @@ impl Tables {
         if self.constants() != after.constants() {
             return Err(format!("header: {:x?} became {:x?}", self.constants(), after.constants()));
         }
-        let kept = self.found.keys().filter(|found| after.found.contains_key(found));
+        let kept = self.found.intersection(&after.found);
         for &(cluster, role) in kept {
             if after.shows_mark(cluster) && !self.shows_mark(cluster) {
                 return Err(format!("host cluster {cluster}, {role:?}, was written over by guest data"));
@@ -190,10 +202,14 @@ mod tests {
             .build()
     }
 
+    fn tables(image: &crate::builder::Built) -> Tables {
+        Tables::find(PageBytes::from_bytes(&image.bytes))
+    }
+
     fn check(name: &str, change: impl Fn(&mut crate::builder::Built), expected: Option<&str>) {
         let (before, mut after) = (image(), image());
         change(&mut after);
-        let found = Tables::find(before.bytes).judge(&Tables::find(after.bytes)).err();
+        let found = tables(&before).judge(&tables(&after)).err();
         match (&found, expected) {
             (None, None) => {}
             (Some(found), Some(expected)) => assert!(found.contains(expected), "{name}: {found}"),
