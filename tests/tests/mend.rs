@@ -369,3 +369,26 @@ fn the_mark_of_the_repair_does_not_stay() {
     let report = look(&storage).unwrap();
     assert!(bad(&report) == 0 && !report.corrupt && !report.dirty, "{report:?}");
 }
+
+/// A damaged snapshot takes a guest's bytes for its L1 table: they have another owner, and stay.
+#[test]
+fn a_guests_bytes_taken_for_an_l1_table_stay() {
+    let file = Arc::new(PageStorage::default());
+    let storage = Arc::clone(&file) as Arc<dyn Storage>;
+    let mut options = CreateOptions::new(512);
+    options.cluster_size = 512;
+    create(&storage, None, &options).unwrap();
+    let image = open(Arc::clone(&storage), |options| options.writable = true).unwrap();
+    // Taken for an entry, the first word has reserved bits and leads past the end of the file.
+    let content = [&0x4dbe_e2b6_6e8e_3845_u64.to_be_bytes()[..], &[7; 504]].concat();
+    image.write_at(GuestOffset::new(0), &content).unwrap();
+    image.create_snapshot(&NewSnapshot::default()).unwrap();
+    image.close().unwrap();
+    drop(image);
+    let bytes = file.bytes().to_vec();
+    let word = |at: u64| u64::from_be_bytes(*bytes[at as usize..].first_chunk().unwrap());
+    let host = bytes.chunks(512).position(|cluster| cluster == content).unwrap() as u64 * 512;
+    storage.write_at(HostOffset::new(word(64)), &host.to_be_bytes()).unwrap();
+    run(&storage, &Silent).unwrap();
+    assert!(clusters(&file.bytes())[0].as_ref() == Some(&content));
+}
