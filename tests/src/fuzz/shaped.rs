@@ -141,7 +141,6 @@ pub fn repair(data: &[u8]) {
     let whole = clusters(&shaped);
     let kinds = shaped.damage(&mut rng, 2);
     let damaged = clusters(&shaped);
-    if std::env::var("SCRATCH").is_ok() {std::fs::create_dir_all("/tmp/before").unwrap(); shaped.shelf.save(std::path::Path::new("/tmp/before")).unwrap(); }
     let file: Arc<dyn Storage> = shaped.shelf.file(TOP);
     let run = || {
         let reopen = || -> std::result::Result<Arc<dyn GuestDisk>, CallerError> {
@@ -164,7 +163,6 @@ pub fn repair(data: &[u8]) {
         for (index, (was, after)) in whole.iter().zip(&damaged).enumerate() {
             let right = after.is_some() && was == after;
             let same = now.get(index) == Some(was);
-            if right && !same { let p = std::env::var("SCRATCH").unwrap_or("/tmp/scratch".into()); std::fs::create_dir_all(&p).unwrap(); shaped.shelf.save(std::path::Path::new(&p)).unwrap(); eprintln!("{:?} {:?}", shaped.shape, open(&shaped, |_| ()).err().map(|e| qcow2_testkit::model::chain(&e))); }
             assert!(!right || same, "{pass} repair of {kinds:?}: guest cluster {index} was right");
         }
         let found = bad();

@@ -11,6 +11,7 @@ use qcow2_format::header::{HeaderField, SECTOR_LEN};
 use qcow2_format::l2::L2Format;
 use qcow2_format::{Header, bytes};
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// Fixes that are listed; all are counted.
 const MAX_LISTED: usize = 10_000;
@@ -29,6 +30,8 @@ pub(super) struct Job<'a> {
     pub(super) tables_missing: bool,
     /// Clusters that an undecided entry may mean.
     pub(super) kept: BTreeSet<u64>,
+    /// Clusters of the snapshot table that was replaced: counted still, referred to no more, and no table.
+    pub(super) replaced: Range<u64>,
     /// The first cluster that nothing uses, and nothing behind it.
     pub(super) end: u64,
 }

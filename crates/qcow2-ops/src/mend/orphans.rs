@@ -99,7 +99,7 @@ impl Job<'_> {
         }
         let own = self.refcount_clusters_now()?;
         let Some((mut candidates, _)) = self.unreferenced()? else { return Ok(()) };
-        candidates.retain(|cluster| !own.contains(cluster));
+        candidates.retain(|cluster| !own.contains(cluster) && !self.replaced.contains(cluster));
         let mut found = Vec::new();
         for cluster in candidates {
             let offset = HostOffset::new(cluster * self.format.geometry.cluster_size());
