@@ -413,3 +413,23 @@ fn a_replaced_snapshot_table_is_no_l1_table() {
     run(&storage, &Silent).unwrap();
     assert!(clusters(&file.bytes())[0].as_ref().is_some_and(|cluster| cluster.iter().all(|&byte| byte == 0)));
 }
+
+/// With one bad entry in its L2 table the active L1 table is still what it was, even where another, which a
+/// damaged snapshot does not lead to any more, has none.
+#[test]
+fn a_bad_entry_does_not_make_another_l1_table_the_active_one() {
+    let (_, file) = with_snapshot(0, &[7; 512]);
+    let storage = file.clone() as Arc<dyn Storage>;
+    let image = open(Arc::clone(&storage), |options| options.writable = true).unwrap();
+    image.write_at(GuestOffset::new(512), &[8; 1024]).unwrap();
+    image.close().unwrap();
+    drop(image);
+    let bytes = file.bytes().to_vec();
+    let (l1, snapshots) = (word(&bytes, 40), word(&bytes, 64));
+    let l2 = word(&bytes, l1) & 0x00ff_ffff_ffff_fe00;
+    storage.write_at(HostOffset::new(l2), &0x40_0000_0200_u64.to_be_bytes()).unwrap();
+    let misaligned = word(&bytes, snapshots) | 0x80;
+    storage.write_at(HostOffset::new(snapshots), &misaligned.to_be_bytes()).unwrap();
+    run(&storage, &Silent).unwrap();
+    assert!(clusters(&file.bytes())[1].as_ref().is_some_and(|cluster| cluster == &[8; 512]));
+}

@@ -6,7 +6,7 @@
 
 use crate::pages::PageBytes;
 use qcow2_format::snapshot::{MAX_ENTRY_LEN, Snapshot};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 /// Eight bytes of guest data, which no table contains: every bit that an entry reserves is set in one of the
 /// two halves.
@@ -43,13 +43,14 @@ pub enum Role {
 pub struct Tables {
     bytes: PageBytes,
     cluster: u64,
-    found: BTreeSet<(u64, Role)>,
+    /// Clusters of tables, and how many bytes of each the table takes.
+    found: BTreeMap<(u64, Role), u64>,
 }
 
 impl Tables {
     /// Finds the tables in `bytes`, an image file that may be damaged.
     pub fn find(bytes: PageBytes) -> Self {
-        let mut tables = Self { cluster: 512, bytes, found: BTreeSet::new() };
+        let mut tables = Self { cluster: 512, bytes, found: BTreeMap::new() };
         tables.cluster = 1 << tables.u32(20).clamp(9, 21);
         tables.add(Role::Header, 0, tables.cluster);
         let (table, len) = (tables.u64(48), u64::from(tables.u32(56)).min(MOST) * tables.cluster);
@@ -104,9 +105,14 @@ impl Tables {
     fn add(&mut self, role: Role, at: u64, len: u64) {
         let (first, end) = (at / self.cluster, at.saturating_add(len).div_ceil(self.cluster));
         let inside = (self.bytes.len()).div_ceil(self.cluster);
-        let aligned = at.is_multiple_of(self.cluster);
-        let clusters = first..end.min(inside);
-        self.found.extend(clusters.filter(|_| aligned).map(|cluster| (cluster, role)));
+        if !at.is_multiple_of(self.cluster) {
+            return;
+        }
+        for cluster in first..end.min(inside) {
+            let used = at.saturating_add(len).saturating_sub(cluster * self.cluster).min(self.cluster);
+            let known = self.found.entry((cluster, role)).or_default();
+            *known = used.max(*known);
+        }
     }
 
     fn u64(&self, at: u64) -> u64 {
@@ -159,8 +165,10 @@ impl Tables {
         (self.u64(0), self.u32(20), self.u32(32), features, order)
     }
 
-    fn shows_mark(&self, cluster: u64) -> bool {
-        let mut bytes = vec![0; self.cluster as usize];
+    /// True if a mark is in the table. What follows a table in its cluster may be anything.
+    fn shows_mark(&self, found: (u64, Role)) -> bool {
+        let mut bytes = vec![0; self.found.get(&found).map_or(0, |&used| used as usize)];
+        let (cluster, _) = found;
         self.bytes.read(cluster * self.cluster, &mut bytes);
         bytes.as_chunks::<8>().0.contains(&MARK)
     }
@@ -174,9 +182,9 @@ impl Tables {
         if self.constants() != after.constants() {
             return Err(format!("header: {:x?} became {:x?}", self.constants(), after.constants()));
         }
-        let kept = self.found.intersection(&after.found);
-        for &(cluster, role) in kept {
-            if after.shows_mark(cluster) && !self.shows_mark(cluster) {
+        for &found in self.found.keys().filter(|found| after.found.contains_key(found)) {
+            let (cluster, role) = found;
+            if after.shows_mark(found) && !self.shows_mark(found) {
                 return Err(format!("host cluster {cluster}, {role:?}, was written over by guest data"));
             }
             if self.count(cluster) > 0 && after.count(cluster) == 0 {
@@ -222,16 +230,18 @@ mod tests {
         check("nothing", |_| (), None);
         check("data", |image| drop(image.patch(image.hosts[&1], &MARK)), None);
         check("l2", |image| drop(image.patch(image.l2[&0] + 64, &MARK)), Some("L2, was written over"));
-        check("l1", |image| drop(image.patch(image.l1 + 496, &MARK)), Some("L1, was written over"));
+        check("l1", |image| drop(image.patch(image.l1, &MARK)), Some("L1, was written over"));
         check("block", |image| drop(image.patch(image.refcount_blocks + 400, &MARK)), Some("RefcountBlock"));
+        check("behind l1", |image| drop(image.patch(image.l1 + 496, &MARK)), None);
         check("freed", |image| drop(image.set_refcount(image.l1 / 512, 0)), Some("L1, has lost"));
         check("header", |image| drop(image.patch_u32(20, 10)), Some("header"));
         let marked = |image: &mut crate::builder::Built| {
-            image.patch(image.l1 + 496, &MARK).patch_u64(72, 2);
+            image.patch(image.l1, &MARK).patch_u64(72, 2);
         };
         check("marked", marked, None);
         let moved = |image: &mut crate::builder::Built| {
-            image.patch(image.l2[&0] + 64, &MARK).patch_u64(image.l1, 0);
+            let l1 = image.l1;
+            image.patch(image.l2[&0] + 64, &MARK).patch_u64(l1, 0);
         };
         check("no table any more", moved, None);
     }
