@@ -1,4 +1,5 @@
-//! Runs every fuzz target for its share of the time, one after the other, and prints what they did as a table.
+//! Runs every fuzz target for its share of the time, one after the other, and prints what they did as a
+//! table.
 //!
 //! A target is a row of [`TARGETS`] and a file in `fuzz/fuzz_targets/`; a test compares the two.
 
@@ -38,6 +39,10 @@ const TARGETS: &[Target] = &[
     Target { name: "repair", seeds: "decisions", share: 6, max_len: 512 },
 ];
 
+/// The campaign beside qemu-img: a program of `qcow2-tests` that starts processes for every image, so without
+/// libFuzzer, and its share.
+const DIFFER: (&str, u64) = ("differ", 2);
+
 /// Seconds of a run that names none: enough to see that every target works.
 const SECONDS: u64 = 120;
 
@@ -55,23 +60,29 @@ pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
             _ => return Err(USAGE.to_owned()),
         }
     }
-    let targets: Vec<&Target> = TARGETS.iter().filter(|target| only.is_none_or(|name| name == target.name)).collect();
-    if targets.is_empty() {
+    let chosen = |name: &str| only.is_none_or(|only| only == name);
+    let targets: Vec<&Target> = TARGETS.iter().filter(|target| chosen(target.name)).collect();
+    let differ = chosen(DIFFER.0);
+    if targets.is_empty() && !differ {
         return Err(format!("no such target; {USAGE}"));
     }
-    let runner = Runner::prepare(root)?;
-    let shares: u64 = targets.iter().map(|target| target.share).sum();
-    let outcomes: Vec<(&str, Outcome)> = targets
-        .iter()
-        .map(|target| (target.name, runner.run(target, (seconds * target.share / shares).max(1))))
-        .collect();
+    let shares = targets.iter().map(|target| target.share).sum::<u64>() + if differ { DIFFER.1 } else { 0 };
+    let part = |share: u64| (seconds * share / shares).max(1);
+    let mut outcomes: Vec<(&str, Outcome)> = Vec::new();
+    if !targets.is_empty() {
+        let runner = Runner::prepare(root)?;
+        outcomes.extend(targets.iter().map(|target| (target.name, runner.run(target, part(target.share)))));
+    }
+    if differ {
+        outcomes.push((DIFFER.0, run::differ(root, part(DIFFER.1))?));
+    }
     print(&outcomes);
     let findings = outcomes.iter().filter(|(_, outcome)| outcome.finding.is_some()).count();
     if findings == 0 { Ok(()) } else { Err(format!("{findings} targets with a finding")) }
 }
 
 fn list() -> Result<(), String> {
-    TARGETS.iter().for_each(|target| println!("{}", target.name));
+    TARGETS.iter().map(|target| target.name).chain([DIFFER.0]).for_each(|name| println!("{name}"));
     Ok(())
 }
 
@@ -80,9 +91,12 @@ fn print(outcomes: &[(&str, Outcome)]) {
     println!("|---|--:|--:|--:|--:|--:|--:|--:|---|");
     let (mut seconds, mut executions, mut findings) = (0, 0, 0);
     for (name, outcome) in outcomes {
-        let Outcome { seconds: took, executions: done, edges, of, features, added, peak_mib, finding } = outcome;
+        let Outcome { seconds: took, executions: done, edges, of, features, added, peak_mib, finding } =
+            outcome;
         let found = finding.as_deref().unwrap_or("none");
-        println!("| {name} | {took} | {done} | {edges} | {of} | {features} | {added} | {peak_mib} | {found} |");
+        println!(
+            "| {name} | {took} | {done} | {edges} | {of} | {features} | {added} | {peak_mib} | {found} |"
+        );
         (seconds, executions) = (seconds + took, executions + done);
         findings += u64::from(finding.is_some());
     }
@@ -103,7 +117,8 @@ mod tests {
     #[test]
     fn every_target_has_a_program_and_seeds() {
         let folder = crate::tree::root().join("fuzz");
-        let names = |entry: std::fs::DirEntry| entry.path().file_stem().unwrap().to_string_lossy().into_owned();
+        let names =
+            |entry: std::fs::DirEntry| entry.path().file_stem().unwrap().to_string_lossy().into_owned();
         let files = std::fs::read_dir(folder.join("fuzz_targets")).unwrap();
         let files: BTreeSet<String> = files.map(|entry| names(entry.unwrap())).collect();
         let listed: BTreeSet<String> = TARGETS.iter().map(|target| target.name.to_owned()).collect();

@@ -72,7 +72,9 @@ fn usage() -> String {
     text.push_str("\n  libvirt   libvirt with ours as qemu-img (needs root, libvirtd, virsh): volumes,");
     text.push_str("\n            and, given the path of a qemu-system, snapshots of a domain");
     text.push_str("\n  crash     simulate power cuts during random operations: --seconds N, --seed N");
-    text.push_str("\n  fuzz      every fuzz target on a nightly compiler: --seconds N, --target NAME, --list");
+    text.push_str(
+        "\n  fuzz      every fuzz target on a nightly compiler: --seconds N, --target NAME, --list",
+    );
     text.push_str("\n  mutants   apply known faults to a copy of the tree, one by one, and see whether");
     text.push_str("\n            the tests notice: --list, PATTERN");
     text.push_str("\n  bench     time our command against qemu-img in pairs:");

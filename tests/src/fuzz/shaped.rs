@@ -2,8 +2,8 @@
 
 use super::{CODECS, read_all, report};
 use qcow2_core::{
-    GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, Layers, NewSnapshot, OpenOptions, Result, Storage,
-    ZeroMode,
+    GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, Layers, NewSnapshot, OpenOptions, Result,
+    Storage, ZeroMode,
 };
 use qcow2_ops::repair::{RepairMode, check_and_repair};
 use qcow2_ops::{CallerError, Inline, Silent};

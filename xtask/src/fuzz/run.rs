@@ -1,10 +1,11 @@
 //! Builds the targets with cargo-fuzz, runs one, and reads what libFuzzer tells about it.
 
 use super::{Target, runs};
+use crate::cargo;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Instant, UNIX_EPOCH};
 
 /// Limits of one input: more is a finding.
 const RSS_MIB: u64 = 512;
@@ -38,7 +39,8 @@ impl Runner {
         let rustc = Command::new("rustup").args(["run", "nightly", "rustc", "-vV"]).output();
         let rustc = rustc.ok().filter(|output| output.status.success()).ok_or(NO_NIGHTLY)?;
         let version = String::from_utf8_lossy(&rustc.stdout).into_owned();
-        let host = version.lines().find_map(|line| line.strip_prefix("host: ")).ok_or("rustc tells no host")?;
+        let host =
+            version.lines().find_map(|line| line.strip_prefix("host: ")).ok_or("rustc tells no host")?;
         if !runs(nightly_cargo(&version).args(["fuzz", "--version"])) {
             return Err(NO_CARGO_FUZZ.to_owned());
         }
@@ -94,6 +96,28 @@ impl Runner {
     }
 }
 
+/// Runs the campaign beside qemu-img for `seconds`, from a seed that the clock chooses. Errors: it does not
+/// build.
+pub(super) fn differ(root: &Path, seconds: u64) -> Result<Outcome, String> {
+    println!("== differ for {seconds} s");
+    let build = ["build", "--quiet", "--package", "qcow2-tests", "--bins"];
+    let status = Command::new(cargo()).args(build).current_dir(root).status();
+    if !status.map_err(|e| format!("cannot run cargo: {e}"))?.success() {
+        return Err("the campaign beside qemu-img does not build".to_owned());
+    }
+    let started = Instant::now();
+    let folder = root.join("fuzz/artifacts/differ");
+    let first = UNIX_EPOCH.elapsed().map_or(1, |now| now.as_secs() * 1_000_000);
+    let mut command = Command::new(cargo());
+    command.args(["run", "--quiet", "--package", "qcow2-tests", "--bin", "differ", "--"]).current_dir(root);
+    let output = command.args([seconds.to_string(), first.to_string()]).arg(&folder).output();
+    let output = output.map_err(|e| format!("cannot run cargo: {e}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    print!("{text}");
+    let finding = (!output.status.success()).then(|| "see above".to_owned());
+    Ok(Outcome { seconds: started.elapsed().as_secs(), finding, ..read_log(&text) })
+}
+
 /// Cargo of the toolchain called nightly, whatever ran this tool. Where that is a stable compiler by another
 /// name, it has to be told that it may do what nightly compilers do.
 fn nightly_cargo(version: &str) -> Command {
@@ -117,11 +141,14 @@ fn read_log(log: &str) -> Outcome {
         features: last(" ft: "),
         added: last("stat::new_units_added:"),
         peak_mib: last("stat::peak_rss_mb:"),
-        finding: log.split_once("Test unit written to ").and_then(|(_, rest)| Some(rest.lines().next()?.to_owned())),
+        finding: log
+            .split_once("Test unit written to ")
+            .and_then(|(_, rest)| Some(rest.lines().next()?.to_owned())),
     }
 }
 
-const NO_NIGHTLY: &str = "cargo-fuzz needs a nightly compiler: rustup toolchain install nightly --profile minimal";
+const NO_NIGHTLY: &str =
+    "cargo-fuzz needs a nightly compiler: rustup toolchain install nightly --profile minimal";
 const NO_CARGO_FUZZ: &str = "cargo-fuzz is missing: cargo install cargo-fuzz --locked";
 
 #[cfg(test)]
@@ -140,9 +167,14 @@ mod tests {
 
     #[test]
     fn logs_of_finished_and_failed_runs_are_read() {
-        let stats = "stat::number_of_executed_units: 1000\nstat::new_units_added:  29\nstat::peak_rss_mb: 44\n";
+        let stats =
+            "stat::number_of_executed_units: 1000\nstat::new_units_added:  29\nstat::peak_rss_mb: 44\n";
         check(stats, 1000, None);
-        check(&format!("{stats}artifact_prefix='a/'; Test unit written to a/crash-1\nBase64: AA=="), 1000, Some("a/crash-1"));
+        check(
+            &format!("{stats}artifact_prefix='a/'; Test unit written to a/crash-1\nBase64: AA=="),
+            1000,
+            Some("a/crash-1"),
+        );
         check("", 0, None);
     }
 }

@@ -35,8 +35,8 @@ impl NbdStorage {
         Self::over(address.connect()?, export, writable)
     }
 
-    /// The same on a connection that is there already: an inherited socket, a tunnel, another program's pipes.
-    /// `stream`: everything that the server sends, from its greeting on, and a way to answer. Errors: as for
+    /// The same on a connection that is there already: an inherited socket, a tunnel, another program's
+    /// pipes. `stream`: everything that the server sends, from its greeting on, and a way to answer. Errors: as for
     /// [`connect`](Self::connect).
     pub fn over(
         stream: impl io::Read + io::Write + Send + 'static,
