@@ -1,9 +1,9 @@
 //! The target `differ` of `cargo xtask fuzz`: images of every shape, valid and damaged, beside qemu-img.
 //!
 //! Both are asked whether the image can be opened, what a check says, and what its content is. On valid
-//! images every answer is the same. On damaged ones the reference stops at some things that we read past, and the
-//! other way round; there the answers agree in all but a few of a thousand, and content that both read is the
-//! same.
+//! images every answer is the same. On damaged ones the reference stops at some things that we read past,
+//! and the other way round; there the answers agree in all but a few of a thousand, and content that both
+//! read is the same.
 #![allow(clippy::print_stdout, reason = "a tool for the terminal")]
 
 use qcow2_testkit::oracle::Tool;

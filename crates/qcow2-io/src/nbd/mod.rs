@@ -36,8 +36,8 @@ impl NbdStorage {
     }
 
     /// The same on a connection that is there already: an inherited socket, a tunnel, another program's
-    /// pipes. `stream`: everything that the server sends, from its greeting on, and a way to answer. Errors: as for
-    /// [`connect`](Self::connect).
+    /// pipes. `stream`: everything that the server sends, from its greeting on, and a way to answer.
+    /// Errors: as for [`connect`](Self::connect).
     pub fn over(
         stream: impl io::Read + io::Write + Send + 'static,
         export: &str,
