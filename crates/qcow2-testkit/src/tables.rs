@@ -228,13 +228,13 @@ mod tests {
     #[test]
     fn tables_written_over_and_freed_are_reported() {
         check("nothing", |_| (), None);
-        check("data", |image| drop(image.patch(image.hosts[&1], &MARK)), None);
-        check("l2", |image| drop(image.patch(image.l2[&0] + 64, &MARK)), Some("L2, was written over"));
-        check("l1", |image| drop(image.patch(image.l1, &MARK)), Some("L1, was written over"));
-        check("block", |image| drop(image.patch(image.refcount_blocks + 400, &MARK)), Some("RefcountBlock"));
-        check("behind l1", |image| drop(image.patch(image.l1 + 496, &MARK)), None);
-        check("freed", |image| drop(image.set_refcount(image.l1 / 512, 0)), Some("L1, has lost"));
-        check("header", |image| drop(image.patch_u32(20, 10)), Some("header"));
+        check("data", |image| _ = image.patch(image.hosts[&1], &MARK), None);
+        check("l2", |image| _ = image.patch(image.l2[&0] + 64, &MARK), Some("L2, was written over"));
+        check("l1", |image| _ = image.patch(image.l1, &MARK), Some("L1, was written over"));
+        check("block", |image| _ = image.patch(image.refcount_blocks + 400, &MARK), Some("RefcountBlock"));
+        check("behind l1", |image| _ = image.patch(image.l1 + 496, &MARK), None);
+        check("freed", |image| _ = image.set_refcount(image.l1 / 512, 0), Some("L1, has lost"));
+        check("header", |image| _ = image.patch_u32(20, 10), Some("header"));
         let marked = |image: &mut crate::builder::Built| {
             image.patch(image.l1, &MARK).patch_u64(72, 2);
         };

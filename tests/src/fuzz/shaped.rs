@@ -1,4 +1,5 @@
-//! Targets whose bytes are decisions: an image of any shape, single damaged fields, and the work that follows.
+//! Targets whose bytes are decisions: an image of any shape, single damaged fields, and the work that
+//! follows.
 
 use super::{CODECS, read_all, report};
 use qcow2_core::{
