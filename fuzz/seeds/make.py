@@ -2,6 +2,7 @@
 """Writes the seeds, from images that qemu-img makes. Usage: fuzz/seeds/make.py"""
 
 import pathlib
+import random
 import struct
 import subprocess
 import tempfile
@@ -94,7 +95,62 @@ def streams():
     save("expand", "zstd_raw", bytes.fromhex("0128b52ffd600001") + raw + bytes(range(256)) * 2)
 
 
+NAMES = [
+    "disk.qcow2",
+    "file:disk.raw",
+    "nbd:unix:/s:exportname=e",
+    "nbd://host:10809/e",
+    "nbd+unix:///e?socket=/s",
+    "blkdebug:/rules:disk.qcow2",
+    "null-co://",
+    'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "a"}, "backing": null}',
+    'json:{"file.driver": "nbd", "file.server.type": "inet", "file.server.host": "h", "file.server.port": "1"}',
+    "driver=raw,offset=1M,size=64k,file.driver=file,file.filename=a,,b",
+    "driver=qcow2,file.filename=a,backing.driver=null-co,backing.size=1G,encrypt.key-secret=s",
+    "driver=qcow2,file.driver=blkdebug,file.image.filename=a,file.inject-error.0.event=l2_load",
+    "size=1G,cluster_size=64k,refcount_bits=1,lazy_refcounts=on,preallocation=full,compat=1.1",
+    "encrypt.format=luks,encrypt.key-secret=s,encrypt.cipher-alg=aes-256,encrypt.iter-time=10",
+    "backing_file=b,backing_fmt=raw,extended_l2=on,data_file=d,data_file_raw=off,compression_type=zstd",
+    "1.5k",
+    "0x200",
+]
+
+
+def foreign():
+    """Names and options, server conversations, and the bytes that decide how an image is made."""
+    for index, text in enumerate(NAMES):
+        save("names", f"n{index:02}", bytes([index % 5]) + text.encode())
+    generator = random.Random(1)
+    for index in range(12):
+        save("decisions", f"d{index:02}", generator.randbytes(40 + 20 * index))
+    for index in range(16):
+        save("nbd_replies", f"r{index:02}", bytes([index]) + generator.randbytes(20 + 15 * index))
+    greeting = b"NBDMAGICIHAVEOPT\0\x03" + bytes.fromhex("0003e889045565a9 00000008 80000001 00000000")
+    save("nbd_replies", "greeting", b"\0" + greeting)
+
+
+CIPHERS = [
+    "cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256",
+    "cipher-alg=aes-256,cipher-mode=cbc,ivgen-alg=plain64,hash-alg=sha1",
+    "cipher-alg=serpent-256,cipher-mode=xts,hash-alg=sha512",
+    "cipher-alg=twofish-256,cipher-mode=xts,ivgen-alg=plain",
+    "cipher-alg=aes-256,cipher-mode=ecb,ivgen-alg=plain",
+    "cipher-alg=cast5-128,cipher-mode=cbc,ivgen-alg=plain64",
+]
+
+
+def containers(folder):
+    """LUKS headers with ciphers of every kind."""
+    for index, cipher in enumerate(CIPHERS):
+        (folder / "c.luks").unlink(missing_ok=True)
+        secret = "--object secret,id=s,data=abc -o key-secret=s,iter-time=10"
+        run(folder, f"qemu-img create -q -f luks {secret},{cipher} c.luks 1M")
+        save("luks_header", f"c{index}", (folder / "c.luks").read_bytes()[:592])
+
+
 with tempfile.TemporaryDirectory() as folder:
+    foreign()
+    containers(pathlib.Path(folder))
     whole_images(pathlib.Path(folder))
     streams()
     path = pathlib.Path(folder) / "i.qcow2"

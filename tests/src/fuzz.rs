@@ -1,6 +1,13 @@
 //! Bodies of the fuzz targets that need several crates; those of the parsers are in `qcow2_testkit::fuzz`.
 //!
-//! Any bytes are taken as an image. No input may cause a panic, a hang, or much memory use.
+//! Here any bytes are taken as an image; in `shaped` they decide how a valid image is made and damaged, in
+//! `foreign` they are names, headers and replies. No input may cause a panic, a hang, or much memory use.
+
+mod foreign;
+mod shaped;
+
+pub use foreign::{luks_header, names, nbd_replies};
+pub use shaped::{damaged_check, damaged_work, repair, work};
 
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::{
@@ -13,7 +20,7 @@ use qcow2_ops::{CheckOptions, CheckReport, Inline, RescueFiles, RescueOptions, S
 use qcow2_testkit::fuzz::Target;
 use std::sync::{Arc, LazyLock};
 
-/// All targets of this file.
+/// All targets of this file and those below it.
 pub const TARGETS: &[Target] = &[
     Target { name: "expand", seeds: "expand", body: expand },
     Target { name: "open_read", seeds: "images", body: open_read },
@@ -22,6 +29,13 @@ pub const TARGETS: &[Target] = &[
     Target { name: "check_then_read", seeds: "images", body: check_then_read },
     Target { name: "vet", seeds: "images", body: vet },
     Target { name: "rescue", seeds: "images", body: rescue },
+    Target { name: "luks_header", seeds: "luks_header", body: luks_header },
+    Target { name: "names", seeds: "names", body: names },
+    Target { name: "nbd_replies", seeds: "nbd_replies", body: nbd_replies },
+    Target { name: "work", seeds: "decisions", body: work },
+    Target { name: "damaged_work", seeds: "decisions", body: damaged_work },
+    Target { name: "damaged_check", seeds: "decisions", body: damaged_check },
+    Target { name: "repair", seeds: "decisions", body: repair },
 ];
 
 /// The most extents that are queried, and the most bytes that are read of each.

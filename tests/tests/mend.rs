@@ -306,3 +306,67 @@ fn the_mark_of_the_repair_does_not_stay() {
     let report = look(&storage).unwrap();
     assert!(bad(&report) == 0 && !report.corrupt && !report.dirty, "{report:?}");
 }
+
+/// An image of one L2 table and one snapshot: its bytes, and its file.
+fn with_snapshot(guest_cluster: u64, content: &[u8]) -> (Vec<u8>, Arc<PageStorage>) {
+    let file = Arc::new(PageStorage::default());
+    let storage = Arc::clone(&file) as Arc<dyn Storage>;
+    let mut options = CreateOptions::new(512 * 8);
+    options.cluster_size = 512;
+    create(&storage, None, &options).unwrap();
+    let image = open(Arc::clone(&storage), |options| options.writable = true).unwrap();
+    image.write_at(GuestOffset::new(guest_cluster * 512), content).unwrap();
+    image.create_snapshot(&NewSnapshot::default()).unwrap();
+    image.close().unwrap();
+    (file.bytes().to_vec(), file)
+}
+
+fn word(bytes: &[u8], at: u64) -> u64 {
+    u64::from_be_bytes(*bytes[at as usize..].first_chunk().unwrap())
+}
+
+/// A damaged snapshot takes a guest's bytes for its L1 table: they have another owner, and stay.
+#[test]
+fn a_guests_bytes_taken_for_an_l1_table_stay() {
+    // Taken for an entry, the first word has reserved bits and leads past the end of the file.
+    let content = [&0x4dbe_e2b6_6e8e_3845_u64.to_be_bytes()[..], &[7; 504]].concat();
+    let (bytes, file) = with_snapshot(0, &content);
+    let host = bytes.chunks(512).position(|cluster| cluster == content).unwrap() as u64 * 512;
+    let storage = file.clone() as Arc<dyn Storage>;
+    storage.write_at(HostOffset::new(word(&bytes, 64)), &host.to_be_bytes()).unwrap();
+    run(&storage, &Silent).unwrap();
+    assert!(clusters(&file.bytes())[0].as_ref() == Some(&content));
+}
+
+/// A snapshot table that a repair has replaced begins with an offset, as an L1 table does, but is none.
+#[test]
+fn a_replaced_snapshot_table_is_no_l1_table() {
+    let content = [&[0; 8][..], &[7; 504]].concat();
+    let (bytes, file) = with_snapshot(3, &content);
+    let host = bytes.chunks(512).position(|cluster| cluster == content).unwrap() as u64 * 512;
+    let storage = file.clone() as Arc<dyn Storage>;
+    storage.write_at(HostOffset::new(word(&bytes, 40)), &host.to_be_bytes()).unwrap();
+    storage.write_at(HostOffset::new(word(&bytes, 64) + 36), &3072_u32.to_be_bytes()).unwrap();
+    run(&storage, &Silent).unwrap();
+    assert!(clusters(&file.bytes())[0].as_ref().is_some_and(|cluster| cluster.iter().all(|&byte| byte == 0)));
+}
+
+/// With one bad entry in its L2 table the active L1 table is still what it was, even where another, which a
+/// damaged snapshot does not lead to any more, has none.
+#[test]
+fn a_bad_entry_does_not_make_another_l1_table_the_active_one() {
+    let (_, file) = with_snapshot(0, &[7; 512]);
+    let storage = file.clone() as Arc<dyn Storage>;
+    let image = open(Arc::clone(&storage), |options| options.writable = true).unwrap();
+    image.write_at(GuestOffset::new(512), &[8; 1024]).unwrap();
+    image.close().unwrap();
+    drop(image);
+    let bytes = file.bytes().to_vec();
+    let (l1, snapshots) = (word(&bytes, 40), word(&bytes, 64));
+    let l2 = word(&bytes, l1) & 0x00ff_ffff_ffff_fe00;
+    storage.write_at(HostOffset::new(l2), &0x40_0000_0200_u64.to_be_bytes()).unwrap();
+    let misaligned = word(&bytes, snapshots) | 0x80;
+    storage.write_at(HostOffset::new(snapshots), &misaligned.to_be_bytes()).unwrap();
+    run(&storage, &Silent).unwrap();
+    assert!(clusters(&file.bytes())[1].as_ref().is_some_and(|cluster| cluster == &[8; 512]));
+}

@@ -18,6 +18,6 @@ pub(crate) fn run(root: &Path, program: &str, args: &[String]) -> Result<(), Str
     let profile: &[&str] = if program == "damage" { &[] } else { &["--release"] };
     let package = [&["--quiet", "--package", "qcow2-tests"], profile].concat();
     // `damage` and `hunt` run the command, which is another program of the package.
-    cargo(&[&["build"], &package, &["--bins"]].concat(), &[])?;
-    cargo(&[&["run"], &package, &["--bin", program, "--"]].concat(), args)
+    cargo(&[&["build"], &*package, &["--bins"]].concat(), &[])?;
+    cargo(&[&["run"], &*package, &["--bin", program, "--"]].concat(), args)
 }

@@ -12,6 +12,7 @@ mod examples;
 mod figures;
 mod finding;
 mod fixtures;
+mod fuzz;
 mod lex;
 mod libvirt;
 mod map;
@@ -44,6 +45,7 @@ fn run(args: &[String]) -> Result<(), String> {
             return campaign::run(&root, name, rest);
         }
         [name, rest @ ..] if name == "docs" => return docs::run(&root, rest),
+        [name, rest @ ..] if name == "fuzz" => return fuzz::run(&root, rest),
         [name, rest @ ..] if name == "libvirt" => return libvirt::run(&root, rest),
         [name, rest @ ..] if name == "bench" => return bench::run(&root, rest),
         [name, rest @ ..] if name == "mutants" => return mutants::run(&root, rest),
@@ -78,6 +80,9 @@ fn usage() -> String {
     text.push_str("\n            --seed N, --keep FOLDER");
     text.push_str(
         "\n  hunt      look for differences from qemu-img and qemu-io: --seconds N, --lines N, --seed N",
+    );
+    text.push_str(
+        "\n  fuzz      every fuzz target on a nightly compiler: --seconds N, --target NAME, --list",
     );
     text.push_str("\n  mutants   apply known faults to a copy of the tree, one by one, and see whether");
     text.push_str("\n            the tests notice: --list, PATTERN");

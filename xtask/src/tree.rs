@@ -4,8 +4,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Not sources: build output, and git's own data (a folder, or a file in a linked worktree).
-const SKIPPED: &[&str] = &[".git", "target", "fuzz/target", "fuzz/corpus", "fuzz/artifacts", "fuzz/coverage"];
+/// Not sources: inputs of fuzz targets, build output, and git's own data (a folder, or a file in a linked
+/// worktree).
+const SKIPPED: &[&str] =
+    &[".git", "target", "fuzz/target", "fuzz/corpus", "fuzz/seeds/names", "fuzz/artifacts", "fuzz/coverage"];
 /// Disk images among the fixtures are not text, even if their bytes happen to be UTF-8.
 const IMAGES: &[&str] = &["qcow2", "raw", "img"];
 

@@ -4,6 +4,8 @@
 #[derive(Clone, Debug)]
 pub struct Rng {
     state: [u64; 4],
+    /// Bytes that numbers are taken from before the generator is; the next one is the last.
+    tape: Vec<u8>,
 }
 
 impl Rng {
@@ -17,11 +19,22 @@ impl Rng {
             z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
             z ^ (z >> 31)
         };
-        Self { state: [next(), next(), next(), next()] }
+        Self { state: [next(), next(), next(), next()], tape: Vec::new() }
+    }
+
+    /// A generator whose numbers are decided by `bytes`, and by a fixed seed once they are used up. A small
+    /// number takes one byte, so that a fuzzer that changes a byte changes one decision.
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        let mut tape = bytes.to_vec();
+        tape.reverse();
+        Self { tape, ..Self::new(0) }
     }
 
     /// 64 random bits.
     pub fn next_u64(&mut self) -> u64 {
+        if !self.tape.is_empty() {
+            return self.taped(8);
+        }
         let [a, b, c, d] = self.state;
         let result = b.wrapping_mul(5).rotate_left(7).wrapping_mul(9);
         let (c, d) = (c ^ a, d ^ b);
@@ -31,7 +44,16 @@ impl Rng {
 
     /// A number from 0 up to but not including `end`; 0 if `end` is 0.
     pub fn below(&mut self, end: u64) -> u64 {
+        if !self.tape.is_empty() {
+            let bytes = (64 - end.saturating_sub(1).leading_zeros()).div_ceil(8);
+            return self.taped(bytes).checked_rem(end).unwrap_or(0);
+        }
         ((u128::from(self.next_u64()) * u128::from(end)) >> 64) as u64
+    }
+
+    /// The number in the next `bytes` bytes of the tape; missing ones count as zeroes.
+    fn taped(&mut self, bytes: u32) -> u64 {
+        (0..bytes).fold(0, |number, _| number << 8 | u64::from(self.tape.pop().unwrap_or(0)))
     }
 
     /// A number from `first` to `last`, both included; `first` if `last` is smaller.
@@ -69,6 +91,15 @@ mod tests {
         let run: Vec<u64> = (0..50).map(|_| a.next_u64()).collect();
         assert_eq!(run, (0..50).map(|_| b.next_u64()).collect::<Vec<_>>());
         assert_ne!(run, (0..50).map(|_| c.next_u64()).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn bytes_decide_until_they_are_used_up() {
+        let mut rng = Rng::from_bytes(&[7, 250, 1, 2, 3]);
+        assert_eq!((rng.below(10), rng.below(1), rng.pick(&[5, 6, 7]), rng.below(300)), (7, 0, 6, 258));
+        assert_eq!(rng.next_u64(), 3 << 56);
+        let mut seeded = Rng::new(0);
+        assert_eq!((rng.next_u64(), rng.below(9)), (seeded.next_u64(), seeded.below(9)));
     }
 
     #[test]

@@ -51,7 +51,21 @@ impl NbdStorage {
         writable: bool,
         timeout: Option<Duration>,
     ) -> Result<Self, NbdError> {
-        let mut stream = address.connect(timeout)?;
+        Self::agree(address.connect(timeout)?, export, writable)
+    }
+
+    /// Opens `export` on an existing connection: an inherited socket, a tunnel, another program's pipes.
+    /// `stream` reads everything that the server sends, from its greeting on, and writes to the server. The
+    /// server has any time for its answers. Errors: as for [`connect`](Self::connect).
+    pub fn over(
+        stream: impl io::Read + io::Write + Send + 'static,
+        export: &str,
+        writable: bool,
+    ) -> Result<Self, NbdError> {
+        Self::agree(Stream::untimed(stream), export, writable)
+    }
+
+    fn agree(mut stream: Stream, export: &str, writable: bool) -> Result<Self, NbdError> {
         let agreed = handshake::agree(&mut stream, export)?;
         if writable && agreed.flags & flag::READ_ONLY != 0 {
             return Err(NbdError::new("Could not open image: Permission denied").with_code(13));

@@ -25,6 +25,31 @@ impl Socket for std::os::unix::net::UnixStream {
     }
 }
 
+/// Bytes both ways that know no limit of time.
+struct Untimed<T>(T);
+
+impl<T: Read> Read for Untimed<T> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buf)
+    }
+}
+
+impl<T: Write> Write for Untimed<T> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl<T: Read + Write + Send> Socket for Untimed<T> {
+    fn limit(&self, _timeout: Duration) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A connection. The time for one answer starts with [`begin`](Self::begin) and ends whether the server is
 /// silent or sends without end.
 pub(super) struct Stream {
@@ -38,6 +63,11 @@ pub(super) struct Stream {
 impl Stream {
     pub(super) fn new(socket: impl Socket + 'static, timeout: Option<Duration>) -> Self {
         Self { socket: Box::new(socket), timeout, deadline: None, limit: None }
+    }
+
+    /// A connection on which every answer may take any time.
+    pub(super) fn untimed(stream: impl Read + Write + Send + 'static) -> Self {
+        Self::new(Untimed(stream), None)
     }
 
     /// Starts the time for the next answer.

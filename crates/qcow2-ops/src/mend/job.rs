@@ -11,6 +11,7 @@ use qcow2_format::header::{HeaderField, SECTOR_LEN};
 use qcow2_format::l2::L2Format;
 use qcow2_format::{Header, bytes};
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// Number of fixes that are listed; all are counted.
 const MAX_LISTED: usize = 10_000;
@@ -30,6 +31,8 @@ pub(super) struct Job<'a> {
     pub(super) tables_missing: bool,
     /// Clusters that an ambiguous entry may refer to. They keep a refcount.
     pub(super) kept: BTreeSet<u64>,
+    /// Clusters of the snapshot table that was replaced: counted still, referred to no more, and no table.
+    pub(super) replaced: Range<u64>,
     /// The first cluster after all used ones; new tables are allocated from here on.
     pub(super) end: u64,
 }

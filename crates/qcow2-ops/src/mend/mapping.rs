@@ -111,8 +111,9 @@ impl Job<'_> {
             let Round { edits, mut doubts, mut slots, .. } = std::mem::take(&mut round);
             self.edit(edits, &parts)?;
             if !doubts.is_empty() || !slots.is_empty() {
-                let words = doubts.iter().map(|doubt| (doubt.at, doubt.from.0));
-                let words: Vec<_> = words.chain(slots.iter().map(|slot| (slot.at, slot.raw))).collect();
+                let places = doubts.iter().map(|doubt| doubt.at).chain(slots.iter().map(|slot| slot.at));
+                // As they are now: an edit of the same word was written, or was not.
+                let words = places.map(|at| Ok((at, self.word(at)?))).collect::<Result<Vec<_>>>()?;
                 // The clusters are counted without these entries: an entry may refer to the table that it is
                 // in.
                 words.iter().try_for_each(|&(at, _)| self.set_words(at, &[0]))?;

@@ -88,6 +88,7 @@ pub fn plan<'a>(
         omitted: 0,
         tables_missing: false,
         kept: BTreeSet::new(),
+        replaced: 0..0,
         end,
     };
     job.mend_snapshots()?;

@@ -96,12 +96,12 @@ impl Job<'_> {
     /// table whose nonzero entries all point to L2 tables.
     pub(super) fn mend_active_l1(&mut self) -> Result<()> {
         let entries = self.header.l1_size;
-        if entries == 0 || self.l2_tables_of(self.header.l1_table_offset, entries)?.0 > 0 {
+        if entries == 0 || self.may_be_l1_table(self.header.l1_table_offset, entries)? {
             return Ok(());
         }
         let own = self.refcount_clusters_now()?;
         let Some((mut candidates, _)) = self.unreferenced()? else { return Ok(()) };
-        candidates.retain(|cluster| !own.contains(cluster));
+        candidates.retain(|cluster| !own.contains(cluster) && !self.replaced.contains(cluster));
         let mut found = Vec::new();
         for cluster in candidates {
             let offset = HostOffset::new(cluster * self.format.geometry.cluster_size());
@@ -115,6 +115,26 @@ impl Job<'_> {
             self.fixed(Fix::ActiveL1 { offset });
         }
         Ok(())
+    }
+
+    /// Whether one of the `entries` words at `offset` leads to what is an L2 table or may be a damaged one.
+    /// Bytes that are all zero may be anything.
+    fn may_be_l1_table(&self, offset: HostOffset, entries: u32) -> Result<bool> {
+        let mut content = vec![0; entries as usize * 8];
+        self.draft.read_padded(offset, &mut content).map_err(storage)?;
+        let len = self.draft.len().map_err(storage)?;
+        let mut table = vec![0; self.format.geometry.cluster_size() as usize];
+        for raw in bytes::words(&content).filter(|&raw| raw != 0) {
+            let host = HostOffset::new(l1::without_copied(l1::rounded(raw, &self.format.geometry)));
+            if host.value() == 0 || host.value() >= len {
+                continue;
+            }
+            self.draft.read_padded(host, &mut table).map_err(storage)?;
+            if table.iter().any(|&byte| byte != 0) && self.is_mostly_l2(&table)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Interprets the `entries` words at `offset` as L1 entries. Returns the number of those that point to

@@ -189,6 +189,8 @@ impl Job<'_> {
             snapshot.encode(&mut bytes).map_err(failed)?;
         }
         let geometry = self.format.geometry;
+        let old = geometry.host_cluster(self.header.snapshots_offset).value();
+        self.replaced = old..old.saturating_add(geometry.clusters_for(bytes.len() as u64).max(1));
         let kept = u32::try_from(snapshots.len()).unwrap_or(u32::MAX);
         let offset = match bytes.len() as u64 {
             0 => HostOffset::default(),

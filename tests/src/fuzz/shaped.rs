@@ -1,0 +1,173 @@
+//! Targets whose bytes are decisions: an image of any shape, single damaged fields, and the work that
+//! follows.
+
+use super::{CODECS, read_all, report};
+use qcow2_core::{
+    GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, Layers, NewSnapshot, OpenOptions, Result,
+    Storage, ZeroMode,
+};
+use qcow2_ops::repair::{RepairMode, check_and_repair};
+use qcow2_ops::{CallerError, Inline, Silent};
+use qcow2_testkit::pattern;
+use qcow2_testkit::rng::Rng;
+use qcow2_testkit::shaped::{Shaped, act, draw, tiny_shape};
+use qcow2_testkit::tables::{MARK, Tables};
+use qcow2_testkit::world::{TOP, World, keys};
+use std::sync::Arc;
+
+/// Random operations on a valid image, each compared with the model; closed, the image is sound.
+pub fn work(data: &[u8]) {
+    let mut rng = Rng::from_bytes(data);
+    let shape = tiny_shape(&mut rng);
+    let done = World::new(shape, CODECS.clone(), 1).and_then(|mut world| {
+        for step in 0..rng.between(1, 24) {
+            act(&mut world, &mut rng, step)?;
+        }
+        world.finish()
+    });
+    if let Err(error) = done {
+        panic!("{shape:?}: {error}");
+    }
+}
+
+fn shaped(rng: &mut Rng) -> Shaped {
+    draw(rng, &CODECS).unwrap_or_else(|error| panic!("a valid image: {error}"))
+}
+
+fn open(shaped: &Shaped, change: impl Fn(&mut OpenOptions)) -> Result<Arc<Image>> {
+    let mut options = OpenOptions::default();
+    options.codecs = CODECS.clone();
+    options.keys = keys(&shaped.shape);
+    change(&mut options);
+    Image::open(shaped.shelf.source(TOP, ImageFormat::Qcow2), &options)
+}
+
+/// Work on an image with damaged fields: header and tables stay whole, or the image is marked; an image that
+/// is opened for reading is read, and not written to.
+pub fn damaged_work(data: &[u8]) {
+    let mut rng = Rng::from_bytes(data);
+    let shaped = shaped(&mut rng);
+    let kinds = shaped.damage(&mut rng, 3);
+    let bytes = shaped.bytes();
+    if let Ok(image) = open(&shaped, |_| ()) {
+        read_all(&image);
+        drop(image);
+        assert!(shaped.bytes().to_vec() == bytes.to_vec(), "reading never writes");
+    }
+    let before = Tables::find(bytes);
+    let Ok(image) = open(&shaped, |options| options.writable = true) else { return };
+    let mut done = Vec::new();
+    for _ in 0..rng.between(1, 8) {
+        done.push(change(&image, &mut rng));
+    }
+    if !rng.one_in(4) {
+        done.push(("close", image.close().is_ok()));
+    }
+    drop(image);
+    if let Err(error) = before.judge(&Tables::find(shaped.bytes())) {
+        panic!("{error}; damaged: {kinds:?}, then {done:?}");
+    }
+}
+
+/// One change; what it was and whether it succeeded.
+fn change(image: &Image, rng: &mut Rng) -> (&'static str, bool) {
+    let (size, cluster) = (image.size(), image.cluster_size());
+    // A damaged size may be anything.
+    let clusters = size.div_ceil(cluster).clamp(1, 256);
+    let (first, count) = (rng.below(clusters), rng.between(1, 5));
+    let (start, end) = (first * cluster, size.min((first + count) * cluster));
+    let range = GuestRange::between(GuestOffset::new(start.min(end)), GuestOffset::new(end));
+    let marks = MARK.repeat((range.len() / 8) as usize);
+    match rng.below(16) {
+        0..=5 => ("write", image.write_at(range.start(), &marks).is_ok()),
+        6 => {
+            let part = &marks[..marks.len().min(cluster as usize)];
+            ("compressed write", image.write_compressed(range.start(), part).is_ok())
+        }
+        7 => ("zeroes", image.write_zeroes(range, ZeroMode::MayUnmap).is_ok()),
+        8 => ("kept zeroes", image.write_zeroes(range, ZeroMode::KeepAllocated).is_ok()),
+        9 => ("discard", image.discard(range).is_ok()),
+        10 => ("flush", image.flush().is_ok()),
+        11 => ("snapshot", image.create_snapshot(&NewSnapshot::default()).is_ok()),
+        12 | 13 => {
+            let Some(first) = image.snapshots().ok().and_then(|all| all.first().cloned()) else {
+                return ("no snapshot", false);
+            };
+            match rng.one_in(2) {
+                true => ("delete", image.delete_snapshot(&first).is_ok()),
+                false => ("apply", image.apply_snapshot(&first).is_ok()),
+            }
+        }
+        14 => ("resize", image.resize(rng.between(1, clusters * 2) * cluster).is_ok()),
+        _ => bitmaps(image, rng),
+    }
+}
+
+fn bitmaps(image: &Image, rng: &mut Rng) -> (&'static str, bool) {
+    let Some(first) = image.bitmaps().ok().and_then(|all| all.first().cloned()) else {
+        return ("bitmap added", image.add_bitmap(b"fuzz", 10).is_ok());
+    };
+    match rng.below(3) {
+        0 => ("bitmap removed", image.remove_bitmap(&first.name).is_ok()),
+        1 => ("bitmap cleared", image.clear_bitmap(&first.name).is_ok()),
+        _ => ("bitmap added", image.add_bitmap(b"fuzz", 10).is_ok()),
+    }
+}
+
+/// A check of a damaged image, then reading it: as the target of the same name on any bytes.
+pub fn damaged_check(data: &[u8]) {
+    let mut rng = Rng::from_bytes(data);
+    let shaped = shaped(&mut rng);
+    shaped.damage(&mut rng, 3);
+    super::check_then_read(&shaped.bytes().to_vec());
+}
+
+/// The guest's clusters; `None` for one that cannot be read, and none at all if the image does not open.
+fn clusters(shaped: &Shaped) -> Vec<Option<Vec<u8>>> {
+    let Ok(image) = open(shaped, |_| ()) else { return Vec::new() };
+    let (size, cluster) = (image.size(), image.cluster_size());
+    let read = |index: u64| {
+        let start = index * cluster;
+        let mut bytes = pattern::unread(cluster.min(size - start) as usize);
+        image.read_at(GuestOffset::new(start), &mut bytes).ok().map(|()| bytes)
+    };
+    (0..size.div_ceil(cluster).min(128)).map(read).collect()
+}
+
+/// A repair of a damaged image settles: what was right reads the same afterwards, and a second repair finds
+/// what the first left.
+pub fn repair(data: &[u8]) {
+    let mut rng = Rng::from_bytes(data);
+    let shaped = shaped(&mut rng);
+    let whole = clusters(&shaped);
+    let kinds = shaped.damage(&mut rng, 2);
+    let damaged = clusters(&shaped);
+    let file: Arc<dyn Storage> = shaped.shelf.file(TOP);
+    let run = || {
+        let reopen = || -> std::result::Result<Arc<dyn GuestDisk>, CallerError> {
+            Ok(open(&shaped, |options| {
+                (options.writable, options.for_repair, options.layers) = (true, true, Layers::TopOnly);
+            })?)
+        };
+        check_and_repair(&*file, Some(RepairMode::All), &reopen, &Inline, &Silent).is_ok()
+    };
+    let bad = || report(&*file, u64::MAX).map(|report| report.corruptions + report.check_errors);
+    if bad().is_none() {
+        return;
+    }
+    let mut left = None;
+    for pass in ["first", "second"] {
+        if !run() {
+            return;
+        }
+        let now = clusters(&shaped);
+        for (index, (was, after)) in whole.iter().zip(&damaged).enumerate() {
+            let right = after.is_some() && was == after;
+            let same = now.get(index) == Some(was);
+            assert!(!right || same, "{pass} repair of {kinds:?}: guest cluster {index} was right");
+        }
+        let found = bad();
+        assert!(left.is_none_or(|left| left == found), "{kinds:?}: {left:?} were left, now {found:?} are");
+        left = Some(found);
+    }
+}
