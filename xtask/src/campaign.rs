@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
-/// Runs `program` (`crash`, `damage`, `hunt`) with `args` (`--seconds N --seed N`; see its usage). Errors: it found
-/// something, or does not build.
+/// Runs `program` (`crash`, `damage`, `hunt`) with `args` (`--seconds N --seed N`; see its usage). Errors: it
+/// found something, or does not build.
 pub(crate) fn run(root: &Path, program: &str, args: &[String]) -> Result<(), String> {
     let cargo = |what: &[&str], args: &[String]| {
         let mut command = Command::new(crate::cargo());

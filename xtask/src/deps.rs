@@ -23,6 +23,7 @@ const EDGES: &[(&str, &[&str])] = &[
         "qcow2-blockdev",
         &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-codec", "qcow2-crypt"],
     ),
+    ("qcow2-getopt", &[]),
     ("qcow2-exerciser", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
     (
         "qcow2-cli",
@@ -34,6 +35,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "qcow2-crypt",
             "qcow2-blockdev",
             "qcow2-exerciser",
+            "qcow2-getopt",
             "qcow2-image",
         ],
     ),

@@ -1,21 +1,18 @@
 //! Verbs, their options and how they are read: qemu-img's names throughout.
 
 mod describe;
-mod getopt;
 mod help;
 mod image;
-mod nearest;
 mod object;
 mod opt;
 mod table;
 mod verb;
 
 pub(crate) use describe::print_description;
-pub(crate) use getopt::{Getopt, Given, OptionSpec};
 pub(crate) use help::{print_general_help, print_verb_help, print_version};
 pub(crate) use image::ImageArgs;
 pub(crate) use object::Objects;
-pub(crate) use opt::Opt;
+pub(crate) use opt::{Getopt, Given, Opt, OptionSpec};
 pub(crate) use table::{GENERAL, VERBS, find_verb, known_but_missing, meant_verb};
 pub(crate) use verb::{Arguments, Verb, hint_at};
 

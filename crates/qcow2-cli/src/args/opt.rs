@@ -87,3 +87,10 @@ pub(crate) enum Opt {
     L1Table,
     DataFile,
 }
+
+/// The reader of a verb's options.
+pub(crate) type Getopt<'a> = qcow2_getopt::Getopt<'a, Opt>;
+/// An option as given.
+pub(crate) type Given = qcow2_getopt::Given<Opt>;
+/// One spelling of an option.
+pub(crate) type OptionSpec = qcow2_getopt::OptionSpec<Opt>;

@@ -1,8 +1,8 @@
 //! Every verb and every option, in one place.
 
-use super::nearest::nearest;
 use super::{Opt, OptionSpec, Verb};
 use crate::command;
+use qcow2_getopt::nearest;
 
 /// The verbs, in the order of the help.
 pub(crate) static VERBS: &[Verb] = &[

@@ -219,9 +219,9 @@ impl Job<'_> {
         }))
     }
 
-    /// The clusters with a refcount above 0 and without references, and those with a refcount above the number
-    /// of their references: what lost tables map, snapshots' too. `None` if there are too many to examine.
-    /// References from the refcount structure don't count: its entries may be the damaged ones.
+    /// The clusters with a refcount above 0 and without references, and those with a refcount above the
+    /// number of their references: what lost tables map, snapshots' too. `None` if there are too many to
+    /// examine. References from the refcount structure don't count: its entries may be the damaged ones.
     pub(super) fn unreferenced(&self) -> Result<Option<(Vec<u64>, BTreeSet<u64>)>> {
         let mut bare = self.header.clone();
         bare.refcount_table_clusters = 0;

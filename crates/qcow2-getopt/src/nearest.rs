@@ -2,7 +2,7 @@
 
 /// The first of the `names` nearest to `typed` that a slip of the finger or two lead from: letters that are
 /// missing, too many, others, or swapped with their neighbours. One slip for up to four letters.
-pub(super) fn nearest<'a>(typed: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(typed: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let typed: Vec<char> = typed.chars().take(LONGEST + 1).collect();
     if typed.len() > LONGEST {
         return None;

@@ -1,5 +1,21 @@
 //! Options in the manner of GNU `getopt_long`: short clusters, long names that may be abbreviated, options
-//! after operands. Its error texts are part of what scripts see, so they are kept to the letter.
+//! after operands. Its error texts are part of what scripts see, so they are kept to the letter. Knows no
+//! program: what an option means is the caller's type `O`.
+//!
+//! ```
+//! use qcow2_getopt::{Getopt, OptionSpec};
+//!
+//! let (exact, own) = (false, false);
+//! let (short, long, value) = (Some('f'), Some("format"), Some("FMT"));
+//! let specs = [OptionSpec { opt: 'f', short, long, exact, own, value, help: "" }];
+//! let args = ["--form=raw", "disk"].map(str::to_owned).to_vec();
+//! let mut getopt = Getopt::new(&specs, args, true);
+//! let given = getopt.next()?.expect("an option");
+//! assert_eq!((given.opt, &*given.value), ('f', "raw"));
+//! assert!(getopt.next()?.is_none());
+//! assert_eq!(getopt.into_operands(), ["disk"]);
+//! # Ok::<(), String>(())
+//! ```
 //!
 //! Crates that were tried instead. `clap` 4.6 takes `-f=raw` as `raw`, refuses a value that begins with `-`
 //! and an option given twice unless each option says otherwise, does not say which names an abbreviation
@@ -9,43 +25,47 @@
 //! knows no options, though: abbreviations, their ambiguity and every text stay here. With it this file had
 //! 124 lines of code, without it 132, and a dependency is not worth eight lines.
 
-use super::Opt;
-use super::nearest::nearest;
+#![forbid(unsafe_code)]
+
+mod nearest;
+
+pub use nearest::nearest;
 
 /// One spelling of an option.
 #[derive(Debug)]
-pub(crate) struct OptionSpec {
+pub struct OptionSpec<O> {
     /// What it means; several specs may mean the same.
-    pub(crate) opt: Opt,
+    pub opt: O,
     /// `f` of `-f`.
-    pub(crate) short: Option<char>,
+    pub short: Option<char>,
     /// `format` of `--format`.
-    pub(crate) long: Option<&'static str>,
-    /// Whether `long` must be spelled out and stays out of lists of possibilities: for spellings that the
+    pub long: Option<&'static str>,
+    /// True if `long` must be spelled out and stays out of lists of possibilities: for spellings that the
     /// help of the original names though it does not know them.
-    pub(crate) exact: bool,
-    /// Whether the tool that is stood in for has no such option.
-    pub(crate) own: bool,
+    pub exact: bool,
+    /// True if the program that is stood in for has no such option.
+    pub own: bool,
     /// The name of its value in the help, if it takes one.
-    pub(crate) value: Option<&'static str>,
+    pub value: Option<&'static str>,
     /// What the help says; empty for a second spelling.
-    pub(crate) help: &'static str,
+    pub help: &'static str,
 }
 
 /// An option as given.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Given {
+pub struct Given<O> {
     /// What it means.
-    pub(crate) opt: Opt,
+    pub opt: O,
     /// Its value; empty for options that take none.
-    pub(crate) value: String,
+    pub value: String,
 }
 
 /// Walks over arguments, giving options one by one and keeping operands for the end.
-pub(crate) struct Getopt<'a> {
-    specs: &'a [OptionSpec],
+#[derive(Debug)]
+pub struct Getopt<'a, O> {
+    specs: &'a [OptionSpec<O>],
     /// Those of every verb.
-    common: &'a [OptionSpec],
+    common: &'a [OptionSpec<O>],
     args: std::vec::IntoIter<String>,
     /// What is left of a cluster of short options.
     cluster: String,
@@ -57,9 +77,10 @@ pub(crate) struct Getopt<'a> {
     unknown: Option<String>,
 }
 
-impl<'a> Getopt<'a> {
-    /// `permute`: whether options may follow operands; otherwise the first operand ends the options.
-    pub(crate) fn new(specs: &'a [OptionSpec], args: Vec<String>, permute: bool) -> Self {
+impl<'a, O: Copy> Getopt<'a, O> {
+    /// `permute`: true if options may follow operands; otherwise the first operand ends the options.
+    #[must_use]
+    pub fn new(specs: &'a [OptionSpec<O>], args: Vec<String>, permute: bool) -> Self {
         Self {
             specs,
             common: &[],
@@ -74,29 +95,33 @@ impl<'a> Getopt<'a> {
     }
 
     /// Knows only the options that the tool has that is stood in for.
-    pub(crate) fn without_own(mut self) -> Self {
+    #[must_use]
+    pub fn without_own(mut self) -> Self {
         self.without_own = true;
         self
     }
 
     /// Knows these options too.
-    pub(crate) fn with_common(self, common: &'a [OptionSpec]) -> Self {
+    #[must_use]
+    pub fn with_common(self, common: &'a [OptionSpec<O>]) -> Self {
         Self { common, ..self }
     }
 
-    fn specs(&self) -> impl Iterator<Item = &'a OptionSpec> + use<'a> {
+    fn specs(&self) -> impl Iterator<Item = &'a OptionSpec<O>> + use<'a, O> {
         let without_own = self.without_own;
         self.specs.iter().chain(self.common).filter(move |spec| !(spec.own && without_own))
     }
 
     /// Takes `-` and digits right after the first operand for an operand too.
-    pub(crate) fn with_signed_number(mut self) -> Self {
+    #[must_use]
+    pub fn with_signed_number(mut self) -> Self {
         self.number_follows = true;
         self
     }
 
     /// The next option, or `None` when only operands are left. Errors: the text that getopt would print.
-    pub(crate) fn next(&mut self) -> Result<Option<Given>, String> {
+    #[allow(clippy::should_implement_trait, reason = "an iterator would end at the first error")]
+    pub fn next(&mut self) -> Result<Option<Given<O>>, String> {
         if let Some(letter) = self.cluster.chars().next() {
             self.cluster.remove(0);
             return self.short(letter).map(Some);
@@ -129,17 +154,17 @@ impl<'a> Getopt<'a> {
     }
 
     /// What is not an option, in order; complete once [`next`](Self::next) has given `None`.
-    pub(crate) fn into_operands(self) -> Vec<String> {
+    pub fn into_operands(self) -> Vec<String> {
         self.operands
     }
 
     /// The long option, with its dashes, that was meant by one that is not known.
-    pub(crate) fn meant(&self) -> Option<String> {
+    pub fn meant(&self) -> Option<String> {
         let names = self.specs().filter(|spec| !spec.exact).filter_map(|spec| spec.long);
         nearest(self.unknown.as_deref()?, names).map(|name| format!("--{name}"))
     }
 
-    fn short(&mut self, letter: char) -> Result<Given, String> {
+    fn short(&mut self, letter: char) -> Result<Given<O>, String> {
         let spec = self.specs().find(|s| s.short == Some(letter));
         let spec = spec.ok_or_else(|| format!("invalid option -- '{letter}'"))?;
         if spec.value.is_none() {
@@ -152,7 +177,7 @@ impl<'a> Getopt<'a> {
         Ok(Given { opt: spec.opt, value })
     }
 
-    fn long(&mut self, text: &str) -> Result<Given, String> {
+    fn long(&mut self, text: &str) -> Result<Given<O>, String> {
         let (name, value) = match text.split_once('=') {
             Some((name, value)) => (name, Some(value.to_owned())),
             None => (text, None),
@@ -174,13 +199,13 @@ impl<'a> Getopt<'a> {
     }
 
     /// The option whose long name is `name`, or the only one that starts so; else the names that do.
-    fn find_long(&self, name: &str) -> Result<&'a OptionSpec, Vec<&'static str>> {
-        let named = |s: &&OptionSpec| s.long == Some(name);
+    fn find_long(&self, name: &str) -> Result<&'a OptionSpec<O>, Vec<&'static str>> {
+        let named = |s: &&OptionSpec<O>| s.long == Some(name);
         if let Some(spec) = self.specs().find(named) {
             return Ok(spec);
         }
-        let starts = |s: &&OptionSpec| !s.exact && s.long.is_some_and(|l| l.starts_with(name));
-        let possible: Vec<&OptionSpec> = self.specs().filter(starts).collect();
+        let starts = |s: &&OptionSpec<O>| !s.exact && s.long.is_some_and(|l| l.starts_with(name));
+        let possible: Vec<&OptionSpec<O>> = self.specs().filter(starts).collect();
         match possible[..] {
             [only] => Ok(only),
             _ => Err(possible.iter().filter_map(|s| s.long).collect()),
@@ -200,16 +225,26 @@ fn ambiguous_or_unknown(text: &str, possible: &[&str]) -> String {
 mod tests {
     use super::*;
 
+    /// Options of a program.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Opt {
+        Help,
+        Format,
+        ForceShare,
+        Output,
+        Object,
+    }
+
     const fn spec(
         opt: Opt,
         short: Option<char>,
         long: &'static str,
         value: Option<&'static str>,
-    ) -> OptionSpec {
+    ) -> OptionSpec<Opt> {
         OptionSpec { opt, short, long: Some(long), exact: false, own: false, value, help: "" }
     }
 
-    static SPECS: [OptionSpec; 5] = [
+    static SPECS: [OptionSpec<Opt>; 5] = [
         spec(Opt::Help, Some('h'), "help", None),
         spec(Opt::Format, Some('f'), "format", Some("FMT")),
         spec(Opt::ForceShare, Some('U'), "force-share", None),
