@@ -130,7 +130,7 @@ const REFUSED: &[(&str, ErrorKind, &str)] = &[
     ("compression-mismatch", ErrorKind::Format, "compression type"),
     ("extended-small-clusters", ErrorKind::Format, "subclusters of 16 bytes"),
     ("raw-without-data-file", ErrorKind::Format, "raw external data file"),
-    ("data-file-unnamed", ErrorKind::Resolve, "names none"),
+    ("data-file-unnamed", ErrorKind::Resolve, "its header has no name"),
     ("luks-without-header", ErrorKind::Format, "luks"),
     ("size-huge", ErrorKind::Format, "virtual size 9223372036854775296"),
     ("l1-too-small", ErrorKind::Format, "l1 table has 1 entries, the virtual size needs 3"),

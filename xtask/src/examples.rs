@@ -14,6 +14,7 @@ const EXAMPLES: &[(&str, &str, &[&str])] = &[
     ("qcow2-blockdev", "look", &[DESCRIBED]),
     ("qcow2-ops", "check", &[IMAGE]),
     ("qcow2-ops", "convert", &[]),
+    ("qcow2-getopt", "options", &["-v", "--out=x", "y"]),
     ("qcow2-exerciser", "exercise", &[]),
     ("qcow2-testkit", "damage", &[]),
     ("qcow2-image", "cloud_image", &["tests/data/images/zstd-4k.qcow2", MADE]),

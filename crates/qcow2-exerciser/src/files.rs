@@ -4,11 +4,11 @@
 use crate::port::OpenedDisk;
 use crate::request::{OpenRequest, RequestError};
 use qcow2_blockdev::{
-    FailureKind, Follow, ImageName, KeyValueError, KeyValues, Naming, OpenFailure, OpenOptions, OptionError,
+    FailureKind, ImageName, KeyValueError, KeyValues, Naming, OpenFailure, OpenOptions, OptionError,
     OptionErrorKind, Secrets, Warning, bitmaps_to_lose, escape_commas, open, open_bytes, open_scratch,
 };
 use qcow2_core::ImageFormat;
-use qcow2_io::{CacheMode, CopyOnRead, GuardedRaw, OpenFiles};
+use qcow2_io::{CacheMode, CopyOnRead, GuardedRaw};
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
@@ -22,8 +22,8 @@ pub struct OpenedFiles {
     pub warnings: Vec<Warning>,
 }
 
-/// Opens the files that `request` names, with everything named inside images. `secrets`: what options name;
-/// `among`: the files that this process has open.
+/// Opens the files that `request` names. `secrets`: what options name; `how`: the policy for names inside
+/// images and the files that this process has open; the rest of it comes from the request.
 ///
 /// A raw disk that was taken for one by its looks is guarded: its first sector cannot be made that of another
 /// format. Disk: a scratch overlay is a temporary file without a name; else as
@@ -32,7 +32,7 @@ pub struct OpenedFiles {
 pub fn open_files(
     request: &OpenRequest,
     secrets: &Secrets,
-    among: &OpenFiles,
+    how: OpenOptions,
 ) -> Result<OpenedFiles, FilesError> {
     let request = understood(request)?;
     let (typed, naming) = name_of(&request, secrets);
@@ -46,8 +46,7 @@ pub fn open_files(
     let guessed = name.node.is_probed();
     let writable = !request.read_only;
     let scratch = request.snapshot && writable;
-    let mut how = OpenOptions::new().with_follow(Follow::All).among(among).with_cache(cache);
-    how = how.with_force_share(request.force_share);
+    let mut how = how.with_cache(cache).with_force_share(request.force_share);
     how.writable = writable && !scratch;
     let opened = open(&name, &how)?;
     let debugger = opened.debugger.clone();

@@ -162,7 +162,10 @@ pub fn repair(data: &[u8]) {
         }
         let now = clusters(&shaped);
         for (index, (was, after)) in whole.iter().zip(&damaged).enumerate() {
-            let right = after.is_some() && was == after;
+            // Behind an L1 entry that was changed another table's holes read as zeroes, right by chance; what
+            // the right table has there may be damaged too.
+            let by_chance = kinds.contains(&"l1") && was.iter().flatten().all(|&byte| byte == 0);
+            let right = after.is_some() && was == after && !by_chance;
             let same = now.get(index) == Some(was);
             assert!(!right || same, "{pass} repair of {kinds:?}: guest cluster {index} was right");
         }

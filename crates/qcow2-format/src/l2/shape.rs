@@ -50,6 +50,8 @@ impl L2Format {
     fn writers_entry(&self, raw: u64, bitmap: u64, shape: &mut L2Shape) -> Option<Option<HostOffset>> {
         match self.decode(raw, bitmap).ok()? {
             L2Entry::Compressed(_) if raw & COPIED != 0 || self.external_data => None,
+            // Readers ignore it, writers leave it at 0.
+            L2Entry::Compressed(_) if self.geometry.extended_l2() && bitmap != 0 => None,
             L2Entry::Compressed(stream) => {
                 shape.compressed += 1;
                 Some(Some(stream.host))

@@ -424,7 +424,8 @@ impl Job<'_> {
         let len = self.draft.len().map_err(storage)?;
         let past = |table: &TablePlace| table.offset.value() >= len && table.len() <= MAX_NEW_TABLE;
         let Some(extension) = header.trusted_bitmaps().filter(|_| fault.is_none()) else { return Ok(()) };
-        if !tables.iter().any(past) {
+        let sole = self.is_sole(extension.directory_offset, extension.directory_size)?;
+        if !tables.iter().any(past) || !sole {
             return Ok(());
         }
         let mut directory = vec![0; extension.directory_size as usize];
@@ -446,6 +447,15 @@ impl Job<'_> {
         Ok(())
     }
 
+    /// True if one thing refers to each cluster of the `len` bytes at `offset`: what is there is then what it
+    /// is taken for, and may be written to.
+    fn is_sole(&self, offset: HostOffset, len: u64) -> Result<bool> {
+        let geometry = self.format.geometry;
+        let first = geometry.host_cluster(offset).value();
+        let clusters = first..first.saturating_add(geometry.clusters_for(len));
+        Ok(self.references(clusters)?.into_values().all(|count| count == 1))
+    }
+
     /// Sets invalid entries of bitmap tables to "all ones". Bitmap directories that cannot be read stay as
     /// they are.
     pub(super) fn mend_bitmaps(&mut self) -> Result<()> {
@@ -455,7 +465,12 @@ impl Job<'_> {
         self.tables_missing |= fault.is_some();
         let geometry = self.format.geometry;
         let len = self.draft.len().map_err(storage)?;
-        for TablePlace { offset, entries } in tables {
+        for table in tables {
+            if !self.is_sole(table.offset, table.len())? {
+                self.tables_missing = true;
+                continue;
+            }
+            let TablePlace { offset, entries } = table;
             for index in 0..entries {
                 let at = HostOffset::new(offset.value().saturating_add(index * 8));
                 let entry = self.word(at)?;
