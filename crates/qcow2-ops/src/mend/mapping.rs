@@ -240,7 +240,8 @@ impl Job<'_> {
         let mut wanted: BTreeMap<u64, u64> = clusters.map(|cluster| (cluster, 0)).collect();
         let mut bare = self.header.clone();
         bare.refcount_table_clusters = 0;
-        // Counters end at the largest refcount of the image: with one bit, two references would look like one.
+        // Counters end at the largest refcount of the image: with one bit, two references would look like
+        // one.
         bare.refcount_order = bare.refcount_order.max(4);
         self.walk(&bare, |walk| {
             count_references(walk, self.executor, self.progress, &mut |counters| {
