@@ -427,8 +427,7 @@ impl Job<'_> {
         let len = self.draft.len().map_err(storage)?;
         let past = |table: &TablePlace| table.offset.value() >= len && table.len() <= MAX_NEW_TABLE;
         let Some(extension) = header.trusted_bitmaps().filter(|_| fault.is_none()) else { return Ok(()) };
-        let sole = self.is_sole(extension.directory_offset, extension.directory_size)?;
-        if !tables.iter().any(past) || !sole {
+        if !tables.iter().any(past) || !self.is_sole(extension.directory_offset, extension.directory_size)? {
             return Ok(());
         }
         let mut directory = vec![0; extension.directory_size as usize];
@@ -468,12 +467,8 @@ impl Job<'_> {
         self.tables_missing |= fault.is_some();
         let geometry = self.format.geometry;
         let len = self.draft.len().map_err(storage)?;
-        for table in tables {
-            if !self.is_sole(table.offset, table.len())? {
-                self.tables_missing = true;
-                continue;
-            }
-            let TablePlace { offset, entries } = table;
+        let mut unsound = Vec::new();
+        for TablePlace { offset, entries } in tables {
             for index in 0..entries {
                 let at = HostOffset::new(offset.value().saturating_add(index * 8));
                 let entry = self.word(at)?;
@@ -482,10 +477,25 @@ impl Job<'_> {
                     Ok(_) => true,
                     Err(_) => false,
                 };
-                if !sound {
-                    self.set_words(at, &[BitmapTableEntry::Ones.encode()])?;
-                    self.fixed(Fix::BitmapEntry { at, entry });
+                match sound {
+                    true => {}
+                    false if unsound.len() < MAX_DOUBTS => unsound.push((at, entry)),
+                    false => self.tables_missing = true,
                 }
+            }
+        }
+        if unsound.is_empty() {
+            return Ok(());
+        }
+        // Counted once for all of them: each count visits every table of the image.
+        let host_cluster = |at: HostOffset| geometry.host_cluster(at).value();
+        let counts = self.references(unsound.iter().map(|&(at, _)| host_cluster(at)))?;
+        for (at, entry) in unsound {
+            if counts.get(&host_cluster(at)) == Some(&1) {
+                self.set_words(at, &[BitmapTableEntry::Ones.encode()])?;
+                self.fixed(Fix::BitmapEntry { at, entry });
+            } else {
+                self.tables_missing = true;
             }
         }
         Ok(())
