@@ -1,7 +1,6 @@
 //! What a check finds, told on standard error.
 
 use crate::persona;
-use crate::render::check as render;
 use crate::session::Session;
 use qcow2_blockdev::Warning;
 use qcow2_core::ResolvedSource;
@@ -9,6 +8,7 @@ use qcow2_image::Threads;
 use qcow2_ops::Silent;
 use qcow2_ops::check::{CheckOptions, CheckReport, Finding, Found, check};
 use qcow2_ops::repair::is_refcount;
+use qcow2_report::check as render;
 
 /// Prints a finding, as repaired or not.
 pub(crate) fn say(session: &Session, found: &Found, fixed: bool) {

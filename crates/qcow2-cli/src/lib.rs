@@ -19,7 +19,6 @@ mod persona;
 mod policy;
 mod progress;
 mod prompt;
-mod render;
 mod session;
 mod trace;
 

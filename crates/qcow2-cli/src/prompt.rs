@@ -32,7 +32,7 @@ fn ask(name: &str) -> Option<Secret> {
     }
     // Asked only when nothing is shown any more: somebody may be quick.
     let line = without_echo(|| {
-        let _ = write!(io::stderr().lock(), "Password for '{}': ", crate::render::human::escaped(name));
+        let _ = write!(io::stderr().lock(), "Password for '{}': ", qcow2_report::human::escaped(name));
         let mut line = Vec::with_capacity(LONGEST_LINE);
         io::stdin().lock().read_until(b'\n', &mut line).ok().map(|_| line)
     });

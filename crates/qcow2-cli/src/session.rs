@@ -2,7 +2,7 @@
 
 use crate::exit;
 use crate::failure::Failure;
-use crate::render::human::escaped;
+use qcow2_report::human::escaped;
 use std::io::{self, IsTerminal, Write};
 
 /// One run of the program.

@@ -3,8 +3,8 @@
 use super::table::COMMON;
 use super::{GENERAL, OptionSpec, VERBS};
 use crate::failure::Failure;
-use crate::render::json::pretty;
 use crate::session::Session;
+use qcow2_report::json::pretty;
 use serde_json::{Value, json};
 
 /// Prints the tables.

@@ -9,8 +9,6 @@ use crate::open::{complain_of_guess, read_name};
 use crate::persona;
 use crate::policy::policy;
 use crate::progress::Meter;
-use crate::render::check::Fixed;
-use crate::render::{check as render, json};
 use crate::session::Session;
 use qcow2_blockdev::{Follow, ImageName, open_below, open_bytes, open_layers};
 use qcow2_core::format::header::CryptMethod;
@@ -23,6 +21,8 @@ use qcow2_ops::check::{CheckReport, Finding, Found};
 use qcow2_ops::repair::{
     Outcome, RepairMode, Repaired, check_and_repair, is_copied_flag, is_refcount, rehearse,
 };
+use qcow2_report::check::Fixed;
+use qcow2_report::{check as render, json};
 use std::cell::Cell;
 use std::sync::Arc;
 

@@ -7,10 +7,10 @@ use crate::interrupt::Interrupts;
 use crate::open::{read_name, warn_of_missing_end};
 use crate::persona;
 use crate::progress::Meter;
-use crate::render::{human, json};
 use crate::session::Session;
 use qcow2_blockdev::open;
 use qcow2_image::Threads;
+use qcow2_report::{human, json};
 use serde_json::{Map, Value};
 use std::cell::OnceCell;
 

@@ -7,14 +7,14 @@ use crate::failure::Failure;
 use crate::open::read_name;
 use crate::persona;
 use crate::policy::policy;
-use crate::render::info::{NamedInfo, to_json, to_text};
-use crate::render::json;
 use crate::session::Session;
 use qcow2_blockdev::{ImageName, OpenFailure, OpenedBytes, locate_backing, open_bytes, permit_backing};
 use qcow2_core::chain::MAX_CHAIN_LEN;
 use qcow2_core::format::{FormatError, FormatErrorKind};
 use qcow2_core::{SourceId, find_cause};
 use qcow2_ops::vet::references;
+use qcow2_report::info::{NamedInfo, to_json, to_text};
+use qcow2_report::json;
 use serde_json::Value;
 use std::collections::BTreeSet;
 

@@ -5,10 +5,10 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::numbers::{SIGNED, parse_argument};
 use crate::open::read_name;
-use crate::render::map::{JsonRows, TextRows};
 use crate::session::Session;
 use qcow2_blockdev::{OpenedDisk, open};
 use qcow2_ops::{MapExtent, MapOptions};
+use qcow2_report::map::{JsonRows, TextRows};
 use std::ops::ControlFlow;
 
 /// Runs the verb.
@@ -19,9 +19,10 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let opened = open(&name, &request.image.options())?;
     match request.output {
         OutputFormat::Human => {
-            let mut rows = TextRows::new(&opened.files);
+            let rows = TextRows::new(&opened.files);
+            let unmappable = || Failure::new("File contains external, encrypted or compressed clusters.");
             session.print(TextRows::HEADER)?;
-            walk(session, &opened, &request.options, &mut |extent| rows.row(extent))?;
+            walk(session, &opened, &request.options, &mut |extent| rows.row(extent).ok_or_else(unmappable))?;
         }
         OutputFormat::Json => {
             let mut rows = JsonRows::default();

@@ -7,13 +7,14 @@ use crate::failure::Failure;
 use crate::numbers::{SIGNED, parse_argument};
 use crate::open::read_name;
 use crate::persona;
-use crate::render::json;
 use crate::session::Session;
 use qcow2_blockdev::{KeyValues, NewOptions, OpenedDisk, new_image_format, open, open_snapshot};
 use qcow2_core::ImageFormat;
 use qcow2_ops::ErrorKind;
-use qcow2_ops::measure::{Measure, Measured, measure};
+use qcow2_ops::measure::{Measured, measure};
 use qcow2_ops::snapshot::SnapshotName;
+use qcow2_report::json;
+use qcow2_report::measure::{to_json, to_text};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
@@ -31,8 +32,8 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let target = options.measure_target(request.image.objects.secrets()).map_err(persona::measured)?;
     let measured = measure(what, &target).map_err(|error| failure(&error))?;
     session.print(&match request.output {
-        OutputFormat::Human => text(&measured),
-        OutputFormat::Json => json::pretty(&value(&measured)),
+        OutputFormat::Human => to_text(&measured),
+        OutputFormat::Json => json::pretty(&to_json(&measured)),
     })?;
     Ok(exit::SUCCESS)
 }
@@ -103,25 +104,6 @@ impl Request {
                 .after(failure.texts())
         })
     }
-}
-
-fn text(measured: &Measure) -> String {
-    let mut text =
-        format!("required size: {}\nfully allocated size: {}\n", measured.required, measured.fully_allocated);
-    if let Some(bytes) = measured.bitmaps {
-        text += &format!("bitmaps size: {bytes}\n");
-    }
-    text
-}
-
-fn value(measured: &Measure) -> serde_json::Value {
-    let mut out = serde_json::Map::new();
-    if let Some(bytes) = measured.bitmaps {
-        out.insert("bitmaps".to_owned(), bytes.into());
-    }
-    out.insert("required".to_owned(), measured.required.into());
-    out.insert("fully-allocated".to_owned(), measured.fully_allocated.into());
-    serde_json::Value::Object(out)
 }
 
 fn failure(error: &qcow2_ops::Error) -> Failure {

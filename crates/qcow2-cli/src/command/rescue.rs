@@ -10,12 +10,12 @@ use crate::numbers::{SIGNED, parse_argument};
 use crate::open::read_name;
 use crate::persona;
 use crate::progress::Meter;
-use crate::render::{json, rescue as render};
 use crate::session::Session;
 use qcow2_blockdev::{Compression, open, open_bytes};
 use qcow2_core::HostOffset;
 use qcow2_image::Threads;
 use qcow2_ops::{ConvertOptions, RescueFiles, RescueOptions, RescueReport, convert, rescue};
+use qcow2_report::{json, rescue as render};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {

@@ -7,12 +7,12 @@ use crate::files::open_files;
 use crate::interrupt::Interrupts;
 use crate::open::{complain_of_guess, open_to_change, read_name};
 use crate::persona;
-use crate::render::info::snapshot_table;
 use crate::session::Session;
 use qcow2_blockdev::{CreateHow, ImageName, NewImageFile, NewTarget, Sharing, open};
 use qcow2_core::{BackingName, ErrorKind, Image, ImageFormat, NewSnapshot};
 use qcow2_io::{FileResolver, Policy};
 use qcow2_ops::snapshot::{self, SnapshotName};
+use qcow2_report::info::snapshot_table;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -5,12 +5,13 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::open::read_name;
 use crate::policy::policy;
-use crate::render::{human, json};
 use crate::session::Session;
 use qcow2_blockdev::open_bytes;
 use qcow2_core::ImageFormat;
-use qcow2_ops::vet::{Finding, Verdict, VetOptions, VetReport, vet};
-use serde_json::{Value, json};
+use qcow2_ops::vet::{Verdict, VetOptions, VetReport, vet};
+use qcow2_report::vet::to_json;
+use qcow2_report::{human, json};
+use serde_json::Value;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, mut args: Arguments) -> Result<u8, Failure> {
@@ -70,27 +71,4 @@ fn exit_code(verdict: Verdict) -> u8 {
         Verdict::Unknown => exit::VET_UNKNOWN,
         Verdict::Unsafe => exit::VET_UNSAFE,
     }
-}
-
-fn to_json(filename: &str, report: &VetReport) -> Value {
-    let finding = |finding: &Finding| {
-        json!({
-            "kind": finding.kind(),
-            "verdict": finding.verdict().name(),
-            "offset": finding.offset(),
-            "seen": finding.numbers().map(|(seen, _)| seen),
-            "allowed": finding.numbers().map(|(_, allowed)| allowed),
-            "name": finding.named().map(|(name, _)| name),
-            "name-kind": finding.named().map(|(_, kind)| kind.name()),
-            "message": finding.to_string(),
-        })
-    };
-    json!({
-        "filename": filename,
-        "verdict": report.verdict().name(),
-        "format": report.format_name(),
-        "file-length": report.file_len,
-        "virtual-size": report.virtual_size,
-        "findings": report.findings.iter().map(finding).collect::<Value>(),
-    })
 }

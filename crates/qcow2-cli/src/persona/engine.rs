@@ -172,7 +172,7 @@ fn bitmap_reason(error: &FormatError) -> String {
 }
 
 fn unknown_features(names: &[String], unnamed: u64) -> String {
-    let mut features: Vec<String> = names.iter().map(|name| crate::render::human::escaped(name)).collect();
+    let mut features: Vec<String> = names.iter().map(|name| qcow2_report::human::escaped(name)).collect();
     if unnamed != 0 {
         features.push(format!("Unknown incompatible feature: {unnamed:x}"));
     }

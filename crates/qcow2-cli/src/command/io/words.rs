@@ -1,11 +1,11 @@
 //! Errors as the system and QEMU word them, and an image's details, for the exerciser.
 
 use crate::persona;
-use crate::render::{human, info::specific_text};
 use qcow2_core::{Error, ErrorKind, find_cause};
 use qcow2_exerciser::Words;
 use qcow2_io::os_error_text;
 use qcow2_ops::info::Qcow2Info;
+use qcow2_report::{human, info::specific_text};
 use std::error::Error as StdError;
 
 /// The command's words.

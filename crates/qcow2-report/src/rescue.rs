@@ -5,7 +5,7 @@ use qcow2_ops::rescue::{HeaderSource, L1Source, Ranges};
 use serde_json::{Value, json};
 
 /// The report on the image called `filename`. `complete`: nothing is lost or guessed.
-pub(crate) fn to_json(report: &RescueReport, filename: &str) -> Value {
+pub fn to_json(report: &RescueReport, filename: &str) -> Value {
     let (l1, l1_found) = match report.l1 {
         L1Source::Named(at) => (Some(at.value()), false),
         L1Source::Found(at) => (Some(at.value()), true),

@@ -12,7 +12,7 @@ const WIDEN: &str = "Use qemu-img amend to increase the refcount entry width or 
                      clean copy if the image cannot be opened for writing";
 
 /// One finding, as it stands on standard error, perhaps of several lines. `program`: its own name.
-pub(crate) fn finding(finding: &Finding, program: &str) -> String {
+pub fn finding(finding: &Finding, program: &str) -> String {
     match finding {
         Finding::PastEnd { offset, len, .. } => format!(
             "ERROR: counting reference for region exceeding the end of the file by one cluster or more: \
@@ -112,7 +112,7 @@ fn snapshot(fault: &SnapshotFault, program: &str) -> String {
 }
 
 /// The counts for people.
-pub(crate) fn to_text(report: &CheckReport) -> String {
+pub fn to_text(report: &CheckReport) -> String {
     let mut out = String::new();
     if report.corruptions == 0 && report.leaks == 0 && report.check_errors == 0 {
         out.push_str("No errors were found on the image.\n");
@@ -155,15 +155,15 @@ pub(crate) fn to_text(report: &CheckReport) -> String {
 
 /// What a repair changed.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Fixed {
+pub struct Fixed {
     /// Refcounts that were too high.
-    pub(crate) leaks: u64,
+    pub leaks: u64,
     /// Everything else.
-    pub(crate) corruptions: u64,
+    pub corruptions: u64,
 }
 
 /// The counts as qemu-img's JSON object, keys in its order.
-pub(crate) fn to_json(report: &CheckReport, fixed: &Fixed, filename: &str, format: &str) -> Value {
+pub fn to_json(report: &CheckReport, fixed: &Fixed, filename: &str, format: &str) -> Value {
     let mut out = Map::new();
     let mut put = |key: &str, number: u64| {
         if number > 0 || key == "check-errors" {
@@ -188,14 +188,14 @@ pub(crate) fn to_json(report: &CheckReport, fixed: &Fixed, filename: &str, forma
 }
 
 /// What a repair would change, below the counts.
-pub(crate) fn changes_text(changes: Option<&[String]>) -> String {
+pub fn changes_text(changes: Option<&[String]>) -> String {
     let Some(changes) = changes else { return String::new() };
     let lines: String = changes.iter().map(|change| format!("    {change}\n")).collect();
     format!("\nNothing was written. A repair would change:\n{lines}")
 }
 
 /// The same in the JSON object.
-pub(crate) fn with_changes(mut told: Value, changes: Option<Vec<String>>) -> Value {
+pub fn with_changes(mut told: Value, changes: Option<Vec<String>>) -> Value {
     if let (Some(changes), Some(map)) = (changes, told.as_object_mut()) {
         map.insert("dry-run".to_owned(), json!(true));
         map.insert("changes".to_owned(), json!(changes));

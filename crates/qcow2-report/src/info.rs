@@ -13,23 +13,23 @@ use std::fmt::Write;
 
 /// A report with the names that go with it.
 #[derive(Debug)]
-pub(crate) struct NamedInfo {
+pub struct NamedInfo {
     /// The image's name as it was opened.
-    pub(crate) filename: String,
+    pub filename: String,
     /// Where the backing file's name leads, if there is one.
-    pub(crate) full_backing: Option<String>,
+    pub full_backing: Option<String>,
     /// The name of its format.
-    pub(crate) format: &'static str,
+    pub format: &'static str,
     /// What the format stands on, from the top.
-    pub(crate) nodes: Vec<NodeFacts>,
+    pub nodes: Vec<NodeFacts>,
     /// What was learned.
-    pub(crate) report: InfoReport,
+    pub report: InfoReport,
     /// What it names, where the JSON says so.
-    pub(crate) references: Option<Vec<NamedFile>>,
+    pub references: Option<Vec<NamedFile>>,
 }
 
 /// The report as qemu-img's JSON object, keys in its order.
-pub(crate) fn to_json(info: &NamedInfo) -> Value {
+pub fn to_json(info: &NamedInfo) -> Value {
     let report = &info.report;
     let qcow2 = report.qcow2.as_ref();
     let backing = qcow2.and_then(|q| q.backing.as_ref());
@@ -66,7 +66,7 @@ fn named_json(named: &NamedFile) -> Value {
 }
 
 /// The report for people.
-pub(crate) fn to_text(info: &NamedInfo) -> String {
+pub fn to_text(info: &NamedInfo) -> String {
     let report = &info.report;
     let disk_size = report.used_bytes.map_or_else(|| "unavailable".to_owned(), human::size);
     let filename = human::escaped(&info.filename);
@@ -87,7 +87,7 @@ pub(crate) fn to_text(info: &NamedInfo) -> String {
 }
 
 /// The heading and one line a snapshot.
-pub(crate) fn snapshot_table(snapshots: &[Snapshot]) -> String {
+pub fn snapshot_table(snapshots: &[Snapshot]) -> String {
     let mut out =
         String::from("ID      TAG               VM_SIZE                DATE        VM_CLOCK     ICOUNT\n");
     for snapshot in snapshots {
@@ -131,7 +131,7 @@ fn push_qcow2(out: &mut String, qcow2: &Qcow2Info, full_backing: Option<&str>) {
 }
 
 /// What only this format has, for people.
-pub(crate) fn specific_text(qcow2: &Qcow2Info) -> String {
+pub fn specific_text(qcow2: &Qcow2Info) -> String {
     format!("Format specific information:\n{}", human::tree(&specific_json(qcow2), 1))
 }
 

@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::fmt::Write;
 
 /// `value`, pretty, with a newline at the end.
-pub(crate) fn pretty(value: &Value) -> String {
+pub fn pretty(value: &Value) -> String {
     let mut text = String::new();
     push_value(&mut text, value, 0);
     text.push('\n');

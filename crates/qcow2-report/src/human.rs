@@ -1,11 +1,11 @@
 //! Numbers and names for people.
 
-pub(crate) use qcow2_blockdev::escaped;
+pub use qcow2_blockdev::escaped;
 use serde_json::Value;
 use std::fmt::Write;
 
 /// `bytes` with three significant digits and a unit: `1.43 MiB`. A unit starts at 1000 of the smaller one.
-pub(crate) fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     let mut unit = 0;
     while unit + 1 < UNITS.len() && bytes as f64 >= 1000.0 * scale(unit) {
         unit += 1;
@@ -15,7 +15,7 @@ pub(crate) fn size(bytes: u64) -> String {
 
 /// A tree as indented lines: `key: value`, `key:` above what is inside, `[0]:` for items; dashes of keys as
 /// spaces.
-pub(crate) fn tree(value: &Value, depth: usize) -> String {
+pub fn tree(value: &Value, depth: usize) -> String {
     let mut out = String::new();
     push_tree(&mut out, value, depth);
     out
