@@ -17,7 +17,7 @@ use crate::image::Image;
 use crate::invariant;
 use crate::open::OpenOptions;
 use crate::port::resolver::ResolvedSource;
-use crate::port::storage::Storage;
+use crate::port::storage::{Length, Storage, ZeroMode};
 use ::alloc::string::String;
 use ::alloc::sync::Arc;
 use ::alloc::vec;
@@ -109,6 +109,11 @@ pub fn create(
     options: &CreateOptions,
 ) -> Result<()> {
     options.check().map_err(refused)?;
+    let target = data.unwrap_or(storage);
+    let space = match data {
+        Some(data) if !data.limits().growable() => Preallocation::Off,
+        _ => space_on(&**target, options.preallocation).map_err(refused)?,
+    };
     let mut header = header_for(options)?;
     let format = header.l2_format().map_err(invalid)?;
     let geometry = format.geometry;
@@ -128,8 +133,9 @@ pub fn create(
     if let Some(NewEncryption::Luks(area)) = &options.encryption {
         storage.write_at(at(layout.luks_start()), &area.0)?;
     }
-    write_mapping(&**storage, &format, &layout, options)?;
-    preallocate_data(&**storage, data, &geometry, &layout, options)?;
+    let stale = !target.limits().growable() && !options.data_file_raw;
+    write_mapping(&**storage, &format, &layout, options, stale)?;
+    preallocate_data(&**storage, data, &layout, options, space)?;
     if let Some(data) = data {
         data.flush()?;
     }
@@ -220,7 +226,7 @@ fn plan_layout(geometry: &Geometry, options: &CreateOptions) -> Result<Layout> {
 /// releases it only once while the inode is cached; that once is needed for the data that comes later.
 fn make_room(storage: &dyn Storage, header: &Header) -> Result<()> {
     let end = header.l1_table_offset.value() + u64::from(header.l1_size) * 8;
-    if storage.limits().growable && storage.len()? < end {
+    if storage.limits().growable() && storage.len()? < end {
         storage.set_len(end)?;
     }
     Ok(())
@@ -248,12 +254,14 @@ fn write_refcounts(storage: &dyn Storage, geometry: &Geometry, layout: &Layout) 
     })
 }
 
-/// Writes the L1 table and, with preallocation, the L2 tables.
+/// Writes the L1 table and, with preallocation, the L2 tables. `stale`: the data clusters hold what was there
+/// before, which the disk must not show.
 fn write_mapping(
     storage: &dyn Storage,
     format: &L2Format,
     layout: &Layout,
     options: &CreateOptions,
+    stale: bool,
 ) -> Result<()> {
     let size = format.geometry.cluster_size();
     let l1_at = HostOffset::new(layout.l1_start() * size);
@@ -272,6 +280,7 @@ fn write_mapping(
     let (allocated, zero) = match &options.encryption {
         _ if options.extended_l2 => (0, 0),
         Some(_) => (0, 1),
+        None if stale && options.version >= Version::V3 => (0, 1),
         None => (1, 0),
     };
     let words_per_entry = format.geometry.l2_entry_size() / 8;
@@ -286,26 +295,44 @@ fn write_mapping(
     })
 }
 
+/// What `mode` comes to on the storage of an image: one of fixed length has its space already. Errors: a mode
+/// that a device is not asked for.
+fn space_on(storage: &dyn Storage, mode: Preallocation) -> core::result::Result<Preallocation, Refusal> {
+    match (storage.limits().length, mode) {
+        (Length::Grows, mode) => Ok(mode),
+        (Length::Device, Preallocation::Falloc | Preallocation::Full) => {
+            Err(Refusal::PreallocationOnDevice(mode))
+        }
+        _ => Ok(Preallocation::Off),
+    }
+}
+
 fn preallocate_data(
     storage: &dyn Storage,
     data: Option<&Arc<dyn Storage>>,
-    geometry: &Geometry,
     layout: &Layout,
     options: &CreateOptions,
+    space: Preallocation,
 ) -> Result<()> {
     let size = options.size.next_multiple_of(512);
     let (target, start, end) = match (&options.data_file, data) {
         (Some(_), Some(data)) => (&**data, 0, size),
         (Some(_), None) => return Ok(()),
         (None, _) => {
-            (storage, layout.data_start() * geometry.cluster_size(), layout.end() * geometry.cluster_size())
+            let (start, end) = (layout.data_start(), layout.end());
+            (storage, start * options.cluster_size, end * options.cluster_size)
         }
     };
     if layout.data == 0 && options.data_file.is_none() {
         return Ok(());
     }
-    match options.preallocation {
-        Preallocation::Off | Preallocation::Metadata => target.set_len(end)?,
+    match space {
+        // Version 2 has no other way to say that there are zeroes.
+        Preallocation::Off if !target.limits().growable() && options.version < Version::V3 => {
+            target.fit(end)?;
+            target.write_zeroes(HostOffset::new(start), end - start, ZeroMode::KeepAllocated)?;
+        }
+        Preallocation::Off | Preallocation::Metadata => target.fit(end)?,
         Preallocation::Falloc => target.allocate(HostOffset::new(start), end - start)?,
         Preallocation::Full => write_zeroes(target, start, end)?,
     }
@@ -315,8 +342,8 @@ fn preallocate_data(
 /// Writes zeroes, so that no later write can run out of space. Sets the length first, so that a length that
 /// the storage cannot have fails before anything is written.
 fn write_zeroes(target: &dyn Storage, start: u64, end: u64) -> Result<()> {
-    if target.limits().growable && target.len()? < end {
-        target.set_len(end)?;
+    if target.len()? < end {
+        target.fit(end)?;
     }
     let zeroes = vec![0; BATCH as usize];
     let mut at = start;

@@ -159,7 +159,7 @@ impl Image {
             return Ok(());
         }
         match self.file.storage().set_len(end) {
-            Err(error) if error.kind() != StorageErrorKind::Unsupported => Err(error.into()),
+            Err(error) if !matches!(error.kind(), StorageErrorKind::FixedLength(_)) => Err(error.into()),
             _ => Ok(()),
         }
     }

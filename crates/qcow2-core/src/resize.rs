@@ -16,6 +16,7 @@ use ::alloc::format;
 use core::ops::ControlFlow;
 use qcow2_format::HeaderField;
 use qcow2_format::bytes::table_bytes;
+use qcow2_format::feature::AutoclearFeatures;
 use qcow2_format::limit::MAX_L1_TABLE_SIZE;
 use qcow2_format::{GuestOffset, GuestRange};
 
@@ -29,7 +30,8 @@ impl Image {
     ///
     /// Disk: in the order above; an external data file gets exactly `size` bytes. Errors: `InvalidOption` for
     /// a size that is no multiple of 512 or needs a larger L1 table than allowed; `Unsupported` for a version
-    /// 2 image with snapshots; `NoSpace`, `Storage`. Spec: "Header", "Cluster mapping".
+    /// 2 image with snapshots; `NoSpace`; `Storage`, before anything is written if the data file is a device of
+    /// another length. Spec: "Header", "Cluster mapping".
     pub(crate) fn change_size(&self, size: u64) -> Result<()> {
         self.resize_while(size, &mut || ControlFlow::Continue(()))
     }
@@ -49,6 +51,15 @@ impl Image {
             let message = "a version 2 image with snapshots cannot be resized";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
+        if let Some(data) = self.file.data_file()
+            && !data.limits().growable()
+        {
+            // Changes nothing: a raw data file may be longer than its disk, any other has its length.
+            match header.features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE) {
+                true => data.fit(size)?,
+                false => data.set_len(size)?,
+            }
+        }
         self.begin_resize_of_bitmaps(size)?;
         self.begin_change()?;
         let wanted = size;
@@ -58,7 +69,9 @@ impl Image {
         }
         debug_assert_eq!(self.size(), size, "the size in memory is not the one for the header");
         self.header.update(&[HeaderField::Size(size)])?;
-        if let Some(data) = self.file.data_file() {
+        if let Some(data) = self.file.data_file()
+            && data.limits().growable()
+        {
             data.set_len(size)?;
         }
         self.resize_bitmaps(size)?;

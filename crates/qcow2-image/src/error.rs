@@ -252,7 +252,7 @@ fn of_storage(kind: StorageErrorKind) -> ErrorKind {
     match kind {
         StorageErrorKind::NoSpace => ErrorKind::NoSpace,
         StorageErrorKind::ReadOnly => ErrorKind::ReadOnly,
-        StorageErrorKind::Unsupported => ErrorKind::Unsupported,
+        StorageErrorKind::Unsupported | StorageErrorKind::FixedLength(_) => ErrorKind::Unsupported,
         _ => ErrorKind::Io,
     }
 }

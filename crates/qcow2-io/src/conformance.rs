@@ -309,7 +309,7 @@ fn padded_reads(storage: &dyn Storage) -> Case {
 fn limits_are_sensible(storage: &dyn Storage) -> Case {
     let limits = storage.limits();
     ensure!(limits.alignment.is_power_of_two(), "alignment {}", limits.alignment);
-    ensure!(limits.growable, "cannot grow; the suite needs a growable storage");
+    ensure!(limits.growable(), "cannot grow; the suite needs a growable storage");
     write(storage, 0, &[1; 4096])?;
     if let Some(used) = storage.used_bytes().map_err(text)? {
         ensure!(used < 1 << 40, "4096 bytes use {used}");

@@ -95,6 +95,15 @@ impl Call {
         )
     }
 
+    /// The error for a range past the end of a device, which is `len` bytes long: it is full.
+    pub(crate) fn no_room(self, len: u64) -> StorageError {
+        let message = format!(
+            "{} of {} bytes at {} ends past the end of the device at {len}",
+            self.name, self.len, self.offset
+        );
+        StorageError::new(StorageErrorKind::NoSpace, message).with_os_code(NO_SPACE)
+    }
+
     /// The error for a range past the end of a storage of fixed size.
     pub(crate) fn past_end(self, len: u64) -> StorageError {
         StorageError::new(
@@ -104,8 +113,14 @@ impl Call {
                 self.name, self.len, self.offset
             ),
         )
+        .with_os_code(INVALID)
     }
 }
+
+/// `EINVAL`: what servers say of a request past the end.
+const INVALID: i32 = 22;
+/// `ENOSPC`: what systems say of a write past the end of a device.
+const NO_SPACE: i32 = 28;
 
 /// The largest length of a storage: file offsets are signed 64-bit numbers on every system.
 pub(crate) const MAX_LEN: u64 = i64::MAX as u64;

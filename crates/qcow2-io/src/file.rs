@@ -14,7 +14,7 @@ use crate::open_files::{HeldFile, source_id};
 use crate::space::Space;
 use crate::sys::{self, Run};
 use qcow2_core::{
-    HostOffset, Limits, SourceId, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
+    HostOffset, Length, Limits, SourceId, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
 };
 use std::any::Any;
 use std::fs::File;
@@ -165,7 +165,7 @@ impl FileStorage {
             return Err(call.read_only());
         }
         if !self.regular && end > self.length() {
-            return Err(call.past_end(self.length()));
+            return Err(call.no_room(self.length()));
         }
         Ok(end)
     }
@@ -368,7 +368,7 @@ impl Storage for FileStorage {
             return match len == self.length() {
                 true => Ok(()),
                 false => Err(StorageError::new(
-                    StorageErrorKind::Unsupported,
+                    StorageErrorKind::FixedLength(Length::Device),
                     format!("resize to {len} bytes: the device has a fixed size of {} bytes", self.length()),
                 )),
             };
@@ -444,7 +444,7 @@ impl Storage for FileStorage {
 
     fn limits(&self) -> Limits {
         let mut limits = Limits::default();
-        limits.growable = self.regular;
+        limits.length = if self.regular { Length::Grows } else { Length::Device };
         limits.fast_zeroes = self.space.has_fast_zeroes();
         limits.alignment = self.direct.as_ref().map_or(1, |direct| direct.block() as u32);
         limits

@@ -1,7 +1,9 @@
 //! A null device: reads return zeroes, writes are dropped.
 
 use crate::error::Call;
-use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+use qcow2_core::{
+    HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
+};
 use std::thread;
 use std::time::Duration;
 
@@ -71,7 +73,7 @@ impl Storage for NullStorage {
             return Ok(());
         }
         let message = format!("resize to {len} bytes: a null device has a fixed size of {} bytes", self.len);
-        Err(StorageError::new(StorageErrorKind::Unsupported, message))
+        Err(StorageError::new(StorageErrorKind::FixedLength(Length::Fixed), message))
     }
 
     fn flush(&self) -> Result<(), StorageError> {
@@ -84,7 +86,7 @@ impl Storage for NullStorage {
 
     fn limits(&self) -> Limits {
         let mut limits = Limits::default();
-        limits.growable = false;
+        limits.length = Length::Fixed;
         limits.fast_zeroes = true;
         limits
     }

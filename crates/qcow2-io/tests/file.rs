@@ -224,7 +224,7 @@ fn a_block_device_has_a_fixed_size() {
     let Some(device) = LoopDevice::new(LEN) else { return };
     for mode in [CacheMode::Writeback, CacheMode::None] {
         let storage = OpenFile::writable().with_cache(mode).open_file(&device.path).unwrap();
-        assert!(!storage.is_regular() && !storage.limits().growable);
+        assert!(!storage.is_regular() && !storage.limits().growable());
         assert_eq!(storage.len().unwrap(), LEN);
         for (start, count) in [(0, 4096), (513, 1), (LEN - 100, 100), (65_536, 1 << 20), (1000, 100_000)] {
             storage.write_at(at(0), &vec![7; LEN as usize]).unwrap();

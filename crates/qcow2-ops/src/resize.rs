@@ -6,7 +6,8 @@ use qcow2_core::format::Version;
 pub use qcow2_core::format::limit::MAX_DISK_SIZE;
 use qcow2_core::format::limit::MAX_L1_ENTRIES;
 use qcow2_core::{
-    GuestDisk, GuestOffset, GuestRange, HostOffset, Image, Piece, Preallocation, Storage, ZeroMode,
+    GuestDisk, GuestOffset, GuestRange, HostOffset, Image, Length, Piece, Preallocation, Storage,
+    StorageErrorKind, ZeroMode,
 };
 use std::fmt;
 use std::ops::ControlFlow;
@@ -73,6 +74,8 @@ pub enum Refusal {
     L1TooLarge,
     /// A raw disk has no metadata to preallocate.
     RawMetadata,
+    /// A block device has its space: none can be reserved on it.
+    PreallocationOnDevice(Preallocation),
 }
 
 impl fmt::Display for Refusal {
@@ -86,6 +89,9 @@ impl fmt::Display for Refusal {
             Self::Version2Snapshots => f.write_str("a version 2 image with snapshots cannot be resized"),
             Self::L1TooLarge => write!(f, "the l1 table would have more than {MAX_L1_ENTRIES} entries"),
             Self::RawMetadata => f.write_str("a raw disk has no metadata to preallocate"),
+            Self::PreallocationOnDevice(mode) => {
+                write!(f, "preallocation is {}, not possible on a block device", mode.name())
+            }
         }
     }
 }
@@ -115,9 +121,15 @@ pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions, progress: &dyn Prog
         qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, error.to_string()),
         _ => failed(error),
     })?;
-    if options.preallocation != Preallocation::Off {
+    let preallocation = match (options.preallocation, length_of(disk)) {
+        (Preallocation::Falloc | Preallocation::Full, Length::Export | Length::Fixed) => {
+            Preallocation::Metadata
+        }
+        (mode, _) => mode,
+    };
+    if preallocation != Preallocation::Off {
         let new = GuestRange::between(GuestOffset::new(old), GuestOffset::new(size));
-        if let Err(error) = fill(disk, new, options.preallocation, progress) {
+        if let Err(error) = fill(disk, new, preallocation, progress) {
             // Report the preallocation error, even if shrinking fails as well.
             let _ = disk.resize(old);
             return Err(match error.kind() {
@@ -147,6 +159,16 @@ fn fill(
     disk.flush()
 }
 
+/// What the storage of a disk's data says of its length.
+fn length_of(disk: &dyn GuestDisk) -> Length {
+    let limits = match (disk.as_image(), disk.as_raw()) {
+        (Some(image), _) => image.data_storage().map(|storage| storage.limits()),
+        (_, Some(raw)) => Some(raw.storage().limits()),
+        _ => None,
+    };
+    limits.unwrap_or_default().length
+}
+
 /// The new size in bytes, if it is allowed.
 pub(crate) fn plan(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<u64, Refusal> {
     // A raw disk counts in whole sectors.
@@ -166,12 +188,19 @@ pub(crate) fn plan(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<u64,
     if size > MAX_DISK_SIZE {
         return Err(Refusal::TooLarge(size));
     }
+    let length = length_of(disk);
     let Some(image) = disk.as_image() else {
-        return match options.preallocation {
-            Preallocation::Metadata => Err(Refusal::RawMetadata),
+        return match (length, options.preallocation) {
+            (Length::Device, mode) if mode != Preallocation::Off => Err(Refusal::PreallocationOnDevice(mode)),
+            (Length::Grows, Preallocation::Metadata) => Err(Refusal::RawMetadata),
             _ => Ok(size),
         };
     };
+    if let (Length::Device, mode @ (Preallocation::Falloc | Preallocation::Full)) =
+        (length, options.preallocation)
+    {
+        return Err(Refusal::PreallocationOnDevice(mode));
+    }
     let header = image.header();
     if !size.is_multiple_of(512) {
         return Err(Refusal::NotSectors(size));
@@ -223,7 +252,13 @@ fn reserve(
         Preallocation::Falloc => {
             // Zeroed first: `allocate` keeps the content.
             storage.write_zeroes(start, len, ZeroMode::KeepAllocated)?;
-            storage.allocate(start, len)?;
+            match storage.allocate(start, len) {
+                // Some file systems cannot reserve; what is written has its space as well.
+                Err(error) if error.kind() == StorageErrorKind::Unsupported => {
+                    reserve(storage, start, len, Preallocation::Full, progress)?;
+                }
+                done => done?,
+            }
         }
         Preallocation::Full => {
             let zeroes = vec![0; usize::try_from(len.min(PIECE)).unwrap_or(0)];

@@ -165,7 +165,7 @@ impl DiskState {
         if end <= self.live.len() {
             return Ok(end);
         }
-        if !self.limits.growable {
+        if !self.limits.growable() {
             return Err(StorageError::new(
                 StorageErrorKind::OutOfRange,
                 format!("{len} bytes at {offset} end past the fixed size {:#x}", self.live.len()),
@@ -321,8 +321,9 @@ impl Storage for CrashStorage {
 
     fn set_len(&self, len: u64) -> Result<(), StorageError> {
         self.world.change(self.index, |disk, change| {
-            if !disk.limits.growable && len != disk.live.len() {
-                return Err(StorageError::new(StorageErrorKind::Unsupported, "storage has a fixed size"));
+            if !disk.limits.growable() && len != disk.live.len() {
+                let kind = StorageErrorKind::FixedLength(disk.limits.length);
+                return Err(StorageError::new(kind, "storage has a fixed size"));
             }
             disk.check_end(HostOffset::new(len), 0)?;
             disk.set_len(change, len);

@@ -15,8 +15,8 @@ use crate::tree::Node;
 use crate::warning::Warning;
 use qcow2_core::format::FormatErrorKind;
 use qcow2_core::{
-    BackingName, CreateOptions, ImageFormat, NewEncryption, RawOptions, Refusal, Storage, create_container,
-    create_raw, find_cause,
+    BackingName, CreateOptions, ImageFormat, NewEncryption, Preallocation, RawOptions, Refusal, Storage,
+    create_container, create_raw, find_cause,
 };
 use qcow2_io::{Create, FileStorage, OpenFile, OpenFiles, OsError, SourceError};
 use qcow2_ops::{CallerError, NewStorage};
@@ -165,10 +165,12 @@ fn make_raw(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<()> {
     let raw = RawOptions { size: size(options), preallocation: options.preallocation()? };
     let mut prepared = Prepared::default();
     prepared.add(path, &files.how.unfinished)?;
-    raw.check().map_err(CreateFailureKind::Refused)?;
+    if !is_block_device(path) {
+        raw.check().map_err(CreateFailureKind::Refused)?;
+    }
     let storage = files.open_empty(&mut prepared)?;
     if is_block_device(path) {
-        return fit(&*storage, raw.size, Driver::HostDevice);
+        return fit_raw(&*storage, &raw, Driver::HostDevice);
     }
     create_raw(&storage, &raw).map_err(|error| of_raw(&raw, error))
 }
@@ -189,7 +191,13 @@ fn make_container(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<(
     let mut prepared = Prepared::default();
     prepared.add(path, &files.how.unfinished)?;
     let (raw, encryption) = plan_container(options, files.how)?;
-    raw.check_container().map_err(CreateFailureKind::Refused)?;
+    let refusal = match raw.preallocation {
+        mode @ (Preallocation::Falloc | Preallocation::Full) if is_block_device(path) => {
+            Err(Refusal::PreallocationOnDevice(mode))
+        }
+        _ => raw.check_container(),
+    };
+    refusal.map_err(CreateFailureKind::Refused)?;
     let encryption = encryption.make()?;
     let storage = files.open_empty(&mut prepared)?;
     if is_block_device(path) {
@@ -218,7 +226,10 @@ fn make_in_existing(node: &Node, options: &NewOptions, how: &CreateHow<'_>) -> M
             let new = plan(options, &how.secrets)?;
             qcow2_core::create(&storage, None, &new).map_err(|error| of_qcow2(new, error))
         }
-        _ => fit(&*storage, size(options), Driver::Nbd),
+        _ => {
+            let raw = RawOptions { size: size(options), preallocation: options.preallocation()? };
+            fit_raw(&*storage, &raw, Driver::Nbd)
+        }
     }
 }
 
@@ -237,6 +248,13 @@ fn plan_container(options: &NewOptions, how: &CreateHow<'_>) -> Made<(RawOptions
 fn write_container(storage: &Arc<dyn Storage>, raw: &RawOptions, encryption: &NewEncryption) -> Made<()> {
     let NewEncryption::Luks(area) = encryption else { return Ok(()) };
     create_container(storage, raw, area).map_err(|error| of_raw(raw, error))
+}
+
+fn fit_raw(storage: &dyn Storage, raw: &RawOptions, driver: Driver) -> Made<()> {
+    match raw.preallocation {
+        Preallocation::Off => fit(storage, raw.size, driver),
+        mode => Err(CreateFailureKind::NothingToPreallocate(mode)),
+    }
 }
 
 /// What is there already is taken as it is, if it is large enough.

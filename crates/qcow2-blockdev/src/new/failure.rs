@@ -79,6 +79,8 @@ pub enum CreateFailureKind {
     },
     /// What is there already is smaller than the image.
     TooSmall(Driver),
+    /// What is there already has its space.
+    NothingToPreallocate(Preallocation),
     /// What is there already does not answer.
     Storage(StorageError),
     /// An image on a server's disk has no files beside it.
@@ -174,6 +176,9 @@ impl fmt::Display for CreateFailureKind {
             }
             Self::NotWritable { path, error } => write!(f, "'{path}' cannot be made: {error}"),
             Self::File { error, .. } => error.fmt(f),
+            Self::NothingToPreallocate(mode) => {
+                write!(f, "preallocation is {}, what is there already allows off", mode.name())
+            }
             Self::TooSmall(_) => f.write_str("what is there already is too small for the image"),
             Self::Storage(error) => error.fmt(f),
             Self::DataFileOnServer => f.write_str("a server's disk has no data file beside it"),

@@ -9,7 +9,8 @@ use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::read_size;
-use qcow2_core::{ErrorKind, GuestDisk, Preallocation, find_cause};
+use qcow2_core::format::AutoclearFeatures;
+use qcow2_core::{ErrorKind, GuestDisk, Image, Preallocation, StorageError, StorageErrorKind, find_cause};
 use qcow2_ops::resize::{MAX_DISK_SIZE, NewSize, Refusal, ResizeOptions};
 
 /// Runs the verb.
@@ -97,13 +98,27 @@ fn failure(
         let reason = error.core_error().map_or_else(|| persona::chain(error), |e| persona::cause(e));
         // A raw file gets its length and its space in one.
         let one_step = preallocation == Preallocation::Falloc && disk.as_raw().is_some();
+        let fixed = |error: &StorageError| matches!(error.kind(), StorageErrorKind::FixedLength(_));
+        if find_cause::<StorageError>(error).is_some_and(fixed) {
+            let raw_data =
+                |image: &Image| image.header().features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE);
+            if disk.as_image().is_some_and(raw_data) {
+                return Failure::new(reason);
+            }
+            return Failure::new(reason.replacen("Cannot grow", "Cannot resize", 1));
+        }
         if error.kind() != qcow2_ops::ErrorKind::Preallocate && !one_step {
             return Failure::new(format!("Could not resize file: {reason}"));
         }
         let own_file = disk.as_image().is_some_and(|image| !image.header().has_data_file());
         return Failure::new(format!("{}: {reason}", persona::no_space(preallocation, own_file)));
     };
-    refusal_text(session, refusal)
+    match refusal {
+        Refusal::PreallocationOnDevice(mode) if disk.as_image().is_some() => {
+            Failure::new(format!("Failed to resize underlying file: {}", persona::on_device(*mode)))
+        }
+        refusal => refusal_text(session, refusal),
+    }
 }
 
 /// Why a disk is not resized, in QEMU's words.
@@ -115,6 +130,7 @@ pub(super) fn refusal_text(session: &Session, refusal: &Refusal) -> Failure {
         Refusal::NotSectors(_) => "The new size must be a multiple of 512".to_owned(),
         Refusal::Version2Snapshots => "Can't resize a v2 image which has snapshots".to_owned(),
         Refusal::L1TooLarge => "Failed to grow the L1 table: File too large".to_owned(),
+        Refusal::PreallocationOnDevice(mode) => persona::on_device(*mode),
         Refusal::RawMetadata => "Unsupported preallocation mode: metadata".to_owned(),
         Refusal::WouldShrink => {
             let failure = Failure::new("Use the --shrink option to perform a shrink operation.");

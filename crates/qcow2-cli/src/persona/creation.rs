@@ -9,7 +9,7 @@ use crate::failure::Failure;
 use qcow2_blockdev::{CreateFailure, CreateFailureKind as Kind, Driver, OptionError, OptionErrorKind};
 use qcow2_core::format::FormatErrorKind;
 use qcow2_core::format::limit::{MAX_DISK_SIZE, MAX_FILE_OFFSET};
-use qcow2_core::{Error, ImageFormat, Preallocation, Refusal, StorageError, find_cause};
+use qcow2_core::{Error, ImageFormat, Preallocation, Refusal, StorageError, StorageErrorKind, find_cause};
 use qcow2_crypt::{CipherMode, CipherSpec, CryptError};
 
 impl From<CreateFailure> for Failure {
@@ -86,6 +86,7 @@ fn told(failure: &CreateFailure) -> (String, Vec<String>) {
         }
         Kind::NotWritable { path, error } => format!("Could not create '{path}': {error}"),
         Kind::File { path, error } => return with_hint(source_reason(error, path)),
+        Kind::NothingToPreallocate(mode) => format!("Unsupported preallocation mode '{}'", mode.name()),
         Kind::TooSmall(Driver::Nbd) => "Cannot grow NBD nodes".to_owned(),
         Kind::TooSmall(_) => "Cannot grow device files".to_owned(),
         Kind::Storage(error) => storage(error),
@@ -116,7 +117,10 @@ fn not_written(preallocation: Preallocation, in_image: bool, format: &ImageForma
     let Some(cause) = find_cause::<StorageError>(error) else {
         return format!("creating the image: {}", chain(error));
     };
+    let fixed = matches!(cause.kind(), StorageErrorKind::FixedLength(_));
     let step = match preallocation {
+        Preallocation::Off | Preallocation::Metadata if fixed => "Could not resize image".to_owned(),
+        _ if fixed && in_image => "Could not resize image: Failed to resize underlying file".to_owned(),
         Preallocation::Off if in_image => "Could not write the image".to_owned(),
         _ if *format == ImageFormat::Qcow2 => {
             format!("Could not resize image: {}", no_space(preallocation, in_image))
@@ -153,8 +157,16 @@ fn refused(refusal: &Refusal, format: &ImageFormat) -> String {
             format!("Could not resize image: {}", exceeds(size))
         }
         (Refusal::SizeTooLarge(_), _) => too_large(&ImageFormat::Qcow2),
+        (Refusal::PreallocationOnDevice(mode), ImageFormat::Qcow2) => {
+            format!("Could not resize image: Failed to resize underlying file: {}", on_device(*mode))
+        }
+        (Refusal::PreallocationOnDevice(mode), _) => on_device(*mode),
         (other, _) => impossible(other),
     }
+}
+
+pub(crate) fn on_device(mode: Preallocation) -> String {
+    format!("Preallocation mode '{}' unsupported for this non-regular file", mode.name())
 }
 
 fn exceeds(size: u64) -> String {

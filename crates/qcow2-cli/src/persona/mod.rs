@@ -12,7 +12,7 @@ mod name;
 mod opening;
 mod text;
 
-pub(crate) use creation::{created, measured};
+pub(crate) use creation::{created, measured, on_device};
 pub(crate) use engine::{INCONSISTENT_HINT, engine_failure, no_space};
 pub(crate) use keys::unlock;
 pub(crate) use opening::{

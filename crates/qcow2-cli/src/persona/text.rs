@@ -2,7 +2,7 @@
 
 use crate::exit;
 use crate::failure::Failure;
-use qcow2_core::{StorageError, find_cause};
+use qcow2_core::{Length, StorageError, StorageErrorKind, find_cause};
 use qcow2_io::os_error_text;
 use std::error::Error as StdError;
 
@@ -11,7 +11,11 @@ pub(super) const BACKING: &str = "Could not open backing file: ";
 
 /// The operating system's text for a failed storage call, or our own.
 pub(crate) fn storage(error: &StorageError) -> String {
-    error.os_code().map_or_else(|| chain(error), os_error_text)
+    match error.kind() {
+        StorageErrorKind::FixedLength(Length::Device) => "Cannot grow device files".to_owned(),
+        StorageErrorKind::FixedLength(Length::Export) => "Cannot grow NBD nodes".to_owned(),
+        _ => error.os_code().map_or_else(|| chain(error), os_error_text),
+    }
 }
 
 /// An error of the engine in one line: the system's text where a storage failed, else all that is known.

@@ -179,6 +179,16 @@ pub enum Preallocation {
 }
 
 impl Preallocation {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Metadata => "metadata",
+            Self::Falloc => "falloc",
+            Self::Full => "full",
+        }
+    }
+
     /// The preallocation called `name`: `off`, `metadata`, `falloc` or `full`.
     pub fn from_name(name: &str) -> Option<Self> {
         Some(match name {

@@ -1,7 +1,7 @@
 //! Creates disks of other formats: raw disks and LUKS containers.
 
 use super::options::{LuksArea, Preallocation, RawOptions};
-use super::{refused, write_zeroes};
+use super::{refused, space_on, write_zeroes};
 use crate::error::Result;
 use crate::port::storage::Storage;
 use ::alloc::sync::Arc;
@@ -14,15 +14,16 @@ use qcow2_format::HostOffset;
 /// `NoSpace`, `Storage`.
 pub fn create_raw(storage: &Arc<dyn Storage>, options: &RawOptions) -> Result<()> {
     options.check().map_err(refused)?;
+    let space = space_on(&**storage, options.preallocation).map_err(refused)?;
     let size = options.size.next_multiple_of(512);
-    match options.preallocation {
+    match space {
         Preallocation::Falloc if size > 0 => storage.allocate(HostOffset::default(), size)?,
         Preallocation::Full => {
             // A length that the storage cannot have fails before any data is written.
-            storage.set_len(size)?;
+            storage.fit(size)?;
             write_zeroes(&**storage, 0, size)?;
         }
-        _ => storage.set_len(size)?,
+        _ => storage.fit(size)?,
     }
     Ok(storage.flush()?)
 }
@@ -35,7 +36,12 @@ pub fn create_raw(storage: &Arc<dyn Storage>, options: &RawOptions) -> Result<()
 pub fn create_container(storage: &Arc<dyn Storage>, options: &RawOptions, area: &LuksArea) -> Result<()> {
     options.check_container().map_err(refused)?;
     if options.size > 0 {
-        create_raw(storage, options)?;
+        // All metadata that a container has is its header.
+        let preallocation = match options.preallocation {
+            Preallocation::Metadata => Preallocation::Off,
+            other => other,
+        };
+        create_raw(storage, &RawOptions { preallocation, ..*options })?;
     }
     storage.write_at(HostOffset::default(), &area.0)?;
     Ok(storage.flush()?)

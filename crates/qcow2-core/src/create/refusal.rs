@@ -40,6 +40,8 @@ pub enum Refusal {
     RawMetadataPreallocation,
     /// Preallocation of an encrypted image needs version 3; in version 2 its clusters would read as noise.
     EncryptedPreallocationNeedsVersion3,
+    /// A block device has its space: none can be reserved on it.
+    PreallocationOnDevice(Preallocation),
     /// Preallocated clusters need a refcount table larger than the limit.
     RefcountTableTooLarge {
         /// Clusters that the table would have.
@@ -83,6 +85,9 @@ impl fmt::Display for Refusal {
             Self::EncryptedPreallocationNeedsVersion3 => {
                 f.write_str("preallocation of an encrypted image needs version 3")
             }
+            Self::PreallocationOnDevice(mode) => {
+                write!(f, "preallocation is {}, a block device allows off and metadata", mode.name())
+            }
             Self::RefcountTableTooLarge { clusters, cluster_size } => {
                 write!(f, "refcount table would need {clusters} clusters of {cluster_size} bytes")
             }
@@ -113,7 +118,9 @@ pub(super) fn check_raw(options: &RawOptions) -> Result<(), Refusal> {
 
 /// The rules of a LUKS container, header included.
 pub(super) fn check_container(options: &RawOptions) -> Result<(), Refusal> {
-    check_raw(options)?;
+    if options.preallocation != Preallocation::Metadata {
+        check_raw(options)?;
+    }
     match options.size > limit::MAX_DISK_SIZE {
         true => Err(Refusal::SizeTooLarge(options.size)),
         false => Ok(()),

@@ -166,7 +166,7 @@ impl ImageFile {
         let (geometry, len) = (self.geometry(), self.storage.len()?);
         let packed = packed.is_some_and(|start| geometry.align_down(start) == geometry.align_down(len));
         let unit = if packed { sector } else { geometry.subcluster_size() };
-        if !len.is_multiple_of(unit) && self.storage.limits().growable {
+        if !len.is_multiple_of(unit) && self.storage.limits().growable() {
             invariant::may_write(self.writable);
             self.storage.set_len(len.next_multiple_of(unit))?;
         }

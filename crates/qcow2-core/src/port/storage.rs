@@ -20,8 +20,10 @@ pub enum StorageErrorKind {
     ReadOnly,
     /// This storage does not have the operation, for any range.
     Unsupported,
-    /// Past the end of a storage that cannot grow, or past 2^63 - 1.
+    /// Past 2^63 - 1, or a request that the storage cannot have meant.
     OutOfRange,
+    /// Another length than the one that this kind of storage always has.
+    FixedLength(Length),
 }
 
 /// A failed storage call.
@@ -92,6 +94,20 @@ pub struct StorageExtent {
     pub data: bool,
 }
 
+/// Whether a storage can change its length, and what has the length if not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Length {
+    /// It has the length it is given, as a file does.
+    Grows,
+    /// A block device.
+    Device,
+    /// A server's export.
+    Export,
+    /// Something else of fixed length.
+    Fixed,
+}
+
 /// Properties of a storage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -99,15 +115,22 @@ pub struct Limits {
     /// The alignment of offsets and lengths for the fast path, a power of two. Other requests work too: an
     /// adapter that cannot do them natively goes through a buffer.
     pub alignment: u32,
-    /// True if a write past the end makes the storage longer.
-    pub growable: bool,
+    /// Whether a write past the end makes the storage longer.
+    pub length: Length,
     /// True if [`Storage::write_zeroes`] is cheaper than writing zeroes.
     pub fast_zeroes: bool,
 }
 
+impl Limits {
+    /// Whether a write past the end makes the storage longer.
+    pub fn growable(&self) -> bool {
+        self.length == Length::Grows
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
-        Self { alignment: 1, growable: true, fast_zeroes: false }
+        Self { alignment: 1, length: Length::Grows, fast_zeroes: false }
     }
 }
 
@@ -160,8 +183,8 @@ pub trait Storage: Send + Sync {
     /// space.
     fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError>;
 
-    /// Truncates or extends the storage to `len` bytes; new bytes read as zeroes. Errors: `Unsupported` on a
-    /// device of fixed size, unless `len` is its length already.
+    /// Truncates or extends the storage to `len` bytes; new bytes read as zeroes. Errors: `FixedLength` if it
+    /// cannot have another length than it has.
     fn set_len(&self, len: u64) -> Result<(), StorageError>;
 
     /// A barrier: makes everything durable that was written by calls that returned before this one, and the
@@ -210,6 +233,15 @@ pub trait Storage: Send + Sync {
     /// in the source. Default: `None`: every byte has to be read through this storage.
     fn copy_source(&self) -> Option<&dyn Any> {
         None
+    }
+
+    /// Makes the storage `len` bytes long like [`set_len`](Self::set_len); one of fixed length only has to be
+    /// as long. Errors: `FixedLength` if it is shorter.
+    fn fit(&self, len: u64) -> Result<(), StorageError> {
+        if !self.limits().growable() && self.len()? >= len {
+            return Ok(());
+        }
+        self.set_len(len)
     }
 
     /// Fills all of `buf` like [`read_at`](Self::read_at); bytes past the end are zeroes.

@@ -102,7 +102,7 @@ impl Image {
         let own = (prepared.host.value(), prepared.host.value() + prepared.len);
         let (start, end) = prepared.edges.iter().map(place).fold(own, |a, b| (a.0.min(b.0), a.1.max(b.1)));
         let len = data.len()?;
-        if end <= len || !data.limits().growable {
+        if end <= len || !data.limits().growable() {
             return Ok(());
         }
         // The range is reserved for this write and lies past the end of the file, so zeroing destroys no

@@ -1,7 +1,7 @@
 //! A guest disk as the bytes of what stands on it.
 
 use qcow2_core::{
-    ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, Limits, Storage, StorageError,
+    ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, Length, Limits, Storage, StorageError,
     StorageErrorKind, StorageExtent, ZeroMode,
 };
 use std::sync::Arc;
@@ -93,7 +93,7 @@ impl Storage for DiskStorage {
 
     fn limits(&self) -> Limits {
         let mut limits = Limits::default();
-        limits.growable = false;
+        limits.length = Length::Fixed;
         limits.fast_zeroes = true;
         limits
     }

@@ -2,7 +2,7 @@
 
 use crate::error::Call;
 use qcow2_core::{
-    Events, HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
+    Events, HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
     forward_storage,
 };
 use std::sync::Arc;
@@ -97,7 +97,7 @@ impl Storage for WindowStorage {
         match self.len {
             Some(own) if own == len => Ok(()),
             Some(own) => Err(StorageError::new(
-                StorageErrorKind::Unsupported,
+                StorageErrorKind::FixedLength(Length::Fixed),
                 format!("resize to {len} bytes: the window has {own} and cannot change"),
             )),
             None => self.inner.set_len(self.place(call)?.value() + len),
@@ -114,7 +114,9 @@ impl Storage for WindowStorage {
 
     fn limits(&self) -> Limits {
         let mut limits = self.inner.limits();
-        limits.growable &= self.len.is_none();
+        if self.len.is_some() {
+            limits.length = Length::Fixed;
+        }
         // What is aligned here need not be aligned there.
         if !self.start.is_multiple_of(u64::from(limits.alignment.max(1))) {
             limits.alignment = 1;

@@ -11,7 +11,9 @@ pub use handshake::{NbdAddress, NbdError};
 
 use crate::error::Call;
 use handshake::Agreed;
-use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+use qcow2_core::{
+    HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
+};
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -202,7 +204,7 @@ impl Storage for NbdStorage {
         }
         let message =
             format!("resize to {len} bytes: the export has a fixed size of {} bytes", self.agreed.size);
-        Err(StorageError::new(StorageErrorKind::Unsupported, message))
+        Err(StorageError::new(StorageErrorKind::FixedLength(Length::Export), message))
     }
 
     fn flush(&self) -> Result<(), StorageError> {
@@ -238,7 +240,7 @@ impl Storage for NbdStorage {
 
     fn limits(&self) -> Limits {
         let mut limits = Limits::default();
-        limits.growable = false;
+        limits.length = Length::Export;
         limits.fast_zeroes = self.has(flag::SEND_WRITE_ZEROES);
         limits
     }

@@ -68,7 +68,7 @@ impl Job<'_> {
     pub(super) fn take(&mut self, count: u64) -> Result<u64> {
         let (first, end) = (self.end, self.end.saturating_add(count));
         let len = end.saturating_mul(self.format.geometry.cluster_size());
-        if !self.base.limits().growable && len > self.base.len().map_err(storage)? {
+        if !self.base.limits().growable() && len > self.base.len().map_err(storage)? {
             let text =
                 format!("a repair needs {count} free clusters behind the image, and the device ends there");
             return Err(Error::new(ErrorKind::Unsupported, text));

@@ -72,7 +72,7 @@ pub fn plan<'a>(
     let format = header.l2_format().map_err(failed)?;
     let geometry = format.geometry;
     let len = storage.len().map_err(job::storage)?;
-    let end = match storage.limits().growable {
+    let end = match storage.limits().growable() {
         // One more: a reference may reach into the cluster after the last one.
         true => geometry.clusters_for(len) + 1,
         false => geometry.clusters_for(report.image_end_offset.min(len)),
@@ -179,7 +179,7 @@ impl Plan<'_> {
         if end > self.fresh {
             write(self.fresh..end)?;
         }
-        if self.base.limits().growable && self.base.len()? < end {
+        if self.base.limits().growable() && self.base.len()? < end {
             self.base.set_len(end)?;
         }
         write(SECTOR_LEN as u64..self.fresh)?;

@@ -49,7 +49,12 @@ impl RefcountStore {
         let refcounts = lock(&self.state);
         self.check_counted(&refcounts)?;
         let mut old: BTreeSet<u64> = refcounts.table_run(self.geometry()).clusters().collect();
-        let mut first = self.geometry().clusters_for(self.file.storage().len()?);
+        // A device has room only before its end, and a cluster is free there if it is not counted.
+        let storage = self.file.storage();
+        let mut first = match storage.limits().growable() {
+            true => self.geometry().clusters_for(storage.len()?),
+            false => 0,
+        };
         let per_old = self.geometry().refcount_block_entries();
         for (index, &raw) in (0u64..).zip(&refcounts.table) {
             let block = decode_table_entry(raw, self.geometry()).map_err(|e| {
