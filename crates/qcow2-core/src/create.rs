@@ -122,7 +122,7 @@ pub fn create(
         let (offset, len) = (at(layout.luks_start()), area.0.len() as u64);
         header.extensions.luks = Some(LuksPointer { offset, len });
     }
-    let first = header.encode().map_err(invalid)?;
+    let first = header.encode_cluster().map_err(invalid)?;
     make_room(&**storage, &header)?;
     write_refcounts(&**storage, &geometry, &layout)?;
     if let Some(NewEncryption::Luks(area)) = &options.encryption {

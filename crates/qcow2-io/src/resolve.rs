@@ -43,6 +43,9 @@ pub struct SourceOptions {
     pub format: Option<ImageFormat>,
     /// Which names inside the image may be opened.
     pub policy: Policy,
+    /// Whether the name of an external data file starts at the current directory, as QEMU has it, and not at
+    /// that of the image.
+    pub data_from_here: bool,
 }
 
 impl SourceOptions {
@@ -94,7 +97,8 @@ pub fn open_source(path: &Path, options: &SourceOptions) -> Result<ResolvedSourc
     let mut inner = OpenFile::read_only().with_cache(options.file.cache).with_locking(locking);
     inner.open_files = options.file.open_files.clone();
     inner.allow_devices = options.policy == Policy::Allow;
-    let resolver = FileResolver { image: path.to_owned(), policy: options.policy, file: inner };
+    let (image, policy) = (path.to_owned(), options.policy);
+    let resolver = FileResolver { image, policy, file: inner, data_from_here: options.data_from_here };
     Ok(ResolvedSource { storage, format, name: path.display().to_string(), id, resolver: Arc::new(resolver) })
 }
 
@@ -178,6 +182,7 @@ pub struct FileResolver {
     policy: Policy,
     /// How files are opened; write access is set per call.
     file: OpenFile,
+    data_from_here: bool,
 }
 
 impl FileResolver {
@@ -185,11 +190,13 @@ impl FileResolver {
     pub fn new(image: impl Into<PathBuf>, policy: Policy) -> Self {
         let mut file = OpenFile::read_only();
         file.allow_devices = policy == Policy::Allow;
-        Self { image: image.into(), policy, file }
+        Self { image: image.into(), policy, file, data_from_here: false }
     }
 
-    /// Returns the path that `reference` means: relative names start at the image's directory. `Err` says why
-    /// there is none. Opens nothing and does not check the policy.
+    /// Returns the path that `reference` means: relative names start at the image's directory, that of a data
+    /// file perhaps at the current one ([`SourceOptions::data_from_here`]). `Err` says why there is none.
+    /// Opens
+    /// nothing and does not check the policy.
     pub fn locate(&self, reference: Reference<'_>) -> Result<PathBuf, ResolveError> {
         let name = match reference {
             Reference::Backing { name, .. } => local_name(name)?,
@@ -200,8 +207,11 @@ impl FileResolver {
         if name.is_empty() || name.contains('\0') {
             return Err(ResolveError::failed(format!("'{}' is not a file name", name.escape_default())));
         }
-        let directory = self.image.parent().unwrap_or(Path::new(""));
-        Ok(directory.join(name))
+        let directory = match reference {
+            Reference::DataFile { .. } if self.data_from_here => None,
+            _ => self.image.parent(),
+        };
+        Ok(directory.unwrap_or(Path::new("")).join(name))
     }
 
     /// Returns the name by which the image refers to the existing file at `file`, the inverse of
@@ -287,7 +297,8 @@ impl Resolver for FileResolver {
             _ => {}
         }
         let locking_below = Some(self.file.locking);
-        let options = SourceOptions { file, locking_below, format, policy: self.policy };
+        let (policy, data_from_here) = (self.policy, self.data_from_here);
+        let options = SourceOptions { file, locking_below, format, policy, data_from_here };
         open_source(&path, &options).map_err(|error| {
             let message = format!("could not open '{}'", path.display());
             match error {

@@ -7,7 +7,7 @@ use super::options::NewOptions;
 use super::qcow2::{data_file, plan};
 use super::target::NewTarget;
 use super::unfinished::Unfinished;
-use crate::driver::{Driver, is_block_device};
+use crate::driver::{Driver, is_device};
 use crate::failure::FailureKind;
 use crate::keys::Secrets;
 use crate::open::{Follow, OpenOptions, open_existing};
@@ -167,7 +167,7 @@ fn make_raw(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<()> {
     prepared.add(path, &files.how.unfinished)?;
     raw.check().map_err(CreateFailureKind::Refused)?;
     let storage = files.open_empty(&mut prepared)?;
-    if is_block_device(path) {
+    if is_device(path) {
         return fit(&*storage, raw.size, Driver::HostDevice);
     }
     create_raw(&storage, &raw).map_err(|error| of_raw(&raw, error))
@@ -177,6 +177,15 @@ fn make_qcow2(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<()> {
     let mut prepared = Prepared::default();
     prepared.add(path, &files.how.unfinished)?;
     let data_path = data_file(options);
+    if let Some(name) = options.text("data_file").filter(|name| !name.is_empty()) {
+        match NewTarget::parse(name).map_err(|reason| CreateFailureKind::DataFileName(Arc::new(reason)))? {
+            NewTarget::File(_) => {}
+            NewTarget::Existing(_) => return Err(CreateFailureKind::DataFileOnServer),
+            NewTarget::OutOfReach { driver, reason } => {
+                return Err(CreateFailureKind::OutOfReach { driver, reason });
+            }
+        }
+    }
     data_path.map(|path| prepared.add(path, &files.how.unfinished)).transpose()?;
     let new = plan(options, &files.how.secrets)?;
     let storage = files.open_empty(&mut prepared)?;
@@ -192,7 +201,7 @@ fn make_container(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<(
     raw.check_container().map_err(CreateFailureKind::Refused)?;
     let encryption = encryption.make()?;
     let storage = files.open_empty(&mut prepared)?;
-    if is_block_device(path) {
+    if is_device(path) {
         fit(&*storage, raw.size, Driver::HostDevice)?;
     }
     write_container(&storage, &raw, &encryption)
@@ -319,12 +328,13 @@ impl Files<'_> {
     fn open_empty(&self, prepared: &mut Prepared<'_>) -> Made<Arc<dyn Storage>> {
         let Some(&(path, _)) = prepared.0.front() else { unreachable!("more files opened than prepared") };
         let mut opening = OpenFile::writable().with_create(Create::Truncate);
+        opening.allow_characters = true;
         if let Some(files) = &self.how.open_files {
             opening = opening.among(files);
         }
         let storage = opening.open_file(Path::new(path)).map_err(|error| {
             let (path, error) = (path.to_owned(), Box::new(SourceError::Open(error)));
-            match is_block_device(&path) {
+            match is_device(&path) {
                 true => CreateFailureKind::OutOfReach {
                     driver: Driver::HostDevice,
                     reason: Arc::new(FailureKind::File { path, error }),

@@ -2,12 +2,12 @@
 //! not replace it.
 
 use super::layers::{OpenedDisk, open};
+use super::named::locate_backing;
 use super::options::OpenOptions;
 use crate::driver::is_known_driver;
 use crate::failure::OpenFailure;
 use crate::name::{ImageName, Naming};
-use qcow2_core::Reference;
-use qcow2_io::{FileResolver, HeldFile, OpenFiles, Policy};
+use qcow2_io::{HeldFile, OpenFiles};
 use qcow2_ops::{CallerError, Chain, NewBacking};
 use std::path::Path;
 
@@ -82,16 +82,4 @@ pub fn open_backing(
 ) -> Result<OpenedDisk, OpenFailure> {
     let name = ImageName::parse(&locate_backing(new, name), naming)?.sealed();
     open(&name, &how.clone().with_force_share(true))
-}
-
-/// Where `name` leads as the image at `image` calls it: names of files are relative to the image, those of
-/// other kinds stay as they are. Opens nothing.
-pub fn locate_backing(image: &str, name: &str) -> String {
-    let has_protocol = name.split_once(':').is_some_and(|(protocol, _)| !protocol.contains('/'));
-    if has_protocol {
-        return name.to_owned();
-    }
-    FileResolver::new(image, Policy::Allow)
-        .locate(Reference::Backing { name, format: None })
-        .map_or_else(|_| name.to_owned(), |path| path.to_string_lossy().into_owned())
 }

@@ -2,10 +2,10 @@
 
 use super::layers::{OpenedDisk, open_bytes, open_layers};
 use super::look::{Tell, warnings_of_change};
-use super::options::{OpenOptions, Sharing};
+use super::options::OpenOptions;
 use crate::failure::{FailureKind, OpenFailure};
 use crate::name::ImageName;
-use crate::tree::Node;
+use crate::tree::Backing;
 use qcow2_core::walk::read_header;
 use qcow2_core::{GuestDisk, ImageFormat, Layers, Reference, ResolvedSource};
 use qcow2_io::ThrottleStorage;
@@ -32,10 +32,9 @@ impl<'a> ChainFiles<'a> {
         Self { name, how: writable, bytes_per_second: how.bytes_per_second, tell }
     }
 
-    /// The backing file that the user named for the layer at `depth` instead of the recorded one;
-    /// `Some(None)`: none.
-    fn named_by_user(&self, depth: usize) -> Option<Option<Node>> {
-        if depth == 0 { self.name.node.other_backing() } else { None }
+    /// What the user said of the backing file of the layer at `depth`.
+    fn chosen(&self, depth: usize) -> Backing {
+        self.name.node.backing.layers().nth(depth).unwrap_or(Backing::AsNamed)
     }
 
     fn failed(&self, kind: impl Into<FailureKind>, depth: usize) -> CallerError {
@@ -64,9 +63,16 @@ impl OpenChain for ChainFiles<'_> {
     ) -> Result<NextLayer, CallerError> {
         // A damaged header is reported even if the backing file it records is not used.
         let recorded = backing_of(above).map_err(|error| self.failed(error, depth))?;
-        let path = match self.named_by_user(depth) {
-            Some(node) => node.map(|node| PathBuf::from(node.path().unwrap_or_default())),
-            None => recorded.map(|backing| beside(&above.name, &backing.name)),
+        let by_name = recorded.map(|backing| beside(&above.name, &backing.name));
+        let path = match self.chosen(depth) {
+            Backing::AsNamed => by_name,
+            Backing::Nothing | Backing::Empty => None,
+            Backing::Given(options) => {
+                match ["file.filename", "filename"].iter().find_map(|key| options.text(key)) {
+                    Some(path) => Some(PathBuf::from(path)),
+                    None => Some(by_name.unwrap_or_default()),
+                }
+            }
         };
         Ok(match path {
             None => NextLayer::None,
@@ -81,13 +87,6 @@ impl OpenChain for ChainFiles<'_> {
         depth: usize,
         writable: bool,
     ) -> Result<ResolvedSource, CallerError> {
-        if let Some(node) = self.named_by_user(depth - 1).flatten() {
-            let mut how = self.how.clone();
-            how.writable = writable;
-            how.sharing = if writable { Sharing::TopAlone } else { how.sharing };
-            let named = ImageName { node, ..self.name.clone() };
-            return Ok(open_bytes(&named, &how).map_err(|failure| failure.below(depth))?.source);
-        }
         let backing = backing_of(above).map_err(|error| self.failed(error, depth - 1))?.unwrap_or_default();
         let reference = Reference::Backing { name: &backing.name, format: backing.format.as_deref() };
         let resolved = above.resolver.resolve(reference, writable);
@@ -136,19 +135,19 @@ impl From<&OpenedDisk> for Chain {
 
 /// What an image records of its backing file.
 #[derive(Default)]
-struct Backing {
+struct Recorded {
     name: String,
     format: Option<String>,
 }
 
-fn backing_of(source: &ResolvedSource) -> qcow2_core::Result<Option<Backing>> {
+fn backing_of(source: &ResolvedSource) -> qcow2_core::Result<Option<Recorded>> {
     if source.format != ImageFormat::Qcow2 {
         return Ok(None);
     }
     let header = read_header(&*source.storage)?;
     let format = header.extensions.backing_format_name();
     let name = header.backing_file_name().filter(|name| !name.is_empty());
-    Ok(name.map(|name| Backing { name, format }))
+    Ok(name.map(|name| Recorded { name, format }))
 }
 
 /// `name` as an image at `image` means it.

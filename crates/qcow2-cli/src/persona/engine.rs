@@ -47,6 +47,8 @@ pub(super) fn engine_reason(error: &Error) -> (String, Vec<String>) {
         (None, Some(error)) => storage(error),
         (None, None) => match error.kind() {
             ErrorKind::MarkedCorrupt => "qcow2: Image is corrupt; cannot be opened read/write".to_owned(),
+            // The only name that is not there without being looked for.
+            ErrorKind::Resolve => "'data-file' is required for this image".to_owned(),
             ErrorKind::Encrypted => "Parameter 'encrypt.key-secret' is required for cipher".to_owned(),
             _ => capitalized(&error.to_string()),
         },
