@@ -128,6 +128,22 @@ fn we_read_images_of_qemu_from_a_pipe() {
     }
 }
 
+/// As raw its bytes would not be the disk in it: nothing of the kind is made without being asked for.
+#[test]
+fn containers_of_other_formats_are_never_wrapped_as_raw() {
+    let Some(world) = World::new() else { return };
+    for format in ["vmdk", "vdi", "vhdx", "vpc", "qcow", "qed", "parallels"] {
+        world.qemu_img(&format!("convert -f raw -O {format} raw other")).success();
+        let other = world.path("other");
+        let (done, text) = world.pipe("convert -O qcow2 - out", Some(&other), None);
+        assert!(!done && text.contains(&format!("format '{format}'")), "{format}: {text}");
+        assert!(!world.path("out").exists(), "{format} left something behind");
+        let (done, text) = world.pipe("convert -f raw -O raw - out", Some(&other), None);
+        assert!(done, "{format} as raw: {text}");
+        fs::remove_file(world.path("out")).unwrap();
+    }
+}
+
 /// What streams do not support is refused, and no file is left behind.
 #[test]
 fn unsupported_streams_are_refused() {
@@ -145,6 +161,8 @@ fn unsupported_streams_are_refused() {
         ("convert -O raw - out", "damaged.qcow2", "damaged"),
         ("convert -f qcow2 -O raw - out", "raw", "not a usable qcow2 image"),
         ("convert -f vmdk -O raw - out", "raw", "cannot be read from a stream"),
+        ("convert -O raw - out", "/dev/null", "the stream is empty"),
+        ("convert -f raw -O qcow2 - out", "/dev/null", "the stream is empty"),
         ("convert -O raw - -", "raw", "one of them must be a file"),
         ("convert -c -O qcow2 raw -", "raw", "cannot be streamed"),
         ("convert -O qcow2 -o lazy_refcounts=on raw -", "raw", "not possible when streaming"),

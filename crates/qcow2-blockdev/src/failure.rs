@@ -50,6 +50,10 @@ pub enum FailureKind {
     UnknownNode(String),
     /// The same of a backing file.
     UnknownBackingNode(String),
+    /// A node is referred to, and what it should be is given besides.
+    NodeAndName,
+    /// One file is named twice: by an option, and without one.
+    TwoNames,
     /// A node stands on nothing, where something must be in this role.
     NothingBelow(&'static str),
     /// A disk of this driver, which holds nothing, has no such name.
@@ -95,7 +99,12 @@ pub enum FailureKind {
     QueuedThroughCache,
 
     /// A device is asked for, and the name leads to something else.
-    NotADevice(String),
+    NotADevice {
+        /// The driver of the device.
+        driver: Driver,
+        /// The name.
+        path: String,
+    },
     /// A device is asked for, and the name leads nowhere.
     NoDevice {
         /// The name.
@@ -244,6 +253,10 @@ impl fmt::Display for FailureKind {
             Self::UnknownBackingNode(name) => {
                 write!(f, "there is no node called '{name}' for the backing file")
             }
+            Self::NodeAndName => {
+                f.write_str("a node is referred to, and a name or options are given besides")
+            }
+            Self::TwoNames => f.write_str("the file is named twice, by 'filename' and besides"),
             Self::NothingBelow(role) => write!(f, "nothing is given for '{role}'"),
             Self::NameOfNull(driver) => write!(f, "the only name of a '{0}' disk is '{0}://'", driver.name()),
             Self::NameOfBlkdebug => f.write_str("the name is not of the form 'blkdebug:rules:image'"),
@@ -266,7 +279,7 @@ impl fmt::Display for FailureKind {
             Self::ReadOnlyNode => f.write_str("an option allows reading only"),
             Self::SharedAndWritable => f.write_str("locks are ignored only where nothing is written"),
             Self::QueuedThroughCache => f.write_str("aio=native takes cache.direct=on"),
-            Self::NotADevice(path) => write!(f, "'{path}' is not a block device"),
+            Self::NotADevice { path, .. } => write!(f, "'{path}' is not a device"),
             Self::NoDevice { path, error } => write!(f, "no device at '{path}': {error}"),
             Self::File { error, .. } => error.fmt(f),
             Self::Connect(error) => error.fmt(f),

@@ -85,7 +85,7 @@ mod warning;
 
 pub use compression::{Compression, CompressionError};
 pub use driver::{
-    AddressError, AddressPart, Driver, LineError, RuleError, TuningError, WindowError, is_block_device,
+    AddressError, AddressPart, Driver, LineError, RuleError, TuningError, WindowError, is_device,
     is_known_driver,
 };
 pub use failure::{FailureKind, MissingBacking, OpenFailure};

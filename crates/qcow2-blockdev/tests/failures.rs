@@ -74,7 +74,7 @@ fn files_that_do_not_open() {
     assert!(matches!(*error, SourceError::Open(error) if error.kind() == OpenErrorKind::NotRegular));
     let image = folder.image("a", None);
     let device = refused(&format!("host_device:{image}"), false, &all()).into_kind();
-    assert!(matches!(device, FailureKind::NotADevice(path) if path == image));
+    assert!(matches!(device, FailureKind::NotADevice { path, .. } if path == image));
     let device = refused(&format!("host_device:{missing}"), false, &all()).into_kind();
     assert!(
         matches!(device, FailureKind::NoDevice { path, error } if path == missing && error.code() == Some(2))
@@ -126,7 +126,10 @@ fn options_that_a_node_does_not_take() {
         on("driver=raw,offset=1G"),
         FailureKind::Window(WindowError::OffsetPastEnd { offset: 0x4000_0000, .. })
     ));
-    assert!(matches!(on("driver=qcow2,data-file.filename=x"), FailureKind::NoDataFile));
+    let other = folder.image("b", None);
+    assert!(matches!(on(&format!("driver=qcow2,data-file.filename={other}")), FailureKind::NoDataFile));
+    // That it is not there is said first.
+    assert!(matches!(on("driver=qcow2,data-file.filename=x"), FailureKind::Engine(_)));
     assert!(matches!(
         on("driver=raw,backing.driver=raw,backing.file.filename=x"),
         FailureKind::NoBackingFiles

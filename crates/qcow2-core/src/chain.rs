@@ -10,7 +10,7 @@ use crate::raw::RawDisk;
 use ::alloc::boxed::Box;
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;
-use ::alloc::string::ToString;
+use ::alloc::string::{String, ToString};
 use ::alloc::sync::Arc;
 use ::alloc::vec::Vec;
 use qcow2_format::{GuestOffset, GuestRange};
@@ -60,8 +60,11 @@ pub(crate) fn open_backing(
             return Err(Error::new(ErrorKind::Chain, message));
         }
         resolver = Arc::clone(&source.resolver);
-        let layer = Layer::open(source, &below, opened.len() + 1)?;
-        next = layer.backing_name();
+        let layer = Layer::open(&source, &below, opened.len() + 1)?;
+        next = match &layer {
+            Layer::Raw(_) | Layer::Container(_) => None,
+            Layer::Image(image) => self::below(&source, image),
+        };
         opened.push(layer);
     }
     let mut disk: Option<Arc<dyn GuestDisk>> = None;
@@ -71,6 +74,13 @@ pub(crate) fn open_backing(
     disk.ok_or_else(|| Error::new(ErrorKind::Chain, "backing chain is empty"))
 }
 
+/// The name and the format of the backing file of `image`, which is in `source`: the recorded ones, or empty
+/// where the caller has chosen one for an image that records none.
+pub(crate) fn below(source: &ResolvedSource, image: &Image) -> Option<(String, Option<String>)> {
+    let chosen = || source.resolver.has_chosen(Reference::Backing { name: "", format: None });
+    image.backing_reference().or_else(|| chosen().then(|| (String::new(), None)))
+}
+
 enum Layer {
     Raw(RawDisk),
     Container(ContainerDisk),
@@ -78,25 +88,18 @@ enum Layer {
 }
 
 impl Layer {
-    fn open(source: ResolvedSource, options: &OpenOptions, depth: usize) -> Result<Self> {
+    fn open(source: &ResolvedSource, options: &OpenOptions, depth: usize) -> Result<Self> {
         match &source.format {
-            ImageFormat::Raw => Ok(Self::Raw(RawDisk::new(source.storage, false)?)),
-            ImageFormat::Qcow2 => Ok(Self::Image(Box::new(Image::open_layer(&source, options, depth)?))),
+            ImageFormat::Raw => Ok(Self::Raw(RawDisk::new(Arc::clone(&source.storage), false)?)),
+            ImageFormat::Qcow2 => Ok(Self::Image(Box::new(Image::open_layer(source, options, depth)?))),
             ImageFormat::Luks => {
                 let keys = options.keys.as_deref();
-                Ok(Self::Container(ContainerDisk::open(&source, keys, false, depth)?))
+                Ok(Self::Container(ContainerDisk::open(source, keys, false, depth)?))
             }
             ImageFormat::Other(name) => Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("'{}': unknown driver '{name}', allowed are qcow2 and raw", source.name),
             )),
-        }
-    }
-
-    fn backing_name(&self) -> Option<(::alloc::string::String, Option<::alloc::string::String>)> {
-        match self {
-            Self::Raw(_) | Self::Container(_) => None,
-            Self::Image(image) => image.backing_reference(),
         }
     }
 

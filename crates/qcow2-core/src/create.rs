@@ -29,6 +29,7 @@ use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
 use qcow2_format::limit::MAX_REFCOUNT_TABLE_SIZE;
 use qcow2_format::refcount::encode_table_entry;
+use qcow2_format::text::bytes_of;
 use qcow2_format::{Geometry, Header, HostOffset, LuksPointer, Version};
 
 /// Bytes written at a time.
@@ -127,7 +128,7 @@ pub fn create(
         let (offset, len) = (at(layout.luks_start()), area.0.len() as u64);
         header.extensions.luks = Some(LuksPointer { offset, len });
     }
-    let first = header.encode().map_err(invalid)?;
+    let first = header.encode_cluster().map_err(invalid)?;
     make_room(&**storage, &header)?;
     write_refcounts(&**storage, &geometry, &layout)?;
     if let Some(NewEncryption::Luks(area)) = &options.encryption {
@@ -165,7 +166,7 @@ fn header_for(options: &CreateOptions) -> Result<Header> {
     header.features.incompatible.set(IncompatibleFeatures::DATA_FILE, options.data_file.is_some());
     header.features.compatible.set(CompatibleFeatures::LAZY_REFCOUNTS, options.lazy_refcounts);
     header.features.autoclear.set(AutoclearFeatures::RAW_DATA_FILE, options.data_file_raw);
-    let bytes = |name: &Option<String>| name.clone().map(String::into_bytes);
+    let bytes = |name: &Option<String>| name.as_deref().map(|name| bytes_of(name).into_owned());
     header.extensions.data_file = bytes(&options.data_file);
     header.backing_file = bytes(&options.backing_file);
     header.extensions.backing_format = bytes(&options.backing_format);

@@ -64,7 +64,7 @@ impl Image {
         source: &ResolvedSource,
         options: &OpenOptions,
     ) -> Result<Option<Arc<dyn GuestDisk>>> {
-        match self.backing_reference() {
+        match chain::below(source, self) {
             Some((name, format)) if options.layers == Layers::Follow => {
                 chain::open_backing(source, (&name, format.as_deref()), options).map(Some)
             }
@@ -153,7 +153,8 @@ fn open_data(
     if options.layers == Layers::TopOnly {
         return Ok(None);
     }
-    let Some(name) = header.extensions.data_file_name() else {
+    let chosen = || source.resolver.has_chosen(Reference::DataFile { name: "" }).then(Default::default);
+    let Some(name) = header.extensions.data_file_name().or_else(chosen) else {
         let message = "image needs an external data file, but its header has no name for it";
         return Err(Error::new(ErrorKind::Resolve, message));
     };

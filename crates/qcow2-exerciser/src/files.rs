@@ -43,7 +43,6 @@ pub fn open_files(
         CacheMode::Unsafe => CacheMode::Unsafe,
         _ => CacheMode::Writeback,
     };
-    let guessed = name.node.is_probed();
     let writable = !request.read_only;
     let scratch = request.snapshot && writable;
     let mut how = how.with_cache(cache).with_force_share(request.force_share);
@@ -61,9 +60,9 @@ pub fn open_files(
         false => (opened.disk, opened.format),
     };
     let mut warnings = Vec::new();
-    if guessed && writable && format == ImageFormat::Raw {
+    if let Some(guess) = name.guess_warning(&format).filter(|_| writable) {
         disk = Arc::new(GuardedRaw::new(disk));
-        warnings.push(Warning::GuessedRaw(name.typed.clone()));
+        warnings.push(guess);
     }
     if let Some(image) = disk.as_image().filter(|_| how.writable) {
         warnings.extend(bitmaps_to_lose(&**image.storage(), &image.header()));
@@ -122,22 +121,23 @@ fn understood(request: &OpenRequest) -> Result<OpenRequest, FilesError> {
     Ok(request)
 }
 
-/// What the request's name is, and how it is meant: options turn it into an option string.
+/// What the request's name is, and how it is meant.
 fn name_of(request: &OpenRequest, secrets: &Secrets) -> (String, Naming) {
     let naming = Naming::new(secrets);
     let path = request.path.clone().unwrap_or_default();
-    if request.options.is_empty() {
-        return (path, naming.with_format(request.format.clone()).as_list(request.image_opts));
-    }
-    let mut parts = Vec::new();
+    let format = || naming.clone().with_format(request.format.clone());
     match &request.path {
-        Some(path) if request.image_opts => parts.push(path.clone()),
-        Some(path) => parts.push(format!("file.filename={}", escape_commas(path))),
-        None => {}
+        _ if request.options.is_empty() => (path, format().as_list(request.image_opts)),
+        Some(path) if !request.image_opts => {
+            (path.clone(), format().with_options(&request.options.join(",")))
+        }
+        _ => {
+            let driver = request.format.as_ref().map(|format| format!("driver={format}"));
+            let parts: Vec<_> =
+                request.path.iter().chain(&driver).chain(&request.options).map(String::as_str).collect();
+            (parts.join(","), naming.as_list(true))
+        }
     }
-    parts.extend(request.format.as_ref().map(|format| format!("driver={format}")));
-    parts.extend(request.options.iter().cloned());
-    (parts.join(","), naming.as_list(true))
 }
 
 /// Why files are not opened.
@@ -216,8 +216,8 @@ mod tests {
         assert!(request.read_only && !request.discards);
         assert_eq!(request.cache, CacheMode::Directsync);
         assert_eq!(request.options, ["driver=qcow2", "a=b,,c"]);
-        let (typed, _) = name_of(&request, &Secrets::default());
-        assert_eq!(typed, "file.filename=disk,driver=qcow2,a=b,,c");
+        let (typed, naming) = name_of(&request, &Secrets::default());
+        assert_eq!((&*typed, naming.options.as_deref()), ("disk", Some("driver=qcow2,a=b,,c")));
         let request = with_options("cache.no-flush=on").unwrap();
         assert_eq!(request.cache, CacheMode::Unsafe);
     }

@@ -101,6 +101,13 @@ impl FileStorage {
         })
     }
 
+    /// Takes the file for a device, which has a length of its own. Errors: the system's, when asked for that.
+    pub(crate) fn into_device(mut self) -> io::Result<Self> {
+        self.len = AtomicU64::new(sys::device_len(&self.file)?);
+        (self.regular, self.space) = (false, Space::new(true));
+        Ok(self)
+    }
+
     /// Keeps `held` for as long as this storage exists.
     pub(crate) fn keep(&mut self, held: Option<HeldFile>) {
         self.held = held;
@@ -117,7 +124,7 @@ impl FileStorage {
         self.writable
     }
 
-    /// True for a regular file, false for a block device.
+    /// True for a regular file, false for a device.
     pub fn is_regular(&self) -> bool {
         self.regular
     }

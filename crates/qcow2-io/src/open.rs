@@ -51,8 +51,10 @@ pub struct OpenFile {
     pub writable: bool,
     /// What to do with a missing or existing file; everything but [`Create::Never`] needs `writable`.
     pub create: Create,
-    /// Accept block devices besides regular files. Pipes, sockets and character devices are always refused.
+    /// Accept block devices besides regular files. Pipes and sockets are always refused.
     pub allow_devices: bool,
+    /// Accept character devices too, which are disks of their length: most have none.
+    pub allow_characters: bool,
     /// How the page cache is used and when changes are flushed.
     pub cache: CacheMode,
     /// Which accesses by other programs are kept out while the file is open.
@@ -75,6 +77,7 @@ impl Default for OpenFile {
             writable: false,
             create: Create::Never,
             allow_devices: false,
+            allow_characters: false,
             cache: CacheMode::default(),
             locking: Locking::default(),
             resizes: false,
@@ -157,6 +160,9 @@ impl OpenFile {
             false => None,
         };
         let mut storage = FileStorage::with_direct(file, self.writable, direct).map_err(fail)?;
+        if kind == FileKind::Character {
+            storage = storage.into_device().map_err(fail)?;
+        }
         storage.keep(held);
         if self.locking != Locking::Off {
             storage.note_locked();
@@ -174,7 +180,9 @@ impl OpenFile {
                 directory_to_write: data.is_dir() && self.writable,
                 ..OpenError::new(OpenErrorKind::NotRegular, path)
             }),
-            FileKind::BlockDevice if !self.allow_devices => {
+            FileKind::BlockDevice if self.allow_devices => Ok(FileKind::BlockDevice),
+            FileKind::Character if self.allow_characters => Ok(FileKind::Character),
+            FileKind::BlockDevice | FileKind::Character => {
                 Err(OpenError::new(OpenErrorKind::NotRegular, path))
             }
             kind => Ok(kind),
@@ -241,13 +249,19 @@ fn os_io(code: Option<i32>) -> io::Error {
 pub(crate) enum FileKind {
     Regular,
     BlockDevice,
+    Character,
     Other,
 }
 
 pub(crate) fn file_kind(data: &Metadata) -> FileKind {
     #[cfg(unix)]
-    if std::os::unix::fs::FileTypeExt::is_block_device(&data.file_type()) {
-        return FileKind::BlockDevice;
+    {
+        use std::os::unix::fs::FileTypeExt;
+        match data.file_type() {
+            kind if kind.is_block_device() => return FileKind::BlockDevice,
+            kind if kind.is_char_device() => return FileKind::Character,
+            _ => {}
+        }
     }
     if data.is_file() { FileKind::Regular } else { FileKind::Other }
 }

@@ -192,7 +192,9 @@ pub(crate) fn source_id(metadata: &Metadata) -> Option<SourceId> {
         // Two device nodes of one device have different inodes but the same content.
         Some(match file_kind(metadata) {
             FileKind::BlockDevice => SourceId { device: u64::MAX, file: metadata.rdev() },
-            FileKind::Regular | FileKind::Other => SourceId { device: metadata.dev(), file: metadata.ino() },
+            FileKind::Regular | FileKind::Character | FileKind::Other => {
+                SourceId { device: metadata.dev(), file: metadata.ino() }
+            }
         })
     }
     #[cfg(not(unix))]
@@ -224,7 +226,7 @@ fn behind_loop(_metadata: &Metadata) -> Option<Metadata> {
 
 /// The identity, for file types that can hold an image.
 fn image_id(metadata: &Metadata) -> Option<SourceId> {
-    source_id(metadata).filter(|_| file_kind(metadata) != FileKind::Other)
+    source_id(metadata).filter(|_| matches!(file_kind(metadata), FileKind::Regular | FileKind::BlockDevice))
 }
 
 /// Metadata of a standard stream.

@@ -6,6 +6,7 @@
 
 use crate::file::FileStorage;
 use crate::lock::Locking;
+use crate::name::{path_of, text_of_name};
 use crate::open::{OpenError, OpenFile};
 use crate::probe::probe_format;
 use qcow2_core::{ImageFormat, Reference, ResolveError, ResolvedSource, Resolver, StorageError};
@@ -43,6 +44,9 @@ pub struct SourceOptions {
     pub format: Option<ImageFormat>,
     /// Which names inside the image may be opened.
     pub policy: Policy,
+    /// Whether the name of an external data file starts at the current directory, as QEMU has it, and not at
+    /// that of the image.
+    pub data_from_here: bool,
 }
 
 impl SourceOptions {
@@ -94,8 +98,15 @@ pub fn open_source(path: &Path, options: &SourceOptions) -> Result<ResolvedSourc
     let mut inner = OpenFile::read_only().with_cache(options.file.cache).with_locking(locking);
     inner.open_files = options.file.open_files.clone();
     inner.allow_devices = options.policy == Policy::Allow;
-    let resolver = FileResolver { image: path.to_owned(), policy: options.policy, file: inner };
-    Ok(ResolvedSource { storage, format, name: path.display().to_string(), id, resolver: Arc::new(resolver) })
+    let (image, policy) = (path.to_owned(), options.policy);
+    let resolver = FileResolver { image, policy, file: inner, data_from_here: options.data_from_here };
+    Ok(ResolvedSource {
+        storage,
+        format,
+        name: text_of_name(path.as_os_str()),
+        id,
+        resolver: Arc::new(resolver),
+    })
 }
 
 /// Opens the file and determines its format. If the locking depends on a format that is still unknown, the
@@ -178,6 +189,7 @@ pub struct FileResolver {
     policy: Policy,
     /// How files are opened; write access is set per call.
     file: OpenFile,
+    data_from_here: bool,
 }
 
 impl FileResolver {
@@ -185,11 +197,13 @@ impl FileResolver {
     pub fn new(image: impl Into<PathBuf>, policy: Policy) -> Self {
         let mut file = OpenFile::read_only();
         file.allow_devices = policy == Policy::Allow;
-        Self { image: image.into(), policy, file }
+        Self { image: image.into(), policy, file, data_from_here: false }
     }
 
-    /// Returns the path that `reference` means: relative names start at the image's directory. `Err` says why
-    /// there is none. Opens nothing and does not check the policy.
+    /// Returns the path that `reference` means: relative names start at the image's directory, that of a data
+    /// file perhaps at the current one ([`SourceOptions::data_from_here`]). `Err` says why there is none.
+    /// Opens
+    /// nothing and does not check the policy.
     pub fn locate(&self, reference: Reference<'_>) -> Result<PathBuf, ResolveError> {
         let name = match reference {
             Reference::Backing { name, .. } => local_name(name)?,
@@ -200,14 +214,17 @@ impl FileResolver {
         if name.is_empty() || name.contains('\0') {
             return Err(ResolveError::failed(format!("'{}' is not a file name", name.escape_default())));
         }
-        let directory = self.image.parent().unwrap_or(Path::new(""));
-        Ok(directory.join(name))
+        let directory = match reference {
+            Reference::DataFile { .. } if self.data_from_here => None,
+            _ => self.image.parent(),
+        };
+        Ok(directory.unwrap_or(Path::new("")).join(path_of(name)))
     }
 
     /// Returns the name by which the image refers to the existing file at `file`, the inverse of
     /// [`locate`](Self::locate): its bare name in the image's directory, otherwise its absolute path. The
     /// image need not exist yet, but its directory must. A bare name with a colon would be taken for a
-    /// protocol, so it begins with `./`. Bytes that are not UTF-8 are replaced. Disk: reads directories.
+    /// protocol, so it begins with `./`. Disk: reads directories.
     /// Errors: the system's, if one of the two does not exist.
     pub fn name_for(&self, file: &Path) -> io::Result<String> {
         let file = file.canonicalize()?;
@@ -217,7 +234,7 @@ impl FileResolver {
             (Some(parent), Some(name)) if parent == folder => Path::new("./").join(name),
             _ => file,
         };
-        let text = name.to_string_lossy();
+        let text = text_of_name(name.as_os_str());
         Ok(text.strip_prefix("./").filter(|rest| !rest.contains(':')).unwrap_or(&text).to_owned())
     }
 
@@ -226,7 +243,7 @@ impl FileResolver {
     /// [`Policy::SameDirectory`] a symbolic link too.
     pub fn check(&self, reference: Reference<'_>) -> Result<(), ResolveError> {
         let path = self.locate(reference)?;
-        let name = path.to_string_lossy();
+        let name = text_of_name(path.as_os_str());
         let file = self.permit(&path, &name)?;
         if !file.follow_links && path.symlink_metadata().is_ok_and(|data| data.is_symlink()) {
             return Err(ResolveError::denied(format!("opening '{name}' is not allowed: it is a link")));
@@ -287,7 +304,8 @@ impl Resolver for FileResolver {
             _ => {}
         }
         let locking_below = Some(self.file.locking);
-        let options = SourceOptions { file, locking_below, format, policy: self.policy };
+        let (policy, data_from_here) = (self.policy, self.data_from_here);
+        let options = SourceOptions { file, locking_below, format, policy, data_from_here };
         open_source(&path, &options).map_err(|error| {
             let message = format!("could not open '{}'", path.display());
             match error {

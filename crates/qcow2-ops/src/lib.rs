@@ -92,5 +92,5 @@ pub use progress::{Progress, Silent};
 pub use rebase::{RebaseOptions, RebaseReport, rebase};
 pub use rescue::{Rescue, RescueFiles, RescueOptions, RescueReport, rescue};
 pub use resize::{NewSize, ResizeOptions, resize};
-pub use stream::{StreamOptions, StreamedImage, stream_qcow2, stream_raw, stream_raw_in};
+pub use stream::{StreamOptions, StreamedImage, begin_stream, stream_qcow2, stream_raw, stream_raw_in};
 pub use vet::{VetOptions, VetReport, vet};

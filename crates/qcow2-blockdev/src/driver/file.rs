@@ -1,14 +1,16 @@
-//! Files and block devices.
+//! Files and devices.
 
+use qcow2_io::path_of;
 use std::fs;
 use std::io;
 
-/// Whether `path` leads to a block device, which has a size of its own and a content from before.
-pub fn is_block_device(path: &str) -> bool {
+/// Whether `path` leads to a device, which has a size of its own and a content from before.
+pub fn is_device(path: &str) -> bool {
     #[cfg(unix)]
     {
         use std::os::unix::fs::FileTypeExt;
-        fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+        let kind = fs::metadata(path_of(path)).map(|metadata| metadata.file_type());
+        kind.is_ok_and(|kind| kind.is_block_device() || kind.is_char_device())
     }
     #[cfg(not(unix))]
     {
@@ -18,9 +20,17 @@ pub fn is_block_device(path: &str) -> bool {
 }
 
 /// Why `path` leads to no device, if it does not: it leads nowhere, or (`None` inside) to something else.
-pub(crate) fn not_a_device(path: &str) -> Option<Option<io::Error>> {
-    if is_block_device(path) {
+/// `writable`: whether it is to be written to, which a directory is not.
+pub(crate) fn not_a_device(path: &str, writable: bool) -> Option<Option<io::Error>> {
+    if is_device(path) {
         return None;
     }
-    Some(fs::metadata(path).err())
+    match fs::metadata(path_of(path)) {
+        Ok(data) if data.is_dir() && writable => Some(Some(io::Error::from_raw_os_error(IS_A_DIRECTORY))),
+        Ok(_) => Some(None),
+        Err(error) => Some(Some(error)),
+    }
 }
+
+/// `EISDIR`, the same on every Unix.
+const IS_A_DIRECTORY: i32 = 21;

@@ -36,7 +36,7 @@ mod values;
 
 pub(crate) use blkdebug::rules as debug_rules;
 pub use blkdebug::{LineError, RuleError};
-pub use file::is_block_device;
+pub use file::is_device;
 pub(crate) use file::not_a_device;
 pub use known::is_known_driver;
 pub(crate) use known::{makes_no_images, may_be_recorded};

@@ -14,8 +14,10 @@ pub enum Driver {
     Luks,
     /// A regular file.
     File,
-    /// A block device.
+    /// A device.
     HostDevice,
+    /// The same, which a disc can be taken out of.
+    HostCdrom,
     /// A disk that holds nothing.
     NullCo,
     /// The same under another name.
@@ -28,8 +30,18 @@ pub enum Driver {
 
 impl Driver {
     /// All names, in the order of letters.
-    pub const NAMES: [&'static str; 9] =
-        ["blkdebug", "file", "host_device", "luks", "nbd", "null-aio", "null-co", "qcow2", "raw"];
+    pub const NAMES: [&'static str; 10] = [
+        "blkdebug",
+        "file",
+        "host_cdrom",
+        "host_device",
+        "luks",
+        "nbd",
+        "null-aio",
+        "null-co",
+        "qcow2",
+        "raw",
+    ];
 
     /// The driver called `name`.
     pub fn parse(name: &str) -> Option<Self> {
@@ -39,6 +51,7 @@ impl Driver {
             "luks" => Self::Luks,
             "file" => Self::File,
             "host_device" => Self::HostDevice,
+            "host_cdrom" => Self::HostCdrom,
             "null-co" => Self::NullCo,
             "null-aio" => Self::NullAio,
             "blkdebug" => Self::Blkdebug,
@@ -55,6 +68,7 @@ impl Driver {
             Self::Luks => "luks",
             Self::File => "file",
             Self::HostDevice => "host_device",
+            Self::HostCdrom => "host_cdrom",
             Self::NullCo => "null-co",
             Self::NullAio => "null-aio",
             Self::Blkdebug => "blkdebug",
@@ -68,7 +82,8 @@ impl Driver {
             Self::Qcow2 => Some(ImageFormat::Qcow2),
             Self::Raw => Some(ImageFormat::Raw),
             Self::Luks => Some(ImageFormat::Luks),
-            Self::File | Self::HostDevice | Self::NullCo | Self::NullAio | Self::Blkdebug | Self::Nbd => None,
+            Self::File | Self::HostDevice | Self::HostCdrom => None,
+            Self::NullCo | Self::NullAio | Self::Blkdebug | Self::Nbd => None,
         }
     }
 
@@ -80,6 +95,11 @@ impl Driver {
     /// Whether it is about where bytes are, not about what they mean.
     pub fn is_protocol(self) -> bool {
         self.format().is_none()
+    }
+
+    /// Whether its bytes are those of a file or a device of this system.
+    pub(crate) fn is_file(self) -> bool {
+        matches!(self, Self::File | Self::HostDevice | Self::HostCdrom)
     }
 
     /// What it calls the node that it stands on.
@@ -96,7 +116,7 @@ impl Driver {
             Self::Qcow2 => key.starts_with("encrypt."),
             Self::Raw => matches!(key, "offset" | "size"),
             Self::Luks => KEY_OPTIONS.contains(&key),
-            Self::File | Self::HostDevice => key == "filename",
+            Self::File | Self::HostDevice | Self::HostCdrom => key == "filename",
             Self::NullCo | Self::NullAio => matches!(key, "size" | "read-zeroes"),
             Self::Blkdebug => {
                 key == "config" || key.starts_with("inject-error.") || key.starts_with("set-state.")
@@ -111,7 +131,7 @@ impl Driver {
             Self::Qcow2 => &QCOW2,
             Self::Raw => &["offset", "size"],
             Self::Luks => &[],
-            Self::File | Self::HostDevice => &FILE,
+            Self::File | Self::HostDevice | Self::HostCdrom => &FILE,
             Self::NullCo | Self::NullAio => &["size", "read-zeroes", "latency-ns"],
             Self::Blkdebug => &BLKDEBUG,
             Self::Nbd => &NBD,

@@ -2,7 +2,7 @@
 
 use super::secrets::Secrets;
 use crate::driver::KEY_OPTIONS;
-use crate::tree::{Backing, Node};
+use crate::tree::{Backing, Node, Options};
 use qcow2_core::format::CryptMethod;
 use qcow2_core::{ClusterCipher, EncryptedLayer, HostOffset, Keyring, SectorNumbering, UnlockError};
 use qcow2_crypt::luks::{IterationLimit, Volume};
@@ -74,16 +74,15 @@ impl Keys {
 
     /// Those of the layers that `top` and the options for its backing files describe.
     pub(crate) fn of(top: &Node, secrets: &Secrets) -> Self {
-        let (mut layers, mut next) = (Vec::new(), Some(top));
-        while let Some(node) = next {
-            let option =
-                |key: &str| node.options.text(&format!("encrypt.{key}")).or_else(|| node.options.text(key));
-            layers.push(LayerKey { secret: option(KEY_OPTIONS[0]), max_iterations: option(KEY_OPTIONS[1]) });
-            next = match &node.backing {
-                Backing::Node(below) | Backing::Keys(below) => Some(below),
-                Backing::AsNamed | Backing::Nothing | Backing::Empty => None,
-            };
-        }
+        let below = top.backing.layers().filter_map(|layer| match layer {
+            Backing::Given(options) => Some(options),
+            Backing::AsNamed | Backing::Nothing | Backing::Empty => None,
+        });
+        let key = |options: &Options| {
+            let option = |key: &str| options.text(&format!("encrypt.{key}")).or_else(|| options.text(key));
+            LayerKey { secret: option(KEY_OPTIONS[0]), max_iterations: option(KEY_OPTIONS[1]) }
+        };
+        let layers = std::iter::once(key(&top.options)).chain(below.map(|options| key(&options))).collect();
         Self::new(layers, secrets)
     }
 

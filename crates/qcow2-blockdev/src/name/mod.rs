@@ -6,14 +6,13 @@
 mod protocol;
 mod shown;
 
-pub(crate) use protocol::{deeper, driver_called, protocol_below, protocol_of};
+pub(crate) use protocol::{deeper, driver_called, in_name, protocol_of};
 pub use shown::filename;
 
 use crate::failure::{FailureKind, OpenFailure};
 use crate::keys::{Keys, Secrets};
 use crate::tree::{Node, Options, Scalar, from_options};
 use crate::warning::Warning;
-use protocol::protocol;
 use qcow2_core::ImageFormat;
 
 /// How names are meant.
@@ -24,6 +23,8 @@ pub struct Naming {
     pub format: Option<String>,
     /// Whether names are lists of options (`driver=qcow2,file.filename=disk`).
     pub is_list: bool,
+    /// Options that go with a plain name and are stronger than it (`driver=qcow2,file.locking=off`).
+    pub options: Option<String>,
     /// The secrets that options may name.
     pub secrets: Secrets,
 }
@@ -39,6 +40,12 @@ impl Naming {
     pub fn with_format(mut self, format: Option<String>) -> Self {
         self.format = format;
         self
+    }
+
+    /// The same with options that go with the name.
+    #[must_use]
+    pub fn with_options(self, list: &str) -> Self {
+        Self { options: Some(list.to_owned()), ..self }
     }
 
     /// Lists of options instead of names, where `is_list` is set.
@@ -80,7 +87,7 @@ impl ImageName {
         let mut warnings = Vec::new();
         let understood = match naming.is_list {
             true => from_list(typed, &mut warnings),
-            false => from_name(typed, naming.format.as_deref()),
+            false => from_name(typed, naming, &mut warnings),
         };
         let node = match understood {
             Ok(node) => node,
@@ -118,33 +125,31 @@ impl ImageName {
     }
 }
 
-/// Understands a plain name. `format`: the driver on top, where it is given.
-fn from_name(name: &str, format: Option<&str>) -> Result<Node, FailureKind> {
-    let format = format.map(driver_called).transpose()?;
-    if let Some(text) = name.strip_prefix("json:") {
-        let mut options = Options::from_json(text)?;
-        if let Some(format) = format {
-            options.set("driver", Scalar::text(format.name()));
-        }
-        return from_options(options, false, 0);
+/// Understands a plain name; adds to `warnings`.
+fn from_name(name: &str, naming: &Naming, warnings: &mut Vec<Warning>) -> Result<Node, FailureKind> {
+    let mut options = Options::default();
+    if let Some(list) = &naming.options {
+        let (listed, short) = Options::from_list(list)?;
+        warnings.extend(short.into_iter().map(Warning::ShortSwitch));
+        options = listed;
     }
-    match format {
-        Some(driver) if driver.is_protocol() => protocol(driver, name, 0),
-        format => Ok(Node::on(format, protocol_below(name, 0)?)),
+    if let Some(format) = &naming.format {
+        options.set("driver", Scalar::text(driver_called(format)?.name()));
     }
+    from_options(options, Some(name), false, 0)
 }
 
 /// Understands a list of options; adds to `warnings`.
 fn from_list(text: &str, warnings: &mut Vec<Warning>) -> Result<Node, FailureKind> {
     if text.is_empty() || text.starts_with('=') {
-        return from_options(Options::default(), false, 0);
+        return from_options(Options::default(), None, false, 0);
     }
     if !text.contains('=') {
         return Err(FailureKind::UnknownNode(Options::lone_name(text)));
     }
     let (options, short) = Options::from_list(text)?;
     warnings.extend(short.into_iter().map(Warning::ShortSwitch));
-    from_options(options, false, 0)
+    from_options(options, None, false, 0)
 }
 
 #[cfg(test)]

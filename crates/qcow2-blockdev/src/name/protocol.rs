@@ -2,41 +2,32 @@
 
 use crate::driver::{Driver, nbd};
 use crate::failure::FailureKind;
-use crate::tree::{Node, Scalar};
-
-/// Understands the name of bytes, whatever they mean, below `depth` other nodes.
-pub(crate) fn protocol_below(name: &str, depth: usize) -> Result<Node, FailureKind> {
-    if name.is_empty() {
-        return Err(FailureKind::NoFileName(Driver::File));
-    }
-    protocol(protocol_of(name)?, name, depth)
-}
+use crate::tree::{Options, Scalar};
 
 /// The driver that the beginning of `name` asks for; a plain path is a file's.
 pub(crate) fn protocol_of(name: &str) -> Result<Driver, FailureKind> {
-    match name.split_once(':') {
-        Some((prefix, _)) if !prefix.contains('/') => match prefix {
-            "nbd+tcp" | "nbd+unix" => Ok(Driver::Nbd),
-            _ => Driver::parse(prefix)
-                .filter(|driver| driver.is_protocol())
-                .ok_or_else(|| FailureKind::UnknownProtocol(prefix.to_owned())),
-        },
-        _ => Ok(Driver::File),
+    match prefix(name) {
+        Some("nbd+tcp" | "nbd+unix") => Ok(Driver::Nbd),
+        Some(prefix) => Driver::parse(prefix)
+            .filter(|driver| driver.is_protocol())
+            .ok_or_else(|| FailureKind::UnknownProtocol(prefix.to_owned())),
+        None => Ok(Driver::File),
     }
 }
 
-/// The node of protocol `driver` that `name` means, below `depth` others.
-pub(super) fn protocol(driver: Driver, name: &str, depth: usize) -> Result<Node, FailureKind> {
-    let depth = deeper(depth)?;
-    let mut node = Node::new(Some(driver));
+/// What `name` says as that of protocol `driver`: the options of its node, and the name of what is below.
+pub(crate) fn in_name(driver: Driver, name: &str) -> Result<(Options, Option<String>), FailureKind> {
+    let mut options = Options::default();
     let own = name.strip_prefix(driver.name()).and_then(|rest| rest.strip_prefix(':'));
     match driver {
-        Driver::File | Driver::HostDevice => {
+        Driver::File | Driver::HostDevice | Driver::HostCdrom => {
             let path = own.unwrap_or(name);
             if path.is_empty() {
                 return Err(FailureKind::NoFileName(Driver::File));
             }
-            node.options.set("filename", Scalar::text(path));
+            // What follows the name of the protocol does not begin with another one.
+            let hides = own.is_some() && prefix(path).is_some();
+            options.set("filename", Scalar::Text(if hides { format!("./{path}") } else { path.to_owned() }));
         }
         Driver::NullCo | Driver::NullAio if own == Some("//") => {}
         Driver::NullCo | Driver::NullAio => {
@@ -48,19 +39,24 @@ pub(super) fn protocol(driver: Driver, name: &str, depth: usize) -> Result<Node,
                 Some(None) => return Err(FailureKind::NameOfBlkdebug),
                 Some(Some((config, image))) => {
                     if !config.is_empty() {
-                        node.options.set("config", Scalar::text(config));
+                        options.set("config", Scalar::text(config));
                     }
                     image
                 }
             };
-            node.below = Some(Box::new(protocol_below(image, depth)?));
+            return Ok((options, Some(image.to_owned())));
         }
-        Driver::Nbd => node.options = nbd::from_name(name)?,
+        Driver::Nbd => options = nbd::from_name(name)?,
         Driver::Raw | Driver::Qcow2 | Driver::Luks => {
             return Err(FailureKind::UnknownProtocol(driver.name().to_owned()));
         }
     }
-    Ok(node)
+    Ok((options, None))
+}
+
+/// The name of a protocol at the beginning of `name`, known or not.
+fn prefix(name: &str) -> Option<&str> {
+    name.split_once(':').map(|(prefix, _)| prefix).filter(|prefix| !prefix.contains('/'))
 }
 
 /// One node more. Errors: a name has too many, each below the one before.

@@ -11,7 +11,7 @@ pub fn filename(node: &Node, probed: &str) -> String {
 /// The name without a JSON object, where there is one.
 fn short(node: &Node) -> Option<String> {
     match node.driver() {
-        Driver::File | Driver::HostDevice => node.path().map(str::to_owned),
+        Driver::File | Driver::HostDevice | Driver::HostCdrom => node.path().map(str::to_owned),
         driver @ (Driver::NullCo | Driver::NullAio) => {
             node.strong().next().is_none().then(|| format!("{}://", driver.name()))
         }

@@ -7,7 +7,7 @@ use super::options::NewOptions;
 use super::qcow2::{data_file, plan};
 use super::target::NewTarget;
 use super::unfinished::Unfinished;
-use crate::driver::{Driver, is_block_device};
+use crate::driver::{Driver, is_device};
 use crate::failure::FailureKind;
 use crate::keys::Secrets;
 use crate::open::{Follow, OpenOptions, open_existing};
@@ -18,10 +18,9 @@ use qcow2_core::{
     BackingName, CreateOptions, ImageFormat, NewEncryption, Preallocation, RawOptions, Refusal, Storage,
     create_container, create_raw, find_cause,
 };
-use qcow2_io::{Create, FileStorage, OpenFile, OpenFiles, OsError, SourceError};
+use qcow2_io::{Create, FileStorage, OpenFile, OpenFiles, OsError, SourceError, path_of};
 use qcow2_ops::{CallerError, NewStorage};
 use std::collections::VecDeque;
-use std::path::Path;
 use std::sync::Arc;
 
 /// What making an image takes besides its name and options.
@@ -165,11 +164,11 @@ fn make_raw(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<()> {
     let raw = RawOptions { size: size(options), preallocation: options.preallocation()? };
     let mut prepared = Prepared::default();
     prepared.add(path, &files.how.unfinished)?;
-    if !is_block_device(path) {
+    if !is_device(path) {
         raw.check().map_err(CreateFailureKind::Refused)?;
     }
     let storage = files.open_empty(&mut prepared)?;
-    if is_block_device(path) {
+    if is_device(path) {
         return fit_raw(&*storage, &raw, Driver::HostDevice);
     }
     create_raw(&storage, &raw).map_err(|error| of_raw(&raw, error))
@@ -179,6 +178,15 @@ fn make_qcow2(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<()> {
     let mut prepared = Prepared::default();
     prepared.add(path, &files.how.unfinished)?;
     let data_path = data_file(options);
+    if let Some(name) = options.text("data_file").filter(|name| !name.is_empty()) {
+        match NewTarget::parse(name).map_err(|reason| CreateFailureKind::DataFileName(Arc::new(reason)))? {
+            NewTarget::File(_) => {}
+            NewTarget::Existing(_) => return Err(CreateFailureKind::DataFileOnServer),
+            NewTarget::OutOfReach { driver, reason } => {
+                return Err(CreateFailureKind::OutOfReach { driver, reason });
+            }
+        }
+    }
     data_path.map(|path| prepared.add(path, &files.how.unfinished)).transpose()?;
     let new = plan(options, &files.how.secrets)?;
     let storage = files.open_empty(&mut prepared)?;
@@ -192,7 +200,7 @@ fn make_container(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<(
     prepared.add(path, &files.how.unfinished)?;
     let (raw, encryption) = plan_container(options, files.how)?;
     let refusal = match raw.preallocation {
-        mode @ (Preallocation::Falloc | Preallocation::Full) if is_block_device(path) => {
+        mode @ (Preallocation::Falloc | Preallocation::Full) if is_device(path) => {
             Err(Refusal::PreallocationOnDevice(mode))
         }
         _ => raw.check_container(),
@@ -200,7 +208,7 @@ fn make_container(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<(
     refusal.map_err(CreateFailureKind::Refused)?;
     let encryption = encryption.make()?;
     let storage = files.open_empty(&mut prepared)?;
-    if is_block_device(path) {
+    if is_device(path) {
         fit(&*storage, raw.size, Driver::HostDevice)?;
     }
     write_container(&storage, &raw, &encryption)
@@ -295,7 +303,7 @@ struct Prepared<'a>(VecDeque<(&'a str, NewFile)>);
 
 impl<'a> Prepared<'a> {
     fn add(&mut self, path: &'a str, unfinished: &Unfinished) -> Made<()> {
-        let file = unfinished.prepare(Path::new(path)).map_err(|error| CreateFailureKind::NotWritable {
+        let file = unfinished.prepare(&path_of(path)).map_err(|error| CreateFailureKind::NotWritable {
             path: path.to_owned(),
             error: OsError::new(error),
         })?;
@@ -337,12 +345,13 @@ impl Files<'_> {
     fn open_empty(&self, prepared: &mut Prepared<'_>) -> Made<Arc<dyn Storage>> {
         let Some(&(path, _)) = prepared.0.front() else { unreachable!("more files opened than prepared") };
         let mut opening = OpenFile::writable().with_create(Create::Truncate);
+        opening.allow_characters = true;
         if let Some(files) = &self.how.open_files {
             opening = opening.among(files);
         }
-        let storage = opening.open_file(Path::new(path)).map_err(|error| {
+        let storage = opening.open_file(&path_of(path)).map_err(|error| {
             let (path, error) = (path.to_owned(), Box::new(SourceError::Open(error)));
-            match is_block_device(&path) {
+            match is_device(&path) {
                 true => CreateFailureKind::OutOfReach {
                     driver: Driver::HostDevice,
                     reason: Arc::new(FailureKind::File { path, error }),

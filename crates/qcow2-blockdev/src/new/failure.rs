@@ -85,6 +85,8 @@ pub enum CreateFailureKind {
     Storage(StorageError),
     /// An image on a server's disk has no files beside it.
     DataFileOnServer,
+    /// The name of the data file leads nowhere.
+    DataFileName(Arc<FailureKind>),
     /// The header has no room for a name.
     Name {
         /// The backing file, if the image has one.
@@ -181,6 +183,7 @@ impl fmt::Display for CreateFailureKind {
             }
             Self::TooSmall(_) => f.write_str("what is there already is too small for the image"),
             Self::Storage(error) => error.fmt(f),
+            Self::DataFileName(reason) => write!(f, "the data file cannot be made: {reason}"),
             Self::DataFileOnServer => f.write_str("a server's disk has no data file beside it"),
             Self::Name { .. } => f.write_str("the header has no room for a name"),
             Self::Writing { .. } => f.write_str("the image cannot be written"),

@@ -1,12 +1,12 @@
 //! Where a new image goes: a file, made anew, or something that is there already and is written over.
 
 use super::options::NewOptions;
-use crate::driver::{Driver, is_block_device};
+use crate::driver::{Driver, is_device};
 use crate::failure::FailureKind;
 use crate::keys::Secrets;
-use crate::name::{ImageName, protocol_below, protocol_of};
+use crate::name::{ImageName, protocol_of};
 use crate::open::check_device;
-use crate::tree::{Node, Scalar};
+use crate::tree::{Node, Scalar, protocol_below};
 use std::sync::Arc;
 
 /// Where a new image goes.
@@ -39,9 +39,9 @@ impl NewTarget {
             return Ok(Self::File(String::new()));
         }
         let driver = protocol_of(name)?;
-        let node = match (protocol_below(name, 0), driver) {
+        let node = match (protocol_below(name), driver) {
             (Ok(node), _) => node,
-            (Err(reason), Driver::Nbd | Driver::HostDevice) => {
+            (Err(reason), Driver::Nbd | Driver::HostDevice | Driver::HostCdrom) => {
                 return Ok(Self::OutOfReach { driver, reason: Arc::new(reason) });
             }
             (Err(_), Driver::Blkdebug) => return Err(FailureKind::CreatesNothing(driver)),
@@ -49,10 +49,12 @@ impl NewTarget {
         };
         match (driver, node.path()) {
             (Driver::File, Some(path)) => Ok(Self::File(path.to_owned())),
-            (Driver::HostDevice, Some(path)) => Ok(match check_device(path) {
-                Err(reason) => Self::OutOfReach { driver, reason: Arc::new(reason) },
-                Ok(()) => Self::File(path.to_owned()),
-            }),
+            (Driver::HostDevice | Driver::HostCdrom, Some(path)) => {
+                Ok(match check_device(driver, path, true) {
+                    Err(reason) => Self::OutOfReach { driver, reason: Arc::new(reason) },
+                    Ok(()) => Self::File(path.to_owned()),
+                })
+            }
             (Driver::Nbd, _) => Ok(Self::Existing(node)),
             _ => Err(FailureKind::CreatesNothing(driver)),
         }
@@ -74,9 +76,9 @@ impl NewTarget {
         ImageName::of_node(typed, node, secrets)
     }
 
-    /// Whether it is a block device, which has a size of its own and a content from before.
+    /// Whether it is a device, which has a size of its own and a content from before.
     pub fn is_device(&self) -> bool {
-        matches!(self, Self::File(path) if is_block_device(path))
+        matches!(self, Self::File(path) if is_device(path))
     }
 }
 

@@ -2,14 +2,13 @@
 //! not replace it.
 
 use super::layers::{OpenedDisk, open};
+use super::named::locate_backing;
 use super::options::OpenOptions;
 use crate::driver::is_known_driver;
 use crate::failure::OpenFailure;
 use crate::name::{ImageName, Naming};
-use qcow2_core::Reference;
-use qcow2_io::{FileResolver, HeldFile, OpenFiles, Policy};
+use qcow2_io::{HeldFile, OpenFiles, path_of};
 use qcow2_ops::{CallerError, Chain, NewBacking};
-use std::path::Path;
 
 /// The files below a new image, which are not written to until it is made.
 pub struct KeptBacking {
@@ -29,7 +28,7 @@ impl KeptBacking {
         let path = named.as_ref().ok().and_then(ImageName::path);
         let called = format!("the backing file '{name}'");
         // Nothing is written yet, so it is kept if it is there.
-        let held = path.map(|path| files.hold_path(Path::new(path), &called));
+        let held = path.map(|path| files.hold_path(&path_of(path), &called));
         let names = (new.to_owned(), name.to_owned());
         Self { names, _first: held.and_then(Result::ok).flatten(), _chain: None }
     }
@@ -82,16 +81,4 @@ pub fn open_backing(
 ) -> Result<OpenedDisk, OpenFailure> {
     let name = ImageName::parse(&locate_backing(new, name), naming)?.sealed();
     open(&name, &how.clone().with_force_share(true))
-}
-
-/// Where `name` leads as the image at `image` calls it: names of files are relative to the image, those of
-/// other kinds stay as they are. Opens nothing.
-pub fn locate_backing(image: &str, name: &str) -> String {
-    let has_protocol = name.split_once(':').is_some_and(|(protocol, _)| !protocol.contains('/'));
-    if has_protocol {
-        return name.to_owned();
-    }
-    FileResolver::new(image, Policy::Allow)
-        .locate(Reference::Backing { name, format: None })
-        .map_or_else(|_| name.to_owned(), |path| path.to_string_lossy().into_owned())
 }

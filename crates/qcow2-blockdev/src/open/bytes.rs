@@ -1,26 +1,25 @@
 //! From a tree of drivers to bytes: the one place where storages are chosen and stacked.
 
+use super::chosen::ChosenFiles;
 use super::named::NamedFiles;
 use super::options::{OpenOptions, Sharing, default_codecs};
 use super::trail::Trail;
 use crate::driver::{
-    Driver, KEY_OPTIONS, check_values, debug_rules, is_block_device, is_window, nbd, not_a_device, null,
-    window,
+    Driver, KEY_OPTIONS, check_values, debug_rules, is_window, nbd, not_a_device, null, window,
 };
 use crate::failure::FailureKind;
 use crate::keys::{Keys, Secrets};
 use crate::name::filename;
 use crate::scalar::parse_switch;
-use crate::tree::Node;
+use crate::tree::{Backing, Node};
 use qcow2_core::{
     ImageFormat, Layers, NoResolver, OpenOptions as EngineOptions, ResolvedSource, Resolver, SourceId,
     Storage,
 };
 use qcow2_io::{
     BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, OsError, SourceOptions,
-    open_source, probe_format,
+    open_source, path_of, probe_format,
 };
-use std::path::Path;
 use std::sync::Arc;
 
 /// Bytes, and what is known of them.
@@ -152,7 +151,7 @@ impl Opening<'_> {
             }
         }
         let name = filename(top, probed.name());
-        let resolver = self.resolver(&bytes, &name);
+        let resolver = self.resolver(top, &bytes, &name);
         let Bytes { storage, id, nodes, debugger, .. } = bytes;
         let source = ResolvedSource { storage, format, name, id, resolver };
         self.how.policy.check(&source, self.how.looks())?;
@@ -164,15 +163,25 @@ impl Opening<'_> {
         Self { is_part: self.is_part || is_part(node), ..*self }
     }
 
-    /// What opens the names in the image called `image`, which is in `bytes`.
-    fn resolver(&self, bytes: &Bytes, image: &str) -> Arc<dyn Resolver> {
-        let Some(inner) = bytes.resolver.clone() else { return Arc::new(NoResolver) };
-        if self.how.looks() {
+    /// What opens the files of the image called `image`, which is `node` in `bytes`: those that it names, and
+    /// those that the user has chosen for it.
+    fn resolver(&self, node: &Node, bytes: &Bytes, image: &str) -> Arc<dyn Resolver> {
+        let named =
+            || (image.to_owned(), self.secrets.clone(), self.how.clone(), self.trail.with_file(bytes.id));
+        let inner: Arc<dyn Resolver> = match bytes.resolver.clone() {
+            None => Arc::new(NoResolver),
+            Some(inner) if self.how.looks() => inner,
+            Some(inner) => {
+                let (image, secrets, how, trail) = named();
+                Arc::new(NamedFiles { inner, image, secrets, how, trail })
+            }
+        };
+        if node.backing == Backing::AsNamed && node.data_file.is_none() {
             return inner;
         }
-        let (secrets, how) = (self.secrets.clone(), self.how.clone());
-        let (trail, image) = (self.trail.with_file(bytes.id), image.to_owned());
-        Arc::new(NamedFiles { inner, image, secrets, how, trail })
+        let (backing, data_file) = (node.backing.clone(), node.data_file.clone());
+        let (image, secrets, how, trail) = named();
+        Arc::new(ChosenFiles { inner, image, backing, data_file, secrets, how, trail })
     }
 
     /// Opens a node that gives bytes.
@@ -180,15 +189,13 @@ impl Opening<'_> {
         let trail = &self.trail.deeper()?;
         let mut bytes = Opening { trail, ..*self }.driver_bytes(node)?;
         check_options(node, node.driver(), role.is_empty() && self.how.layers == Layers::Follow)?;
-        let is_file = matches!(node.driver(), Driver::File | Driver::HostDevice);
-        let path = node.path().filter(|_| is_file);
         let facts = NodeFacts {
-            driver: if path.is_some_and(is_block_device) { "host_device" } else { node.driver().name() },
+            driver: node.driver().name(),
             role,
             filename: filename(node, "raw"),
             len: bytes.storage.len().map_err(FailureKind::Storage)?,
             used: bytes.storage.used_bytes().map_err(FailureKind::Storage)?,
-            is_file,
+            is_file: node.driver().is_file(),
         };
         bytes.nodes.insert(0, facts);
         Ok(bytes)
@@ -196,7 +203,7 @@ impl Opening<'_> {
 
     fn driver_bytes(&self, node: &Node) -> Opened<Bytes> {
         Ok(match node.driver() {
-            Driver::File | Driver::HostDevice => self.file_bytes(node)?,
+            Driver::File | Driver::HostDevice | Driver::HostCdrom => self.file_bytes(node)?,
             Driver::NullCo | Driver::NullAio => Bytes::of(Arc::new(null(&node.options)?)),
             Driver::Nbd => Bytes::of(self.nbd(node)?),
             Driver::Blkdebug => {
@@ -224,15 +231,18 @@ impl Opening<'_> {
         if file_text.as_deref() == Some("off") {
             file = file.with_locking(Locking::Off);
         }
-        if node.driver() == Driver::HostDevice {
-            check_device(path)?;
+        let is_device = node.driver() != Driver::File;
+        if is_device {
+            check_device(node.driver(), path, self.how.writable)?;
         }
+        (file.allow_devices, file.allow_characters) = (is_device, is_device);
         let mut options = SourceOptions::new(file).with_policy(self.how.files());
+        options.data_from_here = true;
         options.locking_below = Some(self.locking_below());
         if let Some(format) = self.format {
             options = options.with_format(format.clone());
         }
-        let source = open_source(Path::new(path), &options)
+        let source = open_source(&path_of(path), &options)
             .map_err(|error| FailureKind::File { path: path.to_owned(), error: Box::new(error) })?;
         self.trail.check_new(source.id, &filename(node, "raw"))?;
         let mut bytes = Bytes::of(source.storage);
@@ -253,7 +263,7 @@ impl Opening<'_> {
         let inner = Opening { format: Some(&format), ..*self };
         let mut bytes = inner.bytes(below(node)?, "file")?;
         let name = filename(node, node.driver().name());
-        let resolver = self.resolver(&bytes, &name);
+        let resolver = self.resolver(node, &bytes, &name);
         let (storage, format, id) = (bytes.storage, format.clone(), bytes.id);
         let source = ResolvedSource { storage, format, name, id, resolver };
         self.how.policy.check(&source, false)?;
@@ -320,11 +330,11 @@ fn window_of(node: &Node, storage: Arc<dyn Storage>) -> Opened<Arc<dyn Storage>>
     if is_part(node) { Ok(window(&node.options, storage)?) } else { Ok(storage) }
 }
 
-/// Refuses a name that leads to no device.
-pub(crate) fn check_device(path: &str) -> Result<(), FailureKind> {
-    match not_a_device(path) {
+/// Refuses a name of `driver` that leads to no device. `writable`: whether it is to be written to.
+pub(crate) fn check_device(driver: Driver, path: &str, writable: bool) -> Result<(), FailureKind> {
+    match not_a_device(path, writable) {
         None => Ok(()),
-        Some(None) => Err(FailureKind::NotADevice(path.to_owned())),
+        Some(None) => Err(FailureKind::NotADevice { driver, path: path.to_owned() }),
         Some(Some(error)) => Err(FailureKind::NoDevice { path: path.to_owned(), error: OsError::new(error) }),
     }
 }

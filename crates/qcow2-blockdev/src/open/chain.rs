@@ -2,13 +2,13 @@
 
 use super::layers::{OpenedDisk, open_bytes, open_layers};
 use super::look::{Tell, warnings_of_change};
-use super::options::{OpenOptions, Sharing};
+use super::options::OpenOptions;
 use crate::failure::{FailureKind, OpenFailure};
 use crate::name::ImageName;
-use crate::tree::Node;
+use crate::tree::Backing;
 use qcow2_core::walk::read_header;
 use qcow2_core::{GuestDisk, ImageFormat, Layers, Reference, ResolvedSource};
-use qcow2_io::ThrottleStorage;
+use qcow2_io::{ThrottleStorage, path_of, text_of_name};
 use qcow2_ops::{CallerError, Chain, LayerRole, NextLayer, OpenChain};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,10 +32,9 @@ impl<'a> ChainFiles<'a> {
         Self { name, how: writable, bytes_per_second: how.bytes_per_second, tell }
     }
 
-    /// The backing file that the user named for the layer at `depth` instead of the recorded one;
-    /// `Some(None)`: none.
-    fn named_by_user(&self, depth: usize) -> Option<Option<Node>> {
-        if depth == 0 { self.name.node.other_backing() } else { None }
+    /// What the user said of the backing file of the layer at `depth`.
+    fn chosen(&self, depth: usize) -> Backing {
+        self.name.node.backing.layers().nth(depth).unwrap_or(Backing::AsNamed)
     }
 
     fn failed(&self, kind: impl Into<FailureKind>, depth: usize) -> CallerError {
@@ -64,9 +63,16 @@ impl OpenChain for ChainFiles<'_> {
     ) -> Result<NextLayer, CallerError> {
         // A damaged header is reported even if the backing file it records is not used.
         let recorded = backing_of(above).map_err(|error| self.failed(error, depth))?;
-        let path = match self.named_by_user(depth) {
-            Some(node) => node.map(|node| PathBuf::from(node.path().unwrap_or_default())),
-            None => recorded.map(|backing| beside(&above.name, &backing.name)),
+        let by_name = recorded.map(|backing| beside(&above.name, &backing.name));
+        let path = match self.chosen(depth) {
+            Backing::AsNamed => by_name,
+            Backing::Nothing | Backing::Empty => None,
+            Backing::Given(options) => {
+                match ["file.filename", "filename"].iter().find_map(|key| options.text(key)) {
+                    Some(path) => Some(path_of(&path).into_owned()),
+                    None => Some(by_name.unwrap_or_default()),
+                }
+            }
         };
         Ok(match path {
             None => NextLayer::None,
@@ -81,13 +87,6 @@ impl OpenChain for ChainFiles<'_> {
         depth: usize,
         writable: bool,
     ) -> Result<ResolvedSource, CallerError> {
-        if let Some(node) = self.named_by_user(depth - 1).flatten() {
-            let mut how = self.how.clone();
-            how.writable = writable;
-            how.sharing = if writable { Sharing::TopAlone } else { how.sharing };
-            let named = ImageName { node, ..self.name.clone() };
-            return Ok(open_bytes(&named, &how).map_err(|failure| failure.below(depth))?.source);
-        }
         let backing = backing_of(above).map_err(|error| self.failed(error, depth - 1))?.unwrap_or_default();
         let reference = Reference::Backing { name: &backing.name, format: backing.format.as_deref() };
         let resolved = above.resolver.resolve(reference, writable);
@@ -126,8 +125,12 @@ impl From<&OpenedDisk> for Chain {
             .files
             .iter()
             .map(|layer| {
-                let path = Path::new(&layer.image).canonicalize().ok()?;
-                Some(format!("{} {}", if layer.raw { "raw" } else { "image" }, path.to_str()?))
+                let path = path_of(&layer.image).canonicalize().ok()?;
+                Some(format!(
+                    "{} {}",
+                    if layer.raw { "raw" } else { "image" },
+                    text_of_name(path.as_os_str())
+                ))
             })
             .collect();
         chain
@@ -136,29 +139,30 @@ impl From<&OpenedDisk> for Chain {
 
 /// What an image records of its backing file.
 #[derive(Default)]
-struct Backing {
+struct Recorded {
     name: String,
     format: Option<String>,
 }
 
-fn backing_of(source: &ResolvedSource) -> qcow2_core::Result<Option<Backing>> {
+fn backing_of(source: &ResolvedSource) -> qcow2_core::Result<Option<Recorded>> {
     if source.format != ImageFormat::Qcow2 {
         return Ok(None);
     }
     let header = read_header(&*source.storage)?;
     let format = header.extensions.backing_format_name();
     let name = header.backing_file_name().filter(|name| !name.is_empty());
-    Ok(name.map(|name| Backing { name, format }))
+    Ok(name.map(|name| Recorded { name, format }))
 }
 
 /// `name` as an image at `image` means it.
 fn beside(image: &str, name: &str) -> PathBuf {
-    Path::new(image).parent().unwrap_or(Path::new("")).join(name.strip_prefix("file:").unwrap_or(name))
+    let name = name.strip_prefix("file:").unwrap_or(name);
+    path_of(image).parent().unwrap_or(Path::new("")).join(path_of(name))
 }
 
 /// Whether `base`, taken from where the image at `image` is, leads to the file at `path`.
 fn is_same(image: &str, base: &str, path: &Path) -> bool {
-    let named = Path::new(image).parent().unwrap_or(Path::new("")).join(base);
+    let named = path_of(image).parent().unwrap_or(Path::new("")).join(path_of(base));
     match (named.canonicalize(), path.canonicalize()) {
         (Ok(named), Ok(path)) => !base.is_empty() && named == path,
         _ => false,

@@ -2,7 +2,7 @@
 
 use super::bytes::{NodeFacts, Opening};
 use super::look::{Tell, warnings_of_change};
-use super::named::{OtherBacking, OtherDataFile, format_of};
+use super::named::format_of;
 use super::options::{OpenOptions, Sharing};
 use super::record::{LayerFiles, Recorder};
 use super::trail::Trail;
@@ -69,22 +69,9 @@ pub fn open_telling(name: &ImageName, how: &OpenOptions, tell: Tell<'_>) -> Resu
 }
 
 fn open_with(name: &ImageName, how: &OpenOptions, tell: Option<Tell<'_>>) -> Result<OpenedDisk, OpenFailure> {
-    let OpenedBytes { mut source, debugger, nodes } = open_bytes(name, how)?;
+    let OpenedBytes { source, debugger, nodes } = open_bytes(name, how)?;
     if let Some(tell) = tell {
         warnings_of_change(&source).iter().for_each(|warning| tell(warning, &source));
-    }
-    if let Some(kind) = name.node.unknown_below() {
-        return Err(OpenFailure::new(&name.typed, kind));
-    }
-    let (secrets, how_below) = (name.keys.secrets(), || how.clone());
-    if let Some(node) = &name.node.data_file {
-        let (inner, node) = (source.resolver, (**node).clone());
-        let (secrets, how) = (secrets.clone(), how_below());
-        source.resolver = Arc::new(OtherDataFile { inner, node, secrets, how });
-    }
-    if let Some(node) = name.node.other_backing() {
-        let (inner, secrets, how) = (source.resolver, secrets.clone(), how_below());
-        source.resolver = Arc::new(OtherBacking { inner, node, secrets, how });
     }
     let mut opened = OpenedDisk { debugger, ..open_layers(name, source, how, 0)? };
     if opened.format == ImageFormat::Raw
@@ -212,6 +199,9 @@ fn engine_options(
         let failed = |kind: FailureKind| OpenFailure::new(&name.typed, kind);
         let header = read_header(&*source.storage).map_err(|error| failed(error.into()).below(layer))?;
         if node.data_file.is_some() && !header.has_data_file() {
+            // That it is not there is said first.
+            let opened = source.resolver.resolve(Reference::DataFile { name: "" }, how.writable);
+            opened.map_err(|error| failed(FailureKind::Engine(error.into())))?;
             return Err(failed(FailureKind::NoDataFile));
         }
         tune(&mut options, &node.options, &header).map_err(|error| failed(error.into()))?;
@@ -266,18 +256,21 @@ fn is_not_there(error: &Error) -> bool {
 pub fn open_below(name: &ImageName, source: &ResolvedSource, how: &OpenOptions) -> Result<(), OpenFailure> {
     let failed = |error: Error| OpenFailure::new(&name.typed, error);
     let header = read_header(&*source.storage).map_err(failed)?;
-    let names_data = header.extensions.data_file_name().is_some();
-    if header.has_data_file() && !names_data {
+    let chosen = |reference| source.resolver.has_chosen(reference).then(String::new);
+    let data = header.extensions.data_file_name().or_else(|| chosen(Reference::DataFile { name: "" }));
+    if header.has_data_file() && data.is_none() {
         return Err(OpenFailure::new(&name.typed, FailureKind::UnnamedDataFile));
     }
     if !header.has_data_file() && header.features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE) {
         return Err(OpenFailure::new(&name.typed, FailureKind::RawWithoutDataFile));
     }
-    if let Some(data) = header.extensions.data_file_name().filter(|_| header.has_data_file()) {
+    if let Some(data) = data.filter(|_| header.has_data_file()) {
         let opened = source.resolver.resolve(Reference::DataFile { name: &data }, false);
         opened.map_err(|error| failed(error.into()))?;
     }
-    let backing = header.backing_file_name().filter(|_| how.layers == Layers::Follow);
+    let backing = header.backing_file_name();
+    let backing = backing.or_else(|| chosen(Reference::Backing { name: "", format: None }));
+    let backing = backing.filter(|_| how.layers == Layers::Follow);
     let Some(backing) = backing else { return Ok(()) };
     let format = header.extensions.backing_format_name();
     let reference = Reference::Backing { name: &backing, format: format.as_deref() };

@@ -6,6 +6,7 @@
 mod backing;
 mod bytes;
 mod chain;
+mod chosen;
 mod cut_short;
 mod layers;
 mod look;
@@ -16,7 +17,7 @@ mod record;
 mod scratch;
 mod trail;
 
-pub use backing::{BackingFile, KeptBacking, locate_backing, open_backing};
+pub use backing::{BackingFile, KeptBacking, open_backing};
 pub use bytes::NodeFacts;
 pub(crate) use bytes::check_device;
 pub use chain::ChainFiles;
@@ -25,7 +26,7 @@ pub use layers::{
     open_telling,
 };
 pub use look::{Tell, bitmaps_to_lose, warnings_of_change};
-pub use named::permit_backing;
+pub use named::{locate_backing, permit_backing};
 pub use options::{OpenOptions, Sharing};
 pub use policy::{Feature, Follow, Policy, PolicyError, Refusal};
 pub use record::LayerFiles;

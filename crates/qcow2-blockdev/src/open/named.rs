@@ -1,19 +1,19 @@
-//! Backing files that an image names by more than a path: `nbd://host/export`, `json:{...}`; and files that
-//! the user names instead of those that the image does.
+//! Files that an image names by more than a path: `nbd://host/export`, `json:{...}`.
 //!
-//! The former are followed as paths are, where names inside images lead anywhere, and by nobody who only
-//! looks at an image. A name of this kind is complete; nothing in it is relative to the image.
+//! They are followed as paths are, where names inside images lead anywhere, and by nobody who only looks at
+//! an image. A name of this kind is complete; nothing in it is relative to the image.
 
 use super::bytes::Opening;
 use super::options::OpenOptions;
 use super::policy::{Follow, Policy, Refusal};
 use super::trail::Trail;
+use crate::driver::is_known_driver;
 use crate::failure::FailureKind;
 use crate::keys::Secrets;
 use crate::name::{ImageName, Naming};
-use crate::tree::Node;
-use qcow2_core::{ImageFormat, NoResolver, Reference, ResolveError, ResolvedSource, Resolver};
-use qcow2_io::{FileResolver, MemoryStorage};
+use crate::tree::{Node, protocol_below};
+use qcow2_core::{ImageFormat, Reference, ResolveError, ResolvedSource, Resolver};
+use qcow2_io::{FileResolver, path_of, text_of_name};
 use std::sync::Arc;
 
 /// Resolves the names in one image as far as the policy allows: paths as `inner` does, other names of backing
@@ -37,10 +37,22 @@ impl Resolver for NamedFiles {
             _ => self.trail.clone(),
         };
         match reference {
+            Reference::Backing { format: Some(format), .. } if !is_known_driver(format) => {
+                Err(in_image(FailureKind::UnknownDriver(format.to_owned())))
+            }
             Reference::Backing { name, format } if is_more_than_a_path(name) => {
                 self.open(name, format, writable, &trail)
             }
+            Reference::DataFile { name } if is_more_than_a_path(name) => {
+                self.open_data(name, writable, &trail)
+            }
             reference => {
+                let reference = match reference {
+                    Reference::DataFile { name } => {
+                        Reference::DataFile { name: name.strip_prefix("file:").unwrap_or(name) }
+                    }
+                    backing => backing,
+                };
                 let source = self
                     .inner
                     .resolve(reference, writable)
@@ -65,13 +77,15 @@ impl Resolver for NamedFiles {
 impl NamedFiles {
     /// Refuses a name that the policy does not allow; where a path leads is left to `inner`.
     fn permit(&self, reference: Reference<'_>) -> Result<(), ResolveError> {
-        let backing = match reference {
-            Reference::Backing { name, .. } => Some(name),
-            _ => None,
+        let (name, is_backing) = match reference {
+            Reference::Backing { name, .. } => (name, true),
+            Reference::DataFile { name } => (name, false),
+            _ => ("", false),
         };
+        let backing = Some(name).filter(|_| is_backing);
         let allowed = match self.how.policy.follow {
             Follow::Nothing => false,
-            Follow::SameDirectory => !backing.is_some_and(is_more_than_a_path),
+            Follow::SameDirectory => !is_more_than_a_path(name),
             Follow::All => true,
         };
         if !allowed {
@@ -108,13 +122,31 @@ impl NamedFiles {
         let opening = Opening::new(&how, &self.secrets, format.as_ref(), trail);
         opening.open(&node).map(|(source, ..)| source).map_err(in_image)
     }
+
+    fn open_data(&self, name: &str, writable: bool, trail: &Trail) -> Result<ResolvedSource, ResolveError> {
+        let node = protocol_below(name).map_err(in_image)?;
+        data_file(&node, writable, (&self.how, &self.secrets), trail)
+    }
+}
+
+/// Opens the data file that `node` leads to, below an image that is opened as `how` says.
+pub(super) fn data_file(
+    node: &Node,
+    writable: bool,
+    (how, secrets): (&OpenOptions, &Secrets),
+    trail: &Trail,
+) -> Result<ResolvedSource, ResolveError> {
+    let mut how = how.below(false);
+    (how.writable, how.resizes) = (writable, true);
+    let opening = Opening::new(&how, secrets, Some(&ImageFormat::Raw), trail).as_part();
+    opening.open(node).map(|(source, ..)| source).map_err(in_image)
 }
 
 /// Says whether `policy` allows opening the backing file that the image at `image` calls `name`, for whoever
 /// opens it as a name of its own. `depth`: how many layers stand on that image. Opens nothing.
 pub fn permit_backing(policy: &Policy, image: &str, name: &str, depth: usize) -> Result<(), Refusal> {
     let (owned, follow) = ((image.to_owned(), name.to_owned()), policy.follow);
-    let files = FileResolver::new(image, follow.files());
+    let files = FileResolver::new(path_of(image), follow.files());
     let allowed = match follow {
         Follow::All => true,
         _ => !is_more_than_a_path(name) && files.check(Reference::Backing { name, format: None }).is_ok(),
@@ -127,8 +159,20 @@ pub fn permit_backing(policy: &Policy, image: &str, name: &str, depth: usize) ->
     }
 }
 
+/// Where `name` leads as the image at `image` calls it: names of files are relative to the image, those of
+/// other kinds stay as they are. Opens nothing.
+pub fn locate_backing(image: &str, name: &str) -> String {
+    let has_protocol = name.split_once(':').is_some_and(|(protocol, _)| !protocol.contains('/'));
+    if has_protocol {
+        return name.to_owned();
+    }
+    FileResolver::new(path_of(image), qcow2_io::Policy::Allow)
+        .locate(Reference::Backing { name, format: None })
+        .map_or_else(|_| name.to_owned(), |path| text_of_name(path.as_os_str()))
+}
+
 /// The failure of a name that the policy does not allow.
-fn denied(refusal: Refusal) -> ResolveError {
+pub(super) fn denied(refusal: Refusal) -> ResolveError {
     ResolveError::denied("the policy does not allow it").with_source(FailureKind::from(refusal))
 }
 
@@ -137,59 +181,8 @@ fn is_more_than_a_path(name: &str) -> bool {
     name.split_once(':').is_some_and(|(prefix, _)| prefix != "file" && !prefix.contains('/'))
 }
 
-/// Resolves what an image names, but for the backing file, which the user has named.
-pub(super) struct OtherBacking {
-    pub(super) inner: Arc<dyn Resolver>,
-    /// `None`: none at all.
-    pub(super) node: Option<Node>,
-    pub(super) secrets: Secrets,
-    pub(super) how: OpenOptions,
-}
-
-impl Resolver for OtherBacking {
-    fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError> {
-        if !matches!(reference, Reference::Backing { .. }) {
-            return self.inner.resolve(reference, writable);
-        }
-        let Some(node) = &self.node else {
-            // A backing file without a byte hides nothing and shows nothing.
-            return Ok(ResolvedSource {
-                storage: Arc::new(MemoryStorage::new()),
-                format: ImageFormat::Raw,
-                name: String::new(),
-                id: None,
-                resolver: Arc::new(NoResolver),
-            });
-        };
-        let (how, format, trail) = (self.how.below(false), format_of(node), Trail::default());
-        let opening = Opening::new(&how, &self.secrets, format.as_ref(), &trail);
-        opening.open(node).map(|(source, ..)| source).map_err(in_image)
-    }
-}
-
-/// Resolves what an image names, but for the data file, which the user has named.
-pub(super) struct OtherDataFile {
-    pub(super) inner: Arc<dyn Resolver>,
-    pub(super) node: Node,
-    pub(super) secrets: Secrets,
-    pub(super) how: OpenOptions,
-}
-
-impl Resolver for OtherDataFile {
-    fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError> {
-        if !matches!(reference, Reference::DataFile { .. }) {
-            return self.inner.resolve(reference, writable);
-        }
-        let mut how = self.how.below(false);
-        (how.writable, how.resizes) = (writable, true);
-        let trail = Trail::default();
-        let opening = Opening::new(&how, &self.secrets, Some(&ImageFormat::Raw), &trail).as_part();
-        opening.open(&self.node).map(|(source, ..)| source).map_err(in_image)
-    }
-}
-
 /// The failure of a name in an image, as the engine passes it on.
-fn in_image(kind: FailureKind) -> ResolveError {
+pub(super) fn in_image(kind: FailureKind) -> ResolveError {
     ResolveError::failed("what it names cannot be opened").with_source(kind)
 }
 

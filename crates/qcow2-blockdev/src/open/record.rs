@@ -52,6 +52,10 @@ impl Resolver for Recorder {
         source.resolver = Arc::new(Self { inner: source.resolver, files: Arc::clone(&self.files) });
         Ok(source)
     }
+
+    fn has_chosen(&self, reference: Reference<'_>) -> bool {
+        self.inner.has_chosen(reference)
+    }
 }
 
 impl Recorder {

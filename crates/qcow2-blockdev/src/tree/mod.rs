@@ -12,5 +12,5 @@ pub(crate) use dictionary::object;
 pub use json::JsonError;
 pub use node::{Backing, Node};
 pub use options::Options;
-pub(crate) use parse::from_options;
+pub(crate) use parse::{from_options, protocol_below};
 pub use scalar::Scalar;

@@ -30,10 +30,30 @@ pub enum Backing {
     Nothing,
     /// The same, said by an empty name.
     Empty,
-    /// This one.
-    Node(Box<Node>),
-    /// The one that the image names, with these options for its secrets.
-    Keys(Box<Node>),
+    /// This one. Where the options have no `file.filename`, it is the one that the image names, opened with
+    /// them.
+    Given(Options),
+}
+
+impl Backing {
+    /// What the options for it say of the backing file below.
+    fn below(&self) -> Self {
+        let Self::Given(options) = self else { return Self::AsNamed };
+        match options.iter().find(|(key, _)| *key == "backing") {
+            Some((_, Scalar::Null)) => Self::Nothing,
+            Some((_, Scalar::Text(name))) if name.is_empty() => Self::Empty,
+            _ => {
+                let inner = options.clone().take_group("backing");
+                if inner.is_empty() { Self::AsNamed } else { Self::Given(inner) }
+            }
+        }
+    }
+
+    /// Those of this layer and of the ones below, as far as options say something of them.
+    pub(crate) fn layers(&self) -> impl Iterator<Item = Self> {
+        let first = Some(self.clone()).filter(|layer| *layer != Self::AsNamed);
+        std::iter::successors(first, |layer| Some(layer.below()).filter(|below| *below != Self::AsNamed))
+    }
 }
 
 impl Node {
@@ -64,32 +84,9 @@ impl Node {
         self.driver.is_none()
     }
 
-    /// What the options say of the backing file: nothing, that there is none, or which one.
-    pub(crate) fn other_backing(&self) -> Option<Option<Self>> {
-        match &self.backing {
-            Backing::AsNamed | Backing::Keys(_) => None,
-            Backing::Nothing | Backing::Empty => Some(None),
-            Backing::Node(node) => Some(Some((**node).clone())),
-        }
-    }
-
     /// Whether a layer is said to have no backing file by an empty name for it.
     pub(crate) fn names_empty_backing(&self) -> bool {
-        match &self.backing {
-            Backing::Empty => true,
-            Backing::Node(below) | Backing::Keys(below) => below.names_empty_backing(),
-            Backing::AsNamed | Backing::Nothing => false,
-        }
-    }
-
-    /// The failure for an option that one of the layers below does not have.
-    pub(crate) fn unknown_below(&self) -> Option<FailureKind> {
-        match &self.backing {
-            Backing::Keys(below) => {
-                below.unknown_option(Driver::Qcow2, true).or_else(|| below.unknown_below())
-            }
-            _ => None,
-        }
+        self.backing.layers().any(|layer| layer == Backing::Empty)
     }
 
     /// The node below.
@@ -101,7 +98,7 @@ impl Node {
     pub fn path(&self) -> Option<&str> {
         match (self.child(), self.driver()) {
             (Some(child), _) => child.path(),
-            (None, Driver::File | Driver::HostDevice) => {
+            (None, driver) if driver.is_file() => {
                 self.options.iter().find(|(key, _)| *key == "filename").and_then(|(_, value)| match value {
                     Scalar::Text(path) => Some(path.as_str()),
                     _ => None,
@@ -129,9 +126,7 @@ impl Node {
     /// An option about the layer below.
     fn backing_option(&self) -> Option<String> {
         match &self.backing {
-            Backing::Node(below) if below.is_probed() => Some("backing.file.filename".to_owned()),
-            Backing::Node(_) => Some("backing.driver".to_owned()),
-            Backing::Keys(below) => below.options.iter().next().map(|(key, _)| format!("backing.{key}")),
+            Backing::Given(options) => options.iter().next().map(|(key, _)| format!("backing.{key}")),
             Backing::AsNamed | Backing::Nothing | Backing::Empty => None,
         }
     }
@@ -142,7 +137,7 @@ impl Node {
         let driver = self.driver.unwrap_or(probed);
         let unknown = |key: &&str| !driver.knows(key);
         let own = || self.options.iter().map(|(key, _)| key).filter(unknown);
-        let below = self.backing_option().filter(|_| driver != Driver::Qcow2);
+        let below = self.backing_option().filter(|_| driver != Driver::Qcow2 || !follows);
         let is_below = |key: &str| key == "backing" || key.starts_with("backing.");
         if follows && (below.is_some() || own().any(is_below)) {
             return Some(FailureKind::NoBackingFiles);

@@ -58,6 +58,17 @@ impl Options {
         self.0.push((key.to_owned(), value));
     }
 
+    /// Adds those of `others` that are not set here.
+    pub(crate) fn add_missing(&mut self, others: Self) {
+        let missing = others.0.into_iter().filter(|(key, _)| !self.has(key)).collect::<Vec<_>>();
+        self.0.extend(missing);
+    }
+
+    /// Whether an option is set.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.0.iter().any(|(known, _)| known == key)
+    }
+
     /// Takes an option out.
     pub(crate) fn take(&mut self, key: &str) -> Option<Scalar> {
         let index = self.0.iter().position(|(known, _)| known == key)?;

@@ -3,94 +3,130 @@
 use super::node::{Backing, Node};
 use super::options::Options;
 use super::scalar::Scalar;
-use crate::driver::{Driver, is_block_device};
+use crate::driver::{Driver, is_device};
 use crate::failure::FailureKind;
-use crate::name::{deeper, driver_called, protocol_below};
+use crate::name::{deeper, driver_called, in_name, protocol_of};
 
-/// Makes the tree of an image's options, below `depth` other nodes. `inner`: it is what another node stands
-/// on.
-pub(crate) fn from_options(mut options: Options, inner: bool, depth: usize) -> Result<Node, FailureKind> {
+/// The tree of bytes that are called `name`, whatever they mean.
+pub(crate) fn protocol_below(name: &str) -> Result<Node, FailureKind> {
+    from_options(Options::default(), Some(name), true, 0)
+}
+
+/// Makes the tree of an image's options, below `depth` other nodes. `name`: what somebody called it besides;
+/// options are stronger than it. `inner`: it is what another node stands on.
+pub(crate) fn from_options(
+    mut options: Options,
+    name: Option<&str>,
+    inner: bool,
+    depth: usize,
+) -> Result<Node, FailureKind> {
     let depth = deeper(depth)?;
-    let driver = match options.take_text("driver") {
-        Some(name) => Some(driver_called(&name)?),
-        None if inner => match options.text("filename") {
-            Some(path) if is_block_device(&path) => Some(Driver::HostDevice),
-            Some(_) => Some(Driver::File),
-            None => return Err(FailureKind::NoDriver),
-        },
-        None if options.iter().any(|(key, _)| key == "file" || key.starts_with("file.")) => None,
-        None => return Err(FailureKind::NoDriver),
+    let name = match name.map(|name| name.strip_prefix("json:").ok_or(name)) {
+        Some(Ok(text)) => {
+            options.add_missing(Options::from_json(text)?);
+            None
+        }
+        other => other.and_then(Result::err),
     };
+    let driver = driver_of(&mut options, name, inner)?;
     let mut node = Node::new(driver);
+    let below = match (name, driver.filter(|driver| driver.is_protocol())) {
+        (Some(_), Some(_)) if options.has("filename") => return Err(FailureKind::TwoNames),
+        (Some(name), Some(driver)) => {
+            let (own, below) = in_name(driver, name)?;
+            own.iter().for_each(|(key, value)| options.set(key, value.clone()));
+            below
+        }
+        (name, _) => name.map(str::to_owned),
+    };
     if let Some(role) = node.driver().child() {
-        node.below = Some(Box::new(child(&mut options, role, depth)?));
+        node.below = Some(Box::new(child(&mut options, role, below, depth)?));
     }
     if node.driver() == Driver::Qcow2 || node.is_probed() {
-        node.backing = backing(&mut options, depth)?;
+        node.backing = backing(&mut options)?;
         if let Some(name) = options.take_text("data-file") {
             return Err(FailureKind::UnknownNode(name));
         }
         let data_file = options.take_group("data-file");
         if !data_file.is_empty() {
-            node.data_file = Some(Box::new(from_options(data_file, true, depth)?));
+            node.data_file = Some(Box::new(from_options(data_file, None, true, depth)?));
         }
     }
-    let needs_name = matches!(node.driver(), Driver::File | Driver::HostDevice);
-    if needs_name && options.text("filename").is_none_or(|path| path.is_empty()) {
+    if node.driver().is_file() && options.text("filename").is_none_or(|path| path.is_empty()) {
         return Err(FailureKind::NoFileName(node.driver()));
     }
     node.options = options;
     Ok(node)
 }
 
-/// The node that `role` names: `role` alone is the name of a node, of which there are none.
-fn child(options: &mut Options, role: &'static str, depth: usize) -> Result<Node, FailureKind> {
-    if let Some(name) = options.take_text(role) {
-        return Err(FailureKind::UnknownNode(name));
+/// The driver that the options or the name ask for; `None`: a format that is to be probed.
+fn driver_of(options: &mut Options, name: Option<&str>, inner: bool) -> Result<Option<Driver>, FailureKind> {
+    if let Some(driver) = options.take_text("driver") {
+        return driver_called(&driver).map(Some);
     }
-    if role == "image"
-        && let Some(name) = options.take_text("x-image")
-    {
-        return protocol_below(&name, depth);
-    }
-    let inner = options.take_group(role);
-    match inner.is_empty() {
-        true => Err(FailureKind::NothingBelow(role)),
-        false => from_options(inner, true, depth),
+    match name {
+        Some("") => Err(FailureKind::NoFileName(Driver::File)),
+        Some(name) if inner => Ok(Some(match protocol_of(name)? {
+            Driver::File if !name.starts_with("file:") && is_device(name) => Driver::HostDevice,
+            driver => driver,
+        })),
+        Some(_) => Ok(None),
+        None if inner => match options.text("filename") {
+            Some(path) if is_device(&path) => Ok(Some(Driver::HostDevice)),
+            Some(_) => Ok(Some(Driver::File)),
+            None => Err(FailureKind::NoDriver),
+        },
+        None if options.iter().any(|(key, _)| is_of(key, "file")) => Ok(None),
+        None => Err(FailureKind::NoDriver),
     }
 }
 
-/// What `options` say of the backing file of a node that is the `depth`-th from the top.
-fn backing(options: &mut Options, depth: usize) -> Result<Backing, FailureKind> {
-    match options.take("backing") {
-        Some(Scalar::Null) => return Ok(Backing::Nothing),
-        Some(Scalar::Text(name)) if name.is_empty() => return Ok(Backing::Empty),
+/// Whether `key` is `role`, or belongs to the node that it names.
+fn is_of(key: &str, role: &str) -> bool {
+    key.strip_prefix(role).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// The node that `role` names: `role` alone is the name of a node, of which there are none. `name`: what was
+/// given besides.
+fn child(
+    options: &mut Options,
+    role: &'static str,
+    mut name: Option<String>,
+    depth: usize,
+) -> Result<Node, FailureKind> {
+    if let Some(node) = options.take_text(role) {
+        return Err(match name {
+            Some(_) => FailureKind::NodeAndName,
+            None => FailureKind::UnknownNode(node),
+        });
+    }
+    if role == "image"
+        && let Some(given) = options.take_text("x-image")
+    {
+        name.get_or_insert(given);
+    }
+    let inner = options.take_group(role);
+    match inner.is_empty() && name.is_none() {
+        true => Err(FailureKind::NothingBelow(role)),
+        false => from_options(inner, name.as_deref(), true, depth),
+    }
+}
+
+/// What `options` say of the backing file.
+fn backing(options: &mut Options) -> Result<Backing, FailureKind> {
+    let backing = match options.take("backing") {
+        Some(Scalar::Null) => Backing::Nothing,
+        Some(Scalar::Text(name)) if name.is_empty() => Backing::Empty,
         Some(Scalar::Text(name)) => {
             return Err(FailureKind::UnknownBackingNode(name));
         }
-        _ => {}
-    }
-    let mut inner = options.take_group("backing");
-    let names = |key: &str| key == "file" || key.starts_with("file.");
-    // Without a name it is that of the file which the image names.
-    if let Some(name) = inner.text("driver").filter(|_| !inner.iter().any(|(key, _)| names(key))) {
-        let driver = driver_called(&name)?;
-        if driver.is_protocol() {
-            return Ok(Backing::Node(Box::new(from_options(inner, false, depth)?)));
+        _ => {
+            let inner = options.take_group("backing");
+            let deepest =
+                inner.iter().map(|(key, _)| key.split('.').take_while(|part| *part == "backing").count());
+            deeper(deepest.max().unwrap_or(0))?;
+            return Ok(if inner.is_empty() { Backing::AsNamed } else { Backing::Given(inner) });
         }
-        inner.take("driver");
-        if inner.is_empty() {
-            return Ok(Backing::AsNamed);
-        }
-    }
-    match inner.is_empty() {
-        true => Ok(Backing::AsNamed),
-        false if !inner.iter().any(|(key, _)| names(key)) => {
-            let mut node = Node::new(None);
-            node.backing = backing(&mut inner, deeper(depth)?)?;
-            node.options = inner;
-            Ok(Backing::Keys(Box::new(node)))
-        }
-        false => Ok(Backing::Node(Box::new(from_options(inner, false, depth)?))),
-    }
+    };
+    Ok(backing)
 }

@@ -90,6 +90,7 @@ fn told(failure: &CreateFailure) -> (String, Vec<String>) {
         Kind::TooSmall(Driver::Nbd) => "Cannot grow NBD nodes".to_owned(),
         Kind::TooSmall(_) => "Cannot grow device files".to_owned(),
         Kind::Storage(error) => storage(error),
+        Kind::DataFileName(kind) => return reason(kind),
         Kind::DataFileOnServer => "A data file is a file beside the image, which is none here".to_owned(),
         Kind::Name { backing, error } => {
             let what =

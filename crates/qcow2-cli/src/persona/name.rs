@@ -19,6 +19,10 @@ pub(super) fn name(kind: &FailureKind) -> Option<String> {
         FailureKind::UnknownBackingNode(name) => {
             format!("{BACKING}{}", no_such_node(name))
         }
+        FailureKind::NodeAndName => {
+            "Cannot reference an existing block device with additional options or a new filename".to_owned()
+        }
+        FailureKind::TwoNames => "Can't specify 'file' and 'filename' options at the same time".to_owned(),
         FailureKind::NothingBelow(role) => format!("A block device must be specified for \"{role}\""),
         FailureKind::NameOfNull(driver) => {
             format!("The only allowed filename for this driver is '{}://'", driver.name())
@@ -68,6 +72,7 @@ fn parse_error(error: &JsonError) -> String {
         JsonError::DuplicateKey => "duplicate key",
         JsonError::NoCommaInObject => "expected separator in dict",
         JsonError::NoCommaInList => "expected separator in list",
+        JsonError::NotUtf8 => "invalid UTF-8 sequence in string",
         JsonError::UnknownEscape => "invalid escape sequence in string",
         JsonError::Stray(text) => return format!("stray '{text}'"),
         JsonError::UnknownWord(word) => return format!("invalid keyword '{word}'"),

@@ -35,8 +35,9 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
         FailureKind::ReadOnlyNode => "Block node is read-only".to_owned(),
         FailureKind::SharedAndWritable => SHARED_AND_WRITABLE.to_owned(),
         FailureKind::QueuedThroughCache => NATIVE_NEEDS_DIRECT.to_owned(),
-        FailureKind::NotADevice(path) => {
-            format!("'host_device' driver requires '{path}' to be either a character or block device")
+        FailureKind::NotADevice { driver, path } => {
+            let name = driver.name();
+            format!("'{name}' driver requires '{path}' to be either a character or block device")
         }
         FailureKind::NoDevice { path, error } => format!("Could not open '{path}': {error}"),
         FailureKind::Probe(error) => {

@@ -165,6 +165,12 @@ pub trait Resolver: Send + Sync {
     /// writing. The engine passes true only for the data file of an image that is open for writing; commit
     /// passes true for the backing file that it writes to.
     fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError>;
+
+    /// True if the caller has chosen a file for references like this one, whatever the image names: then even
+    /// an image that names none has one, and [`resolve`](Self::resolve) is called with an empty name.
+    fn has_chosen(&self, _reference: Reference<'_>) -> bool {
+        false
+    }
 }
 
 /// Refuses every name: for programs that only inspect an image.

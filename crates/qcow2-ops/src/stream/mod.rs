@@ -5,7 +5,9 @@
 //! the block status of the source.
 
 mod read;
+mod start;
 mod write;
 
 pub use read::{MAX_HELD, StreamedImage, stream_raw_in};
+pub use start::{Begun, begin_stream};
 pub use write::{StreamOptions, stream_qcow2, stream_raw};

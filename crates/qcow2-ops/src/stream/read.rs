@@ -514,7 +514,7 @@ impl<'a> Reader<'a> {
 }
 
 /// Reads until the buffer is full or the stream ends. Returns the number of bytes read.
-fn fill(input: &mut dyn Read, buf: &mut [u8]) -> Result<usize> {
+pub(super) fn fill(input: &mut dyn Read, buf: &mut [u8]) -> Result<usize> {
     let mut done = 0;
     while done < buf.len() {
         match input.read(&mut buf[done..]) {

@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use crate::newimage::{format_of, print_options};
 use crate::numbers::{SIGNED, parse_argument, parse_count};
 use crate::session::Session;
-use qcow2_blockdev::{Compression, KeyValues, is_block_device, new_image_format};
+use qcow2_blockdev::{Compression, KeyValues, is_device, new_image_format};
 use qcow2_core::ImageFormat;
 use qcow2_io::CacheMode;
 use qcow2_ops::ConvertOptions;
@@ -121,7 +121,7 @@ impl Request {
     pub(super) fn options(&self, has_backing: bool) -> Result<ConvertOptions, Failure> {
         let Self { target, copy, .. } = self;
         let raw = target.format.as_deref().is_none_or(|format| format == "raw");
-        let used_before = raw && is_block_device(&target.name);
+        let used_before = raw && is_device(&target.name);
         if copy.target_is_zero && has_backing {
             let text = "Cannot use --target-is-zero when the destination image has a backing file";
             return Err(Failure::new(text));

@@ -13,7 +13,8 @@ use crate::session::{Session, unfinished_stream};
 use qcow2_blockdev::{Compression, NewOptions, new_image_format};
 use qcow2_core::format::CompressionType;
 use qcow2_core::{GuestDisk, ImageFormat, find_cause};
-use qcow2_ops::{ErrorKind, StreamOptions, StreamedImage, stream_qcow2, stream_raw, stream_raw_in};
+use qcow2_ops::{ErrorKind, StreamOptions, StreamedImage};
+use qcow2_ops::{begin_stream, stream_qcow2, stream_raw, stream_raw_in};
 use std::io::{self, IsTerminal, Read};
 use std::sync::Arc;
 
@@ -93,18 +94,10 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
 fn read(session: &Session, request: &Request, interrupts: &Interrupts, meter: &Meter) -> Result<(), Failure> {
     // The target is opened further down, and is not what is read here.
     let _held = open_files().hold_input().map_err(|same| Failure::new(same.to_string()))?;
-    let mut input = Stdin { input: io::stdin().lock(), interrupts };
-    let mut start = Vec::new();
-    let probed = (&mut input).take(MAGIC.len() as u64).read_to_end(&mut start);
-    probed.map_err(|error| Failure::new(format!("error while reading standard input: {error}")))?;
-    let mut input = io::Cursor::new(start.clone()).chain(input);
-    let qcow2 = match request.source.args.format.as_deref() {
-        None => start == MAGIC,
-        Some("raw") => false,
-        Some("qcow2") => true,
-        Some(other) => return Err(Failure::new(format!("format '{other}' cannot be read from a stream"))),
-    };
-    let target = match qcow2 {
+    let input = Stdin { input: io::stdin().lock(), interrupts };
+    let begun = begin_stream(input, request.source.args.format.as_deref());
+    let (format, mut input) = begun.map_err(|error| persona::procedure(&error))?;
+    let target = match format == ImageFormat::Qcow2 {
         false => {
             let target = target::open(session, request, &[], 0, interrupts)?;
             stream_raw_in(&mut input, &*target, meter).map_err(|error| persona::procedure(&error))?;
@@ -139,4 +132,3 @@ impl Read for Stdin<'_> {
 }
 
 const PIPE: &str = "-";
-const MAGIC: &[u8] = b"QFI\xfb";
