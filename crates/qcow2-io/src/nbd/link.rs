@@ -231,7 +231,7 @@ fn agree(stream: &mut Stream, options: &NbdOptions) -> Result<Export, NbdError> 
     if let Some(context) = &options.context
         && export.context(context).is_none()
     {
-        return Err(NbdError::new(format!("requested x-dirty-bitmap {context} not found")));
+        return Err(NbdError::new("Could not open image: Invalid argument").with_code(INVALID));
     }
     Ok(export)
 }
@@ -268,5 +268,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 const SHORTEST: Duration = Duration::from_secs(1);
 /// `EPIPE`: the error of every call after the connection has failed.
 const BROKEN: i32 = 32;
+/// `EINVAL`.
+const INVALID: i32 = 22;
 /// `EACCES`.
 const PERMISSION_DENIED: i32 = 13;
