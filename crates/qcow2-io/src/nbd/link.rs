@@ -25,8 +25,8 @@ pub struct NbdOptions {
     pub open_timeout: Duration,
     /// How long requests wait for another connection after one is lost; with zero all later requests fail.
     pub reconnect_delay: Duration,
-    /// The meta context that block status is read from, in place of `base:allocation`. The server must
-    /// have it.
+    /// A meta context that is chosen in place of `base:allocation`. The server must have it. All bytes count
+    /// as data then, because what such a context tells is not where zeroes are.
     pub context: Option<String>,
 }
 
@@ -44,7 +44,7 @@ impl Default for NbdOptions {
 }
 
 impl NbdOptions {
-    /// The meta context of block status.
+    /// The meta context that is chosen.
     fn context(&self) -> &str {
         self.context.as_deref().unwrap_or(ALLOCATION)
     }
@@ -105,15 +105,15 @@ impl Link {
         &self.export
     }
 
-    /// Whether the export has the meta context of block status.
+    /// Whether the export tells data from zeroes and holes.
     pub(super) fn has_status(&self) -> bool {
-        self.export.context(self.options.context()).is_some()
+        self.export.context(ALLOCATION).is_some()
     }
 
-    /// The id of the meta context of block status, on the connection that there is now.
+    /// The id of the meta context for that, on the connection that there is now.
     pub(super) fn status_context(&self) -> Option<u32> {
         match &*self.line() {
-            Line::Open(open) => open.export.context(self.options.context()),
+            Line::Open(open) => open.export.context(ALLOCATION),
             _ => None,
         }
     }
@@ -261,7 +261,7 @@ fn os_code(error: ErrorCode) -> i32 {
 }
 
 /// The meta context that tells data from zeroes and holes.
-pub(super) const ALLOCATION: &str = "base:allocation";
+const ALLOCATION: &str = "base:allocation";
 /// Between two attempts to connect.
 const PAUSE: Duration = Duration::from_millis(100);
 /// How long one more attempt may take when the time for it is over.

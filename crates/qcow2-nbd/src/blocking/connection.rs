@@ -332,27 +332,31 @@ impl<R: Incoming, W: Write + Send> Connection<R, W> {
                     return Err(self.lose(broken(violation)));
                 }
             };
-            let cookie = event.cookie();
-            let owner = match event {
-                Event::Done { .. } => shared.owners.remove(&cookie),
-                _ => shared.owners.get(&cookie).copied(),
-            };
-            if owner == Some(call) {
-                if let Some(error) = apply(News::Event(event), mine, jobs) {
-                    shared.incoming = Some(incoming);
-                    drop(shared);
-                    self.changed.notify_all();
-                    return Ok(Some(error));
-                }
-            } else if let Some(owner) = owner {
-                let is_done = matches!(event, Event::Done { .. });
-                shared.inbox.entry(owner).or_default().push(News::Event(event));
+            let Some(event) = self.pass_on(&mut shared, call, event) else { continue };
+            if let Some(error) = apply(News::Event(event), mine, jobs) {
+                shared.incoming = Some(incoming);
                 drop(shared);
-                if is_done {
-                    self.changed.notify_all();
-                }
+                self.changed.notify_all();
+                return Ok(Some(error));
             }
         }
+    }
+
+    /// Returns `event` if it is this call's; another call gets it in its inbox.
+    fn pass_on(&self, shared: &mut Shared<R>, call: u64, event: Event) -> Option<Event> {
+        let (cookie, is_done) = (event.cookie(), matches!(event, Event::Done { .. }));
+        let owner = match is_done {
+            true => shared.owners.remove(&cookie),
+            false => shared.owners.get(&cookie).copied(),
+        }?;
+        if owner == call {
+            return Some(event);
+        }
+        shared.inbox.entry(owner).or_default().push(News::Event(event));
+        if is_done {
+            self.changed.notify_all();
+        }
+        None
     }
 
     /// Takes bytes of a read to their place, or returns them if that is another call's.
