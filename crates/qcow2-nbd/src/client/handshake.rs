@@ -381,11 +381,13 @@ impl Handshake {
             OptionReply::Ack => return self.acknowledged(head.option, out),
             OptionReply::Error { kind, message } => return self.refused(head.option, kind, message, out),
             OptionReply::Server { name, description } => self.listed.push(Listed { name, description }),
-            OptionReply::MetaContext { id, name } if head.option == OptionCode::SET_META_CONTEXT => {
-                // A server may add contexts that match none of the names.
-                if self.negotiation.contexts.contains(&name) && self.export.context(&name).is_none() {
-                    self.export.contexts.push(Context { id, name });
-                }
+            // A server may add contexts that match none of the names.
+            OptionReply::MetaContext { id, name }
+                if head.option == OptionCode::SET_META_CONTEXT
+                    && self.negotiation.contexts.contains(&name)
+                    && self.export.context(&name).is_none() =>
+            {
+                self.export.contexts.push(Context { id, name });
             }
             OptionReply::Info(info) => self.learn(info)?,
             // What is not known means nothing to this client.
