@@ -5,6 +5,8 @@
 use qcow2_testkit::oracle::{Qemu, Tool};
 use qcow2_tests::side_by_side::{Comparison, SideBySide, words};
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -142,7 +144,6 @@ fn a_disconnected_server_is_an_error() {
         .spawn()
         .unwrap();
     let mut stdin = child.stdin.take().unwrap();
-    use std::io::Write;
     writeln!(stdin, "read 0 64k\nsleep 1").unwrap();
     thread::sleep(Duration::from_millis(700));
     server.0.kill().unwrap();
@@ -204,4 +205,154 @@ fn tcp_servers_are_sources_targets_and_backing_files() {
         lines.push(format!("rebase -b '' {image}"));
     }
     check(&both, &lines);
+}
+
+/// How a scripted server greets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Style {
+    /// Old style: one export, no options.
+    Old,
+    /// Fixed newstyle, whose first connection is closed at the first request.
+    Dropping,
+}
+
+/// Serves a disk of 1 MiB until a client says that it is done; returns what was written.
+fn scripted(listener: &TcpListener, style: Style) -> Vec<(u64, u32)> {
+    let mut written = Vec::new();
+    for connection in 0.. {
+        let (mut socket, _) = listener.accept().unwrap();
+        greet(&mut socket, style);
+        loop {
+            let mut head = [0; 28];
+            if socket.read_exact(&mut head).is_err() {
+                break;
+            }
+            let command = u16::from_be_bytes([head[6], head[7]]);
+            let offset = u64::from_be_bytes(head[16..24].try_into().unwrap());
+            let len = u32::from_be_bytes(head[24..].try_into().unwrap());
+            if command == 2 {
+                return written;
+            }
+            if command == 1 {
+                socket.read_exact(&mut vec![0; len as usize]).unwrap();
+            }
+            if style == Style::Dropping && connection == 0 {
+                break;
+            }
+            let mut reply = [&0x6744_6698_u32.to_be_bytes()[..], &[0; 4], &head[8..16]].concat();
+            match command {
+                0 => reply.extend(vec![b'3'; len as usize]),
+                1 => written.push((offset, len)),
+                _ => {}
+            }
+            socket.write_all(&reply).unwrap();
+        }
+    }
+    written
+}
+
+fn greet(socket: &mut TcpStream, style: Style) {
+    let mut sent = b"NBDMAGIC".to_vec();
+    if style == Style::Old {
+        sent.extend(0x0000_4202_8186_1253_u64.to_be_bytes());
+        sent.extend((1u64 << 20).to_be_bytes());
+        sent.extend(1u32.to_be_bytes());
+        sent.extend([0; 124]);
+        return socket.write_all(&sent).unwrap();
+    }
+    sent.extend(b"IHAVEOPT\0\x03");
+    socket.write_all(&sent).unwrap();
+    socket.read_exact(&mut [0; 4]).unwrap();
+    loop {
+        let mut head = [0; 16];
+        socket.read_exact(&mut head).unwrap();
+        let len = u32::from_be_bytes(head[12..].try_into().unwrap());
+        socket.read_exact(&mut vec![0; len as usize]).unwrap();
+        let mut reply = |kind: u32, data: &[u8]| {
+            let mut bytes = 0x0003_e889_0455_65a9_u64.to_be_bytes().to_vec();
+            bytes.extend(&head[8..12]);
+            bytes.extend(kind.to_be_bytes());
+            bytes.extend((data.len() as u32).to_be_bytes());
+            bytes.extend(data);
+            socket.write_all(&bytes).unwrap();
+        };
+        if head[11] != 7 {
+            reply(0x8000_0001, &[]);
+            continue;
+        }
+        reply(3, &[&[0, 0][..], &(1u64 << 20).to_be_bytes(), &[0, 1]].concat());
+        return reply(1, &[]);
+    }
+}
+
+/// Servers of the old style are understood, and with `reconnect-delay` a request outlives its connection.
+/// What they have written is what qemu-io would have: such servers get whole sectors.
+#[test]
+fn old_servers_and_lost_connections() {
+    let root = tempfile::tempdir().unwrap();
+    let link = root.path().join("qemu-io");
+    std::os::unix::fs::symlink(OURS, &link).unwrap();
+    for (style, delay) in [(Style::Old, 0), (Style::Dropping, 20)] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = thread::spawn(move || scripted(&listener, style));
+        let options = format!(
+            "driver=raw,file.driver=nbd,file.reconnect-delay={delay},file.server.type=inet,\
+             file.server.host=127.0.0.1,file.server.port={port}"
+        );
+        let run = Command::new(&link)
+            .args(["-c", "write -q 7k 3k", "-c", "write -q 20500 10", "-c", "read -q -P 0x33 0 1M"])
+            .args(["--image-opts", &options])
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert!(run.status.success(), "{style:?}: {}", String::from_utf8_lossy(&run.stdout));
+        assert_eq!(server.join().unwrap(), [(7168, 3072), (20480, 512)], "{style:?}");
+    }
+}
+
+/// A server with limits of a request's size gets aligned and split requests.
+#[test]
+fn limits_of_a_request_are_kept() {
+    let root = tempfile::tempdir().unwrap();
+    let (Some(qemu), Some(nbdkit)) = (Qemu::find(), Tool::find("nbdkit")) else { return };
+    make(&qemu.img, root.path());
+    let path = |name: &str| root.path().join(name);
+    let bytes: Vec<u8> = (0..3_000_001u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    fs::write(path("odd.raw"), &bytes).unwrap();
+    for (minimum, maximum) in [(4096, "32M"), (512, "64k"), (512, "4k"), (1, "4k")] {
+        fs::write(path("t.raw"), vec![5; 8 << 20]).unwrap();
+        let socket = path(&format!("s{minimum}-{maximum}"));
+        let mut command = Command::new(nbdkit.path());
+        command.current_dir(root.path()).arg("-f").arg("-U").arg(&socket);
+        command.args(["--filter=blocksize-policy", "file", "t.raw", "blocksize-error-policy=error"]);
+        command.arg(format!("blocksize-minimum={minimum}")).arg("blocksize-preferred=4096");
+        command.arg(format!("blocksize-maximum={maximum}"));
+        let server = Server(command.stdin(Stdio::null()).spawn().unwrap());
+        let started = Instant::now();
+        while !socket.exists() {
+            assert!(started.elapsed() < Duration::from_secs(20), "nbdkit does not listen");
+            thread::sleep(Duration::from_millis(20));
+        }
+        let url = format!("nbd+unix:///?socket={}", socket.display());
+        let link = path("qemu-img");
+        let _ = std::os::unix::fs::symlink(OURS, &link);
+        for line in [
+            format!("convert -f raw -O raw {url} o.raw"),
+            format!("compare -f raw -F raw {url} t.raw"),
+            format!("convert -f raw -O qcow2 odd.raw {url}"),
+            format!("check -f qcow2 {url}"),
+            format!("convert -f qcow2 -O raw {url} back.raw"),
+        ] {
+            let run = Command::new(&link).args(words(&line)).current_dir(root.path()).output().unwrap();
+            assert!(
+                run.status.success(),
+                "{minimum} {maximum} {line}: {}",
+                String::from_utf8_lossy(&run.stderr)
+            );
+        }
+        drop(server);
+        assert!(fs::read(path("back.raw")).unwrap().starts_with(&bytes), "{minimum} {maximum}");
+        qemu.img.run_in(root.path(), &words("check -f qcow2 t.raw")).success();
+    }
 }

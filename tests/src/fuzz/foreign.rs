@@ -124,32 +124,40 @@ pub fn nbd_replies(data: &[u8]) {
 /// A handshake, and replies to the requests that follow.
 fn conversation(choice: u8, bytes: &[u8]) -> Vec<u8> {
     let mut rng = Rng::from_bytes(bytes);
-    let (structured, allocation) = (choice & 4 != 0, choice & 8 != 0);
+    let (structured, allocation, extended) = (choice & 4 != 0, choice & 8 != 0, choice & 16 != 0);
     let mut sent = b"NBDMAGICIHAVEOPT\0\x03".to_vec();
     let mut option = |option: u32, kind: u32, data: &[u8]| {
         sent.extend(0x0003_e889_0455_65a9_u64.to_be_bytes());
         [option, kind, data.len() as u32].iter().for_each(|word| sent.extend(word.to_be_bytes()));
         sent.extend(data);
     };
-    option(8, if structured { 1 } else { 1 << 31 | 1 }, &[]);
-    if structured {
+    option(11, if extended { 1 } else { 1 << 31 | 1 }, &[]);
+    if !extended {
+        option(8, if structured { 1 } else { 1 << 31 | 1 }, &[]);
+    }
+    if structured || extended {
         if allocation {
             option(10, 4, b"\0\0\0\x01base:allocation");
         }
         option(10, 1, &[]);
     }
     let flags = (rng.next_u64() as u16 | 1).to_be_bytes();
+    if rng.one_in(3) {
+        let sizes = [rng.pick(&[1u32, 512, 4096]), 4096, rng.pick(&[4096u32, 1 << 20, u32::MAX])];
+        let sizes: Vec<u8> = sizes.iter().flat_map(|size| size.to_be_bytes()).collect();
+        option(7, 3, &[&[0, 3][..], &sizes].concat());
+    }
     option(7, 3, &[&[0, 0][..], &EXPORT_SIZE.to_be_bytes(), &flags].concat());
     option(7, 1, &[]);
     for cookie in 1..20u64 {
-        reply(&mut rng, structured, cookie, &mut sent);
+        reply(&mut rng, (structured, extended), cookie, &mut sent);
     }
     sent
 }
 
-fn reply(rng: &mut Rng, structured: bool, cookie: u64, sent: &mut Vec<u8>) {
+fn reply(rng: &mut Rng, (structured, extended): (bool, bool), cookie: u64, sent: &mut Vec<u8>) {
     let cookie = if rng.one_in(16) { rng.next_u64() } else { cookie };
-    if !structured || rng.one_in(4) {
+    if !(structured || extended) || rng.one_in(if extended { 32 } else { 4 }) {
         sent.extend(0x6744_6698_u32.to_be_bytes());
         sent.extend(rng.pick(&[0u32, 0, 0, 5, 28, 75, 1 << 31]).to_be_bytes());
         sent.extend(cookie.to_be_bytes());
@@ -157,7 +165,8 @@ fn reply(rng: &mut Rng, structured: bool, cookie: u64, sent: &mut Vec<u8>) {
         return;
     }
     for last in (0..=rng.below(3)).rev() {
-        let kind = rng.pick(&[0u16, 1, 1, 2, 2, 5, 5, 0x8001, 0x8002, 0x7fff]);
+        let status = if extended { 6 } else { 5 };
+        let kind = rng.pick(&[0u16, 1, 1, 2, 2, status, status, 0x8001, 0x8002, 0x7fff]);
         let inside = rng.below(EXPORT_SIZE);
         let offset = rng.pick(&[0, 512, 700, 1024, inside, u64::MAX]);
         let payload = match kind {
@@ -168,13 +177,25 @@ fn reply(rng: &mut Rng, structured: bool, cookie: u64, sent: &mut Vec<u8>) {
                 words.extend((0..2 * rng.below(4)).map(|_| rng.pick(&[0, 1, 2, 3, 512, 4096, u32::MAX])));
                 words.iter().flat_map(|word| word.to_be_bytes()).collect()
             }
+            6 => {
+                let count = rng.below(4);
+                let mut bytes = [u32::from(!rng.one_in(8)), count as u32].map(u32::to_be_bytes).concat();
+                for _ in 0..2 * count {
+                    let number = rng.pick(&[0u64, 1, 2, 3, 512, 4096, 1 << 40, u64::MAX]);
+                    bytes.extend(number.to_be_bytes());
+                }
+                bytes
+            }
             _ => (0..rng.below(20)).map(|_| rng.below(256) as u8).collect(),
         };
         let len = if rng.one_in(16) { rng.next_u64() as u32 } else { payload.len() as u32 };
-        sent.extend(0x668e_33ef_u32.to_be_bytes());
+        sent.extend(if extended { 0x6e8a_278c_u32 } else { 0x668e_33ef }.to_be_bytes());
         sent.extend(u16::from(last == 0 && !rng.one_in(16)).to_be_bytes());
         sent.extend(kind.to_be_bytes());
         sent.extend(cookie.to_be_bytes());
+        if extended {
+            sent.extend([0; 12]);
+        }
         sent.extend(len.to_be_bytes());
         sent.extend(payload);
     }

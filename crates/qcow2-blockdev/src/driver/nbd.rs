@@ -2,8 +2,9 @@
 //! `nbd:host:port` and `nbd:unix:path`, and their options.
 
 use crate::tree::{Options, Scalar};
-use qcow2_io::{NbdAddress, path_of, text_of_name};
+use qcow2_io::{NbdAddress, NbdOptions, path_of, text_of_name};
 use std::fmt;
+use std::time::Duration;
 
 /// Why a name or options lead to no server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -159,6 +160,17 @@ pub(crate) fn server(options: &Options) -> Result<(NbdAddress, String), AddressE
         _ => return Err(AddressError::UnknownType(kind)),
     };
     Ok((address, export))
+}
+
+/// The server that options mean, and how it is used: with what name, and how long it is tried to reach it.
+pub(crate) fn connection(options: &Options) -> Result<(NbdAddress, NbdOptions), AddressError> {
+    let (address, export) = server(options)?;
+    let mut how = NbdOptions::default();
+    let seconds = |key| options.text(key).and_then(|text| text.parse().ok()).map(Duration::from_secs);
+    (how.export, how.context) = (export, options.text("x-dirty-bitmap"));
+    how.reconnect_delay = seconds("reconnect-delay").unwrap_or_default();
+    how.open_timeout = seconds("open-timeout").unwrap_or_default();
+    Ok((address, how))
 }
 
 /// The shortest name of a server's disk.

@@ -18,7 +18,7 @@ pub(crate) fn check(options: &Options) -> Result<(), OptionError> {
             "detect-zeroes" => one_of(&["off", "on", "unmap"])?,
             "locking" => one_of(&["auto", "on", "off"])?,
             "aio" => one_of(&["threads", "native", "io_uring"])?,
-            "aio-max-batch" => read_number(key, &text).map(drop)?,
+            "aio-max-batch" | "reconnect-delay" | "open-timeout" => read_number(key, &text).map(drop)?,
             _ => {}
         }
     }

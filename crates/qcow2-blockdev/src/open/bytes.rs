@@ -251,10 +251,10 @@ impl Opening<'_> {
     }
 
     fn nbd(&self, node: &Node) -> Opened<Arc<dyn Storage>> {
-        let (address, export) = nbd::server(&node.options)?;
-        let timeout = self.how.policy.timeout;
-        let storage = NbdStorage::connect_within(&address, &export, self.how.writable, timeout)
-            .map_err(|error| FailureKind::Connect(Box::new(error)))?;
+        let (address, mut options) = nbd::connection(&node.options)?;
+        (options.writable, options.timeout) = (self.how.writable, self.how.policy.timeout);
+        let storage =
+            NbdStorage::open(&address, &options).map_err(|error| FailureKind::Connect(Box::new(error)))?;
         Ok(self.how.cache.wrap(Arc::new(storage)))
     }
 

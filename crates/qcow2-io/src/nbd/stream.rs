@@ -1,73 +1,121 @@
 //! A connection whose other side has only so long for an answer.
 
+use qcow2_nbd::blocking::Incoming;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A connected socket.
 pub(super) trait Socket: Read + Write + Send {
-    /// Lets the next read and write take so long at most.
-    fn limit(&self, timeout: Duration) -> io::Result<()>;
+    /// Lets the next read, or the next write, take so long at most.
+    fn limit(&self, way: Way, timeout: Duration) -> io::Result<()>;
+
+    /// Splits it into a half for each way. The flag: whether using one half may wait for the other.
+    fn split(self: Box<Self>) -> io::Result<Split>;
 }
 
-impl Socket for TcpStream {
-    fn limit(&self, timeout: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(timeout))?;
-        self.set_write_timeout(Some(timeout))
-    }
+/// The half that is read, the half that is written, and whether they can be used at the same time.
+pub(super) type Split = (Box<dyn Socket>, Box<dyn Socket>, bool);
+
+/// A direction of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    In,
+    Out,
 }
 
+macro_rules! socket {
+    ($type:ty) => {
+        impl Socket for $type {
+            fn limit(&self, way: Way, timeout: Duration) -> io::Result<()> {
+                match way {
+                    Way::In => self.set_read_timeout(Some(timeout)),
+                    Way::Out => self.set_write_timeout(Some(timeout)),
+                }
+            }
+
+            fn split(self: Box<Self>) -> io::Result<Split> {
+                Ok((Box::new(self.try_clone()?), self, true))
+            }
+        }
+    };
+}
+
+socket!(TcpStream);
 #[cfg(unix)]
-impl Socket for std::os::unix::net::UnixStream {
-    fn limit(&self, timeout: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(timeout))?;
-        self.set_write_timeout(Some(timeout))
+socket!(std::os::unix::net::UnixStream);
+
+/// Bytes both ways that know no limit of time. Its halves share it.
+struct Untimed<T>(Arc<Mutex<T>>);
+
+impl<T> Untimed<T> {
+    fn stream(&self) -> MutexGuard<'_, T> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
-
-/// Bytes both ways that know no limit of time.
-struct Untimed<T>(T);
 
 impl<T: Read> Read for Untimed<T> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buf)
+        self.stream().read(buf)
     }
 }
 
 impl<T: Write> Write for Untimed<T> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.0.write(buf)
+        self.stream().write(buf)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
+        self.stream().flush()
     }
 }
 
-impl<T: Read + Write + Send> Socket for Untimed<T> {
-    fn limit(&self, _timeout: Duration) -> io::Result<()> {
+impl<T: Read + Write + Send + 'static> Socket for Untimed<T> {
+    fn limit(&self, _way: Way, _timeout: Duration) -> io::Result<()> {
         Ok(())
     }
+
+    fn split(self: Box<Self>) -> io::Result<Split> {
+        Ok((Box::new(Self(self.0.clone())), self, false))
+    }
 }
 
-/// A connection. The time for one answer starts with [`begin`](Self::begin) and ends whether the server is
-/// silent or sends without end.
+/// A connection, or a half of one. The time for one answer starts with [`begin`](Self::begin) and ends
+/// whether the server is silent or sends without end.
 pub(super) struct Stream {
     socket: Box<dyn Socket>,
     timeout: Option<Duration>,
     deadline: Option<Instant>,
-    /// What the socket has been told.
-    limit: Option<Duration>,
+    /// What the socket has been told, for each way.
+    limits: [Option<Duration>; 2],
 }
 
 impl Stream {
     pub(super) fn new(socket: impl Socket + 'static, timeout: Option<Duration>) -> Self {
-        Self { socket: Box::new(socket), timeout, deadline: None, limit: None }
+        Self::of(Box::new(socket), timeout)
+    }
+
+    fn of(socket: Box<dyn Socket>, timeout: Option<Duration>) -> Self {
+        Self { socket, timeout, deadline: None, limits: [None; 2] }
     }
 
     /// A connection on which every answer may take any time.
     pub(super) fn untimed(stream: impl Read + Write + Send + 'static) -> Self {
-        Self::new(Untimed(stream), None)
+        Self::new(Untimed(Arc::new(Mutex::new(stream))), None)
+    }
+
+    /// Sets another time for each answer.
+    pub(super) fn set_timeout(&mut self, timeout: Option<Duration>) {
+        // The socket is told with the next answer.
+        (self.timeout, self.limits) = (timeout, [None; 2]);
+    }
+
+    /// Splits it like [`Socket::split`].
+    pub(super) fn split(self) -> io::Result<(Self, Sending, bool)> {
+        let (incoming, outgoing, at_once) = self.socket.split()?;
+        let sending = Sending { stream: Self::of(outgoing, self.timeout), is_idle: true };
+        Ok((Self::of(incoming, self.timeout), sending, at_once))
     }
 
     /// Starts the time for the next answer.
@@ -75,21 +123,24 @@ impl Stream {
         // A time too far away to be told is none.
         self.deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         // After a slow answer the socket has a shorter limit.
-        self.limit = self.limit.filter(|&limit| Some(limit) == self.timeout);
+        for limit in &mut self.limits {
+            *limit = limit.filter(|&limit| Some(limit) == self.timeout);
+        }
     }
 
     /// Calls `step` with what is left of the time. The socket is told anew only where much of the time is
     /// gone, which saves a system call for each step: the last one may take half as long again.
-    fn within<T>(&mut self, step: impl FnOnce(&mut dyn Socket) -> io::Result<T>) -> io::Result<T> {
+    fn within<T>(&mut self, way: Way, step: impl FnOnce(&mut dyn Socket) -> io::Result<T>) -> io::Result<T> {
         if let Some(deadline) = self.deadline {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(self.late());
             }
-            if self.limit.is_none_or(|limit| left < limit / 2) {
-                let limit = if self.limit.is_none() { self.timeout.unwrap_or(left) } else { left };
-                self.socket.limit(limit)?;
-                self.limit = Some(limit);
+            let told = self.limits[way as usize];
+            if told.is_none_or(|limit| left < limit / 2) {
+                let limit = if told.is_none() { self.timeout.unwrap_or(left) } else { left };
+                self.socket.limit(way, limit)?;
+                self.limits[way as usize] = Some(limit);
             }
         }
         step(&mut *self.socket).map_err(|error| match error.kind() {
@@ -107,17 +158,43 @@ impl Stream {
 
 impl Read for Stream {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.within(|socket| socket.read(buf))
+        self.within(Way::In, |socket| socket.read(buf))
     }
 }
 
 impl Write for Stream {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.within(|socket| socket.write(buf))
+        self.within(Way::Out, |socket| socket.write(buf))
     }
 
     fn flush(&mut self) -> io::Result<()> {
         self.socket.flush()
+    }
+}
+
+impl Incoming for Stream {
+    fn begin(&mut self) {
+        Self::begin(self);
+    }
+}
+
+/// The half that requests go to: each has its own time, up to the flush behind it.
+pub(super) struct Sending {
+    stream: Stream,
+    is_idle: bool,
+}
+
+impl Write for Sending {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        if std::mem::take(&mut self.is_idle) {
+            self.stream.begin();
+        }
+        self.stream.write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.is_idle = true;
+        self.stream.flush()
     }
 }
 
