@@ -9,6 +9,7 @@ use qcow2_core::{
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::arbitrary::{BackingShape, Operation, Shape};
 use qcow2_testkit::audit::audit;
+use qcow2_testkit::fault::{Call, Fault, FaultPlan, FaultStorage};
 use qcow2_testkit::model::{DiscardRule, Model};
 use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::pattern;
@@ -281,8 +282,8 @@ fn copy_on_write_handles_a_backing_file_that_ends_in_the_cluster() {
     }
 }
 
-/// Zeroes written to a part of a cluster become zeroes of the overlay, so that bytes written below it later do
-/// not show, unless that would take bytes from the backing file.
+/// Zeroes written to a part of a cluster become zeroes of the overlay, so that bytes written below it later
+/// do not show, unless that would take bytes from the backing file.
 #[test]
 fn zeroes_at_the_edges_of_clusters_hide_what_is_below() {
     for (extended_l2, discard_no_unref, mode) in [
@@ -326,6 +327,51 @@ fn zeroes_at_the_edges_of_clusters_hide_what_is_below() {
         assert_eq!(seen(7 << 16, 512), vec![0; 512]);
         image.close().unwrap();
     }
+}
+
+/// A flush that cannot write a table fails; the next one writes it, and nothing is lost or leaked.
+#[test]
+fn a_failed_write_of_tables_is_repeated_by_the_next_flush() {
+    let mut failed = 0;
+    for nth in 0.. {
+        let memory: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let mut options = CreateOptions::new(1 << 20).with_cluster_size(512);
+        options.refcount_bits = 64;
+        create(&memory, None, &options).unwrap();
+        let storage = Arc::new(FaultStorage::new(Arc::clone(&memory)));
+        let image = open_as(&(storage.clone() as Arc<dyn Storage>), 0);
+        // Tables of every kind change: L1, many L2 tables, refcount blocks and the refcount table; clusters
+        // are unlinked.
+        image.write_at(GuestOffset::new(0), &[1; 64 << 10]).unwrap();
+        image.flush().unwrap();
+        image.discard(GuestRange::new(GuestOffset::new(0), 8 << 10).unwrap()).unwrap();
+        image.write_at(GuestOffset::new(60 << 10), &[2; 64 << 10]).unwrap();
+        let fault = [Fault::Io, Fault::NoSpace, Fault::Short { bytes: 512 }][nth as usize % 3];
+        storage.set_plan(Some(FaultPlan { calls: vec![Call::Write], nth, sticky: false, fault }));
+        let flushed = image.flush();
+        if storage.fired() == 0 {
+            flushed.unwrap();
+            break;
+        }
+        failed += 1;
+        assert!(matches!(flushed.unwrap_err().kind(), ErrorKind::Storage | ErrorKind::NoSpace));
+        image.write_at(GuestOffset::new(128 << 10), &[3; 512]).unwrap();
+        image.flush().unwrap();
+        image.close().unwrap();
+        let image = open_as(&memory, 0);
+        let mut seen = vec![9; 256 << 10];
+        image.read_at(GuestOffset::new(0), &mut seen).unwrap();
+        let parts = [(8, 0), (52, 1), (64, 2), (4, 0)].map(|(kib, byte)| vec![byte; kib << 10]);
+        let mut wanted = [parts.concat(), vec![3; 512]].concat();
+        wanted.resize(seen.len(), 0);
+        assert!(seen == wanted, "call {nth}");
+        image.close().unwrap();
+        let mut bytes = pattern::unread(memory.len().unwrap() as usize);
+        memory.read_at(HostOffset::new(0), &mut bytes).unwrap();
+        let report = audit(&PageBytes::from_bytes(&bytes), None);
+        assert!(report.is_sound() && report.leaks == 0, "call {nth}: {report:?}");
+    }
+    assert!(failed > 3, "only {failed} writes in a flush");
 }
 
 /// An event loop has many writes in flight on one thread.
