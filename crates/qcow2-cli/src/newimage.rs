@@ -8,8 +8,8 @@ use crate::interrupt::Interrupts;
 use crate::persona;
 use crate::session::Session;
 use qcow2_blockdev::{
-    CreateFailure, CreateHow, KeyValues, NewOptions, NewTarget, OptionSpec, OptionValue, amend_options,
-    create, create_options, escape_commas, format_of_ending, new_image_format, open,
+    CreateFailure, CreateHow, KeyValues, NewOptions, NewTarget, OptionValue, amend_options, create,
+    create_options, escape_commas, format_of_ending, new_image_format, open,
 };
 use qcow2_core::{GuestDisk, ImageFormat};
 use std::fmt::Write;
@@ -111,7 +111,7 @@ pub(crate) fn print_options(session: &Session, format: &ImageFormat, with_file: 
     };
     let mut shown = create_options(format).to_vec();
     shown.sort_by_key(|option| option.name);
-    shown.iter().filter(|option| with_file || !option.of_file).for_each(|option| text += &line(option));
+    shown.iter().filter(|option| with_file || !option.of_file).for_each(|option| text += &option.line());
     if !with_file {
         text.push_str(
             "\nThe protocol level may support further options.\n\
@@ -124,13 +124,8 @@ pub(crate) fn print_options(session: &Session, format: &ImageFormat, with_file: 
 /// Prints what `amend -o` takes.
 pub(crate) fn print_amend_options(session: &Session, format: &ImageFormat) -> Result<(), Failure> {
     let mut text = format!("Amend options for '{}':\n", format.name());
-    amend_options(format).iter().for_each(|option| text += &line(option));
+    amend_options(format).iter().for_each(|option| text += &option.line());
     session.print(&text)
-}
-
-fn line(option: &OptionSpec) -> String {
-    let name = format!("{}=<{}>", option.name, option.value.name());
-    format!("  {name:<22} - {}\n", option.help)
 }
 
 #[cfg(test)]

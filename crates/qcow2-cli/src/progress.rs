@@ -16,9 +16,9 @@ pub(crate) struct Meter {
     begun: AtomicBool,
     total: AtomicU64,
     done: AtomicU64,
-    /// The share shown last, in hundredths of a percent.
+    /// The share shown last, in the unit of `PERCENT`.
     shown: AtomicU64,
-    /// How much must be new to be shown, in hundredths of a percent.
+    /// More than this must be new to be shown, in the same unit.
     step: u64,
 }
 
@@ -46,7 +46,7 @@ impl Meter {
         meter
     }
 
-    /// With this much between two outputs, in hundredths of a percent.
+    /// With more than this between two outputs, in the unit of `PERCENT`.
     pub(crate) fn in_steps_of(self, step: u64) -> Self {
         Self { step, ..self }
     }
@@ -163,7 +163,7 @@ impl Progress for Meter {
             u64::try_from(u128::from(done) * u128::from(ALL) / u128::from(total)).unwrap_or(ALL).min(ALL);
         self.answer(share);
         let shown = self.shown.load(Ordering::Relaxed);
-        let due = share >= shown + self.step || (share == ALL && shown < ALL);
+        let due = share > shown + self.step || (share == ALL && shown < ALL);
         let first =
             |()| self.shown.compare_exchange(shown, share, Ordering::Relaxed, Ordering::Relaxed).is_ok();
         if due && first(()) {
@@ -177,7 +177,8 @@ impl Progress for Meter {
 }
 
 fn percent(share: u64) -> String {
-    format!("    ({}.{:02}/100%)", share / 100, share % 100)
+    let hundredths = (share as f64 / HUNDREDTH as f64).round_ties_even() as u64;
+    format!("    ({}.{:02}/100%)", hundredths / 100, hundredths % 100)
 }
 
 /// A reader that has gone away does not stop the work.
@@ -196,10 +197,12 @@ fn bar() -> ProgressBar {
     }
 }
 
-/// One percent, in hundredths.
-const PERCENT: u64 = 100;
-/// Everything, in hundredths of a percent.
-const ALL: u64 = 10_000;
+/// One percent, in millionths of it.
+pub(crate) const PERCENT: u64 = 1_000_000;
+/// A hundredth of it, as it is shown.
+const HUNDREDTH: u64 = PERCENT / 100;
+/// Everything.
+const ALL: u64 = 100 * PERCENT;
 
 #[cfg(test)]
 mod tests {
@@ -208,7 +211,10 @@ mod tests {
     #[test]
     fn percentages() {
         assert_eq!(percent(0), "    (0.00/100%)");
-        assert_eq!(percent(1234), "    (12.34/100%)");
+        assert_eq!(percent(12_341_234), "    (12.34/100%)");
+        assert_eq!(percent(66_666_666), "    (66.67/100%)");
+        // As the C library rounds.
+        assert_eq!([percent(15_625_000), percent(17_187_500)], ["    (15.62/100%)", "    (17.19/100%)"]);
         assert_eq!(percent(ALL), "    (100.00/100%)");
     }
 }

@@ -176,11 +176,19 @@ fn header_for(options: &CreateOptions) -> Result<Header> {
         Some(NewEncryption::Aes) => CryptMethod::Aes,
         Some(NewEncryption::Luks(_)) => CryptMethod::Luks,
     };
-    if options.version >= Version::V3 && options.cluster_size > 4096 {
+    if options.version >= Version::V3 && options.cluster_size > NAMED_ABOVE {
         header.extensions.feature_names = Some(FeatureName::standard());
     }
     Ok(header)
 }
+
+/// Whether the header of a version 3 image names its features: QEMU leaves that out where clusters are small.
+pub(crate) fn has_room_for_names(geometry: &Geometry) -> bool {
+    geometry.cluster_size() > NAMED_ABOVE
+}
+
+/// See [`has_room_for_names`]; in bytes.
+const NAMED_ABOVE: u64 = 4096;
 
 fn preallocates(options: &CreateOptions) -> bool {
     options.preallocation != Preallocation::Off || options.data_file_raw

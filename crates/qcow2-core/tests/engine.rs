@@ -2,13 +2,14 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
 use qcow2_core::{
-    CreateOptions, ErrorKind, ExtentState, GuestOffset, GuestRange, Image, ImageFormat, NewEncryption,
-    NoResolver, OpenOptions, OverlapChecks, Preallocation, Refusal, ResolvedSource, Storage, ZeroMode,
-    create,
+    CreateOptions, ErrorKind, ExtentState, GuestOffset, GuestRange, HostOffset, Image, ImageFormat,
+    NewEncryption, NoResolver, OpenOptions, OverlapChecks, Preallocation, Refusal, ResolvedSource, Storage,
+    ZeroMode, create,
 };
 use qcow2_io::MemoryStorage;
 use qcow2_testkit::arbitrary::{BackingShape, Operation, Shape};
 use qcow2_testkit::audit::audit;
+use qcow2_testkit::fault::{Call, Fault, FaultPlan, FaultStorage};
 use qcow2_testkit::model::{DiscardRule, Model};
 use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::pattern;
@@ -279,6 +280,98 @@ fn copy_on_write_handles_a_backing_file_that_ends_in_the_cluster() {
             }
         }
     }
+}
+
+/// Zeroes written to a part of a cluster become zeroes of the overlay, so that bytes written below it later
+/// do not show, unless that would take bytes from the backing file.
+#[test]
+fn zeroes_at_the_edges_of_clusters_hide_what_is_below() {
+    for (extended_l2, discard_no_unref, mode) in [
+        (false, false, ZeroMode::KeepAllocated),
+        (false, true, ZeroMode::MayUnmap),
+        (true, false, ZeroMode::MayUnmap),
+    ] {
+        let shelf = Shelf::default();
+        // The third cluster, and so its last subcluster, has data at its end; the others are zeroes.
+        shelf.put("base.raw", &[]);
+        shelf.file("base.raw").set_len(8 << 16).unwrap();
+        shelf.file("base.raw").write_at(HostOffset::new((3 << 16) - 512), &[7; 512]).unwrap();
+        let backing = BackingShape { size: 8 << 16, qcow2: false };
+        let shape = Shape { backing: Some(backing), extended_l2, ..Shape::plain(7 << 16 | 512) };
+        create(&(shelf.file(TOP) as Arc<dyn Storage>), None, &create_options(&shape)).unwrap();
+        let mut options = OpenOptions::default();
+        (options.writable, options.discard_no_unref) = (true, discard_no_unref);
+        let image = Image::open(shelf.source(TOP, ImageFormat::Qcow2), &options).unwrap();
+        // Inside one cluster, across two, before and at bytes of the backing file, at the end of the disk.
+        for (start, len) in [(600, 100), (65_000, 1000), ((3 << 16) - 1024, 512), (7 << 16 | 1, 511)] {
+            image.write_zeroes(GuestRange::new(GuestOffset::new(start), len).unwrap(), mode).unwrap();
+        }
+        assert_eq!(place_of(&image, 600), (None, true));
+        assert_eq!(place_of(&image, 65_000), (None, true));
+        assert_eq!(place_of(&image, 66_000 - 1), (None, true));
+        assert_eq!(place_of(&image, 7 << 16), (None, true));
+        let (copied, _) = place_of(&image, (3 << 16) - 1024);
+        assert!(copied.is_some(), "the bytes below must stay");
+        shelf.file("base.raw").write_at(HostOffset::new(0), &[9; 8 << 16]).unwrap();
+        let seen = |at: u64, len: usize| {
+            let mut seen = vec![1; len];
+            image.read_at(GuestOffset::new(at), &mut seen).unwrap();
+            seen
+        };
+        let unit: u64 = if extended_l2 { 2048 } else { 1 << 16 };
+        assert_eq!(seen(0, unit as usize), vec![0; unit as usize]);
+        assert_eq!(seen((1 << 16) - unit, 2 * unit as usize), vec![0; 2 * unit as usize]);
+        assert_eq!(seen((3 << 16) - unit, unit as usize - 512), vec![0; unit as usize - 512]);
+        assert_eq!(seen((3 << 16) - 512, 512), vec![7; 512]);
+        assert_eq!(seen(4 << 16, 512), vec![9; 512]);
+        assert_eq!(seen(7 << 16, 512), vec![0; 512]);
+        image.close().unwrap();
+    }
+}
+
+/// A flush that cannot write a table fails; the next one writes it, and nothing is lost or leaked.
+#[test]
+fn a_failed_write_of_tables_is_repeated_by_the_next_flush() {
+    let mut failed = 0;
+    for nth in 0.. {
+        let memory: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        let mut options = CreateOptions::new(1 << 20).with_cluster_size(512);
+        options.refcount_bits = 64;
+        create(&memory, None, &options).unwrap();
+        let storage = Arc::new(FaultStorage::new(Arc::clone(&memory)));
+        let image = open_as(&(storage.clone() as Arc<dyn Storage>), 0);
+        // Tables of every kind change: L1, many L2 tables, refcount blocks and the refcount table; clusters
+        // are unlinked.
+        image.write_at(GuestOffset::new(0), &[1; 64 << 10]).unwrap();
+        image.flush().unwrap();
+        image.discard(GuestRange::new(GuestOffset::new(0), 8 << 10).unwrap()).unwrap();
+        image.write_at(GuestOffset::new(60 << 10), &[2; 64 << 10]).unwrap();
+        let fault = [Fault::Io, Fault::NoSpace, Fault::Short { bytes: 512 }][nth as usize % 3];
+        storage.set_plan(Some(FaultPlan { calls: vec![Call::Write], nth, sticky: false, fault }));
+        let flushed = image.flush();
+        if storage.fired() == 0 {
+            flushed.unwrap();
+            break;
+        }
+        failed += 1;
+        assert!(matches!(flushed.unwrap_err().kind(), ErrorKind::Storage | ErrorKind::NoSpace));
+        image.write_at(GuestOffset::new(128 << 10), &[3; 512]).unwrap();
+        image.flush().unwrap();
+        image.close().unwrap();
+        let image = open_as(&memory, 0);
+        let mut seen = vec![9; 256 << 10];
+        image.read_at(GuestOffset::new(0), &mut seen).unwrap();
+        let parts = [(8, 0), (52, 1), (64, 2), (4, 0)].map(|(kib, byte)| vec![byte; kib << 10]);
+        let mut wanted = [parts.concat(), vec![3; 512]].concat();
+        wanted.resize(seen.len(), 0);
+        assert!(seen == wanted, "call {nth}");
+        image.close().unwrap();
+        let mut bytes = pattern::unread(memory.len().unwrap() as usize);
+        memory.read_at(HostOffset::new(0), &mut bytes).unwrap();
+        let report = audit(&PageBytes::from_bytes(&bytes), None);
+        assert!(report.is_sound() && report.leaks == 0, "call {nth}: {report:?}");
+    }
+    assert!(failed > 3, "only {failed} writes in a flush");
 }
 
 /// An event loop has many writes in flight on one thread.

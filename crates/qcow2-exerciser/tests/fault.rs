@@ -91,8 +91,11 @@ fn failed_open_and_close_are_reported() {
     assert!(failed);
     let lines = ["open -t writeback disk", "write -q 0 64k", "close", "length"];
     let (text, failed) = on_image(&lines, 2, Call::Write);
-    assert_eq!(text, "! tool: could not close the image cleanly: <Io>\n! no file open, try 'help open'");
-    assert!(failed);
+    let [l2, refcounts] = ["L2 table", "refcount block"]
+        .map(|cache| format!("! tool: Failed to flush the {cache} cache: <Io>"));
+    assert_eq!(text, format!("{l2}\n{refcounts}\n! no file open, try 'help open'"));
+    assert!(failed, "length without a disk");
+    assert!(!on_image(&lines[..3], 2, Call::Write).1, "a failed close fails no command");
 }
 
 #[test]

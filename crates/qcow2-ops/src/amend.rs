@@ -160,11 +160,15 @@ pub fn amend(
     mut slots: Option<&dyn KeySlots>,
     progress: &dyn Progress,
 ) -> Result<()> {
+    let mut checked = false;
     loop {
         let image = disk
             .as_image()
             .ok_or_else(|| Error::new(ErrorKind::Unsupported, "only a qcow2 image can be amended"))?;
-        let stepped = check(image, options)
+        // Once: what a later step finds is what an earlier one has made.
+        let stepped = if checked { Ok(()) } else { check(image, options) };
+        checked = true;
+        let stepped = stepped
             .and_then(|()| slots.take().map_or(Ok(()), |slots| change_slots(image, slots)))
             .and_then(|()| step(image, options, progress).map_err(step_failed));
         match stepped {
@@ -295,7 +299,8 @@ fn check_features(image: &Image, options: &AmendOptions) -> Result<(), Refusal> 
         return Err(Refusal::RefcountBits(bits));
     }
     let width = u64::from(image.geometry().refcount_width().bits());
-    if options.refcount_bits.is_some_and(|bits| bits != width) && wanted < Version::V3 {
+    let needs_version_3 = |&bits: &u64| bits != width && bits != VERSION_2_REFCOUNT_BITS;
+    if options.refcount_bits.as_ref().is_some_and(needs_version_3) && wanted < Version::V3 {
         return Err(Refusal::RefcountBitsNeedVersion3);
     }
     let differs = |new: &Option<String>, old: Option<String>| new.is_some() && *new != old;
@@ -328,7 +333,9 @@ fn check_downgrade(image: &Image, options: &AmendOptions) -> Result<(), Refusal>
     if !features.is_empty() {
         return Err(Refusal::DowngradeFeatures(features.bits()));
     }
-    if image.geometry().refcount_width().bits() != 16 {
+    // Another width comes before the downgrade.
+    let width = u64::from(image.geometry().refcount_width().bits());
+    if options.refcount_bits.unwrap_or(width) != VERSION_2_REFCOUNT_BITS {
         return Err(Refusal::DowngradeRefcountBits);
     }
     let size = options.size.unwrap_or(image.size());
@@ -338,6 +345,9 @@ fn check_downgrade(image: &Image, options: &AmendOptions) -> Result<(), Refusal>
         false => Err(Refusal::DowngradeSnapshots),
     }
 }
+
+/// The only width of version 2.
+const VERSION_2_REFCOUNT_BITS: u64 = 16;
 
 #[cfg(test)]
 mod tests {
@@ -390,6 +400,29 @@ mod tests {
         amend(open(&storage), &reopen, &width, None, &Silent).unwrap();
         amend(open(&storage), &reopen, &back, None, &Silent).unwrap();
         assert_eq!(open(&storage).as_image().unwrap().header().version, Version::V2);
+    }
+
+    /// Changes that exclude each other at the end, but not in their order, are made together.
+    #[test]
+    fn a_downgrade_comes_after_the_changes_that_allow_it() {
+        let storage = image();
+        let reopen = || Ok(open(&storage));
+        let header = || open(&storage).as_image().unwrap().header();
+        let wide = AmendOptions::default().with_refcount_bits(1).with_lazy_refcounts(true);
+        amend(open(&storage), &reopen, &wide, None, &Silent).unwrap();
+        assert!(header().extensions.feature_names.is_none(), "the builder leaves them out");
+        let down = AmendOptions::default().with_version(Version::V2).with_refcount_bits(16);
+        amend(open(&storage), &reopen, &down.with_lazy_refcounts(true), None, &Silent).unwrap();
+        assert_eq!((header().version, header().features.compatible.bits()), (Version::V2, 0));
+        let up = AmendOptions::default().with_version(Version::V3).with_refcount_bits(64).with_size(2 << 20);
+        amend(open(&storage), &reopen, &up.with_lazy_refcounts(true), None, &Silent).unwrap();
+        assert_eq!((header().version, header().size, header().refcount_order), (Version::V3, 2 << 20, 6));
+        assert!(header().extensions.feature_names.is_some_and(|names| !names.is_empty()));
+        let back = AmendOptions::default().with_version(Version::V2);
+        let narrow = back.clone().with_refcount_bits(16);
+        assert!(amend(open(&storage), &reopen, &back, None, &Silent).is_err());
+        amend(open(&storage), &reopen, &narrow, None, &Silent).unwrap();
+        assert!(header().extensions.feature_names.is_none());
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub fn compare(
     }
     let chunk = CHUNK.max(sides[0].cluster_size()).max(sides[1].cluster_size());
     let (names, found) = (&options.names, Mutex::new(None));
-    let comparing = Comparing { sides, names, end: longer, chunk, progress, found };
+    let comparing = Comparing { sides, names, shorter, end: longer, chunk, progress, found };
     // Content is compared only up to the first state difference: an earlier difference of content is reported
     // instead of it.
     let state_differs = if options.strict { comparing.first_state_difference()? } else { None };
@@ -111,7 +111,7 @@ pub fn compare(
         (None, Some(offset)) => Comparison::State { offset },
         (None, None) => Comparison::Identical,
     };
-    // qemu-img mentions the sizes only if it got past the end of the shorter disk.
+    // qemu-img mentions the sizes only if it got past the end of the shorter disk, as do errors.
     let looked_past = found.is_none_or(|offset| offset >= shorter);
     Ok(CompareReport { result, sizes_differ: shorter != longer && looked_past })
 }
@@ -124,6 +124,8 @@ fn named(error: Error, name: &str) -> Error {
 struct Comparing<'a> {
     sides: [Source; 2],
     names: &'a [String; 2],
+    /// Size of the smaller disk.
+    shorter: u64,
     end: u64,
     chunk: u64,
     progress: &'a dyn Progress,
@@ -151,7 +153,14 @@ impl Comparing<'_> {
         if at >= source.size() {
             return Ok(MapExtent { start: at, len, zero: true, ..MapExtent::default() });
         }
-        source.state_at(at, len.min(source.size() - at)).map_err(|e| named(e, &self.names[side]))
+        source
+            .state_at(at, len.min(source.size() - at))
+            .map_err(|e| self.failed(at, named(e, &self.names[side])))
+    }
+
+    /// `error` at the offset `at`, which says whether the end of the shorter disk was passed before.
+    fn failed(&self, at: u64, error: Error) -> Error {
+        if at < self.shorter { error } else { error.with_different_sizes() }
     }
 
     fn pair_at(&self, at: u64, len: u64) -> Result<Pair> {
@@ -203,7 +212,7 @@ impl Comparing<'_> {
         buf[stored..].fill(0);
         source.read_at(at, &mut buf[..stored]).map_err(|e| {
             let context = format!("error while reading offset {at} of {}", self.names[side]);
-            Error::new(ErrorKind::Read, context).with_source(e)
+            self.failed(at, Error::new(ErrorKind::Read, context).with_source(e))
         })
     }
 

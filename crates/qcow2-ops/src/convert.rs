@@ -32,7 +32,7 @@ pub struct ConvertOptions {
     /// Allow writing clusters in any order, which is faster with many workers. Otherwise the bytes of the
     /// target do not depend on the number of workers, except for an encrypted image.
     pub out_of_order: bool,
-    /// Replace unreadable sectors by zeroes and report them.
+    /// Replace unreadable sectors by zeroes and report them, those of damaged tables too.
     pub salvage: bool,
     /// Copy offload: let the storages copy data directly (`Storage::copy_from`) where they can, for
     /// uncompressed clusters and raw disks on both sides. Such data is not searched for zeroes. Once a

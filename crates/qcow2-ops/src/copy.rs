@@ -76,6 +76,48 @@ pub struct Unreadable {
     pub len: u64,
     /// The error with its causes, as text.
     pub reason: String,
+    /// The operating system's error number, if it was a storage that failed.
+    pub os_code: Option<i32>,
+    /// The tables did not tell where it is stored; otherwise only its bytes could not be read.
+    pub unmapped: bool,
+}
+
+impl CopyReport {
+    /// Tells what could not be read, a line each. With `each_sector` as qemu-img does: a line for every
+    /// sector, and unmapped ones three times, for their place when the data is measured and for both when it
+    /// is copied; otherwise a line for each range and the number of sectors. `words`: the text of an error
+    /// number; `None`: of damaged tables.
+    pub fn tell_losses(
+        &self,
+        each_sector: bool,
+        words: &dyn Fn(Option<i32>) -> String,
+        tell: &mut dyn FnMut(&str),
+    ) {
+        if !each_sector {
+            for Unreadable { offset, len, reason, .. } in &self.unreadable {
+                tell(&format!("error while reading at byte {offset} ({len} bytes): {reason}"));
+            }
+            if self.unreadable_sectors > 0 {
+                tell(&format!("{} sectors could not be read and are zeroes now", self.unreadable_sectors));
+            }
+            return;
+        }
+        let sectors = |lost: &Unreadable| (lost.offset..lost.offset + lost.len).step_by(SECTOR as usize);
+        let line = |what: &str, at, lost: &Unreadable| {
+            format!("error while reading {what}offset {at}: {}", words(lost.os_code))
+        };
+        for lost in self.unreadable.iter().filter(|lost| lost.unmapped) {
+            sectors(lost).for_each(|at| tell(&line("block status at ", at, lost)));
+        }
+        for lost in &self.unreadable {
+            for at in sectors(lost) {
+                if lost.unmapped {
+                    tell(&line("block status at ", at, lost));
+                }
+                tell(&line("", at, lost));
+            }
+        }
+    }
 }
 
 /// Copies the whole source. The target must be at least as large.
@@ -134,6 +176,8 @@ pub(crate) struct Slot {
     steps: Vec<Step>,
     unreadable: Vec<Unreadable>,
     unreadable_sectors: u64,
+    /// Where the tables did not tell what is stored.
+    unmapped: Vec<Range<u64>>,
 }
 
 /// A write operation.
@@ -181,6 +225,7 @@ impl Stages for Copying<'_> {
     fn prepare(&self, slot: &mut Slot) -> Result<()> {
         slot.steps.clear();
         slot.unreadable.clear();
+        slot.unmapped.clear();
         slot.unreadable_sectors = 0;
         if slot.all_zero {
             return self.add_zeroes(slot.range.clone(), &mut slot.steps);
@@ -286,7 +331,10 @@ impl Copying<'_> {
     /// A run of whole chunks from `start` that need not be read, if there is one.
     fn hole_at(&self, start: u64, chunk: u64, chunk_end: u64) -> Result<Option<Run>> {
         let end = self.plan.source.size();
-        let run = self.plan.source.content_at(start, end - start, self.plan.below)?;
+        let run = match self.plan.source.content_at(start, end - start, self.plan.below) {
+            Err(_) if self.plan.salvage => return Ok(None),
+            run => run?,
+        };
         let written_anyway = self.plan.sparse_size == 0 && run.content == Content::Zero;
         if run.content == Content::Data || written_anyway || run.end() < chunk_end {
             return Ok(None);
@@ -323,7 +371,10 @@ impl Copying<'_> {
         slot.runs.clear();
         let mut at = slot.range.start;
         while at < slot.range.end {
-            let run = self.plan.source.content_at(at, slot.range.end - at, self.plan.below)?;
+            let run = match self.plan.source.content_at(at, slot.range.end - at, self.plan.below) {
+                Err(_) if self.plan.salvage => self.unmapped(at, slot),
+                run => run?,
+            };
             at = run.end();
             match slot.runs.last_mut() {
                 Some(last) if last.content == run.content => last.len += run.len,
@@ -334,6 +385,14 @@ impl Copying<'_> {
             slot.runs = self.whole_clusters(&slot.runs, slot.range.end);
         }
         Ok(())
+    }
+
+    /// The rest of the cluster at `at`, of which the tables do not tell where it is: it may still be read.
+    fn unmapped(&self, at: u64, slot: &mut Slot) -> Run {
+        let unit = self.plan.source.cluster_size().max(SECTOR);
+        let end = (at - at % unit + unit).min(slot.range.end);
+        slot.unmapped.push(at..end);
+        Run { start: at, len: end - at, content: Content::Data }
     }
 
     fn whole_clusters(&self, runs: &[Run], end: u64) -> Vec<Run> {
@@ -389,10 +448,20 @@ impl Copying<'_> {
             buf.fill(0);
             slot.unreadable_sectors += 1;
             let full = slot.unreadable.len() >= MAX_NAMED;
+            let unmapped = slot.unmapped.iter().any(|range| range.contains(&at));
+            let os_code = error.storage_error().and_then(|error| error.os_code());
             match slot.unreadable.last_mut() {
-                Some(last) if last.offset + last.len == at => last.len += len,
+                Some(last)
+                    if last.offset + last.len == at
+                        && (last.unmapped, last.os_code) == (unmapped, os_code) =>
+                {
+                    last.len += len;
+                }
                 _ if full => {}
-                _ => slot.unreadable.push(Unreadable { offset: at, len, reason: reason(&error) }),
+                _ => {
+                    let reason = reason(&error);
+                    slot.unreadable.push(Unreadable { offset: at, len, reason, os_code, unmapped });
+                }
             }
         }
     }

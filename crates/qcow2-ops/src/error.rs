@@ -42,18 +42,25 @@ pub struct Error {
     kind: ErrorKind,
     context: String,
     disk: Option<String>,
+    sizes_differ: bool,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind`. `context` is lower case: which step failed, on which disk, and where.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), disk: None, source: None }
+        Self { kind, context: context.into(), disk: None, sizes_differ: false, source: None }
     }
 
     /// Sets the name of the disk that failed, for procedures with several disks.
     pub fn with_disk(mut self, name: impl Into<String>) -> Self {
         self.disk = Some(name.into());
+        self
+    }
+
+    /// Says that the disks differ in size, and are equal up to the end of the shorter one.
+    pub(crate) fn with_different_sizes(mut self) -> Self {
+        self.sizes_differ = true;
         self
     }
 
@@ -91,6 +98,11 @@ impl Error {
     /// The name of the disk that failed, for procedures with several.
     pub fn disk(&self) -> Option<&str> {
         self.disk.as_deref()
+    }
+
+    /// True if a comparison got past the end of the shorter disk before it failed.
+    pub fn sizes_differ(&self) -> bool {
+        self.sizes_differ
     }
 
     /// The first engine error among the sources, if there is one.

@@ -79,7 +79,7 @@ pub use checksum::{Checksum, checksum};
 pub use commit::{CommitOptions, commit, commit_layers};
 pub use compare::{CompareOptions, CompareReport, Comparison, compare};
 pub use convert::{ConvertOptions, convert, converted_size};
-pub use copy::CopyReport;
+pub use copy::{CopyReport, Unreadable};
 pub use digest::{Blake3, checksum_blake3};
 pub use error::{Error, ErrorKind, Result};
 pub use executor::{Executor, Inline};

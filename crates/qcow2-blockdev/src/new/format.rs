@@ -1,7 +1,7 @@
 //! The formats of new images.
 
 use super::failure::{CreateFailure, CreateFailureKind};
-use crate::driver::makes_no_images;
+use crate::driver::{is_known_driver, makes_no_images};
 use qcow2_core::ImageFormat;
 use std::path::Path;
 
@@ -12,6 +12,17 @@ pub fn new_image_format(name: &str) -> Result<ImageFormat, CreateFailure> {
     match format {
         ImageFormat::Raw | ImageFormat::Qcow2 | ImageFormat::Luks => Ok(format),
         _ if makes_no_images(name) => Err(CreateFailure::new(&format, CreateFailureKind::NoCreation)),
+        _ => Err(CreateFailure::new(&format, CreateFailureKind::UnknownFormat)),
+    }
+}
+
+/// The format `name`, if images of it can be amended: `qcow2` or `luks`. Errors: `UnknownFormat`,
+/// `NoAmendment`.
+pub fn amended_format(name: &str) -> Result<ImageFormat, CreateFailure> {
+    let format = ImageFormat::from_name(name);
+    match format {
+        ImageFormat::Qcow2 | ImageFormat::Luks => Ok(format),
+        _ if is_known_driver(name) => Err(CreateFailure::new(&format, CreateFailureKind::NoAmendment)),
         _ => Err(CreateFailure::new(&format, CreateFailureKind::UnknownFormat)),
     }
 }

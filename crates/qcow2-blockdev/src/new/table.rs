@@ -19,6 +19,14 @@ pub struct OptionSpec {
     pub help: &'static str,
 }
 
+impl OptionSpec {
+    /// What `-o help` says of it: a whole line.
+    pub fn line(&self) -> String {
+        let name = format!("{}=<{}>", self.name, self.value.name());
+        format!("  {name:<22} - {}\n", self.help)
+    }
+}
+
 /// What the value of an option is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

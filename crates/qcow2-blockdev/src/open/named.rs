@@ -31,6 +31,12 @@ pub(super) struct NamedFiles {
 impl Resolver for NamedFiles {
     fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError> {
         self.permit(reference)?;
+        // Before the file is looked for.
+        if let Reference::Backing { format: Some(format), .. } = reference
+            && let ImageFormat::Other(format) = ImageFormat::from_name(format)
+        {
+            return Err(in_image(FailureKind::UnsupportedFormat(format)));
+        }
         self.trail.count_named().map_err(in_image)?;
         let trail = match reference {
             Reference::Backing { .. } => self.trail.below(),

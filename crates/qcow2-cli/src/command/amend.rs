@@ -11,7 +11,7 @@ use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{
-    CreateFailureKind, ImageChanges, KeyValues, OptionError, Sharing, SlotChange, SlotError, new_image_format,
+    CreateFailureKind, ImageChanges, KeyValues, OptionError, Sharing, SlotChange, SlotError, amended_format,
 };
 use qcow2_core::{ErrorKind, HostOffset, ImageFormat, find_cause};
 use qcow2_io::CacheMode;
@@ -59,10 +59,7 @@ impl Request {
         }
         request.list = KeyValues::parse_image_options(&texts);
         if let Some(format) = request.image.format.as_deref().filter(|_| request.list.asks_help()) {
-            return match new_image_format(format).unwrap_or(ImageFormat::Qcow2) {
-                ImageFormat::Raw => Err(not_amended()),
-                format => print_amend_options(session, &format).map(|()| None),
-            };
+            return print_amend_options(session, &amended_format(format)?).map(|()| None);
         }
         let operands = <[String; 1]>::try_from(args.into_operands());
         let [filename] = operands.map_err(|_| Failure::new("Expecting one image file name"))?;
@@ -79,9 +76,7 @@ fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<()
     let how = request.image.options().with_cache(request.cache).with_sharing(Sharing::TopAlone);
     let open = || open_to_change(session, &name, &how);
     let opened = open()?;
-    if !matches!(opened.format, ImageFormat::Qcow2 | ImageFormat::Luks) {
-        return Err(not_amended());
-    }
+    amended_format(opened.format.name())?;
     if request.list.asks_help() {
         return print_amend_options(session, &opened.format);
     }
@@ -106,10 +101,6 @@ fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<()
     let disk = Arc::clone(&opened.disk);
     drop(opened);
     amend(disk, &reopen, &options, key_slots, meter).map_err(|error| failure(session, error, &options))
-}
-
-fn not_amended() -> Failure {
-    Failure::new("Format driver 'raw' does not support option amendment")
 }
 
 fn could_not(reason: &str) -> Failure {

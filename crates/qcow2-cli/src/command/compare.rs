@@ -6,7 +6,7 @@ use crate::failure::Failure;
 use crate::interrupt::Interrupts;
 use crate::open::{read_name, warn_of_missing_end};
 use crate::persona;
-use crate::progress::Meter;
+use crate::progress::{Meter, PERCENT};
 use crate::session::Session;
 use qcow2_blockdev::{OpenedDisk, open};
 use qcow2_image::Threads;
@@ -29,6 +29,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     if let Ok(CompareReport { result: Comparison::Identical, .. }) = &compared {
         meter.complete();
     }
+    let looked_past = !request.quiet && compared.as_ref().is_err_and(Error::sizes_differ);
     let done = compared.map_err(|error| failure(&error)).and_then(|report| {
         let (text, code) = verdict(&report);
         if !request.quiet {
@@ -40,7 +41,12 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     });
     meter.end();
     interrupts.die_if_asked();
-    done
+    done.or_else(|failure| {
+        // After the error, as a pipe gets it from qemu-img.
+        session.report(&failure);
+        looked_past.then(|| session.print(MISMATCH)).transpose()?;
+        Err(Failure::silent(failure.code()))
+    })
 }
 
 #[derive(Debug, Default)]
@@ -101,7 +107,7 @@ impl Request {
 
 /// What is printed, and the exit code.
 fn verdict(report: &CompareReport) -> (String, u8) {
-    let warning = if report.sizes_differ { "Warning: Image size mismatch!\n" } else { "" };
+    let warning = if report.sizes_differ { MISMATCH } else { "" };
     let (text, code) = match report.result {
         Comparison::Identical => ("Images are identical.".to_owned(), exit::SUCCESS),
         Comparison::Content { offset } => (format!("Content mismatch at offset {offset}!"), exit::FAILURE),
@@ -133,5 +139,7 @@ fn failure(error: &Error) -> Failure {
     Failure::new(text).with_code(code)
 }
 
-/// Hundredths of a percent between two outputs.
-const PROGRESS_STEP: u64 = 200;
+/// Not an error: the rest of the larger disk is compared with zeroes.
+const MISMATCH: &str = "Warning: Image size mismatch!\n";
+/// Between two outputs.
+const PROGRESS_STEP: u64 = 2 * PERCENT;

@@ -16,6 +16,7 @@ use qcow2_blockdev::{ImageName, OpenedDisk, Sharing, open, open_snapshot};
 use qcow2_core::GuestDisk;
 use qcow2_core::format::Version;
 use qcow2_image::Threads;
+use qcow2_io::os_error_text;
 use qcow2_ops::{CopyReport, converted_size, snapshot::SnapshotName};
 use request::Request;
 pub(crate) use request::parse_snapshot;
@@ -108,16 +109,11 @@ fn copy_bitmaps(
 }
 
 fn warn_of_losses(session: &Session, request: &Request, report: &CopyReport) {
-    if request.shown.quiet {
-        return;
-    }
-    for lost in &report.unreadable {
-        session.warn(&format!(
-            "error while reading at byte {} ({} bytes): {}",
-            lost.offset, lost.len, lost.reason
-        ));
-    }
-    if report.unreadable_sectors > 0 {
-        session.warn(&format!("{} sectors could not be read and are zeroes now", report.unreadable_sectors));
+    let words = |code: Option<i32>| os_error_text(code.unwrap_or(IO_ERROR));
+    if !request.shown.quiet {
+        report.tell_losses(session.is_drop_in(), &words, &mut |text| session.warn(text));
     }
 }
+
+/// Of damaged tables.
+const IO_ERROR: i32 = 5;

@@ -56,6 +56,7 @@ fn told(failure: &CreateFailure) -> (String, Vec<String>) {
     let text = match failure.kind() {
         Kind::UnknownFormat => format!("Unknown file format '{}'", format.name()),
         Kind::NoCreation => format!("Format driver '{}' does not support image creation", format.name()),
+        Kind::NoAmendment => format!("Format driver '{}' does not support option amendment", format.name()),
         Kind::UnknownOption(name) => format!("Invalid parameter '{name}'"),
         Kind::OnlyWhenCreated(name) => {
             let hint = "This option is only supported for image creation".to_owned();

@@ -22,7 +22,7 @@ use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleF
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry};
 use qcow2_format::limit::MAX_L1_ENTRIES;
-use qcow2_format::{CompressionType, Geometry, HostOffset, Version};
+use qcow2_format::{CompressionType, Geometry, HostOffset, Snapshot, Version};
 
 impl Image {
     /// Downgrades a version 3 image to version 2. The image takes no changes afterwards: reopen it. Removes
@@ -48,7 +48,7 @@ impl Image {
         for &table in &tables {
             self.tables.check_place(OverlapChecks::L2, table, self.file.geometry().cluster_size())?;
         }
-        let expanded = self.expand_zero_clusters(&tables, progress);
+        let expanded = self.expand_zero_clusters(tables, progress);
         if expanded.as_ref().is_err_and(|error| error.kind() == ErrorKind::Stopped) {
             return self.flusher.settle().and(expanded);
         }
@@ -61,6 +61,7 @@ impl Image {
         header.compression_type = CompressionType::Deflate;
         header.unknown_fields.clear();
         header.extensions.bitmaps = None;
+        header.extensions.feature_names = None;
         self.header.switch_to(header)?;
         for (cluster, count) in bitmaps.used() {
             (0..count).for_each(|_| self.refcounts.unlink(bitmap_run(cluster)));
@@ -123,16 +124,32 @@ impl Image {
         Ok(tables)
     }
 
+    /// Expands each of `tables`, in the order of the L1 tables. An L1 entry is a step.
     fn expand_zero_clusters(
         &self,
-        tables: &BTreeSet<HostOffset>,
+        mut tables: BTreeSet<HostOffset>,
         progress: &mut AmendProgress<'_>,
     ) -> Result<()> {
-        let backing = self.backing.is_some() || self.backing_unopened;
-        for (done, &table) in (1..).zip(tables) {
-            self.expand_table(table, backing)?;
-            stopped(progress(done, tables.len() as u64))?;
+        let snapshots = crate::snapshot::read_snapshots(self.file.storage(), &self.header())?;
+        let entries = |snapshot: &Snapshot| u64::from(snapshot.l1_size).min(MAX_L1_ENTRIES);
+        let total = self.mapping().l1_len() + snapshots.iter().map(entries).sum::<u64>();
+        let mut done = 0;
+        let mut expand = |l1: &[u64]| {
+            for &raw in l1 {
+                let table = L1Entry::decode(raw, self.file.geometry()).ok().and_then(|entry| entry.l2_table);
+                if let Some(table) = table.filter(|table| tables.remove(table)) {
+                    self.expand_table(table, self.backing.is_some() || self.backing_unopened)?;
+                }
+                done += 1;
+                stopped(progress(done, total))?;
+            }
+            Ok::<_, Error>(())
+        };
+        expand(&self.mapping().l1_contents().1)?;
+        for snapshot in &snapshots {
+            expand(&read_words(self.file.storage(), snapshot.l1_table_offset, entries(snapshot))?)?;
         }
+        assert!(tables.is_empty(), "an l2 table is in no l1 table");
         Ok(())
     }
 

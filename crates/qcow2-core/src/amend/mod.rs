@@ -7,13 +7,14 @@
 mod downgrade;
 mod width;
 
+use crate::create::has_room_for_names;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::sync::write;
 use ::alloc::string::String;
 use core::ops::ControlFlow;
 use qcow2_format::Version;
-use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures};
+use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, FeatureName};
 use qcow2_format::text::bytes_of;
 
 /// Called with the number of finished steps and the total; returns whether to go on. After a stop the image
@@ -75,8 +76,9 @@ impl Image {
     }
 
     /// Upgrades a version 2 image to version 3. The image takes no changes afterwards: reopen it. Disk:
-    /// writes a snapshot table with the fields that version 3 requires, then the header. Errors: `Corrupt`
-    /// for a damaged snapshot table; `ReadOnly`, `Poisoned`, `Storage`.
+    /// writes a snapshot table with the fields that version 3 requires, then the header, with the names of
+    /// the features as a new image has them. Errors: `Corrupt` for a damaged snapshot table; `ReadOnly`,
+    /// `Poisoned`, `Storage`.
     pub fn upgrade(&self) -> Result<()> {
         self.flush()?;
         let _alone = write(&self.structure);
@@ -90,6 +92,9 @@ impl Image {
         self.flusher.settle()?;
         let mut header = self.header();
         header.version = Version::V3;
+        if has_room_for_names(self.file.geometry()) {
+            header.extensions.feature_names = Some(FeatureName::standard());
+        }
         self.header.switch_to(header)?;
         self.end_use();
         Ok(())

@@ -183,6 +183,26 @@ impl PageCache {
         }
         (pages, join_runs(runs))
     }
+
+    /// Queues again what [`take_dirty`](Self::take_dirty) has returned, because it could not be written. The
+    /// caller keeps the commit gate open.
+    pub(crate) fn put_back(&self, pages: &[Arc<Page>], runs: &[DirtyRun]) {
+        for page in pages {
+            let set = self.set(page.offset());
+            let _loading = lock(&set.loading);
+            // A table that was freed meanwhile must not be written any more.
+            if !read(&set.pages).iter().any(|cached| Arc::ptr_eq(cached, page)) {
+                continue;
+            }
+            let first = runs.partition_point(|run| run.end() <= page.offset().value());
+            let end = page.offset().value() + self.page_size;
+            runs[first..]
+                .iter()
+                .take_while(|run| run.offset.value() < end)
+                .for_each(|run| page.put_back(run));
+            self.note_dirty(page);
+        }
+    }
 }
 
 /// Joins adjacent runs, so that adjacent tables go out in one write.
@@ -190,16 +210,14 @@ pub(crate) fn join_runs(runs: Vec<DirtyRun>) -> Vec<DirtyRun> {
     let mut joined: Vec<DirtyRun> = Vec::with_capacity(runs.len());
     for run in runs {
         match joined.last_mut() {
-            Some(last) if last.offset.value() + last.bytes.len() as u64 == run.offset.value() => {
+            Some(last) if last.end() == run.offset.value() => {
                 last.bytes.extend_from_slice(&run.bytes);
             }
             _ => joined.push(run),
         }
     }
     debug_assert!(
-        joined
-            .windows(2)
-            .all(|pair| pair[0].offset.value() + (pair[0].bytes.len() as u64) < pair[1].offset.value()),
+        joined.windows(2).all(|pair| pair[0].end() < pair[1].offset.value()),
         "a sector of a table is written twice in one round"
     );
     joined

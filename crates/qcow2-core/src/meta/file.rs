@@ -1,7 +1,8 @@
 //! The files of an open image, and the state that all parts above share: writable, poisoned, ordering rules.
 //!
 //! Invariant I7: every change calls [`check_writable`](ImageFile::check_writable) first. After a failed
-//! metadata write the image is poisoned: memory and disk may differ, so changes are refused; reads go on.
+//! barrier, and a failed write of metadata that no later flush repeats, the image is poisoned: memory and
+//! disk may differ, so changes are refused; reads go on.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::invariant;

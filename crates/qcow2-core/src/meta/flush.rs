@@ -10,6 +10,9 @@
 //! So a single write needs no barrier, and at every moment no refcount on disk is below the number of
 //! references (I1), no entry points to bytes that are not written (I2), and no entry points to a freed
 //! cluster (I3).
+//!
+//! If a table cannot be written, the changes of the round wait for the next one, which writes them again. If
+//! a barrier fails, nobody knows what is on disk: the image is poisoned.
 
 use super::file::ImageFile;
 use super::mapping::{Mapping, MappingChanges};
@@ -17,12 +20,12 @@ use super::overlap::OverlapChecks;
 use super::pending::Unlinked;
 use super::refcount::RefcountStore;
 use super::tables::Tables;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::inflight::{Operation, Operations};
 use crate::invariant;
 use crate::port::event::Event;
 use crate::rules::OrderingRule;
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard, Rank, lock};
 use ::alloc::sync::Arc;
 use ::alloc::vec::Vec;
@@ -40,6 +43,8 @@ pub(crate) struct Flusher {
     flushing: Mutex<()>,
     /// Number of rounds that have started.
     rounds: AtomicU64,
+    /// True if the last round failed and its changes wait for the next one.
+    failed: AtomicBool,
 }
 
 /// What one round writes and frees after the barrier of step 3.
@@ -60,6 +65,7 @@ impl Flusher {
             operations: Operations::default(),
             flushing: Mutex::new(Rank::Flushing, ()),
             rounds: AtomicU64::new(0),
+            failed: AtomicBool::new(false),
         }
     }
 
@@ -73,26 +79,37 @@ impl Flusher {
         self.operations.enter()
     }
 
-    /// Makes all changes durable whose calls returned before this one. Errors: `Storage`, `NoSpace`, and the
-    /// image is poisoned.
+    /// Makes all changes durable whose calls returned before this one. Errors: `Storage`, `NoSpace` if a
+    /// table could not be written: the next flush tries it again. After any other error, and after a failed
+    /// barrier, the image is poisoned.
     pub(crate) fn flush(&self) -> Result<()> {
         // Read before waiting for the lock: a round that starts later includes all changes of this caller.
         let seen = self.rounds.load(Ordering::SeqCst);
         let _flushing = lock(&self.flushing);
-        if self.rounds.load(Ordering::SeqCst) > seen {
+        if self.rounds.load(Ordering::SeqCst) > seen && !self.failed.load(Ordering::SeqCst) {
             // Another thread's round started after this call and has ended: it included this caller's
             // changes.
             return self.file.check_writable();
         }
         self.rounds.fetch_add(1, Ordering::SeqCst);
         let result = self.round();
-        self.file.poison_on_error(result)
+        self.failed.store(result.is_err(), Ordering::SeqCst);
+        let again = |error: &Error| matches!(error.kind(), ErrorKind::Storage | ErrorKind::NoSpace);
+        if result.as_ref().is_err_and(|error| !again(error)) {
+            self.file.poison();
+        }
+        result
     }
 
     /// Flushes if many changes are waiting, so that memory stays bounded.
     pub(crate) fn flush_if_pressed(&self) -> Result<()> {
         let pressed = self.mapping.is_pressed() || self.refcounts.is_pressed();
         if pressed { self.flush() } else { Ok(()) }
+    }
+
+    /// Before a change: if flushes fail and many changes are waiting already, no more are made.
+    pub(crate) fn check_room(&self) -> Result<()> {
+        if self.failed.load(Ordering::Relaxed) { self.flush_if_pressed() } else { Ok(()) }
     }
 
     /// Flushes until nothing waits to be freed and every refcount on disk is exact. The caller makes sure
@@ -115,20 +132,14 @@ impl Flusher {
         if !self.file.keeps(OrderingRule::UnlinkBeforeFree) {
             self.free(&links.unlinked)?;
         }
-        self.refcounts.write_back()?;
-        let links_follow = !links.changes.l2.is_empty() || !links.changes.l1.is_empty();
-        self.barrier(links_follow)?;
-        if links_follow {
-            self.write_links(&links.changes)?;
-            if self.file.keeps(OrderingRule::LinksBeforeFlushReturns) {
-                self.file.event(Event::FlushToDisk);
-                self.file.flush()?;
-            }
+        if let Err(error) = self.refcounts.write_back().and_then(|()| self.write_links(&links.changes)) {
+            self.mapping.put_back(&links.changes, &links.unlinked);
+            return Err(error);
         }
         // Only after the links are durable: a freed cluster could otherwise be reused while an entry on disk
         // still points to it (I3).
         if self.file.keeps(OrderingRule::UnlinkBeforeFree) {
-            self.free_unlinked(links.unlinked)?;
+            self.file.poison_on_error(self.free_unlinked(links.unlinked))?;
         }
         Ok(())
     }
@@ -143,17 +154,23 @@ impl Flusher {
     fn barrier(&self, links_follow: bool) -> Result<()> {
         // The data file too: the entries that are written next point to bytes in it (I2).
         if let Some(data) = self.file.data_file() {
-            data.flush()?;
+            self.file.poison_on_error(data.flush().map_err(Error::from))?;
         }
-        if !links_follow || self.file.keeps(OrderingRule::RefcountsBeforeLinks) {
-            self.file.event(Event::FlushToDisk);
-            self.file.flush()?;
+        match !links_follow || self.file.keeps(OrderingRule::RefcountsBeforeLinks) {
+            true => self.flush_file(),
+            false => Ok(()),
         }
-        Ok(())
     }
 
-    /// Step 4's writes: L2 entries, then L1 entries.
+    fn flush_file(&self) -> Result<()> {
+        self.file.event(Event::FlushToDisk);
+        self.file.poison_on_error(self.file.flush())
+    }
+
+    /// Steps 3 and 4: the barrier, then L2 entries, then L1 entries, and a barrier after them.
     fn write_links(&self, changes: &MappingChanges) -> Result<()> {
+        let links_follow = !changes.l2.is_empty() || !changes.l1.is_empty();
+        self.barrier(links_follow)?;
         let both = [
             (&changes.l2, OverlapChecks::ACTIVE_L2, Event::L2Update),
             (&changes.l1, OverlapChecks::ACTIVE_L1, Event::L1Update),
@@ -164,7 +181,10 @@ impl Flusher {
                 self.tables.write(kind, run.offset, &run.bytes)?;
             }
         }
-        Ok(())
+        match links_follow && self.file.keeps(OrderingRule::LinksBeforeFlushReturns) {
+            true => self.flush_file(),
+            false => Ok(()),
+        }
     }
 
     /// Step 5: frees the unlinked clusters that no running operation can use.

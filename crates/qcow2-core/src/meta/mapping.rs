@@ -78,7 +78,7 @@ pub(crate) struct MappingChanges {
     pub(crate) l1: Vec<DirtyRun>,
     /// Keeps the pages in the cache until their sectors are written: an evicted page would be read back from
     /// disk without its changes.
-    _pages: Vec<Arc<Page>>,
+    pages: Vec<Arc<Page>>,
 }
 
 impl Mapping {
@@ -310,7 +310,16 @@ impl Mapping {
         let (pages, l2) = self.cache.take_dirty();
         let mut l1 = Vec::new();
         self.l1.take_dirty(&mut l1);
-        MappingChanges { l2, l1, _pages: pages }
+        MappingChanges { l2, l1, pages }
+    }
+
+    /// Takes back changes that could not be written; `unlinked`: what was unlinked by them.
+    pub(crate) fn put_back(&self, changes: &MappingChanges, unlinked: &[Unlinked]) {
+        // As in a commit: entries and unlinked clusters belong to the same flush round.
+        let _open = read(&self.gate);
+        self.cache.put_back(&changes.pages, &changes.l2);
+        self.l1.put_back(&changes.l1);
+        self.refcounts.unlink_all(unlinked);
     }
 
     /// True if so many pages of L2 tables are queued that a flush is due.

@@ -35,6 +35,13 @@ pub(crate) struct DirtyRun {
     pub(crate) bytes: Vec<u8>,
 }
 
+impl DirtyRun {
+    /// The offset behind the last byte.
+    pub(crate) fn end(&self) -> u64 {
+        self.offset.value() + self.bytes.len() as u64
+    }
+}
+
 impl Page {
     /// A clean page at `offset` with the bytes on disk. The length of `bytes` is a multiple of 512.
     pub(crate) fn from_bytes(offset: HostOffset, bytes: &[u8]) -> Self {
@@ -136,6 +143,16 @@ impl Page {
     pub(crate) fn forget_changes(&self) {
         for mask in &self.dirty {
             mask.store(0, Ordering::Release);
+        }
+    }
+
+    /// Marks the sectors dirty again that `run` has a copy of: they could not be written.
+    pub(crate) fn put_back(&self, run: &DirtyRun) {
+        let (start, end) = (self.offset.value(), self.offset.value() + self.words.len() as u64 * 8);
+        let (first, last) = (run.offset.value().max(start), run.end().min(end));
+        for at in (first..last).step_by(SECTOR_SIZE as usize) {
+            let sector = ((at - start) / SECTOR_SIZE) as usize;
+            self.dirty[sector / 64].fetch_or(1 << (sector % 64), Ordering::AcqRel);
         }
     }
 

@@ -3,6 +3,7 @@
 use super::plan::{ZeroKind, ZeroPlan, mask, plan_zero};
 use crate::error::Result;
 use crate::image::Image;
+use crate::inflight::Claim;
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::pending::Unlinked;
 use crate::port::storage::ZeroMode;
@@ -35,20 +36,53 @@ impl Image {
         self.zero_part(between(whole_end, end), kind)
     }
 
-    /// Zeroes a part of a (sub)cluster by writing, unless it reads as zeroes already. A discard does nothing.
+    /// Zeroes bytes at the edges of (sub)clusters. A discard does nothing there.
     fn zero_part(&self, range: GuestRange, kind: ZeroKind) -> Result<()> {
-        if kind == ZeroKind::Discard || range.is_empty() || self.stays_zero(range)? {
+        if kind == ZeroKind::Discard {
             return Ok(());
         }
+        let unit = self.file.geometry().subcluster_size();
+        let (mut at, end) = (range.start().value(), range.end().value());
+        while at < end {
+            let next = end.min(at - at % unit + unit);
+            self.zero_edge(between(at, next), kind)?;
+            at = next;
+        }
+        Ok(())
+    }
+
+    /// Zeroes `range`, a part of one subcluster. All of it becomes zeroes of this layer if that changes no
+    /// byte beside `range`: what is below may change later. Otherwise zeroes are written.
+    fn zero_edge(&self, range: GuestRange, kind: ZeroKind) -> Result<()> {
+        // The claim waits for writes in flight, whose commit may turn the subcluster into data.
+        let claim = self.mapping().claim(range.start(), 1);
+        let unit = self.file.geometry().subcluster_size();
+        let start = range.start().value() - range.start().value() % unit;
+        if self.may_widen(range, start, unit)? {
+            return self.zero_claimed(claim, GuestOffset::new(start), unit, kind).map(drop);
+        }
+        drop(claim);
         self.write_zero_bytes(range)
     }
 
-    /// True if `range`, within one cluster, reads as zeroes and no write is in flight in that cluster. The
-    /// claim waits for such a write: its commit may turn a zero cluster into data, and expose bytes that an
-    /// earlier write has left in the host cluster.
-    fn stays_zero(&self, range: GuestRange) -> Result<bool> {
-        let _claim = self.mapping().claim(range.start(), 1);
-        self.reads_zero(range)
+    /// True if the subcluster of `unit` bytes at `start` has no data in this layer, the entry can say that it
+    /// is zeroes, and its bytes outside of `range` read as zeroes.
+    fn may_widen(&self, range: GuestRange, start: u64, unit: u64) -> Result<bool> {
+        let run = self.mapping().lookup(range.start(), range.len())?;
+        if !matches!(run.place, Place::Unallocated | Place::Zero { .. }) {
+            return Ok(false);
+        }
+        if !self.file.l2_format().zero_flag && self.shows_below() {
+            return Ok(false);
+        }
+        let end = (start + unit).min(self.size());
+        Ok(self.reads_zero(between(start, range.start().value()))?
+            && self.reads_zero(between(range.end().value(), end))?)
+    }
+
+    /// True if an unallocated cluster reads from a backing file.
+    fn shows_below(&self) -> bool {
+        self.backing.is_some() || self.backing_unopened
     }
 
     fn write_zero_bytes(&self, range: GuestRange) -> Result<()> {
@@ -81,9 +115,8 @@ impl Image {
     /// How many bytes at `offset` need no change. For a discard without a backing file: those without a host
     /// cluster; for `Forget`: unallocated ones. Skipping them allocates no L2 tables.
     fn skip_untouched(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
-        let shows_below = self.backing.is_some() || self.backing_unopened;
         let run = match kind {
-            ZeroKind::Discard if !shows_below => self.mapping().lookup(offset, len)?,
+            ZeroKind::Discard if !self.shows_below() => self.mapping().lookup(offset, len)?,
             ZeroKind::Forget => self.mapping().lookup(offset, len)?,
             _ => return Ok(0),
         };
@@ -94,14 +127,21 @@ impl Image {
 
     /// Zeroes a first part of `len` bytes at `offset`, within one page of an L2 table. Returns its length.
     fn zero_clusters(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
-        let format = self.file.l2_format();
-        let (geometry, size) = (&format.geometry, format.geometry.cluster_size());
+        let geometry = self.file.geometry();
+        let size = geometry.cluster_size();
         let inside = geometry.in_cluster(offset.value());
         let wanted = geometry.clusters_for(inside + len).min(MAX_CLUSTERS);
         let claim = self.mapping().claim(offset, wanted * size - inside);
+        self.zero_claimed(claim, offset, len.min(wanted * size - inside), kind)
+    }
+
+    /// [`zero_clusters`](Self::zero_clusters) under `claim`, which covers the clusters of the range.
+    fn zero_claimed(&self, claim: Claim<'_>, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
+        let format = self.file.l2_format();
+        let (geometry, size) = (&format.geometry, format.geometry.cluster_size());
+        let inside = geometry.in_cluster(offset.value());
         let place = self.mapping().writable_place(offset)?;
-        let count = wanted.min(place.entries());
-        let backing = self.backing.is_some() || self.backing_unopened;
+        let count = geometry.clusters_for(inside + len).min(place.entries());
         let (mut entries, mut by_data) = (Vec::new(), Vec::new());
         let (mut unlinked, mut emptied) = (Vec::new(), Vec::new());
         for i in 0..count {
@@ -110,7 +150,8 @@ impl Image {
             let end = (inside + len - i * size).min(size);
             let unit = geometry.subcluster_size();
             let plan_kind = self.kind_with_places_kept(kind, &old);
-            let plan = plan_zero(format, &old, mask(start / unit, end.div_ceil(unit)), plan_kind, backing);
+            let parts = mask(start / unit, end.div_ceil(unit));
+            let plan = plan_zero(format, &old, parts, plan_kind, self.shows_below());
             entries.push(match plan {
                 ZeroPlan::Change { entry, free } => {
                     match self.unlinked(&old) {

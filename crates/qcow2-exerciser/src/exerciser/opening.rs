@@ -5,6 +5,7 @@ use crate::grammar;
 use crate::reason::Reason;
 use crate::request::{OpenRequest, changed, request_of};
 use crate::target::Target;
+use qcow2_core::ErrorKind;
 use std::sync::Arc;
 
 impl Exerciser<'_> {
@@ -47,27 +48,38 @@ impl Exerciser<'_> {
         }
     }
 
-    pub(super) fn close(&mut self) -> Result<(), Failed> {
+    pub(super) fn close(&mut self) {
         let finished = self.background.wait();
         self.print_background(finished);
         let Some(Open { disk, target, .. }) = self.open.take() else {
-            return Ok(());
+            return;
         };
         let closed = match target.disk.as_image().filter(|_| disk.writable) {
             Some(image) => image.close(),
             None => Ok(()),
         };
-        closed.map_err(|error| {
-            let reason = self.reason(&Reason::from(error));
-            self.complain_named(&format!("could not close the image cleanly: {reason}"))
-        })
+        if let Err(error) = closed {
+            self.complain_of_close(error);
+        }
+    }
+
+    /// As in qemu-io, a close that fails is told and fails no command. An image that takes no changes any
+    /// more has failed one before.
+    fn complain_of_close(&self, error: qcow2_core::Error) {
+        if error.kind() == ErrorKind::Poisoned {
+            return;
+        }
+        let reason = self.reason(&Reason::from(error));
+        for cache in ["L2 table", "refcount block"] {
+            self.complain_named(&format!("Failed to flush the {cache} cache: {reason}"));
+        }
     }
 
     /// Closes the disk and opens it with changed options. If that fails, opens it again with the old ones.
     pub(super) fn reopen(&mut self, reopen: grammar::Reopen) -> Result<(), Failed> {
         let old = self.open.as_ref().map(|open| open.request.clone()).ok_or(Failed)?;
         let new = changed(&old, reopen).map_err(|text| self.complain_named(&text))?;
-        self.close()?;
+        self.close();
         self.open_as(new, true).map_err(|Failed| {
             let _ = self.open_as(old, false);
             Failed

@@ -10,6 +10,7 @@ use qcow2_core::{
 };
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// What a rule waits for, and what it does then.
@@ -85,6 +86,8 @@ pub enum DebugCall {
 /// Wraps a storage and fails calls by [`DebugRule`]s; requests can be stopped at breakpoints.
 pub struct BlkdebugStorage {
     inner: Arc<dyn Storage>,
+    /// True if something was changed since the last flush. Without that a flush is no call that could fail.
+    changed: AtomicBool,
     debugger: Arc<Debugger>,
 }
 
@@ -97,7 +100,7 @@ impl BlkdebugStorage {
             changed: Condvar::new(),
         };
         debugger.event(Event::None);
-        Self { inner, debugger: Arc::new(debugger) }
+        Self { inner, changed: AtomicBool::new(false), debugger: Arc::new(debugger) }
     }
 
     /// The way to breakpoints.
@@ -122,6 +125,7 @@ impl BlkdebugStorage {
     ) -> Result<(), StorageError> {
         self.debugger.event(event);
         self.check(kind, call)?;
+        self.changed.store(true, Ordering::SeqCst);
         write()?;
         self.debugger.event(Event::PwritevDone);
         Ok(())
@@ -129,7 +133,17 @@ impl BlkdebugStorage {
 }
 
 impl Storage for BlkdebugStorage {
-    forward_storage!(inner: len allocate set_len limits);
+    forward_storage!(inner: len limits);
+
+    fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        self.changed.store(true, Ordering::SeqCst);
+        self.inner.allocate(offset, len)
+    }
+
+    fn set_len(&self, len: u64) -> Result<(), StorageError> {
+        self.changed.store(true, Ordering::SeqCst);
+        self.inner.set_len(len)
+    }
 
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
         self.check(DebugCall::Read, Call::new("read", offset, buf.len() as u64))?;
@@ -156,12 +170,16 @@ impl Storage for BlkdebugStorage {
 
     fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
         self.check(DebugCall::Discard, Call::new("discard", offset, len))?;
+        self.changed.store(true, Ordering::SeqCst);
         self.inner.discard(offset, len)
     }
 
     fn flush(&self) -> Result<(), StorageError> {
-        self.check(DebugCall::Flush, Call::new("flush", HostOffset::new(0), 0))?;
-        self.inner.flush()
+        if !self.changed.swap(false, Ordering::SeqCst) {
+            return Ok(());
+        }
+        let flushed = self.check(DebugCall::Flush, Call::new("flush", HostOffset::new(0), 0));
+        flushed.and_then(|()| self.inner.flush()).inspect_err(|_| self.changed.store(true, Ordering::SeqCst))
     }
 
     fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {

@@ -69,6 +69,15 @@ impl L1Table {
         lock(&self.dirty).insert(index.value() * 8 / SECTOR_SIZE);
     }
 
+    /// Marks the sectors of `runs` changed again: they could not be written. Those of a table that was
+    /// replaced meanwhile are left out.
+    pub(super) fn put_back(&self, runs: &[DirtyRun]) {
+        let table = read(&self.table);
+        let sectors = (table.1.len() as u64 * 8).div_ceil(SECTOR_SIZE);
+        let index = |run: &DirtyRun| Some(run.offset.value().checked_sub(table.0.value())? / SECTOR_SIZE);
+        lock(&self.dirty).extend(runs.iter().filter_map(index).filter(|&sector| sector < sectors));
+    }
+
     /// Takes copies of the changed sectors for writeback. The caller has closed the commit gate.
     pub(super) fn take_dirty(&self, runs: &mut Vec<DirtyRun>) {
         let dirty = core::mem::take(&mut *lock(&self.dirty));

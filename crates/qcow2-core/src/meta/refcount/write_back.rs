@@ -15,27 +15,39 @@ use qcow2_format::bytes::table_bytes;
 
 impl RefcountStore {
     /// Writes the changed refcount blocks and, after a barrier, the refcount table entries of new blocks. The
-    /// last writes are not durable yet when it returns. Errors: `Storage`, `NoSpace`, `Corrupt`.
+    /// last writes are not durable yet when it returns. Errors: `Storage`, `NoSpace`, `Corrupt`; what could
+    /// not be written waits for the next call. After a failed barrier the image is poisoned.
     pub(crate) fn write_back(&self) -> Result<()> {
         invariant::may_write(self.file.is_writable());
         let mut refcounts = lock(&self.state);
-        let (_pages, blocks) = self.cache.take_dirty();
-        let mut entries = Vec::new();
-        for sector in core::mem::take(&mut refcounts.dirty_sectors) {
-            entries.push(table_sector(&refcounts.table, refcounts.table_offset, sector));
-        }
+        let (pages, blocks) = self.cache.take_dirty();
+        let sectors = core::mem::take(&mut refcounts.dirty_sectors);
+        let (table, start) = (&refcounts.table, refcounts.table_offset);
+        let entries = sectors.iter().map(|&sector| table_sector(table, start, sector)).collect();
         // Taken before the refcounts are unlocked: otherwise a later copy of a block could be written first,
         // and this older one over it.
-        let _writing = lock(&self.io);
+        let writing = lock(&self.io);
         drop(refcounts);
+        let written = self.write_changes(&blocks, entries);
+        drop(writing);
+        if written.is_err() {
+            let mut refcounts = lock(&self.state);
+            self.cache.put_back(&pages, &blocks);
+            // A table that was replaced meanwhile was written whole, and is longer.
+            refcounts.dirty_sectors.extend(sectors);
+        }
+        written
+    }
+
+    fn write_changes(&self, blocks: &[DirtyRun], entries: Vec<DirtyRun>) -> Result<()> {
         if !blocks.is_empty() {
             self.file.event(Event::RefblockUpdatePart);
         }
-        self.tables.write_runs(OverlapChecks::REFCOUNT_BLOCK, &blocks)?;
+        self.tables.write_runs(OverlapChecks::REFCOUNT_BLOCK, blocks)?;
         if !entries.is_empty() {
             // Block before entry: after a crash the entry would point to stale bytes as refcounts.
             if self.file.keeps(OrderingRule::BlockBeforeTableEntry) {
-                self.file.flush()?;
+                self.file.poison_on_error(self.file.flush())?;
             }
             self.file.event(Event::ReftableUpdate);
             self.tables.write_runs(OverlapChecks::REFCOUNT_TABLE, &join_runs(entries))?;
