@@ -34,6 +34,9 @@ pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
     interrupt::outlive_progress_requests();
     let mut args = args.into_iter();
     let session = Session::new(&args.next().unwrap_or_default().to_string_lossy());
+    if session.is_own() {
+        persona::speak_own_words();
+    }
     let result = utf8(args).and_then(|args| dispatch(&session, args));
     result.unwrap_or_else(|failure| {
         session.report(&failure);

@@ -83,8 +83,8 @@ impl Image {
     fn skip_untouched(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
         let shows_below = self.backing.is_some() || self.backing_unopened;
         let run = match kind {
-            ZeroKind::Discard if !shows_below => self.mapping().lookup(offset, len)?,
-            ZeroKind::Forget => self.mapping().lookup(offset, len)?,
+            ZeroKind::Discard if !shows_below => self.mapping().lookup_to_change(offset, len)?,
+            ZeroKind::Forget => self.mapping().lookup_to_change(offset, len)?,
             _ => return Ok(0),
         };
         let untouched = matches!(run.place, Place::Unallocated | Place::Zero { host: None })

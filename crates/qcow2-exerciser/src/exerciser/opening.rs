@@ -5,6 +5,7 @@ use crate::grammar;
 use crate::reason::Reason;
 use crate::request::{OpenRequest, changed, request_of};
 use crate::target::Target;
+use qcow2_core::ErrorKind;
 use std::sync::Arc;
 
 impl Exerciser<'_> {
@@ -58,6 +59,10 @@ impl Exerciser<'_> {
             None => Ok(()),
         };
         closed.map_err(|error| {
+            // What went wrong before was said then.
+            if error.kind() == ErrorKind::Poisoned {
+                return Failed;
+            }
             let reason = self.reason(&Reason::from(error));
             self.complain_named(&format!("could not close the image cleanly: {reason}"))
         })
