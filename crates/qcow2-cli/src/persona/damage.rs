@@ -99,3 +99,44 @@ const METADATA: [(OverlapChecks, &str); 9] = [
     (OverlapChecks::INACTIVE_L2, "inactive L2 table"),
     (OverlapChecks::BITMAP_DIRECTORY, "bitmap directory"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qcow2_core::format::{L1Index, L2Index};
+    use qcow2_core::{GuestOffset, HostOffset};
+
+    #[test]
+    fn damage_in_words() {
+        let entry = L2Slot { table: HostOffset::new(0x40000), index: L2Index::new(0) };
+        let (offset, guest) = (HostOffset::new(0x50800), GuestOffset::new(0));
+        let misplaced = |zero, to_change| Damage::ClusterOffset { entry, offset, zero, to_change };
+        let overlap = |kinds| Damage::Overlap { offset, kinds };
+        for (damage, text) in [
+            (
+                Damage::L2TableOffset { index: L1Index::new(0), offset: HostOffset::new(0x40200) },
+                "L2 table offset 0x40200 unaligned (L1 index: 0)",
+            ),
+            (
+                misplaced(true, None),
+                "Cluster allocation offset 0x50800 unaligned (L2 offset: 0x40000, L2 index: 0)",
+            ),
+            (misplaced(false, Some(guest)), "Data cluster offset 0x50800 unaligned (guest offset: 0)"),
+            (
+                misplaced(true, Some(guest)),
+                "Preallocated zero cluster offset 0x50800 unaligned (guest offset: 0)",
+            ),
+            (
+                Damage::RefcountBlockOffset { index: 1, offset: HostOffset::new(0x20800) },
+                "Refblock offset 0x20800 unaligned (reftable index: 0x1)",
+            ),
+            (
+                overlap(OverlapChecks::REFCOUNT_TABLE.with(OverlapChecks::ACTIVE_L1)),
+                "Preventing invalid write on metadata (overlaps with active L1 table)",
+            ),
+        ] {
+            assert_eq!(sentence(damage).as_deref(), Some(text));
+        }
+        assert_eq!(sentence(overlap(OverlapChecks::NONE)), None);
+    }
+}
