@@ -1,5 +1,5 @@
-//! What is said of damage that an image in use turns out to have: as by qemu-img and qemu-io, to the letter and
-//! when it is found, and the same mark in the header.
+//! What is said of damage that an image in use turns out to have: as by qemu-img and qemu-io, to the letter
+//! and when it is found, and the same mark in the header.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 

@@ -80,8 +80,8 @@ pub enum Damage {
 
 /// Is told of damage when it is found, also where the error is of no consequence later.
 pub trait DamageObserver: Send + Sync {
-    /// `error`: what will be returned. `marked`: whether the image is now taken for corrupt, which one that is
-    /// open for reading is not. Called at most once for an open image, and not for one that is open for
+    /// `error`: what will be returned. `marked`: whether the image is now taken for corrupt, which one that
+    /// is open for reading is not. Called at most once for an open image, and not for one that is open for
     /// repair.
     fn damage_found(&self, error: &Error, marked: bool);
 }

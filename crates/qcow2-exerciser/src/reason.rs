@@ -37,8 +37,8 @@ impl From<qcow2_ops::Error> for Reason {
     }
 }
 
-/// The system's text for an error of the engine: that of the storage's own error, or of what the error amounts
-/// to.
+/// The system's text for an error of the engine: that of the storage's own error, or of what the error
+/// amounts to.
 pub fn system_text(error: &qcow2_core::Error) -> String {
     let code = error.storage_error().and_then(|error| error.os_code());
     os_error_text(code.unwrap_or(match error.kind() {

@@ -419,8 +419,8 @@ impl Job<'_> {
         Ok(any)
     }
 
-    /// A bitmap whose table is past the end of the file, or in the place of the directory, gets a new one, "all
-    /// ones".
+    /// A bitmap whose table is past the end of the file, or in the place of the directory, gets a new one,
+    /// "all ones".
     fn replace_bitmap_tables(&mut self) -> Result<()> {
         let header = self.header.clone();
         let (tables, fault) = self.walk(&header, |walk| walk.bitmaps().map_err(failed))?;
