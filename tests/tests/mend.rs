@@ -370,3 +370,48 @@ fn a_bad_entry_does_not_make_another_l1_table_the_active_one() {
     run(&storage, &Silent).unwrap();
     assert!(clusters(&file.bytes())[1].as_ref().is_some_and(|cluster| cluster == &[8; 512]));
 }
+
+/// A bitmap whose table is said to be where the directory is. With refcounts of one bit nothing but another
+/// table helps: the directory cannot be counted twice.
+#[test]
+fn a_bitmap_whose_table_is_the_directory_gets_another_one() {
+    let storage = Arc::new(PageStorage::default()) as Arc<dyn Storage>;
+    let mut options = CreateOptions::new(1 << 20);
+    (options.cluster_size, options.refcount_bits) = (1024, 1);
+    create(&storage, None, &options).unwrap();
+    let image = open(Arc::clone(&storage), |options| options.writable = true).unwrap();
+    image.add_bitmap(b"b0", 16).unwrap();
+    image.close().unwrap();
+    let directory = image.header().extensions.bitmaps.unwrap().directory_offset;
+    drop(image);
+    storage.write_at(directory, &directory.value().to_be_bytes()).unwrap();
+    assert!(bad(&look(&storage).unwrap()) > 0);
+    run(&storage, &Silent).unwrap();
+    let after = look(&storage).unwrap();
+    assert_eq!((bad(&after), after.leaks), (0, 0));
+    let image = open(Arc::clone(&storage), |_| ()).unwrap();
+    let bits = image.bitmap_bits(b"b0").unwrap();
+    assert_eq!(bits.marked_runs().collect::<Vec<_>>(), [(0, 1 << 20)], "too much, not too little");
+}
+
+/// Clusters that a damaged entry may have meant stay in use only as long as something is damaged.
+#[test]
+fn nothing_is_kept_for_damaged_entries_once_nothing_is_damaged() {
+    let mut clean = 0;
+    for seed in 0..seeds(400) {
+        let start = Damaged::draw(&mut Rng::new(seed + 3_000_000));
+        if !can_be_checked(&start.bytes) {
+            continue;
+        }
+        let storage = Arc::new(PageStorage::new(start.bytes.clone())) as Arc<dyn Storage>;
+        if run(&storage, &Silent).is_err() {
+            continue;
+        }
+        let after = look(&storage).unwrap();
+        if bad(&after) == 0 {
+            clean += 1;
+            assert_eq!(after.leaks, 0, "seed {seed}, {}", start.kind);
+        }
+    }
+    assert!(clean > seeds(400) / 2, "{clean} images are clean");
+}

@@ -33,6 +33,9 @@ pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
     interrupt::outlive_progress_requests();
     let mut args = args.into_iter();
     let session = Session::new(&qcow2_io::text_of_name(&args.next().unwrap_or_default()));
+    if session.is_own() {
+        persona::speak_own_words();
+    }
     let args = args.map(|arg| qcow2_io::text_of_name(&arg)).collect();
     dispatch(&session, args).unwrap_or_else(|failure| {
         session.report(&failure);

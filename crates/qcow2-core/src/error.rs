@@ -1,5 +1,6 @@
 //! The engine's error type: a kind, a message with the location, and the cause.
 
+use crate::damage::Damage;
 use crate::port::codec::CodecError;
 use crate::port::resolver::ResolveError;
 use crate::port::storage::{StorageError, StorageErrorKind};
@@ -90,14 +91,20 @@ pub struct Error {
     kind: ErrorKind,
     message: String,
     /// In a box of its own, which most errors do not need: errors are returned by value everywhere.
-    place: Option<Box<Place>>,
+    details: Option<Box<Details>>,
     source: Option<Box<dyn core::error::Error + Send + Sync>>,
+}
+
+#[derive(Debug, Default)]
+struct Details {
+    place: Place,
+    damage: Option<Damage>,
 }
 
 impl Error {
     /// An error of `kind`; `message` is lower case and says what was seen, where, and what is allowed.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), place: None, source: None }
+        Self { kind, message: message.into(), details: None, source: None }
     }
 
     /// Adds the underlying error.
@@ -109,27 +116,39 @@ impl Error {
     /// Adds the byte of the guest disk that it is about.
     #[must_use]
     pub fn at_guest(mut self, offset: GuestOffset) -> Self {
-        self.place.get_or_insert_default().guest = Some(offset);
+        self.details.get_or_insert_default().place.guest = Some(offset);
         self
     }
 
     /// Adds the byte of the image file that it is about.
     #[must_use]
     pub fn at_host(mut self, offset: HostOffset) -> Self {
-        self.place.get_or_insert_default().host = Some(offset);
+        self.details.get_or_insert_default().place.host = Some(offset);
         self
     }
 
     /// Adds the kind of table that it is about.
     #[must_use]
     pub fn in_table(mut self, table: TableKind) -> Self {
-        self.place.get_or_insert_default().table = Some(table);
+        self.details.get_or_insert_default().place.table = Some(table);
         self
     }
 
     /// Where it happened, as far as that is known: for callers that act on it. `Display` says it too.
     pub fn place(&self) -> Place {
-        self.place.as_deref().copied().unwrap_or_default()
+        self.details.as_deref().map(|details| details.place).unwrap_or_default()
+    }
+
+    /// Adds what is wrong with the image.
+    #[must_use]
+    pub fn with_damage(mut self, damage: Damage) -> Self {
+        self.details.get_or_insert_default().damage = Some(damage);
+        self
+    }
+
+    /// What is wrong with the image, where that can be said by a value.
+    pub fn damage(&self) -> Option<Damage> {
+        self.details.as_deref().and_then(|details| details.damage)
     }
 
     /// The kind of the error.

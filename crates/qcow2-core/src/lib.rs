@@ -79,6 +79,7 @@ pub mod chain;
 pub mod container;
 pub mod create;
 mod crypt;
+pub mod damage;
 mod empty;
 pub mod error;
 pub mod image;
@@ -106,6 +107,7 @@ pub use create::{
     BackingName, CreateOptions, LuksArea, NewEncryption, Preallocation, RawOptions, Refusal, create,
     create_container, create_raw,
 };
+pub use damage::{Damage, DamageObserver, L2Slot};
 pub use error::{Error, ErrorKind, Place, Result, TableKind, find_cause};
 pub use image::Image;
 pub use meta::overlap::OverlapChecks;

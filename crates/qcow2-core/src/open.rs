@@ -199,7 +199,8 @@ fn build_parts(
     };
     let refcount_cache = PageCache::new(geometry.cluster_size().min(MAX_PAGE), refcount_bytes, u64::MAX);
     let l1 = (header.l1_table_offset, l1);
-    let header = Arc::new(HeaderStore::new(Arc::clone(&file), header, sector));
+    let header =
+        Arc::new(HeaderStore::new(Arc::clone(&file), (header, sector), options.damage_observer.clone()));
     let guard = Guard::new(metadata, options.overlap_checks);
     let tables = Arc::new(Tables::new(file, header, guard, options.overlap_checks));
     let refcounts =

@@ -4,6 +4,7 @@
 //! The guest data does not change. Order on disk: refcounts, barrier; copied flags, barrier; the header's
 //! bits. A crash leaves an image that still needs repair, with fewer errors left.
 
+use crate::damage::bad_l1_entry;
 use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::image::Image;
 use crate::meta::file::read_words;
@@ -48,12 +49,8 @@ impl Image {
         let named = self.recount().named_l2_tables()?;
         for (index, raw) in (0u64..).zip(entries) {
             let index = L1Index::new(index);
-            let entry = L1Entry::decode(raw, self.file.geometry()).map_err(|e| {
-                Error::corrupt(format!("l1 entry {index} is damaged"))
-                    .in_table(TableKind::L1)
-                    .at_host(l1)
-                    .with_source(e)
-            })?;
+            let entry =
+                L1Entry::decode(raw, self.file.geometry()).map_err(|e| bad_l1_entry(index, e).at_host(l1))?;
             let Some(table) = entry.l2_table else { continue };
             let copied = self.is_sole(table)?;
             if entry.copied != copied {

@@ -1,16 +1,18 @@
 //! Damage that is found while an image is in use: the call fails, and the image is marked corrupt.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
+use qcow2_core::format::L2Index;
 use qcow2_core::{
-    CreateOptions, ErrorKind, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, NewSnapshot,
-    NoResolver, OpenOptions, OverlapChecks, ResolvedSource, Storage, TableKind, create,
+    CreateOptions, Damage, DamageObserver, Error, ErrorKind, GuestOffset, GuestRange, HostOffset, Image,
+    ImageFormat, L2Slot, NewSnapshot, NoResolver, OpenOptions, OverlapChecks, ResolvedSource, Storage,
+    TableKind, create,
 };
 use qcow2_testkit::arbitrary::{DataFileShape, Shape};
 use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::pattern;
 use qcow2_testkit::storage::PageStorage;
 use qcow2_testkit::world::{Shelf, TOP, create_options};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 const CLUSTER: u64 = 65536;
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
@@ -522,4 +524,55 @@ fn a_refused_shrink_deallocates_nothing() {
     let mut seen = vec![0xee; 4 * CLUSTER as usize];
     again.read_at(GuestOffset::new(0), &mut seen).unwrap();
     assert!(seen.iter().all(|&byte| byte == 7));
+}
+
+/// Notes what it is told.
+#[derive(Default)]
+struct Notes(Mutex<Vec<(Option<Damage>, bool)>>);
+
+impl DamageObserver for Notes {
+    fn damage_found(&self, error: &Error, marked: bool) {
+        self.0.lock().unwrap().push((error.damage(), marked));
+    }
+}
+
+#[test]
+fn an_error_says_what_is_wrong_as_a_value_and_the_observer_hears_of_the_first_one() {
+    let (storage, l2) = image(false);
+    set_word(&storage, l2 + 8, COPIED | 0x51200);
+    let entry = L2Slot { table: HostOffset::new(l2), index: L2Index::new(1) };
+    let misplaced = |to_change| {
+        let (offset, zero) = (HostOffset::new(0x51200), false);
+        Some(Damage::ClusterOffset { entry, offset, zero, to_change })
+    };
+    for for_writing in [false, true] {
+        let notes = Arc::new(Notes::default());
+        let mut options = writable(OverlapChecks::CACHED);
+        options.writable = for_writing;
+        options.damage_observer = Some(Arc::clone(&notes) as Arc<dyn DamageObserver>);
+        let opened = open(&storage, &options).unwrap();
+        let seen = match for_writing {
+            true => opened.write_at(GuestOffset::new(CLUSTER + 512), &[1; 512]),
+            false => opened.read_at(GuestOffset::new(CLUSTER + 512), &mut [0; 512]),
+        };
+        let wanted = misplaced(for_writing.then_some(GuestOffset::new(CLUSTER)));
+        assert_eq!(seen.unwrap_err().damage(), wanted);
+        let again = opened.read_at(GuestOffset::new(CLUSTER), &mut [0; 512]).unwrap_err();
+        assert_eq!(again.damage(), misplaced(None));
+        assert_eq!(*notes.0.lock().unwrap(), [(wanted, for_writing)]);
+    }
+    let (storage, l2) = image(false);
+    let [_, l1, refcount_table, _] = tables(&storage);
+    set_word(&storage, l2, COPIED | l1);
+    let opened = open(&storage, &freeing()).unwrap();
+    let error = opened.write_at(GuestOffset::new(0), &[1; 512]).unwrap_err();
+    let (offset, kinds) = (HostOffset::new(l1), OverlapChecks::ACTIVE_L1);
+    assert_eq!(error.damage(), Some(Damage::Overlap { offset, kinds }));
+    let (storage, _) = image(false);
+    set_word(&storage, refcount_table, 0x20200);
+    let opened = open(&storage, &freeing()).unwrap();
+    let error = opened.create_snapshot(&NewSnapshot::default()).unwrap_err();
+    let offset = HostOffset::new(0x20200);
+    assert_eq!(error.damage(), Some(Damage::RefcountBlockOffset { index: 0, offset }));
+    assert!(is_marked(&storage));
 }

@@ -110,4 +110,5 @@ pub use bench::{Bench, BenchFailure, BenchRefusal, BenchReport};
 pub use exerciser::{Exerciser, Flow};
 pub use files::{FilesError, OpenedFiles, open_files};
 pub use port::{Console, OpenedDisk, Opener, Ports, Refusal, Words};
+pub use reason::system_text;
 pub use request::{OpenRequest, RequestError};

@@ -145,7 +145,7 @@ impl L2Format {
                 format!("cluster offset {offset:#x} is not a multiple of {}", self.geometry.cluster_size()),
             ));
         }
-        let zero_flag_set = raw & ZERO != 0 && !self.geometry.extended_l2();
+        let zero_flag_set = self.has_zero_flag(raw);
         let assigned = offset != 0 || (self.external_data && copied && !zero_flag_set);
         let host = assigned.then_some(HostOffset::new(offset));
         let (allocated, zero) = if self.geometry.extended_l2() {
@@ -181,6 +181,11 @@ impl L2Format {
         }
         let sectors = (raw & !(COPIED | COMPRESSED)) >> shift;
         Ok(CompressedCluster { host: HostOffset::new(offset), len: (sectors + 1) * SECTOR - offset % SECTOR })
+    }
+
+    /// Whether the first word of an entry has the zero flag, which extended L2 entries do not have.
+    pub const fn has_zero_flag(&self, raw: u64) -> bool {
+        raw & ZERO != 0 && raw & COMPRESSED == 0 && !self.geometry.extended_l2()
     }
 
     const fn compressed_shift(&self) -> u32 {

@@ -59,7 +59,7 @@ pub struct Campaign {
     pub seed: u64,
     /// How many images at once.
     pub threads: usize,
-    /// Where the files of cases that break a rule are kept.
+    /// Where the files of cases that break a rule are kept, and of those where the verdicts differ.
     pub keep: Option<PathBuf>,
 }
 
@@ -164,7 +164,7 @@ impl Bench<'_> {
             let other = self.repaired(&mut case, other, "theirs.qcow2", &sample);
             case.repairs = Some((mine, other));
         }
-        if let (Some(keep), true) = (&self.campaign.keep, case.is_wrong()) {
+        if let (Some(keep), true) = (&self.campaign.keep, case.is_wrong() || case.differs()) {
             let name = format!("{damage:?}-{seed}.qcow2").to_lowercase();
             fs::write(keep.join(name), &sample.bytes).expect("a file that is kept");
         }
@@ -175,10 +175,12 @@ impl Bench<'_> {
         fs::write(self.folder.join(name), bytes).expect("a small file");
     }
 
-    /// Runs our command under its limits.
+    /// Runs our command under its limits. What is compared is what it does in place of qemu-img.
     fn ours(&self, case: &mut Case, line: &str) -> Option<Outcome> {
         let shell = Tool::at("bash");
-        let script = format!("ulimit -d {MEMORY}; exec '{}' {line}", self.campaign.ours.display());
+        let name = if line.starts_with("check ") { "qemu-img" } else { "qcow2" };
+        let program = self.campaign.ours.display();
+        let script = format!("ulimit -d {MEMORY}; exec -a {name} '{program}' {line}");
         match shell.run_within(self.folder, &["-c", &script], PATIENCE) {
             Ok(outcome) if !crashed(&outcome) => return Some(outcome),
             Ok(outcome) => case.failures.push(format!("{line}: {outcome}")),

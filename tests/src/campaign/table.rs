@@ -39,6 +39,11 @@ pub struct Column {
 }
 
 impl Case {
+    /// Whether the verdicts differ, of which two are needed.
+    pub(super) fn differs(&self) -> bool {
+        self.verdicts.1.is_some() && self.verdicts.0 != self.verdicts.1
+    }
+
     /// Whether the case breaks a rule.
     pub(super) fn is_wrong(&self) -> bool {
         let worse = |(mine, other): (Repair, Repair)| {
@@ -65,7 +70,7 @@ impl Table {
         let kept_less = case.repairs.is_some_and(|(mine, other)| mine.kept < other.kept);
         if case.is_wrong() {
             self.wrong.push(format!("{case:?}"));
-        } else if (case.verdicts.0 != case.verdicts.1 && case.verdicts.1.is_some()) || kept_less {
+        } else if case.differs() || kept_less {
             self.notes.push(format!("{case:?}"));
         }
     }

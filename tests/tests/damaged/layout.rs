@@ -19,6 +19,8 @@ pub(crate) enum Kind {
     Table,
     /// The offset of an L1 table in the snapshot table.
     Snapshot,
+    /// The offset of a bitmap's table, or one in it.
+    Bitmap,
 }
 
 /// One state of the disk: the active one, or a snapshot.
@@ -39,6 +41,8 @@ pub(crate) struct Layout {
     states: Vec<State>,
     table: (u64, Vec<u64>),
     snapshots: (u64, u64),
+    /// Where the bitmap directory is; 0 without one.
+    directory: u64,
 }
 
 fn number(bytes: &PageBytes, at: u64, len: usize) -> u64 {
@@ -51,6 +55,19 @@ fn words(bytes: &PageBytes, at: u64, count: u64) -> Vec<u64> {
     let mut table = vec![0; count as usize * 8];
     bytes.read(at, &mut table);
     qcow2_core::format::bytes::words(&table).collect()
+}
+
+/// Where the header's extensions say that the bitmap directory is; 0 if they do not.
+fn directory(bytes: &PageBytes) -> u64 {
+    let mut at = number(bytes, 100, 4);
+    for _ in 0..32 {
+        match (number(bytes, at, 4), number(bytes, at + 4, 4)) {
+            (0, _) => return 0,
+            (0x2385_2875, _) => return number(bytes, at + 8 + 16, 8),
+            (_, len) => at += 8 + len.next_multiple_of(8),
+        }
+    }
+    0
 }
 
 impl Layout {
@@ -72,9 +89,19 @@ impl Layout {
             at = (at + 40 + extra + id_len + number(bytes, at + 14, 2)).next_multiple_of(8);
         }
         let table = words(bytes, table_at, table_clusters * cluster / 8);
-        let count_bytes = (1 << number(bytes, 96, 4).min(6)) / 8;
+        let version2 = number(bytes, 4, 4) < 3;
+        let count_bytes = if version2 { 2 } else { (1 << number(bytes, 96, 4).clamp(3, 6)) / 8 };
+        let directory = if version2 { 0 } else { directory(bytes) };
         let snapshots = (start, at - start);
-        Self { bytes: bytes.clone(), cluster, count_bytes, states, table: (table_at, table), snapshots }
+        Self {
+            bytes: bytes.clone(),
+            cluster,
+            count_bytes,
+            states,
+            table: (table_at, table),
+            snapshots,
+            directory,
+        }
     }
 
     /// Bit position of the sector count in a compressed descriptor.
@@ -93,6 +120,19 @@ impl Layout {
 
     fn clusters(&self, at: u64, len: u64) -> impl Iterator<Item = u64> + use<> {
         at / self.cluster..(at + len).div_ceil(self.cluster)
+    }
+
+    /// Id, offset and bytes of the L1 tables of the snapshots.
+    pub(crate) fn snapshot_tables(&self) -> impl Iterator<Item = (&[u8], u64, Vec<u8>)> {
+        self.states[1..].iter().map(|state| {
+            let bytes = state.entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+            (&*state.id, state.l1, bytes)
+        })
+    }
+
+    /// The entries of the refcount table.
+    pub(crate) fn refcount_table(&self) -> &[u64] {
+        &self.table.1
     }
 
     /// The clusters of all tables, including the header.
@@ -167,6 +207,13 @@ impl Layout {
         Some((at, place.to_be_bytes().to_vec()))
     }
 
+    /// A change of the offset of the first bitmap's table, or of the first offset in it.
+    pub(crate) fn change_bitmap(&self, rng: &mut Rng, place: u64) -> Option<(u64, Vec<u8>)> {
+        let at = Some(self.directory).filter(|&at| at != 0)?;
+        let at = if rng.one_in(2) { at } else { number(&self.bytes, at, 8) };
+        Some((at, place.to_be_bytes().to_vec()))
+    }
+
     /// A change of a refcount block's offset.
     pub(crate) fn change_table(&self, rng: &mut Rng, place: u64) -> Option<(u64, Vec<u8>)> {
         let used = self.table.1.iter().filter(|block| **block != 0).count() as u64;
@@ -179,7 +226,7 @@ impl Layout {
         let mut doubt: BTreeSet<u64> = (target..target + 4).collect();
         let block = |index: u64| index * self.counts_per_block()..(index + 1) * self.counts_per_block();
         match kind {
-            Kind::Count | Kind::L2 => {}
+            Kind::Count | Kind::L2 | Kind::Bitmap => {}
             // A cluster taken for a table references further clusters.
             Kind::L1 | Kind::Snapshot => doubt.extend(self.hosts_below(target * self.cluster)),
             Kind::Table => {

@@ -4,31 +4,85 @@
 //! that a parser accepts, and works on it in one process. Every guest cluster whose mapping was not touched
 //! must read as the model expects, in the disk and in every intact snapshot, and no intact table may lose its
 //! refcount. Data consists of bytes that are not valid entries, so a table that was overwritten or freed is
-//! detected.
+//! detected. Tables that no operation has business with stay byte for byte.
 
 #![allow(clippy::unwrap_used, clippy::field_reassign_with_default)]
 
+mod known;
 mod layout;
 
+use known::Known;
 use layout::{Kind, Layout};
 use qcow2_core::{
-    CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, NewSnapshot, OpenOptions, Storage,
-    ZeroMode, create,
+    CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, Layers, NewSnapshot,
+    NoResolver, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, Storage, ZeroMode, create,
 };
+use qcow2_ops::repair::{RepairMode, check_and_repair};
+use qcow2_ops::{CallerError, Inline, Silent};
 use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::storage::PageStorage;
-use qcow2_tests::fixtures::{codecs, lone_source};
+use qcow2_tests::fixtures::codecs;
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Expected content of a disk or snapshot: one byte for each cluster, or `None` if unknown.
 type Model = Vec<Option<u8>>;
 
+/// The files of an image.
+#[derive(Clone)]
+struct Files {
+    storage: Arc<PageStorage>,
+    /// Its external data file.
+    data: Option<Arc<PageStorage>>,
+}
+
+impl Files {
+    fn new(options: &CreateOptions) -> Self {
+        let new = || Arc::new(PageStorage::new(PageBytes::new()));
+        let files = Self { storage: new(), data: options.data_file.is_some().then(new) };
+        let data = files.data.clone().map(|data| data as Arc<dyn Storage>);
+        create(&(Arc::clone(&files.storage) as Arc<dyn Storage>), data.as_ref(), options).unwrap();
+        files
+    }
+
+    fn source(&self) -> ResolvedSource {
+        let storage = Arc::clone(&self.storage) as Arc<dyn Storage>;
+        ResolvedSource::new(storage, ImageFormat::Qcow2, "memory").with_resolver(Arc::new(self.clone()))
+    }
+}
+
+impl Resolver for Files {
+    fn resolve(&self, reference: Reference<'_>, writable: bool) -> Result<ResolvedSource, ResolveError> {
+        match (reference, &self.data) {
+            (Reference::DataFile { .. }, Some(data)) => {
+                Ok(ResolvedSource::new(Arc::clone(data) as Arc<dyn Storage>, ImageFormat::Raw, "data"))
+            }
+            (reference, _) => NoResolver.resolve(reference, writable),
+        }
+    }
+}
+
+/// Which operations an image sees besides writes, resizes and snapshots: bitmaps rule out going back to a
+/// snapshot, and other versions and refcounts rule out much.
+#[derive(Clone, Copy, Debug, Default)]
+struct Extras {
+    bitmaps: bool,
+    amends: bool,
+}
+
 /// An image under test.
 struct World {
+    files: Files,
     storage: Arc<PageStorage>,
+    extras: Extras,
+    /// The tables after the damage.
+    known: Option<Known>,
+    /// True if the snapshot table says that an L1 table is where it is not. To whom that cluster belongs has
+    /// two answers then, of which a repair may take the other one.
+    ambiguous: bool,
     image: Arc<Image>,
     rng: Rng,
     cluster: u64,
@@ -45,7 +99,7 @@ struct World {
     counted: BTreeSet<u64>,
 }
 
-fn open(storage: &Arc<PageStorage>, writable: bool, seed: u64) -> qcow2_core::Result<Arc<Image>> {
+fn open(files: &Files, writable: bool, seed: u64) -> qcow2_core::Result<Arc<Image>> {
     let mut options = OpenOptions::default();
     (options.writable, options.codecs) = (writable, codecs());
     (options.discard_freed, options.discard_no_unref) = (seed & 1 == 0, seed & 6 == 6);
@@ -53,7 +107,7 @@ fn open(storage: &Arc<PageStorage>, writable: bool, seed: u64) -> qcow2_core::Re
         options.l2_cache_size = Some(4096);
         options.refcount_cache_size = Some(4096);
     }
-    Image::open(lone_source(Arc::clone(storage) as Arc<dyn Storage>), &options)
+    Image::open(files.source(), &options)
 }
 
 impl World {
@@ -63,13 +117,18 @@ impl World {
         let mut options = CreateOptions::new(cluster * clusters);
         options.cluster_size = cluster;
         options.refcount_bits = rng.pick(&[16, 16, 8, 64]);
-        let storage = Arc::new(PageStorage::new(PageBytes::new()));
-        create(&(Arc::clone(&storage) as Arc<dyn Storage>), None, &options).unwrap();
-        let image = open(&storage, true, 0).unwrap();
+        options.data_file = rng.one_in(8).then(|| "data".to_owned());
+        let extras = Extras { bitmaps: rng.one_in(3), amends: rng.one_in(3) };
+        let files = Files::new(&options);
+        let (image, storage) = (open(&files, true, 0).unwrap(), Arc::clone(&files.storage));
         let (disk, durable) = (vec![Some(0); clusters as usize], vec![Some(0); clusters as usize]);
         let (doubtful, counted) = (BTreeSet::new(), BTreeSet::new());
         Self {
+            files,
             storage,
+            extras,
+            known: None,
+            ambiguous: false,
             image,
             rng,
             cluster,
@@ -83,7 +142,7 @@ impl World {
     }
 
     fn reopen(&mut self, seed: u64) -> bool {
-        match open(&self.storage, true, seed) {
+        match open(&self.files, true, seed) {
             Ok(image) => self.image = image,
             Err(_) => return false,
         }
@@ -136,7 +195,7 @@ impl World {
     fn work(&mut self) {
         let (first, count) = self.range();
         let range = GuestRange::new(GuestOffset::new(first * self.cluster), count * self.cluster).unwrap();
-        let work = self.rng.below(14);
+        let work = self.rng.below(if self.extras.bitmaps || self.extras.amends { 18 } else { 14 });
         let before = self.disk.iter().flatten().count();
         self.work_on(work, first, count, range);
         let after = self.disk.iter().flatten().count();
@@ -160,8 +219,55 @@ impl World {
             10 => self.snapshot(),
             11 => self.delete(),
             12 => self.apply(),
-            _ => self.resize(),
+            13 => self.resize(),
+            _ if self.extras.bitmaps && self.rng.one_in(2) => self.bitmap(),
+            _ if self.extras.amends => self.amend(),
+            _ => {}
         }
+    }
+
+    /// Whatever comes of it: the guest's data has nothing to do with bitmaps.
+    fn bitmap(&mut self) {
+        let name: &[u8] = self.rng.pick(&[b"b0", b"b1"]);
+        match self.rng.below(5) {
+            0 | 1 => drop(self.image.add_bitmap(name, self.rng.pick(&[9, 16]))),
+            2 => drop(self.image.remove_bitmap(name)),
+            3 => drop(self.image.clear_bitmap(name)),
+            _ => {
+                if let Ok(bits) = self.image.bitmap_bits(b"b0") {
+                    drop(self.image.merge_bitmap(b"b1", &bits));
+                }
+            }
+        }
+    }
+
+    /// Another version, or refcounts of another width. The guest sees no difference, done or refused.
+    fn amend(&mut self) {
+        if self.image.flush().is_err() {
+            return;
+        }
+        self.durable = self.disk.clone();
+        let mut on = |_, _| ControlFlow::Continue(());
+        let done = match self.rng.below(4) {
+            0 => self.image.upgrade(),
+            1 => self.image.downgrade(&mut on),
+            _ => self.image.set_refcount_bits(self.rng.pick(&[8, 16, 16, 32, 64]), &mut on),
+        };
+        if let (Ok(()), Some(known)) = (done, &mut self.known) {
+            known.amended();
+        }
+        // It takes no changes any more.
+        self.reopen(0);
+    }
+
+    /// Repairs the image, which nobody has open. Returns whether it was done.
+    fn repair(&self) -> bool {
+        let reopen = || -> Result<Arc<dyn GuestDisk>, CallerError> {
+            let mut options = OpenOptions::default();
+            (options.writable, options.for_repair, options.layers) = (true, true, Layers::TopOnly);
+            Ok(Image::open(self.files.source(), &options)?)
+        };
+        check_and_repair(&*self.storage, Some(RepairMode::All), &reopen, &Inline, &Silent).is_ok()
     }
 
     fn flush(&mut self) {
@@ -186,7 +292,12 @@ impl World {
     fn delete(&mut self) {
         let Some((ours, snapshot)) = self.pick_snapshot() else { return };
         match self.image.delete_snapshot(&snapshot) {
-            Ok(()) => drop(self.snapshots.remove(ours)),
+            Ok(()) => {
+                let (id, _) = self.snapshots.remove(ours);
+                if let Some(known) = &mut self.known {
+                    known.deleted(&id);
+                }
+            }
             Err(error) => self.log.push(format!("snapshot {ours} stays: {error}")),
         }
     }
@@ -229,6 +340,7 @@ impl World {
         }
         let now = self.storage.bytes();
         self.counted = layout.counted_tables(&now);
+        self.known = Some(Known::read(&now));
         // Guest clusters stored in a doubtful cluster, and those whose mapping was changed.
         let fill = |model: &mut Model, state: usize| {
             for (index, byte) in model.iter_mut().enumerate() {
@@ -257,6 +369,7 @@ impl World {
             Kind::Count,
             Kind::Table,
             Kind::Snapshot,
+            Kind::Bitmap,
         ]);
         let target = layout.any_cluster(&mut self.rng);
         let change = match kind {
@@ -272,9 +385,11 @@ impl World {
                 layout.change_l1(&mut self.rng, flags | (target * self.cluster))
             }
             Kind::Snapshot => layout.change_snapshot(&mut self.rng, target * self.cluster),
+            Kind::Bitmap => layout.change_bitmap(&mut self.rng, target * self.cluster),
             Kind::Table => layout.change_table(&mut self.rng, target * self.cluster),
         };
         let Some((at, bytes)) = change else { return };
+        self.ambiguous |= kind == Kind::Snapshot;
         self.log.push(format!("{kind:?} at {at:#x}: {bytes:02x?}, cluster {target}"));
         self.storage.write_at(HostOffset::new(at), &bytes).unwrap();
         self.doubtful.extend(layout.doubt(kind, at, target));
@@ -283,14 +398,16 @@ impl World {
     /// All known content must read back, and every intact table must keep its refcount.
     fn check(&self) -> Result<(), String> {
         let bytes = self.storage.bytes();
-        let image = open(&self.storage, false, 0).map_err(|e| format!("cannot be opened: {e}"))?;
+        self.known.as_ref().map_or(Ok(()), |known| known.check(&bytes))?;
+        let image = open(&self.files, false, 0).map_err(|e| format!("cannot be opened: {e}"))?;
         check_disk(&*image, &self.durable, self.cluster).map_err(|e| format!("disk as stored: {e}"))?;
         check_disk(&*self.image, &self.disk, self.cluster).map_err(|e| format!("disk: {e}"))?;
         for (id, model) in self.snapshots.iter().filter(|(_, model)| model.iter().any(Option::is_some)) {
-            let source = lone_source(Arc::clone(&self.storage) as Arc<dyn Storage>);
             let mut options = OpenOptions::default();
             options.codecs = codecs();
-            let disk = Image::open_snapshot(source, &options, |all| all.iter().position(|s| s.id == *id));
+            let disk = Image::open_snapshot(self.files.source(), &options, |all| {
+                all.iter().position(|s| s.id == *id)
+            });
             let name = String::from_utf8_lossy(id).into_owned();
             let disk = disk.map_err(|e| format!("snapshot {name} cannot be opened: {e}"))?;
             check_disk(&*disk, model, self.cluster).map_err(|e| format!("snapshot {name}: {e}"))?;
@@ -339,7 +456,20 @@ fn run(seed: u64) -> Result<(usize, bool), String> {
         }
     }
     world.check().map_err(|e| format!("{e}\n{}", world.log[built..].join("\n")))?;
-    let refused = open(&world.storage, false, 0).map_err(|e| e.to_string())?.header().is_corrupt();
+    let refused = open(&world.files, false, 0).map_err(|e| e.to_string())?.header().is_corrupt();
+    if world.rng.one_in(3) {
+        world.log.push("repair".to_owned());
+        (world.disk, world.known) = (world.durable.clone(), None);
+        world.image = open(&world.files, false, 0).map_err(|e| e.to_string())?;
+        if world.repair() {
+            world.counted.clear();
+            if world.ambiguous {
+                world.snapshots.clear();
+            }
+            world.image = open(&world.files, false, 0).map_err(|e| e.to_string())?;
+            world.check().map_err(|e| format!("{e}\n{}", world.log[built..].join("\n")))?;
+        }
+    }
     Ok((world.disk.iter().flatten().count(), refused))
 }
 

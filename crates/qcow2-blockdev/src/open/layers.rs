@@ -189,6 +189,7 @@ fn engine_options(
     options.codecs = how.codecs();
     options.keys = Some(Arc::new(name.keys.clone()));
     options.discard_freed = how.writable;
+    options.damage_observer = how.damage_observer.clone();
     if let Some(most) = how.policy.max_memory {
         options.l2_cache_size = Some(most).filter(|&most| most < DEFAULT_L2_CACHE);
         options.refcount_cache_size = Some(most).filter(|&most| most < DEFAULT_REFCOUNT_CACHE);

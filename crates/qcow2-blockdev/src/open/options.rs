@@ -2,7 +2,7 @@
 
 use super::policy::{Follow, Policy};
 use qcow2_codec::{Deflate, Zstd};
-use qcow2_core::{Codecs, Layers};
+use qcow2_core::{Codecs, DamageObserver, Layers};
 use qcow2_io::{CacheMode, OpenFiles};
 use std::fmt;
 use std::sync::Arc;
@@ -34,6 +34,8 @@ pub struct OpenOptions {
     /// The files that are open together with those of this disk, none of which is written to and opened a
     /// second time; `None`: nobody looks.
     pub open_files: Option<OpenFiles>,
+    /// Is told of damage in the images; `None`: errors say it.
+    pub damage_observer: Option<Arc<dyn DamageObserver>>,
 }
 
 /// Who else may write to the files of an image.
@@ -80,6 +82,7 @@ impl OpenOptions {
             resizes: false,
             force_share: false,
             open_files: None,
+            damage_observer: None,
         }
     }
 
@@ -93,6 +96,12 @@ impl OpenOptions {
     #[must_use]
     pub fn top_only(self) -> Self {
         self.with_layers(Layers::TopOnly)
+    }
+
+    /// With somebody who is told of damage in the images.
+    #[must_use]
+    pub fn with_damage_observer(self, observer: Arc<dyn DamageObserver>) -> Self {
+        Self { damage_observer: Some(observer), ..self }
     }
 
     /// With another cache mode.

@@ -2,8 +2,7 @@
 
 use super::{Objects, Opt};
 use crate::failure::Failure;
-use crate::files::open_files;
-use crate::policy::policy;
+use crate::files::open_options;
 use qcow2_blockdev::{Naming, OpenOptions};
 
 /// How image names on the command line are meant: the options `-f`, `--image-opts` and `-U`.
@@ -39,8 +38,7 @@ impl ImageArgs {
 
     /// How images are opened for reading: by the policy and among the files of this run.
     pub(crate) fn options(&self) -> OpenOptions {
-        let options = OpenOptions::new().with_policy(policy()).among(open_files());
-        options.with_force_share(self.force_share)
+        open_options().with_force_share(self.force_share)
     }
 
     /// Refuses a format beside an option string, which brings its own.

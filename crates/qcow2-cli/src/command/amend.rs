@@ -13,6 +13,7 @@ use crate::session::Session;
 use qcow2_blockdev::{
     CreateFailureKind, ImageChanges, KeyValues, OptionError, Sharing, SlotChange, SlotError, amended_format,
 };
+use qcow2_core::format::Version;
 use qcow2_core::{ErrorKind, HostOffset, ImageFormat, find_cause};
 use qcow2_io::CacheMode;
 use qcow2_ops::amend::{AmendOptions, Refusal, amend};
@@ -136,8 +137,17 @@ fn failure(session: &Session, error: qcow2_ops::Error, options: &AmendOptions) -
             let reason = persona::capitalized(&engine.to_string());
             return Failure::new(format!("Cannot decrease refcount entry width to {bits} bits: {reason}"));
         }
-        let reason = error.core_error().map_or_else(|| persona::chain(&error), |e| persona::cause(e));
-        return could_not(&reason);
+        let mut reason = error.core_error().map_or_else(|| persona::chain(&error), |e| persona::cause(e));
+        let mut before = Vec::new();
+        if let Some((what, system)) = error.core_error().and_then(persona::snapshot_l1) {
+            (before, reason) = (vec![what], system.to_owned());
+        }
+        return match options.version {
+            Some(Version::V2) => {
+                Failure::new(format!("Failed to turn zero into data clusters: {reason}")).after(before)
+            }
+            _ => could_not(&reason),
+        };
     };
     let needs = "compatibility level 1.1 and above (use compat=1.1 or greater)";
     Failure::new(match refusal {

@@ -101,7 +101,9 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
     match error.core_error() {
         Some(engine) => {
             let step = match error.kind() {
-                ErrorKind::Read => "error while reading from input image file".to_owned(),
+                ErrorKind::Read | ErrorKind::Extents => {
+                    "error while reading from input image file".to_owned()
+                }
                 ErrorKind::Write => "error while writing to output image file".to_owned(),
                 _ => error.to_string(),
             };

@@ -112,6 +112,9 @@ fn failure(error: &qcow2_ops::Error) -> Failure {
             Failure::new("The image size is too large (try using a larger cluster size)")
         }
         (ErrorKind::Metadata, Some(engine)) => Failure::new(persona::chain(engine)),
+        (ErrorKind::Extents, Some(engine)) => {
+            Failure::new(format!("Unable to get block status: {}", persona::cause(engine)))
+        }
         _ => persona::procedure(error),
     }
 }

@@ -118,6 +118,14 @@ impl Action {
 
     /// The failure that an error of the procedure is.
     fn refused(&self, error: &qcow2_ops::Error) -> Failure {
+        if let Some((what, system)) = error.core_error().and_then(persona::snapshot_l1) {
+            return match self {
+                Self::Apply(_) => {
+                    self.failure(&format!("Failed to load snapshot: {system}")).after(vec![what])
+                }
+                _ => self.failure(&what),
+            };
+        }
         let reason = match (self, error.kind(), error.core_error()) {
             (Self::Apply(_), qcow2_ops::ErrorKind::NotFound, _) => {
                 "Failed to load snapshot: No such file or directory".to_owned()

@@ -56,6 +56,16 @@ pub(super) fn engine_reason(error: &Error) -> (String, Vec<String>) {
     (reason, Vec::new())
 }
 
+/// What is wrong with the L1 table of a snapshot, and the system's text for it, if `error` is about that.
+pub(crate) fn snapshot_l1(error: &Error) -> Option<(String, &'static str)> {
+    let format = error.format_error()?;
+    match format.kind() {
+        Kind::TableOffset(Table::SnapshotL1) => Some((format_reason(format), "Invalid argument")),
+        Kind::TableTooLarge(Table::SnapshotL1) => Some((format_reason(format), "File too large")),
+        _ => None,
+    }
+}
+
 /// What follows the complaint about a bitmap that was in use.
 pub(crate) const INCONSISTENT_HINT: &str = "Try block-dirty-bitmap-remove to delete this bitmap from disk";
 

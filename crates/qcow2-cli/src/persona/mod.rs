@@ -5,6 +5,7 @@
 //! them.
 
 mod creation;
+mod damage;
 mod engine;
 mod input;
 mod keys;
@@ -13,7 +14,8 @@ mod opening;
 mod text;
 
 pub(crate) use creation::{created, measured, on_device};
-pub(crate) use engine::{INCONSISTENT_HINT, engine_failure, no_space};
+pub(crate) use damage::{DamageWords, speak_own_words};
+pub(crate) use engine::{INCONSISTENT_HINT, engine_failure, no_space, snapshot_l1};
 pub(crate) use keys::unlock;
 pub(crate) use opening::{
     NATIVE_NEEDS_DIRECT, SHARED_AND_WRITABLE, chain_failure, in_one_line, warning, warning_lines,

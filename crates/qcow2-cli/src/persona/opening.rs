@@ -1,6 +1,6 @@
 //! Disks that are not opened, and what is worth a word though they are.
 
-use super::engine::{engine_reason, source_reason, unopened};
+use super::engine::{engine_reason, snapshot_l1, source_reason, unopened};
 use super::name;
 use super::text::{BACKING, capitalized, chain, storage};
 use crate::failure::Failure;
@@ -110,6 +110,9 @@ impl From<OpenFailure> for Failure {
         let told = match failure.kind() {
             // What was asked for is not there; the image opens.
             FailureKind::NoSnapshots | FailureKind::NoSuchSnapshot => Self::new(reason),
+            FailureKind::Engine(error) if snapshot_l1(error).is_some() => {
+                Self::new(format!("{NOT_LOADED}{reason}"))
+            }
             _ => {
                 let hintless = reason;
                 let reason = format!("{}{hintless}", BACKING.repeat(failure.layer()));

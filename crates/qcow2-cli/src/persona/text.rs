@@ -1,8 +1,10 @@
 //! Errors in one line.
 
+use super::damage::told;
 use crate::exit;
 use crate::failure::Failure;
 use qcow2_core::{Length, StorageError, StorageErrorKind, find_cause};
+use qcow2_exerciser::system_text;
 use qcow2_io::os_error_text;
 use std::error::Error as StdError;
 
@@ -18,9 +20,13 @@ pub(crate) fn storage(error: &StorageError) -> String {
     }
 }
 
-/// An error of the engine in one line: the system's text where a storage failed, else all that is known.
+/// An error of the engine in one line: the system's text where a storage failed, or where the damage was told
+/// when it was found; else all that is known.
 pub(crate) fn cause(error: &(dyn StdError + 'static)) -> String {
-    find_cause::<StorageError>(error).map_or_else(|| chain(error), storage)
+    match find_cause::<StorageError>(error) {
+        Some(error) => storage(error),
+        None => told(error).map_or_else(|| chain(error), system_text),
+    }
 }
 
 /// An error and its sources, joined.

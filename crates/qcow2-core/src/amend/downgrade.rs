@@ -7,7 +7,8 @@
 //! valid version 3 image with the same guest data.
 
 use super::{AmendProgress, stopped};
-use crate::error::{Error, ErrorKind, Result, TableKind};
+use crate::damage::{L2Slot, bad_l1_entry, bad_l2_entry};
+use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::file::read_words;
 use crate::meta::overlap::OverlapChecks;
@@ -22,7 +23,7 @@ use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleF
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry};
 use qcow2_format::limit::MAX_L1_ENTRIES;
-use qcow2_format::{CompressionType, Geometry, HostOffset, Snapshot, Version};
+use qcow2_format::{CompressionType, Geometry, HostOffset, L1Index, L2Index, Snapshot, Version};
 
 impl Image {
     /// Downgrades a version 3 image to version 2. The image takes no changes afterwards: reopen it. Removes
@@ -115,11 +116,13 @@ impl Image {
     /// Every L2 table of the active disk and the snapshots, once.
     fn all_l2_tables(&self) -> Result<BTreeSet<HostOffset>> {
         let mut tables = BTreeSet::new();
-        l2_tables_of(self.file.geometry(), &self.mapping().l1_contents().1, &mut tables)?;
+        let mut add = |l1: &[u64]| {
+            let added = l2_tables_of(self.file.geometry(), l1, &mut tables);
+            added.map_err(|error| self.header.marked_if_damaged(error))
+        };
+        add(&self.mapping().l1_contents().1)?;
         for snapshot in crate::snapshot::read_snapshots(self.file.storage(), &self.header())? {
-            let entries = u64::from(snapshot.l1_size).min(MAX_L1_ENTRIES);
-            let words = read_words(self.file.storage(), snapshot.l1_table_offset, entries)?;
-            l2_tables_of(self.file.geometry(), &words, &mut tables)?;
+            add(&self.snapshot_l1(&snapshot)?)?;
         }
         Ok(tables)
     }
@@ -160,13 +163,11 @@ impl Image {
         let mut words = read_words(self.file.storage(), table, size / 8)?;
         let references = self.refcount_at(table)?;
         let (mut changed, mut unlinked) = (false, Vec::new());
-        for word in &mut words {
-            let entry = self.file.l2_format().decode(*word, 0).map_err(|e| {
-                Error::corrupt(format!("l2 table at {table} is damaged"))
-                    .in_table(TableKind::L2)
-                    .at_host(table)
-                    .with_source(e)
-            })?;
+        for (index, word) in (0..).map(L2Index::new).zip(&mut words) {
+            let slot = L2Slot { table, index };
+            let entry = self.file.l2_format().decode(*word, 0);
+            let zero = self.file.l2_format().has_zero_flag(*word);
+            let entry = entry.map_err(|e| self.header.marked_if_damaged(bad_l2_entry(slot, zero, e)))?;
             let L2Entry::Standard(cluster) = entry else { continue };
             if cluster.zero == 0 {
                 continue;
@@ -223,9 +224,8 @@ impl Image {
 
 /// Adds the L2 tables that the raw entries of an L1 table point to.
 fn l2_tables_of(geometry: &Geometry, l1: &[u64], tables: &mut BTreeSet<HostOffset>) -> Result<()> {
-    for &raw in l1 {
-        let entry = L1Entry::decode(raw, geometry)
-            .map_err(|e| Error::corrupt("an l1 table is damaged").with_source(e))?;
+    for (index, &raw) in (0..).map(L1Index::new).zip(l1) {
+        let entry = L1Entry::decode(raw, geometry).map_err(|e| bad_l1_entry(index, e))?;
         tables.extend(entry.l2_table);
     }
     Ok(())

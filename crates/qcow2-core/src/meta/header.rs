@@ -7,6 +7,7 @@ mod extension;
 mod switch;
 
 use super::file::ImageFile;
+use crate::damage::DamageObserver;
 use crate::error::{Error, Result};
 use crate::invariant;
 use crate::rules::OrderingRule;
@@ -26,6 +27,9 @@ pub(crate) struct HeaderStore {
     state: Mutex<HeaderState>,
     /// True if the warnings that a changing image needs are on disk (bitmaps in use).
     changing: AtomicBool,
+    /// Told of the first damage.
+    observer: Option<Arc<dyn DamageObserver>>,
+    observed: AtomicBool,
 }
 
 /// The parsed header and the sector it came from.
@@ -35,10 +39,14 @@ struct HeaderState {
 }
 
 impl HeaderStore {
-    /// `header`: parsed from the storage. `sector`: the first sector there.
-    pub(crate) fn new(file: Arc<ImageFile>, header: Header, sector: [u8; SECTOR_LEN]) -> Self {
+    /// `header`: parsed from the storage. `sector`: the first sector there. `observer`: told of damage.
+    pub(crate) fn new(
+        file: Arc<ImageFile>,
+        (header, sector): (Header, [u8; SECTOR_LEN]),
+        observer: Option<Arc<dyn DamageObserver>>,
+    ) -> Self {
         let state = Mutex::new(Rank::Header, HeaderState { header, sector });
-        Self { file, state, changing: AtomicBool::new(false) }
+        Self { file, state, changing: AtomicBool::new(false), observer, observed: AtomicBool::new(false) }
     }
 
     /// A copy of the header as it is now.
@@ -83,11 +91,22 @@ impl HeaderStore {
         self.changing.store(changing, Ordering::Release);
     }
 
-    /// Marks the image corrupt (sets the header's corrupt bit) and poisons it; returns the error to report.
+    /// [`marked`](Self::marked) for an error with this message.
+    pub(crate) fn mark_corrupt(&self, message: String) -> Error {
+        self.marked(Error::corrupt(message))
+    }
+
+    /// [`marked`](Self::marked), if `error` says what is wrong with the image.
+    pub(crate) fn marked_if_damaged(&self, error: Error) -> Error {
+        if error.damage().is_some() { self.marked(error) } else { error }
+    }
+
+    /// Marks the image corrupt (sets the header's corrupt bit) and poisons it; returns `error`, after
+    /// the observer has seen it.
     /// If the bit cannot be set (version 2, a failing storage), the image is only poisoned. An image that is
     /// open for repair is neither marked nor poisoned: its damage is known. An image that is open for reading
     /// is not marked.
-    pub(crate) fn mark_corrupt(&self, message: String) -> Error {
+    pub(crate) fn marked(&self, error: Error) -> Error {
         let header = self.current();
         let repairing = self.file.is_for_repair();
         if self.file.is_writable() && !repairing && header.version >= Version::V3 && !header.is_corrupt() {
@@ -96,8 +115,13 @@ impl HeaderStore {
         }
         if !repairing {
             self.file.poison();
+            if let Some(observer) = &self.observer
+                && !self.observed.swap(true, Ordering::AcqRel)
+            {
+                observer.damage_found(&error, self.file.is_writable());
+            }
         }
-        Error::corrupt(message)
+        error
     }
 
     /// Clears unknown autoclear bits: this engine does not keep up to date what they promise.

@@ -13,6 +13,7 @@ use super::page::{DirtyRun, Page};
 use super::pending::Unlinked;
 use super::refcount::RefcountStore;
 use super::tables::Tables;
+use crate::damage::{Damage, L2Slot, bad_l1_entry};
 use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::inflight::{Claim, Claims, touched_clusters};
 use crate::invariant;
@@ -25,7 +26,7 @@ use ::alloc::sync::Arc;
 use ::alloc::vec::Vec;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
-use qcow2_format::{FormatError, GuestOffset, HostOffset, L1Index};
+use qcow2_format::{FormatError, FormatErrorKind, GuestOffset, HostOffset, L1Index};
 
 /// L1 entries that one lookup examines at most: a whole table of the largest size then is 64 runs.
 const MAX_UNMAPPED_ENTRIES: u64 = 1 << 16;
@@ -104,6 +105,16 @@ impl Mapping {
     /// Looks up the bytes at `offset`: one run of at most `max_len` bytes. Disk: may read a page of an L2
     /// table. Errors: `Corrupt` for a damaged entry, `Storage`.
     pub(crate) fn lookup(&self, offset: GuestOffset, max_len: u64) -> Result<Run> {
+        self.find(offset, max_len, None)
+    }
+
+    /// [`lookup`](Self::lookup) at the start of a change, which is what the error then says.
+    pub(crate) fn lookup_to_change(&self, offset: GuestOffset, max_len: u64) -> Result<Run> {
+        let cluster = GuestOffset::new(self.format.geometry.align_down(offset.value()));
+        self.find(offset, max_len, Some(cluster))
+    }
+
+    fn find(&self, offset: GuestOffset, max_len: u64, to_change: Option<GuestOffset>) -> Result<Run> {
         let Some(place) = self.l2_place(offset)? else {
             let run = Run { len: self.unmapped_len(offset, max_len), place: Place::Unallocated };
             invariant::covers(&run, max_len);
@@ -114,7 +125,7 @@ impl Mapping {
             self.format.decode(raw, bitmap)
         };
         let run = resolve_run(&self.format, offset, max_len, place.entries(), entry)
-            .map_err(|e| self.entry_error(offset, e))?;
+            .map_err(|e| self.entry_error(offset, place.raw(0).0, e, to_change))?;
         invariant::covers(&run, max_len);
         match run.place {
             Place::Data { host, .. } => {
@@ -132,9 +143,14 @@ impl Mapping {
         if !self.format.external_data || host.value() == offset.value() {
             return Ok(());
         }
-        Err(self.header.mark_corrupt(format!(
+        let message = format!(
             "l2 entry of guest offset {offset}: host offset {host} in the data file, allowed is {offset}"
-        )))
+        );
+        let geometry = &self.format.geometry;
+        let guest = GuestOffset::new(geometry.align_down(offset.value()));
+        let there = HostOffset::new(geometry.align_down(host.value()));
+        let error = Error::corrupt(message).in_table(TableKind::L2).at_guest(offset);
+        Err(self.damaged(error, offset, |entry| Damage::DataFileOffset { entry, guest, offset: there }))
     }
 
     /// Refuses a compressed entry in an image with an external data file. A write would replace it by a
@@ -145,14 +161,46 @@ impl Mapping {
             return Ok(());
         }
         let message = format!("l2 entry of guest offset {offset}: compressed in an external data file");
-        Err(self.header.mark_corrupt(message).in_table(TableKind::L2).at_guest(offset))
+        let error = Error::corrupt(message).in_table(TableKind::L2).at_guest(offset);
+        Err(self.damaged(error, offset, |entry| Damage::CompressedInDataFile { entry }))
     }
 
     /// The error for a damaged entry. Marks an image that is open for writing corrupt, so that no change
-    /// builds on it.
-    fn entry_error(&self, offset: GuestOffset, error: FormatError) -> Error {
-        let damaged = self.header.mark_corrupt(format!("l2 entry of guest offset {offset} is damaged"));
-        damaged.in_table(TableKind::L2).at_guest(offset).with_source(error)
+    /// builds on it. `raw`: the entry's first word. `to_change`: the cluster, if the entry is to change.
+    fn entry_error(
+        &self,
+        offset: GuestOffset,
+        raw: u64,
+        error: FormatError,
+        to_change: Option<GuestOffset>,
+    ) -> Error {
+        let (kind, zero) = (error.kind().clone(), self.format.has_zero_flag(raw));
+        let damaged = Error::corrupt(format!("l2 entry of guest offset {offset} is damaged"));
+        let damaged = damaged.in_table(TableKind::L2).at_guest(offset).with_source(error);
+        match kind {
+            FormatErrorKind::Misaligned(host) => self.damaged(damaged, offset, |entry| {
+                Damage::ClusterOffset { entry, offset: HostOffset::new(host), zero, to_change }
+            }),
+            FormatErrorKind::ZeroFlagInVersion2 => {
+                self.damaged(damaged, offset, |entry| Damage::ZeroInVersion2 { entry })
+            }
+            FormatErrorKind::SubclusterBitmap(_) => {
+                self.damaged(damaged, offset, |entry| Damage::SubclusterBitmap { entry, to_change })
+            }
+            _ => self.header.marked(damaged),
+        }
+    }
+
+    /// Marks the image corrupt, for what is wrong with the entry that maps `offset`.
+    fn damaged(&self, error: Error, offset: GuestOffset, damage: impl Fn(L2Slot) -> Damage) -> Error {
+        let geometry = &self.format.geometry;
+        let index = geometry.l2_index(offset);
+        // Whoever has got as far as the entry has found its table.
+        let table = L1Entry::decode(self.l1.entry(geometry.l1_index(offset)), geometry);
+        self.header.marked(match table.ok().and_then(|entry| entry.l2_table) {
+            Some(table) => error.with_damage(damage(L2Slot { table, index })),
+            None => error,
+        })
     }
 
     /// Length of the run of L1 entries without an L2 table at `offset`, at most `max_len`. Examines only
@@ -173,10 +221,7 @@ impl Mapping {
 
     fn l1_entry(&self, index: L1Index) -> Result<L1Entry> {
         let raw = self.l1.entry(index);
-        L1Entry::decode(raw, &self.format.geometry).map_err(|e| {
-            let damaged = self.header.mark_corrupt(format!("l1 entry {index} is damaged"));
-            damaged.in_table(TableKind::L1).with_source(e)
-        })
+        L1Entry::decode(raw, &self.format.geometry).map_err(|e| self.header.marked(bad_l1_entry(index, e)))
     }
 
     /// The L2 entry that maps `offset`, or `None` if there is no L2 table.
@@ -207,10 +252,12 @@ impl Mapping {
     /// The `index`-th entry counted from the one at `place`, which maps `offset`.
     pub(crate) fn entry(&self, place: &L2Place, index: u64, offset: GuestOffset) -> Result<L2Entry> {
         let (raw, bitmap) = place.raw(index);
-        let entry = self.format.decode(raw, bitmap).map_err(|e| self.entry_error(offset, e))?;
-        // Also for zero clusters, which a lookup does not check: a write would go to their host cluster.
         let geometry = &self.format.geometry;
         let start = geometry.align_down(offset.value()) + index * geometry.cluster_size();
+        let decoded = self.format.decode(raw, bitmap);
+        let entry = decoded
+            .map_err(|e| self.entry_error(GuestOffset::new(start), raw, e, Some(GuestOffset::new(start))))?;
+        // Also for zero clusters, which a lookup does not check: a write would go to their host cluster.
         match entry {
             L2Entry::Standard(ClusterEntry { host: Some(host), .. }) => {
                 self.check_place(GuestOffset::new(start), host)?;

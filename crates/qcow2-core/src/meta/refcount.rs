@@ -19,6 +19,7 @@ use super::page::Page;
 use super::pending::PendingFrees;
 use super::run::ClusterRun;
 use super::tables::Tables;
+use crate::damage::bad_refcount_table_entry;
 use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::invariant;
 use crate::port::event::Event;
@@ -200,10 +201,7 @@ impl RefcountStore {
         let raw = refcounts.table.get(index as usize).copied().unwrap_or(0);
         let block = decode_table_entry(raw, geometry).map_err(|e| {
             // Marked: whoever goes on would count into a place that is no refcount block.
-            self.header
-                .mark_corrupt(format!("refcount table entry {index} is damaged"))
-                .in_table(TableKind::RefcountTable)
-                .with_source(e)
+            self.header.marked(bad_refcount_table_entry(index, e))
         })?;
         let Some(block) = block else { return Ok(None) };
         let number = geometry.refcount_block_slot(host);

@@ -12,7 +12,8 @@ use super::overlap::OverlapChecks;
 use super::page::DirtyRun;
 use super::pending::Unlinked;
 use super::run::ClusterRun;
-use crate::error::Result;
+use crate::damage::Damage;
+use crate::error::{Error, Result};
 use crate::invariant;
 use crate::port::storage::ZeroMode;
 use ::alloc::format;
@@ -85,10 +86,9 @@ impl Tables {
         }
         match self.guard.hit_by_data(ClusterRun::touched(self.file.geometry(), offset, len)) {
             None => Ok(()),
-            Some(Hit { cluster, kinds }) => Err(self.header.mark_corrupt(format!(
-                "guest data is mapped to host cluster {cluster}, which holds {}",
-                kinds.text()
-            ))),
+            Some(hit) => Err(self.refused(hit, |cluster, kind| {
+                format!("guest data is mapped to host cluster {cluster}, which holds {kind}")
+            })),
         }
     }
 
@@ -97,11 +97,12 @@ impl Tables {
     pub(crate) fn check_place(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Result<()> {
         match self.guard.hit_by(kinds, ClusterRun::touched(self.file.geometry(), offset, len)) {
             None => Ok(()),
-            Some(Hit { cluster, kinds: other }) => {
-                let (new, there) = (kinds.text(), other.text());
-                let message =
-                    format!("{new} at {offset} would overwrite host cluster {cluster}, which holds {there}");
-                Err(self.header.mark_corrupt(message).at_host(offset))
+            Some(hit) => {
+                let new = kinds.text();
+                let refused = self.refused(hit, |cluster, there| {
+                    format!("{new} at {offset} would overwrite host cluster {cluster}, which holds {there}")
+                });
+                Err(refused.at_host(offset))
             }
         }
     }
@@ -153,10 +154,9 @@ impl Tables {
     pub(crate) fn check_unused(&self, run: ClusterRun) -> Result<()> {
         match self.guard.hit_by(OverlapChecks::NONE, run) {
             None => Ok(()),
-            Some(Hit { cluster, kinds }) => Err(self.header.mark_corrupt(format!(
-                "host cluster {cluster} holds {} but its refcount is 0",
-                kinds.text()
-            ))),
+            Some(hit) => Err(self.refused(hit, |cluster, kind| {
+                format!("host cluster {cluster} holds {kind} but its refcount is 0")
+            })),
         }
     }
 
@@ -165,12 +165,18 @@ impl Tables {
     pub(crate) fn check_owner(&self, run: Unlinked) -> Result<()> {
         match self.guard.hit_by(run.kinds, run.clusters) {
             None => Ok(()),
-            Some(Hit { cluster, kinds }) => Err(self.header.mark_corrupt(format!(
-                "{} in host cluster {cluster} cannot be freed: the cluster holds {}",
-                run.kinds.text(),
-                kinds.text()
-            ))),
+            Some(hit) => Err(self.refused(hit, |cluster, kind| {
+                let freed = run.kinds.text();
+                format!("{freed} in host cluster {cluster} cannot be freed: the cluster holds {kind}")
+            })),
         }
+    }
+
+    /// Marks the image corrupt. `message`: of the cluster and the kind of metadata in it.
+    fn refused(&self, hit: Hit, message: impl Fn(u64, &str) -> ::alloc::string::String) -> Error {
+        let offset = HostOffset::new(self.file.geometry().bytes_of(hit.cluster));
+        let error = Error::corrupt(message(hit.cluster, hit.kinds.text()));
+        self.header.marked(error.with_damage(Damage::Overlap { offset, kinds: hit.kinds }))
     }
 
     /// True if a cluster of `run` holds other metadata than `run.kinds`.

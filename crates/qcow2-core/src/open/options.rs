@@ -1,6 +1,7 @@
 //! Options for opening an image.
 
 use crate::bitmap::MAX_BITS_MEMORY;
+use crate::damage::DamageObserver;
 use crate::meta::overlap::OverlapChecks;
 use crate::port::cipher::Keyring;
 use crate::port::codec::ClusterCodec;
@@ -74,6 +75,8 @@ pub struct OpenOptions {
     pub metadata_only: bool,
     /// Unlocks encrypted layers.
     pub keys: Option<Arc<dyn Keyring>>,
+    /// Is told of damage in any layer of the chain.
+    pub damage_observer: Option<Arc<dyn DamageObserver>>,
     /// Switches one ordering rule off, so that a test can check that the crash simulation notices.
     #[cfg(feature = "unstable-mutants")]
     pub broken_rule: Option<OrderingRule>,
@@ -94,6 +97,7 @@ impl Default for OpenOptions {
             for_repair: false,
             metadata_only: false,
             keys: None,
+            damage_observer: None,
             #[cfg(feature = "unstable-mutants")]
             broken_rule: None,
         }

@@ -25,12 +25,11 @@ use crate::sync::{read, write};
 use ::alloc::format;
 use ::alloc::string::ToString;
 use ::alloc::vec::Vec;
-use qcow2_format::HeaderField;
-use qcow2_format::HostOffset;
 use qcow2_format::bytes::table_bytes;
 use qcow2_format::l1::without_copied;
 use qcow2_format::limit::{MAX_L1_ENTRIES, MAX_SNAPSHOTS};
 use qcow2_format::snapshot::Snapshot;
+use qcow2_format::{FormatError, FormatErrorKind, HeaderField, HostOffset};
 use table::{NewTable, Table};
 
 /// The caller's part of a new snapshot's table entry.
@@ -76,7 +75,7 @@ impl Image {
         let header = self.header();
         let (active, entries) = self.mapping().l1_contents();
         self.tables.check_place(OverlapChecks::ACTIVE_L1, active, entries.len() as u64 * 8)?;
-        let tree = Tree::new(&entries, self.file.geometry())?;
+        let tree = self.tree(&entries)?;
         let old_table = self.old_table(&table)?;
         self.bulk().check_tables(&tree)?;
         let copy = self.reserve_l1(OverlapChecks::INACTIVE_L1, entries.len())?;
@@ -147,9 +146,9 @@ impl Image {
         find(&table, snapshot)?;
         self.begin_change()?;
         let mut entries = self.snapshot_l1(snapshot)?;
-        let tree = Tree::new(&entries, self.file.geometry())?;
+        let tree = self.tree(&entries)?;
         let (old_offset, old_entries) = self.mapping().l1_contents();
-        let old_tree = Tree::new(&old_entries, self.file.geometry())?;
+        let old_tree = self.tree(&old_entries)?;
         let needed = self.file.geometry().l1_entries_for(size).max(old_entries.len() as u64);
         entries.resize(entries.len().max(needed as usize), 0);
         entries.iter_mut().for_each(|raw| *raw = without_copied(*raw));
@@ -206,7 +205,7 @@ impl Image {
         let _alone = write(&self.structure);
         let mut table = self.begin_snapshot_change()?;
         let index = find(&table, snapshot)?;
-        let tree = Tree::new(&self.snapshot_l1(snapshot)?, self.file.geometry())?;
+        let tree = self.tree(&self.snapshot_l1(snapshot)?)?;
         let l1_len = u64::from(snapshot.l1_size) * 8;
         let old_l1 = self.tables.run_of(OverlapChecks::INACTIVE_L1, snapshot.l1_table_offset, l1_len);
         let old_table = self.old_table(&table)?;
@@ -215,7 +214,7 @@ impl Image {
         self.tables.check_place(OverlapChecks::ACTIVE_L1, l1_offset, entries.len() as u64 * 8)?;
         table.snapshots.remove(index);
         let mut kept = self.trees_of(&table)?;
-        kept.push(Tree::new(&entries, self.file.geometry())?);
+        kept.push(self.tree(&entries)?);
         let new_table = self.reserve_snapshot_table(&table.snapshots)?;
         self.flusher.flush()?;
         // Until the header has switched, an error changes nothing; after that memory and disk may differ, so
@@ -236,6 +235,11 @@ impl Image {
         self.refcounts.unlink(old_l1);
         self.refcounts.unlink(old_table);
         self.finish()
+    }
+
+    /// The L2 tables that these raw L1 entries point to. A damaged entry marks the image corrupt.
+    fn tree(&self, entries: &[u64]) -> Result<Tree> {
+        Tree::new(entries, self.file.geometry()).map_err(|error| self.header.marked_if_damaged(error))
     }
 
     /// The L2 tables of the snapshots in `table`. Empty if all their L1 tables together exceed
@@ -325,7 +329,7 @@ impl Image {
     }
 
     /// The raw entries of a snapshot's L1 table.
-    fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
+    pub(crate) fn snapshot_l1(&self, snapshot: &Snapshot) -> Result<Vec<u64>> {
         check_l1(snapshot, self.file.geometry())?;
         read_words(self.file.storage(), snapshot.l1_table_offset, u64::from(snapshot.l1_size))
     }
@@ -341,7 +345,12 @@ fn check_l1(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()
              cluster",
             snapshot.id_text().escape_debug()
         );
-        return Err(Error::corrupt(message).in_table(TableKind::L1).at_host(offset));
+        let kind = match entries > MAX_L1_ENTRIES {
+            true => FormatErrorKind::TableTooLarge(qcow2_format::Table::SnapshotL1),
+            false => FormatErrorKind::TableOffset(qcow2_format::Table::SnapshotL1),
+        };
+        let source = FormatError::new(kind, "it cannot be there");
+        return Err(Error::corrupt(message).in_table(TableKind::L1).at_host(offset).with_source(source));
     }
     Ok(())
 }

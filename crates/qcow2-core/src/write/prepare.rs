@@ -91,11 +91,11 @@ impl Image {
     pub(crate) fn prepare(&self, offset: GuestOffset, len: u64) -> Result<Prepared<'_>> {
         let geometry = self.file.geometry();
         let len = len.min(MAX_RUN - geometry.in_cluster(offset.value()));
-        let run = self.mapping().lookup(offset, len)?;
+        let run = self.mapping().lookup_to_change(offset, len)?;
         if let Place::Data { copied: true, .. } = run.place {
             let claim = self.mapping().share(offset, run.len);
             // Looked up again: only under the claim the mapping cannot change.
-            let run = self.mapping().lookup(offset, run.len)?;
+            let run = self.mapping().lookup_to_change(offset, run.len)?;
             if let Place::Data { host, copied: true } = run.place {
                 return self.prepare_in_place(host, run.len, claim);
             }

@@ -116,8 +116,8 @@ impl Image {
     /// cluster; for `Forget`: unallocated ones. Skipping them allocates no L2 tables.
     fn skip_untouched(&self, offset: GuestOffset, len: u64, kind: ZeroKind) -> Result<u64> {
         let run = match kind {
-            ZeroKind::Discard if !self.shows_below() => self.mapping().lookup(offset, len)?,
-            ZeroKind::Forget => self.mapping().lookup(offset, len)?,
+            ZeroKind::Discard if !self.shows_below() => self.mapping().lookup_to_change(offset, len)?,
+            ZeroKind::Forget => self.mapping().lookup_to_change(offset, len)?,
             _ => return Ok(0),
         };
         let untouched = matches!(run.place, Place::Unallocated | Place::Zero { host: None })

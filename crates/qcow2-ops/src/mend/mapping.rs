@@ -419,32 +419,49 @@ impl Job<'_> {
         Ok(any)
     }
 
-    /// A bitmap whose table is past the end of the file gets a new one, "all ones".
+    /// A bitmap whose table is past the end of the file, or in the place of the directory, gets a new one,
+    /// "all ones".
     fn replace_bitmap_tables(&mut self) -> Result<()> {
         let header = self.header.clone();
         let (tables, fault) = self.walk(&header, |walk| walk.bitmaps().map_err(failed))?;
         let geometry = self.format.geometry;
         let len = self.draft.len().map_err(storage)?;
-        let past = |table: &TablePlace| table.offset.value() >= len && table.len() <= MAX_NEW_TABLE;
         let Some(extension) = header.trusted_bitmaps().filter(|_| fault.is_none()) else { return Ok(()) };
-        if !tables.iter().any(past) || !self.is_sole(extension.directory_offset, extension.directory_size)? {
+        let (start, size) = (extension.directory_offset, extension.directory_size);
+        let end = start.value().saturating_add(size.max(geometry.cluster_size()));
+        let lost = |table: &TablePlace| {
+            let at = table.offset.value();
+            let is_directory = at < end && start.value() < at.saturating_add(table.len());
+            (at >= len || is_directory) && table.len() <= MAX_NEW_TABLE
+        };
+        if !tables.iter().any(lost) {
             return Ok(());
         }
-        let mut directory = vec![0; extension.directory_size as usize];
-        self.draft.read_padded(extension.directory_offset, &mut directory).map_err(storage)?;
+        let (before, mut undo, mut fixes) = (self.end, Vec::new(), Vec::new());
+        let mut directory = vec![0; size as usize];
+        self.draft.read_padded(start, &mut directory).map_err(storage)?;
         let mut at = 0;
         for table in tables {
-            let entry = extension.directory_offset.value() + at as u64;
+            let entry = start.value() + at as u64;
             at += Bitmap::parse(&directory[at..]).map_err(failed)?.1;
-            if past(&table) {
+            if lost(&table) {
                 let first = self.take(geometry.clusters_for(table.len()))?;
                 let offset = HostOffset::new(first * geometry.cluster_size());
                 let entries = geometry.clusters_for(table.len()) * geometry.cluster_size() / 8;
                 let word = |index| if index < table.entries { BitmapTableEntry::Ones.encode() } else { 0 };
                 self.set_words(offset, &(0..entries).map(word).collect::<Vec<_>>())?;
-                self.set_words(HostOffset::new(entry), &[offset.value()])?;
-                self.fixed(Fix::BitmapTable { at: HostOffset::new(entry), from: table.offset, to: offset });
+                let at = HostOffset::new(entry);
+                self.set_words(at, &[offset.value()])?;
+                undo.extend([(at, vec![table.offset.value()]), (offset, vec![0; entries as usize])]);
+                fixes.push(Fix::BitmapTable { at, from: table.offset, to: offset });
             }
+        }
+        // Judged now: before, the lost tables were references to the directory too.
+        if self.is_sole(start, size)? {
+            fixes.into_iter().for_each(|fix| self.fixed(fix));
+        } else {
+            undo.into_iter().try_for_each(|(at, word)| self.set_words(at, &word))?;
+            self.end = before;
         }
         Ok(())
     }

@@ -2,10 +2,9 @@
 
 use crate::args::Objects;
 use crate::failure::Failure;
-use crate::files::open_files;
+use crate::files::open_options;
 use crate::persona;
-use crate::policy::policy;
-use qcow2_blockdev::{OpenOptions, Warning};
+use qcow2_blockdev::Warning;
 use qcow2_exerciser::{FilesError, OpenRequest, OpenedDisk, OpenedFiles, Opener, Refusal};
 use std::fs::File;
 use std::io::{self, Read};
@@ -20,8 +19,7 @@ pub(super) struct Files {
 
 impl Opener for Files {
     fn open(&self, request: &OpenRequest) -> Result<OpenedDisk, Refusal> {
-        let how = OpenOptions::new().with_policy(policy()).among(open_files());
-        let opened = qcow2_exerciser::open_files(request, self.objects.secrets(), how);
+        let opened = qcow2_exerciser::open_files(request, self.objects.secrets(), open_options());
         let OpenedFiles { mut opened, warnings, .. } = opened.map_err(|error| {
             let failure = failure(error).without_name();
             let failure = if self.own { failure.own_reason() } else { failure };

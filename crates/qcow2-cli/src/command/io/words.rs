@@ -2,8 +2,7 @@
 
 use crate::persona;
 use qcow2_core::{Error, ErrorKind, find_cause};
-use qcow2_exerciser::Words;
-use qcow2_io::os_error_text;
+use qcow2_exerciser::{Words, system_text};
 use qcow2_ops::info::Qcow2Info;
 use qcow2_report::{human, info::specific_text};
 use std::error::Error as StdError;
@@ -24,30 +23,16 @@ impl Words for QemuWords {
     }
 }
 
-/// The system's text for an error of the engine: that of the storage, or of what it amounts to.
+/// The system's text for an error of the engine, with the reason where it is not the disk that is full but
+/// something that has a limit, which only the engine can name.
 fn reason(error: &Error) -> String {
-    if let Some(code) = error.storage_error().and_then(|error| error.os_code()) {
-        return os_error_text(code);
+    match error.kind() {
+        ErrorKind::NoSpace if error.storage_error().is_none() => {
+            format!("{}: {}", system_text(error), persona::chain(error))
+        }
+        _ => system_text(error),
     }
-    if error.kind() == ErrorKind::NoSpace && error.storage_error().is_none() {
-        // Not the disk is full but something that has a limit, which only the engine can name.
-        return format!("{}: {}", os_error_text(NO_SPACE), persona::chain(error));
-    }
-    os_error_text(match error.kind() {
-        ErrorKind::NoSpace => NO_SPACE,
-        ErrorKind::ReadOnly => NOT_PERMITTED,
-        ErrorKind::Unsupported | ErrorKind::Encrypted => NOT_SUPPORTED,
-        ErrorKind::InvalidOption => INVALID_ARGUMENT,
-        _ => IO_ERROR,
-    })
 }
-
-/// Error numbers of Linux, for their texts.
-const NOT_PERMITTED: i32 = 1;
-const IO_ERROR: i32 = 5;
-const INVALID_ARGUMENT: i32 = 22;
-const NO_SPACE: i32 = 28;
-const NOT_SUPPORTED: i32 = 95;
 
 #[cfg(test)]
 mod tests {

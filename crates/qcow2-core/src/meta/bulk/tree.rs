@@ -1,5 +1,6 @@
 //! Passes over all L2 tables of an L1 table; each is read once, however many L1 entries point to it.
 
+use crate::damage::{Damage, L2Slot, bad_l1_entry};
 use crate::error::{Error, Result, TableKind};
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
@@ -8,8 +9,8 @@ use crate::meta::tables::Tables;
 use ::alloc::format;
 use ::alloc::vec::Vec;
 use qcow2_format::l1::L1Entry;
-use qcow2_format::l2::{L2Fault, L2Item};
-use qcow2_format::{Geometry, HostOffset};
+use qcow2_format::l2::{L2Fault, L2Format, L2Item};
+use qcow2_format::{Geometry, HostOffset, L1Index};
 
 /// Bytes of adjacent L2 tables that are read or written at a time, but never less than one table.
 const PIECE: u64 = 1 << 20;
@@ -28,9 +29,8 @@ impl Tree {
     pub(crate) fn new(entries: &[u64], geometry: &Geometry) -> Result<Self> {
         let mut offsets = Vec::new();
         for (index, &raw) in entries.iter().enumerate().filter(|(_, raw)| **raw != 0) {
-            let entry = L1Entry::decode(raw, geometry).map_err(|e| {
-                Error::corrupt(format!("l1 entry {index} is damaged")).in_table(TableKind::L1).with_source(e)
-            })?;
+            let index = L1Index::new(index as u64);
+            let entry = L1Entry::decode(raw, geometry).map_err(|e| bad_l1_entry(index, e))?;
             offsets.extend(entry.l2_table);
         }
         offsets.sort_unstable();
@@ -51,12 +51,16 @@ impl Tree {
     }
 
     /// Calls `visit` for every run of host clusters that the tree refers to, its L2 tables included, with the
-    /// number of references. Errors: `Corrupt` for a damaged entry.
+    /// number of references. Errors: `Corrupt` for a damaged entry, which marks the image corrupt.
     pub(super) fn for_each_run(
         &self,
         tables: &Tables,
         visit: &mut dyn FnMut(Unlinked, u64) -> Result<()>,
     ) -> Result<()> {
+        self.visit_runs(tables, visit).map_err(|error| tables.header().marked_if_damaged(error))
+    }
+
+    fn visit_runs(&self, tables: &Tables, visit: &mut dyn FnMut(Unlinked, u64) -> Result<()>) -> Result<()> {
         let format = tables.file().l2_format();
         for &(offset, times) in &self.tables {
             visit(Unlinked::one(&format.geometry, OverlapChecks::L2, offset), times)?;
@@ -65,8 +69,7 @@ impl Tree {
             let mut result = Ok(());
             format.scan(bytes, |item| {
                 if result.is_ok() {
-                    let at = (&format.geometry, table);
-                    result = visit_item(at, item, &mut |run| visit(Unlinked::data(run), times));
+                    result = visit_item((format, table), item, &mut |run| visit(Unlinked::data(run), times));
                 }
             });
             result.map(|()| false)
@@ -115,10 +118,11 @@ impl Tree {
 }
 
 fn visit_item(
-    (geometry, table): (&Geometry, HostOffset),
+    (format, table): (&L2Format, HostOffset),
     item: L2Item,
     visit: &mut dyn FnMut(ClusterRun) -> Result<()>,
 ) -> Result<()> {
+    let geometry = &format.geometry;
     match item {
         L2Item::Clusters { host, count, .. } => {
             visit(ClusterRun::new(geometry.host_cluster(host).value(), count))
@@ -130,7 +134,18 @@ fn visit_item(
         L2Item::Fault { fault: L2Fault::ReservedBits | L2Fault::CompressedCopied, .. } => Ok(()),
         L2Item::Fault { index, fault, raw } => {
             let message = format!("l2 entry {index} of table at {table}: {fault:?} in {raw:#018x}");
-            Err(Error::corrupt(message).in_table(TableKind::L2).at_host(table))
+            let error = Error::corrupt(message).in_table(TableKind::L2).at_host(table);
+            let (entry, offset, to_change) = (L2Slot { table, index }, format.offset_bits(raw), None);
+            let zero = fault == L2Fault::PreallocatedMisaligned;
+            Err(match fault {
+                L2Fault::DataMisaligned | L2Fault::PreallocatedMisaligned => {
+                    error.with_damage(Damage::ClusterOffset { entry, offset, zero, to_change })
+                }
+                L2Fault::SubclusterBitmap | L2Fault::UnallocatedWithBitmap => {
+                    error.with_damage(Damage::SubclusterBitmap { entry, to_change })
+                }
+                _ => error,
+            })
         }
     }
 }

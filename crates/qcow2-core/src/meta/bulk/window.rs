@@ -3,7 +3,8 @@
 //! Invariant I1: no refcount goes below the number of references, because each decrement stands for a removed
 //! reference.
 
-use crate::error::{Error, ErrorKind, Result, TableKind};
+use crate::damage::bad_refcount_table_entry;
+use crate::error::{Error, ErrorKind, Result};
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;
 use crate::meta::tables::Tables;
@@ -189,11 +190,7 @@ impl Window<'_> {
         if place.is_none() {
             let raw = self.table.get(index as usize).copied().unwrap_or(0);
             let offset = decode_table_entry(raw, self.tables.file().geometry())
-                .map_err(|e| {
-                    Error::corrupt(format!("refcount table entry {index} is damaged"))
-                        .in_table(TableKind::RefcountTable)
-                        .with_source(e)
-                })?
+                .map_err(|e| bad_refcount_table_entry(index, e))?
                 .ok_or_else(|| uncounted(cluster))?;
             let file = self.tables.file();
             let mut bytes = vec![0; file.geometry().cluster_size() as usize];

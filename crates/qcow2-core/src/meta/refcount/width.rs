@@ -4,7 +4,8 @@
 //! switched.
 
 use super::{RefcountStore, Refcounts};
-use crate::error::{Error, ErrorKind, Result, TableKind};
+use crate::damage::bad_refcount_table_entry;
+use crate::error::{Error, ErrorKind, Result};
 use crate::invariant;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;
@@ -57,11 +58,8 @@ impl RefcountStore {
         };
         let per_old = self.geometry().refcount_block_entries();
         for (index, &raw) in (0u64..).zip(&refcounts.table) {
-            let block = decode_table_entry(raw, self.geometry()).map_err(|e| {
-                Error::corrupt(format!("refcount table entry {index} is damaged"))
-                    .in_table(TableKind::RefcountTable)
-                    .with_source(e)
-            })?;
+            let block = decode_table_entry(raw, self.geometry())
+                .map_err(|e| self.header.marked(bad_refcount_table_entry(index, e)))?;
             let Some(block) = block else { continue };
             old.insert(self.geometry().host_cluster(block).value());
             self.tables.check_place(OverlapChecks::REFCOUNT_BLOCK, block, self.geometry().cluster_size())?;
