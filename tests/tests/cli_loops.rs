@@ -213,7 +213,15 @@ fn nested_names_are_limited() {
     let layers = |depth: usize| {
         format!("--image-opts file.filename=image,{}file.filename=y", "backing.".repeat(depth))
     };
-    let forms: [&dyn Fn(usize) -> String; 4] = [&json, &dots, &filters, &layers];
+    let chain = |depth: usize| {
+        let layer = |n: usize| {
+            fs::copy(folder.join("image"), folder.join(format!("image-{n}"))).unwrap();
+            format!("{}file.filename=image-{n},", "backing.".repeat(n))
+        };
+        let above: String = (0..depth).map(layer).collect();
+        format!("--image-opts {above}{}file.filename=y", "backing.".repeat(depth))
+    };
+    let forms: [&dyn Fn(usize) -> String; 4] = [&json, &dots, &filters, &chain];
     for form in forms {
         run(folder, &format!("map {}", form(30))).success();
     }

@@ -33,21 +33,12 @@ use std::ffi::OsString;
 pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
     interrupt::outlive_progress_requests();
     let mut args = args.into_iter();
-    let session = Session::new(&args.next().unwrap_or_default().to_string_lossy());
-    let result = utf8(args).and_then(|args| dispatch(&session, args));
-    result.unwrap_or_else(|failure| {
+    let session = Session::new(&qcow2_io::text_of_name(&args.next().unwrap_or_default()));
+    let args = args.map(|arg| qcow2_io::text_of_name(&arg)).collect();
+    dispatch(&session, args).unwrap_or_else(|failure| {
         session.report(&failure);
         failure.code()
     })
-}
-
-/// Names in images are UTF-8 here, and so are arguments.
-fn utf8(args: impl Iterator<Item = OsString>) -> Result<Vec<String>, Failure> {
-    args.map(|arg| {
-        arg.into_string()
-            .map_err(|arg| Failure::new(format!("argument is not valid UTF-8: '{}'", arg.display())))
-    })
-    .collect()
 }
 
 fn dispatch(session: &Session, args: Vec<String>) -> Result<u8, Failure> {

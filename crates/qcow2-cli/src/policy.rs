@@ -20,7 +20,7 @@ pub(crate) fn policy() -> Policy {
 /// Takes what the environment says. Errors: it is no policy.
 pub(crate) fn take_environment() -> Result<(), Failure> {
     let Some(text) = std::env::var_os(VARIABLE) else { return Ok(()) };
-    set(&text.to_string_lossy()).map_err(|failure| failure.after_words(&format!("{VARIABLE}: ")))
+    set(&qcow2_io::text_of_name(&text)).map_err(|failure| failure.after_words(&format!("{VARIABLE}: ")))
 }
 
 /// Takes an option that sets the policy; gives back any other.

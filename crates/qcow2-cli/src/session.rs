@@ -3,6 +3,7 @@
 use crate::exit;
 use crate::failure::Failure;
 use crate::render::human::escaped;
+use qcow2_core::format::text::bytes_of;
 use std::io::{self, IsTerminal, Write};
 
 /// One run of the program.
@@ -61,7 +62,7 @@ impl Session {
     /// Writes `text` to standard output at once. Errors: as [`printed`].
     pub(crate) fn print(&self, text: &str) -> Result<(), Failure> {
         let mut out = io::stdout().lock();
-        printed(out.write_all(text.as_bytes()).and_then(|()| out.flush()))
+        printed(out.write_all(&bytes_of(text)).and_then(|()| out.flush()))
     }
 
     /// Writes a line to standard error. Control characters in it are escaped, a line feed too: names, and all
@@ -69,7 +70,7 @@ impl Session {
     /// look like a line of ours.
     pub(crate) fn complain(&self, line: &str) {
         // Nobody is left to hear that complaining failed.
-        let _ = writeln!(io::stderr().lock(), "{}", escaped(line));
+        let _ = io::stderr().lock().write_all(&bytes_of(&(escaped(line) + "\n")));
     }
 
     /// Writes why a command, or a part of one, was not done to standard error.

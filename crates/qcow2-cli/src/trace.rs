@@ -26,10 +26,10 @@ pub(crate) fn accept(session: &Session, text: &str) -> Result<bool, Failure> {
         unknown("", event);
     }
     let Some(path) = list.last("events") else { return Ok(false) };
-    if std::path::Path::new(path).is_dir() {
+    if qcow2_io::path_of(path).is_dir() {
         return Ok(false);
     }
-    let events = std::fs::read_to_string(path).map_err(|error| {
+    let events = std::fs::read_to_string(qcow2_io::path_of(path)).map_err(|error| {
         let text = error.raw_os_error().map_or_else(|| error.to_string(), qcow2_io::os_error_text);
         session.complain(&format!("{program}:{path}: {text}"));
         Failure::silent(crate::exit::FAILURE)

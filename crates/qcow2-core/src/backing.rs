@@ -4,7 +4,7 @@ use crate::create::BackingName;
 use crate::error::Result;
 use crate::image::Image;
 use crate::sync::write;
-use ::alloc::string::String;
+use qcow2_format::text::bytes_of;
 
 impl Image {
     /// Records another backing file, or none. Copies no data: unallocated clusters read from the new backing
@@ -19,9 +19,9 @@ impl Image {
         let _alone = write(&self.structure);
         self.file.check_writable()?;
         let mut header = self.header();
-        header.backing_file = backing.map(|backing| backing.name.clone().into_bytes());
+        header.backing_file = backing.map(|backing| bytes_of(&backing.name).into_owned());
         header.extensions.backing_format =
-            backing.and_then(|backing| backing.format.clone()).map(String::into_bytes);
+            backing.and_then(|backing| backing.format.as_deref()).map(|name| bytes_of(name).into_owned());
         self.header.switch_to(header)
     }
 }

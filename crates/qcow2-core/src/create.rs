@@ -29,6 +29,7 @@ use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
 use qcow2_format::limit::MAX_REFCOUNT_TABLE_SIZE;
 use qcow2_format::refcount::encode_table_entry;
+use qcow2_format::text::bytes_of;
 use qcow2_format::{Geometry, Header, HostOffset, LuksPointer, Version};
 
 /// Bytes written at a time.
@@ -159,7 +160,7 @@ fn header_for(options: &CreateOptions) -> Result<Header> {
     header.features.incompatible.set(IncompatibleFeatures::DATA_FILE, options.data_file.is_some());
     header.features.compatible.set(CompatibleFeatures::LAZY_REFCOUNTS, options.lazy_refcounts);
     header.features.autoclear.set(AutoclearFeatures::RAW_DATA_FILE, options.data_file_raw);
-    let bytes = |name: &Option<String>| name.clone().map(String::into_bytes);
+    let bytes = |name: &Option<String>| name.as_deref().map(|name| bytes_of(name).into_owned());
     header.extensions.data_file = bytes(&options.data_file);
     header.backing_file = bytes(&options.backing_file);
     header.extensions.backing_format = bytes(&options.backing_format);

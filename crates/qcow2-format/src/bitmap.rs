@@ -20,6 +20,7 @@ use crate::bytes::Reader;
 use crate::error::{FormatError, FormatErrorKind};
 use crate::geometry::Geometry;
 use crate::limit;
+use crate::text::text_of;
 use crate::units::HostOffset;
 use alloc::format;
 use alloc::string::String;
@@ -255,10 +256,10 @@ impl Bitmap {
         Some(geometry.clusters_for(bytes))
     }
 
-    /// The name as text, with invalid UTF-8 replaced. May contain control characters: escape it before
+    /// The name as [text](crate::text). May contain control characters: escape it before
     /// printing.
     pub fn name_text(&self) -> String {
-        String::from_utf8_lossy(&self.name).into_owned()
+        text_of(&self.name)
     }
 }
 

@@ -141,14 +141,14 @@ impl Extensions {
         push(out, END, &[])
     }
 
-    /// The backing format as text, with invalid UTF-8 replaced.
+    /// The backing format as [text](crate::text).
     pub fn backing_format_name(&self) -> Option<String> {
-        self.backing_format.as_deref().map(|name| String::from_utf8_lossy(name).into_owned())
+        self.backing_format.as_deref().map(crate::text::text_of)
     }
 
-    /// The data file's name as text, with invalid UTF-8 replaced.
+    /// The data file's name as [text](crate::text).
     pub fn data_file_name(&self) -> Option<String> {
-        self.data_file.as_deref().map(|name| String::from_utf8_lossy(name).into_owned())
+        self.data_file.as_deref().map(crate::text::text_of)
     }
 }
 

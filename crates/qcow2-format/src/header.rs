@@ -196,10 +196,10 @@ impl Header {
         self.extensions.bitmaps.as_ref().filter(|_| trusted)
     }
 
-    /// The backing file name as text up to its first zero byte, with invalid UTF-8 replaced.
+    /// The backing file name as [text](crate::text) up to its first zero byte.
     pub fn backing_file_name(&self) -> Option<String> {
         let name = self.backing_file.as_deref()?.split(|&byte| byte == 0).next()?;
-        Some(String::from_utf8_lossy(name).into_owned())
+        Some(crate::text::text_of(name))
     }
 
     /// Encodes the header, the extensions and the backing file name, in this order and without trailing

@@ -60,6 +60,7 @@ pub mod limit;
 pub mod refcount;
 pub mod signature;
 pub mod snapshot;
+pub mod text;
 pub mod units;
 
 pub use bitmap::{Bitmap, BitmapTableEntry};

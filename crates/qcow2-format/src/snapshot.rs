@@ -15,6 +15,7 @@
 use crate::bytes::{Reader, read_u64};
 use crate::error::{FormatError, FormatErrorKind};
 use crate::limit;
+use crate::text::text_of;
 use crate::units::HostOffset;
 use alloc::format;
 use alloc::string::String;
@@ -162,15 +163,15 @@ impl Snapshot {
         Ok(())
     }
 
-    /// The id as text, with invalid UTF-8 replaced.
+    /// The id as [text](crate::text).
     pub fn id_text(&self) -> String {
-        String::from_utf8_lossy(&self.id).into_owned()
+        text_of(&self.id)
     }
 
-    /// The name as text, with invalid UTF-8 replaced. May contain control characters: escape it before
+    /// The name as [text](crate::text). May contain control characters: escape it before
     /// printing.
     pub fn name_text(&self) -> String {
-        String::from_utf8_lossy(&self.name).into_owned()
+        text_of(&self.name)
     }
 }
 

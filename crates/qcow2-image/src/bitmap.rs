@@ -3,6 +3,7 @@
 use crate::disk::Disk;
 use crate::error::Result;
 use qcow2_core::bitmap::Bits;
+use qcow2_core::format::text::bytes_of;
 use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
 use std::fmt;
 use std::ops::Range;
@@ -22,7 +23,7 @@ impl Disk {
     /// bitmap; `NoSpace` above 512 MiB of bits.
     pub fn bitmap(&self, name: &str) -> Result<Bitmap> {
         let step = || format!("reading bitmap '{}'", name.escape_debug());
-        let bits = self.image(&step())?.bitmap_bits(name.as_bytes());
+        let bits = self.image(&step())?.bitmap_bits(&bytes_of(name));
         bits.map(Bitmap).map_err(|e| self.failed(step(), e))
     }
 

@@ -102,7 +102,7 @@ impl FileStorage {
     }
 
     /// Takes the file for a device, which has a length of its own. Errors: the system's, when asked for that.
-    pub(crate) fn as_device(mut self) -> io::Result<Self> {
+    pub(crate) fn into_device(mut self) -> io::Result<Self> {
         self.len = AtomicU64::new(sys::device_len(&self.file)?);
         (self.regular, self.space) = (false, Space::new(true));
         Ok(self)

@@ -60,6 +60,7 @@ mod file;
 mod layer;
 mod lock;
 mod memory;
+mod name;
 mod nbd;
 mod null;
 mod open;
@@ -79,6 +80,7 @@ pub use layer::{
 };
 pub use lock::{LockConflict, Locking, Permission};
 pub use memory::MemoryStorage;
+pub use name::{path_of, text_of_name};
 pub use nbd::{NbdAddress, NbdError, NbdStorage};
 pub use null::NullStorage;
 pub use open::{Create, OpenError, OpenErrorKind, OpenFile};

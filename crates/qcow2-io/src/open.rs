@@ -161,7 +161,7 @@ impl OpenFile {
         };
         let mut storage = FileStorage::with_direct(file, self.writable, direct).map_err(fail)?;
         if kind == FileKind::Character {
-            storage = storage.as_device().map_err(fail)?;
+            storage = storage.into_device().map_err(fail)?;
         }
         storage.keep(held);
         if self.locking != Locking::Off {

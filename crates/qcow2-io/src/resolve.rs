@@ -6,6 +6,7 @@
 
 use crate::file::FileStorage;
 use crate::lock::Locking;
+use crate::name::{path_of, text_of_name};
 use crate::open::{OpenError, OpenFile};
 use crate::probe::probe_format;
 use qcow2_core::{ImageFormat, Reference, ResolveError, ResolvedSource, Resolver, StorageError};
@@ -99,7 +100,13 @@ pub fn open_source(path: &Path, options: &SourceOptions) -> Result<ResolvedSourc
     inner.allow_devices = options.policy == Policy::Allow;
     let (image, policy) = (path.to_owned(), options.policy);
     let resolver = FileResolver { image, policy, file: inner, data_from_here: options.data_from_here };
-    Ok(ResolvedSource { storage, format, name: path.display().to_string(), id, resolver: Arc::new(resolver) })
+    Ok(ResolvedSource {
+        storage,
+        format,
+        name: text_of_name(path.as_os_str()),
+        id,
+        resolver: Arc::new(resolver),
+    })
 }
 
 /// Opens the file and determines its format. If the locking depends on a format that is still unknown, the
@@ -211,13 +218,13 @@ impl FileResolver {
             Reference::DataFile { .. } if self.data_from_here => None,
             _ => self.image.parent(),
         };
-        Ok(directory.unwrap_or(Path::new("")).join(name))
+        Ok(directory.unwrap_or(Path::new("")).join(path_of(name)))
     }
 
     /// Returns the name by which the image refers to the existing file at `file`, the inverse of
     /// [`locate`](Self::locate): its bare name in the image's directory, otherwise its absolute path. The
     /// image need not exist yet, but its directory must. A bare name with a colon would be taken for a
-    /// protocol, so it begins with `./`. Bytes that are not UTF-8 are replaced. Disk: reads directories.
+    /// protocol, so it begins with `./`. Disk: reads directories.
     /// Errors: the system's, if one of the two does not exist.
     pub fn name_for(&self, file: &Path) -> io::Result<String> {
         let file = file.canonicalize()?;
@@ -227,7 +234,7 @@ impl FileResolver {
             (Some(parent), Some(name)) if parent == folder => Path::new("./").join(name),
             _ => file,
         };
-        let text = name.to_string_lossy();
+        let text = text_of_name(name.as_os_str());
         Ok(text.strip_prefix("./").filter(|rest| !rest.contains(':')).unwrap_or(&text).to_owned())
     }
 
@@ -236,7 +243,7 @@ impl FileResolver {
     /// [`Policy::SameDirectory`] a symbolic link too.
     pub fn check(&self, reference: Reference<'_>) -> Result<(), ResolveError> {
         let path = self.locate(reference)?;
-        let name = path.to_string_lossy();
+        let name = text_of_name(path.as_os_str());
         let file = self.permit(&path, &name)?;
         if !file.follow_links && path.symlink_metadata().is_ok_and(|data| data.is_symlink()) {
             return Err(ResolveError::denied(format!("opening '{name}' is not allowed: it is a link")));

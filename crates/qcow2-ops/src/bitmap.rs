@@ -1,6 +1,7 @@
 //! Persistent bitmaps: create, change, merge, and copy between images.
 
 use crate::error::{Error, ErrorKind, Result};
+use qcow2_core::format::text::bytes_of;
 use qcow2_core::{ErrorKind as CoreErrorKind, Image};
 
 /// An operation on one bitmap.
@@ -34,7 +35,7 @@ pub enum BitmapAction {
 /// have bitmaps; `Metadata` otherwise, for example for an inconsistent bitmap. The engine's error is the
 /// source and names the bitmap.
 pub fn change_bitmap(image: &Image, name: &str, action: &BitmapAction, other: Option<&Image>) -> Result<()> {
-    let name = name.as_bytes();
+    let name = &*bytes_of(name);
     let done = match action {
         BitmapAction::Add { granularity } => image
             .add_bitmap(name, granularity_bits(granularity.unwrap_or_else(|| default_granularity(image)))?),
@@ -43,7 +44,7 @@ pub fn change_bitmap(image: &Image, name: &str, action: &BitmapAction, other: Op
         BitmapAction::Enable => image.enable_bitmap(name, true),
         BitmapAction::Disable => image.enable_bitmap(name, false),
         BitmapAction::Merge { source } => {
-            let bits = other.unwrap_or(image).bitmap_bits(source.as_bytes());
+            let bits = other.unwrap_or(image).bitmap_bits(&bytes_of(source));
             bits.and_then(|bits| image.merge_bitmap(name, &bits))
         }
     };

@@ -3,6 +3,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::NewStorage;
 use qcow2_core::format::snapshot::Snapshot;
+use qcow2_core::format::text::bytes_of;
 use qcow2_core::{CreateOptions, ErrorKind as CoreErrorKind, GuestDisk, Image, ImageFormat, NewSnapshot};
 
 /// Selects a snapshot.
@@ -22,7 +23,7 @@ pub enum SnapshotName {
 impl SnapshotName {
     /// Index of the first matching snapshot.
     pub fn position(&self, snapshots: &[Snapshot]) -> Option<usize> {
-        let is = |field: &[u8], text: &str| field == text.as_bytes();
+        let is = |field: &[u8], text: &str| *field == *bytes_of(text);
         match self {
             Self::Any(text) => {
                 let by_id = snapshots.iter().position(|s| is(&s.id, text));

@@ -3,7 +3,7 @@
 use crate::scalar::{OptionError, OptionErrorKind, read_switch};
 use crate::tree::Options;
 use qcow2_core::Event;
-use qcow2_io::{DebugAction, DebugCall, DebugRule, Injection, OsError};
+use qcow2_io::{DebugAction, DebugCall, DebugRule, Injection, OsError, path_of};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -88,8 +88,8 @@ pub(crate) fn rules(options: &Options) -> Result<Vec<DebugRule>, RuleError> {
     }
     let mut groups = Vec::new();
     if let Some(name) = options.text("config") {
-        let text =
-            std::fs::read_to_string(&name).map_err(|error| RuleError::Unreadable(OsError::new(error)))?;
+        let text = std::fs::read_to_string(path_of(&name))
+            .map_err(|error| RuleError::Unreadable(OsError::new(error)))?;
         groups = groups_of(&name, &text)?;
     }
     for kind in ["inject-error", "set-state"] {

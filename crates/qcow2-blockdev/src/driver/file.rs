@@ -1,5 +1,6 @@
 //! Files and devices.
 
+use qcow2_io::path_of;
 use std::fs;
 use std::io;
 
@@ -8,7 +9,7 @@ pub fn is_device(path: &str) -> bool {
     #[cfg(unix)]
     {
         use std::os::unix::fs::FileTypeExt;
-        let kind = fs::metadata(path).map(|metadata| metadata.file_type());
+        let kind = fs::metadata(path_of(path)).map(|metadata| metadata.file_type());
         kind.is_ok_and(|kind| kind.is_block_device() || kind.is_char_device())
     }
     #[cfg(not(unix))]
@@ -24,7 +25,7 @@ pub(crate) fn not_a_device(path: &str, writable: bool) -> Option<Option<io::Erro
     if is_device(path) {
         return None;
     }
-    match fs::metadata(path) {
+    match fs::metadata(path_of(path)) {
         Ok(data) if data.is_dir() && writable => Some(Some(io::Error::from_raw_os_error(IS_A_DIRECTORY))),
         Ok(_) => Some(None),
         Err(error) => Some(Some(error)),

@@ -2,7 +2,7 @@
 //! `nbd:host:port` and `nbd:unix:path`, and their options.
 
 use crate::tree::{Options, Scalar};
-use qcow2_io::NbdAddress;
+use qcow2_io::{NbdAddress, path_of, text_of_name};
 use std::fmt;
 
 /// Why a name or options lead to no server.
@@ -142,7 +142,7 @@ pub(crate) fn server(options: &Options) -> Result<(NbdAddress, String), AddressE
         return Err(AddressError::Encrypted);
     }
     if let Some(path) = path {
-        return Ok((NbdAddress::Unix(path.into()), export));
+        return Ok((NbdAddress::Unix(path_of(&path).into_owned()), export));
     }
     if let Some(host) = host {
         let port = options.text("port").unwrap_or_else(|| DEFAULT_PORT.to_owned());
@@ -154,7 +154,7 @@ pub(crate) fn server(options: &Options) -> Result<(NbdAddress, String), AddressE
     };
     let part = |key: &'static str| options.text(&format!("server.{key}")).ok_or(AddressError::Missing(key));
     let address = match &*kind {
-        "unix" => NbdAddress::Unix(part("path")?.into()),
+        "unix" => NbdAddress::Unix(path_of(&part("path")?).into_owned()),
         "inet" => NbdAddress::Tcp { host: part("host")?, port: part("port")? },
         _ => return Err(AddressError::UnknownType(kind)),
     };
@@ -165,8 +165,10 @@ pub(crate) fn server(options: &Options) -> Result<(NbdAddress, String), AddressE
 pub(crate) fn name(options: &Options) -> Option<String> {
     let (address, export) = server(options).ok()?;
     Some(match address {
-        NbdAddress::Unix(path) if export.is_empty() => format!("nbd+unix://?socket={}", path.display()),
-        NbdAddress::Unix(path) => format!("nbd+unix:///{export}?socket={}", path.display()),
+        NbdAddress::Unix(path) if export.is_empty() => {
+            format!("nbd+unix://?socket={}", text_of_name(path.as_os_str()))
+        }
+        NbdAddress::Unix(path) => format!("nbd+unix:///{export}?socket={}", text_of_name(path.as_os_str())),
         NbdAddress::Tcp { host, port } if export.is_empty() => format!("nbd://{host}:{port}"),
         NbdAddress::Tcp { host, port } => format!("nbd://{host}:{port}/{export}"),
         _ => return None,

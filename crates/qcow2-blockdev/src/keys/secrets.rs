@@ -3,8 +3,9 @@
 use crate::keyvalue::{KeyValueError, KeyValues};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use qcow2_core::format::text::bytes_of;
 use qcow2_crypt::{CryptError, Secret, wrap};
-use qcow2_io::OsError;
+use qcow2_io::{OsError, path_of};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
@@ -83,7 +84,7 @@ impl Secrets {
         let bytes = match (list.last("data"), list.last("file")) {
             (Some(_), Some(_)) => return Err(SecretError::DataAndFile),
             (None, None) => return Err(SecretError::NoData),
-            (Some(data), None) => Secret::new(data.as_bytes().to_vec()),
+            (Some(data), None) => Secret::new(bytes_of(data).into_owned()),
             (None, Some(path)) => read_file(path)?,
         };
         let secret = match list.last("keyid") {
@@ -128,7 +129,7 @@ impl Secrets {
 }
 
 fn read_file(path: &str) -> Result<Secret, SecretError> {
-    fs::read(path).map(Secret::new).map_err(|error| {
+    fs::read(path_of(path)).map(Secret::new).map_err(|error| {
         let (path, error) = (path.to_owned(), OsError::new(error));
         SecretError::Unreadable { path, error }
     })

@@ -18,10 +18,9 @@ use qcow2_core::{
     BackingName, CreateOptions, ImageFormat, NewEncryption, RawOptions, Refusal, Storage, create_container,
     create_raw, find_cause,
 };
-use qcow2_io::{Create, FileStorage, OpenFile, OpenFiles, OsError, SourceError};
+use qcow2_io::{Create, FileStorage, OpenFile, OpenFiles, OsError, SourceError, path_of};
 use qcow2_ops::{CallerError, NewStorage};
 use std::collections::VecDeque;
-use std::path::Path;
 use std::sync::Arc;
 
 /// What making an image takes besides its name and options.
@@ -286,7 +285,7 @@ struct Prepared<'a>(VecDeque<(&'a str, NewFile)>);
 
 impl<'a> Prepared<'a> {
     fn add(&mut self, path: &'a str, unfinished: &Unfinished) -> Made<()> {
-        let file = unfinished.prepare(Path::new(path)).map_err(|error| CreateFailureKind::NotWritable {
+        let file = unfinished.prepare(&path_of(path)).map_err(|error| CreateFailureKind::NotWritable {
             path: path.to_owned(),
             error: OsError::new(error),
         })?;
@@ -332,7 +331,7 @@ impl Files<'_> {
         if let Some(files) = &self.how.open_files {
             opening = opening.among(files);
         }
-        let storage = opening.open_file(Path::new(path)).map_err(|error| {
+        let storage = opening.open_file(&path_of(path)).map_err(|error| {
             let (path, error) = (path.to_owned(), Box::new(SourceError::Open(error)));
             match is_device(&path) {
                 true => CreateFailureKind::OutOfReach {

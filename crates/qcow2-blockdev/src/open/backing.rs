@@ -7,9 +7,8 @@ use super::options::OpenOptions;
 use crate::driver::is_known_driver;
 use crate::failure::OpenFailure;
 use crate::name::{ImageName, Naming};
-use qcow2_io::{HeldFile, OpenFiles};
+use qcow2_io::{HeldFile, OpenFiles, path_of};
 use qcow2_ops::{CallerError, Chain, NewBacking};
-use std::path::Path;
 
 /// The files below a new image, which are not written to until it is made.
 pub struct KeptBacking {
@@ -29,7 +28,7 @@ impl KeptBacking {
         let path = named.as_ref().ok().and_then(ImageName::path);
         let called = format!("the backing file '{name}'");
         // Nothing is written yet, so it is kept if it is there.
-        let held = path.map(|path| files.hold_path(Path::new(path), &called));
+        let held = path.map(|path| files.hold_path(&path_of(path), &called));
         let names = (new.to_owned(), name.to_owned());
         Self { names, _first: held.and_then(Result::ok).flatten(), _chain: None }
     }

@@ -18,9 +18,8 @@ use qcow2_core::{
 };
 use qcow2_io::{
     BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, OsError, SourceOptions,
-    open_source, probe_format,
+    open_source, path_of, probe_format,
 };
-use std::path::Path;
 use std::sync::Arc;
 
 /// Bytes, and what is known of them.
@@ -243,7 +242,7 @@ impl Opening<'_> {
         if let Some(format) = self.format {
             options = options.with_format(format.clone());
         }
-        let source = open_source(Path::new(path), &options)
+        let source = open_source(&path_of(path), &options)
             .map_err(|error| FailureKind::File { path: path.to_owned(), error: Box::new(error) })?;
         self.trail.check_new(source.id, &filename(node, "raw"))?;
         let mut bytes = Bytes::of(source.storage);

@@ -8,7 +8,7 @@ use crate::name::ImageName;
 use crate::tree::Backing;
 use qcow2_core::walk::read_header;
 use qcow2_core::{GuestDisk, ImageFormat, Layers, Reference, ResolvedSource};
-use qcow2_io::ThrottleStorage;
+use qcow2_io::{ThrottleStorage, path_of, text_of_name};
 use qcow2_ops::{CallerError, Chain, LayerRole, NextLayer, OpenChain};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -69,7 +69,7 @@ impl OpenChain for ChainFiles<'_> {
             Backing::Nothing | Backing::Empty => None,
             Backing::Given(options) => {
                 match ["file.filename", "filename"].iter().find_map(|key| options.text(key)) {
-                    Some(path) => Some(PathBuf::from(path)),
+                    Some(path) => Some(path_of(&path).into_owned()),
                     None => Some(by_name.unwrap_or_default()),
                 }
             }
@@ -125,8 +125,12 @@ impl From<&OpenedDisk> for Chain {
             .files
             .iter()
             .map(|layer| {
-                let path = Path::new(&layer.image).canonicalize().ok()?;
-                Some(format!("{} {}", if layer.raw { "raw" } else { "image" }, path.to_str()?))
+                let path = path_of(&layer.image).canonicalize().ok()?;
+                Some(format!(
+                    "{} {}",
+                    if layer.raw { "raw" } else { "image" },
+                    text_of_name(path.as_os_str())
+                ))
             })
             .collect();
         chain
@@ -152,12 +156,13 @@ fn backing_of(source: &ResolvedSource) -> qcow2_core::Result<Option<Recorded>> {
 
 /// `name` as an image at `image` means it.
 fn beside(image: &str, name: &str) -> PathBuf {
-    Path::new(image).parent().unwrap_or(Path::new("")).join(name.strip_prefix("file:").unwrap_or(name))
+    let name = name.strip_prefix("file:").unwrap_or(name);
+    path_of(image).parent().unwrap_or(Path::new("")).join(path_of(name))
 }
 
 /// Whether `base`, taken from where the image at `image` is, leads to the file at `path`.
 fn is_same(image: &str, base: &str, path: &Path) -> bool {
-    let named = Path::new(image).parent().unwrap_or(Path::new("")).join(base);
+    let named = path_of(image).parent().unwrap_or(Path::new("")).join(path_of(base));
     match (named.canonicalize(), path.canonicalize()) {
         (Ok(named), Ok(path)) => !base.is_empty() && named == path,
         _ => false,

@@ -13,7 +13,7 @@ use crate::keys::Secrets;
 use crate::name::{ImageName, Naming};
 use crate::tree::{Node, protocol_below};
 use qcow2_core::{ImageFormat, Reference, ResolveError, ResolvedSource, Resolver};
-use qcow2_io::FileResolver;
+use qcow2_io::{FileResolver, path_of, text_of_name};
 use std::sync::Arc;
 
 /// Resolves the names in one image as far as the policy allows: paths as `inner` does, other names of backing
@@ -146,7 +146,7 @@ pub(super) fn data_file(
 /// opens it as a name of its own. `depth`: how many layers stand on that image. Opens nothing.
 pub fn permit_backing(policy: &Policy, image: &str, name: &str, depth: usize) -> Result<(), Refusal> {
     let (owned, follow) = ((image.to_owned(), name.to_owned()), policy.follow);
-    let files = FileResolver::new(image, follow.files());
+    let files = FileResolver::new(path_of(image), follow.files());
     let allowed = match follow {
         Follow::All => true,
         _ => !is_more_than_a_path(name) && files.check(Reference::Backing { name, format: None }).is_ok(),
@@ -166,9 +166,9 @@ pub fn locate_backing(image: &str, name: &str) -> String {
     if has_protocol {
         return name.to_owned();
     }
-    FileResolver::new(image, qcow2_io::Policy::Allow)
+    FileResolver::new(path_of(image), qcow2_io::Policy::Allow)
         .locate(Reference::Backing { name, format: None })
-        .map_or_else(|_| name.to_owned(), |path| path.to_string_lossy().into_owned())
+        .map_or_else(|_| name.to_owned(), |path| text_of_name(path.as_os_str()))
 }
 
 /// The failure of a name that the policy does not allow.

@@ -1,5 +1,6 @@
 //! JSON in names, as QEMU reads it: texts may stand in single quotes too.
 
+use qcow2_core::format::text::{bytes_of, lone_byte, text_of};
 use serde_json::{Map, Number, Value};
 use std::collections::VecDeque;
 use std::fmt;
@@ -36,6 +37,8 @@ pub enum JsonError {
     NoCommaInList,
     /// A backslash with a character that means nothing there.
     UnknownEscape,
+    /// A text has bytes that belong to no character.
+    NotUtf8,
     /// What follows `\\u` in a text, which is no character.
     NotACharacter(String),
 }
@@ -57,6 +60,7 @@ impl fmt::Display for JsonError {
             Self::NoCommaInObject => f.write_str("a comma is missing between fields"),
             Self::NoCommaInList => f.write_str("a comma is missing between items"),
             Self::UnknownEscape => f.write_str("a backslash in a text is followed by the wrong character"),
+            Self::NotUtf8 => f.write_str("a text has bytes that belong to no character"),
             Self::NotACharacter(text) => write!(f, "\\u{text} in a text is not a character"),
         }
     }
@@ -144,8 +148,9 @@ fn next_token(rest: &mut &str) -> Result<Option<Token>, String> {
 fn text_len(text: &str, quote: char) -> Result<usize, String> {
     let mut escaped = false;
     for (at, c) in text.char_indices().skip(1) {
-        if c < ' ' {
-            return Err(text[..=at].to_owned());
+        // The two bytes with which no character of any UTF-8 begins are no part of a text at all.
+        if c < ' ' || lone_byte(c).is_some_and(|byte| byte >= 0xfe) {
+            return Err(text[..at + c.len_utf8()].to_owned());
         }
         match c {
             _ if escaped => escaped = false,
@@ -272,6 +277,9 @@ fn number(text: &str) -> Value {
 /// What a text in quotes says.
 fn unquoted(text: &str) -> Result<String, JsonError> {
     let inner = &text[1..text.len() - 1];
+    if std::str::from_utf8(&bytes_of(inner)).is_err() {
+        return Err(JsonError::NotUtf8);
+    }
     let (mut out, mut rest) = (String::with_capacity(inner.len()), inner.chars());
     while let Some(c) = rest.next() {
         if c != '\\' {
@@ -285,7 +293,12 @@ fn unquoted(text: &str) -> Result<String, JsonError> {
             Some('n') => '\n',
             Some('r') => '\r',
             Some('t') => '\t',
-            Some('u') => unicode(&mut rest)?,
+            Some('u') => {
+                // Whatever it is, it is a character, and stands for no byte of a name.
+                let c = unicode(&mut rest)?;
+                out.push_str(&text_of(c.encode_utf8(&mut [0; 4]).as_bytes()));
+                continue;
+            }
             _ => return Err(JsonError::UnknownEscape),
         });
     }

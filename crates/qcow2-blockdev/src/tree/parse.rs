@@ -122,6 +122,9 @@ fn backing(options: &mut Options) -> Result<Backing, FailureKind> {
         }
         _ => {
             let inner = options.take_group("backing");
+            let deepest =
+                inner.iter().map(|(key, _)| key.split('.').take_while(|part| *part == "backing").count());
+            deeper(deepest.max().unwrap_or(0))?;
             return Ok(if inner.is_empty() { Backing::AsNamed } else { Backing::Given(inner) });
         }
     };

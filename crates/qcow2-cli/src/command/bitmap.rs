@@ -10,6 +10,7 @@ use crate::persona;
 use crate::session::Session;
 use qcow2_blockdev::{ImageName, OpenOptions, OpenedDisk, open};
 use qcow2_core::format::Version;
+use qcow2_core::format::text::bytes_of;
 use qcow2_core::{ErrorKind, Image, Layers};
 use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
 
@@ -125,7 +126,7 @@ impl Request {
         if let BitmapAction::Merge { .. } = action {
             // The target is looked for first.
             let bitmaps = image.bitmaps().map_err(|error| self.refused(action, &error))?;
-            if !bitmaps.iter().any(|bitmap| bitmap.name == self.bitmap.as_bytes()) {
+            if !bitmaps.iter().any(|bitmap| bitmap.name_text() == self.bitmap) {
                 return Err(missing(&self.bitmap));
             }
         }
@@ -156,7 +157,7 @@ impl Request {
                     "Can't make bitmap '{name}' persistent in '{NODE}': Cannot store dirty bitmaps in qcow2 v2 files"
                 )
             }
-            Some(_) if name.len() > MAX_NAME => {
+            Some(_) if bytes_of(name).len() > MAX_NAME => {
                 format!(
                     "Can't make bitmap '{name}' persistent in '{NODE}': Name length exceeds maximum (1023 characters)"
                 )

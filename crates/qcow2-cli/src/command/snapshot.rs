@@ -10,10 +10,10 @@ use crate::persona;
 use crate::render::info::snapshot_table;
 use crate::session::Session;
 use qcow2_blockdev::{CreateHow, ImageName, NewImageFile, NewTarget, Sharing, open};
+use qcow2_core::format::text::bytes_of;
 use qcow2_core::{BackingName, ErrorKind, Image, ImageFormat, NewSnapshot};
-use qcow2_io::{FileResolver, Policy};
+use qcow2_io::{FileResolver, Policy, path_of};
 use qcow2_ops::snapshot::{self, SnapshotName};
-use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Runs the verb.
@@ -181,10 +181,10 @@ fn external(name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure
     let (Some(old), NewTarget::File(path)) = (name.path(), &target) else {
         return Err(about(Failure::new("both images must be files")));
     };
-    if Path::new(path).exists() {
+    if path_of(path).exists() {
         return Err(about(Failure::new("the file exists already")));
     }
-    let backing = FileResolver::new(path, Policy::Deny).name_for(Path::new(old));
+    let backing = FileResolver::new(path_of(path), Policy::Deny).name_for(&path_of(old));
     let backing =
         backing.map_err(|error| about(Failure::new(format!("cannot say where '{old}' is: {error}"))))?;
     let interrupts = Interrupts::install();
@@ -203,7 +203,7 @@ fn external(name: &ImageName, args: &ImageArgs, new: &str) -> Result<(), Failure
 fn new_snapshot(name: &str) -> NewSnapshot {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut new = NewSnapshot::default();
-    new.name = name.as_bytes()[..name.len().min(MAX_NAME)].to_vec();
+    new.name = bytes_of(name).iter().take(MAX_NAME).copied().collect();
     new.date_seconds = now.as_secs() as u32;
     new.date_nanoseconds = now.subsec_micros() * 1000;
     new.icount = Some(0);

@@ -7,7 +7,7 @@ use crate::failure::Failure;
 use qcow2_blockdev::FailureKind;
 use qcow2_core::format::{FormatError, FormatErrorKind as Kind, Table};
 use qcow2_core::{Error, ErrorKind, Preallocation, ResolveError, UnlockError, find_cause};
-use qcow2_io::{OpenError, OpenErrorKind, SourceError};
+use qcow2_io::{OpenError, OpenErrorKind, SourceError, text_of_name};
 
 /// Why the file at `path` could not be opened, and a hint that follows on a line of its own.
 pub(crate) fn source_reason(error: &SourceError, path: &str) -> (String, Option<String>) {
@@ -35,7 +35,7 @@ pub(super) fn engine_reason(error: &Error) -> (String, Vec<String>) {
             return (capitalized(&reason), hints);
         }
         return match find_cause::<OpenError>(below) {
-            Some(open) => with_hint(open_reason(open, &open.path().to_string_lossy())),
+            Some(open) => with_hint(open_reason(open, &text_of_name(open.path().as_os_str()))),
             None => (capitalized(&below.to_string()), Vec::new()),
         };
     }
@@ -81,9 +81,13 @@ fn open_reason(error: &OpenError, path: &str) -> (String, Option<String>) {
             let reason = format!("Failed to get {shared}\"{}\" lock", conflict.permission().name());
             (reason, Some(format!("Is another process using the image [{path}]?")))
         }
-        None if error.kind() == OpenErrorKind::NotRegular => {
-            (format!("'file' driver requires '{}' to be a regular file", error.path().display()), None)
-        }
+        None if error.kind() == OpenErrorKind::NotRegular => (
+            format!(
+                "'file' driver requires '{}' to be a regular file",
+                text_of_name(error.path().as_os_str())
+            ),
+            None,
+        ),
         None => (error.reason(), None),
     }
 }
@@ -110,7 +114,8 @@ pub(super) fn unopened(kind: &FailureKind) -> Option<(String, String)> {
             let below = find_cause::<ResolveError>(error)?;
             match find_cause::<FailureKind>(below) {
                 Some(kind) => unopened(kind),
-                None => find_cause::<OpenError>(below).and_then(|e| of_error(e, &e.path().to_string_lossy())),
+                None => find_cause::<OpenError>(below)
+                    .and_then(|e| of_error(e, &text_of_name(e.path().as_os_str()))),
             }
         }
         _ => None,

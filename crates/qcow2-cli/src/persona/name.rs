@@ -72,6 +72,7 @@ fn parse_error(error: &JsonError) -> String {
         JsonError::DuplicateKey => "duplicate key",
         JsonError::NoCommaInObject => "expected separator in dict",
         JsonError::NoCommaInList => "expected separator in list",
+        JsonError::NotUtf8 => "invalid UTF-8 sequence in string",
         JsonError::UnknownEscape => "invalid escape sequence in string",
         JsonError::Stray(text) => return format!("stray '{text}'"),
         JsonError::UnknownWord(word) => return format!("invalid keyword '{word}'"),

@@ -5,6 +5,7 @@ use qcow2_blockdev::NodeFacts;
 use qcow2_core::format::bitmap::Bitmap;
 use qcow2_core::format::crypt::{LuksHeader, LuksSlot};
 use qcow2_core::format::snapshot::Snapshot;
+use qcow2_core::format::text::bytes_of;
 use qcow2_core::format::{CompressionType, Version};
 use qcow2_ops::info::{Encryption, InfoReport, Qcow2Info};
 use qcow2_ops::vet::NamedFile;
@@ -205,7 +206,7 @@ fn bitmap_json(bitmap: &Bitmap) -> Value {
     let flags: Vec<&str> = flags.iter().filter(|(set, _)| *set).map(|(_, name)| *name).collect();
     Fields::default()
         .put("flags", flags)
-        .put("name", String::from_utf8_lossy(&bitmap.name))
+        .put("name", bitmap.name_text())
         .put("granularity", 1u64.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0))
         .into_value()
 }
@@ -287,7 +288,7 @@ fn size_and_bytes(bytes: u64) -> String {
 
 /// `text` and spaces up to `width` bytes, which is how C counts.
 fn padded(text: &str, width: usize) -> String {
-    format!("{text}{}", " ".repeat(width.saturating_sub(text.len())))
+    format!("{text}{}", " ".repeat(width.saturating_sub(bytes_of(text).len())))
 }
 
 fn vm_clock(nanoseconds: u64) -> String {

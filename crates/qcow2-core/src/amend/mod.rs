@@ -14,6 +14,7 @@ use ::alloc::string::String;
 use core::ops::ControlFlow;
 use qcow2_format::Version;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures};
+use qcow2_format::text::bytes_of;
 
 /// Called with the number of finished steps and the total; returns whether to go on. After a stop the image
 /// is unchanged, or partly changed with the same guest data.
@@ -61,7 +62,7 @@ impl Image {
             if !header.has_data_file() {
                 return Err(Error::new(ErrorKind::Unsupported, "image has no external data file"));
             }
-            header.extensions.data_file = Some(name.clone().into_bytes()).filter(|name| !name.is_empty());
+            header.extensions.data_file = Some(bytes_of(name).into_owned()).filter(|name| !name.is_empty());
         }
         if change.forget_raw_data_file {
             header.features.autoclear =

@@ -123,5 +123,5 @@ pub(super) fn inconsistent(name: &[u8]) -> Error {
 
 /// A name as text.
 pub(super) fn text(name: &[u8]) -> String {
-    String::from_utf8_lossy(name).into_owned()
+    qcow2_format::text::text_of(name)
 }

@@ -3,6 +3,7 @@
 use super::stream::Stream;
 use super::wire::{long, nonsense, word};
 use crate::error::OsError;
+use qcow2_core::format::text::bytes_of;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
@@ -248,7 +249,7 @@ fn refusal(kind: u32, payload: &[u8]) -> NbdError {
 /// A 32-bit length followed by the bytes of a name.
 fn name(text: &str) -> Vec<u8> {
     let mut bytes = (text.len() as u32).to_be_bytes().to_vec();
-    bytes.extend(text.as_bytes());
+    bytes.extend(&*bytes_of(text));
     bytes
 }
 

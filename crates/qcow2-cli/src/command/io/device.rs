@@ -35,7 +35,7 @@ impl Opener for Files {
 
     fn read_file(&self, name: &str, limit: u64) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
-        File::open(name)?.take(limit).read_to_end(&mut bytes)?;
+        File::open(qcow2_io::path_of(name))?.take(limit).read_to_end(&mut bytes)?;
         Ok(bytes)
     }
 }

@@ -13,6 +13,7 @@ use crate::failure::Failure;
 use crate::session::Session;
 use console::Streams;
 use device::Files;
+use qcow2_core::format::text::text_of;
 use qcow2_exerciser::{Console, Exerciser, Flow, OpenRequest, Ports, RequestError};
 use qcow2_io::CacheMode;
 use std::io::BufRead;
@@ -121,11 +122,11 @@ fn exercise(session: &Session, mut request: Request, path: Option<String>) -> Re
 /// Runs the lines of standard input, each after a prompt.
 fn interactive(session: &Session, console: &Streams<'_>, exerciser: &mut Exerciser<'_>) {
     let prompt = format!("{}> ", session.program());
-    let mut lines = std::io::stdin().lock().lines();
+    let mut lines = std::io::stdin().lock().split(b'\n');
     loop {
         console.out(&prompt);
         match lines.next() {
-            Some(Ok(line)) if goes_on(exerciser.execute(&line)) => {}
+            Some(Ok(line)) if goes_on(exerciser.execute(text_of(&line).trim_end_matches('\r'))) => {}
             _ => break,
         }
     }
