@@ -1,6 +1,6 @@
 //! JSON in names, as QEMU reads it: texts may stand in single quotes too.
 
-use qcow2_core::format::text::{lone_byte, text_of};
+use qcow2_core::format::text::{bytes_of, lone_byte, text_of};
 use serde_json::{Map, Number, Value};
 use std::collections::VecDeque;
 use std::fmt;
@@ -277,11 +277,11 @@ fn number(text: &str) -> Value {
 /// What a text in quotes says.
 fn unquoted(text: &str) -> Result<String, JsonError> {
     let inner = &text[1..text.len() - 1];
+    if std::str::from_utf8(&bytes_of(inner)).is_err() {
+        return Err(JsonError::NotUtf8);
+    }
     let (mut out, mut rest) = (String::with_capacity(inner.len()), inner.chars());
     while let Some(c) = rest.next() {
-        if lone_byte(c).is_some() {
-            return Err(JsonError::NotUtf8);
-        }
         if c != '\\' {
             out.push(c);
             continue;
