@@ -65,6 +65,7 @@ mod null;
 mod open;
 mod open_files;
 mod probe;
+mod reach;
 mod resolve;
 mod space;
 mod sys;
