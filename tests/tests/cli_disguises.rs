@@ -117,8 +117,8 @@ impl World {
     }
 }
 
-/// What a refusal says: the guard's sentences, the locks', those of `create`, and that a protocol makes no new
-/// images.
+/// What a refusal says: the guard's sentences, the locks', that of `create`, and that a protocol makes no
+/// new images.
 const REASONS: [&str; 6] = [
     "same filename as the backing file",
     "is being read and cannot be written to",

@@ -88,8 +88,8 @@ fn check(name: &str) {
     assert!(wrong.is_empty(), "{} of {} jobs:\n\n{}", wrong.len(), jobs.len(), wrong.join("\n"));
 }
 
-/// Programs show the progress of a copy by looking for `(12.34/100%)` between carriage returns, and vdsm fails
-/// if anything else is there.
+/// Programs show the progress of a copy by looking for `(12.34/100%)` between carriage returns, and vdsm
+/// fails if anything else is there.
 #[test]
 fn progress_is_what_programs_look_for() {
     let root = tempfile::tempdir().unwrap();

@@ -6,7 +6,7 @@
 //! ones by what it reaches, not by name: the bytes of a file or block device.
 
 use crate::open::{FileKind, file_kind};
-use crate::reach::Reach;
+use crate::reach::{Reach, is_overlay, is_overlay_at};
 use std::fmt;
 use std::fs::{File, Metadata};
 use std::path::Path;
@@ -181,33 +181,3 @@ fn stream_reach(stream: impl std::os::fd::AsFd) -> Option<Reach> {
     let file = File::from(stream.as_fd().try_clone_to_owned().ok()?);
     image_reach(&file.metadata().ok()?, is_overlay(&file))
 }
-
-/// True for a file in an overlay file system.
-fn is_overlay(file: &File) -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type == OVERLAY)
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = file;
-        false
-    }
-}
-
-/// The same for a file that is not open.
-pub(crate) fn is_overlay_at(path: &Path) -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        rustix::fs::statfs(path).is_ok_and(|system| system.f_type == OVERLAY)
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = path;
-        false
-    }
-}
-
-/// The magic number of overlay file systems.
-#[cfg(target_os = "linux")]
-const OVERLAY: rustix::fs::FsWord = 0x794c_7630;

@@ -1,14 +1,14 @@
-//! Which bytes of which file an opening reaches, so that two openings that reach the same bytes are found under
-//! any name.
+//! Which bytes of which file an opening reaches, so that two openings that reach the same bytes are found
+//! under any name.
 //!
 //! A loop device reaches a range of its backing file, a partition a range of its disk. A file of an overlay
 //! file system that has not been copied up is the file of a layer: it has another device number, but shows
 //! that file's inode number, length and times.
 
-use crate::open::{FileKind, file_kind};
 use qcow2_core::SourceId;
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
 use std::ops::Range;
+use std::path::Path;
 
 /// What one opening reaches.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,8 +51,8 @@ impl Reach {
     }
 }
 
-/// Identifies a file, for comparing two openings; a loop device of a whole file as that file. `None` where the
-/// system does not tell.
+/// Identifies a file, for comparing two openings; a loop device of a whole file as that file. `None` where
+/// the system does not tell.
 pub(crate) fn source_id(metadata: &Metadata) -> Option<SourceId> {
     #[cfg(unix)]
     {
@@ -71,22 +71,51 @@ pub(crate) fn source_id(metadata: &Metadata) -> Option<SourceId> {
 /// content.
 #[cfg(unix)]
 fn own_id(metadata: &Metadata) -> SourceId {
-    use std::os::unix::fs::MetadataExt;
-    match file_kind(metadata) {
-        FileKind::BlockDevice => SourceId { device: u64::MAX, file: metadata.rdev() },
-        FileKind::Regular | FileKind::Other => SourceId { device: metadata.dev(), file: metadata.ino() },
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    match metadata.file_type().is_block_device() {
+        true => SourceId { device: u64::MAX, file: metadata.rdev() },
+        false => SourceId { device: metadata.dev(), file: metadata.ino() },
     }
 }
 
+/// True for a file in an overlay file system.
+pub(crate) fn is_overlay(file: &File) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type == OVERLAY)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = file;
+        false
+    }
+}
+
+/// The same for a file that is not open.
+pub(crate) fn is_overlay_at(path: &Path) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        rustix::fs::statfs(path).is_ok_and(|system| system.f_type == OVERLAY)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = path;
+        false
+    }
+}
+
+/// The magic number of overlay file systems.
+#[cfg(target_os = "linux")]
+const OVERLAY: rustix::fs::FsWord = 0x794c_7630;
+
 #[cfg(target_os = "linux")]
 mod linux {
-    use super::{FileKind, Metadata, Range, Reach, SourceId, file_kind, own_id};
-    use crate::open_files::is_overlay_at;
+    use super::{Metadata, Path, Range, Reach, SourceId, is_overlay_at, own_id};
     use std::ffi::OsStr;
     use std::fs;
     use std::os::unix::ffi::OsStrExt;
-    use std::os::unix::fs::MetadataExt;
-    use std::path::{Path, PathBuf};
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    use std::path::PathBuf;
 
     /// What a file of an overlay and the file of the layer that it shows have in common.
     #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,7 +152,7 @@ mod linux {
     pub(super) fn reach(metadata: &Metadata, is_overlay: bool) -> Option<Reach> {
         let mut bytes = 0..u64::MAX;
         let (mut id, mut inode) = (own_id(metadata), Inode::of(metadata, is_overlay));
-        let mut device = (file_kind(metadata) == FileKind::BlockDevice).then(|| metadata.rdev());
+        let mut device = metadata.file_type().is_block_device().then(|| metadata.rdev());
         for _ in 0..MAX_STACK {
             let Some(below) = device.and_then(below) else { return Some(Reach { id, bytes, inode }) };
             bytes = within(&bytes, &below.bytes);
@@ -164,7 +193,7 @@ mod linux {
         Some(Below {
             id: own_id(&data),
             bytes: start..len.map_or(u64::MAX, |len| start.saturating_add(len)),
-            device: (file_kind(&data) == FileKind::BlockDevice).then(|| data.rdev()),
+            device: data.file_type().is_block_device().then(|| data.rdev()),
             inode: Some(Inode::of(&data, is_overlay_at(name))),
         })
     }
