@@ -76,6 +76,10 @@ v vol-create-as $pool a.qcow2 1G --format qcow2
 v vol-create-as $pool b.raw 10M --format raw
 v vol-create-as $pool over.qcow2 1G --format qcow2 --backing-vol a.qcow2 --backing-vol-format qcow2
 v vol-create-as $pool pre.qcow2 10M --format qcow2 --prealloc-metadata
+v vol-create $pool /dev/stdin <<END
+<volume><name>lazy.qcow2</name><capacity unit='MiB'>64</capacity><target><format type='qcow2'/><compat>1.1</compat>
+<clusterSize unit='KiB'>128</clusterSize><features><lazy_refcounts/><extended_l2/></features></target></volume>
+END
 v vol-clone a.qcow2 clone.qcow2 --pool $pool
 v vol-resize a.qcow2 2G --pool $pool
 v vol-resize clone.qcow2 1G --delta --pool $pool
@@ -101,9 +105,17 @@ END
 "$reference" compare -q -f raw -F raw "$work/disk" "$work/pool/flat.raw"
 v vol-resize flat.raw 4M --pool $pool
 v vol-resize clone.qcow2 1G --shrink --pool $pool
+v vol-create-from $pool /dev/stdin --vol flat.qcow2 --inputpool $pool <<END
+<volume><name>new.qcow2</name><capacity>3000320</capacity><target><format type='qcow2'/><compat>1.1</compat>
+<features><lazy_refcounts/></features></target></volume>
+END
+"$reference" compare -q -f qcow2 -F qcow2 "$work/pool/flat.qcow2" "$work/pool/new.qcow2"
+v vol-download new.qcow2 "$work/back.qcow2" --pool $pool
+cmp "$work/pool/new.qcow2" "$work/back.qcow2"
 v vol-wipe copy.raw --pool $pool
+v vol-wipe new.qcow2 --pool $pool --algorithm zero
 for volume in b.raw copy.raw old.qcow2 flat.raw; do v vol-delete $volume --pool $pool; done
-for image in a over pre clone up up2 flat; do "$reference" check -q "$work/pool/$image.qcow2"; done
+for image in a over pre lazy clone up up2 flat; do "$reference" check -q "$work/pool/$image.qcow2"; done
 [ $# -lt 2 ] || snapshots "$2"
 grep -q '^0 create .*over.qcow2' "$work/calls"
 grep -q '^0 convert .*clone.qcow2' "$work/calls"

@@ -10,7 +10,10 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Both programs, and the start folder of each run.
 pub struct SideBySide {
@@ -41,7 +44,9 @@ impl SideBySide {
         fs::create_dir(&bin).expect("a new folder for the program");
         fs::create_dir(&start).expect("a new folder to start from");
         #[cfg(unix)]
-        std::os::unix::fs::symlink(ours, bin.join("qemu-img")).expect("a link to the program");
+        for name in ["qemu-img", "qemu-io"] {
+            std::os::unix::fs::symlink(ours, bin.join(name)).expect("a link to the program");
+        }
         make(&reference, &start);
         let copies = Copies::new(start, root.to_owned());
         Some(Self { reference, ours: Tool::at(bin.join("qemu-img")), root: root.to_owned(), copies })
@@ -86,6 +91,43 @@ impl SideBySide {
         Comparison { line: line.to_owned(), reference, ours, differences }
     }
 
+    /// Runs `lines` one after the other in one copy of the folder for each program, and compares every exit
+    /// code and output, and all files at the end. A line that begins with `qemu-io` runs that; one with
+    /// `qemu-nbd` starts the reference's server on the socket `nbd.sock`, until the end of the job.
+    pub fn run_job(&self, lines: &[&str]) -> Comparison {
+        let copies = [self.copies.take(), self.copies.take()];
+        let folders = copies.each_ref().map(FolderCopy::path);
+        let (mut differences, mut servers, mut last) = (String::new(), Vec::new(), None);
+        for (at, line) in lines.iter().enumerate() {
+            let args = words(line);
+            let (tool, args) = match args.split_first() {
+                Some((name, rest)) if name == "qemu-nbd" => {
+                    servers.extend(folders.map(|folder| Server::start(folder, rest)));
+                    continue;
+                }
+                Some((name, rest)) if name == "qemu-io" => (name.as_str(), rest),
+                _ => ("qemu-img", &args[..]),
+            };
+            let [theirs, own] =
+                [&self.reference, &self.ours].map(|img| Tool::at(img.path().with_file_name(tool)));
+            let (mut reference, mut ours) = (theirs.run_in(folders[0], args), own.run_in(folders[1], args));
+            // Later commands see files that the earlier ones have changed.
+            for run in [&mut reference, &mut ours].into_iter().filter(|_| at > 0) {
+                run.stdout = run.stdout.split_inclusive('\n').map(without_own).collect();
+            }
+            let wrong = said_differently(&reference, &ours, &own, &theirs);
+            if !wrong.is_empty() {
+                let _ = writeln!(differences, "{line}\n{wrong}");
+            }
+            last = Some((reference, ours));
+        }
+        drop(servers);
+        self.compare_files(&copies, &mut differences);
+        copies.into_iter().for_each(|copy| self.copies.give_back(copy));
+        let (reference, ours) = last.expect("a command in every job");
+        Comparison { line: lines.join("\n"), reference, ours, differences }
+    }
+
     fn compare_files(&self, [reference, ours]: &[FolderCopy; 2], differences: &mut String) {
         let names: BTreeSet<String> = reference.changed().into_iter().chain(ours.changed()).collect();
         for name in names {
@@ -107,6 +149,10 @@ impl SideBySide {
 
     /// Images with different bytes must at least have the same guest content.
     fn compare_images(&self, theirs: &Path, own: &Path, differences: &mut String) {
+        // Two encryptions of one disk differ, and only a caller that has the key can compare them.
+        if self.is_encrypted(theirs) && self.is_encrypted(own) {
+            return;
+        }
         let args = ["compare".as_ref(), theirs.as_os_str(), own.as_os_str()];
         let compared = self.reference.run_in(&self.root, &args);
         if compared.code != Some(0) {
@@ -122,6 +168,36 @@ impl SideBySide {
         if theirs != own {
             let _ = writeln!(differences, "bitmaps: {theirs:?}\n-- ours: {own:?}");
         }
+    }
+
+    fn is_encrypted(&self, image: &Path) -> bool {
+        let args = ["info".as_ref(), "--output=json".as_ref(), image.as_os_str()];
+        self.reference.run_in(&self.root, &args).stdout.contains("\"encrypted\": true")
+    }
+}
+
+/// A server that is stopped when dropped.
+struct Server(Child);
+
+impl Server {
+    /// Serves what `args` name on the socket `nbd.sock` in `folder`, and waits until it listens.
+    fn start(folder: &Path, args: &[String]) -> Self {
+        let mut command = Command::new("qemu-nbd");
+        command.current_dir(folder).args(["-t", "-k"]).arg(folder.join("nbd.sock")).args(args);
+        let server = Self(command.stdin(Stdio::null()).spawn().expect("qemu-nbd beside qemu-img"));
+        let started = Instant::now();
+        while !folder.join("nbd.sock").exists() {
+            assert!(started.elapsed() < Duration::from_secs(20), "qemu-nbd does not listen");
+            thread::sleep(Duration::from_millis(20));
+        }
+        server
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -198,10 +274,55 @@ fn said_differently(reference: &Outcome, ours: &Outcome, our_tool: &Tool, their_
     differences
 }
 
-/// Removes what differs from run to run: progress, the numbers of nodes, durations.
+/// Removes what differs from run to run: progress, the numbers of nodes, durations and rates.
 pub(crate) fn without_varying(text: &str) -> String {
-    without_numbers(&without_numbers(&without_progress(text), NODE), DURATION)
+    let text = without_numbers(&without_numbers(&without_progress(text), NODE), DURATION);
+    match text.contains(RATE) {
+        true => text.split_inclusive('\n').map(without_rate).collect(),
+        false => text,
+    }
 }
+
+/// The line without the time and the rates that the exerciser prints after the number of requests.
+fn without_rate(line: &str) -> &str {
+    match line.split_once(RATE) {
+        Some((before, rest)) if rest.trim_end().ends_with(" ops/sec)") => before,
+        _ => line,
+    }
+}
+
+/// The line without numbers that two equal images need not have in common: how long the file is and how much
+/// of the disk it takes, dates, random numbers.
+fn without_own(line: &str) -> String {
+    let (begin, indent) = (line.trim_start(), line.len() - line.trim_start().len());
+    let is_length = begin.starts_with("\"virtual-size\": ") && indent > 8;
+    if is_length || OWN.iter().any(|name| begin.starts_with(name)) {
+        let (name, value) = line.split_once(": ").unwrap_or_default();
+        return format!("{name}: 0{}", &value[value.trim_end_matches([',', '\n']).len()..]);
+    }
+    let shape = |word: &str, mark: char| {
+        word.split(mark).count() == 3 && word.chars().all(|c| c == mark || c.is_ascii_digit())
+    };
+    let plain = |word: &str| match shape(word.trim_end(), '-') || shape(word.trim_end(), ':') {
+        true => word.replace(|c: char| c.is_ascii_digit(), "0"),
+        false => word.to_owned(),
+    };
+    line.split_inclusive(' ').map(plain).collect()
+}
+
+/// How lines begin that show something of which every image has its own.
+const OWN: [&str; 10] = [
+    "disk size: ",
+    "file length: ",
+    "Image end offset: ",
+    "\"actual-size\": ",
+    "\"date-nsec\": ",
+    "\"date-sec\": ",
+    "\"image-end-offset\": ",
+    "\"iters\": ",
+    "\"master-key-iters\": ",
+    "\"uuid\": ",
+];
 
 /// Removes ` (12.34/100%)` and carriage returns: how often progress is printed depends on timing.
 fn without_progress(text: &str) -> String {
@@ -227,6 +348,8 @@ fn without_numbers(text: &str, words: &str) -> String {
 
 /// Prefix of the generated number of an unnamed node.
 const NODE: &str = "#block";
+/// Text between the number of requests and the time they took.
+const RATE: &str = " ops; ";
 /// Text before the duration that `bench` prints.
 const DURATION: &str = "Run completed in ";
 
@@ -275,6 +398,29 @@ mod tests {
             without_numbers("Run completed in 0.001 seconds.", DURATION),
             "Run completed in  seconds."
         );
+    }
+
+    #[test]
+    fn what_every_image_has_of_its_own_is_removed() {
+        for (line, expected) in [
+            ("    \"actual-size\": 12,\n", "    \"actual-size\": 0,\n"),
+            ("    \"uuid\": \"a-b\"\n", "    \"uuid\": 0\n"),
+            ("disk size: 12 KiB\n", "disk size: 0\n"),
+            ("    \"virtual-size\": 4,\n", "    \"virtual-size\": 4,\n"),
+            ("                \"virtual-size\": 4,\n", "                \"virtual-size\": 0,\n"),
+            (
+                "1 sn 0 B 2026-11-28 06:00:59 00:00:00.000 0\n",
+                "1 sn 0 B 0000-00-00 00:00:00 00:00:00.000 0\n",
+            ),
+        ] {
+            assert_eq!(without_own(line), expected);
+        }
+    }
+
+    #[test]
+    fn rates_are_removed() {
+        assert_eq!(without_rate("64 KiB, 1 ops; 00.03 sec (1.6 MiB/sec and 25.6 ops/sec)\n"), "64 KiB, 1");
+        assert_eq!(without_rate("a ops; b\n"), "a ops; b\n");
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! content.
 //!
 //! `cli/lines.txt` and `cli/names.txt` contain the command lines, `cli/different.txt` those with intended
-//! differences and the reason. `QCOW2_LINES=resize` runs the lines that start with that word.
+//! differences and the reason. `QCOW2_LINES=resize` runs the lines that start with that word. What other
+//! programs run is in `cli_programs.rs`.
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 

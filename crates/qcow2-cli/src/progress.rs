@@ -166,6 +166,8 @@ impl Progress for Meter {
         let due = share > shown + self.step || (share == ALL && shown < ALL);
         let first =
             |()| self.shown.compare_exchange(shown, share, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        // Whoever is first also prints first: a share never follows a larger one.
+        let _turn = (due && matches!(self.shape, Shape::Percent)).then(|| io::stdout().lock());
         if due && first(()) {
             self.show(share);
         }

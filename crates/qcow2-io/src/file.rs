@@ -10,7 +10,8 @@ use crate::dirty::Dirty;
 use crate::error::{Call, MAX_LEN};
 use crate::lock::unlock_image;
 use crate::open::{FileKind, file_kind};
-use crate::open_files::{HeldFile, source_id};
+use crate::open_files::HeldFile;
+use crate::reach::source_id;
 use crate::space::Space;
 use crate::sys::{self, Run};
 use qcow2_core::{

@@ -66,6 +66,7 @@ mod null;
 mod open;
 mod open_files;
 mod probe;
+mod reach;
 mod resolve;
 mod space;
 mod sys;

@@ -154,7 +154,7 @@ impl OpenFile {
         // Lock and register before anything changes the content: this opening may be the one that truncates
         // it.
         lock(&file, path, self)?;
-        let held = self.register(&data, path)?;
+        let held = self.register(&file, &data, path)?;
         let direct = match self.cache.is_direct() {
             true => Some(DirectIo::new(sys::direct_alignment(&file).map_err(fail)?)),
             false => None,
@@ -194,13 +194,14 @@ impl OpenFile {
         lock(storage.file(), path, self)?;
         storage.note_locked();
         let data = storage.file().metadata().map_err(|error| OpenError::system(path, error))?;
-        storage.keep(self.register(&data, path)?);
+        let held = self.register(storage.file(), &data, path)?;
+        storage.keep(held);
         Ok(())
     }
 
-    fn register(&self, data: &Metadata, path: &Path) -> Result<Option<HeldFile>, OpenError> {
+    fn register(&self, file: &File, data: &Metadata, path: &Path) -> Result<Option<HeldFile>, OpenError> {
         let Some(open_files) = &self.open_files else { return Ok(None) };
-        open_files.register(data, self.writable, path).map_err(|same| OpenError {
+        open_files.register(file, data, self.writable, path).map_err(|same| OpenError {
             cause: Some(Cause::SameFile(same)),
             ..OpenError::new(OpenErrorKind::SameFile, path)
         })

@@ -3,14 +3,12 @@
 //! Image locks do not ensure this: they are not taken with forced sharing, with locking off, or on file
 //! systems without locks, and a raw disk is shared with its writers. A program that opens several files for
 //! one job therefore opens them through the same [`OpenFiles`]. Each opening is compared with the earlier
-//! ones by what was opened, not by name: device and inode, or block device.
+//! ones by what it reaches, not by name: the bytes of a file or block device.
 
 use crate::open::{FileKind, file_kind};
-use qcow2_core::SourceId;
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
+use crate::reach::{Reach, is_overlay, is_overlay_at};
 use std::fmt;
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -39,17 +37,17 @@ pub struct OpenFiles {
 
 #[derive(Debug, Default)]
 struct Shared {
-    open: Mutex<BTreeMap<SourceId, Openings>>,
+    open: Mutex<Vec<Opening>>,
     /// The file standard output is redirected to, if any.
-    output: Option<SourceId>,
+    output: Option<Reach>,
 }
 
-/// The openings of one file.
 #[derive(Debug)]
-struct Openings {
-    count: u32,
+struct Opening {
+    number: u64,
+    reach: Reach,
     writable: bool,
-    /// Name of the first opening, for messages.
+    /// For messages.
     name: String,
 }
 
@@ -64,7 +62,7 @@ impl OpenFiles {
     /// terminal.
     pub fn with_output() -> Self {
         #[cfg(unix)]
-        let output = stream_metadata(std::io::stdout()).as_ref().and_then(image_id);
+        let output = stream_reach(std::io::stdout());
         #[cfg(not(unix))]
         let output = None;
         Self { shared: Arc::new(Shared { output, ..Shared::default() }) }
@@ -75,8 +73,7 @@ impl OpenFiles {
     pub fn hold_input(&self) -> Result<Option<HeldFile>, SameFile> {
         #[cfg(unix)]
         {
-            let id = stream_metadata(std::io::stdin()).as_ref().and_then(image_id);
-            self.hold(id, false, || "standard input".to_owned())
+            self.hold(stream_reach(std::io::stdin()), false, || "standard input".to_owned())
         }
         #[cfg(not(unix))]
         Ok(None)
@@ -85,47 +82,45 @@ impl OpenFiles {
     /// Registers the file at `path` as read, without opening it; messages call it `name`. `None`: there is no
     /// such file. Errors: the file is open for writing.
     pub fn hold_path(&self, path: &Path, name: &str) -> Result<Option<HeldFile>, SameFile> {
-        let id = path.metadata().ok().as_ref().and_then(image_id);
-        self.hold(id, false, || name.to_owned())
+        let reach = path.metadata().ok().and_then(|data| image_reach(&data, is_overlay_at(path)));
+        self.hold(reach, false, || name.to_owned())
     }
 
-    /// Registers the open file with this `metadata`. `None`: the system does not identify the file.
+    /// Registers the open `file` with this `metadata`. `None`: the system does not identify the file.
     pub(crate) fn register(
         &self,
+        file: &File,
         metadata: &Metadata,
         writable: bool,
         path: &Path,
     ) -> Result<Option<HeldFile>, SameFile> {
-        self.hold(source_id(metadata), writable, || quoted(path))
+        self.hold(Reach::of(metadata, is_overlay(file)), writable, || quoted(path))
     }
 
     fn hold(
         &self,
-        id: Option<SourceId>,
+        reach: Option<Reach>,
         writable: bool,
         name: impl Fn() -> String,
     ) -> Result<Option<HeldFile>, SameFile> {
-        let Some(id) = id else { return Ok(None) };
-        if !writable && self.shared.output == Some(id) {
+        let Some(reach) = reach else { return Ok(None) };
+        if !writable && self.shared.output.as_ref().is_some_and(|output| output.meets(&reach)) {
             return Err(SameFile { name: name(), first: "standard output".to_owned(), first_writes: true });
         }
         // Check and insert under one lock: of two threads that open the same file, one must see the other.
-        match self.shared.lock().entry(id) {
-            Entry::Vacant(entry) => {
-                entry.insert(Openings { count: 1, writable, name: name() });
-            }
-            Entry::Occupied(entry) if writable || entry.get().writable => {
-                let Openings { name: first, writable, .. } = entry.get();
-                return Err(SameFile { name: name(), first: first.clone(), first_writes: *writable });
-            }
-            Entry::Occupied(mut entry) => entry.get_mut().count += 1,
+        let mut open = self.shared.lock();
+        let first = open.iter().find(|one| (writable || one.writable) && one.reach.meets(&reach));
+        if let Some(Opening { name: first, writable, .. }) = first {
+            return Err(SameFile { name: name(), first: first.clone(), first_writes: *writable });
         }
-        Ok(Some(HeldFile { shared: Arc::clone(&self.shared), id }))
+        let number = open.last().map_or(0, |last| last.number + 1);
+        open.push(Opening { number, reach, writable, name: name() });
+        Ok(Some(HeldFile { shared: Arc::clone(&self.shared), number }))
     }
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<SourceId, Openings>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Opening>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -139,17 +134,12 @@ fn quoted(path: &Path) -> String {
 #[must_use = "the file counts as open only as long as this is kept"]
 pub struct HeldFile {
     shared: Arc<Shared>,
-    id: SourceId,
+    number: u64,
 }
 
 impl Drop for HeldFile {
     fn drop(&mut self) {
-        if let Entry::Occupied(mut entry) = self.shared.lock().entry(self.id) {
-            entry.get_mut().count -= 1;
-            if entry.get().count == 0 {
-                entry.remove();
-            }
-        }
+        self.shared.lock().retain(|one| one.number != self.number);
     }
 }
 
@@ -180,57 +170,15 @@ impl fmt::Display for SameFile {
 
 impl std::error::Error for SameFile {}
 
-/// Identifies a file, for comparing two openings; `None` where the system does not tell.
-pub(crate) fn source_id(metadata: &Metadata) -> Option<SourceId> {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        // A loop device aliases the bytes of its backing file.
-        if let Some(behind) = behind_loop(metadata) {
-            return source_id(&behind);
-        }
-        // Two device nodes of one device have different inodes but the same content.
-        Some(match file_kind(metadata) {
-            FileKind::BlockDevice => SourceId { device: u64::MAX, file: metadata.rdev() },
-            FileKind::Regular | FileKind::Character | FileKind::Other => {
-                SourceId { device: metadata.dev(), file: metadata.ino() }
-            }
-        })
-    }
-    #[cfg(not(unix))]
-    {
-        let _ = metadata;
-        None
-    }
+/// What is reached, for file types that can hold an image.
+fn image_reach(metadata: &Metadata, is_overlay: bool) -> Option<Reach> {
+    Reach::of(metadata, is_overlay)
+        .filter(|_| matches!(file_kind(metadata), FileKind::Regular | FileKind::BlockDevice))
 }
 
-/// Metadata of the file behind a loop device.
-#[cfg(target_os = "linux")]
-fn behind_loop(metadata: &Metadata) -> Option<Metadata> {
-    use std::ffi::OsStr;
-    use std::os::unix::ffi::OsStrExt;
-    use std::os::unix::fs::MetadataExt;
-    if file_kind(metadata) != FileKind::BlockDevice {
-        return None;
-    }
-    let (major, minor) = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
-    let name = std::fs::read(format!("/sys/dev/block/{major}:{minor}/loop/backing_file")).ok()?;
-    // One step down; `source_id` recurses, and ends because the kernel refuses cycles of loop devices.
-    std::fs::metadata(OsStr::from_bytes(name.strip_suffix(b"\n")?)).ok()
-}
-
-#[cfg(all(unix, not(target_os = "linux")))]
-fn behind_loop(_metadata: &Metadata) -> Option<Metadata> {
-    None
-}
-
-/// The identity, for file types that can hold an image.
-fn image_id(metadata: &Metadata) -> Option<SourceId> {
-    source_id(metadata).filter(|_| matches!(file_kind(metadata), FileKind::Regular | FileKind::BlockDevice))
-}
-
-/// Metadata of a standard stream.
+/// What a standard stream reaches.
 #[cfg(unix)]
-fn stream_metadata(stream: impl std::os::fd::AsFd) -> Option<Metadata> {
-    std::fs::File::from(stream.as_fd().try_clone_to_owned().ok()?).metadata().ok()
+fn stream_reach(stream: impl std::os::fd::AsFd) -> Option<Reach> {
+    let file = File::from(stream.as_fd().try_clone_to_owned().ok()?);
+    image_reach(&file.metadata().ok()?, is_overlay(&file))
 }
