@@ -122,15 +122,20 @@ impl Link {
     /// the time for it.
     pub(super) fn run(&self, jobs: &mut [Job<'_>]) -> io::Result<()> {
         let _turn = self.turn.as_ref().map(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut first_lost = None;
         loop {
             let open = self.open()?;
             match open.connection.run(jobs) {
                 Ok(()) => return Ok(()),
                 Err(Failure::Server(error)) => return Err(io::Error::from_raw_os_error(os_code(error))),
                 Err(Failure::Lost(error)) => {
-                    if !self.lost(&open) {
+                    let since = *first_lost.get_or_insert_with(Instant::now);
+                    // A server that takes every connection and drops it again must not hold the call.
+                    let is_late = since.elapsed() >= self.options.reconnect_delay;
+                    if !self.lost(&open) || is_late {
                         return Err(error);
                     }
+                    thread::sleep(PAUSE);
                 }
                 Err(error) => return Err(io::Error::other(error)),
             }
@@ -272,3 +277,33 @@ const BROKEN: i32 = 32;
 const INVALID: i32 = 22;
 /// `EACCES`.
 const PERMISSION_DENIED: i32 = 13;
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may stop")]
+mod tests {
+    use super::*;
+    use qcow2_nbd::blocking::Transfer;
+    use qcow2_nbd::proto::{Command, Greeting};
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_server_that_drops_every_connection_ends_the_call() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port().to_string();
+        let mut greeting = Vec::new();
+        Greeting::OldStyle { size: 4096, flags: 1 }.encode(&mut greeting);
+        // Ends with the process.
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let _ = stream.and_then(|mut stream| stream.write_all(&greeting));
+            }
+        });
+        let address = NbdAddress::Tcp { host: "127.0.0.1".to_owned(), port };
+        let reconnect_delay = Duration::from_millis(300);
+        let link = Link::connect(&address, NbdOptions { reconnect_delay, ..NbdOptions::default() }).unwrap();
+        let (started, mut buf) = (Instant::now(), [0; 512]);
+        link.run(&mut [Job::new(Command::READ, 0, 512, Transfer::Receive(&mut buf))]).unwrap_err();
+        assert!(started.elapsed() >= reconnect_delay && started.elapsed() < Duration::from_secs(20));
+    }
+}
