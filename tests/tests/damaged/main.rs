@@ -83,6 +83,8 @@ struct World {
     /// True if the snapshot table says that an L1 table is where it is not. To whom that cluster belongs has
     /// two answers then, of which a repair may take the other one.
     ambiguous: bool,
+    /// Guest clusters that the damage reached: work goes there more often than chance has it.
+    reached: Vec<u64>,
     image: Arc<Image>,
     rng: Rng,
     cluster: u64,
@@ -129,6 +131,7 @@ impl World {
             extras,
             known: None,
             ambiguous: false,
+            reached: Vec::new(),
             image,
             rng,
             cluster,
@@ -151,7 +154,11 @@ impl World {
 
     fn range(&mut self) -> (u64, u64) {
         let clusters = self.disk.len() as u64;
-        let first = self.rng.below(clusters);
+        let reached: Vec<u64> = self.reached.iter().copied().filter(|&index| index < clusters).collect();
+        let first = match !reached.is_empty() && self.rng.one_in(3) {
+            true => self.rng.pick(&reached),
+            false => self.rng.below(clusters),
+        };
         (first, (1 + self.rng.below(12)).min(clusters - first))
     }
 
@@ -349,7 +356,10 @@ impl World {
                 }
             }
         };
+        let before = self.disk.clone();
         fill(&mut self.disk, 0);
+        let reached = (0..).zip(before.iter().zip(&self.disk)).filter(|(_, (old, new))| old != new);
+        self.reached = reached.map(|(index, _)| index).collect();
         self.durable = self.disk.clone();
         for (id, model) in &mut self.snapshots {
             match layout.state_of(id).filter(|state| layout.is_listed(&now, *state)) {

@@ -437,7 +437,7 @@ impl Job<'_> {
         if !tables.iter().any(lost) {
             return Ok(());
         }
-        let (before, mut undo, mut fixes) = (self.end, Vec::new(), Vec::new());
+        let (before, mut changes) = (self.end, Vec::new());
         let mut directory = vec![0; size as usize];
         self.draft.read_padded(start, &mut directory).map_err(storage)?;
         let mut at = 0;
@@ -452,15 +452,19 @@ impl Job<'_> {
                 self.set_words(offset, &(0..entries).map(word).collect::<Vec<_>>())?;
                 let at = HostOffset::new(entry);
                 self.set_words(at, &[offset.value()])?;
-                undo.extend([(at, vec![table.offset.value()]), (offset, vec![0; entries as usize])]);
-                fixes.push(Fix::BitmapTable { at, from: table.offset, to: offset });
+                changes.push((at, table.offset, offset, entries));
             }
         }
         // Judged now: before, the lost tables were references to the directory too.
         if self.is_sole(start, size)? {
-            fixes.into_iter().for_each(|fix| self.fixed(fix));
+            for (at, from, to, _) in changes {
+                self.fixed(Fix::BitmapTable { at, from, to });
+            }
         } else {
-            undo.into_iter().try_for_each(|(at, word)| self.set_words(at, &word))?;
+            for (at, from, to, entries) in changes {
+                self.set_words(at, &[from.value()])?;
+                self.set_words(to, &vec![0; entries as usize])?;
+            }
             self.end = before;
         }
         Ok(())
