@@ -14,6 +14,7 @@ use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use crate::meta::run::ClusterRun;
 use crate::sync::write;
+use crate::walk::{TablePlace, overlay};
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;
 use ::alloc::vec;
@@ -21,7 +22,7 @@ use ::alloc::vec::Vec;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry};
-use qcow2_format::limit::MAX_L1_ENTRIES;
+use qcow2_format::limit::{MAX_L1_ENTRIES, MAX_L1_TABLE_SIZE};
 use qcow2_format::{CompressionType, Geometry, HostOffset, Version};
 
 impl Image {
@@ -63,7 +64,12 @@ impl Image {
         header.extensions.bitmaps = None;
         self.header.switch_to(header)?;
         for (cluster, count) in bitmaps.used() {
-            (0..count).for_each(|_| self.refcounts.unlink(bitmap_run(cluster)));
+            // A damaged image may have far more references than its refcounts count.
+            let counted = self.refcounts.count(cluster)?;
+            (0..count.min(counted)).for_each(|_| self.refcounts.unlink(bitmap_run(cluster)));
+            if self.refcounts.is_pressed() {
+                self.flusher.settle()?;
+            }
         }
         self.flusher.settle()?;
         self.end_use();
@@ -115,10 +121,19 @@ impl Image {
     fn all_l2_tables(&self) -> Result<BTreeSet<HostOffset>> {
         let mut tables = BTreeSet::new();
         l2_tables_of(self.file.geometry(), &self.mapping().l1_contents().1, &mut tables)?;
-        for snapshot in crate::snapshot::read_snapshots(self.file.storage(), &self.header())? {
-            let entries = u64::from(snapshot.l1_size).min(MAX_L1_ENTRIES);
-            let words = read_words(self.file.storage(), snapshot.l1_table_offset, entries)?;
-            l2_tables_of(self.file.geometry(), &words, &mut tables)?;
+        let snapshots = crate::snapshot::read_snapshots(self.file.storage(), &self.header())?;
+        let l1_tables = snapshots.iter().map(|snapshot| TablePlace {
+            offset: snapshot.l1_table_offset,
+            entries: u64::from(snapshot.l1_size).min(MAX_L1_ENTRIES),
+        });
+        // What the tables of several snapshots share is read once.
+        for segment in overlay(&l1_tables.collect::<Vec<_>>()) {
+            for start in (0..segment.len).step_by(MAX_L1_TABLE_SIZE as usize) {
+                let (offset, len) = (segment.offset.value() + start, segment.len - start);
+                let entries = len.min(MAX_L1_TABLE_SIZE) / 8;
+                let words = read_words(self.file.storage(), HostOffset::new(offset), entries)?;
+                l2_tables_of(self.file.geometry(), &words, &mut tables)?;
+            }
         }
         Ok(tables)
     }
