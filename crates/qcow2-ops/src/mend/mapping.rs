@@ -61,6 +61,9 @@ struct Round {
     edits: Vec<Edit>,
     doubts: Vec<Doubt>,
     slots: Vec<Slot>,
+    /// Clusters that L1 entries point to and that are no L2 tables. A damaged L1 table may point to the same
+    /// one from each of its entries.
+    no_tables: BTreeSet<u64>,
 }
 
 impl Job<'_> {
@@ -169,7 +172,7 @@ impl Job<'_> {
                         let Some(table) = entry.l2_table else { continue };
                         let cluster = geometry.host_cluster(table).value();
                         let elsewhere = table.value() >= len || metadata.contains(cluster);
-                        match elsewhere || !self.may_be_l2_table(table)? {
+                        match elsewhere || !self.leads_to_l2(table, round)? {
                             true => self.slot(round, Slot { at: place, raw: clean }),
                             false => *round.tables.entry(table.value()).or_insert(0) += segment.times,
                         }
@@ -378,6 +381,21 @@ impl Job<'_> {
             }
         }
         Ok(good >= bad)
+    }
+
+    /// [`may_be_l2_table`](Self::may_be_l2_table), looked at once for each table.
+    fn leads_to_l2(&self, table: HostOffset, round: &mut Round) -> Result<bool> {
+        if round.tables.contains_key(&table.value()) {
+            return Ok(true);
+        }
+        if round.no_tables.contains(&table.value()) {
+            return Ok(false);
+        }
+        let is_table = self.may_be_l2_table(table)?;
+        if !is_table && round.no_tables.len() < MAX_DOUBTS {
+            round.no_tables.insert(table.value());
+        }
+        Ok(is_table)
     }
 
     /// Whether at least half of what is set in the cluster at `host` can be entries of this file.
