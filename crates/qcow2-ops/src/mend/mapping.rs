@@ -486,19 +486,25 @@ impl Job<'_> {
         let geometry = self.format.geometry;
         let len = self.draft.len().map_err(storage)?;
         let mut unsound = Vec::new();
-        for TablePlace { offset, entries } in tables {
-            for index in 0..entries {
-                let at = HostOffset::new(offset.value().saturating_add(index * 8));
-                let entry = self.word(at)?;
-                let sound = match BitmapTableEntry::decode(entry, &geometry) {
-                    Ok(BitmapTableEntry::Data(bits)) => bits.value() < len,
-                    Ok(_) => true,
-                    Err(_) => false,
-                };
-                match sound {
-                    true => {}
-                    false if unsound.len() < MAX_DOUBTS => unsound.push((at, entry)),
-                    false => self.tables_missing = true,
+        let mut buffer = vec![0; 1 << 16];
+        // Thousands of bitmaps may have the same table.
+        for segment in overlay(&tables) {
+            let start = segment.offset.value();
+            let end = start.saturating_add(segment.len);
+            for start in (start..end).step_by(buffer.len()) {
+                let piece = &mut buffer[..(end - start).min(1 << 16) as usize];
+                self.draft.read_padded(HostOffset::new(start), piece).map_err(storage)?;
+                for (at, entry) in (start..).step_by(8).map(HostOffset::new).zip(bytes::words(piece)) {
+                    let sound = match BitmapTableEntry::decode(entry, &geometry) {
+                        Ok(BitmapTableEntry::Data(bits)) => bits.value() < len,
+                        Ok(_) => true,
+                        Err(_) => false,
+                    };
+                    match sound {
+                        true => {}
+                        false if unsound.len() < MAX_DOUBTS => unsound.push((at, entry)),
+                        false => self.tables_missing = true,
+                    }
                 }
             }
         }
