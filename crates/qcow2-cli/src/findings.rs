@@ -9,6 +9,7 @@ use qcow2_ops::Silent;
 use qcow2_ops::check::{CheckOptions, CheckReport, Finding, Found, check};
 use qcow2_ops::repair::is_refcount;
 use qcow2_report::check as render;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Prints a finding, as repaired or not.
 pub(crate) fn say(session: &Session, found: &Found, fixed: bool) {
@@ -17,7 +18,12 @@ pub(crate) fn say(session: &Session, found: &Found, fixed: bool) {
         Some(rest) if fixed => format!("Repairing {rest}"),
         _ => line,
     };
-    (0..found.times.min(MAX_LINES as u64)).for_each(|_| say_lines(session, &line));
+    let times = found.times.min(1 << 32);
+    let left = (MAX_LINES as u64).saturating_sub(SAID.fetch_add(times, Ordering::Relaxed));
+    (0..times.min(left)).for_each(|_| say_lines(session, &line));
+    if (1..times).contains(&left) {
+        session.complain("... and more");
+    }
 }
 
 /// A finding has names only with their line feeds escaped.
@@ -27,12 +33,10 @@ fn say_lines(session: &Session, finding: &str) {
 
 /// Prints the findings, one a line; a damaged image may have any number of them.
 pub(crate) fn complain(session: &Session, report: &CheckReport, wanted: &dyn Fn(&Finding) -> bool) {
-    let times = |found: &Found| usize::try_from(found.times).unwrap_or(usize::MAX);
     let findings = report.findings.iter().filter(|found| wanted(&found.finding));
-    let lines = findings.flat_map(|found| std::iter::repeat_n(found, times(found)));
-    for found in lines.take(MAX_LINES) {
-        say_lines(session, &render::finding(&found.finding, session.program()));
-    }
+    let lines = findings.flat_map(|found| (0..found.times).map(move |_| found));
+    let say = |found: &Found| say_lines(session, &render::finding(&found.finding, session.program()));
+    lines.take(MAX_LINES).for_each(say);
     let all = report.findings.iter().map(|found| found.times).fold(report.omitted, u64::saturating_add);
     if all > MAX_LINES as u64 {
         session.complain(&format!("... and {} more", all - MAX_LINES as u64));
@@ -58,12 +62,11 @@ fn tell_of_recovery(session: &Session, source: &ResolvedSource) {
         return;
     };
     complain(session, &report, &|_| true);
-    report
-        .findings
-        .iter()
-        .filter(|found| is_refcount(&found.finding))
-        .for_each(|found| say(session, found, true));
+    let fixed = report.findings.iter().filter(|found| is_refcount(&found.finding));
+    fixed.for_each(|found| say(session, found, true));
 }
 
-/// How many findings are printed.
+/// How many findings are printed, and of those of repairs how many were: a damaged table that is used a
+/// thousand times has each of its findings a thousand times.
 const MAX_LINES: usize = 10_000;
+static SAID: AtomicU64 = AtomicU64::new(0);

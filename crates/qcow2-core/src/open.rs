@@ -13,12 +13,12 @@ use crate::crypt::Crypt;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::cache::PageCache;
-use crate::meta::file::{ImageFile, read_words};
+use crate::meta::file::ImageFile;
 use crate::meta::flush::Flusher;
 use crate::meta::guard::{Guard, MetadataMap};
 use crate::meta::header::HeaderStore;
 use crate::meta::known::known_metadata;
-use crate::meta::mapping::Mapping;
+use crate::meta::mapping::{L1Entries, Mapping};
 use crate::meta::page::SECTOR_SIZE;
 use crate::meta::refcount::{RefcountStore, Refcounts};
 use crate::meta::tables::Tables;
@@ -183,10 +183,11 @@ fn build_parts(
     let l2_format = header.l2_format().map_err(bad)?;
     let file = Arc::new(ImageFile::new(l2_format, Arc::clone(&source.storage), data, options));
     let (geometry, storage) = (file.geometry(), file.storage());
-    let l1 = read_words(storage, header.l1_table_offset, u64::from(header.l1_size))?;
+    let l1 = L1Entries::read(storage, header.l1_table_offset, u64::from(header.l1_size))?;
     let (refcounts, metadata) = if options.writable {
         let refcounts = Refcounts::load(storage, &header, geometry)?;
-        let known = known_metadata(storage, &header, (&l1, refcounts.table()), options.overlap_checks)?;
+        let known =
+            known_metadata(storage, &header, (&l1.to_vec(), refcounts.table()), options.overlap_checks)?;
         (refcounts, known)
     } else {
         (Refcounts::default(), MetadataMap::default())

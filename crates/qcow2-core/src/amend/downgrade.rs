@@ -15,6 +15,7 @@ use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use crate::meta::run::ClusterRun;
 use crate::sync::write;
+use crate::walk::{TablePlace, overlay};
 use ::alloc::collections::BTreeSet;
 use ::alloc::format;
 use ::alloc::vec;
@@ -22,7 +23,7 @@ use ::alloc::vec::Vec;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry};
-use qcow2_format::limit::MAX_L1_ENTRIES;
+use qcow2_format::limit::{MAX_L1_ENTRIES, MAX_L1_TABLE_SIZE};
 use qcow2_format::{CompressionType, Geometry, HostOffset, L1Index, L2Index, Snapshot, Version};
 
 impl Image {
@@ -65,7 +66,12 @@ impl Image {
         header.extensions.feature_names = None;
         self.header.switch_to(header)?;
         for (cluster, count) in bitmaps.used() {
-            (0..count).for_each(|_| self.refcounts.unlink(bitmap_run(cluster)));
+            // A damaged image may have far more references than its refcounts count.
+            let counted = self.refcounts.count(cluster)?;
+            (0..count.min(counted)).for_each(|_| self.refcounts.unlink(bitmap_run(cluster)));
+            if self.refcounts.is_pressed() {
+                self.flusher.settle()?;
+            }
         }
         self.flusher.settle()?;
         self.end_use();
@@ -121,8 +127,21 @@ impl Image {
             added.map_err(|error| self.header.marked_if_damaged(error))
         };
         add(&self.mapping().l1_contents().1)?;
-        for snapshot in crate::snapshot::read_snapshots(self.file.storage(), &self.header())? {
-            add(&self.snapshot_l1(&snapshot)?)?;
+        let snapshots = crate::snapshot::read_snapshots(self.file.storage(), &self.header())?;
+        for snapshot in &snapshots {
+            crate::snapshot::check_l1(snapshot, self.file.geometry())?;
+        }
+        let l1_tables = snapshots.iter().map(|snapshot| TablePlace {
+            offset: snapshot.l1_table_offset,
+            entries: u64::from(snapshot.l1_size),
+        });
+        // What the tables of several snapshots share is read once.
+        for segment in overlay(&l1_tables.collect::<Vec<_>>()) {
+            for start in (0..segment.len).step_by(MAX_L1_TABLE_SIZE as usize) {
+                let (offset, len) = (segment.offset.value() + start, segment.len - start);
+                let entries = len.min(MAX_L1_TABLE_SIZE) / 8;
+                add(&read_words(self.file.storage(), HostOffset::new(offset), entries)?)?;
+            }
         }
         Ok(tables)
     }
@@ -146,13 +165,17 @@ impl Image {
                 done += 1;
                 stopped(progress(done, total))?;
             }
-            Ok::<_, Error>(())
+            Ok::<_, Error>(tables.is_empty())
         };
-        expand(&self.mapping().l1_contents().1)?;
+        let mut all_done = expand(&self.mapping().l1_contents().1)?;
         for snapshot in &snapshots {
-            expand(&read_words(self.file.storage(), snapshot.l1_table_offset, entries(snapshot))?)?;
+            if all_done {
+                return stopped(progress(total, total));
+            }
+            let l1 = read_words(self.file.storage(), snapshot.l1_table_offset, entries(snapshot))?;
+            all_done = expand(&l1)?;
         }
-        assert!(tables.is_empty(), "an l2 table is in no l1 table");
+        assert!(all_done, "an l2 table is in no l1 table");
         Ok(())
     }
 

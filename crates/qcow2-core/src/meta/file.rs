@@ -188,15 +188,46 @@ fn rules(_options: &OpenOptions) -> Rules {
 /// Reads `count` big-endian words at `offset`; words past the end of the file are zero. The caller has
 /// checked `count` against a limit.
 pub(crate) fn read_words(storage: &dyn Storage, offset: HostOffset, count: u64) -> Result<Vec<u64>> {
-    // Piece by piece, so that a table of up to 32 MiB is not in memory twice.
-    let mut words = Vec::with_capacity(count as usize);
-    let mut piece = vec![0; (count * 8).min(TABLE_PIECE) as usize];
-    while (words.len() as u64) < count {
-        let done = words.len() as u64 * 8;
-        let bytes = &mut piece[..(count * 8 - done).min(TABLE_PIECE) as usize];
-        storage.read_padded(HostOffset::new(offset.value() + done), bytes)?;
-        words.extend(qcow2_format::bytes::words(bytes));
-    }
-    debug_assert_eq!(words.len() as u64, count, "a wrong number of words");
+    // Zeroed memory that is not touched is not in use: a large table in a hole costs nothing.
+    let mut words = vec![0; count as usize];
+    read_pieces(storage, offset, count, &mut |start, piece| {
+        let read = qcow2_format::bytes::words(piece);
+        words[start as usize..].iter_mut().zip(read).for_each(|(word, read)| *word = read);
+    })?;
     Ok(words)
+}
+
+/// Reads `count` words at `offset` piece by piece, so that a table of up to 32 MiB is not in memory twice:
+/// calls `take` with the index of the first word of each piece, and its bytes. Leaves out holes of large
+/// tables, which are zeroes.
+pub(crate) fn read_pieces(
+    storage: &dyn Storage,
+    offset: HostOffset,
+    count: u64,
+    take: &mut dyn FnMut(u64, &[u8]),
+) -> Result<()> {
+    let mut piece = vec![0; (count * 8).min(TABLE_PIECE) as usize];
+    let mut done = 0;
+    while done < count {
+        let at = offset.checked_add(done * 8).ok_or_else(|| Error::corrupt("a table passes 2^64"))?;
+        let len = (count - done) * 8;
+        let hole = if len > TABLE_PIECE { hole_at(storage, at, len) / 8 } else { 0 };
+        if hole == 0 {
+            let bytes = &mut piece[..len.min(TABLE_PIECE) as usize];
+            storage.read_padded(at, bytes)?;
+            take(done, bytes);
+            done += bytes.len() as u64 / 8;
+        }
+        done += hole;
+    }
+    Ok(())
+}
+
+/// Bytes of the hole at `at`, at most `len`; 0 if there is none or the storage does not tell.
+fn hole_at(storage: &dyn Storage, at: HostOffset, len: u64) -> u64 {
+    let inside = storage.len().map_or(len, |end| end.saturating_sub(at.value()).min(len));
+    if inside == 0 {
+        return len;
+    }
+    storage.extent_at(at, inside).ok().filter(|extent| !extent.data).map_or(0, |extent| extent.len.min(len))
 }

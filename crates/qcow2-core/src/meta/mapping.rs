@@ -5,6 +5,7 @@
 mod l1;
 mod table;
 
+pub(crate) use self::l1::L1Entries;
 use self::l1::L1Table;
 use super::cache::PageCache;
 use super::file::ImageFile;
@@ -66,6 +67,22 @@ impl L2Place {
         ((self.page.len() - self.word) / self.words_per_entry) as u64
     }
 
+    /// The run at `offset` if the whole page has one entry again and again, which has no host offset. Tables
+    /// of zeroes are long, and a damaged L1 table may lead to one of them from each of its entries.
+    fn like_the_first(&self, format: &L2Format, offset: GuestOffset, max_len: u64) -> Option<Run> {
+        let raw = self.page.same_words().filter(|_| self.words_per_entry == 1)?;
+        let place = match format.decode(raw, 0) {
+            Ok(L2Entry::Standard(entry)) if entry.host.is_none() && entry.zero != 0 => {
+                Place::Zero { host: None }
+            }
+            Ok(L2Entry::Standard(entry)) if entry.host.is_none() => Place::Unallocated,
+            _ => return None,
+        };
+        let geometry = &format.geometry;
+        let len = self.entries() * geometry.cluster_size() - geometry.in_cluster(offset.value());
+        Some(Run { len: len.min(max_len), place })
+    }
+
     fn raw(&self, index: u64) -> (u64, u64) {
         let at = self.word + index as usize * self.words_per_entry;
         debug_assert!(at + self.words_per_entry <= self.page.len(), "entry {index} is not in this page");
@@ -84,7 +101,7 @@ pub(crate) struct MappingChanges {
 
 impl Mapping {
     /// `l1`: host offset and raw entries of the active L1 table. `cache`: for L2 tables.
-    pub(crate) fn new(refcounts: Arc<RefcountStore>, l1: (HostOffset, Vec<u64>), cache: PageCache) -> Self {
+    pub(crate) fn new(refcounts: Arc<RefcountStore>, l1: (HostOffset, L1Entries), cache: PageCache) -> Self {
         let tables = refcounts.tables();
         let file = Arc::clone(tables.file());
         Self {
@@ -124,8 +141,11 @@ impl Mapping {
             let (raw, bitmap) = place.raw(i);
             self.format.decode(raw, bitmap)
         };
-        let run = resolve_run(&self.format, offset, max_len, place.entries(), entry)
-            .map_err(|e| self.entry_error(offset, place.raw(0).0, e, to_change))?;
+        let run = match place.like_the_first(&self.format, offset, max_len) {
+            Some(run) => run,
+            None => resolve_run(&self.format, offset, max_len, place.entries(), entry)
+                .map_err(|e| self.entry_error(offset, place.raw(0).0, e, to_change))?,
+        };
         invariant::covers(&run, max_len);
         match run.place {
             Place::Data { host, .. } => {
@@ -336,7 +356,7 @@ impl Mapping {
 
     /// Replaces the L1 table in memory by one at `offset` with these raw entries, which are on disk already.
     pub(crate) fn replace_l1(&self, offset: HostOffset, entries: Vec<u64>) {
-        self.l1.replace(offset, entries);
+        self.l1.replace(offset, &entries);
     }
 
     /// Changes an L1 entry in memory; the next flush writes it. `index` must be below

@@ -23,6 +23,8 @@ pub(crate) struct Page {
     dirty: Box<[AtomicU64]>,
     queued: AtomicBool,
     used: AtomicBool,
+    /// True if all words are equal; false once one of them has been changed.
+    same: AtomicBool,
     /// Sequence lock for pairs of words: odd while a pair is being changed, so that readers get both words of
     /// one moment.
     version: AtomicU64,
@@ -46,6 +48,7 @@ impl Page {
     /// A clean page at `offset` with the bytes on disk. The length of `bytes` is a multiple of 512.
     pub(crate) fn from_bytes(offset: HostOffset, bytes: &[u8]) -> Self {
         debug_assert!(bytes.len().is_multiple_of(SECTOR_SIZE as usize), "a page of {} bytes", bytes.len());
+        let same = bytes.len() >= 8 && bytes[8..] == bytes[..bytes.len() - 8];
         let words = words(bytes).map(AtomicU64::new).collect::<Box<[_]>>();
         let sectors = words.len().div_ceil(SECTOR_WORDS);
         let dirty = (0..sectors.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
@@ -55,6 +58,7 @@ impl Page {
             dirty,
             queued: AtomicBool::new(false),
             used: AtomicBool::new(true),
+            same: AtomicBool::new(same),
             version: AtomicU64::new(0),
             pair_writer: Mutex::new(Rank::WordPair, ()),
         }
@@ -75,9 +79,16 @@ impl Page {
         self.words[index].load(Ordering::Acquire)
     }
 
+    /// The word that the page has everywhere, if it is known to have only one.
+    pub(crate) fn same_words(&self) -> Option<u64> {
+        self.same.load(Ordering::Acquire).then(|| self.word(0))
+    }
+
     /// Changes a word and marks its sector dirty. The caller keeps the commit gate open until it has queued
     /// the page.
     pub(crate) fn set_word(&self, index: usize, value: u64) {
+        // Before the word: whoever sees the new word does not take the others for equal to it.
+        self.same.store(false, Ordering::SeqCst);
         // The word before its mark: writeback that saw only the mark would copy the old word and clear the
         // mark. (With the gate closed it sees both or none.)
         self.words[index].store(value, Ordering::SeqCst);

@@ -336,7 +336,7 @@ impl Image {
 }
 
 /// Checks offset and length of a snapshot's L1 table.
-fn check_l1(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()> {
+pub(crate) fn check_l1(snapshot: &Snapshot, geometry: &qcow2_format::Geometry) -> Result<()> {
     let (offset, entries) = (snapshot.l1_table_offset, u64::from(snapshot.l1_size));
     let end = offset.checked_add(entries * 8);
     if entries > MAX_L1_ENTRIES || !geometry.is_aligned(offset.value()) || end.is_none() {

@@ -61,6 +61,9 @@ struct Round {
     edits: Vec<Edit>,
     doubts: Vec<Doubt>,
     slots: Vec<Slot>,
+    /// Clusters that L1 entries point to and that are no L2 tables. A damaged L1 table may point to the same
+    /// one from each of its entries.
+    no_tables: BTreeSet<u64>,
 }
 
 impl Job<'_> {
@@ -169,7 +172,7 @@ impl Job<'_> {
                         let Some(table) = entry.l2_table else { continue };
                         let cluster = geometry.host_cluster(table).value();
                         let elsewhere = table.value() >= len || metadata.contains(cluster);
-                        match elsewhere || !self.may_be_l2_table(table)? {
+                        match elsewhere || !self.leads_to_l2(table, round)? {
                             true => self.slot(round, Slot { at: place, raw: clean }),
                             false => *round.tables.entry(table.value()).or_insert(0) += segment.times,
                         }
@@ -380,6 +383,21 @@ impl Job<'_> {
         Ok(good >= bad)
     }
 
+    /// [`may_be_l2_table`](Self::may_be_l2_table), looked at once for each table.
+    fn leads_to_l2(&self, table: HostOffset, round: &mut Round) -> Result<bool> {
+        if round.tables.contains_key(&table.value()) {
+            return Ok(true);
+        }
+        if round.no_tables.contains(&table.value()) {
+            return Ok(false);
+        }
+        let is_table = self.may_be_l2_table(table)?;
+        if !is_table && round.no_tables.len() < MAX_DOUBTS {
+            round.no_tables.insert(table.value());
+        }
+        Ok(is_table)
+    }
+
     /// Whether at least half of what is set in the cluster at `host` can be entries of this file.
     fn may_be_l2_table(&self, host: HostOffset) -> Result<bool> {
         let mut content = vec![0; self.format.geometry.cluster_size() as usize];
@@ -489,19 +507,25 @@ impl Job<'_> {
         let geometry = self.format.geometry;
         let len = self.draft.len().map_err(storage)?;
         let mut unsound = Vec::new();
-        for TablePlace { offset, entries } in tables {
-            for index in 0..entries {
-                let at = HostOffset::new(offset.value().saturating_add(index * 8));
-                let entry = self.word(at)?;
-                let sound = match BitmapTableEntry::decode(entry, &geometry) {
-                    Ok(BitmapTableEntry::Data(bits)) => bits.value() < len,
-                    Ok(_) => true,
-                    Err(_) => false,
-                };
-                match sound {
-                    true => {}
-                    false if unsound.len() < MAX_DOUBTS => unsound.push((at, entry)),
-                    false => self.tables_missing = true,
+        let mut buffer = vec![0; 1 << 16];
+        // Thousands of bitmaps may have the same table.
+        for segment in overlay(&tables) {
+            let start = segment.offset.value();
+            let end = start.saturating_add(segment.len);
+            for start in (start..end).step_by(buffer.len()) {
+                let piece = &mut buffer[..(end - start).min(1 << 16) as usize];
+                self.draft.read_padded(HostOffset::new(start), piece).map_err(storage)?;
+                for (at, entry) in (start..).step_by(8).map(HostOffset::new).zip(bytes::words(piece)) {
+                    let sound = match BitmapTableEntry::decode(entry, &geometry) {
+                        Ok(BitmapTableEntry::Data(bits)) => bits.value() < len,
+                        Ok(_) => true,
+                        Err(_) => false,
+                    };
+                    match sound {
+                        true => {}
+                        false if unsound.len() < MAX_DOUBTS => unsound.push((at, entry)),
+                        false => self.tables_missing = true,
+                    }
                 }
             }
         }

@@ -12,7 +12,7 @@ use qcow2_format::l1::{self, L1Entry};
 use qcow2_format::l2::L2Entry;
 use qcow2_format::refcount::decode_table_entry;
 use qcow2_format::{L2Index, bytes};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Limit for the clusters that are examined as possible L2 tables. Origin: ours; each is read.
 const MAX_CANDIDATES: usize = 1 << 14;
@@ -124,9 +124,10 @@ impl Job<'_> {
         self.draft.read_padded(offset, &mut content).map_err(storage)?;
         let len = self.draft.len().map_err(storage)?;
         let mut table = vec![0; self.format.geometry.cluster_size() as usize];
+        let mut seen = BTreeSet::new();
         for raw in bytes::words(&content).filter(|&raw| raw != 0) {
             let host = HostOffset::new(l1::without_copied(l1::rounded(raw, &self.format.geometry)));
-            if host.value() == 0 || host.value() >= len {
+            if host.value() == 0 || host.value() >= len || !seen.insert(host) {
                 continue;
             }
             self.draft.read_padded(host, &mut table).map_err(storage)?;
@@ -144,10 +145,17 @@ impl Job<'_> {
         self.draft.read_padded(offset, &mut content).map_err(storage)?;
         let len = self.draft.len().map_err(storage)?;
         let (mut tables, mut others) = (0, 0);
+        let mut seen = BTreeMap::new();
         for raw in bytes::words(&content).filter(|&raw| raw != 0) {
             let table = HostOffset::new(l1::without_copied(l1::rounded(raw, &self.format.geometry)));
             let inside = table.value() > 0 && table.value() < len;
-            match inside && self.is_l2_table(table)? {
+            let known = seen.get(&table).copied();
+            let is_table = match known {
+                Some(is_table) => is_table,
+                None => inside && self.is_l2_table(table)?,
+            };
+            seen.insert(table, is_table);
+            match is_table {
                 true => tables += 1,
                 false => others += 1,
             }

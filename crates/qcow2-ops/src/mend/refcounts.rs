@@ -11,6 +11,7 @@ use qcow2_format::l1::{self, L1Entry};
 use qcow2_format::l2::{L2Entry, L2Format};
 use qcow2_format::refcount::encode_table_entry;
 use qcow2_format::{Geometry, L2Index, bytes};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// Location of the new structure, in clusters: the blocks, followed by the table.
@@ -164,7 +165,7 @@ impl Job<'_> {
         counters: &Counters,
     ) -> Result<u64> {
         let geometry = format.geometry;
-        let mut changed = 0;
+        let (mut changed, mut seen) = (0, BTreeSet::new());
         for &(at, raw) in active {
             let table = HostOffset::new(l1::without_copied(raw));
             let cluster = geometry.host_cluster(table).value();
@@ -174,6 +175,10 @@ impl Job<'_> {
                     self.set_words(at, &[wanted])?;
                     changed += 1;
                 }
+            }
+            if !seen.insert(table) {
+                // All entries of a damaged L1 table may point to one table.
+                continue;
             }
             let mut content = vec![0; geometry.cluster_size() as usize];
             self.draft.read_padded(table, &mut content).map_err(storage)?;

@@ -17,6 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 const CACHE_SIZE: u64 = 32 << 20;
 /// What is read at a time where the device cannot read more.
 const RETRY: usize = 4096;
+/// Ranges without a table that are one run. Origin: ours; so long a run costs nothing any more.
+const MAX_SLOTS: usize = 1 << 12;
 /// How a stream of zstd begins.
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
@@ -151,13 +153,17 @@ impl RescuedDisk {
             return (place, max);
         };
         let in_table = at % geometry.l2_coverage();
-        let rest = (geometry.l2_coverage() - in_table).min(max);
-        let (table, _) = match *slot {
-            Slot::Table(table, evidence) => (table, evidence),
-            Slot::None => return (self.below(), rest),
-            Slot::Empty(_) if self.leaky => return (Place::Lost(Reason::TableEmpty), rest),
-            Slot::Empty(_) => return (self.below(), rest),
-            Slot::Lost(reason) => return (Place::Lost(reason), rest),
+        let mut rest = (geometry.l2_coverage() - in_table).min(max);
+        let table = match (slot, self.without_table(slot)) {
+            (Slot::Table(table, _), None) => *table,
+            (_, place) => {
+                // Ranges without a table are short in small clusters, and there may be millions of them.
+                let after = self.slots.iter().skip(index.value() as usize + 1).take(MAX_SLOTS);
+                for _ in after.take_while(|slot| place == self.without_table(slot)) {
+                    rest = rest.saturating_add(geometry.l2_coverage());
+                }
+                return (place.unwrap_or(Place::Zero), rest.min(max));
+            }
         };
         let table = self.table(table);
         let (place, mut len) = self.entry_at(&table, at, rest);
@@ -174,6 +180,16 @@ impl RescuedDisk {
             len += more;
         }
         (place, len)
+    }
+
+    /// What a range without a table reads as; `None` if there is a table.
+    fn without_table(&self, slot: &Slot) -> Option<Place> {
+        match *slot {
+            Slot::Table(..) => None,
+            Slot::Empty(_) if self.leaky => Some(Place::Lost(Reason::TableEmpty)),
+            Slot::None | Slot::Empty(_) => Some(self.below()),
+            Slot::Lost(reason) => Some(Place::Lost(reason)),
+        }
     }
 
     /// The same by the entry for `at`, up to the end of its cluster.
