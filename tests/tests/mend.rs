@@ -376,8 +376,8 @@ fn a_bad_entry_does_not_make_another_l1_table_the_active_one() {
     assert!(clusters(&file.bytes())[1].as_ref().is_some_and(|cluster| cluster == &[8; 512]));
 }
 
-/// An L1 entry that leads to the snapshot table makes the disk's size there an entry, which leads past the end
-/// of the file. The guest reads zeroes then, and no new table.
+/// An L1 entry that leads to the snapshot table makes the disk's size there an entry, which leads past the
+/// end of the file. The guest reads zeroes then, and no new table.
 #[test]
 fn a_new_table_is_not_put_where_an_entry_leads() {
     let (bytes, file) = with_snapshot_of(10, 2, &[7; 512]);

@@ -459,8 +459,8 @@ impl Job<'_> {
         Ok(self.references(clusters)?.into_values().all(|count| count == 1))
     }
 
-    /// Whether something leads to a new table that it was not made for. Entries that are damaged, or of a file
-    /// that was cut, lead past its end, where a guest reads zeroes and would then find a table.
+    /// Whether something leads to a new table that it was not made for. Entries that are damaged, or of a
+    /// file that was cut, lead past its end, where a guest reads zeroes and would then find a table.
     pub(super) fn is_taken_twice(&self) -> Result<bool> {
         let counts = self.references(self.taken.iter().flat_map(|(run, _)| run.clone()))?;
         let twice =

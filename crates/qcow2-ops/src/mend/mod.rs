@@ -117,8 +117,7 @@ pub fn plan<'a>(
     if job.end > end {
         job.draft.set_len(job.end * geometry.cluster_size()).map_err(job::storage)?;
     }
-    let is_worse = bad(&after) >= bad(report) && bad(report) > 0;
-    if after.incomplete || is_worse || job.is_taken_twice()? {
+    if after.incomplete || (bad(&after) >= bad(report) && bad(report) > 0) || job.is_taken_twice()? {
         return Ok(None);
     }
     if bad(&after) == 0 && job.header.version >= Version::V3 {
