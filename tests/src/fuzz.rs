@@ -1,12 +1,15 @@
 //! Bodies of the fuzz targets that need several crates; those of the parsers are in `qcow2_testkit::fuzz`.
 //!
-//! Here any bytes are taken as an image; in `shaped` they decide how a valid image is made and damaged, in
-//! `foreign` they are names, headers and replies. No input may cause a panic, a hang, or much memory use.
+//! Here any bytes are taken as an image; in `shaped` they decide how a valid image is made and damaged;
+//! `judged` has both; in `foreign` they are names, headers and replies. No input may cause a panic, a hang,
+//! or much memory use.
 
 mod foreign;
+mod judged;
 mod shaped;
 
 pub use foreign::{luks_header, names, nbd_replies};
+pub use judged::{rescue, vet};
 pub use shaped::{damaged_check, damaged_work, repair, work};
 
 use qcow2_codec::{Deflate, Zstd};
@@ -16,7 +19,7 @@ use qcow2_core::{
 };
 use qcow2_format::Version;
 use qcow2_io::MemoryStorage;
-use qcow2_ops::{CheckOptions, CheckReport, Inline, RescueFiles, RescueOptions, Silent, check};
+use qcow2_ops::{CheckOptions, CheckReport, Inline, Silent, check};
 use qcow2_testkit::fuzz::Target;
 use std::sync::{Arc, LazyLock};
 
@@ -58,31 +61,6 @@ pub fn expand(data: &[u8]) {
     codec.expand(stream, &mut again).expect("the same stream expands again");
     assert_eq!(cluster, again, "every byte of the cluster is written");
     round_trip(&**codec, &cluster);
-}
-
-/// Judges the bytes, also as those of a raw disk, with and without what follows a header of another format.
-pub fn vet(data: &[u8]) {
-    use qcow2_ops::vet::{MAX_FINDINGS, VetOptions, vet};
-    let storage = storage(data);
-    let shared: Arc<dyn Storage> = Arc::clone(&storage) as _;
-    let options = || VetOptions::default().with_codecs(CODECS.clone());
-    for options in [options(), options().with_format(Some(ImageFormat::Raw))] {
-        let report = vet(&shared, &options).expect("memory can be read");
-        assert!(report.findings.len() <= MAX_FINDINGS);
-        for finding in &report.findings {
-            assert!(!finding.to_string().contains(|c: char| c.is_control()), "{finding}");
-        }
-    }
-    assert_eq!(storage.to_vec(), data, "judging never writes");
-    for head in
-        [&b"KDMV\x01"[..], b"conectix", b"vhdxfile", b"LUKS\xBA\xBE\x00\x01", b"# Disk DescriptorFile\n"]
-    {
-        let mut other = data.to_vec();
-        let len = head.len().min(other.len());
-        other[..len].copy_from_slice(&head[..len]);
-        let other: Arc<dyn Storage> = Arc::new(MemoryStorage::from(other));
-        vet(&other, &options()).expect("memory can be read");
-    }
 }
 
 fn round_trip(codec: &dyn ClusterCodec, cluster: &[u8]) {
@@ -264,31 +242,6 @@ pub fn check_then_read(data: &[u8]) {
     if clean && header.version >= Version::V3 && !header.has_data_file() {
         assert_eq!(extents(&*image, 0, |_| ()), Ok(()), "{report:?}");
     }
-}
-
-/// Rescues the image, as it is and by a cluster size that the first byte chooses. Whatever the bytes are, the
-/// disk can be read, and nothing is written.
-pub fn rescue(data: &[u8]) {
-    let storage = storage(data);
-    let files = RescueFiles::new(Arc::clone(&storage) as _, CODECS.clone());
-    let chosen = data.first().map(|byte| 512 << (byte % 13));
-    for cluster_size in [None, chosen] {
-        let mut options = RescueOptions::default();
-        options.cluster_size = cluster_size;
-        let Ok(rescued) = qcow2_ops::rescue(&files, &options, &Silent) else { continue };
-        let (disk, before) = (rescued.disk(), rescued.report());
-        let mut buf = Vec::new();
-        let read = extents(&*disk, 0, |range| {
-            buf.resize(range.len().min(READ_SIZE) as usize, 0);
-            disk.read_at(range.start(), &mut buf).expect("a rescued disk can be read");
-        });
-        assert_eq!(read, Ok(()));
-        let after = rescued.report();
-        assert!(after.lost.bytes >= before.lost.bytes, "a loss is not forgotten");
-        assert_eq!((after.size, disk.size()), (before.size, before.size));
-        assert!(!format!("{after}").is_empty());
-    }
-    assert_eq!(storage.to_vec(), data, "a rescue never writes");
 }
 
 fn report(storage: &dyn Storage, counters_size: u64) -> Option<CheckReport> {

@@ -309,9 +309,14 @@ fn the_mark_of_the_repair_does_not_stay() {
 
 /// An image of one L2 table and one snapshot: its bytes, and its file.
 fn with_snapshot(guest_cluster: u64, content: &[u8]) -> (Vec<u8>, Arc<PageStorage>) {
+    with_snapshot_of(8, guest_cluster, content)
+}
+
+/// The same with a disk of so many clusters.
+fn with_snapshot_of(size: u64, guest_cluster: u64, content: &[u8]) -> (Vec<u8>, Arc<PageStorage>) {
     let file = Arc::new(PageStorage::default());
     let storage = Arc::clone(&file) as Arc<dyn Storage>;
-    let mut options = CreateOptions::new(512 * 8);
+    let mut options = CreateOptions::new(512 * size);
     options.cluster_size = 512;
     create(&storage, None, &options).unwrap();
     let image = open(Arc::clone(&storage), |options| options.writable = true).unwrap();
@@ -414,4 +419,19 @@ fn nothing_is_kept_for_damaged_entries_once_nothing_is_damaged() {
         }
     }
     assert!(clean > seeds(400) / 2, "{clean} images are clean");
+}
+
+/// An L1 entry that leads to the snapshot table makes the disk's size there an entry, which leads past the
+/// end of the file. The guest reads zeroes then, and no new table.
+#[test]
+fn a_new_table_is_not_put_where_an_entry_leads() {
+    let (bytes, file) = with_snapshot_of(10, 2, &[7; 512]);
+    let storage = file.clone() as Arc<dyn Storage>;
+    let (l1, snapshots) = (word(&bytes, 40), word(&bytes, 64));
+    assert!(word(&bytes, snapshots + 48) == 5120 && bytes.len() == 4096);
+    storage.write_at(HostOffset::new(l1), &snapshots.to_be_bytes()).unwrap();
+    let before = clusters(&file.bytes());
+    assert!(before[6].as_ref().is_some_and(|cluster| cluster.iter().all(|&byte| byte == 0)));
+    let _ = run(&storage, &Silent);
+    assert!(clusters(&file.bytes())[6] == before[6]);
 }

@@ -36,6 +36,8 @@ const TARGETS: &[Target] = &[
     Target { name: "work", seeds: "decisions", share: 6, max_len: 512 },
     Target { name: "damaged_work", seeds: "decisions", share: 6, max_len: 512 },
     Target { name: "damaged_check", seeds: "decisions", share: 4, max_len: 512 },
+    Target { name: "rescue", seeds: "images", share: 4, max_len: 64 << 10 },
+    Target { name: "vet", seeds: "images", share: 2, max_len: 64 << 10 },
     Target { name: "repair", seeds: "decisions", share: 6, max_len: 512 },
 ];
 

@@ -85,10 +85,20 @@ pub fn act(world: &mut World, rng: &mut Rng, step: u64) -> Result<(), String> {
 impl Shaped {
     /// Damages up to `most` fields of the image. Returns what kinds of fields they were.
     pub fn damage(&self, rng: &mut Rng, most: u64) -> Vec<&'static str> {
+        self.damage_in_steps(rng, most).into_iter().map(|(kind, _)| kind).collect()
+    }
+
+    /// The same; each kind with the bytes of the file from then on.
+    pub fn damage_in_steps(&self, rng: &mut Rng, most: u64) -> Vec<(&'static str, Vec<u8>)> {
         let mut bytes = self.bytes().to_vec();
-        let kinds = (0..rng.between(1, most)).filter_map(|_| semantic::damage(&mut bytes, rng)).collect();
+        let mut steps = Vec::new();
+        for _ in 0..rng.between(1, most) {
+            if let Some(kind) = semantic::damage(&mut bytes, rng) {
+                steps.push((kind, bytes.clone()));
+            }
+        }
         self.shelf.put(TOP, &bytes);
-        kinds
+        steps
     }
 
     /// The bytes of the image file.

@@ -22,7 +22,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Name of the image under test on its shelf.
 pub const TOP: &str = "top.qcow2";
-const DATA: &str = "top.data";
+/// Name of its external data file.
+pub const DATA: &str = "top.data";
 
 /// Named storages in memory that resolve each other's names, like files in one folder.
 #[derive(Clone, Debug, Default)]

@@ -35,6 +35,9 @@ pub(super) struct Job<'a> {
     pub(super) replaced: Range<u64>,
     /// The first cluster after all used ones; new tables are allocated from here on.
     pub(super) end: u64,
+    /// Runs of clusters that were allocated for new tables, with the references that each cluster should have
+    /// besides those of the refcount structure.
+    pub(super) taken: Vec<(Range<u64>, u64)>,
 }
 
 impl Job<'_> {
@@ -63,9 +66,10 @@ impl Job<'_> {
         self.draft.write_at(at, &bytes::table_bytes(words.iter().copied())).map_err(storage)
     }
 
-    /// Allocates `count` clusters after all others. Returns the first. Errors: `Unsupported` if the storage
+    /// Allocates `count` clusters after all others, to be referred to `times` times each, not counting the
+    /// refcount structure. Returns the first. Errors: `Unsupported` if the storage
     /// cannot grow that far.
-    pub(super) fn take(&mut self, count: u64) -> Result<u64> {
+    pub(super) fn take(&mut self, count: u64, times: u64) -> Result<u64> {
         let (first, end) = (self.end, self.end.saturating_add(count));
         let len = end.saturating_mul(self.format.geometry.cluster_size());
         if !self.base.limits().growable() && len > self.base.len().map_err(storage)? {
@@ -74,6 +78,7 @@ impl Job<'_> {
             return Err(Error::new(ErrorKind::Unsupported, text));
         }
         self.end = end;
+        self.taken.push((first..end, times));
         Ok(first)
     }
 

@@ -12,6 +12,7 @@ use qcow2_format::l1::{self, L1Entry};
 use qcow2_format::l2::{L2Entry, L2Mend};
 use qcow2_format::{FormatErrorKind, L2Index, bytes};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 /// Limit for the L2 tables of an image. Origin: the limit of the engine's recount.
 const MAX_L2_TABLES: usize = 1 << 24;
@@ -463,7 +464,7 @@ impl Job<'_> {
             let entry = start.value() + at as u64;
             at += Bitmap::parse(&directory[at..]).map_err(failed)?.1;
             if lost(&table) {
-                let first = self.take(geometry.clusters_for(table.len()))?;
+                let first = self.take(geometry.clusters_for(table.len()), 1)?;
                 let offset = HostOffset::new(first * geometry.cluster_size());
                 let entries = geometry.clusters_for(table.len()) * geometry.cluster_size() / 8;
                 let word = |index| if index < table.entries { BitmapTableEntry::Ones.encode() } else { 0 };
@@ -495,6 +496,15 @@ impl Job<'_> {
         let first = geometry.host_cluster(offset).value();
         let clusters = first..first.saturating_add(geometry.clusters_for(len));
         Ok(self.references(clusters)?.into_values().all(|count| count == 1))
+    }
+
+    /// Whether something leads to a new table that it was not made for. Entries that are damaged, or of a
+    /// file that was cut, lead past its end, where a guest reads zeroes and would then find a table.
+    pub(super) fn is_taken_twice(&self) -> Result<bool> {
+        let counts = self.references(self.taken.iter().flat_map(|(run, _)| run.clone()))?;
+        let twice =
+            |(run, times): &(Range<u64>, u64)| counts.range(run.clone()).any(|(_, count)| count > times);
+        Ok(self.taken.iter().any(twice))
     }
 
     /// Sets invalid entries of bitmap tables to "all ones". Bitmap directories that cannot be read stay as

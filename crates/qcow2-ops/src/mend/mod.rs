@@ -90,6 +90,7 @@ pub fn plan<'a>(
         kept: BTreeSet::new(),
         replaced: 0..0,
         end,
+        taken: Vec::new(),
     };
     job.mend_snapshots()?;
     job.mend_bitmaps()?;
@@ -116,7 +117,7 @@ pub fn plan<'a>(
     if job.end > end {
         job.draft.set_len(job.end * geometry.cluster_size()).map_err(job::storage)?;
     }
-    if after.incomplete || (bad(&after) >= bad(report) && bad(report) > 0) {
+    if after.incomplete || (bad(&after) >= bad(report) && bad(report) > 0) || job.is_taken_twice()? {
         return Ok(None);
     }
     if bad(&after) == 0 && job.header.version >= Version::V3 {

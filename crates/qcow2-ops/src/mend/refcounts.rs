@@ -97,7 +97,7 @@ impl Job<'_> {
             let wanted = needed(self.end + blocks + table);
             (blocks, table) = (wanted.0.max(blocks), wanted.1.max(table));
         }
-        let first = self.take(blocks + table)?;
+        let first = self.take(blocks + table, 0)?;
         Ok(Place { blocks, table, first })
     }
 

@@ -195,7 +195,7 @@ impl Job<'_> {
         let offset = match bytes.len() as u64 {
             0 => HostOffset::default(),
             len => {
-                let first = self.take(geometry.clusters_for(len))?;
+                let first = self.take(geometry.clusters_for(len), 1)?;
                 let offset = HostOffset::new(first * geometry.cluster_size());
                 bytes.resize(len.next_multiple_of(geometry.cluster_size()) as usize, 0);
                 self.draft.write_at(offset, &bytes).map_err(storage)?;
