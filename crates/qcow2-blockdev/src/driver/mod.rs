@@ -34,8 +34,8 @@ mod raw;
 mod table;
 mod values;
 
-pub(crate) use blkdebug::rules as debug_rules;
 pub use blkdebug::{LineError, RuleError};
+pub(crate) use blkdebug::{limits as debug_limits, rules as debug_rules};
 pub use file::is_block_device;
 pub(crate) use file::not_a_device;
 pub use known::is_known_driver;

@@ -4,8 +4,8 @@ use super::named::NamedFiles;
 use super::options::{OpenOptions, Sharing, default_codecs};
 use super::trail::Trail;
 use crate::driver::{
-    Driver, KEY_OPTIONS, check_values, debug_rules, is_block_device, is_window, nbd, not_a_device, null,
-    window,
+    Driver, KEY_OPTIONS, check_values, debug_limits, debug_rules, is_block_device, is_window, nbd,
+    not_a_device, null, window,
 };
 use crate::failure::FailureKind;
 use crate::keys::{Keys, Secrets};
@@ -17,7 +17,7 @@ use qcow2_core::{
     Storage,
 };
 use qcow2_io::{
-    BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, OsError, SourceOptions,
+    BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, OsError, RawEvents, SourceOptions,
     open_source, probe_format,
 };
 use std::path::Path;
@@ -202,14 +202,15 @@ impl Opening<'_> {
             Driver::Blkdebug => {
                 let rules = debug_rules(&node.options)?;
                 let mut bytes = self.bytes(below(node)?, "image")?;
-                let debug = BlkdebugStorage::new(bytes.storage, rules);
+                let limits = debug_limits(&node.options)?;
+                let debug = BlkdebugStorage::new(bytes.storage, rules).with_limits(limits);
                 bytes.debugger = Some(Arc::clone(debug.debugger()));
                 bytes.storage = Arc::new(debug);
                 bytes
             }
             Driver::Raw => {
                 let mut bytes = self.on(node).bytes(below(node)?, "file")?;
-                bytes.storage = window_of(node, bytes.storage)?;
+                bytes.storage = RawEvents::wrap(window_of(node, bytes.storage)?);
                 bytes
             }
             Driver::Qcow2 => self.image_bytes(node, ImageFormat::Qcow2)?,

@@ -8,12 +8,13 @@ use super::bytes::Opening;
 use super::options::OpenOptions;
 use super::policy::{Follow, Policy, Refusal};
 use super::trail::Trail;
+use crate::driver::Driver;
 use crate::failure::FailureKind;
 use crate::keys::Secrets;
 use crate::name::{ImageName, Naming};
 use crate::tree::Node;
 use qcow2_core::{ImageFormat, NoResolver, Reference, ResolveError, ResolvedSource, Resolver};
-use qcow2_io::{FileResolver, MemoryStorage};
+use qcow2_io::{FileResolver, MemoryStorage, RawEvents};
 use std::sync::Arc;
 
 /// Resolves the names in one image as far as the policy allows: paths as `inner` does, other names of backing
@@ -184,7 +185,11 @@ impl Resolver for OtherDataFile {
         (how.writable, how.resizes) = (writable, true);
         let trail = Trail::default();
         let opening = Opening::new(&how, &self.secrets, Some(&ImageFormat::Raw), &trail).as_part();
-        opening.open(&self.node).map(|(source, ..)| source).map_err(in_image)
+        let (source, ..) = opening.open(&self.node).map_err(in_image)?;
+        if self.node.is_probed() || self.node.driver() != Driver::Raw {
+            return Ok(source);
+        }
+        Ok(ResolvedSource { storage: RawEvents::wrap(source.storage), ..source })
     }
 }
 
