@@ -24,12 +24,34 @@ pub enum Driver {
     Blkdebug,
     /// The disk of a server.
     Nbd,
+    /// A filter that compresses what is written.
+    Compress,
+    /// A filter that keeps what is read from backing files.
+    CopyOnRead,
+    /// A filter that reserves room behind the end.
+    Preallocate,
+    /// A filter that limits rates. It is known by name: it takes a group of limits, of which there are none.
+    Throttle,
+    /// A filter that copies old bytes elsewhere. It is known by name.
+    CopyBeforeWrite,
 }
 
 impl Driver {
-    /// All names, in the order of letters.
-    pub const NAMES: [&'static str; 9] =
-        ["blkdebug", "file", "host_device", "luks", "nbd", "null-aio", "null-co", "qcow2", "raw"];
+    /// The names of all that open a disk, in the order of letters.
+    pub const NAMES: [&'static str; 12] = [
+        "blkdebug",
+        "compress",
+        "copy-on-read",
+        "file",
+        "host_device",
+        "luks",
+        "nbd",
+        "null-aio",
+        "null-co",
+        "preallocate",
+        "qcow2",
+        "raw",
+    ];
 
     /// The driver called `name`.
     pub fn parse(name: &str) -> Option<Self> {
@@ -43,6 +65,11 @@ impl Driver {
             "null-aio" => Self::NullAio,
             "blkdebug" => Self::Blkdebug,
             "nbd" => Self::Nbd,
+            "compress" => Self::Compress,
+            "copy-on-read" => Self::CopyOnRead,
+            "preallocate" => Self::Preallocate,
+            "throttle" => Self::Throttle,
+            "copy-before-write" => Self::CopyBeforeWrite,
             _ => return None,
         })
     }
@@ -59,16 +86,21 @@ impl Driver {
             Self::NullAio => "null-aio",
             Self::Blkdebug => "blkdebug",
             Self::Nbd => "nbd",
+            Self::Compress => "compress",
+            Self::CopyOnRead => "copy-on-read",
+            Self::Preallocate => "preallocate",
+            Self::Throttle => "throttle",
+            Self::CopyBeforeWrite => "copy-before-write",
         }
     }
 
-    /// The image format that it reads; `None` for a protocol.
+    /// The image format that it reads; `None` for a protocol and for a filter.
     pub fn format(self) -> Option<ImageFormat> {
         match self {
             Self::Qcow2 => Some(ImageFormat::Qcow2),
             Self::Raw => Some(ImageFormat::Raw),
             Self::Luks => Some(ImageFormat::Luks),
-            Self::File | Self::HostDevice | Self::NullCo | Self::NullAio | Self::Blkdebug | Self::Nbd => None,
+            _ => None,
         }
     }
 
@@ -79,14 +111,20 @@ impl Driver {
 
     /// Whether it is about where bytes are, not about what they mean.
     pub fn is_protocol(self) -> bool {
-        self.format().is_none()
+        self.format().is_none() && !self.is_filter()
+    }
+
+    /// Whether it shows the disk below it.
+    pub fn is_filter(self) -> bool {
+        use Driver::{Compress, CopyBeforeWrite, CopyOnRead, Preallocate, Throttle};
+        matches!(self, Compress | CopyOnRead | Preallocate | Throttle | CopyBeforeWrite)
     }
 
     /// What it calls the node that it stands on.
     pub fn child(self) -> Option<&'static str> {
         match self {
             Self::Blkdebug => Some("image"),
-            _ => self.format().map(|_| "file"),
+            _ => (self.format().is_some() || self.is_filter()).then_some("file"),
         }
     }
 
@@ -102,6 +140,9 @@ impl Driver {
                 key == "config" || key.starts_with("inject-error.") || key.starts_with("set-state.")
             }
             Self::Nbd => !GENERAL.contains(&key),
+            Self::CopyOnRead => key == "bottom",
+            Self::Throttle => key == "throttle-group",
+            Self::Compress | Self::Preallocate | Self::CopyBeforeWrite => false,
         }
     }
 
@@ -115,6 +156,8 @@ impl Driver {
             Self::NullCo | Self::NullAio => &["size", "read-zeroes", "latency-ns"],
             Self::Blkdebug => &BLKDEBUG,
             Self::Nbd => &NBD,
+            Self::Preallocate => &["prealloc-align", "prealloc-size"],
+            Self::Compress | Self::CopyOnRead | Self::Throttle | Self::CopyBeforeWrite => &[],
         };
         GENERAL.contains(&key)
             || own.contains(&key)

@@ -56,7 +56,7 @@ pub(super) fn protocol(driver: Driver, name: &str, depth: usize) -> Result<Node,
             node.below = Some(Box::new(protocol_below(image, depth)?));
         }
         Driver::Nbd => node.options = nbd::from_name(name)?,
-        Driver::Raw | Driver::Qcow2 | Driver::Luks => {
+        _ => {
             return Err(FailureKind::UnknownProtocol(driver.name().to_owned()));
         }
     }

@@ -1,5 +1,6 @@
 //! From a tree of drivers to bytes: the one place where storages are chosen and stacked.
 
+use super::filter::Filter;
 use super::named::NamedFiles;
 use super::options::{OpenOptions, Sharing, default_codecs};
 use super::trail::Trail;
@@ -75,6 +76,8 @@ pub(super) struct Opening<'a> {
     format: Option<&'a ImageFormat>,
     /// Whether whoever stands on them relies on their length.
     is_part: bool,
+    /// The filter right above, which an image's disk gets.
+    filter: Option<Filter>,
     /// How they were reached.
     trail: &'a Trail,
 }
@@ -86,7 +89,7 @@ impl<'a> Opening<'a> {
         format: Option<&'a ImageFormat>,
         trail: &'a Trail,
     ) -> Self {
-        Self { how, secrets, format, is_part: false, trail }
+        Self { how, secrets, format, is_part: false, filter: None, trail }
     }
 
     /// The same for somebody who relies on the length.
@@ -129,19 +132,21 @@ impl Opening<'_> {
     }
 
     fn open_tree(&self, top: &Node) -> Opened<OpenedTree> {
-        let mut bytes = match (top.driver().is_protocol(), top.child()) {
-            (false, Some(child)) => self.on(top).bytes(child, "file")?,
+        // A filter shows bytes without a format, as a protocol does.
+        let has_format = top.driver().format().is_some();
+        let mut bytes = match (has_format, top.child()) {
+            (true, Some(child)) => self.on(top).bytes(child, "file")?,
             _ => self.bytes(top, "")?,
         };
         let format = match (self.format, bytes.format.take()) {
             (Some(format), _) => format.clone(),
-            (None, _) if top.driver().is_protocol() => ImageFormat::Raw,
+            (None, _) if !has_format => ImageFormat::Raw,
             (None, Some(format)) => format,
             (None, None) => probe_format(&*bytes.storage).map_err(FailureKind::Probe)?,
         };
         // A format that no driver reads is refused where the disk is opened, by its name.
         let probed = Driver::of_format(&format).unwrap_or(Driver::Raw);
-        if !top.driver().is_protocol() {
+        if has_format {
             if probed == Driver::Raw {
                 bytes.storage = window_of(top, bytes.storage)?;
             }
@@ -178,7 +183,10 @@ impl Opening<'_> {
     /// Opens a node that gives bytes.
     fn bytes(&self, node: &Node, role: &'static str) -> Opened<Bytes> {
         let trail = &self.trail.deeper()?;
-        let mut bytes = Opening { trail, ..*self }.driver_bytes(node)?;
+        let mut bytes = match node.driver() {
+            Driver::Qcow2 | Driver::Luks => Opening { trail, ..*self }.driver_bytes(node)?,
+            _ => Opening { trail, filter: None, ..*self }.driver_bytes(node)?,
+        };
         check_options(node, node.driver(), role.is_empty() && self.how.layers == Layers::Follow)?;
         let is_file = matches!(node.driver(), Driver::File | Driver::HostDevice);
         let path = node.path().filter(|_| is_file);
@@ -215,6 +223,14 @@ impl Opening<'_> {
             }
             Driver::Qcow2 => self.image_bytes(node, ImageFormat::Qcow2)?,
             Driver::Luks => self.image_bytes(node, ImageFormat::Luks)?,
+            driver if driver.is_filter() => {
+                let filter = Filter::of(node, self.how.writable);
+                let opening = Opening { filter: filter.as_ref().ok().copied(), ..*self };
+                let bytes = opening.bytes(below(node)?, "file")?;
+                filter?;
+                bytes
+            }
+            driver => return Err(FailureKind::UnknownDriver(driver.name().to_owned())),
         })
     }
 
@@ -251,7 +267,7 @@ impl Opening<'_> {
 
     /// An image's guest disk as the bytes of what stands on it.
     fn image_bytes(&self, node: &Node, format: ImageFormat) -> Opened<Bytes> {
-        let inner = Opening { format: Some(&format), ..*self };
+        let inner = Opening { format: Some(&format), filter: None, ..*self };
         let mut bytes = inner.bytes(below(node)?, "file")?;
         let name = filename(node, node.driver().name());
         let resolver = self.resolver(&bytes, &name);
@@ -263,6 +279,7 @@ impl Opening<'_> {
         options.codecs = default_codecs();
         options.keys = Some(Arc::new(Keys::of(node, self.secrets)));
         let disk = qcow2_core::open_disk(source, &options)?;
+        let disk = self.filter.map_or(disk.clone(), |filter| filter.on(disk, options.writable));
         bytes.storage = Arc::new(DiskStorage::new(disk));
         bytes.format = None;
         Ok(bytes)

@@ -7,6 +7,7 @@ mod backing;
 mod bytes;
 mod chain;
 mod cut_short;
+mod filter;
 mod layers;
 mod look;
 mod named;

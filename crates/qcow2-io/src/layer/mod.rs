@@ -2,6 +2,7 @@
 
 mod blkdebug;
 mod cache_mode;
+mod compress;
 mod copy_on_read;
 mod debug_limits;
 mod debug_requests;
@@ -15,6 +16,7 @@ mod window;
 
 pub use blkdebug::{BlkdebugStorage, DebugAction, DebugCall, DebugRule, Debugger, Injection, StopNews};
 pub use cache_mode::{CacheMode, FlushEachWrite, NoFlush};
+pub use compress::CompressWrites;
 pub use copy_on_read::CopyOnRead;
 pub use debug_limits::DebugLimits;
 pub use disk::DiskStorage;
