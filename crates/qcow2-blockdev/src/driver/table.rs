@@ -146,6 +146,19 @@ impl Driver {
         }
     }
 
+    /// Whether option `key` of a node that is open can be given another value.
+    pub fn may_change(self, key: &str) -> bool {
+        let own: &[&str] = match self {
+            Self::Qcow2 => &QCOW2,
+            Self::Raw => &["offset", "size"],
+            Self::File | Self::HostDevice => &["drop-cache", "x-check-cache-dropped"],
+            _ => &[],
+        };
+        own.contains(&key)
+            || CHANGEABLE.contains(&key)
+            || (self == Self::Qcow2 && key.starts_with("encrypt."))
+    }
+
     /// Whether it knows option `key`, which begins none of its children's.
     pub(crate) fn knows(self, key: &str) -> bool {
         let own: &[&str] = match self {
@@ -183,6 +196,9 @@ const GENERAL: [&str; 9] = [
     "cache.no-flush",
     "cache.writeback",
 ];
+/// What of that can be changed while a node is open.
+const CHANGEABLE: [&str; 6] =
+    ["read-only", "auto-read-only", "discard", "detect-zeroes", "cache.direct", "cache.no-flush"];
 /// What a file takes; none of it but the name changes what is read.
 const FILE: [&str; 7] =
     ["filename", "locking", "aio", "aio-max-batch", "drop-cache", "pr-manager", "x-check-cache-dropped"];
