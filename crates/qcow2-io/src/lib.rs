@@ -29,6 +29,7 @@
 //! | requests that are widened and cut to limits | [`BlkdebugStorage`] with [`DebugLimits`] |
 //! | the steps of a raw format above a debugger | [`RawEvents`] |
 //! | an image that compresses what is written to it | [`CompressWrites`] |
+//! | a disk of which only content and layers are seen | [`FilteredDisk`] |
 //! | a disk that copies what it reads from its backing files into the top layer | [`CopyOnRead`] |
 //! | a disk probed as raw that nobody turns into another format | [`GuardedRaw`] |
 //! | a byte range of a storage | [`WindowStorage`] |
@@ -77,8 +78,9 @@ pub use error::{OsError, os_error_text};
 pub use file::FileStorage;
 pub use layer::{
     BlkdebugStorage, CacheMode, CompressWrites, CopyOnRead, DebugAction, DebugCall, DebugLimits, DebugRule,
-    Debugger, DiskStorage, FlushEachWrite, GuardedRaw, Injection, LimitStorage, NoFlush, RawEvents, StopNews,
-    StorageCall, StorageCounts, StorageEvent, ThrottleStorage, TraceStorage, WindowStorage,
+    Debugger, DiskStorage, FilteredDisk, FlushEachWrite, GuardedRaw, Injection, LimitStorage, NoFlush,
+    RawEvents, StopNews, StorageCall, StorageCounts, StorageEvent, ThrottleStorage, TraceStorage,
+    WindowStorage,
 };
 pub use lock::{LockConflict, Locking, Permission};
 pub use memory::MemoryStorage;

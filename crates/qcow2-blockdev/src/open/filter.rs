@@ -4,7 +4,7 @@ use crate::driver::{Driver, preallocation};
 use crate::failure::FailureKind;
 use crate::tree::Node;
 use qcow2_core::GuestDisk;
-use qcow2_io::{CompressWrites, CopyOnRead};
+use qcow2_io::{CompressWrites, CopyOnRead, FilteredDisk};
 use std::sync::Arc;
 
 /// What a filter does to a disk.
@@ -40,10 +40,10 @@ impl Filter {
         match self {
             Self::Compress if writable => match CompressWrites::new(Arc::clone(&disk)) {
                 Some(filtered) => Arc::new(filtered),
-                None => disk,
+                None => Arc::new(FilteredDisk::new(disk)),
             },
-            Self::CopyOnRead if writable => Arc::new(CopyOnRead::new(disk)),
-            _ => disk,
+            Self::CopyOnRead if writable => Arc::new(FilteredDisk::new(Arc::new(CopyOnRead::new(disk)))),
+            _ => Arc::new(FilteredDisk::new(disk)),
         }
     }
 }

@@ -91,6 +91,12 @@ fn open_with(name: &ImageName, how: &OpenOptions, tell: Option<Tell<'_>>) -> Res
         source.resolver = Arc::new(OtherBacking { inner, node, secrets, how });
     }
     let mut opened = OpenedDisk { debugger, ..open_layers(name, source, how, 0)? };
+    if let (ImageFormat::Qcow2, Some(below), Some(top)) =
+        (&opened.format, nodes.first(), opened.files.first_mut())
+    {
+        // Offsets in the image are those in the node below, by whatever longer name the whole goes.
+        top.image.clone_from(&below.filename);
+    }
     if opened.format == ImageFormat::Raw
         && let (Some(bottom), Some(top)) = (nodes.last(), opened.files.first_mut())
     {
