@@ -43,7 +43,7 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
             format!("Could not read image for determining its format: {}", storage(error))
         }
         FailureKind::Storage(error) => storage(error),
-        FailureKind::UnsupportedFormat(_) => kind.to_string(),
+        FailureKind::UnsupportedFormat(_) | FailureKind::UnalignedPreallocation => kind.to_string(),
         FailureKind::Loop(name) => endless(name),
         FailureKind::NoSnapshots => format!(
             "{NOT_LOADED}Block format 'raw' used by device '' does not support temporarily loading internal \
