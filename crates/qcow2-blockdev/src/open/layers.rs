@@ -108,7 +108,7 @@ fn open_with(name: &ImageName, how: &OpenOptions, tell: Option<Tell<'_>>) -> Res
     Ok(opened)
 }
 
-/// Opens the disk that `name`, a filter, leads to: that of `child`, which shows its layers through the filter.
+/// Opens the disk that `name`, a filter, leads to: that of `child`, whose layers are seen through the filter.
 fn open_filter(
     name: &ImageName,
     child: &Node,

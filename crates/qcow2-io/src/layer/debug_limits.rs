@@ -178,10 +178,12 @@ mod tests {
             ..DebugLimits::default()
         };
         let pieces = |limits: DebugLimits, bytes| limits.discards(bytes).collect::<Vec<_>>();
-        assert_eq!(pieces(limits(0, 0, 0), 1000..5000), [1000..5000]);
+        let whole = std::iter::once(1000..5000);
+        assert!(pieces(limits(0, 0, 0), 1000..5000).into_iter().eq(whole));
         assert_eq!(pieces(limits(0, 0, 1500), 1000..5000), [1000..2500, 2500..4000, 4000..5000]);
         // Less than a block is left alone.
-        assert_eq!(pieces(limits(512, 0, 0), 1000..5000), [1024..4608]);
+        let blocks = std::iter::once(1024..4608);
+        assert!(pieces(limits(512, 0, 0), 1000..5000).into_iter().eq(blocks));
         assert_eq!(pieces(limits(512, 2048, 0), 1000..5000), [1024..2048, 2048..4096, 4096..4608]);
         assert_eq!(
             pieces(limits(0, 3000, 3000), 10..10_000),

@@ -3,8 +3,8 @@
 use qcow2_core::{DiskExtent, GuestDisk, GuestOffset, GuestRange, Result, ZeroMode};
 use std::sync::Arc;
 
-/// Wraps a disk: its content and its layers are seen, and what kind of disk it is not, so that nobody works on
-/// the image around the filter. Dropping it closes the image.
+/// Wraps a disk: its content and its layers are seen, and what kind of disk it is not, so that nobody works
+/// on the image around the filter. Dropping it closes the image.
 pub struct FilteredDisk {
     inner: Arc<dyn GuestDisk>,
 }
