@@ -136,9 +136,7 @@ impl Image {
         let next = self.mapping().lookup(GuestOffset::new(offset.value() + run), len - run)?.place;
         Ok(match next {
             Place::Zero { host: Some(next) } => next.value() == host.value() + run,
-            // In an external data file every cluster has its place.
-            Place::Unallocated | Place::Zero { host: None } => self.file.has_data_file(),
-            Place::Data { .. } | Place::Compressed(_) => false,
+            _ => false,
         })
     }
 
