@@ -91,6 +91,15 @@ pub enum FailureKind {
     /// Options of a qcow2 image that do not go together.
     Tuning(TuningError),
 
+    /// A filter that compresses stands on a node of this driver, which does not.
+    NoCompression(Driver),
+    /// A filter that limits rates names no group of limits, or this one, which is not there.
+    NoThrottleGroup(Option<String>),
+    /// A filter that copies old bytes has no place for them.
+    NoTarget,
+    /// Room is to be reserved in pieces that are no whole sectors.
+    UnalignedPreallocation,
+
     /// An option wants a node left alone that is to be written to.
     ReadOnlyNode,
     /// Locks are to be ignored, and the disk is to be written to.
@@ -276,6 +285,15 @@ impl fmt::Display for FailureKind {
             Self::Window(error) => error.fmt(f),
             Self::Rules(error) => error.fmt(f),
             Self::Tuning(error) => error.fmt(f),
+            Self::NoCompression(driver) => {
+                write!(f, "compression is not supported for underlying format: {}", driver.name())
+            }
+            Self::NoThrottleGroup(Some(name)) => write!(f, "throttle group '{name}' does not exist"),
+            Self::NoThrottleGroup(None) => f.write_str("please specify a throttle group"),
+            Self::NoTarget => f.write_str("parameter 'target' is missing"),
+            Self::UnalignedPreallocation => {
+                f.write_str("prealloc-align parameter of preallocate filter is not aligned to 512")
+            }
             Self::ReadOnlyNode => f.write_str("an option allows reading only"),
             Self::SharedAndWritable => f.write_str("locks are ignored only where nothing is written"),
             Self::QueuedThroughCache => f.write_str("aio=native takes cache.direct=on"),

@@ -97,6 +97,7 @@ mod grammar;
 mod outcome;
 mod port;
 mod reason;
+mod reopening;
 mod report;
 mod request;
 mod source;

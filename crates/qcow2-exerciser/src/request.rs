@@ -1,6 +1,6 @@
 //! How to open a disk, from the options of the program and of the commands.
 
-use crate::grammar::{Open, Reopen};
+use crate::grammar::Open;
 use qcow2_io::CacheMode;
 use std::fmt;
 
@@ -132,41 +132,3 @@ pub(crate) fn request_of(open: Open) -> Result<OpenRequest, RequestError> {
     request.set_aio(open.aio.as_deref())?;
     Ok(request)
 }
-
-/// The request for the same disk in another way. Errors: the text after the program's name.
-pub(crate) fn changed(old: &OpenRequest, reopen: Reopen) -> Result<OpenRequest, String> {
-    let mut new = old.clone();
-    new.set_cache(reopen.cache.as_deref()).map_err(|error| error.to_string())?;
-    if let Some(read_only) = reopen.read_only {
-        new.read_only = read_only;
-    }
-    for text in &reopen.options {
-        for item in text.split(',') {
-            let key = item.split('=').next().unwrap_or_default();
-            if key.starts_with("cache.") && reopen.cache.is_some() {
-                return Err("Cannot set both -c and the cache options".to_owned());
-            }
-            if key == "read-only" && reopen.read_only.is_some() {
-                return Err("Cannot set both -r/-w and 'read-only'".to_owned());
-            }
-            if !CHANGEABLE.contains(&key) {
-                return Err(format!("Cannot change the option '{key}'"));
-            }
-        }
-    }
-    new.options.extend(reopen.options);
-    Ok(new)
-}
-
-/// The options that `reopen -o` may change.
-const CHANGEABLE: [&str; 9] = [
-    "read-only",
-    "cache.direct",
-    "cache.no-flush",
-    "lazy-refcounts",
-    "l2-cache-size",
-    "refcount-cache-size",
-    "cache-size",
-    "discard",
-    "overlap-check",
-];

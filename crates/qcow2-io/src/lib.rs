@@ -26,6 +26,10 @@
 //! | to count or log the calls that reach a storage | [`TraceStorage`] |
 //! | a storage with a size limit, to test a full disk | [`LimitStorage`] |
 //! | calls that fail at chosen steps of the engine | [`BlkdebugStorage`] |
+//! | requests that are widened and cut to limits | [`BlkdebugStorage`] with [`DebugLimits`] |
+//! | the steps of a raw format above a debugger | [`RawEvents`] |
+//! | an image that compresses what is written to it | [`CompressWrites`] |
+//! | a disk of which only content and layers are seen | [`FilteredDisk`] |
 //! | a disk that copies what it reads from its backing files into the top layer | [`CopyOnRead`] |
 //! | a disk probed as raw that nobody turns into another format | [`GuardedRaw`] |
 //! | a byte range of a storage | [`WindowStorage`] |
@@ -75,9 +79,10 @@ mod system;
 pub use error::{OsError, os_error_text};
 pub use file::FileStorage;
 pub use layer::{
-    BlkdebugStorage, CacheMode, CopyOnRead, DebugAction, DebugCall, DebugRule, Debugger, DiskStorage,
-    FlushEachWrite, GuardedRaw, Injection, LimitStorage, NoFlush, StopNews, StorageCall, StorageCounts,
-    StorageEvent, ThrottleStorage, TraceStorage, WindowStorage,
+    BlkdebugStorage, CacheMode, CompressWrites, CopyOnRead, DebugAction, DebugCall, DebugLimits, DebugRule,
+    Debugger, DiskStorage, FilteredDisk, FlushEachWrite, GuardedRaw, Injection, LimitStorage, NoFlush,
+    RawEvents, StopNews, StorageCall, StorageCounts, StorageEvent, ThrottleStorage, TraceStorage,
+    WindowStorage,
 };
 pub use lock::{LockConflict, Locking, Permission};
 pub use memory::MemoryStorage;

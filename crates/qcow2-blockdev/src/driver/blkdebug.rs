@@ -1,9 +1,10 @@
 //! The rules of `blkdebug`: from a file of groups, and from options.
 
+use super::raw::size_option;
 use crate::scalar::{OptionError, OptionErrorKind, read_switch};
 use crate::tree::Options;
 use qcow2_core::Event;
-use qcow2_io::{DebugAction, DebugCall, DebugRule, Injection, OsError, path_of};
+use qcow2_io::{DebugAction, DebugCall, DebugLimits, DebugRule, Injection, OsError, path_of};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -11,8 +12,13 @@ use std::fmt;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum RuleError {
-    /// This alignment is not a power of two.
-    Alignment(String),
+    /// A limit for requests that is too large or does not go with another one.
+    Limit {
+        /// The option.
+        option: &'static str,
+        /// Its bytes.
+        bytes: u64,
+    },
     /// The file of rules cannot be read.
     Unreadable(OsError),
     /// A line of that file.
@@ -53,7 +59,9 @@ pub enum LineError {
 impl fmt::Display for RuleError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Alignment(text) => write!(f, "the alignment is a power of two, not '{text}'"),
+            Self::Limit { option, bytes } => {
+                write!(f, "the limit '{option}' cannot be {bytes} bytes: too large, or not aligned")
+            }
             Self::Unreadable(error) => write!(f, "the file of rules cannot be read: {error}"),
             Self::Line { file, line, error } => {
                 let what = match error {
@@ -81,11 +89,6 @@ impl From<OptionError> for RuleError {
 
 /// The rules that `options` and the file that they name tell. Disk: reads that file.
 pub(crate) fn rules(options: &Options) -> Result<Vec<DebugRule>, RuleError> {
-    if let Some(align) = options.text("align")
-        && !align.parse::<u64>().is_ok_and(u64::is_power_of_two)
-    {
-        return Err(RuleError::Alignment(align));
-    }
     let mut groups = Vec::new();
     if let Some(name) = options.text("config") {
         let text = std::fs::read_to_string(path_of(&name))
@@ -106,6 +109,22 @@ pub(crate) fn rules(options: &Options) -> Result<Vec<DebugRule>, RuleError> {
         groups.extend(numbered.into_values());
     }
     groups.iter().map(Group::rule).collect()
+}
+
+/// The limits for requests that `options` tell.
+pub(crate) fn limits(options: &Options) -> Result<DebugLimits, RuleError> {
+    let size = |key| size_option(options, key).map(Option::unwrap_or_default);
+    let mut limits = DebugLimits::default();
+    limits.align = size("align")?;
+    limits.max_transfer = size("max-transfer")?;
+    limits.opt_write_zero = size("opt-write-zero")?;
+    limits.max_write_zero = size("max-write-zero")?;
+    limits.opt_discard = size("opt-discard")?;
+    limits.max_discard = size("max-discard")?;
+    match limits.unmet() {
+        Some((option, bytes)) => Err(RuleError::Limit { option, bytes }),
+        None => Ok(limits),
+    }
 }
 
 struct Group {

@@ -26,12 +26,24 @@ pub enum Driver {
     Blkdebug,
     /// The disk of a server.
     Nbd,
+    /// A filter that compresses what is written.
+    Compress,
+    /// A filter that keeps what is read from backing files.
+    CopyOnRead,
+    /// A filter that reserves room behind the end.
+    Preallocate,
+    /// A filter that limits rates. It is known by name: it takes a group of limits, of which there are none.
+    Throttle,
+    /// A filter that copies old bytes elsewhere. It is known by name.
+    CopyBeforeWrite,
 }
 
 impl Driver {
-    /// All names, in the order of letters.
-    pub const NAMES: [&'static str; 10] = [
+    /// The names of all that open a disk, in the order of letters.
+    pub const NAMES: [&'static str; 13] = [
         "blkdebug",
+        "compress",
+        "copy-on-read",
         "file",
         "host_cdrom",
         "host_device",
@@ -39,6 +51,7 @@ impl Driver {
         "nbd",
         "null-aio",
         "null-co",
+        "preallocate",
         "qcow2",
         "raw",
     ];
@@ -56,6 +69,11 @@ impl Driver {
             "null-aio" => Self::NullAio,
             "blkdebug" => Self::Blkdebug,
             "nbd" => Self::Nbd,
+            "compress" => Self::Compress,
+            "copy-on-read" => Self::CopyOnRead,
+            "preallocate" => Self::Preallocate,
+            "throttle" => Self::Throttle,
+            "copy-before-write" => Self::CopyBeforeWrite,
             _ => return None,
         })
     }
@@ -73,17 +91,21 @@ impl Driver {
             Self::NullAio => "null-aio",
             Self::Blkdebug => "blkdebug",
             Self::Nbd => "nbd",
+            Self::Compress => "compress",
+            Self::CopyOnRead => "copy-on-read",
+            Self::Preallocate => "preallocate",
+            Self::Throttle => "throttle",
+            Self::CopyBeforeWrite => "copy-before-write",
         }
     }
 
-    /// The image format that it reads; `None` for a protocol.
+    /// The image format that it reads; `None` for a protocol and for a filter.
     pub fn format(self) -> Option<ImageFormat> {
         match self {
             Self::Qcow2 => Some(ImageFormat::Qcow2),
             Self::Raw => Some(ImageFormat::Raw),
             Self::Luks => Some(ImageFormat::Luks),
-            Self::File | Self::HostDevice | Self::HostCdrom => None,
-            Self::NullCo | Self::NullAio | Self::Blkdebug | Self::Nbd => None,
+            _ => None,
         }
     }
 
@@ -94,7 +116,13 @@ impl Driver {
 
     /// Whether it is about where bytes are, not about what they mean.
     pub fn is_protocol(self) -> bool {
-        self.format().is_none()
+        self.format().is_none() && !self.is_filter()
+    }
+
+    /// Whether it shows the disk below it.
+    pub fn is_filter(self) -> bool {
+        use Driver::{Compress, CopyBeforeWrite, CopyOnRead, Preallocate, Throttle};
+        matches!(self, Compress | CopyOnRead | Preallocate | Throttle | CopyBeforeWrite)
     }
 
     /// Whether its bytes are those of a file or a device of this system.
@@ -106,7 +134,7 @@ impl Driver {
     pub fn child(self) -> Option<&'static str> {
         match self {
             Self::Blkdebug => Some("image"),
-            _ => self.format().map(|_| "file"),
+            _ => (self.format().is_some() || self.is_filter()).then_some("file"),
         }
     }
 
@@ -122,7 +150,23 @@ impl Driver {
                 key == "config" || key.starts_with("inject-error.") || key.starts_with("set-state.")
             }
             Self::Nbd => !GENERAL.contains(&key),
+            Self::CopyOnRead => key == "bottom",
+            Self::Throttle => key == "throttle-group",
+            Self::Compress | Self::Preallocate | Self::CopyBeforeWrite => false,
         }
+    }
+
+    /// Whether option `key` of a node that is open can be given another value.
+    pub fn may_change(self, key: &str) -> bool {
+        let own: &[&str] = match self {
+            Self::Qcow2 => &QCOW2,
+            Self::Raw => &["offset", "size"],
+            Self::File | Self::HostDevice => &["drop-cache", "x-check-cache-dropped"],
+            _ => &[],
+        };
+        own.contains(&key)
+            || CHANGEABLE.contains(&key)
+            || (self == Self::Qcow2 && key.starts_with("encrypt."))
     }
 
     /// Whether it knows option `key`, which begins none of its children's.
@@ -135,6 +179,8 @@ impl Driver {
             Self::NullCo | Self::NullAio => &["size", "read-zeroes", "latency-ns"],
             Self::Blkdebug => &BLKDEBUG,
             Self::Nbd => &NBD,
+            Self::Preallocate => &["prealloc-align", "prealloc-size"],
+            Self::Compress | Self::CopyOnRead | Self::Throttle | Self::CopyBeforeWrite => &[],
         };
         GENERAL.contains(&key)
             || own.contains(&key)
@@ -160,6 +206,9 @@ const GENERAL: [&str; 9] = [
     "cache.no-flush",
     "cache.writeback",
 ];
+/// What of that can be changed while a node is open.
+const CHANGEABLE: [&str; 6] =
+    ["read-only", "auto-read-only", "discard", "detect-zeroes", "cache.direct", "cache.no-flush"];
 /// What a file takes; none of it but the name changes what is read.
 const FILE: [&str; 7] =
     ["filename", "locking", "aio", "aio-max-batch", "drop-cache", "pr-manager", "x-check-cache-dropped"];

@@ -47,7 +47,7 @@ pub(crate) fn in_name(driver: Driver, name: &str) -> Result<(Options, Option<Str
             return Ok((options, Some(image.to_owned())));
         }
         Driver::Nbd => options = nbd::from_name(name)?,
-        Driver::Raw | Driver::Qcow2 | Driver::Luks => {
+        _ => {
             return Err(FailureKind::UnknownProtocol(driver.name().to_owned()));
         }
     }

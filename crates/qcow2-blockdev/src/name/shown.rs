@@ -26,6 +26,7 @@ fn short(node: &Node) -> Option<String> {
             let child = node.child().filter(|child| child.driver().is_protocol())?;
             short(child).filter(|_| node.strong().next().is_none())
         }
+        _ => None,
     }
 }
 

@@ -1,11 +1,12 @@
 //! From a tree of drivers to bytes: the one place where storages are chosen and stacked.
 
 use super::chosen::ChosenFiles;
+use super::filter::Filter;
 use super::named::NamedFiles;
 use super::options::{OpenOptions, Sharing, default_codecs};
 use super::trail::Trail;
 use crate::driver::{
-    Driver, KEY_OPTIONS, check_values, debug_rules, is_window, nbd, not_a_device, null, window,
+    Driver, KEY_OPTIONS, check_values, debug_limits, debug_rules, is_window, nbd, not_a_device, null, window,
 };
 use crate::failure::FailureKind;
 use crate::keys::{Keys, Secrets};
@@ -17,7 +18,7 @@ use qcow2_core::{
     Storage,
 };
 use qcow2_io::{
-    BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, OsError, SourceOptions,
+    BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, OsError, RawEvents, SourceOptions,
     open_source, path_of, probe_format,
 };
 use std::sync::Arc;
@@ -74,6 +75,8 @@ pub(super) struct Opening<'a> {
     format: Option<&'a ImageFormat>,
     /// Whether whoever stands on them relies on their length.
     is_part: bool,
+    /// The filter right above, which an image's disk gets.
+    filter: Option<Filter>,
     /// How they were reached.
     trail: &'a Trail,
 }
@@ -85,7 +88,7 @@ impl<'a> Opening<'a> {
         format: Option<&'a ImageFormat>,
         trail: &'a Trail,
     ) -> Self {
-        Self { how, secrets, format, is_part: false, trail }
+        Self { how, secrets, format, is_part: false, filter: None, trail }
     }
 
     /// The same for somebody who relies on the length.
@@ -128,19 +131,21 @@ impl Opening<'_> {
     }
 
     fn open_tree(&self, top: &Node) -> Opened<OpenedTree> {
-        let mut bytes = match (top.driver().is_protocol(), top.child()) {
-            (false, Some(child)) => self.on(top).bytes(child, "file")?,
+        // A filter shows bytes without a format, as a protocol does.
+        let has_format = top.driver().format().is_some();
+        let mut bytes = match (has_format, top.child()) {
+            (true, Some(child)) => self.on(top).bytes(child, "file")?,
             _ => self.bytes(top, "")?,
         };
         let format = match (self.format, bytes.format.take()) {
             (Some(format), _) => format.clone(),
-            (None, _) if top.driver().is_protocol() => ImageFormat::Raw,
+            (None, _) if !has_format => ImageFormat::Raw,
             (None, Some(format)) => format,
             (None, None) => probe_format(&*bytes.storage).map_err(FailureKind::Probe)?,
         };
         // A format that no driver reads is refused where the disk is opened, by its name.
         let probed = Driver::of_format(&format).unwrap_or(Driver::Raw);
-        if !top.driver().is_protocol() {
+        if has_format {
             if probed == Driver::Raw {
                 bytes.storage = window_of(top, bytes.storage)?;
             }
@@ -187,7 +192,10 @@ impl Opening<'_> {
     /// Opens a node that gives bytes.
     fn bytes(&self, node: &Node, role: &'static str) -> Opened<Bytes> {
         let trail = &self.trail.deeper()?;
-        let mut bytes = Opening { trail, ..*self }.driver_bytes(node)?;
+        let mut bytes = match node.driver() {
+            Driver::Qcow2 | Driver::Luks => Opening { trail, ..*self }.driver_bytes(node)?,
+            _ => Opening { trail, filter: None, ..*self }.driver_bytes(node)?,
+        };
         check_options(node, node.driver(), role.is_empty() && self.how.layers == Layers::Follow)?;
         let facts = NodeFacts {
             driver: node.driver().name(),
@@ -209,18 +217,27 @@ impl Opening<'_> {
             Driver::Blkdebug => {
                 let rules = debug_rules(&node.options)?;
                 let mut bytes = self.bytes(below(node)?, "image")?;
-                let debug = BlkdebugStorage::new(bytes.storage, rules);
+                let limits = debug_limits(&node.options)?;
+                let debug = BlkdebugStorage::new(bytes.storage, rules).with_limits(limits);
                 bytes.debugger = Some(Arc::clone(debug.debugger()));
                 bytes.storage = Arc::new(debug);
                 bytes
             }
             Driver::Raw => {
                 let mut bytes = self.on(node).bytes(below(node)?, "file")?;
-                bytes.storage = window_of(node, bytes.storage)?;
+                bytes.storage = RawEvents::wrap(window_of(node, bytes.storage)?);
                 bytes
             }
             Driver::Qcow2 => self.image_bytes(node, ImageFormat::Qcow2)?,
             Driver::Luks => self.image_bytes(node, ImageFormat::Luks)?,
+            driver if driver.is_filter() => {
+                let filter = Filter::of(node, self.how.writable);
+                let opening = Opening { filter: filter.as_ref().ok().copied(), ..*self };
+                let bytes = opening.bytes(below(node)?, "file")?;
+                filter?;
+                bytes
+            }
+            driver => return Err(FailureKind::UnknownDriver(driver.name().to_owned())),
         })
     }
 
@@ -260,7 +277,7 @@ impl Opening<'_> {
 
     /// An image's guest disk as the bytes of what stands on it.
     fn image_bytes(&self, node: &Node, format: ImageFormat) -> Opened<Bytes> {
-        let inner = Opening { format: Some(&format), ..*self };
+        let inner = Opening { format: Some(&format), filter: None, ..*self };
         let mut bytes = inner.bytes(below(node)?, "file")?;
         let name = filename(node, node.driver().name());
         let resolver = self.resolver(node, &bytes, &name);
@@ -272,6 +289,7 @@ impl Opening<'_> {
         options.codecs = default_codecs();
         options.keys = Some(Arc::new(Keys::of(node, self.secrets)));
         let disk = qcow2_core::open_disk(source, &options)?;
+        let disk = self.filter.map_or(disk.clone(), |filter| filter.on(disk, options.writable));
         bytes.storage = Arc::new(DiskStorage::new(disk));
         bytes.format = None;
         Ok(bytes)

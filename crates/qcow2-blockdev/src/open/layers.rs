@@ -1,6 +1,7 @@
 //! From bytes to a disk with its chain.
 
 use super::bytes::{NodeFacts, Opening};
+use super::filter::Filter;
 use super::look::{Tell, warnings_of_change};
 use super::named::format_of;
 use super::options::{OpenOptions, Sharing};
@@ -69,11 +70,20 @@ pub fn open_telling(name: &ImageName, how: &OpenOptions, tell: Tell<'_>) -> Resu
 }
 
 fn open_with(name: &ImageName, how: &OpenOptions, tell: Option<Tell<'_>>) -> Result<OpenedDisk, OpenFailure> {
+    if let Some(child) = name.node.child().filter(|_| name.node.driver().is_filter()) {
+        return open_filter(name, child, how, tell);
+    }
     let OpenedBytes { source, debugger, nodes } = open_bytes(name, how)?;
     if let Some(tell) = tell {
         warnings_of_change(&source).iter().for_each(|warning| tell(warning, &source));
     }
     let mut opened = OpenedDisk { debugger, ..open_layers(name, source, how, 0)? };
+    if let (ImageFormat::Qcow2, Some(below), Some(top)) =
+        (&opened.format, nodes.first(), opened.files.first_mut())
+    {
+        // Offsets in the image are those in the node below, by whatever longer name the whole goes.
+        top.image.clone_from(&below.filename);
+    }
     if opened.format == ImageFormat::Raw
         && let (Some(bottom), Some(top)) = (nodes.last(), opened.files.first_mut())
     {
@@ -82,6 +92,24 @@ fn open_with(name: &ImageName, how: &OpenOptions, tell: Option<Tell<'_>>) -> Res
         opened.host_start = name.node.raw_start();
         opened.is_null = bottom.is_null();
     }
+    Ok(opened)
+}
+
+/// Opens the disk that `name`, a filter, leads to: that of `child`, whose layers are seen through the filter.
+fn open_filter(
+    name: &ImageName,
+    child: &Node,
+    how: &OpenOptions,
+    tell: Option<Tell<'_>>,
+) -> Result<OpenedDisk, OpenFailure> {
+    let failed = |kind| OpenFailure::new(&name.typed, kind);
+    let inner = ImageName { node: child.clone(), ..name.clone() };
+    let mut opened = open_with(&inner, how, tell)?;
+    let filter = Filter::of(&name.node, how.writable).map_err(failed)?;
+    if let Some(unknown) = name.node.unknown_option(name.node.driver(), true) {
+        return Err(failed(unknown));
+    }
+    opened.disk = filter.on(opened.disk, how.writable);
     Ok(opened)
 }
 

@@ -8,6 +8,7 @@ mod bytes;
 mod chain;
 mod chosen;
 mod cut_short;
+mod filter;
 mod layers;
 mod look;
 mod named;

@@ -7,13 +7,13 @@ use super::bytes::Opening;
 use super::options::OpenOptions;
 use super::policy::{Follow, Policy, Refusal};
 use super::trail::Trail;
-use crate::driver::is_known_driver;
+use crate::driver::{Driver, is_known_driver};
 use crate::failure::FailureKind;
 use crate::keys::Secrets;
 use crate::name::{ImageName, Naming};
 use crate::tree::{Node, protocol_below};
 use qcow2_core::{ImageFormat, Reference, ResolveError, ResolvedSource, Resolver};
-use qcow2_io::{FileResolver, path_of, text_of_name};
+use qcow2_io::{FileResolver, RawEvents, path_of, text_of_name};
 use std::sync::Arc;
 
 /// Resolves the names in one image as far as the policy allows: paths as `inner` does, other names of backing
@@ -145,7 +145,11 @@ pub(super) fn data_file(
     let mut how = how.below(false);
     (how.writable, how.resizes) = (writable, true);
     let opening = Opening::new(&how, secrets, Some(&ImageFormat::Raw), trail).as_part();
-    opening.open(node).map(|(source, ..)| source).map_err(in_image)
+    let (source, ..) = opening.open(node).map_err(in_image)?;
+    if node.is_probed() || node.driver() != Driver::Raw {
+        return Ok(source);
+    }
+    Ok(ResolvedSource { storage: RawEvents::wrap(source.storage), ..source })
 }
 
 /// Says whether `policy` allows opening the backing file that the image at `image` calls `name`, for whoever

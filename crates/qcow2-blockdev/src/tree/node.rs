@@ -112,7 +112,7 @@ impl Node {
     pub(crate) fn raw_start(&self) -> u64 {
         let own = match self.driver() {
             Driver::Raw => self.options.text("offset").and_then(|text| parse_size(&text).ok()).unwrap_or(0),
-            Driver::Blkdebug => 0,
+            driver if driver == Driver::Blkdebug || driver.is_filter() => 0,
             _ => return 0,
         };
         self.child().map_or(own, |child| own.saturating_add(child.raw_start()))

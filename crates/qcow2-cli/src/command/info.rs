@@ -94,7 +94,7 @@ fn look(session: &Session, request: &Request, filename: &str) -> Result<Vec<Name
             args = ImageArgs { format: backing.format, image_opts: false, ..args };
             next = Some(ImageName::parse(&full, &args.naming())?);
         }
-        let format = match name.node.driver().is_protocol() {
+        let format = match name.node.driver().format().is_none() {
             true => nodes.remove(0).driver,
             false if report.qcow2.is_some() => "qcow2",
             false if report.luks.is_some() => "luks",

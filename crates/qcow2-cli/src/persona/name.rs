@@ -163,7 +163,7 @@ pub(super) fn window(error: &WindowError) -> (String, Vec<String>) {
 pub(super) fn rules(error: &RuleError) -> (String, Vec<String>) {
     let reason = match error {
         RuleError::Value(error) => return option(error),
-        RuleError::Alignment(align) => format!("Cannot meet constraints with align {align}"),
+        RuleError::Limit { option, bytes } => format!("Cannot meet constraints with {option} {bytes}"),
         RuleError::Unreadable(error) => format!("Could not read blkdebug config file: {error}"),
         RuleError::UnknownOption(key) => {
             format!("Block protocol 'blkdebug' doesn't support the option '{key}'")

@@ -45,6 +45,7 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
         }
         FailureKind::Storage(error) => storage(error),
         FailureKind::UnsupportedFormat(name) => format!("Unknown driver '{name}'"),
+        FailureKind::UnalignedPreallocation => kind.to_string(),
         FailureKind::Loop(name) => endless(name),
         FailureKind::NoSnapshots => format!(
             "{NOT_LOADED}Block format 'raw' used by device '' does not support temporarily loading internal \

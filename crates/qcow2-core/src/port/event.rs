@@ -53,6 +53,8 @@ pub enum Event {
     RefblockAllocSwitchTable,
     /// Clusters are allocated.
     ClusterAlloc,
+    /// New clusters are zeroed beside what is written to them.
+    ClusterAllocSpace,
     /// Clusters are freed.
     ClusterFree,
     /// A flush starts to write changed tables.
@@ -61,6 +63,14 @@ pub enum Event {
     FlushToDisk,
     /// A write reaches the storage; reported by the storage itself.
     Pwritev,
+    /// The first bytes of a write share a block with others, which is read; reported by the storage itself.
+    PwritevRmwHead,
+    /// That block was read; reported by the storage itself.
+    PwritevRmwAfterHead,
+    /// The last bytes of a write share a block with others, which is read; reported by the storage itself.
+    PwritevRmwTail,
+    /// That block was read; reported by the storage itself.
+    PwritevRmwAfterTail,
     /// Zeroes reach the storage; reported by the storage itself.
     PwritevZero,
     /// A write is done; reported by the storage itself.
@@ -155,9 +165,14 @@ impl Event {
             "refblock_alloc_write_table" => Self::RefblockAllocWriteTable,
             "refblock_alloc_switch_table" => Self::RefblockAllocSwitchTable,
             "cluster_alloc" => Self::ClusterAlloc,
+            "cluster_alloc_space" => Self::ClusterAllocSpace,
             "cluster_free" => Self::ClusterFree,
             "flush_to_os" => Self::FlushToOs,
             "flush_to_disk" => Self::FlushToDisk,
+            "pwritev_rmw_head" => Self::PwritevRmwHead,
+            "pwritev_rmw_after_head" => Self::PwritevRmwAfterHead,
+            "pwritev_rmw_tail" => Self::PwritevRmwTail,
+            "pwritev_rmw_after_tail" => Self::PwritevRmwAfterTail,
             "pwritev" => Self::Pwritev,
             "pwritev_zero" => Self::PwritevZero,
             "pwritev_done" => Self::PwritevDone,

@@ -21,8 +21,7 @@ impl Image {
             let prepared = self.prepare(GuestOffset::new(at), rest.len() as u64)?;
             let (part, next) = rest.split_at(prepared.len as usize);
             assert!(!part.is_empty(), "writing at {at:#x} makes no progress");
-            let cow = !prepared.edges.is_empty();
-            self.file.event(if cow { Event::CowWrite } else { Event::WriteAio });
+            self.report_move(&prepared);
             let batch = [(prepared, part)];
             move_data(&**self.file.data()?, &batch)?;
             let [(prepared, _)] = batch;
@@ -31,6 +30,14 @@ impl Image {
             rest = next;
         }
         Ok(())
+    }
+
+    /// Reports that the bytes of `prepared` are written: together with edges that were read, if it has some.
+    pub(crate) fn report_move(&self, prepared: &Prepared<'_>) {
+        self.file.event(Event::WriteAio);
+        if prepared.copies {
+            self.file.event(Event::CowWrite);
+        }
     }
 }
 

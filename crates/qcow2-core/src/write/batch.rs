@@ -8,7 +8,6 @@ use super::apply::move_data;
 use super::prepare::{Edge, Prepared};
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::port::event::Event;
 use ::alloc::vec::Vec;
 use qcow2_format::GuestOffset;
 
@@ -70,8 +69,7 @@ impl Image {
                 Err(error) => return (batch, Some(error)),
             };
             beside += prepared.edges.iter().map(Edge::held).sum::<usize>();
-            let cow = !prepared.edges.is_empty();
-            self.file.event(if cow { Event::CowWrite } else { Event::WriteAio });
+            self.report_move(&prepared);
             assert!(prepared.len > 0 && prepared.len <= bytes.len() as u64, "prepared for a wrong length");
             free_from = cluster(offset.value() + prepared.len - 1) + 1;
             rest.done += prepared.len as usize;

@@ -47,18 +47,17 @@ pub(crate) fn plan_write<E>(
     let geometry = &format.geometry;
     let size = geometry.cluster_size();
     let inside = geometry.in_cluster(offset.value());
-    let first = kind_of(format, offset, &entry(0)?, touched(format, inside, len));
+    let mut run = kind_of(format, offset, &entry(0)?, touched(format, inside, len));
     let (mut clusters, mut covered) = (1, size - inside);
     while covered < len && clusters < entries {
         let guest = GuestOffset::new(offset.value() + covered);
         let kind = kind_of(format, guest, &entry(clusters)?, touched(format, 0, len - covered));
-        if !follows(first, kind, clusters * size) {
-            break;
-        }
+        let Some(joined) = joined(run, kind, clusters * size) else { break };
+        run = joined;
         clusters += 1;
         covered += size;
     }
-    Ok(WritePlan { kind: first, clusters, len: covered.min(len) })
+    Ok(WritePlan { kind: run, clusters, len: covered.min(len) })
 }
 
 fn kind_of(format: &L2Format, guest: GuestOffset, entry: &L2Entry, touched: u32) -> WriteKind {
@@ -74,12 +73,21 @@ fn kind_of(format: &L2Format, guest: GuestOffset, entry: &L2Entry, touched: u32)
     }
 }
 
-fn follows(first: WriteKind, next: WriteKind, distance: u64) -> bool {
-    match (first, next) {
-        (WriteKind::Allocate, WriteKind::Allocate) => true,
-        (WriteKind::InPlace { host: a }, WriteKind::InPlace { host: b })
-        | (WriteKind::Fill { host: a }, WriteKind::Fill { host: b }) => a.checked_add(distance) == Some(b),
-        _ => false,
+/// How the clusters of a run and the one behind it are written together; `None`: they are not. `distance`:
+/// from the run's first cluster to that one.
+fn joined(run: WriteKind, next: WriteKind, distance: u64) -> Option<WriteKind> {
+    use WriteKind::{Allocate, Fill, InPlace};
+    let follows = |a: HostOffset, b: HostOffset| a.checked_add(distance) == Some(b);
+    match (run, next) {
+        (Allocate, Allocate) => Some(Allocate),
+        (InPlace { host }, InPlace { host: next }) if follows(host, next) => Some(InPlace { host }),
+        // To fill what is data already changes no entry.
+        (InPlace { host } | Fill { host }, InPlace { host: next } | Fill { host: next })
+            if follows(host, next) =>
+        {
+            Some(Fill { host })
+        }
+        _ => None,
     }
 }
 
@@ -245,6 +253,22 @@ mod tests {
         assert_eq!((run.kind, run.clusters, run.len), (WriteKind::Allocate, 2, 0x18000));
         let apart = [cluster(0x50000, true, 1, 0), cluster(0x70000, true, 1, 0)];
         assert_eq!(plan(&format, 0, 1 << 20, &apart).clusters, 1);
+    }
+
+    #[test]
+    fn neighbours_on_the_host_are_one_run_whether_they_are_data_or_not() {
+        let format = format(false, true);
+        let (data, zero) = (|host| cluster(host, true, 1, 0), |host| cluster(host, true, 0, 1));
+        let fill = WriteKind::Fill { host: HostOffset::new(0x50000) };
+        for (entries, clusters) in [
+            ([data(0x50000), zero(0x60000), data(0x70000)], 3),
+            ([zero(0x50000), data(0x60000), data(0x90000)], 2),
+            ([data(0x50000), zero(0x60000), cluster(0x70000, false, 1, 0)], 2),
+        ] {
+            let run = plan(&format, 0x8000, 1 << 20, &entries);
+            assert_eq!((run.kind, run.clusters, run.len), (fill, clusters, (clusters << 16) - 0x8000));
+        }
+        assert_eq!(plan(&format, 0, 1 << 20, &[data(0x50000), zero(0x70000)]).clusters, 1);
     }
 
     #[test]

@@ -64,6 +64,8 @@ pub(crate) struct Prepared<'a> {
     pub(crate) host: HostOffset,
     /// What must be written too before the commit, in host order.
     pub(crate) edges: Vec<Edge>,
+    /// Whether edges were read, and are no zeroes.
+    pub(crate) copies: bool,
     change: Option<Change<'a>>,
     /// For an in-place write: keeps the mapping from changing.
     _in_place: Option<Claim<'a>>,
@@ -92,7 +94,9 @@ impl Image {
         let geometry = self.file.geometry();
         let len = len.min(MAX_RUN - geometry.in_cluster(offset.value()));
         let run = self.mapping().lookup_to_change(offset, len)?;
-        if let Place::Data { copied: true, .. } = run.place {
+        if let Place::Data { copied: true, host } = run.place
+            && !self.goes_on(offset, (host, run.len), len)?
+        {
             let claim = self.mapping().share(offset, run.len);
             // Looked up again: only under the claim the mapping cannot change.
             let run = self.mapping().lookup_to_change(offset, run.len)?;
@@ -111,10 +115,10 @@ impl Image {
         }
         let mut change = self.reserve_place(offset, plan, place, claim)?;
         match self.edges(&mut change) {
-            Ok(edges) => {
+            Ok((edges, copies)) => {
                 let host = HostOffset::new(change.base.value() + geometry.in_cluster(offset.value()));
                 let (len, change) = (change.plan.len, Some(change));
-                Ok(Prepared { image: self, len, host, edges, change, _in_place: None })
+                Ok(Prepared { image: self, len, host, edges, copies, change, _in_place: None })
             }
             Err(error) => {
                 self.give_back(&change)?;
@@ -123,12 +127,26 @@ impl Image {
         }
     }
 
+    /// Whether a write of `len` bytes at `offset`, of which the first ones are data at a place, goes on right
+    /// behind them in clusters that are allocated but not data: then all of it is one write.
+    fn goes_on(&self, offset: GuestOffset, (host, run): (HostOffset, u64), len: u64) -> Result<bool> {
+        if run >= len {
+            return Ok(false);
+        }
+        let next = self.mapping().lookup(GuestOffset::new(offset.value() + run), len - run)?.place;
+        Ok(match next {
+            Place::Zero { host: Some(next) } => next.value() == host.value() + run,
+            _ => false,
+        })
+    }
+
     fn prepare_in_place<'a>(&'a self, host: HostOffset, len: u64, claim: Claim<'a>) -> Result<Prepared<'a>> {
         invariant::may_write(self.file.is_writable());
         debug_assert!(len > 0, "an empty write is prepared");
         self.tables.check_data_place(host, len)?;
         self.cover_sector(host.value() + len)?;
-        Ok(Prepared { image: self, len, host, edges: Vec::new(), change: None, _in_place: Some(claim) })
+        let (edges, _in_place) = (Vec::new(), Some(claim));
+        Ok(Prepared { image: self, len, host, edges, copies: false, change: None, _in_place })
     }
 
     /// Keeps the end of the file on a sector boundary. A write that ends inside a sector, at `end`, must not
@@ -158,6 +176,8 @@ impl Image {
         let (base, reserved, fresh) = match plan.kind {
             WriteKind::InPlace { host } | WriteKind::Fill { host } => {
                 self.tables.check_data_place(host, plan.clusters * geometry.cluster_size())?;
+                // The last cluster of a run that is filled may be data, which needs no edge behind the write.
+                self.cover_sector(host.value() + geometry.in_cluster(offset.value()) + plan.len)?;
                 let fresh = self.file.has_data_file() && self.file.data()?.len()? <= host.value();
                 (host, None, fresh)
             }
@@ -185,34 +205,40 @@ impl Image {
         change.reserved.map_or(Ok(()), |run| self.refcounts.release(run))
     }
 
-    /// The copy-on-write edges: only the first and the last cluster of a run can have some.
-    fn edges(&self, change: &mut Change<'_>) -> Result<Vec<Edge>> {
+    /// The copy-on-write edges, and whether any was read: only the first and the last cluster of a run can
+    /// have some.
+    fn edges(&self, change: &mut Change<'_>) -> Result<(Vec<Edge>, bool)> {
         let mut ranges = Vec::new();
         let last = change.plan.clusters - 1;
         for index in [0, last].into_iter().take(if last == 0 { 1 } else { 2 }) {
             ranges.extend(ranges_to_copy(self.file.l2_format(), &change.cluster_edges(self, index)));
         }
-        let mut edges = Vec::with_capacity(ranges.len());
+        let (mut edges, mut copies, zeroes) = (Vec::with_capacity(ranges.len()), false, !ranges.is_empty());
         for range in ranges {
-            edges.extend(self.edge(range, change)?);
+            let (edge, copied) = self.edge(range, change)?;
+            edges.extend(edge);
+            copies |= copied;
+        }
+        if zeroes && !copies {
+            self.file.event(Event::ClusterAllocSpace);
         }
         let base = change.base.value();
         let own = base + self.file.geometry().in_cluster(change.offset.value());
         let place = base..base + change.plan.clusters * self.file.geometry().cluster_size();
         invariant::edges_apart(edges.iter().map(Edge::host_bytes), own..own + change.plan.len, place);
-        Ok(edges)
+        Ok((edges, copies))
     }
 
-    /// Reads one range of guest bytes as edges for the new host clusters. Bytes past the end of the disk are
-    /// zeroes.
-    fn edge(&self, range: GuestRange, change: &Change<'_>) -> Result<Vec<Edge>> {
+    /// One range of guest bytes as edges for the new host clusters, and whether it was read: it is not where
+    /// it is known to be zeroes. Bytes past the end of the disk are zeroes.
+    fn edge(&self, range: GuestRange, change: &Change<'_>) -> Result<(Vec<Edge>, bool)> {
         let base = self.file.geometry().align_down(change.offset.value());
         let host = HostOffset::new(change.base.value() + (range.start().value() - base));
         // The VM state lies past the end of the disk; its clusters are copied as a whole.
         let limit = if range.start().value() < self.vm_state_offset() { self.size() } else { u64::MAX };
         let inside = GuestRange::between(range.start(), GuestOffset::new(range.end().value().min(limit)));
         if self.crypt.is_plain() && self.has_nothing(inside)? {
-            return Ok(zero_edges(host, range.len(), change.fresh));
+            return Ok((zero_edges(host, range.len(), change.fresh), false));
         }
         let mut bytes = self.scratch.take_exact(range.len() as usize);
         let (part, past) = bytes.split_at_mut(inside.len() as usize);
@@ -220,7 +246,7 @@ impl Image {
         self.file.event(Event::CowRead);
         self.read_range(range.start(), part)?;
         self.seal(range.start(), host, &mut bytes)?;
-        Ok(vec![Edge::Bytes { host, bytes }])
+        Ok((vec![Edge::Bytes { host, bytes }], true))
     }
 
     /// True if `range` reads as zeroes because this layer has no data there and the backing file ends before

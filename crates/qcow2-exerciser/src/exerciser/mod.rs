@@ -10,10 +10,12 @@ use crate::grammar::{
 use crate::outcome::Outcome;
 use crate::port::{OpenedDisk, Ports};
 use crate::reason::Reason;
+use crate::reopening::Now;
 use crate::report::{map_line, size};
 use crate::request::OpenRequest;
 use crate::source::Source;
 use crate::target::Target;
+use qcow2_blockdev::Driver;
 use qcow2_core::ImageFormat;
 use qcow2_io::OsError;
 use std::time::Duration;
@@ -285,10 +287,18 @@ impl<'a> Exerciser<'a> {
             Some(Err(error)) => return Err(self.complain_named(&self.reason(&Reason::from(error)))),
             None => None,
         };
+        let driver =
+            self.open.as_ref().map_or(Driver::Raw, |open| Now::new(&open.request, &*target.disk).driver());
+        // The name of a protocol is told as that and as a format's.
+        let name =
+            format!("format name: {}\n", driver.name()).repeat(if driver.is_protocol() { 2 } else { 1 });
+        if matches!(driver, Driver::NullCo | Driver::NullAio) {
+            self.out(&name);
+            return Err(Failed);
+        }
         self.out(&format!(
-            "format name: {}\ncluster size: {}\nvm state offset: {}\n{}",
-            if image.is_some() { "qcow2" } else { "raw" },
-            size(image.map_or(0, |image| image.cluster_size())),
+            "{name}cluster size: {}\nvm state offset: {}\n{}",
+            size(target.disk.cluster_size()),
             size(target.vm_state_offset()),
             details.unwrap_or_default(),
         ));

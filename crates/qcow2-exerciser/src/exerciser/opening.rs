@@ -3,7 +3,8 @@
 use super::{Exerciser, Failed, Open};
 use crate::grammar;
 use crate::reason::Reason;
-use crate::request::{OpenRequest, changed, request_of};
+use crate::reopening::{Now, changed};
+use crate::request::{OpenRequest, request_of};
 use crate::target::Target;
 use qcow2_core::ErrorKind;
 use std::sync::Arc;
@@ -77,8 +78,10 @@ impl Exerciser<'_> {
 
     /// Closes the disk and opens it with changed options. If that fails, opens it again with the old ones.
     pub(super) fn reopen(&mut self, reopen: grammar::Reopen) -> Result<(), Failed> {
-        let old = self.open.as_ref().map(|open| open.request.clone()).ok_or(Failed)?;
-        let new = changed(&old, reopen).map_err(|text| self.complain_named(&text))?;
+        let open = self.open.as_ref().ok_or(Failed)?;
+        let old = open.request.clone();
+        let new =
+            changed(&Now::new(&old, &*open.disk.disk), reopen).map_err(|text| self.complain_named(&text))?;
         self.close();
         self.open_as(new, true).map_err(|Failed| {
             let _ = self.open_as(old, false);

@@ -4,6 +4,8 @@
 //! What fails is told by rules, as QEMU's `blkdebug` driver has them: a step of the engine makes a rule
 //! active, and an active rule fails the calls that it fits until another step makes other rules active.
 
+use super::debug_limits::DebugLimits;
+use super::debug_requests::Changing;
 use crate::error::Call;
 use qcow2_core::{
     Event, Events, HostOffset, Storage, StorageError, StorageExtent, ZeroMode, forward_storage,
@@ -83,12 +85,15 @@ pub enum DebugCall {
     Extent,
 }
 
-/// Wraps a storage and fails calls by [`DebugRule`]s; requests can be stopped at breakpoints.
+/// Wraps a storage and fails calls by [`DebugRule`]s; requests can be stopped at breakpoints, and are widened
+/// and cut to [`DebugLimits`].
 pub struct BlkdebugStorage {
-    inner: Arc<dyn Storage>,
+    pub(super) inner: Arc<dyn Storage>,
+    pub(super) debugger: Arc<Debugger>,
+    pub(super) limits: DebugLimits,
+    pub(super) changing: Changing,
     /// True if something was changed since the last flush. Without that a flush is no call that could fail.
     changed: AtomicBool,
-    debugger: Arc<Debugger>,
 }
 
 impl BlkdebugStorage {
@@ -100,7 +105,19 @@ impl BlkdebugStorage {
             changed: Condvar::new(),
         };
         debugger.event(Event::None);
-        Self { inner, changed: AtomicBool::new(false), debugger: Arc::new(debugger) }
+        let (limits, changing) = (DebugLimits::default(), Changing::default());
+        let changed = AtomicBool::new(false);
+        Self { inner, debugger: Arc::new(debugger), limits, changing, changed }
+    }
+
+    /// The same with limits for requests, all of which can be met.
+    pub fn with_limits(self, limits: DebugLimits) -> Self {
+        debug_assert_eq!(limits.unmet(), None);
+        Self { limits, ..self }
+    }
+
+    fn has_limits(&self) -> bool {
+        self.limits != DebugLimits::default()
     }
 
     /// The way to breakpoints.
@@ -108,7 +125,7 @@ impl BlkdebugStorage {
         &self.debugger
     }
 
-    fn check(&self, kind: DebugCall, call: Call) -> Result<(), StorageError> {
+    pub(super) fn check(&self, kind: DebugCall, call: Call) -> Result<(), StorageError> {
         let start = call.offset.value();
         let errno = self.debugger.state().errno_for(kind, start..start.saturating_add(call.len));
         match errno {
@@ -117,18 +134,19 @@ impl BlkdebugStorage {
         }
     }
 
-    fn writing(
+    /// Reports `event`, and that `write` is done, also if it fails.
+    pub(super) fn writing(
         &self,
-        (event, kind): (Event, DebugCall),
-        call: Call,
+        event: Event,
         write: impl FnOnce() -> Result<(), StorageError>,
     ) -> Result<(), StorageError> {
         self.debugger.event(event);
-        self.check(kind, call)?;
-        self.changed.store(true, Ordering::SeqCst);
-        write()?;
+        let written = write();
+        if written.is_ok() {
+            self.changed.store(true, Ordering::SeqCst);
+        }
         self.debugger.event(Event::PwritevDone);
-        Ok(())
+        written
     }
 }
 
@@ -146,29 +164,49 @@ impl Storage for BlkdebugStorage {
     }
 
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
+        if self.has_limits() {
+            return self.read_within(offset, buf);
+        }
         self.check(DebugCall::Read, Call::new("read", offset, buf.len() as u64))?;
         self.inner.read_at(offset, buf)
     }
 
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
-        let call = Call::new("write", offset, buf.len() as u64);
-        self.writing((Event::Pwritev, DebugCall::Write), call, || self.inner.write_at(offset, buf))
+        if self.has_limits() {
+            return self.write_within(offset, buf);
+        }
+        self.writing(Event::Pwritev, || {
+            self.check(DebugCall::Write, Call::new("write", offset, buf.len() as u64))?;
+            self.inner.write_at(offset, buf)
+        })
     }
 
     fn write_vectored_at(&self, offset: HostOffset, bufs: &[&[u8]]) -> Result<(), StorageError> {
         let len = bufs.iter().fold(0u64, |sum, buf| sum.saturating_add(buf.len() as u64));
-        let call = Call::new("write", offset, len);
-        self.writing((Event::Pwritev, DebugCall::Write), call, || self.inner.write_vectored_at(offset, bufs))
+        if self.has_limits() {
+            return self.write_within(offset, &bufs.concat());
+        }
+        self.writing(Event::Pwritev, || {
+            self.check(DebugCall::Write, Call::new("write", offset, len))?;
+            self.inner.write_vectored_at(offset, bufs)
+        })
     }
 
     fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError> {
-        let call = Call::new("zero", offset, len);
-        self.writing((Event::PwritevZero, DebugCall::WriteZeroes), call, || {
+        if self.has_limits() {
+            return self.zero_within(offset, len, mode);
+        }
+        self.writing(Event::PwritevZero, || {
+            self.check(DebugCall::WriteZeroes, Call::new("zero", offset, len))?;
             self.inner.write_zeroes(offset, len, mode)
         })
     }
 
     fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
+        if self.has_limits() {
+            self.changed.store(true, Ordering::SeqCst);
+            return self.discard_within(offset, len);
+        }
         self.check(DebugCall::Discard, Call::new("discard", offset, len))?;
         self.changed.store(true, Ordering::SeqCst);
         self.inner.discard(offset, len)
