@@ -128,7 +128,8 @@ fn other_sizes_for_what_is_there() {
             return;
         }
         for line in [
-            "qemu-img create -q -f qcow2 $L 32M; qemu-img resize --shrink $L 16M; qemu-img resize $L 1G; qemu-img check $L",
+            "qemu-img create -q -f qcow2 $L 32M; qemu-img resize --shrink $L 16M; qemu-img resize $L 1G; \
+             qemu-img check $L",
             "qemu-img create -q -f qcow2 $L 32M; qemu-img amend -o compat=v2 $L; qemu-img amend -o compat=v3 $L; \
              qemu-img amend -o refcount_bits=64 $L; echo $?; qemu-img check $L; qemu-img info $L | grep refcount",
         ] {
@@ -143,7 +144,8 @@ fn a_full_device_is_told_as_such() {
     for (target, text) in [(Target::Device, "No space left on device"), (Target::Export, "Invalid argument")]
     {
         for line in [
-            "qemu-img create -q -f qcow2 $L 1G; qemu-io -c 'write -q 0 70M' $L; echo $?; qemu-img check -q $L; echo $?",
+            "qemu-img create -q -f qcow2 $L 1G; qemu-io -c 'write -q 0 70M' $L; echo $?; \
+             qemu-img check -q $L; echo $?",
             "qemu-img create -q -f qcow2 $L 1G; qemu-io -c 'write -q 0 10M' -c 'write -q 64M 60M' $L; echo $?",
         ] {
             if !check_same(&qemu, target, line) {
@@ -166,7 +168,8 @@ fn a_data_file_that_is_a_device() {
             let line = format!(
                 "qemu-img create -q -f qcow2 -o {options} x.qcow2 {size}; echo $?; test {size} = 80M || \
                  {{ qemu-io -c 'write -q -P 7 9M 1M' -c 'read -q -P 7 9M 1M' x.qcow2; qemu-img check -q x.qcow2; \
-                 qemu-img info x.qcow2 | grep data; qemu-img resize x.qcow2 48M; qemu-img resize x.qcow2 80M; echo $?; }}"
+                 qemu-img info x.qcow2 | grep data; qemu-img resize x.qcow2 48M; \
+                 qemu-img resize x.qcow2 80M; echo $?; }}"
             );
             if !check_same(&qemu, Target::Device, &line) {
                 return;
@@ -186,7 +189,8 @@ fn where_space_cannot_be_reserved() {
         for mode in ["falloc", "full"] {
             let line = format!(
                 "truncate -s 100M fs; mkfs.ext2 -q fs; mkdir m; mount -o loop fs m || exit 77; cd m; \
-                 qemu-img create -q -f {format} x 1M; qemu-img resize -f {format} --preallocation={mode} x 20M; echo $?; \
+                 qemu-img create -q -f {format} x 1M; \
+                 qemu-img resize -f {format} --preallocation={mode} x 20M; echo $?; \
                  test $(du -k x | cut -f1) -gt 19000; echo $?; \
                  qemu-img resize -f {format} --preallocation={mode} x 200M; echo $?; qemu-img info x | head -3; \
                  cd ..; umount m"

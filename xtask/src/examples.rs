@@ -12,6 +12,7 @@ const EXAMPLES: &[(&str, &str, &[&str])] = &[
     ("qcow2-codec", "cluster", &[]),
     ("qcow2-crypt", "unlock", &[]),
     ("qcow2-blockdev", "look", &[DESCRIBED]),
+    ("qcow2-nbd", "messages", &[]),
     ("qcow2-ops", "check", &[IMAGE]),
     ("qcow2-ops", "convert", &[]),
     ("qcow2-getopt", "options", &["-v", "--out=x", "y"]),

@@ -1,7 +1,7 @@
 //! `FileStorage`: length on disk, holes, full file systems, block devices, flushes, copy offload.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
-use qcow2_core::{HostOffset, Storage, StorageErrorKind, ZeroMode};
+use qcow2_core::{HostOffset, Length, Storage, StorageErrorKind, ZeroMode};
 use qcow2_io::{CacheMode, Create, OpenFile};
 use qcow2_testkit::oracle::Tool;
 use std::path::{Path, PathBuf};
@@ -239,8 +239,10 @@ fn a_block_device_has_a_fixed_size() {
                 assert_eq!(wrong, None, "{count} bytes at {start}, {zero:?}, {mode:?}");
             }
         }
-        assert_eq!(storage.write_at(at(LEN - 1), &[1, 2]).unwrap_err().kind(), StorageErrorKind::OutOfRange);
-        assert_eq!(storage.set_len(LEN / 2).unwrap_err().kind(), StorageErrorKind::Unsupported);
+        let error = storage.write_at(at(LEN - 1), &[1, 2]).unwrap_err();
+        assert_eq!((error.kind(), error.os_code()), (StorageErrorKind::NoSpace, Some(28)));
+        let error = storage.set_len(LEN / 2).unwrap_err();
+        assert_eq!(error.kind(), StorageErrorKind::FixedLength(Length::Device));
         storage.set_len(LEN).unwrap();
         storage.allocate(at(0), LEN).unwrap();
         storage.discard(at(0), LEN * 2).unwrap();

@@ -198,10 +198,6 @@ fn copy_difference(
             Error::new(ErrorKind::Unsupported, "compression not supported for this image").with_source(e)
         })?;
     }
-    if top.backing().is_none() && new.is_none() {
-        // Both read as zeroes, however many tables the overlay has.
-        return Ok(RebaseReport::default());
-    }
     let sides = [Side::new(top.backing())?, Side::new(new.map(|new| &new.disk))?];
     let largest = sides.iter().map(Side::cluster_size).max().unwrap_or(0);
     let rebasing = Rebasing {

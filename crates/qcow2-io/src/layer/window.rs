@@ -172,7 +172,7 @@ mod tests {
             window.write_at(HostOffset::new(19), &[1, 2]).unwrap_err().kind(),
             StorageErrorKind::OutOfRange
         );
-        assert_eq!(window.set_len(19).unwrap_err().kind(), StorageErrorKind::Unsupported);
+        assert_eq!(window.set_len(19).unwrap_err().kind(), StorageErrorKind::FixedLength(Length::Fixed));
         assert!(WindowStorage::new(inner.clone(), 90, Some(423)).is_err());
         assert!(WindowStorage::new(inner, 513, None).is_err());
     }
