@@ -82,7 +82,8 @@ fn new_images_on_what_is_there() {
             format!(
                 "{modes}; do for format in raw qcow2; do for size in 32M 65M; do \
                  qemu-img create -q -f $format -o preallocation=$mode $L $size && \
-                 {{ qemu-img info $L | head -3; qemu-img check $L; }}; echo $mode $format $size $?; done; done; done"
+                 {{ qemu-img info $L | head -3; qemu-img check $L; }}; \
+                 echo $mode $format $size $?; done; done; done"
             ),
             format!(
                 "{modes}; do qemu-img create -q --object secret,id=s,data=abc -f luks \
@@ -153,7 +154,8 @@ fn a_full_device_is_told_as_such() {
             }
         }
         // Which byte is the first without room depends on the layout.
-        let line = "head -c 70M /dev/urandom > s.raw; qemu-img convert -O qcow2 s.raw $L 2>&1 | sed 's/ [0-9]\\+:/:/'";
+        let line = "head -c 70M /dev/urandom > s.raw; \
+                    qemu-img convert -O qcow2 s.raw $L 2>&1 | sed 's/ [0-9]\\+:/:/'";
         let Some([ours, theirs]) = said(&qemu, target, line) else { return };
         assert_eq!(ours, theirs);
         assert_eq!(ours, format!("qemu-img: error while writing at byte: {text}\n"));
@@ -167,7 +169,8 @@ fn a_data_file_that_is_a_device() {
         for size in if options.contains("falloc") { &["32M"][..] } else { &["32M", "80M"] } {
             let line = format!(
                 "qemu-img create -q -f qcow2 -o {options} x.qcow2 {size}; echo $?; test {size} = 80M || \
-                 {{ qemu-io -c 'write -q -P 7 9M 1M' -c 'read -q -P 7 9M 1M' x.qcow2; qemu-img check -q x.qcow2; \
+                 {{ qemu-io -c 'write -q -P 7 9M 1M' -c 'read -q -P 7 9M 1M' x.qcow2; \
+                 qemu-img check -q x.qcow2; \
                  qemu-img info x.qcow2 | grep data; qemu-img resize x.qcow2 48M; \
                  qemu-img resize x.qcow2 80M; echo $?; }}"
             );

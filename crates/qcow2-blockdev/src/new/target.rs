@@ -63,7 +63,7 @@ impl NewTarget {
     /// The name of what was made there as `options` say, typed so; its secret is among `secrets`.
     pub fn into_name(self, typed: &str, options: &NewOptions, secrets: &Secrets) -> ImageName {
         let below = match self {
-            Self::File(path) => Node::file(&path),
+            Self::File(path) => Node::of_path(&path),
             Self::Existing(node) => node,
             Self::OutOfReach { .. } => Node::file(typed),
         };

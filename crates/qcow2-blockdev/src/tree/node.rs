@@ -2,7 +2,7 @@
 
 use super::options::Options;
 use super::scalar::Scalar;
-use crate::driver::Driver;
+use crate::driver::{Driver, is_device};
 use crate::failure::FailureKind;
 use crate::size::parse_size;
 
@@ -67,6 +67,12 @@ impl Node {
         let mut node = Self::new(Some(Driver::File));
         node.options.set("filename", Scalar::text(path));
         node
+    }
+
+    /// The node of a file or a device. Disk: looks which of both is there.
+    pub fn of_path(path: &str) -> Self {
+        let driver = if is_device(path) { Driver::HostDevice } else { Driver::File };
+        Self { driver: Some(driver), ..Self::file(path) }
     }
 
     /// A node on another one.
