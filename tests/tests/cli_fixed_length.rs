@@ -132,7 +132,8 @@ fn other_sizes_for_what_is_there() {
             "qemu-img create -q -f qcow2 $L 32M; qemu-img resize --shrink $L 16M; qemu-img resize $L 1G; \
              qemu-img check $L",
             "qemu-img create -q -f qcow2 $L 32M; qemu-img amend -o compat=v2 $L; qemu-img amend -o compat=v3 $L; \
-             qemu-img amend -o refcount_bits=64 $L; echo $?; qemu-img check $L; qemu-img info $L | grep refcount",
+             qemu-img amend -o refcount_bits=64 $L; echo $?; qemu-img check $L; \
+             qemu-img info $L | grep refcount",
         ] {
             check_same(&qemu, target, line);
         }

@@ -81,19 +81,22 @@ impl Page {
 
     /// The word that the page has everywhere, if it is known to have only one.
     pub(crate) fn same_words(&self) -> Option<u64> {
-        self.same.load(Ordering::Acquire).then(|| self.word(0))
+        // The word first: a change clears the mark before it changes a word.
+        let word = self.words[0].load(Ordering::SeqCst);
+        self.same.load(Ordering::SeqCst).then_some(word)
     }
 
     /// Changes a word and marks its sector dirty. The caller keeps the commit gate open until it has queued
     /// the page.
     pub(crate) fn set_word(&self, index: usize, value: u64) {
         // Before the word: whoever sees the new word does not take the others for equal to it.
-        self.same.store(false, Ordering::SeqCst);
+        if self.same.load(Ordering::Relaxed) {
+            self.same.store(false, Ordering::SeqCst);
+        }
         // The word before its mark: writeback that saw only the mark would copy the old word and clear the
         // mark. (With the gate closed it sees both or none.)
         self.words[index].store(value, Ordering::SeqCst);
-        let sector = index / SECTOR_WORDS;
-        self.dirty[sector / 64].fetch_or(1 << (sector % 64), Ordering::AcqRel);
+        self.mark(index / SECTOR_WORDS);
     }
 
     /// The words at `index` and `index + 1`, as they were at one moment.
@@ -157,13 +160,16 @@ impl Page {
         }
     }
 
+    fn mark(&self, sector: usize) {
+        self.dirty[sector / 64].fetch_or(1 << (sector % 64), Ordering::AcqRel);
+    }
+
     /// Marks the sectors dirty again that `run` has a copy of: they could not be written.
     pub(crate) fn put_back(&self, run: &DirtyRun) {
         let (start, end) = (self.offset.value(), self.offset.value() + self.words.len() as u64 * 8);
         let (first, last) = (run.offset.value().max(start), run.end().min(end));
         for at in (first..last).step_by(SECTOR_SIZE as usize) {
-            let sector = ((at - start) / SECTOR_SIZE) as usize;
-            self.dirty[sector / 64].fetch_or(1 << (sector % 64), Ordering::AcqRel);
+            self.mark(((at - start) / SECTOR_SIZE) as usize);
         }
     }
 
