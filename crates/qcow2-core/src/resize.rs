@@ -8,6 +8,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::meta::overlap::OverlapChecks;
+use crate::meta::pending::Unlinked;
 use crate::port::event::Event;
 use crate::sync::atomic::Ordering;
 use crate::sync::write;
@@ -134,8 +135,12 @@ impl Image {
         let place = self.refcounts.allocate_with_space(OverlapChecks::ACTIVE_L1, clusters)?;
         let bytes = table_bytes(table.iter().copied());
         self.file.event(Event::L1GrowWriteTable);
-        self.tables.write(OverlapChecks::ACTIVE_L1, place.offset, &bytes)?;
-        self.flusher.flush()?;
+        let written = self.tables.write(OverlapChecks::ACTIVE_L1, place.offset, &bytes);
+        if let Err(error) = written.and_then(|()| self.flusher.flush()) {
+            // Nothing leads to the new table yet.
+            self.refcounts.unlink(Unlinked { clusters: place.run, kinds: OverlapChecks::ACTIVE_L1 });
+            return Err(error);
+        }
         self.file.event(Event::L1GrowActivateTable);
         self.header.update(&[HeaderField::L1 { entries: entries as u32, offset: place.offset }])?;
         self.mapping().replace_l1(place.offset, table);
@@ -162,8 +167,9 @@ impl Image {
             self.flusher.flush_if_pressed()?;
             end = first;
         }
-        self.size.store(size, Ordering::Release);
+        // The size last: after a failed flush the image has the size in the header, and takes changes.
         self.flusher.settle()?;
+        self.size.store(size, Ordering::Release);
         Ok(size)
     }
 }

@@ -14,6 +14,7 @@ use crate::meta::file::read_words;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::pending::Unlinked;
 use crate::meta::run::ClusterRun;
+use crate::recover::count::ReferenceCounts;
 use crate::sync::write;
 use crate::walk::{TablePlace, overlay};
 use ::alloc::collections::BTreeSet;
@@ -65,6 +66,14 @@ impl Image {
         header.extensions.bitmaps = None;
         header.extensions.feature_names = None;
         self.header.switch_to(header)?;
+        // Whether or not it succeeds: a version 2 image must not get entries of version 3.
+        let freed = self.free_bitmaps(&bitmaps);
+        self.end_use();
+        freed
+    }
+
+    /// Frees the clusters of the bitmaps, which the header does not have any more.
+    fn free_bitmaps(&self, bitmaps: &ReferenceCounts) -> Result<()> {
         for (cluster, count) in bitmaps.used() {
             // A damaged image may have far more references than its refcounts count.
             let counted = self.refcounts.count(cluster)?;
@@ -73,9 +82,7 @@ impl Image {
                 self.flusher.settle()?;
             }
         }
-        self.flusher.settle()?;
-        self.end_use();
-        Ok(())
+        self.flusher.settle()
     }
 
     fn check_fits_version_2(&self) -> Result<()> {

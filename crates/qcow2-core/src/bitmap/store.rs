@@ -215,7 +215,8 @@ impl Image {
         let mut new = Stored::default();
         let freed = self
             .reserve_bitmaps(&mut state, &mut new)
-            .and_then(|()| self.replaced_bitmaps(&header, &old, &state));
+            .and_then(|()| self.replaced_bitmaps(&header, &old, &state))
+            .and_then(|freed| self.flusher.flush().map(|()| freed));
         let freed = match freed {
             Ok(freed) => freed,
             Err(error) => {
@@ -226,7 +227,6 @@ impl Image {
                 return Err(error);
             }
         };
-        self.flusher.flush()?;
         self.file.poison_on_error(self.write_bitmaps(&state, &new))?;
         self.header.set_bitmaps_extension(new.extension)?;
         // Another change of the image must set the in-use flags again first.

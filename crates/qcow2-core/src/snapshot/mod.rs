@@ -216,7 +216,9 @@ impl Image {
         let mut kept = self.trees_of(&table)?;
         kept.push(self.tree(&entries)?);
         let new_table = self.reserve_snapshot_table(&table.snapshots)?;
-        self.flusher.flush()?;
+        if let Err(error) = self.flusher.flush() {
+            return self.abandon(&[new_table.run(self.file.geometry())], error);
+        }
         // Until the header has switched, an error changes nothing; after that memory and disk may differ, so
         // the image is poisoned.
         let mut unlinked = false;
@@ -283,7 +285,9 @@ impl Image {
         let table = self.begin_snapshot_change()?;
         let old_table = self.old_table(&table)?;
         let new_table = self.reserve_snapshot_table(&table.snapshots)?;
-        self.flusher.flush()?;
+        if let Err(error) = self.flusher.flush() {
+            return self.abandon(&[new_table.run(self.file.geometry())], error);
+        }
         self.file.poison_on_error(self.switch_snapshot_table(&new_table))?;
         self.refcounts.unlink(old_table);
         self.finish()
