@@ -4,7 +4,7 @@
 
 use qcow2_core::{
     Codecs, CreateOptions, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, Limits, NoResolver,
-    OpenOptions, ResolvedSource, Storage, StorageError, StorageExtent, ZeroMode, create,
+    OpenOptions, ResolvedSource, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode, create,
 };
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::{CrashStorage, CrashWorld};
@@ -23,7 +23,8 @@ const SIZE: u64 = 64 * CLUSTER;
 /// after it.
 const PATIENCE: Duration = Duration::from_millis(50);
 
-type Meeting = Box<dyn FnOnce() + Send>;
+/// What is done before the call, and the call's result unless that is fine.
+type Meeting = Box<dyn FnOnce() -> Result<(), StorageError> + Send>;
 
 /// A storage that runs a closure right before its n-th write, discard or flush from now on.
 struct Door {
@@ -32,7 +33,7 @@ struct Door {
 }
 
 impl Door {
-    fn knock(&self) {
+    fn knock(&self) -> Result<(), StorageError> {
         let mut visit = self.visit.lock().unwrap();
         let due = match &mut *visit {
             Some((0, _)) => visit.take(),
@@ -44,9 +45,7 @@ impl Door {
         };
         // The closure uses this storage too.
         drop(visit);
-        if let Some((_, visit)) = due {
-            visit();
-        }
+        due.map_or(Ok(()), |(_, visit)| visit())
     }
 }
 
@@ -58,26 +57,26 @@ impl Storage for Door {
         self.inner.read_at(offset, buf)
     }
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
-        self.knock();
+        self.knock()?;
         self.inner.write_at(offset, buf)
     }
     fn write_zeroes(&self, offset: HostOffset, len: u64, mode: ZeroMode) -> Result<(), StorageError> {
-        self.knock();
+        self.knock()?;
         self.inner.write_zeroes(offset, len, mode)
     }
     fn discard(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
-        self.knock();
+        self.knock()?;
         self.inner.discard(offset, len)
     }
     fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
         self.inner.allocate(offset, len)
     }
     fn set_len(&self, len: u64) -> Result<(), StorageError> {
-        self.knock();
+        self.knock()?;
         self.inner.set_len(len)
     }
     fn flush(&self) -> Result<(), StorageError> {
-        self.knock();
+        self.knock()?;
         self.inner.flush()
     }
     fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
@@ -161,6 +160,7 @@ impl Bench {
                 std::thread::sleep(Duration::from_micros(50));
             }
             begun.send(()).unwrap();
+            Ok(())
         };
         *self.door.visit.lock().unwrap() = Some((moment, Box::new(visit)));
         self.image.flush().unwrap();
@@ -254,4 +254,53 @@ fn a_flush_covers_writes_made_during_an_earlier_flush() {
             judge(&image, allowed, &format!("moment {moment}"));
         }
     }
+}
+
+/// While a flush fails, another thread moves the refcount table. The header then leads to a table with blocks
+/// that the flush was to write.
+#[test]
+fn a_refcount_table_that_moves_while_a_flush_fails_has_all_its_blocks() {
+    let mut failed = 0;
+    for moment in 0.. {
+        let world = CrashWorld::new();
+        let door = Arc::new(Door { inner: world.add(PageBytes::new()), visit: Mutex::default() });
+        let storage: Arc<dyn Storage> = door.clone();
+        let mut options = CreateOptions::new(8 << 20).with_cluster_size(CLUSTER);
+        options.refcount_bits = 64;
+        create(&storage, None, &options).unwrap();
+        let image = open(storage, true);
+        // A refcount table of one cluster counts 2 MiB.
+        image.write_at(GuestOffset::new(0), &vec![1; 1800 << 10]).unwrap();
+        image.flush().unwrap();
+        image.write_at(GuestOffset::new(2 << 20), &[2; 100 << 10]).unwrap();
+        let (guest, (done, told)) = (Arc::clone(&image), channel());
+        let visit = move || {
+            let write = move || guest.write_at(GuestOffset::new(4 << 20), &vec![3; 300 << 10]);
+            let thread = std::thread::spawn(move || done.send(write()));
+            let started = std::time::Instant::now();
+            while !thread.is_finished() && started.elapsed() < PATIENCE {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+            Err(StorageError::new(StorageErrorKind::Io, "this call fails"))
+        };
+        *door.visit.lock().unwrap() = Some((moment, Box::new(visit)));
+        let flushed = image.flush();
+        if door.visit.lock().unwrap().take().is_some() {
+            flushed.unwrap();
+            break;
+        }
+        flushed.unwrap_err();
+        failed += 1;
+        let _ = told.recv_timeout(Duration::from_secs(10)).unwrap();
+        let mut rng = Rng::new(moment);
+        for _ in 0..2 {
+            let cuts = world.cut(|cut| [cut.nothing(), cut.everything(), cut.sample(&mut rng)]);
+            for cut in cuts {
+                let found = audit(&cut.disks[0], None);
+                assert!(found.is_sound(), "moment {moment}: {found:?}");
+            }
+            let _ = image.flush();
+        }
+    }
+    assert!(failed > 4, "only {failed} calls of a flush");
 }

@@ -185,7 +185,7 @@ impl PageCache {
     }
 
     /// Queues again what [`take_dirty`](Self::take_dirty) has returned, because it could not be written. The
-    /// caller keeps the commit gate open.
+    /// caller keeps the commit gate open, or keeps others from taking changes in another way.
     pub(crate) fn put_back(&self, pages: &[Arc<Page>], runs: &[DirtyRun]) {
         for page in pages {
             let set = self.set(page.offset());

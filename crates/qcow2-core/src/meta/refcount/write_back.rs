@@ -29,12 +29,14 @@ impl RefcountStore {
         let writing = lock(&self.io);
         drop(refcounts);
         let written = self.write_changes(&blocks, entries);
+        if written.is_err() {
+            // Before others may write blocks: a growing table that leads to these must find them changed.
+            self.cache.put_back(&pages, &blocks);
+        }
         drop(writing);
         if written.is_err() {
-            let mut refcounts = lock(&self.state);
-            self.cache.put_back(&pages, &blocks);
             // A table that was replaced meanwhile was written whole, and is longer.
-            refcounts.dirty_sectors.extend(sectors);
+            lock(&self.state).dirty_sectors.extend(sectors);
         }
         written
     }
