@@ -144,6 +144,28 @@ impl Claims {
     }
 }
 
+impl Claim<'_> {
+    /// Gives up all clusters but those of `kept`, which the claim covers.
+    pub(crate) fn narrow(&mut self, kept: Range<GuestCluster>) {
+        if kept == self.range.clusters {
+            return;
+        }
+        let whole = &self.range.clusters;
+        debug_assert!(kept.start >= whole.start && kept.end <= whole.end, "a claim gets wider");
+        let narrow = ClaimedRange { clusters: kept, shared: self.range.shared };
+        let mut held = lock(&self.claims.held);
+        if let Some(range) = held.ranges.iter_mut().find(|range| **range == self.range) {
+            *range = narrow.clone();
+        }
+        self.range = narrow;
+        let awaited = held.waiting > 0;
+        drop(held);
+        if awaited {
+            self.claims.released.notify_all();
+        }
+    }
+}
+
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
         let mut held = lock(&self.claims.held);

@@ -374,6 +374,35 @@ fn a_failed_write_of_tables_is_repeated_by_the_next_flush() {
     assert!(failed > 3, "only {failed} writes in a flush");
 }
 
+/// A ticket for the first part of a range keeps only its own clusters, so that the same thread can prepare the
+/// rest.
+#[test]
+fn a_range_is_prepared_ticket_by_ticket() {
+    let (told, done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        create(&storage, None, &CreateOptions::new(1 << 20)).unwrap();
+        let image = open_as(&storage, 0);
+        let range = |first: u64, end: u64| {
+            GuestRange::between(GuestOffset::new(first << 16), GuestOffset::new(end << 16))
+        };
+        // Data, allocated zeroes, nothing, data elsewhere in the file.
+        image.write_at(GuestOffset::new(0), &[1; 2 << 16]).unwrap();
+        image.write_zeroes(range(1, 2), ZeroMode::KeepAllocated).unwrap();
+        image.write_at(GuestOffset::new(4 << 16), &[1; 2 << 16]).unwrap();
+        image.write_at(GuestOffset::new(3 << 16), &[1; 1 << 16]).unwrap();
+        let (mut at, mut tickets) = (0, Vec::new());
+        while at < 6 {
+            let ticket = image.prepare_write(range(at, 6)).unwrap();
+            at += ticket.range().len() >> 16;
+            tickets.push(ticket);
+        }
+        told.send(tickets.len()).unwrap();
+    });
+    let tickets = done.recv_timeout(std::time::Duration::from_secs(10)).expect("the thread waits for itself");
+    assert_eq!(tickets, 4);
+}
+
 /// An event loop has many writes in flight on one thread.
 #[test]
 fn one_thread_holds_several_tickets() {

@@ -76,8 +76,7 @@ impl Image {
             let (part, later) = bytes.split_at(prepared.len as usize);
             batch.push((prepared, part));
             if !later.is_empty() {
-                // `prepare` has claimed the clusters of all of `bytes`: preparing the rest now would wait for
-                // this thread's own claim.
+                // The rest may begin in the cluster in which this part ends, which is claimed.
                 break;
             }
         }

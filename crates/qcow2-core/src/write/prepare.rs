@@ -8,7 +8,7 @@ use super::cow::{ClusterEdges, ranges_to_copy};
 use super::plan::{WriteKind, WritePlan, kept_subclusters, plan_write, touched, written_entry};
 use crate::error::Result;
 use crate::image::Image;
-use crate::inflight::Claim;
+use crate::inflight::{Claim, touched_clusters};
 use crate::invariant;
 use crate::meta::mapping::L2Place;
 use crate::meta::page::SECTOR_SIZE;
@@ -97,27 +97,32 @@ impl Image {
         if let Place::Data { copied: true, host } = run.place
             && !self.goes_on(offset, (host, run.len), len)?
         {
-            let claim = self.mapping().share(offset, run.len);
+            let mut claim = self.mapping().share(offset, run.len);
             // Looked up again: only under the claim the mapping cannot change.
             let run = self.mapping().lookup_to_change(offset, run.len)?;
             if let Place::Data { host, copied: true } = run.place {
+                claim.narrow(touched_clusters(geometry, offset, run.len));
                 return self.prepare_in_place(host, run.len, claim);
             }
         }
-        let claim = self.mapping().claim(offset, len);
+        let mut claim = self.mapping().claim(offset, len);
         let place = self.mapping().writable_place(offset)?;
         let entry = |i| self.mapping().entry(&place, i, offset);
         let plan = plan_write(self.file.l2_format(), offset, len, place.entries(), entry)?;
         assert!(plan.len > 0 && plan.len <= len && plan.clusters > 0, "{plan:?} for {len} bytes");
         if let WriteKind::InPlace { host } = plan.kind {
             let host = HostOffset::new(host.value() + geometry.in_cluster(offset.value()));
+            claim.narrow(touched_clusters(geometry, offset, plan.len));
             return self.prepare_in_place(host, plan.len, claim);
         }
         let mut change = self.reserve_place(offset, plan, place, claim)?;
         match self.edges(&mut change) {
             Ok((edges, copies)) => {
                 let host = HostOffset::new(change.base.value() + geometry.in_cluster(offset.value()));
-                let (len, change) = (change.plan.len, Some(change));
+                let len = change.plan.len;
+                // The thread may prepare the rest while it holds this part.
+                change._claim.narrow(touched_clusters(geometry, offset, len));
+                let change = Some(change);
                 Ok(Prepared { image: self, len, host, edges, copies, change, _in_place: None })
             }
             Err(error) => {
@@ -140,6 +145,7 @@ impl Image {
         })
     }
 
+    /// `claim` covers no cluster behind the write.
     fn prepare_in_place<'a>(&'a self, host: HostOffset, len: u64, claim: Claim<'a>) -> Result<Prepared<'a>> {
         invariant::may_write(self.file.is_writable());
         debug_assert!(len > 0, "an empty write is prepared");
