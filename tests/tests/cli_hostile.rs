@@ -127,7 +127,8 @@ fn huge_tables_in_small_files_cost_little_memory() {
         run(folder.path(), &format!("info {name}")).success();
     }
     assert!(check_refused(folder.path(), "info snapshots", 1).contains("snapshot 0 is damaged"));
-    assert!(check_refused(folder.path(), "info bitmaps", 1).contains("bitmap directory ends past the end"));
+    let shown = run(folder.path(), "info bitmaps").success().stdout;
+    assert!(shown.contains("bitmap directory ends past the end"), "{shown}");
     for name in ["l1", "refcounts", "snapshots", "bitmaps"] {
         run(folder.path(), &format!("map {name}")).success();
         run(folder.path(), &format!("compare {name} other")).success();

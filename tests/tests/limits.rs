@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_format::limit;
+use qcow2_testkit::oracle::Tool;
+
+const OURS: &str = env!("CARGO_BIN_EXE_qcow2-under-test");
 
 /// Sizes in MiB where the limit is one of bytes.
 fn shown(name: &str, value: u64) -> String {
@@ -26,6 +29,7 @@ fn the_table_of_limits_is_that_of_the_code() {
         ("clusters of a file that is checked", qcow2_ops::check::MAX_CLUSTERS),
         ("changed bytes of a repair", qcow2_ops::mend::MAX_CHANGED),
         ("bytes held of an image that is read from a pipe", qcow2_ops::stream::MAX_HELD),
+        ("bytes of bitmaps' tables that `info` judges", qcow2_ops::info::MAX_BITMAP_TABLES),
         ("ranges that a rescue lists", qcow2_ops::rescue::MAX_RANGES as u64),
         ("findings of `vet` for one file", qcow2_ops::vet::MAX_FINDINGS as u64),
         ("rounds of key derivation to unlock a LUKS header", qcow2_crypt::luks::DEFAULT_ITERATION_LIMIT),
@@ -38,5 +42,25 @@ fn the_table_of_limits_is_that_of_the_code() {
     for (row, &(name, value)) in rows.iter().zip(limits) {
         let start = format!("| {name} | {} | ", shown(name, value));
         assert!(row.starts_with(&start), "{row} should start with {start}");
+    }
+}
+
+/// The general help under our own name says where they are.
+#[test]
+fn the_help_names_the_page_of_limits() {
+    let folder = tempfile::tempdir().unwrap();
+    let help = |tool: &Tool| tool.run_in(folder.path(), &["--help"]).success().stdout;
+    let line = "Limits of images and verbs: see \"Limits\" in README.md.\n";
+    assert!(help(&Tool::at(OURS)).ends_with(line));
+    let readme = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
+    assert!(std::fs::read_to_string(readme).unwrap().contains("\n## Limits\n"));
+    let described = Tool::at(OURS).run_in(folder.path(), &["--describe"]).success().stdout;
+    let described: serde_json::Value = serde_json::from_str(&described).unwrap();
+    assert_eq!(described["limits"].as_str(), Some(line.trim_end()));
+    #[cfg(unix)]
+    {
+        let link = folder.path().join("qemu-img");
+        std::os::unix::fs::symlink(OURS, &link).unwrap();
+        assert!(!help(&Tool::at(link)).contains("Limits"));
     }
 }

@@ -85,6 +85,7 @@ fn main_page(table: &Value) -> String {
         let (name, summary) = (troff(text(&verb["name"])), troff(text(&verb["summary"])));
         let _ = write!(page, ".TP\n.BR qcow2\\-{name} (1)\n{summary}.\n");
     }
+    let _ = write!(page, ".SH LIMITS\n{}\n", troff(text(&table["limits"])));
     page + ".SH EXIT STATUS\n0 for success, 1 for a failure; \\fBcheck\\fR and \\fBcompare\\fR have more.\n"
 }
 
@@ -201,7 +202,7 @@ mod tests {
         let help = json!({"short": "h", "long": "help", "value": null, "help": "show help"});
         let verb = json!({"name": "info", "summary": "Show it", "synopsis": "[-f FMT] FILE",
             "options": [option], "operands": [{"name": "FILE", "help": ".an image"}]});
-        json!({"version": "1", "options": [help], "verbs": [verb]})
+        json!({"version": "1", "options": [help], "verbs": [verb], "limits": "see below"})
     }
 
     #[test]
@@ -217,6 +218,7 @@ mod tests {
         ];
         assert_eq!(names, expected);
         assert!(files[4].1.contains("\\fB\\-f\\fR, \\fB\\-\\-format\\fR \\fIFMT\\fR\n"));
+        assert!(files[0].1.contains(".SH LIMITS\nsee below\n"));
         assert!(files[4].1.contains("\\&.an image"), "no line starts with a troff request");
         assert!(files[1].1.contains("info) words=\"-f --format\" ;;"));
         assert!(files[2].1.contains("'--format[it'\\''s \\[one\\]\\: a format]:FMT:_files'"));

@@ -3,6 +3,10 @@
 //! Reads only the given storage: no files that the image names, and no guest data. So it is safe on untrusted
 //! images. Spec: "Header", "Header extensions", "Snapshots", "Bitmaps".
 
+mod bitmaps;
+
+pub use bitmaps::{BitmapDamage, BitmapFault, MAX_BITMAP_TABLES};
+
 use crate::error::{Error, ErrorKind, Result};
 use qcow2_core::format::bitmap::Bitmap;
 use qcow2_core::format::crypt::LuksHeader;
@@ -57,6 +61,8 @@ pub struct Qcow2Info {
     pub snapshots: Vec<Snapshot>,
     /// Persistent bitmaps, in directory order. Empty if another program has made the bitmaps extension stale.
     pub bitmaps: Vec<Bitmap>,
+    /// What is wrong with them, in the order in which QEMU comes upon it. It opens no such image.
+    pub bitmap_damage: Vec<BitmapDamage>,
 }
 
 /// The name of a backing file, as stored in an image.
@@ -87,11 +93,11 @@ pub enum Encryption {
 }
 
 /// Describes the image in `storage`, which has the given `format`. Disk: reads the header, the snapshot
-/// table, the bitmap directory and the encryption header.
+/// table, the bitmap directory, the tables of bitmaps and the encryption header.
 ///
 /// Errors: `Open` if the bytes are not such an image, with the engine's error as source; `Metadata` for
-/// damaged snapshot tables, bitmap directories or encryption headers; `Unsupported` for a format that is not
-/// implemented.
+/// damaged snapshot tables or encryption headers; `Unsupported` for a format that is not implemented. Damaged
+/// bitmaps are no error: the report tells of them.
 pub fn info(storage: &dyn Storage, format: &ImageFormat) -> Result<InfoReport> {
     let failed = |e| opening("reading the size of the image", qcow2_core::Error::from(e));
     let storage_len = storage.len().map_err(failed)?;
@@ -115,6 +121,7 @@ pub fn info(storage: &dyn Storage, format: &ImageFormat) -> Result<InfoReport> {
 
 fn describe(storage: &dyn Storage, header: &Header) -> Result<Qcow2Info> {
     let extensions = &header.extensions;
+    let (bitmaps, bitmap_damage) = bitmaps::read(storage, header)?;
     Ok(Qcow2Info {
         version: header.version,
         cluster_size: 1 << header.cluster_bits,
@@ -133,7 +140,8 @@ fn describe(storage: &dyn Storage, header: &Header) -> Result<Qcow2Info> {
         }),
         encryption: read_encryption(storage, header)?,
         snapshots: read_snapshots(storage, header)?,
-        bitmaps: read_bitmaps(storage, header)?,
+        bitmaps,
+        bitmap_damage,
     })
 }
 
@@ -172,21 +180,6 @@ fn read_snapshots(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot
         None if error.storage_error().is_none() => Error::new(ErrorKind::Metadata, error.to_string()),
         None => opening("reading the snapshot table", error),
     })
-}
-
-fn read_bitmaps(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap>> {
-    let Some(extension) = header.trusted_bitmaps() else {
-        return Ok(Vec::new());
-    };
-    let wanted = usize::try_from(extension.directory_size).unwrap_or(usize::MAX);
-    let len = storage.len().map_err(|e| opening("reading the size of the image", e.into()))?;
-    let end = extension.directory_offset.checked_add(extension.directory_size);
-    if end.is_none_or(|end| end.value() > len) {
-        return Err(Error::new(ErrorKind::Metadata, "bitmap directory ends past the end of the image"));
-    }
-    let directory = read_up_to(storage, extension.directory_offset, wanted)?;
-    Bitmap::parse_directory(&directory, extension.count)
-        .map_err(|e| Error::new(ErrorKind::Metadata, "bitmap directory is damaged").with_source(e))
 }
 
 /// At most `len` bytes from `offset`; fewer at the end of the storage.

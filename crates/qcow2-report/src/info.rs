@@ -10,6 +10,7 @@ use qcow2_core::format::{CompressionType, Version};
 use qcow2_ops::info::{Encryption, InfoReport, Qcow2Info};
 use qcow2_ops::vet::NamedFile;
 use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// A report with the names that go with it.
@@ -180,8 +181,11 @@ fn specific_json(qcow2: &Qcow2Info) -> Value {
         CompressionType::Deflate => "zlib",
         CompressionType::Zstd => "zstd",
     };
+    let damage: BTreeMap<Option<usize>, &str> =
+        qcow2.bitmap_damage.iter().map(|damage| (damage.index, &*damage.text)).collect();
+    let bitmap = |(index, bitmap)| bitmap_json(bitmap, damage.get(&Some(index)).copied());
     let bitmaps =
-        (!qcow2.bitmaps.is_empty()).then(|| qcow2.bitmaps.iter().map(bitmap_json).collect::<Value>());
+        (!qcow2.bitmaps.is_empty()).then(|| qcow2.bitmaps.iter().enumerate().map(bitmap).collect::<Value>());
     let encrypt = qcow2.encryption.as_ref().map(|encryption| match encryption {
         Encryption::Aes => json!({"format": "aes"}),
         Encryption::Luks(luks) => luks_json(luks, Some("luks")),
@@ -192,6 +196,7 @@ fn specific_json(qcow2: &Qcow2Info) -> Value {
         .put("compression-type", compression)
         .put_some("lazy-refcounts", v3.then_some(qcow2.lazy_refcounts))
         .put_some("bitmaps", bitmaps)
+        .put_some("bitmap-directory-damage", damage.get(&None).copied())
         .put("refcount-bits", qcow2.refcount_bits)
         .put_some("encrypt", encrypt)
         .put_some("data-file", data_file.and_then(|d| d.name.as_deref()))
@@ -201,13 +206,15 @@ fn specific_json(qcow2: &Qcow2Info) -> Value {
         .into_value()
 }
 
-fn bitmap_json(bitmap: &Bitmap) -> Value {
+/// `damage`: what is wrong with it, of which QEMU has no word, since it does not open such an image.
+fn bitmap_json(bitmap: &Bitmap, damage: Option<&str>) -> Value {
     let flags = [(bitmap.in_use, "in-use"), (bitmap.auto, "auto")];
     let flags: Vec<&str> = flags.iter().filter(|(set, _)| *set).map(|(_, name)| *name).collect();
     Fields::default()
         .put("flags", flags)
         .put("name", bitmap.name_text())
         .put("granularity", 1u64.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0))
+        .put_some("damage", damage)
         .into_value()
 }
 

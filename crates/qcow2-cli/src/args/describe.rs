@@ -1,5 +1,6 @@
 //! `--describe`: every verb and option as JSON, for programs that make manual pages and completions of them.
 
+use super::help::LIMITS;
 use super::table::COMMON;
 use super::{GENERAL, OptionSpec, VERBS};
 use crate::failure::Failure;
@@ -24,7 +25,9 @@ pub(crate) fn print_description(session: &Session) -> Result<(), Failure> {
         })
         .collect();
     let version = env!("CARGO_PKG_VERSION");
-    session.print(&pretty(&json!({"version": version, "options": options(GENERAL.iter()), "verbs": verbs})))
+    let general = options(GENERAL.iter());
+    let table = json!({"version": version, "options": general, "verbs": verbs, "limits": LIMITS});
+    session.print(&pretty(&table))
 }
 
 /// Those that the help shows.

@@ -18,6 +18,9 @@ pub(crate) fn print_general_help(session: &Session) -> Result<(), Failure> {
         let _ = writeln!(text, "  {:<10}{}", verb.name, verb.summary);
     }
     let _ = write!(text, "\nSupported image formats:\n\n  {}\n", Driver::NAMES.join(" "));
+    if session.is_own() {
+        let _ = write!(text, "\n{LIMITS}\n");
+    }
     session.print(&text)
 }
 
@@ -74,6 +77,9 @@ fn push_options(text: &mut String, options: &[OptionSpec]) {
         };
     }
 }
+
+/// Where to read what is refused because of its size.
+pub(super) const LIMITS: &str = "Limits of images and verbs: see \"Limits\" in README.md.";
 
 /// Columns that names take in the help.
 const INDENT: usize = 30;

@@ -81,11 +81,17 @@ fn look(session: &Session, request: &Request, filename: &str) -> Result<Vec<Name
             let message = format!("Backing file '{}' creates an infinite loop.", name.typed);
             return Err(Failure::new(message));
         }
-        let report =
+        let mut report =
             qcow2_ops::info(&*source.storage, &source.format).map_err(|error| match error.core_error() {
                 Some(engine) => persona::engine_failure(&name.typed, engine),
                 None => Failure::could_not_open(&name.typed, &unreadable(&error)),
             })?;
+        if let Some(qcow2) = report.qcow2.as_mut().filter(|_| !session.is_own()) {
+            let damage = std::mem::take(&mut qcow2.bitmap_damage);
+            if let Some(reason) = persona::bitmap_refusal(&qcow2.bitmaps, &damage) {
+                return Err(Failure::could_not_open(&name.typed, &reason));
+            }
+        }
         let backing = report.qcow2.as_ref().and_then(|qcow2| qcow2.backing.clone());
         let full_backing = backing.as_ref().map(|b| locate_backing(name.path().unwrap_or_default(), &b.name));
         if let Some((backing, full)) = backing.zip(full_backing.clone()).filter(|_| request.chain) {

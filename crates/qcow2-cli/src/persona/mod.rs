@@ -4,6 +4,7 @@
 //! The libraries' errors say what happened by kinds and fields; here, and nowhere else, a text is made of
 //! them.
 
+mod bitmaps;
 mod creation;
 mod damage;
 mod engine;
@@ -13,6 +14,7 @@ mod name;
 mod opening;
 mod text;
 
+pub(crate) use bitmaps::bitmap_refusal;
 pub(crate) use creation::{created, measured, on_device};
 pub(crate) use damage::{DamageWords, speak_own_words};
 pub(crate) use engine::{INCONSISTENT_HINT, engine_failure, no_space, snapshot_l1};
