@@ -374,8 +374,8 @@ fn a_failed_write_of_tables_is_repeated_by_the_next_flush() {
     assert!(failed > 3, "only {failed} writes in a flush");
 }
 
-/// A ticket for the first part of a range keeps only its own clusters, so that the same thread can prepare the
-/// rest.
+/// A ticket for the first part of a range keeps only its own clusters, so that the same thread can prepare
+/// the rest.
 #[test]
 fn a_range_is_prepared_ticket_by_ticket() {
     let (told, done) = std::sync::mpsc::channel();
