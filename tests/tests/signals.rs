@@ -42,6 +42,7 @@ const fn case(line: &'static str, kept: &'static [&'static str]) -> Case {
 const CASES: &[Case] = &[
     Case { gone: Some("x"), ..case("convert -O qcow2 random.raw x", &[]) },
     Case { gone: Some("x"), ..case("convert -c -O qcow2 random.raw x", &[]) },
+    Case { gone: Some("x"), ..case("rescue -O qcow2 base2.qcow2 x", &["base2.qcow2"]) },
     Case { gone: Some("x"), ..case("dd -O qcow2 bs=1M if=random.raw of=x", &[]) },
     Case { sound: &["base.qcow2"], ..case("commit over.qcow2", &["over.qcow2"]) },
     Case { sound: &["base.qcow2"], ..case("commit -d over.qcow2", &["over.qcow2"]) },

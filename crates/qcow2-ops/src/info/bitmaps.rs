@@ -63,8 +63,8 @@ pub enum BitmapFault {
 /// sparse file they cost nothing.
 pub const MAX_BITMAP_TABLES: u64 = 64 << 20;
 
-/// The end of the longest file that QEMU reads: the largest multiple of 1 GiB that is an offset of the
-/// system.
+/// The end of the longest file that QEMU reads: the largest multiple of 1 GiB that the system has as an
+/// offset.
 const MAX_FILE_END: u64 = i64::MAX as u64 & !((1 << 30) - 1);
 
 /// Bytes of a table that are read at once.

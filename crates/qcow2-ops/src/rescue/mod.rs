@@ -113,6 +113,7 @@ pub fn rescue(files: &RescueFiles<'_>, options: &RescueOptions, progress: &dyn P
         header.features.incompatible.set(IncompatibleFeatures::DATA_FILE, true);
     }
     let format = header.l2_format().map_err(failed)?;
+    check_l1_offset(options, 1 << header.cluster_bits, bytes.len)?;
     let size = match (options.size, source) {
         (None, HeaderSource::Derived) => None,
         (None, HeaderSource::Found) => Some(header.disk_size()),
@@ -165,6 +166,17 @@ pub fn rescue(files: &RescueFiles<'_>, options: &RescueOptions, progress: &dyn P
     }
     note_places(&disk, format.geometry.l2_coverage(), &mut report);
     Ok(Rescue { disk: Arc::new(disk), report })
+}
+
+/// An L1 table that is named must be one that can be: elsewhere all entries would be taken out of noise.
+fn check_l1_offset(options: &RescueOptions, cluster_size: u64, len: u64) -> Result<()> {
+    let Some(at) = options.l1_table.map(HostOffset::value) else { return Ok(()) };
+    if at != 0 && at.is_multiple_of(cluster_size) && at < len {
+        return Ok(());
+    }
+    let text =
+        format!("l1 table at {at:#x}: allowed are multiples of {cluster_size} above 0 and below {len}");
+    Err(Error::new(ErrorKind::InvalidOption, text))
 }
 
 /// The cipher of an encrypted image; `None` without keys. Errors: `Open`.
