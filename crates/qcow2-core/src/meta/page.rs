@@ -81,6 +81,9 @@ impl Page {
 
     /// The word that the page has everywhere, if it is known to have only one.
     pub(crate) fn same_words(&self) -> Option<u64> {
+        if !self.same.load(Ordering::Relaxed) {
+            return None;
+        }
         // The word first: a change clears the mark before it changes a word.
         let word = self.words[0].load(Ordering::SeqCst);
         self.same.load(Ordering::SeqCst).then_some(word)
