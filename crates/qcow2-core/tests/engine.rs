@@ -403,6 +403,26 @@ fn a_range_is_prepared_ticket_by_ticket() {
     assert_eq!(tickets, 4);
 }
 
+/// After a failed barrier nobody knows what is on disk, and the system may have dropped it: no later flush may
+/// succeed.
+#[test]
+fn a_failed_barrier_poisons() {
+    for nth in 0..2 {
+        let memory: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        create(&memory, None, &CreateOptions::new(1 << 20)).unwrap();
+        let storage = Arc::new(FaultStorage::new(Arc::clone(&memory)));
+        let image = open_as(&(storage.clone() as Arc<dyn Storage>), 0);
+        image.write_at(GuestOffset::new(0), &[1; 512]).unwrap();
+        let fault = Fault::Io;
+        storage.set_plan(Some(FaultPlan { calls: vec![Call::Flush], nth, sticky: false, fault }));
+        image.flush().unwrap_err();
+        assert_eq!(storage.fired(), 1, "barrier {nth}");
+        assert_eq!(image.flush().unwrap_err().kind(), ErrorKind::Poisoned, "barrier {nth}");
+        let again = image.write_at(GuestOffset::new(0), &[2; 512]);
+        assert_eq!(again.unwrap_err().kind(), ErrorKind::Poisoned, "barrier {nth}");
+    }
+}
+
 /// An event loop has many writes in flight on one thread.
 #[test]
 fn one_thread_holds_several_tickets() {
