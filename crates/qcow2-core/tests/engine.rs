@@ -403,8 +403,8 @@ fn a_range_is_prepared_ticket_by_ticket() {
     assert_eq!(tickets, 4);
 }
 
-/// After a failed barrier nobody knows what is on disk, and the system may have dropped it: no later flush may
-/// succeed.
+/// After a failed barrier nobody knows what is on disk, and the system may have dropped it: no later flush
+/// may succeed.
 #[test]
 fn a_failed_barrier_poisons() {
     for nth in 0..2 {
