@@ -199,8 +199,15 @@ fn encrypted_images_are_read_with_their_keys() {
     fs::write(folder.join("cut.qcow2"), &damaged[..damaged.len() - (1 << 20)]).unwrap();
     let report = json(&rescue("pw", "", "cut.qcow2", "b.raw").expect_code(3));
     assert_eq!(report["lost-bytes"].as_u64(), Some(1 << 20), "{report}");
-    let (disk, copy) = (fs::read(folder.join("disk.raw")).unwrap(), fs::read(folder.join("b.raw")).unwrap());
-    assert!(copy[..3 << 20] == disk[..3 << 20] && copy[3 << 20..].iter().all(|&byte| byte == 0));
+    // Several threads encrypt: which clusters stand last in the file differs from run to run.
+    let mut expected = fs::read(folder.join("disk.raw")).unwrap();
+    for lost in report["lost"].as_array().unwrap() {
+        assert_eq!(lost["reason"], "cluster-past-end", "{report}");
+        let start = usize::try_from(lost["start"].as_u64().unwrap()).unwrap();
+        let length = usize::try_from(lost["length"].as_u64().unwrap()).unwrap();
+        expected[start..start + length].fill(0);
+    }
+    assert!(fs::read(folder.join("b.raw")).unwrap() == expected, "{report}");
     // Nothing is made of ciphertext, and what is there stays.
     fs::write(folder.join("old.raw"), b"old").unwrap();
     for target in ["c.raw", "old.raw"] {
