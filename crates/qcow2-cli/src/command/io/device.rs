@@ -38,7 +38,8 @@ impl Opener for Files {
     }
 }
 
-fn failure(error: FilesError) -> Failure {
+/// Why files were not opened, for the user.
+pub(crate) fn failure(error: FilesError) -> Failure {
     match error {
         FilesError::List(error) => error.into(),
         FilesError::Option(error) => error.into(),
@@ -47,7 +48,8 @@ fn failure(error: FilesError) -> Failure {
     }
 }
 
-fn lines(warning: &Warning) -> Vec<String> {
+/// A warning of opening, as lines.
+pub(crate) fn lines(warning: &Warning) -> Vec<String> {
     match warning {
         Warning::GuessedRaw(_) => persona::warning(warning),
         _ => persona::warning_lines(warning),
