@@ -102,7 +102,7 @@ pub use new::{
 pub use open::{
     BackingFile, ChainFiles, Feature, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes,
     OpenedDisk, Policy, PolicyError, Refusal, Sharing, Tell, bitmaps_to_lose, locate_backing, open,
-    open_backing, open_below, open_bytes, open_existing, open_layers, open_scratch, open_snapshot,
+    open_backing, open_below, open_bytes, open_existing, open_layers, open_on, open_scratch, open_snapshot,
     open_telling, permit_backing, warnings_of_change,
 };
 pub use scalar::{

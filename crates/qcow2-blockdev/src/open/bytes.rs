@@ -110,6 +110,7 @@ impl Opening<'_> {
     fn locking(&self) -> Locking {
         let has_metadata = self.format == Some(&ImageFormat::Qcow2);
         match self.how.sharing {
+            Sharing::Held => Locking::Off,
             _ if self.how.force_share => Locking::Shared,
             Sharing::Alone | Sharing::TopAlone => Locking::NoOtherWriters,
             Sharing::ByFormat if self.is_part && !has_metadata => Locking::FixedLength,

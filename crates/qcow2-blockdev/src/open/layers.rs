@@ -166,6 +166,22 @@ pub fn open_snapshot(
     opened
 }
 
+/// Opens the layer that `name` leads to on `below`, a disk that is open already, whatever backing file it
+/// records; `None`: on nothing. For layers that are exchanged while a disk is used.
+pub fn open_on(
+    name: &ImageName,
+    how: &OpenOptions,
+    below: Option<&Arc<dyn GuestDisk>>,
+) -> Result<Arc<dyn GuestDisk>, OpenFailure> {
+    let source = open_bytes(name, how)?.source;
+    let how = how.clone().with_layers(Layers::NoBacking);
+    let opened = open_layers_by(name, source, &how, 0, |source, options| match below {
+        Some(below) => Ok(Image::open_on(&source, options, Arc::clone(below))?),
+        None => qcow2_core::open_disk(source, options),
+    });
+    Ok(opened?.disk)
+}
+
 /// Opens the image in `source`, with the files that it names as `how` says. The last step of [`open`].
 /// `layer`: how many others stand on it, for failures.
 pub fn open_layers(
@@ -214,6 +230,7 @@ fn engine_options(
     options.writable = how.writable;
     options.for_repair = how.for_repair;
     options.layers = how.layers;
+    options.exchangeable = how.exchangeable;
     options.codecs = how.codecs();
     options.keys = Some(Arc::new(name.keys.clone()));
     options.discard_freed = how.writable;

@@ -31,6 +31,8 @@ pub struct OpenOptions {
     pub resizes: bool,
     /// Whether other programs' locks are ignored: for reading only.
     pub force_share: bool,
+    /// Whether the layers below an overlay can be exchanged while the disk is used.
+    pub exchangeable: bool,
     /// The files that are open together with those of this disk, none of which is written to and opened a
     /// second time; `None`: nobody looks.
     pub open_files: Option<OpenFiles>,
@@ -48,6 +50,8 @@ pub enum Sharing {
     TopAlone,
     /// Nobody to any of them.
     Alone,
+    /// This program has the file open elsewhere, with locks that exclude other writers.
+    Held,
 }
 
 impl Default for OpenOptions {
@@ -81,6 +85,7 @@ impl OpenOptions {
             sharing: Sharing::ByFormat,
             resizes: false,
             force_share: false,
+            exchangeable: false,
             open_files: None,
             damage_observer: None,
         }
@@ -141,6 +146,12 @@ impl OpenOptions {
         Self { force_share, ..self }
     }
 
+    /// With layers that can be exchanged while the disk is used, or not.
+    #[must_use]
+    pub fn with_exchangeable(self, exchangeable: bool) -> Self {
+        Self { exchangeable, ..self }
+    }
+
     /// With the files that are open together with those of this disk.
     #[must_use]
     pub fn among(self, open_files: &OpenFiles) -> Self {
@@ -150,7 +161,7 @@ impl OpenOptions {
     /// The same for the backing file; a writable one is changed below other disks, which do not expect it.
     pub(crate) fn below(&self, writable: bool) -> Self {
         let sharing = match self.sharing {
-            Sharing::Alone => Sharing::Alone,
+            Sharing::Alone | Sharing::Held => self.sharing,
             _ if writable => Sharing::TopAlone,
             _ => Sharing::ByFormat,
         };

@@ -1,5 +1,6 @@
 //! Meta contexts: what a disk knows of its ranges besides their bytes.
 
+use super::with_image;
 use qcow2_core::bitmap::Bits;
 use qcow2_core::format::text::bytes_of;
 use qcow2_core::{Error, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Result};
@@ -25,13 +26,17 @@ pub enum Context {
 impl Context {
     /// The context of the bitmap `name`. Errors: there is none, or it cannot be used.
     pub(super) fn bitmap(disk: &dyn GuestDisk, name: &str) -> Result<Self> {
-        let image = disk.as_image().ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("no bitmap '{name}': the disk is no qcow2 image"))
-        })?;
         let bytes = bytes_of(name);
-        let bits = image.bitmap_bits(&bytes)?;
-        let records = image.bitmaps()?.iter().any(|bitmap| bitmap.name == *bytes && bitmap.auto);
-        Ok(Self::Bitmap { name: name.to_owned(), kept: (!records).then_some(bits) })
+        let read = with_image(disk, |image| {
+            let bits = image.bitmap_bits(&bytes)?;
+            let records = image.bitmaps()?.iter().any(|bitmap| bitmap.name == *bytes && bitmap.auto);
+            Ok((!records).then_some(bits))
+        });
+        let kept = read.unwrap_or_else(|| {
+            let text = format!("no bitmap '{name}': the disk is no qcow2 image");
+            Err(Error::new(ErrorKind::NotFound, text))
+        })?;
+        Ok(Self::Bitmap { name: name.to_owned(), kept })
     }
 
     /// The name that clients ask for.
@@ -55,8 +60,8 @@ impl Context {
         match self {
             Self::Bitmap { kept: Some(bits), .. } => marks(bits, (offset, len), most, extents),
             Self::Bitmap { name, kept: None } => {
-                let image = disk.as_image().ok_or_else(|| Error::new(ErrorKind::NotFound, "no image"))?;
-                let bits = image.bitmap_bits(&bytes_of(name))?;
+                let bits = with_image(disk, |image| image.bitmap_bits(&bytes_of(name)))
+                    .unwrap_or_else(|| Err(Error::new(ErrorKind::NotFound, "no image")))?;
                 marks(&bits, (offset, len), most, extents);
             }
             Self::Allocation | Self::Depth => {

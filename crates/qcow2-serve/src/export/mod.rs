@@ -137,31 +137,30 @@ impl Export {
 
 impl Disk for Export {
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ErrorCode> {
-        self.statistics.reads.count(buf.len() as u64);
-        done(self.disk.read_at(GuestOffset::new(offset), buf))
+        let len = buf.len() as u64;
+        self.statistics.reads.time(len, || done(self.disk.read_at(GuestOffset::new(offset), buf)))
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), ErrorCode> {
-        self.statistics.writes.count(data.len() as u64);
-        let detects = self.options.detect_zeroes;
-        if detects != DetectZeroes::Off && data.iter().all(|byte| *byte == 0) {
-            return self.zero(offset, data.len() as u64, detects == DetectZeroes::Unmap);
-        }
-        done(self.disk.write_at(GuestOffset::new(offset), data))?;
-        self.after_write()
+        self.statistics.writes.time(data.len() as u64, || {
+            let detects = self.options.detect_zeroes;
+            if detects != DetectZeroes::Off && data.iter().all(|byte| *byte == 0) {
+                return self.zero(offset, data.len() as u64, detects == DetectZeroes::Unmap);
+            }
+            done(self.disk.write_at(GuestOffset::new(offset), data))?;
+            self.after_write()
+        })
     }
 
     fn flush(&self) -> Result<(), ErrorCode> {
-        self.statistics.flushes.count(0);
-        done(Self::flush(self))
+        self.statistics.flushes.time(0, || done(Self::flush(self)))
     }
 
     fn trim(&self, offset: u64, len: u64) -> Result<(), ErrorCode> {
-        self.statistics.trims.count(len);
-        match self.options.discards {
+        self.statistics.trims.time(len, || match self.options.discards {
             true => done(self.disk.discard(range(offset, len))).and_then(|()| self.after_write()),
             false => Ok(()),
-        }
+        })
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, no_hole: bool, fast: bool) -> Result<(), ErrorCode> {
@@ -172,8 +171,7 @@ impl Disk for Export {
         if fast && !is_whole {
             return Err(ErrorCode::NOT_SUPPORTED);
         }
-        self.statistics.zeroes.count(len);
-        self.zero(offset, len, !no_hole)
+        self.statistics.zeroes.time(len, || self.zero(offset, len, !no_hole))
     }
 
     fn cache(&self, offset: u64, len: u64) -> Result<(), ErrorCode> {
@@ -210,10 +208,18 @@ fn flags(disk: &dyn GuestDisk, options: &ExportOptions) -> u16 {
     }
     flags |= transmission_flag::SEND_TRIM | transmission_flag::SEND_WRITE_ZEROES;
     // Elsewhere nobody knows whether a range is zeroed by writing it.
-    if disk.as_image().is_some_and(has_zero_clusters) {
+    if with_image(disk, has_zero_clusters) == Some(true) {
         flags |= transmission_flag::SEND_FAST_ZERO;
     }
     flags
+}
+
+/// What `look` sees in the image that is the disk, or the top layer of it.
+fn with_image<T>(disk: &dyn GuestDisk, look: impl FnOnce(&Image) -> T) -> Option<T> {
+    match disk.as_live() {
+        Some(live) => live.request().disk().as_image().map(look),
+        None => disk.as_image().map(look),
+    }
 }
 
 fn has_zero_clusters(image: &Image) -> bool {
