@@ -6,7 +6,7 @@
 //! | 1 | `evidence` | the header, or cluster size and kind of entries by what the file holds |
 //! | 2 | `counts` | the refcounts, if a structure counts itself: which tables are in use, which are old |
 //! | 3 | `tables` | clusters that have the shape of tables, where nothing known leads |
-//! | 4 | `place`, `anchor`, `landmarks` | which range each L2 table maps |
+//! | 4 | `place`, `anchor`, `border`, `landmarks` | which range each L2 table maps |
 //! | 5 | `disk` | a disk that reads as the image did, and as zeroes where it cannot |
 //!
 //! Where the L1 table is whole, nothing is guessed. What is guessed is reported as such, and what is lost
@@ -14,6 +14,7 @@
 //! limits, whatever the file holds.
 
 mod anchor;
+mod border;
 mod counts;
 mod disk;
 mod entry;

@@ -138,6 +138,28 @@ fn a_lost_l1_entry_is_filled_by_the_table_that_nothing_leads_to() {
     assert!(read(&rescue, 1030) == pattern::bytes(1031, 0, CLUSTER as usize));
 }
 
+/// The clusters on both sides of two borders were written in one go.
+#[test]
+fn data_goes_on_over_the_border_of_two_ranges() {
+    let clusters = [3, 511, 512, 5 * 512 - 1, 5 * 512].into_iter().chain((6..9).map(|range| range * 512 + 9));
+    let builder = Builder::new(12, 9 * COVERAGE);
+    let mut image = clusters.fold(builder, |builder, index| builder.cluster(index, data(index + 1))).build();
+    for index in 1..5 {
+        image.patch_u64(image.l1 + 8 * index, 0x123);
+    }
+    let rescue = rescued(&image, |_, _| ()).unwrap();
+    let report = rescue.report();
+    let range = |index: u64| {
+        let what = (Evidence::Border, HostOffset::new(image.l2[&index]));
+        Range { start: index * COVERAGE, len: COVERAGE, what }
+    };
+    assert_eq!(report.placed.listed, [range(1), range(4)], "{report}");
+    assert!(!report.is_complete(), "a guess is not complete");
+    for cluster in [512, 5 * 512 - 1] {
+        assert!(read(&rescue, cluster) == pattern::bytes(cluster + 1, 0, CLUSTER as usize));
+    }
+}
+
 #[test]
 fn a_table_with_refcount_0_is_an_old_one() {
     let mut image = built();
