@@ -15,7 +15,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Causes that stay different, each below the reason: the beginnings of causes.
+/// What stays different, each below the reason: the beginnings of causes, and numbers that are not compared.
 const DIFFERENT: &str = include_str!("../../tests/cli/different_causes.txt");
 
 /// How long to hunt, and from where.

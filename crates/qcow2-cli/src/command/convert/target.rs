@@ -43,6 +43,7 @@ pub(super) fn open(
         })?;
         made.into_name(&request.target.name, &options, args.objects.secrets())
     } else {
+        check_single(sources, request.target.backing.is_some())?;
         args.image_opts = request.target.image_opts;
         args.check()?;
         if !args.image_opts && args.format.is_none() {
@@ -73,11 +74,7 @@ fn settle(
     set_backing(&mut options, &request.target.backing, &request.target.backing_format)?;
     options.set_number("size", size);
     let has_backing = options.text("backing_file").is_some();
-    if has_backing && sources.len() > 1 {
-        return Err(Failure::new(
-            "Having a backing file for the target makes no sense when concatenating multiple input images",
-        ));
-    }
+    check_single(sources, has_backing)?;
     if options.text("backing_file") == Some("") {
         return Err(Failure::new("Expected backing file name, got empty string"));
     }
@@ -89,6 +86,15 @@ fn settle(
     }
     check_bitmaps(request, sources)?;
     Ok(options)
+}
+
+fn check_single(sources: &[OpenedDisk], has_backing: bool) -> Result<(), Failure> {
+    if has_backing && sources.len() > 1 {
+        return Err(Failure::new(
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        ));
+    }
+    Ok(())
 }
 
 fn check_compression(options: &NewOptions) -> Result<(), Failure> {
