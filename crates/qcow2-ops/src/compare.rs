@@ -193,7 +193,8 @@ impl Comparing<'_> {
         Ok(None)
     }
 
-    /// The run at `at` on one side, extended over all following runs with the same state.
+    /// The run at `at` on one side, extended over all following runs with the same state whose bytes are
+    /// stored one behind the other.
     fn joined(&self, side: usize, at: u64) -> Result<MapExtent> {
         if at >= self.end {
             return Ok(MapExtent { start: at, ..MapExtent::default() });
@@ -204,7 +205,7 @@ impl Comparing<'_> {
                 return Err(stopped(at));
             }
             let next = self.extent_at(side, run.start + run.len, self.end - run.start - run.len)?;
-            if flags(&next) != flags(&run) {
+            if !run.continues_in(&next) {
                 break;
             }
             run.len += next.len;
@@ -414,8 +415,8 @@ mod tests {
                 false
             }
             fn smaller_ended(&self) {
-                let mut seen = self.0.lock().unwrap();
-                assert!(seen.1.replace(seen.0).is_none(), "told twice");
+                let (done, ended) = &mut *self.0.lock().unwrap();
+                assert!(ended.replace(*done).is_none(), "told twice");
             }
         }
         let told = |small: &[u8], large: &[u8]| {

@@ -43,6 +43,7 @@ pub(super) fn open(
         })?;
         made.into_name(&request.target.name, &options, args.objects.secrets())
     } else {
+        request.check_zero_target(request.target.backing.is_some())?;
         check_single(sources, request.target.backing.is_some())?;
         args.image_opts = request.target.image_opts;
         args.check()?;
@@ -56,7 +57,12 @@ pub(super) fn open(
     let mut how = args.options().with_cache(request.target.cache()?);
     how.bytes_per_second = request.target.bytes_per_second;
     how.codecs = Some(request.copy.compression.codecs()?);
-    let target = open_target(session, &name, &how)?.disk;
+    let opened = open_target(session, &name, &how)?;
+    if request.copy.bitmaps && opened.format != ImageFormat::Qcow2 {
+        let name = opened.format.name();
+        return Err(Failure::new(format!("Format driver '{name}' does not support bitmaps")));
+    }
+    let target = opened.disk;
     if request.copy.compress && target.as_image().is_none() {
         return Err(Failure::new(NO_COMPRESSION));
     }
@@ -85,6 +91,10 @@ fn settle(
         check_compression(&options)?;
     }
     check_bitmaps(request, sources)?;
+    // Before it is made.
+    if request.copy.bitmaps && *format == ImageFormat::Raw {
+        return Err(Failure::new("Format driver 'raw' does not support bitmaps"));
+    }
     Ok(options)
 }
 
@@ -126,9 +136,6 @@ fn check_bitmaps(request: &Request, sources: &[OpenedDisk]) -> Result<(), Failur
         let name = bitmap.name_text();
         return Err(Failure::new(format!("Cannot copy inconsistent bitmap '{name}'"))
             .hint("Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"));
-    }
-    if request.target.format() == "raw" && !request.target.image_opts {
-        return Err(Failure::new("Format driver 'raw' does not support bitmaps"));
     }
     Ok(())
 }
