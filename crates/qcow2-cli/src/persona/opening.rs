@@ -44,6 +44,12 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
             format!("Could not read image for determining its format: {}", storage(error))
         }
         FailureKind::Storage(error) => storage(error),
+        FailureKind::NotQcow => "Image not in qcow format".to_owned(),
+        FailureKind::QcowVersion(version) => {
+            let hint = "Try the 'qcow2' driver instead.".to_owned();
+            return (format!("qcow (v1) does not support qcow version {version}"), vec![hint]);
+        }
+        FailureKind::Container(_) => "Volume is not in LUKS format".to_owned(),
         FailureKind::UnsupportedFormat(name) => format!("Unknown driver '{name}'"),
         FailureKind::UnalignedPreallocation => kind.to_string(),
         FailureKind::Loop(name) => endless(name),
