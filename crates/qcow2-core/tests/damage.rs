@@ -186,6 +186,23 @@ fn guest_data_is_not_written_over_metadata() {
     }
 }
 
+/// Whoever chooses to protect snapshots' L2 tables gets no writes where these cannot be found.
+#[test]
+fn nothing_is_written_where_tables_to_protect_are_not_known() {
+    let (storage, _) = image(false);
+    let [table, snapshot_l1, _] = add_snapshot(&storage);
+    set_word(&storage, table, snapshot_l1 + 512);
+    let write = |checks| {
+        let storage = Arc::new(PageStorage::new(storage.bytes()));
+        let written = open(&storage, &writable(checks)).unwrap().write_at(GuestOffset::new(0), &[1; 512]);
+        assert!(!is_marked(&storage), "nothing that was to be written to is wrong");
+        written.map_err(|error| error.kind())
+    };
+    assert_eq!(write(OverlapChecks::ALL), Err(ErrorKind::InvalidOption));
+    assert_eq!(write(OverlapChecks::INACTIVE_L2), Err(ErrorKind::InvalidOption));
+    assert_eq!(write(OverlapChecks::CACHED), Ok(()));
+}
+
 /// A metadata cluster with refcount 0 looks free, and must not be allocated.
 #[test]
 fn a_metadata_cluster_with_refcount_0_is_not_allocated() {
