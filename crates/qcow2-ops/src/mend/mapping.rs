@@ -132,7 +132,7 @@ impl Job<'_> {
             }
             let found = self.decide(doubts, &mut slots, &metadata)?;
             round.tables.extend(found.into_iter().map(|table| (table, 1)));
-            if let Some(table) = self.fill_slots(&slots, &metadata)? {
+            if let Some(table) = self.fill_slots(&slots, &metadata, &seen)? {
                 round.tables.insert(table, slots.len() as u64);
             }
         }
