@@ -137,7 +137,9 @@ fn little_is_done_while_requests_are_held_back() {
                 Act::Snapshot => (4, 3),
                 // The last regions, the tables of a flush, the record.
                 Act::CommitTop => (100, 4),
-                // The same, and the steps of the header.
+                // A new bitmap; nothing for the backup itself.
+                Act::Backup => (4, 3),
+                // The same as for a snapshot, and the steps of the header.
                 Act::CommitMiddle(_) => (8, 8),
             };
             let what = format!("seed {seed}, {act:?}: {changes} changes, {flushes} flushes");

@@ -3,11 +3,15 @@
 
 use qcow2_core::{
     BackingName, CreateOptions, GuestDisk, GuestOffset, GuestRange, HoldObserver, HostOffset, Image,
-    ImageFormat, Layers, LiveDisk, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, Storage,
-    ZeroMode, create,
+    ImageFormat, Layers, LiveDisk, OpenOptions, RawDisk, Reference, ResolveError, ResolvedSource, Resolver,
+    Storage, ZeroMode, create,
 };
-use qcow2_ops::live::{LiveSnapshotOptions, MiddleLayer, commit_middle, commit_top, external_snapshot};
-use qcow2_ops::{CallerError, Error, NewStorage, Progress};
+use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
+use qcow2_ops::live::{
+    BackupOptions, LiveSnapshotOptions, MiddleLayer, backup, commit_middle, commit_top, external_snapshot,
+    on_image,
+};
+use qcow2_ops::{CallerError, Error, ErrorKind, NewStorage, Progress};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::{CrashWorld, Event};
 use qcow2_testkit::cut::CrashImage;
@@ -35,9 +39,12 @@ pub(crate) enum Act {
     CommitTop,
     /// Commits the layer with this many layers above it.
     CommitMiddle(usize),
+    /// Copies what a bitmap marks into the new file.
+    Backup,
 }
 
-pub(crate) const ACTS: [Act; 4] = [Act::Snapshot, Act::CommitTop, Act::CommitMiddle(1), Act::CommitMiddle(2)];
+pub(crate) const ACTS: [Act; 5] =
+    [Act::Snapshot, Act::CommitTop, Act::CommitMiddle(1), Act::CommitMiddle(2), Act::Backup];
 
 /// Resolves the names of the files.
 struct Neighbours(Files);
@@ -116,6 +123,8 @@ pub(crate) struct Pauses {
     /// Changes and flushes of storages.
     changes: AtomicU64,
     flushes: AtomicU64,
+    /// The disk at the beginning of each pause.
+    moments: Mutex<Vec<Vec<u8>>>,
     most_changes: AtomicU64,
     most_flushes: AtomicU64,
 }
@@ -137,6 +146,7 @@ impl HoldObserver for Stage {
 
     fn quiet(&self) {
         let pauses = &self.pauses;
+        pauses.moments.lock().unwrap().push(self.guest.current.lock().unwrap().clone());
         pauses.changes.store(0, Ordering::SeqCst);
         pauses.flushes.store(0, Ordering::SeqCst);
         pauses.held.store(true, Ordering::SeqCst);
@@ -293,6 +303,8 @@ pub(crate) struct Stage {
     pub(crate) top: AtomicUsize,
     pub(crate) discarded: AtomicUsize,
     judging: Mutex<Rng>,
+    /// The content when the bitmap was added.
+    unmarked: Mutex<Option<Vec<u8>>>,
 }
 
 impl Stage {
@@ -313,6 +325,7 @@ impl Stage {
             top: AtomicUsize::new(TOP),
             discarded: AtomicUsize::new(0),
             judging: Mutex::new(Rng::new(rng.next_u64())),
+            unmarked: Mutex::default(),
         });
         let options = OpenOptions::writable().with_exchangeable(true);
         let image = Image::open(source(&stage.files, TOP), &options).unwrap();
@@ -449,7 +462,29 @@ impl Stage {
                 };
                 commit_middle(&live, &layer, progress).map(drop)
             }
+            Act::Backup => self.backup(&live, progress),
         }
+    }
+
+    /// Copies what a bitmap marks to a copy of the disk as it was when the bitmap was added.
+    fn backup(&self, live: &LiveDisk, progress: &dyn Progress) -> Result<(), Error> {
+        if self.unmarked.lock().unwrap().is_none() {
+            let add = BitmapAction::Add { granularity: Some(4096) };
+            on_image(live, |image| change_bitmap(image, "b", &add, None))?;
+            *self.unmarked.lock().unwrap() = self.pauses.moments.lock().unwrap().last().cloned();
+        }
+        let bytes = self.unmarked.lock().unwrap().clone().unwrap();
+        (0..6).for_each(|_| self.guest.step(self));
+        let failed = |error| Error::new(ErrorKind::Write, "copying").with_source(error);
+        self.files[NEW].write_at(HostOffset::new(0), &bytes).map_err(failed)?;
+        let target: Arc<dyn GuestDisk> = Arc::new(RawDisk::new(Arc::clone(&self.files[NEW]), true).unwrap());
+        self.pauses.moments.lock().unwrap().clear();
+        backup(live, &target, &BackupOptions::marked("b", true), progress)?;
+        let moment = self.pauses.moments.lock().unwrap()[0].clone();
+        if content(&*target).is_ok_and(|seen| seen != moment) {
+            self.guest.note("the backup is not the disk as it was at the moment".to_owned());
+        }
+        Ok(())
     }
 }
 
