@@ -3,11 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_testkit::oracle::{Qemu, Tool};
+use qcow2_tests::nbd_server::NbdServer;
 use qcow2_tests::side_by_side::{Comparison, SideBySide, words};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,22 +22,6 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-impl Server {
-    /// Serves `image` on `socket` with these options and waits until it listens.
-    fn start(folder: &Path, socket: &Path, options: &str, image: &str) -> Option<Self> {
-        let tool = Tool::find("qemu-nbd")?;
-        let mut command = Command::new(tool.path());
-        command.current_dir(folder).arg("-k").arg(socket).args(words(options)).arg(image);
-        let server = Self(command.stdin(Stdio::null()).spawn().unwrap());
-        let started = Instant::now();
-        while !socket.exists() {
-            assert!(started.elapsed() < Duration::from_secs(20), "qemu-nbd does not listen");
-            thread::sleep(Duration::from_millis(20));
-        }
-        Some(server)
     }
 }
 
@@ -55,7 +40,7 @@ fn reading_an_export_matches_qemu_img() {
     let root = tempfile::tempdir().unwrap();
     let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
     let socket = root.path().join("s");
-    let Some(_server) = Server::start(&both.start(), &socket, "-r -t -e 8 -x one -f qcow2", "s.qcow2") else {
+    let Some(_server) = NbdServer::qemu_nbd(&both.start(), &socket, "-r -x one -f qcow2 s.qcow2") else {
         return;
     };
     let socket = socket.display();
@@ -100,11 +85,9 @@ fn check(both: &SideBySide, lines: &[String]) {
 fn an_export_is_a_conversion_target() {
     let root = tempfile::tempdir().unwrap();
     let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
-    let served = |name: &str, options: &str, image: &str| -> Option<(Server, PathBuf)> {
-        let socket = root.path().join(name);
-        Some((Server::start(&both.start(), &socket, options, image)?, socket))
-    };
-    let Some((server, socket)) = served("raw", "-t --discard=unmap -f raw", "r.raw") else { return };
+    let socket = root.path().join("raw");
+    let server = NbdServer::qemu_nbd(&both.start(), &socket, "--discard=unmap -f raw r.raw");
+    let Some(server) = server else { return };
     let url = format!("nbd+unix://?socket={}", socket.display());
     let ours = |line: &str| both.ours().run_in(&both.start(), &words(line));
     let theirs = |line: &str| both.reference().run_in(&both.start(), &words(line));
@@ -132,7 +115,7 @@ fn a_disconnected_server_is_an_error() {
     let Some(qemu) = Qemu::find() else { return };
     make(&qemu.img, root.path());
     let socket = root.path().join("s");
-    let Some(mut server) = Server::start(root.path(), &socket, "-t -f raw", "r.raw") else { return };
+    let Some(mut server) = NbdServer::qemu_nbd(root.path(), &socket, "-f raw r.raw") else { return };
     let link = root.path().join("qemu-io");
     std::os::unix::fs::symlink(OURS, &link).unwrap();
     let mut child = Command::new(&link)
@@ -146,8 +129,7 @@ fn a_disconnected_server_is_an_error() {
     let mut stdin = child.stdin.take().unwrap();
     writeln!(stdin, "read 0 64k\nsleep 1").unwrap();
     thread::sleep(Duration::from_millis(700));
-    server.0.kill().unwrap();
-    server.0.wait().unwrap();
+    server.stop();
     writeln!(stdin, "read 0 64k\nread 0 64k\nquit").unwrap();
     drop(stdin);
     let output = child.wait_with_output().unwrap();
@@ -315,7 +297,7 @@ fn old_servers_and_lost_connections() {
 #[test]
 fn limits_of_a_request_are_kept() {
     let root = tempfile::tempdir().unwrap();
-    let (Some(qemu), Some(nbdkit)) = (Qemu::find(), Tool::find("nbdkit")) else { return };
+    let Some(qemu) = Qemu::find() else { return };
     make(&qemu.img, root.path());
     let path = |name: &str| root.path().join(name);
     let bytes: Vec<u8> = (0..3_000_001u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
@@ -323,17 +305,11 @@ fn limits_of_a_request_are_kept() {
     for (minimum, maximum) in [(4096, "32M"), (512, "64k"), (512, "4k"), (1, "4k")] {
         fs::write(path("t.raw"), vec![5; 8 << 20]).unwrap();
         let socket = path(&format!("s{minimum}-{maximum}"));
-        let mut command = Command::new(nbdkit.path());
-        command.current_dir(root.path()).arg("-f").arg("-U").arg(&socket);
-        command.args(["--filter=blocksize-policy", "file", "t.raw", "blocksize-error-policy=error"]);
-        command.arg(format!("blocksize-minimum={minimum}")).arg("blocksize-preferred=4096");
-        command.arg(format!("blocksize-maximum={maximum}"));
-        let server = Server(command.stdin(Stdio::null()).spawn().unwrap());
-        let started = Instant::now();
-        while !socket.exists() {
-            assert!(started.elapsed() < Duration::from_secs(20), "nbdkit does not listen");
-            thread::sleep(Duration::from_millis(20));
-        }
+        let options = format!(
+            "--filter=blocksize-policy file t.raw blocksize-error-policy=error blocksize-preferred=4096 \
+             blocksize-minimum={minimum} blocksize-maximum={maximum}"
+        );
+        let Some(server) = NbdServer::nbdkit(root.path(), &socket, &options) else { return };
         let url = format!("nbd+unix:///?socket={}", socket.display());
         let link = path("qemu-img");
         let _ = std::os::unix::fs::symlink(OURS, &link);

@@ -2,16 +2,21 @@
 //!
 //! Any number of threads have requests in flight on one connection; a long range is several requests at once.
 //! If the server has limits of a request's size, ranges are split, and aligned by reading what is beside
-//! them. If it supports the meta context `base:allocation`, block status is read from it. TLS is not
-//! supported.
+//! them. If it supports the meta context `base:allocation`, block status is read from it. With the feature
+//! `tls` connections may be encrypted.
 
 mod address;
+mod halves;
 mod link;
 mod range;
 mod stream;
 
 pub use address::{NbdAddress, NbdError};
+pub use halves::NbdTls;
 pub use link::NbdOptions;
+pub use qcow2_nbd::tls::{
+    Credentials as TlsCredentials, CredentialsError as TlsCredentialsError, Identity as TlsIdentity,
+};
 
 use crate::error::Call;
 use link::Link;
