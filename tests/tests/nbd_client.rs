@@ -73,6 +73,51 @@ fn reading_an_export_matches_qemu_img() {
     );
 }
 
+/// What contexts of the server tell is shown as qemu-img shows it, and copies do not rely on it.
+#[test]
+fn contexts_of_the_server_are_mapped() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
+    let (start, io) = (both.start(), Qemu::find().unwrap().io);
+    let img = |line: &str| both.reference().run_in(&start, &words(line)).success();
+    img("create -q -f qcow2 -b s.qcow2 -F qcow2 m.qcow2");
+    img("bitmap --add -g 64k m.qcow2 marks");
+    img("bitmap --add --disable m.qcow2 off");
+    let changes = "-c 'write -P 7 1M 128k' -c 'write -z 2M 64k' -c 'write -P 8 7M 192k' m.qcow2";
+    io.run_in(&start, &words(changes)).success();
+    let socket = root.path().join("s");
+    let Some(_server) = NbdServer::qemu_nbd(&start, &socket, "-r -A -B marks -x one -f qcow2 m.qcow2") else {
+        return;
+    };
+    let options = format!("driver=nbd,path={},export=one", socket.display());
+    let raw = |more: &str| format!("driver=raw{more},file.{}", options.replace(',', ",file."));
+    let marks = "x-dirty-bitmap=qemu:dirty-bitmap:marks";
+    let mut lines = Vec::new();
+    for context in [
+        "base:allocation",
+        "qemu:allocation-depth",
+        "qemu:dirty-bitmap:marks",
+        "qemu:dirty-bitmap:off",
+        "qemu:dirty-bitmap:",
+        "qemu:",
+        "",
+    ] {
+        lines.push(format!("map --image-opts {options},x-dirty-bitmap={context}"));
+        lines.push(format!("map --output=json --image-opts {options},x-dirty-bitmap={context}"));
+    }
+    for layers in [raw(""), raw(",offset=1M,size=6M"), raw(",offset=512")] {
+        lines.push(format!("map --output=json --image-opts {layers}"));
+        lines.push(format!("map --output=json --image-opts {layers},file.{marks}"));
+        lines.push(format!("map --output=json -s 1M -l 3M --image-opts {layers},file.{marks}"));
+    }
+    lines.push(format!("info --image-opts {options},{marks}"));
+    lines.push(format!("convert -O raw --image-opts {options},{marks} x"));
+    check(&both, &lines);
+    // qemu-img takes marks for zeroes here.
+    let line = format!("compare --image-opts {options},{marks} driver=qcow2,file.filename=m.qcow2");
+    both.ours().run_in(&start, &words(&line)).expect_code(0);
+}
+
 fn check(both: &SideBySide, lines: &[String]) {
     let runs = lines.iter().map(|line| both.run(line));
     let wrong: Vec<Comparison> = runs.filter(|run| !run.differences.is_empty()).collect();

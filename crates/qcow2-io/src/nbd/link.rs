@@ -26,8 +26,8 @@ pub struct NbdOptions {
     pub open_timeout: Duration,
     /// How long requests wait for another connection after one is lost; with zero all later requests fail.
     pub reconnect_delay: Duration,
-    /// A meta context that is chosen in place of `base:allocation`. The server must have it. All bytes count
-    /// as data then, because what such a context tells is not where zeroes are.
+    /// A meta context that is chosen in place of `base:allocation`. The server must have it. What it tells is shown
+    /// by `status_at`; all bytes count as data, because it is not where zeroes are.
     pub context: Option<String>,
     /// Encrypts the connection; a server without TLS is refused.
     pub tls: Option<NbdTls>,
@@ -117,11 +117,13 @@ impl Link {
         self.export.context(ALLOCATION).is_some()
     }
 
-    /// The id of the meta context for that, on the connection that there is now.
+    /// The id of the meta context that was chosen, on the connection that there is now.
     pub(super) fn status_context(&self) -> Option<u32> {
+        let context = self.options.context();
         match &*self.line() {
-            Line::Open(open) => open.export.context(ALLOCATION),
-            _ => None,
+            Line::Open(open) => open.export.context(context),
+            // Another connection comes with the next request.
+            _ => self.export.context(context),
         }
     }
 
