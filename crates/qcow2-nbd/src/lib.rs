@@ -5,9 +5,11 @@
 //! | [`proto`] | every message as bytes and as a value, in both directions; for clients and servers |
 //! | [`client`] | a client without I/O: the handshake, then any number of requests at once |
 //! | [`blocking`] | that client on a connection that blocks, for any number of threads |
+//! | [`tls`] | encryption of a connection, for clients and servers (feature `tls`) |
 //!
-//! The crate opens no socket, knows no clock but for one bound, starts no thread and depends on nothing but
-//! the standard library. Whatever a peer sends leads to a value or an error, in bounded memory.
+//! The crate opens no socket, knows no clock but for one bound, starts no thread and, but for the feature
+//! `tls`, depends on nothing but the standard library. Whatever a peer sends leads to a value or an error, in
+//! bounded memory.
 //!
 //! A client of the whole protocol: fixed newstyle, newstyle and old-style servers; simple, structured and
 //! extended replies; meta contexts; limits of a request's size; the request of TLS, which the caller runs.
@@ -36,3 +38,4 @@
 pub mod blocking;
 pub mod client;
 pub mod proto;
+pub mod tls;

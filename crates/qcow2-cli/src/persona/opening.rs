@@ -27,8 +27,9 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
         FailureKind::File { path, error } => return with_hint(source_reason(error, path)),
         FailureKind::Engine(error) => return engine_reason(error),
         FailureKind::Connect(error) => {
+            let hint = error.needs_tls().then(|| "Did you forget a valid tls-creds?".to_owned());
             let server = error.server_message().map(|text| format!("server reported: {text}"));
-            return (error.to_string(), server.into_iter().collect());
+            return (error.to_string(), hint.into_iter().chain(server).collect());
         }
         FailureKind::UnnamedDataFile => "'data-file' is required for this image".to_owned(),
         FailureKind::RawWithoutDataFile => "data-file-raw requires a data file".to_owned(),
