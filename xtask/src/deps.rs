@@ -29,6 +29,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("qcow2-exerciser", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
     // Serves any guest disk; its tests open images through the facade.
     ("qcow2-vhost-user", &["qcow2-core", "qcow2-image"]),
+    ("qcow2-serve", &["qcow2-core", "qcow2-nbd"]),
     (
         "qcow2-cli",
         &[
@@ -42,6 +43,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "qcow2-getopt",
             "qcow2-image",
             "qcow2-report",
+            "qcow2-serve",
         ],
     ),
     ("xtask", &[]),
@@ -80,9 +82,8 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("pbkdf2", &["qcow2-crypt"]),
     ("proptest", &["qcow2-testkit", "qcow2-tests"]),
     ("ripemd", &["qcow2-crypt"]),
-    ("rustix", &["qcow2-io", "qcow2-cli", "qcow2-vhost-user", "qcow2-tests"]),
+    ("rustix", &["qcow2-io", "qcow2-cli", "qcow2-serve", "qcow2-vhost-user", "qcow2-tests"]),
     ("rustls", &["qcow2-nbd"]),
-    ("rustix", &["qcow2-io", "qcow2-cli", "qcow2-tests"]),
     ("serde_json", &["qcow2-blockdev", "qcow2-report", "qcow2-cli", "qcow2-tests", "xtask"]),
     ("serpent", &["qcow2-crypt"]),
     ("sha1", &["qcow2-crypt"]),
