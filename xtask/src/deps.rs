@@ -52,8 +52,16 @@ const EDGES: &[(&str, &[&str])] = &[
 
 /// What tests, examples and benches of every crate may use in addition: adapters to run the engine on, and
 /// the testkit.
-const DEV_EDGES: &[&str] =
-    &["qcow2-format", "qcow2-core", "qcow2-ops", "qcow2-io", "qcow2-codec", "qcow2-crypt", "qcow2-testkit"];
+const DEV_EDGES: &[&str] = &[
+    "qcow2-format",
+    "qcow2-core",
+    "qcow2-ops",
+    "qcow2-nbd",
+    "qcow2-io",
+    "qcow2-codec",
+    "qcow2-crypt",
+    "qcow2-testkit",
+];
 
 /// Third-party crates, and the only crates whose shipped code may use them. A crate that is not listed may be
 /// used nowhere.
@@ -75,6 +83,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("proptest", &["qcow2-testkit", "qcow2-tests"]),
     ("ripemd", &["qcow2-crypt"]),
     ("rustix", &["qcow2-io", "qcow2-cli", "qcow2-serve", "qcow2-vhost-user", "qcow2-tests"]),
+    ("rustls", &["qcow2-nbd"]),
     ("serde_json", &["qcow2-blockdev", "qcow2-report", "qcow2-cli", "qcow2-tests", "xtask"]),
     ("serpent", &["qcow2-crypt"]),
     ("sha1", &["qcow2-crypt"]),
@@ -99,7 +108,7 @@ const DEV_ONLY: &[&str] =
     &["criterion", "proptest", "serde_json", "tempfile", "crc32fast", "bytes", "flate2", "zstd"];
 
 /// Third-party crates that shipped code may use behind a feature only.
-const OPTIONAL_ONLY: &[&str] = &["shuttle"];
+const OPTIONAL_ONLY: &[&str] = &["rustls", "shuttle"];
 
 const ANY: &[&str] = &["*"];
 

@@ -59,8 +59,8 @@ impl Image {
     }
 
     /// Opens an image on `below`, a disk that is open already, whatever backing file the header names. The
-    /// option [`layers`](OpenOptions::layers) decides about the data file only. Disk, errors: as
-    /// [`open`](Self::open).
+    /// option [`layers`](OpenOptions::layers) decides about the data file only. The keyring is asked as for
+    /// the top of a chain. Disk, errors: as [`open`](Self::open).
     pub fn open_on(
         source: &ResolvedSource,
         options: &OpenOptions,

@@ -157,13 +157,15 @@ impl Mapping {
                 invariant::equally_far(&self.format.geometry, offset, host);
                 self.check_place(offset, host)?;
             }
+            Place::Zero { host: Some(host) } => self.check_place(offset, host)?,
             Place::Compressed(_) => self.check_compressed(offset)?,
-            _ => {}
+            Place::Zero { host: None } | Place::Unallocated => {}
         }
         Ok(run)
     }
 
-    /// In an external data file host offset and guest offset must be equal; anything else is damage.
+    /// In an external data file host offset and guest offset must be equal; anything else is damage. Of zeroes
+    /// too: where the offset is wrong, the flag may be.
     #[inline]
     fn check_place(&self, offset: GuestOffset, host: HostOffset) -> Result<()> {
         if !self.format.external_data || host.value() == offset.value() {

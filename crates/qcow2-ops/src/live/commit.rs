@@ -1,6 +1,7 @@
 //! Commit of the top layer into the layer below it, while the disk is used.
 
-use super::track::{FEW, Tracked};
+use super::track::{FEW, Tracking};
+use super::watched::Watched;
 use super::{Reopened, begin, below};
 use crate::chain::close;
 use crate::error::{Error, ErrorKind, Result};
@@ -56,18 +57,19 @@ pub fn commit_top(
     let top = live.layer();
     let base = Reopened::exchange(below(&*top)?, base)?;
     fit(&*base.disk, top.size())?;
-    let tracked = Arc::new(Tracked::new(Arc::clone(&top), Arc::clone(&base.disk)));
-    let seen: Arc<dyn GuestDisk> = tracked.clone();
-    live.hold().exchange(&seen);
-    let committed = Copying { tracked: &tracked, copied: 0, progress }.run(live, &base.disk, record);
+    let tracking = Arc::new(Tracking::new(Arc::clone(&top), Arc::clone(&base.disk)));
+    let watched: Arc<dyn GuestDisk> = Arc::new(Watched { disk: Arc::clone(&top), watcher: tracking.clone() });
+    live.hold().exchange(&watched);
+    progress.set_total(top.size());
+    let committed = Copying { tracking: &tracking, copied: 0, progress }.run(live, &base.disk, record);
     if committed.is_err() {
-        tracked.set_helping(false);
+        tracking.set_helping(false);
         live.hold().exchange(&top);
     }
     let (copied_regions, held_regions) = committed?;
     base.keep();
     let unclean = close(&*top).err();
-    Ok(LiveCommitReport { copied_regions, region: tracked.regions().len(), held_regions, unclean })
+    Ok(LiveCommitReport { copied_regions, region: tracking.regions.len(), held_regions, unclean })
 }
 
 /// Makes the base as long as the disk.
@@ -83,7 +85,7 @@ fn fit(base: &dyn GuestDisk, size: u64) -> Result<()> {
 }
 
 struct Copying<'a> {
-    tracked: &'a Tracked,
+    tracking: &'a Tracking,
     copied: u64,
     progress: &'a dyn Progress,
 }
@@ -97,26 +99,25 @@ impl Copying<'_> {
         base: &Arc<dyn GuestDisk>,
         record: &dyn RecordTop,
     ) -> Result<(u64, u64)> {
-        self.progress.set_total(self.tracked.size());
-        let regions = self.tracked.regions();
+        let regions = &self.tracking.regions;
         let mut buffer = Vec::new();
         for sweep in 0..SWEEPS {
             if sweep == 0 || regions.left() > FEW {
                 self.sweep(sweep == 0, &mut buffer)?;
             }
         }
-        self.tracked.set_helping(true);
+        self.tracking.set_helping(true);
         while regions.left() > FEW {
             self.go_on()?;
             // `None`: requests copy all that is left, and mark nothing new before they have.
-            self.copied += u64::from(self.tracked.copy_one(0, &mut buffer)?.is_some());
+            self.copied += u64::from(self.tracking.copy_one(0, &mut buffer)?.is_some());
         }
         let unflushed = |e| Error::new(ErrorKind::Write, "making the base durable").with_source(e);
         base.flush().map_err(unflushed)?;
         self.go_on()?;
         let mut hold = live.hold();
         let before = self.copied;
-        while self.tracked.copy_one(0, &mut buffer)?.is_some() {
+        while self.tracking.copy_one(0, &mut buffer)?.is_some() {
             self.copied += 1;
         }
         self.go_on()?;
@@ -133,17 +134,17 @@ impl Copying<'_> {
         let mut next = 0;
         loop {
             self.go_on()?;
-            let Some(region) = self.tracked.copy_one(next, buffer)? else { return Ok(()) };
+            let Some(region) = self.tracking.copy_one(next, buffer)? else { return Ok(()) };
             next = region + 1;
             self.copied += 1;
             if first {
-                self.progress.advance(self.tracked.regions().len());
+                self.progress.advance(self.tracking.regions.len());
             }
         }
     }
 
     fn go_on(&self) -> Result<()> {
-        match self.tracked.failure() {
+        match self.tracking.failure() {
             Some(failure) => Err(failure),
             None if self.progress.should_stop() => Err(Error::new(ErrorKind::Stopped, "stopped")),
             None => Ok(()),

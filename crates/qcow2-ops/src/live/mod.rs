@@ -6,18 +6,23 @@
 //! | keep the disk as it is now in its file, and go on in a new one | [`external_snapshot`] | one flush of the old top, and your [`RecordTop`](crate::RecordTop) |
 //! | merge the top into the layer below it | [`commit_top`] | the last few regions, one flush of the base, and your `RecordTop` |
 //! | merge a layer further down | [`commit_middle`] | one flush of the overlay above it, and its new link |
+//! | copy the disk as it is now to another one | [`backup`] | the copy of a bitmap's bits |
 //! | take, apply or delete an internal snapshot, change bitmaps | [`on_image`] | the change itself |
 //!
 //! One of them runs at a time: a second one is refused with `Busy`. None returns an error to the guest that
 //! is not the guest's own: where a procedure fails, the chain goes on as it was. All that reads like the chain
 //! may stay in the files of lower layers then.
 
+mod backup;
 mod commit;
 mod layer;
 mod middle;
+mod regions;
 mod snapshot;
 mod track;
+mod watched;
 
+pub use backup::{BackupOptions, backup};
 pub use commit::{LiveCommitReport, commit_top};
 pub use middle::{MiddleLayer, MiddleReport, commit_middle};
 pub use snapshot::{LiveSnapshot, LiveSnapshotOptions, external_snapshot};

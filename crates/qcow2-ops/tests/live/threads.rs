@@ -1,8 +1,9 @@
 //! Several threads on a live disk, and procedures one after the other that exchange its layers.
 
 use qcow2_core::{
-    BackingName, CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, LiveDisk,
-    NewSnapshot, OpenOptions, Piece, ResolvedSource, Storage, ZeroMode, create,
+    BackingName, CreateOptions, GuestDisk, GuestOffset, GuestRange, HostOffset, Image, ImageFormat, LiveDisk,
+    NewSnapshot, OpenOptions, Piece, ResolvedSource, Storage, StorageError, ZeroMode, create,
+    forward_storage,
 };
 use qcow2_ops::live::{
     LiveSnapshotOptions, MiddleLayer, commit_middle, commit_top, external_snapshot, on_image,
@@ -15,7 +16,6 @@ use qcow2_testkit::model::chain;
 use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::world::Shelf;
-use qcow2_tests::jitter::JitterStorage;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -32,10 +32,44 @@ struct Bench {
     done: AtomicBool,
 }
 
-/// A storage of the shelf that yields to other threads now and then.
+/// A storage that yields to other threads now and then.
+struct Yielding {
+    inner: Arc<dyn Storage>,
+    calls: AtomicU64,
+}
+
+impl Yielding {
+    fn turn(&self) {
+        if self.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(3) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Storage for Yielding {
+    forward_storage!(inner: len write_zeroes discard allocate set_len flush extent_at limits used_bytes);
+
+    fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
+        self.turn();
+        let read = self.inner.read_at(offset, buf);
+        self.turn();
+        read
+    }
+
+    fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
+        self.turn();
+        let written = self.inner.write_at(offset, buf);
+        self.turn();
+        written
+    }
+}
+
 fn source(shelf: &Shelf, name: &str) -> ResolvedSource {
     let source = shelf.source(name, ImageFormat::Qcow2);
-    ResolvedSource { storage: Arc::new(JitterStorage::new(source.storage)), ..source }
+    ResolvedSource {
+        storage: Arc::new(Yielding { inner: source.storage, calls: AtomicU64::new(0) }),
+        ..source
+    }
 }
 
 struct NewFile<'a>(&'a Shelf, &'a str);

@@ -3,11 +3,15 @@
 
 use qcow2_core::{
     BackingName, CreateOptions, GuestDisk, GuestOffset, GuestRange, HoldObserver, HostOffset, Image,
-    ImageFormat, Layers, LiveDisk, OpenOptions, Reference, ResolveError, ResolvedSource, Resolver, Storage,
-    ZeroMode, create,
+    ImageFormat, Layers, LiveDisk, OpenOptions, RawDisk, Reference, ResolveError, ResolvedSource, Resolver,
+    Storage, StorageError, ZeroMode, create, forward_storage,
 };
-use qcow2_ops::live::{LiveSnapshotOptions, MiddleLayer, commit_middle, commit_top, external_snapshot};
-use qcow2_ops::{CallerError, Error, NewStorage, Progress};
+use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
+use qcow2_ops::live::{
+    BackupOptions, LiveSnapshotOptions, MiddleLayer, backup, commit_middle, commit_top, external_snapshot,
+    on_image,
+};
+use qcow2_ops::{CallerError, Error, ErrorKind, NewStorage, Progress};
 use qcow2_testkit::audit::audit;
 use qcow2_testkit::crash::{CrashWorld, Event};
 use qcow2_testkit::cut::CrashImage;
@@ -18,7 +22,7 @@ use qcow2_testkit::pattern;
 use qcow2_testkit::rng::Rng;
 use qcow2_testkit::storage::PageStorage;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 pub(crate) const SECTOR: u64 = 512;
 /// The files, in the order of the world. The first four are the chain at the start, from the bottom up.
@@ -35,18 +39,23 @@ pub(crate) enum Act {
     CommitTop,
     /// Commits the layer with this many layers above it.
     CommitMiddle(usize),
+    /// Copies what a bitmap marks into the new file.
+    Backup,
 }
 
-pub(crate) const ACTS: [Act; 4] = [Act::Snapshot, Act::CommitTop, Act::CommitMiddle(1), Act::CommitMiddle(2)];
+pub(crate) const ACTS: [Act; 5] =
+    [Act::Snapshot, Act::CommitTop, Act::CommitMiddle(1), Act::CommitMiddle(2), Act::Backup];
 
 /// Resolves the names of the files.
 struct Neighbours(Files);
 
 impl Resolver for Neighbours {
     fn resolve(&self, reference: Reference<'_>, _writable: bool) -> Result<ResolvedSource, ResolveError> {
-        let Reference::Backing { name, .. } = reference else { return Err(ResolveError::denied("no")) };
+        let Reference::Backing { name, format } = reference else { return Err(ResolveError::denied("no")) };
         let index = NAMES.iter().position(|known| *known == name);
-        index.map(|index| source(&self.0, index)).ok_or_else(|| ResolveError::failed(name))
+        let format = ImageFormat::from_name(format.unwrap_or("none"));
+        let source = index.map(|index| ResolvedSource { format, ..source(&self.0, index) });
+        source.ok_or_else(|| ResolveError::failed(name))
     }
 }
 
@@ -65,8 +74,14 @@ pub(crate) fn range(start: u64, end: u64) -> GuestRange {
     GuestRange::between(GuestOffset::new(start), GuestOffset::new(end))
 }
 
+/// The format of a file.
+fn format_of(index: usize, raw_base: bool) -> &'static str {
+    if index == 0 && raw_base { "raw" } else { "qcow2" }
+}
+
 /// The files of a chain, and the content of its top.
 pub(crate) struct Start {
+    raw_base: bool,
     files: Vec<PageBytes>,
     content: Vec<u8>,
 }
@@ -76,16 +91,21 @@ impl Start {
         let pages: Vec<Arc<PageStorage>> = NAMES.iter().map(|_| Arc::new(PageStorage::default())).collect();
         let files: Files = pages.iter().map(|p| Arc::clone(p) as Arc<dyn Storage>).collect();
         let size = SECTOR * rng.between(1300, 1700);
+        let raw_base = rng.one_in(3);
         for index in 0..=TOP {
             // The layer below the top must not be longer, to be committed into; others may.
             let longest = size + if index < 2 { 100 * SECTOR } else { 0 };
             let size = if index == TOP { size } else { longest - SECTOR * rng.below(400) };
+            if index == 0 && raw_base {
+                files[0].write_at(HostOffset::new(0), &pattern::bytes(7, 0, size as usize)).unwrap();
+                continue;
+            }
             let mut options = CreateOptions::new(size);
             options.cluster_size = rng.pick(&[512, 2048, 4096, 65536]);
             options.refcount_bits = rng.pick(&[1, 16]);
             options.lazy_refcounts = rng.one_in(4);
             if index > 0 {
-                options = options.with_backing(NAMES[index - 1], "qcow2");
+                options = options.with_backing(NAMES[index - 1], format_of(index - 1, raw_base));
             }
             create(&files[index], None, &options).unwrap();
             let image = Image::open(source(&files, index), &OpenOptions::writable()).unwrap();
@@ -105,7 +125,7 @@ impl Start {
         files[RECORD].write_at(HostOffset::new(0), &[TOP as u8; SECTOR as usize]).unwrap();
         let top = Image::open(source(&files, TOP), &OpenOptions::read_only()).unwrap();
         let content = content(&*top).unwrap();
-        Self { files: pages.iter().map(|p| p.bytes()).collect(), content }
+        Self { raw_base, files: pages.iter().map(|p| p.bytes()).collect(), content }
     }
 }
 
@@ -113,9 +133,13 @@ impl Start {
 #[derive(Default)]
 pub(crate) struct Pauses {
     held: AtomicBool,
+    /// True until a file is changed after a pause.
+    just_released: AtomicBool,
     /// Changes and flushes of storages.
     changes: AtomicU64,
     flushes: AtomicU64,
+    /// The disk at the beginning of each pause.
+    moments: Mutex<Vec<Vec<u8>>>,
     most_changes: AtomicU64,
     most_flushes: AtomicU64,
 }
@@ -137,6 +161,7 @@ impl HoldObserver for Stage {
 
     fn quiet(&self) {
         let pauses = &self.pauses;
+        pauses.moments.lock().unwrap().push(self.guest.current.lock().unwrap().clone());
         pauses.changes.store(0, Ordering::SeqCst);
         pauses.flushes.store(0, Ordering::SeqCst);
         pauses.held.store(true, Ordering::SeqCst);
@@ -145,6 +170,7 @@ impl HoldObserver for Stage {
     fn released(&self) {
         let pauses = &self.pauses;
         pauses.held.store(false, Ordering::SeqCst);
+        pauses.just_released.store(true, Ordering::SeqCst);
         pauses.most_changes.fetch_max(pauses.changes.load(Ordering::SeqCst), Ordering::SeqCst);
         pauses.most_flushes.fetch_max(pauses.flushes.load(Ordering::SeqCst), Ordering::SeqCst);
     }
@@ -164,6 +190,8 @@ pub(crate) struct Guest {
     pub(crate) wrong: Mutex<Vec<String>>,
     /// True after a failed barrier of its own file.
     poisoned: AtomicBool,
+    /// True during a request.
+    busy: AtomicBool,
 }
 
 impl Guest {
@@ -177,6 +205,7 @@ impl Guest {
             writes_last: AtomicBool::new(true),
             wrong: Mutex::default(),
             poisoned: AtomicBool::new(false),
+            busy: AtomicBool::new(false),
         }
     }
 
@@ -186,6 +215,12 @@ impl Guest {
 
     /// One request, or in a storm one in every region.
     pub(crate) fn step(&self, stage: &Stage) {
+        self.busy.store(true, Ordering::SeqCst);
+        self.request(stage);
+        self.busy.store(false, Ordering::SeqCst);
+    }
+
+    fn request(&self, stage: &Stage) {
         if self.storms.load(Ordering::SeqCst) {
             let size = self.current.lock().unwrap().len() as u64;
             (0..size).step_by(64 << 10).for_each(|start| self.write(stage, start, 1, false));
@@ -262,18 +297,9 @@ impl Guest {
         let own = stage.faulty == Some(stage.top.load(Ordering::SeqCst));
         if own && stage.fired() > fired_before {
             self.poisoned.store(true, Ordering::SeqCst);
-        } else if !(own && self.poisoned.load(Ordering::SeqCst)) {
+        } else if !stage.may_be_poisoned() {
             self.note(format!("an error that is not the guest's own: {}", chain(error)));
         }
-    }
-
-    pub(crate) fn is_poisoned(&self) -> bool {
-        self.poisoned.load(Ordering::SeqCst)
-    }
-
-    /// A failed barrier of the top's file, whoever made it, is the guest's own error.
-    pub(crate) fn expect_poison(&self) {
-        self.poisoned.store(true, Ordering::SeqCst);
     }
 }
 
@@ -282,6 +308,7 @@ pub(crate) struct Stage {
     pub(crate) world: Arc<CrashWorld>,
     pub(crate) faults: Vec<Arc<FaultStorage>>,
     files: Files,
+    raw_base: bool,
     live: Mutex<Option<Arc<LiveDisk>>>,
     pub(crate) guest: Guest,
     pub(crate) pauses: Pauses,
@@ -289,10 +316,14 @@ pub(crate) struct Stage {
     pub(crate) faulty: Option<usize>,
     /// True if those calls are reads.
     pub(crate) reads_fail: AtomicBool,
+    /// True if those calls are flushes.
+    pub(crate) flushes_fail: AtomicBool,
     /// The file of the top.
     pub(crate) top: AtomicUsize,
     pub(crate) discarded: AtomicUsize,
     judging: Mutex<Rng>,
+    /// The content when the bitmap was added.
+    unmarked: Mutex<Option<Vec<u8>>>,
 }
 
 impl Stage {
@@ -300,19 +331,21 @@ impl Stage {
         let world = CrashWorld::new();
         let faults: Vec<_> =
             start.files.iter().map(|b| Arc::new(FaultStorage::new(world.add(b.clone())))).collect();
-        let files: Files = faults.iter().map(|f| Arc::clone(f) as Arc<dyn Storage>).collect();
-        let stage = Arc::new(Self {
+        let stage = Arc::new_cyclic(|stage| Self {
             world,
+            files: (0..).zip(&faults).map(|(index, f)| Stepping::made(index, f, stage)).collect(),
             faults,
-            files,
+            raw_base: start.raw_base,
             live: Mutex::default(),
             guest: Guest::new(start.content.clone(), Rng::new(rng.next_u64())),
             pauses: Pauses::default(),
             faulty,
             reads_fail: AtomicBool::new(false),
+            flushes_fail: AtomicBool::new(false),
             top: AtomicUsize::new(TOP),
             discarded: AtomicUsize::new(0),
             judging: Mutex::new(Rng::new(rng.next_u64())),
+            unmarked: Mutex::default(),
         });
         let options = OpenOptions::writable().with_exchangeable(true);
         let image = Image::open(source(&stage.files, TOP), &options).unwrap();
@@ -329,6 +362,25 @@ impl Stage {
         let live = self.live.lock().unwrap().take();
         drop(live);
         self.world.set_hook(None);
+    }
+
+    /// A barrier of the top's file that failed is the guest's own error, whoever made it: the top takes no
+    /// changes any more.
+    fn has_failed_barrier(&self) -> bool {
+        self.flushes_fail.load(Ordering::SeqCst) && self.fired() > 0
+    }
+
+    /// From now on nothing fails. True if the top may have stopped taking changes.
+    pub(crate) fn stop_failing(&self) -> bool {
+        let poisoned = self.may_be_poisoned();
+        self.guest.poisoned.store(poisoned, Ordering::SeqCst);
+        self.faults.iter().for_each(|fault| fault.set_plan(None));
+        poisoned
+    }
+
+    fn may_be_poisoned(&self) -> bool {
+        self.faulty == Some(self.top.load(Ordering::SeqCst))
+            && (self.guest.poisoned.load(Ordering::SeqCst) || self.has_failed_barrier())
     }
 
     fn fired(&self) -> u64 {
@@ -370,11 +422,10 @@ impl Stage {
             if !found.is_sound() {
                 return Err(format!("{}: {:?}", NAMES[index], found.problems));
             }
-            let name =
-                Image::open(source(&files, index), &OpenOptions::read_only().with_layers(Layers::TopOnly))
-                    .map_err(|e| chain(&e))?
-                    .backing_reference();
-            layer = name.and_then(|(name, _)| NAMES.iter().position(|known| *known == name));
+            let options = OpenOptions::read_only().with_layers(Layers::TopOnly);
+            let opened = Image::open(source(&files, index), &options).map_err(|e| chain(&e))?;
+            let below = opened.backing_reference().filter(|(_, format)| format.as_deref() == Some("qcow2"));
+            layer = below.and_then(|(name, _)| NAMES.iter().position(|known| *known == name));
         }
         let seen = content(&*top)?;
         let versions = self.guest.versions.lock().unwrap();
@@ -408,6 +459,9 @@ impl Stage {
         index: usize,
         below: Option<&Arc<dyn GuestDisk>>,
     ) -> Result<Arc<dyn GuestDisk>, CallerError> {
+        if format_of(index, self.raw_base) == "raw" {
+            return Ok(Arc::new(RawDisk::new(Arc::clone(&self.files[index]), true)?));
+        }
         let options = OpenOptions::writable();
         Ok(match below {
             Some(below) => Image::open_on(&source(&self.files, index), &options, Arc::clone(below))?,
@@ -443,13 +497,80 @@ impl Stage {
             Act::CommitMiddle(depth) => {
                 let layer = MiddleLayer {
                     depth,
-                    link: BackingName { name: NAMES[TOP - depth - 1].into(), format: Some("qcow2".into()) },
+                    link: BackingName {
+                        name: NAMES[TOP - depth - 1].into(),
+                        format: Some(format_of(TOP - depth - 1, self.raw_base).into()),
+                    },
                     base: &|below: Option<&_>| self.open(TOP - depth - 1, below),
                     overlay: &|below: Option<&_>| self.open(TOP - depth + 1, below),
                 };
                 commit_middle(&live, &layer, progress).map(drop)
             }
+            Act::Backup => self.backup(&live, progress),
         }
+    }
+
+    /// Copies what a bitmap marks to a copy of the disk as it was when the bitmap was added.
+    fn backup(&self, live: &LiveDisk, progress: &dyn Progress) -> Result<(), Error> {
+        if self.unmarked.lock().unwrap().is_none() {
+            let add = BitmapAction::Add { granularity: Some(4096) };
+            on_image(live, |image| change_bitmap(image, "b", &add, None))?;
+            *self.unmarked.lock().unwrap() = self.pauses.moments.lock().unwrap().last().cloned();
+        }
+        let bytes = self.unmarked.lock().unwrap().clone().unwrap();
+        (0..6).for_each(|_| self.guest.step(self));
+        let failed = |error| Error::new(ErrorKind::Write, "copying").with_source(error);
+        self.files[NEW].write_at(HostOffset::new(0), &bytes).map_err(failed)?;
+        let target: Arc<dyn GuestDisk> = Arc::new(RawDisk::new(Arc::clone(&self.files[NEW]), true).unwrap());
+        self.pauses.moments.lock().unwrap().clear();
+        backup(live, &target, &BackupOptions::marked("b", true), progress)?;
+        let moment = self.pauses.moments.lock().unwrap()[0].clone();
+        if content(&*target).is_ok_and(|seen| seen != moment) {
+            self.guest.note("the backup is not the disk as it was at the moment".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// A file that lets the guest flush right after requests go on, before the procedure does anything more: what
+/// a flush by the guest alone makes durable must be enough then.
+struct Stepping {
+    index: usize,
+    inner: Arc<FaultStorage>,
+    stage: Weak<Stage>,
+}
+
+impl Stepping {
+    fn made(index: usize, inner: &Arc<FaultStorage>, stage: &Weak<Stage>) -> Arc<dyn Storage> {
+        Arc::new(Self { index, inner: Arc::clone(inner), stage: Weak::clone(stage) })
+    }
+
+    fn turn(&self) {
+        let Some(stage) = self.stage.upgrade() else { return };
+        let other = stage.top.load(Ordering::SeqCst) != self.index;
+        let guests = stage.guest.busy.load(Ordering::SeqCst);
+        if other && !guests && stage.pauses.just_released.swap(false, Ordering::SeqCst) {
+            stage.guest.flush(&stage);
+        }
+    }
+}
+
+impl Storage for Stepping {
+    forward_storage!(inner: len read_at write_zeroes discard allocate set_len extent_at limits used_bytes);
+
+    fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
+        self.turn();
+        self.inner.write_at(offset, buf)
+    }
+
+    fn write_vectored_at(&self, offset: HostOffset, bufs: &[&[u8]]) -> Result<(), StorageError> {
+        self.turn();
+        self.inner.write_vectored_at(offset, bufs)
+    }
+
+    fn flush(&self) -> Result<(), StorageError> {
+        self.turn();
+        self.inner.flush()
     }
 }
 
