@@ -29,7 +29,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("qcow2-exerciser", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
     // Serves any guest disk; its tests open images through the facade.
     ("qcow2-vhost-user", &["qcow2-core", "qcow2-image"]),
-    ("qcow2-serve", &["qcow2-core", "qcow2-nbd"]),
+    ("qcow2-serve", &["qcow2-core", "qcow2-nbd", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
     (
         "qcow2-cli",
         &[
@@ -44,6 +44,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "qcow2-image",
             "qcow2-report",
             "qcow2-serve",
+            "qcow2-vhost-user",
         ],
     ),
     ("xtask", &[]),
@@ -84,7 +85,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("ripemd", &["qcow2-crypt"]),
     ("rustix", &["qcow2-io", "qcow2-cli", "qcow2-serve", "qcow2-vhost-user", "qcow2-tests"]),
     ("rustls", &["qcow2-nbd"]),
-    ("serde_json", &["qcow2-blockdev", "qcow2-report", "qcow2-cli", "qcow2-tests", "xtask"]),
+    ("serde_json", &["qcow2-blockdev", "qcow2-report", "qcow2-serve", "qcow2-cli", "qcow2-tests", "xtask"]),
     ("serpent", &["qcow2-crypt"]),
     ("sha1", &["qcow2-crypt"]),
     ("sha2", &["qcow2-crypt"]),

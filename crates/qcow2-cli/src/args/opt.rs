@@ -93,6 +93,11 @@ pub(crate) enum Opt {
     BitmapContext,
     AllocationDepth,
     Clients,
+    Control,
+    Record,
+    VhostUserBlk,
+    Queues,
+    Serial,
 }
 
 /// The reader of a verb's options.

@@ -207,7 +207,7 @@ impl Disk<'_> {
         engine.exchangeable = true;
         engine.discard_freed = true;
         let options = LiveSnapshotOptions::new(backing, format).with_open(engine);
-        let record = || self.record(path);
+        let record = || self.record("qcow2", path);
         let taken = external_snapshot(live, &new, &record, &options).map_err(text)?;
         *self.top() = path.clone();
         Ok(with_remark(json!({"top": path, "below": old}), taken.unclean))
@@ -223,7 +223,7 @@ impl Disk<'_> {
         let [top, base, ..] = &layers[..] else { return Err("there is no layer below".to_owned()) };
         let held = self.below(live, 1)?;
         let open = |below: Option<&Arc<dyn GuestDisk>>| self.open(base, below);
-        let record = || self.record(&base.file);
+        let record = || self.record(base.format, &base.file);
         let report = commit_top(live, &open, &record, progress).map_err(text)?;
         *self.top() = base.file.clone();
         self.hold(held);
@@ -283,9 +283,9 @@ impl Disk<'_> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner).push(disk);
     }
 
-    fn record(&self, file: &str) -> Result<(), CallerError> {
+    fn record(&self, format: &str, file: &str) -> Result<(), CallerError> {
         match &self.options.record {
-            Some(record) => Ok(record.write(file)?),
+            Some(record) => Ok(record.write(format, file)?),
             None => Ok(()),
         }
     }
