@@ -1,5 +1,6 @@
 //! Meta contexts: what a disk knows of its ranges besides their bytes.
 
+use super::ExportError;
 use qcow2_core::bitmap::Bits;
 use qcow2_core::format::text::bytes_of;
 use qcow2_core::{Error, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Result};
@@ -23,15 +24,15 @@ pub enum Context {
 }
 
 impl Context {
-    /// The context of the bitmap `name`. Errors: there is none, or it cannot be used.
-    pub(super) fn bitmap(disk: &dyn GuestDisk, name: &str) -> Result<Self> {
-        let image = disk.as_image().ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("no bitmap '{name}': the disk is no qcow2 image"))
-        })?;
+    /// The context of the bitmap `name`.
+    pub(super) fn bitmap(disk: &dyn GuestDisk, name: &str) -> Result<Self, ExportError> {
+        let missing = || ExportError::NoBitmap(name.to_owned());
+        let image = disk.as_image().ok_or_else(missing)?;
         let bytes = bytes_of(name);
-        let bits = image.bitmap_bits(&bytes)?;
-        let records = image.bitmaps()?.iter().any(|bitmap| bitmap.name == *bytes && bitmap.auto);
-        Ok(Self::Bitmap { name: name.to_owned(), kept: (!records).then_some(bits) })
+        let bitmaps = image.bitmaps().map_err(ExportError::Bitmap)?;
+        let bitmap = bitmaps.iter().find(|bitmap| bitmap.name == *bytes).ok_or_else(missing)?;
+        let bits = image.bitmap_bits(&bytes).map_err(ExportError::Bitmap)?;
+        Ok(Self::Bitmap { name: name.to_owned(), kept: (!bitmap.auto).then_some(bits) })
     }
 
     /// The name that clients ask for.

@@ -1,6 +1,9 @@
 //! `serve`: images as exports for NBD clients.
 
 mod serving;
+mod tool;
+
+pub(crate) use tool::run_as_tool;
 
 use crate::args::{Arguments, Objects, Opt};
 use crate::failure::Failure;
@@ -10,8 +13,8 @@ use qcow2_exerciser::{OpenRequest, RequestError};
 use qcow2_io::{CacheMode, path_of};
 use qcow2_ops::snapshot::SnapshotName;
 use qcow2_serve::export::ExportOptions;
-use qcow2_serve::nbd::{Address, ServerOptions};
-use serving::{Served, Serving, serve};
+use qcow2_serve::nbd::{Address, Listener, ServerOptions};
+use serving::{Served, Serving, Words, serve};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, mut args: Arguments) -> Result<u8, Failure> {
@@ -30,7 +33,7 @@ pub(crate) fn run(session: &Session, mut args: Arguments) -> Result<u8, Failure>
     if request.open.image_opts && request.open.format.is_some() {
         return Err(Failure::new("--image-opts and --format are mutually exclusive"));
     }
-    serve(session, request.into_serving(images))
+    serve(session, request.into_serving(images), &Own)
 }
 
 /// What the options ask for.
@@ -66,7 +69,11 @@ impl Request {
         let refused = |error: RequestError| Failure::new(error.to_string());
         match opt {
             Opt::Socket => self.addresses.push(Address::Unix(path_of(&value).into())),
-            Opt::Listen => self.addresses.push(tcp_address(&value)?),
+            Opt::Listen => self.addresses.push(Address::parse_tcp(&value).ok_or_else(|| {
+                Failure::new(format!(
+                    "invalid address '{value}': HOST:PORT is expected, as in localhost:10809"
+                ))
+            })?),
             Opt::ReadOnly => open.read_only = true,
             Opt::ExportName => self.names.push(value),
             Opt::Description => export.description = value,
@@ -105,16 +112,16 @@ impl Request {
             Served { open, export, snapshot: self.snapshot.clone() }
         });
         let images = served.collect();
-        Serving { images, server: self.server, addresses: self.addresses, objects: self.objects }
+        let (server, addresses, objects) = (self.server, self.addresses, self.objects);
+        Serving { images, server, addresses, objects }
     }
 }
 
-/// Reads `HOST:PORT`; an IPv6 address stands in brackets.
-fn tcp_address(text: &str) -> Result<Address, Failure> {
-    let parts = text.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
-    let (host, port) = parts.ok_or_else(|| {
-        Failure::new(format!("invalid address '{text}': a host, a colon and a port up to 65535 are expected"))
-    })?;
-    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-    Ok(Address::Tcp { host: host.to_owned(), port })
+/// Our own words.
+struct Own;
+
+impl Words for Own {
+    fn ready(&self, session: &Session, listeners: &[Listener]) -> Result<(), Failure> {
+        listeners.iter().try_for_each(|listener| session.print(&format!("listening on {}\n", listener.uri())))
+    }
 }
