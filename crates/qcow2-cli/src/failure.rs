@@ -156,6 +156,11 @@ impl Failure {
         self
     }
 
+    /// The same with another message.
+    pub(crate) fn with_message(self, message: impl Into<String>) -> Self {
+        Self { message: message.into(), ..self }
+    }
+
     /// Gives another exit code than 1.
     pub(crate) fn with_code(mut self, code: u8) -> Self {
         self.code = code;

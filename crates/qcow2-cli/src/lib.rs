@@ -48,6 +48,9 @@ fn dispatch(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
     if let Some(verb) = args::find_verb("io").filter(|_| session.is_qemu_io()) {
         return command::io::run_as_tool(session, verb, args);
     }
+    if session.is_qemu_nbd() {
+        return command::serve::run_as_tool(session, args);
+    }
     let mut getopt = Getopt::new(args::GENERAL, args, false);
     if session.is_drop_in() {
         getopt = getopt.without_own();

@@ -23,6 +23,7 @@ impl Session {
         let program = match name {
             QEMU_IMG => QEMU_IMG,
             QEMU_IO => QEMU_IO,
+            QEMU_NBD => QEMU_NBD,
             _ => OWN_NAME,
         };
         let called = if argv0.is_empty() { program } else { argv0 }.to_owned();
@@ -52,6 +53,11 @@ impl Session {
     /// Whether the program stands in for qemu-io.
     pub(crate) fn is_qemu_io(&self) -> bool {
         self.program == QEMU_IO
+    }
+
+    /// Whether the program stands in for qemu-nbd.
+    pub(crate) fn is_qemu_nbd(&self) -> bool {
+        self.program == QEMU_NBD
     }
 
     /// Whether progress may be drawn for a person: both a terminal, and not in place of qemu-img.
@@ -120,6 +126,7 @@ fn lost_output(error: &io::Error) -> Failure {
 const OWN_NAME: &str = "qcow2";
 const QEMU_IMG: &str = "qemu-img";
 const QEMU_IO: &str = "qemu-io";
+const QEMU_NBD: &str = "qemu-nbd";
 
 #[cfg(test)]
 mod tests {
@@ -143,6 +150,7 @@ mod tests {
             ("/usr/bin/qemu-img", "qemu-img", true),
             ("./qemu-img", "qemu-img", true),
             ("/usr/bin/qemu-io", "qemu-io", false),
+            ("/usr/bin/qemu-nbd", "qemu-nbd", false),
             ("C:\\bin\\qemu-img.exe", "qemu-img", true),
             ("/tmp/other", "qcow2", false),
             ("", "qcow2", false),

@@ -23,8 +23,8 @@ pub use bytes::NodeFacts;
 pub(crate) use bytes::check_device;
 pub use chain::ChainFiles;
 pub use layers::{
-    OpenedBytes, OpenedDisk, open, open_below, open_bytes, open_existing, open_layers, open_on, open_snapshot,
-    open_telling,
+    OpenedBytes, OpenedDisk, open, open_below, open_bytes, open_existing, open_layers, open_on,
+    open_snapshot, open_telling,
 };
 pub use look::{Tell, bitmaps_to_lose, warnings_of_change};
 pub use named::{locate_backing, permit_backing};

@@ -28,7 +28,7 @@ pub(crate) fn print_general_help(session: &Session) -> Result<(), Failure> {
 pub(crate) fn print_verb_help(session: &Session, verb: &Verb) -> Result<(), Failure> {
     let mut text = String::new();
     let _ = write!(text, "{}.\n\nUsage:\n  {}", verb.summary, session.program());
-    if !session.is_qemu_io() {
+    if !session.is_qemu_io() && !session.is_qemu_nbd() {
         let _ = write!(text, " {}", verb.name);
     }
     let _ = write!(text, " {}\n\n", verb.synopsis);
@@ -54,6 +54,9 @@ pub(crate) fn print_version(session: &Session) -> Result<(), Failure> {
 
 fn version_line(session: &Session) -> String {
     let own = env!("CARGO_PKG_VERSION");
+    if session.is_qemu_nbd() {
+        return format!("{} {QEMU_VERSION} (qcow2 {own})\n", session.program());
+    }
     match session.is_drop_in() || session.is_qemu_io() {
         true => format!("{} version {QEMU_VERSION} (qcow2 {own})\n", session.program()),
         false => format!("qcow2 {own} (command line of qemu-img {QEMU_VERSION})\n"),

@@ -24,6 +24,58 @@ pub(super) static IO: &[OptionSpec] = &[
     IMAGE_OPTS,
 ];
 
+/// In the order of qemu-nbd's table, which shows in its complaints about abbreviations.
+pub(crate) static NBD: &[OptionSpec] = &[
+    HELP,
+    option(Opt::Version, Some('V'), "version", None, "show the version and exit"),
+    option(Opt::Bind, Some('b'), "bind", Some("IFACE"), "address to listen on (0.0.0.0)"),
+    option(Opt::Port, Some('p'), "port", Some("PORT"), "port to listen on (10809)"),
+    option(Opt::Socket, Some('k'), "socket", Some("PATH"), "listen on a unix socket"),
+    option(
+        Opt::StartOffset,
+        Some('o'),
+        "offset",
+        Some("OFFSET"),
+        "begin the export at this byte of the image",
+    ),
+    option(Opt::ReadOnly, Some('r'), "read-only", None, "clients cannot change the image"),
+    option(Opt::AllocationDepth, Some('A'), "allocation-depth", None, "tell clients the allocation depth"),
+    option(Opt::BitmapContext, Some('B'), "bitmap", Some("NAME"), "tell clients what this bitmap marks"),
+    option(Opt::Connect, Some('c'), "connect", Some("DEV"), "refused: the kernel's devices are not driven"),
+    option(Opt::Disconnect, Some('d'), "disconnect", None, "refused, as --connect"),
+    option(Opt::Scratch, Some('s'), "snapshot", None, "changes go to a temporary overlay"),
+    option(Opt::Snapshot, Some('l'), "load-snapshot", Some("SNAPSHOT"), "serve this snapshot of the image"),
+    option(Opt::NoCache, Some('n'), "nocache", None, "around the page cache, as --cache=none"),
+    option(Opt::Cache, None, "cache", Some("MODE"), "cache mode (writeback)"),
+    option(Opt::Aio, None, "aio", Some("MODE"), "threads, native or io_uring; all work alike"),
+    option(Opt::Discard, None, "discard", Some("MODE"), "trims: ignore or unmap (ignore)"),
+    option(Opt::DetectZeroes, None, "detect-zeroes", Some("MODE"), "written zeroes: off, on or unmap (off)"),
+    option(Opt::Clients, Some('e'), "shared", Some("NUM"), "clients at once, 0 for any number (1)"),
+    FORMAT,
+    option(Opt::Persistent, Some('t'), "persistent", None, "stay when the last client has left"),
+    option(Opt::Verbose, Some('v'), "verbose", None, "accepted and ignored"),
+    OBJECT,
+    option(Opt::ExportName, Some('x'), "export-name", Some("NAME"), "name of the export (empty)"),
+    option(Opt::Description, Some('D'), "description", Some("TEXT"), "text for people who list the exports"),
+    option(
+        Opt::HandshakeLimit,
+        None,
+        "handshake-limit",
+        Some("SECONDS"),
+        "how long a client may negotiate, 0 for ever (10)",
+    ),
+    IMAGE_OPTS,
+    option(Opt::Fork, None, "fork", None, "serve in the background, and end when clients can connect"),
+    option(
+        Opt::PidFile,
+        None,
+        "pid-file",
+        Some("PATH"),
+        "write the number of the server's process to a file",
+    ),
+    option(Opt::Trace, Some('T'), "trace", Some("TRACE"), "accepted; there are no trace events"),
+];
+
 pub(super) static SERVE: &[OptionSpec] = &[
     HELP,
     option(Opt::Socket, Some('k'), "socket", Some("PATH"), "listen on a unix socket"),

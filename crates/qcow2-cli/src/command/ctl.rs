@@ -10,7 +10,6 @@ use qcow2_report::json;
 use qcow2_serve::control::{Client, top};
 use serde_json::{Map, Value};
 use std::io::{self, IsTerminal};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How often `top` looks.
@@ -24,8 +23,7 @@ pub(crate) fn run(session: &Session, mut args: Arguments) -> Result<u8, Failure>
     let [socket, command, members @ ..] = &operands[..] else {
         return Err(Failure::usage(verb, "Expecting a socket and a command"));
     };
-    let socket_path = path_of(socket);
-    let mut client = Client::connect(Path::new(&socket_path)).map_err(|error| lost(socket, &error))?;
+    let mut client = Client::connect(&path_of(socket)).map_err(|error| lost(socket, &error))?;
     if command == "top" {
         return watch(session, socket, &mut client, members.first());
     }

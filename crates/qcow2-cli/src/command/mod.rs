@@ -9,6 +9,7 @@ pub(crate) mod commit;
 pub(crate) mod compare;
 pub(crate) mod convert;
 pub(crate) mod create;
+pub(crate) mod ctl;
 pub(crate) mod dd;
 pub(crate) mod info;
 pub(crate) mod io;

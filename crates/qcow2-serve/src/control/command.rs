@@ -173,10 +173,7 @@ mod tests {
         assert_eq!(action(r#"{"command":"resize","size":512}"#), Action::Resize { size: 512 });
         let merge = action(r#"{"command":"bitmap-merge","bitmap":"a","source":"b"}"#);
         let source = "b".to_owned();
-        assert_eq!(
-            merge,
-            Action::Bitmap { bitmap: "a".to_owned(), action: BitmapAction::Merge { source } }
-        );
+        assert_eq!(merge, Action::Bitmap { bitmap: "a".to_owned(), action: BitmapAction::Merge { source } });
         let whole = parse(r#"{"id":[1],"disk":"d","command":"query"}"#).unwrap();
         assert_eq!((whole.id, whole.disk), (Some(serde_json::json!([1])), Some("d".to_owned())));
         for (line, text) in [

@@ -113,7 +113,10 @@ impl Operator for Controlled<'_> {
             }
             action => {
                 let disk = self.disk(name)?;
-                disk.change(action, &Telling { tell, stop: self.stop, done: AtomicU64::new(0), total: 0.into() })
+                disk.change(
+                    action,
+                    &Telling { tell, stop: self.stop, done: AtomicU64::new(0), total: 0.into() },
+                )
             }
         }
     }

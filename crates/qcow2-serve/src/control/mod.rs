@@ -40,8 +40,10 @@ mod live;
 mod metrics;
 mod record;
 mod socket;
+mod top;
 
 pub use command::{Action, Command, CommandError};
 pub use live::{Controlled, ControlledOptions};
 pub use record::Record;
 pub use socket::{Client, Control, Operator};
+pub use top::top;

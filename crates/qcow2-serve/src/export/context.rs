@@ -1,6 +1,6 @@
 //! Meta contexts: what a disk knows of its ranges besides their bytes.
 
-use super::with_image;
+use super::{ExportError, with_image};
 use qcow2_core::bitmap::Bits;
 use qcow2_core::format::text::bytes_of;
 use qcow2_core::{Error, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Result};
@@ -24,18 +24,17 @@ pub enum Context {
 }
 
 impl Context {
-    /// The context of the bitmap `name`. Errors: there is none, or it cannot be used.
-    pub(super) fn bitmap(disk: &dyn GuestDisk, name: &str) -> Result<Self> {
-        let bytes = bytes_of(name);
+    /// The context of the bitmap `name`.
+    pub(super) fn bitmap(disk: &dyn GuestDisk, name: &str) -> Result<Self, ExportError> {
+        let missing = || ExportError::NoBitmap(name.to_owned());
         let read = with_image(disk, |image| {
-            let bits = image.bitmap_bits(&bytes)?;
-            let records = image.bitmaps()?.iter().any(|bitmap| bitmap.name == *bytes && bitmap.auto);
-            Ok((!records).then_some(bits))
+            let bytes = bytes_of(name);
+            let bitmaps = image.bitmaps().map_err(ExportError::Bitmap)?;
+            let bitmap = bitmaps.iter().find(|bitmap| bitmap.name == *bytes).ok_or_else(missing)?;
+            let bits = image.bitmap_bits(&bytes).map_err(ExportError::Bitmap)?;
+            Ok((!bitmap.auto).then_some(bits))
         });
-        let kept = read.unwrap_or_else(|| {
-            let text = format!("no bitmap '{name}': the disk is no qcow2 image");
-            Err(Error::new(ErrorKind::NotFound, text))
-        })?;
+        let kept = read.unwrap_or_else(|| Err(missing()))?;
         Ok(Self::Bitmap { name: name.to_owned(), kept })
     }
 

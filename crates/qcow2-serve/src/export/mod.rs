@@ -13,6 +13,7 @@ use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Image, ZeroMode};
 use qcow2_nbd::blocking::server::Disk;
 use qcow2_nbd::proto::{ErrorCode, Extent, transmission_flag};
 use qcow2_nbd::server::Facts;
+use std::fmt;
 use std::sync::Arc;
 
 /// What becomes of written zeroes.
@@ -27,6 +28,18 @@ pub enum DetectZeroes {
     Unmap,
 }
 
+impl DetectZeroes {
+    /// Reads `off`, `on` or `unmap`.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "off" => Some(Self::Off),
+            "on" => Some(Self::On),
+            "unmap" => Some(Self::Unmap),
+            _ => None,
+        }
+    }
+}
+
 /// How a disk is exported.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -35,6 +48,8 @@ pub struct ExportOptions {
     pub name: String,
     /// A text for people.
     pub description: String,
+    /// Byte of the disk at which it begins.
+    pub start: u64,
     /// Clients cannot change it.
     pub read_only: bool,
     /// Several clients may use it at once, and are told so.
@@ -56,6 +71,7 @@ impl Default for ExportOptions {
         Self {
             name: String::new(),
             description: String::new(),
+            start: 0,
             read_only: false,
             shared: true,
             discards: true,
@@ -63,6 +79,44 @@ impl Default for ExportOptions {
             detect_zeroes: DetectZeroes::Off,
             allocation_depth: false,
             bitmaps: Vec::new(),
+        }
+    }
+}
+
+/// Why a disk is not exported.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum ExportError {
+    /// It begins behind the end of the disk.
+    Start {
+        /// Where it would begin.
+        start: u64,
+        /// Bytes of the disk.
+        size: u64,
+    },
+    /// The disk has no bitmap of this name.
+    NoBitmap(String),
+    /// A bitmap cannot be read.
+    Bitmap(qcow2_core::Error),
+}
+
+impl fmt::Display for ExportError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Start { start, size } => {
+                write!(f, "an export from byte {start} on, of a disk of {size} bytes")
+            }
+            Self::NoBitmap(name) => write!(f, "the disk has no bitmap '{name}'"),
+            Self::Bitmap(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for ExportError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Bitmap(error) => error.source(),
+            _ => None,
         }
     }
 }
@@ -78,8 +132,11 @@ pub struct Export {
 
 impl Export {
     /// An export of `disk`, which must have been opened for writing unless the export is read-only. Disk:
-    /// reads the bitmaps that are offered. Errors: a bitmap that there is not.
-    pub fn new(disk: Arc<dyn GuestDisk>, options: ExportOptions) -> qcow2_core::Result<Self> {
+    /// reads the bitmaps that are offered.
+    pub fn new(disk: Arc<dyn GuestDisk>, options: ExportOptions) -> Result<Self, ExportError> {
+        let start = options.start;
+        let left = disk.size().checked_sub(start);
+        let size = left.ok_or_else(|| ExportError::Start { start, size: disk.size() })?;
         let mut contexts = vec![Context::Allocation];
         if options.allocation_depth {
             contexts.push(Context::Depth);
@@ -87,7 +144,7 @@ impl Export {
         for name in &options.bitmaps {
             contexts.push(Context::bitmap(&*disk, name)?);
         }
-        let mut facts = Facts::new(&options.name, disk.size(), flags(&*disk, &options));
+        let mut facts = Facts::new(&options.name, size, flags(&*disk, &options));
         facts.description.clone_from(&options.description);
         facts.contexts = contexts.iter().map(Context::name).collect();
         let preferred = disk.cluster_size().clamp(4096, 1 << 20);
@@ -126,8 +183,16 @@ impl Export {
             true => ZeroMode::MayUnmap,
             false => ZeroMode::KeepAllocated,
         };
-        done(self.disk.write_zeroes(range(offset, len), mode))?;
+        done(self.disk.write_zeroes(self.range(offset, len), mode))?;
         self.after_write()
+    }
+
+    fn at(&self, offset: u64) -> GuestOffset {
+        GuestOffset::new(self.options.start + offset)
+    }
+
+    fn range(&self, offset: u64, len: u64) -> GuestRange {
+        GuestRange::between(self.at(offset), self.at(offset + len))
     }
 
     fn after_write(&self) -> Result<(), ErrorCode> {
@@ -138,7 +203,7 @@ impl Export {
 impl Disk for Export {
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), ErrorCode> {
         let len = buf.len() as u64;
-        self.statistics.reads.time(len, || done(self.disk.read_at(GuestOffset::new(offset), buf)))
+        self.statistics.reads.time(len, || done(self.disk.read_at(self.at(offset), buf)))
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), ErrorCode> {
@@ -147,7 +212,7 @@ impl Disk for Export {
             if detects != DetectZeroes::Off && data.iter().all(|byte| *byte == 0) {
                 return self.zero(offset, data.len() as u64, detects == DetectZeroes::Unmap);
             }
-            done(self.disk.write_at(GuestOffset::new(offset), data))?;
+            done(self.disk.write_at(self.at(offset), data))?;
             self.after_write()
         })
     }
@@ -158,7 +223,7 @@ impl Disk for Export {
 
     fn trim(&self, offset: u64, len: u64) -> Result<(), ErrorCode> {
         self.statistics.trims.time(len, || match self.options.discards {
-            true => done(self.disk.discard(range(offset, len))).and_then(|()| self.after_write()),
+            true => done(self.disk.discard(self.range(offset, len))).and_then(|()| self.after_write()),
             false => Ok(()),
         })
     }
@@ -166,8 +231,8 @@ impl Disk for Export {
     fn write_zeroes(&self, offset: u64, len: u64, no_hole: bool, fast: bool) -> Result<(), ErrorCode> {
         let unit = self.disk.zero_granularity().max(1);
         // Parts of a unit are written as bytes, but for the end of the disk, which no byte follows.
-        let end = offset + len;
-        let is_whole = offset.is_multiple_of(unit) && (end.is_multiple_of(unit) || end == self.facts.size);
+        let (start, end) = (self.options.start + offset, self.options.start + offset + len);
+        let is_whole = start.is_multiple_of(unit) && (end.is_multiple_of(unit) || end == self.disk.size());
         if fast && !is_whole {
             return Err(ErrorCode::NOT_SUPPORTED);
         }
@@ -176,22 +241,23 @@ impl Disk for Export {
 
     fn cache(&self, offset: u64, len: u64) -> Result<(), ErrorCode> {
         // The tables are what a later read would wait for twice.
-        done(self.disk.extent_at(range(offset, len)).map(drop))
+        done(self.disk.extent_at(self.range(offset, len)).map(drop))
     }
 
     fn status(
         &self,
         context: u32,
-        range: (u64, u64),
+        (offset, len): (u64, u64),
         most: usize,
         extents: &mut Vec<Extent>,
     ) -> Result<(), ErrorCode> {
+        let range = (self.options.start + offset, len);
         let context = self.contexts.get(context as usize).ok_or(ErrorCode::INVALID)?;
         done(context.extents(&*self.disk, range, most, extents))
     }
 
     fn zero_run(&self, offset: u64, len: u64) -> Result<(u64, bool), ErrorCode> {
-        done(context::zero_run(&*self.disk, offset, len))
+        done(context::zero_run(&*self.disk, self.options.start + offset, len))
     }
 }
 
@@ -224,10 +290,6 @@ fn with_image<T>(disk: &dyn GuestDisk, look: impl FnOnce(&Image) -> T) -> Option
 
 fn has_zero_clusters(image: &Image) -> bool {
     image.header().version >= Version::V3
-}
-
-fn range(offset: u64, len: u64) -> GuestRange {
-    GuestRange::between(GuestOffset::new(offset), GuestOffset::new(offset + len))
 }
 
 fn done<T>(result: qcow2_core::Result<T>) -> Result<T, ErrorCode> {

@@ -21,6 +21,21 @@ pub enum Address {
     },
 }
 
+impl Address {
+    /// Reads `HOST:PORT`; an IPv6 address stands in brackets. `None`: it is none.
+    pub fn parse_tcp(text: &str) -> Option<Self> {
+        let (host, port) = text.rsplit_once(':')?;
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        Self::tcp(bare.unwrap_or(host), port)
+    }
+
+    /// A host, all addresses of the machine if it is empty, and a decimal port. `None`: it is no port.
+    pub fn tcp(host: &str, port: &str) -> Option<Self> {
+        let host = if host.is_empty() { "0.0.0.0" } else { host };
+        Some(Self::Tcp { host: host.to_owned(), port: port.parse().ok()? })
+    }
+}
+
 /// Why nobody can connect.
 #[derive(Debug)]
 #[non_exhaustive]

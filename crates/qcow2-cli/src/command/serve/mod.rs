@@ -1,6 +1,10 @@
 //! `serve`: images as exports for NBD clients.
 
+mod control;
 mod serving;
+mod tool;
+
+pub(crate) use tool::run_as_tool;
 
 use crate::args::{Arguments, Objects, Opt};
 use crate::failure::Failure;
@@ -10,8 +14,8 @@ use qcow2_exerciser::{OpenRequest, RequestError};
 use qcow2_io::{CacheMode, path_of};
 use qcow2_ops::snapshot::SnapshotName;
 use qcow2_serve::export::ExportOptions;
-use qcow2_serve::nbd::{Address, ServerOptions};
-use serving::{Served, Serving, serve};
+use qcow2_serve::nbd::{Address, Listener, ServerOptions};
+use serving::{Also, Served, Serving, Words, serve};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, mut args: Arguments) -> Result<u8, Failure> {
@@ -27,10 +31,20 @@ pub(crate) fn run(session: &Session, mut args: Arguments) -> Result<u8, Failure>
     if !request.names.is_empty() && request.names.len() != images.len() {
         return Err(Failure::usage(verb, "Expecting one name for each image"));
     }
+    let also = &request.also;
+    if also.record.is_some() && (also.control.is_none() || images.len() > 1) {
+        return Err(Failure::new("--record needs --control, and one image"));
+    }
+    if also.machine.is_some() && images.len() > 1 {
+        return Err(Failure::new("--vhost-user-blk shows one image"));
+    }
+    if also.control.is_some() && request.open.image_opts {
+        return Err(Failure::new("--control needs names of files, not --image-opts"));
+    }
     if request.open.image_opts && request.open.format.is_some() {
         return Err(Failure::new("--image-opts and --format are mutually exclusive"));
     }
-    serve(session, request.into_serving(images))
+    serve(session, request.into_serving(images), &Own)
 }
 
 /// What the options ask for.
@@ -42,6 +56,7 @@ struct Request {
     snapshot: Option<SnapshotName>,
     addresses: Vec<Address>,
     objects: Objects,
+    also: Also,
 }
 
 impl Default for Request {
@@ -56,6 +71,7 @@ impl Default for Request {
             snapshot: None,
             addresses: Vec::new(),
             objects: Objects::default(),
+            also: Also { queues: 1, ..Also::default() },
         }
     }
 }
@@ -66,7 +82,11 @@ impl Request {
         let refused = |error: RequestError| Failure::new(error.to_string());
         match opt {
             Opt::Socket => self.addresses.push(Address::Unix(path_of(&value).into())),
-            Opt::Listen => self.addresses.push(tcp_address(&value)?),
+            Opt::Listen => self.addresses.push(Address::parse_tcp(&value).ok_or_else(|| {
+                Failure::new(format!(
+                    "invalid address '{value}': HOST:PORT is expected, as in localhost:10809"
+                ))
+            })?),
             Opt::ReadOnly => open.read_only = true,
             Opt::ExportName => self.names.push(value),
             Opt::Description => export.description = value,
@@ -82,6 +102,11 @@ impl Request {
             Opt::Clients => {
                 self.server.clients = parse_count("number of clients", &value, 1..=65_535)? as usize
             }
+            Opt::Control => self.also.control = Some(path_of(&value).into()),
+            Opt::Record => self.also.record = Some(path_of(&value).into()),
+            Opt::VhostUserBlk => self.also.machine = Some(path_of(&value).into()),
+            Opt::Queues => self.also.queues = parse_count("number of queues", &value, 1..=64)? as u16,
+            Opt::Serial => self.also.serial = value,
             Opt::Object => self.objects.add(&value)?,
             _ => {}
         }
@@ -90,7 +115,7 @@ impl Request {
 
     /// What to serve: each of `images` with the same options.
     fn into_serving(mut self, images: Vec<String>) -> Serving {
-        if self.addresses.is_empty() {
+        if self.addresses.is_empty() && self.also.machine.is_none() {
             self.addresses.push(Address::Tcp { host: "127.0.0.1".to_owned(), port: 10_809 });
         }
         let single = images.len() == 1;
@@ -105,16 +130,16 @@ impl Request {
             Served { open, export, snapshot: self.snapshot.clone() }
         });
         let images = served.collect();
-        Serving { images, server: self.server, addresses: self.addresses, objects: self.objects }
+        let (server, addresses, objects) = (self.server, self.addresses, self.objects);
+        Serving { images, server, addresses, objects, also: self.also }
     }
 }
 
-/// Reads `HOST:PORT`; an IPv6 address stands in brackets.
-fn tcp_address(text: &str) -> Result<Address, Failure> {
-    let parts = text.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
-    let (host, port) = parts.ok_or_else(|| {
-        Failure::new(format!("invalid address '{text}': a host, a colon and a port up to 65535 are expected"))
-    })?;
-    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-    Ok(Address::Tcp { host: host.to_owned(), port })
+/// Our own words.
+struct Own;
+
+impl Words for Own {
+    fn ready(&self, session: &Session, listeners: &[Listener]) -> Result<(), Failure> {
+        listeners.iter().try_for_each(|listener| session.print(&format!("listening on {}\n", listener.uri())))
+    }
 }

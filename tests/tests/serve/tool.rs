@@ -1,0 +1,158 @@
+//! The name qemu-nbd: command lines that are refused, in the reference's words.
+
+use super::{OURS, Server, folder};
+use qcow2_testkit::oracle::Tool;
+use std::os::unix::fs::symlink;
+
+/// Every line is refused before anybody can connect.
+const REFUSED: &[&str] = &[
+    "",
+    "-v",
+    "disk disk",
+    "nofile",
+    "-f qcow2 nofile",
+    "-f bogus disk",
+    "-f luks disk",
+    "--image-opts driver=qcow2,file.filename=nofile",
+    "--image-opts -f raw disk",
+    "--bogus disk",
+    "-P 1 disk",
+    "-k",
+    "--port",
+    "--ver",
+    "-k relative disk",
+    "-t -k relative disk disk",
+    "-k /nodir/s disk",
+    "nofile -k /nodir/s",
+    "-p x disk",
+    "-p -1 disk",
+    "-b 1.2.3.4 disk",
+    "-e x disk",
+    "-e -1 disk",
+    "-e 1.5 disk",
+    "-e 2000000000000 disk",
+    "-e 0x10 -k /nodir/s disk",
+    "--sh=2 -k /nodir/s disk",
+    "--persist -k /nodir/s disk",
+    "--cache=foo disk",
+    "--cache=none -n disk",
+    "--cache writeback --cache unsafe disk",
+    "-n -n disk",
+    "--aio=foo disk",
+    "--aio threads --aio threads disk",
+    "--aio=native disk",
+    "--discard=foo disk",
+    "--discard unmap --discard ignore disk",
+    "--detect-zeroes=foo disk",
+    "--detect-zeroes=unmap disk",
+    "--detect-zeroes=unmap --discard=unmap disk",
+    "-o x disk",
+    "-o 20M disk",
+    "-o 2000000000 disk",
+    "--handshake-limit=x disk",
+    "--handshake-limit=-1 disk",
+    "-l none disk",
+    "-s -l none disk",
+    "-l snapshot.id=1 disk",
+    "-l snapshot.foo=1 disk",
+    "-B none disk",
+    "--object foo,id=a disk",
+    "--pid-file=/nodir/p disk",
+    "--fork --pid-file=/nodir/p disk",
+    "--fork nofile",
+    "--fork -k /nodir/s disk",
+];
+
+#[test]
+fn refusals_are_the_references() {
+    let Some(reference) = Tool::find("qemu-nbd") else { return };
+    let folder = folder();
+    let root = folder.path();
+    let link = root.join("qemu-nbd");
+    symlink(OURS, &link).unwrap();
+    let tool = Tool::at(&link);
+    let mut wrong = Vec::new();
+    for line in REFUSED {
+        let args: Vec<&str> = line.split_whitespace().collect();
+        // A line without a socket gets one: the default port may be in use.
+        let socket = root.join("s").display().to_string();
+        let mut args = args;
+        if !line.contains("-k") && !line.contains("-p") && !line.contains("-b") && !line.is_empty() {
+            args.splice(0..0, ["-k", &*socket]);
+        }
+        let theirs = reference.run_in(root, &args);
+        let own = tool.run_in(root, &args);
+        let expected =
+            theirs.stderr.replace(&reference.path().display().to_string(), &link.display().to_string());
+        if (own.code, &own.stdout, &own.stderr) != (theirs.code, &theirs.stdout, &expected) {
+            wrong.push(format!(
+                "{line}\n  reference {:?} {expected}  ours {:?} {}",
+                theirs.code, own.code, own.stderr
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Without -t the server leaves with its last client that had an export.
+#[test]
+fn the_last_client_takes_the_server_with_it() {
+    let folder = folder();
+    let mut server = Server::start_tool(folder.path(), &["-e", "2", "disk"]);
+    // One that only looks whether anybody is there.
+    drop(std::os::unix::net::UnixStream::connect(folder.path().join("s")).unwrap());
+    let (one, other) = (server.connect(), server.connect());
+    one.write(0, &[1; 512]);
+    drop(one);
+    assert_eq!(other.read(0, 512), [1; 512]);
+    drop(other);
+    assert!(server.wait().success());
+    assert!(!folder.path().join("s").exists());
+}
+
+/// Trims do nothing by default, and something with --discard=unmap; written zeroes are found if wanted.
+#[test]
+fn discards_and_zeroes_reach_the_image_only_if_wanted() {
+    let Some(io) = Tool::find("qemu-io") else { return };
+    let write = "write -q -P 1 0 1M";
+    for (args, commands, expected) in [
+        (&[][..], &[write, "discard 0 1M"][..], "read -P 1 0 1M"),
+        (&["--discard=unmap"], &[write, "discard 0 1M"], "read -P 0 0 1M"),
+        (&["--detect-zeroes=on"], &[write, "write -q -P 0 0 1M"], "read -P 0 0 1M"),
+        (&[], &[write, "write -q -z 0 64k"], "read -P 0 0 64k"),
+    ] {
+        let folder = folder();
+        let root = folder.path();
+        let mut server = Server::start_tool(root, &[args, &["disk"]].concat());
+        let uri = server.uri();
+        let commands: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).collect();
+        io.run_in(root, &[&["-f", "raw"][..], &commands, &[&uri]].concat()).success();
+        assert!(server.wait().success());
+        io.run_in(root, &["-f", "qcow2", "-c", expected, "disk"]).success();
+    }
+}
+
+/// The foreground ends when clients can connect; nobody waits for the background's outputs.
+#[test]
+fn a_server_in_the_background() {
+    let folder = folder();
+    let root = folder.path();
+    let link = root.join("qemu-nbd");
+    symlink(OURS, &link).unwrap();
+    let socket = root.join("s").display().to_string();
+    let started = Tool::at(&link).run_in(root, &["--fork", "--pid-file", "pid", "-k", &socket, "disk"]);
+    assert_eq!((started.code, &*started.stdout, &*started.stderr), (Some(0), "", ""));
+    let pid = std::fs::read_to_string(root.join("pid")).unwrap();
+    let pid = pid.strip_suffix('\n').unwrap();
+    let name = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
+    assert!(name.starts_with(&link.display().to_string()), "{name}");
+    let Some(info) = Tool::find("nbdinfo") else { return };
+    let uri = format!("nbd+unix:///?socket={socket}");
+    assert_eq!(info.run_in(root, &["--size", &uri]).success().stdout, "67108864\n");
+    // It leaves with its last client.
+    let begun = std::time::Instant::now();
+    while root.join("s").exists() {
+        assert!(begun.elapsed().as_secs() < 60, "the server stays");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
