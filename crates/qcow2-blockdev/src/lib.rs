@@ -69,6 +69,7 @@
 //! | parse or write the on-disk structures, `no_std` | `qcow2-format` |
 #![forbid(unsafe_code)]
 
+mod arguments;
 mod compression;
 mod driver;
 mod failure;
@@ -83,6 +84,7 @@ mod text;
 mod tree;
 mod warning;
 
+pub use arguments::{count_argument, size_argument};
 pub use compression::{Compression, CompressionError};
 pub use driver::{
     AddressError, AddressPart, Driver, LineError, RuleError, TuningError, WindowError, is_device,
@@ -91,6 +93,7 @@ pub use driver::{
 pub use failure::{FailureKind, MissingBacking, OpenFailure};
 pub use keys::{
     AskPassword, KeyError, Keys, LayerKey, SecretError, Secrets, SlotChange, SlotError, SlotOptions,
+    TlsEndpoint, TlsObject, TlsObjectError,
 };
 pub use keyvalue::{KeyValueError, KeyValues, Pair, ShortForm, escape_commas};
 pub use name::{ImageName, Naming, filename};

@@ -93,16 +93,6 @@ pub(crate) enum Opt {
     BitmapContext,
     AllocationDepth,
     Clients,
-    Bind,
-    Port,
-    Connect,
-    Disconnect,
-    DetectZeroes,
-    Persistent,
-    Verbose,
-    HandshakeLimit,
-    Fork,
-    PidFile,
 }
 
 /// The reader of a verb's options.

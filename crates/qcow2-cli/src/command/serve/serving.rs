@@ -5,6 +5,7 @@ use crate::command::io;
 use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_options;
+use crate::findings::tell_of_change;
 use crate::interrupt;
 use crate::open::close;
 use crate::persona;
@@ -102,7 +103,8 @@ fn open(
             words.not_loaded(&image, failure.into(), missing)
         })?,
         None => {
-            let opened = open_files(&served.open, objects.secrets(), open_options());
+            let tell = |warning: &_, source: &_| tell_of_change(session, warning, source);
+            let opened = open_files(&served.open, objects.secrets(), open_options(), &tell);
             let opened = opened.map_err(|error| words.not_opened(&image, io::failure(error)))?;
             opened.warnings.iter().flat_map(io::lines).for_each(|line| session.complain(&line));
             served.export.discards = opened.opened.discards;
