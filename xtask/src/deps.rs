@@ -29,7 +29,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("qcow2-exerciser", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
     // Serves any guest disk; its tests open images through the facade.
     ("qcow2-vhost-user", &["qcow2-core", "qcow2-image"]),
-    ("qcow2-serve", &["qcow2-core", "qcow2-nbd", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
+    ("qcow2-serve", &["qcow2-core", "qcow2-getopt", "qcow2-nbd", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
     (
         "qcow2-cli",
         &[

@@ -69,6 +69,7 @@
 //! | parse or write the on-disk structures, `no_std` | `qcow2-format` |
 #![forbid(unsafe_code)]
 
+mod arguments;
 mod compression;
 mod driver;
 mod failure;
@@ -83,6 +84,7 @@ mod text;
 mod tree;
 mod warning;
 
+pub use arguments::{count_argument, size_argument};
 pub use compression::{Compression, CompressionError};
 pub use driver::{
     AddressError, AddressPart, Driver, LineError, RuleError, TuningError, WindowError, is_device,

@@ -13,9 +13,9 @@ pub fn is_here() -> bool {
     std::env::var_os(MARK).is_some()
 }
 
-/// Starts this program again, as `called` and with the same arguments. Returns the exit code for this process:
-/// 0 once the other one has called [`detach`], or that of the other one if it ends before. What it complains
-/// of goes where this process's complaints go.
+/// Starts this program again, as `called` and with the same arguments. Returns the exit code for this
+/// process: 0 once the other one has called [`detach`], or that of the other one if it ends before. What it
+/// complains of goes where this process's complaints go.
 pub fn start(called: &str) -> io::Result<u8> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg0(called).args(std::env::args_os().skip(1)).env(MARK, "1");

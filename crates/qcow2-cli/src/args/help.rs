@@ -28,7 +28,7 @@ pub(crate) fn print_general_help(session: &Session) -> Result<(), Failure> {
 pub(crate) fn print_verb_help(session: &Session, verb: &Verb) -> Result<(), Failure> {
     let mut text = String::new();
     let _ = write!(text, "{}.\n\nUsage:\n  {}", verb.summary, session.program());
-    if !session.is_qemu_io() && !session.is_qemu_nbd() {
+    if !session.is_qemu_io() {
         let _ = write!(text, " {}", verb.name);
     }
     let _ = write!(text, " {}\n\n", verb.synopsis);

@@ -16,7 +16,6 @@ pub(crate) use image::ImageArgs;
 pub(crate) use object::Objects;
 pub(crate) use opt::{Getopt, Given, Opt, OptionSpec};
 pub(crate) use table::{GENERAL, VERBS, find_verb, known_but_missing, meant_verb};
-pub(crate) use tools::NBD;
 pub(crate) use verb::{Arguments, Verb, hint_at};
 
 use crate::failure::Failure;

@@ -98,16 +98,6 @@ pub(crate) enum Opt {
     VhostUserBlk,
     Queues,
     Serial,
-    Bind,
-    Port,
-    Connect,
-    Disconnect,
-    DetectZeroes,
-    Persistent,
-    Verbose,
-    HandshakeLimit,
-    Fork,
-    PidFile,
 }
 
 /// The reader of a verb's options.

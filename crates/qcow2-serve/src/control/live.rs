@@ -230,8 +230,7 @@ impl Disk<'_> {
         let report = commit_top(live, &open, &record, progress).map_err(text)?;
         *self.top() = base.file.clone();
         self.hold(held);
-        let bytes = report.copied_regions * report.region;
-        let answer = json!({"top": base.file, "retired": top.file, "copied-bytes": bytes});
+        let answer = json!({"top": base.file, "retired": top.file});
         Ok(with_remark(answer, report.unclean))
     }
 

@@ -1,0 +1,335 @@
+//! The command line of qemu-nbd: arguments in, what to serve out, and its words for what fails.
+//!
+//! The program around it opens the image and prints.
+
+mod options;
+mod words;
+
+pub use options::{OPTIONS, Opt, help};
+pub use words::{no_export, not_bound, system_text};
+
+use crate::export::{DetectZeroes, ExportOptions};
+use crate::nbd::{Address, ServerOptions};
+use qcow2_getopt::Getopt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What a command line asks for.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Command {
+    /// The help.
+    Help,
+    /// The version.
+    Version,
+    /// To serve an image.
+    Serve(Box<Asked>),
+}
+
+/// An image to serve, and how.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Asked {
+    /// File name, or option string.
+    pub image: String,
+    /// True if it is an option string.
+    pub image_opts: bool,
+    /// Its format, if given.
+    pub format: Option<String>,
+    /// Open it for reading only.
+    pub read_only: bool,
+    /// Changes go to a temporary overlay.
+    pub scratch: bool,
+    /// A snapshot of it: an id, a name, or both as a list of `key=value`.
+    pub snapshot: Option<String>,
+    /// Name of the cache mode, a valid one.
+    pub cache: String,
+    /// Kind of asynchronous I/O, a valid one.
+    pub aio: String,
+    /// Discards reach the image.
+    pub discards: bool,
+    /// Definitions of objects.
+    pub objects: Vec<String>,
+    /// Trace options.
+    pub traces: Vec<String>,
+    /// How it is exported.
+    pub export: ExportOptions,
+    /// Limits of the server.
+    pub server: ServerOptions,
+    /// Where to listen.
+    pub address: Address,
+    /// Serve in the background.
+    pub forks: bool,
+    /// Where to write the number of the process.
+    pub pid_file: Option<String>,
+}
+
+/// Why a command line is refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Refusal {
+    /// A line that comes first, complete.
+    pub complaint: Option<String>,
+    /// The text after the program's name.
+    pub text: String,
+    /// A line that follows, complete.
+    pub hint: Option<String>,
+}
+
+impl Refusal {
+    fn new(text: impl Into<String>) -> Self {
+        Self { text: text.into(), ..Self::default() }
+    }
+}
+
+/// Reads the arguments of a program that was `called` so.
+pub fn parse(called: &str, args: Vec<String>) -> Result<Command, Refusal> {
+    let mut getopt = Getopt::new(OPTIONS, args, true);
+    let mut request = Request::new();
+    let try_help = format!("Try `{called} --help' for more information.");
+    loop {
+        match getopt.next() {
+            Ok(None) => break,
+            Ok(Some(given)) => match given.opt {
+                Opt::Help => return Ok(Command::Help),
+                Opt::Version => return Ok(Command::Version),
+                opt => request.take(opt, given.value)?,
+            },
+            Err(text) => {
+                let complaint = Some(format!("{called}: {text}"));
+                return Err(Refusal { complaint, ..Refusal::new(try_help) });
+            }
+        }
+    }
+    let Ok([image]) = <[String; 1]>::try_from(getopt.into_operands()) else {
+        return Err(Refusal { hint: Some(try_help), ..Refusal::new("Invalid number of arguments") });
+    };
+    request.finish(image).map(|asked| Command::Serve(Box::new(asked)))
+}
+
+/// Options while they are read.
+struct Request {
+    asked: Asked,
+    socket: Option<PathBuf>,
+    host: String,
+    port: String,
+    /// Options that may be given once.
+    given: Vec<&'static str>,
+}
+
+impl Request {
+    fn new() -> Self {
+        let (mut export, mut server) = (ExportOptions::default(), ServerOptions::default());
+        (export.shared, export.discards) = (false, false);
+        (server.clients, server.patient, server.persistent) = (1, true, false);
+        let asked = Asked {
+            image: String::new(),
+            image_opts: false,
+            format: None,
+            read_only: false,
+            scratch: false,
+            snapshot: None,
+            cache: "writeback".to_owned(),
+            aio: "threads".to_owned(),
+            discards: false,
+            objects: Vec::new(),
+            traces: Vec::new(),
+            export,
+            server,
+            address: Address::Unix(PathBuf::new()),
+            forks: false,
+            pid_file: None,
+        };
+        Self { asked, socket: None, host: String::new(), port: "10809".to_owned(), given: Vec::new() }
+    }
+
+    fn take(&mut self, opt: Opt, value: String) -> Result<(), Refusal> {
+        let refused = |text: String| Err(Refusal::new(text));
+        let asked = &mut self.asked;
+        match opt {
+            Opt::NoCache | Opt::Cache => {
+                let name = if opt == Opt::Cache { value } else { "none".to_owned() };
+                self.once("-n and --cache")?;
+                if !CACHE_MODES.contains(&&*name) {
+                    return refused(format!("Invalid cache mode `{name}'"));
+                }
+                self.asked.cache = name;
+            }
+            Opt::Aio => {
+                self.once("--aio")?;
+                if !AIO_KINDS.contains(&&*value) {
+                    return refused(format!("Invalid aio mode '{value}'"));
+                }
+                self.asked.aio = value;
+            }
+            Opt::Discard => {
+                self.once("--discard")?;
+                self.asked.discards = match &*value {
+                    "unmap" | "on" => true,
+                    "ignore" | "off" => false,
+                    _ => return refused(format!("Invalid discard mode `{value}'")),
+                };
+            }
+            Opt::DetectZeroes => self.detect_zeroes(&value)?,
+            Opt::Socket if !value.starts_with('/') => {
+                return refused("socket path must be absolute".to_owned());
+            }
+            Opt::Socket if value.len() >= MAX_SOCKET_PATH => {
+                let hint = Some(format!("Path must be less than {MAX_SOCKET_PATH} bytes"));
+                return Err(Refusal {
+                    hint,
+                    ..Refusal::new(format!("UNIX socket path '{value}' is too long"))
+                });
+            }
+            Opt::Socket => self.socket = Some(value.into()),
+            Opt::Bind => self.host = value,
+            Opt::Port => self.port = value,
+            Opt::StartOffset => asked.export.start = number("offset", &value, u64::MAX)?,
+            Opt::Clients => {
+                let most = number("shared device number", &value, i32::MAX as u64)? as usize;
+                asked.export.shared = most != 1;
+                asked.server.clients = if most == 0 { ServerOptions::default().clients } else { most };
+            }
+            Opt::HandshakeLimit => {
+                let seconds = number("handshake limit", &value, u32::MAX.into())?;
+                asked.server.handshake_limit = (seconds > 0).then(|| Duration::from_secs(seconds));
+            }
+            Opt::Connect | Opt::Disconnect => {
+                return refused(
+                    "kernel NBD devices are not supported; use nbd-client on the socket".to_owned(),
+                );
+            }
+            opt => self.take_any(opt, value),
+        }
+        Ok(())
+    }
+
+    /// Options that any value is fine for.
+    fn take_any(&mut self, opt: Opt, value: String) {
+        let asked = &mut self.asked;
+        match opt {
+            Opt::ReadOnly => asked.read_only = true,
+            Opt::Scratch => asked.scratch = true,
+            Opt::Format => asked.format = Some(value),
+            Opt::ImageOpts => asked.image_opts = true,
+            Opt::Snapshot => asked.snapshot = Some(value),
+            Opt::Object => asked.objects.push(value),
+            Opt::Trace => asked.traces.push(value),
+            Opt::Persistent => asked.server.persistent = true,
+            Opt::Fork => asked.forks = true,
+            Opt::PidFile => asked.pid_file = Some(value),
+            Opt::ExportName => asked.export.name = value,
+            Opt::Description => asked.export.description = value,
+            Opt::BitmapContext => asked.export.bitmaps.push(value),
+            Opt::AllocationDepth => asked.export.allocation_depth = true,
+            _ => {}
+        }
+    }
+
+    fn once(&mut self, name: &'static str) -> Result<(), Refusal> {
+        if self.given.contains(&name) {
+            return Err(Refusal::new(format!("{name} can only be specified once")));
+        }
+        self.given.push(name);
+        Ok(())
+    }
+
+    /// Unmapping is looked up in what was given before, as in the tool.
+    fn detect_zeroes(&mut self, value: &str) -> Result<(), Refusal> {
+        let parsed = DetectZeroes::parse(value).ok_or_else(|| {
+            Refusal::new(format!("Failed to parse detect_zeroes mode: invalid parameter value: {value}"))
+        })?;
+        if parsed == DetectZeroes::Unmap && !self.asked.discards {
+            return Err(Refusal::new(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+            ));
+        }
+        self.asked.export.detect_zeroes = parsed;
+        Ok(())
+    }
+
+    fn finish(self, image: String) -> Result<Asked, Refusal> {
+        let mut asked = self.asked;
+        if asked.image_opts && asked.format.is_some() {
+            return Err(Refusal::new("--image-opts and -f are mutually exclusive"));
+        }
+        for (what, text) in [("name", &asked.export.name), ("description", &asked.export.description)] {
+            if text.len() > MAX_STRING {
+                return Err(Refusal::new(format!("export {what} '{text}' too long")));
+            }
+        }
+        let (host, port) = (&*self.host, &*self.port);
+        asked.address = match self.socket {
+            Some(path) => Address::Unix(path),
+            None => Address::tcp(host, port).ok_or_else(|| {
+                let host = if host.is_empty() { "0.0.0.0" } else { host };
+                let text = format!("address resolution failed for {host}:{port}: ");
+                Refusal::new(text + "Servname not supported for ai_socktype")
+            })?,
+        };
+        asked.image = image;
+        Ok(asked)
+    }
+}
+
+/// Reads a number as the tool does: decimal, octal or hexadecimal, without a suffix.
+fn number(what: &str, text: &str, most: u64) -> Result<u64, Refusal> {
+    let hexadecimal = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+    let (digits, radix) = match hexadecimal {
+        Some(digits) => (digits, 16),
+        None if text.len() > 1 && text.starts_with('0') => (&text[1..], 8),
+        None => (text, 10),
+    };
+    let value = u64::from_str_radix(digits, radix).ok().filter(|value| *value <= most);
+    let value = value.filter(|_| !digits.starts_with('+'));
+    value.ok_or_else(|| Refusal::new(format!("Invalid {what} '{text}'")))
+}
+
+const CACHE_MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
+const AIO_KINDS: [&str; 3] = ["threads", "native", "io_uring"];
+/// Bytes of a path that a socket's address has no room for.
+const MAX_SOCKET_PATH: usize = 108;
+/// The longest string of the protocol.
+const MAX_STRING: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(line: &str, expected: Result<(), &str>) {
+        let args = line.split_whitespace().map(str::to_owned).collect();
+        let seen = parse("qemu-nbd", args).map(|_| ()).map_err(|refusal| refusal.text);
+        assert_eq!(seen, expected.map_err(str::to_owned), "{line}");
+    }
+
+    #[test]
+    fn lines_and_what_is_wrong_with_them() {
+        check("disk", Ok(()));
+        check("-k /s -e 0x10 -t --discard=unmap --detect-zeroes=unmap -o 0777 disk", Ok(()));
+        check("", Err("Invalid number of arguments"));
+        check("disk disk", Err("Invalid number of arguments"));
+        check("--bogus disk", Err("Try `qemu-nbd --help' for more information."));
+        check("-k s disk", Err("socket path must be absolute"));
+        check("-e 1.5 disk", Err("Invalid shared device number '1.5'"));
+        check("-e -1 disk", Err("Invalid shared device number '-1'"));
+        check("-o +1 disk", Err("Invalid offset '+1'"));
+        check("-n --cache=none disk", Err("-n and --cache can only be specified once"));
+        check(
+            "-p 70000 disk",
+            Err("address resolution failed for 0.0.0.0:70000: Servname not supported for ai_socktype"),
+        );
+    }
+
+    #[test]
+    fn one_client_is_the_default_and_0_any_number() {
+        let asked = |line: &str| match parse("qemu-nbd", line.split(' ').map(str::to_owned).collect()) {
+            Ok(Command::Serve(asked)) => asked,
+            other => panic!("{other:?}"),
+        };
+        let one = asked("disk");
+        assert!(!one.export.shared && one.server.clients == 1 && !one.server.persistent && !one.discards);
+        let many = asked("-e 0 -t disk");
+        assert!(many.export.shared && many.server.clients > 100 && many.server.persistent);
+    }
+}
