@@ -3,6 +3,7 @@
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test may stop")]
 
 mod clients;
+mod control;
 mod hostile;
 mod kill;
 mod tool;

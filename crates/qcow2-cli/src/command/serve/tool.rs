@@ -1,6 +1,6 @@
 //! The program under the name qemu-nbd.
 
-use super::serving::{Served, Serving, Words, serve};
+use super::serving::{Also, Served, Serving, Words, serve};
 use crate::args::{Objects, print_version};
 use crate::command::convert::parse_snapshot;
 use crate::exit;
@@ -52,7 +52,8 @@ fn serving(asked: Asked) -> Result<Serving, Failure> {
         parse_snapshot(&text).map_err(|failure| failure.with_message(message))
     });
     let images = vec![Served { open, export: asked.export, snapshot: snapshot.transpose()? }];
-    Ok(Serving { images, server: asked.server, addresses: vec![asked.address], objects })
+    let also = Also::default();
+    Ok(Serving { images, server: asked.server, addresses: vec![asked.address], objects, also })
 }
 
 /// qemu-nbd's words.
