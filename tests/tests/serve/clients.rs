@@ -1,6 +1,6 @@
 //! Clients written by others find what a file holds, and leave in it what they wrote.
 
-use super::{Server, folder, ours};
+use super::{Server, folder, ours, wait_for};
 use qcow2_testkit::oracle::{Qemu, Tool};
 use std::fs;
 
@@ -79,19 +79,16 @@ fn an_export_is_described_as_by_the_reference() {
         let server = Server::start_tool(root, &[args, &[image]].concat());
         let said = nbdinfo.run_in(root, &["--json", &server.uri()]).success().stdout;
         assert!(server.end("-TERM").success());
+        // A copy of its own: a server that is killed leaves a bitmap that nobody can use.
+        fs::copy(root.join(image), root.join("theirs")).unwrap();
         let socket = root.join("t");
         let mut command = std::process::Command::new(reference.path());
         let mut child =
-            command.arg("-k").arg(&socket).args(args).arg(image).current_dir(root).spawn().unwrap();
-        while !socket.exists() {
-            assert!(child.try_wait().unwrap().is_none(), "{args:?}");
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
+            command.arg("-k").arg(&socket).args(args).arg("theirs").current_dir(root).spawn().unwrap();
+        wait_for(&socket, &mut child);
         let uri = format!("nbd+unix:///?socket={}", socket.display());
         let expected = nbdinfo.run_in(root, &["--json", &uri]).success().stdout;
-        // In order: a server that is killed leaves a bitmap that nobody can use.
-        let pid = child.id().to_string();
-        assert!(std::process::Command::new("kill").arg(&pid).status().unwrap().success());
+        child.kill().unwrap();
         child.wait().unwrap();
         let _ = fs::remove_file(&socket);
         let facts = |text: &str| {

@@ -44,12 +44,7 @@ impl Server {
         let mut command = Command::new(OURS);
         command.arg0("qemu-nbd").arg("-k").arg(folder.join("s")).args(args).current_dir(folder);
         let mut child = command.stdin(Stdio::null()).spawn().unwrap();
-        let begun = Instant::now();
-        while !folder.join("s").exists() {
-            assert!(begun.elapsed() < Duration::from_secs(60), "no socket");
-            assert!(child.try_wait().unwrap().is_none(), "{args:?}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_for(&folder.join("s"), &mut child);
         Self { child, folder: folder.to_owned() }
     }
 
@@ -122,6 +117,16 @@ impl Client {
 
     fn flush(&self) {
         self.connection.run(&mut [Job::new(NbdCommand::FLUSH, 0, 0, Transfer::None)]).unwrap();
+    }
+}
+
+/// Waits until `server` listens on `socket`. The file of a socket is there a little earlier.
+fn wait_for(socket: &Path, server: &mut Child) {
+    let begun = Instant::now();
+    while UnixStream::connect(socket).is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "nobody listens");
+        assert!(server.try_wait().unwrap().is_none(), "the server has ended");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -1,6 +1,6 @@
 //! The name qemu-nbd: command lines that are refused, in the reference's words.
 
-use super::{OURS, Server, folder};
+use super::{OURS, Server, folder, wait_for};
 use qcow2_testkit::oracle::Tool;
 use std::os::unix::fs::symlink;
 
@@ -58,6 +58,13 @@ const REFUSED: &[&str] = &[
     "-B none disk",
     "--object foo,id=a disk",
     "--pid-file=/nodir/p disk",
+    "-L",
+    "-L disk",
+    "-L -f raw",
+    "-L -x a",
+    "-L -A",
+    "-L --discard=unmap",
+    "--fork -L",
     "--fork --pid-file=/nodir/p disk",
     "--fork nofile",
     "--fork -k /nodir/s disk",
@@ -155,4 +162,30 @@ fn a_server_in_the_background() {
         assert!(begun.elapsed().as_secs() < 60, "the server stays");
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
+}
+
+/// Our list of the reference's exports is the reference's, and so is its list of ours.
+#[test]
+fn exports_are_listed_alike() {
+    let Some(reference) = Tool::find("qemu-nbd") else { return };
+    let folder = folder();
+    let root = folder.path();
+    let link = root.join("qemu-nbd");
+    symlink(OURS, &link).unwrap();
+    let tool = Tool::at(&link);
+    let socket = root.join("s").display().to_string();
+    let both = || [&reference, &tool].map(|tool| tool.run_in(root, &["-L", "-k", &socket]).success().stdout);
+    let mut theirs = std::process::Command::new(reference.path());
+    theirs.args(["-t", "-e", "3", "-x", "name", "-D", "text", "-A", "-k", &socket, "disk"]).current_dir(root);
+    let mut child = theirs.spawn().unwrap();
+    wait_for(&root.join("s"), &mut child);
+    let [expected, seen] = both();
+    assert!(seen.contains("qemu:allocation-depth") && seen == expected, "{expected}{seen}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let _ = std::fs::remove_file(root.join("s"));
+    let server = Server::start_tool(root, &["-t", "-r", "-D", "text", "-A", "disk"]);
+    let [expected, seen] = both();
+    assert!(seen.contains("readonly") && seen == expected, "{expected}{seen}");
+    assert!(server.end("-TERM").success());
 }

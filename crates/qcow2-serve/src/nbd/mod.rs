@@ -12,10 +12,12 @@
 
 mod clients;
 mod listener;
+mod listing;
 mod socket;
 
 pub use clients::Stop;
 pub use listener::{Address, ListenError, Listener};
+pub use listing::{ListError, Listed, list};
 
 use crate::export::Export;
 use clients::{Admission, Clients};

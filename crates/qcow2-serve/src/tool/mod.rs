@@ -6,7 +6,7 @@ mod options;
 mod words;
 
 pub use options::{OPTIONS, Opt, help};
-pub use words::{no_export, not_bound, system_text};
+pub use words::{listing, no_export, not_bound, not_listed, system_text};
 
 use crate::export::{DetectZeroes, ExportOptions};
 use crate::nbd::{Address, ServerOptions};
@@ -22,6 +22,8 @@ pub enum Command {
     Help,
     /// The version.
     Version,
+    /// To list the exports of the server there.
+    List(Address),
     /// To serve an image.
     Serve(Box<Asked>),
 }
@@ -101,6 +103,9 @@ pub fn parse(called: &str, args: Vec<String>) -> Result<Command, Refusal> {
             }
         }
     }
+    if request.lists {
+        return request.finish_list(getopt.into_operands().is_empty()).map(Command::List);
+    }
     let Ok([image]) = <[String; 1]>::try_from(getopt.into_operands()) else {
         return Err(Refusal { hint: Some(try_help), ..Refusal::new("Invalid number of arguments") });
     };
@@ -113,6 +118,9 @@ struct Request {
     socket: Option<PathBuf>,
     host: String,
     port: String,
+    lists: bool,
+    /// An option that is about an image was given.
+    is_about_image: bool,
     /// Options that may be given once.
     given: Vec<&'static str>,
 }
@@ -140,11 +148,13 @@ impl Request {
             forks: false,
             pid_file: None,
         };
-        Self { asked, socket: None, host: String::new(), port: "10809".to_owned(), given: Vec::new() }
+        let (host, port) = (String::new(), "10809".to_owned());
+        Self { asked, socket: None, host, port, lists: false, is_about_image: false, given: Vec::new() }
     }
 
     fn take(&mut self, opt: Opt, value: String) -> Result<(), Refusal> {
         let refused = |text: String| Err(Refusal::new(text));
+        self.is_about_image |= ABOUT_IMAGES.contains(&opt);
         let asked = &mut self.asked;
         match opt {
             Opt::NoCache | Opt::Cache => {
@@ -199,6 +209,7 @@ impl Request {
                     "kernel NBD devices are not supported; use nbd-client on the socket".to_owned(),
                 );
             }
+            Opt::List => self.lists = true,
             opt => self.take_any(opt, value),
         }
         Ok(())
@@ -258,18 +269,31 @@ impl Request {
                 return Err(Refusal::new(format!("export {what} '{text}' too long")));
             }
         }
-        let (host, port) = (&*self.host, &*self.port);
-        asked.address = match self.socket {
-            Some(path) => Address::Unix(path),
-            None => Address::tcp(host, port).ok_or_else(|| {
-                let host = if host.is_empty() { "0.0.0.0" } else { host };
-                let text = format!("address resolution failed for {host}:{port}: ");
-                Refusal::new(text + "Servname not supported for ai_socktype")
-            })?,
-        };
+        asked.address = address(self.socket, &self.host, &self.port)?;
         asked.image = image;
         Ok(asked)
     }
+
+    fn finish_list(self, has_no_image: bool) -> Result<Address, Refusal> {
+        let what = match () {
+            () if !has_no_image => "a file name",
+            () if self.is_about_image => "per-device settings",
+            () if self.asked.forks => "forking",
+            () => return address(self.socket, &self.host, &self.port),
+        };
+        Err(Refusal::new(format!("List mode is incompatible with {what}")))
+    }
+}
+
+fn address(socket: Option<PathBuf>, host: &str, port: &str) -> Result<Address, Refusal> {
+    if let Some(path) = socket {
+        return Ok(Address::Unix(path));
+    }
+    Address::tcp(host, port).ok_or_else(|| {
+        let host = if host.is_empty() { "0.0.0.0" } else { host };
+        let text = format!("address resolution failed for {host}:{port}: ");
+        Refusal::new(text + "Servname not supported for ai_socktype")
+    })
 }
 
 /// Reads a number as the tool does: decimal, octal or hexadecimal, without a suffix.
@@ -285,6 +309,19 @@ fn number(what: &str, text: &str, most: u64) -> Result<u64, Refusal> {
     value.ok_or_else(|| Refusal::new(format!("Invalid {what} '{text}'")))
 }
 
+/// Options that a list of exports has no use for, and refuses.
+const ABOUT_IMAGES: [Opt; 10] = [
+    Opt::ExportName,
+    Opt::Description,
+    Opt::Snapshot,
+    Opt::BitmapContext,
+    Opt::AllocationDepth,
+    Opt::Format,
+    Opt::Aio,
+    Opt::Discard,
+    Opt::Cache,
+    Opt::NoCache,
+];
 const CACHE_MODES: [&str; 5] = ["none", "writeback", "writethrough", "directsync", "unsafe"];
 const AIO_KINDS: [&str; 3] = ["threads", "native", "io_uring"];
 /// Bytes of a path that a socket's address has no room for.

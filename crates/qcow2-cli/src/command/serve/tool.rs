@@ -11,7 +11,7 @@ use qcow2_exerciser::OpenRequest;
 #[cfg(unix)]
 use qcow2_serve::background;
 use qcow2_serve::export::ExportError;
-use qcow2_serve::nbd::{ListenError, Listener};
+use qcow2_serve::nbd::{ListenError, Listener, list};
 use qcow2_serve::tool::{self, Asked, Command};
 
 /// Runs the tool.
@@ -19,6 +19,10 @@ pub(crate) fn run_as_tool(session: &Session, args: Vec<String>) -> Result<u8, Fa
     let asked = match tool::parse(session.called(), args) {
         Ok(Command::Serve(asked)) => *asked,
         Ok(Command::Version) => return print_version(session).map(|()| exit::SUCCESS),
+        Ok(Command::List(address)) => {
+            let exports = list(&address).map_err(|error| Failure::new(tool::not_listed(&error)))?;
+            return session.print(&tool::listing(&exports)).map(|()| exit::SUCCESS);
+        }
         Ok(_) => return session.print(&tool::help()).map(|()| exit::SUCCESS),
         Err(refusal) => {
             refusal.complaint.iter().for_each(|line| session.complain(line));
