@@ -7,9 +7,9 @@
 //! | [`blocking`] | that client on a connection that blocks, for any number of threads |
 //! | [`tls`] | encryption of a connection, for clients and servers (feature `tls`) |
 //!
-//! The crate opens no socket, knows no clock but for one bound, starts no thread and, but for the feature
-//! `tls`, depends on nothing but the standard library. Whatever a peer sends leads to a value or an error, in
-//! bounded memory.
+//! The crate opens no socket, knows no clock but for one bound and starts no thread. It depends on
+//! `qcow2-format`, for the text of names, and with the feature `tls` on rustls. Whatever a peer sends leads to
+//! a value or an error, in bounded memory.
 //!
 //! A client of the whole protocol: fixed newstyle, newstyle and old-style servers; simple, structured and
 //! extended replies; meta contexts; limits of a request's size; the request of TLS, which the caller runs.
