@@ -27,6 +27,9 @@ const EDGES: &[(&str, &[&str])] = &[
     ("qcow2-getopt", &[]),
     ("qcow2-report", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-blockdev"]),
     ("qcow2-exerciser", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
+    // Serves any guest disk; its tests open images through the facade.
+    ("qcow2-vhost-user", &["qcow2-core", "qcow2-image"]),
+    ("qcow2-serve", &["qcow2-core", "qcow2-nbd"]),
     (
         "qcow2-cli",
         &[
@@ -40,6 +43,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "qcow2-getopt",
             "qcow2-image",
             "qcow2-report",
+            "qcow2-serve",
         ],
     ),
     ("xtask", &[]),
@@ -78,8 +82,8 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("pbkdf2", &["qcow2-crypt"]),
     ("proptest", &["qcow2-testkit", "qcow2-tests"]),
     ("ripemd", &["qcow2-crypt"]),
+    ("rustix", &["qcow2-io", "qcow2-cli", "qcow2-serve", "qcow2-vhost-user", "qcow2-tests"]),
     ("rustls", &["qcow2-nbd"]),
-    ("rustix", &["qcow2-io", "qcow2-cli", "qcow2-tests"]),
     ("serde_json", &["qcow2-blockdev", "qcow2-report", "qcow2-cli", "qcow2-tests", "xtask"]),
     ("serpent", &["qcow2-crypt"]),
     ("sha1", &["qcow2-crypt"]),
@@ -90,6 +94,11 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("subtle", &["qcow2-crypt"]),
     ("tempfile", &["qcow2-blockdev", "qcow2-testkit", "qcow2-tests"]),
     ("twofish", &["qcow2-crypt"]),
+    ("vhost", &["qcow2-vhost-user"]),
+    ("vhost-user-backend", &["qcow2-vhost-user"]),
+    ("virtio-queue", &["qcow2-vhost-user"]),
+    ("vm-memory", &["qcow2-vhost-user"]),
+    ("vmm-sys-util", &["qcow2-vhost-user"]),
     ("zeroize", &["qcow2-crypt"]),
     ("zstd", &["qcow2-codec"]),
 ];

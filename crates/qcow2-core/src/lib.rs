@@ -85,6 +85,7 @@ pub mod error;
 pub mod image;
 mod inflight;
 mod invariant;
+pub mod live;
 mod meta;
 pub mod open;
 pub mod port;
@@ -110,6 +111,7 @@ pub use create::{
 pub use damage::{Damage, DamageObserver, L2Slot};
 pub use error::{Error, ErrorKind, Place, Result, TableKind, find_cause};
 pub use image::Image;
+pub use live::{HoldObserver, LiveDisk};
 pub use meta::overlap::OverlapChecks;
 pub use open::{Codecs, Layers, OpenOptions};
 pub use port::cipher::{CIPHER_SECTOR, ClusterCipher, EncryptedLayer, Keyring, SectorNumbering, UnlockError};

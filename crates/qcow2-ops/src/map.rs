@@ -68,7 +68,7 @@ pub struct MapExtent {
 
 impl MapExtent {
     /// True if `next` follows this run and has the same state and contiguous host offsets.
-    fn continues_in(&self, next: &Self) -> bool {
+    pub(crate) fn continues_in(&self, next: &Self) -> bool {
         let same = |e: &Self| (e.depth, e.present, e.zero, e.data, e.compressed);
         let host = match (self.host, next.host) {
             (None, None) => true,

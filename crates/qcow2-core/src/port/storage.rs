@@ -115,6 +115,8 @@ pub enum Length {
     Device,
     /// A server's export.
     Export,
+    /// A part of another storage, of a given length.
+    Window,
     /// Something else of fixed length.
     Fixed,
 }
