@@ -25,18 +25,24 @@ impl NbdServer {
     /// qemu-nbd, in `folder`, with the words of `options`. Prints a skip and returns `None` if it is missing.
     pub fn qemu_nbd(folder: &Path, socket: &Path, options: &str) -> Option<Self> {
         let mut command = Command::new(Tool::find("qemu-nbd")?.path());
-        command.args(["-t", "-e", "8", "-k"]).arg(socket).args(words(options));
-        Some(Self::start(command, folder, socket))
+        command.args(words(options));
+        Some(Self::start(command, folder, socket, &["-t", "-e", "8", "-k"]))
     }
 
     /// The same for nbdkit.
     pub fn nbdkit(folder: &Path, socket: &Path, options: &str) -> Option<Self> {
         let mut command = Command::new(Tool::find("nbdkit")?.path());
+        // Its own options come before the plugin's.
         command.args(["-f", "-U"]).arg(socket).args(words(options));
-        Some(Self::start(command, folder, socket))
+        Some(Self::start(command, folder, socket, &[]))
     }
 
-    fn start(mut command: Command, folder: &Path, socket: &Path) -> Self {
+    /// Starts `command` in `folder` and waits until it listens. `how`: more of its options, the last of which
+    /// names the socket; none if it is named already.
+    pub fn start(mut command: Command, folder: &Path, socket: &Path, how: &[&str]) -> Self {
+        if !how.is_empty() {
+            command.args(how).arg(socket);
+        }
         // What a server thinks of broken connections is of no interest.
         command.current_dir(folder).stdin(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn().expect("a server that starts");

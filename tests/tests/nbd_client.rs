@@ -5,9 +5,11 @@
 use qcow2_testkit::oracle::{Qemu, Tool};
 use qcow2_tests::nbd_server::NbdServer;
 use qcow2_tests::side_by_side::{Comparison, SideBySide, words};
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -116,6 +118,39 @@ fn contexts_of_the_server_are_mapped() {
     // qemu-img takes marks for zeroes here.
     let line = format!("compare --image-opts {options},{marks} driver=qcow2,file.filename=m.qcow2");
     both.ours().run_in(&start, &words(&line)).expect_code(0);
+}
+
+/// Names of exports are bytes, of which a server takes so many; a URL is text.
+#[test]
+fn names_of_exports_are_bytes() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
+    let socket = root.path().join("s");
+    let name = OsStr::from_bytes(b"a\xff\xc3\xa9\xfe");
+    let mut command = Command::new("qemu-nbd");
+    command.args(["-r", "-f", "qcow2", "s.qcow2", "-x"]).arg(name);
+    let _server = NbdServer::start(command, &both.start(), &socket, &["-t", "-e", "8", "-k"]);
+    let with = |before: &str, after: &str| {
+        let before = before.replace('@', &socket.display().to_string());
+        let after = after.replace('@', &socket.display().to_string());
+        OsString::from_vec([before.as_bytes(), name.as_bytes(), after.as_bytes()].concat())
+    };
+    for (args, name) in [
+        (vec!["info"], with("nbd:unix:@:exportname=", "")),
+        (vec!["info", "--output=json"], with("nbd:unix:@:exportname=", "")),
+        (vec!["info", "--image-opts"], with("driver=nbd,path=@,export=", "")),
+        (vec!["map", "--image-opts"], with("driver=nbd,path=@,export=", "")),
+        (vec!["info"], with("nbd+unix:///", "?socket=@")),
+        (vec!["info"], OsString::from(format!("nbd+unix:///a%ff%c3%a9%fe?socket={}", socket.display()))),
+        (vec!["info", "--image-opts"], with("driver=nbd,path=@,export=x", "")),
+        (vec!["info", "--image-opts"], with("driver=nbd,path=@,export=", &"x".repeat(4096))),
+        (vec!["info", "--image-opts"], with("driver=nbd,path=@,x-dirty-bitmap=", &"x".repeat(4096))),
+    ] {
+        let args: Vec<&OsStr> = args.into_iter().map(OsStr::new).chain([&*name]).collect();
+        let [theirs, ours] = [both.reference(), both.ours()].map(|tool| tool.run_in(&both.start(), &args));
+        assert_eq!((&ours.stdout, ours.code), (&theirs.stdout, theirs.code), "{args:?}");
+        assert_eq!(ours.stderr, theirs.stderr, "{args:?}");
+    }
 }
 
 fn check(both: &SideBySide, lines: &[String]) {

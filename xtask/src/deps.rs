@@ -14,7 +14,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("qcow2-format", &[]),
     ("qcow2-core", &["qcow2-format"]),
     ("qcow2-ops", &["qcow2-core", "qcow2-format"]),
-    ("qcow2-nbd", &[]),
+    ("qcow2-nbd", &["qcow2-format"]),
     ("qcow2-io", &["qcow2-core", "qcow2-nbd"]),
     ("qcow2-codec", &["qcow2-core"]),
     ("qcow2-crypt", &["qcow2-core", "qcow2-format"]),

@@ -8,9 +8,9 @@
 //! | [`blocking`] | both on connections that block: a client for any number of threads, a server with some |
 //! | [`tls`] | encryption of a connection, for clients and servers (feature `tls`) |
 //!
-//! The crate opens no socket and, but for the feature `tls`, depends on nothing but the standard library.
-//! Only the blocking half looks at a clock, and only its server starts threads. Whatever a peer sends leads
-//! to a value or an error, in bounded memory.
+//! The crate opens no socket. It depends on `qcow2-format`, for the text of names, and with the feature `tls`
+//! on rustls. Only the blocking half looks at a clock, but for one bound, and only its server starts threads.
+//! Whatever a peer sends leads to a value or an error, in bounded memory.
 //!
 //! A client of the whole protocol: fixed newstyle, newstyle and old-style servers; simple, structured and
 //! extended replies; meta contexts; limits of a request's size; the request of TLS, which the caller runs. A

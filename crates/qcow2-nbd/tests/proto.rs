@@ -180,3 +180,37 @@ fn any_bytes_are_read() {
         let _ = (Extent::decode(&bytes, false), Extent::decode(&bytes, true));
     }
 }
+
+/// Names are any bytes; text that stands for them goes out as these bytes and comes back as this text.
+#[test]
+fn names_of_any_bytes() {
+    let name = "a\u{10feff}\u{e9}\u{10fefe}".to_owned();
+    let mut sent = Vec::new();
+    OptionRequest::ExportName(name.clone()).encode(&mut sent);
+    assert_eq!(&sent[OptionHead::LEN..], b"a\xff\xc3\xa9\xfe");
+    let export = name.clone();
+    for request in [
+        OptionRequest::ExportName(name.clone()),
+        OptionRequest::Info { go: true, export: export.clone(), wanted: vec![] },
+        OptionRequest::MetaContext { set: true, export, queries: vec![name.clone()] },
+    ] {
+        let mut sent = Vec::new();
+        request.encode(&mut sent);
+        assert_eq!(OptionRequest::decode(request.option(), &sent[OptionHead::LEN..]), Ok(request));
+    }
+    for reply in [
+        OptionReply::Server { name: name.clone(), description: name.clone() },
+        OptionReply::MetaContext { id: 7, name: name.clone() },
+        OptionReply::Info(Info::Name(name.clone())),
+    ] {
+        let mut sent = Vec::new();
+        reply.encode(OptionCode::LIST, &mut sent);
+        assert_eq!(OptionReply::decode(reply.kind(), &sent[OptionReplyHead::LEN..]), Ok(reply));
+    }
+    // The longest name there is, and one byte more: four bytes of text each.
+    for (len, sent_len) in [(MAX_STRING, MAX_STRING), (MAX_STRING + 1, MAX_STRING / 4)] {
+        let mut sent = Vec::new();
+        OptionRequest::ExportName("\u{10feff}".repeat(len)).encode(&mut sent);
+        assert_eq!(sent.len() - OptionHead::LEN, sent_len);
+    }
+}

@@ -3,6 +3,7 @@
 
 use crate::keys::{Secrets, TlsEndpoint};
 use crate::tree::{Options, Scalar};
+use qcow2_core::format::text::lone_byte;
 use qcow2_io::{NbdAddress, NbdOptions, NbdTls, path_of, text_of_name};
 use std::fmt;
 use std::time::Duration;
@@ -228,6 +229,10 @@ struct Url {
 impl Url {
     /// What follows `://`: `host:port/export?socket=path`.
     fn parse(text: &str) -> Option<Self> {
+        // As in QEMU, a URL is text.
+        if text.chars().any(|c| lone_byte(c).is_some()) {
+            return None;
+        }
         let (text, query) = text.split_once('?').unwrap_or((text, ""));
         let (server, export) = text.split_once('/').unwrap_or((text, ""));
         let server = server.split_once('@').map_or(server, |(_, server)| server);
@@ -330,6 +335,8 @@ mod tests {
             "nbd://h:99999",
             "nbd://[::1/",
             "nbd://h/x?a=b",
+            "nbd://h/%ff",
+            "nbd://h/\u{10feff}",
         ] {
             refused(bad, AddressError::NotAUrl);
         }

@@ -4,9 +4,10 @@ use super::NbdError;
 use super::address::NbdAddress;
 use super::halves::{Halves, NbdTls, Outgoing, Receiving};
 use super::stream::Stream;
+use qcow2_core::format::text::bytes_of;
 use qcow2_nbd::blocking::{Connection, Failure, Job, resume};
 use qcow2_nbd::client::{Export, Handshake, Negotiation, Step};
-use qcow2_nbd::proto::{ErrorCode, transmission_flag};
+use qcow2_nbd::proto::{ErrorCode, MAX_STRING, transmission_flag};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -26,8 +27,8 @@ pub struct NbdOptions {
     pub open_timeout: Duration,
     /// How long requests wait for another connection after one is lost; with zero all later requests fail.
     pub reconnect_delay: Duration,
-    /// A meta context that is chosen in place of `base:allocation`. The server must have it. What it tells is shown
-    /// by `status_at`; all bytes count as data, because it is not where zeroes are.
+    /// A meta context that is chosen in place of `base:allocation`. The server must have it. What it tells is
+    /// shown by `status_at`; all bytes count as data, because it is not where zeroes are.
     pub context: Option<String>,
     /// Encrypts the connection; a server without TLS is refused.
     pub tls: Option<NbdTls>,
@@ -85,6 +86,7 @@ impl Link {
         if let (Some(tls), NbdAddress::Tcp { host, .. }) = (&mut options.tls, address) {
             tls.hostname.get_or_insert_with(|| host.clone());
         }
+        check_names(&options)?;
         let started = Instant::now();
         let (open, turn) = loop {
             match address.connect(options.timeout).and_then(|stream| open(stream, &options)) {
@@ -98,6 +100,7 @@ impl Link {
     }
 
     pub(super) fn over(stream: Stream, options: NbdOptions) -> Result<Self, NbdError> {
+        check_names(&options)?;
         let (open, turn) = open(stream, &options)?;
         Ok(Self::of(None, options, open, turn))
     }
@@ -218,6 +221,18 @@ impl Drop for Link {
 fn open(stream: Stream, options: &NbdOptions) -> Result<(Open, Option<Mutex<()>>), NbdError> {
     let (halves, export) = agree(stream, options)?;
     Ok(ready(halves, export, options.timeout))
+}
+
+/// Refuses names that a server does not take, instead of asking for a part of them.
+fn check_names(options: &NbdOptions) -> Result<(), NbdError> {
+    let too_long = |name: &str| bytes_of(name).len() > MAX_STRING;
+    if too_long(&options.export) {
+        return Err(NbdError::new("export name too long to send to server"));
+    }
+    if options.context.as_deref().is_some_and(too_long) {
+        return Err(NbdError::new("x-dirty-bitmap query too long to send to server"));
+    }
+    Ok(())
 }
 
 /// Runs the handshake.

@@ -5,6 +5,9 @@
 //! of bytes that are needed at least, or [`DecodeError::Invalid`]. It allocates at most what the bytes that
 //! are there can fill.
 //!
+//! Strings are text in the values and bytes in the messages: a byte that is no part of a UTF-8 character is a
+//! private character of its own, as in [`qcow2_format::text`], so names of any bytes pass without loss.
+//!
 //! | phase | from the client | from the server |
 //! |---|---|---|
 //! | greeting | [`encode_client_flags`] | [`Greeting`] |
@@ -26,6 +29,8 @@ pub use option::{BlockSizes, Info, OptionHead, OptionReply, OptionReplyHead, Opt
 pub use reply::{Chunk, Extent, ReplyHead};
 pub use request::{Mode, Request};
 
+use qcow2_format::text::{bytes_of, text_of};
+use std::borrow::Cow;
 use std::fmt;
 
 /// The longest string of the protocol, in bytes.
@@ -109,8 +114,7 @@ impl<'a> Input<'a> {
         if len > MAX_STRING {
             return Err(DecodeError::Invalid("a string of more than 4096 bytes"));
         }
-        let text = std::str::from_utf8(self.take(len)?);
-        text.map(str::to_owned).map_err(|_| DecodeError::Invalid("a string that is not UTF-8"))
+        Ok(text_of(self.take(len)?))
     }
 
     /// All bytes that are left, as text: of a name, or of a message.
@@ -152,10 +156,15 @@ trait Output {
         self.bytes(&number.to_be_bytes())
     }
 
-    /// A string with its length. What is over [`MAX_STRING`] is left off, at a whole character.
+    /// A string with its length.
     fn string(&mut self, text: &str) -> &mut Self {
-        let text = short(text);
-        self.u32(text.len() as u32).bytes(text.as_bytes())
+        let bytes = name_bytes(text);
+        self.u32(bytes.len() as u32).bytes(&bytes)
+    }
+
+    /// A string up to the end of a message.
+    fn name(&mut self, text: &str) -> &mut Self {
+        self.bytes(&name_bytes(text))
     }
 }
 
@@ -163,6 +172,14 @@ impl Output for Vec<u8> {
     fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
         self.extend_from_slice(bytes);
         self
+    }
+}
+
+/// The bytes of a name. What is over [`MAX_STRING`] is left off, at a whole character.
+fn name_bytes(text: &str) -> Cow<'_, [u8]> {
+    match bytes_of(text) {
+        bytes if bytes.len() <= MAX_STRING => bytes,
+        _ => bytes_of(short(text)),
     }
 }
 

@@ -96,7 +96,7 @@ impl OptionRequest {
         let mut data = Vec::new();
         match self {
             Self::ExportName(name) => {
-                data.bytes(short(name).as_bytes());
+                data.name(name);
             }
             Self::Info { export, wanted, .. } => {
                 data.string(export).u16(wanted.len() as u16);
@@ -231,8 +231,8 @@ impl Info {
     fn encode(&self, out: &mut Vec<u8>) {
         match self {
             Self::Export { size, flags } => out.u16(InfoKind::EXPORT.0).u64(*size).u16(*flags),
-            Self::Name(name) => out.u16(InfoKind::NAME.0).bytes(short(name).as_bytes()),
-            Self::Description(text) => out.u16(InfoKind::DESCRIPTION.0).bytes(short(text).as_bytes()),
+            Self::Name(name) => out.u16(InfoKind::NAME.0).name(name),
+            Self::Description(text) => out.u16(InfoKind::DESCRIPTION.0).name(text),
             Self::BlockSizes(BlockSizes { minimum, preferred, maximum }) => {
                 out.u16(InfoKind::BLOCK_SIZE.0).u32(*minimum).u32(*preferred).u32(*maximum)
             }
@@ -305,11 +305,11 @@ impl OptionReply {
         match self {
             Self::Ack => {}
             Self::Server { name, description } => {
-                data.string(name).bytes(short(description).as_bytes());
+                data.string(name).name(description);
             }
             Self::Info(info) => info.encode(&mut data),
             Self::MetaContext { id, name } => {
-                data.u32(*id).bytes(short(name).as_bytes());
+                data.u32(*id).name(name);
             }
             Self::Error { message, .. } => {
                 data.bytes(short(message).as_bytes());
