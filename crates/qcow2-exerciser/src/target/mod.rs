@@ -111,6 +111,11 @@ impl Target {
         self.disk.as_image().ok_or(Reason::System(NOT_SUPPORTED))
     }
 
+    /// True if the disk is there and `range` inside it.
+    pub(crate) fn is_inside(&self, range: Range) -> bool {
+        self.check_range(range.offset, range.len).is_ok()
+    }
+
     /// Checks that the disk is there and that a request ends inside it. Errors: `NO_MEDIUM`; `IO_ERROR`, as a
     /// device returns.
     fn check_range(&self, offset: u64, len: u64) -> Result<(), Reason> {
