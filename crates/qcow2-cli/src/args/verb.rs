@@ -26,7 +26,7 @@ pub(crate) struct Verb {
 impl Verb {
     /// Whether the tool that is stood in for has no such verb.
     pub(crate) fn is_foreign(&self, session: &Session) -> bool {
-        session.is_drop_in() && matches!(self.name, "io" | "checksum" | "rescue" | "vet")
+        session.is_drop_in() && matches!(self.name, "io" | "checksum" | "rescue" | "serve" | "vet")
     }
 }
 

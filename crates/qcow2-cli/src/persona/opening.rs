@@ -27,8 +27,9 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
         FailureKind::File { path, error } => return with_hint(source_reason(error, path)),
         FailureKind::Engine(error) => return engine_reason(error),
         FailureKind::Connect(error) => {
+            let hint = error.needs_tls().then(|| "Did you forget a valid tls-creds?".to_owned());
             let server = error.server_message().map(|text| format!("server reported: {text}"));
-            return (error.to_string(), server.into_iter().collect());
+            return (error.to_string(), hint.into_iter().chain(server).collect());
         }
         FailureKind::UnnamedDataFile => "'data-file' is required for this image".to_owned(),
         FailureKind::RawWithoutDataFile => "data-file-raw requires a data file".to_owned(),
@@ -44,6 +45,12 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
             format!("Could not read image for determining its format: {}", storage(error))
         }
         FailureKind::Storage(error) => storage(error),
+        FailureKind::NotQcow => "Image not in qcow format".to_owned(),
+        FailureKind::QcowVersion(version) => {
+            let hint = "Try the 'qcow2' driver instead.".to_owned();
+            return (format!("qcow (v1) does not support qcow version {version}"), vec![hint]);
+        }
+        FailureKind::Container(_) => "Volume is not in LUKS format".to_owned(),
         FailureKind::UnsupportedFormat(name) => format!("Unknown driver '{name}'"),
         FailureKind::UnalignedPreallocation => kind.to_string(),
         FailureKind::Loop(name) => endless(name),

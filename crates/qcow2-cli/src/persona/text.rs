@@ -48,6 +48,13 @@ pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
 pub(crate) fn procedure(error: &qcow2_ops::Error) -> Failure {
     match (error.kind(), error.core_error()) {
         (qcow2_ops::ErrorKind::Stopped, _) => Failure::silent(exit::FAILURE),
+        // The system's words for what an image cannot do at all; why is for whoever asks by our own name.
+        (qcow2_ops::ErrorKind::Write, Some(engine))
+            if engine.kind() == qcow2_core::ErrorKind::Unsupported =>
+        {
+            Failure::new(format!("{error}: Operation not supported"))
+                .in_own_words(format!("{error}: {}", cause(engine)), None)
+        }
         (_, Some(engine)) => Failure::new(format!("{error}: {}", cause(engine))),
         (_, None) => Failure::new(chain(error)),
     }

@@ -140,8 +140,8 @@ impl Tables {
 
     /// Writes the zeroes of a new table of one cluster at the end of the file, although it would read as
     /// zeroes without that: it then has space in the storage before anything depends on it. So a full disk
-    /// fails the request that needs the table, which can be repeated, and not a flush, which would poison the
-    /// image. It writes instead of reserving, so that the file system places the table next to the data
+    /// fails the request that needs the table, and not a flush, which would have to be repeated until there
+    /// is space. It writes instead of reserving, so that the file system places the table next to the data
     /// around it.
     pub(crate) fn write_empty(&self, kind: OverlapChecks, table: HostOffset) -> Result<()> {
         debug_assert!(self.file.geometry().is_aligned(table.value()), "an empty table at {table}");

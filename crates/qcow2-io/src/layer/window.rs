@@ -2,8 +2,8 @@
 
 use crate::error::Call;
 use qcow2_core::{
-    Events, HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
-    forward_storage,
+    Events, HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent,
+    StorageStatus, ZeroMode, forward_storage,
 };
 use std::sync::Arc;
 
@@ -109,6 +109,14 @@ impl Storage for WindowStorage {
         match self.inner.len()?.saturating_sub(place.value()) {
             0 => Ok(StorageExtent { len, data: false }),
             rest => self.inner.extent_at(place, len.min(rest)),
+        }
+    }
+
+    fn status_at(&self, offset: HostOffset, len: u64) -> Result<Option<StorageStatus>, StorageError> {
+        let place = self.place(Call::new("map", offset, len))?;
+        match self.inner.len()?.saturating_sub(place.value()) {
+            0 => Ok(None),
+            rest => self.inner.status_at(place, len.min(rest)),
         }
     }
 

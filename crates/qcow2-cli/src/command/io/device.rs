@@ -42,7 +42,8 @@ impl Opener for Files<'_> {
     }
 }
 
-fn failure(error: FilesError) -> Failure {
+/// Why files were not opened, for the user.
+pub(crate) fn failure(error: FilesError) -> Failure {
     match error {
         FilesError::List(error) => error.into(),
         FilesError::Option(error) => error.into(),
@@ -51,7 +52,8 @@ fn failure(error: FilesError) -> Failure {
     }
 }
 
-fn lines(warning: &Warning) -> Vec<String> {
+/// A warning of opening, as lines.
+pub(crate) fn lines(warning: &Warning) -> Vec<String> {
     match warning {
         Warning::GuessedRaw(_) => persona::warning(warning),
         _ => persona::warning_lines(warning),

@@ -7,6 +7,8 @@ mod console;
 mod device;
 mod words;
 
+pub(crate) use device::{failure, lines};
+
 use crate::args::{Arguments, Getopt, Objects, Opt, Verb, print_verb_help, print_version};
 use crate::exit;
 use crate::failure::Failure;

@@ -58,8 +58,8 @@ impl RefcountStore {
     }
 
     /// [`allocate_metadata`](Self::allocate_metadata) that also reserves space in the storage. For tables
-    /// that are written in the middle of a procedure, where a full disk would poison the image. Errors: also
-    /// `NoSpace`; nothing is allocated then.
+    /// that are written in the middle of a procedure: a full disk is found before that has changed anything.
+    /// Errors: also `NoSpace`; nothing is allocated then.
     pub(crate) fn allocate_with_space(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
         let reserved = self.allocate_metadata(kind, count)?;
         let len = reserved.run.len(self.geometry());
