@@ -59,6 +59,11 @@ pub fn open_files(
             tell(warning, source);
         }
     };
+    if let Some(kind @ FailureKind::QueuedThroughCache) = refused {
+        // It is a fault of the file, which has to be there.
+        open_bytes(&name, &how)?;
+        return Err(OpenFailure::new(&name.typed, kind).into());
+    }
     let opened = open_telling(&name, &how, &unclean)?;
     if let Some(kind) = refused {
         return Err(OpenFailure::new(&name.typed, kind).into());
