@@ -8,6 +8,8 @@ use std::thread::{Builder, JoinHandle};
 #[derive(Default)]
 pub(crate) struct Background {
     running: VecDeque<JoinHandle<Outcome>>,
+    /// Requests that were refused when they were started.
+    refused: Vec<Outcome>,
 }
 
 /// Maximum number of requests in flight. Starting one more waits for the oldest.
@@ -28,10 +30,16 @@ impl Background {
         outcomes
     }
 
-    /// Outcomes of the requests that have finished, in the order in which they were started. Stops at the
-    /// first one that is still running, so that the order of reports is the order of the commands.
+    /// Adds a request that was refused when it was started.
+    pub(crate) fn add_refused(&mut self, outcome: Outcome) {
+        self.refused.push(outcome);
+    }
+
+    /// Outcomes of the requests that have finished: those that were refused, as in qemu-io the last one
+    /// first, then the others in the order in which they were started. Stops at the first one that is still
+    /// running, so that the order of reports is the order of the commands.
     pub(crate) fn finished(&mut self) -> Vec<Outcome> {
-        let mut outcomes = Vec::new();
+        let mut outcomes: Vec<Outcome> = self.refused.drain(..).rev().collect();
         while self.running.front().is_some_and(JoinHandle::is_finished) {
             outcomes.extend(self.running.pop_front().map(finish));
         }
@@ -40,7 +48,7 @@ impl Background {
 
     /// Waits for all requests in flight and returns their outcomes, oldest first.
     pub(crate) fn wait(&mut self) -> Vec<Outcome> {
-        self.running.drain(..).map(finish).collect()
+        self.refused.drain(..).rev().chain(self.running.drain(..).map(finish)).collect()
     }
 }
 

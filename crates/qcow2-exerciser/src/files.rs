@@ -37,9 +37,12 @@ pub fn open_files(
     how: OpenOptions,
     tell: Tell<'_>,
 ) -> Result<OpenedFiles, FilesError> {
-    let request = understood(request)?;
+    let (request, refused) = understood(request)?;
     let (typed, naming) = name_of(&request, secrets);
     let name = ImageName::parse(&typed, &naming)?;
+    if let Some(kind @ FailureKind::SharedAndWritable) = refused {
+        return Err(OpenFailure::new(&name.typed, kind).into());
+    }
     // Durable writes are made by flushing after each, above the image; its own tables need no flush each.
     let cache = match request.cache {
         CacheMode::None | CacheMode::Directsync => CacheMode::None,
@@ -56,7 +59,15 @@ pub fn open_files(
             tell(warning, source);
         }
     };
+    if let Some(kind @ FailureKind::QueuedThroughCache) = refused {
+        // It is a fault of the file, which has to be there.
+        open_bytes(&name, &how)?;
+        return Err(OpenFailure::new(&name.typed, kind).into());
+    }
     let opened = open_telling(&name, &how, &unclean)?;
+    if let Some(kind) = refused {
+        return Err(OpenFailure::new(&name.typed, kind).into());
+    }
     let debugger = opened.debugger.clone();
     let (mut disk, format) = match scratch {
         true => {
@@ -89,8 +100,9 @@ pub fn open_files(
     Ok(OpenedFiles { opened, warnings })
 }
 
-/// The request with the options that are about opening taken out of its option strings.
-fn understood(request: &OpenRequest) -> Result<OpenRequest, FilesError> {
+/// The request with the options that are about opening taken out of its option strings, and why it is refused
+/// once its name is understood (`SharedAndWritable`) or its files are there.
+fn understood(request: &OpenRequest) -> Result<(OpenRequest, Option<FailureKind>), FilesError> {
     let mut request = request.clone();
     let list = match request.options.is_empty() {
         true => KeyValues::default(),
@@ -119,20 +131,17 @@ fn understood(request: &OpenRequest) -> Result<OpenRequest, FilesError> {
     }
     request.options = rest;
     request.cache = request.cache.with_flags(direct, no_flush);
-    let refused =
-        |kind: FailureKind| Err(OpenFailure::new(request.path.as_deref().unwrap_or_default(), kind).into());
-    // The option decides, but a disk to write to is not opened as one that cannot be.
-    if read_only == Some(true) && !request.read_only {
-        return refused(FailureKind::ReadOnlyNode);
-    }
+    // The option decides, but a disk to write to is not opened as one that cannot be written to.
+    let is_read_only_node = read_only == Some(true) && !request.read_only;
     request.read_only = read_only.unwrap_or(request.read_only);
-    if request.force_share && !request.read_only {
-        return refused(FailureKind::SharedAndWritable);
-    }
-    if request.native_aio && !request.cache.is_direct() {
-        return refused(FailureKind::QueuedThroughCache);
-    }
-    Ok(request)
+    let refused = if request.force_share && !request.read_only {
+        Some(FailureKind::SharedAndWritable)
+    } else if request.native_aio && !request.cache.is_direct() {
+        Some(FailureKind::QueuedThroughCache)
+    } else {
+        is_read_only_node.then_some(FailureKind::ReadOnlyNode)
+    };
+    Ok((request, refused))
 }
 
 /// What the request's name is, and how it is meant.
@@ -218,20 +227,20 @@ impl From<OpenFailure> for FilesError {
 mod tests {
     use super::*;
 
-    fn with_options(options: &str) -> Result<OpenRequest, FilesError> {
+    fn with_options(options: &str) -> Result<(OpenRequest, Option<FailureKind>), FilesError> {
         let (path, options) = (Some("disk".to_owned()), vec![options.to_owned()]);
         understood(&OpenRequest { path, options, ..OpenRequest::default() })
     }
 
     #[test]
     fn options_about_opening_are_taken_out() {
-        let request = with_options("cache.direct=on,driver=qcow2,discard=ignore,a=b,,c").unwrap();
+        let request = with_options("cache.direct=on,driver=qcow2,discard=ignore,a=b,,c").unwrap().0;
         assert!(!request.read_only && !request.discards);
         assert_eq!(request.cache, CacheMode::Directsync);
         assert_eq!(request.options, ["driver=qcow2", "a=b,,c"]);
         let (typed, naming) = name_of(&request, &Secrets::default());
         assert_eq!((&*typed, naming.options.as_deref()), ("disk", Some("driver=qcow2,a=b,,c")));
-        let request = with_options("cache.no-flush=on").unwrap();
+        let request = with_options("cache.no-flush=on").unwrap().0;
         assert_eq!(request.cache, CacheMode::Unsafe);
     }
 
@@ -241,17 +250,19 @@ mod tests {
             let (path, options) = (Some("disk".to_owned()), vec![options.to_owned()]);
             understood(&OpenRequest { path, options, read_only, ..OpenRequest::default() })
         };
-        assert!(request("read-only=on", true).unwrap().read_only);
-        assert!(!request("read-only=off", true).unwrap().read_only);
-        let Err(FilesError::Open(failure)) = request("read-only=on", false) else { panic!("opened") };
-        assert!(matches!(failure.kind(), FailureKind::ReadOnlyNode));
+        let (on, refused) = request("read-only=on", true).unwrap();
+        assert!(on.read_only && refused.is_none());
+        let (off, refused) = request("read-only=off", true).unwrap();
+        assert!(!off.read_only && refused.is_none());
+        let (_, refused) = request("read-only=on", false).unwrap();
+        assert!(matches!(refused, Some(FailureKind::ReadOnlyNode)));
     }
 
     #[test]
     fn options_that_are_refused() {
         let refused = |options| with_options(options).map(|_| ()).unwrap_err();
-        let FilesError::Open(failure) = refused("force-share=on") else { panic!("opened") };
-        assert!(matches!(failure.kind(), FailureKind::SharedAndWritable));
+        let (_, shared) = with_options("force-share=on").unwrap();
+        assert!(matches!(shared, Some(FailureKind::SharedAndWritable)));
         let FilesError::Option(error) = refused("read-only=maybe") else { panic!("opened") };
         assert_eq!((&*error.option, error.kind), ("read-only", OptionErrorKind::NotASwitch));
         let FilesError::Request(error) = refused("discard=maybe") else { panic!("opened") };

@@ -206,7 +206,8 @@ fn line(rng: &mut Rng) -> Vec<String> {
         74..=77 => commit(&mut words),
         78..=82 => amend(&mut words),
         83..=86 => measure(&mut words),
-        87..=90 => dd(&mut words),
+        87..=89 => dd(&mut words),
+        90 => bench(&mut words),
         _ => io(&mut words),
     }
     words.words
@@ -445,6 +446,29 @@ fn dd(w: &mut Words<'_>) {
     operand(w, 4, "skip", &["0", "1", "7", "9999", "-1"]);
 }
 
+fn bench(w: &mut Words<'_>) {
+    // 75000 requests are too many.
+    w.add("qemu-img")
+        .add("bench")
+        .maybe_of(1, "-c", &["1", "3", "0", "17", "foo"])
+        .maybe(8, "-q")
+        .maybe(12, "-U");
+    w.maybe_of(4, "-s", &["512", "4k", "1M", "1000", "0", "3G"]).maybe_of(
+        6,
+        "-S",
+        &["512", "64k", "0", "-1"],
+    );
+    w.maybe_of(5, "-o", &["0", "1M", "511", "9M"]).maybe_of(6, "-d", &["1", "3", "0", "foo"]).maybe(8, "-n");
+    w.maybe_of(8, "-t", &CACHES).maybe_of(12, "-i", &["threads", "native", "io_uring", "foo"]);
+    w.maybe(3, "-w").maybe_of(6, "--pattern", &["7", "256", "foo"]).maybe(12, "--no-drain");
+    w.maybe_of(6, "--flush-interval", &["1", "2", "foo"]);
+    let (format, image) = (w.format(), w.image());
+    if w.rng.one_in(4) {
+        w.add("-f").add(format);
+    }
+    w.add(image);
+}
+
 fn io(w: &mut Words<'_>) {
     w.add("qemu-io")
         .maybe(6, "-r")
@@ -454,7 +478,7 @@ fn io(w: &mut Words<'_>) {
         .maybe_of(20, "-t", &CACHES);
     for _ in 0..=w.rng.below(3) {
         let (at, len) = (w.size(), w.size());
-        let command = match w.rng.below(14) {
+        let command = match w.rng.below(18) {
             0..=2 => format!("write -q -P {} {at} {len}", w.rng.below(256)),
             3 => format!("write -q -z {at} {len}"),
             4 => format!("write -q -z -u {at} {len}"),
@@ -466,6 +490,16 @@ fn io(w: &mut Words<'_>) {
             10 => "map".to_owned(),
             11 => "length".to_owned(),
             12 => format!("truncate {len}"),
+            13 => format!("truncate -m {} {len}", w.pick(&["off", "metadata", "falloc", "full", "foo"])),
+            14 => format!("writev -q -P 4 {at} {len} 512"),
+            15 => format!("readv -q -P 0 {at} 512 {len}"),
+            16 => w.pick(&[
+                "open -r t.qcow2",
+                "open base.qcow2",
+                "open nofile",
+                "close",
+                "open -o l2-cache-size=1M t.qcow2",
+            ]),
             _ => w.pick(&["flush", "info", "help nope", "foo", "reopen -r", "reopen -w", "quit"]),
         };
         w.add("-c").add(format!("'{command}'"));

@@ -113,10 +113,15 @@ impl Pair {
             let args = ["compare".as_ref(), old.as_os_str(), new.as_os_str()];
             what == CONTENT && self.reference.img.run_in(ours.path(), &args).code == Some(0)
         };
+        let was_damaged = || {
+            let check = ["check".as_ref(), old.as_os_str()];
+            self.reference.img.run_in(copy.path(), &check).code == Some(2)
+        };
         let verb = verb_of(line);
         let cause = match what {
             _ if failed && is_same => format!("{verb}: failed, and only the reference changed a file"),
             _ if keeps_content() => format!("{verb}: content that only ours kept"),
+            CONTENT if was_damaged() => format!("{verb}: content of an image that was damaged before"),
             CONTENT if words(line).iter().any(|word| word == "-B") => format!("{verb} -B: {what}"),
             _ => format!("{verb}: {what}"),
         };

@@ -9,7 +9,7 @@ use crate::open::{open_to_change, read_name};
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
-use qcow2_blockdev::open;
+use qcow2_blockdev::{open, open_bytes};
 use qcow2_exerciser::{Bench, BenchFailure, BenchRefusal};
 use qcow2_image::Threads;
 use qcow2_io::CacheMode;
@@ -48,8 +48,8 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         return refused(persona::SHARED_AND_WRITABLE);
     }
     if request.native && !request.cache.is_direct() {
-        // What does not open at all is told first.
-        open(&name, &request.image.options())?;
+        // A file that does not open at all is told first.
+        open_bytes(&name, &request.image.options())?;
         return refused(persona::NATIVE_NEEDS_DIRECT);
     }
     let how = request.image.options().with_cache(request.cache);

@@ -134,7 +134,9 @@ impl<'a> Exerciser<'a> {
         match command {
             Command::Read(request) => self.read(request),
             Command::Write(request) => self.write(request),
-            Command::Discard { range, style } => self.foreground(|target| target.discard(range, style)),
+            Command::Discard { range, style } => {
+                self.foreground(range, |target| target.discard(range, style))
+            }
             Command::Flush => self.flush(),
             Command::AioFlush => {
                 let finished = self.background.wait();
@@ -177,38 +179,49 @@ impl<'a> Exerciser<'a> {
         self.open.as_ref().map(|open| &open.target).ok_or(Failed)
     }
 
-    /// Runs a request and prints its outcome, then the outcomes of background requests that have finished.
-    fn foreground(&mut self, request: impl FnOnce(&Target) -> Outcome) -> Result<(), Failed> {
-        let outcome = request(self.target()?);
+    /// Runs a request on `range` and prints the outcomes of background requests that have finished, then its
+    /// own. A request that is refused waits for nothing, and so is told before any other.
+    fn foreground(&mut self, range: Range, request: impl FnOnce(&Target) -> Outcome) -> Result<(), Failed> {
+        let target = self.target()?;
+        let (is_inside, outcome) = (target.is_inside(range), request(target));
         let failed = outcome.failed;
+        if is_inside {
+            let finished = self.background.finished();
+            self.print_background(finished);
+        }
         self.print(outcome);
-        let finished = self.background.finished();
-        self.print_background(finished);
         if failed { Err(Failed) } else { Ok(()) }
     }
 
     fn read(&mut self, request: Read) -> Result<(), Failed> {
         if request.manner != Manner::Background {
-            return self.foreground(|target| target.read(&request));
+            return self.foreground(request.range, |target| target.read(&request));
         }
         let target = self.target()?.clone();
-        let finished = self.background.start(move || target.read(&request));
-        self.print_background(finished);
+        self.in_background(target.is_inside(request.range), move || target.read(&request));
         Ok(())
     }
 
     fn write(&mut self, request: Write) -> Result<(), Failed> {
         let source = match self.source(&request) {
             Ok(source) => source,
-            Err(complaint) => return self.foreground(|_| Outcome::complaint(complaint)),
+            Err(complaint) => return self.foreground(request.range, |_| Outcome::complaint(complaint)),
         };
         if request.manner != Manner::Background {
-            return self.foreground(|target| target.write(&request, source));
+            return self.foreground(request.range, |target| target.write(&request, source));
         }
         let target = self.target()?.clone();
-        let finished = self.background.start(move || target.write(&request, source));
-        self.print_background(finished);
+        self.in_background(target.is_inside(request.range), move || target.write(&request, source));
         Ok(())
+    }
+
+    /// Starts a request. One that is not `possible` ends at once, and is told before whatever comes next.
+    fn in_background(&mut self, possible: bool, request: impl FnOnce() -> Outcome + Send + 'static) {
+        if !possible {
+            return self.background.add_refused(request());
+        }
+        let finished = self.background.start(request);
+        self.print_background(finished);
     }
 
     /// The data of a write. Errors: the line to print, if the file of `-s` is empty or cannot be read.

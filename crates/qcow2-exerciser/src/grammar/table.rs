@@ -186,13 +186,34 @@ pub(crate) static COMMANDS: &[Spec] = &[
         )
     },
     Spec {
+        alias: Some("zap"),
         max_words: Some(4),
         synopsis: Some("offset len [len..]"),
         ..plain("zone_append", 3, "append to a zone of a zoned device")
     },
-    Spec { synopsis: Some("offset len"), ..plain("zone_close", 2, "close zones of a zoned device") },
-    Spec { synopsis: Some("offset len"), ..plain("zone_finish", 2, "fill zones of a zoned device") },
-    Spec { synopsis: Some("offset len"), ..plain("zone_open", 2, "open zones of a zoned device") },
-    Spec { synopsis: Some("offset number"), ..plain("zone_report", 2, "describe zones of a zoned device") },
-    Spec { synopsis: Some("offset len"), ..plain("zone_reset", 2, "reset zones of a zoned device") },
+    Spec {
+        alias: Some("zc"),
+        synopsis: Some("offset len"),
+        ..plain("zone_close", 2, "close zones of a zoned device")
+    },
+    Spec {
+        alias: Some("zf"),
+        synopsis: Some("offset len"),
+        ..plain("zone_finish", 2, "fill zones of a zoned device")
+    },
+    Spec {
+        alias: Some("zo"),
+        synopsis: Some("offset len"),
+        ..plain("zone_open", 2, "open zones of a zoned device")
+    },
+    Spec {
+        alias: Some("zrp"),
+        synopsis: Some("offset number"),
+        ..plain("zone_report", 2, "describe zones of a zoned device")
+    },
+    Spec {
+        alias: Some("zrs"),
+        synopsis: Some("offset len"),
+        ..plain("zone_reset", 2, "reset zones of a zoned device")
+    },
 ];

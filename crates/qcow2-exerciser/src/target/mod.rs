@@ -7,6 +7,7 @@ mod write;
 use crate::grammar::{Range, Style};
 use crate::reason::{IO_ERROR, NO_MEDIUM, NOT_SUPPORTED, Reason};
 use crate::report::Finished;
+use qcow2_core::format::{Bitmap, Version};
 use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Preallocation};
 use std::sync::Arc;
 use std::time::Duration;
@@ -92,8 +93,15 @@ impl Target {
     /// user.
     pub(crate) fn refuse_resize(&self, size: u64, preallocation: Option<&str>) -> Result<(), &'static str> {
         let shrinks = size < self.disk.size() && preallocation.is_some();
+        // What stands in the way of every other size is found when it is tried.
+        let is_fixed = |image: &Image| {
+            let header = image.header();
+            let in_use = |bitmaps: Vec<Bitmap>| bitmaps.iter().any(|bitmap| bitmap.in_use);
+            (header.version < Version::V3 && header.nb_snapshots > 0) || image.bitmaps().is_ok_and(in_use)
+        };
         match self.disk.as_image() {
             Some(_) if !size.is_multiple_of(512) => Err("The new size must be a multiple of 512"),
+            Some(image) if shrinks && is_fixed(image) => Ok(()),
             Some(_) if shrinks => Err("Preallocation can't be used for shrinking an image"),
             None if shrinks => Err("Cannot use preallocation for shrinking files"),
             None if preallocation == Some("metadata") => Err("Unsupported preallocation mode: metadata"),
@@ -109,6 +117,11 @@ impl Target {
     /// The disk as an image. Errors: `NOT_SUPPORTED` for a raw disk.
     fn image(&self) -> Result<&Image, Reason> {
         self.disk.as_image().ok_or(Reason::System(NOT_SUPPORTED))
+    }
+
+    /// True if the disk is there and `range` inside it.
+    pub(crate) fn is_inside(&self, range: Range) -> bool {
+        self.check_range(range.offset, range.len).is_ok()
     }
 
     /// Checks that the disk is there and that a request ends inside it. Errors: `NO_MEDIUM`; `IO_ERROR`, as a
