@@ -273,7 +273,7 @@ impl Opening<'_> {
     }
 
     fn nbd(&self, node: &Node) -> Opened<Arc<dyn Storage>> {
-        let (address, mut options) = nbd::connection(&node.options)?;
+        let (address, mut options) = nbd::connection(&node.options, self.secrets)?;
         (options.writable, options.timeout) = (self.how.writable, self.how.policy.timeout);
         let storage =
             NbdStorage::open(&address, &options).map_err(|error| FailureKind::Connect(Box::new(error)))?;

@@ -16,9 +16,13 @@ pub(crate) fn storage(error: &StorageError) -> String {
     match error.kind() {
         StorageErrorKind::FixedLength(Length::Device) => "Cannot grow device files".to_owned(),
         StorageErrorKind::FixedLength(Length::Export) => "Cannot grow NBD nodes".to_owned(),
+        StorageErrorKind::FixedLength(Length::Window) => FIXED_SIZE.to_owned(),
         _ => error.os_code().map_or_else(|| chain(error), os_error_text),
     }
 }
+
+/// Said of a raw disk that is a part of a file.
+pub(super) const FIXED_SIZE: &str = "Cannot resize fixed-size raw disks";
 
 /// An error of the engine in one line: the system's text where a storage failed, or where the damage was told
 /// when it was found; else all that is known.
