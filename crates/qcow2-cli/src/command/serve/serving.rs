@@ -5,6 +5,7 @@ use crate::command::io;
 use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_options;
+use crate::findings::tell_of_change;
 use crate::interrupt;
 use crate::open::close;
 use crate::persona;
@@ -69,7 +70,9 @@ fn open(session: &Session, mut served: Served, objects: &Objects) -> Result<Expo
     let disk = match &served.snapshot {
         Some(snapshot) => open_as_it_was(&served.open, snapshot, objects)?,
         None => {
-            let opened = open_files(&served.open, objects.secrets(), open_options()).map_err(io::failure)?;
+            let tell = |warning: &_, source: &_| tell_of_change(session, warning, source);
+            let opened = open_files(&served.open, objects.secrets(), open_options(), &tell);
+            let opened = opened.map_err(io::failure)?;
             opened.warnings.iter().flat_map(io::lines).for_each(|line| session.complain(&line));
             served.export.discards = opened.opened.discards;
             opened.opened.disk
