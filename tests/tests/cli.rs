@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of a test")]
 
+use qcow2_testkit::oracle::Tool;
 use qcow2_tests::copies::copy_folder;
 use qcow2_tests::side_by_side::{SideBySide, made_once};
 use qcow2_tests::start::make_start;
@@ -116,6 +117,20 @@ fn an_image_with_a_writer_is_opened_or_refused_as_by_qemu_img() {
     writer.kill().unwrap();
     writer.wait().unwrap();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Where both streams are one pipe, what was printed before an error comes after it.
+#[test]
+fn a_pipe_gets_the_mention_of_sizes_after_the_error() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(both) = both_programs(root.path()) else { return };
+    std::fs::write(both.start().join("rules"), "[inject-error]\nevent = \"read_aio\"\n").unwrap();
+    let [theirs, own] = [both.reference(), both.ours()].map(|tool| {
+        let line = format!("{} compare blkdebug:rules:s.qcow2 r.raw 2>&1", tool.path().display());
+        Tool::at("/bin/sh").run_in(&both.start(), &["-c", &line]).stdout
+    });
+    assert!(theirs.contains("Input/output error") && theirs.ends_with("Warning: Image size mismatch!\n"));
+    assert_eq!(own, theirs);
 }
 
 /// A qemu-io that has `s.qcow2` open for writing, and sleeps.

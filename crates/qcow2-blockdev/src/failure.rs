@@ -310,14 +310,9 @@ impl fmt::Display for FailureKind {
             Self::Connect(error) => error.fmt(f),
             Self::Probe(error) => write!(f, "the format cannot be found out: {error}"),
             Self::Storage(error) => error.fmt(f),
-            Self::UnsupportedFormat(name) => {
-                write!(f, "format '{name}' is not supported, only qcow2, raw and luks are")
+            Self::UnsupportedFormat(_) | Self::NotQcow | Self::QcowVersion(_) | Self::Container(_) => {
+                self.about_format(f)
             }
-            Self::NotQcow => f.write_str("not an image in format 'qcow'"),
-            Self::QcowVersion(version) => {
-                write!(f, "version {version} is not of format 'qcow', but of 'qcow2'")
-            }
-            Self::Container(error) => error.fmt(f),
             Self::TooDeep(most) => write!(f, "more than {most} images and filters stand inside one another"),
             Self::TooManyNamed(most) => {
                 write!(f, "more than {most} files are named by one image and those below it")
@@ -331,6 +326,20 @@ impl fmt::Display for FailureKind {
             }
             Self::NoSnapshots => f.write_str("a disk of this format has no snapshots"),
             Self::NoSuchSnapshot => f.write_str("there is no such snapshot"),
+        }
+    }
+}
+
+impl FailureKind {
+    /// The sentence for bytes that are not in the format they should be in.
+    fn about_format(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::UnsupportedFormat(name) => {
+                write!(f, "format '{name}' is not supported, only qcow2, raw and luks are")
+            }
+            Self::QcowVersion(version) => write!(f, "version {version} is of format 'qcow2', not 'qcow'"),
+            Self::Container(error) => write!(f, "{error}"),
+            _ => f.write_str("not an image in format 'qcow'"),
         }
     }
 }

@@ -64,8 +64,20 @@ pub(crate) fn make(
     objects: &Objects,
     interrupts: &Interrupts,
 ) -> Result<(), CreateFailure> {
+    make_if(session, (target, options), objects, interrupts, &|| true)
+}
+
+/// The same if `agree` is true, which is asked last.
+pub(crate) fn make_if(
+    session: &Session,
+    (target, options): (&NewTarget, &NewOptions),
+    objects: &Objects,
+    interrupts: &Interrupts,
+    agree: &dyn Fn() -> bool,
+) -> Result<(), CreateFailure> {
     let warn = |warning: &_| session.warn_lines(&persona::warning(warning));
     let how = CreateHow::new().with_secrets(objects.secrets()).among(open_files()).telling(&warn);
+    let how = how.if_agreed(agree);
     create(target, options, &how.with_unfinished(interrupts.unfinished()))
 }
 

@@ -31,7 +31,7 @@ pub struct Convert<'a> {
     stop: Option<&'a AtomicBool>,
 }
 
-/// Progress of a conversion, in guest bytes.
+/// Progress of a conversion, in bytes of the data to be copied: holes and zeroes do not count.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Work {

@@ -160,7 +160,7 @@ pub fn convert(
     if let Some((image, _)) = plan.compress {
         // There was no data that would have been refused earlier.
         if image.header().has_data_file() {
-            return Err(no_streams_in_data_file());
+            return Err(Error::new(ErrorKind::Unsupported, NO_STREAMS));
         }
         end_on_a_sector(image)?;
     }
@@ -193,8 +193,11 @@ fn check_sparse_size(size: u64) -> Result<()> {
     Err(Error::new(ErrorKind::InvalidOption, message))
 }
 
-fn no_streams_in_data_file() -> Error {
-    Error::new(ErrorKind::Unsupported, "compressed clusters are not possible with an external data file")
+const NO_STREAMS: &str = "compressed clusters are not possible with an external data file";
+
+/// Clusters of a data file are where a guest sees them, so none is compressed.
+pub(crate) fn no_streams() -> qcow2_core::Error {
+    qcow2_core::Error::new(qcow2_core::ErrorKind::Unsupported, NO_STREAMS)
 }
 
 fn compressed(target: &dyn GuestDisk) -> Result<(&Image, &dyn ClusterCodec)> {

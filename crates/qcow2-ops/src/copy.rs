@@ -5,6 +5,7 @@
 //! or a cluster if that is larger. A compressed target needs a second buffer per slot for the streams.
 
 use crate::buffer::PageBuffer;
+use crate::convert::no_streams;
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::map::Layers;
@@ -74,7 +75,7 @@ pub(crate) fn copy(
         pieces: Pieces::new(progress),
         report: Mutex::default(),
     };
-    progress.set_total(if progress.is_watched() { copying.data_to_copy()? } else { plan.source.size() });
+    progress.set_total(if progress.is_watched() { plan.data_to_copy(progress)? } else { plan.source.size() });
     run(&copying, 0, plan.order, executor)?;
     copying.pieces.end();
     let mut report = copying.report.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -141,7 +142,7 @@ impl Stages for Copying<'_> {
     fn claim(&self, cursor: &mut u64, slot: &mut Slot) -> Result<bool> {
         let end = self.plan.source.size();
         while *cursor < end {
-            self.check_stop(*cursor)?;
+            self.plan.check_stop(*cursor, self.progress)?;
             let start = *cursor;
             let chunk = self.chunk();
             let chunk_end = (start - start % chunk).saturating_add(chunk).min(end);
@@ -194,37 +195,6 @@ impl Stages for Copying<'_> {
 }
 
 impl Copying<'_> {
-    /// Bytes of the source that are read, as far as its tables and holes show.
-    fn data_to_copy(&self) -> Result<u64> {
-        let (mut at, mut total, end) = (0, 0, self.plan.source.size());
-        while at < end {
-            self.check_stop(at)?;
-            let run = match self.plan.source.content_at(at, end - at, self.plan.below) {
-                Err(_) if self.plan.salvage => self.cluster_at(at, end),
-                run => run?,
-            };
-            total += if self.is_read(&run) { run.len } else { 0 };
-            at = run.end();
-        }
-        Ok(total)
-    }
-
-    fn is_read(&self, run: &Run) -> bool {
-        match run.content {
-            Content::Data => true,
-            Content::Zero => self.plan.sparse_size == 0,
-            Content::Backing => false,
-        }
-    }
-
-    fn check_stop(&self, at: u64) -> Result<()> {
-        let end = self.plan.source.size();
-        match self.progress.should_stop() {
-            true => Err(Error::new(ErrorKind::Stopped, format!("stopped at byte {at} of {end}"))),
-            false => Ok(()),
-        }
-    }
-
     /// Reads the chunk and plans its write operations.
     fn fill(&self, slot: &mut Slot) -> Result<()> {
         self.find_runs(slot)?;
@@ -247,7 +217,7 @@ impl Copying<'_> {
         while at < slot.range.end {
             let (run, stored) = self.plan.source.stored_at(at, slot.range.end - at, self.plan.below)?;
             at = run.end();
-            if self.is_read(&run) {
+            if self.plan.is_read(&run) {
                 add(&mut slot.data, run.start..at);
             }
             match (run.content, stored) {
@@ -346,7 +316,7 @@ impl Copying<'_> {
                 run => run?,
             };
             at = run.end();
-            if self.is_read(&run) {
+            if self.plan.is_read(&run) {
                 add(&mut slot.data, run.start..at);
             }
             match slot.runs.last_mut() {
@@ -362,15 +332,9 @@ impl Copying<'_> {
 
     /// The rest of the cluster at `at`, of which the tables do not tell where it is: it may still be read.
     fn unmapped(&self, at: u64, slot: &mut Slot) -> Run {
-        let run = self.cluster_at(at, slot.range.end);
+        let run = self.plan.cluster_at(at, slot.range.end);
         slot.unmapped.push(at..run.end());
         run
-    }
-
-    fn cluster_at(&self, at: u64, end: u64) -> Run {
-        let unit = self.plan.source.cluster_size().max(SECTOR);
-        let end = (at - at % unit).saturating_add(unit).min(end);
-        Run { start: at, len: end - at, content: Content::Data }
     }
 
     fn whole_clusters(&self, runs: &[Run], end: u64) -> Vec<Run> {
@@ -599,12 +563,6 @@ impl Copying<'_> {
         }
         Ok(Moved::All)
     }
-}
-
-/// Clusters of a data file are where a guest sees them, so none is compressed.
-fn no_streams() -> qcow2_core::Error {
-    let text = "compressed clusters are not possible with an external data file";
-    qcow2_core::Error::new(qcow2_core::ErrorKind::Unsupported, text)
 }
 
 /// An error and its causes in one line.

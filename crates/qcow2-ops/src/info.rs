@@ -131,7 +131,8 @@ struct Endless<'a> {
 }
 
 impl Storage for Endless<'_> {
-    forward_storage!(inner: len write_at write_zeroes discard allocate set_len flush extent_at limits used_bytes);
+    forward_storage!(inner: len write_at write_zeroes discard allocate set_len);
+    forward_storage!(inner: flush extent_at limits used_bytes);
 
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
         self.inner.read_padded(offset, buf)?;

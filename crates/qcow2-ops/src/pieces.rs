@@ -1,7 +1,10 @@
 //! How far a copy is. What counts is the data to be copied, piece by piece, as it does in qemu-img, where a
 //! disk of nothing but holes is done from the start.
 
+use crate::copy::CopyPlan;
+use crate::error::{Error, ErrorKind, Result};
 use crate::progress::Progress;
+use crate::source::{Content, Run, SECTOR};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -58,6 +61,47 @@ impl<'a> Pieces<'a> {
     }
 }
 
+impl CopyPlan<'_> {
+    /// Bytes of the source that are read, as far as its tables and holes show.
+    pub(crate) fn data_to_copy(&self, progress: &dyn Progress) -> Result<u64> {
+        let (mut at, mut total, end) = (0, 0, self.source.size());
+        while at < end {
+            self.check_stop(at, progress)?;
+            let run = match self.source.content_at(at, end - at, self.below) {
+                Err(_) if self.salvage => self.cluster_at(at, end),
+                run => run?,
+            };
+            total += if self.is_read(&run) { run.len } else { 0 };
+            at = run.end();
+        }
+        Ok(total)
+    }
+
+    pub(crate) fn is_read(&self, run: &Run) -> bool {
+        match run.content {
+            Content::Data => true,
+            Content::Zero => self.sparse_size == 0,
+            Content::Backing => false,
+        }
+    }
+
+    /// The rest of the cluster at `at`, of which the tables do not tell where it is.
+    pub(crate) fn cluster_at(&self, at: u64, end: u64) -> Run {
+        let unit = self.source.cluster_size().max(SECTOR);
+        let end = (at - at % unit).saturating_add(unit).min(end);
+        Run { start: at, len: end - at, content: Content::Data }
+    }
+
+    /// Errors: `Stopped`, if `progress` wants that.
+    pub(crate) fn check_stop(&self, at: u64, progress: &dyn Progress) -> Result<()> {
+        let end = self.source.size();
+        match progress.should_stop() {
+            true => Err(Error::new(ErrorKind::Stopped, format!("stopped at byte {at} of {end}"))),
+            false => Ok(()),
+        }
+    }
+}
+
 /// Adds a range to ranges in ascending order, joined with the one that it follows.
 pub(crate) fn add(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
     match ranges.last_mut() {
@@ -91,8 +135,7 @@ mod tests {
         let told = Told::default();
         let pieces = Pieces::new(&told);
         // A run that is copied in three parts, and one after a gap.
-        pieces.copied(&[MIB / 2..MIB]);
-        pieces.copied(&[MIB..3 * MIB]);
+        [MIB / 2..MIB, MIB..3 * MIB].iter().for_each(|range| pieces.copied(std::slice::from_ref(range)));
         pieces.copied(&[3 * MIB..4 * MIB, 10 * MIB..11 * MIB]);
         assert_eq!(*told.0.lock().unwrap(), [2 * MIB, 3 * MIB / 2]);
         pieces.end();

@@ -8,7 +8,7 @@ use qcow2_testkit::oracle::Outcome;
 pub(super) fn of_outcomes(verb: &str, first: bool, theirs: &Outcome, ours: &Outcome) -> Option<String> {
     if theirs.code != ours.code {
         let code = |outcome: &Outcome| outcome.code.map_or("signal".to_owned(), |code| code.to_string());
-        let text = |outcome: &Outcome| plain(first_line(&outcome.stderr, &outcome.stdout));
+        let text = |outcome: &Outcome| plain(first_line(&outcome.stderr, &without_varying(&outcome.stdout)));
         return Some(format!(
             "{verb}: exit code {} and {}: {} | {}",
             code(theirs),

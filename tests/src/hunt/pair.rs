@@ -5,6 +5,7 @@ use crate::copies::{Copies, FolderCopy};
 use crate::side_by_side::words;
 use qcow2_testkit::oracle::{Outcome, Qemu, Tool};
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -111,7 +112,7 @@ impl Pair {
         let is_same = fs::read(&old).ok() == fs::read(&new).ok();
         let keeps_content = || {
             let args = ["compare".as_ref(), old.as_os_str(), new.as_os_str()];
-            what == CONTENT && self.reference.img.run_in(ours.path(), &args).code == Some(0)
+            what == CONTENT && self.reference_says(ours, &args).is_some_and(|said| said.code == Some(0))
         };
         let was_damaged = || {
             let check = ["check".as_ref(), old.as_os_str()];
@@ -127,6 +128,11 @@ impl Pair {
         };
         self.copies.give_back(copy);
         Difference { cause, shown }
+    }
+
+    /// What the reference's qemu-img says in a folder; `None` if it does not end in time.
+    fn reference_says(&self, copy: &FolderCopy, args: &[&OsStr]) -> Option<Outcome> {
+        catch_unwind(AssertUnwindSafe(|| self.reference.img.run_in(copy.path(), args))).ok()
     }
 
     /// A file that only one of the two left, or whose guest content differs, or an image of ours that the
@@ -145,16 +151,18 @@ impl Pair {
             if fs::read(&theirs).ok() == fs::read(&own).ok() {
                 return None;
             }
-            let compared = self
-                .reference
-                .img
-                .run_in(ours.path(), &["compare".as_ref(), theirs.as_os_str(), own.as_os_str()]);
+            let args = ["compare".as_ref(), theirs.as_os_str(), own.as_os_str()];
+            let Some(compared) = self.reference_says(ours, &args) else {
+                return differs("files that are not compared in time", name.clone());
+            };
             if compared.code == Some(1) {
                 return differs(CONTENT, format!("{name}: {compared}"));
             }
-            let [of_theirs, of_ours] = [(&theirs, reference), (&own, ours)].map(|(image, copy)| {
-                self.reference.img.run_in(copy.path(), &["check".as_ref(), image.as_os_str()])
-            });
+            let checked =
+                |image: &Path, copy| self.reference_says(copy, &["check".as_ref(), image.as_os_str()]);
+            let (Some(of_theirs), Some(of_ours)) = (checked(&theirs, reference), checked(&own, ours)) else {
+                return differs("files that are not checked in time", name.clone());
+            };
             let worse = of_ours.code != of_theirs.code && !matches!(of_ours.code, Some(0 | 63));
             if worse { differs("check of our image", format!("{name}: {of_ours}")) } else { None }
         })

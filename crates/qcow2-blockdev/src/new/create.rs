@@ -30,6 +30,7 @@ pub struct CreateHow<'a> {
     open_files: Option<OpenFiles>,
     unfinished: Unfinished,
     tell: Option<&'a dyn Fn(&Warning)>,
+    agree: Option<&'a dyn Fn() -> bool>,
 }
 
 impl<'a> CreateHow<'a> {
@@ -55,6 +56,19 @@ impl<'a> CreateHow<'a> {
     #[must_use]
     pub fn with_unfinished(self, unfinished: &Unfinished) -> Self {
         Self { unfinished: unfinished.clone(), ..self }
+    }
+
+    /// With somebody who may refuse, asked when all else is checked and nothing written yet.
+    #[must_use]
+    pub fn if_agreed(self, agree: &'a dyn Fn() -> bool) -> Self {
+        Self { agree: Some(agree), ..self }
+    }
+
+    fn check_agreed(&self) -> Made<()> {
+        match self.agree {
+            Some(agree) if !agree() => Err(CreateFailureKind::Disagreed),
+            _ => Ok(()),
+        }
     }
 
     /// With somebody who hears what is worth a word though nothing has failed.
@@ -226,12 +240,14 @@ fn make_in_existing(node: &Node, options: &NewOptions, how: &CreateHow<'_>) -> M
     match options.format() {
         ImageFormat::Luks => {
             let (raw, encryption) = plan_container(options, how)?;
+            how.check_agreed()?;
             fit(&*storage, raw.size, Driver::Nbd)?;
             write_container(&storage, &RawOptions { size: 0, ..raw }, &encryption.make()?)
         }
         ImageFormat::Qcow2 if options.given("data_file") => Err(CreateFailureKind::DataFileOnServer),
         ImageFormat::Qcow2 => {
             let new = plan(options, &how.secrets)?;
+            how.check_agreed()?;
             qcow2_core::create(&storage, None, &new).map_err(|error| of_qcow2(new, error))
         }
         _ => {
@@ -343,6 +359,7 @@ struct Files<'a> {
 impl Files<'_> {
     /// Opens the next of the prepared files for writing and empties it; from here on a failure takes it away.
     fn open_empty(&self, prepared: &mut Prepared<'_>) -> Made<Arc<dyn Storage>> {
+        self.how.check_agreed()?;
         let Some(&(path, _)) = prepared.0.front() else { unreachable!("more files opened than prepared") };
         let mut opening = OpenFile::writable().with_create(Create::Truncate);
         opening.allow_characters = true;

@@ -91,6 +91,8 @@ pub enum CreateFailureKind {
     DataFileOnServer,
     /// The name of the data file leads nowhere.
     DataFileName(Arc<FailureKind>),
+    /// Whoever was asked before the first write has refused.
+    Disagreed,
     /// The header has no room for a name.
     Name {
         /// The backing file, if the image has one.
@@ -191,6 +193,7 @@ impl fmt::Display for CreateFailureKind {
             Self::Storage(error) => error.fmt(f),
             Self::DataFileName(reason) => write!(f, "the data file cannot be made: {reason}"),
             Self::DataFileOnServer => f.write_str("a server's disk has no data file beside it"),
+            Self::Disagreed => f.write_str("it was refused before anything was written"),
             Self::Name { .. } => f.write_str("the header has no room for a name"),
             Self::Writing { .. } => f.write_str("the image cannot be written"),
         }

@@ -25,13 +25,16 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let mut options = CompareOptions::default();
     options.strict = request.strict;
     options.names = request.filenames.clone();
-    let shown = Shown { meter: &meter, session, quiet: request.quiet };
+    let shown = Shown { meter: &meter, session, at_once: wanted };
     let compared = qcow2_ops::compare([&a.disk, &b.disk], &options, &Threads::per_core(), &shown);
     if let Ok(CompareReport { result: Comparison::Identical, .. }) = &compared {
         meter.complete();
     }
+    // Progress is printed at once. Else a pipe gets all at the end, as from qemu-img: after an error.
+    let later = !request.quiet && !wanted;
+    let looked_past = later && compared.as_ref().is_err_and(Error::sizes_differ);
     let done = compared.map_err(|error| failure(&error)).and_then(|report| {
-        let (text, code) = verdict(&report);
+        let (text, code) = verdict(&report, later);
         if !request.quiet {
             // A lost text must not say of the same content that it differs.
             let lost = if code == exit::SUCCESS { exit::COMPARE_OPEN } else { code };
@@ -41,14 +44,18 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     });
     meter.end();
     interrupts.die_if_asked();
-    done
+    done.or_else(|failure| {
+        session.report(&failure);
+        looked_past.then(|| session.print(MISMATCH)).transpose()?;
+        Err(Failure::silent(failure.code()))
+    })
 }
 
 /// The progress of a comparison, with a word where the smaller disk ends.
 struct Shown<'a> {
     meter: &'a Meter,
     session: &'a Session,
-    quiet: bool,
+    at_once: bool,
 }
 
 impl Progress for Shown<'_> {
@@ -66,7 +73,7 @@ impl Progress for Shown<'_> {
 
     fn smaller_ended(&self) {
         // A reader that is gone is noticed when it does not get the result.
-        let _ = (!self.quiet).then(|| self.session.print(MISMATCH));
+        let _ = self.at_once.then(|| self.session.print(MISMATCH));
     }
 }
 
@@ -126,8 +133,9 @@ impl Request {
     }
 }
 
-/// What is printed, and the exit code.
-fn verdict(report: &CompareReport) -> (String, u8) {
+/// What is printed, and the exit code. `warn`: different sizes were not mentioned before.
+fn verdict(report: &CompareReport, warn: bool) -> (String, u8) {
+    let warning = if report.sizes_differ && warn { MISMATCH } else { "" };
     let (text, code) = match report.result {
         Comparison::Identical => ("Images are identical.".to_owned(), exit::SUCCESS),
         Comparison::Content { offset } => (format!("Content mismatch at offset {offset}!"), exit::FAILURE),
@@ -137,7 +145,7 @@ fn verdict(report: &CompareReport) -> (String, u8) {
         }
         other => (format!("{other:?}"), exit::FAILURE),
     };
-    (format!("{text}\n"), code)
+    (format!("{warning}{text}\n"), code)
 }
 
 fn failure(error: &Error) -> Failure {

@@ -5,11 +5,11 @@ use crate::args::ImageArgs;
 use crate::failure::Failure;
 use crate::files::open_files;
 use crate::interrupt::Interrupts;
-use crate::newimage::{make, set_backing, target_of};
+use crate::newimage::{make_if, set_backing, target_of};
 use crate::open::{open_target, read_name};
 use crate::persona;
 use crate::session::Session;
-use qcow2_blockdev::{KeptBacking, NewOptions, OpenedDisk, new_image_format};
+use qcow2_blockdev::{CreateFailureKind, KeptBacking, NewOptions, OpenedDisk, new_image_format};
 use qcow2_core::format::Version;
 use qcow2_core::{GuestDisk, ImageFormat};
 use std::sync::Arc;
@@ -28,7 +28,6 @@ pub(super) fn open(
         let format = new_image_format(request.target.format())?;
         let made = target_of(&request.target.name)?;
         let options = settle(request, &format, sources, size)?;
-        request.target.cache()?;
         // What it is to stand on is not emptied for it.
         let _kept = options.text("backing_file").map(|backing| {
             let format = options.text("backing_fmt").map(str::to_owned);
@@ -37,10 +36,15 @@ pub(super) fn open(
             let kept = KeptBacking::unopened(open_files(), &request.target.name, backing);
             kept.with_what_opens(&args.naming(), &args.options())
         });
-        make(session, &made, &options, &args.objects, interrupts).map_err(|failure| {
+        // What is wrong with the new image is said before an unknown cache mode.
+        let agree = || request.target.cache().is_ok();
+        if let Err(failure) = make_if(session, (&made, &options), &args.objects, interrupts, &agree) {
+            if matches!(failure.kind(), CreateFailureKind::Disagreed) {
+                request.target.cache()?;
+            }
             let what = format!("error while converting {}", format.name());
-            Failure::from(failure).about(&what).about(&request.target.name)
-        })?;
+            return Err(Failure::from(failure).about(&what).about(&request.target.name));
+        }
         made.into_name(&request.target.name, &options, args.objects.secrets())
     } else {
         request.check_zero_target(request.target.backing.is_some())?;
