@@ -85,8 +85,8 @@ mod warning;
 
 pub use compression::{Compression, CompressionError};
 pub use driver::{
-    AddressError, AddressPart, Driver, LineError, RuleError, TuningError, WindowError, is_device,
-    is_known_driver,
+    AddressError, AddressPart, Driver, LineError, RuleError, ThrottleError, TuningError, WindowError,
+    is_device, is_known_driver,
 };
 pub use failure::{FailureKind, MissingBacking, OpenFailure};
 pub use keys::{

@@ -122,7 +122,7 @@ pub use port::resolver::{
 pub use port::storage::{Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
 pub use qcow2_format as format;
 pub use qcow2_format::{Geometry, GuestOffset, GuestRange, HostOffset};
-pub use raw::RawDisk;
+pub use raw::{RawDisk, allocated_at};
 #[cfg(feature = "unstable-mutants")]
 pub use rules::OrderingRule;
 pub use snapshot::NewSnapshot;

@@ -48,6 +48,9 @@ pub fn open_files(
     let mut how = how.with_cache(cache).with_force_share(request.force_share);
     how.writable = writable && !scratch;
     let opened = open(&name, &how)?;
+    if request.copy_on_read && !writable {
+        return Err(OpenFailure::new(&typed, FailureKind::KeepsNothing).into());
+    }
     let debugger = opened.debugger.clone();
     let (mut disk, format) = match scratch {
         true => {
@@ -67,7 +70,7 @@ pub fn open_files(
     if let Some(image) = disk.as_image().filter(|_| how.writable) {
         warnings.extend(bitmaps_to_lose(&**image.storage(), &image.header()));
     }
-    if request.copy_on_read && writable {
+    if request.copy_on_read {
         disk = Arc::new(CopyOnRead::new(disk));
     }
     let mut opened = OpenedDisk::new(disk, writable);

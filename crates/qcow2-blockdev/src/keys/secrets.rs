@@ -1,11 +1,12 @@
 //! Secrets by identifier, and somebody who can be asked for others.
 
+use crate::driver::{ThrottleError, throttle_group};
 use crate::keyvalue::{KeyValueError, KeyValues};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use qcow2_core::format::text::bytes_of;
 use qcow2_crypt::{CryptError, Secret, wrap};
-use qcow2_io::{OsError, path_of};
+use qcow2_io::{OsError, ThrottleGroup, path_of};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
@@ -25,10 +26,11 @@ pub trait AskPassword: Send + Sync {
     fn forget(&self, name: &str);
 }
 
-/// The secrets that options may name. They are wiped from memory when they go; `Debug` shows none.
+/// The objects that options may name: secrets, and groups of limits. Secrets are wiped from memory when they go; `Debug` shows none.
 #[derive(Clone, Default)]
 pub struct Secrets {
     secrets: BTreeMap<String, Secret>,
+    throttle_groups: BTreeMap<String, Arc<ThrottleGroup>>,
     asked: Option<Arc<dyn AskPassword>>,
 }
 
@@ -46,14 +48,23 @@ impl Secrets {
 
     /// Adds `secret` under `id`. Errors: there is one already.
     pub fn add(&mut self, id: &str, secret: Secret) -> Result<(), SecretError> {
-        if self.secrets.contains_key(id) {
-            return Err(SecretError::Exists(id.to_owned()));
-        }
+        self.check_new(id)?;
         self.secrets.insert(id.to_owned(), secret);
         Ok(())
     }
 
-    /// Adds the secret that `text` (`secret,id=NAME,data=TEXT` or `...,file=PATH`) defines: as it stands, or
+    /// One identifier is one object, whatever its kind.
+    fn check_new(&self, id: &str) -> Result<(), SecretError> {
+        match self.secrets.contains_key(id) || self.throttle_groups.contains_key(id) {
+            true => Err(SecretError::Exists(id.to_owned())),
+            false => Ok(()),
+        }
+    }
+
+    /// Adds the object that `text` defines: a secret, or a group of limits for `throttle` nodes
+    /// (`throttle-group,id=NAME,x-iops-total=N` and so on), which has its clock from now on.
+    ///
+    /// Of a secret, `text` (`secret,id=NAME,data=TEXT` or `...,file=PATH`) has the bytes as they stand, or in
     /// `format=base64`, or encrypted under another one (`keyid=NAME,iv=BASE64`). Disk: reads the file, all of
     /// whose bytes count.
     ///
@@ -66,12 +77,19 @@ impl Secrets {
     pub fn define(&mut self, text: &str) -> Result<(), SecretError> {
         let list = KeyValues::parse_pairs(text, Some("qom-type"))?;
         let kind = list.last("qom-type").ok_or(SecretError::Missing("qom-type"))?;
-        if kind != "secret" {
+        let is_group = kind == "throttle-group";
+        if kind != "secret" && !is_group {
             return Err(SecretError::UnknownType(kind.to_owned()));
         }
         let id = list.last("id").ok_or(SecretError::Missing("id"))?;
         if !is_identifier(id) {
             return Err(SecretError::NotAnIdentifier(id.to_owned()));
+        }
+        if is_group {
+            let group = throttle_group(&list)?;
+            self.check_new(id)?;
+            self.throttle_groups.insert(id.to_owned(), Arc::new(group));
+            return Ok(());
         }
         if let Some(pair) = list.pairs().iter().find(|pair| !KNOWN.contains(&&*pair.key)) {
             return Err(SecretError::Unexpected(pair.key.clone()));
@@ -98,6 +116,11 @@ impl Secrets {
     /// The secret called `id`, if there is one.
     pub fn secret(&self, id: &str) -> Option<Secret> {
         self.secrets.get(id).cloned()
+    }
+
+    /// The group of limits called `id`, if there is one.
+    pub(crate) fn throttle_group(&self, id: &str) -> Option<Arc<ThrottleGroup>> {
+        self.throttle_groups.get(id).cloned()
     }
 
     pub(crate) fn can_ask(&self) -> bool {
@@ -157,7 +180,7 @@ pub enum SecretError {
     Syntax(KeyValueError),
     /// An item that there must be.
     Missing(&'static str),
-    /// Something else than a secret.
+    /// Something else than a secret or a group of limits.
     UnknownType(String),
     /// An identifier begins with a letter and has letters, digits, `-`, `.` and `_`.
     NotAnIdentifier(String),
@@ -184,6 +207,8 @@ pub enum SecretError {
     NotBase64,
     /// It cannot be decrypted.
     Wrapped(CryptError),
+    /// Limits that are none.
+    Throttle(ThrottleError),
     /// The identifier is taken.
     Exists(String),
 }
@@ -193,7 +218,9 @@ impl fmt::Display for SecretError {
         match self {
             Self::Syntax(error) => error.fmt(f),
             Self::Missing(key) => write!(f, "the definition lacks '{key}'"),
-            Self::UnknownType(kind) => write!(f, "'{kind}' is not a kind of object, only secret is"),
+            Self::UnknownType(kind) => {
+                write!(f, "'{kind}' is not a kind of object, only secret and throttle-group are")
+            }
             Self::NotAnIdentifier(id) => write!(f, "'{id}' is not an identifier"),
             Self::Unexpected(key) => write!(f, "a secret has no '{key}'"),
             Self::UnknownFormat(format) => {
@@ -206,7 +233,8 @@ impl fmt::Display for SecretError {
             Self::NoIv => f.write_str("the initialization vector of an encrypted secret is missing"),
             Self::NotBase64 => f.write_str("the secret is not base64"),
             Self::Wrapped(error) => error.fmt(f),
-            Self::Exists(id) => write!(f, "there is a secret '{id}' already"),
+            Self::Throttle(error) => error.fmt(f),
+            Self::Exists(id) => write!(f, "there is an object '{id}' already"),
         }
     }
 }
@@ -218,6 +246,12 @@ impl Error for SecretError {
             Self::Wrapped(error) => error.source(),
             _ => None,
         }
+    }
+}
+
+impl From<ThrottleError> for SecretError {
+    fn from(error: ThrottleError) -> Self {
+        Self::Throttle(error)
     }
 }
 

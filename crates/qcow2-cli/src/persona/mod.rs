@@ -16,7 +16,7 @@ mod text;
 
 pub(crate) use bitmaps::bitmap_refusal;
 pub(crate) use creation::{created, measured, on_device};
-pub(crate) use damage::{DamageWords, speak_own_words};
+pub(crate) use damage::{DamageWords, MismatchStops, speak_own_words};
 pub(crate) use engine::{INCONSISTENT_HINT, engine_failure, no_space, snapshot_l1};
 pub(crate) use keys::unlock;
 pub(crate) use opening::{

@@ -7,7 +7,7 @@ mod write;
 use crate::grammar::{Range, Style};
 use crate::reason::{IO_ERROR, NOT_SUPPORTED, Reason};
 use crate::report::Finished;
-use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Preallocation};
+use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Image, Preallocation, allocated_at};
 use qcow2_ops::{NewSize, ResizeOptions};
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,8 +73,7 @@ impl Target {
         if there == 0 {
             return Ok((range.len, true));
         }
-        let extent = self.disk.extent_at(guest(Range { len: there, ..range })?)?;
-        Ok((extent.len, extent.state != ExtentState::Unallocated))
+        Ok(allocated_at(&*self.disk, guest(Range { len: there, ..range })?)?)
     }
 
     /// Refuses sizes and preallocation modes that qemu-io refuses before it tries. Errors: the text for the
