@@ -28,7 +28,7 @@ macro_rules! tests_by_section {
 
 tests_by_section! {
     throttle "throttle" blkverify "blkverify" copy_before_write "copy-before-write"
-    copy_on_read "copy-on-read" block_status "block status"
+    copy_on_read "copy-on-read" sparse "sparse" block_status "block status"
 }
 
 /// The jobs of the section called `name`; `QCOW2_LINES=map` selects those with a line that starts with that
