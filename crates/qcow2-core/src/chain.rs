@@ -3,6 +3,7 @@
 use crate::container::ContainerDisk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
+use crate::live::LiveDisk;
 use crate::open::{Layers, OpenOptions};
 use crate::port::disk::{ExtentState, GuestDisk};
 use crate::port::resolver::{ImageFormat, Reference, ResolvedSource, SourceId};
@@ -69,7 +70,8 @@ pub(crate) fn open_backing(
     }
     let mut disk: Option<Arc<dyn GuestDisk>> = None;
     while let Some(layer) = opened.pop() {
-        disk = Some(layer.stand_on(disk));
+        let layer = layer.stand_on(disk);
+        disk = Some(if options.exchangeable { Arc::new(LiveDisk::frozen(layer)) } else { layer });
     }
     disk.ok_or_else(|| Error::new(ErrorKind::Chain, "backing chain is empty"))
 }

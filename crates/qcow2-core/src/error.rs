@@ -51,6 +51,8 @@ pub enum ErrorKind {
     Encrypted,
     /// The caller stopped the procedure; the image is consistent.
     Stopped,
+    /// The layers of a live disk are being changed already.
+    Busy,
 }
 
 /// A kind of table inside an image.

@@ -85,6 +85,7 @@ pub mod error;
 pub mod image;
 mod inflight;
 mod invariant;
+pub mod live;
 mod meta;
 pub mod open;
 pub mod port;
@@ -110,6 +111,7 @@ pub use create::{
 pub use damage::{Damage, DamageObserver, L2Slot};
 pub use error::{Error, ErrorKind, Place, Result, TableKind, find_cause};
 pub use image::Image;
+pub use live::{HoldObserver, LiveDisk};
 pub use meta::overlap::OverlapChecks;
 pub use open::{Codecs, Layers, OpenOptions};
 pub use port::cipher::{CIPHER_SECTOR, ClusterCipher, EncryptedLayer, Keyring, SectorNumbering, UnlockError};
@@ -119,7 +121,9 @@ pub use port::event::{Event, Events};
 pub use port::resolver::{
     ImageFormat, NoResolver, Reference, ResolveError, ResolvedSource, Resolver, SourceId,
 };
-pub use port::storage::{Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+pub use port::storage::{
+    Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, StorageStatus, ZeroMode,
+};
 pub use qcow2_format as format;
 pub use qcow2_format::{Geometry, GuestOffset, GuestRange, HostOffset};
 pub use raw::{RawDisk, allocated_at};

@@ -58,6 +58,21 @@ impl Image {
         Ok(Arc::new(image.with_backing(backing)))
     }
 
+    /// Opens an image on `below`, a disk that is open already, whatever backing file the header names. The
+    /// option [`layers`](OpenOptions::layers) decides about the data file only. The keyring is asked as for
+    /// the top of a chain. Disk, errors: as [`open`](Self::open).
+    pub fn open_on(
+        source: &ResolvedSource,
+        options: &OpenOptions,
+        below: Arc<dyn GuestDisk>,
+    ) -> Result<Arc<Self>> {
+        let image = Self::open_layer(source, options, 0)?;
+        if options.writable && !options.for_repair && image.header().is_dirty() {
+            image.recover()?;
+        }
+        Ok(Arc::new(image.with_backing(Some(below))))
+    }
+
     /// Opens the backing chain of this layer; `None` without a backing file, or if `options` exclude it.
     pub(crate) fn open_below(
         &self,

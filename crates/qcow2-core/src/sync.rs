@@ -26,6 +26,11 @@ pub(crate) use std::sync::OnceLock;
 /// of an overlay may take any lock of its backing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rank {
+    /// An exchange of a live disk's layers. Each live disk has an order of its own, like an image.
+    Exchange,
+    /// A live disk's layers, one lock for each group of threads: read-locked by a request, all of them
+    /// write-locked in their order by an exchange.
+    Layers,
     /// Read-locked by every request, write-locked by changes of the whole image: snapshots, resize, close.
     /// The only lock that a thread may read-lock more than once, with one write ticket each.
     Structure,
@@ -142,6 +147,18 @@ pub(crate) fn wait<'a, T>(condition: &Condvar, held: MutexGuard<'a, T>) -> Mutex
     Held { guard: condition.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner), entered }
 }
 
+/// A small number of the calling thread, the same in all its calls. Threads that start one after the other
+/// have numbers one after the other.
+pub(crate) fn thread_number() -> usize {
+    use core::sync::atomic::{AtomicUsize, Ordering};
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    std::thread_local! {
+        static NUMBER: usize = NEXT.fetch_add(1, Ordering::Relaxed);
+    }
+    // When a thread ends, its number may be gone before its last request.
+    NUMBER.try_with(|number| *number).unwrap_or(0)
+}
+
 /// Yields in a loop that waits for another thread.
 pub(crate) fn spin() {
     #[cfg(feature = "unstable-shuttle")]
@@ -198,7 +215,8 @@ mod order {
         /// Records that this thread is about to take the lock. Panics if it holds one of the same or a later
         /// rank.
         pub(super) fn enter(self) -> Entered {
-            self.enter_after(|last| last < self.rank)
+            let again = self.rank == Rank::Layers;
+            self.enter_after(|last| last < self.rank || again && last == self.rank)
         }
 
         /// The same for a read lock. A thread may hold several write tickets, each with a read lock of the

@@ -93,7 +93,9 @@ pub use layer::{
 pub use lock::{LockConflict, Locking, Permission};
 pub use memory::MemoryStorage;
 pub use name::{path_of, text_of_name};
-pub use nbd::{NbdAddress, NbdError, NbdOptions, NbdStorage};
+pub use nbd::{
+    NbdAddress, NbdError, NbdOptions, NbdStorage, NbdTls, TlsCredentials, TlsCredentialsError, TlsIdentity,
+};
 pub use null::NullStorage;
 pub use open::{Create, OpenError, OpenErrorKind, OpenFile};
 pub use open_files::{HeldFile, OpenFiles, SameFile};

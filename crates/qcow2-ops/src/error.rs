@@ -34,6 +34,8 @@ pub enum ErrorKind {
     Close,
     /// [`Progress::should_stop`](crate::Progress::should_stop) returned true.
     Stopped,
+    /// Another procedure changes the layers of the same live disk.
+    Busy,
 }
 
 /// A failed procedure. `Display` prints this error without its sources; follow `source()` for the rest.

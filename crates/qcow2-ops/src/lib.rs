@@ -53,10 +53,12 @@ pub mod digest;
 pub mod error;
 pub mod executor;
 pub mod info;
+pub mod live;
 pub mod map;
 pub mod measure;
 pub mod mend;
 mod offload;
+mod pieces;
 mod pipeline;
 pub mod port;
 pub mod progress;
@@ -86,7 +88,8 @@ pub use executor::{Executor, Inline};
 pub use info::{InfoReport, info};
 pub use map::{MapExtent, MapOptions, map};
 pub use port::{
-    CallerError, Chain, KeySlots, LayerRole, NewBacking, NewStorage, NextLayer, OpenChain, Reopen,
+    CallerError, Chain, KeySlots, LayerRole, NewBacking, NewStorage, NextLayer, OpenChain, OpenLayer,
+    RecordTop, Reopen,
 };
 pub use progress::{Progress, Silent};
 pub use rebase::{RebaseOptions, RebaseReport, rebase};

@@ -119,6 +119,36 @@ pub trait NewStorage {
     fn discard(&self);
 }
 
+/// Records which file is the top of a chain whose layers change while it is used, so that the caller opens
+/// that one after a crash. Closures implement this trait.
+pub trait RecordTop {
+    /// Makes the new top durable wherever the caller looks for it. Called while requests are held back, after
+    /// everything that the new top needs is durable and before anything is written to it. Errors: the
+    /// caller's; then the old top must be what is recorded, and it stays in use.
+    fn record(&self) -> Result<(), CallerError>;
+}
+
+impl<F: Fn() -> Result<(), CallerError>> RecordTop for F {
+    fn record(&self) -> Result<(), CallerError> {
+        self()
+    }
+}
+
+/// Opens a layer below the top of a live disk for writing, while the same file is open for reading. Closures
+/// implement this trait.
+pub trait OpenLayer {
+    /// Opens the layer on `below`, its own backing file, which is open already; see
+    /// [`Image::open_on`](qcow2_core::Image::open_on). `None`: it has none. Errors: the caller's; the
+    /// procedure returns them as the source of an [`Open`](crate::ErrorKind::Open) error.
+    fn open(&self, below: Option<&Arc<dyn GuestDisk>>) -> Result<Arc<dyn GuestDisk>, CallerError>;
+}
+
+impl<F: Fn(Option<&Arc<dyn GuestDisk>>) -> Result<Arc<dyn GuestDisk>, CallerError>> OpenLayer for F {
+    fn open(&self, below: Option<&Arc<dyn GuestDisk>>) -> Result<Arc<dyn GuestDisk>, CallerError> {
+        self(below)
+    }
+}
+
 /// Changes the key slots of an encrypted image: adds or erases a password. The procedure knows where the
 /// encryption header is; the crate with the ciphers knows its contents.
 pub trait KeySlots {

@@ -8,6 +8,8 @@ use qcow2_core::ImageFormat;
 pub enum Driver {
     /// A qcow2 image.
     Qcow2,
+    /// The format before qcow2. It is known by name and by its first bytes.
+    Qcow,
     /// A raw disk, or a part of one.
     Raw,
     /// A LUKS container.
@@ -65,6 +67,7 @@ impl Driver {
     pub fn parse(name: &str) -> Option<Self> {
         Some(match name {
             "qcow2" => Self::Qcow2,
+            "qcow" => Self::Qcow,
             "raw" => Self::Raw,
             "luks" => Self::Luks,
             "file" => Self::File,
@@ -88,6 +91,7 @@ impl Driver {
     pub fn name(self) -> &'static str {
         match self {
             Self::Qcow2 => "qcow2",
+            Self::Qcow => "qcow",
             Self::Raw => "raw",
             Self::Luks => "luks",
             Self::File => "file",
@@ -110,6 +114,7 @@ impl Driver {
     pub fn format(self) -> Option<ImageFormat> {
         match self {
             Self::Qcow2 => Some(ImageFormat::Qcow2),
+            Self::Qcow => Some(ImageFormat::Other("qcow".to_owned())),
             Self::Raw => Some(ImageFormat::Raw),
             Self::Luks => Some(ImageFormat::Luks),
             _ => None,
@@ -169,7 +174,9 @@ impl Driver {
             Self::Nbd => !GENERAL.contains(&key),
             Self::CopyOnRead => key == "bottom",
             Self::Throttle => key == "throttle-group",
-            Self::Compress | Self::Preallocate | Self::CopyBeforeWrite | Self::Blkverify => false,
+            Self::Qcow | Self::Compress | Self::Preallocate | Self::CopyBeforeWrite | Self::Blkverify => {
+                false
+            }
         }
     }
 
@@ -191,7 +198,7 @@ impl Driver {
         let own: &[&str] = match self {
             Self::Qcow2 => &QCOW2,
             Self::Raw => &["offset", "size"],
-            Self::Luks => &[],
+            Self::Luks | Self::Qcow => &[],
             Self::File | Self::HostDevice | Self::HostCdrom => &FILE,
             Self::NullCo | Self::NullAio => &["size", "read-zeroes", "latency-ns"],
             Self::Blkdebug => &BLKDEBUG,

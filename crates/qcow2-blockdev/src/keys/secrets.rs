@@ -1,5 +1,6 @@
 //! Secrets by identifier, and somebody who can be asked for others.
 
+use super::tls::{TlsObject, TlsObjectError};
 use crate::driver::{ThrottleError, throttle_group};
 use crate::keyvalue::{KeyValueError, KeyValues};
 use base64::Engine;
@@ -26,10 +27,12 @@ pub trait AskPassword: Send + Sync {
     fn forget(&self, name: &str);
 }
 
-/// The objects that options may name: secrets, and groups of limits. Secrets are wiped from memory when they go; `Debug` shows none.
+/// The objects that options may name: secrets, the credentials of TLS, and groups of limits. Secrets are wiped
+/// from memory when they go; `Debug` shows none.
 #[derive(Clone, Default)]
 pub struct Secrets {
     secrets: BTreeMap<String, Secret>,
+    tls: BTreeMap<String, Arc<TlsObject>>,
     throttle_groups: BTreeMap<String, Arc<ThrottleGroup>>,
     asked: Option<Arc<dyn AskPassword>>,
 }
@@ -48,17 +51,9 @@ impl Secrets {
 
     /// Adds `secret` under `id`. Errors: there is one already.
     pub fn add(&mut self, id: &str, secret: Secret) -> Result<(), SecretError> {
-        self.check_new(id)?;
+        self.check_free(id)?;
         self.secrets.insert(id.to_owned(), secret);
         Ok(())
-    }
-
-    /// One identifier is one object, whatever its kind.
-    fn check_new(&self, id: &str) -> Result<(), SecretError> {
-        match self.secrets.contains_key(id) || self.throttle_groups.contains_key(id) {
-            true => Err(SecretError::Exists(id.to_owned())),
-            false => Ok(()),
-        }
     }
 
     /// Adds the object that `text` defines: a secret, or a group of limits for `throttle` nodes
@@ -66,7 +61,8 @@ impl Secrets {
     ///
     /// Of a secret, `text` (`secret,id=NAME,data=TEXT` or `...,file=PATH`) has the bytes as they stand, or in
     /// `format=base64`, or encrypted under another one (`keyid=NAME,iv=BASE64`). Disk: reads the file, all of
-    /// whose bytes count.
+    /// whose bytes count. `tls-creds-x509,id=NAME,dir=FOLDER` defines credentials of TLS, whose files are
+    /// read.
     ///
     /// ```
     /// let mut secrets = qcow2_blockdev::Secrets::default();
@@ -78,7 +74,7 @@ impl Secrets {
         let list = KeyValues::parse_pairs(text, Some("qom-type"))?;
         let kind = list.last("qom-type").ok_or(SecretError::Missing("qom-type"))?;
         let is_group = kind == "throttle-group";
-        if kind != "secret" && !is_group {
+        if kind != "secret" && !is_group && !kind.starts_with("tls-creds-") {
             return Err(SecretError::UnknownType(kind.to_owned()));
         }
         let id = list.last("id").ok_or(SecretError::Missing("id"))?;
@@ -87,8 +83,14 @@ impl Secrets {
         }
         if is_group {
             let group = throttle_group(&list)?;
-            self.check_new(id)?;
+            self.check_free(id)?;
             self.throttle_groups.insert(id.to_owned(), Arc::new(group));
+            return Ok(());
+        }
+        if kind != "secret" {
+            let object = Arc::new(TlsObject::define(kind, &list, self)?);
+            self.check_free(id)?;
+            self.tls.insert(id.to_owned(), object);
             return Ok(());
         }
         if let Some(pair) = list.pairs().iter().find(|pair| !KNOWN.contains(&&*pair.key)) {
@@ -121,6 +123,19 @@ impl Secrets {
     /// The group of limits called `id`, if there is one.
     pub(crate) fn throttle_group(&self, id: &str) -> Option<Arc<ThrottleGroup>> {
         self.throttle_groups.get(id).cloned()
+    }
+
+    /// The credentials of TLS called `id`, if there are such.
+    pub fn tls(&self, id: &str) -> Option<Arc<TlsObject>> {
+        self.tls.get(id).cloned()
+    }
+
+    /// One identifier is one object, whatever its kind.
+    fn check_free(&self, id: &str) -> Result<(), SecretError> {
+        let taken = self.secrets.contains_key(id)
+            || self.tls.contains_key(id)
+            || self.throttle_groups.contains_key(id);
+        if taken { Err(SecretError::Exists(id.to_owned())) } else { Ok(()) }
     }
 
     pub(crate) fn can_ask(&self) -> bool {
@@ -211,6 +226,8 @@ pub enum SecretError {
     Throttle(ThrottleError),
     /// The identifier is taken.
     Exists(String),
+    /// It defines credentials of TLS, and there are none.
+    Tls(TlsObjectError),
 }
 
 impl fmt::Display for SecretError {
@@ -219,7 +236,7 @@ impl fmt::Display for SecretError {
             Self::Syntax(error) => error.fmt(f),
             Self::Missing(key) => write!(f, "the definition lacks '{key}'"),
             Self::UnknownType(kind) => {
-                write!(f, "'{kind}' is not a kind of object, only secret and throttle-group are")
+                write!(f, "'{kind}' is not a kind of object (secret, throttle-group, tls-creds-x509)")
             }
             Self::NotAnIdentifier(id) => write!(f, "'{id}' is not an identifier"),
             Self::Unexpected(key) => write!(f, "a secret has no '{key}'"),
@@ -235,6 +252,7 @@ impl fmt::Display for SecretError {
             Self::Wrapped(error) => error.fmt(f),
             Self::Throttle(error) => error.fmt(f),
             Self::Exists(id) => write!(f, "there is an object '{id}' already"),
+            Self::Tls(error) => error.fmt(f),
         }
     }
 }
@@ -244,6 +262,7 @@ impl Error for SecretError {
         match self {
             Self::Unreadable { error, .. } => error.source(),
             Self::Wrapped(error) => error.source(),
+            Self::Tls(error) => error.source(),
             _ => None,
         }
     }
@@ -252,6 +271,12 @@ impl Error for SecretError {
 impl From<ThrottleError> for SecretError {
     fn from(error: ThrottleError) -> Self {
         Self::Throttle(error)
+    }
+}
+
+impl From<TlsObjectError> for SecretError {
+    fn from(error: TlsObjectError) -> Self {
+        Self::Tls(error)
     }
 }
 

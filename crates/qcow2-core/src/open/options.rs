@@ -51,6 +51,9 @@ pub struct OpenOptions {
     pub writable: bool,
     /// Which other files are opened.
     pub layers: Layers,
+    /// True to put a [`LiveDisk`](crate::LiveDisk) below each overlay, so that layers can be exchanged while
+    /// the disk is used.
+    pub exchangeable: bool,
     /// The available codecs. Without the image's one, its compressed clusters cannot be read.
     pub codecs: Codecs,
     /// Size of the L2 table cache in bytes; `None`: enough for all L2 tables, at most [`DEFAULT_L2_CACHE`].
@@ -87,6 +90,7 @@ impl Default for OpenOptions {
         Self {
             writable: false,
             layers: Layers::Follow,
+            exchangeable: false,
             codecs: Codecs::default(),
             l2_cache_size: None,
             refcount_cache_size: None,
@@ -131,6 +135,12 @@ impl OpenOptions {
     #[must_use]
     pub fn with_layers(self, layers: Layers) -> Self {
         Self { layers, ..self }
+    }
+
+    /// These options with layers below overlays that can be exchanged, or not.
+    #[must_use]
+    pub fn with_exchangeable(self, exchangeable: bool) -> Self {
+        Self { exchangeable, ..self }
     }
 
     /// These options with another limit for L2 tables in memory.

@@ -94,6 +94,10 @@ macro_rules! forward_storage {
         $crate::forward_storage!(@ $inner fn extent_at(offset: $crate::HostOffset, len: u64)
             -> Result<$crate::StorageExtent, $crate::StorageError>);
     };
+    (@ $inner:ident status_at) => {
+        $crate::forward_storage!(@ $inner fn status_at(offset: $crate::HostOffset, len: u64)
+            -> Result<Option<$crate::StorageStatus>, $crate::StorageError>);
+    };
     (@ $inner:ident limits) => {
         $crate::forward_storage!(@ $inner fn limits() -> $crate::Limits);
     };

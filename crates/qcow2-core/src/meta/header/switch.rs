@@ -16,32 +16,63 @@ use qcow2_format::{FormatError, Header, HostOffset};
 
 impl HeaderStore {
     /// Replaces the header on disk by `new`; durable when it returns. Errors: `Format` if it does not fit
-    /// into the first cluster; `Storage`, which poisons the image.
+    /// into the first cluster; `Storage`. After a failed write the old header is written back, and only if
+    /// that fails too the image is poisoned; a failed barrier poisons it.
     pub(crate) fn switch_to(&self, new: Header) -> Result<()> {
-        let plan = {
-            let mut old = vec![0; self.file.geometry().cluster_size() as usize];
-            self.file.storage().read_padded(HostOffset::new(0), &mut old)?;
-            plan_switch(&old, &new).map_err(|e| {
-                Error::new(ErrorKind::Format, "the new header cannot be written").with_source(e)
-            })?
+        let old = self.current();
+        let plan = self.plan(&new)?;
+        let Err(failed) = self.take(&plan) else {
+            self.adopt(&plan, new);
+            return Ok(());
         };
+        let FailedStep { error, at_barrier } = failed;
+        // Whatever part of the step has arrived: the header on disk is the old one or the new one.
+        let back = if at_barrier { None } else { self.plan(&old).ok() };
+        match back.filter(|back| self.take(back).is_ok()) {
+            Some(back) => self.adopt(&back, old),
+            None => self.file.poison(),
+        }
+        Err(error)
+    }
+
+    /// The steps from the header on disk to `new`.
+    fn plan(&self, new: &Header) -> Result<Vec<Step>> {
+        let mut old = vec![0; self.file.geometry().cluster_size() as usize];
+        self.file.storage().read_padded(HostOffset::new(0), &mut old)?;
+        let plan = plan_switch(&old, new)
+            .map_err(|e| Error::new(ErrorKind::Format, "the new header cannot be written").with_source(e))?;
         assert!(plan.iter().any(|step| step.offset == 0), "the header is switched without its first sector");
-        let written = plan.iter().try_for_each(|step| {
+        Ok(plan)
+    }
+
+    /// Writes the steps, each with its barrier.
+    fn take(&self, plan: &[Step]) -> Result<(), FailedStep> {
+        for step in plan {
             invariant::may_write(self.file.is_writable());
             if step.offset == 0 {
                 invariant::is_header(&step.bytes);
             }
-            self.file.storage().write_at(HostOffset::new(step.offset), &step.bytes)?;
-            self.file.flush()
-        });
-        self.file.poison_on_error(written)?;
+            let written = self.file.storage().write_at(HostOffset::new(step.offset), &step.bytes);
+            written.map_err(|error| FailedStep { error: error.into(), at_barrier: false })?;
+            self.file.flush().map_err(|error| FailedStep { error, at_barrier: true })?;
+        }
+        Ok(())
+    }
+
+    /// The steps have made `header` the one on disk.
+    fn adopt(&self, plan: &[Step], header: Header) {
         let mut state = lock(&self.state);
         if let Some(last) = plan.iter().rev().find(|step| step.offset == 0) {
             state.sector.copy_from_slice(&last.bytes[..SECTOR_SIZE as usize]);
         }
-        state.header = new;
-        Ok(())
+        state.header = header;
     }
+}
+
+struct FailedStep {
+    error: Error,
+    /// True if the step's bytes were written, and it was their barrier that failed.
+    at_barrier: bool,
 }
 
 /// One write, followed by a barrier.
