@@ -269,6 +269,30 @@ impl Error for OpenFailure {
     }
 }
 
+impl FailureKind {
+    /// The sentence for what filters lack, or do not take.
+    fn fmt_of_filter(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoCompression(driver) => {
+                write!(f, "compression is not supported for underlying format: {}", driver.name())
+            }
+            Self::NoThrottleGroup(Some(name)) => write!(f, "throttle group '{name}' does not exist"),
+            Self::NoThrottleGroup(None) => f.write_str("please specify a throttle group"),
+            Self::Missing(option) => write!(f, "parameter '{option}' is missing"),
+            Self::NoBitmapNode(node) => write!(f, "node '{node}' not found"),
+            Self::NoBitmap(bitmap) => write!(f, "dirty bitmap '{bitmap}' not found"),
+            Self::UnevenClusters(bytes) => {
+                write!(f, "old content is copied in pieces of a power of two, not of {bytes} bytes")
+            }
+            Self::NoBottomNode(node) => write!(f, "bottom node '{node}' not found"),
+            Self::UnalignedPreallocation => {
+                f.write_str("prealloc-align parameter of preallocate filter is not aligned to 512")
+            }
+            other => write!(f, "{other:?}"),
+        }
+    }
+}
+
 /// A sentence that follows "could not open 'name': ".
 impl fmt::Display for FailureKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -305,21 +329,14 @@ impl fmt::Display for FailureKind {
             Self::Window(error) => error.fmt(f),
             Self::Rules(error) => error.fmt(f),
             Self::Tuning(error) => error.fmt(f),
-            Self::NoCompression(driver) => {
-                write!(f, "compression is not supported for underlying format: {}", driver.name())
-            }
-            Self::NoThrottleGroup(Some(name)) => write!(f, "throttle group '{name}' does not exist"),
-            Self::NoThrottleGroup(None) => f.write_str("please specify a throttle group"),
-            Self::Missing(option) => write!(f, "parameter '{option}' is missing"),
-            Self::NoBitmapNode(node) => write!(f, "node '{node}' not found"),
-            Self::NoBitmap(bitmap) => write!(f, "dirty bitmap '{bitmap}' not found"),
-            Self::UnevenClusters(bytes) => {
-                write!(f, "old content is copied in pieces of a power of two, not of {bytes} bytes")
-            }
-            Self::NoBottomNode(node) => write!(f, "bottom node '{node}' not found"),
-            Self::UnalignedPreallocation => {
-                f.write_str("prealloc-align parameter of preallocate filter is not aligned to 512")
-            }
+            Self::NoCompression(_)
+            | Self::NoThrottleGroup(_)
+            | Self::Missing(_)
+            | Self::NoBitmapNode(_)
+            | Self::NoBitmap(_)
+            | Self::UnevenClusters(_)
+            | Self::NoBottomNode(_)
+            | Self::UnalignedPreallocation => self.fmt_of_filter(f),
             Self::ReadOnlyNode => f.write_str("an option allows reading only"),
             Self::KeepsNothing => f.write_str("what is read is kept only where the disk may be written to"),
             Self::SharedAndWritable => f.write_str("locks are ignored only where nothing is written"),

@@ -58,21 +58,12 @@ pub(crate) fn copy(
     executor: &dyn Executor,
     progress: &dyn Progress,
 ) -> Result<CopyReport> {
-    let wanted_unit = floor_power(plan.sparse_size.max(SECTOR));
-    let target_unit = floor_power(if plan.compress.is_some() {
-        plan.target.cluster_size()
-    } else if plan.target.cluster_size() > 0 {
-        plan.target.zero_granularity()
-    } else {
-        wanted_unit.min(SMALL_UNIT)
-    });
-    let unit = if plan.compress.is_some() { target_unit } else { target_unit.max(wanted_unit) };
+    let grid = ZeroGrid::of_target(plan.target, plan.compress.is_some(), plan.sparse_size);
     // What a longer run of zeroes is counted in ends with the chunk.
-    let chunk = if wanted_unit > SMALL_UNIT { LONG_CHUNK } else { CHUNK };
+    let chunk = if plan.sparse_size > SHORT_SPARSE { LONG_CHUNK } else { CHUNK };
     let copying = Copying {
         plan,
-        grid: ZeroGrid { unit, shortest_run: plan.sparse_size },
-        target_unit,
+        grid,
         chunk: chunk.max(plan.target.cluster_size()).max(plan.source.cluster_size()),
         offload: if plan.offload { Offload::new(plan.target) } else { None },
         progress,
@@ -87,21 +78,14 @@ pub(crate) fn copy(
     Ok(report)
 }
 
-/// The largest unit of zero detection for which chunks are short: a page, the unit in which file systems leave
-/// holes.
-const SMALL_UNIT: u64 = 4096;
-/// Bytes per chunk with a larger unit. Origin: QEMU's, so that both leave the same zeroes out.
+/// The largest sparse size for which chunks are short.
+const SHORT_SPARSE: u64 = 4096;
+/// Bytes per chunk with a larger one. Origin: QEMU's, so that both leave the same zeroes out.
 const LONG_CHUNK: u64 = 2 << 20;
-
-fn floor_power(value: u64) -> u64 {
-    1 << value.max(1).ilog2()
-}
 
 struct Copying<'a> {
     plan: &'a CopyPlan<'a>,
     grid: ZeroGrid,
-    /// The smallest unit in bytes that the target can leave out.
-    target_unit: u64,
     chunk: u64,
     offload: Option<Offload<'a>>,
     progress: &'a dyn Progress,
@@ -463,7 +447,8 @@ impl Copying<'_> {
             let runs = &slot.runs[i..i + stretch];
             if let (Some(first), Some(last)) = (runs.first(), runs.last()) {
                 let (mut at, start, end) = (first.start, slot.range.start, last.end());
-                for hole in self.known_zeroes(runs, at..end) {
+                let zeroes = runs.iter().filter(|run| run.content == Content::Zero);
+                for hole in self.grid.known(zeroes.map(|run| run.start..run.end()), end) {
                     self.cut(at..hole.start, start, &slot.plain, &mut slot.steps)?;
                     at = hole.end;
                     self.add_zeroes(hole, &mut slot.steps)?;
@@ -473,20 +458,6 @@ impl Copying<'_> {
             i += stretch + 1;
         }
         Ok(())
-    }
-
-    /// The parts of `range` that `runs` show to be zeroes, in whole units of the target. They are left out
-    /// however short they are, as in QEMU; with a small unit the bytes show the same.
-    fn known_zeroes(&self, runs: &[Run], range: Range<u64>) -> Vec<Range<u64>> {
-        let unit = self.target_unit;
-        if self.grid.unit <= unit {
-            return Vec::new();
-        }
-        let zeroes = runs.iter().filter(|run| run.content == Content::Zero).map(|run| {
-            let end = if run.end() == range.end { range.end } else { run.end() - run.end() % unit };
-            run.start.next_multiple_of(unit)..end
-        });
-        zeroes.filter(|part| part.start < part.end).collect()
     }
 
     fn cut(&self, range: Range<u64>, buffer_start: u64, plain: &[u8], steps: &mut Vec<Step>) -> Result<()> {
@@ -507,7 +478,7 @@ impl Copying<'_> {
     /// Plans writing zeroes where the target may hold other data, in whole units.
     fn add_zeroes(&self, range: Range<u64>, steps: &mut Vec<Step>) -> Result<()> {
         // A unit that the backing file ends in still shows its data, so it is zeroed as a whole.
-        let units = |bytes: u64| bytes.checked_next_multiple_of(self.target_unit).unwrap_or(u64::MAX);
+        let units = |bytes: u64| bytes.checked_next_multiple_of(self.grid.target_unit).unwrap_or(u64::MAX);
         let end = self.plan.zero_from.map_or(range.end, |from| range.end.min(units(from)));
         let Some(target) = self.plan.target_layers.filter(|_| range.start < end) else {
             if range.start < end {
