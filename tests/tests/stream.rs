@@ -144,6 +144,27 @@ fn containers_of_other_formats_are_never_wrapped_as_raw() {
     }
 }
 
+/// `/dev/stdout` and `/dev/stdin` are streams where a pipe is there.
+#[cfg(target_os = "linux")]
+#[test]
+fn pipes_by_the_names_of_the_system_are_streams() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("raw"), [7; 204_800]).unwrap();
+    let shell = |line: &str| {
+        let mut shell = Command::new("sh");
+        let run = shell.args(["-c", line]).env("OURS", OURS).current_dir(folder.path()).output().unwrap();
+        assert!(run.status.success(), "{line}: {run:?}");
+        String::from_utf8_lossy(&run.stderr).into_owned()
+    };
+    let told = shell(
+        r#""$OURS" convert -f raw -O qcow2 raw /dev/stdout | cat > image
+        cat image | "$OURS" convert -O raw /dev/stdin back && cmp raw back"#,
+    );
+    assert_eq!(told, "");
+    let told = shell(r#""$OURS" convert -c -f raw -O qcow2 raw /dev/stdout | cat > none; test ! -s none"#);
+    assert!(told.contains("cannot be streamed"), "{told}");
+}
+
 /// What streams do not support is refused, and no file is left behind.
 #[test]
 fn unsupported_streams_are_refused() {

@@ -61,6 +61,8 @@ pub enum FailureKind {
     NameOfNull(Driver),
     /// A name with `blkdebug:` lacks the second colon.
     NameOfBlkdebug,
+    /// The same of `blkverify:`.
+    NameOfBlkverify,
     /// A name has more nodes than this, each below the one before.
     TooManyNodes(usize),
     /// What follows `json:` is not one object.
@@ -96,13 +98,23 @@ pub enum FailureKind {
     NoCompression(Driver),
     /// A filter that limits rates names no group of limits, or this one, which is not there.
     NoThrottleGroup(Option<String>),
-    /// A filter that copies old bytes has no place for them.
-    NoTarget,
+    /// A filter that copies old bytes lacks this option or node.
+    Missing(String),
+    /// A filter copies old bytes by the bitmap of this node, which it does not show.
+    NoBitmapNode(String),
+    /// The node that it shows has no bitmap of this name.
+    NoBitmap(String),
+    /// It is to copy pieces of this many bytes, which is no power of two.
+    UnevenClusters(u64),
+    /// A filter that keeps what is read stops at this node, which is not there.
+    NoBottomNode(String),
     /// Room is to be reserved in pieces that are no whole sectors.
     UnalignedPreallocation,
 
     /// An option wants a node left alone that is to be written to.
     ReadOnlyNode,
+    /// What is read is to be kept in a disk that is not to be written to.
+    KeepsNothing,
     /// Locks are to be ignored, and the disk is to be written to.
     SharedAndWritable,
     /// Requests are to be queued by the system while its page cache is in use.
@@ -257,6 +269,30 @@ impl Error for OpenFailure {
     }
 }
 
+impl FailureKind {
+    /// The sentence for what filters lack, or do not take.
+    fn fmt_of_filter(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoCompression(driver) => {
+                write!(f, "compression is not supported for underlying format: {}", driver.name())
+            }
+            Self::NoThrottleGroup(Some(name)) => write!(f, "throttle group '{name}' does not exist"),
+            Self::NoThrottleGroup(None) => f.write_str("please specify a throttle group"),
+            Self::Missing(option) => write!(f, "parameter '{option}' is missing"),
+            Self::NoBitmapNode(node) => write!(f, "node '{node}' not found"),
+            Self::NoBitmap(bitmap) => write!(f, "dirty bitmap '{bitmap}' not found"),
+            Self::UnevenClusters(bytes) => {
+                write!(f, "old content is copied in pieces of a power of two, not of {bytes} bytes")
+            }
+            Self::NoBottomNode(node) => write!(f, "bottom node '{node}' not found"),
+            Self::UnalignedPreallocation => {
+                f.write_str("prealloc-align parameter of preallocate filter is not aligned to 512")
+            }
+            other => write!(f, "{other:?}"),
+        }
+    }
+}
+
 /// A sentence that follows "could not open 'name': ".
 impl fmt::Display for FailureKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -276,6 +312,7 @@ impl fmt::Display for FailureKind {
             Self::NothingBelow(role) => write!(f, "nothing is given for '{role}'"),
             Self::NameOfNull(driver) => write!(f, "the only name of a '{0}' disk is '{0}://'", driver.name()),
             Self::NameOfBlkdebug => f.write_str("the name is not of the form 'blkdebug:rules:image'"),
+            Self::NameOfBlkverify => f.write_str("the name is not of the form 'blkverify:copy:image'"),
             Self::TooManyNodes(most) => {
                 write!(f, "more than {most} images and filters stand below one another")
             }
@@ -292,16 +329,16 @@ impl fmt::Display for FailureKind {
             Self::Window(error) => error.fmt(f),
             Self::Rules(error) => error.fmt(f),
             Self::Tuning(error) => error.fmt(f),
-            Self::NoCompression(driver) => {
-                write!(f, "compression is not supported for underlying format: {}", driver.name())
-            }
-            Self::NoThrottleGroup(Some(name)) => write!(f, "throttle group '{name}' does not exist"),
-            Self::NoThrottleGroup(None) => f.write_str("please specify a throttle group"),
-            Self::NoTarget => f.write_str("parameter 'target' is missing"),
-            Self::UnalignedPreallocation => {
-                f.write_str("prealloc-align parameter of preallocate filter is not aligned to 512")
-            }
+            Self::NoCompression(_)
+            | Self::NoThrottleGroup(_)
+            | Self::Missing(_)
+            | Self::NoBitmapNode(_)
+            | Self::NoBitmap(_)
+            | Self::UnevenClusters(_)
+            | Self::NoBottomNode(_)
+            | Self::UnalignedPreallocation => self.fmt_of_filter(f),
             Self::ReadOnlyNode => f.write_str("an option allows reading only"),
+            Self::KeepsNothing => f.write_str("what is read is kept only where the disk may be written to"),
             Self::SharedAndWritable => f.write_str("locks are ignored only where nothing is written"),
             Self::QueuedThroughCache => f.write_str("aio=native takes cache.direct=on"),
             Self::NotADevice { path, .. } => write!(f, "'{path}' is not a device"),

@@ -87,8 +87,8 @@ mod warning;
 pub use arguments::{count_argument, size_argument};
 pub use compression::{Compression, CompressionError};
 pub use driver::{
-    AddressError, AddressPart, Driver, LineError, RuleError, TuningError, WindowError, is_device,
-    is_known_driver,
+    AddressError, AddressPart, Driver, LineError, RuleError, ThrottleError, TuningError, WindowError,
+    is_device, is_known_driver,
 };
 pub use failure::{FailureKind, MissingBacking, OpenFailure};
 pub use keys::{
@@ -100,7 +100,7 @@ pub use name::{ImageName, Naming, filename};
 pub use new::{
     CreateFailure, CreateFailureKind, CreateHow, ImageChanges, NewFile, NewImageFile, NewOptions, NewTarget,
     OptionSpec, OptionType, Unfinished, amend_options, amended_format, create, create_options,
-    format_of_ending, new_image_format,
+    format_of_ending, measured_format, new_image_format,
 };
 pub use open::{
     BackingFile, ChainFiles, Feature, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes,

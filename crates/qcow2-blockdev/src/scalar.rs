@@ -41,6 +41,10 @@ pub enum OptionErrorKind {
     SizeOutOfRange,
     /// None of the choices.
     NotAChoice,
+    /// Not an integer.
+    NotAnInteger,
+    /// Not an integer from 0 to 2^32 - 1.
+    NotAU32,
 }
 
 impl OptionError {
@@ -59,6 +63,8 @@ impl fmt::Display for OptionError {
             OptionErrorKind::NotASize => "a number of bytes, perhaps with one of the suffixes k M G T P E",
             OptionErrorKind::SizeOutOfRange => "a number of bytes from 0 to 2^64 - 1",
             OptionErrorKind::NotAChoice => "one of its choices",
+            OptionErrorKind::NotAnInteger => "an integer",
+            OptionErrorKind::NotAU32 => "a number from 0 to 2^32 - 1",
         };
         write!(f, "option '{}' takes {wanted}, not '{}'", self.option, self.value)
     }

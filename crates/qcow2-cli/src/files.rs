@@ -1,6 +1,6 @@
 //! The files of one run.
 
-use crate::persona::DamageWords;
+use crate::persona::{DamageWords, MismatchStops};
 use crate::policy::policy;
 use qcow2_blockdev::OpenOptions;
 use qcow2_io::OpenFiles;
@@ -17,5 +17,5 @@ pub(crate) fn open_files() -> &'static OpenFiles {
 /// How images are opened for reading: by the policy and among the files of this run.
 pub(crate) fn open_options() -> OpenOptions {
     let options = OpenOptions::new().with_policy(policy()).among(open_files());
-    options.with_damage_observer(Arc::new(DamageWords))
+    options.with_damage_observer(Arc::new(DamageWords)).with_mismatch_observer(Arc::new(MismatchStops))
 }

@@ -30,9 +30,9 @@ pub(crate) fn format_of(session: &Session, given: Option<String>, file: &str) ->
     })
 }
 
-/// Where the new image called `name` goes. An empty name is a file that cannot be made.
-pub(crate) fn target_of(name: &str) -> Result<NewTarget, Failure> {
-    match NewTarget::parse(name) {
+/// Where the new image called `name`, of `format`, goes. An empty name is a file that cannot be made.
+pub(crate) fn target_of(name: &str, format: &ImageFormat) -> Result<NewTarget, Failure> {
+    match NewTarget::of_format(name, format) {
         Err(_) if name.is_empty() => Ok(NewTarget::File(String::new())),
         target => target.map_err(|reason| Failure::new(persona::in_one_line(&reason))),
     }
@@ -93,7 +93,7 @@ pub(crate) fn make_disk(
     let mut options = NewOptions::parse(&format, &KeyValues::default())?;
     options.set_number("size", size);
     let about = |failure: Failure| failure.about("error while creating output image").about(file);
-    let (made, args) = (target_of(file).map_err(about)?, ImageArgs::default());
+    let (made, args) = (target_of(file, &format).map_err(about)?, ImageArgs::default());
     make(session, &made, &options, &args.objects, interrupts).map_err(|failure| about(failure.into()))?;
     let target = made.into_name(file, &options, args.objects.secrets());
     Ok(open(&target, &args.options().writable())?.disk)

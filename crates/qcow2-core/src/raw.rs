@@ -63,6 +63,24 @@ impl dyn GuestDisk + '_ {
     }
 }
 
+/// Length of the run at the start of `range`, at most that of the range, and whether the top layer of `disk`
+/// has it allocated. A raw disk that shows the bytes of an image has those that the top layer of that image
+/// has; all others have all of their bytes. Disk: may read tables. Errors: as [`GuestDisk::extent_at`].
+pub fn allocated_at(disk: &dyn GuestDisk, range: GuestRange) -> Result<(u64, bool)> {
+    let extent = disk.extent_at(range)?;
+    let shown = disk.unfiltered().as_raw().and_then(|raw| raw.storage().guest_disk());
+    if let Some((inner, start)) = shown
+        && let Some(start) = start.checked_add(range.start().value())
+        && start.value() < inner.size()
+    {
+        let left = extent.len.min(inner.size() - start.value());
+        if let Some(range) = GuestRange::new(start, left) {
+            return allocated_at(&*inner, range);
+        }
+    }
+    Ok((extent.len, extent.state != ExtentState::Unallocated))
+}
+
 impl GuestDisk for RawDisk {
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)

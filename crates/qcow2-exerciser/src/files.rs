@@ -68,6 +68,9 @@ pub fn open_files(
     if let Some(kind) = refused {
         return Err(OpenFailure::new(&name.typed, kind).into());
     }
+    if request.copy_on_read && !writable {
+        return Err(OpenFailure::new(&typed, FailureKind::KeepsNothing).into());
+    }
     let debugger = opened.debugger.clone();
     let (mut disk, format) = match scratch {
         true => {
@@ -87,7 +90,7 @@ pub fn open_files(
     if let Some(image) = disk.as_image().filter(|_| how.writable) {
         warnings.extend(bitmaps_to_lose(&**image.storage(), &image.header()));
     }
-    if request.copy_on_read && writable {
+    if request.copy_on_read {
         disk = Arc::new(CopyOnRead::new(disk));
     }
     let mut opened = OpenedDisk::new(disk, writable);

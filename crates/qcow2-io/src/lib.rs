@@ -30,10 +30,14 @@
 //! | the steps of a raw format above a debugger | [`RawEvents`] |
 //! | an image that compresses what is written to it | [`CompressWrites`] |
 //! | a disk of which only content and layers are seen | [`FilteredDisk`] |
+//! | a disk above an image that shows the image's layers | [`ShownDisk`] |
 //! | a disk that copies what it reads from its backing files into the top layer | [`CopyOnRead`] |
 //! | a disk probed as raw that nobody turns into another format | [`GuardedRaw`] |
 //! | a byte range of a storage | [`WindowStorage`] |
 //! | a storage with a rate limit | [`ThrottleStorage`] |
+//! | storages and disks that keep limits together | [`ThrottleGroup`], [`ThrottledStorage`], [`ThrottledDisk`] |
+//! | a storage that is compared with a copy | [`VerifyStorage`] |
+//! | a disk whose old content goes elsewhere before it changes | [`CopyBeforeWrite`] |
 //! | the guest disk of one image as the storage of another | [`DiskStorage`] |
 //! | to write such a wrapper | [`forward_storage`], [`forward_guest_disk`] |
 //! | the export of an NBD server | [`NbdStorage`] |
@@ -79,10 +83,12 @@ mod system;
 pub use error::{OsError, os_error_text};
 pub use file::FileStorage;
 pub use layer::{
-    BlkdebugStorage, CacheMode, CompressWrites, CopyOnRead, DebugAction, DebugCall, DebugLimits, DebugRule,
-    Debugger, DiskStorage, FilteredDisk, FlushEachWrite, GuardedRaw, Injection, LimitStorage, NoFlush,
-    RawEvents, StopNews, StorageCall, StorageCounts, StorageEvent, ThrottleStorage, TraceStorage,
-    WindowStorage,
+    BeforeWrite, BlkdebugStorage, CacheMode, CompressWrites, CopyBeforeWrite, CopyOnRead, DebugAction,
+    DebugCall, DebugLimits, DebugRule, Debugger, DiskStorage, FilteredDisk, FlushEachWrite, GuardedRaw,
+    Injection, LimitError, LimitStorage, Mismatch, MismatchKind, MismatchObserver, NoFlush, Pace, Rate,
+    Rates, RawEvents, RequestKind, ShownDisk, StopNews, StorageCall, StorageCounts, StorageEvent, SystemPace,
+    ThrottleGroup, ThrottleLimits, ThrottleStorage, ThrottledDisk, ThrottledStorage, TraceStorage,
+    VerifyStorage, WindowStorage,
 };
 pub use lock::{LockConflict, Locking, Permission};
 pub use memory::MemoryStorage;

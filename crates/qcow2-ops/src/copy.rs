@@ -59,17 +59,13 @@ pub(crate) fn copy(
     executor: &dyn Executor,
     progress: &dyn Progress,
 ) -> Result<CopyReport> {
-    let target_unit = if plan.compress.is_some() {
-        plan.target.cluster_size()
-    } else if plan.target.cluster_size() > 0 {
-        plan.target.zero_granularity()
-    } else {
-        plan.sparse_size.clamp(SECTOR, RAW_UNIT)
-    };
+    let grid = ZeroGrid::of_target(plan.target, plan.compress.is_some(), plan.sparse_size);
+    // What a longer run of zeroes is counted in ends with the chunk.
+    let chunk = if plan.sparse_size > SHORT_SPARSE { LONG_CHUNK } else { CHUNK };
     let copying = Copying {
         plan,
-        grid: ZeroGrid { unit: floor_power(target_unit), shortest_run: plan.sparse_size },
-        chunk: CHUNK.max(plan.target.cluster_size()).max(plan.source.cluster_size()),
+        grid,
+        chunk: chunk.max(plan.target.cluster_size()).max(plan.source.cluster_size()),
         offload: if plan.offload { Offload::new(plan.target) } else { None },
         progress,
         pieces: Pieces::new(progress),
@@ -83,12 +79,10 @@ pub(crate) fn copy(
     Ok(report)
 }
 
-/// Unit of zero detection for a raw target: a page, the unit in which file systems leave holes.
-const RAW_UNIT: u64 = 4096;
-
-fn floor_power(value: u64) -> u64 {
-    1 << value.max(1).ilog2()
-}
+/// The largest sparse size for which chunks are short.
+const SHORT_SPARSE: u64 = 4096;
+/// Bytes per chunk with a larger one. Origin: QEMU's, so that both leave the same zeroes out.
+const LONG_CHUNK: u64 = 2 << 20;
 
 struct Copying<'a> {
     plan: &'a CopyPlan<'a>,
@@ -416,7 +410,14 @@ impl Copying<'_> {
             let stretch = slot.runs[i..].iter().take_while(|run| run.content != Content::Backing).count();
             let runs = &slot.runs[i..i + stretch];
             if let (Some(first), Some(last)) = (runs.first(), runs.last()) {
-                self.cut(first.start..last.end(), slot.range.start, &slot.plain, &mut slot.steps)?;
+                let (mut at, start, end) = (first.start, slot.range.start, last.end());
+                let zeroes = runs.iter().filter(|run| run.content == Content::Zero);
+                for hole in self.grid.known(zeroes.map(|run| run.start..run.end()), end) {
+                    self.cut(at..hole.start, start, &slot.plain, &mut slot.steps)?;
+                    at = hole.end;
+                    self.add_zeroes(hole, &mut slot.steps)?;
+                }
+                self.cut(at..end, start, &slot.plain, &mut slot.steps)?;
             }
             i += stretch + 1;
         }
@@ -441,7 +442,7 @@ impl Copying<'_> {
     /// Plans writing zeroes where the target may hold other data, in whole units.
     fn add_zeroes(&self, range: Range<u64>, steps: &mut Vec<Step>) -> Result<()> {
         // A unit that the backing file ends in still shows its data, so it is zeroed as a whole.
-        let units = |bytes: u64| bytes.checked_next_multiple_of(self.grid.unit).unwrap_or(u64::MAX);
+        let units = |bytes: u64| bytes.checked_next_multiple_of(self.grid.target_unit).unwrap_or(u64::MAX);
         let end = self.plan.zero_from.map_or(range.end, |from| range.end.min(units(from)));
         let Some(target) = self.plan.target_layers.filter(|_| range.start < end) else {
             if range.start < end {

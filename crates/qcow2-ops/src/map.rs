@@ -126,6 +126,8 @@ struct Layer {
     sparse_storage: Option<Arc<dyn Storage>>,
     /// Finds host clusters that are allocated although no subcluster is; only with extended L2 entries.
     assigned: Option<Mutex<AssignedPlaces>>,
+    /// The image whose bytes a raw disk shows, and the guest offset in it of the disk's first byte.
+    shown: Option<(Box<Self>, GuestOffset)>,
 }
 
 impl Layers {
@@ -133,16 +135,7 @@ impl Layers {
         let mut layers = Vec::new();
         let mut next = Some(top);
         while let Some(disk) = next {
-            let sparse_storage = disk.as_image().map(sparse::find_sparse_storage).transpose();
-            let sparse_storage = sparse_storage.map_err(|e| {
-                Error::new(ErrorKind::Extents, "comparing the refcounts with the disk space used")
-                    .with_source(e)
-            })?;
-            layers.push(Layer {
-                disk: Arc::clone(disk),
-                sparse_storage: sparse_storage.flatten(),
-                assigned: disk.as_image().and_then(AssignedPlaces::new).map(Mutex::new),
-            });
+            layers.push(Layer::new(disk)?);
             next = disk.backing();
         }
         Ok(Self { layers, shows_status: false })
@@ -184,29 +177,71 @@ impl Layers {
                 return Ok(MapExtent { len, depth, present, zero, data, host, ..extent });
             }
             let answer = layer.disk.extent_at(range)?;
-            extent = MapExtent { len: answer.len, depth, ..extent };
-            extent.host = None;
-            extent = match answer.state {
-                ExtentState::Unallocated => {
-                    extent = layer.with_assigned_place(extent)?;
-                    continue;
-                }
-                ExtentState::Zero { host } => MapExtent { present: true, host, ..extent },
-                ExtentState::Compressed => {
-                    MapExtent { present: true, zero: false, data: true, compressed: true, ..extent }
-                }
-                ExtentState::Data { host } => {
-                    let stored = MapExtent { present: true, zero: false, data: true, host, ..extent };
-                    layer.with_holes(stored)?
-                }
-            };
-            break;
+            extent = MapExtent { len: answer.len, depth, host: None, ..extent };
+            if let Some(shown) = layer.shown_extent(extent)? {
+                return Ok(shown);
+            }
+            extent = layer.with_state(extent, answer.state)?;
+            if extent.present {
+                break;
+            }
         }
         Ok(extent)
     }
 }
 
 impl Layer {
+    fn new(disk: &Arc<dyn GuestDisk>) -> Result<Self> {
+        let plain = disk.unfiltered();
+        let sparse_storage = plain.as_image().map(sparse::find_sparse_storage).transpose().map_err(|e| {
+            Error::new(ErrorKind::Extents, "comparing the refcounts with the disk space used").with_source(e)
+        })?;
+        let shown = plain.as_raw().and_then(|raw| raw.storage().guest_disk());
+        Ok(Self {
+            disk: Arc::clone(disk),
+            sparse_storage: sparse_storage.flatten(),
+            assigned: plain.as_image().and_then(AssignedPlaces::new).map(Mutex::new),
+            shown: match shown {
+                Some((inner, start)) => Some((Box::new(Self::new(&inner)?), start)),
+                None => None,
+            },
+        })
+    }
+
+    /// `extent`, which this layer stores as `state` tells.
+    fn with_state(&self, extent: MapExtent, state: ExtentState) -> qcow2_core::Result<MapExtent> {
+        match state {
+            ExtentState::Unallocated => self.with_assigned_place(extent),
+            ExtentState::Zero { host } => Ok(MapExtent { present: true, host, ..extent }),
+            ExtentState::Compressed => {
+                Ok(MapExtent { present: true, zero: false, data: true, compressed: true, ..extent })
+            }
+            ExtentState::Data { host } => {
+                self.with_holes(MapExtent { present: true, zero: false, data: true, host, ..extent })
+            }
+        }
+    }
+
+    /// `extent` of a raw disk as the image tells whose bytes it shows; `None`: it shows none there. Like
+    /// QEMU, does not look at that image's backing file: what comes from there is neither stored nor zero.
+    fn shown_extent(&self, extent: MapExtent) -> qcow2_core::Result<Option<MapExtent>> {
+        let Some((inner, start)) = &self.shown else { return Ok(None) };
+        let Some(start) = start.checked_add(extent.start).filter(|at| at.value() < inner.disk.size()) else {
+            return Ok(None);
+        };
+        let left = extent.len.min(inner.disk.size() - start.value());
+        let Some(range) = GuestRange::new(start, left) else { return Ok(None) };
+        let answer = inner.disk.extent_at(range)?;
+        let there = MapExtent { start: start.value(), len: answer.len, ..extent };
+        let there = match inner.shown_extent(there)? {
+            Some(there) => there,
+            None => inner.with_state(there, answer.state)?,
+        };
+        let below = inner.disk.backing().is_some_and(|below| start.value() < below.size());
+        let zero = there.zero && (there.present || !below);
+        Ok(Some(MapExtent { start: extent.start, zero, ..there }))
+    }
+
     /// What a server tells of a raw disk.
     fn status_at(&self, range: GuestRange) -> qcow2_core::Result<Option<StorageStatus>> {
         match self.disk.as_raw() {

@@ -133,7 +133,10 @@ impl Source {
             MapExtent { zero: true, .. } => Content::Zero,
             _ => Content::Data,
         };
-        let stored = (content == Content::Data && extent.host.is_some()).then_some(extent.depth);
+        // A filter sees all requests, and none that the system makes by itself.
+        let filtered = self.part_at(at).disk.filtered().is_some();
+        let plain = content == Content::Data && extent.host.is_some() && !filtered;
+        let stored = plain.then_some(extent.depth);
         Ok((Run { start: at, len: extent.len, content }, stored))
     }
 

@@ -1,8 +1,14 @@
 //! Finds zeroes in data, and decides which runs of them to leave out.
 
+use crate::source::SECTOR;
+use qcow2_core::GuestDisk;
+use std::ops::Range;
+
 /// The rules for leaving out zeroes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ZeroGrid {
+    /// The smallest unit in bytes that the target can leave out; a power of two.
+    pub(crate) target_unit: u64,
     /// Unit of detection in bytes, aligned on the disk; a power of two.
     pub(crate) unit: u64,
     /// Zero runs between data that are shorter than this count as data: leaving out a small gap costs more
@@ -11,6 +17,34 @@ pub(crate) struct ZeroGrid {
 }
 
 impl ZeroGrid {
+    /// The rules for a copy to `target` that leaves out runs of `sparse_size` bytes and more. They are found in
+    /// units of the largest power of two in that, and of the target's own unit at least; compressed clusters
+    /// are left out as wholes.
+    pub(crate) fn of_target(target: &dyn GuestDisk, compress: bool, sparse_size: u64) -> Self {
+        let wanted = floor_power(sparse_size.max(SECTOR));
+        let target_unit = floor_power(match target.cluster_size() {
+            0 => wanted.min(PAGE),
+            cluster_size if compress => cluster_size,
+            _ => target.zero_granularity(),
+        });
+        let unit = if compress { target_unit } else { target_unit.max(wanted) };
+        Self { target_unit, unit, shortest_run: sparse_size }
+    }
+
+    /// The parts of `zeroes`, which are known without looking at bytes, that are whole units of the target;
+    /// `end`: where the bytes end, with a unit that may be cut. They are left out however short they are, as in
+    /// QEMU. With the target's own unit the bytes show the same, and nothing is returned.
+    pub(crate) fn known(&self, zeroes: impl Iterator<Item = Range<u64>>, end: u64) -> Vec<Range<u64>> {
+        if self.unit <= self.target_unit {
+            return Vec::new();
+        }
+        let whole = zeroes.map(|run| {
+            let last = if run.end == end { end } else { run.end - run.end % self.target_unit };
+            run.start.next_multiple_of(self.target_unit)..last
+        });
+        whole.filter(|part| part.start < part.end).collect()
+    }
+
     /// Splits `bytes`, which are at `start` on the disk, into runs of data and zeroes. Calls `emit` with
     /// start, length and "is zero" for each run, in order and without gaps. The first and the last run may be
     /// of any length, because they may continue outside.
@@ -42,6 +76,13 @@ impl ZeroGrid {
         }
     }
 }
+
+fn floor_power(value: u64) -> u64 {
+    1 << value.max(1).ilog2()
+}
+
+/// The unit in which file systems leave holes.
+const PAGE: u64 = 4096;
 
 fn emit_data(start: Option<u64>, end: u64, emit: &mut dyn FnMut(u64, u64, bool)) {
     if let Some(start) = start {
@@ -92,7 +133,7 @@ mod tests {
         let bytes: Vec<u8> = text.bytes().map(|b| if b == b'.' { 0 } else { b }).collect();
         let mut runs = Vec::new();
         let mut at = start;
-        ZeroGrid { unit: 4, shortest_run }.split(start, &bytes, &mut |start, len, zero| {
+        ZeroGrid { target_unit: 4, unit: 4, shortest_run }.split(start, &bytes, &mut |start, len, zero| {
             assert_eq!(start, at, "gap");
             at += len;
             runs.push(format!("{}{len}", if zero { "z" } else { "D" }));
@@ -115,6 +156,15 @@ mod tests {
         check(3, 4, ".xxxx.", "z1 D4 z1");
         check(3, 4, ".xxxx..x", "z1 D7");
         check(3, 4, ".xxxx", "z1 D4");
+    }
+
+    #[test]
+    fn known_zeroes_are_cut_to_units_of_the_target() {
+        let grid = ZeroGrid { target_unit: 4, unit: 16, shortest_run: 16 };
+        let known = grid.known([1..9, 10..11, 12..16, 21..30].into_iter(), 30);
+        assert_eq!(known, [4..8, 12..16, 24..30]);
+        let same = ZeroGrid { target_unit: 16, ..grid };
+        assert_eq!(same.known([0..32].into_iter(), 32), []);
     }
 
     #[test]

@@ -84,7 +84,7 @@ pub fn to_text(info: &NamedInfo) -> String {
         let tree = human::tree(&luks_json(luks, None), 1);
         let _ = write!(out, "encrypted: yes\nFormat specific information:\n{tree}");
     }
-    push_nodes(&mut out, &info.nodes);
+    push_nodes(&mut out, "", 0, &info.nodes);
     out
 }
 
@@ -138,14 +138,15 @@ pub fn specific_text(qcow2: &Qcow2Info) -> String {
 }
 
 /// Each node below a heading of its own, the later ones further in.
-fn push_nodes(out: &mut String, nodes: &[NodeFacts]) {
-    let mut path = String::new();
-    for (depth, node) in nodes.iter().enumerate() {
+fn push_nodes(out: &mut String, above: &str, depth: usize, nodes: &[NodeFacts]) {
+    let mut path = above.to_owned();
+    for (depth, node) in (depth..).zip(nodes) {
         let indent = " ".repeat(4 * depth);
+        push_nodes(out, &path, depth, &node.sibling);
         let _ = write!(path, "/{}", node.role);
         let _ = writeln!(out, "{indent}Child node '{path}':");
         let disk_size = node.used.map_or_else(|| "unavailable".to_owned(), human::size);
-        let labels = match depth + 1 == nodes.len() {
+        let labels = match node.is_file || std::ptr::eq(node, &raw const nodes[nodes.len() - 1]) {
             true => ["filename", "protocol type", "file length"],
             false => ["image", "file format", "virtual size"],
         };
@@ -168,7 +169,12 @@ fn children_json(nodes: &[NodeFacts]) -> Value {
         .put_some("format-specific", node.is_file.then(|| json!({"type": "file", "data": {}})))
         .put_some("dirty-flag", is_on_file(nodes).then_some(false))
         .into_value();
-    json!([{"name": node.role, "info": info}])
+    let mut children = match children_json(&node.sibling) {
+        Value::Array(siblings) => siblings,
+        _ => Vec::new(),
+    };
+    children.push(json!({"name": node.role, "info": info}));
+    Value::Array(children)
 }
 
 fn is_on_file(nodes: &[NodeFacts]) -> bool {

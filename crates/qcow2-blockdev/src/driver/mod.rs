@@ -33,6 +33,7 @@ mod preallocate;
 mod qcow2;
 mod raw;
 mod table;
+mod throttle;
 mod values;
 
 pub use blkdebug::{LineError, RuleError};
@@ -50,4 +51,6 @@ pub use raw::WindowError;
 pub(crate) use raw::{is_window, window};
 pub use table::Driver;
 pub(crate) use table::KEY_OPTIONS;
+pub use throttle::ThrottleError;
+pub(crate) use throttle::throttle_group;
 pub(crate) use values::check as check_values;

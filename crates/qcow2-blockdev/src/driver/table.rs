@@ -34,17 +34,21 @@ pub enum Driver {
     CopyOnRead,
     /// A filter that reserves room behind the end.
     Preallocate,
-    /// A filter that limits rates. It is known by name: it takes a group of limits, of which there are none.
+    /// A filter that keeps the limits of a group.
     Throttle,
-    /// A filter that copies old bytes elsewhere. It is known by name.
+    /// A filter that copies old bytes elsewhere.
     CopyBeforeWrite,
+    /// An image that is compared with a raw copy.
+    Blkverify,
 }
 
 impl Driver {
     /// The names of all that open a disk, in the order of letters.
-    pub const NAMES: [&'static str; 13] = [
+    pub const NAMES: [&'static str; 16] = [
         "blkdebug",
+        "blkverify",
         "compress",
+        "copy-before-write",
         "copy-on-read",
         "file",
         "host_cdrom",
@@ -56,6 +60,7 @@ impl Driver {
         "preallocate",
         "qcow2",
         "raw",
+        "throttle",
     ];
 
     /// The driver called `name`.
@@ -77,6 +82,7 @@ impl Driver {
             "preallocate" => Self::Preallocate,
             "throttle" => Self::Throttle,
             "copy-before-write" => Self::CopyBeforeWrite,
+            "blkverify" => Self::Blkverify,
             _ => return None,
         })
     }
@@ -100,6 +106,7 @@ impl Driver {
             Self::Preallocate => "preallocate",
             Self::Throttle => "throttle",
             Self::CopyBeforeWrite => "copy-before-write",
+            Self::Blkverify => "blkverify",
         }
     }
 
@@ -139,7 +146,17 @@ impl Driver {
     pub fn child(self) -> Option<&'static str> {
         match self {
             Self::Blkdebug => Some("image"),
+            Self::Blkverify => Some("raw"),
             _ => (self.format().is_some() || self.is_filter()).then_some("file"),
+        }
+    }
+
+    /// What it calls the other node that it needs.
+    pub(crate) fn second_child(self) -> Option<&'static str> {
+        match self {
+            Self::Blkverify => Some("test"),
+            Self::CopyBeforeWrite => Some("target"),
+            _ => None,
         }
     }
 
@@ -157,7 +174,9 @@ impl Driver {
             Self::Nbd => !GENERAL.contains(&key),
             Self::CopyOnRead => key == "bottom",
             Self::Throttle => key == "throttle-group",
-            Self::Qcow | Self::Compress | Self::Preallocate | Self::CopyBeforeWrite => false,
+            Self::Qcow | Self::Compress | Self::Preallocate | Self::CopyBeforeWrite | Self::Blkverify => {
+                false
+            }
         }
     }
 
@@ -185,7 +204,8 @@ impl Driver {
             Self::Blkdebug => &BLKDEBUG,
             Self::Nbd => &NBD,
             Self::Preallocate => &["prealloc-align", "prealloc-size"],
-            Self::Compress | Self::CopyOnRead | Self::Throttle | Self::CopyBeforeWrite => &[],
+            Self::CopyBeforeWrite => &BEFORE_WRITE,
+            Self::Compress | Self::CopyOnRead | Self::Throttle | Self::Blkverify => &[],
         };
         GENERAL.contains(&key)
             || own.contains(&key)
@@ -243,6 +263,8 @@ const QCOW2: [&str; 21] = [
 ];
 const BLKDEBUG: [&str; 7] =
     ["config", "align", "max-transfer", "opt-write-zero", "max-write-zero", "opt-discard", "max-discard"];
+const BEFORE_WRITE: [&str; 5] =
+    ["bitmap.node", "bitmap.name", "on-cbw-error", "cbw-timeout", "min-cluster-size"];
 const NBD: [&str; 9] = [
     "host",
     "port",

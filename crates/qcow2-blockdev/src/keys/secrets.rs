@@ -1,12 +1,13 @@
 //! Secrets by identifier, and somebody who can be asked for others.
 
 use super::tls::{TlsObject, TlsObjectError};
+use crate::driver::{ThrottleError, throttle_group};
 use crate::keyvalue::{KeyValueError, KeyValues};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use qcow2_core::format::text::bytes_of;
 use qcow2_crypt::{CryptError, Secret, wrap};
-use qcow2_io::{OsError, path_of};
+use qcow2_io::{OsError, ThrottleGroup, path_of};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
@@ -26,12 +27,13 @@ pub trait AskPassword: Send + Sync {
     fn forget(&self, name: &str);
 }
 
-/// The secrets that options may name, and the credentials of TLS. Secrets are wiped from memory when they go;
-/// `Debug` shows none.
+/// The objects that options may name: secrets, the credentials of TLS, and groups of limits. Secrets are wiped
+/// from memory when they go; `Debug` shows none.
 #[derive(Clone, Default)]
 pub struct Secrets {
     secrets: BTreeMap<String, Secret>,
     tls: BTreeMap<String, Arc<TlsObject>>,
+    throttle_groups: BTreeMap<String, Arc<ThrottleGroup>>,
     asked: Option<Arc<dyn AskPassword>>,
 }
 
@@ -54,7 +56,10 @@ impl Secrets {
         Ok(())
     }
 
-    /// Adds the secret that `text` (`secret,id=NAME,data=TEXT` or `...,file=PATH`) defines: as it stands, or
+    /// Adds the object that `text` defines: a secret, or a group of limits for `throttle` nodes
+    /// (`throttle-group,id=NAME,x-iops-total=N` and so on), which has its clock from now on.
+    ///
+    /// Of a secret, `text` (`secret,id=NAME,data=TEXT` or `...,file=PATH`) has the bytes as they stand, or in
     /// `format=base64`, or encrypted under another one (`keyid=NAME,iv=BASE64`). Disk: reads the file, all of
     /// whose bytes count. `tls-creds-x509,id=NAME,dir=FOLDER` defines credentials of TLS, whose files are
     /// read.
@@ -68,12 +73,19 @@ impl Secrets {
     pub fn define(&mut self, text: &str) -> Result<(), SecretError> {
         let list = KeyValues::parse_pairs(text, Some("qom-type"))?;
         let kind = list.last("qom-type").ok_or(SecretError::Missing("qom-type"))?;
-        if kind != "secret" && !kind.starts_with("tls-creds-") {
+        let is_group = kind == "throttle-group";
+        if kind != "secret" && !is_group && !kind.starts_with("tls-creds-") {
             return Err(SecretError::UnknownType(kind.to_owned()));
         }
         let id = list.last("id").ok_or(SecretError::Missing("id"))?;
         if !is_identifier(id) {
             return Err(SecretError::NotAnIdentifier(id.to_owned()));
+        }
+        if is_group {
+            let group = throttle_group(&list)?;
+            self.check_free(id)?;
+            self.throttle_groups.insert(id.to_owned(), Arc::new(group));
+            return Ok(());
         }
         if kind != "secret" {
             let object = Arc::new(TlsObject::define(kind, &list, self)?);
@@ -108,16 +120,22 @@ impl Secrets {
         self.secrets.get(id).cloned()
     }
 
+    /// The group of limits called `id`, if there is one.
+    pub(crate) fn throttle_group(&self, id: &str) -> Option<Arc<ThrottleGroup>> {
+        self.throttle_groups.get(id).cloned()
+    }
+
     /// The credentials of TLS called `id`, if there are such.
     pub fn tls(&self, id: &str) -> Option<Arc<TlsObject>> {
         self.tls.get(id).cloned()
     }
 
+    /// One identifier is one object, whatever its kind.
     fn check_free(&self, id: &str) -> Result<(), SecretError> {
-        match self.secrets.contains_key(id) || self.tls.contains_key(id) {
-            true => Err(SecretError::Exists(id.to_owned())),
-            false => Ok(()),
-        }
+        let taken = self.secrets.contains_key(id)
+            || self.tls.contains_key(id)
+            || self.throttle_groups.contains_key(id);
+        if taken { Err(SecretError::Exists(id.to_owned())) } else { Ok(()) }
     }
 
     pub(crate) fn can_ask(&self) -> bool {
@@ -177,7 +195,7 @@ pub enum SecretError {
     Syntax(KeyValueError),
     /// An item that there must be.
     Missing(&'static str),
-    /// Something else than a secret.
+    /// Something else than a secret or a group of limits.
     UnknownType(String),
     /// An identifier begins with a letter and has letters, digits, `-`, `.` and `_`.
     NotAnIdentifier(String),
@@ -204,6 +222,8 @@ pub enum SecretError {
     NotBase64,
     /// It cannot be decrypted.
     Wrapped(CryptError),
+    /// Limits that are none.
+    Throttle(ThrottleError),
     /// The identifier is taken.
     Exists(String),
     /// It defines credentials of TLS, and there are none.
@@ -215,7 +235,9 @@ impl fmt::Display for SecretError {
         match self {
             Self::Syntax(error) => error.fmt(f),
             Self::Missing(key) => write!(f, "the definition lacks '{key}'"),
-            Self::UnknownType(kind) => write!(f, "'{kind}' is not a kind of object (secret, tls-creds-x509)"),
+            Self::UnknownType(kind) => {
+                write!(f, "'{kind}' is not a kind of object (secret, throttle-group, tls-creds-x509)")
+            }
             Self::NotAnIdentifier(id) => write!(f, "'{id}' is not an identifier"),
             Self::Unexpected(key) => write!(f, "a secret has no '{key}'"),
             Self::UnknownFormat(format) => {
@@ -228,6 +250,7 @@ impl fmt::Display for SecretError {
             Self::NoIv => f.write_str("the initialization vector of an encrypted secret is missing"),
             Self::NotBase64 => f.write_str("the secret is not base64"),
             Self::Wrapped(error) => error.fmt(f),
+            Self::Throttle(error) => error.fmt(f),
             Self::Exists(id) => write!(f, "there is an object '{id}' already"),
             Self::Tls(error) => error.fmt(f),
         }
@@ -242,6 +265,12 @@ impl Error for SecretError {
             Self::Tls(error) => error.source(),
             _ => None,
         }
+    }
+}
+
+impl From<ThrottleError> for SecretError {
+    fn from(error: ThrottleError) -> Self {
+        Self::Throttle(error)
     }
 }
 

@@ -46,6 +46,17 @@ pub(crate) fn in_name(driver: Driver, name: &str) -> Result<(Options, Option<Str
             };
             return Ok((options, Some(image.to_owned())));
         }
+        Driver::Blkverify => {
+            let image = match own.map(|rest| rest.split_once(':')) {
+                None => name,
+                Some(None) => return Err(FailureKind::NameOfBlkverify),
+                Some(Some((copy, image))) => {
+                    options.set("x-raw", Scalar::text(copy));
+                    image
+                }
+            };
+            options.set("x-image", Scalar::text(image));
+        }
         Driver::Nbd => options = nbd::from_name(name)?,
         _ => {
             return Err(FailureKind::UnknownProtocol(driver.name().to_owned()));

@@ -22,6 +22,10 @@ fn short(node: &Node) -> Option<String> {
             let image = node.child().and_then(short).filter(|_| only_config)?;
             Some(format!("blkdebug:{config}:{image}"))
         }
+        Driver::Blkverify => {
+            let (copy, image) = (node.child().and_then(short)?, node.second().and_then(short)?);
+            Some(format!("blkverify:{copy}:{image}"))
+        }
         Driver::Raw | Driver::Qcow2 | Driver::Luks => {
             let child = node.child().filter(|child| child.driver().is_protocol())?;
             short(child).filter(|_| node.strong().next().is_none())
@@ -36,6 +40,9 @@ fn described(node: &Node, probed: &str) -> String {
         node.strong().map(|(key, value)| (key.to_owned(), value.to_json())).collect();
     if let (Some(role), Some(child)) = (node.driver().child(), node.child()) {
         fields.push((role.to_owned(), described(child, probed)));
+    }
+    if let (Some(role), Some(second)) = (node.driver().second_child(), node.second()) {
+        fields.push((role.to_owned(), described(second, probed)));
     }
     fields.push(("driver".to_owned(), json_text(driver)));
     object(fields)

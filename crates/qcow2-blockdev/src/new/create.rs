@@ -3,6 +3,7 @@
 use super::encryption::Encryption;
 use super::failure::{CreateFailure, CreateFailureKind};
 use super::file::NewFile;
+use super::format::bytes_driver;
 use super::options::NewOptions;
 use super::qcow2::{data_file, plan};
 use super::target::NewTarget;
@@ -170,6 +171,7 @@ fn make(target: &NewTarget, options: &NewOptions, how: &CreateHow<'_>) -> Made<(
         ImageFormat::Raw => make_raw(path, options, &files),
         ImageFormat::Qcow2 => make_qcow2(path, options, &files),
         ImageFormat::Luks => make_container(path, options, &files),
+        format if bytes_driver(format).is_some() => make_raw(path, options, &files),
         _ => Err(CreateFailureKind::UnknownFormat),
     }
 }
@@ -183,7 +185,8 @@ fn make_raw(path: &str, options: &NewOptions, files: &Files<'_>) -> Made<()> {
     }
     let storage = files.open_empty(&mut prepared)?;
     if is_device(path) {
-        return fit_raw(&*storage, &raw, Driver::HostDevice);
+        let driver = bytes_driver(options.format()).unwrap_or(Driver::HostDevice);
+        return fit_raw(&*storage, &raw, driver);
     }
     create_raw(&storage, &raw).map_err(|error| of_raw(&raw, error))
 }

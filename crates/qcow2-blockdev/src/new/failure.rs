@@ -25,6 +25,8 @@ pub enum CreateFailureKind {
     UnknownFormat,
     /// The format is QEMU's name of something that makes no images.
     NoCreation,
+    /// It is not known how long images of this format are.
+    NoMeasurement,
     /// Images of this format cannot be amended.
     NoAmendment,
     /// The format has no such option.
@@ -162,6 +164,7 @@ impl fmt::Display for CreateFailureKind {
         match self {
             Self::UnknownFormat => f.write_str("the formats of new images are qcow2, raw and luks"),
             Self::NoCreation => f.write_str("there are no images of this format"),
+            Self::NoMeasurement => f.write_str("images of this format cannot be measured"),
             Self::NoAmendment => f.write_str("images of this format cannot be amended"),
             Self::UnknownOption(name) => write!(f, "the format has no option '{name}'"),
             Self::OnlyWhenCreated(name) => write!(f, "option '{name}' is for new images only"),

@@ -17,7 +17,10 @@ impl NewOptions {
                 MeasureTarget::Qcow2(options.with_luks_len(self.luks_header_len(secrets)?))
             }
             ImageFormat::Luks => MeasureTarget::Container { area_len: self.luks_header_len(secrets)? },
-            _ => MeasureTarget::Raw,
+            ImageFormat::Raw => MeasureTarget::Raw,
+            format => {
+                return Err(CreateFailure::new(format, CreateFailureKind::NoMeasurement));
+            }
         })
     }
 }

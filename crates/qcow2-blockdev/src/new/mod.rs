@@ -21,7 +21,7 @@ pub use amend::ImageChanges;
 pub use create::{CreateHow, NewImageFile, create};
 pub use failure::{CreateFailure, CreateFailureKind};
 pub use file::NewFile;
-pub use format::{amended_format, format_of_ending, new_image_format};
+pub use format::{amended_format, format_of_ending, measured_format, new_image_format};
 pub use options::NewOptions;
 pub use table::{OptionSpec, OptionType, amend_options, create_options};
 pub use target::NewTarget;

@@ -67,12 +67,14 @@ impl OptionSpec {
 }
 
 /// The options of a new image of `format`, in the order in which an announcement shows them, those of files
-/// included. None for a format that is not made here.
+/// included. `file` and the drivers of devices have some too. None for a format that is not made here.
 pub fn create_options(format: &ImageFormat) -> &'static [OptionSpec] {
     match format {
         ImageFormat::Raw => RAW,
         ImageFormat::Qcow2 => QCOW2,
         ImageFormat::Luks => LUKS,
+        ImageFormat::Other(name) if name == "file" => FILE,
+        ImageFormat::Other(name) if name == "host_device" || name == "host_cdrom" => DEVICE,
         _ => &[],
     }
 }
@@ -111,6 +113,8 @@ const fn of_file(option: OptionSpec) -> OptionSpec {
 }
 
 const SIZE: OptionSpec = size("size", "Virtual disk size");
+const PREALLOCATION: OptionSpec =
+    text("preallocation", "Preallocation mode (allowed values: off, falloc, full)");
 const NOCOW: OptionSpec = of_file(switch("nocow", "Turn off copy-on-write (valid only on btrfs)"));
 const EXTENT_SIZE_HINT: OptionSpec =
     of_file(size("extent_size_hint", "Extent size hint for the image file, 0 to disable"));
@@ -155,7 +159,7 @@ const LUKS: &[OptionSpec] = &[
     number("iter-time", "Time to spend in PBKDF in milliseconds"),
     switch(DETACHED_HEADER, "Create a detached LUKS header"),
     NOCOW,
-    of_file(text("preallocation", "Preallocation mode (allowed values: off, falloc, full)")),
+    of_file(PREALLOCATION),
     EXTENT_SIZE_HINT,
 ];
 
@@ -183,9 +187,16 @@ const AMEND_LUKS: &[OptionSpec] = &[
     text("state", "Select new state of affected keyslots (active/inactive)"),
 ];
 
-const RAW: &[OptionSpec] = &[
+const RAW: &[OptionSpec] = &[SIZE, NOCOW, of_file(PREALLOCATION), EXTENT_SIZE_HINT];
+
+/// Those of a file are its own.
+const FILE: &[OptionSpec] = &[
     SIZE,
-    NOCOW,
-    of_file(text("preallocation", "Preallocation mode (allowed values: off, falloc, full)")),
-    EXTENT_SIZE_HINT,
+    OptionSpec { of_file: false, ..NOCOW },
+    PREALLOCATION,
+    OptionSpec { of_file: false, ..EXTENT_SIZE_HINT },
 ];
+
+/// A device has its space.
+const DEVICE: &[OptionSpec] =
+    &[SIZE, NOCOW, text("preallocation", "Preallocation mode (allowed values: off)"), EXTENT_SIZE_HINT];

@@ -1,5 +1,6 @@
 //! Where a new image goes: a file, made anew, or something that is there already and is written over.
 
+use super::format::bytes_driver;
 use super::options::NewOptions;
 use crate::driver::{Driver, is_device};
 use crate::failure::FailureKind;
@@ -7,6 +8,7 @@ use crate::keys::Secrets;
 use crate::name::{ImageName, protocol_of};
 use crate::open::check_device;
 use crate::tree::{Node, Scalar, protocol_below};
+use qcow2_core::ImageFormat;
 use std::sync::Arc;
 
 /// Where a new image goes.
@@ -60,6 +62,23 @@ impl NewTarget {
         }
     }
 
+    /// The target that `name` means for an image of `format`: for one that is the bytes of a file or a device,
+    /// a path, whatever it begins with. Disk and errors: as [`parse`](Self::parse).
+    pub fn of_format(name: &str, format: &ImageFormat) -> Result<Self, FailureKind> {
+        let Some(driver) = bytes_driver(format) else { return Self::parse(name) };
+        let path = name.strip_prefix(driver.name()).and_then(|rest| rest.strip_prefix(':')).unwrap_or(name);
+        if path.is_empty() {
+            return Err(FailureKind::NoFileName(driver));
+        }
+        Ok(match driver {
+            Driver::File => Self::File(path.to_owned()),
+            _ => match check_device(driver, path, true) {
+                Err(reason) => Self::OutOfReach { driver, reason: Arc::new(reason) },
+                Ok(()) => Self::File(path.to_owned()),
+            },
+        })
+    }
+
     /// The name of what was made there as `options` say, typed so; its secret is among `secrets`.
     pub fn into_name(self, typed: &str, options: &NewOptions, secrets: &Secrets) -> ImageName {
         let below = match self {
@@ -67,6 +86,9 @@ impl NewTarget {
             Self::Existing(node) => node,
             Self::OutOfReach { .. } => Node::file(typed),
         };
+        if bytes_driver(options.format()).is_some() {
+            return ImageName::of_node(typed, below, secrets);
+        }
         let mut node = Node::on(Driver::parse(options.format().name()), below);
         for key in ["key-secret", "encrypt.key-secret"] {
             if let Some(id) = options.text(key) {
@@ -94,6 +116,11 @@ mod tests {
             Err(FailureKind::CreatesNothing(Driver::Blkdebug))
         ));
         assert!(matches!(NewTarget::parse("nbd:unix:/s"), Ok(NewTarget::Existing(_))));
+        let file = |name| NewTarget::of_format(name, &ImageFormat::Other("file".to_owned()));
+        for (name, path) in [("a", "a"), ("file:a", "a"), ("nbd:a", "nbd:a")] {
+            assert!(matches!(file(name), Ok(NewTarget::File(found)) if found == path), "{name}");
+        }
+        assert!(matches!(file(""), Err(FailureKind::NoFileName(Driver::File))));
         let out = NewTarget::parse("host_device:/no/such");
         let Ok(NewTarget::OutOfReach { reason, .. }) = out else { panic!("{out:?}") };
         assert!(matches!(*reason, FailureKind::NoDevice { .. }));

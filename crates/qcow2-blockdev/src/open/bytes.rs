@@ -4,6 +4,7 @@ use super::chosen::ChosenFiles;
 use super::filter::Filter;
 use super::named::NamedFiles;
 use super::options::{OpenOptions, Sharing, default_codecs};
+use super::record::{LayerFiles, Recorder};
 use super::trail::Trail;
 use crate::driver::{
     Driver, KEY_OPTIONS, check_values, debug_limits, debug_rules, is_window, nbd, not_a_device, null, window,
@@ -22,9 +23,9 @@ use qcow2_core::{
 };
 use qcow2_io::{
     BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, OsError, RawEvents, SourceOptions,
-    open_source, path_of, probe_format,
+    VerifyStorage, open_source, path_of, probe_format,
 };
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 /// Bytes, and what is known of them.
 pub(super) struct Bytes {
@@ -37,6 +38,8 @@ pub(super) struct Bytes {
     /// From the outermost node to the bottom.
     pub(super) nodes: Vec<NodeFacts>,
     pub(super) debugger: Option<Arc<Debugger>>,
+    /// The files of the image whose disk gives the bytes, if one does, top layer first.
+    files: Vec<LayerFiles>,
 }
 
 /// What is told of one node.
@@ -55,6 +58,8 @@ pub struct NodeFacts {
     pub used: Option<u64>,
     /// Whether it is a file.
     pub is_file: bool,
+    /// The other node that the one above needs, and those below it.
+    pub sibling: Vec<Self>,
 }
 
 impl NodeFacts {
@@ -66,8 +71,9 @@ impl NodeFacts {
 
 type Opened<T> = Result<T, FailureKind>;
 
-/// Bytes with their format, what is known of the nodes below it, and the way to breakpoints.
-type OpenedTree = (ResolvedSource, Vec<NodeFacts>, Option<Arc<Debugger>>);
+/// Bytes with their format, what is known of the nodes below it, the way to breakpoints, and the files of the
+/// image whose disk gives the bytes.
+type OpenedTree = (ResolvedSource, Vec<NodeFacts>, Option<Arc<Debugger>>, Vec<LayerFiles>);
 
 /// How the bytes below a format are opened.
 #[derive(Clone, Copy)]
@@ -79,7 +85,7 @@ pub(super) struct Opening<'a> {
     /// Whether whoever stands on them relies on their length.
     is_part: bool,
     /// The filter right above, which an image's disk gets.
-    filter: Option<Filter>,
+    filter: Option<&'a Filter>,
     /// How they were reached.
     trail: &'a Trail,
 }
@@ -163,10 +169,10 @@ impl Opening<'_> {
         }
         let name = filename(top, probed.name());
         let resolver = self.resolver(top, &bytes, &name);
-        let Bytes { storage, id, nodes, debugger, .. } = bytes;
+        let Bytes { storage, id, nodes, debugger, files, .. } = bytes;
         let source = ResolvedSource { storage, format, name, id, resolver };
         self.how.policy.check(&source, self.how.looks())?;
-        Ok((source, nodes, debugger))
+        Ok((source, nodes, debugger, files))
     }
 
     /// The same for what `node` stands on.
@@ -210,6 +216,7 @@ impl Opening<'_> {
             len: bytes.storage.len().map_err(FailureKind::Storage)?,
             used: bytes.storage.used_bytes().map_err(FailureKind::Storage)?,
             is_file: node.driver().is_file(),
+            sibling: Vec::new(),
         };
         bytes.nodes.insert(0, facts);
         Ok(bytes)
@@ -229,6 +236,7 @@ impl Opening<'_> {
                 bytes.storage = Arc::new(debug);
                 bytes
             }
+            Driver::Blkverify => self.compared_bytes(node)?,
             Driver::Raw => {
                 let mut bytes = self.on(node).bytes(below(node)?, "file")?;
                 bytes.storage = RawEvents::wrap(window_of(node, bytes.storage)?);
@@ -237,14 +245,41 @@ impl Opening<'_> {
             Driver::Qcow2 => self.image_bytes(node, ImageFormat::Qcow2)?,
             Driver::Luks => self.image_bytes(node, ImageFormat::Luks)?,
             driver if driver.is_filter() => {
-                let filter = Filter::of(node, self.how.writable);
-                let opening = Opening { filter: filter.as_ref().ok().copied(), ..*self };
-                let bytes = opening.bytes(below(node)?, "file")?;
-                filter?;
+                let filter = Filter::of(node, self.how, self.secrets, None);
+                let (child, writable) = (below(node)?, self.how.writable);
+                let mut bytes = Opening { filter: filter.as_ref().ok(), ..*self }.bytes(child, "file")?;
+                let filter = filter?;
+                if !matches!(child.driver(), Driver::Qcow2 | Driver::Luks) {
+                    bytes.storage = filter.on_storage(bytes.storage, writable)?;
+                }
                 bytes
             }
             driver => return Err(FailureKind::UnknownDriver(driver.name().to_owned())),
         })
+    }
+
+    /// An image, and the raw copy that it is compared with.
+    fn compared_bytes(&self, node: &Node) -> Opened<Bytes> {
+        let mut bytes = self.bytes(below(node)?, "raw")?;
+        let test = node.second().ok_or(FailureKind::NothingBelow("test"))?;
+        let opening = Opening { format: None, filter: None, ..*self };
+        let tested = match (test.is_probed(), test.child()) {
+            (true, Some(child)) => {
+                let found =
+                    probe_format(&*opening.bytes(child, "file")?.storage).map_err(FailureKind::Probe)?;
+                let driver = Driver::of_format(&found)
+                    .ok_or_else(|| FailureKind::UnsupportedFormat(found.name().to_owned()))?;
+                opening.bytes(&test.probed_as(driver), "test")?
+            }
+            _ => opening.bytes(test, "test")?,
+        };
+        let observer = self.how.mismatch_observer.clone();
+        bytes.storage = Arc::new(VerifyStorage::new(tested.storage, bytes.storage, observer));
+        bytes.format = None;
+        if let Some(first) = bytes.nodes.first_mut() {
+            first.sibling = tested.nodes;
+        }
+        Ok(bytes)
     }
 
     fn file_bytes(&self, node: &Node) -> Opened<Bytes> {
@@ -286,7 +321,13 @@ impl Opening<'_> {
         let inner = Opening { format: Some(&format), filter: None, ..*self };
         let mut bytes = inner.bytes(below(node)?, "file")?;
         let name = filename(node, node.driver().name());
-        let resolver = self.resolver(node, &bytes, &name);
+        let (resolver, files) = Recorder::on(
+            self.resolver(node, &bytes, &name),
+            LayerFiles {
+                image: bytes.nodes.first().map_or_else(|| name.clone(), |below| below.filename.clone()),
+                ..LayerFiles::default()
+            },
+        );
         let (storage, format, id) = (bytes.storage, format.clone(), bytes.id);
         let source = ResolvedSource { storage, format, name, id, resolver };
         self.how.policy.check(&source, false)?;
@@ -297,6 +338,7 @@ impl Opening<'_> {
         let disk = qcow2_core::open_disk(source, &options)?;
         let disk = self.filter.map_or(disk.clone(), |filter| filter.on(disk, options.writable));
         bytes.storage = Arc::new(DiskStorage::new(disk));
+        bytes.files = files.lock().unwrap_or_else(PoisonError::into_inner).clone();
         bytes.format = None;
         Ok(bytes)
     }
@@ -304,7 +346,15 @@ impl Opening<'_> {
 
 impl Bytes {
     fn of(storage: Arc<dyn Storage>) -> Self {
-        Self { storage, id: None, resolver: None, format: None, nodes: Vec::new(), debugger: None }
+        Self {
+            storage,
+            id: None,
+            resolver: None,
+            format: None,
+            nodes: Vec::new(),
+            debugger: None,
+            files: Vec::new(),
+        }
     }
 }
 
@@ -323,7 +373,7 @@ fn check_access(node: &Node, writable: bool) -> Opened<bool> {
     if writable && shared {
         return Err(FailureKind::SharedAndWritable);
     }
-    Ok(node.child().map_or(Ok(false), |child| check_access(child, writable))? || shared)
+    node.children().try_fold(shared, |shared, child| Ok(check_access(child, writable)? || shared))
 }
 
 /// Refuses requests that the system is to queue where its page cache stands between. `direct`: whether it
@@ -334,7 +384,7 @@ fn check_aio(node: &Node, direct: bool) -> Opened<()> {
     if node.options.text("aio").as_deref() == Some("native") && !direct {
         return Err(FailureKind::QueuedThroughCache);
     }
-    node.child().map_or(Ok(()), |child| check_aio(child, direct))
+    node.children().try_for_each(|child| check_aio(child, direct))
 }
 
 fn check_options(node: &Node, probed: Driver, follows: bool) -> Opened<()> {

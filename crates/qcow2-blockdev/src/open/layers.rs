@@ -19,9 +19,9 @@ use qcow2_core::{
     Error, ErrorKind, GuestDisk, Image, ImageFormat, Layers, OpenOptions as EngineOptions, Reference,
     ResolvedSource, Storage, find_cause,
 };
-use qcow2_io::{Debugger, LockConflict, OpenError, OpenErrorKind, ThrottleStorage};
+use qcow2_io::{Debugger, LockConflict, OpenError, OpenErrorKind, ShownDisk, ThrottleStorage};
 use std::error::Error as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 /// An open disk and the names of the files it is made of.
 #[non_exhaustive]
@@ -51,6 +51,7 @@ pub struct OpenedBytes {
     /// format.
     pub nodes: Vec<NodeFacts>,
     debugger: Option<Arc<Debugger>>,
+    files: Vec<LayerFiles>,
 }
 
 /// Opens the disk that `name` leads to, with the files that it names as `how` says.
@@ -73,7 +74,7 @@ fn open_with(name: &ImageName, how: &OpenOptions, tell: Option<Tell<'_>>) -> Res
     if let Some(child) = name.node.child().filter(|_| name.node.driver().is_filter()) {
         return open_filter(name, child, how, tell);
     }
-    let OpenedBytes { source, debugger, nodes } = open_bytes(name, how)?;
+    let OpenedBytes { source, debugger, nodes, files } = open_bytes(name, how)?;
     if let Some(tell) = tell {
         warnings_of_change(&source).iter().for_each(|warning| tell(warning, &source));
     }
@@ -92,6 +93,13 @@ fn open_with(name: &ImageName, how: &OpenOptions, tell: Option<Tell<'_>>) -> Res
         opened.host_start = name.node.raw_start();
         opened.is_null = bottom.is_null();
     }
+    if let Some((shown, _)) = opened.storage.guest_disk().filter(|_| opened.format == ImageFormat::Raw) {
+        // The image tells where the bytes are that a raw disk shows of it.
+        (opened.files, opened.host_start) = (files, 0);
+        if name.node.driver() == Driver::Blkdebug {
+            opened.disk = Arc::new(ShownDisk::new(opened.disk, shown));
+        }
+    }
     Ok(opened)
 }
 
@@ -105,7 +113,7 @@ fn open_filter(
     let failed = |kind| OpenFailure::new(&name.typed, kind);
     let inner = ImageName { node: child.clone(), ..name.clone() };
     let mut opened = open_with(&inner, how, tell)?;
-    let filter = Filter::of(&name.node, how.writable).map_err(failed)?;
+    let filter = Filter::of(&name.node, how, name.keys.secrets(), Some(&*opened.disk)).map_err(failed)?;
     if let Some(unknown) = name.node.unknown_option(name.node.driver(), true) {
         return Err(failed(unknown));
     }
@@ -120,7 +128,7 @@ pub fn open_bytes(name: &ImageName, how: &OpenOptions) -> Result<OpenedBytes, Op
     let trail = Trail::default();
     let opening = Opening::new(how, name.keys.secrets(), format.as_ref(), &trail);
     let failed = |kind| OpenFailure::new(&name.typed, kind);
-    let (mut source, nodes, debugger) = opening.open(&name.node).map_err(failed)?;
+    let (mut source, nodes, debugger, files) = opening.open(&name.node).map_err(failed)?;
     if let ImageFormat::Other(other) = &source.format {
         if let Some(driver) = Driver::of_format(&source.format) {
             check_signature(&*source.storage, driver).map_err(failed)?;
@@ -130,7 +138,7 @@ pub fn open_bytes(name: &ImageName, how: &OpenOptions) -> Result<OpenedBytes, Op
     if let Some(rate) = how.bytes_per_second {
         source.storage = Arc::new(ThrottleStorage::new(source.storage, rate));
     }
-    Ok(OpenedBytes { source, nodes, debugger })
+    Ok(OpenedBytes { source, nodes, debugger, files })
 }
 
 /// Opens the bytes that `node` leads to, which are there already, for writing; they are locked as a raw disk.
@@ -205,12 +213,9 @@ fn open_layers_by(
     open: impl FnOnce(ResolvedSource, &EngineOptions) -> qcow2_core::Result<Arc<dyn GuestDisk>>,
 ) -> Result<OpenedDisk, OpenFailure> {
     let (format, storage) = (source.format.clone(), Arc::clone(&source.storage));
-    let files = Arc::new(Mutex::new(vec![LayerFiles {
-        image: source.name.clone(),
-        raw: format == ImageFormat::Raw,
-        ..LayerFiles::default()
-    }]));
-    source.resolver = Arc::new(Recorder { inner: source.resolver, files: Arc::clone(&files) });
+    let (image, raw) = (source.name.clone(), format == ImageFormat::Raw);
+    let (resolver, files) = Recorder::on(source.resolver, LayerFiles { image, raw, ..LayerFiles::default() });
+    source.resolver = resolver;
     let options = engine_options(name, &source, how, layer)?;
     let opened = open(source, &options);
     let files = files.lock().unwrap_or_else(PoisonError::into_inner).clone();

@@ -3,7 +3,7 @@
 use super::policy::{Follow, Policy};
 use qcow2_codec::{Deflate, Zstd};
 use qcow2_core::{Codecs, DamageObserver, Layers};
-use qcow2_io::{CacheMode, OpenFiles};
+use qcow2_io::{CacheMode, MismatchObserver, OpenFiles};
 use std::fmt;
 use std::sync::Arc;
 
@@ -38,6 +38,8 @@ pub struct OpenOptions {
     pub open_files: Option<OpenFiles>,
     /// Is told of damage in the images; `None`: errors say it.
     pub damage_observer: Option<Arc<dyn DamageObserver>>,
+    /// Is told where an image differs from the copy that it is compared with; `None`: errors say it.
+    pub mismatch_observer: Option<Arc<dyn MismatchObserver>>,
 }
 
 /// Who else may write to the files of an image.
@@ -88,6 +90,7 @@ impl OpenOptions {
             exchangeable: false,
             open_files: None,
             damage_observer: None,
+            mismatch_observer: None,
         }
     }
 
@@ -107,6 +110,12 @@ impl OpenOptions {
     #[must_use]
     pub fn with_damage_observer(self, observer: Arc<dyn DamageObserver>) -> Self {
         Self { damage_observer: Some(observer), ..self }
+    }
+
+    /// With somebody who is told where an image differs from the copy that it is compared with.
+    #[must_use]
+    pub fn with_mismatch_observer(self, observer: Arc<dyn MismatchObserver>) -> Self {
+        Self { mismatch_observer: Some(observer), ..self }
     }
 
     /// With another cache mode.

@@ -25,8 +25,8 @@ impl LayerFiles {
 
 /// Notes which files a chain is made of while it is opened.
 pub(super) struct Recorder {
-    pub(super) inner: Arc<dyn Resolver>,
-    pub(super) files: Arc<Mutex<Vec<LayerFiles>>>,
+    inner: Arc<dyn Resolver>,
+    files: Arc<Mutex<Vec<LayerFiles>>>,
 }
 
 impl Resolver for Recorder {
@@ -59,6 +59,15 @@ impl Resolver for Recorder {
 }
 
 impl Recorder {
+    /// `inner`, whose files are noted in the list, after those of the layer `top`.
+    pub(super) fn on(
+        inner: Arc<dyn Resolver>,
+        top: LayerFiles,
+    ) -> (Arc<dyn Resolver>, Arc<Mutex<Vec<LayerFiles>>>) {
+        let files = Arc::new(Mutex::new(vec![top]));
+        (Arc::new(Self { inner, files: Arc::clone(&files) }), files)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<LayerFiles>> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -15,6 +15,8 @@ pub struct Node {
     pub options: Options,
     /// What it stands on.
     pub(crate) below: Option<Box<Self>>,
+    /// The other node that it needs.
+    pub(crate) second: Option<Box<Self>>,
     /// What is opened instead of the backing file that the image names.
     pub backing: Backing,
     /// What is opened instead of the data file that the image names.
@@ -59,7 +61,14 @@ impl Backing {
 impl Node {
     /// A node on nothing, without options.
     pub fn new(driver: Option<Driver>) -> Self {
-        Self { driver, options: Options::default(), below: None, backing: Backing::AsNamed, data_file: None }
+        Self {
+            driver,
+            options: Options::default(),
+            below: None,
+            second: None,
+            backing: Backing::AsNamed,
+            data_file: None,
+        }
     }
 
     /// A file.
@@ -100,6 +109,34 @@ impl Node {
         self.below.as_deref()
     }
 
+    /// The other node that it needs: the image that `blkverify` tests, the target of old bytes.
+    pub(crate) fn second(&self) -> Option<&Self> {
+        self.second.as_deref()
+    }
+
+    /// Both.
+    pub(crate) fn children(&self) -> impl Iterator<Item = &Self> {
+        self.child().into_iter().chain(self.second())
+    }
+
+    /// The same as `driver`, where its format was to be probed.
+    pub(crate) fn probed_as(&self, driver: Driver) -> Self {
+        Self { driver: Some(self.driver.unwrap_or(driver)), ..self.clone() }
+    }
+
+    /// How many layers below this image the one called `name` is: 0 for itself, 1 for its backing file.
+    pub(crate) fn layer_called(&self, name: &str) -> Option<usize> {
+        let is_it = |options: &Options| options.text("node-name").as_deref() == Some(name);
+        if is_it(&self.options) {
+            return Some(0);
+        }
+        let below = self.backing.layers().position(|layer| match &layer {
+            Backing::Given(options) => is_it(options),
+            Backing::AsNamed | Backing::Nothing | Backing::Empty => false,
+        });
+        below.map(|layer| layer + 1)
+    }
+
     /// The file at the bottom, if there is one.
     pub fn path(&self) -> Option<&str> {
         match (self.child(), self.driver()) {
@@ -118,7 +155,8 @@ impl Node {
     pub(crate) fn raw_start(&self) -> u64 {
         let own = match self.driver() {
             Driver::Raw => self.options.text("offset").and_then(|text| parse_size(&text).ok()).unwrap_or(0),
-            driver if driver == Driver::Blkdebug || driver.is_filter() => 0,
+            Driver::Blkdebug | Driver::Blkverify => 0,
+            driver if driver.is_filter() => 0,
             _ => return 0,
         };
         self.child().map_or(own, |child| own.saturating_add(child.raw_start()))

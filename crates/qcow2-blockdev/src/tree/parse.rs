@@ -40,7 +40,15 @@ pub(crate) fn from_options(
         (name, _) => name.map(str::to_owned),
     };
     if let Some(role) = node.driver().child() {
-        node.below = Some(Box::new(child(&mut options, role, below, depth)?));
+        node.below = Some(Box::new(match child(&mut options, role, below, depth) {
+            Err(FailureKind::NothingBelow(role)) if node.driver() == Driver::CopyBeforeWrite => {
+                return Err(FailureKind::Missing(role.to_owned()));
+            }
+            child => child?,
+        }));
+    }
+    if let Some(role) = node.driver().second_child() {
+        node.second = second_child(&mut options, node.driver(), role, depth)?.map(Box::new);
     }
     if node.driver() == Driver::Qcow2 || node.is_probed() {
         node.backing = backing(&mut options)?;
@@ -100,9 +108,12 @@ fn child(
             None => FailureKind::UnknownNode(node),
         });
     }
-    if role == "image"
-        && let Some(given) = options.take_text("x-image")
-    {
+    let short = match role {
+        "image" => options.take_text("x-image"),
+        "raw" => options.take_text("x-raw"),
+        _ => None,
+    };
+    if let Some(given) = short {
         name.get_or_insert(given);
     }
     let inner = options.take_group(role);
@@ -110,6 +121,45 @@ fn child(
         true => Err(FailureKind::NothingBelow(role)),
         false => from_options(inner, name.as_deref(), true, depth),
     }
+}
+
+/// The node that `role` names beside the child of `driver`; `None`: it may be missing, and is.
+fn second_child(
+    options: &mut Options,
+    driver: Driver,
+    role: &'static str,
+    depth: usize,
+) -> Result<Option<Node>, FailureKind> {
+    if let Some(node) = options.take_text(role) {
+        return Err(FailureKind::UnknownNode(node));
+    }
+    let name = if role == "test" { options.take_text("x-image") } else { None };
+    let inner = options.take_group(role);
+    if driver == Driver::CopyBeforeWrite {
+        if inner.is_empty() {
+            return Ok(None);
+        }
+        check_drivers(&inner, role)?;
+        return from_options(inner, None, true, depth).map(Some);
+    }
+    if inner.is_empty() && name.is_none() {
+        return Err(FailureKind::NothingBelow(role));
+    }
+    from_options(inner, name.as_deref(), false, depth).map(Some)
+}
+
+/// Refuses `options` of the node at `path` where it, or a node below it, does not name its driver.
+fn check_drivers(options: &Options, path: &str) -> Result<(), FailureKind> {
+    if !options.has("driver") {
+        return Err(FailureKind::Missing(format!("{path}.driver")));
+    }
+    for role in ["file", "image", "backing", "data-file"] {
+        let inner = options.clone().take_group(role);
+        if !inner.is_empty() {
+            check_drivers(&inner, &format!("{path}.{role}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// What `options` say of the backing file.

@@ -19,7 +19,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     };
     let about = |failure: Failure| failure.about(&request.filename);
     let format = new_image_format(&request.format).map_err(|failure| about(failure.into()))?;
-    let target = target_of(&request.filename).map_err(about)?;
+    let target = target_of(&request.filename, &format).map_err(about)?;
     let (options, _kept) = settle(&request, &format).map_err(about)?;
     if !request.quiet {
         session.print(&format!("{}\n", announcement(&options, &request.filename)))?;

@@ -8,7 +8,7 @@ use crate::numbers::{SIGNED, parse_argument};
 use crate::open::read_name;
 use crate::persona;
 use crate::session::Session;
-use qcow2_blockdev::{KeyValues, NewOptions, OpenedDisk, new_image_format, open, open_snapshot};
+use qcow2_blockdev::{KeyValues, NewOptions, OpenedDisk, measured_format, open, open_snapshot};
 use qcow2_core::ImageFormat;
 use qcow2_ops::ErrorKind;
 use qcow2_ops::measure::{Measured, measure};
@@ -20,7 +20,7 @@ use qcow2_report::measure::{to_json, to_text};
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let request = Request::parse(session, args)?;
     let source = request.open(session)?;
-    let format = new_image_format(&request.target_format)?;
+    let format = measured_format(&request.target_format)?;
     let options = request.options(&format)?;
     let what = match (&source, request.size) {
         (Some(OpenedDisk { disk, is_null: true, .. }), _) if !options.given("backing_file") => {

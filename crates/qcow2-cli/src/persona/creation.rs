@@ -11,6 +11,7 @@ use qcow2_core::format::FormatErrorKind;
 use qcow2_core::format::limit::{MAX_DISK_SIZE, MAX_FILE_OFFSET};
 use qcow2_core::{Error, ImageFormat, Preallocation, Refusal, StorageError, StorageErrorKind, find_cause};
 use qcow2_crypt::{CipherMode, CipherSpec, CryptError};
+use qcow2_io::{OpenErrorKind, SourceError};
 
 impl From<CreateFailure> for Failure {
     fn from(failure: CreateFailure) -> Self {
@@ -43,6 +44,11 @@ pub(crate) fn measured(failure: CreateFailure) -> Failure {
     }
 }
 
+fn is_pipe(error: &SourceError) -> bool {
+    matches!(error, SourceError::Open(error)
+        if error.kind() == OpenErrorKind::NotRegular && !error.is_directory_to_write())
+}
+
 fn too_large(format: &ImageFormat) -> String {
     let hint = if *format == ImageFormat::Qcow2 { " (try using a larger cluster size)" } else { "" };
     format!("The image size is too large for file format '{}'{hint}", format.name())
@@ -56,6 +62,9 @@ fn told(failure: &CreateFailure) -> (String, Vec<String>) {
     let text = match failure.kind() {
         Kind::UnknownFormat => format!("Unknown file format '{}'", format.name()),
         Kind::NoCreation => format!("Format driver '{}' does not support image creation", format.name()),
+        Kind::NoMeasurement => {
+            format!("Block driver '{}' does not support size measurement", format.name())
+        }
         Kind::NoAmendment => format!("Format driver '{}' does not support option amendment", format.name()),
         Kind::UnknownOption(name) => format!("Invalid parameter '{name}'"),
         Kind::OnlyWhenCreated(name) => {
@@ -87,6 +96,8 @@ fn told(failure: &CreateFailure) -> (String, Vec<String>) {
             return (text, hints);
         }
         Kind::NotWritable { path, error } => format!("Could not create '{path}': {error}"),
+        // A pipe opens, and has no length.
+        Kind::File { error, .. } if is_pipe(error) => "Could not resize file: Invalid argument".to_owned(),
         Kind::File { path, error } => return with_hint(source_reason(error, path)),
         Kind::NothingToPreallocate(mode) => format!("Unsupported preallocation mode '{}'", mode.name()),
         Kind::TooSmall(Driver::Nbd) => "Cannot grow NBD nodes".to_owned(),

@@ -1,8 +1,11 @@
 //! Damage, in QEMU's words and when it is found: what comes after it says no more than that a request failed.
 
+use crate::exit;
 use qcow2_core::{Damage, DamageObserver, Error, L2Slot, OverlapChecks, find_cause};
+use qcow2_io::{Mismatch, MismatchKind, MismatchObserver};
 use std::error::Error as StdError;
 use std::io::{self, Write};
+use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Whether errors say it themselves, in our own words: for the whole run.
@@ -34,6 +37,29 @@ impl DamageObserver for DamageWords {
             io::stderr().lock(),
             "qcow2: {begin} corrupt: {what}; further {which}corruption events will be suppressed"
         );
+    }
+}
+
+/// Ends the program where an image differs from the copy that it is compared with, as QEMU does; under our
+/// own name the request fails, and the error says it.
+pub(crate) struct MismatchStops;
+
+impl MismatchObserver for MismatchStops {
+    fn mismatch(&self, found: &Mismatch) {
+        if OWN.load(Ordering::Relaxed) {
+            return;
+        }
+        let request = if found.is_write { "write" } else { "read" };
+        let what = match found.what {
+            MismatchKind::Content(offset) => format!("contents mismatch at offset {}", offset.value()),
+            MismatchKind::Result(tested, copy) => {
+                format!("return value mismatch {} != {}", -tested, -copy)
+            }
+        };
+        let (offset, len) = (found.offset.value(), found.len);
+        let _ = writeln!(io::stderr().lock(), "blkverify: {request} offset={offset} bytes={len} {what}");
+        let _ = io::stdout().lock().flush();
+        process::exit(i32::from(exit::FAILURE));
     }
 }
 

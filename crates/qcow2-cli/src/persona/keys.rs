@@ -1,11 +1,12 @@
 //! Secrets, and layers that stay locked.
 
-use super::name::key_values;
+use super::name::{expects, key_values, unexpected};
 use super::text::{capitalized, chain};
 use crate::failure::Failure;
-use qcow2_blockdev::{KeyError, SecretError, SlotError};
+use qcow2_blockdev::{KeyError, SecretError, SlotError, ThrottleError};
 use qcow2_core::{UnlockError, find_cause};
 use qcow2_crypt::{CryptError, CryptErrorKind, SlotRefusal};
+use qcow2_io::LimitError;
 
 /// Why a layer stays locked.
 pub(crate) fn unlock(error: &UnlockError) -> String {
@@ -48,7 +49,10 @@ impl From<SecretError> for Failure {
             SecretError::NotAnIdentifier(_) => {
                 return Self::new("Parameter 'id' expects an identifier").hint(IDENTIFIER_HINT);
             }
-            SecretError::Unexpected(key) => format!("Parameter '{key}' is unexpected"),
+            SecretError::Unexpected(key) | SecretError::Throttle(ThrottleError::Unexpected(key)) => {
+                unexpected(key)
+            }
+            SecretError::Throttle(error) => throttle(error),
             SecretError::UnknownFormat(format) => {
                 format!("Parameter 'format' does not accept value '{format}'")
             }
@@ -67,6 +71,42 @@ impl From<SecretError> for Failure {
             }
             other => capitalized(&other.to_string()),
         })
+    }
+}
+
+/// Why limits are none.
+fn throttle(error: &ThrottleError) -> String {
+    let error = match error {
+        ThrottleError::NotAnInteger(key) => return expects(key, "integer"),
+        ThrottleError::NotAnObject => {
+            return "Invalid parameter type for 'limits', expected: object".to_owned();
+        }
+        ThrottleError::Negative => return "Property values cannot be negative".to_owned(),
+        ThrottleError::TooManySeconds(key) => {
+            // The missing blank is QEMU's.
+            let (key, range) = match key.strip_prefix("limits.") {
+                Some(key) => (key, "the range"),
+                None => (&**key, "therange"),
+            };
+            return format!("{key} value must be in {range} [0, {}]", u32::MAX);
+        }
+        ThrottleError::Limits(error) => error,
+        other => return capitalized(&other.to_string()),
+    };
+    match error {
+        LimitError::TotalAndKind => {
+            "bps/iops/max total values and read/write values cannot be used at the same time".to_owned()
+        }
+        LimitError::SizeWithoutRequests => "iops size requires an iops value to be set".to_owned(),
+        LimitError::TooLarge(most) => format!("bps/iops/max values must be within [0, {most}]"),
+        LimitError::NoBurstTime => "the burst length cannot be 0".to_owned(),
+        LimitError::BurstTimeWithoutRate => "burst length set without burst rate".to_owned(),
+        LimitError::BurstTooLong => "burst length too high for this burst rate".to_owned(),
+        LimitError::BurstWithoutAverage => {
+            "bps_max/iops_max require corresponding bps/iops values".to_owned()
+        }
+        LimitError::BurstBelowAverage => "bps_max/iops_max cannot be lower than bps/iops".to_owned(),
+        other => capitalized(&other.to_string()),
     }
 }
 

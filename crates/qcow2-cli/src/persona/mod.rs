@@ -17,7 +17,7 @@ mod text;
 
 pub(crate) use bitmaps::bitmap_refusal;
 pub(crate) use creation::{created, measured};
-pub(crate) use damage::{DamageWords, speak_own_words};
+pub(crate) use damage::{DamageWords, MismatchStops, speak_own_words};
 pub(crate) use engine::{INCONSISTENT_HINT, engine_failure, snapshot_l1, snapshots_cut};
 pub(crate) use keys::unlock;
 pub(crate) use opening::{

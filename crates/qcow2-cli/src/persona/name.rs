@@ -2,7 +2,7 @@
 
 use super::text::{BACKING, capitalized, storage};
 use qcow2_blockdev::{
-    AddressError, AddressPart, FailureKind, JsonError, KeyValueError, LineError, OptionError,
+    AddressError, AddressPart, Driver, FailureKind, JsonError, KeyValueError, LineError, OptionError,
     OptionErrorKind, RuleError, TuningError, WindowError,
 };
 
@@ -28,6 +28,8 @@ pub(super) fn name(kind: &FailureKind) -> Option<String> {
             format!("The only allowed filename for this driver is '{}://'", driver.name())
         }
         FailureKind::NameOfBlkdebug => "blkdebug requires both config file and image path".to_owned(),
+        FailureKind::NameOfBlkverify => "blkverify requires raw copy and original image path".to_owned(),
+        FailureKind::UnknownOption { driver: Driver::CopyBeforeWrite, option } => unexpected(option),
         FailureKind::Json(error) => json(error),
         FailureKind::KeyValues(error) => key_values(error),
         FailureKind::Server(error) => server(error),
@@ -46,6 +48,21 @@ pub(super) fn name(kind: &FailureKind) -> Option<String> {
         }
         _ => return None,
     })
+}
+
+/// The words of a parameter that somebody does not have.
+pub(super) fn unexpected(option: &str) -> String {
+    format!("Parameter '{option}' is unexpected")
+}
+
+/// Those of a value of another type.
+pub(super) fn expects(option: &str, what: &str) -> String {
+    format!("Parameter '{option}' expects {what}")
+}
+
+/// Those of a value that is no choice.
+fn not_accepted(option: &str, value: &str) -> String {
+    format!("Parameter '{option}' does not accept value '{value}'")
 }
 
 fn no_such_node(name: &str) -> String {
@@ -125,6 +142,10 @@ pub(super) fn option(error: &OptionError) -> (String, Vec<String>) {
         OptionErrorKind::SizeOutOfRange => {
             format!("Value '{value}' is out of range for parameter '{option}'")
         }
+        OptionErrorKind::NotASize if option == "min-cluster-size" => expects(option, "size"),
+        OptionErrorKind::NotAnInteger => expects(option, "integer"),
+        OptionErrorKind::NotAU32 => expects(option, "uint32_t"),
+        OptionErrorKind::NotAChoice if option == "on-cbw-error" => not_accepted(option, value),
         OptionErrorKind::NotAChoice if option == "discard" => "Invalid discard option".to_owned(),
         OptionErrorKind::NotAChoice => format!("invalid parameter value: {value}"),
         OptionErrorKind::NotASize => {

@@ -34,6 +34,7 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
         FailureKind::UnnamedDataFile => "'data-file' is required for this image".to_owned(),
         FailureKind::RawWithoutDataFile => "data-file-raw requires a data file".to_owned(),
         FailureKind::ReadOnlyNode => "Block node is read-only".to_owned(),
+        FailureKind::KeepsNothing => "Can't use copy-on-read on read-only device".to_owned(),
         FailureKind::SharedAndWritable => SHARED_AND_WRITABLE.to_owned(),
         FailureKind::QueuedThroughCache => NATIVE_NEEDS_DIRECT.to_owned(),
         FailureKind::NotADevice { driver, path } => {
@@ -52,6 +53,9 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
         }
         FailureKind::Container(_) => "Volume is not in LUKS format".to_owned(),
         FailureKind::UnsupportedFormat(name) => format!("Unknown driver '{name}'"),
+        FailureKind::UnevenClusters(_) => {
+            "Cannot create block-copy-state: min-cluster-size needs to be a power of 2".to_owned()
+        }
         FailureKind::UnalignedPreallocation => kind.to_string(),
         FailureKind::Loop(name) => endless(name),
         FailureKind::NoSnapshots => format!(

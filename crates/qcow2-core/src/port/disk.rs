@@ -97,6 +97,23 @@ pub trait GuestDisk: Send + Sync {
         None
     }
 
+    /// The disk that this one shows, if all it does is treat requests in a way of its own: how bytes are
+    /// stored is known of that one. Default: `None`.
+    fn filtered(&self) -> Option<&Arc<dyn GuestDisk>> {
+        None
+    }
+
     /// Makes the disk `size` bytes long. Errors: `Unsupported` if this kind of disk has a fixed size.
     fn resize(&self, size: u64) -> Result<()>;
+}
+
+impl dyn GuestDisk + '_ {
+    /// The disk behind all filters; itself, if it is none.
+    pub fn unfiltered(&self) -> &(dyn GuestDisk + '_) {
+        let mut disk = self;
+        while let Some(inner) = disk.filtered() {
+            disk = &**inner;
+        }
+        disk
+    }
 }

@@ -108,6 +108,10 @@ macro_rules! forward_storage {
         $crate::forward_storage!(@ $inner fn events()
             -> Option<$crate::port::forward::Arc<dyn $crate::Events>>);
     };
+    (@ $inner:ident guest_disk) => {
+        $crate::forward_storage!(@ $inner fn guest_disk()
+            -> Option<($crate::port::forward::Arc<dyn $crate::GuestDisk>, $crate::GuestOffset)>);
+    };
     (@ $inner:ident copy_from) => {
         $crate::forward_storage!(@ $inner fn copy_from(
             source: &dyn $crate::Storage, from: $crate::HostOffset,

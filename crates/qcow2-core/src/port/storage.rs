@@ -1,12 +1,13 @@
 //! The port for the bytes of an image file.
 
+use super::disk::GuestDisk;
 use super::event::Events;
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
 use core::any::Any;
 use core::fmt;
-use qcow2_format::HostOffset;
+use qcow2_format::{GuestOffset, HostOffset};
 
 /// The kind of a storage error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,6 +228,13 @@ pub trait Storage: Send + Sync {
     /// Bytes of space that the storage uses ("disk size"); `None` if unknown.
     fn used_bytes(&self) -> Result<Option<u64>, StorageError> {
         Ok(None)
+    }
+
+    /// The guest disk whose bytes these are, and the guest offset of byte 0: it knows more of how they are
+    /// stored than [`extent_at`](Self::extent_at) tells. Default: `None`: no disk, or one that nobody need
+    /// know of.
+    fn guest_disk(&self) -> Option<(Arc<dyn GuestDisk>, GuestOffset)> {
+        None
     }
 
     /// An observer of the engine's steps on this storage, for fault injection in tests. Default: `None`.

@@ -8,7 +8,7 @@ use crate::grammar::{Range, Style};
 use crate::reason::{IO_ERROR, NO_MEDIUM, NOT_SUPPORTED, Reason};
 use crate::report::Finished;
 use qcow2_core::format::{Bitmap, Version};
-use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Preallocation};
+use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Image, Preallocation, allocated_at};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -85,8 +85,7 @@ impl Target {
         if there == 0 {
             return Ok((range.len, true));
         }
-        let extent = self.disk.extent_at(guest(Range { len: there, ..range })?)?;
-        Ok((extent.len, extent.state != ExtentState::Unallocated))
+        Ok(allocated_at(&*self.disk, guest(Range { len: there, ..range })?)?)
     }
 
     /// Refuses sizes and preallocation modes that qemu-io refuses before it tries. Errors: the text for the

@@ -151,7 +151,7 @@ impl BlkdebugStorage {
 }
 
 impl Storage for BlkdebugStorage {
-    forward_storage!(inner: len status_at limits);
+    forward_storage!(inner: len status_at limits guest_disk);
 
     fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
         self.changed.store(true, Ordering::SeqCst);

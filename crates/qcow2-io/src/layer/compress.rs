@@ -92,6 +92,10 @@ impl GuestDisk for CompressWrites {
         }
         self.write_at(GuestOffset::new(last), &vec![0; (end - last) as usize])
     }
+
+    fn filtered(&self) -> Option<&Arc<dyn GuestDisk>> {
+        Some(&self.inner)
+    }
 }
 
 impl Drop for CompressWrites {

@@ -14,6 +14,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 /// the next flush.
 pub struct CopyOnRead {
     inner: Arc<dyn GuestDisk>,
+    /// How many backing files are copied from; `None`: all, and zeroes that none of them has.
+    layers: Option<usize>,
     /// Held alone by a copy and shared by changes, so that a copy never writes over newer bytes. Only changes
     /// through this wrapper count.
     changes: RwLock<()>,
@@ -25,7 +27,33 @@ const MAX_COPY: u64 = 1 << 20;
 impl CopyOnRead {
     /// Wraps `inner`, which must be open for writing.
     pub fn new(inner: Arc<dyn GuestDisk>) -> Self {
-        Self { inner, changes: RwLock::new(()) }
+        Self { inner, layers: None, changes: RwLock::new(()) }
+    }
+
+    /// The same, which copies only what one of the first `layers` backing files has itself; `None`: everything.
+    #[must_use]
+    pub fn from_layers(self, layers: Option<usize>) -> Self {
+        Self { layers, ..self }
+    }
+
+    /// How long the run at the start of `range` is, and whether it is to be copied.
+    fn missing_at(&self, range: GuestRange) -> Result<(u64, bool)> {
+        let extent = self.inner.extent_at(range)?;
+        let (mut len, is_missing) = (extent.len, extent.state == ExtentState::Unallocated);
+        let Some(layers) = self.layers.filter(|_| is_missing) else { return Ok((len, is_missing)) };
+        let mut below = self.inner.backing();
+        for _ in 0..layers {
+            let Some(layer) = below else { break };
+            let inside = layer.size().saturating_sub(range.start().value()).min(len);
+            let Some(range) = GuestRange::new(range.start(), inside).filter(|_| inside > 0) else { break };
+            let extent = layer.extent_at(range)?;
+            len = extent.len;
+            if extent.state != ExtentState::Unallocated {
+                return Ok((len, true));
+            }
+            below = layer.backing();
+        }
+        Ok((len, false))
     }
 
     /// Copies what the clusters that `offset..offset + len` touches do not have themselves.
@@ -41,15 +69,23 @@ impl CopyOnRead {
             let Some(range) = GuestRange::new(GuestOffset::new(at), (end - at).min(MAX_COPY)) else {
                 return Ok(());
             };
-            let extent = self.inner.extent_at(range)?;
-            if extent.state == ExtentState::Unallocated {
-                let mut bytes = vec![0; extent.len as usize];
-                self.inner.read_at(range.start(), &mut bytes)?;
-                self.inner.write_at(range.start(), &bytes)?;
+            let (len, is_missing) = self.missing_at(range)?;
+            if is_missing {
+                self.copy(range.start(), len)?;
             }
-            at += extent.len;
+            at += len;
         }
         Ok(())
+    }
+
+    /// Copies `len` bytes at `start`; zeroes are stored as such.
+    fn copy(&self, start: GuestOffset, len: u64) -> Result<()> {
+        let mut bytes = vec![0; len as usize];
+        self.inner.read_at(start, &mut bytes)?;
+        match GuestRange::new(start, len) {
+            Some(range) if is_zero(&bytes) => self.inner.write_zeroes(range, ZeroMode::MayUnmap),
+            _ => self.inner.write_at(start, &bytes),
+        }
     }
 
     fn change<T>(&self, what: impl FnOnce(&dyn GuestDisk) -> Result<T>) -> Result<T> {
@@ -85,6 +121,15 @@ impl GuestDisk for CopyOnRead {
     fn resize(&self, size: u64) -> Result<()> {
         self.change(|disk| disk.resize(size))
     }
+
+    fn filtered(&self) -> Option<&Arc<dyn GuestDisk>> {
+        Some(&self.inner)
+    }
+}
+
+/// True if every byte is zero.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
 }
 
 #[cfg(test)]
@@ -140,6 +185,36 @@ mod tests {
         assert_eq!(read(&disk, 2 * CLUSTER - 1, 2), [5, 1]);
         assert_eq!(read(&disk, 3 * CLUSTER + 98, 2), [5, 5]);
         assert_eq!(read(&*inner, CLUSTER + 9, 2), [9, 5]);
+    }
+
+    #[test]
+    fn zeroes_are_stored_as_zeroes() {
+        const CLUSTER: u64 = 64 * 1024;
+        let mut below = vec![0; 3 * CLUSTER as usize];
+        below[0] = 1;
+        let (inner, _) = overlay(below);
+        let disk = CopyOnRead::new(inner.clone());
+        read(&disk, 5, 1);
+        read(&disk, 2 * CLUSTER, 1);
+        let state = |at: u64| {
+            let range = GuestRange::new(GuestOffset::new(at), CLUSTER).unwrap();
+            inner.extent_at(range).unwrap().state
+        };
+        assert!(matches!(state(0), ExtentState::Data { .. }));
+        assert_eq!(state(CLUSTER), ExtentState::Unallocated);
+        assert_eq!(state(2 * CLUSTER), ExtentState::Zero { host: None });
+    }
+
+    #[test]
+    fn only_what_the_given_layers_have_is_copied() {
+        let (inner, _) = overlay(vec![5; 3 * 65_536]);
+        let allocated = |disk: &CopyOnRead| {
+            read(disk, 0, 1);
+            let range = GuestRange::new(GuestOffset::new(0), 1).unwrap();
+            inner.extent_at(range).unwrap().state != ExtentState::Unallocated
+        };
+        assert!(!allocated(&CopyOnRead::new(inner.clone()).from_layers(Some(0))));
+        assert!(allocated(&CopyOnRead::new(inner.clone()).from_layers(Some(1))));
     }
 
     #[test]

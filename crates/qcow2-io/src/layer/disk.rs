@@ -91,6 +91,10 @@ impl Storage for DiskStorage {
         Ok(StorageExtent { len: extent.len, data })
     }
 
+    fn guest_disk(&self) -> Option<(Arc<dyn GuestDisk>, GuestOffset)> {
+        Some((Arc::clone(&self.disk), GuestOffset::new(0)))
+    }
+
     fn limits(&self) -> Limits {
         let mut limits = Limits::default();
         limits.length = Length::Fixed;

@@ -21,6 +21,10 @@ impl GuestDisk for FilteredDisk {
         size read_at write_at write_parts write_zeroes discard flush extent_at backing cluster_size
         zero_granularity resize
     );
+
+    fn filtered(&self) -> Option<&Arc<dyn GuestDisk>> {
+        Some(&self.inner)
+    }
 }
 
 impl Drop for FilteredDisk {

@@ -75,6 +75,10 @@ impl GuestDisk for GuardedRaw {
     fn discard(&self, range: GuestRange) -> Result<()> {
         self.guarded(range.start().value(), zeroes(range), || self.inner.discard(range))
     }
+
+    fn filtered(&self) -> Option<&Arc<dyn GuestDisk>> {
+        Some(&self.inner)
+    }
 }
 
 #[cfg(test)]

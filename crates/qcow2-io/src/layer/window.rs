@@ -2,8 +2,8 @@
 
 use crate::error::Call;
 use qcow2_core::{
-    Events, HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent,
-    StorageStatus, ZeroMode, forward_storage,
+    Events, GuestDisk, GuestOffset, HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind,
+    StorageExtent, StorageStatus, ZeroMode, forward_storage,
 };
 use std::sync::Arc;
 
@@ -130,6 +130,11 @@ impl Storage for WindowStorage {
             limits.alignment = 1;
         }
         limits
+    }
+
+    fn guest_disk(&self) -> Option<(Arc<dyn GuestDisk>, GuestOffset)> {
+        let (disk, start) = self.inner.guest_disk()?;
+        Some((disk, start.checked_add(self.start)?))
     }
 
     fn events(&self) -> Option<Arc<dyn Events>> {

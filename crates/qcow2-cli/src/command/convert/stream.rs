@@ -1,4 +1,5 @@
-//! Images through pipes: `-` as the target is standard output, `-` as the source standard input.
+//! Images through pipes: `-` as the target is standard output, `-` as the source standard input; so are the
+//! system's names of both where a pipe is there.
 
 use super::request::Request;
 use super::{finish, open_sources, target};
@@ -21,21 +22,41 @@ use std::sync::Arc;
 /// Whether the request is about a pipe. The tool that is stood in for knows none: there `-` is a file.
 pub(super) fn is_asked_for(session: &Session, request: &Request) -> bool {
     !session.is_drop_in()
-        && (request.target.name == PIPE || request.source.names.iter().any(|source| source == PIPE))
+        && (is_output(&request.target.name) || request.source.names.iter().any(|source| is_input(source)))
+}
+
+fn is_output(name: &str) -> bool {
+    name == PIPE || (name == "/dev/stdout" && is_fifo(name))
+}
+
+fn is_input(name: &str) -> bool {
+    name == PIPE || (name == "/dev/stdin" && is_fifo(name))
+}
+
+/// Whether a pipe is at `path`, which has no size and no offsets.
+#[cfg(unix)]
+fn is_fifo(path: &str) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::metadata(path).is_ok_and(|data| data.file_type().is_fifo())
+}
+
+#[cfg(not(unix))]
+fn is_fifo(_path: &str) -> bool {
+    false
 }
 
 /// Runs the request.
 pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
-    let from_pipe = request.source.names.iter().any(|source| source == PIPE);
+    let from_pipe = request.source.names.iter().any(|source| is_input(source));
     let rules = [
         (
-            from_pipe && request.target.name == PIPE,
+            from_pipe && is_output(&request.target.name),
             "source and target are both '-': one of them must be a file",
         ),
         (from_pipe && request.source.names.len() > 1, "standard input can only be the only source"),
         (
             request.copy.compress,
-            "compressed clusters cannot be streamed: their places are not known beforehand",
+            "compressed clusters cannot be streamed: their offsets are not known before the tables are written",
         ),
         (!request.target.create, "'-' and -n exclude each other"),
         (request.copy.bitmaps, "bitmaps cannot be streamed"),

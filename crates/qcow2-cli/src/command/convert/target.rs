@@ -26,7 +26,7 @@ pub(super) fn open(
     let mut args = ImageArgs { format: request.target.format.clone(), objects, ..ImageArgs::default() };
     let name = if request.target.create {
         let format = new_image_format(request.target.format())?;
-        let made = target_of(&request.target.name)?;
+        let made = target_of(&request.target.name, &format)?;
         let options = settle(request, &format, sources, size)?;
         // What it is to stand on is not emptied for it.
         let _kept = options.text("backing_file").map(|backing| {
