@@ -7,6 +7,7 @@ pub mod fixtures;
 pub mod fuzz;
 pub mod hunt;
 pub mod jitter;
+pub mod nbd_server;
 pub mod patience;
 pub mod side_by_side;
 pub mod start;

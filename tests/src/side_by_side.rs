@@ -293,7 +293,7 @@ fn without_rate(line: &str) -> &str {
 
 /// The line without numbers that two equal images need not have in common: how long the file is and how much
 /// of the disk it takes, dates, random numbers.
-fn without_own(line: &str) -> String {
+pub(crate) fn without_own(line: &str) -> String {
     let (begin, indent) = (line.trim_start(), line.len() - line.trim_start().len());
     let is_length = begin.starts_with("\"virtual-size\": ") && indent > 8;
     if is_length || OWN.iter().any(|name| begin.starts_with(name)) {

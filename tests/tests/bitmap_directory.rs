@@ -158,6 +158,30 @@ fn as_qemu_img_answers() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// What is no image for qemu-img cannot be checked. With two exceptions: it checks an image with a bitmap
+/// without a name, which it then does not open; and it does not check one with two bitmaps of one name, which
+/// says nothing of the clusters in use.
+#[test]
+fn a_check_ends_as_qemu_imgs() {
+    let Some(reference) = Tool::find("qemu-img") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let parts = Parts::new(folder.path());
+    let damaged = parts.damaged().into_iter().map(|(name, bytes, ..)| (name, bytes));
+    let mut wrong = Vec::new();
+    for (name, bytes) in damaged.chain(parts.sound()) {
+        if ["unnamed", "one name", "in use"].contains(&name) {
+            continue;
+        }
+        fs::write(folder.path().join("x"), bytes).unwrap();
+        let check = |tool: &Tool| tool.run_in(folder.path(), &["check", "-q", "x"]).code;
+        let seen = [check(&reference), check(&Tool::at(OURS))];
+        if seen[0] != seen[1] {
+            wrong.push(format!("{name}: {seen:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
+}
+
 #[test]
 fn under_our_own_name_all_is_shown() {
     let folder = tempfile::tempdir().unwrap();

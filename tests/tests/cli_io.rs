@@ -198,7 +198,7 @@ impl World {
             fs::write(folder.join("pat"), "abc").unwrap();
             fs::write(folder.join("empty"), "").unwrap();
             for line in lines {
-                let tool = if line.starts_with("create") { &self.qemu.img } else { &self.qemu.io };
+                let tool = if line.starts_with("-c") { &self.qemu.io } else { &self.qemu.img };
                 tool.run_in(&folder, &words(line)).success();
             }
         };
@@ -224,6 +224,22 @@ impl World {
                 "-c 'write -q -P 1 0 100k' -c 'write -q -P 2 3M 100k' x",
             ],
         );
+        make("v2-snapshot", &["create -q -f qcow2 -o compat=0.10 x 1M", "snapshot -c a x"]);
+        make("bitmap-in-use", &["create -q -f qcow2 x 1M", "bitmap --add x b"]);
+        let path = self.root.path().join("bitmap-in-use/x");
+        let mut bytes = fs::read(&path).unwrap();
+        // The bitmaps extension starts at byte 504 and ends with the offset of the directory.
+        let directory = u64::from_be_bytes(bytes[528..536].try_into().unwrap()) as usize;
+        bytes[directory + 15] |= 1;
+        fs::write(&path, bytes).unwrap();
+        make("dirty", &["create -q -f qcow2 x 1M", "-c 'write -q 0 64k' x"]);
+        let path = self.root.path().join("dirty/x");
+        let mut bytes = fs::read(&path).unwrap();
+        // Not closed cleanly, and a cluster behind the others with a refcount.
+        bytes[79] = 1;
+        bytes[0x20000 + 2 * 8 + 1] = 1;
+        bytes.resize(9 << 16, 0);
+        fs::write(&path, bytes).unwrap();
         make("raw", &[]);
         let mut bytes = vec![0; 100_000];
         bytes[50_000..50_004].fill(b'a');

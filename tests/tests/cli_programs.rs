@@ -111,6 +111,33 @@ fn progress_is_what_programs_look_for() {
     }
 }
 
+/// What counts is the data to be copied, in pieces of 2 MiB.
+#[test]
+fn progress_of_a_conversion_is_that_of_qemu_img() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(both) = both_programs(root.path()) else { return };
+    let io = |line: &str| Tool::at(OURS).run_in(&both.start(), &words(line)).success();
+    io("create -q -f qcow2 runs.qcow2 64M");
+    io(
+        "io -c 'write -q 0 2M' -c 'write -q 10M 5M' -c 'write -q 41920k 100k' -c 'write -q -z 50M 3M' runs.qcow2",
+    );
+    for line in [
+        "convert -p -O qcow2 runs.qcow2 x",
+        "convert -p -O raw runs.qcow2 x",
+        "convert -p -O qcow2 top.qcow2 x",
+        "convert -p -O qcow2 x8 x",
+    ] {
+        let [theirs, own] = [both.reference(), both.ours()].map(|tool| {
+            let folder = root.path().join("shown");
+            copy_folder(&both.start().join("."), &folder);
+            let text = tool.run_in(&folder, &words(line)).success().stdout;
+            std::fs::remove_dir_all(&folder).unwrap();
+            text
+        });
+        assert_eq!(own, theirs, "{line}");
+    }
+}
+
 /// Several threads copy, and each reports what it has done.
 #[test]
 fn progress_never_goes_back() {

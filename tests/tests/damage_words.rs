@@ -17,7 +17,8 @@ const REFCOUNT_BLOCK: u64 = 0x20000;
 const L1: u64 = 0x30000;
 const L2: u64 = 0x40000;
 
-/// Options of the new image, what is written over it and where, and what is then done.
+/// Options of the new image, what is written over it and where, and what is then done: a line of qemu-img, or
+/// commands of qemu-io.
 type Case = (&'static str, (u64, &'static [u8]), &'static [&'static str]);
 
 const INSIDE: &[u8] = &[0x80, 0, 0, 0, 0, 5, 8, 0];
@@ -26,6 +27,14 @@ const SECOND: &[u8] = &[0x80, 0, 0, 0, 0, 1, 0, 0];
 const READ: &str = "io:read 0 1k";
 const WRITE: &str = "io:write 0 1k";
 const WRITE_NEW: &str = "io:write 192k 1k";
+
+const GONE: &[&str] = &[
+    "io:write 192k 1k;read 0 1k;read -b 0 512;read 9M 1k",
+    "io:write 192k 1k;write 0 1k;write -z 0 64k;write -c 0 64k;discard 9M 64k",
+    "io:write 192k 1k;flush;length;map;alloc 0 64k;alloc 0 0;info",
+    "io:write 192k 1k;truncate 3M;truncate 100",
+    "io:write 192k 1k;aio_read 0 1k;aio_flush;aio_write 0 1k;aio_flush",
+];
 
 const CASES: &[Case] = &[
     (
@@ -80,6 +89,9 @@ const CASES: &[Case] = &[
     ("", (L1, SECOND), &[WRITE]),
     ("", (L1, &[0x80, 0, 0, 0, 0, 3, 0, 0]), &[WRITE]),
     ("", (REFCOUNT_BLOCK, &[0, 0, 0, 0]), &[WRITE_NEW]),
+    ("", (REFCOUNT_BLOCK, &[0, 0]), &["io:write -c 192k 64k"]),
+    // What is marked is gone.
+    ("", (REFCOUNT_BLOCK, &[0, 0]), GONE),
     ("", (REFCOUNT_BLOCK + 2, &[0, 0]), &[WRITE_NEW]),
     ("", (REFCOUNT_BLOCK + 4, &[0, 0]), &[WRITE_NEW]),
     ("", (REFCOUNT_BLOCK + 6, &[0, 0]), &[WRITE_NEW]),
@@ -97,7 +109,11 @@ type Seen = (Option<i32>, Vec<String>, String, u8);
 
 fn run(tools: (&Tool, &Tool), folder: &Path, line: &str) -> Seen {
     let done = match line.strip_prefix("io:") {
-        Some(command) => tools.1.run_in(folder, &["-c", command, "a.qcow2"]),
+        Some(commands) => {
+            let mut args: Vec<&str> = commands.split(';').flat_map(|command| ["-c", command]).collect();
+            args.push("a.qcow2");
+            tools.1.run_in(folder, &args)
+        }
         None => tools.0.run_in(folder, &words(line)),
     };
     let told = done.stdout.lines().filter(|line| !line.contains(" ops; "));

@@ -376,6 +376,29 @@ fn a_bad_entry_does_not_make_another_l1_table_the_active_one() {
     assert!(clusters(&file.bytes())[1].as_ref().is_some_and(|cluster| cluster == &[8; 512]));
 }
 
+/// The L1 table of a snapshot that lost it leads to a table that others have too: it is no L2 table itself,
+/// whatever lost one.
+#[test]
+fn an_l1_table_does_not_become_an_l2_table() {
+    // Two L2 tables. The second maps two clusters and has a damaged entry behind them.
+    let (_, file) = with_snapshot_of(100, 11, &[7; 3 * 512]);
+    let storage = file.clone() as Arc<dyn Storage>;
+    let image = open(Arc::clone(&storage), |options| options.writable = true).unwrap();
+    image.create_snapshot(&NewSnapshot::default()).unwrap();
+    image.write_at(GuestOffset::new(69 * 512), &[8; 1024]).unwrap();
+    image.close().unwrap();
+    drop(image);
+    let bytes = file.bytes().to_vec();
+    let second = word(&bytes, word(&bytes, 40) + 8) & 0x00ff_ffff_ffff_fe00;
+    let unreadable = 0x99ec_5f36_cb75_f2b4_u64.to_be_bytes();
+    storage.write_at(HostOffset::new(second + 62 * 8), &unreadable).unwrap();
+    // The first snapshot is said to have its L1 table there.
+    storage.write_at(HostOffset::new(word(&bytes, 64)), &second.to_be_bytes()).unwrap();
+    let before = clusters(&file.bytes());
+    let _ = run(&storage, &Silent);
+    assert!(clusters(&file.bytes()) == before);
+}
+
 /// A bitmap whose table is said to be where the directory is. With refcounts of one bit nothing but another
 /// table helps: the directory cannot be counted twice.
 #[test]

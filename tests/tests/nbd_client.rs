@@ -3,11 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop")]
 
 use qcow2_testkit::oracle::{Qemu, Tool};
+use qcow2_tests::nbd_server::NbdServer;
 use qcow2_tests::side_by_side::{Comparison, SideBySide, words};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,22 +22,6 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-impl Server {
-    /// Serves `image` on `socket` with these options and waits until it listens.
-    fn start(folder: &Path, socket: &Path, options: &str, image: &str) -> Option<Self> {
-        let tool = Tool::find("qemu-nbd")?;
-        let mut command = Command::new(tool.path());
-        command.current_dir(folder).arg("-k").arg(socket).args(words(options)).arg(image);
-        let server = Self(command.stdin(Stdio::null()).spawn().unwrap());
-        let started = Instant::now();
-        while !socket.exists() {
-            assert!(started.elapsed() < Duration::from_secs(20), "qemu-nbd does not listen");
-            thread::sleep(Duration::from_millis(20));
-        }
-        Some(server)
     }
 }
 
@@ -55,7 +40,7 @@ fn reading_an_export_matches_qemu_img() {
     let root = tempfile::tempdir().unwrap();
     let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
     let socket = root.path().join("s");
-    let Some(_server) = Server::start(&both.start(), &socket, "-r -t -e 8 -x one -f qcow2", "s.qcow2") else {
+    let Some(_server) = NbdServer::qemu_nbd(&both.start(), &socket, "-r -x one -f qcow2 s.qcow2") else {
         return;
     };
     let socket = socket.display();
@@ -88,6 +73,51 @@ fn reading_an_export_matches_qemu_img() {
     );
 }
 
+/// What contexts of the server tell is shown as qemu-img shows it, and copies do not rely on it.
+#[test]
+fn contexts_of_the_server_are_mapped() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
+    let (start, io) = (both.start(), Qemu::find().unwrap().io);
+    let img = |line: &str| both.reference().run_in(&start, &words(line)).success();
+    img("create -q -f qcow2 -b s.qcow2 -F qcow2 m.qcow2");
+    img("bitmap --add -g 64k m.qcow2 marks");
+    img("bitmap --add --disable m.qcow2 off");
+    let changes = "-c 'write -P 7 1M 128k' -c 'write -z 2M 64k' -c 'write -P 8 7M 192k' m.qcow2";
+    io.run_in(&start, &words(changes)).success();
+    let socket = root.path().join("s");
+    let Some(_server) = NbdServer::qemu_nbd(&start, &socket, "-r -A -B marks -x one -f qcow2 m.qcow2") else {
+        return;
+    };
+    let options = format!("driver=nbd,path={},export=one", socket.display());
+    let raw = |more: &str| format!("driver=raw{more},file.{}", options.replace(',', ",file."));
+    let marks = "x-dirty-bitmap=qemu:dirty-bitmap:marks";
+    let mut lines = Vec::new();
+    for context in [
+        "base:allocation",
+        "qemu:allocation-depth",
+        "qemu:dirty-bitmap:marks",
+        "qemu:dirty-bitmap:off",
+        "qemu:dirty-bitmap:",
+        "qemu:",
+        "",
+    ] {
+        lines.push(format!("map --image-opts {options},x-dirty-bitmap={context}"));
+        lines.push(format!("map --output=json --image-opts {options},x-dirty-bitmap={context}"));
+    }
+    for layers in [raw(""), raw(",offset=1M,size=6M"), raw(",offset=512")] {
+        lines.push(format!("map --output=json --image-opts {layers}"));
+        lines.push(format!("map --output=json --image-opts {layers},file.{marks}"));
+        lines.push(format!("map --output=json -s 1M -l 3M --image-opts {layers},file.{marks}"));
+    }
+    lines.push(format!("info --image-opts {options},{marks}"));
+    lines.push(format!("convert -O raw --image-opts {options},{marks} x"));
+    check(&both, &lines);
+    // qemu-img takes marks for zeroes here.
+    let line = format!("compare --image-opts {options},{marks} driver=qcow2,file.filename=m.qcow2");
+    both.ours().run_in(&start, &words(&line)).expect_code(0);
+}
+
 fn check(both: &SideBySide, lines: &[String]) {
     let runs = lines.iter().map(|line| both.run(line));
     let wrong: Vec<Comparison> = runs.filter(|run| !run.differences.is_empty()).collect();
@@ -100,11 +130,9 @@ fn check(both: &SideBySide, lines: &[String]) {
 fn an_export_is_a_conversion_target() {
     let root = tempfile::tempdir().unwrap();
     let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
-    let served = |name: &str, options: &str, image: &str| -> Option<(Server, PathBuf)> {
-        let socket = root.path().join(name);
-        Some((Server::start(&both.start(), &socket, options, image)?, socket))
-    };
-    let Some((server, socket)) = served("raw", "-t --discard=unmap -f raw", "r.raw") else { return };
+    let socket = root.path().join("raw");
+    let server = NbdServer::qemu_nbd(&both.start(), &socket, "--discard=unmap -f raw r.raw");
+    let Some(server) = server else { return };
     let url = format!("nbd+unix://?socket={}", socket.display());
     let ours = |line: &str| both.ours().run_in(&both.start(), &words(line));
     let theirs = |line: &str| both.reference().run_in(&both.start(), &words(line));
@@ -132,7 +160,7 @@ fn a_disconnected_server_is_an_error() {
     let Some(qemu) = Qemu::find() else { return };
     make(&qemu.img, root.path());
     let socket = root.path().join("s");
-    let Some(mut server) = Server::start(root.path(), &socket, "-t -f raw", "r.raw") else { return };
+    let Some(mut server) = NbdServer::qemu_nbd(root.path(), &socket, "-f raw r.raw") else { return };
     let link = root.path().join("qemu-io");
     std::os::unix::fs::symlink(OURS, &link).unwrap();
     let mut child = Command::new(&link)
@@ -146,8 +174,7 @@ fn a_disconnected_server_is_an_error() {
     let mut stdin = child.stdin.take().unwrap();
     writeln!(stdin, "read 0 64k\nsleep 1").unwrap();
     thread::sleep(Duration::from_millis(700));
-    server.0.kill().unwrap();
-    server.0.wait().unwrap();
+    server.stop();
     writeln!(stdin, "read 0 64k\nread 0 64k\nquit").unwrap();
     drop(stdin);
     let output = child.wait_with_output().unwrap();
@@ -315,7 +342,7 @@ fn old_servers_and_lost_connections() {
 #[test]
 fn limits_of_a_request_are_kept() {
     let root = tempfile::tempdir().unwrap();
-    let (Some(qemu), Some(nbdkit)) = (Qemu::find(), Tool::find("nbdkit")) else { return };
+    let Some(qemu) = Qemu::find() else { return };
     make(&qemu.img, root.path());
     let path = |name: &str| root.path().join(name);
     let bytes: Vec<u8> = (0..3_000_001u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
@@ -323,17 +350,11 @@ fn limits_of_a_request_are_kept() {
     for (minimum, maximum) in [(4096, "32M"), (512, "64k"), (512, "4k"), (1, "4k")] {
         fs::write(path("t.raw"), vec![5; 8 << 20]).unwrap();
         let socket = path(&format!("s{minimum}-{maximum}"));
-        let mut command = Command::new(nbdkit.path());
-        command.current_dir(root.path()).arg("-f").arg("-U").arg(&socket);
-        command.args(["--filter=blocksize-policy", "file", "t.raw", "blocksize-error-policy=error"]);
-        command.arg(format!("blocksize-minimum={minimum}")).arg("blocksize-preferred=4096");
-        command.arg(format!("blocksize-maximum={maximum}"));
-        let server = Server(command.stdin(Stdio::null()).spawn().unwrap());
-        let started = Instant::now();
-        while !socket.exists() {
-            assert!(started.elapsed() < Duration::from_secs(20), "nbdkit does not listen");
-            thread::sleep(Duration::from_millis(20));
-        }
+        let options = format!(
+            "--filter=blocksize-policy file t.raw blocksize-error-policy=error blocksize-preferred=4096 \
+             blocksize-minimum={minimum} blocksize-maximum={maximum}"
+        );
+        let Some(server) = NbdServer::nbdkit(root.path(), &socket, &options) else { return };
         let url = format!("nbd+unix:///?socket={}", socket.display());
         let link = path("qemu-img");
         let _ = std::os::unix::fs::symlink(OURS, &link);

@@ -6,6 +6,7 @@ use crate::open::Refusal;
 use crate::scalar::OptionError;
 use crate::tree::JsonError;
 use crate::warning::Warning;
+use qcow2_core::format::FormatError;
 use qcow2_core::{StorageError, find_cause};
 use qcow2_io::{LockConflict, NbdError, OsError, SourceError};
 use std::error::Error;
@@ -136,6 +137,12 @@ pub enum FailureKind {
     Storage(StorageError),
     /// A format that only its name is known of.
     UnsupportedFormat(String),
+    /// Not an image of the format before qcow2.
+    NotQcow,
+    /// One of a later version, which another driver reads.
+    QcowVersion(u32),
+    /// Not a LUKS container.
+    Container(FormatError),
     /// An image inside another one, or a filter, is deeper than this.
     TooDeep(usize),
     /// One image and those below it name more files than this.
@@ -306,6 +313,11 @@ impl fmt::Display for FailureKind {
             Self::UnsupportedFormat(name) => {
                 write!(f, "format '{name}' is not supported, only qcow2, raw and luks are")
             }
+            Self::NotQcow => f.write_str("not an image in format 'qcow'"),
+            Self::QcowVersion(version) => {
+                write!(f, "version {version} is not of format 'qcow', but of 'qcow2'")
+            }
+            Self::Container(error) => error.fmt(f),
             Self::TooDeep(most) => write!(f, "more than {most} images and filters stand inside one another"),
             Self::TooManyNamed(most) => {
                 write!(f, "more than {most} files are named by one image and those below it")

@@ -23,6 +23,12 @@ struct Shared {
     unfinished: Unfinished,
 }
 
+/// Has the first signal that asks to stop call `stop`, on a thread of its own; further ones call it again.
+/// Where the system refuses, signals keep their usual effect.
+pub(crate) fn on_stop(stop: impl Fn() + Send + 'static) {
+    system::on_stop(stop);
+}
+
 /// Has SIGUSR1, which asks for progress, end no verb that has none to show: as in QEMU's tools nothing
 /// happens then.
 pub(crate) fn outlive_progress_requests() {
@@ -119,10 +125,13 @@ mod system {
         let _ = signal_hook::flag::register(SIGUSR1, Arc::new(AtomicBool::new(false)));
     }
 
+    pub(super) fn on_stop(stop: impl Fn() + Send + 'static) {
+        let Ok(mut signals) = Signals::new(heard()) else { return };
+        thread::spawn(move || signals.forever().for_each(|_| stop()));
+    }
+
     pub(super) fn listen(shared: &Arc<Shared>) {
-        let ignored = ignored();
-        let heard = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
-        let Ok(mut signals) = Signals::new(heard.chain([SIGUSR1])) else {
+        let Ok(mut signals) = Signals::new(heard().chain([SIGUSR1])) else {
             return;
         };
         let shared = Arc::clone(shared);
@@ -134,6 +143,12 @@ mod system {
                 }
             }
         });
+    }
+
+    /// The signals that ask to stop, but for those that are ignored.
+    fn heard() -> impl Iterator<Item = i32> {
+        let ignored = ignored();
+        [SIGINT, SIGTERM, SIGHUP].into_iter().filter(move |signal| ignored >> (signal - 1) & 1 == 0)
     }
 
     /// The signals that whoever started the program had it ignore (`nohup`, a shell's `&`), a bit each: they
@@ -154,6 +169,8 @@ mod system {
     use super::{Arc, Shared};
 
     pub(super) fn outlive_progress_requests() {}
+
+    pub(super) fn on_stop(_stop: impl Fn() + Send + 'static) {}
 
     pub(super) fn listen(_shared: &Arc<Shared>) {}
 

@@ -121,6 +121,17 @@ impl Meter {
         done
     }
 
+    /// The same, with all done only where the work had begun. In place of qemu-img that is also shown of work
+    /// that failed.
+    pub(crate) fn finish_begun<T>(&self, session: &Session, done: Result<T, Failure>) -> Result<T, Failure> {
+        if self.begun.load(Ordering::Relaxed) && (done.is_ok() || session.is_drop_in()) {
+            self.complete_again();
+        }
+        self.end();
+        self.interrupts.die_if_asked();
+        done
+    }
+
     fn show(&self, share: u64) {
         match self.shape {
             Shape::Percent => write_out(&format!("{}\r", percent(share))),

@@ -76,6 +76,11 @@ pub enum Damage {
         /// The kinds of metadata in it.
         kinds: OverlapChecks,
     },
+    /// The cluster of the header, whose refcount is 0, was found for something new.
+    HeaderFree {
+        /// The new table; `None`: compressed clusters.
+        table: Option<TableKind>,
+    },
 }
 
 /// Is told of damage when it is found, also where the error is of no consequence later.

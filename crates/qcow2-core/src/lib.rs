@@ -121,7 +121,9 @@ pub use port::event::{Event, Events};
 pub use port::resolver::{
     ImageFormat, NoResolver, Reference, ResolveError, ResolvedSource, Resolver, SourceId,
 };
-pub use port::storage::{Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
+pub use port::storage::{
+    Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, StorageStatus, ZeroMode,
+};
 pub use qcow2_format as format;
 pub use qcow2_format::{Geometry, GuestOffset, GuestRange, HostOffset};
 pub use raw::RawDisk;

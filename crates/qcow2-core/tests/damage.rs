@@ -186,6 +186,23 @@ fn guest_data_is_not_written_over_metadata() {
     }
 }
 
+/// Whoever chooses to protect snapshots' L2 tables gets no writes where these cannot be found.
+#[test]
+fn nothing_is_written_where_tables_to_protect_are_not_known() {
+    let (storage, _) = image(false);
+    let [table, snapshot_l1, _] = add_snapshot(&storage);
+    set_word(&storage, table, snapshot_l1 + 512);
+    let write = |checks| {
+        let storage = Arc::new(PageStorage::new(storage.bytes()));
+        let written = open(&storage, &writable(checks)).unwrap().write_at(GuestOffset::new(0), &[1; 512]);
+        assert!(!is_marked(&storage), "nothing that was to be written to is wrong");
+        written.map_err(|error| error.kind())
+    };
+    assert_eq!(write(OverlapChecks::ALL), Err(ErrorKind::InvalidOption));
+    assert_eq!(write(OverlapChecks::INACTIVE_L2), Err(ErrorKind::InvalidOption));
+    assert_eq!(write(OverlapChecks::CACHED), Ok(()));
+}
+
 /// A metadata cluster with refcount 0 looks free, and must not be allocated.
 #[test]
 fn a_metadata_cluster_with_refcount_0_is_not_allocated() {
@@ -422,12 +439,29 @@ fn a_data_file_entry_with_another_host_than_guest_offset_is_damage() {
     }
 }
 
+/// What says that the cluster is zeroes is in the entry with the wrong offset.
+#[test]
+fn zeroes_with_a_wrong_host_offset_in_the_data_file_are_damage() {
+    for (entry, subclusters) in
+        [(COPIED | (2 * CLUSTER) | 1, None), (COPIED | (2 * CLUSTER), Some(0xffff_ffff << 32))]
+    {
+        let shelf = with_data_file(entry, subclusters);
+        let opened = Image::open(shelf.source(TOP, ImageFormat::Qcow2), &OpenOptions::default()).unwrap();
+        let error = opened.read_at(GuestOffset::new(CLUSTER), &mut [9; 512]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{entry:#x} {subclusters:?}");
+        let error =
+            opened.extent_at(GuestRange::new(GuestOffset::new(CLUSTER), CLUSTER).unwrap()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{entry:#x} {subclusters:?}");
+    }
+}
+
 fn marked(shelf: &Shelf) -> bool {
     let source = shelf.source(TOP, ImageFormat::Qcow2);
     Image::open(source, &OpenOptions::default()).unwrap().header().is_corrupt()
 }
 
-/// Damaged zero entries: reads do not use their host offset, but a write would.
+/// Damaged entries of clusters without data: a read of the last one does not use its host offset, but a write
+/// would.
 #[test]
 fn a_write_refuses_a_wrong_host_offset_in_the_data_file() {
     const ZERO: u64 = 1;
@@ -443,7 +477,8 @@ fn a_write_refuses_a_wrong_host_offset_in_the_data_file() {
             let mut expected = shelf.file("top.data").bytes().to_vec();
             let error = opened.write_at(GuestOffset::new(start), &[8; 1024]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Corrupt, "{entry:#x} {subclusters:?}");
-            if start < CLUSTER {
+            // Zeroes are looked up before anything is written, what is unallocated only when it is needed.
+            if start < CLUSTER && subclusters == Some(0) {
                 expected[start as usize..CLUSTER as usize].fill(8);
             }
             let seen = shelf.file("top.data").bytes().to_vec();

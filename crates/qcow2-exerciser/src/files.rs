@@ -5,9 +5,10 @@ use crate::port::OpenedDisk;
 use crate::request::{OpenRequest, RequestError};
 use qcow2_blockdev::{
     FailureKind, ImageName, KeyValueError, KeyValues, Naming, OpenFailure, OpenOptions, OptionError,
-    OptionErrorKind, Secrets, Warning, bitmaps_to_lose, escape_commas, open, open_bytes, open_scratch,
+    OptionErrorKind, Secrets, Tell, Warning, bitmaps_to_lose, escape_commas, open_bytes, open_scratch,
+    open_telling,
 };
-use qcow2_core::ImageFormat;
+use qcow2_core::{ImageFormat, ResolvedSource};
 use qcow2_io::{CacheMode, CopyOnRead, GuardedRaw};
 use std::error::Error;
 use std::fmt;
@@ -23,7 +24,8 @@ pub struct OpenedFiles {
 }
 
 /// Opens the files that `request` names. `secrets`: what options name; `how`: the policy for names inside
-/// images and the files that this process has open; the rest of it comes from the request.
+/// images and the files that this process has open; the rest of it comes from the request. `tell` hears that
+/// an image was not closed cleanly, before that is put right.
 ///
 /// A raw disk that was taken for one by its looks is guarded: its first sector cannot be made that of another
 /// format. Disk: a scratch overlay is a temporary file without a name; else as
@@ -33,6 +35,7 @@ pub fn open_files(
     request: &OpenRequest,
     secrets: &Secrets,
     how: OpenOptions,
+    tell: Tell<'_>,
 ) -> Result<OpenedFiles, FilesError> {
     let request = understood(request)?;
     let (typed, naming) = name_of(&request, secrets);
@@ -43,11 +46,17 @@ pub fn open_files(
         CacheMode::Unsafe => CacheMode::Unsafe,
         _ => CacheMode::Writeback,
     };
-    let writable = !request.read_only;
+    let allowed = || name.node.options.text("read-only").is_some_and(|text| text == "off");
+    let writable = !request.read_only || allowed();
     let scratch = request.snapshot && writable;
     let mut how = how.with_cache(cache).with_force_share(request.force_share);
     how.writable = writable && !scratch;
-    let opened = open(&name, &how)?;
+    let unclean = |warning: &Warning, source: &ResolvedSource| {
+        if how.writable && matches!(warning, Warning::NotClosedCleanly) {
+            tell(warning, source);
+        }
+    };
+    let opened = open_telling(&name, &how, &unclean)?;
     let debugger = opened.debugger.clone();
     let (mut disk, format) = match scratch {
         true => {
@@ -88,7 +97,7 @@ fn understood(request: &OpenRequest) -> Result<OpenRequest, FilesError> {
         false => KeyValues::parse_pairs(&request.options.join(","), None)?,
     };
     let mut rest = Vec::new();
-    let (mut direct, mut no_flush) = (None, None);
+    let (mut direct, mut no_flush, mut read_only) = (None, None, None);
     for pair in list.pairs() {
         // The other spellings of on and off are for options of drivers.
         let on = || match &*pair.value {
@@ -100,7 +109,7 @@ fn understood(request: &OpenRequest) -> Result<OpenRequest, FilesError> {
             }
         };
         match &*pair.key {
-            "read-only" => request.read_only = on()?,
+            "read-only" => read_only = Some(on()?),
             "force-share" => request.force_share = on()?,
             "cache.direct" => direct = Some(on()?),
             "cache.no-flush" => no_flush = Some(on()?),
@@ -112,6 +121,11 @@ fn understood(request: &OpenRequest) -> Result<OpenRequest, FilesError> {
     request.cache = request.cache.with_flags(direct, no_flush);
     let refused =
         |kind: FailureKind| Err(OpenFailure::new(request.path.as_deref().unwrap_or_default(), kind).into());
+    // The option decides, but a disk to write to is not opened as one that cannot be.
+    if read_only == Some(true) && !request.read_only {
+        return refused(FailureKind::ReadOnlyNode);
+    }
+    request.read_only = read_only.unwrap_or(request.read_only);
     if request.force_share && !request.read_only {
         return refused(FailureKind::SharedAndWritable);
     }
@@ -211,15 +225,26 @@ mod tests {
 
     #[test]
     fn options_about_opening_are_taken_out() {
-        let request =
-            with_options("read-only=on,cache.direct=on,driver=qcow2,discard=ignore,a=b,,c").unwrap();
-        assert!(request.read_only && !request.discards);
+        let request = with_options("cache.direct=on,driver=qcow2,discard=ignore,a=b,,c").unwrap();
+        assert!(!request.read_only && !request.discards);
         assert_eq!(request.cache, CacheMode::Directsync);
         assert_eq!(request.options, ["driver=qcow2", "a=b,,c"]);
         let (typed, naming) = name_of(&request, &Secrets::default());
         assert_eq!((&*typed, naming.options.as_deref()), ("disk", Some("driver=qcow2,a=b,,c")));
         let request = with_options("cache.no-flush=on").unwrap();
         assert_eq!(request.cache, CacheMode::Unsafe);
+    }
+
+    #[test]
+    fn the_option_read_only_decides_where_the_disk_may_be_written() {
+        let request = |options: &str, read_only| {
+            let (path, options) = (Some("disk".to_owned()), vec![options.to_owned()]);
+            understood(&OpenRequest { path, options, read_only, ..OpenRequest::default() })
+        };
+        assert!(request("read-only=on", true).unwrap().read_only);
+        assert!(!request("read-only=off", true).unwrap().read_only);
+        let Err(FilesError::Open(failure)) = request("read-only=on", false) else { panic!("opened") };
+        assert!(matches!(failure.kind(), FailureKind::ReadOnlyNode));
     }
 
     #[test]

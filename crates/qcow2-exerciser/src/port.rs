@@ -1,7 +1,7 @@
 //! Ports: what the exerciser needs from the program around it.
 
 use crate::request::OpenRequest;
-use qcow2_core::GuestDisk;
+use qcow2_core::{GuestDisk, Preallocation};
 use qcow2_io::Debugger;
 use qcow2_ops::info::Qcow2Info;
 use std::error::Error;
@@ -94,6 +94,24 @@ pub trait Words {
     /// The text after `read failed: ` and the like. `error` is an error of the engine, or of a procedure
     /// (`qcow2_ops`) with the engine's error among its sources.
     fn error(&self, error: &(dyn Error + 'static)) -> String;
+
+    /// The lines of a `truncate` that failed, the first of which gets the program's name. `disk` has its old
+    /// size; `mode` was asked for.
+    fn not_resized(
+        &self,
+        error: &qcow2_ops::Error,
+        mode: Preallocation,
+        disk: &dyn GuestDisk,
+    ) -> Vec<String> {
+        let _ = (mode, disk);
+        vec![format!("Could not resize: {}", self.error(error))]
+    }
+
+    /// True if an image that gets marked as corrupt while it is open is gone for all further commands, as it
+    /// is in QEMU. The default leaves what can be read readable.
+    fn corrupt_images_go(&self) -> bool {
+        false
+    }
 
     /// Lines that `info` prints after the cluster size and the offset of the VM state; whole lines.
     fn details(&self, info: &Qcow2Info) -> String {

@@ -59,3 +59,4 @@ pub(crate) const INVALID_ARGUMENT: i32 = 22;
 pub(crate) const FILE_TOO_LARGE: i32 = 27;
 const NO_SPACE: i32 = 28;
 pub(crate) const NOT_SUPPORTED: i32 = 95;
+pub(crate) const NO_MEDIUM: i32 = 123;

@@ -113,6 +113,8 @@ pub(crate) fn changed(now: &Now<'_>, reopen: Reopen) -> Result<OpenRequest, Stri
         return Err("Cannot set both -r/-w and 'read-only'".to_owned());
     }
     forget_replaced(&mut new.options, &list);
+    // It is known how the disk is open, and the option says how it was opened first.
+    keep_options(&mut new.options, &|key| key != "read-only");
     for pair in list.pairs() {
         let change = now.change(&pair.key, &pair.value)?;
         match (change, &*pair.value) {
@@ -135,11 +137,19 @@ fn forget_replaced(options: &mut Vec<String>, list: &KeyValues) {
     if !sizes && !checks {
         return;
     }
-    let old = KeyValues::parse_pairs(&options.join(","), None).unwrap_or_default();
     let stays = |key: &str| {
         !(sizes && SIZES.contains(&key))
             && !(checks && (key == "overlap-check" || key.starts_with("overlap-check.")))
     };
+    keep_options(options, &stays);
+}
+
+/// Takes out of `options` those of which `stays` is false.
+fn keep_options(options: &mut Vec<String>, stays: &dyn Fn(&str) -> bool) {
+    if options.is_empty() {
+        return;
+    }
+    let old = KeyValues::parse_pairs(&options.join(","), None).unwrap_or_default();
     let kept = old.pairs().iter().filter(|pair| stays(&pair.key));
     *options =
         kept.map(|pair| format!("{}={}", pair.key, qcow2_blockdev::escape_commas(&pair.value))).collect();

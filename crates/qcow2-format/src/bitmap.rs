@@ -248,6 +248,18 @@ impl Bitmap {
         Err(FormatError::new(FormatErrorKind::BitmapConstraints(name), message))
     }
 
+    /// Judges whether a file can be so long that it holds the table, as QEMU does when it reads the bits: not
+    /// of a bitmap that is in use. Errors: `BitmapConstraints`.
+    pub fn validate_table_place(&self) -> Result<(), FormatError> {
+        let (start, len) = (self.table_offset.value(), u64::from(self.table_entries) * 8);
+        if self.in_use || start.checked_add(len).is_some_and(|end| end <= limit::MAX_FILE_END) {
+            return Ok(());
+        }
+        let name = self.name_text();
+        let message = format!("bitmap '{name}': table at {start:#x}: no file is that long");
+        Err(FormatError::new(FormatErrorKind::BitmapConstraints(name), message))
+    }
+
     /// How many table entries a bitmap of this granularity needs for a disk of `disk_size` bytes; `None` for
     /// a granularity that no number can hold.
     pub fn table_entries_for(geometry: &Geometry, disk_size: u64, granularity_bits: u8) -> Option<u64> {

@@ -31,13 +31,11 @@ impl L1Entry {
     pub const UNALLOCATED: Self = Self { l2_table: None, copied: false };
 
     /// Decodes an entry. Reserved bits are ignored (see [`reserved_bits`]). Errors: `Misaligned`.
+    #[inline]
     pub fn decode(raw: u64, geometry: &Geometry) -> Result<Self, FormatError> {
         let offset = raw & OFFSET_MASK;
         if !geometry.is_aligned(offset) {
-            return Err(FormatError::new(
-                FormatErrorKind::Misaligned(offset),
-                format!("l2 table offset {offset:#x} is not a multiple of {}", geometry.cluster_size()),
-            ));
+            return Err(misaligned(offset, geometry));
         }
         let l2_table = (offset != 0).then_some(HostOffset::new(offset));
         Ok(Self { l2_table, copied: l2_table.is_some() && raw & COPIED != 0 })
@@ -47,6 +45,14 @@ impl L1Entry {
     pub fn encode(&self) -> u64 {
         self.l2_table.map_or(0, HostOffset::value) | if self.copied { COPIED } else { 0 }
     }
+}
+
+#[cold]
+fn misaligned(offset: u64, geometry: &Geometry) -> FormatError {
+    FormatError::new(
+        FormatErrorKind::Misaligned(offset),
+        format!("l2 table offset {offset:#x} is not a multiple of {}", geometry.cluster_size()),
+    )
 }
 
 /// A raw L1 entry with its copied flag set or cleared.

@@ -133,6 +133,7 @@ impl L2Format {
     /// check reports it.
     ///
     /// Errors: `Misaligned`, `ZeroFlagInVersion2`, `SubclusterBitmap`, `CompressedOffset`.
+    #[inline]
     pub fn decode(&self, raw: u64, bitmap: u64) -> Result<L2Entry, FormatError> {
         if raw & COMPRESSED != 0 {
             return self.decode_compressed(raw).map(L2Entry::Compressed);
@@ -140,10 +141,7 @@ impl L2Format {
         let offset = raw & OFFSET_MASK;
         let copied = raw & COPIED != 0;
         if !self.geometry.is_aligned(offset) {
-            return Err(FormatError::new(
-                FormatErrorKind::Misaligned(offset),
-                format!("cluster offset {offset:#x} is not a multiple of {}", self.geometry.cluster_size()),
-            ));
+            return Err(self.misaligned(offset));
         }
         let zero_flag_set = self.has_zero_flag(raw);
         let assigned = offset != 0 || (self.external_data && copied && !zero_flag_set);
@@ -156,18 +154,21 @@ impl L2Format {
             (u32::from(assigned), 0)
         };
         if zero != 0 && !self.zero_flag {
-            return Err(FormatError::new(
-                FormatErrorKind::ZeroFlagInVersion2,
-                format!("zero cluster entry {raw:#x} in a version 2 image"),
-            ));
+            return Err(zero_in_version_2(raw));
         }
         if allocated & zero != 0 || (allocated != 0 && host.is_none()) {
-            return Err(FormatError::new(
-                FormatErrorKind::SubclusterBitmap(bitmap),
-                format!("subcluster bitmap {bitmap:#018x} contradicts itself or entry {raw:#x}"),
-            ));
+            return Err(contradicting_bitmap(raw, bitmap));
         }
         Ok(L2Entry::Standard(ClusterEntry { host, copied: copied && assigned, allocated, zero }))
+    }
+
+    // Errors are made out of line: every read of a machine decodes entries, and none of them is damaged.
+    #[cold]
+    fn misaligned(&self, offset: u64) -> FormatError {
+        FormatError::new(
+            FormatErrorKind::Misaligned(offset),
+            format!("cluster offset {offset:#x} is not a multiple of {}", self.geometry.cluster_size()),
+        )
     }
 
     fn decode_compressed(&self, raw: u64) -> Result<CompressedCluster, FormatError> {
@@ -248,6 +249,22 @@ impl L2Format {
     pub fn flip_copied_flag(&self, table: &mut [u8], index: L2Index) {
         table[(index.value() * self.geometry.l2_entry_size()) as usize] ^= COPIED_BYTE;
     }
+}
+
+#[cold]
+fn zero_in_version_2(raw: u64) -> FormatError {
+    FormatError::new(
+        FormatErrorKind::ZeroFlagInVersion2,
+        format!("zero cluster entry {raw:#x} in a version 2 image"),
+    )
+}
+
+#[cold]
+fn contradicting_bitmap(raw: u64, bitmap: u64) -> FormatError {
+    FormatError::new(
+        FormatErrorKind::SubclusterBitmap(bitmap),
+        format!("subcluster bitmap {bitmap:#018x} contradicts itself or entry {raw:#x}"),
+    )
 }
 
 #[cfg(test)]

@@ -52,6 +52,8 @@ pub const MAX_GRANULARITY_BITS: u8 = 31;
 pub const MAX_HOST_OFFSET: u64 = (1 << 56) - 1;
 /// The largest end of a table in the image file. Origin: file offsets are signed 64-bit numbers.
 pub const MAX_FILE_OFFSET: u64 = i64::MAX as u64;
+/// The end of the longest file that QEMU reads: [`MAX_FILE_OFFSET`] rounded down to whole GiB. Origin: QEMU.
+pub const MAX_FILE_END: u64 = MAX_FILE_OFFSET & !((1 << 30) - 1);
 /// The largest number of L1 entries a virtual size may need before it is "too big". Origin: QEMU.
 pub const MAX_SIZE_L1_ENTRIES: u64 = i32::MAX as u64;
 /// Bytes of the largest disk that QEMU opens or makes: 2^63 rounded down to whole GiB. Origin: QEMU.

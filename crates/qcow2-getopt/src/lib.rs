@@ -112,7 +112,8 @@ impl<'a, O: Copy> Getopt<'a, O> {
         self.specs.iter().chain(self.common).filter(move |spec| !(spec.own && without_own))
     }
 
-    /// Takes `-` and digits right after the first operand for an operand too.
+    /// Takes `-` and digits right after the first operand for an operand too. A third operand before `--`
+    /// ends the options: it is one too many, whatever follows it.
     #[must_use]
     pub fn with_signed_number(mut self) -> Self {
         self.number_follows = true;
@@ -145,7 +146,7 @@ impl<'a, O: Copy> Getopt<'a, O> {
                 {
                     self.operands.extend(self.args.next());
                 }
-                if !self.permute {
+                if !self.permute || (self.number_follows && self.operands.len() > 2) {
                     self.operands.extend(self.args.by_ref());
                 }
             }
@@ -303,6 +304,8 @@ mod tests {
         assert_eq!(run(&["a", "-1M", "-U"]).unwrap(), "a -1M");
         assert_eq!(run(&["-1M", "a"]).unwrap_err(), "invalid option -- '1'");
         assert_eq!(run(&["a", "b", "-1M"]).unwrap_err(), "invalid option -- '1'");
+        assert_eq!(run(&["a", "b", "c", "-1M"]).unwrap(), "a b c -1M");
+        assert_eq!(run(&["a", "-1M", "c", "--format"]).unwrap(), "a -1M c --format");
         assert_eq!(run(&["a", "-U", "-1M"]).unwrap_err(), "invalid option -- '1'");
     }
 

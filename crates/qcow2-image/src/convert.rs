@@ -166,4 +166,8 @@ impl Progress for Meter<'_> {
     fn should_stop(&self) -> bool {
         self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
     }
+
+    fn is_watched(&self) -> bool {
+        self.show.is_some()
+    }
 }

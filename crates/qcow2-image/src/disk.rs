@@ -84,7 +84,13 @@ impl Disk {
         Ok(Self::new(path, image.map_err(|e| Error::from_cause(path, step(), e))?, source, options))
     }
 
-    fn new(path: &Path, disk: Arc<dyn GuestDisk>, source: ResolvedSource, options: OpenOptions) -> Self {
+    /// `source`: the files of `disk`.
+    pub(crate) fn new(
+        path: &Path,
+        disk: Arc<dyn GuestDisk>,
+        source: ResolvedSource,
+        options: OpenOptions,
+    ) -> Self {
         Self {
             path: path.to_owned(),
             disk,

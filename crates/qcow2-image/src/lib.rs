@@ -63,6 +63,7 @@
 //! | compare the content of two disks | [`Disk::compare`], [`Disk::checksum`] |
 //! | describe an untrusted image | [`info`] |
 //! | find and repair damage | [`check`], [`repair`] |
+//! | read what is left of an image that nothing opens | [`Disk::rescue`] |
 //! | serve a virtual machine with your own I/O | [a block device for a VMM](vmm) |
 //! | anything else | [`ops`], with [`Disk::as_guest_disk`] and [`Threads`]; [`core`], with [`Disk::as_image`] |
 //!
@@ -128,6 +129,7 @@ mod new;
 mod newfile;
 mod options;
 mod password;
+mod rescue;
 mod snapshot;
 mod threads;
 #[cfg(any(doc, doctest))]
@@ -141,6 +143,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use look::{check, info, repair};
 pub use new::NewDisk;
 pub use options::DiskOptions;
+pub use rescue::{Rescue, Rescued};
 pub use threads::Threads;
 
 pub use qcow2_core::format::snapshot::Snapshot;
@@ -153,6 +156,7 @@ pub use qcow2_ops::compare::Comparison;
 pub use qcow2_ops::info::InfoReport;
 pub use qcow2_ops::rebase::RebaseReport;
 pub use qcow2_ops::repair::Repaired;
+pub use qcow2_ops::rescue::RescueReport;
 pub use {
     qcow2_codec as codec, qcow2_core as core, qcow2_crypt as crypt, qcow2_format as format, qcow2_io as io,
     qcow2_ops as ops,

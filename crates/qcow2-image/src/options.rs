@@ -173,13 +173,18 @@ impl DiskOptions {
         options
     }
 
+    /// The same for files of which nothing is written and nothing followed.
+    pub(crate) fn for_rescue(&self) -> Self {
+        Self { writable: false, names: Policy::Deny, layers: Layers::TopOnly, ..self.clone() }
+    }
+
     pub(crate) fn passwords(&self) -> &Passwords {
         &self.passwords
     }
 }
 
 /// All compression algorithms.
-fn codecs() -> Codecs {
+pub(crate) fn codecs() -> Codecs {
     Codecs::new(Arc::new(Deflate::default()), Arc::new(Zstd::default()))
 }
 

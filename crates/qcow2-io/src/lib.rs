@@ -35,7 +35,7 @@
 //! | a byte range of a storage | [`WindowStorage`] |
 //! | a storage with a rate limit | [`ThrottleStorage`] |
 //! | the guest disk of one image as the storage of another | [`DiskStorage`] |
-//! | to write such a wrapper | [`forward_storage`] |
+//! | to write such a wrapper | [`forward_storage`], [`forward_guest_disk`] |
 //! | the export of an NBD server | [`NbdStorage`] |
 //! | a null device | [`NullStorage`] |
 //! | random bytes and time for encryption keys | [`random_bytes`], [`ThreadClock`] |
@@ -87,12 +87,14 @@ pub use layer::{
 pub use lock::{LockConflict, Locking, Permission};
 pub use memory::MemoryStorage;
 pub use name::{path_of, text_of_name};
-pub use nbd::{NbdAddress, NbdError, NbdOptions, NbdStorage};
+pub use nbd::{
+    NbdAddress, NbdError, NbdOptions, NbdStorage, NbdTls, TlsCredentials, TlsCredentialsError, TlsIdentity,
+};
 pub use null::NullStorage;
 pub use open::{Create, OpenError, OpenErrorKind, OpenFile};
 pub use open_files::{HeldFile, OpenFiles, SameFile};
 pub use probe::probe_format;
 /// Writes the rest of a wrapper: the calls that it hands on.
-pub use qcow2_core::forward_storage;
+pub use qcow2_core::{forward_guest_disk, forward_storage};
 pub use resolve::{FileResolver, Policy, SourceError, SourceOptions, open_source};
 pub use system::{ThreadClock, random_bytes};

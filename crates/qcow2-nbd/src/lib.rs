@@ -4,13 +4,18 @@
 //! |---|---|
 //! | [`proto`] | every message as bytes and as a value, in both directions; for clients and servers |
 //! | [`client`] | a client without I/O: the handshake, then any number of requests at once |
-//! | [`blocking`] | that client on a connection that blocks, for any number of threads |
+//! | [`server`] | a server without I/O: the handshake, then requests judged and replies encoded |
+//! | [`blocking`] | both on connections that block: a client for any number of threads, a server with some |
+//! | [`tls`] | encryption of a connection, for clients and servers (feature `tls`) |
 //!
-//! The crate opens no socket, knows no clock but for one bound, starts no thread and depends on nothing but
-//! the standard library. Whatever a peer sends leads to a value or an error, in bounded memory.
+//! The crate opens no socket and, but for the feature `tls`, depends on nothing but the standard library. Only
+//! the blocking half looks at a clock, but for one bound, and only its server starts threads. Whatever a peer
+//! sends leads to a value or an error, in
+//! bounded memory.
 //!
 //! A client of the whole protocol: fixed newstyle, newstyle and old-style servers; simple, structured and
-//! extended replies; meta contexts; limits of a request's size; the request of TLS, which the caller runs.
+//! extended replies; meta contexts; limits of a request's size; the request of TLS, which the caller runs. A
+//! server of all that but the old style.
 //!
 //! # A read
 //!
@@ -36,3 +41,5 @@
 pub mod blocking;
 pub mod client;
 pub mod proto;
+pub mod server;
+pub mod tls;

@@ -211,11 +211,15 @@ fn every_refusal_of_an_export_is_told() {
         let outcome = Script::new(vec![(option, no(kind))]).run(plain);
         assert_eq!(outcome, Err(HandshakeFailure::Refused { option, kind, message: "no".into() }));
     }
-    // A server that wants TLS says so at the first option.
-    for kind in [ReplyKind::TLS_REQUIRED, ReplyKind::SHUTDOWN] {
-        let outcome = Script::new(vec![(ALL[0], no(kind))]).run(Negotiation::default());
-        assert!(matches!(outcome, Err(HandshakeFailure::Refused { kind: seen, .. }) if seen == kind));
-    }
+    let kind = ReplyKind::SHUTDOWN;
+    let outcome = Script::new(vec![(ALL[0], no(kind))]).run(Negotiation::default());
+    assert!(matches!(outcome, Err(HandshakeFailure::Refused { kind: seen, .. }) if seen == kind));
+    // A server that wants TLS says so at every option, and at last the export is refused.
+    let options = [OptionCode::EXTENDED_HEADERS, OptionCode::STRUCTURED_REPLY, OptionCode::GO];
+    let script = options.map(|option| (option, no(ReplyKind::TLS_REQUIRED)));
+    let outcome = Script::new(script.to_vec()).run(Negotiation::default());
+    let (kind, message) = (ReplyKind::TLS_REQUIRED, "no".into());
+    assert_eq!(outcome, Err(HandshakeFailure::Refused { option: OptionCode::GO, kind, message }));
 }
 
 #[test]

@@ -138,8 +138,8 @@ impl Run<'_> {
         {
             let _running = self.requests.read().unwrap_or_else(PoisonError::into_inner);
             let (done, kind) = match self.options.pattern {
-                Some(_) => (self.disk.write_at(offset, buffer), ErrorKind::Write),
-                None => (self.disk.read_at(offset, buffer), ErrorKind::Read),
+                Some(_) => (self.write(offset, buffer), ErrorKind::Write),
+                None => (self.read(offset, buffer), ErrorKind::Read),
             };
             done.map_err(|e| {
                 Error::new(kind, format!("request at guest offset {offset} failed")).with_source(e)
@@ -151,6 +151,38 @@ impl Run<'_> {
         }
     }
 
+    /// Reads what of a request is inside the disk; past the end, up to a whole sector, there is nothing.
+    fn read(&self, offset: GuestOffset, buffer: &mut [u8]) -> qcow2_core::Result<()> {
+        let inside = match self.is_padded(offset, buffer) {
+            true => self.disk.size().saturating_sub(offset.value()).min(buffer.len() as u64),
+            false => buffer.len() as u64,
+        };
+        match inside {
+            0 => Ok(()),
+            inside => self.disk.read_at(offset, &mut buffer[..inside as usize]),
+        }
+    }
+
+    /// Writes; a disk that ends inside a sector is completed first where that is written to.
+    fn write(&self, offset: GuestOffset, bytes: &[u8]) -> qcow2_core::Result<()> {
+        if self.is_padded(offset, bytes) {
+            self.disk.resize(self.size())?;
+        }
+        self.disk.write_at(offset, bytes)
+    }
+
+    /// True if a request passes the end of the disk, but not the last sector.
+    fn is_padded(&self, offset: GuestOffset, bytes: &[u8]) -> bool {
+        let end = offset.value().saturating_add(bytes.len() as u64);
+        (self.disk.size() + 1..=self.size()).contains(&end)
+    }
+
+    /// Size of the disk in bytes, in whole sectors.
+    fn size(&self) -> u64 {
+        let size = self.disk.size();
+        size.checked_next_multiple_of(512).unwrap_or(size)
+    }
+
     fn flush(&self) -> Result<()> {
         let _alone =
             self.options.drain.then(|| self.requests.write().unwrap_or_else(PoisonError::into_inner));
@@ -159,7 +191,7 @@ impl Run<'_> {
 
     /// Guest offset of request `index`. Wraps around past the end; a request that crosses the end fails.
     fn offset(&self, index: u64) -> GuestOffset {
-        let size = self.disk.size();
+        let size = self.size();
         let at = u128::from(self.options.start) + u128::from(index) * u128::from(self.options.step);
         if index == 0 || size == 0 {
             return GuestOffset::new(self.options.start);
@@ -192,6 +224,20 @@ mod tests {
         let options = BenchOptions { count: 3, ..BenchOptions::new() };
         let error = bench(&TestDisk::data(vec![0; 10_000]), &options, &Inline, &Silent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Read);
+    }
+
+    #[test]
+    fn a_last_sector_counts_as_a_whole_one() {
+        let disk = TestDisk::data(vec![1; 1000]);
+        let options = BenchOptions { count: 3, buffer_size: 512, step: 512, ..BenchOptions::new() };
+        bench(&disk, &options, &Inline, &Silent).unwrap();
+        assert_eq!(disk.size(), 1000);
+        let options = BenchOptions { pattern: Some(7), ..options };
+        bench(&disk, &options, &Inline, &Silent).unwrap();
+        assert_eq!(*disk.bytes.lock().unwrap(), [7; 1024]);
+        let options = BenchOptions { buffer_size: 1000, step: 1000, ..options };
+        let error = bench(&TestDisk::data(vec![1; 1000]), &options, &Inline, &Silent).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Write);
     }
 
     #[test]

@@ -98,12 +98,15 @@ pub fn compare(
     }
     let chunk = CHUNK.max(sides[0].cluster_size()).max(sides[1].cluster_size());
     let (names, found) = (&options.names, Mutex::new(None));
-    let comparing = Comparing { sides, names, shorter, end: longer, chunk, progress, found };
+    let comparing = Comparing { sides, names, shorter, longer, end: longer, chunk, progress, found };
     // Content is compared only up to the first state difference: an earlier difference of content is reported
     // instead of it.
     let state_differs = if options.strict { comparing.first_state_difference()? } else { None };
     let comparing = Comparing { end: state_differs.unwrap_or(longer), ..comparing };
     progress.set_total(comparing.end);
+    if shorter == 0 && longer > 0 {
+        progress.smaller_ended();
+    }
     run(&comparing, 0, Order::Claimed, executor)?;
     let found = comparing.found.into_inner().unwrap_or_else(PoisonError::into_inner);
     let result = match (found, state_differs) {
@@ -126,6 +129,7 @@ struct Comparing<'a> {
     names: &'a [String; 2],
     /// Size of the smaller disk.
     shorter: u64,
+    longer: u64,
     end: u64,
     chunk: u64,
     progress: &'a dyn Progress,
@@ -136,6 +140,8 @@ struct Comparing<'a> {
 #[derive(Default)]
 struct Slot {
     range: Range<u64>,
+    /// Both are known to be zero there.
+    zero: bool,
     bytes: [PageBuffer; 2],
     differs: Option<u64>,
 }
@@ -187,7 +193,8 @@ impl Comparing<'_> {
         Ok(None)
     }
 
-    /// The run at `at` on one side, extended over all following runs with the same state.
+    /// The run at `at` on one side, extended over all following runs with the same state whose bytes are
+    /// stored one behind the other.
     fn joined(&self, side: usize, at: u64) -> Result<MapExtent> {
         if at >= self.end {
             return Ok(MapExtent { start: at, ..MapExtent::default() });
@@ -198,7 +205,7 @@ impl Comparing<'_> {
                 return Err(stopped(at));
             }
             let next = self.extent_at(side, run.start + run.len, self.end - run.start - run.len)?;
-            if flags(&next) != flags(&run) {
+            if !run.continues_in(&next) {
                 break;
             }
             run.len += next.len;
@@ -268,18 +275,19 @@ impl Stages for Comparing<'_> {
     }
 
     fn claim(&self, cursor: &mut u64, slot: &mut Slot) -> Result<bool> {
-        while *cursor < self.end {
+        if *cursor < self.end {
             let start = *cursor;
             if self.progress.should_stop() {
                 return Err(stopped(start));
             }
-            let pair = self.pair_at(start, self.end - start)?;
-            if pair.zero == [true, true] {
-                *cursor += pair.len;
-                self.progress.advance(pair.len);
-                continue;
-            }
-            *cursor = (start - start % self.chunk).saturating_add(self.chunk).min(self.end);
+            // No piece goes on past the end of the smaller disk: what is said there is said in order.
+            let end = if start < self.shorter { self.end.min(self.shorter) } else { self.end };
+            let pair = self.pair_at(start, end - start)?;
+            slot.zero = pair.zero == [true, true];
+            *cursor = match slot.zero {
+                true => start + pair.len,
+                false => (start - start % self.chunk).saturating_add(self.chunk).min(end),
+            };
             slot.range = start..*cursor;
             return Ok(true);
         }
@@ -289,7 +297,7 @@ impl Stages for Comparing<'_> {
     fn prepare(&self, slot: &mut Slot) -> Result<()> {
         let mut at = slot.range.start;
         slot.differs = None;
-        while at < slot.range.end && slot.differs.is_none() {
+        while !slot.zero && at < slot.range.end && slot.differs.is_none() {
             let pair = self.pair_at(at, slot.range.end - at)?;
             slot.differs = self.difference(at, &pair, &mut slot.bytes)?;
             at += pair.len;
@@ -298,8 +306,13 @@ impl Stages for Comparing<'_> {
     }
 
     fn finish(&self, slot: &mut Slot) -> Result<ControlFlow<()>> {
-        self.progress.advance(slot.range.end - slot.range.start);
-        let Some(at) = slot.differs else { return Ok(ControlFlow::Continue(())) };
+        let Some(at) = slot.differs else {
+            self.progress.advance(slot.range.end - slot.range.start);
+            if slot.range.end == self.shorter && self.shorter < self.longer {
+                self.progress.smaller_ended();
+            }
+            return Ok(ControlFlow::Continue(()));
+        };
         *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
         Ok(ControlFlow::Break(()))
     }
@@ -387,6 +400,43 @@ mod tests {
         let empty = disk(TestDisk::data(Vec::new()));
         check(&empty, &empty, &strict(), Comparison::Identical, false);
         check(&empty, &s3, &plain, Comparison::Content { offset: 0 }, true);
+    }
+
+    #[test]
+    fn the_end_of_the_smaller_disk_is_told_in_order() {
+        #[derive(Default)]
+        struct Seen(Mutex<(u64, Option<u64>)>);
+        impl Progress for Seen {
+            fn set_total(&self, _: u64) {}
+            fn advance(&self, bytes: u64) {
+                self.0.lock().unwrap().0 += bytes;
+            }
+            fn should_stop(&self) -> bool {
+                false
+            }
+            fn smaller_ended(&self) {
+                let (done, ended) = &mut *self.0.lock().unwrap();
+                assert!(ended.replace(*done).is_none(), "told twice");
+            }
+        }
+        let told = |small: &[u8], large: &[u8]| {
+            let disks = [small, large].map(|bytes| disk(TestDisk::data(bytes.to_vec())));
+            let seen = Seen::default();
+            let options = CompareOptions::default();
+            compare([&disks[1], &disks[0]], &options, &Threads(3), &seen).unwrap();
+            let (done, ended) = *seen.0.lock().unwrap();
+            (ended, done)
+        };
+        let size = 3 * MIB as u64;
+        let zeroes = vec![0; 5 * MIB];
+        assert_eq!(told(&zeroes[..3 * MIB], &zeroes), (Some(size), 5 * MIB as u64));
+        let ones = [&vec![1; 3 * MIB][..], &zeroes[..MIB]].concat();
+        assert_eq!(told(&ones[..3 * MIB], &ones), (Some(size), 4 * MIB as u64));
+        assert_eq!(told(&[], &zeroes), (Some(0), 5 * MIB as u64));
+        assert_eq!(told(&zeroes, &zeroes), (None, 5 * MIB as u64));
+        // A difference before it, behind which nothing is done.
+        let different = [&ones[..MIB], &[2], &ones[MIB + 1..]].concat();
+        assert_eq!(told(&different[..2 * MIB], &ones), (None, MIB as u64));
     }
 
     #[test]

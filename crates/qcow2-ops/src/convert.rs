@@ -158,6 +158,10 @@ pub fn convert(
     };
     let report = copy(&plan, executor, progress)?;
     if let Some((image, _)) = plan.compress {
+        // There was no data that would have been refused earlier.
+        if image.header().has_data_file() {
+            return Err(no_streams_in_data_file());
+        }
         end_on_a_sector(image)?;
     }
     Ok(report)
@@ -189,15 +193,13 @@ fn check_sparse_size(size: u64) -> Result<()> {
     Err(Error::new(ErrorKind::InvalidOption, message))
 }
 
+fn no_streams_in_data_file() -> Error {
+    Error::new(ErrorKind::Unsupported, "compressed clusters are not possible with an external data file")
+}
+
 fn compressed(target: &dyn GuestDisk) -> Result<(&Image, &dyn ClusterCodec)> {
     let unsupported = || Error::new(ErrorKind::Unsupported, "compression not supported for this file format");
     let image = target.as_image().ok_or_else(unsupported)?;
-    if image.header().has_data_file() {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "compressed clusters are not possible with an external data file",
-        ));
-    }
     let codec = image.codec().map_err(|e| unsupported().with_source(e))?;
     Ok((image, &**codec))
 }
@@ -462,15 +464,16 @@ mod tests {
                 self.stop_at.is_some_and(|at| self.done.load(Ordering::SeqCst) >= at)
             }
         }
-        let from = source(TestDisk::mixed(20 * MIB, 4 * MIB, 3));
+        let from = source(TestDisk::mixed(80 * MIB, 4 * MIB, 3));
         let counter = Counter::default();
-        let to = TestDisk::empty(20 * MIB, 65_536);
+        let to = TestDisk::empty(80 * MIB, 65_536);
         convert(std::slice::from_ref(&from), &to, &options(), &Threads(3), &counter).unwrap();
-        assert_eq!(counter.total.load(Ordering::SeqCst), 20 * MIB);
-        assert_eq!(counter.done.load(Ordering::SeqCst), 20 * MIB);
-        let counter = Counter { stop_at: Some(5 * MIB), ..Counter::default() };
+        let total = counter.total.load(Ordering::SeqCst);
+        assert!((MIB..80 * MIB).contains(&total), "data and holes: {total}");
+        assert_eq!(counter.done.load(Ordering::SeqCst), total);
+        let counter = Counter { stop_at: Some(2 * MIB), ..Counter::default() };
         let error = convert(&[from], &to, &options(), &Threads(3), &counter).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Stopped);
-        assert!(counter.done.load(Ordering::SeqCst) < 20 * MIB);
+        assert!(counter.done.load(Ordering::SeqCst) < total);
     }
 }

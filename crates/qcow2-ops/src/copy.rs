@@ -9,6 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
 use crate::map::Layers;
 use crate::offload::{Moved, Offload};
+use crate::pieces::{Pieces, add};
 use crate::pipeline::{Order, Stages, run};
 use crate::progress::Progress;
 pub use crate::report::{CopyReport, Unreadable};
@@ -50,7 +51,8 @@ pub(crate) struct CopyPlan<'a> {
     pub(crate) salvage: bool,
 }
 
-/// Copies the whole source. The target must be at least as large.
+/// Copies the whole source. The target must be at least as large. The total that `progress` gets is the data
+/// to be copied.
 pub(crate) fn copy(
     plan: &CopyPlan<'_>,
     executor: &dyn Executor,
@@ -69,10 +71,12 @@ pub(crate) fn copy(
         chunk: CHUNK.max(plan.target.cluster_size()).max(plan.source.cluster_size()),
         offload: if plan.offload { Offload::new(plan.target) } else { None },
         progress,
+        pieces: Pieces::new(progress),
         report: Mutex::default(),
     };
-    progress.set_total(plan.source.size());
+    progress.set_total(if progress.is_watched() { copying.data_to_copy()? } else { plan.source.size() });
     run(&copying, 0, plan.order, executor)?;
+    copying.pieces.end();
     let mut report = copying.report.into_inner().unwrap_or_else(PoisonError::into_inner);
     report.unreadable.sort_by_key(|place| place.offset);
     Ok(report)
@@ -91,6 +95,7 @@ struct Copying<'a> {
     chunk: u64,
     offload: Option<Offload<'a>>,
     progress: &'a dyn Progress,
+    pieces: Pieces<'a>,
     report: Mutex<CopyReport>,
 }
 
@@ -101,6 +106,8 @@ pub(crate) struct Slot {
     /// The whole chunk is zeroes that must be written.
     all_zero: bool,
     runs: Vec<Run>,
+    /// The data of the source in it.
+    data: Vec<Range<u64>>,
     plain: PageBuffer,
     packed: PageBuffer,
     steps: Vec<Step>,
@@ -134,9 +141,7 @@ impl Stages for Copying<'_> {
     fn claim(&self, cursor: &mut u64, slot: &mut Slot) -> Result<bool> {
         let end = self.plan.source.size();
         while *cursor < end {
-            if self.progress.should_stop() {
-                return Err(Error::new(ErrorKind::Stopped, format!("stopped at byte {cursor} of {end}")));
-            }
+            self.check_stop(*cursor)?;
             let start = *cursor;
             let chunk = self.chunk();
             let chunk_end = (start - start % chunk).saturating_add(chunk).min(end);
@@ -147,13 +152,13 @@ impl Stages for Copying<'_> {
             if hole.is_none() || slot.all_zero {
                 return Ok(true);
             }
-            self.progress.advance(*cursor - start);
         }
         Ok(false)
     }
 
     fn prepare(&self, slot: &mut Slot) -> Result<()> {
         slot.steps.clear();
+        slot.data.clear();
         slot.unreadable.clear();
         slot.unmapped.clear();
         slot.unreadable_sectors = 0;
@@ -174,7 +179,7 @@ impl Stages for Copying<'_> {
             self.fill(slot)?;
             done = self.write_steps(slot)?;
         }
-        self.progress.advance(slot.range.end - slot.range.start);
+        self.pieces.copied(&slot.data);
         let done = done.unwrap_or_default();
         let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
         report.data_bytes += done.data_bytes;
@@ -189,6 +194,37 @@ impl Stages for Copying<'_> {
 }
 
 impl Copying<'_> {
+    /// Bytes of the source that are read, as far as its tables and holes show.
+    fn data_to_copy(&self) -> Result<u64> {
+        let (mut at, mut total, end) = (0, 0, self.plan.source.size());
+        while at < end {
+            self.check_stop(at)?;
+            let run = match self.plan.source.content_at(at, end - at, self.plan.below) {
+                Err(_) if self.plan.salvage => self.cluster_at(at, end),
+                run => run?,
+            };
+            total += if self.is_read(&run) { run.len } else { 0 };
+            at = run.end();
+        }
+        Ok(total)
+    }
+
+    fn is_read(&self, run: &Run) -> bool {
+        match run.content {
+            Content::Data => true,
+            Content::Zero => self.plan.sparse_size == 0,
+            Content::Backing => false,
+        }
+    }
+
+    fn check_stop(&self, at: u64) -> Result<()> {
+        let end = self.plan.source.size();
+        match self.progress.should_stop() {
+            true => Err(Error::new(ErrorKind::Stopped, format!("stopped at byte {at} of {end}"))),
+            false => Ok(()),
+        }
+    }
+
     /// Reads the chunk and plans its write operations.
     fn fill(&self, slot: &mut Slot) -> Result<()> {
         self.find_runs(slot)?;
@@ -211,6 +247,9 @@ impl Copying<'_> {
         while at < slot.range.end {
             let (run, stored) = self.plan.source.stored_at(at, slot.range.end - at, self.plan.below)?;
             at = run.end();
+            if self.is_read(&run) {
+                add(&mut slot.data, run.start..at);
+            }
             match (run.content, stored) {
                 (Content::Backing, _) => {}
                 (Content::Zero, _) => self.add_zeroes(run.start..at, &mut slot.steps)?,
@@ -299,6 +338,7 @@ impl Copying<'_> {
     /// stay backed are reduced to whole clusters: a cluster with any data of its own is written completely.
     fn find_runs(&self, slot: &mut Slot) -> Result<()> {
         slot.runs.clear();
+        slot.data.clear();
         let mut at = slot.range.start;
         while at < slot.range.end {
             let run = match self.plan.source.content_at(at, slot.range.end - at, self.plan.below) {
@@ -306,6 +346,9 @@ impl Copying<'_> {
                 run => run?,
             };
             at = run.end();
+            if self.is_read(&run) {
+                add(&mut slot.data, run.start..at);
+            }
             match slot.runs.last_mut() {
                 Some(last) if last.content == run.content => last.len += run.len,
                 _ => slot.runs.push(run),
@@ -319,9 +362,14 @@ impl Copying<'_> {
 
     /// The rest of the cluster at `at`, of which the tables do not tell where it is: it may still be read.
     fn unmapped(&self, at: u64, slot: &mut Slot) -> Run {
+        let run = self.cluster_at(at, slot.range.end);
+        slot.unmapped.push(at..run.end());
+        run
+    }
+
+    fn cluster_at(&self, at: u64, end: u64) -> Run {
         let unit = self.plan.source.cluster_size().max(SECTOR);
-        let end = (at - at % unit + unit).min(slot.range.end);
-        slot.unmapped.push(at..end);
+        let end = (at - at % unit).saturating_add(unit).min(end);
         Run { start: at, len: end - at, content: Content::Data }
     }
 
@@ -459,6 +507,7 @@ impl Copying<'_> {
     fn compress(&self, codec: &dyn ClusterCodec, slot: &mut Slot) -> Result<()> {
         let cluster = self.grid.unit;
         let mut packed = 0;
+        let streams = self.plan.compress.is_none_or(|(image, _)| !image.header().has_data_file());
         slot.packed.set_len(slot.plain.len());
         let mut runs = slot.runs.iter().filter(|run| run.content == Content::Backing).peekable();
         let mut at = slot.range.start;
@@ -471,6 +520,9 @@ impl Copying<'_> {
             if backing {
             } else if self.plan.sparse_size > 0 && is_zero(plain) {
                 self.add_zeroes(at..end, &mut slot.steps)?;
+            } else if !streams {
+                return Err(Error::new(ErrorKind::Write, format!("error while writing at byte {at}"))
+                    .with_source(no_streams()));
             } else if end - at < cluster && end < self.plan.target.size() {
                 // The source ends inside a cluster of a larger target. Writing the whole cluster would
                 // overwrite the bytes after it.
@@ -547,6 +599,12 @@ impl Copying<'_> {
         }
         Ok(Moved::All)
     }
+}
+
+/// Clusters of a data file are where a guest sees them, so none is compressed.
+fn no_streams() -> qcow2_core::Error {
+    let text = "compressed clusters are not possible with an external data file";
+    qcow2_core::Error::new(qcow2_core::ErrorKind::Unsupported, text)
 }
 
 /// An error and its causes in one line.

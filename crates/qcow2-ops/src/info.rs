@@ -13,7 +13,7 @@ use qcow2_core::format::crypt::LuksHeader;
 use qcow2_core::format::feature::{AutoclearFeatures, CompatibleFeatures, IncompatibleFeatures};
 use qcow2_core::format::snapshot::Snapshot;
 use qcow2_core::format::{CompressionType, CryptMethod, Header, HostOffset, Version};
-use qcow2_core::{ImageFormat, Storage};
+use qcow2_core::{ImageFormat, Storage, StorageError, forward_storage};
 
 /// Properties of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,6 +119,26 @@ pub fn info(storage: &dyn Storage, format: &ImageFormat) -> Result<InfoReport> {
     Ok(InfoReport { virtual_size, used_bytes, storage_len, qcow2, luks: None })
 }
 
+/// The same with zeroes for all bytes past the end of the storage, as QEMU reads them: a snapshot table there
+/// shows snapshots without a name.
+pub fn info_past_end(storage: &dyn Storage, format: &ImageFormat) -> Result<InfoReport> {
+    info(&Endless { inner: storage }, format)
+}
+
+/// A storage behind whose end zeroes are read.
+struct Endless<'a> {
+    inner: &'a dyn Storage,
+}
+
+impl Storage for Endless<'_> {
+    forward_storage!(inner: len write_at write_zeroes discard allocate set_len flush extent_at limits used_bytes);
+
+    fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
+        self.inner.read_padded(offset, buf)?;
+        Ok(buf.len())
+    }
+}
+
 fn describe(storage: &dyn Storage, header: &Header) -> Result<Qcow2Info> {
     let extensions = &header.extensions;
     let (bitmaps, bitmap_damage) = bitmaps::read(storage, header)?;
@@ -169,7 +189,9 @@ fn read_encryption(storage: &dyn Storage, header: &Header) -> Result<Option<Encr
 }
 
 fn read_luks(storage: &dyn Storage, at: HostOffset, len: usize) -> Result<LuksHeader> {
-    let bytes = read_up_to(storage, at, len)?;
+    let mut bytes = read_up_to(storage, at, len)?;
+    // What is too short for a header is none, not a damaged one.
+    bytes.resize(len, 0);
     LuksHeader::parse(&bytes)
         .map_err(|e| Error::new(ErrorKind::Metadata, "encryption header is damaged").with_source(e))
 }

@@ -58,6 +58,7 @@ pub mod map;
 pub mod measure;
 pub mod mend;
 mod offload;
+mod pieces;
 mod pipeline;
 pub mod port;
 pub mod progress;

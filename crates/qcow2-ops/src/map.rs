@@ -5,7 +5,7 @@ mod sparse;
 
 use crate::error::{Error, ErrorKind, Result};
 use assigned::AssignedPlaces;
-use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, Storage};
+use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, Storage, StorageStatus};
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -68,7 +68,7 @@ pub struct MapExtent {
 
 impl MapExtent {
     /// True if `next` follows this run and has the same state and contiguous host offsets.
-    fn continues_in(&self, next: &Self) -> bool {
+    pub(crate) fn continues_in(&self, next: &Self) -> bool {
         let same = |e: &Self| (e.depth, e.present, e.zero, e.data, e.compressed);
         let host = match (self.host, next.host) {
             (None, None) => true,
@@ -89,7 +89,7 @@ pub fn map(
     options: &MapOptions,
     visit: &mut dyn FnMut(&MapExtent) -> ControlFlow<()>,
 ) -> Result<()> {
-    let layers = Layers::new(disk)?;
+    let layers = Layers { shows_status: true, ..Layers::new(disk)? };
     let size = disk.size().checked_next_multiple_of(512).unwrap_or(disk.size());
     let end = options.len.map_or(size, |len| options.start.saturating_add(len).min(size));
     let mut current = MapExtent { start: options.start, ..MapExtent::default() };
@@ -115,6 +115,9 @@ pub fn map(
 /// The backing chain, top first.
 pub(crate) struct Layers {
     layers: Vec<Layer>,
+    /// Whether runs are what servers tell of them, which may be no sort of content: for people to see, not
+    /// for copying.
+    shows_status: bool,
 }
 
 struct Layer {
@@ -142,7 +145,7 @@ impl Layers {
             });
             next = disk.backing();
         }
-        Ok(Self { layers })
+        Ok(Self { layers, shows_status: false })
     }
 
     /// The disk of one layer.
@@ -173,6 +176,13 @@ impl Layers {
             }
             let range =
                 GuestRange::between(GuestOffset::new(at), GuestOffset::new(at + extent.len.min(size - at)));
+            if self.shows_status
+                && let Some(status) = layer.status_at(range)?
+            {
+                let (StorageStatus { len, data, zero }, present) = (status, status.data || status.zero);
+                let host = present.then_some(HostOffset::new(at));
+                return Ok(MapExtent { len, depth, present, zero, data, host, ..extent });
+            }
             let answer = layer.disk.extent_at(range)?;
             extent = MapExtent { len: answer.len, depth, ..extent };
             extent.host = None;
@@ -197,6 +207,14 @@ impl Layers {
 }
 
 impl Layer {
+    /// What a server tells of a raw disk.
+    fn status_at(&self, range: GuestRange) -> qcow2_core::Result<Option<StorageStatus>> {
+        match self.disk.as_raw() {
+            Some(raw) => Ok(raw.storage().status_at(HostOffset::new(range.start().value()), range.len())?),
+            None => Ok(None),
+        }
+    }
+
     /// Adds the host offset of an unallocated run whose cluster has one, and cuts the run where that changes.
     fn with_assigned_place(&self, extent: MapExtent) -> qcow2_core::Result<MapExtent> {
         let Some(assigned) = &self.assigned else { return Ok(extent) };

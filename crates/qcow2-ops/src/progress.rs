@@ -12,6 +12,14 @@ pub trait Progress: Sync {
     /// True if the procedure should end with [`ErrorKind::Stopped`](crate::ErrorKind::Stopped). Once true, it
     /// must stay true.
     fn should_stop(&self) -> bool;
+
+    /// False if nobody looks at totals: what is only needed for them is not worked out.
+    fn is_watched(&self) -> bool {
+        true
+    }
+
+    /// Of two disks that are compared the smaller one has ended, and all was equal up to there.
+    fn smaller_ended(&self) {}
 }
 
 /// Shows no progress and never stops.
@@ -24,6 +32,10 @@ impl Progress for Silent {
     fn advance(&self, _bytes: u64) {}
 
     fn should_stop(&self) -> bool {
+        false
+    }
+
+    fn is_watched(&self) -> bool {
         false
     }
 }

@@ -76,6 +76,8 @@ pub enum Refusal {
     RawMetadata,
     /// A block device has its space: none can be reserved on it.
     PreallocationOnDevice(Preallocation),
+    /// A raw disk on a storage that has one length.
+    FixedLength(Length),
 }
 
 impl fmt::Display for Refusal {
@@ -92,6 +94,7 @@ impl fmt::Display for Refusal {
             Self::PreallocationOnDevice(mode) => {
                 write!(f, "preallocation is {}, not possible on a block device", mode.name())
             }
+            Self::FixedLength(_) => f.write_str("the storage of the disk has a fixed length"),
         }
     }
 }
@@ -107,9 +110,34 @@ impl std::error::Error for Refusal {}
 /// engine's error; `Preallocate` with it, or `Stopped`. After a failed preallocation a grown disk is shrunk
 /// to its old size again, unless that fails too.
 pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions, progress: &dyn Progress) -> Result<()> {
+    let size = plan(disk, options).map_err(refused)?;
+    apply(disk, size, options.preallocation, progress)
+}
+
+/// Resizes `disk` to `size` bytes, which may be fewer than now, and none: for whoever has no questions to
+/// ask. A disk that does not grow has nothing to preallocate. Else as [`resize`].
+pub fn resize_to(
+    disk: &dyn GuestDisk,
+    size: u64,
+    preallocation: Preallocation,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let preallocation = if size > disk.size() { preallocation } else { Preallocation::Off };
+    let size = check(disk, size, preallocation).map_err(refused)?;
+    apply(disk, size, preallocation, progress)
+}
+
+fn refused(refusal: Refusal) -> Error {
+    Error::new(ErrorKind::InvalidOption, "resizing").with_source(refusal)
+}
+
+fn apply(
+    disk: &dyn GuestDisk,
+    size: u64,
+    preallocation: Preallocation,
+    progress: &dyn Progress,
+) -> Result<()> {
     let old = disk.size();
-    let size = plan(disk, options)
-        .map_err(|refusal| Error::new(ErrorKind::InvalidOption, "resizing").with_source(refusal))?;
     let failed =
         |e: qcow2_core::Error| Error::new(ErrorKind::Write, "could not resize the disk").with_source(e);
     let go_on = || if progress.should_stop() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
@@ -121,8 +149,8 @@ pub fn resize(disk: &dyn GuestDisk, options: &ResizeOptions, progress: &dyn Prog
         qcow2_core::ErrorKind::Stopped => Error::new(ErrorKind::Stopped, error.to_string()),
         _ => failed(error),
     })?;
-    let preallocation = match (options.preallocation, length_of(disk)) {
-        (Preallocation::Falloc | Preallocation::Full, Length::Export | Length::Fixed) => {
+    let preallocation = match (preallocation, length_of(disk)) {
+        (Preallocation::Falloc | Preallocation::Full, Length::Export | Length::Window | Length::Fixed) => {
             Preallocation::Metadata
         }
         (mode, _) => mode,
@@ -185,20 +213,24 @@ pub(crate) fn plan(disk: &dyn GuestDisk, options: &ResizeOptions) -> Result<u64,
     if size < old && !options.shrink {
         return Err(Refusal::WouldShrink);
     }
+    check(disk, size, options.preallocation)
+}
+
+/// `size`, if the disk can have it.
+fn check(disk: &dyn GuestDisk, size: u64, preallocation: Preallocation) -> Result<u64, Refusal> {
     if size > MAX_DISK_SIZE {
         return Err(Refusal::TooLarge(size));
     }
     let length = length_of(disk);
     let Some(image) = disk.as_image() else {
-        return match (length, options.preallocation) {
+        return match (length, preallocation) {
+            (Length::Window | Length::Fixed, _) => Err(Refusal::FixedLength(length)),
             (Length::Device, mode) if mode != Preallocation::Off => Err(Refusal::PreallocationOnDevice(mode)),
             (Length::Grows, Preallocation::Metadata) => Err(Refusal::RawMetadata),
             _ => Ok(size),
         };
     };
-    if let (Length::Device, mode @ (Preallocation::Falloc | Preallocation::Full)) =
-        (length, options.preallocation)
-    {
+    if let (Length::Device, mode @ (Preallocation::Falloc | Preallocation::Full)) = (length, preallocation) {
         return Err(Refusal::PreallocationOnDevice(mode));
     }
     let header = image.header();

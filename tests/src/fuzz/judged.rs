@@ -2,7 +2,7 @@
 //! an image, as those of the seeds are, or the rest as decisions.
 
 use super::shaped::shaped;
-use super::{CODECS, READ_SIZE, extents, open, storage};
+use super::{CODECS, READ_SIZE, extents, open, report, storage};
 use qcow2_core::{ExtentState, GuestDisk, GuestOffset, ImageFormat, RawDisk, Storage};
 use qcow2_io::MemoryStorage;
 use qcow2_ops::rescue::Rescue;
@@ -182,8 +182,8 @@ fn check_held(shaped: &Shaped, disk: &dyn GuestDisk, below: Option<&dyn GuestDis
 }
 
 /// Judges an image, each time the same. Any bytes: nothing is written, and what is printed is harmless.
-/// Decisions: a valid image is safe exactly if it names no file and is not encrypted, and a damaged field
-/// hides no name.
+/// Decisions: a valid image is safe exactly if it names no file, is not encrypted, and is followed by nothing;
+/// and a damaged field hides no name.
 pub fn vet(data: &[u8]) {
     match decisions(data) {
         Some(decisions) => vet_shaped(decisions),
@@ -231,7 +231,7 @@ fn vet_shaped(decisions: &[u8]) {
     let vet = || judge(&(shaped.shelf.file(TOP) as Arc<dyn Storage>), &options);
     let (shape, report) = (&shaped.shape, vet());
     let names = shape.backing.is_some() || shape.data_file.is_some();
-    let safe = !names && shape.encryption.is_none();
+    let safe = !names && shape.encryption.is_none() && !leftovers(&shaped, &report);
     assert_eq!(report.verdict() == Verdict::Safe, safe, "{shape:?}: {report}");
     assert_eq!(report.virtual_size, Some(shaped.model.bytes().len() as u64));
     let kinds = shaped.damage(&mut rng, 3);
@@ -239,4 +239,16 @@ fn vet_shaped(decisions: &[u8]) {
     let report = vet();
     assert!(!names || kinds.len() > 1 || report.verdict() != Verdict::Safe, "{kinds:?}: {report}");
     assert!(shaped.bytes().to_vec() == bytes, "judging never writes");
+}
+
+/// Whether something follows the last cluster that a check counts as in use: what the image freed there stays.
+/// The report says the same, and where it begins.
+fn leftovers(shaped: &Shaped, judged: &VetReport) -> bool {
+    let (storage, bytes) = (shaped.shelf.file(TOP), shaped.bytes().to_vec());
+    let end = report(&*storage, u64::MAX).expect("a valid image").image_end_offset;
+    let behind = bytes.get(end as usize..).unwrap_or_default();
+    let first = behind.iter().position(|&byte| byte != 0).map(|at| end + at as u64);
+    let said = judged.findings.iter().find(|finding| finding.kind() == "trailing-content");
+    assert_eq!(said.map(|finding| finding.offset()), first.map(Some), "{:?}: {judged}", shaped.shape);
+    first.is_some()
 }

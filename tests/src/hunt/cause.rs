@@ -1,10 +1,11 @@
 //! What two runs of a line differ in, reduced to what the same cause has in common everywhere.
 
-use crate::side_by_side::without_varying;
+use crate::side_by_side::{without_own, without_varying};
 use qcow2_testkit::oracle::Outcome;
 
-/// How two outcomes differ; `None` if they do not. `verb`: the first words of the line.
-pub(super) fn of_outcomes(verb: &str, theirs: &Outcome, ours: &Outcome) -> Option<String> {
+/// How two outcomes differ; `None` if they do not. `verb`: the first words of the line. `first`: no line ran
+/// before it, so that both tools saw the same files.
+pub(super) fn of_outcomes(verb: &str, first: bool, theirs: &Outcome, ours: &Outcome) -> Option<String> {
     if theirs.code != ours.code {
         let code = |outcome: &Outcome| outcome.code.map_or("signal".to_owned(), |code| code.to_string());
         let text = |outcome: &Outcome| plain(first_line(&outcome.stderr, &outcome.stdout));
@@ -19,7 +20,11 @@ pub(super) fn of_outcomes(verb: &str, theirs: &Outcome, ours: &Outcome) -> Optio
     for (what, theirs, ours) in
         [("stderr", &theirs.stderr, &ours.stderr), ("stdout", &theirs.stdout, &ours.stdout)]
     {
-        let (theirs, ours) = (without_varying(theirs), without_varying(ours));
+        let [theirs, ours] = [theirs, ours].map(|text| {
+            let text = without_varying(text);
+            let line = |line| if first { without_digits(line) } else { without_own(line) };
+            text.split_inclusive('\n').map(line).collect::<String>()
+        });
         if theirs != ours {
             let (one, other) = first_difference(&theirs, &ours);
             return Some(format!("{verb}: {what}: {} | {}", plain(one), plain(other)));
@@ -27,6 +32,20 @@ pub(super) fn of_outcomes(verb: &str, theirs: &Outcome, ours: &Outcome) -> Optio
     }
     None
 }
+
+/// The line without a number, and its unit, that the list of what stays different leaves out.
+fn without_digits(line: &str) -> String {
+    let begin = line.trim_start();
+    let mut rules = super::DIFFERENT.lines().filter_map(|line| line.strip_prefix(DIGITS));
+    let Some(number) = rules.find_map(|rule| begin.strip_prefix(rule)) else { return line.to_owned() };
+    let rest = number.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
+    let after = UNITS.iter().find_map(|unit| rest.strip_prefix(unit)).unwrap_or(rest);
+    format!("{}_{after}", line.strip_suffix(number).unwrap_or_default())
+}
+
+const UNITS: [&str; 4] = [" B", " KiB", " MiB", " GiB"];
+/// What such an entry begins with; the words before the number follow.
+pub(super) const DIGITS: &str = "digits: ";
 
 fn first_line<'a>(text: &'a str, or: &'a str) -> &'a str {
     text.lines().next().or_else(|| or.lines().next()).unwrap_or("")
@@ -69,6 +88,19 @@ mod tests {
             "qemu-img: Could not open '_': at _ bytes"
         );
         assert_eq!(plain("'n0' is  there"), "'_' is there");
+    }
+
+    #[test]
+    fn sizes_on_the_host_are_left_out_and_nothing_else() {
+        for (line, expected) in [
+            ("disk size: 1.5 MiB\n", "disk size: _\n"),
+            ("    disk size: 0 B", "    disk size: _"),
+            ("  \"actual-size\": 4096,\n", "  \"actual-size\": _,\n"),
+            ("disk size: unavailable\n", "disk size: _unavailable\n"),
+            ("virtual size: 1 MiB\n", "virtual size: 1 MiB\n"),
+        ] {
+            assert_eq!(without_digits(line), expected);
+        }
     }
 
     #[test]

@@ -46,9 +46,11 @@ impl Pair {
     pub(super) fn run(&self, history: &[String]) -> (usize, Option<Difference>) {
         let copies = [self.copies.take(), self.copies.take()];
         let mut seen = (0, None);
-        for line in history {
+        for (at, line) in history.iter().enumerate() {
             seen.0 += 1;
-            seen.1 = self.run_line(line, &copies).or_else(|| self.compare_files(&verb_of(line), &copies));
+            let (failed, said) = self.run_line(line, at == 0, &copies);
+            let files = |found: FileDifference| self.judge(&history[..at], line, failed, found, &copies[1]);
+            seen.1 = said.or_else(|| self.compare_files(&copies).map(files));
             if seen.1.is_some() {
                 break;
             }
@@ -57,9 +59,15 @@ impl Pair {
         seen
     }
 
-    fn run_line(&self, line: &str, [reference, ours]: &[FolderCopy; 2]) -> Option<Difference> {
+    /// Whether the line failed with both, and how what they said differs. `first`: of its history.
+    fn run_line(
+        &self,
+        line: &str,
+        first: bool,
+        [reference, ours]: &[FolderCopy; 2],
+    ) -> (bool, Option<Difference>) {
         let words = words(line);
-        let (name, args) = words.split_first()?;
+        let Some((name, args)) = words.split_first() else { return (false, None) };
         let run = |tools: &Qemu, folder: &Path| {
             let tool = if name == "qemu-io" { &tools.io } else { &tools.img };
             catch_unwind(AssertUnwindSafe(|| tool.run_in(folder, args)))
@@ -68,25 +76,61 @@ impl Pair {
         let (theirs, own) = match (run(&self.reference, reference.path()), run(&self.ours, ours.path())) {
             (Ok(theirs), Ok(own)) => (theirs, own),
             // Both wait for what never comes.
-            (Err(_), Err(_)) => return None,
+            (Err(_), Err(_)) => return (true, None),
             (theirs, _) => {
                 let who = if theirs.is_err() { "the reference" } else { "ours" };
                 let cause = format!("{}: {who} does not end", verb_of(line));
-                return Some(Difference { shown: cause.clone(), cause });
+                return (false, Some(Difference { shown: cause.clone(), cause }));
             }
         };
-        let cause = cause::of_outcomes(&verb_of(line), &theirs, &own)?;
-        Some(Difference { cause, shown: format!("{theirs}\n-- ours:\n{own}") })
+        let cause = cause::of_outcomes(&verb_of(line), first, &theirs, &own);
+        let shown = |cause| Difference { cause, shown: format!("{theirs}\n-- ours:\n{own}") };
+        (theirs.code != Some(0), cause.map(shown))
     }
 
-    /// Files that only one of the two left, or whose guest content differs, and images of ours that the
+    /// The cause of a difference between files after `line`: what we say of our own runs, that a failed line
+    /// changes nothing and that a disk keeps its content, is looked at with the file as it was before.
+    fn judge(
+        &self,
+        before: &[String],
+        line: &str,
+        failed: bool,
+        found: FileDifference,
+        ours: &FolderCopy,
+    ) -> Difference {
+        let FileDifference { what, name, shown } = found;
+        let copy = self.copies.take();
+        for line in before {
+            let words = words(line);
+            let Some((tool, args)) = words.split_first() else { continue };
+            let tool = if tool == "qemu-io" { &self.ours.io } else { &self.ours.img };
+            // One that does not end was told of before.
+            let _ = catch_unwind(AssertUnwindSafe(|| tool.run_in(copy.path(), args)));
+        }
+        let [old, new] = [&copy, ours].map(|copy| copy.path().join(&name));
+        let is_same = fs::read(&old).ok() == fs::read(&new).ok();
+        let keeps_content = || {
+            let args = ["compare".as_ref(), old.as_os_str(), new.as_os_str()];
+            what == CONTENT && self.reference.img.run_in(ours.path(), &args).code == Some(0)
+        };
+        let verb = verb_of(line);
+        let cause = match what {
+            _ if failed && is_same => format!("{verb}: failed, and only the reference changed a file"),
+            _ if keeps_content() => format!("{verb}: content that only ours kept"),
+            CONTENT if words(line).iter().any(|word| word == "-B") => format!("{verb} -B: {what}"),
+            _ => format!("{verb}: {what}"),
+        };
+        self.copies.give_back(copy);
+        Difference { cause, shown }
+    }
+
+    /// A file that only one of the two left, or whose guest content differs, or an image of ours that the
     /// reference's check finds fault with.
-    fn compare_files(&self, verb: &str, [reference, ours]: &[FolderCopy; 2]) -> Option<Difference> {
+    fn compare_files(&self, [reference, ours]: &[FolderCopy; 2]) -> Option<FileDifference> {
         let names: BTreeSet<String> = reference.changed().into_iter().chain(ours.changed()).collect();
         names.iter().find_map(|name| {
             let [theirs, own] = [reference, ours].map(|copy| copy.path().join(name));
-            let differs =
-                |what: &str, shown: String| Some(Difference { cause: format!("{verb}: {what}"), shown });
+            let differs = |what, shown| Some(FileDifference { what, name: name.clone(), shown });
             match (theirs.is_file(), own.is_file()) {
                 (true, false) => return differs("a file that only the reference left", name.clone()),
                 (false, true) => return differs("a file that only ours left", name.clone()),
@@ -101,7 +145,7 @@ impl Pair {
                 .img
                 .run_in(ours.path(), &["compare".as_ref(), theirs.as_os_str(), own.as_os_str()]);
             if compared.code == Some(1) {
-                return differs("content", format!("{name}: {compared}"));
+                return differs(CONTENT, format!("{name}: {compared}"));
             }
             let [of_theirs, of_ours] = [(&theirs, reference), (&own, ours)].map(|(image, copy)| {
                 self.reference.img.run_in(copy.path(), &["check".as_ref(), image.as_os_str()])
@@ -111,6 +155,16 @@ impl Pair {
         })
     }
 }
+
+/// A file that differs after a line.
+struct FileDifference {
+    what: &'static str,
+    name: String,
+    shown: String,
+}
+
+/// Of a disk, as a guest sees it.
+const CONTENT: &str = "content";
 
 /// The outcome with `name` wherever the tool wrote its own path.
 fn named(outcome: Outcome, tool: &Tool, name: &str) -> Outcome {

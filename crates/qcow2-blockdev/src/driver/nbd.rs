@@ -1,8 +1,9 @@
 //! The disks of servers: `nbd://host:port/export`, `nbd+unix:///export?socket=path`, the older
 //! `nbd:host:port` and `nbd:unix:path`, and their options.
 
+use crate::keys::{Secrets, TlsEndpoint};
 use crate::tree::{Options, Scalar};
-use qcow2_io::{NbdAddress, NbdOptions, path_of, text_of_name};
+use qcow2_io::{NbdAddress, NbdOptions, NbdTls, path_of, text_of_name};
 use std::fmt;
 use std::time::Duration;
 
@@ -23,8 +24,14 @@ pub enum AddressError {
     },
     /// Both a socket's path and a host are given.
     PathAndHost,
-    /// An encrypted connection, which there is not.
-    Encrypted,
+    /// There are no credentials of this name.
+    NoCredentials(String),
+    /// The object of this name is something else than credentials.
+    NotCredentials(String),
+    /// The credentials are a server's.
+    NotForClients,
+    /// The credentials ask for algorithms (`priority`), which cannot be chosen.
+    Priority(String),
     /// The address has no part of this name.
     Missing(&'static str),
     /// There is no address.
@@ -58,7 +65,12 @@ impl fmt::Display for AddressError {
                 write!(f, "{part} cannot be read in the address '{address}'")
             }
             Self::PathAndHost => f.write_str("the server has both a path and a host"),
-            Self::Encrypted => f.write_str("encrypted connections are not supported"),
+            Self::NoCredentials(id) => write!(f, "there are no TLS credentials '{id}'"),
+            Self::NotCredentials(id) => write!(f, "the object '{id}' is not TLS credentials"),
+            Self::NotForClients => f.write_str("the TLS credentials are a server's, not a client's"),
+            Self::Priority(priority) => {
+                write!(f, "the TLS priority '{priority}' is not supported, only NORMAL is")
+            }
             Self::Missing(part) => write!(f, "the address of the server lacks '{part}'"),
             Self::NoServer => f.write_str("the address of the server is missing"),
             Self::UnknownType(kind) => write!(f, "a server's address is of type unix or inet, not '{kind}'"),
@@ -139,9 +151,6 @@ pub(crate) fn server(options: &Options) -> Result<(NbdAddress, String), AddressE
     if path.is_some() && host.is_some() {
         return Err(AddressError::PathAndHost);
     }
-    if options.text("tls-creds").is_some() {
-        return Err(AddressError::Encrypted);
-    }
     if let Some(path) = path {
         return Ok((NbdAddress::Unix(path_of(&path).into_owned()), export));
     }
@@ -163,14 +172,36 @@ pub(crate) fn server(options: &Options) -> Result<(NbdAddress, String), AddressE
 }
 
 /// The server that options mean, and how it is used: with what name, and how long it is tried to reach it.
-pub(crate) fn connection(options: &Options) -> Result<(NbdAddress, NbdOptions), AddressError> {
+/// `secrets` have the credentials that options name.
+pub(crate) fn connection(
+    options: &Options,
+    secrets: &Secrets,
+) -> Result<(NbdAddress, NbdOptions), AddressError> {
     let (address, export) = server(options)?;
     let mut how = NbdOptions::default();
     let seconds = |key| options.text(key).and_then(|text| text.parse().ok()).map(Duration::from_secs);
     (how.export, how.context) = (export, options.text("x-dirty-bitmap"));
     how.reconnect_delay = seconds("reconnect-delay").unwrap_or_default();
     how.open_timeout = seconds("open-timeout").unwrap_or_default();
+    how.tls = options.text("tls-creds").map(|id| credentials(&id, secrets)).transpose()?;
+    if let Some(tls) = &mut how.tls {
+        tls.hostname = options.text("tls-hostname");
+    }
     Ok((address, how))
+}
+
+fn credentials(id: &str, secrets: &Secrets) -> Result<NbdTls, AddressError> {
+    let Some(object) = secrets.tls(id) else {
+        return Err(match secrets.secret(id) {
+            Some(_) => AddressError::NotCredentials(id.to_owned()),
+            None => AddressError::NoCredentials(id.to_owned()),
+        });
+    };
+    match (object.endpoint, object.other_priority()) {
+        (TlsEndpoint::Server, _) => Err(AddressError::NotForClients),
+        (_, Some(priority)) => Err(AddressError::Priority(priority.to_owned())),
+        _ => Ok(NbdTls::new(object.credentials.clone())),
+    }
 }
 
 /// The shortest name of a server's disk.

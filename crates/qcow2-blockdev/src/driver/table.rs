@@ -8,6 +8,8 @@ use qcow2_core::ImageFormat;
 pub enum Driver {
     /// A qcow2 image.
     Qcow2,
+    /// The format before qcow2. It is known by name and by its first bytes.
+    Qcow,
     /// A raw disk, or a part of one.
     Raw,
     /// A LUKS container.
@@ -60,6 +62,7 @@ impl Driver {
     pub fn parse(name: &str) -> Option<Self> {
         Some(match name {
             "qcow2" => Self::Qcow2,
+            "qcow" => Self::Qcow,
             "raw" => Self::Raw,
             "luks" => Self::Luks,
             "file" => Self::File,
@@ -82,6 +85,7 @@ impl Driver {
     pub fn name(self) -> &'static str {
         match self {
             Self::Qcow2 => "qcow2",
+            Self::Qcow => "qcow",
             Self::Raw => "raw",
             Self::Luks => "luks",
             Self::File => "file",
@@ -103,6 +107,7 @@ impl Driver {
     pub fn format(self) -> Option<ImageFormat> {
         match self {
             Self::Qcow2 => Some(ImageFormat::Qcow2),
+            Self::Qcow => Some(ImageFormat::Other("qcow".to_owned())),
             Self::Raw => Some(ImageFormat::Raw),
             Self::Luks => Some(ImageFormat::Luks),
             _ => None,
@@ -152,7 +157,7 @@ impl Driver {
             Self::Nbd => !GENERAL.contains(&key),
             Self::CopyOnRead => key == "bottom",
             Self::Throttle => key == "throttle-group",
-            Self::Compress | Self::Preallocate | Self::CopyBeforeWrite => false,
+            Self::Qcow | Self::Compress | Self::Preallocate | Self::CopyBeforeWrite => false,
         }
     }
 
@@ -174,7 +179,7 @@ impl Driver {
         let own: &[&str] = match self {
             Self::Qcow2 => &QCOW2,
             Self::Raw => &["offset", "size"],
-            Self::Luks => &[],
+            Self::Luks | Self::Qcow => &[],
             Self::File | Self::HostDevice | Self::HostCdrom => &FILE,
             Self::NullCo | Self::NullAio => &["size", "read-zeroes", "latency-ns"],
             Self::Blkdebug => &BLKDEBUG,

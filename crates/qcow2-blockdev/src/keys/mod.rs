@@ -3,7 +3,9 @@
 mod keyring;
 mod secrets;
 mod slots;
+mod tls;
 
 pub use keyring::{KeyError, Keys, LayerKey};
 pub use secrets::{AskPassword, SecretError, Secrets};
 pub use slots::{SlotChange, SlotError, SlotOptions};
+pub use tls::{TlsEndpoint, TlsObject, TlsObjectError};

@@ -1,5 +1,6 @@
 //! Secrets by identifier, and somebody who can be asked for others.
 
+use super::tls::{TlsObject, TlsObjectError};
 use crate::keyvalue::{KeyValueError, KeyValues};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -25,10 +26,12 @@ pub trait AskPassword: Send + Sync {
     fn forget(&self, name: &str);
 }
 
-/// The secrets that options may name. They are wiped from memory when they go; `Debug` shows none.
+/// The secrets that options may name, and the credentials of TLS. Secrets are wiped from memory when they go;
+/// `Debug` shows none.
 #[derive(Clone, Default)]
 pub struct Secrets {
     secrets: BTreeMap<String, Secret>,
+    tls: BTreeMap<String, Arc<TlsObject>>,
     asked: Option<Arc<dyn AskPassword>>,
 }
 
@@ -46,16 +49,15 @@ impl Secrets {
 
     /// Adds `secret` under `id`. Errors: there is one already.
     pub fn add(&mut self, id: &str, secret: Secret) -> Result<(), SecretError> {
-        if self.secrets.contains_key(id) {
-            return Err(SecretError::Exists(id.to_owned()));
-        }
+        self.check_free(id)?;
         self.secrets.insert(id.to_owned(), secret);
         Ok(())
     }
 
     /// Adds the secret that `text` (`secret,id=NAME,data=TEXT` or `...,file=PATH`) defines: as it stands, or
     /// `format=base64`, or encrypted under another one (`keyid=NAME,iv=BASE64`). Disk: reads the file, all of
-    /// whose bytes count.
+    /// whose bytes count. `tls-creds-x509,id=NAME,dir=FOLDER` defines credentials of TLS, whose files are
+    /// read.
     ///
     /// ```
     /// let mut secrets = qcow2_blockdev::Secrets::default();
@@ -66,12 +68,18 @@ impl Secrets {
     pub fn define(&mut self, text: &str) -> Result<(), SecretError> {
         let list = KeyValues::parse_pairs(text, Some("qom-type"))?;
         let kind = list.last("qom-type").ok_or(SecretError::Missing("qom-type"))?;
-        if kind != "secret" {
+        if kind != "secret" && !kind.starts_with("tls-creds-") {
             return Err(SecretError::UnknownType(kind.to_owned()));
         }
         let id = list.last("id").ok_or(SecretError::Missing("id"))?;
         if !is_identifier(id) {
             return Err(SecretError::NotAnIdentifier(id.to_owned()));
+        }
+        if kind != "secret" {
+            let object = Arc::new(TlsObject::define(kind, &list, self)?);
+            self.check_free(id)?;
+            self.tls.insert(id.to_owned(), object);
+            return Ok(());
         }
         if let Some(pair) = list.pairs().iter().find(|pair| !KNOWN.contains(&&*pair.key)) {
             return Err(SecretError::Unexpected(pair.key.clone()));
@@ -98,6 +106,18 @@ impl Secrets {
     /// The secret called `id`, if there is one.
     pub fn secret(&self, id: &str) -> Option<Secret> {
         self.secrets.get(id).cloned()
+    }
+
+    /// The credentials of TLS called `id`, if there are such.
+    pub fn tls(&self, id: &str) -> Option<Arc<TlsObject>> {
+        self.tls.get(id).cloned()
+    }
+
+    fn check_free(&self, id: &str) -> Result<(), SecretError> {
+        match self.secrets.contains_key(id) || self.tls.contains_key(id) {
+            true => Err(SecretError::Exists(id.to_owned())),
+            false => Ok(()),
+        }
     }
 
     pub(crate) fn can_ask(&self) -> bool {
@@ -186,6 +206,8 @@ pub enum SecretError {
     Wrapped(CryptError),
     /// The identifier is taken.
     Exists(String),
+    /// It defines credentials of TLS, and there are none.
+    Tls(TlsObjectError),
 }
 
 impl fmt::Display for SecretError {
@@ -193,7 +215,7 @@ impl fmt::Display for SecretError {
         match self {
             Self::Syntax(error) => error.fmt(f),
             Self::Missing(key) => write!(f, "the definition lacks '{key}'"),
-            Self::UnknownType(kind) => write!(f, "'{kind}' is not a kind of object, only secret is"),
+            Self::UnknownType(kind) => write!(f, "'{kind}' is not a kind of object (secret, tls-creds-x509)"),
             Self::NotAnIdentifier(id) => write!(f, "'{id}' is not an identifier"),
             Self::Unexpected(key) => write!(f, "a secret has no '{key}'"),
             Self::UnknownFormat(format) => {
@@ -206,7 +228,8 @@ impl fmt::Display for SecretError {
             Self::NoIv => f.write_str("the initialization vector of an encrypted secret is missing"),
             Self::NotBase64 => f.write_str("the secret is not base64"),
             Self::Wrapped(error) => error.fmt(f),
-            Self::Exists(id) => write!(f, "there is a secret '{id}' already"),
+            Self::Exists(id) => write!(f, "there is an object '{id}' already"),
+            Self::Tls(error) => error.fmt(f),
         }
     }
 }
@@ -216,8 +239,15 @@ impl Error for SecretError {
         match self {
             Self::Unreadable { error, .. } => error.source(),
             Self::Wrapped(error) => error.source(),
+            Self::Tls(error) => error.source(),
             _ => None,
         }
+    }
+}
+
+impl From<TlsObjectError> for SecretError {
+    fn from(error: TlsObjectError) -> Self {
+        Self::Tls(error)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::failure::CreateFailureKind;
 use super::options::{NewOptions, no_such};
+use super::table::DETACHED_HEADER;
 use crate::keys::Secrets;
 use qcow2_core::{ImageFormat, LuksArea, NewEncryption};
 use qcow2_crypt::luks::{NewVolume, create};
@@ -130,6 +131,9 @@ fn luks(options: &NewOptions, names: &Names, secrets: &Secrets) -> Result<Encryp
     spec.ivgen_hash = choice(options, ivgen_hash, HashAlg::from_name)?;
     volume.hash = choice(options, hash, HashAlg::from_name)?.unwrap_or(volume.hash);
     volume.iter_time_ms = options.number(iter_time).unwrap_or(volume.iter_time_ms);
+    if options.given(DETACHED_HEADER) {
+        return Err(CreateFailureKind::DetachedHeader);
+    }
     let Some(password) = secret(options, secret_name, secrets)? else {
         return Ok(Encryption::NoSecret(secret_name));
     };

@@ -44,6 +44,8 @@ pub enum CreateFailureKind {
     NoEncryptFormat,
     /// An option that the old AES method has no use for.
     NotWithAes(&'static str),
+    /// A header without its payload is asked for.
+    DetachedHeader,
     /// Nothing names the secret: the option that would.
     SecretNotNamed(&'static str),
     /// There is no secret of this name.
@@ -170,6 +172,7 @@ impl fmt::Display for CreateFailureKind {
             Self::NoEncryptFormat => {
                 f.write_str("'encrypt.format' is not given, but options of encryption are")
             }
+            Self::DetachedHeader => f.write_str("a header is not made apart from its payload"),
             Self::NotWithAes(name) => write!(f, "option '{name}' is for LUKS"),
             Self::SecretNotNamed(option) => {
                 write!(f, "option '{option}', which names the secret, is missing")

@@ -141,6 +141,9 @@ const QCOW2: &[OptionSpec] = &[
     EXTENT_SIZE_HINT,
 ];
 
+/// QEMU lists it too, and refuses it in every image that is made from a list of options.
+pub(super) const DETACHED_HEADER: &str = "detached-header";
+
 const LUKS: &[OptionSpec] = &[
     SIZE,
     text("key-secret", "ID of the secret that provides the keyslot passphrase"),
@@ -150,6 +153,7 @@ const LUKS: &[OptionSpec] = &[
     text("ivgen-hash-alg", "Name of IV generator hash algorithm"),
     text("hash-alg", "Name of encryption hash algorithm"),
     number("iter-time", "Time to spend in PBKDF in milliseconds"),
+    switch(DETACHED_HEADER, "Create a detached LUKS header"),
     NOCOW,
     of_file(text("preallocation", "Preallocation mode (allowed values: off, falloc, full)")),
     EXTENT_SIZE_HINT,

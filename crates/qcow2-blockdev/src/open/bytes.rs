@@ -13,6 +13,9 @@ use crate::keys::{Keys, Secrets};
 use crate::name::filename;
 use crate::scalar::parse_switch;
 use crate::tree::{Backing, Node};
+use qcow2_core::format::HostOffset;
+use qcow2_core::format::crypt::{LUKS_HEADER_LEN, LuksHeader};
+use qcow2_core::walk::read_header;
 use qcow2_core::{
     ImageFormat, Layers, NoResolver, OpenOptions as EngineOptions, ResolvedSource, Resolver, SourceId,
     Storage,
@@ -152,7 +155,9 @@ impl Opening<'_> {
             let is_locked = top.driver() == Driver::Luks && top.options.text(KEY_OPTIONS[0]).is_none();
             // That there is no key is said first.
             if !is_locked || self.how.layers == Layers::TopOnly {
-                check_options(top, probed, self.how.layers == Layers::Follow)?;
+                let known = check_options(top, probed, self.how.layers == Layers::Follow);
+                // That the bytes are no such image is said before what its options are not.
+                known.or_else(|unknown| check_signature(&*bytes.storage, probed).and(Err(unknown)))?;
             }
         }
         let name = filename(top, probed.name());
@@ -268,7 +273,7 @@ impl Opening<'_> {
     }
 
     fn nbd(&self, node: &Node) -> Opened<Arc<dyn Storage>> {
-        let (address, mut options) = nbd::connection(&node.options)?;
+        let (address, mut options) = nbd::connection(&node.options, self.secrets)?;
         (options.writable, options.timeout) = (self.how.writable, self.how.policy.timeout);
         let storage =
             NbdStorage::open(&address, &options).map_err(|error| FailureKind::Connect(Box::new(error)))?;
@@ -336,6 +341,30 @@ fn check_options(node: &Node, probed: Driver, follows: bool) -> Opened<()> {
         Some(unknown) => Err(unknown),
         None => Ok(check_values(&node.options)?),
     }
+}
+
+/// Refuses bytes that are no image of `driver`.
+pub(super) fn check_signature(storage: &dyn Storage, driver: Driver) -> Opened<()> {
+    match driver {
+        Driver::Qcow2 => drop(read_header(storage)?),
+        Driver::Luks => {
+            let mut bytes = [0; LUKS_HEADER_LEN];
+            storage.read_padded(HostOffset::new(0), &mut bytes).map_err(FailureKind::Storage)?;
+            LuksHeader::parse(&bytes).map_err(FailureKind::Container)?;
+        }
+        Driver::Qcow => {
+            let mut bytes = [0; 8];
+            storage.read_padded(HostOffset::new(0), &mut bytes).map_err(FailureKind::Storage)?;
+            let [m0, m1, m2, m3, version @ ..] = bytes;
+            match u32::from_be_bytes(version) {
+                _ if [m0, m1, m2, m3] != *b"QFI\xfb" => return Err(FailureKind::NotQcow),
+                1 => {}
+                version => return Err(FailureKind::QcowVersion(version)),
+            }
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 /// Whether `node` is a part of what it stands on.

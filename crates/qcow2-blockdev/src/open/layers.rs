@@ -1,13 +1,13 @@
 //! From bytes to a disk with its chain.
 
-use super::bytes::{NodeFacts, Opening};
+use super::bytes::{NodeFacts, Opening, check_signature};
 use super::filter::Filter;
 use super::look::{Tell, warnings_of_change};
 use super::named::format_of;
 use super::options::{OpenOptions, Sharing};
 use super::record::{LayerFiles, Recorder};
 use super::trail::Trail;
-use crate::driver::tune;
+use crate::driver::{Driver, tune};
 use crate::failure::{FailureKind, MissingBacking, OpenFailure};
 use crate::name::{ImageName, filename};
 use crate::tree::Node;
@@ -122,6 +122,9 @@ pub fn open_bytes(name: &ImageName, how: &OpenOptions) -> Result<OpenedBytes, Op
     let failed = |kind| OpenFailure::new(&name.typed, kind);
     let (mut source, nodes, debugger) = opening.open(&name.node).map_err(failed)?;
     if let ImageFormat::Other(other) = &source.format {
+        if let Some(driver) = Driver::of_format(&source.format) {
+            check_signature(&*source.storage, driver).map_err(failed)?;
+        }
         return Err(failed(FailureKind::UnsupportedFormat(other.clone())));
     }
     if let Some(rate) = how.bytes_per_second {

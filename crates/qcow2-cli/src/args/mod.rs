@@ -5,7 +5,9 @@ mod help;
 mod image;
 mod object;
 mod opt;
+mod spec;
 mod table;
+mod tools;
 mod verb;
 
 pub(crate) use describe::print_description;

@@ -86,6 +86,13 @@ pub(crate) enum Opt {
     ClusterSize,
     L1Table,
     DataFile,
+    Socket,
+    Listen,
+    ExportName,
+    Description,
+    BitmapContext,
+    AllocationDepth,
+    Clients,
 }
 
 /// The reader of a verb's options.

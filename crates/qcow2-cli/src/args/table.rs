@@ -1,5 +1,10 @@
 //! Every verb and every option, in one place.
 
+use super::spec::{
+    BACKING, BACKING_FORMAT, CACHE, FILENAME, FORCE_SHARE, FORMAT, HELP, IMAGE_OPTS, JSON_PROGRESS, OBJECT,
+    OPTIONS, OUTPUT, PROGRESS, QUIET, WRITE_CACHE, advertised, option, own, own_value, short,
+};
+use super::tools::{IO, SERVE};
 use super::{Opt, OptionSpec, Verb};
 use crate::command;
 use qcow2_getopt::nearest;
@@ -302,6 +307,14 @@ pub(crate) static VERBS: &[Verb] = &[
         run: command::resize::run,
     },
     Verb {
+        name: "serve",
+        summary: "Serve images to NBD clients, several at once, until a signal ends it",
+        synopsis: "[--socket PATH]... [--listen HOST:PORT]... [-r] [-x NAME]... [-f FMT | --image-opts] [...] FILENAME...\n\nExample:\n  qcow2 serve --socket /run/disk.sock disk.qcow2\n  nbdinfo 'nbd+unix:///?socket=/run/disk.sock'",
+        options: SERVE,
+        operands: &[("FILENAME", "an image; each is an export of its own")],
+        run: command::serve::run,
+    },
+    Verb {
         name: "snapshot",
         summary: "List, take, apply and delete the snapshots inside an image",
         synopsis: "[-f FMT | --image-opts] [-l | -a|-c|-d SNAPSHOT | --external NEW] [-U] [-q] FILENAME",
@@ -383,27 +396,6 @@ pub(crate) fn known_but_missing(name: &str) -> bool {
     const MISSING: [&str; 0] = [];
     MISSING.contains(&name)
 }
-
-/// In the order of qemu-io's table, which shows in its complaints about abbreviations.
-static IO: &[OptionSpec] = &[
-    HELP,
-    option(Opt::Version, Some('V'), "version", None, "show the version and exit"),
-    option(Opt::Command, Some('c'), "cmd", Some("COMMAND"), "run this command ('help' lists them)"),
-    FORMAT,
-    option(Opt::ReadOnly, Some('r'), "read-only", None, "for reading only"),
-    option(Opt::Scratch, Some('s'), "snapshot", None, "changes go to a temporary overlay"),
-    option(Opt::NoCache, Some('n'), "nocache", None, "around the page cache, as -t none"),
-    option(Opt::CopyOnRead, Some('C'), "copy-on-read", None, "copy to the image what is read from below it"),
-    option(Opt::Misalign, Some('m'), "misalign", None, "accepted; buffers are aligned where it matters"),
-    option(Opt::NativeAio, Some('k'), "native-aio", None, "as -i native"),
-    option(Opt::Aio, Some('i'), "aio", Some("MODE"), "threads, native or io_uring; all work alike"),
-    option(Opt::Cache, Some('t'), "cache", Some("CACHE"), "cache mode (writethrough)"),
-    option(Opt::Discard, Some('d'), "discard", Some("MODE"), "discards: ignore or unmap (unmap)"),
-    option(Opt::Trace, Some('T'), "trace", Some("TRACE"), "accepted and ignored"),
-    FORCE_SHARE,
-    OBJECT,
-    IMAGE_OPTS,
-];
 
 static CONVERT: &[OptionSpec] = &[
     HELP,
@@ -509,67 +501,6 @@ static RESCUE: &[OptionSpec] = &[
     IMAGE_OPTS,
     FORCE_SHARE,
 ];
-
-const FILENAME: (&str, &str) = ("FILENAME", "the image, or an option string with --image-opts");
-
-const HELP: OptionSpec = option(Opt::Help, Some('h'), "help", None, "show this help and exit");
-const QUIET: OptionSpec = option(Opt::Quiet, Some('q'), "quiet", None, "print errors only");
-const FORMAT: OptionSpec = option(Opt::Format, Some('f'), "format", Some("FMT"), "format of the image");
-const CACHE: OptionSpec = option(Opt::Cache, Some('T'), "cache", Some("CACHE"), "cache mode (writeback)");
-const WRITE_CACHE: OptionSpec = OptionSpec { short: Some('t'), ..CACHE };
-const PROGRESS: OptionSpec = option(Opt::Progress, Some('p'), "progress", None, "show progress");
-const OPTIONS: OptionSpec =
-    option(Opt::Options, Some('o'), "options", Some("OPTIONS"), "key=value,... ('-o help' lists them)");
-const OUTPUT: OptionSpec =
-    option(Opt::Output, None, "output", Some("human|json"), "form of the output (human)");
-const OBJECT: OptionSpec =
-    option(Opt::Object, None, "object", Some("OBJECT"), "define an object, such as a secret");
-const IMAGE_OPTS: OptionSpec = option(
-    Opt::ImageOpts,
-    None,
-    "image-opts",
-    None,
-    "names are option strings (driver=qcow2,file.filename=...)",
-);
-const FORCE_SHARE: OptionSpec =
-    option(Opt::ForceShare, Some('U'), "force-share", None, "open without locks, even if it is in use");
-const JSON_PROGRESS: OptionSpec =
-    own(Opt::JsonProgress, "json", "show progress as lines of JSON on standard error");
-const BACKING: OptionSpec =
-    option(Opt::Backing, Some('b'), "backing", Some("FILE"), "backing file of the new image");
-const BACKING_FORMAT: OptionSpec =
-    option(Opt::BackingFormat, Some('F'), "backing-format", Some("FMT"), "format of the backing file");
-
-const fn option(
-    opt: Opt,
-    short: Option<char>,
-    long: &'static str,
-    value: Option<&'static str>,
-    help: &'static str,
-) -> OptionSpec {
-    OptionSpec { opt, short, long: Some(long), exact: false, own: false, value, help }
-}
-
-const fn own(opt: Opt, long: &'static str, help: &'static str) -> OptionSpec {
-    OptionSpec { own: true, ..option(opt, None, long, None, help) }
-}
-
-const fn own_value(opt: Opt, long: &'static str, value: &'static str, help: &'static str) -> OptionSpec {
-    OptionSpec { value: Some(value), ..own(opt, long, help) }
-}
-
-const fn short(opt: Opt, letter: char, help: &'static str) -> OptionSpec {
-    OptionSpec { opt, short: Some(letter), long: None, exact: false, own: false, value: None, help }
-}
-
-const fn advertised(
-    opt: Opt,
-    long: &'static str,
-    value: Option<&'static str>,
-    help: &'static str,
-) -> OptionSpec {
-    OptionSpec { opt, short: None, long: Some(long), exact: true, own: false, value, help }
-}
 
 #[cfg(test)]
 mod tests {

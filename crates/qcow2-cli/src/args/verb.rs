@@ -26,7 +26,7 @@ pub(crate) struct Verb {
 impl Verb {
     /// Whether the tool that is stood in for has no such verb.
     pub(crate) fn is_foreign(&self, session: &Session) -> bool {
-        session.is_drop_in() && matches!(self.name, "io" | "checksum" | "rescue" | "vet")
+        session.is_drop_in() && matches!(self.name, "io" | "checksum" | "rescue" | "serve" | "vet")
     }
 }
 
@@ -43,7 +43,8 @@ impl Arguments {
         Self { verb, getopt: if session.is_drop_in() { getopt.without_own() } else { getopt } }
     }
 
-    /// Takes `-` and digits right after the first operand for an operand too.
+    /// Takes `-` and digits right after the first operand for an operand too, and a third operand for one
+    /// too many before any option behind it is read.
     pub(crate) fn with_signed_number(self) -> Self {
         Self { getopt: self.getopt.with_signed_number(), ..self }
     }

@@ -1,7 +1,6 @@
 //! `amend`: another version, other features, another size, other passwords.
 
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
-use crate::command::resize::refusal_text;
 use crate::exit;
 use crate::failure::Failure;
 use crate::interrupt::Interrupts;
@@ -11,43 +10,42 @@ use crate::persona;
 use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{
-    CreateFailureKind, ImageChanges, KeyValues, OptionError, Sharing, SlotChange, SlotError, amended_format,
+    CreateFailure, CreateFailureKind, ImageChanges, ImageName, KeyValues, OpenOptions, OptionError, Sharing,
+    SlotChange, SlotError, amended_format,
 };
 use qcow2_core::format::Version;
 use qcow2_core::{ErrorKind, HostOffset, ImageFormat, find_cause};
-use qcow2_io::CacheMode;
 use qcow2_ops::amend::{AmendOptions, Refusal, amend};
 use qcow2_ops::{KeySlots, resize};
 use std::sync::Arc;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
-    let Some(request) = Request::parse(session, args)? else { return Ok(exit::SUCCESS) };
+    let mut request = Request::parse(session, args)?;
     let interrupts = Interrupts::install();
-    let meter = Meter::new(session, &interrupts, request.progress && !request.quiet, false);
-    meter.finish(amend_image(session, &request, &meter)).map(|()| exit::SUCCESS)
+    let meter = Meter::waiting(session, &interrupts, request.progress && !request.quiet);
+    let amended = amend_file(session, &mut request, &meter);
+    meter.finish_begun(session, amended).map(|()| exit::SUCCESS)
 }
 
 #[derive(Debug, Default)]
 struct Request {
     image: ImageArgs,
-    cache: CacheMode,
+    cache: Option<String>,
     list: KeyValues,
     progress: bool,
     quiet: bool,
     force: bool,
-    filename: String,
+    operands: Vec<String>,
 }
 
 impl Request {
-    /// `None`: help was asked for and given.
-    fn parse(session: &Session, mut args: Arguments) -> Result<Option<Self>, Failure> {
-        let mut request = Self::default();
-        let (mut cache, mut texts) = (None, Vec::new());
+    fn parse(session: &Session, mut args: Arguments) -> Result<Self, Failure> {
+        let (mut request, mut texts) = (Self::default(), Vec::new());
         let verb = args.verb();
         while let Some(given) = args.next(session)? {
             match given.opt {
-                Opt::Cache => cache = Some(given.value),
+                Opt::Cache => request.cache = Some(given.value),
                 Opt::Options => texts.push(KeyValues::checked(given.value)?),
                 Opt::Progress => request.progress = true,
                 Opt::Quiet => request.quiet = true,
@@ -59,31 +57,41 @@ impl Request {
             return Err(Failure::usage(verb.name, "Must specify options (-o)"));
         }
         request.list = KeyValues::parse_image_options(&texts);
-        if let Some(format) = request.image.format.as_deref().filter(|_| request.list.asks_help()) {
-            return print_amend_options(session, &amended_format(format)?).map(|()| None);
-        }
-        let operands = <[String; 1]>::try_from(args.into_operands());
-        let [filename] = operands.map_err(|_| Failure::new("Expecting one image file name"))?;
-        request.filename = filename;
-        request.cache = parse_cache("cache", cache.as_deref())?;
-        request.image.check()?;
-        Ok(Some(request))
+        request.operands = args.into_operands();
+        Ok(request)
     }
 }
 
-fn amend_image(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
-    let name = read_name(session, &request.filename, &request.image)?;
+/// All that comes after the options themselves: their faults end the line of the progress.
+fn amend_file(session: &Session, request: &mut Request, meter: &Meter) -> Result<(), Failure> {
+    if let Some(format) = request.image.format.as_deref().filter(|_| request.list.asks_help()) {
+        return print_amend_options(session, &amended_format(format)?);
+    }
+    let operands = <[String; 1]>::try_from(std::mem::take(&mut request.operands));
+    let [filename] = operands.map_err(|_| Failure::new("Expecting one image file name"))?;
+    let cache = parse_cache("cache", request.cache.as_deref())?;
+    request.image.check()?;
+    let name = read_name(session, &filename, &request.image)?;
     // Two that change the slots of one container would lose a password.
-    let how = request.image.options().with_cache(request.cache).with_sharing(Sharing::TopAlone);
-    let open = || open_to_change(session, &name, &how);
+    let how = request.image.options().with_cache(cache).with_sharing(Sharing::TopAlone);
+    amend_image(session, request, (&name, &how), meter)
+}
+
+fn amend_image(
+    session: &Session,
+    request: &Request,
+    (name, how): (&ImageName, &OpenOptions),
+    meter: &Meter,
+) -> Result<(), Failure> {
+    let open = || open_to_change(session, name, how);
     let opened = open()?;
     amended_format(opened.format.name())?;
     if request.list.asks_help() {
         return print_amend_options(session, &opened.format);
     }
-    let ImageChanges { options, slots, .. } = changes(&opened.format, &request.list)?;
+    let ImageChanges { options, slots, .. } = changes(&opened.format, &request.list, meter)?;
     // The name under which the password was asked for.
-    let asked = opened.files.first().map_or(&*request.filename, |file| &*file.image).to_owned();
+    let asked = opened.files.first().map_or(&*name.typed, |file| &*file.image).to_owned();
     let slots = SlotChange {
         options: &slots,
         name: &asked,
@@ -108,14 +116,20 @@ fn could_not(reason: &str) -> Failure {
     Failure::new(format!("Could not amend the image: {reason}"))
 }
 
-/// What is to change. The level of compatibility has words of its own.
-fn changes(format: &ImageFormat, list: &KeyValues) -> Result<ImageChanges, Failure> {
-    ImageChanges::parse(format, list).map_err(|failure| match failure.kind() {
+/// What is to change, from where on there is progress. The level of compatibility has words of its own.
+fn changes(format: &ImageFormat, list: &KeyValues, meter: &Meter) -> Result<ImageChanges, Failure> {
+    let parsed = ImageChanges::parse(format, list);
+    let level = |failure: &CreateFailure| match failure.kind() {
         CreateFailureKind::Option(OptionError { option, value, .. }) if option == "compat" => {
-            Failure::new(format!("Unknown compatibility level {value}"))
+            Some(Failure::new(format!("Unknown compatibility level {value}")))
         }
-        _ => failure.into(),
-    })
+        _ => None,
+    };
+    let level = parsed.as_ref().err().and_then(level);
+    if parsed.is_ok() || level.is_some() {
+        meter.begin();
+    }
+    parsed.map_err(|failure| level.unwrap_or_else(|| failure.into()))
 }
 
 fn failure(session: &Session, error: qcow2_ops::Error, options: &AmendOptions) -> Failure {
@@ -128,7 +142,10 @@ fn failure(session: &Session, error: qcow2_ops::Error, options: &AmendOptions) -
         return Failure::silent(exit::FAILURE);
     }
     if let Some(refusal) = find_cause::<resize::Refusal>(&error) {
-        return refusal_text(session, refusal);
+        return persona::resize_refusal(session.program(), refusal);
+    }
+    if let Some(failure) = persona::inconsistent_bitmap(&error) {
+        return failure;
     }
     let Some(refusal) = find_cause::<Refusal>(&error) else {
         if let (Some(engine), Some(bits)) = (error.core_error(), options.refcount_bits)

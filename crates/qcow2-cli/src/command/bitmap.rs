@@ -9,9 +9,10 @@ use crate::open::{open_to_change, read_name};
 use crate::persona;
 use crate::session::Session;
 use qcow2_blockdev::{ImageName, OpenOptions, OpenedDisk, open};
+use qcow2_core::bitmap::OtherSize;
 use qcow2_core::format::Version;
 use qcow2_core::format::text::bytes_of;
-use qcow2_core::{ErrorKind, Image, Layers};
+use qcow2_core::{ErrorKind, Image, Layers, find_cause};
 use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
 
 /// Runs the verb.
@@ -168,6 +169,11 @@ impl Request {
     }
 
     fn refused(&self, action: &BitmapAction, error: &qcow2_core::Error) -> Failure {
+        if let Some(OtherSize { source, own, .. }) = find_cause::<OtherSize>(error) {
+            let sizes = format!("destination size is {own}, source size is {source}");
+            return self
+                .failure(action, &format!("Bitmaps are of different sizes ({sizes}) and can't be merged"));
+        }
         let failure = self.failure(action, &persona::capitalized(&persona::cause(error)));
         match error.kind() {
             ErrorKind::Inconsistent => failure.hint(persona::INCONSISTENT_HINT),

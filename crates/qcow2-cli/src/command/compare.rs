@@ -11,7 +11,7 @@ use crate::session::Session;
 use qcow2_blockdev::{OpenedDisk, open};
 use qcow2_image::Threads;
 use qcow2_ops::compare::{CompareOptions, CompareReport, Comparison};
-use qcow2_ops::{Error, ErrorKind};
+use qcow2_ops::{Error, ErrorKind, Progress};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
@@ -25,11 +25,11 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     let mut options = CompareOptions::default();
     options.strict = request.strict;
     options.names = request.filenames.clone();
-    let compared = qcow2_ops::compare([&a.disk, &b.disk], &options, &Threads::per_core(), &meter);
+    let shown = Shown { meter: &meter, session, quiet: request.quiet };
+    let compared = qcow2_ops::compare([&a.disk, &b.disk], &options, &Threads::per_core(), &shown);
     if let Ok(CompareReport { result: Comparison::Identical, .. }) = &compared {
         meter.complete();
     }
-    let looked_past = !request.quiet && compared.as_ref().is_err_and(Error::sizes_differ);
     let done = compared.map_err(|error| failure(&error)).and_then(|report| {
         let (text, code) = verdict(&report);
         if !request.quiet {
@@ -41,12 +41,33 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
     });
     meter.end();
     interrupts.die_if_asked();
-    done.or_else(|failure| {
-        // After the error, as a pipe gets it from qemu-img.
-        session.report(&failure);
-        looked_past.then(|| session.print(MISMATCH)).transpose()?;
-        Err(Failure::silent(failure.code()))
-    })
+    done
+}
+
+/// The progress of a comparison, with a word where the smaller disk ends.
+struct Shown<'a> {
+    meter: &'a Meter,
+    session: &'a Session,
+    quiet: bool,
+}
+
+impl Progress for Shown<'_> {
+    fn set_total(&self, bytes: u64) {
+        self.meter.set_total(bytes);
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.meter.advance(bytes);
+    }
+
+    fn should_stop(&self) -> bool {
+        self.meter.should_stop()
+    }
+
+    fn smaller_ended(&self) {
+        // A reader that is gone is noticed when it does not get the result.
+        let _ = (!self.quiet).then(|| self.session.print(MISMATCH));
+    }
 }
 
 #[derive(Debug, Default)]
@@ -107,7 +128,6 @@ impl Request {
 
 /// What is printed, and the exit code.
 fn verdict(report: &CompareReport) -> (String, u8) {
-    let warning = if report.sizes_differ { MISMATCH } else { "" };
     let (text, code) = match report.result {
         Comparison::Identical => ("Images are identical.".to_owned(), exit::SUCCESS),
         Comparison::Content { offset } => (format!("Content mismatch at offset {offset}!"), exit::FAILURE),
@@ -117,7 +137,7 @@ fn verdict(report: &CompareReport) -> (String, u8) {
         }
         other => (format!("{other:?}"), exit::FAILURE),
     };
-    (format!("{warning}{text}\n"), code)
+    (format!("{text}\n"), code)
 }
 
 fn failure(error: &Error) -> Failure {

@@ -81,8 +81,9 @@ fn look(session: &Session, request: &Request, filename: &str) -> Result<Vec<Name
             let message = format!("Backing file '{}' creates an infinite loop.", name.typed);
             return Err(Failure::new(message));
         }
+        let describe = if session.is_own() { qcow2_ops::info } else { qcow2_ops::info::info_past_end };
         let mut report =
-            qcow2_ops::info(&*source.storage, &source.format).map_err(|error| match error.core_error() {
+            describe(&*source.storage, &source.format).map_err(|error| match error.core_error() {
                 Some(engine) => persona::engine_failure(&name.typed, engine),
                 None => Failure::could_not_open(&name.typed, &unreadable(&error)),
             })?;

@@ -17,5 +17,6 @@ pub(crate) mod measure;
 pub(crate) mod rebase;
 pub(crate) mod rescue;
 pub(crate) mod resize;
+pub(crate) mod serve;
 pub(crate) mod snapshot;
 pub(crate) mod vet;

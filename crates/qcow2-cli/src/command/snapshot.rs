@@ -10,6 +10,7 @@ use crate::persona;
 use crate::session::Session;
 use qcow2_blockdev::{CreateHow, ImageName, NewImageFile, NewTarget, Sharing, open};
 use qcow2_core::format::text::bytes_of;
+use qcow2_core::snapshot::read_snapshots_padded;
 use qcow2_core::{BackingName, ErrorKind, Image, ImageFormat, NewSnapshot};
 use qcow2_io::{FileResolver, Policy, path_of};
 use qcow2_ops::snapshot::{self, SnapshotName};
@@ -126,11 +127,11 @@ impl Action {
                 _ => self.failure(&what),
             };
         }
-        let reason = match (self, error.kind(), error.core_error()) {
-            (Self::Apply(_), qcow2_ops::ErrorKind::NotFound, _) => {
-                "Failed to load snapshot: No such file or directory".to_owned()
-            }
-            (_, qcow2_ops::ErrorKind::NotFound, _) => "snapshot not found".to_owned(),
+        let found = error.kind() != qcow2_ops::ErrorKind::NotFound
+            && !error.core_error().is_some_and(persona::snapshots_cut);
+        let reason = match (self, found, error.core_error()) {
+            (Self::Apply(_), false, _) => "Failed to load snapshot: No such file or directory".to_owned(),
+            (Self::Delete(_), false, _) => "snapshot not found".to_owned(),
             (_, _, Some(engine)) if engine.storage_error().is_none() => match engine.kind() {
                 ErrorKind::Unsupported => NOT_SUPPORTED.to_owned(),
                 // A refcount or a table at its limit, not a full disk.
@@ -150,7 +151,13 @@ impl Action {
 }
 
 fn list(session: &Session, image: &Image) -> Result<(), Failure> {
-    let snapshots = image.snapshots().map_err(|error| Failure::new(persona::chain(&error)))?;
+    let snapshots = match image.snapshots() {
+        Err(error) if session.is_drop_in() && persona::snapshots_cut(&error) => {
+            read_snapshots_padded(&**image.storage(), &image.header())
+        }
+        snapshots => snapshots,
+    };
+    let snapshots = snapshots.map_err(|error| Failure::new(persona::chain(&error)))?;
     if snapshots.is_empty() {
         return Ok(());
     }

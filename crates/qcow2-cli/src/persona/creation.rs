@@ -69,6 +69,7 @@ fn told(failure: &CreateFailure) -> (String, Vec<String>) {
             "'encrypt.format' and its alias 'encryption' can't be used at the same time".to_owned()
         }
         Kind::NoEncryptFormat => "Parameter 'encrypt.format' is missing".to_owned(),
+        Kind::DetachedHeader => "Parameter 'detached-header' is unexpected".to_owned(),
         Kind::NotWithAes(name) => format!("Parameter '{name}' is unexpected"),
         Kind::SecretNotNamed(name) => format!("Parameter '{name}' is required for cipher"),
         Kind::NoSecret(id) => no_secret(id),

@@ -74,6 +74,10 @@ fn sentence(damage: Damage) -> Option<String> {
             let (_, name) = METADATA.iter().find(|(kind, _)| kinds.contains(*kind))?;
             format!("Preventing invalid write on metadata (overlaps with {name})")
         }
+        Damage::HeaderFree { table } => {
+            let what = if table.is_some() { "L2 table" } else { "compressed cluster" };
+            format!("Preventing invalid allocation of {what} at offset 0")
+        }
         _ => return None,
     })
 }
@@ -104,7 +108,7 @@ const METADATA: [(OverlapChecks, &str); 9] = [
 mod tests {
     use super::*;
     use qcow2_core::format::{L1Index, L2Index};
-    use qcow2_core::{GuestOffset, HostOffset};
+    use qcow2_core::{GuestOffset, HostOffset, TableKind};
 
     #[test]
     fn damage_in_words() {
@@ -133,6 +137,10 @@ mod tests {
             (
                 overlap(OverlapChecks::REFCOUNT_TABLE.with(OverlapChecks::ACTIVE_L1)),
                 "Preventing invalid write on metadata (overlaps with active L1 table)",
+            ),
+            (
+                Damage::HeaderFree { table: Some(TableKind::L2) },
+                "Preventing invalid allocation of L2 table at offset 0",
             ),
         ] {
             assert_eq!(sentence(damage).as_deref(), Some(text));

@@ -6,7 +6,7 @@ use super::text::{capitalized, chain, storage};
 use crate::failure::Failure;
 use qcow2_blockdev::FailureKind;
 use qcow2_core::format::{FormatError, FormatErrorKind as Kind, Table};
-use qcow2_core::{Error, ErrorKind, Preallocation, ResolveError, UnlockError, find_cause};
+use qcow2_core::{Error, ErrorKind, Preallocation, ResolveError, TableKind, UnlockError, find_cause};
 use qcow2_io::{OpenError, OpenErrorKind, SourceError, text_of_name};
 
 /// Why the file at `path` could not be opened, and a hint that follows on a line of its own.
@@ -64,6 +64,13 @@ pub(crate) fn snapshot_l1(error: &Error) -> Option<(String, &'static str)> {
         Kind::TableTooLarge(Table::SnapshotL1) => Some((format_reason(format), "File too large")),
         _ => None,
     }
+}
+
+/// Whether `error` is about a snapshot table that the file ends in. What is missing of it QEMU reads as
+/// zeroes, so it finds entries without a name.
+pub(crate) fn snapshots_cut(error: &Error) -> bool {
+    let cut = |error: &FormatError| *error.kind() == Kind::Truncated;
+    error.place().table == Some(TableKind::Snapshots) && error.format_error().is_some_and(cut)
 }
 
 /// What follows the complaint about a bitmap that was in use.

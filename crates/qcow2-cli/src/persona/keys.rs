@@ -58,6 +58,7 @@ impl From<SecretError> for Failure {
                 format!("Unable to read {path}: Failed to open file \u{201c}{path}\u{201d}: {error}")
             }
             SecretError::NoKey(id) => no_secret(id),
+            SecretError::Tls(error) => error.to_string(),
             SecretError::NoIv => "IV is required to decrypt secret".to_owned(),
             SecretError::NotBase64 => "The secret is not valid base64 data".to_owned(),
             SecretError::Wrapped(error) => crypt(error),

@@ -105,7 +105,9 @@ fn server(error: &AddressError) -> String {
             format!("error parsing {what} '{address}'")
         }
         AddressError::PathAndHost => "path and host may not be used at the same time".to_owned(),
-        AddressError::Encrypted => "encrypted connections are not supported".to_owned(),
+        AddressError::NoCredentials(id) => format!("No TLS credentials with id '{id}'"),
+        AddressError::NotCredentials(id) => format!("Object with id '{id}' is not TLS credentials"),
+        AddressError::NotForClients => "Expected TLS credentials for a client endpoint".to_owned(),
         AddressError::Missing(name) => format!("Parameter '{name}' is missing"),
         AddressError::NoServer => "NBD server address missing".to_owned(),
         AddressError::UnknownType(kind) => format!("Parameter 'type' does not accept value '{kind}'"),

@@ -1,6 +1,6 @@
 //! Disks that are not opened, and what is worth a word though they are.
 
-use super::engine::{engine_reason, snapshot_l1, source_reason, unopened};
+use super::engine::{engine_reason, snapshot_l1, snapshots_cut, source_reason, unopened};
 use super::name;
 use super::text::{BACKING, capitalized, chain, storage};
 use crate::failure::Failure;
@@ -27,8 +27,9 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
         FailureKind::File { path, error } => return with_hint(source_reason(error, path)),
         FailureKind::Engine(error) => return engine_reason(error),
         FailureKind::Connect(error) => {
+            let hint = error.needs_tls().then(|| "Did you forget a valid tls-creds?".to_owned());
             let server = error.server_message().map(|text| format!("server reported: {text}"));
-            return (error.to_string(), server.into_iter().collect());
+            return (error.to_string(), hint.into_iter().chain(server).collect());
         }
         FailureKind::UnnamedDataFile => "'data-file' is required for this image".to_owned(),
         FailureKind::RawWithoutDataFile => "data-file-raw requires a data file".to_owned(),
@@ -44,6 +45,12 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
             format!("Could not read image for determining its format: {}", storage(error))
         }
         FailureKind::Storage(error) => storage(error),
+        FailureKind::NotQcow => "Image not in qcow format".to_owned(),
+        FailureKind::QcowVersion(version) => {
+            let hint = "Try the 'qcow2' driver instead.".to_owned();
+            return (format!("qcow (v1) does not support qcow version {version}"), vec![hint]);
+        }
+        FailureKind::Container(_) => "Volume is not in LUKS format".to_owned(),
         FailureKind::UnsupportedFormat(name) => format!("Unknown driver '{name}'"),
         FailureKind::UnalignedPreallocation => kind.to_string(),
         FailureKind::Loop(name) => endless(name),
@@ -51,13 +58,14 @@ pub(crate) fn reason(kind: &FailureKind) -> (String, Vec<String>) {
             "{NOT_LOADED}Block format 'raw' used by device '' does not support temporarily loading internal \
              snapshots"
         ),
-        FailureKind::NoSuchSnapshot => format!("{NOT_LOADED}Can't find snapshot"),
+        FailureKind::NoSuchSnapshot => format!("{NOT_LOADED}{NO_SNAPSHOT}"),
         other => capitalized(&other.to_string()),
     };
     (reason, Vec::new())
 }
 
 const NOT_LOADED: &str = "Failed to load snapshot: ";
+const NO_SNAPSHOT: &str = "Can't find snapshot";
 
 pub(super) fn with_hint((reason, hint): (String, Option<String>)) -> (String, Vec<String>) {
     (reason, hint.into_iter().collect())
@@ -111,6 +119,9 @@ impl From<OpenFailure> for Failure {
         let told = match failure.kind() {
             // What was asked for is not there; the image opens.
             FailureKind::NoSnapshots | FailureKind::NoSuchSnapshot => Self::new(reason),
+            FailureKind::Engine(error) if snapshots_cut(error) => {
+                Self::new(format!("{NOT_LOADED}{NO_SNAPSHOT}"))
+            }
             FailureKind::Engine(error) if snapshot_l1(error).is_some() => {
                 Self::new(format!("{NOT_LOADED}{reason}"))
             }

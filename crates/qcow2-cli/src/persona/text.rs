@@ -16,9 +16,13 @@ pub(crate) fn storage(error: &StorageError) -> String {
     match error.kind() {
         StorageErrorKind::FixedLength(Length::Device) => "Cannot grow device files".to_owned(),
         StorageErrorKind::FixedLength(Length::Export) => "Cannot grow NBD nodes".to_owned(),
+        StorageErrorKind::FixedLength(Length::Window) => FIXED_SIZE.to_owned(),
         _ => error.os_code().map_or_else(|| chain(error), os_error_text),
     }
 }
+
+/// Said of a raw disk that is a part of a file.
+pub(super) const FIXED_SIZE: &str = "Cannot resize fixed-size raw disks";
 
 /// An error of the engine in one line: the system's text where a storage failed, or where the damage was told
 /// when it was found; else all that is known.
@@ -44,6 +48,13 @@ pub(crate) fn chain(error: &(dyn StdError + 'static)) -> String {
 pub(crate) fn procedure(error: &qcow2_ops::Error) -> Failure {
     match (error.kind(), error.core_error()) {
         (qcow2_ops::ErrorKind::Stopped, _) => Failure::silent(exit::FAILURE),
+        // The system's words for what an image cannot do at all; why is for whoever asks by our own name.
+        (qcow2_ops::ErrorKind::Write, Some(engine))
+            if engine.kind() == qcow2_core::ErrorKind::Unsupported =>
+        {
+            Failure::new(format!("{error}: Operation not supported"))
+                .in_own_words(format!("{error}: {}", cause(engine)), None)
+        }
         (_, Some(engine)) => Failure::new(format!("{error}: {}", cause(engine))),
         (_, None) => Failure::new(chain(error)),
     }

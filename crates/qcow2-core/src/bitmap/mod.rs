@@ -28,10 +28,29 @@ use crate::sync::{read, write};
 use ::alloc::format;
 use ::alloc::string::String;
 use ::alloc::vec::Vec;
+use core::fmt;
 use qcow2_format::bitmap::Bitmap;
 use qcow2_format::{Version, limit};
 use room::Room;
 use state::{Live, State, inconsistent, missing, text};
+
+/// Why bitmaps cannot be merged: they are of disks of different sizes, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OtherSize {
+    /// The disk of the bitmap with the marks.
+    pub source: u64,
+    /// The disk of the bitmap that was to get them.
+    pub own: u64,
+}
+
+impl fmt::Display for OtherSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the source is of a disk of {} bytes, this disk has {}", self.source, self.own)
+    }
+}
+
+impl core::error::Error for OtherSize {}
 
 impl Image {
     /// The image's bitmaps, in the order of the directory. Empty if the bitmaps' autoclear bit is not set.
@@ -132,7 +151,8 @@ impl Image {
     }
 
     /// Adds the marks of `source` to a bitmap. `source` must be of a disk of the same size; its granularity
-    /// may differ. Disk: may read the bitmap. Errors: `InvalidOption` for another size; `NoSpace` if the
+    /// may differ. Disk: may read the bitmap. Errors: `InvalidOption` for another size, with [`OtherSize`] as
+    /// source; `NoSpace` if the
     /// marks exceed the memory limit: the bitmap is then unchanged, or, if it has been changed or is
     /// recording, has more marks than both together; as [`bitmap_bits`](Self::bitmap_bits), `ReadOnly`,
     /// `Poisoned`.
@@ -140,9 +160,9 @@ impl Image {
         self.change_bitmaps(|state| {
             let index = state.usable(name)?;
             if source.size() != self.size() {
-                let message =
-                    format!("bitmap is of a disk of {} bytes, this one has {}", source.size(), self.size());
-                return Err(Error::new(ErrorKind::InvalidOption, message));
+                let sizes = OtherSize { source: source.size(), own: self.size() };
+                let error = Error::new(ErrorKind::InvalidOption, "bitmaps cannot be merged");
+                return Err(error.with_source(sizes));
             }
             let exact = self.loaded(state, index)?.merge(source);
             let live = &mut state.live[index];

@@ -27,6 +27,8 @@ pub(crate) struct Guard {
     map: RwLock<MetadataMap>,
     /// The kinds that guest data must not overwrite.
     checks: OverlapChecks,
+    /// True if the caller has chosen snapshots' L2 tables.
+    snapshots: bool,
 }
 
 impl Guard {
@@ -35,8 +37,14 @@ impl Guard {
         // Snapshots' L2 tables are in the map if reading them was cheap; the default checks then include
         // them.
         let default = checks.contains(OverlapChecks::CACHED);
+        let snapshots = checks.contains(OverlapChecks::INACTIVE_L2);
         let checks = if default { checks.with(OverlapChecks::INACTIVE_L2) } else { checks };
-        Self { map: RwLock::new(Rank::Metadata, map), checks }
+        Self { map: RwLock::new(Rank::Metadata, map), checks, snapshots }
+    }
+
+    /// True if the caller has chosen to protect L2 tables that the map lacks.
+    pub(crate) fn lacks_chosen(&self) -> bool {
+        self.snapshots && read(&self.map).lacks_snapshots
     }
 
     /// Replaces the map.
@@ -81,6 +89,8 @@ pub(crate) struct MetadataMap {
     /// Clusters with metadata of any kind: answers almost every query with one lookup.
     any: ClusterSet,
     kinds: [ClusterSet; OverlapChecks::COUNT],
+    /// True if a snapshot has no usable L1 table, so that its L2 tables are not in the map.
+    pub(crate) lacks_snapshots: bool,
 }
 
 impl MetadataMap {

@@ -5,7 +5,7 @@ use super::overlap::OverlapChecks;
 use super::run::ClusterRun;
 use crate::error::Result;
 use crate::port::storage::Storage;
-use crate::walk::{Walk, overlay};
+use crate::walk::{SnapshotFault, Walk, overlay};
 use qcow2_format::bitmap::BitmapTableEntry;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::refcount::decode_table_entry;
@@ -119,7 +119,13 @@ impl Noted<'_> {
         if walk.header().nb_snapshots == 0 {
             return Ok(());
         }
-        let Some(table) = walk.snapshots(&mut |_| {})? else { return Ok(()) };
+        let mut unknown = false;
+        let mut fault = |fault: SnapshotFault| {
+            unknown |= matches!(fault, SnapshotFault::L1Misaligned { .. } | SnapshotFault::L1TooLarge { .. });
+        };
+        let table = walk.snapshots(&mut fault)?;
+        self.map.lacks_snapshots = unknown;
+        let Some(table) = table else { return Ok(()) };
         self.add(OverlapChecks::SNAPSHOT_TABLE, walk.header().snapshots_offset, table.len);
         let segments = overlay(&table.l1_tables);
         for segment in &segments {

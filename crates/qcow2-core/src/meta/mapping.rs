@@ -64,12 +64,18 @@ pub(crate) struct L2Place {
 impl L2Place {
     /// Number of entries in the page from this one on.
     pub(crate) fn entries(&self) -> u64 {
-        ((self.page.len() - self.word) / self.words_per_entry) as u64
+        let words = self.page.len() - self.word;
+        // No division: this is asked in every lookup.
+        (if self.words_per_entry == 2 { words / 2 } else { words }) as u64
     }
 
     /// The run at `offset` if the whole page has one entry again and again, which has no host offset. Tables
     /// of zeroes are long, and a damaged L1 table may lead to one of them from each of its entries.
     fn like_the_first(&self, format: &L2Format, offset: GuestOffset, max_len: u64) -> Option<Run> {
+        let inside = format.geometry.in_cluster(offset.value());
+        if max_len <= format.geometry.cluster_size() - inside {
+            return None;
+        }
         let raw = self.page.same_words().filter(|_| self.words_per_entry == 1)?;
         let place = match format.decode(raw, 0) {
             Ok(L2Entry::Standard(entry)) if entry.host.is_none() && entry.zero != 0 => {
@@ -78,8 +84,7 @@ impl L2Place {
             Ok(L2Entry::Standard(entry)) if entry.host.is_none() => Place::Unallocated,
             _ => return None,
         };
-        let geometry = &format.geometry;
-        let len = self.entries() * geometry.cluster_size() - geometry.in_cluster(offset.value());
+        let len = self.entries() * format.geometry.cluster_size() - inside;
         Some(Run { len: len.min(max_len), place })
     }
 
@@ -152,17 +157,25 @@ impl Mapping {
                 invariant::equally_far(&self.format.geometry, offset, host);
                 self.check_place(offset, host)?;
             }
+            Place::Zero { host: Some(host) } => self.check_place(offset, host)?,
             Place::Compressed(_) => self.check_compressed(offset)?,
-            _ => {}
+            Place::Zero { host: None } | Place::Unallocated => {}
         }
         Ok(run)
     }
 
-    /// In an external data file host offset and guest offset must be equal; anything else is damage.
+    /// In an external data file host offset and guest offset must be equal; anything else is damage. Of zeroes
+    /// too: where the offset is wrong, the flag may be.
+    #[inline]
     fn check_place(&self, offset: GuestOffset, host: HostOffset) -> Result<()> {
         if !self.format.external_data || host.value() == offset.value() {
             return Ok(());
         }
+        Err(self.misplaced(offset, host))
+    }
+
+    #[cold]
+    fn misplaced(&self, offset: GuestOffset, host: HostOffset) -> Error {
         let message = format!(
             "l2 entry of guest offset {offset}: host offset {host} in the data file, allowed is {offset}"
         );
@@ -170,7 +183,7 @@ impl Mapping {
         let guest = GuestOffset::new(geometry.align_down(offset.value()));
         let there = HostOffset::new(geometry.align_down(host.value()));
         let error = Error::corrupt(message).in_table(TableKind::L2).at_guest(offset);
-        Err(self.damaged(error, offset, |entry| Damage::DataFileOffset { entry, guest, offset: there }))
+        self.damaged(error, offset, |entry| Damage::DataFileOffset { entry, guest, offset: there })
     }
 
     /// Refuses a compressed entry in an image with an external data file. A write would replace it by a
@@ -187,6 +200,7 @@ impl Mapping {
 
     /// The error for a damaged entry. Marks an image that is open for writing corrupt, so that no change
     /// builds on it. `raw`: the entry's first word. `to_change`: the cluster, if the entry is to change.
+    #[cold]
     fn entry_error(
         &self,
         offset: GuestOffset,

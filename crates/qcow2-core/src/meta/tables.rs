@@ -13,7 +13,7 @@ use super::page::DirtyRun;
 use super::pending::Unlinked;
 use super::run::ClusterRun;
 use crate::damage::Damage;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::invariant;
 use crate::port::storage::ZeroMode;
 use ::alloc::format;
@@ -79,11 +79,13 @@ impl Tables {
     }
 
     /// Refuses a write of guest data that would overwrite metadata: the L2 entry that points there is
-    /// damaged. Marks the image corrupt.
+    /// damaged. Marks the image corrupt. Errors: also `InvalidOption` if tables that the caller has chosen to
+    /// protect are not known.
     pub(crate) fn check_data_place(&self, offset: HostOffset, len: u64) -> Result<()> {
         if self.file.has_data_file() {
             return Ok(());
         }
+        self.check_known()?;
         match self.guard.hit_by_data(ClusterRun::touched(self.file.geometry(), offset, len)) {
             None => Ok(()),
             Some(hit) => Err(self.refused(hit, |cluster, kind| {
@@ -95,6 +97,7 @@ impl Tables {
     /// Refuses a table of `kinds` that would overwrite other metadata, and marks the image corrupt. Called
     /// before anything depends on the table, and again by [`write`](Self::write).
     pub(crate) fn check_place(&self, kinds: OverlapChecks, offset: HostOffset, len: u64) -> Result<()> {
+        self.check_known()?;
         match self.guard.hit_by(kinds, ClusterRun::touched(self.file.geometry(), offset, len)) {
             None => Ok(()),
             Some(hit) => {
@@ -137,8 +140,8 @@ impl Tables {
 
     /// Writes the zeroes of a new table of one cluster at the end of the file, although it would read as
     /// zeroes without that: it then has space in the storage before anything depends on it. So a full disk
-    /// fails the request that needs the table, which can be repeated, and not a flush, which would poison the
-    /// image. It writes instead of reserving, so that the file system places the table next to the data
+    /// fails the request that needs the table, and not a flush, which would have to be repeated until there
+    /// is space. It writes instead of reserving, so that the file system places the table next to the data
     /// around it.
     pub(crate) fn write_empty(&self, kind: OverlapChecks, table: HostOffset) -> Result<()> {
         debug_assert!(self.file.geometry().is_aligned(table.value()), "an empty table at {table}");
@@ -150,14 +153,24 @@ impl Tables {
         Ok(())
     }
 
-    /// Refuses to allocate clusters that hold metadata although their refcount is 0.
-    pub(crate) fn check_unused(&self, run: ClusterRun) -> Result<()> {
-        match self.guard.hit_by(OverlapChecks::NONE, run) {
-            None => Ok(()),
-            Some(hit) => Err(self.refused(hit, |cluster, kind| {
-                format!("host cluster {cluster} holds {kind} but its refcount is 0")
-            })),
+    /// Refuses every write where tables that the caller wants protected cannot be found.
+    fn check_known(&self) -> Result<()> {
+        if !self.guard.lacks_chosen() {
+            return Ok(());
         }
+        let message =
+            "a snapshot's l1 table is damaged: its l2 tables, which are to be protected, are unknown";
+        Err(Error::new(ErrorKind::InvalidOption, message))
+    }
+
+    /// Refuses to allocate clusters that hold metadata although their refcount is 0. `header`: the damage if
+    /// the first of them is the header's, `None` for that of any other.
+    pub(crate) fn check_unused(&self, run: ClusterRun, header: Option<Damage>) -> Result<()> {
+        let Some(hit) = self.guard.hit_by(OverlapChecks::NONE, run) else { return Ok(()) };
+        let (cluster, kind) = (hit.cluster, hit.kinds.text());
+        let error = Error::corrupt(format!("host cluster {cluster} holds {kind} but its refcount is 0"));
+        let damage = header.filter(|_| run.first() == 0).unwrap_or_else(|| self.overlap(hit));
+        Err(self.header.marked(error.with_damage(damage)))
     }
 
     /// Refuses to free clusters that hold other metadata than `run.kinds`. Called before a procedure unlinks
@@ -174,9 +187,13 @@ impl Tables {
 
     /// Marks the image corrupt. `message`: of the cluster and the kind of metadata in it.
     fn refused(&self, hit: Hit, message: impl Fn(u64, &str) -> ::alloc::string::String) -> Error {
-        let offset = HostOffset::new(self.file.geometry().bytes_of(hit.cluster));
         let error = Error::corrupt(message(hit.cluster, hit.kinds.text()));
-        self.header.marked(error.with_damage(Damage::Overlap { offset, kinds: hit.kinds }))
+        self.header.marked(error.with_damage(self.overlap(hit)))
+    }
+
+    fn overlap(&self, hit: Hit) -> Damage {
+        let offset = HostOffset::new(self.file.geometry().bytes_of(hit.cluster));
+        Damage::Overlap { offset, kinds: hit.kinds }
     }
 
     /// True if a cluster of `run` holds other metadata than `run.kinds`.

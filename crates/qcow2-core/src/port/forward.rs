@@ -1,4 +1,4 @@
-//! A macro for storages that wrap another one.
+//! Macros for storages and disks that wrap another one.
 
 #[doc(hidden)]
 pub use alloc::sync::Arc;
@@ -94,6 +94,10 @@ macro_rules! forward_storage {
         $crate::forward_storage!(@ $inner fn extent_at(offset: $crate::HostOffset, len: u64)
             -> Result<$crate::StorageExtent, $crate::StorageError>);
     };
+    (@ $inner:ident status_at) => {
+        $crate::forward_storage!(@ $inner fn status_at(offset: $crate::HostOffset, len: u64)
+            -> Result<Option<$crate::StorageStatus>, $crate::StorageError>);
+    };
     (@ $inner:ident limits) => {
         $crate::forward_storage!(@ $inner fn limits() -> $crate::Limits);
     };
@@ -112,5 +116,88 @@ macro_rules! forward_storage {
     };
     (@ $inner:ident copy_source) => {
         $crate::forward_storage!(@ $inner fn copy_source() -> Option<&dyn ::core::any::Any>);
+    };
+}
+
+/// Implements the named [`GuestDisk`](crate::GuestDisk) methods by calling the same method of a field. For
+/// disks that wrap another one and change some of its calls. As with [`forward_storage`](crate::forward_storage)
+/// the wrapper lists the methods to forward; `backing`, `cluster_size`, `zero_granularity`, `write_parts` and
+/// `as_any` have default bodies, all others must be forwarded or written.
+///
+/// ```
+/// use qcow2_core::{GuestDisk, GuestOffset, Result, forward_guest_disk};
+/// use std::sync::Arc;
+/// use std::sync::atomic::{AtomicU64, Ordering};
+///
+/// /// Counts the bytes that are read.
+/// struct Counted {
+///     inner: Arc<dyn GuestDisk>,
+///     bytes: AtomicU64,
+/// }
+///
+/// impl GuestDisk for Counted {
+///     forward_guest_disk!(inner:
+///         size write_at write_parts write_zeroes discard flush extent_at backing cluster_size
+///         zero_granularity resize
+///     );
+///
+///     fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
+///         self.bytes.fetch_add(buf.len() as u64, Ordering::Relaxed);
+///         self.inner.read_at(offset, buf)
+///     }
+/// }
+/// ```
+#[macro_export]
+macro_rules! forward_guest_disk {
+    ($inner:ident: $($method:ident)*) => { $($crate::forward_guest_disk!(@ $inner $method);)* };
+    (@ $inner:ident fn $name:ident($($arg:ident: $type:ty),*) -> $result:ty) => {
+        fn $name(&self, $($arg: $type),*) -> $result {
+            self.$inner.$name($($arg),*)
+        }
+    };
+    (@ $inner:ident size) => {
+        $crate::forward_guest_disk!(@ $inner fn size() -> u64);
+    };
+    (@ $inner:ident read_at) => {
+        $crate::forward_guest_disk!(@ $inner fn read_at(offset: $crate::GuestOffset, buf: &mut [u8])
+            -> $crate::Result<()>);
+    };
+    (@ $inner:ident write_at) => {
+        $crate::forward_guest_disk!(@ $inner fn write_at(offset: $crate::GuestOffset, buf: &[u8])
+            -> $crate::Result<()>);
+    };
+    (@ $inner:ident write_parts) => {
+        $crate::forward_guest_disk!(@ $inner fn write_parts(parts: &[($crate::GuestOffset, &[u8])])
+            -> $crate::Result<()>);
+    };
+    (@ $inner:ident write_zeroes) => {
+        $crate::forward_guest_disk!(@ $inner fn write_zeroes(range: $crate::GuestRange, mode: $crate::ZeroMode)
+            -> $crate::Result<()>);
+    };
+    (@ $inner:ident discard) => {
+        $crate::forward_guest_disk!(@ $inner fn discard(range: $crate::GuestRange) -> $crate::Result<()>);
+    };
+    (@ $inner:ident flush) => {
+        $crate::forward_guest_disk!(@ $inner fn flush() -> $crate::Result<()>);
+    };
+    (@ $inner:ident extent_at) => {
+        $crate::forward_guest_disk!(@ $inner fn extent_at(range: $crate::GuestRange)
+            -> $crate::Result<$crate::DiskExtent>);
+    };
+    (@ $inner:ident backing) => {
+        $crate::forward_guest_disk!(@ $inner fn backing()
+            -> Option<&$crate::port::forward::Arc<dyn $crate::GuestDisk>>);
+    };
+    (@ $inner:ident cluster_size) => {
+        $crate::forward_guest_disk!(@ $inner fn cluster_size() -> u64);
+    };
+    (@ $inner:ident zero_granularity) => {
+        $crate::forward_guest_disk!(@ $inner fn zero_granularity() -> u64);
+    };
+    (@ $inner:ident as_any) => {
+        $crate::forward_guest_disk!(@ $inner fn as_any() -> Option<&dyn ::core::any::Any>);
+    };
+    (@ $inner:ident resize) => {
+        $crate::forward_guest_disk!(@ $inner fn resize(size: u64) -> $crate::Result<()>);
     };
 }

@@ -94,6 +94,17 @@ pub struct StorageExtent {
     pub data: bool,
 }
 
+/// What a server tells of a run, which may be no sort of its content: marks of a bitmap, or a depth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StorageStatus {
+    /// Bytes in the run, at least 1.
+    pub len: u64,
+    /// True if the run is said to be stored.
+    pub data: bool,
+    /// True if the run is said to read as zeroes.
+    pub zero: bool,
+}
+
 /// Whether a storage can change its length, and what has the length if not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -104,6 +115,8 @@ pub enum Length {
     Device,
     /// A server's export.
     Export,
+    /// A part of another storage, of a given length.
+    Window,
     /// Something else of fixed length.
     Fixed,
 }
@@ -196,6 +209,14 @@ pub trait Storage: Send + Sync {
     fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
         let _ = offset;
         Ok(StorageExtent { len, data: true })
+    }
+
+    /// What is told of the bytes at `offset`, at most `len` of them, to be shown and not to be relied on:
+    /// unlike the runs of [`extent_at`](Self::extent_at) this may be another thing than where data is.
+    /// `None`, the default: nothing more than those.
+    fn status_at(&self, offset: HostOffset, len: u64) -> Result<Option<StorageStatus>, StorageError> {
+        let _ = (offset, len);
+        Ok(None)
     }
 
     /// The properties of this storage.

@@ -8,7 +8,7 @@
 mod disk;
 mod table;
 
-pub use table::read_snapshots;
+pub use table::{read_snapshots, read_snapshots_padded};
 
 use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::image::Image;
@@ -301,7 +301,7 @@ impl Image {
             let message = "an image with an external data file has no snapshots";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        let table = Table::read(self.file.storage(), &self.header())?;
+        let table = Table::read(self.file.storage(), &self.header(), false)?;
         self.check_apart(&table)?;
         self.flusher.settle()?;
         Ok(table)

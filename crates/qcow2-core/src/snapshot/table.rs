@@ -29,11 +29,18 @@ pub(super) struct Table {
 /// Reads the snapshot table that `header` points to, in order. Allocates as entries are parsed, not by the
 /// header's count. Errors: `Corrupt` for an entry that cannot be parsed or a table above 64 MiB, `Storage`.
 pub fn read_snapshots(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
-    Table::read(storage, header).map(|table| table.snapshots)
+    Table::read(storage, header, false).map(|table| table.snapshots)
+}
+
+/// The same with zeroes for the part of the table that lies past the end of the file, as QEMU reads it:
+/// entries without id and name.
+pub fn read_snapshots_padded(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
+    Table::read(storage, header, true).map(|table| table.snapshots)
 }
 
 impl Table {
-    pub(super) fn read(storage: &dyn Storage, header: &Header) -> Result<Self> {
+    /// `padded`: what the file lacks is zeroes.
+    pub(super) fn read(storage: &dyn Storage, header: &Header, padded: bool) -> Result<Self> {
         let mut snapshots = Vec::new();
         let (mut piece, mut used, mut passed) = (Vec::new(), 0, 0u64);
         for index in 0..header.nb_snapshots {
@@ -45,7 +52,7 @@ impl Table {
                 let n = storage.read_at(offset, &mut piece)?;
                 // A file may end right after the last entry, without its padding.
                 piece[n..].fill(0);
-                piece.truncate(n.next_multiple_of(8));
+                piece.truncate(if padded { PIECE } else { n.next_multiple_of(8) });
                 used = 0;
             }
             let parsed = Snapshot::parse(&piece[used..], header.disk_size()).map_err(|e| {

@@ -52,7 +52,7 @@ pub enum SnapshotFault {
     },
 }
 
-/// What is wrong with the bitmap directory. Nothing after this entry was read.
+/// What is wrong with the bitmap directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BitmapFault {
     /// The bitmap's index.
@@ -129,11 +129,13 @@ impl Walk<'_> {
     }
 
     /// Reads the bitmap directory, if its autoclear bit is set, and checks its entries as an open does.
-    /// Returns offset and length of each bitmap's table, and the fault that ended the reading, if any.
+    /// Returns offset and length of each bitmap's table, and the first fault, if any: the one that ended the
+    /// reading, or a table where no file ends.
     /// Errors: `Storage`.
     pub fn bitmaps(&self) -> Result<(Vec<TablePlace>, Option<BitmapFault>)> {
         let mut tables = Vec::new();
         let Some(directory) = self.header.trusted_bitmaps() else { return Ok((tables, None)) };
+        let mut misplaced = None;
         let mut records = Records::new(self, directory.directory_offset, Some(directory.directory_size));
         for index in 0..directory.count {
             if records.consumed == directory.directory_size {
@@ -147,8 +149,15 @@ impl Walk<'_> {
                 Ok(bitmap)
             });
             match judged {
-                Ok(bitmap) => tables
-                    .push(TablePlace { offset: bitmap.table_offset, entries: bitmap.table_entries.into() }),
+                Ok(bitmap) => {
+                    tables.push(TablePlace {
+                        offset: bitmap.table_offset,
+                        entries: bitmap.table_entries.into(),
+                    });
+                    // The entries after it can be read all the same.
+                    let place = bitmap.validate_table_place();
+                    misplaced = misplaced.or(place.err().map(|error| BitmapFault { index, error }));
+                }
                 Err(error) => return Ok((tables, Some(BitmapFault { index, error }))),
             }
         }
@@ -156,7 +165,7 @@ impl Walk<'_> {
             index: directory.count,
             error: Bitmap::wrong_count(directory.count.saturating_add(1), directory.count),
         });
-        Ok((tables, fault))
+        Ok((tables, misplaced.or(fault)))
     }
 }
 

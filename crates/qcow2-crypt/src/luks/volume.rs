@@ -33,8 +33,9 @@ impl Volume {
     /// and for an unknown cipher or hash; `Storage`.
     pub fn read(storage: &dyn Storage, at: HostOffset) -> Result<Self, CryptError> {
         let mut bytes = [0; LUKS_HEADER_LEN];
-        let len = storage.read_at(at, &mut bytes)?;
-        Self::parse(&bytes[..len])
+        // A file that is too short for a header has none; what is missing reads as zeroes.
+        storage.read_padded(at, &mut bytes)?;
+        Self::parse(&bytes)
     }
 
     /// Like [`read`](Self::read), from the header's bytes.

@@ -16,7 +16,7 @@ use crate::request::OpenRequest;
 use crate::source::Source;
 use crate::target::Target;
 use qcow2_blockdev::Driver;
-use qcow2_core::ImageFormat;
+use qcow2_core::{ImageFormat, Preallocation};
 use qcow2_io::OsError;
 use std::time::Duration;
 
@@ -144,11 +144,7 @@ impl<'a> Exerciser<'a> {
             Command::Alloc(range) => self.alloc(range),
             Command::Map => self.map(),
             Command::Truncate { size, preallocation } => self.truncate(size, preallocation.as_deref()),
-            Command::Length => {
-                let len = self.target()?.len();
-                self.out(&format!("{}\n", size(len)));
-                Ok(())
-            }
+            Command::Length => self.length(),
             Command::Info => self.info(),
             Command::Sleep { milliseconds } => {
                 std::thread::sleep(Duration::from_millis(milliseconds));
@@ -244,8 +240,20 @@ impl<'a> Exerciser<'a> {
         }
     }
 
+    fn length(&self) -> Result<(), Failed> {
+        let target = self.target()?;
+        if let Err(reason) = target.check_there() {
+            self.out(&format!("getlength: {}\n", self.reason(&reason)));
+            return Err(Failed);
+        }
+        self.out(&format!("{}\n", size(target.len())));
+        Ok(())
+    }
+
     fn flush(&self) -> Result<(), Failed> {
-        let flushed = self.target()?.disk.flush();
+        let target = self.target()?;
+        // Of a disk that is gone nothing is left to flush.
+        let flushed = if target.check_there().is_err() { Ok(()) } else { target.disk.flush() };
         flushed
             .map_err(|error| self.complain(&format!("flush failed: {}", self.reason(&Reason::from(error)))))
     }
@@ -266,21 +274,37 @@ impl<'a> Exerciser<'a> {
 
     fn map(&self) -> Result<(), Failed> {
         let mut show = |range: Range, allocated| self.out(&map_line(range.offset, range.len, allocated));
-        self.target()?.map(&mut show).map_err(|reason| {
+        let target = self.target()?;
+        if let Err(reason) = target.check_there() {
+            return Err(
+                self.complain_named(&format!("Failed to query image length: {}", self.reason(&reason)))
+            );
+        }
+        target.map(&mut show).map_err(|reason| {
             self.complain_named(&format!("Failed to query allocation status: {}", self.reason(&reason)))
         })
     }
 
     fn truncate(&self, size: u64, preallocation: Option<&str>) -> Result<(), Failed> {
         let target = self.target()?;
+        if target.check_there().is_err() {
+            return Err(self.complain_named("No medium inserted"));
+        }
         target.refuse_resize(size, preallocation).map_err(|text| self.complain_named(text))?;
-        target
-            .resize(size, preallocation)
-            .map_err(|reason| self.complain_named(&format!("Could not resize: {}", self.reason(&reason))))
+        let mode = preallocation.and_then(Preallocation::from_name).unwrap_or_default();
+        target.resize(size, mode).map_err(|error| {
+            let lines = self.ports.words.not_resized(&error, mode, &*target.disk);
+            if let Some((first, rest)) = lines.split_first() {
+                self.ports.console.complain_named(first);
+                rest.iter().for_each(|line| self.ports.console.complain(line));
+            }
+            Failed
+        })
     }
 
     fn info(&self) -> Result<(), Failed> {
         let target = self.target()?;
+        target.check_there().map_err(|_| Failed)?;
         let image = target.disk.as_image();
         let details = match image.map(|image| qcow2_ops::info(&**image.storage(), &ImageFormat::Qcow2)) {
             Some(Ok(report)) => report.qcow2.as_ref().map(|info| self.ports.words.details(info)),

@@ -22,13 +22,15 @@ impl Exerciser<'_> {
         }
         match self.ports.opener.open(&request) {
             Ok(disk) => {
-                for line in &disk.warnings {
+                // Opened again, it has told them.
+                for line in disk.warnings.iter().filter(|_| !reopened) {
                     self.ports.console.complain(line);
                 }
                 let target = Target {
                     disk: Arc::clone(&disk.disk),
                     durable_writes: disk.durable_writes,
                     discards: disk.discards,
+                    goes_when_corrupt: disk.writable && self.ports.words.corrupt_images_go(),
                 };
                 self.open = Some(Open { disk, target, request });
                 Ok(())
@@ -70,8 +72,10 @@ impl Exerciser<'_> {
         if error.kind() == ErrorKind::Poisoned {
             return;
         }
+        // Nothing was changed but refcounts, where no write is allowed.
+        let l2 = (error.kind() != ErrorKind::InvalidOption).then_some("L2 table");
         let reason = self.reason(&Reason::from(error));
-        for cache in ["L2 table", "refcount block"] {
+        for cache in l2.into_iter().chain(["refcount block"]) {
             self.complain_named(&format!("Failed to flush the {cache} cache: {reason}"));
         }
     }

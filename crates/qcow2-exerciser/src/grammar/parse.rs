@@ -278,7 +278,10 @@ fn truncate(arguments: &Arguments<'_>) -> Parsed {
     }
     let size = arguments.operands.first().copied().ok_or(Complaint::Usage(None))?;
     let preallocation = arguments.last('m').filter(|mode| *mode != "off").map(str::to_owned);
-    Ok(Command::Truncate { size: number(size)?, preallocation })
+    // The complaint names the first argument, which options are moved to.
+    let first = if arguments.options.is_empty() { size } else { "-m" };
+    let size = number(size).map_err(|text| text.replace(&format!("-- {size}"), &format!("-- {first}")))?;
+    Ok(Command::Truncate { size, preallocation })
 }
 
 const PREALLOCATION_MODES: [&str; 4] = ["off", "metadata", "falloc", "full"];

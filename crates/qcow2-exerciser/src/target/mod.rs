@@ -5,10 +5,9 @@ mod vmstate;
 mod write;
 
 use crate::grammar::{Range, Style};
-use crate::reason::{IO_ERROR, NOT_SUPPORTED, Reason};
+use crate::reason::{IO_ERROR, NO_MEDIUM, NOT_SUPPORTED, Reason};
 use crate::report::Finished;
 use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Preallocation};
-use qcow2_ops::{NewSize, ResizeOptions};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +20,8 @@ pub(crate) struct Target {
     pub(crate) durable_writes: bool,
     /// True if discards reach the disk.
     pub(crate) discards: bool,
+    /// True if an image that is marked as corrupt is gone.
+    pub(crate) goes_when_corrupt: bool,
 }
 
 /// Bytes per call for requests that may be split.
@@ -31,6 +32,15 @@ impl Target {
     pub(crate) fn len(&self) -> u64 {
         let size = self.disk.size();
         size.checked_next_multiple_of(512).unwrap_or(size)
+    }
+
+    /// Errors: `NO_MEDIUM` if the image has been marked as corrupt and is gone with that.
+    pub(crate) fn check_there(&self) -> Result<(), Reason> {
+        let corrupt = |image: &Image| image.header().is_corrupt();
+        match self.goes_when_corrupt && self.disk.as_image().is_some_and(corrupt) {
+            true => Err(Reason::System(NO_MEDIUM)),
+            false => Ok(()),
+        }
     }
 
     /// Number of bytes of the range that are allocated in the top layer, and number of bytes of the range
@@ -69,6 +79,7 @@ impl Target {
     /// Length of the run at the start of `range`, and true if the top layer has it allocated. The padding
     /// after the end of the disk, up to a whole sector, counts as allocated.
     fn run_at(&self, range: Range) -> Result<(u64, bool), Reason> {
+        self.check_there()?;
         let there = self.disk.size().saturating_sub(range.offset).min(range.len);
         if there == 0 {
             return Ok((range.len, true));
@@ -90,20 +101,9 @@ impl Target {
         }
     }
 
-    /// Resizes the disk. Added space is preallocated according to `preallocation`.
-    pub(crate) fn resize(&self, size: u64, preallocation: Option<&str>) -> Result<(), Reason> {
-        let mode = match preallocation {
-            Some("metadata") => Preallocation::Metadata,
-            Some("falloc") => Preallocation::Falloc,
-            Some(_) => Preallocation::Full,
-            None => Preallocation::Off,
-        };
-        if mode == Preallocation::Off || size <= self.disk.size() {
-            return Ok(self.disk.resize(size)?);
-        }
-        let mut options = ResizeOptions::new(NewSize::Exactly(size));
-        options.preallocation = mode;
-        Ok(qcow2_ops::resize(&*self.disk, &options, &qcow2_ops::Silent)?)
+    /// Resizes the disk. Added space is preallocated according to `mode`.
+    pub(crate) fn resize(&self, size: u64, mode: Preallocation) -> Result<(), qcow2_ops::Error> {
+        qcow2_ops::resize::resize_to(&*self.disk, size, mode, &qcow2_ops::Silent)
     }
 
     /// The disk as an image. Errors: `NOT_SUPPORTED` for a raw disk.
@@ -111,8 +111,10 @@ impl Target {
         self.disk.as_image().ok_or(Reason::System(NOT_SUPPORTED))
     }
 
-    /// Checks that a request ends inside the disk. Errors: `IO_ERROR`, as a device returns.
+    /// Checks that the disk is there and that a request ends inside it. Errors: `NO_MEDIUM`; `IO_ERROR`, as a
+    /// device returns.
     fn check_range(&self, offset: u64, len: u64) -> Result<(), Reason> {
+        self.check_there()?;
         match offset.checked_add(len) {
             Some(end) if end <= self.len() => Ok(()),
             _ => Err(Reason::System(IO_ERROR)),

@@ -9,11 +9,13 @@ use qcow2_core::{Error, ErrorKind};
 impl Target {
     /// Reads the VM state from its byte `offset` on.
     pub(super) fn read_vm_state(&self, offset: u64, buf: &mut [u8]) -> Result<(), Reason> {
+        self.check_there()?;
         self.image()?.read_vm_state(offset, buf).map_err(state_reason)
     }
 
     /// Writes the range of the VM state.
     pub(super) fn write_vm_state(&self, range: Range, source: &mut Source) -> Result<(), Reason> {
+        self.check_there()?;
         let image = self.image()?;
         let mut done = 0;
         while done < range.len {

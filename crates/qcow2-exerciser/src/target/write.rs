@@ -84,6 +84,9 @@ impl Target {
     fn write_compressed(&self, range: Range, source: &mut Source) -> Result<(), Reason> {
         self.check_range(range.offset, range.len)?;
         let image = self.image()?;
+        if image.header().has_data_file() {
+            return Err(Reason::System(NOT_SUPPORTED));
+        }
         let cluster_size = image.cluster_size();
         let end = range.offset + range.len;
         if !range.offset.is_multiple_of(cluster_size)

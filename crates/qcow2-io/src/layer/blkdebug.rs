@@ -151,7 +151,7 @@ impl BlkdebugStorage {
 }
 
 impl Storage for BlkdebugStorage {
-    forward_storage!(inner: len limits);
+    forward_storage!(inner: len status_at limits);
 
     fn allocate(&self, offset: HostOffset, len: u64) -> Result<(), StorageError> {
         self.changed.store(true, Ordering::SeqCst);

@@ -97,7 +97,7 @@ impl NoFlush {
 
 impl Storage for NoFlush {
     forward_storage!(inner:
-        len read_at write_at write_vectored_at write_zeroes discard allocate set_len extent_at limits
+        len read_at write_at write_vectored_at write_zeroes discard allocate set_len extent_at status_at limits
         used_bytes events copy_from copy_source
     );
 
@@ -123,7 +123,7 @@ impl FlushEachWrite {
 }
 
 impl Storage for FlushEachWrite {
-    forward_storage!(inner: len read_at discard flush extent_at limits used_bytes events copy_source);
+    forward_storage!(inner: len read_at discard flush extent_at status_at limits used_bytes events copy_source);
 
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
         self.durable(self.inner.write_at(offset, buf))

@@ -1,8 +1,8 @@
 //! A disk that compresses what is written to it.
 
 use qcow2_core::{
-    DiskExtent, ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Result, StorageError,
-    StorageErrorKind, ZeroMode,
+    ErrorKind, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Result, StorageError,
+    StorageErrorKind, ZeroMode, forward_guest_disk,
 };
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -65,13 +65,9 @@ fn write_cluster(image: &Image, start: u64, bytes: &[u8]) -> Result<()> {
 }
 
 impl GuestDisk for CompressWrites {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
-
-    fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
-        self.inner.read_at(offset, buf)
-    }
+    forward_guest_disk!(inner:
+        size read_at discard flush extent_at backing cluster_size zero_granularity resize
+    );
 
     fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
         let end = offset.checked_add(buf.len() as u64);
@@ -95,34 +91,6 @@ impl GuestDisk for CompressWrites {
             self.inner.write_zeroes(middle, mode)?;
         }
         self.write_at(GuestOffset::new(last), &vec![0; (end - last) as usize])
-    }
-
-    fn discard(&self, range: GuestRange) -> Result<()> {
-        self.inner.discard(range)
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.inner.flush()
-    }
-
-    fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
-        self.inner.extent_at(range)
-    }
-
-    fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
-        self.inner.backing()
-    }
-
-    fn cluster_size(&self) -> u64 {
-        self.inner.cluster_size()
-    }
-
-    fn zero_granularity(&self) -> u64 {
-        self.inner.zero_granularity()
-    }
-
-    fn resize(&self, size: u64) -> Result<()> {
-        self.inner.resize(size)
     }
 }
 

@@ -1,6 +1,8 @@
 //! A disk that keeps what it reads from below.
 
-use qcow2_core::{DiskExtent, ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Result, ZeroMode};
+use qcow2_core::{
+    ExtentState, GuestDisk, GuestOffset, GuestRange, Image, Result, ZeroMode, forward_guest_disk,
+};
 use std::any::Any;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -57,9 +59,7 @@ impl CopyOnRead {
 }
 
 impl GuestDisk for CopyOnRead {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
+    forward_guest_disk!(inner: size flush extent_at backing cluster_size zero_granularity);
 
     fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
         self.inner.read_at(offset, buf)?;
@@ -76,26 +76,6 @@ impl GuestDisk for CopyOnRead {
 
     fn discard(&self, range: GuestRange) -> Result<()> {
         self.change(|disk| disk.discard(range))
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.inner.flush()
-    }
-
-    fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
-        self.inner.extent_at(range)
-    }
-
-    fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
-        self.inner.backing()
-    }
-
-    fn cluster_size(&self) -> u64 {
-        self.inner.cluster_size()
-    }
-
-    fn zero_granularity(&self) -> u64 {
-        self.inner.zero_granularity()
     }
 
     fn as_any(&self) -> Option<&dyn Any> {

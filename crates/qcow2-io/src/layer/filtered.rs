@@ -1,6 +1,6 @@
 //! A disk behind a filter.
 
-use qcow2_core::{DiskExtent, GuestDisk, GuestOffset, GuestRange, Result, ZeroMode};
+use qcow2_core::{GuestDisk, forward_guest_disk};
 use std::sync::Arc;
 
 /// Wraps a disk: its content and its layers are seen, and what kind of disk it is not, so that nobody works
@@ -17,53 +17,10 @@ impl FilteredDisk {
 }
 
 impl GuestDisk for FilteredDisk {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
-
-    fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
-        self.inner.read_at(offset, buf)
-    }
-
-    fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
-        self.inner.write_at(offset, buf)
-    }
-
-    fn write_parts(&self, parts: &[(GuestOffset, &[u8])]) -> Result<()> {
-        self.inner.write_parts(parts)
-    }
-
-    fn write_zeroes(&self, range: GuestRange, mode: ZeroMode) -> Result<()> {
-        self.inner.write_zeroes(range, mode)
-    }
-
-    fn discard(&self, range: GuestRange) -> Result<()> {
-        self.inner.discard(range)
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.inner.flush()
-    }
-
-    fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
-        self.inner.extent_at(range)
-    }
-
-    fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
-        self.inner.backing()
-    }
-
-    fn cluster_size(&self) -> u64 {
-        self.inner.cluster_size()
-    }
-
-    fn zero_granularity(&self) -> u64 {
-        self.inner.zero_granularity()
-    }
-
-    fn resize(&self, size: u64) -> Result<()> {
-        self.inner.resize(size)
-    }
+    forward_guest_disk!(inner:
+        size read_at write_at write_parts write_zeroes discard flush extent_at backing cluster_size
+        zero_granularity resize
+    );
 }
 
 impl Drop for FilteredDisk {

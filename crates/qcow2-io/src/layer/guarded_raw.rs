@@ -3,7 +3,7 @@
 
 use crate::{MemoryStorage, probe_format};
 use qcow2_core::{
-    DiskExtent, Error, ErrorKind, GuestDisk, GuestOffset, GuestRange, ImageFormat, Result, ZeroMode,
+    Error, ErrorKind, GuestDisk, GuestOffset, GuestRange, ImageFormat, Result, ZeroMode, forward_guest_disk,
 };
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -62,13 +62,7 @@ fn zeroes(range: GuestRange) -> &'static [u8] {
 }
 
 impl GuestDisk for GuardedRaw {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
-
-    fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
-        self.inner.read_at(offset, buf)
-    }
+    forward_guest_disk!(inner: size read_at flush extent_at resize);
 
     fn write_at(&self, offset: GuestOffset, buf: &[u8]) -> Result<()> {
         self.guarded(offset.value(), buf, || self.inner.write_at(offset, buf))
@@ -80,18 +74,6 @@ impl GuestDisk for GuardedRaw {
 
     fn discard(&self, range: GuestRange) -> Result<()> {
         self.guarded(range.start().value(), zeroes(range), || self.inner.discard(range))
-    }
-
-    fn flush(&self) -> Result<()> {
-        self.inner.flush()
-    }
-
-    fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
-        self.inner.extent_at(range)
-    }
-
-    fn resize(&self, size: u64) -> Result<()> {
-        self.inner.resize(size)
     }
 }
 

@@ -21,7 +21,7 @@ impl RawEvents {
 }
 
 impl Storage for RawEvents {
-    forward_storage!(inner: len write_zeroes discard allocate set_len flush extent_at limits used_bytes);
+    forward_storage!(inner: len write_zeroes discard allocate set_len flush extent_at status_at limits used_bytes);
 
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
         self.events.event(Event::ReadAio);

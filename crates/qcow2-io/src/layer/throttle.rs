@@ -35,7 +35,7 @@ impl ThrottleStorage {
 
 impl Storage for ThrottleStorage {
     forward_storage!(inner:
-        len read_at write_zeroes discard allocate set_len flush extent_at limits used_bytes
+        len read_at write_zeroes discard allocate set_len flush extent_at status_at limits used_bytes
     );
 
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {

@@ -144,7 +144,7 @@ impl TraceStorage {
 }
 
 impl Storage for TraceStorage {
-    forward_storage!(inner: len extent_at limits used_bytes);
+    forward_storage!(inner: len extent_at status_at limits used_bytes);
 
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> Result<usize, StorageError> {
         self.note(StorageCall::Read, offset, buf.len() as u64);

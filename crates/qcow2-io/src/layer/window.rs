@@ -2,8 +2,8 @@
 
 use crate::error::Call;
 use qcow2_core::{
-    Events, HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
-    forward_storage,
+    Events, HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent,
+    StorageStatus, ZeroMode, forward_storage,
 };
 use std::sync::Arc;
 
@@ -97,7 +97,7 @@ impl Storage for WindowStorage {
         match self.len {
             Some(own) if own == len => Ok(()),
             Some(own) => Err(StorageError::new(
-                StorageErrorKind::FixedLength(Length::Fixed),
+                StorageErrorKind::FixedLength(Length::Window),
                 format!("resize to {len} bytes: the window has {own} and cannot change"),
             )),
             None => self.inner.set_len(self.place(call)?.value() + len),
@@ -112,10 +112,18 @@ impl Storage for WindowStorage {
         }
     }
 
+    fn status_at(&self, offset: HostOffset, len: u64) -> Result<Option<StorageStatus>, StorageError> {
+        let place = self.place(Call::new("map", offset, len))?;
+        match self.inner.len()?.saturating_sub(place.value()) {
+            0 => Ok(None),
+            rest => self.inner.status_at(place, len.min(rest)),
+        }
+    }
+
     fn limits(&self) -> Limits {
         let mut limits = self.inner.limits();
         if self.len.is_some() {
-            limits.length = Length::Fixed;
+            limits.length = Length::Window;
         }
         // What is aligned here need not be aligned there.
         if !self.start.is_multiple_of(u64::from(limits.alignment.max(1))) {
@@ -172,7 +180,7 @@ mod tests {
             window.write_at(HostOffset::new(19), &[1, 2]).unwrap_err().kind(),
             StorageErrorKind::OutOfRange
         );
-        assert_eq!(window.set_len(19).unwrap_err().kind(), StorageErrorKind::FixedLength(Length::Fixed));
+        assert_eq!(window.set_len(19).unwrap_err().kind(), StorageErrorKind::FixedLength(Length::Window));
         assert!(WindowStorage::new(inner.clone(), 90, Some(423)).is_err());
         assert!(WindowStorage::new(inner, 513, None).is_err());
     }

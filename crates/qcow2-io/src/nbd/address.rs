@@ -43,11 +43,12 @@ pub struct NbdError {
     code: Option<i32>,
     /// The connection failed, not the export: another attempt may succeed.
     temporary: bool,
+    needs_tls: bool,
 }
 
 impl NbdError {
     pub(super) fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), server: None, code: None, temporary: false }
+        Self { message: message.into(), server: None, code: None, temporary: false, needs_tls: false }
     }
 
     pub(super) fn with_code(mut self, code: i32) -> Self {
@@ -66,6 +67,11 @@ impl NbdError {
     /// The message the server sent with its refusal, if any.
     pub fn server_message(&self) -> Option<&str> {
         self.server.as_deref()
+    }
+
+    /// True if the server refuses connections that are not encrypted.
+    pub fn needs_tls(&self) -> bool {
+        self.needs_tls
     }
 
     /// The operating system's error number, if there was one.
@@ -122,7 +128,7 @@ fn refusal(option: OptionCode, kind: ReplyKind, text: &str) -> NbdError {
         _ => format!("Unsupported reply to {option}"),
     };
     let server = Some(text.to_owned()).filter(|text| !text.is_empty());
-    NbdError { server, ..NbdError::new(message) }
+    NbdError { server, needs_tls: kind == ReplyKind::TLS_REQUIRED, ..NbdError::new(message) }
 }
 
 impl fmt::Display for NbdError {

@@ -2,9 +2,10 @@
 
 use super::NbdError;
 use super::address::NbdAddress;
-use super::stream::{Sending, Stream};
-use qcow2_nbd::blocking::{Connection, Failure, Job, negotiate};
-use qcow2_nbd::client::{Export, Negotiation, Step};
+use super::halves::{Halves, NbdTls, Outgoing, Receiving};
+use super::stream::Stream;
+use qcow2_nbd::blocking::{Connection, Failure, Job, resume};
+use qcow2_nbd::client::{Export, Handshake, Negotiation, Step};
 use qcow2_nbd::proto::{ErrorCode, transmission_flag};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,9 +26,11 @@ pub struct NbdOptions {
     pub open_timeout: Duration,
     /// How long requests wait for another connection after one is lost; with zero all later requests fail.
     pub reconnect_delay: Duration,
-    /// A meta context that is chosen in place of `base:allocation`. The server must have it. All bytes count
-    /// as data then, because what such a context tells is not where zeroes are.
+    /// A meta context that is chosen in place of `base:allocation`. The server must have it. What it tells is shown
+    /// by `status_at`; all bytes count as data, because it is not where zeroes are.
     pub context: Option<String>,
+    /// Encrypts the connection; a server without TLS is refused.
+    pub tls: Option<NbdTls>,
 }
 
 impl Default for NbdOptions {
@@ -39,6 +42,7 @@ impl Default for NbdOptions {
             open_timeout: Duration::ZERO,
             reconnect_delay: Duration::ZERO,
             context: None,
+            tls: None,
         }
     }
 }
@@ -71,13 +75,16 @@ enum Line {
 }
 
 struct Open {
-    connection: Connection<Stream, Sending>,
+    connection: Connection<Receiving, Outgoing>,
     export: Export,
 }
 
 impl Link {
     /// Connects to `address`, and tries it again for the time that `options` give it.
-    pub(super) fn connect(address: &NbdAddress, options: NbdOptions) -> Result<Self, NbdError> {
+    pub(super) fn connect(address: &NbdAddress, mut options: NbdOptions) -> Result<Self, NbdError> {
+        if let (Some(tls), NbdAddress::Tcp { host, .. }) = (&mut options.tls, address) {
+            tls.hostname.get_or_insert_with(|| host.clone());
+        }
         let started = Instant::now();
         let (open, turn) = loop {
             match address.connect(options.timeout).and_then(|stream| open(stream, &options)) {
@@ -110,11 +117,13 @@ impl Link {
         self.export.context(ALLOCATION).is_some()
     }
 
-    /// The id of the meta context for that, on the connection that there is now.
+    /// The id of the meta context that was chosen, on the connection that there is now.
     pub(super) fn status_context(&self) -> Option<u32> {
+        let context = self.options.context();
         match &*self.line() {
-            Line::Open(open) => open.export.context(ALLOCATION),
-            _ => None,
+            Line::Open(open) => open.export.context(context),
+            // Another connection comes with the next request.
+            _ => self.export.context(context),
         }
     }
 
@@ -188,14 +197,13 @@ impl Link {
         let Some(address) = &self.address else { return Err(NbdError::new("no address")) };
         let limit = self.options.timeout.map_or(limit, |timeout| timeout.min(limit));
         let quick = NbdOptions { timeout: Some(limit), ..self.options.clone() };
-        let mut stream = address.connect(quick.timeout)?;
-        let export = agree(&mut stream, &quick)?;
+        let (mut halves, export) = agree(address.connect(quick.timeout)?, &quick)?;
         let (old, new) = (&self.export, &export);
         if (new.size, new.flags, new.block_sizes) != (old.size, old.flags, old.block_sizes) {
             return Err(NbdError::new("the server has another export than before"));
         }
-        stream.set_timeout(self.options.timeout);
-        Ok(ready(stream, export, self.options.timeout)?.0)
+        halves.set_timeout(self.options.timeout);
+        Ok(ready(halves, export, self.options.timeout).0)
     }
 }
 
@@ -207,19 +215,41 @@ impl Drop for Link {
     }
 }
 
-fn open(mut stream: Stream, options: &NbdOptions) -> Result<(Open, Option<Mutex<()>>), NbdError> {
-    let export = agree(&mut stream, options)?;
-    ready(stream, export, options.timeout)
+fn open(stream: Stream, options: &NbdOptions) -> Result<(Open, Option<Mutex<()>>), NbdError> {
+    let (halves, export) = agree(stream, options)?;
+    Ok(ready(halves, export, options.timeout))
 }
 
 /// Runs the handshake.
-fn agree(stream: &mut Stream, options: &NbdOptions) -> Result<Export, NbdError> {
+fn agree(mut stream: Stream, options: &NbdOptions) -> Result<(Halves, Export), NbdError> {
     let mut wanted = Negotiation::with_export(&options.export);
     wanted.contexts = vec![options.context().to_owned()];
+    wanted.tls = options.tls.is_some();
+    let mut handshake = Handshake::new(wanted);
     stream.begin();
-    let Step::Ready(export) = negotiate(stream, wanted)? else {
-        return Err(NbdError::new("the handshake ended without an export"));
+    let first = handshake.start();
+    let mut step = resume(&mut stream, &mut handshake, first, Vec::new())?;
+    let halves = match (&step, &options.tls) {
+        (Step::StartTls, Some(tls)) => {
+            let mut halves = Halves::encrypted(stream, tls)?;
+            let mut sent = Vec::new();
+            let next = handshake.secured(&mut sent);
+            step = resume(&mut halves, &mut handshake, next, sent)?;
+            halves
+        }
+        _ => Halves::plain(stream)?,
     };
+    match step {
+        Step::Ready(export) => {
+            check(&export, options)?;
+            Ok((halves, export))
+        }
+        _ => Err(NbdError::new("the handshake ended without an export")),
+    }
+}
+
+/// Refuses an export that cannot be used as `options` want.
+fn check(export: &Export, options: &NbdOptions) -> Result<(), NbdError> {
     if export.size > i64::MAX as u64 {
         return Err(NbdError::new("NBD server's disk is larger than 2^63 - 1 bytes"));
     }
@@ -238,23 +268,19 @@ fn agree(stream: &mut Stream, options: &NbdOptions) -> Result<Export, NbdError> 
     {
         return Err(NbdError::new("Could not open image: Invalid argument").with_code(INVALID));
     }
-    Ok(export)
+    Ok(())
 }
 
 /// The transmission phase begins.
-fn ready(
-    stream: Stream,
-    export: Export,
-    patience: Option<Duration>,
-) -> Result<(Open, Option<Mutex<()>>), NbdError> {
-    let (incoming, outgoing, at_once) = stream.split()?;
+fn ready(halves: Halves, export: Export, patience: Option<Duration>) -> (Open, Option<Mutex<()>>) {
+    let Halves { incoming, outgoing, at_once } = halves;
     let connection = Connection::new(incoming, outgoing, export.mode).with_patience(patience);
     let (connection, turn) = match at_once {
         true => (connection, None),
         // While one half waits for bytes nothing can be sent.
         false => (connection.with_window(1), Some(Mutex::new(()))),
     };
-    Ok((Open { connection, export }, turn))
+    (Open { connection, export }, turn)
 }
 
 /// Converts a protocol error number to Linux's; those that are not known are errors of the request.

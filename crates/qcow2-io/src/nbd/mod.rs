@@ -2,21 +2,27 @@
 //!
 //! Any number of threads have requests in flight on one connection; a long range is several requests at once.
 //! If the server has limits of a request's size, ranges are split, and aligned by reading what is beside
-//! them. If it supports the meta context `base:allocation`, block status is read from it. TLS is not
-//! supported.
+//! them. If it supports the meta context `base:allocation`, block status is read from it. With the feature
+//! `tls` connections may be encrypted.
 
 mod address;
+mod halves;
 mod link;
 mod range;
 mod stream;
 
 pub use address::{NbdAddress, NbdError};
+pub use halves::NbdTls;
 pub use link::NbdOptions;
+pub use qcow2_nbd::tls::{
+    Credentials as TlsCredentials, CredentialsError as TlsCredentialsError, Identity as TlsIdentity,
+};
 
 use crate::error::Call;
 use link::Link;
 use qcow2_core::{
-    HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode,
+    HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, StorageStatus,
+    ZeroMode,
 };
 use qcow2_nbd::blocking::{Job, Transfer};
 use qcow2_nbd::proto::{Command, Extent, Mode, command_flag, state, transmission_flag};
@@ -316,6 +322,22 @@ impl Storage for NbdStorage {
             joined = joined.saturating_add(more);
         }
         Ok(StorageExtent { len: joined.min(len), data })
+    }
+
+    fn status_at(&self, offset: HostOffset, len: u64) -> Result<Option<StorageStatus>, StorageError> {
+        let inside = self.size().saturating_sub(offset.value()).min(len);
+        if self.link.status_context().is_none() || inside == 0 {
+            return Ok(None);
+        }
+        let call = Call::new("map", offset, len);
+        let extents = self.status(offset.value(), inside).map_err(|error| call.failed(error))?;
+        // As in QEMU the bits mean the same in every context.
+        let bits = |extent: &Extent| extent.flags & (state::HOLE | state::ZERO);
+        let Some(first) = extents.first().map(bits) else { return Ok(None) };
+        let same = extents.iter().take_while(|extent| bits(extent) == first);
+        let joined = same.fold(0u64, |joined, extent| joined.saturating_add(extent.len));
+        let (data, zero) = (first & state::HOLE == 0, first & state::ZERO != 0);
+        Ok(Some(StorageStatus { len: joined.min(inside), data, zero }))
     }
 
     fn limits(&self) -> Limits {

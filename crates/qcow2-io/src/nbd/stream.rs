@@ -184,6 +184,13 @@ pub(super) struct Sending {
     is_idle: bool,
 }
 
+impl Sending {
+    /// Sets another time for each request.
+    pub(super) fn set_timeout(&mut self, timeout: Option<Duration>) {
+        self.stream.set_timeout(timeout);
+    }
+}
+
 impl Write for Sending {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         if std::mem::take(&mut self.is_idle) {

@@ -9,6 +9,7 @@
 //! thread that sends can hold up the replies which a server must get rid of before it reads on.
 
 mod connection;
+pub mod server;
 
 pub use connection::{Connection, Failure, Incoming, Job, Plain, Transfer};
 

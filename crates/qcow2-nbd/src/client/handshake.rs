@@ -443,10 +443,10 @@ impl Handshake {
         out: &mut Vec<u8>,
     ) -> Result<Step, HandshakeError> {
         match option {
-            // What these would add can be done without, unless the server says that it is ending, or that it
-            // takes nothing before TLS.
+            // What these would add can be done without, unless the server says that it is ending. One that
+            // takes nothing before TLS refuses the export as well.
             OptionCode::EXTENDED_HEADERS | OptionCode::STRUCTURED_REPLY | OptionCode::SET_META_CONTEXT
-                if !matches!(kind, ReplyKind::SHUTDOWN | ReplyKind::TLS_REQUIRED) =>
+                if kind != ReplyKind::SHUTDOWN =>
             {
                 Ok(self.after(option, out))
             }

@@ -63,10 +63,6 @@ pub enum BitmapFault {
 /// sparse file they cost nothing.
 pub const MAX_BITMAP_TABLES: u64 = 64 << 20;
 
-/// The end of the longest file that QEMU reads: the largest multiple of 1 GiB that the system has as an
-/// offset.
-const MAX_FILE_END: u64 = i64::MAX as u64 & !((1 << 30) - 1);
-
 /// Bytes of a table that are read at once.
 const PIECE: u64 = 64 << 10;
 
@@ -178,13 +174,10 @@ impl Judge<'_> {
         }
         let (start, len) = (bitmap.table_offset.value(), u64::from(bitmap.table_entries) * 8);
         let about = |fault, what: &str| (fault, format!("bitmap '{}': {what}", bitmap.name_text()));
-        let end = match start.checked_add(len) {
-            Some(end) if end <= MAX_FILE_END => end,
-            _ => {
-                let text = format!("table at {start:#x}: no file is that long");
-                return Ok(Some(about(BitmapFault::TableOffset, &text)));
-            }
-        };
+        if let Err(error) = bitmap.validate_table_place() {
+            return Ok(Some((BitmapFault::TableOffset, error.to_string())));
+        }
+        let end = start.saturating_add(len);
         let there = end.min(self.len).saturating_sub(start);
         if there > MAX_BITMAP_TABLES - self.tables {
             let text = format!("table of {len} bytes was not looked at");

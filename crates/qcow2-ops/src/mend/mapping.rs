@@ -132,7 +132,7 @@ impl Job<'_> {
             }
             let found = self.decide(doubts, &mut slots, &metadata)?;
             round.tables.extend(found.into_iter().map(|table| (table, 1)));
-            if let Some(table) = self.fill_slots(&slots, &metadata)? {
+            if let Some(table) = self.fill_slots(&slots, &metadata, &seen)? {
                 round.tables.insert(table, slots.len() as u64);
             }
         }
@@ -445,7 +445,12 @@ impl Job<'_> {
         let (tables, fault) = self.walk(&header, |walk| walk.bitmaps().map_err(failed))?;
         let geometry = self.format.geometry;
         let len = self.draft.len().map_err(storage)?;
-        let Some(extension) = header.trusted_bitmaps().filter(|_| fault.is_none()) else { return Ok(()) };
+        let Some(extension) = header.trusted_bitmaps() else { return Ok(()) };
+        // Each entry was read; a fault is then that of a table, or of what follows the entries.
+        let readable = tables.len() as u64 == u64::from(extension.count);
+        if !readable || fault.is_some_and(|fault| fault.index >= extension.count) {
+            return Ok(());
+        }
         let (start, size) = (extension.directory_offset, extension.directory_size);
         let end = start.value().saturating_add(size.max(geometry.cluster_size()));
         let lost = |table: &TablePlace| {

@@ -165,14 +165,20 @@ impl Job<'_> {
 
     /// Points `slots` to the L2 table that they lost, if exactly one table is a candidate: it has a refcount
     /// above 0, nothing refers to it, and it maps clusters that nothing else maps. All slots must have the
-    /// same word, which means that they pointed to the same table. Returns the table.
-    pub(super) fn fill_slots(&mut self, slots: &[Slot], metadata: &Metadata) -> Result<Option<u64>> {
+    /// same word, which means that they pointed to the same table. `tables`: offsets of the L2 tables that are
+    /// known. Returns the table.
+    pub(super) fn fill_slots(
+        &mut self,
+        slots: &[Slot],
+        metadata: &Metadata,
+        tables: &BTreeSet<u64>,
+    ) -> Result<Option<u64>> {
         if slots.is_empty() {
             return Ok(None);
         }
         slots.iter().try_for_each(|slot| self.set_words(slot.at, &[0]))?;
         let said = L1Entry::decode(slots[0].raw, &self.format.geometry).ok().and_then(|entry| entry.l2_table);
-        let orphans = self.orphans(said, metadata)?;
+        let orphans = self.orphans(said, metadata, tables)?;
         let one_word =
             slots.iter().all(|slot| l1::without_copied(slot.raw) == l1::without_copied(slots[0].raw));
         let table = match (orphans.as_deref(), one_word) {
@@ -200,14 +206,21 @@ impl Job<'_> {
     }
 
     /// The L2 tables that a slot may have pointed to: unreferenced clusters that look like one. `None` if
-    /// there are too many clusters to examine. `said`: the table that the slot points to now.
-    fn orphans(&self, said: Option<HostOffset>, metadata: &Metadata) -> Result<Option<Vec<HostOffset>>> {
+    /// there are too many clusters to examine. `said`: the table that the slot points to now. `tables`: the L2
+    /// tables that are known; what leads to one of them is an L1 table, perhaps of a snapshot that lost it.
+    fn orphans(
+        &mut self,
+        said: Option<HostOffset>,
+        metadata: &Metadata,
+        tables: &BTreeSet<u64>,
+    ) -> Result<Option<Vec<HostOffset>>> {
         let Some((candidates, free)) = self.unreferenced()? else { return Ok(None) };
         let cluster = |table: HostOffset| self.format.geometry.host_cluster(table).value();
         // The slot may be right, and the metadata that claims its cluster wrong.
         if let Some(said) = said.filter(|&said| !metadata.certain.contains(&cluster(said)))
             && self.is_l2_table(said)?
             && self.maps_any(said, &free)?
+            && !self.leads_to_any(said, tables)?
         {
             return Ok(Some(vec![said]));
         }
@@ -215,6 +228,10 @@ impl Job<'_> {
         for cluster in candidates {
             let host = HostOffset::new(cluster * self.format.geometry.cluster_size());
             if self.is_l2_table(host)? && self.maps_any(host, &free)? {
+                if self.leads_to_any(host, tables)? {
+                    self.tables_missing = true;
+                    continue;
+                }
                 if metadata.contains(cluster) { &mut known } else { &mut unknown }.push(host);
             }
         }
@@ -258,6 +275,24 @@ impl Job<'_> {
             })
         })?;
         Ok((!many).then_some((free, short)))
+    }
+
+    /// Whether an entry of the table at `host` leads to one of `tables`.
+    fn leads_to_any(&self, host: HostOffset, tables: &BTreeSet<u64>) -> Result<bool> {
+        let format = self.format;
+        if format.external_data {
+            return Ok(false);
+        }
+        let mut content = vec![0; format.geometry.cluster_size() as usize];
+        self.draft.read_padded(host, &mut content).map_err(storage)?;
+        let words = |index| format.words_at(&content, L2Index::new(index)).unwrap_or_default();
+        let mut hosts = (0..format.geometry.l2_entries()).map(words).filter_map(|(raw, bitmap)| match format
+            .decode(raw, bitmap)
+        {
+            Ok(L2Entry::Standard(entry)) => entry.host,
+            _ => None,
+        });
+        Ok(hosts.any(|host| tables.contains(&host.value())))
     }
 
     /// True if the table at `host` maps a cluster in `free`; with an external data file, if it maps anything.

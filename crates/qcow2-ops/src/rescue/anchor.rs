@@ -41,7 +41,8 @@ impl Job<'_> {
         let known = known.map(|table| self.known.format.geometry.host_cluster(table).value());
         let Some(first) = known.or(first) else { return Ok(()) };
         if known.is_none() {
-            settle(slots, orphans, (0, first), self.known.format.geometry.cluster_size(), grows);
+            let size = self.known.format.geometry.cluster_size();
+            settle(slots, orphans, (0, first), size, grows, Evidence::Content);
         }
         if !self.guest(first, 0, &mut start, &mut looks)? {
             return Ok(());
@@ -109,7 +110,8 @@ impl Job<'_> {
             }
         }
         if let [only] = found[..] {
-            settle(slots, orphans, (index as usize, only), geometry.cluster_size(), grows);
+            let place = (index as usize, only);
+            settle(slots, orphans, place, geometry.cluster_size(), grows, Evidence::Content);
         }
         Ok(())
     }
@@ -146,19 +148,20 @@ impl Job<'_> {
     }
 }
 
-/// Gives `slots[place.0]` the table in cluster `place.1`.
-fn settle(
+/// Gives `slots[index]` the table in cluster `cluster`, unless it has one or cannot have it.
+pub(super) fn settle(
     slots: &mut Vec<Slot>,
     orphans: &mut BTreeMap<u64, Candidate>,
     (index, cluster): (usize, u64),
     cluster_size: u64,
     grows: bool,
+    evidence: Evidence,
 ) {
     if grows && slots.len() <= index {
         slots.resize(index + 1, Slot::Lost(Reason::NoTable));
     }
     if let Some(slot) = slots.get_mut(index).filter(|slot| slot.is_open()) {
-        *slot = Slot::Table(HostOffset::new(cluster * cluster_size), Evidence::Content);
+        *slot = Slot::Table(HostOffset::new(cluster * cluster_size), evidence);
         orphans.remove(&cluster);
     }
 }

@@ -6,7 +6,7 @@
 //! | 1 | `evidence` | the header, or cluster size and kind of entries by what the file holds |
 //! | 2 | `counts` | the refcounts, if a structure counts itself: which tables are in use, which are old |
 //! | 3 | `tables` | clusters that have the shape of tables, where nothing known leads |
-//! | 4 | `place`, `anchor`, `landmarks` | which range each L2 table maps |
+//! | 4 | `place`, `anchor`, `border`, `landmarks` | which range each L2 table maps |
 //! | 5 | `disk` | a disk that reads as the image did, and as zeroes where it cannot |
 //!
 //! Where the L1 table is whole, nothing is guessed. What is guessed is reported as such, and what is lost
@@ -14,6 +14,7 @@
 //! limits, whatever the file holds.
 
 mod anchor;
+mod border;
 mod counts;
 mod disk;
 mod entry;
@@ -39,9 +40,10 @@ use marks::Marks;
 use place::{Place, Placement, Slot};
 use qcow2_core::walk::{Owner, Walk, overlay};
 use qcow2_core::{ClusterCipher, Codecs, EncryptedLayer, GuestDisk, HostOffset, Keyring, Storage};
+use qcow2_format::bitmap::BitmapTableEntry;
 use qcow2_format::feature::IncompatibleFeatures;
 use qcow2_format::limit::MAX_DISK_SIZE;
-use qcow2_format::{CryptMethod, Header};
+use qcow2_format::{CryptMethod, Header, bytes};
 use std::cell::RefCell;
 use std::sync::Arc;
 
@@ -79,6 +81,9 @@ pub struct RescueOptions {
     /// Where the L1 table is: another one than the header says, a snapshot's for example.
     pub l1_table: Option<HostOffset>,
 }
+
+/// Bytes of a bitmap's table that are read at once.
+const TABLE_PIECE: u64 = 1 << 16;
 
 /// What is left of an image.
 pub struct Rescue {
@@ -245,7 +250,10 @@ impl Job<'_> {
             .collect();
         // A table that cannot be read tells nothing.
         let bitmaps = walk.bitmaps().map(|(tables, _)| tables).unwrap_or_default();
-        runs.extend(overlay(&bitmaps).into_iter().map(|table| (table.offset, table.len)));
+        for table in overlay(&bitmaps) {
+            runs.push((table.offset, table.len));
+            self.note_bits(table.offset, table.len)?;
+        }
         let mut older = Vec::new();
         if let Ok(Some(table)) = walk.snapshots(&mut |_| {}) {
             runs.push((header.snapshots_offset, table.len));
@@ -255,6 +263,26 @@ impl Job<'_> {
             self.known.metadata.insert_each(self.known.clusters(at, len));
         }
         Ok(older)
+    }
+
+    /// Takes the clusters with the bits of bitmaps, whose tables are the `len` bytes at `at`. They are noted as
+    /// mapped, not as metadata: a table may be damaged and lead to the guest's data, which is to be read.
+    fn note_bits(&mut self, at: HostOffset, len: u64) -> Result<()> {
+        let end = at.value().saturating_add(len).min(self.bytes.len);
+        let mut content = vec![0; TABLE_PIECE as usize];
+        for start in (at.value()..end).step_by(TABLE_PIECE as usize) {
+            self.go_on()?;
+            let piece = &mut content[..(end - start).min(TABLE_PIECE) as usize];
+            self.bytes.read(HostOffset::new(start), piece)?;
+            for raw in bytes::words(piece) {
+                if let Ok(BitmapTableEntry::Data(bits)) =
+                    BitmapTableEntry::decode(raw, &self.known.format.geometry)
+                {
+                    self.mapped.insert_each(self.known.clusters(bits, 1));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Where the L1 table should be.

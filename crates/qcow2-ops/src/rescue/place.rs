@@ -2,8 +2,9 @@
 //!
 //! The L1 table tells. What it does not tell (any more) older L1 tables may tell: a table that maps some of
 //! the clusters that an older table of a range maps belongs to that range. So does one whose data has a
-//! landmark of that range. The rest is put where ranges are left over, in the order of the file, and is said
-//! to be guessed.
+//! landmark of that range, and one of an image with a data file whose entries tell it. The rest is put beside
+//! a table whose data it goes on from, or else where ranges are left over, in the order of the file, and is
+//! said to be guessed.
 
 use super::entry::Worth;
 use super::job::Job;
@@ -127,8 +128,11 @@ impl Job<'_> {
         slots.resize(known.min(MAX_L1_ENTRIES) as usize, unknown);
         self.by_older(&mut slots, &mut orphans, &older)?;
         let mut orphans = orphans.into_iter().map(|orphan| (orphan.cluster, orphan)).collect();
+        let grows = entries.is_none() && source == L1Source::None;
         if slots.iter().any(|slot| matches!(slot, Slot::Lost(_))) {
-            self.by_landmarks(&mut slots, &mut orphans, entries.is_none() && source == L1Source::None)?;
+            self.by_data_offsets(&mut slots, &mut orphans, grows)?;
+            self.by_landmarks(&mut slots, &mut orphans, grows)?;
+            self.by_borders(&mut slots, &mut orphans, grows)?;
         }
         by_order(&mut slots, &mut orphans, self.known.format, self.counts.is_some());
         self.by_age(&mut slots, &older)?;
@@ -385,8 +389,10 @@ fn without_flags(raw: u64) -> u64 {
 }
 
 /// Places the tables that are left in the ranges that are left: between two tables whose ranges are known
-/// those that are between them in the file, then all others from the beginning. Ranges that lost their table
-/// come first, then those that have none, if refcounts tell that the tables are in use (`counted`).
+/// those that are between them in the file, then all others from the beginning. Where there are fewer of them
+/// than ranges, they are spread over these: file systems have their tables at equal distances. Ranges that
+/// lost their table come first, then those that have none, if refcounts tell that the tables are in use
+/// (`counted`).
 fn by_order(slots: &mut [Slot], orphans: &mut BTreeMap<u64, Candidate>, format: L2Format, counted: bool) {
     let lost = |slot: &Slot| slot.is_open();
     let either = |slot: &Slot| slot.is_open() || *slot == Slot::None;
@@ -394,6 +400,12 @@ fn by_order(slots: &mut [Slot], orphans: &mut BTreeMap<u64, Candidate>, format: 
     if counted {
         fill(slots, orphans, format, &either);
     }
+}
+
+/// The place of the one with this `number` among `count` that are spread evenly over `places`, which are no
+/// fewer.
+fn spread(number: usize, count: usize, places: usize) -> usize {
+    ((number + 1) * (places + 1) + count.div_ceil(2)) / (count + 1) - 1
 }
 
 fn fill(
@@ -411,17 +423,38 @@ fn fill(
         }
         let end = (at..slots.len()).find(|&next| slots[next].table().is_some());
         let after = end.and_then(|end| slots[end].table()).map_or(u64::MAX, |after| after.value() / size);
+        let bounded = at > 0 && end.is_some();
         let end = end.unwrap_or(slots.len());
-        for slot in slots[at..end].iter_mut().filter(|slot| needy(slot)) {
-            let next = (before < after).then(|| orphans.range(before..after).next()).flatten();
-            let Some((&cluster, _)) = next else { break };
+        let free: Vec<usize> = (at..end).filter(|&index| needy(&slots[index])).collect();
+        let between = before.min(after)..after;
+        let tables: Vec<u64> = orphans.range(between).map(|(&cluster, _)| cluster).take(free.len()).collect();
+        for (number, &cluster) in tables.iter().enumerate() {
+            let place = if bounded { spread(number, tables.len(), free.len()) } else { number };
             orphans.remove(&cluster);
-            *slot = Slot::Table(HostOffset::new(cluster * size), Evidence::Order);
+            slots[free[place]] = Slot::Table(HostOffset::new(cluster * size), Evidence::Order);
         }
         at = end;
     }
     for slot in slots.iter_mut().filter(|slot| needy(slot)) {
         let Some((cluster, _)) = orphans.pop_first() else { return };
         *slot = Slot::Table(HostOffset::new(cluster * size), Evidence::Order);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::spread;
+
+    #[test]
+    fn fewer_than_places_are_spread_in_order() {
+        let places = |count, places| (0..count).map(|n| spread(n, count, places)).collect::<Vec<_>>();
+        assert_eq!(places(1, 3), [1]);
+        assert_eq!(places(1, 7), [3]);
+        assert_eq!(places(3, 15), [3, 7, 11]);
+        for (count, all) in (1..20).flat_map(|count| (count..40).map(move |all| (count, all))) {
+            let found = places(count, all);
+            assert!(found.windows(2).all(|pair| pair[0] < pair[1]) && *found.last().unwrap() < all);
+            assert!(count < all || found == (0..count).collect::<Vec<_>>(), "{count} of {all}: {found:?}");
+        }
     }
 }

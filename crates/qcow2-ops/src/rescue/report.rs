@@ -102,6 +102,7 @@ impl fmt::Display for Reason {
 
 /// How it is known which range an L2 table maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Evidence {
     /// An entry of the L1 table.
     L1,
@@ -111,6 +112,10 @@ pub enum Evidence {
     Overlap,
     /// The guest's data has a structure that says where on the disk it is.
     Content,
+    /// The data is in a data file, at the offsets that it has on the disk.
+    DataOffset,
+    /// Its data is beside that of the range before or after it in the file: a guess, though a good one.
+    Border,
     /// A snapshot's or an old L1 table has it there: a guess, the disk may have changed since.
     OldTable,
     /// The order of the tables in the file: a guess.
@@ -120,7 +125,7 @@ pub enum Evidence {
 impl Evidence {
     /// True if the place may be wrong.
     pub const fn is_guess(self) -> bool {
-        matches!(self, Self::OldTable | Self::Order)
+        matches!(self, Self::Border | Self::OldTable | Self::Order)
     }
 
     /// A name for programs.
@@ -130,6 +135,8 @@ impl Evidence {
             Self::Shared => "shared-with-snapshot",
             Self::Overlap => "overlap",
             Self::Content => "content",
+            Self::DataOffset => "data-offset",
+            Self::Border => "border",
             Self::OldTable => "old-l1-table",
             Self::Order => "order",
         }
@@ -143,6 +150,8 @@ impl fmt::Display for Evidence {
             Self::Shared => "a snapshot's l1 table and the refcount, which tell that the disk has it too",
             Self::Overlap => "clusters it shares with an older table of that range",
             Self::Content => "a structure in the data that says where on the disk it is",
+            Self::DataOffset => "offsets in the data file, which are those on the disk",
+            Self::Border => "data that is beside that of a neighbouring range in the file",
             Self::OldTable => "a snapshot's or an old l1 table, and may be older",
             Self::Order => "the order of the tables in the file",
         })

@@ -3,7 +3,9 @@
 use super::*;
 use crate::progress::Silent;
 use qcow2_codec::{Deflate, Zstd};
-use qcow2_core::GuestOffset;
+use qcow2_core::{
+    CreateOptions, GuestOffset, GuestRange, Image, ImageFormat, OpenOptions, ResolvedSource, create,
+};
 use qcow2_testkit::builder::{Builder, Built, Cluster};
 use qcow2_testkit::pages::PageBytes;
 use qcow2_testkit::pattern;
@@ -61,6 +63,26 @@ fn check_lost(built: &Built, lost: &[(u64, u64, Reason)]) {
 #[test]
 fn a_whole_image_is_complete() {
     check_lost(&built(), &[]);
+}
+
+/// What the bits of a bitmap look like, an L2 table among others, says nothing: they are the bitmap's.
+#[test]
+fn the_bits_of_a_bitmap_are_no_lost_table() {
+    let file = Arc::new(PageStorage::default());
+    let storage = Arc::clone(&file) as Arc<dyn Storage>;
+    let mut options = CreateOptions::new(1 << 20);
+    (options.cluster_size, options.extended_l2) = (16 << 10, true);
+    create(&storage, None, &options).unwrap();
+    let source = ResolvedSource::new(Arc::clone(&storage), ImageFormat::Qcow2, "image");
+    let image = Image::open(source, &OpenOptions::writable()).unwrap();
+    image.add_bitmap(b"b", 16).unwrap();
+    let first = GuestRange::new(GuestOffset::new(0), 1 << 16).unwrap();
+    image.discard(first).unwrap();
+    image.close().unwrap();
+    assert!(image.bitmap_bits(b"b").unwrap().marked_runs().next().is_some(), "a bit is set");
+    let files = RescueFiles::new(Arc::clone(&storage), codecs());
+    let rescue = rescue(&files, &RescueOptions::default(), &Silent).unwrap();
+    assert!(rescue.report().is_complete() && rescue.report().other_l1.is_empty(), "{}", rescue.report());
 }
 
 #[test]
@@ -136,6 +158,28 @@ fn a_lost_l1_entry_is_filled_by_the_table_that_nothing_leads_to() {
     assert_eq!(report.placed.listed, [expected]);
     assert!(!report.is_complete(), "a guess is not complete");
     assert!(read(&rescue, 1030) == pattern::bytes(1031, 0, CLUSTER as usize));
+}
+
+/// The clusters on both sides of two borders were written in one go.
+#[test]
+fn data_goes_on_over_the_border_of_two_ranges() {
+    let clusters = [3, 511, 512, 5 * 512 - 1, 5 * 512].into_iter().chain((6..9).map(|range| range * 512 + 9));
+    let builder = Builder::new(12, 9 * COVERAGE);
+    let mut image = clusters.fold(builder, |builder, index| builder.cluster(index, data(index + 1))).build();
+    for index in 1..5 {
+        image.patch_u64(image.l1 + 8 * index, 0x123);
+    }
+    let rescue = rescued(&image, |_, _| ()).unwrap();
+    let report = rescue.report();
+    let range = |index: u64| {
+        let what = (Evidence::Border, HostOffset::new(image.l2[&index]));
+        Range { start: index * COVERAGE, len: COVERAGE, what }
+    };
+    assert_eq!(report.placed.listed, [range(1), range(4)], "{report}");
+    assert!(!report.is_complete(), "a guess is not complete");
+    for cluster in [512, 5 * 512 - 1] {
+        assert!(read(&rescue, cluster) == pattern::bytes(cluster + 1, 0, CLUSTER as usize));
+    }
 }
 
 #[test]

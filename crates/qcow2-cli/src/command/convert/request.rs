@@ -122,10 +122,7 @@ impl Request {
         let Self { target, copy, .. } = self;
         let raw = target.format.as_deref().is_none_or(|format| format == "raw");
         let used_before = raw && is_device(&target.name);
-        if copy.target_is_zero && has_backing {
-            let text = "Cannot use --target-is-zero when the destination image has a backing file";
-            return Err(Failure::new(text));
-        }
+        self.check_zero_target(has_backing)?;
         let mut options = ConvertOptions::default();
         options.sparse_size = copy.sparse_size.unwrap_or(options.sparse_size);
         // A container's payload that nobody wrote reads as noise.
@@ -137,6 +134,16 @@ impl Request {
         options.salvage = copy.salvage;
         options.offload = copy.offload;
         Ok(options)
+    }
+
+    /// `has_backing`: whether the target stands on another image, or is said to.
+    pub(super) fn check_zero_target(&self, has_backing: bool) -> Result<(), Failure> {
+        match self.copy.target_is_zero && has_backing {
+            true => {
+                Err(Failure::new("Cannot use --target-is-zero when the destination image has a backing file"))
+            }
+            false => Ok(()),
+        }
     }
 
     fn take(&mut self, opt: Opt, value: String, texts: &mut Texts) -> Result<(), Failure> {

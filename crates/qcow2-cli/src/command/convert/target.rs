@@ -43,6 +43,8 @@ pub(super) fn open(
         })?;
         made.into_name(&request.target.name, &options, args.objects.secrets())
     } else {
+        request.check_zero_target(request.target.backing.is_some())?;
+        check_single(sources, request.target.backing.is_some())?;
         args.image_opts = request.target.image_opts;
         args.check()?;
         if !args.image_opts && args.format.is_none() {
@@ -55,7 +57,12 @@ pub(super) fn open(
     let mut how = args.options().with_cache(request.target.cache()?);
     how.bytes_per_second = request.target.bytes_per_second;
     how.codecs = Some(request.copy.compression.codecs()?);
-    let target = open_target(session, &name, &how)?.disk;
+    let opened = open_target(session, &name, &how)?;
+    if request.copy.bitmaps && opened.format != ImageFormat::Qcow2 {
+        let name = opened.format.name();
+        return Err(Failure::new(format!("Format driver '{name}' does not support bitmaps")));
+    }
+    let target = opened.disk;
     if request.copy.compress && target.as_image().is_none() {
         return Err(Failure::new(NO_COMPRESSION));
     }
@@ -73,11 +80,7 @@ fn settle(
     set_backing(&mut options, &request.target.backing, &request.target.backing_format)?;
     options.set_number("size", size);
     let has_backing = options.text("backing_file").is_some();
-    if has_backing && sources.len() > 1 {
-        return Err(Failure::new(
-            "Having a backing file for the target makes no sense when concatenating multiple input images",
-        ));
-    }
+    check_single(sources, has_backing)?;
     if options.text("backing_file") == Some("") {
         return Err(Failure::new("Expected backing file name, got empty string"));
     }
@@ -88,7 +91,20 @@ fn settle(
         check_compression(&options)?;
     }
     check_bitmaps(request, sources)?;
+    // Before it is made.
+    if request.copy.bitmaps && *format == ImageFormat::Raw {
+        return Err(Failure::new("Format driver 'raw' does not support bitmaps"));
+    }
     Ok(options)
+}
+
+fn check_single(sources: &[OpenedDisk], has_backing: bool) -> Result<(), Failure> {
+    if has_backing && sources.len() > 1 {
+        return Err(Failure::new(
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        ));
+    }
+    Ok(())
 }
 
 fn check_compression(options: &NewOptions) -> Result<(), Failure> {
@@ -120,9 +136,6 @@ fn check_bitmaps(request: &Request, sources: &[OpenedDisk]) -> Result<(), Failur
         let name = bitmap.name_text();
         return Err(Failure::new(format!("Cannot copy inconsistent bitmap '{name}'"))
             .hint("Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"));
-    }
-    if request.target.format() == "raw" && !request.target.image_opts {
-        return Err(Failure::new("Format driver 'raw' does not support bitmaps"));
     }
     Ok(())
 }

@@ -3,26 +3,30 @@
 use crate::args::Objects;
 use crate::failure::Failure;
 use crate::files::open_options;
+use crate::findings::tell_of_change;
 use crate::persona;
+use crate::session::Session;
 use qcow2_blockdev::Warning;
+use qcow2_core::ResolvedSource;
 use qcow2_exerciser::{FilesError, OpenRequest, OpenedDisk, OpenedFiles, Opener, Refusal};
 use std::fs::File;
 use std::io::{self, Read};
 
 /// Opens files.
-pub(super) struct Files {
+pub(super) struct Files<'a> {
+    /// Where it is told what is put right.
+    pub(super) session: &'a Session,
     /// What names may speak of.
     pub(super) objects: Objects,
-    /// Whether reasons are in our own words.
-    pub(super) own: bool,
 }
 
-impl Opener for Files {
+impl Opener for Files<'_> {
     fn open(&self, request: &OpenRequest) -> Result<OpenedDisk, Refusal> {
-        let opened = qcow2_exerciser::open_files(request, self.objects.secrets(), open_options());
+        let tell = |warning: &Warning, source: &ResolvedSource| tell_of_change(self.session, warning, source);
+        let opened = qcow2_exerciser::open_files(request, self.objects.secrets(), open_options(), &tell);
         let OpenedFiles { mut opened, warnings, .. } = opened.map_err(|error| {
             let failure = failure(error).without_name();
-            let failure = if self.own { failure.own_reason() } else { failure };
+            let failure = if self.session.is_own() { failure.own_reason() } else { failure };
             let mut lines = failure.lines("", "").into_iter();
             let reason = lines.next().unwrap_or_default();
             Refusal { reason: reason.trim_start_matches(": ").to_owned(), hints: lines.collect() }
@@ -38,7 +42,8 @@ impl Opener for Files {
     }
 }
 
-fn failure(error: FilesError) -> Failure {
+/// Why files were not opened, for the user.
+pub(crate) fn failure(error: FilesError) -> Failure {
     match error {
         FilesError::List(error) => error.into(),
         FilesError::Option(error) => error.into(),
@@ -47,7 +52,8 @@ fn failure(error: FilesError) -> Failure {
     }
 }
 
-fn lines(warning: &Warning) -> Vec<String> {
+/// A warning of opening, as lines.
+pub(crate) fn lines(warning: &Warning) -> Vec<String> {
     match warning {
         Warning::GuessedRaw(_) => persona::warning(warning),
         _ => persona::warning_lines(warning),

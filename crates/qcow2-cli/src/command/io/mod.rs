@@ -7,6 +7,8 @@ mod console;
 mod device;
 mod words;
 
+pub(crate) use device::{failure, lines};
+
 use crate::args::{Arguments, Getopt, Objects, Opt, Verb, print_verb_help, print_version};
 use crate::exit;
 use crate::failure::Failure;
@@ -97,9 +99,10 @@ fn exercise(session: &Session, mut request: Request, path: Option<String>) -> Re
     if request.open.image_opts && request.open.format.is_some() {
         return Err(Failure::new("--image-opts and -f are mutually exclusive"));
     }
-    let opener = Files { objects: request.objects, own: session.is_own() };
+    let opener = Files { session, objects: request.objects };
     let console = Streams::new(session);
-    let mut exerciser = Exerciser::new(Ports { opener: &opener, console: &console, words: &QemuWords });
+    let words = QemuWords { program: session.program(), stands_in: session.is_qemu_io() };
+    let mut exerciser = Exerciser::new(Ports { opener: &opener, console: &console, words: &words });
     if let Some(path) = path {
         request.open.path = Some(path);
         if !exerciser.open(request.open) {

@@ -1,21 +1,39 @@
 //! Errors as the system and QEMU word them, and an image's details, for the exerciser.
 
 use crate::persona;
-use qcow2_core::{Error, ErrorKind, find_cause};
+use qcow2_core::{Error, ErrorKind, GuestDisk, Preallocation, find_cause};
 use qcow2_exerciser::{Words, system_text};
 use qcow2_ops::info::Qcow2Info;
 use qcow2_report::{human, info::specific_text};
 use std::error::Error as StdError;
 
 /// The command's words.
-pub(super) struct QemuWords;
+pub(super) struct QemuWords<'a> {
+    /// The name before a warning.
+    pub(super) program: &'a str,
+    /// Whether the program stands in for qemu-io.
+    pub(super) stands_in: bool,
+}
 
-impl Words for QemuWords {
+impl Words for QemuWords<'_> {
     fn error(&self, error: &(dyn StdError + 'static)) -> String {
         match find_cause::<Error>(error) {
             Some(error) => reason(error),
             None => human::escaped(&persona::chain(error)),
         }
+    }
+
+    fn not_resized(
+        &self,
+        error: &qcow2_ops::Error,
+        mode: Preallocation,
+        disk: &dyn GuestDisk,
+    ) -> Vec<String> {
+        persona::not_resized(self.program, error, mode, disk).texts()
+    }
+
+    fn corrupt_images_go(&self) -> bool {
+        self.stands_in
     }
 
     fn details(&self, info: &Qcow2Info) -> String {
@@ -41,7 +59,8 @@ mod tests {
     #[test]
     fn errors_of_the_engine_get_the_systems_words() {
         let engine = |kind| Error::new(kind, "what happened");
-        let text = |error: &(dyn StdError + 'static)| QemuWords.error(error);
+        let text =
+            |error: &(dyn StdError + 'static)| QemuWords { program: "io", stands_in: true }.error(error);
         assert_eq!(text(&engine(ErrorKind::ReadOnly)), "Operation not permitted");
         assert_eq!(text(&engine(ErrorKind::Corrupt)), "Input/output error");
         assert_eq!(text(&engine(ErrorKind::NoSpace)), "No space left on device: what happened");

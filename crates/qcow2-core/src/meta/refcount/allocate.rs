@@ -3,7 +3,8 @@
 //! A cluster is free only if its refcount is zero and no metadata is known to be in it (I5).
 
 use super::{RefcountStore, Refcounts};
-use crate::error::{Error, ErrorKind, Result};
+use crate::damage::Damage;
+use crate::error::{Error, ErrorKind, Result, TableKind};
 use crate::invariant;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::page::SECTOR_SIZE;
@@ -38,20 +39,27 @@ impl RefcountStore {
     /// Allocates up to `want` consecutive clusters, fewer if the first free run is shorter. Disk: may read
     /// refcount blocks and write new ones. Errors: `NoSpace`, `Corrupt`, `Storage`.
     pub(crate) fn allocate(&self, want: u64) -> Result<Reserved> {
-        self.reserve(want, false)
+        self.reserve(want, false, None)
+    }
+
+    /// Allocates a cluster for compressed streams.
+    pub(super) fn allocate_for_streams(&self) -> Result<Reserved> {
+        self.reserve(1, false, Some(Damage::HeaderFree { table: None }))
     }
 
     /// Allocates exactly `count` consecutive clusters for metadata of `kind`. Disk and errors: as
     /// [`allocate`](Self::allocate).
     pub(crate) fn allocate_metadata(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
-        let reserved = self.reserve(count, true)?;
+        let l2 = kind == OverlapChecks::ACTIVE_L2;
+        let header = l2.then_some(Damage::HeaderFree { table: Some(TableKind::L2) });
+        let reserved = self.reserve(count, true, header)?;
         self.tables.guard().note(kind, reserved.run);
         Ok(reserved)
     }
 
     /// [`allocate_metadata`](Self::allocate_metadata) that also reserves space in the storage. For tables
-    /// that are written in the middle of a procedure, where a full disk would poison the image. Errors: also
-    /// `NoSpace`; nothing is allocated then.
+    /// that are written in the middle of a procedure: a full disk is found before that has changed anything.
+    /// Errors: also `NoSpace`; nothing is allocated then.
     pub(crate) fn allocate_with_space(&self, kind: OverlapChecks, count: u64) -> Result<Reserved> {
         let reserved = self.allocate_metadata(kind, count)?;
         let len = reserved.run.len(self.geometry());
@@ -69,7 +77,7 @@ impl RefcountStore {
         Ok(reserved.offset)
     }
 
-    fn reserve(&self, want: u64, exact: bool) -> Result<Reserved> {
+    fn reserve(&self, want: u64, exact: bool, header: Option<Damage>) -> Result<Reserved> {
         self.file.event(Event::ClusterAlloc);
         let mut refcounts = lock(&self.state);
         let Found { run, lowest } = self.find_free(&mut refcounts, want.max(1), exact)?;
@@ -83,7 +91,7 @@ impl RefcountStore {
                 "image file has reached its largest size of 2^56 bytes",
             ));
         }
-        self.tables.check_unused(run)?;
+        self.tables.check_unused(run, header)?;
         invariant::handed_out(run);
         let offset = run.offset(self.geometry());
         let fresh = self.file.storage().len()? <= offset.value();
@@ -178,7 +186,7 @@ impl RefcountStore {
     /// Adds the refcount block of table entry `index` at `cluster`, which lies in its own range or in that of
     /// a block before it.
     fn add_block(&self, refcounts: &mut Refcounts, index: u64, cluster: u64) -> Result<()> {
-        self.tables.check_unused(ClusterRun::one(cluster))?;
+        self.tables.check_unused(ClusterRun::one(cluster), None)?;
         let sector = index * 8 / SECTOR_SIZE;
         let entries = HostOffset::new(refcounts.table_offset.value() + sector * SECTOR_SIZE);
         self.tables.check_place(OverlapChecks::REFCOUNT_TABLE, entries, SECTOR_SIZE)?;

@@ -21,7 +21,7 @@ impl RefcountStore {
         {
             return Ok(host);
         }
-        let reserved = self.allocate(1)?;
+        let reserved = self.allocate_for_streams()?;
         let start = reserved.offset.value();
         self.set_pack(start + len..start + self.geometry().cluster_size());
         Ok(reserved.offset)

@@ -1,0 +1,167 @@
+//! NBD exports on sockets.
+//!
+//! [`Server::run`] accepts clients on all listeners and returns when it was told to stop, or when the last
+//! client has left and the server is not to stay. Each client has a thread, and may have more from a crew
+//! that all share, so clients do not wait for each other: one that is slow, or silent, or never reads, holds
+//! up only itself.
+//!
+//! Memory is bounded by [`ServerOptions::clients`]: a client takes a thread and, after the handshake, at most
+//! one buffer and a piece for each thread (`qcow2_nbd::blocking::server`). A client has
+//! [`ServerOptions::handshake_limit`] for the handshake; if there are more clients than allowed, those that
+//! have none yet are sent away, the longest waiting first.
+
+mod clients;
+mod listener;
+mod socket;
+
+pub use clients::Stop;
+pub use listener::{Address, ListenError, Listener};
+
+use crate::export::Export;
+use clients::{Admission, Clients};
+use qcow2_nbd::blocking::server::{Crew, Negotiated, Transmission, negotiate, transmit};
+use qcow2_nbd::server::Offer;
+use socket::{Hurried, Socket};
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Limits of a server.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct ServerOptions {
+    /// Clients at once, in the handshake or after it. At least 1.
+    pub clients: usize,
+    /// Whether clients beyond that wait outside, as qemu-nbd has it. Otherwise clients in their handshake
+    /// make room.
+    pub patient: bool,
+    /// Whether the server stays when the last client that had an export has left.
+    pub persistent: bool,
+    /// How long a handshake may take.
+    pub handshake_limit: Option<Duration>,
+    /// Threads for all clients together, beyond one for each.
+    pub threads: usize,
+    /// How long clients may take to read their last replies when the server stops.
+    pub drain_limit: Duration,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            clients: MAX_CLIENTS,
+            patient: false,
+            persistent: true,
+            handshake_limit: Some(HANDSHAKE_LIMIT),
+            threads: THREADS,
+            drain_limit: DRAIN_LIMIT,
+        }
+    }
+}
+
+/// A server of some exports.
+pub struct Server {
+    exports: Vec<Export>,
+    offer: Arc<Offer>,
+    options: ServerOptions,
+    clients: Clients,
+    crew: Crew,
+}
+
+impl Server {
+    /// A server of `exports`.
+    pub fn new(exports: Vec<Export>, options: ServerOptions) -> Self {
+        let offer = Arc::new(Offer::new(exports.iter().map(|export| Arc::clone(export.facts())).collect()));
+        let (clients, crew) = (Clients::new(&options), Crew::new(options.threads));
+        Self { exports, offer, options, clients, crew }
+    }
+
+    /// Ends [`run`](Self::run), from any thread.
+    pub fn stop(&self) -> Stop {
+        self.clients.stop()
+    }
+
+    /// The exports.
+    pub fn exports(&self) -> &[Export] {
+        &self.exports
+    }
+
+    /// Serves clients of `listeners` until the server stops. Then nobody is accepted any more, requests that
+    /// have been read are finished and answered, connections are closed, and the exports are flushed. Errors:
+    /// of accepting, and the first of flushing.
+    pub fn run(&self, listeners: &[Listener]) -> io::Result<()> {
+        let accepted = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                listeners.iter().map(|listener| scope.spawn(move || self.accept(listener, scope))).collect();
+            self.clients.wait_for_stop();
+            for listener in listeners {
+                listener.wake();
+            }
+            let ends: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap_or(Ok(()))).collect();
+            self.clients.drain(self.options.drain_limit);
+            ends.into_iter().collect::<io::Result<()>>()
+        });
+        // All of them, whatever the first one says.
+        let flushed: Vec<_> = self.exports.iter().map(Export::flush).collect();
+        accepted.and(flushed.into_iter().collect::<Result<(), _>>().map_err(io::Error::other))
+    }
+
+    /// Accepts clients of one listener, each on a thread of its own.
+    fn accept<'scope>(
+        &'scope self,
+        listener: &'scope Listener,
+        scope: &'scope std::thread::Scope<'scope, '_>,
+    ) -> io::Result<()> {
+        while self.clients.wait_for_room() {
+            let socket = match listener.accept() {
+                Ok(socket) => Arc::new(socket),
+                Err(_) if self.clients.is_stopping() => break,
+                // The client is gone already, or there are too many files for now.
+                Err(error) if is_temporary(&error) => {
+                    std::thread::sleep(ACCEPT_PAUSE);
+                    continue;
+                }
+                Err(error) => {
+                    self.stop().stop();
+                    return Err(error);
+                }
+            };
+            let Some(admission) = self.clients.admit(&socket) else { continue };
+            let served = std::thread::Builder::new().spawn_scoped(scope, move || {
+                // Why a client has gone is nobody's business but its own.
+                let _ = self.serve(&socket, &admission);
+                drop(admission);
+            });
+            // Without a thread the client is dropped with its admission.
+            drop(served);
+        }
+        Ok(())
+    }
+
+    fn serve(&self, socket: &Socket, admission: &Admission<'_>) -> io::Result<()> {
+        let until = self.options.handshake_limit.and_then(|limit| Instant::now().checked_add(limit));
+        let mut hurried = Hurried::new(socket, until);
+        let Negotiated::Session(session) = negotiate(&mut hurried, Arc::clone(&self.offer))? else {
+            return Ok(());
+        };
+        socket.be_patient()?;
+        admission.has_export();
+        let Some(export) = self.exports.get(session.export()) else { return Ok(()) };
+        transmit(socket, socket, Transmission { session: &session, disk: export, crew: &self.crew })
+    }
+}
+
+fn is_temporary(error: &io::Error) -> bool {
+    // ENFILE, EMFILE, ENOMEM, ENOBUFS.
+    let is_short = matches!(error.raw_os_error(), Some(23 | 24 | 12 | 105));
+    is_short || matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted)
+}
+
+/// Clients at once, where nothing else is said.
+const MAX_CLIENTS: usize = 1000;
+/// Threads beyond one for each client.
+const THREADS: usize = 32;
+/// Origin: qemu-nbd.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+const DRAIN_LIMIT: Duration = Duration::from_secs(3);
+/// How long a server that is short of files waits before it accepts again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
