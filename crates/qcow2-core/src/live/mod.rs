@@ -1,12 +1,12 @@
 //! A disk whose layers can be exchanged between requests.
 //!
 //! A [`LiveDisk`] stands between whoever serves a disk and the disk itself. Requests pass through it in
-//! parallel. [`LiveDisk::hold`] waits for the requests in flight and holds new ones back; meanwhile the holder
-//! may put another disk in the place of the present one. The served disk keeps its name and its size.
+//! parallel. [`LiveDisk::hold`] waits for the requests in flight and holds new ones back; meanwhile the
+//! holder may put another disk in the place of the present one. The served disk keeps its name and its size.
 //!
-//! Below an overlay that is opened with [`OpenOptions::exchangeable`](crate::OpenOptions::exchangeable) stands
-//! a `LiveDisk` too, so that layers further down can be exchanged: a base that is opened for writing, a layer
-//! that was committed. Such a disk refuses changes.
+//! Below an overlay that is opened with [`OpenOptions::exchangeable`](crate::OpenOptions::exchangeable)
+//! stands a `LiveDisk` too, so that layers further down can be exchanged: a base that is opened for writing,
+//! a layer that was committed. Such a disk refuses changes.
 //!
 //! # Callers that move the bytes themselves
 //!
@@ -33,9 +33,9 @@ use qcow2_format::{GuestOffset, GuestRange};
 
 /// A disk whose layers can be exchanged while it is used.
 ///
-/// To its users it is one layer: [`extent_at`](GuestDisk::extent_at) answers for the whole chain, and there is
-/// no [`backing`](GuestDisk::backing). What only a qcow2 image can do goes through [`request`](Self::request)
-/// or [`hold`](Self::hold).
+/// To its users it is one layer: [`extent_at`](GuestDisk::extent_at) answers for the whole chain, and there
+/// is no [`backing`](GuestDisk::backing). What only a qcow2 image can do goes through
+/// [`request`](Self::request) or [`hold`](Self::hold).
 pub struct LiveDisk {
     gate: Gate<Arc<dyn GuestDisk>>,
     /// True for a layer below an overlay.
@@ -234,8 +234,8 @@ impl GuestDisk for LiveDisk {
     }
 }
 
-/// How the chain of `disk` stores the bytes at `range.start()`. There are no host offsets: the extent does not
-/// say in which layer they would be.
+/// How the chain of `disk` stores the bytes at `range.start()`. There are no host offsets: the extent does
+/// not say in which layer they would be.
 fn chain_extent(disk: &dyn GuestDisk, range: GuestRange) -> Result<DiskExtent> {
     let extent = disk.extent_at(range)?;
     let state = match extent.state {

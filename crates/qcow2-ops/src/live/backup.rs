@@ -20,8 +20,8 @@ const PIECE: u64 = 1 << 20;
 pub struct BackupOptions {
     /// A bitmap of the top image: only regions with a marked byte are copied. `None`: everything.
     pub bitmap: Option<String>,
-    /// Clear the bitmap at the moment of the backup, so that it marks what changes from then on. If the backup
-    /// fails the bits are set again.
+    /// Clear the bitmap at the moment of the backup, so that it marks what changes from then on. If the
+    /// backup fails the bits are set again.
     pub clear: bool,
 }
 

@@ -39,14 +39,14 @@ pub struct LiveCommitReport {
 /// 4. The last regions are copied, 8 at most; the base is flushed; `record`.
 /// 5. The base becomes the top, and requests go on. The old top is closed.
 ///
-/// All that is written to the base before step 5 is hidden by the top, which reads the same. So a crash leaves
-/// the chain as it was or, once it is recorded, the base with everything. After an error and a stop the old
-/// chain goes on; the base is closed for changes.
+/// All that is written to the base before step 5 is hidden by the top, which reads the same. So a crash
+/// leaves the chain as it was or, once it is recorded, the base with everything. After an error and a stop
+/// the old chain goes on; the base is closed for changes.
 ///
 /// Memory: 1 MiB of marks, 1 MiB for a copy in this call and in each request that helps. Errors: `Busy`;
-/// `NotFound` without a layer below; `Unsupported` if it cannot be exchanged; `Open` with the error of `base`;
-/// `InvalidOption` if the base is larger than the disk; `Extents`, `Read`, `Write`; `Metadata` with the error
-/// of `record`; `Stopped`.
+/// `NotFound` without a layer below; `Unsupported` if it cannot be exchanged; `Open` with the error of
+/// `base`; `InvalidOption` if the base is larger than the disk; `Extents`, `Read`, `Write`; `Metadata` with
+/// the error of `record`; `Stopped`.
 pub fn commit_top(
     live: &LiveDisk,
     base: &dyn OpenLayer,

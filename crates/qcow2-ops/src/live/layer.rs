@@ -13,8 +13,8 @@ pub(super) fn range(start: u64, end: u64) -> GuestRange {
 }
 
 /// Makes `to` read like `from` wherever `from` itself, without the layers below it, allocates a part of
-/// `whole`. `buffer`: for reuse. Zeroes that `to` reads as already are not written. Errors: `Extents`, `Read`,
-/// `Write` with the first byte of the failed range.
+/// `whole`. `buffer`: for reuse. Zeroes that `to` reads as already are not written. Errors: `Extents`,
+/// `Read`, `Write` with the first byte of the failed range.
 pub(super) fn copy_layer(
     from: &dyn GuestDisk,
     to: &dyn GuestDisk,

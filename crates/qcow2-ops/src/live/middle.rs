@@ -36,7 +36,7 @@ pub struct MiddleReport {
 /// above it an overlay of the base. The file of the committed layer is not needed any more.
 ///
 /// Order:
-/// 1. The base is opened for writing and takes the place of its opening for reading; it grows if the committed
+/// 1. The base is opened for writing and takes the place of its opening for reading; it grows if the merged
 ///    layer is larger. What it has behind the end of a smaller one becomes zeroes, as the chain reads there.
 /// 2. What the committed layer allocates is copied; the layer does not change meanwhile. The base is flushed.
 /// 3. The overlay above is flushed. If it is the top, requests are held back.

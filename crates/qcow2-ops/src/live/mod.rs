@@ -3,15 +3,17 @@
 //!
 //! | you want to | take | requests are held back for |
 //! |---|---|---|
-//! | keep the disk as it is now in its file, and go on in a new one | [`external_snapshot`] | one flush of the old top, and your [`RecordTop`](crate::RecordTop) |
-//! | merge the top into the layer below it | [`commit_top`] | the last few regions, one flush of the base, and your `RecordTop` |
-//! | merge a layer further down | [`commit_middle`] | one flush of the overlay above it, and its new link |
+//! | go on in a new file, and keep the old one as it is | [`external_snapshot`] | a flush of the old top |
+//! | merge the top into the layer below it | [`commit_top`] | the last few regions, a flush of the base |
+//! | merge a layer further down | [`commit_middle`] | a flush of the overlay above, and its new link |
 //! | copy the disk as it is now to another one | [`backup`] | the copy of a bitmap's bits |
-//! | take, apply or delete an internal snapshot, change bitmaps | [`on_image`] | the change itself |
+//! | take an internal snapshot, change bitmaps | [`on_image`] | the change itself |
+//!
+//! Where the top becomes another file, your [`RecordTop`](crate::RecordTop) is called meanwhile too.
 //!
 //! One of them runs at a time: a second one is refused with `Busy`. None returns an error to the guest that
-//! is not the guest's own: where a procedure fails, the chain goes on as it was. All that reads like the chain
-//! may stay in the files of lower layers then.
+//! is not the guest's own: where a procedure fails, the chain goes on as it was. All that reads like the
+//! chain may stay in the files of lower layers then.
 
 mod backup;
 mod commit;
@@ -35,8 +37,8 @@ use qcow2_core::{GuestDisk, Image, LiveDisk};
 use std::sync::Arc;
 
 /// Runs `act` on the image that is the top, with requests held back: internal snapshots
-/// ([`snapshot`](crate::snapshot)) and bitmaps ([`bitmap`](crate::bitmap)) of a disk in use. Flushes before it
-/// holds requests back, so that little is left to write then.
+/// ([`snapshot`](crate::snapshot)) and bitmaps ([`bitmap`](crate::bitmap)) of a disk in use. Flushes before
+/// it holds requests back, so that little is left to write then.
 ///
 /// Disk: as `act`. Errors: `Busy`; `Unsupported` if the top is no qcow2 image; `Write` if it cannot be
 /// flushed; those of `act`.

@@ -4,8 +4,8 @@ use super::layer::range;
 use qcow2_core::{DiskExtent, Error, ErrorKind, GuestDisk, GuestOffset, GuestRange, Result, ZeroMode};
 use std::sync::Arc;
 
-/// Is told of every change, in the thread that makes it. It returns no errors: a change fails only if the disk
-/// itself fails.
+/// Is told of every change, in the thread that makes it. It returns no errors: a change fails only if the
+/// disk itself fails.
 pub(super) trait Watcher: Send + Sync {
     /// These bytes are about to change.
     fn before(&self, bytes: GuestRange) {

@@ -1,6 +1,7 @@
 //! Layers of a disk that is used are exchanged: with a power cut at every moment, with every storage call
 //! failing once, with many threads, and with the work that is done while requests are held back counted.
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
+#![allow(clippy::disallowed_methods, reason = "tests run real threads, and are lengthened by a variable")]
 
 mod threads;
 mod world;

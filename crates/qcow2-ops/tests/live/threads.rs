@@ -203,7 +203,7 @@ impl Bench {
                     Piece::Zeroes { host, len } => {
                         data.write_zeroes(host, len, ZeroMode::KeepAllocated).unwrap();
                     }
-                    _ => unimplemented!("another kind of piece"),
+                    _ => panic!("another kind of piece"),
                 }
             }
             ticket.commit().map_err(|e| chain(&e))?;

@@ -504,7 +504,13 @@ impl Stage {
                     base: &|below: Option<&_>| self.open(TOP - depth - 1, below),
                     overlay: &|below: Option<&_>| self.open(TOP - depth + 1, below),
                 };
-                commit_middle(&live, &layer, progress).map(drop)
+                let report = commit_middle(&live, &layer, progress)?;
+                let mut layer = live.layer();
+                while let Some(below) = layer.backing().and_then(|node| node.as_live()).map(LiveDisk::layer) {
+                    assert!(!Arc::ptr_eq(&below, &report.middle), "the committed layer is still read");
+                    layer = below;
+                }
+                Ok(())
             }
             Act::Backup => self.backup(&live, progress),
         }
