@@ -199,7 +199,7 @@ impl Copying<'_> {
         let (mut at, mut total, end) = (0, 0, self.plan.source.size());
         while at < end {
             self.check_stop(at)?;
-            let run = match self.plan.source.content_at(at, end - at, self.plan.below) {
+            let run = match self.joined_at(at, end - at) {
                 Err(_) if self.plan.salvage => self.cluster_at(at, end),
                 run => run?,
             };
@@ -207,6 +207,15 @@ impl Copying<'_> {
             at = run.end();
         }
         Ok(total)
+    }
+
+    /// The run at `at`, joined with those behind it unless zeroes are copied like data.
+    fn joined_at(&self, at: u64, len: u64) -> Result<Run> {
+        let CopyPlan { source, below, sparse_size, .. } = self.plan;
+        match sparse_size {
+            0 => source.content_at(at, len, *below),
+            _ => source.joined_at(at, len, *below),
+        }
     }
 
     fn is_read(&self, run: &Run) -> bool {
@@ -300,7 +309,7 @@ impl Copying<'_> {
     /// A run of whole chunks from `start` that need not be read, if there is one.
     fn hole_at(&self, start: u64, chunk: u64, chunk_end: u64) -> Result<Option<Run>> {
         let end = self.plan.source.size();
-        let run = match self.plan.source.content_at(start, end - start, self.plan.below) {
+        let run = match self.joined_at(start, end - start) {
             Err(_) if self.plan.salvage => return Ok(None),
             run => run?,
         };
