@@ -142,6 +142,22 @@ fn largest_fields() {
     }
 }
 
+/// A table of 2 MiB for each of 65,536 L1 entries, all of them in holes: a file of half a MiB on disk.
+#[test]
+fn large_tables_in_holes() {
+    let root = tempfile::tempdir().unwrap();
+    File::create(root.path().join("other")).unwrap();
+    let tables = 1 << 16;
+    let l1 = (8..8 + tables).flat_map(|table| (COPIED | table << 21).to_be_bytes()).collect();
+    write(&root.path().join("holes"), 21, (8 + tables) << 21, &[(3 << 21, l1)], |h| {
+        (h.size, h.l1_size) = (tables << 39, tables as u32);
+    });
+    check(root.path(), "holes", READING);
+    // An overlay that is open for writing is not told by its holes, and a rebase reads each table.
+    let lines: Vec<&str> = CHANGING.iter().copied().filter(|line| !line.starts_with("rebase")).collect();
+    check(root.path(), "holes", &lines);
+}
+
 /// Thousands of bitmaps that have one table.
 #[test]
 fn one_table_for_all_bitmaps() {

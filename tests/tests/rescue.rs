@@ -496,7 +496,7 @@ impl Places {
             let start = guest * CLUSTER;
             let at = if start == 0 { 1024 } else { 0 };
             let group = start / (128 << 20);
-            let is_start = start % (128 << 20) == 0 && (group == 0 || is_copy(group));
+            let is_start = start.is_multiple_of(128 << 20) && (group == 0 || is_copy(group));
             is_start && whole.content[&guest][at + 56..at + 58] == [0x53, 0xef]
         };
         let mut told: Vec<u64> =
@@ -567,8 +567,8 @@ fn check_wide(what: &str, bytes: PageBytes, in_order: bool) {
     }
 }
 
-/// A disk most of which is zeroes has parts without an L2 table, and nothing tells which, unless a snapshot or
-/// a structure in the data does.
+/// A disk most of which is zeroes has parts without an L2 table, and nothing tells which, unless a snapshot
+/// or a structure in the data does.
 #[test]
 fn wide_disks() {
     let Some(mut bench) = Bench::find() else { return };

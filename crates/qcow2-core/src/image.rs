@@ -331,6 +331,17 @@ impl Image {
         self.extent_of(range)
     }
 
+    /// How many bytes from `range.start()` on have no data in this layer, at most `range.len()`: they are
+    /// unallocated or zeroes, by turns too, which are many extents. 0 if there is data; less than all there
+    /// are if it would take long to find them. Disk: may read tables. Errors: as
+    /// [`extent_at`](Self::extent_at).
+    pub fn len_without_data(&self, range: GuestRange) -> Result<u64> {
+        self.check_range(range.start(), range.len())?;
+        let _structure = read(&self.structure);
+        let _operation = self.flusher.enter();
+        self.mapping().len_without_data(range.start(), range.len())
+    }
+
     /// The backing file, which unallocated clusters are read from.
     pub fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
         self.backing.as_ref()

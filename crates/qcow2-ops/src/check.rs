@@ -25,13 +25,14 @@ use collect::{Collected, Collector, Key, Phase};
 use counters::{CHUNK, Counters};
 use mapping::{Statistics, touched};
 use qcow2_core::Storage;
-use qcow2_core::walk::{self, Owner, Reference, Segment, TablePlace, Walk, overlay};
+use qcow2_core::walk::{self, Holes, Owner, Reference, Segment, TablePlace, Walk, overlay};
 use qcow2_format::bitmap::BitmapTableEntry;
 use qcow2_format::refcount::{self, decode_table_entry};
 use qcow2_format::{FormatErrorKind, HostOffset, bytes};
 use refcounts::Stored;
 use shared::Shared;
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Memory for reference counts in bytes. A larger file is checked in windows: 4 TiB at a time with 64 KiB
@@ -191,6 +192,7 @@ fn in_windows(
             first: start == 0,
             clusters,
             expected: &expected,
+            holes: Mutex::default(),
         })?;
         start = range.end;
     }
@@ -282,6 +284,7 @@ struct Pass<'a> {
     clusters: u64,
     /// Bytes of tables that the check has to read, as known so far.
     expected: &'a AtomicU64,
+    holes: Mutex<Holes>,
 }
 
 impl Pass<'_> {

@@ -264,7 +264,7 @@ impl Copying<'_> {
     /// A run of whole chunks from `start` that need not be read, if there is one.
     fn hole_at(&self, start: u64, chunk: u64, chunk_end: u64) -> Result<Option<Run>> {
         let end = self.plan.source.size();
-        let run = match self.plan.source.content_at(start, end - start, self.plan.below) {
+        let run = match self.plan.joined_at(start, end - start) {
             Err(_) if self.plan.salvage => return Ok(None),
             run => run?,
         };

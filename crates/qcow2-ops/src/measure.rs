@@ -259,7 +259,7 @@ fn used_clusters(disk: &Arc<dyn GuestDisk>, cluster_size: u64) -> Result<u64> {
     let source = Source::new(std::slice::from_ref(disk))?;
     let (mut at, mut clusters) = (0, 0);
     while at < source.size() {
-        let run = source.content_at(at, source.size() - at, Below::Nothing)?;
+        let run = source.joined_at(at, source.size() - at, Below::Nothing)?;
         at = run.end();
         if run.content == Content::Data {
             let end = at.next_multiple_of(cluster_size);

@@ -67,7 +67,7 @@ impl CopyPlan<'_> {
         let (mut at, mut total, end) = (0, 0, self.source.size());
         while at < end {
             self.check_stop(at, progress)?;
-            let run = match self.source.content_at(at, end - at, self.below) {
+            let run = match self.joined_at(at, end - at) {
                 Err(_) if self.salvage => self.cluster_at(at, end),
                 run => run?,
             };
@@ -75,6 +75,14 @@ impl CopyPlan<'_> {
             at = run.end();
         }
         Ok(total)
+    }
+
+    /// The run at `at`, joined with those behind it unless zeroes are copied like data.
+    pub(crate) fn joined_at(&self, at: u64, len: u64) -> Result<Run> {
+        match self.sparse_size {
+            0 => self.source.content_at(at, len, self.below),
+            _ => self.source.joined_at(at, len, self.below),
+        }
     }
 
     pub(crate) fn is_read(&self, run: &Run) -> bool {

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::map::{Layers, MapExtent};
-use qcow2_core::{GuestDisk, GuestOffset};
+use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Image};
 use std::sync::Arc;
 
 /// Concatenated disks. Each is padded with zeroes to a multiple of 512.
@@ -40,6 +40,10 @@ pub(crate) enum Below {
     /// Ranges that no layer allocates.
     Unallocated,
 }
+
+/// Runs that are taken as one at most. Origin: ours; the tables of a small file may have any number of short
+/// runs without data side by side.
+const MAX_JOINED: usize = 1 << 12;
 
 /// A run of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,10 +121,46 @@ impl Source {
         Ok(MapExtent { present: extent.present || past_a_layer, ..extent })
     }
 
+    /// The image of the disk at `at`, if it has no layer below it, and the range of it that is left there, at
+    /// most `len` bytes. Where it has no data it reads as zeroes.
+    fn sole_image(&self, at: u64, len: u64) -> Option<(&Image, GuestRange)> {
+        let part = self.part_at(at);
+        let start = at - part.start;
+        let image = part.disk.as_image().filter(|_| part.layers.disk(1).is_none())?;
+        let len = part.disk.size().checked_sub(start)?.min(len);
+        let range = GuestRange::between(GuestOffset::new(start), GuestOffset::new(start + len));
+        (len > 0).then_some((image, range))
+    }
+
     /// Content of the run at `at`, at most `len` bytes. `below` selects what is `Backing`. `at` must be
     /// inside the source.
     pub(crate) fn content_at(&self, at: u64, len: u64, below: Below) -> Result<Run> {
         Ok(self.stored_at(at, len, below)?.0)
+    }
+
+    /// Like [`content_at`](Self::content_at), with the runs behind it that are no data either. An error of
+    /// these is met again where they begin.
+    pub(crate) fn joined_at(&self, at: u64, len: u64, below: Below) -> Result<Run> {
+        let mut run = self.content_at(at, len, below)?;
+        let end = at + len;
+        for _ in 0..MAX_JOINED {
+            if run.content == Content::Data || run.end() >= end {
+                break;
+            }
+            let zeroes = run.content == Content::Zero && below != Below::Unallocated;
+            let more = match self.sole_image(run.end(), end - run.end()).filter(|_| zeroes) {
+                Some((image, range)) => image.len_without_data(range).unwrap_or(0),
+                None => {
+                    let next = self.content_at(run.end(), end - run.end(), below).ok();
+                    next.filter(|next| next.content == run.content).map_or(0, |next| next.len)
+                }
+            };
+            if more == 0 {
+                break;
+            }
+            run.len += more;
+        }
+        Ok(run)
     }
 
     /// Like [`content_at`](Self::content_at), with the depth of the layer that stores the bytes uncompressed,

@@ -115,7 +115,7 @@ impl Image {
     }
 
     fn has_compressed_clusters(&self) -> Result<bool> {
-        for table in self.all_l2_tables()? {
+        for table in self.all_l2_tables()?.into_iter().filter(|&table| !self.is_hole(table)) {
             for raw in read_words(self.file.storage(), table, self.file.geometry().cluster_size() / 8)? {
                 let entry = self.file.l2_format().decode(raw, 0);
                 if matches!(entry, Ok(L2Entry::Compressed(_))) {
@@ -189,6 +189,9 @@ impl Image {
     /// Rewrites one L2 table without zero flags. There are no subclusters: extended L2 entries are an
     /// incompatible feature and were refused.
     fn expand_table(&self, table: HostOffset, backing: bool) -> Result<()> {
+        if self.is_hole(table) {
+            return Ok(());
+        }
         let size = self.file.geometry().cluster_size();
         let mut words = read_words(self.file.storage(), table, size / 8)?;
         let references = self.refcount_at(table)?;
@@ -239,6 +242,12 @@ impl Image {
         self.mapping().forget_table(table);
         unlinked.into_iter().for_each(|run| self.refcounts.unlink(run));
         Ok(())
+    }
+
+    /// Whether no entry of a table was ever written.
+    fn is_hole(&self, table: HostOffset) -> bool {
+        let end = table.value().saturating_add(self.file.geometry().cluster_size());
+        self.file.hole_at(table.value()).is_some_and(|hole| end <= hole.end)
     }
 
     fn refcount_at(&self, host: HostOffset) -> Result<u64> {

@@ -14,6 +14,7 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use ::alloc::sync::Arc;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
+use core::ops::Range;
 use qcow2_format::l2::L2Format;
 use qcow2_format::{Geometry, HostOffset};
 
@@ -65,6 +66,17 @@ impl ImageFile {
     /// The image file.
     pub(crate) fn storage(&self) -> &dyn Storage {
         &*self.storage
+    }
+
+    /// The hole of the file from `at` on; what is past the end of the file is one too.
+    pub(crate) fn hole_at(&self, at: u64) -> Option<Range<u64>> {
+        let len = self.storage.len().ok()?;
+        if at >= len {
+            return Some(at..u64::MAX);
+        }
+        let extent = self.storage.extent_at(HostOffset::new(at), len - at).ok()?;
+        let end = at.saturating_add(extent.len);
+        (!extent.data).then_some(at..if end >= len { u64::MAX } else { end })
     }
 
     /// The image file, for callers that keep a reference.

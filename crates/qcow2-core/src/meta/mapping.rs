@@ -147,7 +147,7 @@ impl Mapping {
             self.format.decode(raw, bitmap)
         };
         let run = match place.like_the_first(&self.format, offset, max_len) {
-            Some(run) => run,
+            Some(run) => self.past_holes(offset, max_len, &place, run),
             None => resolve_run(&self.format, offset, max_len, place.entries(), entry)
                 .map_err(|e| self.entry_error(offset, place.raw(0).0, e, to_change))?,
         };
@@ -237,6 +237,24 @@ impl Mapping {
         })
     }
 
+    /// How many bytes from `offset` on have no data in this layer, at most `max_len`: they are unallocated or
+    /// zeroes, also by turns. At most to the end of a page of the table. 0 for an entry that is damaged.
+    /// Disk: may read that page. Errors: `Corrupt` for a damaged L1 entry, `Storage`.
+    pub(crate) fn len_without_data(&self, offset: GuestOffset, max_len: u64) -> Result<u64> {
+        let Some(place) = self.l2_place(offset)? else { return Ok(self.unmapped_len(offset, max_len)) };
+        if let Some(run) = place.like_the_first(&self.format, offset, max_len) {
+            return Ok(self.past_holes(offset, max_len, &place, run).len);
+        }
+        let is_data = |&index: &u64| {
+            let (raw, bitmap) = place.raw(index);
+            !matches!(self.format.decode(raw, bitmap), Ok(L2Entry::Standard(entry)) if entry.allocated == 0)
+        };
+        let entries = (0..place.entries()).find(is_data).unwrap_or(place.entries());
+        let geometry = &self.format.geometry;
+        let len = (entries * geometry.cluster_size()).saturating_sub(geometry.in_cluster(offset.value()));
+        Ok(len.min(max_len))
+    }
+
     /// Length of the run of L1 entries without an L2 table at `offset`, at most `max_len`. Examines only
     /// [`MAX_UNMAPPED_ENTRIES`] entries: a comparison of two disks may look up the same long run again and
     /// again.
@@ -251,6 +269,40 @@ impl Mapping {
             None if looked_at < end => looked_at * coverage - start,
             None => limit - start,
         }
+    }
+
+    /// Lengthens a run that takes the rest of a page of zeroes by all behind it that is in the same hole of
+    /// the file: a small file may have a table of 2 MiB for each of its L1 entries, none of which was ever
+    /// written. Disk: queries the hole, and reads none of its tables. Not for an image that is written to,
+    /// whose cache is newer than the file.
+    fn past_holes(&self, offset: GuestOffset, max_len: u64, place: &L2Place, run: Run) -> Run {
+        if run.len == max_len || run.place != Place::Unallocated || self.file.is_writable() {
+            return run;
+        }
+        let Some(hole) = self.file.hole_at(place.page.offset().value()) else { return run };
+        let (geometry, limit) = (&self.format.geometry, offset.value().saturating_add(max_len));
+        let first = geometry.l1_index(offset);
+        let Ok(L1Entry { l2_table: Some(own), .. }) = self.l1_entry(first) else { return run };
+        let inside = (hole.end - own.value()).min(geometry.cluster_size()) / geometry.l2_entry_size();
+        let start = geometry.l2_coverage().saturating_mul(first.value());
+        let mut end = start.saturating_add(inside.saturating_mul(geometry.cluster_size()));
+        if inside == geometry.l2_entries() {
+            let in_hole = |raw| match L1Entry::decode(raw, geometry) {
+                Ok(L1Entry { l2_table: None, .. }) => true,
+                Ok(L1Entry { l2_table: Some(at), .. }) => {
+                    let end = at.value().checked_add(geometry.cluster_size());
+                    hole.contains(&at.value()) && end.is_some_and(|end| end <= hole.end)
+                }
+                Err(_) => false,
+            };
+            let next = first.value() + 1;
+            let last = self.l1.len().min(next.saturating_add(MAX_UNMAPPED_ENTRIES));
+            let alike = (next..last).take_while(|&index| in_hole(self.l1.entry(L1Index::new(index)))).count();
+            end = end.saturating_add(geometry.l2_coverage().saturating_mul(alike as u64));
+        }
+        // The hole may end inside this page.
+        let len = end.min(limit).saturating_sub(offset.value());
+        Run { len: len.max(run.len), ..run }
     }
 
     fn l1_entry(&self, index: L1Index) -> Result<L1Entry> {

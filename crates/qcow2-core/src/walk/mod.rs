@@ -17,7 +17,7 @@ mod tables;
 pub use overlay::{Segment, TablePlace, overlay};
 pub use records::{BitmapFault, SnapshotFault, SnapshotTable};
 pub use reference::{Owner, Reference};
-pub use tables::Pieces;
+pub use tables::{Holes, Pieces};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::port::storage::Storage;

@@ -17,7 +17,29 @@ pub struct Pieces<'a> {
     buffer: Vec<u8>,
 }
 
+/// What is known of holes in the file, for [`Walk::is_hole`].
+#[derive(Debug, Default)]
+pub struct Holes {
+    /// The last extent that the storage has reported, and whether it is a hole. Kept as in [`Pieces`].
+    known: core::ops::Range<u64>,
+    hole: bool,
+}
+
 impl<'a> Walk<'a> {
+    /// True if `len` bytes at `offset` are in one hole, or past the end of the file: a table there has no
+    /// entries and need not be read. Errors: `Storage`.
+    pub fn is_hole(&self, holes: &mut Holes, offset: HostOffset, len: u64) -> Result<bool> {
+        let at = offset.value();
+        if at >= self.file_len {
+            return Ok(true);
+        }
+        if !holes.known.contains(&at) {
+            let extent = self.storage.extent_at(offset, self.file_len - at)?;
+            *holes = Holes { known: at..at.saturating_add(extent.len.max(1)), hole: !extent.data };
+        }
+        Ok(holes.hole && at.saturating_add(len).min(self.file_len) <= holes.known.end)
+    }
+
     /// A reader of tables; [`Pieces::start`] gives it a range.
     pub fn pieces(&'a self) -> Pieces<'a> {
         Pieces { walk: self, at: 0, end: 0, data: 0..0, buffer: Vec::new() }

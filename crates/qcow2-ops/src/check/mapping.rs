@@ -15,6 +15,7 @@ use qcow2_format::l1::{self, L1Entry};
 use qcow2_format::l2::{L2Fault, L2Item};
 use qcow2_format::{FormatErrorKind, L1Index, L2Index};
 use std::ops::Range;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// L1 entries per batch; 32 MiB of memory at most.
@@ -182,15 +183,19 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Reads and scans L2 tables in file order; adjacent tables are read together.
+    /// Reads and scans L2 tables in file order; adjacent tables are read together, and those in holes are
+    /// not: a small file may have a hundred GiB of them.
     fn read_tables(&self, tables: &[TableUse], buffer: &mut Vec<u8>) -> Result<()> {
         let size = self.walk.geometry().cluster_size();
         let adjacent = |a: &TableUse, b: &TableUse| a.table.checked_add(size) == Some(b.table);
         for group in tables.chunk_by(adjacent) {
             let Some(first) = group.first() else { continue };
-            if first.table.value() >= self.walk.file_len() {
+            let len = group.len() as u64 * size;
+            let mut holes = self.holes.lock().unwrap_or_else(PoisonError::into_inner);
+            if self.walk.is_hole(&mut holes, first.table, len).map_err(metadata_error)? {
                 continue;
             }
+            drop(holes);
             buffer.resize(group.len() * size as usize, 0);
             self.walk.read(first.table, buffer).map_err(metadata_error)?;
             for (used, table) in group.iter().zip(buffer.chunks_exact(size as usize)) {

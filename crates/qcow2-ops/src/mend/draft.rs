@@ -1,6 +1,6 @@
 //! A storage that keeps changes in memory. A repair is planned and checked in it, and written only then.
 
-use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, ZeroMode};
+use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageErrorKind, StorageExtent, ZeroMode};
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -171,6 +171,20 @@ impl Storage for Draft<'_> {
         Ok(())
     }
 
+    fn extent_at(&self, offset: HostOffset, len: u64) -> Result<StorageExtent, StorageError> {
+        let (state, at) = (self.read(), offset.value());
+        let number = at / PAGE;
+        if state.pages.contains_key(&number) {
+            return Ok(StorageExtent { len: ((number + 1) * PAGE - at).min(len), data: true });
+        }
+        let changed = state.pages.range(number..).next();
+        let len = changed.map_or(len, |(&next, _)| len.min(next * PAGE - at));
+        match self.base_len.checked_sub(at) {
+            None | Some(0) => Ok(StorageExtent { len, data: false }),
+            Some(left) => self.base.extent_at(offset, len.min(left)),
+        }
+    }
+
     fn limits(&self) -> Limits {
         self.base.limits()
     }
@@ -219,5 +233,26 @@ mod tests {
             })
             .unwrap();
         assert!(made == model);
+    }
+
+    #[test]
+    fn holes_end_where_something_was_written() {
+        let base = qcow2_testkit::storage::PageStorage::default();
+        base.write_at(at(10 * PAGE), &[1; 10]).unwrap();
+        base.set_len(20 * PAGE).unwrap();
+        let draft = Draft::new(&base).unwrap();
+        for place in [3 * PAGE + 5, 4 * PAGE, 15 * PAGE, 25 * PAGE] {
+            draft.write_at(at(place), &[2; 20]).unwrap();
+        }
+        let (mut data, mut next) = (Vec::new(), 0);
+        while next < draft.len().unwrap() {
+            let extent = draft.extent_at(at(next), draft.len().unwrap() - next).unwrap();
+            if extent.data {
+                data.push(next / PAGE);
+            }
+            next += extent.len;
+        }
+        assert_eq!(data, [3, 4, 10, 15, 25]);
+        assert_eq!(draft.extent_at(at(100), 7).unwrap(), StorageExtent { len: 7, data: false });
     }
 }

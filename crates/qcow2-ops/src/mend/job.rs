@@ -62,6 +62,23 @@ impl Job<'_> {
         Ok(bytes::read_u64(&word, 0).unwrap_or(0))
     }
 
+    /// The bytes of the table of one cluster at `table`; none if all of it is a hole, as the tables of a
+    /// small file may be by the thousand.
+    pub(super) fn table(&self, table: HostOffset) -> Result<Vec<u8>> {
+        let size = self.format.geometry.cluster_size();
+        let left = self.draft.len().map_err(storage)?.saturating_sub(table.value()).min(size);
+        if left == 0 {
+            return Ok(Vec::new());
+        }
+        let extent = self.draft.extent_at(table, left).map_err(storage)?;
+        if !extent.data && extent.len >= left {
+            return Ok(Vec::new());
+        }
+        let mut content = vec![0; size as usize];
+        self.draft.read_padded(table, &mut content).map_err(storage)?;
+        Ok(content)
+    }
+
     pub(super) fn set_words(&self, at: HostOffset, words: &[u64]) -> Result<()> {
         self.draft.write_at(at, &bytes::table_bytes(words.iter().copied())).map_err(storage)
     }

@@ -274,8 +274,7 @@ impl Job<'_> {
     fn mend_l2(&mut self, table: HostOffset, refcounts: &[u64], round: &mut Round) -> Result<()> {
         let format = self.format;
         let geometry = format.geometry;
-        let mut content = vec![0; geometry.cluster_size() as usize];
-        self.draft.read_padded(table, &mut content).map_err(storage)?;
+        let content = self.table(table)?;
         let len = self.draft.len().map_err(storage)?;
         for index in 0..geometry.l2_entries() {
             let Some((raw, bitmap)) = format.words_at(&content, L2Index::new(index)) else { break };
@@ -401,17 +400,14 @@ impl Job<'_> {
 
     /// Whether at least half of what is set in the cluster at `host` can be entries of this file.
     fn may_be_l2_table(&self, host: HostOffset) -> Result<bool> {
-        let mut content = vec![0; self.format.geometry.cluster_size() as usize];
-        self.draft.read_padded(host, &mut content).map_err(storage)?;
-        self.is_mostly_l2(&content)
+        self.is_mostly_l2(&self.table(host)?)
     }
 
     /// True if the cluster at `host` looks like an L2 table: it has nonzero entries, all of them are valid,
     /// and all of them point into the file.
     pub(super) fn is_l2_table(&self, host: HostOffset) -> Result<bool> {
         let format = self.format;
-        let mut content = vec![0; format.geometry.cluster_size() as usize];
-        self.draft.read_padded(host, &mut content).map_err(storage)?;
+        let content = self.table(host)?;
         let len = self.draft.len().map_err(storage)?;
         let (mut any, mut guest_start) = (false, None);
         for index in 0..format.geometry.l2_entries() {

@@ -123,14 +123,13 @@ impl Job<'_> {
         let mut content = vec![0; entries as usize * 8];
         self.draft.read_padded(offset, &mut content).map_err(storage)?;
         let len = self.draft.len().map_err(storage)?;
-        let mut table = vec![0; self.format.geometry.cluster_size() as usize];
         let mut seen = BTreeSet::new();
         for raw in bytes::words(&content).filter(|&raw| raw != 0) {
             let host = HostOffset::new(l1::without_copied(l1::rounded(raw, &self.format.geometry)));
             if host.value() == 0 || host.value() >= len || !seen.insert(host) {
                 continue;
             }
-            self.draft.read_padded(host, &mut table).map_err(storage)?;
+            let table = self.table(host)?;
             if table.iter().any(|&byte| byte != 0) && self.is_mostly_l2(&table)? {
                 return Ok(true);
             }
@@ -298,8 +297,10 @@ impl Job<'_> {
     /// True if the table at `host` maps a cluster in `free`; with an external data file, if it maps anything.
     fn maps_any(&self, host: HostOffset, free: &BTreeSet<u64>) -> Result<bool> {
         let format = self.format;
-        let mut content = vec![0; format.geometry.cluster_size() as usize];
-        self.draft.read_padded(host, &mut content).map_err(storage)?;
+        let content = self.table(host)?;
+        if content.is_empty() {
+            return Ok(false);
+        }
         let is_free = |offset: HostOffset| free.contains(&format.geometry.host_cluster(offset).value());
         Ok((0..format.geometry.l2_entries()).any(|index| {
             let words = format.words_at(&content, L2Index::new(index)).unwrap_or_default();

@@ -180,8 +180,7 @@ impl Job<'_> {
                 // All entries of a damaged L1 table may point to one table.
                 continue;
             }
-            let mut content = vec![0; geometry.cluster_size() as usize];
-            self.draft.read_padded(table, &mut content).map_err(storage)?;
+            let content = self.table(table)?;
             if !self.is_mostly_l2(&content)? {
                 // The L1 entry points to guest data, not to a table: writing flags there would change it.
                 continue;

@@ -41,8 +41,7 @@ impl Job<'_> {
         let known = known.map(|table| self.known.format.geometry.host_cluster(table).value());
         let Some(first) = known.or(first) else { return Ok(()) };
         if known.is_none() {
-            let size = self.known.format.geometry.cluster_size();
-            settle(slots, orphans, (0, first), size, grows, Evidence::Content);
+            self.settle(slots, orphans, (0, first), grows, Evidence::Content);
         }
         if !self.guest(first, 0, &mut start, &mut looks)? {
             return Ok(());
@@ -110,8 +109,7 @@ impl Job<'_> {
             }
         }
         if let [only] = found[..] {
-            let place = (index as usize, only);
-            settle(slots, orphans, place, geometry.cluster_size(), grows, Evidence::Content);
+            self.settle(slots, orphans, (index as usize, only), grows, Evidence::Content);
         }
         Ok(())
     }
@@ -146,22 +144,23 @@ impl Job<'_> {
         }
         Ok(any)
     }
-}
 
-/// Gives `slots[index]` the table in cluster `cluster`, unless it has one or cannot have it.
-pub(super) fn settle(
-    slots: &mut Vec<Slot>,
-    orphans: &mut BTreeMap<u64, Candidate>,
-    (index, cluster): (usize, u64),
-    cluster_size: u64,
-    grows: bool,
-    evidence: Evidence,
-) {
-    if grows && slots.len() <= index {
-        slots.resize(index + 1, Slot::Lost(Reason::NoTable));
-    }
-    if let Some(slot) = slots.get_mut(index).filter(|slot| slot.is_open()) {
-        *slot = Slot::Table(HostOffset::new(cluster * cluster_size), evidence);
-        orphans.remove(&cluster);
+    /// Gives `slots[index]` the table in cluster `cluster`, unless it has one or cannot have it. `grows`:
+    /// there may be more slots.
+    pub(super) fn settle(
+        &self,
+        slots: &mut Vec<Slot>,
+        orphans: &mut BTreeMap<u64, Candidate>,
+        (index, cluster): (usize, u64),
+        grows: bool,
+        evidence: Evidence,
+    ) {
+        if grows && slots.len() <= index {
+            slots.resize(index + 1, Slot::Lost(Reason::NoTable));
+        }
+        if let Some(slot) = slots.get_mut(index).filter(|slot| slot.is_open()) {
+            *slot = Slot::Table(HostOffset::new(self.known.format.geometry.bytes_of(cluster)), evidence);
+            orphans.remove(&cluster);
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! Places L2 tables by what they map where: data that goes on over the border of two ranges, and offsets in a
 //! data file.
 
-use super::anchor::settle;
 use super::entry::Leads;
 use super::job::Job;
 use super::place::Slot;
@@ -48,20 +47,19 @@ impl Job<'_> {
         let cluster_of = |slot: &Slot| slot.table().map(|at| geometry.host_cluster(at).value());
         let tables: Vec<u64> = slots.iter().filter_map(cluster_of).chain(orphans.keys().copied()).collect();
         let borders = self.borders(&tables)?;
-        let size = geometry.cluster_size();
         let mut at = 0;
         while at < slots.len() {
             let next = cluster_of(&slots[at]).and_then(|table| borders.next.get(&table));
             if let Some(&next) = next.filter(|next| orphans.contains_key(next)) {
                 let room = grows && at + 1 < MAX_L1_ENTRIES as usize;
-                settle(slots, orphans, (at + 1, next), size, room, Evidence::Border);
+                self.settle(slots, orphans, (at + 1, next), room, Evidence::Border);
             }
             at += 1;
         }
         for at in (1..slots.len()).rev() {
             let previous = cluster_of(&slots[at]).and_then(|table| borders.previous.get(&table));
             if let Some(&previous) = previous.filter(|previous| orphans.contains_key(previous)) {
-                settle(slots, orphans, (at - 1, previous), size, false, Evidence::Border);
+                self.settle(slots, orphans, (at - 1, previous), false, Evidence::Border);
             }
         }
         Ok(())
@@ -144,10 +142,9 @@ impl Job<'_> {
                 told.entry(index).or_default().push(cluster);
             }
         }
-        let size = self.known.format.geometry.cluster_size();
         for (index, tables) in told {
             if let [only] = tables[..] {
-                settle(slots, orphans, (index as usize, only), size, grows, Evidence::DataOffset);
+                self.settle(slots, orphans, (index as usize, only), grows, Evidence::DataOffset);
             }
         }
         Ok(())

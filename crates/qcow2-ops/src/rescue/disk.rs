@@ -10,7 +10,7 @@ use qcow2_core::{
 };
 use qcow2_format::l2::{CompressedCluster, L2Entry, SubclusterState};
 use qcow2_format::{CompressionType, L2Index};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Memory for L2 tables. Origin: ours.
@@ -19,8 +19,12 @@ const CACHE_SIZE: u64 = 32 << 20;
 const RETRY: usize = 4096;
 /// Ranges without a table that are one run. Origin: ours; so long a run costs nothing any more.
 const MAX_SLOTS: usize = 1 << 12;
+/// Streams that are remembered not to expand. Origin: ours; 4 MiB of memory.
+const MAX_DAMAGED: usize = 1 << 16;
 /// How a stream of zstd begins.
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// The same of a frame that is passed over; its first byte is 0x50 to 0x5f.
+const SKIPPABLE: [u8; 3] = [0x2a, 0x4d, 0x18];
 
 /// Where a run of guest bytes is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +67,8 @@ pub struct RescuedDisk {
     /// Something is past the end of the file, so that its last cluster may be cut too.
     pub(super) cut: bool,
     cache: Vec<Cached>,
+    /// Streams that did not expand.
+    damaged: Mutex<BTreeSet<(HostOffset, u64)>>,
     /// What reads did not get: length and reason by guest offset.
     losses: Mutex<BTreeMap<u64, (u64, Reason)>>,
 }
@@ -79,6 +85,7 @@ impl RescuedDisk {
             leaky: false,
             cut: false,
             cache: (0..tables).map(|_| Mutex::default()).collect(),
+            damaged: Mutex::default(),
             losses: Mutex::default(),
         }
     }
@@ -309,6 +316,10 @@ impl RescuedDisk {
     fn read_stream(&self, at: u64, stream: CompressedCluster, buf: &mut [u8]) {
         let geometry = self.known.format.geometry;
         let left = self.known.image_len.saturating_sub(stream.host.value());
+        if self.is_known_damaged(stream, left) {
+            buf.fill(0);
+            return self.note(at, buf.len() as u64, Reason::StreamDamaged);
+        }
         let mut packed = vec![0; stream.len.min(left).min(2 * geometry.cluster_size()) as usize];
         let inside = geometry.in_cluster(at) as usize;
         let mut cluster = vec![0; geometry.cluster_size() as usize];
@@ -318,8 +329,34 @@ impl RescuedDisk {
             return;
         }
         buf.fill(0);
+        let mut damaged = self.damaged.lock().unwrap_or_else(PoisonError::into_inner);
+        if read && damaged.len() < MAX_DAMAGED {
+            damaged.insert((stream.host, stream.len));
+        }
+        drop(damaged);
         let reason = if read { Reason::StreamDamaged } else { Reason::Unreadable };
         self.note(at, buf.len() as u64, reason);
+    }
+
+    /// Whether a stream, `left` bytes before the end of the file, did not expand before, or cannot because it
+    /// is in a hole (no stream begins with zeroes) or is not zstd in an image that has no other. Any number
+    /// of entries may lead to the same one, or to bytes of the same cluster.
+    fn is_known_damaged(&self, stream: CompressedCluster, left: u64) -> bool {
+        let damaged = self.damaged.lock().unwrap_or_else(PoisonError::into_inner);
+        if damaged.contains(&(stream.host, stream.len)) {
+            return true;
+        }
+        drop(damaged);
+        let len = stream.len.min(left);
+        let extent = (len > 0).then(|| self.files.image.extent_at(stream.host, len).ok()).flatten();
+        if extent.is_some_and(|extent| !extent.data && extent.len >= len) {
+            return true;
+        }
+        let mut magic = [0; 4];
+        let is_zstd = |magic: [u8; 4]| magic == ZSTD_MAGIC || (magic[0] >> 4 == 5 && magic[1..] == SKIPPABLE);
+        self.files.compression == Some(CompressionType::Zstd)
+            && self.files.image.read_padded(stream.host, &mut magic).is_ok()
+            && !is_zstd(magic)
     }
 
     fn expand(&self, packed: &[u8], cluster: &mut [u8]) -> bool {

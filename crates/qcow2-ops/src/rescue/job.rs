@@ -84,6 +84,8 @@ pub(super) struct Job<'a> {
     pub(super) mapped: Marks,
     /// What clusters are worth as L2 tables, as far as they were asked for.
     pub(super) worths: RefCell<BTreeMap<u64, Worth>>,
+    /// The last extent of the file that was asked for, and whether it is data.
+    pub(super) extent: RefCell<(Range<u64>, bool)>,
     pub(super) progress: &'a dyn Progress,
 }
 
@@ -91,13 +93,33 @@ pub(super) struct Job<'a> {
 const MAX_WORTHS: usize = 1 << 20;
 
 impl Job<'_> {
+    /// Whether a cluster is in a hole of the file, or past its end: it need not be read.
+    pub(super) fn is_hole(&self, cluster: u64) -> bool {
+        let at = self.known.format.geometry.bytes_of(cluster);
+        if at >= self.bytes.len {
+            return true;
+        }
+        let mut known = self.extent.borrow_mut();
+        if !known.0.contains(&at) {
+            // A device that cannot tell is all data.
+            let extent = self.bytes.storage.extent_at(HostOffset::new(at), self.bytes.len - at).ok();
+            let (len, data) = extent.map_or((1, true), |extent| (extent.len.max(1), extent.data));
+            *known = (at..at.saturating_add(len), data);
+        }
+        let end = at.saturating_add(self.known.format.geometry.cluster_size()).min(self.bytes.len);
+        !known.1 && end <= known.0.end
+    }
+
     /// What the cluster that an L1 entry leads to is worth as an L2 table. A table is named by the active and
     /// by many older L1 tables, and by as many entries as somebody likes.
     pub(super) fn worth_at(&self, cluster: u64) -> Result<Worth> {
         if let Some(&worth) = self.worths.borrow().get(&cluster) {
             return Ok(worth);
         }
-        let worth = self.known.worth(&self.cluster(cluster)?);
+        let worth = match self.is_hole(cluster) {
+            true => Worth::Empty,
+            false => self.known.worth(&self.cluster(cluster)?),
+        };
         let mut worths = self.worths.borrow_mut();
         if worths.len() < MAX_WORTHS {
             worths.insert(cluster, worth);

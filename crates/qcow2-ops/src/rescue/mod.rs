@@ -142,6 +142,7 @@ pub fn rescue(files: &RescueFiles<'_>, options: &RescueOptions, progress: &dyn P
         tables: Marks::default(),
         mapped: Marks::default(),
         worths: RefCell::default(),
+        extent: RefCell::new((0..0, true)),
         progress,
     };
     let older = job.note_metadata(source)?;

@@ -206,6 +206,11 @@ impl Job<'_> {
         if self.known.metadata.contains(cluster) {
             return Ok(Slot::Lost(Reason::TableDamaged));
         }
+        if self.is_hole(cluster) {
+            self.known.metadata.insert(cluster);
+            self.tables.insert(cluster);
+            return Ok(Slot::Empty(table));
+        }
         let content = self.cluster(cluster)?;
         let worth = self.known.worth(&content);
         if worth == Worth::Other {
@@ -238,9 +243,12 @@ impl Job<'_> {
                     continue;
                 }
                 self.go_on()?;
-                if self.worth_at(cluster)? != Worth::Other {
+                let worth = self.worth_at(cluster)?;
+                if worth == Worth::Table {
                     let content = self.cluster(cluster)?;
                     self.claim(&content);
+                }
+                if worth != Worth::Other {
                     self.mapped.insert(cluster);
                     self.tables.insert(cluster);
                 }
