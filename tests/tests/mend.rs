@@ -444,8 +444,8 @@ fn nothing_is_kept_for_damaged_entries_once_nothing_is_damaged() {
     assert!(clean > seeds(400) / 2, "{clean} images are clean");
 }
 
-/// A damaged entry of the refcount table makes a block of an L2 table. Both entries cannot be right, and what is
-/// there tells which one is.
+/// A damaged entry of the refcount table makes a block of an L2 table. Both entries cannot be right, and what
+/// is there tells which one is.
 #[test]
 fn an_l2_table_that_is_also_a_refcount_block_stays_one() {
     let file = Arc::new(PageStorage::default());
@@ -469,8 +469,9 @@ fn an_l2_table_that_is_also_a_refcount_block_stays_one() {
     assert!(clusters(&file.bytes())[64].as_ref().is_some_and(|cluster| cluster == &[6; 512]));
 }
 
-/// Two clusters may be the L2 table that an L1 entry lost, so none is taken, and both are kept at first. The entry
-/// leads to the L1 table of a snapshot, which can be read as an L2 table: in the end nothing is damaged.
+/// Two clusters may be the L2 table that an L1 entry lost, so none is taken, and both are kept at first. The
+/// entry leads to the L1 table of a snapshot, which can be read as an L2 table: in the end nothing is
+/// damaged.
 #[test]
 fn candidates_for_a_lost_table_are_freed_once_nothing_is_damaged() {
     let (_, file) = with_snapshot(0, &[7; 512]);

@@ -20,8 +20,8 @@ const MAX_CANDIDATES: usize = 1 << 14;
 /// Clusters that hold metadata other than L2 tables.
 #[derive(Debug, Default)]
 pub(super) struct Metadata {
-    /// The header, the active L1 table, and a refcount structure that counts itself, but for blocks that may be
-    /// L2 tables.
+    /// The header, the active L1 table, and a refcount structure that counts itself, but for blocks that may
+    /// be L2 tables.
     certain: BTreeSet<u64>,
     /// Clusters that other tables point to. These tables may be damaged.
     claimed: BTreeSet<u64>,
@@ -170,8 +170,8 @@ impl Job<'_> {
 
     /// Points `slots` to the L2 table that they lost, if exactly one table is a candidate: it has a refcount
     /// above 0, nothing refers to it, and it maps clusters that nothing else maps. All slots must have the
-    /// same word, which means that they pointed to the same table. `tables`: offsets of the L2 tables that are
-    /// known. Returns the table.
+    /// same word, which means that they pointed to the same table. `tables`: offsets of the L2 tables that
+    /// are known. Returns the table.
     pub(super) fn fill_slots(
         &mut self,
         slots: &[Slot],
@@ -211,8 +211,9 @@ impl Job<'_> {
     }
 
     /// The L2 tables that a slot may have pointed to: unreferenced clusters that look like one. `None` if
-    /// there are too many clusters to examine. `said`: the table that the slot points to now. `tables`: the L2
-    /// tables that are known; what leads to one of them is an L1 table, perhaps of a snapshot that lost it.
+    /// there are too many clusters to examine. `said`: the table that the slot points to now. `tables`: the
+    /// L2 tables that are known; what leads to one of them is an L1 table, perhaps of a snapshot that lost
+    /// it.
     fn orphans(
         &mut self,
         said: Option<HostOffset>,
