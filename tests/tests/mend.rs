@@ -444,6 +444,56 @@ fn nothing_is_kept_for_damaged_entries_once_nothing_is_damaged() {
     assert!(clean > seeds(400) / 2, "{clean} images are clean");
 }
 
+/// A damaged entry of the refcount table makes a block of an L2 table. Both entries cannot be right, and what
+/// is there tells which one is.
+#[test]
+fn an_l2_table_that_is_also_a_refcount_block_stays_one() {
+    let file = Arc::new(PageStorage::default());
+    let storage = Arc::clone(&file) as Arc<dyn Storage>;
+    let mut options = CreateOptions::new(512 * 200);
+    options.cluster_size = 512;
+    create(&storage, None, &options).unwrap();
+    let image = open(Arc::clone(&storage), |options| options.writable = true).unwrap();
+    for (range, byte) in [(0, 5), (1, 6), (2, 7)] {
+        image.write_at(GuestOffset::new(range * 64 * 512), &[byte; 512]).unwrap();
+    }
+    image.close().unwrap();
+    drop(image);
+    let bytes = file.bytes().to_vec();
+    let (l1, refcounts) = (word(&bytes, 40), word(&bytes, 48));
+    // The third range loses its table, which the second could be given.
+    storage.write_at(HostOffset::new(l1 + 16), &[0; 8]).unwrap();
+    let second = word(&bytes, l1 + 8) & 0x00ff_ffff_ffff_fe00;
+    storage.write_at(HostOffset::new(refcounts + 8), &second.to_be_bytes()).unwrap();
+    run(&storage, &Silent).unwrap();
+    assert!(clusters(&file.bytes())[64].as_ref().is_some_and(|cluster| cluster == &[6; 512]));
+}
+
+/// Two clusters may be the L2 table that an L1 entry lost, so none is taken, and both are kept at first. The
+/// entry leads to the L1 table of a snapshot, which can be read as an L2 table: in the end nothing is
+/// damaged.
+#[test]
+fn candidates_for_a_lost_table_are_freed_once_nothing_is_damaged() {
+    let (_, file) = with_snapshot(0, &[7; 512]);
+    let storage = file.clone() as Arc<dyn Storage>;
+    let image = open(Arc::clone(&storage), |options| options.writable = true).unwrap();
+    image.write_at(GuestOffset::new(512), &[8; 512]).unwrap();
+    image.close().unwrap();
+    drop(image);
+    let bytes = file.bytes().to_vec();
+    let (l1, block) = (word(&bytes, 40), word(&bytes, word(&bytes, 48)));
+    let table = word(&bytes, l1) & 0x00ff_ffff_ffff_fe00;
+    let end = bytes.len() as u64 / 512;
+    storage.write_at(HostOffset::new(end * 512), &bytes[table as usize..][..512]).unwrap();
+    storage.write_at(HostOffset::new(block + end * 2), &[0, 1]).unwrap();
+    let other = word(&bytes, word(&bytes, 64));
+    storage.write_at(HostOffset::new(l1), &other.to_be_bytes()).unwrap();
+    assert!(bad(&look(&storage).unwrap()) > 0);
+    run(&storage, &Silent).unwrap();
+    let after = look(&storage).unwrap();
+    assert_eq!((bad(&after), after.leaks), (0, 0));
+}
+
 /// An L1 entry that leads to the snapshot table makes the disk's size there an entry, which leads past the
 /// end of the file. The guest reads zeroes then, and no new table.
 #[test]

@@ -1,10 +1,10 @@
 //! The target `differ` of `cargo xtask fuzz`: images of every shape, valid and damaged, beside qemu-img.
 //!
-//! Both are asked whether the image can be opened, what a check says, and what its content is. The answers are
-//! the same, with two exceptions that are allowed:
+//! Both are asked whether the image can be opened, what a check says, and what its content is. The answers
+//! are the same, with two exceptions that are allowed:
 //!
-//! - Where the reference refuses a damaged image, for the sake of its snapshots or bitmaps for example, ours may
-//!   read the disk, if that is what it was before the damage.
+//! - Where the reference refuses a damaged image, for the sake of its snapshots or bitmaps for example, ours
+//!   may read the disk, if that is what it was before the damage.
 //! - Where the file ends before the snapshot table does, the reference takes the rest to be zeroes, and ours
 //!   says so instead of showing snapshots without a name.
 #![allow(clippy::print_stdout, reason = "a tool for the terminal")]

@@ -182,8 +182,8 @@ fn check_held(shaped: &Shaped, disk: &dyn GuestDisk, below: Option<&dyn GuestDis
 }
 
 /// Judges an image, each time the same. Any bytes: nothing is written, and what is printed is harmless.
-/// Decisions: a valid image is safe exactly if it names no file, is not encrypted, and is followed by nothing;
-/// and a damaged field hides no name.
+/// Decisions: a valid image is safe exactly if it names no file, is not encrypted, and is followed by
+/// nothing; and a damaged field hides no name.
 pub fn vet(data: &[u8]) {
     match decisions(data) {
         Some(decisions) => vet_shaped(decisions),
@@ -241,8 +241,8 @@ fn vet_shaped(decisions: &[u8]) {
     assert!(shaped.bytes().to_vec() == bytes, "judging never writes");
 }
 
-/// Whether something follows the last cluster that a check counts as in use: what the image freed there stays.
-/// The report says the same, and where it begins.
+/// Whether something follows the last cluster that a check counts as in use: what the image freed there
+/// stays. The report says the same, and where it begins.
 fn leftovers(shaped: &Shaped, judged: &VetReport) -> bool {
     let (storage, bytes) = (shaped.shelf.file(TOP), shaped.bytes().to_vec());
     let end = report(&*storage, u64::MAX).expect("a valid image").image_end_offset;

@@ -80,9 +80,6 @@ struct World {
     extras: Extras,
     /// The tables after the damage.
     known: Option<Known>,
-    /// True if the snapshot table says that an L1 table is where it is not. To whom that cluster belongs has
-    /// two answers then, of which a repair may take the other one.
-    ambiguous: bool,
     /// Guest clusters that the damage reached: work goes there more often than chance has it.
     reached: Vec<u64>,
     image: Arc<Image>,
@@ -130,7 +127,6 @@ impl World {
             storage,
             extras,
             known: None,
-            ambiguous: false,
             reached: Vec::new(),
             image,
             rng,
@@ -399,7 +395,6 @@ impl World {
             Kind::Table => layout.change_table(&mut self.rng, target * self.cluster),
         };
         let Some((at, bytes)) = change else { return };
-        self.ambiguous |= kind == Kind::Snapshot;
         self.log.push(format!("{kind:?} at {at:#x}: {bytes:02x?}, cluster {target}"));
         self.storage.write_at(HostOffset::new(at), &bytes).unwrap();
         self.doubtful.extend(layout.doubt(kind, at, target));
@@ -473,9 +468,6 @@ fn run(seed: u64) -> Result<(usize, bool), String> {
         world.image = open(&world.files, false, 0).map_err(|e| e.to_string())?;
         if world.repair() {
             world.counted.clear();
-            if world.ambiguous {
-                world.snapshots.clear();
-            }
             world.image = open(&world.files, false, 0).map_err(|e| e.to_string())?;
             world.check().map_err(|e| format!("{e}\n{}", world.log[built..].join("\n")))?;
         }

@@ -164,8 +164,8 @@ impl Mapping {
         Ok(run)
     }
 
-    /// In an external data file host offset and guest offset must be equal; anything else is damage. Of zeroes
-    /// too: where the offset is wrong, the flag may be.
+    /// In an external data file host offset and guest offset must be equal; anything else is damage. Of
+    /// zeroes too: where the offset is wrong, the flag may be.
     #[inline]
     fn check_place(&self, offset: GuestOffset, host: HostOffset) -> Result<()> {
         if !self.format.external_data || host.value() == offset.value() {

@@ -20,7 +20,8 @@ const MAX_CANDIDATES: usize = 1 << 14;
 /// Clusters that hold metadata other than L2 tables.
 #[derive(Debug, Default)]
 pub(super) struct Metadata {
-    /// The header, the active L1 table, and a refcount structure that counts itself.
+    /// The header, the active L1 table, and a refcount structure that counts itself, but for blocks that may
+    /// be L2 tables.
     certain: BTreeSet<u64>,
     /// Clusters that other tables point to. These tables may be damaged.
     claimed: BTreeSet<u64>,
@@ -59,15 +60,19 @@ impl Job<'_> {
                 found.claimed.extend(run(walk.header().snapshots_offset, table.len));
             }
             let refcounts = walk.refcount_table().map_err(failed)?;
-            let mut own = self.refcount_clusters(&refcounts);
+            let own = self.refcount_clusters(&refcounts);
             // A refcount structure that counts the header and itself can be trusted.
             let table = geometry.host_cluster(header.refcount_table_offset).value();
             let counts = |cluster| {
                 stored_refcount(walk, &refcounts, cluster).map(|count| count.is_some_and(|count| count > 0))
             };
-            match counts(0)? && counts(table)? {
-                true => found.certain.append(&mut own),
-                false => found.claimed.append(&mut own),
+            let trusted = counts(0)? && counts(table)?;
+            let tables = run(header.refcount_table_offset, refcounts.len() as u64 * 8);
+            for cluster in own {
+                // What reads as an L2 table may be one, and the entry that makes a block of it damaged.
+                let host = HostOffset::new(cluster * geometry.cluster_size());
+                let certain = trusted && (tables.contains(&cluster) || !self.is_l2_table(host)?);
+                if certain { &mut found.certain } else { &mut found.claimed }.insert(cluster);
             }
             Ok(())
         })?;
@@ -164,8 +169,8 @@ impl Job<'_> {
 
     /// Points `slots` to the L2 table that they lost, if exactly one table is a candidate: it has a refcount
     /// above 0, nothing refers to it, and it maps clusters that nothing else maps. All slots must have the
-    /// same word, which means that they pointed to the same table. `tables`: offsets of the L2 tables that are
-    /// known. Returns the table.
+    /// same word, which means that they pointed to the same table. `tables`: offsets of the L2 tables that
+    /// are known. Returns the table.
     pub(super) fn fill_slots(
         &mut self,
         slots: &[Slot],
@@ -205,8 +210,9 @@ impl Job<'_> {
     }
 
     /// The L2 tables that a slot may have pointed to: unreferenced clusters that look like one. `None` if
-    /// there are too many clusters to examine. `said`: the table that the slot points to now. `tables`: the L2
-    /// tables that are known; what leads to one of them is an L1 table, perhaps of a snapshot that lost it.
+    /// there are too many clusters to examine. `said`: the table that the slot points to now. `tables`: the
+    /// L2 tables that are known; what leads to one of them is an L1 table, perhaps of a snapshot that lost
+    /// it.
     fn orphans(
         &mut self,
         said: Option<HostOffset>,

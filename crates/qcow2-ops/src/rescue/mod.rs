@@ -266,8 +266,8 @@ impl Job<'_> {
         Ok(older)
     }
 
-    /// Takes the clusters with the bits of bitmaps, whose tables are the `len` bytes at `at`. They are noted as
-    /// mapped, not as metadata: a table may be damaged and lead to the guest's data, which is to be read.
+    /// Takes the clusters with the bits of bitmaps, whose tables are the `len` bytes at `at`. They are noted
+    /// as mapped, not as metadata: a table may be damaged and lead to the guest's data, which is to be read.
     fn note_bits(&mut self, at: HostOffset, len: u64) -> Result<()> {
         let end = at.value().saturating_add(len).min(self.bytes.len);
         let mut content = vec![0; TABLE_PIECE as usize];

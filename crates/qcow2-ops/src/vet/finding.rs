@@ -83,8 +83,8 @@ pub enum Doubt {
     Extension(u32),
     /// There are more or larger L2 tables than were to be read.
     MoreTables,
-    /// Bytes that are not zero follow the last cluster in use. The image may have had them in use once: nothing
-    /// tells those from what was put there.
+    /// Bytes that are not zero follow the last cluster in use. The image may have had them in use once:
+    /// nothing tells those from what was put there.
     Trailing,
     /// A partition table is not as it should be.
     Partitions(&'static str),
