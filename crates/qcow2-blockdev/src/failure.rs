@@ -329,14 +329,6 @@ impl fmt::Display for FailureKind {
             Self::Window(error) => error.fmt(f),
             Self::Rules(error) => error.fmt(f),
             Self::Tuning(error) => error.fmt(f),
-            Self::NoCompression(_)
-            | Self::NoThrottleGroup(_)
-            | Self::Missing(_)
-            | Self::NoBitmapNode(_)
-            | Self::NoBitmap(_)
-            | Self::UnevenClusters(_)
-            | Self::NoBottomNode(_)
-            | Self::UnalignedPreallocation => self.fmt_of_filter(f),
             Self::ReadOnlyNode => f.write_str("an option allows reading only"),
             Self::KeepsNothing => f.write_str("what is read is kept only where the disk may be written to"),
             Self::SharedAndWritable => f.write_str("locks are ignored only where nothing is written"),
@@ -363,6 +355,7 @@ impl fmt::Display for FailureKind {
             }
             Self::NoSnapshots => f.write_str("a disk of this format has no snapshots"),
             Self::NoSuchSnapshot => f.write_str("there is no such snapshot"),
+            _ => self.fmt_of_filter(f),
         }
     }
 }

@@ -88,7 +88,7 @@ pub use arguments::{count_argument, size_argument};
 pub use compression::{Compression, CompressionError};
 pub use driver::{
     AddressError, AddressPart, Driver, LineError, RuleError, ThrottleError, TuningError, WindowError,
-    is_device, is_known_driver,
+    is_device, is_fifo, is_known_driver,
 };
 pub use failure::{FailureKind, MissingBacking, OpenFailure};
 pub use keys::{

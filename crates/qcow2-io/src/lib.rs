@@ -35,7 +35,7 @@
 //! | a disk probed as raw that nobody turns into another format | [`GuardedRaw`] |
 //! | a byte range of a storage | [`WindowStorage`] |
 //! | a storage with a rate limit | [`ThrottleStorage`] |
-//! | storages and disks that keep limits together | [`ThrottleGroup`], [`ThrottledStorage`], [`ThrottledDisk`] |
+//! | limits for several storages and disks | [`ThrottleGroup`], [`ThrottledStorage`], [`ThrottledDisk`] |
 //! | a storage that is compared with a copy | [`VerifyStorage`] |
 //! | a disk whose old content goes elsewhere before it changes | [`CopyBeforeWrite`] |
 //! | the guest disk of one image as the storage of another | [`DiskStorage`] |

@@ -14,7 +14,7 @@ use crate::pieces::{Pieces, add};
 use crate::pipeline::{Order, Stages, run};
 use crate::progress::Progress;
 pub use crate::report::{CopyReport, Unreadable};
-use crate::source::{Below, Content, Run, SECTOR, Source};
+use crate::source::{Below, Content, Run, SECTOR, Source, whole_clusters};
 use crate::zeroes::{ZeroGrid, is_zero};
 use qcow2_core::{ClusterCodec, GuestDisk, GuestOffset, GuestRange, Image, ZeroMode};
 use std::ops::{ControlFlow, Range};
@@ -319,7 +319,7 @@ impl Copying<'_> {
             }
         }
         if self.plan.compress.is_some() && slot.runs.iter().any(|run| run.content == Content::Backing) {
-            slot.runs = self.whole_clusters(&slot.runs, slot.range.end);
+            slot.runs = whole_clusters(&slot.runs, slot.range.end, self.grid.unit);
         }
         Ok(())
     }
@@ -329,28 +329,6 @@ impl Copying<'_> {
         let run = self.plan.cluster_at(at, slot.range.end);
         slot.unmapped.push(at..run.end());
         run
-    }
-
-    fn whole_clusters(&self, runs: &[Run], end: u64) -> Vec<Run> {
-        let unit = self.grid.unit;
-        let mut wide: Vec<Run> = Vec::with_capacity(runs.len() * 3);
-        let mut push = |start: u64, end: u64, content| match wide.last_mut() {
-            _ if start >= end => {}
-            Some(last) if last.content == content => last.len += end - start,
-            _ => wide.push(Run { start, len: end - start, content }),
-        };
-        for run in runs {
-            if run.content != Content::Backing {
-                push(run.start, run.end(), run.content);
-                continue;
-            }
-            let first = run.start.next_multiple_of(unit).min(run.end());
-            let last = if run.end() == end { end } else { (run.end() - run.end() % unit).max(first) };
-            push(run.start, first, Content::Data);
-            push(first, last, Content::Backing);
-            push(last, run.end(), Content::Data);
-        }
-        wide
     }
 
     fn read_runs(&self, slot: &mut Slot) -> Result<()> {

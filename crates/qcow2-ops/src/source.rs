@@ -208,6 +208,29 @@ impl Source {
     }
 }
 
+/// `runs` with those that stay backed reduced to whole clusters of `unit` bytes, the last one of which may
+/// end at `end`; what is cut off of them is data.
+pub(crate) fn whole_clusters(runs: &[Run], end: u64, unit: u64) -> Vec<Run> {
+    let mut wide: Vec<Run> = Vec::with_capacity(runs.len() * 3);
+    let mut push = |start: u64, end: u64, content| match wide.last_mut() {
+        _ if start >= end => {}
+        Some(last) if last.content == content => last.len += end - start,
+        _ => wide.push(Run { start, len: end - start, content }),
+    };
+    for run in runs {
+        if run.content != Content::Backing {
+            push(run.start, run.end(), run.content);
+            continue;
+        }
+        let first = run.start.next_multiple_of(unit).min(run.end());
+        let last = if run.end() == end { end } else { (run.end() - run.end() % unit).max(first) };
+        push(run.start, first, Content::Data);
+        push(first, last, Content::Backing);
+        push(last, run.end(), Content::Data);
+    }
+    wide
+}
+
 pub(crate) const SECTOR: u64 = 512;
 
 #[cfg(test)]

@@ -17,9 +17,9 @@ pub(crate) struct ZeroGrid {
 }
 
 impl ZeroGrid {
-    /// The rules for a copy to `target` that leaves out runs of `sparse_size` bytes and more. They are found in
-    /// units of the largest power of two in that, and of the target's own unit at least; compressed clusters
-    /// are left out as wholes.
+    /// The rules for a copy to `target` that leaves out runs of `sparse_size` bytes and more. They are found
+    /// in units of the largest power of two in that, and of the target's own unit at least; compressed
+    /// clusters are left out as wholes.
     pub(crate) fn of_target(target: &dyn GuestDisk, compress: bool, sparse_size: u64) -> Self {
         let wanted = floor_power(sparse_size.max(SECTOR));
         let target_unit = floor_power(match target.cluster_size() {
@@ -32,8 +32,8 @@ impl ZeroGrid {
     }
 
     /// The parts of `zeroes`, which are known without looking at bytes, that are whole units of the target;
-    /// `end`: where the bytes end, with a unit that may be cut. They are left out however short they are, as in
-    /// QEMU. With the target's own unit the bytes show the same, and nothing is returned.
+    /// `end`: where the bytes end, with a unit that may be cut. They are left out however short they are, as
+    /// in QEMU. With the target's own unit the bytes show the same, and nothing is returned.
     pub(crate) fn known(&self, zeroes: impl Iterator<Item = Range<u64>>, end: u64) -> Vec<Range<u64>> {
         if self.unit <= self.target_unit {
             return Vec::new();

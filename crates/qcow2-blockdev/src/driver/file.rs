@@ -19,6 +19,20 @@ pub fn is_device(path: &str) -> bool {
     }
 }
 
+/// Whether a pipe is at `path`, which has no size and no offsets.
+pub fn is_fifo(path: &str) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        fs::metadata(path_of(path)).is_ok_and(|data| data.file_type().is_fifo())
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = path;
+        false
+    }
+}
+
 /// Why `path` leads to no device, if it does not: it leads nowhere, or (`None` inside) to something else.
 /// `writable`: whether it is to be written to, which a directory is not.
 pub(crate) fn not_a_device(path: &str, writable: bool) -> Option<Option<io::Error>> {

@@ -38,8 +38,8 @@ mod values;
 
 pub use blkdebug::{LineError, RuleError};
 pub(crate) use blkdebug::{limits as debug_limits, rules as debug_rules};
-pub use file::is_device;
 pub(crate) use file::not_a_device;
+pub use file::{is_device, is_fifo};
 pub use known::is_known_driver;
 pub(crate) use known::{makes_no_images, may_be_recorded};
 pub use nbd::{AddressError, AddressPart};

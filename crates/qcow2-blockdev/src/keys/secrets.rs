@@ -27,8 +27,8 @@ pub trait AskPassword: Send + Sync {
     fn forget(&self, name: &str);
 }
 
-/// The objects that options may name: secrets, the credentials of TLS, and groups of limits. Secrets are wiped
-/// from memory when they go; `Debug` shows none.
+/// The objects that options may name: secrets, the credentials of TLS, and groups of limits. Secrets are
+/// wiped from memory when they go; `Debug` shows none.
 #[derive(Clone, Default)]
 pub struct Secrets {
     secrets: BTreeMap<String, Secret>,

@@ -5,8 +5,8 @@ use crate::driver::{Driver, is_known_driver, makes_no_images};
 use qcow2_core::ImageFormat;
 use std::path::Path;
 
-/// The format `name`, if images of it are made here: `qcow2`, `raw` or `luks`, or the name of a driver of plain
-/// bytes, `file`, `host_device` or `host_cdrom`. Errors: `UnknownFormat`, `NoCreation`.
+/// The format `name`, if images of it are made here: `qcow2`, `raw` or `luks`, or the name of a driver of
+/// plain bytes, `file`, `host_device` or `host_cdrom`. Errors: `UnknownFormat`, `NoCreation`.
 pub fn new_image_format(name: &str) -> Result<ImageFormat, CreateFailure> {
     let format = ImageFormat::from_name(name);
     match format {
@@ -22,8 +22,8 @@ pub(super) fn bytes_driver(format: &ImageFormat) -> Option<Driver> {
     Driver::parse(format.name()).filter(|driver| driver.is_file())
 }
 
-/// The format `name`, if an image of it can be measured: `qcow2`, `raw` or `luks`. Errors: `NoMeasurement` for
-/// others that QEMU makes images of, `NoCreation`, `UnknownFormat`.
+/// The format `name`, if an image of it can be measured: `qcow2`, `raw` or `luks`. Errors: `NoMeasurement`
+/// for others that QEMU makes images of, `NoCreation`, `UnknownFormat`.
 pub fn measured_format(name: &str) -> Result<ImageFormat, CreateFailure> {
     let format = ImageFormat::from_name(name);
     let kind = match format {

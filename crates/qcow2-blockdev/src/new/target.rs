@@ -62,8 +62,8 @@ impl NewTarget {
         }
     }
 
-    /// The target that `name` means for an image of `format`: for one that is the bytes of a file or a device,
-    /// a path, whatever it begins with. Disk and errors: as [`parse`](Self::parse).
+    /// The target that `name` means for an image of `format`: for one that is the bytes of a file or a
+    /// device, a path, whatever it begins with. Disk and errors: as [`parse`](Self::parse).
     pub fn of_format(name: &str, format: &ImageFormat) -> Result<Self, FailureKind> {
         let Some(driver) = bytes_driver(format) else { return Self::parse(name) };
         let path = name.strip_prefix(driver.name()).and_then(|rest| rest.strip_prefix(':')).unwrap_or(name);

@@ -2,7 +2,7 @@
 
 use super::chosen::ChosenFiles;
 use super::filter::Filter;
-use super::named::NamedFiles;
+use super::named::{NamedFiles, format_of};
 use super::options::{OpenOptions, Sharing, default_codecs};
 use super::record::{LayerFiles, Recorder};
 use super::trail::Trail;
@@ -18,8 +18,8 @@ use qcow2_core::format::HostOffset;
 use qcow2_core::format::crypt::{LUKS_HEADER_LEN, LuksHeader};
 use qcow2_core::walk::read_header;
 use qcow2_core::{
-    ImageFormat, Layers, NoResolver, OpenOptions as EngineOptions, ResolvedSource, Resolver, SourceId,
-    Storage,
+    GuestDisk, ImageFormat, Layers, NoResolver, OpenOptions as EngineOptions, ResolvedSource, Resolver,
+    SourceId, Storage,
 };
 use qcow2_io::{
     BlkdebugStorage, Debugger, DiskStorage, Locking, NbdStorage, OpenFile, OsError, RawEvents, SourceOptions,
@@ -245,7 +245,7 @@ impl Opening<'_> {
             Driver::Qcow2 => self.image_bytes(node, ImageFormat::Qcow2)?,
             Driver::Luks => self.image_bytes(node, ImageFormat::Luks)?,
             driver if driver.is_filter() => {
-                let filter = Filter::of(node, self.how, self.secrets, None);
+                let filter = Filter::of(node, self.how, self.secrets, None, &|node| self.target(node));
                 let (child, writable) = (below(node)?, self.how.writable);
                 let mut bytes = Opening { filter: filter.as_ref().ok(), ..*self }.bytes(child, "file")?;
                 let filter = filter?;
@@ -256,6 +256,17 @@ impl Opening<'_> {
             }
             driver => return Err(FailureKind::UnknownDriver(driver.name().to_owned())),
         })
+    }
+
+    /// The disk that gets old content, for writing.
+    fn target(&self, node: &Node) -> Opened<Arc<dyn GuestDisk>> {
+        let (how, format) = (self.how.below(true), format_of(node));
+        let opening = Opening::new(&how, self.secrets, format.as_ref(), self.trail);
+        let mut options = EngineOptions::default();
+        options.writable = true;
+        options.codecs = default_codecs();
+        options.keys = Some(Arc::new(Keys::of(node, self.secrets)));
+        Ok(qcow2_core::open_disk(opening.open(node)?.0, &options)?)
     }
 
     /// An image, and the raw copy that it is compared with.

@@ -1,11 +1,9 @@
 //! Filters: nodes that show the disk below them, and treat requests to it in a way of their own.
 
-use super::layers::open;
 use super::options::OpenOptions;
 use crate::driver::{Driver, preallocation};
-use crate::failure::{FailureKind, OpenFailure};
+use crate::failure::FailureKind;
 use crate::keys::Secrets;
-use crate::name::{ImageName, filename};
 use crate::scalar::{OptionError, OptionErrorKind, read_number, read_size};
 use crate::tree::{Node, Options};
 use qcow2_core::format::text::bytes_of;
@@ -15,6 +13,9 @@ use qcow2_io::{
     ThrottledDisk, ThrottledStorage,
 };
 use std::sync::Arc;
+
+/// What opens the disk that gets old content, for writing.
+pub(super) type OpenTarget<'a> = &'a dyn Fn(&Node) -> Result<Arc<dyn GuestDisk>, FailureKind>;
 
 /// What a filter does to a disk.
 #[derive(Clone)]
@@ -32,14 +33,15 @@ pub(super) enum Filter {
 }
 
 impl Filter {
-    /// The filter that `node` is, on a disk that is opened as `how` says. `shown`: that disk, where it is open
-    /// already. Disk: opens the target of old content, for writing. Errors: what it stands on, or its options,
-    /// do not allow it.
+    /// The filter that `node` is, on a disk that is opened as `how` says. `shown`: that disk, where it is
+    /// open already. Disk: opens the target of old content, for writing. Errors: what it stands on, or its
+    /// options, do not allow it.
     pub(super) fn of(
         node: &Node,
         how: &OpenOptions,
         secrets: &Secrets,
         shown: Option<&dyn GuestDisk>,
+        open: OpenTarget<'_>,
     ) -> Result<Self, FailureKind> {
         match node.driver() {
             Driver::Compress => match node.child().map_or(Driver::File, Node::driver) {
@@ -61,7 +63,7 @@ impl Filter {
                 let group = name.as_deref().and_then(|name| secrets.throttle_group(name));
                 group.map(Self::Throttle).ok_or(FailureKind::NoThrottleGroup(name))
             }
-            Driver::CopyBeforeWrite => before_write(node, how, secrets, shown).map(Self::BeforeWrite),
+            Driver::CopyBeforeWrite => before_write(node, how, shown, open).map(Self::BeforeWrite),
             _ => Ok(Self::Nothing),
         }
     }
@@ -105,8 +107,8 @@ impl Filter {
 fn before_write(
     node: &Node,
     how: &OpenOptions,
-    secrets: &Secrets,
     shown: Option<&dyn GuestDisk>,
+    open: OpenTarget<'_>,
 ) -> Result<BeforeWrite, FailureKind> {
     let target = node.second().ok_or_else(|| FailureKind::Missing("target".to_owned()))?;
     let options = &node.options;
@@ -132,8 +134,7 @@ fn before_write(
     if !how.writable {
         return Err(FailureKind::ReadOnlyNode);
     }
-    let name = ImageName::of_node(&filename(target, "raw"), target.clone(), secrets);
-    let target = open(&name, &how.below(true)).map_err(OpenFailure::into_kind)?.disk;
+    let target = open(target)?;
     if step != 0 && !step.is_power_of_two() {
         return Err(FailureKind::UnevenClusters(step));
     }

@@ -113,7 +113,12 @@ fn open_filter(
     let failed = |kind| OpenFailure::new(&name.typed, kind);
     let inner = ImageName { node: child.clone(), ..name.clone() };
     let mut opened = open_with(&inner, how, tell)?;
-    let filter = Filter::of(&name.node, how, name.keys.secrets(), Some(&*opened.disk)).map_err(failed)?;
+    let secrets = name.keys.secrets();
+    let open_target = |node: &Node| {
+        let target = ImageName::of_node(&filename(node, "raw"), node.clone(), secrets);
+        open(&target, &how.below(true)).map(|opened| opened.disk).map_err(OpenFailure::into_kind)
+    };
+    let filter = Filter::of(&name.node, how, secrets, Some(&*opened.disk), &open_target).map_err(failed)?;
     if let Some(unknown) = name.node.unknown_option(name.node.driver(), true) {
         return Err(failed(unknown));
     }

@@ -124,9 +124,10 @@ macro_rules! forward_storage {
 }
 
 /// Implements the named [`GuestDisk`](crate::GuestDisk) methods by calling the same method of a field. For
-/// disks that wrap another one and change some of its calls. As with [`forward_storage`](crate::forward_storage)
-/// the wrapper lists the methods to forward; `backing`, `cluster_size`, `zero_granularity`, `write_parts` and
-/// `as_any` have default bodies, all others must be forwarded or written.
+/// disks that wrap another one and change some of its calls. As with
+/// [`forward_storage`](crate::forward_storage) the wrapper lists the methods to forward; `backing`,
+/// `cluster_size`, `zero_granularity`, `write_parts` and `as_any` have default bodies, all others must be
+/// forwarded or written.
 ///
 /// ```
 /// use qcow2_core::{GuestDisk, GuestOffset, Result, forward_guest_disk};
@@ -175,8 +176,9 @@ macro_rules! forward_guest_disk {
             -> $crate::Result<()>);
     };
     (@ $inner:ident write_zeroes) => {
-        $crate::forward_guest_disk!(@ $inner fn write_zeroes(range: $crate::GuestRange, mode: $crate::ZeroMode)
-            -> $crate::Result<()>);
+        $crate::forward_guest_disk!(@ $inner fn write_zeroes(
+            range: $crate::GuestRange, mode: $crate::ZeroMode
+        ) -> $crate::Result<()>);
     };
     (@ $inner:ident discard) => {
         $crate::forward_guest_disk!(@ $inner fn discard(range: $crate::GuestRange) -> $crate::Result<()>);

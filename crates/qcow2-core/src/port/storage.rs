@@ -1,6 +1,5 @@
 //! The port for the bytes of an image file.
 
-use super::disk::GuestDisk;
 use super::event::Events;
 use alloc::boxed::Box;
 use alloc::string::String;
@@ -233,7 +232,7 @@ pub trait Storage: Send + Sync {
     /// The guest disk whose bytes these are, and the guest offset of byte 0: it knows more of how they are
     /// stored than [`extent_at`](Self::extent_at) tells. Default: `None`: no disk, or one that nobody need
     /// know of.
-    fn guest_disk(&self) -> Option<(Arc<dyn GuestDisk>, GuestOffset)> {
+    fn guest_disk(&self) -> Option<(Arc<dyn crate::GuestDisk>, GuestOffset)> {
         None
     }
 

@@ -97,8 +97,8 @@ impl NoFlush {
 
 impl Storage for NoFlush {
     forward_storage!(inner:
-        len read_at write_at write_vectored_at write_zeroes discard allocate set_len extent_at status_at limits
-        used_bytes events guest_disk copy_from copy_source
+        len read_at write_at write_vectored_at write_zeroes discard allocate set_len extent_at status_at
+        limits used_bytes events guest_disk copy_from copy_source
     );
 
     fn flush(&self) -> Result<(), StorageError> {

@@ -30,7 +30,8 @@ impl CopyOnRead {
         Self { inner, layers: None, changes: RwLock::new(()) }
     }
 
-    /// The same, which copies only what one of the first `layers` backing files has itself; `None`: everything.
+    /// The same, which copies only what one of the first `layers` backing files has itself; `None`:
+    /// everything.
     #[must_use]
     pub fn from_layers(self, layers: Option<usize>) -> Self {
         Self { layers, ..self }

@@ -32,7 +32,9 @@ impl LimitStorage {
 }
 
 impl Storage for LimitStorage {
-    forward_storage!(inner: len read_at discard flush extent_at status_at limits used_bytes events guest_disk);
+    forward_storage!(inner:
+        len read_at discard flush extent_at status_at limits used_bytes events guest_disk
+    );
 
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {
         self.check(Call::new("write", offset, buf.len() as u64))?;

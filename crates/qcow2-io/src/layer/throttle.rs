@@ -35,7 +35,8 @@ impl ThrottleStorage {
 
 impl Storage for ThrottleStorage {
     forward_storage!(inner:
-        len read_at write_zeroes discard allocate set_len flush extent_at status_at limits used_bytes guest_disk
+        len read_at write_zeroes discard allocate set_len flush extent_at status_at limits used_bytes
+        guest_disk
     );
 
     fn write_at(&self, offset: HostOffset, buf: &[u8]) -> Result<(), StorageError> {

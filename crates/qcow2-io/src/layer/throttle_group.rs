@@ -140,7 +140,8 @@ impl ThrottleLimits {
         kinds.iter().flat_map(|kind| kind.all()).try_for_each(Rate::check)
     }
 
-    /// The limits in the order of a group's levels: bytes of all requests, of reads, of writes, then requests.
+    /// The limits in the order of a group's levels: bytes of all requests, of reads, of writes, then
+    /// requests.
     fn in_order(&self) -> [&Rate; LEVELS] {
         let [a, b, c] = self.bytes.all();
         let [d, e, f] = self.requests.all();
@@ -189,8 +190,8 @@ pub enum RequestKind {
     Write,
 }
 
-/// Several disks that keep limits together. A request goes as soon as the ones before it are paid for, however
-/// large it is itself; the next one waits for it.
+/// Several disks that keep limits together. A request goes as soon as the ones before it are paid for,
+/// however large it is itself; the next one waits for it.
 pub struct ThrottleGroup {
     limits: ThrottleLimits,
     pace: Box<dyn Pace>,

@@ -21,7 +21,9 @@ impl ThrottledStorage {
 }
 
 impl Storage for ThrottledStorage {
-    forward_storage!(inner: len allocate set_len flush extent_at status_at limits used_bytes events guest_disk);
+    forward_storage!(inner:
+        len allocate set_len flush extent_at status_at limits used_bytes events guest_disk
+    );
 
     fn read_at(&self, offset: HostOffset, buf: &mut [u8]) -> std::result::Result<usize, StorageError> {
         self.group.pass(RequestKind::Read, buf.len() as u64);

@@ -11,7 +11,7 @@ use crate::open::warn_of_missing_end;
 use crate::persona;
 use crate::progress::Meter;
 use crate::session::{Session, unfinished_stream};
-use qcow2_blockdev::{Compression, NewOptions, new_image_format};
+use qcow2_blockdev::{Compression, NewOptions, is_fifo, new_image_format};
 use qcow2_core::format::CompressionType;
 use qcow2_core::{GuestDisk, ImageFormat, find_cause};
 use qcow2_ops::{ErrorKind, StreamOptions, StreamedImage};
@@ -33,18 +33,6 @@ fn is_input(name: &str) -> bool {
     name == PIPE || (name == "/dev/stdin" && is_fifo(name))
 }
 
-/// Whether a pipe is at `path`, which has no size and no offsets.
-#[cfg(unix)]
-fn is_fifo(path: &str) -> bool {
-    use std::os::unix::fs::FileTypeExt;
-    std::fs::metadata(path).is_ok_and(|data| data.file_type().is_fifo())
-}
-
-#[cfg(not(unix))]
-fn is_fifo(_path: &str) -> bool {
-    false
-}
-
 /// Runs the request.
 pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
     let from_pipe = request.source.names.iter().any(|source| is_input(source));
@@ -56,7 +44,7 @@ pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
         (from_pipe && request.source.names.len() > 1, "standard input can only be the only source"),
         (
             request.copy.compress,
-            "compressed clusters cannot be streamed: their offsets are not known before the tables are written",
+            "compressed clusters cannot be streamed: their offsets are not known beforehand",
         ),
         (!request.target.create, "'-' and -n exclude each other"),
         (request.copy.bitmaps, "bitmaps cannot be streamed"),
