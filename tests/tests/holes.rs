@@ -24,7 +24,7 @@ fn file(bits: u32, clusters: u64, l1: &[u64], parts: &[(u64, Vec<u64>)], zstd: b
     header.refcount_table_offset = HostOffset::new(1 << bits);
     header.refcount_table_clusters = 1;
     (header.l1_table_offset, header.l1_size) = (HostOffset::new(3 << bits), l1.len() as u32);
-    header.size = l1.len() as u64 * ((1 << bits) / 8) << bits;
+    header.size = (l1.len() as u64 * ((1 << bits) / 8)) << bits;
     if zstd {
         header.compression_type = CompressionType::Zstd;
         header.features.incompatible.set(IncompatibleFeatures::COMPRESSION_TYPE, true);
@@ -112,7 +112,7 @@ fn tables_in_holes_are_not_read() {
     let reads = counted(&file);
     let files = RescueFiles::new(Arc::clone(&reads) as _, Codecs::default());
     let rescued = rescue(&files, &RescueOptions::default(), &Silent).unwrap();
-    assert_eq!(rescued.disk().size(), TABLES * ENTRIES << BITS);
+    assert_eq!(rescued.disk().size(), (TABLES * ENTRIES) << BITS);
     assert!(reads.counted() < 64, "{} reads", reads.counted());
 }
 
@@ -186,7 +186,7 @@ fn an_image_that_is_written_to_is_not_taken_for_its_holes() {
     let block: Vec<u64> = vec![0x0001_0001_0001_0001; 8];
     let parts = [(1 << 16, vec![2 << 16]), (2 << 16, block)];
     let image = open(file(16, 24, &l1, &parts, false), true);
-    let place = GuestOffset::new(5 * 8192 << 16);
+    let place = GuestOffset::new((5 * 8192) << 16);
     image.write_at(place, &[7; 65_536]).unwrap();
     let data =
         extents(&image).0.into_iter().filter(|extent| matches!(extent.state, ExtentState::Data { .. }));
@@ -202,7 +202,7 @@ fn damaged_streams_are_read_once_or_not_at_all() {
         (0..8192).map(|index| COMPRESSED | 127 << 54 | host(index)).collect()
     };
     let frame = u64::from_be_bytes([0x28, 0xb5, 0x2f, 0xfd, 0xff, 0xff, 0xff, 0xff]);
-    let l1 = [8, 9, 10].map(|cluster| COPIED | cluster * size);
+    let l1 = [8, 9, 10].map(|cluster| COPIED | (cluster * size));
     let parts = [
         (8 * size, table(&|_| 100 * size)),
         (9 * size, table(&|index| 200 * size + index * 3)),

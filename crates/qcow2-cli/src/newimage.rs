@@ -4,7 +4,6 @@
 use crate::args::{ImageArgs, Objects};
 use crate::failure::Failure;
 use crate::files::open_files;
-use crate::interrupt::Interrupts;
 use crate::persona;
 use crate::session::Session;
 use qcow2_blockdev::{
@@ -12,6 +11,7 @@ use qcow2_blockdev::{
     create_options, escape_commas, format_of_ending, new_image_format, open,
 };
 use qcow2_core::{GuestDisk, ImageFormat};
+use qcow2_terminal::Interrupts;
 use std::fmt::Write;
 use std::sync::Arc;
 

@@ -4,6 +4,7 @@ use crate::exit;
 use crate::failure::Failure;
 use qcow2_core::format::text::bytes_of;
 use qcow2_report::human::escaped;
+use qcow2_terminal::Audience;
 use std::io::{self, IsTerminal, Write};
 
 /// One run of the program.
@@ -60,11 +61,6 @@ impl Session {
         self.program == QEMU_NBD
     }
 
-    /// Whether progress may be drawn for a person: both a terminal, and not in place of qemu-img.
-    pub(crate) fn draws(&self) -> bool {
-        !self.drop_in && io::stderr().is_terminal()
-    }
-
     /// Writes `text` to standard output at once. Errors: as [`printed`].
     pub(crate) fn print(&self, text: &str) -> Result<(), Failure> {
         let mut out = io::stdout().lock();
@@ -97,6 +93,16 @@ impl Session {
             self.warn(first);
             rest.iter().for_each(|line| self.complain(line));
         }
+    }
+}
+
+impl Audience for Session {
+    fn draws(&self) -> bool {
+        !self.drop_in && io::stderr().is_terminal()
+    }
+
+    fn is_drop_in(&self) -> bool {
+        self.drop_in
     }
 }
 

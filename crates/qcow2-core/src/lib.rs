@@ -126,7 +126,7 @@ pub use port::storage::{
 };
 pub use qcow2_format as format;
 pub use qcow2_format::{Geometry, GuestOffset, GuestRange, HostOffset};
-pub use raw::{RawDisk, allocated_at};
+pub use raw::{RawDisk, allocated_at, shown_disk};
 #[cfg(feature = "unstable-mutants")]
 pub use rules::OrderingRule;
 pub use snapshot::NewSnapshot;

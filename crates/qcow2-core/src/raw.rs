@@ -63,12 +63,18 @@ impl dyn GuestDisk + '_ {
     }
 }
 
+/// The guest disk whose bytes `storage` shows, and the guest offset of its byte 0.
+pub fn shown_disk(storage: &dyn Storage) -> Option<(Arc<dyn GuestDisk>, GuestOffset)> {
+    let (disk, start) = storage.guest_disk()?;
+    Some((Arc::clone(disk.downcast_ref()?), start))
+}
+
 /// Length of the run at the start of `range`, at most that of the range, and whether the top layer of `disk`
 /// has it allocated. A raw disk that shows the bytes of an image has those that the top layer of that image
 /// has; all others have all of their bytes. Disk: may read tables. Errors: as [`GuestDisk::extent_at`].
 pub fn allocated_at(disk: &dyn GuestDisk, range: GuestRange) -> Result<(u64, bool)> {
     let extent = disk.extent_at(range)?;
-    let shown = disk.unfiltered().as_raw().and_then(|raw| raw.storage().guest_disk());
+    let shown = disk.unfiltered().as_raw().and_then(|raw| shown_disk(&**raw.storage()));
     if let Some((inner, start)) = shown
         && let Some(start) = start.checked_add(range.start().value())
         && start.value() < inner.size()

@@ -65,11 +65,9 @@ pub fn open_files(
         return Err(OpenFailure::new(&name.typed, kind).into());
     }
     let opened = open_telling(&name, &how, &unclean)?;
-    if let Some(kind) = refused {
+    let keeps_nothing = request.copy_on_read && !writable;
+    if let Some(kind) = refused.or(keeps_nothing.then_some(FailureKind::KeepsNothing)) {
         return Err(OpenFailure::new(&name.typed, kind).into());
-    }
-    if request.copy_on_read && !writable {
-        return Err(OpenFailure::new(&typed, FailureKind::KeepsNothing).into());
     }
     let debugger = opened.debugger.clone();
     let (mut disk, format) = match scratch {

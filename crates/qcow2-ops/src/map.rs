@@ -5,7 +5,9 @@ mod sparse;
 
 use crate::error::{Error, ErrorKind, Result};
 use assigned::AssignedPlaces;
-use qcow2_core::{ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, Storage, StorageStatus};
+use qcow2_core::{
+    ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, Storage, StorageStatus, shown_disk,
+};
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -196,7 +198,7 @@ impl Layer {
         let sparse_storage = plain.as_image().map(sparse::find_sparse_storage).transpose().map_err(|e| {
             Error::new(ErrorKind::Extents, "comparing the refcounts with the disk space used").with_source(e)
         })?;
-        let shown = plain.as_raw().and_then(|raw| raw.storage().guest_disk());
+        let shown = plain.as_raw().and_then(|raw| shown_disk(&**raw.storage()));
         Ok(Self {
             disk: Arc::clone(disk),
             sparse_storage: sparse_storage.flatten(),

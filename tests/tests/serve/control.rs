@@ -89,9 +89,8 @@ fn what_was_flushed_before_a_kill_is_in_the_recorded_top() {
     create(folder, "disk.qcow2");
     let arguments = ["--control", "c", "--record", "top", "disk.qcow2"];
     let mut expected = Vec::new();
-    for (number, change) in ["snapshot file=s1", "snapshot file=s2", "commit", "commit depth=0"]
-        .into_iter()
-        .enumerate()
+    for (number, change) in
+        ["snapshot file=s1", "snapshot file=s2", "commit", "commit depth=0"].into_iter().enumerate()
     {
         let server = Server::start(folder, &arguments);
         let client = server.connect();

@@ -17,7 +17,7 @@ use qcow2_core::open::{DEFAULT_L2_CACHE, DEFAULT_REFCOUNT_CACHE};
 use qcow2_core::walk::read_header;
 use qcow2_core::{
     Error, ErrorKind, GuestDisk, Image, ImageFormat, Layers, OpenOptions as EngineOptions, Reference,
-    ResolvedSource, Storage, find_cause,
+    ResolvedSource, Storage, find_cause, shown_disk,
 };
 use qcow2_io::{Debugger, LockConflict, OpenError, OpenErrorKind, ShownDisk, ThrottleStorage};
 use std::error::Error as _;
@@ -93,7 +93,7 @@ fn open_with(name: &ImageName, how: &OpenOptions, tell: Option<Tell<'_>>) -> Res
         opened.host_start = name.node.raw_start();
         opened.is_null = bottom.is_null();
     }
-    if let Some((shown, _)) = opened.storage.guest_disk().filter(|_| opened.format == ImageFormat::Raw) {
+    if let Some((shown, _)) = shown_disk(&*opened.storage).filter(|_| opened.format == ImageFormat::Raw) {
         // The image tells where the bytes are that a raw disk shows of it.
         (opened.files, opened.host_start) = (files, 0);
         if name.node.driver() == Driver::Blkdebug {

@@ -1,8 +1,8 @@
 //! `--object`: secrets, by identifier.
 
 use crate::failure::Failure;
-use crate::prompt::Terminal;
 use qcow2_blockdev::Secrets;
+use qcow2_terminal::Terminal;
 use std::sync::Arc;
 
 /// The objects defined on the command line; for what they do not have, a person at the terminal is asked.

@@ -3,11 +3,9 @@
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
-use crate::interrupt::Interrupts;
 use crate::newimage::print_amend_options;
 use crate::open::{close, open_to_change, read_name};
 use crate::persona;
-use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{
     CreateFailure, CreateFailureKind, ImageChanges, ImageName, KeyValues, OpenOptions, OptionError, Sharing,
@@ -17,6 +15,8 @@ use qcow2_core::format::Version;
 use qcow2_core::{ErrorKind, HostOffset, ImageFormat, find_cause};
 use qcow2_ops::amend::{AmendOptions, Refusal, amend};
 use qcow2_ops::{KeySlots, resize};
+use qcow2_terminal::Interrupts;
+use qcow2_terminal::Meter;
 use std::sync::Arc;
 
 /// Runs the verb.

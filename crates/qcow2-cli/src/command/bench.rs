@@ -3,17 +3,17 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::interrupt::Interrupts;
 use crate::numbers::{SIGNED, parse_argument, parse_count};
 use crate::open::{open_to_change, read_name};
 use crate::persona;
-use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{open, open_bytes};
 use qcow2_exerciser::{Bench, BenchFailure, BenchRefusal};
 use qcow2_image::Threads;
 use qcow2_io::CacheMode;
 use qcow2_ops::Executor;
+use qcow2_terminal::Interrupts;
+use qcow2_terminal::Meter;
 use std::ops::RangeInclusive;
 
 /// Counts, depths and buffer sizes.

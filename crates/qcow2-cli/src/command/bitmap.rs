@@ -3,7 +3,6 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::interrupt::Interrupts;
 use crate::numbers::{SIGNED, parse_argument};
 use crate::open::{open_to_change, read_name};
 use crate::persona;
@@ -14,6 +13,7 @@ use qcow2_core::format::Version;
 use qcow2_core::format::text::bytes_of;
 use qcow2_core::{ErrorKind, Image, Layers, find_cause};
 use qcow2_ops::bitmap::{BitmapAction, change_bitmap};
+use qcow2_terminal::Interrupts;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {

@@ -4,11 +4,9 @@ use crate::args::{Arguments, ImageArgs, Opt, OutputFormat, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
 use crate::findings::{complain, say};
-use crate::interrupt::Interrupts;
 use crate::open::{complain_of_guess, read_name};
 use crate::persona;
 use crate::policy::policy;
-use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{Follow, ImageName, open_below, open_bytes, open_layers};
 use qcow2_core::format::header::CryptMethod;
@@ -23,6 +21,8 @@ use qcow2_ops::repair::{
 };
 use qcow2_report::check::Fixed;
 use qcow2_report::{check as render, json};
+use qcow2_terminal::Interrupts;
+use qcow2_terminal::Meter;
 use std::cell::Cell;
 use std::sync::Arc;
 

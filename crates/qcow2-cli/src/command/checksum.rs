@@ -3,14 +3,14 @@
 use crate::args::{Arguments, ImageArgs, Opt, OutputFormat, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
-use crate::interrupt::Interrupts;
 use crate::open::{read_name, warn_of_missing_end};
 use crate::persona;
-use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::open;
 use qcow2_image::Threads;
 use qcow2_report::{human, json};
+use qcow2_terminal::Interrupts;
+use qcow2_terminal::Meter;
 use serde_json::{Map, Value};
 use std::cell::OnceCell;
 

@@ -4,16 +4,16 @@ use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
 use crate::findings::tell_of_change;
-use crate::interrupt::Interrupts;
 use crate::numbers::{SIGNED, parse_argument};
 use crate::open::read_name;
 use crate::persona;
-use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{ChainFiles, OpenFailure, Warning};
 use qcow2_core::{ResolvedSource, find_cause};
 use qcow2_image::Threads;
 use qcow2_ops::{ChainError, CommitOptions, ErrorKind};
+use qcow2_terminal::Interrupts;
+use qcow2_terminal::Meter;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {

@@ -3,15 +3,15 @@
 use crate::args::{Arguments, ImageArgs, Objects, Opt, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
-use crate::interrupt::Interrupts;
 use crate::open::{read_name, warn_of_missing_end};
 use crate::persona;
-use crate::progress::{Meter, PERCENT};
 use crate::session::Session;
 use qcow2_blockdev::{OpenedDisk, open};
 use qcow2_image::Threads;
 use qcow2_ops::compare::{CompareOptions, CompareReport, Comparison};
 use qcow2_ops::{Error, ErrorKind, Progress};
+use qcow2_terminal::Interrupts;
+use qcow2_terminal::{Meter, PERCENT};
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {

@@ -4,13 +4,13 @@ use crate::args::{Arguments, ImageArgs, Objects, Opt};
 use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_files;
-use crate::interrupt::Interrupts;
 use crate::newimage::{announcement, format_of, make, print_options, set_backing, target_of};
 use crate::numbers::{SIGNED, parse_argument};
 use crate::persona;
 use crate::session::Session;
 use qcow2_blockdev::{KeptBacking, KeyValues, NewOptions, new_image_format, open_backing};
 use qcow2_core::ImageFormat;
+use qcow2_terminal::Interrupts;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {

@@ -4,17 +4,17 @@ use crate::args::{Arguments, ImageArgs, Opt};
 use crate::command::convert::finish;
 use crate::exit;
 use crate::failure::Failure;
-use crate::interrupt::Interrupts;
 use crate::newimage::{format_of, make_disk};
 use crate::numbers::{SIGNED, parse_argument, parse_count};
 use crate::open::{read_name, warn_of_missing_end};
 use crate::persona;
-use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::open;
 use qcow2_image::Threads;
 use qcow2_ops::ErrorKind;
 use qcow2_ops::dd::{DdOptions, dd, dd_range};
+use qcow2_terminal::Interrupts;
+use qcow2_terminal::Meter;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {

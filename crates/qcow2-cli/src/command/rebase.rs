@@ -3,10 +3,8 @@
 use crate::args::{Arguments, ImageArgs, Opt, parse_cache};
 use crate::exit;
 use crate::failure::Failure;
-use crate::interrupt::Interrupts;
 use crate::open::{open_to_change, read_name};
 use crate::persona;
-use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{BackingFile, OpenFailure};
 use qcow2_core::format::FormatErrorKind;
@@ -14,6 +12,8 @@ use qcow2_core::{Layers, find_cause};
 use qcow2_image::Threads;
 use qcow2_ops::rebase::Refusal;
 use qcow2_ops::{Chain, ErrorKind, RebaseOptions};
+use qcow2_terminal::Interrupts;
+use qcow2_terminal::Meter;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {

@@ -4,18 +4,18 @@ use super::convert::finish;
 use crate::args::{Arguments, ImageArgs, Opt, OutputFormat};
 use crate::exit;
 use crate::failure::Failure;
-use crate::interrupt::Interrupts;
 use crate::newimage::{format_of, make_disk};
 use crate::numbers::{SIGNED, parse_argument};
 use crate::open::read_name;
 use crate::persona;
-use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::{Compression, open, open_bytes};
 use qcow2_core::HostOffset;
 use qcow2_image::Threads;
 use qcow2_ops::{ConvertOptions, RescueFiles, RescueOptions, RescueReport, convert, rescue};
 use qcow2_report::{json, rescue as render};
+use qcow2_terminal::Interrupts;
+use qcow2_terminal::Meter;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {

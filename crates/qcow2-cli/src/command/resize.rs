@@ -3,14 +3,14 @@
 use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
-use crate::interrupt::Interrupts;
 use crate::open::{close, open_to_change, read_name};
 use crate::persona;
-use crate::progress::Meter;
 use crate::session::Session;
 use qcow2_blockdev::read_size;
 use qcow2_core::Preallocation;
 use qcow2_ops::resize::{NewSize, ResizeOptions};
+use qcow2_terminal::Interrupts;
+use qcow2_terminal::Meter;
 
 /// Runs the verb.
 pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {

@@ -4,7 +4,6 @@ use crate::args::{Arguments, ImageArgs, Opt};
 use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_files;
-use crate::interrupt::Interrupts;
 use crate::open::{complain_of_guess, open_to_change, read_name};
 use crate::persona;
 use crate::session::Session;
@@ -15,6 +14,7 @@ use qcow2_core::{BackingName, ErrorKind, Image, ImageFormat, NewSnapshot};
 use qcow2_io::{FileResolver, Policy, path_of};
 use qcow2_ops::snapshot::{self, SnapshotName};
 use qcow2_report::info::snapshot_table;
+use qcow2_terminal::Interrupts;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Runs the verb.

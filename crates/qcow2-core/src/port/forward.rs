@@ -110,7 +110,7 @@ macro_rules! forward_storage {
     };
     (@ $inner:ident guest_disk) => {
         $crate::forward_storage!(@ $inner fn guest_disk()
-            -> Option<($crate::port::forward::Arc<dyn $crate::GuestDisk>, $crate::GuestOffset)>);
+            -> Option<(&dyn ::core::any::Any, $crate::GuestOffset)>);
     };
     (@ $inner:ident copy_from) => {
         $crate::forward_storage!(@ $inner fn copy_from(

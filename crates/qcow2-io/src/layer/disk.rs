@@ -1,5 +1,6 @@
 //! A guest disk as the bytes of what stands on it.
 
+use core::any::Any;
 use qcow2_core::{
     ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset, Length, Limits, Storage, StorageError,
     StorageErrorKind, StorageExtent, ZeroMode,
@@ -91,8 +92,8 @@ impl Storage for DiskStorage {
         Ok(StorageExtent { len: extent.len, data })
     }
 
-    fn guest_disk(&self) -> Option<(Arc<dyn GuestDisk>, GuestOffset)> {
-        Some((Arc::clone(&self.disk), GuestOffset::new(0)))
+    fn guest_disk(&self) -> Option<(&dyn Any, GuestOffset)> {
+        Some((&self.disk, GuestOffset::new(0)))
     }
 
     fn limits(&self) -> Limits {

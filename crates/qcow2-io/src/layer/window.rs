@@ -1,9 +1,10 @@
 //! A part of a storage as a storage of its own.
 
 use crate::error::Call;
+use core::any::Any;
 use qcow2_core::{
-    Events, GuestDisk, GuestOffset, HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind,
-    StorageExtent, StorageStatus, ZeroMode, forward_storage,
+    Events, GuestOffset, HostOffset, Length, Limits, Storage, StorageError, StorageErrorKind, StorageExtent,
+    StorageStatus, ZeroMode, forward_storage,
 };
 use std::sync::Arc;
 
@@ -132,7 +133,7 @@ impl Storage for WindowStorage {
         limits
     }
 
-    fn guest_disk(&self) -> Option<(Arc<dyn GuestDisk>, GuestOffset)> {
+    fn guest_disk(&self) -> Option<(&dyn Any, GuestOffset)> {
         let (disk, start) = self.inner.guest_disk()?;
         Some((disk, start.checked_add(self.start)?))
     }

@@ -7,6 +7,9 @@ use std::fmt::Write;
 /// The shares of requests whose latency is told.
 const SHARES: [(&str, f64); 3] = [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)];
 
+/// A number of a counter.
+type Number = fn(&Counter) -> u64;
+
 fn kinds(statistics: &Statistics) -> [(&'static str, &Counter); 5] {
     [
         ("read", &statistics.reads),
@@ -31,7 +34,7 @@ pub(super) fn as_json(statistics: &Statistics) -> Value {
 /// The text format of Prometheus, version 0.0.4.
 pub(super) fn as_text<'a>(exports: impl Iterator<Item = &'a Export> + Clone) -> String {
     let mut text = String::new();
-    let metrics: [(&str, &str, fn(&Counter) -> u64); 2] = [
+    let metrics: [(&str, &str, Number); 2] = [
         ("qcow2_requests_total", "Requests that reached the disk.", Counter::requests),
         ("qcow2_bytes_total", "Bytes of their ranges.", Counter::bytes),
     ];

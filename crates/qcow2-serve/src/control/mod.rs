@@ -31,9 +31,9 @@
 //!
 //! # What to open after a crash
 //!
-//! `snapshot` and `commit` of the top change which file is the top. A server with a [`Record`] writes the name
-//! of the new top into a small file before the new top is written to; `snapshot` works without one, because
-//! both files read alike until then, `commit` of the top is refused.
+//! `snapshot` and `commit` of the top change which file is the top. A server with a [`Record`] writes the
+//! name of the new top into a small file before the new top is written to. `snapshot` works without one, and
+//! its answer names the new top; `commit` of the top is refused.
 
 mod command;
 mod live;

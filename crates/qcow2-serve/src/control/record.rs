@@ -19,8 +19,8 @@ impl Record {
         Self { path: path.into() }
     }
 
-    /// The recorded format and name; `None` if nothing is recorded yet. Errors: the system's; `InvalidData` if
-    /// it is no such line.
+    /// The recorded format and name; `None` if nothing is recorded yet. Errors: the system's; `InvalidData`
+    /// if it is no such line.
     pub fn read(&self) -> io::Result<Option<(String, String)>> {
         let bytes = match fs::metadata(&self.path) {
             Ok(data) if data.len() > MAX => return Err(io::ErrorKind::InvalidData.into()),
@@ -37,8 +37,8 @@ impl Record {
         }
     }
 
-    /// Records that the top is `name`, of `format`: a new file takes the place of the old one, and both steps are durable. After a crash
-    /// the record has the old name or the new one.
+    /// Records that the top is `name`, of `format`: a new file takes the place of the old one, and both steps
+    /// are durable. After a crash the record has the old name or the new one.
     pub fn write(&self, format: &str, name: &str) -> io::Result<()> {
         if name.contains('\n') {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "a name with a line break"));

@@ -36,8 +36,8 @@ impl<'a> Control<'a> {
         Self { operator, stop, clients: AtomicUsize::new(0) }
     }
 
-    /// Serves the clients of `listener`, each on a thread, until `stop` says true; a command that runs then is
-    /// finished first. Errors: of the listener.
+    /// Serves the clients of `listener`, each on a thread, until `stop` says true; a command that runs then
+    /// is finished first. Errors: of the listener.
     pub fn serve(&self, listener: &UnixListener) -> io::Result<()> {
         listener.set_nonblocking(true)?;
         std::thread::scope(|scope| {

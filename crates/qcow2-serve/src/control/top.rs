@@ -7,7 +7,7 @@ use std::fmt::Write;
 /// of the server and without rates.
 pub fn top(before: Option<&Value>, now: &Value, seconds: f64) -> String {
     let mut text = String::from(
-        "disk             kind    requests      /s         bytes      MB/s      p50      p99    p99.9\n",
+        "disk             kind    requests      /s         bytes      MB/s        p50        p99      p99.9\n",
     );
     for (disk, kinds) in now.as_object().into_iter().flatten() {
         for (kind, numbers) in kinds.as_object().into_iter().flatten() {
@@ -25,13 +25,14 @@ fn line(text: &mut String, (disk, kind): (&str, &str), now: &Value, before: Opti
         Some(before) if seconds > 0.0 => now.saturating_sub(number(before, name)) as f64 / seconds,
         _ => 0.0,
     };
-    let latencies = now.get("latency-ns").unwrap_or(&Value::Null);
-    let [p50, p99, p999] = ["p50", "p99", "p99.9"].map(|share| short(number(latencies, share)));
+    let told = now.get("latency-ns").unwrap_or(&Value::Null);
+    let [p50, p99, p999] = ["p50", "p99", "p99.9"].map(|share| short(number(told, share)));
+    let latencies = format!("{p50:>10} {p99:>10} {p999:>10}");
     let (per_second, megabytes) = (rate("requests", requests), rate("bytes", bytes) / 1e6);
     // Writing to a string cannot fail.
     let _ = writeln!(
         text,
-        "{disk:<16} {kind:<6} {requests:>9} {per_second:>7.0} {bytes:>13} {megabytes:>9.1} {p50:>8} {p99:>8} {p999:>8}"
+        "{disk:<16} {kind:<6} {requests:>9} {per_second:>7.0} {bytes:>13} {megabytes:>9.1} {latencies}"
     );
 }
 

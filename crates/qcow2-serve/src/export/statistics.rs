@@ -41,8 +41,8 @@ impl Counter {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// A time in nanoseconds within which `share` of the requests (0 to 1) ended, at most a quarter too large;
-    /// 0 if there were none.
+    /// A time in nanoseconds within which `share` of the requests (0 to 1) ended, at most a quarter too
+    /// large; 0 if there were none.
     pub fn latency(&self, share: f64) -> u64 {
         let counts: Vec<u64> = self.latencies.iter().map(|count| count.load(Ordering::Relaxed)).collect();
         let wanted = (counts.iter().sum::<u64>() as f64 * share).ceil() as u64;

@@ -6,16 +6,16 @@ use super::{finish, open_sources, target};
 use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_files;
-use crate::interrupt::Interrupts;
 use crate::open::warn_of_missing_end;
 use crate::persona;
-use crate::progress::Meter;
 use crate::session::{Session, unfinished_stream};
 use qcow2_blockdev::{Compression, NewOptions, is_fifo, new_image_format};
 use qcow2_core::format::CompressionType;
 use qcow2_core::{GuestDisk, ImageFormat, find_cause};
 use qcow2_ops::{ErrorKind, StreamOptions, StreamedImage};
 use qcow2_ops::{begin_stream, stream_qcow2, stream_raw, stream_raw_in};
+use qcow2_terminal::Interrupts;
+use qcow2_terminal::Meter;
 use std::io::{self, IsTerminal, Read};
 use std::sync::Arc;
 

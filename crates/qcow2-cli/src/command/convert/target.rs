@@ -4,7 +4,6 @@ use super::request::Request;
 use crate::args::ImageArgs;
 use crate::failure::Failure;
 use crate::files::open_files;
-use crate::interrupt::Interrupts;
 use crate::newimage::{make_if, set_backing, target_of};
 use crate::open::{open_target, read_name};
 use crate::persona;
@@ -12,6 +11,7 @@ use crate::session::Session;
 use qcow2_blockdev::{CreateFailureKind, KeptBacking, NewOptions, OpenedDisk, new_image_format};
 use qcow2_core::format::Version;
 use qcow2_core::{GuestDisk, ImageFormat};
+use qcow2_terminal::Interrupts;
 use std::sync::Arc;
 
 /// Makes the target of `size` bytes, unless it is to exist, and opens it for writing.

@@ -7,7 +7,6 @@ use crate::exit;
 use crate::failure::Failure;
 use crate::files::open_options;
 use crate::findings::tell_of_change;
-use crate::interrupt;
 use crate::open::close;
 use crate::persona;
 use crate::session::Session;
@@ -65,7 +64,7 @@ pub(super) fn serve(session: &Session, serving: Serving, words: &dyn Words) -> R
     let server = Server::new(exports, serving.server);
     let (stop, stopped) = (server.stop(), Arc::new(AtomicBool::new(false)));
     let (to_stop, signalled) = (server.stop(), Arc::clone(&stopped));
-    interrupt::on_stop(move || {
+    qcow2_terminal::on_stop(move || {
         signalled.store(true, Ordering::Release);
         to_stop.stop();
     });

@@ -1,16 +1,27 @@
 //! Progress on the command line: qemu-img's percentages, or a bar for a person at a terminal.
 
-use crate::failure::Failure;
 use crate::interrupt::Interrupts;
-use crate::session::Session;
 use indicatif::{ProgressBar, ProgressStyle};
 use qcow2_ops::Progress;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+/// For whom a program works.
+pub trait Audience {
+    /// Whether a person looks at the terminal, for whom a bar may be drawn.
+    fn draws(&self) -> bool {
+        false
+    }
+
+    /// Whether the program stands in for qemu-img, and shows what that shows.
+    fn is_drop_in(&self) -> bool {
+        false
+    }
+}
+
 /// Shows how far a procedure is, and tells it to stop when a signal asks.
 #[derive(Debug)]
-pub(crate) struct Meter {
+pub struct Meter {
     interrupts: Interrupts,
     shape: Shape,
     begun: AtomicBool,
@@ -37,25 +48,25 @@ enum Shape {
 
 impl Meter {
     /// `wanted`: whether `-p` was given (and not `-q`). `json`: lines for programs are wanted instead.
-    pub(crate) fn new(session: &Session, interrupts: &Interrupts, wanted: bool, json: bool) -> Self {
+    pub fn new(audience: &dyn Audience, interrupts: &Interrupts, wanted: bool, json: bool) -> Self {
         if json {
-            return Self::beside_data(session, interrupts, wanted, true);
+            return Self::beside_data(audience, interrupts, wanted, true);
         }
-        let meter = Self::waiting(session, interrupts, wanted);
+        let meter = Self::waiting(audience, interrupts, wanted);
         meter.begin();
         meter
     }
 
     /// With more than this between two outputs, in the unit of `PERCENT`.
-    pub(crate) fn in_steps_of(self, step: u64) -> Self {
+    pub fn in_steps_of(self, step: u64) -> Self {
         Self { step, ..self }
     }
 
     /// The same, but nothing is shown before the work begins: for procedures that open their images.
-    pub(crate) fn waiting(session: &Session, interrupts: &Interrupts, wanted: bool) -> Self {
+    pub fn waiting(audience: &dyn Audience, interrupts: &Interrupts, wanted: bool) -> Self {
         let shape = match wanted {
             false => Shape::OnRequest,
-            true if session.draws() => Shape::Bar(bar()),
+            true if audience.draws() => Shape::Bar(bar()),
             true => Shape::Percent,
         };
         let (begun, [total, done, shown]) = Default::default();
@@ -63,7 +74,7 @@ impl Meter {
     }
 
     /// Shows that nothing is done yet, if that is not shown already.
-    pub(crate) fn begin(&self) {
+    pub fn begin(&self) {
         if !self.begun.swap(true, Ordering::Relaxed) {
             self.show(0);
         }
@@ -71,31 +82,31 @@ impl Meter {
 
     /// For verbs without `-p`: SIGUSR1 asks. In place of qemu-img, which shows nothing then, they do as it
     /// does.
-    pub(crate) fn unasked(session: &Session, interrupts: &Interrupts) -> Self {
-        let shape = if session.is_drop_in() { Shape::Silent } else { Shape::OnRequest };
-        Self { shape, begun: true.into(), step: ALL, ..Self::waiting(session, interrupts, false) }
+    pub fn unasked(audience: &dyn Audience, interrupts: &Interrupts) -> Self {
+        let shape = if audience.is_drop_in() { Shape::Silent } else { Shape::OnRequest };
+        Self { shape, begun: true.into(), step: ALL, ..Self::waiting(audience, interrupts, false) }
     }
 
     /// For verbs that have data for standard output, where progress must not go. `json`: lines for programs
     /// are wanted.
-    pub(crate) fn beside_data(session: &Session, interrupts: &Interrupts, wanted: bool, json: bool) -> Self {
-        let shape = match (json, wanted && session.draws()) {
+    pub fn beside_data(audience: &dyn Audience, interrupts: &Interrupts, wanted: bool, json: bool) -> Self {
+        let shape = match (json, wanted && audience.draws()) {
             (true, _) => Shape::Json,
             (false, true) => Shape::Bar(bar()),
             (false, false) => Shape::Silent,
         };
-        Self { shape, begun: true.into(), ..Self::waiting(session, interrupts, false) }
+        Self { shape, begun: true.into(), ..Self::waiting(audience, interrupts, false) }
     }
 
     /// Shows that all is done, if that is not shown already.
-    pub(crate) fn complete(&self) {
+    pub fn complete(&self) {
         if self.shown.swap(ALL, Ordering::Relaxed) < ALL {
             self.complete_again();
         }
     }
 
     /// Shows that all is done.
-    pub(crate) fn complete_again(&self) {
+    pub fn complete_again(&self) {
         match &self.shape {
             Shape::Bar(bar) => bar.set_position(bar.length().unwrap_or(0)),
             _ => self.show(ALL),
@@ -103,7 +114,7 @@ impl Meter {
     }
 
     /// Ends the line, whether or not all is done.
-    pub(crate) fn end(&self) {
+    pub fn end(&self) {
         match &self.shape {
             Shape::OnRequest | Shape::Silent | Shape::Json => {}
             Shape::Percent => write_out("\n"),
@@ -112,7 +123,7 @@ impl Meter {
     }
 
     /// Ends the line of a procedure that came out as `done`, and the program where a signal asked for that.
-    pub(crate) fn finish<T>(&self, done: Result<T, Failure>) -> Result<T, Failure> {
+    pub fn finish<T, E>(&self, done: Result<T, E>) -> Result<T, E> {
         if done.is_ok() {
             self.complete_again();
         }
@@ -123,8 +134,8 @@ impl Meter {
 
     /// The same, with all done only where the work had begun. In place of qemu-img that is also shown of work
     /// that failed.
-    pub(crate) fn finish_begun<T>(&self, session: &Session, done: Result<T, Failure>) -> Result<T, Failure> {
-        if self.begun.load(Ordering::Relaxed) && (done.is_ok() || session.is_drop_in()) {
+    pub fn finish_begun<T, E>(&self, audience: &dyn Audience, done: Result<T, E>) -> Result<T, E> {
+        if self.begun.load(Ordering::Relaxed) && (done.is_ok() || audience.is_drop_in()) {
             self.complete_again();
         }
         self.end();
@@ -211,7 +222,7 @@ fn bar() -> ProgressBar {
 }
 
 /// One percent, in millionths of it.
-pub(crate) const PERCENT: u64 = 1_000_000;
+pub const PERCENT: u64 = 1_000_000;
 /// A hundredth of it, as it is shown.
 const HUNDREDTH: u64 = PERCENT / 100;
 /// Everything.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 /// What signals ask for, and what must go when one ends the program.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Interrupts {
+pub struct Interrupts {
     shared: Arc<Shared>,
 }
 
@@ -25,45 +25,45 @@ struct Shared {
 
 /// Has the first signal that asks to stop call `stop`, on a thread of its own; further ones call it again.
 /// Where the system refuses, signals keep their usual effect.
-pub(crate) fn on_stop(stop: impl Fn() + Send + 'static) {
+pub fn on_stop(stop: impl Fn() + Send + 'static) {
     system::on_stop(stop);
 }
 
 /// Has SIGUSR1, which asks for progress, end no verb that has none to show: as in QEMU's tools nothing
 /// happens then.
-pub(crate) fn outlive_progress_requests() {
+pub fn outlive_progress_requests() {
     system::outlive_progress_requests();
 }
 
 impl Interrupts {
     /// Takes the signals over, but for those that are ignored. Where the system refuses, they keep their
     /// usual effect.
-    pub(crate) fn install() -> Self {
+    pub fn install() -> Self {
         let interrupts = Self::default();
         system::listen(&interrupts.shared);
         interrupts
     }
 
     /// Whether to stop. Asking promises to go on asking and to stop when told so.
-    pub(crate) fn should_stop(&self) -> bool {
+    pub fn should_stop(&self) -> bool {
         self.shared.watched.store(true, Ordering::Relaxed);
         self.shared.signal.load(Ordering::Relaxed) != 0
     }
 
     /// What is begun is short and comes to its end; a second signal ends the program at once.
-    pub(crate) fn hold(&self) {
+    pub fn hold(&self) {
         self.shared.watched.store(true, Ordering::Relaxed);
     }
 
     /// From now on nobody asks: a signal ends the program at once.
-    pub(crate) fn stop_watching(&self) {
+    pub fn stop_watching(&self) {
         self.shared.watched.store(false, Ordering::Relaxed);
         self.die_if_asked();
     }
 
     /// Waits with `wait` for somebody else, who may take for ever: a signal ends the program at once
     /// meanwhile.
-    pub(crate) fn while_waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
+    pub fn while_waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
         self.stop_watching();
         let done = wait();
         // What a signal just now takes away must not be written again: one of both sides sees the other.
@@ -73,23 +73,23 @@ impl Interrupts {
     }
 
     /// Whether progress was asked for since the last call.
-    pub(crate) fn take_progress_request(&self) -> bool {
+    pub fn take_progress_request(&self) -> bool {
         self.shared.progress.swap(false, Ordering::Relaxed)
     }
 
     /// The files that are taken away if the program ends before [`end_files`](Self::end_files).
-    pub(crate) fn unfinished(&self) -> &Unfinished {
+    pub fn unfinished(&self) -> &Unfinished {
         &self.shared.unfinished
     }
 
     /// The files are whole and stay, or go.
-    pub(crate) fn end_files(&self, whole: bool) {
+    pub fn end_files(&self, whole: bool) {
         let files = &self.shared.unfinished;
         if whole { files.finish() } else { files.discard() }
     }
 
     /// Dies of the signal that asked to stop, if one did.
-    pub(crate) fn die_if_asked(&self) {
+    pub fn die_if_asked(&self) {
         self.shared.die_if_asked();
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A person at the terminal, who is asked once for each name; nobody in place of qemu-img, which never asks.
 #[derive(Debug)]
-pub(crate) struct Terminal;
+pub struct Terminal;
 
 impl AskPassword for Terminal {
     fn is_possible(&self) -> bool {
