@@ -229,8 +229,8 @@ pub trait Storage: Send + Sync {
         Ok(None)
     }
 
-    /// The guest disk whose bytes these are, an `Arc<dyn GuestDisk>`, and the guest offset of byte 0: it knows
-    /// more of how they are stored than [`extent_at`](Self::extent_at) tells. For
+    /// The guest disk whose bytes these are, an `Arc<dyn GuestDisk>`, and the guest offset of byte 0: it
+    /// knows more of how they are stored than [`extent_at`](Self::extent_at) tells. For
     /// [`shown_disk`](crate::shown_disk). Default: `None`: no disk, or one that nobody need know of.
     fn guest_disk(&self) -> Option<(&dyn Any, GuestOffset)> {
         None

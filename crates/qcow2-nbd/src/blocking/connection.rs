@@ -5,7 +5,7 @@ use crate::proto::{Command, ErrorCode, Extent, Mode, Request};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{self, BufReader, Read, Write};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 /// The half of a connection that replies come from.
@@ -121,6 +121,27 @@ enum News {
 /// What a call has under way: cookies and indexes of jobs.
 type Mine = Vec<(u64, usize)>;
 
+/// What the server owes a call.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Owed {
+    Nothing,
+    /// Replies without bytes, any number of which fit into the buffers of a connection.
+    Heads,
+    /// Replies with bytes.
+    Bytes,
+}
+
+impl Owed {
+    fn by(mine: &Mine, jobs: &[Job<'_>]) -> Self {
+        let short = |job: &Job<'_>| matches!(job.transfer, Transfer::None | Transfer::Send(_));
+        match mine.is_empty() {
+            true => Self::Nothing,
+            false if mine.iter().all(|&(_, index)| short(&jobs[index])) => Self::Heads,
+            false => Self::Bytes,
+        }
+    }
+}
+
 impl<R: Incoming, W: Write + Send> Connection<R, W> {
     /// `mode`: what the handshake agreed on.
     pub fn new(incoming: R, outgoing: W, mode: Mode) -> Self {
@@ -167,7 +188,8 @@ impl<R: Incoming, W: Write + Send> Connection<R, W> {
         let (mut mine, mut next, mut failed) = (Mine::new(), 0, None);
         loop {
             while next < jobs.len() && mine.len() < self.window && failed.is_none() {
-                mine.push((self.send(call, &jobs[next])?, next));
+                let Some(cookie) = self.send(call, &jobs[next], Owed::by(&mine, jobs))? else { break };
+                mine.push((cookie, next));
                 next += 1;
             }
             if mine.is_empty() {
@@ -200,13 +222,21 @@ impl<R: Incoming, W: Write + Send> Connection<R, W> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends the request of `job` with its bytes; returns its cookie.
-    fn send(&self, call: u64, job: &Job<'_>) -> Result<u64, Failure> {
+    /// Sends the request of `job` with its bytes; returns its cookie. `None` if that has to wait until replies
+    /// are read, of which the call is `owed` some: another call is sending, perhaps to a server that takes no
+    /// bytes before it is rid of these replies; or the bytes of `job` are many, with which the same would
+    /// happen.
+    fn send(&self, call: u64, job: &Job<'_>, owed: Owed) -> Result<Option<u64>, Failure> {
         let payload: &[u8] = match &job.transfer {
             Transfer::Send(bytes) => bytes,
             _ => &[],
         };
-        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut outgoing = match self.outgoing.try_lock() {
+            Ok(outgoing) if owed < Owed::Bytes || payload.len() <= SMALL => outgoing,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            _ if owed > Owed::Nothing => return Ok(None),
+            _ => self.outgoing.lock().unwrap_or_else(PoisonError::into_inner),
+        };
         let (mut out, mut shared) = (Vec::with_capacity(32), self.shared());
         if let Some(lost) = shared.lost() {
             return Err(lost);
@@ -228,7 +258,7 @@ impl<R: Incoming, W: Write + Send> Connection<R, W> {
             _ => outgoing.write_all(&out).and_then(|()| outgoing.write_all(payload)),
         };
         match sent.and_then(|()| outgoing.flush()) {
-            Ok(()) => Ok(cookie),
+            Ok(()) => Ok(Some(cookie)),
             Err(error) => Err(self.lose(error)),
         }
     }
