@@ -18,6 +18,8 @@ const EXAMPLES: &[(&str, &str, &[&str])] = &[
     ("qcow2-getopt", "options", &["-v", "--out=x", "y"]),
     ("qcow2-report", "info", &[IMAGE]),
     ("qcow2-exerciser", "exercise", &[]),
+    ("qcow2-serve", "serve", &[]),
+    ("qcow2-terminal", "progress", &[]),
     ("qcow2-vhost-user", "vhost_user_blk", &[]),
     ("qcow2-testkit", "damage", &[]),
     ("qcow2-image", "cloud_image", &["tests/data/images/zstd-4k.qcow2", MADE]),
