@@ -222,10 +222,10 @@ impl<R: Incoming, W: Write + Send> Connection<R, W> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends the request of `job` with its bytes; returns its cookie. `None` if that has to wait until replies
-    /// are read, of which the call is `owed` some: another call is sending, perhaps to a server that takes no
-    /// bytes before it is rid of these replies; or the bytes of `job` are many, with which the same would
-    /// happen.
+    /// Sends the request of `job` with its bytes; returns its cookie. `None` if that has to wait until
+    /// replies are read, of which the call is `owed` some: another call is sending, perhaps to a server that
+    /// takes no bytes before it is rid of these replies; or the bytes of `job` are many, with which the same
+    /// would happen.
     fn send(&self, call: u64, job: &Job<'_>, owed: Owed) -> Result<Option<u64>, Failure> {
         let payload: &[u8] = match &job.transfer {
             Transfer::Send(bytes) => bytes,
