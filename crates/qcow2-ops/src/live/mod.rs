@@ -1,5 +1,5 @@
 //! Procedures on a disk that is used meanwhile: each changes the layers of a
-//! [`LiveDisk`](qcow2_core::LiveDisk).
+//! [`LiveDisk`].
 //!
 //! | you want to | take | requests are held back for |
 //! |---|---|---|
