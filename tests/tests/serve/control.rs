@@ -17,7 +17,11 @@ fn ctl(folder: &Path, line: &str) -> Outcome {
 }
 
 fn answer(folder: &Path, line: &str) -> Value {
-    serde_json::from_str(&ctl(folder, line).success().stdout).unwrap()
+    let mut answer: Value = serde_json::from_str(&ctl(folder, line).success().stdout).unwrap();
+    let pause = answer.as_object_mut().and_then(|members| members.remove("pause-ns"));
+    let changes_layers = line.starts_with("snapshot file") || line.starts_with("commit");
+    assert!(pause.is_some() || !changes_layers, "{line}: no pause");
+    answer
 }
 
 fn create(folder: &Path, name: &str) {

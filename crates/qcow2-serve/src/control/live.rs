@@ -2,6 +2,7 @@
 
 use super::command::{Action, Command};
 use super::metrics;
+use super::pause::Pauses;
 use super::record::Record;
 use super::socket::Operator;
 use crate::export::Export;
@@ -35,12 +36,14 @@ pub struct ControlledOptions {
     pub open: OpenOptions,
     /// Where the top is recorded.
     pub record: Option<Record>,
+    /// The observer of the disk.
+    pub pauses: Option<Arc<Pauses>>,
 }
 
 impl ControlledOptions {
-    /// The disk in `file`, opened as `open` says, and no record.
+    /// The disk in `file`, opened as `open` says, with no record and nobody who measures its pauses.
     pub fn new(file: impl Into<String>, open: OpenOptions) -> Self {
-        Self { file: file.into(), open, record: None }
+        Self { file: file.into(), open, record: None, pauses: None }
     }
 }
 
@@ -113,10 +116,15 @@ impl Operator for Controlled<'_> {
             }
             action => {
                 let disk = self.disk(name)?;
-                disk.change(
-                    action,
-                    &Telling { tell, stop: self.stop, done: AtomicU64::new(0), total: 0.into() },
-                )
+                let telling = Telling { tell, stop: self.stop, done: AtomicU64::new(0), total: 0.into() };
+                let held = disk.pauses();
+                let mut answer = disk.change(action, &telling)?;
+                if let (Value::Object(members), Some(pauses)) = (&mut answer, &disk.options.pauses)
+                    && pauses.count() > held
+                {
+                    members.insert("pause-ns".to_owned(), pauses.last().into());
+                }
+                Ok(answer)
             }
         }
     }
@@ -125,6 +133,11 @@ impl Operator for Controlled<'_> {
 impl Disk<'_> {
     fn live(&self) -> Result<&LiveDisk, String> {
         self.export.disk().as_live().ok_or_else(|| "this disk is served for reading only".to_owned())
+    }
+
+    /// How often requests were held back so far.
+    fn pauses(&self) -> u64 {
+        self.options.pauses.as_ref().map_or(0, |pauses| pauses.count())
     }
 
     fn top(&self) -> MutexGuard<'_, String> {

@@ -4,15 +4,15 @@
 //!
 //! ```text
 //! {"command": "snapshot", "file": "monday.qcow2"}
-//! {"return": {"top": "monday.qcow2", "below": "disk.qcow2"}}
+//! {"return": {"top": "monday.qcow2", "below": "disk.qcow2", "pause-ns": 412345}}
 //! {"command": "commit"}
 //! {"event": "progress", "done": 1048576, "total": 4194304}
-//! {"return": {"top": "disk.qcow2", "retired": "monday.qcow2"}}
+//! {"return": {"top": "disk.qcow2", "retired": "monday.qcow2", "pause-ns": 398765}}
 //! {"command": "bitmap-clear", "bitmap": "b"}
 //! {"error": "changing the bitmap: no bitmap 'b'"}
 //! ```
 //!
-//! With several disks, `"disk"` names the export. A member `"id"` of any kind comes back in the answer.
+//! `pause-ns` is how long requests were held back at last. With several disks, `"disk"` names the export. A member `"id"` of any kind comes back in the answer.
 //!
 //! | command | members | what happens |
 //! |---|---|---|
@@ -38,12 +38,14 @@
 mod command;
 mod live;
 mod metrics;
+mod pause;
 mod record;
 mod socket;
 mod top;
 
 pub use command::{Action, Command, CommandError};
 pub use live::{Controlled, ControlledOptions};
+pub use pause::Pauses;
 pub use record::Record;
 pub use socket::{Client, Control, Operator};
 pub use top::top;

@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use crate::files::open_options;
 use crate::session::Session;
 use qcow2_core::{GuestDisk, LiveDisk};
-use qcow2_serve::control::{Control, Controlled, ControlledOptions, Record};
+use qcow2_serve::control::{Control, Controlled, ControlledOptions, Pauses, Record};
 use qcow2_serve::export::Export;
 use qcow2_serve::nbd::Stop;
 use std::io;
@@ -28,9 +28,12 @@ pub(super) fn follow_record(session: &Session, served: &mut Served, also: &Also)
     Ok(())
 }
 
-/// A disk whose layers can be changed.
-pub(super) fn live(disk: Arc<dyn GuestDisk>) -> Arc<dyn GuestDisk> {
-    Arc::new(LiveDisk::new(disk))
+/// An export, the file of its top, and its pauses.
+pub(super) type Seen<'a> = (&'a Export, (String, Arc<Pauses>));
+
+/// A disk whose layers can be changed; `pauses` sees how long that takes.
+pub(super) fn live(disk: Arc<dyn GuestDisk>, pauses: &Arc<Pauses>) -> Arc<dyn GuestDisk> {
+    Arc::new(LiveDisk::observed(disk, pauses.clone()))
 }
 
 /// Sockets that are there for as long as this is.
@@ -72,7 +75,7 @@ impl Beside {
     /// Serves them while `work` runs; the first of them that fails stops `work`.
     pub(super) fn run<T>(
         &self,
-        exports: &[(&Export, String)],
+        exports: &[Seen<'_>],
         also: &Also,
         (stopped, stop): (&Arc<AtomicBool>, &Stop),
         work: impl FnOnce() -> T,
@@ -102,13 +105,14 @@ impl Beside {
 
 fn serve_control(
     listener: &UnixListener,
-    exports: &[(&Export, String)],
+    exports: &[Seen<'_>],
     also: &Also,
     is_over: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), String> {
-    let disks = exports.iter().map(|(export, file)| {
+    let disks = exports.iter().map(|(export, (file, pauses))| {
         let mut options = ControlledOptions::new(file, open_options().with_exchangeable(true));
         options.record = also.record.as_ref().map(Record::new);
+        options.pauses = Some(Arc::clone(pauses));
         (*export, options)
     });
     let controlled = Controlled::new(disks, is_over);
@@ -118,7 +122,7 @@ fn serve_control(
 #[cfg(target_os = "linux")]
 fn serve_machine(
     socket: &Socket,
-    exports: &[(&Export, String)],
+    exports: &[Seen<'_>],
     also: &Also,
     is_over: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), String> {
@@ -136,11 +140,6 @@ fn serve_machine(
 }
 
 #[cfg(not(target_os = "linux"))]
-fn serve_machine(
-    _: &Socket,
-    _: &[(&Export, String)],
-    _: &Also,
-    _: &(dyn Fn() -> bool + Sync),
-) -> Result<(), String> {
+fn serve_machine(_: &Socket, _: &[Seen<'_>], _: &Also, _: &(dyn Fn() -> bool + Sync)) -> Result<(), String> {
     Err("only Linux has it".to_owned())
 }

@@ -14,6 +14,7 @@ use qcow2_blockdev::{FailureKind, ImageName, Naming, OpenFailure, open_snapshot}
 use qcow2_core::GuestDisk;
 use qcow2_exerciser::{OpenRequest, open_files};
 use qcow2_ops::snapshot::SnapshotName;
+use qcow2_serve::control::Pauses;
 use qcow2_serve::export::{Export, ExportError, ExportOptions};
 use qcow2_serve::nbd::{Address, ListenError, Listener, Server, ServerOptions};
 use std::path::PathBuf;
@@ -58,8 +59,9 @@ pub(super) fn serve(session: &Session, serving: Serving, words: &dyn Words) -> R
     let (mut exports, mut files) = (Vec::new(), Vec::new());
     for mut served in serving.images {
         follow_record(session, &mut served, also)?;
-        files.push(served.open.path.clone().unwrap_or_default());
-        exports.push(open(session, served, &serving.objects, also, words)?);
+        let (file, pauses) = (served.open.path.clone().unwrap_or_default(), Arc::default());
+        exports.push(open(session, served, &serving.objects, (also, &pauses), words)?);
+        files.push((file, pauses));
     }
     let server = Server::new(exports, serving.server);
     let (stop, stopped) = (server.stop(), Arc::new(AtomicBool::new(false)));
@@ -121,7 +123,7 @@ fn open(
     session: &Session,
     mut served: Served,
     objects: &Objects,
-    also: &Also,
+    (also, pauses): (&Also, &Arc<Pauses>),
     words: &dyn Words,
 ) -> Result<Export, Failure> {
     served.export.durable_writes = served.open.cache.is_writethrough();
@@ -140,7 +142,7 @@ fn open(
             opened.warnings.iter().flat_map(io::lines).for_each(|line| session.complain(&line));
             served.export.discards = opened.opened.discards;
             match also.control {
-                Some(_) if !served.export.read_only => live(opened.opened.disk),
+                Some(_) if !served.export.read_only => live(opened.opened.disk, pauses),
                 _ => opened.opened.disk,
             }
         }
