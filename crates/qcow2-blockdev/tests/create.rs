@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 use qcow2_blockdev::{
-    CreateFailure, CreateFailureKind as K, CreateHow, KeyValues, NewOptions, NewTarget, OptionErrorKind,
-    Secrets, Unfinished, create, new_image_format,
+    CreateFailure, CreateFailureKind as K, CreateHow, KeyValues, NewOptions, NewTarget, NoSecret,
+    OptionErrorKind, Secrets, Unfinished, create, new_image_format,
 };
 use qcow2_core::{ImageFormat, Refusal};
 use qcow2_io::OpenFiles;
@@ -82,7 +82,7 @@ fn refused_options_touch_nothing() {
         qcow2("encrypt.format=luks", |kind| matches!(kind, K::SecretNotNamed("encrypt.key-secret"))),
         qcow2(
             "encrypt.format=luks,encrypt.key-secret=x",
-            |kind| matches!(kind, K::NoSecret(id) if id == "x"),
+            |kind| matches!(kind, K::NoSecret(NoSecret::Missing(id)) if id == "x"),
         ),
         qcow2("encrypt.format=aes,encryption=on", |kind| matches!(kind, K::EncryptedTwice)),
         qcow2("encrypt.iter-time=10", |kind| matches!(kind, K::NoEncryptFormat)),

@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use qcow2_blockdev::{
-    ChainFiles, Driver, FailureKind, Follow, ImageName, KeyError, Keys, Naming, OpenFailure, OpenOptions,
-    OptionErrorKind, Secrets, TuningError, Warning, WindowError, open, open_bytes, open_snapshot,
+    ChainFiles, Driver, FailureKind, Follow, ImageName, KeyError, Keys, Naming, NoSecret, OpenFailure,
+    OpenOptions, OptionErrorKind, Secrets, TuningError, Warning, WindowError, open, open_bytes,
+    open_snapshot,
 };
 use qcow2_core::{CreateOptions, ImageFormat, ResolveError};
 use qcow2_io::{Create, OpenErrorKind, OpenFile, SourceError};
@@ -268,7 +269,7 @@ fn keys_by_layer() {
     let list = "driver=qcow2,file.filename=a,encrypt.key-secret=top,backing.encrypt.key-secret=base";
     let name = ImageName::parse(list, &Naming::new(&secrets).as_list(true)).unwrap();
     let missing = |keys: &Keys, depth| match keys.password(depth, "a", false).unwrap_err() {
-        KeyError::NoSecret(id) => Some(id),
+        KeyError::NoSecret(NoSecret::Missing(id)) => Some(id),
         _ => None,
     };
     assert_eq!(missing(&name.keys, 0).as_deref(), Some("top"));

@@ -1,6 +1,6 @@
 //! Passwords for the layers of an image: each layer's options name its secret.
 
-use super::secrets::Secrets;
+use super::secrets::{NoSecret, Secrets};
 use crate::driver::KEY_OPTIONS;
 use crate::tree::{Backing, Node, Options};
 use qcow2_core::format::CryptMethod;
@@ -24,8 +24,8 @@ pub struct LayerKey {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum KeyError {
-    /// The options name a secret that there is not.
-    NoSecret(String),
+    /// The options name a secret that there is not, or that is no password.
+    NoSecret(NoSecret),
     /// No option names the secret, and nobody can be asked.
     NotNamed {
         /// Whether it is that of a LUKS container, not of a qcow2 image.
@@ -40,7 +40,7 @@ pub enum KeyError {
 impl fmt::Display for KeyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NoSecret(id) => write!(f, "there is no secret '{id}'"),
+            Self::NoSecret(error) => error.fmt(f),
             Self::NotNamed { .. } => f.write_str("no option names the secret of the layer"),
             Self::BadLimit(text) => write!(f, "option 'max-iterations' takes a number, not '{text}'"),
             Self::Crypt(error) => error.fmt(f),
@@ -115,7 +115,7 @@ impl Keys {
     /// The password of the layer at `depth`, called `name`. `container`: the layer is a LUKS container.
     pub fn password(&self, depth: usize, name: &str, container: bool) -> Result<Secret, KeyError> {
         match self.layers.get(depth).and_then(|key| key.secret.as_ref()) {
-            Some(id) => self.secrets.secret(id).ok_or_else(|| KeyError::NoSecret(id.clone())),
+            Some(id) => self.secrets.password(id).map_err(KeyError::NoSecret),
             None => self.secrets.ask(name).ok_or(KeyError::NotNamed { container }),
         }
     }

@@ -6,6 +6,6 @@ mod slots;
 mod tls;
 
 pub use keyring::{KeyError, Keys, LayerKey};
-pub use secrets::{AskPassword, SecretError, Secrets};
+pub use secrets::{AskPassword, NoSecret, SecretError, Secrets};
 pub use slots::{SlotChange, SlotError, SlotOptions};
 pub use tls::{TlsEndpoint, TlsObject, TlsObjectError};

@@ -37,6 +37,26 @@ pub struct Secrets {
     asked: Option<Arc<dyn AskPassword>>,
 }
 
+/// Why there is no password.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoSecret {
+    /// There is no secret of this name.
+    Missing(String),
+    /// The secret of this name is not UTF-8, or has a zero byte.
+    NoText(String),
+}
+
+impl fmt::Display for NoSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing(id) => write!(f, "there is no secret '{id}'"),
+            Self::NoText(id) => write!(f, "secret '{id}' is not UTF-8 without zero bytes, as passwords are"),
+        }
+    }
+}
+
+impl Error for NoSecret {}
+
 impl fmt::Debug for Secrets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.secrets.keys()).finish()
@@ -118,6 +138,16 @@ impl Secrets {
     /// The secret called `id`, if there is one.
     pub fn secret(&self, id: &str) -> Option<Secret> {
         self.secrets.get(id).cloned()
+    }
+
+    /// The secret called `id` as a password, which is text. Errors: there is none, or it is no text.
+    pub fn password(&self, id: &str) -> Result<Secret, NoSecret> {
+        let secret = self.secret(id).ok_or_else(|| NoSecret::Missing(id.to_owned()))?;
+        match std::str::from_utf8(secret.bytes()) {
+            // As in QEMU, for which a text ends at a zero byte.
+            Ok(text) if !text.contains('\0') => Ok(secret),
+            _ => Err(NoSecret::NoText(id.to_owned())),
+        }
     }
 
     /// The group of limits called `id`, if there is one.
@@ -294,6 +324,19 @@ mod tests {
     fn refused(texts: &[&str]) -> Option<SecretError> {
         let mut secrets = Secrets::default();
         texts.iter().find_map(|text| secrets.define(text).err())
+    }
+
+    #[test]
+    fn a_password_is_text() {
+        let mut secrets = Secrets::default();
+        for (id, bytes) in [("text", &b"p\xc3\xa4ss\n"[..]), ("zero", b"a\0b"), ("bytes", b"\xff\xfe\x01")] {
+            secrets.add(id, Secret::new(bytes.to_vec())).unwrap();
+        }
+        assert_eq!(secrets.password("text").unwrap().bytes(), b"p\xc3\xa4ss\n");
+        for id in ["zero", "bytes"] {
+            assert_eq!(secrets.password(id).err(), Some(NoSecret::NoText(id.to_owned())));
+        }
+        assert_eq!(secrets.password("none").err(), Some(NoSecret::Missing("none".to_owned())));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Passwords of an image that is there, added and erased as options say.
 
 use super::keyring::{KeyError, Keys};
-use super::secrets::Secrets;
+use super::secrets::{NoSecret, Secrets};
 use crate::scalar::OptionValue;
 use qcow2_core::{HostOffset, Storage};
 use qcow2_crypt::luks::{NewPassword, NewVolume, SlotsToErase, add_password, erase_passwords};
@@ -68,7 +68,7 @@ impl SlotChange<'_> {
     }
 
     fn secret(&self, id: &str) -> Result<Secret, SlotError> {
-        self.secrets.secret(id).ok_or_else(|| SlotError::NoSecret(id.to_owned()))
+        self.secrets.password(id).map_err(SlotError::NoSecret)
     }
 
     fn add(&self, volume: (&dyn Storage, HostOffset)) -> Result<(), SlotError> {
@@ -135,8 +135,8 @@ pub enum SlotError {
     NotWhenErasing(&'static str),
     /// Neither a slot nor its password is named to be erased.
     NothingToErase,
-    /// There is no secret of this name.
-    NoSecret(String),
+    /// There is no such secret, or it is no password.
+    NoSecret(NoSecret),
     /// The current password is not to be had.
     Key(KeyError),
     /// The change is refused, or failed.
@@ -152,7 +152,7 @@ impl fmt::Display for SlotError {
             Self::OldSecretWhenAdding => f.write_str("option 'old-secret' is for erasing"),
             Self::NotWhenErasing(option) => write!(f, "option '{option}' is for adding"),
             Self::NothingToErase => f.write_str("options 'keyslot' and 'old-secret' are both missing"),
-            Self::NoSecret(id) => write!(f, "there is no secret '{id}'"),
+            Self::NoSecret(error) => error.fmt(f),
             Self::Key(error) => error.fmt(f),
             Self::Crypt(error) => error.fmt(f),
         }

@@ -155,6 +155,5 @@ fn choice<T>(
 /// The secret that the option `name` names, if it is given.
 fn secret(options: &NewOptions, name: &str, secrets: &Secrets) -> Result<Option<Secret>, CreateFailureKind> {
     let Some(id) = options.text(name) else { return Ok(None) };
-    let secret = secrets.secret(id).ok_or_else(|| CreateFailureKind::NoSecret(id.to_owned()));
-    secret.map(Some)
+    secrets.password(id).map(Some).map_err(CreateFailureKind::NoSecret)
 }

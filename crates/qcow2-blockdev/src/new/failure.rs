@@ -2,6 +2,7 @@
 
 use crate::driver::Driver;
 use crate::failure::FailureKind;
+use crate::keys::NoSecret;
 use crate::scalar::OptionError;
 use qcow2_core::{BackingName, ImageFormat, Preallocation, Refusal, StorageError, find_cause};
 use qcow2_crypt::{CipherSpec, CryptError};
@@ -50,8 +51,8 @@ pub enum CreateFailureKind {
     DetachedHeader,
     /// Nothing names the secret: the option that would.
     SecretNotNamed(&'static str),
-    /// There is no secret of this name.
-    NoSecret(String),
+    /// There is no such secret, or it is no password.
+    NoSecret(NoSecret),
     /// Cipher, mode and initialization vectors do not go together.
     Cipher {
         /// What was asked for.
@@ -182,7 +183,7 @@ impl fmt::Display for CreateFailureKind {
             Self::SecretNotNamed(option) => {
                 write!(f, "option '{option}', which names the secret, is missing")
             }
-            Self::NoSecret(id) => write!(f, "there is no secret '{id}'"),
+            Self::NoSecret(error) => error.fmt(f),
             Self::Cipher { error, .. } | Self::Crypt(error) => error.fmt(f),
             Self::OutOfReach { driver, reason } => {
                 write!(f, "'{}' makes no images, and what is there is not opened: {reason}", driver.name())

@@ -3,7 +3,7 @@
 use super::name::{expects, key_values, unexpected};
 use super::text::{capitalized, chain};
 use crate::failure::Failure;
-use qcow2_blockdev::{KeyError, SecretError, SlotError, ThrottleError};
+use qcow2_blockdev::{KeyError, NoSecret, SecretError, SlotError, ThrottleError};
 use qcow2_core::{UnlockError, find_cause};
 use qcow2_crypt::{CryptError, CryptErrorKind, SlotRefusal};
 use qcow2_io::LimitError;
@@ -35,9 +35,12 @@ pub(super) fn crypt(error: &CryptError) -> String {
     }
 }
 
-/// What is said of a secret that there is not.
-pub(super) fn no_secret(id: &str) -> String {
-    format!("No secret with id '{id}'")
+/// What is said of a secret that is no password.
+pub(super) fn no_secret(error: &NoSecret) -> String {
+    match error {
+        NoSecret::Missing(id) => format!("No secret with id '{id}'"),
+        NoSecret::NoText(id) => format!("Data from secret {id} is not valid UTF-8"),
+    }
 }
 
 impl From<SecretError> for Failure {
@@ -61,7 +64,7 @@ impl From<SecretError> for Failure {
             SecretError::Unreadable { path, error } => {
                 format!("Unable to read {path}: Failed to open file \u{201c}{path}\u{201d}: {error}")
             }
-            SecretError::NoKey(id) => no_secret(id),
+            SecretError::NoKey(id) => format!("No secret with id '{id}'"),
             SecretError::Tls(error) => error.to_string(),
             SecretError::NoIv => "IV is required to decrypt secret".to_owned(),
             SecretError::NotBase64 => "The secret is not valid base64 data".to_owned(),

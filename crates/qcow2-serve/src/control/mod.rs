@@ -12,7 +12,8 @@
 //! {"error": "changing the bitmap: no bitmap 'b'"}
 //! ```
 //!
-//! `pause-ns` is how long requests were held back at last. With several disks, `"disk"` names the export. A member `"id"` of any kind comes back in the answer.
+//! `pause-ns` is how long requests were held back at last. With several disks, `"disk"` names the export. A
+//! member `"id"` of any kind comes back in the answer.
 //!
 //! | command | members | what happens |
 //! |---|---|---|
