@@ -8,7 +8,12 @@ use qcow2_testkit::oracle::Outcome;
 pub(super) fn of_outcomes(verb: &str, first: bool, theirs: &Outcome, ours: &Outcome) -> Option<String> {
     if theirs.code != ours.code {
         let code = |outcome: &Outcome| outcome.code.map_or("signal".to_owned(), |code| code.to_string());
-        let text = |outcome: &Outcome| plain(first_line(&outcome.stderr, &without_varying(&outcome.stdout)));
+        // A guess is told of by both, before what they differ in.
+        let told = |line: &&str| !line.starts_with("WARNING: ") && !line.starts_with("         ");
+        let text = |outcome: &Outcome| {
+            let stderr: String = outcome.stderr.split_inclusive('\n').filter(told).collect();
+            plain(first_line(&stderr, &without_varying(&outcome.stdout)))
+        };
         return Some(format!(
             "{verb}: exit code {} and {}: {} | {}",
             code(theirs),
