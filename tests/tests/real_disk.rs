@@ -145,7 +145,7 @@ fn a_file_system_survives_conversion_to_qcow2_and_back() {
 }
 
 /// Our file is not larger than qemu-img's, in length and in what is allocated of it. The blocks that the file
-/// system counts are not asked for: it counts its own tables too, whose number depends on what else is written.
+/// system counts are not asked for: it counts its own tables too, whose number depends on other writers.
 fn check_size(bench: &Bench, options: &str) {
     let [ours, theirs] = ["ours.qcow2", "theirs.qcow2"].map(|name| size(&bench.path(name)));
     println!("[{options}] length, data: ours {ours:?}, qemu-img {theirs:?}");

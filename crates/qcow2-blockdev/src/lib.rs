@@ -99,8 +99,8 @@ pub use keyvalue::{KeyValueError, KeyValues, Pair, ShortForm, escape_commas};
 pub use name::{ImageName, Naming, filename};
 pub use new::{
     CreateFailure, CreateFailureKind, CreateHow, ImageChanges, NewFile, NewImageFile, NewOptions, NewTarget,
-    OptionSpec, OptionType, Unfinished, amend_options, amended_format, create, create_options,
-    format_of_ending, measured_format, new_image_format,
+    OptionSpec, OptionType, TemporaryFolder, Unfinished, amend_options, amended_format, create,
+    create_options, format_of_ending, measured_format, new_image_format,
 };
 pub use open::{
     BackingFile, ChainFiles, Feature, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes,

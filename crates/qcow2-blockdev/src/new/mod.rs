@@ -15,6 +15,7 @@ mod options;
 mod qcow2;
 mod table;
 mod target;
+mod temporary;
 mod unfinished;
 
 pub use amend::ImageChanges;
@@ -25,4 +26,5 @@ pub use format::{amended_format, format_of_ending, measured_format, new_image_fo
 pub use options::NewOptions;
 pub use table::{OptionSpec, OptionType, amend_options, create_options};
 pub use target::NewTarget;
+pub use temporary::TemporaryFolder;
 pub use unfinished::Unfinished;

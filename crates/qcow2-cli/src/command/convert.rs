@@ -28,7 +28,7 @@ pub(crate) fn run(session: &Session, args: Arguments) -> Result<u8, Failure> {
         return Ok(exit::SUCCESS);
     };
     if stream::is_asked_for(session, &request) {
-        return stream::run(session, &request);
+        return stream::run(session, request);
     }
     let interrupts = Interrupts::install();
     let wanted = request.shown.progress && !request.shown.quiet;

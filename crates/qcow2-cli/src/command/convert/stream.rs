@@ -9,13 +9,15 @@ use crate::files::open_files;
 use crate::open::warn_of_missing_end;
 use crate::persona;
 use crate::session::{Session, unfinished_stream};
-use qcow2_blockdev::{Compression, NewOptions, is_fifo, new_image_format};
+use qcow2_blockdev::{Compression, NewOptions, TemporaryFolder, is_fifo, new_image_format};
 use qcow2_core::format::CompressionType;
 use qcow2_core::{GuestDisk, ImageFormat, find_cause};
+use qcow2_io::text_of_name;
 use qcow2_ops::{ErrorKind, StreamOptions, StreamedImage};
 use qcow2_ops::{begin_stream, stream_qcow2, stream_raw, stream_raw_in};
 use qcow2_terminal::Interrupts;
 use qcow2_terminal::Meter;
+use std::fs::File;
 use std::io::{self, IsTerminal, Read};
 use std::sync::Arc;
 
@@ -34,7 +36,7 @@ fn is_input(name: &str) -> bool {
 }
 
 /// Runs the request.
-pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
+pub(super) fn run(session: &Session, mut request: Request) -> Result<u8, Failure> {
     let from_pipe = request.source.names.iter().any(|source| is_input(source));
     let rules = [
         (
@@ -42,18 +44,23 @@ pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
             "source and target are both '-': one of them must be a file",
         ),
         (from_pipe && request.source.names.len() > 1, "standard input can only be the only source"),
-        (
-            request.copy.compress,
-            "compressed clusters cannot be streamed: their offsets are not known beforehand",
-        ),
         (!request.target.create, "'-' and -n exclude each other"),
         (request.copy.bitmaps, "bitmaps cannot be streamed"),
         (from_pipe && request.source.snapshot.is_some(), "a snapshot cannot be read from a stream"),
         (request.target.backing.is_some(), "a streamed image has no backing file"),
+        (from_pipe && request.copy.compress, "what comes from a stream is not compressed on its way"),
+        (
+            !from_pipe && io::stdout().is_terminal(),
+            "standard output is a terminal; send it to a file or another program",
+        ),
     ];
     if let Some((_, text)) = rules.iter().find(|(broken, _)| *broken) {
         return Err(Failure::new(*text));
     }
+    if request.copy.compress && !from_pipe {
+        return write_compressed(session, &mut request);
+    }
+    let request = &request;
     // Nothing is half made where only standard output is written: a signal may end that at once, also while
     // the reader sleeps.
     let interrupts = if from_pipe { Interrupts::install() } else { Interrupts::default() };
@@ -73,9 +80,6 @@ pub(super) fn run(session: &Session, request: &Request) -> Result<u8, Failure> {
 }
 
 fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Failure> {
-    if io::stdout().is_terminal() {
-        return Err(Failure::new("standard output is a terminal; send it to a file or another program"));
-    }
     let format = new_image_format(request.target.format())?;
     let given = NewOptions::parse(&format, &request.target.list)?;
     if let Some(pair) = request.target.list.pairs().iter().find(|pair| pair.key != "cluster_size") {
@@ -97,6 +101,27 @@ fn write(session: &Session, request: &Request, meter: &Meter) -> Result<(), Fail
         // An error of the source may have one of the system below it too.
         Some(broken) if error.kind() == ErrorKind::Write => unfinished_stream(broken),
         _ => persona::procedure(&error),
+    })
+}
+
+/// Where a compressed cluster lies depends on those before it, which the tables in front of them must tell:
+/// the image is made in a temporary file, and sent when it is whole.
+fn write_compressed(session: &Session, request: &mut Request) -> Result<u8, Failure> {
+    let about = |error: io::Error| Failure::new(format!("a temporary file: {error}"));
+    let folder = TemporaryFolder::new().map_err(about)?;
+    let path = folder.file("image");
+    request.target.name = text_of_name(path.as_os_str());
+    let interrupts = Interrupts::install();
+    let wanted = request.shown.progress && !request.shown.quiet;
+    let meter = Meter::beside_data(session, &interrupts, wanted, request.shown.json_progress);
+    let made = super::convert(session, request, &interrupts, &meter);
+    interrupts.end_files(made.is_ok());
+    let image = made.and_then(|()| File::open(&path).map_err(about));
+    // From here on the file has no name, so that nothing stays however this ends.
+    drop(folder);
+    meter.finish(image).and_then(|mut image| {
+        let sent = io::copy(&mut image, &mut io::stdout().lock());
+        sent.map(|_| exit::SUCCESS).map_err(|error| unfinished_stream(&error))
     })
 }
 
