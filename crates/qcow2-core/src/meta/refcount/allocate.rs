@@ -12,7 +12,7 @@ use crate::meta::pending::Unlinked;
 use crate::meta::run::ClusterRun;
 use crate::port::event::Event;
 use crate::sync::lock;
-use qcow2_format::refcount::encode_table_entry;
+use qcow2_format::refcount::{decode_table_entry, encode_table_entry};
 use qcow2_format::{HostCluster, HostOffset};
 
 /// Table entries hold host offsets below this. Spec: "Cluster mapping".
@@ -199,7 +199,11 @@ impl RefcountStore {
             self.tables.write_empty(OverlapChecks::REFCOUNT_BLOCK, offset)?;
         }
         self.file.event(Event::RefblockAlloc);
-        debug_assert_eq!(refcounts.table[index as usize], 0, "a refcount block is replaced");
+        // Reserved bits alone lead to no block.
+        debug_assert!(
+            matches!(decode_table_entry(refcounts.table[index as usize], self.geometry()), Ok(None)),
+            "a refcount block is replaced"
+        );
         refcounts.table[index as usize] = encode_table_entry(Some(offset));
         if let Err(error) = self.set_count(refcounts, cluster, 1) {
             // Without its own refcount the block's cluster would count as free.
