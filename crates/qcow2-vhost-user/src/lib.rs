@@ -5,19 +5,15 @@
 //! listener, one at a time, until it is stopped. Any [`GuestDisk`](qcow2_core::GuestDisk) will do.
 //!
 //! ```no_run
-//! # #[cfg(target_os = "linux")]
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # use qcow2_vhost_user::{Device, Settings, serve};
 //! # use std::sync::{Arc, atomic::{AtomicBool, Ordering}};
-//! # fn open() -> Arc<dyn qcow2_core::GuestDisk> { unimplemented!() }
-//! let device = Arc::new(Device::new(open(), Settings { queues: 2, ..Settings::default() })?);
+//! # fn example(disk: Arc<dyn qcow2_core::GuestDisk>) -> Result<(), Box<dyn std::error::Error>> {
+//! let device = Arc::new(Device::new(disk, Settings { queues: 2, ..Settings::default() })?);
 //! let listener = std::os::unix::net::UnixListener::bind("disk.sock")?;
 //! static STOP: AtomicBool = AtomicBool::new(false);
 //! serve(&device, listener, &|| STOP.load(Ordering::Relaxed))?;
 //! # Ok(())
 //! # }
-//! # #[cfg(not(target_os = "linux"))]
-//! # fn main() {}
 //! ```
 //!
 //! # What the guest sees

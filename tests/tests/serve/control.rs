@@ -135,6 +135,7 @@ fn bitmaps_sizes_and_what_is_refused() {
         ("commit depth=1", "the chain has 1 layers: there is none below layer 1"),
         ("bitmap-clear bitmap=none", "dirty bitmap 'none' not found"),
         ("snapshot-delete name=none", "no such snapshot"),
+        ("resize size=1M", "would be lost"),
         ("resize size=7.5.1", "size: '7.5.1' is no number"),
         ("query file=a", "the command 'query' has no member 'file'"),
         ("snapshot file=new disk=x", "no disk is served as 'x'"),

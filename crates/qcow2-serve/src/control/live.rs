@@ -166,6 +166,9 @@ impl Disk<'_> {
                 Ok(json!({}))
             }
             Action::BitmapList => with_image(live, bitmaps),
+            Action::Resize { size } if *size < live.size() => {
+                Err(format!("the disk has {} bytes: what is behind {size} would be lost", live.size()))
+            }
             Action::Resize { size } => {
                 live.resize(*size).map_err(text)?;
                 Ok(json!({"size": live.size()}))
@@ -237,12 +240,12 @@ impl Disk<'_> {
         }
         let layers = self.layers()?;
         let [top, base, ..] = &layers[..] else { return Err("there is no layer below".to_owned()) };
-        let held = self.below(live, 1)?;
+        // Before it is exchanged, and whatever becomes of the commit: its locks keep other writers away.
+        self.hold(self.below(live, 1)?);
         let open = |below: Option<&Arc<dyn GuestDisk>>| self.open(base, below);
         let record = || self.record(base.format, &base.file);
         let report = commit_top(live, &open, &record, progress).map_err(text)?;
         *self.top() = base.file.clone();
-        self.hold(held);
         let answer = json!({"top": base.file, "retired": top.file});
         Ok(with_remark(answer, report.unclean))
     }
@@ -256,7 +259,9 @@ impl Disk<'_> {
         };
         let name = FileResolver::new(path_of(&above.file), Policy::Deny).name_for(&path_of(&base.file));
         let name = name.map_err(|error| format!("cannot say where '{}' is: {error}", base.file))?;
-        let held = [self.below(live, depth + 1)?, self.below(live, depth.max(2) - 1)?];
+        for exchanged in [depth + 1, depth.max(2) - 1] {
+            self.hold(self.below(live, exchanged)?);
+        }
         let open_base = |below: Option<&Arc<dyn GuestDisk>>| self.open(base, below);
         let open_overlay = |below: Option<&Arc<dyn GuestDisk>>| self.open(above, below);
         let layer = MiddleLayer {
@@ -266,7 +271,6 @@ impl Disk<'_> {
             overlay: &open_overlay,
         };
         let report = commit_middle(live, &layer, progress).map_err(text)?;
-        held.into_iter().for_each(|held| self.hold(held));
         Ok(with_remark(json!({"retired": middle.file, "into": base.file}), report.unclean))
     }
 

@@ -28,7 +28,7 @@
 //! | `bitmap-remove`, `bitmap-clear`, `bitmap-enable`, `bitmap-disable` | `bitmap` | |
 //! | `bitmap-merge` | `bitmap`, `source` | |
 //! | `bitmap-list` | | |
-//! | `resize` | `size` | bytes; clients that connect later see it |
+//! | `resize` | `size` | bytes, not less than before |
 //!
 //! # What to open after a crash
 //!
