@@ -3,9 +3,12 @@
 
 import pathlib
 import random
+import socket
 import struct
 import subprocess
 import tempfile
+import threading
+import time
 import zlib
 
 HERE = pathlib.Path(__file__).parent
@@ -129,6 +132,78 @@ def foreign():
     save("nbd_replies", "greeting", b"\0" + greeting)
 
 
+# What programs of others do with an export of 64 KiB.
+CLIENTS = {
+    "nbdinfo": "nbdinfo --map {uri}",
+    "list": "nbdinfo --list nbd+unix:///?socket={socket}",
+    "qemu_io": "qemu-io -f raw -c 'write -P 1 0 600' -c 'write -z 8k 4k' -c 'write -zu 16k 4k' -c 'discard 4k 4k'"
+    " -c 'write -f -P 2 60k 700' -c flush -c 'read 0 20k' {uri}",
+    "qemu_map": "qemu-img map -f raw {uri}",
+    "nbdcopy": "dd if=/dev/zero bs=700 count=1 status=none | nbdcopy - {uri}",
+    "structured": "nbdsh -c 'h.add_meta_context(\"base:allocation\")'"
+    " -c 'h.connect_uri(\"{uri}\")' -c 'h.pwrite(b\"a\" * 700, 512, nbd.CMD_FLAG_FUA)' -c 'h.trim(512, 4096)'"
+    " -c 'h.zero(512, 8192, nbd.CMD_FLAG_NO_HOLE)' -c 'h.cache(512, 0)' -c 'h.flush()' -c 'h.pread(700, 0)'"
+    " -c 'h.block_status(65536, 0, lambda *a: 0)'",
+    "plain": "nbdsh -c 'h.set_request_structured_replies(False)' -c 'h.set_handshake_flags(0)'"
+    " -c 'h.connect_uri(\"{uri}\")' -c 'h.pwrite(b\"a\" * 700, 512)' -c 'h.pread(700, 0)'",
+}
+
+
+def pump(source, target, kept):
+    try:
+        while data := source.recv(1 << 16):
+            kept.extend(data)
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # The other side has left first.
+
+
+def conversations(folder):
+    """What real clients send, recorded on its way to a server, and the bytes that decide how one is made."""
+    generator = random.Random(2)
+    for index in range(14):
+        is_large = index == 5
+        choice = 1 | (index % 4) << 3 | is_large << 1 | (index % 6 == 1) << 2 | (index % 3 > 0) << 5
+        data = generator.randbytes(30 if is_large else 30 + 12 * index)
+        save("nbd_requests", f"d{index:02}", bytes([choice]) + data)
+    run(folder, "qemu-img create -q -f raw n.raw 64k")
+    for name, command in CLIENTS.items():
+        (folder / "p").unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(folder / "p"))
+        listener.listen()
+        server = subprocess.Popen(["qemu-nbd", "-t", "-f", "raw", "-x", "disk", "-k", str(folder / "n"), "n.raw"], cwd=folder)
+        while not (folder / "n").exists():
+            time.sleep(0.01)
+        uri = f"nbd+unix:///disk?socket={folder}/p"
+        client = subprocess.Popen(
+            command.format(uri=uri, socket=folder / "p"), shell=True, cwd=folder, stdout=subprocess.DEVNULL
+        )
+        listener.settimeout(2)
+        number = 0
+        while True:
+            try:
+                ours = listener.accept()[0]
+            except TimeoutError:
+                break
+            ours.settimeout(None)
+            theirs = socket.socket(socket.AF_UNIX)
+            theirs.connect(str(folder / "n"))
+            sent = bytearray()
+            back = threading.Thread(target=pump, args=(theirs, ours, bytearray()))
+            back.start()
+            pump(ours, theirs, sent)
+            back.join()
+            if number < 2:
+                save("nbd_requests", f"{name}{number}", b"\x80" + sent)  # Even: as it is.
+            number += 1
+        client.wait()
+        server.kill()
+        server.wait()
+        (folder / "n").unlink(missing_ok=True)
+
+
 CIPHERS = [
     "cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256",
     "cipher-alg=aes-256,cipher-mode=cbc,ivgen-alg=plain64,hash-alg=sha1",
@@ -150,6 +225,7 @@ def containers(folder):
 
 with tempfile.TemporaryDirectory() as folder:
     foreign()
+    conversations(pathlib.Path(folder))
     containers(pathlib.Path(folder))
     whole_images(pathlib.Path(folder))
     streams()

@@ -1,15 +1,18 @@
 //! Bodies of the fuzz targets that need several crates; those of the parsers are in `qcow2_testkit::fuzz`.
 //!
 //! Here any bytes are taken as an image; in `shaped` they decide how a valid image is made and damaged;
-//! `judged` has both; in `foreign` they are names, headers and replies. No input may cause a panic, a hang,
+//! `judged` has both; in `foreign` they are names, headers and replies, in `server`
+//! what clients send. No input may cause a panic, a hang,
 //! or much memory use.
 
 mod foreign;
 mod judged;
+mod server;
 mod shaped;
 
 pub use foreign::{luks_header, names, nbd_replies};
 pub use judged::{rescue, vet};
+pub use server::nbd_requests;
 pub use shaped::{damaged_check, damaged_work, repair, work};
 
 use qcow2_codec::{Deflate, Zstd};
@@ -35,6 +38,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "luks_header", seeds: "luks_header", body: luks_header },
     Target { name: "names", seeds: "names", body: names },
     Target { name: "nbd_replies", seeds: "nbd_replies", body: nbd_replies },
+    Target { name: "nbd_requests", seeds: "nbd_requests", body: nbd_requests },
     Target { name: "work", seeds: "decisions", body: work },
     Target { name: "damaged_work", seeds: "decisions", body: damaged_work },
     Target { name: "damaged_check", seeds: "decisions", body: damaged_check },

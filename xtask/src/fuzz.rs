@@ -33,6 +33,7 @@ const TARGETS: &[Target] = &[
     Target { name: "luks_header", seeds: "luks_header", share: 2, max_len: 1024 },
     Target { name: "names", seeds: "names", share: 2, max_len: 512 },
     Target { name: "nbd_replies", seeds: "nbd_replies", share: 2, max_len: 1024 },
+    Target { name: "nbd_requests", seeds: "nbd_requests", share: 4, max_len: 4096 },
     Target { name: "work", seeds: "decisions", share: 6, max_len: 512 },
     Target { name: "damaged_work", seeds: "decisions", share: 6, max_len: 512 },
     Target { name: "damaged_check", seeds: "decisions", share: 4, max_len: 512 },

@@ -300,6 +300,36 @@ fn each_request_has_its_verdict() {
     verdict("", structured, request(status, 0, 0, 1), invalid);
 }
 
+/// A whole request has its reply, even if the bytes behind it are cut short or are none.
+#[test]
+fn a_connection_that_breaks_has_the_replies_of_what_came_before() {
+    let mut named = FIXED.to_be_bytes().to_vec();
+    OptionRequest::ExportName("disk".to_owned()).encode(&mut named);
+    let request = |command, cookie, len| {
+        let mut bytes = Vec::new();
+        let request = Request { command, flags: 0, cookie, offset: 0, len };
+        request.encode(Mode::Simple, &mut bytes).unwrap();
+        bytes
+    };
+    let whole = [request(Command::WRITE, 1, 2), vec![1, 2], request(Command::READ, 2, 3)].concat();
+    let greeting = answer(offer(), &named).len();
+    for broken in [
+        vec![0x25],
+        request(Command::WRITE, 3, 5),
+        [request(Command::WRITE, 3, 5), vec![1; 4]].concat(),
+        request(Command::WRITE, 3, u32::MAX.into()),
+        vec![0; 28],
+    ] {
+        let output = answer(offer(), &[&named[..], &whole, &broken].concat());
+        let head = |cookie| {
+            let mut bytes = Vec::new();
+            ReplyHead::Simple { error: ErrorCode::NONE, cookie }.encode(&mut bytes).unwrap();
+            bytes
+        };
+        assert_eq!(output[greeting..], [head(1), head(2), vec![1, 2, 0]].concat(), "{broken:?}");
+    }
+}
+
 /// What a client could send, valid for a while and then cut, changed or repeated.
 #[test]
 fn any_bytes_lead_to_replies_and_an_end() {

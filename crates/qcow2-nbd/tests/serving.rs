@@ -232,6 +232,32 @@ fn a_client_that_never_reads_is_not_read_from_for_ever() {
     });
 }
 
+/// A client may look at a reply before it sends the rest of its next request.
+#[test]
+fn replies_do_not_wait_for_the_payload_of_the_next_request() {
+    let disk = Memory::new(65536);
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let crew = Crew::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| serve(&ours, &disk, 65536, &crew));
+        qcow2_nbd::blocking::negotiate(&mut theirs, wanted_in(Mode::Simple)).unwrap();
+        let mut bytes = Vec::new();
+        for (command, cookie) in [(Command::READ, 1), (Command::WRITE, 2)] {
+            let request = Request { command, flags: 0, cookie, offset: 0, len: 512 };
+            request.encode(Mode::Simple, &mut bytes).unwrap();
+        }
+        // One packet: the server has both heads when it works on the first.
+        theirs.write_all(&bytes).unwrap();
+        // Only for a server that waits for ever.
+        theirs.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let read = theirs.read_exact(&mut [0; 16 + 512]);
+        let rest = read.and_then(|()| theirs.write_all(&[1; 512]));
+        let written = rest.and_then(|()| theirs.read_exact(&mut [0; 16]));
+        theirs.shutdown(std::net::Shutdown::Both).unwrap();
+        written.unwrap();
+    });
+}
+
 #[test]
 fn a_client_that_leaves_in_the_middle_ends_its_server() {
     for cut in [0, 1, 27, 28, 29, 4000] {

@@ -22,7 +22,7 @@ impl<R: Read> Reader<R> {
 
     /// Whether a whole request head is there already.
     pub(super) fn has_head(&self, mode: Mode) -> bool {
-        self.end - self.start >= Request::head_len(mode)
+        self.has(Request::head_len(mode))
     }
 
     /// The next request; `None` at the end of the stream. Errors: of the stream; an end within a request, or
@@ -39,6 +39,11 @@ impl<R: Read> Reader<R> {
         let (request, taken) = Request::decode(head, mode).map_err(invalid)?;
         self.start += taken;
         Ok(Some(request))
+    }
+
+    /// Whether the next `len` bytes are there.
+    pub(super) fn has(&self, len: usize) -> bool {
+        self.end - self.start >= len
     }
 
     /// Whether the next `len` bytes are there, or fit into the buffer with those that are.

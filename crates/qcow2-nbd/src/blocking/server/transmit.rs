@@ -96,7 +96,11 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
                     }
                 }
                 Ok(Next::Leave) => self.end(None),
-                Err(error) => self.end(Some(error)),
+                Err(error) => {
+                    // What was carried out is answered, whatever came behind it.
+                    let _ = self.send(&mut hands.frame);
+                    self.end(Some(error));
+                }
             }
         }
         if is_extra {
@@ -160,8 +164,9 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
     fn send(&self, frame: &mut Frame) -> io::Result<()> {
         if frame.len() > 0 {
             let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
-            outgoing.write_all(frame.bytes())?;
+            let sent = outgoing.write_all(frame.bytes());
             frame.clear();
+            return sent;
         }
         Ok(())
     }
@@ -202,6 +207,11 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
                 self.send(&mut hands.frame)?;
                 self.take_payload(reader, &request, payload, hands)?;
                 return Ok(Next::Long(request, work));
+            }
+            if !reader.has(payload) {
+                // It may take long to come, and the client may want its replies first.
+                self.send(&mut hands.frame)?;
+                batch = 0;
             }
             let data = reader.borrow(payload)?;
             let begun = Instant::now();
