@@ -1,6 +1,6 @@
 //! `serve` and the name qemu-nbd: foreign clients, hostile ones, signals and kills.
 #![cfg(target_os = "linux")]
-#![allow(missing_docs, clippy::unwrap_used, reason = "a test may stop")]
+#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, reason = "a test may stop")]
 
 mod clients;
 mod control;
@@ -39,6 +39,14 @@ impl Server {
         Self { child, folder: folder.to_owned() }
     }
 
+    /// The same in a folder where a server was killed: it has left its sockets.
+    fn start_again(folder: &Path, args: &[&str]) -> Self {
+        for socket in ["s", "c"] {
+            let _ = std::fs::remove_file(folder.join(socket));
+        }
+        Self::start(folder, args)
+    }
+
     /// The same under the name qemu-nbd, with a socket that is waited for.
     fn start_tool(folder: &Path, args: &[&str]) -> Self {
         let mut command = Command::new(OURS);
@@ -74,6 +82,12 @@ impl Server {
     fn end(mut self, signal: &str) -> ExitStatus {
         self.signal(signal);
         self.wait()
+    }
+
+    /// Ends the server at once.
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.wait();
     }
 
     fn wait(&mut self) -> ExitStatus {
