@@ -20,7 +20,7 @@ fn make(qemu_img: &Tool, folder: &Path) {
 }
 
 /// Servers of `t.raw`, and the names of their exports.
-const NBDKIT: [(&str, &str); 20] = [
+const NBDKIT: [(&str, &str); 25] = [
     ("file t.raw", ""),
     ("-t 1 file t.raw", ""),
     ("--no-sr file t.raw", ""),
@@ -38,6 +38,16 @@ const NBDKIT: [(&str, &str); 20] = [
     ("--filter=fua file t.raw fuamode=emulate", ""),
     ("--filter=fua file t.raw fuamode=force", ""),
     ("--filter=delay file t.raw rdelay=2ms wdelay=2ms", ""),
+    ("--filter=delay file t.raw delay-extents=1ms delay-zero=2ms delay-trim=2ms delay-open=5ms", ""),
+    ("--filter=multi-conn file t.raw multi-conn-mode=emulate", ""),
+    // The faults wait for a file that nobody makes.
+    ("--filter=error file t.raw error=EIO error-rate=100% error-file=nofile", ""),
+    ("--filter=nozero --filter=delay file t.raw zeromode=plugin delay-zero=1ms", ""),
+    (
+        "--filter=blocksize-policy --filter=delay file t.raw blocksize-minimum=512 blocksize-preferred=4096 \
+         blocksize-maximum=64k blocksize-error-policy=error delay-read=1ms",
+        "",
+    ),
     ("--filter=exportname file t.raw exportname=one exportname=two exportname-strict=true", "two"),
     ("--filter=cow --filter=cache file t.raw", ""),
     (
@@ -149,6 +159,14 @@ fn servers_that_fail() {
         (
             "--filter=error memory 8M error-zero=EPERM error-zero-rate=100%",
             vec![format!("convert -m 1 -n -S 0 -f qcow2 -O raw s.qcow2 {one}")],
+        ),
+        (
+            "--filter=error pattern 8M error-extents=EIO error-extents-rate=100%",
+            vec![
+                format!("map --output=json {one}"),
+                format!("convert -m 1 -n -f raw -O raw {one} r.raw"),
+                format!("compare -f raw -F raw {one} r.raw"),
+            ],
         ),
         (
             "-r memory 8M",
