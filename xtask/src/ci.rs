@@ -111,7 +111,14 @@ fn doctest(root: &Path) -> Result<(), String> {
 
 fn shuttle(root: &Path) -> Result<(), String> {
     let features = ["--features", "unstable-shuttle", "--test", "shuttle"];
-    command(root, &[&["test", "--package", "qcow2-core", "--locked", "--quiet"], &features[..]].concat(), &[])
+    for package in ["qcow2-core", "qcow2-ops"] {
+        command(
+            root,
+            &[&["test", "--package", package, "--locked", "--quiet"], &features[..]].concat(),
+            &[],
+        )?;
+    }
+    Ok(())
 }
 
 fn test(root: &Path) -> Result<(), String> {

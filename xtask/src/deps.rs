@@ -94,7 +94,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("serpent", &["qcow2-crypt"]),
     ("sha1", &["qcow2-crypt"]),
     ("sha2", &["qcow2-crypt"]),
-    ("shuttle", &["qcow2-core"]),
+    ("shuttle", &["qcow2-core", "qcow2-ops"]),
     ("signal-hook", &["qcow2-cli", "qcow2-terminal"]),
     ("sm3", &["qcow2-crypt"]),
     ("subtle", &["qcow2-crypt"]),

@@ -1,6 +1,7 @@
 //! A backup of a disk in use as it was at one moment: of all of it, or of what a bitmap marks.
 
 use super::begin;
+use super::locks::{Mutex, PoisonError};
 use super::regions::Regions;
 use super::watched::{Watched, Watcher};
 use crate::error::{Error, ErrorKind, Result};
@@ -9,7 +10,7 @@ use qcow2_core::bitmap::Bits;
 use qcow2_core::chain::reads_zero;
 use qcow2_core::format::text::bytes_of;
 use qcow2_core::{GuestDisk, GuestRange, LiveDisk, ZeroMode};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// The most bytes that are read at a time.
 const PIECE: u64 = 1 << 20;

@@ -18,6 +18,7 @@
 mod backup;
 mod commit;
 mod layer;
+mod locks;
 mod middle;
 mod regions;
 mod snapshot;

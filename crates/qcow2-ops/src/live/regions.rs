@@ -1,9 +1,9 @@
 //! The regions of a disk that still have to be copied, and who copies which.
 
 use super::layer::range;
+use super::locks::{Condvar, Mutex, MutexGuard, PoisonError};
 use qcow2_core::GuestRange;
 use std::ops::RangeInclusive;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The shortest region, in bytes.
 const MIN_REGION: u64 = 64 << 10;

@@ -1,12 +1,12 @@
 //! Keeps track of what changes in the top of a chain while it is copied into the layer below.
 
 use super::layer::copy_layer;
+use super::locks::{AtomicBool, Mutex, Ordering, PoisonError};
 use super::regions::Regions;
 use super::watched::Watcher;
 use crate::error::{Error, Result};
 use qcow2_core::{GuestDisk, GuestRange};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// So few regions may be left for the time when requests are held back.
 pub(super) const FEW: u64 = 8;
