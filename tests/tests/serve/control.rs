@@ -114,6 +114,74 @@ fn what_was_flushed_before_a_kill_is_in_the_recorded_top() {
     check(folder, "disk.qcow2");
 }
 
+/// A whole copy, then what has changed, over it and over a server's export, while a client writes.
+#[test]
+fn a_backup_is_the_disk_at_one_moment() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    create(folder, "disk.qcow2");
+    let server = Server::start(folder, &["--control", "c", "disk.qcow2"]);
+    let client = server.connect();
+    let pieces = SIZE / PIECE as u64;
+    let write = |number: u64, piece: u64| {
+        let at = piece % pieces * PIECE as u64;
+        client.write(at, &pattern::bytes(number, at, PIECE));
+    };
+    (0..pieces).step_by(3).for_each(|piece| write(1, piece));
+    answer(folder, "bitmap-add bitmap=b");
+    // Writes in the order of the disk: in any copy a piece of this round means that all before it are there.
+    std::thread::scope(|scope| {
+        scope.spawn(|| (0..pieces).for_each(|piece| write(2, piece)));
+        assert_eq!(answer(folder, "backup file=full")["copied"], SIZE);
+    });
+    let content = |file: &str, format: &str| {
+        Tool::at(OURS).run_in(folder, &["convert", "-f", format, "-O", "raw", file, "content"]).success();
+        fs::read(folder.join("content")).unwrap()
+    };
+    let full = content("full", "qcow2");
+    let is_new = |piece: &u64| {
+        let at = piece * PIECE as u64;
+        full[at as usize..][..PIECE] == pattern::bytes(2, at, PIECE)
+    };
+    let new = (0..pieces).take_while(is_new).count() as u64;
+    for piece in new..pieces {
+        let at = piece * PIECE as u64;
+        let old = if piece % 3 == 0 { pattern::bytes(1, at, PIECE) } else { vec![0; PIECE] };
+        assert!(full[at as usize..][..PIECE] == old, "piece {piece} of a copy with {new} new ones");
+    }
+    let copied = answer(folder, "backup file=full bitmap=b clear=on");
+    assert_eq!(copied["copied"], SIZE);
+    write(3, 5);
+    write(3, 77);
+    fs::create_dir(folder.join("other")).unwrap();
+    Tool::at(OURS).run_in(folder, &["convert", "-O", "raw", "full", "other/raw"]).success();
+    let other = Server::start(&folder.join("other"), &["-f", "raw", "raw"]);
+    let line = format!("backup file={} bitmap=b", other.uri());
+    assert_eq!(answer(folder, &line)["copied"], 2 * PIECE);
+    assert!(other.end("-TERM").success());
+    assert_eq!(answer(folder, "backup file=full bitmap=b clear=off")["copied"], 2 * PIECE);
+    assert_eq!(answer(folder, "backup file=raw format=raw")["copied"], SIZE);
+    let now = client.read(0, SIZE as usize);
+    for (file, format) in [("full", "qcow2"), ("raw", "raw"), ("other/raw", "raw")] {
+        assert!(content(file, format) == now, "{file}");
+    }
+    for (line, text) in [
+        ("backup file=full", "full: the file exists already"),
+        ("backup file=new bitmap=b", "new: what a bitmap marks goes into an earlier backup"),
+        ("backup file=full bitmap=none", "reading the bitmap"),
+        ("backup file=disk.qcow2 bitmap=b", "disk.qcow2"),
+        ("backup file=new format=bogus", "'bogus' is no format of new images"),
+        ("backup file=no/new", "no/new"),
+        ("backup file=nbd+unix:///?socket=none", "none"),
+    ] {
+        let refused = ctl(folder, line).expect_code(1);
+        assert!(refused.stderr.contains(text), "{line}: {refused}");
+    }
+    assert!(!folder.join("new").exists());
+    assert!(server.end("-TERM").success());
+    ["disk.qcow2", "full"].into_iter().for_each(|file| check(folder, file));
+}
+
 #[test]
 fn bitmaps_sizes_and_what_is_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -108,7 +108,8 @@ impl Control {
 /// Notes in `now` what is under way.
 fn change(mut control: Control, rng: &mut Rng, mut depth: u64, now: &Mutex<&'static str>) {
     for count in 0.. {
-        let (name, command) = match rng.below(6) {
+        let (name, command) = match rng.below(7) {
+            6 => ("backup", json!({"command": "backup", "file": format!("b{count}")})),
             0 if depth > 0 => ("commit", json!({"command": "commit"})),
             1 | 2 if depth > 1 => ("commit below", json!({"command": "commit", "depth": 1})),
             3 => ("snapshot inside", json!({"command": "snapshot-save", "name": "inside"})),

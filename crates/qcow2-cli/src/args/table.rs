@@ -164,7 +164,7 @@ pub(crate) static VERBS: &[Verb] = &[
     Verb {
         name: "ctl",
         summary: "Change disks that 'serve --control' serves, while they are used, and show their statistics",
-        synopsis: "SOCKET COMMAND [NAME=VALUE]...\n\nCommands:\n  query | statistics | metrics | top [TIMES]\n  snapshot file=NEW             the disk goes on in the new overlay NEW\n  commit [depth=N]              merge the layer below N others into the one below it (0: the top)\n  resize size=SIZE\n  snapshot-save name=NAME | snapshot-delete name=NAME | snapshot-list\n  bitmap-add bitmap=NAME [granularity=SIZE] | bitmap-remove | bitmap-clear | bitmap-enable\n  bitmap-disable | bitmap-merge bitmap=NAME source=NAME | bitmap-list\nWith several disks, disk=NAME says which export is meant.",
+        synopsis: "SOCKET COMMAND [NAME=VALUE]...\n\nCommands:\n  query | statistics | metrics | top [TIMES]\n  snapshot file=NEW             the disk goes on in the new overlay NEW\n  commit [depth=N]              merge the layer below N others into the one below it (0: the top)\n  backup file=TARGET [format=FMT] [bitmap=NAME [clear=on]]\n                                copy the disk, or what a bitmap marks over an earlier backup\n  resize size=SIZE\n  snapshot-save name=NAME | snapshot-delete name=NAME | snapshot-list\n  bitmap-add bitmap=NAME [granularity=SIZE] | bitmap-remove | bitmap-clear | bitmap-enable\n  bitmap-disable | bitmap-merge bitmap=NAME source=NAME | bitmap-list\nWith several disks, disk=NAME says which export is meant.",
         options: &[HELP],
         operands: &[("SOCKET", "the path given to 'serve --control'"), ("COMMAND", "what to do")],
         run: command::ctl::run,

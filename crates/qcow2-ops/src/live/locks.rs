@@ -1,5 +1,5 @@
-//! Locks and atomics. With the feature `unstable-shuttle` they come from the shuttle scheduler, which explores
-//! thread interleavings in tests.
+//! Locks and atomics. With the feature `unstable-shuttle` they come from the shuttle scheduler, which
+//! explores thread interleavings in tests.
 
 #[cfg(feature = "unstable-shuttle")]
 use shuttle::sync;

@@ -1,5 +1,6 @@
 //! Commands as JSON.
 
+use super::backup::Backup;
 use qcow2_ops::bitmap::BitmapAction;
 use serde_json::{Map, Value};
 use std::fmt;
@@ -24,6 +25,8 @@ pub enum Action {
         /// How many layers are above it.
         depth: usize,
     },
+    /// A copy of the disk as it is at one moment, or of what has changed.
+    Backup(Backup),
     /// A snapshot inside the top file.
     SnapshotSave {
         /// Its name.
@@ -118,6 +121,14 @@ impl Members {
                 let depth = self.number("depth")?.unwrap_or(0);
                 Action::Commit { depth: usize::try_from(depth).map_err(|_| "the chain is not that deep")? }
             }
+            "backup" => {
+                let (file, format) = (self.text("file")?, self.optional_text("format")?);
+                let (bitmap, clear) = (self.optional_text("bitmap")?, self.switch("clear")?);
+                if clear && bitmap.is_none() {
+                    return Err("the member 'clear' is about a bitmap, and there is none".to_owned());
+                }
+                Action::Backup(Backup { file, format, bitmap, clear })
+            }
             "snapshot-save" => Action::SnapshotSave { name: self.text("name")? },
             "snapshot-delete" => Action::SnapshotDelete { name: self.text("name")? },
             "snapshot-list" => Action::SnapshotList,
@@ -150,6 +161,17 @@ impl Members {
         }
     }
 
+    /// True or false, or a word for it, which is what a command line has; false if missing.
+    fn switch(&mut self, name: &str) -> Result<bool, String> {
+        match self.0.shift_remove(name) {
+            None => Ok(false),
+            Some(Value::Bool(value)) => Ok(value),
+            Some(Value::String(text)) if text == "on" => Ok(true),
+            Some(Value::String(text)) if text == "off" => Ok(false),
+            Some(_) => Err(format!("the member '{name}' must be true or false, or 'on' or 'off'")),
+        }
+    }
+
     fn number(&mut self, name: &str) -> Result<Option<u64>, String> {
         let Some(value) = self.0.shift_remove(name) else { return Ok(None) };
         match value.as_u64() {
@@ -171,6 +193,16 @@ mod tests {
         assert_eq!(action(r#"{"command":"commit"}"#), Action::Commit { depth: 0 });
         assert_eq!(action(r#"{"command":"commit","depth":2}"#), Action::Commit { depth: 2 });
         assert_eq!(action(r#"{"command":"resize","size":512}"#), Action::Resize { size: 512 });
+        let backup = |line: &str| match action(line) {
+            Action::Backup(Backup { file, format, bitmap, clear }) => (file, format, bitmap, clear),
+            other => panic!("{other:?}"),
+        };
+        let (file, b) = ("a".to_owned(), Some("b".to_owned()));
+        assert_eq!(backup(r#"{"command":"backup","file":"a"}"#), (file.clone(), None, None, false));
+        let line = r#"{"command":"backup","file":"a","format":"b","bitmap":"b","clear":"on"}"#;
+        assert_eq!(backup(line), (file.clone(), b.clone(), b.clone(), true));
+        let line = r#"{"command":"backup","file":"a","bitmap":"b","clear":true}"#;
+        assert_eq!(backup(line), (file, None, b, true));
         let merge = action(r#"{"command":"bitmap-merge","bitmap":"a","source":"b"}"#);
         let source = "b".to_owned();
         assert_eq!(merge, Action::Bitmap { bitmap: "a".to_owned(), action: BitmapAction::Merge { source } });
@@ -185,6 +217,15 @@ mod tests {
             (r#"{"command":"bitmap-no"}"#, "there is no command 'bitmap-no'"),
             (r#"{"command":"snapshot"}"#, "the member 'file' is missing"),
             (r#"{"command":"query","file":"a"}"#, "the command 'query' has no member 'file'"),
+            (r#"{"command":"backup"}"#, "the member 'file' is missing"),
+            (
+                r#"{"command":"backup","file":"a","bitmap":"b","clear":1}"#,
+                "the member 'clear' must be true or false, or 'on' or 'off'",
+            ),
+            (
+                r#"{"command":"backup","file":"a","clear":true}"#,
+                "the member 'clear' is about a bitmap, and there is none",
+            ),
             (r#"{"command":"resize"}"#, "the member 'size' is missing"),
             (
                 r#"{"command":"resize","size":-1}"#,

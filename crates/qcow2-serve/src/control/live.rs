@@ -1,5 +1,6 @@
 //! Commands on the disks that are served.
 
+use super::answer::{keeps_no_secret, text, with_remark};
 use super::command::{Action, Command};
 use super::metrics;
 use super::pause::Pauses;
@@ -19,7 +20,6 @@ use qcow2_ops::live::{
 use qcow2_ops::snapshot::{self, SnapshotName};
 use qcow2_ops::{CallerError, Progress};
 use serde_json::{Value, json};
-use std::error::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -150,6 +150,7 @@ impl Disk<'_> {
             Action::Snapshot { file } => self.snapshot(live, file),
             Action::Commit { depth: 0 } => self.commit(live, progress),
             Action::Commit { depth } => self.commit_below(live, *depth, progress),
+            Action::Backup(backup) => backup.run(live, &self.options.open, progress),
             Action::SnapshotSave { name } => {
                 let new = new_snapshot(name);
                 let taken = on_image(live, |image| snapshot::create(image, &new)).map_err(text)?;
@@ -212,6 +213,7 @@ impl Disk<'_> {
         if path_of(path).exists() {
             return Err(format!("{file}: the file exists already"));
         }
+        keeps_no_secret(&*live.layer(), "its overlay")?;
         let old = self.top().clone();
         let format = if live.layer().as_image().is_some() { "qcow2" } else { "raw" };
         let backing = FileResolver::new(path_of(path), Policy::Deny).name_for(&path_of(&old));
@@ -373,24 +375,4 @@ fn new_snapshot(name: &str) -> NewSnapshot {
     new.date_seconds = now.as_secs() as u32;
     new.date_nanoseconds = now.subsec_nanos();
     new
-}
-
-/// The answer with what went wrong after it was done.
-fn with_remark(mut answer: Value, unclean: Option<impl Error>) -> Value {
-    if let (Value::Object(members), Some(error)) = (&mut answer, unclean) {
-        members.insert("warning".to_owned(), Value::String(text(&error)));
-    }
-    answer
-}
-
-/// An error with its causes.
-fn text(error: impl Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

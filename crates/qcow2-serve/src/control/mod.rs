@@ -22,6 +22,8 @@
 //! | `metrics` | | the same as text for Prometheus |
 //! | `snapshot` | `file` | the disk stays as it is in its file, and goes on in the new overlay `file` |
 //! | `commit` | `depth` (0) | the layer below `depth` others is merged into the one below it |
+//! | `backup` | `file`, `format` | the disk as it is now is copied into the new file, or over an export |
+//! | `backup` | `file`, `format`, `bitmap`, `clear` (false) | only what the bitmap marks, over an earlier one |
 //! | `snapshot-save`, `snapshot-delete` | `name` | a snapshot inside the top file |
 //! | `snapshot-list` | | the snapshots inside the top file |
 //! | `bitmap-add` | `bitmap`, `granularity` | a bitmap that records writes |
@@ -30,12 +32,21 @@
 //! | `bitmap-list` | | |
 //! | `resize` | `size` | bytes, not less than before |
 //!
+//! A backup's target is a new file, of the format qcow2 unless `format` says otherwise, or the raw disk of a
+//! server (`nbd+unix:///?socket=PATH`), which is overwritten. With `bitmap` it is a disk that holds the
+//! earlier backup, and `clear` makes the bitmap mark what changes from then on; if the backup fails it marks
+//! again what it did. A file that was made for a failed backup is removed.
+//!
+//! An encrypted disk gets neither an overlay nor a new file: neither would be encrypted.
+//!
 //! # What to open after a crash
 //!
 //! `snapshot` and `commit` of the top change which file is the top. A server with a [`Record`] writes the
 //! name of the new top into a small file before the new top is written to. `snapshot` works without one, and
 //! its answer names the new top; `commit` of the top is refused.
 
+mod answer;
+mod backup;
 mod command;
 mod live;
 mod metrics;
@@ -44,6 +55,7 @@ mod record;
 mod socket;
 mod top;
 
+pub use backup::Backup;
 pub use command::{Action, Command, CommandError};
 pub use live::{Controlled, ControlledOptions};
 pub use pause::Pauses;
