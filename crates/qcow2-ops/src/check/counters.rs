@@ -115,8 +115,8 @@ impl Chunk {
     pub(super) fn all(&self, slots: Range<usize>, value: u8) -> bool {
         match self {
             Self::Empty => value == 0,
-            Self::Narrow(counts) => counts[slots].iter().all(|&count| count == value.into()),
-            Self::Wide(counts) => counts[slots].iter().all(|&count| count == value.into()),
+            Self::Narrow(counts) => counts[slots].iter().all(|&count| count == u16::from(value)),
+            Self::Wide(counts) => counts[slots].iter().all(|&count| count == u32::from(value)),
         }
     }
 }
