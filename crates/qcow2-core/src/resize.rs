@@ -2,9 +2,9 @@
 //!
 //! Order on disk when growing: a larger L1 table and its refcounts, barrier, the header's pointer to it,
 //! barrier; entries and data that make the new area read as zeroes, barrier; the size last. Shrinking
-//! deallocates clusters, and then the L2 tables that map nothing any more, before the size changes; after that
-//! the file is truncated behind its last cluster in use. A crash leaves the old size or the new one, and new
-//! bytes read as zeroes either way.
+//! deallocates clusters, and then the L2 tables that map nothing any more, before the size changes; after
+//! that the file is truncated behind its last cluster in use. A crash leaves the old size or the new one, and
+//! new bytes read as zeroes either way.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;

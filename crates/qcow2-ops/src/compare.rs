@@ -174,8 +174,8 @@ impl Comparing<'_> {
         Ok(Pair { len: a.len.min(b.len), zero: [a.zero, b.zero] })
     }
 
-    /// `at`, the end of a run of zeroes up to `end`, or the end of the sector that the end of a raw disk splits
-    /// there, if its rest is zero too: one step of the progress, not two.
+    /// `at`, the end of a run of zeroes up to `end`, or the end of the sector that the end of a raw disk
+    /// splits there, if its rest is zero too: one step of the progress, not two.
     fn through_padding(&self, at: u64, end: u64) -> Result<u64> {
         let sector_end = at.next_multiple_of(SECTOR).min(end);
         if at >= sector_end {

@@ -53,8 +53,8 @@ impl Mapping {
         Ok(place)
     }
 
-    /// Unlinks the L2 tables of the L1 entries in `range`. The caller has deallocated all that they map, and has
-    /// flushed that. True if there was one. A table whose place holds other metadata too stays. Errors:
+    /// Unlinks the L2 tables of the L1 entries in `range`. The caller has deallocated all that they map, and
+    /// has flushed that. True if there was one. A table whose place holds other metadata too stays. Errors:
     /// `Corrupt`.
     pub(crate) fn drop_tables(&self, range: Range<u64>) -> Result<bool> {
         let geometry = &self.format.geometry;
