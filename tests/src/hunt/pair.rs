@@ -123,7 +123,7 @@ impl Pair {
             let check = ["check".as_ref(), old.as_os_str()];
             self.reference.img.run_in(copy.path(), &check).code == Some(2)
         };
-        let verb = deed_of(line);
+        let verb = deed_of(line, failed);
         let cause = match what {
             _ if failed && (is_same(&copy, ours) || keeps_content()) => {
                 format!("{verb}: failed, and only the reference changed a file")
@@ -220,9 +220,13 @@ pub(super) fn verb_of(line: &str) -> String {
     line.split(' ').take(count).collect::<Vec<_>>().join(" ")
 }
 
-/// [`verb_of`] a line, and for qemu-io also what it does if a new size is the only change it makes.
-fn deed_of(line: &str) -> String {
+/// [`verb_of`] a line, and for qemu-io also what it does if a new size is the only change it makes, or if it
+/// failed and has a compressed write.
+fn deed_of(line: &str, failed: bool) -> String {
     let words = words(line);
+    if failed && line.starts_with("qemu-io ") && words.iter().any(|word| word.starts_with("write -q -c ")) {
+        return "qemu-io failed, with a compressed write".to_owned();
+    }
     let commands =
         words.windows(2).filter(|pair| pair[0] == "-c").filter_map(|pair| pair[1].split(' ').next());
     let harmless = ["read", "readv", "map", "alloc", "length", "info", "flush", "help", "quit"];
@@ -248,7 +252,9 @@ mod tests {
             ("qemu-io -c map a", "qemu-io"),
             ("qemu-img resize a 3M", "qemu-img resize"),
         ] {
-            assert_eq!(deed_of(line), expected);
+            assert_eq!(deed_of(line, false), expected);
         }
+        let line = "qemu-io -c 'write -q -c 0 64k' a";
+        assert_eq!([true, false].map(|failed| deed_of(line, failed) == "qemu-io"), [false, true]);
     }
 }
