@@ -25,6 +25,10 @@ pub struct FolderCopy {
     ready: Instant,
 }
 
+/// The files of a copy at one moment.
+#[derive(PartialEq, Eq)]
+pub struct FolderState(BTreeMap<String, Stamp>);
+
 /// What the system updates when a file changes: length, modification time, and (inode, ctime).
 type Stamp = (u64, Option<SystemTime>, (u64, i64, i64));
 
@@ -77,6 +81,11 @@ impl FolderCopy {
     /// Path of the copy.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What its files are like now: two of these differ if a file was changed in between.
+    pub fn state(&self) -> FolderState {
+        FolderState(stamps(&self.path))
     }
 
     /// Names of the files that were changed, created or removed in it.

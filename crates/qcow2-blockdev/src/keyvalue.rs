@@ -48,7 +48,8 @@ impl std::error::Error for KeyValueError {}
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KeyValues {
     pairs: Vec<Pair>,
-    asks_help: bool,
+    /// The first word that asks for help, and the number of pairs before it.
+    help: Option<(String, usize)>,
 }
 
 impl KeyValues {
@@ -68,7 +69,9 @@ impl KeyValues {
             for item in split(text) {
                 match item.split_once('=') {
                     Some((key, value)) => list.push(key, value),
-                    None if item == "help" || item == "?" => list.asks_help = true,
+                    None if item == "help" || item == "?" => {
+                        list.help.get_or_insert((item, list.pairs.len()));
+                    }
                     None => match item.strip_prefix("no") {
                         Some(key) => list.push(key, "off"),
                         None => list.push(&item, "on"),
@@ -119,7 +122,16 @@ impl KeyValues {
 
     /// Whether help was asked for.
     pub fn asks_help(&self) -> bool {
-        self.asks_help
+        self.help.is_some()
+    }
+
+    /// The same list for who gives no help: the word that asks for it is a key like others, in its place.
+    #[must_use]
+    pub fn without_help(mut self) -> Self {
+        if let Some((key, at)) = self.help.take() {
+            self.pairs.insert(at, Pair { key, value: "on".to_owned() });
+        }
+        self
     }
 
     /// All pairs in order.
@@ -195,6 +207,19 @@ mod tests {
         check(&["a=1,help"], &[("a", "1")], true);
         check(&["?"], &[], true);
         check(&["help=1,??"], &[("help", "1"), ("??", "on")], false);
+    }
+
+    #[test]
+    fn a_word_that_asks_for_help_keeps_its_place_as_a_key() {
+        for (texts, keys) in [
+            (["a=1,?,b=2", "help"], &["a", "?", "b"][..]),
+            (["help", "a=1"], &["help", "a"]),
+            (["a=1", "b=1"], &["a", "b"]),
+        ] {
+            let list = KeyValues::parse_image_options(&texts.map(str::to_owned)).without_help();
+            assert_eq!(list.pairs().iter().map(|pair| &*pair.key).collect::<Vec<_>>(), keys);
+            assert!(!list.asks_help());
+        }
     }
 
     #[test]

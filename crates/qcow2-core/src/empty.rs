@@ -9,7 +9,6 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::meta::overlap::OverlapChecks;
 use crate::meta::run::ClusterRun;
-use crate::port::storage::StorageErrorKind;
 use crate::sync::write;
 use ::alloc::collections::{BTreeMap, BTreeSet};
 use ::alloc::format;
@@ -150,17 +149,5 @@ impl Image {
             self.tables.write_words(OverlapChecks::REFCOUNT_BLOCK, block, &words)?;
         }
         Ok(())
-    }
-
-    /// Truncates the file after its first `clusters` clusters, if the storage can do that.
-    fn cut_after(&self, clusters: u64) -> Result<()> {
-        let end = clusters * self.file.geometry().cluster_size();
-        if self.file.storage().len()? <= end {
-            return Ok(());
-        }
-        match self.file.storage().set_len(end) {
-            Err(error) if !matches!(error.kind(), StorageErrorKind::FixedLength(_)) => Err(error.into()),
-            _ => Ok(()),
-        }
     }
 }

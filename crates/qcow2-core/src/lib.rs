@@ -97,6 +97,7 @@ mod resize;
 mod rules;
 pub mod snapshot;
 mod sync;
+mod tail;
 mod vmstate;
 pub mod walk;
 mod write;

@@ -2,8 +2,9 @@
 //!
 //! Order on disk when growing: a larger L1 table and its refcounts, barrier, the header's pointer to it,
 //! barrier; entries and data that make the new area read as zeroes, barrier; the size last. Shrinking
-//! deallocates clusters before the size changes. A crash leaves the old size or the new one, and new bytes
-//! read as zeroes either way.
+//! deallocates clusters, and then the L2 tables that map nothing any more, before the size changes; after
+//! that the file is truncated behind its last cluster in use. A crash leaves the old size or the new one, and
+//! new bytes read as zeroes either way.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -76,6 +77,9 @@ impl Image {
             data.set_len(size)?;
         }
         self.resize_bitmaps(size)?;
+        if size < old {
+            self.cut_tail()?;
+        }
         match size == wanted {
             true => Ok(()),
             false => Err(Error::new(ErrorKind::Stopped, format!("resizing was stopped at {size} bytes"))),
@@ -154,10 +158,14 @@ impl Image {
         let geometry = self.file.geometry();
         let start = geometry.align_up(size).unwrap_or(old);
         let piece = SHRINK_CLUSTERS * geometry.cluster_size();
-        let (mut end, mut size) = (old, size);
+        // Of a table that goes as a whole, what it maps behind the end of the disk goes too.
+        let tables = geometry.l1_entries_for(size)..geometry.l1_entries_for(old);
+        let tables_end = tables.end.saturating_mul(geometry.l2_coverage());
+        let (mut end, mut size) = (if tables.is_empty() { old } else { tables_end.max(old) }, size);
+        let wanted = size;
         while start < end {
             if go_on().is_break() {
-                size = end;
+                size = end.min(old);
                 break;
             }
             // Pieces start at multiples of their length, so that the rest always ends with a cluster.
@@ -169,6 +177,9 @@ impl Image {
         }
         // The size last: after a failed flush the image has the size in the header, and takes changes.
         self.flusher.settle()?;
+        if size == wanted && self.mapping().drop_tables(tables)? {
+            self.flusher.settle()?;
+        }
         self.size.store(size, Ordering::Release);
         Ok(size)
     }

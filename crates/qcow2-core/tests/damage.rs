@@ -331,6 +331,32 @@ fn shrinking_succeeds_over_a_data_cluster_with_refcount_0() {
     assert!(seen.iter().all(|&byte| byte == 7));
 }
 
+/// The last cluster in use counts as free, and so the end of the file does. Cutting it off would lose it.
+#[test]
+fn shrinking_cuts_off_no_bytes_that_count_as_free() {
+    for damaged in [false, true] {
+        let (storage, l2) = image(false);
+        let [.., block] = tables(&storage);
+        let last = word(&storage, l2) & OFFSET_MASK;
+        // The first guest cluster moves behind all others.
+        let end = storage.len().unwrap().next_multiple_of(CLUSTER);
+        storage.write_at(HostOffset::new(end), &[7; CLUSTER as usize]).unwrap();
+        set_word(&storage, l2, COPIED | end);
+        storage.write_at(HostOffset::new(block + last / CLUSTER * 2), &[0, 0]).unwrap();
+        if !damaged {
+            storage.write_at(HostOffset::new(block + end / CLUSTER * 2), &[0, 1]).unwrap();
+        }
+        let opened = open(&storage, &freeing()).unwrap();
+        opened.resize(CLUSTER).unwrap();
+        opened.close().unwrap();
+        assert_eq!(storage.len().unwrap(), end + CLUSTER);
+        let mut seen = vec![0xee; CLUSTER as usize];
+        let again = open(&storage, &OpenOptions::default()).unwrap();
+        again.read_at(GuestOffset::new(0), &mut seen).unwrap();
+        assert!(seen.iter().all(|&byte| byte == 7), "damaged: {damaged}");
+    }
+}
+
 /// Deleting or applying a snapshot with damaged tables fails, and changes nothing but the corrupt bit.
 #[test]
 fn a_snapshot_that_cannot_be_freed_stays_linked() {

@@ -101,7 +101,8 @@ struct Run<'a> {
 }
 
 /// Sends the requests, one at a time per worker of `executor`. Disk: reads or overwrites guest bytes; writes
-/// are flushed only as the options say. Errors: `Read` or `Write` of the first request that failed.
+/// are flushed only as the options say. Nothing is read or written if a request would pass the end of the
+/// disk. Errors: `Read` or `Write` of that request, or of the first one that failed.
 pub fn bench(
     disk: &dyn GuestDisk,
     options: &BenchOptions,
@@ -110,6 +111,9 @@ pub fn bench(
 ) -> Result<()> {
     let (next, requests, failed) = (AtomicU64::new(0), RwLock::new(()), Mutex::new(None));
     let run = Run { disk, options, progress, next, requests, failed };
+    if let Some(index) = run.first_past_end() {
+        return run.request(index, &mut run.buffer());
+    }
     executor.run(&|_| run.work());
     match run.failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => Err(error),
@@ -119,7 +123,7 @@ pub fn bench(
 
 impl Run<'_> {
     fn work(&self) {
-        let mut buffer = vec![self.options.pattern.unwrap_or(0); self.options.buffer_size as usize];
+        let mut buffer = self.buffer();
         while !self.progress.should_stop() {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
             if index >= self.options.count {
@@ -131,6 +135,18 @@ impl Run<'_> {
                 return;
             }
         }
+    }
+
+    fn buffer(&self) -> Vec<u8> {
+        vec![self.options.pattern.unwrap_or(0); self.options.buffer_size as usize]
+    }
+
+    /// The first request that passes the end of the disk, which the disk refuses. Requests come at the same
+    /// offsets again after as many as the disk has bytes, at most.
+    fn first_past_end(&self) -> Option<u64> {
+        let (size, len) = (self.size(), self.options.buffer_size);
+        let passes = |index: &u64| self.offset(*index).value().saturating_add(len) > size;
+        (0..self.options.count.min(size.max(1).saturating_add(1))).find(passes)
     }
 
     fn request(&self, index: u64, buffer: &mut [u8]) -> Result<()> {
@@ -224,6 +240,17 @@ mod tests {
         let options = BenchOptions { count: 3, ..BenchOptions::new() };
         let error = bench(&TestDisk::data(vec![0; 10_000]), &options, &Inline, &Silent).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Read);
+    }
+
+    #[test]
+    fn nothing_is_written_if_a_later_request_passes_the_end() {
+        for (count, fails) in [(2, false), (3, true), (1 << 40, true)] {
+            let disk = TestDisk::data(vec![0; 10_240]);
+            let options = BenchOptions { count, pattern: Some(7), ..BenchOptions::new() };
+            let sent = bench(&disk, &options, &Threads(2), &Silent);
+            assert_eq!(sent.is_err_and(|error| error.kind() == ErrorKind::Write), fails);
+            assert_eq!(disk.bytes.lock().unwrap().iter().all(|&byte| byte == 0), fails);
+        }
     }
 
     #[test]

@@ -174,6 +174,17 @@ impl Comparing<'_> {
         Ok(Pair { len: a.len.min(b.len), zero: [a.zero, b.zero] })
     }
 
+    /// `at`, the end of a run of zeroes up to `end`, or the end of the sector that the end of a raw disk
+    /// splits there, if its rest is zero too: one step of the progress, not two.
+    fn through_padding(&self, at: u64, end: u64) -> Result<u64> {
+        let sector_end = at.next_multiple_of(SECTOR).min(end);
+        if at >= sector_end {
+            return Ok(at);
+        }
+        let rest = self.pair_at(at, sector_end - at)?;
+        Ok(if rest.zero == [true, true] { at + rest.len } else { at })
+    }
+
     /// First offset at which the allocation states differ. Both disks have the same size.
     fn first_state_difference(&self) -> Result<Option<u64>> {
         let mut runs = [self.joined(0, 0)?, self.joined(1, 0)?];
@@ -285,7 +296,7 @@ impl Stages for Comparing<'_> {
             let pair = self.pair_at(start, end - start)?;
             slot.zero = pair.zero == [true, true];
             *cursor = match slot.zero {
-                true => start + pair.len,
+                true => self.through_padding(start + pair.len, end)?,
                 false => (start - start % self.chunk).saturating_add(self.chunk).min(end),
             };
             slot.range = start..*cursor;

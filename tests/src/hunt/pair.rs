@@ -49,10 +49,19 @@ impl Pair {
         let mut seen = (0, None);
         for (at, line) in history.iter().enumerate() {
             seen.0 += 1;
+            let before = copies.each_ref().map(FolderCopy::state);
             let (failed, said) = self.run_line(line, at == 0, &copies);
-            let files = |found: FileDifference| self.judge(&history[..at], line, failed, found, &copies[1]);
-            seen.1 = said.or_else(|| self.compare_files(&copies).map(files));
-            if seen.1.is_some() {
+            let files = |found: FileDifference| self.judge(&history[..at], line, failed, found, &copies);
+            seen.1 = said.or_else(|| {
+                let judged: Vec<Difference> = self.compare_files(&copies).map(files).collect();
+                // What is wrong with a changed file says more than what is seen of it from above.
+                let own = judged.iter().find(|difference| !difference.cause.ends_with(ABOVE));
+                own.or(judged.first()).cloned()
+            });
+            let changed = |side: usize| copies[side].state() != before[side];
+            // A line that failed may have changed files with the reference, in ways that no guest sees: what
+            // follows would begin with other files.
+            if seen.1.is_some() || failed && changed(0) && !changed(1) {
                 break;
             }
         }
@@ -97,19 +106,15 @@ impl Pair {
         line: &str,
         failed: bool,
         found: FileDifference,
-        ours: &FolderCopy,
+        [theirs, ours]: &[FolderCopy; 2],
     ) -> Difference {
         let FileDifference { what, name, shown } = found;
-        let copy = self.copies.take();
-        for line in before {
-            let words = words(line);
-            let Some((tool, args)) = words.split_first() else { continue };
-            let tool = if tool == "qemu-io" { &self.ours.io } else { &self.ours.img };
-            // One that does not end was told of before.
-            let _ = catch_unwind(AssertUnwindSafe(|| tool.run_in(copy.path(), args)));
-        }
+        let (was_theirs, copy) = (self.replay(&self.reference, before), self.replay(&self.ours, before));
+        let is_same = |one: &FolderCopy, other: &FolderCopy| {
+            let [one, other] = [one, other].map(|copy| fs::read(copy.path().join(&name)).ok());
+            one == other
+        };
         let [old, new] = [&copy, ours].map(|copy| copy.path().join(&name));
-        let is_same = fs::read(&old).ok() == fs::read(&new).ok();
         let keeps_content = || {
             let args = ["compare".as_ref(), old.as_os_str(), new.as_os_str()];
             what == CONTENT && self.reference_says(ours, &args).is_some_and(|said| said.code == Some(0))
@@ -118,16 +123,34 @@ impl Pair {
             let check = ["check".as_ref(), old.as_os_str()];
             self.reference.img.run_in(copy.path(), &check).code == Some(2)
         };
-        let verb = verb_of(line);
+        let verb = deed_of(line, failed);
         let cause = match what {
-            _ if failed && is_same => format!("{verb}: failed, and only the reference changed a file"),
+            _ if failed && (is_same(&copy, ours) || keeps_content()) => {
+                format!("{verb}: failed, and only the reference changed a file")
+            }
+            CONTENT if is_same(&copy, ours) && is_same(&was_theirs, theirs) => {
+                format!("{verb}: {what}{ABOVE}")
+            }
             _ if keeps_content() => format!("{verb}: content that only ours kept"),
             CONTENT if was_damaged() => format!("{verb}: content of an image that was damaged before"),
             CONTENT if words(line).iter().any(|word| word == "-B") => format!("{verb} -B: {what}"),
             _ => format!("{verb}: {what}"),
         };
-        self.copies.give_back(copy);
+        [was_theirs, copy].into_iter().for_each(|copy| self.copies.give_back(copy));
         Difference { cause, shown }
+    }
+
+    /// A folder after the lines `before` with one of the tools.
+    fn replay(&self, tools: &Qemu, before: &[String]) -> FolderCopy {
+        let copy = self.copies.take();
+        for line in before {
+            let words = words(line);
+            let Some((name, args)) = words.split_first() else { continue };
+            let tool = if name == "qemu-io" { &tools.io } else { &tools.img };
+            // One that does not end was told of before.
+            let _ = catch_unwind(AssertUnwindSafe(|| tool.run_in(copy.path(), args)));
+        }
+        copy
     }
 
     /// What the reference's qemu-img says in a folder; `None` if it does not end in time.
@@ -135,12 +158,15 @@ impl Pair {
         catch_unwind(AssertUnwindSafe(|| self.reference.img.run_in(copy.path(), args))).ok()
     }
 
-    /// A file that only one of the two left, or whose guest content differs, or an image of ours that the
-    /// reference's check finds fault with.
-    fn compare_files(&self, [reference, ours]: &[FolderCopy; 2]) -> Option<FileDifference> {
+    /// The files that only one of the two left, or whose guest content differs, and the images of ours that
+    /// the reference's check finds fault with.
+    fn compare_files<'a>(
+        &'a self,
+        [reference, ours]: &'a [FolderCopy; 2],
+    ) -> impl Iterator<Item = FileDifference> + 'a {
         let names: BTreeSet<String> = reference.changed().into_iter().chain(ours.changed()).collect();
-        names.iter().find_map(|name| {
-            let [theirs, own] = [reference, ours].map(|copy| copy.path().join(name));
+        names.into_iter().filter_map(move |name| {
+            let [theirs, own] = [reference, ours].map(|copy| copy.path().join(&name));
             let differs = |what, shown| Some(FileDifference { what, name: name.clone(), shown });
             match (theirs.is_file(), own.is_file()) {
                 (true, false) => return differs("a file that only the reference left", name.clone()),
@@ -178,6 +204,8 @@ struct FileDifference {
 
 /// Of a disk, as a guest sees it.
 const CONTENT: &str = "content";
+/// Of a disk that neither tool changed: it differs by what it stands on.
+const ABOVE: &str = " of a disk above what changed";
 
 /// The outcome with `name` wherever the tool wrote its own path.
 fn named(outcome: Outcome, tool: &Tool, name: &str) -> Outcome {
@@ -190,4 +218,43 @@ fn named(outcome: Outcome, tool: &Tool, name: &str) -> Outcome {
 pub(super) fn verb_of(line: &str) -> String {
     let count = if line.starts_with("qemu-img") { 2 } else { 1 };
     line.split(' ').take(count).collect::<Vec<_>>().join(" ")
+}
+
+/// [`verb_of`] a line, and for qemu-io also what it does if a new size is the only change it makes, or if it
+/// failed and has a compressed write.
+fn deed_of(line: &str, failed: bool) -> String {
+    let words = words(line);
+    if failed && line.starts_with("qemu-io ") && words.iter().any(|word| word.starts_with("write -q -c ")) {
+        return "qemu-io failed, with a compressed write".to_owned();
+    }
+    let commands =
+        words.windows(2).filter(|pair| pair[0] == "-c").filter_map(|pair| pair[1].split(' ').next());
+    let harmless = ["read", "readv", "map", "alloc", "length", "info", "flush", "help", "quit"];
+    let mut changing = commands.filter(|command| !harmless.contains(command)).peekable();
+    match verb_of(line) {
+        verb if verb == "qemu-io" && changing.peek().is_some() && changing.all(|it| it == "truncate") => {
+            format!("{verb} truncate")
+        }
+        verb => verb,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_qemu_io_that_only_truncates_is_told_apart() {
+        for (line, expected) in [
+            ("qemu-io -c 'truncate 3M' a", "qemu-io truncate"),
+            ("qemu-io -c 'read -q 0 1' -c 'truncate -m off 3M' a", "qemu-io truncate"),
+            ("qemu-io -c 'write 0 1' -c 'truncate 3M' a", "qemu-io"),
+            ("qemu-io -c map a", "qemu-io"),
+            ("qemu-img resize a 3M", "qemu-img resize"),
+        ] {
+            assert_eq!(deed_of(line, false), expected);
+        }
+        let line = "qemu-io -c 'write -q -c 0 64k' a";
+        assert_eq!([true, false].map(|failed| deed_of(line, failed) == "qemu-io"), [false, true]);
+    }
 }

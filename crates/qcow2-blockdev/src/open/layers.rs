@@ -166,6 +166,8 @@ pub fn open_snapshot(
 ) -> Result<OpenedDisk, OpenFailure> {
     let source = open_bytes(name, how)?.source;
     if source.format != ImageFormat::Qcow2 {
+        // What else is wrong with the image comes first: a container without its key.
+        open(name, how)?;
         return Err(OpenFailure::new(&name.typed, FailureKind::NoSnapshots));
     }
     let mut missing = false;

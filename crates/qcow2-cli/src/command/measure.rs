@@ -94,14 +94,10 @@ impl Request {
     }
 
     fn options(&self, format: &ImageFormat) -> Result<NewOptions, Failure> {
-        let list = KeyValues::parse_image_options(&self.option_texts);
-        let parsed = match list.asks_help() {
-            true => Err(Failure::new("Invalid parameter 'help'")),
-            false => NewOptions::parse(format, &list).map_err(Failure::from),
-        };
-        parsed.map_err(|failure| {
+        let list = KeyValues::parse_image_options(&self.option_texts).without_help();
+        NewOptions::parse(format, &list).map_err(|error| {
             Failure::new(format!("Invalid options for file format '{}'", format.name()))
-                .after(failure.texts())
+                .after(Failure::from(error).texts())
         })
     }
 }

@@ -8,6 +8,7 @@ mod free;
 mod grow;
 mod pack;
 mod rebuild;
+mod trim;
 mod width;
 mod write_back;
 

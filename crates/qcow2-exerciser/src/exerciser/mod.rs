@@ -319,8 +319,14 @@ impl<'a> Exerciser<'a> {
         let target = self.target()?;
         target.check_there().map_err(|_| Failed)?;
         let image = target.disk.as_image();
+        let writable = self.open.as_ref().is_some_and(|open| open.disk.writable);
         let details = match image.map(|image| qcow2_ops::info(&**image.storage(), &ImageFormat::Qcow2)) {
-            Some(Ok(report)) => report.qcow2.as_ref().map(|info| self.ports.words.details(info)),
+            Some(Ok(mut report)) => {
+                // Ours marks them at the first write. Scripts learn from the mark who holds them.
+                let bitmaps = report.qcow2.iter_mut().flat_map(|info| &mut info.bitmaps);
+                bitmaps.for_each(|bitmap| bitmap.in_use |= writable);
+                report.qcow2.as_ref().map(|info| self.ports.words.details(info))
+            }
             Some(Err(error)) => return Err(self.complain_named(&self.reason(&Reason::from(error)))),
             None => None,
         };

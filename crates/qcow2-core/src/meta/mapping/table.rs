@@ -13,6 +13,7 @@ use crate::rules::OrderingRule;
 use crate::sync::{lock, read};
 use ::alloc::format;
 use ::alloc::vec;
+use core::ops::Range;
 use qcow2_format::l1::L1Entry;
 use qcow2_format::{GuestOffset, HostOffset, L1Index};
 
@@ -50,6 +51,32 @@ impl Mapping {
             self.tables.check_place(OverlapChecks::ACTIVE_L2, at, len)?;
         }
         Ok(place)
+    }
+
+    /// Unlinks the L2 tables of the L1 entries in `range`. The caller has deallocated all that they map, and
+    /// has flushed that. True if there was one. A table whose place holds other metadata too stays. Errors:
+    /// `Corrupt`.
+    pub(crate) fn drop_tables(&self, range: Range<u64>) -> Result<bool> {
+        let geometry = &self.format.geometry;
+        let (mut at, end, mut dropped) = (range.start, range.end.min(self.l1.len()), false);
+        while let Some(index) = self.l1.next_mapped(at.min(end)..end) {
+            at = index + 1;
+            let index = L1Index::new(index);
+            let Some(table) = self.l1_entry(index)?.l2_table else { continue };
+            let run = Unlinked::one(geometry, OverlapChecks::ACTIVE_L2, table);
+            // One that is shared with a snapshot loses a reference.
+            if self.tables.guard().hit_by(OverlapChecks::L2, run.clusters).is_some() {
+                continue;
+            }
+            self.tables.check_place(OverlapChecks::ACTIVE_L1, self.l1.sector_of(index), SECTOR_SIZE)?;
+            // Both in the same flush round: the table is freed only when the entry on disk is gone.
+            let _open = read(&self.gate);
+            self.l1.set(index, L1Entry { l2_table: None, copied: false }.encode());
+            self.refcounts.unlink(run);
+            self.cache.forget(table, geometry.cluster_size());
+            dropped = true;
+        }
+        Ok(dropped)
     }
 
     fn make_l2_table(&self, index: L1Index, old: Option<HostOffset>) -> Result<HostOffset> {
