@@ -92,7 +92,7 @@ pub use driver::{
 };
 pub use failure::{FailureKind, MissingBacking, OpenFailure};
 pub use keys::{
-    AskPassword, KeyError, Keys, LayerKey, NoSecret, SecretError, Secrets, SlotChange, SlotError,
+    AskPassword, Authorization, AuthorizationError, KeyError, Keys, LayerKey, NoSecret, SecretError, Secrets, SlotChange, SlotError,
     SlotOptions, TlsEndpoint, TlsObject, TlsObjectError,
 };
 pub use keyvalue::{KeyValueError, KeyValues, Pair, ShortForm, escape_commas};
