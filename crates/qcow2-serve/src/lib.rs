@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`export`] | a disk with what clients may do to it, its meta contexts, and statistics |
 //! | [`control`] | a socket through which the disks are changed while they are served (unix only) |
+//! | `local` | unix sockets, which replace those that a killed server left (unix only) |
 //! | [`nbd`] | a server of NBD exports on sockets, with limits and an orderly end |
 //! | [`tool`] | the command line of qemu-nbd, and its words |
 //! | `background` | a server that goes on when the command that started it ends |
@@ -18,5 +19,7 @@ pub mod background;
 #[cfg(unix)]
 pub mod control;
 pub mod export;
+#[cfg(unix)]
+pub mod local;
 pub mod nbd;
 pub mod tool;

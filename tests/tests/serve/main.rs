@@ -6,6 +6,7 @@ mod clients;
 mod control;
 mod hostile;
 mod kill;
+mod tls;
 mod tool;
 
 use qcow2_nbd::blocking::{Connection, Job, Plain, Transfer, negotiate};

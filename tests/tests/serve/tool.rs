@@ -70,6 +70,21 @@ const REFUSED: &[&str] = &[
     "--fork -k /nodir/s disk",
 ];
 
+/// A port that somebody else listens on.
+#[test]
+fn a_port_in_use() {
+    let Some(reference) = Tool::find("qemu-nbd") else { return };
+    let folder = folder();
+    let link = folder.path().join("qemu-nbd");
+    symlink(OURS, &link).unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let args = ["-b", "127.0.0.1", "-p", &port, "disk"];
+    let theirs = reference.run_in(folder.path(), &args).expect_code(1);
+    let own = Tool::at(&link).run_in(folder.path(), &args).expect_code(1);
+    assert_eq!(own.stderr, theirs.stderr);
+}
+
 #[test]
 fn refusals_are_the_references() {
     let Some(reference) = Tool::find("qemu-nbd") else { return };
@@ -84,7 +99,8 @@ fn refusals_are_the_references() {
         // A line without a socket gets one: the default port may be in use.
         let socket = root.join("s").display().to_string();
         let mut args = args;
-        if !line.contains("-k") && !line.contains("-p") && !line.contains("-b") && !line.is_empty() {
+        let has_address = args.iter().any(|arg| ["-k", "-p", "--port", "-b"].contains(arg));
+        if !has_address && !line.is_empty() {
             args.splice(0..0, ["-k", &*socket]);
         }
         let theirs = reference.run_in(root, &args);

@@ -286,7 +286,10 @@ impl fmt::Display for SecretError {
             Self::Syntax(error) => error.fmt(f),
             Self::Missing(key) => write!(f, "the definition lacks '{key}'"),
             Self::UnknownType(kind) => {
-                write!(f, "'{kind}' is not a kind of object (secret, throttle-group, tls-creds-x509, authz-list)")
+                write!(
+                    f,
+                    "'{kind}' is not a kind of object (secret, throttle-group, tls-creds-x509, authz-list)"
+                )
             }
             Self::NotAnIdentifier(id) => write!(f, "'{id}' is not an identifier"),
             Self::Unexpected(key) => write!(f, "a secret has no '{key}'"),

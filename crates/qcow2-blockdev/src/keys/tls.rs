@@ -181,9 +181,7 @@ fn unusable(
         }
         error @ (TlsCredentialsError::Certificate
         | TlsCredentialsError::Key
-        | TlsCredentialsError::KeyMismatch) => {
-            TlsObjectError::Identity { endpoint, certificate, key, error }
-        }
+        | TlsCredentialsError::KeyMismatch) => TlsObjectError::Identity { endpoint, certificate, key, error },
         error => TlsObjectError::Credentials(error),
     }
 }

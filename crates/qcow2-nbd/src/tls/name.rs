@@ -49,8 +49,10 @@ fn attribute(part: &[u8], text: &mut String) -> Option<()> {
         Some(value) => escape(&value, text),
         None => {
             text.push('#');
-            // Writing to text cannot fail.
-            value.iter().for_each(|byte| drop(write!(text, "{byte:02x}")));
+            for byte in value {
+                // Writing to text cannot fail.
+                let _ = write!(text, "{byte:02x}");
+            }
         }
     }
     Some(())
@@ -61,7 +63,7 @@ fn readable(kind: u8, bytes: &[u8]) -> Option<String> {
         UTF8_STRING | NUMERIC_STRING | PRINTABLE_STRING | TELETEX_STRING | IA5_STRING => {
             std::str::from_utf8(bytes).ok().map(str::to_owned)
         }
-        BMP_STRING if bytes.len() % 2 == 0 => {
+        BMP_STRING if bytes.len().is_multiple_of(2) => {
             let units: Vec<u16> =
                 bytes.chunks_exact(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]])).collect();
             String::from_utf16(&units).ok()
@@ -162,10 +164,7 @@ const ATTRIBUTES: [(&[u8], &str); 23] = [
     (&[0x09, 0x92, 0x26, 0x89, 0x93, 0xf2, 0x2c, 0x64, 1, 1], "UID"),
     (&[0x09, 0x92, 0x26, 0x89, 0x93, 0xf2, 0x2c, 0x64, 1, 25], "DC"),
     (&[0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 9, 1], "EMAIL"),
-    (
-        &[0x2b, 6, 1, 4, 1, 0x82, 0x37, 60, 2, 1, 3],
-        "jurisdictionOfIncorporationCountryName",
-    ),
+    (&[0x2b, 6, 1, 4, 1, 0x82, 0x37, 60, 2, 1, 3], "jurisdictionOfIncorporationCountryName"),
 ];
 
 #[cfg(test)]
@@ -176,7 +175,8 @@ mod tests {
     fn der(tag: u8, parts: &[Vec<u8>]) -> Vec<u8> {
         let content = parts.concat();
         let len = content.len();
-        let head = if len < 128 { vec![tag, len as u8] } else { vec![tag, 0x82, (len >> 8) as u8, len as u8] };
+        let head =
+            if len < 128 { vec![tag, len as u8] } else { vec![tag, 0x82, (len >> 8) as u8, len as u8] };
         [head, content].concat()
     }
 

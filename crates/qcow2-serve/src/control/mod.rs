@@ -41,6 +41,7 @@ mod live;
 mod metrics;
 mod pause;
 mod record;
+mod serve;
 mod socket;
 mod top;
 
@@ -48,5 +49,6 @@ pub use command::{Action, Command, CommandError};
 pub use live::{Controlled, ControlledOptions};
 pub use pause::Pauses;
 pub use record::Record;
+pub use serve::{Seen, live, serve};
 pub use socket::{Client, Control, Operator};
 pub use top::top;

@@ -1,6 +1,8 @@
 //! Where clients connect.
 
 use super::socket::Socket;
+#[cfg(unix)]
+use crate::local::LocalListener;
 use std::fmt;
 use std::io;
 use std::net::TcpListener;
@@ -59,50 +61,47 @@ impl std::error::Error for ListenError {}
 
 /// A socket that listens. A unix socket's file goes when it is dropped.
 #[derive(Debug)]
-pub struct Listener {
-    socket: Listening,
-    /// The file to remove.
-    file: Option<PathBuf>,
-}
+pub struct Listener(Listening);
 
 #[derive(Debug)]
 enum Listening {
     Tcp(TcpListener),
     #[cfg(unix)]
-    Unix(std::os::unix::net::UnixListener),
+    Unix(LocalListener),
 }
 
 impl Listener {
     /// Listens on `address`. A unix socket that a server left behind, on which nobody listens, is replaced.
     pub fn bind(address: &Address) -> Result<Self, ListenError> {
-        let bound = match address {
-            Address::Tcp { host, port } => TcpListener::bind((host.as_str(), *port))
-                .map(|socket| Self { socket: Listening::Tcp(socket), file: None }),
-            Address::Unix(path) => bind_unix(path),
-        };
-        bound.map_err(|error| ListenError { address: address.clone(), error })
+        let failed = |error| ListenError { address: address.clone(), error };
+        match address {
+            Address::Tcp { host, port } => {
+                TcpListener::bind((host.as_str(), *port)).map(Self::from).map_err(failed)
+            }
+            #[cfg(unix)]
+            Address::Unix(path) => LocalListener::bind(path).map(Self::from),
+            #[cfg(not(unix))]
+            Address::Unix(_) => Err(failed(io::ErrorKind::Unsupported.into())),
+        }
     }
 
     /// Where it listens, as clients name it: an NBD URI without the export's name.
     pub fn uri(&self) -> String {
-        match &self.socket {
+        match &self.0 {
             Listening::Tcp(socket) => match socket.local_addr() {
                 Ok(address) => format!("nbd://{address}/"),
                 Err(_) => "nbd://".to_owned(),
             },
             #[cfg(unix)]
             Listening::Unix(socket) => {
-                let address = socket.local_addr().ok();
-                let path = address.as_ref().and_then(|address| address.as_pathname());
-                let path = path.map(|path| path.display().to_string()).unwrap_or_default();
-                format!("nbd+unix:///?socket={path}")
+                format!("nbd+unix:///?socket={}", socket.path().display())
             }
         }
     }
 
     /// Waits for the next client.
     pub(super) fn accept(&self) -> io::Result<Socket> {
-        match &self.socket {
+        match &self.0 {
             Listening::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
                 // Replies wait for nothing: they are gathered already.
@@ -110,7 +109,7 @@ impl Listener {
                 Ok(Socket::Tcp(stream))
             }
             #[cfg(unix)]
-            Listening::Unix(listener) => listener.accept().map(|(stream, _)| Socket::Unix(stream)),
+            Listening::Unix(listener) => listener.socket().accept().map(|(stream, _)| Socket::Unix(stream)),
         }
     }
 
@@ -119,14 +118,14 @@ impl Listener {
         #[cfg(unix)]
         {
             use rustix::net::{Shutdown, shutdown};
-            let _ = match &self.socket {
+            let _ = match &self.0 {
                 Listening::Tcp(listener) => shutdown(listener, Shutdown::Both),
-                Listening::Unix(listener) => shutdown(listener, Shutdown::Both),
+                Listening::Unix(listener) => shutdown(listener.socket(), Shutdown::Both),
             };
         }
         #[cfg(not(unix))]
         {
-            let Listening::Tcp(listener) = &self.socket;
+            let Listening::Tcp(listener) = &self.0;
             if let Ok(address) = listener.local_addr() {
                 let _ = std::net::TcpStream::connect(address);
             }
@@ -134,34 +133,15 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some(path) = &self.file {
-            let _ = std::fs::remove_file(path);
-        }
+impl From<TcpListener> for Listener {
+    fn from(listener: TcpListener) -> Self {
+        Self(Listening::Tcp(listener))
     }
 }
 
 #[cfg(unix)]
-fn bind_unix(path: &std::path::Path) -> io::Result<Listener> {
-    use std::os::unix::fs::FileTypeExt;
-    use std::os::unix::net::{UnixListener, UnixStream};
-    let is_left_behind = || {
-        let is_socket = std::fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket());
-        let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-        is_socket && UnixStream::connect(path).is_err_and(refused)
-    };
-    let socket = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_left_behind() => {
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)?
-        }
-        bound => bound?,
-    };
-    Ok(Listener { socket: Listening::Unix(socket), file: Some(path.to_owned()) })
-}
-
-#[cfg(not(unix))]
-fn bind_unix(_path: &std::path::Path) -> io::Result<Listener> {
-    Err(io::ErrorKind::Unsupported.into())
+impl From<LocalListener> for Listener {
+    fn from(listener: LocalListener) -> Self {
+        Self(Listening::Unix(listener))
+    }
 }

@@ -6,10 +6,10 @@ mod options;
 mod words;
 
 pub use options::{OPTIONS, Opt, help};
-pub use words::{listing, no_export, not_bound, not_listed, system_text};
+pub use words::{listing, no_export, no_tls, not_bound, not_listed, system_text};
 
 use crate::export::{DetectZeroes, ExportOptions};
-use crate::nbd::{Address, ServerOptions};
+use crate::nbd::{Address, ServerOptions, TlsNames};
 use qcow2_getopt::Getopt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -22,10 +22,22 @@ pub enum Command {
     Help,
     /// The version.
     Version,
-    /// To list the exports of the server there.
-    List(Address),
+    /// To list the exports of another server.
+    List(Box<AskedList>),
     /// To serve an image.
     Serve(Box<Asked>),
+}
+
+/// A server whose exports are to be listed.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct AskedList {
+    /// Where it is.
+    pub address: Address,
+    /// Definitions of objects.
+    pub objects: Vec<String>,
+    /// Names of the objects for TLS.
+    pub tls: TlsNames,
 }
 
 /// An image to serve, and how.
@@ -52,6 +64,8 @@ pub struct Asked {
     pub discards: bool,
     /// Definitions of objects.
     pub objects: Vec<String>,
+    /// Names of the objects for TLS.
+    pub tls: TlsNames,
     /// Trace options.
     pub traces: Vec<String>,
     /// How it is exported.
@@ -60,6 +74,14 @@ pub struct Asked {
     pub server: ServerOptions,
     /// Where to listen.
     pub address: Address,
+    /// What becomes of the process.
+    pub process: Process,
+}
+
+/// What becomes of the server's process.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Process {
     /// Serve in the background.
     pub forks: bool,
     /// Where to write the number of the process.
@@ -104,7 +126,9 @@ pub fn parse(called: &str, args: Vec<String>) -> Result<Command, Refusal> {
         }
     }
     if request.lists {
-        return request.finish_list(getopt.into_operands().is_empty()).map(Command::List);
+        return request
+            .finish_list(getopt.into_operands().is_empty())
+            .map(|list| Command::List(Box::new(list)));
     }
     let Ok([image]) = <[String; 1]>::try_from(getopt.into_operands()) else {
         return Err(Refusal { hint: Some(try_help), ..Refusal::new("Invalid number of arguments") });
@@ -121,6 +145,8 @@ struct Request {
     lists: bool,
     /// An option that is about an image was given.
     is_about_image: bool,
+    /// The socket is to have a label.
+    is_labelled: bool,
     /// Options that may be given once.
     given: Vec<&'static str>,
 }
@@ -130,6 +156,8 @@ impl Request {
         let (mut export, mut server) = (ExportOptions::default(), ServerOptions::default());
         (export.shared, export.discards) = (false, false);
         (server.clients, server.patient, server.persistent) = (1, true, false);
+        let mut tls = TlsNames::default();
+        tls.is_lax = true;
         let asked = Asked {
             image: String::new(),
             image_opts: false,
@@ -141,15 +169,24 @@ impl Request {
             aio: "threads".to_owned(),
             discards: false,
             objects: Vec::new(),
+            tls,
             traces: Vec::new(),
             export,
             server,
             address: Address::Unix(PathBuf::new()),
-            forks: false,
-            pid_file: None,
+            process: Process::default(),
         };
         let (host, port) = (String::new(), "10809".to_owned());
-        Self { asked, socket: None, host, port, lists: false, is_about_image: false, given: Vec::new() }
+        Self {
+            asked,
+            socket: None,
+            host,
+            port,
+            lists: false,
+            is_about_image: false,
+            is_labelled: false,
+            given: Vec::new(),
+        }
     }
 
     fn take(&mut self, opt: Opt, value: String) -> Result<(), Refusal> {
@@ -227,12 +264,16 @@ impl Request {
             Opt::Object => asked.objects.push(value),
             Opt::Trace => asked.traces.push(value),
             Opt::Persistent => asked.server.persistent = true,
-            Opt::Fork => asked.forks = true,
-            Opt::PidFile => asked.pid_file = Some(value),
+            Opt::Fork => asked.process.forks = true,
+            Opt::PidFile => asked.process.pid_file = Some(value),
             Opt::ExportName => asked.export.name = value,
             Opt::Description => asked.export.description = value,
             Opt::BitmapContext => asked.export.bitmaps.push(value),
             Opt::AllocationDepth => asked.export.allocation_depth = true,
+            Opt::TlsCredentials => asked.tls.credentials = Some(value),
+            Opt::TlsAuthorization => asked.tls.authorization = Some(value),
+            Opt::TlsHostname => asked.tls.hostname = Some(value),
+            Opt::SelinuxLabel => self.is_labelled = true,
             _ => {}
         }
     }
@@ -260,6 +301,10 @@ impl Request {
     }
 
     fn finish(self, image: String) -> Result<Asked, Refusal> {
+        self.check_tls()?;
+        if self.is_labelled {
+            return Err(Refusal::new("SELinux labels of sockets are not supported"));
+        }
         let mut asked = self.asked;
         if asked.image_opts && asked.format.is_some() {
             return Err(Refusal::new("--image-opts and -f are mutually exclusive"));
@@ -274,12 +319,30 @@ impl Request {
         Ok(asked)
     }
 
-    fn finish_list(self, has_no_image: bool) -> Result<Address, Refusal> {
+    /// Which options of TLS stand together.
+    fn check_tls(&self) -> Result<(), Refusal> {
+        let TlsNames { credentials, authorization, hostname, .. } = &self.asked.tls;
+        Err(Refusal::new(match credentials {
+            None if authorization.is_some() => "--tls-authz is not permitted without --tls-creds",
+            None if hostname.is_some() => "--tls-hostname is not permitted without --tls-creds",
+            Some(_) if authorization.is_some() && self.lists => {
+                "TLS authorization is incompatible with export list"
+            }
+            Some(_) if hostname.is_some() && !self.lists => "TLS hostname is only supported with export list",
+            _ => return Ok(()),
+        }))
+    }
+
+    fn finish_list(self, has_no_image: bool) -> Result<AskedList, Refusal> {
         let what = match () {
             () if !has_no_image => "a file name",
             () if self.is_about_image => "per-device settings",
-            () if self.asked.forks => "forking",
-            () => return address(self.socket, &self.host, &self.port),
+            () if self.asked.process.forks => "forking",
+            () => {
+                self.check_tls()?;
+                let address = address(self.socket, &self.host, &self.port)?;
+                return Ok(AskedList { address, objects: self.asked.objects, tls: self.asked.tls });
+            }
         };
         Err(Refusal::new(format!("List mode is incompatible with {what}")))
     }

@@ -1,7 +1,7 @@
 //! qemu-nbd's words for what fails.
 
 use crate::export::ExportError;
-use crate::nbd::{Address, ListError, Listed, ListenError};
+use crate::nbd::{Address, ListError, Listed, ListenError, SecurityError};
 use qcow2_nbd::proto::{Mode, transmission_flag};
 use std::fmt::Write;
 use std::io;
@@ -13,6 +13,9 @@ pub fn not_bound(failed: &ListenError) -> String {
         Address::Unix(path) => format!("Failed to bind socket to {}: {reason}", path.display()),
         Address::Tcp { host, port } if failed.error.raw_os_error().is_none() => {
             format!("address resolution failed for {host}:{port}: Name or service not known")
+        }
+        Address::Tcp { .. } if failed.error.kind() == io::ErrorKind::AddrInUse => {
+            format!("Failed to find an available port: {reason}")
         }
         Address::Tcp { .. } => format!("Failed to bind socket: {reason}"),
     }
@@ -26,6 +29,16 @@ pub fn no_export(error: &ExportError) -> String {
             format!("Offset ({start}) cannot be greater than size of the containing file ({size})")
         }
         ExportError::Bitmap(error) => error.to_string(),
+    }
+}
+
+/// TLS cannot be had.
+pub fn no_tls(error: &SecurityError) -> String {
+    match error {
+        SecurityError::NoCredentials(_) | SecurityError::NotCredentials(_) | SecurityError::OtherEnd(_) => {
+            format!("Failed to get TLS creds: {error}")
+        }
+        error => error.to_string(),
     }
 }
 
