@@ -2,6 +2,7 @@
 #![cfg(target_os = "linux")]
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test may stop")]
 
+mod activation;
 mod clients;
 mod control;
 mod hostile;

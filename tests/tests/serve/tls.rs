@@ -20,7 +20,7 @@ const FOLDERS: [(&str, &[(&str, &str)]); 7] = [
 ];
 
 /// A folder with the image `disk` and the certificates.
-fn secure_folder() -> tempfile::TempDir {
+pub(super) fn secure_folder() -> tempfile::TempDir {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/qcow2-nbd/tests/tls");
     let folder = folder();
     for (name, files) in FOLDERS {
@@ -33,7 +33,7 @@ fn secure_folder() -> tempfile::TempDir {
     folder
 }
 
-fn object(folder: &str, verify: &str) -> String {
+pub(super) fn credentials(folder: &str, verify: &str) -> String {
     format!("tls-creds-x509,id=t,endpoint=server,dir={folder},verify-peer={verify},sanity-check=off")
 }
 
@@ -53,7 +53,7 @@ fn export(folder: &Path, dir: &str) -> [String; 4] {
 }
 
 /// Whether a client with the certificates in `dir` gets the disk.
-fn is_let_in(folder: &Path, dir: &str) -> bool {
+pub(super) fn is_let_in(folder: &Path, dir: &str) -> bool {
     let export = export(folder, dir);
     let args: Vec<&str> = ["info"].into_iter().chain(export.iter().map(String::as_str)).collect();
     Tool::at(OURS).run_in(folder, &args).code == Some(0)
@@ -64,7 +64,8 @@ fn foreign_clients_and_ours_over_tls() {
     let folder = secure_folder();
     let root = folder.path();
     for verify in ["on", "off"] {
-        let server = Server::start(root, &["--object", &object("srv", verify), "--tls-creds", "t", "disk"]);
+        let server =
+            Server::start(root, &["--object", &credentials("srv", verify), "--tls-creds", "t", "disk"]);
         let cli = export(root, "cli");
         let cli: Vec<&str> = cli.iter().map(String::as_str).collect();
         ours(root, &[&["io", "-c", "write -q -P 7 1M 3M", "-c", "flush"], &cli[..]].concat());
@@ -116,7 +117,7 @@ fn only_those_that_are_authorized() {
         // The reference also starts without such an authorization, and lets nobody in.
         ("authz-simple,id=b,identity=x", false),
     ] {
-        let creds = object("srv", "on");
+        let creds = credentials("srv", "on");
         let args =
             ["-t", "--object", &creds, "--object", object_of_authz, "--tls-creds", "t", "--tls-authz", "a"];
         let server = Server::start_tool(root, &[&args[..], &["disk"]].concat());
@@ -125,7 +126,7 @@ fn only_those_that_are_authorized() {
         assert!(server.end("-TERM").success());
     }
     // Clients that prove nothing cannot be told apart: the reference lets all of them in.
-    let creds = object("srv", "off");
+    let creds = credentials("srv", "off");
     let args =
         ["serve", "--object", &creds, "--object", &exact, "--tls-creds", "t", "--tls-authz", "a", "disk"];
     let refused = Tool::at(OURS).run_in(root, &args);
@@ -135,7 +136,8 @@ fn only_those_that_are_authorized() {
         "{}",
         refused.stderr
     );
-    let args = ["serve", "--object", &object("srv", "on"), "--tls-creds", "t", "--tls-authz", "a", "disk"];
+    let args =
+        ["serve", "--object", &credentials("srv", "on"), "--tls-creds", "t", "--tls-authz", "a", "disk"];
     let refused = Tool::at(OURS).run_in(root, &args).expect_code(1);
     assert!(refused.stderr.contains("No authorization with id 'a'"), "{}", refused.stderr);
 }
@@ -232,7 +234,7 @@ fn exports_are_listed_over_tls() {
     symlink(OURS, &link).unwrap();
     let (tool, socket) = (Tool::at(&link), root.join("s").display().to_string());
     let server =
-        Server::start_tool(root, &["-t", "--object", &object("srv", "on"), "--tls-creds", "t", "disk"]);
+        Server::start_tool(root, &["-t", "--object", &credentials("srv", "on"), "--tls-creds", "t", "disk"]);
     let client = |dir: &str| format!("tls-creds-x509,id=t,dir={dir},sanity-check=off");
     for (dir, host, is_fine) in
         [("cli", "localhost", true), ("cli", "foo", false), ("other", "localhost", false)]
@@ -265,7 +267,7 @@ pub(super) fn half_open(folder: &Path) -> UnixStream {
 fn handshakes_that_stand_still_end() {
     let folder = secure_folder();
     let root = folder.path();
-    let creds = object("srv", "on");
+    let creds = credentials("srv", "on");
     let args = ["-t", "-e", "0", "--handshake-limit=1", "--object", &creds, "--tls-creds", "t", "disk"];
     let server = Server::start_tool(root, &args);
     let mut half = half_open(root);
@@ -290,7 +292,7 @@ fn handshakes_that_stand_still_end() {
 fn what_comes_in_the_place_of_tls() {
     let folder = secure_folder();
     let root = folder.path();
-    let server = Server::start(root, &["--object", &object("srv", "on"), "--tls-creds", "t", "disk"]);
+    let server = Server::start(root, &["--object", &credentials("srv", "on"), "--tls-creds", "t", "disk"]);
     let mut stream = UnixStream::connect(root.join("s")).unwrap();
     stream.read_exact(&mut [0; 18]).unwrap();
     let mut bytes = 3u32.to_be_bytes().to_vec();

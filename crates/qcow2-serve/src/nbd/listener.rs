@@ -6,6 +6,8 @@ use crate::local::LocalListener;
 use std::fmt;
 use std::io;
 use std::net::TcpListener;
+#[cfg(unix)]
+use std::os::{fd::AsFd, unix::net::UnixStream};
 use std::path::PathBuf;
 
 /// An address to listen on.
@@ -21,6 +23,8 @@ pub enum Address {
         /// Port; 0 lets the system choose.
         port: u16,
     },
+    /// The socket with this number, counted from 0, of those that a service manager has handed over.
+    HandedOver(u32),
 }
 
 impl Address {
@@ -53,6 +57,9 @@ impl fmt::Display for ListenError {
         match &self.address {
             Address::Unix(path) => write!(f, "cannot listen on {}: {}", path.display(), self.error),
             Address::Tcp { host, port } => write!(f, "cannot listen on {host}:{port}: {}", self.error),
+            Address::HandedOver(number) => {
+                write!(f, "cannot listen on socket {number} of the service manager: {}", self.error)
+            }
         }
     }
 }
@@ -61,7 +68,13 @@ impl std::error::Error for ListenError {}
 
 /// A socket that listens. A unix socket's file goes when it is dropped.
 #[derive(Debug)]
-pub struct Listener(Listening);
+pub struct Listener {
+    socket: Listening,
+    /// Has a thread return that waits for clients. `None`: the socket is shut down for it, which others that
+    /// have it would notice.
+    #[cfg(unix)]
+    waker: Option<(UnixStream, UnixStream)>,
+}
 
 #[derive(Debug)]
 enum Listening {
@@ -80,14 +93,16 @@ impl Listener {
             }
             #[cfg(unix)]
             Address::Unix(path) => LocalListener::bind(path).map(Self::from),
+            #[cfg(unix)]
+            Address::HandedOver(number) => super::activation::take(*number).map_err(failed),
             #[cfg(not(unix))]
-            Address::Unix(_) => Err(failed(io::ErrorKind::Unsupported.into())),
+            Address::Unix(_) | Address::HandedOver(_) => Err(failed(io::ErrorKind::Unsupported.into())),
         }
     }
 
     /// Where it listens, as clients name it: an NBD URI without the export's name.
     pub fn uri(&self) -> String {
-        match &self.0 {
+        match &self.socket {
             Listening::Tcp(socket) => match socket.local_addr() {
                 Ok(address) => format!("nbd://{address}/"),
                 Err(_) => "nbd://".to_owned(),
@@ -99,9 +114,18 @@ impl Listener {
         }
     }
 
+    /// The same for a socket that others have too.
+    #[cfg(unix)]
+    pub(super) fn with_waker(mut listener: Self) -> io::Result<Self> {
+        listener.waker = Some(UnixStream::pair()?);
+        Ok(listener)
+    }
+
     /// Waits for the next client.
     pub(super) fn accept(&self) -> io::Result<Socket> {
-        match &self.0 {
+        #[cfg(unix)]
+        self.await_client()?;
+        match &self.socket {
             Listening::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
                 // Replies wait for nothing: they are gathered already.
@@ -113,19 +137,41 @@ impl Listener {
         }
     }
 
+    /// Waits where the socket is not shut down to wake a thread. Errors: it was woken.
+    #[cfg(unix)]
+    fn await_client(&self) -> io::Result<()> {
+        use rustix::event::{PollFd, PollFlags, poll};
+        let Some((woken, _)) = &self.waker else { return Ok(()) };
+        let socket = match &self.socket {
+            Listening::Tcp(listener) => listener.as_fd(),
+            Listening::Unix(listener) => listener.socket().as_fd(),
+        };
+        let mut both = [
+            PollFd::from_borrowed_fd(woken.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(socket, PollFlags::IN),
+        ];
+        poll(&mut both, None)?;
+        if both[0].revents().is_empty() { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
+    }
+
     /// Has a thread that waits for clients return with an error.
     pub(super) fn wake(&self) {
         #[cfg(unix)]
+        if let Some((_, waker)) = &self.waker {
+            let _ = waker.shutdown(std::net::Shutdown::Both);
+            return;
+        }
+        #[cfg(unix)]
         {
             use rustix::net::{Shutdown, shutdown};
-            let _ = match &self.0 {
+            let _ = match &self.socket {
                 Listening::Tcp(listener) => shutdown(listener, Shutdown::Both),
                 Listening::Unix(listener) => shutdown(listener.socket(), Shutdown::Both),
             };
         }
         #[cfg(not(unix))]
         {
-            let Listening::Tcp(listener) = &self.0;
+            let Listening::Tcp(listener) = &self.socket;
             if let Ok(address) = listener.local_addr() {
                 let _ = std::net::TcpStream::connect(address);
             }
@@ -133,15 +179,25 @@ impl Listener {
     }
 }
 
+impl From<Listening> for Listener {
+    fn from(socket: Listening) -> Self {
+        Self {
+            socket,
+            #[cfg(unix)]
+            waker: None,
+        }
+    }
+}
+
 impl From<TcpListener> for Listener {
     fn from(listener: TcpListener) -> Self {
-        Self(Listening::Tcp(listener))
+        Listening::Tcp(listener).into()
     }
 }
 
 #[cfg(unix)]
 impl From<LocalListener> for Listener {
     fn from(listener: LocalListener) -> Self {
-        Self(Listening::Unix(listener))
+        Listening::Unix(listener).into()
     }
 }

@@ -56,6 +56,7 @@ impl fmt::Display for ListError {
             Self::Connect(Address::Tcp { host, port }, error) => {
                 write!(f, "cannot connect to {host}:{port}: {error}")
             }
+            Self::Connect(Address::HandedOver(_), error) => error.fmt(f),
             Self::Io(error) => error.fmt(f),
             Self::Protocol(error) => error.fmt(f),
             Self::Tls(reason) => f.write_str(reason),
@@ -87,6 +88,7 @@ pub fn list(address: &Address, tls: Option<&NbdTls>) -> Result<Vec<Listed>, List
         Address::Unix(path) => std::os::unix::net::UnixStream::connect(path).map(Socket::Unix),
         #[cfg(not(unix))]
         Address::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
+        Address::HandedOver(_) => Err(io::ErrorKind::Unsupported.into()),
     };
     let socket = socket.map_err(failed)?;
     let mut stream = &socket;
@@ -96,7 +98,7 @@ pub fn list(address: &Address, tls: Option<&NbdTls>) -> Result<Vec<Listed>, List
     let host = match (&tls.hostname, address) {
         (Some(name), _) => Some(&**name),
         (None, Address::Tcp { host, .. }) => Some(&**host),
-        (None, Address::Unix(_)) => None,
+        (None, Address::Unix(_) | Address::HandedOver(_)) => None,
     };
     list_encrypted(&socket, tls, host)
 }

@@ -13,12 +13,14 @@
 //! [`ServerOptions::handshake_limit`] for the handshake; if there are more clients than allowed, those that
 //! have none yet are sent away, the longest waiting first.
 
+mod activation;
 mod clients;
 mod listener;
 mod listing;
 mod security;
 mod socket;
 
+pub use activation::handed_over;
 pub use clients::Stop;
 pub use listener::{Address, ListenError, Listener};
 pub use listing::{ListError, Listed, list};
@@ -191,7 +193,7 @@ impl Server {
 
     /// What a client is offered that comes now.
     fn offer(&self) -> Arc<Offer> {
-        let mut offer = Offer::new(self.exports.iter().map(|export| Arc::clone(export.facts())).collect());
+        let mut offer = Offer::new(self.exports.iter().map(Export::facts).collect());
         offer.tls = if self.security.is_some() { Tls::Required } else { Tls::None };
         Arc::new(offer)
     }

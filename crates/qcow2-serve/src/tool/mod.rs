@@ -9,7 +9,7 @@ pub use options::{OPTIONS, Opt, help};
 pub use words::{listing, no_export, no_tls, not_bound, not_listed, system_text};
 
 use crate::export::{DetectZeroes, ExportOptions};
-use crate::nbd::{Address, ServerOptions, TlsNames};
+use crate::nbd::{Address, ServerOptions, TlsNames, handed_over};
 use qcow2_getopt::Getopt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -106,10 +106,15 @@ impl Refusal {
     }
 }
 
-/// Reads the arguments of a program that was `called` so.
+/// Reads the arguments of a program that was `called` so, which may have got sockets from a service manager.
 pub fn parse(called: &str, args: Vec<String>) -> Result<Command, Refusal> {
+    parse_with(called, args, handed_over())
+}
+
+/// The same for so many sockets.
+fn parse_with(called: &str, args: Vec<String>, sockets: u32) -> Result<Command, Refusal> {
     let mut getopt = Getopt::new(OPTIONS, args, true);
-    let mut request = Request::new();
+    let mut request = Request::new(sockets);
     let try_help = format!("Try `{called} --help' for more information.");
     loop {
         match getopt.next() {
@@ -141,7 +146,9 @@ struct Request {
     asked: Asked,
     socket: Option<PathBuf>,
     host: String,
-    port: String,
+    port: Option<String>,
+    /// How many were handed over.
+    sockets: u32,
     lists: bool,
     /// An option that is about an image was given.
     is_about_image: bool,
@@ -152,12 +159,11 @@ struct Request {
 }
 
 impl Request {
-    fn new() -> Self {
+    fn new(sockets: u32) -> Self {
         let (mut export, mut server) = (ExportOptions::default(), ServerOptions::default());
         (export.shared, export.discards) = (false, false);
         (server.clients, server.patient, server.persistent) = (1, true, false);
-        let mut tls = TlsNames::default();
-        tls.is_lax = true;
+        let tls = TlsNames { is_lax: true, ..TlsNames::default() };
         let asked = Asked {
             image: String::new(),
             image_opts: false,
@@ -176,17 +182,9 @@ impl Request {
             address: Address::Unix(PathBuf::new()),
             process: Process::default(),
         };
-        let (host, port) = (String::new(), "10809".to_owned());
-        Self {
-            asked,
-            socket: None,
-            host,
-            port,
-            lists: false,
-            is_about_image: false,
-            is_labelled: false,
-            given: Vec::new(),
-        }
+        let (socket, host, port, given) = Default::default();
+        let (lists, is_about_image, is_labelled) = (false, false, false);
+        Self { asked, socket, host, port, sockets, lists, is_about_image, is_labelled, given }
     }
 
     fn take(&mut self, opt: Opt, value: String) -> Result<(), Refusal> {
@@ -230,7 +228,7 @@ impl Request {
             }
             Opt::Socket => self.socket = Some(value.into()),
             Opt::Bind => self.host = value,
-            Opt::Port => self.port = value,
+            Opt::Port => self.port = Some(value),
             Opt::StartOffset => asked.export.start = number("offset", &value, u64::MAX)?,
             Opt::Clients => {
                 let most = number("shared device number", &value, i32::MAX as u64)? as usize;
@@ -301,10 +299,12 @@ impl Request {
     }
 
     fn finish(self, image: String) -> Result<Asked, Refusal> {
+        self.check_activation()?;
         self.check_tls()?;
         if self.is_labelled {
             return Err(Refusal::new("SELinux labels of sockets are not supported"));
         }
+        let address = self.address();
         let mut asked = self.asked;
         if asked.image_opts && asked.format.is_some() {
             return Err(Refusal::new("--image-opts and -f are mutually exclusive"));
@@ -314,9 +314,38 @@ impl Request {
                 return Err(Refusal::new(format!("export {what} '{text}' too long")));
             }
         }
-        asked.address = address(self.socket, &self.host, &self.port)?;
-        asked.image = image;
+        (asked.address, asked.image) = (address?, image);
         Ok(asked)
+    }
+
+    /// Who was handed a socket is not told of another one.
+    fn check_activation(&self) -> Result<(), Refusal> {
+        let what = match self.sockets {
+            0 => return Ok(()),
+            _ if self.socket.is_some() => "Unix socket can't be set when using socket activation",
+            _ if !self.host.is_empty() => "The interface can't be set when using socket activation",
+            _ if self.port.is_some() => "TCP port number can't be set when using socket activation",
+            _ if self.is_labelled => "SELinux label can't be set when using socket activation",
+            _ if self.lists => "List mode is incompatible with socket activation",
+            1 => return Ok(()),
+            _ => "qemu-nbd does not support socket activation with LISTEN_FDS > 1",
+        };
+        Err(Refusal::new(what))
+    }
+
+    fn address(&self) -> Result<Address, Refusal> {
+        if self.sockets > 0 {
+            return Ok(Address::HandedOver(0));
+        }
+        if let Some(path) = &self.socket {
+            return Ok(Address::Unix(path.clone()));
+        }
+        let (host, port) = (&self.host, self.port.as_deref().unwrap_or("10809"));
+        Address::tcp(host, port).ok_or_else(|| {
+            let host = if host.is_empty() { "0.0.0.0" } else { host };
+            let text = format!("address resolution failed for {host}:{port}: ");
+            Refusal::new(text + "Servname not supported for ai_socktype")
+        })
     }
 
     /// Which options of TLS stand together.
@@ -339,24 +368,14 @@ impl Request {
             () if self.is_about_image => "per-device settings",
             () if self.asked.process.forks => "forking",
             () => {
+                self.check_activation()?;
                 self.check_tls()?;
-                let address = address(self.socket, &self.host, &self.port)?;
+                let address = self.address()?;
                 return Ok(AskedList { address, objects: self.asked.objects, tls: self.asked.tls });
             }
         };
         Err(Refusal::new(format!("List mode is incompatible with {what}")))
     }
-}
-
-fn address(socket: Option<PathBuf>, host: &str, port: &str) -> Result<Address, Refusal> {
-    if let Some(path) = socket {
-        return Ok(Address::Unix(path));
-    }
-    Address::tcp(host, port).ok_or_else(|| {
-        let host = if host.is_empty() { "0.0.0.0" } else { host };
-        let text = format!("address resolution failed for {host}:{port}: ");
-        Refusal::new(text + "Servname not supported for ai_socktype")
-    })
 }
 
 /// Reads a number as the tool does: decimal, octal or hexadecimal, without a suffix.
@@ -419,6 +438,26 @@ mod tests {
             "-p 70000 disk",
             Err("address resolution failed for 0.0.0.0:70000: Servname not supported for ai_socktype"),
         );
+    }
+
+    /// In the reference's words.
+    #[test]
+    fn a_socket_that_was_handed_over_is_the_only_one() {
+        for (sockets, line, expected) in [
+            (1, "disk", None),
+            (1, "-k /s disk", Some("Unix socket can't be set when using socket activation")),
+            (1, "-k /s -p 1 disk", Some("Unix socket can't be set when using socket activation")),
+            (1, "-b 0.0.0.0 disk", Some("The interface can't be set when using socket activation")),
+            (1, "-p 10809 disk", Some("TCP port number can't be set when using socket activation")),
+            (1, "--selinux-label x disk", Some("SELinux label can't be set when using socket activation")),
+            (1, "-L", Some("List mode is incompatible with socket activation")),
+            (2, "disk", Some("qemu-nbd does not support socket activation with LISTEN_FDS > 1")),
+            (0, "-k /s disk", None),
+        ] {
+            let args = line.split(' ').map(str::to_owned).collect();
+            let seen = parse_with("qemu-nbd", args, sockets).map_err(|refusal| refusal.text);
+            assert_eq!(seen.err().as_deref(), expected, "{sockets} {line}");
+        }
     }
 
     #[test]

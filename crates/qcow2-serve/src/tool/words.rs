@@ -18,6 +18,11 @@ pub fn not_bound(failed: &ListenError) -> String {
             format!("Failed to find an available port: {reason}")
         }
         Address::Tcp { .. } => format!("Failed to bind socket: {reason}"),
+        Address::HandedOver(number) => {
+            // Counted from the first one, 3.
+            let number = u64::from(*number) + 3;
+            format!("Socket activation failed: invalid file descriptor fd = {number}: {reason}")
+        }
     }
 }
 
@@ -60,7 +65,7 @@ pub fn not_listed(error: &ListError) -> String {
         ListError::Connect(Address::Tcp { host, port }, error) => {
             format!("Failed to connect to '{host}:{port}': {}", system_text(error))
         }
-        ListError::Io(error) => system_text(error),
+        ListError::Io(error) | ListError::Connect(Address::HandedOver(_), error) => system_text(error),
         error => error.to_string(),
     }
 }

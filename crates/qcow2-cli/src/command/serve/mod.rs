@@ -120,7 +120,7 @@ impl Request {
     /// What to serve: each of `images` with the same options.
     fn into_serving(mut self, images: Vec<String>) -> Result<Serving, Failure> {
         if self.addresses.is_empty() && self.also.machine.is_none() {
-            self.addresses.push(Address::Tcp { host: "127.0.0.1".to_owned(), port: 10_809 });
+            self.addresses = Address::standard();
         }
         let single = images.len() == 1;
         let names = images.iter().map(|image| match single {
