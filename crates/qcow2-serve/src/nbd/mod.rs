@@ -8,10 +8,13 @@
 //! With a [`Security`] clients must speak TLS before they are told anything; its handshake is part of theirs,
 //! within the same time.
 //!
-//! Memory is bounded by [`ServerOptions::clients`]: a client takes a thread and, after the handshake, at most
-//! one buffer and a piece for each thread (`qcow2_nbd::blocking::server`). A client has
-//! [`ServerOptions::handshake_limit`] for the handshake; if there are more clients than allowed, those that
-//! have none yet are sent away, the longest waiting first.
+//! Memory is bounded by [`ServerOptions::clients`] (1000, and as many again that have been sent away and have
+//! not noticed it yet). In its handshake a client takes a thread and at most one option of
+//! `qcow2_nbd::proto::MAX_OPTION_DATA` bytes; with TLS, two buffers of 64 KiB and what rustls keeps of a
+//! handshake that is not complete, 64 KiB more; after it, one buffer and a piece for each thread
+//! (`qcow2_nbd::blocking::server`). A client has [`ServerOptions::handshake_limit`] for all of the handshake,
+//! however its bytes are spread over that time; if there are more clients than allowed, those that have none
+//! yet are sent away, the longest waiting first.
 
 mod activation;
 mod clients;

@@ -154,6 +154,8 @@ struct Request {
     is_about_image: bool,
     /// The socket is to have a label.
     is_labelled: bool,
+    /// The image is to become a device of the kernel's.
+    is_for_kernel: bool,
     /// Options that may be given once.
     given: Vec<&'static str>,
 }
@@ -183,8 +185,18 @@ impl Request {
             process: Process::default(),
         };
         let (socket, host, port, given) = Default::default();
-        let (lists, is_about_image, is_labelled) = (false, false, false);
-        Self { asked, socket, host, port, sockets, lists, is_about_image, is_labelled, given }
+        Self {
+            asked,
+            socket,
+            host,
+            port,
+            sockets,
+            lists: false,
+            is_about_image: false,
+            is_labelled: false,
+            is_for_kernel: false,
+            given,
+        }
     }
 
     fn take(&mut self, opt: Opt, value: String) -> Result<(), Refusal> {
@@ -239,11 +251,7 @@ impl Request {
                 let seconds = number("handshake limit", &value, u32::MAX.into())?;
                 asked.server.handshake_limit = (seconds > 0).then(|| Duration::from_secs(seconds));
             }
-            Opt::Connect | Opt::Disconnect => {
-                return refused(
-                    "kernel NBD devices are not supported; use nbd-client on the socket".to_owned(),
-                );
-            }
+            Opt::Connect | Opt::Disconnect => self.is_for_kernel = true,
             Opt::List => self.lists = true,
             opt => self.take_any(opt, value),
         }
@@ -300,6 +308,10 @@ impl Request {
 
     fn finish(self, image: String) -> Result<Asked, Refusal> {
         self.check_activation()?;
+        if self.is_for_kernel {
+            let text = "kernel NBD devices are not supported; use nbd-client on the socket";
+            return Err(Refusal::new(text));
+        }
         self.check_tls()?;
         if self.is_labelled {
             return Err(Refusal::new("SELinux labels of sockets are not supported"));
@@ -322,6 +334,7 @@ impl Request {
     fn check_activation(&self) -> Result<(), Refusal> {
         let what = match self.sockets {
             0 => return Ok(()),
+            _ if self.is_for_kernel => "NBD device can't be set when using socket activation",
             _ if self.socket.is_some() => "Unix socket can't be set when using socket activation",
             _ if !self.host.is_empty() => "The interface can't be set when using socket activation",
             _ if self.port.is_some() => "TCP port number can't be set when using socket activation",
@@ -392,7 +405,8 @@ fn number(what: &str, text: &str, most: u64) -> Result<u64, Refusal> {
 }
 
 /// Options that a list of exports has no use for, and refuses.
-const ABOUT_IMAGES: [Opt; 10] = [
+const ABOUT_IMAGES: [Opt; 11] = [
+    Opt::Connect,
     Opt::ExportName,
     Opt::Description,
     Opt::Snapshot,
