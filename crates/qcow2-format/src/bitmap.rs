@@ -260,6 +260,13 @@ impl Bitmap {
         Err(FormatError::new(FormatErrorKind::BitmapConstraints(name), message))
     }
 
+    /// The error of a bitmap whose name another one has: `BitmapConstraints`.
+    pub fn same_name(&self) -> FormatError {
+        let name = self.name_text();
+        let message = format!("bitmap '{name}': another bitmap has this name");
+        FormatError::new(FormatErrorKind::BitmapConstraints(name), message)
+    }
+
     /// How many table entries a bitmap of this granularity needs for a disk of `disk_size` bytes; `None` for
     /// a granularity that no number can hold.
     pub fn table_entries_for(geometry: &Geometry, disk_size: u64, granularity_bits: u8) -> Option<u64> {

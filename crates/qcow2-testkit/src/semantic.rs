@@ -23,7 +23,7 @@ impl Fields<'_> {
     }
 
     fn set(&mut self, at: u64, bytes: &[u8]) {
-        if let Some(place) = self.0.get_mut(at as usize..at as usize + bytes.len()) {
+        if let Some(place) = self.0.get_mut(at as usize..(at as usize).saturating_add(bytes.len())) {
             place.copy_from_slice(bytes);
         }
     }
@@ -64,7 +64,7 @@ impl Fields<'_> {
     fn l2_tables(&self) -> Vec<u64> {
         let entries = u64::from(self.u32(36)).min(64);
         (0..entries)
-            .map(|index| self.u64(self.l1() + 8 * index) & OFFSET)
+            .map(|index| self.u64(self.l1().wrapping_add(8 * index)) & OFFSET)
             .filter(|&table| table > 0)
             .collect()
     }
@@ -160,13 +160,13 @@ impl Fields<'_> {
         let entry = self.u64(64);
         match rng.pick(&[0u64, 8, 12, 14, 32, 36, 40, 48]) {
             at @ (0 | 32 | 40 | 48) => {
-                let (at, place) = (entry + at, self.place(rng));
+                let (at, place) = (entry.wrapping_add(at), self.place(rng));
                 let old = self.u64(at);
                 let new = [0, old.wrapping_add(self.cluster()), old.wrapping_add(512), place, rng.next_u64()];
                 self.set_u64(at, rng.pick(&new));
             }
             at => {
-                let at = entry + at + if matches!(at, 8 | 36) { 2 } else { 0 };
+                let at = entry.wrapping_add(at + if matches!(at, 8 | 36) { 2 } else { 0 });
                 let new = [0, 1, 100, u16::MAX, rng.next_u64() as u16];
                 self.set(at, &rng.pick(&new).to_be_bytes());
             }
@@ -208,25 +208,25 @@ pub fn damage(bytes: &mut [u8], rng: &mut Rng) -> Option<&'static str> {
     match kind {
         "l1" => {
             let entries = u64::from(fields.u32(36)).clamp(1, 4);
-            let at = fields.l1() + 8 * rng.below(entries);
+            let at = fields.l1().wrapping_add(8 * rng.below(entries));
             fields.change_entry(at, rng);
         }
         "l2" => fields.l2_entry(rng),
         "refcount table" => {
-            let at = fields.refcount_table() + 8 * rng.below(2);
+            let at = fields.refcount_table().wrapping_add(8 * rng.below(2));
             fields.change_entry(at, rng);
         }
         "refcounts" => fields.refcount(rng),
         "header" => fields.header_field(rng),
         "snapshot" if snapshots => fields.snapshot_entry(rng),
         "snapshot l1" if snapshots => {
-            let at = fields.u64(fields.u64(64)) + 8 * rng.below(2);
+            let at = fields.u64(fields.u64(64)).wrapping_add(8 * rng.below(2));
             fields.change_entry(at, rng);
         }
         "bitmap directory" | "bitmap table" => {
             let directory = fields.u64(fields.bitmaps()? + 24);
             let at = match kind {
-                "bitmap directory" => directory + 8 * rng.below(3),
+                "bitmap directory" => directory.wrapping_add(8 * rng.below(3)),
                 _ => fields.u64(directory),
             };
             fields.change_entry(at, rng);

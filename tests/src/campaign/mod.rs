@@ -69,6 +69,9 @@ impl Campaign {
         let Qemu { img: reference, .. } = Qemu::find()?;
         let (next, table, end) =
             (AtomicU64::new(0), Mutex::new(Table::default()), Instant::now() + self.time);
+        if let Some(keep) = &self.keep {
+            fs::create_dir_all(keep).expect("a folder for what is kept");
+        }
         thread::scope(|scope| {
             for number in 0..self.threads {
                 let (folder, reference) = (folder.join(number.to_string()), reference.clone());

@@ -155,12 +155,30 @@ fn clusters_by_damage(
     read
 }
 
+/// Tells of a guest cluster whether its L1 entry names another table than in `whole`, the file before it was
+/// damaged.
+fn moved_tables(shaped: &Shaped, whole: &[u8]) -> impl Fn(usize) -> bool + use<> {
+    let now = shaped.bytes().to_vec();
+    let entry = |bytes: &[u8], index: usize| {
+        let at = u64::from_be_bytes(whole[40..48].try_into().expect("eight bytes")) as usize + 8 * index;
+        let entry =
+            bytes.get(at..at + 8).map(|entry| u64::from_be_bytes(entry.try_into().expect("eight bytes")));
+        entry.unwrap_or(0) & 0x00ff_ffff_ffff_fe00
+    };
+    let entries = u32::from_be_bytes(whole[36..40].try_into().expect("four bytes")) as usize;
+    let moved: Vec<bool> = (0..entries).map(|index| entry(whole, index) != entry(&now, index)).collect();
+    let per_table = (1usize << shaped.shape.cluster_bits) / if shaped.shape.extended_l2 { 16 } else { 8 };
+    move |index| moved.get(index / per_table).copied().unwrap_or(false)
+}
+
 /// A repair of a damaged image settles: what was right reads the same afterwards, and a second repair finds
 /// what the first left.
 ///
 /// Where one damage hides another, a cluster may be right by chance: behind a wrong L1 entry another table
 /// may have the same there, and what the right table has may be damaged. So a cluster counts as right if it
-/// is right with all damages and with each of them alone.
+/// is right with all damages and with each of them alone. Nor is it right where its L1 entry names another
+/// table than before: outside the file all tables are empty, so clusters that were never written read the
+/// same there, and a lost table may well be put in its place.
 pub fn repair(data: &[u8]) {
     let mut rng = Rng::from_bytes(data);
     let shaped = shaped(&mut rng);
@@ -168,6 +186,7 @@ pub fn repair(data: &[u8]) {
     let steps = shaped.damage_in_steps(&mut rng, 2);
     let kinds: Vec<_> = steps.iter().map(|(kind, _)| *kind).collect();
     let damaged = clusters(&shaped);
+    let moved = moved_tables(&shaped, &bytes);
     let run = || {
         let file: Arc<dyn Storage> = shaped.shelf.file(TOP);
         let reopen = || -> std::result::Result<Arc<dyn GuestDisk>, CallerError> {
@@ -191,7 +210,10 @@ pub fn repair(data: &[u8]) {
         let lost: Vec<usize> = (0..whole.len())
             .filter(|&index| {
                 let was = &whole[index];
-                was.is_some() && damaged.get(index) == Some(was) && now.get(index) != Some(was)
+                !moved(index)
+                    && was.is_some()
+                    && damaged.get(index) == Some(was)
+                    && now.get(index) != Some(was)
             })
             .collect();
         if !lost.is_empty() {

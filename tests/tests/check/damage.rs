@@ -253,6 +253,10 @@ fn bitmap_clusters_count_as_references() {
         let (ours, theirs) = check(&image);
         assert_eq!((exit_code(&ours), theirs.code), (1, Some(1)), "{theirs}");
     }
+    image.bytes.clone_from(&good);
+    image.bytes[directory as usize + 32 + 24..][..3].copy_from_slice(b"one");
+    let (ours, theirs) = check(&image);
+    assert_eq!((exit_code(&ours), theirs.code), (1, Some(1)), "two bitmaps of one name: {theirs}");
 }
 
 #[test]

@@ -171,23 +171,27 @@ impl ClusterSet {
     /// cheap.
     fn first_in(&self, clusters: Range<u64>) -> Option<u64> {
         let last = clusters.end.checked_sub(1).filter(|&last| last >= clusters.start)?;
-        for (&number, chunk) in self.chunks.range(clusters.start >> CHUNK_BITS..=last >> CHUNK_BITS) {
-            let base = number << CHUNK_BITS;
-            let from = clusters.start.saturating_sub(base);
-            let (mut word, bit) = Self::place(from);
-            let mut bits = chunk[word] & (u64::MAX << bit);
-            while bits == 0 && word + 1 < CHUNK_WORDS {
-                word += 1;
-                bits = chunk[word];
-            }
-            if bits != 0 {
-                let found = base + word as u64 * 64 + u64::from(bits.trailing_zeros());
-                if found <= last {
-                    return Some(found);
-                }
-            }
+        let (first_chunk, last_chunk) = (clusters.start >> CHUNK_BITS, last >> CHUNK_BITS);
+        // Nearly every query is of a few clusters, and every guest write makes one.
+        if first_chunk == last_chunk {
+            return Self::first_in_chunk(self.chunks.get(&first_chunk)?, first_chunk, clusters.start, last);
         }
-        None
+        let mut chunks = self.chunks.range(first_chunk..=last_chunk);
+        chunks.find_map(|(&number, chunk)| Self::first_in_chunk(chunk, number, clusters.start, last))
+    }
+
+    /// The first of the clusters from `first` to `last` that is in `chunk`; both may be outside.
+    fn first_in_chunk(chunk: &[u64; CHUNK_WORDS], number: u64, first: u64, last: u64) -> Option<u64> {
+        let base = number << CHUNK_BITS;
+        let (mut word, bit) = Self::place(first.saturating_sub(base));
+        let end = if last >> CHUNK_BITS == number { Self::place(last).0 } else { CHUNK_WORDS - 1 };
+        let mut bits = chunk[word] & (u64::MAX << bit);
+        while bits == 0 && word < end {
+            word += 1;
+            bits = chunk[word];
+        }
+        let found = base + word as u64 * 64 + u64::from(bits.trailing_zeros());
+        (bits != 0 && found <= last).then_some(found)
     }
 
     fn contains(&self, cluster: u64) -> bool {

@@ -3,6 +3,7 @@
 
 use super::{TablePlace, Walk};
 use crate::error::Result;
+use ::alloc::collections::BTreeSet;
 use ::alloc::string::String;
 use ::alloc::vec::Vec;
 use qcow2_format::bitmap::Bitmap;
@@ -130,12 +131,12 @@ impl Walk<'_> {
 
     /// Reads the bitmap directory, if its autoclear bit is set, and checks its entries as an open does.
     /// Returns offset and length of each bitmap's table, and the first fault, if any: the one that ended the
-    /// reading, or a table where no file ends.
+    /// reading, or else a name that two bitmaps have or a table where no file ends.
     /// Errors: `Storage`.
     pub fn bitmaps(&self) -> Result<(Vec<TablePlace>, Option<BitmapFault>)> {
         let mut tables = Vec::new();
         let Some(directory) = self.header.trusted_bitmaps() else { return Ok((tables, None)) };
-        let mut misplaced = None;
+        let (mut passed, mut names) = (None, BTreeSet::new());
         let mut records = Records::new(self, directory.directory_offset, Some(directory.directory_size));
         for index in 0..directory.count {
             if records.consumed == directory.directory_size {
@@ -155,8 +156,10 @@ impl Walk<'_> {
                         entries: bitmap.table_entries.into(),
                     });
                     // The entries after it can be read all the same.
-                    let place = bitmap.validate_table_place();
-                    misplaced = misplaced.or(place.err().map(|error| BitmapFault { index, error }));
+                    let known = bitmap.same_name();
+                    let unique = if names.insert(bitmap.name.clone()) { Ok(()) } else { Err(known) };
+                    let error = unique.and(bitmap.validate_table_place()).err();
+                    passed = passed.or(error.map(|error| BitmapFault { index, error }));
                 }
                 Err(error) => return Ok((tables, Some(BitmapFault { index, error }))),
             }
@@ -165,7 +168,7 @@ impl Walk<'_> {
             index: directory.count,
             error: Bitmap::wrong_count(directory.count.saturating_add(1), directory.count),
         });
-        Ok((tables, misplaced.or(fault)))
+        Ok((tables, passed.or(fault)))
     }
 }
 
