@@ -2,10 +2,10 @@
 
 use super::{Control, Controlled, ControlledOptions, Pauses, Record};
 use crate::export::Export;
+use crate::local::LocalListener;
 use qcow2_blockdev::OpenOptions;
 use qcow2_core::{GuestDisk, LiveDisk};
 use std::io;
-use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ pub fn live(disk: Arc<dyn GuestDisk>, pauses: &Arc<Pauses>) -> Arc<dyn GuestDisk
 /// Serves clients that change `exports` until `is_over` says true. `open`: how layers are opened. `record`:
 /// where the top is recorded, if anywhere. Errors: of the listener.
 pub fn serve(
-    listener: &UnixListener,
+    listener: &LocalListener,
     exports: &[Seen<'_>],
     open: &OpenOptions,
     record: Option<&Path>,

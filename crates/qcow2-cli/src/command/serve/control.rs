@@ -7,7 +7,6 @@ use crate::session::Session;
 use qcow2_serve::control::{self, Record, Seen};
 use qcow2_serve::local::LocalListener;
 use qcow2_serve::nbd::{ListenError, Stop};
-use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,12 +58,10 @@ impl Beside {
         };
         std::thread::scope(|scope| {
             let control = self.control.as_ref().map(|socket| {
-                scope.spawn(|| guarded("control", serve_control(socket.socket(), exports, also, &is_over)))
+                scope.spawn(|| guarded("control", serve_control(socket, exports, also, &is_over)))
             });
             let machine = self.machine.as_ref().map(|socket| {
-                scope.spawn(|| {
-                    guarded("vhost-user-blk", serve_machine(socket.socket(), exports, also, &is_over))
-                })
+                scope.spawn(|| guarded("vhost-user-blk", serve_machine(socket, exports, also, &is_over)))
             });
             let done = work();
             stopped.store(true, Ordering::Release);
@@ -77,7 +74,7 @@ impl Beside {
 }
 
 fn serve_control(
-    listener: &UnixListener,
+    listener: &LocalListener,
     exports: &[Seen<'_>],
     also: &Also,
     is_over: &(dyn Fn() -> bool + Sync),
@@ -88,7 +85,7 @@ fn serve_control(
 
 #[cfg(target_os = "linux")]
 fn serve_machine(
-    listener: &UnixListener,
+    listener: &LocalListener,
     exports: &[Seen<'_>],
     also: &Also,
     is_over: &(dyn Fn() -> bool + Sync),
@@ -102,13 +99,13 @@ fn serve_machine(
         ..Settings::default()
     };
     let device = Device::new(Arc::clone(export.disk()), settings).map_err(|error| error.to_string())?;
-    let listener = listener.try_clone().map_err(|error| error.to_string())?;
+    let listener = listener.socket().try_clone().map_err(|error| error.to_string())?;
     serve(&Arc::new(device), listener, is_over).map_err(|error| error.to_string())
 }
 
 #[cfg(not(target_os = "linux"))]
 fn serve_machine(
-    _: &UnixListener,
+    _: &LocalListener,
     _: &[Seen<'_>],
     _: &Also,
     _: &(dyn Fn() -> bool + Sync),
