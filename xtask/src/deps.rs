@@ -28,7 +28,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("qcow2-report", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-blockdev"]),
     ("qcow2-exerciser", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
     // Serves any guest disk; its tests open images through the facade.
-    ("qcow2-vhost-user", &["qcow2-core", "qcow2-image"]),
+    ("qcow2-vhost-user", &["qcow2-core", "qcow2-io", "qcow2-image"]),
     ("qcow2-terminal", &["qcow2-ops", "qcow2-crypt", "qcow2-blockdev", "qcow2-report"]),
     ("qcow2-serve", &["qcow2-core", "qcow2-getopt", "qcow2-nbd", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
     (
@@ -103,7 +103,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("vhost", &["qcow2-vhost-user"]),
     ("vhost-user-backend", &["qcow2-vhost-user"]),
     ("virtio-queue", &["qcow2-vhost-user"]),
-    ("vm-memory", &["qcow2-vhost-user"]),
+    ("vm-memory", &["qcow2-io", "qcow2-vhost-user"]),
     ("vmm-sys-util", &["qcow2-vhost-user"]),
     ("zeroize", &["qcow2-crypt"]),
     ("zstd", &["qcow2-codec"]),

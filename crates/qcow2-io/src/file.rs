@@ -23,6 +23,9 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+#[cfg(all(target_os = "linux", feature = "guest-memory"))]
+mod guest;
+
 /// Zeroes written per call where the file system has no faster way; a multiple of every block size.
 const ZERO_BUFFER_LEN: u64 = 1024 * 1024;
 

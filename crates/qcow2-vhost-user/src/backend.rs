@@ -2,8 +2,9 @@
 
 use crate::config::{self, WRITEBACK};
 use crate::device::Device;
+use crate::guest::GuestBytes;
 use crate::request::Transfer;
-use std::io::{self, Write};
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -82,18 +83,17 @@ impl Backend {
     /// Answers one request; returns how many bytes were written for the guest. A chain that has no place for
     /// a status gets none.
     fn answer_chain(&self, memory: &Memory, chain: DescriptorChain<Memory>, buffer: &mut Vec<u8>) -> u32 {
-        let (Ok(from_guest), Ok(mut to_guest)) = (chain.clone().reader(memory), chain.writer(memory)) else {
+        let from_guest = GuestBytes::new(memory, chain.clone().readable());
+        let (Some(from_guest), Some(mut to_guest)) = (from_guest, GuestBytes::new(memory, chain.writable()))
+        else {
             return 0;
         };
-        let Some(wanted) = to_guest.available_bytes().checked_sub(1) else { return 0 };
-        let Ok(mut status) = to_guest.split_at(wanted) else { return 0 };
-        let sent = from_guest.available_bytes();
+        let Some(status) = to_guest.take_last() else { return 0 };
+        let (sent, wanted) = (from_guest.left(), to_guest.left());
         let transfer = Transfer { from_guest, sent, to_guest: &mut to_guest, wanted };
         let outcome = self.device.answer(transfer, buffer);
-        if status.write_all(&[outcome as u8]).is_err() {
-            return 0;
-        }
-        u32::try_from(to_guest.bytes_written()).unwrap_or(u32::MAX).saturating_add(1)
+        status.copy_from(&[outcome as u8]);
+        u32::try_from(wanted - to_guest.left()).unwrap_or(u32::MAX).saturating_add(1)
     }
 }
 

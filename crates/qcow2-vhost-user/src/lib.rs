@@ -28,6 +28,12 @@
 //! monitor that reconnects (`reconnect-ms` of QEMU's character devices) sends it again: nothing is lost and
 //! nothing needs to be remembered between the two runs.
 //!
+//! # Bytes on their way
+//!
+//! Bytes that lie in a file as the guest sees them go straight between the file and the guest's memory: plain
+//! clusters, writes to clusters of an unencrypted image, raw disks. Compressed and encrypted clusters, what
+//! comes from a backing file, and files with direct I/O go through a buffer.
+//!
 //! # Hostile guests
 //!
 //! Every number in a ring is checked. A request costs at most [`PIECE`] bytes of memory, however long it is.
@@ -37,6 +43,8 @@
 mod backend;
 mod config;
 mod device;
+mod direct;
+mod guest;
 mod request;
 mod serve;
 

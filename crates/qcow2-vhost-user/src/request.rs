@@ -2,7 +2,9 @@
 //! Operation". Knows no ring and no guest memory.
 
 use crate::device::Device;
-use qcow2_core::{GuestOffset, GuestRange, ZeroMode};
+use crate::direct;
+use crate::guest::GuestBytes;
+use qcow2_core::{GuestDisk, GuestOffset, GuestRange, ZeroMode};
 use std::io::{Read, Write};
 
 /// Bytes that are in memory at once for one request; longer ones are answered in pieces.
@@ -36,6 +38,32 @@ pub(crate) enum Status {
 /// A status other than `Done`.
 type Outcome = Result<(), Status>;
 
+/// What a guest sent.
+pub(crate) trait Incoming: Read {
+    /// Writes a first part of it to `range` without a copy in between, and returns how many bytes; `None` if
+    /// that is not possible.
+    fn write_to(&mut self, disk: &dyn GuestDisk, range: GuestRange) -> qcow2_core::Result<Option<usize>>;
+}
+
+/// Where a guest waits for bytes.
+pub(crate) trait Outgoing: Write {
+    /// Reads a first part of `range` without a copy in between, and returns how many bytes; `None` if that is
+    /// not possible.
+    fn read_from(&mut self, disk: &dyn GuestDisk, range: GuestRange) -> qcow2_core::Result<Option<usize>>;
+}
+
+impl Incoming for GuestBytes<'_> {
+    fn write_to(&mut self, disk: &dyn GuestDisk, range: GuestRange) -> qcow2_core::Result<Option<usize>> {
+        direct::write(disk, range, self)
+    }
+}
+
+impl Outgoing for &mut GuestBytes<'_> {
+    fn read_from(&mut self, disk: &dyn GuestDisk, range: GuestRange) -> qcow2_core::Result<Option<usize>> {
+        direct::read(disk, range, self)
+    }
+}
+
 /// The two sides of a request: what the guest sent and where it waits for bytes.
 pub(crate) struct Transfer<R, W> {
     /// Header and data.
@@ -50,7 +78,7 @@ pub(crate) struct Transfer<R, W> {
 
 impl Device {
     /// Answers a request. `buffer`: scratch memory, which grows to [`PIECE`] at most.
-    pub(crate) fn answer<R: Read, W: Write>(
+    pub(crate) fn answer<R: Incoming, W: Outgoing>(
         &self,
         mut transfer: Transfer<R, W>,
         buffer: &mut Vec<u8>,
@@ -61,7 +89,11 @@ impl Device {
         }
     }
 
-    fn try_answer<R: Read, W: Write>(&self, transfer: &mut Transfer<R, W>, buffer: &mut Vec<u8>) -> Outcome {
+    fn try_answer<R: Incoming, W: Outgoing>(
+        &self,
+        transfer: &mut Transfer<R, W>,
+        buffer: &mut Vec<u8>,
+    ) -> Outcome {
         let header: [u8; HEADER] = transfer.take()?;
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;
         let offset = u64::from_le_bytes(sector).checked_mul(SECTOR).ok_or(Status::Failed)?;
@@ -89,10 +121,21 @@ impl Device {
         }
     }
 
-    fn read<R, W: Write>(&self, offset: u64, transfer: &mut Transfer<R, W>, buffer: &mut Vec<u8>) -> Outcome {
+    fn read<R, W: Outgoing>(
+        &self,
+        offset: u64,
+        transfer: &mut Transfer<R, W>,
+        buffer: &mut Vec<u8>,
+    ) -> Outcome {
         self.range(offset, transfer.wanted as u64)?;
         let mut at = offset;
         while transfer.wanted > 0 {
+            let range = self.range(at, transfer.wanted as u64)?;
+            if let Some(len) = transfer.to_guest.read_from(self.disk(), range).map_err(|_| Status::Failed)? {
+                transfer.wanted -= len;
+                at += len as u64;
+                continue;
+            }
             let piece = scratch(buffer, transfer.wanted);
             self.disk().read_at(GuestOffset::new(at), piece).map_err(|_| Status::Failed)?;
             transfer.to_guest.write_all(piece).map_err(|_| Status::Failed)?;
@@ -102,11 +145,22 @@ impl Device {
         Ok(())
     }
 
-    fn write<R: Read, W>(&self, offset: u64, transfer: &mut Transfer<R, W>, buffer: &mut Vec<u8>) -> Outcome {
+    fn write<R: Incoming, W>(
+        &self,
+        offset: u64,
+        transfer: &mut Transfer<R, W>,
+        buffer: &mut Vec<u8>,
+    ) -> Outcome {
         self.check_writable()?;
         self.range(offset, transfer.sent as u64)?;
         let mut at = offset;
         while transfer.sent > 0 {
+            let range = self.range(at, transfer.sent as u64)?;
+            if let Some(len) = transfer.from_guest.write_to(self.disk(), range).map_err(|_| Status::Failed)? {
+                transfer.sent -= len;
+                at += len as u64;
+                continue;
+            }
             let piece = scratch(buffer, transfer.sent);
             transfer.from_guest.read_exact(piece).map_err(|_| Status::Failed)?;
             self.disk().write_at(GuestOffset::new(at), piece).map_err(|_| Status::Failed)?;

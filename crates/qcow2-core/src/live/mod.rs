@@ -127,6 +127,11 @@ impl LiveDisk {
         Self { gate: Gate::new(disk), frozen, changing: AtomicBool::new(false), observer }
     }
 
+    /// True for a layer below an overlay, which refuses changes.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
+    }
+
     /// Starts a request. Waits while requests are held back.
     pub fn request(&self) -> Request<'_> {
         Request { disk: self.gate.enter() }

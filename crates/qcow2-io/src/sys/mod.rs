@@ -3,6 +3,8 @@
 //! Every function makes one call and reports the system's own error. The error kind `Unsupported` means that
 //! the file system or device cannot do it; the caller then uses a slower way.
 
+#[cfg(all(target_os = "linux", feature = "guest-memory"))]
+pub(crate) mod guest;
 #[cfg(target_os = "linux")]
 mod linux;
 #[cfg(not(target_os = "linux"))]
