@@ -92,8 +92,8 @@ pub use driver::{
 };
 pub use failure::{FailureKind, MissingBacking, OpenFailure};
 pub use keys::{
-    AskPassword, KeyError, Keys, LayerKey, NoSecret, SecretError, Secrets, SlotChange, SlotError,
-    SlotOptions, TlsEndpoint, TlsObject, TlsObjectError,
+    AskPassword, Authorization, AuthorizationError, KeyError, Keys, LayerKey, NoSecret, SecretError, Secrets,
+    SlotChange, SlotError, SlotOptions, TlsEndpoint, TlsObject, TlsObjectError,
 };
 pub use keyvalue::{KeyValueError, KeyValues, Pair, ShortForm, escape_commas};
 pub use name::{ImageName, Naming, filename};

@@ -103,4 +103,6 @@ pub use probe::probe_format;
 /// Writes the rest of a wrapper: the calls that it hands on.
 pub use qcow2_core::{forward_guest_disk, forward_storage};
 pub use resolve::{FileResolver, Policy, SourceError, SourceOptions, open_source};
+#[cfg(unix)]
+pub use system::inherited_descriptor;
 pub use system::{ThreadClock, random_bytes};

@@ -9,6 +9,13 @@ pub fn random_bytes(bytes: &mut [u8]) -> io::Result<()> {
     getrandom::fill(bytes).map_err(|error| io::Error::other(error.to_string()))
 }
 
+/// A copy of the descriptor with this number, which this process was started with, such as a socket from a
+/// service manager. The original stays open. Errors: there is no such descriptor.
+#[cfg(unix)]
+pub fn inherited_descriptor(number: i32) -> io::Result<std::os::fd::OwnedFd> {
+    crate::sys::inherited(number)
+}
+
 /// CPU time of this thread. Where the system does not provide it, wall-clock time; a busy machine then makes
 /// key derivation cheaper than requested.
 #[derive(Clone, Copy, Debug)]

@@ -11,6 +11,7 @@ use qcow2_nbd::blocking::{Connection, Failure, Job, Plain, Transfer};
 use qcow2_nbd::client::{Negotiation, Step};
 use qcow2_nbd::proto::*;
 use qcow2_nbd::server::*;
+use qcow2_nbd::tls;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -192,6 +193,76 @@ fn requests_to_a_slow_disk_run_in_parallel() {
             .map(|(at, buf)| Job::new(Command::READ, at as u64 * 512, 512, Transfer::Receive(buf)))
             .collect();
         client.run(&mut jobs).unwrap();
+    });
+    assert!(disk.most.load(Ordering::SeqCst) > 1, "one request at a time");
+}
+
+fn tls_ends() -> (tls::Client, tls::Server) {
+    let pem = |name: &str| {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tls");
+        std::fs::read(folder.join(format!("{name}.pem"))).unwrap()
+    };
+    let mut credentials = tls::Credentials::new(pem("ca-cert"));
+    credentials.verify_peer = false;
+    let client = tls::Client::new(&credentials).unwrap();
+    credentials.identity = Some(tls::Identity { certificate: pem("server-cert"), key: pem("server-key") });
+    (client, tls::Server::new(&credentials).unwrap())
+}
+
+struct Both<R, W>(R, W);
+
+impl<R: Read, W> Read for Both<R, W> {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        self.0.read(buf)
+    }
+}
+
+impl<R, W: Write> Write for Both<R, W> {
+    fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+        self.1.write(buf)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.1.flush()
+    }
+}
+
+/// Several requests of one encrypted connection are under way at once, and each gets its own bytes.
+#[test]
+fn requests_run_in_parallel_over_tls() {
+    let size = 1 << 20;
+    let mut disk = Memory::new(size);
+    (disk.delay, disk.meets_from) = (Duration::from_millis(2), 8);
+    let (client, server) = tls_ends();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let crew = Crew::new(8);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (incoming, outgoing) = server.handshake(&ours, &ours).unwrap();
+            let mut both = Both(incoming, outgoing);
+            let offer = Arc::new(Offer::new(vec![Arc::new(facts(size))]));
+            let negotiated = qcow2_nbd::blocking::server::negotiate(&mut both, offer).unwrap();
+            let Negotiated::Session(session) = negotiated else { panic!("no session") };
+            let with = Transmission { session: &session, disk: &disk, crew: &crew };
+            let _ = transmit(both.0, both.1, with);
+        });
+        let (incoming, outgoing) = (theirs.try_clone().unwrap(), theirs.try_clone().unwrap());
+        let (incoming, outgoing) = client.handshake(None, Plain(incoming), outgoing).unwrap();
+        let mut both = Both(incoming, outgoing);
+        qcow2_nbd::blocking::negotiate(&mut both, wanted_in(Mode::Structured)).unwrap();
+        let client = Connection::new(both.0, both.1, Mode::Structured);
+        let data: Vec<u8> = (0..64u8).flat_map(|number| [number + 1; 512]).collect();
+        let job = Job::new(Command::WRITE, 0, data.len() as u64, Transfer::Send(&data));
+        client.run(&mut [job]).unwrap();
+        let mut buffers = vec![[0; 512]; 64];
+        let jobs = buffers.iter_mut().enumerate();
+        let mut jobs: Vec<_> = jobs
+            .map(|(at, buf)| Job::new(Command::READ, at as u64 * 512, 512, Transfer::Receive(buf)))
+            .collect();
+        client.run(&mut jobs).unwrap();
+        drop(jobs);
+        assert!(buffers.concat() == data);
+        client.disconnect();
     });
     assert!(disk.most.load(Ordering::SeqCst) > 1, "one request at a time");
 }

@@ -95,6 +95,17 @@ fn servers_that_are_not_trusted() {
 }
 
 #[test]
+fn ends_know_each_others_names() {
+    let (ours, theirs) = connected();
+    assert_eq!(ours.0.peer_name().as_deref(), Some("CN=qcow2 test server"));
+    assert_eq!(theirs.0.peer_name().as_deref(), Some("CN=qcow2 test client"));
+    // A server asks nobody whom it does not verify.
+    let client = credentials("ca", Some("client"), true);
+    let (_, theirs) = agree(&client, Some("localhost"), &credentials("ca", Some("server"), false));
+    assert_eq!(theirs.unwrap().0.peer_name(), None);
+}
+
+#[test]
 fn clients_that_are_not_trusted() {
     connected();
     let server = credentials("ca", Some("server"), true);

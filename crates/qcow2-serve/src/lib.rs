@@ -3,7 +3,8 @@
 //! | part | what it is |
 //! |---|---|
 //! | [`export`] | a disk with what clients may do to it, its meta contexts, and statistics |
-//! | [`control`] | a socket through which the disks are changed while they are served (unix only) |
+//! | [`control`] | a socket through which the disks are changed while they are served |
+//! | `local` | unix sockets, which replace those that a killed server left |
 //! | [`nbd`] | a server of NBD exports on sockets, with limits and an orderly end |
 //! | [`tool`] | the command line of qemu-nbd, and its words |
 //! | `background` | a server that goes on when the command that started it ends |
@@ -15,8 +16,8 @@
 
 #[cfg(unix)]
 pub mod background;
-#[cfg(unix)]
 pub mod control;
 pub mod export;
+pub mod local;
 pub mod nbd;
 pub mod tool;

@@ -182,6 +182,23 @@ fn a_backup_is_the_disk_at_one_moment() {
     ["disk.qcow2", "full"].into_iter().for_each(|file| check(folder, file));
 }
 
+/// Clients keep the size that they were told; those that connect later are told the new one, and may use it.
+#[test]
+fn later_clients_know_the_new_size() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    create(folder, "disk.qcow2");
+    let server = Server::start(folder, &["--control", "c", "disk.qcow2"]);
+    let early = server.connect();
+    answer(folder, "resize size=16M");
+    let late = server.connect();
+    assert!(early.size < late.size && late.size == 16 << 20);
+    late.write(late.size - 512, &[3; 512]);
+    assert_eq!(late.read(late.size - 512, 512), [3; 512]);
+    early.write(0, &[4; 512]);
+    assert_eq!(late.read(0, 512), [4; 512]);
+}
+
 #[test]
 fn bitmaps_sizes_and_what_is_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,7 +1,8 @@
 //! Clients that misbehave hold up nobody else, and the server's memory stays within its bound.
 
+use super::tls::{credentials, half_open, is_let_in, secure_folder};
 use super::{Server, folder};
-use qcow2_nbd::proto::{Command, Mode, OptionRequest, Request};
+use qcow2_nbd::proto::{Command, Mode, OptionCode, OptionRequest, Request};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
@@ -62,6 +63,39 @@ fn a_thousand_connections_that_lead_nowhere() {
     let memory = server.memory();
     assert!(memory < MOST_MEMORY, "{memory} KiB");
     drop((half, good, late));
+    assert!(server.end("-TERM").success());
+}
+
+/// Thousands of clients that agree on TLS and then stop: those beyond the limit make room for others, the
+/// longest waiting first, and each of the others has its thread and what a handshake has received.
+#[test]
+fn a_thousand_handshakes_of_tls_that_stop() {
+    let folder = secure_folder();
+    let creds = credentials("srv", "on");
+    let server = Server::start(folder.path(), &["--object", &creds, "--tls-creds", "t", "disk"]);
+    let half: Vec<_> = (0..1100usize)
+        .map(|number| {
+            let mut stream = half_open(folder.path());
+            // Nothing, a part of a head, a part of a record, and one that is longer than may be.
+            let part = [&[][..], &[22, 3], &[22, 3, 1, 2, 0, 1, 0, 1], &[22, 3, 1, 0x40, 0]][number % 4];
+            stream.write_all(part).unwrap();
+            stream
+        })
+        .collect();
+    // A client whose bytes come one by one is served like any other.
+    let mut slow = UnixStream::connect(folder.path().join("s")).unwrap();
+    let mut bytes = 3u32.to_be_bytes().to_vec();
+    OptionRequest::plain(OptionCode::STARTTLS).encode(&mut bytes);
+    for byte in bytes {
+        slow.write_all(&[byte]).unwrap();
+        assert!(byte != 5 || is_let_in(folder.path(), "cli"));
+    }
+    slow.read_exact(&mut [0; 38]).unwrap();
+    assert!(is_let_in(folder.path(), "cli"));
+    let memory = server.memory();
+    assert!(memory < MOST_MEMORY, "{memory} KiB");
+    println!("{memory} KiB with {} handshakes", half.len());
+    drop(half);
     assert!(server.end("-TERM").success());
 }
 

@@ -2,11 +2,13 @@
 #![cfg(target_os = "linux")]
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, reason = "a test may stop")]
 
+mod activation;
 mod clients;
 mod control;
 mod hostile;
 mod kill;
 mod libnbd;
+mod tls;
 mod tool;
 
 use qcow2_nbd::blocking::{Connection, Job, Plain, Transfer, negotiate};

@@ -2,6 +2,7 @@
 
 use super::{OURS, Server, folder, wait_for};
 use qcow2_testkit::oracle::Tool;
+use std::collections::BTreeSet;
 use std::os::unix::fs::symlink;
 
 /// Every line is refused before anybody can connect.
@@ -68,7 +69,72 @@ const REFUSED: &[&str] = &[
     "--fork --pid-file=/nodir/p disk",
     "--fork nofile",
     "--fork -k /nodir/s disk",
+    "--help=x",
+    "--versio=1",
+    "-rq nofile",
+    "-e 010 -f raw nofile",
+    "-e 0x nofile",
+    "-e 2147483648 nofile",
+    "-o 18446744073709551616 nofile",
+    "-o 1k nofile",
+    "--fork=x disk",
+    "-B a -B b nofile",
+    "-l snapshot.name=a,foo=b disk",
+    "--cache= nofile",
+    "--aio= nofile",
+    "--discard= nofile",
+    "--detect-zeroes= nofile",
+    "--handshake-limit= nofile",
+    "--handshake-limit=4294967296 nofile",
+    "--object secret nofile",
+    "--object secret,id=a nofile",
+    "--object secret,id=a,data=b,data=c nofile",
+    "--image-opts nofile",
+    "--image-opts driver=foo",
+    "-- -t nofile",
+    "nofile --",
+    "-d",
+    "-c /dev/nbd0",
+    "-L -c /dev/nbd0",
+    "-L -t",
+    "-L nofile extra",
+    "--li",
+    "--snapsh nofile",
+    "--read-onl nofile",
 ];
+
+/// The help is in words of ours, and names the options that the reference names.
+#[test]
+fn help_names_the_references_options() {
+    let Some(reference) = Tool::find("qemu-nbd") else { return };
+    let folder = folder();
+    let link = folder.path().join("qemu-nbd");
+    symlink(OURS, &link).unwrap();
+    let [theirs, own] = [reference, Tool::at(&link)].map(|tool| {
+        let text = tool.run_in(folder.path(), &["--help"]).success().stdout;
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
+        words.filter(|word| word.starts_with("--")).map(str::to_owned).collect::<BTreeSet<_>>()
+    });
+    assert_eq!(own.difference(&theirs).collect::<Vec<_>>(), [] as [&String; 0]);
+    assert_eq!(theirs.difference(&own).collect::<Vec<_>>(), [] as [&String; 0]);
+    let version = Tool::at(&link).run_in(folder.path(), &["--version"]).success().stdout;
+    assert!(version.starts_with("qemu-nbd 10.0"), "{version}");
+}
+
+/// A port that somebody else listens on.
+#[test]
+fn a_port_in_use() {
+    let Some(reference) = Tool::find("qemu-nbd") else { return };
+    let folder = folder();
+    let link = folder.path().join("qemu-nbd");
+    symlink(OURS, &link).unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let args = ["-b", "127.0.0.1", "-p", &port, "disk"];
+    let theirs = reference.run_in(folder.path(), &args).expect_code(1);
+    let own = Tool::at(&link).run_in(folder.path(), &args).expect_code(1);
+    assert_eq!(own.stderr, theirs.stderr);
+}
 
 #[test]
 fn refusals_are_the_references() {
@@ -84,7 +150,8 @@ fn refusals_are_the_references() {
         // A line without a socket gets one: the default port may be in use.
         let socket = root.join("s").display().to_string();
         let mut args = args;
-        if !line.contains("-k") && !line.contains("-p") && !line.contains("-b") && !line.is_empty() {
+        let has_address = args.iter().any(|arg| ["-k", "-p", "--port", "-b"].contains(arg));
+        if !has_address && !line.is_empty() {
             args.splice(0..0, ["-k", &*socket]);
         }
         let theirs = reference.run_in(root, &args);

@@ -1,5 +1,6 @@
 //! Secrets by identifier, and somebody who can be asked for others.
 
+use super::authz::{Authorization, AuthorizationError};
 use super::tls::{TlsObject, TlsObjectError};
 use crate::driver::{ThrottleError, throttle_group};
 use crate::keyvalue::{KeyValueError, KeyValues};
@@ -34,6 +35,7 @@ pub struct Secrets {
     secrets: BTreeMap<String, Secret>,
     tls: BTreeMap<String, Arc<TlsObject>>,
     throttle_groups: BTreeMap<String, Arc<ThrottleGroup>>,
+    authorizations: BTreeMap<String, Arc<Authorization>>,
     asked: Option<Arc<dyn AskPassword>>,
 }
 
@@ -82,7 +84,7 @@ impl Secrets {
     /// Of a secret, `text` (`secret,id=NAME,data=TEXT` or `...,file=PATH`) has the bytes as they stand, or in
     /// `format=base64`, or encrypted under another one (`keyid=NAME,iv=BASE64`). Disk: reads the file, all of
     /// whose bytes count. `tls-creds-x509,id=NAME,dir=FOLDER` defines credentials of TLS, whose files are
-    /// read.
+    /// read, `authz-simple` and `authz-list` say which names in certificates a server accepts.
     ///
     /// ```
     /// let mut secrets = qcow2_blockdev::Secrets::default();
@@ -93,8 +95,8 @@ impl Secrets {
     pub fn define(&mut self, text: &str) -> Result<(), SecretError> {
         let list = KeyValues::parse_pairs(text, Some("qom-type"))?;
         let kind = list.last("qom-type").ok_or(SecretError::Missing("qom-type"))?;
-        let is_group = kind == "throttle-group";
-        if kind != "secret" && !is_group && !kind.starts_with("tls-creds-") {
+        let (is_group, is_authorization) = (kind == "throttle-group", kind.starts_with("authz-"));
+        if kind != "secret" && !is_group && !is_authorization && !kind.starts_with("tls-creds-") {
             return Err(SecretError::UnknownType(kind.to_owned()));
         }
         let id = list.last("id").ok_or(SecretError::Missing("id"))?;
@@ -105,6 +107,12 @@ impl Secrets {
             let group = throttle_group(&list)?;
             self.check_free(id)?;
             self.throttle_groups.insert(id.to_owned(), Arc::new(group));
+            return Ok(());
+        }
+        if is_authorization {
+            let authorization = Arc::new(Authorization::define(kind, &list)?);
+            self.check_free(id)?;
+            self.authorizations.insert(id.to_owned(), authorization);
             return Ok(());
         }
         if kind != "secret" {
@@ -160,12 +168,22 @@ impl Secrets {
         self.tls.get(id).cloned()
     }
 
+    /// The authorization called `id`, if there is one.
+    pub fn authorization(&self, id: &str) -> Option<Arc<Authorization>> {
+        self.authorizations.get(id).cloned()
+    }
+
+    /// Whether an object of any kind is called `id`.
+    pub fn has(&self, id: &str) -> bool {
+        self.secrets.contains_key(id)
+            || self.tls.contains_key(id)
+            || self.throttle_groups.contains_key(id)
+            || self.authorizations.contains_key(id)
+    }
+
     /// One identifier is one object, whatever its kind.
     fn check_free(&self, id: &str) -> Result<(), SecretError> {
-        let taken = self.secrets.contains_key(id)
-            || self.tls.contains_key(id)
-            || self.throttle_groups.contains_key(id);
-        if taken { Err(SecretError::Exists(id.to_owned())) } else { Ok(()) }
+        if self.has(id) { Err(SecretError::Exists(id.to_owned())) } else { Ok(()) }
     }
 
     pub(crate) fn can_ask(&self) -> bool {
@@ -258,6 +276,8 @@ pub enum SecretError {
     Exists(String),
     /// It defines credentials of TLS, and there are none.
     Tls(TlsObjectError),
+    /// It defines who may connect, and does not say it.
+    Authorization(AuthorizationError),
 }
 
 impl fmt::Display for SecretError {
@@ -266,7 +286,10 @@ impl fmt::Display for SecretError {
             Self::Syntax(error) => error.fmt(f),
             Self::Missing(key) => write!(f, "the definition lacks '{key}'"),
             Self::UnknownType(kind) => {
-                write!(f, "'{kind}' is not a kind of object (secret, throttle-group, tls-creds-x509)")
+                write!(
+                    f,
+                    "'{kind}' is not a kind of object (secret, throttle-group, tls-creds-x509, authz-list)"
+                )
             }
             Self::NotAnIdentifier(id) => write!(f, "'{id}' is not an identifier"),
             Self::Unexpected(key) => write!(f, "a secret has no '{key}'"),
@@ -283,6 +306,7 @@ impl fmt::Display for SecretError {
             Self::Throttle(error) => error.fmt(f),
             Self::Exists(id) => write!(f, "there is an object '{id}' already"),
             Self::Tls(error) => error.fmt(f),
+            Self::Authorization(error) => error.fmt(f),
         }
     }
 }
@@ -301,6 +325,12 @@ impl Error for SecretError {
 impl From<ThrottleError> for SecretError {
     fn from(error: ThrottleError) -> Self {
         Self::Throttle(error)
+    }
+}
+
+impl From<AuthorizationError> for SecretError {
+    fn from(error: AuthorizationError) -> Self {
+        Self::Authorization(error)
     }
 }
 

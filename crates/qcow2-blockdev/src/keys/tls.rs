@@ -17,6 +17,15 @@ pub enum TlsEndpoint {
     Server,
 }
 
+impl TlsEndpoint {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Server => "server",
+        }
+    }
+}
+
 /// Credentials of TLS, and whom they are for.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -46,6 +55,8 @@ pub enum TlsObjectError {
     Authorities(String),
     /// Certificate and key cannot be used.
     Identity {
+        /// Whose they are.
+        endpoint: TlsEndpoint,
         /// The file of the certificate.
         certificate: String,
         /// The file of the key.
@@ -71,10 +82,11 @@ impl fmt::Display for TlsObjectError {
             Self::NoFolder => f.write_str("Missing 'dir' property value"),
             Self::NoAccess { path, error } => write!(f, "Unable to access credentials {path}: {error}"),
             Self::Authorities(path) => write!(f, "Unable to import CA certificate list {path}"),
-            Self::Identity { certificate, error: TlsCredentialsError::Certificate, .. } => {
-                write!(f, "Unable to import client certificate {certificate}: {NO_CERTIFICATE}")
+            Self::Identity { endpoint, certificate, error: TlsCredentialsError::Certificate, .. } => {
+                let end = endpoint.name();
+                write!(f, "Unable to import {end} certificate {certificate}: {NO_CERTIFICATE}")
             }
-            Self::Identity { certificate, key, error } => {
+            Self::Identity { certificate, key, error, .. } => {
                 write!(f, "Cannot load certificate '{certificate}' & key '{key}': ")?;
                 match error {
                     TlsCredentialsError::KeyMismatch => f.write_str(MISMATCH),
@@ -169,7 +181,7 @@ fn unusable(
         }
         error @ (TlsCredentialsError::Certificate
         | TlsCredentialsError::Key
-        | TlsCredentialsError::KeyMismatch) => TlsObjectError::Identity { certificate, key, error },
+        | TlsCredentialsError::KeyMismatch) => TlsObjectError::Identity { endpoint, certificate, key, error },
         error => TlsObjectError::Credentials(error),
     }
 }
@@ -179,10 +191,7 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
 }
 
 fn identity_files(folder: &str, endpoint: TlsEndpoint) -> (String, String) {
-    let end = match endpoint {
-        TlsEndpoint::Client => "client",
-        TlsEndpoint::Server => "server",
-    };
+    let end = endpoint.name();
     (format!("{folder}/{end}-cert.pem"), format!("{folder}/{end}-key.pem"))
 }
 

@@ -98,6 +98,8 @@ pub(crate) enum Opt {
     VhostUserBlk,
     Queues,
     Serial,
+    TlsCredentials,
+    TlsAuthorization,
 }
 
 /// The reader of a verb's options.

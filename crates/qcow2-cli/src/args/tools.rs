@@ -39,6 +39,8 @@ pub(super) static SERVE: &[OptionSpec] = &[
     option(Opt::BitmapContext, Some('B'), "bitmap", Some("NAME"), "clients may ask what this bitmap marks"),
     option(Opt::AllocationDepth, Some('A'), "allocation-depth", None, "clients may ask for layers of ranges"),
     option(Opt::Clients, Some('e'), "clients", Some("COUNT"), "clients at once (1000)"),
+    option(Opt::TlsCredentials, None, "tls-creds", Some("ID"), "clients must speak TLS, with this object"),
+    option(Opt::TlsAuthorization, None, "tls-authz", Some("ID"), "who may connect over TLS is this object's"),
     option(Opt::Control, None, "control", Some("PATH"), "a unix socket for 'qcow2 ctl'"),
     option(
         Opt::Record,

@@ -18,6 +18,19 @@ pub(crate) use other::*;
 use std::fs::File;
 use std::io;
 
+/// A copy of a descriptor that this process was started with. Errors: there is no such descriptor.
+#[cfg(unix)]
+#[allow(unsafe_code, reason = "nothing else makes a descriptor of its number")]
+pub(crate) fn inherited(number: i32) -> io::Result<std::os::fd::OwnedFd> {
+    use std::os::fd::BorrowedFd;
+    if number < 0 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the number is not -1, and it is used for one call only, which fails if there is no such
+    // descriptor. What is copied stays open: whoever has started this process has given it away.
+    unsafe { BorrowedFd::borrow_raw(number) }.try_clone_to_owned()
+}
+
 /// An extent of a file, as the file system reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(target_os = "linux"), allow(dead_code))]

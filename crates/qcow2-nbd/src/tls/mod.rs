@@ -15,6 +15,8 @@ mod credentials;
 #[cfg(feature = "tls")]
 mod ends;
 #[cfg(feature = "tls")]
+mod name;
+#[cfg(feature = "tls")]
 mod session;
 #[cfg(feature = "tls")]
 mod verify;

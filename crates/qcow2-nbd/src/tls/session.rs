@@ -1,6 +1,7 @@
 //! A session of TLS on two halves of a connection.
 
 use super::TlsError;
+use super::name::subject;
 use crate::blocking::Incoming;
 use rustls::Connection;
 use std::fmt;
@@ -78,6 +79,13 @@ impl<R> TlsReader<R> {
     /// The half that it reads from, for other deadlines: whoever reads from it breaks the session.
     pub fn get_mut(&mut self) -> &mut R {
         &mut self.incoming
+    }
+
+    /// The subject of the peer's certificate, which was verified if the credentials say so, as text:
+    /// `C=GB,O=Example,CN=client`, escaped as in RFC 4514. `None`: it has no certificate.
+    pub fn peer_name(&self) -> Option<String> {
+        let shared = self.session.lock();
+        shared.tls.peer_certificates()?.first().and_then(|certificate| subject(certificate))
     }
 }
 

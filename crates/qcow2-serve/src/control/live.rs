@@ -92,14 +92,14 @@ impl<'a> Controlled<'a> {
             (None, [only]) => Ok(only),
             (None, _) => Err("the member 'disk' is missing: more than one disk is served".to_owned()),
             (Some(name), disks) => {
-                let found = disks.iter().find(|disk| disk.export.facts().name == name);
+                let found = disks.iter().find(|disk| disk.export.name() == name);
                 found.ok_or_else(|| format!("no disk is served as '{name}'"))
             }
         }
     }
 
     fn of_each(&self, tell: impl Fn(&Disk<'a>) -> Answer) -> Answer {
-        let told = self.disks.iter().map(|disk| Ok((disk.export.facts().name.clone(), tell(disk)?)));
+        let told = self.disks.iter().map(|disk| Ok((disk.export.name().to_owned(), tell(disk)?)));
         Ok(Value::Object(told.collect::<Result<_, String>>()?))
     }
 }

@@ -42,7 +42,7 @@ pub(super) fn as_text<'a>(exports: impl Iterator<Item = &'a Export> + Clone) -> 
         // Writing to a string cannot fail.
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} counter");
         for export in exports.clone() {
-            let disk = escaped(&export.facts().name);
+            let disk = escaped(export.name());
             for (kind, counter) in kinds(export.statistics()) {
                 let _ = writeln!(text, "{name}{{disk=\"{disk}\",kind=\"{kind}\"}} {}", value(counter));
             }
@@ -51,7 +51,7 @@ pub(super) fn as_text<'a>(exports: impl Iterator<Item = &'a Export> + Clone) -> 
     let name = "qcow2_latency_seconds";
     let _ = writeln!(text, "# HELP {name} How long requests took.\n# TYPE {name} summary");
     for export in exports {
-        let disk = escaped(&export.facts().name);
+        let disk = escaped(export.name());
         for (kind, counter) in kinds(export.statistics()) {
             for (_, share) in SHARES {
                 let seconds = counter.latency(share) as f64 / 1e9;

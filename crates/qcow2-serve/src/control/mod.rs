@@ -52,6 +52,7 @@ mod live;
 mod metrics;
 mod pause;
 mod record;
+mod serve;
 mod socket;
 mod top;
 
@@ -60,5 +61,6 @@ pub use command::{Action, Command, CommandError};
 pub use live::{Controlled, ControlledOptions};
 pub use pause::Pauses;
 pub use record::Record;
+pub use serve::{Seen, live, serve};
 pub use socket::{Client, Control, Operator};
 pub use top::top;

@@ -1,9 +1,9 @@
 //! Lines over a unix socket: the server's side and a client's.
 
 use super::command::Command;
+use crate::local::{LocalListener, Stream};
 use serde_json::{Map, Value, json};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -38,7 +38,8 @@ impl<'a> Control<'a> {
 
     /// Serves the clients of `listener`, each on a thread, until `stop` says true; a command that runs then
     /// is finished first. Errors: of the listener.
-    pub fn serve(&self, listener: &UnixListener) -> io::Result<()> {
+    pub fn serve(&self, listener: &LocalListener) -> io::Result<()> {
+        let listener = listener.inner();
         listener.set_nonblocking(true)?;
         std::thread::scope(|scope| {
             while !(self.stop)() {
@@ -60,7 +61,7 @@ impl<'a> Control<'a> {
         })
     }
 
-    fn serve_client(&self, stream: &UnixStream) -> io::Result<()> {
+    fn serve_client(&self, stream: &Stream) -> io::Result<()> {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(LOOK))?;
         stream.set_write_timeout(Some(PATIENCE))?;
@@ -75,7 +76,7 @@ impl<'a> Control<'a> {
     }
 
     /// The answer to a line.
-    fn answer(&self, stream: &UnixStream, line: Result<String, String>) -> Value {
+    fn answer(&self, stream: &Stream, line: Result<String, String>) -> Value {
         let command = match line.map(|line| Command::parse(&line)) {
             Ok(Ok(command)) => command,
             Ok(Err(error)) => return answered(error.id.clone(), Err(error.to_string())),
@@ -100,13 +101,13 @@ fn answered(id: Option<Value>, done: Result<Value, String>) -> Value {
     Value::Object(answer)
 }
 
-fn send(mut stream: &UnixStream, value: &Value) -> io::Result<()> {
+fn send(mut stream: &Stream, value: &Value) -> io::Result<()> {
     stream.write_all(format!("{value}\n").as_bytes())
 }
 
 /// Lines of bounded length from a socket with a timeout.
 struct Lines<'a> {
-    reader: BufReader<&'a UnixStream>,
+    reader: BufReader<&'a Stream>,
     line: Vec<u8>,
 }
 
@@ -142,13 +143,13 @@ impl Lines<'_> {
 
 /// A connection to a control socket.
 pub struct Client {
-    reader: BufReader<UnixStream>,
+    reader: BufReader<Stream>,
 }
 
 impl Client {
     /// Connects to the socket at `path`.
     pub fn connect(path: &Path) -> io::Result<Self> {
-        Ok(Self { reader: BufReader::new(UnixStream::connect(path)?) })
+        Ok(Self { reader: BufReader::new(Stream::connect(path)?) })
     }
 
     /// Sends a command and waits for its answer; `events` gets what comes before it. Inside, the text of an

@@ -153,9 +153,20 @@ impl Export {
         Ok(Self { disk, facts, contexts, options, statistics })
     }
 
-    /// What clients are told of it.
-    pub fn facts(&self) -> &Arc<Facts> {
-        &self.facts
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.facts.name
+    }
+
+    /// What clients are told of it that connect now: the size is that of the disk at this moment.
+    pub fn facts(&self) -> Arc<Facts> {
+        let size = self.disk.size().saturating_sub(self.options.start);
+        if size == self.facts.size {
+            return Arc::clone(&self.facts);
+        }
+        let mut facts = Facts::clone(&self.facts);
+        facts.size = size;
+        Arc::new(facts)
     }
 
     /// What clients have done with it.

@@ -1,9 +1,13 @@
 //! Where clients connect.
 
 use super::socket::Socket;
+#[cfg(unix)]
+use crate::local::LocalListener;
 use std::fmt;
 use std::io;
 use std::net::TcpListener;
+#[cfg(unix)]
+use std::os::{fd::AsFd, unix::net::UnixStream};
 use std::path::PathBuf;
 
 /// An address to listen on.
@@ -19,6 +23,8 @@ pub enum Address {
         /// Port; 0 lets the system choose.
         port: u16,
     },
+    /// The socket with this number, counted from 0, of those that a service manager has handed over.
+    HandedOver(u32),
 }
 
 impl Address {
@@ -51,6 +57,9 @@ impl fmt::Display for ListenError {
         match &self.address {
             Address::Unix(path) => write!(f, "cannot listen on {}: {}", path.display(), self.error),
             Address::Tcp { host, port } => write!(f, "cannot listen on {host}:{port}: {}", self.error),
+            Address::HandedOver(number) => {
+                write!(f, "cannot listen on socket {number} of the service manager: {}", self.error)
+            }
         }
     }
 }
@@ -61,26 +70,34 @@ impl std::error::Error for ListenError {}
 #[derive(Debug)]
 pub struct Listener {
     socket: Listening,
-    /// The file to remove.
-    file: Option<PathBuf>,
+    /// Has a thread return that waits for clients. `None`: the socket is shut down for it, which others that
+    /// have it would notice.
+    #[cfg(unix)]
+    waker: Option<(UnixStream, UnixStream)>,
 }
 
 #[derive(Debug)]
 enum Listening {
     Tcp(TcpListener),
     #[cfg(unix)]
-    Unix(std::os::unix::net::UnixListener),
+    Unix(LocalListener),
 }
 
 impl Listener {
     /// Listens on `address`. A unix socket that a server left behind, on which nobody listens, is replaced.
     pub fn bind(address: &Address) -> Result<Self, ListenError> {
-        let bound = match address {
-            Address::Tcp { host, port } => TcpListener::bind((host.as_str(), *port))
-                .map(|socket| Self { socket: Listening::Tcp(socket), file: None }),
-            Address::Unix(path) => bind_unix(path),
-        };
-        bound.map_err(|error| ListenError { address: address.clone(), error })
+        let failed = |error| ListenError { address: address.clone(), error };
+        match address {
+            Address::Tcp { host, port } => {
+                TcpListener::bind((host.as_str(), *port)).map(Self::from).map_err(failed)
+            }
+            #[cfg(unix)]
+            Address::Unix(path) => LocalListener::bind(path).map(Self::from),
+            #[cfg(unix)]
+            Address::HandedOver(number) => super::activation::take(*number).map_err(failed),
+            #[cfg(not(unix))]
+            Address::Unix(_) | Address::HandedOver(_) => Err(failed(io::ErrorKind::Unsupported.into())),
+        }
     }
 
     /// Where it listens, as clients name it: an NBD URI without the export's name.
@@ -92,16 +109,22 @@ impl Listener {
             },
             #[cfg(unix)]
             Listening::Unix(socket) => {
-                let address = socket.local_addr().ok();
-                let path = address.as_ref().and_then(|address| address.as_pathname());
-                let path = path.map(|path| path.display().to_string()).unwrap_or_default();
-                format!("nbd+unix:///?socket={path}")
+                format!("nbd+unix:///?socket={}", socket.path().display())
             }
         }
     }
 
+    /// The same for a socket that others have too.
+    #[cfg(unix)]
+    pub(super) fn with_waker(mut listener: Self) -> io::Result<Self> {
+        listener.waker = Some(UnixStream::pair()?);
+        Ok(listener)
+    }
+
     /// Waits for the next client.
     pub(super) fn accept(&self) -> io::Result<Socket> {
+        #[cfg(unix)]
+        self.await_client()?;
         match &self.socket {
             Listening::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
@@ -110,18 +133,40 @@ impl Listener {
                 Ok(Socket::Tcp(stream))
             }
             #[cfg(unix)]
-            Listening::Unix(listener) => listener.accept().map(|(stream, _)| Socket::Unix(stream)),
+            Listening::Unix(listener) => listener.socket().accept().map(|(stream, _)| Socket::Unix(stream)),
         }
+    }
+
+    /// Waits where the socket is not shut down to wake a thread. Errors: it was woken.
+    #[cfg(unix)]
+    fn await_client(&self) -> io::Result<()> {
+        use rustix::event::{PollFd, PollFlags, poll};
+        let Some((woken, _)) = &self.waker else { return Ok(()) };
+        let socket = match &self.socket {
+            Listening::Tcp(listener) => listener.as_fd(),
+            Listening::Unix(listener) => listener.socket().as_fd(),
+        };
+        let mut both = [
+            PollFd::from_borrowed_fd(woken.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(socket, PollFlags::IN),
+        ];
+        poll(&mut both, None)?;
+        if both[0].revents().is_empty() { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
     }
 
     /// Has a thread that waits for clients return with an error.
     pub(super) fn wake(&self) {
         #[cfg(unix)]
+        if let Some((_, waker)) = &self.waker {
+            let _ = waker.shutdown(std::net::Shutdown::Both);
+            return;
+        }
+        #[cfg(unix)]
         {
             use rustix::net::{Shutdown, shutdown};
             let _ = match &self.socket {
                 Listening::Tcp(listener) => shutdown(listener, Shutdown::Both),
-                Listening::Unix(listener) => shutdown(listener, Shutdown::Both),
+                Listening::Unix(listener) => shutdown(listener.socket(), Shutdown::Both),
             };
         }
         #[cfg(not(unix))]
@@ -134,34 +179,25 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some(path) = &self.file {
-            let _ = std::fs::remove_file(path);
+impl From<Listening> for Listener {
+    fn from(socket: Listening) -> Self {
+        Self {
+            socket,
+            #[cfg(unix)]
+            waker: None,
         }
     }
 }
 
-#[cfg(unix)]
-fn bind_unix(path: &std::path::Path) -> io::Result<Listener> {
-    use std::os::unix::fs::FileTypeExt;
-    use std::os::unix::net::{UnixListener, UnixStream};
-    let is_left_behind = || {
-        let is_socket = std::fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket());
-        let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-        is_socket && UnixStream::connect(path).is_err_and(refused)
-    };
-    let socket = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_left_behind() => {
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)?
-        }
-        bound => bound?,
-    };
-    Ok(Listener { socket: Listening::Unix(socket), file: Some(path.to_owned()) })
+impl From<TcpListener> for Listener {
+    fn from(listener: TcpListener) -> Self {
+        Listening::Tcp(listener).into()
+    }
 }
 
-#[cfg(not(unix))]
-fn bind_unix(_path: &std::path::Path) -> io::Result<Listener> {
-    Err(io::ErrorKind::Unsupported.into())
+#[cfg(unix)]
+impl From<LocalListener> for Listener {
+    fn from(listener: LocalListener) -> Self {
+        Listening::Unix(listener).into()
+    }
 }

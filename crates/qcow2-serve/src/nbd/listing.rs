@@ -2,6 +2,9 @@
 
 use super::listener::Address;
 use super::socket::Socket;
+#[cfg(feature = "tls")]
+use qcow2_io::NbdError;
+use qcow2_io::NbdTls;
 use qcow2_nbd::proto::{
     BlockSizes, DecodeError, Greeting, Info, InfoKind, MAX_OPTION_DATA, Mode, OptionCode, OptionReply,
     OptionReplyHead, OptionRequest, encode_client_flags, handshake_flag,
@@ -40,6 +43,8 @@ pub enum ListError {
     Protocol(DecodeError),
     /// The server refuses an option, with its text.
     Refused(OptionCode, String),
+    /// There is no TLS with the server, for this reason.
+    Tls(String),
 }
 
 impl fmt::Display for ListError {
@@ -51,8 +56,10 @@ impl fmt::Display for ListError {
             Self::Connect(Address::Tcp { host, port }, error) => {
                 write!(f, "cannot connect to {host}:{port}: {error}")
             }
+            Self::Connect(Address::HandedOver(_), error) => error.fmt(f),
             Self::Io(error) => error.fmt(f),
             Self::Protocol(error) => error.fmt(f),
+            Self::Tls(reason) => f.write_str(reason),
             Self::Refused(option, text) => write!(f, "the server refuses option {}: {text}", option.0),
         }
     }
@@ -72,8 +79,8 @@ impl From<DecodeError> for ListError {
     }
 }
 
-/// Asks the server at `address` for its exports and what they are.
-pub fn list(address: &Address) -> Result<Vec<Listed>, ListError> {
+/// Asks the server at `address` for its exports and what they are, over TLS if `tls` is given.
+pub fn list(address: &Address, tls: Option<&NbdTls>) -> Result<Vec<Listed>, ListError> {
     let failed = |error| ListError::Connect(address.clone(), error);
     let socket = match address {
         Address::Tcp { host, port } => TcpStream::connect((host.as_str(), *port)).map(Socket::Tcp),
@@ -81,9 +88,63 @@ pub fn list(address: &Address) -> Result<Vec<Listed>, ListError> {
         Address::Unix(path) => std::os::unix::net::UnixStream::connect(path).map(Socket::Unix),
         #[cfg(not(unix))]
         Address::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
+        Address::HandedOver(_) => Err(io::ErrorKind::Unsupported.into()),
     };
     let socket = socket.map_err(failed)?;
     let mut stream = &socket;
+    greet(&mut stream)?;
+    let Some(tls) = tls else { return list_on(&mut stream) };
+    ask(&mut stream, &OptionRequest::plain(OptionCode::STARTTLS), &mut |_| ())?;
+    let host = match (&tls.hostname, address) {
+        (Some(name), _) => Some(&**name),
+        (None, Address::Tcp { host, .. }) => Some(&**host),
+        (None, Address::Unix(_) | Address::HandedOver(_)) => None,
+    };
+    list_encrypted(&socket, tls, host)
+}
+
+#[cfg(feature = "tls")]
+fn list_encrypted(socket: &Socket, tls: &NbdTls, host: Option<&str>) -> Result<Vec<Listed>, ListError> {
+    let client =
+        qcow2_nbd::tls::Client::new(&tls.credentials).map_err(|error| ListError::Tls(error.to_string()))?;
+    let (mut reader, mut writer) = client
+        .handshake(host, socket, socket)
+        .map_err(|error| ListError::Tls(NbdError::from(error).to_string()))?;
+    list_on(&mut Both { reader: &mut reader, writer: &mut writer })
+}
+
+#[cfg(not(feature = "tls"))]
+fn list_encrypted(_: &Socket, _: &NbdTls, _: Option<&str>) -> Result<Vec<Listed>, ListError> {
+    Err(ListError::Io(io::ErrorKind::Unsupported.into()))
+}
+
+/// The two halves of a connection.
+#[cfg(feature = "tls")]
+struct Both<'a, R, W> {
+    reader: &'a mut R,
+    writer: &'a mut W,
+}
+
+#[cfg(feature = "tls")]
+impl<R: Read, W> Read for Both<'_, R, W> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.reader.read(buf)
+    }
+}
+
+#[cfg(feature = "tls")]
+impl<R, W: Write> Write for Both<'_, R, W> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.writer.write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.writer.flush()
+    }
+}
+
+/// Answers the server's greeting.
+fn greet(stream: &mut (impl Read + Write)) -> Result<(), ListError> {
     let mut greeting = [0; GREETING];
     stream.read_exact(&mut greeting)?;
     let Greeting::Newstyle { flags } = Greeting::decode(&greeting)?.0 else {
@@ -92,7 +153,10 @@ pub fn list(address: &Address) -> Result<Vec<Listed>, ListError> {
     let mut out = Vec::new();
     let known = handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES;
     encode_client_flags(u32::from(flags & known), &mut out);
-    stream.write_all(&out)?;
+    Ok(stream.write_all(&out)?)
+}
+
+fn list_on(stream: &mut (impl Read + Write)) -> Result<Vec<Listed>, ListError> {
     let mode = negotiate_mode(stream)?;
     let mut exports = Vec::new();
     ask(stream, &OptionRequest::plain(OptionCode::LIST), &mut |reply| {
@@ -112,7 +176,7 @@ pub fn list(address: &Address) -> Result<Vec<Listed>, ListError> {
 }
 
 /// The best headers that the server can.
-fn negotiate_mode(stream: &Socket) -> Result<Mode, ListError> {
+fn negotiate_mode(stream: &mut (impl Read + Write)) -> Result<Mode, ListError> {
     let options =
         [(OptionCode::EXTENDED_HEADERS, Mode::Extended), (OptionCode::STRUCTURED_REPLY, Mode::Structured)];
     for (option, mode) in options {
@@ -126,7 +190,7 @@ fn negotiate_mode(stream: &Socket) -> Result<Mode, ListError> {
 }
 
 /// Adds what the server tells of an export; what it refuses stays unknown.
-fn describe(stream: &Socket, export: &mut Listed) -> Result<(), ListError> {
+fn describe(stream: &mut (impl Read + Write), export: &mut Listed) -> Result<(), ListError> {
     let name = export.name.clone();
     let request = OptionRequest::Info { go: false, export: name.clone(), wanted: vec![InfoKind::BLOCK_SIZE] };
     let told = ask(stream, &request, &mut |reply| match reply {
@@ -156,7 +220,7 @@ fn describe(stream: &Socket, export: &mut Listed) -> Result<(), ListError> {
 
 /// Sends an option and calls `take` with each reply before the last one. Errors: a refusal too.
 fn ask(
-    mut stream: &Socket,
+    stream: &mut (impl Read + Write),
     request: &OptionRequest,
     take: &mut dyn FnMut(OptionReply),
 ) -> Result<(), ListError> {

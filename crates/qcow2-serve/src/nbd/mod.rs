@@ -5,28 +5,38 @@
 //! that all share, so clients do not wait for each other: one that is slow, or silent, or never reads, holds
 //! up only itself.
 //!
-//! Memory is bounded by [`ServerOptions::clients`]: a client takes a thread and, after the handshake, at most
-//! one buffer and a piece for each thread (`qcow2_nbd::blocking::server`). A client has
-//! [`ServerOptions::handshake_limit`] for the handshake; if there are more clients than allowed, those that
-//! have none yet are sent away, the longest waiting first.
+//! With a [`Security`] clients must speak TLS before they are told anything; its handshake is part of theirs,
+//! within the same time.
+//!
+//! Memory is bounded by [`ServerOptions::clients`] (1000, and as many again that have been sent away and have
+//! not noticed it yet). In its handshake a client takes a thread and at most one option of
+//! `qcow2_nbd::proto::MAX_OPTION_DATA` bytes; with TLS, two buffers of 64 KiB and what rustls keeps of a
+//! handshake that is not complete, 64 KiB more; after it, one buffer and a piece for each thread
+//! (`qcow2_nbd::blocking::server`). A client has [`ServerOptions::handshake_limit`] for all of the handshake,
+//! however its bytes are spread over that time; if there are more clients than allowed, those that have none
+//! yet are sent away, the longest waiting first.
 
+mod activation;
 mod clients;
 mod listener;
 mod listing;
+mod security;
 mod socket;
 
+pub use activation::handed_over;
 pub use clients::Stop;
 pub use listener::{Address, ListenError, Listener};
 pub use listing::{ListError, Listed, list};
+pub use security::{Access, Security, SecurityError, TlsNames};
 
 use crate::export::Export;
 use clients::{Admission, Clients};
 use qcow2_nbd::blocking::server::{Crew, Negotiated, Transmission, negotiate, transmit};
-use qcow2_nbd::server::Offer;
-use socket::{Hurried, Socket};
-use std::io;
+use qcow2_nbd::server::{Handshake, Offer, Session, Tls};
+use socket::{Deadline, Hurried, Socket};
+use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Limits of a server.
 #[derive(Clone, Copy, Debug)]
@@ -63,7 +73,7 @@ impl Default for ServerOptions {
 /// A server of some exports.
 pub struct Server {
     exports: Vec<Export>,
-    offer: Arc<Offer>,
+    security: Option<Security>,
     options: ServerOptions,
     clients: Clients,
     crew: Crew,
@@ -72,9 +82,15 @@ pub struct Server {
 impl Server {
     /// A server of `exports`.
     pub fn new(exports: Vec<Export>, options: ServerOptions) -> Self {
-        let offer = Arc::new(Offer::new(exports.iter().map(|export| Arc::clone(export.facts())).collect()));
         let (clients, crew) = (Clients::new(&options), Crew::new(options.threads));
-        Self { exports, offer, options, clients, crew }
+        Self { exports, security: None, options, clients, crew }
+    }
+
+    /// The same for clients that have what `security` wants. `None`: for any, without TLS.
+    #[must_use]
+    pub fn with_security(mut self, security: Option<Security>) -> Self {
+        self.security = security;
+        self
     }
 
     /// Ends [`run`](Self::run), from any thread.
@@ -140,15 +156,70 @@ impl Server {
     }
 
     fn serve(&self, socket: &Socket, admission: &Admission<'_>) -> io::Result<()> {
-        let until = self.options.handshake_limit.and_then(|limit| Instant::now().checked_add(limit));
-        let mut hurried = Hurried::new(socket, until);
-        let Negotiated::Session(session) = negotiate(&mut hurried, Arc::clone(&self.offer))? else {
-            return Ok(());
-        };
-        socket.be_patient()?;
-        admission.has_export();
+        let deadline = Deadline::new(self.options.handshake_limit);
+        let client = Client { socket, admission, deadline: &deadline };
+        match negotiate(&mut client.hurried(), self.offer())? {
+            Negotiated::Session(session) => {
+                client.is_ready()?;
+                self.transmit(&session, socket, socket)
+            }
+            Negotiated::StartTls(handshake) => self.serve_encrypted(handshake, &client),
+            Negotiated::Ended(_) => Ok(()),
+        }
+    }
+
+    /// Goes on with a client that awaits TLS.
+    #[cfg(feature = "tls")]
+    fn serve_encrypted(&self, mut handshake: Handshake, client: &Client<'_>) -> io::Result<()> {
+        use qcow2_nbd::blocking::server::resume;
+        let Some(security) = &self.security else { return Ok(()) };
+        let mut halves = security.establish(client.hurried(), client.hurried())?;
+        handshake.secured();
+        let Negotiated::Session(session) = resume(&mut halves, handshake)? else { return Ok(()) };
+        client.is_ready()?;
+        self.transmit(&session, halves.reader, halves.writer)
+    }
+
+    #[cfg(not(feature = "tls"))]
+    fn serve_encrypted(&self, _: Handshake, _: &Client<'_>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn transmit<R, W>(&self, session: &Session, incoming: R, outgoing: W) -> io::Result<()>
+    where
+        R: Read + Send,
+        W: Write + Send,
+    {
         let Some(export) = self.exports.get(session.export()) else { return Ok(()) };
-        transmit(socket, socket, Transmission { session: &session, disk: export, crew: &self.crew })
+        transmit(incoming, outgoing, Transmission { session, disk: export, crew: &self.crew })
+    }
+
+    /// What a client is offered that comes now.
+    fn offer(&self) -> Arc<Offer> {
+        let mut offer = Offer::new(self.exports.iter().map(Export::facts).collect());
+        offer.tls = if self.security.is_some() { Tls::Required } else { Tls::None };
+        Arc::new(offer)
+    }
+}
+
+/// A client in its handshake.
+struct Client<'a> {
+    socket: &'a Socket,
+    admission: &'a Admission<'a>,
+    deadline: &'a Deadline,
+}
+
+impl Client<'_> {
+    fn hurried(&self) -> Hurried<'_> {
+        Hurried::new(self.socket, self.deadline)
+    }
+
+    /// It has an export, and may take its time from now on.
+    fn is_ready(&self) -> io::Result<()> {
+        self.deadline.lift();
+        self.socket.be_patient()?;
+        self.admission.has_export();
+        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 #[cfg(unix)]
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// A connection. Like a standard socket it is read and written through a shared reference.
@@ -68,15 +69,23 @@ impl Write for &Socket {
     }
 }
 
-/// A socket all of whose reads and writes must end in time.
-pub(super) struct Hurried<'a> {
-    socket: &'a Socket,
+/// When the handshake of a client must be over.
+#[derive(Debug)]
+pub(super) struct Deadline {
     until: Option<Instant>,
+    is_over: AtomicBool,
 }
 
-impl<'a> Hurried<'a> {
-    pub(super) fn new(socket: &'a Socket, until: Option<Instant>) -> Self {
-        Self { socket, until }
+impl Deadline {
+    /// From now on.
+    pub(super) fn new(limit: Option<Duration>) -> Self {
+        let until = limit.and_then(|limit| Instant::now().checked_add(limit));
+        Self { until, is_over: AtomicBool::new(false) }
+    }
+
+    /// The handshake is over: nothing needs to end in time any more.
+    pub(super) fn lift(&self) {
+        self.is_over.store(true, Ordering::Relaxed);
     }
 
     /// What is left of the time.
@@ -89,10 +98,29 @@ impl<'a> Hurried<'a> {
     }
 }
 
+/// A socket all of whose reads and writes must end in time, however few bytes each of them moves.
+#[derive(Clone, Copy)]
+pub(super) struct Hurried<'a> {
+    socket: &'a Socket,
+    deadline: &'a Deadline,
+}
+
+impl<'a> Hurried<'a> {
+    pub(super) fn new(socket: &'a Socket, deadline: &'a Deadline) -> Self {
+        Self { socket, deadline }
+    }
+
+    fn is_hurried(&self) -> bool {
+        !self.deadline.is_over.load(Ordering::Relaxed)
+    }
+}
+
 impl Read for Hurried<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let mut socket = self.socket;
-        socket.set_read_patience(self.left()?)?;
+        if self.is_hurried() {
+            socket.set_read_patience(self.deadline.left()?)?;
+        }
         socket.read(buf)
     }
 }
@@ -100,7 +128,9 @@ impl Read for Hurried<'_> {
 impl Write for Hurried<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         let mut socket = self.socket;
-        socket.set_write_patience(self.left()?)?;
+        if self.is_hurried() {
+            socket.set_write_patience(self.deadline.left()?)?;
+        }
         socket.write(buf)
     }
 

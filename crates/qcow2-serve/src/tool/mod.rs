@@ -6,10 +6,10 @@ mod options;
 mod words;
 
 pub use options::{OPTIONS, Opt, help};
-pub use words::{listing, no_export, not_bound, not_listed, system_text};
+pub use words::{listing, no_export, no_tls, not_bound, not_listed, system_text};
 
 use crate::export::{DetectZeroes, ExportOptions};
-use crate::nbd::{Address, ServerOptions};
+use crate::nbd::{Address, ServerOptions, TlsNames, handed_over};
 use qcow2_getopt::Getopt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -22,10 +22,22 @@ pub enum Command {
     Help,
     /// The version.
     Version,
-    /// To list the exports of the server there.
-    List(Address),
+    /// To list the exports of another server.
+    List(Box<AskedList>),
     /// To serve an image.
     Serve(Box<Asked>),
+}
+
+/// A server whose exports are to be listed.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct AskedList {
+    /// Where it is.
+    pub address: Address,
+    /// Definitions of objects.
+    pub objects: Vec<String>,
+    /// Names of the objects for TLS.
+    pub tls: TlsNames,
 }
 
 /// An image to serve, and how.
@@ -52,6 +64,8 @@ pub struct Asked {
     pub discards: bool,
     /// Definitions of objects.
     pub objects: Vec<String>,
+    /// Names of the objects for TLS.
+    pub tls: TlsNames,
     /// Trace options.
     pub traces: Vec<String>,
     /// How it is exported.
@@ -60,6 +74,14 @@ pub struct Asked {
     pub server: ServerOptions,
     /// Where to listen.
     pub address: Address,
+    /// What becomes of the process.
+    pub process: Process,
+}
+
+/// What becomes of the server's process.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Process {
     /// Serve in the background.
     pub forks: bool,
     /// Where to write the number of the process.
@@ -84,10 +106,15 @@ impl Refusal {
     }
 }
 
-/// Reads the arguments of a program that was `called` so.
+/// Reads the arguments of a program that was `called` so, which may have got sockets from a service manager.
 pub fn parse(called: &str, args: Vec<String>) -> Result<Command, Refusal> {
+    parse_with(called, args, handed_over())
+}
+
+/// The same for so many sockets.
+fn parse_with(called: &str, args: Vec<String>, sockets: u32) -> Result<Command, Refusal> {
     let mut getopt = Getopt::new(OPTIONS, args, true);
-    let mut request = Request::new();
+    let mut request = Request::new(sockets);
     let try_help = format!("Try `{called} --help' for more information.");
     loop {
         match getopt.next() {
@@ -104,7 +131,9 @@ pub fn parse(called: &str, args: Vec<String>) -> Result<Command, Refusal> {
         }
     }
     if request.lists {
-        return request.finish_list(getopt.into_operands().is_empty()).map(Command::List);
+        return request
+            .finish_list(getopt.into_operands().is_empty())
+            .map(|list| Command::List(Box::new(list)));
     }
     let Ok([image]) = <[String; 1]>::try_from(getopt.into_operands()) else {
         return Err(Refusal { hint: Some(try_help), ..Refusal::new("Invalid number of arguments") });
@@ -117,19 +146,26 @@ struct Request {
     asked: Asked,
     socket: Option<PathBuf>,
     host: String,
-    port: String,
+    port: Option<String>,
+    /// How many were handed over.
+    sockets: u32,
     lists: bool,
     /// An option that is about an image was given.
     is_about_image: bool,
+    /// The socket is to have a label.
+    is_labelled: bool,
+    /// The image is to become a device of the kernel's.
+    is_for_kernel: bool,
     /// Options that may be given once.
     given: Vec<&'static str>,
 }
 
 impl Request {
-    fn new() -> Self {
+    fn new(sockets: u32) -> Self {
         let (mut export, mut server) = (ExportOptions::default(), ServerOptions::default());
         (export.shared, export.discards) = (false, false);
         (server.clients, server.patient, server.persistent) = (1, true, false);
+        let tls = TlsNames { is_lax: true, ..TlsNames::default() };
         let asked = Asked {
             image: String::new(),
             image_opts: false,
@@ -141,15 +177,26 @@ impl Request {
             aio: "threads".to_owned(),
             discards: false,
             objects: Vec::new(),
+            tls,
             traces: Vec::new(),
             export,
             server,
             address: Address::Unix(PathBuf::new()),
-            forks: false,
-            pid_file: None,
+            process: Process::default(),
         };
-        let (host, port) = (String::new(), "10809".to_owned());
-        Self { asked, socket: None, host, port, lists: false, is_about_image: false, given: Vec::new() }
+        let (socket, host, port, given) = Default::default();
+        Self {
+            asked,
+            socket,
+            host,
+            port,
+            sockets,
+            lists: false,
+            is_about_image: false,
+            is_labelled: false,
+            is_for_kernel: false,
+            given,
+        }
     }
 
     fn take(&mut self, opt: Opt, value: String) -> Result<(), Refusal> {
@@ -193,7 +240,7 @@ impl Request {
             }
             Opt::Socket => self.socket = Some(value.into()),
             Opt::Bind => self.host = value,
-            Opt::Port => self.port = value,
+            Opt::Port => self.port = Some(value),
             Opt::StartOffset => asked.export.start = number("offset", &value, u64::MAX)?,
             Opt::Clients => {
                 let most = number("shared device number", &value, i32::MAX as u64)? as usize;
@@ -204,11 +251,7 @@ impl Request {
                 let seconds = number("handshake limit", &value, u32::MAX.into())?;
                 asked.server.handshake_limit = (seconds > 0).then(|| Duration::from_secs(seconds));
             }
-            Opt::Connect | Opt::Disconnect => {
-                return refused(
-                    "kernel NBD devices are not supported; use nbd-client on the socket".to_owned(),
-                );
-            }
+            Opt::Connect | Opt::Disconnect => self.is_for_kernel = true,
             Opt::List => self.lists = true,
             opt => self.take_any(opt, value),
         }
@@ -227,12 +270,16 @@ impl Request {
             Opt::Object => asked.objects.push(value),
             Opt::Trace => asked.traces.push(value),
             Opt::Persistent => asked.server.persistent = true,
-            Opt::Fork => asked.forks = true,
-            Opt::PidFile => asked.pid_file = Some(value),
+            Opt::Fork => asked.process.forks = true,
+            Opt::PidFile => asked.process.pid_file = Some(value),
             Opt::ExportName => asked.export.name = value,
             Opt::Description => asked.export.description = value,
             Opt::BitmapContext => asked.export.bitmaps.push(value),
             Opt::AllocationDepth => asked.export.allocation_depth = true,
+            Opt::TlsCredentials => asked.tls.credentials = Some(value),
+            Opt::TlsAuthorization => asked.tls.authorization = Some(value),
+            Opt::TlsHostname => asked.tls.hostname = Some(value),
+            Opt::SelinuxLabel => self.is_labelled = true,
             _ => {}
         }
     }
@@ -260,6 +307,16 @@ impl Request {
     }
 
     fn finish(self, image: String) -> Result<Asked, Refusal> {
+        self.check_activation()?;
+        if self.is_for_kernel {
+            let text = "kernel NBD devices are not supported; use nbd-client on the socket";
+            return Err(Refusal::new(text));
+        }
+        self.check_tls()?;
+        if self.is_labelled {
+            return Err(Refusal::new("SELinux labels of sockets are not supported"));
+        }
+        let address = self.address();
         let mut asked = self.asked;
         if asked.image_opts && asked.format.is_some() {
             return Err(Refusal::new("--image-opts and -f are mutually exclusive"));
@@ -269,31 +326,69 @@ impl Request {
                 return Err(Refusal::new(format!("export {what} '{text}' too long")));
             }
         }
-        asked.address = address(self.socket, &self.host, &self.port)?;
-        asked.image = image;
+        (asked.address, asked.image) = (address?, image);
         Ok(asked)
     }
 
-    fn finish_list(self, has_no_image: bool) -> Result<Address, Refusal> {
+    /// Who was handed a socket is not told of another one.
+    fn check_activation(&self) -> Result<(), Refusal> {
+        let what = match self.sockets {
+            0 => return Ok(()),
+            _ if self.is_for_kernel => "NBD device can't be set when using socket activation",
+            _ if self.socket.is_some() => "Unix socket can't be set when using socket activation",
+            _ if !self.host.is_empty() => "The interface can't be set when using socket activation",
+            _ if self.port.is_some() => "TCP port number can't be set when using socket activation",
+            _ if self.is_labelled => "SELinux label can't be set when using socket activation",
+            _ if self.lists => "List mode is incompatible with socket activation",
+            1 => return Ok(()),
+            _ => "qemu-nbd does not support socket activation with LISTEN_FDS > 1",
+        };
+        Err(Refusal::new(what))
+    }
+
+    fn address(&self) -> Result<Address, Refusal> {
+        if self.sockets > 0 {
+            return Ok(Address::HandedOver(0));
+        }
+        if let Some(path) = &self.socket {
+            return Ok(Address::Unix(path.clone()));
+        }
+        let (host, port) = (&self.host, self.port.as_deref().unwrap_or("10809"));
+        Address::tcp(host, port).ok_or_else(|| {
+            let host = if host.is_empty() { "0.0.0.0" } else { host };
+            let text = format!("address resolution failed for {host}:{port}: ");
+            Refusal::new(text + "Servname not supported for ai_socktype")
+        })
+    }
+
+    /// Which options of TLS stand together.
+    fn check_tls(&self) -> Result<(), Refusal> {
+        let TlsNames { credentials, authorization, hostname, .. } = &self.asked.tls;
+        Err(Refusal::new(match credentials {
+            None if authorization.is_some() => "--tls-authz is not permitted without --tls-creds",
+            None if hostname.is_some() => "--tls-hostname is not permitted without --tls-creds",
+            Some(_) if authorization.is_some() && self.lists => {
+                "TLS authorization is incompatible with export list"
+            }
+            Some(_) if hostname.is_some() && !self.lists => "TLS hostname is only supported with export list",
+            _ => return Ok(()),
+        }))
+    }
+
+    fn finish_list(self, has_no_image: bool) -> Result<AskedList, Refusal> {
         let what = match () {
             () if !has_no_image => "a file name",
             () if self.is_about_image => "per-device settings",
-            () if self.asked.forks => "forking",
-            () => return address(self.socket, &self.host, &self.port),
+            () if self.asked.process.forks => "forking",
+            () => {
+                self.check_activation()?;
+                self.check_tls()?;
+                let address = self.address()?;
+                return Ok(AskedList { address, objects: self.asked.objects, tls: self.asked.tls });
+            }
         };
         Err(Refusal::new(format!("List mode is incompatible with {what}")))
     }
-}
-
-fn address(socket: Option<PathBuf>, host: &str, port: &str) -> Result<Address, Refusal> {
-    if let Some(path) = socket {
-        return Ok(Address::Unix(path));
-    }
-    Address::tcp(host, port).ok_or_else(|| {
-        let host = if host.is_empty() { "0.0.0.0" } else { host };
-        let text = format!("address resolution failed for {host}:{port}: ");
-        Refusal::new(text + "Servname not supported for ai_socktype")
-    })
 }
 
 /// Reads a number as the tool does: decimal, octal or hexadecimal, without a suffix.
@@ -310,7 +405,8 @@ fn number(what: &str, text: &str, most: u64) -> Result<u64, Refusal> {
 }
 
 /// Options that a list of exports has no use for, and refuses.
-const ABOUT_IMAGES: [Opt; 10] = [
+const ABOUT_IMAGES: [Opt; 11] = [
+    Opt::Connect,
     Opt::ExportName,
     Opt::Description,
     Opt::Snapshot,
@@ -356,6 +452,26 @@ mod tests {
             "-p 70000 disk",
             Err("address resolution failed for 0.0.0.0:70000: Servname not supported for ai_socktype"),
         );
+    }
+
+    /// In the reference's words.
+    #[test]
+    fn a_socket_that_was_handed_over_is_the_only_one() {
+        for (sockets, line, expected) in [
+            (1, "disk", None),
+            (1, "-k /s disk", Some("Unix socket can't be set when using socket activation")),
+            (1, "-k /s -p 1 disk", Some("Unix socket can't be set when using socket activation")),
+            (1, "-b 0.0.0.0 disk", Some("The interface can't be set when using socket activation")),
+            (1, "-p 10809 disk", Some("TCP port number can't be set when using socket activation")),
+            (1, "--selinux-label x disk", Some("SELinux label can't be set when using socket activation")),
+            (1, "-L", Some("List mode is incompatible with socket activation")),
+            (2, "disk", Some("qemu-nbd does not support socket activation with LISTEN_FDS > 1")),
+            (0, "-k /s disk", None),
+        ] {
+            let args = line.split(' ').map(str::to_owned).collect();
+            let seen = parse_with("qemu-nbd", args, sockets).map_err(|refusal| refusal.text);
+            assert_eq!(seen.err().as_deref(), expected, "{sockets} {line}");
+        }
     }
 
     #[test]

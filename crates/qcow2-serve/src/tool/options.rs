@@ -39,6 +39,10 @@ pub enum Opt {
     Fork,
     PidFile,
     Trace,
+    TlsCredentials,
+    TlsAuthorization,
+    TlsHostname,
+    SelinuxLabel,
 }
 
 /// In the order of qemu-nbd's table, which shows in its complaints about abbreviations.
@@ -91,6 +95,16 @@ pub static OPTIONS: &[OptionSpec<Opt>] = &[
         Some("PATH"),
         "write the number of the server's process to a file",
     ),
+    option(Opt::TlsCredentials, None, "tls-creds", Some("ID"), "clients must speak TLS, with this object"),
+    option(
+        Opt::TlsHostname,
+        None,
+        "tls-hostname",
+        Some("NAME"),
+        "with -L: the name that the server's certificate must be for",
+    ),
+    option(Opt::TlsAuthorization, None, "tls-authz", Some("ID"), "who may connect over TLS is this object's"),
+    option(Opt::SelinuxLabel, None, "selinux-label", Some("LABEL"), "refused: sockets get no label"),
     option(Opt::Trace, Some('T'), "trace", Some("TRACE"), "accepted; there are no trace events"),
 ];
 

@@ -1,7 +1,7 @@
 //! qemu-nbd's words for what fails.
 
 use crate::export::ExportError;
-use crate::nbd::{Address, ListError, Listed, ListenError};
+use crate::nbd::{Address, ListError, Listed, ListenError, SecurityError};
 use qcow2_nbd::proto::{Mode, transmission_flag};
 use std::fmt::Write;
 use std::io;
@@ -14,7 +14,15 @@ pub fn not_bound(failed: &ListenError) -> String {
         Address::Tcp { host, port } if failed.error.raw_os_error().is_none() => {
             format!("address resolution failed for {host}:{port}: Name or service not known")
         }
+        Address::Tcp { .. } if failed.error.kind() == io::ErrorKind::AddrInUse => {
+            format!("Failed to find an available port: {reason}")
+        }
         Address::Tcp { .. } => format!("Failed to bind socket: {reason}"),
+        Address::HandedOver(number) => {
+            // Counted from the first one, 3.
+            let number = u64::from(*number) + 3;
+            format!("Socket activation failed: invalid file descriptor fd = {number}: {reason}")
+        }
     }
 }
 
@@ -26,6 +34,16 @@ pub fn no_export(error: &ExportError) -> String {
             format!("Offset ({start}) cannot be greater than size of the containing file ({size})")
         }
         ExportError::Bitmap(error) => error.to_string(),
+    }
+}
+
+/// TLS cannot be had.
+pub fn no_tls(error: &SecurityError) -> String {
+    match error {
+        SecurityError::NoCredentials(_) | SecurityError::NotCredentials(_) | SecurityError::OtherEnd(_) => {
+            format!("Failed to get TLS creds: {error}")
+        }
+        error => error.to_string(),
     }
 }
 
@@ -47,7 +65,7 @@ pub fn not_listed(error: &ListError) -> String {
         ListError::Connect(Address::Tcp { host, port }, error) => {
             format!("Failed to connect to '{host}:{port}': {}", system_text(error))
         }
-        ListError::Io(error) => system_text(error),
+        ListError::Io(error) | ListError::Connect(Address::HandedOver(_), error) => system_text(error),
         error => error.to_string(),
     }
 }

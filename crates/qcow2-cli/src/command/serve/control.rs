@@ -4,13 +4,10 @@ use super::serving::{Also, Served};
 use crate::failure::Failure;
 use crate::files::open_options;
 use crate::session::Session;
-use qcow2_core::{GuestDisk, LiveDisk};
-use qcow2_serve::control::{Control, Controlled, ControlledOptions, Pauses, Record};
-use qcow2_serve::export::Export;
-use qcow2_serve::nbd::Stop;
-use std::io;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use qcow2_serve::control::{self, Record, Seen};
+use qcow2_serve::local::LocalListener;
+use qcow2_serve::nbd::{ListenError, Stop};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -28,48 +25,21 @@ pub(super) fn follow_record(session: &Session, served: &mut Served, also: &Also)
     Ok(())
 }
 
-/// An export, the file of its top, and its pauses.
-pub(super) type Seen<'a> = (&'a Export, (String, Arc<Pauses>));
-
-/// A disk whose layers can be changed; `pauses` sees how long that takes.
-pub(super) fn live(disk: Arc<dyn GuestDisk>, pauses: &Arc<Pauses>) -> Arc<dyn GuestDisk> {
-    Arc::new(LiveDisk::observed(disk, pauses.clone()))
-}
-
 /// Sockets that are there for as long as this is.
 pub(super) struct Beside {
-    control: Option<Socket>,
-    machine: Option<Socket>,
-}
-
-struct Socket {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl Socket {
-    fn bind(path: &Option<PathBuf>) -> Result<Option<Self>, Failure> {
-        let Some(path) = path else { return Ok(None) };
-        let failed = |error| Failure::new(format!("cannot listen on {}: {error}", path.display()));
-        Ok(Some(Self { listener: UnixListener::bind(path).map_err(failed)?, path: path.clone() }))
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        // Whoever has removed it already is not to be told.
-        let _ = std::fs::remove_file(&self.path);
-    }
+    control: Option<LocalListener>,
+    machine: Option<LocalListener>,
 }
 
 impl Beside {
-    pub(super) fn bind(also: &Also) -> Result<Self, Failure> {
-        Ok(Self { control: Socket::bind(&also.control)?, machine: Socket::bind(&also.machine)? })
+    pub(super) fn bind(also: &Also) -> Result<Self, ListenError> {
+        let bind = |path: &Option<PathBuf>| path.as_deref().map(LocalListener::bind).transpose();
+        Ok(Self { control: bind(&also.control)?, machine: bind(&also.machine)? })
     }
 
     /// The paths of the sockets.
-    pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
-        [&self.control, &self.machine].into_iter().flatten().map(|socket| &*socket.path)
+    pub(super) fn paths(&self) -> impl Iterator<Item = PathBuf> {
+        [&self.control, &self.machine].into_iter().flatten().map(LocalListener::path)
     }
 
     /// Serves them while `work` runs; the first of them that fails stops `work`.
@@ -88,7 +58,7 @@ impl Beside {
         };
         std::thread::scope(|scope| {
             let control = self.control.as_ref().map(|socket| {
-                scope.spawn(|| guarded("control", serve_control(&socket.listener, exports, also, &is_over)))
+                scope.spawn(|| guarded("control", serve_control(socket, exports, also, &is_over)))
             });
             let machine = self.machine.as_ref().map(|socket| {
                 scope.spawn(|| guarded("vhost-user-blk", serve_machine(socket, exports, also, &is_over)))
@@ -104,24 +74,18 @@ impl Beside {
 }
 
 fn serve_control(
-    listener: &UnixListener,
+    listener: &LocalListener,
     exports: &[Seen<'_>],
     also: &Also,
     is_over: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), String> {
-    let disks = exports.iter().map(|(export, (file, pauses))| {
-        let mut options = ControlledOptions::new(file, open_options().with_exchangeable(true));
-        options.record = also.record.as_ref().map(Record::new);
-        options.pauses = Some(Arc::clone(pauses));
-        (*export, options)
-    });
-    let controlled = Controlled::new(disks, is_over);
-    Control::new(&controlled, is_over).serve(listener).map_err(|error: io::Error| error.to_string())
+    control::serve(listener, exports, &open_options(), also.record.as_deref(), is_over)
+        .map_err(|error| error.to_string())
 }
 
 #[cfg(target_os = "linux")]
 fn serve_machine(
-    socket: &Socket,
+    listener: &LocalListener,
     exports: &[Seen<'_>],
     also: &Also,
     is_over: &(dyn Fn() -> bool + Sync),
@@ -135,11 +99,16 @@ fn serve_machine(
         ..Settings::default()
     };
     let device = Device::new(Arc::clone(export.disk()), settings).map_err(|error| error.to_string())?;
-    let listener = socket.listener.try_clone().map_err(|error| error.to_string())?;
+    let listener = listener.socket().try_clone().map_err(|error| error.to_string())?;
     serve(&Arc::new(device), listener, is_over).map_err(|error| error.to_string())
 }
 
 #[cfg(not(target_os = "linux"))]
-fn serve_machine(_: &Socket, _: &[Seen<'_>], _: &Also, _: &(dyn Fn() -> bool + Sync)) -> Result<(), String> {
+fn serve_machine(
+    _: &LocalListener,
+    _: &[Seen<'_>],
+    _: &Also,
+    _: &(dyn Fn() -> bool + Sync),
+) -> Result<(), String> {
     Err("only Linux has it".to_owned())
 }

@@ -14,7 +14,7 @@ use qcow2_exerciser::{OpenRequest, RequestError};
 use qcow2_io::{CacheMode, path_of};
 use qcow2_ops::snapshot::SnapshotName;
 use qcow2_serve::export::ExportOptions;
-use qcow2_serve::nbd::{Address, Listener, ServerOptions};
+use qcow2_serve::nbd::{Address, Listener, ServerOptions, TlsNames};
 use serving::{Also, Served, Serving, Words, serve};
 
 /// Runs the verb.
@@ -44,7 +44,7 @@ pub(crate) fn run(session: &Session, mut args: Arguments) -> Result<u8, Failure>
     if request.open.image_opts && request.open.format.is_some() {
         return Err(Failure::new("--image-opts and --format are mutually exclusive"));
     }
-    serve(session, request.into_serving(images), &Own)
+    serve(session, request.into_serving(images)?, &Own)
 }
 
 /// What the options ask for.
@@ -52,6 +52,7 @@ struct Request {
     open: OpenRequest,
     export: ExportOptions,
     server: ServerOptions,
+    tls: TlsNames,
     names: Vec<String>,
     snapshot: Option<SnapshotName>,
     addresses: Vec<Address>,
@@ -67,6 +68,7 @@ impl Default for Request {
             open,
             export: ExportOptions::default(),
             server: ServerOptions::default(),
+            tls: TlsNames::default(),
             names: Vec::new(),
             snapshot: None,
             addresses: Vec::new(),
@@ -107,6 +109,8 @@ impl Request {
             Opt::VhostUserBlk => self.also.machine = Some(path_of(&value).into()),
             Opt::Queues => self.also.queues = parse_count("number of queues", &value, 1..=64)? as u16,
             Opt::Serial => self.also.serial = value,
+            Opt::TlsCredentials => self.tls.credentials = Some(value),
+            Opt::TlsAuthorization => self.tls.authorization = Some(value),
             Opt::Object => self.objects.add(&value)?,
             _ => {}
         }
@@ -114,9 +118,9 @@ impl Request {
     }
 
     /// What to serve: each of `images` with the same options.
-    fn into_serving(mut self, images: Vec<String>) -> Serving {
+    fn into_serving(mut self, images: Vec<String>) -> Result<Serving, Failure> {
         if self.addresses.is_empty() && self.also.machine.is_none() {
-            self.addresses.push(Address::Tcp { host: "127.0.0.1".to_owned(), port: 10_809 });
+            self.addresses = Address::standard();
         }
         let single = images.len() == 1;
         let names = images.iter().map(|image| match single {
@@ -130,8 +134,10 @@ impl Request {
             Served { open, export, snapshot: self.snapshot.clone() }
         });
         let images = served.collect();
+        let security = self.tls.server(self.objects.secrets());
+        let security = security.map_err(|error| Failure::new(error.to_string()))?;
         let (server, addresses, objects) = (self.server, self.addresses, self.objects);
-        Serving { images, server, addresses, objects, also: self.also }
+        Ok(Serving { images, server, security, addresses, objects, also: self.also })
     }
 }
 

@@ -1,6 +1,6 @@
 //! Opened, served, and closed when the server has ended.
 
-use super::control::{Beside, follow_record, live};
+use super::control::{Beside, follow_record};
 use crate::args::Objects;
 use crate::command::io;
 use crate::exit;
@@ -14,9 +14,9 @@ use qcow2_blockdev::{FailureKind, ImageName, Naming, OpenFailure, open_snapshot}
 use qcow2_core::GuestDisk;
 use qcow2_exerciser::{OpenRequest, open_files};
 use qcow2_ops::snapshot::SnapshotName;
-use qcow2_serve::control::Pauses;
+use qcow2_serve::control::{Pauses, live};
 use qcow2_serve::export::{Export, ExportError, ExportOptions};
-use qcow2_serve::nbd::{Address, ListenError, Listener, Server, ServerOptions};
+use qcow2_serve::nbd::{Address, ListenError, Listener, Security, Server, ServerOptions};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,6 +32,7 @@ pub(super) struct Served {
 pub(super) struct Serving {
     pub(super) images: Vec<Served>,
     pub(super) server: ServerOptions,
+    pub(super) security: Option<Security>,
     pub(super) addresses: Vec<Address>,
     pub(super) objects: Objects,
     pub(super) also: Also,
@@ -55,7 +56,7 @@ pub(super) fn serve(session: &Session, serving: Serving, words: &dyn Words) -> R
     let bound = serving.addresses.iter().map(Listener::bind).collect::<Result<Vec<_>, _>>();
     let listeners = bound.map_err(|error| words.not_bound(&error))?;
     let also = &serving.also;
-    let beside = Beside::bind(also)?;
+    let beside = Beside::bind(also).map_err(|error| words.not_bound(&error))?;
     let (mut exports, mut files) = (Vec::new(), Vec::new());
     for mut served in serving.images {
         follow_record(session, &mut served, also)?;
@@ -63,7 +64,7 @@ pub(super) fn serve(session: &Session, serving: Serving, words: &dyn Words) -> R
         exports.push(open(session, served, &serving.objects, (also, &pauses), words)?);
         files.push((file, pauses));
     }
-    let server = Server::new(exports, serving.server);
+    let server = Server::new(exports, serving.server).with_security(serving.security);
     let (stop, stopped) = (server.stop(), Arc::new(AtomicBool::new(false)));
     let (to_stop, signalled) = (server.stop(), Arc::clone(&stopped));
     qcow2_terminal::on_stop(move || {

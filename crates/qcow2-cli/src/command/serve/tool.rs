@@ -11,16 +11,18 @@ use qcow2_exerciser::OpenRequest;
 #[cfg(unix)]
 use qcow2_serve::background;
 use qcow2_serve::export::ExportError;
-use qcow2_serve::nbd::{ListenError, Listener, list};
-use qcow2_serve::tool::{self, Asked, Command};
+use qcow2_serve::nbd::{ListenError, Listener, SecurityError, list};
+use qcow2_serve::tool::{self, Asked, Command, Process};
 
 /// Runs the tool.
 pub(crate) fn run_as_tool(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
     let asked = match tool::parse(session.called(), args) {
         Ok(Command::Serve(asked)) => *asked,
         Ok(Command::Version) => return print_version(session).map(|()| exit::SUCCESS),
-        Ok(Command::List(address)) => {
-            let exports = list(&address).map_err(|error| Failure::new(tool::not_listed(&error)))?;
+        Ok(Command::List(asked)) => {
+            let tls = asked.tls.client(objects(&asked.objects)?.secrets()).map_err(no_tls)?;
+            let exports =
+                list(&asked.address, tls.as_ref()).map_err(|error| Failure::new(tool::not_listed(&error)))?;
             return session.print(&tool::listing(&exports)).map(|()| exit::SUCCESS);
         }
         Ok(_) => return session.print(&tool::help()).map(|()| exit::SUCCESS),
@@ -34,10 +36,10 @@ pub(crate) fn run_as_tool(session: &Session, args: Vec<String>) -> Result<u8, Fa
             return Ok(exit::SUCCESS);
         }
     }
-    let words = Tool { forks: asked.forks, pid_file: asked.pid_file.clone() };
+    let words = Tool(asked.process.clone());
     let serving = serving(asked)?;
     #[cfg(unix)]
-    if words.forks && !background::is_here() {
+    if words.0.forks && !background::is_here() {
         let code = background::start(session.called());
         return code.map(Failure::silent).map_err(|error| failed("Failed to fork", &error)).and_then(Err);
     }
@@ -45,8 +47,8 @@ pub(crate) fn run_as_tool(session: &Session, args: Vec<String>) -> Result<u8, Fa
 }
 
 fn serving(asked: Asked) -> Result<Serving, Failure> {
-    let (mut open, mut objects) = (OpenRequest::default(), Objects::default());
-    asked.objects.iter().try_for_each(|text| objects.add(text))?;
+    let (mut open, objects) = (OpenRequest::default(), objects(&asked.objects)?);
+    let security = asked.tls.server(objects.secrets()).map_err(no_tls)?;
     (open.path, open.image_opts, open.format) = (Some(asked.image), asked.image_opts, asked.format);
     (open.read_only, open.snapshot, open.discards) = (asked.read_only, asked.scratch, asked.discards);
     let set = open.set_cache(Some(&asked.cache)).and_then(|()| open.set_aio(Some(&asked.aio)));
@@ -57,15 +59,20 @@ fn serving(asked: Asked) -> Result<Serving, Failure> {
     });
     let images = vec![Served { open, export: asked.export, snapshot: snapshot.transpose()? }];
     let also = Also::default();
-    Ok(Serving { images, server: asked.server, addresses: vec![asked.address], objects, also })
+    Ok(Serving { images, server: asked.server, security, addresses: vec![asked.address], objects, also })
+}
+
+fn objects(texts: &[String]) -> Result<Objects, Failure> {
+    let mut objects = Objects::default();
+    texts.iter().try_for_each(|text| objects.add(text)).map(|()| objects)
+}
+
+fn no_tls(error: SecurityError) -> Failure {
+    Failure::new(tool::no_tls(&error))
 }
 
 /// qemu-nbd's words.
-struct Tool {
-    /// Whether this process is to serve in the background.
-    forks: bool,
-    pid_file: Option<String>,
-}
+struct Tool(Process);
 
 impl Words for Tool {
     fn not_bound(&self, error: &ListenError) -> Failure {
@@ -89,12 +96,12 @@ impl Words for Tool {
 
     fn ready(&self, _session: &Session, _listeners: &[Listener]) -> Result<(), Failure> {
         #[cfg(unix)]
-        if let Some(path) = &self.pid_file {
+        if let Some(path) = &self.0.pid_file {
             let written = background::write_pid(path.as_ref());
             written.map_err(|error| failed(&format!("Could not create '{path}'"), &error))?;
         }
         #[cfg(unix)]
-        if self.forks {
+        if self.0.forks {
             background::detach().map_err(|error| failed("Failed to daemonize", &error))?;
         }
         Ok(())
