@@ -121,7 +121,14 @@ impl Job<'_> {
                 // The clusters are counted without these entries: an entry may refer to the table that it is
                 // in.
                 words.iter().try_for_each(|&(at, _)| self.set_words(at, &[0]))?;
-                let tables = self.sole_tables(words.iter().map(|&(at, _)| at), &parts)?;
+                let mut tables = self.sole_tables(words.iter().map(|&(at, _)| at), &parts)?;
+                // Where an entry elsewhere says that there is an L2 table, one of the two is wrong.
+                for table in words.iter().filter_map(|&(at, raw)| self.leads_elsewhere(at, raw)) {
+                    tables.remove(&table);
+                }
+                // An edit that was not made leaves the entry as it was.
+                let now: BTreeMap<HostOffset, u64> = words.iter().copied().collect();
+                slots.iter_mut().for_each(|slot| slot.raw = now.get(&slot.at).copied().unwrap_or(slot.raw));
                 let sole = |at: HostOffset| tables.contains(&self.format.geometry.host_cluster(at).value());
                 for &(at, raw) in words.iter().filter(|(at, _)| !sole(*at)) {
                     self.set_words(at, &[raw])?;
@@ -138,6 +145,14 @@ impl Job<'_> {
         }
         self.tables_missing |= !round.tables.is_empty();
         Ok(())
+    }
+
+    /// The cluster that the L1 entry `raw` at `at` leads to, if the entry is not in it itself.
+    fn leads_elsewhere(&self, at: HostOffset, raw: u64) -> Option<u64> {
+        let geometry = &self.format.geometry;
+        let table = L1Entry::decode(raw, geometry).ok()?.l2_table?;
+        let cluster = geometry.host_cluster(table).value();
+        (geometry.host_cluster(at).value() != cluster).then_some(cluster)
     }
 
     fn mend_l1(&mut self, segment: Segment, metadata: &Metadata, round: &mut Round) -> Result<()> {
