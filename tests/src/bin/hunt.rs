@@ -1,8 +1,8 @@
 //! `cargo xtask hunt`: looks for command lines on which our program differs from qemu-img and qemu-io.
-#![allow(clippy::print_stdout, reason = "a tool for the terminal")]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a tool for the terminal")]
 
 use qcow2_testkit::oracle::Tool;
-use qcow2_tests::hunt::{Budget, hunt};
+use qcow2_tests::hunt::{Budget, Found, hunt};
 use qcow2_tests::start::make_start;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -68,7 +68,9 @@ fn in_folder(root: &Path, budget: &Budget) -> Result<qcow2_tests::hunt::Report, 
     let start = root.join("start");
     std::fs::create_dir_all(&start).map_err(|e| format!("{}: {e}", start.display()))?;
     make_start(&Tool::find("qemu-img").ok_or("qemu-img is needed")?, &start);
-    hunt(&ours()?, root, start, budget).ok_or_else(|| "qemu-img and qemu-io are needed".to_owned())
+    // A long hunt shows at once what it has; the report at the end has each cause with its smallest history.
+    let tell = |found: &Found| eprintln!("seed {}: {}", found.seed, found.cause);
+    hunt(&ours()?, root, start, budget, &tell).ok_or_else(|| "qemu-img and qemu-io are needed".to_owned())
 }
 
 /// Our program, built beside this one.

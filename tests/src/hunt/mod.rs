@@ -68,8 +68,15 @@ impl Report {
 }
 
 /// Hunts with our program at `ours`. `root`: an empty folder to work in; `start`: the folder in which each
-/// history begins. `None`, with a printed skip, if the reference is missing.
-pub fn hunt(ours: &Path, root: &Path, start: PathBuf, budget: &Budget) -> Option<Report> {
+/// history begins; `tell` is called with each new cause, before it is shrunk. `None`, with a printed skip, if the
+/// reference is missing.
+pub fn hunt(
+    ours: &Path,
+    root: &Path,
+    start: PathBuf,
+    budget: &Budget,
+    tell: &(dyn Fn(&Found) + Sync),
+) -> Option<Report> {
     let pair = Pair::new(ours, root, start)?;
     let started = Instant::now();
     let (next, lines) = (AtomicU64::new(budget.first_seed), AtomicU64::new(0));
@@ -94,6 +101,7 @@ pub fn hunt(ours: &Path, root: &Path, start: PathBuf, budget: &Budget) -> Option
             let found = found(seed, history.clone(), difference);
             guard.1.insert(found.cause.clone(), found.clone());
             drop(guard);
+            tell(&found);
             let small = shrink::shrink(&pair, history, &found.cause);
             let mut guard = report.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(found) = guard.1.get_mut(&found.cause) {

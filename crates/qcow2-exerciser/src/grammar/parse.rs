@@ -276,10 +276,11 @@ fn truncate(arguments: &Arguments<'_>) -> Parsed {
             return Err(Complaint::Named(format!("Invalid preallocation mode '{mode}'")));
         }
     }
-    let size = arguments.operands.first().copied().ok_or(Complaint::Usage(None))?;
+    let size = arguments.operands.first().copied();
     let preallocation = arguments.last('m').filter(|mode| *mode != "off").map(str::to_owned);
-    // The complaint names the first argument, which options are moved to.
-    let first = if arguments.options.is_empty() { size } else { "-m" };
+    // The complaint names the first argument, which options are moved to; a missing size is a wrong one.
+    let first = if arguments.options.is_empty() { size.unwrap_or("--") } else { "-m" };
+    let size = size.unwrap_or_default();
     let size = number(size).map_err(|text| text.replace(&format!("-- {size}"), &format!("-- {first}")))?;
     Ok(Command::Truncate { size, preallocation })
 }

@@ -193,6 +193,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("sleep 1k", "out: 1k is not a valid number"),
     ("truncate", "bad argument count 0 to truncate, expected between 1 and 3 arguments"),
     ("truncate -m", "usage: truncate: option requires an argument -- 'm'"),
+    ("truncate -m full", "out: Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- -m"),
+    ("truncate --", "out: Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- --"),
     ("truncate -m some x", "named: Invalid preallocation mode 'some'"),
     ("truncate 1x", "out: Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- 1x"),
     ("wait_break", "bad argument count 0 to wait_break, expected 1 arguments"),

@@ -91,7 +91,7 @@ impl Request {
         let mut list = KeyValues::parse_image_options(&texts.options);
         if list.asks_help() {
             let format = new_image_format(request.target.format())?;
-            print_options(session, &format, !args.into_operands().is_empty())?;
+            print_options(session, &format, args.into_operands().len() > 1)?;
             if format == ImageFormat::Qcow2 && !session.is_drop_in() {
                 session.print(COMPRESSION_HELP)?;
             }
