@@ -121,9 +121,14 @@ impl Pair {
             let args = ["compare".as_ref(), old.as_os_str(), new.as_os_str()];
             what == CONTENT && self.reference_says(ours, &args).is_some_and(|said| said.code == Some(0))
         };
-        let was_damaged = || {
-            let check = ["check".as_ref(), old.as_os_str()];
-            self.reference.img.run_in(copy.path(), &check).code == Some(2)
+        let check = |image: &Path| self.reference_says(ours, &["check".as_ref(), image.as_os_str()]);
+        let counted_too_low = || {
+            let low = |said: Outcome| said.code == Some(2) && said.stderr.contains("ERROR cluster ");
+            check(&old).is_some_and(low)
+        };
+        let is_as_damaged = || {
+            let errors = |image| check(image).map(|said| (said.code, said.stderr));
+            errors(&old) == errors(&new)
         };
         let verb = match failed && what == CONTENT && self.only_compressed_differ(line, &name, ours, theirs) {
             true => "qemu-io failed, within its compressed writes".to_owned(),
@@ -137,8 +142,16 @@ impl Pair {
                 format!("{verb}: {what}{ABOVE}")
             }
             _ if keeps_content() => format!("{verb}: content that only ours kept"),
-            CONTENT if was_damaged() => format!("{verb}: content of an image that was damaged before"),
-            CONTENT if words(line).iter().any(|word| word == "-B") => format!("{verb} -B: {what}"),
+            CHECK if is_as_damaged() => format!("{verb}: {what}, as damaged as before"),
+            CONTENT if counted_too_low() => {
+                format!("{verb}: content of an image with a count that was too low")
+            }
+            CONTENT
+                if words(line).iter().any(|word| word == "-B")
+                    && self.only_ours_copied(line, ours, theirs) =>
+            {
+                format!("{verb} -B: {what} that only ours copied")
+            }
             _ => format!("{verb}: {what}"),
         };
         [was_theirs, copy].into_iter().for_each(|copy| self.copies.give_back(copy));
@@ -164,6 +177,15 @@ impl Pair {
             says(&args).is_some_and(|said| said.code == Some(0))
         };
         !written.is_empty() && without(size, written).iter().all(same)
+    }
+
+    /// True if the last disk in `line` shows what the one before it shows in our folder, and not in the other.
+    fn only_ours_copied(&self, line: &str, ours: &FolderCopy, theirs: &FolderCopy) -> bool {
+        let words = words(line);
+        let [.., source, target] = &words[..] else { return false };
+        let args = ["compare", source, target].map(OsStr::new);
+        let code = |copy| self.reference_says(copy, &args).and_then(|said| said.code);
+        (code(ours), code(theirs)) == (Some(0), Some(1))
     }
 
     /// A folder after the lines `before` with one of the tools.
@@ -216,7 +238,7 @@ impl Pair {
                 return differs("files that are not checked in time", name.clone());
             };
             let worse = of_ours.code != of_theirs.code && !matches!(of_ours.code, Some(0 | 63));
-            if worse { differs("check of our image", format!("{name}: {of_ours}")) } else { None }
+            if worse { differs(CHECK, format!("{name}: {of_ours}")) } else { None }
         })
     }
 }
@@ -230,6 +252,8 @@ struct FileDifference {
 
 /// Of a disk, as a guest sees it.
 const CONTENT: &str = "content";
+/// Of an image in which the reference finds other damage than in its own.
+const CHECK: &str = "check of our image";
 /// Of a disk that neither tool changed: it differs by what it stands on.
 const ABOVE: &str = " of a disk above what changed";
 
