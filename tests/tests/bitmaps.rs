@@ -154,3 +154,18 @@ fn bitmaps_that_share_clusters_are_cheap() {
         assert!(tells(&outcome), "{outcome}");
     }
 }
+
+/// There is no valid form of a bitmap without bits: an image with one does not open for writing any more.
+#[test]
+fn a_disk_with_bitmaps_does_not_shrink_to_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    run(folder.path(), "create -q -f qcow2 image 4M").success();
+    run(folder.path(), "bitmap --add image b0").success();
+    let image = folder.path().join("image");
+    let before = fs::read(&image).unwrap();
+    assert_ne!(run(folder.path(), "io -f qcow2 -c 'truncate 0' image").code, Some(0));
+    assert_eq!(fs::read(&image).unwrap(), before);
+    run(folder.path(), "bitmap --remove image b0").success();
+    run(folder.path(), "io -f qcow2 -c 'truncate 0' image").success();
+    run(folder.path(), "check -q image").success();
+}

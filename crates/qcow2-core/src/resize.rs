@@ -30,10 +30,11 @@ impl Image {
     /// Makes the disk `size` bytes long, a multiple of 512. New bytes read as zeroes, even if the backing
     /// file is longer or the disk was longer before.
     ///
-    /// Disk: in the order above; an external data file gets exactly `size` bytes. Errors: `InvalidOption` for
-    /// a size that is no multiple of 512 or needs a larger L1 table than allowed; `Unsupported` for a version
-    /// 2 image with snapshots; `NoSpace`; `Storage`, before anything is written if the data file is a device
-    /// of another length. Spec: "Header", "Cluster mapping".
+    /// Disk: in the order above; an external data file gets exactly `size` bytes. Errors: `InvalidOption`
+    /// for a size that is no multiple of 512 or needs a larger L1 table than allowed, and for 0 bytes of a
+    /// disk with bitmaps; `Unsupported` for a version 2 image with snapshots; `NoSpace`; `Storage`, before
+    /// anything is written if the data file is a device of another length. Spec: "Header", "Cluster
+    /// mapping".
     pub(crate) fn change_size(&self, size: u64) -> Result<()> {
         self.resize_while(size, &mut || ControlFlow::Continue(()))
     }

@@ -135,11 +135,11 @@ impl Pair {
             false => deed_of(line),
         };
         let cause = match what {
-            _ if failed && (is_same(&copy, ours) || keeps_content()) => {
-                format!("{verb}: failed, and only the reference changed a file")
-            }
             CONTENT if is_same(&copy, ours) && is_same(&was_theirs, theirs) => {
                 format!("{verb}: {what}{ABOVE}")
+            }
+            _ if failed && (is_same(&copy, ours) || keeps_content()) => {
+                format!("{verb}: failed, and only the reference changed a file")
             }
             _ if keeps_content() => format!("{verb}: content that only ours kept"),
             CHECK if is_as_damaged() => format!("{verb}: {what}, as damaged as before"),

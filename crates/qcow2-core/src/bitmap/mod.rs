@@ -93,9 +93,7 @@ impl Image {
             if self.header().version < Version::V3 {
                 return Err(Error::new(ErrorKind::Unsupported, "a version 2 image cannot store bitmaps"));
             }
-            if self.size() == 0 {
-                return invalid("a disk without bytes cannot have a bitmap".into());
-            }
+            check_has_bytes(self.size())?;
             if state.position(name).is_some() {
                 return Err(Error::new(ErrorKind::Exists, format!("bitmap already exists: {}", text(name))));
             }
@@ -271,7 +269,7 @@ impl Image {
     }
 
     /// Must run before the disk is resized to `size` bytes: loads all bitmaps and sets their in-use flags on
-    /// disk. Errors: `Inconsistent` or `NoSpace` if a bitmap cannot be resized.
+    /// disk. Errors: `Inconsistent` or `NoSpace` if a bitmap cannot be resized; `InvalidOption` for 0 bytes.
     pub(crate) fn begin_resize_of_bitmaps(&self, size: u64) -> Result<()> {
         if self.header().trusted_bitmaps().is_none() && !read(&self.bitmaps.state).changed {
             return Ok(());
@@ -279,6 +277,9 @@ impl Image {
         let mut state = self.known_bitmaps()?;
         if let Some(lost) = state.live.iter().find(|live| live.entry.in_use) {
             return Err(inconsistent(&lost.entry.name));
+        }
+        if !state.live.is_empty() {
+            check_has_bytes(size)?;
         }
         state.live.iter().try_for_each(|live| Bits::check_size(live.entry.granularity_bits, size))?;
         self.load_all(&mut state, |_| true)?;
@@ -303,4 +304,12 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// A bitmap has a table of one entry at least, and one of a disk without bytes none: no reader accepts either.
+fn check_has_bytes(size: u64) -> Result<()> {
+    if size > 0 {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::InvalidOption, "a disk without bytes cannot have a bitmap"))
 }
