@@ -143,6 +143,9 @@ impl Pair {
             }
             _ if keeps_content() => format!("{verb}: content that only ours kept"),
             CHECK if is_as_damaged() => format!("{verb}: {what}, as damaged as before"),
+            CONTENT if self.is_copy_of_layout(line, &name, [ours, theirs]) => {
+                format!("{verb}: {what} of an image copied as raw")
+            }
             CONTENT if counted_too_low() => {
                 format!("{verb}: content of an image with a count that was too low")
             }
@@ -186,6 +189,19 @@ impl Pair {
         let args = ["compare", source, target].map(OsStr::new);
         let code = |copy| self.reference_says(copy, &args).and_then(|said| said.code);
         (code(ours), code(theirs)) == (Some(0), Some(1))
+    }
+
+    /// True if in both folders the disk `name` is equal to the bytes of one image that `line` names.
+    fn is_copy_of_layout(&self, line: &str, name: &str, folders: [&FolderCopy; 2]) -> bool {
+        let mut words = line.split(|c: char| !c.is_alphanumeric() && c != '.');
+        words.any(|source| {
+            let is_copy = |copy: &FolderCopy| {
+                let args = ["compare", "-f", "raw", source, name].map(OsStr::new);
+                self.reference_says(copy, &args).is_some_and(|said| said.code == Some(0))
+            };
+            let is_file = source != name && folders[0].path().join(source).is_file();
+            is_file && folders.into_iter().all(is_copy)
+        })
     }
 
     /// A folder after the lines `before` with one of the tools.
