@@ -66,21 +66,26 @@ fn from_json(text: &str) -> Result<KeyValues, NoItems> {
 
 /// Adds a field, and those in it, under keys with dots. The parser bounds how deep they stand in one another.
 fn flatten(kind: &str, key: &str, value: &Value, list: &mut KeyValues) -> Result<(), NoItems> {
-    let wanted = type_of(kind, key);
-    match (wanted, value) {
+    let text = match (type_of(kind, key), value) {
         (Type::Object, Value::Object(fields)) => {
-            fields.iter().try_for_each(|(name, value)| flatten(kind, &format!("{key}.{name}"), value, list))
+            return fields
+                .iter()
+                .try_for_each(|(name, value)| flatten(kind, &format!("{key}.{name}"), value, list));
         }
-        (Type::Array, Value::Array(values)) => (0..)
-            .zip(values)
-            .try_for_each(|(number, value)| flatten(kind, &format!("{key}.{number}"), value, list)),
-        (Type::Text, Value::String(text)) => Ok(list.push(key, text)),
-        (Type::Integer, Value::Number(number)) if !number.is_f64() => Ok(list.push(key, &number.to_string())),
-        (Type::Switch, Value::Bool(on)) => Ok(list.push(key, if *on { "on" } else { "off" })),
+        (Type::Array, Value::Array(values)) => {
+            return (0..)
+                .zip(values)
+                .try_for_each(|(number, value)| flatten(kind, &format!("{key}.{number}"), value, list));
+        }
+        (Type::Text, Value::String(text)) => text.clone(),
+        (Type::Integer, Value::Number(number)) if !number.is_f64() => number.to_string(),
+        (Type::Switch, Value::Bool(on)) => if *on { "on" } else { "off" }.to_owned(),
         // It is refused for its key, whatever its value is.
-        (Type::Unknown, _) => Ok(list.push(key, "")),
-        (wanted, _) => Err(NoItems::WrongType(in_brackets(key), wanted.name())),
-    }
+        (Type::Unknown, _) => String::new(),
+        (wanted, _) => return Err(NoItems::WrongType(in_brackets(key), wanted.name())),
+    };
+    list.push(key, &text);
+    Ok(())
 }
 
 /// A key as QEMU shows it for JSON: `rules[0].match` where a list of `key=value` has `rules.0.match`.

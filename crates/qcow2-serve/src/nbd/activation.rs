@@ -18,9 +18,10 @@ pub fn handed_over() -> u32 {
 }
 
 impl Address {
-    /// Where a server listens that was told to listen on `named`. If that is nothing: on the sockets that were
-    /// handed over to it, or, unless it has other sockets (`has_others`), on port 10809 of this machine alone.
-    /// Errors: it was told something, and clients of the sockets that were handed over would wait for ever.
+    /// Where a server listens that was told to listen on `named`. If that is nothing: on the sockets that
+    /// were handed over to it, or, unless it has other sockets (`has_others`), on port 10809 of this machine
+    /// alone. Errors: it was told something, and clients of the sockets that were handed over would wait for
+    /// ever.
     pub fn choose(named: Vec<Self>, has_others: bool) -> Result<Vec<Self>, HandedOverToo> {
         Self::choose_with(named, has_others, handed_over())
     }

@@ -133,7 +133,8 @@ impl Server {
             let socket = match listener.accept() {
                 Ok(socket) => Arc::new(socket),
                 Err(_) if self.clients.is_stopping() => break,
-                // The client is gone already, somebody else has taken it, or there are too many files for now.
+                // The client is gone already, somebody else has taken it, or there are too many files for
+                // now.
                 Err(error) if is_temporary(&error) => {
                     std::thread::sleep(ACCEPT_PAUSE);
                     continue;
