@@ -85,9 +85,21 @@ impl KeyValues {
     /// Reads `key=value` pairs only; `implied`: the key of a first item without one. Errors: an
     /// item that is no pair.
     pub fn parse_pairs(text: &str, implied: Option<&str>) -> Result<Self, KeyValueError> {
+        Self::parse_each(text, implied, false)
+    }
+
+    /// The same where a lone `help` or `?` asks for help, the first item too.
+    pub fn parse_pairs_or_help(text: &str, implied: Option<&str>) -> Result<Self, KeyValueError> {
+        Self::parse_each(text, implied, true)
+    }
+
+    fn parse_each(text: &str, implied: Option<&str>, helps: bool) -> Result<Self, KeyValueError> {
         let mut list = Self::default();
         for (index, item) in split(text).iter().enumerate() {
             match (item.split_once('='), implied) {
+                (None, _) if helps && matches!(&**item, "help" | "?") => {
+                    list.help.get_or_insert((item.clone(), list.pairs.len()));
+                }
                 (Some(("", _)), _) => return Err(KeyValueError::NoKey),
                 (Some((key, value)), _) => list.push(key, value),
                 (None, Some(implied)) if index == 0 && !item.is_empty() => list.push(implied, item),
@@ -151,7 +163,7 @@ impl KeyValues {
         taken
     }
 
-    fn push(&mut self, key: &str, value: &str) {
+    pub(crate) fn push(&mut self, key: &str, value: &str) {
         self.pairs.push(Pair { key: key.to_owned(), value: value.to_owned() });
     }
 }

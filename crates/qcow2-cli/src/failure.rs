@@ -45,6 +45,8 @@ enum Kind {
     Syntax(Option<&'static str>),
     /// Nothing: all was said already.
     Silent,
+    /// No failure, but what was asked for.
+    Help,
 }
 
 impl Failure {
@@ -102,6 +104,15 @@ impl Failure {
     /// A failure that prints nothing more.
     pub(crate) fn silent(code: u8) -> Self {
         Self { kind: Kind::Silent, code, ..Self::new("") }
+    }
+
+    /// Help that was asked for in the middle of options: it ends the command, and is printed as what it is.
+    pub(crate) fn help(text: String) -> Self {
+        Self { kind: Kind::Help, code: exit::SUCCESS, ..Self::new(text) }
+    }
+
+    pub(crate) fn as_help(&self) -> Option<&str> {
+        matches!(self.kind, Kind::Help).then_some(&*self.message)
     }
 
     /// The message and what follows it, as lines.
@@ -163,7 +174,9 @@ impl Failure {
 
     /// Gives another exit code than 1.
     pub(crate) fn with_code(mut self, code: u8) -> Self {
-        self.code = code;
+        if self.code == exit::FAILURE {
+            self.code = code;
+        }
         self
     }
 
@@ -176,7 +189,7 @@ impl Failure {
     /// is the name in option syntax errors and pointers to help.
     pub(crate) fn lines(&self, program: &str, called: &str) -> Vec<String> {
         let (name, verb) = match self.kind {
-            Kind::Silent => return Vec::new(),
+            Kind::Silent | Kind::Help => return Vec::new(),
             Kind::Plain => (program.to_owned(), None),
             Kind::Usage(verb) => (program.to_owned(), Some(verb)),
             Kind::Syntax(None) => (called.to_owned(), Some(None)),

@@ -34,7 +34,11 @@ pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
         persona::speak_own_words();
     }
     let args = args.map(|arg| qcow2_io::text_of_name(&arg)).collect();
-    dispatch(&session, args).unwrap_or_else(|failure| {
+    let done = dispatch(&session, args).or_else(|failure| match failure.as_help() {
+        Some(text) => session.print(text).map(|()| failure.code()),
+        None => Err(failure),
+    });
+    done.unwrap_or_else(|failure| {
         session.report(&failure);
         failure.code()
     })

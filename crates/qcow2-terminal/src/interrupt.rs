@@ -95,6 +95,7 @@ impl Interrupts {
 }
 
 impl Shared {
+    #[cfg(unix)]
     fn take(&self, signal: i32) {
         let again = self.signal.swap(signal, Ordering::SeqCst) != 0;
         if again || !self.watched.load(Ordering::SeqCst) {

@@ -1,6 +1,7 @@
 //! The disk, and what the guest is told of it.
 
 use crate::config::{self, State};
+use crate::observe::{Ended, Observer};
 use qcow2_core::GuestDisk;
 use std::fmt;
 use std::sync::Arc;
@@ -53,6 +54,7 @@ pub struct Device {
     flushes: AtomicBool,
     /// Whether the driver left the write cache on.
     cache: AtomicBool,
+    observer: Observer,
 }
 
 impl Device {
@@ -72,7 +74,20 @@ impl Device {
             Some(start) => start.copy_from_slice(given),
             None => return refuse(format!("a serial number of {} bytes: at most {SERIAL}", given.len())),
         }
-        Ok(Self { disk, settings, serial, flushes: AtomicBool::new(true), cache: AtomicBool::new(true) })
+        let (flushes, cache) = (AtomicBool::new(true), AtomicBool::new(true));
+        Ok(Self { disk, settings, serial, flushes, cache, observer: Observer::default() })
+    }
+
+    /// The same with somebody who is told of each request that reached the disk. `observer` is called on the
+    /// threads of all queues, before the guest gets its answer: it should not block.
+    #[must_use]
+    pub fn with_observer(mut self, observer: impl Fn(Ended) + Send + Sync + 'static) -> Self {
+        self.observer = Observer::new(observer);
+        self
+    }
+
+    pub(crate) fn observer(&self) -> &Observer {
+        &self.observer
     }
 
     pub(crate) fn disk(&self) -> &dyn GuestDisk {

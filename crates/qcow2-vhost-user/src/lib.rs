@@ -45,9 +45,11 @@ mod config;
 mod device;
 mod direct;
 mod guest;
+mod observe;
 mod request;
 mod serve;
 
 pub use self::device::{Device, Settings, SettingsError};
+pub use self::observe::{Ended, Kind};
 pub use self::request::PIECE;
 pub use self::serve::{ServeError, serve};

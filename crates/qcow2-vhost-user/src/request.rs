@@ -4,6 +4,7 @@
 use crate::device::Device;
 use crate::direct;
 use crate::guest::GuestBytes;
+use crate::observe::Kind;
 use qcow2_core::{GuestDisk, GuestOffset, GuestRange, ZeroMode};
 use std::io::{Read, Write};
 
@@ -100,13 +101,13 @@ impl Device {
         match u32::from_le_bytes([a, b, c, d]) {
             READ => self.read(offset, transfer, buffer),
             WRITE => self.write(offset, transfer, buffer),
-            FLUSH => self.disk().flush().map_err(|_| Status::Failed),
+            FLUSH => self.flush(),
             GET_ID => {
                 let len = transfer.wanted.min(self.serial().len());
                 transfer.to_guest.write_all(&self.serial()[..len]).map_err(|_| Status::Failed)
             }
             DISCARD => self.each_segment(transfer, |flags, range| match flags {
-                0 => self.disk().discard(range).map_err(|_| Status::Failed),
+                0 => self.change(Kind::Discard, range, |disk| disk.discard(range)),
                 _ => Err(Status::Unsupported),
             }),
             WRITE_ZEROES => self.each_segment(transfer, |flags, range| {
@@ -115,7 +116,7 @@ impl Device {
                     UNMAP => ZeroMode::MayUnmap,
                     _ => return Err(Status::Unsupported),
                 };
-                self.disk().write_zeroes(range, mode).map_err(|_| Status::Failed)
+                self.change(Kind::WriteZeroes, range, |disk| disk.write_zeroes(range, mode))
             }),
             _ => Err(Status::Unsupported),
         }
@@ -127,7 +128,16 @@ impl Device {
         transfer: &mut Transfer<R, W>,
         buffer: &mut Vec<u8>,
     ) -> Outcome {
-        self.range(offset, transfer.wanted as u64)?;
+        let whole = self.range(offset, transfer.wanted as u64)?;
+        self.observer().time(Kind::Read, whole.len(), || self.read_pieces(offset, transfer, buffer))
+    }
+
+    fn read_pieces<R, W: Outgoing>(
+        &self,
+        offset: u64,
+        transfer: &mut Transfer<R, W>,
+        buffer: &mut Vec<u8>,
+    ) -> Outcome {
         let mut at = offset;
         while transfer.wanted > 0 {
             let range = self.range(at, transfer.wanted as u64)?;
@@ -152,7 +162,17 @@ impl Device {
         buffer: &mut Vec<u8>,
     ) -> Outcome {
         self.check_writable()?;
-        self.range(offset, transfer.sent as u64)?;
+        let whole = self.range(offset, transfer.sent as u64)?;
+        self.observer().time(Kind::Write, whole.len(), || self.write_pieces(offset, transfer, buffer))?;
+        self.finish_change()
+    }
+
+    fn write_pieces<R: Incoming, W>(
+        &self,
+        offset: u64,
+        transfer: &mut Transfer<R, W>,
+        buffer: &mut Vec<u8>,
+    ) -> Outcome {
         let mut at = offset;
         while transfer.sent > 0 {
             let range = self.range(at, transfer.sent as u64)?;
@@ -167,7 +187,21 @@ impl Device {
             transfer.sent -= piece.len();
             at += piece.len() as u64;
         }
-        self.finish_change()
+        Ok(())
+    }
+
+    fn flush(&self) -> Outcome {
+        self.observer().time(Kind::Flush, 0, || self.disk().flush()).map_err(|_| Status::Failed)
+    }
+
+    /// One range of a request that may have several.
+    fn change(
+        &self,
+        kind: Kind,
+        range: GuestRange,
+        change: impl FnOnce(&dyn GuestDisk) -> qcow2_core::Result<()>,
+    ) -> Outcome {
+        self.observer().time(kind, range.len(), || change(self.disk())).map_err(|_| Status::Failed)
     }
 
     /// Runs `change` on each range of a discard or zeroing request. All are checked before the first one is
@@ -204,7 +238,7 @@ impl Device {
         if self.is_writeback() {
             return Ok(());
         }
-        self.disk().flush().map_err(|_| Status::Failed)
+        self.flush()
     }
 
     fn check_writable(&self) -> Outcome {

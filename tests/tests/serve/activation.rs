@@ -58,6 +58,18 @@ fn a_unix_socket_that_was_handed_over() {
     }
 }
 
+/// Clients of the manager's socket would wait for ever for a server that listens elsewhere.
+#[test]
+fn no_other_socket_beside_one_that_was_handed_over() {
+    let folder = folder();
+    for args in ["serve --socket other disk", "serve --listen localhost:0 disk"] {
+        let line = format!("exec 3</dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; exec '{OURS}' {args}");
+        let refused = Tool::at("/bin/sh").run_in(folder.path(), &["-c", &line]).expect_code(1);
+        assert!(refused.stderr.contains("LISTEN_FDS"), "{args}: {}", refused.stderr);
+        assert!(!folder.path().join("other").exists());
+    }
+}
+
 /// A second client, where the server takes two.
 fn connect_if_many(args: &str, path: &Path, one: &Client) -> Vec<u8> {
     if args.starts_with("serve") { connect(path).read(0, 512) } else { one.read(0, 512) }

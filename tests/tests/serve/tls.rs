@@ -127,6 +127,13 @@ fn only_those_that_are_authorized() {
     }
     // Clients that prove nothing cannot be told apart: the reference lets all of them in.
     let creds = credentials("srv", "off");
+    for authz in ["a", "none"] {
+        let args =
+            ["-t", "--object", &creds, "--object", &exact, "--tls-creds", "t", "--tls-authz", authz, "disk"];
+        let server = Server::start_tool(root, &args);
+        assert!(is_let_in(root, "cli") && is_let_in(root, "anybody"), "{authz}");
+        assert!(server.end("-TERM").success());
+    }
     let args =
         ["serve", "--object", &creds, "--object", &exact, "--tls-creds", "t", "--tls-authz", "a", "disk"];
     let refused = Tool::at(OURS).run_in(root, &args);

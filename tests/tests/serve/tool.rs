@@ -89,6 +89,27 @@ const REFUSED: &[&str] = &[
     "--object secret nofile",
     "--object secret,id=a nofile",
     "--object secret,id=a,data=b,data=c nofile",
+    "--object foo,id=a",
+    "--object foo,id=a --bogus",
+    "--object foo,id=a -k relative disk",
+    "-k relative --object foo,id=a disk",
+    "-L --object foo,id=a",
+    "-T foo=bar --object foo,id=a",
+    "--object secret,id=a,foo,help",
+    "--object {\"qom-type\":\"secret\",\"id\":\"a\"} disk",
+    "--object {\"qom-type\":\"secret\",\"id\":\"a\",\"data\":\"b\"} nofile",
+    "--object {\"qom-type\":\"secret\",\"id\":\"a\",\"data\":5} disk",
+    "--object {\"id\":\"a\"} disk",
+    "--object {\"id\" disk",
+    "-o -0 nofile",
+    "-o -1 nofile",
+    "-o +1 nofile",
+    "-o -1 -f raw disk",
+    "-o -0x10 -f raw disk",
+    "-o +-1 disk",
+    "-e -0 nofile",
+    "-e +1 nofile",
+    "--handshake-limit=-0 nofile",
     "--image-opts nofile",
     "--image-opts driver=foo",
     "-- -t nofile",
@@ -119,6 +140,35 @@ fn help_names_the_references_options() {
     assert_eq!(theirs.difference(&own).collect::<Vec<_>>(), [] as [&String; 0]);
     let version = Tool::at(&link).run_in(folder.path(), &["--version"]).success().stdout;
     assert!(version.starts_with("qemu-nbd 10.0"), "{version}");
+}
+
+/// Help that an option asks for ends the line, whatever stands behind it. Of all kinds of objects there are
+/// fewer here, and no trace events.
+#[test]
+fn help_of_options() {
+    let Some(reference) = Tool::find("qemu-nbd") else { return };
+    let folder = folder();
+    let link = folder.path().join("qemu-nbd");
+    symlink(OURS, &link).unwrap();
+    let check = |line: &str, is_same: bool| {
+        let args: Vec<&str> = line.split_whitespace().collect();
+        let [theirs, own] =
+            [&reference, &Tool::at(&link)].map(|tool| tool.run_in(folder.path(), &args).success());
+        let lines = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+        let (theirs_told, own_told) = (lines(&theirs.stdout), lines(&own.stdout));
+        assert!(own_told.is_subset(&theirs_told), "{line}: {}", own.stdout);
+        assert!(!is_same || own.stdout == theirs.stdout, "{line}: {}", own.stdout);
+        assert_eq!(own.stderr, theirs.stderr, "{line}");
+    };
+    for kind in ["authz-list", "authz-simple", "secret", "throttle-group", "tls-creds-x509"] {
+        check(&format!("--object {kind},help"), true);
+        check(&format!("-L --object id=a,qom-type={kind},? --bogus"), true);
+    }
+    for line in
+        ["--object help", "--object ? disk", "-L --object foo,help -k relative", "-T help", "-T ? -k x"]
+    {
+        check(line, false);
+    }
 }
 
 /// A port that somebody else listens on.

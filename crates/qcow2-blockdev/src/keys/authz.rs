@@ -1,5 +1,6 @@
 //! Who may connect, by the name in a certificate: `authz-simple,id=NAME,identity=SUBJECT` and `authz-list`.
 
+use super::object::key_shown;
 use super::secrets::SecretError;
 use crate::keyvalue::KeyValues;
 use std::collections::BTreeMap;
@@ -67,12 +68,18 @@ impl Authorization {
     }
 
     /// The object that `list` defines, whose `qom-type` begins with `authz-`.
-    pub(super) fn define(kind: &str, list: &KeyValues) -> Result<Self, SecretError> {
-        Ok(match kind {
-            "authz-simple" => Self::simple(list)?,
-            "authz-list" => Self::list(list)?,
+    /// `text`: where it comes from.
+    pub(super) fn define(kind: &str, list: &KeyValues, text: &str) -> Result<Self, SecretError> {
+        let defined = match kind {
+            "authz-simple" => Self::simple(list),
+            "authz-list" => Self::list(list),
             _ => return Err(SecretError::UnknownType(kind.to_owned())),
-        })
+        };
+        Ok(defined.map_err(|error| match error {
+            AuthorizationError::Missing(key) => AuthorizationError::Missing(key_shown(text, key)),
+            AuthorizationError::Unexpected(key) => AuthorizationError::Unexpected(key_shown(text, key)),
+            error => error,
+        })?)
     }
 
     fn simple(list: &KeyValues) -> Result<Self, AuthorizationError> {

@@ -2,6 +2,7 @@
 
 mod authz;
 mod keyring;
+mod object;
 mod secrets;
 mod slots;
 mod tls;

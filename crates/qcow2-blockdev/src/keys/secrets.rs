@@ -1,9 +1,11 @@
 //! Secrets by identifier, and somebody who can be asked for others.
 
 use super::authz::{Authorization, AuthorizationError};
+use super::object::{self, NoItems};
 use super::tls::{TlsObject, TlsObjectError};
 use crate::driver::{ThrottleError, throttle_group};
-use crate::keyvalue::{KeyValueError, KeyValues};
+use crate::keyvalue::KeyValueError;
+use crate::tree::JsonError;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use qcow2_core::format::text::bytes_of;
@@ -86,6 +88,9 @@ impl Secrets {
     /// whose bytes count. `tls-creds-x509,id=NAME,dir=FOLDER` defines credentials of TLS, whose files are
     /// read, `authz-simple` and `authz-list` say which names in certificates a server accepts.
     ///
+    /// All that may be a JSON object instead (`{"qom-type": "secret", ...}`). A lone item `help` gets
+    /// [`SecretError::Help`].
+    ///
     /// ```
     /// let mut secrets = qcow2_blockdev::Secrets::default();
     /// secrets.define("secret,id=disk,data=c2VzYW1l,format=base64")?;
@@ -93,7 +98,7 @@ impl Secrets {
     /// # Ok::<(), qcow2_blockdev::SecretError>(())
     /// ```
     pub fn define(&mut self, text: &str) -> Result<(), SecretError> {
-        let list = KeyValues::parse_pairs(text, Some("qom-type"))?;
+        let list = object::items(text)?;
         let kind = list.last("qom-type").ok_or(SecretError::Missing("qom-type"))?;
         let (is_group, is_authorization) = (kind == "throttle-group", kind.starts_with("authz-"));
         if kind != "secret" && !is_group && !is_authorization && !kind.starts_with("tls-creds-") {
@@ -110,7 +115,7 @@ impl Secrets {
             return Ok(());
         }
         if is_authorization {
-            let authorization = Arc::new(Authorization::define(kind, &list)?);
+            let authorization = Arc::new(Authorization::define(kind, &list, text)?);
             self.check_free(id)?;
             self.authorizations.insert(id.to_owned(), authorization);
             return Ok(());
@@ -239,8 +244,14 @@ const KNOWN: [&str; 7] = ["qom-type", "id", "data", "file", "format", "keyid", "
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum SecretError {
+    /// It defines nothing but asks what can be defined, or what a kind of object has: the answer.
+    Help(String),
     /// The text is not a list of `key=value`.
     Syntax(KeyValueError),
+    /// The text begins like JSON, and is not one object.
+    Json(JsonError),
+    /// In JSON, this item has a value of another type than this one.
+    WrongType(String, &'static str),
     /// An item that there must be.
     Missing(&'static str),
     /// Something else than a secret or a group of limits.
@@ -283,7 +294,10 @@ pub enum SecretError {
 impl fmt::Display for SecretError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Help(text) => f.write_str(text),
             Self::Syntax(error) => error.fmt(f),
+            Self::Json(error) => error.fmt(f),
+            Self::WrongType(key, kind) => write!(f, "the value of '{key}' is not of the type {kind}"),
             Self::Missing(key) => write!(f, "the definition lacks '{key}'"),
             Self::UnknownType(kind) => {
                 write!(
@@ -322,6 +336,18 @@ impl Error for SecretError {
     }
 }
 
+impl From<NoItems> for SecretError {
+    fn from(error: NoItems) -> Self {
+        match error {
+            NoItems::Empty => Self::Missing("qom-type"),
+            NoItems::Help(text) => Self::Help(text),
+            NoItems::Syntax(error) => Self::Syntax(error),
+            NoItems::Json(error) => Self::Json(error),
+            NoItems::WrongType(key, kind) => Self::WrongType(key, kind),
+        }
+    }
+}
+
 impl From<ThrottleError> for SecretError {
     fn from(error: ThrottleError) -> Self {
         Self::Throttle(error)
@@ -337,12 +363,6 @@ impl From<AuthorizationError> for SecretError {
 impl From<TlsObjectError> for SecretError {
     fn from(error: TlsObjectError) -> Self {
         Self::Tls(error)
-    }
-}
-
-impl From<KeyValueError> for SecretError {
-    fn from(error: KeyValueError) -> Self {
-        Self::Syntax(error)
     }
 }
 

@@ -69,7 +69,7 @@ impl fmt::Display for JsonError {
 impl std::error::Error for JsonError {}
 
 /// Reads one JSON value.
-pub(super) fn parse(text: &str) -> Result<Value, JsonError> {
+pub(crate) fn parse(text: &str) -> Result<Value, JsonError> {
     let (mut found, mut rest) = (None, text);
     loop {
         let tokens = next_value(&mut rest);

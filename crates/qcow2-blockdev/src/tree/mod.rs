@@ -10,6 +10,7 @@ mod scalar;
 pub use dictionary::json_text;
 pub(crate) use dictionary::object;
 pub use json::JsonError;
+pub(crate) use json::parse as parse_json;
 pub use node::{Backing, Node};
 pub use options::Options;
 pub(crate) use parse::{from_options, protocol_below};

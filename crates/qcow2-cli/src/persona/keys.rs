@@ -1,6 +1,6 @@
 //! Secrets, and layers that stay locked.
 
-use super::name::{expects, key_values, unexpected};
+use super::name::{expects, json_text, key_values, unexpected};
 use super::text::{capitalized, chain};
 use crate::failure::Failure;
 use qcow2_blockdev::{KeyError, NoSecret, SecretError, SlotError, ThrottleError};
@@ -46,7 +46,12 @@ pub(super) fn no_secret(error: &NoSecret) -> String {
 impl From<SecretError> for Failure {
     fn from(error: SecretError) -> Self {
         Self::new(match &error {
+            SecretError::Help(text) => return Self::help(text.clone()),
             SecretError::Syntax(error) => key_values(error),
+            SecretError::Json(error) => json_text(error),
+            SecretError::WrongType(key, kind) => {
+                format!("Invalid parameter type for '{key}', expected: {kind}")
+            }
             SecretError::Missing(key) => format!("Parameter '{key}' is missing"),
             SecretError::UnknownType(kind) => format!("Parameter 'qom-type' does not accept value '{kind}'"),
             SecretError::NotAnIdentifier(_) => {

@@ -70,14 +70,18 @@ fn no_such_node(name: &str) -> String {
 }
 
 fn json(error: &JsonError) -> String {
-    let reason = match error {
-        JsonError::NotAnObject => return "Invalid JSON object given".to_owned(),
+    format!("Could not parse the JSON options: {}", json_text(error))
+}
+
+/// What is wrong with JSON.
+pub(super) fn json_text(error: &JsonError) -> String {
+    match error {
+        JsonError::NotAnObject => "Invalid JSON object given".to_owned(),
         JsonError::Nothing => "Expecting a JSON value".to_owned(),
         JsonError::SeveralValues => "Expecting at most one JSON value".to_owned(),
         JsonError::TooDeep => "JSON nesting depth limit exceeded".to_owned(),
         other => format!("JSON parse error, {}", parse_error(other)),
-    };
-    format!("Could not parse the JSON options: {reason}")
+    }
 }
 
 fn parse_error(error: &JsonError) -> String {

@@ -114,29 +114,7 @@ impl Job<'_> {
             seen.extend(new);
             let Round { edits, mut doubts, mut slots, .. } = std::mem::take(&mut round);
             self.edit(edits, &parts)?;
-            if !doubts.is_empty() || !slots.is_empty() {
-                let places = doubts.iter().map(|doubt| doubt.at).chain(slots.iter().map(|slot| slot.at));
-                // As they are now: an edit of the same word was written, or was not.
-                let words = places.map(|at| Ok((at, self.word(at)?))).collect::<Result<Vec<_>>>()?;
-                // The clusters are counted without these entries: an entry may refer to the table that it is
-                // in.
-                words.iter().try_for_each(|&(at, _)| self.set_words(at, &[0]))?;
-                let mut tables = self.sole_tables(words.iter().map(|&(at, _)| at), &parts)?;
-                // Where an entry elsewhere says that there is an L2 table, one of the two is wrong.
-                for table in words.iter().filter_map(|&(at, raw)| self.leads_elsewhere(at, raw)) {
-                    tables.remove(&table);
-                }
-                // An edit that was not made leaves the entry as it was.
-                let now: BTreeMap<HostOffset, u64> = words.iter().copied().collect();
-                slots.iter_mut().for_each(|slot| slot.raw = now.get(&slot.at).copied().unwrap_or(slot.raw));
-                let sole = |at: HostOffset| tables.contains(&self.format.geometry.host_cluster(at).value());
-                for &(at, raw) in words.iter().filter(|(at, _)| !sole(*at)) {
-                    self.set_words(at, &[raw])?;
-                    self.tables_missing = true;
-                }
-                doubts.retain(|doubt| sole(doubt.at));
-                slots.retain(|slot| sole(slot.at));
-            }
+            self.keep_in_tables(&mut doubts, &mut slots, &parts)?;
             let found = self.decide(doubts, &mut slots, &metadata)?;
             round.tables.extend(found.into_iter().map(|table| (table, 1)));
             if let Some(table) = self.fill_slots(&slots, &metadata, &seen)? {
@@ -144,6 +122,40 @@ impl Job<'_> {
             }
         }
         self.tables_missing |= !round.tables.is_empty();
+        Ok(())
+    }
+
+    /// Sets the entries of `doubts` and `slots` to zero if they are in clusters that are tables and nothing
+    /// else; the others stay as they are, and are dropped from both.
+    fn keep_in_tables(
+        &mut self,
+        doubts: &mut Vec<Doubt>,
+        slots: &mut Vec<Slot>,
+        parts: &Parts,
+    ) -> Result<()> {
+        if doubts.is_empty() && slots.is_empty() {
+            return Ok(());
+        }
+        let places = doubts.iter().map(|doubt| doubt.at).chain(slots.iter().map(|slot| slot.at));
+        // As they are now: an edit of the same word was written, or was not.
+        let words = places.map(|at| Ok((at, self.word(at)?))).collect::<Result<Vec<_>>>()?;
+        // The clusters are counted without these entries: an entry may refer to the table that it is in.
+        words.iter().try_for_each(|&(at, _)| self.set_words(at, &[0]))?;
+        let mut tables = self.sole_tables(words.iter().map(|&(at, _)| at), parts)?;
+        // Where an entry elsewhere says that there is an L2 table, one of the two is wrong.
+        for table in words.iter().filter_map(|&(at, raw)| self.leads_elsewhere(at, raw)) {
+            tables.remove(&table);
+        }
+        // An edit that was not made leaves the entry as it was.
+        let now: BTreeMap<HostOffset, u64> = words.iter().copied().collect();
+        slots.iter_mut().for_each(|slot| slot.raw = now.get(&slot.at).copied().unwrap_or(slot.raw));
+        let sole = |at: HostOffset| tables.contains(&self.format.geometry.host_cluster(at).value());
+        for &(at, raw) in words.iter().filter(|(at, _)| !sole(*at)) {
+            self.set_words(at, &[raw])?;
+            self.tables_missing = true;
+        }
+        doubts.retain(|doubt| sole(doubt.at));
+        slots.retain(|slot| sole(slot.at));
         Ok(())
     }
 
@@ -187,7 +199,8 @@ impl Job<'_> {
                         }
                         let Some(table) = entry.l2_table else { continue };
                         let cluster = geometry.host_cluster(table).value();
-                        let elsewhere = table.value() >= len || metadata.contains(cluster);
+                        let other = metadata.contains(cluster) && !metadata.may_be_l2(cluster);
+                        let elsewhere = table.value() >= len || other;
                         match elsewhere || !self.leads_to_l2(table, round)? {
                             true => self.slot(round, Slot { at: place, raw: clean }),
                             false => *round.tables.entry(table.value()).or_insert(0) += segment.times,

@@ -25,11 +25,20 @@ pub(super) struct Metadata {
     certain: BTreeSet<u64>,
     /// Clusters that other tables point to. These tables may be damaged.
     claimed: BTreeSet<u64>,
+    /// Clusters of a refcount structure that contradicts itself: the header may name the wrong one.
+    doubtful: BTreeSet<u64>,
 }
 
 impl Metadata {
     pub(super) fn contains(&self, cluster: u64) -> bool {
-        self.certain.contains(&cluster) || self.claimed.contains(&cluster)
+        self.certain.contains(&cluster) || self.claimed.contains(&cluster) || self.doubtful.contains(&cluster)
+    }
+
+    /// True if the cluster may as well be what an L1 entry says.
+    pub(super) fn may_be_l2(&self, cluster: u64) -> bool {
+        self.doubtful.contains(&cluster)
+            && !self.certain.contains(&cluster)
+            && !self.claimed.contains(&cluster)
     }
 }
 
@@ -50,6 +59,8 @@ impl Job<'_> {
             for Reference { owner, offset, len, .. } in walk.header_references() {
                 match owner {
                     Owner::Header | Owner::ActiveL1 => found.certain.extend(run(offset, len)),
+                    // With its blocks, below.
+                    Owner::RefcountTable => {}
                     _ => found.claimed.extend(run(offset, len)),
                 }
             }
@@ -61,18 +72,24 @@ impl Job<'_> {
             }
             let refcounts = walk.refcount_table().map_err(failed)?;
             let own = self.refcount_clusters(&refcounts);
-            // A refcount structure that counts the header and itself can be trusted.
+            // A refcount structure that counts the header and itself can be trusted, if all of its table are
+            // entries: guest data counts everything.
             let table = geometry.host_cluster(header.refcount_table_offset).value();
             let counts = |cluster| {
                 stored_refcount(walk, &refcounts, cluster).map(|count| count.is_some_and(|count| count > 0))
             };
-            let trusted = counts(0)? && counts(table)?;
+            let entries = refcounts.iter().all(|&raw| decode_table_entry(raw, &geometry).is_ok());
+            let trusted = entries && counts(0)? && counts(table)?;
             let tables = run(header.refcount_table_offset, refcounts.len() as u64 * 8);
             for cluster in own {
                 // What reads as an L2 table may be one, and the entry that makes a block of it damaged.
                 let host = HostOffset::new(cluster * geometry.cluster_size());
                 let certain = trusted && (tables.contains(&cluster) || !self.is_l2_table(host)?);
-                if certain { &mut found.certain } else { &mut found.claimed }.insert(cluster);
+                match (certain, trusted) {
+                    (true, _) => found.certain.insert(cluster),
+                    (false, true) => found.claimed.insert(cluster),
+                    (false, false) => found.doubtful.insert(cluster),
+                };
             }
             Ok(())
         })?;

@@ -127,7 +127,7 @@ pub struct Export {
     facts: Arc<Facts>,
     contexts: Vec<Context>,
     options: ExportOptions,
-    statistics: Statistics,
+    statistics: Arc<Statistics>,
 }
 
 impl Export {
@@ -149,7 +149,7 @@ impl Export {
         facts.contexts = contexts.iter().map(Context::name).collect();
         let preferred = disk.cluster_size().clamp(4096, 1 << 20);
         facts.sizes.preferred = u32::try_from(preferred).unwrap_or(4096);
-        let (facts, statistics) = (Arc::new(facts), Statistics::default());
+        let (facts, statistics) = (Arc::new(facts), Arc::default());
         Ok(Self { disk, facts, contexts, options, statistics })
     }
 
@@ -169,8 +169,8 @@ impl Export {
         Arc::new(facts)
     }
 
-    /// What clients have done with it.
-    pub fn statistics(&self) -> &Statistics {
+    /// What clients have done with it. Who serves its disk in other ways counts there too.
+    pub fn statistics(&self) -> &Arc<Statistics> {
         &self.statistics
     }
 

@@ -26,9 +26,14 @@ impl Counter {
     pub(super) fn time<T>(&self, bytes: u64, request: impl FnOnce() -> T) -> T {
         let begin = Instant::now();
         let done = request();
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.latencies[class_of(begin.elapsed())].fetch_add(1, Ordering::Relaxed);
+        self.add(bytes, begin.elapsed());
         done
+    }
+
+    /// Counts a request of `bytes` bytes that took so long.
+    pub fn add(&self, bytes: u64, latency: Duration) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.latencies[class_of(latency)].fetch_add(1, Ordering::Relaxed);
     }
 
     /// How many there were.

@@ -4,6 +4,7 @@
 use super::Address;
 #[cfg(unix)]
 use super::Listener;
+use std::fmt;
 #[cfg(unix)]
 use std::io;
 
@@ -17,15 +18,38 @@ pub fn handed_over() -> u32 {
 }
 
 impl Address {
-    /// Where a server listens that was told nothing: on the sockets that were handed over to it, or on port
-    /// 10809 of this machine alone.
-    pub fn standard() -> Vec<Self> {
-        match handed_over().min(MAX_SOCKETS) {
-            0 => vec![Self::Tcp { host: "127.0.0.1".to_owned(), port: 10_809 }],
-            count => (0..count).map(Self::HandedOver).collect(),
+    /// Where a server listens that was told to listen on `named`. If that is nothing: on the sockets that
+    /// were handed over to it, or, unless it has other sockets (`has_others`), on port 10809 of this machine
+    /// alone. Errors: it was told something, and clients of the sockets that were handed over would wait for
+    /// ever.
+    pub fn choose(named: Vec<Self>, has_others: bool) -> Result<Vec<Self>, HandedOverToo> {
+        Self::choose_with(named, has_others, handed_over())
+    }
+
+    /// The same for so many sockets.
+    fn choose_with(named: Vec<Self>, has_others: bool, sockets: u32) -> Result<Vec<Self>, HandedOverToo> {
+        match sockets.min(MAX_SOCKETS) {
+            0 if named.is_empty() && !has_others => {
+                Ok(vec![Self::Tcp { host: "127.0.0.1".to_owned(), port: 10_809 }])
+            }
+            0 => Ok(named),
+            count if named.is_empty() => Ok((0..count).map(Self::HandedOver).collect()),
+            _ => Err(HandedOverToo),
         }
     }
 }
+
+/// A server was told where to listen, and a service manager has handed sockets over to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HandedOverToo;
+
+impl fmt::Display for HandedOverToo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a service manager has handed sockets over (LISTEN_FDS): no others can be named")
+    }
+}
+
+impl std::error::Error for HandedOverToo {}
 
 /// Sockets that are listened on, at most; a service manager has no more than a few.
 const MAX_SOCKETS: u32 = 1024;
@@ -49,3 +73,23 @@ pub(super) fn take(number: u32) -> io::Result<Listener> {
 /// The first of the descriptors.
 #[cfg(unix)]
 pub(super) const FIRST: i32 = 3;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_that_were_handed_over_are_the_only_ones() {
+        let named = || vec![Address::Unix("/s".into())];
+        let choose = |named, has_others, sockets| Address::choose_with(named, has_others, sockets);
+        let port = Address::Tcp { host: "127.0.0.1".to_owned(), port: 10_809 };
+        assert_eq!(choose(vec![], false, 0), Ok(vec![port]));
+        assert_eq!(choose(vec![], true, 0), Ok(vec![]));
+        assert_eq!(choose(named(), false, 0), Ok(named()));
+        let both = vec![Address::HandedOver(0), Address::HandedOver(1)];
+        assert_eq!(choose(vec![], false, 2), Ok(both.clone()));
+        assert_eq!(choose(vec![], true, 2), Ok(both));
+        assert_eq!(choose(named(), false, 1), Err(HandedOverToo));
+        assert_eq!(choose(vec![], false, u32::MAX).map(|all| all.len()), Ok(MAX_SOCKETS as usize));
+    }
+}

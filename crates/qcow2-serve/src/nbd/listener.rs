@@ -9,6 +9,10 @@ use std::net::TcpListener;
 #[cfg(unix)]
 use std::os::{fd::AsFd, unix::net::UnixStream};
 use std::path::PathBuf;
+#[cfg(unix)]
+use std::sync::atomic::{AtomicBool, Ordering};
+#[cfg(unix)]
+use std::time::Duration;
 
 /// An address to listen on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,7 +77,16 @@ pub struct Listener {
     /// Has a thread return that waits for clients. `None`: the socket is shut down for it, which others that
     /// have it would notice.
     #[cfg(unix)]
-    waker: Option<(UnixStream, UnixStream)>,
+    waker: Option<Waker>,
+}
+
+#[cfg(unix)]
+#[derive(Debug)]
+struct Waker {
+    woken: UnixStream,
+    wakes: UnixStream,
+    /// A thread waits for a client, or is about to look whether it should.
+    is_accepting: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -117,14 +130,24 @@ impl Listener {
     /// The same for a socket that others have too.
     #[cfg(unix)]
     pub(super) fn with_waker(mut listener: Self) -> io::Result<Self> {
-        listener.waker = Some(UnixStream::pair()?);
+        let (woken, wakes) = UnixStream::pair()?;
+        listener.waker = Some(Waker { woken, wakes, is_accepting: AtomicBool::new(false) });
         Ok(listener)
     }
 
-    /// Waits for the next client.
+    /// Waits for the next client, on one thread at a time.
     pub(super) fn accept(&self) -> io::Result<Socket> {
         #[cfg(unix)]
-        self.await_client()?;
+        if let Some(waker) = &self.waker {
+            waker.is_accepting.store(true, Ordering::SeqCst);
+            let accepted = self.await_client(waker).and_then(|()| self.accept_now());
+            waker.is_accepting.store(false, Ordering::SeqCst);
+            return accepted;
+        }
+        self.accept_now()
+    }
+
+    fn accept_now(&self) -> io::Result<Socket> {
         match &self.socket {
             Listening::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
@@ -139,27 +162,28 @@ impl Listener {
 
     /// Waits where the socket is not shut down to wake a thread. Errors: it was woken.
     #[cfg(unix)]
-    fn await_client(&self) -> io::Result<()> {
+    fn await_client(&self, waker: &Waker) -> io::Result<()> {
         use rustix::event::{PollFd, PollFlags, poll};
-        let Some((woken, _)) = &self.waker else { return Ok(()) };
         let socket = match &self.socket {
             Listening::Tcp(listener) => listener.as_fd(),
             Listening::Unix(listener) => listener.socket().as_fd(),
         };
         let mut both = [
-            PollFd::from_borrowed_fd(woken.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(waker.woken.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(socket, PollFlags::IN),
         ];
         poll(&mut both, None)?;
         if both[0].revents().is_empty() { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
     }
 
-    /// Has a thread that waits for clients return with an error.
+    /// Has a thread that waits for clients return, with an error unless a client has come.
     pub(super) fn wake(&self) {
         #[cfg(unix)]
-        if let Some((_, waker)) = &self.waker {
-            let _ = waker.shutdown(std::net::Shutdown::Both);
-            return;
+        if let Some(waker) = &self.waker {
+            let _ = waker.wakes.shutdown(std::net::Shutdown::Both);
+            if self.has_left(waker) {
+                return;
+            }
         }
         #[cfg(unix)]
         {
@@ -178,6 +202,47 @@ impl Listener {
         }
     }
 }
+
+#[cfg(unix)]
+impl Listener {
+    /// Whether no thread waits for a client any more. Where the socket blocks, and somebody else who has it
+    /// took the client that was seen, a thread waits for the next one and for nothing else: it gets one.
+    /// Whether the socket blocks is not changed, since that would be changed for the others too.
+    fn has_left(&self, waker: &Waker) -> bool {
+        for _ in 0..KNOCKS {
+            for _ in 0..LOOKS {
+                if !waker.is_accepting.load(Ordering::SeqCst) {
+                    return true;
+                }
+                std::thread::sleep(LOOK_PAUSE);
+            }
+            // Where this fails nobody else can connect either.
+            let _ = self.knock();
+        }
+        !waker.is_accepting.load(Ordering::SeqCst)
+    }
+
+    /// Connects to itself.
+    fn knock(&self) -> io::Result<()> {
+        match &self.socket {
+            Listening::Tcp(listener) => {
+                std::net::TcpStream::connect_timeout(&listener.local_addr()?, KNOCK_LIMIT).map(drop)
+            }
+            Listening::Unix(listener) => UnixStream::connect_addr(&listener.socket().local_addr()?).map(drop),
+        }
+    }
+}
+
+/// How often a client is sent to a thread that waits for one, how often it is looked before each whether the
+/// thread has returned, and how long each takes.
+#[cfg(unix)]
+const KNOCKS: usize = 20;
+#[cfg(unix)]
+const LOOKS: usize = 50;
+#[cfg(unix)]
+const LOOK_PAUSE: Duration = Duration::from_millis(1);
+#[cfg(unix)]
+const KNOCK_LIMIT: Duration = Duration::from_millis(100);
 
 impl From<Listening> for Listener {
     fn from(socket: Listening) -> Self {
@@ -199,5 +264,42 @@ impl From<TcpListener> for Listener {
 impl From<LocalListener> for Listener {
     fn from(listener: LocalListener) -> Self {
         Listening::Unix(listener).into()
+    }
+}
+
+#[cfg(all(test, unix))]
+#[allow(clippy::unwrap_used, reason = "a test may stop")]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    /// Wakes a thread that has seen a client which somebody else took: it waits where nothing but a client
+    /// has it return.
+    #[track_caller]
+    fn check(listener: Listener) {
+        let listener = Listener::with_waker(listener).unwrap();
+        std::thread::scope(|scope| {
+            let is_accepting = &listener.waker.as_ref().unwrap().is_accepting;
+            is_accepting.store(true, Ordering::SeqCst);
+            let waits = scope.spawn(|| {
+                let accepted = listener.accept_now();
+                is_accepting.store(false, Ordering::SeqCst);
+                accepted
+            });
+            listener.wake();
+            waits.join().unwrap().unwrap();
+            // It was not shut down, but this server waits no more.
+            assert!(listener.knock().is_ok());
+            let error = listener.accept().unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+        });
+    }
+
+    #[test]
+    fn a_thread_whose_client_was_taken_by_somebody_else_is_woken() {
+        let folder = tempfile::tempdir().unwrap();
+        let local = UnixListener::bind(folder.path().join("s")).unwrap();
+        check(LocalListener::from(local).into());
+        check(TcpListener::bind("127.0.0.1:0").unwrap().into());
     }
 }

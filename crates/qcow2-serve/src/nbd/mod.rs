@@ -23,7 +23,7 @@ mod listing;
 mod security;
 mod socket;
 
-pub use activation::handed_over;
+pub use activation::{HandedOverToo, handed_over};
 pub use clients::Stop;
 pub use listener::{Address, ListenError, Listener};
 pub use listing::{ListError, Listed, list};
@@ -133,7 +133,8 @@ impl Server {
             let socket = match listener.accept() {
                 Ok(socket) => Arc::new(socket),
                 Err(_) if self.clients.is_stopping() => break,
-                // The client is gone already, or there are too many files for now.
+                // The client is gone already, somebody else has taken it, or there are too many files for
+                // now.
                 Err(error) if is_temporary(&error) => {
                     std::thread::sleep(ACCEPT_PAUSE);
                     continue;
@@ -226,7 +227,8 @@ impl Client<'_> {
 fn is_temporary(error: &io::Error) -> bool {
     // ENFILE, EMFILE, ENOMEM, ENOBUFS.
     let is_short = matches!(error.raw_os_error(), Some(23 | 24 | 12 | 105));
-    is_short || matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted)
+    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+    is_short || matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
 }
 
 /// Clients at once, where nothing else is said.

@@ -70,7 +70,8 @@ pub struct TlsNames {
     pub authorization: Option<String>,
     /// The name that a server's certificate must be for.
     pub hostname: Option<String>,
-    /// Where there is no such authorization nobody may connect, as qemu-nbd has it; otherwise it is an error.
+    /// As qemu-nbd has it: where there is no such authorization nobody may connect, and where clients prove
+    /// nothing none is asked for. Otherwise both are errors.
     pub is_lax: bool,
 }
 
@@ -125,8 +126,10 @@ impl TlsNames {
         let Some(object) = self.object(objects, TlsEndpoint::Server)? else { return Ok(None) };
         let security = Security::new(&object.credentials).map_err(SecurityError::Unusable)?;
         let Some(id) = &self.authorization else { return Ok(Some(security)) };
-        if !object.credentials.verify_peer {
-            return Err(SecurityError::Unverified);
+        match object.credentials.verify_peer {
+            true => {}
+            false if self.is_lax => return Ok(Some(security)),
+            false => return Err(SecurityError::Unverified),
         }
         let access = match objects.authorization(id) {
             Some(authorization) => Access::Named(authorization),

@@ -3,9 +3,11 @@
 //! The program around it opens the image and prints.
 
 mod options;
+mod process;
 mod words;
 
 pub use options::{OPTIONS, Opt, help};
+pub use process::Process;
 pub use words::{listing, no_export, no_tls, not_bound, not_listed, system_text};
 
 use crate::export::{DetectZeroes, ExportOptions};
@@ -34,8 +36,6 @@ pub enum Command {
 pub struct AskedList {
     /// Where it is.
     pub address: Address,
-    /// Definitions of objects.
-    pub objects: Vec<String>,
     /// Names of the objects for TLS.
     pub tls: TlsNames,
 }
@@ -62,12 +62,8 @@ pub struct Asked {
     pub aio: String,
     /// Discards reach the image.
     pub discards: bool,
-    /// Definitions of objects.
-    pub objects: Vec<String>,
     /// Names of the objects for TLS.
     pub tls: TlsNames,
-    /// Trace options.
-    pub traces: Vec<String>,
     /// How it is exported.
     pub export: ExportOptions,
     /// Limits of the server.
@@ -76,16 +72,6 @@ pub struct Asked {
     pub address: Address,
     /// What becomes of the process.
     pub process: Process,
-}
-
-/// What becomes of the server's process.
-#[derive(Clone, Debug, Default)]
-#[non_exhaustive]
-pub struct Process {
-    /// Serve in the background.
-    pub forks: bool,
-    /// Where to write the number of the process.
-    pub pid_file: Option<String>,
 }
 
 /// Why a command line is refused.
@@ -100,6 +86,31 @@ pub struct Refusal {
     pub hint: Option<String>,
 }
 
+/// What takes effect where it stands among the options, before the ones behind it are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Early<'a> {
+    /// The definition of an object.
+    Object(&'a str),
+    /// A trace option.
+    Trace(&'a str),
+}
+
+/// Why a command line was not read to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stopped<E> {
+    /// It is refused.
+    Refused(Refusal),
+    /// Whoever takes what has effect early does not want to go on.
+    Early(E),
+}
+
+impl<E> From<Refusal> for Stopped<E> {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
 impl Refusal {
     fn new(text: impl Into<String>) -> Self {
         Self { text: text.into(), ..Self::default() }
@@ -107,12 +118,22 @@ impl Refusal {
 }
 
 /// Reads the arguments of a program that was `called` so, which may have got sockets from a service manager.
-pub fn parse(called: &str, args: Vec<String>) -> Result<Command, Refusal> {
-    parse_with(called, args, handed_over())
+/// `early` gets objects and trace options in their order.
+pub fn parse<E>(
+    called: &str,
+    args: Vec<String>,
+    early: impl FnMut(Early<'_>) -> Result<(), E>,
+) -> Result<Command, Stopped<E>> {
+    parse_with(called, args, handed_over(), early)
 }
 
 /// The same for so many sockets.
-fn parse_with(called: &str, args: Vec<String>, sockets: u32) -> Result<Command, Refusal> {
+fn parse_with<E>(
+    called: &str,
+    args: Vec<String>,
+    sockets: u32,
+    mut early: impl FnMut(Early<'_>) -> Result<(), E>,
+) -> Result<Command, Stopped<E>> {
     let mut getopt = Getopt::new(OPTIONS, args, true);
     let mut request = Request::new(sockets);
     let try_help = format!("Try `{called} --help' for more information.");
@@ -122,23 +143,26 @@ fn parse_with(called: &str, args: Vec<String>, sockets: u32) -> Result<Command, 
             Ok(Some(given)) => match given.opt {
                 Opt::Help => return Ok(Command::Help),
                 Opt::Version => return Ok(Command::Version),
+                Opt::Object => early(Early::Object(&given.value)).map_err(Stopped::Early)?,
+                Opt::Trace => early(Early::Trace(&given.value)).map_err(Stopped::Early)?,
                 opt => request.take(opt, given.value)?,
             },
             Err(text) => {
                 let complaint = Some(format!("{called}: {text}"));
-                return Err(Refusal { complaint, ..Refusal::new(try_help) });
+                return Err(Refusal { complaint, ..Refusal::new(try_help) }.into());
             }
         }
     }
     if request.lists {
         return request
             .finish_list(getopt.into_operands().is_empty())
-            .map(|list| Command::List(Box::new(list)));
+            .map(|list| Command::List(Box::new(list)))
+            .map_err(Stopped::from);
     }
     let Ok([image]) = <[String; 1]>::try_from(getopt.into_operands()) else {
-        return Err(Refusal { hint: Some(try_help), ..Refusal::new("Invalid number of arguments") });
+        return Err(Refusal { hint: Some(try_help), ..Refusal::new("Invalid number of arguments") }.into());
     };
-    request.finish(image).map(|asked| Command::Serve(Box::new(asked)))
+    Ok(Command::Serve(Box::new(request.finish(image)?)))
 }
 
 /// Options while they are read.
@@ -176,9 +200,7 @@ impl Request {
             cache: "writeback".to_owned(),
             aio: "threads".to_owned(),
             discards: false,
-            objects: Vec::new(),
             tls,
-            traces: Vec::new(),
             export,
             server,
             address: Address::Unix(PathBuf::new()),
@@ -267,8 +289,6 @@ impl Request {
             Opt::Format => asked.format = Some(value),
             Opt::ImageOpts => asked.image_opts = true,
             Opt::Snapshot => asked.snapshot = Some(value),
-            Opt::Object => asked.objects.push(value),
-            Opt::Trace => asked.traces.push(value),
             Opt::Persistent => asked.server.persistent = true,
             Opt::Fork => asked.process.forks = true,
             Opt::PidFile => asked.process.pid_file = Some(value),
@@ -384,24 +404,30 @@ impl Request {
                 self.check_activation()?;
                 self.check_tls()?;
                 let address = self.address()?;
-                return Ok(AskedList { address, objects: self.asked.objects, tls: self.asked.tls });
+                return Ok(AskedList { address, tls: self.asked.tls });
             }
         };
         Err(Refusal::new(format!("List mode is incompatible with {what}")))
     }
 }
 
-/// Reads a number as the tool does: decimal, octal or hexadecimal, without a suffix.
+/// Reads a number as the tool does, by C's rules: decimal, octal or hexadecimal, with a sign, without a
+/// suffix. Where all 64 bits are allowed a negative number wraps.
 fn number(what: &str, text: &str, most: u64) -> Result<u64, Refusal> {
-    let hexadecimal = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+    let refused = || Refusal::new(format!("Invalid {what} '{text}'"));
+    let unsigned = text.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
+    let is_negative = unsigned.starts_with('-');
+    let unsigned = unsigned.strip_prefix(['-', '+']).unwrap_or(unsigned);
+    let hexadecimal = unsigned.strip_prefix("0x").or_else(|| unsigned.strip_prefix("0X"));
     let (digits, radix) = match hexadecimal {
         Some(digits) => (digits, 16),
-        None if text.len() > 1 && text.starts_with('0') => (&text[1..], 8),
-        None => (text, 10),
+        None if unsigned.len() > 1 && unsigned.starts_with('0') => (&unsigned[1..], 8),
+        None => (unsigned, 10),
     };
-    let value = u64::from_str_radix(digits, radix).ok().filter(|value| *value <= most);
-    let value = value.filter(|_| !digits.starts_with('+'));
-    value.ok_or_else(|| Refusal::new(format!("Invalid {what} '{text}'")))
+    let value = u64::from_str_radix(digits, radix).ok().filter(|_| !digits.starts_with('+'));
+    let value = value.ok_or_else(refused)?;
+    let value = if is_negative { value.wrapping_neg() } else { value };
+    if value > most { Err(refused()) } else { Ok(value) }
 }
 
 /// Options that a list of exports has no use for, and refuses.
@@ -429,10 +455,24 @@ const MAX_STRING: usize = 4096;
 mod tests {
     use super::*;
 
+    fn refuse_bad(early: Early<'_>) -> Result<(), String> {
+        match early {
+            Early::Object("bad") | Early::Trace("bad") => Err(format!("{early:?}")),
+            _ => Ok(()),
+        }
+    }
+
+    fn text(stopped: Stopped<String>) -> String {
+        match stopped {
+            Stopped::Refused(refusal) => refusal.text,
+            Stopped::Early(text) => text,
+        }
+    }
+
     #[track_caller]
     fn check(line: &str, expected: Result<(), &str>) {
         let args = line.split_whitespace().map(str::to_owned).collect();
-        let seen = parse("qemu-nbd", args).map(|_| ()).map_err(|refusal| refusal.text);
+        let seen = parse("qemu-nbd", args, refuse_bad).map(|_| ()).map_err(text);
         assert_eq!(seen, expected.map_err(str::to_owned), "{line}");
     }
 
@@ -446,12 +486,32 @@ mod tests {
         check("-k s disk", Err("socket path must be absolute"));
         check("-e 1.5 disk", Err("Invalid shared device number '1.5'"));
         check("-e -1 disk", Err("Invalid shared device number '-1'"));
-        check("-o +1 disk", Err("Invalid offset '+1'"));
+        for number in ["-0", "+1", "-1", "-18446744073709551615", "0x10", "017"] {
+            check(&format!("-o {number} disk"), Ok(()));
+        }
+        for number in ["0x", "08", "5k", "-", "+-5", "--5", "18446744073709551616", "0x+1", "0+1"] {
+            check(&format!("-o {number} disk"), Err(&format!("Invalid offset '{number}'")));
+        }
+        check("-e -0 disk", Ok(()));
+        check("-e +0x1 disk", Ok(()));
         check("-n --cache=none disk", Err("-n and --cache can only be specified once"));
         check(
             "-p 70000 disk",
             Err("address resolution failed for 0.0.0.0:70000: Servname not supported for ai_socktype"),
         );
+    }
+
+    #[test]
+    fn objects_and_traces_take_effect_where_they_stand() {
+        let (object, trace) = ("Object(\"bad\")", "Trace(\"bad\")");
+        check("--object bad", Err(object));
+        check("--object good --object bad -T bad disk", Err(object));
+        check("-L --object bad", Err(object));
+        check("--object bad -k s disk", Err(object));
+        check("-k s --object bad disk", Err("socket path must be absolute"));
+        check("-T bad --object bad --nosuch", Err(trace));
+        check("--object good -T good disk", Ok(()));
+        check("--object good -T good", Err("Invalid number of arguments"));
     }
 
     /// In the reference's words.
@@ -469,17 +529,18 @@ mod tests {
             (0, "-k /s disk", None),
         ] {
             let args = line.split(' ').map(str::to_owned).collect();
-            let seen = parse_with("qemu-nbd", args, sockets).map_err(|refusal| refusal.text);
+            let seen = parse_with("qemu-nbd", args, sockets, refuse_bad).map_err(text);
             assert_eq!(seen.err().as_deref(), expected, "{sockets} {line}");
         }
     }
 
     #[test]
     fn one_client_is_the_default_and_0_any_number() {
-        let asked = |line: &str| match parse("qemu-nbd", line.split(' ').map(str::to_owned).collect()) {
-            Ok(Command::Serve(asked)) => asked,
-            other => panic!("{other:?}"),
-        };
+        let asked =
+            |line: &str| match parse("qemu-nbd", line.split(' ').map(str::to_owned).collect(), refuse_bad) {
+                Ok(Command::Serve(asked)) => asked,
+                other => panic!("{other:?}"),
+            };
         let one = asked("disk");
         assert!(!one.export.shared && one.server.clients == 1 && !one.server.persistent && !one.discards);
         let many = asked("-e 0 -t disk");

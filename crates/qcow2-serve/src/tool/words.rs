@@ -30,6 +30,9 @@ pub fn not_bound(failed: &ListenError) -> String {
 pub fn no_export(error: &ExportError) -> String {
     match error {
         ExportError::NoBitmap(name) => format!("Bitmap '{name}' is not found"),
+        ExportError::Start { start, .. } if i64::try_from(*start).is_err() => {
+            format!("Value '{}' is out of range for parameter 'offset'", start.cast_signed())
+        }
         ExportError::Start { start, size } => {
             format!("Offset ({start}) cannot be greater than size of the containing file ({size})")
         }

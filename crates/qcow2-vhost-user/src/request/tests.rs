@@ -187,6 +187,35 @@ fn without_flushes_or_without_cache_each_change_is_durable() {
 }
 
 #[test]
+fn what_reaches_the_disk_is_told() {
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let note = Arc::clone(&told);
+    let Bench { disk, device } = bench_of(4096, Settings::default());
+    let device = device.with_observer(move |ended| note.lock().unwrap().push((ended.kind, ended.bytes)));
+    let bench = Bench { disk, device };
+    let check = |from_guest: &[u8], wanted, expected: &[(Kind, u64)]| {
+        bench.run(from_guest, wanted);
+        assert_eq!(std::mem::take(&mut *told.lock().unwrap()), expected);
+    };
+    // One request, though the disk gets it in pieces.
+    check(&header(READ, 0), PIECE + 512, &[(Kind::Read, PIECE as u64 + 512)]);
+    let write = [header(WRITE, 0), vec![1; 1024]].concat();
+    check(&write, 0, &[(Kind::Write, 1024)]);
+    check(&header(FLUSH, 0), 0, &[(Kind::Flush, 0)]);
+    let two = [segment(1, 2, 0), segment(9, 0, 0), segment(8, 8, 0)].concat();
+    let discard = [header(DISCARD, 0), two.clone()].concat();
+    check(&discard, 0, &[(Kind::Discard, 1024), (Kind::Discard, 4096)]);
+    let zeroes = [header(WRITE_ZEROES, 0), two].concat();
+    check(&zeroes, 0, &[(Kind::WriteZeroes, 1024), (Kind::WriteZeroes, 4096)]);
+    bench.device.set_cache(false);
+    check(&write, 0, &[(Kind::Write, 1024), (Kind::Flush, 0)]);
+    // What the disk never sees.
+    check(&header(GET_ID, 0), 20, &[]);
+    check(&header(READ, 4096), 512, &[]);
+    check(&header(u32::MAX, 0), 0, &[]);
+}
+
+#[test]
 fn settings_outside_their_ranges_are_refused() {
     let disk = || bench().disk as Arc<dyn GuestDisk>;
     let text = |settings| Device::new(disk(), settings).unwrap_err().to_string();

@@ -90,7 +90,7 @@ fn serve_machine(
     also: &Also,
     is_over: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), String> {
-    use qcow2_vhost_user::{Device, Settings, serve};
+    use qcow2_vhost_user::{Device, Kind, Settings, serve};
     let [(export, _)] = exports else { return Err("a device shows one image".to_owned()) };
     let settings = Settings {
         queues: also.queues,
@@ -99,6 +99,17 @@ fn serve_machine(
         ..Settings::default()
     };
     let device = Device::new(Arc::clone(export.disk()), settings).map_err(|error| error.to_string())?;
+    let statistics = Arc::clone(export.statistics());
+    let device = device.with_observer(move |ended| {
+        let counter = match ended.kind {
+            Kind::Read => &statistics.reads,
+            Kind::Write => &statistics.writes,
+            Kind::Flush => &statistics.flushes,
+            Kind::Discard => &statistics.trims,
+            Kind::WriteZeroes => &statistics.zeroes,
+        };
+        counter.add(ended.bytes, ended.latency);
+    });
     let listener = listener.socket().try_clone().map_err(|error| error.to_string())?;
     serve(&Arc::new(device), listener, is_over).map_err(|error| error.to_string())
 }

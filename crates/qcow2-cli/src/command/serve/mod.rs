@@ -118,10 +118,9 @@ impl Request {
     }
 
     /// What to serve: each of `images` with the same options.
-    fn into_serving(mut self, images: Vec<String>) -> Result<Serving, Failure> {
-        if self.addresses.is_empty() && self.also.machine.is_none() {
-            self.addresses = Address::standard();
-        }
+    fn into_serving(self, images: Vec<String>) -> Result<Serving, Failure> {
+        let addresses = Address::choose(self.addresses, self.also.machine.is_some())
+            .map_err(|error| Failure::new(error.to_string()))?;
         let single = images.len() == 1;
         let names = images.iter().map(|image| match single {
             true => String::new(),
@@ -136,7 +135,7 @@ impl Request {
         let images = served.collect();
         let security = self.tls.server(self.objects.secrets());
         let security = security.map_err(|error| Failure::new(error.to_string()))?;
-        let (server, addresses, objects) = (self.server, self.addresses, self.objects);
+        let (server, objects) = (self.server, self.objects);
         Ok(Serving { images, server, security, addresses, objects, also: self.also })
     }
 }

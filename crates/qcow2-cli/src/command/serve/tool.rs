@@ -8,46 +8,44 @@ use crate::failure::Failure;
 use crate::session::Session;
 use crate::trace;
 use qcow2_exerciser::OpenRequest;
-#[cfg(unix)]
-use qcow2_serve::background;
 use qcow2_serve::export::ExportError;
 use qcow2_serve::nbd::{ListenError, Listener, SecurityError, list};
-use qcow2_serve::tool::{self, Asked, Command, Process};
+use qcow2_serve::tool::{self, Asked, Command, Early, Process, Stopped};
 
 /// Runs the tool.
 pub(crate) fn run_as_tool(session: &Session, args: Vec<String>) -> Result<u8, Failure> {
-    let asked = match tool::parse(session.called(), args) {
+    let mut objects = Objects::default();
+    let asked = tool::parse(session.called(), args, |early| match early {
+        Early::Object(text) => objects.add(text),
+        Early::Trace(text) if trace::accept(session, text)? => Err(Failure::silent(exit::SUCCESS)),
+        _ => Ok(()),
+    });
+    let asked = match asked {
         Ok(Command::Serve(asked)) => *asked,
         Ok(Command::Version) => return print_version(session).map(|()| exit::SUCCESS),
         Ok(Command::List(asked)) => {
-            let tls = asked.tls.client(objects(&asked.objects)?.secrets()).map_err(no_tls)?;
+            let tls = asked.tls.client(objects.secrets()).map_err(no_tls)?;
             let exports =
                 list(&asked.address, tls.as_ref()).map_err(|error| Failure::new(tool::not_listed(&error)))?;
             return session.print(&tool::listing(&exports)).map(|()| exit::SUCCESS);
         }
         Ok(_) => return session.print(&tool::help()).map(|()| exit::SUCCESS),
-        Err(refusal) => {
+        Err(Stopped::Early(failure)) => return Err(failure),
+        Err(Stopped::Refused(refusal)) => {
             refusal.complaint.iter().for_each(|line| session.complain(line));
             return Err(refusal.hint.into_iter().fold(Failure::new(refusal.text), Failure::hint));
         }
     };
-    for text in &asked.traces {
-        if trace::accept(session, text)? {
-            return Ok(exit::SUCCESS);
-        }
-    }
     let words = Tool(asked.process.clone());
-    let serving = serving(asked)?;
-    #[cfg(unix)]
-    if words.0.forks && !background::is_here() {
-        let code = background::start(session.called());
-        return code.map(Failure::silent).map_err(|error| failed("Failed to fork", &error)).and_then(Err);
+    let serving = serving(asked, objects)?;
+    if let Some(code) = words.0.start(session.called()).map_err(Failure::new)? {
+        return Ok(code);
     }
     serve(session, serving, &words)
 }
 
-fn serving(asked: Asked) -> Result<Serving, Failure> {
-    let (mut open, objects) = (OpenRequest::default(), objects(&asked.objects)?);
+fn serving(asked: Asked, objects: Objects) -> Result<Serving, Failure> {
+    let mut open = OpenRequest::default();
     let security = asked.tls.server(objects.secrets()).map_err(no_tls)?;
     (open.path, open.image_opts, open.format) = (Some(asked.image), asked.image_opts, asked.format);
     (open.read_only, open.snapshot, open.discards) = (asked.read_only, asked.scratch, asked.discards);
@@ -60,11 +58,6 @@ fn serving(asked: Asked) -> Result<Serving, Failure> {
     let images = vec![Served { open, export: asked.export, snapshot: snapshot.transpose()? }];
     let also = Also::default();
     Ok(Serving { images, server: asked.server, security, addresses: vec![asked.address], objects, also })
-}
-
-fn objects(texts: &[String]) -> Result<Objects, Failure> {
-    let mut objects = Objects::default();
-    texts.iter().try_for_each(|text| objects.add(text)).map(|()| objects)
 }
 
 fn no_tls(error: SecurityError) -> Failure {
@@ -95,19 +88,6 @@ impl Words for Tool {
     }
 
     fn ready(&self, _session: &Session, _listeners: &[Listener]) -> Result<(), Failure> {
-        #[cfg(unix)]
-        if let Some(path) = &self.0.pid_file {
-            let written = background::write_pid(path.as_ref());
-            written.map_err(|error| failed(&format!("Could not create '{path}'"), &error))?;
-        }
-        #[cfg(unix)]
-        if self.0.forks {
-            background::detach().map_err(|error| failed("Failed to daemonize", &error))?;
-        }
-        Ok(())
+        self.0.announce().map_err(Failure::new)
     }
-}
-
-fn failed(what: &str, error: &std::io::Error) -> Failure {
-    Failure::new(format!("{what}: {}", tool::system_text(error)))
 }
