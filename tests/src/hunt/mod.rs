@@ -68,8 +68,8 @@ impl Report {
 }
 
 /// Hunts with our program at `ours`. `root`: an empty folder to work in; `start`: the folder in which each
-/// history begins; `tell` is called with each new cause, before it is shrunk. `None`, with a printed skip, if the
-/// reference is missing.
+/// history begins; `tell` is called with each new cause, before it is shrunk. `None`, with a printed skip, if
+/// the reference is missing.
 pub fn hunt(
     ours: &Path,
     root: &Path,

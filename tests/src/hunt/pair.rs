@@ -182,7 +182,7 @@ impl Pair {
         !written.is_empty() && without(size, written).iter().all(same)
     }
 
-    /// True if the last disk in `line` shows what the one before it shows in our folder, and not in the other.
+    /// True if the last disk in `line` shows what the one before it shows: in our folder, not in the other.
     fn only_ours_copied(&self, line: &str, ours: &FolderCopy, theirs: &FolderCopy) -> bool {
         let words = words(line);
         let [.., source, target] = &words[..] else { return false };

@@ -269,7 +269,8 @@ impl Image {
     }
 
     /// Must run before the disk is resized to `size` bytes: loads all bitmaps and sets their in-use flags on
-    /// disk. Errors: `Inconsistent` or `NoSpace` if a bitmap cannot be resized; `InvalidOption` for 0 bytes.
+    /// disk. Errors: `Inconsistent` or `NoSpace` if a bitmap cannot be resized; `InvalidOption` for a disk
+    /// of 0 bytes.
     pub(crate) fn begin_resize_of_bitmaps(&self, size: u64) -> Result<()> {
         if self.header().trusted_bitmaps().is_none() && !read(&self.bitmaps.state).changed {
             return Ok(());
@@ -306,7 +307,8 @@ impl Image {
     }
 }
 
-/// A bitmap has a table of one entry at least, and one of a disk without bytes none: no reader accepts either.
+/// A bitmap has a table of one entry at least, and that of a disk without bytes would have none: no reader
+/// accepts either.
 fn check_has_bytes(size: u64) -> Result<()> {
     if size > 0 {
         return Ok(());
