@@ -151,7 +151,7 @@ impl Pair {
             }
             CONTENT
                 if words(line).iter().any(|word| word == "-B")
-                    && self.only_ours_copied(line, ours, theirs) =>
+                    && self.only_ours_copied(line, &shown, ours, theirs) =>
             {
                 format!("{verb} -B: {what} that only ours copied")
             }
@@ -163,32 +163,40 @@ impl Pair {
 
     /// True if the compressed writes of `line` reach every difference between the two disks `name`.
     fn only_compressed_differ(&self, line: &str, name: &str, ours: &FolderCopy, theirs: &FolderCopy) -> bool {
-        let [own, reference] = [ours, theirs].map(|copy| copy.path().join(name).display().to_string());
-        let says =
-            |args: &[&str]| self.reference_says(ours, &args.iter().map(OsStr::new).collect::<Vec<_>>());
-        let size = |disk| virtual_size(&says(&["info", "--output=json", disk])?.stdout);
-        let (Some(size), true) = (size(&own), size(&own) == size(&reference)) else { return false };
-        let written = compressed_writes(line);
-        let same = |range: &Range<u64>| {
-            let part = |disk| {
-                let Range { start, end } = range;
-                // A part is a number of whole sectors, but the last one.
-                let len = if *end == size { String::new() } else { format!("size={},", end - start) };
-                format!("driver=raw,offset={start},{len}file.driver=qcow2,file.file.filename={disk}")
-            };
-            let args = ["compare", "--image-opts", &part(&own), &part(&reference)];
-            says(&args).is_some_and(|said| said.code == Some(0))
-        };
-        !written.is_empty() && without(size, written).iter().all(same)
+        let mut written = compressed_writes(line);
+        written.sort_by_key(|range| range.start);
+        let bytes = [ours, theirs].map(|copy| self.guest_bytes(copy, name));
+        let ([Some(own), Some(reference)], false) = (bytes, written.is_empty()) else { return false };
+        let mut at = 0;
+        let last = own.len()..own.len();
+        let all_else_is_equal = written.into_iter().chain([last]).all(|range| {
+            let between = at..range.start.clamp(at, own.len());
+            at = range.end.clamp(between.end, own.len());
+            own[between.clone()] == reference[between]
+        });
+        own.len() == reference.len() && all_else_is_equal
     }
 
-    /// True if the last disk in `line` shows what the one before it shows: in our folder, not in the other.
-    fn only_ours_copied(&self, line: &str, ours: &FolderCopy, theirs: &FolderCopy) -> bool {
+    /// True if the new disk that is the last word of `line` shows what its source shows, which is the word
+    /// before, from the first difference that `shown` tells of to the end: in our folder, not in the other.
+    fn only_ours_copied(&self, line: &str, shown: &str, ours: &FolderCopy, theirs: &FolderCopy) -> bool {
         let words = words(line);
-        let [.., source, target] = &words[..] else { return false };
-        let args = ["compare", source, target].map(OsStr::new);
-        let code = |copy| self.reference_says(copy, &args).and_then(|said| said.code);
-        (code(ours), code(theirs)) == (Some(0), Some(1))
+        let ([.., source, target], Some(start)) = (&words[..], first_mismatch(shown)) else { return false };
+        let is_copied = |copy: &FolderCopy| {
+            let [source, target] = [source, target].map(|name| self.guest_bytes(copy, name));
+            Some(source?.get(start..)? == target?.get(start..)?)
+        };
+        (is_copied(ours), is_copied(theirs)) == (Some(true), Some(false))
+    }
+
+    /// What a guest reads from the disk `name`.
+    fn guest_bytes(&self, copy: &FolderCopy, name: &str) -> Option<Vec<u8>> {
+        let raw = copy.path().with_extension("raw");
+        let args = ["convert".as_ref(), "-O".as_ref(), "raw".as_ref(), OsStr::new(name), raw.as_os_str()];
+        let converted = self.reference_says(copy, &args)?.code == Some(0);
+        let bytes = fs::read(&raw).ok().filter(|_| converted);
+        let _ = fs::remove_file(raw);
+        bytes
     }
 
     /// True if in both folders the disk `name` is equal to the bytes of one image that `line` names.
@@ -287,7 +295,7 @@ pub(super) fn verb_of(line: &str) -> String {
 }
 
 /// The guest bytes that the compressed writes of a line of qemu-io reach.
-fn compressed_writes(line: &str) -> Vec<Range<u64>> {
+fn compressed_writes(line: &str) -> Vec<Range<usize>> {
     if !line.starts_with("qemu-io ") {
         return Vec::new();
     }
@@ -295,35 +303,19 @@ fn compressed_writes(line: &str) -> Vec<Range<u64>> {
     let places = words.iter().filter_map(|word| word.strip_prefix("write -q -c ")?.split(' ').next());
     let range = |at: &str| {
         // One that does not begin with a cluster is refused before it writes.
-        let start = parse_size(at).ok().filter(|at| at.is_multiple_of(512))?;
+        let start = parse_size(at).ok().filter(|at| at.is_multiple_of(512))? as usize;
         Some(start..start.checked_add(COMPRESSED)?)
     };
     places.filter_map(range).collect()
 }
 
 /// Bytes of each compressed write that the grammar makes.
-const COMPRESSED: u64 = 64 << 10;
+const COMPRESSED: usize = 64 << 10;
 
-/// What is left of a disk of `size` bytes beside `ranges`.
-fn without(size: u64, mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    ranges.sort_by_key(|range| range.start);
-    let mut left = Vec::new();
-    let mut at = 0;
-    for range in ranges.into_iter().chain([size..size]) {
-        let end = range.start.min(size);
-        if at < end {
-            left.push(at..end);
-        }
-        at = at.max(range.end);
-    }
-    left
-}
-
-/// The size of a disk in what info says of it as JSON: that of the image is the last one, below its children.
-fn virtual_size(json: &str) -> Option<u64> {
-    let at =
-        json.lines().filter_map(|line| line.trim_start().strip_prefix("\"virtual-size\": ")).next_back()?;
-    at.trim_end_matches(',').parse().ok()
+/// The first byte that differs, in what a comparison says.
+fn first_mismatch(compared: &str) -> Option<usize> {
+    let (_, rest) = compared.split_once("Content mismatch at offset ")?;
+    rest.split('!').next()?.parse().ok()
 }
 
 /// [`verb_of`] a line, and for qemu-io also what it does if a new size is the only change it makes.
@@ -359,19 +351,17 @@ mod tests {
     }
 
     #[test]
-    fn what_compressed_writes_do_not_reach_is_left() {
+    fn what_compressed_writes_reach_is_found() {
         let written = |line| compressed_writes(line);
         assert_eq!(written("qemu-io -c 'write -q -c 64k 64k' -c 'write -q 0 1' a"), [0x10000..0x20000]);
         assert_eq!(written("qemu-img -c 'write -q -c 64k 64k' a"), []);
         assert_eq!(written("qemu-io -c 'write -q -c foo 64k' -c 'write -q -c 511 64k' a"), []);
-        assert_eq!(without(100, vec![20..30, 10..25]), [0..10, 30..100]);
-        assert_eq!(without(100, vec![0..10, 90..120]), [10..90]);
-        assert_eq!(without(100, vec![120..130]), [0..100]);
     }
 
     #[test]
-    fn the_size_of_an_image_is_that_of_no_child() {
-        let json = "{\n \"children\": [\n \"virtual-size\": 7,\n ],\n \"virtual-size\": 1024,\n}";
-        assert_eq!(virtual_size(json), Some(1024));
+    fn the_offset_of_a_mismatch_is_found() {
+        let said = "exit code: Some(1)\nstdout:\nContent mismatch at offset 1025!\n";
+        assert_eq!(first_mismatch(said), Some(1025));
+        assert_eq!(first_mismatch("Images are identical."), None);
     }
 }
