@@ -70,7 +70,9 @@ fn no_such_node(name: &str) -> String {
 }
 
 fn json(error: &JsonError) -> String {
-    format!("Could not parse the JSON options: {}", json_text(error))
+    let read = matches!(error, JsonError::NotAnObject);
+    let before = if read { "" } else { "Could not parse the JSON options: " };
+    format!("{before}{}", json_text(error))
 }
 
 /// What is wrong with JSON.
