@@ -353,7 +353,8 @@ mod tests {
     #[test]
     fn what_compressed_writes_reach_is_found() {
         let written = |line| compressed_writes(line);
-        assert_eq!(written("qemu-io -c 'write -q -c 64k 64k' -c 'write -q 0 1' a"), [0x10000..0x20000]);
+        let line = "qemu-io -c 'write -q -c 64k 64k' -c 'write -q 0 1' -c 'write -q -c 512 64k' a";
+        assert_eq!(written(line), [0x10000..0x20000, 0x200..0x10200]);
         assert_eq!(written("qemu-img -c 'write -q -c 64k 64k' a"), []);
         assert_eq!(written("qemu-io -c 'write -q -c foo 64k' -c 'write -q -c 511 64k' a"), []);
     }
