@@ -158,10 +158,21 @@ fn reads_as_zeroes(disk: &dyn GuestDisk, range: Range) -> Result<bool, Reason> {
 // The engine compresses only into clusters that are not allocated yet; qemu-io reports EIO for others.
 fn write_cluster(image: &Image, range: Range, bytes: &[u8]) -> Result<(), Reason> {
     image.write_compressed(GuestOffset::new(range.offset), bytes).map_err(|error| {
-        let taken = error.kind() == ErrorKind::Unsupported
-            && guest(range).ok().and_then(|range| image.extent_at(range).ok()).is_some_and(|extent| {
-                matches!(extent.state, ExtentState::Data { .. } | ExtentState::Compressed)
-            });
+        let taken = error.kind() == ErrorKind::Unsupported && is_stored(image, range);
         if taken { Reason::System(IO_ERROR) } else { error.into() }
     })
+}
+
+/// True if the image stores any part of `range`: of a cluster with subclusters that may be a later one.
+fn is_stored(image: &Image, range: Range) -> bool {
+    let mut done = 0;
+    while done < range.len {
+        let rest = Range { offset: range.offset + done, len: range.len - done };
+        let Some(extent) = guest(rest).ok().and_then(|rest| image.extent_at(rest).ok()) else { return false };
+        if matches!(extent.state, ExtentState::Data { .. } | ExtentState::Compressed) {
+            return true;
+        }
+        done += extent.len;
+    }
+    false
 }
