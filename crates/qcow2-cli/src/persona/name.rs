@@ -70,9 +70,12 @@ fn no_such_node(name: &str) -> String {
 }
 
 fn json(error: &JsonError) -> String {
-    let read = matches!(error, JsonError::NotAnObject);
-    let before = if read { "" } else { "Could not parse the JSON options: " };
-    format!("{before}{}", json_text(error))
+    let text = json_text(error);
+    if matches!(error, JsonError::NotAnObject) {
+        text
+    } else {
+        format!("Could not parse the JSON options: {text}")
+    }
 }
 
 /// What is wrong with JSON.
