@@ -14,6 +14,8 @@ use qcow2_format::refcount::decode_table_entry;
 use qcow2_format::{L2Index, bytes};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Clusters past the end of the file whose refcounts are looked at.
+const PAST_END: u64 = 64;
 /// Limit for the clusters that are examined as possible L2 tables. Origin: ours; each is read.
 const MAX_CANDIDATES: usize = 1 << 14;
 
@@ -72,14 +74,18 @@ impl Job<'_> {
             }
             let refcounts = walk.refcount_table().map_err(failed)?;
             let own = self.refcount_clusters(&refcounts);
-            // A refcount structure that counts the header and itself can be trusted, if all of its table are
-            // entries: guest data counts everything.
-            let table = geometry.host_cluster(header.refcount_table_offset).value();
-            let counts = |cluster| {
-                stored_refcount(walk, &refcounts, cluster).map(|count| count.is_some_and(|count| count > 0))
+            // A refcount structure that counts the header and itself once, and nothing past the end, can be
+            // trusted, if all of its table are entries: guest data counts everything.
+            let counts = |cluster, wanted| {
+                stored_refcount(walk, &refcounts, cluster).map(|count| count.unwrap_or(0) == wanted)
             };
-            let entries = refcounts.iter().all(|&raw| decode_table_entry(raw, &geometry).is_ok());
-            let trusted = entries && counts(0)? && counts(table)?;
+            let mut trusted = refcounts.iter().all(|&raw| decode_table_entry(raw, &geometry).is_ok());
+            for cluster in [0].into_iter().chain(own.iter().copied()) {
+                trusted = trusted && counts(cluster, 1)?;
+            }
+            for cluster in clusters..clusters.saturating_add(PAST_END) {
+                trusted = trusted && counts(cluster, 0)?;
+            }
             let tables = run(header.refcount_table_offset, refcounts.len() as u64 * 8);
             for cluster in own {
                 // What reads as an L2 table may be one, and the entry that makes a block of it damaged.
