@@ -113,7 +113,7 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Request, Failure> {
             Opt::Native => request.native = true,
             Opt::Aio => match &*given.value {
                 "native" => request.native = true,
-                "threads" | "io_uring" => request.native = false,
+                "threads" | "io_uring" => {}
                 other => return Err(Failure::new(format!("Invalid aio option: {other}"))),
             },
             Opt::RequestCount => options.count = count("request count", POSITIVE)?,
