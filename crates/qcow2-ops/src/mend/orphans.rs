@@ -252,11 +252,13 @@ impl Job<'_> {
         {
             return Ok(Some(vec![said]));
         }
+        // What leads to the damaged table is an L1 table too.
+        let own: BTreeSet<u64> = said.iter().map(|said| said.value()).collect();
         let (mut known, mut unknown) = (Vec::new(), Vec::new());
         for cluster in candidates {
             let host = HostOffset::new(cluster * self.format.geometry.cluster_size());
             if self.is_l2_table(host)? && self.maps_any(host, &free)? {
-                if self.leads_to_any(host, tables)? {
+                if self.leads_to_any(host, tables)? || self.leads_to_any(host, &own)? {
                     self.tables_missing = true;
                     continue;
                 }
