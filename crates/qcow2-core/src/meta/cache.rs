@@ -134,8 +134,9 @@ impl PageCache {
             table.value().is_multiple_of(self.page_size),
             "a table at {table} starts inside a page"
         );
-        let mut at = table.value();
-        while at < table.value() + len {
+        // A damaged entry may lead to the last cluster that a number names.
+        let (mut at, end) = (table.value(), table.value().saturating_add(len));
+        while at < end {
             let set = self.set(HostOffset::new(at));
             let _loading = lock(&set.loading);
             write(&set.pages).retain(|page| {
@@ -145,7 +146,7 @@ impl PageCache {
                 }
                 keep
             });
-            at += self.page_size;
+            at = at.saturating_add(self.page_size);
         }
     }
 

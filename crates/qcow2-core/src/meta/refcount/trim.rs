@@ -27,6 +27,7 @@ impl RefcountStore {
         {
             return Ok(dropped);
         }
+        let len = self.file.storage().len()?;
         // The first one counts the header.
         for index in (1..refcounts.table.len()).rev() {
             let raw = refcounts.table[index];
@@ -34,7 +35,8 @@ impl RefcountStore {
                 continue;
             }
             let Ok(Some(block)) = decode_table_entry(raw, self.geometry()) else { break };
-            if !self.counts_only_itself(&refcounts, index as u64, block)? {
+            // An entry that leads past the end of the file is damaged, and left to a repair.
+            if block.value() >= len || !self.counts_only_itself(&refcounts, index as u64, block)? {
                 break;
             }
             refcounts.table[index] = encode_table_entry(None);
