@@ -6,6 +6,7 @@ use ::alloc::vec::Vec;
 use core::ops::Range;
 use qcow2_format::HostOffset;
 use qcow2_format::bytes::push_words;
+use qcow2_format::header::SECTOR_LEN;
 
 /// Bytes that are collected at most: the tables of an empty image with the largest clusters, and an L1 table.
 const MAX_COLLECTED: u64 = 8 << 20;
@@ -56,7 +57,10 @@ impl<'a> Sink<'a> {
     /// Takes `bytes` for `at`. Disk: as [`words`](Self::words).
     pub(super) fn bytes(&mut self, at: HostOffset, bytes: &[u8]) -> Result<()> {
         self.seek(at)?;
-        let used = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+        // Sector by sector: byte by byte takes longer than everything else that is done for an empty image.
+        let zeroes =
+            bytes.rchunks(SECTOR_LEN).take_while(|sector| sector.iter().fold(0, |all, b| all | b) == 0);
+        let used = bytes.len() - zeroes.map(<[u8]>::len).sum::<usize>();
         let from = self.words.len();
         self.words.extend_from_slice(&bytes[..used]);
         self.take(from, 0)?;
