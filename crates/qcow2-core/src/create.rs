@@ -71,8 +71,8 @@ impl Image {
     /// for [`create`](Self::create), with the name of the backing file that is recorded. Nobody may write to
     /// `below` while it has overlays.
     ///
-    /// Disk: as [`create`]. Errors: `InvalidOption` without a backing file's name, with an external data file,
-    /// otherwise as [`create`] and [`open`](Self::open).
+    /// Disk: as [`create`]. Errors: `InvalidOption` without a backing file's name, with an external data
+    /// file, otherwise as [`create`] and [`open`](Self::open).
     ///
     /// ```
     /// use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat};
@@ -80,7 +80,8 @@ impl Image {
     /// use qcow2_io::MemoryStorage;
     /// use std::sync::Arc;
     ///
-    /// let base: Arc<dyn GuestDisk> = Arc::new(RawDisk::new(Arc::new(MemoryStorage::with_len(1 << 20)), false)?);
+    /// let below = Arc::new(MemoryStorage::with_len(1 << 20));
+    /// let base: Arc<dyn GuestDisk> = Arc::new(RawDisk::new(below, false)?);
     /// let new = CreateOptions::new(base.size()).with_backing("base.raw", "raw");
     /// for id in 0..3 {
     ///     let source = ResolvedSource::new(Arc::new(MemoryStorage::new()), ImageFormat::Qcow2, "memory");

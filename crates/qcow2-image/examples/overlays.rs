@@ -1,6 +1,6 @@
-//! How long a new overlay on an open chain takes: `cargo run --release --example overlays -- [FOLDER] [COUNT]`.
-//! In memory, and in files with their locks in FOLDER (a temporary one by default; in `/dev/shm` no disk is
-//! waited for). Prints the median of COUNT overlays that stay open side by side, in microseconds.
+//! How long a new overlay on an open chain takes: `cargo run --release --example overlays -- [FOLDER]
+//! [COUNT]`. In memory, and in files with their locks in FOLDER (a temporary one by default; in `/dev/shm` no
+//! disk is waited for). Prints the median of COUNT overlays that stay open side by side, in microseconds.
 #![allow(clippy::print_stdout, reason = "the example prints what it measures")]
 
 use qcow2_image::core::{CreateOptions, Image, OpenOptions, ResolvedSource};

@@ -63,6 +63,7 @@
 pub mod conformance;
 mod direct;
 mod dirty;
+mod early;
 mod error;
 mod file;
 mod layer;

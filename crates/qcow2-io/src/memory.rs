@@ -1,8 +1,8 @@
 //! Growable storage in memory: for tests, tools, and temporary images.
 //!
-//! Content is kept in pages of 64 KiB, allocated when something other than zeroes is first written to them, so
-//! a large sparse image costs little memory.
-//! Pages are spread over shards with one lock each, so that threads at different offsets rarely contend.
+//! Content is kept in pages of 64 KiB, allocated when something other than zeroes is first written to them,
+//! so a large sparse image costs little memory. Pages are spread over shards with one lock each, so that
+//! threads at different offsets rarely contend.
 
 use crate::error::Call;
 use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageExtent, ZeroMode};

@@ -32,8 +32,8 @@ impl<'a> Sink<'a> {
         Self { storage, start: 0, len: 0, words: Vec::new(), pieces: Vec::new() }
     }
 
-    /// Takes `count` big-endian words for `at`, of which the `i`-th is `word(i)`, and those from `used` on are
-    /// zero. Disk: writes what was taken before, if this does not follow it or is much.
+    /// Takes `count` big-endian words for `at`, of which the `i`-th is `word(i)`, and those from `used` on
+    /// are zero. Disk: writes what was taken before, if this does not follow it or is much.
     pub(super) fn words(
         &mut self,
         at: HostOffset,
