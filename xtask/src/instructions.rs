@@ -1,5 +1,5 @@
-//! Counts the instructions of hot paths with valgrind, and compares them with a table: a count does not depend
-//! on what else the machine does, so a regression of a few percent shows in one run.
+//! Counts the instructions of hot paths with valgrind, and compares them with a table: a count does not
+//! depend on what else the machine does, so a regression of a few percent shows in one run.
 
 use crate::{cargo, find_program};
 use std::collections::BTreeMap;

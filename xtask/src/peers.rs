@@ -13,7 +13,8 @@ const THREADS: [usize; 3] = [1, 2, 4];
 const READS: usize = 200_000;
 const WRITES: usize = 20_000;
 
-/// `peers [--scratch FOLDER] [--rounds N]`. Needs qemu-img and qemu-io, and the network for the others' crates.
+/// `peers [--scratch FOLDER] [--rounds N]`. Needs qemu-img and qemu-io, and the network for the others'
+/// crates.
 pub(crate) fn run(root: &Path, args: &[String]) -> Result<(), String> {
     let (mut scratch, mut rounds) = (std::env::temp_dir().join("qcow2-peers"), 5);
     let mut words = args.iter();
@@ -116,8 +117,8 @@ fn measure(program: &Path, scratch: &Path, task: &Task) -> Result<f64, String> {
     Ok(rate)
 }
 
-/// A chain of `depth` layers, `top` at the top: 256 MiB of data at the bottom, and in each layer above it some
-/// clusters.
+/// A chain of `depth` layers, `top` at the top: 256 MiB of data at the bottom, and in each layer above it
+/// some clusters.
 fn make_chain(scratch: &Path, depth: usize) -> Result<(), String> {
     tool("qemu-img", scratch, &["create", "-q", "-f", "qcow2", "layer0", "256M"])?;
     tool("qemu-io", scratch, &["-f", "qcow2", "-c", "write -q -P 5 0 256M", "layer0"])?;

@@ -1,5 +1,5 @@
 //! The same requests for every library: what is read or written where, by how many threads, and the time.
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, reason = "a program for the terminal")]
 
 use std::error::Error;
 use std::path::PathBuf;
