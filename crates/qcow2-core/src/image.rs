@@ -405,6 +405,13 @@ impl GuestDisk for Image {
         Image::extent_at(self, range)
     }
 
+    fn layers_without(&self, range: GuestRange) -> (usize, u64) {
+        match self.check_range(range.start(), range.len()) {
+            Ok(_) => self.merged_layers_without(range),
+            Err(_) => (0, range.len()),
+        }
+    }
+
     fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
         Image::backing(self)
     }

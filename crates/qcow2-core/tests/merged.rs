@@ -2,9 +2,9 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use qcow2_core::{
-    Codecs, CreateOptions, DiskExtent, Error, GuestDisk, GuestOffset, GuestRange, HostOffset, Image,
-    ImageFormat, LiveDisk, LuksArea, NewEncryption, OpenOptions, RawDisk, SectorNumbering, Storage, ZeroMode,
-    create,
+    Codecs, CreateOptions, DiskExtent, Error, ExtentState, GuestDisk, GuestOffset, GuestRange, HostOffset,
+    Image, ImageFormat, LiveDisk, LuksArea, NewEncryption, OpenOptions, RawDisk, SectorNumbering, Storage,
+    ZeroMode, create,
 };
 use qcow2_testkit::model::chain;
 use qcow2_testkit::pattern;
@@ -115,6 +115,43 @@ fn check(rng: &mut Rng, disk: &dyn GuestDisk, content: &[u8], count: u64) {
     }
 }
 
+/// The extents of a whole chain, as letters for sectors: data, compressed, or neither. Checks that layers
+/// which a walk may leave out have nothing.
+fn extents(disk: &Arc<dyn GuestDisk>) -> String {
+    let live = LiveDisk::new(Arc::clone(disk));
+    let (mut at, mut text) = (0, String::new());
+    while at < live.size() {
+        let left = range(at, live.size() - at);
+        let extent = live.extent_at(left).unwrap_or_else(|e| panic!("{}", chain(&e)));
+        text += &match extent.state {
+            ExtentState::Data { .. } => "d",
+            ExtentState::Compressed => "c",
+            _ => "-",
+        }
+        .repeat(extent.len.div_ceil(SECTOR) as usize);
+        let (layers, len) = disk.layers_without(left);
+        let mut layer = Arc::clone(disk);
+        for _ in 0..layers {
+            assert!(is_unallocated(&*layer, at, len), "{len} bytes at {at:#x}, {layers} layers left out");
+            layer = Arc::clone(layer.backing().unwrap());
+        }
+        at += extent.len;
+    }
+    text
+}
+
+fn is_unallocated(disk: &dyn GuestDisk, start: u64, len: u64) -> bool {
+    let (mut at, end) = (start, disk.size().min(start + len));
+    while at < end {
+        let extent = disk.extent_at(range(at, end - at)).unwrap();
+        if extent.state != ExtentState::Unallocated {
+            return false;
+        }
+        at += extent.len;
+    }
+    true
+}
+
 fn change(rng: &mut Rng, image: &Image, content: &mut [u8], may_compress: bool) {
     let size = content.len() as u64;
     let start = rng.below(size);
@@ -155,6 +192,9 @@ fn chains_of_all_kinds_of_layers_read_as_a_flat_array() {
                 continue;
             }
             made.check(&mut rng, &*made.open(options.clone()), 30);
+            let plain: Arc<dyn GuestDisk> = made.open(made.options().with_index_size(Some(0)));
+            let merged: Arc<dyn GuestDisk> = made.open(options.clone());
+            assert_eq!(extents(&merged), extents(&plain));
             // The same below a top that changes.
             let file: Arc<dyn Storage> = made.shelf.file("over");
             let overlay = CreateOptions::new(made.content.len() as u64).with_cluster_size(4096);
@@ -313,7 +353,7 @@ fn a_disk_below_is_asked_up_to_its_end_and_its_error_is_returned() {
     assert_eq!(outcome(&*image, (4 << 16) + 512, &vec![0; content.len()]), Ok(true));
 }
 
-/// Readers go on while a layer in the middle is exchanged for a copy of itself, and the old file is overwritten
+/// Readers go on while a layer in the middle is exchanged for a copy of itself. The old file is overwritten
 /// then.
 #[test]
 fn no_read_uses_a_layer_after_its_exchange() {

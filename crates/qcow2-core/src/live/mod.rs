@@ -254,7 +254,13 @@ impl GuestDisk for LiveDisk {
 
 /// How the chain of `disk` stores the bytes at `range.start()`. There are no host offsets: the extent does
 /// not say in which layer they would be.
-fn chain_extent(disk: &dyn GuestDisk, range: GuestRange) -> Result<DiskExtent> {
+pub(crate) fn chain_extent(disk: &dyn GuestDisk, range: GuestRange) -> Result<DiskExtent> {
+    if let Some(image) = disk.as_image()
+        && disk.filtered().is_none()
+        && let Some(extent) = image.merged_extent(range)
+    {
+        return extent;
+    }
     let extent = disk.extent_at(range)?;
     let state = match extent.state {
         ExtentState::Zero { .. } => ExtentState::Zero { host: None },

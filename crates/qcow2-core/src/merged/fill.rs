@@ -35,8 +35,9 @@ impl Cells {
     }
 }
 
-/// The runs of `piece`, in ascending order, all of it. `layers`: the merged ones, top first. Disk: reads
-/// parts of L2 tables. What cannot be read, or is damaged, is an answer too: that layer is to be asked.
+/// The runs of `piece`, in ascending order, all of it. `layers`: the merged ones, top first. `below`: the
+/// answer where none of them has anything. Disk: reads parts of L2 tables. What cannot be read, or is
+/// damaged, is an answer too: that layer is to be asked.
 pub(crate) fn fill<'a>(
     shape: &Shape,
     piece: u64,
@@ -56,7 +57,7 @@ pub(crate) fn fill<'a>(
         let inside = cut(&mut cells, number, layer.size, end);
         layer.mapping.scan(cells.start..inside, &mut table, &mut |offset, len, stored| {
             cells.answer(offset, len, |index| match stored {
-                Stored::Zero => Answer::ZERO,
+                Stored::Zero => Answer::zero(number),
                 Stored::Data(host) => Answer::data(number, (host.value() >> shape.cell_bits) + index),
                 Stored::Unknown => Answer::from(number),
             });
@@ -78,12 +79,12 @@ fn cut(cells: &mut Cells, number: usize, size: u64, end: u64) -> u64 {
     let whole = size.max(cells.start);
     let (whole, after) = (whole & !(unit - 1), whole.next_multiple_of(unit));
     // Nobody asks the first layer for what is behind its end.
-    if number == 0 {
-        cells.answer(after, end - after, |_| Answer::ZERO);
+    let Some(above) = number.checked_sub(1) else {
+        cells.answer(after, end - after, |_| Answer::nothing(0));
         return after;
-    }
+    };
     cells.answer(whole, after - whole, |_| Answer::from(number));
-    cells.answer(after, end - after, |_| Answer::ZERO);
+    cells.answer(after, end - after, |_| Answer::nothing(above));
     whole
 }
 

@@ -26,39 +26,65 @@ pub(crate) struct Answer(u64);
 /// An [`Answer`] to its reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Found {
-    /// Zeroes, whatever layer has them.
-    Zero,
-    /// No merged layer has it: the disk below them is to be asked.
-    Below,
+    /// Zeroes in a layer.
+    Zero { layer: usize },
+    /// In no layer: this one is the last that is long enough, or the last of all. Reads as zeroes.
+    Nothing { layer: usize },
     /// Uncompressed in a layer, at a host offset.
     Data { layer: usize, host: u64 },
-    /// No layer above this one has it. This one has it in a way that is not kept here, or cannot say.
+    /// No layer above this one has it. This one has it in a way that is not kept here, or cannot say. Behind
+    /// the merged layers it is the disk below them.
     From { layer: usize },
+}
+
+impl Found {
+    /// The layer; those above it have nothing.
+    pub(crate) fn layer(self) -> usize {
+        match self {
+            Self::Zero { layer }
+            | Self::Nothing { layer }
+            | Self::Data { layer, .. }
+            | Self::From { layer } => layer,
+        }
+    }
 }
 
 impl Answer {
     /// Not known yet; never part of a run.
     pub(crate) const OPEN: Self = Self(u64::MAX);
-    pub(crate) const ZERO: Self = Self(0xffff << LAYER_SHIFT);
-    pub(crate) const BELOW: Self = Self(0xfffe << LAYER_SHIFT);
     /// Layers that can be told from each other.
     pub(crate) const MAX_LAYERS: usize = 0xf000;
-    const NO_HOST: u64 = u32::MAX as u64;
+    const FROM: u64 = u32::MAX as u64;
+    const ZERO: u64 = Self::FROM - 1;
+    const NOTHING: u64 = Self::FROM - 2;
+
+    fn new(layer: usize, what: u64) -> Self {
+        debug_assert!(layer <= Self::MAX_LAYERS, "layer {layer} has no number");
+        Self((layer as u64) << LAYER_SHIFT | what)
+    }
 
     /// The answer of `layer` itself is to be asked for.
     pub(crate) fn from(layer: usize) -> Self {
-        debug_assert!(layer < Self::MAX_LAYERS, "layer {layer} has no number");
-        Self((layer as u64) << LAYER_SHIFT | Self::NO_HOST)
+        Self::new(layer, Self::FROM)
+    }
+
+    /// Zeroes in `layer`.
+    pub(crate) fn zero(layer: usize) -> Self {
+        Self::new(layer, Self::ZERO)
+    }
+
+    /// Nothing down to `layer`, and nothing below it can be seen.
+    pub(crate) fn nothing(layer: usize) -> Self {
+        Self::new(layer, Self::NOTHING)
     }
 
     /// At `host`, in units of a cell. A host offset too large for an answer is asked for again.
     pub(crate) fn data(layer: usize, host: u64) -> Self {
-        debug_assert!(layer < Self::MAX_LAYERS, "layer {layer} has no number");
-        if host < Self::NO_HOST { Self((layer as u64) << LAYER_SHIFT | host) } else { Self::from(layer) }
+        if host < Self::NOTHING { Self::new(layer, host) } else { Self::from(layer) }
     }
 
     fn is_data(self) -> bool {
-        self.layer() < Self::MAX_LAYERS && self.host() != Self::NO_HOST
+        self.host() < Self::NOTHING
     }
 
     fn layer(self) -> usize {
@@ -77,10 +103,21 @@ impl Answer {
         next.is_data() && self.layer() == next.layer() && self.host() + cells == next.host()
     }
 
-    /// The first word of a run that starts at cell `start` with this answer.
+    /// The word of a run that starts at cell `start` with this answer.
     pub(crate) fn run(self, start: u64) -> u64 {
         debug_assert!(start < 1 << MAX_CELLS_BITS && self != Self::OPEN, "a run of {self:?} at cell {start}");
         start << START_SHIFT | self.0
+    }
+
+    /// What it tells of the byte `skipped` bytes behind the start of its run.
+    fn found(self, skipped: u64, cell_bits: u32) -> Found {
+        let layer = self.layer();
+        match self.host() {
+            Self::FROM => Found::From { layer },
+            Self::ZERO => Found::Zero { layer },
+            Self::NOTHING => Found::Nothing { layer },
+            host => Found::Data { layer, host: (host << cell_bits) + skipped },
+        }
     }
 }
 
@@ -230,16 +267,7 @@ impl Index {
             return None;
         }
         let skipped = inside - ((run >> START_SHIFT) << self.shape.cell_bits);
-        let answer = Answer(run & ((1 << START_SHIFT) - 1));
-        let found = match answer {
-            Answer::ZERO => Found::Zero,
-            Answer::BELOW => Found::Below,
-            _ if answer.is_data() => {
-                let host = (answer.host() << self.shape.cell_bits) + skipped;
-                Found::Data { layer: answer.layer(), host }
-            }
-            _ => Found::From { layer: answer.layer() },
-        };
+        let found = Answer(run & ((1 << START_SHIFT) - 1)).found(skipped, self.shape.cell_bits);
         Some(Hit { found, len: (end << self.shape.cell_bits) - inside })
     }
 
@@ -326,16 +354,20 @@ mod tests {
         let index = index(1 << 30, 1 << 20);
         assert_eq!((index.shape.piece_bits, index.shape.pieces), (26, 16));
         assert_eq!(index.find(5 << 26), None);
-        let runs =
-            [Answer::data(3, 7).run(0), Answer::ZERO.run(10), Answer::from(2).run(11), Answer::BELOW.run(12)];
+        let runs = [
+            Answer::data(3, 7).run(0),
+            Answer::zero(9).run(10),
+            Answer::from(2).run(11),
+            Answer::nothing(12).run(12),
+        ];
         index.insert(5, &runs);
         let at = |cell: u64, byte: u64| index.find((5 << 26) + (cell << 16) + byte).unwrap();
         let data = |host| Found::Data { layer: 3, host };
         assert_eq!(at(0, 0), Hit { found: data(7 << 16), len: 10 << 16 });
         assert_eq!(at(9, 5), Hit { found: data((16 << 16) + 5), len: (1 << 16) - 5 });
-        assert_eq!(at(10, 1), Hit { found: Found::Zero, len: (1 << 16) - 1 });
+        assert_eq!(at(10, 1), Hit { found: Found::Zero { layer: 9 }, len: (1 << 16) - 1 });
         assert_eq!(at(11, 0), Hit { found: Found::From { layer: 2 }, len: 1 << 16 });
-        assert_eq!(at(1023, 0), Hit { found: Found::Below, len: 1 << 16 });
+        assert_eq!(at(1023, 0), Hit { found: Found::Nothing { layer: 12 }, len: 1 << 16 });
         assert_eq!(index.find(6 << 26), None);
     }
 
@@ -349,7 +381,7 @@ mod tests {
             (0..32).map(|i| i * i).collect(),
         ] {
             let runs: Vec<AtomicU64> =
-                starts.iter().map(|start| AtomicU64::new(Answer::ZERO.run(*start))).collect();
+                starts.iter().map(|start| AtomicU64::new(Answer::zero(0).run(*start))).collect();
             for cell in 0..1024 {
                 let wanted = starts.partition_point(|start| *start <= cell);
                 assert_eq!(first_after(&runs, cell, 10), wanted, "cell {cell} of {starts:?}");
@@ -362,11 +394,11 @@ mod tests {
         let data = Answer::data(1, 4);
         assert!(data.continues(3, Answer::data(1, 7)));
         assert!(!data.continues(3, Answer::data(1, 8)) && !data.continues(3, Answer::data(2, 7)));
-        assert!(!data.continues(1, Answer::ZERO) && Answer::ZERO.continues(9, Answer::ZERO));
+        assert!(!data.continues(1, Answer::zero(1)) && Answer::zero(1).continues(9, Answer::zero(1)));
         // The last host offset that an answer can have is followed by one that it cannot.
-        let last = Answer::data(1, u64::from(u32::MAX) - 1);
-        assert_eq!(Answer::data(1, u64::from(u32::MAX)), Answer::from(1));
-        assert!(!last.continues(1, Answer::from(1)) && !last.continues(2, Answer::data(2, 0)));
+        let last = Answer::data(1, Answer::NOTHING - 1);
+        assert_eq!(Answer::data(1, Answer::NOTHING), Answer::from(1));
+        assert!(!last.continues(1, Answer::nothing(1)) && !last.continues(4, Answer::data(2, 0)));
         assert!(Answer::from(1).continues(5, Answer::from(1)));
     }
 
@@ -396,7 +428,7 @@ mod tests {
         assert!(Index::new(1 << 30, 16, false, 0).is_none() && Index::new(1 << 30, 16, false, 31).is_none());
         for budget in [32, 100, 1000, 4096] {
             if let Some(index) = Index::new(MAX_SIZE, 9, true, budget) {
-                index.insert(7, &[Answer::ZERO.run(0)]);
+                index.insert(7, &[Answer::zero(0).run(0)]);
                 assert!(index.bytes() as u64 <= budget, "{} bytes of {budget}", index.bytes());
             }
         }

@@ -6,7 +6,9 @@
 //! each read. Where layers can be exchanged, an exchange drops the answers of every image above it first, see
 //! [`view::Watchers`].
 
-pub(crate) mod fill;
-pub(crate) mod index;
-pub(crate) mod read;
+mod extent;
+mod fill;
+mod index;
+mod merge;
+mod read;
 pub(crate) mod view;

@@ -22,13 +22,15 @@ const FILLING: usize = 16;
 pub(crate) struct View {
     /// The merged layers below the image that owns this, top first. All of them are images.
     pub(crate) layers: Vec<Arc<dyn GuestDisk>>,
+    /// How many of them a caller finds by asking each layer for its backing file: a live disk is one layer.
+    pub(crate) visible: usize,
     /// The storage of each merged layer, the owner's first, whose bytes are the guest's: neither encrypted
     /// nor missing. A read of such bytes then takes no way through the image.
     pub(crate) plain: Vec<Option<Arc<dyn Storage>>>,
     pub(crate) below: Below,
     /// `None`: every read goes from layer to layer.
     pub(crate) index: Option<Index>,
-    filling: [Mutex<()>; FILLING],
+    pub(crate) filling: [Mutex<()>; FILLING],
 }
 
 /// What is below the merged layers.
@@ -46,19 +48,18 @@ pub(crate) enum Below {
 }
 
 impl View {
-    pub(crate) fn new(
-        layers: Vec<Arc<dyn GuestDisk>>,
-        plain: Vec<Option<Arc<dyn Storage>>>,
-        below: Below,
-        index: Option<Index>,
-    ) -> Self {
-        debug_assert_eq!(plain.len(), layers.len() + 1, "a merged layer without a number");
-        let filling = core::array::from_fn(|_| Mutex::new(Rank::Filling, ()));
-        Self { layers, plain, below, index, filling }
+    /// The locks that belong to a view.
+    pub(crate) fn filling_locks() -> [Mutex<()>; FILLING] {
+        core::array::from_fn(|_| Mutex::new(Rank::Filling, ()))
+    }
+
+    /// The number of the disk below the merged layers.
+    pub(crate) fn end(&self) -> usize {
+        self.layers.len() + 1
     }
 
     /// The lock for filling `piece`: two threads that miss the same piece fill it once.
-    pub(crate) fn filling(&self, piece: u64) -> &Mutex<()> {
+    pub(crate) fn filling_of(&self, piece: u64) -> &Mutex<()> {
         &self.filling[(piece % FILLING as u64) as usize]
     }
 }
