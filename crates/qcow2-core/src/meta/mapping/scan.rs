@@ -74,39 +74,57 @@ impl Mapping {
             }
         };
         let mut joined: Option<Joined> = None;
-        for (number, entry) in (0..).zip(bytes.chunks_exact(entry_size as usize)) {
-            let (raw, bitmap) = words(entry);
-            if raw == 0 && bitmap == 0 {
+        let group = GROUP * entry_size as usize;
+        for (first, entries) in (0..).step_by(GROUP).zip(bytes.chunks(group)) {
+            // Most entries of the layers of a long chain: a quick look at some at a time.
+            if entries.iter().fold(0, |any, byte| any | byte) == 0 {
                 continue;
             }
-            let offset = start + number * size;
-            if let Some(run) = &mut joined
-                && run.start + run.len == offset
-                && self.follows(run.raw, raw)
-            {
-                (run.raw, run.len) = (raw, run.len + size);
-                continue;
-            }
-            if let Some(run) = joined.take() {
-                visit(run.start, run.len, Stored::Data(run.host));
-            }
-            match self.format.decode(raw, bitmap) {
-                Ok(L2Entry::Standard(ClusterEntry { host: Some(host), .. }))
-                    if self.format.external_data && host.value() != offset =>
-                {
-                    visit(offset, size, Stored::Unknown);
+            for (number, entry) in (first..).zip(entries.chunks_exact(entry_size as usize)) {
+                let (raw, bitmap) = words(entry);
+                if raw != 0 || bitmap != 0 {
+                    self.scan_entry(start + number * size, (raw, bitmap), &mut joined, &mut visit);
                 }
-                Ok(L2Entry::Standard(ClusterEntry { host: Some(host), allocated, .. }))
-                    if allocated == self.format.all_subclusters() =>
-                {
-                    joined = Some(Joined { start: offset, len: size, host, raw });
-                }
-                Ok(L2Entry::Standard(entry)) => self.scan_cluster(offset, &entry, &mut visit),
-                Ok(L2Entry::Compressed(_)) | Err(_) => visit(offset, size, Stored::Unknown),
             }
         }
         if let Some(run) = joined {
             visit(run.start, run.len, Stored::Data(run.host));
+        }
+    }
+
+    /// The entry of the cluster at `offset`. `joined`: the run that it may continue.
+    #[inline]
+    fn scan_entry(
+        &self,
+        offset: u64,
+        (raw, bitmap): (u64, u64),
+        joined: &mut Option<Joined>,
+        visit: &mut Visit<'_>,
+    ) {
+        let size = self.format.geometry.cluster_size();
+        if let Some(run) = joined
+            && run.start + run.len == offset
+            && self.follows(run.raw, raw)
+        {
+            (run.raw, run.len) = (raw, run.len + size);
+            return;
+        }
+        if let Some(run) = joined.take() {
+            visit(run.start, run.len, Stored::Data(run.host));
+        }
+        match self.format.decode(raw, bitmap) {
+            Ok(L2Entry::Standard(ClusterEntry { host: Some(host), .. }))
+                if self.format.external_data && host.value() != offset =>
+            {
+                visit(offset, size, Stored::Unknown);
+            }
+            Ok(L2Entry::Standard(ClusterEntry { host: Some(host), allocated, .. }))
+                if allocated == self.format.all_subclusters() =>
+            {
+                *joined = Some(Joined { start: offset, len: size, host, raw });
+            }
+            Ok(L2Entry::Standard(entry)) => self.scan_cluster(offset, &entry, visit),
+            Ok(L2Entry::Compressed(_)) | Err(_) => visit(offset, size, Stored::Unknown),
         }
     }
 
@@ -142,6 +160,9 @@ impl Mapping {
         }
     }
 }
+
+/// Entries that are looked at together.
+const GROUP: usize = 8;
 
 /// The bits of an entry that are its host offset.
 const HOST_BITS: u64 = (1 << 56) - 1;
