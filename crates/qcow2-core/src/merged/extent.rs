@@ -43,13 +43,13 @@ impl Image {
             Found::Nothing { layer } if layer < view.layers.len() => ExtentState::Zero { host: None },
             Found::Nothing { .. } => ExtentState::Unallocated,
             Found::Zero { .. } => ExtentState::Zero { host: None },
-            Found::From { layer } => return self.extent_from(view, layer, start, len),
+            Found::From { layer } => return self.extent_behind(view, layer, start, len),
         };
         Ok(DiskExtent { len, state })
     }
 
     /// The extent at `start` of the layers from `first` on.
-    fn extent_from(&self, view: &View, first: usize, start: GuestOffset, len: u64) -> Result<DiskExtent> {
+    fn extent_behind(&self, view: &View, first: usize, start: GuestOffset, len: u64) -> Result<DiskExtent> {
         let (len, stored) = self.look_through(view, first, start, len)?;
         let state = match stored {
             Some((_, Place::Zero { .. })) => ExtentState::Zero { host: None },
