@@ -108,7 +108,7 @@ fn a_new_image_gets_its_length_before_its_content() {
     let end = disk.len().unwrap();
     assert_eq!(
         lengths.lock().unwrap().split_first(),
-        Some((&0, &[end; 4][..])),
-        "tables, blocks, L1, header"
+        Some((&0, &[end; 2][..])),
+        "all tables in one write, header"
     );
 }

@@ -2,7 +2,7 @@
 
 use crate::finding::Finding;
 use crate::source::Source;
-use crate::{cargo, deps, examples, figures, find_program, map, purity, tidy, tree};
+use crate::{cargo, deps, examples, figures, find_program, instructions, map, purity, tidy, tree};
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
@@ -37,6 +37,11 @@ pub(crate) const STEPS: &[Step] = &[
     Step { name: "examples", about: "runs the example of every library crate", run: examples::run },
     Step { name: "doctest", about: "the examples in the documentation", run: doctest },
     Step { name: "shuttle", about: "the engine under explored thread interleavings", run: shuttle },
+    Step {
+        name: "instructions",
+        about: "instructions of hot paths, against a table (valgrind)",
+        run: instructions::run,
+    },
     Step { name: "test", about: "every test (cargo-nextest where installed)", run: test },
 ];
 

@@ -13,10 +13,12 @@ mod figures;
 mod finding;
 mod fixtures;
 mod fuzz;
+mod instructions;
 mod lex;
 mod libvirt;
 mod map;
 mod mutants;
+mod peers;
 mod purity;
 mod source;
 mod tidy;
@@ -48,6 +50,7 @@ fn run(args: &[String]) -> Result<(), String> {
         [name, rest @ ..] if name == "fuzz" => return fuzz::run(&root, rest),
         [name, rest @ ..] if name == "libvirt" => return libvirt::run(&root, rest),
         [name, rest @ ..] if name == "bench" => return bench::run(&root, rest),
+        [name, rest @ ..] if name == "peers" => return peers::run(&root, rest),
         [name, rest @ ..] if name == "mutants" => return mutants::run(&root, rest),
         _ => {}
     }
@@ -88,6 +91,7 @@ fn usage() -> String {
     text.push_str("\n            the tests notice: --list, PATTERN");
     text.push_str("\n  bench     time our command against qemu-img in pairs:");
     text.push_str("\n            --group io|convert|compress, --pairs N, --files DIR");
+    text.push_str("\n  peers     other libraries for qcow2 images beside ours: --rounds N, --scratch FOLDER");
     text.push_str("\n  fixtures  regenerate tests/data with QEMU's tools");
     text
 }

@@ -3,8 +3,8 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use qcow2_core::{
-    CreateOptions, GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions, ResolvedSource,
-    Storage, create,
+    CreateOptions, GuestDisk, GuestOffset, GuestRange, Image, ImageFormat, NoResolver, OpenOptions,
+    ResolvedSource, Storage, create,
 };
 use qcow2_io::MemoryStorage;
 use std::hint::black_box;
@@ -62,5 +62,18 @@ fn benches(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(engine, benches);
+/// The overlays share one base, and what it has cached.
+fn overlays(criterion: &mut Criterion) {
+    let base: Arc<dyn GuestDisk> = image(false);
+    let new = CreateOptions::new(SIZE).with_backing("base.qcow2", "qcow2");
+    criterion.bench_function("create an overlay on an open chain", |b| {
+        b.iter(|| {
+            let storage = Arc::new(MemoryStorage::new());
+            let source = ResolvedSource::new(storage, ImageFormat::Qcow2, "memory");
+            Image::create_on(&source, &new, &OpenOptions::default(), Arc::clone(&base)).unwrap()
+        });
+    });
+}
+
+criterion_group!(engine, benches, overlays);
 criterion_main!(engine);

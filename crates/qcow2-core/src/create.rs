@@ -1,30 +1,36 @@
 //! The layout of a new empty image.
 //!
 //! Clusters in order: header, refcount table, refcount blocks, L1 table, LUKS area, then with preallocation
-//! L2 tables and data. Order on disk: everything but the header, barrier, the header, barrier: an image that
-//! opens is complete.
+//! L2 tables and data. Order on disk: everything but the first sector, barrier, the first sector, barrier: an
+//! image that opens is complete. The header may be longer than a sector, and a crash may lose any of its
+//! sectors: the backing file's name, for one. What an empty image has behind its first sector goes out in one
+//! write.
 
 mod options;
 mod raw;
 mod refusal;
+mod sink;
 
 pub use options::{BackingName, CreateOptions, LuksArea, NewEncryption, Preallocation, RawOptions};
 pub use raw::{create_container, create_raw};
 pub use refusal::Refusal;
 
+use self::sink::Sink;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::invariant;
-use crate::open::OpenOptions;
+use crate::meta::mapping::L1Entries;
+use crate::meta::refcount::Refcounts;
+use crate::open::{KnownTables, OpenOptions, check_usable};
+use crate::port::disk::GuestDisk;
 use crate::port::resolver::ResolvedSource;
 use crate::port::storage::{Length, Storage, ZeroMode};
 use ::alloc::string::String;
 use ::alloc::sync::Arc;
 use ::alloc::vec;
 use ::alloc::vec::Vec;
-use qcow2_format::bytes::push_words;
 use qcow2_format::feature::{AutoclearFeatures, CompatibleFeatures, FeatureName, IncompatibleFeatures};
-use qcow2_format::header::{CompressionType, CryptMethod};
+use qcow2_format::header::{CompressionType, CryptMethod, SECTOR_LEN};
 use qcow2_format::l1::L1Entry;
 use qcow2_format::l2::{ClusterEntry, L2Entry, L2Format};
 use qcow2_format::limit::MAX_REFCOUNT_TABLE_SIZE;
@@ -53,12 +59,74 @@ impl Image {
     /// # Ok::<(), qcow2_core::Error>(())
     /// ```
     pub fn create(source: ResolvedSource, new: &CreateOptions, options: &OpenOptions) -> Result<Arc<Self>> {
+        let options = OpenOptions { writable: true, ..options.clone() };
+        let image = Self::create_layer(&source, new, &options)?;
+        let backing = image.open_below(&source, &options)?;
+        Ok(Arc::new(image.with_backing(backing)))
+    }
+
+    /// Creates an overlay of `below`, a disk that is open already, in `source`, whose storage is empty, and
+    /// opens it with `options`, always for writing. Neither `below` is read, nor what was written: one disk
+    /// may be below thousands of overlays, which share its `Arc` and everything that it has cached. `new`: as
+    /// for [`create`](Self::create), with the name of the backing file that is recorded. Nobody may write to
+    /// `below` while it has overlays.
+    ///
+    /// Disk: as [`create`]. Errors: `InvalidOption` without a backing file's name, with an external data
+    /// file, otherwise as [`create`] and [`open`](Self::open).
+    ///
+    /// ```
+    /// use qcow2_core::{CreateOptions, GuestDisk, GuestOffset, Image, ImageFormat};
+    /// use qcow2_core::{OpenOptions, RawDisk, ResolvedSource};
+    /// use qcow2_io::MemoryStorage;
+    /// use std::sync::Arc;
+    ///
+    /// let below = Arc::new(MemoryStorage::with_len(1 << 20));
+    /// let base: Arc<dyn GuestDisk> = Arc::new(RawDisk::new(below, false)?);
+    /// let new = CreateOptions::new(base.size()).with_backing("base.raw", "raw");
+    /// for id in 0..3 {
+    ///     let source = ResolvedSource::new(Arc::new(MemoryStorage::new()), ImageFormat::Qcow2, "memory");
+    ///     let overlay = Image::create_on(&source, &new, &OpenOptions::default(), Arc::clone(&base))?;
+    ///     overlay.write_at(GuestOffset::new(0), &[id])?;
+    ///     overlay.close()?;
+    /// }
+    /// # Ok::<(), qcow2_core::Error>(())
+    /// ```
+    pub fn create_on(
+        source: &ResolvedSource,
+        new: &CreateOptions,
+        options: &OpenOptions,
+        below: Arc<dyn GuestDisk>,
+    ) -> Result<Arc<Self>> {
+        // Without it the image would open as one that has no backing file.
+        if new.backing_file.as_ref().is_none_or(String::is_empty) {
+            let message = "an overlay needs the name of its backing file";
+            return Err(Error::new(ErrorKind::InvalidOption, message));
+        }
+        let image = Self::create_layer(source, new, &OpenOptions { writable: true, ..options.clone() })?;
+        Ok(Arc::new(image.with_backing(Some(below))))
+    }
+
+    /// Creates an image and opens it, without its backing file. What was written is not read again.
+    fn create_layer(source: &ResolvedSource, new: &CreateOptions, options: &OpenOptions) -> Result<Self> {
         if new.data_file.is_some() {
             let message = "an image with an external data file needs a second storage";
             return Err(Error::new(ErrorKind::InvalidOption, message));
         }
-        create(&source.storage, None, new)?;
-        Self::open(source, &OpenOptions { writable: true, ..options.clone() })
+        new.check().map_err(refused)?;
+        check_usable(&header_for(new)?, options)?;
+        let Written { first, table, l2_tables } = write_image(&source.storage, None, new)?;
+        if l2_tables > 0 {
+            return Self::open_layer(source, options, 0);
+        }
+        let header = Header::parse(&first).map_err(invalid)?;
+        let geometry = header.l2_format().map_err(invalid)?.geometry;
+        let tables = KnownTables {
+            l1: L1Entries::zeroes(u64::from(header.l1_size)),
+            refcounts: Refcounts::created(&header, table, &geometry),
+        };
+        let mut sector = [0; SECTOR_LEN];
+        sector.copy_from_slice(&first[..SECTOR_LEN]);
+        Self::assemble(source, (header, sector), options, 0, Some(tables))
     }
 }
 
@@ -98,9 +166,18 @@ impl Layout {
     }
 }
 
+/// What was written of a new image.
+struct Written {
+    /// The header's cluster.
+    first: Vec<u8>,
+    /// The entries of the refcount table that are not zero.
+    table: Vec<u64>,
+    l2_tables: u64,
+}
+
 /// Writes a new image. `storage`: empty. `data`: the external data file's storage; with preallocation it
-/// becomes as long as the disk. Disk: sets the length, writes all tables, barrier, the header, barrier. Does
-/// not read what the storage held before.
+/// becomes as long as the disk. Disk: sets the length, writes everything but the first sector, barrier, the
+/// first sector, barrier. Does not read what the storage held before.
 ///
 /// Errors: `InvalidOption`, before anything is written, with a [`Refusal`] as source or for a name that does
 /// not fit into the header; `NoSpace`, `Storage`.
@@ -110,6 +187,15 @@ pub fn create(
     options: &CreateOptions,
 ) -> Result<()> {
     options.check().map_err(refused)?;
+    write_image(storage, data, options).map(drop)
+}
+
+/// [`create`] for checked options.
+fn write_image(
+    storage: &Arc<dyn Storage>,
+    data: Option<&Arc<dyn Storage>>,
+    options: &CreateOptions,
+) -> Result<Written> {
     let target = data.unwrap_or(storage);
     let space = match data {
         Some(data) if !data.limits().growable() => Preallocation::Off,
@@ -130,20 +216,25 @@ pub fn create(
     }
     let first = header.encode_cluster().map_err(invalid)?;
     make_room(&**storage, &header)?;
-    write_refcounts(&**storage, &geometry, &layout)?;
+    let blocks = layout.blocks_start()..layout.l1_start();
+    let table: Vec<u64> = blocks.map(|block| encode_table_entry(Some(at(block)))).collect();
+    let mut sink = Sink::new(&**storage);
+    sink.bytes(HostOffset::new(SECTOR_LEN as u64), &first[SECTOR_LEN..])?;
+    write_refcounts(&mut sink, &geometry, &layout, &table)?;
+    let stale = !target.limits().growable() && !options.data_file_raw;
+    write_mapping(&mut sink, &format, &layout, options, stale)?;
+    sink.finish()?;
     if let Some(NewEncryption::Luks(area)) = &options.encryption {
         storage.write_at(at(layout.luks_start()), &area.0)?;
     }
-    let stale = !target.limits().growable() && !options.data_file_raw;
-    write_mapping(&**storage, &format, &layout, options, stale)?;
     preallocate_data(&**storage, data, &layout, options, space)?;
     if let Some(data) = data {
         data.flush()?;
     }
     storage.flush()?;
-    storage.write_at(HostOffset::new(0), &first)?;
+    storage.write_at(HostOffset::new(0), &first[..SECTOR_LEN])?;
     storage.flush()?;
-    Ok(())
+    Ok(Written { first, table, l2_tables: layout.l2_tables })
 }
 
 fn invalid(error: qcow2_format::FormatError) -> Error {
@@ -241,19 +332,19 @@ fn make_room(storage: &dyn Storage, header: &Header) -> Result<()> {
     Ok(())
 }
 
-/// Writes the refcount table, and blocks in which every cluster of the layout has refcount 1.
-fn write_refcounts(storage: &dyn Storage, geometry: &Geometry, layout: &Layout) -> Result<()> {
+/// Writes the refcount table with the entries `table`, and blocks in which every cluster of the layout has
+/// refcount 1.
+fn write_refcounts(sink: &mut Sink<'_>, geometry: &Geometry, layout: &Layout, table: &[u64]) -> Result<()> {
     let size = geometry.cluster_size();
-    let block = |i: u64| HostOffset::new((layout.blocks_start() + i) * size);
-    let table_at = HostOffset::new(layout.table_start() * size);
-    write_words(storage, table_at, layout.table * size / 8, |i| {
-        encode_table_entry((i < layout.blocks).then(|| block(i)))
-    })?;
+    let at = |cluster: u64| HostOffset::new(cluster * size);
+    let words = (layout.blocks, layout.table * size / 8);
+    sink.words(at(layout.table_start()), words, |i| table[i as usize])?;
     let width = geometry.refcount_width();
     let per_word = u64::from(64 / width.bits());
     let ones = (0..per_word).fold(0, |word, slot| width.insert(word, slot, 1));
     let used = layout.end();
-    write_words(storage, block(0), layout.blocks * size / 8, |i| {
+    let words = (used.div_ceil(per_word), layout.blocks * size / 8);
+    sink.words(at(layout.blocks_start()), words, |i| {
         let (first, end) = (i * per_word, (i + 1) * per_word);
         if end <= used {
             ones
@@ -266,7 +357,7 @@ fn write_refcounts(storage: &dyn Storage, geometry: &Geometry, layout: &Layout) 
 /// Writes the L1 table and, with preallocation, the L2 tables. `stale`: the data clusters hold what was there
 /// before, which the disk must not show.
 fn write_mapping(
-    storage: &dyn Storage,
+    sink: &mut Sink<'_>,
     format: &L2Format,
     layout: &Layout,
     options: &CreateOptions,
@@ -275,9 +366,8 @@ fn write_mapping(
     let size = format.geometry.cluster_size();
     let l1_at = HostOffset::new(layout.l1_start() * size);
     let table = |i: u64| HostOffset::new((layout.l2_start() + i) * size);
-    write_words(storage, l1_at, layout.l1_entries, |i| {
-        let entry = L1Entry { l2_table: Some(table(i)), copied: true };
-        if i < layout.l2_tables { entry.encode() } else { 0 }
+    sink.words(l1_at, (layout.l2_tables, layout.l1_entries), |i| {
+        L1Entry { l2_table: Some(table(i)), copied: true }.encode()
     })?;
     if layout.l2_tables == 0 {
         return Ok(());
@@ -293,7 +383,8 @@ fn write_mapping(
         None => (1, 0),
     };
     let words_per_entry = format.geometry.l2_entry_size() / 8;
-    write_words(storage, table(0), layout.l2_tables * size / 8, |i| {
+    let words = layout.l2_tables * size / 8;
+    sink.words(table(0), (words, words), |i| {
         let cluster = i / words_per_entry;
         if cluster >= guest || i % words_per_entry != 0 {
             return 0;
@@ -360,21 +451,6 @@ fn write_zeroes(target: &dyn Storage, start: u64, end: u64) -> Result<()> {
         let len = (end - at).min(BATCH);
         target.write_at(HostOffset::new(at), &zeroes[..len as usize])?;
         at += len;
-    }
-    Ok(())
-}
-
-/// Writes `count` big-endian words at `at`, the `i`-th being `word(i)`, in large pieces.
-fn write_words(storage: &dyn Storage, at: HostOffset, count: u64, word: impl Fn(u64) -> u64) -> Result<()> {
-    let mut bytes: Vec<u8> = Vec::with_capacity((count * 8).min(BATCH) as usize);
-    let mut done = 0;
-    for i in 0..count {
-        push_words(&mut bytes, [word(i)]);
-        if bytes.len() as u64 == BATCH || i + 1 == count {
-            storage.write_at(HostOffset::new(at.value() + done), &bytes)?;
-            done += bytes.len() as u64;
-            bytes.clear();
-        }
     }
     Ok(())
 }

@@ -94,10 +94,23 @@ impl Image {
     pub(crate) fn open_layer(source: &ResolvedSource, options: &OpenOptions, depth: usize) -> Result<Self> {
         let (header, sector) = read_header(&*source.storage)?;
         check_usable(&header, options)?;
+        Self::assemble(source, (header, sector), options, depth, None)
+    }
+
+    /// Opens one layer whose header has been read and checked, and its tables too if they are `known`.
+    /// `sector`: the first sector of the header.
+    pub(crate) fn assemble(
+        source: &ResolvedSource,
+        (header, sector): (Header, [u8; SECTOR_LEN]),
+        options: &OpenOptions,
+        depth: usize,
+        known: Option<KnownTables>,
+    ) -> Result<Self> {
         let _owner = LockOwner::new();
         let crypt = Crypt::unlock(source, &header, options, depth)?;
         let data = open_data(source, &header, options)?;
-        let Parts { tables, refcounts, flusher } = build_parts(source, (header, sector), data, options)?;
+        let Parts { tables, refcounts, flusher } =
+            build_parts(source, (header, sector), data, options, known)?;
         let (file, store) = (Arc::clone(tables.file()), Arc::clone(tables.header()));
         if options.writable {
             store.clear_unknown_autoclear()?;
@@ -144,7 +157,8 @@ pub(crate) fn read_header(storage: &dyn Storage) -> Result<(Header, [u8; SECTOR_
     Ok((header, sector))
 }
 
-fn check_usable(header: &Header, options: &OpenOptions) -> Result<()> {
+/// Checks that an image with `header` can be opened with `options`. Errors: `InvalidOption`, `MarkedCorrupt`.
+pub(crate) fn check_usable(header: &Header, options: &OpenOptions) -> Result<()> {
     if options.discard_no_unref && header.version < Version::V3 {
         let message = "discard-no-unref is only supported since qcow2 version 3";
         return Err(Error::new(ErrorKind::InvalidOption, message));
@@ -181,6 +195,12 @@ fn open_data(
     Ok(Some(opened.storage))
 }
 
+/// The tables of an image that need not be read, because it was just created.
+pub(crate) struct KnownTables {
+    pub(crate) l1: L1Entries,
+    pub(crate) refcounts: Refcounts,
+}
+
 /// The parts of the engine for one image.
 struct Parts {
     tables: Arc<Tables>,
@@ -189,12 +209,14 @@ struct Parts {
 }
 
 /// Builds the parts, each on the ones before it. `sector`: the first sector of the header. Disk: reads the L1
-/// table; for writing, also the refcount table and whatever [`known_metadata`] needs.
+/// table and, for writing, the refcount table, unless they are `known`; for writing, also whatever
+/// [`known_metadata`] needs.
 fn build_parts(
     source: &ResolvedSource,
     (header, sector): (Header, [u8; SECTOR_LEN]),
     data: Option<Arc<dyn Storage>>,
     options: &OpenOptions,
+    known: Option<KnownTables>,
 ) -> Result<Parts> {
     let bad = |e| Error::new(ErrorKind::Format, "not a usable qcow2 image").with_source(e);
     // The parser has refused unknown incompatible bits already (I6).
@@ -202,9 +224,15 @@ fn build_parts(
     let l2_format = header.l2_format().map_err(bad)?;
     let file = Arc::new(ImageFile::new(l2_format, Arc::clone(&source.storage), data, options));
     let (geometry, storage) = (file.geometry(), file.storage());
-    let l1 = L1Entries::read(storage, header.l1_table_offset, u64::from(header.l1_size))?;
+    let (l1, refcounts) = match known {
+        Some(KnownTables { l1, refcounts }) => (l1, Some(refcounts)),
+        None => (L1Entries::read(storage, header.l1_table_offset, u64::from(header.l1_size))?, None),
+    };
     let (refcounts, metadata) = if options.writable {
-        let refcounts = Refcounts::load(storage, &header, geometry)?;
+        let refcounts = match refcounts {
+            Some(refcounts) => refcounts,
+            None => Refcounts::load(storage, &header, geometry)?,
+        };
         let known =
             known_metadata(storage, &header, (&l1.to_vec(), refcounts.table()), options.overlap_checks)?;
         (refcounts, known)

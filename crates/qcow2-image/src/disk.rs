@@ -37,6 +37,8 @@ pub struct Disk {
     /// Each open snapshot of this disk holds a clone, so a strong count above 1 means that one is open.
     /// Locked while a snapshot is opened or deleted.
     pub(crate) snapshots: Mutex<Arc<()>>,
+    /// True if this is not what the file shows, but an internal snapshot in it.
+    pub(crate) is_snapshot: bool,
     /// The token of the parent disk, if this is a snapshot.
     pub(crate) snapshot_of: Option<Arc<()>>,
 }
@@ -81,7 +83,10 @@ impl Disk {
         }
         let (name, options) = (SnapshotName::Any(snapshot.to_owned()), read_only(options));
         let image = Image::open_snapshot(source.clone(), &options, |snapshots| name.position(snapshots));
-        Ok(Self::new(path, image.map_err(|e| Error::from_cause(path, step(), e))?, source, options))
+        let image = image.map_err(|e| Error::from_cause(path, step(), e))?;
+        let mut disk = Self::new(path, image, source, options);
+        disk.is_snapshot = true;
+        Ok(disk)
     }
 
     /// `source`: the files of `disk`.
@@ -99,6 +104,7 @@ impl Disk {
             closed: false,
             error_reported: AtomicBool::new(false),
             snapshots: Mutex::default(),
+            is_snapshot: false,
             snapshot_of: None,
         }
     }

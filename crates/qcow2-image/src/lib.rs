@@ -54,6 +54,7 @@
 //! |---|---|
 //! | open an image | [`Disk::open`], [`Disk::options`] |
 //! | create one: with other options, encrypted, with a backing file, raw | [`Disk::create`], [`NewDisk`] |
+//! | create many overlays on one base, each in less than 0.1 ms | [`NewDisk::create_on`] |
 //! | read, write, zero, discard, resize, flush | the methods of [`Disk`], from any number of threads; blocking |
 //! | use it as `Read`, `Write` and `Seek` | [`Disk::cursor`] |
 //! | take, read, apply and delete internal snapshots | [`Disk::create_snapshot`], [`Disk::open_snapshot`] |

@@ -7,12 +7,12 @@ use crate::newfile::NewFile;
 use crate::options::DiskOptions;
 use qcow2_core::format::CompressionType;
 use qcow2_core::{
-    CreateOptions, ImageFormat, LuksArea, NewEncryption, Preallocation, RawOptions, Reference,
-    ResolvedSource, SourceId,
+    CreateOptions, Image, ImageFormat, LuksArea, NewEncryption, OpenOptions, Preallocation, RawOptions,
+    Reference, ResolvedSource, SourceId,
 };
 use qcow2_crypt::luks::{NewVolume, create as create_volume};
 use qcow2_crypt::{CryptError, Secret};
-use qcow2_io::{FileResolver, Policy, ThreadClock, random_bytes};
+use qcow2_io::{FileResolver, Policy, ThreadClock, file_id, random_bytes};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -174,6 +174,65 @@ impl NewDisk {
         Ok(disk)
     }
 
+    /// Like [`create`](Self::create), with `base` below, which is open already, for reading: neither it nor
+    /// the new image is opened again. `base` may be below thousands of disks, which share all that it has
+    /// cached; it stays open until the last of them is dropped. The name of its file is the one given with
+    /// [`backing_file`](Self::backing_file), as a program that opens the new image later must find it; the
+    /// format that is recorded is that of `base`.
+    ///
+    /// Errors: `InvalidOption` without a name, for a name of another file than that of `base`, for a `base`
+    /// opened for writing or as a snapshot, and for an external data file; otherwise as
+    /// [`create`](Self::create).
+    ///
+    /// ```
+    /// use qcow2_image::{Disk, ImageFormat, NewDisk};
+    ///
+    /// let dir = tempfile::tempdir()?;
+    /// Disk::create(dir.path().join("base.qcow2"), 1 << 30)?.close()?;
+    /// let base = Disk::open(dir.path().join("base.qcow2"))?;
+    /// let new = NewDisk::qcow2().backing_file("base.qcow2", ImageFormat::Qcow2);
+    /// for id in 0..3 {
+    ///     let overlay = new.create_on(dir.path().join(format!("{id}.qcow2")), &base)?;
+    ///     overlay.write_at(0, &[id])?;
+    ///     overlay.close()?;
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn create_on(&self, path: impl AsRef<Path>, base: &Disk) -> Result<Disk> {
+        let path = path.as_ref();
+        let refused = |why: &str| Error::new(ErrorKind::InvalidOption, path, format!("{MAKING}: {why}"));
+        if self.options.data_file.is_some() || self.raw {
+            return Err(refused("an overlay on an open disk is a qcow2 image without an external data file"));
+        }
+        if base.options.writable {
+            return Err(refused("the disk below is opened for writing"));
+        }
+        if base.is_snapshot {
+            return Err(refused("the disk below is a snapshot, which no name leads to"));
+        }
+        let named = |name| Reference::Backing { name, format: None };
+        match self.locate(path, named, &self.options.backing_file)? {
+            None => return Err(refused("the name of the backing file is not given")),
+            // Without ids, as on some systems, the caller is trusted.
+            Some(named) if base.source.id.is_some() && file_id(&named) != base.source.id => {
+                return Err(refused("the name of the backing file is not that of the disk below"));
+            }
+            Some(_) => {}
+        }
+        let sized = self.or_size(base.size());
+        let new = sized.plan(path, Some(&base.source))?;
+        let file = NewFile::open(path, self.overwrite, &[base.source.id])?;
+        let given = Given { backing: Some(base.source.clone()), data: None };
+        let mut source = file.source().clone().with_resolver(given.into_resolver());
+        source.format = ImageFormat::Qcow2;
+        let options = self.engine();
+        let below = Arc::clone(base.as_guest_disk());
+        let image = Image::create_on(&source, &new, &options, below);
+        let image = image.map_err(|cause| Error::from_cause(path, MAKING, cause))?;
+        file.keep();
+        Ok(Disk::new(path, image, source, options))
+    }
+
     /// Like [`create`](Self::create), but the returned files are deleted when dropped, unless they are kept.
     /// `converted`: the source of a conversion, which must not be overwritten.
     pub(crate) fn make(&self, path: &Path, converted: Option<SourceId>) -> Result<(Disk, Vec<NewFile>)> {
@@ -196,9 +255,15 @@ impl NewDisk {
         let given = Given { backing, data: data.as_ref().map(|data| data.source().clone()) };
         let mut source = file.source().clone().with_resolver(given.into_resolver());
         source.format = if self.raw { ImageFormat::Raw } else { ImageFormat::Qcow2 };
+        let disk = Disk::from_source(path, source, self.engine())?;
+        Ok((disk, [file].into_iter().chain(data).collect()))
+    }
+
+    /// The options for opening the new image.
+    fn engine(&self) -> OpenOptions {
         let mut options = self.below.clone().writable().engine();
         options.keys = self.below.passwords().clone().with_top(self.password.clone()).keyring();
-        Ok((Disk::from_source(path, source, options)?, [file].into_iter().chain(data).collect()))
+        options
     }
 
     /// A copy with `size`, unless a size is already set.

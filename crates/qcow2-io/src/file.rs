@@ -8,6 +8,7 @@
 use crate::buffer::IoBuffer;
 use crate::direct::DirectIo;
 use crate::dirty::Dirty;
+use crate::early::Early;
 use crate::error::{Call, MAX_LEN};
 use crate::lock::unlock_image;
 use crate::open::{FileKind, file_kind};
@@ -50,6 +51,8 @@ pub struct FileStorage {
     space: Space,
     /// Set if the file was opened with direct I/O.
     direct: Option<DirectIo>,
+    /// Set if writeback of new data starts before it is flushed.
+    early: Option<Early>,
     /// Keeps the file registered in the set of open files ([`OpenFiles`](crate::OpenFiles)).
     held: Option<HeldFile>,
     /// True if image locks were taken for this storage; they are released when it is dropped.
@@ -103,6 +106,7 @@ impl FileStorage {
             dirty: Dirty::default(),
             space: Space::new(!regular),
             direct,
+            early: None,
             held: None,
             locked: AtomicBool::new(false),
         })
@@ -113,6 +117,12 @@ impl FileStorage {
         self.len = AtomicU64::new(sys::device_len(&self.file)?);
         (self.regular, self.space) = (false, Space::new(true));
         Ok(self)
+    }
+
+    /// Starts writeback of data at the end of the file before it is flushed. Not for files that may never be,
+    /// and useless for direct I/O.
+    pub(crate) fn write_back_early(&mut self) {
+        self.early = (self.regular && self.direct.is_none()).then(|| Early::new(self.length()));
     }
 
     /// Keeps `held` for as long as this storage exists.
@@ -204,7 +214,10 @@ impl FileStorage {
     fn put(&self, start: u64, buf: &[u8]) -> io::Result<()> {
         let end = start + buf.len() as u64;
         match &self.direct {
-            None => sys::write_full(&self.file, start, buf)?,
+            None => {
+                sys::write_full(&self.file, start, buf)?;
+                self.start_early(start, end);
+            }
             Some(direct) => {
                 direct.write(&self.file, start, buf)?;
                 let len = end.max(self.length());
@@ -216,6 +229,14 @@ impl FileStorage {
         }
         self.grown_to(end);
         Ok(())
+    }
+
+    /// `start..end` was written.
+    fn start_early(&self, start: u64, end: u64) {
+        if let Some((from, len)) = self.early.as_ref().and_then(|early| early.wrote(start, end)) {
+            // A hint; what fails here is reported by the flush.
+            let _ = sys::start_writeback(&self.file, from, len);
+        }
     }
 
     fn put_zeroes(&self, start: u64, end: u64) -> io::Result<()> {
@@ -313,6 +334,7 @@ impl Storage for FileStorage {
             return self.put(offset.value(), &bufs.concat()).map_err(|error| call.failed(error));
         }
         sys::write_vectored_full(&self.file, offset.value(), bufs).map_err(|error| call.failed(error))?;
+        self.start_early(offset.value(), end);
         self.grown_to(end);
         Ok(())
     }
@@ -389,6 +411,9 @@ impl Storage for FileStorage {
         }
         let _guard = self.exclusive();
         self.file.set_len(len).map_err(|error| call.failed(error))?;
+        if let Some(early) = &self.early {
+            early.cut(len);
+        }
         self.space.forget_data();
         self.len.store(len, Ordering::Release);
         Ok(())

@@ -65,6 +65,7 @@ mod buffer;
 pub mod conformance;
 mod direct;
 mod dirty;
+mod early;
 mod error;
 mod file;
 mod layer;
@@ -107,6 +108,7 @@ pub use open_files::{HeldFile, OpenFiles, SameFile};
 pub use probe::probe_format;
 /// Writes the rest of a wrapper: the calls that it hands on.
 pub use qcow2_core::{forward_guest_disk, forward_storage};
+pub use reach::file_id;
 pub use resolve::{FileResolver, Policy, SourceError, SourceOptions, open_source};
 #[cfg(unix)]
 pub use system::inherited_descriptor;

@@ -1,11 +1,13 @@
 //! Growable storage in memory: for tests, tools, and temporary images.
 //!
-//! Content is kept in pages of 64 KiB, allocated on first write, so a large sparse image costs little memory.
-//! Pages are spread over shards with one lock each, so that threads at different offsets rarely contend.
+//! Content is kept in pages of 64 KiB, allocated when something other than zeroes is first written to them,
+//! so a large sparse image costs little memory. Pages are spread over shards with one lock each, so that
+//! threads at different offsets rarely contend.
 
 use crate::error::Call;
 use qcow2_core::{HostOffset, Limits, Storage, StorageError, StorageExtent, ZeroMode};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -79,9 +81,15 @@ impl MemoryStorage {
 
     fn copy_in(&self, start: u64, data: &[u8]) {
         for piece in pieces(start, data.len() as u64) {
+            let data = &data[piece.done..piece.done + piece.len];
             let mut pages = write(self.shard(piece.page));
+            // Zeroes are what there is already, in a page that does not exist or that nothing was written to:
+            // the memory of new tables is not even touched.
+            if is_zero(data) && pages.get(&piece.page).is_none_or(|page| is_zero(&page[piece.range()])) {
+                continue;
+            }
             let page = pages.entry(piece.page).or_insert_with(|| vec![0; PAGE_LEN as usize].into());
-            page[piece.at..piece.at + piece.len].copy_from_slice(&data[piece.done..piece.done + piece.len]);
+            page[piece.range()].copy_from_slice(data);
         }
     }
 
@@ -233,6 +241,18 @@ struct Piece {
     len: usize,
     /// Bytes of the range before this piece.
     done: usize,
+}
+
+impl Piece {
+    /// The bytes in the page.
+    fn range(&self) -> Range<usize> {
+        self.at..self.at + self.len
+    }
+}
+
+/// True if all bytes are zero. Stops soon where they are not.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(256).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// Splits `len` bytes from `start` at page boundaries.

@@ -163,6 +163,9 @@ impl OpenFile {
         if kind == FileKind::Character {
             storage = storage.into_device().map_err(fail)?;
         }
+        if self.writable && self.cache == CacheMode::Writeback {
+            storage.write_back_early();
+        }
         storage.keep(held);
         if self.locking != Locking::Off {
             storage.note_locked();

@@ -51,6 +51,12 @@ impl Reach {
     }
 }
 
+/// Identifies the file at `path`, as [`FileStorage::id`](crate::FileStorage::id) does an open one; `None` if
+/// there is none, or where the system does not tell.
+pub fn file_id(path: &Path) -> Option<SourceId> {
+    source_id(&path.metadata().ok()?)
+}
+
 /// Identifies a file, for comparing two openings; a loop device of a whole file as that file. `None` where
 /// the system does not tell.
 pub(crate) fn source_id(metadata: &Metadata) -> Option<SourceId> {

@@ -309,3 +309,35 @@ fn cached_extents_show_new_holes() {
         }
     }
 }
+
+/// Writeback of a growing file starts before it is flushed, in steps of some MiB: nothing of that is seen in
+/// its content or length, also where the file is cut and grows again meanwhile.
+#[test]
+fn a_file_that_grows_far_between_two_flushes_has_its_content() {
+    let dir = scratch();
+    let path = dir.path().join("disk");
+    let storage = create(&path, CacheMode::Writeback);
+    let piece = |number: usize| vec![number as u8 | 1; 256 << 10];
+    let offset = |number: usize| at((number as u64) << 18);
+    let grow = |numbers: std::ops::Range<usize>| {
+        std::thread::scope(|scope| {
+            for thread in 0..2 {
+                let (storage, numbers) = (&storage, numbers.clone());
+                scope.spawn(move || {
+                    for number in numbers.filter(|number| number % 2 == thread) {
+                        let (first, second) = (&piece(number)[..1000], &piece(number)[1000..]);
+                        storage.write_vectored_at(offset(number), &[first, second]).unwrap();
+                    }
+                });
+            }
+        });
+    };
+    grow(0..160);
+    storage.set_len(10 << 20).unwrap();
+    grow(40..130);
+    storage.flush().unwrap();
+    drop(storage);
+    let read = std::fs::read(&path).unwrap();
+    assert_eq!(read.len(), 130 << 18);
+    assert!(read.chunks(256 << 10).enumerate().all(|(number, bytes)| bytes == piece(number)));
+}

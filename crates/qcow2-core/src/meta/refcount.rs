@@ -16,7 +16,7 @@ use super::cache::PageCache;
 use super::file::{ImageFile, read_words};
 use super::header::HeaderStore;
 use super::overlap::OverlapChecks;
-use super::page::Page;
+use super::page::{Page, SECTOR_SIZE};
 use super::pending::PendingFrees;
 use super::run::ClusterRun;
 use super::tables::Tables;
@@ -53,6 +53,9 @@ pub(crate) struct RefcountStore {
 /// The refcount table and the start of the search for free clusters.
 #[derive(Default)]
 pub(crate) struct Refcounts {
+    /// The raw entries up to the last one that is not zero, or a few more: a table has room for far more
+    /// blocks than a small image has, and a host may have thousands of them open. Whole sectors, but for the
+    /// end of the table.
     table: Vec<u64>,
     table_offset: HostOffset,
     table_clusters: u64,
@@ -70,13 +73,45 @@ impl Refcounts {
     pub(crate) fn load(storage: &dyn Storage, header: &Header, geometry: &Geometry) -> Result<Self> {
         let table_clusters = u64::from(header.refcount_table_clusters);
         let table_offset = header.refcount_table_offset;
-        let table = read_words(storage, table_offset, table_clusters * geometry.cluster_size() / 8)?;
+        let mut table = read_words(storage, table_offset, table_clusters * geometry.cluster_size() / 8)?;
+        let used = table.iter().rposition(|&raw| raw != 0).map_or(0, |last| last + 1);
+        table.truncate(used.next_multiple_of(ENTRIES_PER_SECTOR));
+        table.shrink_to_fit();
         Ok(Self { table, table_offset, table_clusters, ..Self::default() })
     }
 
-    /// The raw entries of the table.
+    /// The refcounts of an image that was just created, whose table has the entries `table`, and zeroes
+    /// behind them.
+    pub(crate) fn created(header: &Header, mut table: Vec<u64>, geometry: &Geometry) -> Self {
+        let table_clusters = u64::from(header.refcount_table_clusters);
+        let entries = (geometry.bytes_of(table_clusters) / 8) as usize;
+        table.resize(table.len().next_multiple_of(ENTRIES_PER_SECTOR).min(entries), 0);
+        Self { table, table_offset: header.refcount_table_offset, table_clusters, ..Self::default() }
+    }
+
+    /// The raw entries of the table, without zeroes at its end.
     pub(crate) fn table(&self) -> &[u64] {
         &self.table
+    }
+
+    /// How many entries the table has.
+    fn entries(&self, geometry: &Geometry) -> u64 {
+        geometry.bytes_of(self.table_clusters) / 8
+    }
+
+    /// The raw entry at `index`; 0 past the end.
+    fn entry(&self, index: u64) -> u64 {
+        self.table.get(index as usize).copied().unwrap_or(0)
+    }
+
+    /// Changes the entry at `index`, which must be below [`entries`](Self::entries), in memory.
+    fn set_entry(&mut self, index: u64, raw: u64, geometry: &Geometry) {
+        let (at, entries) = (index as usize, self.entries(geometry) as usize);
+        assert!(at < entries, "refcount table entry {index} of {entries}");
+        if at >= self.table.len() {
+            self.table.resize((at + 1).next_multiple_of(ENTRIES_PER_SECTOR).min(entries), 0);
+        }
+        self.table[at] = raw;
     }
 
     /// The clusters of the table.
@@ -92,6 +127,9 @@ impl Refcounts {
         }
     }
 }
+
+/// Refcount table entries in a sector, the unit in which the table is written.
+const ENTRIES_PER_SECTOR: usize = (SECTOR_SIZE / 8) as usize;
 
 /// The cached page that holds a cluster's refcount.
 struct Slot {
@@ -109,9 +147,14 @@ pub(crate) struct HeldRefcounts<'a> {
 }
 
 impl HeldRefcounts<'_> {
-    /// The raw entries of the refcount table.
+    /// The raw entries of the refcount table, without zeroes at its end.
     pub(crate) fn table(&self) -> &[u64] {
         &self.state.table
+    }
+
+    /// How many entries the refcount table has.
+    pub(crate) fn entries(&self, geometry: &Geometry) -> u64 {
+        self.state.entries(geometry)
     }
 
     /// Records that refcounts on disk have gone down. `lowest`: the first cluster that is free now, if any.
@@ -160,15 +203,18 @@ impl RefcountStore {
         HeldRefcounts { state, _writing: lock(&self.io) }
     }
 
-    /// Calls `see` with the raw entries of the refcount table, which is locked meanwhile.
+    /// Calls `see` with the raw entries of the refcount table, without zeroes at its end; it is locked
+    /// meanwhile.
     pub(crate) fn with_table<T>(&self, see: impl FnOnce(&[u64]) -> T) -> T {
         see(&lock(&self.state).table)
     }
 
-    /// A copy of the refcount table's raw entries, and its clusters.
+    /// A copy of all of the refcount table's raw entries, and its clusters.
     pub(crate) fn copy_table(&self) -> (Vec<u64>, ClusterRun) {
         let refcounts = lock(&self.state);
-        (refcounts.table.clone(), refcounts.table_run(self.geometry()))
+        let mut table = refcounts.table.clone();
+        table.resize(refcounts.entries(self.geometry()) as usize, 0);
+        (table, refcounts.table_run(self.geometry()))
     }
 
     /// The refcount of `cluster`; 0 if it has no refcount block. Disk: may read a refcount block.
@@ -199,7 +245,7 @@ impl RefcountStore {
     fn slot(&self, refcounts: &Refcounts, cluster: u64) -> Result<Option<Slot>> {
         let (geometry, host) = (self.geometry(), HostCluster::new(cluster));
         let index = geometry.refcount_table_index(host);
-        let raw = refcounts.table.get(index as usize).copied().unwrap_or(0);
+        let raw = refcounts.entry(index);
         let block = decode_table_entry(raw, geometry).map_err(|e| {
             // Marked: whoever goes on would count into a place that is no refcount block.
             self.header.marked(bad_refcount_table_entry(index, e))

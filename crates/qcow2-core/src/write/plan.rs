@@ -36,6 +36,7 @@ pub(crate) struct WritePlan {
 
 /// Plans the write of `len` bytes at `offset`: a run of clusters from the one that holds `offset`. `entry(i)`
 /// is the L2 entry of the run's `i`-th cluster; `i` is below `entries`.
+#[inline]
 pub(crate) fn plan_write<E>(
     format: &L2Format,
     offset: GuestOffset,

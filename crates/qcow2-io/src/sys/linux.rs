@@ -74,6 +74,18 @@ fn change_space(file: &File, mode: FallocateFlags, offset: u64, len: u64) -> io:
     }
 }
 
+/// Starts writeback of a range, without waiting for it. Errors are not consumed: the next `fdatasync` reports
+/// them.
+#[allow(unsafe_code, reason = "a system call that rustix does not have")]
+pub(crate) fn start_writeback(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let range = |number: u64| i64::try_from(number).map_err(|_| io::Error::from(Errno::INVAL));
+    let (offset, len) = (range(offset)?, range(len)?);
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; the call takes no memory.
+    let result = unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The extent at `offset`, which must lie before the end of the file.
 pub(crate) fn run_at(file: &File, offset: u64) -> io::Result<Run> {
     match seek(file, SeekFrom::Data(offset)) {

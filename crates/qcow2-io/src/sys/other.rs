@@ -45,6 +45,11 @@ pub(crate) fn reserve(_file: &File, _offset: u64, _len: u64) -> io::Result<()> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
+/// Not supported.
+pub(crate) fn start_writeback(_file: &File, _offset: u64, _len: u64) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 /// Not supported: the whole file is reported as data.
 pub(crate) fn run_at(_file: &File, _offset: u64) -> io::Result<Run> {
     Err(io::ErrorKind::Unsupported.into())

@@ -59,7 +59,7 @@ impl<'a> Bulk<'a> {
     }
 
     fn spans(&self, held: &Held<'_>) -> Spans {
-        Spans::new(self.geometry(), held.refcounts.table().len() as u64)
+        Spans::new(self.geometry(), held.refcounts.entries(self.geometry()))
     }
 
     /// Adds one reference to every L2 table of `tree`, and to every cluster that they refer to. Disk: reads

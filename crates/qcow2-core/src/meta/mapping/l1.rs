@@ -34,11 +34,16 @@ impl L1Entries {
         Self { len: raw.len(), parts: raw.chunks(PART).map(part).collect() }
     }
 
+    /// `count` entries, all zeroes.
+    pub(crate) fn zeroes(count: u64) -> Self {
+        let len = count as usize;
+        Self { len, parts: (0..len.div_ceil(PART)).map(|_| None).collect() }
+    }
+
     /// The `count` entries of the table at `offset`. Disk: reads what is not a hole. Errors: `Storage`,
     /// `Corrupt`.
     pub(crate) fn read(storage: &dyn Storage, offset: HostOffset, count: u64) -> Result<Self> {
-        let len = count as usize;
-        let mut entries = Self { len, parts: (0..len.div_ceil(PART)).map(|_| None).collect() };
+        let mut entries = Self::zeroes(count);
         read_pieces(storage, offset, count, &mut |start, piece| {
             let nonzero = (start as usize..).zip(words(piece)).filter(|&(_, raw)| raw != 0);
             nonzero.for_each(|(index, raw)| entries.set(index, raw));

@@ -134,7 +134,7 @@ impl RefcountStore {
                 }
                 let blocks = if exact { self.blocks_ahead(refcounts, at, want) } else { 1 };
                 let index = self.geometry().refcount_table_index(HostCluster::new(at));
-                if index + blocks > refcounts.table.len() as u64 {
+                if index + blocks > refcounts.entries(self.geometry()) {
                     self.grow_table(refcounts, index + blocks - 1)?;
                     continue;
                 }
@@ -201,13 +201,13 @@ impl RefcountStore {
         self.file.event(Event::RefblockAlloc);
         // Reserved bits alone lead to no block.
         debug_assert!(
-            matches!(decode_table_entry(refcounts.table[index as usize], self.geometry()), Ok(None)),
+            matches!(decode_table_entry(refcounts.entry(index), self.geometry()), Ok(None)),
             "a refcount block is replaced"
         );
-        refcounts.table[index as usize] = encode_table_entry(Some(offset));
+        refcounts.set_entry(index, encode_table_entry(Some(offset)), self.geometry());
         if let Err(error) = self.set_count(refcounts, cluster, 1) {
             // Without its own refcount the block's cluster would count as free.
-            refcounts.table[index as usize] = encode_table_entry(None);
+            refcounts.set_entry(index, encode_table_entry(None), self.geometry());
             return Err(error);
         }
         debug_assert!(

@@ -44,7 +44,7 @@ impl RefcountStore {
     fn plan_growth(&self, refcounts: &Refcounts, index: u64) -> Result<Layout> {
         let geometry = self.geometry();
         let (cluster_size, per_block) = (geometry.cluster_size(), geometry.refcount_block_entries());
-        let old_entries = refcounts.table.len() as u64;
+        let old_entries = refcounts.entries(geometry);
         let first = old_entries * per_block;
         // At least half as much again, so that the table moves ever more rarely as the file grows.
         let wanted = (index + 1).max(old_entries + old_entries / 2);
@@ -81,7 +81,7 @@ impl RefcountStore {
         let geometry = self.geometry();
         let size = geometry.cluster_size();
         let used = layout.blocks.count() + layout.table.count();
-        let old_entries = refcounts.table.len();
+        let old_entries = refcounts.entries(geometry) as usize;
         let mut table = refcounts.table.clone();
         let entries = layout.table.len(geometry) / 8;
         assert!(entries > old_entries as u64, "a refcount table that does not grow");
