@@ -49,7 +49,27 @@ macro_rules! step {
     };
 }
 
+/// Random reads of a disk whose clusters are spread over so many layers; all of it is made by `setup_depth`.
+macro_rules! depth {
+    ($layers:literal, $top:literal) => {
+        Row {
+            name: concat!("4 KiB random reads of 512 MiB, clusters in ", $layers, " layers"),
+            group: "chain",
+            prepare: &[],
+            args: concat!("bench -f qcow2 -c 100000 -d 1 -S ", step!(), " {}/", $layers, "-", $top, ".qcow2"),
+            theirs: "",
+        }
+    };
+}
+
+/// The depths of the rows above.
+const DEPTHS: [u64; 4] = [1, 8, 64, 256];
+
 const ROWS: &[Row] = &[
+    depth!("1", "0"),
+    depth!("8", "7"),
+    depth!("64", "63"),
+    depth!("256", "255"),
     Row {
         name: "4 KiB random reads, one at a time",
         group: "io",
@@ -369,6 +389,12 @@ impl Bench {
                 "bench -t unsafe -w --pattern 7 -c 100000 -d 32 -S 1640632320 -f qcow2 {}/layer.qcow2",
             )?;
         }
+        for layers in DEPTHS {
+            let top = format!("/{layers}-{}.qcow2", layers - 1);
+            if rows.iter().any(|row| row.args.ends_with(&top)) {
+                self.setup_depth(layers)?;
+            }
+        }
         if rows.iter().any(|row| row.group == "crypt") {
             self.setup_encrypted()?;
         }
@@ -399,6 +425,24 @@ impl Bench {
             self.make(
                 "convert -W -m 8 -c -o compression_type=zstd -f raw -O qcow2 {}/real.raw {}/real-zstd.qcow2",
             )?;
+        }
+        Ok(())
+    }
+
+    /// A chain of `layers` layers, each with the clusters of a disk of 512 MiB that a hash gives it.
+    fn setup_depth(&self, layers: u64) -> Result<(), String> {
+        for layer in 0..layers {
+            let image = format!("{{}}/{layers}-{layer}.qcow2");
+            let below = format!("-b {layers}-{}.qcow2 -F qcow2", layer.wrapping_sub(1));
+            let below = if layer > 0 { &below } else { "" };
+            self.qemu(&format!("create -q -f qcow2 {below} {image} 512M"))?;
+            let mut fill = Command::new("qemu-io");
+            fill.args(["-t", "unsafe", "-f", "qcow2"]);
+            let own = |cluster: &u64| (cluster.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) % layers == layer;
+            for cluster in (0..8192).filter(own) {
+                fill.args(["-c", &format!("write -q -P {} {} 64k", layer % 250 + 1, cluster << 16)]);
+            }
+            check(fill.args(self.words(&image)))?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use crate::container::ContainerDisk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
-use crate::live::LiveDisk;
+use crate::live::{LiveDisk, chain_extent};
 use crate::open::{Layers, OpenOptions};
 use crate::port::disk::{ExtentState, GuestDisk};
 use crate::port::resolver::{ImageFormat, Reference, ResolvedSource, SourceId};
@@ -120,19 +120,8 @@ pub fn reads_zero(disk: &dyn GuestDisk, range: GuestRange) -> Result<bool> {
     let (mut at, end) = (range.start().value(), range.end().value());
     while at < end {
         let here = GuestRange::between(GuestOffset::new(at), GuestOffset::new(end));
-        let extent = disk.extent_at(here)?;
-        let zero = match extent.state {
-            ExtentState::Zero { .. } => true,
-            ExtentState::Data { .. } | ExtentState::Compressed => false,
-            ExtentState::Unallocated => match disk.backing() {
-                None => true,
-                Some(below) => {
-                    let end = below.size().min(at + extent.len);
-                    reads_zero(&**below, GuestRange::between(here.start(), GuestOffset::new(end)))?
-                }
-            },
-        };
-        if !zero {
+        let extent = chain_extent(disk, here)?;
+        if !matches!(extent.state, ExtentState::Zero { .. } | ExtentState::Unallocated) {
             return Ok(false);
         }
         assert!(extent.len > 0, "the disk returned an empty extent at {at:#x}");

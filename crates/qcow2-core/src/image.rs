@@ -5,6 +5,7 @@
 use crate::bitmap::Bitmaps;
 use crate::crypt::Crypt;
 use crate::error::{Error, ErrorKind, Result};
+use crate::merged::view::Merged;
 use crate::meta::bulk::Bulk;
 use crate::meta::file::ImageFile;
 use crate::meta::flush::Flusher;
@@ -40,6 +41,8 @@ pub struct Image {
     pub(crate) backing_unopened: bool,
     pub(crate) codec: Option<Arc<dyn ClusterCodec>>,
     pub(crate) scratch: Scratch,
+    /// What this image and the layers below it answer together, if nobody changes it any more.
+    pub(crate) merged: Merged,
     pub(crate) crypt: Crypt,
     /// Read-locked by every guest request, write-locked by changes of the whole image (close, snapshots,
     /// resize).
@@ -116,7 +119,7 @@ impl Image {
         debug_assert!(self.refcounts.is_settled(), "clusters wait to be freed when the image is closed");
         self.store_bitmaps()?;
         self.header.retract_warnings()?;
-        self.file.poison();
+        self.file.close();
         Ok(())
     }
 
@@ -263,6 +266,10 @@ impl Image {
     /// was not opened, `Unsupported` without a codec, `Storage`.
     pub fn read_at(&self, offset: GuestOffset, buf: &mut [u8]) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
+        // Nothing that a request could hold back happens to an image that takes no changes: no locks.
+        if self.file.is_settled() {
+            return self.read_settled(offset, buf);
+        }
         let _structure = read(&self.structure);
         let _operation = self.flusher.enter();
         self.read_range(offset, buf)
@@ -399,6 +406,13 @@ impl GuestDisk for Image {
 
     fn extent_at(&self, range: GuestRange) -> Result<DiskExtent> {
         Image::extent_at(self, range)
+    }
+
+    fn layers_without(&self, range: GuestRange) -> (usize, u64) {
+        match self.check_range(range.start(), range.len()) {
+            Ok(_) => self.merged_layers_without(range),
+            Err(_) => (0, range.len()),
+        }
     }
 
     fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {

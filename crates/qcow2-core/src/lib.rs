@@ -86,6 +86,7 @@ pub mod image;
 mod inflight;
 mod invariant;
 pub mod live;
+mod merged;
 mod meta;
 pub mod open;
 pub mod port;

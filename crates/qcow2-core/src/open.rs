@@ -5,13 +5,16 @@
 
 mod options;
 
-pub use options::{Codecs, DEFAULT_L2_CACHE, DEFAULT_REFCOUNT_CACHE, Layers, OpenOptions};
+pub use options::{
+    Codecs, DEFAULT_INDEX_SIZE, DEFAULT_L2_CACHE, DEFAULT_REFCOUNT_CACHE, Layers, OpenOptions,
+};
 
 use crate::bitmap::Bitmaps;
 use crate::chain;
 use crate::crypt::Crypt;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
+use crate::merged::view::Merged;
 use crate::meta::cache::PageCache;
 use crate::meta::file::ImageFile;
 use crate::meta::flush::Flusher;
@@ -128,6 +131,7 @@ impl Image {
             backing_unopened: header.backing_file.is_some(),
             codec,
             scratch: Scratch::default(),
+            merged: Merged::new(index_size(options)),
             crypt,
             structure: RwLock::new(Rank::Structure, ()),
             bitmaps: Bitmaps::new(options.bitmap_memory),
@@ -258,6 +262,15 @@ fn build_parts(
 fn l2_cache(header: &Header, geometry: &Geometry, options: &OpenOptions) -> PageCache {
     let needed = header.size.div_ceil(geometry.cluster_size()).saturating_mul(geometry.l2_entry_size());
     let bytes = options.l2_cache_size.unwrap_or(DEFAULT_L2_CACHE.min(needed));
+    // Nobody changes it: its index has the other half, see `index_size`.
+    let shared = !options.writable && options.l2_cache_size.is_some() && options.index_size.is_none();
+    let bytes = if shared { bytes - bytes / 2 } else { bytes };
     let page = if bytes >= needed { MAX_PAGE } else { SMALL_PAGE }.min(geometry.cluster_size());
     PageCache::new(page, bytes, needed)
+}
+
+/// The budget of the index: a limit for L2 tables in memory is one for what is known of them in another form.
+fn index_size(options: &OpenOptions) -> u64 {
+    let half = options.l2_cache_size.map(|bytes| (bytes / 2).min(DEFAULT_INDEX_SIZE));
+    options.index_size.or(half).unwrap_or(DEFAULT_INDEX_SIZE)
 }

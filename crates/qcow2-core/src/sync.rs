@@ -44,6 +44,12 @@ pub(crate) enum Rank {
     Flushing,
     /// Read-locked while mapping words change, write-locked while a flush copies them.
     Gate,
+    /// A piece of the index of merged layers while it is filled: held over I/O; only other misses wait.
+    Filling,
+    /// The end of the log of that index.
+    IndexEnd,
+    /// Who has merged the layers below a live disk. Each live disk has an order of its own, like an image.
+    Watchers,
     /// The refcount table and the start of the search for free clusters.
     Refcounts,
     /// Writeback of refcount blocks and of the refcount table.

@@ -2,6 +2,8 @@
 //! flush and delayed reuse together, on an image so small that threads always collide.
 #![allow(missing_docs, clippy::unwrap_used, clippy::field_reassign_with_default)]
 
+#[path = "shuttle/merged.rs"]
+mod merged;
 #[path = "shuttle/power.rs"]
 mod power;
 

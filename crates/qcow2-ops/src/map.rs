@@ -157,7 +157,12 @@ impl Layers {
     /// The run at `at`, at most `len` bytes, before joining.
     pub(crate) fn extent_at(&self, at: u64, len: u64) -> qcow2_core::Result<MapExtent> {
         let mut extent = MapExtent { start: at, len, zero: true, ..MapExtent::default() };
+        // The layer that those above leave the extent to, once it is known.
+        let mut first = None;
         for (depth, layer) in (0..).zip(&self.layers) {
+            if first.is_some_and(|first| depth < first) {
+                continue;
+            }
             let size = layer.disk.size();
             let rounded = size.checked_next_multiple_of(512).unwrap_or(size);
             if at >= rounded {
@@ -177,6 +182,15 @@ impl Layers {
                 let (StorageStatus { len, data, zero }, present) = (status, status.data || status.zero);
                 let host = present.then_some(HostOffset::new(at));
                 return Ok(MapExtent { len, depth, present, zero, data, host, ..extent });
+            }
+            // The top, or below a top that is written the next one, knows for all that nobody changes.
+            if first.is_none()
+                && depth < 2
+                && let (skipped @ 1.., len) = layer.disk.layers_without(range)
+            {
+                first = Some((depth + skipped as u32).min(self.layers.len() as u32 - 1));
+                extent = MapExtent { len, ..extent };
+                continue;
             }
             let answer = layer.disk.extent_at(range)?;
             extent = MapExtent { len: answer.len, depth, host: None, ..extent };

@@ -16,7 +16,7 @@ use core::mem;
 const GROUPS: usize = 16;
 
 /// A value that requests use and an exchange replaces.
-pub(super) struct Gate<T> {
+pub(crate) struct Gate<T> {
     groups: Vec<Group<T>>,
     /// The value once more, held by the exchange. Its rank is before that of the groups: a thread whose own
     /// request is inside would wait for itself, and builds that check the order say so.
@@ -28,14 +28,14 @@ pub(super) struct Gate<T> {
 struct Group<T>(RwLock<T>);
 
 /// The closed gate; dropping it lets requests in again.
-pub(super) struct Closed<'a, T> {
+pub(crate) struct Closed<'a, T> {
     // Dropped first: requests are let in before the next exchange is.
     values: Vec<RwLockWriteGuard<'a, T>>,
     present: MutexGuard<'a, T>,
 }
 
 impl<T: Clone> Gate<T> {
-    pub(super) fn new(value: &T) -> Self {
+    pub(crate) fn new(value: &T) -> Self {
         let _owner = LockOwner::new();
         let group = |_| Group(RwLock::new(Rank::Layers, value.clone()));
         let present = Mutex::new(Rank::Exchange, value.clone());
@@ -43,24 +43,24 @@ impl<T: Clone> Gate<T> {
     }
 
     /// Waits while the gate is closed or about to be. The value stays as it is until the guard is dropped.
-    pub(super) fn enter(&self) -> RwLockReadGuard<'_, T> {
+    pub(crate) fn enter(&self) -> RwLockReadGuard<'_, T> {
         read(&self.groups[thread_number() % GROUPS].0)
     }
 
     /// Closes the gate: waits for the requests inside.
-    pub(super) fn close(&self) -> Closed<'_, T> {
+    pub(crate) fn close(&self) -> Closed<'_, T> {
         let present = lock(&self.present);
         Closed { values: self.groups.iter().map(|group| write(&group.0)).collect(), present }
     }
 }
 
 impl<T: Clone> Closed<'_, T> {
-    pub(super) fn value(&self) -> &T {
+    pub(crate) fn value(&self) -> &T {
         &self.present
     }
 
     /// Replaces the value; returns the old one.
-    pub(super) fn replace(&mut self, value: &T) -> T {
+    pub(crate) fn replace(&mut self, value: &T) -> T {
         self.values.iter_mut().for_each(|kept| **kept = value.clone());
         mem::replace(&mut *self.present, value.clone())
     }

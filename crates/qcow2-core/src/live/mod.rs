@@ -19,9 +19,10 @@
 //! lock, and further tickets never block behind a change. Two rules remain, which debug builds check: a
 //! thread that holds a `Request` neither takes another one of the same disk nor calls `hold`.
 
-mod gate;
+pub(crate) mod gate;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::merged::view::Watchers;
 use crate::port::disk::{DiskExtent, ExtentState, GuestDisk};
 use crate::port::storage::ZeroMode;
 use crate::sync::RwLockReadGuard;
@@ -43,6 +44,8 @@ pub struct LiveDisk {
     /// True while a procedure changes the layers.
     changing: AtomicBool,
     observer: Option<Arc<dyn HoldObserver>>,
+    /// The images above that have merged the layers from here on.
+    watchers: Watchers,
 }
 
 /// Is told of each time that requests are held back, for statistics.
@@ -74,6 +77,7 @@ impl Request<'_> {
 pub struct Hold<'a> {
     closed: Closed<'a, Arc<dyn GuestDisk>>,
     observer: Option<&'a dyn HoldObserver>,
+    watchers: &'a Watchers,
 }
 
 impl Hold<'_> {
@@ -90,6 +94,8 @@ impl Hold<'_> {
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
+        // Before requests go on: whoever merges layers from here on waits at the gate, and gets the new one.
+        self.watchers.end_hold();
         if let Some(observer) = self.observer {
             observer.released();
         }
@@ -124,7 +130,8 @@ impl LiveDisk {
     }
 
     fn made(disk: &Arc<dyn GuestDisk>, frozen: bool, observer: Option<Arc<dyn HoldObserver>>) -> Self {
-        Self { gate: Gate::new(disk), frozen, changing: AtomicBool::new(false), observer }
+        let (gate, changing, watchers) = (Gate::new(disk), AtomicBool::new(false), Watchers::new());
+        Self { gate, frozen, changing, observer, watchers }
     }
 
     /// True for a layer below an overlay, which refuses changes.
@@ -144,11 +151,17 @@ impl LiveDisk {
         if let Some(observer) = observer {
             observer.holding();
         }
+        // Before the gate is closed: reads past this disk may wait for one that is further down.
+        self.watchers.begin_hold();
         let closed = self.gate.close();
         if let Some(observer) = observer {
             observer.quiet();
         }
-        Hold { closed, observer }
+        Hold { closed, observer, watchers: &self.watchers }
+    }
+
+    pub(crate) fn watchers(&self) -> &Watchers {
+        &self.watchers
     }
 
     /// The disk as it is now. Who keeps it sees nothing of an exchange: for procedures, which exclude each
@@ -241,7 +254,13 @@ impl GuestDisk for LiveDisk {
 
 /// How the chain of `disk` stores the bytes at `range.start()`. There are no host offsets: the extent does
 /// not say in which layer they would be.
-fn chain_extent(disk: &dyn GuestDisk, range: GuestRange) -> Result<DiskExtent> {
+pub(crate) fn chain_extent(disk: &dyn GuestDisk, range: GuestRange) -> Result<DiskExtent> {
+    if let Some(image) = disk.as_image()
+        && disk.filtered().is_none()
+        && let Some(extent) = image.merged_extent(range)
+    {
+        return extent;
+    }
     let extent = disk.extent_at(range)?;
     let state = match extent.state {
         ExtentState::Zero { .. } => ExtentState::Zero { host: None },

@@ -31,6 +31,8 @@ pub(crate) struct ImageFile {
     /// True if opened for repair: damage is expected.
     for_repair: bool,
     poisoned: AtomicBool,
+    /// True once the image was closed: all of it is on disk, and nothing changes any more.
+    closed: AtomicBool,
     rules: Rules,
     events: Option<Arc<dyn Events>>,
 }
@@ -49,6 +51,7 @@ impl ImageFile {
             writable: options.writable,
             for_repair: options.for_repair,
             poisoned: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             rules: rules(options),
             events: storage.events(),
             storage,
@@ -136,6 +139,24 @@ impl ImageFile {
     /// Poisons the image: every change fails from now on.
     pub(crate) fn poison(&self) {
         self.poisoned.store(true, Ordering::Release);
+    }
+
+    /// Notes that everything is on disk, and refuses changes from now on. The caller holds the structure lock
+    /// for writing: no request is running.
+    pub(crate) fn close(&self) {
+        self.poison();
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// True if nothing changes the image any more: it was opened for reading, or has been closed.
+    #[inline]
+    pub(crate) fn is_settled(&self) -> bool {
+        !self.writable || self.closed.load(Ordering::Acquire)
+    }
+
+    /// True if an observer is told of the steps on this file.
+    pub(crate) fn is_observed(&self) -> bool {
+        self.events.is_some()
     }
 
     /// Returns `result`, and poisons the image if it is an error.

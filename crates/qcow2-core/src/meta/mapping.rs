@@ -3,10 +3,12 @@
 //! Invariant I2: an entry changes only after everything that it points to has been written.
 
 mod l1;
+mod scan;
 mod table;
 
 pub(crate) use self::l1::L1Entries;
 use self::l1::L1Table;
+pub(crate) use self::scan::Stored;
 use super::cache::PageCache;
 use super::file::ImageFile;
 use super::header::HeaderStore;

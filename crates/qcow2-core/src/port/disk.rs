@@ -76,6 +76,13 @@ pub trait GuestDisk: Send + Sync {
     /// may be shorter than possible if finding its end is expensive. `range` must not be empty.
     fn extent_at(&self, range: GuestRange) -> Result<DiskExtent>;
 
+    /// How many disks have nothing at `range.start()`, this one first and then one backing file after the
+    /// other, and for how many bytes, at most `range.len()`, none of them has anything. For whoever walks a
+    /// chain: it may leave these disks out. They may be more, 0 the least. Default: 0, for all of the range.
+    fn layers_without(&self, range: GuestRange) -> (usize, u64) {
+        (0, range.len())
+    }
+
     /// The backing file, which unallocated bytes are read from.
     fn backing(&self) -> Option<&Arc<dyn GuestDisk>> {
         None

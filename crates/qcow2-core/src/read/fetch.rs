@@ -21,21 +21,28 @@ impl Image {
             let run = self.mapping().lookup(here, rest.len() as u64)?;
             invariant::covers(&run, rest.len() as u64);
             let (part, next) = rest.split_at_mut(run.len as usize);
-            match run.place {
-                Place::Zero { .. } => part.fill(0),
-                Place::Unallocated => self.read_backing(here, part)?,
-                Place::Data { host, .. } if self.crypt.is_plain() => {
-                    self.file.event(Event::ReadAio);
-                    self.file.data()?.read_padded(host, part)?;
-                }
-                Place::Data { host, .. } => {
-                    self.file.event(Event::ReadAio);
-                    self.read_encrypted(here, host, part)?;
-                }
-                Place::Compressed(stream) => self.read_compressed(here, stream, part)?,
-            }
+            self.read_place(here, run.place, part)?;
             at += run.len;
             rest = next;
+        }
+        Ok(())
+    }
+
+    /// Fills `part` with the bytes at `here`, which are stored at `place` in this layer, or come from below.
+    #[inline]
+    pub(crate) fn read_place(&self, here: GuestOffset, place: Place, part: &mut [u8]) -> Result<()> {
+        match place {
+            Place::Zero { .. } => part.fill(0),
+            Place::Unallocated => self.read_backing(here, part)?,
+            Place::Data { host, .. } if self.crypt.is_plain() => {
+                self.file.event(Event::ReadAio);
+                self.file.data()?.read_padded(host, part)?;
+            }
+            Place::Data { host, .. } => {
+                self.file.event(Event::ReadAio);
+                self.read_encrypted(here, host, part)?;
+            }
+            Place::Compressed(stream) => self.read_compressed(here, stream, part)?,
         }
         Ok(())
     }
