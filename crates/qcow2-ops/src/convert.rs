@@ -6,6 +6,7 @@ use crate::executor::Executor;
 use crate::pipeline::Order;
 use crate::progress::Progress;
 use crate::source::{Below, Source, total_size};
+use crate::whole::copied_anyway;
 use qcow2_core::format::CryptMethod;
 use qcow2_core::{ClusterCodec, GuestDisk, Image};
 use std::sync::Arc;
@@ -25,7 +26,8 @@ pub struct ConvertOptions {
     /// the source's zeroes are written to the target.
     pub target_is_zero: bool,
     /// Do not write ranges that the top layer of the (single) source does not allocate, so that the target's
-    /// backing file shows through there.
+    /// backing file shows through there. Compressed clusters are written whole: one that is only partly such
+    /// a range, or in which the target's backing file or the disk ends, is written.
     pub keep_backing: bool,
     /// Store clusters compressed if that makes them smaller.
     pub compress: bool,
@@ -147,6 +149,10 @@ pub fn convert(
         sparse_size: options.sparse_size,
         zero_from: options.target_is_zero.then_some(backing_end),
         below: if options.keep_backing { Below::OtherLayers } else { Below::Nothing },
+        copied_anyway: match options.keep_backing && options.compress {
+            true => copied_anyway(&source, target),
+            false => Vec::new(),
+        },
         target_layers: None,
         compress: if options.compress { Some(compressed(target)?) } else { None },
         offload: options.offload,

@@ -84,6 +84,7 @@ pub fn dd(
         sparse_size: 4096,
         zero_from: Some(0),
         below: Below::Nothing,
+        copied_anyway: Vec::new(),
         target_layers: None,
         compress: None,
         offload: false,
