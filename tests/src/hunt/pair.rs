@@ -132,6 +132,9 @@ impl Pair {
         };
         let verb = match failed && what == CONTENT && self.only_compressed_differ(line, &name, ours, theirs) {
             true => "qemu-io failed, within its compressed writes".to_owned(),
+            false if failed && self.only_sizes_count(before, line, &name, theirs, ours) => {
+                deed_of(&sizes_of(line))
+            }
             false => deed_of(line),
         };
         let cause = match what {
@@ -159,6 +162,27 @@ impl Pair {
         };
         [was_theirs, copy].into_iter().for_each(|copy| self.copies.give_back(copy));
         Difference { cause, shown }
+    }
+
+    /// True if the file `name` becomes what it became with both tools also without the other commands of a
+    /// line of qemu-io that gives the disk new sizes.
+    fn only_sizes_count(
+        &self,
+        before: &[String],
+        line: &str,
+        name: &str,
+        theirs: &FolderCopy,
+        ours: &FolderCopy,
+    ) -> bool {
+        let sizes = sizes_of(line);
+        let is_same = |tools: &Qemu, copy: &FolderCopy| {
+            let lines: Vec<String> = before.iter().chain([&sizes]).cloned().collect();
+            let again = self.replay(tools, &lines);
+            let [one, other] = [copy, &again].map(|copy| fs::read(copy.path().join(name)).ok());
+            self.copies.give_back(again);
+            one.is_some() && one == other
+        };
+        sizes != line && is_same(&self.reference, theirs) && is_same(&self.ours, ours)
     }
 
     /// True if the compressed writes of `line` reach every difference between the two disks `name`.
@@ -318,6 +342,26 @@ fn first_mismatch(compared: &str) -> Option<usize> {
     rest.split('!').next()?.parse().ok()
 }
 
+/// A line of qemu-io without the commands that are no new size; any other line as it is, and so is one
+/// without a new size.
+fn sizes_of(line: &str) -> String {
+    let commands: Vec<&str> = line.split(" -c ").collect();
+    let is_size = |command: &&str| command.starts_with("'truncate ");
+    // The last command is followed by the name of the disk.
+    let Some((last, rest)) = commands.split_last().filter(|_| line.starts_with("qemu-io ")) else {
+        return line.to_owned();
+    };
+    let Some(((_, name), (first, rest))) = last.rsplit_once("' ").zip(rest.split_first()) else {
+        return line.to_owned();
+    };
+    let last = last.strip_suffix(name).map_or(*last, str::trim_end);
+    let sizes: Vec<&str> = rest.iter().copied().chain([last]).filter(is_size).collect();
+    match sizes.is_empty() {
+        true => line.to_owned(),
+        false => format!("{first} -c {} {name}", sizes.join(" -c ")),
+    }
+}
+
 /// [`verb_of`] a line, and for qemu-io also what it does if a new size is the only change it makes.
 fn deed_of(line: &str) -> String {
     let words = words(line);
@@ -347,6 +391,26 @@ mod tests {
             ("qemu-img resize a 3M", "qemu-img resize"),
         ] {
             assert_eq!(deed_of(line), expected);
+        }
+    }
+
+    #[test]
+    fn new_sizes_are_taken_out_of_a_line_of_qemu_io() {
+        for (line, expected) in [
+            (
+                "qemu-io -c 'write -q 2M 1M' -c 'truncate -m metadata 2M' a",
+                "qemu-io -c 'truncate -m metadata 2M' a",
+            ),
+            ("qemu-io -n -c 'truncate 3M' -c 'read -q 0 1' a", "qemu-io -n -c 'truncate 3M' a"),
+            (
+                "qemu-io -c 'truncate 3M' -c flush -c 'truncate 2M' a",
+                "qemu-io -c 'truncate 3M' -c 'truncate 2M' a",
+            ),
+            ("qemu-io -c 'truncate 3M' a", "qemu-io -c 'truncate 3M' a"),
+            ("qemu-io -c 'write -q 0 1' a", "qemu-io -c 'write -q 0 1' a"),
+            ("qemu-img resize a 3M", "qemu-img resize a 3M"),
+        ] {
+            assert_eq!(sizes_of(line), expected);
         }
     }
 
