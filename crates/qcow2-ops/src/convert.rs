@@ -198,7 +198,8 @@ fn end_on_a_sector(image: &Image) -> Result<()> {
     pad().map_err(|e| Error::new(ErrorKind::Write, "error while writing the end of the file").with_source(e))
 }
 
-/// True if `target` is the bytes of a device, a server or a part of a file, which nobody zeroed for a new disk.
+/// True if `target` is the bytes of a device, a server or a part of a file, which nobody zeroed for a new
+/// disk.
 pub(crate) fn has_old_bytes(target: &dyn GuestDisk) -> bool {
     target.as_raw().is_some_and(|raw| raw.storage().limits().length != Length::Grows)
 }

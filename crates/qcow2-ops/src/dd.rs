@@ -63,8 +63,9 @@ pub fn dd_range(size: u64, options: &DdOptions) -> Option<Range<u64>> {
 }
 
 /// Writes `range` of `source` (see [`dd_range`]) to the start of `target`, which is new and at least as
-/// large. Ranges known to be zero are not written, except to the bytes of a device or a server. Disk and memory: as [`convert`](crate::convert()). Errors:
-/// `InvalidOption` for a target that is too small; `Extents`, `Read`, `Write`, `Stopped`.
+/// large. Ranges known to be zero are not written, except to the bytes of a device or a server. Disk and
+/// memory: as [`convert`](crate::convert()). Errors: `InvalidOption` for a target that is
+/// too small; `Extents`, `Read`, `Write`, `Stopped`.
 pub fn dd(
     source: &Arc<dyn GuestDisk>,
     range: Range<u64>,

@@ -70,7 +70,8 @@ impl OptionSpec {
 }
 
 /// The options of a new image of `format`, in the order in which an announcement shows them, those of files
-/// included. `file` and the drivers of devices and servers have some too. None for a format that is not made here.
+/// included. `file` and the drivers of devices and servers have some too. None for a format that is not made
+/// here.
 pub fn create_options(format: &ImageFormat) -> &'static [OptionSpec] {
     match format {
         ImageFormat::Raw => RAW,
