@@ -93,7 +93,7 @@ pub(crate) fn make_disk(
     let mut options = NewOptions::parse(&format, &KeyValues::default())?;
     options.set_number("size", size);
     let about = |failure: Failure| failure.about("error while creating output image").about(file);
-    let (made, args) = (target_of(file, &format).map_err(about)?, ImageArgs::default());
+    let (made, args) = (target_of(file, &format)?, ImageArgs::default());
     make(session, &made, &options, &args.objects, interrupts).map_err(|failure| about(failure.into()))?;
     let target = made.into_name(file, &options, args.objects.secrets());
     Ok(open(&target, &args.options().writable())?.disk)

@@ -1,5 +1,5 @@
 //! Clusters of a compressed target are written whole, so where the source is unallocated for less than that
-//! it is copied. Which clusters these are is qemu-img's choice, so that both leave the same ones to the target's
+//! it is copied. Which clusters these are is qemu-img's choice: so both leave the same ones to the target's
 //! backing file, whatever that holds.
 
 use crate::source::{Content, Run, SECTOR, Source};

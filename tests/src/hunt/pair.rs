@@ -223,17 +223,26 @@ impl Pair {
         bytes
     }
 
-    /// True if in both folders the disk `name` is equal to the bytes of one image that `line` names.
+    /// True if in both folders the disk `name` is equal to the bytes of one image that `line` names, or of all
+    /// that it names, one behind the other.
     fn is_copy_of_layout(&self, line: &str, name: &str, folders: [&FolderCopy; 2]) -> bool {
-        let mut words = line.split(|c: char| !c.is_alphanumeric() && c != '.');
-        words.any(|source| {
-            let is_copy = |copy: &FolderCopy| {
-                let args = ["compare", "-f", "raw", source, name].map(OsStr::new);
-                self.reference_says(copy, &args).is_some_and(|said| said.code == Some(0))
-            };
-            let is_file = source != name && folders[0].path().join(source).is_file();
-            is_file && folders.into_iter().all(is_copy)
-        })
+        let words = line.split(|c: char| !c.is_alphanumeric() && c != '.');
+        let is_file = |source: &&str| *source != name && folders[0].path().join(source).is_file();
+        let sources: Vec<&str> = words.filter(is_file).collect();
+        let is_copy = |source: &str, copy: &FolderCopy| {
+            let args = ["compare", "-f", "raw", source, name].map(OsStr::new);
+            self.reference_says(copy, &args).is_some_and(|said| said.code == Some(0))
+        };
+        let is_all = |copy: &FolderCopy| {
+            let mut all = Vec::new();
+            for source in &sources {
+                all.extend(fs::read(copy.path().join(source)).unwrap_or_default());
+                all.resize(all.len().next_multiple_of(512), 0);
+            }
+            self.guest_bytes(copy, name) == Some(all)
+        };
+        sources.iter().any(|source| folders.into_iter().all(|copy| is_copy(source, copy)))
+            || (sources.len() > 1 && folders.into_iter().all(is_all))
     }
 
     /// A folder after the lines `before` with one of the tools.
