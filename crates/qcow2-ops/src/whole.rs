@@ -74,23 +74,24 @@ mod tests {
 
     #[test]
     fn the_cluster_that_an_end_is_in_is_copied() {
-        let check = |size: u64, backing: u64, expected: &[Range<u64>]| {
+        let check = |size: u64, backing: u64, expected: &[(u64, u64)]| {
             let source: Arc<dyn GuestDisk> = Arc::new(TestDisk::empty(size, 512));
             let backing = Arc::new(TestDisk::empty(backing, 512));
             let target = TestDisk::empty(size, 4096).with_backing(&backing);
             let source = Source::new(std::slice::from_ref(&source)).unwrap();
-            assert_eq!(copied_anyway(&source, &target), expected, "{size} over {}", backing.size());
+            let found = copied_anyway(&source, &target).into_iter().map(|range| (range.start, range.end));
+            assert_eq!(found.collect::<Vec<_>>(), expected, "{size} over {}", backing.size());
         };
         check(16_384, 16_384, &[]);
         check(16_384, 4096, &[]);
         // Rounded up to a sector it ends with a cluster.
         check(16_384, 4095, &[]);
-        check(16_384, 4097, &[4096..8192]);
-        check(16_384, 1, &[0..4096]);
+        check(16_384, 4097, &[(4096, 8192)]);
+        check(16_384, 1, &[(0, 4096)]);
         check(16_384, 20_000, &[]);
-        check(12_800, 20_000, &[12_288..12_800]);
-        check(12_800, 12_300, &[12_288..12_800]);
-        check(12_800, 5000, &[4096..8192, 12_288..12_800]);
+        check(12_800, 20_000, &[(12_288, 12_800)]);
+        check(12_800, 12_300, &[(12_288, 12_800)]);
+        check(12_800, 5000, &[(4096, 8192), (12_288, 12_800)]);
     }
 
     #[test]
@@ -113,7 +114,10 @@ mod tests {
                 (960, 1000, data)
             ])
         );
-        assert_eq!(whole(&[64..128]), expected(&[(0, 128, data), (128, 1000, backing)]));
+        assert_eq!(
+            whole(std::slice::from_ref(&(64..128))),
+            expected(&[(0, 128, data), (128, 1000, backing)])
+        );
         assert_eq!(whole(std::slice::from_ref(&(0..1000))), expected(&[(0, 1000, data)]));
     }
 }

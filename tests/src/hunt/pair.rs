@@ -223,8 +223,8 @@ impl Pair {
         bytes
     }
 
-    /// True if in both folders the disk `name` is equal to the bytes of one image that `line` names, or of all
-    /// that it names, one behind the other.
+    /// True if in both folders the disk `name` is equal to the bytes of one image that `line` names, or of
+    /// all that it names, one behind the other.
     fn is_copy_of_layout(&self, line: &str, name: &str, folders: [&FolderCopy; 2]) -> bool {
         let words = line.split(|c: char| !c.is_alphanumeric() && c != '.');
         let is_file = |source: &&str| *source != name && folders[0].path().join(source).is_file();
