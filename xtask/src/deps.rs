@@ -29,6 +29,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("qcow2-exerciser", &["qcow2-core", "qcow2-format", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
     // Serves any guest disk; its tests open images through the facade.
     ("qcow2-vhost-user", &["qcow2-core", "qcow2-io", "qcow2-image"]),
+    // As the one above.
+    ("qcow2-queue", &["qcow2-core", "qcow2-io", "qcow2-image"]),
     ("qcow2-terminal", &["qcow2-ops", "qcow2-crypt", "qcow2-blockdev", "qcow2-report"]),
     ("qcow2-serve", &["qcow2-core", "qcow2-getopt", "qcow2-nbd", "qcow2-ops", "qcow2-io", "qcow2-blockdev"]),
     (
@@ -81,6 +83,7 @@ const OUTSIDE: &[(&str, &[&str])] = &[
     ("indicatif", &["qcow2-terminal"]),
     ("jiff", &["qcow2-report"]),
     ("libc", &["qcow2-io"]),
+    ("io-uring", &["qcow2-io"]),
     ("md-5", &["qcow2-crypt"]),
     ("pbkdf2", &["qcow2-crypt"]),
     ("proptest", &["qcow2-testkit", "qcow2-tests"]),
@@ -114,7 +117,7 @@ const DEV_ONLY: &[&str] =
     &["criterion", "proptest", "serde_json", "tempfile", "crc32fast", "bytes", "flate2", "zstd"];
 
 /// Third-party crates that shipped code may use behind a feature only.
-const OPTIONAL_ONLY: &[&str] = &["rustls", "shuttle"];
+const OPTIONAL_ONLY: &[&str] = &["io-uring", "rustls", "shuttle"];
 
 const ANY: &[&str] = &["*"];
 

@@ -17,7 +17,7 @@ use crate::port::codec::ClusterCodec;
 use crate::port::disk::{DiskExtent, ExtentState, GuestDisk};
 use crate::port::storage::{Storage, ZeroMode};
 use crate::read::expanded::Scratch;
-use crate::read::resolve::Place;
+use crate::read::resolve::{Place, Run};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{RwLock, read, write};
 use crate::write::plan::ZeroKind;
@@ -160,7 +160,10 @@ impl Image {
 
     /// The extent of this layer at `range.start()`. The caller runs inside an operation.
     pub(crate) fn extent_of(&self, range: GuestRange) -> Result<DiskExtent> {
-        let run = self.mapping().lookup(range.start(), range.len())?;
+        Ok(self.extent_from(self.mapping().lookup(range.start(), range.len())?))
+    }
+
+    pub(crate) fn extent_from(&self, run: Run) -> DiskExtent {
         let plain = self.crypt.is_plain();
         let state = match run.place {
             Place::Unallocated => ExtentState::Unallocated,
@@ -168,7 +171,7 @@ impl Image {
             Place::Data { host, .. } => ExtentState::Data { host: plain.then_some(host) },
             Place::Compressed(_) => ExtentState::Compressed,
         };
-        Ok(DiskExtent { len: run.len, state })
+        DiskExtent { len: run.len, state }
     }
 
     fn change(

@@ -96,6 +96,14 @@ struct ClaimedRange {
     shared: bool,
 }
 
+impl ClaimedRange {
+    /// Whether the two cannot be held at the same time.
+    fn meets(&self, other: &Self) -> bool {
+        let (ours, theirs) = (&self.clusters, &other.clusters);
+        theirs.start < ours.end && ours.start < theirs.end && !(other.shared && self.shared)
+    }
+}
+
 /// The guest clusters that `len` bytes at `offset` touch; at least the cluster of `offset`.
 pub(crate) fn touched_clusters(geometry: &Geometry, offset: GuestOffset, len: u64) -> Range<GuestCluster> {
     let last = GuestOffset::new(offset.value().saturating_add(len.max(1) - 1));
@@ -125,14 +133,21 @@ impl Claims {
         self.enter(ClaimedRange { clusters, shared: true })
     }
 
+    /// The same without waiting: `None` if an exclusive claim covers any of `clusters`.
+    pub(crate) fn try_share(&self, clusters: Range<GuestCluster>) -> Option<Claim<'_>> {
+        let range = ClaimedRange { clusters, shared: true };
+        let mut held = lock(&self.held);
+        if held.ranges.iter().any(|other| range.meets(other)) {
+            return None;
+        }
+        held.ranges.push(range.clone());
+        Some(Claim { claims: self, range })
+    }
+
     fn enter(&self, range: ClaimedRange) -> Claim<'_> {
-        let meets = |other: &ClaimedRange| {
-            let (ours, theirs) = (&range.clusters, &other.clusters);
-            theirs.start < ours.end && ours.start < theirs.end && !(other.shared && range.shared)
-        };
         debug_assert!(range.clusters.start < range.clusters.end, "an empty claim");
         let mut held = lock(&self.held);
-        while held.ranges.iter().any(meets) {
+        while held.ranges.iter().any(|other| range.meets(other)) {
             // Every release wakes all waiting threads: claims are few and short, so a queue for each is not
             // worth its cost.
             held.waiting += 1;

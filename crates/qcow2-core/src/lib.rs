@@ -131,4 +131,5 @@ pub use raw::{RawDisk, allocated_at, shown_disk};
 #[cfg(feature = "unstable-mutants")]
 pub use rules::OrderingRule;
 pub use snapshot::NewSnapshot;
+pub use write::attempt::InPlace;
 pub use write::drive::{Piece, Pin, WriteTicket};

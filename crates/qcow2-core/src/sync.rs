@@ -136,6 +136,17 @@ pub(crate) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     Held { guard: lock.inner.read().unwrap_or_else(std::sync::PoisonError::into_inner), entered }
 }
 
+/// `None` if it would have to wait: for a writer that has the lock or, so that writers get their turn, for
+/// one that waits for it.
+pub(crate) fn try_read<T>(lock: &RwLock<T>) -> Option<RwLockReadGuard<'_, T>> {
+    let guard = match lock.inner.try_read() {
+        Ok(guard) => guard,
+        Err(locks::TryLockError::Poisoned(error)) => error.into_inner(),
+        Err(locks::TryLockError::WouldBlock) => return None,
+    };
+    Some(Held { guard, entered: lock.place.enter_shared() })
+}
+
 pub(crate) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     let entered = lock.place.enter();
     Held { guard: lock.inner.write().unwrap_or_else(std::sync::PoisonError::into_inner), entered }

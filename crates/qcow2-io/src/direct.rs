@@ -6,6 +6,7 @@
 //! run beside another change of the same file, or the write-back would undo that change; the caller holds the
 //! file's lock exclusively.
 
+use crate::buffer::IoBuffer;
 use crate::sys;
 use std::fs::File;
 use std::io;
@@ -28,7 +29,7 @@ pub(crate) struct Alignment {
 #[derive(Debug)]
 pub(crate) struct DirectIo {
     alignment: Alignment,
-    idle: Mutex<Vec<AlignedBuffer>>,
+    idle: Mutex<Vec<IoBuffer>>,
 }
 
 impl DirectIo {
@@ -56,9 +57,9 @@ impl DirectIo {
             let at = offset + done as u64;
             let skip = (at % self.block() as u64) as usize;
             let window = (skip + buf.len() - done).next_multiple_of(self.block()).min(BUFFER_LEN);
-            let count = self.read_blocks(file, at - skip as u64, &mut bounce.bytes_mut()[..window])?;
+            let count = self.read_blocks(file, at - skip as u64, &mut bounce[..window])?;
             let useful = count.saturating_sub(skip).min(buf.len() - done);
-            buf[done..done + useful].copy_from_slice(&bounce.bytes()[skip..skip + useful]);
+            buf[done..done + useful].copy_from_slice(&bounce[skip..skip + useful]);
             done += useful;
             // The end of the file.
             if count < window {
@@ -83,9 +84,9 @@ impl DirectIo {
             let window = (skip + buf.len() - done).next_multiple_of(self.block()).min(BUFFER_LEN);
             let count = (window - skip).min(buf.len() - done);
             let first = at - skip as u64;
-            self.load_edges(file, first, skip..skip + count, &mut bounce.bytes_mut()[..window])?;
-            bounce.bytes_mut()[skip..skip + count].copy_from_slice(&buf[done..done + count]);
-            sys::write_full(file, first, &bounce.bytes()[..window])?;
+            self.load_edges(file, first, skip..skip + count, &mut bounce[..window])?;
+            bounce[skip..skip + count].copy_from_slice(&buf[done..done + count]);
+            sys::write_full(file, first, &bounce[..window])?;
             done += count;
         }
         self.give_back(bounce);
@@ -139,47 +140,20 @@ impl DirectIo {
         Ok(done)
     }
 
-    fn is_aligned(&self, buf: &[u8]) -> bool {
+    pub(crate) fn is_aligned(&self, buf: &[u8]) -> bool {
         buf.as_ptr().addr().is_multiple_of(self.alignment.memory)
     }
 
-    fn take_buffer(&self) -> AlignedBuffer {
+    fn take_buffer(&self) -> IoBuffer {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        idle.unwrap_or_else(|| {
-            AlignedBuffer::new(BUFFER_LEN, self.alignment.memory.max(self.alignment.block))
-        })
+        idle.unwrap_or_else(|| IoBuffer::aligned(BUFFER_LEN, self.alignment.memory.max(self.alignment.block)))
     }
 
-    fn give_back(&self, buffer: AlignedBuffer) {
+    fn give_back(&self, buffer: IoBuffer) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < MAX_IDLE_BUFFERS {
             idle.push(buffer);
         }
-    }
-}
-
-/// A byte buffer with an aligned address: it allocates more than it needs and starts at the first aligned
-/// byte.
-#[derive(Debug)]
-pub(crate) struct AlignedBuffer {
-    memory: Box<[u8]>,
-    start: usize,
-    len: usize,
-}
-
-impl AlignedBuffer {
-    pub(crate) fn new(len: usize, alignment: usize) -> Self {
-        let memory = vec![0; len + alignment].into_boxed_slice();
-        let start = memory.as_ptr().addr().next_multiple_of(alignment) - memory.as_ptr().addr();
-        Self { memory, start, len }
-    }
-
-    pub(crate) fn bytes(&self) -> &[u8] {
-        &self.memory[self.start..self.start + self.len]
-    }
-
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
     }
 }
 
@@ -190,15 +164,6 @@ mod tests {
     /// A direct reader on an ordinary file: without O_DIRECT the kernel takes any alignment.
     fn direct(block: usize) -> (DirectIo, File) {
         (DirectIo::new(Alignment { block, memory: block }), tempfile::tempfile().unwrap())
-    }
-
-    #[test]
-    fn aligned_buffers_keep_their_alignment_when_moved() {
-        let buffer = AlignedBuffer::new(10_000, 4096);
-        assert!(buffer.bytes().as_ptr().addr().is_multiple_of(4096));
-        let moved = Box::new(buffer);
-        assert!(moved.bytes().as_ptr().addr().is_multiple_of(4096));
-        assert_eq!(moved.bytes().len(), 10_000);
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! change before it costs no system call either. Operations that the file system does not support are tried
 //! once and then emulated.
 
-use crate::direct::{AlignedBuffer, DirectIo};
+use crate::buffer::IoBuffer;
+use crate::direct::DirectIo;
 use crate::dirty::Dirty;
 use crate::error::{Call, MAX_LEN};
 use crate::lock::unlock_image;
@@ -25,6 +26,8 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 #[cfg(all(target_os = "linux", feature = "guest-memory"))]
 mod guest;
+#[cfg(all(target_os = "linux", feature = "uring"))]
+pub(crate) mod ring;
 
 /// Zeroes written per call where the file system has no faster way; a multiple of every block size.
 const ZERO_BUFFER_LEN: u64 = 1024 * 1024;
@@ -217,11 +220,11 @@ impl FileStorage {
 
     fn put_zeroes(&self, start: u64, end: u64) -> io::Result<()> {
         let alignment = self.direct.as_ref().map_or(1, DirectIo::block);
-        let zeroes = AlignedBuffer::new(ZERO_BUFFER_LEN.min(end - start) as usize, alignment);
+        let zeroes = IoBuffer::aligned(ZERO_BUFFER_LEN.min(end - start) as usize, alignment);
         let mut at = start;
         while at < end {
             let count = (end - at).min(ZERO_BUFFER_LEN);
-            self.put(at, &zeroes.bytes()[..count as usize])?;
+            self.put(at, &zeroes[..count as usize])?;
             at += count;
         }
         Ok(())

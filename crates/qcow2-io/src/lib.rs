@@ -41,6 +41,7 @@
 //! | the guest disk of one image as the storage of another | [`DiskStorage`] |
 //! | to write such a wrapper | [`forward_storage`], [`forward_guest_disk`] |
 //! | the export of an NBD server | [`NbdStorage`] |
+//! | reads and writes of files that finish later, on io_uring | `FileRing` (feature `uring`, Linux) |
 //! | a null device | [`NullStorage`] |
 //! | random bytes and time for encryption keys | [`random_bytes`], [`ThreadClock`] |
 //! | a test suite for adapters of your own | `conformance` (a feature) |
@@ -59,6 +60,7 @@
 //! | parse or write the on-disk structures, `no_std` | `qcow2-format` |
 #![deny(unsafe_code)]
 
+mod buffer;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod direct;
@@ -80,8 +82,11 @@ mod space;
 mod sys;
 mod system;
 
+pub use buffer::IoBuffer;
 pub use error::{OsError, os_error_text};
 pub use file::FileStorage;
+#[cfg(all(target_os = "linux", feature = "uring"))]
+pub use file::ring::{FilePart, FileRing, RingWaker, Transfer};
 pub use layer::{
     BeforeWrite, BlkdebugStorage, CacheMode, CompressWrites, CopyBeforeWrite, CopyOnRead, DebugAction,
     DebugCall, DebugLimits, DebugRule, Debugger, DiskStorage, FilteredDisk, FlushEachWrite, GuardedRaw,

@@ -136,18 +136,43 @@ impl Mapping {
         self.find(offset, max_len, Some(cluster))
     }
 
-    fn find(&self, offset: GuestOffset, max_len: u64, to_change: Option<GuestOffset>) -> Result<Run> {
-        let Some(place) = self.l2_place(offset)? else {
-            let run = Run { len: self.unmapped_len(offset, max_len), place: Place::Unallocated };
-            invariant::covers(&run, max_len);
-            return Ok(run);
+    /// [`lookup`](Self::lookup) in what is in memory: `None` if a table would have to be read.
+    pub(crate) fn cached_lookup(&self, offset: GuestOffset, max_len: u64) -> Result<Option<Run>> {
+        let Some(table) = self.l1_entry(self.format.geometry.l1_index(offset))?.l2_table else {
+            return Ok(Some(self.unmapped(offset, max_len)));
         };
+        let (start, word, words_per_entry) = self.locate(table, offset)?;
+        let Some(page) = self.cache.cached(start) else { return Ok(None) };
+        self.run_at(offset, max_len, &L2Place { page, word, words_per_entry }, None).map(Some)
+    }
+
+    fn find(&self, offset: GuestOffset, max_len: u64, to_change: Option<GuestOffset>) -> Result<Run> {
+        match self.l2_place(offset)? {
+            Some(place) => self.run_at(offset, max_len, &place, to_change),
+            None => Ok(self.unmapped(offset, max_len)),
+        }
+    }
+
+    fn unmapped(&self, offset: GuestOffset, max_len: u64) -> Run {
+        let run = Run { len: self.unmapped_len(offset, max_len), place: Place::Unallocated };
+        invariant::covers(&run, max_len);
+        run
+    }
+
+    /// The run at `offset`, whose entry is at `place`.
+    fn run_at(
+        &self,
+        offset: GuestOffset,
+        max_len: u64,
+        place: &L2Place,
+        to_change: Option<GuestOffset>,
+    ) -> Result<Run> {
         let entry = |i| {
             let (raw, bitmap) = place.raw(i);
             self.format.decode(raw, bitmap)
         };
         let run = match place.like_the_first(&self.format, offset, max_len) {
-            Some(run) => self.past_holes(offset, max_len, &place, run),
+            Some(run) => self.past_holes(offset, max_len, place, run),
             None => resolve_run(&self.format, offset, max_len, place.entries(), entry)
                 .map_err(|e| self.entry_error(offset, place.raw(0).0, e, to_change))?,
         };
@@ -318,13 +343,20 @@ impl Mapping {
         }
     }
 
-    fn place_in_table(&self, table: HostOffset, offset: GuestOffset) -> Result<L2Place> {
+    /// Where in the table at `table` the entry is that maps `offset`: its page, the word in that, and the
+    /// words of an entry.
+    fn locate(&self, table: HostOffset, offset: GuestOffset) -> Result<(HostOffset, usize, usize)> {
         let entry_size = self.format.geometry.l2_entry_size();
         let byte = self.format.geometry.l2_index(offset).value() * entry_size;
         let at = table.checked_add(byte).ok_or_else(|| {
             Error::corrupt(format!("l2 table at {table} passes 2^64")).in_table(TableKind::L2).at_host(table)
         })?;
         let (start, word) = self.cache.locate(at);
+        Ok((start, word, (entry_size / 8) as usize))
+    }
+
+    fn place_in_table(&self, table: HostOffset, offset: GuestOffset) -> Result<L2Place> {
+        let (start, word, words_per_entry) = self.locate(table, offset)?;
         let page = match self.cache.cached(start) {
             Some(page) => page,
             None => {
@@ -332,7 +364,7 @@ impl Mapping {
                 self.cache.load(self.file.storage(), start)?
             }
         };
-        Ok(L2Place { page, word, words_per_entry: (entry_size / 8) as usize })
+        Ok(L2Place { page, word, words_per_entry })
     }
 
     /// The `index`-th entry counted from the one at `place`, which maps `offset`.
@@ -398,6 +430,11 @@ impl Mapping {
     /// Takes a shared claim on the clusters of `len` bytes at `offset`; see [`Claims::share`].
     pub(crate) fn share(&self, offset: GuestOffset, len: u64) -> Claim<'_> {
         self.claims.share(touched_clusters(&self.format.geometry, offset, len))
+    }
+
+    /// The same without waiting: `None` if another request has claimed one of them exclusively.
+    pub(crate) fn try_share(&self, offset: GuestOffset, len: u64) -> Option<Claim<'_>> {
+        self.claims.try_share(touched_clusters(&self.format.geometry, offset, len))
     }
 
     /// The cache of recently expanded compressed clusters.

@@ -60,7 +60,7 @@ impl Image {
     /// holds the pin: changes of the whole image wait for the pin, and a second request behind them
     /// deadlocks.
     pub fn pin(&self) -> Pin<'_> {
-        Pin { image: self, _structure: read(&self.structure), _operation: self.flusher.enter() }
+        Pin::new(self, read(&self.structure), self.flusher.enter())
     }
 
     /// Prepares a write of a first part of `range` (not empty, inside the disk): reserves host clusters and
@@ -112,7 +112,19 @@ impl Image {
     }
 }
 
-impl Pin<'_> {
+impl<'a> Pin<'a> {
+    pub(super) fn new(
+        image: &'a Image,
+        structure: RwLockReadGuard<'a, ()>,
+        operation: Operation<'a>,
+    ) -> Self {
+        Self { image, _structure: structure, _operation: operation }
+    }
+
+    pub(super) fn image(&self) -> &'a Image {
+        self.image
+    }
+
     /// How this layer stores the bytes at `range.start()`; see
     /// [`GuestDisk::extent_at`](crate::GuestDisk::extent_at). Host offsets are offsets in the [data
     /// storage](Image::data_storage).

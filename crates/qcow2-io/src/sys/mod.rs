@@ -9,6 +9,8 @@ pub(crate) mod guest;
 mod linux;
 #[cfg(not(target_os = "linux"))]
 mod other;
+#[cfg(all(target_os = "linux", feature = "uring"))]
+pub(crate) mod uring;
 
 #[cfg(target_os = "linux")]
 pub(crate) use linux::*;
