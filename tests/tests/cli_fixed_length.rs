@@ -115,6 +115,27 @@ fn a_preallocated_disk_shows_nothing_of_before() {
     }
 }
 
+/// A copy has the zeroes of its source, and an image that was there is gone.
+#[test]
+fn a_copy_shows_nothing_of_before() {
+    let Some(qemu) = Qemu::find() else { return };
+    for (target, formats) in [(Target::Device, "raw host_device"), (Target::Export, "raw nbd")] {
+        let line = format!(
+            "qemu-img create -q -f qcow2 c 64M; qemu-io -c 'write -q -P 5 1M 64k' c; for format in {formats}; do \
+             for verb in \"convert -O $format c $L\" \"dd -O $format if=c of=$L\"; do \
+             tr '\\0' A < /dev/zero | head -c 2M | dd of=disk conv=notrunc status=none; \
+             qemu-img $verb; echo $? $(qemu-img compare -f qcow2 -F raw c \"$L\"); done; \
+             tr '\\0' A < /dev/zero | head -c 2M | dd of=disk conv=notrunc status=none; \
+             qemu-img create -q -f $format $L 1M; qemu-io -r -f raw -c 'read -P 0 0 512' \
+             -c 'read -P 65 512 1M' \"$L\" | grep -v ops; done"
+        );
+        let Some([ours, theirs]) = said(&qemu, target, &line) else { return };
+        assert_eq!(ours, theirs, "{line}");
+        assert_eq!(ours.matches("0 Images are identical.").count(), 4, "{ours}");
+        assert!(!ours.contains("failed"), "{ours}");
+    }
+}
+
 #[test]
 fn other_sizes_for_what_is_there() {
     let Some(qemu) = Qemu::find() else { return };
@@ -136,6 +157,22 @@ fn other_sizes_for_what_is_there() {
              qemu-img info $L | grep refcount",
         ] {
             check_same(&qemu, target, line);
+        }
+    }
+}
+
+#[test]
+fn the_exerciser_resizes_nothing_that_is_there() {
+    let Some(qemu) = Qemu::find() else { return };
+    for target in [Target::Device, Target::Export] {
+        let line = "for mode in off falloc full metadata; do for size in 512 32M 64M 65M; do \
+                    qemu-io -f raw -c \"truncate -m $mode $size\" -c length $L; echo $mode $size $?; done; done; \
+                    truncate -s 1M w; for size in 512 1024 2048; do for mode in off falloc full metadata; do \
+                    qemu-io -c \"truncate -m $mode $size\" -c length \
+                    'json:{\"driver\":\"raw\",\"offset\":512,\"size\":1024,\"file.filename\":\"w\"}'; \
+                    echo $mode $size $?; done; done";
+        if !check_same(&qemu, target, line) {
+            return;
         }
     }
 }

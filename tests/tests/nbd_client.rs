@@ -188,6 +188,48 @@ fn an_export_is_a_conversion_target() {
     theirs("compare -F qcow2 s.qcow2 r.raw").success();
 }
 
+/// Of a new image on an export nothing is left of what was there, and the export's size counts.
+#[test]
+fn creating_on_an_export_matches_qemu_img() {
+    let root = tempfile::tempdir().unwrap();
+    let Some(both) = SideBySide::new(Path::new(OURS), root.path(), make) else { return };
+    let socket = root.path().join("raw");
+    let server = NbdServer::qemu_nbd(&both.start(), &socket, "-e 8 -x one -f raw r.raw");
+    let Some(_server) = server else { return };
+    let raw = both.start().join("r.raw");
+    let old = vec![7; 8 << 20];
+    let url = |name: &str| format!("nbd+unix:///{name}?socket={}", socket.display());
+    for (line, is_made) in [
+        (format!("create -f nbd {} 1M", url("one")), true),
+        (format!("create -f nbd {} 8M", url("one")), true),
+        (format!("create -q -f nbd -o size=1000 {}", url("one")), true),
+        (format!("create -f nbd -o preallocation=off {} 1M", url("one")), true),
+        (format!("create -f raw {} 1M", url("one")), true),
+        (format!("create -f nbd {} 9M", url("one")), false),
+        (format!("create -f nbd -o preallocation=full {} 1M", url("one")), false),
+        (format!("create -f nbd -o foo=1 {} 1M", url("one")), false),
+        (format!("create -f nbd {} 1M", url("gone")), false),
+        (format!("create -f qcow2 {} 1M", url("gone")), false),
+        (format!("create -f nbd -b base {} 1M", url("one")), false),
+        (format!("create -f nbd {}", url("one")), false),
+    ] {
+        let outcomes = [both.reference(), both.ours()].map(|tool| {
+            fs::write(&raw, &old).unwrap();
+            let outcome = tool.run_in(&both.start(), &words(&line));
+            let bytes = fs::read(&raw).unwrap();
+            assert_eq!(bytes[..512] == [0; 512], is_made, "{outcome}");
+            assert!(bytes[512..] == old[512..], "{outcome}");
+            (
+                outcome.code,
+                outcome.stdout,
+                outcome.stderr.replace(&both.ours().path().display().to_string(), ""),
+            )
+        });
+        assert_eq!(outcomes[0], outcomes[1], "{line}");
+        assert_eq!(outcomes[0].0 == Some(0), is_made, "{line}");
+    }
+}
+
 /// A server that disconnects gives an error and no endless wait, and the message says what happened.
 #[test]
 fn a_disconnected_server_is_an_error() {

@@ -27,7 +27,7 @@
 //! | a new image | [`NewTarget`], [`NewOptions`], then [`create`] |
 //! | a change of one that is there, for `qcow2_ops::amend` | [`ImageChanges`], [`SlotChange`] |
 //! | a new backing file for one, for `qcow2_ops::rebase` | [`BackingFile`] |
-//! | the options of both as tables | [`create_options`], [`amend_options`] |
+//! | the options of both as tables | [`create_options`], [`options_at`], [`amend_options`] |
 //! | that no half of one stays | [`Unfinished`] |
 //! | levels of compression, which images do not record | [`Compression`] |
 //! | passwords, and others for an image that is there | [`Secrets`], [`AskPassword`], [`Keys`], [`SlotChange`] |
@@ -100,7 +100,7 @@ pub use name::{ImageName, Naming, filename};
 pub use new::{
     CreateFailure, CreateFailureKind, CreateHow, ImageChanges, NewFile, NewImageFile, NewOptions, NewTarget,
     OptionSpec, OptionType, TemporaryFolder, Unfinished, amend_options, amended_format, create,
-    create_options, format_of_ending, measured_format, new_image_format,
+    create_options, format_of_ending, measured_format, new_image_format, options_at,
 };
 pub use open::{
     BackingFile, ChainFiles, Feature, Follow, KeptBacking, LayerFiles, NodeFacts, OpenOptions, OpenedBytes,

@@ -27,7 +27,7 @@ use std::ffi::OsString;
 /// Runs the program. `args`: the name it was called by, then its arguments. Returns the exit code; everything
 /// else it has to say has gone to standard output and standard error.
 pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
-    qcow2_terminal::outlive_progress_requests();
+    qcow2_terminal::outlive_harmless_signals();
     let mut args = args.into_iter();
     let session = Session::new(&qcow2_io::text_of_name(&args.next().unwrap_or_default()));
     if session.is_own() {

@@ -8,7 +8,7 @@ use crate::persona;
 use crate::session::Session;
 use qcow2_blockdev::{
     CreateFailure, CreateHow, KeyValues, NewOptions, NewTarget, OptionValue, amend_options, create,
-    create_options, escape_commas, format_of_ending, new_image_format, open,
+    escape_commas, format_of_ending, new_image_format, open, options_at,
 };
 use qcow2_core::{GuestDisk, ImageFormat};
 use qcow2_terminal::Interrupts;
@@ -93,7 +93,7 @@ pub(crate) fn make_disk(
     let mut options = NewOptions::parse(&format, &KeyValues::default())?;
     options.set_number("size", size);
     let about = |failure: Failure| failure.about("error while creating output image").about(file);
-    let (made, args) = (target_of(file, &format).map_err(about)?, ImageArgs::default());
+    let (made, args) = (target_of(file, &format)?, ImageArgs::default());
     make(session, &made, &options, &args.objects, interrupts).map_err(|failure| about(failure.into()))?;
     let target = made.into_name(file, &options, args.objects.secrets());
     Ok(open(&target, &args.options().writable())?.disk)
@@ -114,17 +114,19 @@ pub(crate) fn announcement(options: &NewOptions, file: &str) -> String {
     line
 }
 
-/// Prints what `-o` takes. `with_file`: whether the target is known to be a file, whose options then count
-/// too.
-pub(crate) fn print_options(session: &Session, format: &ImageFormat, with_file: bool) -> Result<(), Failure> {
-    let mut text = match with_file {
-        true => "Supported options:\n".to_owned(),
-        false => format!("Supported {} options:\n", format.name()),
+/// Prints what `-o` takes for an image called `name`; what files and servers take is not known without one.
+pub(crate) fn print_options(
+    session: &Session,
+    format: &ImageFormat,
+    name: Option<&str>,
+) -> Result<(), Failure> {
+    let mut text = match name {
+        Some(_) => "Supported options:\n".to_owned(),
+        None => format!("Supported {} options:\n", format.name()),
     };
-    let mut shown = create_options(format).to_vec();
-    shown.sort_by_key(|option| option.name);
-    shown.iter().filter(|option| with_file || !option.of_file).for_each(|option| text += &option.line());
-    if !with_file {
+    let shown = options_at(format, name).map_err(|reason| Failure::new(persona::in_one_line(&reason)))?;
+    shown.iter().for_each(|option| text += &option.line());
+    if name.is_none() {
         text.push_str(
             "\nThe protocol level may support further options.\n\
              Specify the target filename to include those options.\n",

@@ -101,6 +101,7 @@ pub struct Error {
 struct Details {
     place: Place,
     damage: Option<Damage>,
+    bitmap: Option<String>,
 }
 
 impl Error {
@@ -151,6 +152,19 @@ impl Error {
     /// What is wrong with the image, where that can be said by a value.
     pub fn damage(&self) -> Option<Damage> {
         self.details.as_deref().and_then(|details| details.damage)
+    }
+
+    /// Adds the name of the bitmap that is lost by it.
+    #[must_use]
+    pub fn losing_bitmap(mut self, name: &str) -> Self {
+        self.details.get_or_insert_default().bitmap = Some(name.into());
+        self
+    }
+
+    /// The changed bitmap that could not be stored when the image was closed: the first one, if it is about
+    /// that.
+    pub fn lost_bitmap(&self) -> Option<&str> {
+        self.details.as_deref().and_then(|details| details.bitmap.as_deref())
     }
 
     /// The kind of the error.

@@ -98,6 +98,7 @@ pub fn commit_layers(
         sparse_size: SPARSE_SIZE,
         zero_from: None,
         below: Below::Unallocated,
+        copied_anyway: Vec::new(),
         target_layers: Some(&layers),
         compress: None,
         offload: false,

@@ -6,8 +6,9 @@ use crate::executor::Executor;
 use crate::pipeline::Order;
 use crate::progress::Progress;
 use crate::source::{Below, Source, total_size};
+use crate::whole::copied_anyway;
 use qcow2_core::format::CryptMethod;
-use qcow2_core::{ClusterCodec, GuestDisk, Image};
+use qcow2_core::{ClusterCodec, GuestDisk, Image, Length};
 use std::sync::Arc;
 
 /// The largest [`ConvertOptions::sparse_size`]. Origin: qemu-img.
@@ -21,11 +22,15 @@ pub struct ConvertOptions {
     /// default 4,096. 0 writes everything, zeroes too. Only whole units are left out: clusters of a qcow2
     /// target (subclusters if it has them), 4 KiB pages of a raw target.
     pub sparse_size: u64,
-    /// The target is new, or known to read as zeroes except where its backing file shows through. Otherwise
-    /// the source's zeroes are written to the target.
+    /// The target is known to read as zeroes except where its backing file shows through. Otherwise the
+    /// source's zeroes are written to the target.
     pub target_is_zero: bool,
+    /// The target was made for this, so it reads as zeroes where nothing was written, unless it is the bytes
+    /// of a device or a server, which are still those from before.
+    pub target_is_new: bool,
     /// Do not write ranges that the top layer of the (single) source does not allocate, so that the target's
-    /// backing file shows through there.
+    /// backing file shows through there. Compressed clusters are written whole: one that is only partly such
+    /// a range, or in which the target's backing file or the disk ends, is written.
     pub keep_backing: bool,
     /// Store clusters compressed if that makes them smaller.
     pub compress: bool,
@@ -46,6 +51,7 @@ impl Default for ConvertOptions {
         Self {
             sparse_size: 4096,
             target_is_zero: false,
+            target_is_new: false,
             keep_backing: false,
             compress: false,
             out_of_order: false,
@@ -66,6 +72,12 @@ impl ConvertOptions {
     #[must_use]
     pub fn with_target_is_zero(self, target_is_zero: bool) -> Self {
         Self { target_is_zero, ..self }
+    }
+
+    /// With a target that was made for this, or not.
+    #[must_use]
+    pub fn with_target_is_new(self, target_is_new: bool) -> Self {
+        Self { target_is_new, ..self }
     }
 
     /// With the target's backing file showing through, or not.
@@ -140,13 +152,18 @@ pub fn convert(
         );
         return Err(Error::new(ErrorKind::InvalidOption, message));
     }
+    let target_is_zero = options.target_is_zero || options.target_is_new && !has_old_bytes(target);
     let backing_end = target.backing().map_or(0, |backing| backing.size());
     let plan = CopyPlan {
         source: &source,
         target,
         sparse_size: options.sparse_size,
-        zero_from: options.target_is_zero.then_some(backing_end),
+        zero_from: target_is_zero.then_some(backing_end),
         below: if options.keep_backing { Below::OtherLayers } else { Below::Nothing },
+        copied_anyway: match options.keep_backing && options.compress {
+            true => copied_anyway(&source, target),
+            false => Vec::new(),
+        },
         target_layers: None,
         compress: if options.compress { Some(compressed(target)?) } else { None },
         offload: options.offload,
@@ -179,6 +196,12 @@ fn end_on_a_sector(image: &Image) -> Result<()> {
         }
     };
     pad().map_err(|e| Error::new(ErrorKind::Write, "error while writing the end of the file").with_source(e))
+}
+
+/// True if `target` is the bytes of a device, a server or a part of a file, which nobody zeroed for a new
+/// disk.
+pub(crate) fn has_old_bytes(target: &dyn GuestDisk) -> bool {
+    target.as_raw().is_some_and(|raw| raw.storage().limits().length != Length::Grows)
 }
 
 fn is_encrypted(disk: &dyn GuestDisk) -> bool {

@@ -14,7 +14,8 @@ use crate::pieces::{Pieces, add};
 use crate::pipeline::{Order, Stages, run};
 use crate::progress::Progress;
 pub use crate::report::{CopyReport, Unreadable};
-use crate::source::{Below, Content, Run, SECTOR, Source, whole_clusters};
+use crate::source::{Below, Content, Run, SECTOR, Source};
+use crate::whole::{before, whole_clusters};
 use crate::zeroes::{ZeroGrid, is_zero};
 use qcow2_core::{ClusterCodec, GuestDisk, GuestOffset, GuestRange, Image, ZeroMode};
 use std::ops::{ControlFlow, Range};
@@ -41,6 +42,8 @@ pub(crate) struct CopyPlan<'a> {
     pub(crate) zero_from: Option<u64>,
     /// Which unallocated ranges of the source are not written.
     pub(crate) below: Below,
+    /// Which of these are written all the same, in ascending order.
+    pub(crate) copied_anyway: Vec<Range<u64>>,
     /// The target's layers, to find zeroes that it already has.
     pub(crate) target_layers: Option<&'a Layers>,
     /// The target as an image for compressed clusters, with its codec.
@@ -266,7 +269,7 @@ impl Copying<'_> {
         let end = self.plan.source.size();
         let run = match self.plan.joined_at(start, end - start) {
             Err(_) if self.plan.salvage => return Ok(None),
-            run => run?,
+            run => before(run?, &self.plan.copied_anyway),
         };
         let written_anyway = self.plan.sparse_size == 0 && run.content == Content::Zero;
         if run.content == Content::Data || written_anyway || run.end() < chunk_end {
@@ -299,7 +302,8 @@ impl Copying<'_> {
     }
 
     /// Classifies the ranges of the chunk and joins equal neighbours. For a compressed target, ranges that
-    /// stay backed are reduced to whole clusters: a cluster with any data of its own is written completely.
+    /// stay backed are reduced to whole clusters: a cluster with any data of its own, or that is copied
+    /// anyway, is written completely.
     fn find_runs(&self, slot: &mut Slot) -> Result<()> {
         slot.runs.clear();
         slot.data.clear();
@@ -319,7 +323,7 @@ impl Copying<'_> {
             }
         }
         if self.plan.compress.is_some() && slot.runs.iter().any(|run| run.content == Content::Backing) {
-            slot.runs = whole_clusters(&slot.runs, slot.range.end, self.grid.unit);
+            slot.runs = whole_clusters(&slot.runs, slot.range.end, self.grid.unit, &self.plan.copied_anyway);
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Copies a byte range of a disk to the start of another.
 
+use crate::convert::has_old_bytes;
 use crate::copy::{CopyPlan, CopyReport, copy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::executor::Executor;
@@ -62,8 +63,9 @@ pub fn dd_range(size: u64, options: &DdOptions) -> Option<Range<u64>> {
 }
 
 /// Writes `range` of `source` (see [`dd_range`]) to the start of `target`, which is new and at least as
-/// large. Ranges known to be zero are not written. Disk and memory: as [`convert`](crate::convert()). Errors:
-/// `InvalidOption` for a target that is too small; `Extents`, `Read`, `Write`, `Stopped`.
+/// large. Ranges known to be zero are not written, except to the bytes of a device or a server. Disk and
+/// memory: as [`convert`](crate::convert()). Errors: `InvalidOption` for a target that is
+/// too small; `Extents`, `Read`, `Write`, `Stopped`.
 pub fn dd(
     source: &Arc<dyn GuestDisk>,
     range: Range<u64>,
@@ -82,8 +84,9 @@ pub fn dd(
         source: &source,
         target,
         sparse_size: 4096,
-        zero_from: Some(0),
+        zero_from: (!has_old_bytes(target)).then_some(0),
         below: Below::Nothing,
+        copied_anyway: Vec::new(),
         target_layers: None,
         compress: None,
         offload: false,

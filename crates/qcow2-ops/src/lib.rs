@@ -72,6 +72,7 @@ mod source;
 pub mod stream;
 mod testing;
 pub mod vet;
+mod whole;
 mod zeroes;
 
 pub use amend::{AmendOptions, amend};

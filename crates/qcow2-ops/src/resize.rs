@@ -122,8 +122,11 @@ pub fn resize_to(
     preallocation: Preallocation,
     progress: &dyn Progress,
 ) -> Result<()> {
-    let preallocation = if size > disk.size() { preallocation } else { Preallocation::Off };
-    let size = check(disk, size, preallocation).map_err(refused)?;
+    let grows = size > disk.size();
+    // A device takes no preallocation, whatever its size; what becomes smaller needs none.
+    let asked = if grows || disk.as_raw().is_some() { preallocation } else { Preallocation::Off };
+    let size = check(disk, size, asked).map_err(refused)?;
+    let preallocation = if grows { preallocation } else { Preallocation::Off };
     apply(disk, size, preallocation, progress)
 }
 

@@ -45,6 +45,9 @@ pub(crate) enum Below {
 /// runs without data side by side.
 const MAX_JOINED: usize = 1 << 12;
 
+/// Bytes of a slice of an L2 table; fewer if a cluster is smaller.
+const MAX_SLICE: u64 = 4096;
+
 /// A run of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
@@ -95,6 +98,14 @@ impl Source {
             }
         }
         largest
+    }
+
+    /// The most bytes of the top layer that one look at its tables finds unallocated, in bytes: those of one
+    /// slice of an L2 table. `None` if it has no tables. Origin: the slices that QEMU's cache is made of.
+    pub(crate) fn longest_unallocated(&self) -> Option<u64> {
+        let geometry = self.parts.first()?.disk.as_image()?.geometry();
+        let slice = geometry.cluster_size().min(MAX_SLICE) / geometry.l2_entry_size();
+        slice.checked_mul(geometry.cluster_size())
     }
 
     fn part_at(&self, at: u64) -> &Part {
@@ -206,29 +217,6 @@ impl Source {
         }
         Ok(())
     }
-}
-
-/// `runs` with those that stay backed reduced to whole clusters of `unit` bytes, the last one of which may
-/// end at `end`; what is cut off of them is data.
-pub(crate) fn whole_clusters(runs: &[Run], end: u64, unit: u64) -> Vec<Run> {
-    let mut wide: Vec<Run> = Vec::with_capacity(runs.len() * 3);
-    let mut push = |start: u64, end: u64, content| match wide.last_mut() {
-        _ if start >= end => {}
-        Some(last) if last.content == content => last.len += end - start,
-        _ => wide.push(Run { start, len: end - start, content }),
-    };
-    for run in runs {
-        if run.content != Content::Backing {
-            push(run.start, run.end(), run.content);
-            continue;
-        }
-        let first = run.start.next_multiple_of(unit).min(run.end());
-        let last = if run.end() == end { end } else { (run.end() - run.end() % unit).max(first) };
-        push(run.start, first, Content::Data);
-        push(first, last, Content::Backing);
-        push(last, run.end(), Content::Data);
-    }
-    wide
 }
 
 pub(crate) const SECTOR: u64 = 512;

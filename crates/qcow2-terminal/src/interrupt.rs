@@ -29,10 +29,10 @@ pub fn on_stop(stop: impl Fn() + Send + 'static) {
     system::on_stop(stop);
 }
 
-/// Has SIGUSR1, which asks for progress, end no verb that has none to show: as in QEMU's tools nothing
-/// happens then.
-pub fn outlive_progress_requests() {
-    system::outlive_progress_requests();
+/// Has two signals not end the program, as in QEMU's tools: SIGUSR1, which asks for progress, where there is
+/// none to show, and SIGXFSZ, so that a write past the limit of a file's size fails and is told of.
+pub fn outlive_harmless_signals() {
+    system::outlive_harmless_signals();
 }
 
 impl Interrupts {
@@ -115,15 +115,17 @@ impl Shared {
 #[cfg(unix)]
 mod system {
     use super::{Arc, Ordering, Shared};
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
     use signal_hook::iterator::Signals;
     use std::fs;
     use std::sync::atomic::AtomicBool;
     use std::thread;
 
-    pub(super) fn outlive_progress_requests() {
-        // Where the system refuses, the signal keeps its usual effect.
-        let _ = signal_hook::flag::register(SIGUSR1, Arc::new(AtomicBool::new(false)));
+    pub(super) fn outlive_harmless_signals() {
+        for signal in [SIGUSR1, SIGXFSZ] {
+            // Where the system refuses, the signal keeps its usual effect.
+            let _ = signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)));
+        }
     }
 
     pub(super) fn on_stop(stop: impl Fn() + Send + 'static) {
@@ -169,7 +171,7 @@ mod system {
 mod system {
     use super::{Arc, Shared};
 
-    pub(super) fn outlive_progress_requests() {}
+    pub(super) fn outlive_harmless_signals() {}
 
     pub(super) fn on_stop(_stop: impl Fn() + Send + 'static) {}
 

@@ -29,6 +29,6 @@ mod interrupt;
 mod progress;
 mod prompt;
 
-pub use interrupt::{Interrupts, on_stop, outlive_progress_requests};
+pub use interrupt::{Interrupts, on_stop, outlive_harmless_signals};
 pub use progress::{Audience, Meter, PERCENT};
 pub use prompt::Terminal;

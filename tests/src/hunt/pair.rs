@@ -132,6 +132,9 @@ impl Pair {
         };
         let verb = match failed && what == CONTENT && self.only_compressed_differ(line, &name, ours, theirs) {
             true => "qemu-io failed, within its compressed writes".to_owned(),
+            false if failed && self.only_sizes_count(before, line, &name, theirs, ours) => {
+                deed_of(&sizes_of(line))
+            }
             false => deed_of(line),
         };
         let cause = match what {
@@ -159,6 +162,27 @@ impl Pair {
         };
         [was_theirs, copy].into_iter().for_each(|copy| self.copies.give_back(copy));
         Difference { cause, shown }
+    }
+
+    /// True if the file `name` becomes what it became with both tools also without the other commands of a
+    /// line of qemu-io that gives the disk new sizes.
+    fn only_sizes_count(
+        &self,
+        before: &[String],
+        line: &str,
+        name: &str,
+        theirs: &FolderCopy,
+        ours: &FolderCopy,
+    ) -> bool {
+        let sizes = sizes_of(line);
+        let is_same = |tools: &Qemu, copy: &FolderCopy| {
+            let lines: Vec<String> = before.iter().chain([&sizes]).cloned().collect();
+            let again = self.replay(tools, &lines);
+            let [one, other] = [copy, &again].map(|copy| fs::read(copy.path().join(name)).ok());
+            self.copies.give_back(again);
+            one.is_some() && one == other
+        };
+        sizes != line && is_same(&self.reference, theirs) && is_same(&self.ours, ours)
     }
 
     /// True if the compressed writes of `line` reach every difference between the two disks `name`.
@@ -199,17 +223,26 @@ impl Pair {
         bytes
     }
 
-    /// True if in both folders the disk `name` is equal to the bytes of one image that `line` names.
+    /// True if in both folders the disk `name` is equal to the bytes of one image that `line` names, or of
+    /// all that it names, one behind the other.
     fn is_copy_of_layout(&self, line: &str, name: &str, folders: [&FolderCopy; 2]) -> bool {
-        let mut words = line.split(|c: char| !c.is_alphanumeric() && c != '.');
-        words.any(|source| {
-            let is_copy = |copy: &FolderCopy| {
-                let args = ["compare", "-f", "raw", source, name].map(OsStr::new);
-                self.reference_says(copy, &args).is_some_and(|said| said.code == Some(0))
-            };
-            let is_file = source != name && folders[0].path().join(source).is_file();
-            is_file && folders.into_iter().all(is_copy)
-        })
+        let words = line.split(|c: char| !c.is_alphanumeric() && c != '.');
+        let is_file = |source: &&str| *source != name && folders[0].path().join(source).is_file();
+        let sources: Vec<&str> = words.filter(is_file).collect();
+        let is_copy = |source: &str, copy: &FolderCopy| {
+            let args = ["compare", "-f", "raw", source, name].map(OsStr::new);
+            self.reference_says(copy, &args).is_some_and(|said| said.code == Some(0))
+        };
+        let is_all = |copy: &FolderCopy| {
+            let mut all = Vec::new();
+            for source in &sources {
+                all.extend(fs::read(copy.path().join(source)).unwrap_or_default());
+                all.resize(all.len().next_multiple_of(512), 0);
+            }
+            self.guest_bytes(copy, name) == Some(all)
+        };
+        sources.iter().any(|source| folders.into_iter().all(|copy| is_copy(source, copy)))
+            || (sources.len() > 1 && folders.into_iter().all(is_all))
     }
 
     /// A folder after the lines `before` with one of the tools.
@@ -318,6 +351,26 @@ fn first_mismatch(compared: &str) -> Option<usize> {
     rest.split('!').next()?.parse().ok()
 }
 
+/// A line of qemu-io without the commands that are no new size; any other line as it is, and so is one
+/// without a new size.
+fn sizes_of(line: &str) -> String {
+    let commands: Vec<&str> = line.split(" -c ").collect();
+    let is_size = |command: &&str| command.starts_with("'truncate ");
+    // The last command is followed by the name of the disk.
+    let Some((last, rest)) = commands.split_last().filter(|_| line.starts_with("qemu-io ")) else {
+        return line.to_owned();
+    };
+    let Some(((_, name), (first, rest))) = last.rsplit_once("' ").zip(rest.split_first()) else {
+        return line.to_owned();
+    };
+    let last = last.strip_suffix(name).map_or(*last, str::trim_end);
+    let sizes: Vec<&str> = rest.iter().copied().chain([last]).filter(is_size).collect();
+    match sizes.is_empty() {
+        true => line.to_owned(),
+        false => format!("{first} -c {} {name}", sizes.join(" -c ")),
+    }
+}
+
 /// [`verb_of`] a line, and for qemu-io also what it does if a new size is the only change it makes.
 fn deed_of(line: &str) -> String {
     let words = words(line);
@@ -347,6 +400,26 @@ mod tests {
             ("qemu-img resize a 3M", "qemu-img resize"),
         ] {
             assert_eq!(deed_of(line), expected);
+        }
+    }
+
+    #[test]
+    fn new_sizes_are_taken_out_of_a_line_of_qemu_io() {
+        for (line, expected) in [
+            (
+                "qemu-io -c 'write -q 2M 1M' -c 'truncate -m metadata 2M' a",
+                "qemu-io -c 'truncate -m metadata 2M' a",
+            ),
+            ("qemu-io -n -c 'truncate 3M' -c 'read -q 0 1' a", "qemu-io -n -c 'truncate 3M' a"),
+            (
+                "qemu-io -c 'truncate 3M' -c flush -c 'truncate 2M' a",
+                "qemu-io -c 'truncate 3M' -c 'truncate 2M' a",
+            ),
+            ("qemu-io -c 'truncate 3M' a", "qemu-io -c 'truncate 3M' a"),
+            ("qemu-io -c 'write -q 0 1' a", "qemu-io -c 'write -q 0 1' a"),
+            ("qemu-img resize a 3M", "qemu-img resize a 3M"),
+        ] {
+            assert_eq!(sizes_of(line), expected);
         }
     }
 

@@ -16,8 +16,8 @@ use crate::tree::Node;
 use crate::warning::Warning;
 use qcow2_core::format::FormatErrorKind;
 use qcow2_core::{
-    BackingName, CreateOptions, ImageFormat, NewEncryption, Preallocation, RawOptions, Refusal, Storage,
-    create_container, create_raw, find_cause,
+    BackingName, CreateOptions, HostOffset, ImageFormat, NewEncryption, Preallocation, RawOptions, Refusal,
+    Storage, ZeroMode, create_container, create_raw, find_cause,
 };
 use qcow2_io::{Create, FileStorage, OpenFile, OpenFiles, OsError, SourceError, path_of};
 use qcow2_ops::{CallerError, NewStorage};
@@ -277,12 +277,20 @@ fn write_container(storage: &Arc<dyn Storage>, raw: &RawOptions, encryption: &Ne
     create_container(storage, raw, area).map_err(|error| of_raw(raw, error))
 }
 
+/// Like [`fit`], and the first sector is zeroed: what was there before must not pass for an image.
 fn fit_raw(storage: &dyn Storage, raw: &RawOptions, driver: Driver) -> Made<()> {
-    match raw.preallocation {
-        Preallocation::Off => fit(storage, raw.size, driver),
-        mode => Err(CreateFailureKind::NothingToPreallocate(mode)),
+    if raw.preallocation != Preallocation::Off {
+        return Err(CreateFailureKind::NothingToPreallocate(raw.preallocation));
     }
+    fit(storage, raw.size, driver)?;
+    let forget = || {
+        storage.write_zeroes(HostOffset::new(0), storage.len()?.min(SECTOR), ZeroMode::MayUnmap)?;
+        storage.flush()
+    };
+    forget().map_err(CreateFailureKind::Storage)
 }
+
+const SECTOR: u64 = 512;
 
 /// What is there already is taken as it is, if it is large enough.
 fn fit(storage: &dyn Storage, size: u64, driver: Driver) -> Made<()> {

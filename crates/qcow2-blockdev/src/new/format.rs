@@ -6,7 +6,7 @@ use qcow2_core::ImageFormat;
 use std::path::Path;
 
 /// The format `name`, if images of it are made here: `qcow2`, `raw` or `luks`, or the name of a driver of
-/// plain bytes, `file`, `host_device` or `host_cdrom`. Errors: `UnknownFormat`, `NoCreation`.
+/// plain bytes, `file`, `host_device`, `host_cdrom` or `nbd`. Errors: `UnknownFormat`, `NoCreation`.
 pub fn new_image_format(name: &str) -> Result<ImageFormat, CreateFailure> {
     let format = ImageFormat::from_name(name);
     match format {
@@ -19,7 +19,7 @@ pub fn new_image_format(name: &str) -> Result<ImageFormat, CreateFailure> {
 
 /// The driver of plain bytes that `format` names in place of a format, if it does.
 pub(super) fn bytes_driver(format: &ImageFormat) -> Option<Driver> {
-    Driver::parse(format.name()).filter(|driver| driver.is_file())
+    Driver::parse(format.name()).filter(|driver| driver.is_file() || *driver == Driver::Nbd)
 }
 
 /// The format `name`, if an image of it can be measured: `qcow2`, `raw` or `luks`. Errors: `NoMeasurement`

@@ -24,7 +24,7 @@ pub use failure::{CreateFailure, CreateFailureKind};
 pub use file::NewFile;
 pub use format::{amended_format, format_of_ending, measured_format, new_image_format};
 pub use options::NewOptions;
-pub use table::{OptionSpec, OptionType, amend_options, create_options};
+pub use table::{OptionSpec, OptionType, amend_options, create_options, options_at};
 pub use target::NewTarget;
 pub use temporary::TemporaryFolder;
 pub use unfinished::Unfinished;

@@ -1,6 +1,9 @@
 //! Which options there are, of what type, and in which order they are shown: QEMU's tables, which scripts
 //! read.
 
+use super::target::protocol_of_new;
+use crate::driver::Driver;
+use crate::failure::FailureKind;
 use crate::scalar::{OptionError, OptionValue, read_number, read_size, read_switch};
 use qcow2_core::ImageFormat;
 
@@ -67,7 +70,8 @@ impl OptionSpec {
 }
 
 /// The options of a new image of `format`, in the order in which an announcement shows them, those of files
-/// included. `file` and the drivers of devices have some too. None for a format that is not made here.
+/// included. `file` and the drivers of devices and servers have some too. None for a format that is not made
+/// here.
 pub fn create_options(format: &ImageFormat) -> &'static [OptionSpec] {
     match format {
         ImageFormat::Raw => RAW,
@@ -75,8 +79,30 @@ pub fn create_options(format: &ImageFormat) -> &'static [OptionSpec] {
         ImageFormat::Luks => LUKS,
         ImageFormat::Other(name) if name == "file" => FILE,
         ImageFormat::Other(name) if name == "host_device" || name == "host_cdrom" => DEVICE,
+        ImageFormat::Other(name) if name == "nbd" => SERVER,
         _ => &[],
     }
+}
+
+/// What `-o` takes for a new image of `format` called `name`, in the order of their names: the options of the
+/// format, and what the format does not have of those of the file, device or server that the name leads to.
+/// Without a name those of the format alone. Errors: `UnknownProtocol`, `CreatesNothing`.
+pub fn options_at(format: &ImageFormat, name: Option<&str>) -> Result<Vec<OptionSpec>, FailureKind> {
+    let mut options: Vec<_> =
+        create_options(format).iter().filter(|option| !option.of_file).copied().collect();
+    let of_name = match name.map(protocol_of_new).transpose()? {
+        None => &[],
+        Some(Driver::File) => FILE,
+        Some(Driver::HostDevice | Driver::HostCdrom | Driver::Nbd) => SERVER,
+        Some(driver) => return Err(FailureKind::CreatesNothing(driver)),
+    };
+    for option in of_name {
+        if options.iter().all(|known| known.name != option.name) {
+            options.push(*option);
+        }
+    }
+    options.sort_by_key(|option| option.name);
+    Ok(options)
 }
 
 /// What can be changed in an image of `format`, in the order of the names.
@@ -198,5 +224,43 @@ const FILE: &[OptionSpec] = &[
 ];
 
 /// A device has its space.
-const DEVICE: &[OptionSpec] =
-    &[SIZE, NOCOW, text("preallocation", "Preallocation mode (allowed values: off)"), EXTENT_SIZE_HINT];
+const DEVICE: &[OptionSpec] = &[SIZE, NOCOW, NO_PREALLOCATION, EXTENT_SIZE_HINT];
+
+/// So has a server's disk.
+const SERVER: &[OptionSpec] = &[SIZE, NO_PREALLOCATION];
+
+const NO_PREALLOCATION: OptionSpec = text("preallocation", "Preallocation mode (allowed values: off)");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_depend_on_where_the_image_goes() {
+        let names = |format: &str, name| {
+            let options = options_at(&ImageFormat::from_name(format), name).ok()?;
+            Some(options.iter().map(|option| option.name).collect::<Vec<_>>().join(" "))
+        };
+        let in_file = Some("extent_size_hint nocow preallocation size".to_owned());
+        let there_already = Some("preallocation size".to_owned());
+        assert_eq!(names("raw", None).as_deref(), Some("size"));
+        for (format, name, expected) in [
+            ("raw", "x", &in_file),
+            ("raw", "file:x", &in_file),
+            ("raw", "nbd://h/x", &there_already),
+            ("raw", "host_device:x", &there_already),
+            ("nbd", "nbd:x", &there_already),
+            ("nbd", "x", &in_file),
+            ("raw", "nofile:x", &None),
+            ("raw", "blkdebug::x", &None),
+            ("raw", "json:{}", &None),
+        ] {
+            assert_eq!(names(format, Some(name)), *expected, "{format} {name}");
+        }
+        let help = |name| {
+            let options = options_at(&ImageFormat::Raw, Some(name)).unwrap();
+            options.iter().find(|option| option.name == "preallocation").unwrap().help
+        };
+        assert!(help("x").contains("full") && !help("nbd:x").contains("full"));
+    }
+}

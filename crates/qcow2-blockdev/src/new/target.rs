@@ -7,7 +7,7 @@ use crate::failure::FailureKind;
 use crate::keys::Secrets;
 use crate::name::{ImageName, protocol_of};
 use crate::open::check_device;
-use crate::tree::{Node, Scalar, protocol_below};
+use crate::tree::{Node, Options, Scalar, from_options, protocol_below};
 use qcow2_core::ImageFormat;
 use std::sync::Arc;
 
@@ -34,13 +34,10 @@ impl NewTarget {
         if name.is_empty() {
             return Err(FailureKind::NoFileName(Driver::File));
         }
-        if name.starts_with("json:") {
-            return Err(FailureKind::UnknownProtocol("json".to_owned()));
-        }
+        let driver = protocol_of_new(name)?;
         if name == "file:" {
             return Ok(Self::File(String::new()));
         }
-        let driver = protocol_of(name)?;
         let node = match (protocol_below(name), driver) {
             (Ok(node), _) => node,
             (Err(reason), Driver::Nbd | Driver::HostDevice | Driver::HostCdrom) => {
@@ -63,9 +60,19 @@ impl NewTarget {
     }
 
     /// The target that `name` means for an image of `format`: for one that is the bytes of a file or a
-    /// device, a path, whatever it begins with. Disk and errors: as [`parse`](Self::parse).
+    /// device, a path, whatever it begins with; for one that is a server's disk, the name of one. Disk and
+    /// errors: as [`parse`](Self::parse).
     pub fn of_format(name: &str, format: &ImageFormat) -> Result<Self, FailureKind> {
         let Some(driver) = bytes_driver(format) else { return Self::parse(name) };
+        if driver == Driver::Nbd {
+            protocol_of_new(name)?;
+            let mut options = Options::default();
+            options.set("driver", Scalar::text(driver.name()));
+            return Ok(match from_options(options, Some(name), true, 0) {
+                Ok(node) => Self::Existing(node),
+                Err(reason) => Self::OutOfReach { driver, reason: Arc::new(reason) },
+            });
+        }
         let path = name.strip_prefix(driver.name()).and_then(|rest| rest.strip_prefix(':')).unwrap_or(name);
         if path.is_empty() {
             return Err(FailureKind::NoFileName(driver));
@@ -104,6 +111,14 @@ impl NewTarget {
     }
 }
 
+/// The protocol of the name of a new image: options in JSON name no file to be made.
+pub(super) fn protocol_of_new(name: &str) -> Result<Driver, FailureKind> {
+    match name.starts_with("json:") {
+        true => Err(FailureKind::UnknownProtocol("json".to_owned())),
+        false => protocol_of(name),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,6 +136,14 @@ mod tests {
             assert!(matches!(file(name), Ok(NewTarget::File(found)) if found == path), "{name}");
         }
         assert!(matches!(file(""), Err(FailureKind::NoFileName(Driver::File))));
+        let server = |name| NewTarget::of_format(name, &ImageFormat::Other("nbd".to_owned()));
+        assert!(
+            matches!(server("nbd:unix:/s"), Ok(NewTarget::Existing(node)) if node.driver() == Driver::Nbd)
+        );
+        let nbd = Driver::Nbd;
+        assert!(matches!(server("a"), Ok(NewTarget::OutOfReach { driver, .. }) if driver == nbd));
+        assert!(matches!(server("foo:a"), Err(FailureKind::UnknownProtocol(_))));
+        assert!(matches!(server("json:{}"), Err(FailureKind::UnknownProtocol(_))));
         let out = NewTarget::parse("host_device:/no/such");
         let Ok(NewTarget::OutOfReach { reason, .. }) = out else { panic!("{out:?}") };
         assert!(matches!(*reason, FailureKind::NoDevice { .. }));

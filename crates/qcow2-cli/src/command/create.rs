@@ -66,7 +66,7 @@ fn parse(session: &Session, mut args: Arguments) -> Result<Option<Request>, Fail
     let filename = operands.next();
     let format = format_of(session, format, filename.as_deref().unwrap_or_default())?;
     if list.asks_help() {
-        print_options(session, &new_image_format(&format)?, filename.is_some())?;
+        print_options(session, &new_image_format(&format)?, filename.as_deref())?;
         return Ok(None);
     }
     let filename = filename.ok_or_else(|| Failure::usage(verb.name, "Expecting image file name"))?;

@@ -70,7 +70,7 @@ fn copy(
     let (format, size) = (&request.target_format, source.size());
     let target = make_disk(session, &request.target, format, size, interrupts)?;
     let mut options = ConvertOptions::default();
-    options.target_is_zero = request.target_format != "luks" && !qcow2_blockdev::is_device(&request.target);
+    options.target_is_new = request.target_format != "luks";
     convert(&[source], &*target, &options, &Threads::per_core(), meter).map_err(failed)?;
     interrupts.stop_watching();
     finish(&*target)?;

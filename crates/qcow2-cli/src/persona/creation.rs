@@ -85,9 +85,7 @@ fn told(failure: &CreateFailure) -> (String, Vec<String>) {
         Kind::Cipher { spec, error } => not_together(spec, error),
         Kind::Crypt(error) => crypt(error),
         Kind::OutOfReach { driver, reason: kind } => {
-            let (reason, mut hints) = reason(kind);
-            // Of a server's own words nothing is said.
-            hints.retain(|_| *driver == Driver::HostDevice);
+            let (reason, hints) = reason(kind);
             let text = format!(
                 "Protocol driver '{}' does not support creating new images, so an existing image must be selected as \
                  the target; however, opening the given target as an existing image failed: {reason}",

@@ -29,7 +29,8 @@ pub(crate) fn not_resized(
         if find_cause::<StorageError>(error).is_some_and(fixed) {
             let raw_data =
                 |image: &Image| image.header().features.autoclear.contains(AutoclearFeatures::RAW_DATA_FILE);
-            if disk.as_image().is_some_and(raw_data) {
+            // The exerciser asks for a size at least, and qemu-img for that size.
+            if disk.as_image().map_or(program == "qemu-io", raw_data) {
                 return Failure::new(reason);
             }
             return Failure::new(reason.replacen("Cannot grow", "Cannot resize", 1));

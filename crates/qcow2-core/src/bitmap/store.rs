@@ -24,6 +24,7 @@ use ::alloc::vec::Vec;
 use qcow2_format::bitmap::{Bitmap, BitmapTableEntry};
 use qcow2_format::bytes::table_bytes;
 use qcow2_format::extension::BitmapsExtension;
+use qcow2_format::text::text_of;
 use qcow2_format::{FormatError, Geometry, Header, HostOffset};
 
 /// Limit for the tables and bits of all bitmaps of an image on disk, in bytes: 128 bitmaps of the largest
@@ -212,6 +213,12 @@ impl Image {
         }
         let header = self.header();
         let old = read_bitmaps(self.file.storage(), &header)?;
+        let first = state.live.iter().find(|live| live.changed && live.bits.is_some());
+        let first = first.map(|live| text_of(&live.entry.name));
+        let lost = |error: Error| match &first {
+            Some(name) => error.losing_bitmap(name),
+            None => error,
+        };
         let mut new = Stored::default();
         let freed = self
             .reserve_bitmaps(&mut state, &mut new)
@@ -224,10 +231,10 @@ impl Image {
                 if !self.file.is_poisoned() {
                     self.flusher.settle()?;
                 }
-                return Err(error);
+                return Err(lost(error));
             }
         };
-        self.file.poison_on_error(self.write_bitmaps(&state, &new))?;
+        self.file.poison_on_error(self.write_bitmaps(&state, &new)).map_err(lost)?;
         self.header.set_bitmaps_extension(new.extension)?;
         // Another change of the image must set the in-use flags again first.
         self.header.set_changing(false);

@@ -72,6 +72,11 @@ impl Exerciser<'_> {
         if error.kind() == ErrorKind::Poisoned {
             return;
         }
+        if let Some(name) = error.lost_bitmap().map(str::to_owned) {
+            let reason = self.reason(&Reason::from(error));
+            self.complain_named(&format!("{LOST}: Failed to write bitmap '{name}' to file: {reason}"));
+            return;
+        }
         // Nothing was changed but refcounts, where no write is allowed.
         let l2 = (error.kind() != ErrorKind::InvalidOption).then_some("L2 table");
         let reason = self.reason(&Reason::from(error));
@@ -93,3 +98,6 @@ impl Exerciser<'_> {
         })
     }
 }
+
+/// The number of a node is another one each time.
+const LOST: &str = "Lost persistent bitmaps during inactivation of node '#block100'";

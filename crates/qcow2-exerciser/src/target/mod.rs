@@ -8,7 +8,7 @@ use crate::grammar::{Range, Style};
 use crate::reason::{IO_ERROR, NO_MEDIUM, NOT_SUPPORTED, Reason};
 use crate::report::Finished;
 use qcow2_core::format::{Bitmap, Version};
-use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Image, Preallocation, allocated_at};
+use qcow2_core::{GuestDisk, GuestOffset, GuestRange, Image, Length, Preallocation, allocated_at};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -102,14 +102,30 @@ impl Target {
             Some(_) if !size.is_multiple_of(512) => Err("The new size must be a multiple of 512"),
             Some(image) if shrinks && is_fixed(image) => Ok(()),
             Some(_) if shrinks => Err("Preallocation can't be used for shrinking an image"),
+            // Of what has a length of its own another thing is said.
+            None if self.raw_length() != Length::Grows => Ok(()),
             None if shrinks => Err("Cannot use preallocation for shrinking files"),
             None if preallocation == Some("metadata") => Err("Unsupported preallocation mode: metadata"),
             _ => Ok(()),
         }
     }
 
-    /// Resizes the disk. Added space is preallocated according to `mode`.
+    /// What the storage of a raw disk says of its length.
+    fn raw_length(&self) -> Length {
+        self.disk.as_raw().map_or(Length::Grows, |raw| raw.storage().limits().length)
+    }
+
+    /// Resizes the disk. Added space is preallocated according to `mode`. A device or an export that is large
+    /// enough stays as it is: the size is what is needed at least.
     pub(crate) fn resize(&self, size: u64, mode: Preallocation) -> Result<(), qcow2_ops::Error> {
+        let stays = match self.raw_length() {
+            Length::Device => mode == Preallocation::Off,
+            Length::Export => true,
+            _ => false,
+        };
+        if stays && size <= self.disk.size() {
+            return Ok(());
+        }
         qcow2_ops::resize::resize_to(&*self.disk, size, mode, &qcow2_ops::Silent)
     }
 

@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use crate::newimage::{format_of, print_options};
 use crate::numbers::{SIGNED, parse_argument, parse_count};
 use crate::session::Session;
-use qcow2_blockdev::{Compression, KeyValues, is_device, new_image_format};
+use qcow2_blockdev::{Compression, KeyValues, new_image_format};
 use qcow2_core::ImageFormat;
 use qcow2_io::CacheMode;
 use qcow2_ops::ConvertOptions;
@@ -91,7 +91,8 @@ impl Request {
         let mut list = KeyValues::parse_image_options(&texts.options);
         if list.asks_help() {
             let format = new_image_format(request.target.format())?;
-            print_options(session, &format, args.into_operands().len() > 1)?;
+            let names = args.into_operands();
+            print_options(session, &format, names.last().filter(|_| names.len() > 1).map(|name| &**name))?;
             if format == ImageFormat::Qcow2 && !session.is_drop_in() {
                 session.print(COMPRESSION_HELP)?;
             }
@@ -120,14 +121,13 @@ impl Request {
     /// How to copy. `has_backing`: whether the target stands on another image.
     pub(super) fn options(&self, has_backing: bool) -> Result<ConvertOptions, Failure> {
         let Self { target, copy, .. } = self;
-        let raw = target.format.as_deref().is_none_or(|format| format == "raw");
-        let used_before = raw && is_device(&target.name);
         self.check_zero_target(has_backing)?;
         let mut options = ConvertOptions::default();
         options.sparse_size = copy.sparse_size.unwrap_or(options.sparse_size);
         // A container's payload that nobody wrote reads as noise.
         let noise = target.format.as_deref() == Some("luks");
-        options.target_is_zero = (target.create && !used_before && !noise) || copy.target_is_zero;
+        options.target_is_new = target.create && !noise;
+        options.target_is_zero = copy.target_is_zero;
         options.keep_backing = has_backing && (target.backing.is_some() || target.create);
         options.compress = copy.compress;
         options.out_of_order = copy.out_of_order;

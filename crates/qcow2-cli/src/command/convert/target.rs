@@ -97,7 +97,7 @@ fn settle(
     check_bitmaps(request, sources)?;
     // Before it is made.
     if request.copy.bitmaps && *format == ImageFormat::Raw {
-        return Err(Failure::new("Format driver 'raw' does not support bitmaps"));
+        return request.target.cache().and(Err(Failure::new("Format driver 'raw' does not support bitmaps")));
     }
     Ok(options)
 }
