@@ -76,7 +76,7 @@ fn row(name: &str, built: &[PathBuf], scratch: &Path, rounds: usize, task: &Task
             }
         }
     }
-    let medians: Vec<_> = rates.iter_mut().map(median).collect();
+    let medians: Vec<_> = rates.iter_mut().map(|rates| median(rates)).collect();
     let ours = medians[0].unwrap_or(0.0);
     let cell = |rate: &Option<f64>| match rate {
         Some(rate) => format!("{rate:.0} ({:.2}x)", ours / rate),
@@ -86,7 +86,7 @@ fn row(name: &str, built: &[PathBuf], scratch: &Path, rounds: usize, task: &Task
     Ok(())
 }
 
-fn median(rates: &mut Vec<f64>) -> Option<f64> {
+fn median(rates: &mut [f64]) -> Option<f64> {
     rates.sort_by(f64::total_cmp);
     rates.get(rates.len() / 2).copied()
 }

@@ -108,9 +108,17 @@ impl Pair {
         line: &str,
         failed: bool,
         found: FileDifference,
-        [theirs, ours]: &[FolderCopy; 2],
+        copies: &[FolderCopy; 2],
     ) -> Difference {
         let FileDifference { what, name, shown } = found;
+        let [theirs, ours] = copies;
+        let (others, sizes) = (part_of(line, false), part_of(line, true));
+        let split: Vec<String> = before.iter().cloned().chain(others).collect();
+        if let Some(sizes) =
+            sizes.filter(|sizes| sizes != line && self.becomes(&split, sizes, &name, [theirs, ours]))
+        {
+            return self.judge(&split, &sizes, failed, FileDifference { what, name, shown }, copies);
+        }
         let (was_theirs, copy) = (self.replay(&self.reference, before), self.replay(&self.ours, before));
         let is_same = |one: &FolderCopy, other: &FolderCopy| {
             let [one, other] = [one, other].map(|copy| fs::read(copy.path().join(&name)).ok());
@@ -132,9 +140,6 @@ impl Pair {
         };
         let verb = match failed && what == CONTENT && self.only_compressed_differ(line, &name, ours, theirs) {
             true => "qemu-io failed, within its compressed writes".to_owned(),
-            false if failed && self.only_sizes_count(before, line, &name, theirs, ours) => {
-                deed_of(&sizes_of(line))
-            }
             false => deed_of(line),
         };
         let cause = match what {
@@ -164,25 +169,17 @@ impl Pair {
         Difference { cause, shown }
     }
 
-    /// True if the file `name` becomes what it became with both tools also without the other commands of a
-    /// line of qemu-io that gives the disk new sizes.
-    fn only_sizes_count(
-        &self,
-        before: &[String],
-        line: &str,
-        name: &str,
-        theirs: &FolderCopy,
-        ours: &FolderCopy,
-    ) -> bool {
-        let sizes = sizes_of(line);
+    /// True if after the lines `before` and then `line` the file `name` is with both tools what it is in
+    /// their folders.
+    fn becomes(&self, before: &[String], line: &str, name: &str, [theirs, ours]: [&FolderCopy; 2]) -> bool {
+        let lines: Vec<String> = before.iter().cloned().chain([line.to_owned()]).collect();
         let is_same = |tools: &Qemu, copy: &FolderCopy| {
-            let lines: Vec<String> = before.iter().chain([&sizes]).cloned().collect();
             let again = self.replay(tools, &lines);
             let [one, other] = [copy, &again].map(|copy| fs::read(copy.path().join(name)).ok());
             self.copies.give_back(again);
             one.is_some() && one == other
         };
-        sizes != line && is_same(&self.reference, theirs) && is_same(&self.ours, ours)
+        is_same(&self.reference, theirs) && is_same(&self.ours, ours)
     }
 
     /// True if the compressed writes of `line` reach every difference between the two disks `name`.
@@ -351,24 +348,17 @@ fn first_mismatch(compared: &str) -> Option<usize> {
     rest.split('!').next()?.parse().ok()
 }
 
-/// A line of qemu-io without the commands that are no new size; any other line as it is, and so is one
-/// without a new size.
-fn sizes_of(line: &str) -> String {
-    let commands: Vec<&str> = line.split(" -c ").collect();
-    let is_size = |command: &&str| command.starts_with("'truncate ");
+/// A line of qemu-io with only the commands that give the disk a new size, or with only the others. `None`
+/// for any other line, and where none is left.
+fn part_of(line: &str, sizes: bool) -> Option<String> {
+    let commands: Vec<&str> = line.strip_prefix("qemu-io ").map(|_| line.split(" -c ").collect())?;
     // The last command is followed by the name of the disk.
-    let Some((last, rest)) = commands.split_last().filter(|_| line.starts_with("qemu-io ")) else {
-        return line.to_owned();
-    };
-    let Some(((_, name), (first, rest))) = last.rsplit_once("' ").zip(rest.split_first()) else {
-        return line.to_owned();
-    };
-    let last = last.strip_suffix(name).map_or(*last, str::trim_end);
-    let sizes: Vec<&str> = rest.iter().copied().chain([last]).filter(is_size).collect();
-    match sizes.is_empty() {
-        true => line.to_owned(),
-        false => format!("{first} -c {} {name}", sizes.join(" -c ")),
-    }
+    let ((last, rest), (first, _)) = (commands.split_last()?, commands.split_first()?);
+    let (_, name) = last.rsplit_once(' ')?;
+    let last = last.strip_suffix(name)?.trim_end();
+    let all = rest.get(1..)?.iter().copied().chain([last]);
+    let left: Vec<&str> = all.filter(|command| command.starts_with("'truncate ") == sizes).collect();
+    (!left.is_empty()).then(|| format!("{first} -c {} {name}", left.join(" -c ")))
 }
 
 /// [`verb_of`] a line, and for qemu-io also what it does if a new size is the only change it makes.
@@ -405,21 +395,22 @@ mod tests {
 
     #[test]
     fn new_sizes_are_taken_out_of_a_line_of_qemu_io() {
-        for (line, expected) in [
+        for (line, sizes, others) in [
             (
-                "qemu-io -c 'write -q 2M 1M' -c 'truncate -m metadata 2M' a",
-                "qemu-io -c 'truncate -m metadata 2M' a",
+                "qemu-io -n -c 'write -q 2M 1M' -c 'truncate -m metadata 2M' a",
+                Some("qemu-io -n -c 'truncate -m metadata 2M' a"),
+                Some("qemu-io -n -c 'write -q 2M 1M' a"),
             ),
-            ("qemu-io -n -c 'truncate 3M' -c 'read -q 0 1' a", "qemu-io -n -c 'truncate 3M' a"),
             (
                 "qemu-io -c 'truncate 3M' -c flush -c 'truncate 2M' a",
-                "qemu-io -c 'truncate 3M' -c 'truncate 2M' a",
+                Some("qemu-io -c 'truncate 3M' -c 'truncate 2M' a"),
+                Some("qemu-io -c flush a"),
             ),
-            ("qemu-io -c 'truncate 3M' a", "qemu-io -c 'truncate 3M' a"),
-            ("qemu-io -c 'write -q 0 1' a", "qemu-io -c 'write -q 0 1' a"),
-            ("qemu-img resize a 3M", "qemu-img resize a 3M"),
+            ("qemu-io -c 'truncate 3M' a", Some("qemu-io -c 'truncate 3M' a"), None),
+            ("qemu-io -c 'write -q 0 1' a", None, Some("qemu-io -c 'write -q 0 1' a")),
+            ("qemu-img resize a 3M", None, None),
         ] {
-            assert_eq!(sizes_of(line), expected);
+            assert_eq!((part_of(line, true).as_deref(), part_of(line, false).as_deref()), (sizes, others));
         }
     }
 

@@ -16,8 +16,9 @@ use crate::request::OpenRequest;
 use crate::source::Source;
 use crate::target::Target;
 use qcow2_blockdev::Driver;
-use qcow2_core::{ImageFormat, Preallocation};
+use qcow2_core::{Image, ImageFormat, Preallocation};
 use qcow2_io::OsError;
+use qcow2_ops::info::info_past_end;
 use std::time::Duration;
 
 /// What the caller does after a line. The exerciser never touches its own process: sending signals and
@@ -320,7 +321,8 @@ impl<'a> Exerciser<'a> {
         target.check_there().map_err(|_| Failed)?;
         let image = target.disk.as_image();
         let writable = self.open.as_ref().is_some_and(|open| open.disk.writable);
-        let details = match image.map(|image| qcow2_ops::info(&**image.storage(), &ImageFormat::Qcow2)) {
+        let describe = |image: &Image| info_past_end(&**image.storage(), &ImageFormat::Qcow2);
+        let details = match image.map(describe) {
             Some(Ok(mut report)) => {
                 // Ours marks them at the first write. Scripts learn from the mark who holds them.
                 let bitmaps = report.qcow2.iter_mut().flat_map(|info| &mut info.bitmaps);
