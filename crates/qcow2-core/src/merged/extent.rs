@@ -6,8 +6,8 @@ use crate::error::Result;
 use crate::image::Image;
 use crate::live::chain_extent;
 use crate::port::disk::{DiskExtent, ExtentState};
-use crate::read::resolve::Place;
-use qcow2_format::{GuestOffset, GuestRange};
+use crate::read::resolve::{Place, Run};
+use qcow2_format::{GuestOffset, GuestRange, HostOffset};
 
 impl Image {
     /// [`GuestDisk::layers_without`](crate::GuestDisk::layers_without). `range` is inside the disk.
@@ -20,6 +20,20 @@ impl Image {
             let Some(view) = view.filter(|view| view.visible > 0) else { return unknown };
             let hit = self.answer(view, range.start().value(), range.len());
             (hit.found.layer().min(view.visible), hit.len.min(range.len()))
+        })
+    }
+
+    /// How this layer alone stores the bytes at `range.start()`, from the index; `None` if that does not know.
+    pub(crate) fn indexed_run(&self, range: GuestRange) -> Option<Run> {
+        self.with_view(|view| {
+            let hit = view?.index.as_ref()?.find(range.start().value())?;
+            let place = match hit.found {
+                Found::Data { layer: 0, host } => Place::Data { host: HostOffset::new(host), copied: false },
+                Found::Zero { layer: 0 } => Place::Zero { host: None },
+                Found::From { layer: 0 } => return None,
+                _ => Place::Unallocated,
+            };
+            Some(Run { len: hit.len.min(range.len()), place })
         })
     }
 

@@ -86,6 +86,13 @@ impl Image {
         let walk = |len| Hit { found: Found::From { layer: 0 }, len };
         let Some(index) = &view.index else { return walk(len) };
         let (shape, left) = (index.shape(), index.shape().left(at));
+        // Whoever asks for more than a piece walks through the disk, of which there may be very much without
+        // a table.
+        if len > left
+            && let Some(hit) = self.unmapped(view, at, len).filter(|hit| hit.len > left)
+        {
+            return hit;
+        }
         let piece = shape.piece(at);
         if !index.admits(piece) {
             return walk(len.min(left));
@@ -110,6 +117,21 @@ impl Image {
             index.insert(piece, &runs);
         }
         index.find(at).unwrap_or_else(|| walk(len.min(left)))
+    }
+
+    /// The bytes at `at`, at most `len`, for which no merged layer has a table. `None` if one has.
+    fn unmapped(&self, view: &View, at: u64, len: u64) -> Option<Hit> {
+        let (here, mut len) = (GuestOffset::new(at), len);
+        for number in 0..view.end() {
+            let image = self.merged_layer(view, number).ok()?;
+            let inside = image.size().checked_sub(at).filter(|inside| *inside > 0)?;
+            len = image.mapping().len_without_table(here, len.min(inside))?;
+        }
+        let found = match &view.below {
+            Below::Nothing => Found::Nothing { layer: view.layers.len() },
+            _ => Found::From { layer: view.end() },
+        };
+        Some(Hit { found, len })
     }
 
     /// Reads from layer to layer, from the merged layer `first` on.

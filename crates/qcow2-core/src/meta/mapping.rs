@@ -282,6 +282,12 @@ impl Mapping {
         Ok(len.min(max_len))
     }
 
+    /// How many bytes at `offset` have no L2 table, at most `max_len`; `None` if there is one. Reads nothing.
+    pub(crate) fn len_without_table(&self, offset: GuestOffset, max_len: u64) -> Option<u64> {
+        let index = self.format.geometry.l1_index(offset).value();
+        (!self.l1.is_mapped(index)).then(|| self.unmapped_len(offset, max_len))
+    }
+
     /// Length of the run of L1 entries without an L2 table at `offset`, at most `max_len`. Examines only
     /// [`MAX_UNMAPPED_ENTRIES`] entries: a comparison of two disks may look up the same long run again and
     /// again.
