@@ -23,7 +23,8 @@ impl Image {
         })
     }
 
-    /// How this layer alone stores the bytes at `range.start()`, from the index; `None` if that does not know.
+    /// How this layer alone stores the bytes at `range.start()`, from the index; `None` if that does not
+    /// know.
     pub(crate) fn indexed_run(&self, range: GuestRange) -> Option<Run> {
         self.with_view(|view| {
             let hit = view?.index.as_ref()?.find(range.start().value())?;
