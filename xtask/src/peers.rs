@@ -101,7 +101,8 @@ fn measure(program: &Path, scratch: &Path, task: &Task) -> Result<f64, String> {
         _ => "top",
     };
     let mut command = Command::new(program);
-    command.arg(scratch.join(image)).arg(task.kind);
+    // Not all of them look for a backing file beside the image.
+    command.current_dir(scratch).arg(scratch.join(image)).arg(task.kind);
     command.args([task.threads.to_string(), task.count.to_string()]);
     let out = command.output().map_err(|e| format!("{}: {e}", program.display()))?;
     let text = String::from_utf8_lossy(&out.stdout);
