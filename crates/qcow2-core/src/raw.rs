@@ -31,6 +31,11 @@ impl RawDisk {
         &self.storage
     }
 
+    /// True if the disk was opened for writing.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
     fn event(&self, event: Event) {
         if let Some(events) = &self.events {
             events.event(event);

@@ -32,14 +32,16 @@ impl Early {
         if start < started {
             return None;
         }
-        let written = self.written.fetch_add(end - start, Ordering::Relaxed) + (end - start);
+        let written = self.written.fetch_add(end - start, Ordering::Relaxed).wrapping_add(end - start);
         if end < started + 2 * STEP {
             return None;
         }
         // One of several threads goes on; the others have counted.
         let next = started + STEP;
         self.started.compare_exchange(started, next, Ordering::Relaxed, Ordering::Relaxed).ok()?;
-        self.written.fetch_sub(written / 2, Ordering::Relaxed);
+        // Another thread may have halved the sum meanwhile.
+        let halve = |sum: u64| Some(sum.saturating_sub(written / 2));
+        let _ = self.written.fetch_update(Ordering::Relaxed, Ordering::Relaxed, halve);
         (written >= STEP).then_some((started, STEP))
     }
 

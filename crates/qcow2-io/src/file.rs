@@ -216,7 +216,9 @@ impl FileStorage {
         match &self.direct {
             None => {
                 sys::write_full(&self.file, start, buf)?;
+                self.grown_to(end);
                 self.start_early(start, end);
+                return Ok(());
             }
             Some(direct) => {
                 direct.write(&self.file, start, buf)?;
@@ -334,8 +336,8 @@ impl Storage for FileStorage {
             return self.put(offset.value(), &bufs.concat()).map_err(|error| call.failed(error));
         }
         sys::write_vectored_full(&self.file, offset.value(), bufs).map_err(|error| call.failed(error))?;
-        self.start_early(offset.value(), end);
         self.grown_to(end);
+        self.start_early(offset.value(), end);
         Ok(())
     }
 

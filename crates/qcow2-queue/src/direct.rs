@@ -61,22 +61,27 @@ mod linux {
         /// `None` for a raw disk.
         image: Option<&'d Image>,
         file: &'d FileStorage,
-        /// Nothing between the disk and the file wants to know of writes.
+        /// Writes are allowed, and nothing between the disk and the file wants to know of them.
         writes: bool,
     }
 
     impl<'d> Layer<'d> {
         fn of(disk: &'d dyn GuestDisk) -> Option<Self> {
-            let (image, storage) = match (disk.as_raw(), disk.as_image()) {
-                (Some(raw), _) => (None, &**raw.storage()),
-                (None, Some(image)) => (Some(image), &**image.data_storage()?),
+            if disk.filtered().is_some() {
+                // It wants to see each request.
+                return None;
+            }
+            let (image, storage, writes) = match (disk.as_raw(), disk.as_image()) {
+                (Some(raw), _) => (None, &**raw.storage(), raw.is_writable()),
+                // That of an image is asked at each write.
+                (None, Some(image)) => (Some(image), &**image.data_storage()?, true),
                 (None, None) => return None,
             };
             if image.is_some_and(|image| image.header().crypt_method != CryptMethod::None) {
                 return None;
             }
             let file = storage.copy_source()?.downcast_ref::<FileStorage>()?;
-            let writes = std::ptr::addr_eq::<dyn Storage, FileStorage>(storage, file);
+            let writes = writes && std::ptr::addr_eq::<dyn Storage, FileStorage>(storage, file);
             Some(Self { disk, image, file, writes })
         }
     }

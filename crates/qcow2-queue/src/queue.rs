@@ -45,8 +45,8 @@ impl QueueOptions {
 ///
 /// The queue holds parts of the image back from changes while requests are in flight. Changes of the whole
 /// image (snapshots, resize, close) by other threads wait for those, and new ones wait for the change. The
-/// queue's own thread makes such a change only with nothing in flight: it would wait for itself, and builds
-/// that check the order of locks say so.
+/// queue's own thread makes no other call to the disk, nor to a second queue on it, while something is in
+/// flight: it could wait for what it holds itself.
 pub struct Queue<'d> {
     // Dropped in this order: pins and claims go before the threads are waited for, which may wait for them.
     direct: Option<Direct<'d>>,

@@ -41,7 +41,7 @@ pub enum Request {
 pub struct Completion {
     /// The number that it was submitted with.
     pub token: u64,
-    /// The buffer of a read or a write: of a read that went well the bytes.
+    /// The buffer of a read or a write: of a read that went well the bytes. `None` if the disk panicked.
     pub buffer: Option<IoBuffer>,
     /// How it went: errors as those of [`GuestDisk`]'s methods.
     pub result: Result<()>,

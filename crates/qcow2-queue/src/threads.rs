@@ -1,8 +1,9 @@
 //! The threads that do what has to wait.
 
 use crate::request::{Completion, Request};
-use qcow2_core::GuestDisk;
+use qcow2_core::{Error, ErrorKind, GuestDisk};
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -88,9 +89,11 @@ impl Threads {
     pub(crate) fn take(&self, to: &mut Vec<Completion>, asleep: bool) {
         let mut state = self.shared.state();
         if self.running.is_empty() {
-            let waiting = std::mem::take(&mut state.waiting);
             drop(state);
-            to.extend(waiting.into_iter().map(|(token, request)| request.run(token, &*self.disk)));
+            let next = || self.shared.state().waiting.pop_front();
+            while let Some((token, request)) = next() {
+                to.push(request.run(token, &*self.disk));
+            }
             return;
         }
         state.asleep = asleep && state.finished.is_empty();
@@ -137,7 +140,12 @@ fn serve(shared: &Shared, disk: &dyn GuestDisk) {
             continue;
         };
         drop(state);
-        let completion = request.run(token, disk);
+        // Whoever waits for it is told, whatever a disk of somebody else's does.
+        let run = AssertUnwindSafe(|| request.run(token, disk));
+        let completion = catch_unwind(run).unwrap_or_else(|_| {
+            let error = Error::new(ErrorKind::Storage, "the request panicked");
+            Completion { token, buffer: None, result: Err(error) }
+        });
         state = shared.state();
         state.finished.push(completion);
         let asleep = std::mem::take(&mut state.asleep);

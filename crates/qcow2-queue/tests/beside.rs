@@ -2,8 +2,8 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use qcow2_core::{
-    ErrorKind, GuestDisk, HostOffset, Image, ImageFormat, OpenOptions, ResolvedSource, Storage, StorageError,
-    ZeroMode, forward_storage,
+    ErrorKind, GuestDisk, HostOffset, Image, ImageFormat, OpenOptions, RawDisk, ResolvedSource, Storage,
+    StorageError, ZeroMode, forward_storage,
 };
 use qcow2_image::{Disk, NewDisk};
 use qcow2_queue::{GuestOffset, GuestRange, IoBuffer, Queue, QueueOptions, Request};
@@ -185,6 +185,112 @@ fn a_disk_that_takes_no_changes_is_read_by_the_ring() {
         assert!(queue.cancel(1).is_none(), "it waits for a thread");
     }
     queue.wait(|done| assert_eq!(done.buffer.unwrap()[..], [7; BLOCK as usize])).unwrap();
+}
+
+/// A write that waits while the image is closed is refused, or it is there afterwards: never done into a
+/// closed file.
+#[test]
+fn a_write_beside_a_close_is_not_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    Disk::create(&path, 1 << 20).unwrap().close().unwrap();
+    let source = || {
+        let storage = qcow2_image::io::OpenFile::writable().open(&path).unwrap();
+        ResolvedSource::new(storage, ImageFormat::Qcow2, "disk")
+    };
+    let image = Image::open(source(), &OpenOptions::writable()).unwrap();
+    image.write_at(GuestOffset::new(0), &[1; 512]).unwrap();
+    let written = thread::scope(|scope| {
+        let pin = image.pin();
+        let close = scope.spawn(|| image.close());
+        thread::sleep(Duration::from_millis(50));
+        // Behind the close, which waits for the pin.
+        let write = scope.spawn(|| image.write_at(GuestOffset::new(0), &[2; 512]));
+        thread::sleep(Duration::from_millis(50));
+        drop(pin);
+        close.join().unwrap().unwrap();
+        write.join().unwrap()
+    });
+    drop(image);
+    let image = Image::open(source(), &OpenOptions::writable()).unwrap();
+    let mut byte = [0];
+    image.read_at(GuestOffset::new(0), &mut byte).unwrap();
+    assert_eq!(byte[0], if written.is_ok() { 2 } else { 1 });
+    image.close().unwrap();
+}
+
+/// What a disk itself refuses, or wants to see, the ring does not do past it.
+#[test]
+fn a_disk_for_reading_and_a_filter_are_not_passed_by() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    std::fs::write(&path, [1; 8192]).unwrap();
+    let storage = qcow2_image::io::OpenFile::writable().open(&path).unwrap();
+    let raw: Arc<dyn GuestDisk> = Arc::new(RawDisk::new(storage, false).unwrap());
+    let mut queue = Queue::new(&raw, &QueueOptions::default());
+    queue.submit(1, write(0, 2));
+    queue.wait(|done| assert_eq!(done.result.unwrap_err().kind(), ErrorKind::ReadOnly)).unwrap();
+    drop(queue);
+    assert!(std::fs::read(&path).unwrap() == [1; 8192]);
+
+    let base = folder.path().join("base");
+    let disk = Disk::create(&base, 1 << 20).unwrap();
+    disk.write_at(0, &[5; 4096]).unwrap();
+    disk.close().unwrap();
+    let top = NewDisk::qcow2().backing_file("base", ImageFormat::Qcow2).follow_backing_files();
+    let top = top.create(folder.path().join("top")).unwrap();
+    let copying = qcow2_image::io::CopyOnRead::new(Arc::clone(top.as_guest_disk()));
+    let copying: Arc<dyn GuestDisk> = Arc::new(copying);
+    let mut queue = Queue::new(&copying, &QueueOptions::default());
+    assert!(!queue.uses_ring(), "it would pass the filter by");
+    queue.submit(1, read(0));
+    queue.wait(|done| done.result.unwrap()).unwrap();
+    drop(queue);
+    let extent = top.as_image().unwrap().extent_at(GuestRange::new(GuestOffset::new(0), 4096).unwrap());
+    assert!(matches!(extent.unwrap().state, qcow2_core::ExtentState::Data { .. }), "nothing was copied");
+}
+
+/// Panics at each request.
+struct Broken;
+
+impl GuestDisk for Broken {
+    fn size(&self) -> u64 {
+        1 << 20
+    }
+    fn read_at(&self, _: GuestOffset, _: &mut [u8]) -> qcow2_core::Result<()> {
+        panic!("a disk of somebody else's")
+    }
+    fn write_at(&self, _: GuestOffset, _: &[u8]) -> qcow2_core::Result<()> {
+        Ok(())
+    }
+    fn write_zeroes(&self, _: GuestRange, _: ZeroMode) -> qcow2_core::Result<()> {
+        Ok(())
+    }
+    fn discard(&self, _: GuestRange) -> qcow2_core::Result<()> {
+        Ok(())
+    }
+    fn flush(&self) -> qcow2_core::Result<()> {
+        Ok(())
+    }
+    fn extent_at(&self, range: GuestRange) -> qcow2_core::Result<qcow2_core::DiskExtent> {
+        Ok(qcow2_core::DiskExtent { len: range.len(), state: qcow2_core::ExtentState::Unallocated })
+    }
+    fn resize(&self, _: u64) -> qcow2_core::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_disk_that_panics_is_an_error() {
+    let disk: Arc<dyn GuestDisk> = Arc::new(Broken);
+    let mut queue = Queue::new(&disk, &QueueOptions::default().with_threads(1));
+    queue.submit(1, read(0));
+    queue.submit(2, write(0, 1));
+    let mut done = Vec::new();
+    while queue.in_flight() > 0 {
+        queue.wait(|completion| done.push((completion.token, completion.result.is_ok()))).unwrap();
+    }
+    assert_eq!(done, [(1, false), (2, true)]);
 }
 
 #[test]

@@ -32,6 +32,10 @@ pub(crate) fn write(disk: &dyn GuestDisk, range: GuestRange, from: &mut GuestByt
 }
 
 fn read_layer(disk: &dyn GuestDisk, range: GuestRange, to: &mut GuestBytes<'_>) -> Moved {
+    if disk.filtered().is_some() {
+        // It wants to see each request.
+        return Ok(None);
+    }
     if let Some(raw) = disk.as_raw() {
         let Some(file) = file_of(&**raw.storage()) else { return Ok(None) };
         return read_file(file, HostOffset::new(range.start().value()), range.len() as usize, to);
@@ -76,7 +80,13 @@ fn zero(len: usize, to: &mut GuestBytes<'_>) -> Moved {
 }
 
 fn write_layer(disk: &dyn GuestDisk, range: GuestRange, from: &mut GuestBytes<'_>) -> Moved {
+    if disk.filtered().is_some() {
+        return Ok(None);
+    }
     if let Some(raw) = disk.as_raw() {
+        if !raw.is_writable() {
+            return Ok(None);
+        }
         let Some(file) = own_file(&**raw.storage()) else { return Ok(None) };
         let len = range.len() as usize;
         file.write_from_guest(HostOffset::new(range.start().value()), &from.peek(len))?;

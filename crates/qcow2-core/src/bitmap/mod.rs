@@ -219,6 +219,8 @@ impl Image {
     /// recording. If a bitmap cannot be read, clears the autoclear bit, so that all bitmaps are invalid.
     /// Errors: `NoSpace` if the bits exceed the memory limit; nothing has changed then. `Storage`.
     pub(crate) fn begin_change(&self) -> Result<()> {
+        // Again, now that nothing can close the image: it may have been closed while the request waited.
+        self.file.check_writable()?;
         self.flusher.check_room()?;
         if self.header.is_changing() {
             return Ok(());

@@ -51,10 +51,15 @@ impl Image {
     /// Errors: `OutOfRange`, `ReadOnly`, `Poisoned`, `Corrupt`.
     pub fn try_write_in_place(&self, range: GuestRange) -> Result<Option<InPlace<'_>>> {
         let range = self.check_change(range.start(), range.len())?;
-        if !self.crypt.is_plain() || !self.header.is_changing() || range.is_empty() {
+        if !self.crypt.is_plain() || range.is_empty() {
             return Ok(None);
         }
         let Some(structure) = try_read(&self.structure) else { return Ok(None) };
+        // Under the lock: before, the image could be closed.
+        self.file.check_writable()?;
+        if !self.header.is_changing() {
+            return Ok(None);
+        }
         let operation = self.flusher.enter();
         let Some(mut claim) = self.mapping().try_share(range.start(), range.len()) else { return Ok(None) };
         // Looked up under the claim: only then the mapping cannot change.

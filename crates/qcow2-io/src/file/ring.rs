@@ -123,11 +123,12 @@ impl<'f, P> FileRing<'f, P> {
         part: &FilePart,
     ) -> Result<(), (P, IoBuffer)> {
         let len = part.bytes.len() as u64;
+        // First: with it the length stays what it is.
+        let Some(guard) = file.try_guard() else { return Err((payload, buffer)) };
         let inside = part.offset.checked_add(len).is_some_and(|end| end.value() <= file.length());
         if !inside || !file.writable || !self.transfers.has_room(1) || !file.suits(&buffer, part) {
             return Err((payload, buffer));
         }
-        let Some(guard) = file.try_guard() else { return Err((payload, buffer)) };
         let kept = Kept { payload, call: Call::new("write", part.offset, len), _guard: Some(guard) };
         self.start(Direction::Write, file, buffer, std::slice::from_ref(part), kept);
         Ok(())
@@ -292,6 +293,21 @@ mod tests {
         let error = all(&mut ring).pop().unwrap().result.unwrap_err();
         assert_eq!((error.kind(), error.os_code()), (StorageErrorKind::Io, Some(libc::EISDIR)));
         assert_eq!(error.to_string(), "read of 512 bytes at 0x0 failed");
+    }
+
+    /// What is in flight beside it is accounted for, and nobody waits for it in vain.
+    #[test]
+    fn a_panic_of_the_caller_holds_nothing_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = OpenFile::writable().open_file(&file(&folder, &[5; 8192])).unwrap();
+        let Some(mut ring) = ring(8) else { return };
+        for n in 0..8 {
+            ring.read(n, &file, IoBuffer::zeroed(512), &[part(0..512, 0)]).unwrap();
+        }
+        ring.wait().unwrap();
+        let poll = std::panic::AssertUnwindSafe(|| ring.poll(|_| panic!("of the caller")));
+        std::panic::catch_unwind(poll).unwrap_err();
+        assert_eq!(all(&mut ring).len(), 7);
     }
 
     #[test]

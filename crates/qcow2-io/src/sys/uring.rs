@@ -43,6 +43,8 @@ pub(crate) struct Transfers<'f, P> {
     most: usize,
     /// Marks and results that were taken from the ring.
     taken: Vec<(u64, i32)>,
+    /// Requests that have finished and were not yet handed out.
+    ended: Vec<Finished<P>>,
     waker: Arc<OwnedFd>,
 }
 
@@ -75,8 +77,8 @@ impl<'f, P> Transfers<'f, P> {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let waker = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        let (slots, free, taken) = (Vec::new(), Vec::new(), Vec::new());
-        let mut made = Self { ring, slots, free, parts: 0, most: most as usize, taken, waker };
+        let (slots, free, taken, ended) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut made = Self { ring, slots, free, parts: 0, most: most as usize, taken, ended, waker };
         made.look_out();
         Ok(made)
     }
@@ -93,7 +95,7 @@ impl<'f, P> Transfers<'f, P> {
 
     /// Requests in flight.
     pub(crate) fn in_flight(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.slots.len() - self.free.len() + self.ended.len()
     }
 
     /// Starts a request of at least one part, none of them empty, which have room. It goes to the system with
@@ -137,7 +139,7 @@ impl<'f, P> Transfers<'f, P> {
 
     /// The same, and waits until a request has finished in part or the waker was called.
     pub(crate) fn wait(&mut self) -> io::Result<()> {
-        if !self.taken.is_empty() {
+        if !self.taken.is_empty() || !self.ended.is_empty() {
             return self.submit();
         }
         loop {
@@ -150,6 +152,14 @@ impl<'f, P> Transfers<'f, P> {
 
     /// Calls `each` with every request that has finished. Never waits.
     pub(crate) fn reap(&mut self, mut each: impl FnMut(Finished<P>)) {
+        // All are accounted for before a foreign call, which may panic.
+        self.account();
+        while let Some(finished) = self.ended.pop() {
+            each(finished);
+        }
+    }
+
+    fn account(&mut self) {
         let mut taken = std::mem::take(&mut self.taken);
         taken.extend(self.ring.completion().map(|entry| (entry.user_data(), entry.result())));
         for (mark, moved) in taken.drain(..) {
@@ -163,9 +173,8 @@ impl<'f, P> Transfers<'f, P> {
                 Ok(true) => self.part_done(slot, None),
                 Err(error) => self.part_done(slot, Some(error)),
             }
-            if let Some(finished) = self.finished(slot) {
-                each(finished);
-            }
+            let finished = self.finished(slot);
+            self.ended.extend(finished);
         }
         taken.append(&mut self.taken);
         self.taken = taken;
@@ -256,7 +265,8 @@ impl<P> Drop for Transfers<'_, P> {
     fn drop(&mut self) {
         while self.parts > 0 {
             let waited = self.wait();
-            self.reap(drop);
+            // What came with a request is dropped after all, with the fields: that may panic too.
+            self.account();
             if waited.is_err() && self.parts > 0 {
                 // Nobody knows when the system will be done with them, so they stay.
                 std::mem::forget(std::mem::take(&mut self.slots));
