@@ -150,6 +150,9 @@ impl Pair {
                 format!("{verb}: failed, and only the reference changed a file")
             }
             _ if keeps_content() => format!("{verb}: content that only ours kept"),
+            CONTENT if verb == "qemu-io truncate" && self.only_ours_is_zero(&name, ours, theirs) => {
+                format!("{verb}: content that is zeroes only in ours")
+            }
             CHECK if is_as_damaged() => format!("{verb}: {what}, as damaged as before"),
             CONTENT if self.is_copy_of_layout(line, &name, [ours, theirs]) => {
                 format!("{verb}: {what} of an image copied as raw")
@@ -208,6 +211,14 @@ impl Pair {
             Some(source?.get(start..)? == target?.get(start..)?)
         };
         (is_copied(ours), is_copied(theirs)) == (Some(true), Some(false))
+    }
+
+    /// True if the disk `name` is as long in both folders, and where they differ ours is zero.
+    fn only_ours_is_zero(&self, name: &str, ours: &FolderCopy, theirs: &FolderCopy) -> bool {
+        let [own, reference] = [ours, theirs].map(|copy| self.guest_bytes(copy, name));
+        let (Some(own), Some(reference)) = (own, reference) else { return false };
+        let mut pairs = own.iter().zip(&reference);
+        own.len() == reference.len() && pairs.all(|(own, reference)| own == reference || *own == 0)
     }
 
     /// What a guest reads from the disk `name`.
