@@ -27,7 +27,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             next += PIECE;
         }
         let mut done = Vec::new();
-        reads.poll(|completion| done.push(completion))?;
+        // Returns at once if there is nothing to wait for.
+        reads.wait(|completion| done.push(completion))?;
         for completion in done {
             completion.result?;
             let (offset, buffer) =
@@ -39,7 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             failed = completion.result.err().or(failed.take());
             free.extend(completion.buffer);
         };
-        // Sleeps only where nothing else is to be done.
+        // The reads that are in flight are waited for above, and the writes only behind the last of those.
         match reads.in_flight() {
             0 => writes.wait(&mut written)?,
             _ => writes.poll(&mut written)?,
