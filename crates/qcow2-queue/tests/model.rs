@@ -1,5 +1,5 @@
 //! Random requests in flight beside each other, on many kinds of disks, compared with plain bytes.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
 use qcow2_image::io::CacheMode;
 use qcow2_image::{Disk, ImageFormat, NewDisk};
